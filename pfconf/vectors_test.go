@@ -1,0 +1,157 @@
+package pfconf
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// vectorTotals is what the vectors' run says at the end, after all other
+// output, so that a script finds it in the last line.
+var vectorTotals struct {
+	ran                                bool
+	scenarios, judgements, differences int
+}
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if t := vectorTotals; t.ran {
+		fmt.Printf("pf vectors: %d scenarios, %d judgements, %d differences\n", t.scenarios, t.judgements, t.differences)
+	}
+	os.Exit(code)
+}
+
+// A scenario is one line of the conformance vectors.
+type scenario struct {
+	Name       string            `json:"name"`
+	Kind       string            `json:"kind"`
+	About      string            `json:"about"`
+	Interfaces []vectorInterface `json:"interfaces"`
+
+	// Text, Anchor and Want are those of a parse scenario.
+	Text   *string         `json:"text"`
+	Anchor string          `json:"anchor"`
+	Want   json.RawMessage `json:"want"`
+
+	// Main, Anchors and Events are those of a packet scenario.
+	Main    *string           `json:"main"`
+	Anchors []vectorAnchor    `json:"anchors"`
+	Events  []json.RawMessage `json:"events"`
+}
+
+type vectorInterface struct {
+	Name      string   `json:"name"`
+	Addresses []string `json:"addresses"`
+}
+
+type vectorAnchor struct {
+	Name  string `json:"name"`
+	Rules string `json:"rules"`
+}
+
+// hostInterfaces returns the scenario's interfaces in the package's form.
+func (s *scenario) hostInterfaces(t *testing.T) []Interface {
+	t.Helper()
+	var ifs []Interface
+	for _, vi := range s.Interfaces {
+		in := Interface{Name: vi.Name}
+		for _, a := range vi.Addresses {
+			p, err := netip.ParsePrefix(a)
+			if err != nil {
+				t.Fatalf("%s: interface %s: %v", s.Name, vi.Name, err)
+			}
+			in.Addresses = append(in.Addresses, p)
+		}
+		ifs = append(ifs, in)
+	}
+	return ifs
+}
+
+// A judge compares what a scenario wants with what the package says and counts.
+type judge struct {
+	t                       *testing.T
+	scenario                string
+	judgements, differences int
+}
+
+// check judges one value; got and want are compared as JSON.
+func (j *judge) check(what string, got, want any) {
+	j.t.Helper()
+	j.judgements++
+	g, w := mustJSON(j.t, got), mustJSON(j.t, want)
+	if g == w {
+		return
+	}
+	j.differences++
+	j.t.Errorf("%s: %s:\n got %s\nwant %s", j.scenario, what, g, w)
+}
+
+func mustJSON(t *testing.T, v any) string {
+	t.Helper()
+	b, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// TestVectors holds the package against what Apple's own pf did.
+func TestVectors(t *testing.T) {
+	dir := os.Getenv("PFCONF_VECTORS")
+	if dir == "" {
+		dir = filepath.Join("..", "..", "shared", "pf")
+	}
+	files, err := filepath.Glob(filepath.Join(dir, "*.jsonl"))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no vectors in %s (PFCONF_VECTORS): %v", dir, err)
+	}
+	vectorTotals.ran = true
+	for _, f := range files {
+		t.Run(filepath.Base(f), func(t *testing.T) { runVectors(t, f) })
+	}
+	if vectorTotals.scenarios == 0 {
+		t.Fatalf("vectors in %s are empty", dir)
+	}
+}
+
+func runVectors(t *testing.T, file string) {
+	f, err := os.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	lines := bufio.NewScanner(f)
+	lines.Buffer(nil, 1<<24)
+	for lines.Scan() {
+		var s scenario
+		if err := json.Unmarshal(lines.Bytes(), &s); err != nil {
+			t.Fatal(err)
+		}
+		j := &judge{t: t, scenario: s.Name}
+		if s.Text != nil {
+			judgeParse(j, &s)
+		} else {
+			judgePackets(j, &s)
+		}
+		vectorTotals.scenarios++
+		vectorTotals.judgements += j.judgements
+		vectorTotals.differences += j.differences
+	}
+	if err := lines.Err(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// judgeParse runs a scenario of the kind parse.
+func judgeParse(j *judge, s *scenario) {
+	j.t.Fatalf("%s: parse scenarios aren't judged yet", s.Name)
+}
+
+// judgePackets runs a scenario with events.
+func judgePackets(j *judge, s *scenario) {
+	j.t.Fatalf("%s: packet scenarios aren't judged yet", s.Name)
+}
