@@ -1,0 +1,247 @@
+package policy
+
+import "net/netip"
+
+// IP protocol numbers that the policy looks into.
+const (
+	ProtoICMP   = 1
+	ProtoTCP    = 6
+	ProtoUDP    = 17
+	ProtoICMPv6 = 58
+)
+
+// portDNS is the port of DNS over UDP and TCP (RFC 1035 4.2).
+const portDNS = 53
+
+// Packet is a packet as the policy sees it: as its sender made it, before any
+// translation. It holds no pointers and is cheap to copy.
+type Packet struct {
+	// In is the interface it arrived by; empty for one that the host itself
+	// sends.
+	In       string
+	Src, Dst netip.Addr
+	// Proto is the IP protocol number, for IPv6 that of the upper layer.
+	Proto uint8
+	// SrcPort and DstPort are of TCP and UDP; of an ICMP echo both are its
+	// identifier.
+	SrcPort, DstPort uint16
+	// ICMPType is meaningful where Proto is ICMP of the packet's family.
+	ICMPType uint8
+	// Malformed says that the header is malformed, truncated or source-routed.
+	Malformed bool
+}
+
+// IsICMPError reports whether the packet is an ICMP error that quotes the packet
+// it is about: unreachable, too big, time exceeded, parameter problem (RFC 792,
+// RFC 4443). Source quench is deprecated (RFC 6633) and no error here.
+func (p Packet) IsICMPError() bool {
+	switch p.Proto {
+	case ProtoICMP:
+		return p.Src.Is4() && (p.ICMPType == 3 || p.ICMPType == 11 || p.ICMPType == 12)
+	case ProtoICMPv6:
+		return p.Src.Is6() && p.ICMPType >= 1 && p.ICMPType <= 4
+	}
+	return false
+}
+
+// IsRedirect reports whether the packet is an ICMP redirect (RFC 792; RFC 4861
+// 4.5).
+func (p Packet) IsRedirect() bool {
+	switch p.Proto {
+	case ProtoICMP:
+		return p.Src.Is4() && p.ICMPType == 5
+	case ProtoICMPv6:
+		return p.Src.Is6() && p.ICMPType == 137
+	}
+	return false
+}
+
+// Decide judges a packet that belongs to no flow: whether it may pass and so
+// open one. It allocates nothing.
+func (r *Ruleset) Decide(p Packet) Verdict {
+	if p.In == r.host.Interface {
+		return r.fromPeer(p)
+	}
+	return r.fromElsewhere(p)
+}
+
+// fromPeer judges what came out of the tunnel.
+func (r *Ruleset) fromPeer(p Packet) Verdict {
+	v := Verdict{Peer: int(r.classes.of(p.Src).peer)}
+	if p.Malformed || !p.Dst.IsValid() || p.Src.Is4() != p.Dst.Is4() {
+		return v.refuse(RuleMalformed, Martian)
+	}
+	if v.Peer == noPeer {
+		return v.refuse(RuleSpoofed, Spoofed)
+	}
+	if p.IsRedirect() {
+		return v.refuse(RuleRedirect, Martian)
+	}
+	class := r.classes.of(p.Dst).class
+	if p.IsICMPError() && class != Martian && class != InMesh {
+		return v.refuse(RuleUnquoted, class)
+	}
+	return r.byClass(v, class, p)
+}
+
+// byClass is the table "From a peer".
+func (r *Ruleset) byClass(v Verdict, class Class, p Packet) Verdict {
+	have := r.peers[v.Peer].Permissions
+	switch class {
+	case Martian:
+		return v.refuse(RuleMartian, class)
+	case Self:
+		switch {
+		case have.Has(Incoming):
+			return v.pass(RuleIncoming, class, ExitHost)
+		case have.Has(Routing) && r.isDNS(p):
+			return v.pass(RuleDNS, class, ExitHost)
+		}
+		return v.lack(RuleNoIncoming, class, Incoming)
+	case InMesh:
+		return v.refuse(RuleMesh, class)
+	case OnLAN:
+		if missing := (Routing | LAN) &^ have; missing != 0 {
+			return v.lack(RuleNoLAN, class, missing)
+		}
+		if !r.host.Forwarding.Of(p.Dst) {
+			return v.refuse(RuleNoForwarding, class)
+		}
+		return v.pass(RuleLAN, class, ExitOther)
+	}
+	return r.toInternet(v, have, p)
+}
+
+func (r *Ruleset) toInternet(v Verdict, have Permissions, p Packet) Verdict {
+	switch {
+	case !have.Has(Routing):
+		return v.lack(RuleNoRouting, Internet, Routing)
+	case !r.host.Forwarding.Of(p.Dst):
+		return v.refuse(RuleNoForwarding, Internet)
+	case r.host.Uplink(p.Dst) == "":
+		return v.refuse(RuleNoUplink, Internet)
+	}
+	return v.pass(RuleInternet, Internet, ExitUplink)
+}
+
+// isDNS reports whether the packet is for the host's own DNS.
+func (r *Ruleset) isDNS(p Packet) bool {
+	return r.mesh.DNS && p.DstPort == portDNS && (p.Proto == ProtoUDP || p.Proto == ProtoTCP) &&
+		r.isMeshAddress(p.Dst)
+}
+
+// isMeshAddress reports whether a is one of the host's own mesh addresses.
+func (r *Ruleset) isMeshAddress(a netip.Addr) bool {
+	for _, own := range r.mesh.Addresses {
+		if a == own {
+			return true
+		}
+	}
+	return false
+}
+
+// fromElsewhere judges what the host itself sends and what arrives by other
+// interfaces than the mesh's.
+func (r *Ruleset) fromElsewhere(p Packet) Verdict {
+	src, dst := r.classes.of(p.Src), r.classes.of(p.Dst)
+	v := Verdict{Peer: int(dst.peer)}
+	own := p.In == "" || isLoopback(p.In)
+	switch {
+	case !own && src.peer != noPeer:
+		v.Peer = int(src.peer)
+		return v.refuse(RuleSpoofed, Spoofed)
+	case !own && r.isMeshAddress(p.Dst):
+		return v.refuse(RuleToHost, 0)
+	case dst.peer != noPeer && own:
+		return r.hostToPeer(v, p)
+	case dst.peer != noPeer:
+		return v.refuse(RuleToPeer, 0)
+	case dst.class == InMesh && !r.isOnLink(p.Dst):
+		return v.refuse(RuleNobody, 0)
+	case own, dst.class == Self, dst.class == Martian:
+		return v.pass(RuleNotOurs, 0, ExitAny)
+	case r.host.FoundForwarding.Of(p.Dst):
+		return v.pass(RuleTransit, 0, ExitAny)
+	}
+	return v.refuse(RuleClosedTransit, 0)
+}
+
+// hostToPeer judges what the host itself sends to a peer outside of a flow.
+func (r *Ruleset) hostToPeer(v Verdict, p Packet) Verdict {
+	switch {
+	case p.IsRedirect():
+		return v.refuse(RuleRedirect, 0)
+	case !r.isMeshAddress(p.Src):
+		return v.refuse(RuleForeignSource, 0)
+	}
+	return v.pass(RuleHostToPeer, 0, ExitMesh)
+}
+
+// isOnLink reports whether a mesh address is inside a prefix attached elsewhere.
+func (r *Ruleset) isOnLink(a netip.Addr) bool {
+	for _, p := range r.onLink {
+		if p.Contains(a) {
+			return true
+		}
+	}
+	return false
+}
+
+// DecideReply judges a packet that runs against the packet opened, which opened
+// its flow: source and destination swapped, arriving by the interface in (empty
+// for one that the host itself sends). It passes when the opener may open the
+// flow now and the packet comes from where the flow went to.
+func (r *Ruleset) DecideReply(opened Packet, in string) Verdict {
+	v := r.Decide(opened)
+	if !v.Pass {
+		return v
+	}
+	if !r.arrives(v, opened, in) {
+		return v.refuse(RuleWrongWay, v.Class)
+	}
+	switch {
+	case opened.In == r.host.Interface:
+		v.Exit = ExitMesh
+	case opened.In == "":
+		v.Exit = ExitHost
+	}
+	return v
+}
+
+// arrives reports whether an answer to opened may arrive by the interface in.
+func (r *Ruleset) arrives(v Verdict, opened Packet, in string) bool {
+	switch v.Exit {
+	case ExitHost:
+		return in == ""
+	case ExitMesh:
+		return in == r.host.Interface
+	case ExitUplink:
+		return in == r.host.Uplink(opened.Dst)
+	case ExitOther:
+		return in != "" && in != r.host.Interface && !isLoopback(in)
+	}
+	return true
+}
+
+// DecideError judges an ICMP error by the packet that it quotes: opened is the
+// packet that opened the flow which the quoted packet belongs to, whichever
+// direction the quoted one ran in. Which router sent the error, and by which
+// interface it arrived, doesn't matter; that a peer sends errors only from its
+// own address is judged by the caller with [Ruleset.PeerByAddr].
+func (r *Ruleset) DecideError(opened Packet) Verdict { return r.Decide(opened) }
+
+func (v Verdict) pass(rule Rule, class Class, exit Exit) Verdict {
+	v.Pass, v.Rule, v.Class, v.Exit, v.Missing = true, rule, class, exit, 0
+	return v
+}
+
+func (v Verdict) refuse(rule Rule, class Class) Verdict {
+	v.Pass, v.Rule, v.Class, v.Exit, v.Missing = false, rule, class, ExitNone, 0
+	return v
+}
+
+func (v Verdict) lack(rule Rule, class Class, missing Permissions) Verdict {
+	v = v.refuse(rule, class)
+	v.Missing = missing
+	return v
+}

@@ -1,0 +1,64 @@
+package policy
+
+import (
+	"net/netip"
+	"slices"
+)
+
+// Narrowed names a peer that lost something by a change.
+type Narrowed struct {
+	ID   PeerID
+	Name string
+	// Addresses are those the peer had before the change; its flows carry them.
+	Addresses []netip.Addr
+	// Lost are the permissions that no longer have an effect. All of what the
+	// peer had when Removed, and none when only the host's facts changed.
+	Lost Permissions
+	// Removed says that the peer is gone, or has other addresses now.
+	Removed bool
+}
+
+// Diff returns the peers for which something that passed under old is refused by
+// next, in old's order; nil old means that nothing passed. A change of the
+// host's facts that can move a destination to another class, or a flow to
+// another uplink, names every peer: that costs a second look at their flows and
+// misses none.
+func Diff(old, next *Ruleset) []Narrowed {
+	if old == nil {
+		return nil
+	}
+	now := map[PeerID]PeerRules{}
+	for _, p := range next.peers {
+		now[p.ID] = p
+	}
+	moved := !sameGround(old, next)
+	var out []Narrowed
+	for _, was := range old.peers {
+		is, kept := now[was.ID]
+		n := Narrowed{
+			ID: was.ID, Name: was.Name, Addresses: was.Addresses,
+			Removed: !kept || !slices.Equal(was.Addresses, is.Addresses),
+			Lost:    was.Permissions &^ is.Permissions,
+		}
+		if n.Removed {
+			n.Lost = was.Permissions
+		}
+		if n.Removed || n.Lost != 0 || moved {
+			out = append(out, n)
+		}
+	}
+	return out
+}
+
+// sameGround reports whether everything but the peers is as it was.
+func sameGround(a, b *Ruleset) bool {
+	x, y := a.host, b.host
+	return x.Interface == y.Interface && x.Uplink4 == y.Uplink4 && x.Uplink6 == y.Uplink6 &&
+		x.Forwarding == y.Forwarding && x.FoundForwarding == y.FoundForwarding &&
+		a.mesh.DNS == b.mesh.DNS &&
+		slices.Equal(a.mesh.Addresses, b.mesh.Addresses) &&
+		slices.Equal(a.sets.Martians, b.sets.Martians) &&
+		slices.Equal(a.sets.Self, b.sets.Self) &&
+		slices.Equal(a.sets.Mesh, b.sets.Mesh) &&
+		slices.Equal(a.sets.LAN, b.sets.LAN)
+}

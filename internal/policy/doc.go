@@ -1,0 +1,38 @@
+// Package policy decides what may pass. It is the one truth of the product:
+// every enforcer (the guard at the tunnel, nftables, pf) and every explanation
+// is tested against it, packet by packet.
+//
+// It is a pure function. [Compile] takes the wanted mesh, what was observed of
+// the host, and a time, and returns a [Ruleset]: immutable, safe for use by many
+// goroutines, and quick to ask. There is no I/O here, no clock and no state;
+// whoever knows flows asks about the packet that opened the flow.
+//
+// # The model
+//
+// The host runs the helper. A peer is another device with a WireGuard key that
+// the host knows. A permission is what the host lets one peer do: [Incoming]
+// (connect to the host itself), [Routing] (reach the internet through it) and
+// [LAN] (reach the host's other networks; only together with Routing).
+//
+// A packet from a peer is put in a [Class] by its destination as the peer sent
+// it; the first class that fits counts:
+//
+//	martian   never a valid destination: loopback, multicast, broadcast ...
+//	self      an address of the host
+//	mesh      the mesh prefixes and every peer's address: peers never reach
+//	          each other through the host
+//	lan       private and attached prefixes, and what is routed elsewhere than
+//	          by the default route
+//	internet  the rest, by the uplink only
+//
+// # Three questions
+//
+// [Ruleset.Decide] judges a packet that belongs to no flow: may it pass, and
+// thereby open one? [Ruleset.DecideReply] judges a packet that runs the other
+// way in a flow, given the packet that opened it: a flow passes when its opener
+// may open it now, never because it exists. [Ruleset.DecideError] does the same
+// for an ICMP error, which is judged by the packet it quotes.
+//
+// [Diff] names the peers for which a change took something away, so that the
+// enforcers know whose running flows to cut.
+package policy

@@ -1,0 +1,261 @@
+package policy
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// Families holds one flag per address family.
+type Families struct {
+	IPv4 bool `json:"ipv4"`
+	IPv6 bool `json:"ipv6"`
+}
+
+// Of returns the flag of the address's family.
+func (f Families) Of(a netip.Addr) bool {
+	if a.Is4() {
+		return f.IPv4
+	}
+	return f.IPv6
+}
+
+// Interface is one network interface of the host and its addresses, each with
+// the length of the prefix that is attached by it. A local anycast address is
+// listed with its full length (/32, /128), which attaches nothing.
+type Interface struct {
+	Name      string         `json:"name"`
+	Addresses []netip.Prefix `json:"addresses"`
+}
+
+// Route is a prefix that the host reaches by an interface.
+type Route struct {
+	Prefix    netip.Prefix `json:"prefix"`
+	Interface string       `json:"interface"`
+}
+
+// Host is what was observed of the host. In JSON it is the form of `rules
+// --host FILE`.
+type Host struct {
+	// Interface is the mesh interface's name, such as "utun7".
+	Interface string `json:"interface"`
+	// Uplink4 and Uplink6 are the interfaces of the default routes; empty when
+	// there is none, and then nothing of that family reaches the internet.
+	Uplink4 string `json:"uplink"`
+	Uplink6 string `json:"uplink6"`
+	// Forwarding says for which families the host forwards once the ruleset is
+	// enforced. Where it doesn't, lan and internet are refused.
+	Forwarding Families `json:"forwarding"`
+	// FoundForwarding says for which families the host forwarded before the
+	// helper changed anything: there transit of others is left alone.
+	FoundForwarding Families `json:"foundForwarding"`
+	// Interfaces need not list the loopback interface.
+	Interfaces []Interface `json:"interfaces"`
+	// Routes are the prefixes reached other than by an attached prefix. Default
+	// routes may be among them; they are recognised and left out.
+	Routes []Route `json:"routes"`
+}
+
+// maxHostFacts bounds the size of a facts document; a host with a full routing
+// table of the internet has more and is not what this product is for.
+const maxHostFacts = 8 << 20
+
+// ReadHost reads the JSON document of `rules --host`. Unknown fields, more than
+// one document and more than 8 MiB are errors, and so is a document that
+// [Host.Validate] refuses.
+func ReadHost(r io.Reader) (Host, error) {
+	var h Host
+	limited := &io.LimitedReader{R: r, N: maxHostFacts + 1}
+	dec := json.NewDecoder(limited)
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&h); err != nil {
+		if limited.N == 0 {
+			return Host{}, fmt.Errorf("read host facts: more than %d bytes", maxHostFacts)
+		}
+		return Host{}, fmt.Errorf("read host facts: %w", err)
+	}
+	if _, err := dec.Token(); err != io.EOF {
+		return Host{}, fmt.Errorf("read host facts: something follows the document")
+	}
+	if err := h.Validate(); err != nil {
+		return Host{}, fmt.Errorf("read host facts: %w", err)
+	}
+	return h, nil
+}
+
+// Validate reports the first thing that cannot be true of a host: a missing or
+// overlong interface name (15 bytes is the longest on Linux and macOS), a name
+// that is there twice, an invalid or IPv4-mapped address.
+func (h Host) Validate() error {
+	if err := validateName(h.Interface); err != nil {
+		return fmt.Errorf("mesh interface: %w", err)
+	}
+	seen := map[string]bool{}
+	for _, i := range h.Interfaces {
+		if err := validateName(i.Name); err != nil {
+			return err
+		}
+		if seen[i.Name] {
+			return fmt.Errorf("interface %q is listed twice", i.Name)
+		}
+		seen[i.Name] = true
+		for _, p := range i.Addresses {
+			if !p.IsValid() || p.Addr().Is4In6() {
+				return fmt.Errorf("interface %q: address %v is not valid", i.Name, p)
+			}
+		}
+	}
+	for _, u := range []string{h.Uplink4, h.Uplink6} {
+		if u == "" {
+			continue
+		}
+		if err := validateName(u); err != nil {
+			return fmt.Errorf("uplink: %w", err)
+		}
+		if u == h.Interface {
+			return fmt.Errorf("uplink: %q is the mesh interface", u)
+		}
+	}
+	for _, r := range h.Routes {
+		if !r.Prefix.IsValid() || r.Prefix.Addr().Is4In6() {
+			return fmt.Errorf("route %v by %q is not valid", r.Prefix, r.Interface)
+		}
+		if err := validateName(r.Interface); err != nil {
+			return fmt.Errorf("route %v: %w", r.Prefix, err)
+		}
+	}
+	return nil
+}
+
+// validateName accepts what both kernels and both packet filters' languages
+// take as an interface name, and nothing that could be read as syntax there.
+func validateName(name string) error {
+	if name == "" || len(name) > 15 {
+		return fmt.Errorf("interface name %q: want 1 to 15 bytes", name)
+	}
+	for _, c := range []byte(name) {
+		ok := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
+		if !ok && !strings.ContainsRune("._-@:+", rune(c)) {
+			return fmt.Errorf("interface name %q: unexpected %q", name, c)
+		}
+	}
+	return nil
+}
+
+// Uplink returns the uplink of the address's family, or "".
+func (h Host) Uplink(a netip.Addr) string {
+	if a.Is4() {
+		return h.Uplink4
+	}
+	return h.Uplink6
+}
+
+// isLoopback reports whether this is the loopback interface's name: lo on
+// Linux, lo0 on macOS.
+func isLoopback(name string) bool { return name == "lo" || name == "lo0" }
+
+// attached returns the prefixes attached to interfaces other than the mesh's
+// and loopback, masked, without the full-length ones, which attach nothing.
+func (h Host) attached() []netip.Prefix {
+	var out []netip.Prefix
+	for _, i := range h.Interfaces {
+		if i.Name == h.Interface || isLoopback(i.Name) {
+			continue
+		}
+		for _, p := range i.Addresses {
+			if !p.IsSingleIP() {
+				out = append(out, p.Masked())
+			}
+		}
+	}
+	return out
+}
+
+// addresses returns every address of the host.
+func (h Host) addresses() []netip.Addr {
+	var out []netip.Addr
+	for _, i := range h.Interfaces {
+		for _, p := range i.Addresses {
+			out = append(out, p.Addr())
+		}
+	}
+	return out
+}
+
+// routed returns the prefixes that the host reaches other than by a default
+// route: all of Routes but the default ones and those of the mesh interface.
+func (h Host) routed() []netip.Prefix {
+	var all []netip.Prefix
+	for _, r := range h.Routes {
+		if r.Interface != h.Interface && !isLoopback(r.Interface) {
+			all = append(all, r.Prefix.Masked())
+		}
+	}
+	isDefault := defaultRoutes(all)
+	return slices.DeleteFunc(all, func(p netip.Prefix) bool { return isDefault[p] })
+}
+
+// Prefixes whose coverage makes routes a default: the whole family, or for IPv6
+// all that IANA has given out for global unicast.
+var families = []netip.Prefix{
+	netip.MustParsePrefix("0.0.0.0/0"),
+	netip.MustParsePrefix("::/0"),
+	netip.MustParsePrefix("2000::/3"),
+}
+
+// defaultRoutes returns which of the prefixes are default routes: a whole
+// family, or widest prefixes that together cover one, as VPNs split it (0/1 and
+// 128/1) so as to win over the existing default route.
+func defaultRoutes(routes []netip.Prefix) map[netip.Prefix]bool {
+	out := map[netip.Prefix]bool{}
+	for _, r := range routes {
+		if r.Bits() == 0 {
+			out[r] = true
+		}
+	}
+	rest := map[netip.Prefix]bool{}
+	for _, r := range routes {
+		if r.Bits() > 0 {
+			rest[r] = true
+		}
+	}
+	for _, family := range families {
+		if parts, ok := cover(family, rest, len(rest)); ok {
+			for _, p := range parts {
+				out[p] = true
+			}
+		}
+	}
+	return out
+}
+
+// cover returns the widest prefixes in set that together make up p, if they do.
+// A cover of n prefixes is at most n-1 splits deep, which bounds the search.
+func cover(p netip.Prefix, set map[netip.Prefix]bool, depth int) ([]netip.Prefix, bool) {
+	if set[p] {
+		return []netip.Prefix{p}, true
+	}
+	if depth <= 0 || p.IsSingleIP() {
+		return nil, false
+	}
+	low, high := halves(p)
+	a, ok := cover(low, set, depth-1)
+	if !ok {
+		return nil, false
+	}
+	b, ok := cover(high, set, depth-1)
+	return append(a, b...), ok
+}
+
+// halves splits a prefix in two of one bit more.
+func halves(p netip.Prefix) (low, high netip.Prefix) {
+	bits := p.Bits()
+	b := p.Addr().AsSlice()
+	low = netip.PrefixFrom(p.Addr(), bits+1)
+	b[bits/8] |= 0x80 >> (bits % 8)
+	a, _ := netip.AddrFromSlice(b)
+	return low, netip.PrefixFrom(a, bits+1)
+}

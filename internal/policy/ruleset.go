@@ -1,0 +1,225 @@
+package policy
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// Ruleset is a compiled policy. It never changes and may be used by many
+// goroutines at once.
+type Ruleset struct {
+	mesh    Mesh
+	host    Host
+	peers   []PeerRules
+	expires time.Time
+	classes classes
+	sets    Sets
+	// onLink are attached prefixes inside a mesh prefix (a carrier's 100.64/10):
+	// what the host itself has to do with them isn't the mesh's business.
+	onLink []netip.Prefix
+}
+
+// PeerRules is what a ruleset holds of one peer.
+type PeerRules struct {
+	ID        PeerID
+	Name      string
+	Addresses []netip.Addr
+	// Permissions are those that have an effect: never LAN without Routing.
+	Permissions Permissions
+}
+
+// Sets are the prefixes of each class, for the enforcers that express the table
+// in a packet filter's language. They are to be matched in the order of the
+// fields, as the classes are; what is in none of them is internet. Each is
+// sorted, without duplicates.
+type Sets struct {
+	Martians []netip.Prefix
+	// Self are the host's addresses, mesh addresses included.
+	Self []netip.Prefix
+	// Mesh are the mesh prefixes; Peers every peer's address, as single
+	// addresses, also where they are inside Mesh.
+	Mesh, Peers []netip.Prefix
+	LAN         []netip.Prefix
+	// OnLink are attached prefixes inside a mesh prefix, for which the host's own
+	// packets are left alone. A peer's packets to them are class mesh.
+	OnLink []netip.Prefix
+}
+
+// Compile makes the ruleset for a mesh on a host as of the time now; grants that
+// end later are reported by [Ruleset.Expires]. It refuses what would make a
+// source ambiguous: an address, name or ID that is there twice, a peer with the
+// host's address or none, and facts that [Host.Validate] refuses.
+func Compile(mesh Mesh, host Host, now time.Time) (*Ruleset, error) {
+	if err := host.Validate(); err != nil {
+		return nil, fmt.Errorf("compile ruleset: %w", err)
+	}
+	if err := mesh.validate(); err != nil {
+		return nil, fmt.Errorf("compile ruleset: %w", err)
+	}
+	r := &Ruleset{mesh: mesh.clone(), host: host}
+	for _, p := range r.mesh.Peers {
+		r.peers = append(r.peers, PeerRules{
+			ID: p.ID, Name: p.Name, Addresses: p.Addresses,
+			Permissions: p.Grants.At(now).effective(),
+		})
+	}
+	r.expires = mesh.nextEnd(now)
+	r.sets = makeSets(r.mesh, host)
+	r.onLink = r.sets.OnLink
+	r.classify()
+	return r, nil
+}
+
+// classify fills the class table from the sets.
+func (r *Ruleset) classify() {
+	c := &r.classes
+	for i, p := range r.peers {
+		c.add(InMesh, int32(i), singles(p.Addresses)...)
+	}
+	c.add(Martian, noPeer, r.sets.Martians...)
+	c.add(Self, noPeer, r.sets.Self...)
+	c.add(InMesh, noPeer, r.sets.Mesh...)
+	c.add(OnLAN, noPeer, r.sets.LAN...)
+	c.settle()
+}
+
+func makeSets(mesh Mesh, host Host) Sets {
+	attached := host.attached()
+	s := Sets{
+		Martians: slices.Clone(martians),
+		Self:     singles(slices.Concat(mesh.Addresses, host.addresses())),
+		LAN:      slices.Concat(private, attached, host.routed()),
+	}
+	for _, p := range attached {
+		s.Martians = append(s.Martians, broadcasts(p)...)
+		for _, m := range mesh.Prefixes {
+			if m.Overlaps(p) && p.Bits() >= m.Bits() {
+				s.OnLink = append(s.OnLink, p)
+			}
+		}
+	}
+	for _, p := range mesh.Prefixes {
+		s.Mesh = append(s.Mesh, p.Masked())
+	}
+	for _, p := range mesh.Peers {
+		s.Peers = append(s.Peers, singles(p.Addresses)...)
+	}
+	for _, set := range []*[]netip.Prefix{&s.Martians, &s.Self, &s.Mesh, &s.Peers, &s.LAN, &s.OnLink} {
+		slices.SortFunc(*set, comparePrefix)
+		*set = slices.Compact(*set)
+	}
+	return s
+}
+
+func comparePrefix(a, b netip.Prefix) int {
+	return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
+}
+
+func (m Mesh) clone() Mesh {
+	m.Prefixes = slices.Clone(m.Prefixes)
+	m.Addresses = slices.Clone(m.Addresses)
+	m.Peers = slices.Clone(m.Peers)
+	for i := range m.Peers {
+		m.Peers[i].Addresses = slices.Clone(m.Peers[i].Addresses)
+	}
+	return m
+}
+
+func (m Mesh) validate() error {
+	taken := map[netip.Addr]string{}
+	claim := func(who string, as []netip.Addr) error {
+		for _, a := range as {
+			if !a.IsValid() || a.Is4In6() || a.Zone() != "" {
+				return fmt.Errorf("%s: address %v is not valid", who, a)
+			}
+			if other, ok := taken[a]; ok {
+				return fmt.Errorf("%s: address %v is taken by %s", who, a, other)
+			}
+			taken[a] = who
+		}
+		return nil
+	}
+	for _, p := range m.Prefixes {
+		if !p.IsValid() {
+			return fmt.Errorf("mesh prefix %v is not valid", p)
+		}
+	}
+	if err := claim("the host", m.Addresses); err != nil {
+		return err
+	}
+	names, ids := map[string]bool{}, map[PeerID]bool{}
+	for _, p := range m.Peers {
+		switch {
+		case names[p.Name]:
+			return fmt.Errorf("peer %q is there twice", p.Name)
+		case ids[p.ID]:
+			return fmt.Errorf("peer %q: another peer has its key", p.Name)
+		case len(p.Addresses) == 0:
+			return fmt.Errorf("peer %q has no address", p.Name)
+		}
+		names[p.Name], ids[p.ID] = true, true
+		for _, a := range p.Addresses {
+			if !m.contains(a) {
+				return fmt.Errorf("peer %q: address %v is outside the mesh prefixes", p.Name, a)
+			}
+		}
+		if err := claim(fmt.Sprintf("peer %q", p.Name), p.Addresses); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// contains reports whether an address is inside one of the mesh prefixes.
+func (m Mesh) contains(a netip.Addr) bool {
+	return slices.ContainsFunc(m.Prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// nextEnd returns the earliest end of a grant after now, or zero.
+func (m Mesh) nextEnd(now time.Time) time.Time {
+	var next time.Time
+	for i := range m.Peers {
+		for _, one := range AllPermissions {
+			g := m.Peers[i].Grants.Of(one)
+			if !g.In(now) || g.Until.IsZero() {
+				continue
+			}
+			if next.IsZero() || g.Until.Before(next) {
+				next = g.Until
+			}
+		}
+	}
+	return next
+}
+
+// Expires returns when the next grant ends by itself, so that the ruleset has to
+// be compiled again; zero when none does.
+func (r *Ruleset) Expires() time.Time { return r.expires }
+
+// Mesh returns the mesh that the ruleset was compiled from. It must not be
+// changed.
+func (r *Ruleset) Mesh() Mesh { return r.mesh }
+
+// Host returns the facts that the ruleset was compiled from. They must not be
+// changed.
+func (r *Ruleset) Host() Host { return r.host }
+
+// Peers returns what holds for each peer, in the order of the mesh's peers. It
+// must not be changed.
+func (r *Ruleset) Peers() []PeerRules { return r.peers }
+
+// Sets returns the prefixes of each class. They must not be changed.
+func (r *Ruleset) Sets() Sets { return r.sets }
+
+// PeerByAddr returns the index in [Ruleset.Peers] of the peer with this address,
+// and whether there is one.
+func (r *Ruleset) PeerByAddr(a netip.Addr) (int, bool) {
+	d := r.classes.of(a)
+	return int(d.peer), d.peer != noPeer
+}
+
+// Class returns the class of a destination as a peer sees it.
+func (r *Ruleset) Class(dst netip.Addr) Class { return r.classes.of(dst).class }

@@ -1,0 +1,124 @@
+package policy
+
+// Rule is the line of the policy that decided.
+type Rule uint8
+
+// The lines of the policy. Those up to RuleTransit pass; the others refuse.
+const (
+	// RuleNone is the zero Rule; no verdict has it.
+	RuleNone Rule = iota
+	RuleIncoming
+	RuleDNS
+	RuleLAN
+	RuleInternet
+	RuleHostToPeer
+	RuleNotOurs
+	RuleTransit
+
+	RuleMalformed
+	RuleSpoofed
+	RuleMartian
+	RuleRedirect
+	RuleUnquoted
+	RuleMesh
+	RuleNoIncoming
+	RuleNoLAN
+	RuleNoRouting
+	RuleNoForwarding
+	RuleNoUplink
+	RuleForeignSource
+	RuleToHost
+	RuleToPeer
+	RuleNobody
+	RuleClosedTransit
+	RuleWrongWay
+)
+
+var ruleTexts = [...]string{
+	RuleNone:          "no rule",
+	RuleIncoming:      "a peer with incoming may connect to the host",
+	RuleDNS:           "a peer with incoming or routing may ask the host's DNS",
+	RuleLAN:           "a peer with routing and lan may reach the host's other networks",
+	RuleInternet:      "a peer with routing may reach the internet by the uplink",
+	RuleHostToPeer:    "the host may connect to its peers",
+	RuleNotOurs:       "the packet has nothing to do with the mesh",
+	RuleTransit:       "the host forwarded before the helper came, so transit of others is left alone",
+	RuleMalformed:     "the header is malformed, truncated or source-routed",
+	RuleSpoofed:       "the source isn't an address of the sender",
+	RuleMartian:       "the destination is never a valid one",
+	RuleRedirect:      "ICMP redirects never pass",
+	RuleUnquoted:      "the ICMP error quotes no flow that may pass",
+	RuleMesh:          "the host does not forward between peers",
+	RuleNoIncoming:    "connecting to the host needs incoming",
+	RuleNoLAN:         "the host's other networks need routing and lan",
+	RuleNoRouting:     "the internet needs routing",
+	RuleNoForwarding:  "the host does not forward this address family",
+	RuleNoUplink:      "the host has no default route for this address family",
+	RuleForeignSource: "the host reaches its peers from its mesh address only",
+	RuleToHost:        "the host's mesh addresses are reached by the mesh only",
+	RuleToPeer:        "nobody outside the mesh opens a flow to a peer",
+	RuleNobody:        "no peer has this mesh address",
+	RuleClosedTransit: "the host did not forward before the helper came, so it doesn't forward for others",
+	RuleWrongWay:      "the answer arrives by another interface than the flow left by",
+}
+
+// String returns the rule as a sentence without a full stop.
+func (r Rule) String() string {
+	if int(r) < len(ruleTexts) {
+		return ruleTexts[r]
+	}
+	return ruleTexts[RuleNone]
+}
+
+// Exit says by which interfaces a packet that passes may leave the host.
+type Exit uint8
+
+// The exits. The zero Exit is none: the packet doesn't pass.
+const (
+	ExitNone Exit = iota
+	// ExitHost: the packet is for the host itself.
+	ExitHost
+	// ExitMesh: by the mesh interface only.
+	ExitMesh
+	// ExitUplink: by the default route's interface only, with its address as the
+	// source.
+	ExitUplink
+	// ExitOther: by any interface but the mesh's, with that interface's address
+	// as the source.
+	ExitOther
+	// ExitAny: not the mesh's business.
+	ExitAny
+)
+
+// Verdict is what the policy says of a packet.
+type Verdict struct {
+	Pass bool
+	// Rule is the line of the policy that decided.
+	Rule Rule
+	// Class is the destination's class for packets from a peer, Spoofed where
+	// the source is wrong, and 0 otherwise.
+	Class Class
+	// Exit is where the packet may leave.
+	Exit Exit
+	// Missing are the permissions without which it was refused, if permissions
+	// would have let it pass.
+	Missing Permissions
+	// Peer is the index in [Ruleset.Peers] of the peer that the packet is from or
+	// to, or -1.
+	Peer int
+}
+
+// Answered reports whether the sender is to be told: what a missing permission
+// (or a family that isn't forwarded) stops is answered by the guard, everything
+// else is dropped in silence.
+func (v Verdict) Answered() bool {
+	switch v.Rule {
+	case RuleNoIncoming, RuleNoLAN, RuleNoRouting, RuleNoForwarding, RuleNoUplink:
+		return !v.Pass
+	}
+	return false
+}
+
+// NAT reports whether the packet leaves with the address of the interface that
+// it leaves by.
+func (v Verdict) NAT() bool { return v.Exit == ExitUplink || v.Exit == ExitOther }
