@@ -2,10 +2,10 @@ package daemon
 
 import (
 	"context"
-	"net/netip"
 
 	"golang.zx2c4.com/wireguard/tun"
 
+	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -56,47 +56,15 @@ type Watcher interface {
 	Watch(ctx context.Context, changed func()) error
 }
 
-// Interface is how the mesh interface is to be made.
-type Interface struct {
-	// Name is the wanted name, or empty for one that the platform chooses.
-	Name string // optional
-	// MTU in bytes, between 1280 (IPv6 needs it, RFC 8200 5) and 65535.
-	MTU int // required
-	// Addresses are the host's own mesh addresses, one IPv4 and one IPv6.
-	Addresses []netip.Addr // required
-}
-
-// Report is what Inspect found.
-type Report struct {
-	// Drift lists what isn't as enforced and that Enforce can repair.
-	Drift []Problem
-	// Problems lists what stands in the way and isn't ours to change, such as a
-	// foreign chain that drops a peer's packets.
-	Problems []Problem
-	// Forwarding is what the host's sysctls say now.
-	Forwarding policy.Families
-}
-
-// Problem is something that a person should know, in the words of status.
-type Problem struct {
-	// Step is what the helper was doing or looking at, such as "load anchor".
-	Step string `json:"step"`
-	// Message says what is wrong; Hint what to do about it.
-	Message string `json:"message"`
-	Hint    string `json:"hint"`
-}
-
-// StepError is an error of a platform that names the enforcing step it happened
-// in, for status.problems.
-type StepError struct {
-	Step string
-	// Hint says what a person can do; it may be empty.
-	Hint string
-	Err  error
-}
-
-// Error returns the step and the cause.
-func (e *StepError) Error() string { return e.Step + ": " + e.Err.Error() }
-
-// Unwrap returns the cause.
-func (e *StepError) Unwrap() error { return e.Err }
+// The words of the contract, which the platforms use without importing this
+// package.
+type (
+	// Interface is how the mesh interface is to be made.
+	Interface = platform.Interface
+	// Report is what Inspect found.
+	Report = platform.Report
+	// Problem is something that a person should know.
+	Problem = platform.Problem
+	// StepError names the enforcing step that an error happened in.
+	StepError = platform.StepError
+)

@@ -1,0 +1,57 @@
+// Package platform holds the words that the daemon and the kinds of host it runs
+// on (linux, macos, netstack) have in common: how the mesh interface is to be
+// made, what was found wrong, and errors that name the enforcing step. The
+// interface itself is the daemon's, which consumes it; the hosts don't import
+// the daemon.
+package platform
+
+import (
+	"net/netip"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// Interface is how the mesh interface is to be made.
+type Interface struct {
+	// Name is the wanted name, or empty for one that the platform chooses.
+	Name string // optional
+	// MTU in bytes, between 1280 (IPv6 needs it, RFC 8200 5) and 65535.
+	MTU int // required
+	// Addresses are the host's own mesh addresses, one IPv4 and one IPv6.
+	Addresses []netip.Addr // required
+}
+
+// Report is what looking at the host found.
+type Report struct {
+	// Drift lists what isn't as enforced and that enforcing again can repair.
+	Drift []Problem
+	// Problems lists what stands in the way and isn't ours to change, such as a
+	// foreign chain that drops a peer's packets.
+	Problems []Problem
+	// Forwarding is what the host's sysctls say now.
+	Forwarding policy.Families
+}
+
+// Problem is something that a person should know, in the words of status.
+type Problem struct {
+	// Step is what the helper was doing or looking at, such as "load anchor".
+	Step string `json:"step"`
+	// Message says what is wrong; Hint what to do about it.
+	Message string `json:"message"`
+	Hint    string `json:"hint"`
+}
+
+// StepError is an error that names the enforcing step it happened in, for
+// status.problems.
+type StepError struct {
+	Step string
+	// Hint says what a person can do; it may be empty.
+	Hint string
+	Err  error
+}
+
+// Error returns the step and the cause.
+func (e *StepError) Error() string { return e.Step + ": " + e.Err.Error() }
+
+// Unwrap returns the cause.
+func (e *StepError) Unwrap() error { return e.Err }
