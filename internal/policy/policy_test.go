@@ -1,0 +1,406 @@
+package policy
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+)
+
+var (
+	start = time.Date(2026, 1, 2, 15, 4, 5, 0, time.UTC)
+
+	hostA4 = netip.MustParseAddr("100.64.0.1")
+	hostA6 = netip.MustParseAddr("fd6d:6573:6800::1")
+)
+
+func addr(s string) netip.Addr     { return netip.MustParseAddr(s) }
+func prefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
+
+func grants(p Permissions) Grants {
+	return Grants{
+		Incoming: Grant{Allowed: p.Has(Incoming)},
+		Routing:  Grant{Allowed: p.Has(Routing)},
+		LAN:      Grant{Allowed: p.Has(LAN)},
+	}
+}
+
+// picture is the host B of POLICY.md with the external peer C, whose
+// permissions are given, and the own peer A.
+func picture(c Permissions) Mesh {
+	return Mesh{
+		Prefixes:  []netip.Prefix{DefaultPrefix4, DefaultPrefix6},
+		Addresses: []netip.Addr{hostA4, hostA6},
+		Peers: []Peer{
+			{ID: PeerID{'C'}, Name: "c", Addresses: []netip.Addr{addr("100.64.0.3"), addr("fd6d:6573:6800::3")}, Grants: grants(c)},
+			{ID: PeerID{'A'}, Name: "a", Addresses: []netip.Addr{addr("100.64.0.2"), addr("fd6d:6573:6800::2")}, Grants: grants(Incoming)},
+		},
+	}
+}
+
+func pictureHost() Host {
+	pp := func(texts ...string) []netip.Prefix { return prefixes(texts...) }
+	return Host{
+		Interface: "utun7", Uplink4: "en0", Uplink6: "en0",
+		Forwarding: Families{true, true},
+		Interfaces: []Interface{
+			{"en0", pp("203.0.113.9/24", "2001:db8:1::9/64", "fe80::9/64")},
+			{"en5", pp("192.168.77.1/24", "2001:db8:77::1/64")},
+			{"en6", pp("198.51.100.1/25", "169.254.3.4/16")},
+			{"ppp0", pp("192.0.2.8/31")},
+			{"utun7", pp("100.64.0.1/32", "fd6d:6573:6800::1/128")},
+		},
+		Routes: []Route{
+			{prefix("198.18.0.0/16"), "utun3"},
+			{prefix("2001:db8:18::/48"), "utun3"},
+			{prefix("0.0.0.0/0"), "en0"},
+			{prefix("100.64.0.2/32"), "utun7"},
+		},
+	}
+}
+
+func compile(t testing.TB, m Mesh, h Host) *Ruleset {
+	t.Helper()
+	r, err := Compile(m, h, start)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// TestFromPeer is the table "From a peer": for each destination its class, and
+// the verdict under every set of permissions.
+func TestFromPeer(t *testing.T) {
+	never := func(Permissions) bool { return false }
+	incoming := func(p Permissions) bool { return p.Has(Incoming) }
+	both := func(p Permissions) bool { return p.Has(Routing | LAN) }
+	routing := func(p Permissions) bool { return p.Has(Routing) }
+	for _, tt := range []struct {
+		class  Class
+		passes func(Permissions) bool
+		dsts   string
+	}{
+		{Martian, never, "0.0.0.0 0.1.2.3 127.0.0.1 224.0.0.251 239.255.255.250 240.0.0.1 255.255.255.255"},
+		{Martian, never, "203.0.113.0 203.0.113.255 192.168.77.255 192.168.77.0 198.51.100.127 169.254.255.255"},
+		{Martian, never, ":: ::1 ff02::1 ff0e::1 fe80::1 fe80::9 ::ffff:8.8.8.8"},
+		{Self, incoming, "100.64.0.1 fd6d:6573:6800::1 203.0.113.9 192.168.77.1 198.51.100.1 192.0.2.8 2001:db8:1::9"},
+		{InMesh, never, "100.64.0.2 100.64.0.3 100.127.255.254 fd6d:6573:6800::2 fd6d:6573:6800:ffff::1"},
+		{OnLAN, both, "10.1.2.3 172.31.0.1 192.168.77.9 192.168.1.1 169.254.169.254 fd00::1 fc12::1"},
+		{OnLAN, both, "203.0.113.1 198.51.100.5 192.0.2.9 198.18.7.7 2001:db8:18::5 2001:db8:77::5 2001:db8:1::1"},
+		{Internet, routing, "8.8.8.8 198.51.100.128 198.19.0.1 203.0.114.0 2001:db8:19::1 2600::1"},
+	} {
+		for p := range Permissions(8) {
+			r := compile(t, picture(p), pictureHost())
+			for _, dst := range strings.Fields(tt.dsts) {
+				d := addr(dst)
+				src := addr("100.64.0.3")
+				if d.Is6() {
+					src = addr("fd6d:6573:6800::3")
+				}
+				v := r.Decide(Packet{In: "utun7", Src: src, Dst: d, Proto: ProtoUDP, DstPort: 53})
+				if v.Class != tt.class || v.Pass != tt.passes(p) || v.Peer != 0 {
+					t.Errorf("%v with %v: got %+v, want class %v, pass %v", dst, p, v, tt.class, tt.passes(p))
+				}
+				if v.Pass != (v.Exit != ExitNone) {
+					t.Errorf("%v with %v: pass %v but exit %v", dst, p, v.Pass, v.Exit)
+				}
+				if v.Pass && v.Missing != 0 {
+					t.Errorf("%v with %v: passes and misses %v", dst, p, v.Missing)
+				}
+			}
+		}
+	}
+}
+
+func TestMissing(t *testing.T) {
+	for _, tt := range []struct {
+		have    Permissions
+		dst     string
+		missing Permissions
+	}{
+		{0, "203.0.113.9", Incoming},
+		{0, "10.0.0.1", Routing | LAN},
+		{LAN, "10.0.0.1", Routing | LAN}, // lan without routing has no effect
+		{Routing, "10.0.0.1", LAN},
+		{LAN, "8.8.8.8", Routing},
+		{0, "100.64.0.2", 0}, // no permission opens the mesh
+	} {
+		v := compile(t, picture(tt.have), pictureHost()).Decide(Packet{In: "utun7", Src: addr("100.64.0.3"), Dst: addr(tt.dst)})
+		if v.Pass || v.Missing != tt.missing || v.Answered() != (tt.missing != 0) {
+			t.Errorf("%v with %v: got %+v, want missing %v", tt.dst, tt.have, v, tt.missing)
+		}
+	}
+}
+
+// TestDecideRules walks the lines that don't depend on the destination's class.
+func TestDecideRules(t *testing.T) {
+	c4, c6, a4 := addr("100.64.0.3"), addr("fd6d:6573:6800::3"), addr("100.64.0.2")
+	inet, lan := addr("8.8.8.8"), addr("192.168.77.9")
+	for _, tt := range []struct {
+		about string
+		host  func(*Host)
+		p     Packet
+		rule  Rule
+	}{
+		{"malformed", nil, Packet{In: "utun7", Src: c4, Dst: inet, Malformed: true}, RuleMalformed},
+		{"families mixed", nil, Packet{In: "utun7", Src: c4, Dst: addr("2600::1")}, RuleMalformed},
+		{"source of another", nil, Packet{In: "utun7", Src: inet, Dst: lan}, RuleSpoofed},
+		{"host's own source", nil, Packet{In: "utun7", Src: hostA4, Dst: inet}, RuleSpoofed},
+		{"redirect", nil, Packet{In: "utun7", Src: c4, Dst: inet, Proto: ProtoICMP, ICMPType: 5}, RuleRedirect},
+		{"redirect v6", nil, Packet{In: "utun7", Src: c6, Dst: addr("2600::1"), Proto: ProtoICMPv6, ICMPType: 137}, RuleRedirect},
+		{"error without flow", nil, Packet{In: "utun7", Src: c4, Dst: inet, Proto: ProtoICMP, ICMPType: 3}, RuleUnquoted},
+		{"number 1 in IPv6 is no ICMP", nil, Packet{In: "utun7", Src: c6, Dst: addr("2600::1"), Proto: ProtoICMP, ICMPType: 3}, RuleInternet},
+		{"no forwarding", func(h *Host) { h.Forwarding.IPv6 = false }, Packet{In: "utun7", Src: c6, Dst: addr("2600::1")}, RuleNoForwarding},
+		{"no forwarding, lan", func(h *Host) { h.Forwarding.IPv4 = false }, Packet{In: "utun7", Src: c4, Dst: lan}, RuleNoForwarding},
+		{"no uplink", func(h *Host) { h.Uplink4 = "" }, Packet{In: "utun7", Src: c4, Dst: inet}, RuleNoUplink},
+		{"peer's source elsewhere", nil, Packet{In: "en5", Src: c4, Dst: inet}, RuleSpoofed},
+		{"peer's source to the host elsewhere", nil, Packet{In: "en0", Src: a4, Dst: addr("203.0.113.9")}, RuleSpoofed},
+		{"to the host's mesh address", nil, Packet{In: "en5", Src: lan, Dst: hostA4}, RuleToHost},
+		{"to it by loopback", nil, Packet{In: "lo0", Src: hostA4, Dst: hostA4}, RuleNotOurs},
+		{"LAN to a peer", nil, Packet{In: "en5", Src: lan, Dst: c4}, RuleToPeer},
+		{"LAN to nobody", nil, Packet{In: "en5", Src: lan, Dst: addr("100.100.1.1")}, RuleNobody},
+		{"host to nobody", nil, Packet{Src: hostA4, Dst: addr("100.100.1.1")}, RuleNobody},
+		{"host to a peer", nil, Packet{Src: hostA4, Dst: c4}, RuleHostToPeer},
+		{"host to a peer with another source", nil, Packet{Src: addr("192.168.77.1"), Dst: c4}, RuleForeignSource},
+		{"host redirects a peer", nil, Packet{Src: hostA4, Dst: c4, Proto: ProtoICMP, ICMPType: 5}, RuleRedirect},
+		{"host to the internet", nil, Packet{Src: addr("203.0.113.9"), Dst: inet}, RuleNotOurs},
+		{"LAN to the host", nil, Packet{In: "en5", Src: lan, Dst: addr("192.168.77.1")}, RuleNotOurs},
+		{"transit, found off", nil, Packet{In: "en5", Src: lan, Dst: inet}, RuleClosedTransit},
+		{"transit, found on", func(h *Host) { h.FoundForwarding.IPv4 = true }, Packet{In: "en5", Src: lan, Dst: inet}, RuleTransit},
+		{"transit with an unused mesh source", func(h *Host) { h.FoundForwarding.IPv4 = true }, Packet{In: "en0", Src: addr("100.99.0.1"), Dst: lan}, RuleTransit},
+		{"carrier's own prefix", func(h *Host) {
+			h.Interfaces[0].Addresses = append(h.Interfaces[0].Addresses, prefix("100.80.0.7/20"))
+		}, Packet{Src: addr("100.80.0.7"), Dst: addr("100.80.0.1")}, RuleNotOurs},
+		{"carrier's prefix from a peer", func(h *Host) {
+			h.Interfaces[0].Addresses = append(h.Interfaces[0].Addresses, prefix("100.80.0.7/20"))
+		}, Packet{In: "utun7", Src: c4, Dst: addr("100.80.0.1")}, RuleMesh},
+	} {
+		t.Run(tt.about, func(t *testing.T) {
+			h := pictureHost()
+			if tt.host != nil {
+				tt.host(&h)
+			}
+			v := compile(t, picture(Incoming|Routing|LAN), h).Decide(tt.p)
+			if v.Rule != tt.rule {
+				t.Errorf("got %q, want %q", v.Rule, tt.rule)
+			}
+			if v.Pass != (tt.rule < RuleMalformed) {
+				t.Errorf("pass %v by %q", v.Pass, v.Rule)
+			}
+		})
+	}
+}
+
+func TestDNS(t *testing.T) {
+	for p := range Permissions(8) {
+		m := picture(p)
+		m.DNS = true
+		r := compile(t, m, pictureHost())
+		dns := Packet{In: "utun7", Src: addr("100.64.0.3"), Dst: hostA4, Proto: ProtoUDP, DstPort: 53}
+		if got, want := r.Decide(dns).Pass, p&(Incoming|Routing) != 0; got != want {
+			t.Errorf("with %v: pass %v, want %v", p, got, want)
+		}
+		for _, other := range []func(*Packet){
+			func(p *Packet) { p.DstPort = 54 },
+			func(p *Packet) { p.Proto = ProtoICMP },
+			func(p *Packet) { p.Dst = addr("192.168.77.1") },
+		} {
+			q := dns
+			other(&q)
+			if got, want := r.Decide(q).Pass, p.Has(Incoming); got != want {
+				t.Errorf("%+v with %v: pass %v, want %v", q, p, got, want)
+			}
+		}
+	}
+}
+
+func TestDecideReply(t *testing.T) {
+	c4 := addr("100.64.0.3")
+	for _, tt := range []struct {
+		about  string
+		have   Permissions
+		opened Packet
+		in     string
+		pass   bool
+	}{
+		{"internet answers by the uplink", Routing, Packet{In: "utun7", Src: c4, Dst: addr("8.8.8.8")}, "en0", true},
+		{"LAN forges the internet's answer", Routing, Packet{In: "utun7", Src: c4, Dst: addr("8.8.8.8")}, "en5", false},
+		{"a peer forges it", Routing, Packet{In: "utun7", Src: c4, Dst: addr("8.8.8.8")}, "utun7", false},
+		{"routing was denied", LAN, Packet{In: "utun7", Src: c4, Dst: addr("8.8.8.8")}, "en0", false},
+		{"LAN answers", Routing | LAN, Packet{In: "utun7", Src: c4, Dst: addr("192.168.77.9")}, "en5", true},
+		{"another peer answers for the LAN", Routing | LAN, Packet{In: "utun7", Src: c4, Dst: addr("192.168.77.9")}, "utun7", false},
+		{"the host answers", Incoming, Packet{In: "utun7", Src: c4, Dst: hostA4}, "", true},
+		{"incoming was denied", Routing, Packet{In: "utun7", Src: c4, Dst: hostA4}, "", false},
+		{"a peer answers the host", 0, Packet{Src: hostA4, Dst: c4}, "utun7", true},
+		{"the LAN answers for a peer", 0, Packet{Src: hostA4, Dst: c4}, "en5", false},
+		{"an answer to what never may be", 7, Packet{In: "utun7", Src: c4, Dst: addr("100.64.0.2")}, "utun7", false},
+	} {
+		v := compile(t, picture(tt.have), pictureHost()).DecideReply(tt.opened, tt.in)
+		if v.Pass != tt.pass {
+			t.Errorf("%s: got %+v, want pass %v", tt.about, v, tt.pass)
+		}
+	}
+}
+
+func TestExpiry(t *testing.T) {
+	m := picture(0)
+	m.Peers[0].Grants.Routing = Grant{Allowed: true, Until: start.Add(2 * time.Hour)}
+	m.Peers[1].Grants.Incoming = Grant{Allowed: true, Until: start.Add(time.Hour)}
+	p := Packet{In: "utun7", Src: addr("100.64.0.3"), Dst: addr("8.8.8.8")}
+	for _, tt := range []struct {
+		after time.Duration
+		pass  bool
+		next  time.Duration // 0: none
+	}{
+		{0, true, time.Hour},
+		{time.Hour, true, 2 * time.Hour},
+		{2*time.Hour - 1, true, 2 * time.Hour},
+		{2 * time.Hour, false, 0},
+	} {
+		r, err := Compile(m, pictureHost(), start.Add(tt.after))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := r.Decide(p).Pass; got != tt.pass {
+			t.Errorf("after %v: pass %v", tt.after, got)
+		}
+		var want time.Time
+		if tt.next != 0 {
+			want = start.Add(tt.next)
+		}
+		if got := r.Expires(); !got.Equal(want) {
+			t.Errorf("after %v: expires %v, want %v", tt.after, got, want)
+		}
+	}
+}
+
+func TestDefaultRoutes(t *testing.T) {
+	for _, tt := range []struct{ routes, rest string }{
+		{"0.0.0.0/0 10.9.0.0/16", "10.9.0.0/16"},
+		{"0.0.0.0/1 128.0.0.0/1 198.18.0.0/16", "198.18.0.0/16"},
+		{"0.0.0.0/2 64.0.0.0/2 128.0.0.0/1", ""},
+		{"0.0.0.0/1", "0.0.0.0/1"},
+		{"0.0.0.0/1 128.0.0.0/2", "0.0.0.0/1 128.0.0.0/2"},
+		{"::/1 8000::/1 2001:db8::/32", "2001:db8::/32"},
+		{"2000::/3 fd00::/8", "fd00::/8"},
+		{"2000::/4 3000::/4", ""},
+	} {
+		h := Host{Interface: "utun7"}
+		for _, r := range strings.Fields(tt.routes) {
+			h.Routes = append(h.Routes, Route{prefix(r), "utun3"})
+		}
+		var got []string
+		for _, p := range h.routed() {
+			got = append(got, p.String())
+		}
+		if g := strings.Join(got, " "); g != tt.rest {
+			t.Errorf("%s: routed %q, want %q", tt.routes, g, tt.rest)
+		}
+	}
+}
+
+func TestCompileRefuses(t *testing.T) {
+	for want, change := range map[string]func(*Mesh, *Host){
+		"is there twice":             func(m *Mesh, _ *Host) { m.Peers[1].Name = "c" },
+		"another peer has its key":   func(m *Mesh, _ *Host) { m.Peers[1].ID = m.Peers[0].ID },
+		`taken by peer "c"`:          func(m *Mesh, _ *Host) { m.Peers[1].Addresses = m.Peers[0].Addresses },
+		"taken by the host":          func(m *Mesh, _ *Host) { m.Peers[1].Addresses = m.Addresses },
+		"has no address":             func(m *Mesh, _ *Host) { m.Peers[1].Addresses = nil },
+		"outside the mesh prefixes":  func(m *Mesh, _ *Host) { m.Peers[1].Addresses = []netip.Addr{addr("10.0.0.1")} },
+		"is not valid":               func(m *Mesh, _ *Host) { m.Addresses[0] = addr("::ffff:1.2.3.4") },
+		"want 1 to 15 bytes":         func(_ *Mesh, h *Host) { h.Interface = "" },
+		`unexpected '"'`:             func(_ *Mesh, h *Host) { h.Uplink4 = `en0"` },
+		"is listed twice":            func(_ *Mesh, h *Host) { h.Interfaces[1].Name = "en0" },
+		"is the mesh interface":      func(_ *Mesh, h *Host) { h.Uplink6 = "utun7" },
+		"route ::ffff:0.0.0.0/96 by": func(_ *Mesh, h *Host) { h.Routes[0].Prefix = prefix("::ffff:0:0/96") },
+	} {
+		m, h := picture(0), pictureHost()
+		change(&m, &h)
+		if _, err := Compile(m, h, start); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want an error with %q", err, want)
+		}
+	}
+}
+
+func TestDiff(t *testing.T) {
+	all := compile(t, picture(Incoming|Routing|LAN), pictureHost())
+	names := func(ns []Narrowed) []string {
+		var out []string
+		for _, n := range ns {
+			out = append(out, n.Name+" "+n.Lost.String())
+		}
+		return out
+	}
+	elsewhere := pictureHost()
+	elsewhere.Uplink4 = "en5"
+	for _, tt := range []struct {
+		about     string
+		old, next *Ruleset
+		want      []string
+	}{
+		{"first", nil, all, nil},
+		{"same", all, compile(t, picture(7), pictureHost()), nil},
+		{"wider", compile(t, picture(Routing), pictureHost()), all, nil},
+		{"narrower", all, compile(t, picture(Routing), pictureHost()), []string{"c incoming, lan"}},
+		{"routing takes lan along", all, compile(t, picture(LAN), pictureHost()), []string{"c incoming, routing, lan"}},
+		{"lan alone was nothing", compile(t, picture(LAN), pictureHost()), compile(t, picture(0), pictureHost()), nil},
+		{"uplink moved", all, compile(t, picture(7), elsewhere), []string{"c none", "a none"}},
+	} {
+		if d := cmp.Diff(tt.want, names(Diff(tt.old, tt.next)), cmpopts.EquateEmpty()); d != "" {
+			t.Errorf("%s: %s", tt.about, d)
+		}
+	}
+	gone := picture(7)
+	gone.Peers = gone.Peers[1:]
+	got := Diff(all, compile(t, gone, pictureHost()))
+	if len(got) != 1 || !got[0].Removed || got[0].Lost != 7 || !slices.Contains(got[0].Addresses, addr("100.64.0.3")) {
+		t.Errorf("removed peer: %+v", got)
+	}
+}
+
+func TestReadHost(t *testing.T) {
+	h, err := ReadHost(strings.NewReader(`{"interface":"utun7","uplink":"en0","forwarding":{"ipv4":true,"ipv6":true},
+		"interfaces":[{"name":"en0","addresses":["203.0.113.1/24","2001:db8:1::1/64"]}],
+		"routes":[{"prefix":"198.18.0.0/16","interface":"utun3"}]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Host{
+		Interface: "utun7", Uplink4: "en0", Forwarding: Families{true, true},
+		Interfaces: []Interface{{"en0", prefixes("203.0.113.1/24", "2001:db8:1::1/64")}},
+		Routes:     []Route{{prefix("198.18.0.0/16"), "utun3"}},
+	}
+	if d := cmp.Diff(want, h, cmpopts.EquateComparable(netip.Prefix{})); d != "" {
+		t.Error(d)
+	}
+	for text, want := range map[string]string{
+		`{"interface":"utun7"} {}`:         "something follows",
+		`{"interface":"utun7","uplnk":""}`: "unknown field",
+		`{"interface":7}`:                  "cannot unmarshal",
+		`{}`:                               "mesh interface",
+		strings.Repeat(" ", maxHostFacts) + `{"inter`: "more than",
+	} {
+		if _, err := ReadHost(strings.NewReader(text)); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want an error with %q", err, want)
+		}
+	}
+}
+
+func FuzzReadHost(f *testing.F) {
+	f.Add(`{"interface":"utun7","uplink":"en0","interfaces":[{"name":"en0","addresses":["203.0.113.1/24"]}],"routes":[{"prefix":"0.0.0.0/1","interface":"utun3"}]}`)
+	f.Add(`{"interface":"utun7","routes":[{"prefix":"::/0","interface":"en0"},{"prefix":"2000::/4","interface":"a"}]}`)
+	f.Fuzz(func(t *testing.T, text string) {
+		h, err := ReadHost(strings.NewReader(text))
+		if err != nil {
+			return
+		}
+		// What the door let in compiles, whatever the mesh.
+		if _, err := Compile(picture(7), h, start); err != nil {
+			t.Errorf("facts were read but don't compile: %v", err)
+		}
+	})
+}

@@ -1,0 +1,271 @@
+package policy
+
+import (
+	"encoding/binary"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+)
+
+// world draws a mesh and a host whose addresses are close to each other, so that
+// classes overlap often.
+type world struct {
+	mesh Mesh
+	host Host
+}
+
+func drawWorld(t *rapid.T) world {
+	w := world{
+		mesh: Mesh{
+			Prefixes:  []netip.Prefix{DefaultPrefix4, DefaultPrefix6},
+			Addresses: []netip.Addr{hostA4, hostA6},
+			DNS:       rapid.Bool().Draw(t, "dns"),
+		},
+		host: Host{Interface: "utun7"},
+	}
+	for i := range rapid.IntRange(0, 6).Draw(t, "peers") {
+		w.mesh.Peers = append(w.mesh.Peers, Peer{
+			ID: PeerID{byte(i + 1)}, Name: fmt.Sprint("p", i),
+			Addresses: []netip.Addr{
+				netip.AddrFrom4([4]byte{100, 64, 0, byte(2 + i)}),
+				netip.MustParseAddr(fmt.Sprintf("fd6d:6573:6800::%x", 2+i)),
+			},
+			Grants: grants(Permissions(rapid.IntRange(0, 7).Draw(t, "permissions"))),
+		})
+	}
+	family := func(label string) Families {
+		return Families{rapid.Bool().Draw(t, label+"4"), rapid.Bool().Draw(t, label+"6")}
+	}
+	w.host.Forwarding, w.host.FoundForwarding = family("forwarding"), family("found")
+	for i := range rapid.IntRange(0, 4).Draw(t, "interfaces") {
+		iface := Interface{Name: fmt.Sprint("en", i)}
+		for range rapid.IntRange(0, 3).Draw(t, "addresses") {
+			a := drawAddr(t)
+			if !a.Is4In6() {
+				iface.Addresses = append(iface.Addresses, netip.PrefixFrom(a, rapid.IntRange(1, a.BitLen()).Draw(t, "bits")))
+			}
+		}
+		w.host.Interfaces = append(w.host.Interfaces, iface)
+	}
+	for range rapid.IntRange(0, 4).Draw(t, "routes") {
+		a := drawAddr(t)
+		if !a.Is4In6() {
+			p := netip.PrefixFrom(a, rapid.IntRange(0, a.BitLen()).Draw(t, "bits")).Masked()
+			w.host.Routes = append(w.host.Routes, Route{p, "utun3"})
+		}
+	}
+	uplinks := []string{"", "en0", "en1"}
+	w.host.Uplink4 = rapid.SampledFrom(uplinks).Draw(t, "uplink4")
+	w.host.Uplink6 = rapid.SampledFrom(uplinks).Draw(t, "uplink6")
+	return w
+}
+
+var places = prefixes("100.64.0.0/28", "100.64.0.0/10", "192.168.77.0/24", "10.0.0.0/8", "203.0.113.0/24",
+	"169.254.0.0/16", "127.0.0.0/8", "224.0.0.0/4", "240.0.0.0/4", "0.0.0.0/0",
+	"fd6d:6573:6800::/124", "fd6d:6573:6800::/48", "fc00::/7", "2001:db8:1::/64", "fe80::/10", "ff00::/8",
+	"::ffff:0:0/96", "::/0")
+
+func drawAddr(t *rapid.T) netip.Addr {
+	p := rapid.SampledFrom(places).Draw(t, "place")
+	b := p.Addr().AsSlice()
+	var noise [16]byte
+	binary.LittleEndian.PutUint64(noise[:], rapid.Uint64().Draw(t, "low"))
+	binary.LittleEndian.PutUint64(noise[8:], rapid.Uint64().Draw(t, "high"))
+	for bit := p.Bits(); bit < len(b)*8; bit++ {
+		b[bit/8] |= noise[bit/8] & (0x80 >> (bit % 8))
+	}
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}
+
+func (w world) drawPacket(t *rapid.T) Packet {
+	p := Packet{
+		In:      rapid.SampledFrom([]string{"utun7", "utun7", "utun7", "", "en0", "en1", "utun3", "lo0"}).Draw(t, "in"),
+		Src:     drawAddr(t),
+		Dst:     drawAddr(t),
+		Proto:   rapid.SampledFrom([]uint8{ProtoICMP, ProtoTCP, ProtoUDP, ProtoICMPv6, 47}).Draw(t, "proto"),
+		DstPort: rapid.SampledFrom([]uint16{53, 443}).Draw(t, "port"),
+		// Echo, errors and redirects of both families.
+		ICMPType:  rapid.SampledFrom([]uint8{8, 128, 3, 1, 2, 11, 12, 4, 5, 137}).Draw(t, "type"),
+		Malformed: rapid.IntRange(0, 19).Draw(t, "malformed") == 0,
+	}
+	if n := len(w.mesh.Peers); n > 0 && rapid.IntRange(0, 9).Draw(t, "honest") > 0 {
+		p.Src = w.mesh.Peers[rapid.IntRange(0, n-1).Draw(t, "peer")].Addresses[rapid.IntRange(0, 1).Draw(t, "family")]
+	}
+	return p
+}
+
+func mustCompile(t *rapid.T, w world) *Ruleset {
+	r, err := Compile(w.mesh, w.host, start)
+	if err != nil {
+		t.Fatalf("compile: %v", err)
+	}
+	return r
+}
+
+// TestNoPeerReachesAPeer is the picture that must never leak.
+func TestNoPeerReachesAPeer(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		w := drawWorld(t)
+		r := mustCompile(t, w)
+		for range 20 {
+			p := w.drawPacket(t)
+			v := r.Decide(p)
+			if p.In != "" && p.In != "lo0" && v.Pass && v.Exit == ExitMesh {
+				t.Fatalf("%+v leaves by the mesh: %+v", p, v)
+			}
+			if _, ok := r.PeerByAddr(p.Dst); ok && v.Pass && v.Rule != RuleHostToPeer {
+				t.Fatalf("%+v reaches a peer: %+v", p, v)
+			}
+		}
+	})
+}
+
+// TestClassIsFirstThatFits compares the one-lookup table with the table of
+// POLICY.md written out as a search through its lines.
+func TestClassIsFirstThatFits(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		r := mustCompile(t, drawWorld(t))
+		s := r.Sets()
+		for range 20 {
+			dst := drawAddr(t)
+			want := Internet
+			for _, line := range []struct {
+				class Class
+				set   []netip.Prefix
+			}{{OnLAN, s.LAN}, {InMesh, s.Mesh}, {InMesh, s.Peers}, {Self, s.Self}, {Martian, s.Martians}} {
+				for _, p := range line.set {
+					if p.Contains(dst) {
+						want = line.class
+					}
+				}
+			}
+			if got := r.Class(dst); got != want {
+				t.Fatalf("%v is %v, want %v", dst, got, want)
+			}
+		}
+	})
+}
+
+func TestLANWithoutRoutingChangesNothing(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		w := drawWorld(t)
+		for i := range w.mesh.Peers {
+			w.mesh.Peers[i].Grants.Routing.Allowed = false
+			w.mesh.Peers[i].Grants.LAN.Allowed = false
+		}
+		without := mustCompile(t, w)
+		for i := range w.mesh.Peers {
+			w.mesh.Peers[i].Grants.LAN.Allowed = rapid.Bool().Draw(t, "lan")
+		}
+		with := mustCompile(t, w)
+		for range 20 {
+			p := w.drawPacket(t)
+			if a, b := without.Decide(p), with.Decide(p); a != b {
+				t.Fatalf("%+v: %+v without lan, %+v with", p, a, b)
+			}
+		}
+	})
+}
+
+// TestNarrowing checks that taking a permission away never lets more pass, and
+// that Diff names the peer of everything that passes no longer, whatever changed.
+func TestNarrowing(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		w := drawWorld(t)
+		old := mustCompile(t, w)
+		fewer := w
+		fewer.mesh = w.mesh.clone()
+		for i := range fewer.mesh.Peers {
+			keep := Permissions(rapid.IntRange(0, 7).Draw(t, "keep"))
+			fewer.mesh.Peers[i].Grants = grants(w.mesh.Peers[i].Grants.At(start) & keep)
+		}
+		next := mustCompile(t, fewer)
+		diffNames(t, w, old, next, true)
+
+		other := drawWorld(t)
+		diffNames(t, w, old, mustCompile(t, other), false)
+	})
+}
+
+func diffNames(t *rapid.T, w world, old, next *Ruleset, onlyNarrower bool) {
+	narrowed := map[PeerID]bool{}
+	for _, n := range Diff(old, next) {
+		narrowed[n.ID] = true
+	}
+	for range 20 {
+		p := w.drawPacket(t)
+		was, is := old.Decide(p), next.Decide(p)
+		if onlyNarrower && is.Pass && !was.Pass {
+			t.Fatalf("%+v: narrowing opened it: %+v, was %+v", p, is, was)
+		}
+		if was.Pass && !is.Pass && was.Peer >= 0 && !narrowed[old.Peers()[was.Peer].ID] {
+			t.Fatalf("%+v: passed and doesn't now (%v), but Diff doesn't name %s", p, is.Rule, old.Peers()[was.Peer].Name)
+		}
+	}
+}
+
+// large is a mesh of n peers on a host that knows many prefixes.
+func large(n, routes int) (Mesh, Host) {
+	m, h := picture(7), pictureHost()
+	rnd := rand.New(rand.NewPCG(1, 2))
+	for i := range n {
+		var id PeerID
+		binary.BigEndian.PutUint32(id[1:], uint32(i+1))
+		m.Peers = append(m.Peers, Peer{
+			ID: id, Name: fmt.Sprint("peer", i), Grants: grants(Permissions(i % 8)),
+			Addresses: []netip.Addr{
+				netip.AddrFrom4([4]byte{100, 65, byte(i >> 8), byte(i)}),
+				netip.MustParseAddr(fmt.Sprintf("fd6d:6573:6800::1:%x", i)),
+			},
+		})
+	}
+	for range routes {
+		a := netip.AddrFrom4([4]byte{byte(1 + rnd.IntN(200)), byte(rnd.Uint32()), byte(rnd.Uint32()), 0})
+		h.Routes = append(h.Routes, Route{netip.PrefixFrom(a, 24), "utun3"})
+	}
+	return m, h
+}
+
+func BenchmarkCompile(b *testing.B) {
+	for _, n := range []int{60, 10_000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			m, h := large(n, 1000)
+			for b.Loop() {
+				if _, err := Compile(m, h, time.Time{}); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+func BenchmarkDecide(b *testing.B) {
+	r := compile(b, func() Mesh { m, _ := large(10_000, 0); return m }(), func() Host { _, h := large(0, 1000); return h }())
+	for name, p := range map[string]Packet{
+		"v4": {In: "utun7", Src: addr("100.65.0.7"), Dst: addr("8.8.8.8"), Proto: ProtoTCP},
+		"v6": {In: "utun7", Src: addr("fd6d:6573:6800::1:7"), Dst: addr("2600::1"), Proto: ProtoTCP},
+	} {
+		if !r.Decide(p).Pass {
+			b.Fatalf("%+v doesn't pass", p)
+		}
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				r.Decide(p)
+			}
+		})
+	}
+}
+
+func TestDecideAllocatesNothing(t *testing.T) {
+	r := compile(t, picture(7), pictureHost())
+	p := Packet{In: "utun7", Src: addr("100.64.0.3"), Dst: addr("8.8.8.8"), Proto: ProtoTCP}
+	if n := testing.AllocsPerRun(100, func() { r.Decide(p); r.DecideReply(p, "en0") }); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
