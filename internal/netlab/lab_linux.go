@@ -1,0 +1,83 @@
+package netlab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// Lab is a set of hosts. Its methods may be called from any goroutine.
+type Lab struct {
+	dir    string
+	ctx    context.Context // ends when the lab closes
+	cancel context.CancelFunc
+	run    errgroup.Group // every goroutine of the lab
+
+	mu      sync.Mutex
+	hosts   []*Host
+	closers []func() error // undone last in, first out
+	closed  bool
+}
+
+// New returns a lab without hosts. Its files (logs, programs' state) lie in a
+// temporary directory that Close removes.
+func New() (*Lab, error) {
+	if err := Unavailable(); err != nil {
+		return nil, err
+	}
+	dir, err := os.MkdirTemp("", "netlab-")
+	if err != nil {
+		return nil, fmt.Errorf("make lab directory: %w", err)
+	}
+	l := &Lab{dir: dir}
+	l.ctx, l.cancel = context.WithCancel(context.Background())
+	return l, nil
+}
+
+// Dir is a directory that every host sees, and that is gone after Close.
+func (l *Lab) Dir() string { return l.dir }
+
+// Close stops every program, closes every socket and takes the hosts away.
+// A second call does nothing.
+func (l *Lab) Close() error {
+	l.mu.Lock()
+	if l.closed {
+		l.mu.Unlock()
+		return nil
+	}
+	l.closed = true
+	closers, hosts := l.closers, l.hosts
+	l.mu.Unlock()
+
+	l.cancel()
+	var errs []error
+	for i := len(closers) - 1; i >= 0; i-- {
+		errs = append(errs, closers[i]())
+	}
+	for _, h := range hosts {
+		h.leave()
+	}
+	errs = append(errs, l.run.Wait())
+	for _, h := range hosts {
+		h.release()
+	}
+	errs = append(errs, os.RemoveAll(l.dir))
+	return errors.Join(errs...)
+}
+
+// onClose has f run when the lab closes, before the hosts go.
+func (l *Lab) onClose(f func() error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closers = append(l.closers, f)
+}
+
+// file returns the path of a file of a host in the lab's directory.
+func (l *Lab) file(h *Host, name string) string {
+	return filepath.Join(l.dir, h.Name+"-"+name)
+}

@@ -1,0 +1,199 @@
+package netlab
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Port is one end of a link between two hosts.
+type Port struct {
+	Host  *Host          // required
+	Name  string         // required: the interface's name, at most 15 bytes
+	MAC   string         // optional: makes the link-local and advertised addresses predictable
+	Addrs []netip.Prefix // optional: addresses with the length of their network
+}
+
+// Link joins two hosts by virtual Ethernet, gives both ends their addresses and
+// sets them up. The MTU is Ethernet's 1500 bytes.
+func (l *Lab) Link(a, b Port) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = a.Name
+	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: b.Name, PeerNamespace: netlink.NsFd(b.Host.netFD)}
+	var err error
+	if veth.HardwareAddr, err = parseMAC(a.MAC); err != nil {
+		return err
+	}
+	if veth.PeerHardwareAddr, err = parseMAC(b.MAC); err != nil {
+		return err
+	}
+	if err := a.Host.nl.LinkAdd(veth); err != nil {
+		return fmt.Errorf("link %s:%s to %s:%s: %w", a.Host.Name, a.Name, b.Host.Name, b.Name, err)
+	}
+	for _, p := range []Port{a, b} {
+		if err := p.Host.SetUp(p.Name, true); err != nil {
+			return err
+		}
+		for _, addr := range p.Addrs {
+			if err := p.Host.AddAddr(p.Name, addr); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func parseMAC(s string) (net.HardwareAddr, error) {
+	if s == "" {
+		return nil, nil
+	}
+	return net.ParseMAC(s)
+}
+
+// Netlink is a route netlink handle of the host, for what the methods here don't
+// do. It belongs to the lab.
+func (h *Host) Netlink() *netlink.Handle { return h.nl }
+
+func (h *Host) link(name string) (netlink.Link, error) {
+	link, err := h.nl.LinkByName(name)
+	if err != nil {
+		return nil, fmt.Errorf("find interface %s of %s: %w", name, h.Name, err)
+	}
+	return link, nil
+}
+
+// SetUp sets an interface up or down.
+func (h *Host) SetUp(name string, up bool) error {
+	link, err := h.link(name)
+	if err != nil {
+		return err
+	}
+	set := h.nl.LinkSetDown
+	if up {
+		set = h.nl.LinkSetUp
+	}
+	if err := set(link); err != nil {
+		return fmt.Errorf("set interface %s of %s up=%t: %w", name, h.Name, up, err)
+	}
+	return nil
+}
+
+// SetMTU sets the largest packet of an interface, in bytes.
+func (h *Host) SetMTU(name string, mtu int) error {
+	link, err := h.link(name)
+	if err != nil {
+		return err
+	}
+	if err := h.nl.LinkSetMTU(link, mtu); err != nil {
+		return fmt.Errorf("set MTU of %s of %s to %d: %w", name, h.Name, mtu, err)
+	}
+	return nil
+}
+
+// AddAddr gives an interface an address, which can be used at once.
+func (h *Host) AddAddr(name string, p netip.Prefix) error {
+	link, err := h.link(name)
+	if err != nil {
+		return err
+	}
+	addr := &netlink.Addr{IPNet: ipNet(p), Flags: unix.IFA_F_NODAD}
+	if err := h.nl.AddrAdd(link, addr); err != nil {
+		return fmt.Errorf("add address %s to %s of %s: %w", p, name, h.Name, err)
+	}
+	return nil
+}
+
+// DelAddr takes an address from an interface.
+func (h *Host) DelAddr(name string, p netip.Prefix) error {
+	link, err := h.link(name)
+	if err != nil {
+		return err
+	}
+	if err := h.nl.AddrDel(link, &netlink.Addr{IPNet: ipNet(p)}); err != nil {
+		return fmt.Errorf("delete address %s of %s of %s: %w", p, name, h.Name, err)
+	}
+	return nil
+}
+
+// Route is a route of a host's main table.
+type Route struct {
+	To   netip.Prefix // required
+	Via  netip.Addr   // optional: the gateway; none for a network on the link
+	Link string       // optional: needed without a gateway, or with a link-local one
+}
+
+// AddRoute adds a route, or replaces the one to the same prefix.
+func (h *Host) AddRoute(r Route) error {
+	route, err := h.route(r)
+	if err != nil {
+		return err
+	}
+	if err := h.nl.RouteReplace(route); err != nil {
+		return fmt.Errorf("add route to %s via %s %s on %s: %w", r.To, r.Via, r.Link, h.Name, err)
+	}
+	return nil
+}
+
+// DelRoute deletes a route.
+func (h *Host) DelRoute(r Route) error {
+	route, err := h.route(r)
+	if err != nil {
+		return err
+	}
+	if err := h.nl.RouteDel(route); err != nil {
+		return fmt.Errorf("delete route to %s on %s: %w", r.To, h.Name, err)
+	}
+	return nil
+}
+
+func (h *Host) route(r Route) (*netlink.Route, error) {
+	route := &netlink.Route{Dst: ipNet(r.To.Masked())}
+	if r.Via.IsValid() {
+		route.Gw = r.Via.AsSlice()
+	} else if r.To.Addr().Is4() {
+		route.Scope = netlink.SCOPE_LINK
+	}
+	if r.Link != "" {
+		link, err := h.link(r.Link)
+		if err != nil {
+			return nil, err
+		}
+		route.LinkIndex = link.Attrs().Index
+	}
+	return route, nil
+}
+
+// Addrs lists the global and private addresses of an interface, IPv4 first.
+// Link-local ones are left out.
+func (h *Host) Addrs(name string) ([]netip.Prefix, error) {
+	link, err := h.link(name)
+	if err != nil {
+		return nil, err
+	}
+	var all []netip.Prefix
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		addrs, err := h.nl.AddrList(link, family)
+		if err != nil {
+			return nil, fmt.Errorf("list addresses of %s of %s: %w", name, h.Name, err)
+		}
+		for _, a := range addrs {
+			if p := prefixOf(a.IPNet); !p.Addr().IsLinkLocalUnicast() {
+				all = append(all, p)
+			}
+		}
+	}
+	return all, nil
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
+
+func prefixOf(n *net.IPNet) netip.Prefix {
+	addr, _ := netip.AddrFromSlice(n.IP)
+	bits, _ := n.Mask.Size()
+	return netip.PrefixFrom(addr.Unmap(), bits)
+}

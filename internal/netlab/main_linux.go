@@ -1,0 +1,97 @@
+package netlab
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"runtime"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// userNamespaceEnv tells a process about the user namespace that Main made for
+// it: "inside" once it runs there, "force" to make one although it isn't needed.
+const userNamespaceEnv = "NETLAB_USERNS"
+
+// A goroutine that stays locked to its thread takes the thread with it when it
+// ends, and that is how threads that entered a host are discarded. The first
+// thread can't be discarded: it would stay in the host, and keep its namespaces
+// alive. So it is kept for the main goroutine.
+func init() { runtime.LockOSThread() }
+
+// Main runs a program that uses hosts and returns its exit status. Where
+// namespaces need more rights than the process has, the program is started again
+// as root of a user namespace of its own. A test package uses it as
+//
+//	func TestMain(m *testing.M) { os.Exit(netlab.Main(m.Run)) }
+func Main(run func() int) int {
+	state := os.Getenv(userNamespaceEnv)
+	if state != "inside" && (state == "force" || Unavailable() != nil) {
+		status, err := runInUserNamespace()
+		if err == nil {
+			return status
+		}
+		fmt.Fprintf(os.Stderr, "netlab: no user namespace: %v\n", err)
+	}
+	defer func() {
+		if dir, err := buildDir(); err == nil {
+			os.RemoveAll(dir)
+		}
+	}()
+	return run()
+}
+
+// runInUserNamespace starts this program again, as root of a new user namespace,
+// and returns its exit status. Signals are handed on. The calling thread is the
+// main one, so the child's parent-death signal means the death of the process.
+func runInUserNamespace() (int, error) {
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Args[0] = os.Args[0]
+	cmd.Env = append(os.Environ(), userNamespaceEnv+"=inside")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags:  unix.CLONE_NEWUSER,
+		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}},
+		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}},
+		Pdeathsig:   unix.SIGKILL,
+	}
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGQUIT)
+	if err := cmd.Start(); err != nil {
+		signal.Stop(signals)
+		return 0, err
+	}
+	exited := make(chan error, 1)
+	go func() { exited <- cmd.Wait() }()
+	for {
+		select {
+		case s := <-signals:
+			cmd.Process.Signal(s)
+		case <-exited:
+			return cmd.ProcessState.ExitCode(), nil
+		}
+	}
+}
+
+// Unavailable says why no hosts can be made by this process; nil where they can.
+func Unavailable() error {
+	tun, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
+	if err != nil {
+		return fmt.Errorf("open TUN device: %w", err)
+	}
+	tun.Close()
+	tried := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread goes with the namespace
+		tried <- unix.Unshare(unix.CLONE_NEWNET | unix.CLONE_NEWNS)
+	}()
+	if err := <-tried; errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("make network namespace without root or user namespaces: %w", err)
+	} else if err != nil {
+		return fmt.Errorf("make network namespace: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,8 @@
+package netlab
+
+import (
+	"os"
+	"testing"
+)
+
+func TestMain(m *testing.M) { os.Exit(Main(m.Run)) }

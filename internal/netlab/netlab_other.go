@@ -1,0 +1,16 @@
+//go:build !linux
+
+package netlab
+
+import (
+	"fmt"
+	"runtime"
+)
+
+// Main runs a program that would use hosts; here there are none.
+func Main(run func() int) int { return run() }
+
+// Unavailable says why no hosts can be made by this process.
+func Unavailable() error {
+	return fmt.Errorf("make network namespaces: Linux has them, %s doesn't", runtime.GOOS)
+}

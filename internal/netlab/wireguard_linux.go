@@ -1,0 +1,244 @@
+package netlab
+
+import (
+	"bufio"
+	"crypto/ecdh"
+	"crypto/rand"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Tunnel is the stock wireguard-go program running on a host.
+type Tunnel struct {
+	Process *Process
+	Name    string // the interface's name
+	Config  Config
+
+	host *Host
+}
+
+// wireguardStart bounds how long wireguard-go may take to make its interface.
+const wireguardStart = 20 * time.Second
+
+// wireguardGo builds the wireguard-go program from its module, once.
+var wireguardGo = sync.OnceValues(func() (string, error) {
+	return Build("golang.zx2c4.com/wireguard")
+})
+
+// buildDir holds the programs that this process built, until Main returns.
+var buildDir = sync.OnceValues(func() (string, error) { return os.MkdirTemp("", "netlab-build-") })
+
+// Build builds a program from a package that this module can name, and returns
+// the file. It is gone when Main returns. The working directory must be in the
+// module.
+func Build(pkg string) (string, error) {
+	dir, err := buildDir()
+	if err != nil {
+		return "", fmt.Errorf("make directory for %s: %w", pkg, err)
+	}
+	file := filepath.Join(dir, path.Base(pkg))
+	cmd := exec.Command("go", "build", "-o", file, pkg)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build %s: %w\n%s", pkg, err, out)
+	}
+	return file, nil
+}
+
+// NewKey makes a private key and its public key.
+func NewKey() (private, public Key, err error) {
+	k, err := ecdh.X25519().GenerateKey(rand.Reader)
+	if err != nil {
+		return Key{}, Key{}, fmt.Errorf("make WireGuard key: %w", err)
+	}
+	return Key(k.Bytes()), Key(k.PublicKey().Bytes()), nil
+}
+
+// WireGuard starts wireguard-go on the host and configures it as wg-quick(8)
+// would from the text: keys and peers, addresses, MTU, and routes to what the
+// peers may send. The endpoint keeps the route that it has. DNS servers are not
+// used. name is the interface's.
+func (h *Host) WireGuard(name, text string) (*Tunnel, error) {
+	t, err := h.startWireGuard(name, text)
+	if err != nil {
+		return nil, fmt.Errorf("set up WireGuard on %s: %w", h.Name, err)
+	}
+	return t, nil
+}
+
+func (h *Host) startWireGuard(name, text string) (*Tunnel, error) {
+	config, err := ParseConfig(text)
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	program, err := wireguardGo()
+	if err != nil {
+		return nil, err
+	}
+	p, err := h.Start([]string{"LOG_LEVEL=error"}, program, "-f", name)
+	if err != nil {
+		return nil, err
+	}
+	t := &Tunnel{Process: p, Name: name, Config: config, host: h}
+	if err := t.waitUntilUp(); err != nil {
+		return nil, err
+	}
+	if _, err := t.uapi("set=1\n" + config.uapi()); err != nil {
+		return nil, err
+	}
+	return t, t.address()
+}
+
+// waitUntilUp returns once the program answers on its socket.
+func (t *Tunnel) waitUntilUp() error {
+	deadline := time.Now().Add(wireguardStart)
+	for {
+		_, err := t.uapi("get=1\n")
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-t.Process.Done():
+			return fmt.Errorf("wireguard-go ended: %s", t.Process.Output())
+		case <-time.After(5 * time.Millisecond):
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("wait for wireguard-go: %w", err)
+		}
+	}
+}
+
+// uapi sends one request of the configuration protocol and returns the answer.
+func (t *Tunnel) uapi(request string) (map[string]string, error) {
+	var conn net.Conn
+	err := t.host.Do(func() (err error) {
+		conn, err = net.Dial("unix", "/var/run/wireguard/"+t.Name+".sock")
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(wireguardStart))
+	if _, err := conn.Write([]byte(request + "\n")); err != nil {
+		return nil, err
+	}
+	answer := map[string]string{}
+	lines := bufio.NewScanner(conn)
+	for lines.Scan() && lines.Text() != "" {
+		name, value, _ := strings.Cut(lines.Text(), "=")
+		answer[name] = value
+	}
+	if answer["errno"] != "0" {
+		return nil, fmt.Errorf("configure wireguard-go: errno %s", answer["errno"])
+	}
+	return answer, lines.Err()
+}
+
+// address gives the interface what the configuration's [Interface] says, and the
+// routes of its allowed IPs.
+func (t *Tunnel) address() error {
+	h := t.host
+	if t.Config.MTU != 0 {
+		if err := h.SetMTU(t.Name, t.Config.MTU); err != nil {
+			return err
+		}
+	}
+	if err := h.SetUp(t.Name, true); err != nil {
+		return err
+	}
+	for _, a := range t.Config.Addresses {
+		if err := h.AddAddr(t.Name, a); err != nil {
+			return err
+		}
+	}
+	for _, p := range t.Config.Peers {
+		if err := h.keepRoute(p.Endpoint.Addr()); err != nil {
+			return err
+		}
+		for _, to := range p.AllowedIPs {
+			if err := t.route(to); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// keepRoute pins the present route to an endpoint, so that the tunnel's own
+// packets don't enter the tunnel.
+func (h *Host) keepRoute(endpoint netip.Addr) error {
+	if !endpoint.IsValid() {
+		return nil
+	}
+	routes, err := h.nl.RouteGet(endpoint.AsSlice())
+	if err != nil || len(routes) == 0 {
+		return fmt.Errorf("find route to endpoint %s: %w", endpoint, err)
+	}
+	link, err := h.nl.LinkByIndex(routes[0].LinkIndex)
+	if err != nil {
+		return fmt.Errorf("find interface of endpoint %s: %w", endpoint, err)
+	}
+	via, _ := netip.AddrFromSlice(routes[0].Gw)
+	return h.AddRoute(Route{To: netip.PrefixFrom(endpoint, endpoint.BitLen()), Via: via.Unmap(), Link: link.Attrs().Name})
+}
+
+// route sends a prefix into the tunnel. A default route becomes two halves,
+// which win over the one that is there without replacing it.
+func (t *Tunnel) route(to netip.Prefix) error {
+	halves := []netip.Prefix{to}
+	if to.Bits() == 0 {
+		upper := netip.MustParseAddr("128.0.0.0")
+		if to.Addr().Is6() {
+			upper = netip.MustParseAddr("8000::")
+		}
+		halves = []netip.Prefix{netip.PrefixFrom(to.Addr(), 1), netip.PrefixFrom(upper, 1)}
+	}
+	for _, p := range halves {
+		if err := t.host.AddRoute(Route{To: p, Link: t.Name}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// SetPeer adds a peer to the running tunnel, or changes it, without routes.
+func (t *Tunnel) SetPeer(p ConfigPeer) error {
+	c := Config{Peers: []ConfigPeer{p}}
+	_, text, _ := strings.Cut(c.uapi(), "replace_peers=true\n")
+	_, err := t.uapi("set=1\n" + text)
+	return err
+}
+
+// LastHandshake is when a peer of the tunnel last completed a handshake; the
+// zero time for never. Only for a tunnel with one peer.
+func (t *Tunnel) LastHandshake() (time.Time, error) {
+	answer, err := t.uapi("get=1\n")
+	if err != nil {
+		return time.Time{}, err
+	}
+	sec, err := strconv.ParseInt(answer["last_handshake_time_sec"], 10, 64)
+	if err != nil || sec == 0 {
+		return time.Time{}, err
+	}
+	nsec, err := strconv.ParseInt(answer["last_handshake_time_nsec"], 10, 64)
+	return time.Unix(sec, nsec), err
+}
+
+// PublicKey is the public key that belongs to a private one.
+func (k Key) PublicKey() Key {
+	private, err := ecdh.X25519().NewPrivateKey(k[:])
+	if err != nil {
+		panic("netlab: 32 bytes are an X25519 key: " + err.Error())
+	}
+	return Key(private.PublicKey().Bytes())
+}
