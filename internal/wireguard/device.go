@@ -1,0 +1,392 @@
+package wireguard
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.zx2c4.com/wireguard/conn"
+	"golang.zx2c4.com/wireguard/device"
+	"golang.zx2c4.com/wireguard/tun"
+)
+
+// MaxKeepalive is the longest persistent keepalive interval that the
+// configuration protocol can carry.
+const MaxKeepalive = 65535 * time.Second
+
+// Peer is how the host reaches one peer. Comparable with Equal.
+type Peer struct {
+	PublicKey PublicKey      // required
+	Addresses Addresses      // required: its allowed IPs, as /32 and /128
+	Endpoint  netip.AddrPort // optional: zero leaves it to what the peer last sent from
+	Keepalive time.Duration  // optional: whole seconds up to MaxKeepalive, zero for none
+}
+
+// validate reports what the device would refuse, or silently misunderstand.
+func (p Peer) validate() error {
+	switch {
+	case p.PublicKey.IsZero():
+		return errors.New("no public key")
+	case !p.Addresses.V4.Is4() || !p.Addresses.V6.Is6() || p.Addresses.V6.Is4In6() || p.Addresses.V6.Zone() != "":
+		return fmt.Errorf("addresses %v are not one IPv4 and one IPv6", p.Addresses.List())
+	case p.Keepalive < 0 || p.Keepalive > MaxKeepalive || p.Keepalive%time.Second != 0:
+		return fmt.Errorf("keepalive %v is not a number of whole seconds from 0 to 65535", p.Keepalive)
+	case p.Endpoint != (netip.AddrPort{}) && (!p.Endpoint.IsValid() || p.Endpoint.Port() == 0):
+		return fmt.Errorf("endpoint %v has no address or no port", p.Endpoint)
+	}
+	return nil
+}
+
+// Options are what NewDevice needs.
+type Options struct {
+	TUN        tun.Device   // required: closed with the Device
+	PrivateKey PrivateKey   // required
+	Logger     *slog.Logger // required
+
+	ListenPort    uint16           // optional: UDP, 0 lets the system choose
+	Bind          conn.Bind        // optional: UDP sockets of the host
+	Now           func() time.Time // optional: time.Now
+	StatsInterval time.Duration    // optional: see Stats, one second
+}
+
+// Device is the WireGuard device of the host: a userspace WireGuard around a
+// tun.Device. All methods may be called concurrently.
+type Device struct {
+	wg  *device.Device
+	own PublicKey
+
+	mu    sync.Mutex // serialises changes, so that peers and owner are what wg holds
+	peers map[PublicKey]Peer
+	owner map[netip.Addr]PublicKey // by allowed IP
+	port  uint16
+
+	// counters of spoofed packets, by the device's own handle for a peer.
+	// Read in the packet path, hence no mutex.
+	spoofed sync.Map // *device.Peer -> *atomic.Uint64
+
+	stats stats
+}
+
+// NewDevice starts a WireGuard device without peers and brings it up: some
+// platforms never report their tunnel device as up, so nobody else would. On
+// an error o.TUN is closed.
+func NewDevice(o Options) (*Device, error) {
+	if o.TUN == nil || o.Logger == nil || o.PrivateKey.IsZero() {
+		return nil, errors.New("start WireGuard: tunnel device, logger and private key are required")
+	}
+	if o.Bind == nil {
+		o.Bind = conn.NewDefaultBind()
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	if o.StatsInterval <= 0 {
+		o.StatsInterval = time.Second
+	}
+	d := &Device{
+		own:   o.PrivateKey.Public(),
+		peers: make(map[PublicKey]Peer),
+		owner: make(map[netip.Addr]PublicKey),
+	}
+	log := &logger{slog: o.Logger, now: o.Now, dropped: d.countSpoofed}
+	d.wg = device.NewDevice(o.TUN, o.Bind, log.device())
+	d.stats = stats{now: o.Now, interval: o.StatsInterval, read: d.readStats}
+	if err := d.start(o); err != nil {
+		d.wg.Close()
+		return nil, fmt.Errorf("start WireGuard: %w", err)
+	}
+	return d, nil
+}
+
+func (d *Device) start(o Options) error {
+	config := "private_key=" + hex.EncodeToString(o.PrivateKey[:]) + "\n" + listenPortLine(o.ListenPort)
+	if err := d.wg.IpcSet(config); err != nil {
+		return err
+	}
+	if err := d.wg.Up(); err != nil {
+		return err
+	}
+	return d.learnPort()
+}
+
+func listenPortLine(port uint16) string {
+	return "listen_port=" + strconv.Itoa(int(port)) + "\n"
+}
+
+// learnPort asks the device which port it listens on. Called while there are
+// no peers, or after the port changed, since the answer lists every peer.
+func (d *Device) learnPort() error {
+	got := newStatsReader()
+	if err := d.wg.IpcGetOperation(got); err != nil {
+		return err
+	}
+	d.port = got.port
+	return nil
+}
+
+// PublicKey returns the host's own public key.
+func (d *Device) PublicKey() PublicKey { return d.own }
+
+// ListenPort returns the UDP port that the device listens on.
+func (d *Device) ListenPort() uint16 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.port
+}
+
+// SetListenPort moves the device to another UDP port; 0 lets the system
+// choose. When the new port can't be had the device goes back to the old one.
+func (d *Device) SetListenPort(port uint16) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if port == d.port && port != 0 {
+		return nil
+	}
+	if err := d.wg.IpcSet(listenPortLine(port)); err != nil {
+		err = fmt.Errorf("listen on UDP port %d: %w", port, err)
+		if back := d.wg.IpcSet(listenPortLine(d.port)); back != nil {
+			return errors.Join(err, fmt.Errorf("go back to UDP port %d: %w", d.port, back))
+		}
+		return err
+	}
+	return d.learnPort()
+}
+
+// Set adds peer, or changes the one with its public key, touching no other
+// peer's session. Repeating a Set does nothing. An endpoint taken back (set to
+// zero) stays in use until the peer sends from another: WireGuard has no way
+// to forget one. Set refuses an address that another peer has, which WireGuard
+// would silently take away from that one.
+func (d *Device) Set(peer Peer) error {
+	if err := peer.validate(); err != nil {
+		return fmt.Errorf("set peer %v: %w", peer.PublicKey, err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.set(peer)
+}
+
+func (d *Device) set(peer Peer) error {
+	// WireGuard takes its own key for a peer without a word and ignores it.
+	if peer.PublicKey == d.own {
+		return fmt.Errorf("set peer %v: that is the host's own key", peer.PublicKey)
+	}
+	for _, a := range peer.Addresses.List() {
+		if owner, ok := d.owner[a]; ok && owner != peer.PublicKey {
+			return fmt.Errorf("set peer %v: address %v belongs to peer %v", peer.PublicKey, a, owner)
+		}
+	}
+	old, known := d.peers[peer.PublicKey]
+	if known && old == peer {
+		return nil
+	}
+	if err := d.wg.IpcSet(peerConfig(old, peer, known)); err != nil {
+		return d.abandon(peer.PublicKey, fmt.Errorf("set peer %v: %w", peer.PublicKey, err))
+	}
+	d.forget(old)
+	d.peers[peer.PublicKey] = peer
+	for _, a := range peer.Addresses.List() {
+		d.owner[a] = peer.PublicKey
+	}
+	d.watchSpoofed(peer.PublicKey)
+	return nil
+}
+
+// abandon removes a peer of which the device took only a part, so that what is
+// known here and what the device holds don't differ.
+func (d *Device) abandon(key PublicKey, cause error) error {
+	if err := d.remove(key); err != nil {
+		return errors.Join(cause, err)
+	}
+	return cause
+}
+
+// peerConfig returns what turns old into peer in the configuration protocol
+// (https://www.wireguard.com/xplatform/): only lines for what differs. Replacing
+// the allowed IPs isn't atomic in the device; in between, the peer's packets
+// are dropped.
+func peerConfig(old, peer Peer, known bool) string {
+	var b strings.Builder
+	b.WriteString("public_key=" + hex.EncodeToString(peer.PublicKey[:]) + "\n")
+	if known {
+		b.WriteString("update_only=true\n")
+	}
+	if peer.Endpoint != old.Endpoint && peer.Endpoint.IsValid() {
+		b.WriteString("endpoint=" + peer.Endpoint.String() + "\n")
+	}
+	if peer.Keepalive != old.Keepalive {
+		b.WriteString("persistent_keepalive_interval=" + strconv.Itoa(int(peer.Keepalive/time.Second)) + "\n")
+	}
+	if peer.Addresses != old.Addresses {
+		b.WriteString("replace_allowed_ips=true\n")
+		for _, a := range peer.Addresses.List() {
+			b.WriteString("allowed_ip=" + netip.PrefixFrom(a, a.BitLen()).String() + "\n")
+		}
+	}
+	return b.String()
+}
+
+// Remove removes the peer with key and ends its session. Removing a peer that
+// isn't there does nothing.
+func (d *Device) Remove(key PublicKey) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if _, ok := d.peers[key]; !ok {
+		return nil
+	}
+	return d.remove(key)
+}
+
+func (d *Device) remove(key PublicKey) error {
+	handle := d.wg.LookupPeer(device.NoisePublicKey(key))
+	// update_only: without it a key that the device doesn't know would be made
+	// a peer first.
+	config := "public_key=" + hex.EncodeToString(key[:]) + "\nupdate_only=true\nremove=true\n"
+	if err := d.wg.IpcSet(config); err != nil {
+		return fmt.Errorf("remove peer %v: %w", key, err)
+	}
+	d.forget(d.peers[key])
+	delete(d.peers, key)
+	if handle != nil {
+		d.spoofed.Delete(handle)
+	}
+	return nil
+}
+
+// forget drops the addresses of a peer from owner.
+func (d *Device) forget(old Peer) {
+	for _, a := range old.Addresses.List() {
+		delete(d.owner, a)
+	}
+}
+
+// Sync makes the device's peers equal to want: removes first, so that an
+// address may move from one peer to another, then adds and changes. Peers that
+// already are as wanted aren't touched. It does all it can and returns the
+// errors joined.
+func (d *Device) Sync(want []Peer) error {
+	var errs []error
+	valid := make([]Peer, 0, len(want))
+	claims := make(map[netip.Addr]PublicKey, 2*len(want))
+	keep := make(map[PublicKey]bool, len(want))
+	for _, p := range want {
+		if err := p.validate(); err != nil {
+			errs = append(errs, fmt.Errorf("set peer %v: %w", p.PublicKey, err))
+			continue
+		}
+		valid, keep[p.PublicKey] = append(valid, p), true
+		for _, a := range p.Addresses.List() {
+			claims[a] = p.PublicKey
+		}
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for key, old := range d.peers {
+		if !keep[key] || claimed(claims, old) {
+			errs = append(errs, d.remove(key))
+		}
+	}
+	for _, p := range valid {
+		errs = append(errs, d.set(p))
+	}
+	return errors.Join(errs...)
+}
+
+// claimed reports whether another peer is to have one of old's addresses. Such
+// a peer is removed and added again: it has to let go of the address before
+// the other can have it, and two may trade theirs.
+func claimed(claims map[netip.Addr]PublicKey, old Peer) bool {
+	return slices.ContainsFunc(old.Addresses.List(), func(a netip.Addr) bool {
+		key, ok := claims[a]
+		return ok && key != old.PublicKey
+	})
+}
+
+// Peers returns what the device was last set to, in no order.
+func (d *Device) Peers() []Peer {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	peers := make([]Peer, 0, len(d.peers))
+	for _, p := range d.peers {
+		peers = append(peers, p)
+	}
+	return peers
+}
+
+// rebindWaits are the pauses between the attempts of Rebind. After a wake from
+// sleep the network needs some seconds until a socket can be bound.
+var rebindWaits = []time.Duration{100 * time.Millisecond, 300 * time.Millisecond, time.Second, 3 * time.Second}
+
+// Rebind opens the UDP sockets again on the same port and sends a keepalive to
+// every peer with a session: for a change of networks or a wake from sleep,
+// after which sockets may be dead or bound to an address that is gone, and
+// peers don't know where the host is now. It tries five times over about five
+// seconds.
+func (d *Device) Rebind(ctx context.Context) error {
+	for attempt := 0; ; attempt++ {
+		err := d.rebindOnce()
+		if err == nil {
+			d.wg.SendKeepalivesToPeersWithCurrentKeypair()
+			return nil
+		}
+		if attempt == len(rebindWaits) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return errors.Join(err, ctx.Err())
+		case <-time.After(rebindWaits[attempt]):
+		}
+	}
+}
+
+// rebindOnce sets the port to what it is, which opens the sockets again. Not by
+// the device's BindUpdate: where that fails it forgets the port, and the next
+// attempt would get another.
+func (d *Device) rebindOnce() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.wg.IpcSet(listenPortLine(d.port)); err != nil {
+		return fmt.Errorf("bind UDP port %d again: %w", d.port, err)
+	}
+	return nil
+}
+
+// Done is closed when the device has ended: by Close, or because its tunnel
+// device died, after which a new Device is needed.
+func (d *Device) Done() <-chan struct{} { return d.wg.Wait() }
+
+// Close ends the device and closes its tunnel device. It may be called again.
+func (d *Device) Close() { d.wg.Close() }
+
+// watchSpoofed starts to count for a peer that may be new in the device.
+func (d *Device) watchSpoofed(key PublicKey) {
+	if handle := d.wg.LookupPeer(device.NoisePublicKey(key)); handle != nil {
+		d.spoofed.LoadOrStore(handle, new(atomic.Uint64))
+	}
+}
+
+// countSpoofed counts a packet that carried another source than the peer's.
+func (d *Device) countSpoofed(handle *device.Peer) {
+	if n, ok := d.spoofed.Load(handle); ok {
+		n.(*atomic.Uint64).Add(1)
+	}
+}
+
+// spoofedBy returns the count of the peer with key.
+func (d *Device) spoofedBy(key PublicKey) uint64 {
+	handle := d.wg.LookupPeer(device.NoisePublicKey(key))
+	if n, ok := d.spoofed.Load(handle); ok {
+		return n.(*atomic.Uint64).Load()
+	}
+	return 0
+}
