@@ -1,0 +1,23 @@
+//go:build unix
+
+package launchd
+
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"syscall"
+)
+
+// Lstat describes the file at path, without following a link.
+func Lstat(path string) (File, error) {
+	fi, err := os.Lstat(path)
+	if err != nil {
+		return File{}, fmt.Errorf("look at file: %w", err)
+	}
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if !ok {
+		return File{}, &fs.PathError{Op: "lstat", Path: path, Err: fs.ErrInvalid}
+	}
+	return File{Path: path, UID: st.Uid, GID: st.Gid, Mode: fi.Mode()}, nil
+}
