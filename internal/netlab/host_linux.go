@@ -22,6 +22,8 @@ type Host struct {
 	// calls are run by the thread that made the namespaces, one at a time. It
 	// lives as long as the host: programs die with the thread that started them.
 	calls chan func()
+
+	witness *witness // set by Serve
 }
 
 // hostDefaults are a host's sysctls before its first interface exists. IPv4

@@ -4,8 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
-	"path/filepath"
 	"sync"
 
 	"golang.org/x/sync/errgroup"
@@ -22,6 +22,8 @@ type Lab struct {
 	hosts   []*Host
 	closers []func() error // undone last in, first out
 	closed  bool
+	number  uint64                                // the last one that next gave out
+	macs    map[*Host]map[string]net.HardwareAddr // of the other ends of links, by interface
 }
 
 // New returns a lab without hosts. Its files (logs, programs' state) lie in a
@@ -34,7 +36,7 @@ func New() (*Lab, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make lab directory: %w", err)
 	}
-	l := &Lab{dir: dir}
+	l := &Lab{dir: dir, macs: map[*Host]map[string]net.HardwareAddr{}}
 	l.ctx, l.cancel = context.WithCancel(context.Background())
 	return l, nil
 }
@@ -77,7 +79,28 @@ func (l *Lab) onClose(f func() error) {
 	l.closers = append(l.closers, f)
 }
 
-// file returns the path of a file of a host in the lab's directory.
-func (l *Lab) file(h *Host, name string) string {
-	return filepath.Join(l.dir, h.Name+"-"+name)
+// next returns a number that this lab hasn't used before.
+func (l *Lab) next() uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.number++
+	return l.number
+}
+
+// neighbour is the hardware address at the other end of a link; a tunnel has none.
+func (l *Lab) neighbour(h *Host, link string) (net.HardwareAddr, bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	mac, ok := l.macs[h][link]
+	return mac, ok
+}
+
+// setNeighbour remembers the hardware address at the other end of a link.
+func (l *Lab) setNeighbour(h *Host, link string, mac net.HardwareAddr) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.macs[h] == nil {
+		l.macs[h] = map[string]net.HardwareAddr{}
+	}
+	l.macs[h][link] = mac
 }

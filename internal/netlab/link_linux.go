@@ -33,7 +33,13 @@ func (l *Lab) Link(a, b Port) error {
 	if err := a.Host.nl.LinkAdd(veth); err != nil {
 		return fmt.Errorf("link %s:%s to %s:%s: %w", a.Host.Name, a.Name, b.Host.Name, b.Name, err)
 	}
-	for _, p := range []Port{a, b} {
+	for _, ends := range [][2]Port{{a, b}, {b, a}} {
+		p, other := ends[0], ends[1]
+		far, err := other.Host.link(other.Name)
+		if err != nil {
+			return err
+		}
+		l.setNeighbour(p.Host, p.Name, far.Attrs().HardwareAddr)
 		if err := p.Host.SetUp(p.Name, true); err != nil {
 			return err
 		}

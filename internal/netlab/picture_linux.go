@@ -158,8 +158,9 @@ func (p *Picture) addLinks() error {
 			return err
 		}
 	}
+	// On lo, so that W never answers a traceroute with them.
 	for _, a := range prefixes("169.254.169.254/32", "fd00:ec2::254/128") {
-		if err := p.W.AddAddr("b0", a); err != nil {
+		if err := p.W.AddAddr("lo", a); err != nil {
 			return err
 		}
 	}

@@ -1,0 +1,363 @@
+package netlab
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// Way is a direction of a flow.
+type Way int
+
+const (
+	// Forth is from the end that opened the flow.
+	Forth Way = iota
+	// Back is from the other end.
+	Back
+)
+
+// String is "forth" or "back".
+func (w Way) String() string { return [...]string{"forth", "back"}[w] }
+
+// FlowOptions say between whom a flow runs.
+type FlowOptions struct {
+	From  *Host         // required: who opens it
+	To    *Host         // required: who has the address
+	Addr  netip.Addr    // required: where it is opened to
+	Proto Proto         // required
+	Every time.Duration // optional: between two packets of each end; 5 ms if 0
+}
+
+// Flow is a flow whose two ends both send by themselves, whatever they hear or
+// are told, until it is stopped. Each packet is numbered and bears the time it was
+// sent, on one clock for both ends, so that it can be said of what arrived when it
+// had been sent. The ping of such a flow is echo requests forth, and back echo
+// replies that nobody asked for (the kernel's own replies aren't counted).
+type Flow struct {
+	options FlowOptions
+	id      uint32
+	epoch   time.Time
+	cancel  context.CancelFunc
+	ctx     context.Context
+	done    sync.WaitGroup
+	ways    [2]wayLog
+}
+
+// Arrival is a packet of a flow that reached the other end.
+type Arrival struct {
+	Number         uint64 // counted by the sender from 1
+	Sent, Received time.Time
+}
+
+// wayLog is what one direction of a flow has seen.
+type wayLog struct {
+	sent     atomic.Uint64
+	mu       sync.Mutex
+	arrivals []Arrival
+	changed  chan struct{}
+}
+
+const (
+	flowMark   = "netlabfl"
+	flowRecord = 40 // bytes: mark, flow, way, number, time
+	firstPort  = 61000
+	flowPorts  = 4000
+)
+
+// Flow starts a flow and returns at once; WaitBothWays says that it runs.
+func (l *Lab) Flow(options FlowOptions) (*Flow, error) {
+	if options.Every == 0 {
+		options.Every = 5 * time.Millisecond
+	}
+	f := &Flow{options: options, id: uint32(l.next()), epoch: time.Now()}
+	f.ctx, f.cancel = context.WithCancel(l.ctx)
+	for i := range f.ways {
+		f.ways[i].changed = make(chan struct{})
+	}
+	start := map[Proto]func() error{ICMP: f.startICMP, TCP: f.startTCP, UDP: f.startUDP}[options.Proto]
+	if err := start(); err != nil {
+		f.cancel()
+		return nil, fmt.Errorf("start %s flow from %s to %s: %w", options.Proto, options.From.Name, options.Addr, err)
+	}
+	l.onClose(func() error {
+		f.Stop()
+		return nil
+	})
+	return f, nil
+}
+
+// Stop ends both ends and returns when they have ended. What arrived stays.
+func (f *Flow) Stop() {
+	f.cancel()
+	f.done.Wait()
+}
+
+// Sent is how many packets an end has sent.
+func (f *Flow) Sent(w Way) uint64 { return f.ways[w].sent.Load() }
+
+// Arrivals are the packets that have arrived, in order of arrival.
+func (f *Flow) Arrivals(w Way) []Arrival {
+	f.ways[w].mu.Lock()
+	defer f.ways[w].mu.Unlock()
+	return slices.Clone(f.ways[w].arrivals)
+}
+
+// SentAfter are the packets that arrived although they were sent after a time.
+func (f *Flow) SentAfter(w Way, when time.Time) []Arrival {
+	return slices.DeleteFunc(f.Arrivals(w), func(a Arrival) bool { return !a.Sent.After(when) })
+}
+
+// Lost is how many packets that were sent until now haven't arrived yet.
+func (f *Flow) Lost(w Way) int {
+	sent := f.Sent(w)
+	return int(sent) - len(f.Arrivals(w))
+}
+
+// WaitBothWays returns once n packets more have arrived in each direction, or with
+// an error when that took longer than the timeout.
+func (f *Flow) WaitBothWays(n int, timeout time.Duration) error {
+	return errors.Join(f.Wait(Forth, n, timeout), f.Wait(Back, n, timeout))
+}
+
+// Wait returns once n packets more have arrived in one direction.
+func (f *Flow) Wait(w Way, n int, timeout time.Duration) error {
+	way := &f.ways[w]
+	first := -1
+	for expired := time.After(timeout); ; {
+		way.mu.Lock()
+		have, changed := len(way.arrivals), way.changed
+		way.mu.Unlock()
+		if first < 0 {
+			first = have
+		}
+		if have-first >= n {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-expired:
+			return fmt.Errorf("wait for %s flow from %s to %s: %d of %d packets came %s in %s",
+				f.options.Proto, f.options.From.Name, f.options.Addr, have-first, n, w, timeout)
+		}
+	}
+}
+
+// send calls write with one record after the other, at the flow's pace. A packet
+// that the kernel refuses counts as sent: the next one may pass.
+func (f *Flow) send(w Way, write func([]byte) error) {
+	tick := time.NewTicker(f.options.Every)
+	defer tick.Stop()
+	for {
+		select {
+		case <-f.ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if err := write(f.record(w)); errors.Is(err, net.ErrClosed) {
+			return
+		}
+		f.ways[w].sent.Add(1)
+	}
+}
+
+// record is the next packet's payload. The time is taken before it is sent, so a
+// record that bears a later time than a change was sent after the change.
+func (f *Flow) record(w Way) []byte {
+	b := make([]byte, flowRecord)
+	copy(b, flowMark)
+	binary.BigEndian.PutUint32(b[8:], f.id)
+	binary.BigEndian.PutUint32(b[12:], uint32(w))
+	binary.BigEndian.PutUint64(b[16:], f.ways[w].sent.Load()+1)
+	binary.BigEndian.PutUint64(b[24:], uint64(time.Since(f.epoch)))
+	return b
+}
+
+// received takes note of a record, if it is one of that direction.
+func (f *Flow) received(w Way, b []byte) bool {
+	if len(b) < flowRecord || string(b[:8]) != flowMark ||
+		binary.BigEndian.Uint32(b[8:]) != f.id || binary.BigEndian.Uint32(b[12:]) != uint32(w) {
+		return false
+	}
+	a := Arrival{
+		Number:   binary.BigEndian.Uint64(b[16:]),
+		Sent:     f.epoch.Add(time.Duration(binary.BigEndian.Uint64(b[24:]))),
+		Received: time.Now(),
+	}
+	way := &f.ways[w]
+	way.mu.Lock()
+	defer way.mu.Unlock()
+	way.arrivals = append(way.arrivals, a)
+	close(way.changed)
+	way.changed = make(chan struct{})
+	return true
+}
+
+// run starts a part of the flow; closing ends the part's sockets.
+func (f *Flow) run(part func()) {
+	f.done.Add(1)
+	f.options.From.lab.run.Go(func() error {
+		defer f.done.Done()
+		part()
+		return nil
+	})
+}
+
+// closeAtEnd closes a socket when the flow stops.
+func (f *Flow) closeAtEnd(c io.Closer) { context.AfterFunc(f.ctx, func() { c.Close() }) }
+
+func (f *Flow) port() uint16 { return uint16(firstPort + uint64(f.id)%flowPorts) }
+
+func (f *Flow) startUDP() error {
+	at := netip.AddrPortFrom(f.options.Addr, f.port())
+	var near, far *net.UDPConn
+	if err := f.options.To.Do(func() (err error) {
+		far, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(at))
+		return err
+	}); err != nil {
+		return err
+	}
+	f.closeAtEnd(far)
+	if err := f.options.From.Do(func() (err error) {
+		near, err = net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(at))
+		return err
+	}); err != nil {
+		return err
+	}
+	f.closeAtEnd(near)
+
+	f.run(func() { f.send(Forth, func(b []byte) error { return wrote(near.Write(b)) }) })
+	f.run(func() {
+		f.receiveUDP(near, Back, nil)
+	})
+	f.run(func() {
+		learned := make(chan netip.AddrPort, 1)
+		f.run(func() {
+			select {
+			case from := <-learned:
+				f.send(Back, func(b []byte) error { return wrote(far.WriteToUDPAddrPort(b, from)) })
+			case <-f.ctx.Done():
+			}
+		})
+		f.receiveUDP(far, Forth, learned)
+	})
+	return nil
+}
+
+// wrote is the error of a write.
+func wrote(_ int, err error) error { return err }
+
+// receiveUDP reads until the flow stops, and hands on where the first record came
+// from.
+func (f *Flow) receiveUDP(conn *net.UDPConn, w Way, learned chan<- netip.AddrPort) {
+	buf := make([]byte, 2048)
+	for f.ctx.Err() == nil {
+		n, from, err := conn.ReadFromUDPAddrPort(buf)
+		if err != nil {
+			continue // an ICMP error; or closed, and then the context says so
+		}
+		if f.received(w, buf[:n]) && learned != nil {
+			learned <- from
+			learned = nil
+		}
+	}
+}
+
+func (f *Flow) startTCP() error {
+	at := netip.AddrPortFrom(f.options.Addr, f.port())
+	var listener *net.TCPListener
+	if err := f.options.To.Do(func() (err error) {
+		listener, err = net.ListenTCP("tcp", net.TCPAddrFromAddrPort(at))
+		return err
+	}); err != nil {
+		return err
+	}
+	f.closeAtEnd(listener)
+	f.run(func() {
+		if conn, err := listener.AcceptTCP(); err == nil {
+			f.runTCP(conn, Back, Forth)
+		}
+	})
+	f.run(func() {
+		var conn net.Conn
+		err := f.options.From.Do(func() (err error) {
+			dialer := net.Dialer{Timeout: PassWait}
+			conn, err = dialer.DialContext(f.ctx, "tcp", at.String())
+			return err
+		})
+		if err == nil {
+			f.runTCP(conn.(*net.TCPConn), Forth, Back)
+		}
+	})
+	return nil
+}
+
+// runTCP sends and receives on one end. Records keep their size, so the stream
+// falls into them again.
+func (f *Flow) runTCP(conn *net.TCPConn, out, in Way) {
+	conn.SetLinger(0)
+	f.closeAtEnd(conn)
+	f.run(func() { f.send(out, func(b []byte) error { return wrote(conn.Write(b)) }) })
+	buf := make([]byte, flowRecord)
+	for {
+		if _, err := io.ReadFull(conn, buf); err != nil {
+			return
+		}
+		f.received(in, buf)
+	}
+}
+
+func (f *Flow) startICMP() error {
+	near, err := f.options.From.openICMP(f.options.Addr, netip.Addr{})
+	if err != nil {
+		return err
+	}
+	f.closeAtEnd(near)
+	far, err := f.options.To.openICMP(f.options.Addr, f.options.Addr)
+	if err != nil {
+		return err
+	}
+	f.closeAtEnd(far)
+	f.run(func() {
+		seq := uint16(0)
+		f.send(Forth, func(b []byte) error {
+			seq++
+			return near.echo(f.options.Addr, f.port(), seq, b)
+		})
+	})
+	f.run(func() { f.receiveICMP(near, Back, icmpMessage.isReply, nil) })
+	learned := make(chan icmpMessage, 1)
+	f.run(func() { f.receiveICMP(far, Forth, icmpMessage.isRequest, learned) })
+	f.run(func() {
+		select {
+		case to := <-learned:
+			seq := uint16(1 << 15)
+			f.send(Back, func(b []byte) error {
+				seq++
+				return far.reply(to.from, to.id, seq, b)
+			})
+		case <-f.ctx.Done():
+		}
+	})
+	return nil
+}
+
+func (f *Flow) receiveICMP(conn *icmpConn, w Way, want func(icmpMessage) bool, learned chan<- icmpMessage) {
+	for f.ctx.Err() == nil {
+		m, err := conn.read()
+		if err != nil {
+			continue
+		}
+		if want(m) && f.received(w, m.body) && learned != nil {
+			learned <- m
+			learned = nil
+		}
+	}
+}

@@ -1,0 +1,285 @@
+package netlab
+
+import (
+	"bytes"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// nftables attribute types that a dump has to know (linux/netfilter/nf_tables.h).
+const (
+	tableUse     = 3  // NFTA_TABLE_USE
+	chainUse     = 6  // NFTA_CHAIN_USE
+	chainCounter = 8  // NFTA_CHAIN_COUNTERS
+	ruleExprs    = 4  // NFTA_RULE_EXPRESSIONS
+	elemExpr     = 7  // NFTA_SET_ELEM_EXPR
+	elemExprs    = 11 // NFTA_SET_ELEM_EXPRESSIONS
+	elemExpires  = 5  // NFTA_SET_ELEM_EXPIRATION
+	elemList     = 3  // NFTA_SET_ELEM_LIST_ELEMENTS
+	setName      = 2  // NFTA_SET_NAME
+	objUse       = 5  // NFTA_OBJ_USE
+	objData      = 4  // NFTA_OBJ_DATA
+	nestedFlag   = unix.NLA_F_NESTED
+)
+
+// moving are the expressions whose state changes with each packet.
+var moving = []string{"counter", "quota", "limit", "last", "connlimit"}
+
+// Ruleset is everything that nftables holds on the host, as the kernel dumps it,
+// one line for each table, chain, set, element, object, flow table and rule: bytes
+// in hexadecimal, counters masked. Two equal rulesets have equal lines.
+func (h *Host) Ruleset() ([]string, error) {
+	var conn *netlink.Conn
+	if err := h.Do(func() (err error) {
+		conn, err = netlink.Dial(unix.NETLINK_NETFILTER, nil)
+		return err
+	}); err != nil {
+		return nil, fmt.Errorf("open nftables of %s: %w", h.Name, err)
+	}
+	defer conn.Close()
+	d := dump{conn: conn}
+	d.list("table", unix.NFT_MSG_GETTABLE, map[uint16]bool{tableUse: true})
+	d.list("chain", unix.NFT_MSG_GETCHAIN, map[uint16]bool{chainUse: true, chainCounter: true})
+	sets := d.list("set", unix.NFT_MSG_GETSET, nil)
+	for _, s := range sets {
+		d.elements(s)
+	}
+	d.list("object", unix.NFT_MSG_GETOBJ, map[uint16]bool{objUse: true, objData: true})
+	d.list("flowtable", unix.NFT_MSG_GETFLOWTABLE, nil)
+	d.list("rule", unix.NFT_MSG_GETRULE, nil)
+	if d.err != nil {
+		return nil, fmt.Errorf("list nftables of %s: %w", h.Name, d.err)
+	}
+	return d.lines, nil
+}
+
+// dump is a ruleset being read; the first error sticks.
+type dump struct {
+	conn  *netlink.Conn
+	lines []string
+	err   error
+}
+
+// get asks for all objects of a kind; payload selects some.
+func (d *dump) get(kind int, family byte, payload []byte) []netlink.Message {
+	if d.err != nil {
+		return nil
+	}
+	request := netlink.Message{
+		Header: netlink.Header{
+			Type:  netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | kind),
+			Flags: netlink.Request | netlink.Dump,
+		},
+		Data: append([]byte{family, unix.NFNETLINK_V0, 0, 0}, payload...),
+	}
+	messages, err := d.conn.Execute(request)
+	if err != nil {
+		d.err = fmt.Errorf("get kind %d: %w", kind, err)
+	}
+	return messages
+}
+
+// list adds a line for each object of a kind and returns what was dumped.
+func (d *dump) list(what string, kind int, masked map[uint16]bool) []netlink.Message {
+	messages := d.get(kind, unix.NFPROTO_UNSPEC, nil)
+	for _, m := range messages {
+		d.line(what, m, func(a netlink.Attribute) (string, bool) {
+			switch {
+			case masked[a.Type]:
+				return "*", true
+			case what == "rule" && a.Type == ruleExprs:
+				return d.expressions(a.Data), true
+			}
+			return "", false
+		})
+	}
+	return messages
+}
+
+// line prints an object: its family, and its attributes. show may print one.
+func (d *dump) line(what string, m netlink.Message, show func(netlink.Attribute) (string, bool)) {
+	if d.err != nil || len(m.Data) < 4 {
+		return
+	}
+	words := []string{what, fmt.Sprintf("family %d", m.Data[0])}
+	for _, a := range d.attributes(m.Data[4:]) {
+		value, ok := show(a)
+		if !ok {
+			value = printBytes(a.Data)
+		}
+		words = append(words, fmt.Sprintf("%d:%s", a.Type, value))
+	}
+	d.lines = append(d.lines, strings.Join(words, " "))
+}
+
+// attributes splits bytes into attributes, without the flag that some kernels set.
+func (d *dump) attributes(b []byte) []netlink.Attribute {
+	attrs, err := netlink.UnmarshalAttributes(b)
+	if err != nil && d.err == nil {
+		d.err = err
+	}
+	for i := range attrs {
+		attrs[i].Type &^= nestedFlag
+	}
+	return attrs
+}
+
+// elements lists a set's elements in the order of their bytes: the kernel's order
+// is that of a hash.
+func (d *dump) elements(set netlink.Message) {
+	var payload []byte
+	var name string
+	for _, a := range d.attributes(set.Data[4:]) {
+		if a.Type == 1 || a.Type == setName { // NFTA_SET_TABLE, and both again in the request
+			b, err := netlink.MarshalAttributes([]netlink.Attribute{{Type: a.Type, Data: a.Data}})
+			if err != nil {
+				d.err = err
+				return
+			}
+			payload = append(payload, b...)
+			name += " " + printBytes(a.Data)
+		}
+	}
+	var lines []string
+	for _, m := range d.get(unix.NFT_MSG_GETSETELEM, set.Data[0], payload) {
+		for _, a := range d.attributes(m.Data[4:]) {
+			if a.Type != elemList {
+				continue
+			}
+			for _, e := range d.attributes(a.Data) {
+				lines = append(lines, fmt.Sprintf("element family %d%s %s", set.Data[0], name, d.element(e.Data)))
+			}
+		}
+	}
+	slices.Sort(lines)
+	d.lines = append(d.lines, lines...)
+}
+
+func (d *dump) element(b []byte) string {
+	var words []string
+	for _, a := range d.attributes(b) {
+		value := printBytes(a.Data)
+		switch a.Type {
+		case elemExpires:
+			value = "*"
+		case elemExpr:
+			value = d.expression(a.Data)
+		case elemExprs:
+			value = d.expressions(a.Data)
+		}
+		words = append(words, fmt.Sprintf("%d:%s", a.Type, value))
+	}
+	return strings.Join(words, " ")
+}
+
+func (d *dump) expressions(b []byte) string {
+	var words []string
+	for _, a := range d.attributes(b) {
+		words = append(words, d.expression(a.Data))
+	}
+	return "{" + strings.Join(words, " ") + "}"
+}
+
+// expression prints NFTA_EXPR_NAME and NFTA_EXPR_DATA.
+func (d *dump) expression(b []byte) string {
+	var name, data string
+	for _, a := range d.attributes(b) {
+		if a.Type == 1 {
+			name = printBytes(a.Data)
+		} else {
+			data = printBytes(a.Data)
+		}
+	}
+	if slices.Contains(moving, strings.Trim(name, `"`)) {
+		data = "*"
+	}
+	return name + "=" + data
+}
+
+// printBytes shows a name as a name and everything else in hexadecimal.
+func printBytes(b []byte) string {
+	if text, ok := bytes.CutSuffix(b, []byte{0}); ok && len(text) > 0 {
+		printable := !slices.ContainsFunc(text, func(c byte) bool { return c < ' ' || c > '~' })
+		if printable {
+			return fmt.Sprintf("%q", text)
+		}
+	}
+	return fmt.Sprintf("%x", b)
+}
+
+// nft changes the host's ruleset in one transaction.
+func (h *Host) nft(change func(*nftables.Conn)) error {
+	return h.Do(func() error {
+		c, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		change(c)
+		return c.Flush()
+	})
+}
+
+// InstallForeignTable loads a table that belongs to somebody else, with what a
+// careless program could disturb: a set with elements, a counter, chains on
+// several hooks. It decides nothing.
+func (h *Host) InstallForeignTable() error {
+	err := h.nft(func(c *nftables.Conn) {
+		table := c.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: "somebody"})
+		set := &nftables.Set{Table: table, Name: "ports", KeyType: nftables.TypeInetService}
+		_ = c.AddSet(set, []nftables.SetElement{{Key: []byte{0, 22}}, {Key: []byte{1, 187}}})
+		for name, hook := range map[string]*nftables.ChainHook{
+			"in": nftables.ChainHookInput, "through": nftables.ChainHookForward, "out": nftables.ChainHookOutput,
+		} {
+			chain := c.AddChain(&nftables.Chain{Name: name, Table: table, Type: nftables.ChainTypeFilter,
+				Hooknum: hook, Priority: nftables.ChainPriorityFilter})
+			c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{
+				&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictAccept}}, UserData: []byte("ours")})
+		}
+	})
+	if err != nil {
+		return fmt.Errorf("install foreign table on %s: %w", h.Name, err)
+	}
+	return nil
+}
+
+// InstallDockerChain loads what Docker does to forwarding: the chain FORWARD of
+// the table "ip filter" (and "ip6 filter") drops what no rule accepts, and only
+// Docker's bridges have rules.
+func (h *Host) InstallDockerChain() error {
+	drop := nftables.ChainPolicyDrop
+	err := h.nft(func(c *nftables.Conn) {
+		for _, family := range []nftables.TableFamily{nftables.TableFamilyIPv4, nftables.TableFamilyIPv6} {
+			table := c.AddTable(&nftables.Table{Family: family, Name: "filter"})
+			chain := c.AddChain(&nftables.Chain{Name: "FORWARD", Table: table, Type: nftables.ChainTypeFilter,
+				Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityFilter, Policy: &drop})
+			c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{
+				&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: 1},
+				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: interfaceName("docker0")},
+				&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictAccept}}})
+		}
+	})
+	if err != nil {
+		return fmt.Errorf("install Docker's chain on %s: %w", h.Name, err)
+	}
+	return nil
+}
+
+// interfaceName is a name as nftables compares it: 16 bytes.
+func interfaceName(name string) []byte { return append([]byte(name), make([]byte, 16-len(name))...) }
+
+// ConntrackCount is how many flows the host's kernel knows.
+func (h *Host) ConntrackCount() (int, error) {
+	text, err := h.Sysctl("net/netfilter/nf_conntrack_count")
+	if err != nil {
+		return 0, err
+	}
+	var n int
+	_, err = fmt.Sscan(text, &n)
+	return n, err
+}

@@ -1,0 +1,182 @@
+package netlab
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"regexp"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// EchoPort is the TCP and UDP port of every host that serves.
+const EchoPort = 7
+
+// serveTimeout bounds a connection to an echo server.
+const serveTimeout = 10 * time.Second
+
+// tokenForm is what a probe carries in its payload: the lab's mark and a number.
+var tokenForm = regexp.MustCompile(`netlab:[0-9a-f]{16}`)
+
+func (l *Lab) token() string { return fmt.Sprintf("netlab:%016x", l.next()) }
+
+// witness remembers which probes came by at a host.
+type witness struct {
+	watch *Watch
+
+	mu   sync.Mutex
+	seen map[string]bool // by token, or by synOf the probe's port
+}
+
+// synOf is what stands for a token in a packet that can't carry one.
+func synOf(port uint16) string { return fmt.Sprintf("syn from %d", port) }
+
+// pick takes note of a packet and keeps none.
+func (w *witness) pick(p Packet) bool {
+	if p.Out {
+		return false
+	}
+	word := string(tokenForm.Find(p.Payload))
+	if p.Proto == protoTCP && p.Flags&(SYN|ACK) == SYN && p.DstPort == EchoPort {
+		word = synOf(p.SrcPort)
+	}
+	if word != "" {
+		w.mu.Lock()
+		w.seen[word] = true
+		w.mu.Unlock()
+	}
+	return false
+}
+
+func (w *witness) saw(token string, port uint16) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.seen[token] || w.seen[synOf(port)]
+}
+
+// Serve starts the host's echo servers on EchoPort of every address, over TCP and
+// UDP, and remembers every probe that any of its interfaces receives. The servers
+// answer with what they got and the address that it came from.
+func (h *Host) Serve() error {
+	if h.witness != nil {
+		return nil
+	}
+	w := &witness{seen: map[string]bool{}}
+	var err error
+	if w.watch, err = h.Watch(w.pick); err != nil {
+		return err
+	}
+	h.witness = w
+	for _, start := range []func() error{h.serveTCP, h.serveUDP} {
+		if err := start(); err != nil {
+			return fmt.Errorf("serve on %s: %w", h.Name, err)
+		}
+	}
+	return nil
+}
+
+func (h *Host) serveTCP() error {
+	var listener *net.TCPListener
+	if err := h.Do(func() (err error) {
+		listener, err = net.ListenTCP("tcp", &net.TCPAddr{Port: EchoPort})
+		return err
+	}); err != nil {
+		return err
+	}
+	h.lab.onClose(listener.Close)
+	h.lab.run.Go(func() error {
+		for {
+			conn, err := listener.AcceptTCP()
+			if err != nil {
+				return nil // closed
+			}
+			h.lab.run.Go(func() error {
+				answerTCP(conn)
+				return nil
+			})
+		}
+	})
+	return nil
+}
+
+// answerTCP answers one line. Who breaks off gets none, and needs none.
+func answerTCP(conn *net.TCPConn) {
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(serveTimeout))
+	word, err := bufio.NewReader(conn).ReadSlice('\n')
+	if err == nil {
+		conn.Write(answer(bytes.TrimSpace(word), conn.RemoteAddr().(*net.TCPAddr).AddrPort()))
+	}
+}
+
+func answer(word []byte, from netip.AddrPort) []byte {
+	return fmt.Appendf(nil, "%s %s\n", word, unmap(from))
+}
+
+func unmap(a netip.AddrPort) netip.AddrPort {
+	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
+}
+
+func (h *Host) serveUDP() error {
+	var conn *net.UDPConn
+	if err := h.Do(func() (err error) {
+		if conn, err = net.ListenUDP("udp", &net.UDPAddr{Port: EchoPort}); err != nil {
+			return err
+		}
+		// Answers leave from the address that was asked, also a mapped IPv4 one.
+		return control(conn, func(fd int) error {
+			return unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, 1)
+		})
+	}); err != nil {
+		return err
+	}
+	h.lab.onClose(conn.Close)
+	h.lab.run.Go(func() error {
+		answerUDP(conn)
+		return nil
+	})
+	return nil
+}
+
+func answerUDP(conn *net.UDPConn) {
+	buf, info := make([]byte, 2048), make([]byte, 256)
+	for {
+		n, size, _, from, err := conn.ReadMsgUDPAddrPort(buf, info)
+		if err != nil {
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			continue // an ICMP error about an earlier answer
+		}
+		conn.WriteMsgUDPAddrPort(answer(buf[:n], from), withoutInterface(info[:size]), from)
+	}
+}
+
+// withoutInterface makes of a received packet information the one for the answer:
+// the same local address, by whatever interface the host's routes say.
+func withoutInterface(info []byte) []byte {
+	const index = unix.SizeofCmsghdr + 16 // of in6_pktinfo: after the address
+	if len(info) >= index+4 {
+		clear(info[index : index+4])
+	}
+	return info
+}
+
+// control runs f with the file descriptor of a connection.
+func control(conn syscall.Conn, f func(fd int) error) error {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var failed error
+	if err := raw.Control(func(fd uintptr) { failed = f(int(fd)) }); err != nil {
+		return err
+	}
+	return failed
+}
