@@ -95,7 +95,7 @@ type Rule struct {
 	StateOptions StateOptions
 
 	Normalize Normalize // what scrub does
-	Pool      *Pool     // where nat, binat and rdr go; nil in the No forms
+	Pool      *Pool     // where nat, binat and rdr go
 }
 
 // A ReturnKind is the way in which a block rule answers.
@@ -117,10 +117,10 @@ type Return struct {
 	Kind ReturnKind
 	// TTL is that of the reset of return-rst (ttl N); 0: the default.
 	TTL uint8
-	// Code and Code6 are the codes of the ICMP and the ICMPv6 unreachable; nil:
-	// port-unr. return-icmp6 (Code6 alone) has Only6.
+	// Code and Code6 are the codes of the ICMP and the ICMPv6 unreachable that
+	// ReturnICMP sends; nil: port-unr. pfctl sends a strange ICMPv6 error when
+	// only Code is given: give both, or the family.
 	Code, Code6 *uint8
-	Only6       bool
 }
 
 // A Log is log with its options.
@@ -276,7 +276,6 @@ type StateOptions struct {
 	Flush          FlushKind
 	MaxSrcNodes    uint32
 	Policy         StatePolicy
-	Sloppy         bool
 	Timeouts       []Timeout
 }
 
@@ -326,17 +325,26 @@ const (
 	RoundRobin
 )
 
-// A Pool is what stands behind -> in nat, binat and rdr.
+// PoolOptions are the words behind a pool's addresses.
+type PoolOptions struct {
+	Kind       PoolKind
+	Key        string // of source-hash; "": chosen by pfctl
+	StaticPort bool   // nat only: keep the source port
+	Sticky     bool   // sticky-address
+	// ExtFilter and ExtMap are Apple's filtering and mapping of UDP through
+	// nat, ei, ad or apd (RFC 4787). Kept, and not written by this package.
+	ExtFilter, ExtMap string
+}
+
+// A Pool is what stands behind -> in nat, binat and rdr. In the No forms it has
+// no addresses.
 type Pool struct {
 	Addrs []Address
-	// Ports: Lo:Hi. Both 0: not written. Hi 0: port Lo alone. For rdr,
-	// Hi PortStar is port lo:*, as many as the rule's range.
+	// PortLo and PortHi are port lo:hi. Both 0: not written. PortHi 0: PortLo
+	// alone. PortStar is port lo:*, as many ports as the rdr rule's range has.
 	PortLo, PortHi uint16
 	PortStar       bool
-	Kind           PoolKind
-	Key            string // of source-hash; "": chosen by pfctl
-	StaticPort     bool
-	Sticky         bool // sticky-address
+	PoolOptions
 }
 
 // A RouteKind is how Route changes a packet's way.
@@ -353,11 +361,8 @@ const (
 // A Route is route-to, reply-to, dup-to or fastroute.
 type Route struct {
 	Kind RouteKind
-	Hops []Hop
-	Pool PoolKind
-	Key  string
-	// Sticky is sticky-address.
-	Sticky bool
+	Hops []Hop // none for fastroute
+	PoolOptions
 }
 
 // A Hop is an interface, perhaps with the address of a router behind it.

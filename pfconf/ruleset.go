@@ -13,6 +13,9 @@ type Ruleset struct {
 // A Statement is one line of a ruleset: [*Macro], [*Option], [*Table], [*Rule],
 // [*Antispoof], [*LoadAnchor] or [*Text].
 type Statement interface {
+	// String returns the statement as text of pf.conf, without a newline at
+	// its end.
+	String() string
 	statement()
 }
 
@@ -47,9 +50,17 @@ type Option struct {
 type Antispoof struct {
 	Quick      bool
 	Log        *Log // nil: not logged
-	Interfaces []InterfaceMatch
+	Interfaces []AntispoofInterface
 	Family     Family
 	Label      string
+	RTable     *uint8
+}
+
+// An AntispoofInterface is an interface of antispoof; Dynamic is (en0), whose
+// addresses are looked up when the packet comes.
+type AntispoofInterface struct {
+	Name    string
+	Dynamic bool
 }
 
 // A LoadAnchor is load anchor "name" from "file". The file is read by pfctl.
@@ -78,6 +89,8 @@ type Interface struct {
 // of a written rule's lists, each list with at most one entry, defaults
 // written out, names of interfaces that stand for addresses resolved.
 type Loaded struct {
+	// Path is the anchor's path; "" is the main ruleset.
+	Path string
 	// Scrub, Nat, Binat, Rdr and Filter are the kernel's five lists of an
 	// anchor, with the anchor calls of the kind between the rules.
 	Scrub  []*Rule
@@ -85,6 +98,8 @@ type Loaded struct {
 	Binat  []*Rule
 	Rdr    []*Rule
 	Filter []*Rule
+	// Dummynet holds the calls of dummynet anchors; nothing runs them.
+	Dummynet []*Rule
 	// Tables are those that come to exist: persistent ones and those that a
 	// rule uses, in the order of their declaration.
 	Tables []*Table

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"testing"
 )
 
@@ -146,9 +147,79 @@ func runVectors(t *testing.T, file string) {
 	}
 }
 
-// judgeParse runs a scenario of the kind parse.
+// A parseWant is what a parse scenario wants.
+type parseWant struct {
+	RC        int `json:"rc"`
+	Canonical *struct {
+		Nat    []string            `json:"nat"`
+		Rules  []string            `json:"rules"`
+		Tables map[string][]string `json:"tables"`
+	} `json:"canonical"`
+}
+
+// judgeParse runs a scenario of the kind parse. What is accepted must also print
+// as text that means the same.
 func judgeParse(j *judge, s *scenario) {
-	j.t.Fatalf("%s: parse scenarios aren't judged yet", s.Name)
+	var want parseWant
+	if err := json.Unmarshal(s.Want, &want); err != nil {
+		j.t.Fatal(err)
+	}
+	ifs := s.hostInterfaces(j.t)
+	got, err := loadText(*s.Text, s.Anchor, ifs)
+	rc := 0
+	if err != nil {
+		rc = 1
+	}
+	j.check(fmt.Sprintf("rc of %q (%v)", *s.Text, err), rc, want.RC)
+	if want.Canonical == nil || err != nil {
+		return
+	}
+	judgeCanonical(j, got, &want)
+	rs, err := Parse(*s.Text)
+	if err != nil {
+		j.t.Fatal(err)
+	}
+	again, err := loadText(rs.String(), s.Anchor, ifs)
+	if err != nil {
+		j.t.Errorf("%s: printed text %q: %v", s.Name, rs, err)
+		return
+	}
+	if !reflect.DeepEqual(again.ShowRules(), got.ShowRules()) || !reflect.DeepEqual(again.ShowNat(), got.ShowNat()) {
+		j.t.Errorf("%s: printed text %q loads something else", s.Name, rs)
+	}
+}
+
+func judgeCanonical(j *judge, got *Loaded, want *parseWant) {
+	c := want.Canonical
+	if c.Nat != nil {
+		j.check("nat", got.ShowNat(), c.Nat)
+	}
+	if c.Rules != nil {
+		j.check("rules", got.ShowRules(), c.Rules)
+	}
+	tables := map[string][]string{}
+	for _, t := range got.Tables {
+		tables[t.Name] = t.Entries()
+	}
+	for name := range c.Tables {
+		entries, ok := tables[name]
+		j.check("table "+name, entries, c.Tables[name])
+		if !ok {
+			j.t.Errorf("%s: no table %s", j.scenario, name)
+		}
+		delete(tables, name)
+	}
+	if len(tables) > 0 {
+		j.t.Errorf("%s: tables beyond those wanted: %v", j.scenario, tables)
+	}
+}
+
+func loadText(text, anchor string, ifs []Interface) (*Loaded, error) {
+	rs, err := Parse(text)
+	if err != nil {
+		return nil, err
+	}
+	return rs.Expand(anchor, ifs)
 }
 
 // judgePackets runs a scenario with events.

@@ -1,0 +1,828 @@
+package pfconf
+
+import (
+	"math"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// filterRule reads pass and block.
+func (p *parser) filterRule() *Rule {
+	r := &Rule{}
+	if p.accept("block") {
+		r.Action = Block
+		r.Return = p.blockSpec()
+	} else {
+		p.expect("pass")
+	}
+	r.Direction = p.direction()
+	r.Log, r.Quick = p.logQuick()
+	r.Interfaces = p.interfaces()
+	r.Route = p.route()
+	r.Family = p.family()
+	r.Protos = p.protos()
+	p.fromTo(r)
+	p.filterOptions(r)
+	return r
+}
+
+func (p *parser) blockSpec() Return {
+	switch t := p.tok; {
+	case p.accept("drop"):
+		return Return{Kind: ReturnDrop}
+	case p.accept("return"):
+		return Return{Kind: ReturnAll}
+	case p.accept("return-rst"):
+		ret := Return{Kind: ReturnRST}
+		if p.acceptPunct("(") {
+			p.expect("ttl")
+			ret.TTL = *p.byte("time to live")
+			p.expectPunct(")")
+		}
+		return ret
+	case p.accept("return-icmp"), p.accept("return-icmp6"):
+		return p.returnICMP(t.text == "return-icmp6")
+	}
+	return Return{}
+}
+
+func (p *parser) returnICMP(v6 bool) Return {
+	ret := Return{Kind: ReturnICMP}
+	if !p.acceptPunct("(") {
+		return ret
+	}
+	if v6 {
+		ret.Code6 = p.unreachCode(true)
+	} else {
+		ret.Code = p.unreachCode(false)
+		if !p.isPunct(")") {
+			p.acceptPunct(",")
+			ret.Code6 = p.unreachCode(true)
+		}
+	}
+	p.expectPunct(")")
+	return ret
+}
+
+// unreachCode reads the code of an unreachable by name or number.
+func (p *parser) unreachCode(v6 bool) *uint8 {
+	if p.tok.kind == tokNumber {
+		return p.byte("ICMP code")
+	}
+	t := p.tok
+	name := p.str("an ICMP code")
+	code, ok := icmpCodeByName(unreachType(v6), name, v6)
+	if n, isNumber := parseUint(name); isNumber && n <= 255 {
+		code, ok = uint8(n), true
+	}
+	if !ok {
+		p.found(t, "a code of ICMP unreachable")
+	}
+	return &code
+}
+
+func (p *parser) direction() Direction {
+	switch {
+	case p.accept("in"):
+		return In
+	case p.accept("out"):
+		return Out
+	}
+	return Both
+}
+
+// logQuick reads log and quick in either order.
+func (p *parser) logQuick() (*Log, bool) {
+	quick := p.accept("quick")
+	log := p.log()
+	if log != nil && !quick {
+		quick = p.accept("quick")
+	}
+	return log, quick
+}
+
+func (p *parser) log() *Log {
+	if !p.accept("log") {
+		return nil
+	}
+	l := &Log{}
+	if !p.acceptPunct("(") {
+		return l
+	}
+	for {
+		switch t := p.tok; {
+		case p.accept("all"):
+			l.All = true
+		case p.accept("user"), p.accept("group"):
+			l.User = true
+		case p.accept("to"):
+			to := p.strs("a pflog interface")
+			if n, err := strconv.ParseUint(strings.TrimPrefix(to, "pflog"), 10, 8); err != nil || !strings.HasPrefix(to, "pflog") {
+				p.found(t, "to and one of pflog0 to pflog255")
+			} else if n != 0 || l.To == "" {
+				l.To = "pflog" + strconv.FormatUint(n, 10)
+			}
+		default:
+			p.expected("all, user or to")
+		}
+		if p.acceptPunct(")") || p.err != nil {
+			return l
+		}
+		p.acceptPunct(",")
+	}
+}
+
+// interfaces reads on; nil without.
+func (p *parser) interfaces() []InterfaceMatch {
+	if !p.accept("on") {
+		return nil
+	}
+	return list(p, func() InterfaceMatch {
+		not := p.acceptPunct("!")
+		return InterfaceMatch{Name: p.str("the name of an interface"), Not: not}
+	})
+}
+
+var routeKinds = map[string]RouteKind{
+	"route-to": RouteTo, "reply-to": ReplyTo, "dup-to": DupTo, "fastroute": Fastroute,
+}
+
+func (p *parser) route() *Route {
+	kind, ok := routeKinds[p.tok.text]
+	if !ok || p.tok.kind != tokKeyword {
+		return nil
+	}
+	p.advance()
+	r := &Route{Kind: kind}
+	if kind == Fastroute {
+		return r
+	}
+	r.Hops = list(p, p.hop)
+	r.PoolOptions, _ = p.poolOptions()
+	return r
+}
+
+func (p *parser) hop() Hop {
+	if !p.acceptPunct("(") {
+		return Hop{Interface: p.str("an interface or (interface address)")}
+	}
+	h := Hop{Interface: p.str("an interface")}
+	a := p.host()
+	h.Addr = &a
+	p.expectPunct(")")
+	return h
+}
+
+func (p *parser) family() Family {
+	switch {
+	case p.accept("inet"):
+		return Inet
+	case p.accept("inet6"):
+		return Inet6
+	}
+	return AnyFamily
+}
+
+func (p *parser) protos() []Proto {
+	if !p.accept("proto") {
+		return nil
+	}
+	return list(p, func() Proto {
+		t := p.tok
+		var n Proto
+		if t.kind == tokNumber {
+			n = Proto(p.number(0, 255, "protocol"))
+		} else {
+			n = p.protoName(p.str("a protocol"), t)
+		}
+		if n == 0 && p.err == nil {
+			p.refuse(t, "protocol 0 can't be used")
+		}
+		return n
+	})
+}
+
+func (p *parser) protoName(name string, t token) Proto {
+	n, ok := protoNumbers[name]
+	if !ok && p.names.Proto != nil {
+		var b uint8
+		b, ok = p.names.Proto(name)
+		n = Proto(b)
+	}
+	if !ok {
+		p.found(t, "a protocol")
+	}
+	return n
+}
+
+// fromTo reads all, or from, os and to, each of which may be absent.
+func (p *parser) fromTo(r *Rule) {
+	if p.accept("all") {
+		return
+	}
+	if p.accept("from") {
+		r.From = p.endpoint()
+	}
+	if p.accept("os") {
+		r.OS = list(p, func() string { return p.str("the name of an operating system") })
+	}
+	if p.accept("to") {
+		r.To = p.endpoint()
+	}
+}
+
+func (p *parser) endpoint() Endpoint {
+	var e Endpoint
+	if !p.is("port") {
+		e.Addrs = p.addrs()
+	}
+	if p.accept("port") {
+		e.Ports = list(p, p.port)
+	}
+	return e
+}
+
+// filterOptions reads what follows the addresses, in any order.
+func (p *parser) filterOptions(r *Rule) {
+	seen := map[string]bool{}
+	for p.err == nil {
+		t := p.tok
+		if once := onceOptions[t.text]; once != "" && t.kind == tokKeyword {
+			if seen[once] {
+				p.refuse(t, "%s for the second time", t.text)
+				return
+			}
+			seen[once] = true
+		}
+		if !p.filterOption(r) {
+			return
+		}
+	}
+}
+
+// onceOptions are the options that can't be given twice, with what they share.
+var onceOptions = map[string]string{
+	"flags": "flags", "icmp-type": "icmp", "icmp6-type": "icmp", "tos": "tos", "label": "label",
+	"keep": "state", "modulate": "state", "synproxy": "state", "no": "state", "queue": "queue",
+}
+
+func (p *parser) filterOption(r *Rule) bool {
+	switch t := p.tok; {
+	case p.accept("user"):
+		r.Users = append(p.ids("user"), r.Users...)
+	case p.accept("group"):
+		r.Groups = append(p.ids("group"), r.Groups...)
+	case p.accept("flags"):
+		r.Flags = p.flags()
+	case p.accept("icmp-type"), p.accept("icmp6-type"):
+		r.ICMP = list(p, func() ICMPMatch { return p.icmp(t.text == "icmp6-type") })
+	case p.accept("tos"):
+		r.TOS = p.tos()
+	case p.is("keep"), p.is("modulate"), p.is("synproxy"), p.is("no"):
+		p.state(r)
+	case p.accept("fragment"):
+		r.Fragment = true
+	case p.accept("allow-opts"):
+		r.AllowOpts = true
+	case p.accept("label"):
+		r.Label = p.str("the label")
+	case p.accept("queue"):
+		r.Queue, r.PriQueue = p.queue()
+	case p.accept("tag"):
+		r.Tag = p.strs("the tag")
+	case p.accept("tagged"):
+		r.Tagged, r.NotTagged = p.strs("the tag"), false
+	case p.acceptPunct("!"):
+		p.expect("tagged")
+		r.Tagged, r.NotTagged = p.strs("the tag"), true
+	case p.accept("probability"):
+		r.Probability = p.probability()
+		if p.shown && p.isPunct("(") {
+			p.stateOptions(&r.StateOptions)
+		}
+	case p.accept("rtable"):
+		r.RTable = p.byte("routing table")
+	default:
+		return false
+	}
+	return true
+}
+
+// flags reads set/mask, /mask or any.
+func (p *parser) flags() *Flags {
+	if p.accept("any") {
+		return &Flags{}
+	}
+	f := &Flags{}
+	if !p.isPunct("/") {
+		f.Set = p.flagLetters()
+	}
+	p.expectPunct("/")
+	f.Mask = p.flagLetters()
+	return f
+}
+
+func (p *parser) flagLetters() TCPFlags {
+	t := p.tok
+	var f TCPFlags
+	for _, c := range []byte(p.str("TCP flags, letters out of " + tcpFlagLetters)) {
+		i := strings.IndexByte(tcpFlagLetters, c)
+		if i < 0 {
+			p.found(t, "TCP flags, letters out of "+tcpFlagLetters)
+			return 0
+		}
+		f |= 1 << i
+	}
+	return f
+}
+
+func (p *parser) icmp(v6 bool) ICMPMatch {
+	m := ICMPMatch{V6: v6}
+	t := p.tok
+	if t.kind == tokNumber {
+		m.Type = *p.byte("ICMP type")
+	} else {
+		var ok bool
+		if m.Type, ok = icmpTypeByName(p.str("an ICMP type"), v6); !ok {
+			p.found(t, "an ICMP type")
+		}
+	}
+	if !p.accept("code") {
+		return m
+	}
+	if t = p.tok; t.kind == tokNumber {
+		m.Code = p.byte("ICMP code")
+		return m
+	}
+	code, ok := icmpCodeByName(m.Type, p.str("an ICMP code"), v6)
+	if !ok {
+		p.found(t, "a code of that ICMP type")
+	}
+	m.Code = &code
+	return m
+}
+
+// tos reads a type of service; 0 can't be written.
+func (p *parser) tos() *uint8 {
+	t := p.tok
+	var n int64
+	if t.kind == tokNumber {
+		n = t.num
+		p.advance()
+	} else {
+		switch s := p.str("a type of service"); s {
+		case "lowdelay":
+			n = 0x10
+		case "throughput":
+			n = 0x08
+		case "reliability":
+			n = 0x04
+		default:
+			if v, ok := parseUint(s); ok && strings.HasPrefix(s, "0x") {
+				n = int64(v)
+			}
+		}
+	}
+	if n < 1 || n > 255 {
+		p.found(t, "lowdelay, throughput, reliability or a number from 1 to 255")
+	}
+	b := uint8(n)
+	return &b
+}
+
+func (p *parser) queue() (name, priority string) {
+	if !p.acceptPunct("(") {
+		return p.str("the name of a queue"), ""
+	}
+	name = p.str("the name of a queue")
+	if !p.isPunct(")") {
+		p.acceptPunct(",")
+		priority = p.str("the name of a queue")
+	}
+	p.expectPunct(")")
+	return name, priority
+}
+
+// probability reads a part of 1 or a percentage.
+func (p *parser) probability() float64 {
+	t := p.tok
+	if t.kind != tokNumber && t.kind != tokString {
+		p.expected("a probability")
+		return 0
+	}
+	p.advance()
+	text, percent := strings.CutSuffix(t.text, "%")
+	f, err := strconv.ParseFloat(text, 64)
+	if percent {
+		f *= 0.01
+	}
+	if err != nil || math.IsNaN(f) || f < 0 || f > 1 {
+		p.found(t, "a probability, from 0 to 1 or with %")
+		return 0
+	}
+	// pf counts in 32 bits, and what is written as 0 is the least there is.
+	return max(f, 1/float64(math.MaxUint32))
+}
+
+var stateKinds = map[string]StateKind{
+	"no": NoState, "keep": KeepState, "modulate": ModulateState, "synproxy": SynproxyState,
+}
+
+func (p *parser) state(r *Rule) {
+	r.State = stateKinds[p.tok.text]
+	p.advance()
+	p.expect("state")
+	if r.State != NoState && p.isPunct("(") {
+		p.stateOptions(&r.StateOptions)
+	}
+}
+
+func (p *parser) stateOptions(o *StateOptions) {
+	p.expectPunct("(")
+	once := map[string]bool{}
+	for {
+		p.stateOption(o, once)
+		if p.acceptPunct(")") || p.err != nil {
+			return
+		}
+		p.acceptPunct(",")
+	}
+}
+
+func (p *parser) stateOption(o *StateOptions, seen map[string]bool) {
+	first := p.tok
+	again := func(name string, isSet bool) {
+		if seen[name] {
+			p.refuse(first, "%s for the second time", first.text)
+		}
+		seen[name] = isSet
+	}
+	count := func(n *uint32, name string) {
+		*n = uint32(p.number(0, math.MaxUint32, "number for "+name))
+		if *n == 0 && name != "max" && p.err == nil {
+			p.refuse(first, "%s must be above 0", name)
+		}
+		again(name, *n != 0)
+	}
+	switch {
+	case p.accept("max"):
+		count(&o.Max, "max")
+	case p.accept("max-src-states"):
+		count(&o.MaxSrcStates, first.text)
+	case p.accept("max-src-conn"):
+		count(&o.MaxSrcConn, first.text)
+	case p.accept("max-src-nodes"):
+		count(&o.MaxSrcNodes, first.text)
+	case p.accept("max-src-conn-rate"):
+		count(&o.MaxSrcConnRate.Count, first.text)
+		p.expectPunct("/")
+		o.MaxSrcConnRate.Seconds = uint32(p.number(1, math.MaxUint32, "number of seconds"))
+	case p.accept("no-sync"):
+		again(first.text, true)
+		o.NoSync = true
+	case p.accept("source-track"):
+		again(first.text, true)
+		o.SourceTrack = p.sourceTrack()
+	case p.accept("overload"):
+		again(first.text, true)
+		o.Overload, o.Flush = p.tableName(), p.flush()
+	case p.accept("if-bound"):
+		again("policy", true)
+		o.Policy = IfBound
+	case p.accept("floating"):
+		again("policy", true)
+		o.Policy = Floating
+	case first.kind == tokString:
+		o.Timeouts = append(o.Timeouts, p.stateTimeout(first, again))
+	default:
+		p.expected("an option of the state")
+	}
+}
+
+func (p *parser) sourceTrack() SourceTrack {
+	switch {
+	case p.accept("rule"):
+		return SourceTrackRule
+	case p.accept("global"):
+		return SourceTrackGlobal
+	}
+	return SourceTrackPlain
+}
+
+func (p *parser) flush() FlushKind {
+	switch {
+	case !p.accept("flush"):
+		return NoFlush
+	case p.accept("global"):
+		return FlushGlobal
+	}
+	return Flush
+}
+
+func (p *parser) stateTimeout(first token, again func(string, bool)) Timeout {
+	t := Timeout{Name: p.str("a timeout")}
+	if timeoutIndex(t.Name) < 0 || !strings.Contains(t.Name, ".") {
+		p.found(first, "an option of the state")
+		return t
+	}
+	t.Seconds = uint32(p.number(0, math.MaxUint32, "number of seconds"))
+	again(t.Name, t.Seconds != 0)
+	return t
+}
+
+// anchorRule reads a filter anchor, perhaps with its rules in braces.
+func (p *parser) anchorRule() *Rule {
+	p.advance()
+	r := &Rule{Action: Anchor}
+	named := p.tok
+	if p.tok.kind == tokString {
+		r.Anchor = p.str("")
+	}
+	r.Direction = p.direction()
+	r.Quick = p.accept("quick")
+	r.Interfaces = p.interfaces()
+	r.Family = p.family()
+	r.Protos = p.protos()
+	p.fromTo(r)
+	p.filterOptions(r)
+	if p.isPunct("{") {
+		r.Body = p.body()
+	} else if r.Anchor == "" && p.err == nil {
+		p.found(named, "the name of the anchor or its rules in braces")
+	}
+	return r
+}
+
+func (p *parser) body() *Ruleset {
+	if !p.enter() {
+		return nil
+	}
+	defer p.leave()
+	p.expectPunct("{")
+	if p.tok.kind != tokNewline {
+		p.expected("a newline after {")
+	}
+	b := &Ruleset{Statements: p.statements(true)}
+	p.expectPunct("}")
+	return b
+}
+
+// translationAnchor reads the anchors that take no options.
+func (p *parser) translationAnchor(action Action) *Rule {
+	p.advance()
+	r := &Rule{Action: action, Anchor: p.strs("the name of the anchor")}
+	r.Interfaces = p.interfaces()
+	r.Family = p.family()
+	r.Protos = p.protos()
+	p.fromTo(r)
+	if p.accept("rtable") {
+		r.RTable = p.byte("routing table")
+	}
+	if p.shown && action == ScrubAnchor {
+		p.scrubOptions(r)
+	}
+	return r
+}
+
+var noActions = map[Action]Action{Scrub: NoScrub, Nat: NoNat, Rdr: NoRdr, Binat: NoBinat}
+
+// otherRule reads scrub, nat, rdr and binat, and no before them.
+func (p *parser) otherRule() Statement {
+	no := p.accept("no")
+	first := p.tok
+	r := &Rule{}
+	switch {
+	case p.accept("scrub"):
+		r.Action = Scrub
+		p.scrubRule(r)
+	case p.accept("nat"):
+		r.Action = Nat
+		p.natRule(r)
+	case p.accept("rdr"):
+		r.Action = Rdr
+		p.natRule(r)
+	case p.accept("binat"):
+		r.Action = Binat
+		p.binatRule(r)
+	case no && first.kind == tokString && first.text == "dummynet":
+		return p.text("no")
+	default:
+		p.expected("scrub, nat, rdr or binat")
+	}
+	if no {
+		if r.Pass {
+			p.refuse(first, "pass makes no sense with no")
+		}
+		r.Action = noActions[r.Action]
+	}
+	return r
+}
+
+func (p *parser) scrubRule(r *Rule) {
+	r.Direction = p.direction()
+	r.Log = p.log()
+	r.Interfaces = p.interfaces()
+	r.Family = p.family()
+	r.Protos = p.protos()
+	p.fromTo(r)
+	p.scrubOptions(r)
+}
+
+func (p *parser) scrubOptions(r *Rule) {
+	seen := map[string]bool{}
+	for p.err == nil {
+		t := p.tok
+		if slices.Contains(onceScrub, t.text) && t.kind == tokKeyword {
+			if seen[t.text] {
+				p.refuse(t, "%s for the second time", t.text)
+				return
+			}
+			seen[t.text] = true
+		}
+		if !p.scrubOption(r) {
+			return
+		}
+	}
+}
+
+var onceScrub = []string{"no-df", "min-ttl", "max-mss", "set-tos", "fragment", "reassemble", "random-id"}
+
+func (p *parser) scrubOption(r *Rule) bool {
+	n := &r.Normalize
+	switch {
+	case p.accept("no-df"):
+		n.NoDF = true
+	case p.accept("min-ttl"):
+		n.MinTTL = *p.byte("time to live")
+	case p.accept("max-mss"):
+		n.MaxMSS = uint16(p.number(0, 65535, "segment size"))
+	case p.accept("set-tos"):
+		n.SetTOS = p.tos()
+	case p.accept("random-id"):
+		n.RandomID = true
+	case p.accept("fragment"):
+		n.Fragment = p.fragmentMode()
+	case p.accept("reassemble"):
+		if t := p.tok; upper(p.str("tcp")) != "TCP" {
+			p.found(t, "tcp")
+		}
+		n.ReassembleTCP = true
+	case p.accept("rtable"):
+		r.RTable = p.byte("routing table")
+	case p.accept("tagged"):
+		r.Tagged, r.NotTagged = p.strs("the tag"), false
+	case p.acceptPunct("!"):
+		p.expect("tagged")
+		r.Tagged, r.NotTagged = p.strs("the tag"), true
+	default:
+		return false
+	}
+	return true
+}
+
+func (p *parser) fragmentMode() FragmentMode {
+	switch p.oneOf("reassemble", "crop", "drop-ovl") {
+	case "crop":
+		return FragmentCrop
+	case "drop-ovl":
+		return FragmentDropOvl
+	}
+	return FragmentReassemble
+}
+
+// natRule reads nat and rdr.
+func (p *parser) natRule(r *Rule) {
+	r.Pass = p.accept("pass")
+	r.Log = p.log()
+	r.Interfaces = p.interfaces()
+	r.Family = p.family()
+	r.Protos = p.protos()
+	p.fromTo(r)
+	p.translationTags(r)
+	if p.isPunct("->") {
+		p.advance()
+		r.Pool = &Pool{Addrs: p.poolAddrs()}
+		p.poolPort(r.Pool)
+	}
+	if o, some := p.poolOptions(); some {
+		if r.Pool == nil {
+			r.Pool = &Pool{}
+		}
+		r.Pool.PoolOptions = o
+	}
+}
+
+// binatRule reads binat, which has a grammar of its own: one address a side.
+func (p *parser) binatRule(r *Rule) {
+	r.Pass = p.accept("pass")
+	r.Log = p.log()
+	r.Interfaces = p.interfaces()
+	r.Family = p.family()
+	r.Protos = p.protos()
+	p.expect("from")
+	r.From.Addrs = []Address{p.host()}
+	if p.accept("to") {
+		r.To.Addrs = p.addrs()
+	}
+	p.translationTags(r)
+	if p.acceptPunct("->") {
+		r.Pool = &Pool{Addrs: []Address{p.host()}}
+		p.poolPort(r.Pool)
+	}
+}
+
+func (p *parser) translationTags(r *Rule) {
+	if p.accept("tag") {
+		r.Tag = p.str("the tag")
+	}
+	if p.acceptPunct("!") {
+		r.NotTagged = true
+		p.expect("tagged")
+		r.Tagged = p.strs("the tag")
+	} else if p.accept("tagged") {
+		r.Tagged = p.strs("the tag")
+	}
+	if p.accept("rtable") {
+		r.RTable = p.byte("routing table")
+	}
+}
+
+func (p *parser) poolAddrs() []Address {
+	return list(p, p.host)
+}
+
+// poolPort reads port n, n:m or n:*.
+func (p *parser) poolPort(pool *Pool) {
+	if !p.accept("port") {
+		return
+	}
+	t := p.tok
+	if t.kind == tokNumber {
+		pool.PortLo = uint16(p.number(0, 65535, "port"))
+		return
+	}
+	lo, hi, isRange := strings.Cut(p.str("a port"), ":")
+	pool.PortLo = p.service(lo, t)
+	switch {
+	case hi == "*":
+		pool.PortStar = true
+	case isRange:
+		if pool.PortHi = p.service(hi, t); pool.PortHi == pool.PortLo {
+			pool.PortHi = 0
+		}
+	}
+}
+
+// poolOptions reads what follows a pool and tells whether there was anything.
+func (p *parser) poolOptions() (o PoolOptions, some bool) {
+	for ; p.err == nil; some = true {
+		first := p.tok
+		kind, isKind := poolKinds[first.text]
+		switch {
+		case first.kind == tokKeyword && isKind:
+			if o.Kind != PoolDefault {
+				p.refuse(first, "a second pool type")
+			}
+			p.advance()
+			if o.Kind = kind; kind == SourceHash && p.tok.kind == tokString {
+				o.Key = p.hashKey()
+			}
+		case p.accept("static-port"):
+			if o.StaticPort {
+				p.refuse(first, "static-port for the second time")
+			}
+			o.StaticPort = true
+		case p.accept("sticky-address"):
+			o.Sticky = true
+		case first.kind == tokString && first.text == "extfilter":
+			p.advance()
+			o.ExtFilter = p.oneOf("ei", "ad", "apd")
+		case first.kind == tokString && first.text == "extmap":
+			p.advance()
+			o.ExtMap = p.oneOf("ei", "ad", "apd")
+		default:
+			return o, some
+		}
+	}
+	return o, some
+}
+
+var poolKinds = map[string]PoolKind{
+	"bitmask": Bitmask, "random": Random, "source-hash": SourceHash, "round-robin": RoundRobin,
+}
+
+// hashKey reads the key of source-hash, 0x and 32 hexadecimal digits or any
+// string.
+func (p *parser) hashKey() string {
+	t := p.tok
+	key := p.strs("the key")
+	if digits, isHex := strings.CutPrefix(key, "0x"); isHex && !isHexKey(digits) {
+		p.found(t, "a key of 0x and 32 hexadecimal digits")
+	}
+	return key
+}
+
+func isHexKey(s string) bool {
+	return len(s) == 32 && strings.Trim(s, "0123456789abcdefABCDEF") == ""
+}
