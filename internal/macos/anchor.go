@@ -1,0 +1,104 @@
+package macos
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/pfconf"
+)
+
+// DefaultLabel is the name of the service, and the last part of its anchor's
+// path, unless the operator chose another.
+const DefaultLabel = "org.meshhelper"
+
+// anchorParent is the ruleset whose direct children a Mac's main ruleset
+// evaluates: anchor "com.apple/*" and its like for translation and scrub in
+// /etc/pf.conf.
+const anchorParent = "com.apple/"
+
+// maxAnchorPart is PF_ANCHOR_NAME_SIZE (xnu bsd/net/pfvar.h) less the final NUL.
+const maxAnchorPart = 63
+
+// Options are what the anchor depends on besides the policy.
+type Options struct {
+	// Label names the service: a reverse domain name of at most 63 bytes.
+	Label string // optional; DefaultLabel
+	// MTU is that of the mesh interface in bytes, from 1280 to 65535.
+	MTU int // optional; DefaultMTU
+}
+
+// DefaultMTU is that of WireGuard over an Ethernet of 1500 bytes: less 40 for
+// IPv6, 8 for UDP and 32 for WireGuard itself.
+const DefaultMTU = 1420
+
+// Anchor is the ruleset of one pf anchor.
+type Anchor struct {
+	// Path is where it is to be loaded, such as com.apple/org.meshhelper.
+	Path  string
+	Lines []Line
+}
+
+// Line is one line of an anchor and the reason for it.
+type Line struct {
+	Statement pfconf.Statement
+	Why       string
+}
+
+// Ruleset returns the anchor's lines without the reasons.
+func (a *Anchor) Ruleset() *pfconf.Ruleset {
+	rs := &pfconf.Ruleset{Statements: make([]pfconf.Statement, len(a.Lines))}
+	for i, l := range a.Lines {
+		rs.Statements[i] = l.Statement
+	}
+	return rs
+}
+
+// AnchorPath returns the path of the anchor of the service with this label. Of
+// the anchors in com.apple it comes after Apple's own, whose names begin with a
+// digit, so that what the application firewall blocks stays blocked.
+func AnchorPath(label string) (string, error) {
+	switch {
+	case label == "" || len(label) > maxAnchorPart:
+		return "", fmt.Errorf("label of %d bytes: want 1 to %d", len(label), maxAnchorPart)
+	case !isAlphanumeric(label[0]):
+		// pfctl reserves names that begin with an underscore.
+		return "", fmt.Errorf("label %q: want a letter or digit first", label)
+	}
+	for i := range len(label) {
+		if c := label[i]; !isAlphanumeric(c) && !strings.ContainsRune(".-_", rune(c)) {
+			return "", fmt.Errorf("label %q: unexpected %q", label, c)
+		}
+	}
+	return anchorParent + label, nil
+}
+
+func isAlphanumeric(c byte) bool {
+	return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
+}
+
+// Compile makes the anchor that holds the policy on a Mac.
+func Compile(r *policy.Ruleset, o Options) (*Anchor, error) {
+	if o.Label == "" {
+		o.Label = DefaultLabel
+	}
+	if o.MTU == 0 {
+		o.MTU = DefaultMTU
+	}
+	path, err := AnchorPath(o.Label)
+	if err != nil {
+		return nil, fmt.Errorf("compile anchor: %w", err)
+	}
+	if o.MTU < 1280 || o.MTU > 65535 {
+		return nil, fmt.Errorf("compile anchor: MTU %d: want 1280 to 65535", o.MTU)
+	}
+	b := newBuilder(r)
+	b.clampMSS(o.MTU)
+	b.translate()
+	b.fromPeers()
+	b.towardsPeers()
+	b.elsewhere()
+	b.leaving()
+	b.closeTransit()
+	return &Anchor{Path: path, Lines: append(b.tableLines(), b.lines...)}, nil
+}

@@ -1,0 +1,251 @@
+package macos
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/pfconf"
+)
+
+var start = time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)
+
+// testHost is a Mac with Wi-Fi as the uplink, an Ethernet LAN and another VPN.
+func testHost() policy.Host {
+	return policy.Host{
+		Interface: "utun7", Uplink4: "en0", Uplink6: "en0",
+		Forwarding: policy.Families{IPv4: true, IPv6: true},
+		Interfaces: []policy.Interface{
+			{Name: "en0", Addresses: prefixes("203.0.113.1/24", "2001:db8:1::1/64")},
+			{Name: "en5", Addresses: prefixes("192.168.77.1/24")},
+			{Name: "utun7", Addresses: prefixes("100.64.0.1/32", "fd6d:6573:6800::1/128")},
+		},
+		Routes: []policy.Route{{Prefix: netip.MustParsePrefix("198.18.0.0/16"), Interface: "utun3"}},
+	}
+}
+
+func prefixes(texts ...string) []netip.Prefix {
+	out := make([]netip.Prefix, len(texts))
+	for i, t := range texts {
+		out[i] = netip.MustParsePrefix(t)
+	}
+	return out
+}
+
+// testMesh is a mesh of n peers that have the permissions in turn.
+func testMesh(n int, have ...policy.Permissions) policy.Mesh {
+	m := policy.Mesh{
+		Prefixes:  []netip.Prefix{policy.DefaultPrefix4, policy.DefaultPrefix6},
+		Addresses: []netip.Addr{netip.MustParseAddr("100.64.0.1"), netip.MustParseAddr("fd6d:6573:6800::1")},
+		DNS:       true,
+	}
+	for i := range n {
+		k := i + 2
+		m.Peers = append(m.Peers, policy.Peer{
+			ID: policy.PeerID{byte(k), byte(k >> 8), byte(k >> 16)}, Name: fmt.Sprint("p", k),
+			Addresses: []netip.Addr{
+				netip.AddrFrom4([4]byte{100, 64 + byte(k>>16), byte(k >> 8), byte(k)}),
+				netip.AddrFrom16([16]byte{0xfd, 0x6d, 0x65, 0x73, 0x68, 13: byte(k >> 16), 14: byte(k >> 8), 15: byte(k)}),
+			},
+			Grants: grants(have[i%len(have)]),
+		})
+	}
+	return m
+}
+
+func grants(p policy.Permissions) policy.Grants {
+	var g policy.Grants
+	for _, one := range policy.AllPermissions {
+		g.Of(one).Allowed = p.Has(one)
+	}
+	return g
+}
+
+const everything = policy.Incoming | policy.Routing | policy.LAN
+
+func mustRuleset(t testing.TB, m policy.Mesh, h policy.Host) *policy.Ruleset {
+	t.Helper()
+	r, err := policy.Compile(m, h, start)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+func mustAnchor(t testing.TB, r *policy.Ruleset) *Anchor {
+	t.Helper()
+	a, err := Compile(r, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+func (a *Anchor) rules() []*pfconf.Rule {
+	var out []*pfconf.Rule
+	for _, l := range a.Lines {
+		if r, ok := l.Statement.(*pfconf.Rule); ok {
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
+func TestRulesDontGrowWithPeers(t *testing.T) {
+	one := mustAnchor(t, mustRuleset(t, testMesh(1, everything), testHost()))
+	many := mustAnchor(t, mustRuleset(t, testMesh(3000, everything, 0, policy.Routing), testHost()))
+	if d := cmp.Diff(one.rules(), many.rules(), cmpopts.EquateComparable(netip.Prefix{}, netip.Addr{})); d != "" {
+		t.Error(d)
+	}
+}
+
+// TestTables checks that each table that a rule refers to is in the anchor and
+// holds something, and that no other is.
+func TestTables(t *testing.T) {
+	for have := range everything + 1 {
+		for _, peers := range []int{0, 1, 3} {
+			h := testHost()
+			h.Forwarding.IPv6 = have%2 == 0
+			a := mustAnchor(t, mustRuleset(t, testMesh(peers, have), h))
+			declared, used := map[string]bool{}, map[string]bool{}
+			for _, l := range a.Lines {
+				switch s := l.Statement.(type) {
+				case *pfconf.Table:
+					declared[s.Name] = len(s.Addrs) > 0
+				case *pfconf.Rule:
+					for _, a := range slices.Concat(s.From.Addrs, s.To.Addrs) {
+						if a.Kind == pfconf.AddrTable {
+							used[a.Name] = true
+						}
+					}
+				}
+				if l.Why == "" {
+					t.Errorf("%+v has no reason", l.Statement)
+				}
+			}
+			if d := cmp.Diff(used, declared); d != "" {
+				t.Errorf("%d peers with %v: tables used and declared: %s", peers, have, d)
+			}
+		}
+	}
+}
+
+// TestNoFloatingState checks that no rule of ours makes a state that holds on all
+// interfaces, and that all decide for good.
+func TestNoFloatingState(t *testing.T) {
+	for _, r := range mustAnchor(t, mustRuleset(t, testMesh(2, everything), testHost())).rules() {
+		if r.Action != pfconf.Pass && r.Action != pfconf.Block {
+			continue
+		}
+		bound := r.State == pfconf.KeepState && r.StateOptions.Policy == pfconf.IfBound
+		if r.Action == pfconf.Pass && !bound && r.State != pfconf.NoState {
+			t.Errorf("%s makes floating states", r.Label)
+		}
+		if !r.Quick || r.Label == "" {
+			t.Errorf("rule %q: quick %v", r.Label, r.Quick)
+		}
+	}
+}
+
+func TestAnchorPath(t *testing.T) {
+	for _, tt := range []struct{ label, path, err string }{
+		{"org.meshhelper", "com.apple/org.meshhelper", ""},
+		{"a_b-C.9", "com.apple/a_b-C.9", ""},
+		{strings.Repeat("x", 63), "com.apple/" + strings.Repeat("x", 63), ""},
+		{strings.Repeat("x", 64), "", "64 bytes"},
+		{"", "", "0 bytes"},
+		{"_org", "", "letter or digit first"},
+		{"a/b", "", `unexpected '/'`},
+		{"a b", "", `unexpected ' '`},
+		{`a"b`, "", `unexpected '"'`},
+	} {
+		path, err := AnchorPath(tt.label)
+		if path != tt.path || (err == nil) != (tt.err == "") || err != nil && !strings.Contains(err.Error(), tt.err) {
+			t.Errorf("%q: got %q, %v", tt.label, path, err)
+		}
+	}
+}
+
+func TestCompileRefuses(t *testing.T) {
+	r := mustRuleset(t, testMesh(1, everything), testHost())
+	for _, o := range []Options{{MTU: 1279}, {MTU: 65536}, {MTU: -1}, {Label: "com.apple/x"}} {
+		if _, err := Compile(r, o); err == nil {
+			t.Errorf("%+v: no error", o)
+		}
+	}
+}
+
+// TestNATAddress checks that packets to the internet don't get a unique local
+// IPv6 address where there is a global one.
+func TestNATAddress(t *testing.T) {
+	for _, tt := range []struct {
+		about     string
+		addresses []netip.Prefix
+		want      string
+	}{
+		{"one", prefixes("2001:db8:1::1/64"), "(en0)"},
+		{"none", prefixes("203.0.113.1/24", "fe80::1/64"), "(en0)"},
+		{"global first", prefixes("fe80::1/64", "2001:db8:1::1/64", "fd00::1/64"), "(en0)"},
+		{"local first", prefixes("fe80::1/64", "fd00::1/64", "2001:db8:1::1/64"), "2001:db8:1::1/128"},
+		{"local only", prefixes("fd00::1/64", "fd00:1::1/64"), "(en0)"},
+	} {
+		h := testHost()
+		h.Interfaces[0].Addresses = tt.addresses
+		for _, r := range mustAnchor(t, mustRuleset(t, testMesh(1, everything), h)).rules() {
+			if r.Action != pfconf.Nat || r.Interfaces[0].Name != "en0" {
+				continue
+			}
+			got := r.Pool.Addrs[0].Prefix.String()
+			if r.Pool.Addrs[0].Kind == pfconf.AddrDynamic {
+				got = "(" + r.Pool.Addrs[0].Name + ")"
+			}
+			if want := tt.want; r.Family == pfconf.Inet6 && got != want {
+				t.Errorf("%s: %s, want %s", tt.about, got, want)
+			}
+			if r.Family == pfconf.Inet && got != "(en0)" {
+				t.Errorf("%s: IPv4: %s", tt.about, got)
+			}
+		}
+	}
+}
+
+func TestKills(t *testing.T) {
+	all := mustRuleset(t, testMesh(2, everything), testHost())
+	elsewhere := testHost()
+	elsewhere.Uplink4 = "en5"
+	for _, tt := range []struct {
+		about     string
+		old, next *policy.Ruleset
+		want      string
+	}{
+		{"nothing narrower", all, all, ""},
+		{"routing goes, and lan with it", all, mustRuleset(t, testMesh(2, policy.Incoming, everything), testHost()),
+			"100.64.0.2/32>0.0.0.0/0 0.0.0.0/0>100.64.0.2/32 fd6d:6573:6800::2/128>::/0 ::/0>fd6d:6573:6800::2/128"},
+		{"incoming goes", all, mustRuleset(t, testMesh(2, everything, policy.Routing|policy.LAN), testHost()),
+			"100.64.0.3/32>100.64.0.1/32 100.64.0.3/32>192.168.77.1/32 100.64.0.3/32>203.0.113.1/32 " +
+				"fd6d:6573:6800::3/128>2001:db8:1::1/128 fd6d:6573:6800::3/128>fd6d:6573:6800::1/128"},
+		{"lan goes", all, mustRuleset(t, testMesh(2, everything, policy.Routing|policy.Incoming), testHost()),
+			"100.64.0.3/32>10.0.0.0/8 100.64.0.3/32>169.254.0.0/16 100.64.0.3/32>172.16.0.0/12 " +
+				"100.64.0.3/32>192.168.0.0/16 100.64.0.3/32>192.168.77.0/24 100.64.0.3/32>198.18.0.0/16 100.64.0.3/32>203.0.113.0/24 " +
+				"fd6d:6573:6800::3/128>2001:db8:1::/64 fd6d:6573:6800::3/128>fc00::/7"},
+		{"a peer goes", all, mustRuleset(t, testMesh(1, everything), testHost()),
+			"100.64.0.3/32>0.0.0.0/0 0.0.0.0/0>100.64.0.3/32 fd6d:6573:6800::3/128>::/0 ::/0>fd6d:6573:6800::3/128"},
+		{"the uplink moves", mustRuleset(t, testMesh(1, everything), testHost()), mustRuleset(t, testMesh(1, everything), elsewhere),
+			"100.64.0.2/32>0.0.0.0/0 0.0.0.0/0>100.64.0.2/32 fd6d:6573:6800::2/128>::/0 ::/0>fd6d:6573:6800::2/128"},
+	} {
+		var got []string
+		for _, k := range Kills(tt.old, tt.next, policy.Diff(tt.old, tt.next)) {
+			got = append(got, k.From.String()+">"+k.To.String())
+		}
+		if g := strings.Join(got, " "); g != tt.want {
+			t.Errorf("%s:\n got %s\nwant %s", tt.about, g, tt.want)
+		}
+	}
+}

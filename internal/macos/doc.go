@@ -1,0 +1,16 @@
+// Package macos makes a Mac enforce a policy.
+//
+// [Compile] turns a compiled policy into the ruleset of one pf anchor, a child
+// of com.apple, which the main ruleset that every Mac is shipped with evaluates.
+// It holds all of the policy by itself, without the guard at the tunnel: what a
+// peer may reach, what may reach a peer, network address translation, and the
+// clamping of TCP's segment size.
+//
+// The anchor's number of rules doesn't depend on the number of peers: addresses
+// and permissions are in tables. [Anchor.Lines] gives each line with the reason
+// for it, and docs/pf.md shows them.
+//
+// pf judges the first packet of a flow by its rules, and all others by the state
+// that the first one made. So a change that takes something away isn't in force
+// before the states of what it narrows are gone: [Kills] names them.
+package macos

@@ -1,0 +1,150 @@
+package macos
+
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/pfconf"
+)
+
+// The tables of the anchor.
+const (
+	tablePeers    = "peers"
+	tableIncoming = "incoming"
+	tableDNS      = "dns"
+	tableRouting  = "routing"
+	tableLAN      = "lan"
+	tableMartians = "martians"
+	tableSelf     = "own"
+	tableHost     = "host"
+	tableMesh     = "mesh"
+	tableNetworks = "networks"
+	tableAway     = "away"
+	tableLocal    = "local"
+)
+
+var tableReasons = map[string]string{
+	tablePeers:    "every peer's addresses",
+	tableIncoming: "peers that may connect to this host",
+	tableDNS:      "peers that may ask this host's DNS",
+	tableRouting:  "peers that may reach the internet, in the families that this host forwards and has an uplink for",
+	tableLAN:      "peers that may also reach this host's other networks, in the families that it forwards",
+	tableMartians: "destinations that are never valid, and the attached networks' broadcast addresses",
+	tableSelf:     "every address of this host; as observed, for the word self would leave out temporary IPv6 addresses",
+	tableHost:     "this host's own mesh addresses",
+	tableMesh:     "the mesh prefixes",
+	tableNetworks: "private address space, the attached networks, and what this host reaches other than by its default route",
+	tableAway:     "mesh addresses that aren't this host's, and so have no business on another interface; networks and addresses behind ! are other interfaces' own",
+	tableLocal:    "destinations that are not forwarded: this host's addresses, broadcast and multicast",
+}
+
+// A set is the content of a table. Entries in not are negated: pf lets the
+// longest entry decide that holds an address.
+type set struct {
+	in, not []netip.Prefix
+}
+
+// table returns the set as a pf table.
+func (s set) table(name string) *pfconf.Table {
+	t := &pfconf.Table{Name: name, HasAddrs: true, Addrs: make([]pfconf.Address, 0, len(s.in)+len(s.not))}
+	for _, p := range s.in {
+		t.Addrs = append(t.Addrs, pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: p})
+	}
+	for _, p := range s.not {
+		t.Addrs = append(t.Addrs, pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: p, Not: true})
+	}
+	return t
+}
+
+// fillSets computes what is in each table.
+func fillSets(r *policy.Ruleset) map[string]set {
+	all := r.Sets()
+	host := hostPrefixes(r.Mesh().Addresses)
+	return map[string]set{
+		tablePeers:    {in: peersWith(r, 0, anyFamily)},
+		tableIncoming: {in: peersWith(r, policy.Incoming, anyFamily)},
+		tableDNS:      {in: dnsPeers(r)},
+		tableRouting:  {in: peersWith(r, policy.Routing, routedFamilies(r.Host()))},
+		tableLAN:      {in: peersWith(r, policy.Routing|policy.LAN, r.Host().Forwarding)},
+		tableMartians: {in: all.Martians},
+		tableSelf:     {in: all.Self},
+		tableHost:     {in: host},
+		tableMesh:     {in: all.Mesh},
+		tableNetworks: {in: all.LAN},
+		tableAway:     awaySet(r, host),
+		tableLocal:    {in: sorted(slices.Concat(all.Self, all.Martians))},
+	}
+}
+
+var anyFamily = policy.Families{IPv4: true, IPv6: true}
+
+// routedFamilies are the families in which the internet can be reached.
+func routedFamilies(h policy.Host) policy.Families {
+	return policy.Families{
+		IPv4: h.Forwarding.IPv4 && h.Uplink4 != "",
+		IPv6: h.Forwarding.IPv6 && h.Uplink6 != "",
+	}
+}
+
+// peersWith returns the addresses of the peers that have all of these
+// permissions. An address that the policy gives to something else, such as an
+// interface's own address inside the mesh prefix, is nobody's.
+func peersWith(r *policy.Ruleset, want policy.Permissions, families policy.Families) []netip.Prefix {
+	var out []netip.Prefix
+	for _, p := range r.Peers() {
+		if !p.Permissions.Has(want) {
+			continue
+		}
+		for _, a := range p.Addresses {
+			if _, ok := r.PeerByAddr(a); ok && families.Of(a) {
+				out = append(out, netip.PrefixFrom(a, a.BitLen()))
+			}
+		}
+	}
+	return sorted(out)
+}
+
+// dnsPeers returns the peers that may ask the host's DNS without incoming.
+func dnsPeers(r *policy.Ruleset) []netip.Prefix {
+	if !r.Mesh().DNS {
+		return nil
+	}
+	return peersWith(r, policy.Routing, anyFamily)
+}
+
+// awaySet is what is reached by the mesh interface only. The carrier's part of
+// 100.64.0.0/10, where an uplink is in it, belongs to the uplink.
+func awaySet(r *policy.Ruleset, host []netip.Prefix) set {
+	all := r.Sets()
+	peers := peersWith(r, 0, anyFamily)
+	var s set
+	for _, p := range slices.Concat(all.OnLink, all.Self, all.Martians) {
+		inMesh := slices.ContainsFunc(all.Mesh, func(m netip.Prefix) bool { return m.Contains(p.Addr()) && m.Bits() <= p.Bits() })
+		if inMesh && !slices.Contains(peers, p) {
+			s.not = append(s.not, p)
+		}
+	}
+	s.not = sorted(append(s.not, host...))
+	for _, m := range all.Mesh {
+		if !slices.Contains(s.not, m) {
+			s.in = append(s.in, m)
+		}
+	}
+	s.in = sorted(append(s.in, peers...))
+	return s
+}
+
+func hostPrefixes(as []netip.Addr) []netip.Prefix {
+	out := make([]netip.Prefix, len(as))
+	for i, a := range as {
+		out[i] = netip.PrefixFrom(a, a.BitLen())
+	}
+	return sorted(out)
+}
+
+// sorted sorts in place, by address and then length, and drops duplicates.
+func sorted(ps []netip.Prefix) []netip.Prefix {
+	slices.SortFunc(ps, netip.Prefix.Compare)
+	return slices.Compact(ps)
+}
