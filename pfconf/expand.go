@@ -21,6 +21,7 @@ func (rs *Ruleset) Expand(anchor string, interfaces []Interface) (*Loaded, error
 	if err := l.load(rs); err != nil {
 		return nil, err
 	}
+	l.out.declared = l.out.Tables
 	l.settleTables()
 	return l.out, nil
 }

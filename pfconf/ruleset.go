@@ -110,6 +110,10 @@ type Loaded struct {
 	Anchors []LoadedAnchor
 	// Files are the load anchor lines, for whoever can read files.
 	Files []*LoadAnchor
+
+	// declared are all tables of the text, for the Machine: the rules of another
+	// anchor can keep one alive.
+	declared []*Table
 }
 
 // A LoadedAnchor is an inline anchor's body with the path at which it is loaded.

@@ -221,8 +221,3 @@ func loadText(text, anchor string, ifs []Interface) (*Loaded, error) {
 	}
 	return rs.Expand(anchor, ifs)
 }
-
-// judgePackets runs a scenario with events.
-func judgePackets(j *judge, s *scenario) {
-	j.t.Fatalf("%s: packet scenarios aren't judged yet", s.Name)
-}

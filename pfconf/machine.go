@@ -1,0 +1,271 @@
+package pfconf
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Limits of the kernel, from bsd/net/pfvar.h and the defaults of pfctl.
+const (
+	// DefaultStateLimit is how many states pf holds unless told otherwise.
+	DefaultStateLimit = 10000
+
+	maxAnchorName  = 63   // PF_ANCHOR_NAME_SIZE less the final NUL
+	maxAnchorPath  = 1023 // MAXPATHLEN less the final NUL
+	maxAnchorDepth = 64   // frames of pf_anchor_stack
+	maxTableName   = 31   // PF_TABLE_NAME_SIZE less the final NUL
+	maxTables      = 1000
+	maxEntries     = 200000
+
+	// maxSteps bounds the rules that one packet is held against. The kernel has
+	// no such bound: anchors that call each other can keep it busy for ever.
+	maxSteps = 1 << 20
+)
+
+// Errors of a [Machine] that callers tell apart.
+var (
+	ErrNoTable     = errors.New("table does not exist")
+	ErrConstTable  = errors.New("table is const")
+	ErrNoAnchor    = errors.New("anchor does not exist")
+	ErrNoInterface = errors.New("interface does not exist")
+	ErrEnabled     = errors.New("pf already enabled")
+	ErrDisabled    = errors.New("pf not enabled")
+	ErrLimit       = errors.New("limit reached")
+)
+
+// MachineOptions are what a [Machine] may be told at its start.
+type MachineOptions struct {
+	// Rand chooses source ports, random pool addresses and sequence numbers.
+	Rand *rand.Rand // optional; nil: a fixed sequence
+	// StateLimit bounds the states.
+	StateLimit int // optional; 0: DefaultStateLimit
+}
+
+// A Machine does what the pf of a macOS kernel does: it holds rulesets, tables
+// and states, and judges packets. It follows xnu's bsd/net/pf.c, its oddities
+// included, as of macOS 15.5.
+//
+// A new machine has no interfaces and no rules and is disabled. Packets are
+// handed in by [Machine.Forward], [Machine.Receive] and [Machine.Send]; routing
+// isn't modelled, the caller says which interfaces a packet uses. Time stands
+// still except for [Machine.Advance].
+//
+// Not modelled: synproxy (taken as keep state), limits on sources, sticky
+// addresses, route-to and the like, rules by user, group and operating system
+// (they match nothing), reassembly of fragments, GRE of PPTP, dummynet, ALTQ.
+//
+// A Machine isn't safe for concurrent use. Methods don't keep nor change what
+// they are given.
+type Machine struct {
+	rand    *rand.Rand
+	enabled bool
+	now     time.Duration
+
+	kifs   map[string]*kif
+	order  []*kif // those that exist, in the order of their appearance
+	ifGen  int    // changes with any address
+	main   *anchorNode
+	tables map[tableName]*ktable
+	tags   map[string]int
+	tagOf  []string // by number
+
+	timeouts [timeoutMax]uint32
+	limit    int
+	// startLimit is the limit on states without set limit.
+	startLimit int
+	states     stateTable
+
+	// walk and eval are those of the packet being judged, kept to be used again.
+	walk     walker
+	eval     evaluation
+	fallback crule // the default rule: pass, without state
+}
+
+// kif is an interface as pf knows it: by name, also before it exists.
+type kif struct {
+	name   string
+	exists bool
+	skip   bool
+	addrs  []netip.Prefix
+}
+
+// NewMachine returns an empty, disabled machine.
+func NewMachine(o MachineOptions) *Machine {
+	m := &Machine{
+		rand:     o.Rand,
+		kifs:     map[string]*kif{},
+		tables:   map[tableName]*ktable{},
+		tags:     map[string]int{},
+		tagOf:    []string{""},
+		timeouts: defaultTimeouts,
+		limit:    o.StateLimit,
+	}
+	if m.rand == nil {
+		m.rand = rand.New(rand.NewPCG(1, 2))
+	}
+	if m.limit <= 0 {
+		m.limit = DefaultStateLimit
+	}
+	m.startLimit = m.limit
+	m.main = newAnchorNode(nil, "")
+	m.states.init()
+	m.fallback.loaded = true
+	return m
+}
+
+// Enable turns pf on, as pfctl -e does. The error is ErrEnabled.
+func (m *Machine) Enable() error {
+	if m.enabled {
+		return ErrEnabled
+	}
+	m.enabled = true
+	return nil
+}
+
+// Disable turns pf off: packets pass unjudged and untranslated. Rules, tables
+// and states stay. The error is ErrDisabled.
+func (m *Machine) Disable() error {
+	if !m.enabled {
+		return ErrDisabled
+	}
+	m.enabled = false
+	return nil
+}
+
+// Enabled reports whether pf is on.
+func (m *Machine) Enabled() bool { return m.enabled }
+
+// kif returns the interface of that name, which need not exist.
+func (m *Machine) kif(name string) *kif {
+	k := m.kifs[name]
+	if k == nil {
+		k = &kif{name: name}
+		m.kifs[name] = k
+	}
+	return k
+}
+
+// AddInterface lets an interface appear, or replaces the addresses of one that
+// exists.
+func (m *Machine) AddInterface(i Interface) {
+	k := m.kif(i.Name)
+	if !k.exists {
+		k.exists = true
+		m.order = append(m.order, k)
+	}
+	k.addrs = slices.Clone(i.Addresses)
+	m.ifGen++
+}
+
+// RemoveInterface lets an interface go. Rules keep its name, states bound to it
+// stay.
+func (m *Machine) RemoveInterface(name string) error {
+	k := m.kifs[name]
+	if k == nil || !k.exists {
+		return fmt.Errorf("remove interface %s: %w", name, ErrNoInterface)
+	}
+	k.exists, k.skip, k.addrs = false, false, nil
+	m.order = slices.DeleteFunc(m.order, func(o *kif) bool { return o == k })
+	m.ifGen++
+	return nil
+}
+
+// AddAddress gives an interface a further address, with the length of its
+// network.
+func (m *Machine) AddAddress(name string, a netip.Prefix) error {
+	k := m.kifs[name]
+	if k == nil || !k.exists {
+		return fmt.Errorf("add address %s to %s: %w", a, name, ErrNoInterface)
+	}
+	k.addrs = append(slices.Clone(k.addrs), a)
+	m.ifGen++
+	return nil
+}
+
+// DeleteAddress takes an address from an interface; one that it doesn't have is
+// no error.
+func (m *Machine) DeleteAddress(name string, a netip.Addr) error {
+	k := m.kifs[name]
+	if k == nil || !k.exists {
+		return fmt.Errorf("delete address %s of %s: %w", a, name, ErrNoInterface)
+	}
+	k.addrs = slices.DeleteFunc(slices.Clone(k.addrs), func(p netip.Prefix) bool { return p.Addr() == a })
+	m.ifGen++
+	return nil
+}
+
+// Interfaces returns the interfaces that exist, in the order of their
+// appearance.
+func (m *Machine) Interfaces() []Interface {
+	out := make([]Interface, len(m.order))
+	for i, k := range m.order {
+		out[i] = Interface{Name: k.name, Addresses: slices.Clone(k.addrs)}
+	}
+	return out
+}
+
+// Skipped returns the names of the interfaces on which pf does nothing.
+func (m *Machine) Skipped() []string {
+	var out []string
+	for _, k := range m.kifs {
+		if k.skip {
+			out = append(out, k.name)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+// Advance lets time pass and removes the states whose time is up. It returns
+// how many are left. pf counts in whole seconds.
+func (m *Machine) Advance(d time.Duration) int {
+	if d > 0 {
+		m.now += d
+	}
+	m.purge()
+	return m.states.n
+}
+
+// seconds is the kernel's pf_time_second.
+func (m *Machine) seconds() int64 { return int64(m.now / time.Second) }
+
+// tag returns the number of a tag's name; 0 is no tag.
+func (m *Machine) tag(name string) int {
+	if name == "" {
+		return 0
+	}
+	id, ok := m.tags[name]
+	if !ok {
+		id = len(m.tagOf)
+		m.tags[name] = id
+		m.tagOf = append(m.tagOf, name)
+	}
+	return id
+}
+
+// checkAnchorPath says whether pfctl takes the path as an anchor's name. Names
+// that begin with an underscore are those of nameless inline anchors.
+func checkAnchorPath(path string) error {
+	if strings.HasPrefix(path, "_") || strings.Contains(path, "/_") {
+		return fmt.Errorf("anchor %q: names that begin with _ are reserved", path)
+	}
+	return checkAnchorLength(path)
+}
+
+// checkAnchorLength holds a path against the kernel's limits.
+func checkAnchorLength(path string) error {
+	if path == "" || len(path) > maxAnchorPath {
+		return fmt.Errorf("anchor name of %d bytes: must have 1 to %d", len(path), maxAnchorPath)
+	}
+	for name := range strings.SplitSeq(path, "/") {
+		if name == "" || len(name) > maxAnchorName {
+			return fmt.Errorf("anchor %q: each part must have 1 to %d bytes", path, maxAnchorName)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,464 @@
+package pfconf
+
+import "net/netip"
+
+// noTag is a tag that no rule has set yet; foreignTag one that no rule knows.
+const (
+	noTag      = -1
+	foreignTag = -2
+)
+
+// evaluation is one packet at one hook: the kernel's pf_pdesc and the locals of
+// pf_test.
+type evaluation struct {
+	m      *Machine
+	p      Packet // as it is now
+	on     *kif
+	dir    Direction
+	family Family
+	tag    int // on the packet
+	// sport and dport are what translation calls ports: also an ICMP
+	// identifier, in both, or an ESP SPI, in dport.
+	sport, dport uint32
+
+	reassembled bool // a scrub rule reassembles fragments
+	normTCP     bool // a scrub rule normalises TCP
+
+	rule       *crule // that decides
+	anchor     *crule // the main ruleset's anchor rule over it
+	translated *crule
+	state      *state
+	created    bool
+	verdict    Verdict
+	// dropped is who dropped the packet if no rule did; DecidedByRule else.
+	dropped Decider
+}
+
+// Forward judges a packet that comes in on one interface and, if that passes,
+// leaves as it then is on another, which may be the same. An interface that
+// doesn't exist drops it.
+func (m *Machine) Forward(p Packet, in, out string) Judgement {
+	var j Judgement
+	m.hook(&j.In, &p, in, In)
+	j.Verdict = j.In.Verdict
+	if j.In.Pass() {
+		m.hook(&j.Out, &j.In.Packet, out, Out)
+		j.Verdict = j.Out.Verdict
+	}
+	return j
+}
+
+// Receive judges a packet for the host itself.
+func (m *Machine) Receive(p Packet, in string) Judgement {
+	var j Judgement
+	m.hook(&j.In, &p, in, In)
+	j.Verdict = j.In.Verdict
+	return j
+}
+
+// Send judges a packet of the host itself.
+func (m *Machine) Send(p Packet, out string) Judgement {
+	var j Judgement
+	m.hook(&j.Out, &p, out, Out)
+	j.Verdict = j.Out.Verdict
+	return j
+}
+
+// hook judges a packet on one interface in one direction (pf_test, pf_test6).
+func (m *Machine) hook(h *Hook, p *Packet, name string, dir Direction) {
+	h.Seen, h.Packet = true, *p
+	k := m.kifs[name]
+	switch {
+	case !m.enabled, k != nil && k.skip:
+		h.Decider = DecidedBySkip
+		return
+	case k == nil || !k.exists || !sane(p):
+		h.Verdict, h.Decider = VerdictDrop, DecidedByForm
+		return
+	}
+	m.walk.gaveUp = false
+	e := &m.eval
+	*e = evaluation{m: m, p: *p, on: k, dir: dir, rule: &m.fallback}
+	e.p.Src, e.p.Dst = p.Src.WithZone(""), p.Dst.WithZone("")
+	e.family = Inet6
+	if p.Src.Is4() {
+		e.family = Inet
+	}
+	if e.tag = m.tags[p.Tag]; e.tag == 0 && p.Tag != "" {
+		e.tag = foreignTag
+	}
+	e.run()
+	e.report(h)
+}
+
+// sane says whether a packet can be what an IP header holds.
+func sane(p *Packet) bool {
+	return p.Src.IsValid() && p.Dst.IsValid() && p.Src.BitLen() == p.Dst.BitLen() && !p.Src.Is4In6() && !p.Dst.Is4In6()
+}
+
+// report writes down what the evaluation found.
+func (e *evaluation) report(h *Hook) {
+	h.Verdict = e.verdict
+	switch {
+	case e.created:
+		h.State = StateCreated
+	case e.state != nil:
+		h.State = StateMatched
+	}
+	switch {
+	case e.dropped != DecidedByRule:
+		h.Decider = e.dropped
+	case e.rule.rule == nil:
+		h.Decider = DecidedByDefault
+	case !e.rule.loaded:
+		h.Decider = DecidedByRemoved
+	default:
+		h.Rule, h.Anchor = e.rule.rule, e.rule.anchor
+	}
+	if e.translated != nil {
+		h.Translation, h.TranslationAnchor = e.translated.rule, e.translated.anchor
+	}
+	if e.verdict != VerdictPass {
+		return
+	}
+	if e.tag >= 0 {
+		e.p.Tag = e.m.tagOf[e.tag]
+	}
+	h.Packet = e.p
+}
+
+// drop ends the evaluation for another reason than a rule.
+func (e *evaluation) drop(by Decider) {
+	e.verdict, e.dropped = VerdictDrop, by
+}
+
+func (e *evaluation) run() {
+	switch {
+	case !e.normalize() || !e.p.Fragment && !e.formed():
+		e.drop(DecidedByForm)
+	case e.p.Fragment:
+		e.testFragment()
+	default:
+		e.judge()
+	}
+	if e.verdict == VerdictPass && e.p.Options && !e.optionsAllowed() {
+		e.drop(DecidedByProtocol)
+	}
+	if e.state != nil && e.state.tag != 0 {
+		e.tag = e.state.tag
+	}
+	if e.m.walk.gaveUp {
+		e.drop(DecidedByForm)
+	}
+}
+
+// formed says whether a packet that is whole can be.
+func (e *evaluation) formed() bool {
+	switch e.p.Proto {
+	case ProtoTCP:
+		return e.normalizeTCP() && e.p.SrcPort != 0 && e.p.DstPort != 0
+	case ProtoUDP:
+		return e.p.SrcPort != 0 && e.p.DstPort != 0
+	}
+	return true
+}
+
+func (e *evaluation) optionsAllowed() bool {
+	return e.state != nil && e.state.allowOpts || e.rule.allowOpts
+}
+
+// judge asks the states, then the rules.
+func (e *evaluation) judge() {
+	e.setPorts()
+	if pass := e.testState(); pass {
+		e.rule, e.anchor, e.translated = e.state.rule, e.state.anchor, e.state.nat
+		return
+	}
+	if e.state == nil && e.verdict == VerdictPass {
+		e.testRules()
+	}
+}
+
+// setPorts finds what the rest calls ports.
+func (e *evaluation) setPorts() {
+	e.sport, e.dport = 0, 0
+	switch {
+	case e.p.Proto == ProtoTCP || e.p.Proto == ProtoUDP:
+		e.sport, e.dport = uint32(e.p.SrcPort), uint32(e.p.DstPort)
+	case e.isICMP():
+		e.sport = uint32(e.p.ICMPID)
+		e.dport = e.sport
+	case e.p.Proto == protoESP:
+		e.dport = e.p.SPI
+	}
+}
+
+// isICMP says whether the packet is ICMP of its own family.
+func (e *evaluation) isICMP() bool {
+	return e.p.Proto == ProtoICMP && e.family == Inet || e.p.Proto == ProtoICMPv6 && e.family == Inet6
+}
+
+// isICMPError says whether it is an ICMP message about another packet.
+func (e *evaluation) isICMPError() bool {
+	if !e.isICMP() {
+		return false
+	}
+	switch t := e.p.ICMPType; e.family {
+	case Inet:
+		return t == 3 || t == 4 || t == 5 || t == 11 || t == 12
+	default:
+		return t >= 1 && t <= 4
+	}
+}
+
+// scopeMatches compares what each kind of rule has: interface, direction,
+// family, protocol.
+func (e *evaluation) scopeMatches(r *crule) bool {
+	return (r.kif == nil || (r.kif == e.on) != r.ifNot) &&
+		(r.dir == Both || r.dir == e.dir) &&
+		(r.family == AnyFamily || r.family == e.family) &&
+		(r.proto == 0 || r.proto == e.p.Proto)
+}
+
+// tagMatches compares the tag that a rule asks for with that of the packet, or
+// with what an earlier rule has set.
+func (e *evaluation) tagMatches(r *crule, tag int) bool {
+	if tag == noTag {
+		tag = e.tag
+	}
+	return (r.tagged == tag) != r.notTagged
+}
+
+// filterMatches says whether a filter rule, or the call of an anchor, is for
+// the packet as translated.
+func (e *evaluation) filterMatches(r *crule, tag int) bool {
+	p := &e.p
+	ports := r.proto == p.Proto && (r.proto == ProtoTCP || r.proto == ProtoUDP)
+	return e.scopeMatches(r) && !r.never && !r.fragment &&
+		(!ports || r.from.port.matches(p.SrcPort) && r.to.port.matches(p.DstPort)) &&
+		r.from.addr.matches(e.m, p.Src) && r.to.addr.matches(e.m, p.Dst) &&
+		(r.icmpType == 0 || r.icmpType == int(p.ICMPType)+1) &&
+		(r.icmpCode == 0 || r.icmpCode == int(p.ICMPCode)+1) &&
+		(r.tos == 0 || r.tos&p.TOS != 0) &&
+		(p.Proto != ProtoTCP || p.Flags&r.flagMask == r.flags) &&
+		(r.prob == 0 || e.m.rand.Float64() < r.prob) &&
+		(r.tagged == 0 || e.tagMatches(r, tag))
+}
+
+// fragmentMatches is filterMatches for a fragment, whose ports and flags aren't
+// known: rules that ask for them don't match.
+func (e *evaluation) fragmentMatches(r *crule, tag int) bool {
+	p := &e.p
+	ports := !r.from.port.any || !r.to.port.any
+	switch p.Proto {
+	case ProtoUDP:
+		if ports {
+			return false
+		}
+	case ProtoTCP:
+		if ports || r.flagMask != 0 {
+			return false
+		}
+	case ProtoICMP, ProtoICMPv6:
+		if r.icmpType != 0 || r.icmpCode != 0 {
+			return false
+		}
+	}
+	return e.scopeMatches(r) && !r.never &&
+		r.from.addr.matches(e.m, p.Src) && r.to.addr.matches(e.m, p.Dst) &&
+		(r.tos == 0 || r.tos&p.TOS != 0) &&
+		(r.prob == 0 || e.m.rand.Float64() < r.prob) &&
+		(r.tagged == 0 || e.tagMatches(r, tag))
+}
+
+// filter runs through the filter rules and leaves the last that matches in
+// e.rule. It returns the tag that they put on the packet.
+func (e *evaluation) filter(tag int, matches func(*evaluation, *crule, int) bool) int {
+	w := &e.m.walk
+	w.begin(e.m, filterList)
+	for r := w.next(); r != nil; r = w.next() {
+		if !matches(e, r, tag) {
+			w.skip()
+			continue
+		}
+		if r.tag != 0 {
+			tag = r.tag
+		}
+		if r.call != nil {
+			w.stepInto(r)
+			continue
+		}
+		w.match = true
+		e.rule, e.anchor = r, w.top
+		if r.quick {
+			break
+		}
+		w.skip()
+	}
+	return tag
+}
+
+// testFragment is pf_test_fragment: no translation, no state, no tags, and a
+// blocked fragment is never answered.
+func (e *evaluation) testFragment() {
+	e.filter(noTag, (*evaluation).fragmentMatches)
+	if e.rule.block {
+		e.verdict = VerdictDrop
+	}
+}
+
+// testRules is pf_test_rule: translate, filter, make a state.
+func (e *evaluation) testRules() {
+	before, sport, dport := e.p, e.sport, e.dport
+	e.translated = nil
+	t, translated := e.findTranslation()
+	tag := noTag
+	if translated {
+		e.translated = t.rule
+		e.apply(&t)
+		if t.rule.tag != 0 {
+			tag = t.rule.tag
+		}
+	}
+	if !translated || !t.rule.natPass {
+		tag = e.filter(tag, (*evaluation).filterMatches)
+	}
+	if e.rule.block {
+		e.verdict = e.answer()
+		return
+	}
+	if tag > 0 {
+		e.tag = tag
+	}
+	if e.isICMPError() || e.rule.keep == StateDefault && !translated && !e.normTCP {
+		return
+	}
+	inner := stateSide{stateHost{before.Src, sport}, stateHost{before.Dst, dport}}
+	port := sport
+	if e.dir == In {
+		port = dport
+	}
+	if translated {
+		port = t.port
+	}
+	if !e.makeState(inner, port, max(tag, 0)) {
+		e.verdict = VerdictDrop
+	}
+}
+
+// answer is what a block rule does with the packet.
+func (e *evaluation) answer() Verdict {
+	r, p := e.rule, &e.p
+	switch {
+	case p.Proto == ProtoTCP && r.returnReset && p.Flags&FlagRST == 0:
+		return VerdictReset
+	case r.returnICMP && !e.isICMP() && p.Proto != protoESP && p.Proto != protoAH:
+		return VerdictUnreachable
+	}
+	return VerdictDrop
+}
+
+// apply rewrites the packet as a translation says. When an rdr rule gives an
+// answer its old source, the kernel writes the port into the destination too.
+func (e *evaluation) apply(t *translation) {
+	p := &e.p
+	srcChanged, dstChanged := p.Src != t.src, p.Dst != t.dst
+	switch {
+	case p.Proto == ProtoTCP || p.Proto == ProtoUDP:
+		port := uint16(t.port)
+		if srcChanged {
+			p.SrcPort = port
+			e.sport = t.port
+		}
+		rdr := t.rule.action == Rdr
+		if rdr && (dstChanged || p.DstPort != port) {
+			p.DstPort = port
+			e.dport = t.port
+		}
+	case p.Proto == ProtoICMP && e.family == Inet:
+		if srcChanged {
+			p.ICMPID = uint16(t.port)
+		}
+	}
+	p.Src, p.Dst = t.src, t.dst
+}
+
+// stateSide is both ends of a flow on one side of a translation.
+type stateSide struct{ src, dst stateHost }
+
+// makeState adds the state of a packet that a rule or a translation lets keep
+// one. before is the packet untranslated, port what translation chose. It
+// reports whether there was room and no collision.
+func (e *evaluation) makeState(before stateSide, port uint32, tag int) bool {
+	m, r := e.m, e.rule
+	if r.max > 0 && r.states >= int(r.max) || m.states.n > m.limit {
+		return false
+	}
+	s := &state{
+		rule: r, nat: e.translated, anchor: e.anchor, allowOpts: r.allowOpts, tag: tag,
+		created: m.seconds(), last: m.seconds(),
+	}
+	if r.bound {
+		s.kif = e.on
+	}
+	if e.translated != nil && e.p.Proto == protoESP && e.dir == Out && e.espBlocked(before.src.addr) {
+		return false
+	}
+	e.firstPeers(s)
+	if !m.states.insert(s, e.newKey(before, port)) {
+		return false
+	}
+	for _, r := range [...]*crule{s.rule, s.nat, s.anchor} {
+		if r != nil {
+			r.states++
+		}
+	}
+	e.state, e.created = s, true
+	return true
+}
+
+// espBlocked reports a half-open ESP state to the same outside ends from
+// another inner host: only one may wait for the other side's SPI.
+func (e *evaluation) espBlocked(inner netip.Addr) bool {
+	k := outsideKey(protoESP, filterUnset, stateHost{addr: e.p.Src}, stateHost{addr: e.p.Dst})
+	s := e.m.states.find(k, In, e.on)
+	return s != nil && s.key.lan.addr != inner
+}
+
+// newKey builds the key of a new state from the packet as it was and as it is.
+// The kernel files ICMPv6 under ICMP.
+func (e *evaluation) newKey(before stateSide, port uint32) *stateKey {
+	k := &stateKey{proto: e.p.Proto, dir: e.dir}
+	after := stateSide{stateHost{e.p.Src, e.sport}, stateHost{e.p.Dst, e.dport}}
+	switch k.proto {
+	case ProtoICMPv6:
+		k.proto = ProtoICMP
+	case ProtoUDP:
+		k.filter = addrPortDependent
+		if e.translated != nil && (e.p.SrcPort != ikePort || e.p.DstPort != ikePort) {
+			k.filter = max(k.filter, e.translated.pool.extFilter)
+		}
+	}
+	near, far := &after.src, &after.dst
+	nearBefore, farBefore := &before.src, &before.dst
+	if e.dir == In {
+		near, far, nearBefore, farBefore = far, near, farBefore, nearBefore
+	}
+	switch k.proto {
+	case ProtoICMP:
+		near.port, far.port = port, 0
+		if e.translated == nil {
+			nearBefore.port, farBefore.port = port, 0
+		}
+	case protoESP:
+		if e.dir == Out {
+			nearBefore.port = 0
+		}
+	}
+	if e.dir == Out {
+		k.gwy, k.extGwy, k.lan, k.extLan = *near, *far, *nearBefore, *farBefore
+	} else {
+		k.lan, k.extLan, k.gwy, k.extGwy = *near, *far, *nearBefore, *farBefore
+	}
+	return k
+}

@@ -1,0 +1,269 @@
+package pfconf
+
+import (
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// LoadMain makes r the main ruleset, as pfctl -f does: rules, tables and the
+// options, which start from their defaults each time. It is one transaction: on
+// an error everything stays as it was. Anchors that were loaded apart and states
+// stay in any case. load anchor lines are for the caller to follow.
+func (m *Machine) LoadMain(r *Ruleset) error {
+	if err := m.load("", r); err != nil {
+		return fmt.Errorf("load main ruleset: %w", err)
+	}
+	return nil
+}
+
+// LoadAnchor replaces the rules of one anchor, as pfctl -a path -f does, and
+// defines its tables; tables that r doesn't name stay while they are persistent
+// or used. It is one transaction like [Machine.LoadMain]. Options in r have no
+// effect. An anchor that no rule calls is kept and never evaluated.
+func (m *Machine) LoadAnchor(path string, r *Ruleset) error {
+	if err := checkAnchorPath(path); err != nil {
+		return fmt.Errorf("load anchor: %w", err)
+	}
+	if err := m.load(path, r); err != nil {
+		return fmt.Errorf("load anchor %q: %w", path, err)
+	}
+	return nil
+}
+
+func (m *Machine) load(path string, r *Ruleset) error {
+	l, err := r.Expand(path, m.Interfaces())
+	if err != nil {
+		return err
+	}
+	return m.install(path, l)
+}
+
+// transaction is a load that isn't in force yet.
+type transaction struct {
+	m      *Machine
+	parts  []loadPart
+	tables int // entries that it defines
+}
+
+// loadPart is what becomes of one anchor.
+type loadPart struct {
+	path  string
+	def   *Loaded
+	lists [ruleLists][]*crule
+}
+
+// install puts an expanded ruleset in force.
+func (m *Machine) install(path string, l *Loaded) error {
+	t := transaction{m: m}
+	timeouts, limit, err := m.mainOptions(l.Options)
+	if err == nil {
+		err = t.prepare(path, l)
+	}
+	for _, a := range l.Anchors {
+		if err == nil {
+			err = t.prepare(a.Path, a.Loaded)
+		}
+	}
+	if err != nil {
+		t.abandon()
+		return err
+	}
+	t.commit()
+	if path == "" {
+		m.timeouts, m.limit = timeouts, limit
+		m.setSkip(l.Options)
+	}
+	return nil
+}
+
+// prepare compiles one anchor's part, which references its tables.
+func (t *transaction) prepare(path string, l *Loaded) error {
+	t.parts = append(t.parts, loadPart{path: path, def: l})
+	part := &t.parts[len(t.parts)-1]
+	c := compiler{m: t.m, anchor: path}
+	for list, rules := range [ruleLists][]*Rule{scrubList: l.Scrub, natList: l.Nat, binatList: l.Binat, rdrList: l.Rdr, filterList: l.Filter} {
+		for _, r := range rules {
+			cr, err := c.compile(r)
+			if cr != nil {
+				part.lists[list] = append(part.lists[list], cr)
+			}
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return t.checkTables(l)
+}
+
+// checkTables holds the tables that are defined against the kernel's limits.
+func (t *transaction) checkTables(l *Loaded) error {
+	for _, def := range l.declared {
+		if t.tables += len(def.Addrs); t.tables > maxEntries {
+			return fmt.Errorf("table %q: %w: %d entries", def.Name, ErrLimit, maxEntries)
+		}
+	}
+	if len(t.m.tables)+len(l.declared) > maxTables {
+		return fmt.Errorf("%w: %d tables", ErrLimit, maxTables)
+	}
+	return nil
+}
+
+// abandon gives back what the prepared rules reference.
+func (t *transaction) abandon() {
+	for _, p := range t.parts {
+		for _, l := range p.lists {
+			t.m.unload(l)
+		}
+	}
+}
+
+// commit swaps the rules in and then the tables, in the kernel's order: old
+// rules let go of their tables before new contents come.
+func (t *transaction) commit() {
+	for _, p := range t.parts {
+		for _, def := range p.def.declared {
+			t.m.defineTable(p.path, def)
+		}
+	}
+	for _, p := range t.parts {
+		a := t.m.main.create(p.path)
+		for i, rules := range p.lists {
+			old := a.lists[i]
+			a.lists[i] = rules
+			t.m.unload(old)
+		}
+		t.m.commitTables(p.path)
+	}
+}
+
+// unload is what happens to rules that are no longer in force: those with
+// states live on for them.
+func (m *Machine) unload(rules []*crule) {
+	for _, r := range rules {
+		r.loaded = false
+		m.releaseRule(r)
+	}
+}
+
+// mainOptions returns the timeouts and the limit on states that a main ruleset
+// sets.
+func (m *Machine) mainOptions(opts []*Option) (t [timeoutMax]uint32, limit int, err error) {
+	t, err = timeoutOptions(opts)
+	limit = m.startLimit
+	for _, o := range opts {
+		if o.Name != "limit" {
+			continue
+		}
+		for _, v := range o.Values {
+			name, text, _ := strings.Cut(v, " ")
+			n, aerr := strconv.ParseUint(strings.TrimSpace(text), 10, 31)
+			if aerr != nil {
+				return t, 0, fmt.Errorf("set limit %s: %w", v, aerr)
+			}
+			if name == "states" {
+				limit = int(n)
+			}
+		}
+	}
+	return t, limit, err
+}
+
+// setSkip is set skip: of the interfaces that exist now, by their whole names.
+func (m *Machine) setSkip(opts []*Option) {
+	for _, k := range m.kifs {
+		k.skip = false
+	}
+	for _, o := range opts {
+		if o.Name != "skip" {
+			continue
+		}
+		for _, name := range o.Values {
+			if k := m.kifs[name]; k != nil && k.exists {
+				k.skip = true
+			}
+		}
+	}
+}
+
+// FlushRules removes the filter and scrub rules of an anchor, "" being the main
+// ruleset, as pfctl -F rules does. States stay.
+func (m *Machine) FlushRules(anchor string) { m.flushLists(anchor, scrubList, filterList) }
+
+// FlushNat removes the translation rules of an anchor, as pfctl -F nat does.
+// States stay, and keep translating.
+func (m *Machine) FlushNat(anchor string) { m.flushLists(anchor, natList, binatList, rdrList) }
+
+// FlushTables removes the tables of an anchor, as pfctl -F Tables does, and
+// returns how many. Rules that use them match nothing by them any more.
+func (m *Machine) FlushTables(anchor string) int { return m.flushTables(anchor) }
+
+// FlushAll is pfctl -F all: rules, translation and tables of an anchor. Of the
+// main ruleset also all states and the skipping of interfaces.
+func (m *Machine) FlushAll(anchor string) {
+	m.FlushRules(anchor)
+	m.FlushNat(anchor)
+	m.FlushTables(anchor)
+	if anchor == "" {
+		m.FlushStates()
+		m.setSkip(nil)
+	}
+}
+
+func (m *Machine) flushLists(anchor string, lists ...ruleList) {
+	a := m.main.find(anchor)
+	if a == nil {
+		return
+	}
+	for _, l := range lists {
+		old := a.lists[l]
+		a.lists[l] = nil
+		m.unload(old)
+	}
+}
+
+// Anchors returns the paths of an anchor's direct children, in the order of
+// their evaluation. An anchor stays listed after its rules are flushed, as on
+// macOS.
+func (m *Machine) Anchors(anchor string) []string {
+	a := m.main.find(anchor)
+	if a == nil {
+		return nil
+	}
+	var out []string
+	for _, c := range a.children {
+		out = append(out, c.path)
+	}
+	return out
+}
+
+// Snapshot returns what is loaded in an anchor, "" being the main ruleset: its
+// rules as they were expanded and its tables with their present contents. The
+// error is ErrNoAnchor. The rules are the machine's own and must not be changed.
+func (m *Machine) Snapshot(anchor string) (*Loaded, error) {
+	a := m.main.find(anchor)
+	if a == nil {
+		return nil, fmt.Errorf("anchor %q: %w", anchor, ErrNoAnchor)
+	}
+	l := &Loaded{
+		Scrub: rulesOf(a.lists[scrubList]), Nat: rulesOf(a.lists[natList]), Binat: rulesOf(a.lists[binatList]),
+		Rdr: rulesOf(a.lists[rdrList]), Filter: rulesOf(a.lists[filterList]),
+	}
+	for _, name := range m.Tables(anchor) {
+		t, err := m.Table(anchor, name)
+		if err != nil {
+			return nil, err
+		}
+		l.Tables = append(l.Tables, t)
+	}
+	return l, nil
+}
+
+func rulesOf(cs []*crule) []*Rule {
+	out := make([]*Rule, len(cs))
+	for i, c := range cs {
+		out[i] = c.rule
+	}
+	return slices.Clip(out)
+}

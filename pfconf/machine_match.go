@@ -1,0 +1,370 @@
+package pfconf
+
+// The states of one end of a flow that isn't TCP (PFUDPS_ and the like).
+const (
+	peerSilent = iota
+	peerSingle
+	peerMultiple
+	// peerEstablished is the second state of ESP.
+	peerEstablished = peerMultiple
+)
+
+// testState looks for the packet's state, tracks it and translates the packet.
+// It reports whether a state passes the packet. Otherwise e.state is nil, or the
+// state that refuses it.
+func (e *evaluation) testState() bool {
+	switch {
+	case e.p.Proto == ProtoTCP:
+		return e.testTCP()
+	case e.p.Proto == ProtoUDP:
+		return e.testUDP()
+	case e.isICMPError():
+		return e.testICMPError()
+	case e.isICMP():
+		return e.testICMP()
+	case e.p.Proto == protoESP:
+		return e.testESP()
+	}
+	return e.testOther()
+}
+
+// find looks up a state by the packet's ends in its direction.
+func (e *evaluation) find(proto Proto, filter endpointFilter, src, dst stateHost) *state {
+	if e.dir == Out {
+		return e.m.states.find(insideKey(proto, filter, src, dst), Out, e.on)
+	}
+	return e.m.states.find(outsideKey(proto, filter, dst, src), In, e.on)
+}
+
+// findUDP looks for each kind of filtering.
+func (e *evaluation) findUDP(src, dst stateHost) *state {
+	s := e.find(ProtoUDP, addrPortDependent, src, dst)
+	for f := addrDependent; s == nil && f <= endpointIndependent && e.m.states.looseUDP > 0; f++ {
+		s = e.find(ProtoUDP, f, src, dst)
+	}
+	return s
+}
+
+func (e *evaluation) findPorts(proto Proto, sport, dport uint32) *state {
+	return e.find(proto, filterUnset, stateHost{e.p.Src, sport}, stateHost{e.p.Dst, dport})
+}
+
+// ends returns the sender's and the receiver's side of a state.
+func (e *evaluation) ends(s *state) (src, dst *peer) {
+	if e.dir == s.key.dir {
+		return &s.src, &s.dst
+	}
+	return &s.dst, &s.src
+}
+
+// touch restarts a state's timeout.
+func (e *evaluation) touch(s *state, t timeoutKind) {
+	s.last, s.timeout = e.m.seconds(), t
+}
+
+// track follows a flow without connections: one side, or both.
+func (e *evaluation) track(s *state, single, multiple timeoutKind) {
+	src, dst := e.ends(s)
+	if src.state < peerSingle {
+		src.state = peerSingle
+	}
+	if dst.state == peerSingle {
+		dst.state = peerMultiple
+	}
+	if src.state == peerMultiple && dst.state == peerMultiple {
+		e.touch(s, multiple)
+	} else {
+		e.touch(s, single)
+	}
+}
+
+// translate rewrites the packet as the state's key says: the source outbound,
+// the destination inbound.
+func (e *evaluation) translate(k *stateKey) {
+	h := k.lan
+	if e.dir == Out {
+		h = k.gwy
+	}
+	p := &e.p
+	if e.dir == Out {
+		p.Src = h.addr
+	} else {
+		p.Dst = h.addr
+	}
+	switch {
+	case p.Proto == ProtoTCP || p.Proto == ProtoUDP:
+		if e.dir == Out {
+			p.SrcPort = uint16(h.port)
+		} else {
+			p.DstPort = uint16(h.port)
+		}
+	case p.Proto == ProtoICMP && e.family == Inet:
+		p.ICMPID = uint16(h.port)
+	}
+}
+
+// testUDP is pf_test_state_udp. Between two ports 500 only what is long enough
+// for IKE is looked up.
+func (e *evaluation) testUDP() bool {
+	if e.sport == ikePort && e.dport == ikePort && e.p.Len < ikeMinimum {
+		return false
+	}
+	s := e.findUDP(stateHost{e.p.Src, e.sport}, stateHost{e.p.Dst, e.dport})
+	if e.state = s; s == nil {
+		return false
+	}
+	e.track(s, udpSingle, udpMultiple)
+	e.follow(s.key)
+	if s.key.translated() {
+		e.translate(s.key)
+	}
+	return true
+}
+
+// follow notes where a flow with looser filtering goes to now.
+func (e *evaluation) follow(k *stateKey) {
+	if k.filter <= addrPortDependent {
+		return
+	}
+	ext, h := &k.extGwy, stateHost{e.p.Src, e.sport}
+	if e.dir == Out {
+		ext, h = &k.extLan, stateHost{e.p.Dst, e.dport}
+	}
+	if ext.port = h.port; k.filter == endpointIndependent {
+		ext.addr = h.addr
+	}
+}
+
+// testICMP is the first half of pf_test_state_icmp, for queries and answers.
+func (e *evaluation) testICMP() bool {
+	id := uint32(e.p.ICMPID)
+	s := e.findPorts(ProtoICMP, id, id)
+	if e.state = s; s == nil {
+		return false
+	}
+	e.touch(s, icmpError)
+	if s.key.translated() {
+		e.translate(s.key)
+	}
+	return true
+}
+
+// testOther is pf_test_state_other, by addresses alone.
+func (e *evaluation) testOther() bool {
+	s := e.findPorts(e.p.Proto, 0, 0)
+	if e.state = s; s == nil {
+		return false
+	}
+	e.track(s, otherSingle, otherMultiple)
+	if s.key.addrTranslated() {
+		e.translate(s.key)
+	}
+	return true
+}
+
+// testESP is pf_test_state_esp. The SPI of the other side isn't known before its
+// first packet, which then completes the state's key.
+func (e *evaluation) testESP() bool {
+	spi := e.p.SPI
+	s := e.find(protoESP, filterUnset, stateHost{addr: e.p.Src}, stateHost{e.p.Dst, spi})
+	if s == nil {
+		if s = e.find(protoESP, filterUnset, stateHost{addr: e.p.Src}, stateHost{addr: e.p.Dst}); s != nil && !e.m.states.learnSPI(s, e.dir, spi) {
+			e.m.removeState(s)
+			return false
+		}
+	}
+	if e.state = s; s == nil {
+		return false
+	}
+	src, dst := e.ends(s)
+	if src.state < peerSingle {
+		src.state = peerSingle
+	}
+	if dst.state >= peerSingle {
+		src.state, dst.state = peerEstablished, peerEstablished
+		e.touch(s, espEstablished)
+	} else {
+		e.touch(s, espInitiating)
+	}
+	if s.key.addrTranslated() {
+		e.translate(s.key)
+	}
+	return true
+}
+
+// learnSPI files a half-open ESP state under the SPI that answers it, and
+// reports whether that was free.
+func (t *stateTable) learnSPI(s *state, dir Direction, spi uint32) bool {
+	k := s.key
+	if dir == In {
+		delete(t.outside, k.outside())
+		k.lan.port, k.gwy.port = spi, spi
+		out := k.outside()
+		if t.outside[out] != nil {
+			return false
+		}
+		t.outside[out] = k
+		return true
+	}
+	delete(t.inside, k.inside())
+	k.extLan.port = spi
+	in := k.inside()
+	if t.inside[in] != nil {
+		return false
+	}
+	t.inside[in] = k
+	return true
+}
+
+// testICMPError is the second half of pf_test_state_icmp: an error belongs to
+// the state of the packet that it quotes, and is translated with it. The state's
+// timeout isn't touched.
+func (e *evaluation) testICMPError() bool {
+	q := e.p.Quoted
+	if q == nil || q.Later || !q.Src.IsValid() || q.Src.BitLen() != e.p.Src.BitLen() || q.Dst.BitLen() != q.Src.BitLen() {
+		return false
+	}
+	s := e.findQuoted(q)
+	if e.state = s; s == nil {
+		return false
+	}
+	if q.Proto == ProtoTCP && !e.quotedInWindow(s, q.Seq) {
+		e.drop(DecidedByProtocol)
+		return false
+	}
+	if s.key.translated() {
+		e.translateError(s.key)
+	}
+	return true
+}
+
+// findQuoted looks for the state of a quoted packet, which went the other way.
+// Echo messages of ICMPv6 are looked for under ICMPv6, where no state is filed.
+func (e *evaluation) findQuoted(q *Quoted) *state {
+	src, dst := stateHost{addr: q.Src.WithZone("")}, stateHost{addr: q.Dst.WithZone("")}
+	switch q.Proto {
+	case ProtoTCP:
+		src.port, dst.port = uint32(q.SrcPort), uint32(q.DstPort)
+	case ProtoUDP:
+		src.port, dst.port = uint32(q.SrcPort), uint32(q.DstPort)
+		return e.findUDP(dst, src)
+	case ProtoICMP, ProtoICMPv6:
+		src.port, dst.port = uint32(q.ICMPID), uint32(q.ICMPID)
+	}
+	return e.find(q.Proto, filterUnset, dst, src)
+}
+
+// quotedInWindow says whether the quoted segment can be of the connection.
+func (e *evaluation) quotedInWindow(s *state, seq uint32) bool {
+	dst, src := e.ends(s)
+	shift := maxWinShift
+	if src.wscale != 0 && dst.wscale&wscaleFlag != 0 {
+		shift = int(dst.wscale & wscaleMask)
+	}
+	seq -= src.seqdiff
+	return seqGEQ(src.seqhi, seq) && seqGEQ(seq, src.seqlo-uint32(dst.maxWin)<<shift)
+}
+
+// translateError rewrites an error and, in a copy, what it quotes.
+func (e *evaluation) translateError(k *stateKey) {
+	q := *e.p.Quoted
+	port, addr := &q.SrcPort, &q.Src
+	h := k.lan
+	if e.dir == Out {
+		port, addr, h = &q.DstPort, &q.Dst, k.gwy
+		e.p.Src = h.addr
+	} else {
+		e.p.Dst = h.addr
+	}
+	*addr = h.addr
+	switch q.Proto {
+	case ProtoTCP, ProtoUDP:
+		*port = uint16(h.port)
+	case ProtoICMP, ProtoICMPv6:
+		q.ICMPID = uint16(h.port)
+	}
+	e.p.Quoted = &q
+}
+
+// scrub returns the first scrub rule that matches, by what a header without
+// ports has and, with TCP, by its ports.
+func (e *evaluation) scrub(tcp bool) *crule {
+	w := &e.m.walk
+	w.begin(e.m, scrubList)
+	for r := w.next(); r != nil; r = w.next() {
+		switch {
+		case !e.scrubMatches(r, tcp):
+			w.skip()
+		case r.call != nil:
+			w.stepInto(r)
+		case r.action == NoScrub:
+			return nil
+		default:
+			return r
+		}
+	}
+	return nil
+}
+
+func (e *evaluation) scrubMatches(r *crule, tcp bool) bool {
+	scope := e.scopeMatches(r)
+	if !tcp && e.family == Inet6 && !scope {
+		// Behind extension headers the kernel doesn't look at the protocol.
+		any := *r
+		any.proto = 0
+		scope = e.scopeMatches(&any)
+	}
+	return scope && r.from.addr.matches(e.m, e.p.Src) && r.to.addr.matches(e.m, e.p.Dst) &&
+		(!tcp || scrubPort(r.from.port, e.p.SrcPort) && scrubPort(r.to.port, e.p.DstPort)) && !r.never
+}
+
+// scrubPort compares a port as pf_normalize_tcp does, which takes the operator
+// for a protocol: only >< and > are looked at.
+func scrubPort(p cport, n uint16) bool {
+	return p.any || p.op != Inside && p.op != Greater || p.matches(n)
+}
+
+// normalize is pf_normalize_ip as far as verdicts go: fragments that meet a
+// scrub rule. Reassembly isn't modelled, so a fragment that would wait for
+// others is dropped.
+func (e *evaluation) normalize() bool {
+	if len(e.m.main.lists[scrubList]) == 0 {
+		return true
+	}
+	r := e.scrub(false)
+	if r == nil {
+		return true
+	}
+	if e.family == Inet && r.noDF {
+		e.p.DontFragment = false
+	}
+	if e.p.Fragment && (!r.fragKeep || e.family == Inet && e.p.DontFragment) {
+		return false
+	}
+	e.reassembled = !r.fragKeep
+	return true
+}
+
+// normalizeTCP is pf_normalize_tcp: combinations of flags that can't be.
+func (e *evaluation) normalizeTCP() bool {
+	if len(e.m.main.lists[scrubList]) == 0 {
+		return true
+	}
+	r := e.scrub(true)
+	if r == nil {
+		return true
+	}
+	e.normTCP = r.normTCP
+	f := e.p.Flags
+	switch {
+	case f&FlagSYN != 0 && f&FlagRST != 0, f&(FlagSYN|FlagACK|FlagRST) == 0:
+		return false
+	case f&FlagSYN != 0:
+		f &^= FlagFIN
+	}
+	if f&FlagACK == 0 && f&(FlagFIN|FlagPSH|FlagURG) != 0 {
+		return false
+	}
+	e.p.Flags = f
+	return true
+}

@@ -1,0 +1,397 @@
+package pfconf
+
+import (
+	"fmt"
+	"net/netip"
+)
+
+// ruleList is one of the kernel's rule lists of an anchor.
+type ruleList uint8
+
+const (
+	scrubList ruleList = iota
+	natList
+	binatList
+	rdrList
+	filterList
+	ruleLists
+)
+
+// translates says whether the first match ends the search of such a list.
+func (l ruleList) translates() bool { return l == natList || l == binatList || l == rdrList }
+
+// crule is a rule compiled for matching, with what the kernel keeps in it.
+type crule struct {
+	rule   *Rule // nil: the default rule
+	anchor string
+	loaded bool
+	// states are those of which this is the rule, the translation or the anchor.
+	states int
+
+	action   Action
+	call     *anchorNode // what an anchor rule calls
+	wildcard bool
+	quick    bool
+
+	kif    *kif
+	ifNot  bool
+	dir    Direction
+	family Family
+	proto  Proto
+	from   cendpoint
+	to     cendpoint
+	never  bool // asks what this machine doesn't know
+
+	icmpType, icmpCode int // one more than the number; 0: any
+	flags, flagMask    TCPFlags
+	tos                uint8
+	fragment           bool
+	allowOpts          bool
+	prob               float64
+	tag, tagged        int
+	notTagged          bool
+
+	block       bool
+	returnReset bool
+	returnICMP  bool
+
+	keep     StateKind
+	bound    bool
+	max      uint32
+	timeouts [timeoutMax]uint32
+
+	natPass  bool
+	pool     cpool
+	normTCP  bool // scrub reassemble tcp
+	noDF     bool
+	fragKeep bool // scrub fragment crop or drop-ovl
+}
+
+// cendpoint is one side that a rule asks for.
+type cendpoint struct {
+	addr caddr
+	port cport
+}
+
+// caddr is a compiled address.
+type caddr struct {
+	kind   AddressKind
+	not    bool
+	prefix netip.Prefix
+	last   netip.Addr
+	table  *ktable
+	dyn    *dynAddr
+}
+
+// cport is a compiled comparison of ports; any is one that always holds.
+type cport struct {
+	any    bool
+	op     CompareOp
+	lo, hi uint16
+}
+
+// matches is pf_match.
+func (p cport) matches(n uint16) bool {
+	if p.any {
+		return true
+	}
+	switch p.op {
+	case Equal:
+		return n == p.lo
+	case NotEqual:
+		return n != p.lo
+	case Less:
+		return n < p.lo
+	case LessEqual:
+		return n <= p.lo
+	case Greater:
+		return n > p.lo
+	case GreaterEqual:
+		return n >= p.lo
+	case Range:
+		return n >= p.lo && n <= p.hi
+	case Inside:
+		return n > p.lo && n < p.hi
+	case Outside:
+		return n < p.lo || n > p.hi
+	}
+	return false
+}
+
+// matches says whether a is what the address asks for, negation included.
+func (c *caddr) matches(m *Machine, a netip.Addr) bool {
+	return c.holds(m, a) != c.not
+}
+
+func (c *caddr) holds(m *Machine, a netip.Addr) bool {
+	switch c.kind {
+	case AddrAny:
+		return true
+	case AddrPrefix:
+		return c.prefix.Contains(a) || c.prefix.Bits() == 0
+	case AddrTable:
+		return c.table.contains(a)
+	case AddrDynamic:
+		return c.dyn.contains(m, a)
+	case AddrRange:
+		return c.prefix.Addr().Compare(a) <= 0 && a.Compare(c.last) <= 0
+	}
+	return false // no-route, urpf-failed
+}
+
+// dynAddr is an interface in parentheses.
+type dynAddr struct {
+	kif    *kif
+	self   bool
+	family Family
+	mod    AddressModifier
+	bits   int // 0: none
+	gen    int // of the machine's addresses when v4 and v6 were made
+	v4, v6 []netip.Prefix
+}
+
+func (d *dynAddr) contains(m *Machine, a netip.Addr) bool {
+	for _, p := range d.prefixes(m, a.Is4()) {
+		if p.Contains(a) {
+			return true
+		}
+	}
+	return false
+}
+
+// prefixes returns the interface's present addresses of a family, ascending.
+func (d *dynAddr) prefixes(m *Machine, v4 bool) []netip.Prefix {
+	if d.gen != m.ifGen+1 {
+		d.update(m)
+	}
+	if v4 {
+		return d.v4
+	}
+	return d.v6
+}
+
+// update is pfi_instance_add. (self) is empty: the kernel has no interface of
+// its own behind that name.
+func (d *dynAddr) update(m *Machine) {
+	d.gen = m.ifGen + 1
+	d.v4, d.v6 = nil, nil
+	if d.self || !d.kif.exists {
+		return
+	}
+	var set prefixSet
+	var got4, got6 bool
+	for _, p := range d.kif.addrs {
+		a := p.Addr().WithZone("")
+		got := &got6
+		if a.Is4() {
+			got = &got4
+		}
+		if d.skips(a) || d.mod&ModNoAlias != 0 && *got {
+			continue
+		}
+		*got = true
+		if q, ok := d.entry(a, p.Bits()); ok {
+			set.set(q, false)
+		}
+	}
+	for _, e := range set.entries() {
+		switch v4 := e.prefix.Addr().Is4(); {
+		case v4 && d.family != Inet6:
+			d.v4 = append(d.v4, e.prefix)
+		case !v4 && d.family != Inet:
+			d.v6 = append(d.v6, e.prefix)
+		}
+	}
+}
+
+// skips says whether the modifiers leave the address out.
+func (d *dynAddr) skips(a netip.Addr) bool {
+	switch {
+	case d.mod&ModBroadcast != 0 && (a.Is6() || isLoopback(d.kif.name) || isPointToPoint(d.kif.name)):
+		return true
+	case d.mod&ModPeer != 0:
+		return true // point-to-point interfaces here have no peer address
+	}
+	return a.Is6() && a.IsLinkLocalUnicast()
+}
+
+// entry is what an address with its network's length becomes in the table.
+func (d *dynAddr) entry(a netip.Addr, length int) (netip.Prefix, bool) {
+	if d.mod&ModBroadcast != 0 {
+		a = endOf(netip.PrefixFrom(a, length).Masked())
+	}
+	bits := a.BitLen()
+	switch {
+	case d.bits > 0:
+		bits = min(d.bits, bits)
+	case d.mod&ModNetwork != 0:
+		bits = length
+	}
+	p, err := a.Prefix(bits)
+	return p, err == nil
+}
+
+// endOf returns the highest address of a prefix.
+func endOf(p netip.Prefix) netip.Addr {
+	b := p.Addr().AsSlice()
+	for i := p.Bits(); i < len(b)*8; i++ {
+		b[i/8] |= 0x80 >> (i % 8)
+	}
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}
+
+// compiler turns one loaded ruleset's rules into crules.
+type compiler struct {
+	m      *Machine
+	anchor string
+}
+
+// compile makes r ready. Its tables are referenced from now on.
+func (c compiler) compile(r *Rule) (*crule, error) {
+	out := &crule{
+		rule: r, anchor: c.anchor, loaded: true,
+		action: r.Action, quick: r.Quick, dir: r.Direction, family: r.Family,
+		tos: deref(r.TOS), fragment: r.Fragment, allowOpts: r.AllowOpts, prob: r.Probability,
+		tag: c.m.tag(r.Tag), tagged: c.m.tag(r.Tagged), notTagged: r.NotTagged,
+		never: len(r.OS) > 0 || len(r.Users) > 0 || len(r.Groups) > 0,
+	}
+	if len(r.Interfaces) > 1 || len(r.Protos) > 1 || len(r.ICMP) > 1 {
+		return nil, fmt.Errorf("compile rule: it isn't expanded")
+	}
+	for _, i := range r.Interfaces {
+		out.kif, out.ifNot = c.m.kif(i.Name), i.Not
+	}
+	for _, p := range r.Protos {
+		out.proto = p
+	}
+	for _, t := range r.ICMP {
+		out.icmpType = int(t.Type) + 1
+		if t.Code != nil {
+			out.icmpCode = int(*t.Code) + 1
+		}
+	}
+	if r.Flags != nil {
+		out.flags, out.flagMask = r.Flags.Set, r.Flags.Mask
+	}
+	c.filterParts(out)
+	c.normalizeParts(out)
+	if err := c.endpoints(out); err != nil {
+		return out, err
+	}
+	return out, c.target(out)
+}
+
+func deref(p *uint8) uint8 {
+	if p == nil {
+		return 0
+	}
+	return *p
+}
+
+// filterParts takes over what pass and block say.
+func (c compiler) filterParts(out *crule) {
+	r := out.rule
+	out.natPass = r.Pass
+	out.block = r.Action == Block
+	if out.block {
+		out.returnReset = r.Return.Kind == ReturnAll || r.Return.Kind == ReturnRST
+		out.returnICMP = r.Return.Kind == ReturnAll || r.Return.Kind == ReturnICMP
+	}
+	switch {
+	case r.State != StateDefault:
+		out.keep = r.State
+	case r.Action == Pass:
+		out.keep = KeepState
+	}
+	if out.keep == NoState {
+		out.keep = StateDefault
+	}
+	out.bound = r.StateOptions.Policy == IfBound
+	out.max = r.StateOptions.Max
+	setTimeouts(&out.timeouts, r.StateOptions.Timeouts)
+}
+
+func (c compiler) normalizeParts(out *crule) {
+	n := out.rule.Normalize
+	out.normTCP, out.noDF = n.ReassembleTCP, n.NoDF
+	out.fragKeep = n.Fragment == FragmentCrop || n.Fragment == FragmentDropOvl
+}
+
+func (c compiler) endpoints(out *crule) error {
+	for _, e := range []struct {
+		to   *cendpoint
+		from Endpoint
+	}{{&out.from, out.rule.From}, {&out.to, out.rule.To}} {
+		if len(e.from.Addrs) > 1 || len(e.from.Ports) > 1 {
+			return fmt.Errorf("compile rule: it isn't expanded")
+		}
+		e.to.port.any = true
+		for _, p := range e.from.Ports {
+			e.to.port = cport{op: p.Op, lo: p.Lo, hi: p.Hi}
+		}
+		for _, a := range e.from.Addrs {
+			ca, err := c.address(a, out.family)
+			if err != nil {
+				return err
+			}
+			e.to.addr = ca
+		}
+	}
+	return nil
+}
+
+// address compiles one address.
+func (c compiler) address(a Address, f Family) (caddr, error) {
+	out := caddr{kind: a.Kind, not: a.Not, last: a.Last.WithZone("")}
+	switch a.Kind {
+	case AddrPrefix:
+		if !a.Prefix.IsValid() {
+			return out, fmt.Errorf("compile address: invalid prefix")
+		}
+		out.prefix = netip.PrefixFrom(a.Prefix.Addr().WithZone(""), a.Prefix.Bits()).Masked()
+	case AddrRange:
+		out.prefix = netip.PrefixFrom(a.Prefix.Addr().WithZone(""), a.Prefix.Addr().BitLen())
+	case AddrTable:
+		out.table = c.m.attachTable(tableName{c.anchor, a.Name})
+	case AddrDynamic:
+		out.dyn = &dynAddr{
+			kif: c.m.kif(a.Name), self: a.Name == "self", family: f, mod: a.Mod, bits: int(deref(a.Bits)),
+		}
+	case AddrInterface:
+		return out, fmt.Errorf("compile address: interface %s isn't resolved", a.Name)
+	}
+	return out, nil
+}
+
+// target compiles where a rule leads: to an anchor or to a pool.
+func (c compiler) target(out *crule) error {
+	switch out.action {
+	case Anchor, NatAnchor, BinatAnchor, RdrAnchor, ScrubAnchor:
+		return c.anchorCall(out)
+	case Nat, Binat, Rdr:
+		return c.makePool(out)
+	}
+	return nil
+}
+
+// releaseRule lets go of a rule's tables once it is neither loaded nor used by
+// a state.
+func (m *Machine) releaseRule(r *crule) {
+	if r.loaded || r.states > 0 || r.rule == nil {
+		return
+	}
+	for _, a := range [...]*caddr{&r.from.addr, &r.to.addr} {
+		m.releaseAddr(a)
+	}
+	for i := range r.pool.addrs {
+		m.releaseAddr(&r.pool.addrs[i])
+	}
+}
+
+func (m *Machine) releaseAddr(a *caddr) {
+	if a.table != nil {
+		m.detachTable(a.table)
+		a.table = nil
+	}
+}

@@ -1,0 +1,293 @@
+package pfconf
+
+// The states of one end of a TCP connection, from netinet/tcp_fsm.h.
+const (
+	tcpsClosed      = 0
+	tcpsSynSent     = 2
+	tcpsEstablished = 4
+	tcpsClosing     = 7
+	tcpsFinWait2    = 9
+	tcpsTimeWait    = 10
+)
+
+const (
+	wscaleFlag  = 0x80
+	wscaleMask  = 0x0f
+	maxWinShift = 14
+	// maxAckWindow is how far acknowledgements may be off, and segments in a
+	// loose match: a window and a bit.
+	maxAckWindow = 0xffff + 1500
+)
+
+func seqGEQ(a, b uint32) bool { return int32(a-b) >= 0 }
+func seqGT(a, b uint32) bool  { return int32(a-b) > 0 }
+
+// scaleOption is the window scale that a segment offers, with wscaleFlag.
+func (p *Packet) scaleOption() uint8 {
+	if !p.HasScale {
+		return 0
+	}
+	return min(p.Scale, maxWinShift) | wscaleFlag
+}
+
+// end is the sequence number behind the segment.
+func (p *Packet) end() uint32 {
+	end := p.Seq + p.Len
+	if p.Flags&FlagSYN != 0 {
+		end++
+	}
+	if p.Flags&FlagFIN != 0 {
+		end++
+	}
+	return end
+}
+
+// firstPeers fills a new state's ends and timeout from its first packet.
+func (e *evaluation) firstPeers(s *state) {
+	s.src.state = peerSingle
+	switch e.p.Proto {
+	case ProtoTCP:
+		e.firstTCP(s)
+	case ProtoUDP:
+		s.timeout = udpFirst
+	case ProtoICMP, ProtoICMPv6:
+		s.timeout = icmpFirst
+	case protoGRE:
+		// The kernel files all GRE under the timeouts of PPTP's.
+		s.timeout = greInitiating
+	case protoESP:
+		s.timeout = espFirst
+	default:
+		s.timeout = otherFirst
+	}
+}
+
+func (e *evaluation) firstTCP(s *state) {
+	p := &e.p
+	s.src = peer{
+		seqlo: p.Seq, seqhi: p.end() + 1, state: tcpsSynSent,
+		maxWin: max(p.Window, 1),
+	}
+	if p.Flags&FlagSYN != 0 {
+		s.src.wscale = p.scaleOption()
+	}
+	if shift := s.src.wscale & wscaleMask; shift != 0 {
+		s.src.maxWin = unscale(s.src.maxWin, shift)
+	}
+	if p.Flags&(FlagSYN|FlagACK) == FlagSYN && e.rule.keep == ModulateState {
+		s.src.seqdiff = max(e.m.rand.Uint32(), 1)
+		p.Seq += s.src.seqdiff
+	}
+	s.dst = peer{seqhi: 1, maxWin: 1, state: tcpsClosed}
+	s.timeout = tcpFirst
+}
+
+// unscale is how the kernel takes the scale out of a window of a SYN, which has
+// none in it, rounding up.
+func unscale(win uint16, shift uint8) uint16 {
+	return uint16((int(win) + 1<<shift - 1) >> shift)
+}
+
+// segment is a TCP segment on its way through the tracking.
+type segment struct {
+	src, dst *peer
+	seq, end uint32
+	ack      uint32
+	win      uint32
+	sws, dws uint8
+}
+
+// testTCP is pf_test_state_tcp: the sequence tracking of Guido van Rooij's
+// "Real Stateful TCP Packet Filtering in IP Filter".
+func (e *evaluation) testTCP() bool {
+	s := e.findPorts(ProtoTCP, e.sport, e.dport)
+	if s == nil {
+		return false
+	}
+	src, dst := e.ends(s)
+	if e.p.Flags&(FlagSYN|FlagACK) == FlagSYN && dst.state >= tcpsFinWait2 && src.state >= tcpsFinWait2 {
+		// A new connection with the ports of one that is over.
+		e.m.removeState(s)
+		return false
+	}
+	e.state = s
+	orig := e.p.Seq
+	g := e.measure(src, dst)
+	skew := int32(dst.seqlo - g.ack)
+	switch {
+	case e.inWindow(g, skew, orig):
+		e.advance(s, g)
+	case e.looseMatch(g):
+		e.advanceLoosely(g)
+	default:
+		e.refuse(g)
+		return false
+	}
+	if s.key.translated() {
+		e.translate(s.key)
+	}
+	return true
+}
+
+// measure works out what the checks compare. With the first segment of an end
+// it learns that end's numbers.
+func (e *evaluation) measure(src, dst *peer) segment {
+	p := &e.p
+	g := segment{src: src, dst: dst, seq: p.Seq, win: uint32(p.Window)}
+	if p.Flags&FlagSYN == 0 {
+		g.sws, g.dws = shiftOf(src), shiftOf(dst)
+	}
+	if src.seqlo == 0 {
+		e.firstOfEnd(&g)
+	} else {
+		g.ack = p.Ack - dst.seqdiff
+		if src.seqdiff != 0 {
+			p.Seq += src.seqdiff
+			p.Ack = g.ack
+		}
+		g.end = g.seq + p.end() - p.Seq
+	}
+	if p.Flags&FlagACK == 0 ||
+		g.ack == 0 && p.Flags&(FlagACK|FlagRST) == FlagACK|FlagRST ||
+		dst.state < tcpsSynSent {
+		g.ack = dst.seqlo
+	}
+	if g.seq == g.end {
+		g.seq, g.end = src.seqlo, src.seqlo
+	}
+	return g
+}
+
+func shiftOf(p *peer) uint8 {
+	if p.wscale&wscaleFlag != 0 {
+		return p.wscale & wscaleMask
+	}
+	return maxWinShift
+}
+
+// firstOfEnd sets an end's numbers from its first segment.
+func (e *evaluation) firstOfEnd(g *segment) {
+	p, src, dst := &e.p, g.src, g.dst
+	g.ack = p.Ack
+	length := p.end() - p.Seq
+	if dst.seqdiff != 0 && src.seqdiff == 0 {
+		src.seqdiff = max(e.m.rand.Uint32(), 1)
+		g.ack = p.Ack - dst.seqdiff
+		p.Seq += src.seqdiff
+		p.Ack = g.ack
+	}
+	g.end = g.seq + length
+	if p.Flags&FlagSYN != 0 && dst.wscale&wscaleFlag != 0 {
+		e.negotiateScale(g)
+	}
+	src.seqlo = g.seq
+	src.state = max(src.state, tcpsSynSent)
+	if hi := g.end + max(1, uint32(dst.maxWin)<<g.dws); src.seqhi == 1 || seqGEQ(hi, src.seqhi) {
+		src.seqhi = hi
+	}
+	src.maxWin = max(src.maxWin, uint16(g.win))
+}
+
+// negotiateScale: the answer to a SYN takes window scaling up, or turns it down
+// for both.
+func (e *evaluation) negotiateScale(g *segment) {
+	src, dst := g.src, g.dst
+	src.wscale = e.p.scaleOption()
+	if src.wscale&wscaleFlag == 0 {
+		dst.maxWin = uint16(min(0xffff, uint32(dst.maxWin)<<(dst.wscale&wscaleMask)))
+		dst.wscale = 0
+		return
+	}
+	g.sws, g.dws = src.wscale&wscaleMask, dst.wscale&wscaleMask
+	g.win = (g.win + 1<<g.sws - 1) >> g.sws
+}
+
+// inWindow says whether a segment lies within what its receiver allows. With
+// reassembly a reset must hit the expected number.
+func (e *evaluation) inWindow(g segment, skew int32, orig uint32) bool {
+	return seqGEQ(g.src.seqhi, g.end) &&
+		seqGEQ(g.seq, g.src.seqlo-uint32(g.dst.maxWin)<<g.dws) &&
+		skew >= -maxAckWindow && int64(skew) <= int64(maxAckWindow)<<g.sws &&
+		(e.p.Flags&FlagRST == 0 || orig == g.src.seqlo || orig == g.src.seqlo+1 || orig+1 == g.src.seqlo || !e.reassembled)
+}
+
+// slide moves the windows of both ends.
+func (g segment) slide() {
+	g.src.maxWin = max(g.src.maxWin, uint16(g.win))
+	if seqGT(g.end, g.src.seqlo) {
+		g.src.seqlo = g.end
+	}
+	if hi := g.ack + g.win<<g.sws; seqGEQ(hi, g.dst.seqhi) {
+		g.dst.seqhi = g.ack + max(g.win<<g.sws, 1)
+	}
+}
+
+// advance follows a connection with a good segment.
+func (e *evaluation) advance(s *state, g segment) {
+	g.slide()
+	src, dst, f := g.src, g.dst, e.p.Flags
+	if f&FlagSYN != 0 {
+		src.state = max(src.state, tcpsSynSent)
+	}
+	if f&FlagFIN != 0 {
+		src.state = max(src.state, tcpsClosing)
+	}
+	if f&FlagACK != 0 {
+		switch dst.state {
+		case tcpsSynSent:
+			dst.state = tcpsEstablished
+		case tcpsClosing:
+			dst.state = tcpsFinWait2
+		}
+	}
+	if f&FlagRST != 0 {
+		src.state, dst.state = tcpsTimeWait, tcpsTimeWait
+	}
+	e.touch(s, tcpTimeout(src.state, dst.state))
+}
+
+// tcpTimeout is the timeout of a connection with its ends in these states.
+func tcpTimeout(a, b uint8) timeoutKind {
+	low, high := min(a, b), max(a, b)
+	switch {
+	case low >= tcpsFinWait2:
+		return tcpClosed
+	case low >= tcpsClosing:
+		return tcpFinWait
+	case low < tcpsEstablished:
+		return tcpOpening
+	case high >= tcpsClosing:
+		return tcpClosing
+	}
+	return tcpEstablished
+}
+
+// looseMatch lets segments near the window through while a connection is picked
+// up or over. They don't restart its timeout.
+func (e *evaluation) looseMatch(g segment) bool {
+	return (g.dst.state < tcpsSynSent || g.dst.state >= tcpsFinWait2 || g.src.state >= tcpsFinWait2) &&
+		seqGEQ(g.src.seqhi+maxAckWindow, g.end) &&
+		seqGEQ(g.seq, g.src.seqlo-maxAckWindow)
+}
+
+func (e *evaluation) advanceLoosely(g segment) {
+	g.slide()
+	if e.p.Flags&FlagFIN != 0 {
+		g.src.state = max(g.src.state, tcpsClosing)
+	}
+	if e.p.Flags&FlagRST != 0 {
+		g.src.state, g.dst.state = tcpsTimeWait, tcpsTimeWait
+	}
+}
+
+// refuse drops a segment out of the window. During the handshake the kernel
+// answers it with a reset and forgets what it knew of the sender.
+func (e *evaluation) refuse(g segment) {
+	e.drop(DecidedByProtocol)
+	if g.dst.state == tcpsSynSent && g.src.state == tcpsSynSent {
+		if e.p.Flags&FlagRST == 0 {
+			e.verdict = VerdictReset
+		}
+		g.src.seqlo, g.src.seqhi, g.src.maxWin = 0, 1, 1
+	}
+}
