@@ -34,6 +34,10 @@ type FlowOptions struct {
 	Addr  netip.Addr    // required: where it is opened to
 	Proto Proto         // required
 	Every time.Duration // optional: between two packets of each end; 5 ms if 0
+	// BackSize is how many bytes each packet back has, which makes the flow a
+	// download. Optional: as few as a packet forth if 0; for UDP and ping at most
+	// 1200, so that no path is too narrow.
+	BackSize int
 }
 
 // Flow is a flow whose two ends both send by themselves, whatever they hear or
@@ -45,10 +49,13 @@ type Flow struct {
 	options FlowOptions
 	id      uint32
 	epoch   time.Time
+	ctx     context.Context // ends with the flow
 	cancel  context.CancelFunc
-	ctx     context.Context
+	pace    context.Context // ends when the ends fall silent
+	pause   context.CancelFunc
 	done    sync.WaitGroup
 	ways    [2]wayLog
+	near    atomic.Pointer[netip.AddrPort] // the opener's address, once it is known
 }
 
 // Arrival is a packet of a flow that reached the other end.
@@ -79,6 +86,7 @@ func (l *Lab) Flow(options FlowOptions) (*Flow, error) {
 	}
 	f := &Flow{options: options, id: uint32(l.next()), epoch: time.Now()}
 	f.ctx, f.cancel = context.WithCancel(l.ctx)
+	f.pace, f.pause = context.WithCancel(f.ctx)
 	for i := range f.ways {
 		f.ways[i].changed = make(chan struct{})
 	}
@@ -100,6 +108,29 @@ func (f *Flow) Stop() {
 	f.done.Wait()
 }
 
+// String is the flow in a few words.
+func (f *Flow) String() string {
+	return fmt.Sprintf("%s flow from %s to %s", f.options.Proto, f.options.From.Name, f.options.Addr)
+}
+
+// Opener is the address and port that the flow was opened from, and the zero value
+// before it has them. A ping's port is its identifier.
+func (f *Flow) Opener() netip.AddrPort {
+	if near := f.near.Load(); near != nil {
+		return *near
+	}
+	return netip.AddrPort{}
+}
+
+// Target is the address and port that the flow was opened to.
+func (f *Flow) Target() netip.AddrPort { return netip.AddrPortFrom(f.options.Addr, f.port()) }
+
+// opened notes the opener's address.
+func (f *Flow) opened(addr net.Addr) {
+	near := unmap(netip.MustParseAddrPort(addr.String()))
+	f.near.Store(&near)
+}
+
 // Sent is how many packets an end has sent.
 func (f *Flow) Sent(w Way) uint64 { return f.ways[w].sent.Load() }
 
@@ -115,8 +146,21 @@ func (f *Flow) SentAfter(w Way, when time.Time) []Arrival {
 	return slices.DeleteFunc(f.Arrivals(w), func(a Arrival) bool { return !a.Sent.After(when) })
 }
 
-// Lost is how many packets that were sent until now haven't arrived yet.
-func (f *Flow) Lost(w Way) int {
+// Finish has both ends fall silent, waits for what is on its way for at most the
+// timeout, stops the flow, and returns how many packets each way never arrived.
+func (f *Flow) Finish(timeout time.Duration) (forth, back int) {
+	f.pause()
+	for deadline := time.Now().Add(timeout); time.Now().Before(deadline); time.Sleep(probeRetry / 10) {
+		if f.missing(Forth)+f.missing(Back) == 0 {
+			break
+		}
+	}
+	f.Stop()
+	return f.missing(Forth), f.missing(Back)
+}
+
+// missing is how many packets were sent and haven't arrived.
+func (f *Flow) missing(w Way) int {
 	sent := f.Sent(w)
 	return int(sent) - len(f.Arrivals(w))
 }
@@ -144,8 +188,7 @@ func (f *Flow) Wait(w Way, n int, timeout time.Duration) error {
 		select {
 		case <-changed:
 		case <-expired:
-			return fmt.Errorf("wait for %s flow from %s to %s: %d of %d packets came %s in %s",
-				f.options.Proto, f.options.From.Name, f.options.Addr, have-first, n, w, timeout)
+			return fmt.Errorf("wait for %s: %d of %d packets came %s in %s", f, have-first, n, w, timeout)
 		}
 	}
 }
@@ -157,27 +200,36 @@ func (f *Flow) send(w Way, write func([]byte) error) {
 	defer tick.Stop()
 	for {
 		select {
-		case <-f.ctx.Done():
+		case <-f.pace.Done():
 			return
 		case <-tick.C:
 		}
-		if err := write(f.record(w)); errors.Is(err, net.ErrClosed) {
+		b := f.record(w)
+		f.ways[w].sent.Add(1)
+		if err := write(b); errors.Is(err, net.ErrClosed) {
 			return
 		}
-		f.ways[w].sent.Add(1)
 	}
 }
 
 // record is the next packet's payload. The time is taken before it is sent, so a
 // record that bears a later time than a change was sent after the change.
 func (f *Flow) record(w Way) []byte {
-	b := make([]byte, flowRecord)
+	b := make([]byte, f.size(w))
 	copy(b, flowMark)
 	binary.BigEndian.PutUint32(b[8:], f.id)
 	binary.BigEndian.PutUint32(b[12:], uint32(w))
 	binary.BigEndian.PutUint64(b[16:], f.ways[w].sent.Load()+1)
 	binary.BigEndian.PutUint64(b[24:], uint64(time.Since(f.epoch)))
 	return b
+}
+
+// size is how many bytes a packet of a direction has.
+func (f *Flow) size(w Way) int {
+	if w == Back {
+		return max(flowRecord, f.options.BackSize)
+	}
+	return flowRecord
 }
 
 // received takes note of a record, if it is one of that direction.
@@ -232,6 +284,7 @@ func (f *Flow) startUDP() error {
 		return err
 	}
 	f.closeAtEnd(near)
+	f.opened(near.LocalAddr())
 
 	f.run(func() { f.send(Forth, func(b []byte) error { return wrote(near.Write(b)) }) })
 	f.run(func() {
@@ -293,6 +346,7 @@ func (f *Flow) startTCP() error {
 			return err
 		})
 		if err == nil {
+			f.opened(conn.LocalAddr())
 			f.runTCP(conn.(*net.TCPConn), Forth, Back)
 		}
 	})
@@ -305,7 +359,7 @@ func (f *Flow) runTCP(conn *net.TCPConn, out, in Way) {
 	conn.SetLinger(0)
 	f.closeAtEnd(conn)
 	f.run(func() { f.send(out, func(b []byte) error { return wrote(conn.Write(b)) }) })
-	buf := make([]byte, flowRecord)
+	buf := make([]byte, f.size(in))
 	for {
 		if _, err := io.ReadFull(conn, buf); err != nil {
 			return

@@ -155,6 +155,29 @@ func (h *Host) DelRoute(r Route) error {
 	return nil
 }
 
+// DropLearnedRoute deletes the default route that an interface learned from router
+// advertisements.
+func (h *Host) DropLearnedRoute(name string) error {
+	link, err := h.link(name)
+	if err != nil {
+		return err
+	}
+	routes, err := h.nl.RouteList(link, netlink.FAMILY_V6)
+	if err != nil {
+		return fmt.Errorf("list routes of %s of %s: %w", name, h.Name, err)
+	}
+	for _, r := range routes {
+		if r.Protocol != unix.RTPROT_RA || r.Gw == nil {
+			continue
+		}
+		if err := h.nl.RouteDel(&r); err != nil {
+			return fmt.Errorf("delete learned route of %s of %s: %w", name, h.Name, err)
+		}
+		return nil
+	}
+	return fmt.Errorf("delete learned route of %s of %s: there is none", name, h.Name)
+}
+
 func (h *Host) route(r Route) (*netlink.Route, error) {
 	route := &netlink.Route{Dst: ipNet(r.To.Masked())}
 	if r.Via.IsValid() {

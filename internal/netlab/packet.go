@@ -58,6 +58,7 @@ type Packet struct {
 	SrcPort  uint16 // of TCP and UDP; the identifier of an echo message
 	DstPort  uint16 // of TCP and UDP
 	Flags    uint8  // of TCP
+	MSS      int    // the segment size that a TCP SYN announces; 0 for none
 	Type     uint8  // of ICMP
 	Code     uint8  // of ICMP
 	Payload  []byte // what follows the TCP, UDP or 8-byte ICMP header
@@ -127,7 +128,7 @@ func (p *Packet) transport(rest []byte) {
 		}
 		p.Flags = rest[13]
 		if header := int(rest[12]>>4) * 4; header >= 20 && len(rest) >= header {
-			p.Payload = rest[header:]
+			p.Payload, p.MSS = rest[header:], announcedMSS(rest[20:header])
 		}
 	case protoUDP:
 		if len(rest) < 8 {
@@ -144,6 +145,25 @@ func (p *Packet) transport(rest []byte) {
 		return
 	}
 	p.SrcPort, p.DstPort = binary.BigEndian.Uint16(rest), binary.BigEndian.Uint16(rest[2:])
+}
+
+// announcedMSS finds the maximum segment size among TCP options (RFC 9293, 3.2).
+func announcedMSS(options []byte) int {
+	for len(options) >= 2 {
+		switch kind, size := options[0], int(options[1]); {
+		case kind == 0:
+			return 0
+		case kind == 1:
+			options = options[1:]
+		case size < 2 || size > len(options):
+			return 0
+		case kind == 2 && size == 4:
+			return int(binary.BigEndian.Uint16(options[2:]))
+		default:
+			options = options[size:]
+		}
+	}
+	return 0
 }
 
 // String is the packet in one line.

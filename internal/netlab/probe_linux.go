@@ -50,7 +50,8 @@ type Result struct {
 	OK      bool           // there was an answer
 	Source  netip.AddrPort // TCP and UDP: where the server saw the probe come from
 	Err     error          // why there was none, as the host was told; nil for silence
-	SeenBy  []string       // names of the other hosts that serve and received the probe
+	SeenBy  []string       // names of the other hosts that serve and whose interfaces received it
+	Served  bool           // TCP and UDP: a server got it, answered or not
 	Took    time.Duration  // until the answer, or until it was given up
 	token   string
 	srcPort uint16
@@ -88,19 +89,38 @@ func (l *Lab) Probe(ctx context.Context, probes ...Probe) []Result {
 // Recheck asks the witnesses once more who has seen the probes. After the last
 // probe of a test it shows what arrived late.
 func (l *Lab) Recheck(results []Result) {
+	for i := range results {
+		r := &results[i]
+		var served bool
+		r.SeenBy, served = l.saw(r.token, r.srcPort, r.From)
+		r.Served = r.Served || served
+	}
+}
+
+// saw says who received a probe or a token, and whether a server did.
+func (l *Lab) saw(token string, port uint16, but *Host) (by []string, served bool) {
 	l.mu.Lock()
 	hosts := l.hosts
 	l.mu.Unlock()
-	for i := range results {
-		r := &results[i]
-		r.SeenBy = nil
-		for _, h := range hosts {
-			if h != r.From && h.witness != nil && h.witness.saw(r.token, r.srcPort) {
-				r.SeenBy = append(r.SeenBy, h.Name)
-			}
+	for _, h := range hosts {
+		if h == but || h.witness == nil {
+			continue
 		}
+		if h.witness.saw(token, port) {
+			by = append(by, h.Name)
+		}
+		served = served || h.witness.answered(token)
 	}
+	return by, served
 }
+
+// Token is a word for the payload of a forged packet, which the hosts that serve
+// recognise: Saw says which of them received it, and whether a server did.
+func (l *Lab) Token() string { return l.token() }
+
+// Saw says which hosts received a packet with the token, other than what the
+// packet's sender sent itself.
+func (l *Lab) Saw(token string) (by []string, served bool) { return l.saw(token, 0, nil) }
 
 // probe asks one question.
 func (l *Lab) probe(ctx context.Context, p Probe) Result {

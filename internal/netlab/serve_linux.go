@@ -30,8 +30,9 @@ func (l *Lab) token() string { return fmt.Sprintf("netlab:%016x", l.next()) }
 type witness struct {
 	watch *Watch
 
-	mu   sync.Mutex
-	seen map[string]bool // by token, or by synOf the probe's port
+	mu     sync.Mutex
+	seen   map[string]bool // by token, or by synOf the probe's port
+	served map[string]bool // by token: what the servers got
 }
 
 // synOf is what stands for a token in a packet that can't carry one.
@@ -54,6 +55,12 @@ func (w *witness) pick(p Packet) bool {
 	return false
 }
 
+func (w *witness) answered(token string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.served[token]
+}
+
 func (w *witness) saw(token string, port uint16) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -67,7 +74,7 @@ func (h *Host) Serve() error {
 	if h.witness != nil {
 		return nil
 	}
-	w := &witness{seen: map[string]bool{}}
+	w := &witness{seen: map[string]bool{}, served: map[string]bool{}}
 	var err error
 	if w.watch, err = h.Watch(w.pick); err != nil {
 		return err
@@ -97,7 +104,7 @@ func (h *Host) serveTCP() error {
 				return nil // closed
 			}
 			h.lab.run.Go(func() error {
-				answerTCP(conn)
+				h.answerTCP(conn)
 				return nil
 			})
 		}
@@ -106,16 +113,20 @@ func (h *Host) serveTCP() error {
 }
 
 // answerTCP answers one line. Who breaks off gets none, and needs none.
-func answerTCP(conn *net.TCPConn) {
+func (h *Host) answerTCP(conn *net.TCPConn) {
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(serveTimeout))
 	word, err := bufio.NewReader(conn).ReadSlice('\n')
 	if err == nil {
-		conn.Write(answer(bytes.TrimSpace(word), conn.RemoteAddr().(*net.TCPAddr).AddrPort()))
+		conn.Write(h.witness.answer(bytes.TrimSpace(word), conn.RemoteAddr().(*net.TCPAddr).AddrPort()))
 	}
 }
 
-func answer(word []byte, from netip.AddrPort) []byte {
+// answer takes note of what a server got and returns what it says.
+func (w *witness) answer(word []byte, from netip.AddrPort) []byte {
+	w.mu.Lock()
+	w.served[string(word)] = true
+	w.mu.Unlock()
 	return fmt.Appendf(nil, "%s %s\n", word, unmap(from))
 }
 
@@ -138,13 +149,13 @@ func (h *Host) serveUDP() error {
 	}
 	h.lab.onClose(conn.Close)
 	h.lab.run.Go(func() error {
-		answerUDP(conn)
+		h.answerUDP(conn)
 		return nil
 	})
 	return nil
 }
 
-func answerUDP(conn *net.UDPConn) {
+func (h *Host) answerUDP(conn *net.UDPConn) {
 	buf, info := make([]byte, 2048), make([]byte, 256)
 	for {
 		n, size, _, from, err := conn.ReadMsgUDPAddrPort(buf, info)
@@ -154,7 +165,7 @@ func answerUDP(conn *net.UDPConn) {
 			}
 			continue // an ICMP error about an earlier answer
 		}
-		conn.WriteMsgUDPAddrPort(answer(buf[:n], from), withoutInterface(info[:size]), from)
+		conn.WriteMsgUDPAddrPort(h.witness.answer(buf[:n], from), withoutInterface(info[:size]), from)
 	}
 }
 

@@ -15,6 +15,9 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // Tunnel is the stock wireguard-go program running on a host.
@@ -25,6 +28,10 @@ type Tunnel struct {
 
 	host *Host
 }
+
+// fullTunnelMark is the mark of a tunnel's own packets and the number of the table
+// for all others; wg-quick(8) uses the same number for both, too.
+const fullTunnelMark = 51820
 
 // wireguardStart bounds how long wireguard-go may take to make its interface.
 const wireguardStart = 20 * time.Second
@@ -65,8 +72,7 @@ func NewKey() (private, public Key, err error) {
 
 // WireGuard starts wireguard-go on the host and configures it as wg-quick(8)
 // would from the text: keys and peers, addresses, MTU, and routes to what the
-// peers may send. The endpoint keeps the route that it has. DNS servers are not
-// used. name is the interface's.
+// peers may send. DNS servers are not used. name is the interface's.
 func (h *Host) WireGuard(name, text string) (*Tunnel, error) {
 	t, err := h.startWireGuard(name, text)
 	if err != nil {
@@ -92,7 +98,8 @@ func (h *Host) startWireGuard(name, text string) (*Tunnel, error) {
 	if err := t.waitUntilUp(); err != nil {
 		return nil, err
 	}
-	if _, err := t.uapi("set=1\n" + config.uapi()); err != nil {
+	mark := fmt.Sprintf("set=1\nfwmark=%d\n", fullTunnelMark)
+	if _, err := t.uapi(mark + config.uapi()); err != nil {
 		return nil, err
 	}
 	return t, t.address()
@@ -162,9 +169,6 @@ func (t *Tunnel) address() error {
 		}
 	}
 	for _, p := range t.Config.Peers {
-		if err := h.keepRoute(p.Endpoint.Addr()); err != nil {
-			return err
-		}
 		for _, to := range p.AllowedIPs {
 			if err := t.route(to); err != nil {
 				return err
@@ -174,38 +178,37 @@ func (t *Tunnel) address() error {
 	return nil
 }
 
-// keepRoute pins the present route to an endpoint, so that the tunnel's own
-// packets don't enter the tunnel.
-func (h *Host) keepRoute(endpoint netip.Addr) error {
-	if !endpoint.IsValid() {
-		return nil
+// route sends a prefix into the tunnel. A default route goes into a table of its
+// own, as wg-quick(8) does it: used by everything but the tunnel's own packets,
+// which bear the mark, and after the main table's other routes.
+func (t *Tunnel) route(to netip.Prefix) error {
+	if to.Bits() > 0 {
+		return t.host.AddRoute(Route{To: to, Link: t.Name})
 	}
-	routes, err := h.nl.RouteGet(endpoint.AsSlice())
-	if err != nil || len(routes) == 0 {
-		return fmt.Errorf("find route to endpoint %s: %w", endpoint, err)
-	}
-	link, err := h.nl.LinkByIndex(routes[0].LinkIndex)
+	route, err := t.host.route(Route{To: to, Link: t.Name})
 	if err != nil {
-		return fmt.Errorf("find interface of endpoint %s: %w", endpoint, err)
+		return err
 	}
-	via, _ := netip.AddrFromSlice(routes[0].Gw)
-	return h.AddRoute(Route{To: netip.PrefixFrom(endpoint, endpoint.BitLen()), Via: via.Unmap(), Link: link.Attrs().Name})
+	route.Table = fullTunnelMark
+	if err := t.host.nl.RouteReplace(route); err != nil {
+		return fmt.Errorf("add default route by %s of %s: %w", t.Name, t.host.Name, err)
+	}
+	return t.host.addTunnelRules(to.Addr().Is6())
 }
 
-// route sends a prefix into the tunnel. A default route becomes two halves,
-// which win over the one that is there without replacing it.
-func (t *Tunnel) route(to netip.Prefix) error {
-	halves := []netip.Prefix{to}
-	if to.Bits() == 0 {
-		upper := netip.MustParseAddr("128.0.0.0")
-		if to.Addr().Is6() {
-			upper = netip.MustParseAddr("8000::")
-		}
-		halves = []netip.Prefix{netip.PrefixFrom(to.Addr(), 1), netip.PrefixFrom(upper, 1)}
+func (h *Host) addTunnelRules(v6 bool) error {
+	family := netlink.FAMILY_V4
+	if v6 {
+		family = netlink.FAMILY_V6
 	}
-	for _, p := range halves {
-		if err := t.host.AddRoute(Route{To: p, Link: t.Name}); err != nil {
-			return err
+	rest := netlink.NewRule()
+	rest.Family, rest.Mark, rest.Invert, rest.Table = family, fullTunnelMark, true, fullTunnelMark
+	main := netlink.NewRule()
+	main.Family, main.Table, main.SuppressPrefixlen = family, unix.RT_TABLE_MAIN, 0
+	// Each new rule goes before the ones that are there.
+	for _, rule := range []*netlink.Rule{rest, main} {
+		if err := h.nl.RuleAdd(rule); err != nil {
+			return fmt.Errorf("add policy rule for tunnel of %s: %w", h.Name, err)
 		}
 	}
 	return nil
