@@ -239,14 +239,17 @@ func (m *Machine) Anchors(anchor string) []string {
 }
 
 // Snapshot returns what is loaded in an anchor, "" being the main ruleset: its
-// rules as they were expanded and its tables with their present contents. The
-// error is ErrNoAnchor. The rules are the machine's own and must not be changed.
+// rules as they were expanded, its tables with their present contents, and its
+// nameless inline anchors, so that [Loaded.ShowRules], [Loaded.ShowNat] and
+// [Table.Entries] give what pfctl reads back. The error is ErrNoAnchor. The
+// rules are the machine's own and must not be changed.
 func (m *Machine) Snapshot(anchor string) (*Loaded, error) {
 	a := m.main.find(anchor)
 	if a == nil {
 		return nil, fmt.Errorf("anchor %q: %w", anchor, ErrNoAnchor)
 	}
 	l := &Loaded{
+		Path: anchor, Anchors: namelessAnchors(a, nil),
 		Scrub: rulesOf(a.lists[scrubList]), Nat: rulesOf(a.lists[natList]), Binat: rulesOf(a.lists[binatList]),
 		Rdr: rulesOf(a.lists[rdrList]), Filter: rulesOf(a.lists[filterList]),
 	}
@@ -258,6 +261,17 @@ func (m *Machine) Snapshot(anchor string) (*Loaded, error) {
 		l.Tables = append(l.Tables, t)
 	}
 	return l, nil
+}
+
+// namelessAnchors adds the inline anchors below a that pfctl named.
+func namelessAnchors(a *anchorNode, out []LoadedAnchor) []LoadedAnchor {
+	for _, c := range a.children {
+		if strings.HasPrefix(c.name, "_") {
+			out = append(out, LoadedAnchor{c.path, &Loaded{Path: c.path, Filter: rulesOf(c.lists[filterList])}})
+			out = namelessAnchors(c, out)
+		}
+	}
+	return out
 }
 
 func rulesOf(cs []*crule) []*Rule {

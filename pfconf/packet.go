@@ -71,7 +71,7 @@ type Quoted struct {
 // String returns the packet in one line, for messages and tests.
 func (p Packet) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s %s", p.Proto.name(), p.Src)
+	fmt.Fprintf(&b, "%s %s", p.Proto, p.Src)
 	switch p.Proto {
 	case ProtoTCP, ProtoUDP:
 		fmt.Fprintf(&b, " port %d > %s port %d", p.SrcPort, p.Dst, p.DstPort)
@@ -80,37 +80,12 @@ func (p Packet) String() string {
 	}
 	switch p.Proto {
 	case ProtoTCP:
-		fmt.Fprintf(&b, " flags %s seq %d ack %d len %d", p.Flags.letters(), p.Seq, p.Ack, p.Len)
+		fmt.Fprintf(&b, " flags %s seq %d ack %d len %d", p.Flags, p.Seq, p.Ack, p.Len)
 	case ProtoICMP, ProtoICMPv6:
 		fmt.Fprintf(&b, " type %d code %d id %d", p.ICMPType, p.ICMPCode, p.ICMPID)
 	}
 	if p.Fragment {
 		b.WriteString(" fragment")
-	}
-	return b.String()
-}
-
-func (p Proto) name() string {
-	switch p {
-	case ProtoICMP:
-		return "icmp"
-	case ProtoTCP:
-		return "tcp"
-	case ProtoUDP:
-		return "udp"
-	case ProtoICMPv6:
-		return "ipv6-icmp"
-	}
-	return fmt.Sprintf("proto %d", uint8(p))
-}
-
-// letters are the set flags in the order of pf.conf.
-func (f TCPFlags) letters() string {
-	var b strings.Builder
-	for i, c := range "FSRPAUEW" {
-		if f&(1<<i) != 0 {
-			b.WriteRune(c)
-		}
 	}
 	return b.String()
 }

@@ -3,7 +3,6 @@ package pfconf
 import (
 	"encoding/json"
 	"net/netip"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -269,19 +268,7 @@ func (r *packetRun) table(e *vectorEvent) {
 		r.leaf(e, "addresses", nil)
 		return
 	}
-	got := []string{}
-	for _, a := range t.Addrs {
-		text := a.Prefix.String()
-		if a.Prefix.IsSingleIP() {
-			text = a.Prefix.Addr().String()
-		}
-		if a.Not {
-			text = "!" + text
-		}
-		got = append(got, text)
-	}
-	slices.Sort(got)
-	r.leaf(e, "addresses", got)
+	r.leaf(e, "addresses", t.Entries())
 }
 
 // packet sends what the opener sends.
