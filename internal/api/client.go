@@ -1,0 +1,218 @@
+package api
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"time"
+)
+
+// ErrUnreachable is in the chain of a Client's error when no helper answers on
+// the socket.
+var ErrUnreachable = errors.New("the helper isn't reachable")
+
+// ErrNotPermitted is in the chain of a Client's error when the socket may not
+// be opened by this user.
+var ErrNotPermitted = errors.New("the socket may not be opened")
+
+// maxAnswer bounds an answer in bytes; the status of 10,000 peers has 8 MB.
+const maxAnswer = 64 << 20
+
+// Client asks the helper on a socket. Its methods return an *Error for what the
+// helper refuses.
+type Client struct {
+	http *http.Client
+	path string
+}
+
+// NewClient returns a client for the socket at path. Nothing is opened yet.
+func NewClient(path string) *Client {
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		d := net.Dialer{Timeout: dialTimeout}
+		return d.DialContext(ctx, "unix", path)
+	}
+	return &Client{path: path, http: &http.Client{
+		Transport: &http.Transport{DialContext: dial, ResponseHeaderTimeout: writeTimeout},
+	}}
+}
+
+// Status asks for the whole status.
+func (c *Client) Status(ctx context.Context) (s Status, err error) {
+	_, err = c.do(ctx, "GET", "/v1/status", nil, &s)
+	return s, err
+}
+
+// Peer asks for one peer.
+func (c *Client) Peer(ctx context.Context, ref string) (p Peer, err error) {
+	_, err = c.do(ctx, "GET", peerPath(ref), nil, &p)
+	return p, err
+}
+
+// Config asks for a peer's configuration.
+func (c *Client) Config(ctx context.Context, ref string) (cfg Config, err error) {
+	_, err = c.do(ctx, "GET", peerPath(ref)+"/config", nil, &cfg)
+	return cfg, err
+}
+
+// Rules asks for the rules as loaded.
+func (c *Client) Rules(ctx context.Context) (r Rules, err error) {
+	_, err = c.do(ctx, "GET", "/v1/rules", nil, &r)
+	return r, err
+}
+
+// Doctor asks for every precondition.
+func (c *Client) Doctor(ctx context.Context) (checks []Check, err error) {
+	_, err = c.do(ctx, "GET", "/v1/doctor", nil, &checks)
+	return checks, err
+}
+
+// Explain asks what happens to a packet.
+func (c *Client) Explain(ctx context.Context, q Question) (e Explanation, err error) {
+	v := url.Values{"peer": {q.Peer}, "to": {q.To.String()}, "proto": {q.Proto}}
+	if q.Port != 0 {
+		v.Set("port", strconv.Itoa(int(q.Port)))
+	}
+	if q.From.IsValid() {
+		v.Set("from", q.From.String())
+		v.Del("to")
+	}
+	_, err = c.do(ctx, "GET", "/v1/explain?"+v.Encode(), nil, &e)
+	return e, err
+}
+
+// AddPeer adds a peer.
+func (c *Client) AddPeer(ctx context.Context, p NewPeer) (Changed, error) {
+	return c.change(ctx, "POST", "/v1/peers", p)
+}
+
+// ChangePeer changes a peer.
+func (c *Client) ChangePeer(ctx context.Context, ref string, change PeerChange) (Changed, error) {
+	return c.change(ctx, "PATCH", peerPath(ref), change)
+}
+
+// RemovePeer removes a peer.
+func (c *Client) RemovePeer(ctx context.Context, ref string) (Changed, error) {
+	return c.change(ctx, "DELETE", peerPath(ref), nil)
+}
+
+// Events calls each with every remembered event, and with those to come if
+// follow is set, until each returns an error, ctx ends or the helper goes away.
+func (c *Client) Events(ctx context.Context, follow bool, each func(Event) error) error {
+	response, err := c.send(ctx, "GET", "/v1/events?follow="+strconv.FormatBool(follow), nil)
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close()
+	for dec := json.NewDecoder(response.Body); ; {
+		var e Event
+		err := dec.Decode(&e)
+		switch {
+		case err == io.EOF && !follow, ctx.Err() != nil:
+			return nil
+		case err != nil:
+			return fmt.Errorf("read events: %w: %w", ErrUnreachable, err)
+		}
+		if err := each(e); err != nil {
+			return err
+		}
+	}
+}
+
+func peerPath(ref string) string { return "/v1/peers/" + url.PathEscape(ref) }
+
+func (c *Client) change(ctx context.Context, method, path string, body any) (out Changed, err error) {
+	header, err := c.do(ctx, method, path, body, &out.Peer)
+	out.Already = header.Get(alreadyHeader) == "true"
+	return out, err
+}
+
+// do sends a request and decodes the answer into into.
+func (c *Client) do(ctx context.Context, method, path string, body, into any) (http.Header, error) {
+	response, err := c.send(ctx, method, path, body)
+	if err != nil {
+		return nil, err
+	}
+	defer response.Body.Close()
+	if err := json.NewDecoder(io.LimitReader(response.Body, maxAnswer)).Decode(into); err != nil {
+		return nil, fmt.Errorf("read the helper's answer to %s %s: %w", method, path, err)
+	}
+	return response.Header, nil
+}
+
+// send sends a request and returns the answer if it isn't an error.
+func (c *Client) send(ctx context.Context, method, path string, body any) (*http.Response, error) {
+	var content io.Reader
+	if body != nil {
+		text, err := json.Marshal(body)
+		if err != nil {
+			return nil, fmt.Errorf("encode request: %w", err)
+		}
+		content = bytes.NewReader(text)
+	}
+	// The host's name is never looked up: the transport dials the socket.
+	request, err := http.NewRequestWithContext(ctx, method, "http://meshhelper"+path, content)
+	if err != nil {
+		return nil, fmt.Errorf("make request: %w", err)
+	}
+	response, err := c.http.Do(request)
+	if err != nil {
+		return nil, c.reachError(err)
+	}
+	if response.StatusCode >= 300 {
+		defer response.Body.Close()
+		return nil, readError(response)
+	}
+	return response, nil
+}
+
+func (c *Client) reachError(err error) error {
+	// The URL in a url.Error only hides which socket it was.
+	var wrapped *url.Error
+	if errors.As(err, &wrapped) {
+		err = wrapped.Err
+	}
+	kind := ErrUnreachable
+	if errors.Is(err, fs.ErrPermission) {
+		kind = ErrNotPermitted
+	}
+	return fmt.Errorf("ask the helper at %q: %w: %w", c.path, kind, err)
+}
+
+// readError reads the error in an answer; one that isn't of our form comes from
+// something that isn't a helper.
+func readError(response *http.Response) error {
+	var body struct {
+		Error *Error `json:"error"`
+	}
+	err := json.NewDecoder(io.LimitReader(response.Body, maxBody)).Decode(&body)
+	if err != nil || body.Error == nil {
+		return fmt.Errorf("the answer %q isn't a helper's", response.Status)
+	}
+	return body.Error
+}
+
+// WaitReady asks for the status until the helper is past starting, or ctx ends.
+func (c *Client) WaitReady(ctx context.Context) (Status, error) {
+	for {
+		s, err := c.Status(ctx)
+		if err == nil && s.State != Starting {
+			return s, nil
+		}
+		if err != nil && !errors.Is(err, ErrUnreachable) {
+			return Status{}, err
+		}
+		select {
+		case <-ctx.Done():
+			return s, errors.Join(err, ctx.Err())
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}

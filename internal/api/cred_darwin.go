@@ -1,0 +1,25 @@
+package api
+
+import (
+	"errors"
+
+	"golang.org/x/sys/unix"
+)
+
+// credentialsOf reads LOCAL_PEERCRED (macOS unix(4)): the effective user and
+// its groups, the first of which is the effective group.
+func credentialsOf(fd int) (Credentials, error) {
+	c, err := unix.GetsockoptXucred(fd, unix.SOL_LOCAL, unix.LOCAL_PEERCRED)
+	if err != nil {
+		return Credentials{}, err
+	}
+	// XUCRED_VERSION in sys/ucred.h; another layout would be misread.
+	if c.Version != 0 {
+		return Credentials{}, errors.New("LOCAL_PEERCRED: unknown version")
+	}
+	got := Credentials{UID: c.Uid}
+	if c.Ngroups > 0 {
+		got.GID = c.Groups[0]
+	}
+	return got, nil
+}

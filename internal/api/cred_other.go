@@ -1,0 +1,9 @@
+//go:build !linux && !darwin
+
+package api
+
+import "errors"
+
+func credentialsOf(int) (Credentials, error) {
+	return Credentials{}, errors.New("peer credentials are not supported on this system")
+}

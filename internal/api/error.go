@@ -1,0 +1,100 @@
+package api
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+)
+
+// The codes of errors. They are part of the contract with scripts.
+const (
+	CodeBadRequest     = "bad_request"
+	CodeBadName        = "bad_name"
+	CodeBadKey         = "bad_key"
+	CodeBadAddress     = "bad_address"
+	CodeBadPermission  = "bad_permission"
+	CodeForbidden      = "forbidden"
+	CodeUnknownPeer    = "unknown_peer"
+	CodeNotFound       = "not_found"
+	CodeAlreadyRemoved = "already_removed"
+	CodeBadMethod      = "method_not_allowed"
+	CodeNameTaken      = "name_taken"
+	CodeKeyTaken       = "key_taken"
+	CodeAddressTaken   = "address_taken"
+	CodeMeshFull       = "mesh_full"
+	CodeTooLarge       = "too_large"
+	CodeInternal       = "internal"
+	CodeUnsupported    = "unsupported"
+	CodeNotReady       = "not_ready"
+	CodeNotSaved       = "not_saved"
+	CodeNotInForce     = "not_in_force"
+)
+
+var statusOfCode = map[string]int{
+	CodeBadRequest:     http.StatusBadRequest,
+	CodeBadName:        http.StatusBadRequest,
+	CodeBadKey:         http.StatusBadRequest,
+	CodeBadAddress:     http.StatusBadRequest,
+	CodeBadPermission:  http.StatusBadRequest,
+	CodeForbidden:      http.StatusForbidden,
+	CodeUnknownPeer:    http.StatusNotFound,
+	CodeNotFound:       http.StatusNotFound,
+	CodeAlreadyRemoved: http.StatusNotFound,
+	CodeBadMethod:      http.StatusMethodNotAllowed,
+	CodeNameTaken:      http.StatusConflict,
+	CodeKeyTaken:       http.StatusConflict,
+	CodeAddressTaken:   http.StatusConflict,
+	CodeMeshFull:       http.StatusConflict,
+	CodeTooLarge:       http.StatusRequestEntityTooLarge,
+	CodeInternal:       http.StatusInternalServerError,
+	CodeUnsupported:    http.StatusNotImplemented,
+	CodeNotReady:       http.StatusServiceUnavailable,
+	CodeNotSaved:       http.StatusInsufficientStorage,
+	CodeNotInForce:     http.StatusServiceUnavailable,
+}
+
+// Error is what the helper refuses with: what was wrong, quoted, and what to do
+// about it. Message and Hint are for a person, Code is for a program.
+type Error struct {
+	Code    string `json:"code"`
+	Message string `json:"message"`
+	Hint    string `json:"hint"`
+}
+
+// Errorf returns an Error without a hint. What the message quotes must not be a
+// secret.
+func Errorf(code, format string, args ...any) *Error {
+	return &Error{Code: code, Message: fmt.Sprintf(format, args...)}
+}
+
+// WithHint returns e with a hint.
+func (e *Error) WithHint(format string, args ...any) *Error {
+	return &Error{Code: e.Code, Message: e.Message, Hint: fmt.Sprintf(format, args...)}
+}
+
+// Error returns the message, and the hint where there is one.
+func (e *Error) Error() string {
+	if e.Hint == "" {
+		return e.Message
+	}
+	return e.Message + "; " + e.Hint
+}
+
+// HTTPStatus returns the status that fits the code.
+func (e *Error) HTTPStatus() int {
+	if status, ok := statusOfCode[e.Code]; ok {
+		return status
+	}
+	return http.StatusInternalServerError
+}
+
+// asError turns any error into one that can be sent. An error that isn't ours
+// may say more about the host than a reader needs, but every reader is the
+// host's administrator.
+func asError(err error) *Error {
+	var e *Error
+	if errors.As(err, &e) {
+		return e
+	}
+	return Errorf(CodeInternal, "%v", err)
+}

@@ -1,0 +1,110 @@
+package api
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"strings"
+)
+
+// WriteMetrics writes s in the text format of Prometheus, version 0.0.4. It is
+// written by hand: a dozen gauges don't need a registry.
+func WriteMetrics(w io.Writer, s Status) error {
+	m := metricWriter{w: bufio.NewWriter(w)}
+	m.family("meshhelper_info", "gauge", "What runs here; always 1.")
+	m.value("meshhelper_info", 1, "version", s.Version, "platform", s.Platform, "state", s.State)
+	m.single("meshhelper_generation", "gauge", "The wanted generation.", s.Generation)
+	m.single("meshhelper_enforced_generation", "gauge", "The generation that the host holds.", s.Enforced)
+	m.single("meshhelper_enforcing", "gauge", "Whether the wanted state is in force.", one(s.State == Enforcing))
+	m.single("meshhelper_repairs_total", "counter", "What was found changed on the host and put right.", s.Repairs)
+	m.single("meshhelper_problems", "gauge", "Problems that status lists.", uint64(len(s.Problems)))
+	m.single("meshhelper_peers", "gauge", "Known peers.", uint64(len(s.Peers)))
+	m.perPeer(s.Peers)
+	return m.w.Flush()
+}
+
+func (m metricWriter) perPeer(peers []Peer) {
+	for _, f := range []struct {
+		name, kind, help string
+		of               func(Peer) uint64
+	}{
+		{"meshhelper_peer_receive_bytes_total", "counter", "Encrypted bytes from the peer.", func(p Peer) uint64 { return p.RxBytes }},
+		{"meshhelper_peer_transmit_bytes_total", "counter", "Encrypted bytes to the peer.", func(p Peer) uint64 { return p.TxBytes }},
+		{"meshhelper_peer_routed_receive_bytes_total", "counter", "Bytes routed from the peer.", func(p Peer) uint64 { return p.Routing.RxBytes }},
+		{"meshhelper_peer_routed_transmit_bytes_total", "counter", "Bytes routed to the peer.", func(p Peer) uint64 { return p.Routing.TxBytes }},
+		{"meshhelper_peer_routing", "gauge", "Whether the peer routes now.", func(p Peer) uint64 { return one(p.Routing.Now) }},
+		{"meshhelper_peer_last_handshake_seconds", "gauge", "Unix time of the last handshake, 0 for none.", lastHandshake},
+	} {
+		m.family(f.name, f.kind, f.help)
+		for _, p := range peers {
+			m.value(f.name, f.of(p), "peer", p.Name)
+		}
+	}
+	const permission = "meshhelper_peer_permission"
+	m.family(permission, "gauge", "Whether the peer has the permission.")
+	for _, p := range peers {
+		m.value(permission, one(p.Permissions.Incoming.Allowed), "peer", p.Name, "permission", "incoming")
+		m.value(permission, one(p.Permissions.Routing.Allowed), "peer", p.Name, "permission", "routing")
+		m.value(permission, one(p.Permissions.LAN.Allowed), "peer", p.Name, "permission", "lan")
+	}
+	const refused = "meshhelper_peer_refused_packets_total"
+	m.family(refused, "counter", "Refused packets of the peer by class.")
+	for _, p := range peers {
+		for _, c := range p.Refused.byClass() {
+			m.value(refused, c.n, "peer", p.Name, "class", c.class)
+		}
+	}
+}
+
+type classCount struct {
+	class string
+	n     uint64
+}
+
+func (r Refused) byClass() []classCount {
+	return []classCount{
+		{"martian", r.Martian}, {"self", r.Self}, {"mesh", r.Mesh},
+		{"lan", r.LAN}, {"internet", r.Internet}, {"spoofed", r.Spoofed},
+	}
+}
+
+func lastHandshake(p Peer) uint64 {
+	if p.LastHandshake == nil || p.LastHandshake.Unix() < 0 {
+		return 0
+	}
+	return uint64(p.LastHandshake.Unix())
+}
+
+func one(b bool) uint64 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// metricWriter writes lines; errors stick in its buffer until Flush.
+type metricWriter struct{ w *bufio.Writer }
+
+func (m metricWriter) family(name, kind, help string) {
+	fmt.Fprintf(m.w, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
+}
+
+func (m metricWriter) single(name, kind, help string, v uint64) {
+	m.family(name, kind, help)
+	m.value(name, v)
+}
+
+// labelEscaper escapes what the format demands in the value of a label.
+var labelEscaper = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
+
+// value writes one sample with labels given as name, value, name, value.
+func (m metricWriter) value(name string, v uint64, labels ...string) {
+	var pairs []string
+	for i := 0; i < len(labels); i += 2 {
+		pairs = append(pairs, labels[i]+`="`+labelEscaper.Replace(labels[i+1])+`"`)
+	}
+	if len(pairs) > 0 {
+		name += "{" + strings.Join(pairs, ",") + "}"
+	}
+	fmt.Fprintf(m.w, "%s %d\n", name, v)
+}

@@ -1,0 +1,448 @@
+package api
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"sort"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// Reader answers questions about the mesh and the host. A ref names a peer by
+// name, mesh address or public key.
+type Reader interface {
+	Status() Status
+	Peer(ref string) (Peer, error)
+	Config(ref string) (Config, error)
+	Explain(ctx context.Context, q Question) (Explanation, error)
+	Rules(ctx context.Context) (Rules, error)
+	Doctor(ctx context.Context) ([]Check, error)
+}
+
+// Changer changes the wanted state. Each method returns when the change is in
+// force, or with an error that says what isn't (CodeNotInForce).
+type Changer interface {
+	AddPeer(ctx context.Context, p NewPeer) (Changed, error)
+	ChangePeer(ctx context.Context, ref string, c PeerChange) (Changed, error)
+	RemovePeer(ctx context.Context, ref string) (Changed, error)
+}
+
+// Journal remembers the last events.
+type Journal interface {
+	// Record adds an event; its Seq and Time are set by the journal.
+	Record(e Event)
+	// Since returns the events after seq that are still remembered, and a
+	// channel that is closed when there are newer ones.
+	Since(seq uint64) ([]Event, <-chan struct{})
+}
+
+// Service is all that a Server needs.
+type Service interface {
+	Reader
+	Changer
+	Journal
+}
+
+// ServerOptions are what NewServer needs.
+type ServerOptions struct {
+	Listener *net.UnixListener // required: see Listen
+	Service  Service           // required
+	Access   Access            // required
+	Logger   *slog.Logger      // required
+}
+
+// Server answers on the socket.
+type Server struct {
+	opts    ServerOptions
+	handler http.Handler
+	denials denials
+}
+
+// NewServer returns a server that answers once it runs.
+func NewServer(o ServerOptions) *Server {
+	s := &Server{opts: o, denials: denials{last: map[uint32]time.Time{}}}
+	s.handler = s.routes()
+	return s
+}
+
+// The bounds on what one connection may take.
+const (
+	// maxBody is the largest body of a request in bytes.
+	maxBody       = 1 << 20
+	maxHeader     = 16 << 10
+	headerTimeout = 5 * time.Second
+	bodyTimeout   = 10 * time.Second
+	// writeTimeout bounds a whole answer, the wait for enforcement included.
+	writeTimeout = time.Minute
+	idleTimeout  = 30 * time.Second
+	// eventTimeout bounds the writing of some events to a follower.
+	eventTimeout = 10 * time.Second
+	// shutdownTimeout is how long running requests may go on after the end.
+	shutdownTimeout = 2 * time.Second
+)
+
+type connKey struct{}
+
+// Run serves until ctx ends.
+func (s *Server) Run(ctx context.Context) error {
+	server := &http.Server{
+		Handler:           s.handler,
+		ReadHeaderTimeout: headerTimeout,
+		ReadTimeout:       bodyTimeout,
+		WriteTimeout:      writeTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeader,
+		ErrorLog:          slog.NewLogLogger(s.opts.Logger.Handler(), slog.LevelDebug),
+		BaseContext:       func(net.Listener) context.Context { return ctx },
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, connKey{}, c)
+		},
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		err := server.Serve(newLimited(s.opts.Listener, s.opts.Access))
+		if errors.Is(err, http.ErrServerClosed) {
+			return nil
+		}
+		return fmt.Errorf("serve socket: %w", err)
+	})
+	g.Go(func() error {
+		<-gctx.Done()
+		limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
+		defer cancel()
+		if server.Shutdown(limit) != nil {
+			return server.Close()
+		}
+		return nil
+	})
+	return g.Wait()
+}
+
+// right is what a request needs.
+type right bool
+
+const (
+	toRead   right = false
+	toChange right = true
+)
+
+// endpoint answers one method on one path. It returns the answer to encode, or
+// nil when it wrote one itself.
+type endpoint func(w http.ResponseWriter, r *http.Request) (any, error)
+
+func (s *Server) routes() http.Handler {
+	mux := http.NewServeMux()
+	methods := map[string][]string{}
+	for _, route := range []struct {
+		method, path string
+		needs        right
+		answer       endpoint
+	}{
+		{"GET", "/v1/status", toRead, s.status},
+		{"GET", "/v1/peers", toRead, s.peers},
+		{"POST", "/v1/peers", toChange, s.addPeer},
+		{"GET", "/v1/peers/{name}", toRead, s.peer},
+		{"PATCH", "/v1/peers/{name}", toChange, s.changePeer},
+		{"DELETE", "/v1/peers/{name}", toChange, s.removePeer},
+		{"GET", "/v1/peers/{name}/config", toRead, s.config},
+		{"GET", "/v1/explain", toRead, s.explain},
+		{"GET", "/v1/rules", toRead, s.rules},
+		{"GET", "/v1/doctor", toRead, s.doctor},
+		{"GET", "/v1/events", toRead, s.events},
+		{"GET", "/v1/metrics", toRead, s.metrics},
+	} {
+		mux.HandleFunc(route.method+" "+route.path, s.guarded(route.needs, route.answer))
+		methods[route.path] = append(methods[route.path], route.method)
+	}
+	for path, allowed := range methods {
+		sort.Strings(allowed)
+		mux.HandleFunc(path, s.guarded(toRead, badMethod(strings.Join(allowed, ", "))))
+	}
+	mux.HandleFunc("/", s.guarded(toRead, func(_ http.ResponseWriter, r *http.Request) (any, error) {
+		return nil, Errorf(CodeNotFound, "path %q is unknown", r.URL.Path).WithHint("the requests start with /v1/status")
+	}))
+	return mux
+}
+
+func badMethod(allowed string) endpoint {
+	return func(w http.ResponseWriter, r *http.Request) (any, error) {
+		w.Header().Set("Allow", allowed)
+		return nil, Errorf(CodeBadMethod, "%s is not for %q", r.Method, r.URL.Path).WithHint("it takes %s", allowed)
+	}
+}
+
+// guarded asks who is there before anything of the request is looked at, and
+// bounds its body.
+func (s *Server) guarded(needs right, answer endpoint) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+		if err := s.admit(r, needs); err != nil {
+			writeError(w, err)
+			return
+		}
+		body, err := answer(w, r)
+		switch {
+		case err != nil:
+			writeError(w, err)
+		case body != nil:
+			writeJSON(w, http.StatusOK, body)
+		}
+	}
+}
+
+// admit refuses who may not, and records the attempt.
+func (s *Server) admit(r *http.Request, needs right) error {
+	c, ok := r.Context().Value(connKey{}).(*peerConn)
+	if !ok {
+		return Errorf(CodeForbidden, "the other end of the connection is unknown")
+	}
+	if s.opts.Access.MayChange(c.who) || needs == toRead && c.mayRead() {
+		return nil
+	}
+	verb := "read"
+	if needs == toChange {
+		verb = "change"
+	}
+	if s.denials.worthTelling(c.who.UID, time.Now()) {
+		s.opts.Service.Record(Event{Kind: EventDenied, Message: fmt.Sprintf(
+			"user %d may not %s: %s %.100q", c.who.UID, verb, r.Method, r.URL.Path)})
+	}
+	return Errorf(CodeForbidden, "user %d may not %s the mesh", c.who.UID, verb).
+		WithHint("root and the operator may change it, and members of %s read it; try sudo",
+			strings.Join(s.opts.Access.AdminGroups, " or "))
+}
+
+// denials keeps a user who asks again and again from filling the journal: one
+// event per user and ten seconds.
+type denials struct {
+	mu   sync.Mutex
+	last map[uint32]time.Time
+}
+
+const (
+	denialInterval = 10 * time.Second
+	maxDenials     = 1024
+)
+
+func (d *denials) worthTelling(uid uint32, now time.Time) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if last, ok := d.last[uid]; ok && now.Sub(last) < denialInterval {
+		return false
+	}
+	if len(d.last) >= maxDenials {
+		clear(d.last)
+	}
+	d.last[uid] = now
+	return true
+}
+
+func (s *Server) status(http.ResponseWriter, *http.Request) (any, error) {
+	return s.opts.Service.Status(), nil
+}
+
+func (s *Server) peers(http.ResponseWriter, *http.Request) (any, error) {
+	return s.opts.Service.Status().Peers, nil
+}
+
+func (s *Server) peer(_ http.ResponseWriter, r *http.Request) (any, error) {
+	return orError(s.opts.Service.Peer(r.PathValue("name")))
+}
+
+func (s *Server) config(_ http.ResponseWriter, r *http.Request) (any, error) {
+	return orError(s.opts.Service.Config(r.PathValue("name")))
+}
+
+func (s *Server) rules(_ http.ResponseWriter, r *http.Request) (any, error) {
+	return orError(s.opts.Service.Rules(r.Context()))
+}
+
+func (s *Server) doctor(_ http.ResponseWriter, r *http.Request) (any, error) {
+	return orError(s.opts.Service.Doctor(r.Context()))
+}
+
+// orError turns a typed answer into an untyped one, and into nil on an error.
+func orError[T any](answer T, err error) (any, error) {
+	if err != nil {
+		return nil, err
+	}
+	return answer, nil
+}
+
+func (s *Server) addPeer(w http.ResponseWriter, r *http.Request) (any, error) {
+	var p NewPeer
+	if err := readJSON(w, r, &p); err != nil {
+		return nil, err
+	}
+	changed, err := s.opts.Service.AddPeer(r.Context(), p)
+	return answerChange(w, changed, err)
+}
+
+func (s *Server) changePeer(w http.ResponseWriter, r *http.Request) (any, error) {
+	var c PeerChange
+	if err := readJSON(w, r, &c); err != nil {
+		return nil, err
+	}
+	changed, err := s.opts.Service.ChangePeer(r.Context(), r.PathValue("name"), c)
+	return answerChange(w, changed, err)
+}
+
+func (s *Server) removePeer(w http.ResponseWriter, r *http.Request) (any, error) {
+	changed, err := s.opts.Service.RemovePeer(r.Context(), r.PathValue("name"))
+	return answerChange(w, changed, err)
+}
+
+// alreadyHeader says that a change changed nothing.
+const alreadyHeader = "Meshhelper-Already"
+
+func answerChange(w http.ResponseWriter, c Changed, err error) (any, error) {
+	if err != nil {
+		return nil, err
+	}
+	w.Header().Set(alreadyHeader, strconv.FormatBool(c.Already))
+	return c.Peer, nil
+}
+
+func (s *Server) explain(_ http.ResponseWriter, r *http.Request) (any, error) {
+	q, err := parseQuestion(r.URL.Query())
+	if err != nil {
+		return nil, err
+	}
+	return orError(s.opts.Service.Explain(r.Context(), q))
+}
+
+// parseQuestion reads the parameters of explain and refuses others.
+func parseQuestion(values map[string][]string) (Question, error) {
+	q := Question{Proto: "icmp"}
+	for name, v := range values {
+		if len(v) != 1 {
+			return Question{}, Errorf(CodeBadRequest, "parameter %q is there %d times", name, len(v))
+		}
+		var err error
+		switch name {
+		case "peer":
+			q.Peer = v[0]
+		case "to":
+			q.To, err = netip.ParseAddr(v[0])
+		case "from":
+			q.From, err = netip.ParseAddr(v[0])
+		case "proto":
+			q.Proto = v[0]
+		case "port":
+			var port uint64
+			port, err = strconv.ParseUint(v[0], 10, 16)
+			q.Port = uint16(port)
+		default:
+			return Question{}, Errorf(CodeBadRequest, "parameter %q is unknown", name).WithHint("there are peer, to, port, proto and from")
+		}
+		if err != nil {
+			return Question{}, Errorf(CodeBadRequest, "parameter %s: %q is not valid", name, v[0])
+		}
+	}
+	return q, nil
+}
+
+// events streams what happened and what happens, until the client goes away.
+// With follow=false it ends after what happened.
+func (s *Server) events(w http.ResponseWriter, r *http.Request) (any, error) {
+	follow := r.URL.Query().Get("follow") != "false"
+	control := http.NewResponseController(w)
+	// What the server set for a whole request doesn't fit a stream.
+	if err := control.SetReadDeadline(time.Time{}); err != nil {
+		return nil, err
+	}
+	w.Header().Set("Content-Type", "application/jsonl")
+	encoder := json.NewEncoder(w)
+	for seq := uint64(0); ; {
+		batch, newer := s.opts.Service.Since(seq)
+		if err := control.SetWriteDeadline(time.Now().Add(eventTimeout)); err != nil {
+			return nil, nil
+		}
+		for _, e := range batch {
+			if encoder.Encode(e) != nil {
+				return nil, nil
+			}
+			seq = e.Seq
+		}
+		if control.Flush() != nil || !follow {
+			return nil, nil
+		}
+		select {
+		case <-r.Context().Done():
+			return nil, nil
+		case <-newer:
+		}
+	}
+}
+
+func (s *Server) metrics(w http.ResponseWriter, _ *http.Request) (any, error) {
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	// A client that went away is no error of ours.
+	_ = WriteMetrics(w, s.opts.Service.Status())
+	return nil, nil
+}
+
+// readJSON reads a body that must be exactly one JSON value that fits into.
+func readJSON(w http.ResponseWriter, r *http.Request, into any) error {
+	if err := decodeJSON(r.Body, into); err != nil {
+		return err
+	}
+	// The body is read; from here on the request may wait for enforcement.
+	return http.NewResponseController(w).SetReadDeadline(time.Time{})
+}
+
+func decodeJSON(body io.Reader, into any) error {
+	dec := json.NewDecoder(body)
+	dec.DisallowUnknownFields()
+	err := dec.Decode(into)
+	if err == nil {
+		if _, err = dec.Token(); err == io.EOF {
+			return nil
+		}
+		if err == nil {
+			err = errors.New("something follows the JSON value")
+		}
+	}
+	return bodyError(err)
+}
+
+func bodyError(err error) error {
+	var tooLarge *http.MaxBytesError
+	var wrongType *json.UnmarshalTypeError
+	switch {
+	case errors.As(err, &tooLarge):
+		return Errorf(CodeTooLarge, "the body has more than %d bytes", tooLarge.Limit)
+	case errors.As(err, &wrongType):
+		return Errorf(CodeBadRequest, "field %q is a %s, want %s", wrongType.Field, wrongType.Value, wrongType.Type)
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return Errorf(CodeBadRequest, "the body ends before its JSON value does")
+	}
+	return Errorf(CodeBadRequest, "read the body: %v", err)
+}
+
+func writeError(w http.ResponseWriter, err error) {
+	e := asError(err)
+	writeJSON(w, e.HTTPStatus(), struct {
+		Error *Error `json:"error"`
+	}{e})
+}
+
+func writeJSON(w http.ResponseWriter, status int, body any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	encoder := json.NewEncoder(w)
+	encoder.SetEscapeHTML(false)
+	// The client may be gone; there is nobody to tell.
+	_ = encoder.Encode(body)
+}

@@ -1,0 +1,250 @@
+package api
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// The states of a helper, as Status.State says them.
+const (
+	// Starting: the mesh interface isn't there yet, or nothing was enforced yet.
+	Starting = "starting"
+	// Enforcing: the host holds the wanted state.
+	Enforcing = "enforcing"
+	// Closed: something couldn't be enforced, so nothing of a peer passes;
+	// Problems say why.
+	Closed = "closed"
+)
+
+// The kinds of peer.
+const (
+	Own      = "own"      // the same person's device
+	External = "external" // somebody else's
+)
+
+// Status is the answer to GET /v1/status.
+type Status struct {
+	Version      string         `json:"version"`
+	Platform     string         `json:"platform"`
+	Interface    string         `json:"interface"`
+	PublicKey    string         `json:"publicKey"`
+	ListenPort   uint16         `json:"listenPort"`
+	Addresses    []netip.Addr   `json:"addresses"`
+	MeshPrefixes []netip.Prefix `json:"meshPrefixes"`
+	// Generation counts the changes of the wanted state. Enforced is the
+	// generation that the host holds; it is lower while that isn't the wanted
+	// one, and 0 while none is.
+	Generation uint64 `json:"generation"`
+	Enforced   uint64 `json:"enforced"`
+	State      string `json:"state"`
+	// Uplink is the interface of the default route, or "".
+	Uplink string `json:"uplink"`
+	// Forwarding is what the host's sysctls say now.
+	Forwarding policy.Families `json:"forwarding"`
+	// RouteVia is the peer that carries this host's own traffic, or "".
+	RouteVia string `json:"routeVia"`
+	// Repairs counts what was found changed on the host and put right.
+	Repairs  uint64    `json:"repairs"`
+	Problems []Problem `json:"problems"`
+	Peers    []Peer    `json:"peers"`
+}
+
+// Problem is something that a person should know, and what to do about it.
+type Problem struct {
+	Step    string `json:"step"`
+	Message string `json:"message"`
+	Hint    string `json:"hint"`
+}
+
+// Peer is a peer as the socket shows it.
+type Peer struct {
+	Name      string `json:"name"`
+	PublicKey string `json:"publicKey"`
+	Kind      string `json:"kind"`
+	// Addresses are bare, IPv4 first, always both.
+	Addresses   []netip.Addr `json:"addresses"`
+	Permissions Permissions  `json:"permissions"`
+	// Endpoint is where the peer was last heard, or else where it is expected.
+	Endpoint string `json:"endpoint"`
+	// LastHandshake is null when there was none.
+	LastHandshake *time.Time `json:"lastHandshake"`
+	// RxBytes and TxBytes count what came from and went to the peer, encrypted.
+	RxBytes uint64  `json:"rxBytes"`
+	TxBytes uint64  `json:"txBytes"`
+	Routing Routing `json:"routing"`
+	Refused Refused `json:"refused"`
+}
+
+// Permissions are the three toggles of a peer.
+type Permissions struct {
+	Incoming Permission `json:"incoming"`
+	Routing  Permission `json:"routing"`
+	LAN      Permission `json:"lan"`
+}
+
+// Of returns the single permission p, and the zero Permission for any other
+// set.
+func (p Permissions) Of(one policy.Permissions) Permission {
+	switch one {
+	case policy.Incoming:
+		return p.Incoming
+	case policy.Routing:
+		return p.Routing
+	case policy.LAN:
+		return p.LAN
+	}
+	return Permission{}
+}
+
+// Permission is one toggle.
+type Permission struct {
+	Allowed bool `json:"allowed"`
+	// Until is when it ends by itself; zero means never.
+	Until time.Time `json:"until,omitzero"`
+	// Effective is false for lan without routing, and left out otherwise.
+	Effective *bool `json:"effective,omitempty"`
+}
+
+// Routing says what a peer sends and receives through the host.
+type Routing struct {
+	// Now says that a packet passed in the last 10 seconds.
+	Now     bool   `json:"now"`
+	RxBytes uint64 `json:"rxBytes"`
+	TxBytes uint64 `json:"txBytes"`
+}
+
+// Refused counts a peer's refused packets by the class of their destination.
+type Refused struct {
+	Martian  uint64 `json:"martian"`
+	Self     uint64 `json:"self"`
+	Mesh     uint64 `json:"mesh"`
+	LAN      uint64 `json:"lan"`
+	Internet uint64 `json:"internet"`
+	Spoofed  uint64 `json:"spoofed"`
+}
+
+// NewPeer is the body of POST /v1/peers.
+type NewPeer struct {
+	Name      string `json:"name"`      // required
+	PublicKey string `json:"publicKey"` // required: base64
+	// Kind is own or external.
+	Kind string `json:"kind,omitempty"` // optional: external
+	// Addresses are up to one per family; what is missing is derived from the
+	// key.
+	Addresses []string `json:"addresses,omitempty"` // optional
+	// Endpoint is host:port.
+	Endpoint string `json:"endpoint,omitempty"` // optional
+	// Keepalive is a duration in whole seconds, such as "25s".
+	Keepalive string `json:"keepalive,omitempty"` // optional
+	// Permissions are added to the kind's defaults.
+	Permissions map[string]PermissionChange `json:"permissions,omitempty"` // optional
+}
+
+// PeerChange is the body of PATCH /v1/peers/{name}. What is left out stays.
+type PeerChange struct {
+	Name string `json:"name,omitempty"`
+	// PublicKey replaces the key. Addresses that were derived from the old one
+	// are derived from the new one.
+	PublicKey   string                      `json:"publicKey,omitempty"`
+	Endpoint    *string                     `json:"endpoint,omitempty"`
+	Keepalive   *string                     `json:"keepalive,omitempty"`
+	Permissions map[string]PermissionChange `json:"permissions,omitempty"`
+}
+
+// PermissionChange sets one permission, for good or for a time.
+type PermissionChange struct {
+	Allowed bool `json:"allowed"`
+	// For is a duration, such as "2h", after which the permission ends by itself,
+	// by the helper's clock.
+	For string `json:"for,omitempty"` // optional
+	// Until is when it ends; not together with For.
+	Until time.Time `json:"until,omitzero"` // optional
+}
+
+// Changed is the outcome of a change that is in force.
+type Changed struct {
+	Peer Peer
+	// Already says that everything was so before. It is the header
+	// Meshhelper-Already on the wire.
+	Already bool
+}
+
+// Config is the answer to GET /v1/peers/{name}/config.
+type Config struct {
+	// Text is the configuration for a stock WireGuard app, with a placeholder
+	// for the private key, which the helper doesn't know.
+	Text string `json:"config"`
+	// Warnings say what its owner has to look at.
+	Warnings []string `json:"warnings"`
+}
+
+// Question asks what happens to a packet.
+type Question struct {
+	// Peer is who sends it, by name, address or key.
+	Peer string
+	// To is where to.
+	To    netip.Addr
+	Port  uint16
+	Proto string
+	// From asks for the way back: a packet from there to the peer.
+	From netip.Addr
+}
+
+// Explanation is the answer to GET /v1/explain.
+type Explanation struct {
+	Peer  string `json:"peer"`
+	From  string `json:"from"`
+	To    string `json:"to"`
+	Port  uint16 `json:"port"`
+	Proto string `json:"proto"`
+	Pass  bool   `json:"pass"`
+	// Class is the class of the destination, as in Refused.
+	Class string `json:"class"`
+	// Policy is the line of the policy that decides.
+	Policy string `json:"policy"`
+	// Loaded is the rule of the loaded ruleset that decides, where the platform
+	// can tell.
+	Loaded string `json:"loaded"`
+	// Command would change it, or is empty.
+	Command string `json:"command"`
+}
+
+// Rules is the answer to GET /v1/rules: the rules as loaded.
+type Rules struct {
+	Platform string `json:"platform"`
+	Anchor   string `json:"anchor"`
+	Text     string `json:"text"`
+}
+
+// Check is one precondition that GET /v1/doctor looked at.
+type Check struct {
+	Name    string `json:"name"`
+	OK      bool   `json:"ok"`
+	Message string `json:"message"`
+	Hint    string `json:"hint"`
+}
+
+// Event is something that happened; a line of GET /v1/events.
+type Event struct {
+	// Seq counts the events since the helper started, from 1. A gap means that
+	// the reader was too slow.
+	Seq     uint64    `json:"seq"`
+	Time    time.Time `json:"time"`
+	Kind    string    `json:"kind"`
+	Peer    string    `json:"peer,omitempty"`
+	Message string    `json:"message"`
+}
+
+// The kinds of event.
+const (
+	EventState     = "state"     // the helper started, stopped, closed, enforces again
+	EventChange    = "change"    // the wanted state changed
+	EventExpired   = "expired"   // a permission ended by itself
+	EventHandshake = "handshake" // a peer connected
+	EventRefused   = "refused"   // packets of a peer were refused
+	EventDenied    = "denied"    // a local user asked for what it may not
+	EventRepair    = "repair"    // something on the host was put right
+	EventProblem   = "problem"   // something doesn't work
+)
