@@ -25,3 +25,5 @@ require (
 	pgregory.net/rapid v1.3.0
 	rsc.io/qr v0.2.0
 )
+
+require golang.org/x/tools v0.26.0 // indirect

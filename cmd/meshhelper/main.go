@@ -1,5 +1,29 @@
 // Command meshhelper turns this computer into a router for WireGuard peers,
-// one toggle per peer and permission.
+// one toggle per peer and permission. It is the command and, as `meshhelper
+// run`, the helper that the command talks to.
 package main
 
-func main() {}
+import (
+	"crypto/rand"
+	"os"
+)
+
+func main() {
+	os.Exit(newApp(platforms()).main(os.Args[1:]))
+}
+
+// newApp returns the app of this process.
+func newApp(p map[string]newPlatform) *app {
+	return &app{
+		stdout: os.Stdout, stderr: os.Stderr, stdin: os.Stdin,
+		getenv: os.Getenv, random: rand.Reader, platforms: p,
+		terminal: isTerminal(os.Stdout),
+	}
+}
+
+// isTerminal reports whether f is a character device, which a terminal is and a
+// file or pipe isn't; /dev/null is one, too, where nobody looks.
+func isTerminal(f *os.File) bool {
+	info, err := f.Stat()
+	return err == nil && info.Mode()&os.ModeCharDevice != 0
+}

@@ -1,0 +1,252 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/daemon"
+)
+
+// version is set by the linker; without, the module's version is used.
+var version string
+
+// The exit statuses.
+const (
+	exitDone         = 0
+	exitFailed       = 1 // refused or failed
+	exitUsage        = 2 // wrong usage
+	exitUnreachable  = 3 // no helper answers
+	exitNotPermitted = 4
+)
+
+// newPlatform makes the platform of a helper that keeps its files in stateDir.
+type newPlatform func(stateDir string, log *slog.Logger) (daemon.Platform, error)
+
+// app is what all commands share: the way in and out of the process, and the
+// global options.
+type app struct {
+	stdin          io.Reader
+	stdout, stderr io.Writer
+	getenv         func(string) string
+	random         io.Reader
+	terminal       bool // whether stdout is one
+	platforms      map[string]newPlatform
+
+	socket  string
+	json    bool
+	started bool // whether a command began, and so wasn't used wrongly
+}
+
+// main runs the command with args and returns its exit status.
+func (a *app) main(args []string) int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	root := newRoot(a)
+	root.SetArgs(args)
+	root.SetIn(a.stdin)
+	root.SetOut(a.stdout)
+	root.SetErr(a.stderr)
+	cmd, err := root.ExecuteContextC(ctx)
+	if err == nil {
+		return exitDone
+	}
+	if !a.started {
+		err = &usageError{err}
+	}
+	fmt.Fprintf(a.stderr, "meshhelper: %v\n", err)
+	var usage *usageError
+	if errors.As(err, &usage) {
+		fmt.Fprintf(a.stderr, "see: %s --help\n", cmd.CommandPath())
+	} else if hint := a.reachHint(err); hint != "" {
+		fmt.Fprintln(a.stderr, hint)
+	}
+	return exitStatus(err)
+}
+
+// usageError is the command used wrongly.
+type usageError struct{ err error }
+
+func (e *usageError) Error() string { return e.err.Error() }
+func (e *usageError) Unwrap() error { return e.err }
+
+func usagef(format string, args ...any) error {
+	return &usageError{fmt.Errorf(format, args...)}
+}
+
+func exitStatus(err error) int {
+	var usage *usageError
+	var refused *api.Error
+	switch {
+	case errors.As(err, &usage):
+		return exitUsage
+	case errors.Is(err, api.ErrUnreachable):
+		return exitUnreachable
+	case errors.Is(err, api.ErrNotPermitted):
+		return exitNotPermitted
+	case errors.As(err, &refused) && refused.Code == api.CodeForbidden:
+		return exitNotPermitted
+	}
+	return exitFailed
+}
+
+func (a *app) reachHint(err error) string {
+	switch {
+	case errors.Is(err, api.ErrUnreachable):
+		return "start it with: sudo meshhelper run"
+	case errors.Is(err, api.ErrNotPermitted):
+		return "try sudo"
+	}
+	return ""
+}
+
+func newRoot(a *app) *cobra.Command {
+	root := &cobra.Command{
+		Use:   "meshhelper",
+		Short: "Route for your own and your friends' devices, with permissions for each",
+		Long: `meshhelper turns this computer into a WireGuard router for your own devices and
+your friends' devices. What each of them may do is a toggle: connect to this
+host, reach the internet through it, or reach its networks.`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		PersistentPreRun: func(*cobra.Command, []string) {
+			a.started = true
+		},
+	}
+	flags := root.PersistentFlags()
+	flags.StringVar(&a.socket, "socket", a.defaultSocket(), "`PATH` of the helper's socket (MESHHELPER_SOCKET)")
+	flags.BoolVar(&a.json, "json", false, "print JSON")
+	root.AddCommand(
+		newRunCommand(a, nil), newStatusCommand(a), newPeerCommand(a),
+		newExplainCommand(a), newRulesCommand(a), newDoctorCommand(a), newEventsCommand(a),
+		newInstallCommand(), newUninstallCommand(), newVersionCommand(a),
+	)
+	return root
+}
+
+// group makes a command that only holds others.
+func group(use, short string, commands ...*cobra.Command) *cobra.Command {
+	c := &cobra.Command{
+		Use: use, Short: short,
+		RunE: func(c *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return usagef("%s needs a command", c.CommandPath())
+			}
+			return usagef("unknown command %q for %q", args[0], c.CommandPath())
+		},
+	}
+	c.AddCommand(commands...)
+	return c
+}
+
+func (a *app) client() *api.Client { return api.NewClient(a.socket) }
+
+// print writes v as JSON where that was asked for, and else calls text.
+func (a *app) print(v any, text func()) error {
+	if !a.json {
+		text()
+		return nil
+	}
+	enc := json.NewEncoder(a.stdout)
+	enc.SetEscapeHTML(false)
+	if a.terminal {
+		enc.SetIndent("", "  ")
+	}
+	return enc.Encode(v)
+}
+
+// say writes a line of the answer.
+func (a *app) say(format string, args ...any) { fmt.Fprintf(a.stdout, format+"\n", args...) }
+
+// talk writes a line beside the answer.
+func (a *app) talk(format string, args ...any) { fmt.Fprintf(a.stderr, format+"\n", args...) }
+
+// defaultSocket is where a command looks for the helper: what the environment
+// says, else the system's, else that of a helper of this user's.
+func (a *app) defaultSocket() string {
+	if path := a.getenv("MESHHELPER_SOCKET"); path != "" {
+		return path
+	}
+	system := systemSocket()
+	own := a.userSocket()
+	if _, err := os.Lstat(system); err != nil {
+		if _, err := os.Lstat(own); err == nil {
+			return own
+		}
+	}
+	return system
+}
+
+func systemSocket() string {
+	if runtime.GOOS == "darwin" {
+		return "/var/run/meshhelper.sock"
+	}
+	return "/run/meshhelper.sock"
+}
+
+func (a *app) userSocket() string {
+	dir := a.getenv("XDG_RUNTIME_DIR")
+	if dir == "" {
+		dir = os.TempDir()
+	}
+	return filepath.Join(dir, "meshhelper.sock")
+}
+
+// defaultStateDir is where the helper of a platform keeps its files.
+func (a *app) defaultStateDir(platform string) string {
+	switch platform {
+	case "userspace":
+		if dir := a.getenv("XDG_STATE_HOME"); dir != "" {
+			return filepath.Join(dir, "meshhelper")
+		}
+		return filepath.Join(a.getenv("HOME"), ".local", "state", "meshhelper")
+	case "darwin":
+		return "/Library/Application Support/meshhelper"
+	}
+	return "/var/lib/meshhelper"
+}
+
+// versionText is what was built: the release, or the commit.
+func versionText() string {
+	if version != "" {
+		return version
+	}
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" && len(s.Value) >= 12 {
+			return "devel-" + s.Value[:12]
+		}
+	}
+	return strings.Trim(info.Main.Version, "()")
+}
+
+func newVersionCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			v := struct {
+				Version string `json:"version"`
+				Go      string `json:"go"`
+				OS      string `json:"os"`
+				Arch    string `json:"arch"`
+			}{versionText(), runtime.Version(), runtime.GOOS, runtime.GOARCH}
+			return a.print(v, func() { a.say("meshhelper %s (%s, %s/%s)", v.Version, v.Go, v.OS, v.Arch) })
+		},
+	}
+}

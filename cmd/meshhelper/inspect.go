@@ -1,0 +1,170 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"strconv"
+
+	"github.com/spf13/cobra"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+)
+
+// newExplainCommand returns `explain`.
+func newExplainCommand(a *app) *cobra.Command {
+	var proto, from string
+	c := &cobra.Command{
+		Use: "explain PEER DESTINATION[:PORT]", Short: "Say what happens to a peer's packet, and why", Args: cobra.ExactArgs(2),
+		ValidArgsFunction: a.completePeers,
+		RunE: func(c *cobra.Command, args []string) error {
+			q, err := parseQuestion(args[0], args[1], proto, from)
+			if err != nil {
+				return err
+			}
+			e, err := a.client().Explain(c.Context(), q)
+			if err != nil {
+				return err
+			}
+			return a.print(e, func() { a.writeExplanation(e) })
+		},
+	}
+	c.Flags().StringVar(&proto, "proto", "", "tcp, udp or icmp (tcp with a port, else icmp)")
+	c.Flags().StringVar(&from, "from", "", "judge what comes back from `ADDRESS` instead")
+	return c
+}
+
+// parseQuestion reads the arguments of explain.
+func parseQuestion(peer, to, proto, from string) (q api.Question, err error) {
+	q = api.Question{Peer: peer, Proto: proto}
+	if q.To, err = netip.ParseAddr(to); err != nil {
+		target, failed := netip.ParseAddrPort(to)
+		if failed != nil {
+			return q, usagef("destination %q is not an address, nor one with a port", to)
+		}
+		q.To, q.Port = target.Addr(), target.Port()
+	}
+	if from != "" {
+		if q.From, err = netip.ParseAddr(from); err != nil {
+			return q, usagef("--from: %q is not an address", from)
+		}
+	}
+	switch {
+	case q.Proto == "" && q.Port != 0:
+		q.Proto = "tcp"
+	case q.Proto == "":
+		q.Proto = "icmp"
+	case q.Proto != "tcp" && q.Proto != "udp" && q.Proto != "icmp":
+		return q, usagef("--proto: %q is unknown: it is tcp, udp or icmp", proto)
+	}
+	return q, nil
+}
+
+func (a *app) writeExplanation(e api.Explanation) {
+	verdict := "does not pass"
+	if e.Pass {
+		verdict = "passes"
+	}
+	port := ""
+	if e.Port != 0 {
+		port = " port " + strconv.Itoa(int(e.Port))
+	}
+	a.say("%s from %s to %s%s %s", e.Proto, e.From, e.To, port, verdict)
+	if e.Class != "" {
+		a.say("class   %s", e.Class)
+	}
+	a.say("policy  %s", e.Policy)
+	if e.Loaded != "" {
+		a.say("rule    %s", e.Loaded)
+	}
+	if e.Command != "" {
+		a.say("change  %s", e.Command)
+	}
+}
+
+// newRulesCommand returns `rules`.
+func newRulesCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "rules", Short: "Show the rules as loaded", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			r, err := a.client().Rules(c.Context())
+			if err != nil {
+				return err
+			}
+			return a.print(r, func() { fmt.Fprint(a.stdout, r.Text) })
+		},
+	}
+}
+
+// newDoctorCommand returns `doctor`, which fails when something is wrong.
+func newDoctorCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "doctor", Short: "Look at every precondition", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return runDoctor(c.Context(), a) },
+	}
+}
+
+func runDoctor(ctx context.Context, a *app) error {
+	checks, err := a.client().Doctor(ctx)
+	if err != nil {
+		return err
+	}
+	wrong := 0
+	for _, c := range checks {
+		if !c.OK {
+			wrong++
+		}
+	}
+	printed := a.print(checks, func() {
+		for _, c := range checks {
+			mark := "ok     "
+			if !c.OK {
+				mark = "problem"
+			}
+			a.say("%s  %s: %s", mark, c.Name, c.Message)
+			if c.Hint != "" {
+				a.say("         %s", c.Hint)
+			}
+		}
+	})
+	if printed != nil || wrong == 0 {
+		return printed
+	}
+	return fmt.Errorf("%d of %d checks found a problem", wrong, len(checks))
+}
+
+// newEventsCommand returns `events`.
+func newEventsCommand(a *app) *cobra.Command {
+	var follow bool
+	c := &cobra.Command{
+		Use: "events", Short: "Show what happened", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			return a.client().Events(c.Context(), follow, func(e api.Event) error {
+				return a.print(e, func() {
+					a.say("%s  %-9s  %s", e.Time.Local().Format("2006-01-02 15:04:05"), e.Kind, e.Message)
+				})
+			})
+		},
+	}
+	c.Flags().BoolVar(&follow, "follow", false, "go on with what happens")
+	return c
+}
+
+// newInstallCommand returns `install`, for which this build has no service.
+func newInstallCommand() *cobra.Command {
+	return notHere("install", "Install the helper as a service")
+}
+
+func newUninstallCommand() *cobra.Command {
+	return notHere("uninstall", "Remove the service and put the host back as it was")
+}
+
+func notHere(use, short string) *cobra.Command {
+	return &cobra.Command{
+		Use: use, Short: short + " (macOS)", DisableFlagParsing: true,
+		RunE: func(*cobra.Command, []string) error {
+			return api.Errorf(api.CodeUnsupported, "%s isn't there in this meshhelper", use).
+				WithHint("run the helper in the foreground: sudo meshhelper run")
+		},
+	}
+}

@@ -1,0 +1,275 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+func newPeerCommand(a *app) *cobra.Command {
+	return group("peer", "Add, remove and permit peers",
+		newPeerAddCommand(a), newPeerRemoveCommand(a), newPeerRenameCommand(a),
+		newPeerListCommand(a), newPeerShowCommand(a),
+		newToggleCommand(a, true), newToggleCommand(a, false),
+		newPeerConfigCommand(a), newPeerRekeyCommand(a),
+	)
+}
+
+// completePeers completes the first argument with the names of peers.
+func (a *app) completePeers(c *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	if len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	s, err := a.client().Status(c.Context())
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveError
+	}
+	var names []string
+	for _, p := range s.Peers {
+		names = append(names, fmt.Sprintf("%s\t%s, %v", p.Name, p.Kind, p.Addresses[0]))
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp
+}
+
+func newPeerRemoveCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "remove NAME", Short: "Remove a peer", Args: cobra.ExactArgs(1),
+		ValidArgsFunction: a.completePeers,
+		RunE: func(c *cobra.Command, args []string) error {
+			changed, err := a.client().RemovePeer(c.Context(), args[0])
+			var refused *api.Error
+			if errors.As(err, &refused) && refused.Code == api.CodeAlreadyRemoved {
+				return a.print(struct{}{}, func() { a.say("%s is no peer any more already", args[0]) })
+			}
+			if err != nil {
+				return err
+			}
+			return a.print(changed.Peer, func() { a.say("%s is no peer any more", changed.Peer.Name) })
+		},
+	}
+}
+
+func newPeerRenameCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "rename NAME NEW", Short: "Give a peer another name", Args: cobra.ExactArgs(2),
+		ValidArgsFunction: a.completePeers,
+		RunE: func(c *cobra.Command, args []string) error {
+			if args[1] == "" {
+				return usagef("the new name is empty")
+			}
+			changed, err := a.client().ChangePeer(c.Context(), args[0], api.PeerChange{Name: args[1]})
+			if err != nil {
+				return err
+			}
+			return a.print(changed.Peer, func() {
+				if changed.Already {
+					a.say("%s is called %s already", args[0], changed.Peer.Name)
+					return
+				}
+				a.say("%s is now called %s", args[0], changed.Peer.Name)
+			})
+		},
+	}
+}
+
+func newPeerListCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "list", Short: "List the peers", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			s, err := a.client().Status(c.Context())
+			if err != nil {
+				return err
+			}
+			return a.print(s.Peers, func() {
+				if len(s.Peers) == 0 {
+					a.talk("there is no peer yet; run: meshhelper peer add NAME")
+					return
+				}
+				a.writePeers(s.Peers, time.Now())
+			})
+		},
+	}
+}
+
+func newPeerShowCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "show NAME", Short: "Show a peer", Args: cobra.ExactArgs(1),
+		ValidArgsFunction: a.completePeers,
+		RunE: func(c *cobra.Command, args []string) error {
+			p, err := a.client().Peer(c.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			return a.print(p, func() { a.writePeer(p) })
+		},
+	}
+}
+
+func (a *app) writePeer(p api.Peer) {
+	a.say("name        %s", p.Name)
+	a.say("kind        %s", p.Kind)
+	a.say("public key  %s", p.PublicKey)
+	a.say("addresses   %s", joinAddresses(p.Addresses))
+	a.say("may         %s", describePermissions(p.Permissions))
+	a.say("endpoint    %s", orNone(p.Endpoint))
+	a.say("handshake   %s", describeHandshake(p.LastHandshake, time.Now()))
+	a.say("received    %s, sent %s", formatBytes(p.RxBytes), formatBytes(p.TxBytes))
+	a.say("routes      %s", describeRouting(p.Routing))
+	a.say("refused     %s", describeRefused(p.Refused))
+}
+
+func describeRefused(r api.Refused) string {
+	var out []string
+	for _, c := range []struct {
+		name string
+		n    uint64
+	}{
+		{"martian", r.Martian}, {"self", r.Self}, {"mesh", r.Mesh}, {"lan", r.LAN}, {"internet", r.Internet}, {"spoofed", r.Spoofed},
+	} {
+		if c.n > 0 {
+			out = append(out, fmt.Sprintf("%d %s", c.n, c.name))
+		}
+	}
+	if out == nil {
+		return "nothing"
+	}
+	return strings.Join(out, ", ") + " (packets by destination)"
+}
+
+// toggleOptions are the flags of allow and deny.
+type toggleOptions struct {
+	app   *app
+	allow bool
+	limit time.Duration
+}
+
+func newToggleCommand(a *app, allow bool) *cobra.Command {
+	o := &toggleOptions{app: a, allow: allow}
+	c := &cobra.Command{
+		Use: "deny NAME PERMISSION...", Short: "Take permissions from a peer, also on running connections",
+		RunE: func(c *cobra.Command, args []string) error { return toggle(c.Context(), o, args[0], args[1:]) },
+		Args: cobra.MinimumNArgs(2),
+		ValidArgsFunction: func(c *cobra.Command, args []string, text string) ([]string, cobra.ShellCompDirective) {
+			if len(args) == 0 {
+				return a.completePeers(c, args, text)
+			}
+			return []string{"incoming", "routing", "lan"}, cobra.ShellCompDirectiveNoFileComp
+		},
+	}
+	if allow {
+		c.Use, c.Short = "allow NAME PERMISSION...", "Give permissions to a peer, for good or for a time"
+		c.Flags().DurationVar(&o.limit, "for", 0, "how long, such as 30m or 2h; without, for good")
+	}
+	c.Long = c.Short + `.
+
+PERMISSION is one or more of
+  incoming  connect to this host
+  routing   reach the internet through this host
+  lan       reach this host's other networks; needs routing, too`
+	return c
+}
+
+func toggle(ctx context.Context, o *toggleOptions, ref string, words []string) error {
+	wanted, err := parsePermissions(words)
+	if err != nil {
+		return err
+	}
+	change := api.PeerChange{Permissions: map[string]api.PermissionChange{}}
+	for _, one := range wanted {
+		c := api.PermissionChange{Allowed: o.allow}
+		if o.limit != 0 {
+			if o.limit < 0 {
+				return usagef("--for %v is in the past", o.limit)
+			}
+			c.For = o.limit.String()
+		}
+		change.Permissions[one.String()] = c
+	}
+	client := o.app.client()
+	before, err := client.Peer(ctx, ref)
+	if err != nil {
+		return err
+	}
+	changed, err := client.ChangePeer(ctx, ref, change)
+	if err != nil {
+		return err
+	}
+	return o.app.print(changed.Peer, func() {
+		for _, one := range wanted {
+			o.app.say("%s", sentence(changed.Peer.Name, one, before.Permissions.Of(one), changed.Peer.Permissions.Of(one)))
+		}
+		o.app.warnLAN(changed.Peer)
+	})
+}
+
+// parsePermissions reads words that may hold several, separated by commas.
+func parsePermissions(words []string) ([]policy.Permissions, error) {
+	var out []policy.Permissions
+	var all policy.Permissions
+	for _, word := range words {
+		for name := range strings.SplitSeq(word, ",") {
+			one, err := policy.ParsePermission(strings.TrimSpace(name))
+			if err != nil {
+				return nil, &usageError{err}
+			}
+			if !all.Has(one) {
+				out = append(out, one)
+			}
+			all |= one
+		}
+	}
+	return out, nil
+}
+
+var verbs = map[policy.Permissions]string{
+	policy.Incoming: "connect to this host",
+	policy.Routing:  "route",
+	policy.LAN:      "reach this host's networks",
+}
+
+// sentence says what holds now of one permission.
+func sentence(name string, one policy.Permissions, was, is api.Permission) string {
+	same := was.Allowed == is.Allowed && was.Until.Equal(is.Until)
+	when := ""
+	if !is.Until.IsZero() {
+		when = " until " + formatEnd(is.Until)
+	}
+	switch {
+	case is.Allowed && same:
+		return fmt.Sprintf("%s may already %s%s", name, verbs[one], when)
+	case is.Allowed:
+		return fmt.Sprintf("%s may now %s%s", name, verbs[one], when)
+	case same:
+		return fmt.Sprintf("%s already may not %s", name, verbs[one])
+	}
+	return fmt.Sprintf("%s may no longer %s", name, verbs[one])
+}
+
+// warnLAN says that lan has no effect without routing.
+func (a *app) warnLAN(p api.Peer) {
+	if e := p.Permissions.LAN.Effective; e != nil && !*e {
+		a.say("lan has no effect without routing; run: meshhelper peer allow %s routing", p.Name)
+	}
+}
+
+// addressSet returns what belongs to somebody in s already.
+func addressSet(s api.Status) map[netip.Addr]bool {
+	taken := map[netip.Addr]bool{}
+	for _, a := range s.Addresses {
+		taken[a] = true
+	}
+	for _, p := range s.Peers {
+		for _, a := range p.Addresses {
+			taken[a] = true
+		}
+	}
+	return taken
+}

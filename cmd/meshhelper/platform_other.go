@@ -1,0 +1,4 @@
+package main
+
+// platforms returns the platforms of this build; none is there yet.
+func platforms() map[string]newPlatform { return nil }

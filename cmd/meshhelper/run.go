@@ -1,0 +1,224 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"os/user"
+	"runtime"
+	"strconv"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
+)
+
+// runOptions are the flags of run.
+type runOptions struct {
+	app *app
+
+	stateDir, platform, iface, endpoint, operator string
+	prefix4, prefix6                              string
+	listenPort                                    uint16
+	addresses, dns                                []string
+	debug                                         bool
+}
+
+// defaultListenPort is the UDP port of WireGuard by custom.
+const defaultListenPort = 51820
+
+// newRunCommand returns `run`, which calls run; nil means the real one.
+func newRunCommand(a *app, run func(context.Context, *runOptions) error) *cobra.Command {
+	if run == nil {
+		run = runHelper
+	}
+	o := &runOptions{app: a}
+	c := &cobra.Command{
+		Use: "run", Short: "Be the helper, in the foreground",
+		Long: `Be the helper, in the foreground, until SIGTERM or SIGINT, and then leave the
+host as it was found. It is ready when "meshhelper status" shows a state other
+than starting.`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return run(c.Context(), o) },
+	}
+	f := c.Flags()
+	f.StringVar(&o.stateDir, "state-dir", "", "`DIR` for the key and the wanted state")
+	f.StringVar(&o.platform, "platform", "auto", "auto, darwin, linux or userspace")
+	f.Uint16Var(&o.listenPort, "listen-port", defaultListenPort, "UDP `PORT` of WireGuard, 0 for any")
+	f.StringVar(&o.iface, "interface", "", "`NAME` of the mesh interface")
+	f.StringVar(&o.prefix4, "mesh-prefix4", wireguard.DefaultPrefixes().V4.String(), "IPv4 `PREFIX` of the mesh")
+	f.StringVar(&o.prefix6, "mesh-prefix6", wireguard.DefaultPrefixes().V6.String(), "IPv6 `PREFIX` of the mesh")
+	f.StringSliceVar(&o.addresses, "address", nil, "this host's own mesh `ADDRESS`, one per family (derived from the key)")
+	f.StringVar(&o.endpoint, "endpoint", "", "`HOST[:PORT]` where peers reach this host (the uplink's address)")
+	f.StringSliceVar(&o.dns, "dns", nil, "`ADDRESS` of a resolver for the peers' configurations (9.9.9.9, 149.112.112.112)")
+	f.StringVar(&o.operator, "operator", "", "`USER` who may change the mesh besides root")
+	f.BoolVar(&o.debug, "debug", false, "log more")
+	return c
+}
+
+// runHelper wires the helper and runs it until ctx ends.
+func runHelper(ctx context.Context, o *runOptions) error {
+	name, make, err := o.choose()
+	if err != nil {
+		return err
+	}
+	d, err := o.daemon(name, make)
+	if err != nil {
+		return err
+	}
+	err = o.serve(ctx, d)
+	return errors.Join(err, d.Close())
+}
+
+// serve opens the socket and runs daemon and server, until ctx ends or either
+// fails.
+func (o *runOptions) serve(ctx context.Context, d *daemon.Daemon) error {
+	access, err := o.access()
+	if err != nil {
+		return err
+	}
+	l, err := api.Listen(o.app.socket)
+	if errors.Is(err, api.ErrHeld) {
+		return api.Errorf(api.CodeInternal, "%v", err).WithHint("see `meshhelper status`; there is one helper per host")
+	}
+	if err != nil {
+		return err
+	}
+	server := api.NewServer(api.ServerOptions{Listener: l, Service: d, Access: access, Logger: o.logger()})
+	o.app.talk("meshhelper %s answers on %s", versionText(), o.app.socket)
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return server.Run(ctx) })
+	g.Go(func() error { return withHint(d.Run(ctx)) })
+	return g.Wait()
+}
+
+// withHint adds the hint of the step that failed.
+func withHint(err error) error {
+	var step *platform.StepError
+	if errors.As(err, &step) && step.Hint != "" {
+		return fmt.Errorf("%w; %s", err, step.Hint)
+	}
+	return err
+}
+
+// choose returns the name and the maker of the platform.
+func (o *runOptions) choose() (string, newPlatform, error) {
+	name := o.platform
+	if name == "auto" {
+		name = runtime.GOOS
+	}
+	if make, ok := o.app.platforms[name]; ok {
+		return name, make, nil
+	}
+	known := name == "linux" || name == "darwin" || name == "userspace"
+	if o.platform != "auto" && !known {
+		return "", nil, usagef("platform %q is unknown: it is auto, darwin, linux or userspace", name)
+	}
+	return "", nil, api.Errorf(api.CodeUnsupported, "platform %q isn't there in this meshhelper for %s", name, runtime.GOOS)
+}
+
+// daemon reads the flags and makes the daemon, which touches nothing of the
+// host yet.
+func (o *runOptions) daemon(name string, make newPlatform) (*daemon.Daemon, error) {
+	if err := api.CheckSocketPath(o.app.socket); err != nil {
+		return nil, &usageError{err}
+	}
+	if o.stateDir == "" {
+		o.stateDir = o.app.defaultStateDir(name)
+	}
+	opts := daemon.Options{
+		PlatformName: name, StateDir: o.stateDir, Logger: o.logger(), Version: versionText(),
+		Interface: o.iface, ListenPort: o.listenPort,
+	}
+	if err := o.parse(&opts); err != nil {
+		return nil, err
+	}
+	var err error
+	if opts.Platform, err = make(o.stateDir, o.logger().With("part", name)); err != nil {
+		return nil, err
+	}
+	return daemon.New(opts)
+}
+
+// parse reads the flags that are more than text.
+func (o *runOptions) parse(opts *daemon.Options) (err error) {
+	if opts.Prefixes.V4, err = netip.ParsePrefix(o.prefix4); err != nil {
+		return usagef("--mesh-prefix4: %q is not a prefix", o.prefix4)
+	}
+	if opts.Prefixes.V6, err = netip.ParsePrefix(o.prefix6); err != nil {
+		return usagef("--mesh-prefix6: %q is not a prefix", o.prefix6)
+	}
+	if err := opts.Prefixes.Validate(); err != nil {
+		return &usageError{err}
+	}
+	if opts.Addresses, err = parseAddresses("--address", o.addresses); err != nil {
+		return err
+	}
+	if opts.DNS, err = parseAddresses("--dns", o.dns); err != nil {
+		return err
+	}
+	if o.endpoint == "" {
+		return nil
+	}
+	fallback := o.listenPort
+	if fallback == 0 {
+		fallback = defaultListenPort
+	}
+	if opts.Endpoint, err = wireguard.ParseEndpoint(o.endpoint, fallback); err != nil {
+		return usagef("--endpoint: %v", err)
+	}
+	return nil
+}
+
+func parseAddresses(flag string, texts []string) (out []netip.Addr, err error) {
+	for _, t := range texts {
+		a, err := netip.ParseAddr(t)
+		if err != nil {
+			return nil, usagef("%s: %q is not an address", flag, t)
+		}
+		out = append(out, a)
+	}
+	return out, nil
+}
+
+// access says who may do what on the socket. A helper that isn't root's belongs
+// to the user who runs it.
+func (o *runOptions) access() (api.Access, error) {
+	a := api.Access{Operator: api.NoOperator, AdminGroups: []string{"sudo", "wheel"}}
+	if runtime.GOOS == "darwin" {
+		a.AdminGroups = []string{"admin"}
+	}
+	if o.operator == "" {
+		if uid := os.Geteuid(); uid > 0 {
+			a.Operator = uint32(uid)
+		}
+		return a, nil
+	}
+	u, err := user.Lookup(o.operator)
+	if err != nil {
+		if u, err = user.LookupId(o.operator); err != nil {
+			return a, usagef("--operator: there is no user %q", o.operator)
+		}
+	}
+	uid, err := strconv.ParseUint(u.Uid, 10, 32)
+	if err != nil {
+		return a, fmt.Errorf("--operator: user id %q: %w", u.Uid, err)
+	}
+	a.Operator = uint32(uid)
+	return a, nil
+}
+
+func (o *runOptions) logger() *slog.Logger {
+	level := slog.LevelInfo
+	if o.debug {
+		level = slog.LevelDebug
+	}
+	return slog.New(slog.NewTextHandler(o.app.stderr, &slog.HandlerOptions{Level: level}))
+}

@@ -1,0 +1,411 @@
+package daemon
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.zx2c4.com/wireguard/tun"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
+)
+
+// Tunnel is the WireGuard device as the daemon drives it; *wireguard.Device is
+// one.
+type Tunnel interface {
+	// Sync makes the tunnel's peers equal to want, touching only those that
+	// differ.
+	Sync(want []wireguard.Peer) error
+	Stats() (map[wireguard.PublicKey]wireguard.PeerStats, error)
+	ListenPort() uint16
+	// Rebind opens the sockets again after a change of networks or sleep.
+	Rebind(ctx context.Context) error
+	// Done is closed when the tunnel has ended, by Close or by itself.
+	Done() <-chan struct{}
+	Close()
+}
+
+// errHeld is the cause when another helper has the state directory.
+var errHeld = errors.New("another helper holds it")
+
+// Options are what New needs.
+type Options struct {
+	Platform     Platform     // required
+	PlatformName string       // required: "darwin", "linux" or "userspace", for status
+	StateDir     string       // required: made when missing, with mode 0700
+	Logger       *slog.Logger // required
+
+	Version    string             // optional: for status
+	Interface  string             // optional: the platform chooses
+	MTU        int                // optional: DefaultMTU
+	ListenPort uint16             // optional: UDP, 0 lets the system choose
+	Prefixes   wireguard.Prefixes // optional: wireguard.DefaultPrefixes
+	// Addresses are the host's own, at most one per family.
+	Addresses []netip.Addr // optional: derived from the host's key
+	// Endpoint is where peers reach this host, for their configurations.
+	Endpoint wireguard.Endpoint // optional: the uplink's address
+	// DNS is for the peers' configurations.
+	DNS []netip.Addr // optional: DefaultDNS
+
+	// NewTunnel starts the WireGuard device around the platform's tunnel device.
+	NewTunnel func(tun.Device, wireguard.PrivateKey, uint16) (Tunnel, error) // optional: wireguard.NewDevice
+	Tick      time.Duration                                                  // optional: between looks at the host, DefaultTick
+	Wait      time.Duration                                                  // optional: a command's time limit, DefaultWait
+	Wall      func() time.Time                                               // optional: the wall clock, time.Now
+	Random    io.Reader                                                      // optional: crypto/rand.Reader
+	Resolve   func(context.Context, string) ([]netip.Addr, error)            // optional: the host's resolver
+}
+
+// What Options leave out.
+const (
+	// DefaultMTU is the MTU of the mesh interface in bytes: what is left of 1500
+	// by WireGuard over IPv6 (40 + 8 + 32 bytes).
+	DefaultMTU = 1420
+	// DefaultTick is how long something that the OS doesn't report may go
+	// unnoticed.
+	DefaultTick = 3 * time.Second
+	// DefaultWait is how long a command waits for its change to be in force.
+	DefaultWait = 10 * time.Second
+)
+
+// DefaultDNS are the public resolvers of Quad9, which a peer's configuration
+// names where nothing else is known.
+var DefaultDNS = []netip.Addr{netip.MustParseAddr("9.9.9.9"), netip.MustParseAddr("149.112.112.112")}
+
+func (o *Options) complete() error {
+	if o.Platform == nil || o.PlatformName == "" || o.StateDir == "" || o.Logger == nil {
+		return errors.New("platform, its name, state directory and logger are required")
+	}
+	setDefault(&o.MTU, DefaultMTU)
+	setDefault(&o.Tick, DefaultTick)
+	setDefault(&o.Wait, DefaultWait)
+	setDefault(&o.Prefixes, wireguard.DefaultPrefixes())
+	if o.DNS == nil {
+		o.DNS = DefaultDNS
+	}
+	if o.Wall == nil {
+		o.Wall = time.Now
+	}
+	if o.Random == nil {
+		o.Random = rand.Reader
+	}
+	if o.Resolve == nil {
+		o.Resolve = lookup
+	}
+	if o.NewTunnel == nil {
+		o.NewTunnel = o.wireguard
+	}
+	return o.Prefixes.Validate()
+}
+
+func setDefault[T comparable](value *T, standard T) {
+	var zero T
+	if *value == zero {
+		*value = standard
+	}
+}
+
+func (o *Options) wireguard(dev tun.Device, key wireguard.PrivateKey, port uint16) (Tunnel, error) {
+	return wireguard.NewDevice(wireguard.Options{
+		TUN: dev, PrivateKey: key, ListenPort: port, Logger: o.Logger.With("part", "wireguard"),
+	})
+}
+
+// Daemon keeps one host equal to its wanted state. It is the api.Service of the
+// socket.
+type Daemon struct {
+	opts    Options
+	key     wireguard.PrivateKey
+	mesh    mesh
+	store   store
+	clock   *clock
+	journal *journal
+	release func() error // of the state directory
+
+	// changing serialises changes of the wanted state; it is held while they are
+	// written. Reading needs no lock: a published document never changes.
+	changing sync.Mutex
+	wanted   atomic.Pointer[document]
+
+	// wake wakes the loop for a change; moved for something on the host; renamed
+	// the resolver for an endpoint given by name.
+	wake, moved, renamed chan struct{}
+	// questions are run by the loop, which alone talks to the platform.
+	questions chan func(context.Context)
+
+	mu      sync.Mutex
+	now     condition     // what the loop found last
+	changed chan struct{} // closed when now is replaced
+	names   map[string]netip.Addr
+}
+
+// condition is what the loop publishes after each round.
+type condition struct {
+	state      string
+	enforced   uint64
+	iface      string
+	listenPort uint16
+	host       policy.Host
+	// ruleset is the wanted policy on this host, also where it isn't in force.
+	ruleset    *policy.Ruleset
+	forwarding policy.Families
+	repairs    uint64
+	// problems are our own, foreign what stands in the way.
+	problems, foreign []Problem
+	tunnel            Tunnel
+}
+
+// New reads the wanted state and takes the state directory. It doesn't touch
+// the host; Run does. Close gives the directory back.
+func New(o Options) (*Daemon, error) {
+	if err := o.complete(); err != nil {
+		return nil, fmt.Errorf("start daemon: %w", err)
+	}
+	d := &Daemon{
+		opts:      o,
+		store:     store{dir: o.StateDir, fs: diskFiles{}},
+		wake:      make(chan struct{}, 1),
+		moved:     make(chan struct{}, 1),
+		renamed:   make(chan struct{}, 1),
+		questions: make(chan func(context.Context)),
+		changed:   make(chan struct{}),
+		now:       condition{state: api.Starting},
+		names:     map[string]netip.Addr{},
+	}
+	d.journal = newJournal(o.Wall, d.log)
+	if err := openDir(o.StateDir); err != nil {
+		return nil, err
+	}
+	release, err := lockDir(o.StateDir)
+	if errors.Is(err, errHeld) {
+		return nil, api.Errorf(api.CodeInternal, "state directory %q: %v", o.StateDir, err).
+			WithHint("see `meshhelper status`; there is one helper per host")
+	}
+	if err != nil {
+		return nil, err
+	}
+	d.release = release
+	if err := d.load(); err != nil {
+		return nil, errors.Join(err, release())
+	}
+	return d, nil
+}
+
+// Close gives the state directory back. Call it after Run.
+func (d *Daemon) Close() error { return d.release() }
+
+// load reads or makes the host's key and the document.
+func (d *Daemon) load() error {
+	doc, err := d.store.load()
+	if err != nil {
+		return err
+	}
+	if err := d.loadKey(doc == nil); err != nil {
+		return err
+	}
+	if err := d.place(); err != nil {
+		return err
+	}
+	if doc == nil {
+		doc = &document{Version: documentVersion, Generation: 1, Saved: d.opts.Wall().UTC().Round(0), Peers: []peer{}}
+		if err := d.store.save(doc); err != nil {
+			return err
+		}
+	}
+	if err := doc.fits(d.mesh); err != nil {
+		return api.Errorf(api.CodeInternal, "the wanted state doesn't fit this mesh: %v", err).
+			WithHint("start with the --mesh-prefix4, --mesh-prefix6 and --address of before")
+	}
+	d.clock = newClock(d.opts.Wall, doc.Saved)
+	d.clock.keep(doc.Saved, doc.timed())
+	d.wanted.Store(doc)
+	return nil
+}
+
+// loadKey reads the host's key. A new one is a new host to every peer, so it is
+// made for a new mesh only.
+func (d *Daemon) loadKey(fresh bool) error {
+	path := filepath.Join(d.opts.StateDir, keyFile)
+	key, err := wireguard.ReadKeyFile(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && fresh:
+		key, _, err = d.opts.Prefixes.GenerateFree(d.opts.Random, func(netip.Addr) bool { return false })
+		if err == nil {
+			err = wireguard.WriteKeyFile(path, key)
+		}
+	case errors.Is(err, fs.ErrNotExist):
+		err = api.Errorf(api.CodeInternal, "the host's key %q is missing, but there is a wanted state", path).
+			WithHint("put the key back, or move %q and %q away to start anew", stateFile, copyFile)
+	case errors.Is(err, wireguard.ErrExposedKey):
+		err = api.Errorf(api.CodeInternal, "%v", err).WithHint("who read it can be this host; run: chmod 600 %q", path)
+	}
+	d.key = key
+	return err
+}
+
+// place finds the host's own addresses: those given, else derived.
+func (d *Daemon) place() error {
+	d.mesh = mesh{prefixes: d.opts.Prefixes, key: d.key.Public()}
+	own, err := d.mesh.prefixes.Propose(d.mesh.key, func(netip.Addr) bool { return false })
+	if err != nil {
+		return err
+	}
+	derived, err := d.mesh.prefixes.Derive(d.mesh.key)
+	if err == nil {
+		own = derived
+	}
+	var given [2]bool
+	for _, a := range d.opts.Addresses {
+		if checked := d.mesh.prefixes.Check(a); checked != nil {
+			return api.Errorf(api.CodeBadAddress, "the host's own address: %v", checked)
+		}
+		family := familyOf(a)
+		if given[family] {
+			return api.Errorf(api.CodeBadAddress, "the host's own address %v is a second of its family", a)
+		}
+		given[family] = true
+		*[]*netip.Addr{&own.V4, &own.V6}[family] = a
+	}
+	d.mesh.own = own
+	if err != nil && (!given[0] || !given[1]) {
+		return api.Errorf(api.CodeBadAddress, "%v", err).WithHint("start with --address %v --address %v", own.V4, own.V6)
+	}
+	return nil
+}
+
+// familyOf returns 0 for IPv4 and 1 for IPv6, the order of addresses everywhere.
+func familyOf(a netip.Addr) int {
+	if a.Is4() {
+		return 0
+	}
+	return 1
+}
+
+// Run keeps the host equal to the wanted state until ctx ends, and then leaves
+// it as it was found. It ends earlier, with an error, only when the mesh
+// interface can't be made in the first place.
+func (d *Daemon) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	l := newLoop(d)
+	g.Go(func() error { return l.run(ctx) })
+	g.Go(func() error { return l.rebinds(ctx) })
+	g.Go(func() error { return d.resolve(ctx) })
+	if w, ok := d.opts.Platform.(Watcher); ok {
+		g.Go(func() error { return d.watch(ctx, w) })
+	}
+	return g.Wait()
+}
+
+// watch pokes the loop after each change of the host. A watcher that fails is
+// started again; meanwhile the tick finds what it would have reported.
+func (d *Daemon) watch(ctx context.Context, w Watcher) error {
+	for wait := newBackoff(); ; {
+		err := w.Watch(ctx, func() { poke(d.moved) })
+		if ctx.Err() != nil {
+			return nil
+		}
+		d.journal.Record(api.Event{Kind: api.EventProblem, Message: fmt.Sprintf("watch the host: %v", err)})
+		if !sleep(ctx, wait.next()) {
+			return nil
+		}
+		poke(d.moved)
+	}
+}
+
+// poke wakes who receives from c, without waiting for it.
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// sleep reports whether it slept to the end.
+func sleep(ctx context.Context, wait time.Duration) bool {
+	t := time.NewTimer(wait)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+// condition returns what the loop found last, and a channel that is closed when
+// there is something newer.
+func (d *Daemon) condition() (condition, <-chan struct{}) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.now, d.changed
+}
+
+func (d *Daemon) publish(c condition) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	before := d.now.state
+	d.now = c
+	close(d.changed)
+	d.changed = make(chan struct{})
+	if before != c.state {
+		d.journal.Record(api.Event{Kind: api.EventState, Message: before + " became " + c.state})
+	}
+}
+
+// inLoop runs f in the loop, which alone may call the platform, and waits.
+func (d *Daemon) inLoop(ctx context.Context, f func(context.Context)) error {
+	done := make(chan struct{})
+	select {
+	case d.questions <- func(ctx context.Context) { defer close(done); f(ctx) }:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// log writes an event to the log; what needs a person is a warning.
+func (d *Daemon) log(e api.Event) {
+	level := slog.LevelInfo
+	switch e.Kind {
+	case api.EventProblem, api.EventDenied, api.EventRepair:
+		level = slog.LevelWarn
+	}
+	d.opts.Logger.Log(context.Background(), level, e.Message, "event", e.Kind)
+}
+
+// Record adds an event to the journal.
+func (d *Daemon) Record(e api.Event) { d.journal.Record(e) }
+
+// Since returns the remembered events after seq, and a channel that is closed
+// when there are newer ones.
+func (d *Daemon) Since(seq uint64) ([]api.Event, <-chan struct{}) { return d.journal.Since(seq) }
+
+// Purge removes what New and Run keep in a state directory, for good. The
+// directory itself stays if something else is in it.
+func Purge(dir string) error {
+	var errs []error
+	for _, name := range []string{stateFile, copyFile, keyFile, lockFile} {
+		if err := os.Remove(filepath.Join(dir, name)); !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}

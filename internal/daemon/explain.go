@@ -1,0 +1,187 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"strings"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// RulesReader is a platform that can show the rules as the host has them loaded.
+type RulesReader interface {
+	// Rules returns the text of the loaded rules, and the anchor they are in, or
+	// "" where the packet filter has none.
+	Rules(ctx context.Context) (anchor, text string, err error)
+}
+
+// Rules returns the rules as loaded.
+func (d *Daemon) Rules(ctx context.Context) (api.Rules, error) {
+	reader, ok := d.opts.Platform.(RulesReader)
+	if !ok {
+		return api.Rules{}, api.Errorf(api.CodeUnsupported, "platform %s can't show its rules", d.opts.PlatformName)
+	}
+	out := api.Rules{Platform: d.opts.PlatformName}
+	var err error
+	if asked := d.inLoop(ctx, func(ctx context.Context) { out.Anchor, out.Text, err = reader.Rules(ctx) }); asked != nil {
+		return api.Rules{}, asked
+	}
+	return out, err
+}
+
+// Explain says what happens to a packet under the policy on this host.
+func (d *Daemon) Explain(_ context.Context, q api.Question) (api.Explanation, error) {
+	c, _ := d.condition()
+	if c.ruleset == nil {
+		return api.Explanation{}, api.Errorf(api.CodeNotReady, "the host wasn't observed yet").WithHint("see `meshhelper status`")
+	}
+	doc := d.wanted.Load()
+	i, err := doc.find(q.Peer)
+	if err != nil {
+		return api.Explanation{}, err
+	}
+	q.Peer = doc.Peers[i].Name
+	return Explain(c.ruleset, q)
+}
+
+// Explain judges q, whose Peer is a name, by r. With From and To, it judges the
+// way back of the flow that the peer opened to To; with From alone, a packet
+// that nobody asked for.
+func Explain(r *policy.Ruleset, q api.Question) (api.Explanation, error) {
+	out := api.Explanation{Peer: q.Peer, Port: q.Port, Proto: q.Proto}
+	target := q.To
+	if !target.IsValid() {
+		target = q.From
+	}
+	if !target.IsValid() {
+		return out, api.Errorf(api.CodeBadRequest, "no destination is given").WithHint("say where to")
+	}
+	proto, err := protoOf(q.Proto, target)
+	if err != nil {
+		return out, err
+	}
+	own, err := addressOf(r, q.Peer, target)
+	if err != nil {
+		return out, err
+	}
+	forth := policy.Packet{In: r.Host().Interface, Src: own, Dst: target, Proto: proto, SrcPort: 49152, DstPort: q.Port, ICMPType: echo(target)}
+	v := judge(r, forth, q)
+	out.From, out.To = own.String(), target.String()
+	if q.From.IsValid() {
+		out.From, out.To = q.From.String(), own.String()
+	}
+	out.Pass, out.Policy = v.Pass, v.Rule.String()
+	if v.Class != 0 {
+		out.Class = v.Class.String()
+	}
+	if v.Missing != 0 {
+		out.Command = "meshhelper peer allow " + q.Peer + " " + strings.ReplaceAll(v.Missing.String(), ",", "")
+	}
+	return out, nil
+}
+
+// judge decides forth, or what comes back.
+func judge(r *policy.Ruleset, forth policy.Packet, q api.Question) policy.Verdict {
+	if !q.From.IsValid() {
+		return r.Decide(forth)
+	}
+	in := arrivesBy(r.Host(), q.From)
+	if q.To.IsValid() && q.From == q.To {
+		return r.DecideReply(forth, in)
+	}
+	// A host that the peer didn't send to opens a flow of its own.
+	return r.Decide(policy.Packet{In: in, Src: q.From, Dst: forth.Src, Proto: forth.Proto, SrcPort: q.Port, DstPort: forth.SrcPort, ICMPType: forth.ICMPType})
+}
+
+// arrivesBy returns the interface by which packets of a come: the longest
+// prefix's, else the uplink; empty for the host itself.
+func arrivesBy(h policy.Host, a netip.Addr) string {
+	in, bits := h.Uplink(a), -1
+	for _, i := range h.Interfaces {
+		for _, p := range i.Addresses {
+			if p.Addr() == a {
+				return ""
+			}
+			if p.Contains(a) && p.Bits() > bits {
+				in, bits = i.Name, p.Bits()
+			}
+		}
+	}
+	for _, route := range h.Routes {
+		if route.Prefix.Contains(a) && route.Prefix.Bits() > bits {
+			in, bits = route.Interface, route.Prefix.Bits()
+		}
+	}
+	return in
+}
+
+func protoOf(name string, target netip.Addr) (uint8, error) {
+	switch name {
+	case "tcp":
+		return policy.ProtoTCP, nil
+	case "udp":
+		return policy.ProtoUDP, nil
+	case "icmp":
+		if target.Is4() {
+			return policy.ProtoICMP, nil
+		}
+		return policy.ProtoICMPv6, nil
+	}
+	return 0, api.Errorf(api.CodeBadRequest, "protocol %.20q is unknown", name).WithHint("it is tcp, udp or icmp")
+}
+
+// echo returns the type of an echo request (RFC 792, RFC 4443).
+func echo(target netip.Addr) uint8 {
+	if target.Is4() {
+		return 8
+	}
+	return 128
+}
+
+// addressOf returns the peer's address of the target's family.
+func addressOf(r *policy.Ruleset, name string, target netip.Addr) (netip.Addr, error) {
+	for _, p := range r.Peers() {
+		if p.Name != name {
+			continue
+		}
+		for _, a := range p.Addresses {
+			if a.Is4() == target.Is4() {
+				return a, nil
+			}
+		}
+	}
+	return netip.Addr{}, api.Errorf(api.CodeUnknownPeer, "peer %q isn't in the policy yet", name)
+}
+
+// Doctor looks at every precondition.
+func (d *Daemon) Doctor(ctx context.Context) ([]api.Check, error) {
+	s := d.Status()
+	checks := []api.Check{
+		{Name: "helper", OK: s.State == api.Enforcing, Message: "the state is " + s.State, Hint: "see the problems below"},
+		{Name: "tunnel device", OK: s.Interface != "", Message: fmt.Sprintf("the mesh interface is %q", s.Interface), Hint: "the helper makes it again by itself"},
+		{Name: "wanted state", OK: s.Enforced == s.Generation, Message: fmt.Sprintf("generation %d is wanted, %d in force", s.Generation, s.Enforced), Hint: "see the problems below"},
+		{Name: "default route", OK: s.Uplink != "", Message: fmt.Sprintf("the uplink is %q", s.Uplink), Hint: "without a default route peers reach no internet"},
+		d.checkClock(),
+	}
+	for _, p := range s.Problems {
+		checks = append(checks, api.Check{Name: p.Step, Message: p.Message, Hint: p.Hint})
+	}
+	for i := range checks {
+		if checks[i].OK {
+			checks[i].Hint = ""
+		}
+	}
+	return checks, nil
+}
+
+// checkClock compares the wall clock with the one that grants end by.
+func (d *Daemon) checkClock() api.Check {
+	behind := d.clock.now().Sub(d.opts.Wall())
+	return api.Check{
+		Name: "clock", OK: behind < jump,
+		Message: fmt.Sprintf("the wall clock is %v behind the last time that was saved", max(behind, 0).Round(1e9)),
+		Hint:    "set the clock; until it has caught up, timed permissions end by the time that was saved",
+	}
+}

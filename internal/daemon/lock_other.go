@@ -1,0 +1,9 @@
+//go:build !unix
+
+package daemon
+
+import "errors"
+
+func lockDir(string) (func() error, error) {
+	return nil, errors.New("locking a state directory is not supported on this system")
+}

@@ -1,0 +1,497 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
+)
+
+const (
+	// settle gathers a burst of changes of the host into one look at it.
+	settle = 50 * time.Millisecond
+	// closeLimit bounds the leaving of the host at the end.
+	closeLimit = 30 * time.Second
+	// stepLimit bounds one round: a platform that hangs must not keep what was
+	// narrowed open for longer.
+	stepLimit = 30 * time.Second
+	// jump is the smallest difference of the wall clock and the monotonic clock
+	// within one tick that is taken for a sleep.
+	jump = 5 * time.Second
+)
+
+// loop is the reconcile loop: it alone talks to the platform, and its fields
+// are its own.
+type loop struct {
+	d      *Daemon
+	tunnel Tunnel // nil while there is no mesh interface
+	iface  string
+
+	// current is what was last given to enforce, wanted or closed, and nil before
+	// anything was.
+	current *policy.Ruleset
+	// wanted is the wanted policy on the host as last observed.
+	wanted *policy.Ruleset
+	// narrowed are the peers that lost something since flows were last cut.
+	narrowed []policy.Narrowed
+	// host is what current was compiled for.
+	host policy.Host
+	// held is the generation that the host was found to hold, and 0 while it is
+	// closed. Peers that the tunnel didn't take are in refused.
+	held     uint64
+	refused  error
+	report   platform.Report
+	problems []Problem
+	repairs  uint64
+	wait     backoff
+	due      time.Time
+
+	rebind chan Tunnel
+	seen   sighting
+}
+
+func newLoop(d *Daemon) *loop {
+	return &loop{d: d, wait: newBackoff(), rebind: make(chan Tunnel, 1)}
+}
+
+// run is the loop. The first round must make the mesh interface: a host where
+// that can't be done is refused, rather than tried for ever.
+func (l *loop) run(ctx context.Context) error {
+	if err := l.open(ctx); err != nil {
+		return errors.Join(err, l.leave(ctx))
+	}
+	l.round(ctx)
+	for l.next(ctx) {
+	}
+	return l.leave(ctx)
+}
+
+// next waits for the next reason to look, and looks. It reports false at the
+// end.
+func (l *loop) next(ctx context.Context) bool {
+	t := time.NewTimer(time.Until(l.due))
+	defer t.Stop()
+	var died <-chan struct{}
+	if l.tunnel != nil {
+		died = l.tunnel.Done()
+	}
+	select {
+	case <-ctx.Done():
+		return false
+	case ask := <-l.d.questions:
+		ask(ctx)
+		return true
+	case <-l.d.moved:
+		l.hurry()
+		return true
+	case <-died:
+		l.lose()
+	case <-l.d.wake:
+	case <-t.C:
+	}
+	l.round(ctx)
+	return true
+}
+
+// hurry brings the next round forward for a change of the host, of which more
+// may follow. While closed a round itself may be what changes the host, so it
+// keeps a distance.
+func (l *loop) hurry() {
+	soon := settle
+	if l.held == 0 {
+		soon = l.wait.min
+	}
+	if due := time.Now().Add(soon); due.Before(l.due) {
+		l.due = due
+	}
+}
+
+// open makes the mesh interface and the tunnel on it.
+func (l *loop) open(ctx context.Context) error {
+	if l.tunnel != nil {
+		return nil
+	}
+	o := &l.d.opts
+	dev, err := o.Platform.Open(ctx, Interface{Name: o.Interface, MTU: o.MTU, Addresses: l.d.mesh.own.List()})
+	if err != nil {
+		return fmt.Errorf("open mesh interface: %w", err)
+	}
+	name, err := dev.Name()
+	if err != nil {
+		return errors.Join(fmt.Errorf("open mesh interface: %w", err), dev.Close())
+	}
+	tunnel, err := l.d.opts.NewTunnel(dev, l.d.key, l.port())
+	if err != nil {
+		return err // NewTunnel closed dev
+	}
+	l.tunnel, l.iface = tunnel, name
+	return nil
+}
+
+// port returns the wanted UDP port; a tunnel that died is made again on the
+// port that peers know.
+func (l *loop) port() uint16 {
+	if l.d.opts.ListenPort != 0 {
+		return l.d.opts.ListenPort
+	}
+	c, _ := l.d.condition()
+	return c.listenPort
+}
+
+// lose takes note that the tunnel ended by itself: somebody took the interface
+// away.
+func (l *loop) lose() {
+	l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: fmt.Sprintf("the mesh interface %s is gone; making it again", l.iface)})
+	l.tunnel.Close()
+	l.tunnel, l.held = nil, 0
+	l.repairs++
+}
+
+// round makes the host equal to the wanted state, once.
+func (l *loop) round(ctx context.Context) {
+	limit, cancel := context.WithTimeout(ctx, stepLimit)
+	defer cancel()
+	doc := l.d.expire()
+	l.problems = nil
+	err := l.hold(limit, doc)
+	switch {
+	case err != nil && ctx.Err() == nil:
+		l.fail(limit, doc, err)
+	case l.refused != nil:
+		l.addProblem(l.refused)
+	}
+	l.schedule(err == nil && l.refused == nil)
+	l.look()
+	l.publish()
+}
+
+// hold enforces doc, or checks that it still is.
+func (l *loop) hold(ctx context.Context, doc *document) error {
+	if err := l.open(ctx); err != nil {
+		return err
+	}
+	host, err := l.d.opts.Platform.Observe(ctx)
+	if err != nil {
+		return fmt.Errorf("observe host: %w", err)
+	}
+	// A peer more in the tunnel opens nothing before the filter knows it, and one
+	// that the tunnel doesn't take is no reason to close for the others.
+	l.refused = l.tunnel.Sync(l.d.tunnelPeers(doc))
+	if l.held == doc.Generation && reflect.DeepEqual(host, l.host) {
+		return l.check(ctx)
+	}
+	if l.current != nil && host.Uplink4+host.Uplink6 != l.host.Uplink4+l.host.Uplink6 {
+		l.wakePeers()
+	}
+	r, err := policy.Compile(doc.policyMesh(l.d.mesh, true), host, l.d.clock.now())
+	if err != nil {
+		return err
+	}
+	l.wanted = r
+	if err := l.enforce(ctx, r); err != nil {
+		return err
+	}
+	l.held = doc.Generation
+	return nil
+}
+
+// enforce makes r hold, whole: the guard first, so that nothing passes by the
+// old policy while the packet filter is changed; then the filter, read back;
+// then the running flows that r refuses.
+func (l *loop) enforce(ctx context.Context, r *policy.Ruleset) error {
+	l.narrow(r)
+	if err := l.d.opts.Platform.Enforce(ctx, r); err != nil {
+		return fmt.Errorf("enforce: %w", err)
+	}
+	if err := l.inspect(ctx, r); err != nil {
+		return err
+	}
+	if drift := l.report.Drift; len(drift) > 0 {
+		return &platform.StepError{Step: drift[0].Step, Hint: drift[0].Hint, Err: fmt.Errorf("not as enforced: %s", drift[0].Message)}
+	}
+	return l.cut(ctx, r)
+}
+
+func (l *loop) inspect(ctx context.Context, r *policy.Ruleset) error {
+	report, err := l.d.opts.Platform.Inspect(ctx, r)
+	if err != nil {
+		return fmt.Errorf("inspect: %w", err)
+	}
+	l.report = report
+	return nil
+}
+
+// narrow notes who has less under r than under what was enforced. Before the
+// first ruleset, flows of an earlier helper's time may be running, of any peer.
+func (l *loop) narrow(r *policy.Ruleset) {
+	if l.current == nil {
+		l.narrowed = everyone(r)
+	} else {
+		l.narrowed = append(l.narrowed, policy.Diff(l.current, r)...)
+	}
+	l.current, l.host = r, r.Host()
+}
+
+// everyone names every peer of r as narrowed.
+func everyone(r *policy.Ruleset) []policy.Narrowed {
+	var out []policy.Narrowed
+	for _, p := range r.Peers() {
+		out = append(out, policy.Narrowed{
+			ID: p.ID, Name: p.Name, Addresses: p.Addresses,
+			Lost: (policy.Incoming | policy.Routing | policy.LAN) &^ p.Permissions,
+		})
+	}
+	return out
+}
+
+// cut ends the flows of who was narrowed since the last time it succeeded.
+func (l *loop) cut(ctx context.Context, r *policy.Ruleset) error {
+	if len(l.narrowed) == 0 {
+		return nil
+	}
+	if err := l.d.opts.Platform.Cut(ctx, r, l.narrowed); err != nil {
+		return fmt.Errorf("cut flows: %w", err)
+	}
+	l.narrowed = nil
+	return nil
+}
+
+// check looks whether what is enforced still is, and puts it right.
+func (l *loop) check(ctx context.Context) error {
+	if err := l.inspect(ctx, l.current); err != nil {
+		return err
+	}
+	drift := l.report.Drift
+	if len(drift) == 0 {
+		return nil
+	}
+	// While the filter was gone, flows may have come to be that it refuses.
+	l.narrowed = append(l.narrowed, everyone(l.current)...)
+	if err := l.enforce(ctx, l.current); err != nil {
+		return err
+	}
+	l.repairs += uint64(len(drift))
+	for _, p := range drift {
+		l.d.journal.Record(api.Event{Kind: api.EventRepair, Message: p.Step + ": " + p.Message})
+	}
+	return nil
+}
+
+// fail closes: what can't be held as wanted is held without permissions, which
+// any filter that works at all can do.
+func (l *loop) fail(ctx context.Context, doc *document, cause error) {
+	l.held = 0
+	l.addProblem(cause)
+	if l.current == nil || l.tunnel == nil {
+		return // nothing was opened, or there is nothing to come from
+	}
+	closed, err := policy.Compile(doc.policyMesh(l.d.mesh, false), l.host, l.d.clock.now())
+	if err == nil {
+		err = l.enforce(ctx, closed)
+	}
+	if err != nil {
+		l.addProblem(fmt.Errorf("close: %w", err))
+	}
+}
+
+// addProblem takes an error apart for status and, where it is news, the
+// journal.
+func (l *loop) addProblem(err error) {
+	p := problemOf(err)
+	if slices.Contains(l.problems, p) {
+		return
+	}
+	l.problems = append(l.problems, p)
+	before, _ := l.d.condition()
+	if !slices.Contains(before.problems, p) {
+		l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: err.Error()})
+	}
+}
+
+// problemOf returns an error in the words of status.
+func problemOf(err error) Problem {
+	var step *platform.StepError
+	if errors.As(err, &step) {
+		return Problem{Step: step.Step, Message: step.Err.Error(), Hint: step.Hint}
+	}
+	name, message, found := strings.Cut(err.Error(), ": ")
+	if !found {
+		name, message = "reconcile", err.Error()
+	}
+	return Problem{Step: name, Message: message}
+}
+
+// schedule sets when to look again: at the next tick or end of a grant, or
+// after an error by and by later.
+func (l *loop) schedule(well bool) {
+	wait := l.d.opts.Tick
+	if well {
+		l.wait.reset()
+	} else {
+		wait = l.wait.next()
+	}
+	if l.wanted != nil && !l.wanted.Expires().IsZero() {
+		wait = min(wait, max(l.wanted.Expires().Sub(l.d.clock.now()), 0))
+	}
+	l.due = time.Now().Add(wait)
+}
+
+func (l *loop) publish() {
+	c := condition{
+		state: api.Closed, iface: l.iface, host: l.host,
+		ruleset: l.wanted, forwarding: l.report.Forwarding, repairs: l.repairs,
+		problems: l.problems, foreign: l.report.Problems, tunnel: l.tunnel,
+	}
+	if l.held != 0 {
+		c.state = api.Enforcing
+	}
+	if l.refused == nil {
+		c.enforced = l.held
+	}
+	if l.tunnel != nil {
+		c.listenPort = l.tunnel.ListenPort()
+	} else {
+		c.listenPort = l.port()
+	}
+	l.d.publish(c)
+}
+
+// leave ends the tunnel first, so that nothing of a peer arrives while the
+// filter is taken away, and then leaves the host as it was found.
+func (l *loop) leave(ctx context.Context) error {
+	if l.tunnel != nil {
+		l.tunnel.Close()
+	}
+	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeLimit)
+	defer cancel()
+	left, err := l.d.opts.Platform.Close(limit)
+	for _, p := range left {
+		l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: p.Step + ": " + p.Message})
+	}
+	if err != nil {
+		return fmt.Errorf("leave the host as it was: %w", err)
+	}
+	return nil
+}
+
+// wakePeers has the tunnel's sockets opened again, in a task of its own because
+// that may take seconds after a wake from sleep.
+func (l *loop) wakePeers() {
+	select {
+	case l.rebind <- l.tunnel:
+	default:
+	}
+}
+
+func (l *loop) rebinds(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case t := <-l.rebind:
+			if err := t.Rebind(ctx); err != nil && ctx.Err() == nil {
+				l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: err.Error()})
+			}
+		}
+	}
+}
+
+// expire takes the grants that ended out of the wanted state. They end also
+// where the disk is full: then they are taken out in memory only, and a restart
+// finds by the clock that they ended.
+func (d *Daemon) expire() *document {
+	d.changing.Lock()
+	defer d.changing.Unlock()
+	doc := d.wanted.Load()
+	now := d.clock.now()
+	next, gone := doc.expire(now)
+	if len(gone) == 0 && !(doc.timed() && now.Sub(doc.Saved) >= clockInterval) {
+		return doc
+	}
+	for _, e := range gone {
+		d.journal.Record(api.Event{Kind: api.EventExpired, Peer: e.peer, Message: fmt.Sprintf("%s of %s ended", e.permission, e.peer)})
+	}
+	if next == doc {
+		next = doc.clone() // only to save the time
+	}
+	if err := d.commit(next, now); err != nil {
+		d.journal.Record(api.Event{Kind: api.EventProblem, Message: err.Error()})
+		if len(gone) > 0 {
+			d.wanted.Store(next)
+		}
+	}
+	return d.wanted.Load()
+}
+
+// clockInterval is how often the time is saved while a grant is to end by
+// itself: what setting the clock back across a restart could gain at most.
+const clockInterval = time.Minute
+
+// commit saves doc and makes it the wanted state. The caller holds changing.
+func (d *Daemon) commit(doc *document, now time.Time) error {
+	doc.Saved = now
+	if err := d.store.save(doc); err != nil {
+		return err
+	}
+	d.clock.keep(now, doc.timed())
+	d.wanted.Store(doc)
+	return nil
+}
+
+// tunnelPeers returns doc's peers as the tunnel takes them.
+func (d *Daemon) tunnelPeers(doc *document) []wireguard.Peer {
+	d.mu.Lock()
+	names := d.names
+	d.mu.Unlock()
+	out := make([]wireguard.Peer, len(doc.Peers))
+	for i := range doc.Peers {
+		p := &doc.Peers[i]
+		out[i] = wireguard.Peer{
+			PublicKey: p.PublicKey,
+			Addresses: wireguard.Addresses{V4: p.Addresses[0], V6: p.Addresses[1]},
+			Endpoint:  endpointOf(p.Endpoint, names),
+			Keepalive: time.Duration(p.Keepalive) * time.Second,
+		}
+	}
+	return out
+}
+
+// endpointOf returns where to reach an endpoint, or zero where its name isn't
+// resolved.
+func endpointOf(text string, names map[string]netip.Addr) netip.AddrPort {
+	e, err := wireguard.ParseEndpoint(text, 0)
+	if err != nil {
+		return netip.AddrPort{}
+	}
+	a, err := netip.ParseAddr(e.Host)
+	if err != nil {
+		a = names[e.Host]
+	}
+	if !a.IsValid() {
+		return netip.AddrPort{}
+	}
+	return netip.AddrPortFrom(a, e.Port)
+}
+
+// backoff doubles from min to max.
+type backoff struct{ min, max, now time.Duration }
+
+func newBackoff() backoff {
+	return backoff{min: 250 * time.Millisecond, max: 30 * time.Second}
+}
+
+func (b *backoff) next() time.Duration {
+	b.now = min(max(b.min, 2*b.now), b.max)
+	return b.now
+}
+
+func (b *backoff) reset() { b.now = 0 }

@@ -1,0 +1,269 @@
+package daemon
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
+)
+
+// documentVersion is the version of the document that this helper writes. A
+// newer one may mean more than is understood here, so it isn't read.
+const documentVersion = 1
+
+// maxPeers bounds a mesh, and maxFormer the names that are remembered after
+// their peers were removed or renamed.
+const (
+	maxPeers  = 1 << 14
+	maxFormer = 64
+)
+
+// document is the wanted state. One that was published is never changed; a
+// change makes a new one.
+type document struct {
+	Version    int    `json:"version"`
+	Generation uint64 `json:"generation"`
+	// Saved is the time when it was written. The clock never goes behind it.
+	Saved  time.Time `json:"saved"`
+	Peers  []peer    `json:"peers"`
+	Former []former  `json:"former,omitempty"`
+}
+
+// peer is a peer as wanted.
+type peer struct {
+	Name      string              `json:"name"`
+	PublicKey wireguard.PublicKey `json:"publicKey"`
+	Kind      string              `json:"kind"`
+	// Addresses are one IPv4 and one IPv6, in this order.
+	Addresses [2]netip.Addr `json:"addresses"`
+	// Endpoint is host:port, or empty.
+	Endpoint string `json:"endpoint,omitempty"`
+	// Keepalive is in seconds, 0 for none.
+	Keepalive   uint16 `json:"keepalive,omitempty"`
+	Permissions grants `json:"permissions"`
+}
+
+// grants are policy.Grants with the names that the document uses.
+type grants struct {
+	Incoming grant `json:"incoming"`
+	Routing  grant `json:"routing"`
+	LAN      grant `json:"lan"`
+}
+
+type grant struct {
+	Allowed bool      `json:"allowed"`
+	Until   time.Time `json:"until,omitzero"`
+}
+
+func (g grants) policy() policy.Grants {
+	return policy.Grants{
+		Incoming: policy.Grant(g.Incoming), Routing: policy.Grant(g.Routing), LAN: policy.Grant(g.LAN),
+	}
+}
+
+// of returns the grant of a single permission, to be changed in place.
+func (g *grants) of(p policy.Permissions) *grant {
+	switch p {
+	case policy.Incoming:
+		return &g.Incoming
+	case policy.Routing:
+		return &g.Routing
+	}
+	return &g.LAN
+}
+
+// former remembers a name that a peer had, so that repeating the command that
+// took it away is told from a typing error.
+type former struct {
+	Name string `json:"name"`
+	// Now is the peer's new name, or empty when it was removed.
+	Now string `json:"now,omitempty"`
+}
+
+// mesh is the fixed part of the wanted state: what the helper was started with.
+type mesh struct {
+	prefixes wireguard.Prefixes
+	key      wireguard.PublicKey
+	own      wireguard.Addresses
+}
+
+// maxDocument bounds what is read from disk, in bytes; a peer has some 400.
+const maxDocument = 32 << 20
+
+// errNewer is in the chain of decodeDocument's error about a document of a
+// newer version.
+var errNewer = errors.New("it was written by a newer meshhelper")
+
+// decodeDocument reads a document and refuses what doesn't make sense by
+// itself: it must be whole, of a known version and unambiguous.
+func decodeDocument(text []byte) (*document, error) {
+	var head struct {
+		Version int `json:"version"`
+	}
+	if err := json.Unmarshal(text, &head); err != nil {
+		return nil, err
+	}
+	if head.Version > documentVersion {
+		return nil, fmt.Errorf("version %d: %w", head.Version, errNewer)
+	}
+	if head.Version != documentVersion {
+		return nil, fmt.Errorf("version %d is unknown", head.Version)
+	}
+	dec := json.NewDecoder(bytes.NewReader(text))
+	dec.DisallowUnknownFields()
+	var doc document
+	if err := dec.Decode(&doc); err != nil {
+		return nil, err
+	}
+	if _, err := dec.Token(); err != io.EOF {
+		return nil, errors.New("something follows the document")
+	}
+	return &doc, doc.validate()
+}
+
+func (doc *document) encode() ([]byte, error) {
+	text, err := json.MarshalIndent(doc, "", "\t")
+	if err != nil {
+		return nil, fmt.Errorf("encode wanted state: %w", err)
+	}
+	return append(text, '\n'), nil
+}
+
+// validate checks each peer alone and all of them against each other.
+func (doc *document) validate() error {
+	if len(doc.Peers) > maxPeers {
+		return fmt.Errorf("%d peers, at most %d", len(doc.Peers), maxPeers)
+	}
+	if len(doc.Former) > maxFormer {
+		return fmt.Errorf("%d former names, at most %d", len(doc.Former), maxFormer)
+	}
+	names := map[string]bool{}
+	keys := map[wireguard.PublicKey]bool{}
+	taken := map[netip.Addr]bool{}
+	for i := range doc.Peers {
+		p := &doc.Peers[i]
+		if err := p.validate(); err != nil {
+			return fmt.Errorf("peer %d, %.70q: %w", i+1, p.Name, err)
+		}
+		if names[p.Name] || keys[p.PublicKey] || taken[p.Addresses[0]] || taken[p.Addresses[1]] {
+			return fmt.Errorf("peer %d, %q: another peer has its name, key or address", i+1, p.Name)
+		}
+		names[p.Name], keys[p.PublicKey] = true, true
+		taken[p.Addresses[0]], taken[p.Addresses[1]] = true, true
+	}
+	return nil
+}
+
+func (p *peer) validate() error {
+	if err := checkName(p.Name); err != nil {
+		return err
+	}
+	v4, v6 := p.Addresses[0], p.Addresses[1]
+	switch {
+	case p.PublicKey.IsZero():
+		return errors.New("no public key")
+	case p.Kind != api.Own && p.Kind != api.External:
+		return fmt.Errorf("kind %.20q is neither own nor external", p.Kind)
+	case !v4.Is4() || !v6.Is6() || v6.Is4In6() || v6.Zone() != "":
+		return fmt.Errorf("addresses %v and %v aren't one IPv4 and one IPv6", v4, v6)
+	}
+	if p.Endpoint == "" {
+		return nil
+	}
+	_, err := wireguard.ParseEndpoint(p.Endpoint, 0)
+	return err
+}
+
+// fits reports the first peer that this mesh has no place for: outside of its
+// prefixes, or with the host's own key or address.
+func (doc *document) fits(m mesh) error {
+	for i := range doc.Peers {
+		p := &doc.Peers[i]
+		if p.PublicKey == m.key {
+			return fmt.Errorf("peer %q has the host's own key", p.Name)
+		}
+		for _, a := range p.Addresses {
+			if !m.prefixes.V4.Contains(a) && !m.prefixes.V6.Contains(a) {
+				return fmt.Errorf("peer %q has address %v, which is outside %v and %v", p.Name, a, m.prefixes.V4, m.prefixes.V6)
+			}
+			if a == m.own.V4 || a == m.own.V6 {
+				return fmt.Errorf("peer %q has the host's own address %v", p.Name, a)
+			}
+		}
+	}
+	return nil
+}
+
+// clone returns a copy whose peers may be changed.
+func (doc *document) clone() *document {
+	c := *doc
+	c.Peers = slices.Clone(doc.Peers)
+	c.Former = slices.Clone(doc.Former)
+	return &c
+}
+
+// timed reports whether a grant is to end by itself.
+func (doc *document) timed() bool {
+	for i := range doc.Peers {
+		for _, one := range policy.AllPermissions {
+			if g := doc.Peers[i].Permissions.of(one); g.Allowed && !g.Until.IsZero() {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// ended is a grant that ended by itself.
+type ended struct {
+	peer       string
+	permission policy.Permissions
+}
+
+// expire returns the document without the grants that have ended, as the next
+// generation, and which those were; the document itself where none has.
+func (doc *document) expire(now time.Time) (*document, []ended) {
+	var gone []ended
+	next := doc
+	for i := range doc.Peers {
+		for _, one := range policy.AllPermissions {
+			g := doc.Peers[i].Permissions.of(one)
+			if !g.Allowed || policy.Grant(*g).In(now) {
+				continue
+			}
+			if next == doc {
+				next = doc.clone()
+				next.Generation++
+			}
+			*next.Peers[i].Permissions.of(one) = grant{}
+			gone = append(gone, ended{doc.Peers[i].Name, one})
+		}
+	}
+	return next, gone
+}
+
+// policyMesh returns the mesh to compile. Without grants, nothing opens.
+func (doc *document) policyMesh(m mesh, withGrants bool) policy.Mesh {
+	out := policy.Mesh{
+		Prefixes:  []netip.Prefix{m.prefixes.V4, m.prefixes.V6},
+		Addresses: m.own.List(),
+		Peers:     make([]policy.Peer, len(doc.Peers)),
+	}
+	for i, p := range doc.Peers {
+		out.Peers[i] = policy.Peer{
+			ID: policy.PeerID(p.PublicKey), Name: p.Name, Addresses: p.Addresses[:],
+		}
+		if withGrants {
+			out.Peers[i].Grants = p.Permissions.policy()
+		}
+	}
+	return out
+}

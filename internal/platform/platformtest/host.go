@@ -1,0 +1,255 @@
+// Package platformtest is a host that enforces nothing: it keeps what it was
+// told, and refuses what a real host refuses, so that everything above the
+// platform can be tried on any machine and without rights.
+package platformtest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+
+	"golang.zx2c4.com/wireguard/tun"
+	"golang.zx2c4.com/wireguard/tun/tuntest"
+
+	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// Host is a host with an uplink and a LAN. Its methods may be called by several
+// goroutines.
+type Host struct {
+	// Fault returns the error with which a step fails now; steps are "open",
+	// "observe", "enforce", "inspect", "cut" and "close".
+	Fault func(step string) error // optional
+
+	mu      sync.Mutex
+	facts   policy.Host
+	iface   string // empty while it isn't there
+	device  *device
+	loaded  *policy.Ruleset
+	drift   []platform.Problem
+	foreign []platform.Problem
+	cuts    [][]policy.Narrowed
+	calls   []string
+	changed chan struct{}
+}
+
+// New returns a host whose uplink is eth0 and which has a LAN on eth1. It
+// doesn't forward.
+func New() *Host {
+	return &Host{
+		changed: make(chan struct{}, 1),
+		facts: policy.Host{
+			Uplink4: "eth0",
+			Interfaces: []policy.Interface{
+				{Name: "eth0", Addresses: []netip.Prefix{netip.MustParsePrefix("198.51.100.2/24")}},
+				{Name: "eth1", Addresses: []netip.Prefix{netip.MustParsePrefix("192.168.77.1/24")}},
+			},
+			Routes: []policy.Route{{Prefix: netip.MustParsePrefix("0.0.0.0/0"), Interface: "eth0"}},
+		},
+	}
+}
+
+// step notes a call and returns its fault.
+func (h *Host) step(ctx context.Context, name string) error {
+	h.calls = append(h.calls, name)
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if h.Fault == nil {
+		return nil
+	}
+	return h.Fault(name)
+}
+
+// Open makes the mesh interface, called wg-test unless cfg names one.
+func (h *Host) Open(ctx context.Context, cfg platform.Interface) (tun.Device, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err := h.step(ctx, "open"); err != nil {
+		return nil, err
+	}
+	switch {
+	case cfg.MTU < 1280 || cfg.MTU > 65535:
+		return nil, fmt.Errorf("MTU %d is out of range", cfg.MTU)
+	case len(cfg.Addresses) != 2:
+		return nil, fmt.Errorf("%d addresses, want one IPv4 and one IPv6", len(cfg.Addresses))
+	case h.iface != "":
+		return nil, fmt.Errorf("interface %q is there already", h.iface)
+	}
+	h.iface = cfg.Name
+	if h.iface == "" {
+		h.iface = "wg-test"
+	}
+	h.device = &device{Device: tuntest.NewChannelTUN().TUN(), host: h, name: h.iface}
+	return h.device, nil
+}
+
+// Observe returns the facts, with the mesh interface's name.
+func (h *Host) Observe(ctx context.Context) (policy.Host, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err := h.step(ctx, "observe"); err != nil {
+		return policy.Host{}, err
+	}
+	facts := h.facts
+	facts.Interface = h.iface
+	facts.Forwarding = policy.Families{IPv4: facts.Uplink4 != "", IPv6: facts.Uplink6 != ""}
+	facts.Interfaces = slices.Clone(facts.Interfaces)
+	facts.Routes = slices.Clone(facts.Routes)
+	return facts, nil
+}
+
+// Enforce loads r, whole or not at all.
+func (h *Host) Enforce(ctx context.Context, r *policy.Ruleset) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err := h.step(ctx, "enforce"); err != nil {
+		return err
+	}
+	if h.iface == "" || r.Host().Interface != h.iface {
+		return &platform.StepError{Step: "set addresses", Err: fmt.Errorf("interface %q does not exist", r.Host().Interface)}
+	}
+	h.loaded, h.drift = r, nil
+	return nil
+}
+
+// Inspect reports what [Host.Drift] changed, and a ruleset that isn't the one
+// loaded.
+func (h *Host) Inspect(ctx context.Context, r *policy.Ruleset) (platform.Report, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err := h.step(ctx, "inspect"); err != nil {
+		return platform.Report{}, err
+	}
+	report := platform.Report{Drift: slices.Clone(h.drift), Problems: slices.Clone(h.foreign)}
+	if h.loaded != r {
+		report.Drift = append(report.Drift, platform.Problem{Step: "load filter", Message: "another ruleset is loaded"})
+	}
+	if h.loaded != nil {
+		report.Forwarding = h.loaded.Host().Forwarding
+	}
+	return report, nil
+}
+
+// Cut notes whose flows were cut. The ruleset must be loaded, or new flows would
+// come to be at once.
+func (h *Host) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err := h.step(ctx, "cut"); err != nil {
+		return err
+	}
+	if h.loaded != r {
+		return errors.New("the ruleset isn't loaded")
+	}
+	h.cuts = append(h.cuts, slices.Clone(narrowed))
+	return nil
+}
+
+// Close takes everything away. It works without Open.
+func (h *Host) Close(ctx context.Context) ([]platform.Problem, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err := h.step(ctx, "close"); err != nil {
+		return nil, err
+	}
+	h.loaded, h.iface = nil, ""
+	return nil, nil
+}
+
+// Watch calls changed after each [Host.Change] and [Host.Drift].
+func (h *Host) Watch(ctx context.Context, changed func()) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-h.changed:
+			changed()
+		}
+	}
+}
+
+// Change changes the facts, and reports it as a host does.
+func (h *Host) Change(f func(*policy.Host)) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	f(&h.facts)
+	h.report()
+}
+
+// Drift has somebody else change what is enforced.
+func (h *Host) Drift(message string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.drift = append(h.drift, platform.Problem{Step: "load filter", Message: message})
+	h.report()
+}
+
+// Foreign has something stand in the way that isn't ours.
+func (h *Host) Foreign(p platform.Problem) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.foreign = append(h.foreign, p)
+	h.report()
+}
+
+func (h *Host) report() {
+	select {
+	case h.changed <- struct{}{}:
+	default:
+	}
+}
+
+// Unplug takes the mesh interface away, as a person can with ip link delete.
+func (h *Host) Unplug() error {
+	h.mu.Lock()
+	d := h.device
+	h.mu.Unlock()
+	return d.Close()
+}
+
+// Loaded returns the ruleset that is enforced, or nil.
+func (h *Host) Loaded() *policy.Ruleset {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.loaded
+}
+
+// Cuts returns what each Cut was given.
+func (h *Host) Cuts() [][]policy.Narrowed {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Clone(h.cuts)
+}
+
+// Calls returns the steps in order.
+func (h *Host) Calls() []string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Clone(h.calls)
+}
+
+// device is a tunnel device that knows its name; the interface goes when it is
+// closed.
+type device struct {
+	tun.Device
+	host *Host
+	name string
+	once sync.Once
+}
+
+func (d *device) Name() (string, error) { return d.name, nil }
+
+func (d *device) Close() error {
+	d.once.Do(func() {
+		d.host.mu.Lock()
+		d.host.iface = ""
+		d.host.mu.Unlock()
+		_ = d.Device.Close() // it answers io.EOF, meaning that it is closed
+	})
+	return nil
+}
