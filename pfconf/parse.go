@@ -50,7 +50,8 @@ type parser struct {
 	pos   map[Statement]position
 
 	// shown is set for what pfctl shows, which isn't quite what it reads.
-	shown bool
+	shown  bool
+	counts bool // names are followed by a count: <t:2>, (en0:1)
 }
 
 func (p *parser) advance() {
@@ -490,7 +491,18 @@ func (p *parser) table() *Table {
 func (p *parser) tableName() string {
 	p.expectPunct("<")
 	name := p.str("the name of a table")
+	if p.counts {
+		name = cutCount(name)
+	}
 	p.expectPunct(">")
+	return name
+}
+
+// cutCount cuts the count off a name that pfctl -vv shows.
+func cutCount(name string) string {
+	if i := strings.LastIndexByte(name, ':'); i >= 0 {
+		return name[:i]
+	}
 	return name
 }
 

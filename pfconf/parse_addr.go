@@ -106,7 +106,11 @@ func (p *parser) network(text string, t token) Address {
 	if p.err != nil {
 		return Address{}
 	}
-	if prefix, zone, ok := parseNetwork(text, int(bits)); ok {
+	return p.networkOf(text, int(bits), t)
+}
+
+func (p *parser) networkOf(text string, bits int, t token) Address {
+	if prefix, zone, ok := parseNetwork(text, bits); ok {
 		return Address{Kind: AddrPrefix, Prefix: prefix, Zone: zone}
 	}
 	a, ok := interfaceAddress(text)
@@ -172,6 +176,12 @@ func (p *parser) single(t token) Address {
 	if ip, zone, ok := parseIP(t.text); ok {
 		return Address{Kind: AddrPrefix, Prefix: hostPrefix(ip), Zone: zone}
 	}
+	// Out of quotes a network comes as one word.
+	if i := strings.LastIndexByte(t.text, '/'); i > 0 {
+		if bits, ok := parseUint(t.text[i+1:]); ok && bits <= 128 {
+			return p.networkOf(t.text[:i], int(bits), t)
+		}
+	}
 	a, ok := interfaceAddress(t.text)
 	if !ok {
 		p.found(t, anAddress)
@@ -233,6 +243,9 @@ func (p *parser) dynamic() Address {
 	if p.err != nil {
 		return Address{}
 	}
+	if p.counts {
+		name = cutCount(name)
+	}
 	a, ok := interfaceAddress(name)
 	if !ok || !isAlnum(int(name[0])) {
 		p.found(t, "an interface, perhaps with :network, :broadcast, :peer or :0")
@@ -274,7 +287,10 @@ func (p *parser) id(what string) (n uint32, name string, unknown bool) {
 	if p.tok.kind == tokNumber {
 		return uint32(p.number(0, 1<<32-2, what+" id")), "", false
 	}
-	name = p.str("a " + what)
+	t := p.tok
+	if name = p.str("a " + what); name == "" {
+		p.found(t, "a "+what)
+	}
 	if name == "unknown" {
 		return 0, "", true
 	}

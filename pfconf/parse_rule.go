@@ -2,6 +2,7 @@ package pfconf
 
 import (
 	"math"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -58,7 +59,12 @@ func (p *parser) returnICMP(v6 bool) Return {
 		ret.Code = p.unreachCode(false)
 		if !p.isPunct(")") {
 			p.acceptPunct(",")
-			ret.Code6 = p.unreachCode(true)
+			if p.shown && p.tok.kind == tokNumber && p.tok.num == 3 {
+				// This is how pfctl shows that no second code was written.
+				p.advance()
+			} else {
+				ret.Code6 = p.unreachCode(true)
+			}
 		}
 	}
 	p.expectPunct(")")
@@ -230,6 +236,23 @@ func (p *parser) fromTo(r *Rule) {
 	if p.accept("to") {
 		r.To = p.endpoint()
 	}
+	if p.shown {
+		nameNotAny(r.From.Addrs, r.Family)
+		nameNotAny(r.To.Addrs, r.Family)
+	}
+}
+
+// nameNotAny puts the network back for which pfctl shows ! any.
+func nameNotAny(addrs []Address, f Family) {
+	for i, a := range addrs {
+		if a.Kind != AddrAny || !a.Not {
+			continue
+		}
+		addrs[i].Kind, addrs[i].Prefix = AddrPrefix, netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+		if f == Inet6 {
+			addrs[i].Prefix = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+		}
+	}
 }
 
 func (p *parser) endpoint() Endpoint {
@@ -291,11 +314,8 @@ func (p *parser) filterOption(r *Rule) bool {
 		r.Queue, r.PriQueue = p.queue()
 	case p.accept("tag"):
 		r.Tag = p.strs("the tag")
-	case p.accept("tagged"):
-		r.Tagged, r.NotTagged = p.strs("the tag"), false
-	case p.acceptPunct("!"):
-		p.expect("tagged")
-		r.Tagged, r.NotTagged = p.strs("the tag"), true
+	case p.is("tagged"), p.isPunct("!"):
+		p.tagged(r)
 	case p.accept("probability"):
 		r.Probability = p.probability()
 		if p.shown && p.isPunct("(") {
@@ -307,6 +327,14 @@ func (p *parser) filterOption(r *Rule) bool {
 		return false
 	}
 	return true
+}
+
+// tagged reads the tag that a packet must have, or must not.
+func (p *parser) tagged(r *Rule) {
+	not := p.acceptPunct("!")
+	p.expect("tagged")
+	r.Tagged = p.strs("the tag")
+	r.NotTagged = not && r.Tagged != ""
 }
 
 // flags reads set/mask, /mask or any.
@@ -580,7 +608,9 @@ func (p *parser) translationAnchor(action Action) *Rule {
 		r.RTable = p.byte("routing table")
 	}
 	if p.shown && action == ScrubAnchor {
+		// pfctl shows what the anchor's rules would do by default.
 		p.scrubOptions(r)
+		r.Normalize = Normalize{}
 	}
 	return r
 }
@@ -670,11 +700,8 @@ func (p *parser) scrubOption(r *Rule) bool {
 		n.ReassembleTCP = true
 	case p.accept("rtable"):
 		r.RTable = p.byte("routing table")
-	case p.accept("tagged"):
-		r.Tagged, r.NotTagged = p.strs("the tag"), false
-	case p.acceptPunct("!"):
-		p.expect("tagged")
-		r.Tagged, r.NotTagged = p.strs("the tag"), true
+	case p.is("tagged"), p.isPunct("!"):
+		p.tagged(r)
 	default:
 		return false
 	}
@@ -736,12 +763,8 @@ func (p *parser) translationTags(r *Rule) {
 	if p.accept("tag") {
 		r.Tag = p.str("the tag")
 	}
-	if p.acceptPunct("!") {
-		r.NotTagged = true
-		p.expect("tagged")
-		r.Tagged = p.strs("the tag")
-	} else if p.accept("tagged") {
-		r.Tagged = p.strs("the tag")
+	if p.is("tagged") || p.isPunct("!") {
+		p.tagged(r)
 	}
 	if p.accept("rtable") {
 		r.RTable = p.byte("routing table")

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"strings"
 	"testing"
 )
 
@@ -175,6 +176,7 @@ func judgeParse(j *judge, s *scenario) {
 		return
 	}
 	judgeCanonical(j, got, &want)
+	judgeShown(j, s, got, ifs)
 	rs, err := Parse(*s.Text)
 	if err != nil {
 		j.t.Fatal(err)
@@ -186,6 +188,23 @@ func judgeParse(j *judge, s *scenario) {
 	}
 	if !reflect.DeepEqual(again.ShowRules(), got.ShowRules()) || !reflect.DeepEqual(again.ShowNat(), got.ShowNat()) {
 		j.t.Errorf("%s: printed text %q loads something else", s.Name, rs)
+	}
+}
+
+// judgeShown reads what pfctl shows and loads it again.
+func judgeShown(j *judge, s *scenario, got *Loaded, ifs []Interface) {
+	rules := ParseShown(strings.Join(got.ShowRules(), "\n"))
+	nat := ParseShown(strings.Join(got.ShowNat(), "\n"))
+	for _, u := range append(rules.Unknown, nat.Unknown...) {
+		j.t.Errorf("%s: read shown rule %q: %v", s.Name, u.Text, u.Err)
+	}
+	again, err := rules.Ruleset(nat).Expand(s.Anchor, ifs)
+	if err != nil {
+		j.t.Errorf("%s: load what is shown again: %v", s.Name, err)
+		return
+	}
+	if !reflect.DeepEqual(again.ShowRules(), got.ShowRules()) || !reflect.DeepEqual(again.ShowNat(), got.ShowNat()) {
+		j.t.Errorf("%s: shown rules load as something else:\n%q\n%q", s.Name, again.ShowRules(), got.ShowRules())
 	}
 }
 

@@ -1,0 +1,257 @@
+package pfconf
+
+import (
+	"net/netip"
+	"reflect"
+	"testing"
+	"time"
+)
+
+// shownSamples are what pfctl -sr, -sn and their -v print.
+var shownSamples = []string{
+	sampleRules, sampleVerbose, sampleNested,
+	"nat on en0 inet from 192.168.77.0/24 to any -> (en0) extfilter ei\nrdr-anchor \"com.apple/*\" all\n",
+}
+
+const sampleRules = `No ALTQ support in kernel
+ALTQ related functions disabled
+scrub-anchor "com.apple/*" all fragment reassemble
+anchor "com.apple/*" all
+block drop in quick on utun7 inet from any to ! <lan>
+pass in proto tcp from any to any port = mdns flags S/SA keep state probability 30% (if-bound)
+something new that apple made
+`
+
+const sampleVerbose = `@0 scrub in all fragment reassemble
+  [ Evaluations: 12        Packets: 3         Bytes: 180         States: 0     ]
+  [ Inserted: uid 0 pid 77 State Creations: 0     ]
+@0 pass in from <t:2> to (en0:network:1) flags S/SA keep state
+  [ Evaluations: 9         Packets: 8         Bytes: 7           States: 6     ]
+`
+
+const sampleNested = `anchor all {
+  pass in all flags S/SA keep state
+  anchor in on en0 all {
+    block drop all
+  }
+}
+pass all flags any keep state
+`
+
+func TestParseShown(t *testing.T) {
+	names := Names{Service: func(name string) (uint16, bool) { return 5353, name == "mdns" }}
+	s := names.ParseShown(sampleRules)
+	want := []string{
+		`scrub-anchor "com.apple/*" all`, `anchor "com.apple/*" all`,
+		"block drop in quick on utun7 inet from any to ! <lan>",
+		"pass in proto tcp from any to any port 5353 flags S/SA keep state (if-bound) probability 0.3",
+	}
+	var got []string
+	for _, r := range s.Rules {
+		if r.Number != -1 {
+			t.Errorf("rule %s has number %d without -vv", r, r.Number)
+		}
+		got = append(got, r.String())
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got %q\nwant %q", got, want)
+	}
+	if len(s.Unknown) != 1 || s.Unknown[0].Line != 7 || s.Unknown[0].Text != "something new that apple made" {
+		t.Errorf("unknown lines %+v", s.Unknown)
+	}
+}
+
+func TestParseShownVerbose(t *testing.T) {
+	s := ParseShown(sampleVerbose)
+	if len(s.Rules) != 2 || len(s.Unknown) != 0 {
+		t.Fatalf("got %+v", s)
+	}
+	r := s.Rules[1]
+	if r.Number != 0 || r.Evaluations != 9 || r.Packets != 8 || r.Bytes != 7 || r.States != 6 {
+		t.Errorf("counters %+v", r)
+	}
+	if got := r.String(); got != "pass in from <t> to (en0:network) flags S/SA keep state" {
+		t.Errorf("rule %s", got)
+	}
+}
+
+func TestParseShownNested(t *testing.T) {
+	s := ParseShown(sampleNested)
+	if len(s.Rules) != 2 || len(s.Unknown) != 0 {
+		t.Fatalf("got %+v", s)
+	}
+	ld, err := s.Ruleset(nil).Expand("", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := show(ld) + "\n"; got != sampleNested {
+		t.Errorf("shown again:\n%s", got)
+	}
+}
+
+func TestShownRulesetSortsSections(t *testing.T) {
+	rules := ParseShown("scrub in all fragment reassemble\npass all no state\n")
+	nat := ParseShown("nat on en0 inet all -> 192.0.2.1\n")
+	rs := rules.Ruleset(nat)
+	if err := rs.Validate(); err != nil {
+		t.Fatal(err)
+	}
+	want := "scrub in all fragment reassemble\nnat on en0 inet all -> 192.0.2.1\npass all no state\n"
+	if rs.String() != want {
+		t.Errorf("got %s", rs)
+	}
+}
+
+const (
+	sampleTables  = "bruteforce\npeers\n"
+	sampleTablesV = "c-a-r-\tlan\tcom.apple/x\n-pa---\tpeers\n\tAddresses:   2\n"
+	sampleEntries = "   10.0.0.0/8\n  !10.1.0.0/16\n   2001:db8::1\n\tCleared:     Thu Jan  1 00:00:00 1970\n" +
+		"\tIn/Block:    [ Packets: 0                  Bytes: 0                  ]\n"
+	sampleInfo = `Status: Enabled for 1 days 02:03:04           Debug: Urgent
+
+Hostid:   0x12345678
+Checksum: 0x00
+
+State Table                          Total             Rate
+  current entries                       17
+  searches                          123456            1.2/s
+Counters
+  match                               4711            0.1/s
+  bad-offset                             0            0.0/s
+`
+	sampleReferences = "TOKENS:\nPID      Process Name                 TOKEN                    TIMESTAMP\n" +
+		"4063     pfctl                        15053025338191571182     0 days 00:00:07\n" +
+		"12       a b                          1     3 days 01:00:00\n"
+	sampleStates = `ALL tcp 192.0.2.7:49152 -> 203.0.113.5:443       ESTABLISHED:ESTABLISHED
+   [100 + 65535] wscale 6  [200 + 65535] wscale 7
+   age 00:01:05, expires in 23:59:59, 10:9 pkts, 1000:900 bytes, anchor 3, rule 5
+   id: 00000000deadbeef creatorid: 00000001
+en0 udp 100.64.0.9:5000 -> 192.0.2.7:50001 -> 1.1.1.1:53       MULTIPLE:SINGLE
+utun4 ipv6-icmp fd00::1[77] <- fd00::9[77]       0:0
+ALL gre 10.0.0.1 <- 10.0.0.2       SINGLE:NO_TRAFFIC
+`
+)
+
+var outputSamples = []string{sampleTables, sampleTablesV, sampleEntries, sampleInfo, sampleReferences, sampleStates,
+	"No pf starter references held\n", "  com.apple\n  com.apple/200.AirDrop\n", "pf enabled\nToken : 123\n",
+	"Status: Disabled                              Debug: Urgent\n"}
+
+func TestParseTables(t *testing.T) {
+	if got := ParseTables(sampleTables); !reflect.DeepEqual(got, []ShownTable{{Name: "bruteforce"}, {Name: "peers"}}) {
+		t.Errorf("got %+v", got)
+	}
+	want := []ShownTable{
+		{Name: "lan", Anchor: "com.apple/x", Const: true, Referenced: true, Flags: "c-a-r-"},
+		{Name: "peers", Persist: true, Flags: "-pa---"},
+	}
+	if got := ParseTables(sampleTablesV); !reflect.DeepEqual(got, want) {
+		t.Errorf("got %+v", got)
+	}
+}
+
+func TestParseTableEntries(t *testing.T) {
+	got, err := ParseTableEntries(sampleEntries)
+	if err != nil {
+		t.Fatal(err)
+	}
+	table := &Table{Name: "t", Addrs: got, HasAddrs: true}
+	if s := table.String(); s != "table <t> { 10.0.0.0/8, ! 10.1.0.0/16, 2001:db8::1 }" {
+		t.Errorf("got %s", s)
+	}
+	for _, bad := range []string{"10.0.0.256\n", "x\n", "10.0.0.0/33\n", "10.0.0.0/-1\n"} {
+		if _, err := ParseTableEntries(bad); err == nil {
+			t.Errorf("%q was read", bad)
+		}
+	}
+}
+
+func TestParseAnchors(t *testing.T) {
+	got := ParseAnchors("  com.apple\n  com.apple/200.AirDrop\n\n")
+	if !reflect.DeepEqual(got, []string{"com.apple", "com.apple/200.AirDrop"}) {
+		t.Errorf("got %q", got)
+	}
+}
+
+func TestParseInfo(t *testing.T) {
+	info, err := ParseInfo(sampleInfo)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &Info{Enabled: true, For: 26*time.Hour + 3*time.Minute + 4*time.Second, Debug: "Urgent",
+		HostID: "0x12345678", States: 17, Counters: map[string]map[string]uint64{
+			"State Table": {"current entries": 17, "searches": 123456},
+			"Counters":    {"match": 4711, "bad-offset": 0},
+		}}
+	if !reflect.DeepEqual(info, want) {
+		t.Errorf("got %+v", info)
+	}
+	if info, err = ParseInfo("Status: Disabled                              Debug: Urgent\n"); err != nil || info.Enabled {
+		t.Errorf("disabled: %+v, %v", info, err)
+	}
+	for _, bad := range []string{"", "Status: Perhaps\n", "Status: Enabled for ever Debug: Loud\n"} {
+		if _, err := ParseInfo(bad); err == nil {
+			t.Errorf("%q was read", bad)
+		}
+	}
+}
+
+func TestParseReferences(t *testing.T) {
+	got, err := ParseReferences(sampleReferences)
+	want := []Reference{
+		{PID: 4063, Process: "pfctl", Token: 15053025338191571182, Age: 7 * time.Second},
+		{PID: 12, Process: "a b", Token: 1, Age: 73 * time.Hour},
+	}
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("got %+v, %v", got, err)
+	}
+	if got, err = ParseReferences("No pf starter references held\n"); err != nil || len(got) != 0 {
+		t.Errorf("none: %+v, %v", got, err)
+	}
+	for _, bad := range []string{"x\n", "1 pfctl 2 0 days\n", "1 pfctl x 0 days 00:00:00\n", "x pfctl 1 0 days 00:00:00\n"} {
+		if _, err := ParseReferences(bad); err == nil {
+			t.Errorf("%q was read", bad)
+		}
+	}
+}
+
+func TestParseToken(t *testing.T) {
+	got, err := ParseToken("No ALTQ support in kernel\npf enabled\nToken : 15053025338191571182\n")
+	if err != nil || got != 15053025338191571182 {
+		t.Errorf("got %d, %v", got, err)
+	}
+	for _, bad := range []string{"", "pf enabled\n", "Token : x\n"} {
+		if _, err := ParseToken(bad); err == nil {
+			t.Errorf("%q was read", bad)
+		}
+	}
+}
+
+func TestParseStates(t *testing.T) {
+	got, err := ParseStates(sampleStates)
+	if err != nil {
+		t.Fatal(err)
+	}
+	end := netip.MustParseAddrPort
+	want := []ShownState{
+		{Interface: "ALL", Proto: "tcp", Direction: Out, Inner: end("192.0.2.7:49152"), Translated: end("192.0.2.7:49152"),
+			Outer: end("203.0.113.5:443"), Source: "ESTABLISHED", Destination: "ESTABLISHED",
+			Age: 65 * time.Second, Expires: 24*time.Hour - time.Second, Packets: [2]uint64{10, 9}, Bytes: [2]uint64{1000, 900},
+			Anchor: 3, Rule: 5, More: []string{"[100 + 65535] wscale 6  [200 + 65535] wscale 7",
+				"id: 00000000deadbeef creatorid: 00000001"}},
+		{Interface: "en0", Proto: "udp", Direction: Out, Inner: end("100.64.0.9:5000"), Translated: end("192.0.2.7:50001"),
+			Outer: end("1.1.1.1:53"), Source: "MULTIPLE", Destination: "SINGLE", Anchor: -1, Rule: -1},
+		{Interface: "utun4", Proto: "ipv6-icmp", Direction: In, Inner: end("[fd00::1]:77"), Translated: end("[fd00::1]:77"),
+			Outer: end("[fd00::9]:77"), Source: "0", Destination: "0", Anchor: -1, Rule: -1},
+		{Interface: "ALL", Proto: "gre", Direction: In, Inner: end("10.0.0.1:0"), Translated: end("10.0.0.1:0"),
+			Outer: end("10.0.0.2:0"), Source: "SINGLE", Destination: "NO_TRAFFIC", Anchor: -1, Rule: -1},
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+	for _, bad := range []string{"x\n", "   age 1\n", "ALL tcp a -> b  X:Y\n", "ALL tcp 1.1.1.1:1 -> 2.2.2.2:2 <- 3.3.3.3:3 A:B\n",
+		"ALL tcp 1.1.1.1:1 -> 2.2.2.2:2 AB\n", "ALL tcp 1.1.1.1:99999 -> 2.2.2.2:2 A:B\n"} {
+		if _, err := ParseStates(bad); err == nil {
+			t.Errorf("%q was read", bad)
+		}
+	}
+}
