@@ -19,6 +19,9 @@ type Interface struct {
 	MTU int // required
 	// Addresses are the host's own mesh addresses, one IPv4 and one IPv6.
 	Addresses []netip.Addr // required
+	// Prefixes are the mesh prefixes: nothing to an address inside leaves by
+	// another interface from the first moment on.
+	Prefixes []netip.Prefix // required
 }
 
 // Report is what looking at the host found.

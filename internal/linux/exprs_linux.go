@@ -1,0 +1,198 @@
+package linux
+
+import (
+	"fmt"
+
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// firstWord is the first of nftables' registers of 32 bits (NFT_REG32_00), in
+// which the parts of a concatenated key lie one behind the other.
+const firstWord = unix.NFT_REG32_00
+
+// ipv4Option is NFT_EXTHDR_OP_IPV4 of linux/netfilter/nf_tables.h.
+const ipv4Option expr.ExthdrOp = 2
+
+// load says how a field is read into a register, how many bytes it has there,
+// and what has to hold of the packet for the bytes to mean that.
+type load struct {
+	into    func(reg uint32) expr.Any
+	size    uint32
+	nfproto byte // 0: any
+	l4proto byte // 0: any
+}
+
+func meta(key expr.MetaKey, size uint32) load {
+	return load{into: func(reg uint32) expr.Any { return &expr.Meta{Key: key, Register: reg} }, size: size}
+}
+
+func payload(base expr.PayloadBase, offset, size uint32) load {
+	return load{into: func(reg uint32) expr.Any {
+		return &expr.Payload{DestRegister: reg, Base: base, Offset: offset, Len: size}
+	}, size: size}
+}
+
+func ct(key expr.CtKey, size uint32) load {
+	return load{into: func(reg uint32) expr.Any { return &expr.Ct{Key: key, Register: reg} }, size: size}
+}
+
+// option reads whether an option or extension header is there.
+func option(op expr.ExthdrOp, number byte) load {
+	return load{into: func(reg uint32) expr.Any {
+		return &expr.Exthdr{DestRegister: reg, Type: number, Len: 1, Flags: unix.NFT_EXTHDR_F_PRESENT, Op: op}
+	}, size: 1}
+}
+
+func (l load) of(nfproto, l4proto byte) load {
+	l.nfproto, l.l4proto = nfproto, l4proto
+	return l
+}
+
+// Numbers of the IP options of source routing (RFC 791) and of the IPv6 routing
+// header (RFC 8200).
+const (
+	optionLSRR    = 131
+	optionSSRR    = 137
+	headerRouting = 43
+)
+
+// loads has a line for each field. In a table of the family inet, the keys of
+// conntrack's addresses give 4 bytes for IPv4 flows and 16 for IPv6 ones
+// (nft_ct_get_eval in net/netfilter/nft_ct.c).
+var loads = map[field]load{
+	iifname:       meta(expr.MetaKeyIIFNAME, ifnameSize),
+	oifname:       meta(expr.MetaKeyOIFNAME, ifnameSize),
+	nfproto:       meta(expr.MetaKeyNFPROTO, 1),
+	l4proto:       meta(expr.MetaKeyL4PROTO, 1),
+	saddr4:        payload(expr.PayloadBaseNetworkHeader, 12, 4).of(unix.NFPROTO_IPV4, 0),
+	daddr4:        payload(expr.PayloadBaseNetworkHeader, 16, 4).of(unix.NFPROTO_IPV4, 0),
+	saddr6:        payload(expr.PayloadBaseNetworkHeader, 8, 16).of(unix.NFPROTO_IPV6, 0),
+	daddr6:        payload(expr.PayloadBaseNetworkHeader, 24, 16).of(unix.NFPROTO_IPV6, 0),
+	sport:         payload(expr.PayloadBaseTransportHeader, 0, 2),
+	dport:         payload(expr.PayloadBaseTransportHeader, 2, 2),
+	icmpType:      payload(expr.PayloadBaseTransportHeader, 0, 1).of(unix.NFPROTO_IPV4, policy.ProtoICMP),
+	icmp6Type:     payload(expr.PayloadBaseTransportHeader, 0, 1).of(unix.NFPROTO_IPV6, policy.ProtoICMPv6),
+	tcpFlags:      payload(expr.PayloadBaseTransportHeader, 13, 1).of(0, policy.ProtoTCP),
+	lsrr:          option(ipv4Option, optionLSRR).of(unix.NFPROTO_IPV4, 0),
+	ssrr:          option(ipv4Option, optionSSRR).of(unix.NFPROTO_IPV4, 0),
+	routingHeader: option(expr.ExthdrOpIpv6, headerRouting).of(unix.NFPROTO_IPV6, 0),
+	ctState:       ct(expr.CtKeySTATE, 4),
+	ctDirection:   ct(expr.CtKeyDIRECTION, 1),
+	ctStatus:      ct(expr.CtKeySTATUS, 4),
+	ctProtocol:    ct(expr.CtKeyPROTOCOL, 1),
+	ctOrigSrc4:    ct(expr.CtKeySRC, 4).of(unix.NFPROTO_IPV4, 0),
+	ctOrigDst4:    ct(expr.CtKeyDST, 4).of(unix.NFPROTO_IPV4, 0),
+	ctOrigSrc6:    ct(expr.CtKeySRC, 16).of(unix.NFPROTO_IPV6, 0),
+	ctOrigDst6:    ct(expr.CtKeyDST, 16).of(unix.NFPROTO_IPV6, 0),
+	ctOrigDport:   ct(expr.CtKeyPROTODST, 2),
+	returnPath: {into: func(reg uint32) expr.Any {
+		return &expr.Fib{Register: reg, ResultOIF: true, FlagSADDR: true, FlagIIF: true}
+	}, size: 4},
+}
+
+// ruleExprs turns a rule into the kernel's expressions.
+type ruleExprs struct {
+	out              []expr.Any
+	nfproto, l4proto byte
+}
+
+// exprs returns the kernel's expressions for a rule.
+func exprs(r rule) ([]expr.Any, error) {
+	var x ruleExprs
+	for _, m := range r.matches {
+		if err := x.match(m); err != nil {
+			return nil, fmt.Errorf("rule %q: %w", r, err)
+		}
+	}
+	x.action(r.action)
+	return x.out, nil
+}
+
+// require adds the conditions under which a field's bytes mean what they should,
+// each once a rule.
+func (x *ruleExprs) require(l load) {
+	if l.nfproto != 0 && x.nfproto != l.nfproto {
+		x.nfproto = l.nfproto
+		x.compare(loads[nfproto], expr.CmpOpEq, []byte{l.nfproto})
+	}
+	if l.l4proto != 0 && x.l4proto != l.l4proto {
+		x.l4proto = l.l4proto
+		x.compare(loads[l4proto], expr.CmpOpEq, []byte{l.l4proto})
+	}
+}
+
+func (x *ruleExprs) compare(l load, op expr.CmpOp, value []byte) {
+	x.out = append(x.out, l.into(unix.NFT_REG_1), &expr.Cmp{Op: op, Register: unix.NFT_REG_1, Data: value})
+}
+
+func (x *ruleExprs) match(m match) error {
+	for _, f := range m.fields {
+		l, ok := loads[f]
+		if !ok {
+			return fmt.Errorf("field %d has no expression", f)
+		}
+		x.require(l)
+	}
+	l := loads[m.fields[0]]
+	switch m.op {
+	case equal:
+		x.compare(l, expr.CmpOpEq, m.value)
+	case unequal:
+		x.compare(l, expr.CmpOpNeq, m.value)
+	case hasBits:
+		x.bits(l, m.value)
+	case present:
+		x.compare(l, expr.CmpOpEq, []byte{1})
+	case found:
+		x.compare(l, expr.CmpOpNeq, make([]byte, l.size))
+	case inSet, notInSet:
+		x.lookup(m)
+	}
+	return nil
+}
+
+func (x *ruleExprs) bits(l load, mask []byte) {
+	zero := make([]byte, l.size)
+	x.out = append(x.out, l.into(unix.NFT_REG_1),
+		&expr.Bitwise{SourceRegister: unix.NFT_REG_1, DestRegister: unix.NFT_REG_1, Len: l.size, Mask: mask, Xor: zero},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: unix.NFT_REG_1, Data: zero})
+}
+
+func (x *ruleExprs) lookup(m match) {
+	first := uint32(unix.NFT_REG_1)
+	if len(m.fields) > 1 {
+		first = firstWord
+	}
+	reg := first
+	for _, f := range m.fields {
+		l := loads[f]
+		x.out = append(x.out, l.into(reg))
+		reg += (l.size + 3) / 4
+	}
+	x.out = append(x.out, &expr.Lookup{SourceRegister: first, SetName: m.text, Invert: m.op == notInSet})
+}
+
+// tcpMSS is the kind of the TCP option of the maximum segment size (RFC 9293).
+const tcpMSS = 2
+
+var verdicts = map[verb]expr.VerdictKind{
+	accept: expr.VerdictAccept, drop: expr.VerdictDrop, back: expr.VerdictReturn,
+	jump: expr.VerdictJump, branch: expr.VerdictGoto,
+}
+
+func (x *ruleExprs) action(a action) {
+	switch a.verb {
+	case masquerade:
+		x.out = append(x.out, &expr.Masq{})
+	case clamp:
+		x.out = append(x.out,
+			&expr.Immediate{Register: unix.NFT_REG_1, Data: binaryutil.BigEndian.PutUint16(a.mss)},
+			&expr.Exthdr{SourceRegister: unix.NFT_REG_1, Type: tcpMSS, Offset: 2, Len: 2, Op: expr.ExthdrOpTcpopt})
+	default:
+		x.out = append(x.out, &expr.Verdict{Kind: verdicts[a.verb], Chain: a.chain})
+	}
+}

@@ -1,0 +1,454 @@
+package linux
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"github.com/mdlayher/netlink"
+)
+
+// Sizes of the netlink socket's buffers: a whole ruleset for 10,000 peers goes
+// through in one message batch of a few megabytes.
+const (
+	sendBuffer    = 64 << 20
+	receiveBuffer = 8 << 20
+)
+
+// chunk is how many elements go into one message, whose lists of attributes end
+// at 64 KiB.
+const chunk = 400
+
+// filter is our table in the kernel, seen through one socket that stays open: a
+// socket per change costs a thousand times the change itself.
+type filter struct {
+	conn *nftables.Conn
+	// loaded is what we believe is in the kernel, nil when we don't know.
+	loaded *table
+}
+
+func openFilter() (*filter, error) {
+	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(
+		func(c *netlink.Conn) error { return c.SetWriteBuffer(sendBuffer) },
+		func(c *netlink.Conn) error { return c.SetReadBuffer(receiveBuffer) },
+	))
+	if err != nil {
+		return nil, fmt.Errorf("open nftables: %w", err)
+	}
+	return &filter{conn: conn}, nil
+}
+
+func (f *filter) close() error { return f.conn.CloseLasting() }
+
+func ourTable() *nftables.Table {
+	return &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
+}
+
+// apply makes the kernel hold t, by the smallest transaction that does it: when
+// only elements of sets differ, only those are sent.
+func (f *filter) apply(t *table) error {
+	if f.loaded != nil {
+		if changes, ok := difference(f.loaded, t); ok && len(changes) > 0 && f.update(t, changes) == nil {
+			return nil
+		}
+	}
+	return f.load(t)
+}
+
+// holds reports whether t is what the kernel holds, which is read back.
+func (f *filter) holds(t *table) bool {
+	if f.loaded == nil {
+		return false
+	}
+	if changes, ok := difference(f.loaded, t); !ok || len(changes) > 0 {
+		return false
+	}
+	differs, err := f.drift()
+	return err == nil && len(differs) == 0
+}
+
+// load replaces the whole table in one transaction. What was cut stays cut.
+func (f *filter) load(t *table) error {
+	f.loaded = nil
+	cut, err := f.cutElements()
+	if err != nil {
+		return err
+	}
+	ours := ourTable()
+	// Deleting what isn't there is an error, adding what is there isn't.
+	f.conn.AddTable(ours)
+	f.conn.DelTable(ours)
+	f.conn.AddTable(ours)
+	for i := range t.sets {
+		if err := f.addSet(ours, &t.sets[i], cut[t.sets[i].name]); err != nil {
+			return err
+		}
+	}
+	chains := map[string]*nftables.Chain{}
+	for _, c := range t.chains {
+		chains[c.name] = f.conn.AddChain(nftChain(ours, c))
+	}
+	for _, c := range t.chains {
+		if err := f.addRules(ours, chains[c.name], c.rules); err != nil {
+			return err
+		}
+	}
+	if err := f.conn.Flush(); err != nil {
+		return fmt.Errorf("load table inet %s: %w", tableName, err)
+	}
+	f.loaded = t
+	return nil
+}
+
+func (f *filter) addSet(ours *nftables.Table, s *set, kept []nftables.SetElement) error {
+	ns, err := nftSet(ours, s)
+	if err != nil {
+		return err
+	}
+	if err := f.conn.AddSet(ns, nil); err != nil {
+		return fmt.Errorf("add set %s: %w", s.name, err)
+	}
+	return f.eachChunk(ns, append(nftElements(s.elements), kept...), f.conn.SetAddElements)
+}
+
+func (f *filter) eachChunk(ns *nftables.Set, es []nftables.SetElement, do func(*nftables.Set, []nftables.SetElement) error) error {
+	for part := range slices.Chunk(es, chunk) {
+		if err := do(ns, part); err != nil {
+			return fmt.Errorf("change set %s: %w", ns.Name, err)
+		}
+	}
+	return nil
+}
+
+func (f *filter) addRules(ours *nftables.Table, nc *nftables.Chain, rules []rule) error {
+	for _, r := range rules {
+		x, err := exprs(r)
+		if err != nil {
+			return err
+		}
+		nr := &nftables.Rule{Table: ours, Chain: nc, Exprs: x}
+		if r.comment != "" {
+			nr.UserData = userdata.AppendString(nil, userdata.TypeComment, r.comment)
+		}
+		f.conn.AddRule(nr)
+	}
+	return nil
+}
+
+var hooks = map[string]*nftables.ChainHook{
+	"prerouting": nftables.ChainHookPrerouting, "input": nftables.ChainHookInput,
+	"forward": nftables.ChainHookForward, "output": nftables.ChainHookOutput,
+	"postrouting": nftables.ChainHookPostrouting,
+}
+
+func nftChain(ours *nftables.Table, c *chain) *nftables.Chain {
+	nc := &nftables.Chain{Name: c.name, Table: ours}
+	if c.hook != "" {
+		policy := nftables.ChainPolicyAccept
+		nc.Hooknum, nc.Priority = hooks[c.hook], nftables.ChainPriorityRef(nftables.ChainPriority(c.priority))
+		nc.Type, nc.Policy = nftables.ChainType(c.kind), &policy
+	}
+	return nc
+}
+
+var setTypes = map[string]nftables.SetDatatype{
+	"ipv4_addr": nftables.TypeIPAddr, "ipv6_addr": nftables.TypeIP6Addr,
+	"inet_proto": nftables.TypeInetProto, "inet_service": nftables.TypeInetService,
+	"icmp_type": nftables.TypeICMPType, "icmpv6_type": nftables.TypeICMP6Type, "ifname": nftables.TypeIFName,
+}
+
+func nftSet(ours *nftables.Table, s *set) (*nftables.Set, error) {
+	types := make([]nftables.SetDatatype, len(s.types))
+	for i, t := range s.types {
+		types[i] = setTypes[t]
+	}
+	key, err := nftables.ConcatSetType(types...)
+	if err != nil {
+		return nil, fmt.Errorf("set %s: %w", s.name, err)
+	}
+	return &nftables.Set{
+		Table: ours, Name: s.name, KeyType: key, Concatenation: len(types) > 1,
+		Interval: s.interval, HasTimeout: s.timeout,
+	}, nil
+}
+
+func nftElements(es []element) []nftables.SetElement {
+	out := make([]nftables.SetElement, 0, len(es))
+	for i, e := range es {
+		// Where one range begins at the end of another, they become one.
+		if i == 0 || !bytes.Equal(es[i-1].after, e.key) {
+			out = append(out, nftables.SetElement{Key: e.key})
+		}
+		last := i == len(es)-1 || !bytes.Equal(e.after, es[i+1].key)
+		if e.after != nil && last {
+			out = append(out, nftables.SetElement{Key: e.after, IntervalEnd: true})
+		}
+	}
+	return out
+}
+
+// change is what one set gains and loses.
+type change struct {
+	set           *set
+	add, lose     []element
+	wholeInterval bool
+}
+
+// difference returns what has to change in the sets to make b out of a, and
+// whether that is all that differs. Interval sets are small and seldom change:
+// for them everything is loaded anew.
+func difference(a, b *table) ([]change, bool) {
+	if len(a.sets) != len(b.sets) || !slices.EqualFunc(a.chains, b.chains, sameChain) {
+		return nil, false
+	}
+	var out []change
+	for i := range b.sets {
+		old, next := &a.sets[i], &b.sets[i]
+		if old.name != next.name {
+			return nil, false
+		}
+		lose, add := lost(old.elements, next.elements)
+		if len(lose)+len(add) == 0 {
+			continue
+		}
+		if next.interval {
+			return nil, false
+		}
+		out = append(out, change{set: next, add: add, lose: lose})
+	}
+	return out, true
+}
+
+func sameChain(a, b *chain) bool {
+	return a.name == b.name && a.hook == b.hook && slices.EqualFunc(a.rules, b.rules, func(x, y rule) bool {
+		return x.String() == y.String()
+	})
+}
+
+// lost returns the elements of a that b doesn't have, and those of b that a
+// doesn't. What both begin and end with is skipped first: mostly it's nearly all.
+func lost(a, b []element) (lose, add []element) {
+	same := func(x, y element) bool { return bytes.Equal(x.key, y.key) && bytes.Equal(x.after, y.after) }
+	for len(a) > 0 && len(b) > 0 && same(a[0], b[0]) {
+		a, b = a[1:], b[1:]
+	}
+	for len(a) > 0 && len(b) > 0 && same(a[len(a)-1], b[len(b)-1]) {
+		a, b = a[:len(a)-1], b[:len(b)-1]
+	}
+	minus := func(x, y []element) (out []element) {
+		have := map[string]bool{}
+		for _, e := range y {
+			have[string(e.key)+"|"+string(e.after)] = true
+		}
+		for _, e := range x {
+			if !have[string(e.key)+"|"+string(e.after)] {
+				out = append(out, e)
+			}
+		}
+		return out
+	}
+	return minus(a, b), minus(b, a)
+}
+
+// update changes elements of sets in one transaction.
+func (f *filter) update(t *table, changes []change) error {
+	ours := ourTable()
+	for _, c := range changes {
+		ns, err := nftSet(ours, c.set)
+		if err != nil {
+			return err
+		}
+		if err := f.eachChunk(ns, nftElements(c.lose), f.conn.SetDeleteElements); err != nil {
+			return err
+		}
+		if err := f.eachChunk(ns, nftElements(c.add), f.conn.SetAddElements); err != nil {
+			return err
+		}
+	}
+	f.loaded = nil
+	if err := f.conn.Flush(); err != nil {
+		return fmt.Errorf("change elements of table inet %s: %w", tableName, err)
+	}
+	f.loaded = t
+	return nil
+}
+
+// remove deletes our table; that there is none is no error.
+func (f *filter) remove() error {
+	f.loaded = nil
+	f.conn.AddTable(ourTable())
+	f.conn.DelTable(ourTable())
+	if err := f.conn.Flush(); err != nil {
+		return fmt.Errorf("delete table inet %s: %w", tableName, err)
+	}
+	return nil
+}
+
+// present reports whether a table of ours is in the kernel.
+func (f *filter) present() (bool, error) {
+	ts, err := f.conn.ListTablesOfFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return false, fmt.Errorf("list tables: %w", err)
+	}
+	return slices.ContainsFunc(ts, func(t *nftables.Table) bool { return t.Name == tableName }), nil
+}
+
+// cutElements reads the flows that were cut, with the time that they still have,
+// by the name of their set.
+func (f *filter) cutElements() (map[string][]nftables.SetElement, error) {
+	out := map[string][]nftables.SetElement{}
+	there, err := f.present()
+	if err != nil || !there {
+		return out, err
+	}
+	for _, fam := range families {
+		name := "cut" + fam.suffix
+		es, err := f.conn.GetSetElements(&nftables.Set{Table: ourTable(), Name: name})
+		if errors.Is(err, os.ErrNotExist) {
+			continue // another version's table
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read set %s: %w", name, err)
+		}
+		for _, e := range es {
+			if e.Expires > 0 {
+				out[name] = append(out[name], nftables.SetElement{Key: e.Key, Timeout: max(e.Expires, time.Second)})
+			}
+		}
+	}
+	return out, nil
+}
+
+// drift compares the kernel's table with what was loaded, and names what
+// differs: a set or a chain. Elements of sets that end by themselves are left
+// out.
+func (f *filter) drift() ([]string, error) {
+	if f.loaded == nil {
+		return []string{"table inet " + tableName + " isn't known to be loaded"}, nil
+	}
+	there, err := f.present()
+	if err != nil {
+		return nil, err
+	}
+	if !there {
+		return []string{"table inet " + tableName + " is gone"}, nil
+	}
+	var out []string
+	for i := range f.loaded.sets {
+		s := &f.loaded.sets[i]
+		same, err := f.sameSet(s)
+		if err != nil {
+			return nil, err
+		}
+		if !same {
+			out = append(out, "set "+s.name+" differs")
+		}
+	}
+	more, err := f.driftChains()
+	return append(out, more...), err
+}
+
+func (f *filter) sameSet(s *set) (bool, error) {
+	if s.timeout {
+		return true, nil
+	}
+	got, err := f.conn.GetSetElements(&nftables.Set{Table: ourTable(), Name: s.name})
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("read set %s: %w", s.name, err)
+	}
+	return slices.Equal(elementKeys(got), elementKeys(nftElements(s.elements))), nil
+}
+
+// elementKeys makes lists of elements comparable. The kernel may add an end at
+// the lowest key of an interval set, which ends nothing.
+func elementKeys(es []nftables.SetElement) []string {
+	out := make([]string, 0, len(es))
+	for _, e := range es {
+		if e.IntervalEnd && len(bytes.Trim(e.Key, "\x00")) == 0 {
+			continue
+		}
+		out = append(out, fmt.Sprintf("%x %v", e.Key, e.IntervalEnd))
+	}
+	slices.Sort(out)
+	return out
+}
+
+func (f *filter) driftChains() ([]string, error) {
+	all, err := f.conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return nil, fmt.Errorf("list chains: %w", err)
+	}
+	got := map[string]*nftables.Chain{}
+	for _, c := range all {
+		if c.Table.Name == tableName {
+			got[c.Name] = c
+		}
+	}
+	var out []string
+	for _, c := range f.loaded.chains {
+		same, err := f.sameChain(c, got[c.name])
+		if err != nil {
+			return nil, err
+		}
+		if !same {
+			out = append(out, "chain "+c.name+" differs")
+		}
+		delete(got, c.name)
+	}
+	for name := range got {
+		out = append(out, "chain "+name+" isn't ours")
+	}
+	return out, nil
+}
+
+func (f *filter) sameChain(c *chain, got *nftables.Chain) (bool, error) {
+	if got == nil || (got.Hooknum != nil) != (c.hook != "") {
+		return false, nil
+	}
+	if c.hook != "" && (*got.Hooknum != *hooks[c.hook] || int(*got.Priority) != c.priority ||
+		got.Policy == nil || *got.Policy != nftables.ChainPolicyAccept) {
+		return false, nil
+	}
+	rules, err := f.conn.GetRules(ourTable(), got)
+	if err != nil {
+		return false, fmt.Errorf("read chain %s: %w", c.name, err)
+	}
+	if len(rules) != len(c.rules) {
+		return false, nil
+	}
+	for i, r := range c.rules {
+		want, err := exprs(r)
+		if err != nil {
+			return false, err
+		}
+		if exprText(want) != exprText(rules[i].Exprs) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// exprText prints expressions so that ours and the kernel's compare: numbers of
+// sets hold within one transaction only.
+func exprText(es []expr.Any) string {
+	var b strings.Builder
+	for _, e := range es {
+		if l, ok := e.(*expr.Lookup); ok {
+			plain := *l
+			plain.SetID = 0
+			e = &plain
+		}
+		fmt.Fprintf(&b, "%T%+v;", e, e)
+	}
+	return b.String()
+}

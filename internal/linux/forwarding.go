@@ -1,0 +1,298 @@
+package linux
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"strings"
+)
+
+// forwarding switches forwarding on where peers need it and back to what was
+// found. IPv4 forwards by the interface that a packet comes in on, so only the
+// interfaces that need it are opened and the host's global flag is never
+// touched. IPv6 has one flag for the host.
+type forwarding struct {
+	sys  sysctls
+	dir  string // of the journal
+	boot string
+	j    *journal
+	// byIndex names an interface by its index, which survives a renaming.
+	byIndex func(index int) (name string, ok bool)
+	index   func(name string) int
+	step    func(string)
+}
+
+// need says what is to be forwarded: IPv4 packets that come in by these
+// interfaces, and IPv6 ones.
+type need struct {
+	ipv4 []string
+	ipv6 bool
+	// mesh is left out of the journal: it goes away with its settings.
+	mesh string
+}
+
+// open reads the journal, which may be that of a helper that was killed.
+func (f *forwarding) open() error {
+	j, err := readJournal(f.dir, f.boot)
+	if err != nil {
+		return err
+	}
+	f.j = j
+	return nil
+}
+
+// found4 reports whether the host forwards IPv4 by itself. This package never
+// writes the global flag, so that what it says is always somebody else's.
+func (f *forwarding) found4() bool {
+	v, err := f.sys.read("ipv4/ip_forward")
+	return err == nil && v != "0"
+}
+
+// found6 reports whether the host forwarded IPv6 before we did.
+func (f *forwarding) found6() bool {
+	const all = "ipv6/conf/all/forwarding"
+	if s := f.j.find(all); s != nil {
+		return s.Found != "0"
+	}
+	v, err := f.sys.read(all)
+	return err == nil && v != "0"
+}
+
+// transit4 lists the interfaces that forwarded IPv4 by a flag of their own
+// before we came, although the host as a whole didn't.
+func (f *forwarding) transit4(mesh string) []string {
+	names, _ := f.sys.interfaces("ipv4")
+	var out []string
+	for _, n := range names {
+		if n == "all" || n == "default" || n == mesh {
+			continue
+		}
+		name := conf("ipv4", n, "forwarding")
+		if v, err := f.sys.read(name); err == nil && v != "0" && f.j.find(name) == nil {
+			out = append(out, n)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+// apply makes forwarding be as needed. First what is to be changed goes to disk;
+// then accept_ra, without which the kernel forgets the advertised default route
+// the moment it forwards; then forwarding.
+func (f *forwarding) apply(n need) error {
+	changes, err := f.changes(n)
+	if err != nil {
+		return err
+	}
+	if len(changes) > 0 {
+		f.step(StepJournal)
+		f.j.Changed = append(f.j.Changed, changes...)
+		if err := f.j.write(f.dir); err != nil {
+			return err
+		}
+	}
+	for _, key := range []string{"accept_ra", "forwarding"} {
+		for _, s := range f.j.Changed {
+			if _, k, _ := splitSysctl(s.Name); k == key && f.wanted(n, s.Name) {
+				if err := f.set(s); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	if slices.Contains(n.ipv4, n.mesh) {
+		if err := f.ensure(saved{Name: conf("ipv4", n.mesh, "forwarding"), Set: "1"}); err != nil {
+			return err
+		}
+	}
+	return f.giveBack(func(s saved) bool { return !f.wanted(n, s.Name) })
+}
+
+func (f *forwarding) set(s saved) error {
+	err := f.ensure(s)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // the interface is gone
+	}
+	return err
+}
+
+// ensure writes a sysctl unless it is so: writing a forwarding flag has effects
+// even where the value stays the same.
+func (f *forwarding) ensure(s saved) error {
+	now, err := f.sys.read(s.Name)
+	if err != nil || now == s.Set {
+		return err
+	}
+	_, key, _ := splitSysctl(s.Name)
+	if key == "accept_ra" {
+		f.step(StepAcceptRA)
+	} else {
+		f.step(StepForwarding)
+	}
+	return f.sys.write(s.Name, s.Set)
+}
+
+// wanted reports whether a changed sysctl still has to be as we set it.
+func (f *forwarding) wanted(n need, name string) bool {
+	if strings.HasPrefix(name, "ipv6/") {
+		return n.ipv6
+	}
+	iface, _, _ := splitSysctl(name)
+	return slices.Contains(n.ipv4, iface)
+}
+
+// changes lists what has to be changed and isn't in the journal yet.
+func (f *forwarding) changes(n need) ([]saved, error) {
+	var out []saved
+	for _, iface := range n.ipv4 {
+		name := conf("ipv4", iface, "forwarding")
+		if iface == n.mesh || f.j.find(name) != nil {
+			continue
+		}
+		now, err := f.sys.read(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		if now == "0" {
+			out = append(out, saved{name, f.index(iface), now, "1"})
+		}
+	}
+	if !n.ipv6 || f.found6() {
+		return out, nil
+	}
+	more, err := f.changes6()
+	return append(out, more...), err
+}
+
+// changes6 lists every interface's IPv6 settings, because the flag of the host
+// writes them all. Where router advertisements are believed (1), they have to be
+// believed although the host forwards (2).
+func (f *forwarding) changes6() ([]saved, error) {
+	names, err := f.sys.interfaces("ipv6")
+	if err != nil {
+		return nil, err
+	}
+	// The host's flag comes last, when all that it writes is known.
+	slices.SortFunc(names, func(a, b string) int { return rank(a) - rank(b) })
+	var out []saved
+	for _, iface := range names {
+		for _, want := range [...]struct{ key, to string }{{"accept_ra", "2"}, {"forwarding", "1"}} {
+			key, to := want.key, want.to
+			name := conf("ipv6", iface, key)
+			if f.j.find(name) != nil {
+				continue
+			}
+			now, err := f.sys.read(name)
+			if err != nil {
+				continue // gone, or without IPv6
+			}
+			if key == "forwarding" && now == "0" || key == "accept_ra" && now == "1" && iface != "all" {
+				out = append(out, saved{name, f.index(iface), now, to})
+			}
+		}
+	}
+	return out, nil
+}
+
+func rank(iface string) int {
+	if iface == "all" {
+		return 1
+	}
+	return 0
+}
+
+// giveBack restores the changed sysctls that which picks and forgets them, last
+// change first. What somebody else has changed meanwhile stays as it is.
+func (f *forwarding) giveBack(which func(saved) bool) error {
+	var errs []error
+	var kept []saved
+	// The host's IPv6 flag goes first: it writes the others. Then forwarding,
+	// then accept_ra, or the advertised route would be lost.
+	order := slices.Clone(f.j.Changed)
+	slices.SortStableFunc(order, func(a, b saved) int { return returnRank(a) - returnRank(b) })
+	for _, s := range order {
+		if !which(s) {
+			kept = append(kept, s)
+			continue
+		}
+		if err := f.restore(s); err != nil {
+			kept = append(kept, s)
+			errs = append(errs, err)
+		}
+	}
+	if len(kept) == len(f.j.Changed) {
+		return errors.Join(errs...)
+	}
+	f.j.Changed = kept
+	return errors.Join(append(errs, f.j.write(f.dir))...)
+}
+
+func returnRank(s saved) int {
+	iface, key, _ := splitSysctl(s.Name)
+	switch {
+	case key == "accept_ra":
+		return 2
+	case iface == "all":
+		return 0
+	}
+	return 1
+}
+
+// restore writes what was found, where what we wrote, or what the host's flag
+// made of it, is still there.
+func (f *forwarding) restore(s saved) error {
+	if s.Index != 0 {
+		name, ok := f.byIndex(s.Index)
+		if !ok {
+			return nil // the interface is gone, and its settings with it
+		}
+		parts := strings.Split(s.Name, "/")
+		s.Name = conf(parts[0], name, parts[3])
+	}
+	if strings.HasPrefix(s.Name, "ipv4/") && f.found4() {
+		return nil // somebody switched the whole host on: it stays so
+	}
+	now, err := f.sys.read(s.Name)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && now == s.Found {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	_, key, _ := splitSysctl(s.Name)
+	if now != s.Set && key == "accept_ra" {
+		return nil // somebody else's choice
+	}
+	f.step(StepRestore)
+	if err := f.sys.write(s.Name, s.Found); err != nil {
+		return fmt.Errorf("restore %s to %s: %w", s.Name, s.Found, err)
+	}
+	return nil
+}
+
+// drift names what isn't as needed.
+func (f *forwarding) drift(n need) []string {
+	var out []string
+	check := func(name, want string) {
+		now, err := f.sys.read(name)
+		if err == nil && now != want {
+			out = append(out, fmt.Sprintf("%s is %s instead of %s", name, now, want))
+		}
+	}
+	for _, iface := range n.ipv4 {
+		check(conf("ipv4", iface, "forwarding"), "1")
+	}
+	if n.ipv6 {
+		check("ipv6/conf/all/forwarding", "1")
+	}
+	for _, s := range f.j.Changed {
+		if _, key, _ := splitSysctl(s.Name); key == "accept_ra" && n.ipv6 {
+			check(s.Name, s.Set)
+		}
+	}
+	return out
+}

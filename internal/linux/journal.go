@@ -1,0 +1,154 @@
+package linux
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+)
+
+// journalName is the journal's file in the state directory.
+const journalName = "linux-journal.json"
+
+// journalVersion is written into the journal; another one isn't understood.
+const journalVersion = 1
+
+// maxJournal bounds what is read back, in bytes; a host with a thousand
+// interfaces needs a tenth.
+const maxJournal = 4 << 20
+
+// journal is what the host looked like before it was changed. It is on disk
+// before the change, and gone when everything is as it was.
+type journal struct {
+	Version int `json:"version"`
+	// Boot is the kernel's boot id: sysctls don't outlive a boot.
+	Boot    string  `json:"boot"`
+	Changed []saved `json:"changed"`
+}
+
+// saved is one changed sysctl.
+type saved struct {
+	// Name is the path below /proc/sys/net, such as ipv4/conf/eth0/forwarding.
+	Name string `json:"name"`
+	// Index is the interface's, which outlives its name; 0 for all and default.
+	Index int    `json:"index,omitempty"`
+	Found string `json:"found"`
+	Set   string `json:"set"`
+}
+
+// find returns the entry of a sysctl, or nil.
+func (j *journal) find(name string) *saved {
+	i := slices.IndexFunc(j.Changed, func(s saved) bool { return s.Name == name })
+	if i < 0 {
+		return nil
+	}
+	return &j.Changed[i]
+}
+
+// readJournal returns the journal of this boot. It is empty when there is none
+// or when it is from another boot, whose sysctls are gone.
+func readJournal(dir, boot string) (*journal, error) {
+	empty := &journal{Version: journalVersion, Boot: boot}
+	path := filepath.Join(dir, journalName)
+	b, err := readBounded(path, maxJournal)
+	if errors.Is(err, fs.ErrNotExist) {
+		return empty, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read journal: %w", err)
+	}
+	j, err := parseJournal(b)
+	if err != nil {
+		return nil, fmt.Errorf("read journal %s: %w", path, err)
+	}
+	if j.Boot != boot {
+		return empty, nil
+	}
+	return j, nil
+}
+
+func readBounded(path string, most int64) ([]byte, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if info.Size() > most {
+		return nil, fmt.Errorf("%s has %d bytes: want at most %d", path, info.Size(), most)
+	}
+	return os.ReadFile(path)
+}
+
+// parseJournal refuses what would have us write anything but a small number to
+// anything but a sysctl that we change.
+func parseJournal(b []byte) (*journal, error) {
+	var j journal
+	if err := json.Unmarshal(b, &j); err != nil {
+		return nil, err
+	}
+	if j.Version != journalVersion {
+		return nil, fmt.Errorf("version %d is unknown: want %d", j.Version, journalVersion)
+	}
+	for _, s := range j.Changed {
+		if _, _, ok := splitSysctl(s.Name); !ok || !isSmallNumber(s.Found) || !isSmallNumber(s.Set) {
+			return nil, fmt.Errorf("entry %q: %q changed to %q is not ours", s.Name, s.Found, s.Set)
+		}
+	}
+	return &j, nil
+}
+
+// isSmallNumber reports whether a sysctl's value is one that forwarding and
+// accept_ra take.
+func isSmallNumber(s string) bool { return len(s) == 1 && s[0] >= '0' && s[0] <= '9' }
+
+// write replaces the journal on disk and returns when it is there to stay: the
+// file and its name are synced. An empty journal is removed.
+func (j *journal) write(dir string) error {
+	path := filepath.Join(dir, journalName)
+	if len(j.Changed) == 0 {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove journal: %w", err)
+		}
+		return syncDir(dir)
+	}
+	b, err := json.MarshalIndent(j, "", "\t")
+	if err != nil {
+		return fmt.Errorf("write journal: %w", err)
+	}
+	if err := replaceFile(path, append(b, '\n')); err != nil {
+		return fmt.Errorf("write journal: %w", err)
+	}
+	return nil
+}
+
+// replaceFile writes a file beside the old one, syncs it and puts it in the old
+// one's place.
+func replaceFile(path string, b []byte) (err error) {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			os.Remove(f.Name())
+		}
+	}()
+	_, err = f.Write(b)
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(f.Name(), path); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}

@@ -1,0 +1,366 @@
+package linux
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// The types in this file are nftables as data, as far as this package needs it.
+// They know nothing of netlink, so that the ruleset can be printed and tested on
+// any machine; exprs_linux.go turns them into what the kernel takes.
+
+// field is something that a rule can match on.
+type field uint8
+
+const (
+	iifname field = iota
+	oifname
+	nfproto
+	l4proto
+	saddr4
+	daddr4
+	saddr6
+	daddr6
+	sport
+	dport
+	icmpType
+	icmp6Type
+	tcpFlags
+	lsrr
+	ssrr
+	routingHeader
+	ctState
+	ctDirection
+	ctStatus
+	ctProtocol
+	ctOrigSrc4
+	ctOrigDst4
+	ctOrigSrc6
+	ctOrigDst6
+	ctOrigDport
+	// returnPath is the interface by which the host would answer the packet's
+	// source, asked for its input interface only: 0 where it wouldn't.
+	returnPath
+)
+
+var fieldTexts = [...]string{
+	iifname: "iifname", oifname: "oifname", nfproto: "meta nfproto", l4proto: "meta l4proto",
+	saddr4: "ip saddr", daddr4: "ip daddr", saddr6: "ip6 saddr", daddr6: "ip6 daddr",
+	sport: "th sport", dport: "th dport",
+	icmpType: "icmp type", icmp6Type: "icmpv6 type",
+	tcpFlags: "tcp flags", lsrr: "ip option lsrr", ssrr: "ip option ssrr", routingHeader: "exthdr rt",
+	ctState: "ct state", ctDirection: "ct direction", ctStatus: "ct status", ctProtocol: "ct protocol",
+	ctOrigSrc4: "ct original ip saddr", ctOrigDst4: "ct original ip daddr",
+	ctOrigSrc6: "ct original ip6 saddr", ctOrigDst6: "ct original ip6 daddr",
+	ctOrigDport: "ct original proto-dst", returnPath: "fib saddr . iif oif",
+}
+
+// op is how a field is compared.
+type op uint8
+
+const (
+	equal op = iota
+	unequal
+	inSet
+	notInSet
+	hasBits // one of the value's bits is set
+	present // the header or option is there
+	found   // for returnPath: there is one
+)
+
+// match is one condition of a rule. A match whose field can't be read (an IPv6
+// packet's IPv4 address, the flow of an untracked packet) doesn't hold, whatever
+// its op.
+type match struct {
+	fields []field // more than one: their concatenation, looked up in a set
+	op     op
+	value  []byte // as the kernel wants it
+	text   string // the value or set as printed
+}
+
+func (m match) String() string {
+	texts := make([]string, len(m.fields))
+	for i, f := range m.fields {
+		texts[i] = fieldTexts[f]
+	}
+	left := strings.Join(texts, " . ")
+	switch m.op {
+	case equal, hasBits:
+		return left + " " + m.text
+	case unequal:
+		return left + " != " + m.text
+	case inSet:
+		return left + " @" + m.text
+	case notInSet:
+		return left + " != @" + m.text
+	case present, found:
+		return left + " exists"
+	}
+	return left
+}
+
+func is(f field, v value) match {
+	return match{fields: []field{f}, op: equal, value: v.bytes, text: v.text}
+}
+func isNot(f field, v value) match {
+	return match{fields: []field{f}, op: unequal, value: v.bytes, text: v.text}
+}
+func has(f field, v value) match {
+	return match{fields: []field{f}, op: hasBits, value: v.bytes, text: v.text}
+}
+func exists(f field) match { return match{fields: []field{f}, op: present} }
+func in(set string, fs ...field) match {
+	return match{fields: fs, op: inSet, text: set}
+}
+func notIn(set string, fs ...field) match {
+	return match{fields: fs, op: notInSet, text: set}
+}
+
+// value is a constant: how it is printed, and its bytes.
+type value struct {
+	text  string
+	bytes []byte
+}
+
+// ifnameSize is IFNAMSIZ of linux/if.h.
+const ifnameSize = 16
+
+func name(s string) value {
+	b := make([]byte, ifnameSize)
+	copy(b, s)
+	return value{fmt.Sprintf("%q", s), b}
+}
+
+func number(text string, b ...byte) value { return value{text, b} }
+
+// bits makes a value of four bytes, which nftables keeps in the host's order.
+func bits(text string, v uint32) value {
+	return value{text, binary.NativeEndian.AppendUint32(nil, v)}
+}
+
+// action is what a rule does when all its matches hold.
+type action struct {
+	verb  verb
+	chain string // of jump and goto
+	mss   uint16 // of clamp, in bytes
+}
+
+type verb uint8
+
+const (
+	accept verb = iota
+	drop
+	back
+	jump
+	branch
+	masquerade
+	clamp
+)
+
+var verbTexts = [...]string{"accept", "drop", "return", "jump", "goto", "masquerade", "tcp option maxseg size set"}
+
+func (a action) String() string {
+	switch a.verb {
+	case jump, branch:
+		return verbTexts[a.verb] + " " + a.chain
+	case clamp:
+		return fmt.Sprintf("%s %d", verbTexts[a.verb], a.mss)
+	}
+	return verbTexts[a.verb]
+}
+
+// rule is a line of a chain.
+type rule struct {
+	matches []match
+	action  action
+	comment string
+}
+
+func (r rule) String() string {
+	var b strings.Builder
+	for _, m := range r.matches {
+		b.WriteString(m.String() + " ")
+	}
+	b.WriteString(r.action.String())
+	if r.comment != "" {
+		fmt.Fprintf(&b, " comment %q", r.comment)
+	}
+	return b.String()
+}
+
+// chain is a list of rules; with a hook the kernel calls it, without one other
+// chains do. The policy of a hooked chain is always accept: the kernel runs a
+// chain with its policy before its rules are committed, so that a policy of drop
+// would interrupt the whole host at every load.
+type chain struct {
+	name     string
+	kind     string // "filter" or "nat"; empty without a hook
+	hook     string
+	priority int
+	rules    []rule
+}
+
+// add appends a rule; the matches come before the action, as they are printed.
+func (c *chain) add(a action, comment string, ms ...match) {
+	c.rules = append(c.rules, rule{matches: ms, action: a, comment: comment})
+}
+
+func (c *chain) accept(comment string, ms ...match) { c.add(action{verb: accept}, comment, ms...) }
+func (c *chain) drop(comment string, ms ...match)   { c.add(action{verb: drop}, comment, ms...) }
+func (c *chain) back(comment string, ms ...match)   { c.add(action{verb: back}, comment, ms...) }
+func (c *chain) jump(to string, ms ...match)        { c.add(action{verb: jump, chain: to}, "", ms...) }
+func (c *chain) branch(to string, ms ...match)      { c.add(action{verb: branch, chain: to}, "", ms...) }
+
+// set is a named set. The keys of an interval set are ranges of addresses; those
+// of the others single values.
+type set struct {
+	name     string
+	types    []string // nft's names of the key's parts
+	interval bool
+	timeout  bool // filled while it is loaded; elements end by themselves
+	elements []element
+}
+
+// element is a key, or for interval sets the first key of a range and the first
+// one behind it, which is nil at the end of the address space.
+type element struct {
+	key, after []byte
+	text       string // where the key doesn't say it
+}
+
+// String prints an element whose key is made of addresses from them, so that
+// large sets needn't carry their texts.
+func (e element) String() string {
+	if e.text != "" {
+		return e.text
+	}
+	var parts []string
+	size := 4
+	if len(e.key)%16 == 0 {
+		size = 16
+	}
+	for part := range slices.Chunk(e.key, size) {
+		a, _ := netip.AddrFromSlice(part)
+		parts = append(parts, a.String())
+	}
+	return strings.Join(parts, " . ")
+}
+
+// addresses makes a set of single addresses out of full-length prefixes or any
+// prefixes' addresses.
+func addresses(name, typ string, ps []netip.Prefix) set {
+	s := set{name: name, types: []string{typ}}
+	for _, p := range ps {
+		s.elements = append(s.elements, element{key: p.Addr().AsSlice()})
+	}
+	return s
+}
+
+// ranges makes an interval set. Prefixes inside others, and what is there twice,
+// are left out, because the kernel refuses ranges that overlap.
+func ranges(name, typ string, ps []netip.Prefix) set {
+	s := set{name: name, types: []string{typ}, interval: true}
+	sorted := slices.Clone(ps)
+	slices.SortFunc(sorted, func(a, b netip.Prefix) int {
+		if c := a.Masked().Addr().Compare(b.Masked().Addr()); c != 0 {
+			return c
+		}
+		return a.Bits() - b.Bits()
+	})
+	var last netip.Prefix
+	for _, p := range sorted {
+		p = p.Masked()
+		if last.IsValid() && last.Contains(p.Addr()) {
+			continue
+		}
+		last = p
+		s.elements = append(s.elements, element{p.Addr().AsSlice(), after(p), p.String()})
+	}
+	return s
+}
+
+// after returns the first address behind a prefix, or nil at the end.
+func after(p netip.Prefix) []byte {
+	b := p.Addr().AsSlice()
+	for bit := p.Bits(); bit < len(b)*8; bit++ {
+		b[bit/8] |= 0x80 >> (bit % 8)
+	}
+	last, _ := netip.AddrFromSlice(b)
+	if next := last.Next(); next.IsValid() {
+		return next.AsSlice()
+	}
+	return nil
+}
+
+// constants makes a set of values that never change.
+func constants(name, typ string, vs ...value) set {
+	s := set{name: name, types: []string{typ}}
+	for _, v := range vs {
+		s.elements = append(s.elements, element{text: v.text, key: v.bytes})
+	}
+	return s
+}
+
+// table is our whole ruleset.
+type table struct {
+	sets   []set
+	chains []*chain
+}
+
+func (t *table) chain(name string) *chain {
+	c := &chain{name: name}
+	t.chains = append(t.chains, c)
+	return c
+}
+
+func (t *table) hook(name, kind, hook string, priority int) *chain {
+	c := t.chain(name)
+	c.kind, c.hook, c.priority = kind, hook, priority
+	return c
+}
+
+// String returns the table as nft takes it.
+func (t *table) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "table inet %s {\n", tableName)
+	for _, s := range t.sets {
+		s.write(&b)
+	}
+	for _, c := range t.chains {
+		c.write(&b)
+	}
+	b.WriteString("}\n")
+	return b.String()
+}
+
+func (s set) write(b *strings.Builder) {
+	fmt.Fprintf(b, "\tset %s {\n\t\ttype %s\n", s.name, strings.Join(s.types, " . "))
+	switch {
+	case s.interval:
+		b.WriteString("\t\tflags interval\n")
+	case s.timeout:
+		b.WriteString("\t\tflags timeout\n")
+	}
+	if len(s.elements) > 0 {
+		texts := make([]string, len(s.elements))
+		for i, e := range s.elements {
+			texts[i] = e.String()
+		}
+		fmt.Fprintf(b, "\t\telements = { %s }\n", strings.Join(texts, ", "))
+	}
+	b.WriteString("\t}\n")
+}
+
+func (c *chain) write(b *strings.Builder) {
+	fmt.Fprintf(b, "\tchain %s {\n", c.name)
+	if c.hook != "" {
+		fmt.Fprintf(b, "\t\ttype %s hook %s priority %d; policy accept;\n", c.kind, c.hook, c.priority)
+	}
+	for _, r := range c.rules {
+		fmt.Fprintf(b, "\t\t%s\n", r)
+	}
+	b.WriteString("\t}\n")
+}

@@ -1,0 +1,204 @@
+package linux
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// observer reads the host's facts from the kernel.
+type observer struct {
+	nl   *netlink.Handle
+	mesh string
+	// own are the host's mesh addresses: rules for sources around them are meant
+	// for peers too.
+	own []netip.Addr
+}
+
+// facts returns interfaces, routes and uplinks. Interfaces whose names no packet
+// filter's language takes are left out: what is behind them then isn't the
+// uplink, so that nothing of a peer gets there.
+func (o observer) facts() (policy.Host, error) {
+	h := policy.Host{Interface: o.mesh}
+	links, err := o.nl.LinkList()
+	if err != nil {
+		return h, fmt.Errorf("list interfaces: %w", err)
+	}
+	names := map[int]string{}
+	for _, l := range links {
+		if n := l.Attrs().Name; usableName(n) {
+			names[l.Attrs().Index] = n
+		}
+	}
+	if h.Interfaces, err = o.interfaces(names); err != nil {
+		return h, err
+	}
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		r, err := o.routing(family, names)
+		if err != nil {
+			return h, err
+		}
+		h.Routes = append(h.Routes, o.routes(r)...)
+		if family == netlink.FAMILY_V4 {
+			h.Uplink4 = r.uplink(o.mesh)
+		} else {
+			h.Uplink6 = r.uplink(o.mesh)
+		}
+	}
+	return h, nil
+}
+
+// usableName reports what policy.Host.Validate accepts.
+func usableName(n string) bool {
+	for _, c := range []byte(n) {
+		ok := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
+		if !ok && !strings.ContainsRune("._-@:+", rune(c)) {
+			return false
+		}
+	}
+	return n != "" && len(n) < ifnameSize
+}
+
+func (o observer) interfaces(names map[int]string) ([]policy.Interface, error) {
+	list, err := o.nl.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("list addresses: %w", err)
+	}
+	byName := map[string][]netip.Prefix{}
+	for _, a := range list {
+		name, ok := names[a.LinkIndex]
+		if !ok || name == o.mesh {
+			continue
+		}
+		local, ok := toPrefix(a.IPNet)
+		if !ok {
+			continue
+		}
+		byName[name] = append(byName[name], attachedPrefixes(local, a)...)
+	}
+	var out []policy.Interface
+	for _, name := range sortedKeys(byName) {
+		ps := byName[name]
+		slices.SortFunc(ps, comparePrefix)
+		out = append(out, policy.Interface{Name: name, Addresses: slices.Compact(ps)})
+	}
+	return out, nil
+}
+
+// attachedPrefixes returns an address with the prefix that it attaches. On a
+// point-to-point link the prefix is the other end's. The lowest address of an
+// IPv6 prefix is every router's (RFC 4291 2.6.1): the kernel answers to it while
+// it forwards, except on /127 (RFC 6164).
+func attachedPrefixes(local netip.Prefix, a netlink.Addr) []netip.Prefix {
+	out := []netip.Prefix{local}
+	if peer, ok := toPrefix(a.Peer); ok && peer.Addr() != local.Addr() {
+		out = []netip.Prefix{host(local.Addr())}
+		if !peer.IsSingleIP() {
+			out = append(out, netip.PrefixFrom(local.Addr(), peer.Bits()))
+		}
+	}
+	if first := local.Masked().Addr(); local.Addr().Is6() && local.Bits() < 127 {
+		out = append(out, host(first))
+	}
+	return out
+}
+
+func comparePrefix(a, b netip.Prefix) int {
+	return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
+}
+
+// routing reads the tables that policy rules choose.
+func (o observer) routing(family int, names map[int]string) (hostRouting, error) {
+	h := hostRouting{tables: map[int][]routeEntry{}}
+	rules, err := o.nl.RuleList(family)
+	if err != nil {
+		return h, fmt.Errorf("list routing rules: %w", err)
+	}
+	for _, r := range rules {
+		if r.Table == 0 || r.Table == unix.RT_TABLE_LOCAL {
+			continue
+		}
+		h.rules = append(h.rules, routingRule{
+			priority: r.Priority, table: r.Table, suppress: r.SuppressPrefixlen, forPeers: o.takesPeers(r),
+		})
+	}
+	slices.SortStableFunc(h.rules, func(a, b routingRule) int { return cmp.Compare(a.priority, b.priority) })
+	filter := &netlink.Route{Table: unix.RT_TABLE_UNSPEC}
+	routes, err := o.nl.RouteListFiltered(family, filter, netlink.RT_FILTER_TABLE)
+	if err != nil {
+		return h, fmt.Errorf("list routes: %w", err)
+	}
+	for _, r := range routes {
+		for _, e := range entries(family, r, names) {
+			h.tables[r.Table] = append(h.tables[r.Table], e)
+		}
+	}
+	return h, nil
+}
+
+// takesPeers reports whether a policy rule applies to a peer's packet to the
+// internet, which has no mark, no socket and comes in by the mesh. A rule for
+// all but one mark, as VPNs make it for their own packets, does.
+func (o observer) takesPeers(r netlink.Rule) bool {
+	if r.Dst != nil || r.OifName != "" || r.UIDRange != nil || r.IPProto != 0 || r.Dport != nil || r.Sport != nil {
+		return false
+	}
+	source := true
+	if p, ok := toPrefix(r.Src); ok {
+		source = slices.ContainsFunc(o.own, p.Contains)
+	}
+	if r.Invert {
+		return r.Mark != 0 || r.Src != nil && !source
+	}
+	return r.Mark == 0 && source && (r.IifName == "" || r.IifName == o.mesh)
+}
+
+// entries returns a unicast route, once for each of its next hops.
+func entries(family int, r netlink.Route, names map[int]string) []routeEntry {
+	if r.Type != unix.RTN_UNICAST || r.Table == unix.RT_TABLE_LOCAL {
+		return nil
+	}
+	prefix, ok := toPrefix(r.Dst)
+	if !ok {
+		prefix = netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+		if family == netlink.FAMILY_V6 {
+			prefix = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+		}
+	}
+	var out []routeEntry
+	add := func(index, flags int) {
+		if name, ok := names[index]; ok && flags&unix.RTNH_F_DEAD == 0 {
+			out = append(out, routeEntry{prefix, name, r.Priority})
+		}
+	}
+	if len(r.MultiPath) == 0 {
+		add(r.LinkIndex, r.Flags)
+	}
+	for _, hop := range r.MultiPath {
+		add(hop.LinkIndex, hop.Flags)
+	}
+	return out
+}
+
+// routes returns the routes that say what is behind which interface. Link-local
+// ones and multicast say nothing.
+func (o observer) routes(h hostRouting) []policy.Route {
+	var out []policy.Route
+	for _, r := range h.chosen() {
+		if r.iface == o.mesh || r.prefix.Addr().IsLinkLocalUnicast() || r.prefix.Addr().IsMulticast() {
+			continue
+		}
+		out = append(out, policy.Route{Prefix: r.prefix, Interface: r.iface})
+	}
+	slices.SortFunc(out, func(a, b policy.Route) int {
+		return cmp.Or(comparePrefix(a.Prefix, b.Prefix), cmp.Compare(a.Interface, b.Interface))
+	})
+	return slices.Compact(out)
+}

@@ -1,0 +1,15 @@
+package linux
+
+import "log/slog"
+
+// Options say how a platform works.
+type Options struct {
+	// StateDir is the directory of the journal; it exists and only root writes
+	// there.
+	StateDir string // required
+	// Log gets what the platform does; nil discards it.
+	Log *slog.Logger // optional
+	// Step is called before each enforcing step, with one of [Steps], so that
+	// tests can end the process there.
+	Step func(name string) // optional
+}

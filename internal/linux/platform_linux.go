@@ -1,0 +1,388 @@
+package linux
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.zx2c4.com/wireguard/tun"
+
+	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// Platform makes this Linux host enforce rulesets. Its methods but Watch are
+// called from one goroutine at a time. It belongs to the network namespace of the
+// thread that called [New] and [Platform.Open].
+type Platform struct {
+	o       Options
+	nl      *netlink.Handle
+	filter  *filter
+	forward *forwarding
+	lock    *net.UnixListener
+
+	cfg  platform.Interface
+	name string
+	dev  tun.Device
+	link link
+
+	enforced *policy.Ruleset
+	watch    watchState
+}
+
+// New returns a platform; it changes nothing yet. It fails where the kernel's
+// netlink can't be opened.
+func New(o Options) (*Platform, error) {
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if o.Step == nil {
+		o.Step = func(string) {}
+	}
+	nl, err := netlink.NewHandle()
+	if err != nil {
+		return nil, fmt.Errorf("open netlink: %w", err)
+	}
+	f, err := openFilter()
+	if err != nil {
+		return nil, err
+	}
+	w, err := openWatch()
+	if err != nil {
+		return nil, errors.Join(err, f.close())
+	}
+	p := &Platform{o: o, nl: nl, filter: f, watch: w}
+	p.forward = &forwarding{
+		sys: sysctls{sysctlRoot}, dir: o.StateDir, boot: bootID(), step: o.Step,
+		byIndex: p.nameOf, index: p.indexOf,
+	}
+	return p, nil
+}
+
+// bootID changes with each boot; sysctls don't outlive one.
+func bootID() string {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(b))
+}
+
+func (p *Platform) nameOf(index int) (string, bool) {
+	l, err := p.nl.LinkByIndex(index)
+	if err != nil {
+		return "", false
+	}
+	return l.Attrs().Name, true
+}
+
+func (p *Platform) indexOf(name string) int {
+	l, err := p.nl.LinkByName(name)
+	if err != nil {
+		return 0
+	}
+	return l.Attrs().Index
+}
+
+// step runs one enforcing step and names it in its error.
+func (p *Platform) step(name string, do func() error) error {
+	p.o.Step(name)
+	return named(name, do())
+}
+
+func named(step string, err error) error {
+	var already *platform.StepError
+	if err == nil || errors.As(err, &already) {
+		return err
+	}
+	e := &platform.StepError{Step: step, Err: err}
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		e.Hint = "run the helper as root"
+	case step == StepJournal:
+		e.Hint = "the state directory has to be writable and not full"
+	}
+	return e
+}
+
+// Open implements the daemon's contract: it takes the lock, restores what a
+// killed helper left, loads a table that lets nothing of a peer through, and
+// makes the mesh interface.
+func (p *Platform) Open(_ context.Context, cfg platform.Interface) (tun.Device, error) {
+	if cfg.MTU < 1280 || cfg.MTU > 65535 {
+		return nil, fmt.Errorf("open mesh interface: MTU %d: want 1280 to 65535", cfg.MTU)
+	}
+	if err := p.takeOver(); err != nil {
+		return nil, err
+	}
+	p.cfg = cfg
+	err := p.step(StepClosed, func() error { return p.loadClosed(cfg) })
+	if err == nil {
+		err = p.step(StepInterface, func() error { return p.makeInterface(cfg) })
+	}
+	if err != nil {
+		return nil, errors.Join(err, p.leave())
+	}
+	return p.dev, nil
+}
+
+// takeOver takes the lock and puts forwarding back as it was before a helper
+// that was killed. That helper's table stays until ours replaces it: it keeps
+// what was meant for peers from leaving in clear.
+func (p *Platform) takeOver() error {
+	if p.lock != nil {
+		return nil
+	}
+	err := p.step(StepLock, func() (err error) {
+		p.lock, err = lock()
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	err = p.step(StepRepair, func() error {
+		if err := p.forward.open(); err != nil {
+			return err
+		}
+		return p.forward.giveBack(func(saved) bool { return true })
+	})
+	if err != nil {
+		p.unlock()
+	}
+	return err
+}
+
+func (p *Platform) unlock() {
+	if p.lock != nil {
+		p.lock.Close()
+		p.lock = nil
+	}
+}
+
+// loadClosed loads the table of a mesh without peers. The interface doesn't
+// exist yet, so its name may be a guess; nothing comes in by it before Enforce.
+func (p *Platform) loadClosed(cfg platform.Interface) error {
+	name := cfg.Name
+	if name == "" {
+		name = strings.ReplaceAll(nameTemplate, "%d", "0")
+	}
+	return p.load(closedRuleset(cfg, name))
+}
+
+// closedRuleset is what holds while there is no wanted ruleset.
+func closedRuleset(cfg platform.Interface, name string) (*policy.Ruleset, error) {
+	mesh := policy.Mesh{Prefixes: cfg.Prefixes, Addresses: cfg.Addresses}
+	found := policy.Families{IPv4: true, IPv6: true} // no forwarding is ours yet
+	return policy.Compile(mesh, policy.Host{Interface: name, FoundForwarding: found}, time.Time{})
+}
+
+func (p *Platform) load(r *policy.Ruleset, err error) error {
+	if err != nil {
+		return err
+	}
+	return p.filter.apply(compile(r, p.params()))
+}
+
+func (p *Platform) params() params {
+	return params{mtu: p.cfg.MTU, transit4: p.forward.transit4(p.name)}
+}
+
+func (p *Platform) makeInterface(cfg platform.Interface) (err error) {
+	if p.dev, p.name, err = createTUN(cfg); err != nil {
+		return err
+	}
+	p.link = link{p.nl, p.indexOf(p.name)}
+	if err := quiet(p.forward.sys, p.name); err != nil {
+		return err
+	}
+	// Now the name is known, and the closed table holds for it before the
+	// interface is up.
+	return p.load(closedRuleset(cfg, p.name))
+}
+
+// Observe implements the daemon's contract.
+func (p *Platform) Observe(context.Context) (policy.Host, error) {
+	h, err := observer{p.nl, p.name, p.cfg.Addresses}.facts()
+	if err != nil {
+		return policy.Host{}, fmt.Errorf("observe host: %w", err)
+	}
+	h.Forwarding = policy.Families{IPv4: true, IPv6: hasIPv6(p.forward.sys, p.name)}
+	h.FoundForwarding = policy.Families{IPv4: p.forward.found4(), IPv6: p.forward.found6()}
+	return h, nil
+}
+
+// Enforce implements the daemon's contract.
+func (p *Platform) Enforce(_ context.Context, r *policy.Ruleset) error {
+	if p.dev == nil {
+		return errors.New("enforce ruleset: the mesh interface isn't open")
+	}
+	if got := r.Host().Interface; got != p.name {
+		return fmt.Errorf("enforce ruleset: it is for interface %q, the mesh has %q", got, p.name)
+	}
+	ipv6 := hasIPv6(p.forward.sys, p.name)
+	if err := p.setAddresses(r, ipv6); err != nil {
+		return err
+	}
+	want := peerRoutes(r, ipv6)
+	have, err := p.link.routes()
+	if err != nil {
+		return named(StepAddRoutes, err)
+	}
+	if err := p.link.addRoutes(have, want, p.once(StepAddRoutes)); err != nil {
+		return named(StepAddRoutes, err)
+	}
+	if err := p.enforceTable(r); err != nil {
+		return err
+	}
+	p.enforced = r
+	if err := p.link.delRoutes(have, want, p.once(StepDelRoutes)); err != nil {
+		return named(StepDelRoutes, err)
+	}
+	return named(StepForwarding, p.forward.apply(p.need(r)))
+}
+
+// once returns a function that announces a step the first time it is called.
+func (p *Platform) once(step string) func() {
+	return sync.OnceFunc(func() { p.o.Step(step) })
+}
+
+func (p *Platform) setAddresses(r *policy.Ruleset, ipv6 bool) error {
+	want := r.Mesh().Addresses
+	if !ipv6 {
+		want = slices.DeleteFunc(slices.Clone(want), netip.Addr.Is6)
+	}
+	err := p.link.setAddrs(want, p.once(StepAddresses))
+	if err == nil {
+		err = p.link.up()
+	}
+	return named(StepAddresses, err)
+}
+
+// enforceTable makes the kernel hold the table, also when somebody else has
+// changed it. Where it can't be had, nothing of a peer is to pass.
+func (p *Platform) enforceTable(r *policy.Ruleset) error {
+	t := compile(r, p.params())
+	if p.filter.holds(t) {
+		return nil
+	}
+	p.o.Step(StepTable)
+	if err := p.filter.apply(t); err != nil {
+		return errors.Join(named(StepTable, err), p.closeUp())
+	}
+	return nil
+}
+
+// closeUp stops forwarding of peers' packets by what is left when the table
+// can't be loaded.
+func (p *Platform) closeUp() error {
+	p.enforced = nil
+	return errors.Join(
+		named(StepTable, p.load(closedRuleset(p.cfg, p.name))),
+		named(StepRestore, p.forward.giveBack(func(saved) bool { return true })))
+}
+
+// need says what a ruleset needs forwarded: as little as its permissions ask
+// for. Answers come in by the uplink, or by any interface that leads to the lan.
+func (p *Platform) need(r *policy.Ruleset) need {
+	n := need{mesh: p.name}
+	var have policy.Permissions
+	for _, peer := range r.Peers() {
+		have |= peer.Permissions
+	}
+	h := r.Host()
+	if have.Has(policy.Routing) && h.Forwarding.IPv4 {
+		n.ipv4 = append(n.ipv4, p.name)
+		if h.Uplink4 != "" {
+			n.ipv4 = append(n.ipv4, h.Uplink4)
+		}
+	}
+	n.ipv6 = have.Has(policy.Routing) && h.Forwarding.IPv6 && (h.Uplink6 != "" || have.Has(policy.LAN))
+	if have.Has(policy.LAN) && h.Forwarding.IPv4 {
+		for _, i := range behind(h) {
+			n.ipv4 = append(n.ipv4, i)
+		}
+	}
+	slices.Sort(n.ipv4)
+	n.ipv4 = slices.Compact(n.ipv4)
+	return n
+}
+
+// behind lists the interfaces by which a host reaches something over IPv4.
+func behind(h policy.Host) []string {
+	var out []string
+	add := func(iface string, a netip.Addr) {
+		if iface != h.Interface && iface != "lo" && a.Is4() {
+			out = append(out, iface)
+		}
+	}
+	for _, i := range h.Interfaces {
+		for _, a := range i.Addresses {
+			add(i.Name, a.Addr())
+		}
+	}
+	for _, r := range h.Routes {
+		add(r.Interface, r.Prefix.Addr())
+	}
+	return out
+}
+
+// Close implements the daemon's contract. The platform can't be used afterwards.
+func (p *Platform) Close(context.Context) ([]platform.Problem, error) {
+	if err := p.takeOver(); err != nil {
+		return nil, errors.Join(err, p.release())
+	}
+	left := p.left()
+	return left, errors.Join(p.leave(), p.release())
+}
+
+// leave takes everything away in the reverse order, the table last: until the
+// interface is gone, nothing of a peer passes.
+func (p *Platform) leave() error {
+	defer p.unlock()
+	p.enforced = nil
+	err := named(StepRestore, p.forward.giveBack(func(saved) bool { return true }))
+	if p.dev != nil {
+		err = errors.Join(err, p.step(StepRemoveInterface, p.removeInterface))
+	}
+	return errors.Join(err, p.step(StepRemoveTable, p.filter.remove))
+}
+
+// release closes the sockets.
+func (p *Platform) release() error {
+	p.nl.Close()
+	return errors.Join(p.watch.close(), p.filter.close())
+}
+
+// left says what of our doing stays because somebody else came to need it.
+func (p *Platform) left() []platform.Problem {
+	ours := slices.ContainsFunc(p.forward.j.Changed, func(s saved) bool { return strings.HasPrefix(s.Name, "ipv4/") })
+	if !ours || !p.forward.found4() {
+		return nil
+	}
+	return []platform.Problem{{
+		Step:    StepRestore,
+		Message: "IPv4 forwarding stays on: somebody else switched it on (net.ipv4.ip_forward) while the helper ran",
+		Hint:    "sysctl net.ipv4.ip_forward=0 switches it off, if nothing needs it any more",
+	}}
+}
+
+// removeInterface closes the TUN device; the kernel takes the interface away
+// with its addresses and routes.
+func (p *Platform) removeInterface() error {
+	err := p.dev.Close()
+	if errors.Is(err, os.ErrClosed) {
+		err = nil
+	}
+	p.dev = nil
+	return err
+}

@@ -1,0 +1,31 @@
+package linux
+
+// The enforcing steps, in the order in which Open and Enforce take them; Close
+// goes back. Options.Step is called with one of them before it is taken, so that
+// tests can end the process there; a step with nothing to do isn't called.
+const (
+	StepLock       = "lock the host"
+	StepRepair     = "repair what a killed helper left"
+	StepClosed     = "load the closed table"
+	StepInterface  = "make the mesh interface"
+	StepAddresses  = "set the mesh addresses"
+	StepAddRoutes  = "add the peers' routes"
+	StepTable      = "load the table"
+	StepDelRoutes  = "delete the routes of peers that are gone"
+	StepJournal    = "write the journal"
+	StepAcceptRA   = "keep the advertised default route"
+	StepForwarding = "open forwarding"
+
+	StepRestore         = "restore forwarding"
+	StepRemoveInterface = "remove the mesh interface"
+	StepRemoveTable     = "delete the table"
+
+	StepCut = "cut flows"
+)
+
+// Steps lists the enforcing steps from start to stop.
+var Steps = []string{
+	StepLock, StepRepair, StepClosed, StepInterface, StepAddresses, StepAddRoutes, StepTable,
+	StepDelRoutes, StepJournal, StepAcceptRA, StepForwarding, StepCut,
+	StepRestore, StepRemoveInterface, StepRemoveTable,
+}

@@ -1,0 +1,75 @@
+package linux
+
+import (
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+)
+
+// sysctlRoot is where the kernel shows the network's sysctls of the network
+// namespace of whoever looks.
+const sysctlRoot = "/proc/sys/net"
+
+// splitSysctl takes apart the name of a sysctl of one interface (or all, or
+// default), such as ipv6/conf/eth0/accept_ra, and reports whether it is one that
+// this package changes.
+func splitSysctl(name string) (iface, key string, ok bool) {
+	parts := strings.Split(name, "/")
+	if len(parts) != 4 || parts[1] != "conf" || parts[2] == "" || parts[2] == "." || parts[2] == ".." {
+		return "", "", false
+	}
+	switch parts[0] + " " + parts[3] {
+	case "ipv4 forwarding", "ipv6 forwarding", "ipv6 accept_ra":
+		return parts[2], parts[3], true
+	}
+	return "", "", false
+}
+
+func conf(family, iface, key string) string { return path.Join(family, "conf", iface, key) }
+
+// sysctls reads and writes what is below a directory, which is sysctlRoot except
+// in tests.
+type sysctls struct{ root string }
+
+func (s sysctls) read(name string) (string, error) {
+	b, err := os.ReadFile(filepath.Join(s.root, name))
+	if err != nil {
+		return "", fmt.Errorf("read sysctl: %w", err)
+	}
+	return strings.TrimSpace(string(b)), nil
+}
+
+func (s sysctls) write(name, value string) error {
+	// Without O_CREATE, so that an interface that went away is an error.
+	f, err := os.OpenFile(filepath.Join(s.root, name), os.O_WRONLY, 0)
+	if err != nil {
+		return fmt.Errorf("write sysctl: %w", err)
+	}
+	_, err = f.WriteString(value)
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return fmt.Errorf("write sysctl: %w", err)
+	}
+	return nil
+}
+
+// interfaces lists the interfaces that have settings for a family, and all and
+// default.
+func (s sysctls) interfaces(family string) ([]string, error) {
+	entries, err := os.ReadDir(filepath.Join(s.root, family, "conf"))
+	if os.IsNotExist(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list sysctls: %w", err)
+	}
+	var out []string
+	for _, e := range entries {
+		out = append(out, e.Name())
+	}
+	return out, nil
+}

@@ -1,0 +1,446 @@
+package linux
+
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// tableName is the name of our table, of the family inet.
+const tableName = "meshhelper"
+
+// Priorities of our chains, relative to what the kernel and other software do at
+// the same hooks (linux/netfilter_ipv4.h).
+const (
+	// afterDefrag: packets are whole, no conntrack yet, before "raw" (-300).
+	afterDefrag = -350
+	// afterConntrack: flows are known (-200), redirects not yet done (-100).
+	afterConntrack = -150
+	filtering      = 0
+	sourceNAT      = 100
+	// afterNAT: whoever else translated has done so.
+	afterNAT = 300
+)
+
+// Values as the kernel compares them.
+var (
+	ipv4 = number("ipv4", 2)  // NFPROTO_IPV4
+	ipv6 = number("ipv6", 10) // NFPROTO_IPV6
+
+	tcp = number("tcp", policy.ProtoTCP)
+	udp = number("udp", policy.ProtoUDP)
+
+	original = number("original", 0)
+	reply    = number("reply", 1)
+
+	// Bits of NFT_CT_STATE: invalid 1, established 2, related 4, new 8,
+	// untracked 64.
+	related   = bits("related", 4)
+	nameless  = bits("invalid,untracked", 1|64)
+	dnat      = bits("dnat", 1<<5) // IPS_DST_NAT
+	syn       = number("syn", 2)
+	dnsPort   = number("53", 0, 53)
+	redirect4 = number("redirect", 5)
+	redirect6 = number("nd-redirect", 137)
+)
+
+// Parameters of the table that the ruleset doesn't have.
+type params struct {
+	// mtu of the mesh interface, to which the TCP segment sizes are clamped.
+	mtu int
+	// transit4 and transit6 name the interfaces that forwarded for others before
+	// we came although their family didn't as a whole.
+	transit4, transit6 []string
+}
+
+// DefaultMTU is the mesh interface's MTU where nobody chose one: what is left of
+// 1500 bytes by WireGuard over IPv6, as in wg-quick.
+const DefaultMTU = 1420
+
+// Text returns the nftables ruleset that enforces r, in nft's language. mtu is
+// the mesh interface's, in bytes.
+func Text(r *policy.Ruleset, mtu int) string {
+	return compile(r, params{mtu: mtu}).String()
+}
+
+// family holds what differs between IPv4 and IPv6.
+type family struct {
+	suffix     string // of the names of sets and chains
+	proto      value
+	addr       string // nft's type of an address
+	src, dst   field
+	osrc, odst field // of the packet that opened the flow
+	icmp       field
+	redirect   value
+	icmpErrors string // set of ICMP types
+	overhead   int    // bytes of the IP and TCP headers without options
+	belongs    func(netip.Addr) bool
+}
+
+var families = [...]family{
+	{"4", ipv4, "ipv4_addr", saddr4, daddr4, ctOrigSrc4, ctOrigDst4, icmpType, redirect4, "errors4", 40, netip.Addr.Is4},
+	{"6", ipv6, "ipv6_addr", saddr6, daddr6, ctOrigSrc6, ctOrigDst6, icmp6Type, redirect6, "errors6", 60, netip.Addr.Is6},
+}
+
+// compiler collects what the chains' authors need.
+type compiler struct {
+	*table
+	r    *policy.Ruleset
+	host policy.Host
+	mesh value
+	params
+}
+
+// compile makes the table that enforces r.
+func compile(r *policy.Ruleset, p params) *table {
+	c := compiler{table: &table{}, r: r, host: r.Host(), mesh: name(r.Host().Interface), params: p}
+	for _, f := range families {
+		c.sets = append(c.sets, c.classSets(f)...)
+		c.sets = append(c.sets, c.peerSets(f)...)
+	}
+	c.sets = append(c.sets, icmpErrors()...)
+	c.ingress()
+	c.judge()
+	c.input()
+	c.forward()
+	c.output()
+	c.leave()
+	return c.table
+}
+
+// classSets are the destinations by class, and whom the host itself may reach.
+func (c *compiler) classSets(f family) []set {
+	s := c.r.Sets()
+	pick := func(ps []netip.Prefix) []netip.Prefix {
+		var out []netip.Prefix
+		for _, p := range ps {
+			if f.belongs(p.Addr()) {
+				out = append(out, p)
+			}
+		}
+		return out
+	}
+	var own []netip.Prefix
+	for _, a := range c.r.Mesh().Addresses {
+		own = append(own, netip.PrefixFrom(a, a.BitLen()))
+	}
+	transit := map[string][]string{"4": c.transit4, "6": c.transit6}[f.suffix]
+	var names []value
+	for _, n := range transit {
+		names = append(names, name(n))
+	}
+	return []set{
+		ranges("martian"+f.suffix, f.addr, pick(s.Martians)),
+		addresses("self"+f.suffix, f.addr, pick(s.Self)),
+		ranges("mesh"+f.suffix, f.addr, pick(s.Mesh)),
+		ranges("lan"+f.suffix, f.addr, pick(s.LAN)),
+		addresses("own"+f.suffix, f.addr, pick(own)),
+		ranges("onlink"+f.suffix, f.addr, pick(s.OnLink)),
+		constants("transit"+f.suffix, "ifname", names...),
+	}
+}
+
+// peerSets are the peers, what they may, and what was cut.
+func (c *compiler) peerSets(f family) []set {
+	peers := addresses("peers"+f.suffix, f.addr, nil)
+	pairs := set{name: "same" + f.suffix, types: []string{f.addr, f.addr}}
+	may := [...]set{
+		addresses("may_incoming"+f.suffix, f.addr, nil),
+		addresses("may_routing"+f.suffix, f.addr, nil),
+		addresses("may_lan"+f.suffix, f.addr, nil),
+	}
+	need := [...]policy.Permissions{policy.Incoming, policy.Routing, policy.Routing | policy.LAN}
+	for _, p := range c.r.Peers() {
+		for _, a := range p.Addresses {
+			if !f.belongs(a) {
+				continue
+			}
+			e := element{key: a.AsSlice()}
+			peers.elements = append(peers.elements, e)
+			pairs.elements = append(pairs.elements, element{key: slices.Concat(e.key, e.key)})
+			for i := range may {
+				if p.Permissions.Has(need[i]) {
+					may[i].elements = append(may[i].elements, e)
+				}
+			}
+		}
+	}
+	return []set{peers, pairs, may[0], may[1], may[2], cutSet(f)}
+}
+
+// cutSet holds the host's side of flows to the host that were cut: source,
+// destination, protocol and ports of the host's packets.
+func cutSet(f family) set {
+	return set{
+		name: "cut" + f.suffix, timeout: true,
+		types: []string{f.addr, f.addr, "inet_proto", "inet_service", "inet_service"},
+	}
+}
+
+// icmpErrors are the types of the messages that quote the packet they are about
+// (RFC 792, RFC 4443).
+func icmpErrors() []set {
+	return []set{
+		constants("errors4", "icmp_type", number("destination-unreachable", 3),
+			number("time-exceeded", 11), number("parameter-problem", 12)),
+		constants("errors6", "icmpv6_type", number("destination-unreachable", 1),
+			number("packet-too-big", 2), number("time-exceeded", 3), number("parameter-problem", 4)),
+	}
+}
+
+// ingress looks at packets before conntrack does: who claims which source on
+// which interface. So a forged packet doesn't even touch a flow.
+func (c *compiler) ingress() {
+	in0 := c.hook("ingress", "filter", "prerouting", afterDefrag)
+	in0.accept("", is(iifname, name("lo")))
+	in0.branch("ingress_elsewhere", isNot(iifname, c.mesh))
+	for _, f := range families {
+		in0.drop("a peer with a foreign source", notIn("peers"+f.suffix, f.src))
+	}
+	for _, route := range []field{lsrr, ssrr, routingHeader} {
+		in0.drop("source-routed", exists(route))
+	}
+	for _, f := range families {
+		in0.drop("redirects never pass", is(f.icmp, f.redirect))
+	}
+
+	out := c.chain("ingress_elsewhere")
+	for _, f := range families {
+		out.drop("a peer's source, not from the mesh", in("peers"+f.suffix, f.src))
+		out.drop("the host's mesh address, not from the mesh", in("own"+f.suffix, f.dst))
+		out.drop("nobody else reaches a peer", in("peers"+f.suffix, f.dst))
+		out.accept("", in("self"+f.suffix, f.dst))
+		out.accept("a carrier's network in the mesh prefix", in("onlink"+f.suffix, f.dst))
+		out.drop("a mesh address that nobody has", in("mesh"+f.suffix, f.dst))
+	}
+}
+
+// judge looks at each packet from a peer when its flow is known and nobody has
+// redirected it yet, and before the kernel answers for it (time exceeded, no
+// route), so that what may not pass stays unanswered.
+func (c *compiler) judge() {
+	j := c.hook("judge", "filter", "prerouting", afterConntrack)
+	j.accept("", isNot(iifname, c.mesh))
+	j.drop("no flow: malformed or out of place", has(ctState, nameless))
+	for _, f := range families {
+		j.branch("quoted", in(f.icmpErrors, f.icmp))
+	}
+	for _, p := range [...]value{number("icmp", policy.ProtoICMP), number("ipv6-icmp", policy.ProtoICMPv6)} {
+		j.drop("other ICMP about a flow", has(ctState, related), is(l4proto, p))
+	}
+	for _, f := range families {
+		j.accept("answers to the host", is(ctDirection, reply), in("own"+f.suffix, f.osrc))
+	}
+	j.drop("nobody else opens a flow to a peer", is(ctDirection, reply))
+	j.jump("permitted")
+
+	q := c.chain("quoted")
+	for _, f := range families {
+		q.accept("about the host's flow with this peer",
+			is(ctDirection, reply), in("own"+f.suffix, f.osrc), in("same"+f.suffix, f.src, f.odst))
+		q.branch("permitted", is(ctDirection, original), in("same"+f.suffix, f.src, f.osrc))
+	}
+	q.drop("about somebody else's flow")
+
+	c.permitted()
+}
+
+// permitted returns when who opened the packet's flow may open it now, and drops
+// the packet otherwise: the table "From a peer" of the policy. It looks at the
+// flow only, so that it holds for packets of both directions and for what is
+// quoted in ICMP errors.
+func (c *compiler) permitted() {
+	top := c.chain("permitted")
+	for _, f := range families {
+		top.branch("permitted"+f.suffix, is(nfproto, f.proto))
+	}
+	top.drop("")
+	for _, f := range families {
+		c.permittedFamily(f)
+		c.permittedHost(f)
+	}
+}
+
+func (c *compiler) permittedFamily(f family) {
+	p := c.chain("permitted" + f.suffix)
+	p.drop("martian", in("martian"+f.suffix, f.odst))
+	p.branch("permitted_self"+f.suffix, in("self"+f.suffix, f.odst))
+	p.drop("mesh: the host does not forward between peers", in("mesh"+f.suffix, f.odst))
+	if c.forwards(f) {
+		p.back("lan", in("lan"+f.suffix, f.odst), in("may_lan"+f.suffix, f.osrc))
+	}
+	p.drop("lan needs routing and lan", in("lan"+f.suffix, f.odst))
+	if c.forwards(f) && c.uplink(f) != "" {
+		p.back("internet", in("may_routing"+f.suffix, f.osrc))
+	}
+	p.drop("")
+}
+
+func (c *compiler) permittedHost(f family) {
+	s := c.chain("permitted_self" + f.suffix)
+	s.back("incoming", in("may_incoming"+f.suffix, f.osrc))
+	if c.r.Mesh().DNS {
+		for _, proto := range [...]value{tcp, udp} {
+			s.back("the host's DNS", in("own"+f.suffix, f.odst), is(ctProtocol, proto),
+				is(ctOrigDport, dnsPort), in("may_routing"+f.suffix, f.osrc))
+		}
+	}
+	s.drop("self needs incoming")
+}
+
+func (c *compiler) forwards(f family) bool {
+	if f.suffix == "4" {
+		return c.host.Forwarding.IPv4
+	}
+	return c.host.Forwarding.IPv6
+}
+
+func (c *compiler) foundForwarding(f family) bool {
+	if f.suffix == "4" {
+		return c.host.FoundForwarding.IPv4
+	}
+	return c.host.FoundForwarding.IPv6
+}
+
+func (c *compiler) uplink(f family) string {
+	if f.suffix == "4" {
+		return c.host.Uplink4
+	}
+	return c.host.Uplink6
+}
+
+// input looks again at what the kernel takes for the host itself: an address
+// that the host has had for a moment only isn't in the sets yet, and the kernel
+// knows better.
+func (c *compiler) input() {
+	i := c.hook("input", "filter", "input", filtering)
+	i.accept("", isNot(iifname, c.mesh))
+	for _, f := range families {
+		i.accept("answers to the host", is(ctDirection, reply), in("own"+f.suffix, f.osrc))
+	}
+	i.drop("", is(ctDirection, reply))
+	i.drop("redirected to the host", has(ctStatus, dnat))
+	i.jump("permitted")
+	for _, f := range families {
+		i.accept("", in("self"+f.suffix, f.odst))
+	}
+	i.drop("not an address of the host when it was sent")
+}
+
+// forward looks at what the kernel forwards: here both interfaces are known.
+func (c *compiler) forward() {
+	f := c.hook("forward", "filter", "forward", filtering)
+	f.branch("from_mesh", is(iifname, c.mesh))
+	f.branch("to_mesh", is(oifname, c.mesh))
+	for _, fam := range families {
+		if !c.foundForwarding(fam) {
+			f.drop("transit, closed as it was found", is(nfproto, fam.proto), notIn("transit"+fam.suffix, iifname))
+		}
+	}
+	c.fromMesh()
+	c.toMesh()
+}
+
+func (c *compiler) fromMesh() {
+	m := c.chain("from_mesh")
+	m.drop("from peer to peer", is(oifname, c.mesh))
+	m.drop("", is(ctDirection, reply))
+	m.drop("redirected from where it was sent to", has(ctStatus, dnat))
+	m.jump("permitted")
+	c.clamp(m)
+	for _, f := range families {
+		m.drop("", in("self"+f.suffix, f.odst))
+		m.accept("lan", in("lan"+f.suffix, f.odst))
+		if u := c.uplink(f); u != "" {
+			m.accept("internet, by the uplink", is(nfproto, f.proto), is(oifname, name(u)))
+		}
+	}
+	m.drop("internet, not by the uplink")
+}
+
+func (c *compiler) toMesh() {
+	m := c.chain("to_mesh")
+	m.drop("nobody opens a flow to a peer", is(ctDirection, original))
+	m.jump("permitted")
+	for _, f := range families {
+		m.accept("ICMP errors, from any router", in(f.icmpErrors, f.icmp))
+	}
+	for _, p := range [...]value{number("icmp", policy.ProtoICMP), number("ipv6-icmp", policy.ProtoICMPv6)} {
+		m.drop("redirects and the like", has(ctState, related), is(l4proto, p))
+	}
+	c.clamp(m)
+	for _, f := range families {
+		m.drop("", in("self"+f.suffix, f.odst))
+		m.accept("lan, by the interface that leads there", in("lan"+f.suffix, f.odst),
+			match{fields: []field{returnPath}, op: found})
+		m.drop("lan, by another interface", in("lan"+f.suffix, f.odst))
+		if u := c.uplink(f); u != "" {
+			m.accept("internet, by the uplink", is(nfproto, f.proto), is(iifname, name(u)))
+		}
+	}
+	m.drop("internet, not by the uplink")
+}
+
+// clamp keeps TCP from sending segments that don't fit in the tunnel, where path
+// MTU discovery is broken. The kernel only ever lowers the option.
+func (c *compiler) clamp(to *chain) {
+	for _, f := range families {
+		mss := uint16(c.mtu - f.overhead)
+		to.add(action{verb: clamp, mss: mss}, "", is(nfproto, f.proto), has(tcpFlags, syn))
+	}
+}
+
+// output looks at what the host itself sends to a peer: from its mesh address,
+// by the mesh, and not on a flow that was cut.
+func (c *compiler) output() {
+	o := c.hook("output", "filter", "output", filtering)
+	for _, f := range families {
+		o.branch("to_peer", in("peers"+f.suffix, f.dst))
+		c.nobody(o, f)
+	}
+
+	p := c.chain("to_peer")
+	p.drop("a peer is reached by the mesh only", isNot(oifname, c.mesh))
+	for _, f := range families {
+		p.drop("redirects never pass", is(f.icmp, f.redirect))
+	}
+	p.branch("answer", is(ctDirection, reply))
+	for _, f := range families {
+		p.drop("from a mesh address only", notIn("own"+f.suffix, f.src))
+		p.accept("the kernel's own errors, also about no flow", in(f.icmpErrors, f.icmp))
+		p.drop("a flow that was cut stays dead", in("cut"+f.suffix, f.src, f.dst, l4proto, sport, dport))
+	}
+	p.accept("the host may open flows to peers", is(ctDirection, original))
+	p.drop("")
+
+	a := c.chain("answer")
+	a.jump("permitted")
+	a.accept("")
+}
+
+// nobody drops what goes to a mesh address that no peer has.
+func (c *compiler) nobody(to *chain, f family) {
+	to.accept("", in("self"+f.suffix, f.dst))
+	to.accept("", in("onlink"+f.suffix, f.dst))
+	to.drop("a mesh address that nobody has", in("mesh"+f.suffix, f.dst))
+}
+
+// leave translates peers' packets and takes the last look at what leaves, also
+// when another interface was chosen after the other hooks, and when this process
+// is no longer alive.
+func (c *compiler) leave() {
+	n := c.hook("source_nat", "nat", "postrouting", sourceNAT)
+	for _, f := range families {
+		n.add(action{verb: masquerade}, "", isNot(oifname, c.mesh), in("peers"+f.suffix, f.src))
+	}
+
+	e := c.hook("egress", "filter", "postrouting", afterNAT)
+	e.accept("", is(oifname, c.mesh))
+	e.accept("", is(oifname, name("lo")))
+	for _, f := range families {
+		e.drop("untranslated", in("peers"+f.suffix, f.src))
+		e.drop("in clear", in("peers"+f.suffix, f.dst))
+		c.nobody(e, f)
+	}
+}

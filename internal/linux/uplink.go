@@ -1,0 +1,128 @@
+package linux
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+)
+
+// hostRouting is the kernel's routing of one family, as far as it says what is
+// behind which interface.
+type hostRouting struct {
+	rules  []routingRule // by priority
+	tables map[int][]routeEntry
+}
+
+// routingRule is a policy rule that looks into a table.
+type routingRule struct {
+	priority int
+	table    int
+	// forPeers says that it takes a peer's packets to the internet, rather than
+	// only marked ones or those of certain sources.
+	forPeers bool
+	// suppress is the longest prefix whose routes the rule doesn't take, or -1:
+	// VPNs use it to take all of a table but its default route.
+	suppress int
+}
+
+// routeEntry is a unicast route.
+type routeEntry struct {
+	prefix netip.Prefix
+	iface  string
+	metric int
+}
+
+// uplink returns the interface of the default route that the rules choose first,
+// or "" when there is none, not counting routes by the interface ignored. Within
+// a table, routes that together cover the family win over /0, as they do in the
+// kernel, being longer.
+func (h hostRouting) uplink(ignored string) string {
+	for _, rule := range h.rules {
+		if !rule.forPeers {
+			continue
+		}
+		var usable []routeEntry
+		for _, r := range h.tables[rule.table] {
+			if r.iface != ignored && r.prefix.Bits() > rule.suppress {
+				usable = append(usable, r)
+			}
+		}
+		if u := defaultInterface(usable); u != "" {
+			return u
+		}
+	}
+	return ""
+}
+
+// chosen returns the routes of all tables that some rule chooses, each once.
+func (h hostRouting) chosen() []routeEntry {
+	var out []routeEntry
+	seen := map[int]bool{}
+	for _, rule := range h.rules {
+		if seen[rule.table] {
+			continue
+		}
+		seen[rule.table] = true
+		out = append(out, h.tables[rule.table]...)
+	}
+	return out
+}
+
+// global is what IANA has given out of IPv6's space for use on the internet.
+var global = netip.MustParsePrefix("2000::/3")
+
+// defaultInterface returns the interface by which a table reaches the whole
+// family.
+func defaultInterface(routes []routeEntry) string {
+	byIface := map[string]map[netip.Prefix]bool{}
+	var zero []routeEntry
+	for _, r := range routes {
+		if r.prefix.Bits() == 0 {
+			zero = append(zero, r)
+			continue
+		}
+		if byIface[r.iface] == nil {
+			byIface[r.iface] = map[netip.Prefix]bool{}
+		}
+		byIface[r.iface][r.prefix.Masked()] = true
+	}
+	for _, iface := range sortedKeys(byIface) {
+		set := byIface[iface]
+		for _, family := range []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0"), global} {
+			if covers(family, set, len(set)) {
+				return iface
+			}
+		}
+	}
+	if len(zero) == 0 {
+		return ""
+	}
+	return slices.MinFunc(zero, func(a, b routeEntry) int {
+		return cmp.Or(cmp.Compare(a.metric, b.metric), cmp.Compare(a.iface, b.iface))
+	}).iface
+}
+
+func sortedKeys[V any](m map[string]V) []string {
+	out := make([]string, 0, len(m))
+	for k := range m {
+		out = append(out, k)
+	}
+	slices.Sort(out)
+	return out
+}
+
+// covers reports whether prefixes in set make up p; n prefixes can at most be
+// split n deep.
+func covers(p netip.Prefix, set map[netip.Prefix]bool, depth int) bool {
+	if set[p] {
+		return true
+	}
+	if depth <= 0 || p.IsSingleIP() {
+		return false
+	}
+	low := netip.PrefixFrom(p.Addr(), p.Bits()+1)
+	b := p.Addr().AsSlice()
+	b[p.Bits()/8] |= 0x80 >> (p.Bits() % 8)
+	a, _ := netip.AddrFromSlice(b)
+	return covers(low, set, depth-1) && covers(netip.PrefixFrom(a, p.Bits()+1), set, depth-1)
+}

@@ -1,0 +1,129 @@
+package linux
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"syscall"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+)
+
+// watchState holds the sockets of Watch. They are opened by New, in the network
+// namespace of the platform, whichever goroutine watches later.
+type watchState struct{ route, rules *netlink.Conn }
+
+// routeGroups are the kernel's groups of what Observe and Inspect look at: links,
+// addresses, routes, policy rules, and forwarding flags (netconf) of both
+// families (linux/rtnetlink.h).
+var routeGroups = []uint32{
+	unix.RTNLGRP_LINK,
+	unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV4_NETCONF,
+	unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV6_RULE, unix.RTNLGRP_IPV6_NETCONF,
+}
+
+// watchBuffer is asked for the sockets' receive buffers, in bytes; an overrun is
+// no loss, because it counts as a change.
+const watchBuffer = 1 << 20
+
+func openWatch() (w watchState, err error) {
+	if w.route, err = subscribe(unix.NETLINK_ROUTE, routeGroups...); err != nil {
+		return w, err
+	}
+	if w.rules, err = subscribe(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTABLES); err != nil {
+		w.route.Close()
+	}
+	return w, err
+}
+
+func (w watchState) close() error {
+	return errors.Join(w.route.Close(), w.rules.Close())
+}
+
+func subscribe(family int, groups ...uint32) (*netlink.Conn, error) {
+	c, err := netlink.Dial(family, nil)
+	if err != nil {
+		return nil, fmt.Errorf("watch netlink %d: %w", family, err)
+	}
+	// A smaller buffer overruns earlier; that is all.
+	_ = c.SetReadBuffer(watchBuffer)
+	for _, g := range groups {
+		if err := c.JoinGroup(g); err != nil {
+			c.Close()
+			return nil, fmt.Errorf("join group %d of netlink %d: %w", g, family, err)
+		}
+	}
+	return c, nil
+}
+
+// Watch implements the daemon's contract. What this process itself does to
+// nftables isn't a change. It can be called once.
+func (p *Platform) Watch(ctx context.Context, changed func()) error {
+	g, ctx := errgroup.WithContext(ctx)
+	stop := context.AfterFunc(ctx, func() { p.watch.close() })
+	defer stop()
+	g.Go(func() error { return follow(ctx, p.watch.route, changed, func([]netlink.Message) bool { return true }) })
+	g.Go(func() error { return follow(ctx, p.watch.rules, changed, foreign) })
+	return g.Wait()
+}
+
+// follow calls changed for messages that matter until ctx ends.
+func follow(ctx context.Context, c *netlink.Conn, changed func(), matters func([]netlink.Message) bool) error {
+	for {
+		ms, err := c.Receive()
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, syscall.ENOBUFS), errors.Is(err, syscall.EINTR):
+			changed()
+		case errors.Is(err, os.ErrClosed), errors.Is(err, syscall.EBADF):
+			return fmt.Errorf("watch host: %w", err)
+		case err != nil:
+			// An odd message: whatever it was, look.
+			changed()
+		case matters(ms):
+			changed()
+		}
+	}
+}
+
+// newGeneration is the message with which each transaction of nftables ends; it
+// names the process (NFTA_GEN_PROC_PID of linux/netfilter/nf_tables.h).
+const newGeneration = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWGEN
+
+// foreign reports whether some transaction wasn't this process's.
+func foreign(ms []netlink.Message) bool {
+	for _, m := range ms {
+		if m.Header.Type != newGeneration {
+			continue
+		}
+		if pid, ok := generationPID(m.Data); !ok || int(pid) != os.Getpid() {
+			return true
+		}
+	}
+	return false
+}
+
+// nfgenmsg is the size of the header before netfilter's attributes.
+const nfgenmsg = 4
+
+func generationPID(b []byte) (uint32, bool) {
+	if len(b) < nfgenmsg {
+		return 0, false
+	}
+	ad, err := netlink.NewAttributeDecoder(b[nfgenmsg:])
+	if err != nil {
+		return 0, false
+	}
+	ad.ByteOrder = binary.BigEndian
+	for ad.Next() {
+		if ad.Type() == unix.NFTA_GEN_PROC_PID && len(ad.Bytes()) == 4 {
+			return ad.Uint32(), true
+		}
+	}
+	return 0, false
+}
