@@ -6,13 +6,12 @@ import (
 	"fmt"
 	"os"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
 	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // Sizes of the netlink socket's buffers: a whole ruleset for 10,000 peers goes
@@ -30,8 +29,13 @@ const chunk = 400
 // socket per change costs a thousand times the change itself.
 type filter struct {
 	conn *nftables.Conn
+	// dump reads rules as the kernel gives them.
+	dump *netlink.Conn
 	// loaded is what we believe is in the kernel, nil when we don't know.
 	loaded *table
+	// rules are the rules of each chain as the kernel gave them when they had been
+	// loaded.
+	rules map[string][]string
 }
 
 func openFilter() (*filter, error) {
@@ -42,10 +46,14 @@ func openFilter() (*filter, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
-	return &filter{conn: conn}, nil
+	dump, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open nftables: %w", err), conn.CloseLasting())
+	}
+	return &filter{conn: conn, dump: dump}, nil
 }
 
-func (f *filter) close() error { return f.conn.CloseLasting() }
+func (f *filter) close() error { return errors.Join(f.conn.CloseLasting(), f.dump.Close()) }
 
 func ourTable() *nftables.Table {
 	return &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
@@ -103,8 +111,62 @@ func (f *filter) load(t *table) error {
 	if err := f.conn.Flush(); err != nil {
 		return fmt.Errorf("load table inet %s: %w", tableName, err)
 	}
+	if f.rules, err = f.readRules(); err != nil {
+		return err
+	}
+	for _, c := range t.chains {
+		if got := len(f.rules[c.name]); got != len(c.rules) {
+			return fmt.Errorf("read chain %s back: it has %d rules instead of %d", c.name, got, len(c.rules))
+		}
+	}
 	f.loaded = t
 	return nil
+}
+
+// readRules returns each chain's rules as the kernel dumps their expressions.
+func (f *filter) readRules() (map[string][]string, error) {
+	attrs, err := netlink.MarshalAttributes([]netlink.Attribute{
+		{Type: unix.NFTA_RULE_TABLE, Data: append([]byte(tableName), 0)},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read rules: %w", err)
+	}
+	ms, err := f.dump.Execute(netlink.Message{
+		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETRULE, Flags: netlink.Request | netlink.Dump},
+		Data:   append([]byte{unix.NFPROTO_INET, unix.NFNETLINK_V0, 0, 0}, attrs...),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read rules: %w", err)
+	}
+	out := map[string][]string{}
+	for _, m := range ms {
+		chain, text, err := parseRule(m.Data)
+		if err != nil {
+			return nil, fmt.Errorf("read rules: %w", err)
+		}
+		out[chain] = append(out[chain], text)
+	}
+	return out, nil
+}
+
+// parseRule takes the chain and the expressions out of a rule's message.
+func parseRule(b []byte) (chain, expressions string, err error) {
+	if len(b) < nfgenmsg {
+		return "", "", errors.New("a rule's message is too short")
+	}
+	ad, err := netlink.NewAttributeDecoder(b[nfgenmsg:])
+	if err != nil {
+		return "", "", err
+	}
+	for ad.Next() {
+		switch ad.Type() {
+		case unix.NFTA_RULE_CHAIN:
+			chain = ad.String()
+		case unix.NFTA_RULE_EXPRESSIONS:
+			expressions = string(ad.Bytes())
+		}
+	}
+	return chain, expressions, ad.Err()
 }
 
 func (f *filter) addSet(ours *nftables.Table, s *set, kept []nftables.SetElement) error {
@@ -169,9 +231,12 @@ func nftSet(ours *nftables.Table, s *set) (*nftables.Set, error) {
 	for i, t := range s.types {
 		types[i] = setTypes[t]
 	}
-	key, err := nftables.ConcatSetType(types...)
-	if err != nil {
-		return nil, fmt.Errorf("set %s: %w", s.name, err)
+	key := types[0]
+	if len(types) > 1 {
+		var err error
+		if key, err = nftables.ConcatSetType(types...); err != nil {
+			return nil, fmt.Errorf("set %s: %w", s.name, err)
+		}
 	}
 	return &nftables.Set{
 		Table: ours, Name: s.name, KeyType: key, Concatenation: len(types) > 1,
@@ -394,13 +459,13 @@ func (f *filter) driftChains() ([]string, error) {
 			got[c.Name] = c
 		}
 	}
+	rules, err := f.readRules()
+	if err != nil {
+		return nil, err
+	}
 	var out []string
 	for _, c := range f.loaded.chains {
-		same, err := f.sameChain(c, got[c.name])
-		if err != nil {
-			return nil, err
-		}
-		if !same {
+		if !sameHook(c, got[c.name]) || !slices.Equal(rules[c.name], f.rules[c.name]) {
 			out = append(out, "chain "+c.name+" differs")
 		}
 		delete(got, c.name)
@@ -411,44 +476,10 @@ func (f *filter) driftChains() ([]string, error) {
 	return out, nil
 }
 
-func (f *filter) sameChain(c *chain, got *nftables.Chain) (bool, error) {
+func sameHook(c *chain, got *nftables.Chain) bool {
 	if got == nil || (got.Hooknum != nil) != (c.hook != "") {
-		return false, nil
+		return false
 	}
-	if c.hook != "" && (*got.Hooknum != *hooks[c.hook] || int(*got.Priority) != c.priority ||
-		got.Policy == nil || *got.Policy != nftables.ChainPolicyAccept) {
-		return false, nil
-	}
-	rules, err := f.conn.GetRules(ourTable(), got)
-	if err != nil {
-		return false, fmt.Errorf("read chain %s: %w", c.name, err)
-	}
-	if len(rules) != len(c.rules) {
-		return false, nil
-	}
-	for i, r := range c.rules {
-		want, err := exprs(r)
-		if err != nil {
-			return false, err
-		}
-		if exprText(want) != exprText(rules[i].Exprs) {
-			return false, nil
-		}
-	}
-	return true, nil
-}
-
-// exprText prints expressions so that ours and the kernel's compare: numbers of
-// sets hold within one transaction only.
-func exprText(es []expr.Any) string {
-	var b strings.Builder
-	for _, e := range es {
-		if l, ok := e.(*expr.Lookup); ok {
-			plain := *l
-			plain.SetID = 0
-			e = &plain
-		}
-		fmt.Fprintf(&b, "%T%+v;", e, e)
-	}
-	return b.String()
+	return c.hook == "" || *got.Hooknum == *hooks[c.hook] && int(*got.Priority) == c.priority &&
+		got.Policy != nil && *got.Policy == nftables.ChainPolicyAccept
 }

@@ -1,0 +1,203 @@
+package linux
+
+import (
+	"context"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.zx2c4.com/wireguard/tun"
+
+	"github.com/meshhelper/meshhelper/internal/netlab"
+	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+func TestMain(m *testing.M) { os.Exit(netlab.Main(m.Run)) }
+
+// The peers and the host in the tests' mesh.
+var (
+	own4, own6 = netip.MustParseAddr("100.64.0.1"), netip.MustParseAddr("fd6d:6573:6800::1")
+	ann4, ann6 = netip.MustParseAddr("100.64.0.10"), netip.MustParseAddr("fd6d:6573:6800::10")
+	bob4, bob6 = netip.MustParseAddr("100.64.0.11"), netip.MustParseAddr("fd6d:6573:6800::11")
+	nobody4    = netip.MustParseAddr("100.64.0.99")
+	nobody6    = netip.MustParseAddr("fd6d:6573:6800::99")
+)
+
+const meshName = "wgtest0"
+
+// rig is a host with the platform under test on it. The test is WireGuard: it
+// puts peers' packets into the TUN device and reads what comes out.
+type rig struct {
+	t     *testing.T
+	pic   *netlab.Picture
+	p     *Platform
+	dev   tun.Device
+	state string
+	steps []string
+
+	mu   sync.Mutex
+	out  [][]byte
+	more chan struct{}
+}
+
+func newRig(t *testing.T) *rig {
+	t.Helper()
+	if err := netlab.Unavailable(); err != nil {
+		t.Skip("no hosts to try things on:", err)
+	}
+	lab, err := netlab.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := lab.Close(); err != nil {
+			t.Error("close lab:", err)
+		}
+	})
+	pic, err := netlab.NewPicture(lab)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &rig{t: t, pic: pic, state: t.TempDir(), more: make(chan struct{}, 1)}
+}
+
+// do runs f on the host and fails the test with its error.
+func (g *rig) do(f func() error) {
+	g.t.Helper()
+	if err := g.pic.B.Do(f); err != nil {
+		g.t.Fatal(err)
+	}
+}
+
+func meshPrefixes() []netip.Prefix {
+	both := netlab.MeshPrefixes()
+	return both[:]
+}
+
+// open makes a new platform and its interface.
+func (g *rig) open() {
+	g.t.Helper()
+	g.do(func() (err error) {
+		if g.p, err = New(Options{StateDir: g.state, Step: func(s string) { g.steps = append(g.steps, s) }}); err != nil {
+			return err
+		}
+		g.dev, err = g.p.Open(context.Background(), platform.Interface{
+			Name: meshName, MTU: DefaultMTU, Addresses: []netip.Addr{own4, own6}, Prefixes: meshPrefixes(),
+		})
+		return err
+	})
+	go g.read(g.dev)
+}
+
+// read collects what the kernel sends to the mesh until the device is closed.
+func (g *rig) read(dev tun.Device) {
+	const headroom = 16
+	bufs := make([][]byte, dev.BatchSize())
+	for i := range bufs {
+		bufs[i] = make([]byte, 1<<16)
+	}
+	sizes := make([]int, len(bufs))
+	for {
+		n, err := dev.Read(bufs, sizes, headroom)
+		g.mu.Lock()
+		for i := range n {
+			g.out = append(g.out, append([]byte(nil), bufs[i][headroom:headroom+sizes[i]]...))
+		}
+		g.mu.Unlock()
+		select {
+		case g.more <- struct{}{}:
+		default:
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// inject has a peer's packet arrive, as WireGuard would after decrypting it.
+func (g *rig) inject(packet []byte) {
+	g.t.Helper()
+	const headroom = 16
+	buf := append(make([]byte, headroom, headroom+len(packet)), packet...)
+	if _, err := g.dev.Write([][]byte{buf}, headroom); err != nil {
+		g.t.Fatal("write to TUN:", err)
+	}
+}
+
+// close takes the platform away.
+func (g *rig) close() []platform.Problem {
+	g.t.Helper()
+	var left []platform.Problem
+	g.do(func() (err error) {
+		left, err = g.p.Close(context.Background())
+		return err
+	})
+	return left
+}
+
+// grants gives two peers permissions.
+type grants struct{ ann, bob policy.Permissions }
+
+func allowed(p policy.Permissions) policy.Grants {
+	return policy.Grants{
+		Incoming: policy.Grant{Allowed: p.Has(policy.Incoming)},
+		Routing:  policy.Grant{Allowed: p.Has(policy.Routing)},
+		LAN:      policy.Grant{Allowed: p.Has(policy.LAN)},
+	}
+}
+
+func mesh(g grants) policy.Mesh {
+	return policy.Mesh{
+		Prefixes: meshPrefixes(), Addresses: []netip.Addr{own4, own6},
+		Peers: []policy.Peer{
+			{ID: policy.PeerID{1}, Name: "ann", Addresses: []netip.Addr{ann4, ann6}, Grants: allowed(g.ann)},
+			{ID: policy.PeerID{2}, Name: "bob", Addresses: []netip.Addr{bob4, bob6}, Grants: allowed(g.bob)},
+		},
+	}
+}
+
+// enforce observes, compiles and enforces.
+func (g *rig) enforce(m policy.Mesh) *policy.Ruleset {
+	g.t.Helper()
+	var r *policy.Ruleset
+	g.do(func() error {
+		h, err := g.p.Observe(context.Background())
+		if err != nil {
+			return err
+		}
+		if r, err = policy.Compile(m, h, time.Unix(0, 0)); err != nil {
+			return err
+		}
+		return g.p.Enforce(context.Background(), r)
+	})
+	return r
+}
+
+func (g *rig) inspect(r *policy.Ruleset) platform.Report {
+	g.t.Helper()
+	var report platform.Report
+	g.do(func() (err error) {
+		report, err = g.p.Inspect(context.Background(), r)
+		return err
+	})
+	return report
+}
+
+func (g *rig) snapshot() netlab.Snapshot {
+	g.t.Helper()
+	s, err := g.pic.B.Snapshot()
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	return s
+}
+
+// journalExists reports whether the journal is on disk.
+func (g *rig) journalExists() bool {
+	_, err := os.Stat(filepath.Join(g.state, journalName))
+	return err == nil
+}
