@@ -1,0 +1,384 @@
+package darwin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+)
+
+// A PFEngine is the packet filter behind a [FakePF]: what the kernel does, without
+// pfctl's command line. The main ruleset is the anchor "". pfconf's machine is
+// one.
+type PFEngine interface {
+	// SetEnabled turns packet filtering on or off.
+	SetEnabled(on bool)
+	// Load replaces the anchor's contents, or changes nothing and returns a
+	// *PFSyntaxError or ErrBusy.
+	Load(anchor, text string) error
+	// Flush empties the anchor. It reports false if there is none.
+	Flush(anchor string) bool
+	// Rules and NAT print the anchor's filter and translation rules, a line each.
+	// They report false if there is no such anchor.
+	Rules(anchor string) (string, bool)
+	NAT(anchor string) (string, bool)
+	// Anchors returns the full names of the anchors directly below anchor.
+	Anchors(anchor string) ([]string, bool)
+	// Tables returns the anchor's tables, and what is in each.
+	Tables(anchor string) (map[string][]string, bool)
+	// SetTable replaces a table's contents and makes the table if need be.
+	SetTable(anchor, table string, entries []netip.Prefix)
+	// Kill ends the states from src to dst and returns their number. An invalid dst
+	// is any.
+	Kill(src, dst netip.Prefix) int
+	// Interfaces returns the interfaces' names, true for those that are skipped.
+	Interfaces() map[string]bool
+}
+
+// A PFSyntaxError is a ruleset that pfctl refuses.
+type PFSyntaxError struct{ Line int }
+
+func (e *PFSyntaxError) Error() string { return fmt.Sprintf("stdin:%d: syntax error", e.Line) }
+
+// A FakePF is pfctl(8) in front of an engine: a Runner that takes its command
+// line, keeps the tokens, and prints what pfctl prints, on the output and with
+// the exit status that pfctl uses. That is unlike other programs: noise on every
+// call, the token on stderr, exit status 0 for what isn't there.
+type FakePF struct {
+	// Engine is what is driven. Required.
+	Engine PFEngine
+	// NextToken gives tokens. Required.
+	NextToken func() Token
+
+	mu      sync.Mutex
+	tokens  []Reference
+	untoken bool // somebody ran -e
+	enabled bool
+	pid     int
+	calls   []string
+}
+
+// Calls returns the commands that were run, a line each, and forgets them.
+func (f *FakePF) Calls() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	c := f.calls
+	f.calls = nil
+	return c
+}
+
+// Enabled reports whether the packet filter is on.
+func (f *FakePF) Enabled() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.enabled
+}
+
+// Tokens returns the tokens that are held, newest first.
+func (f *FakePF) Tokens() []Reference {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.tokens)
+}
+
+// Boot forgets all tokens and turns the packet filter off, as a reboot does. The
+// engine is the caller's to empty.
+func (f *FakePF) Boot() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.tokens, f.untoken = nil, false
+	f.set(false)
+}
+
+// Disable is somebody's `pfctl -d`: off for everybody, all tokens void.
+func (f *FakePF) Disable() { f.Boot() }
+
+func (f *FakePF) set(on bool) {
+	f.enabled = on
+	f.Engine.SetEnabled(on)
+}
+
+// pfctlReply is what pfctl printed and its exit status.
+type pfctlReply struct {
+	stdout, stderr string
+	status         int
+}
+
+// Run implements Runner.
+func (f *FakePF) Run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte, []byte, int, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, nil, -1, err
+	}
+	if path != pfctlPath {
+		return nil, nil, -1, &exec.Error{Name: path, Err: exec.ErrNotFound}
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.calls = append(f.calls, strings.Join(append([]string{"pfctl"}, args...), " "))
+	f.pid++
+	c, err := parsePfctl(args)
+	r := pfctlReply{stderr: "usage: pfctl [-AdeEghmNnOqRrvXz]\n", status: 1}
+	if err == nil {
+		r = f.do(c, string(stdin))
+		// Printed by every run that isn't quiet.
+		r.stderr = noise[0] + "\n" + noise[1] + "\n" + r.stderr
+	}
+	return []byte(r.stdout), []byte(r.stderr), r.status, nil
+}
+
+// pfctlCommand is a parsed command line.
+type pfctlCommand struct {
+	anchor, table, token, file string
+	show, flush, tableCommand  string
+	enable, disable, reference bool
+	kill                       []string
+}
+
+// parsePfctl takes apart a command line like getopt with pfctl's options (the
+// getopt string of network_cmds' pfctl), and refuses what a program that shares
+// the packet filter with others must never run.
+func parsePfctl(args []string) (c pfctlCommand, err error) {
+	for len(args) > 0 {
+		option := args[0]
+		args = args[1:]
+		flag := map[string]*bool{"-e": &c.enable, "-d": &c.disable, "-E": &c.reference, "-v": new(bool)}[option]
+		if flag != nil {
+			*flag = true
+			continue
+		}
+		value := map[string]*string{"-a": &c.anchor, "-t": &c.table, "-X": &c.token, "-f": &c.file,
+			"-s": &c.show, "-F": &c.flush, "-T": &c.tableCommand}[option]
+		switch {
+		case len(args) == 0 || option != "-k" && value == nil:
+			return c, fmt.Errorf("option %q", option)
+		case option == "-k":
+			c.kill = append(c.kill, args[0])
+		default:
+			*value = args[0]
+		}
+		args = args[1:]
+	}
+	return c, nil
+}
+
+func (f *FakePF) do(c pfctlCommand, stdin string) pfctlReply {
+	switch {
+	case c.disable:
+		f.tokens, f.untoken = nil, false
+		f.set(false)
+		return pfctlReply{stderr: "pf disabled\n"}
+	case c.enable:
+		return f.enable()
+	case c.token != "":
+		return f.release(c.token)
+	case c.reference:
+		return f.reference()
+	case c.show != "":
+		return f.show(c)
+	case c.flush != "":
+		return f.flush(c)
+	case len(c.kill) > 0:
+		return f.kill(c.kill)
+	case c.tableCommand != "":
+		return f.table(c, stdin)
+	case c.file == "-":
+		return f.load(c.anchor, stdin)
+	}
+	return pfctlReply{status: 1}
+}
+
+func (f *FakePF) enable() pfctlReply {
+	if f.enabled {
+		return pfctlReply{stderr: "pfctl: pf already enabled\n", status: 1}
+	}
+	f.untoken = true
+	f.set(true)
+	return pfctlReply{stderr: "pf enabled\n"}
+}
+
+func (f *FakePF) reference() pfctlReply {
+	t := f.NextToken()
+	f.tokens = slices.Insert(f.tokens, 0, Reference{PID: 4000 + f.pid, Name: "pfctl", Token: t})
+	f.set(true)
+	return pfctlReply{stderr: fmt.Sprintf("pf enabled\nToken : %d\n", t)}
+}
+
+func (f *FakePF) release(text string) pfctlReply {
+	if !f.enabled {
+		return pfctlReply{stderr: "pfctl: pf not enabled\n", status: 1}
+	}
+	n := slices.IndexFunc(f.tokens, func(r Reference) bool { return strconv.FormatUint(uint64(r.Token), 10) == text })
+	if n < 0 {
+		return pfctlReply{stderr: "pfctl: pf: token invalid\n", status: 1}
+	}
+	f.tokens = slices.Delete(f.tokens, n, n+1)
+	if left := len(f.tokens); left > 0 || f.untoken {
+		return pfctlReply{stderr: fmt.Sprintf("disable request successful. %d more pf enable reference(s) remaining, pf still enabled.\n", max(left, 1))}
+	}
+	f.set(false)
+	return pfctlReply{stderr: "pf disabled\n"}
+}
+
+func (f *FakePF) show(c pfctlCommand) pfctlReply {
+	missing := pfctlReply{stderr: "pfctl: DIOCGETRULES: Invalid argument\n"}
+	switch c.show {
+	case "info":
+		if f.enabled {
+			return pfctlReply{stdout: "Status: Enabled for 0 days 00:00:00           Debug: Urgent\n"}
+		}
+		return pfctlReply{stdout: "Status: Disabled                              Debug: Urgent\n"}
+	case "References":
+		return pfctlReply{stdout: f.references()}
+	case "Interfaces":
+		return pfctlReply{stdout: f.interfaces()}
+	case "rules":
+		if out, ok := f.Engine.Rules(c.anchor); ok {
+			return pfctlReply{stdout: out}
+		}
+		return missing
+	case "nat":
+		if out, ok := f.Engine.NAT(c.anchor); ok {
+			return pfctlReply{stdout: out}
+		}
+		return missing
+	case "Anchors":
+		names, ok := f.Engine.Anchors(c.anchor)
+		if !ok {
+			return pfctlReply{stderr: fmt.Sprintf("Anchor '%s' not found.\n", c.anchor)}
+		}
+		return pfctlReply{stdout: indented(names)}
+	case "Tables":
+		tables, ok := f.Engine.Tables(c.anchor)
+		if !ok {
+			return pfctlReply{stderr: "pfctl: Anchor or Ruleset does not exist.\n"}
+		}
+		var out strings.Builder
+		for _, name := range sortedKeys(tables) {
+			out.WriteString(name + "\n")
+		}
+		return pfctlReply{stdout: out.String()}
+	}
+	return pfctlReply{stderr: fmt.Sprintf("pfctl: Unknown show modifier '%s'\n", c.show), status: 1}
+}
+
+func (f *FakePF) references() string {
+	if len(f.tokens) == 0 {
+		return "No pf starter references held\n"
+	}
+	var b strings.Builder
+	b.WriteString("TOKENS:\nPID      Process Name                 TOKEN                    TIMESTAMP\n")
+	for _, r := range f.tokens {
+		fmt.Fprintf(&b, "%-8d %-28s %-24d 0 days 00:00:00\n", r.PID, r.Name, r.Token)
+	}
+	return b.String()
+}
+
+func (f *FakePF) interfaces() string {
+	var b strings.Builder
+	skipped := f.Engine.Interfaces()
+	for _, name := range sortedKeys(skipped) {
+		b.WriteString(name)
+		if skipped[name] {
+			b.WriteString(" (skip)")
+		}
+		b.WriteString("\n\tCleared:     Thu Jan  1 00:00:00 1970\n\tReferences:  [ States:  0                  Rules: 0                  ]\n")
+	}
+	return b.String()
+}
+
+func (f *FakePF) flush(c pfctlCommand) pfctlReply {
+	if !f.Engine.Flush(c.anchor) {
+		return pfctlReply{stderr: "pfctl: DIOCGETRULES: Invalid argument\n", status: 1}
+	}
+	return pfctlReply{stderr: "rules cleared\nnat cleared\ndummynet cleared\n0 tables deleted.\n"}
+}
+
+func (f *FakePF) kill(hosts []string) pfctlReply {
+	var p [2]netip.Prefix
+	if len(hosts) > 2 {
+		return pfctlReply{status: 1}
+	}
+	for i, h := range hosts {
+		var err error
+		if p[i], err = parseHost(h); err != nil {
+			return pfctlReply{stderr: "pfctl: getaddrinfo: nodename nor servname provided, or not known\n", status: 1}
+		}
+	}
+	n := f.Engine.Kill(p[0], p[1])
+	// The kernel returns the number in eight bits.
+	return pfctlReply{stderr: fmt.Sprintf("killed %d states from 1 sources and %d destinations\n", n%256, len(hosts)-1)}
+}
+
+func parseHost(h string) (netip.Prefix, error) {
+	if strings.Contains(h, "/") {
+		return netip.ParsePrefix(h)
+	}
+	a, err := netip.ParseAddr(h)
+	if err != nil {
+		return netip.Prefix{}, err
+	}
+	return a.Prefix(a.BitLen())
+}
+
+func (f *FakePF) table(c pfctlCommand, stdin string) pfctlReply {
+	tables, _ := f.Engine.Tables(c.anchor)
+	entries, ok := tables[c.table]
+	switch {
+	case c.tableCommand == "show" && ok:
+		return pfctlReply{stdout: indented(entries)}
+	case c.tableCommand == "show":
+		return pfctlReply{stderr: "pfctl: Table does not exist.\n", status: 1}
+	case c.tableCommand == "replace" && c.file == "-":
+		var p []netip.Prefix
+		for _, h := range strings.Fields(stdin) {
+			a, err := parseHost(h)
+			if err != nil {
+				return pfctlReply{stderr: "pfctl: cannot create address buffer: Invalid argument\n", status: 1}
+			}
+			p = append(p, a)
+		}
+		f.Engine.SetTable(c.anchor, c.table, p)
+		return pfctlReply{stderr: fmt.Sprintf("%d addresses added.\n", len(p))}
+	}
+	return pfctlReply{status: 1}
+}
+
+// loadNoise is printed by every -f.
+var loadNoise = noise[2] + "\n" + noise[3] + "\n" + noise[4] + "\n\n"
+
+func (f *FakePF) load(anchor, text string) pfctlReply {
+	err := f.Engine.Load(anchor, text)
+	var syntax *PFSyntaxError
+	switch {
+	case err == nil:
+		return pfctlReply{stderr: loadNoise}
+	case errors.As(err, &syntax):
+		return pfctlReply{stderr: loadNoise + syntax.Error() + "\npfctl: Syntax error in config file: pf rules not loaded\n", status: 1}
+	case errors.Is(err, ErrBusy):
+		return pfctlReply{stderr: loadNoise + "stdin:1: cannot define table t: Resource busy\npfctl: Syntax error in config file: pf rules not loaded\n", status: 1}
+	}
+	return pfctlReply{stderr: loadNoise + "pfctl: " + err.Error() + "\n", status: 1}
+}
+
+// indented prints a list the way pfctl does anchors and addresses.
+func indented(list []string) string {
+	var b strings.Builder
+	for _, s := range list {
+		b.WriteString("   " + s + "\n")
+	}
+	return b.String()
+}
+
+func sortedKeys[V any](m map[string]V) []string {
+	keys := make([]string, 0, len(m))
+	for k := range m {
+		keys = append(keys, k)
+	}
+	slices.Sort(keys)
+	return keys
+}

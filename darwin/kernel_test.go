@@ -1,0 +1,168 @@
+package darwin_test
+
+import (
+	"errors"
+	"net/netip"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/meshhelper/meshhelper/darwin"
+)
+
+func TestForwarding(t *testing.T) {
+	k := darwin.NewFakeKernel()
+	s := darwin.NewSysctl(k)
+	ctx := t.Context()
+	for _, f := range []darwin.Family{darwin.IPv4, darwin.IPv6} {
+		for _, want := range []bool{false, true, true, false} {
+			if err := s.SetForwarding(ctx, f, want); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := s.Forwarding(ctx, f); err != nil || got != want {
+				t.Errorf("%v forwarding %v, %v, want %v", f, got, err, want)
+			}
+		}
+	}
+	if k.Variable("net.inet.ip.forwarding") != "0" || k.Variable("net.inet6.ip6.forwarding") != "0" {
+		t.Error("the two families aren't apart")
+	}
+}
+
+func TestSysctlOddAnswers(t *testing.T) {
+	ctx := t.Context()
+	for name, r := range map[string]scripted{
+		"nothing":     {},
+		"not run":     {err: errors.New("timeout")},
+		"unknown":     {stderr: "sysctl: unknown oid 'x'\n", status: 1},
+		"not allowed": {stderr: "sysctl: net.inet.ip.forwarding: Operation not permitted\n", status: 1},
+	} {
+		s := darwin.NewSysctl(r)
+		if on, err := s.Forwarding(ctx, darwin.IPv4); err == nil {
+			t.Errorf("%s: forwarding %v", name, on)
+		}
+		if err := s.SetForwarding(ctx, darwin.IPv4, true); err == nil {
+			t.Errorf("%s: set", name)
+		}
+		if id, err := s.BootSession(ctx); err == nil {
+			t.Errorf("%s: boot session %q", name, id)
+		}
+	}
+	// Something sets it back at once.
+	if err := darwin.NewSysctl(scripted{stdout: "0\n"}).SetForwarding(ctx, darwin.IPv6, true); err == nil {
+		t.Error("a value that didn't hold passes for set")
+	}
+}
+
+func TestBoot(t *testing.T) {
+	k := darwin.NewFakeKernel()
+	s := darwin.NewSysctl(k)
+	ctx := t.Context()
+	before, err := s.BootSession(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.SetForwarding(ctx, darwin.IPv4, true); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := k.CreateTunnel("utun", 1420); err != nil {
+		t.Fatal(err)
+	}
+	k.Boot()
+	after, err := s.BootSession(ctx)
+	if err != nil || after == before || len(after) != 36 {
+		t.Errorf("boot session %q, was %q, %v", after, before, err)
+	}
+	if on, err := s.Forwarding(ctx, darwin.IPv4); err != nil || on {
+		t.Errorf("forwarding after boot: %v, %v", on, err)
+	}
+	if k.Has("utun0") {
+		t.Error("a tunnel survived the boot")
+	}
+}
+
+func TestTunnelNumbersClimb(t *testing.T) {
+	k := darwin.NewFakeKernel()
+	first, err := k.CreateTunnel("utun", 1420)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k.RemoveInterface(first)
+	second, err := k.CreateTunnel("utun", 1420)
+	if err != nil || second == first {
+		t.Errorf("second tunnel %q, first %q, %v", second, first, err)
+	}
+	if _, err := k.CreateTunnel(second, 1420); !errors.Is(err, syscall.EBUSY) {
+		t.Errorf("a number that is taken: %v", err)
+	}
+	if _, err := k.CreateTunnel("wg0", 1420); err == nil {
+		t.Error("made a tunnel by another name")
+	}
+}
+
+func TestAddresses(t *testing.T) {
+	k := darwin.NewFakeKernel()
+	ctx := t.Context()
+	name, err := k.CreateTunnel("utun", 1500)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := darwin.NewIfconfig(k)
+	v4, v6 := netip.MustParseAddr("100.64.0.1"), netip.MustParseAddr("fd00::1")
+	for _, a := range []netip.Addr{v4, v6} {
+		if err := c.AddAddress(ctx, name, a); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := c.SetMTU(ctx, name, 1420); err != nil {
+		t.Fatal(err)
+	}
+	n, err := darwin.Observe(k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	i := n.Interface(name)
+	if i.MTU != 1420 || len(i.Addresses) != 2 || i.Addresses[0].Prefix != netip.PrefixFrom(v4, 32) ||
+		i.Addresses[0].Peer != v4 || i.Addresses[1].Prefix != netip.PrefixFrom(v6, 128) {
+		t.Errorf("interface %+v", i)
+	}
+	if err := c.AddAddress(ctx, name, v4); err == nil || !strings.Contains(err.Error(), "File exists") {
+		t.Errorf("the same address twice: %v", err)
+	}
+	for _, a := range []netip.Addr{v4, v6} {
+		if err := c.RemoveAddress(ctx, name, a); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := c.RemoveAddress(ctx, name, v4); err == nil {
+		t.Error("removed an address that wasn't there")
+	}
+	if n, err := darwin.Observe(k); err != nil || len(n.Interface(name).Addresses) != 0 {
+		t.Errorf("addresses left: %+v, %v", n.Interface(name), err)
+	}
+}
+
+func TestIfconfigRefuses(t *testing.T) {
+	k := darwin.NewFakeKernel()
+	ctx := t.Context()
+	c := darwin.NewIfconfig(k)
+	good := netip.MustParseAddr("100.64.0.1")
+	for _, name := range []string{"", "-a", "utun7", "utun0 up", "averyverylongname0"} {
+		if err := c.AddAddress(ctx, name, good); err == nil {
+			t.Errorf("interface %q was taken", name)
+		}
+	}
+	for _, a := range []netip.Addr{{}, netip.MustParseAddr("fe80::1%en0"), netip.MustParseAddr("::ffff:1.2.3.4")} {
+		if err := c.AddAddress(ctx, "lo0", a); err == nil {
+			t.Errorf("address %v was taken", a)
+		}
+	}
+	if err := c.SetMTU(ctx, "lo0", 70000); err == nil {
+		t.Error("took an absurd MTU")
+	}
+	// ifconfig's warnings come with exit status 0.
+	warned := darwin.NewIfconfig(scripted{stderr: "ifconfig: ioctl (set mtu): Invalid argument\n"})
+	if err := warned.SetMTU(ctx, "utun0", 1420); err == nil {
+		t.Error("a warning passes for success")
+	}
+}

@@ -1,0 +1,145 @@
+package darwin
+
+import (
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// A Kernel gives access to the routing table and the interfaces. On a Mac it is a
+// [System].
+type Kernel interface {
+	// Interfaces returns the interfaces and addresses of both families, as sysctl
+	// CTL_NET PF_ROUTE 0 0 NET_RT_IFLIST2 0 does.
+	Interfaces() ([]byte, error)
+	// Routes returns the routing tables of both families, as NET_RT_DUMP2 does.
+	Routes() ([]byte, error)
+	// OpenRoute opens a routing socket (AF_ROUTE, SOCK_RAW). A Read gives one
+	// message and ends with an error when the socket is closed; a Write takes one
+	// message and gives the kernel's error.
+	OpenRoute() (io.ReadWriteCloser, error)
+}
+
+// An Interface is a network interface.
+type Interface struct {
+	Name  string
+	Index int
+	Flags InterfaceFlags
+	MTU   int // bytes
+	// Addresses in the kernel's order.
+	Addresses []Address
+}
+
+// An Address is one address of an interface.
+type Address struct {
+	// Prefix has the address and the length of its netmask.
+	Prefix netip.Prefix
+	// Peer is the other end of a point-to-point link or the broadcast address;
+	// invalid if there is none.
+	Peer netip.Addr
+}
+
+// A Network is what the kernel says of interfaces and routes at one moment.
+type Network struct {
+	Interfaces []Interface
+	Routes     []Route
+}
+
+// Observe reads interfaces and routes.
+func Observe(k Kernel) (*Network, error) {
+	b, err := k.Interfaces()
+	if err != nil {
+		return nil, fmt.Errorf("read interfaces: %w", err)
+	}
+	list, err := ParseInterfaces(b)
+	if err != nil {
+		return nil, err
+	}
+	if b, err = k.Routes(); err != nil {
+		return nil, fmt.Errorf("read routing table: %w", err)
+	}
+	return &Network{Interfaces: list, Routes: ParseRoutes(b)}, nil
+}
+
+// Interface returns the interface of that name, or nil.
+func (n *Network) Interface(name string) *Interface {
+	for i := range n.Interfaces {
+		if n.Interfaces[i].Name == name {
+			return &n.Interfaces[i]
+		}
+	}
+	return nil
+}
+
+// byIndex returns the interface of that number, or nil.
+func (n *Network) byIndex(index int) *Interface {
+	for i := range n.Interfaces {
+		if n.Interfaces[i].Index == index {
+			return &n.Interfaces[i]
+		}
+	}
+	return nil
+}
+
+// never are interfaces that don't lead to the internet by themselves: VPNs' and
+// Apple's tunnels, peer-to-peer Wi-Fi, coprocessors, and bridges, which serve
+// virtual machines and Internet Sharing. Some carry a default route of their own
+// (tailscale#21154: upstream traffic was sent into the tunnel itself).
+var never = []string{"utun", "ipsec", "gif", "stf", "awdl", "llw", "XHC", "anpi", "lo", "bridge", "ap"}
+
+func leadsOut(i *Interface) bool {
+	if i == nil || i.Flags&InterfaceUp == 0 {
+		return false
+	}
+	kind := strings.TrimRight(i.Name, "0123456789")
+	return !slices.Contains(never, kind)
+}
+
+// Uplink returns the interface of the default route and its router. Of several
+// defaults the kernel uses the one without a scope, the primary service's; the
+// others only serve sockets bound to their interface. It returns nil when there
+// is none, or only by a tunnel.
+func (n *Network) Uplink(f Family) (*Interface, netip.Addr) {
+	for _, r := range n.Routes {
+		if r.Dst.Bits() != 0 || r.Dst.Addr().Is6() != (f == IPv6) || !r.serves() {
+			continue
+		}
+		if i := n.byIndex(r.Index); leadsOut(i) {
+			return i, r.Gateway
+		}
+	}
+	return nil, netip.Addr{}
+}
+
+// serves reports whether the route forwards packets of everybody.
+func (r Route) serves() bool {
+	return r.Flags&RouteUp != 0 && r.Flags&(RouteScoped|RouteReject|RouteBlackhole) == 0
+}
+
+// A Routed is a prefix that the host reaches by an interface.
+type Routed struct {
+	Prefix    netip.Prefix
+	Interface string
+}
+
+// Routed returns what the routing table reaches, default routes included, without
+// loopback, multicast, broadcast, link-local and neighbours' entries. A
+// blackholed or rejected prefix counts: it isn't reached by the default route.
+func (n *Network) Routed() []Routed {
+	const skip = RouteScoped | RouteLLInfo | RouteCloned | RouteLocal | RouteBroadcast | RouteMulticast
+	var out []Routed
+	for _, r := range n.Routes {
+		a := r.Dst.Addr()
+		if r.Flags&RouteUp == 0 || r.Flags&skip != 0 || a.IsMulticast() || a.IsLoopback() || a.IsLinkLocalUnicast() {
+			continue
+		}
+		i := n.byIndex(r.Index)
+		if i == nil || i.Flags&InterfaceLoopback != 0 && r.Flags&(RouteReject|RouteBlackhole) == 0 {
+			continue
+		}
+		out = append(out, Routed{r.Dst, i.Name})
+	}
+	return out
+}

@@ -1,0 +1,323 @@
+package darwin
+
+import (
+	"errors"
+	"net/netip"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// newLaptop returns a Mac with Wi-Fi and a wired LAN, defaults by both, peer-to-
+// peer Wi-Fi, and one of Apple's tunnels with a default of its own.
+func newLaptop(t testing.TB) *FakeKernel {
+	t.Helper()
+	k := NewFakeKernel()
+	broadcast := InterfaceUp | InterfaceBroadcast | InterfaceRunning | InterfaceMulticast
+	en0 := k.AddInterface("en0", broadcast, 1500)
+	en5 := k.AddInterface("en5", broadcast, 1500)
+	awdl := k.AddInterface("awdl0", broadcast, 1484)
+	for name, p := range map[string]string{"en0": "203.0.113.5/24", "en5": "192.168.77.2/24"} {
+		if err := k.AddAddress(name, netip.MustParsePrefix(p)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, p := range map[string]string{"en0": "2001:db8:1::5/64", "awdl0": "fe80::1/64"} {
+		if err := k.AddAddress(name, netip.MustParsePrefix(p)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	utun, err := k.CreateTunnel("utun", 1380)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := Observe(k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tunnel := n.Interface(utun).Index
+	for _, r := range []Route{
+		{Dst: netip.MustParsePrefix("::/0"), Gateway: netip.MustParseAddr("fe80::1"), Index: awdl, Flags: RouteUp | RouteGateway},
+		{Dst: netip.MustParsePrefix("0.0.0.0/0"), Gateway: netip.MustParseAddr("192.168.77.1"), Index: en5, Flags: RouteUp | RouteGateway | RouteScoped},
+		{Dst: netip.MustParsePrefix("0.0.0.0/0"), Gateway: netip.MustParseAddr("203.0.113.1"), Index: en0, Flags: RouteUp | RouteGateway | RouteStatic},
+		{Dst: netip.MustParsePrefix("::/0"), Gateway: netip.MustParseAddr("fe80::9"), Index: en0, Flags: RouteUp | RouteGateway | RouteScoped},
+		{Dst: netip.MustParsePrefix("10.9.0.0/16"), Gateway: netip.MustParseAddr("192.168.77.9"), Index: en5, Flags: RouteUp | RouteGateway | RouteStatic},
+		{Dst: netip.MustParsePrefix("203.0.113.1/32"), Index: en0, Flags: RouteUp | RouteHost | RouteLLInfo | RouteCloned},
+		{Dst: netip.MustParsePrefix("224.0.0.0/4"), Gateway: netip.MustParseAddr("203.0.113.5"), Index: en0, Flags: RouteUp | RouteMulticast},
+		{Dst: netip.MustParsePrefix("198.51.100.0/24"), Gateway: netip.MustParseAddr("127.0.0.1"), Index: 1, Flags: RouteUp | RouteGateway | RouteBlackhole},
+		{Dst: netip.MustParsePrefix("100.100.0.0/16"), Gateway: netip.MustParseAddr("100.100.0.1"), Index: tunnel, Flags: RouteUp | RouteGateway | RouteStatic},
+	} {
+		if err := k.AddRoute(r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return k
+}
+
+func observe(t testing.TB, k Kernel) *Network {
+	t.Helper()
+	n, err := Observe(k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func TestObserve(t *testing.T) {
+	n := observe(t, newLaptop(t))
+	en0 := n.Interface("en0")
+	want := &Interface{Name: "en0", Index: 2, MTU: 1500,
+		Flags: InterfaceUp | InterfaceBroadcast | InterfaceRunning | InterfaceMulticast,
+		Addresses: []Address{
+			{Prefix: netip.MustParsePrefix("203.0.113.5/24")},
+			{Prefix: netip.MustParsePrefix("2001:db8:1::5/64")},
+		}}
+	if diff := cmp.Diff(want, en0, compareNetip); diff != "" {
+		t.Errorf("en0 (-want +got):\n%s", diff)
+	}
+	if n.Interface("en9") != nil {
+		t.Error("found an interface that isn't there")
+	}
+}
+
+func TestUplink(t *testing.T) {
+	k := newLaptop(t)
+	i, gateway := observe(t, k).Uplink(IPv4)
+	if i == nil || i.Name != "en0" || gateway != netip.MustParseAddr("203.0.113.1") {
+		t.Errorf("IPv4 uplink %+v by %v: the unscoped default is en0's", i, gateway)
+	}
+	// The only unscoped IPv6 default is that of peer-to-peer Wi-Fi.
+	if i, _ := observe(t, k).Uplink(IPv6); i != nil {
+		t.Errorf("IPv6 uplink %+v", i)
+	}
+	// Wi-Fi goes, and macOS gives the wired LAN the unscoped default.
+	k.RemoveInterface("en0")
+	if i, _ := observe(t, k).Uplink(IPv4); i != nil {
+		t.Errorf("uplink %+v though only a scoped default is left", i)
+	}
+	en5 := observe(t, k).Interface("en5").Index
+	if err := k.AddRoute(Route{Dst: netip.MustParsePrefix("0.0.0.0/0"), Gateway: netip.MustParseAddr("192.168.77.1"), Index: en5, Flags: RouteUp | RouteGateway}); err != nil {
+		t.Fatal(err)
+	}
+	if i, _ := observe(t, k).Uplink(IPv4); i == nil || i.Name != "en5" {
+		t.Errorf("uplink %+v, want en5", i)
+	}
+}
+
+func TestLeadsOut(t *testing.T) {
+	for name, want := range map[string]bool{
+		"en0": true, "en12": true, "pdp_ip0": true, "ppp0": true, "utun3": false, "ipsec0": false, "gif0": false,
+		"awdl0": false, "llw0": false, "bridge100": false, "ap1": false, "anpi0": false, "lo0": false, "XHC20": false,
+	} {
+		if got := leadsOut(&Interface{Name: name, Flags: InterfaceUp}); got != want {
+			t.Errorf("%s leads out: %v", name, got)
+		}
+	}
+	if leadsOut(&Interface{Name: "en0"}) || leadsOut(nil) {
+		t.Error("an interface that is down, or none, leads out")
+	}
+}
+
+func TestRouted(t *testing.T) {
+	var got []string
+	for _, r := range observe(t, newLaptop(t)).Routed() {
+		got = append(got, r.Prefix.String()+" "+r.Interface)
+	}
+	slices.Sort(got)
+	want := []string{
+		"0.0.0.0/0 en0", "10.9.0.0/16 en5", "100.100.0.0/16 utun0", "192.168.77.0/24 en5",
+		"198.51.100.0/24 lo0", "2001:db8:1::/64 en0", "203.0.113.0/24 en0", "::/0 awdl0",
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+// prefixes parses a list.
+func prefixes(list ...string) (p []netip.Prefix) {
+	for _, s := range list {
+		p = append(p, netip.MustParsePrefix(s))
+	}
+	return p
+}
+
+// marked returns the destinations that carry our mark.
+func marked(t *testing.T, k Kernel) (list []string) {
+	for _, r := range observe(t, k).Routes {
+		if ours(r) {
+			list = append(list, r.Dst.String())
+		}
+	}
+	slices.Sort(list)
+	return list
+}
+
+func newTunnel(t *testing.T, k *FakeKernel) int {
+	t.Helper()
+	name, err := k.CreateTunnel("utun", 1420)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range []string{"100.64.0.1/32", "fd00::1/128"} {
+		if err := k.AddAddress(name, netip.MustParsePrefix(a)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return observe(t, k).Interface(name).Index
+}
+
+func TestRouterThroughStates(t *testing.T) {
+	k := newLaptop(t)
+	before := observe(t, k).Routes
+	tun := newTunnel(t, k)
+	r := NewRouter(k)
+	for _, want := range [][]netip.Prefix{
+		prefixes("100.64.0.2/32", "fd00::2/128"),
+		prefixes("100.64.0.2/32", "fd00::2/128"), // again
+		prefixes("100.64.0.3/32", "fd00::2/128", "0.0.0.0/1", "128.0.0.0/1"),
+		nil,
+	} {
+		if err := r.Set(tun, want); err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for _, p := range want {
+			names = append(names, p.String())
+		}
+		slices.Sort(names)
+		if diff := cmp.Diff(names, marked(t, k)); diff != "" {
+			t.Errorf("routes of ours (-want +got):\n%s", diff)
+		}
+	}
+	k.RemoveInterface("utun1")
+	if diff := cmp.Diff(before, observe(t, k).Routes, compareNetip); diff != "" {
+		t.Errorf("routes of others changed (-before +after):\n%s", diff)
+	}
+}
+
+func TestRouterRepairs(t *testing.T) {
+	k := newLaptop(t)
+	tun := newTunnel(t, k)
+	r := NewRouter(k)
+	want := prefixes("100.64.0.2/32", "100.64.0.3/32")
+	if err := r.Set(tun, want); err != nil {
+		t.Fatal(err)
+	}
+	if err := k.DeleteRoute(want[0]); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Set(tun, want); err != nil || len(marked(t, k)) != 2 {
+		t.Errorf("after somebody's deletion: %v, %q", err, marked(t, k))
+	}
+}
+
+func TestRouterTaken(t *testing.T) {
+	k := newLaptop(t)
+	tun := newTunnel(t, k)
+	en5 := observe(t, k).Interface("en5").Index
+	foreign := Route{Dst: netip.MustParsePrefix("100.64.0.2/32"), Index: en5, Flags: RouteUp | RouteHost | RouteStatic}
+	if err := k.AddRoute(foreign); err != nil {
+		t.Fatal(err)
+	}
+	r := NewRouter(k)
+	err := r.Set(tun, prefixes("100.64.0.2/32", "100.64.0.3/32"))
+	if !errors.Is(err, ErrRouteTaken) || !strings.Contains(err.Error(), "100.64.0.2/32") {
+		t.Errorf("got %v", err)
+	}
+	if got := marked(t, k); !slices.Equal(got, []string{"100.64.0.3/32"}) {
+		t.Errorf("ours: %q", got)
+	}
+	if err := r.Set(tun, nil); err != nil {
+		t.Error(err)
+	}
+	if !slices.Contains(observe(t, k).Routes, foreign) {
+		t.Error("the foreign route is gone")
+	}
+}
+
+func TestRouterRefuses(t *testing.T) {
+	k := newLaptop(t)
+	tun := newTunnel(t, k)
+	before := observe(t, k).Routes
+	for _, bad := range [][]netip.Prefix{
+		prefixes("0.0.0.0/0"), prefixes("::/0"), {netip.Prefix{}}, prefixes("10.0.0.1/8"), prefixes("::ffff:10.0.0.0/104"),
+	} {
+		if err := NewRouter(k).Set(tun, bad); err == nil {
+			t.Errorf("made %v", bad)
+		}
+	}
+	// An interface that isn't there, or has no address of the family.
+	if err := NewRouter(k).Set(99, prefixes("100.64.0.2/32")); !errors.Is(err, syscall.ENETUNREACH) {
+		t.Errorf("route by nothing: %v", err)
+	}
+	if diff := cmp.Diff(before, observe(t, k).Routes, compareNetip); diff != "" {
+		t.Errorf("routes changed (-before +after):\n%s", diff)
+	}
+}
+
+func TestSweepAfterCrash(t *testing.T) {
+	k := newLaptop(t)
+	before := observe(t, k).Routes
+	en0 := observe(t, k).Interface("en0").Index
+	// An endpoint pinned to the uplink outlives the tunnel.
+	if err := NewRouter(k).Set(en0, prefixes("198.51.100.7/32")); err != nil {
+		t.Fatal(err)
+	}
+	gone, err := NewRouter(k).Sweep()
+	if err != nil || !slices.Equal(gone, prefixes("198.51.100.7/32")) {
+		t.Errorf("swept %v, %v", gone, err)
+	}
+	if diff := cmp.Diff(before, observe(t, k).Routes, compareNetip); diff != "" {
+		t.Errorf("routes of others changed (-before +after):\n%s", diff)
+	}
+}
+
+// The trap of tailscale#21395, which the fake must have for the tests above to
+// mean anything.
+func TestFakeDeletesWhateverHasTheDestination(t *testing.T) {
+	k := newLaptop(t)
+	tun := newTunnel(t, k)
+	conn, err := k.OpenRoute()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	m := appendRoute(nil, rtmDelete, 1, Route{Dst: netip.MustParsePrefix("0.0.0.0/0"), Index: tun, Flags: RouteUp | RouteStatic})
+	if _, err := conn.Write(m); err != nil {
+		t.Fatal(err)
+	}
+	if i, _ := observe(t, k).Uplink(IPv4); i != nil {
+		t.Errorf("the physical default survived: %+v", i)
+	}
+	if _, err := conn.Write(m); !errors.Is(err, syscall.ESRCH) {
+		t.Errorf("deleted twice: %v", err)
+	}
+	for name, bad := range map[string][]byte{"short": m[:20], "length": append(slices.Clone(m), 0, 0, 0, 0)} {
+		if _, err := conn.Write(bad); !errors.Is(err, syscall.EINVAL) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func BenchmarkParseRoutes10000(b *testing.B) {
+	k := newLaptop(b)
+	want := make([]netip.Prefix, 10000)
+	for i := range want {
+		want[i] = netip.PrefixFrom(netip.AddrFrom4([4]byte{100, 64, byte(i >> 8), byte(i)}), 32)
+	}
+	list, err := k.Routes()
+	if err != nil {
+		b.Fatal(err)
+	}
+	for _, p := range want {
+		list = append(list, dumpMessage(newRoute(p, 2))...)
+	}
+	for b.Loop() {
+		if n := len(ParseRoutes(list)); n < len(want) {
+			b.Fatal(n)
+		}
+	}
+}

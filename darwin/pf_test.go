@@ -1,0 +1,340 @@
+package darwin_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/meshhelper/meshhelper/darwin"
+)
+
+// A textEngine is a packet filter that knows how lines begin and nothing else:
+// enough to test what is said to pfctl and what is made of its answers.
+type textEngine struct {
+	anchors map[string][]string
+	tables  map[string]map[string][]string
+	skipped map[string]bool
+	killed  []string
+	busy    bool
+}
+
+func newTextEngine() *textEngine {
+	return &textEngine{anchors: map[string][]string{"": nil}, tables: map[string]map[string][]string{}}
+}
+
+func (e *textEngine) SetEnabled(bool) {}
+
+func (e *textEngine) Load(anchor, text string) error {
+	if e.busy {
+		return darwin.ErrBusy
+	}
+	var lines []string
+	tables := map[string][]string{}
+	n := 0
+	for line := range strings.Lines(text) {
+		n++
+		line = strings.TrimSpace(line)
+		f := strings.Fields(line)
+		switch {
+		case len(f) == 0 || f[0] == "set":
+		case f[0] == "table":
+			tables[strings.Trim(f[1], "<>")] = f[3 : len(f)-1]
+		case slices.Contains([]string{"pass", "block", "nat", "anchor", "nat-anchor"}, f[0]):
+			lines = append(lines, line)
+		default:
+			return &darwin.PFSyntaxError{Line: n}
+		}
+	}
+	e.anchors[anchor], e.tables[anchor] = lines, tables
+	return nil
+}
+
+func (e *textEngine) Flush(anchor string) bool {
+	_, ok := e.anchors[anchor]
+	if ok {
+		e.anchors[anchor], e.tables[anchor] = nil, nil
+	}
+	return ok
+}
+
+func (e *textEngine) lines(anchor string, nat bool) (string, bool) {
+	lines, ok := e.anchors[anchor]
+	var b strings.Builder
+	for _, l := range lines {
+		if strings.HasPrefix(l, "nat") == nat {
+			b.WriteString(l + "\n")
+		}
+	}
+	return b.String(), ok
+}
+
+func (e *textEngine) Rules(anchor string) (string, bool) { return e.lines(anchor, false) }
+func (e *textEngine) NAT(anchor string) (string, bool)   { return e.lines(anchor, true) }
+
+func (e *textEngine) Anchors(anchor string) (names []string, ok bool) {
+	for name := range e.anchors {
+		if strings.HasPrefix(name, anchor+"/") {
+			names = append(names, name)
+		}
+	}
+	return names, len(names) > 0
+}
+
+func (e *textEngine) Tables(anchor string) (map[string][]string, bool) {
+	t, ok := e.tables[anchor]
+	return t, ok
+}
+
+func (e *textEngine) SetTable(anchor, table string, entries []netip.Prefix) {
+	var list []string
+	for _, p := range entries {
+		list = append(list, p.String())
+	}
+	e.tables[anchor][table] = list
+}
+
+func (e *textEngine) Kill(src, dst netip.Prefix) int {
+	e.killed = append(e.killed, fmt.Sprintf("%v %v", src, dst))
+	return 300
+}
+
+func (e *textEngine) Interfaces() map[string]bool { return e.skipped }
+
+const anchor = "com.apple/org.example.test"
+
+// newPF returns a PF, the fake pfctl and the engine behind it.
+func newPF(t *testing.T) (*darwin.PF, *darwin.FakePF, *textEngine) {
+	t.Helper()
+	e := newTextEngine()
+	next := darwin.Token(11012949885072952620)
+	f := &darwin.FakePF{Engine: e, NextToken: func() darwin.Token { next++; return next }}
+	return darwin.NewPF(f), f, e
+}
+
+func TestTokens(t *testing.T) {
+	pf, f, _ := newPF(t)
+	ctx := t.Context()
+	first, err := pf.Enable(ctx)
+	if err != nil || first != 11012949885072952621 {
+		t.Fatalf("first token %d, %v", first, err)
+	}
+	second, err := pf.Enable(ctx)
+	if err != nil || second == first {
+		t.Fatalf("second token %d, %v", second, err)
+	}
+	refs, err := pf.References(ctx)
+	if err != nil || len(refs) != 2 || refs[0].Token != second || refs[1].Token != first {
+		t.Errorf("references %+v, %v", refs, err)
+	}
+	if err := pf.Release(ctx, 42); !errors.Is(err, darwin.ErrTokenInvalid) {
+		t.Errorf("release of a stranger's token: %v", err)
+	}
+	if err := pf.Release(ctx, first); err != nil {
+		t.Error(err)
+	}
+	if info, err := pf.Info(ctx); err != nil || !info.Enabled {
+		t.Errorf("with one token left: %+v, %v", info, err)
+	}
+	if err := pf.Release(ctx, second); err != nil {
+		t.Error(err)
+	}
+	if info, err := pf.Info(ctx); err != nil || info.Enabled {
+		t.Errorf("with no token left: %+v, %v", info, err)
+	}
+	if err := pf.Release(ctx, second); !errors.Is(err, darwin.ErrNotEnabled) {
+		t.Errorf("release while off: %v", err)
+	}
+	if refs, err := pf.References(ctx); err != nil || refs != nil {
+		t.Errorf("no references: %+v, %v", refs, err)
+	}
+	for _, c := range f.Calls() {
+		if strings.Contains(c, "-q") || strings.Contains(c, "-e") || strings.Contains(c, "-d") {
+			t.Errorf("ran %q", c)
+		}
+	}
+}
+
+func TestDisabledByOthers(t *testing.T) {
+	pf, f, _ := newPF(t)
+	token, err := pf.Enable(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Disable()
+	if refs, err := pf.References(t.Context()); err != nil || len(refs) != 0 {
+		t.Errorf("after pfctl -d: %+v, %v", refs, err)
+	}
+	if err := pf.Release(t.Context(), token); !errors.Is(err, darwin.ErrNotEnabled) {
+		t.Errorf("release after pfctl -d: %v", err)
+	}
+}
+
+func TestLoadAndReadBack(t *testing.T) {
+	pf, f, e := newPF(t)
+	ctx := t.Context()
+	if rules, err := pf.Rules(ctx, anchor); err != nil || rules != "" {
+		t.Errorf("a missing anchor: %q, %v", rules, err)
+	}
+	if names, err := pf.Anchors(ctx, "com.apple"); err != nil || len(names) != 0 {
+		t.Errorf("a missing parent: %q, %v", names, err)
+	}
+	if tables, err := pf.Tables(ctx, anchor); err != nil || len(tables) != 0 {
+		t.Errorf("tables of a missing anchor: %q, %v", tables, err)
+	}
+	const text = "table <peers> { 100.64.0.2 100.64.0.3 }\nnat on en0 from <peers> to any -> (en0)\npass in on utun7 all\n"
+	if err := pf.Load(ctx, anchor, text); err != nil {
+		t.Fatal(err)
+	}
+	rules, err := pf.Rules(ctx, anchor)
+	if err != nil || rules != "pass in on utun7 all\n" {
+		t.Errorf("rules %q, %v", rules, err)
+	}
+	nat, err := pf.NAT(ctx, anchor)
+	if err != nil || nat != "nat on en0 from <peers> to any -> (en0)\n" {
+		t.Errorf("nat %q, %v", nat, err)
+	}
+	if names, err := pf.Anchors(ctx, "com.apple"); err != nil || !slices.Equal(names, []string{anchor}) {
+		t.Errorf("anchors %q, %v", names, err)
+	}
+	if tables, err := pf.Tables(ctx, anchor); err != nil || !slices.Equal(tables, []string{"peers"}) {
+		t.Errorf("tables %q, %v", tables, err)
+	}
+	if entries, err := pf.Table(ctx, anchor, "peers"); err != nil || !slices.Equal(entries, []string{"100.64.0.2", "100.64.0.3"}) {
+		t.Errorf("table %q, %v", entries, err)
+	}
+	if err := pf.ReplaceTable(ctx, anchor, "peers", []netip.Prefix{netip.MustParsePrefix("fd00::1/128")}); err != nil {
+		t.Error(err)
+	}
+	if entries, err := pf.Table(ctx, anchor, "peers"); err != nil || !slices.Equal(entries, []string{"fd00::1/128"}) {
+		t.Errorf("table afterwards %q, %v", entries, err)
+	}
+	if _, err := pf.Table(ctx, anchor, "others"); err == nil || !strings.Contains(err.Error(), "Table does not exist") {
+		t.Errorf("a missing table: %v", err)
+	}
+	if err := pf.Flush(ctx, anchor); err != nil || e.anchors[anchor] != nil {
+		t.Errorf("flush: %v, left %q", err, e.anchors[anchor])
+	}
+	if err := pf.Flush(ctx, "com.apple/never.loaded"); err != nil {
+		t.Errorf("flush of a missing anchor: %v", err)
+	}
+	for _, c := range f.Calls() {
+		if strings.Contains(c, "-F") && !strings.HasPrefix(c, "pfctl -a ") {
+			t.Errorf("ran %q", c)
+		}
+	}
+}
+
+func TestLoadRefused(t *testing.T) {
+	pf, _, e := newPF(t)
+	if err := pf.Load(t.Context(), anchor, "pass all\n"); err != nil {
+		t.Fatal(err)
+	}
+	err := pf.Load(t.Context(), anchor, "block all\nnonsense\n")
+	var ce *darwin.CommandError
+	if !errors.As(err, &ce) || ce.Message != "stdin:2: syntax error" {
+		t.Errorf("syntax error: %v", err)
+	}
+	e.busy = true
+	if err := pf.Load(t.Context(), anchor, "block all\n"); !errors.Is(err, darwin.ErrBusy) {
+		t.Errorf("busy: %v", err)
+	}
+	if rules, err := pf.Rules(t.Context(), anchor); err != nil || rules != "pass all\n" {
+		t.Errorf("refused loads changed the rules: %q, %v", rules, err)
+	}
+}
+
+func TestKillBothWaysAndFamilies(t *testing.T) {
+	pf, _, e := newPF(t)
+	err := pf.Kill(t.Context(), netip.MustParsePrefix("100.64.0.2/32"), netip.MustParsePrefix("fd00::2/128"), netip.MustParsePrefix("10.1.2.3/8"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{
+		"100.64.0.2/32 invalid Prefix", "0.0.0.0/0 100.64.0.2/32",
+		"fd00::2/128 invalid Prefix", "::/0 fd00::2/128",
+		"10.0.0.0/8 invalid Prefix", "0.0.0.0/0 10.0.0.0/8",
+	}
+	if diff := cmp.Diff(want, e.killed); diff != "" {
+		t.Errorf("killed (-want +got):\n%s", diff)
+	}
+	if err := pf.Kill(t.Context(), netip.Prefix{}); err == nil {
+		t.Error("killed the states of nobody")
+	}
+}
+
+func TestSkipped(t *testing.T) {
+	pf, _, e := newPF(t)
+	e.skipped = map[string]bool{"ALL": false, "en0": false, "lo0": true, "utun3": true}
+	got, err := pf.Skipped(t.Context())
+	if err != nil || !slices.Equal(got, []string{"lo0", "utun3"}) {
+		t.Errorf("skipped %q, %v", got, err)
+	}
+}
+
+func TestNamesAreChecked(t *testing.T) {
+	pf, f, _ := newPF(t)
+	ctx := t.Context()
+	for _, bad := range []string{"", "*", "a/*", "_pf", "a//b", "-F", "a b", "a\n", "a/_b", strings.Repeat("x", 64), strings.Repeat("x/", 600) + "x"} {
+		if err := pf.Load(ctx, bad, "pass all\n"); err == nil {
+			t.Errorf("loaded anchor %q", bad)
+		}
+		if err := pf.Flush(ctx, bad); err == nil {
+			t.Errorf("flushed anchor %q", bad)
+		}
+		if _, err := pf.Table(ctx, bad, "t"); err == nil {
+			t.Errorf("looked at a table of anchor %q", bad)
+		}
+	}
+	if _, err := pf.Table(ctx, anchor, "t; x"); err == nil {
+		t.Error("took a bad table name")
+	}
+	if calls := f.Calls(); calls != nil {
+		t.Errorf("commands were run: %q", calls)
+	}
+}
+
+// scripted answers every command the same way.
+type scripted struct {
+	stdout, stderr string
+	status         int
+	err            error
+}
+
+func (s scripted) Run(context.Context, []byte, string, ...string) ([]byte, []byte, int, error) {
+	return []byte(s.stdout), []byte(s.stderr), s.status, s.err
+}
+
+// What pfctl never says as far as we know must not pass for "none" or "all well".
+func TestOddAnswersAreErrors(t *testing.T) {
+	for name, r := range map[string]scripted{
+		"nothing":           {},
+		"another language":  {stdout: "Zustand: an\n", stderr: "Jeton : 1\n"},
+		"permission":        {stderr: "pfctl: /dev/pf: Permission denied\n", status: 1},
+		"complaint, exit 0": {stdout: "Status: Enabled\nTOKENS:\nPID Name\n", stderr: "pfctl: DIOCGETSTATUS: Bad address\n"},
+		"not run":           {err: errors.New("timeout")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			pf := darwin.NewPF(r)
+			ctx := t.Context()
+			if info, err := pf.Info(ctx); err == nil {
+				t.Errorf("info %+v", info)
+			}
+			if refs, err := pf.References(ctx); err == nil {
+				t.Errorf("references %+v", refs)
+			}
+			if token, err := pf.Enable(ctx); err == nil {
+				t.Errorf("token %d", token)
+			}
+		})
+	}
+	pf := darwin.NewPF(scripted{stderr: "pfctl: DIOCGETRULES: Operation not permitted\n"})
+	if rules, err := pf.Rules(t.Context(), anchor); err == nil {
+		t.Errorf("rules %q", rules)
+	}
+}

@@ -1,0 +1,174 @@
+package darwin
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"syscall"
+)
+
+// ErrRouteTaken: a route to the same destination is there already, by another
+// interface.
+var ErrRouteTaken = errors.New("the destination has another route")
+
+// A Router makes routes by interfaces and takes them away again. Its routes carry
+// RouteProto1, so that they are told from others' after a crash. It makes no
+// default route: RTM_DELETE looks at destination and mask only (xnu
+// bsd/net/route.c), so that taking one away again takes the physical one
+// (tailscale#21395). Halves of a family (0.0.0.0/1 and 128.0.0.0/1) win over the
+// default and leave it alone.
+type Router struct {
+	k   Kernel
+	seq int
+}
+
+// NewRouter returns a Router.
+func NewRouter(k Kernel) *Router { return &Router{k: k} }
+
+// Set makes the routes of ours by the interface exactly those given: missing ones
+// are added, surplus ones taken away, and the table is read again. Routes of
+// others are not touched; where one stands in the way, the error is ErrRouteTaken
+// and the rest is made all the same. Routes of ours by other interfaces stay, see
+// Sweep.
+func (r *Router) Set(index int, want []netip.Prefix) error {
+	for _, p := range want {
+		if !p.IsValid() || p.Bits() == 0 || p != p.Masked() || p.Addr().Is4In6() {
+			return fmt.Errorf("set routes: prefix %v is not valid here", p)
+		}
+	}
+	table, err := r.table()
+	if err != nil {
+		return err
+	}
+	wanted := make(map[netip.Prefix]bool, len(want))
+	for _, p := range want {
+		wanted[p] = true
+	}
+	var changes []change
+	for p, have := range table {
+		if ours(have) && have.Index == index && !wanted[p] {
+			changes = append(changes, deletion(have))
+		}
+	}
+	var taken []error
+	for _, p := range want {
+		have, ok := table[p]
+		switch {
+		case !ok:
+			changes = append(changes, change{rtmAdd, newRoute(p, index)})
+		case have.Index != index:
+			taken = append(taken, fmt.Errorf("add route %s: %w", p, ErrRouteTaken))
+		}
+	}
+	if err := r.apply(changes); err != nil {
+		return err
+	}
+	if len(changes) > 0 {
+		if err := r.verify(index, want, len(taken)); err != nil {
+			return err
+		}
+	}
+	return errors.Join(taken...)
+}
+
+// Sweep takes away all routes that carry our mark, on whatever interface: what a
+// crash has left. It returns their destinations.
+func (r *Router) Sweep() ([]netip.Prefix, error) {
+	table, err := r.table()
+	if err != nil {
+		return nil, err
+	}
+	var changes []change
+	var gone []netip.Prefix
+	for p, have := range table {
+		if ours(have) {
+			changes = append(changes, deletion(have))
+			gone = append(gone, p)
+		}
+	}
+	slices.SortFunc(gone, netip.Prefix.Compare)
+	return gone, r.apply(changes)
+}
+
+func ours(r Route) bool { return r.Flags&RouteProto1 != 0 && r.Dst.Bits() > 0 }
+
+func newRoute(p netip.Prefix, index int) Route {
+	flags := RouteUp | RouteStatic | RouteProto1
+	if p.IsSingleIP() {
+		flags |= RouteHost
+	}
+	return Route{Dst: p, Index: index, Flags: flags}
+}
+
+// deletion makes the change that takes a route of the table away, without the
+// flags that only the kernel sets.
+func deletion(r Route) change {
+	r.Flags &= RouteUp | RouteGateway | RouteHost | RouteStatic | RouteProto1
+	return change{rtmDelete, r}
+}
+
+// table returns the unscoped routes by destination.
+func (r *Router) table() (map[netip.Prefix]Route, error) {
+	b, err := r.k.Routes()
+	if err != nil {
+		return nil, fmt.Errorf("read routing table: %w", err)
+	}
+	table := map[netip.Prefix]Route{}
+	for _, have := range ParseRoutes(b) {
+		if have.Flags&RouteScoped == 0 {
+			table[have.Dst] = have
+		}
+	}
+	return table, nil
+}
+
+// A change is one message to send.
+type change struct {
+	typ   byte
+	route Route
+}
+
+// apply sends the changes, deletions first as they come. A route that is there,
+// or gone, already is what was wanted.
+func (r *Router) apply(changes []change) error {
+	if len(changes) == 0 {
+		return nil
+	}
+	conn, err := r.k.OpenRoute()
+	if err != nil {
+		return fmt.Errorf("open routing socket: %w", err)
+	}
+	defer conn.Close()
+	for _, c := range changes {
+		r.seq++
+		_, err := conn.Write(appendRoute(nil, c.typ, r.seq, c.route))
+		switch {
+		case err == nil:
+		case c.typ == rtmAdd && errors.Is(err, syscall.EEXIST):
+		case c.typ == rtmDelete && errors.Is(err, syscall.ESRCH):
+		case c.typ == rtmAdd:
+			return fmt.Errorf("add route %s: %w", c.route.Dst, err)
+		default:
+			return fmt.Errorf("delete route %s: %w", c.route.Dst, err)
+		}
+	}
+	return nil
+}
+
+// verify reads the table again. taken routes may be missing.
+func (r *Router) verify(index int, want []netip.Prefix, taken int) error {
+	table, err := r.table()
+	if err != nil {
+		return err
+	}
+	for _, p := range want {
+		if have, ok := table[p]; ok && have.Index == index {
+			continue
+		}
+		if taken--; taken < 0 {
+			return fmt.Errorf("add route %s: it isn't in the routing table afterwards", p)
+		}
+	}
+	return nil
+}

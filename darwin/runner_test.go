@@ -1,0 +1,68 @@
+package darwin_test
+
+import (
+	"context"
+	"errors"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/meshhelper/meshhelper/darwin"
+)
+
+// shell runs a script by this system's shell.
+func shell(t *testing.T, e darwin.Exec, ctx context.Context, stdin, script string) (string, string, int, error) {
+	t.Helper()
+	out, errOut, status, err := e.Run(ctx, []byte(stdin), "/bin/sh", "-c", script)
+	return string(out), string(errOut), status, err
+}
+
+func TestExec(t *testing.T) {
+	t.Setenv("MESH_SECRET", "x")
+	out, errOut, status, err := shell(t, darwin.Exec{}, t.Context(), "in", `cat; echo "$LC_ALL $MESH_SECRET $PWD"; echo talk >&2; exit 3`)
+	if err != nil || status != 3 || out != "inC  /\n" || errOut != "talk\n" {
+		t.Errorf("stdout %q, stderr %q, status %d, %v", out, errOut, status, err)
+	}
+	if _, _, _, err := (darwin.Exec{}).Run(t.Context(), nil, "sh"); err == nil {
+		t.Error("ran a name that isn't absolute")
+	}
+	if _, _, _, err := (darwin.Exec{}).Run(t.Context(), nil, "/nowhere/pfctl"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("ran a program that isn't there: %v", err)
+	}
+	if _, _, _, err := shell(t, darwin.Exec{}, t.Context(), "", "kill -9 $$"); err == nil {
+		t.Error("a program that was killed passes for one that ended")
+	}
+}
+
+func TestExecDrainsBothPipes(t *testing.T) {
+	out, errOut, status, err := shell(t, darwin.Exec{}, t.Context(), "",
+		`i=0; while [ $i -lt 3000 ]; do echo "................................................"; echo "++++++++++++++++++++++++++++++++++++++++++++++++" >&2; i=$((i+1)); done`)
+	if err != nil || status != 0 || len(out) != 3000*49 || len(errOut) != 3000*49 {
+		t.Errorf("%d and %d bytes, status %d, %v", len(out), len(errOut), status, err)
+	}
+}
+
+func TestExecTimesOut(t *testing.T) {
+	begin := time.Now()
+	// The child of the shell holds the pipes open.
+	_, _, _, err := shell(t, darwin.Exec{Timeout: 50 * time.Millisecond}, t.Context(), "", "sleep 60 & sleep 60")
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %v", err)
+	}
+	if d := time.Since(begin); d > 30*time.Second {
+		t.Errorf("took %v", d)
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(errors.New("the helper stops"))
+	if _, _, _, err := shell(t, darwin.Exec{}, ctx, "", "true"); err == nil || !strings.Contains(err.Error(), "the helper stops") {
+		t.Errorf("after the end: %v", err)
+	}
+}
+
+func TestExecBoundsOutput(t *testing.T) {
+	_, _, _, err := shell(t, darwin.Exec{}, t.Context(), "", "head -c 40000000 /dev/zero")
+	if err == nil || !strings.Contains(err.Error(), "bytes of output") {
+		t.Errorf("got %v", err)
+	}
+}

@@ -1,0 +1,110 @@
+package darwin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+)
+
+// sysctlPath is sysctl(8). x/sys only has getters on macOS, and the alternatives
+// to this program are a raw system call, whose numbers Apple doesn't promise, or
+// a linkname into package syscall.
+const sysctlPath = "/usr/sbin/sysctl"
+
+// The kernel variables used here. IPv6 forwarding is set to 1 by anything above
+// 0 (xnu bsd/netinet6/in6_proto.c).
+const (
+	ipv4Forwarding = "net.inet.ip.forwarding"
+	ipv6Forwarding = "net.inet6.ip6.forwarding"
+	bootSession    = "kern.bootsessionuuid"
+)
+
+// A Sysctl reads and writes kernel variables through sysctl(8).
+type Sysctl struct{ r Runner }
+
+// NewSysctl returns a Sysctl.
+func NewSysctl(r Runner) *Sysctl { return &Sysctl{r} }
+
+// A Family is an address family of the internet.
+type Family int
+
+// The two families.
+const (
+	IPv4 Family = 4
+	IPv6 Family = 6
+)
+
+func (f Family) String() string { return "IPv" + strconv.Itoa(int(f)) }
+
+func (f Family) forwarding() string {
+	if f == IPv6 {
+		return ipv6Forwarding
+	}
+	return ipv4Forwarding
+}
+
+// Forwarding reports whether the kernel forwards packets of the family.
+func (s *Sysctl) Forwarding(ctx context.Context, f Family) (bool, error) {
+	v, err := s.get(ctx, f.forwarding())
+	if err != nil {
+		return false, err
+	}
+	n, err := strconv.ParseInt(v, 10, 32)
+	if err != nil {
+		return false, fmt.Errorf("read %s: %q is not a number", f.forwarding(), v)
+	}
+	return n != 0, nil
+}
+
+// SetForwarding turns forwarding of the family on or off and reads it back:
+// compliance agents and other software flip it, too.
+//
+// While it is on, macOS also accepts packets to a tunnel's address that arrive on
+// other interfaces (xnu bsd/netinet/ip_input.c: the weak end system model): pair
+// it with filter rules.
+func (s *Sysctl) SetForwarding(ctx context.Context, f Family, on bool) error {
+	assign := f.forwarding() + "=0"
+	if on {
+		assign = f.forwarding() + "=1"
+	}
+	args := []string{"-w", assign}
+	_, stderr, status, err := s.r.Run(ctx, nil, sysctlPath, args...)
+	if err == nil && status != 0 {
+		err = failure(stderr, status, sysctlPath, args)
+	}
+	if err != nil {
+		return fmt.Errorf("set %s: %w", assign, err)
+	}
+	now, err := s.Forwarding(ctx, f)
+	if err != nil {
+		return err
+	}
+	if now != on {
+		return fmt.Errorf("set %s: it reads %v afterwards", assign, now)
+	}
+	return nil
+}
+
+// BootSession returns the id of this boot of the kernel, a UUID in capitals. What
+// was kept on disk with another id (a packet filter token, a found value) is void.
+func (s *Sysctl) BootSession(ctx context.Context) (string, error) {
+	v, err := s.get(ctx, bootSession)
+	if err == nil && v == "" {
+		err = errors.New("read " + bootSession + ": empty")
+	}
+	return v, err
+}
+
+func (s *Sysctl) get(ctx context.Context, name string) (string, error) {
+	args := []string{"-n", name}
+	stdout, stderr, status, err := s.r.Run(ctx, nil, sysctlPath, args...)
+	if err == nil && status != 0 {
+		err = failure(stderr, status, sysctlPath, args)
+	}
+	if err != nil {
+		return "", fmt.Errorf("read %s: %w", name, err)
+	}
+	return strings.TrimSpace(string(stdout)), nil
+}

@@ -1,0 +1,72 @@
+package darwin
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+
+	"golang.org/x/net/route"
+	"golang.org/x/sys/unix"
+)
+
+// A System is this Mac's kernel.
+type System struct{}
+
+// Interfaces implements Kernel.
+func (System) Interfaces() ([]byte, error) { return fetch(unix.NET_RT_IFLIST2) }
+
+// Routes implements Kernel.
+func (System) Routes() ([]byte, error) { return fetch(unix.NET_RT_DUMP2) }
+
+// fetch reads a table. The size is asked first, and the table may have grown by
+// the time it is read: then the kernel answers ENOMEM.
+func fetch(kind route.RIBType) (b []byte, err error) {
+	for range 10 {
+		b, err = route.FetchRIB(unix.AF_UNSPEC, kind, 0)
+		if !errors.Is(err, unix.ENOMEM) {
+			break
+		}
+	}
+	return b, err
+}
+
+// OpenRoute implements Kernel. Closing the socket ends a Read.
+func (System) OpenRoute() (io.ReadWriteCloser, error) {
+	// ForkLock isn't needed for correctness: at worst a child that is started in
+	// between inherits a socket that tells nothing secret.
+	fd, err := unix.Socket(unix.AF_ROUTE, unix.SOCK_RAW, unix.AF_UNSPEC)
+	if err != nil {
+		return nil, os.NewSyscallError("socket", err)
+	}
+	unix.CloseOnExec(fd)
+	// Non-blocking, so that the runtime's poller waits and Close wakes it.
+	if err := unix.SetNonblock(fd, true); err != nil {
+		unix.Close(fd)
+		return nil, os.NewSyscallError("fcntl", err)
+	}
+	return os.NewFile(uintptr(fd), "route"), nil
+}
+
+// PeerOf returns who is at the other end of a connection.
+func PeerOf(c *net.UnixConn) (Peer, error) {
+	// Not by File, which would make the socket blocking.
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return Peer{}, fmt.Errorf("read peer credentials: %w", err)
+	}
+	var cred *unix.Xucred
+	var credErr error
+	err = raw.Control(func(fd uintptr) {
+		cred, credErr = unix.GetsockoptXucred(int(fd), unix.SOL_LOCAL, unix.LOCAL_PEERCRED)
+	})
+	if err := errors.Join(err, credErr); err != nil {
+		return Peer{}, fmt.Errorf("read peer credentials: %w", err)
+	}
+	// XUCRED_VERSION is 0 (xnu bsd/sys/ucred.h).
+	if cred.Version != 0 || cred.Ngroups < 1 {
+		return Peer{}, fmt.Errorf("read peer credentials: %w", ErrNoCredentials)
+	}
+	return Peer{UID: cred.Uid, GID: cred.Groups[0]}, nil
+}

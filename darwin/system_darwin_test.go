@@ -1,0 +1,83 @@
+package darwin
+
+import (
+	"context"
+	"net"
+	"testing"
+
+	"golang.org/x/net/route"
+	"golang.org/x/sys/unix"
+)
+
+// On a Mac the portable readers are compared with x/net's and package net's.
+func TestObserveThisMac(t *testing.T) {
+	n, err := Observe(System{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := net.Interfaces()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, i := range list {
+		got := n.Interface(i.Name)
+		if got == nil || got.Index != i.Index || got.MTU != i.MTU {
+			t.Errorf("interface %+v, want %+v", got, i)
+		}
+	}
+	lo := n.Interface("lo0")
+	if lo == nil || lo.Flags&InterfaceLoopback == 0 || len(lo.Addresses) == 0 {
+		t.Errorf("loopback %+v", lo)
+	}
+}
+
+func TestParseRoutesAgreesWithXNet(t *testing.T) {
+	b, err := System{}.Routes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	messages, err := route.ParseRIB(route.RIBType(unix.NET_RT_IFLIST2), b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := 0
+	for _, m := range messages {
+		r, ok := m.(*route.RouteMessage)
+		if !ok || len(r.Addrs) == 0 {
+			continue
+		}
+		switch r.Addrs[0].(type) {
+		case *route.Inet4Addr, *route.Inet6Addr:
+			want++
+		}
+	}
+	if got := len(ParseRoutes(b)); got == 0 || got > want || got < want-want/10 {
+		t.Errorf("%d routes, x/net reads %d", got, want)
+	}
+}
+
+func TestSysctlOfThisMac(t *testing.T) {
+	s := NewSysctl(Exec{})
+	if id, err := s.BootSession(context.Background()); err != nil || len(id) != 36 {
+		t.Errorf("boot session %q, %v", id, err)
+	}
+	for _, f := range []Family{IPv4, IPv6} {
+		if _, err := s.Forwarding(context.Background(), f); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestRouteSocketCloses(t *testing.T) {
+	conn, err := System{}.OpenRoute()
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error)
+	go func() {
+		_, err := conn.Read(make([]byte, 2048))
+		done <- err
+	}()
+	conn.Close()
+	<-done // an error, or a message that came first
+}

@@ -1,0 +1,203 @@
+package darwin
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net/netip"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// watch runs a watcher over k in a bubble and returns the count of its reports.
+func watch(t *testing.T, k Kernel) *atomic.Int32 {
+	t.Helper()
+	var n atomic.Int32
+	w := NewWatcher(WatcherOptions{Kernel: k, Log: slog.New(slog.DiscardHandler)})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- w.Run(ctx, func() { n.Add(1) }) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			t.Errorf("Run: %v", err)
+		}
+	})
+	synctest.Wait()
+	return &n
+}
+
+func TestWatcherReportsFirstAtOnceAndThenTheBurst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k := newLaptop(t)
+		n := watch(t, k)
+		if err := k.AddAddress("en0", netip.MustParsePrefix("192.0.2.9/24")); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if got := n.Load(); got != 1 {
+			t.Errorf("%d reports at once, want 1", got)
+		}
+		for range 5 {
+			time.Sleep(50 * time.Millisecond)
+			k.AddInterface("en9", InterfaceUp, 1500)
+		}
+		synctest.Wait()
+		if got := n.Load(); got != 1 {
+			t.Errorf("%d reports in the burst, want 1", got)
+		}
+		time.Sleep(300 * time.Millisecond)
+		if got := n.Load(); got != 2 {
+			t.Errorf("%d reports after the burst, want 2", got)
+		}
+		time.Sleep(time.Hour)
+		if got := n.Load(); got != 2 {
+			t.Errorf("%d reports in the quiet, want 2", got)
+		}
+	})
+}
+
+func TestWatcherDoesNotWaitForEver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k := newLaptop(t)
+		n := watch(t, k)
+		for range 100 {
+			k.Announce(interfaceMessage(rtmIfInfo, sizeIf, &Interface{Name: "en0", Index: 2}))
+			time.Sleep(100 * time.Millisecond)
+		}
+		if got := n.Load(); got < 9 || got > 25 {
+			t.Errorf("%d reports in 10 s without quiet, want one or two a second", got)
+		}
+	})
+}
+
+func TestWatcherIgnoresTraffic(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k := newLaptop(t)
+		n := watch(t, k)
+		route := Route{Dst: netip.MustParsePrefix("192.0.2.7/32"), Index: 2, Flags: RouteUp | RouteHost}
+		for _, f := range []RouteFlags{RouteLLInfo, RouteCloned} {
+			noise := route
+			noise.Flags |= f
+			k.Announce(appendRoute(nil, rtmAdd, 0, noise))
+		}
+		const rtmMiss = 7
+		for _, odd := range [][]byte{
+			appendRoute(nil, rtmMiss, 0, route), nil, {1}, {4, 0, 5}, {4, 0, rtmVersion, 99}, {4, 0, 4, rtmIfInfo}, make([]byte, 3000),
+		} {
+			k.Announce(odd)
+		}
+		time.Sleep(time.Minute)
+		if got := n.Load(); got != 0 {
+			t.Errorf("%d reports, want none", got)
+		}
+		k.Announce([]byte{8, 0, rtmVersion, rtmDelete}) // cut off: a look too many
+		synctest.Wait()
+		if got := n.Load(); got != 1 {
+			t.Errorf("%d reports of a route that was cut off, want 1", got)
+		}
+	})
+}
+
+func TestWatcherSurvivesClosedSockets(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k := newLaptop(t)
+		n := watch(t, k)
+		k.BreakSockets(syscall.ENOTCONN)
+		time.Sleep(2 * time.Second)
+		if got := n.Load(); got != 1 {
+			t.Errorf("%d reports after a lost socket, want 1 for what was missed", got)
+		}
+		k.RemoveInterface("en5")
+		time.Sleep(2 * time.Second)
+		if got := n.Load(); got < 2 {
+			t.Error("nothing is reported by the second socket")
+		}
+	})
+}
+
+func TestWatcherSurvivesOverrun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k := newLaptop(t)
+		n := watch(t, k)
+		for range 1000 {
+			k.Announce([]byte{4, 0, rtmVersion, 99})
+		}
+		time.Sleep(time.Minute)
+		if got := n.Load(); got == 0 {
+			t.Error("an overrun isn't reported")
+		}
+	})
+}
+
+// noSockets is a kernel that gives none for a while.
+type noSockets struct {
+	*FakeKernel
+	refuse int
+}
+
+func (k *noSockets) OpenRoute() (io.ReadWriteCloser, error) {
+	if k.refuse--; k.refuse >= 0 {
+		return nil, syscall.EMFILE
+	}
+	return k.FakeKernel.OpenRoute()
+}
+
+func TestWatcherWaitsForASocket(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k := &noSockets{newLaptop(t), 5}
+		n := watch(t, k)
+		time.Sleep(10 * time.Second)
+		if got := n.Load(); got != 1 {
+			t.Errorf("%d reports, want 1 for what was missed", got)
+		}
+	})
+}
+
+func TestWatchWake(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		var slept atomic.Int64
+		clock := func() (time.Time, time.Duration) {
+			awake := time.Since(start)
+			return start.Add(awake).Add(time.Duration(slept.Load())), awake
+		}
+		var woke []time.Duration
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() {
+			done <- WatchWake(ctx, clock, 5*time.Second, func(d time.Duration) { woke = append(woke, d) })
+		}()
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if len(woke) > 0 {
+			t.Errorf("woke %v without sleep", woke)
+		}
+		slept.Add(int64(8 * time.Hour))
+		time.Sleep(6 * time.Second)
+		synctest.Wait()
+		if len(woke) != 1 || woke[0] != 8*time.Hour {
+			t.Errorf("woke %v, want once after 8h", woke)
+		}
+		slept.Add(-int64(time.Hour)) // the clock is set back
+		slept.Add(int64(time.Second))
+		time.Sleep(time.Minute)
+		cancel()
+		if err := <-done; !errors.Is(err, context.Canceled) || len(woke) != 1 {
+			t.Errorf("ended with %v, woke %v", err, woke)
+		}
+	})
+}
+
+func TestSystemClockRuns(t *testing.T) {
+	clock := SystemClock()
+	w1, a1 := clock()
+	w2, a2 := clock()
+	if w2.Before(w1) || a2 < a1 || a1 < 0 {
+		t.Errorf("clock ran from %v, %v to %v, %v", w1, a1, w2, a2)
+	}
+}
