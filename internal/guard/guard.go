@@ -1,5 +1,7 @@
 // Package guard judges every packet of every peer in our own process, before
-// the kernel or WireGuard sees it: a tun.Device around a tun.Device.
+// the kernel or WireGuard sees it: a tun.Device around a tun.Device. Nobody
+// else's software can switch it off, and it holds the whole of the policy that
+// can be told at the tunnel, so the packet filter behind it may fail.
 //
 // How a daemon uses it:
 //
@@ -12,10 +14,14 @@
 // Set may be called at any time and from any goroutine; when it returns, no
 // packet is judged by an older ruleset any more, and the flows that the new one
 // refuses are cut. Closing g closes inner.
+//
+// What a packet is judged by is told in package flow. Here is the rest: batches
+// are judged as they are, in place; a packet that a missing permission stops is
+// answered with an ICMP error, which the peer gets by way of Read.
 package guard
 
 import (
-	"net/netip"
+	"errors"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -23,12 +29,14 @@ import (
 
 	"golang.zx2c4.com/wireguard/tun"
 
+	"github.com/meshhelper/meshhelper/internal/flow"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // Options are what New can be told.
 type Options struct {
-	Now func() time.Time // optional: time.Now
+	Now     func() time.Time // optional: time.Now
+	PerPeer int              // optional: flows remembered per peer; see flow.Options
 }
 
 // Traffic is what the host routed for a peer: packets of the classes lan and
@@ -42,93 +50,176 @@ type Traffic struct {
 // PeerStats counts what the guard did with a peer's packets since the peer was
 // first in a ruleset.
 type PeerStats struct {
-	Refused [policy.NumClasses]uint64 // packets, by class; index 0 counts those towards the peer
-	Routed  Traffic
+	Refused    [policy.NumClasses]uint64 // packets, by class; index 0 counts those towards the peer
+	Routed     Traffic
+	Flows, Cut int // flows remembered now, running ones and cut ones
 }
 
-// Device is a tun.Device that lets pass what the policy lets pass.
+// Device is a tun.Device that lets pass what the policy lets pass. All methods
+// may be called concurrently, Read by one goroutine at a time.
 type Device struct {
-	inner tun.Device
-	rules atomic.Pointer[policy.Ruleset]
-	batch sync.RWMutex // held for reading while a batch is judged and handed on
+	inner   tun.Device
+	table   *flow.Table
+	view    atomic.Pointer[flow.View] // nil: nothing passes
+	batch   sync.RWMutex              // held for reading while a batch is judged and written
+	answers answers
+	wake    deadliner // to interrupt a Read of inner; nil where it can't be
+
+	setting sync.Mutex
+	last    *flow.View // the last view that was in force
 }
 
-// New returns a guard around inner that lets nothing pass until Set.
-func New(inner tun.Device, _ Options) *Device { return &Device{inner: inner} }
+// deadliner is a device whose blocked Read can be interrupted.
+type deadliner interface {
+	SetReadDeadline(t time.Time) error
+}
 
-// Set puts r in force; nil lets nothing pass. See the package comment.
+// New returns a guard around inner that lets nothing pass until Set. Where
+// neither inner nor its file has read deadlines, an answer to a peer waits for
+// the next packet that inner has to read.
+func New(inner tun.Device, o Options) *Device {
+	d := &Device{inner: inner, table: flow.New(flow.Options{Now: o.Now, PerPeer: o.PerPeer})}
+	if w, ok := inner.(deadliner); ok {
+		d.wake = w
+	} else if f := inner.File(); f != nil {
+		d.wake = f
+	}
+	if d.wake != nil && d.wake.SetReadDeadline(time.Time{}) != nil {
+		d.wake = nil
+	}
+	return d
+}
+
+// Set puts r in force; nil lets nothing pass. When it returns, no packet is
+// judged by what was in force before, and the flows of peers that lost something
+// are cut. It doesn't stop packets while it works.
 func (d *Device) Set(r *policy.Ruleset) {
-	d.rules.Store(r)
+	d.setting.Lock()
+	defer d.setting.Unlock()
+	if r == nil {
+		d.view.Store(nil)
+		d.settle()
+		return
+	}
+	v := d.table.Use(r)
+	d.view.Store(v)
+	d.settle()
+	v.Settle(d.last)
+	d.last = v
+}
+
+// settle returns when every batch that may have begun before is through.
+func (d *Device) settle() {
 	d.batch.Lock()
 	defer d.batch.Unlock()
 }
 
-// Stats returns the counts of every peer in the ruleset, by its ID.
+// Stats returns the counts of every peer in the ruleset in force, by its ID, and
+// nothing while closed.
 func (d *Device) Stats() map[policy.PeerID]PeerStats {
-	stats := make(map[policy.PeerID]PeerStats)
-	if r := d.rules.Load(); r != nil {
-		for _, p := range r.Peers() {
-			stats[p.ID] = PeerStats{}
+	v := d.view.Load()
+	if v == nil {
+		return nil
+	}
+	stats := make(map[policy.PeerID]PeerStats, len(v.Ruleset().Peers()))
+	for i, p := range v.Ruleset().Peers() {
+		s := v.Stats(i)
+		stats[p.ID] = PeerStats{
+			Refused: s.Refused, Flows: s.Flows, Cut: s.Cut,
+			Routed: Traffic{s.RxPackets, s.RxBytes, s.TxPackets, s.TxBytes, s.LastRouted},
 		}
 	}
 	return stats
 }
 
-// passes judges without memory of flows: towards a peer passes what the host
-// sends and what could answer the peer.
-func (d *Device) passes(packet []byte, towards bool) bool {
-	r := d.rules.Load()
-	if r == nil || len(packet) == 0 {
-		return false
-	}
-	var p policy.Packet
-	switch {
-	case packet[0]>>4 == 4 && len(packet) >= 20:
-		p.Src, p.Dst, p.Proto = netip.AddrFrom4([4]byte(packet[12:])), netip.AddrFrom4([4]byte(packet[16:])), packet[9]
-	case packet[0]>>4 == 6 && len(packet) >= 40:
-		p.Src, p.Dst, p.Proto = netip.AddrFrom16([16]byte(packet[8:])), netip.AddrFrom16([16]byte(packet[24:])), packet[6]
-	default:
-		return false
-	}
-	if towards {
-		if v := r.Decide(p); v.Pass && v.Exit == policy.ExitMesh {
-			return true
+// Read reads packets towards peers. One that is refused has size 0, which
+// WireGuard skips.
+func (d *Device) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
+	for {
+		if n := d.answers.pop(bufs, sizes, offset); n > 0 {
+			return n, nil
 		}
-		p.Src, p.Dst = p.Dst, p.Src
+		n, err := d.inner.Read(bufs, sizes, offset)
+		if n == 0 && d.wake != nil && errors.Is(err, os.ErrDeadlineExceeded) {
+			// Reset before looking for answers again: one that comes later
+			// sets it again.
+			if err := d.wake.SetReadDeadline(time.Time{}); err != nil {
+				return 0, err
+			}
+			continue
+		}
+		d.judgeRead(bufs[:n], sizes, offset)
+		return n, err
 	}
-	p.In = r.Host().Interface
-	return r.Decide(p).Pass
 }
 
-// Read reads packets towards peers; refused ones have size 0, which WireGuard
-// skips.
-func (d *Device) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
-	n, err := d.inner.Read(bufs, sizes, offset)
+// judgeRead sets the size of what is refused to 0.
+func (d *Device) judgeRead(bufs [][]byte, sizes []int, offset int) {
 	d.batch.RLock()
 	defer d.batch.RUnlock()
-	for i := range n {
-		if !d.passes(bufs[i][offset:offset+sizes[i]], true) {
+	v, now := d.view.Load(), d.table.Now()
+	var tally flow.Tally
+	for i, b := range bufs {
+		if sizes[i] == 0 {
+			continue
+		}
+		if v == nil {
+			sizes[i] = 0
+			continue
+		}
+		verdict := v.Judge(b[offset:offset+sizes[i]], flow.ToPeer, now)
+		tally.Add(verdict, sizes[i], flow.ToPeer, now)
+		if !verdict.Pass {
 			sizes[i] = 0
 		}
 	}
-	return n, err
+	tally.Flush(flow.ToPeer, now)
 }
 
-// Write writes those of the peers' packets that pass.
+// Write writes those of the peers' packets that pass. What is refused counts as
+// written.
 func (d *Device) Write(bufs [][]byte, offset int) (int, error) {
 	d.batch.RLock()
 	defer d.batch.RUnlock()
-	pass := bufs[:0]
-	for _, b := range bufs {
-		if d.passes(b[offset:], false) {
-			pass = append(pass, b)
-		}
-	}
+	pass := d.judgeWrite(bufs, offset)
 	if len(pass) == 0 {
 		return len(bufs), nil
 	}
 	_, err := d.inner.Write(pass, offset)
 	return len(bufs), err
+}
+
+// judgeWrite moves what passes to the front of bufs and returns it.
+func (d *Device) judgeWrite(bufs [][]byte, offset int) [][]byte {
+	v, now := d.view.Load(), d.table.Now()
+	if v == nil {
+		return nil
+	}
+	var tally flow.Tally
+	pass := bufs[:0]
+	for _, b := range bufs {
+		verdict := v.Judge(b[offset:], flow.FromPeer, now)
+		tally.Add(verdict, len(b)-offset, flow.FromPeer, now)
+		switch {
+		case verdict.Pass:
+			pass = append(pass, b)
+		case verdict.Answer:
+			d.answer(v, b[offset:])
+		}
+	}
+	tally.Flush(flow.FromPeer, now)
+	return pass
+}
+
+// past is a deadline that is over.
+var past = time.Unix(1, 0)
+
+// answer queues an ICMP error about a refused packet and makes Read fetch it.
+func (d *Device) answer(v *flow.View, packet []byte) {
+	if d.answers.push(packet, v.Ruleset().Mesh().Addresses) && d.wake != nil {
+		// It fails only when the device is closed.
+		_ = d.wake.SetReadDeadline(past)
+	}
 }
 
 // File returns the inner device's file.

@@ -1,0 +1,343 @@
+package flow
+
+import (
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// Direction says which way a packet goes through the tunnel.
+type Direction uint8
+
+const (
+	// FromPeer is out of the tunnel: WireGuard received it.
+	FromPeer Direction = iota
+	// ToPeer is into the tunnel: the host sends or forwards it.
+	ToPeer
+)
+
+// View is a Table with the ruleset that is in force. It may be used by many
+// goroutines at once.
+type View struct {
+	table      *Table
+	rules      *policy.Ruleset
+	generation uint32
+	iface      string    // the mesh interface
+	own        []address // the host's mesh addresses
+	shares     []*share  // by index of the peer in the ruleset
+}
+
+// Ruleset returns the ruleset of the view.
+func (v *View) Ruleset() *policy.Ruleset { return v.rules }
+
+// Verdict is what a View says of a packet.
+type Verdict struct {
+	Pass bool
+	// Class of the flow's destination as its opener sees it; of a refused packet
+	// the class under which it is counted, 0 towards a peer.
+	Class policy.Class
+	// Rule decided; RuleNone for a packet of a flow that was found to pass before.
+	Rule policy.Rule
+	// Answer says that the sender is to be told that the packet was refused. It
+	// is set at most so often per peer; see answerRate.
+	Answer bool
+
+	share *share // whose packet it is; nil for nobody's
+}
+
+// Judge decides on one IP packet at the tunnel at the time now, which is
+// Table.Now's. It keeps no reference to b.
+func (v *View) Judge(b []byte, d Direction, now Instant) Verdict {
+	if t, ok := plainTuple(b); ok {
+		k := keyOf(t, d)
+		if verdict, ok := v.fast(&k, d, now); ok {
+			return verdict
+		}
+	}
+	var p packet
+	p.parse(b)
+	if d == FromPeer {
+		return v.fromPeer(&p, now)
+	}
+	return v.toPeer(&p, now)
+}
+
+// fast judges a plain packet of a flow that this view found to pass before,
+// without a lock.
+func (v *View) fast(k *key, d Direction, now Instant) (Verdict, bool) {
+	e := v.table.slot(k).Load()
+	if e == nil {
+		return Verdict{}, false
+	}
+	plain := statePlainFar
+	if d == ToPeer {
+		plain = statePlainNear
+	}
+	st, ok := e.lookup(k)
+	if !ok || st&(plain|statePasses) != plain|statePasses || st.generation() != v.generation || e.expired(st, now) {
+		return Verdict{}, false
+	}
+	e.touch(now)
+	return Verdict{Pass: true, Class: st.class(), share: e.share}, true
+}
+
+// fromPeer judges a packet out of the tunnel.
+func (v *View) fromPeer(p *packet, now Instant) Verdict {
+	s := v.shareOf(p.from, p.v6)
+	if p.malformed {
+		return refuse(s, policy.RuleMalformed, policy.Martian)
+	}
+	if s == nil {
+		return v.throughPeer(p, now)
+	}
+	if p.isError {
+		return v.errorFromPeer(p, s, now)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return v.far(p, s, now)
+}
+
+// far judges a packet from the far end, which is a peer. The share's mutex is
+// held.
+func (v *View) far(p *packet, s *share, now Instant) Verdict {
+	if p.fragment == later && !s.pieces.complete(p, now) {
+		return refuse(s, policy.RuleMalformed, policy.Martian)
+	}
+	k := keyOf(p.tuple, FromPeer)
+	e := s.find(k, now)
+	opener := FromPeer
+	var decided policy.Verdict
+	if e != nil && e.load().is(stateByHost) && !e.load().is(stateCut) {
+		opener, decided = ToPeer, v.mayOpen(k, ToPeer)
+	}
+	// Whatever the host opened, the peer may do what it may by itself.
+	if !decided.Pass {
+		opener, decided = FromPeer, v.rules.Decide(v.asked(p, FromPeer))
+	}
+	if !decided.Pass {
+		v.cutIfLive(s, e, now)
+		verdict := refuse(s, decided.Rule, decided.Class)
+		verdict.Answer = decided.Answered() && p.fragment != later && s.answers.take(now)
+		return verdict
+	}
+	v.note(s, e, k, p, FromPeer, opener, decided, now)
+	return Verdict{Pass: true, Class: decided.Class, Rule: decided.Rule, share: s}
+}
+
+// toPeer judges a packet into the tunnel.
+func (v *View) toPeer(p *packet, now Instant) Verdict {
+	s := v.shareOf(p.to, p.v6)
+	if p.malformed {
+		return refuse(s, policy.RuleMalformed, 0)
+	}
+	if s == nil {
+		return v.intoBeyond(p, now)
+	}
+	if p.isError {
+		return v.errorToPeer(p, s, now)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return v.near(p, s, now)
+}
+
+// near judges a packet from the near end. The share's mutex is held.
+func (v *View) near(p *packet, s *share, now Instant) Verdict {
+	if p.fragment == later && !s.pieces.complete(p, now) {
+		return refuse(s, policy.RuleMalformed, 0)
+	}
+	k := keyOf(p.tuple, ToPeer)
+	e := s.find(k, now)
+	opener := ToPeer
+	var decided policy.Verdict
+	switch {
+	case e == nil:
+		decided = v.hostMay(v.asked(p, ToPeer), p.from)
+	case e.load().is(stateCut) && e.load().opener() == FromPeer:
+		e.touch(now)
+		return refuse(s, policy.RuleToPeer, 0)
+	default:
+		opener = e.load().opener()
+		decided = v.mayOpen(k, opener)
+	}
+	if !decided.Pass {
+		v.cutIfLive(s, e, now)
+		return refuse(s, decided.Rule, 0)
+	}
+	v.note(s, e, k, p, ToPeer, opener, decided, now)
+	return Verdict{Pass: true, Class: decided.Class, Rule: decided.Rule, share: s}
+}
+
+// asked returns p as the policy sees it. A later fragment has no header to read
+// a type from.
+func (v *View) asked(p *packet, d Direction) policy.Packet {
+	in := ""
+	if d == FromPeer {
+		in = v.iface
+	}
+	if p.fragment == later {
+		return p.tuple.policy(in)
+	}
+	asked := p.asPolicy()
+	asked.In = in
+	return asked
+}
+
+// intoBeyond judges a packet into the tunnel that isn't for a peer: what the host
+// sends through one. Which, and whether to any, is up to WireGuard's allowed IPs.
+func (v *View) intoBeyond(p *packet, now Instant) Verdict {
+	if p.isError {
+		return refuse(nil, policy.RuleUnquoted, 0)
+	}
+	s := v.table.beyond
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	verdict := v.near(p, s, now)
+	verdict.share = nil
+	return verdict
+}
+
+// throughPeer judges a packet out of the tunnel whose source isn't a peer's. It
+// passes only as an answer to what the host sent through a peer.
+func (v *View) throughPeer(p *packet, now Instant) Verdict {
+	s := v.table.beyond
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	spoofed := refuse(nil, policy.RuleSpoofed, policy.Spoofed)
+	if p.fragment == later && !s.pieces.complete(p, now) {
+		return spoofed
+	}
+	k := keyOf(p.tuple, FromPeer)
+	if p.isError {
+		// A router beyond the peer: whatever it quotes was sent by the host.
+		if !p.quoted || p.quote.from != p.to {
+			return spoofed
+		}
+		k = keyOf(p.quote, ToPeer)
+	}
+	e := s.find(k, now)
+	if e == nil || e.load().is(stateCut) {
+		return spoofed
+	}
+	decided := v.mayOpen(k, ToPeer)
+	if !decided.Pass {
+		return spoofed
+	}
+	if !p.isError {
+		v.note(s, e, k, p, FromPeer, ToPeer, decided, now)
+	}
+	return Verdict{Pass: true, Rule: decided.Rule}
+}
+
+// mayOpen says whether the flow k may be opened by opener now.
+func (v *View) mayOpen(k key, opener Direction) policy.Verdict {
+	t := k.tuple(opener)
+	if opener == FromPeer {
+		return v.rules.Decide(t.policy(v.iface))
+	}
+	return v.hostMay(t.policy(""), t.from)
+}
+
+// hostMay says whether a packet into the tunnel that is in no flow may pass:
+// only the host itself sends one, from its mesh address, to a peer or to what
+// routing leads to through one. Anything else is forwarded for somebody who may
+// open nothing here.
+func (v *View) hostMay(asked policy.Packet, from address) policy.Verdict {
+	decided := v.rules.Decide(asked)
+	if !decided.Pass || decided.Rule == policy.RuleHostToPeer {
+		return decided
+	}
+	class := v.rules.Class(asked.Dst)
+	if v.isOwn(from) && (class == policy.OnLAN || class == policy.Internet) && !asked.IsRedirect() {
+		return decided
+	}
+	return policy.Verdict{Rule: policy.RuleToPeer, Peer: -1}
+}
+
+// isOwn reports whether a is one of the host's mesh addresses.
+func (v *View) isOwn(a address) bool {
+	for _, own := range v.own {
+		if a == own {
+			return true
+		}
+	}
+	return false
+}
+
+// shareOf returns the share of the peer with address a, or nil.
+func (v *View) shareOf(a address, v6 bool) *share {
+	i, ok := v.rules.PeerByAddr(a.netip(v6))
+	if !ok {
+		return nil
+	}
+	return v.shares[i]
+}
+
+// note remembers a packet that passes. The share's mutex is held.
+func (v *View) note(s *share, e *entry, k key, p *packet, d, opener Direction, decided policy.Verdict, now Instant) {
+	if p.fragment == first {
+		s.pieces.remember(p, now)
+	}
+	at := opened
+	if e == nil {
+		if !p.opens {
+			return
+		}
+		e = s.add(k, now)
+	} else if st := e.load(); st.opener() == opener && !st.is(stateCut) {
+		at = st.phase().next(k.proto(), d == opener, p.flags)
+	}
+	e.touch(now)
+	s.set(e, passing(v.generation, opener, at, decided.Class, k.proto()), now)
+	v.table.slot(&k).Store(e)
+}
+
+// cutIfLive cuts a flow that was found to be refused. A cut one stays cut for as
+// long as somebody sends.
+func (v *View) cutIfLive(s *share, e *entry, now Instant) {
+	if e == nil {
+		return
+	}
+	e.touch(now)
+	if st := e.load(); !st.is(stateCut) {
+		s.set(e, st.cut(), now)
+	}
+}
+
+// errorFromPeer judges an ICMP error that a peer sends: about a packet that was
+// sent to itself, to who sent that.
+func (v *View) errorFromPeer(p *packet, s *share, now Instant) Verdict {
+	if p.quoted && p.quote.v6 == p.v6 && p.quote.from == p.to && v.shareOf(p.quote.to, p.v6) == s {
+		if verdict, ok := v.quoted(s, keyOf(p.quote, ToPeer), now); ok {
+			return verdict
+		}
+	}
+	class := v.rules.Class(p.to.netip(p.v6))
+	return refuse(s, policy.RuleUnquoted, class)
+}
+
+// errorToPeer judges an ICMP error, from whichever router, about a packet that
+// the peer sent.
+func (v *View) errorToPeer(p *packet, s *share, now Instant) Verdict {
+	if p.quoted && p.quote.v6 == p.v6 && p.quote.from == p.to {
+		if verdict, ok := v.quoted(s, keyOf(p.quote, FromPeer), now); ok {
+			return verdict
+		}
+	}
+	return refuse(s, policy.RuleUnquoted, 0)
+}
+
+// quoted judges an ICMP error by the flow that the quoted packet belongs to.
+func (v *View) quoted(s *share, k key, now Instant) (Verdict, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e := s.find(k, now)
+	if e == nil || e.load().is(stateCut) {
+		return Verdict{}, false
+	}
+	decided := v.mayOpen(k, e.load().opener())
+	return Verdict{Pass: true, Class: decided.Class, Rule: decided.Rule, share: s}, decided.Pass
+}
+
+func refuse(s *share, rule policy.Rule, class policy.Class) Verdict {
+	return Verdict{Rule: rule, Class: class, share: s}
+}

@@ -1,0 +1,437 @@
+package flow
+
+import (
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+const (
+	incoming = policy.Incoming
+	routing  = policy.Routing
+	lan      = policy.LAN
+)
+
+// lab is a table with the picture's ruleset and a clock that stands still.
+type lab struct {
+	t     testing.TB
+	clock time.Time
+	table *Table
+	view  *View
+}
+
+func newLab(t testing.TB, c policy.Permissions, o Options) *lab {
+	l := &lab{t: t, clock: time.Unix(1_700_000_000, 0)}
+	o.Now = func() time.Time { return l.clock }
+	l.table = New(o)
+	l.set(flowtest.Picture(t, c))
+	return l
+}
+
+// set puts a ruleset in force as the guard does.
+func (l *lab) set(r *policy.Ruleset) {
+	old := l.view
+	l.view = l.table.Use(r)
+	l.view.Settle(old)
+}
+
+func (l *lab) allow(c policy.Permissions) { l.set(flowtest.Picture(l.t, c)) }
+
+func (l *lab) later(d time.Duration) { l.clock = l.clock.Add(d) }
+
+func (l *lab) judge(p []byte, d Direction) Verdict { return l.view.Judge(p, d, l.table.Now()) }
+
+// from and to demand that packets from or to a peer pass, or don't.
+func (l *lab) from(want bool, packets ...[]byte) {
+	l.t.Helper()
+	l.demand(want, FromPeer, packets)
+}
+
+func (l *lab) to(want bool, packets ...[]byte) {
+	l.t.Helper()
+	l.demand(want, ToPeer, packets)
+}
+
+func (l *lab) demand(want bool, d Direction, packets [][]byte) {
+	l.t.Helper()
+	for i, p := range packets {
+		if v := l.judge(p, d); v.Pass != want {
+			l.t.Errorf("packet %d: %+v, want pass %v", i, v, want)
+		}
+	}
+}
+
+func at(a netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(a, port) }
+
+// conversation makes the packets of one flow and their answers.
+type conversation struct {
+	name    string
+	ask     func(flags uint8) []byte
+	answer  func(flags uint8) []byte
+	strayer func() []byte // as answer, but of no flow
+}
+
+// conversations returns one of each protocol between two ends.
+func conversations(opener, other netip.Addr) []conversation {
+	return []conversation{
+		{"tcp",
+			func(flags uint8) []byte { return flowtest.TCPSegment(at(opener, 40000), at(other, 443), flags, 10) },
+			func(flags uint8) []byte { return flowtest.TCPSegment(at(other, 443), at(opener, 40000), flags, 10) },
+			func() []byte { return flowtest.TCPSegment(at(other, 443), at(opener, 40001), flowtest.ACK, 10) }},
+		{"udp",
+			func(uint8) []byte { return flowtest.Datagram(at(opener, 5000), at(other, 53), 10) },
+			func(uint8) []byte { return flowtest.Datagram(at(other, 53), at(opener, 5000), 10) },
+			func() []byte { return flowtest.Datagram(at(other, 54), at(opener, 5000), 10) }},
+		{"icmp",
+			func(uint8) []byte { return flowtest.Echo(opener, other, 7, false, 10) },
+			func(uint8) []byte { return flowtest.Echo(other, opener, 7, true, 10) },
+			func() []byte { return flowtest.Echo(other, opener, 7, false, 10) }},
+		{"gre",
+			func(uint8) []byte { return flowtest.IP(opener, other, 47, make([]byte, 8)) },
+			func(uint8) []byte { return flowtest.IP(other, opener, 47, make([]byte, 8)) },
+			func() []byte { return flowtest.IP(other, opener, 50, make([]byte, 8)) }},
+	}
+}
+
+// TestPeerOpens plays conversations that C opens, through a grant, a denial and
+// a grant again.
+func TestPeerOpens(t *testing.T) {
+	for _, tt := range []struct {
+		about     string
+		needs     policy.Permissions
+		peer, dst netip.Addr
+	}{
+		{"internet", routing, flowtest.PeerC4, flowtest.Net4},
+		{"internet6", routing, flowtest.PeerC6, flowtest.Net6},
+		{"lan", routing | lan, flowtest.PeerC4, flowtest.LAN4},
+		{"lan6", routing | lan, flowtest.PeerC6, flowtest.LAN6},
+		{"host", incoming, flowtest.PeerC4, flowtest.HostB4},
+		{"host6", incoming, flowtest.PeerC6, flowtest.HostB6},
+		{"host on its lan", incoming, flowtest.PeerC4, flowtest.HostL4},
+	} {
+		for _, c := range conversations(tt.peer, tt.dst) {
+			t.Run(tt.about+" "+c.name, func(t *testing.T) {
+				l := newLab(t, 7&^tt.needs, Options{})
+				// The host itself may send, so what it sends isn't an answer.
+				byHost := tt.dst == flowtest.HostB4 || tt.dst == flowtest.HostB6
+				l.from(false, c.ask(flowtest.SYN))
+				if !byHost {
+					l.to(false, c.answer(flowtest.SYN|flowtest.ACK), c.strayer())
+				}
+				l.allow(tt.needs)
+				l.from(true, c.ask(flowtest.SYN))
+				l.to(true, c.answer(flowtest.SYN|flowtest.ACK))
+				l.from(true, c.ask(flowtest.ACK), c.ask(flowtest.ACK))
+				l.to(true, c.answer(flowtest.ACK), c.answer(flowtest.ACK))
+				l.to(byHost, c.strayer())
+
+				l.allow(7 &^ tt.needs)
+				// Both ends go on by themselves for a while.
+				for range 20 {
+					l.later(time.Second)
+					l.to(false, c.answer(flowtest.ACK))
+					l.from(false, c.ask(flowtest.ACK))
+					l.to(false, c.answer(flowtest.ACK))
+				}
+				l.allow(7)
+				l.to(false, c.answer(flowtest.ACK))
+				l.from(true, c.ask(flowtest.ACK))
+				l.to(true, c.answer(flowtest.ACK))
+			})
+		}
+	}
+}
+
+// TestCutStaysDead lets only the host's end of a cut flow go on. After a day it
+// still doesn't open the flow the other way round; another flow it may open.
+func TestCutStaysDead(t *testing.T) {
+	for _, c := range conversations(flowtest.PeerC4, flowtest.HostB4) {
+		t.Run(c.name, func(t *testing.T) {
+			l := newLab(t, incoming, Options{})
+			l.from(true, c.ask(flowtest.SYN))
+			l.to(true, c.answer(flowtest.ACK))
+			l.from(true, c.ask(flowtest.ACK))
+			l.allow(routing)
+			for range 24 * 3600 / 9 {
+				l.later(9 * time.Second)
+				l.to(false, c.answer(flowtest.ACK))
+			}
+			l.from(false, c.ask(flowtest.ACK))
+			if c.name != "gre" { // which has but one flow between two ends
+				l.to(true, c.strayer())
+			}
+			l.later(25 * time.Hour)
+			l.to(true, c.answer(flowtest.ACK))
+		})
+	}
+}
+
+// TestHostOpens plays conversations that the host opens to C, who may nothing.
+func TestHostOpens(t *testing.T) {
+	for _, ends := range [][2]netip.Addr{{flowtest.HostB4, flowtest.PeerC4}, {flowtest.HostB6, flowtest.PeerC6}} {
+		for _, c := range conversations(ends[0], ends[1]) {
+			t.Run(c.name, func(t *testing.T) {
+				l := newLab(t, 0, Options{})
+				l.from(false, c.answer(flowtest.ACK))
+				l.to(true, c.ask(flowtest.SYN))
+				l.from(true, c.answer(flowtest.SYN|flowtest.ACK))
+				l.to(true, c.ask(flowtest.ACK))
+				l.from(false, c.strayer())
+				l.allow(routing)
+				l.from(true, c.answer(flowtest.ACK))
+				l.allow(incoming)
+				l.from(true, c.answer(flowtest.ACK))
+				l.allow(0)
+				l.from(true, c.answer(flowtest.ACK))
+				// Silent for longer than the timeout, the host has to open it again.
+				l.later(25 * time.Hour)
+				l.from(false, c.answer(flowtest.ACK))
+				l.to(true, c.ask(flowtest.ACK))
+				l.from(true, c.answer(flowtest.ACK))
+			})
+		}
+	}
+}
+
+// TestOnlyTheHostOpens sends to C from everybody else.
+func TestOnlyTheHostOpens(t *testing.T) {
+	l := newLab(t, 7, Options{})
+	for _, src := range []netip.Addr{
+		flowtest.PeerA4, flowtest.PeerA6, flowtest.LAN4, flowtest.LAN6, flowtest.Net4, flowtest.Net6, flowtest.HostL4,
+		netip.MustParseAddr("100.64.9.9"), netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("fe80::1"),
+	} {
+		dst := flowtest.PeerC4
+		if src.Is6() {
+			dst = flowtest.PeerC6
+		}
+		for _, c := range conversations(src, dst) {
+			l.to(false, c.ask(flowtest.SYN), c.ask(flowtest.ACK))
+		}
+	}
+	// And what isn't for a peer leaves only from the host's mesh address, to
+	// where routing may lead through a peer.
+	for _, c := range conversations(flowtest.LAN4, flowtest.Net4) {
+		l.to(false, c.ask(flowtest.SYN))
+	}
+	for _, dst := range []string{"100.64.9.9", "224.0.0.251", "255.255.255.255", "127.0.0.1"} {
+		for _, c := range conversations(flowtest.HostB4, netip.MustParseAddr(dst)) {
+			l.to(false, c.ask(flowtest.SYN))
+		}
+	}
+}
+
+// TestPeersNeverMeet sends every way between C and A.
+func TestPeersNeverMeet(t *testing.T) {
+	l := newLab(t, 7, Options{})
+	for _, ends := range [][2]netip.Addr{{flowtest.PeerC4, flowtest.PeerA4}, {flowtest.PeerC6, flowtest.PeerA6}} {
+		for _, c := range conversations(ends[0], ends[1]) {
+			for range 2 {
+				l.from(false, c.ask(flowtest.SYN), c.answer(flowtest.SYN|flowtest.ACK))
+				l.to(false, c.ask(flowtest.SYN), c.answer(flowtest.ACK))
+			}
+		}
+	}
+}
+
+// TestThroughPeer is the host's own traffic through a peer: what comes back has
+// foreign sources and passes only as an answer.
+func TestThroughPeer(t *testing.T) {
+	for _, c := range conversations(flowtest.HostB4, flowtest.Net4) {
+		t.Run(c.name, func(t *testing.T) {
+			l := newLab(t, 7, Options{})
+			l.from(false, c.answer(flowtest.ACK), c.strayer())
+			l.to(true, c.ask(flowtest.SYN))
+			l.from(true, c.answer(flowtest.SYN|flowtest.ACK))
+			l.to(true, c.ask(flowtest.ACK))
+			l.from(true, c.answer(flowtest.ACK))
+			l.from(false, c.strayer())
+			router := netip.MustParseAddr("192.0.2.1")
+			l.from(true, flowtest.ICMPMessage(router, flowtest.HostB4, 11, 0, c.ask(flowtest.ACK)))
+			l.from(false, flowtest.ICMPMessage(router, flowtest.PeerA4, 11, 0, c.ask(flowtest.ACK)))
+			l.from(false, flowtest.ICMPMessage(router, flowtest.HostB4, 11, 0, c.answer(flowtest.ACK)))
+		})
+	}
+}
+
+// TestErrors plays ICMP errors about flows of C with the internet, and with the
+// host.
+func TestErrors(t *testing.T) {
+	router4, router6 := netip.MustParseAddr("10.255.0.1"), netip.MustParseAddr("2001:db8:ffff::1")
+	for _, tt := range []struct {
+		opener, other, router netip.Addr
+		types                 []uint8
+	}{
+		{flowtest.PeerC4, flowtest.Net4, router4, []uint8{3, 11, 12}},
+		{flowtest.PeerC6, flowtest.Net6, router6, []uint8{1, 2, 3, 4}},
+	} {
+		for _, c := range conversations(tt.opener, tt.other) {
+			l := newLab(t, routing, Options{})
+			about := func(src, dst netip.Addr, icmpType uint8, quoted []byte) []byte {
+				return flowtest.ICMPMessage(src, dst, icmpType, 0, quoted[:min(len(quoted), 48)])
+			}
+			for _, icmpType := range tt.types {
+				toC := about(tt.router, tt.opener, icmpType, c.ask(flowtest.ACK))
+				fromC := about(tt.opener, tt.other, icmpType, c.answer(flowtest.ACK))
+				l.later(48 * time.Hour)
+				l.allow(routing)
+				l.to(false, toC)
+				l.from(false, fromC)
+				l.from(true, c.ask(flowtest.SYN))
+				l.to(true, toC)
+				l.from(true, fromC)
+				// To somebody else than who sent the quoted packet, about the other
+				// direction, about a packet of another flow, and cut short.
+				l.to(false, about(tt.router, tt.opener, icmpType, c.answer(flowtest.ACK)), about(tt.router, tt.opener, icmpType, c.strayer()))
+				l.from(false, about(tt.opener, tt.router, icmpType, c.answer(flowtest.ACK)), about(tt.opener, tt.other, icmpType, c.ask(flowtest.ACK)))
+				header := len(c.ask(0)) - len(c.ask(0)[20:])
+				l.to(false, about(tt.router, tt.opener, icmpType, c.ask(flowtest.ACK)[:header-1]))
+				l.to(false, about(tt.router, tt.opener, icmpType, toC))
+
+				l.allow(0)
+				l.to(false, toC)
+				l.from(false, fromC)
+				l.allow(routing)
+			}
+		}
+	}
+}
+
+// TestErrorOfPeerOnly has A send errors about C's flow.
+func TestErrorOfPeerOnly(t *testing.T) {
+	l := newLab(t, routing, Options{})
+	c := conversations(flowtest.PeerC4, flowtest.Net4)[0]
+	l.from(true, c.ask(flowtest.SYN))
+	l.from(false, flowtest.ICMPMessage(flowtest.PeerA4, flowtest.Net4, 3, 3, c.answer(flowtest.ACK)))
+	l.from(true, flowtest.ICMPMessage(flowtest.PeerC4, flowtest.Net4, 3, 3, c.answer(flowtest.ACK)))
+	// About what the host sent to C, quoted by C.
+	h := conversations(flowtest.HostB4, flowtest.PeerC4)[1]
+	refused := flowtest.ICMPMessage(flowtest.PeerC4, flowtest.HostB4, 3, 3, h.ask(0))
+	l.from(false, refused)
+	l.to(true, h.ask(0))
+	l.from(true, refused)
+}
+
+func TestRedirectsNeverPass(t *testing.T) {
+	l := newLab(t, 7, Options{})
+	c := conversations(flowtest.PeerC4, flowtest.Net4)[0]
+	l.from(true, c.ask(flowtest.SYN))
+	l.from(false, flowtest.ICMPMessage(flowtest.PeerC4, flowtest.HostB4, 5, 1, c.answer(0)), flowtest.ICMPMessage(flowtest.PeerC6, flowtest.HostB6, 137, 0, c.answer(0)))
+	l.to(false, flowtest.ICMPMessage(flowtest.HostB4, flowtest.PeerC4, 5, 1, c.ask(0)), flowtest.ICMPMessage(flowtest.HostB6, flowtest.PeerC6, 137, 0, c.ask(0)))
+}
+
+// TestUnsolicitedAnswersOpenNothing lets C send what looks like an answer to
+// the internet. The policy lets it go out; nobody can come back by it.
+func TestUnsolicitedAnswersOpenNothing(t *testing.T) {
+	l := newLab(t, routing, Options{})
+	l.from(true, flowtest.Echo(flowtest.PeerC4, flowtest.Net4, 9, true, 8))
+	l.to(false, flowtest.Echo(flowtest.Net4, flowtest.PeerC4, 9, false, 8))
+	l.from(true, flowtest.TCPSegment(at(flowtest.PeerC4, 22), at(flowtest.Net4, 9), flowtest.SYN|flowtest.ACK, 0))
+	l.to(false, flowtest.TCPSegment(at(flowtest.Net4, 9), at(flowtest.PeerC4, 22), flowtest.ACK, 0))
+	l.from(true, flowtest.TCPSegment(at(flowtest.PeerC4, 22), at(flowtest.Net4, 9), flowtest.RST, 0))
+	l.to(false, flowtest.TCPSegment(at(flowtest.Net4, 9), at(flowtest.PeerC4, 22), flowtest.ACK, 0))
+	// An answer of the host to what it doesn't remember doesn't make it the
+	// opener either.
+	l.to(true, flowtest.TCPSegment(at(flowtest.HostB4, 22), at(flowtest.PeerC4, 9), flowtest.SYN|flowtest.ACK, 0))
+	l.from(false, flowtest.TCPSegment(at(flowtest.PeerC4, 9), at(flowtest.HostB4, 22), flowtest.ACK, 0))
+}
+
+// TestRemovedPeer removes C and gives it, then another key, its address again.
+func TestRemovedPeer(t *testing.T) {
+	l := newLab(t, 7, Options{})
+	host := conversations(flowtest.PeerC4, flowtest.HostB4)[0]
+	net := conversations(flowtest.PeerC4, flowtest.Net4)[0]
+	for _, c := range []conversation{host, net} {
+		l.from(true, c.ask(flowtest.SYN))
+		l.to(true, c.answer(flowtest.ACK))
+	}
+	without := flowtest.Mesh(7)
+	without.Peers = without.Peers[1:]
+	l.set(flowtest.Compile(t, without))
+	l.from(false, host.ask(flowtest.ACK), net.ask(flowtest.ACK))
+	l.to(false, host.answer(flowtest.ACK), net.answer(flowtest.ACK))
+	l.allow(0)
+	l.to(false, host.answer(flowtest.ACK), net.answer(flowtest.ACK))
+
+	other := flowtest.Mesh(routing)
+	other.Peers[0].ID = policy.PeerID{'D'}
+	l.set(flowtest.Compile(t, other))
+	l.to(false, net.answer(flowtest.ACK))
+	l.from(false, host.ask(flowtest.ACK))
+
+	// Its memory goes once everything in it has timed out.
+	l.later(49 * time.Hour)
+	l.set(flowtest.Compile(t, other))
+	if got := len(l.table.shares); got != 2 {
+		t.Errorf("%d shares remembered, want 2", got)
+	}
+}
+
+// TestAnswers counts the answers to refused packets.
+func TestAnswers(t *testing.T) {
+	l := newLab(t, 0, Options{})
+	count := func(p []byte) (n int) {
+		for range 100 {
+			if l.judge(p, FromPeer).Answer {
+				n++
+			}
+		}
+		return n
+	}
+	syn := flowtest.TCPSegment(at(flowtest.PeerC4, 1), at(flowtest.Net4, 2), flowtest.SYN, 0)
+	if got := count(syn); got != answerBurst {
+		t.Errorf("%d answers at once, want %d", got, answerBurst)
+	}
+	l.later(time.Second)
+	if got := count(syn); got != answerRate {
+		t.Errorf("%d answers after a second, want %d", got, answerRate)
+	}
+	l.later(time.Hour)
+	for _, silent := range [][]byte{
+		flowtest.TCPSegment(at(flowtest.PeerC4, 1), at(flowtest.PeerA4, 2), flowtest.SYN, 0),
+		flowtest.Datagram(at(flowtest.PeerC4, 1), at(netip.MustParseAddr("224.0.0.251"), 5353), 0),
+		flowtest.Datagram(at(netip.MustParseAddr("100.64.0.77"), 1), at(flowtest.Net4, 2), 0),
+		flowtest.ICMPMessage(flowtest.PeerC4, flowtest.Net4, 3, 3, syn),
+		syn[:30],
+	} {
+		if got := count(silent); got != 0 {
+			t.Errorf("%d answers to %x, which deserves silence", got, silent)
+		}
+	}
+	stats := l.view.Stats(0)
+	if stats.Flows != 0 {
+		t.Errorf("%d flows remembered of refused packets", stats.Flows)
+	}
+}
+
+func TestTally(t *testing.T) {
+	l := newLab(t, routing, Options{})
+	now := l.table.Now()
+	var tally Tally
+	add := func(p []byte, d Direction) { tally.Add(l.view.Judge(p, d, now), len(p), d, now) }
+	c := conversations(flowtest.PeerC4, flowtest.Net4)[1]
+	for range 3 {
+		add(c.ask(0), FromPeer)
+	}
+	add(flowtest.Datagram(at(flowtest.PeerC4, 1), at(flowtest.HostB4, 2), 0), FromPeer)
+	add(flowtest.Datagram(at(flowtest.PeerC4, 1), at(flowtest.PeerA4, 2), 0), FromPeer)
+	add(flowtest.Datagram(at(flowtest.PeerC4, 1), at(flowtest.LAN4, 2), 0), FromPeer)
+	add(flowtest.Datagram(at(flowtest.PeerA4, 1), at(flowtest.HostB4, 2), 0), FromPeer)
+	tally.Flush(FromPeer, now)
+	add(c.answer(0), ToPeer)
+	add(c.strayer(), ToPeer)
+	tally.Flush(ToPeer, now)
+	got := l.view.Stats(0)
+	want := Stats{
+		Refused:   [policy.NumClasses]uint64{0: 1, policy.Self: 1, policy.InMesh: 1, policy.OnLAN: 1},
+		RxPackets: 3, RxBytes: 3 * 38, TxPackets: 1, TxBytes: 38, LastRouted: got.LastRouted, Flows: 1,
+	}
+	if got != want || !got.LastRouted.Equal(l.clock) {
+		t.Errorf("got %+v, want %+v at %v", got, want, l.clock)
+	}
+	if a := l.view.Stats(1); a.RxPackets != 0 || a.Flows != 1 {
+		t.Errorf("A, who routes nothing, has %+v", a)
+	}
+}

@@ -1,0 +1,542 @@
+package flow
+
+import (
+	"encoding/binary"
+	"net/netip"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// IP protocol numbers (IANA), besides those of package policy.
+const (
+	protoHopByHop = 0
+	protoRouting  = 43
+	protoFragment = 44
+	protoAH       = 51
+	protoDestOpts = 60
+	protoMobility = 135
+	protoHIP      = 139
+	protoShim6    = 140
+
+	protoDCCP    = 33
+	protoSCTP    = 132
+	protoUDPLite = 136
+)
+
+// TCP flags (RFC 9293 section 3.1).
+const (
+	tcpFIN = 1 << iota
+	tcpSYN
+	tcpRST
+	tcpPSH
+	tcpACK
+)
+
+const (
+	header4     = 20 // bytes, without options
+	header6     = 40
+	headerTCP   = 20
+	headerUDP   = 8
+	headerICMP  = 8
+	maxDatagram = 65535
+)
+
+// address is an IP address as two words; IPv4 is mapped into IPv6.
+type address struct{ hi, lo uint64 }
+
+const mapped = 0xffff << 32
+
+func address4(b []byte) address {
+	return address{0, mapped | uint64(binary.BigEndian.Uint32(b))}
+}
+
+func address6(b []byte) address {
+	return address{binary.BigEndian.Uint64(b), binary.BigEndian.Uint64(b[8:])}
+}
+
+// addressOf returns the words of a.
+func addressOf(a netip.Addr) address {
+	b := a.As16()
+	return address6(b[:])
+}
+
+// netip returns a as an address of its family.
+func (a address) netip(v6 bool) netip.Addr {
+	var b [16]byte
+	if !v6 {
+		binary.BigEndian.PutUint32(b[:], uint32(a.lo))
+		return netip.AddrFrom4([4]byte(b[:]))
+	}
+	binary.BigEndian.PutUint64(b[:], a.hi)
+	binary.BigEndian.PutUint64(b[8:], a.lo)
+	return netip.AddrFrom16(b)
+}
+
+// tuple is what a packet says of its flow, as sent.
+type tuple struct {
+	from, to         address
+	fromPort, toPort uint16
+	proto            uint8
+	v6               bool
+}
+
+// reversed returns the tuple of an answer.
+func (t tuple) reversed() tuple {
+	t.from, t.to = t.to, t.from
+	t.fromPort, t.toPort = t.toPort, t.fromPort
+	return t
+}
+
+// policy returns the packet that t describes in the policy's words, arriving by
+// the interface in.
+func (t tuple) policy(in string) policy.Packet {
+	p := policy.Packet{
+		In: in, Src: t.from.netip(t.v6), Dst: t.to.netip(t.v6), Proto: t.proto,
+		SrcPort: t.fromPort, DstPort: t.toPort,
+	}
+	if t.isICMP() {
+		p.ICMPType = uint8(t.toPort >> 8)
+		p.DstPort = p.SrcPort
+	}
+	return p
+}
+
+func (t tuple) isICMP() bool {
+	if t.v6 {
+		return t.proto == policy.ProtoICMPv6
+	}
+	return t.proto == policy.ProtoICMP
+}
+
+// key names a flow at the tunnel. far is the end beyond the tunnel, which is the
+// peer unless the host routes through one; near is the other end.
+type key struct {
+	farHi, farLo, nearHi, nearLo uint64
+	// ports holds version, protocol and ports: v6<<63 | proto<<32 | far<<16 | near.
+	ports uint64
+}
+
+const keyV6 = 1 << 63
+
+// keyOf returns the key of the flow of a packet that runs in direction d.
+func keyOf(t tuple, d Direction) key {
+	if d == ToPeer {
+		t = t.reversed()
+	}
+	k := key{t.from.hi, t.from.lo, t.to.hi, t.to.lo, uint64(t.proto)<<32 | uint64(t.fromPort)<<16 | uint64(t.toPort)}
+	if t.v6 {
+		k.ports |= keyV6
+	}
+	return k
+}
+
+// tuple returns the tuple of a packet of the flow that runs in direction d.
+func (k key) tuple(d Direction) tuple {
+	t := tuple{
+		from: address{k.farHi, k.farLo}, to: address{k.nearHi, k.nearLo},
+		fromPort: uint16(k.ports >> 16), toPort: uint16(k.ports),
+		proto: uint8(k.ports >> 32), v6: k.ports&keyV6 != 0,
+	}
+	if d == ToPeer {
+		return t.reversed()
+	}
+	return t
+}
+
+func (k key) proto() uint8 { return uint8(k.ports >> 32) }
+
+// packet is what parse finds in a packet.
+type packet struct {
+	tuple
+	flags     uint8  // of TCP
+	icmpType  uint8  // where isICMP
+	malformed bool   // malformed, truncated or source-routed
+	opens     bool   // whether it may open a flow; errors, answers and resets don't
+	isError   bool   // an ICMP error
+	quoted    bool   // quote holds the packet that the ICMP error is about
+	quote     tuple  // valid if quoted
+	fragment  uint8  // whole, first or later
+	id        uint32 // of the datagram that the fragment belongs to
+	offset    int    // where the fragment's payload starts in the datagram, bytes
+	end       int    // and ends
+}
+
+// What part of a datagram a packet is.
+const (
+	whole = iota
+	first
+	later
+)
+
+// parse reads an IP packet. It never fails: what it can't make sense of is
+// marked as malformed. Addresses are valid also then, if there are any.
+func (p *packet) parse(b []byte) {
+	p.malformed = true
+	if len(b) == 0 {
+		return
+	}
+	switch b[0] >> 4 {
+	case 4:
+		p.parse4(b)
+	case 6:
+		p.parse6(b)
+	}
+}
+
+// parse4 reads an IPv4 header (RFC 791).
+func (p *packet) parse4(b []byte) {
+	if len(b) < header4 {
+		return
+	}
+	p.from, p.to, p.proto = address4(b[12:]), address4(b[16:]), b[9]
+	size := int(b[0]&15) * 4
+	// Padding behind the datagram would be another reading of its length.
+	if size < header4 || size > len(b) || int(binary.BigEndian.Uint16(b[2:])) != len(b) {
+		return
+	}
+	if size > header4 && !validOptions4(b[header4:size]) {
+		return
+	}
+	frag := binary.BigEndian.Uint16(b[6:])
+	const reserved, more, offset = 0x8000, 0x2000, 0x1fff
+	if frag&reserved != 0 {
+		return
+	}
+	p.id = uint32(binary.BigEndian.Uint16(b[4:]))
+	if !p.setFragment(int(frag&offset)*8, frag&more != 0, len(b)-size) {
+		return
+	}
+	p.malformed = !p.parseTransport(b[size:])
+}
+
+// validOptions4 walks through IPv4 options. Source routes are refused (RFC 7126
+// sections 4.3 and 4.4).
+func validOptions4(b []byte) bool {
+	const end, nop, looseRoute, strictRoute = 0, 1, 131, 137
+	for len(b) > 0 {
+		switch b[0] {
+		case end:
+			return true
+		case nop:
+			b = b[1:]
+			continue
+		case looseRoute, strictRoute:
+			return false
+		}
+		if len(b) < 2 || b[1] < 2 || int(b[1]) > len(b) {
+			return false
+		}
+		b = b[b[1]:]
+	}
+	return true
+}
+
+// setFragment notes the place of a fragment with size bytes of payload and
+// reports whether it can be: not empty, within a datagram, and of a multiple of
+// 8 bytes unless it is the last.
+func (p *packet) setFragment(offset int, more bool, size int) bool {
+	p.offset, p.end = offset, offset+size
+	switch {
+	case offset == 0 && !more:
+		p.fragment = whole
+		return true
+	case offset == 0:
+		p.fragment = first
+	default:
+		p.fragment = later
+	}
+	return size > 0 && p.end <= maxDatagram && (!more || size%8 == 0)
+}
+
+// maxHeaders bounds the walk through IPv6 extension headers. RFC 8200 section
+// 4.1 has at most seven, each once but for one.
+const maxHeaders = 8
+
+// parse6 reads an IPv6 header and its extension headers (RFC 8200).
+func (p *packet) parse6(b []byte) {
+	p.v6 = true
+	if len(b) < header6 {
+		return
+	}
+	p.from, p.to = address6(b[8:]), address6(b[24:])
+	// A jumbogram (RFC 2675) has length 0 here and so is refused, too.
+	if int(binary.BigEndian.Uint16(b[4:])) != len(b)-header6 {
+		return
+	}
+	p.proto = b[6]
+	rest, ok := p.skipHeaders(b[header6:])
+	p.malformed = !ok || !p.parseTransport(rest)
+}
+
+// skipHeaders walks to the transport header, which it returns.
+func (p *packet) skipHeaders(b []byte) (rest []byte, ok bool) {
+	for n := range maxHeaders {
+		size := 0
+		switch p.proto {
+		case protoHopByHop:
+			if n > 0 { // only ever the first
+				return nil, false
+			}
+			size = extensionSize(b)
+		case protoDestOpts, protoMobility, protoHIP, protoShim6:
+			size = extensionSize(b)
+		case protoRouting:
+			// Segments left, or the type that RFC 5095 abolished: source routed.
+			if size = extensionSize(b); size == 0 || b[2] == 0 || b[3] != 0 {
+				return nil, false
+			}
+		case protoAH: // RFC 4302: in words of 4 bytes, less 2
+			if len(b) >= 12 {
+				size = int(b[1])*4 + 8
+			}
+		case protoFragment:
+			if p.fragment != whole || !p.fragment6(b) {
+				return nil, false
+			}
+			if p.fragment == later {
+				return b[8:], true
+			}
+			size = 8
+		default:
+			return b, true
+		}
+		if size == 0 || size > len(b) {
+			return nil, false
+		}
+		p.proto = b[0]
+		b = b[size:]
+	}
+	return nil, false
+}
+
+// extensionSize returns the size in bytes of an extension header of the common
+// form, or 0 if it is truncated.
+func extensionSize(b []byte) int {
+	if len(b) < 8 {
+		return 0
+	}
+	return int(b[1])*8 + 8
+}
+
+// fragment6 reads a fragment header (RFC 8200 section 4.5). One that holds a
+// whole datagram is as if it weren't there (RFC 6946).
+func (p *packet) fragment6(b []byte) bool {
+	if len(b) < 8 {
+		return false
+	}
+	field := binary.BigEndian.Uint16(b[2:])
+	p.id = binary.BigEndian.Uint32(b[4:])
+	return p.setFragment(int(field&^7), field&1 != 0, len(b)-8)
+}
+
+// parseTransport reads ports, flags and types and reports whether the transport
+// header is whole and right. A later fragment has none.
+func (p *packet) parseTransport(b []byte) bool {
+	if p.fragment == later {
+		return true
+	}
+	switch {
+	case p.proto == policy.ProtoTCP:
+		return p.parseTCP(b)
+	case p.proto == policy.ProtoUDP:
+		return p.parseUDP(b)
+	case p.isICMP():
+		return p.parseICMP(b)
+	}
+	p.opens = true
+	return p.parsePorts(b)
+}
+
+// hasPorts reports whether a protocol's header starts with two ports.
+func hasPorts(proto uint8) bool {
+	switch proto {
+	case policy.ProtoTCP, policy.ProtoUDP, protoUDPLite, protoSCTP, protoDCCP:
+		return true
+	}
+	return false
+}
+
+// parsePorts reads the ports of a protocol that has some.
+func (p *packet) parsePorts(b []byte) bool {
+	if !hasPorts(p.proto) {
+		return true
+	}
+	if len(b) < 8 {
+		return false
+	}
+	p.fromPort, p.toPort = binary.BigEndian.Uint16(b), binary.BigEndian.Uint16(b[2:])
+	return true
+}
+
+func (p *packet) parseTCP(b []byte) bool {
+	if len(b) < headerTCP || !p.parsePorts(b) {
+		return false
+	}
+	size := int(b[12]>>4) * 4
+	p.flags = b[13]
+	// An answer or a reset opens nothing: who sends it first lost its memory.
+	p.opens = p.flags&tcpRST == 0 && p.flags&(tcpSYN|tcpACK) != tcpSYN|tcpACK
+	return size >= headerTCP && size <= len(b)
+}
+
+func (p *packet) parseUDP(b []byte) bool {
+	if len(b) < headerUDP || !p.parsePorts(b) {
+		return false
+	}
+	p.opens = true
+	size := int(binary.BigEndian.Uint16(b[4:]))
+	if p.fragment == first {
+		return size > len(b)
+	}
+	return size >= headerUDP && size <= len(b)
+}
+
+// parseICMP reads type and identifier. A query has its identifier as the port of
+// who asks and its type as the other's, an answer the reverse, so that the
+// answer to a query and to nothing else is the reverse of it.
+func (p *packet) parseICMP(b []byte) bool {
+	if len(b) < headerICMP {
+		return false
+	}
+	p.icmpType = b[0]
+	p.setQuery(b)
+	if p.isError = p.asPolicy().IsICMPError(); !p.isError {
+		return true
+	}
+	// Nobody fragments an error; in pieces its quote can't be judged.
+	if p.fragment != whole {
+		return false
+	}
+	p.quote, p.quoted = parseQuote(b[headerICMP:], p.v6)
+	return true
+}
+
+// setQuery sets the ports of an ICMP query or answer.
+func (p *packet) setQuery(b []byte) {
+	id := binary.BigEndian.Uint16(b[4:])
+	if query, ok := answered(p.icmpType, p.v6); ok {
+		p.fromPort, p.toPort = uint16(query)<<8, id
+	} else if isQuery(p.icmpType, p.v6) {
+		p.fromPort, p.toPort, p.opens = id, uint16(p.icmpType)<<8, true
+	}
+}
+
+// isQuery reports whether an ICMP type asks for an answer: echo, timestamp,
+// information and address mask (RFC 792, RFC 950), and echo (RFC 4443).
+func isQuery(icmpType uint8, v6 bool) bool {
+	if v6 {
+		return icmpType == 128
+	}
+	return icmpType == 8 || icmpType == 13 || icmpType == 15 || icmpType == 17
+}
+
+// answered returns the type of the query that an ICMP type answers.
+func answered(icmpType uint8, v6 bool) (query uint8, ok bool) {
+	switch {
+	case v6:
+		return 128, icmpType == 129
+	case icmpType == 0:
+		return 8, true
+	case icmpType == 14 || icmpType == 16 || icmpType == 18:
+		return icmpType - 1, true
+	}
+	return 0, false
+}
+
+// asPolicy returns p as the policy sees it, but for the interface.
+func (p *packet) asPolicy() policy.Packet {
+	out := p.tuple.policy("")
+	out.Malformed, out.ICMPType = p.malformed, 0
+	if p.isICMP() {
+		out.ICMPType = p.icmpType
+		if _, ok := answered(p.icmpType, p.v6); ok {
+			out.SrcPort = p.toPort
+		}
+		out.DstPort = out.SrcPort
+	}
+	return out
+}
+
+// parseQuote reads the start of the packet that an ICMP error quotes, which is
+// cut somewhere behind its ports. ok is false where the ports aren't there, and
+// for a quoted error, which nobody may answer (RFC 1122 section 3.2.2).
+func parseQuote(b []byte, v6 bool) (t tuple, ok bool) {
+	var q packet
+	if v6 {
+		ok = q.quote6(b)
+		b = b[min(len(b), q.end):]
+	} else {
+		ok = q.quote4(b)
+		b = b[min(len(b), q.end):]
+	}
+	if !ok || q.fragment == later || len(b) < 8 {
+		return tuple{}, false
+	}
+	if q.isICMP() {
+		q.icmpType = b[0]
+		q.setQuery(b)
+		_, isAnswer := answered(q.icmpType, v6)
+		return q.tuple, q.opens || isAnswer
+	}
+	return q.tuple, q.parsePorts(b)
+}
+
+// quote4 reads a quoted IPv4 header; q.end is its size.
+func (p *packet) quote4(b []byte) bool {
+	if len(b) < header4 || b[0]>>4 != 4 {
+		return false
+	}
+	p.from, p.to, p.proto = address4(b[12:]), address4(b[16:]), b[9]
+	if binary.BigEndian.Uint16(b[6:])&0x1fff != 0 {
+		p.fragment = later
+	}
+	p.end = int(b[0]&15) * 4
+	return p.end >= header4
+}
+
+// quote6 reads a quoted IPv6 header and those behind it; q.end is their size.
+func (p *packet) quote6(b []byte) bool {
+	p.v6 = true
+	if len(b) < header6 || b[0]>>4 != 6 {
+		return false
+	}
+	p.from, p.to, p.proto = address6(b[8:]), address6(b[24:]), b[6]
+	rest, ok := p.skipHeaders(b[header6:])
+	p.end = len(b) - len(rest)
+	return ok
+}
+
+// plainTuple reads the tuple of the packet that nearly all packets are: no
+// options, no fragment, UDP, or TCP that neither opens nor ends anything. It
+// reports false for every other, also for malformed ones; parse then says more.
+func plainTuple(b []byte) (t tuple, ok bool) {
+	if len(b) < header4+headerUDP {
+		return t, false
+	}
+	var transport []byte
+	switch {
+	case b[0] == 0x45:
+		if int(binary.BigEndian.Uint16(b[2:])) != len(b) || binary.BigEndian.Uint16(b[6:])&0xbfff != 0 {
+			return t, false
+		}
+		t.from, t.to, t.proto = address4(b[12:]), address4(b[16:]), b[9]
+		transport = b[header4:]
+	case b[0]>>4 == 6 && len(b) >= header6+headerUDP:
+		if int(binary.BigEndian.Uint16(b[4:])) != len(b)-header6 {
+			return t, false
+		}
+		t.from, t.to, t.proto, t.v6 = address6(b[8:]), address6(b[24:]), b[6], true
+		transport = b[header6:]
+	default:
+		return t, false
+	}
+	t.fromPort, t.toPort = binary.BigEndian.Uint16(transport), binary.BigEndian.Uint16(transport[2:])
+	switch t.proto {
+	case policy.ProtoUDP:
+		return t, int(binary.BigEndian.Uint16(transport[4:])) == len(transport)
+	case policy.ProtoTCP:
+		return t, len(transport) >= headerTCP && transport[13]&(tcpSYN|tcpFIN|tcpRST) == 0 &&
+			transport[12] >= 0x50 && int(transport[12]>>4)*4 <= len(transport)
+	}
+	return t, false
+}

@@ -1,0 +1,86 @@
+package flow
+
+import (
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// Stats counts one peer's packets since it was first in a ruleset.
+type Stats struct {
+	// Refused counts packets by class; index 0 those towards the peer that are in
+	// no flow that passes.
+	Refused [policy.NumClasses]uint64
+	// Packets and bytes of the classes lan and internet that passed.
+	RxPackets, RxBytes uint64 // from the peer
+	TxPackets, TxBytes uint64 // towards it
+	// LastRouted is when the last of those passed; zero if none did.
+	LastRouted time.Time
+	// Flows and Cut are how many flows are remembered now.
+	Flows, Cut int
+}
+
+// Stats returns the counts of the peer with an index in the view's ruleset.
+func (v *View) Stats(peer int) Stats { return v.shares[peer].stats() }
+
+func (s *share) stats() Stats {
+	out := Stats{
+		RxPackets: s.rxPackets.Load(), RxBytes: s.rxBytes.Load(),
+		TxPackets: s.txPackets.Load(), TxBytes: s.txBytes.Load(),
+	}
+	for class := range out.Refused {
+		out.Refused[class] = s.refused[class].Load()
+	}
+	if last := s.routed.Load(); last != 0 {
+		out.LastRouted = s.table.start.Add(time.Duration(last) * time.Millisecond)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out.Flows, out.Cut = s.halfOpen.len+s.live.len, s.cut.len
+	return out
+}
+
+// Tally counts the packets of a batch in one direction. Counters are shared
+// among cores, so it adds to them once per run of packets of one peer. The zero
+// Tally is ready; Flush ends it.
+type Tally struct {
+	share          *share
+	packets, bytes uint64
+}
+
+// Add counts a packet of size bytes with its verdict.
+func (t *Tally) Add(v Verdict, size int, d Direction, now Instant) {
+	if v.share == nil {
+		return
+	}
+	if !v.Pass {
+		v.share.refused[v.Class].Add(1)
+		return
+	}
+	if v.Class != policy.OnLAN && v.Class != policy.Internet {
+		return
+	}
+	if v.share != t.share {
+		t.Flush(d, now)
+		t.share = v.share
+	}
+	t.packets++
+	t.bytes += uint64(size)
+}
+
+// Flush adds what was counted to the peer's counters.
+func (t *Tally) Flush(d Direction, now Instant) {
+	if t.packets == 0 {
+		return
+	}
+	packets, bytes := &t.share.rxPackets, &t.share.rxBytes
+	if d == ToPeer {
+		packets, bytes = &t.share.txPackets, &t.share.txBytes
+	}
+	packets.Add(t.packets)
+	bytes.Add(t.bytes)
+	if t.share.routed.Load() != int64(now) {
+		t.share.routed.Store(int64(now))
+	}
+	*t = Tally{}
+}

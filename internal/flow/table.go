@@ -1,0 +1,190 @@
+package flow
+
+import (
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// Options are what New can be told.
+type Options struct {
+	// Now is the clock, time.Now unless set. Flows time out by it; only
+	// differences count, so a monotonic reading is right.
+	Now func() time.Time // optional
+	// PerPeer is how many running flows one peer may have, and again how many cut
+	// ones. Unless set it is chosen by the number of peers: see perPeer.
+	PerPeer int // optional
+}
+
+// Table is the memory of flows. It is used through Views.
+type Table struct {
+	now     func() time.Time
+	start   time.Time
+	perPeer int
+
+	cache [cacheSize]atomic.Pointer[entry]
+	seed  uint64
+
+	mu         sync.Mutex // serialises Use
+	generation uint32
+	shares     map[policy.PeerID]*share
+	beyond     *share // flows that the host opened through a peer, to elsewhere
+}
+
+const (
+	// cacheSize is the number of flows that View.fast finds at once, a power of 2.
+	cacheSize = 1 << cacheBits
+	cacheBits = 14
+)
+
+// New returns an empty Table.
+func New(o Options) *Table {
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	t := &Table{
+		now: o.Now, perPeer: o.PerPeer,
+		// Instants start late enough that zero is before every timeout.
+		start:  o.Now().Add(-24 * time.Hour),
+		seed:   rand.Uint64() | 1,
+		shares: make(map[policy.PeerID]*share),
+	}
+	t.beyond = newShare(t, policy.PeerID{})
+	return t
+}
+
+// Now returns the time on the Table's clock.
+func (t *Table) Now() Instant { return Instant(t.now().Sub(t.start) / time.Millisecond) }
+
+// The share of one peer: as large as a busy device needs, smaller where many
+// peers would add up to more than about 200 MB, but never too small for a
+// browser. An entry takes about 200 bytes.
+const (
+	maxPerPeer = 4096
+	minPerPeer = 512
+	sumOfFlows = 1 << 20
+)
+
+// limit returns the share of one of n peers.
+func (t *Table) limit(n int) int {
+	if t.perPeer > 0 {
+		return t.perPeer
+	}
+	return max(minPerPeer, min(maxPerPeer, sumOfFlows/max(n, 1)))
+}
+
+// slot returns the place of a flow in the cache.
+func (t *Table) slot(k *key) *atomic.Pointer[entry] {
+	h := (k.farLo ^ k.ports<<7 ^ k.nearLo<<23 ^ k.nearLo>>41 ^ k.farHi*3 ^ k.nearHi*5) * t.seed
+	h ^= h >> 29
+	return &t.cache[h*0x9e3779b97f4a7c15>>(64-cacheBits)]
+}
+
+// forget takes e, which is k's entry, out of the cache.
+func (t *Table) forget(k key, e *entry) { t.slot(&k).CompareAndSwap(e, nil) }
+
+// Use returns the View of r. It may be called while an older View is in use; call
+// Settle when that has ended.
+func (t *Table) Use(r *policy.Ruleset) *View {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.generation++
+	v := &View{
+		table: t, rules: r, generation: t.generation,
+		iface: r.Host().Interface, shares: make([]*share, len(r.Peers())),
+	}
+	limit := t.limit(len(v.shares))
+	for i, p := range r.Peers() {
+		s, ok := t.shares[p.ID]
+		if !ok {
+			s = newShare(t, p.ID)
+			t.shares[p.ID] = s
+		}
+		s.resize(limit)
+		v.shares[i] = s
+	}
+	t.beyond.resize(limit)
+	for _, a := range r.Mesh().Addresses {
+		v.own = append(v.own, addressOf(a))
+	}
+	return v
+}
+
+func (s *share) resize(limit int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.limit = limit
+	for s.halfOpen.len+s.live.len > limit {
+		s.evict()
+	}
+	for s.cut.len > limit {
+		s.drop(s.cut.oldest())
+	}
+}
+
+// Settle cuts the flows that passed by old (nil at first) and that v refuses. It
+// is called when nobody judges by old any more.
+func (v *View) Settle(old *View) {
+	if old == nil {
+		return
+	}
+	now := v.table.Now()
+	for _, n := range policy.Diff(old.rules, v.rules) {
+		v.table.mu.Lock()
+		s := v.table.shares[n.ID]
+		v.table.mu.Unlock()
+		if s != nil {
+			v.cutRefused(s, n.Removed, now)
+		}
+	}
+	v.table.prune(v, now)
+}
+
+// cutRefused cuts those flows of a share that v refuses, or all.
+func (v *View) cutRefused(s *share, all bool, now Instant) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, l := range []*list{&s.halfOpen, &s.live} {
+		for e, next := l.front, (*entry)(nil); e != nil; e = next {
+			next = e.next
+			st := e.load()
+			if all || !v.mayOpen(e.name(), st.opener()).Pass {
+				s.set(e, st.cut(), now)
+			}
+		}
+	}
+}
+
+// prune forgets the shares of peers that are gone, once their cut flows have
+// timed out.
+func (t *Table) prune(v *View, now Instant) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.shares) == len(v.shares) {
+		return
+	}
+	current := make(map[policy.PeerID]bool, len(v.shares))
+	for _, s := range v.shares {
+		current[s.id] = true
+	}
+	for id, s := range t.shares {
+		if !current[id] && s.idle(now) {
+			delete(t.shares, id)
+		}
+	}
+}
+
+// idle forgets what timed out and reports whether nothing is left.
+func (s *share) idle(now Instant) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, e := range s.flows {
+		if e.expired(e.load(), now) {
+			s.drop(e)
+		}
+	}
+	return len(s.flows) == 0
+}

@@ -1,0 +1,467 @@
+package guard
+
+import (
+	"bytes"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.zx2c4.com/wireguard/tun"
+
+	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// patience bounds every wait for something that takes milliseconds.
+const patience = 30 * time.Second
+
+// offset is where a packet starts in a buffer, as WireGuard has it.
+const offset = 16
+
+// fakeTUN is a kernel's tunnel device: what it is to read is queued, what was
+// written is kept. Like the real one it takes no empty packets, and a read
+// deadline interrupts a blocked Read.
+type fakeTUN struct {
+	t testing.TB
+
+	mu       sync.Mutex
+	changed  *sync.Cond
+	queue    [][]byte
+	written  [][]byte
+	deadline time.Time
+	closed   bool
+	deaf     bool // has no deadlines
+}
+
+var _ tun.Device = (*fakeTUN)(nil)
+
+func newFakeTUN(t testing.TB) *fakeTUN {
+	f := &fakeTUN{t: t}
+	f.changed = sync.NewCond(&f.mu)
+	return f
+}
+
+func (f *fakeTUN) SetReadDeadline(at time.Time) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.deaf {
+		return os.ErrNoDeadline
+	}
+	f.deadline = at
+	f.changed.Broadcast()
+	return nil
+}
+
+func (f *fakeTUN) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for {
+		switch {
+		case f.closed:
+			return 0, os.ErrClosed
+		case !f.deadline.IsZero():
+			return 0, os.ErrDeadlineExceeded
+		case len(f.queue) > 0:
+			n := min(len(bufs), len(f.queue))
+			for i, p := range f.queue[:n] {
+				sizes[i] = copy(bufs[i][offset:], p)
+			}
+			f.queue = f.queue[n:]
+			return n, nil
+		}
+		f.changed.Wait()
+	}
+}
+
+func (f *fakeTUN) Write(bufs [][]byte, offset int) (int, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, b := range bufs {
+		// wireguard-go's device for macOS looks at this byte without a check.
+		if len(b) <= offset {
+			f.t.Errorf("a packet of %d bytes reaches the device", len(b)-offset)
+			continue
+		}
+		f.written = append(f.written, bytes.Clone(b[offset:]))
+	}
+	return len(bufs), nil
+}
+
+func (f *fakeTUN) Close() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.closed = true
+	f.changed.Broadcast()
+	return nil
+}
+
+func (f *fakeTUN) File() *os.File           { return nil }
+func (f *fakeTUN) MTU() (int, error)        { return 1420, nil }
+func (f *fakeTUN) Name() (string, error)    { return flowtest.Interface, nil }
+func (f *fakeTUN) Events() <-chan tun.Event { return nil }
+func (f *fakeTUN) BatchSize() int           { return 128 }
+
+// feed queues packets for Read.
+func (f *fakeTUN) feed(packets ...[]byte) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.queue = append(f.queue, packets...)
+	f.changed.Broadcast()
+}
+
+// take returns what was written since the last take.
+func (f *fakeTUN) take() [][]byte {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	written := f.written
+	f.written = nil
+	return written
+}
+
+// write gives packets to the guard as WireGuard does and returns what the inner
+// device got.
+func write(t testing.TB, g *Device, inner *fakeTUN, packets ...[]byte) [][]byte {
+	t.Helper()
+	bufs := make([][]byte, len(packets))
+	for i, p := range packets {
+		bufs[i] = append(make([]byte, offset), p...)
+	}
+	if n, err := g.Write(bufs, offset); err != nil || n != len(packets) {
+		t.Fatalf("Write gives %d, %v", n, err)
+	}
+	return inner.take()
+}
+
+// read lets the guard read one batch and returns the packets that WireGuard
+// would send.
+func read(t testing.TB, g *Device) [][]byte {
+	t.Helper()
+	bufs, sizes := make([][]byte, 128), make([]int, 128)
+	for i := range bufs {
+		bufs[i] = make([]byte, 2048)
+	}
+	type result struct {
+		n   int
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		n, err := g.Read(bufs, sizes, offset)
+		done <- result{n, err}
+	}()
+	select {
+	case r := <-done:
+		if r.err != nil {
+			t.Fatal(r.err)
+		}
+		var out [][]byte
+		for i := range r.n {
+			if sizes[i] > 0 {
+				out = append(out, bytes.Clone(bufs[i][offset:offset+sizes[i]]))
+			}
+		}
+		return out
+	case <-time.After(patience):
+		t.Fatal("Read doesn't return")
+		return nil
+	}
+}
+
+func at(a netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(a, port) }
+
+var (
+	ask    = flowtest.Datagram(at(flowtest.PeerC4, 1000), at(flowtest.Net4, 53), 20)
+	answer = flowtest.Datagram(at(flowtest.Net4, 53), at(flowtest.PeerC4, 1000), 20)
+	hello  = flowtest.Datagram(at(flowtest.HostB4, 1), at(flowtest.PeerC4, 2), 20)
+	toPeer = flowtest.Datagram(at(flowtest.PeerC4, 1), at(flowtest.PeerA4, 2), 20)
+)
+
+func equal(t *testing.T, what string, got [][]byte, want ...[]byte) {
+	t.Helper()
+	if len(got) != len(want) {
+		t.Errorf("%s: %d packets, want %d", what, len(got), len(want))
+		return
+	}
+	for i := range want {
+		if !bytes.Equal(got[i], want[i]) {
+			t.Errorf("%s: packet %d is %x, want %x", what, i, got[i], want[i])
+		}
+	}
+}
+
+func TestClosedUntilSet(t *testing.T) {
+	inner := newFakeTUN(t)
+	g := New(inner, Options{})
+	inner.feed(hello)
+	equal(t, "read before Set", read(t, g))
+	equal(t, "written before Set", write(t, g, inner, ask))
+	g.Set(flowtest.Picture(t, policy.Routing))
+	inner.feed(hello, answer)
+	equal(t, "read", read(t, g), hello)
+	equal(t, "written", write(t, g, inner, toPeer, ask, ask, nil, ask[:9], toPeer), ask, ask)
+	inner.feed(answer, hello, answer)
+	equal(t, "read answers", read(t, g), answer, hello, answer)
+	g.Set(nil)
+	inner.feed(hello, answer)
+	equal(t, "read when closed", read(t, g))
+	equal(t, "written when closed", write(t, g, inner, ask))
+	if got := g.Stats(); len(got) != 0 {
+		t.Errorf("statistics while closed: %v", got)
+	}
+	g.Set(flowtest.Picture(t, 0))
+	inner.feed(answer)
+	equal(t, "read after closed and denied", read(t, g))
+}
+
+// TestCountsAndAnswers refuses some packets of C. What comes back is an ICMP
+// error that quotes the packet and has right checksums.
+func TestCountsAndAnswers(t *testing.T) {
+	for _, tt := range []struct {
+		peer, net, host netip.Addr
+		size            int
+	}{
+		{flowtest.PeerC4, flowtest.Net4, flowtest.HostB4, 20},
+		{flowtest.PeerC6, flowtest.Net6, flowtest.HostB6, 21},
+		{flowtest.PeerC4, flowtest.Net4, flowtest.HostB4, 1391},
+		{flowtest.PeerC6, flowtest.Net6, flowtest.HostB6, 1300},
+	} {
+		inner := newFakeTUN(t)
+		g := New(inner, Options{})
+		g.Set(flowtest.Picture(t, 0))
+		refused := flowtest.Datagram(at(tt.peer, 9), at(tt.net, 53), tt.size)
+		equal(t, "written", write(t, g, inner, refused))
+		got := read(t, g)
+		if len(got) != 1 {
+			t.Fatalf("%d answers, want 1", len(got))
+		}
+		checkAnswer(t, got[0], tt.host, tt.peer, refused)
+		if n := g.Stats()[flowtest.PeerC].Refused[policy.Internet]; n != 1 {
+			t.Errorf("%d packets counted, want 1", n)
+		}
+	}
+}
+
+func checkAnswer(t *testing.T, p []byte, from, to netip.Addr, about []byte) {
+	t.Helper()
+	header, limit, code := 20, 576, []byte{3, 13}
+	src, dst := netip.AddrFrom4([4]byte(p[12:])), netip.AddrFrom4([4]byte(p[16:]))
+	if from.Is6() {
+		header, limit, code = 40, 1280, []byte{1, 1}
+		src, dst = netip.AddrFrom16([16]byte(p[8:])), netip.AddrFrom16([16]byte(p[24:]))
+	} else if flowtest.Checksum(p[:20]) != 0 {
+		t.Errorf("wrong header checksum in %x", p[:20])
+	}
+	if src != from || dst != to || !bytes.Equal(p[header:header+2], code) {
+		t.Errorf("%v to %v, type and code %v; want %v to %v, %v", src, dst, p[header:header+2], from, to, code)
+	}
+	if flowtest.TransportChecksum(p) != 0 {
+		t.Errorf("wrong ICMP checksum in %x", p)
+	}
+	quoted := p[header+8:]
+	if want := min(len(about), limit-header-8); len(quoted) != want || !bytes.HasPrefix(about, quoted) {
+		t.Errorf("%d bytes quoted, want the first %d", len(quoted), want)
+	}
+}
+
+// TestAnswerInterruptsRead has Read block before the packet is refused.
+func TestAnswerInterruptsRead(t *testing.T) {
+	inner := newFakeTUN(t)
+	g := New(inner, Options{})
+	g.Set(flowtest.Picture(t, 0))
+	for range 100 {
+		// Nothing is to be read, so Read blocks, now or after it was interrupted.
+		got := make(chan [][]byte, 1)
+		go func() { got <- read(t, g) }()
+		g.answer(g.view.Load(), ask)
+		select {
+		case p := <-got:
+			if len(p) != 1 {
+				t.Fatalf("%d packets", len(p))
+			}
+		case <-time.After(patience):
+			t.Fatal("the answer waits")
+		}
+	}
+	inner.feed(hello)
+	equal(t, "read afterwards", read(t, g), hello)
+	if err := g.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := g.Read([][]byte{make([]byte, 2048)}, []int{0}, offset); err != os.ErrClosed {
+		t.Errorf("Read of a closed device: %v", err)
+	}
+}
+
+// TestAnswersWithoutDeadlines leaves answers for the next packet.
+func TestAnswersWithoutDeadlines(t *testing.T) {
+	inner := newFakeTUN(t)
+	inner.deaf = true
+	g := New(inner, Options{})
+	g.Set(flowtest.Picture(t, 0))
+	for range queuedAnswers + 10 {
+		g.answer(g.view.Load(), ask)
+	}
+	if got := read(t, g); len(got) != queuedAnswers {
+		t.Errorf("%d answers, want %d", len(got), queuedAnswers)
+	}
+	inner.feed(hello)
+	equal(t, "read", read(t, g), hello)
+}
+
+// TestSetIsABarrier denies and allows while packets are written. Right after a
+// denial has returned nothing of the peer gets through.
+func TestSetIsABarrier(t *testing.T) {
+	inner := newFakeTUN(t)
+	g := New(inner, Options{})
+	open, closed := flowtest.Picture(t, policy.Routing), flowtest.Picture(t, 0)
+	stop := make(chan struct{})
+	var writers sync.WaitGroup
+	for w := range 3 {
+		writers.Add(1)
+		go func() {
+			defer writers.Done()
+			p := flowtest.Datagram(at(flowtest.PeerC4, uint16(w)), at(flowtest.Net4, 53), 20)
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				bufs := [][]byte{append(make([]byte, offset), p...), append(make([]byte, offset), p...)}
+				if _, err := g.Write(bufs, offset); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		}()
+	}
+	passed := 0
+	for range 300 {
+		g.Set(open)
+		time.Sleep(50 * time.Microsecond)
+		g.Set(closed)
+		passed += len(inner.take())
+		time.Sleep(50 * time.Microsecond)
+		if leaked := len(inner.take()); leaked != 0 {
+			t.Errorf("%d packets after the denial", leaked)
+		}
+	}
+	close(stop)
+	writers.Wait()
+	if passed == 0 {
+		t.Error("nothing passed while it was allowed, so the test shows nothing")
+	}
+}
+
+// TestMutated writes 1,000,000 random and mutated packets of a peer with all
+// permissions: what gets through is what the policy lets pass, judged by reading
+// the packet again with nothing but its first bytes.
+func TestMutated(t *testing.T) {
+	n := 1_000_000
+	if testing.Short() {
+		n = 50_000
+	}
+	random := rand.New(rand.NewPCG(1, 2))
+	inner := newFakeTUN(t)
+	g := New(inner, Options{PerPeer: 1024})
+	r := flowtest.Picture(t, 7)
+	g.Set(r)
+	seeds := seedPackets()
+	passed := 0
+	for range n {
+		for _, p := range write(t, g, inner, flowtest.Mutate(random, seeds[random.IntN(len(seeds))])) {
+			passed++
+			checkPassed(t, r, p)
+		}
+	}
+	if passed == 0 || passed == n {
+		t.Errorf("%d of %d passed", passed, n)
+	}
+	if s := g.Stats()[flowtest.PeerC]; s.Flows > 1024 || s.Cut > 1024 {
+		t.Errorf("%d flows and %d cut ones, want at most 1024 each", s.Flows, s.Cut)
+	}
+	t.Logf("%d packets, %d passed", n, passed)
+}
+
+// checkPassed judges a packet that passed by what must be true of it, whatever
+// is behind the addresses: its length, its source and the class of its
+// destination.
+func checkPassed(t *testing.T, r *policy.Ruleset, p []byte) {
+	t.Helper()
+	var in policy.Packet
+	in.In = flowtest.Interface
+	switch {
+	case len(p) >= 20 && p[0]>>4 == 4 && int(p[2])<<8|int(p[3]) == len(p):
+		in.Src, in.Dst = netip.AddrFrom4([4]byte(p[12:])), netip.AddrFrom4([4]byte(p[16:]))
+	case len(p) >= 40 && p[0]>>4 == 6 && int(p[4])<<8|int(p[5]) == len(p)-40:
+		in.Src, in.Dst = netip.AddrFrom16([16]byte(p[8:])), netip.AddrFrom16([16]byte(p[24:]))
+	default:
+		t.Fatalf("malformed packet passed: %x", p)
+	}
+	if v := r.Decide(in); !v.Pass {
+		t.Fatalf("%x passed, the policy says %+v", p, v)
+	}
+}
+
+// seedPackets returns one packet of each kind that a peer sends.
+func seedPackets() [][]byte {
+	var seeds [][]byte
+	for _, ends := range [][2]netip.Addr{
+		{flowtest.PeerC4, flowtest.Net4}, {flowtest.PeerC4, flowtest.LAN4}, {flowtest.PeerC4, flowtest.HostB4}, {flowtest.PeerC4, flowtest.PeerA4},
+		{flowtest.PeerC6, flowtest.Net6}, {flowtest.PeerC6, flowtest.LAN6}, {flowtest.PeerC6, flowtest.HostB6}, {flowtest.PeerC6, flowtest.PeerA6},
+	} {
+		src, dst := ends[0], ends[1]
+		tcp := flowtest.TCPSegment(at(src, 1), at(dst, 443), flowtest.SYN, 40)
+		errorType := uint8(3)
+		if src.Is6() {
+			errorType = 1
+		}
+		seeds = append(seeds, tcp,
+			flowtest.Datagram(at(src, 5), at(dst, 53), 30),
+			flowtest.Echo(src, dst, 3, false, 30),
+			flowtest.Echo(src, dst, 3, true, 30),
+			flowtest.ICMPMessage(src, dst, errorType, 0, flowtest.TCPSegment(at(dst, 443), at(src, 1), flowtest.ACK, 0)),
+			flowtest.IP(src, dst, 47, make([]byte, 24)))
+		seeds = append(seeds, flowtest.Fragments(flowtest.Datagram(at(src, 5), at(dst, 53), 100), 77, 48)...)
+	}
+	// IPv4 options and IPv6 extension headers of every kind.
+	options := flowtest.IP(flowtest.PeerC4, flowtest.Net4, 17, append([]byte{7, 7, 4, 0, 0, 0, 0, 1}, ask[20:]...))
+	options[0] = 0x47
+	seeds = append(seeds, options)
+	for _, header := range []byte{0, 43, 44, 51, 60, 135} {
+		p := flowtest.IP(flowtest.PeerC6, flowtest.Net6, header, append([]byte{17, 0, 1, 0, 0, 0, 0, 0}, ask[20:]...))
+		seeds = append(seeds, p)
+	}
+	return seeds
+}
+
+// BenchmarkGuard writes batches through the guard to a device that does nothing.
+func BenchmarkGuard(b *testing.B) {
+	for _, batch := range []int{1, 128} {
+		g := New(nullTUN{}, Options{})
+		g.Set(flowtest.Large(b, 10_000, 1000))
+		bufs := make([][]byte, batch)
+		packet := append(make([]byte, offset), flowtest.Datagram(at(flowtest.PeerC4, 1), at(flowtest.Net4, 443), 1200)...)
+		b.Run(map[int]string{1: "write/batch=1", 128: "write/batch=128"}[batch], func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				for i := range bufs {
+					bufs[i] = packet
+				}
+				if _, err := g.Write(bufs, offset); err != nil {
+					b.Fatal(err)
+				}
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*batch), "ns/packet")
+		})
+	}
+}
+
+// nullTUN takes everything.
+type nullTUN struct{ tun.Device }
+
+func (nullTUN) File() *os.File                          { return nil }
+func (nullTUN) Write(bufs [][]byte, _ int) (int, error) { return len(bufs), nil }
