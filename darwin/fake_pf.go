@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // A PFEngine is the packet filter behind a [FakePF]: what the kernel does, without
@@ -56,7 +58,7 @@ type FakePF struct {
 	NextToken func() Token
 
 	mu      sync.Mutex
-	tokens  []Reference
+	tokens  []pfconf.Reference
 	untoken bool // somebody ran -e
 	enabled bool
 	pid     int
@@ -80,7 +82,7 @@ func (f *FakePF) Enabled() bool {
 }
 
 // Tokens returns the tokens that are held, newest first.
-func (f *FakePF) Tokens() []Reference {
+func (f *FakePF) Tokens() []pfconf.Reference {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return slices.Clone(f.tokens)
@@ -203,7 +205,7 @@ func (f *FakePF) enable() pfctlReply {
 
 func (f *FakePF) reference() pfctlReply {
 	t := f.NextToken()
-	f.tokens = slices.Insert(f.tokens, 0, Reference{PID: 4000 + f.pid, Name: "pfctl", Token: t})
+	f.tokens = slices.Insert(f.tokens, 0, pfconf.Reference{PID: 4000 + f.pid, Process: "pfctl", Token: uint64(t)})
 	f.set(true)
 	return pfctlReply{stderr: fmt.Sprintf("pf enabled\nToken : %d\n", t)}
 }
@@ -212,7 +214,7 @@ func (f *FakePF) release(text string) pfctlReply {
 	if !f.enabled {
 		return pfctlReply{stderr: "pfctl: pf not enabled\n", status: 1}
 	}
-	n := slices.IndexFunc(f.tokens, func(r Reference) bool { return strconv.FormatUint(uint64(r.Token), 10) == text })
+	n := slices.IndexFunc(f.tokens, func(r pfconf.Reference) bool { return strconv.FormatUint(r.Token, 10) == text })
 	if n < 0 {
 		return pfctlReply{stderr: "pfctl: pf: token invalid\n", status: 1}
 	}
@@ -273,7 +275,7 @@ func (f *FakePF) references() string {
 	var b strings.Builder
 	b.WriteString("TOKENS:\nPID      Process Name                 TOKEN                    TIMESTAMP\n")
 	for _, r := range f.tokens {
-		fmt.Fprintf(&b, "%-8d %-28s %-24d 0 days 00:00:00\n", r.PID, r.Name, r.Token)
+		fmt.Fprintf(&b, "%-8d %-28s %-24d 0 days 00:00:00\n", r.PID, r.Process, r.Token)
 	}
 	return b.String()
 }

@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // pfctlPath is the packet filter's control program. Its ioctls are private and
@@ -49,11 +51,11 @@ func (p *PF) Enable(ctx context.Context) (Token, error) {
 	if err != nil {
 		return 0, fmt.Errorf("enable packet filter: %w", err)
 	}
-	t, err := ParseToken(stderr)
+	t, err := pfconf.ParseToken(string(stderr))
 	if err != nil {
 		return 0, fmt.Errorf("enable packet filter: %w", err)
 	}
-	return t, nil
+	return Token(t), nil
 }
 
 // Release gives a token back; the packet filter goes off with the last one. The
@@ -124,28 +126,33 @@ func (p *PF) NAT(ctx context.Context, anchor string) (string, error) {
 // anchor stays listed after it was flushed: being there is no proof of rules.
 func (p *PF) Anchors(ctx context.Context, anchor string) ([]string, error) {
 	out, err := p.show(ctx, anchor, "Anchors")
-	return strings.Fields(out), err
+	return pfconf.ParseAnchors(out), err
 }
 
 // Tables returns the names of the anchor's tables.
 func (p *PF) Tables(ctx context.Context, anchor string) ([]string, error) {
 	out, err := p.show(ctx, anchor, "Tables")
-	return strings.Fields(out), err
+	var names []string
+	for _, t := range pfconf.ParseTables(out) {
+		names = append(names, t.Name)
+	}
+	return names, err
 }
 
-// Table returns the entries of a table as pfctl prints them, sorted by the
-// kernel: addresses and prefixes, negated ones with a leading !. A missing table
-// is an error.
-func (p *PF) Table(ctx context.Context, anchor, table string) ([]string, error) {
+// Table returns the entries of a table. A missing table is an error.
+func (p *PF) Table(ctx context.Context, anchor, table string) ([]pfconf.Address, error) {
 	args, err := tableArgs(anchor, table, "show")
 	if err != nil {
 		return nil, err
 	}
-	stdout, _, err := p.run(ctx, nil, args...)
+	stdout, stderr, err := p.run(ctx, nil, args...)
+	if err == nil {
+		err = complaint(stderr)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("show table %q of anchor %q: %w", table, anchor, err)
 	}
-	return strings.Fields(string(stdout)), nil
+	return pfconf.ParseTableEntries(string(stdout))
 }
 
 // ReplaceTable makes addresses the whole contents of a table, in one step. pfctl
@@ -166,22 +173,29 @@ func (p *PF) ReplaceTable(ctx context.Context, anchor, table string, addresses [
 	return nil
 }
 
-// Info tells whether the packet filter is on.
-func (p *PF) Info(ctx context.Context) (Info, error) {
+// Info tells whether the packet filter is on, and its counters.
+func (p *PF) Info(ctx context.Context) (*pfconf.Info, error) {
 	out, err := p.show(ctx, "", "info")
 	if err != nil {
-		return Info{}, err
+		return nil, err
 	}
-	return ParseInfo(out)
+	return pfconf.ParseInfo(out)
 }
 
-// References returns who keeps the packet filter on.
-func (p *PF) References(ctx context.Context) ([]Reference, error) {
+// References returns who keeps the packet filter on. Each has the name of the
+// program that asked, so `pfctl` for everybody who runs it, and its process is
+// mostly gone: only the token tells whose it is.
+func (p *PF) References(ctx context.Context) ([]pfconf.Reference, error) {
 	out, err := p.show(ctx, "", "References")
 	if err != nil {
 		return nil, err
 	}
-	return ParseReferences(out)
+	// One of the two is always there: text without them mustn't pass for "none",
+	// which would be acted on.
+	if !strings.Contains(out, "TOKENS:") && !strings.Contains(out, "No pf starter references held") {
+		return nil, fmt.Errorf("show References: unexpected text %q", firstLine([]byte(out)))
+	}
+	return pfconf.ParseReferences(out)
 }
 
 // Skipped returns the interfaces that the packet filter ignores because of a `set
@@ -195,6 +209,21 @@ func (p *PF) Skipped(ctx context.Context) ([]string, error) {
 		return nil, fmt.Errorf("show Interfaces: %w", err)
 	}
 	return ParseSkipped(string(stdout)), nil
+}
+
+// ParseSkipped finds the interfaces marked "(skip)" in `pfctl -v -s Interfaces`,
+// where interfaces start a line and their counters are indented:
+//
+//	en0
+//	lo0 (skip)
+func ParseSkipped(out string) []string {
+	var names []string
+	for line := range strings.Lines(out) {
+		if name, ok := strings.CutSuffix(strings.TrimSpace(line), " (skip)"); ok {
+			names = append(names, strings.TrimSpace(name))
+		}
+	}
+	return names
 }
 
 // Kill ends the states of the given hosts or prefixes: those that they opened and

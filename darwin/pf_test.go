@@ -12,6 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // A textEngine is a packet filter that knows how lines begin and nothing else:
@@ -129,7 +130,7 @@ func TestTokens(t *testing.T) {
 		t.Fatalf("second token %d, %v", second, err)
 	}
 	refs, err := pf.References(ctx)
-	if err != nil || len(refs) != 2 || refs[0].Token != second || refs[1].Token != first {
+	if err != nil || len(refs) != 2 || refs[0].Token != uint64(second) || refs[1].Token != uint64(first) {
 		t.Errorf("references %+v, %v", refs, err)
 	}
 	if err := pf.Release(ctx, 42); !errors.Is(err, darwin.ErrTokenInvalid) {
@@ -205,14 +206,14 @@ func TestLoadAndReadBack(t *testing.T) {
 	if tables, err := pf.Tables(ctx, anchor); err != nil || !slices.Equal(tables, []string{"peers"}) {
 		t.Errorf("tables %q, %v", tables, err)
 	}
-	if entries, err := pf.Table(ctx, anchor, "peers"); err != nil || !slices.Equal(entries, []string{"100.64.0.2", "100.64.0.3"}) {
-		t.Errorf("table %q, %v", entries, err)
+	if entries, err := pf.Table(ctx, anchor, "peers"); err != nil || !slices.Equal(spelled(entries), []string{"100.64.0.2/32", "100.64.0.3/32"}) {
+		t.Errorf("table %v, %v", entries, err)
 	}
 	if err := pf.ReplaceTable(ctx, anchor, "peers", []netip.Prefix{netip.MustParsePrefix("fd00::1/128")}); err != nil {
 		t.Error(err)
 	}
-	if entries, err := pf.Table(ctx, anchor, "peers"); err != nil || !slices.Equal(entries, []string{"fd00::1/128"}) {
-		t.Errorf("table afterwards %q, %v", entries, err)
+	if entries, err := pf.Table(ctx, anchor, "peers"); err != nil || !slices.Equal(spelled(entries), []string{"fd00::1/128"}) {
+		t.Errorf("table afterwards %v, %v", entries, err)
 	}
 	if _, err := pf.Table(ctx, anchor, "others"); err == nil || !strings.Contains(err.Error(), "Table does not exist") {
 		t.Errorf("a missing table: %v", err)
@@ -228,6 +229,14 @@ func TestLoadAndReadBack(t *testing.T) {
 			t.Errorf("ran %q", c)
 		}
 	}
+}
+
+// spelled returns the prefixes of a table's entries as text.
+func spelled(entries []pfconf.Address) (s []string) {
+	for _, e := range entries {
+		s = append(s, e.Prefix.String())
+	}
+	return s
 }
 
 func TestLoadRefused(t *testing.T) {
@@ -337,4 +346,64 @@ func TestOddAnswersAreErrors(t *testing.T) {
 	if rules, err := pf.Rules(t.Context(), anchor); err == nil {
 		t.Errorf("rules %q", rules)
 	}
+}
+
+// Output of pfctl on macOS 26.5.2 (25F84, arm64), from the captures of omacvm's
+// netd; lo0's skip mark from the capture of an incident with Internet Sharing.
+func TestCapturedAnswers(t *testing.T) {
+	const noise = "No ALTQ support in kernel\nALTQ related functions disabled\n"
+	ctx := t.Context()
+	token, err := darwin.NewPF(scripted{stderr: noise + "pf enabled\nToken : 11012949885072952621\n"}).Enable(ctx)
+	if err != nil || token != 11012949885072952621 {
+		t.Errorf("token %d, %v", token, err)
+	}
+	for out, want := range map[string]bool{
+		"Status: Enabled for 0 days 00:00:00           Debug: Urgent\n\nState Table                          Total             Rate\n  current entries                        0               \n": true,
+		"Status: Disabled                              Debug: Urgent\n\nState Table                          Total             Rate\n  current entries                        0               \n": false,
+	} {
+		if i, err := darwin.NewPF(scripted{stdout: out, stderr: noise}).Info(ctx); err != nil || i.Enabled != want {
+			t.Errorf("info %+v, %v, want enabled %v", i, err, want)
+		}
+	}
+	refs, err := darwin.NewPF(scripted{stderr: noise, stdout: "TOKENS:\n" +
+		"PID      Process Name                 TOKEN                    TIMESTAMP\n" +
+		"4077     pfctl                        9084387343160548126      0 days 00:00:00\n" +
+		"4063     pfctl                        15053025338191571182     0 days 00:00:00\n"}).References(ctx)
+	if err != nil || len(refs) != 2 || refs[1].Token != 15053025338191571182 {
+		t.Errorf("references %+v, %v", refs, err)
+	}
+	for message, want := range map[string]error{"pfctl: pf not enabled\n": darwin.ErrNotEnabled, "pfctl: pf: token invalid\n": darwin.ErrTokenInvalid} {
+		if err := darwin.NewPF(scripted{stderr: noise + message, status: 1}).Release(ctx, 1); !errors.Is(err, want) {
+			t.Errorf("release: %v, want %v", err, want)
+		}
+	}
+	others := "disable request successful. 1 more pf enable reference(s) remaining, pf still enabled.\n"
+	if err := darwin.NewPF(scripted{stderr: noise + others}).Release(ctx, 1); err != nil {
+		t.Errorf("release with others left: %v", err)
+	}
+	const interfaces = "ALL\nanpi0\nap1\nbridge100\nen0\nlo0 (skip)\nstf0\nutun0\nvmenet0\n"
+	if got, err := darwin.NewPF(scripted{stderr: noise, stdout: interfaces}).Skipped(ctx); err != nil || !slices.Equal(got, []string{"lo0"}) {
+		t.Errorf("skipped %q, %v", got, err)
+	}
+}
+
+func FuzzAnswers(f *testing.F) {
+	f.Add("Status: Enabled for 0 days 00:00:00           Debug: Urgent\n", "No ALTQ support in kernel\n")
+	f.Add("TOKENS:\nPID      Process Name\n4077     pfctl                        9084387343160548126      0 days 00:00:00\n", "")
+	f.Add("en0\nlo0 (skip)\n\tCleared: x\n", "pf enabled\nToken : 11012949885072952621\n")
+	f.Add("   10.0.0.0/8\n  !10.1.2.3\n", "pfctl: DIOCGETRULES: Invalid argument\n")
+	f.Fuzz(func(t *testing.T, stdout, stderr string) {
+		pf := darwin.NewPF(scripted{stdout: stdout, stderr: stderr})
+		ctx := t.Context()
+		if refs, err := pf.References(ctx); err == nil && len(refs) == 0 && !strings.Contains(stdout, "TOKENS:") && !strings.Contains(stdout, "No pf") {
+			t.Errorf("%q passes for no references", stdout)
+		}
+		pf.Info(ctx)
+		pf.Enable(ctx)
+		pf.Release(ctx, 1)
+		pf.Skipped(ctx)
+		pf.Anchors(ctx, "a")
+		pf.Tables(ctx, "a")
+		pf.Table(ctx, "a", "t")
+	})
 }
