@@ -6,14 +6,16 @@ import (
 	"strings"
 )
 
-// anchorNode is an anchor with its five lists of rules. Once made it stays: the
-// kernel of macOS never frees a loaded one.
+// anchorNode is an anchor with its five lists of rules. Once loaded it stays:
+// the kernel of macOS never frees it. Others live as long as a rule calls them.
 type anchorNode struct {
 	path     string
 	name     string
 	parent   *anchorNode
 	children []*anchorNode // in byte order of their names
 	lists    [ruleLists][]*crule
+	loaded   bool
+	calls    int
 	// match is the kernel's note that something matched in here.
 	match bool
 }
@@ -62,6 +64,17 @@ func (a *anchorNode) create(path string) *anchorNode {
 	return a
 }
 
+// release forgets an anchor that nothing needs, and those above it.
+func (a *anchorNode) release() {
+	for a.parent != nil && !a.loaded && a.calls == 0 && len(a.children) == 0 {
+		up := a.parent
+		if i, ok := up.child(a.name); ok {
+			up.children = slices.Delete(up.children, i, i+1)
+		}
+		a = up
+	}
+}
+
 // anchorCall resolves the anchor that a rule calls, as pf_anchor_setup does:
 // names are relative to the caller unless they begin with a slash.
 func (c compiler) anchorCall(out *crule) error {
@@ -91,6 +104,7 @@ func (c compiler) anchorCall(out *crule) error {
 		return err
 	}
 	out.call = c.m.main.create(name)
+	out.call.calls++
 	return nil
 }
 

@@ -234,7 +234,7 @@ func (e *evaluation) tagMatches(r *crule, tag int) bool {
 func (e *evaluation) filterMatches(r *crule, tag int) bool {
 	p := &e.p
 	ports := r.proto == p.Proto && (r.proto == ProtoTCP || r.proto == ProtoUDP)
-	return e.scopeMatches(r) && !r.never && !r.fragment &&
+	return e.scopeMatches(r) && !r.noOS && !r.noUser && !r.fragment &&
 		(!ports || r.from.port.matches(p.SrcPort) && r.to.port.matches(p.DstPort)) &&
 		r.from.addr.matches(e.m, p.Src) && r.to.addr.matches(e.m, p.Dst) &&
 		(r.icmpType == 0 || r.icmpType == int(p.ICMPType)+1) &&
@@ -264,7 +264,7 @@ func (e *evaluation) fragmentMatches(r *crule, tag int) bool {
 			return false
 		}
 	}
-	return e.scopeMatches(r) && !r.never &&
+	return e.scopeMatches(r) && !r.noOS &&
 		r.from.addr.matches(e.m, p.Src) && r.to.addr.matches(e.m, p.Dst) &&
 		(r.tos == 0 || r.tos&p.TOS != 0) &&
 		(r.prob == 0 || e.m.rand.Float64() < r.prob) &&

@@ -129,6 +129,7 @@ func (t *transaction) commit() {
 	}
 	for _, p := range t.parts {
 		a := t.m.main.create(p.path)
+		a.loaded = true
 		for i, rules := range p.lists {
 			old := a.lists[i]
 			a.lists[i] = rules

@@ -315,7 +315,7 @@ func (e *evaluation) scrubMatches(r *crule, tcp bool) bool {
 		scope = e.scopeMatches(&any)
 	}
 	return scope && r.from.addr.matches(e.m, e.p.Src) && r.to.addr.matches(e.m, e.p.Dst) &&
-		(!tcp || scrubPort(r.from.port, e.p.SrcPort) && scrubPort(r.to.port, e.p.DstPort)) && !r.never
+		(!tcp || scrubPort(r.from.port, e.p.SrcPort) && scrubPort(r.to.port, e.p.DstPort)) && !r.noOS
 }
 
 // scrubPort compares a port as pf_normalize_tcp does, which takes the operator

@@ -40,7 +40,8 @@ type crule struct {
 	proto  Proto
 	from   cendpoint
 	to     cendpoint
-	never  bool // asks what this machine doesn't know
+	noOS   bool // asks for a system that sends: never matches
+	noUser bool // asks for a socket's owner that no packet here has
 
 	icmpType, icmpCode int // one more than the number; 0: any
 	flags, flagMask    TCPFlags
@@ -254,7 +255,8 @@ func (c compiler) compile(r *Rule) (*crule, error) {
 		action: r.Action, quick: r.Quick, dir: r.Direction, family: r.Family,
 		tos: deref(r.TOS), fragment: r.Fragment, allowOpts: r.AllowOpts, prob: r.Probability,
 		tag: c.m.tag(r.Tag), tagged: c.m.tag(r.Tagged), notTagged: r.NotTagged,
-		never: len(r.OS) > 0 || len(r.Users) > 0 || len(r.Groups) > 0,
+		noOS:   len(r.OS) > 0,
+		noUser: !noSocket(r.Users) || !noSocket(r.Groups),
 	}
 	if len(r.Interfaces) > 1 || len(r.Protos) > 1 || len(r.ICMP) > 1 {
 		return nil, fmt.Errorf("compile rule: it isn't expanded")
@@ -280,6 +282,17 @@ func (c compiler) compile(r *Rule) (*crule, error) {
 		return out, err
 	}
 	return out, c.target(out)
+}
+
+// noSocket says whether a packet that belongs to no socket matches the owners
+// that a rule asks for: as unknown, and as another than any.
+func noSocket(ids []IDMatch) bool {
+	for _, id := range ids {
+		if id.Op != Equal && id.Op != NotEqual || id.Unknown != (id.Op == Equal) {
+			return false
+		}
+	}
+	return true
 }
 
 func deref(p *uint8) uint8 {
@@ -375,7 +388,7 @@ func (c compiler) target(out *crule) error {
 	return nil
 }
 
-// releaseRule lets go of a rule's tables once it is neither loaded nor used by
+// releaseRule lets go of a rule's tables and anchor once it is neither loaded nor used by
 // a state.
 func (m *Machine) releaseRule(r *crule) {
 	if r.loaded || r.states > 0 || r.rule == nil {
@@ -386,6 +399,10 @@ func (m *Machine) releaseRule(r *crule) {
 	}
 	for i := range r.pool.addrs {
 		m.releaseAddr(&r.pool.addrs[i])
+	}
+	if r.call != nil {
+		r.call.calls--
+		r.call.release()
 	}
 }
 

@@ -1,7 +1,10 @@
 package pfconf
 
 import (
+	"fmt"
 	"net/netip"
+	"strconv"
+	"strings"
 	"time"
 )
 
@@ -317,9 +320,10 @@ func (m *Machine) purge() {
 	}
 }
 
-// A State is what pf knows of one flow, as pfctl -s states lists it.
+// A State is what pf knows of one flow.
 type State struct {
-	ID    uint64
+	ID uint64
+	// Proto is the protocol; ICMPv6 is filed under ICMP.
 	Proto Proto
 	// Direction is that of the packet that made the state.
 	Direction Direction
@@ -331,6 +335,10 @@ type State struct {
 	Lan, Gateway netip.AddrPort
 	// Ext is the far end as the inside sees it, ExtGateway as the outside does.
 	Ext, ExtGateway netip.AddrPort
+	// Opener and Answerer are how far the two ends are, as pfctl words it:
+	// ESTABLISHED and the like for TCP, NO_TRAFFIC, SINGLE or MULTIPLE, for ICMP
+	// numbers.
+	Opener, Answerer string
 	// Rule made the state; nil: the default rule. Loaded: it still is.
 	Rule   *Rule
 	Anchor string
@@ -340,6 +348,55 @@ type State struct {
 	// Age is the time since the first packet and Expires how long the state
 	// lives without another one, both in whole seconds.
 	Age, Expires time.Duration
+}
+
+// String returns the state as a line of pfctl -s states.
+func (s State) String() string {
+	var b strings.Builder
+	on := s.Interface
+	if on == "" {
+		on = "ALL"
+	}
+	arrow, first, second := " -> ", s.Opener, s.Answerer
+	if s.Direction == In {
+		arrow, first, second = " <- ", s.Answerer, s.Opener
+	}
+	fmt.Fprintf(&b, "%s %s ", on, s.Proto)
+	if s.Lan != s.Gateway {
+		b.WriteString(hostText(s.Lan) + arrow)
+	}
+	fmt.Fprintf(&b, "%s%s%s       %s:%s", hostText(s.Gateway), arrow, hostText(s.ExtGateway), first, second)
+	return b.String()
+}
+
+// hostText writes an end of a state as pfctl does: 192.0.2.1:80, 2001:db8::1[80].
+func hostText(a netip.AddrPort) string {
+	switch {
+	case a.Port() == 0:
+		return a.Addr().String()
+	case a.Addr().Is4():
+		return a.String()
+	}
+	return fmt.Sprintf("%s[%d]", a.Addr(), a.Port())
+}
+
+var (
+	tcpPhases = [...]string{
+		"CLOSED", "LISTEN", "SYN_SENT", "SYN_RCVD", "ESTABLISHED", "CLOSE_WAIT", "FIN_WAIT_1", "CLOSING",
+		"LAST_ACK", "FIN_WAIT_2", "TIME_WAIT",
+	}
+	otherPhases = [...]string{"NO_TRAFFIC", "SINGLE", "MULTIPLE"}
+)
+
+// phase is pfctl's word for one end of a state.
+func phase(proto Proto, state uint8) string {
+	switch {
+	case proto == ProtoTCP && int(state) < len(tcpPhases):
+		return tcpPhases[state]
+	case proto != ProtoTCP && proto != ProtoICMP && int(state) < len(otherPhases):
+		return otherPhases[state]
+	}
+	return strconv.Itoa(int(state))
 }
 
 // States returns all states, the oldest first.
@@ -360,6 +417,7 @@ func (m *Machine) describe(s *state) State {
 		ID: s.id, Proto: k.proto, Direction: k.dir,
 		Lan: k.lan.addrPort(), Gateway: k.gwy.addrPort(),
 		Ext: k.extLan.addrPort(), ExtGateway: k.extGwy.addrPort(),
+		Opener: phase(k.proto, s.src.state), Answerer: phase(k.proto, s.dst.state),
 		Rule: s.rule.rule, Anchor: s.rule.anchor, Loaded: s.rule.loaded,
 		Age:     time.Duration(m.seconds()-s.created) * time.Second,
 		Expires: time.Duration(m.expires(s)-m.seconds()) * time.Second,

@@ -208,7 +208,7 @@ func (m *Machine) makeTable(anchor, name string) (*ktable, error) {
 		if len(m.tables) >= maxTables {
 			return nil, fmt.Errorf("%w: %d tables", ErrLimit, maxTables)
 		}
-		m.main.create(anchor)
+		m.main.create(anchor).loaded = true
 		t = m.newTable(key)
 	}
 	if t.flags&tableActive == 0 {

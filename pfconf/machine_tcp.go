@@ -51,6 +51,7 @@ func (e *evaluation) firstPeers(s *state) {
 	case ProtoUDP:
 		s.timeout = udpFirst
 	case ProtoICMP, ProtoICMPv6:
+		s.src.state = peerSilent
 		s.timeout = icmpFirst
 	case protoGRE:
 		// The kernel files all GRE under the timeouts of PPTP's.
