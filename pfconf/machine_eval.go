@@ -323,6 +323,9 @@ func (e *evaluation) testRules() {
 	if !translated || !t.rule.natPass {
 		tag = e.filter(tag, (*evaluation).filterMatches)
 	}
+	if e.m.walk.gaveUp {
+		return
+	}
 	if e.rule.block {
 		e.verdict = e.answer()
 		return

@@ -103,6 +103,18 @@ func mustJSON(t *testing.T, v any) string {
 
 // TestVectors holds the package against what Apple's own pf did.
 func TestVectors(t *testing.T) {
+	vectorTotals.ran = true
+	for _, f := range vectorFiles(t) {
+		t.Run(filepath.Base(f), func(t *testing.T) { runVectors(t, f) })
+	}
+	if vectorTotals.scenarios == 0 {
+		t.Fatal("the vectors are empty")
+	}
+}
+
+// vectorFiles returns the files of vectors. That there are none is a failure.
+func vectorFiles(t *testing.T) []string {
+	t.Helper()
 	dir := os.Getenv("PFCONF_VECTORS")
 	if dir == "" {
 		dir = filepath.Join("..", "..", "shared", "pf")
@@ -111,16 +123,12 @@ func TestVectors(t *testing.T) {
 	if err != nil || len(files) == 0 {
 		t.Fatalf("no vectors in %s (PFCONF_VECTORS): %v", dir, err)
 	}
-	vectorTotals.ran = true
-	for _, f := range files {
-		t.Run(filepath.Base(f), func(t *testing.T) { runVectors(t, f) })
-	}
-	if vectorTotals.scenarios == 0 {
-		t.Fatalf("vectors in %s are empty", dir)
-	}
+	return files
 }
 
-func runVectors(t *testing.T, file string) {
+// eachScenario calls do with each line of a file.
+func eachScenario(t *testing.T, file string, do func(*scenario)) {
+	t.Helper()
 	f, err := os.Open(file)
 	if err != nil {
 		t.Fatal(err)
@@ -133,19 +141,25 @@ func runVectors(t *testing.T, file string) {
 		if err := json.Unmarshal(lines.Bytes(), &s); err != nil {
 			t.Fatal(err)
 		}
-		j := &judge{t: t, scenario: s.Name}
-		if s.Text != nil {
-			judgeParse(j, &s)
-		} else {
-			judgePackets(j, &s)
-		}
-		vectorTotals.scenarios++
-		vectorTotals.judgements += j.judgements
-		vectorTotals.differences += j.differences
+		do(&s)
 	}
 	if err := lines.Err(); err != nil {
 		t.Fatal(err)
 	}
+}
+
+func runVectors(t *testing.T, file string) {
+	eachScenario(t, file, func(s *scenario) {
+		j := &judge{t: t, scenario: s.Name}
+		if s.Text != nil {
+			judgeParse(j, s)
+		} else {
+			judgePackets(j, s)
+		}
+		vectorTotals.scenarios++
+		vectorTotals.judgements += j.judgements
+		vectorTotals.differences += j.differences
+	})
 }
 
 // A parseWant is what a parse scenario wants.
