@@ -11,9 +11,9 @@ import (
 	"time"
 )
 
-// testHost returns an enabled machine with an uplink en0, a LAN en1 and a tunnel
+// machineHost returns an enabled machine with an uplink en0, a LAN en1 and a tunnel
 // utun7, and a main ruleset.
-func testHost(t testing.TB, main string) *Machine {
+func machineHost(t testing.TB, main string) *Machine {
 	t.Helper()
 	m := NewMachine(MachineOptions{})
 	for _, i := range []struct{ name, v4, v6 string }{
@@ -91,7 +91,7 @@ func TestNewMachineIsOff(t *testing.T) {
 
 // TestMalformed: packets that no IP header can hold are dropped, not judged.
 func TestMalformed(t *testing.T) {
-	m := testHost(t, "pass all\n")
+	m := machineHost(t, "pass all\n")
 	v4, v6 := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")
 	for _, p := range []Packet{
 		{},
@@ -107,7 +107,7 @@ func TestMalformed(t *testing.T) {
 }
 
 func TestInterfacesComeAndGo(t *testing.T) {
-	m := testHost(t, "set skip on utun7\nblock all label \"r\"\npass in on en1 from any to (en1) no state\n")
+	m := machineHost(t, "set skip on utun7\nblock all label \"r\"\npass in on en1 from any to (en1) no state\n")
 	if got := m.Skipped(); !slices.Equal(got, []string{"utun7"}) {
 		t.Errorf("skipped: %v", got)
 	}
@@ -155,7 +155,7 @@ func TestDynamicAddresses(t *testing.T) {
 		{"(self)", nil, []string{"10.1.1.1", "192.0.2.10"}},
 		{"(en9)", nil, []string{"10.1.1.1"}},
 	} {
-		m := testHost(t, "block all\npass in on en0 from any to "+c.address+" no state\n")
+		m := machineHost(t, "block all\npass in on en0 from any to "+c.address+" no state\n")
 		for _, a := range []string{"10.1.1.2/24", "fe80::1/64"} {
 			if err := m.AddAddress("en1", netip.MustParsePrefix(a)); err != nil {
 				t.Fatal(err)
@@ -176,7 +176,7 @@ func TestDynamicAddresses(t *testing.T) {
 }
 
 func TestAddressRange(t *testing.T) {
-	m := testHost(t, "block in from 10.0.0.5 - 10.0.0.9 to any\n")
+	m := machineHost(t, "block in from 10.0.0.5 - 10.0.0.9 to any\n")
 	for a, want := range map[string]Verdict{"10.0.0.4": VerdictPass, "10.0.0.5": VerdictDrop, "10.0.0.9": VerdictDrop, "10.0.0.10": VerdictPass} {
 		if j := m.Receive(udp(a, 1, "10.1.1.1", 2), "en1"); j.Verdict != want {
 			t.Errorf("%s: %s", a, j.Verdict)
@@ -187,7 +187,7 @@ func TestAddressRange(t *testing.T) {
 // TestConnectionReuse: a SYN with the ports of a connection that was reset makes
 // a new state.
 func TestConnectionReuse(t *testing.T) {
-	m := testHost(t, "block all\npass in on en0 proto tcp to port 22\n")
+	m := machineHost(t, "block all\npass in on en0 proto tcp to port 22\n")
 	syn := tcp("198.51.100.1", 4000, "192.0.2.10", 22, FlagSYN, 1000, 0)
 	wantVerdict(t, "syn", m.Receive(syn, "en0"), VerdictPass, StateCreated)
 	wantVerdict(t, "answer", m.Send(tcp("192.0.2.10", 22, "198.51.100.1", 4000, FlagSYN|FlagACK, 5000, 1001), "en0"), VerdictPass, StateMatched)
@@ -202,7 +202,7 @@ func TestConnectionReuse(t *testing.T) {
 // TestHandshakeMismatch: an answer that doesn't fit the SYN is reset, and the
 // right one still gets through.
 func TestHandshakeMismatch(t *testing.T) {
-	m := testHost(t, "pass all\n")
+	m := machineHost(t, "pass all\n")
 	wantVerdict(t, "syn", m.Receive(tcp("198.51.100.1", 4000, "192.0.2.10", 22, FlagSYN, 1000, 0), "en0"), VerdictPass, StateCreated)
 	answer := tcp("192.0.2.10", 22, "198.51.100.1", 4000, FlagSYN|FlagACK, 5000, 1001)
 	wantVerdict(t, "answer", m.Send(answer, "en0"), VerdictPass, StateMatched)
@@ -226,7 +226,7 @@ func TestWindowScale(t *testing.T) {
 		{"client only", true, false, VerdictPass},
 		{"neither", false, false, VerdictPass},
 	} {
-		m := testHost(t, "pass all\n")
+		m := machineHost(t, "pass all\n")
 		syn := tcp("198.51.100.1", 4000, "192.0.2.10", 22, FlagSYN, 1000, 0)
 		syn.HasScale, syn.Scale = c.client, 7
 		m.Receive(syn, "en0")
@@ -250,7 +250,7 @@ func TestWindowScale(t *testing.T) {
 // TestModulation: the far side sees other sequence numbers than the opener uses,
 // consistently.
 func TestModulation(t *testing.T) {
-	m := testHost(t, "pass all modulate state\n")
+	m := machineHost(t, "pass all modulate state\n")
 	j := m.Send(tcp("192.0.2.10", 4000, "198.51.100.1", 80, FlagSYN, 1000, 0), "en0")
 	shift := j.Out.Packet.Seq - 1000
 	if shift == 0 {
@@ -270,7 +270,7 @@ func TestModulation(t *testing.T) {
 // TestGRE: protocols without ports have one flow a pair of addresses; a second
 // inner host can't be translated towards the same one.
 func TestGRE(t *testing.T) {
-	m := testHost(t, "nat on en0 inet from 100.64.0.0/10 to any -> (en0)\n")
+	m := machineHost(t, "nat on en0 inet from 100.64.0.0/10 to any -> (en0)\n")
 	first := m.Forward(plain(protoGRE, "100.64.0.5", "198.51.100.1"), "utun7", "en0")
 	if got := first.Out.Packet.Src.String(); got != "192.0.2.10" {
 		t.Errorf("source %s", got)
@@ -287,7 +287,7 @@ func TestGRE(t *testing.T) {
 
 // TestESP: the answering SPI is learnt from the first answer.
 func TestESP(t *testing.T) {
-	m := testHost(t, "nat on en0 inet from 100.64.0.0/10 to any -> (en0)\nblock in on en0 all\n")
+	m := machineHost(t, "nat on en0 inet from 100.64.0.0/10 to any -> (en0)\nblock in on en0 all\n")
 	p := plain(protoESP, "100.64.0.5", "198.51.100.1")
 	p.SPI = 7
 	sent := m.Forward(p, "utun7", "en0").Out.Packet
@@ -308,7 +308,7 @@ func TestESP(t *testing.T) {
 	m.Receive(back(sent), "en0")
 	inbound := plain(protoESP, "198.51.100.9", "192.0.2.10")
 	inbound.SPI = 3
-	m = testHost(t, "pass in on en0\nblock out\n")
+	m = machineHost(t, "pass in on en0\nblock out\n")
 	wantVerdict(t, "inbound", m.Receive(inbound, "en0"), VerdictPass, StateCreated)
 	reply := back(inbound)
 	reply.SPI = 4
@@ -327,7 +327,7 @@ func TestEndpointIndependence(t *testing.T) {
 		{"ad", StateMatched, StateUnused},
 		{"ei", StateMatched, StateMatched},
 	} {
-		m := testHost(t, "")
+		m := machineHost(t, "")
 		rs := &Ruleset{Statements: []Statement{&Rule{
 			Action: Nat, Interfaces: []InterfaceMatch{{Name: "en0"}}, Family: Inet,
 			From: Endpoint{Addrs: []Address{{Kind: AddrPrefix, Prefix: netip.MustParsePrefix("100.64.0.0/10")}}},
@@ -365,7 +365,7 @@ func TestPools(t *testing.T) {
 		{"-> <pool>", []string{"203.0.113.16", "203.0.113.17", "203.0.113.18", "203.0.113.19", "203.0.113.9", "203.0.113.16"}, true},
 		{"-> <empty>", []string{"100.64.0.5"}, true},
 	} {
-		m := testHost(t, "table <pool> { 203.0.113.9, 203.0.113.16/30 }\ntable <empty> persist\n"+
+		m := machineHost(t, "table <pool> { 203.0.113.9, 203.0.113.16/30 }\ntable <empty> persist\n"+
 			"nat on en0 inet from 100.64.0.0/10 to any "+c.text+"\n")
 		var got []string
 		for port := range uint16(12) {
@@ -385,7 +385,7 @@ func TestPools(t *testing.T) {
 
 // TestTablePoolHoles: negated entries of a pool's table are left out.
 func TestTablePoolHoles(t *testing.T) {
-	m := testHost(t, "table <pool> { 203.0.113.16/29, !203.0.113.18/31 }\nnat on en0 inet from 100.64.0.0/10 to any -> <pool>\n")
+	m := machineHost(t, "table <pool> { 203.0.113.16/29, !203.0.113.18/31 }\nnat on en0 inet from 100.64.0.0/10 to any -> <pool>\n")
 	seen := map[string]int{}
 	for port := range uint16(18) {
 		seen[m.Send(udp("100.64.0.5", 1000+port, "198.51.100.1", 53), "en0").Out.Packet.Src.String()]++
@@ -398,7 +398,7 @@ func TestTablePoolHoles(t *testing.T) {
 // TestPorts: nat takes ports from its range, none twice towards one end, and
 // gives up when there are none.
 func TestPorts(t *testing.T) {
-	m := testHost(t, "nat on en0 inet proto tcp from 100.64.0.0/10 to any -> (en0) port 2000:2003\n")
+	m := machineHost(t, "nat on en0 inet proto tcp from 100.64.0.0/10 to any -> (en0) port 2000:2003\n")
 	used := map[uint16]bool{}
 	for i := range 4 {
 		p := m.Send(tcp("100.64.0.5", uint16(1000+i), "198.51.100.1", 80, FlagSYN, 1, 0), "en0").Out.Packet
@@ -415,7 +415,7 @@ func TestPorts(t *testing.T) {
 	if !used[same.Out.Packet.SrcPort] || same.Out.State != StateCreated {
 		t.Errorf("to another host: %s", same.Out.Packet)
 	}
-	m = testHost(t, "nat on en0 inet from 100.64.0.0/10 to any -> (en0)\n")
+	m = machineHost(t, "nat on en0 inet from 100.64.0.0/10 to any -> (en0)\n")
 	for port := range uint16(200) {
 		j := m.Send(udp("100.64.0.5", 1+port, "198.51.100.1", 53), "en0")
 		// Of UDP the kernel doesn't see that a port is taken, and drops the packet.
@@ -431,7 +431,7 @@ func TestPorts(t *testing.T) {
 // TestICMPErrorOutbound: an error that the inner host sends about a flow to it
 // is translated on the way out, with what it quotes.
 func TestICMPErrorOutbound(t *testing.T) {
-	m := testHost(t, "rdr on en0 inet proto udp from any to 192.0.2.10 port 53 -> 100.64.0.5\n")
+	m := machineHost(t, "rdr on en0 inet proto udp from any to 192.0.2.10 port 53 -> 100.64.0.5\n")
 	in := m.Forward(udp("198.51.100.1", 4000, "192.0.2.10", 53), "en0", "utun7").Out.Packet
 	e := plain(ProtoICMP, "100.64.0.5", "198.51.100.1")
 	e.ICMPType, e.ICMPCode = 3, 3
@@ -452,7 +452,7 @@ func TestICMPErrorOutbound(t *testing.T) {
 }
 
 func TestScrub(t *testing.T) {
-	m := testHost(t, "scrub in on en0 all\nno scrub in on en1 all\nscrub in on en1 all\npass all no state\n")
+	m := machineHost(t, "scrub in on en0 all\nno scrub in on en1 all\nscrub in on en1 all\npass all no state\n")
 	for f, want := range map[TCPFlags]Verdict{
 		FlagSYN: VerdictPass, FlagSYN | FlagRST: VerdictDrop, 0: VerdictDrop, FlagFIN | FlagSYN | FlagPSH: VerdictDrop,
 		FlagFIN | FlagSYN: VerdictPass, FlagACK | FlagPSH: VerdictPass, FlagFIN: VerdictDrop,
@@ -477,7 +477,7 @@ func TestOwners(t *testing.T) {
 	for text, want := range map[string]Verdict{
 		"user root": VerdictPass, "user != root": VerdictDrop, "user unknown": VerdictDrop, "user > 500": VerdictPass,
 	} {
-		m := testHost(t, "block in proto tcp all "+text+"\n")
+		m := machineHost(t, "block in proto tcp all "+text+"\n")
 		if j := m.Receive(tcp("198.51.100.1", 4000, "192.0.2.10", 22, FlagSYN, 1, 0), "en0"); j.Verdict != want {
 			t.Errorf("%s: %s, want %s", text, j.Verdict, want)
 		}
@@ -486,7 +486,7 @@ func TestOwners(t *testing.T) {
 
 // TestProbability: a rule with a probability matches about as often.
 func TestProbability(t *testing.T) {
-	m := testHost(t, "block in all probability 25%\n")
+	m := machineHost(t, "block in all probability 25%\n")
 	dropped := 0
 	for range 2000 {
 		if m.Receive(udp("198.51.100.1", 1, "192.0.2.10", 2), "en0").Verdict == VerdictDrop {
@@ -501,7 +501,7 @@ func TestProbability(t *testing.T) {
 // TestAnchorLoops: anchors that call each other for ever end all the same, in a
 // refusal, and leave the next packet alone.
 func TestAnchorLoops(t *testing.T) {
-	m := testHost(t, "anchor \"a\"\nblock in proto udp all\n")
+	m := machineHost(t, "anchor \"a\"\nblock in proto udp all\n")
 	mustLoad(t, m, "a", "anchor \"/a\"\nanchor \"/a\"\npass all\n")
 	if j := m.Receive(udp("198.51.100.1", 1, "192.0.2.10", 2), "en0"); j.Verdict != VerdictDrop || j.In.Decider != DecidedByForm {
 		t.Errorf("endless rules: %+v", j)
@@ -514,7 +514,7 @@ func TestAnchorLoops(t *testing.T) {
 // TestAnchorNames: relative, absolute and parent names; anchors that were only
 // called are forgotten with the call.
 func TestAnchorNames(t *testing.T) {
-	m := testHost(t, "anchor \"a\"\n")
+	m := machineHost(t, "anchor \"a\"\n")
 	mustLoad(t, m, "a", "anchor \"b\"\nanchor \"/c\"\nanchor \"b/*\"\n")
 	mustLoad(t, m, "a/b", "block in proto udp to port 1\nanchor \"../d\"\n")
 	mustLoad(t, m, "a/b/x", "block in proto udp to port 2\n")
@@ -541,7 +541,7 @@ func TestAnchorNames(t *testing.T) {
 // TestFailedLoad: what can't be loaded changes nothing, names no anchor and
 // holds no table.
 func TestFailedLoad(t *testing.T) {
-	m := testHost(t, "block all label \"old\"\n")
+	m := machineHost(t, "block all label \"old\"\n")
 	for _, text := range []string{
 		"pass from <t> to any\npass from any to nosuchname\n",
 		"anchor \"x\"\npass from <t> to any\nanchor \"../y\"\n",
@@ -568,7 +568,7 @@ func TestFailedLoad(t *testing.T) {
 }
 
 func TestTables(t *testing.T) {
-	m := testHost(t, "table <fixed> const { 10.0.0.1 }\nblock in from <fixed> to any\nblock in from <later> to any\n")
+	m := machineHost(t, "table <fixed> const { 10.0.0.1 }\nblock in from <fixed> to any\nblock in from <later> to any\n")
 	entry := []Address{{Kind: AddrPrefix, Prefix: netip.MustParsePrefix("10.9.0.0/16")}}
 	refuse := []Address{{Kind: AddrAny}}
 	for what, err := range map[string]error{
@@ -624,7 +624,7 @@ func second[T any](_ T, err error) error { return err }
 // TestTableOutlivesItsRules: a table that isn't persistent stays while a state
 // of a rule that used it does.
 func TestTableOutlivesItsRules(t *testing.T) {
-	m := testHost(t, "table <t> { 198.51.100.1 }\npass in from <t> to any\n")
+	m := machineHost(t, "table <t> { 198.51.100.1 }\npass in from <t> to any\n")
 	wantVerdict(t, "packet", m.Receive(udp("198.51.100.1", 1, "192.0.2.10", 2), "en0"), VerdictPass, StateCreated)
 	mustLoad(t, m, "", "pass all\n")
 	if got := m.Tables(""); !slices.Equal(got, []string{"t"}) {
@@ -639,7 +639,7 @@ func TestTableOutlivesItsRules(t *testing.T) {
 }
 
 func TestStateLimit(t *testing.T) {
-	m := testHost(t, "set limit states 50\npass all\n")
+	m := machineHost(t, "set limit states 50\npass all\n")
 	for port := range uint16(100) {
 		m.Receive(udp("198.51.100.1", 1000+port, "192.0.2.10", 2), "en0")
 	}
@@ -660,7 +660,7 @@ func TestStateLimit(t *testing.T) {
 
 // TestAdaptiveTimeouts: many states live shorter.
 func TestAdaptiveTimeouts(t *testing.T) {
-	m := testHost(t, "set timeout { adaptive.start 10, adaptive.end 110 }\npass all\n")
+	m := machineHost(t, "set timeout { adaptive.start 10, adaptive.end 110 }\npass all\n")
 	for port := range uint16(60) {
 		m.Receive(udp("198.51.100.1", 1000+port, "192.0.2.10", 2), "en0")
 	}
@@ -676,7 +676,7 @@ func TestAdaptiveTimeouts(t *testing.T) {
 }
 
 func TestOptimization(t *testing.T) {
-	m := testHost(t, "set optimization aggressive\npass all\n")
+	m := machineHost(t, "set optimization aggressive\npass all\n")
 	m.Receive(tcp("198.51.100.1", 4000, "192.0.2.10", 22, FlagSYN, 1000, 0), "en0")
 	if s := m.States()[0]; s.Expires != 30*time.Second {
 		t.Errorf("first packet lives %s", s.Expires)
@@ -684,7 +684,7 @@ func TestOptimization(t *testing.T) {
 }
 
 func TestStates(t *testing.T) {
-	m := testHost(t, "nat on en0 inet from 100.64.0.0/10 to any -> 192.0.2.10 static-port\n"+
+	m := machineHost(t, "nat on en0 inet from 100.64.0.0/10 to any -> 192.0.2.10 static-port\n"+
 		"pass in on utun7 keep state (if-bound) label \"in\"\n")
 	m.Forward(tcp("100.64.0.5", 4000, "198.51.100.1", 80, FlagSYN, 1, 0), "utun7", "en0")
 	m.Forward(udp("fd6d::5", 4000, "2001:db8::1", 53), "utun7", "en0")
@@ -716,7 +716,7 @@ func TestStates(t *testing.T) {
 // TestForeignTag: a tag that no rule knows stays on the packet and is none that
 // a rule asks for.
 func TestForeignTag(t *testing.T) {
-	m := testHost(t, "block all\npass in ! tagged KNOWN no state\n")
+	m := machineHost(t, "block all\npass in ! tagged KNOWN no state\n")
 	p := udp("198.51.100.1", 1, "192.0.2.10", 2)
 	p.Tag = "ELSE"
 	if j := m.Receive(p, "en0"); j.Verdict != VerdictPass || j.In.Packet.Tag != "ELSE" {
