@@ -123,25 +123,7 @@ func (a *app) writePeer(p api.Peer) {
 	a.say("handshake   %s", describeHandshake(p.LastHandshake, time.Now()))
 	a.say("received    %s, sent %s", formatBytes(p.RxBytes), formatBytes(p.TxBytes))
 	a.say("routes      %s", describeRouting(p.Routing))
-	a.say("refused     %s", describeRefused(p.Refused))
-}
-
-func describeRefused(r api.Refused) string {
-	var out []string
-	for _, c := range []struct {
-		name string
-		n    uint64
-	}{
-		{"martian", r.Martian}, {"self", r.Self}, {"mesh", r.Mesh}, {"lan", r.LAN}, {"internet", r.Internet}, {"spoofed", r.Spoofed},
-	} {
-		if c.n > 0 {
-			out = append(out, fmt.Sprintf("%d %s", c.n, c.name))
-		}
-	}
-	if out == nil {
-		return "nothing"
-	}
-	return strings.Join(out, ", ") + " (packets by destination)"
+	a.say("refused     %v", p.Refused)
 }
 
 // toggleOptions are the flags of allow and deny.

@@ -1,7 +1,9 @@
 package api
 
 import (
+	"fmt"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -123,6 +125,20 @@ type Refused struct {
 	LAN      uint64 `json:"lan"`
 	Internet uint64 `json:"internet"`
 	Spoofed  uint64 `json:"spoofed"`
+}
+
+// String lists the classes that aren't 0.
+func (r Refused) String() string {
+	var out []string
+	for _, c := range r.byClass() {
+		if c.n > 0 {
+			out = append(out, fmt.Sprintf("%d %s", c.n, c.class))
+		}
+	}
+	if out == nil {
+		return "nothing"
+	}
+	return strings.Join(out, ", ")
 }
 
 // NewPeer is the body of POST /v1/peers.

@@ -288,9 +288,9 @@ func endOf(c api.PermissionChange, now time.Time) (time.Time, error) {
 		if err != nil {
 			return time.Time{}, fmt.Errorf("%q is not a duration", c.For)
 		}
-		until = now.Add(min(length, maxTimed+1)).Truncate(time.Millisecond)
+		until = now.Add(length).Truncate(time.Millisecond)
 	}
-	if length := until.Sub(now); length < 0 || length > maxTimed || until.IsZero() {
+	if length := until.Sub(now); length <= 0 || length > maxTimed {
 		return time.Time{}, fmt.Errorf("the end %v isn't in the next ten years", until.Format(time.RFC3339))
 	}
 	return until, nil

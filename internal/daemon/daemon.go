@@ -19,6 +19,7 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
@@ -166,6 +167,7 @@ type condition struct {
 	// problems are our own, foreign what stands in the way.
 	problems, foreign []Problem
 	tunnel            Tunnel
+	guard             *guard.Device
 }
 
 // New reads the wanted state and takes the state directory. It doesn't touch

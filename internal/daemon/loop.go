@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/wireguard"
@@ -34,6 +35,7 @@ const (
 type loop struct {
 	d      *Daemon
 	tunnel Tunnel // nil while there is no mesh interface
+	guard  *guard.Device
 	iface  string
 
 	// current is what was last given to enforce, wanted or closed, and nil before
@@ -67,7 +69,7 @@ func newLoop(d *Daemon) *loop {
 // that can't be done is refused, rather than tried for ever.
 func (l *loop) run(ctx context.Context) error {
 	if err := l.open(ctx); err != nil {
-		return errors.Join(err, l.leave(ctx))
+		return err // Open left nothing behind
 	}
 	l.round(ctx)
 	for l.next(ctx) {
@@ -129,9 +131,10 @@ func (l *loop) open(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(fmt.Errorf("open mesh interface: %w", err), dev.Close())
 	}
-	tunnel, err := l.d.opts.NewTunnel(dev, l.d.key, l.port())
+	l.guard = guard.New(dev, guard.Options{}) // nothing passes yet
+	tunnel, err := l.d.opts.NewTunnel(l.guard, l.d.key, l.port())
 	if err != nil {
-		return err // NewTunnel closed dev
+		return errors.Join(err, l.leave(ctx)) // NewTunnel closed dev
 	}
 	l.tunnel, l.iface = tunnel, name
 	return nil
@@ -206,9 +209,13 @@ func (l *loop) hold(ctx context.Context, doc *document) error {
 
 // enforce makes r hold, whole: the guard first, so that nothing passes by the
 // old policy while the packet filter is changed; then the filter, read back;
-// then the running flows that r refuses.
+// then the running flows that r refuses. While the host is closed the guard is
+// last, so that it stays closed until the filter is known to hold.
 func (l *loop) enforce(ctx context.Context, r *policy.Ruleset) error {
 	l.narrow(r)
+	if l.held != 0 {
+		l.guard.Set(r)
+	}
 	if err := l.d.opts.Platform.Enforce(ctx, r); err != nil {
 		return fmt.Errorf("enforce: %w", err)
 	}
@@ -218,7 +225,11 @@ func (l *loop) enforce(ctx context.Context, r *policy.Ruleset) error {
 	if drift := l.report.Drift; len(drift) > 0 {
 		return &platform.StepError{Step: drift[0].Step, Hint: drift[0].Hint, Err: fmt.Errorf("not as enforced: %s", drift[0].Message)}
 	}
-	return l.cut(ctx, r)
+	if err := l.cut(ctx, r); err != nil {
+		return err
+	}
+	l.guard.Set(r)
+	return nil
 }
 
 func (l *loop) inspect(ctx context.Context, r *policy.Ruleset) error {
@@ -291,6 +302,9 @@ func (l *loop) check(ctx context.Context) error {
 func (l *loop) fail(ctx context.Context, doc *document, cause error) {
 	l.held = 0
 	l.addProblem(cause)
+	if l.tunnel != nil {
+		l.guard.Set(nil)
+	}
 	if l.current == nil || l.tunnel == nil {
 		return // nothing was opened, or there is nothing to come from
 	}
@@ -349,7 +363,7 @@ func (l *loop) publish() {
 	c := condition{
 		state: api.Closed, iface: l.iface, host: l.host,
 		ruleset: l.wanted, forwarding: l.report.Forwarding, repairs: l.repairs,
-		problems: l.problems, foreign: l.report.Problems, tunnel: l.tunnel,
+		problems: l.problems, foreign: l.report.Problems, tunnel: l.tunnel, guard: l.guard,
 	}
 	if l.held != 0 {
 		c.state = api.Enforcing

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
 
@@ -13,6 +14,13 @@ type sighting struct {
 	at         time.Time // with its monotonic part
 	wall       time.Time
 	handshakes map[wireguard.PublicKey]time.Time
+	refused    map[wireguard.PublicKey]refusals
+}
+
+// refusals are a peer's refused packets as last told.
+type refusals struct {
+	counts api.Refused
+	told   time.Time // with its monotonic part
 }
 
 // look finds what nobody reports: that the host slept, and that peers came.
@@ -25,25 +33,28 @@ func (l *loop) look() {
 		}
 	}
 	l.seen.at, l.seen.wall = now, wall
-	l.greet()
+	if l.tunnel == nil {
+		return
+	}
+	if _, err := l.tunnel.Stats(); err != nil {
+		l.addProblem(err)
+		return
+	}
+	n := readNumbers(condition{tunnel: l.tunnel, guard: l.guard})
+	peers := l.d.wanted.Load().Peers
+	l.greet(peers, n)
+	l.tellRefused(peers, n, now)
 }
 
 // greet records the handshakes since the last look: those of peers that weren't
 // heard for a while, not the ones that renew a session every two minutes
 // (REJECT_AFTER_TIME, whitepaper 6.1).
-func (l *loop) greet() {
-	if l.tunnel == nil {
-		return
-	}
-	stats, err := l.tunnel.Stats()
-	if err != nil {
-		l.addProblem(err)
-		return
-	}
+func (l *loop) greet(peers []peer, n numbers) {
 	const session = 3 * time.Minute
-	next := make(map[wireguard.PublicKey]time.Time, len(stats))
-	for _, p := range l.d.wanted.Load().Peers {
-		last := stats[p.PublicKey].LastHandshake
+	next := make(map[wireguard.PublicKey]time.Time, len(peers))
+	for i := range peers {
+		p := &peers[i]
+		last := n.tunnel[p.PublicKey].LastHandshake
 		if last.IsZero() {
 			continue
 		}
@@ -53,8 +64,31 @@ func (l *loop) greet() {
 		}
 		l.d.journal.Record(api.Event{
 			Kind: api.EventHandshake, Peer: p.Name,
-			Message: fmt.Sprintf("%s connected from %v", p.Name, stats[p.PublicKey].Endpoint),
+			Message: fmt.Sprintf("%s connected from %v", p.Name, n.tunnel[p.PublicKey].Endpoint),
 		})
 	}
 	l.seen.handshakes = next
+}
+
+// refusedInterval is how often a peer's refusals are worth an event: a peer can
+// have any number of packets refused.
+const refusedInterval = time.Minute
+
+// tellRefused records what was refused since it was last told.
+func (l *loop) tellRefused(peers []peer, n numbers, now time.Time) {
+	next := make(map[wireguard.PublicKey]refusals, len(peers))
+	for i := range peers {
+		p := &peers[i]
+		was := l.seen.refused[p.PublicKey]
+		counts := refusedOf(n.tunnel[p.PublicKey], n.guard[policy.PeerID(p.PublicKey)])
+		if counts != was.counts && (was.told.IsZero() || now.Sub(was.told) >= refusedInterval) {
+			l.d.journal.Record(api.Event{
+				Kind: api.EventRefused, Peer: p.Name,
+				Message: fmt.Sprintf("refused of %s so far, by destination: %v", p.Name, counts),
+			})
+			was = refusals{counts, now}
+		}
+		next[p.PublicKey] = was
+	}
+	l.seen.refused = next
 }

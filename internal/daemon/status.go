@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
@@ -45,11 +46,10 @@ func (d *Daemon) Peer(ref string) (api.Peer, error) {
 
 // views returns all peers of doc.
 func (d *Daemon) views(doc *document, c condition) []api.Peer {
-	now := d.clock.now()
-	stats := statsOf(c.tunnel)
+	now, numbers := d.clock.now(), readNumbers(c)
 	out := make([]api.Peer, len(doc.Peers))
 	for i := range doc.Peers {
-		out[i] = viewOf(&doc.Peers[i], stats[doc.Peers[i].PublicKey], now)
+		out[i] = viewOf(&doc.Peers[i], numbers, now)
 	}
 	return out
 }
@@ -57,28 +57,42 @@ func (d *Daemon) views(doc *document, c condition) []api.Peer {
 // view returns one peer with its numbers.
 func (d *Daemon) view(p *peer, now time.Time) api.Peer {
 	c, _ := d.condition()
-	return viewOf(p, statsOf(c.tunnel)[p.PublicKey], now)
+	return viewOf(p, readNumbers(c), now)
 }
 
-// statsOf returns the tunnel's numbers, and none where they can't be read: the
+// numbers are what tunnel and guard counted, by peer.
+type numbers struct {
+	tunnel map[wireguard.PublicKey]wireguard.PeerStats
+	guard  map[policy.PeerID]guard.PeerStats
+}
+
+// readNumbers returns nothing of a tunnel that isn't there or can't be read; the
 // loop says so in the problems.
-func statsOf(t Tunnel) map[wireguard.PublicKey]wireguard.PeerStats {
-	if t == nil {
-		return nil
+func readNumbers(c condition) (n numbers) {
+	if c.tunnel == nil {
+		return n
 	}
-	stats, err := t.Stats()
-	if err != nil {
-		return nil
+	n.guard = c.guard.Stats()
+	if stats, err := c.tunnel.Stats(); err == nil {
+		n.tunnel = stats
 	}
-	return stats
+	return n
 }
 
-func viewOf(p *peer, s wireguard.PeerStats, now time.Time) api.Peer {
+// routesFor is how long after its last packet a peer still routes now.
+const routesFor = 10 * time.Second
+
+func viewOf(p *peer, n numbers, now time.Time) api.Peer {
+	s, g := n.tunnel[p.PublicKey], n.guard[policy.PeerID(p.PublicKey)]
 	out := api.Peer{
 		Name: p.Name, PublicKey: p.PublicKey.String(), Kind: p.Kind, Addresses: p.Addresses[:],
 		Permissions: permissionsOf(p, now), Endpoint: p.Endpoint,
 		RxBytes: s.RxBytes, TxBytes: s.TxBytes,
-		Refused: api.Refused{Spoofed: s.Spoofed},
+		Routing: api.Routing{
+			Now:     !g.Routed.Last.IsZero() && time.Since(g.Routed.Last) < routesFor,
+			RxBytes: g.Routed.RxBytes, TxBytes: g.Routed.TxBytes,
+		},
+		Refused: refusedOf(s, g),
 	}
 	if s.Endpoint.IsValid() {
 		out.Endpoint = s.Endpoint.String()
@@ -88,6 +102,16 @@ func viewOf(p *peer, s wireguard.PeerStats, now time.Time) api.Peer {
 		out.LastHandshake = &at
 	}
 	return out
+}
+
+// refusedOf adds what died in the tunnel, whose source wasn't the peer's, to
+// what the guard refused.
+func refusedOf(s wireguard.PeerStats, g guard.PeerStats) api.Refused {
+	return api.Refused{
+		Martian: g.Refused[policy.Martian], Self: g.Refused[policy.Self], Mesh: g.Refused[policy.InMesh],
+		LAN: g.Refused[policy.OnLAN], Internet: g.Refused[policy.Internet],
+		Spoofed: g.Refused[policy.Spoofed] + s.Spoofed,
+	}
 }
 
 // permissionsOf shows the grants as of now: one that has ended is none.

@@ -181,12 +181,17 @@ func (h *Host) Change(f func(*policy.Host)) {
 	h.report()
 }
 
-// Drift has somebody else change what is enforced.
+// Drift has somebody else change what is enforced, and reports it.
 func (h *Host) Drift(message string) {
+	h.DriftQuietly(message)
+	h.report()
+}
+
+// DriftQuietly is Drift of what a host doesn't report.
+func (h *Host) DriftQuietly(message string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.drift = append(h.drift, platform.Problem{Step: "load filter", Message: message})
-	h.report()
 }
 
 // Foreign has something stand in the way that isn't ours.
@@ -197,6 +202,7 @@ func (h *Host) Foreign(p platform.Problem) {
 	h.report()
 }
 
+// report never waits: a report that wasn't heard yet stands for this one, too.
 func (h *Host) report() {
 	select {
 	case h.changed <- struct{}{}:

@@ -1,0 +1,476 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
+)
+
+func TestToggle(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		if s := r.d.Status(); s.State != api.Enforcing || s.Enforced != s.Generation {
+			t.Fatalf("state %s, enforced %d of %d", s.State, s.Enforced, s.Generation)
+		}
+		r.add("phone")
+		r.wantLoaded("phone", 0)
+		r.mustAllow("phone", "routing", "")
+		r.wantLoaded("phone", policy.Routing)
+		if changed, err := r.allow("phone", "routing", ""); err != nil || !changed.Already {
+			t.Errorf("allow again: already %v, error %v", changed.Already, err)
+		}
+		r.mustAllow("phone", "lan", "")
+		r.wantLoaded("phone", policy.Routing|policy.LAN)
+		if _, err := r.deny("phone", "routing"); err != nil {
+			t.Fatal(err)
+		}
+		r.wantLoaded("phone", 0) // lan without routing has no effect
+		if p, _ := r.d.Peer("phone"); p.Permissions.LAN.Effective == nil || *p.Permissions.LAN.Effective {
+			t.Error("lan without routing isn't marked as without effect")
+		}
+		cuts := r.host.Cuts()
+		last := cuts[len(cuts)-1]
+		if len(last) != 1 || last[0].Name != "phone" || last[0].Lost != policy.Routing|policy.LAN {
+			t.Errorf("cut %+v, want phone's routing and lan", last)
+		}
+	})
+}
+
+// TestOrder checks the way of one toggle: what is loaded is read back before
+// flows are cut, and only then a command is answered.
+func TestOrder(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.mustAllow("phone", "routing", "")
+		before := len(r.host.Calls())
+		if _, err := r.deny("phone", "routing"); err != nil {
+			t.Fatal(err)
+		}
+		got := strings.Join(r.host.Calls()[before:], " ")
+		if want := "observe enforce inspect cut"; got != want {
+			t.Errorf("steps %q, want %q", got, want)
+		}
+	})
+}
+
+func TestExpiry(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.mustAllow("phone", "routing", "2h")
+		r.after(2*time.Hour - time.Second)
+		r.wantLoaded("phone", policy.Routing)
+		r.after(time.Second)
+		r.wantLoaded("phone", 0)
+		if got := r.events(api.EventExpired); len(got) != 1 || got[0] != "routing of phone ended" {
+			t.Errorf("events %q", got)
+		}
+		s := r.d.Status()
+		if s.Peers[0].Permissions.Routing.Allowed || s.Enforced != s.Generation {
+			t.Errorf("status says %+v, enforced %d of %d", s.Peers[0].Permissions, s.Enforced, s.Generation)
+		}
+	})
+}
+
+func TestExpiryReplaced(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.mustAllow("phone", "routing", "2h")
+		r.mustAllow("phone", "routing", "10m")
+		r.mustAllow("phone", "incoming", "1h")
+		r.mustAllow("phone", "incoming", "")
+		r.after(11 * time.Minute)
+		r.wantLoaded("phone", policy.Incoming)
+		r.after(3 * time.Hour)
+		r.wantLoaded("phone", policy.Incoming)
+	})
+}
+
+// TestExpiryByEitherClock sets the wall clock while a permission is timed: it
+// ends at the earlier of the wall clock and the monotonic clock.
+func TestExpiryByEitherClock(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		jump   time.Duration
+		after  time.Duration // from the jump
+		within time.Duration
+	}{
+		{"forward past the end", 3 * time.Hour, 0, DefaultTick},
+		{"forward, half way", time.Hour, time.Hour, DefaultTick},
+		{"back", -5 * time.Hour, 2 * time.Hour, DefaultTick},
+		{"back by years", -10 * 365 * 24 * time.Hour, 2 * time.Hour, DefaultTick},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, r *rig) {
+				r.add("phone")
+				r.mustAllow("phone", "routing", "2h")
+				r.setWall(c.jump)
+				if c.after > time.Minute {
+					r.after(c.after - time.Minute)
+					r.wantLoaded("phone", policy.Routing)
+					r.after(time.Minute)
+				}
+				r.after(c.within)
+				r.wantLoaded("phone", 0)
+			})
+		})
+	}
+}
+
+// TestExpiryAcrossRestart ends the helper while a permission is timed.
+func TestExpiryAcrossRestart(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		down time.Duration // how long nothing runs
+		set  time.Duration // how far the wall clock is set meanwhile
+		left time.Duration // what must be left, at most, of 2h after 1h
+	}{
+		{"at once", 0, 0, time.Hour},
+		{"half an hour later", 30 * time.Minute, 0, 30 * time.Minute},
+		{"after the end", 2 * time.Hour, 0, 0},
+		// Behind the last time saved counts as that: what ran by then is over.
+		{"clock set back", 0, -100 * time.Hour, time.Hour + clockInterval},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, r *rig) {
+				r.add("phone")
+				r.mustAllow("phone", "routing", "2h")
+				r.after(time.Hour)
+				r.stop()
+				r.after(c.down)
+				r.setWall(c.set)
+				r.start()
+				if c.left > 0 {
+					r.wantLoaded("phone", policy.Routing)
+				}
+				r.after(c.left + DefaultTick)
+				r.wantLoaded("phone", 0)
+			})
+		})
+	}
+}
+
+// TestExpiryWithoutDisk ends a permission while nothing can be saved.
+func TestExpiryWithoutDisk(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.mustAllow("phone", "routing", "2h")
+		r.d.store.fs = &brokenDisk{fileSystem: r.d.store.fs, after: 0}
+		r.after(2*time.Hour + DefaultTick)
+		r.wantLoaded("phone", 0)
+		if len(r.events(api.EventProblem)) == 0 {
+			t.Error("no event says that nothing could be saved")
+		}
+	})
+}
+
+// TestClosed has each step fail in turn: nothing may stay open, the command and
+// the status say what failed, and it is tried again with growing pauses.
+func TestClosed(t *testing.T) {
+	for _, step := range []string{"observe", "enforce", "inspect", "cut"} {
+		t.Run(step, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, r *rig) {
+				r.add("phone")
+				r.mustAllow("phone", "routing", "")
+				var broken atomic.Bool
+				broken.Store(true)
+				var tries []time.Time
+				r.host.Fault = func(now string) error {
+					if now != step || !broken.Load() {
+						return nil
+					}
+					tries = append(tries, time.Now())
+					return &platform.StepError{Step: "load table", Err: errors.New("no"), Hint: "make it so"}
+				}
+				_, err := r.deny("phone", "routing")
+				e := wantCode(t, err, api.CodeNotInForce)
+				if want := "saved, not in force: load table: no"; e.Message != want || e.Hint != "make it so" {
+					t.Errorf("error %q, want %q", e, want)
+				}
+				s := r.d.Status()
+				if s.State != api.Closed || s.Enforced >= s.Generation || len(s.Problems) == 0 || s.Problems[0].Step != "load table" {
+					t.Errorf("state %s, enforced %d of %d, problems %v", s.State, s.Enforced, s.Generation, s.Problems)
+				}
+				if step != "enforce" && step != "observe" {
+					r.wantLoaded("phone", 0)
+				}
+				r.after(2 * time.Minute)
+				if n := len(tries); n < 5 || n > 40 {
+					t.Errorf("tried %d times in two minutes", n)
+				}
+				broken.Store(false)
+				r.after(newBackoff().max)
+				if s := r.d.Status(); s.State != api.Enforcing || s.Enforced != s.Generation || len(s.Problems) != 0 {
+					t.Errorf("afterwards: state %s, enforced %d of %d, problems %v", s.State, s.Enforced, s.Generation, s.Problems)
+				}
+				r.wantLoaded("phone", 0)
+			})
+		})
+	}
+}
+
+// TestCloseOnWidening has the wider ruleset refused by the host: nothing may be
+// left open, not even what was open before.
+func TestCloseOnWidening(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.mustAllow("phone", "incoming", "")
+		fail := true
+		r.host.Fault = func(step string) error {
+			// Only what has permissions is refused, as by a full set.
+			if fail && step == "inspect" && r.d.wanted.Load().Generation == 4 {
+				fail = false
+				return errors.New("not as enforced")
+			}
+			return nil
+		}
+		r.mustAllow("phone", "routing", "") // succeeds by the second try
+		r.wantLoaded("phone", policy.Incoming|policy.Routing)
+		if got := r.events(api.EventState); !slices.Contains(got, "enforcing became closed") {
+			t.Errorf("it never closed: %q", got)
+		}
+	})
+}
+
+func TestRepair(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		start := time.Now()
+		r.host.Drift("somebody flushed the table")
+		for r.d.Status().Repairs == 0 && time.Since(start) < time.Minute {
+			r.after(10 * time.Millisecond)
+		}
+		if took := time.Since(start); took >= time.Second {
+			t.Errorf("repaired after %v, want under a second", took)
+		}
+		if got := r.events(api.EventRepair); len(got) != 1 || got[0] != "load filter: somebody flushed the table" {
+			t.Errorf("events %q", got)
+		}
+		cuts := r.host.Cuts()
+		if last := cuts[len(cuts)-1]; len(last) != 1 || last[0].Name != "phone" {
+			t.Errorf("flows that came to be meanwhile weren't cut: %v", last)
+		}
+	})
+}
+
+// TestDriftWithoutReport finds by the tick what the host doesn't report.
+func TestDriftWithoutReport(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.host.DriftQuietly("a rule is gone")
+		r.after(DefaultTick)
+		if got := r.d.Status().Repairs; got != 1 {
+			t.Errorf("%d repairs within a tick, want 1", got)
+		}
+	})
+}
+
+func TestHostChanges(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.mustAllow("phone", "routing", "")
+		r.host.Change(func(h *policy.Host) { h.Uplink4 = "eth1" })
+		r.after(time.Second)
+		if got := r.host.Loaded().Host().Uplink4; got != "eth1" {
+			t.Errorf("loaded for uplink %q", got)
+		}
+		if r.tunnel.rebinds != 1 {
+			t.Errorf("%d rebinds, want 1", r.tunnel.rebinds)
+		}
+		s := r.d.Status()
+		if s.Uplink != "eth1" || s.Repairs != 0 {
+			t.Errorf("uplink %q, repairs %d", s.Uplink, s.Repairs)
+		}
+	})
+}
+
+// TestForeign shows what stands in the way and isn't ours.
+func TestForeign(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.host.Foreign(platform.Problem{Step: "look at other rules", Message: "chain FORWARD drops", Hint: "see docs"})
+		r.after(time.Second)
+		s := r.d.Status()
+		if s.State != api.Enforcing || len(s.Problems) != 1 || s.Problems[0].Message != "chain FORWARD drops" {
+			t.Errorf("state %s, problems %v", s.State, s.Problems)
+		}
+	})
+}
+
+// TestTunnelDies takes the mesh interface away.
+func TestTunnelDies(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.mustAllow("phone", "routing", "")
+		old := r.tunnel
+		old.Close()
+		r.after(time.Second)
+		if r.tunnel == old || len(r.tunnel.peers) != 1 {
+			t.Fatal("no new tunnel with the peer")
+		}
+		r.wantLoaded("phone", policy.Routing)
+		if s := r.d.Status(); s.State != api.Enforcing || s.Enforced != s.Generation {
+			t.Errorf("state %s, enforced %d of %d", s.State, s.Enforced, s.Generation)
+		}
+	})
+}
+
+func TestWakeFromSleep(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.after(10 * DefaultTick)
+		if r.tunnel.rebinds != 0 {
+			t.Fatalf("%d rebinds without a sleep", r.tunnel.rebinds)
+		}
+		r.setWall(time.Hour)
+		r.after(DefaultTick)
+		if r.tunnel.rebinds != 1 {
+			t.Errorf("%d rebinds after a sleep, want 1", r.tunnel.rebinds)
+		}
+	})
+}
+
+// TestTunnelRefuses has the tunnel not take a peer: the others stay in force,
+// and the command doesn't claim success.
+func TestTunnelRefuses(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.mustAllow("phone", "routing", "")
+		r.tunnel.mu.Lock()
+		r.tunnel.refuse = errors.New("set peer: no")
+		r.tunnel.mu.Unlock()
+		_, err := r.d.AddPeer(t.Context(), api.NewPeer{Name: "tablet", PublicKey: keyOf("tablet")})
+		wantCode(t, err, api.CodeNotInForce)
+		r.wantLoaded("phone", policy.Routing)
+		if s := r.d.Status(); s.State != api.Enforcing || s.Enforced >= s.Generation {
+			t.Errorf("state %s, enforced %d of %d", s.State, s.Enforced, s.Generation)
+		}
+	})
+}
+
+func TestHandshakeEvents(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		for range 10 { // sessions are renewed every two minutes
+			r.tunnel.setStats(keyOf("phone"), wireguard.PeerStats{
+				LastHandshake: time.Now(), Endpoint: netip.MustParseAddrPort("203.0.113.9:1"),
+			})
+			r.after(2 * time.Minute)
+		}
+		r.after(time.Hour)
+		r.tunnel.setStats(keyOf("phone"), wireguard.PeerStats{LastHandshake: time.Now(), Spoofed: 3})
+		r.after(DefaultTick)
+		if got := r.events(api.EventHandshake); len(got) != 2 || got[0] != "phone connected from 203.0.113.9:1" {
+			t.Errorf("events %q", got)
+		}
+		if got := r.events(api.EventRefused); len(got) != 1 || got[0] != "refused of phone so far, by destination: 3 spoofed" {
+			t.Errorf("events %q", got)
+		}
+	})
+}
+
+// TestNoInterface refuses to start where the mesh interface can't be made, and
+// leaves the host alone: it may be another helper's.
+func TestNoInterface(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		r.host.Fault = func(string) error { return &platform.StepError{Step: "open TUN", Err: errors.New("no")} }
+		d, err := New(r.options())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		if err := d.Run(t.Context()); err == nil || !strings.Contains(err.Error(), "open TUN: no") {
+			t.Errorf("Run: %v", err)
+		}
+		if got := r.host.Calls(); !slices.Equal(got, []string{"open"}) {
+			t.Errorf("steps %q, want only open", got)
+		}
+	})
+}
+
+func TestLeave(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.mustAllow("phone", "routing", "")
+		r.stop()
+		calls := r.host.Calls()
+		if r.host.Loaded() != nil || calls[len(calls)-1] != "close" {
+			t.Errorf("after the end: loaded %v, last step %q", r.host.Loaded(), calls[len(calls)-1])
+		}
+		select {
+		case <-r.tunnel.done:
+		default:
+			t.Error("the tunnel is still there")
+		}
+	})
+}
+
+// TestStorm has many clients toggle many peers at once. Every ruleset that was
+// loaded must be one that somebody asked for, and the last one the wanted.
+func TestStorm(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		const clients, toggles, peers = 8, 25, 10
+		for i := range peers {
+			r.add(fmt.Sprint("p", i))
+		}
+		var wg sync.WaitGroup
+		for c := range clients {
+			wg.Go(func() {
+				for i := range toggles {
+					name, do := fmt.Sprint("p", (c+i)%peers), r.deny
+					if i%2 == 0 {
+						do = func(n, p string) (api.Changed, error) { return r.allow(n, p, "") }
+					}
+					if _, err := do(name, "routing"); err != nil {
+						t.Errorf("toggle: %v", err)
+					}
+				}
+			})
+		}
+		wg.Wait()
+		s := r.d.Status()
+		if s.State != api.Enforcing || s.Enforced != s.Generation {
+			t.Errorf("state %s, enforced %d of %d", s.State, s.Enforced, s.Generation)
+		}
+		for _, p := range s.Peers {
+			if got := r.loaded(p.Name) == policy.Routing; got != p.Permissions.Routing.Allowed {
+				t.Errorf("%s: loaded %v, wanted %v", p.Name, got, p.Permissions.Routing.Allowed)
+			}
+		}
+	})
+}
+
+// TestStopWhileWaiting ends the helper while a command waits for its change.
+func TestStopWhileWaiting(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.host.Fault = func(step string) error {
+			if step == "enforce" {
+				return errors.New("no")
+			}
+			return nil
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		answered := make(chan error, 1)
+		go func() {
+			_, err := r.d.ChangePeer(ctx, "phone", api.PeerChange{Permissions: map[string]api.PermissionChange{"lan": {Allowed: true}}})
+			answered <- err
+		}()
+		r.after(time.Second)
+		cancel()
+		var e *api.Error
+		if err := <-answered; !errors.As(err, &e) || e.Code != api.CodeNotInForce {
+			t.Errorf("answered %v", err)
+		}
+		r.host.Fault = nil
+	})
+}

@@ -1,0 +1,260 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"path/filepath"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.zx2c4.com/wireguard/tun"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/platform/platformtest"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
+)
+
+// rig is a daemon on a host that enforces nothing, with clocks that a test
+// moves.
+type rig struct {
+	t      *testing.T
+	dir    string
+	host   *platformtest.Host
+	tunnel *fakeTunnel // the newest
+	d      *Daemon
+	stop   func()
+
+	mu       sync.Mutex
+	offset   time.Duration // of the wall clock
+	resolved string
+}
+
+// inBubble runs test with a running daemon, in a bubble with its own time.
+func inBubble(t *testing.T, test func(t *testing.T, r *rig)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		r.start()
+		defer r.end()
+		test(t, r)
+	})
+}
+
+func newRig(t *testing.T) *rig {
+	return &rig{t: t, dir: filepath.Join(t.TempDir(), "state"), host: platformtest.New()}
+}
+
+func (r *rig) options() Options {
+	return Options{
+		Platform: r.host, PlatformName: "fake", StateDir: r.dir, Logger: slog.New(slog.DiscardHandler),
+		Wall: r.wall,
+		NewTunnel: func(dev tun.Device, _ wireguard.PrivateKey, _ uint16) (Tunnel, error) {
+			r.tunnel = &fakeTunnel{dev: dev, done: make(chan struct{})}
+			return r.tunnel, nil
+		},
+		Resolve: func(context.Context, string) ([]netip.Addr, error) {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			a, err := netip.ParseAddr(r.resolved)
+			return []netip.Addr{a}, err
+		},
+	}
+}
+
+// resolveTo sets what every name resolves to; "" is an error.
+func (r *rig) resolveTo(address string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.resolved = address
+}
+
+func (r *rig) wall() time.Time {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return time.Now().Round(0).Add(r.offset)
+}
+
+// setWall moves the wall clock, as a person or NTP does.
+func (r *rig) setWall(by time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.offset += by
+}
+
+// start makes and runs the daemon, and waits until it holds.
+func (r *rig) start() {
+	r.t.Helper()
+	d, err := New(r.options())
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.d = d
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error)
+	go func() { ended <- d.Run(ctx) }()
+	r.stop = func() {
+		cancel()
+		if err := errors.Join(<-ended, d.Close()); err != nil {
+			r.t.Errorf("Run: %v", err)
+		}
+		r.stop = nil
+	}
+	synctest.Wait()
+}
+
+func (r *rig) end() {
+	if r.stop != nil {
+		r.stop()
+	}
+}
+
+// add adds a peer with a key made from its name, and wants no error.
+func (r *rig) add(name string) api.Peer {
+	r.t.Helper()
+	changed, err := r.d.AddPeer(r.t.Context(), api.NewPeer{Name: name, PublicKey: keyOf(name)})
+	if err != nil {
+		r.t.Fatalf("AddPeer(%s): %v", name, err)
+	}
+	return changed.Peer
+}
+
+// allow gives a permission for a time, or for good when that is "".
+func (r *rig) allow(name, permission, length string) (api.Changed, error) {
+	return r.d.ChangePeer(r.t.Context(), name, api.PeerChange{
+		Permissions: map[string]api.PermissionChange{permission: {Allowed: true, For: length}},
+	})
+}
+
+func (r *rig) mustAllow(name, permission, length string) {
+	r.t.Helper()
+	if _, err := r.allow(name, permission, length); err != nil {
+		r.t.Fatalf("allow %s %s: %v", name, permission, err)
+	}
+}
+
+func (r *rig) deny(name, permission string) (api.Changed, error) {
+	return r.d.ChangePeer(r.t.Context(), name, api.PeerChange{
+		Permissions: map[string]api.PermissionChange{permission: {}},
+	})
+}
+
+// loaded returns what the host lets the peer do now.
+func (r *rig) loaded(name string) policy.Permissions {
+	r.t.Helper()
+	rules := r.host.Loaded()
+	if rules == nil {
+		return 0
+	}
+	for _, p := range rules.Peers() {
+		if p.Name == name {
+			return p.Permissions
+		}
+	}
+	return 0
+}
+
+func (r *rig) wantLoaded(name string, want policy.Permissions) {
+	r.t.Helper()
+	if got := r.loaded(name); got != want {
+		r.t.Errorf("the host lets %s do %v, want %v", name, got, want)
+	}
+}
+
+// after lets time pass, and waits until nothing is left to do then.
+func (r *rig) after(d time.Duration) {
+	time.Sleep(d)
+	synctest.Wait()
+}
+
+// events returns the messages of one kind.
+func (r *rig) events(kind string) []string {
+	all, _ := r.d.Since(0)
+	var out []string
+	for _, e := range all {
+		if e.Kind == kind {
+			out = append(out, e.Message)
+		}
+	}
+	return out
+}
+
+// keyOf returns a valid public key made from a text.
+func keyOf(text string) string {
+	var private wireguard.PrivateKey
+	copy(private[:], text)
+	return private.Public().String()
+}
+
+func wantCode(t *testing.T, err error, code string) *api.Error {
+	t.Helper()
+	var e *api.Error
+	if !errors.As(err, &e) || e.Code != code {
+		t.Fatalf("error %v, want code %s", err, code)
+	}
+	if e.Hint == "" {
+		t.Errorf("error %q has no hint", e.Message)
+	}
+	return e
+}
+
+// fakeTunnel is a WireGuard device without packets.
+type fakeTunnel struct {
+	dev  tun.Device
+	done chan struct{}
+	once sync.Once
+
+	mu      sync.Mutex
+	peers   []wireguard.Peer
+	stats   map[wireguard.PublicKey]wireguard.PeerStats
+	rebinds int
+	refuse  error
+}
+
+func (f *fakeTunnel) Sync(want []wireguard.Peer) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.refuse != nil {
+		return f.refuse
+	}
+	f.peers = want
+	return nil
+}
+
+func (f *fakeTunnel) Stats() (map[wireguard.PublicKey]wireguard.PeerStats, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.stats, nil
+}
+
+func (f *fakeTunnel) setStats(key string, s wireguard.PeerStats) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	public, err := wireguard.ParsePublicKey(key)
+	if err != nil {
+		panic(err)
+	}
+	f.stats = map[wireguard.PublicKey]wireguard.PeerStats{public: s}
+}
+
+func (f *fakeTunnel) ListenPort() uint16 { return 51820 }
+
+func (f *fakeTunnel) Rebind(context.Context) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.rebinds++
+	return nil
+}
+
+func (f *fakeTunnel) Done() <-chan struct{} { return f.done }
+
+func (f *fakeTunnel) Close() {
+	f.once.Do(func() {
+		close(f.done)
+		f.dev.Close()
+	})
+}

@@ -1,0 +1,252 @@
+package daemon
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
+)
+
+// brokenDisk fails every operation after some.
+type brokenDisk struct {
+	fileSystem
+	after int
+}
+
+func (b *brokenDisk) fail() error {
+	if b.after--; b.after >= 0 {
+		return nil
+	}
+	return &os.PathError{Op: "write", Path: "disk", Err: syscall.ENOSPC}
+}
+
+func (b *brokenDisk) WriteTemp(dir, pattern string, content []byte) (string, error) {
+	if err := b.fail(); err != nil {
+		return "", err
+	}
+	return b.fileSystem.WriteTemp(dir, pattern, content)
+}
+
+func (b *brokenDisk) Rename(from, to string) error {
+	if err := b.fail(); err != nil {
+		return err
+	}
+	return b.fileSystem.Rename(from, to)
+}
+
+func (b *brokenDisk) SyncDir(dir string) error {
+	if err := b.fail(); err != nil {
+		return err
+	}
+	return b.fileSystem.SyncDir(dir)
+}
+
+// TestDiskFull breaks the disk at each operation of a change: the old state
+// stays in force, the command says so, no file is left over, and what is on
+// disk is whole.
+func TestDiskFull(t *testing.T) {
+	const operations = 5 // two files, two renames, one sync of the folder
+	for after := range operations {
+		inBubble(t, func(t *testing.T, r *rig) {
+			r.add("phone")
+			before := r.d.Status()
+			good := r.d.store.fs
+			r.d.store.fs = &brokenDisk{fileSystem: good, after: after}
+			_, err := r.allow("phone", "routing", "")
+			e := wantCode(t, err, api.CodeNotSaved)
+			if !strings.Contains(e.Message, "nothing was changed") {
+				t.Errorf("message %q", e.Message)
+			}
+			r.wantLoaded("phone", 0)
+			if diff := cmp.Diff(before.Generation, r.d.Status().Generation); diff != "" {
+				t.Errorf("generation: %s", diff)
+			}
+			if got := names(t, r.dir); !cmp.Equal(got, []string{keyFile, lockFile, stateFile, copyFile}) {
+				t.Errorf("files %q", got)
+			}
+			for _, f := range []string{stateFile, copyFile} {
+				if _, err := readDocument(filepath.Join(r.dir, f)); err != nil {
+					t.Error(err)
+				}
+			}
+			r.d.store.fs = good
+			r.mustAllow("phone", "routing", "")
+			r.wantLoaded("phone", policy.Routing)
+		})
+	}
+}
+
+func names(t *testing.T, dir string) (out []string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		out = append(out, e.Name())
+	}
+	return out
+}
+
+// contents returns every file of dir by its name.
+func contents(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	out := map[string]string{}
+	for _, name := range names(t, dir) {
+		text, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		out[name] = string(text)
+	}
+	return out
+}
+
+// TestRefusesToStart starts on a state directory that something happened to.
+// Each must be refused with what is wrong and what to do, and no file touched.
+func TestRefusesToStart(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.stop()
+		state := filepath.Join(r.dir, stateFile)
+		good := contents(t, r.dir)
+		for _, c := range []struct {
+			name   string
+			do     func() error
+			reason string
+			hint   string
+		}{
+			{"cut off", func() error { return os.Truncate(state, 40) }, "unexpected end", "last good copy is"},
+			{"empty", func() error { return os.Truncate(state, 0) }, "unexpected end", copyFile},
+			{"garbage", write(state, "\x00\xff garbage"), "invalid character", "generation 2, 1 peers"},
+			{"newer", write(state, `{"version":2,"x":1}`), "newer meshhelper", "run the newer meshhelper"},
+			{"unknown field", write(state, `{"version":1,"peers":[],"extra":1}`), "extra", "last good copy"},
+			{"twice", write(state, good[stateFile]+good[stateFile]), "after top-level value", "last good copy"},
+			{"gone", func() error { return os.Remove(state) }, "missing", "last good copy"},
+			{"both bad", both(write(state, "x"), write(filepath.Join(r.dir, copyFile), "y")), "invalid character", "no good copy"},
+			{"key gone", func() error { return os.Remove(filepath.Join(r.dir, keyFile)) }, "host's key", "put the key back"},
+			{"key exposed", func() error { return os.Chmod(filepath.Join(r.dir, keyFile), 0o644) }, "access", "chmod 600"},
+			{"key damaged", write(filepath.Join(r.dir, keyFile), "short"), "key", ""},
+			{"folder open", func() error { return os.Chmod(r.dir, 0o777) }, "others may write", "chmod"},
+		} {
+			if err := c.do(); err != nil {
+				t.Fatal(err)
+			}
+			before := contents(t, r.dir)
+			d, err := New(r.options())
+			switch {
+			case err == nil:
+				t.Errorf("%s: it started", c.name)
+				d.Close()
+			case !strings.Contains(err.Error(), c.reason) || !strings.Contains(err.Error(), c.hint):
+				t.Errorf("%s: %v; want %q and %q", c.name, err, c.reason, c.hint)
+			}
+			if diff := cmp.Diff(before, contents(t, r.dir)); diff != "" {
+				t.Errorf("%s: files were touched: %s", c.name, diff)
+			}
+			restore(t, r.dir, good)
+		}
+		r.start() // and with everything put back it starts
+		if _, err := r.d.Peer("phone"); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func write(path, text string) func() error {
+	return func() error { return os.WriteFile(path, []byte(text), 0o600) }
+}
+
+func both(a, b func() error) func() error { return func() error { return errors.Join(a(), b()) } }
+
+func restore(t *testing.T, dir string, files map[string]string) {
+	t.Helper()
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range files {
+		path := filepath.Join(dir, name)
+		if err := errors.Join(os.WriteFile(path, []byte(text), 0o600), os.Chmod(path, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestOtherPrefixes(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.stop()
+		o := r.options()
+		o.Prefixes = wireguard.DefaultPrefixes()
+		o.Prefixes.V4 = policy.DefaultPrefix4
+		o.Prefixes.V6 = netipPrefix("fd00:1::/48")
+		_, err := New(o)
+		e := wantCode(t, err, api.CodeInternal)
+		if !strings.Contains(e.Message, `peer "phone"`) || !strings.Contains(e.Hint, "--mesh-prefix6") {
+			t.Errorf("%v", e)
+		}
+	})
+}
+
+// TestOneHelper starts a second helper on the same state directory.
+func TestOneHelper(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		_, err := New(r.options())
+		wantCode(t, err, api.CodeInternal)
+	})
+}
+
+// TestKeysStayPrivate looks at everything that is written but the key file.
+func TestKeysStayPrivate(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		for name, text := range contents(t, r.dir) {
+			if name != keyFile && strings.Contains(text, r.d.key.Reveal()) {
+				t.Errorf("%s has the host's private key", name)
+			}
+			info, err := os.Stat(filepath.Join(r.dir, name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if info.Mode().Perm() != 0o600 {
+				t.Errorf("%s has mode %v", name, info.Mode())
+			}
+		}
+	})
+}
+
+func FuzzDocument(f *testing.F) {
+	f.Add([]byte(`{"version":1,"generation":3,"saved":"2026-01-02T15:04:05Z","peers":[]}`))
+	f.Add([]byte(`{"version":1,"peers":[{"name":"phone","publicKey":"` + keyOf("phone") +
+		`","kind":"own","addresses":["100.64.0.1","fd6d:6573:6800::1"],"endpoint":"a.example:1","keepalive":25,` +
+		`"permissions":{"incoming":{"allowed":true},"routing":{"allowed":true,"until":"2026-01-02T15:04:05Z"},"lan":{"allowed":false}}}],` +
+		`"former":[{"name":"x","now":"phone"}]}`))
+	f.Add([]byte(`{"version":2}`))
+	f.Add([]byte(`{"version":1,"peers":[{}]}`))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		doc, err := decodeDocument(text)
+		if err != nil {
+			return
+		}
+		again, err := doc.encode()
+		if err != nil {
+			t.Fatalf("encode what was decoded: %v", err)
+		}
+		same, err := decodeDocument(again)
+		if err != nil {
+			t.Fatalf("decode what was encoded: %v\n%s", err, again)
+		}
+		twice, err := same.encode()
+		if err != nil || string(twice) != string(again) {
+			t.Fatalf("encoding isn't stable: %v\n%s\n%s", err, again, twice)
+		}
+	})
+}
