@@ -34,9 +34,9 @@ var seeds = []string{
 	"pass in route-to { (en0 10.0.0.1) (en1 10.0.0.2) } round-robin proto tcp from any os \"Linux\" to any user { root >= 500 } group != 0 flags S/SA tos 0x10 modulate state (max 10, if-bound, source-track rule, max-src-conn-rate 5/2, overload <b> flush global, udp.first 3) label \"$if $nr\" queue (a, b) tag T ! tagged U rtable 1 probability 20%\n",
 	"pass inet6 proto icmp6 icmp6-type { echoreq, unreach code 4, 200 } no state\npass inet proto icmp icmp-type unreach code needfrag\n",
 	"pass from fe80::1%en0 to ::ffff:1.2.3.4\npass from 10.0.0.1 - 10.0.0.9 to \"10.1.0.0/16\"\npass from { any { no-route urpf-failed } } to ! self\n",
-	"dummynet in on en0 all pipe 1\naltq on en0 priq queue { a b }\n", "pass \\\n  in # comment \\\n goes on\n",
-	"a = \"x x x x\"\nb = $a $a $a\nc = $b $b $b\n", "pass tag \"in\" label 'say \"x\"'\n", "pass in from <\"1\"> port <> to\n",
-	"pass proto 47\nblock return-rst (ttl 5) proto tcp\nblock return-icmp6(3) inet6\npass fastroute\n", "x = -5\npass port $x\n",
+	"altq on en0 priq queue { a b }\ndummynet in on en0 all pipe 1\n", "pass \\\n  in # comment \\\n goes on\n",
+	"a = \"x x x x\"\nb = $a $a $a\nc = $b $b $b\n", "pass tag \"in\" label 'say \"x\"'\n", "pass in from <\"1\"> to any port <> 5\n",
+	"pass proto 47\nblock return-rst (ttl 5) proto tcp\nblock return-icmp6(3) inet6\npass in fastroute\n", "x = -5\npass port $x\n",
 }
 
 // FuzzParse checks what is said of any text: no panic, a printed ruleset is

@@ -59,8 +59,6 @@ func (p *parser) address() Address {
 		a.Kind = AddrNoRoute
 	case p.accept("urpf-failed"):
 		a.Kind = AddrURPFFailed
-	case p.shown && p.accept("any"):
-		a = Address{Kind: AddrAny}
 	default:
 		a = p.host()
 	}
@@ -76,6 +74,9 @@ func (p *parser) host() Address {
 	switch {
 	case p.isPunct("("):
 		return p.dynamic()
+	case p.shown && p.accept("any"):
+		// pfctl shows 0.0.0.0/0 so even where it doesn't read it: nameAny.
+		return Address{}
 	case p.isPunct("<"):
 		return Address{Kind: AddrTable, Name: p.tableName()}
 	case t.kind == tokNumber:

@@ -237,15 +237,16 @@ func (p *parser) fromTo(r *Rule) {
 		r.To = p.endpoint()
 	}
 	if p.shown {
-		nameNotAny(r.From.Addrs, r.Family)
-		nameNotAny(r.To.Addrs, r.Family)
+		nameAny(r.From.Addrs, r.Family, true)
+		nameAny(r.To.Addrs, r.Family, true)
 	}
 }
 
-// nameNotAny puts the network back for which pfctl shows ! any.
-func nameNotAny(addrs []Address, f Family) {
+// nameAny puts the network back for which pfctl shows any: after a negation, or
+// in a pool.
+func nameAny(addrs []Address, f Family, negatedOnly bool) {
 	for i, a := range addrs {
-		if a.Kind != AddrAny || !a.Not {
+		if a.Kind != AddrAny || negatedOnly && !a.Not {
 			continue
 		}
 		addrs[i].Kind, addrs[i].Prefix = AddrPrefix, netip.PrefixFrom(netip.IPv4Unspecified(), 0)
@@ -729,7 +730,8 @@ func (p *parser) natRule(r *Rule) {
 	p.translationTags(r)
 	if p.isPunct("->") {
 		p.advance()
-		r.Pool = &Pool{Addrs: p.poolAddrs()}
+		r.Pool = &Pool{Addrs: list(p, p.host)}
+		nameAny(r.Pool.Addrs, r.Family, false)
 		p.poolPort(r.Pool)
 	}
 	if o, some := p.poolOptions(); some {
@@ -769,10 +771,6 @@ func (p *parser) translationTags(r *Rule) {
 	if p.accept("rtable") {
 		r.RTable = p.byte("routing table")
 	}
-}
-
-func (p *parser) poolAddrs() []Address {
-	return list(p, p.host)
 }
 
 // poolPort reads port n, n:m or n:*.

@@ -474,7 +474,8 @@ func (p *printer) address(a Address, f Family) {
 	case AddrURPFFailed:
 		p.add("urpf-failed")
 	}
-	if a.Bits != nil {
+	whole := Address{Kind: AddrDynamic}
+	if a.Bits != nil && !(p.shown && int(*a.Bits) == whole.maskBits(f)) {
 		p.num("/", int(*a.Bits))
 	}
 }
