@@ -1,6 +1,7 @@
 package linux
 
 import (
+	"bytes"
 	"context"
 	"net/netip"
 	"os"
@@ -39,9 +40,10 @@ type rig struct {
 	state string
 	steps []string
 
-	mu   sync.Mutex
-	out  [][]byte
-	more chan struct{}
+	mu     sync.Mutex
+	out    [][]byte
+	more   chan struct{}
+	onMesh func([]byte) // sees each packet to the mesh; may be nil
 }
 
 func newRig(t *testing.T) *rig {
@@ -105,7 +107,11 @@ func (g *rig) read(dev tun.Device) {
 		n, err := dev.Read(bufs, sizes, headroom)
 		g.mu.Lock()
 		for i := range n {
-			g.out = append(g.out, append([]byte(nil), bufs[i][headroom:headroom+sizes[i]]...))
+			b := bytes.Clone(bufs[i][headroom : headroom+sizes[i]])
+			g.out = append(g.out, b)
+			if g.onMesh != nil {
+				g.onMesh(b)
+			}
 		}
 		g.mu.Unlock()
 		select {
