@@ -1,10 +1,89 @@
-// Package pfconf is pf, the packet filter of macOS and the BSDs, as data.
+// Package pfconf is pf, the packet filter of macOS and the BSDs, as data: it
+// reads, checks, prints and evaluates rulesets as pfctl and the kernel do, on any
+// machine.
 //
-// A [Ruleset] is the text of one pf.conf file or of one anchor. [Parse] reads
-// it, [Ruleset.String] prints it, and [Ruleset.Expand] turns it into what the
-// kernel is given: a [Loaded] ruleset, in which every list has become one rule
-// per combination and every default is spelled out.
+// # pf in five minutes
 //
-// The dialect is that of macOS: the generation of OpenBSD 4.1 to 4.3, which has
-// translation rules (nat, rdr, binat) apart from filter rules.
+// pf sees each packet twice on a host that forwards: inbound on the interface by
+// which it comes, and, if it passes there, outbound on the one by which it leaves.
+// A packet for the host itself is seen inbound only, one from it outbound only.
+// Each time pf does the same:
+//
+//  1. If the packet belongs to a state, a conversation that was let through
+//     before, it passes, and no rule is asked.
+//  2. Else the translation rules are searched: outbound nat and binat, inbound rdr
+//     and binat. The first one that matches changes the packet's addresses, and the
+//     search ends. A rule with no in front only ends the search.
+//  3. Then the filter rules are searched, with the addresses as they are now. The
+//     last one that matches decides, unless one with the word quick matches: that
+//     ends the search. When none matches, the packet passes.
+//  4. A pass rule makes a state, so that the answers and all that follows pass by
+//     step 1. A translation always makes one.
+//
+// A ruleset is a text of one statement a line:
+//
+//	uplink = "en0"                                  # a macro, pasted for $uplink
+//	table <friends> persist { 100.64.0.0/10 }       # a set of addresses
+//	set skip on lo0                                 # options
+//	scrub in all                                    # normalisation: joins fragments
+//	nat on $uplink inet from <friends> to any -> ($uplink)
+//	rdr on $uplink inet proto tcp from any to ($uplink) port 8080 -> 100.64.0.2 port 80
+//	block in all                                    # filter rules
+//	pass in on utun4 inet from <friends> to any
+//	pass in quick on $uplink proto tcp from any to any port ssh
+//
+// pf wants them in this order: options, scrub, translation, filter rules. Macros
+// and tables stand anywhere. Some things surprise at first:
+//
+//   - A pass rule for TCP matches only the first packet of a connection, flags
+//     S/SA. The rest passes by the state, or not at all.
+//   - States outlive their rules. Taking a rule away cuts no running conversation:
+//     pfctl -k does.
+//   - A name in parentheses, (en0), is looked up for each packet; without them it is
+//     replaced by the interface's addresses when the ruleset is loaded.
+//   - A state floats by default: its packets may come by any interface. keep state
+//     (if-bound) ties it to the one on which it was made.
+//   - Lists in braces are nothing but shorthand: the kernel gets a rule for each
+//     combination. Negation in a list is hardly ever what was meant: from { !a, !b }
+//     is two rules, of which one matches always.
+//   - On macOS there are no interface groups: on utun never matches utun4.
+//
+// # Anchors
+//
+// An anchor is a ruleset with a name, such as com.apple/250.mesh, that is loaded by
+// itself. It does nothing until another ruleset calls it: with nat-anchor, rdr-anchor,
+// binat-anchor and scrub-anchor for those kinds of rules and anchor for the filter's.
+// The search goes into the anchor's rules where the call stands, and comes back; quick
+// within an anchor ends everything. anchor "com.apple/*" calls all direct children of
+// com.apple, in the byte order of their names. The stock ruleset of macOS is nothing but
+// such calls, and whoever wants to add rules loads a child of com.apple.
+//
+// # Using the package
+//
+// A [Ruleset] is what one file or anchor holds, as it is written. [Parse] reads text
+// and [Ruleset.String] prints it; a ruleset can as well be made of [Rule], [Table] and
+// the other types. [Ruleset.Validate] tells whether pfctl would take it; what is
+// printed afterwards is read as the same.
+//
+// [Ruleset.Expand] does what pfctl does while it loads: the [Loaded] ruleset has one
+// rule for each combination, defaults written out, and [Loaded.ShowRules] and
+// [Loaded.ShowNat] give the very lines that pfctl -sr and -sn print for it.
+//
+// The other way, [ParseShown], [ParseTables], [ParseTableEntries], [ParseInfo],
+// [ParseReferences], [ParseStates] and [ParseAnchors] read what pfctl shows of a
+// running pf.
+//
+// A [Machine] is the kernel's part: rulesets, tables and states, and a judgement for
+// each packet.
+//
+// # The dialect
+//
+// This is the pf of macOS, of the generation of OpenBSD 4.1 to 4.3: translation rules
+// stand apart from filter rules; there is no match, nat-to, received-on or prio. The
+// last line of a text has to end in a newline, as pfctl insists. dummynet rules and
+// ALTQ are kept as text, see [Ruleset.Unknown].
+//
+// The facts are from pf.conf(5) and pfctl(8), from the pfctl of that generation, from
+// xnu's bsd/net/pf*.c, and measured on it: the conformance vectors that the tests run
+// on are what Apple's own code did.
 package pfconf
