@@ -273,6 +273,11 @@ func (r *packetRun) table(e *vectorEvent) {
 
 // packet sends what the opener sends.
 func (r *packetRun) packet(e *vectorEvent) {
+	r.send(e, r.fromVector(e), true, e.In, e.Out)
+}
+
+// fromVector makes a packet of the opener.
+func (r *packetRun) fromVector(e *vectorEvent) Packet {
 	p := Packet{
 		SrcPort: e.SPort, DstPort: e.DPort, ICMPCode: e.ICMPCode, ICMPID: e.ICMPID,
 		Options: e.IPOptions, Fragment: e.FragOffset > 0 || e.MoreFragments, Len: e.Len,
@@ -290,7 +295,8 @@ func (r *packetRun) packet(e *vectorEvent) {
 		q := about.packet
 		p.Quoted = &Quoted{Src: q.Src, Dst: q.Dst, Proto: q.Proto, SrcPort: q.SrcPort, DstPort: q.DstPort, Seq: q.Seq, ICMPID: q.ICMPID, Later: q.Fragment}
 	}
-	r.send(e, p, true, e.In, e.Out)
+	r.complete(e, &p, true)
+	return p
 }
 
 // reply answers an earlier packet.
@@ -311,29 +317,36 @@ func (r *packetRun) reply(e *vectorEvent) {
 	if e.Out != "" {
 		out = e.Out
 	}
+	r.complete(e, &p, !to.opener)
 	r.send(e, p, !to.opener, in, out)
 }
 
-// send fills in what the side says by default, sends the packet and judges what
-// happened.
-func (r *packetRun) send(e *vectorEvent, p Packet, opener bool, in, out string) {
+// complete fills in what the side says by default.
+func (r *packetRun) complete(e *vectorEvent, p *Packet, opener bool) {
 	switch p.Proto {
 	case ProtoTCP:
-		r.segment(e, &p, opener)
+		r.segment(e, p, opener)
 	case ProtoUDP:
 		p.Len = 8
 	case ProtoICMP, ProtoICMPv6:
 		p.ICMPType = r.icmpType(e.ICMPType, p.Proto == ProtoICMPv6)
 	}
-	var got Judgement
+}
+
+// pass lets a packet take its way.
+func pass(m *Machine, p Packet, in, out string) Judgement {
 	switch {
 	case in != "" && out != "":
-		got = r.m.Forward(p, in, out)
+		return m.Forward(p, in, out)
 	case in != "":
-		got = r.m.Receive(p, in)
-	default:
-		got = r.m.Send(p, out)
+		return m.Receive(p, in)
 	}
+	return m.Send(p, out)
+}
+
+// send sends the packet and judges what happened.
+func (r *packetRun) send(e *vectorEvent, p Packet, opener bool, in, out string) {
+	got := pass(r.m, p, in, out)
 	if e.Name != "" && got.Verdict == VerdictPass {
 		r.sent[e.Name] = sentPacket{packet: got.Packet(), opener: opener, in: in, out: out}
 	}

@@ -1,0 +1,112 @@
+package pfconf
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+)
+
+// TestShownRulesJudgeTheSame: a machine that is given what pfctl would show of
+// another judges as that one does. That is how a real host is looked into.
+func TestShownRulesJudgeTheSame(t *testing.T) {
+	scenarios, packets := 0, 0
+	for _, f := range vectorFiles(t) {
+		eachScenario(t, f, func(s *scenario) {
+			if s.Text != nil || setsOptions(s) {
+				return
+			}
+			scenarios++
+			packets += compareShown(t, s)
+		})
+	}
+	t.Logf("%d scenarios, %d packets", scenarios, packets)
+	if packets == 0 {
+		t.Error("nothing was compared")
+	}
+}
+
+// setsOptions says whether a scenario's main ruleset sets what pfctl doesn't show
+// with the rules.
+func setsOptions(s *scenario) bool {
+	return s.Main != nil && (strings.HasPrefix(*s.Main, "set ") || strings.Contains(*s.Main, "\nset "))
+}
+
+// compareShown sends a scenario's packets through its machine and through one
+// made from what that shows, until an event changes it.
+func compareShown(t *testing.T, s *scenario) int {
+	quiet := &judge{t: t, scenario: s.Name}
+	a := &packetRun{j: quiet, m: NewMachine(MachineOptions{}), sent: map[string]sentPacket{}}
+	b := &packetRun{j: quiet, m: NewMachine(MachineOptions{}), sent: map[string]sentPacket{}}
+	for _, i := range s.hostInterfaces(t) {
+		a.m.AddInterface(i)
+		b.m.AddInterface(i)
+	}
+	main := stockMain
+	if s.Main != nil {
+		main = *s.Main
+	}
+	a.mustLoad("", main)
+	for _, n := range s.Anchors {
+		a.mustLoad(n.Name, n.Rules)
+	}
+	rebuild(t, s.Name, a.m, b.m, "")
+	_, _ = a.m.Enable(), b.m.Enable()
+	n := 0
+	for _, raw := range s.Events {
+		var e vectorEvent
+		if err := json.Unmarshal(raw, &e); err != nil {
+			t.Fatal(err)
+		}
+		if e.Event != "packet" || e.About != "" {
+			break
+		}
+		p := a.fromVector(&e)
+		x, y := pass(a.m, p, e.In, e.Out), pass(b.m, p, e.In, e.Out)
+		if describeJudgement(&x) != describeJudgement(&y) {
+			t.Errorf("%s: %s:\n %s\nas shown:\n %s", s.Name, p, describeJudgement(&x), describeJudgement(&y))
+		}
+		n++
+	}
+	return n
+}
+
+// rebuild loads into b what a shows of an anchor and of those below.
+func rebuild(t *testing.T, name string, a, b *Machine, path string) {
+	l, err := a.Snapshot(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rules, nat := ParseShown(strings.Join(l.ShowRules(), "\n")), ParseShown(strings.Join(l.ShowNat(), "\n"))
+	for _, u := range append(rules.Unknown, nat.Unknown...) {
+		t.Errorf("%s: anchor %q: %v", name, path, u)
+	}
+	rs := rules.Ruleset(nat)
+	for _, tb := range l.Tables {
+		rs.Statements = append([]Statement{tb}, rs.Statements...)
+	}
+	if path == "" {
+		err = b.LoadMain(rs)
+	} else {
+		err = b.LoadAnchor(path, rs)
+	}
+	if err != nil {
+		t.Errorf("%s: anchor %q as shown: %v", name, path, err)
+	}
+	for _, child := range a.Anchors(path) {
+		if !strings.Contains("/"+child, "/_") {
+			rebuild(t, name, a, b, child)
+		}
+	}
+}
+
+// describeJudgement is a judgement without what differs between two machines.
+func describeJudgement(j *Judgement) string {
+	var out strings.Builder
+	out.WriteString(j.Verdict.String())
+	for _, h := range []*Hook{&j.In, &j.Out} {
+		if h.Seen {
+			out.WriteString("; " + h.State.String() + " by " + ruleName(h) + " in " + h.Anchor + ": " + h.Packet.String())
+		}
+	}
+	return out.String()
+}
