@@ -269,15 +269,15 @@ func (p *parser) endpoint() Endpoint {
 
 // filterOptions reads what follows the addresses, in any order.
 func (p *parser) filterOptions(r *Rule) {
-	var seen []string
+	seen := map[string]bool{}
 	for p.err == nil {
 		t := p.tok
 		if once := onceOptions[t.text]; once != "" && t.kind == tokKeyword {
-			if slices.Contains(seen, once) {
+			if seen[once] {
 				p.refuse(t, "%s for the second time", t.text)
 				return
 			}
-			seen = append(seen, once)
+			seen[once] = true
 		}
 		if !p.filterOption(r) {
 			return
@@ -661,15 +661,15 @@ func (p *parser) scrubRule(r *Rule) {
 }
 
 func (p *parser) scrubOptions(r *Rule) {
-	var seen []string
+	seen := map[string]bool{}
 	for p.err == nil {
 		t := p.tok
 		if slices.Contains(onceScrub, t.text) && t.kind == tokKeyword {
-			if slices.Contains(seen, t.text) {
+			if seen[t.text] {
 				p.refuse(t, "%s for the second time", t.text)
 				return
 			}
-			seen = append(seen, t.text)
+			seen[t.text] = true
 		}
 		if !p.scrubOption(r) {
 			return

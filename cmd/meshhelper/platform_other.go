@@ -1,5 +1,3 @@
-//go:build !linux
-
 package main
 
 // platforms returns the platforms of this build; none is there yet.

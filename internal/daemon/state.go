@@ -95,9 +95,6 @@ type mesh struct {
 	own      wireguard.Addresses
 }
 
-// list returns the prefixes, IPv4 first.
-func (m mesh) list() []netip.Prefix { return []netip.Prefix{m.prefixes.V4, m.prefixes.V6} }
-
 // maxDocument bounds what is read from disk, in bytes; a peer has some 400.
 const maxDocument = 32 << 20
 
@@ -256,7 +253,7 @@ func (doc *document) expire(now time.Time) (*document, []ended) {
 // policyMesh returns the mesh to compile. Without grants, nothing opens.
 func (doc *document) policyMesh(m mesh, withGrants bool) policy.Mesh {
 	out := policy.Mesh{
-		Prefixes:  m.list(),
+		Prefixes:  []netip.Prefix{m.prefixes.V4, m.prefixes.V6},
 		Addresses: m.own.List(),
 		Peers:     make([]policy.Peer, len(doc.Peers)),
 	}

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"net/netip"
 	"slices"
 	"time"
 
@@ -18,7 +19,7 @@ func (d *Daemon) Status() api.Status {
 		Version: d.opts.Version, Platform: d.opts.PlatformName,
 		Interface: c.iface, PublicKey: d.mesh.key.String(), ListenPort: c.listenPort,
 		Addresses:    d.mesh.own.List(),
-		MeshPrefixes: d.mesh.list(),
+		MeshPrefixes: []netip.Prefix{d.mesh.prefixes.V4, d.mesh.prefixes.V6},
 		Generation:   doc.Generation, Enforced: c.enforced, State: c.state,
 		Uplink: c.host.Uplink4, Forwarding: c.forwarding, Repairs: c.repairs,
 		Problems: []api.Problem{},

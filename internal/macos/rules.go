@@ -229,6 +229,9 @@ func (b *builder) elsewhere() {
 	spoofed := in
 	spoofed.From = inTable(tablePeers)
 	b.block(spoofed, "elsewhere-spoofed", "a peer's address comes from the tunnel only")
+	forged := in
+	forged.From, forged.To = inTable(tableHost), notInTable(tableLocal)
+	b.block(forged, "forged", "this host's mesh address comes from nowhere else: forwarded through a peer, such a packet would look like its own")
 	toHost := in
 	toHost.To = inTable(tableHost)
 	b.block(toHost, "weak-host", "this host's mesh addresses are reached by the tunnel only: a Mac that forwards accepts them on every interface")

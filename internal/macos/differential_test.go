@@ -1,0 +1,439 @@
+package macos
+
+import (
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"slices"
+	"testing"
+
+	"pgregory.net/rapid"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/pfconf"
+)
+
+var wantPackets = flag.Int("packets", 120_000, "packets that pf and policy are compared on")
+
+// tally counts what was compared.
+type tally struct{ packets, passed, worlds, differences int }
+
+// againstPolicy is what the differential test says at the end, and
+// amongNeighbours the same of our anchor with other software's rules.
+var againstPolicy, amongNeighbours tally
+
+// add adds a world's count; expected says that its differences are no fault.
+func (n *tally) add(world tally, expected bool) {
+	n.worlds++
+	n.packets += world.packets
+	n.passed += world.passed
+	if !expected {
+		n.differences += world.differences
+	}
+}
+
+func (n *tally) say(what string) {
+	if n.packets > 0 {
+		fmt.Printf("%s: %d packets in %d worlds, %d passed, %d differences\n", what, n.packets, n.worlds, n.passed, n.differences)
+	}
+}
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	amongNeighbours.say("pf among neighbours against policy")
+	againstPolicy.say("pf against policy")
+	os.Exit(code)
+}
+
+// TestDifferential holds the anchor, evaluated as a Mac's kernel does in Apple's
+// main ruleset, against the policy: random meshes, hosts, permissions and
+// packets, with states and without, before a change and after it.
+func TestDifferential(t *testing.T) {
+	for againstPolicy.packets < *wantPackets && !t.Failed() {
+		rapid.Check(t, func(t *rapid.T) {
+			w := drawWorld(t)
+			next := drawChange(t, w)
+			c := newComparison(t, w, rapid.Uint64().Draw(t, "packets"), appleMain, nil)
+			defer func() { againstPolicy.add(*c.tally, false) }()
+			c.round(next)
+		})
+	}
+}
+
+// drawChange returns what becomes of a world: other permissions, a peer gone,
+// perhaps other facts.
+func drawChange(t *rapid.T, w world) world {
+	next := w
+	next.mesh.Peers = slices.Clone(w.mesh.Peers)
+	for i := range next.mesh.Peers {
+		next.mesh.Peers[i].Grants = grants(drawPermissions(t))
+	}
+	if n := len(next.mesh.Peers); n > 0 && rapid.IntRange(0, 3).Draw(t, "removed") == 0 {
+		next.mesh.Peers = next.mesh.Peers[:n-1]
+	}
+	if rapid.IntRange(0, 3).Draw(t, "moved") == 0 {
+		next.drawInterfaces(t)
+	}
+	return next
+}
+
+// comparison runs packets through a machine and asks the policy about each.
+type comparison struct {
+	t     failer
+	rng   *rand.Rand
+	w     world
+	r     *policy.Ruleset
+	m     *pfconf.Machine
+	tally *tally
+	port  uint16
+	// portless are the addresses of this round's flows without ports.
+	portless map[netip.Addr]bool
+	subset   bool          // the machine may pass less than the policy
+	edit     func(*Anchor) // spoils the anchor before it is loaded; nil: doesn't
+}
+
+// failer is what a comparison needs of a test.
+type failer interface {
+	Fatal(args ...any)
+	Fatalf(format string, args ...any)
+}
+
+func newComparison(t failer, w world, seed uint64, main string, edit func(*Anchor)) *comparison {
+	m, err := w.newMachine(seed, main)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &comparison{t: t, rng: rand.New(rand.NewPCG(seed, 3)), m: m, edit: edit, tally: new(tally)}
+	c.load(w)
+	return c
+}
+
+// load puts the anchor for a world in force.
+func (c *comparison) load(w world) {
+	r, err := policy.Compile(w.mesh, w.host, start)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	a, err := Compile(r, Options{})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	if c.edit != nil {
+		c.edit(a)
+	}
+	if err := c.m.LoadAnchor(a.Path, a.Ruleset()); err != nil {
+		c.t.Fatal(err)
+	}
+	c.w, c.r = w, r
+}
+
+// flow is one that the policy and the machine let open.
+type flow struct {
+	opened  policy.Packet
+	sent    pfconf.Packet // as its sender made it
+	left    pfconf.Packet // as it left the host, or reached it
+	out     string        // "": for the host
+	verdict policy.Verdict
+}
+
+// round opens flows, uses them, changes the policy, looks at the flows again,
+// and goes back.
+func (c *comparison) round(next world) {
+	c.m.FlushStates()
+	c.portless = map[netip.Addr]bool{}
+	var flows []flow
+	for range 60 {
+		if f, ok := c.open(); ok {
+			flows = append(flows, f)
+		}
+	}
+	for _, f := range flows {
+		c.use(f)
+	}
+	was, old := c.w, c.r
+	next.addInterfaces(c.m)
+	c.load(next)
+	narrowed := policy.Diff(old, c.r)
+	for _, k := range Kills(old, c.r, narrowed) {
+		c.m.KillStates(k.From, k.To)
+	}
+	for _, f := range flows {
+		c.after(f, narrowed)
+	}
+	was.addInterfaces(c.m)
+	c.load(was)
+}
+
+// judge compares one verdict. what is evaluated for a difference only.
+func (c *comparison) judge(got, want bool, what func() string) {
+	c.tally.packets++
+	if got {
+		c.tally.passed++
+	}
+	if got == want || c.subset && !got {
+		return
+	}
+	c.tally.differences++
+	c.t.Fatalf("pf passes: %v, policy: %v: %s\nmesh %+v\nhost %+v", got, want, what(), c.w.mesh, c.w.host)
+}
+
+// open sends a packet that belongs to no flow.
+func (c *comparison) open() (flow, bool) {
+	p := c.randomPacket()
+	v := c.r.Decide(p)
+	f := flow{opened: p, sent: c.toPF(p), verdict: v}
+	var j pfconf.Judgement
+	want := v.Pass
+	switch {
+	case p.In == "":
+		f.out = c.randomOut(p)
+		want = want && c.mayLeave(p, v, f.out)
+		j = c.m.Send(f.sent, f.out)
+	case c.isForHost(p):
+		j = c.m.Receive(f.sent, p.In)
+	default:
+		f.out = c.randomOut(p)
+		want = want && c.mayLeave(p, v, f.out)
+		j = c.m.Forward(f.sent, p.In, f.out)
+	}
+	pass := j.Verdict == pfconf.VerdictPass
+	if c.subset && p.In != meshInterface && j.Packet().Dst != p.Dst && c.isForHost(policy.Packet{Dst: j.Packet().Dst}) {
+		return flow{}, false // another product's redirection to this host itself
+	}
+	c.judge(pass, want, func() string {
+		return fmt.Sprintf("%+v out %q: %+v %s\n%s", p, f.out, v, v.Rule, explain(j))
+	})
+	if !pass {
+		return flow{}, false
+	}
+	f.left = j.Packet()
+	c.checkTranslation(f, v)
+	return f, p.Src.IsValid() && isFlow(f)
+}
+
+// isFlow reports whether an answer to the flow's packet is to be expected: not
+// to errors and resets, and where the mesh has nothing to do with it no state is
+// made.
+func isFlow(f flow) bool {
+	switch f.verdict.Rule {
+	case policy.RuleIncoming, policy.RuleDNS, policy.RuleLAN, policy.RuleInternet, policy.RuleHostToPeer:
+		return !f.opened.IsICMPError() && f.sent.Flags&pfconf.FlagRST == 0
+	}
+	return false
+}
+
+// isForHost reports whether the kernel keeps a packet: all that isn't unicast to
+// somebody else.
+func (c *comparison) isForHost(p policy.Packet) bool {
+	class := c.r.Class(p.Dst)
+	return class == policy.Self || class == policy.Martian
+}
+
+// mayLeave reports whether the policy lets a packet leave by an interface. What
+// is to be translated needs an address there.
+func (c *comparison) mayLeave(p policy.Packet, v policy.Verdict, out string) bool {
+	switch v.Exit {
+	case policy.ExitMesh:
+		return out == meshInterface
+	case policy.ExitUplink:
+		return out == c.w.host.Uplink(p.Dst) && c.canTranslate(p, v, out)
+	case policy.ExitOther:
+		return out != meshInterface && out != loopback && c.canTranslate(p, v, out)
+	case policy.ExitAny:
+		// Through a peer go this host's own packets only, and nobody else's with
+		// its address are forwarded.
+		own := slices.Contains(hostAddresses, p.Src)
+		if out == meshInterface {
+			return p.In == "" && own && !p.IsRedirect()
+		}
+		return p.In == "" || !own
+	}
+	return true
+}
+
+// canTranslate reports whether an interface has an address to give, and whether
+// the facts told that this family leaves there.
+func (c *comparison) canTranslate(p policy.Packet, v policy.Verdict, out string) bool {
+	family := pfconf.Inet6
+	if p.Dst.Is4() {
+		family = pfconf.Inet
+	}
+	known := out == c.w.host.Uplink(p.Dst) || slices.ContainsFunc(c.w.host.Routes, func(r policy.Route) bool {
+		return r.Interface == out && isFamily(r.Prefix.Addr(), family)
+	})
+	for _, i := range c.m.Interfaces() {
+		if i.Name != out {
+			continue
+		}
+		for _, a := range i.Addresses {
+			if isFamily(a.Addr(), family) && !(a.Addr().Is6() && a.Addr().IsLinkLocalUnicast()) {
+				return known || slices.ContainsFunc(c.w.host.Interfaces, func(h policy.Interface) bool { return h.Name == out })
+			}
+		}
+	}
+	return false
+}
+
+// checkTranslation checks that a packet left with an address of the interface
+// that it left by where the policy wants that, and otherwise as it was sent.
+func (c *comparison) checkTranslation(f flow, v policy.Verdict) {
+	if f.left.Dst != f.sent.Dst || f.left.DstPort != f.sent.DstPort {
+		c.t.Fatalf("%+v: destination became %v", f.opened, f.left)
+	}
+	if !v.NAT() {
+		if f.left.Src != f.sent.Src && !c.subset {
+			c.t.Fatalf("%+v: source became %v", f.opened, f.left)
+		}
+		return
+	}
+	for _, i := range c.m.Interfaces() {
+		if i.Name == f.out && slices.ContainsFunc(i.Addresses, func(p netip.Prefix) bool { return p.Addr() == f.left.Src }) {
+			return
+		}
+	}
+	if !c.subset {
+		c.t.Fatalf("%+v: left by %s with source %v", f.opened, f.out, f.left.Src)
+	}
+}
+
+// use answers a flow's packet, forges answers to it, and sends errors about it.
+func (c *comparison) use(f flow) {
+	answer := reverse(f.left)
+	peer := f.sent.Src
+	switch {
+	case f.verdict.Exit == policy.ExitHost:
+		for _, out := range c.allOut() {
+			v := c.r.DecideReply(f.opened, "")
+			got := c.m.Send(answer, out)
+			c.judge(got.Verdict == pfconf.VerdictPass, v.Pass && out == meshInterface, func() string {
+				return fmt.Sprintf("answer by %s to %+v: %+v\n%s", out, f.opened, v, explain(got))
+			})
+		}
+	case f.opened.In == "":
+		peer = f.opened.Dst
+		for _, in := range c.allIn() {
+			c.judgeAnswerToHost(f, answer, in)
+		}
+	default:
+		for _, in := range c.allIn() {
+			c.judgeAnswerToPeer(f, answer, in)
+		}
+	}
+	c.errors(f, peer)
+}
+
+// judgeAnswerToHost judges an answer to a flow that the host opened to a peer.
+func (c *comparison) judgeAnswerToHost(f flow, answer pfconf.Packet, in string) {
+	v := c.r.DecideReply(f.opened, in)
+	got := c.m.Receive(answer, in)
+	c.judge(got.Verdict == pfconf.VerdictPass, v.Pass, func() string {
+		return fmt.Sprintf("answer by %s to %+v: %+v\n%s", in, f.opened, v, explain(got))
+	})
+}
+
+// judgeAnswerToPeer judges an answer to a flow that a peer opened through the
+// host: whether it reaches the peer. One that isn't translated back is for the
+// host. Of class lan, the policy lets any other interface answer; states are
+// bound to the one that the flow left by.
+func (c *comparison) judgeAnswerToPeer(f flow, answer pfconf.Packet, in string) {
+	v := c.r.DecideReply(f.opened, in)
+	got := c.m.Forward(answer, in, meshInterface)
+	reached := got.Verdict == pfconf.VerdictPass
+	if reached && got.Packet().Dst != f.sent.Src {
+		c.t.Fatalf("answer by %s to %+v went to %v", in, f.opened, got.Packet())
+	}
+	c.judge(reached, v.Pass && in == f.out, func() string {
+		return fmt.Sprintf("answer by %s to %+v, which left by %s as %v: %+v\n%s", in, f.opened, f.out, f.left, v, explain(got))
+	})
+}
+
+// errors sends ICMP errors about a flow's packet, along the flow's way, and about
+// nothing.
+func (c *comparison) errors(f flow, peer netip.Addr) {
+	allowed := c.r.DecideError(f.opened).Pass
+	// pf files the states of ICMPv6 echoes under ICMP and looks for quoted ones
+	// under ICMPv6 (pf_test_state_icmp in xnu bsd/net/pf.c), so no error about one
+	// is known to it: here it passes less than the policy.
+	want := allowed && f.sent.Proto != pfconf.ProtoICMPv6
+	types := icmpErrors(f.sent.Src)
+	kind := types[c.rng.IntN(len(types))]
+	what := func(j *pfconf.Judgement) func() string {
+		return func() string { return fmt.Sprintf("ICMP error %d about %+v\n%s", kind, f.opened, explain(*j)) }
+	}
+	router := c.w.randomDst(c.rng, peer.Is4())
+	var j pfconf.Judgement
+	switch {
+	case f.verdict.Exit == policy.ExitHost:
+		// The host's own error about the peer's packet; the peer's about the
+		// host's answer.
+		j = c.m.Send(icmpError(f.opened.Dst, peer, kind, f.left), meshInterface)
+		c.judge(j.Verdict == pfconf.VerdictPass, want || allowed && slices.Contains(hostAddresses, f.opened.Dst), what(&j))
+		j = c.m.Receive(icmpError(peer, f.opened.Dst, kind, reverse(f.left)), meshInterface)
+		c.judge(j.Verdict == pfconf.VerdictPass, want, what(&j))
+	case f.opened.In == "":
+		j = c.m.Receive(icmpError(peer, f.opened.Src, kind, f.left), meshInterface)
+		c.judge(j.Verdict == pfconf.VerdictPass, want, what(&j))
+	default:
+		j = c.m.Forward(icmpError(router, f.left.Src, kind, f.left), f.out, meshInterface)
+		c.judge(j.Verdict == pfconf.VerdictPass && j.Packet().Dst == peer, want, what(&j))
+		j = c.m.Forward(icmpError(peer, f.opened.Dst, kind, reverse(f.sent)), meshInterface, f.out)
+		c.judge(j.Verdict == pfconf.VerdictPass, want, what(&j))
+		forged := f.left
+		forged.SrcPort, forged.ICMPID = forged.SrcPort^0x5555, forged.ICMPID^0x5555
+		if hasPorts(forged.Proto) {
+			j = c.m.Forward(icmpError(router, forged.Src, kind, forged), f.out, meshInterface)
+			c.judge(j.Verdict == pfconf.VerdictPass && j.Packet().Dst == peer, false, what(&j))
+		}
+	}
+}
+
+// after looks at a flow again when the policy has changed and narrowed flows were
+// cut: first whether anything of a flow that is no longer allowed passes, in the
+// order answer, packet; then whether what is allowed still does.
+func (c *comparison) after(f flow, narrowed []policy.Narrowed) {
+	v := c.r.Decide(f.opened)
+	byHost := f.opened.In == ""
+	want := v.Pass && (f.out == "" && v.Exit == policy.ExitHost || f.out != "" && c.mayLeave(f.opened, v, f.out))
+	untouched := !slices.ContainsFunc(narrowed, func(n policy.Narrowed) bool {
+		return slices.Contains(n.Addresses, f.opened.Src) || slices.Contains(n.Addresses, f.opened.Dst)
+	})
+	if !byHost && f.out != "" && (untouched && want || !want) {
+		// Without having been cut a flow goes on; cut, an answer doesn't revive it.
+		got := c.m.Forward(reverse(f.left), f.out, meshInterface)
+		reached := got.Verdict == pfconf.VerdictPass && got.Packet().Dst == f.sent.Src
+		c.judge(reached, want, func() string {
+			return fmt.Sprintf("after the change, answer by %s to %+v: %+v\n%s", f.out, f.opened, v, explain(got))
+		})
+	}
+	var j pfconf.Judgement
+	switch {
+	case byHost:
+		j = c.m.Send(f.sent, f.out)
+	case c.isForHost(f.opened):
+		want = v.Pass // perhaps now only
+		j = c.m.Receive(f.sent, meshInterface)
+	case f.out == "":
+		return // no longer the host's address, and this host has no way there
+	default:
+		j = c.m.Forward(f.sent, meshInterface, f.out)
+	}
+	c.judge(j.Verdict == pfconf.VerdictPass, want, func() string {
+		return fmt.Sprintf("after the change, %+v out %q: %+v %s\n%s", f.opened, f.out, v, v.Rule, explain(j))
+	})
+}
+
+func explain(j pfconf.Judgement) string {
+	hook := func(h pfconf.Hook) string {
+		if !h.Seen {
+			return "not seen"
+		}
+		label := ""
+		if h.Rule != nil {
+			label = h.Rule.Label
+		}
+		return fmt.Sprintf("%v by rule %q (%d) of %q, state %v, %v", h.Verdict, label, h.Decider, h.Anchor, h.State, h.Packet)
+	}
+	return "in: " + hook(j.In) + "\nout: " + hook(j.Out)
+}

@@ -1,0 +1,219 @@
+package macos
+
+import (
+	"net/netip"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/pfconf"
+)
+
+const protoGRE = 47
+
+// randomPacket returns a packet that opens a flow of its own.
+func (c *comparison) randomPacket() policy.Packet {
+	for {
+		v4 := c.rng.IntN(2) == 0
+		p := policy.Packet{In: c.randomIn(), Dst: c.w.randomDst(c.rng, v4)}
+		p.Src = c.randomSrc(p.In, v4)
+		c.fillProto(&p)
+		if p.In == meshInterface {
+			// pf drops packets with IP options whoever they are for.
+			p.Malformed = c.rng.IntN(40) == 0
+		}
+		if p.In == loopback && !c.isForHost(p) {
+			continue // nothing else comes in there
+		}
+		if p.Proto == protoGRE {
+			// Translated, two flows without ports to one destination would look
+			// the same: the second one isn't.
+			if c.portless[p.Dst] || c.portless[p.Src] {
+				continue
+			}
+			c.portless[p.Dst], c.portless[p.Src] = true, true
+		}
+		return p
+	}
+}
+
+func (c *comparison) randomIn() string {
+	switch n := c.rng.IntN(10); {
+	case n < 6:
+		return meshInterface
+	case n < 8:
+		return ""
+	case n == 8 && c.rng.IntN(4) == 0:
+		return loopback
+	}
+	names := c.w.interfaceNames()
+	return names[c.rng.IntN(len(names))]
+}
+
+// randomSrc returns a source: of what comes out of the tunnel mostly a peer's, of
+// what the host sends always its own.
+func (c *comparison) randomSrc(in string, v4 bool) netip.Addr {
+	honest := c.rng.IntN(10) > 0
+	switch {
+	case in == "" || in == loopback:
+		return c.w.ownAddr(c.rng, v4)
+	case in == meshInterface && honest && len(c.w.mesh.Peers) > 0:
+		return c.w.peerAddr(c.rng, v4)
+	}
+	return c.w.randomDst(c.rng, v4)
+}
+
+// fillProto gives a packet a protocol, and ports that no other packet has.
+func (c *comparison) fillProto(p *policy.Packet) {
+	c.port++
+	if c.port < 1024 {
+		c.port = 1024
+	}
+	switch n := c.rng.IntN(20); {
+	case n < 8:
+		p.Proto = policy.ProtoTCP
+	case n < 15:
+		p.Proto = policy.ProtoUDP
+	case n < 19:
+		p.Proto, p.ICMPType = c.randomICMP(p.Dst.Is4())
+	default:
+		p.Proto = protoGRE
+	}
+	switch p.Proto {
+	case policy.ProtoTCP, policy.ProtoUDP:
+		p.SrcPort, p.DstPort = c.port, []uint16{53, 443, 8080}[c.rng.IntN(3)]
+	case policy.ProtoICMP, policy.ProtoICMPv6:
+		p.SrcPort, p.DstPort = c.port, c.port
+	}
+}
+
+// randomICMP returns an echo request mostly, and otherwise an error about
+// nothing, or a redirect.
+func (c *comparison) randomICMP(v4 bool) (proto, kind uint8) {
+	other := c.rng.IntN(3) == 0
+	if v4 {
+		if other {
+			return policy.ProtoICMP, []uint8{3, 5, 11, 12}[c.rng.IntN(4)]
+		}
+		return policy.ProtoICMP, 8
+	}
+	if other {
+		return policy.ProtoICMPv6, []uint8{1, 2, 3, 4, 137}[c.rng.IntN(5)]
+	}
+	return policy.ProtoICMPv6, 128
+}
+
+// randomOut returns an interface by which a packet leaves: the one that the facts
+// name, half of the time, or any, for a route may change before they do.
+func (c *comparison) randomOut(p policy.Packet) string {
+	if c.rng.IntN(2) == 0 {
+		return c.route(p.Dst)
+	}
+	all := c.allOut()
+	return all[c.rng.IntN(len(all))]
+}
+
+// route is the host's routing table: peers and mesh by the mesh interface, the
+// longest attached or routed prefix, the uplink.
+func (c *comparison) route(dst netip.Addr) string {
+	best, out := -1, c.w.host.Uplink(dst)
+	if class := c.r.Class(dst); class == policy.InMesh {
+		return meshInterface
+	}
+	for _, r := range c.w.host.Routes {
+		if r.Prefix.Contains(dst) && r.Prefix.Bits() > best {
+			best, out = r.Prefix.Bits(), r.Interface
+		}
+	}
+	for _, i := range c.w.host.Interfaces {
+		for _, p := range i.Addresses {
+			if p.Contains(dst) && p.Bits() > best {
+				best, out = p.Bits(), i.Name
+			}
+		}
+	}
+	if out == "" {
+		return "en0"
+	}
+	return out
+}
+
+// allOut are the interfaces that a packet can leave by. Others may do on loopback
+// as they like: nothing leaves the host there.
+func (c *comparison) allOut() []string {
+	names := append(c.w.interfaceNames(), meshInterface)
+	if c.subset {
+		return names
+	}
+	return append(names, loopback)
+}
+
+// allIn are the interfaces that somebody else can send by.
+func (c *comparison) allIn() []string { return append(c.w.interfaceNames(), meshInterface) }
+
+// toPF returns a packet in the packet filter's form.
+func (c *comparison) toPF(p policy.Packet) pfconf.Packet {
+	q := pfconf.Packet{Src: p.Src, Dst: p.Dst, Proto: pfconf.Proto(p.Proto), Options: p.Malformed}
+	switch p.Proto {
+	case policy.ProtoTCP:
+		q.SrcPort, q.DstPort = p.SrcPort, p.DstPort
+		flags := []pfconf.TCPFlags{pfconf.FlagSYN, pfconf.FlagSYN, pfconf.FlagACK, pfconf.FlagPSH | pfconf.FlagACK,
+			pfconf.FlagFIN | pfconf.FlagACK, pfconf.FlagRST | pfconf.FlagACK}
+		q.Flags = flags[c.rng.IntN(len(flags))]
+		q.Seq, q.Window = 1000, 65535
+		if q.Flags&pfconf.FlagACK != 0 {
+			q.Ack = 5000
+		}
+	case policy.ProtoUDP:
+		q.SrcPort, q.DstPort, q.Len = p.SrcPort, p.DstPort, 8
+	case policy.ProtoICMP, policy.ProtoICMPv6:
+		q.ICMPType, q.ICMPID = p.ICMPType, p.SrcPort
+	}
+	return q
+}
+
+// reverse returns the answer to a packet.
+func reverse(p pfconf.Packet) pfconf.Packet {
+	p.Src, p.Dst = p.Dst, p.Src
+	p.SrcPort, p.DstPort = p.DstPort, p.SrcPort
+	p.Tag = ""
+	switch p.ICMPType {
+	case 8:
+		p.ICMPType = 0
+	case 128:
+		p.ICMPType = 129
+	}
+	if p.Proto == pfconf.ProtoTCP {
+		ack := p.Seq
+		if p.Flags&(pfconf.FlagSYN|pfconf.FlagFIN) != 0 {
+			ack++
+		}
+		p.Seq, p.Ack = 5000, ack
+		if p.Flags&pfconf.FlagSYN != 0 {
+			p.Flags = pfconf.FlagSYN | pfconf.FlagACK
+		} else {
+			p.Flags = pfconf.FlagACK
+		}
+	}
+	return p
+}
+
+func hasPorts(p pfconf.Proto) bool { return p != protoGRE }
+
+// icmpErrors are the ICMP errors of an address's family.
+func icmpErrors(a netip.Addr) []uint8 {
+	if a.Is4() {
+		return []uint8{3, 11, 12}
+	}
+	return []uint8{1, 2, 3, 4}
+}
+
+// icmpError returns an ICMP error about a packet.
+func icmpError(from, to netip.Addr, kind uint8, about pfconf.Packet) pfconf.Packet {
+	p := pfconf.Packet{Src: from, Dst: to, Proto: pfconf.ProtoICMPv6, ICMPType: kind, Quoted: &pfconf.Quoted{
+		Src: about.Src, Dst: about.Dst, Proto: about.Proto, SrcPort: about.SrcPort, DstPort: about.DstPort,
+		Seq: about.Seq, ICMPID: about.ICMPID,
+	}}
+	if from.Is4() {
+		p.Proto = pfconf.ProtoICMP
+	}
+	return p
+}
