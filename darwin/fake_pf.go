@@ -63,6 +63,15 @@ type FakePF struct {
 	enabled bool
 	pid     int
 	calls   []string
+	misuse  []string
+}
+
+// Misuse returns the commands that a program which shares the packet filter with
+// others must never run: -d and -e, and -F or -f for the main ruleset.
+func (f *FakePF) Misuse() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.misuse)
 }
 
 // Calls returns the commands that were run, a line each, and forgets them.
@@ -121,9 +130,13 @@ func (f *FakePF) Run(ctx context.Context, stdin []byte, path string, args ...str
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.calls = append(f.calls, strings.Join(append([]string{"pfctl"}, args...), " "))
+	line := strings.Join(append([]string{"pfctl"}, args...), " ")
+	f.calls = append(f.calls, line)
 	f.pid++
 	c, err := parsePfctl(args)
+	if c.enable || c.disable || c.anchor == "" && (c.flush != "" || c.file != "") {
+		f.misuse = append(f.misuse, line)
+	}
 	r := pfctlReply{stderr: "usage: pfctl [-AdeEghmNnOqRrvXz]\n", status: 1}
 	if err == nil {
 		r = f.do(c, string(stdin))
@@ -142,8 +155,7 @@ type pfctlCommand struct {
 }
 
 // parsePfctl takes apart a command line like getopt with pfctl's options (the
-// getopt string of network_cmds' pfctl), and refuses what a program that shares
-// the packet filter with others must never run.
+// getopt string of macOS's pfctl).
 func parsePfctl(args []string) (c pfctlCommand, err error) {
 	for len(args) > 0 {
 		option := args[0]

@@ -154,10 +154,11 @@ func TestTokens(t *testing.T) {
 	if refs, err := pf.References(ctx); err != nil || refs != nil {
 		t.Errorf("no references: %+v, %v", refs, err)
 	}
-	for _, c := range f.Calls() {
-		if strings.Contains(c, "-q") || strings.Contains(c, "-e") || strings.Contains(c, "-d") {
-			t.Errorf("ran %q", c)
-		}
+	if bad := f.Misuse(); bad != nil {
+		t.Errorf("ran %q", bad)
+	}
+	if slices.ContainsFunc(f.Calls(), func(c string) bool { return strings.Contains(c, "-q") }) {
+		t.Error("ran with -q, which suppresses the token")
 	}
 }
 
@@ -224,10 +225,14 @@ func TestLoadAndReadBack(t *testing.T) {
 	if err := pf.Flush(ctx, "com.apple/never.loaded"); err != nil {
 		t.Errorf("flush of a missing anchor: %v", err)
 	}
-	for _, c := range f.Calls() {
-		if strings.Contains(c, "-F") && !strings.HasPrefix(c, "pfctl -a ") {
-			t.Errorf("ran %q", c)
-		}
+	if bad := f.Misuse(); bad != nil {
+		t.Errorf("ran %q", bad)
+	}
+	for _, args := range []string{"-d", "-e", "-F all", "-f -", "-f /etc/pf.conf"} {
+		f.Run(ctx, nil, "/sbin/pfctl", strings.Fields(args)...)
+	}
+	if bad := f.Misuse(); len(bad) != 5 {
+		t.Errorf("the fake only noticed %q", bad)
 	}
 }
 

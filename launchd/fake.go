@@ -55,21 +55,27 @@ func (f *Fake) Calls() []string {
 	return c
 }
 
-// Boot restarts the Mac: every service ends, and those of files load again
-// unless they are disabled, in the order given. It returns the refusals.
-func (f *Fake) Boot(files []string) []error {
+// Shutdown ends every service, as a Mac that goes down does.
+func (f *Fake) Shutdown() {
 	f.mu.Lock()
 	var labels []string
 	for label, s := range f.services {
-		if s.gone.IsZero() {
+		if s.gone.IsZero() && s.pid != 0 {
 			labels = append(labels, label)
 		}
 	}
 	f.services = nil
 	f.mu.Unlock()
+	slices.Sort(labels)
 	for _, label := range labels {
 		f.stopped(label)
 	}
+}
+
+// Boot starts the Mac after a Shutdown: the property lists load, in the order
+// given, unless their service is disabled or launchd refuses them. It returns the
+// refusals.
+func (f *Fake) Boot(files []string) []error {
 	var refused []error
 	for _, p := range files {
 		if r := f.bootstrap(p); r.status != 0 {

@@ -213,6 +213,7 @@ func TestBootLoadsWhatIsEnabled(t *testing.T) {
 	if _, err := m.ctl.Load(t.Context(), label, plistPath); err != nil {
 		t.Fatal(err)
 	}
+	m.Shutdown()
 	if refused := m.Boot([]string{plistPath}); refused != nil {
 		t.Fatal(refused)
 	}
@@ -220,6 +221,7 @@ func TestBootLoadsWhatIsEnabled(t *testing.T) {
 		t.Errorf("after boot: %+v, %v", s, err)
 	}
 	m.Disable(label)
+	m.Shutdown()
 	if refused := m.Boot([]string{plistPath}); len(refused) != 1 {
 		t.Errorf("a disabled service was loaded at boot")
 	}

@@ -1,0 +1,231 @@
+package simmac
+
+import (
+	"errors"
+	"math/rand/v2"
+	"net/netip"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/pfconf"
+)
+
+// An engine is pf: pfconf's machine, kept equal to the kernel's interfaces and to
+// the time.
+type engine struct {
+	kernel *darwin.FakeKernel
+	random *rand.Rand
+
+	mu      sync.Mutex
+	machine *pfconf.Machine
+	last    time.Time
+	busy    bool
+}
+
+func newEngine(k *darwin.FakeKernel, r *rand.Rand) *engine {
+	e := &engine{kernel: k, random: r}
+	e.boot()
+	return e
+}
+
+// boot makes pf anew and loads the stock rulesets.
+func (e *engine) boot() {
+	e.mu.Lock()
+	e.machine = pfconf.NewMachine(pfconf.MachineOptions{Rand: e.random})
+	e.last = time.Now()
+	e.mu.Unlock()
+	for anchor, text := range map[string]string{"": StockMain, "com.apple": stockApple} {
+		if err := e.Load(anchor, text); err != nil {
+			panic("stock ruleset of macOS: " + err.Error())
+		}
+	}
+}
+
+// do runs f while nobody else uses the machine.
+func (e *engine) do(f func(*pfconf.Machine)) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.update()
+	f(e.machine)
+}
+
+// update brings interfaces and time up to date.
+func (e *engine) update() {
+	now := time.Now()
+	if d := now.Sub(e.last).Truncate(time.Second); d > 0 {
+		e.machine.Advance(d)
+		e.last = e.last.Add(d)
+	}
+	n, err := darwin.Observe(e.kernel)
+	if err != nil {
+		panic("simulated kernel: " + err.Error())
+	}
+	there := map[string]bool{}
+	for _, i := range n.Interfaces {
+		there[i.Name] = true
+		pi := pfconf.Interface{Name: i.Name}
+		for _, a := range i.Addresses {
+			pi.Addresses = append(pi.Addresses, a.Prefix)
+		}
+		e.machine.AddInterface(pi)
+	}
+	for _, i := range e.machine.Interfaces() {
+		if !there[i.Name] {
+			e.machine.RemoveInterface(i.Name)
+		}
+	}
+}
+
+// SetEnabled implements darwin.PFEngine.
+func (e *engine) SetEnabled(on bool) {
+	e.do(func(m *pfconf.Machine) {
+		if m.Enabled() == on {
+			return
+		}
+		if on {
+			m.Enable()
+		} else {
+			m.Disable()
+		}
+	})
+}
+
+// Load implements darwin.PFEngine.
+func (e *engine) Load(anchor, text string) error {
+	rules, err := pfconf.Parse(text)
+	var syntax *pfconf.SyntaxError
+	if errors.As(err, &syntax) {
+		return &darwin.PFSyntaxError{Line: syntax.Line}
+	}
+	if err != nil {
+		return err
+	}
+	e.do(func(m *pfconf.Machine) {
+		switch {
+		case e.busy:
+			e.busy, err = false, darwin.ErrBusy
+		case anchor == "":
+			err = m.LoadMain(rules)
+		default:
+			err = m.LoadAnchor(anchor, rules)
+		}
+	})
+	return err
+}
+
+// Flush implements darwin.PFEngine.
+func (e *engine) Flush(anchor string) (ok bool) {
+	e.do(func(m *pfconf.Machine) {
+		if _, err := m.Snapshot(anchor); err == nil {
+			m.FlushAll(anchor)
+			ok = true
+		}
+	})
+	return ok
+}
+
+// Rules implements darwin.PFEngine.
+func (e *engine) Rules(anchor string) (string, bool) {
+	return e.snapshot(anchor, (*pfconf.Loaded).ShowRules)
+}
+
+// NAT implements darwin.PFEngine.
+func (e *engine) NAT(anchor string) (string, bool) {
+	return e.snapshot(anchor, (*pfconf.Loaded).ShowNat)
+}
+
+func (e *engine) snapshot(anchor string, show func(*pfconf.Loaded) []string) (out string, ok bool) {
+	e.do(func(m *pfconf.Machine) {
+		l, err := m.Snapshot(anchor)
+		if err != nil {
+			return
+		}
+		ok = true
+		for _, line := range show(l) {
+			out += line + "\n"
+		}
+	})
+	return out, ok
+}
+
+// Anchors implements darwin.PFEngine.
+func (e *engine) Anchors(anchor string) (names []string, ok bool) {
+	e.do(func(m *pfconf.Machine) {
+		_, err := m.Snapshot(anchor)
+		names, ok = m.Anchors(anchor), err == nil
+	})
+	return names, ok
+}
+
+// Tables implements darwin.PFEngine.
+func (e *engine) Tables(anchor string) (tables map[string][]string, ok bool) {
+	e.do(func(m *pfconf.Machine) {
+		if _, err := m.Snapshot(anchor); err != nil {
+			return
+		}
+		tables, ok = map[string][]string{}, true
+		for _, name := range m.Tables(anchor) {
+			t, err := m.Table(anchor, name)
+			if err != nil {
+				panic("simulated pf: " + err.Error())
+			}
+			tables[name] = t.Entries()
+		}
+	})
+	return tables, ok
+}
+
+// SetTable implements darwin.PFEngine.
+func (e *engine) SetTable(anchor, table string, entries []netip.Prefix) {
+	var list []pfconf.Address
+	for _, p := range entries {
+		list = append(list, pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: p.Masked()})
+	}
+	e.do(func(m *pfconf.Machine) { m.ReplaceTable(anchor, table, list) })
+}
+
+// Kill implements darwin.PFEngine.
+func (e *engine) Kill(src, dst netip.Prefix) (n int) {
+	e.do(func(m *pfconf.Machine) { n = m.KillStates(src, dst) })
+	return n
+}
+
+// Interfaces implements darwin.PFEngine.
+func (e *engine) Interfaces() map[string]bool {
+	skipped := map[string]bool{"ALL": false}
+	e.do(func(m *pfconf.Machine) {
+		for _, i := range m.Interfaces() {
+			skipped[i.Name] = false
+		}
+		for _, name := range m.Skipped() {
+			skipped[name] = true
+		}
+	})
+	return skipped
+}
+
+// dump prints everything that is loaded.
+func (e *engine) dump() string {
+	var b strings.Builder
+	e.do(func(m *pfconf.Machine) { dumpAnchor(&b, m, "") })
+	return b.String()
+}
+
+func dumpAnchor(b *strings.Builder, m *pfconf.Machine, anchor string) {
+	l, err := m.Snapshot(anchor)
+	if err != nil {
+		return
+	}
+	lines := append(l.ShowNat(), l.ShowRules()...)
+	for _, t := range l.Tables {
+		lines = append(lines, t.String())
+	}
+	if len(lines) > 0 {
+		b.WriteString("[" + anchor + "]\n" + strings.Join(lines, "\n") + "\n")
+	}
+	for _, child := range m.Anchors(anchor) {
+		dumpAnchor(b, m, child)
+	}
+}

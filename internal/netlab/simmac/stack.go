@@ -1,0 +1,159 @@
+package simmac
+
+import (
+	"net/netip"
+	"strings"
+
+	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/pfconf"
+)
+
+// A Fate is what became of a packet.
+type Fate int
+
+// The fates.
+const (
+	Dropped   Fate = iota // see Outcome.Why
+	Delivered             // to the Mac itself
+	Forwarded             // out of another interface
+	Sent                  // the Mac's own, out of an interface
+)
+
+func (f Fate) String() string {
+	return [...]string{"dropped", "delivered", "forwarded", "sent"}[f]
+}
+
+// An Outcome is what became of a packet, and why.
+type Outcome struct {
+	Fate Fate
+	// Link is the interface that it left by.
+	Link string
+	// Packet is as it was last seen, so after translation.
+	Packet pfconf.Packet
+	// In and Out are what pf did. A hook that didn't see the packet has Seen false.
+	In, Out pfconf.Hook
+	// Why says why it was dropped: "pf", or the reason of the IP stack.
+	Why string
+}
+
+// Receive is a packet that arrives on an interface: pf's inbound hook, then the
+// question whether it is for the Mac, then forwarding with pf's outbound hook
+// (xnu bsd/netinet/ip_input.c and ip_output.c; ip6_input.c and ip6_forward.c).
+func (m *Mac) Receive(p pfconf.Packet, link string) Outcome {
+	n, err := darwin.Observe(m.Kernel)
+	if err != nil {
+		return Outcome{Packet: p, Why: err.Error()}
+	}
+	if i := n.Interface(link); i == nil || i.Flags&darwin.InterfaceUp == 0 {
+		return Outcome{Packet: p, Why: "no such interface"}
+	}
+	o := Outcome{Packet: p}
+	m.Judge(func(pf *pfconf.Machine) { o.In = pf.Receive(p, link).In })
+	if !o.In.Pass() {
+		o.Why = "pf"
+		return o
+	}
+	o.Packet = o.In.Packet
+	forwards := m.forwards(p.Dst)
+	if owner := owner(n, o.Packet.Dst); owner != "" {
+		// Without forwarding, packets to a tunnel's address on another interface
+		// are dropped (ip_input.c, ip_checkinterface hybrid); with it they aren't.
+		if !forwards && owner != link && isTunnel(owner) {
+			o.Why = "not this interface's address"
+			return o
+		}
+		o.Fate = Delivered
+		return o
+	}
+	if !forwards {
+		o.Why = "not forwarding"
+		return o
+	}
+	return m.output(n, o, Forwarded)
+}
+
+// Send is a packet of the Mac itself. To an address of its own it goes by
+// loopback, where pf sees it twice.
+func (m *Mac) Send(p pfconf.Packet) Outcome {
+	n, err := darwin.Observe(m.Kernel)
+	if err != nil {
+		return Outcome{Packet: p, Why: err.Error()}
+	}
+	if owner(n, p.Dst) == "" {
+		return m.output(n, Outcome{Packet: p}, Sent)
+	}
+	o := Outcome{Packet: p, Why: "pf"}
+	m.Judge(func(pf *pfconf.Machine) {
+		if o.Out = pf.Send(p, "lo0").Out; o.Out.Pass() {
+			o.In = pf.Receive(o.Out.Packet, "lo0").In
+		}
+	})
+	if o.In.Seen && o.In.Pass() {
+		o.Fate, o.Packet, o.Why = Delivered, o.In.Packet, ""
+	}
+	return o
+}
+
+// output routes the packet and lets pf see it on its way out.
+func (m *Mac) output(n *darwin.Network, o Outcome, fate Fate) Outcome {
+	link := lookup(n, o.Packet.Dst)
+	if link == "" {
+		o.Why = "no route"
+		return o
+	}
+	m.Judge(func(pf *pfconf.Machine) { o.Out = pf.Send(o.Packet, link).Out })
+	if !o.Out.Pass() {
+		o.Why = "pf"
+		return o
+	}
+	o.Fate, o.Link, o.Packet = fate, link, o.Out.Packet
+	return o
+}
+
+// forwards reports whether the kernel forwards packets to addresses like a.
+func (m *Mac) forwards(a netip.Addr) bool {
+	name := "net.inet.ip.forwarding"
+	if a.Is6() {
+		name = "net.inet6.ip6.forwarding"
+	}
+	return m.Kernel.Variable(name) != "0"
+}
+
+// owner returns the interface that has the address.
+func owner(n *darwin.Network, a netip.Addr) string {
+	for _, i := range n.Interfaces {
+		for _, o := range i.Addresses {
+			if o.Prefix.Addr() == a {
+				return i.Name
+			}
+		}
+	}
+	return ""
+}
+
+func isTunnel(name string) bool {
+	return strings.HasPrefix(name, "utun") || strings.HasPrefix(name, "ipsec")
+}
+
+// lookup returns the interface of the longest route to a, "" if there is none or
+// it discards. Scoped routes only serve sockets bound to an interface.
+func lookup(n *darwin.Network, a netip.Addr) string {
+	best := darwin.Route{}
+	for _, r := range n.Routes {
+		if r.Flags&darwin.RouteUp == 0 || r.Flags&darwin.RouteScoped != 0 || !r.Dst.Contains(a) {
+			continue
+		}
+		if !best.Dst.IsValid() || r.Dst.Bits() > best.Dst.Bits() {
+			best = r
+		}
+	}
+	if !best.Dst.IsValid() || best.Flags&(darwin.RouteReject|darwin.RouteBlackhole) != 0 {
+		return ""
+	}
+	for _, i := range n.Interfaces {
+		if i.Index == best.Index {
+			return i.Name
+		}
+	}
+	return ""
+}
