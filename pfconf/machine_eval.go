@@ -272,16 +272,17 @@ func (e *evaluation) fragmentMatches(r *crule, tag int) bool {
 }
 
 // filter runs through the filter rules and leaves the last that matches in
-// e.rule. It returns the tag that they put on the packet.
-func (e *evaluation) filter(tag int, matches func(*evaluation, *crule, int) bool) int {
+// e.rule. It returns the tag that they put on the packet; on a fragment they
+// put none.
+func (e *evaluation) filter(tag int) int {
 	w := &e.m.walk
 	w.begin(e.m, filterList)
 	for r := w.next(); r != nil; r = w.next() {
-		if !matches(e, r, tag) {
+		if e.p.Fragment && !e.fragmentMatches(r, tag) || !e.p.Fragment && !e.filterMatches(r, tag) {
 			w.skip()
 			continue
 		}
-		if r.tag != 0 {
+		if r.tag != 0 && !e.p.Fragment {
 			tag = r.tag
 		}
 		if r.call != nil {
@@ -301,7 +302,7 @@ func (e *evaluation) filter(tag int, matches func(*evaluation, *crule, int) bool
 // testFragment is pf_test_fragment: no translation, no state, no tags, and a
 // blocked fragment is never answered.
 func (e *evaluation) testFragment() {
-	e.filter(noTag, (*evaluation).fragmentMatches)
+	e.filter(noTag)
 	if e.rule.block {
 		e.verdict = VerdictDrop
 	}
@@ -321,7 +322,7 @@ func (e *evaluation) testRules() {
 		}
 	}
 	if !translated || !t.rule.natPass {
-		tag = e.filter(tag, (*evaluation).filterMatches)
+		tag = e.filter(tag)
 	}
 	if e.m.walk.gaveUp {
 		return

@@ -726,6 +726,18 @@ func TestForeignTag(t *testing.T) {
 	wantVerdict(t, "the known tag", m.Receive(p, "en0"), VerdictDrop, StateUnused)
 }
 
+// TestFragmentTags: rules put no tag on a fragment, also not for those below.
+func TestFragmentTags(t *testing.T) {
+	m := machineHost(t, "pass in all no state tag A\nblock in all tagged A\npass out all no state tag B\n")
+	p := udp("198.51.100.1", 1, "192.0.2.10", 2)
+	wantVerdict(t, "whole", m.Receive(p, "en0"), VerdictDrop, StateUnused)
+	p.Fragment = true
+	j := m.Receive(p, "en0")
+	if wantVerdict(t, "fragment", j, VerdictPass, StateUnused); j.In.Packet.Tag != "" {
+		t.Errorf("a fragment is tagged %q", j.In.Packet.Tag)
+	}
+}
+
 // TestSnapshotReadsBack: what is loaded is what pf showed of the parse vectors.
 func TestSnapshotReadsBack(t *testing.T) {
 	n := 0
