@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"syscall"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
 
@@ -64,16 +65,22 @@ func runInUserNamespace() (int, error) {
 		signal.Stop(signals)
 		return 0, err
 	}
-	exited := make(chan error, 1)
-	go func() { exited <- cmd.Wait() }()
-	for {
-		select {
-		case s := <-signals:
+	var forward errgroup.Group
+	forward.Go(func() error {
+		for s := range signals {
 			cmd.Process.Signal(s)
-		case <-exited:
-			return cmd.ProcessState.ExitCode(), nil
 		}
+		return nil
+	})
+	err := cmd.Wait()
+	signal.Stop(signals)
+	close(signals)
+	forward.Wait()
+	if state := cmd.ProcessState; state != nil && state.ExitCode() >= 0 {
+		return state.ExitCode(), nil
 	}
+	fmt.Fprintf(os.Stderr, "netlab: %v\n", err)
+	return 1, nil
 }
 
 // Unavailable says why no hosts can be made by this process; nil where they can.
@@ -83,12 +90,12 @@ func Unavailable() error {
 		return fmt.Errorf("open TUN device: %w", err)
 	}
 	tun.Close()
-	tried := make(chan error, 1)
-	go func() {
+	var tried errgroup.Group
+	tried.Go(func() error {
 		runtime.LockOSThread() // never unlocked: the thread goes with the namespace
-		tried <- unix.Unshare(unix.CLONE_NEWNET | unix.CLONE_NEWNS)
-	}()
-	if err := <-tried; errors.Is(err, unix.EPERM) {
+		return unix.Unshare(unix.CLONE_NEWNET | unix.CLONE_NEWNS)
+	})
+	if err := tried.Wait(); errors.Is(err, unix.EPERM) {
 		return fmt.Errorf("make network namespace without root or user namespaces: %w", err)
 	} else if err != nil {
 		return fmt.Errorf("make network namespace: %w", err)
