@@ -12,6 +12,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Way is a direction of a flow.
@@ -53,7 +55,8 @@ type Flow struct {
 	cancel  context.CancelFunc
 	pace    context.Context // ends when the ends fall silent
 	pause   context.CancelFunc
-	done    sync.WaitGroup
+	done    sync.WaitGroup // all parts of the flow
+	sending sync.RWMutex   // held for reading while a packet is sent
 	ways    [2]wayLog
 	near    atomic.Pointer[netip.AddrPort] // the opener's address, once it is known
 }
@@ -74,7 +77,8 @@ type wayLog struct {
 
 const (
 	flowMark   = "netlabfl"
-	flowRecord = 40 // bytes: mark, flow, way, number, time
+	flowRecord = 40      // bytes: mark, flow, way, number, time
+	flowBuffer = 2 << 20 // bytes
 	firstPort  = 61000
 	flowPorts  = 4000
 )
@@ -150,6 +154,10 @@ func (f *Flow) SentAfter(w Way, when time.Time) []Arrival {
 // timeout, stops the flow, and returns how many packets each way never arrived.
 func (f *Flow) Finish(timeout time.Duration) (forth, back int) {
 	f.pause()
+	stuck := time.AfterFunc(timeout, f.cancel) // a full TCP buffer holds its writer
+	f.sending.Lock()                           // until the last packet is out
+	f.sending.Unlock()
+	stuck.Stop()
 	for deadline := time.Now().Add(timeout); time.Now().Before(deadline); time.Sleep(probeRetry / 10) {
 		if f.missing(Forth)+f.missing(Back) == 0 {
 			break
@@ -204,12 +212,22 @@ func (f *Flow) send(w Way, write func([]byte) error) {
 			return
 		case <-tick.C:
 		}
-		b := f.record(w)
-		f.ways[w].sent.Add(1)
-		if err := write(b); errors.Is(err, net.ErrClosed) {
+		if !f.sendOne(w, write) {
 			return
 		}
 	}
+}
+
+// sendOne sends the next record, unless the flow has ended.
+func (f *Flow) sendOne(w Way, write func([]byte) error) bool {
+	f.sending.RLock()
+	defer f.sending.RUnlock()
+	if f.pace.Err() != nil {
+		return false
+	}
+	b := f.record(w)
+	f.ways[w].sent.Add(1)
+	return !errors.Is(write(b), net.ErrClosed)
 }
 
 // record is the next packet's payload. The time is taken before it is sent, so a
@@ -357,6 +375,13 @@ func (f *Flow) startTCP() error {
 // falls into them again.
 func (f *Flow) runTCP(conn *net.TCPConn, out, in Way) {
 	conn.SetLinger(0)
+	// Room for what the other end doesn't acknowledge any more, so that a flow that
+	// was cut goes on being written to. A user namespace may not force it.
+	if control(conn, func(fd int) error {
+		return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, flowBuffer)
+	}) != nil {
+		conn.SetWriteBuffer(flowBuffer)
+	}
 	f.closeAtEnd(conn)
 	f.run(func() { f.send(out, func(b []byte) error { return wrote(conn.Write(b)) }) })
 	buf := make([]byte, f.size(in))

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -23,7 +24,8 @@ type Host struct {
 	// lives as long as the host: programs die with the thread that started them.
 	calls chan func()
 
-	witness *witness // set by Serve
+	witness *witness            // set by Serve
+	forger  func() (int, error) // the socket of Forge, opened when first used
 }
 
 // hostDefaults are a host's sysctls before its first interface exists. IPv4
@@ -51,6 +53,7 @@ var hostDefaults = []struct{ name, value string }{
 // messages and files; it should be unique.
 func (l *Lab) Host(name string) (*Host, error) {
 	h := &Host{Name: name, lab: l, netFD: -1, mntFD: -1, calls: make(chan func())}
+	h.forger = sync.OnceValues(h.openForger)
 	ready := make(chan error, 1)
 	l.run.Go(func() error {
 		runtime.LockOSThread() // never unlocked: the thread ends in the host

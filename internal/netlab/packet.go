@@ -166,6 +166,19 @@ func announcedMSS(options []byte) int {
 	return 0
 }
 
+// Is says whether the packet is of a protocol.
+func (p Packet) Is(proto Proto) bool {
+	switch p.Proto {
+	case protoTCP:
+		return proto == TCP
+	case protoUDP:
+		return proto == UDP
+	case protoICMP, protoICMPv6:
+		return proto == ICMP
+	}
+	return false
+}
+
 // String is the packet in one line.
 func (p Packet) String() string {
 	way := "in"

@@ -239,18 +239,27 @@ func (h *Host) Forge(link string, packet []byte) error {
 	if mac, ok := h.lab.neighbour(h, link); ok {
 		to.Halen = uint8(copy(to.Addr[:], mac))
 	}
-	err = h.Do(func() error {
-		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
-			return err
-		}
-		defer unix.Close(fd)
-		return unix.Sendto(fd, packet, 0, to)
-	})
+	fd, err := h.forger()
+	if err == nil {
+		err = unix.Sendto(fd, packet, 0, to)
+	}
 	if err != nil {
 		return fmt.Errorf("send packet by %s of %s: %w", link, h.Name, err)
 	}
 	return nil
+}
+
+// openForger opens the packet socket by which the host sends what it is given; it
+// receives nothing. One serves for all, because closing one takes the kernel long.
+func (h *Host) openForger() (fd int, err error) {
+	err = h.Do(func() (err error) {
+		fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+		return err
+	})
+	if err == nil {
+		h.lab.onClose(func() error { return unix.Close(fd) })
+	}
+	return fd, err
 }
 
 // networkOrder is a number whose bytes in memory are v in network order.
