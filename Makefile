@@ -2,13 +2,18 @@
 
 GO ?= go
 
-.PHONY: build test vet
+.PHONY: build test demo vet
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/meshhelper ./cmd/meshhelper
 
 test:
 	$(GO) test ./...
+
+# The story with real packets, on hosts made of network namespaces: as root, or
+# without root where user namespaces are allowed.
+demo: build
+	$(GO) run ./internal/netlab/demo
 
 vet:
 	$(GO) vet ./...

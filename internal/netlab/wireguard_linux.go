@@ -53,7 +53,7 @@ func Build(pkg string) (string, error) {
 		return "", fmt.Errorf("make directory for %s: %w", pkg, err)
 	}
 	file := filepath.Join(dir, path.Base(pkg))
-	cmd := exec.Command("go", "build", "-o", file, pkg)
+	cmd := exec.Command("go", "build", "-trimpath", "-o", file, pkg)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build %s: %w\n%s", pkg, err, out)

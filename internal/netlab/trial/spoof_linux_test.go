@@ -1,0 +1,137 @@
+package trial
+
+import (
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/netlab"
+)
+
+// forgery is a packet with somebody else's source address.
+type forgery struct {
+	by     *netlab.Host
+	link   string
+	src    netip.AddrPort
+	dst    netip.AddrPort
+	proto  netlab.Proto
+	token  string
+	reason string
+}
+
+func (f forgery) packet() []byte {
+	switch f.proto {
+	case netlab.TCP:
+		return netlab.TCPPacket(f.src, f.dst, netlab.ACK|netlab.PSH, 1, 1, []byte(f.token))
+	case netlab.UDP:
+		return netlab.UDPPacket(f.src, f.dst, []byte(f.token))
+	}
+	return netlab.EchoPacket(f.src.Addr(), f.dst.Addr(), false, f.src.Port(), 1, []byte(f.token))
+}
+
+// send sends the forgeries, several times each, and reports every one that
+// anybody but B received, or that a server of B's got.
+func send(t *testing.T, m *Mesh, forgeries []forgery) {
+	t.Helper()
+	for range 3 {
+		for _, f := range forgeries {
+			if err := f.by.Forge(f.link, f.packet()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		time.Sleep(netlab.RefuseWait / 3)
+	}
+	for _, f := range forgeries {
+		by, served := m.Lab.Saw(f.token)
+		if !slices.Contains(by, "B") {
+			t.Errorf("%s: the forged packet didn't reach B, so nothing is proved", f.reason)
+		}
+		if len(by) > 1 || served {
+			t.Errorf("%s: %s %s to %s sent by %s was received by %v, served=%t",
+				f.reason, f.proto, f.src, f.dst, f.by.Name, by, served)
+		}
+	}
+	t.Logf("%d forged packets, none got through", 3*len(forgeries))
+}
+
+// TestForgedSources has W and L send packets with the peers' addresses to
+// everything that the peers could reach.
+func TestForgedSources(t *testing.T) {
+	m := newMesh(t)
+	for name := range m.Peers {
+		permit(t, m, name, everything)
+	}
+	at, own := netlab.Addresses(), status(t, m).Address()
+	var forgeries []forgery
+	for _, from := range []struct {
+		host *netlab.Host
+		link string
+	}{{m.W, "b0"}, {m.L, "eth0"}, {m.V, "eth0"}} {
+		for _, peer := range []string{"A", "C"} {
+			for _, to := range []netlab.Pair{own, at.BLAN, at.BUplink, at.L, at.I, at.P, at.Behind, m.Peers["D"].Addresses} {
+				for i, dst := range to.List() {
+					src := m.Peers[peer].Addresses.List()[i]
+					for _, proto := range protos {
+						forgeries = append(forgeries, forgery{by: from.host, link: from.link, proto: proto,
+							src: netip.AddrPortFrom(src, 4711), dst: netip.AddrPortFrom(dst, netlab.EchoPort),
+							token: m.Lab.Token(), reason: peer + "'s address from outside"})
+					}
+				}
+			}
+		}
+	}
+	send(t, m, forgeries)
+}
+
+// TestForgedFlows has L and W send packets that belong to flows of C's that are
+// running, by their addresses and ports: as C, and as the other end.
+func TestForgedFlows(t *testing.T) {
+	m := newMesh(t)
+	permit(t, m, "C", everything)
+	at, own := netlab.Addresses(), status(t, m).Address()
+	var forgeries []forgery
+	var flows []*netlab.Flow
+	for _, to := range []struct {
+		host *netlab.Host
+		at   netlab.Pair
+	}{{m.I, at.I}, {m.L, at.L}, {m.B, own}} {
+		for _, addr := range to.at.List() {
+			for _, proto := range protos {
+				f, err := m.Lab.Flow(netlab.FlowOptions{From: m.C, To: to.host, Addr: addr, Proto: proto})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := f.WaitBothWays(5, generous); err != nil {
+					t.Fatal(err)
+				}
+				flows = append(flows, f)
+				c, far := f.Opener(), f.Target()
+				if proto == netlab.ICMP {
+					peer := m.Peers["C"].Addresses.V4
+					if addr.Is6() {
+						peer = m.Peers["C"].Addresses.V6
+					}
+					c = netip.AddrPortFrom(peer, far.Port())
+				}
+				for _, by := range []struct {
+					host *netlab.Host
+					link string
+				}{{m.L, "eth0"}, {m.W, "b0"}} {
+					forgeries = append(forgeries, forgery{by: by.host, link: by.link, proto: proto, src: c, dst: far,
+						token: m.Lab.Token(), reason: "as C in its running flow"})
+					if to.host != by.host {
+						forgeries = append(forgeries, forgery{by: by.host, link: by.link, proto: proto, src: far, dst: c,
+							token: m.Lab.Token(), reason: "as the other end, straight to C"})
+					}
+				}
+			}
+		}
+	}
+	send(t, m, forgeries)
+	for _, f := range flows {
+		if err := f.WaitBothWays(5, generous); err != nil {
+			t.Error("after the forgeries:", err)
+		}
+	}
+}
