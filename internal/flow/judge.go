@@ -28,17 +28,28 @@ type View struct {
 // Ruleset returns the ruleset of the view.
 func (v *View) Ruleset() *policy.Ruleset { return v.rules }
 
-// Verdict is what a View says of a packet.
+// Action is what is to be done with a packet.
+type Action uint8
+
+const (
+	// Drop it in silence.
+	Drop Action = iota
+	// Answer it with ICMP "administratively prohibited", and drop it. A View says
+	// so at most so often per peer; see answerRate.
+	Answer
+	// Pass it on.
+	Pass
+)
+
+// Verdict is what a View says of a packet. Four fields, because the compiler
+// keeps so many in registers.
 type Verdict struct {
-	Pass bool
+	Action Action
 	// Class of the flow's destination as its opener sees it; of a refused packet
 	// the class under which it is counted, 0 towards a peer.
 	Class policy.Class
 	// Rule decided; RuleNone for a packet of a flow that was found to pass before.
 	Rule policy.Rule
-	// Answer says that the sender is to be told that the packet was refused. It
-	// is set at most so often per peer; see answerRate.
-	Answer bool
 
 	share *share // whose packet it is; nil for nobody's
 }
@@ -46,12 +57,17 @@ type Verdict struct {
 // Judge decides on one IP packet at the tunnel at the time now, which is
 // Table.Now's. It keeps no reference to b.
 func (v *View) Judge(b []byte, d Direction, now Instant) Verdict {
-	if t, ok := plainTuple(b); ok {
-		k := keyOf(t, d)
-		if verdict, ok := v.fast(&k, d, now); ok {
-			return verdict
+	var k key
+	if plainKey(b, d, &k) {
+		if e, class := v.fast(&k, d, now); e != nil {
+			return Verdict{Action: Pass, Class: class, share: e.share}
 		}
 	}
+	return v.slow(b, d, now)
+}
+
+// slow judges any packet.
+func (v *View) slow(b []byte, d Direction, now Instant) Verdict {
 	var p packet
 	p.parse(b)
 	if d == FromPeer {
@@ -60,23 +76,23 @@ func (v *View) Judge(b []byte, d Direction, now Instant) Verdict {
 	return v.toPeer(&p, now)
 }
 
-// fast judges a plain packet of a flow that this view found to pass before,
+// fast finds the flow of a plain packet if this view found it to pass before,
 // without a lock.
-func (v *View) fast(k *key, d Direction, now Instant) (Verdict, bool) {
+func (v *View) fast(k *key, d Direction, now Instant) (*entry, policy.Class) {
 	e := v.table.slot(k).Load()
 	if e == nil {
-		return Verdict{}, false
+		return nil, 0
 	}
-	plain := statePlainFar
+	plain := statePlainFar | statePasses
 	if d == ToPeer {
-		plain = statePlainNear
+		plain = statePlainNear | statePasses
 	}
 	st, ok := e.lookup(k)
-	if !ok || st&(plain|statePasses) != plain|statePasses || st.generation() != v.generation || e.expired(st, now) {
-		return Verdict{}, false
+	if !ok || st&plain != plain || st.generation() != v.generation || e.expired(st, now) {
+		return nil, 0
 	}
 	e.touch(now)
-	return Verdict{Pass: true, Class: st.class(), share: e.share}, true
+	return e, st.class()
 }
 
 // fromPeer judges a packet out of the tunnel.
@@ -116,11 +132,13 @@ func (v *View) far(p *packet, s *share, now Instant) Verdict {
 	if !decided.Pass {
 		v.cutIfLive(s, e, now)
 		verdict := refuse(s, decided.Rule, decided.Class)
-		verdict.Answer = decided.Answered() && p.fragment != later && s.answers.take(now)
+		if decided.Answered() && p.fragment != later && s.answers.take(now) {
+			verdict.Action = Answer
+		}
 		return verdict
 	}
 	v.note(s, e, k, p, FromPeer, opener, decided, now)
-	return Verdict{Pass: true, Class: decided.Class, Rule: decided.Rule, share: s}
+	return Verdict{Action: Pass, Class: decided.Class, Rule: decided.Rule, share: s}
 }
 
 // toPeer judges a packet into the tunnel.
@@ -164,7 +182,7 @@ func (v *View) near(p *packet, s *share, now Instant) Verdict {
 		return refuse(s, decided.Rule, 0)
 	}
 	v.note(s, e, k, p, ToPeer, opener, decided, now)
-	return Verdict{Pass: true, Class: decided.Class, Rule: decided.Rule, share: s}
+	return Verdict{Action: Pass, Class: decided.Class, Rule: decided.Rule, share: s}
 }
 
 // asked returns p as the policy sees it. A later fragment has no header to read
@@ -225,7 +243,7 @@ func (v *View) throughPeer(p *packet, now Instant) Verdict {
 	if !p.isError {
 		v.note(s, e, k, p, FromPeer, ToPeer, decided, now)
 	}
-	return Verdict{Pass: true, Rule: decided.Rule}
+	return Verdict{Action: Pass, Rule: decided.Rule}
 }
 
 // mayOpen says whether the flow k may be opened by opener now.
@@ -303,10 +321,11 @@ func (v *View) cutIfLive(s *share, e *entry, now Instant) {
 	}
 }
 
-// errorFromPeer judges an ICMP error that a peer sends: about a packet that was
-// sent to itself, to who sent that.
+// errorFromPeer judges an ICMP error that a peer sends: to who sent the packet
+// that it quotes, which was sent to the peer itself, or else its flow isn't in the
+// peer's share.
 func (v *View) errorFromPeer(p *packet, s *share, now Instant) Verdict {
-	if p.quoted && p.quote.v6 == p.v6 && p.quote.from == p.to && v.shareOf(p.quote.to, p.v6) == s {
+	if p.quoted && p.quote.v6 == p.v6 && p.quote.from == p.to {
 		if verdict, ok := v.quoted(s, keyOf(p.quote, ToPeer), now); ok {
 			return verdict
 		}
@@ -335,7 +354,7 @@ func (v *View) quoted(s *share, k key, now Instant) (Verdict, bool) {
 		return Verdict{}, false
 	}
 	decided := v.mayOpen(k, e.load().opener())
-	return Verdict{Pass: true, Class: decided.Class, Rule: decided.Rule, share: s}, decided.Pass
+	return Verdict{Action: Pass, Class: decided.Class, Rule: decided.Rule, share: s}, decided.Pass
 }
 
 func refuse(s *share, rule policy.Rule, class policy.Class) Verdict {

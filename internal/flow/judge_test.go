@@ -58,7 +58,7 @@ func (l *lab) to(want bool, packets ...[]byte) {
 func (l *lab) demand(want bool, d Direction, packets [][]byte) {
 	l.t.Helper()
 	for i, p := range packets {
-		if v := l.judge(p, d); v.Pass != want {
+		if v := l.judge(p, d); (v.Action == Pass) != want {
 			l.t.Errorf("packet %d: %+v, want pass %v", i, v, want)
 		}
 	}
@@ -293,7 +293,9 @@ func TestErrors(t *testing.T) {
 				l.allow(0)
 				l.to(false, toC)
 				l.from(false, fromC)
-				l.allow(routing)
+				l.allow(routing) // the flow stays cut until C sends
+				l.to(false, toC)
+				l.from(false, fromC)
 			}
 		}
 	}
@@ -319,7 +321,8 @@ func TestRedirectsNeverPass(t *testing.T) {
 	c := conversations(flowtest.PeerC4, flowtest.Net4)[0]
 	l.from(true, c.ask(flowtest.SYN))
 	l.from(false, flowtest.ICMPMessage(flowtest.PeerC4, flowtest.HostB4, 5, 1, c.answer(0)), flowtest.ICMPMessage(flowtest.PeerC6, flowtest.HostB6, 137, 0, c.answer(0)))
-	l.to(false, flowtest.ICMPMessage(flowtest.HostB4, flowtest.PeerC4, 5, 1, c.ask(0)), flowtest.ICMPMessage(flowtest.HostB6, flowtest.PeerC6, 137, 0, c.ask(0)))
+	l.to(false, flowtest.ICMPMessage(flowtest.HostB4, flowtest.PeerC4, 5, 1, c.ask(0)), flowtest.ICMPMessage(flowtest.HostB6, flowtest.PeerC6, 137, 0, c.ask(0)),
+		flowtest.ICMPMessage(flowtest.HostB4, flowtest.Net4, 5, 1, c.ask(0)))
 }
 
 // TestUnsolicitedAnswersOpenNothing lets C send what looks like an answer to
@@ -338,6 +341,28 @@ func TestUnsolicitedAnswersOpenNothing(t *testing.T) {
 	l.from(false, flowtest.TCPSegment(at(flowtest.PeerC4, 9), at(flowtest.HostB4, 22), flowtest.ACK, 0))
 }
 
+// TestChangeHoldsAtOnce judges by a new view before the old one's flows are cut,
+// and lets the old one be used at the same time.
+func TestChangeHoldsAtOnce(t *testing.T) {
+	l := newLab(t, 7, Options{})
+	c := conversations(flowtest.PeerC4, flowtest.Net4)[1]
+	for range 3 {
+		l.from(true, c.ask(0))
+		l.to(true, c.answer(0))
+	}
+	old := l.view
+	l.view = l.table.Use(flowtest.Picture(t, 0))
+	l.to(false, c.answer(0))
+	l.from(false, c.ask(0))
+	if v := old.Judge(c.ask(0), FromPeer, l.table.Now()); v.Action != Pass {
+		t.Errorf("by the old view: %+v", v)
+	}
+	l.to(false, c.answer(0))
+	l.from(false, c.ask(0))
+	l.view.Settle(old)
+	l.to(false, c.answer(0))
+}
+
 // TestRemovedPeer removes C and gives it, then another key, its address again.
 func TestRemovedPeer(t *testing.T) {
 	l := newLab(t, 7, Options{})
@@ -347,6 +372,9 @@ func TestRemovedPeer(t *testing.T) {
 		l.from(true, c.ask(flowtest.SYN))
 		l.to(true, c.answer(flowtest.ACK))
 	}
+	byHost := conversations(flowtest.HostB4, flowtest.PeerC4)[1]
+	l.to(true, byHost.ask(0))
+	l.from(true, byHost.answer(0))
 	without := flowtest.Mesh(7)
 	without.Peers = without.Peers[1:]
 	l.set(flowtest.Compile(t, without))
@@ -354,6 +382,9 @@ func TestRemovedPeer(t *testing.T) {
 	l.to(false, host.answer(flowtest.ACK), net.answer(flowtest.ACK))
 	l.allow(0)
 	l.to(false, host.answer(flowtest.ACK), net.answer(flowtest.ACK))
+	l.from(false, byHost.answer(0))
+	l.to(true, byHost.ask(0))
+	l.from(true, byHost.answer(0))
 
 	other := flowtest.Mesh(routing)
 	other.Peers[0].ID = policy.PeerID{'D'}
@@ -374,7 +405,7 @@ func TestAnswers(t *testing.T) {
 	l := newLab(t, 0, Options{})
 	count := func(p []byte) (n int) {
 		for range 100 {
-			if l.judge(p, FromPeer).Answer {
+			if l.judge(p, FromPeer).Action == Answer {
 				n++
 			}
 		}

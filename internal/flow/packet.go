@@ -506,37 +506,54 @@ func (p *packet) quote6(b []byte) bool {
 	return ok
 }
 
-// plainTuple reads the tuple of the packet that nearly all packets are: no
-// options, no fragment, UDP, or TCP that neither opens nor ends anything. It
-// reports false for every other, also for malformed ones; parse then says more.
-func plainTuple(b []byte) (t tuple, ok bool) {
+// plainKey reads the key of the packet that nearly all packets are: no options,
+// no fragment, UDP, or TCP that neither opens nor ends anything. It reports false
+// for every other, also for malformed ones; parse then says more.
+func plainKey(b []byte, d Direction, k *key) bool {
 	if len(b) < header4+headerUDP {
-		return t, false
+		return false
 	}
 	var transport []byte
+	var proto uint8
+	ports := uint64(0)
 	switch {
 	case b[0] == 0x45:
 		if int(binary.BigEndian.Uint16(b[2:])) != len(b) || binary.BigEndian.Uint16(b[6:])&0xbfff != 0 {
-			return t, false
+			return false
 		}
-		t.from, t.to, t.proto = address4(b[12:]), address4(b[16:]), b[9]
-		transport = b[header4:]
+		proto, transport = b[9], b[header4:]
+		k.farLo = mapped | uint64(binary.BigEndian.Uint32(b[12:]))
+		k.nearLo = mapped | uint64(binary.BigEndian.Uint32(b[16:]))
 	case b[0]>>4 == 6 && len(b) >= header6+headerUDP:
 		if int(binary.BigEndian.Uint16(b[4:])) != len(b)-header6 {
-			return t, false
+			return false
 		}
-		t.from, t.to, t.proto, t.v6 = address6(b[8:]), address6(b[24:]), b[6], true
-		transport = b[header6:]
+		proto, transport, ports = b[6], b[header6:], keyV6
+		k.farHi, k.farLo = binary.BigEndian.Uint64(b[8:]), binary.BigEndian.Uint64(b[16:])
+		k.nearHi, k.nearLo = binary.BigEndian.Uint64(b[24:]), binary.BigEndian.Uint64(b[32:])
 	default:
-		return t, false
+		return false
 	}
-	t.fromPort, t.toPort = binary.BigEndian.Uint16(transport), binary.BigEndian.Uint16(transport[2:])
-	switch t.proto {
+	if !plainTransport(proto, transport) {
+		return false
+	}
+	both := binary.BigEndian.Uint32(transport)
+	if d == ToPeer {
+		k.farHi, k.farLo, k.nearHi, k.nearLo = k.nearHi, k.nearLo, k.farHi, k.farLo
+		both = both>>16 | both<<16
+	}
+	k.ports = ports | uint64(proto)<<32 | uint64(both)
+	return true
+}
+
+// plainTransport reports whether a transport header of at least 8 bytes is whole
+// and changes nothing in what is known of its flow.
+func plainTransport(proto uint8, b []byte) bool {
+	switch proto {
 	case policy.ProtoUDP:
-		return t, int(binary.BigEndian.Uint16(transport[4:])) == len(transport)
+		return int(binary.BigEndian.Uint16(b[4:])) == len(b)
 	case policy.ProtoTCP:
-		return t, len(transport) >= headerTCP && transport[13]&(tcpSYN|tcpFIN|tcpRST) == 0 &&
-			transport[12] >= 0x50 && int(transport[12]>>4)*4 <= len(transport)
+		return len(b) >= headerTCP && b[13]&(tcpSYN|tcpFIN|tcpRST) == 0 && b[12] >= 5<<4 && int(b[12]>>4)*4 <= len(b)
 	}
-	return t, false
+	return false
 }

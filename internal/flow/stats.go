@@ -53,7 +53,7 @@ func (t *Tally) Add(v Verdict, size int, d Direction, now Instant) {
 	if v.share == nil {
 		return
 	}
-	if !v.Pass {
+	if v.Action != Pass {
 		v.share.refused[v.Class].Add(1)
 		return
 	}

@@ -169,7 +169,7 @@ func (d *Device) judgeRead(bufs [][]byte, sizes []int, offset int) {
 		}
 		verdict := v.Judge(b[offset:offset+sizes[i]], flow.ToPeer, now)
 		tally.Add(verdict, sizes[i], flow.ToPeer, now)
-		if !verdict.Pass {
+		if verdict.Action != flow.Pass {
 			sizes[i] = 0
 		}
 	}
@@ -200,10 +200,10 @@ func (d *Device) judgeWrite(bufs [][]byte, offset int) [][]byte {
 	for _, b := range bufs {
 		verdict := v.Judge(b[offset:], flow.FromPeer, now)
 		tally.Add(verdict, len(b)-offset, flow.FromPeer, now)
-		switch {
-		case verdict.Pass:
+		switch verdict.Action {
+		case flow.Pass:
 			pass = append(pass, b)
-		case verdict.Answer:
+		case flow.Answer:
 			d.answer(v, b[offset:])
 		}
 	}

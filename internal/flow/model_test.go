@@ -1,0 +1,297 @@
+package flow
+
+import (
+	"net/netip"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// model is the memory of flows as POLICY.md tells it: unbounded, one map, no
+// cache, everything judged anew each time.
+type model struct {
+	rules *policy.Ruleset
+	flows map[tuple]*modelFlow // by the opener's packet as the peer's end sends it
+}
+
+type modelFlow struct {
+	byHost, cut bool
+	peer        policy.PeerID
+}
+
+// packetOf is a packet of the test: what it says, and what it is on the wire.
+type packetOf struct {
+	tuple
+	opens, isError bool
+	quote          tuple
+	wire           []byte
+}
+
+func (m *model) peer(a netip.Addr) (policy.PeerID, bool) {
+	i, ok := m.rules.PeerByAddr(a)
+	if !ok {
+		return policy.PeerID{}, false
+	}
+	return m.rules.Peers()[i].ID, true
+}
+
+func (m *model) hostMay(t tuple) bool {
+	p := t.policy("")
+	if p.Src != flowtest.HostB4 && p.Src != flowtest.HostB6 {
+		return false
+	}
+	v := m.rules.Decide(p)
+	class := m.rules.Class(p.Dst)
+	return v.Pass && (v.Rule == policy.RuleHostToPeer || class == policy.Internet || class == policy.OnLAN)
+}
+
+func (m *model) peerMay(t tuple) bool { return m.rules.Decide(t.policy(flowtest.Interface)).Pass }
+
+// mayOpen judges the opener of the flow whose far end sends t.
+func (m *model) mayOpen(f *modelFlow, t tuple) bool {
+	if f.byHost {
+		return m.hostMay(t.reversed())
+	}
+	return m.peerMay(t)
+}
+
+func (m *model) fromPeer(p packetOf) bool {
+	_, known := m.peer(p.from.netip(p.v6))
+	if p.isError {
+		sentTo := p.quote.reversed() // as the far end would send it
+		f := m.flows[sentTo]
+		if known {
+			a, _ := m.peer(p.quote.to.netip(p.v6))
+			b, _ := m.peer(p.from.netip(p.v6))
+			known = a == b
+			return known && f != nil && !f.cut && p.quote.from == p.to && m.mayOpen(f, sentTo)
+		}
+		_, toPeer := m.peer(p.quote.to.netip(p.v6))
+		return !toPeer && f != nil && !f.cut && p.quote.from == p.to && m.mayOpen(f, sentTo)
+	}
+	f := m.flows[p.tuple]
+	if !known {
+		return f != nil && f.byHost && !f.cut && m.mayOpen(f, p.tuple)
+	}
+	if f != nil && f.byHost && !f.cut && m.mayOpen(f, p.tuple) {
+		return true
+	}
+	if !m.peerMayPacket(p) {
+		if f != nil {
+			f.cut = true
+		}
+		return false
+	}
+	if f != nil || p.opens {
+		id, _ := m.peer(p.from.netip(p.v6))
+		m.flows[p.tuple] = &modelFlow{peer: id}
+	}
+	return true
+}
+
+// peerMayPacket judges a packet by itself; an answer to a query has another type
+// than the query that its tuple stands for.
+func (m *model) peerMayPacket(p packetOf) bool {
+	asked := p.tuple.policy(flowtest.Interface)
+	if p.isICMP() && !p.opens {
+		asked.ICMPType = 0
+		if p.v6 {
+			asked.ICMPType = 129
+		}
+	}
+	return m.rules.Decide(asked).Pass
+}
+
+func (m *model) toPeer(p packetOf) bool {
+	far := p.tuple.reversed()
+	if p.isError {
+		f := m.flows[p.quote]
+		_, known := m.peer(p.to.netip(p.v6))
+		return known && f != nil && !f.cut && p.quote.from == p.to && m.mayOpen(f, p.quote)
+	}
+	f := m.flows[far]
+	if f == nil {
+		if !m.hostMay(p.tuple) {
+			return false
+		}
+		if p.opens {
+			id, _ := m.peer(p.to.netip(p.v6))
+			m.flows[far] = &modelFlow{byHost: true, peer: id}
+		}
+		return true
+	}
+	if f.cut && !f.byHost {
+		return false
+	}
+	f.cut = !m.mayOpen(f, far)
+	return !f.cut
+}
+
+// set cuts what the policy now refuses to a peer that lost something.
+func (m *model) set(r *policy.Ruleset) {
+	narrowed := policy.Diff(m.rules, r)
+	m.rules = r
+	for _, n := range narrowed {
+		for t, f := range m.flows {
+			if f.peer == n.ID && (n.Removed || !m.mayOpen(f, t)) {
+				f.cut = true
+			}
+		}
+	}
+}
+
+// drawPacket draws a packet among few ends and ports, so that most belong
+// together.
+func drawPacket(t *rapid.T, d Direction) packetOf {
+	ends := []netip.Addr{flowtest.PeerC4, flowtest.PeerA4, flowtest.HostB4, flowtest.HostL4, flowtest.Net4, flowtest.LAN4}
+	v6 := rapid.IntRange(0, 3).Draw(t, "v6") == 0
+	if v6 {
+		ends = []netip.Addr{flowtest.PeerC6, flowtest.PeerA6, flowtest.HostB6, flowtest.Net6, flowtest.LAN6}
+	}
+	src := rapid.SampledFrom(ends).Draw(t, "src")
+	dst := rapid.SampledFrom(ends).Draw(t, "dst")
+	// Mostly packets that a tunnel may see: with a peer at the far end.
+	if rapid.IntRange(0, 7).Draw(t, "sane") > 0 {
+		peer := rapid.SampledFrom(ends[:2]).Draw(t, "peer")
+		if d == FromPeer {
+			src = peer
+		} else {
+			dst = peer
+		}
+	}
+	p := packetOf{tuple: tuple{from: addressOf(src), to: addressOf(dst), v6: v6}}
+	port := func(label string) uint16 { return rapid.SampledFrom([]uint16{53, 443}).Draw(t, label) }
+	switch rapid.IntRange(0, 3).Draw(t, "proto") {
+	case 0:
+		flags := rapid.SampledFrom([]uint8{flowtest.SYN, flowtest.ACK, flowtest.ACK, flowtest.SYN | flowtest.ACK, flowtest.FIN | flowtest.ACK, flowtest.RST}).Draw(t, "flags")
+		p.proto, p.fromPort, p.toPort = flowtest.TCP, port("sport"), port("dport")
+		p.opens = flags != flowtest.RST && flags != flowtest.SYN|flowtest.ACK
+		p.wire = flowtest.TCPSegment(at(src, p.fromPort), at(dst, p.toPort), flags, 4)
+	case 1:
+		p.proto, p.fromPort, p.toPort, p.opens = flowtest.UDP, port("sport"), port("dport"), true
+		p.wire = flowtest.Datagram(at(src, p.fromPort), at(dst, p.toPort), 4)
+	case 2:
+		drawEcho(t, &p, src, dst)
+	case 3:
+		p.proto, p.opens = 47, true
+		p.wire = flowtest.IP(src, dst, 47, make([]byte, 8))
+	}
+	return p
+}
+
+func drawEcho(t *rapid.T, p *packetOf, src, dst netip.Addr) {
+	const id = 5
+	request := uint16(8)
+	p.proto = flowtest.ICMP
+	if p.v6 {
+		p.proto, request = flowtest.ICMPv6, 128
+	}
+	reply := rapid.Bool().Draw(t, "reply")
+	p.wire, p.opens = flowtest.Echo(src, dst, id, reply, 4), !reply
+	if p.fromPort, p.toPort = id, request<<8; reply {
+		p.fromPort, p.toPort = p.toPort, p.fromPort
+	}
+}
+
+// drawError makes an error about p, sent back to its source by somebody.
+func drawError(t *rapid.T, p packetOf) packetOf {
+	by := rapid.SampledFrom([]netip.Addr{p.to.netip(p.v6), flowtest.Net4, flowtest.PeerC4, flowtest.HostB4}).Draw(t, "by")
+	if by.Is6() != p.v6 {
+		by = p.to.netip(p.v6)
+	}
+	e := packetOf{tuple: tuple{from: addressOf(by), to: p.from, v6: p.v6, proto: flowtest.ICMP}, isError: true, quote: p.tuple}
+	icmpType := uint8(11)
+	if p.v6 {
+		e.proto, icmpType = flowtest.ICMPv6, 3
+	}
+	e.wire = flowtest.ICMPMessage(by, p.from.netip(p.v6), icmpType, 0, p.wire)
+	return e
+}
+
+// TestAgainstModel plays random packets, changes and pauses and compares each
+// verdict with the model's. Apart from the model it demands what the policy
+// promises: from a peer passes only what it may send now or what answers the
+// host; towards it only what the host sends or what answers the peer.
+func TestAgainstModel(t *testing.T) {
+	judged, passed := 0, 0
+	rapid.Check(t, func(rt *rapid.T) {
+		l := newLab(t, 7, Options{})
+		m := &model{rules: l.view.Ruleset(), flows: map[tuple]*modelFlow{}}
+		sent := map[tuple]Direction{}
+		for range rapid.IntRange(1, 150).Draw(rt, "steps") {
+			switch rapid.IntRange(0, 19).Draw(rt, "step") {
+			case 0:
+				r := drawRuleset(rt, t)
+				l.set(r)
+				m.set(r)
+			case 1:
+				if rapid.IntRange(0, 9).Draw(rt, "long") == 0 {
+					l.later(25 * time.Hour)
+					m.flows = map[tuple]*modelFlow{}
+				} else {
+					l.later(time.Millisecond)
+				}
+			default:
+				d := Direction(rapid.IntRange(0, 1).Draw(rt, "direction"))
+				p := drawPacket(rt, d)
+				if rapid.IntRange(0, 5).Draw(rt, "error") == 0 {
+					p, d = drawError(rt, p), 1-d
+				}
+				judged++
+				if compare(rt, l, m, sent, p, d) {
+					passed++
+				}
+			}
+		}
+	})
+	t.Logf("%d packets judged, %d passed", judged, passed)
+	if passed == 0 || passed == judged {
+		t.Error("the packets don't tell anything")
+	}
+}
+
+func drawRuleset(rt *rapid.T, t *testing.T) *policy.Ruleset {
+	mesh := flowtest.Mesh(policy.Permissions(rapid.IntRange(0, 7).Draw(rt, "c")))
+	mesh.Peers[1].Grants = flowtest.Grants(policy.Permissions(rapid.IntRange(0, 7).Draw(rt, "a")))
+	mesh.DNS = rapid.Bool().Draw(rt, "dns")
+	if rapid.IntRange(0, 4).Draw(rt, "remove") == 0 {
+		mesh.Peers = mesh.Peers[1:]
+	}
+	return flowtest.Compile(t, mesh)
+}
+
+func compare(t *rapid.T, l *lab, m *model, sent map[tuple]Direction, p packetOf, d Direction) bool {
+	want := false
+	if d == FromPeer {
+		want = m.fromPeer(p)
+	} else {
+		want = m.toPeer(p)
+	}
+	got := l.judge(p.wire, d)
+	if (got.Action == Pass) != want {
+		t.Fatalf("direction %d, %+v: %+v, the model says %v", d, p, got, want)
+	}
+	if !want || p.isError {
+		return want
+	}
+	promised(t, m, sent, p, d)
+	sent[p.tuple] = d
+	return true
+}
+
+// promised checks a packet that passes against what was sent before.
+func promised(t *rapid.T, m *model, sent map[tuple]Direction, p packetOf, d Direction) {
+	by, answers := sent[p.tuple.reversed()]
+	answers = answers && by != d
+	switch {
+	case d == FromPeer && m.peerMayPacket(p), d == FromPeer && answers && m.hostMay(p.tuple.reversed()):
+	case d == ToPeer && (p.from.netip(p.v6) == flowtest.HostB4 || p.from.netip(p.v6) == flowtest.HostB6):
+	case d == ToPeer && answers && m.peerMay(p.tuple.reversed()):
+	default:
+		t.Fatalf("direction %d, %+v passes, and nothing entitles it", d, p)
+	}
+}
