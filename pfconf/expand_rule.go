@@ -275,23 +275,27 @@ func decideFamily(addrs []Address, f *Family) {
 func (l *loader) combine(r *Rule, src, dst []Address) error {
 	c := combination{rule: r, src: src, dst: dst}
 	added := 0
+	one := new(Rule)
 	for ok := true; ok; ok = c.next() {
-		one := c.current()
-		if !settleOne(&one) {
+		*one = c.current()
+		if !settleOne(one) {
 			continue
 		}
-		if err := expandLabels(&one, l.nr); err != nil {
+		if err := expandLabels(one, l.nr); err != nil {
 			return err
 		}
 		one.From.Addrs = fixMasks(one.From.Addrs, one.Family)
 		one.To.Addrs = fixMasks(one.To.Addrs, one.Family)
-		if problem := inconsistent(&one); problem != "" {
+		if problem := inconsistent(one); problem != "" {
 			return errors.New(problem)
 		}
 		l.nr++
 		added++
-		if err := l.add(&one); err != nil {
+		if err := l.add(one); err != nil {
 			return err
+		}
+		if l.out != nil {
+			one = new(Rule)
 		}
 	}
 	if added == 0 {

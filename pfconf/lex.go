@@ -235,9 +235,12 @@ func (l *lexer) scan(ch char) (token, error) {
 
 // pair reads <>, >< and ->.
 func (l *lexer) pair(ch char) (token, bool) {
-	want := map[int]int{'<': '>', '>': '<', '-': '>'}[ch.c]
+	want := '>'
+	if ch.c == '>' {
+		want = '<'
+	}
 	next := l.get(false)
-	if next.c == want {
+	if next.c == int(want) {
 		return token{kind: tokPunct, text: string([]byte{byte(ch.c), byte(want)}), pos: ch.pos}, true
 	}
 	l.unget(next)
@@ -277,7 +280,8 @@ func (l *lexer) quoted(open char) (token, error) {
 // number reads an integer. Digits that go on as something else, as in 10.0.0.1,
 // are put back for word.
 func (l *lexer) number(first char) (token, bool, error) {
-	read := []char{first}
+	var few [24]char
+	read := append(few[:0], first)
 	ch := l.get(false)
 	for isDigit(ch.c) {
 		if read = append(read, ch); len(read) > maxToken {
@@ -304,7 +308,33 @@ func (l *lexer) number(first char) (token, bool, error) {
 	return token{kind: tokNumber, text: string(text), num: n, pos: first.pos}, true, nil
 }
 
+// direct tells whether what follows comes straight from the source, so that a
+// token can be cut out of it.
+func (l *lexer) direct() bool { return !l.inMacro && len(l.back) == 0 && l.off > 0 }
+
+// directWord cuts a word out of the source. It leaves to word what has a
+// backslash or is too long.
+func (l *lexer) directWord(first char) (string, bool) {
+	if !l.direct() || int(l.src[l.off-1]) != first.c {
+		return "", false
+	}
+	end := l.off
+	for end < len(l.src) && inWord(int(l.src[end])) && l.src[end] != '\\' {
+		end++
+	}
+	if end < len(l.src) && l.src[end] == '\\' || end-l.off >= maxToken {
+		return "", false
+	}
+	text := l.src[l.off-1 : end]
+	l.pos.col += end - l.off
+	l.off = end
+	return text, true
+}
+
 func (l *lexer) word(first char) (token, error) {
+	if text, ok := l.directWord(first); ok {
+		return wordToken(text, first.pos), nil
+	}
 	buf := []byte{byte(first.c)}
 	ch := l.get(false)
 	for inWord(ch.c) {
@@ -314,11 +344,15 @@ func (l *lexer) word(first char) (token, error) {
 		ch = l.get(false)
 	}
 	l.unget(ch)
-	t := token{kind: tokString, text: string(buf), pos: first.pos}
-	if keywords[t.text] {
+	return wordToken(string(buf), first.pos), nil
+}
+
+func wordToken(text string, pos position) token {
+	t := token{kind: tokString, text: text, pos: pos}
+	if keywords[text] {
 		t.kind = tokKeyword
 	}
-	return t, nil
+	return t
 }
 
 func isDigit(c int) bool { return c >= '0' && c <= '9' }
@@ -332,7 +366,11 @@ func isSpace(c int) bool { return c == ' ' || c >= '\t' && c <= '\r' }
 // inWord is true for the bytes that may go on in a word: letters, digits and
 // all punctuation but that of the grammar.
 func inWord(c int) bool {
-	return c > ' ' && c < 0x7f && strings.IndexByte("(){}<>!=/#,", byte(c)) < 0
+	switch c {
+	case '(', ')', '{', '}', '<', '>', '!', '=', '/', '#', ',':
+		return false
+	}
+	return c > ' ' && c < 0x7f
 }
 
 // clip bounds foreign text in an error.

@@ -55,9 +55,41 @@ type MachineOptions struct {
 // isn't modelled, the caller says which interfaces a packet uses. Time stands
 // still except for [Machine.Advance].
 //
-// Not modelled: synproxy (taken as keep state), limits on sources, sticky
-// addresses, route-to and the like, rules by user, group and operating system
-// (they match nothing), reassembly of fragments, GRE of PPTP, dummynet, ALTQ.
+// # What happens to a packet
+//
+// pf sees a packet on an interface in one direction, a hook: a forwarded packet
+// twice, inbound on one interface and outbound on another. At each hook:
+//
+//  1. Scrub rules normalise it. The first that matches counts.
+//  2. If it belongs to a state, the state passes it: no rule is asked. A state
+//     is made by one hook and serves the same direction there and the answers
+//     elsewhere, so the inbound state of a forwarded packet doesn't cover its
+//     outbound hook. Unless it is bound to its interface, it holds on every one.
+//     A TCP segment outside its connection's window is dropped.
+//  3. Otherwise it is translated: outbound by the first binat rule that matches,
+//     else rdr (backwards), else nat; inbound by rdr, else binat. A rule that
+//     begins with no ends the search of its kind. If there is no address or port
+//     to translate to, the packet goes on as it is.
+//  4. The filter rules see it as translated. The last that matches decides, or
+//     the first with quick. Without any it passes.
+//  5. If it passes by a rule that keeps state, or is translated, a state is made:
+//     the answers, and everything later of the flow, need no rule any more, even
+//     after the rule is gone.
+//
+// # Anchors
+//
+// The main ruleset is where each search begins. An anchor is a ruleset with a
+// name that is evaluated where a rule calls it: anchor for filter rules,
+// nat-anchor and the like for the others. anchor "x/*" runs the direct children
+// of x, in byte order of their names, and not x itself. An anchor that nothing
+// calls does nothing.
+//
+// # Not modelled
+//
+// synproxy (taken as keep state), limits on sources, sticky addresses, route-to
+// and the like, rules by operating system (they match nothing), the owners of
+// sockets (no packet has one), reassembly (a fragment that scrub would keep
+// waiting is dropped), GRE of PPTP, dummynet, ALTQ.
 //
 // A Machine isn't safe for concurrent use. Methods don't keep nor change what
 // they are given.

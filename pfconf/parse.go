@@ -134,10 +134,11 @@ func (p *parser) str(what string) string {
 func (p *parser) strs(what string) string {
 	s := p.str(what)
 	for p.tok.kind == tokString {
+		if len(s) > maxToken {
+			p.refuse(p.tok, "%s is longer than %d bytes", what, maxToken)
+			return ""
+		}
 		s += " " + p.str(what)
-	}
-	if len(s) > maxMacro {
-		p.expected("a shorter " + what)
 	}
 	return s
 }

@@ -269,15 +269,15 @@ func (p *parser) endpoint() Endpoint {
 
 // filterOptions reads what follows the addresses, in any order.
 func (p *parser) filterOptions(r *Rule) {
-	seen := map[string]bool{}
+	var seen []string
 	for p.err == nil {
 		t := p.tok
 		if once := onceOptions[t.text]; once != "" && t.kind == tokKeyword {
-			if seen[once] {
+			if slices.Contains(seen, once) {
 				p.refuse(t, "%s for the second time", t.text)
 				return
 			}
-			seen[once] = true
+			seen = append(seen, once)
 		}
 		if !p.filterOption(r) {
 			return
@@ -661,15 +661,15 @@ func (p *parser) scrubRule(r *Rule) {
 }
 
 func (p *parser) scrubOptions(r *Rule) {
-	seen := map[string]bool{}
+	var seen []string
 	for p.err == nil {
 		t := p.tok
 		if slices.Contains(onceScrub, t.text) && t.kind == tokKeyword {
-			if seen[t.text] {
+			if slices.Contains(seen, t.text) {
 				p.refuse(t, "%s for the second time", t.text)
 				return
 			}
-			seen[t.text] = true
+			seen = append(seen, t.text)
 		}
 		if !p.scrubOption(r) {
 			return

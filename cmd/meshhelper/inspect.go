@@ -9,11 +9,12 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/daemon"
 )
 
 // newExplainCommand returns `explain`.
 func newExplainCommand(a *app) *cobra.Command {
-	var proto, from string
+	var proto, from, host string
 	c := &cobra.Command{
 		Use: "explain PEER DESTINATION[:PORT]", Short: "Say what happens to a peer's packet, and why", Args: cobra.ExactArgs(2),
 		ValidArgsFunction: a.completePeers,
@@ -22,7 +23,7 @@ func newExplainCommand(a *app) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			e, err := a.client().Explain(c.Context(), q)
+			e, err := a.explain(c.Context(), q, host)
 			if err != nil {
 				return err
 			}
@@ -31,7 +32,25 @@ func newExplainCommand(a *app) *cobra.Command {
 	}
 	c.Flags().StringVar(&proto, "proto", "", "tcp, udp or icmp (tcp with a port, else icmp)")
 	c.Flags().StringVar(&from, "from", "", "judge what comes back from `ADDRESS` instead")
+	c.Flags().StringVar(&host, "host", "", "judge on the host that `FILE` describes; - is stdin")
 	return c
+}
+
+// explain asks the helper, or judges its mesh on the host in a file.
+func (a *app) explain(ctx context.Context, q api.Question, file string) (api.Explanation, error) {
+	if file == "" {
+		return a.client().Explain(ctx, q)
+	}
+	r, err := a.compileFor(ctx, file)
+	if err != nil {
+		return api.Explanation{}, err
+	}
+	p, err := a.client().Peer(ctx, q.Peer)
+	if err != nil {
+		return api.Explanation{}, err
+	}
+	q.Peer = p.Name
+	return daemon.Explain(r, q)
 }
 
 // parseQuestion reads the arguments of explain.
@@ -79,20 +98,6 @@ func (a *app) writeExplanation(e api.Explanation) {
 	}
 	if e.Command != "" {
 		a.say("change  %s", e.Command)
-	}
-}
-
-// newRulesCommand returns `rules`.
-func newRulesCommand(a *app) *cobra.Command {
-	return &cobra.Command{
-		Use: "rules", Short: "Show the rules as loaded", Args: cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error {
-			r, err := a.client().Rules(c.Context())
-			if err != nil {
-				return err
-			}
-			return a.print(r, func() { fmt.Fprint(a.stdout, r.Text) })
-		},
 	}
 }
 

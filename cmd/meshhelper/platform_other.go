@@ -1,3 +1,5 @@
+//go:build !linux
+
 package main
 
 // platforms returns the platforms of this build; none is there yet.

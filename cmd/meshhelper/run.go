@@ -135,7 +135,7 @@ func (o *runOptions) daemon(name string, make newPlatform) (*daemon.Daemon, erro
 	}
 	opts := daemon.Options{
 		PlatformName: name, StateDir: o.stateDir, Logger: o.logger(), Version: versionText(),
-		Interface: o.iface, ListenPort: o.listenPort,
+		Interface: o.iface, ListenPort: o.listenPort, Render: renderers,
 	}
 	if err := o.parse(&opts); err != nil {
 		return nil, err

@@ -62,9 +62,13 @@ func (c *Client) Config(ctx context.Context, ref string) (cfg Config, err error)
 	return cfg, err
 }
 
-// Rules asks for the rules as loaded.
-func (c *Client) Rules(ctx context.Context) (r Rules, err error) {
-	_, err = c.do(ctx, "GET", "/v1/rules", nil, &r)
+// Rules asks for the rules as loaded, or as they would be in another language.
+func (c *Client) Rules(ctx context.Context, language string) (r Rules, err error) {
+	path := "/v1/rules"
+	if language != "" {
+		path += "?platform=" + url.QueryEscape(language)
+	}
+	_, err = c.do(ctx, "GET", path, nil, &r)
 	return r, err
 }
 

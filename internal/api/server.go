@@ -26,7 +26,8 @@ type Reader interface {
 	Peer(ref string) (Peer, error)
 	Config(ref string) (Config, error)
 	Explain(ctx context.Context, q Question) (Explanation, error)
-	Rules(ctx context.Context) (Rules, error)
+	// Rules returns the rules as loaded, or as they would be in another language.
+	Rules(ctx context.Context, language string) (Rules, error)
 	Doctor(ctx context.Context) ([]Check, error)
 }
 
@@ -265,7 +266,7 @@ func (s *Server) config(_ http.ResponseWriter, r *http.Request) (any, error) {
 }
 
 func (s *Server) rules(_ http.ResponseWriter, r *http.Request) (any, error) {
-	return orError(s.opts.Service.Rules(r.Context()))
+	return orError(s.opts.Service.Rules(r.Context(), r.URL.Query().Get("platform")))
 }
 
 func (s *Server) doctor(_ http.ResponseWriter, r *http.Request) (any, error) {

@@ -61,6 +61,9 @@ type Options struct {
 	// DNS is for the peers' configurations.
 	DNS []netip.Addr // optional: DefaultDNS
 
+	// Render shows a ruleset in the languages that rulesets are enforced in.
+	Render map[string]Renderer // optional
+
 	// NewTunnel starts the WireGuard device around the platform's tunnel device.
 	NewTunnel func(tun.Device, wireguard.PrivateKey, uint16) (Tunnel, error) // optional: wireguard.NewDevice
 	Tick      time.Duration                                                  // optional: between looks at the host, DefaultTick
@@ -144,13 +147,10 @@ type Daemon struct {
 	// wake wakes the loop for a change; moved for something on the host; renamed
 	// the resolver for an endpoint given by name.
 	wake, moved, renamed chan struct{}
-	// questions are run by the loop, which alone talks to the platform.
-	questions chan func(context.Context)
-
-	mu      sync.Mutex
-	now     condition     // what the loop found last
-	changed chan struct{} // closed when now is replaced
-	names   map[string]netip.Addr
+	mu                   sync.Mutex
+	now                  condition     // what the loop found last
+	changed              chan struct{} // closed when now is replaced
+	names                map[string]netip.Addr
 }
 
 // condition is what the loop publishes after each round.
@@ -161,7 +161,9 @@ type condition struct {
 	listenPort uint16
 	host       policy.Host
 	// ruleset is the wanted policy on this host, also where it isn't in force.
-	ruleset    *policy.Ruleset
+	ruleset *policy.Ruleset
+	// loaded is what the host was last told to enforce.
+	loaded     *policy.Ruleset
 	forwarding policy.Families
 	repairs    uint64
 	// problems are our own, foreign what stands in the way.
@@ -177,15 +179,14 @@ func New(o Options) (*Daemon, error) {
 		return nil, fmt.Errorf("start daemon: %w", err)
 	}
 	d := &Daemon{
-		opts:      o,
-		store:     store{dir: o.StateDir, fs: diskFiles{}},
-		wake:      make(chan struct{}, 1),
-		moved:     make(chan struct{}, 1),
-		renamed:   make(chan struct{}, 1),
-		questions: make(chan func(context.Context)),
-		changed:   make(chan struct{}),
-		now:       condition{state: api.Starting},
-		names:     map[string]netip.Addr{},
+		opts:    o,
+		store:   store{dir: o.StateDir, fs: diskFiles{}},
+		wake:    make(chan struct{}, 1),
+		moved:   make(chan struct{}, 1),
+		renamed: make(chan struct{}, 1),
+		changed: make(chan struct{}),
+		now:     condition{state: api.Starting},
+		names:   map[string]netip.Addr{},
 	}
 	d.journal = newJournal(o.Wall, d.log)
 	if err := openDir(o.StateDir); err != nil {
@@ -364,22 +365,6 @@ func (d *Daemon) publish(c condition) {
 	d.changed = make(chan struct{})
 	if before != c.state {
 		d.journal.Record(api.Event{Kind: api.EventState, Message: before + " became " + c.state})
-	}
-}
-
-// inLoop runs f in the loop, which alone may call the platform, and waits.
-func (d *Daemon) inLoop(ctx context.Context, f func(context.Context)) error {
-	done := make(chan struct{})
-	select {
-	case d.questions <- func(ctx context.Context) { defer close(done); f(ctx) }:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	select {
-	case <-done:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
 	}
 }
 

@@ -10,24 +10,33 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// RulesReader is a platform that can show the rules as the host has them loaded.
-type RulesReader interface {
-	// Rules returns the text of the loaded rules, and the anchor they are in, or
-	// "" where the packet filter has none.
-	Rules(ctx context.Context) (anchor, text string, err error)
-}
+// Renderer writes a ruleset in the language of what enforces it. The anchor is
+// where it is loaded, or "" where there is no such thing.
+type Renderer func(*policy.Ruleset) (anchor, text string, err error)
 
-// Rules returns the rules as loaded.
-func (d *Daemon) Rules(ctx context.Context) (api.Rules, error) {
-	reader, ok := d.opts.Platform.(RulesReader)
-	if !ok {
-		return api.Rules{}, api.Errorf(api.CodeUnsupported, "platform %s can't show its rules", d.opts.PlatformName)
+// rendererOf names the language that a platform's rules are loaded in.
+var rendererOf = map[string]string{"linux": "nft", "darwin": "pf", "userspace": "guard"}
+
+// Rules returns the rules as loaded, which the loop reads back and compares at
+// every tick; or, where a language is named, as they would be loaded in that.
+func (d *Daemon) Rules(_ context.Context, language string) (api.Rules, error) {
+	c, _ := d.condition()
+	r := c.loaded
+	out := api.Rules{Platform: language}
+	if language == "" {
+		out.Platform = rendererOf[d.opts.PlatformName]
+	} else {
+		r = c.ruleset
 	}
-	out := api.Rules{Platform: d.opts.PlatformName}
+	render, ok := d.opts.Render[out.Platform]
+	switch {
+	case !ok:
+		return out, api.Errorf(api.CodeUnsupported, "rules can't be shown for platform %.20q", out.Platform).WithHint("it is pf, nft or guard")
+	case r == nil:
+		return out, api.Errorf(api.CodeNotReady, "nothing is loaded yet").WithHint("see `meshhelper status`")
+	}
 	var err error
-	if asked := d.inLoop(ctx, func(ctx context.Context) { out.Anchor, out.Text, err = reader.Rules(ctx) }); asked != nil {
-		return api.Rules{}, asked
-	}
+	out.Anchor, out.Text, err = render(r)
 	return out, err
 }
 

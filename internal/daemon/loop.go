@@ -89,9 +89,6 @@ func (l *loop) next(ctx context.Context) bool {
 	select {
 	case <-ctx.Done():
 		return false
-	case ask := <-l.d.questions:
-		ask(ctx)
-		return true
 	case <-l.d.moved:
 		l.hurry()
 		return true
@@ -123,7 +120,9 @@ func (l *loop) open(ctx context.Context) error {
 		return nil
 	}
 	o := &l.d.opts
-	dev, err := o.Platform.Open(ctx, Interface{Name: o.Interface, MTU: o.MTU, Addresses: l.d.mesh.own.List()})
+	dev, err := o.Platform.Open(ctx, Interface{
+		Name: o.Interface, MTU: o.MTU, Addresses: l.d.mesh.own.List(), Prefixes: l.d.mesh.list(),
+	})
 	if err != nil {
 		return fmt.Errorf("open mesh interface: %w", err)
 	}
@@ -290,11 +289,30 @@ func (l *loop) check(ctx context.Context) error {
 	if err := l.enforce(ctx, l.current); err != nil {
 		return err
 	}
-	l.repairs += uint64(len(drift))
-	for _, p := range drift {
-		l.d.journal.Record(api.Event{Kind: api.EventRepair, Message: p.Step + ": " + p.Message})
-	}
+	l.recordRepairs(drift)
 	return nil
+}
+
+// recordRepairs counts what was put right once per step: a flushed table is one
+// thing that somebody did, however many chains it had.
+func (l *loop) recordRepairs(drift []Problem) {
+	more := map[string]int{}
+	for _, p := range drift {
+		more[p.Step]++
+	}
+	for _, p := range drift {
+		n := more[p.Step]
+		if n == 0 {
+			continue // told with the first of its step
+		}
+		more[p.Step] = 0
+		message := p.Step + ": " + p.Message
+		if n > 1 {
+			message += fmt.Sprintf(", and %d more", n-1)
+		}
+		l.repairs++
+		l.d.journal.Record(api.Event{Kind: api.EventRepair, Message: message})
+	}
 }
 
 // fail closes: what can't be held as wanted is held without permissions, which
@@ -362,7 +380,7 @@ func (l *loop) schedule(well bool) {
 func (l *loop) publish() {
 	c := condition{
 		state: api.Closed, iface: l.iface, host: l.host,
-		ruleset: l.wanted, forwarding: l.report.Forwarding, repairs: l.repairs,
+		ruleset: l.wanted, loaded: l.current, forwarding: l.report.Forwarding, repairs: l.repairs,
 		problems: l.problems, foreign: l.report.Problems, tunnel: l.tunnel, guard: l.guard,
 	}
 	if l.held != 0 {

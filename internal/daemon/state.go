@@ -95,6 +95,9 @@ type mesh struct {
 	own      wireguard.Addresses
 }
 
+// list returns the prefixes, IPv4 first.
+func (m mesh) list() []netip.Prefix { return []netip.Prefix{m.prefixes.V4, m.prefixes.V6} }
+
 // maxDocument bounds what is read from disk, in bytes; a peer has some 400.
 const maxDocument = 32 << 20
 
@@ -253,7 +256,7 @@ func (doc *document) expire(now time.Time) (*document, []ended) {
 // policyMesh returns the mesh to compile. Without grants, nothing opens.
 func (doc *document) policyMesh(m mesh, withGrants bool) policy.Mesh {
 	out := policy.Mesh{
-		Prefixes:  []netip.Prefix{m.prefixes.V4, m.prefixes.V6},
+		Prefixes:  m.list(),
 		Addresses: m.own.List(),
 		Peers:     make([]policy.Peer, len(doc.Peers)),
 	}

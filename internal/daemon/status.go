@@ -1,7 +1,6 @@
 package daemon
 
 import (
-	"net/netip"
 	"slices"
 	"time"
 
@@ -19,7 +18,7 @@ func (d *Daemon) Status() api.Status {
 		Version: d.opts.Version, Platform: d.opts.PlatformName,
 		Interface: c.iface, PublicKey: d.mesh.key.String(), ListenPort: c.listenPort,
 		Addresses:    d.mesh.own.List(),
-		MeshPrefixes: []netip.Prefix{d.mesh.prefixes.V4, d.mesh.prefixes.V6},
+		MeshPrefixes: d.mesh.list(),
 		Generation:   doc.Generation, Enforced: c.enforced, State: c.state,
 		Uplink: c.host.Uplink4, Forwarding: c.forwarding, Repairs: c.repairs,
 		Problems: []api.Problem{},

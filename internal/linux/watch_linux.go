@@ -67,7 +67,7 @@ func (p *Platform) Watch(ctx context.Context, changed func()) error {
 	stop := context.AfterFunc(ctx, func() { p.watch.close() })
 	defer stop()
 	g.Go(func() error { return follow(ctx, p.watch.route, changed, func([]netlink.Message) bool { return true }) })
-	g.Go(func() error { return follow(ctx, p.watch.rules, changed, foreign) })
+	g.Go(func() error { return follow(ctx, p.watch.rules, changed, byOthers) })
 	return g.Wait()
 }
 
@@ -95,8 +95,8 @@ func follow(ctx context.Context, c *netlink.Conn, changed func(), matters func([
 // names the process (NFTA_GEN_PROC_PID of linux/netfilter/nf_tables.h).
 const newGeneration = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWGEN
 
-// foreign reports whether some transaction wasn't this process's.
-func foreign(ms []netlink.Message) bool {
+// byOthers reports whether some transaction wasn't this process's.
+func byOthers(ms []netlink.Message) bool {
 	for _, m := range ms {
 		if m.Header.Type != newGeneration {
 			continue

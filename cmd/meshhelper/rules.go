@@ -1,0 +1,166 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/linux"
+	"github.com/meshhelper/meshhelper/internal/macos"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
+)
+
+// renderers show a ruleset in each language that one is enforced in. All of them
+// work on any machine, so that a Mac's rules can be read on Linux.
+var renderers = map[string]daemon.Renderer{
+	"nft": func(r *policy.Ruleset) (string, string, error) {
+		return "", linux.Text(r, daemon.DefaultMTU), nil
+	},
+	"pf": func(r *policy.Ruleset) (string, string, error) {
+		anchor, err := macos.Compile(r, macos.Options{MTU: daemon.DefaultMTU})
+		if err != nil {
+			return "", "", err
+		}
+		return anchor.Path, anchor.Ruleset().String(), nil
+	},
+	"guard": func(r *policy.Ruleset) (string, string, error) { return "", guardText(r), nil },
+}
+
+// guardText shows what the guard knows: it has no rules but the policy, the
+// destinations of each class on this host, and what each peer may.
+func guardText(r *policy.Ruleset) string {
+	var b strings.Builder
+	sets := r.Sets()
+	fmt.Fprintf(&b, "classes, the first that fits:\n")
+	for _, c := range []struct {
+		class policy.Class
+		texts []string
+	}{
+		{policy.Martian, textsOf(sets.Martians)}, {policy.Self, textsOf(sets.Self)},
+		{policy.InMesh, textsOf(append(sets.Mesh[:len(sets.Mesh):len(sets.Mesh)], sets.Peers...))},
+		{policy.OnLAN, textsOf(sets.LAN)}, {policy.Internet, []string{"the rest"}},
+	} {
+		fmt.Fprintf(&b, "  %-8s  %s\n", c.class, strings.Join(c.texts, " "))
+	}
+	fmt.Fprintf(&b, "peers:\n")
+	for _, p := range r.Peers() {
+		fmt.Fprintf(&b, "  %s %s: %v\n", p.Name, joinAddresses(p.Addresses), p.Permissions)
+	}
+	return b.String()
+}
+
+func textsOf[T fmt.Stringer](values []T) []string {
+	texts := make([]string, len(values))
+	for i, v := range values {
+		texts[i] = v.String()
+	}
+	return texts
+}
+
+// rulesOptions are the flags of rules.
+type rulesOptions struct {
+	app            *app
+	platform, host string
+}
+
+func newRulesCommand(a *app) *cobra.Command {
+	o := &rulesOptions{app: a}
+	c := &cobra.Command{
+		Use: "rules", Short: "Show the rules as loaded, or as another platform would load them", Args: cobra.NoArgs,
+		Long: `Show the rules as loaded. With --platform, show them as that platform would load
+them for this mesh, and with --host, for the host that FILE describes instead of
+this one, so that the rules of a Mac can be read on any machine.`,
+		RunE: func(c *cobra.Command, _ []string) error { return showRules(c.Context(), o) },
+	}
+	c.Flags().StringVar(&o.platform, "platform", "", "pf, nft or guard")
+	c.Flags().StringVar(&o.host, "host", "", "`FILE` with a host's facts as JSON; - is stdin")
+	return c
+}
+
+func showRules(ctx context.Context, o *rulesOptions) error {
+	if _, ok := renderers[o.platform]; o.platform != "" && !ok {
+		return usagef("--platform: %q is unknown: it is pf, nft or guard", o.platform)
+	}
+	var rules api.Rules
+	var err error
+	if o.host == "" {
+		rules, err = o.app.client().Rules(ctx, o.platform)
+	} else {
+		rules, err = o.rulesFor(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	return o.app.print(rules, func() { fmt.Fprint(o.app.stdout, rules.Text) })
+}
+
+// rulesFor renders the helper's mesh for the host in a file.
+func (o *rulesOptions) rulesFor(ctx context.Context) (api.Rules, error) {
+	if o.platform == "" {
+		return api.Rules{}, usagef("--host needs --platform")
+	}
+	r, err := o.app.compileFor(ctx, o.host)
+	if err != nil {
+		return api.Rules{}, err
+	}
+	out := api.Rules{Platform: o.platform}
+	out.Anchor, out.Text, err = renderers[o.platform](r)
+	return out, err
+}
+
+// compileFor compiles the helper's mesh for the host that a file describes.
+func (a *app) compileFor(ctx context.Context, file string) (*policy.Ruleset, error) {
+	host, err := a.readHost(file)
+	if err != nil {
+		return nil, err
+	}
+	s, err := a.client().Status(ctx)
+	if err != nil {
+		return nil, err
+	}
+	mesh, err := meshOf(s)
+	if err != nil {
+		return nil, err
+	}
+	// The helper leaves out what has ended by its own clock; to compile at the
+	// start of time takes the rest as it is.
+	return policy.Compile(mesh, host, time.Time{})
+}
+
+func (a *app) readHost(file string) (policy.Host, error) {
+	var from io.Reader = a.stdin
+	if file != "-" {
+		f, err := os.Open(file)
+		if err != nil {
+			return policy.Host{}, fmt.Errorf("read host facts: %w", err)
+		}
+		defer f.Close()
+		from = f
+	}
+	return policy.ReadHost(from)
+}
+
+// meshOf turns what the helper shows back into the policy's input.
+func meshOf(s api.Status) (policy.Mesh, error) {
+	m := policy.Mesh{Prefixes: s.MeshPrefixes, Addresses: s.Addresses}
+	for _, p := range s.Peers {
+		key, err := wireguard.ParsePublicKey(p.PublicKey)
+		if err != nil {
+			return m, fmt.Errorf("read the helper's peer %q: %w", p.Name, err)
+		}
+		one := policy.Peer{ID: policy.PeerID(key), Name: p.Name, Addresses: p.Addresses}
+		for _, permission := range policy.AllPermissions {
+			one.Grants.Of(permission).Allowed = p.Permissions.Of(permission).Allowed
+		}
+		m.Peers = append(m.Peers, one)
+	}
+	return m, nil
+}

@@ -1,0 +1,163 @@
+package linux
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/xt"
+	"golang.org/x/sys/unix"
+)
+
+// foreign is somebody else's nftables.
+type foreign struct {
+	conn  *nftables.Conn
+	table *nftables.Table
+}
+
+// software adds tables of other software on the host.
+func (g *rig) software(family nftables.TableFamily, table string, add func(f foreign)) {
+	g.t.Helper()
+	g.do(func() error {
+		conn, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		f := foreign{conn, conn.AddTable(&nftables.Table{Name: table, Family: family})}
+		add(f)
+		return conn.Flush()
+	})
+}
+
+func (f foreign) hook(name string, hook *nftables.ChainHook, policy nftables.ChainPolicy) *nftables.Chain {
+	return f.conn.AddChain(&nftables.Chain{
+		Name: name, Table: f.table, Type: nftables.ChainTypeFilter, Hooknum: hook,
+		Priority: nftables.ChainPriorityFilter, Policy: &policy,
+	})
+}
+
+func (f foreign) chain(name string) *nftables.Chain {
+	return f.conn.AddChain(&nftables.Chain{Name: name, Table: f.table})
+}
+
+func (f foreign) rule(c *nftables.Chain, es ...[]expr.Any) {
+	var all []expr.Any
+	for _, e := range es {
+		all = append(all, e...)
+	}
+	f.conn.AddRule(&nftables.Rule{Table: f.table, Chain: c, Exprs: all})
+}
+
+func does(kind expr.VerdictKind, chain string) []expr.Any {
+	return []expr.Any{&expr.Verdict{Kind: kind, Chain: chain}}
+}
+
+func ifaceIs(key expr.MetaKey, op expr.CmpOp, iface string) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: key, Register: 1}, &expr.Cmp{Op: op, Register: 1, Data: append([]byte(iface), 0)}}
+}
+
+func sourceIn(p netip.Prefix) []expr.Any {
+	mask := make([]byte, 4)
+	for i := range p.Bits() {
+		mask[i/8] |= 0x80 >> (i % 8)
+	}
+	return []expr.Any{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 4},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: mask, Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: p.Masked().Addr().AsSlice()},
+	}
+}
+
+// established matches as iptables does.
+func established() []expr.Any {
+	base := xt.ConntrackMtinfoBase{MatchFlags: uint16(xt.ConntrackState | xt.ConntrackStateAlias)}
+	for _, a := range []*[]byte{(*[]byte)(&base.OrigSrcAddr), (*[]byte)(&base.OrigDstAddr), (*[]byte)(&base.ReplSrcAddr), (*[]byte)(&base.ReplDstAddr),
+		(*[]byte)(&base.OrigSrcMask), (*[]byte)(&base.OrigDstMask), (*[]byte)(&base.ReplSrcMask), (*[]byte)(&base.ReplDstMask)} {
+		*a = make([]byte, 4)
+	}
+	return []expr.Any{&expr.Match{Name: "conntrack", Rev: 3, Info: &xt.ConntrackMtinfo3{ConntrackMtinfo2: xt.ConntrackMtinfo2{
+		ConntrackMtinfoBase: base, StateMask: uint16(expr.CtStateBitESTABLISHED | expr.CtStateBitRELATED),
+	}}}}
+}
+
+// docker drops in its FORWARD chain what isn't for its containers.
+func docker(f foreign) {
+	top := f.hook("FORWARD", nftables.ChainHookForward, nftables.ChainPolicyDrop)
+	user, own := f.chain("DOCKER-USER"), f.chain("DOCKER-FORWARD")
+	f.rule(top, does(expr.VerdictJump, user.Name))
+	f.rule(top, does(expr.VerdictJump, own.Name))
+	f.rule(user, does(expr.VerdictReturn, ""))
+	f.rule(own, ifaceIs(expr.MetaKeyOIFNAME, expr.CmpOpEq, "docker0"), established(), does(expr.VerdictAccept, ""))
+	f.rule(own, ifaceIs(expr.MetaKeyIIFNAME, expr.CmpOpEq, "docker0"), does(expr.VerdictAccept, ""))
+}
+
+// ufw lets established flows through and asks more than can be evaluated here.
+func ufw(f foreign) {
+	top := f.hook("FORWARD", nftables.ChainHookForward, nftables.ChainPolicyDrop)
+	before := f.chain("ufw-before-forward")
+	f.rule(top, does(expr.VerdictJump, before.Name))
+	f.rule(before, established(), does(expr.VerdictAccept, ""))
+	f.rule(before, []expr.Any{&expr.Meta{Key: expr.MetaKeyPRANDOM, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpGt, Register: 1, Data: binaryutil.NativeEndian.PutUint32(1 << 31)}}, does(expr.VerdictAccept, ""))
+}
+
+// tailscale drops its whole prefix from other interfaces than its own.
+func tailscale(f foreign) {
+	top := f.hook("INPUT", nftables.ChainHookInput, nftables.ChainPolicyAccept)
+	own := f.chain("ts-input")
+	f.rule(top, does(expr.VerdictJump, own.Name))
+	f.rule(own, ifaceIs(expr.MetaKeyIIFNAME, expr.CmpOpNeq, "tailscale0"),
+		sourceIn(netip.MustParsePrefix("100.64.0.0/10")), does(expr.VerdictDrop, ""))
+}
+
+// harmless lets the mesh through and drops by a set that it isn't in.
+func harmless(f foreign) {
+	top := f.hook("fwd", nftables.ChainHookForward, nftables.ChainPolicyDrop)
+	bad := &nftables.Set{Table: f.table, Name: "bad", KeyType: nftables.TypeIPAddr, Interval: true}
+	f.conn.AddSet(bad, []nftables.SetElement{
+		{Key: []byte{100, 64, 0, 20}}, {Key: []byte{100, 64, 0, 30}, IntervalEnd: true},
+	})
+	f.rule(top, []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.NFPROTO_IPV4}},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 4},
+		&expr.Lookup{SourceRegister: 1, SetName: bad.Name, SetID: bad.ID},
+	}, does(expr.VerdictDrop, ""))
+	f.rule(top, ifaceIs(expr.MetaKeyIIFNAME, expr.CmpOpEq, meshName), does(expr.VerdictAccept, ""))
+	f.rule(top, ifaceIs(expr.MetaKeyOIFNAME, expr.CmpOpEq, meshName), does(expr.VerdictAccept, ""))
+}
+
+func TestObstaclesAreNamed(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		family nftables.TableFamily
+		add    func(foreign)
+		want   string // empty: nothing
+	}{
+		{"docker", nftables.TableFamilyIPv4, docker, "chain FORWARD of table ip docker drops packets from peers to the internet"},
+		{"ufw", nftables.TableFamilyIPv4, ufw, "chain FORWARD of table ip ufw may drop packets from peers to the internet"},
+		{"tailscale", nftables.TableFamilyIPv4, tailscale, "chain ts-input of table ip tailscale drops packets from peers to this host"},
+		{"harmless", nftables.TableFamilyINet, harmless, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			g := newRig(t)
+			g.software(tt.family, tt.name, tt.add)
+			g.open()
+			defer g.close()
+			found := g.inspect(g.enforce(mesh(grants{ann: all}))).Problems
+			var texts []string
+			for _, p := range found {
+				texts = append(texts, p.Message)
+			}
+			if got := strings.Join(texts, "; "); got != tt.want {
+				t.Errorf("problems are %q, want %q", got, tt.want)
+			}
+			// Without permissions nothing stands in the way of anything.
+			if rest := g.inspect(g.enforce(mesh(grants{}))).Problems; len(rest) > 0 {
+				t.Errorf("nothing is allowed, but %v", rest)
+			}
+		})
+	}
+}
