@@ -256,9 +256,9 @@ func (w *world) check(r *policy.Ruleset, s sent) error {
 // TestSameVerdicts sends random packets, from peers and from all sides, and
 // compares what comes out where with what the policy says.
 func TestSameVerdicts(t *testing.T) {
-	rounds, packets := 8, 500
+	rounds, packets := 8, 250
 	if testing.Short() {
-		packets = 150
+		packets = 60
 	}
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)

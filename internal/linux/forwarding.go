@@ -32,6 +32,15 @@ type need struct {
 	mesh string
 }
 
+// meshFlag is the mesh interface's own flag, which is ours alone: it may have
+// been made with forwarding on, where the host forwards.
+func (n need) meshFlag() string {
+	if slices.Contains(n.ipv4, n.mesh) {
+		return "1"
+	}
+	return "0"
+}
+
 // open reads the journal, which may be that of a helper that was killed.
 func (f *forwarding) open() error {
 	j, err := readJournal(f.dir, f.boot)
@@ -101,10 +110,8 @@ func (f *forwarding) apply(n need) error {
 			}
 		}
 	}
-	if slices.Contains(n.ipv4, n.mesh) {
-		if err := f.ensure(saved{Name: conf("ipv4", n.mesh, "forwarding"), Set: "1"}); err != nil {
-			return err
-		}
+	if err := f.ensure(saved{Name: conf("ipv4", n.mesh, "forwarding"), Set: n.meshFlag()}); err != nil {
+		return err
 	}
 	return f.giveBack(func(s saved) bool { return !f.wanted(n, s.Name) })
 }
@@ -283,8 +290,11 @@ func (f *forwarding) drift(n need) []string {
 			out = append(out, fmt.Sprintf("%s is %s instead of %s", name, now, want))
 		}
 	}
+	check(conf("ipv4", n.mesh, "forwarding"), n.meshFlag())
 	for _, iface := range n.ipv4 {
-		check(conf("ipv4", iface, "forwarding"), "1")
+		if iface != n.mesh {
+			check(conf("ipv4", iface, "forwarding"), "1")
+		}
 	}
 	if n.ipv6 {
 		check("ipv6/conf/all/forwarding", "1")

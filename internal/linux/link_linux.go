@@ -59,14 +59,17 @@ func explainTUN(name string, err error) error {
 	return e
 }
 
-// quiet keeps the kernel from talking on the mesh interface by itself: no router
-// solicitations, no link-local address. The settings go away with the interface.
+// quiet keeps the kernel from talking on the mesh interface by itself (router
+// solicitations, link-local addresses, redirects) and from believing redirects
+// that come in by it. The settings go away with the interface.
 func quiet(sys sysctls, iface string) error {
-	for _, s := range [...]struct{ key, value string }{
-		{"disable_ipv6", "0"}, {"accept_ra", "0"}, {"autoconf", "0"}, {"addr_gen_mode", "1"},
+	for _, s := range [...]struct{ family, key, value string }{
+		{"ipv4", "accept_redirects", "0"}, {"ipv4", "send_redirects", "0"}, {"ipv4", "accept_source_route", "0"},
+		{"ipv6", "disable_ipv6", "0"}, {"ipv6", "accept_redirects", "0"},
+		{"ipv6", "accept_ra", "0"}, {"ipv6", "autoconf", "0"}, {"ipv6", "addr_gen_mode", "1"},
 	} {
-		err := sys.write(conf("ipv6", iface, s.key), s.value)
-		if errors.Is(err, fs.ErrNotExist) {
+		err := sys.write(conf(s.family, iface, s.key), s.value)
+		if errors.Is(err, fs.ErrNotExist) && s.family == "ipv6" {
 			return nil // a kernel without IPv6
 		}
 		if err != nil {

@@ -77,8 +77,9 @@ func (o observer) interfaces(names map[int]string) ([]policy.Interface, error) {
 		if !ok || name == o.mesh {
 			continue
 		}
+		// Link-local IPv6 addresses are martians wherever they are.
 		local, ok := toPrefix(a.IPNet)
-		if !ok {
+		if !ok || local.Addr().Is6() && local.Addr().IsLinkLocalUnicast() {
 			continue
 		}
 		byName[name] = append(byName[name], attachedPrefixes(local, a)...)

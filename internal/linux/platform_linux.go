@@ -122,6 +122,9 @@ func (p *Platform) Open(_ context.Context, cfg platform.Interface) (tun.Device, 
 	if cfg.MTU < 1280 || cfg.MTU > 65535 {
 		return nil, fmt.Errorf("open mesh interface: MTU %d: want 1280 to 65535", cfg.MTU)
 	}
+	if cfg.Name != "" && !usableName(cfg.Name) {
+		return nil, fmt.Errorf("open mesh interface: name %q: want 1 to 15 letters, digits and . _ - @ : +", cfg.Name)
+	}
 	if err := p.takeOver(); err != nil {
 		return nil, err
 	}
@@ -288,7 +291,7 @@ func (p *Platform) closeUp() error {
 	p.enforced = nil
 	return errors.Join(
 		named(StepTable, p.load(closedRuleset(p.cfg, p.name))),
-		named(StepRestore, p.forward.giveBack(func(saved) bool { return true })))
+		named(StepRestore, p.forward.apply(need{mesh: p.name})))
 }
 
 // need says what a ruleset needs forwarded: as little as its permissions ask

@@ -1,27 +1,400 @@
 package linux
 
 import (
+	"context"
+	"errors"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/vishvananda/netlink"
+
+	"github.com/meshhelper/meshhelper/internal/netlab"
+	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 const all = policy.Incoming | policy.Routing | policy.LAN
 
-func TestInspectFindsWhatEnforceMade(t *testing.T) {
-	g := newRig(t)
-	before := g.snapshot()
-	g.open()
-	r := g.enforce(mesh(grants{ann: all}))
-	report := g.inspect(r)
-	if len(report.Drift) > 0 {
-		t.Errorf("right after Enforce: %+v", report.Drift)
+// TestHostIsLeftAsFound compares the whole host before and after, with other
+// software's table present all the while.
+func TestHostIsLeftAsFound(t *testing.T) {
+	for _, found := range []string{"0", "1"} {
+		t.Run("forwarding found "+found, func(t *testing.T) {
+			w := newWorld(t)
+			w.findForwarding(found)
+			w.software(nftables.TableFamilyIPv4, "docker", docker)
+			before := w.snapshot()
+			w.open()
+			for _, m := range []policy.Mesh{mesh(grants{ann: all}), mesh(grants{bob: policy.Routing})} {
+				r := w.enforce(m)
+				if report := w.inspect(r); len(report.Drift) > 0 || !report.Forwarding.IPv4 || !report.Forwarding.IPv6 {
+					t.Errorf("after Enforce: %+v", report)
+				}
+				if w.journalExists() == (found == "1") {
+					t.Error("the journal is there where nothing was changed, or isn't where something was")
+				}
+			}
+			if left := w.close(); len(left) > 0 {
+				t.Errorf("left: %v", left)
+			}
+			if diff := before.Diff(w.snapshot()); len(diff) > 0 {
+				t.Errorf("the host isn't as it was: %v", diff)
+			}
+			if w.journalExists() {
+				t.Error("the journal is still there")
+			}
+		})
 	}
-	g.close()
-	if diff := before.Diff(g.snapshot()); len(diff) > 0 {
+}
+
+// kill is what a SIGKILL leaves: the kernel closes the files, nobody cleans up.
+func (g *rig) kill() {
+	g.t.Helper()
+	g.do(func() error {
+		g.p.unlock()
+		return errors.Join(g.dev.Close(), g.p.release())
+	})
+}
+
+// TestKilledHelperIsCleanedUp kills the platform while all is open. Until the
+// next one cleans up, nothing for a peer leaves in clear and nobody is forwarded
+// for.
+func TestKilledHelperIsCleanedUp(t *testing.T) {
+	w := newWorld(t)
+	w.findForwarding("0")
+	before := w.snapshot()
+	w.open()
+	w.enforce(mesh(grants{ann: all}))
+	w.kill()
+
+	n := 0
+	w.closedToOutside(&n, "while it is dead")
+	w.open()
+	if v, err := w.pic.B.Sysctl("net/ipv4/conf/" + netlab.Uplink + "/forwarding"); err != nil || v != "0" {
+		t.Errorf("Open left forwarding of the uplink at %q, %v", v, err)
+	}
+	if w.journalExists() {
+		t.Error("the journal outlived the repair")
+	}
+	w.closedToOutside(&n, "after Open")
+	w.enforce(mesh(grants{ann: all}))
+	w.kill()
+
+	// A platform that was never opened cleans up as well.
+	w.do(func() error {
+		p, err := New(Options{StateDir: w.state})
+		if err != nil {
+			return err
+		}
+		_, err = p.Close(context.Background())
+		return err
+	})
+	if diff := before.Diff(w.snapshot()); len(diff) > 0 {
 		t.Errorf("the host isn't as it was: %v", diff)
 	}
-	if g.journalExists() {
-		t.Error("the journal is still there")
+}
+
+// closedToOutside sends what must come out nowhere: to peers in clear, and for
+// others through the host.
+func (w *world) closedToOutside(n *int, when string) {
+	w.t.Helper()
+	a := netlab.Addresses()
+	first := *n + 1
+	for i, far := range a.I.List() {
+		for _, to := range []netip.Addr{[]netip.Addr{ann4, ann6}[i], []netip.Addr{nobody4, nobody6}[i]} {
+			*n++
+			c := w.socket(netip.AddrPortFrom(map[bool]netip.Addr{true: a.BUplink.V4, false: a.BUplink.V6}[to.Is4()], 0))
+			_, _ = c.WriteToUDPAddrPort(word(*n), netip.AddrPortFrom(to, 5000))
+		}
+		*n++
+		w.send(netlab.LAN, netlab.UDPPacket(netip.AddrPortFrom(a.L.List()[i], 4000), netip.AddrPortFrom(far, 5000), word(*n)))
+		*n++
+		w.send(netlab.Uplink, netlab.UDPPacket(netip.AddrPortFrom(far, 4000), netip.AddrPortFrom([]netip.Addr{own4, own6}[i], 5000), word(*n)))
 	}
+	w.settle(nil)
+	for i := first; i <= *n; i++ {
+		if got := w.sightings(word(i)); len(got) > 0 {
+			w.t.Errorf("%s: packet %d came out at %v: %v", when, i-first, got[0].where, got[0].packet)
+		}
+	}
+}
+
+func TestOnlyOneHelper(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	defer g.close()
+	g.enforce(mesh(grants{ann: all}))
+	before := g.snapshot()
+	err := g.pic.B.Do(func() error {
+		p, err := New(Options{StateDir: t.TempDir()})
+		if err != nil {
+			return err
+		}
+		defer p.release()
+		_, err = p.Open(context.Background(), platform.Interface{Name: "other0", MTU: DefaultMTU, Addresses: []netip.Addr{own4, own6}})
+		return err
+	})
+	var step *platform.StepError
+	if !errors.As(err, &step) || step.Step != StepLock || !strings.Contains(err.Error(), "process") {
+		t.Errorf("the second helper got %v", err)
+	}
+	if diff := before.Diff(g.snapshot()); len(diff) > 0 {
+		t.Errorf("the second helper changed %v", diff)
+	}
+}
+
+func TestOpenRefuses(t *testing.T) {
+	g := newRig(t)
+	if err := g.pic.B.Netlink().LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "taken0"}, PeerName: "taken1"}); err != nil {
+		t.Fatal(err)
+	}
+	before := g.snapshot()
+	good := platform.Interface{Name: meshName, MTU: DefaultMTU, Addresses: []netip.Addr{own4, own6}}
+	for _, tt := range []struct {
+		name, journal, want string
+		change              func(*platform.Interface)
+	}{
+		{"small MTU", "", "MTU 1279", func(i *platform.Interface) { i.MTU = 1279 }},
+		{"long name", "", "more-than-fifteen", func(i *platform.Interface) { i.Name = "more-than-fifteen" }},
+		{"name taken", "", "taken0", func(i *platform.Interface) { i.Name = "taken0" }},
+		{"damaged journal", "{", "read journal", nil},
+		{"newer journal", `{"version":9,"boot":"` + bootID() + `"}`, "version 9", nil},
+		{"forged journal", `{"version":1,"boot":"` + bootID() + `","changed":[{"name":"../kernel/panic","found":"1","set":"0"}]}`, "not ours", nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := t.TempDir()
+			if tt.journal != "" {
+				if err := os.WriteFile(filepath.Join(dir, journalName), []byte(tt.journal), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			cfg := good
+			if tt.change != nil {
+				tt.change(&cfg)
+			}
+			err := g.pic.B.Do(func() error {
+				p, err := New(Options{StateDir: dir})
+				if err != nil {
+					return err
+				}
+				defer p.release()
+				_, err = p.Open(context.Background(), cfg)
+				return err
+			})
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got %v, want an error with %q", err, tt.want)
+			}
+			if diff := before.Diff(g.snapshot()); len(diff) > 0 {
+				t.Errorf("it changed %v", diff)
+			}
+		})
+	}
+}
+
+// TestDriftIsFoundAndRepaired has others undo what was enforced, one thing at a
+// time.
+func TestDriftIsFoundAndRepaired(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	defer g.close()
+	m := mesh(grants{ann: all})
+	changes, stop := g.watch()
+	defer stop()
+	for _, tt := range []struct {
+		name string
+		do   func() error
+		want string
+	}{
+		{"table deleted", g.change(func(c *nftables.Conn) { c.DelTable(ourTable()) }), "is gone"},
+		{"table flushed", g.change(func(c *nftables.Conn) { c.FlushTable(ourTable()) }), "differs"},
+		{"rule inserted", g.change(func(c *nftables.Conn) {
+			c.InsertRule(&nftables.Rule{Table: ourTable(), Chain: &nftables.Chain{Name: "judge", Table: ourTable()},
+				Exprs: []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}})
+		}), "chain judge differs"},
+		{"element added", g.change(func(c *nftables.Conn) {
+			c.SetAddElements(&nftables.Set{Table: ourTable(), Name: "may_routing4", KeyType: nftables.TypeIPAddr},
+				[]nftables.SetElement{{Key: bob4.AsSlice()}})
+		}), "set may_routing4 differs"},
+		{"forwarding off", g.sysctl("net.ipv4.ip_forward", "0"), "forwarding"},
+		{"IPv6 forwarding off", g.sysctl("net.ipv6.conf.all.forwarding", "0"), "ipv6/conf/all/forwarding is 0"},
+		{"address deleted", func() error { return g.pic.B.DelAddr(meshName, host(own4)) }, "address 100.64.0.1 is missing"},
+		{"route deleted", func() error { return g.pic.B.DelRoute(netlab.Route{To: host(ann4), Link: meshName}) }, "1 routes"},
+		{"interface down", func() error { return g.pic.B.SetUp(meshName, false) }, "missing"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := g.enforce(m)
+			if drift := g.inspect(r).Drift; len(drift) > 0 {
+				t.Fatalf("before: %v", drift)
+			}
+			if tt.name == "forwarding off" {
+				// From 0 to 0 the kernel does nothing.
+				if err := g.pic.B.SetSysctl("net.ipv4.ip_forward", "1"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			seen := changes.Load()
+			if err := tt.do(); err != nil {
+				t.Fatal(err)
+			}
+			deadline := time.Now().Add(10 * time.Second)
+			for changes.Load() == seen && time.Now().Before(deadline) {
+				time.Sleep(time.Millisecond)
+			}
+			if changes.Load() == seen {
+				t.Error("Watch saw nothing")
+			}
+			drift := g.inspect(r).Drift
+			if len(drift) == 0 || !strings.Contains(drift[0].Message, tt.want) {
+				t.Errorf("drift is %v, want %q", drift, tt.want)
+			}
+			r = g.enforce(m)
+			if drift := g.inspect(r).Drift; len(drift) > 0 {
+				t.Errorf("after the repair: %v", drift)
+			}
+		})
+	}
+}
+
+// watch counts what Watch reports until stop is called.
+func (g *rig) watch() (seen *atomic.Int64, stop func()) {
+	var n atomic.Int64
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- g.p.Watch(ctx, func() { n.Add(1) }) }()
+	return &n, func() {
+		cancel()
+		if err := <-ended; err != nil {
+			g.t.Error("watch:", err)
+		}
+	}
+}
+
+// change is somebody else's transaction.
+func (g *rig) change(f func(*nftables.Conn)) func() error {
+	return func() error {
+		return g.pic.B.Do(func() error {
+			c, err := nftables.New()
+			if err != nil {
+				return err
+			}
+			f(c)
+			return c.Flush()
+		})
+	}
+}
+
+func (g *rig) sysctl(name, value string) func() error {
+	return func() error { return g.pic.B.SetSysctl(name, value) }
+}
+
+// TestForwardingThatOthersNeedStays has Docker come while the helper runs.
+func TestForwardingThatOthersNeedStays(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	g.enforce(mesh(grants{ann: all}))
+	if err := g.pic.B.SetSysctl("net.ipv4.ip_forward", "1"); err != nil {
+		t.Fatal(err)
+	}
+	if r := g.enforce(mesh(grants{ann: all})); !r.Host().FoundForwarding.IPv4 {
+		t.Error("forwarding that somebody switched on isn't found")
+	}
+	left := g.close()
+	if len(left) != 1 || !strings.Contains(left[0].Message, "ip_forward") {
+		t.Errorf("left: %v", left)
+	}
+	if v, err := g.pic.B.Sysctl("net/ipv4/conf/" + netlab.LAN + "/forwarding"); err != nil || v != "1" {
+		t.Errorf("forwarding of the LAN's interface is %q, %v", v, err)
+	}
+}
+
+// TestRedirectsOfOthersDontOpen has other software redirect what a peer sends.
+func TestRedirectsOfOthersDontOpen(t *testing.T) {
+	w := newWorld(t)
+	a := netlab.Addresses()
+	w.software(nftables.TableFamilyIPv4, "ports", func(f foreign) {
+		c := f.conn.AddChain(&nftables.Chain{Name: "pre", Table: f.table, Type: nftables.ChainTypeNAT,
+			Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest})
+		f.rule(c, []expr.Any{&expr.Immediate{Register: 1, Data: a.L.V4.AsSlice()},
+			&expr.NAT{Type: expr.NATTypeDestNAT, Family: 2, RegAddrMin: 1}})
+	})
+	w.open()
+	defer w.close()
+	for n, have := range []policy.Permissions{0, policy.Incoming, policy.Routing, all} {
+		w.enforce(mesh(grants{ann: have}))
+		for i, to := range []netip.Addr{own4, a.BUplink.V4, a.I.V4, bob4} {
+			id := 10*n + i
+			w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, uint16(6000+id)), netip.AddrPortFrom(to, 7000), word(id)))
+			w.settle(nil)
+			if got := w.sightings(word(id)); len(got) > 0 {
+				t.Errorf("with %v, a packet to %v was redirected to %v by %s", have, to, got[0].packet.Dst, got[0].where)
+			}
+		}
+	}
+}
+
+// TestNewAddressIsClosed gives the host an address that the platform hasn't
+// observed: the kernel's own hooks know it.
+func TestNewAddressIsClosed(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	defer w.close()
+	w.enforce(mesh(grants{ann: all}))
+	addr := netip.MustParseAddr("198.51.100.200")
+	if err := w.pic.B.AddAddr(netlab.Public, host(addr)); err != nil {
+		t.Fatal(err)
+	}
+	w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, 4000), netip.AddrPortFrom(addr, 5000), word(1)))
+	w.settle(nil)
+	if got := w.sightings(word(1)); len(got) > 0 {
+		t.Errorf("an address that isn't known yet was reached: %v", got)
+	}
+	w.enforce(mesh(grants{ann: all}))
+	w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, 4001), netip.AddrPortFrom(addr, 5000), word(2)))
+	w.settle([][]byte{word(2)})
+	if got := w.sightings(word(2)); !once(got, "host") {
+		t.Errorf("a known address isn't reached: %v", got)
+	}
+}
+
+// TestSegmentsFitTheTunnel looks at the MSS of SYNs in both directions.
+func TestSegmentsFitTheTunnel(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	defer w.close()
+	w.enforce(mesh(grants{ann: all}))
+	// Nobody is there who could answer by himself.
+	for i, far := range []netip.Addr{netip.MustParseAddr("8.8.8.8"), netip.MustParseAddr("2001:4860::8888")} {
+		src := netip.AddrPortFrom([]netip.Addr{ann4, ann6}[i], 4000)
+		to := netip.AddrPortFrom(far, 5000)
+		want := DefaultMTU - []int{40, 60}[i]
+		w.inject(withMSS(netlab.TCPPacket(src, to, netlab.SYN, 1, 0, word(2*i)), 1460))
+		w.settle([][]byte{word(2 * i)})
+		got := w.arrivals(word(2 * i))
+		if len(got) != 1 || got[0].packet.MSS != want {
+			t.Fatalf("the SYN left with %v, want an MSS of %d", got, want)
+		}
+		near := netip.AddrPortFrom(got[0].packet.Src, got[0].packet.SrcPort)
+		w.send(netlab.Uplink, withMSS(netlab.TCPPacket(to, near, netlab.SYN|netlab.ACK, 1, 2+wordSize, word(2*i+1)), 1460))
+		w.settle([][]byte{word(2*i + 1)})
+		if got := w.arrivals(word(2*i + 1)); len(got) != 1 || got[0].packet.MSS != want {
+			t.Errorf("the SYN+ACK came in with %v, want an MSS of %d", got, want)
+		}
+	}
+}
+
+// withMSS puts the option into a segment without options.
+func withMSS(packet []byte, mss uint16) []byte {
+	p, _ := netlab.ParsePacket(packet)
+	header := len(packet) - len(p.Payload) - 20
+	t := append([]byte(nil), packet[header:header+20]...)
+	t[12], t[16], t[17] = 6<<4, 0, 0
+	t = append(t, 2, 4, byte(mss>>8), byte(mss))
+	return netlab.IPPacket(p.Src, p.Dst, policy.ProtoTCP, append(t, p.Payload...))
 }
