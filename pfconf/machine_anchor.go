@@ -157,11 +157,14 @@ func (w *walker) next() *crule {
 // skip goes on behind the present rule.
 func (w *walker) skip() { w.at++ }
 
-// stepInto enters the anchor that r, the present rule, calls.
+// stepInto enters the anchor that r, the present rule, calls. That forgets what
+// matched so far: of anchors within an anchor with quick, only a match in or
+// behind the last one makes the quick count.
 func (w *walker) stepInto(r *crule) {
 	r.call.match = false
 	w.match = false
 	if w.depth == len(w.stack) {
+		// The kernel complains to its log and leaves the call out.
 		w.at++
 		return
 	}
@@ -208,6 +211,7 @@ func (w *walker) nextChild(f *frame) bool {
 	if f.child >= len(f.children) {
 		return false
 	}
+	// A match in one child is noted at the wildcard's anchor, for its quick.
 	if f.children[f.child].match || w.filter && w.match {
 		f.caller.call.match = true
 		w.match = false

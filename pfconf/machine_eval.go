@@ -311,7 +311,6 @@ func (e *evaluation) testFragment() {
 // testRules is pf_test_rule: translate, filter, make a state.
 func (e *evaluation) testRules() {
 	before, sport, dport := e.p, e.sport, e.dport
-	e.translated = nil
 	t, translated := e.findTranslation()
 	tag := noTag
 	if translated {
@@ -321,6 +320,7 @@ func (e *evaluation) testRules() {
 			tag = t.rule.tag
 		}
 	}
+	// From here on the rules see the packet as it will leave.
 	if !translated || !t.rule.natPass {
 		tag = e.filter(tag)
 	}
@@ -334,6 +334,8 @@ func (e *evaluation) testRules() {
 	if tag > 0 {
 		e.tag = tag
 	}
+	// An error makes no state. A translation does whatever the rules say: the
+	// answers have to find their way back.
 	if e.isICMPError() || e.rule.keep == StateDefault && !translated && !e.normTCP {
 		return
 	}
@@ -354,6 +356,7 @@ func (e *evaluation) testRules() {
 func (e *evaluation) answer() Verdict {
 	r, p := e.rule, &e.p
 	switch {
+	// A reset isn't reset, but block return has a second answer for it.
 	case p.Proto == ProtoTCP && r.returnReset && p.Flags&FlagRST == 0:
 		return VerdictReset
 	case r.returnICMP && !e.isICMP() && p.Proto != protoESP && p.Proto != protoAH:
@@ -412,6 +415,7 @@ func (e *evaluation) makeState(before stateSide, port uint32, tag int) bool {
 	if !m.states.insert(s, e.newKey(before, port)) {
 		return false
 	}
+	// The rules stay as long as their states, even when they are unloaded.
 	for _, r := range [...]*crule{s.rule, s.nat, s.anchor} {
 		if r != nil {
 			r.states++

@@ -122,6 +122,8 @@ func (t *transaction) abandon() {
 // commit swaps the rules in and then the tables, in the kernel's order: old
 // rules let go of their tables before new contents come.
 func (t *transaction) commit() {
+	// Tables are defined before old rules go, so that those that are still used
+	// are never without a reference.
 	for _, p := range t.parts {
 		for _, def := range p.def.declared {
 			t.m.defineTable(p.path, def)
@@ -173,6 +175,7 @@ func (m *Machine) mainOptions(opts []*Option) (t [timeoutMax]uint32, limit int, 
 
 // setSkip is set skip: of the interfaces that exist now, by their whole names.
 func (m *Machine) setSkip(opts []*Option) {
+	// pfctl clears the flags at each load of the main ruleset.
 	for _, k := range m.kifs {
 		k.skip = false
 	}

@@ -106,6 +106,8 @@ func (e *evaluation) translate(k *stateKey) {
 // testUDP is pf_test_state_udp. Between two ports 500 only what is long enough
 // for IKE is looked up.
 func (e *evaluation) testUDP() bool {
+	// So a second short packet finds no state, wants to make one and is dropped
+	// for the collision.
 	if e.sport == ikePort && e.dport == ikePort && e.p.Len < ikeMinimum {
 		return false
 	}
@@ -137,6 +139,7 @@ func (e *evaluation) follow(k *stateKey) {
 
 // testICMP is the first half of pf_test_state_icmp, for queries and answers.
 func (e *evaluation) testICMP() bool {
+	// Messages that aren't echoes are compared by the same two bytes.
 	id := uint32(e.p.ICMPID)
 	s := e.findPorts(ProtoICMP, id, id)
 	if e.state = s; s == nil {
@@ -180,6 +183,7 @@ func (e *evaluation) testESP() bool {
 	if src.state < peerSingle {
 		src.state = peerSingle
 	}
+	// Packets both ways: the tunnel stands, and lives longer.
 	if dst.state >= peerSingle {
 		src.state, dst.state = peerEstablished, peerEstablished
 		e.touch(s, espEstablished)
@@ -256,6 +260,7 @@ func (e *evaluation) findQuoted(q *Quoted) *state {
 
 // quotedInWindow says whether the quoted segment can be of the connection.
 func (e *evaluation) quotedInWindow(s *state, seq uint32) bool {
+	// The error comes from the receiver of the quoted segment, or on its behalf.
 	dst, src := e.ends(s)
 	shift := maxWinShift
 	if src.wscale != 0 && dst.wscale&wscaleFlag != 0 {

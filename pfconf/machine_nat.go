@@ -27,7 +27,8 @@ type cpool struct {
 const (
 	natPortLo = 50001
 	natPortHi = 65535
-	ikePort   = 500
+	// ikePort is never changed by nat: IKE used to insist on it.
+	ikePort = 500
 	// ikeMinimum is the shortest payload between two ports 500 that the kernel
 	// takes for IKE (PF_IKE_PACKET_MINSIZE).
 	ikeMinimum = 28
@@ -103,6 +104,7 @@ type translation struct {
 // what it does (pf_get_translation_aux). A rule that can't do it, for want of an
 // address or a port, is as good as none.
 func (e *evaluation) findTranslation() (t translation, ok bool) {
+	// The order of the lists is the kernel's own, however the text has them.
 	order := [...]ruleList{rdrList, binatList}
 	lists := order[:]
 	if e.dir == Out {
@@ -228,6 +230,8 @@ func (e *evaluation) nat(t *translation) bool {
 		t.port = e.sport
 		return true
 	}
+	// macOS gives all connections of one inner port the same outer one, which
+	// peers behind NAT need to find each other.
 	if b, ok := bindingOf(r, e.p.Proto, stateHost{inner, e.sport}, e.p.Dst); ok {
 		if used := e.m.states.bindings[b]; used != nil {
 			t.port = used.port
@@ -264,6 +268,7 @@ func (e *evaluation) freePort(t *translation) bool {
 	if lo > hi {
 		lo, hi = hi, lo
 	}
+	// From a port chosen by chance upwards, then from there downwards.
 	cut := lo + e.m.rand.Uint32N(hi-lo+1)
 	for _, span := range [...]struct{ from, to, step uint32 }{{cut, hi + 1, 1}, {cut - 1, lo - 1, ^uint32(0)}} {
 		for port := span.from; port != span.to; port += span.step {
@@ -341,6 +346,7 @@ func (e *evaluation) rdr(t *translation) bool {
 	}
 	switch lo, hi := int64(r.pool.lo), int64(r.pool.hi); {
 	case hi != 0:
+		// A range maps on a range by the distance from its beginning.
 		n := (int64(e.dport)-int64(r.to.port.lo))%(max(hi-lo, 0)+1) + lo
 		if n > 65535 {
 			n -= 65535
@@ -434,6 +440,7 @@ func (e *evaluation) roundRobin(p *cpool) (netip.Addr, bool) {
 			return netip.Addr{}, false
 		}
 	}
+	// After the highest address there is no next.
 	a := p.counter
 	if !a.IsValid() {
 		return a, false

@@ -28,11 +28,14 @@ type crule struct {
 	// states are those of which this is the rule, the translation or the anchor.
 	states int
 
-	action   Action
-	call     *anchorNode // what an anchor rule calls
+	action Action
+	// call is what an anchor rule calls; wildcard calls its children instead.
+	call     *anchorNode
 	wildcard bool
 	quick    bool
 
+	// What a packet must have for the rule to match. A value of zero asks for
+	// nothing.
 	kif    *kif
 	ifNot  bool
 	dir    Direction
@@ -52,16 +55,22 @@ type crule struct {
 	tag, tagged        int
 	notTagged          bool
 
+	// What a filter rule does. block return sets both answers: TCP is reset, and
+	// the rest gets an unreachable, also a TCP reset, which can't be reset.
 	block       bool
 	returnReset bool
 	returnICMP  bool
 
+	// keep is StateDefault for a rule that makes no state. bound ties states to
+	// the interface, max bounds how many there are, and timeouts of 0 are those
+	// of the machine.
 	keep     StateKind
 	bound    bool
 	max      uint32
 	timeouts [timeoutMax]uint32
 
-	natPass  bool
+	// What translation and scrub rules do.
+	natPass  bool // the filter isn't asked
 	pool     cpool
 	normTCP  bool // scrub reassemble tcp
 	noDF     bool
@@ -124,11 +133,14 @@ func (c *caddr) matches(m *Machine, a netip.Addr) bool {
 	return c.holds(m, a) != c.not
 }
 
+// holds is matches without negation.
 func (c *caddr) holds(m *Machine, a netip.Addr) bool {
 	switch c.kind {
 	case AddrAny:
 		return true
 	case AddrPrefix:
+		// A mask of zero is any, of whichever family: the rule's own family has
+		// been compared by now.
 		return c.prefix.Contains(a) || c.prefix.Bits() == 0
 	case AddrTable:
 		return c.table.contains(a)
@@ -137,10 +149,13 @@ func (c *caddr) holds(m *Machine, a netip.Addr) bool {
 	case AddrRange:
 		return c.prefix.Addr().Compare(a) <= 0 && a.Compare(c.last) <= 0
 	}
-	return false // no-route, urpf-failed
+	// no-route and urpf-failed: macOS asks its routing table and then takes every
+	// address for routable, so they match nothing.
+	return false
 }
 
-// dynAddr is an interface in parentheses.
+// dynAddr is an interface in parentheses. Its addresses are worked out again
+// when those of the machine have changed, not for each packet.
 type dynAddr struct {
 	kif    *kif
 	self   bool
@@ -179,6 +194,7 @@ func (d *dynAddr) update(m *Machine) {
 	if d.self || !d.kif.exists {
 		return
 	}
+	// The set sorts, which is the order of round-robin, and drops duplicates.
 	var set prefixSet
 	var got4, got6 bool
 	for _, p := range d.kif.addrs {
@@ -320,6 +336,7 @@ func (c compiler) filterParts(out *crule) {
 	if out.keep == NoState {
 		out.keep = StateDefault
 	}
+	// A state policy of the whole ruleset is in each rule by now.
 	out.bound = r.StateOptions.Policy == IfBound
 	out.max = r.StateOptions.Max
 	setTimeouts(&out.timeouts, r.StateOptions.Timeouts)

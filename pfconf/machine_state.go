@@ -73,7 +73,7 @@ func insideKey(proto Proto, filter endpointFilter, lan, ext stateHost) lookupKey
 		if filter < addrDependent {
 			k.to = ext.port
 		}
-		// The kernel compares IPv6 addresses even so.
+		// For IPv6 the kernel compares the address even so.
 		if filter == endpointIndependent && lan.addr.Is4() {
 			k.ext = netip.Addr{}
 		}
@@ -194,6 +194,8 @@ func (t *stateTable) find(k lookupKey, dir Direction, on *kif) *state {
 // its key, however it is translated itself; false when that collides.
 func (t *stateTable) insert(s *state, sk *stateKey) bool {
 	in := sk.inside()
+	// This is the kernel's way, and it shows: states of one flow on two
+	// interfaces share the translation of the first.
 	if cur := t.inside[in]; cur != nil {
 		for _, o := range cur.states {
 			if o.kif == s.kif {
@@ -308,7 +310,8 @@ func (m *Machine) removeState(s *state) {
 	}
 }
 
-// purge removes the states whose time is up.
+// purge removes the states whose time is up. A running kernel looks at a part of
+// them each second, so there one may live some seconds longer.
 func (m *Machine) purge() {
 	now := m.seconds()
 	for s := m.states.first; s != nil; {

@@ -23,7 +23,18 @@ const (
 	tableSetFlags  = tableActive | tableInactive | tableReferenced | tableRefdAnchor
 )
 
-// ktable is a table as the kernel holds it.
+// ktable is a table as the kernel holds it. Its life is that of the kernel's:
+//
+//   - A rule that names a table makes it, inactive, if there is none.
+//   - A load that defines it gives it a shadow and, once the rules are swapped,
+//     makes the shadow its contents.
+//   - pfctl -T add and replace make it active and persistent.
+//   - A table that isn't persistent lasts as long as rules refer to it; those of
+//     states whose rule is gone still do. An inactive one that nothing refers to
+//     is forgotten.
+//
+// A table of an anchor refers to the main ruleset's of the same name, its root,
+// and so keeps that alive too.
 type ktable struct {
 	key   tableName
 	flags int
@@ -137,6 +148,7 @@ func (m *Machine) defineTable(anchor string, def *Table) {
 	if def.Const {
 		sh.flags |= tableConst
 	}
+	// Of two entries with one prefix the first counts.
 	for _, a := range def.Addrs {
 		if p, ok := tablePrefix(a); ok {
 			if _, dup := sh.set.get(p); !dup {
@@ -158,6 +170,7 @@ func (m *Machine) commitTables(anchor string) {
 		}
 	}
 	for _, t := range todo {
+		// A statement without a list, table <t> persist, leaves the contents.
 		sh := t.shadow
 		if sh.hasAddrs {
 			t.set = sh.set

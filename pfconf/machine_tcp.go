@@ -19,6 +19,7 @@ const (
 	maxAckWindow = 0xffff + 1500
 )
 
+// Sequence numbers wrap around, so they are compared by their distance.
 func seqGEQ(a, b uint32) bool { return int32(a-b) >= 0 }
 func seqGT(a, b uint32) bool  { return int32(a-b) > 0 }
 
@@ -89,7 +90,9 @@ func unscale(win uint16, shift uint8) uint16 {
 	return uint16((int(win) + 1<<shift - 1) >> shift)
 }
 
-// segment is a TCP segment on its way through the tracking.
+// segment is a TCP segment on its way through the tracking: from seq to end,
+// acknowledging ack, with a window of win, between a sender and a receiver whose
+// windows are scaled by sws and dws.
 type segment struct {
 	src, dst *peer
 	seq, end uint32
@@ -107,7 +110,7 @@ func (e *evaluation) testTCP() bool {
 	}
 	src, dst := e.ends(s)
 	if e.p.Flags&(FlagSYN|FlagACK) == FlagSYN && dst.state >= tcpsFinWait2 && src.state >= tcpsFinWait2 {
-		// A new connection with the ports of one that is over.
+		// A new connection with the ports of one that is over: the rules judge it.
 		e.m.removeState(s)
 		return false
 	}
@@ -135,6 +138,7 @@ func (e *evaluation) testTCP() bool {
 func (e *evaluation) measure(src, dst *peer) segment {
 	p := &e.p
 	g := segment{src: src, dst: dst, seq: p.Seq, win: uint32(p.Window)}
+	// The window of a SYN is never scaled (RFC 7323).
 	if p.Flags&FlagSYN == 0 {
 		g.sws, g.dws = shiftOf(src), shiftOf(dst)
 	}
@@ -148,17 +152,23 @@ func (e *evaluation) measure(src, dst *peer) segment {
 		}
 		g.end = g.seq + p.end() - p.Seq
 	}
+	// Without an acknowledgement, or with one that can't be known to be right,
+	// that check is as good as passed.
 	if p.Flags&FlagACK == 0 ||
 		g.ack == 0 && p.Flags&(FlagACK|FlagRST) == FlagACK|FlagRST ||
 		dst.state < tcpsSynSent {
 		g.ack = dst.seqlo
 	}
+	// A segment without data can't do harm by its number: even a reset with any
+	// number passes here.
 	if g.seq == g.end {
 		g.seq, g.end = src.seqlo, src.seqlo
 	}
 	return g
 }
 
+// shiftOf is by how much an end's windows are scaled. If the handshake wasn't
+// seen, or nobody scales, the kernel assumes the most there is.
 func shiftOf(p *peer) uint8 {
 	if p.wscale&wscaleFlag != 0 {
 		return p.wscale & wscaleMask
@@ -183,6 +193,7 @@ func (e *evaluation) firstOfEnd(g *segment) {
 	}
 	src.seqlo = g.seq
 	src.state = max(src.state, tcpsSynSent)
+	// Picked up in the middle, the other end's window isn't known yet.
 	if hi := g.end + max(1, uint32(dst.maxWin)<<g.dws); src.seqhi == 1 || seqGEQ(hi, src.seqhi) {
 		src.seqhi = hi
 	}
@@ -212,7 +223,8 @@ func (e *evaluation) inWindow(g segment, skew int32, orig uint32) bool {
 		(e.p.Flags&FlagRST == 0 || orig == g.src.seqlo || orig == g.src.seqlo+1 || orig+1 == g.src.seqlo || !e.reassembled)
 }
 
-// slide moves the windows of both ends.
+// slide moves the windows of both ends: what the sender has sent, and what it
+// lets the other end send.
 func (g segment) slide() {
 	g.src.maxWin = max(g.src.maxWin, uint16(g.win))
 	if seqGT(g.end, g.src.seqlo) {

@@ -132,6 +132,7 @@ func (m *Machine) expires(s *state) int64 {
 		t = int64(m.timeouts[s.timeout])
 	}
 	start, end, n := int64(s.rule.timeouts[adaptiveStart]), int64(s.rule.timeouts[adaptiveEnd]), int64(s.rule.states)
+	// A rule with adaptive timeouts of its own counts its own states.
 	if start == 0 {
 		start, end, n = int64(m.timeouts[adaptiveStart]), int64(m.timeouts[adaptiveEnd]), int64(m.states.n)
 	}

@@ -136,6 +136,7 @@ func (s *prefixSet) set(p netip.Prefix, not bool) {
 	}
 	shared := min(leaf.key.common(n.key), int(leaf.bits), int(n.bits))
 	switch {
+	// n is p's own node, or lies below p, or parts from p above both.
 	case shared == int(n.bits) && n.bits == leaf.bits:
 		if !n.has {
 			s.n++
@@ -168,6 +169,7 @@ func (s *prefixSet) remove(p netip.Prefix) bool {
 	}
 	n.has = false
 	s.n--
+	// The node above may have been there for this one alone.
 	n.splice(link)
 	if above != nil {
 		(*above).splice(above)
