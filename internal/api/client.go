@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -132,6 +133,15 @@ func (c *Client) Events(ctx context.Context, follow bool, each func(Event) error
 
 func peerPath(ref string) string { return "/v1/peers/" + url.PathEscape(ref) }
 
+// checkRef refuses what would be another path, and is no peer's name.
+func checkRef(path string) error {
+	switch ref := strings.TrimSuffix(strings.TrimPrefix(path, "/v1/peers/"), "/config"); ref {
+	case "", ".", "..":
+		return Errorf(CodeUnknownPeer, "peer %q is unknown", ref).WithHint("see `meshhelper peer list`")
+	}
+	return nil
+}
+
 func (c *Client) change(ctx context.Context, method, path string, body any) (out Changed, err error) {
 	header, err := c.do(ctx, method, path, body, &out.Peer)
 	out.Already = header.Get(alreadyHeader) == "true"
@@ -153,6 +163,9 @@ func (c *Client) do(ctx context.Context, method, path string, body, into any) (h
 
 // send sends a request and returns the answer if it isn't an error.
 func (c *Client) send(ctx context.Context, method, path string, body any) (*http.Response, error) {
+	if err := checkRef(path); err != nil {
+		return nil, err
+	}
 	var content io.Reader
 	if body != nil {
 		text, err := json.Marshal(body)
