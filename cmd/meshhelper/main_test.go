@@ -29,6 +29,7 @@ import (
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
 		"meshhelper": func() { os.Exit(newApp(withFake(platforms())).main(os.Args[1:])) },
+		"netns":      inNamespace,
 	})
 }
 
@@ -55,9 +56,12 @@ func newFake(string, *slog.Logger) (daemon.Platform, error) {
 	return h, nil
 }
 
-func TestScripts(t *testing.T) {
-	testscript.Run(t, testscript.Params{
-		Dir: "testdata/script",
+func TestScripts(t *testing.T) { testscript.Run(t, scripts("testdata/script")) }
+
+// scripts returns how the scripts of a folder are run.
+func scripts(dir string) testscript.Params {
+	return testscript.Params{
+		Dir: dir,
 		Setup: func(env *testscript.Env) error {
 			env.Setenv("MESHHELPER_SOCKET", filepath.Join(env.WorkDir, "s"))
 			env.Setenv("FAULTS", filepath.Join(env.WorkDir, "faults"))
@@ -75,7 +79,7 @@ func TestScripts(t *testing.T) {
 			"as":    runAs,
 			"ready": ready,
 		},
-	})
+	}
 }
 
 // openTo makes dir and the folders above it, up to top, accessible to all.

@@ -44,7 +44,6 @@ stock WireGuard app is printed, once: the private key is kept nowhere.`,
 	f.DurationVar(&o.keepalive, "keepalive", 0, "send something this often, such as 25s")
 	f.StringSliceVar(&o.allow, "allow", nil, "`PERMISSIONS` besides the kind's: incoming, routing, lan")
 	f.BoolVar(&o.qr, "qr", false, "print the configuration as a QR code, too")
-	c.MarkFlagsMutuallyExclusive("own", "external")
 	return c
 }
 
@@ -90,6 +89,8 @@ func (o *peerAddOptions) request() (api.NewPeer, error) {
 		Permissions: map[string]api.PermissionChange{},
 	}
 	switch {
+	case o.own && o.external:
+		return r, usagef("--own and --external exclude each other")
 	case o.own:
 		r.Kind = api.Own
 	case o.external:

@@ -10,6 +10,7 @@ import (
 	"os/user"
 	"runtime"
 	"strconv"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
@@ -29,10 +30,14 @@ type runOptions struct {
 	listenPort                                    uint16
 	addresses, dns                                []string
 	debug                                         bool
+	tick, wait                                    time.Duration
 }
 
 // defaultListenPort is the UDP port of WireGuard by custom.
 const defaultListenPort = 51820
+
+// minTick is the shortest tick: a look at the host takes some milliseconds.
+const minTick = 100 * time.Millisecond
 
 // newRunCommand returns `run`, which calls run; nil means the real one.
 func newRunCommand(a *app, run func(context.Context, *runOptions) error) *cobra.Command {
@@ -59,6 +64,8 @@ than starting.`,
 	f.StringVar(&o.endpoint, "endpoint", "", "`HOST[:PORT]` where peers reach this host (the uplink's address)")
 	f.StringSliceVar(&o.dns, "dns", nil, "`ADDRESS` of a resolver for the peers' configurations (9.9.9.9, 149.112.112.112)")
 	f.StringVar(&o.operator, "operator", "", "`USER` who may change the mesh besides root")
+	f.DurationVar(&o.tick, "tick", daemon.DefaultTick, "look at the host this often, besides when it reports a change")
+	f.DurationVar(&o.wait, "wait", daemon.DefaultWait, "how long a command waits for its change to be in force")
 	f.BoolVar(&o.debug, "debug", false, "log more")
 	return c
 }
@@ -69,21 +76,21 @@ func runHelper(ctx context.Context, o *runOptions) error {
 	if err != nil {
 		return err
 	}
+	access, err := o.access()
+	if err != nil {
+		return err
+	}
 	d, err := o.daemon(name, make)
 	if err != nil {
 		return err
 	}
-	err = o.serve(ctx, d)
+	err = o.serve(ctx, d, access)
 	return errors.Join(err, d.Close())
 }
 
 // serve opens the socket and runs daemon and server, until ctx ends or either
 // fails.
-func (o *runOptions) serve(ctx context.Context, d *daemon.Daemon) error {
-	access, err := o.access()
-	if err != nil {
-		return err
-	}
+func (o *runOptions) serve(ctx context.Context, d *daemon.Daemon, access api.Access) error {
 	l, err := api.Listen(o.app.socket)
 	if errors.Is(err, api.ErrHeld) {
 		return api.Errorf(api.CodeInternal, "%v", err).WithHint("see `meshhelper status`; there is one helper per host")
@@ -136,6 +143,7 @@ func (o *runOptions) daemon(name string, make newPlatform) (*daemon.Daemon, erro
 	opts := daemon.Options{
 		PlatformName: name, StateDir: o.stateDir, Logger: o.logger(), Version: versionText(),
 		Interface: o.iface, ListenPort: o.listenPort, Render: renderers,
+		Tick: o.tick, Wait: o.wait,
 	}
 	if err := o.parse(&opts); err != nil {
 		return nil, err
@@ -157,6 +165,9 @@ func (o *runOptions) parse(opts *daemon.Options) (err error) {
 	}
 	if err := opts.Prefixes.Validate(); err != nil {
 		return &usageError{err}
+	}
+	if o.tick < minTick || o.wait < minTick {
+		return usagef("--tick and --wait are at least %v", minTick)
 	}
 	if opts.Addresses, err = parseAddresses("--address", o.addresses); err != nil {
 		return err
@@ -201,15 +212,13 @@ func (o *runOptions) access() (api.Access, error) {
 		}
 		return a, nil
 	}
-	u, err := user.Lookup(o.operator)
-	if err != nil {
-		if u, err = user.LookupId(o.operator); err != nil {
-			return a, usagef("--operator: there is no user %q", o.operator)
-		}
+	id := o.operator // a number may stand for a user that has no name here
+	if u, err := user.Lookup(o.operator); err == nil {
+		id = u.Uid
 	}
-	uid, err := strconv.ParseUint(u.Uid, 10, 32)
-	if err != nil {
-		return a, fmt.Errorf("--operator: user id %q: %w", u.Uid, err)
+	uid, err := strconv.ParseUint(id, 10, 32)
+	if err != nil || uint32(uid) == api.NoOperator {
+		return a, usagef("--operator: there is no user %q", o.operator)
 	}
 	a.Operator = uint32(uid)
 	return a, nil

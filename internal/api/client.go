@@ -87,7 +87,6 @@ func (c *Client) Explain(ctx context.Context, q Question) (e Explanation, err er
 	}
 	if q.From.IsValid() {
 		v.Set("from", q.From.String())
-		v.Del("to")
 	}
 	_, err = c.do(ctx, "GET", "/v1/explain?"+v.Encode(), nil, &e)
 	return e, err

@@ -1,0 +1,136 @@
+// Package imports keeps the table of rooms true: what each package of the module
+// may import of the others, and which one alone has a heavy dependency.
+package imports
+
+import (
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/meshhelper/meshhelper/"
+
+// all stands for every package of the module.
+const all = "*"
+
+// rooms lists what each package may import of the module, beside packages below
+// itself. docs/architecture.md explains it.
+var rooms = map[string][]string{
+	"cmd/meshhelper":     {all},
+	"internal/api":       {"internal/policy"},
+	"internal/daemon":    {"internal/api", "internal/guard", "internal/platform", "internal/policy", "internal/wireguard"},
+	"internal/flow":      {"internal/policy"},
+	"internal/guard":     {"internal/flow", "internal/policy"},
+	"internal/imports":   {},
+	"internal/linux":     {"internal/platform", "internal/policy"},
+	"internal/macos":     {"darwin", "internal/platform", "internal/policy", "pfconf"},
+	"internal/netlab":    {all},
+	"internal/netstack":  {"internal/flow", "internal/platform", "internal/policy"},
+	"internal/platform":  {"internal/policy"},
+	"internal/policy":    {},
+	"internal/wireguard": {},
+	"darwin":             {"pfconf"},
+	"launchd":            {},
+	"pfconf":             {},
+}
+
+// testsMay lists what tests may import besides.
+var testsMay = []string{"internal/platform/platformtest", "internal/netlab", "internal/policy", "internal/guard", "internal/flow", "internal/flow/flowtest", "internal/wireguard", "pfconf"}
+
+// only lists the rooms that may have a dependency which others must not.
+var only = map[string][]string{
+	"github.com/spf13/cobra":            {"cmd/meshhelper"},
+	"gvisor.dev/gvisor":                 {"internal/netstack"},
+	"github.com/google/nftables":        {"internal/linux", "internal/netlab"},
+	"github.com/vishvananda/netlink":    {"internal/linux", "internal/netlab"},
+	"howett.net/plist":                  {"launchd"},
+	"golang.zx2c4.com/wireguard/device": {"internal/wireguard"},
+	"golang.zx2c4.com/wireguard/conn":   {"internal/wireguard"},
+}
+
+// TestRooms parses the imports of every Go file, whatever system it is for.
+func TestRooms(t *testing.T) {
+	files := 0
+	err := filepath.WalkDir("../..", func(path string, entry fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		hidden := strings.HasPrefix(entry.Name(), ".") && path != "../.."
+		if entry.IsDir() && (hidden || entry.Name() == "testdata") {
+			return fs.SkipDir
+		}
+		if filepath.Ext(path) != ".go" {
+			return nil
+		}
+		files++
+		checkFile(t, path)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if files < 50 {
+		t.Errorf("only %d files were found", files)
+	}
+	t.Logf("%d files", files)
+}
+
+func checkFile(t *testing.T, path string) {
+	t.Helper()
+	f, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.ImportsOnly)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rel, err := filepath.Rel("../..", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, test := filepath.ToSlash(filepath.Dir(rel)), strings.HasSuffix(path, "_test.go")
+	room, may, known := roomOf(dir)
+	if !known {
+		t.Errorf("%s: the folder %s isn't in the table", rel, dir)
+		return
+	}
+	if test {
+		may = append(slices.Clone(may), testsMay...)
+	}
+	for _, i := range f.Imports {
+		name, err := strconv.Unquote(i.Path.Value)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if own, ok := strings.CutPrefix(name, module); ok {
+			if !allowed(own, room, may) {
+				t.Errorf("%s imports %s, which %s may not", rel, own, room)
+			}
+			continue
+		}
+		for dependency, holders := range only {
+			if (name == dependency || strings.HasPrefix(name, dependency+"/")) && !test && !slices.Contains(holders, room) {
+				t.Errorf("%s imports %s, which only %v may", rel, name, holders)
+			}
+		}
+	}
+}
+
+// roomOf returns the entry of the table for a folder, which may be below it.
+func roomOf(dir string) (room string, may []string, known bool) {
+	for name, may := range rooms {
+		if dir == name || strings.HasPrefix(dir, name+"/") {
+			return name, may, true
+		}
+	}
+	return "", nil, false
+}
+
+func allowed(own, room string, may []string) bool {
+	if own == room || strings.HasPrefix(own, room+"/") || slices.Contains(may, all) {
+		return true
+	}
+	return slices.Contains(may, own)
+}
