@@ -260,18 +260,37 @@ func TestRouterRefuses(t *testing.T) {
 
 func TestSweepAfterCrash(t *testing.T) {
 	k := newLaptop(t)
-	before := observe(t, k).Routes
 	en0 := observe(t, k).Interface("en0").Index
-	// An endpoint pinned to the uplink outlives the tunnel.
-	if err := NewRouter(k).Set(en0, prefixes("198.51.100.7/32")); err != nil {
+	foreign := newRoute(netip.MustParsePrefix("198.51.100.8/32"), en0) // NetBird's
+	if err := k.AddRoute(foreign); err != nil {
 		t.Fatal(err)
 	}
-	gone, err := NewRouter(k).Sweep()
-	if err != nil || !slices.Equal(gone, prefixes("198.51.100.7/32")) {
+	before := observe(t, k).Routes
+	// An endpoint kept on the uplink outlives the tunnel.
+	pin, router := netip.MustParsePrefix("198.51.100.7/32"), netip.MustParseAddr("203.0.113.1")
+	r := NewRouter(k)
+	for range 2 {
+		if err := r.Add(pin, router, en0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := r.Add(pin, netip.MustParseAddr("203.0.113.2"), en0); !errors.Is(err, ErrRouteTaken) {
+		t.Errorf("by another router: %v", err)
+	}
+	gone, err := NewRouter(k).Sweep([]netip.Prefix{pin, netip.MustParsePrefix("10.9.0.0/16"), netip.MustParsePrefix("0.0.0.0/0")})
+	if err != nil || !slices.Equal(gone, []netip.Prefix{pin}) {
 		t.Errorf("swept %v, %v", gone, err)
 	}
 	if diff := cmp.Diff(before, observe(t, k).Routes, compareNetip); diff != "" {
 		t.Errorf("routes of others changed (-before +after):\n%s", diff)
+	}
+	for dst, gateway := range map[string]string{"0.0.0.0/0": "203.0.113.1", "2001:db8::/32": "203.0.113.1", "10.0.0.1/8": "203.0.113.1"} {
+		if err := r.Add(netip.MustParsePrefix(dst), netip.MustParseAddr(gateway), en0); err == nil {
+			t.Errorf("added %s by %s", dst, gateway)
+		}
+	}
+	if err := r.Add(netip.MustParsePrefix("192.0.2.0/24"), netip.MustParseAddr("172.16.0.1"), en0); !errors.Is(err, syscall.ENETUNREACH) {
+		t.Errorf("by a router that isn't on a link: %v", err)
 	}
 }
 

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"slices"
 	"syscall"
 )
 
@@ -26,14 +25,14 @@ type Router struct {
 // NewRouter returns a Router.
 func NewRouter(k Kernel) *Router { return &Router{k: k} }
 
-// Set makes the routes of ours by the interface exactly those given: missing ones
-// are added, surplus ones taken away, and the table is read again. Routes of
-// others are not touched; where one stands in the way, the error is ErrRouteTaken
-// and the rest is made all the same. Routes of ours by other interfaces stay, see
-// Sweep.
+// Set makes the marked routes by an interface of ours, a tunnel, exactly those
+// given: missing ones are added, surplus ones taken away, and the table is read
+// again. Where a route by another interface stands in the way, the error is
+// ErrRouteTaken and the rest is made all the same. The kernel takes the routes
+// away with the tunnel.
 func (r *Router) Set(index int, want []netip.Prefix) error {
 	for _, p := range want {
-		if !p.IsValid() || p.Bits() == 0 || p != p.Masked() || p.Addr().Is4In6() {
+		if !usable(p) {
 			return fmt.Errorf("set routes: prefix %v is not valid here", p)
 		}
 	}
@@ -72,23 +71,51 @@ func (r *Router) Set(index int, want []netip.Prefix) error {
 	return errors.Join(taken...)
 }
 
-// Sweep takes away all routes that carry our mark, on whatever interface: what a
-// crash has left. It returns their destinations.
-func (r *Router) Sweep() ([]netip.Prefix, error) {
+// Add adds one route by a router, such as the one that keeps an endpoint's packets
+// out of the tunnel that goes to it. It outlives the tunnel and this process: note
+// its destination on disk first, and see Sweep.
+func (r *Router) Add(dst netip.Prefix, gateway netip.Addr, index int) error {
+	if !usable(dst) || !gateway.IsValid() || gateway.Is4() != dst.Addr().Is4() {
+		return fmt.Errorf("add route %v by %v: not valid here", dst, gateway)
+	}
+	table, err := r.table()
+	if err != nil {
+		return err
+	}
+	route := newRoute(dst, index)
+	route.Gateway, route.Flags = gateway, route.Flags|RouteGateway
+	if have, ok := table[dst]; ok {
+		if have.Gateway == gateway && have.Index == index {
+			return nil
+		}
+		return fmt.Errorf("add route %s: %w", dst, ErrRouteTaken)
+	}
+	return r.apply([]change{{rtmAdd, route}})
+}
+
+// Sweep takes away the routes to the given destinations that carry the mark, on
+// whatever interface, and returns which there were. Those that don't carry it, and
+// marked ones to other destinations, are somebody else's (NetBird uses the same
+// mark).
+func (r *Router) Sweep(dsts []netip.Prefix) ([]netip.Prefix, error) {
 	table, err := r.table()
 	if err != nil {
 		return nil, err
 	}
 	var changes []change
 	var gone []netip.Prefix
-	for p, have := range table {
-		if ours(have) {
+	for _, p := range dsts {
+		if have, ok := table[p]; ok && ours(have) {
 			changes = append(changes, deletion(have))
 			gone = append(gone, p)
 		}
 	}
-	slices.SortFunc(gone, netip.Prefix.Compare)
 	return gone, r.apply(changes)
+}
+
+// usable reports whether a destination may be routed here.
+func usable(p netip.Prefix) bool {
+	return p.IsValid() && p.Bits() > 0 && p == p.Masked() && !p.Addr().Is4In6()
 }
 
 func ours(r Route) bool { return r.Flags&RouteProto1 != 0 && r.Dst.Bits() > 0 }

@@ -1,0 +1,423 @@
+package simmac
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.zx2c4.com/wireguard/tun"
+
+	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/launchd"
+)
+
+// A Host is a Mac, simulated or real, that assumptions are checked on.
+type Host struct {
+	// Runner runs its commands, as root. Required.
+	Runner darwin.Runner
+	// Kernel has its routing table. Required.
+	Kernel darwin.Kernel
+	// CreateTUN makes a utun device. Required.
+	CreateTUN func(name string, mtu int) (tun.Device, error)
+	// Root is where its file system begins, / on a real one. Required.
+	Root string
+}
+
+// Host returns the simulated Mac as one.
+func (m *Mac) Host() Host {
+	return Host{Runner: m, Kernel: m, CreateTUN: m.CreateTUN, Root: m.options.Root}
+}
+
+// An Assumption is something about macOS that the product relies on and that the
+// simulated Mac does.
+type Assumption struct {
+	// Name is a few words with dashes, for reports.
+	Name string
+	// Source says where it was read, captured or told.
+	Source string
+	// Check tries it, changes nothing lasting, and returns how the host differs.
+	Check func(ctx context.Context, h Host) error
+}
+
+// scratch names what the checks make.
+const (
+	scratchAnchor = "com.apple/org.meshhelper.assumptions"
+	scratchLabel  = "org.meshhelper.assumptions"
+)
+
+// scratchAddr is of TEST-NET-3 (RFC 5737), so nobody's.
+var scratchAddr = netip.MustParsePrefix("203.0.113.213/32")
+
+// Assumptions returns them all. Those about the packet filter need pf's stock main
+// ruleset; none needs a network.
+func Assumptions() []Assumption {
+	return []Assumption{
+		{"pfctl-token-on-stderr", "captured on macOS 26.5.2 (omacvm netd); sshuttle methods/pf.py", checkToken},
+		{"pfctl-noise-on-every-call", "pfctl.c; wazuh#39189", checkNoise},
+		{"pfctl-missing-anchor-exits-0", "captured on macOS 26.5.2 (omacvm netd)", checkMissingAnchor},
+		{"pfctl-failed-load-keeps-old-rules", "xnu bsd/net/pf_ioctl.c, DIOCXROLLBACK", checkFailedLoad},
+		{"pfctl-ignores-set-in-anchor", "pfctl.c, loadopts", checkSetIgnored},
+		{"pfctl-takes-unknown-interface", "xnu bsd/net/pf_if.c: no groups, names needn't exist", checkUnknownInterface},
+		{"pfctl-prints-rules-in-full", "pfctl(8); apple/container#1666", checkPrintedInFull},
+		{"pfctl-replaces-table-from-stdin", "pfctl_table.c", checkTable},
+		{"pfctl-kills-both-ways", "xnu bsd/net/pf_ioctl.c, DIOCKILLSTATES", checkKill},
+		{"pf-main-ruleset-has-hooks", "/etc/pf.conf of macOS 10.15 to 26", checkHooks},
+		{"sysctl-sets-forwarding", "xnu bsd/netinet/ip_input.c, bsd/netinet6/in6_proto.c", checkForwarding},
+		{"sysctl-boot-session-is-a-uuid", "xnu bsd/kern/kern_sysctl.c", checkBootSession},
+		{"route-mark-stays", "xnu bsd/net/route.h, RTF_PROTO1; netbird systemops_darwin.go", checkRouteMark},
+		{"ifconfig-address-shows", "network_cmds ifconfig.tproj; xnu bsd/netinet6/in6.c", checkAddress},
+		{"utun-takes-addresses-with-it", "xnu bsd/net/if_utun.c", checkTunnelGoes},
+		{"utun-number-taken-is-an-error", "netbird#2196", checkTunnelTaken},
+		{"launchctl-missing-service-codes", "osquery#5698; launchctl(1)", checkMissingService},
+		{"launchd-refuses-writable-list", "launchd-842 launchctl.c; munkireport#1468", checkWritableList},
+		{"launchd-loads-and-unloads", "nix-installer; launchctl(1)", checkService},
+	}
+}
+
+func checkToken(ctx context.Context, h Host) error {
+	stdout, _, status, err := h.Runner.Run(ctx, nil, "/sbin/pfctl", "-s", "References")
+	if err != nil || status != 0 {
+		return fmt.Errorf("show References: status %d, stdout %q, %w", status, stdout, err)
+	}
+	pf := darwin.NewPF(h.Runner)
+	token, err := pf.Enable(ctx)
+	if err != nil {
+		return err
+	}
+	refs, err := pf.References(ctx)
+	held := false
+	for _, r := range refs {
+		held = held || r.Token == uint64(token)
+	}
+	if err != nil || !held {
+		return errors.Join(fmt.Errorf("token %d isn't among the references %+v", token, refs), err, pf.Release(ctx, token))
+	}
+	if info, err := pf.Info(ctx); err != nil || !info.Enabled {
+		return errors.Join(errors.New("not enabled with a token"), err, pf.Release(ctx, token))
+	}
+	if err := pf.Release(ctx, token); err != nil {
+		return err
+	}
+	if err := pf.Release(ctx, token); !errors.Is(err, darwin.ErrTokenInvalid) && !errors.Is(err, darwin.ErrNotEnabled) {
+		return fmt.Errorf("releasing twice gives %v", err)
+	}
+	return nil
+}
+
+func checkNoise(ctx context.Context, h Host) error {
+	_, stderr, status, err := h.Runner.Run(ctx, nil, "/sbin/pfctl", "-s", "info")
+	if err != nil || status != 0 || !strings.Contains(string(stderr), "ALTQ") {
+		return fmt.Errorf("status %d, stderr %q, %v", status, stderr, err)
+	}
+	return nil
+}
+
+func checkMissingAnchor(ctx context.Context, h Host) error {
+	stdout, stderr, status, err := h.Runner.Run(ctx, nil, "/sbin/pfctl", "-a", scratchAnchor+".never", "-s", "rules")
+	if err != nil || status != 0 || len(stdout) != 0 || !strings.Contains(string(stderr), "Invalid argument") {
+		return fmt.Errorf("status %d, stdout %q, stderr %q, %v", status, stdout, stderr, err)
+	}
+	return nil
+}
+
+// withAnchor loads rules into the scratch anchor, calls f with what pfctl prints
+// of its filter rules, and flushes it.
+func withAnchor(ctx context.Context, h Host, rules string, f func(pf *darwin.PF, shown string) error) error {
+	pf := darwin.NewPF(h.Runner)
+	err := pf.Load(ctx, scratchAnchor, rules)
+	if err == nil {
+		var shown string
+		if shown, err = pf.Rules(ctx, scratchAnchor); err == nil {
+			err = f(pf, shown)
+		}
+	}
+	return errors.Join(err, pf.Flush(ctx, scratchAnchor))
+}
+
+func checkFailedLoad(ctx context.Context, h Host) error {
+	return withAnchor(ctx, h, "pass on utun4095 all\n", func(pf *darwin.PF, before string) error {
+		if err := pf.Load(ctx, scratchAnchor, "block all\nnonsense\n"); err == nil {
+			return errors.New("nonsense was loaded")
+		}
+		after, err := pf.Rules(ctx, scratchAnchor)
+		if err == nil && (after != before || before == "") {
+			err = fmt.Errorf("the rules were %q and are %q", before, after)
+		}
+		return err
+	})
+}
+
+func checkSetIgnored(ctx context.Context, h Host) error {
+	return withAnchor(ctx, h, "set skip on utun4095\npass on utun4095 all\n", func(pf *darwin.PF, shown string) error {
+		skipped, err := pf.Skipped(ctx)
+		if err == nil && shown == "" {
+			err = errors.New("the rule after set skip isn't loaded")
+		}
+		for _, name := range skipped {
+			if name == "utun4095" {
+				err = errors.New("an anchor's set skip has an effect")
+			}
+		}
+		return err
+	})
+}
+
+func checkUnknownInterface(ctx context.Context, h Host) error {
+	return withAnchor(ctx, h, "pass on utun4095 all\n", func(_ *darwin.PF, shown string) error {
+		if !strings.Contains(shown, "on utun4095") {
+			return fmt.Errorf("shown as %q", shown)
+		}
+		return nil
+	})
+}
+
+func checkPrintedInFull(ctx context.Context, h Host) error {
+	return withAnchor(ctx, h, "pass in on utun4095\n", func(_ *darwin.PF, shown string) error {
+		if !strings.Contains(shown, "pass in on utun4095 all flags S/SA keep state") {
+			return fmt.Errorf("shown as %q", shown)
+		}
+		return nil
+	})
+}
+
+func checkTable(ctx context.Context, h Host) error {
+	const rules = "table <scratch> persist { 203.0.113.1 }\npass on utun4095 from <scratch>\n"
+	return withAnchor(ctx, h, rules, func(pf *darwin.PF, _ string) error {
+		if err := pf.ReplaceTable(ctx, scratchAnchor, "scratch", []netip.Prefix{scratchAddr}); err != nil {
+			return err
+		}
+		entries, err := pf.Table(ctx, scratchAnchor, "scratch")
+		if err == nil && (len(entries) != 1 || entries[0].Prefix != scratchAddr) {
+			err = fmt.Errorf("the table holds %+v", entries)
+		}
+		return err
+	})
+}
+
+func checkKill(ctx context.Context, h Host) error {
+	if err := darwin.NewPF(h.Runner).Kill(ctx, scratchAddr, netip.MustParsePrefix("2001:db8:213::213/128")); err != nil {
+		return err
+	}
+	_, stderr, status, err := h.Runner.Run(ctx, nil, "/sbin/pfctl", "-k", "0.0.0.0/0", "-k", scratchAddr.Addr().String())
+	if err != nil || status != 0 || !strings.Contains(string(stderr), "killed 0 states") {
+		return fmt.Errorf("status %d, stderr %q, %v", status, stderr, err)
+	}
+	return nil
+}
+
+func checkHooks(ctx context.Context, h Host) error {
+	pf := darwin.NewPF(h.Runner)
+	rules, err := pf.Rules(ctx, "")
+	if err != nil {
+		return err
+	}
+	nat, err := pf.NAT(ctx, "")
+	if err != nil {
+		return err
+	}
+	for _, want := range []string{`anchor "com.apple/*" all`, `nat-anchor "com.apple/*" all`, `rdr-anchor "com.apple/*" all`} {
+		if !strings.Contains("\n"+rules+nat, "\n"+want) {
+			return fmt.Errorf("the main ruleset has no %s:\n%s%s", want, rules, nat)
+		}
+	}
+	return nil
+}
+
+func checkForwarding(ctx context.Context, h Host) error {
+	s := darwin.NewSysctl(h.Runner)
+	for _, f := range []darwin.Family{darwin.IPv4, darwin.IPv6} {
+		found, err := s.Forwarding(ctx, f)
+		if err == nil {
+			err = errors.Join(s.SetForwarding(ctx, f, !found), s.SetForwarding(ctx, f, found))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func checkBootSession(ctx context.Context, h Host) error {
+	id, err := darwin.NewSysctl(h.Runner).BootSession(ctx)
+	if err == nil && (len(id) != 36 || strings.Count(id, "-") != 4) {
+		err = fmt.Errorf("the id is %q", id)
+	}
+	return err
+}
+
+func checkRouteMark(_ context.Context, h Host) error {
+	n, err := darwin.Observe(h.Kernel)
+	if err != nil {
+		return err
+	}
+	lo := n.Interface("lo0")
+	if lo == nil {
+		return errors.New("there is no lo0")
+	}
+	r := darwin.NewRouter(h.Kernel)
+	if err := r.Set(lo.Index, []netip.Prefix{scratchAddr}); err != nil {
+		return err
+	}
+	gone, err := r.Sweep([]netip.Prefix{scratchAddr})
+	if err == nil && (len(gone) != 1 || gone[0] != scratchAddr) {
+		err = fmt.Errorf("swept %v", gone)
+	}
+	return err
+}
+
+func checkAddress(ctx context.Context, h Host) error {
+	d, name, err := newScratchTunnel(h)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	c := darwin.NewIfconfig(h.Runner)
+	v6 := netip.MustParsePrefix("fd6d:6573:6800:ffff::213/128")
+	for _, p := range []netip.Prefix{scratchAddr, v6} {
+		if err := c.AddAddress(ctx, name, p.Addr()); err != nil {
+			return err
+		}
+	}
+	if err := c.SetMTU(ctx, name, 1400); err != nil {
+		return err
+	}
+	n, err := darwin.Observe(h.Kernel)
+	if err != nil {
+		return err
+	}
+	i := n.Interface(name)
+	found := 0
+	for _, a := range i.Addresses {
+		if a.Prefix == scratchAddr || a.Prefix == v6 {
+			found++
+		}
+	}
+	if found != 2 || i.MTU != 1400 || i.Flags&darwin.InterfacePointToPoint == 0 {
+		return fmt.Errorf("the interface is %+v", i)
+	}
+	return errors.Join(c.RemoveAddress(ctx, name, scratchAddr.Addr()), c.RemoveAddress(ctx, name, v6.Addr()))
+}
+
+// newScratchTunnel makes a tunnel.
+func newScratchTunnel(h Host) (tun.Device, string, error) {
+	d, err := h.CreateTUN("utun", 1420)
+	if err != nil {
+		return nil, "", err
+	}
+	name, err := d.Name()
+	if err != nil {
+		d.Close()
+	}
+	return d, name, err
+}
+
+func checkTunnelGoes(ctx context.Context, h Host) error {
+	d, name, err := newScratchTunnel(h)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if err := darwin.NewIfconfig(h.Runner).AddAddress(ctx, name, scratchAddr.Addr()); err != nil {
+		return err
+	}
+	n, err := darwin.Observe(h.Kernel)
+	if err != nil {
+		return err
+	}
+	other := netip.MustParsePrefix("203.0.113.214/32")
+	if err := darwin.NewRouter(h.Kernel).Set(n.Interface(name).Index, []netip.Prefix{other}); err != nil {
+		return err
+	}
+	if err := d.Close(); err != nil {
+		return err
+	}
+	if n, err = darwin.Observe(h.Kernel); err != nil {
+		return err
+	}
+	if n.Interface(name) != nil {
+		return fmt.Errorf("%s is still there", name)
+	}
+	for _, r := range n.Routes {
+		if r.Dst == other || r.Dst == scratchAddr {
+			return fmt.Errorf("the route to %s is still there", r.Dst)
+		}
+	}
+	return nil
+}
+
+func checkTunnelTaken(_ context.Context, h Host) error {
+	d, name, err := newScratchTunnel(h)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if again, err := h.CreateTUN(name, 1420); err == nil {
+		again.Close()
+		return fmt.Errorf("%s was made twice", name)
+	}
+	return nil
+}
+
+func checkMissingService(ctx context.Context, h Host) error {
+	for verb, want := range map[string]int{"print": int(launchd.NoSuchService), "bootout": int(launchd.NoSuchProcess)} {
+		_, stderr, status, err := h.Runner.Run(ctx, nil, "/bin/launchctl", verb, "system/"+scratchLabel+".never")
+		if err != nil || status != want {
+			return fmt.Errorf("%s of a missing service: status %d, want %d, stderr %q, %v", verb, status, want, stderr, err)
+		}
+	}
+	return nil
+}
+
+// withList writes the property list of a service that sleeps, calls f with its
+// path, and removes both.
+func withList(ctx context.Context, h Host, f func(ctl *launchd.Launchctl, path, file string) error) error {
+	path := "/Library/LaunchDaemons/" + scratchLabel + ".plist"
+	file := filepath.Join(h.Root, path)
+	j := &launchd.Job{Label: scratchLabel, ProgramArguments: []string{"/bin/sleep", "600"}, RunAtLoad: true, ExitTimeOut: new(5)}
+	if err := j.Write(file); err != nil {
+		return err
+	}
+	ctl := launchd.New(launchd.Options{Runner: h.Runner})
+	err := f(ctl, path, file)
+	return errors.Join(err, ctl.Bootout(ctx, scratchLabel), os.Remove(file))
+}
+
+func checkWritableList(ctx context.Context, h Host) error {
+	return withList(ctx, h, func(_ *launchd.Launchctl, path, file string) error {
+		if err := os.Chmod(file, 0o666); err != nil {
+			return err
+		}
+		_, stderr, status, err := h.Runner.Run(ctx, nil, "/bin/launchctl", "bootstrap", "system", path)
+		if err != nil || status == 0 {
+			return fmt.Errorf("status %d, stderr %q, %v", status, stderr, err)
+		}
+		return nil
+	})
+}
+
+func checkService(ctx context.Context, h Host) error {
+	return withList(ctx, h, func(ctl *launchd.Launchctl, path, _ string) error {
+		// Twice, so that the second time is an upgrade.
+		for range 2 {
+			s, err := ctl.Load(ctx, scratchLabel, path)
+			if err != nil {
+				return err
+			}
+			if !s.Running() || s.Path != path {
+				return fmt.Errorf("status %+v", s)
+			}
+		}
+		if err := ctl.Bootout(ctx, scratchLabel); err != nil {
+			return err
+		}
+		s, err := ctl.Print(ctx, scratchLabel)
+		if err == nil && s.Loaded {
+			err = fmt.Errorf("still loaded: %+v", s)
+		}
+		return err
+	})
+}
