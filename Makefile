@@ -2,13 +2,17 @@
 
 GO ?= go
 
-.PHONY: build test demo vet
+.PHONY: build test fuzz demo vet
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/meshhelper ./cmd/meshhelper
 
 test:
 	$(GO) test ./...
+
+# Ten million packets through pf as a Mac has it, and the policy.
+fuzz:
+	$(GO) test ./internal/macos -v -run TestDifferential -timeout 60m -packets 10000000 | grep -v '^ *=== '
 
 # The story with real packets, on hosts made of network namespaces: as root, or
 # without root where user namespaces are allowed.

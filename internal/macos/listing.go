@@ -1,0 +1,24 @@
+package macos
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/meshhelper/meshhelper/pfconf"
+)
+
+// Listing returns the anchor in Markdown, each line with the reason for it.
+// Lines with the same reason stand together.
+func (a *Anchor) Listing() string {
+	var b strings.Builder
+	for i, l := range a.Lines {
+		text := strings.TrimSpace((&pfconf.Ruleset{Statements: []pfconf.Statement{l.Statement}}).String())
+		fmt.Fprintf(&b, "    %s\n", text)
+		if i+1 == len(a.Lines) || a.Lines[i+1].Why != l.Why {
+			fmt.Fprintf(&b, "\n%s.\n\n", upperFirst(l.Why))
+		}
+	}
+	return b.String()
+}
+
+func upperFirst(s string) string { return strings.ToUpper(s[:1]) + s[1:] }
