@@ -17,6 +17,7 @@ const (
 	maxQueue     = 63
 	maxAnchor    = 63 // one component of a path
 	maxPath      = 1024
+	maxPflog     = 15 // number of a log interface (if_pflog.h)
 )
 
 // checkString checks a string that is printed in quotes.
@@ -201,7 +202,7 @@ func checkLog(l *Log) error {
 		return nil
 	}
 	n, isPflog := strings.CutPrefix(l.To, "pflog")
-	if v, err := strconv.ParseUint(n, 10, 8); err != nil || !isPflog || n != strconv.FormatUint(v, 10) {
+	if v, err := strconv.ParseUint(n, 10, 8); err != nil || !isPflog || v > maxPflog || n != strconv.FormatUint(v, 10) {
 		return fmt.Errorf("log can't be to %q", clip(l.To))
 	}
 	return nil
@@ -603,7 +604,7 @@ func checkBinat(r *Rule) error {
 }
 
 func checkPoolAddress(a Address) error {
-	if a.Not || a.Kind == AddrAny || a.Kind == AddrNoRoute || a.Kind == AddrURPFFailed {
+	if a.Not || a.Kind == AddrAny || a.Kind == AddrRange || a.Kind == AddrNoRoute || a.Kind == AddrURPFFailed {
 		return errors.New("a pool holds addresses, networks, tables and interfaces")
 	}
 	return checkAddress(a)

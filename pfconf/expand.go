@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 )
 
@@ -204,6 +205,9 @@ func (l *loader) rule(r *Rule) error {
 	if err := checkRule(r); err != nil {
 		return err
 	}
+	if (l.main || l.out != nil) && climbs(r.Anchor) > depth(l.path) {
+		return errors.New("the anchor would be above the main ruleset")
+	}
 	at, ok := ruleStages[r.Action]
 	if !ok {
 		return fmt.Errorf("no action %d", r.Action)
@@ -224,6 +228,22 @@ func (l *loader) rule(r *Rule) error {
 		return l.binat(r)
 	}
 	return l.translationAnchor(r)
+}
+
+// climbs counts the ../ with which a name begins: a call from the anchor above.
+func climbs(name string) int {
+	n := 0
+	for ; strings.HasPrefix(name, "../"); n++ {
+		name = name[len("../"):]
+	}
+	return n
+}
+
+func depth(path string) int {
+	if path == "" {
+		return 0
+	}
+	return strings.Count(path, "/") + 1
 }
 
 var ruleStages = map[Action]stage{
@@ -458,6 +478,8 @@ func (l *loader) checkBinat(r *Rule, src, dst, target []Address) error {
 		return errors.New("inet or inet6 is missing")
 	case len(src) > 1 || len(dst) > 1:
 		return errors.New("binat takes one address a side")
+	case slices.ContainsFunc(slices.Concat(src, target), func(a Address) bool { return a.Kind == AddrTable || a.changes() }):
+		return errors.New("binat takes no table, and no (interface) but for its first address")
 	case family != AnyFamily && !fits(src, family) || !fits(dst, family):
 		return errors.New("the addresses of binat are of two families")
 	case r.Action == NoBinat:

@@ -31,7 +31,7 @@ func (l *loader) settleState(r *Rule) error {
 	case o.SourceTrack != NoSourceTrack || o.MaxSrcStates != 0:
 		o.SourceTrack = SourceTrackGlobal
 	}
-	if o.MaxSrcConnRate.Count > 1<<32/1000-1 {
+	if o.MaxSrcConnRate.Count > (1<<32-1)/1000 {
 		return errors.New("max-src-conn-rate is too high")
 	}
 	return nil

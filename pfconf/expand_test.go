@@ -65,6 +65,10 @@ func TestExpandRefuses(t *testing.T) {
 		{"", "set timeout tcp.first 4294967295\n", "too long"},
 		{"", "anchor a {\npass\n}\nanchor a {\npass\n}\n", "already exists"},
 		{"x", "set limit nosuch 5\n", "no limit nosuch"},
+		{"x", "anchor \"../../y\"\n", "above the main ruleset"},
+		{"", "binat on en0 inet from 10.0.0.1 to any -> (en0)\n", "takes no table"},
+		{"", "nat on en0 from any to any -> 10.0.0.1 - 10.0.0.5\n", "a pool holds"},
+		{"", "pass log (to pflog16)\n", "one of pflog0 to pflog15"},
 	} {
 		if _, err := loadText(tt.text, tt.anchor, testHost()); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%q: got %v, want %s", tt.text, err, tt.want)

@@ -124,8 +124,9 @@ func (p *parser) log() *Log {
 			l.User = true
 		case p.accept("to"):
 			to := p.strs("a pflog interface")
-			if n, err := strconv.ParseUint(strings.TrimPrefix(to, "pflog"), 10, 8); err != nil || !strings.HasPrefix(to, "pflog") {
-				p.found(t, "to and one of pflog0 to pflog255")
+			n, err := strconv.ParseUint(strings.TrimPrefix(to, "pflog"), 10, 8)
+			if err != nil || n > maxPflog || !strings.HasPrefix(to, "pflog") {
+				p.found(t, "to and one of pflog0 to pflog15")
 			} else if n != 0 || l.To == "" {
 				l.To = "pflog" + strconv.FormatUint(n, 10)
 			}
@@ -408,9 +409,7 @@ func (p *parser) tos() *uint8 {
 		case "reliability":
 			n = 0x04
 		default:
-			if v, ok := parseUint(s); ok && strings.HasPrefix(s, "0x") {
-				n = int64(v)
-			}
+			n = leadingHex(s)
 		}
 	}
 	if n < 1 || n > 255 {
@@ -418,6 +417,17 @@ func (p *parser) tos() *uint8 {
 	}
 	b := uint8(n)
 	return &b
+}
+
+// leadingHex reads 0x10, and like pfctl doesn't mind what follows the digits.
+func leadingHex(s string) int64 {
+	digits, ok := strings.CutPrefix(s, "0x")
+	if !ok {
+		return 0
+	}
+	digits = digits[:len(digits)-len(strings.TrimLeft(digits, "0123456789abcdefABCDEF"))]
+	n, _ := strconv.ParseUint(digits, 16, 16)
+	return int64(n)
 }
 
 func (p *parser) queue() (name, priority string) {
