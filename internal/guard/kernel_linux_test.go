@@ -1,0 +1,407 @@
+package guard
+
+import (
+	"bytes"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.zx2c4.com/wireguard/conn"
+	"golang.zx2c4.com/wireguard/tun"
+	"golang.zx2c4.com/wireguard/tun/tuntest"
+
+	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
+	"github.com/meshhelper/meshhelper/internal/netlab"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
+)
+
+func TestMain(m *testing.M) { os.Exit(netlab.Main(m.Run)) }
+
+// kernelHost is the picture's host B in a network namespace: a real tunnel
+// device behind a guard, two more interfaces, and forwarding without any packet
+// filter, so that the guard alone decides.
+type kernelHost struct {
+	*netlab.Host
+	guard *Device
+	inner tun.Device
+}
+
+// meshLink is the tunnel device's name.
+const meshLink = "mh0"
+
+func newKernelHost(t testing.TB) *kernelHost {
+	t.Helper()
+	if err := netlab.Unavailable(); err != nil {
+		t.Skip(err)
+	}
+	lab, err := netlab.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := lab.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	hosts := make([]*netlab.Host, 3)
+	for i, name := range []string{"B", "W", "L"} {
+		if hosts[i], err = lab.Host(name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b := &kernelHost{Host: hosts[0]}
+	check := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	check(lab.Link(
+		netlab.Port{Host: hosts[0], Name: "en0", Addrs: prefixes("203.0.113.9/24", "2001:db8:1::9/64")},
+		netlab.Port{Host: hosts[1], Name: "en0", Addrs: prefixes("203.0.113.1/24", "2001:db8:1::1/64")}))
+	check(lab.Link(
+		netlab.Port{Host: hosts[0], Name: "en5", Addrs: prefixes("192.168.77.1/24", "2001:db8:77::1/64")},
+		netlab.Port{Host: hosts[2], Name: "en5", Addrs: prefixes("192.168.77.20/24", "2001:db8:77::20/64")}))
+	check(b.Do(func() (err error) {
+		b.inner, err = tun.CreateTUN(meshLink, 1420)
+		return err
+	}))
+	b.guard = New(b.inner, Options{})
+	if b.guard.wake == nil {
+		t.Fatal("the kernel's tunnel device has no read deadlines")
+	}
+	t.Cleanup(func() { _ = b.guard.Close() })
+	check(b.SetUp(meshLink, true))
+	for _, own := range prefixes("100.64.0.1/32", "fd6d:6573:6800::1/128") {
+		check(b.AddAddr(meshLink, own))
+	}
+	for _, peer := range prefixes("100.64.0.2/31", "fd6d:6573:6800::2/127") {
+		check(b.AddRoute(netlab.Route{To: peer, Link: meshLink}))
+	}
+	for _, via := range []string{"203.0.113.1", "2001:db8:1::1"} {
+		gateway := netip.MustParseAddr(via)
+		any := netip.PrefixFrom(gateway, 0).Masked()
+		check(b.AddRoute(netlab.Route{To: any, Via: gateway}))
+	}
+	for _, name := range []string{"net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"} {
+		check(b.SetSysctl(name, "1"))
+	}
+	return b
+}
+
+func prefixes(texts ...string) []netip.Prefix {
+	out := make([]netip.Prefix, len(texts))
+	for i, s := range texts {
+		out[i] = netip.MustParsePrefix(s)
+	}
+	return out
+}
+
+// listen returns a UDP socket of the host.
+func (b *kernelHost) listen(t testing.TB, at netip.AddrPort) *net.UDPConn {
+	t.Helper()
+	var c *net.UDPConn
+	err := b.Do(func() (err error) {
+		c, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(at))
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	return c
+}
+
+// write gives a packet of a peer to the guard.
+func (b *kernelHost) write(t testing.TB, p []byte) {
+	t.Helper()
+	if _, err := b.guard.Write([][]byte{append(make([]byte, offset), p...)}, offset); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// readFrom reads batches until one has a packet with the source that is wanted.
+func (b *kernelHost) readFrom(t testing.TB, want netip.AddrPort) []byte {
+	t.Helper()
+	for {
+		for _, p := range read(t, b.guard) {
+			if got, ok := netlab.ParsePacket(p); ok && got.Src == want.Addr() && got.SrcPort == want.Port() {
+				return p
+			}
+		}
+	}
+}
+
+// TestKernelAnswers has C talk with a socket of the host over the kernel's own
+// tunnel device, then denies it: the answer comes although Read is blocked in the
+// kernel.
+func TestKernelAnswers(t *testing.T) {
+	b := newKernelHost(t)
+	for _, tt := range []struct{ peer, host netip.Addr }{{flowtest.PeerC4, flowtest.HostB4}, {flowtest.PeerC6, flowtest.HostB6}} {
+		b.guard.Set(flowtest.Picture(t, policy.Incoming))
+		server := b.listen(t, at(tt.host, 7000))
+		question := flowtest.Datagram(at(tt.peer, 9), at(tt.host, 7000), 8)
+		b.write(t, question)
+		buf := make([]byte, 100)
+		_ = server.SetReadDeadline(time.Now().Add(patience))
+		n, from, err := server.ReadFromUDPAddrPort(buf)
+		if err != nil || n != 8 || from != at(tt.peer, 9) {
+			t.Fatalf("the socket got %d bytes from %v, %v", n, from, err)
+		}
+		if _, err := server.WriteToUDPAddrPort([]byte("answer"), from); err != nil {
+			t.Fatal(err)
+		}
+		if p := b.readFrom(t, at(tt.host, 7000)); !bytes.HasSuffix(p, []byte("answer")) {
+			t.Errorf("the answer on its way to C is %x", p)
+		}
+
+		b.guard.Set(flowtest.Picture(t, 0))
+		if _, err := server.WriteToUDPAddrPort([]byte("cut"), from); err != nil {
+			t.Fatal(err)
+		}
+		got := make(chan []byte, 1)
+		go func() { got <- b.readFrom(t, netip.AddrPortFrom(tt.host, 0)) }()
+		time.Sleep(10 * time.Millisecond) // most likely blocked by now; right either way
+		b.write(t, question)
+		select {
+		case p := <-got:
+			checkAnswer(t, p, tt.host, tt.peer, question)
+		case <-time.After(patience):
+			t.Fatal("no answer comes")
+		}
+		_ = server.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+		if n, _, err := server.ReadFromUDPAddrPort(buf); err == nil {
+			t.Errorf("the socket got %d bytes after the denial", n)
+		}
+	}
+}
+
+// TestKernelMutated sends random and mutated packets of C, who may only route,
+// through the guard and the forwarding kernel, and looks at all that leaves the
+// host with a source of C's or A's: internet by the uplink, and nothing else.
+func TestKernelMutated(t *testing.T) {
+	n := 1_000_000
+	if testing.Short() {
+		n = 50_000
+	}
+	b := newKernelHost(t)
+	r := flowtest.Picture(t, policy.Routing)
+	b.guard.Set(r)
+	var left, wrong atomic.Int64
+	watch, err := b.Watch(func(p netlab.Packet) bool {
+		_, ofPeer := r.PeerByAddr(p.Src)
+		if !p.Out || p.Link == meshLink || !ofPeer {
+			return false
+		}
+		left.Add(1)
+		if p.Link == "en0" && r.Class(p.Dst) == policy.Internet {
+			return false
+		}
+		wrong.Add(1)
+		return true
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	random := rand.New(rand.NewPCG(5, 6))
+	seeds := seedPackets()
+	const batch = 64
+	for done := 0; done < n; done += batch {
+		bufs := make([][]byte, batch)
+		for i := range bufs {
+			bufs[i] = append(make([]byte, offset), flowtest.Mutate(random, seeds[random.IntN(len(seeds))])...)
+		}
+		// The kernel may refuse what the guard lets through.
+		_, _ = b.guard.Write(bufs, offset)
+	}
+	if err := watch.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	bad, err := watch.Packets()
+	if err != nil {
+		t.Log(err) // packets that the watch lost aren't judged
+	}
+	for _, p := range bad[:min(len(bad), 5)] {
+		t.Errorf("by %s leaves %x", p.Link, p.Data)
+	}
+	if left.Load() == 0 {
+		t.Error("nothing left the host, so the test shows nothing")
+	}
+	t.Logf("%d packets, %d left the host, %d wrongly", n, left.Load(), wrong.Load())
+}
+
+// sourceTUN is a tunnel device that always has the same packet to read, in
+// batches, until it is told to stop.
+type sourceTUN struct {
+	tun.Device
+	packet []byte
+	stop   chan struct{}
+	credit chan int // how many packets the next Read gives
+}
+
+func (s *sourceTUN) BatchSize() int { return 128 }
+
+func (s *sourceTUN) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
+	select {
+	case n := <-s.credit:
+		for i := range n {
+			sizes[i] = copy(bufs[i][offset:], s.packet)
+		}
+		return n, nil
+	case <-s.stop:
+		return 0, os.ErrClosed
+	}
+}
+
+func (s *sourceTUN) Close() error {
+	close(s.stop)
+	return s.Device.Close()
+}
+
+// countTUN counts what is written to the real device behind it.
+type countTUN struct {
+	tun.Device
+	packets atomic.Int64
+}
+
+func (c *countTUN) Write(bufs [][]byte, offset int) (int, error) {
+	n := len(bufs)
+	_, err := c.Device.Write(bufs, offset)
+	c.packets.Add(int64(n))
+	return n, err
+}
+
+// BenchmarkForwarded sends packets by WireGuard from one device to another, that
+// writes them to the kernel's tunnel device, with the guard between and without,
+// in turns. The processor time that a packet costs is measured: throughput is
+// bound by it, and a busy machine doesn't change it as much.
+func BenchmarkForwarded(b *testing.B) {
+	h := newKernelHost(b)
+	h.guard.Set(flowtest.Picture(b, 7))
+	plain, guarded := newPipe(b, h, false), newPipe(b, h, true)
+	var cost [2]time.Duration
+	const turn = 64 * 100
+	plain.send(b, turn)
+	guarded.send(b, turn)
+	rounds := 0
+	for b.Loop() {
+		for i, p := range []*pipe{plain, guarded} {
+			before := cpuTime(b)
+			p.send(b, turn)
+			cost[i] += cpuTime(b) - before
+		}
+		rounds++
+	}
+	perPacket := func(d time.Duration) float64 { return float64(d.Nanoseconds()) / float64(rounds*turn) }
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(perPacket(cost[0]), "cpu-ns/packet-without")
+	b.ReportMetric(perPacket(cost[1]), "cpu-ns/packet-with")
+	b.ReportMetric(float64(cost[0])/float64(cost[1]), "throughput-ratio")
+}
+
+// pipe is a peer that sends to the host by WireGuard.
+type pipe struct {
+	source *sourceTUN
+	sink   *countTUN
+}
+
+// newPipe starts two WireGuard devices in the host's namespace.
+func newPipe(b *testing.B, h *kernelHost, guarded bool) *pipe {
+	b.Helper()
+	p := &pipe{
+		source: &sourceTUN{
+			Device: tuntest.NewChannelTUN().TUN(), stop: make(chan struct{}), credit: make(chan int),
+			packet: flowtest.TCPSegment(at(flowtest.PeerC4, 40000), at(flowtest.LAN4, 9), flowtest.ACK, 1300),
+		},
+		sink: &countTUN{Device: h.inner},
+	}
+	var into tun.Device = unclosed{p.sink, make(chan struct{})}
+	if guarded {
+		g := New(into, Options{})
+		g.Set(flowtest.Picture(b, 7))
+		into = g
+	}
+	var devices [2]*wireguard.Device
+	keys := [2]wireguard.PrivateKey{}
+	for i, t := range []tun.Device{p.source, into} {
+		key, err := wireguard.GeneratePrivateKey(rand.NewChaCha8([32]byte{byte(i)}))
+		if err != nil {
+			b.Fatal(err)
+		}
+		keys[i] = key
+		err = h.Do(func() (err error) {
+			devices[i], err = wireguard.NewDevice(wireguard.Options{TUN: t, PrivateKey: key, Logger: slog.New(slog.DiscardHandler), Bind: conn.NewDefaultBind()})
+			return err
+		})
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(devices[i].Close)
+	}
+	addresses := []wireguard.Addresses{{V4: flowtest.PeerC4, V6: flowtest.PeerC6}, {V4: flowtest.LAN4, V6: flowtest.LAN6}}
+	for i, d := range devices {
+		err := h.Do(func() error {
+			return d.Set(wireguard.Peer{
+				PublicKey: keys[1-i].Public(), Addresses: addresses[1-i],
+				Endpoint: netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), devices[1-i].ListenPort()),
+			})
+		})
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
+	return p
+}
+
+// unclosed is a device that its user can't close, and that has nothing to read.
+type unclosed struct {
+	*countTUN
+	done chan struct{}
+}
+
+func (unclosed) File() *os.File           { return nil }
+func (unclosed) Events() <-chan tun.Event { return nil }
+
+func (u unclosed) Close() error {
+	close(u.done)
+	return nil
+}
+
+func (u unclosed) Read([][]byte, []int, int) (int, error) {
+	<-u.done
+	return 0, os.ErrClosed
+}
+
+// send sends n packets and waits until they are written, a batch at a time so
+// that none is lost on the way.
+func (p *pipe) send(b *testing.B, n int) {
+	b.Helper()
+	const batch = 64
+	for range n / batch {
+		want := p.sink.packets.Load() + batch
+		p.source.credit <- batch
+		for deadline := time.Now().Add(patience); p.sink.packets.Load() < want; {
+			if time.Now().After(deadline) {
+				b.Fatal(fmt.Errorf("%d of %d packets arrive", p.sink.packets.Load(), want))
+			}
+			time.Sleep(10 * time.Microsecond)
+		}
+	}
+}
+
+// cpuTime is the processor time that this process has used.
+func cpuTime(b *testing.B) time.Duration {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
