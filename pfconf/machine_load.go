@@ -3,7 +3,6 @@ package pfconf
 import (
 	"fmt"
 	"slices"
-	"strconv"
 	"strings"
 )
 
@@ -148,29 +147,6 @@ func (m *Machine) unload(rules []*crule) {
 		r.loaded = false
 		m.releaseRule(r)
 	}
-}
-
-// mainOptions returns the timeouts and the limit on states that a main ruleset
-// sets.
-func (m *Machine) mainOptions(opts []*Option) (t [timeoutMax]uint32, limit int, err error) {
-	t, err = timeoutOptions(opts)
-	limit = m.startLimit
-	for _, o := range opts {
-		if o.Name != "limit" {
-			continue
-		}
-		for _, v := range o.Values {
-			name, text, _ := strings.Cut(v, " ")
-			n, aerr := strconv.ParseUint(strings.TrimSpace(text), 10, 31)
-			if aerr != nil {
-				return t, 0, fmt.Errorf("set limit %s: %w", v, aerr)
-			}
-			if name == "states" {
-				limit = int(n)
-			}
-		}
-	}
-	return t, limit, err
 }
 
 // setSkip is set skip: of the interfaces that exist now, by their whole names.

@@ -640,6 +640,9 @@ func TestTableOutlivesItsRules(t *testing.T) {
 
 func TestStateLimit(t *testing.T) {
 	m := machineHost(t, "set limit states 50\npass all\n")
+	if start := m.timeouts[adaptiveStart]; start != 30 {
+		t.Errorf("timeouts shrink from %d states on", start)
+	}
 	for port := range uint16(100) {
 		m.Receive(udp("198.51.100.1", 1000+port, "192.0.2.10", 2), "en0")
 	}
@@ -653,8 +656,8 @@ func TestStateLimit(t *testing.T) {
 		t.Errorf("%d states after flushing all", m.StateCount())
 	}
 	mustLoad(t, m, "", "pass all\n")
-	if m.limit != DefaultStateLimit {
-		t.Errorf("limit %d after a load without one", m.limit)
+	if m.limit != DefaultStateLimit || m.timeouts != defaultTimeouts {
+		t.Errorf("limit %d, timeouts %v after a load without", m.limit, m.timeouts)
 	}
 }
 
@@ -672,6 +675,21 @@ func TestAdaptiveTimeouts(t *testing.T) {
 	}
 	if left := m.Advance(time.Minute); left != 0 {
 		t.Errorf("%d states after 90 s", left)
+	}
+}
+
+// TestTimeoutNames: each kind of timeout is at its name's place.
+func TestTimeoutNames(t *testing.T) {
+	if len(timeouts) != int(timeoutMax) {
+		t.Fatalf("%d names of %d timeouts", len(timeouts), timeoutMax)
+	}
+	for kind, name := range map[timeoutKind]string{
+		tcpClosed: "tcp.closed", udpMultiple: "udp.multiple", icmpError: "icmp.error", espFirst: "esp.first",
+		otherMultiple: "other.multiple", adaptiveEnd: "adaptive.end", tsDiff: "tcp.tsdiff",
+	} {
+		if timeouts[kind] != name {
+			t.Errorf("timeout %d is %s, want %s", kind, timeouts[kind], name)
+		}
 	}
 }
 

@@ -6,7 +6,8 @@ import (
 	"strings"
 )
 
-// timeoutKind is one of the timeouts of a state, PFTM_* of bsd/net/pfvar.h.
+// timeoutKind is one of pf's timeouts, PFTM_* of bsd/net/pfvar.h. It is also the
+// index of its name in timeouts.
 type timeoutKind uint8
 
 const (
@@ -35,18 +36,9 @@ const (
 	adaptiveStart
 	adaptiveEnd
 	srcTrack
+	tsDiff
 	timeoutMax
 )
-
-// timeoutNames are the words of set timeout, in the order of the kinds.
-var timeoutNames = [timeoutMax]string{
-	"tcp.first", "tcp.opening", "tcp.established", "tcp.closing", "tcp.finwait", "tcp.closed",
-	"udp.first", "udp.single", "udp.multiple", "icmp.first", "icmp.error",
-	"grev1.first", "grev1.initiating", "grev1.established",
-	"esp.first", "esp.initiating", "esp.established",
-	"other.first", "other.single", "other.multiple", "frag", "interval",
-	"adaptive.start", "adaptive.end", "src.track",
-}
 
 // defaultTimeouts are in seconds, those of adaptive in states: from pfvar.h,
 // and from pfctl, which sets the adaptive ones to 6 and 12 tenths of the limit
@@ -60,17 +52,7 @@ var defaultTimeouts = [timeoutMax]uint32{
 	otherFirst: 60, otherSingle: 30, otherMultiple: 60,
 	fragTimeout: 30, intervalTimeout: 10,
 	adaptiveStart: 6000, adaptiveEnd: 12000,
-}
-
-// timeoutByName finds a timeout by its word. tcp.tsdiff and the like, which
-// don't concern states here, are unknown.
-func timeoutByName(name string) (timeoutKind, bool) {
-	for i, n := range timeoutNames {
-		if n == name {
-			return timeoutKind(i), true
-		}
-	}
-	return 0, false
+	tsDiff: 30,
 }
 
 // optimizationTimeouts are what set optimization changes, from pfctl.c.
@@ -85,41 +67,63 @@ var optimizationTimeouts = map[string][]Timeout{
 	},
 	"conservative": {
 		{"tcp.first", 3600}, {"tcp.opening", 900}, {"tcp.established", 432000}, {"tcp.closing", 3600},
-		{"tcp.finwait", 600}, {"tcp.closed", 180}, {"udp.first", 300}, {"udp.single", 150}, {"udp.multiple", 900},
+		{"tcp.finwait", 600}, {"tcp.closed", 180},
 	},
 }
 
-// timeoutOptions returns what the set lines of a main ruleset make of the
-// timeouts: pfctl starts from the defaults at each load.
-func timeoutOptions(opts []*Option) ([timeoutMax]uint32, error) {
-	t := defaultTimeouts
+// mainOptions returns what the set lines of a main ruleset make of the timeouts
+// and of the limit on states. pfctl starts from the defaults at each load.
+func (m *Machine) mainOptions(opts []*Option) (t [timeoutMax]uint32, limit int, err error) {
+	t, limit = defaultTimeouts, m.startLimit
+	limited, adaptive := false, false
 	for _, o := range opts {
+		pairs, err := optionPairs(o)
+		if err != nil {
+			return t, limit, err
+		}
 		switch o.Name {
 		case "optimization":
-			for _, v := range o.Values {
-				if v == "satellite" {
-					v = "high-latency"
-				}
-				setTimeouts(&t, optimizationTimeouts[v])
-			}
+			setTimeouts(&t, optimizationTimeouts[strings.Replace(strings.ToLower(o.Values[0]), "satellite", "high-latency", 1)])
 		case "timeout":
-			for _, v := range o.Values {
-				name, text, _ := strings.Cut(v, " ")
-				n, err := strconv.ParseUint(strings.TrimSpace(text), 10, 31)
-				if err != nil {
-					return t, fmt.Errorf("set timeout %s: %w", v, err)
+			setTimeouts(&t, pairs)
+			for _, p := range pairs {
+				adaptive = adaptive || strings.HasPrefix(p.Name, "adaptive.")
+			}
+		case "limit":
+			for _, p := range pairs {
+				if p.Name == "states" {
+					limit, limited = int(p.Seconds), true
 				}
-				setTimeouts(&t, []Timeout{{name, uint32(n)}})
 			}
 		}
 	}
-	return t, nil
+	if limited && !adaptive {
+		t[adaptiveStart], t[adaptiveEnd] = uint32(limit/10*6), uint32(limit/10*12)
+	}
+	return t, limit, nil
+}
+
+// optionPairs reads the values of set timeout and set limit.
+func optionPairs(o *Option) ([]Timeout, error) {
+	if o.Name != "timeout" && o.Name != "limit" {
+		return nil, nil
+	}
+	var out []Timeout
+	for _, v := range o.Values {
+		name, text, _ := strings.Cut(v, " ")
+		n, err := strconv.ParseUint(strings.TrimSpace(text), 10, 31)
+		if err != nil {
+			return nil, fmt.Errorf("set %s %s: %w", o.Name, v, err)
+		}
+		out = append(out, Timeout{name, uint32(n)})
+	}
+	return out, nil
 }
 
 func setTimeouts(t *[timeoutMax]uint32, ts []Timeout) {
 	for _, to := range ts {
-		if k, ok := timeoutByName(to.Name); ok {
-			t[k] = to.Seconds
+		if i := timeoutIndex(to.Name); i >= 0 {
+			t[i] = to.Seconds
 		}
 	}
 }
