@@ -116,6 +116,7 @@ func FuzzOutputs(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, text string) {
 		ParseAnchors(text)
+		ParseInterfaces(text)
 		ParseTables(text)
 		if entries, err := ParseTableEntries(text); err == nil {
 			for _, a := range entries {

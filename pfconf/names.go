@@ -186,11 +186,11 @@ func unreachType(v6 bool) uint8 {
 }
 
 // timeouts are pf's timeouts in the order of the kernel, in which pfctl -sr
-// prints those of a rule.
+// prints those of a rule. The spelling of estblished is Apple's.
 var timeouts = []string{
 	"tcp.first", "tcp.opening", "tcp.established", "tcp.closing", "tcp.finwait", "tcp.closed",
 	"udp.first", "udp.single", "udp.multiple", "icmp.first", "icmp.error",
-	"grev1.first", "grev1.initiating", "grev1.estblished", "esp.first", "esp.initiating", "esp.estblished",
+	"grev1.first", "grev1.initiating", "grev1.estblished", "esp.first", "esp.estblished",
 	"other.first", "other.single", "other.multiple", "frag", "interval",
 	"adaptive.start", "adaptive.end", "src.track", "tcp.tsdiff",
 }

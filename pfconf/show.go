@@ -82,7 +82,7 @@ type shownReader struct {
 
 // noise are lines that pfctl writes besides; they go to the standard error, with
 // which its output may have been joined.
-var noise = set("No ALTQ support in kernel", "ALTQ related functions disabled", "FILTER RULES:", "TRANSLATION RULES:",
+var noise = set("No ALTQ support in kernel", "ALTQ related functions disabled", "FILTER RULES:", "TRANSLATION RULES:", "DUMMYNET RULES:",
 	"pfctl: Use of -f option, could result in flushing of rules",
 	"present in the main ruleset added by the system at startup.", "See /etc/pf.conf for further details.")
 
@@ -195,6 +195,26 @@ func shownWords(text string) []string {
 		if line = strings.TrimSpace(line); line != "" && !noise[line] {
 			all = append(all, line)
 		}
+	}
+	return all
+}
+
+// A ShownInterface is an interface as pf knows it.
+type ShownInterface struct {
+	Name string
+	Skip bool // set skip: pf doesn't look at its packets. Told with -v only.
+}
+
+// ParseInterfaces reads what pfctl -v -s Interfaces prints.
+func ParseInterfaces(text string) []ShownInterface {
+	var all []ShownInterface
+	for _, line := range strings.Split(text, "\n") {
+		// Counters of -vv are indented.
+		if line = strings.TrimRight(line, " \r"); line == "" || line[0] == '\t' || line[0] == ' ' || noise[line] {
+			continue
+		}
+		name, skip := strings.CutSuffix(line, " (skip)")
+		all = append(all, ShownInterface{Name: name, Skip: skip})
 	}
 	return all
 }

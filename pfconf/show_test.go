@@ -3,14 +3,14 @@ package pfconf
 import (
 	"net/netip"
 	"reflect"
+	"strings"
 	"testing"
 	"time"
 )
 
 // shownSamples are what pfctl -sr, -sn and their -v print.
 var shownSamples = []string{
-	sampleRules, sampleVerbose, sampleNested,
-	"nat on en0 inet from 192.168.77.0/24 to any -> (en0) extfilter ei\nrdr-anchor \"com.apple/*\" all\n",
+	sampleRules, sampleVerbose, sampleNested, sampleMac,
 }
 
 const sampleRules = `No ALTQ support in kernel
@@ -37,6 +37,52 @@ const sampleNested = `anchor all {
 }
 pass all flags any keep state
 `
+
+// sampleMac is what Internet Sharing, a VPN and the stock ruleset are known to
+// show on Macs.
+const sampleMac = `scrub on bridge100 all no-df max-mss 1410 fragment reassemble
+scrub on en0 proto esp all no-df fragment reassemble
+nat on en0 inet from 192.168.77.0/24 to any -> (en0) extfilter ei
+nat on pdp_ip0 inet from 172.20.10.0/28 to any -> (pdp_ip0:0) extfilter ei
+no nat on bridge100 inet from 172.20.10.1 to 172.20.10.0/28
+rdr on bridge100 inet proto tcp from 172.20.10.0/28 to any port = 21 -> 127.0.0.1 port 8021
+nat-anchor "com.apple.internet-sharing" all
+rdr-anchor "com.apple/*" all
+pass on utun9 inet all flags any keep state
+pass on utun9 inet proto esp all no state
+pass inet proto igmp all keep state allow-opts
+pass on bridge100 all flags any keep state rtable 2
+pass out log (all) quick inet proto udp from any to 192.0.2.1 port = 51820 user = 0 keep state
+pass in quick on lo0 all flags S/SA keep state (if-bound)
+pass out quick on en0 inet6 proto ipv6-icmp from any to ff02::/16 icmp6-type neighbrsol code 0 no state
+block return quick all
+dummynet-anchor "com.apple/*" all
+`
+
+// TestMacsAreUnderstood reads them line by line, and shows them as they were.
+func TestMacsAreUnderstood(t *testing.T) {
+	s := ParseShown("DUMMYNET RULES:\n" + sampleMac)
+	for _, u := range s.Unknown {
+		t.Errorf("line %d %q: %v", u.Line, u.Text, u.Err)
+	}
+	for i, line := range strings.Split(strings.TrimSpace(sampleMac), "\n") {
+		r := s.Rules[i].Rule
+		if r.Action == Scrub {
+			r.Normalize.Fragment = FragmentReassemble
+		}
+		if got := shown(r, r.Anchor); got != line {
+			t.Errorf("got %s\nwant %s", got, line)
+		}
+	}
+}
+
+func TestParseInterfaces(t *testing.T) {
+	got := ParseInterfaces("ALL\nen0\nlo0 (skip)\n\tCleared:     Thu Jan  1 00:00:00 1970\n")
+	want := []ShownInterface{{Name: "ALL"}, {Name: "en0"}, {Name: "lo0", Skip: true}}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got %+v", got)
+	}
+}
 
 func TestParseShown(t *testing.T) {
 	names := Names{Service: func(name string) (uint16, bool) { return 5353, name == "mdns" }}
@@ -128,6 +174,7 @@ Counters
    id: 00000000deadbeef creatorid: 00000001
 en0 udp 100.64.0.9:5000 -> 192.0.2.7:50001 -> 1.1.1.1:53       MULTIPLE:SINGLE
 utun4 ipv6-icmp fd00::1[77] <- fd00::9[77]       0:0
+ALL icmp ff02::16[0] <- ::[0]       0:0
 ALL gre 10.0.0.1 <- 10.0.0.2       SINGLE:NO_TRAFFIC
 `
 )
@@ -242,6 +289,8 @@ func TestParseStates(t *testing.T) {
 			Outer: end("1.1.1.1:53"), Source: "MULTIPLE", Destination: "SINGLE", Anchor: -1, Rule: -1},
 		{Interface: "utun4", Proto: "ipv6-icmp", Direction: In, Inner: end("[fd00::1]:77"), Translated: end("[fd00::1]:77"),
 			Outer: end("[fd00::9]:77"), Source: "0", Destination: "0", Anchor: -1, Rule: -1},
+		{Interface: "ALL", Proto: "icmp", Direction: In, Inner: end("[ff02::16]:0"), Translated: end("[ff02::16]:0"),
+			Outer: end("[::]:0"), Source: "0", Destination: "0", Anchor: -1, Rule: -1},
 		{Interface: "ALL", Proto: "gre", Direction: In, Inner: end("10.0.0.1:0"), Translated: end("10.0.0.1:0"),
 			Outer: end("10.0.0.2:0"), Source: "SINGLE", Destination: "NO_TRAFFIC", Anchor: -1, Rule: -1},
 	}
