@@ -46,13 +46,13 @@ func withFake(p map[string]newPlatform) map[string]newPlatform {
 func newFake(string, *slog.Logger) (daemon.Platform, error) {
 	h := platformtest.New()
 	dir := os.Getenv("FAULTS")
-	h.Fault = func(step string) error {
+	h.SetFault(func(step string) error {
 		text, err := os.ReadFile(filepath.Join(dir, step))
 		if err != nil {
 			return nil
 		}
 		return &platform.StepError{Step: step, Err: errors.New(string(bytes.TrimSpace(text))), Hint: "take the fault away"}
-	}
+	})
 	return h, nil
 }
 

@@ -149,7 +149,7 @@ func (o *peerAddOptions) answer(ctx context.Context, changed api.Changed, privat
 	if err != nil && (!saved || private.IsZero()) {
 		return err
 	}
-	config, failed := o.app.configOf(context.WithoutCancel(ctx), o.name, private)
+	config, failed := o.app.configOf(context.WithoutCancel(ctx), o.name, private, o.publicKey == "" || o.qr)
 	if failed != nil {
 		return errors.Join(err, failed)
 	}
@@ -169,37 +169,44 @@ type addAnswer struct {
 	Config string   `json:"config"`
 }
 
+// tell says what holds: on stdout, unless that is for the configuration alone.
 func (o *peerAddOptions) tell(changed api.Changed, config string, saved bool) {
+	speak, show := o.app.talk, true
+	if o.publicKey != "" && !o.qr {
+		speak, show = o.app.say, false
+	}
 	switch {
 	case saved:
 	case changed.Already:
-		o.app.talk("%s is a peer already, with %s", o.name, joinAddresses(changed.Peer.Addresses))
+		speak("%s is already a peer, with %s", o.name, joinAddresses(changed.Peer.Addresses))
 	default:
-		o.app.talk("%s is now a peer, with %s; it may: %s", o.name, joinAddresses(changed.Peer.Addresses),
+		speak("%s is now a peer, with %s; it may: %s", o.name, joinAddresses(changed.Peer.Addresses),
 			describePermissions(changed.Peer.Permissions))
 	}
-	if o.publicKey == "" {
+	if show {
 		o.app.printConfig(config, o.qr)
-	} else if o.qr {
-		o.app.printConfig(config, true)
 	}
 }
 
 // configOf asks for a peer's configuration and puts the private key in, which
-// never leaves this process but on stdout.
-func (a *app) configOf(ctx context.Context, ref string, private wireguard.PrivateKey) (string, error) {
+// never leaves this process but on stdout. What its owner has to look at is said
+// when it is shown.
+func (a *app) configOf(ctx context.Context, ref string, private wireguard.PrivateKey, shown bool) (string, error) {
 	c, err := a.client().Config(ctx, ref)
 	if err != nil {
 		return "", err
-	}
-	for _, w := range c.Warnings {
-		a.talk("warning: %s", w)
 	}
 	parsed, err := wireguard.ParseConfig(c.Text)
 	if err != nil {
 		return "", err
 	}
 	parsed.PrivateKey = private
+	if !shown {
+		return parsed.Text(), nil
+	}
+	for _, w := range c.Warnings {
+		a.talk("warning: %s", w)
+	}
 	if private.IsZero() {
 		a.talk("put the peer's private key in place of the placeholder; for a new key run: meshhelper peer rekey %s", ref)
 	}
@@ -225,7 +232,7 @@ func newPeerConfigCommand(a *app) *cobra.Command {
 		Use: "config NAME", Short: "Print a peer's configuration, with a placeholder for its private key", Args: cobra.ExactArgs(1),
 		ValidArgsFunction: a.completePeers,
 		RunE: func(c *cobra.Command, args []string) error {
-			config, err := a.configOf(c.Context(), args[0], wireguard.PrivateKey{})
+			config, err := a.configOf(c.Context(), args[0], wireguard.PrivateKey{}, true)
 			if err != nil {
 				return err
 			}

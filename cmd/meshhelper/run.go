@@ -36,8 +36,12 @@ type runOptions struct {
 // defaultListenPort is the UDP port of WireGuard by custom.
 const defaultListenPort = 51820
 
-// minTick is the shortest tick: a look at the host takes some milliseconds.
-const minTick = 100 * time.Millisecond
+// A look at the host takes some milliseconds, and an answer on the socket a
+// minute at most.
+const (
+	minTick = 100 * time.Millisecond
+	maxWait = 50 * time.Second
+)
 
 // newRunCommand returns `run`, which calls run; nil means the real one.
 func newRunCommand(a *app, run func(context.Context, *runOptions) error) *cobra.Command {
@@ -166,8 +170,8 @@ func (o *runOptions) parse(opts *daemon.Options) (err error) {
 	if err := opts.Prefixes.Validate(); err != nil {
 		return &usageError{err}
 	}
-	if o.tick < minTick || o.wait < minTick {
-		return usagef("--tick and --wait are at least %v", minTick)
+	if min(o.tick, o.wait) < minTick || max(o.tick, o.wait) > maxWait {
+		return usagef("--tick and --wait are from %v to %v", minTick, maxWait)
 	}
 	if opts.Addresses, err = parseAddresses("--address", o.addresses); err != nil {
 		return err

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/meshhelper/meshhelper/internal/api"
@@ -165,13 +166,16 @@ func addressOf(r *policy.Ruleset, name string, target netip.Addr) (netip.Addr, e
 }
 
 // Doctor looks at every precondition.
-func (d *Daemon) Doctor(ctx context.Context) ([]api.Check, error) {
+func (d *Daemon) Doctor(context.Context) ([]api.Check, error) {
+	c, _ := d.condition()
 	s := d.Status()
 	checks := []api.Check{
 		{Name: "helper", OK: s.State == api.Enforcing, Message: "the state is " + s.State, Hint: "see the problems below"},
-		{Name: "tunnel device", OK: s.Interface != "", Message: fmt.Sprintf("the mesh interface is %q", s.Interface), Hint: "the helper makes it again by itself"},
 		{Name: "wanted state", OK: s.Enforced == s.Generation, Message: fmt.Sprintf("generation %d is wanted, %d in force", s.Generation, s.Enforced), Hint: "see the problems below"},
+		{Name: "tunnel device", OK: c.tunnel != nil, Message: fmt.Sprintf("the mesh interface is %q, UDP port %d", s.Interface, s.ListenPort), Hint: "the helper makes it again by itself"},
+		{Name: "packet filter", OK: s.State == api.Enforcing, Message: "our rules were read back and compared", Hint: "they aren't loaded as they should be; see the problems below"},
 		{Name: "default route", OK: s.Uplink != "", Message: fmt.Sprintf("the uplink is %q", s.Uplink), Hint: "without a default route peers reach no internet"},
+		checkForwarding(s),
 		d.checkClock(),
 	}
 	for _, p := range s.Problems {
@@ -183,6 +187,20 @@ func (d *Daemon) Doctor(ctx context.Context) ([]api.Check, error) {
 		}
 	}
 	return checks, nil
+}
+
+// checkForwarding wants forwarding while a peer may route.
+func checkForwarding(s api.Status) api.Check {
+	may := slices.ContainsFunc(s.Peers, func(p api.Peer) bool { return p.Permissions.Routing.Allowed })
+	on := s.Forwarding.IPv4 || s.Forwarding.IPv6
+	out := api.Check{Name: "forwarding", OK: on || !may, Message: "off, and no peer may route", Hint: "the helper switches it on; something else may switch it off"}
+	switch {
+	case on:
+		out.Message = fmt.Sprintf("IPv4 %v, IPv6 %v", s.Forwarding.IPv4, s.Forwarding.IPv6)
+	case may:
+		out.Message = "off, although a peer may route"
+	}
+	return out
 }
 
 // checkClock compares the wall clock with the one that grants end by.

@@ -371,8 +371,11 @@ func (l *loop) schedule(well bool) {
 	} else {
 		wait = l.wait.next()
 	}
-	if l.wanted != nil && !l.wanted.Expires().IsZero() {
-		wait = min(wait, max(l.wanted.Expires().Sub(l.d.clock.now()), 0))
+	if l.wanted != nil {
+		// An end in the past is of a ruleset that couldn't be compiled anew.
+		if left := l.wanted.Expires().Sub(l.d.clock.now()); left > 0 {
+			wait = min(wait, left)
+		}
 	}
 	l.due = time.Now().Add(wait)
 }

@@ -166,7 +166,7 @@ func TestExpiryWithoutDisk(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
 		r.mustAllow("phone", "routing", "2h")
-		r.d.store.fs = &brokenDisk{fileSystem: r.d.store.fs, after: 0}
+		r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
 		r.after(2*time.Hour + DefaultTick)
 		r.wantLoaded("phone", 0)
 		if len(r.events(api.EventProblem)) == 0 {
@@ -186,13 +186,13 @@ func TestClosed(t *testing.T) {
 				var broken atomic.Bool
 				broken.Store(true)
 				var tries []time.Time
-				r.host.Fault = func(now string) error {
+				r.host.SetFault(func(now string) error {
 					if now != step || !broken.Load() {
 						return nil
 					}
 					tries = append(tries, time.Now())
 					return &platform.StepError{Step: "load table", Err: errors.New("no"), Hint: "make it so"}
-				}
+				})
 				_, err := r.deny("phone", "routing")
 				e := wantCode(t, err, api.CodeNotInForce)
 				if want := "saved, not in force: load table: no"; e.Message != want || e.Hint != "make it so" {
@@ -227,14 +227,14 @@ func TestCloseOnWidening(t *testing.T) {
 		r.add("phone")
 		r.mustAllow("phone", "incoming", "")
 		fail := true
-		r.host.Fault = func(step string) error {
+		r.host.SetFault(func(step string) error {
 			// Only what has permissions is refused, as by a full set.
 			if fail && step == "inspect" && r.d.wanted.Load().Generation == 4 {
 				fail = false
 				return errors.New("not as enforced")
 			}
 			return nil
-		}
+		})
 		r.mustAllow("phone", "routing", "") // succeeds by the second try
 		r.wantLoaded("phone", policy.Incoming|policy.Routing)
 		if got := r.events(api.EventState); !slices.Contains(got, "enforcing became closed") {
@@ -382,7 +382,7 @@ func TestHandshakeEvents(t *testing.T) {
 func TestNoInterface(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
-		r.host.Fault = func(string) error { return &platform.StepError{Step: "open TUN", Err: errors.New("no")} }
+		r.host.SetFault(func(string) error { return &platform.StepError{Step: "open TUN", Err: errors.New("no")} })
 		d, err := New(r.options())
 		if err != nil {
 			t.Fatal(err)
@@ -449,16 +449,44 @@ func TestStorm(t *testing.T) {
 	})
 }
 
+// TestExpiryWhileClosed has a grant end while the host can't be observed: the
+// loop must neither spin nor forget.
+func TestExpiryWhileClosed(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.mustAllow("phone", "routing", "1m")
+		var looks atomic.Int64
+		r.host.SetFault(func(step string) error {
+			if step == "observe" {
+				looks.Add(1)
+				return errors.New("no")
+			}
+			return nil
+		})
+		r.after(10 * time.Minute)
+		if n := looks.Load(); n > 100 {
+			t.Errorf("looked %d times in ten minutes", n)
+		}
+		r.wantLoaded("phone", 0)
+		r.host.SetFault(nil)
+		r.after(time.Minute)
+		r.wantLoaded("phone", 0)
+		if s := r.d.Status(); s.State != api.Enforcing || s.Enforced != s.Generation {
+			t.Errorf("state %s, enforced %d of %d", s.State, s.Enforced, s.Generation)
+		}
+	})
+}
+
 // TestStopWhileWaiting ends the helper while a command waits for its change.
 func TestStopWhileWaiting(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
-		r.host.Fault = func(step string) error {
+		r.host.SetFault(func(step string) error {
 			if step == "enforce" {
 				return errors.New("no")
 			}
 			return nil
-		}
+		})
 		ctx, cancel := context.WithCancel(t.Context())
 		answered := make(chan error, 1)
 		go func() {
@@ -471,6 +499,6 @@ func TestStopWhileWaiting(t *testing.T) {
 		if err := <-answered; !errors.As(err, &e) || e.Code != api.CodeNotInForce {
 			t.Errorf("answered %v", err)
 		}
-		r.host.Fault = nil
+		r.host.SetFault(nil)
 	})
 }

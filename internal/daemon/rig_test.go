@@ -171,6 +171,13 @@ func (r *rig) after(d time.Duration) {
 	synctest.Wait()
 }
 
+// setDisk replaces the disk under a running daemon.
+func (r *rig) setDisk(fs fileSystem) {
+	r.d.changing.Lock()
+	defer r.d.changing.Unlock()
+	r.d.store.fs = fs
+}
+
 // events returns the messages of one kind.
 func (r *rig) events(kind string) []string {
 	all, _ := r.d.Since(0)

@@ -58,8 +58,7 @@ func TestDiskFull(t *testing.T) {
 		inBubble(t, func(t *testing.T, r *rig) {
 			r.add("phone")
 			before := r.d.Status()
-			good := r.d.store.fs
-			r.d.store.fs = &brokenDisk{fileSystem: good, after: after}
+			r.setDisk(&brokenDisk{fileSystem: diskFiles{}, after: after})
 			_, err := r.allow("phone", "routing", "")
 			e := wantCode(t, err, api.CodeNotSaved)
 			if !strings.Contains(e.Message, "nothing was changed") {
@@ -77,7 +76,7 @@ func TestDiskFull(t *testing.T) {
 					t.Error(err)
 				}
 			}
-			r.d.store.fs = good
+			r.setDisk(diskFiles{})
 			r.mustAllow("phone", "routing", "")
 			r.wantLoaded("phone", policy.Routing)
 		})

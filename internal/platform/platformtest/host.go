@@ -21,11 +21,8 @@ import (
 // Host is a host with an uplink and a LAN. Its methods may be called by several
 // goroutines.
 type Host struct {
-	// Fault returns the error with which a step fails now; steps are "open",
-	// "observe", "enforce", "inspect", "cut" and "close".
-	Fault func(step string) error // optional
-
 	mu      sync.Mutex
+	fault   func(step string) error
 	facts   policy.Host
 	iface   string // empty while it isn't there
 	device  *device
@@ -59,10 +56,18 @@ func (h *Host) step(ctx context.Context, name string) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if h.Fault == nil {
+	if h.fault == nil {
 		return nil
 	}
-	return h.Fault(name)
+	return h.fault(name)
+}
+
+// SetFault has f return the error with which a step fails from now on; steps are
+// "open", "observe", "enforce", "inspect", "cut" and "close". Nil ends it.
+func (h *Host) SetFault(f func(step string) error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.fault = f
 }
 
 // Open makes the mesh interface, called wg-test unless cfg names one.
