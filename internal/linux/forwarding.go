@@ -51,6 +51,27 @@ func (f *forwarding) open() error {
 	return nil
 }
 
+// refresh brings the journal's names up to date: interfaces are renamed, and go
+// away with their settings. It reports whether something has changed.
+func (f *forwarding) refresh() (moved bool) {
+	before := len(f.j.Changed)
+	f.j.Changed = slices.DeleteFunc(f.j.Changed, func(s saved) bool {
+		_, ok := f.byIndex(s.Index)
+		return s.Index != 0 && !ok
+	})
+	moved = len(f.j.Changed) != before
+	for i, s := range f.j.Changed {
+		if s.Index == 0 {
+			continue
+		}
+		now, _ := f.byIndex(s.Index)
+		parts := strings.Split(s.Name, "/")
+		f.j.Changed[i].Name = conf(parts[0], now, parts[3])
+		moved = moved || f.j.Changed[i].Name != s.Name
+	}
+	return moved
+}
+
 // found4 reports whether the host forwards IPv4 by itself. This package never
 // writes the global flag, so that what it says is always somebody else's.
 func (f *forwarding) found4() bool {
@@ -90,6 +111,7 @@ func (f *forwarding) transit4(mesh string) []string {
 // then accept_ra, without which the kernel forgets the advertised default route
 // the moment it forwards; then forwarding.
 func (f *forwarding) apply(n need) error {
+	f.refresh()
 	changes, err := f.changes(n)
 	if err != nil {
 		return err
@@ -177,7 +199,8 @@ func (f *forwarding) changes(n need) ([]saved, error) {
 
 // changes6 lists every interface's IPv6 settings, because the flag of the host
 // writes them all. Where router advertisements are believed (1), they have to be
-// believed although the host forwards (2).
+// believed although the host forwards (2); interfaces that come later are seen
+// to when they come.
 func (f *forwarding) changes6() ([]saved, error) {
 	names, err := f.sys.interfaces("ipv6")
 	if err != nil {
@@ -197,7 +220,7 @@ func (f *forwarding) changes6() ([]saved, error) {
 			if err != nil {
 				continue // gone, or without IPv6
 			}
-			if key == "forwarding" && now == "0" || key == "accept_ra" && now == "1" && iface != "all" {
+			if key == "forwarding" && now == "0" || key == "accept_ra" && now == "1" && f.index(iface) != 0 {
 				out = append(out, saved{name, f.index(iface), now, to})
 			}
 		}
@@ -215,6 +238,7 @@ func rank(iface string) int {
 // giveBack restores the changed sysctls that which picks and forgets them, last
 // change first. What somebody else has changed meanwhile stays as it is.
 func (f *forwarding) giveBack(which func(saved) bool) error {
+	moved := f.refresh()
 	var errs []error
 	var kept []saved
 	// The host's IPv6 flag goes first: it writes the others. Then forwarding,
@@ -231,7 +255,7 @@ func (f *forwarding) giveBack(which func(saved) bool) error {
 			errs = append(errs, err)
 		}
 	}
-	if len(kept) == len(f.j.Changed) {
+	if !moved && len(kept) == len(f.j.Changed) {
 		return errors.Join(errs...)
 	}
 	f.j.Changed = kept
@@ -252,14 +276,6 @@ func returnRank(s saved) int {
 // restore writes what was found, where what we wrote, or what the host's flag
 // made of it, is still there.
 func (f *forwarding) restore(s saved) error {
-	if s.Index != 0 {
-		name, ok := f.byIndex(s.Index)
-		if !ok {
-			return nil // the interface is gone, and its settings with it
-		}
-		parts := strings.Split(s.Name, "/")
-		s.Name = conf(parts[0], name, parts[3])
-	}
 	if strings.HasPrefix(s.Name, "ipv4/") && f.found4() {
 		return nil // somebody switched the whole host on: it stays so
 	}

@@ -61,7 +61,7 @@ func (p *Platform) driftLink(r *policy.Ruleset) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	ipv6 := hasIPv6(p.forward.sys, p.name)
+	ipv6 := p.hasIPv6()
 	for _, a := range r.Mesh().Addresses {
 		if !have[host(a)] && (a.Is4() || ipv6) {
 			out = append(out, fmt.Sprintf("address %v is missing", a))

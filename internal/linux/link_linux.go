@@ -79,12 +79,6 @@ func quiet(sys sysctls, iface string) error {
 	return nil
 }
 
-// hasIPv6 reports whether the kernel speaks IPv6 on an interface.
-func hasIPv6(sys sysctls, iface string) bool {
-	v, err := sys.read(conf("ipv6", iface, "disable_ipv6"))
-	return err == nil && v == "0"
-}
-
 // link is the mesh interface in the kernel's routing.
 type link struct {
 	nl    *netlink.Handle
@@ -157,6 +151,23 @@ func (l link) setAddrs(want []netip.Addr, before func()) error {
 		if err := l.nl.AddrDel(dev, &netlink.Addr{IPNet: ipNet(p)}); err != nil {
 			return fmt.Errorf("delete address %v: %w", p, err)
 		}
+	}
+	return nil
+}
+
+// rename gives the interface its name back where somebody has changed it: the
+// table's rules go by the name.
+func (l link) rename(name string) error {
+	now, err := l.nl.LinkByIndex(l.index)
+	if err != nil {
+		return fmt.Errorf("find interface %s: %w", name, err)
+	}
+	if now.Attrs().Name == name {
+		return nil
+	}
+	// Only an interface that is down can be renamed on every kernel.
+	if err := errors.Join(l.nl.LinkSetDown(now), l.nl.LinkSetName(now, name)); err != nil {
+		return fmt.Errorf("rename interface %s to %s: %w", now.Attrs().Name, name, err)
 	}
 	return nil
 }

@@ -157,7 +157,10 @@ func (p *Platform) takeOver() error {
 		if err := p.forward.open(); err != nil {
 			return err
 		}
-		return p.forward.giveBack(func(saved) bool { return true })
+		if err := p.forward.giveBack(func(saved) bool { return true }); err != nil {
+			return err
+		}
+		return p.forward.j.write(p.o.StateDir) // also removes that of another boot
 	})
 	if err != nil {
 		p.unlock()
@@ -215,13 +218,25 @@ func (p *Platform) makeInterface(cfg platform.Interface) (err error) {
 
 // Observe implements the daemon's contract.
 func (p *Platform) Observe(context.Context) (policy.Host, error) {
+	p.forward.refresh()
 	h, err := observer{p.nl, p.name, p.cfg.Addresses}.facts()
 	if err != nil {
 		return policy.Host{}, fmt.Errorf("observe host: %w", err)
 	}
-	h.Forwarding = policy.Families{IPv4: true, IPv6: hasIPv6(p.forward.sys, p.name)}
+	h.Forwarding = policy.Families{IPv4: true, IPv6: p.hasIPv6()}
 	h.FoundForwarding = policy.Families{IPv4: p.forward.found4(), IPv6: p.forward.found6()}
 	return h, nil
+}
+
+// hasIPv6 reports whether the kernel speaks IPv6 on the mesh interface, whatever
+// somebody has renamed it to.
+func (p *Platform) hasIPv6() bool {
+	now, ok := p.nameOf(p.link.index)
+	if !ok {
+		return false
+	}
+	v, err := p.forward.sys.read(conf("ipv6", now, "disable_ipv6"))
+	return err == nil && v == "0"
 }
 
 // Enforce implements the daemon's contract.
@@ -232,7 +247,10 @@ func (p *Platform) Enforce(_ context.Context, r *policy.Ruleset) error {
 	if got := r.Host().Interface; got != p.name {
 		return fmt.Errorf("enforce ruleset: it is for interface %q, the mesh has %q", got, p.name)
 	}
-	ipv6 := hasIPv6(p.forward.sys, p.name)
+	if err := p.link.rename(p.name); err != nil {
+		return named(StepAddresses, err)
+	}
+	ipv6 := p.hasIPv6()
 	if err := p.setAddresses(r, ipv6); err != nil {
 		return err
 	}
