@@ -125,7 +125,7 @@ func (f *filter) addCut(dead []deadFlow) error {
 			return err
 		}
 	}
-	if err := f.conn.Flush(); err != nil {
+	if err := f.commit(); err != nil {
 		return fmt.Errorf("close %d flows: %w", len(dead), err)
 	}
 	return nil

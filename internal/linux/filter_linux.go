@@ -36,6 +36,12 @@ type filter struct {
 	// rules are the rules of each chain as the kernel gave them when they had been
 	// loaded.
 	rules map[string][]string
+	// checked is the generation of nftables at which the kernel was found to hold
+	// what was loaded; 0 for none. Each transaction of anybody's makes a new one,
+	// so that nothing has changed as long as it is the same.
+	checked uint32
+	// ours is the generation that our last transaction made.
+	ours uint32
 }
 
 func openFilter() (*filter, error) {
@@ -82,9 +88,43 @@ func (f *filter) holds(t *table) bool {
 	return err == nil && len(differs) == 0
 }
 
-// load replaces the whole table in one transaction. What was cut stays cut.
+// loadTries is how often a load is tried while others change nftables too.
+const loadTries = 5
+
+// load replaces the whole table, and reads its rules back. What is read is only
+// believed when nobody has changed anything in between.
 func (f *filter) load(t *table) error {
 	f.loaded = nil
+	for range loadTries {
+		if err := f.replace(t); err != nil {
+			return err
+		}
+		before, err := f.generation()
+		if err != nil {
+			return err
+		}
+		if f.rules, err = f.readRules(); err != nil {
+			return err
+		}
+		for _, c := range t.chains {
+			if got := len(f.rules[c.name]); got != len(c.rules) {
+				return fmt.Errorf("read chain %s back: it has %d rules instead of %d", c.name, got, len(c.rules))
+			}
+		}
+		after, err := f.generation()
+		if err != nil {
+			return err
+		}
+		if before == after && after == f.ours {
+			f.loaded, f.checked = t, 0
+			return nil
+		}
+	}
+	return fmt.Errorf("load table inet %s: somebody else keeps changing nftables", tableName)
+}
+
+// replace sends the whole table in one transaction. What was cut stays cut.
+func (f *filter) replace(t *table) error {
 	cut, err := f.cutElements()
 	if err != nil {
 		return err
@@ -108,18 +148,9 @@ func (f *filter) load(t *table) error {
 			return err
 		}
 	}
-	if err := f.conn.Flush(); err != nil {
+	if err := f.commit(); err != nil {
 		return fmt.Errorf("load table inet %s: %w", tableName, err)
 	}
-	if f.rules, err = f.readRules(); err != nil {
-		return err
-	}
-	for _, c := range t.chains {
-		if got := len(f.rules[c.name]); got != len(c.rules) {
-			return fmt.Errorf("read chain %s back: it has %d rules instead of %d", c.name, got, len(c.rules))
-		}
-	}
-	f.loaded = t
 	return nil
 }
 
@@ -338,7 +369,7 @@ func (f *filter) update(t *table, changes []change) error {
 		}
 	}
 	f.loaded = nil
-	if err := f.conn.Flush(); err != nil {
+	if err := f.commit(); err != nil {
 		return fmt.Errorf("change elements of table inet %s: %w", tableName, err)
 	}
 	f.loaded = t
@@ -350,7 +381,7 @@ func (f *filter) remove() error {
 	f.loaded = nil
 	f.conn.AddTable(ourTable())
 	f.conn.DelTable(ourTable())
-	if err := f.conn.Flush(); err != nil {
+	if err := f.commit(); err != nil {
 		return fmt.Errorf("delete table inet %s: %w", tableName, err)
 	}
 	return nil
@@ -391,6 +422,47 @@ func (f *filter) cutElements() (map[string][]nftables.SetElement, error) {
 	return out, nil
 }
 
+// commit sends a transaction. Where the kernel was known to hold what was loaded
+// and no other transaction came between, it is known to hold the result.
+func (f *filter) commit() error {
+	before, err := f.generation()
+	if err != nil {
+		return err
+	}
+	if err := f.conn.Flush(); err != nil {
+		return err
+	}
+	after, err := f.generation()
+	if err != nil {
+		return err
+	}
+	if before == f.checked && after == before+1 {
+		f.checked = after
+	} else {
+		f.checked = 0
+	}
+	f.ours = before + 1
+	return nil
+}
+
+// generation returns the number of nftables' last transaction in this network
+// namespace; the kernel leaves 0 out.
+func (f *filter) generation() (uint32, error) {
+	ms, err := f.dump.Execute(netlink.Message{
+		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN, Flags: netlink.Request},
+		Data:   []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, 0},
+	})
+	if err != nil {
+		return 0, fmt.Errorf("read generation of nftables: %w", err)
+	}
+	for _, m := range ms {
+		if id, ok := generationAttr(m.Data, unix.NFTA_GEN_ID); ok {
+			return id, nil
+		}
+	}
+	return 0, errors.New("read generation of nftables: there is none in the answer")
+}
+
 // drift compares the kernel's table with what was loaded, and names what
 // differs: a set or a chain. Elements of sets that end by themselves are left
 // out.
@@ -398,6 +470,19 @@ func (f *filter) drift() ([]string, error) {
 	if f.loaded == nil {
 		return []string{"table inet " + tableName + " isn't known to be loaded"}, nil
 	}
+	now, err := f.generation()
+	if err != nil || now == f.checked {
+		return nil, err
+	}
+	differs, err := f.compare()
+	if err == nil && len(differs) == 0 {
+		f.checked = now
+	}
+	return differs, err
+}
+
+// compare reads everything back.
+func (f *filter) compare() ([]string, error) {
 	there, err := f.present()
 	if err != nil {
 		return nil, err

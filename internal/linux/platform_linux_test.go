@@ -20,8 +20,6 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-const all = policy.Incoming | policy.Routing | policy.LAN
-
 // TestHostIsLeftAsFound compares the whole host before and after, with other
 // software's table present all the while.
 func TestHostIsLeftAsFound(t *testing.T) {

@@ -19,15 +19,6 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(netlab.Main(m.Run)) }
 
-// The peers and the host in the tests' mesh.
-var (
-	own4, own6 = netip.MustParseAddr("100.64.0.1"), netip.MustParseAddr("fd6d:6573:6800::1")
-	ann4, ann6 = netip.MustParseAddr("100.64.0.10"), netip.MustParseAddr("fd6d:6573:6800::10")
-	bob4, bob6 = netip.MustParseAddr("100.64.0.11"), netip.MustParseAddr("fd6d:6573:6800::11")
-	nobody4    = netip.MustParseAddr("100.64.0.99")
-	nobody6    = netip.MustParseAddr("fd6d:6573:6800::99")
-)
-
 const meshName = "wgtest0"
 
 // rig is a host with the platform under test on it. The test is WireGuard: it
@@ -73,11 +64,6 @@ func (g *rig) do(f func() error) {
 	if err := g.pic.B.Do(f); err != nil {
 		g.t.Fatal(err)
 	}
-}
-
-func meshPrefixes() []netip.Prefix {
-	both := netlab.MeshPrefixes()
-	return both[:]
 }
 
 // open makes a new platform and its interface.
@@ -143,27 +129,6 @@ func (g *rig) close() []platform.Problem {
 		return err
 	})
 	return left
-}
-
-// grants gives two peers permissions.
-type grants struct{ ann, bob policy.Permissions }
-
-func allowed(p policy.Permissions) policy.Grants {
-	return policy.Grants{
-		Incoming: policy.Grant{Allowed: p.Has(policy.Incoming)},
-		Routing:  policy.Grant{Allowed: p.Has(policy.Routing)},
-		LAN:      policy.Grant{Allowed: p.Has(policy.LAN)},
-	}
-}
-
-func mesh(g grants) policy.Mesh {
-	return policy.Mesh{
-		Prefixes: meshPrefixes(), Addresses: []netip.Addr{own4, own6},
-		Peers: []policy.Peer{
-			{ID: policy.PeerID{1}, Name: "ann", Addresses: []netip.Addr{ann4, ann6}, Grants: allowed(g.ann)},
-			{ID: policy.PeerID{2}, Name: "bob", Addresses: []netip.Addr{bob4, bob6}, Grants: allowed(g.bob)},
-		},
-	}
 }
 
 // enforce observes, compiles and enforces.

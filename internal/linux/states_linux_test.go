@@ -1,10 +1,7 @@
 package linux
 
 import (
-	"flag"
 	"fmt"
-	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -15,26 +12,6 @@ import (
 	"github.com/meshhelper/meshhelper/internal/netlab"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
-
-var update = flag.Bool("update", false, "write the goldens instead of comparing with them")
-
-// golden compares with a file of testdata.
-func golden(t *testing.T, name, got string) {
-	t.Helper()
-	path := filepath.Join("testdata", name)
-	if *update {
-		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(strings.Split(string(want), "\n"), strings.Split(got, "\n")); diff != "" {
-		t.Errorf("%s differs (-want +got; -update writes it):\n%s", path, diff)
-	}
-}
 
 // Lines of a snapshot that are left out of goldens: what nftables holds, which is
 // shown in its own language, and what every new interface has. The kernel's own

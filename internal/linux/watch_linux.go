@@ -101,7 +101,7 @@ func byOthers(ms []netlink.Message) bool {
 		if m.Header.Type != newGeneration {
 			continue
 		}
-		if pid, ok := generationPID(m.Data); !ok || int(pid) != os.Getpid() {
+		if pid, ok := generationAttr(m.Data, unix.NFTA_GEN_PROC_PID); !ok || int(pid) != os.Getpid() {
 			return true
 		}
 	}
@@ -111,7 +111,8 @@ func byOthers(ms []netlink.Message) bool {
 // nfgenmsg is the size of the header before netfilter's attributes.
 const nfgenmsg = 4
 
-func generationPID(b []byte) (uint32, bool) {
+// generationAttr returns a number out of such a message.
+func generationAttr(b []byte, attr uint16) (uint32, bool) {
 	if len(b) < nfgenmsg {
 		return 0, false
 	}
@@ -121,7 +122,7 @@ func generationPID(b []byte) (uint32, bool) {
 	}
 	ad.ByteOrder = binary.BigEndian
 	for ad.Next() {
-		if ad.Type() == unix.NFTA_GEN_PROC_PID && len(ad.Bytes()) == 4 {
+		if ad.Type() == attr && len(ad.Bytes()) == 4 {
 			return ad.Uint32(), true
 		}
 	}
