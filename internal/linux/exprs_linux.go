@@ -88,6 +88,8 @@ var loads = map[field]load{
 	ctOrigDst4:    ct(expr.CtKeyDST, 4).of(unix.NFPROTO_IPV4, 0),
 	ctOrigSrc6:    ct(expr.CtKeySRC, 16).of(unix.NFPROTO_IPV6, 0),
 	ctOrigDst6:    ct(expr.CtKeyDST, 16).of(unix.NFPROTO_IPV6, 0),
+	quotedDst4:    payload(expr.PayloadBaseTransportHeader, 8+16, 4).of(unix.NFPROTO_IPV4, 0),
+	quotedDst6:    payload(expr.PayloadBaseTransportHeader, 8+24, 16).of(unix.NFPROTO_IPV6, 0),
 	ctOrigDport:   ct(expr.CtKeyPROTODST, 2),
 	returnPath: {into: func(reg uint32) expr.Any {
 		return &expr.Fib{Register: reg, ResultOIF: true, FlagSADDR: true, FlagIIF: true}

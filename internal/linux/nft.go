@@ -41,6 +41,11 @@ const (
 	ctOrigSrc6
 	ctOrigDst6
 	ctOrigDport
+	// quotedDst4 and quotedDst6 are the destination in the header that an ICMP
+	// error quotes: behind its own 8 bytes (RFC 792, RFC 4443). nft has no name for
+	// it, so it is an offset and a length in bits.
+	quotedDst4
+	quotedDst6
 	// returnPath is the interface by which the host would answer the packet's
 	// source, asked for its input interface only: 0 where it wouldn't.
 	returnPath
@@ -55,6 +60,7 @@ var fieldTexts = [...]string{
 	ctState: "ct state", ctDirection: "ct direction", ctStatus: "ct status", ctProtocol: "ct protocol",
 	ctOrigSrc4: "ct original ip saddr", ctOrigDst4: "ct original ip daddr",
 	ctOrigSrc6: "ct original ip6 saddr", ctOrigDst6: "ct original ip6 daddr",
+	quotedDst4: "@th,192,32", quotedDst6: "@th,256,128",
 	ctOrigDport: "ct original proto-dst", returnPath: "fib saddr . iif oif",
 }
 

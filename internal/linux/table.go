@@ -71,6 +71,7 @@ type family struct {
 	addr       string // nft's type of an address
 	src, dst   field
 	osrc, odst field // of the packet that opened the flow
+	quoted     field // destination of the packet that an ICMP error quotes
 	icmp       field
 	redirect   value
 	icmpErrors string // set of ICMP types
@@ -79,8 +80,8 @@ type family struct {
 }
 
 var families = [...]family{
-	{"4", ipv4, "ipv4_addr", saddr4, daddr4, ctOrigSrc4, ctOrigDst4, icmpType, redirect4, "errors4", 40, netip.Addr.Is4},
-	{"6", ipv6, "ipv6_addr", saddr6, daddr6, ctOrigSrc6, ctOrigDst6, icmp6Type, redirect6, "errors6", 60, netip.Addr.Is6},
+	{"4", ipv4, "ipv4_addr", saddr4, daddr4, ctOrigSrc4, ctOrigDst4, quotedDst4, icmpType, redirect4, "errors4", 40, netip.Addr.Is4},
+	{"6", ipv6, "ipv6_addr", saddr6, daddr6, ctOrigSrc6, ctOrigDst6, quotedDst6, icmp6Type, redirect6, "errors6", 60, netip.Addr.Is6},
 }
 
 // compiler collects what the chains' authors need.
@@ -237,11 +238,16 @@ func (c *compiler) judge() {
 
 	q := c.chain("quoted")
 	for _, f := range families {
-		q.accept("about the host's flow with this peer",
-			is(ctDirection, reply), in("own"+f.suffix, f.osrc), in("same"+f.suffix, f.src, f.odst))
-		q.branch("permitted", is(ctDirection, original), in("same"+f.suffix, f.src, f.osrc))
+		q.branch("quoted_own", in("same"+f.suffix, f.src, f.quoted))
 	}
-	q.drop("about somebody else's flow")
+	q.drop("about a packet that somebody else received")
+
+	own := c.chain("quoted_own")
+	for _, f := range families {
+		own.accept("about the host's flow with this peer", is(ctDirection, reply), in("own"+f.suffix, f.osrc))
+	}
+	own.branch("permitted", is(ctDirection, original))
+	own.drop("")
 
 	c.permitted()
 }
