@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
+	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // BenchmarkJudge judges single packets with 10,000 peers and 1,000 prefixes.
@@ -26,6 +27,11 @@ func BenchmarkJudge(b *testing.B) {
 			for i := range ps {
 				ps[i] = flowtest.TCPSegment(at(family.peer, uint16(i)), at(family.net, 443), flowtest.ACK, 100)
 			}
+			loop(b, view, now, func(i int) []byte { return ps[i%len(ps)] })
+		})
+		// One flow of each of 5,000 peers that may route.
+		b.Run(family.name+"/5000 peers", func(b *testing.B) {
+			ps := crowd(view, family.peer.Is6())
 			loop(b, view, now, func(i int) []byte { return ps[i%len(ps)] })
 		})
 		b.Run(family.name+"/answers", func(b *testing.B) {
@@ -60,6 +66,21 @@ func BenchmarkJudge(b *testing.B) {
 			}
 		})
 	}
+}
+
+// crowd returns a packet to the internet of each peer that may route.
+func crowd(view *View, v6 bool) (ps [][]byte) {
+	for i, p := range view.Ruleset().Peers() {
+		if !p.Permissions.Has(policy.Routing) {
+			continue
+		}
+		src, dst := p.Addresses[0], flowtest.Net4
+		if v6 {
+			src, dst = p.Addresses[1], flowtest.Net6
+		}
+		ps = append(ps, flowtest.Datagram(at(src, uint16(i)), at(dst, 443), 100))
+	}
+	return ps
 }
 
 // openers returns 50,000 packets that each open a flow.

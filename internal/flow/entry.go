@@ -89,7 +89,10 @@ func (e *entry) store(s state) { e.state.Store(uint64(s)) }
 func (e *entry) rename(k key) {
 	e.version.Add(1)
 	for i, word := range k.words() {
-		e.key[i].Store(word)
+		// A store costs more than a look, and flows have much in common.
+		if e.key[i].Load() != word {
+			e.key[i].Store(word)
+		}
 	}
 	e.version.Add(1)
 }

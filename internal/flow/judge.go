@@ -97,37 +97,53 @@ func (v *View) fast(k *key, d Direction, now Instant) (*entry, policy.Class) {
 
 // fromPeer judges a packet out of the tunnel.
 func (v *View) fromPeer(p *packet, now Instant) Verdict {
-	s := v.shareOf(p.from, p.v6)
-	if p.malformed {
-		return refuse(s, policy.RuleMalformed, policy.Martian)
+	if p.malformed || p.isError || p.fragment == later {
+		return v.oddFromPeer(p, now)
 	}
-	if s == nil {
+	var asked policy.Packet
+	p.ask(v.iface, &asked)
+	decided := v.rules.Decide(asked)
+	if decided.Peer < 0 {
 		return v.throughPeer(p, now)
 	}
-	if p.isError {
+	s := v.shares[decided.Peer]
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return v.far(p, s, decided, now)
+}
+
+// oddFromPeer judges what the policy alone can't read.
+func (v *View) oddFromPeer(p *packet, now Instant) Verdict {
+	s := v.shareOf(p.from, p.v6)
+	switch {
+	case p.malformed:
+		return refuse(s, policy.RuleMalformed, policy.Martian)
+	case s == nil:
+		return v.throughPeer(p, now)
+	case p.isError:
 		return v.errorFromPeer(p, s, now)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return v.far(p, s, now)
-}
-
-// far judges a packet from the far end, which is a peer. The share's mutex is
-// held.
-func (v *View) far(p *packet, s *share, now Instant) Verdict {
-	if p.fragment == later && !s.pieces.complete(p, now) {
+	if !s.pieces.complete(p, now) {
 		return refuse(s, policy.RuleMalformed, policy.Martian)
 	}
+	var asked policy.Packet
+	p.ask(v.iface, &asked)
+	return v.far(p, s, v.rules.Decide(asked), now)
+}
+
+// far judges a packet from the far end, which is a peer; decided is what the
+// policy says of the packet by itself. The share's mutex is held.
+func (v *View) far(p *packet, s *share, decided policy.Verdict, now Instant) Verdict {
 	k := keyOf(p.tuple, FromPeer)
 	e := s.find(k, now)
 	opener := FromPeer
-	var decided policy.Verdict
-	if e != nil && e.load().is(stateByHost) && !e.load().is(stateCut) {
-		opener, decided = ToPeer, v.mayOpen(k, ToPeer)
-	}
 	// Whatever the host opened, the peer may do what it may by itself.
-	if !decided.Pass {
-		opener, decided = FromPeer, v.rules.Decide(v.asked(p, FromPeer))
+	if e != nil && e.load()&(stateByHost|stateCut) == stateByHost {
+		if byHost := v.mayOpen(k, ToPeer); byHost.Pass {
+			opener, decided = ToPeer, byHost
+		}
 	}
 	if !decided.Pass {
 		v.cutIfLive(s, e, now)
@@ -169,7 +185,9 @@ func (v *View) near(p *packet, s *share, now Instant) Verdict {
 	var decided policy.Verdict
 	switch {
 	case e == nil:
-		decided = v.hostMay(v.asked(p, ToPeer), p.from)
+		var asked policy.Packet
+		p.ask("", &asked)
+		decided = v.hostMay(&asked, p.from)
 	case e.load().is(stateCut) && e.load().opener() == FromPeer:
 		e.touch(now)
 		return refuse(s, policy.RuleToPeer, 0)
@@ -183,21 +201,6 @@ func (v *View) near(p *packet, s *share, now Instant) Verdict {
 	}
 	v.note(s, e, k, p, ToPeer, opener, decided, now)
 	return Verdict{Action: Pass, Class: decided.Class, Rule: decided.Rule, share: s}
-}
-
-// asked returns p as the policy sees it. A later fragment has no header to read
-// a type from.
-func (v *View) asked(p *packet, d Direction) policy.Packet {
-	in := ""
-	if d == FromPeer {
-		in = v.iface
-	}
-	if p.fragment == later {
-		return p.tuple.policy(in)
-	}
-	asked := p.asPolicy()
-	asked.In = in
-	return asked
 }
 
 // intoBeyond judges a packet into the tunnel that isn't for a peer: what the host
@@ -249,18 +252,21 @@ func (v *View) throughPeer(p *packet, now Instant) Verdict {
 // mayOpen says whether the flow k may be opened by opener now.
 func (v *View) mayOpen(k key, opener Direction) policy.Verdict {
 	t := k.tuple(opener)
+	var asked policy.Packet
 	if opener == FromPeer {
-		return v.rules.Decide(t.policy(v.iface))
+		t.ask(v.iface, &asked)
+		return v.rules.Decide(asked)
 	}
-	return v.hostMay(t.policy(""), t.from)
+	t.ask("", &asked)
+	return v.hostMay(&asked, t.from)
 }
 
 // hostMay says whether a packet into the tunnel that is in no flow may pass:
 // only the host itself sends one, from its mesh address, to a peer or to what
 // routing leads to through one. Anything else is forwarded for somebody who may
 // open nothing here.
-func (v *View) hostMay(asked policy.Packet, from address) policy.Verdict {
-	decided := v.rules.Decide(asked)
+func (v *View) hostMay(asked *policy.Packet, from address) policy.Verdict {
+	decided := v.rules.Decide(*asked)
 	if !decided.Pass || decided.Rule == policy.RuleHostToPeer {
 		return decided
 	}

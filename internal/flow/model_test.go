@@ -39,8 +39,14 @@ func (m *model) peer(a netip.Addr) (policy.PeerID, bool) {
 	return m.rules.Peers()[i].ID, true
 }
 
+// asked is t as the policy sees it.
+func asked(t tuple, in string) (p policy.Packet) {
+	t.ask(in, &p)
+	return p
+}
+
 func (m *model) hostMay(t tuple) bool {
-	p := t.policy("")
+	p := asked(t, "")
 	if p.Src != flowtest.HostB4 && p.Src != flowtest.HostB6 {
 		return false
 	}
@@ -49,7 +55,7 @@ func (m *model) hostMay(t tuple) bool {
 	return v.Pass && (v.Rule == policy.RuleHostToPeer || class == policy.Internet || class == policy.OnLAN)
 }
 
-func (m *model) peerMay(t tuple) bool { return m.rules.Decide(t.policy(flowtest.Interface)).Pass }
+func (m *model) peerMay(t tuple) bool { return m.rules.Decide(asked(t, flowtest.Interface)).Pass }
 
 // mayOpen judges the opener of the flow whose far end sends t.
 func (m *model) mayOpen(f *modelFlow, t tuple) bool {
@@ -96,14 +102,14 @@ func (m *model) fromPeer(p packetOf) bool {
 // peerMayPacket judges a packet by itself; an answer to a query has another type
 // than the query that its tuple stands for.
 func (m *model) peerMayPacket(p packetOf) bool {
-	asked := p.tuple.policy(flowtest.Interface)
+	ask := asked(p.tuple, flowtest.Interface)
 	if p.isICMP() && !p.opens {
-		asked.ICMPType = 0
+		ask.ICMPType = 0
 		if p.v6 {
-			asked.ICMPType = 129
+			ask.ICMPType = 129
 		}
 	}
-	return m.rules.Decide(asked).Pass
+	return m.rules.Decide(ask).Pass
 }
 
 func (m *model) toPeer(p packetOf) bool {

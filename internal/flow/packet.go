@@ -87,21 +87,21 @@ func (t tuple) reversed() tuple {
 	return t
 }
 
-// policy returns the packet that t describes in the policy's words, arriving by
-// the interface in.
-func (t tuple) policy(in string) policy.Packet {
-	p := policy.Packet{
-		In: in, Src: t.from.netip(t.v6), Dst: t.to.netip(t.v6), Proto: t.proto,
-		SrcPort: t.fromPort, DstPort: t.toPort,
-	}
+// ask writes to asked the packet that t describes in the policy's words, arriving
+// by the interface in. Of an ICMP query or answer the ports hold type and
+// identifier; see parseICMP.
+func (t *tuple) ask(in string, asked *policy.Packet) {
+	asked.In = in
+	asked.Src, asked.Dst = t.from.netip(t.v6), t.to.netip(t.v6)
+	asked.Proto = t.proto
+	asked.SrcPort, asked.DstPort = t.fromPort, t.toPort
 	if t.isICMP() {
-		p.ICMPType = uint8(t.toPort >> 8)
-		p.DstPort = p.SrcPort
+		asked.ICMPType = uint8(t.toPort >> 8)
+		asked.DstPort = asked.SrcPort
 	}
-	return p
 }
 
-func (t tuple) isICMP() bool {
+func (t *tuple) isICMP() bool {
 	if t.v6 {
 		return t.proto == policy.ProtoICMPv6
 	}
@@ -400,7 +400,7 @@ func (p *packet) parseICMP(b []byte) bool {
 	}
 	p.icmpType = b[0]
 	p.setQuery(b)
-	if p.isError = p.asPolicy().IsICMPError(); !p.isError {
+	if p.isError = isError(p.icmpType, p.v6); !p.isError {
 		return true
 	}
 	// Nobody fragments an error; in pieces its quote can't be judged.
@@ -419,6 +419,15 @@ func (p *packet) setQuery(b []byte) {
 	} else if isQuery(p.icmpType, p.v6) {
 		p.fromPort, p.toPort, p.opens = id, uint16(p.icmpType)<<8, true
 	}
+}
+
+// isError reports whether an ICMP type is an error that quotes a packet; see
+// policy.Packet's IsICMPError.
+func isError(icmpType uint8, v6 bool) bool {
+	if v6 {
+		return icmpType >= 1 && icmpType <= 4
+	}
+	return icmpType == 3 || icmpType == 11 || icmpType == 12
 }
 
 // isQuery reports whether an ICMP type asks for an answer: echo, timestamp,
@@ -443,18 +452,16 @@ func answered(icmpType uint8, v6 bool) (query uint8, ok bool) {
 	return 0, false
 }
 
-// asPolicy returns p as the policy sees it, but for the interface.
-func (p *packet) asPolicy() policy.Packet {
-	out := p.tuple.policy("")
-	out.Malformed, out.ICMPType = p.malformed, 0
-	if p.isICMP() {
-		out.ICMPType = p.icmpType
+// ask is tuple.ask for a packet whose ICMP type was read.
+func (p *packet) ask(in string, asked *policy.Packet) {
+	p.tuple.ask(in, asked)
+	asked.Malformed = p.malformed
+	if p.isICMP() && p.fragment != later {
+		asked.ICMPType = p.icmpType
 		if _, ok := answered(p.icmpType, p.v6); ok {
-			out.SrcPort = p.toPort
+			asked.SrcPort, asked.DstPort = p.toPort, p.toPort
 		}
-		out.DstPort = out.SrcPort
 	}
-	return out
 }
 
 // parseQuote reads the start of the packet that an ICMP error quotes, which is

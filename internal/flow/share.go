@@ -51,7 +51,6 @@ func (s *share) drop(e *entry) {
 	s.table.forget(k, e)
 	e.unlist()
 	e.store(0)
-	e.rename(key{})
 	e.next, s.free = s.free, e
 }
 

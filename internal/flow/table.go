@@ -37,7 +37,7 @@ type Table struct {
 const (
 	// cacheSize is the number of flows that View.fast finds at once, a power of 2.
 	cacheSize = 1 << cacheBits
-	cacheBits = 14
+	cacheBits = 16
 )
 
 // New returns an empty Table.
@@ -84,7 +84,11 @@ func (t *Table) slot(k *key) *atomic.Pointer[entry] {
 }
 
 // forget takes e, which is k's entry, out of the cache.
-func (t *Table) forget(k key, e *entry) { t.slot(&k).CompareAndSwap(e, nil) }
+func (t *Table) forget(k key, e *entry) {
+	if slot := t.slot(&k); slot.Load() == e {
+		slot.CompareAndSwap(e, nil)
+	}
+}
 
 // Use returns the View of r. It may be called while an older View is in use; call
 // Settle when that has ended.

@@ -438,6 +438,46 @@ func seedPackets() [][]byte {
 	return seeds
 }
 
+// FuzzWrite writes any bytes as a packet of a peer, refused ones included, and
+// reads the answers.
+func FuzzWrite(f *testing.F) {
+	for _, p := range seedPackets() {
+		f.Add(p, true)
+		f.Add(p, false)
+	}
+	open, closed := flowtest.Picture(f, 7), flowtest.Picture(f, 0)
+	f.Fuzz(func(t *testing.T, p []byte, allowed bool) {
+		inner := newFakeTUN(t)
+		g := New(inner, Options{PerPeer: 2})
+		if g.Set(open); !allowed {
+			g.Set(closed)
+		}
+		for _, passed := range write(t, g, inner, p) {
+			if !allowed {
+				t.Errorf("%x passes", passed)
+			}
+			checkPassed(t, open, passed)
+		}
+		inner.feed(p)
+		for _, out := range read(t, g) {
+			if got, ok := sourceOf(out); !ok || got != flowtest.HostB4 && got != flowtest.HostB6 {
+				t.Errorf("%x goes to a peer", out)
+			}
+		}
+	})
+}
+
+// sourceOf returns the source of a packet that is long enough to have one.
+func sourceOf(p []byte) (netip.Addr, bool) {
+	switch {
+	case len(p) >= 20 && p[0]>>4 == 4:
+		return netip.AddrFrom4([4]byte(p[12:])), true
+	case len(p) >= 40 && p[0]>>4 == 6:
+		return netip.AddrFrom16([16]byte(p[8:])), true
+	}
+	return netip.Addr{}, false
+}
+
 // BenchmarkGuard writes batches through the guard to a device that does nothing.
 func BenchmarkGuard(b *testing.B) {
 	for _, batch := range []int{1, 128} {

@@ -2,12 +2,14 @@ package guard
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -51,56 +53,85 @@ func newKernelHost(t testing.TB) *kernelHost {
 			t.Error(err)
 		}
 	})
-	hosts := make([]*netlab.Host, 3)
-	for i, name := range []string{"B", "W", "L"} {
-		if hosts[i], err = lab.Host(name); err != nil {
+	b := &kernelHost{}
+	for _, step := range []func() error{
+		func() error { return b.join(lab) },
+		b.open,
+		b.route,
+	} {
+		if err := step(); err != nil {
 			t.Fatal(err)
 		}
-	}
-	b := &kernelHost{Host: hosts[0]}
-	check := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	check(lab.Link(
-		netlab.Port{Host: hosts[0], Name: "en0", Addrs: prefixes("203.0.113.9/24", "2001:db8:1::9/64")},
-		netlab.Port{Host: hosts[1], Name: "en0", Addrs: prefixes("203.0.113.1/24", "2001:db8:1::1/64")}))
-	check(lab.Link(
-		netlab.Port{Host: hosts[0], Name: "en5", Addrs: prefixes("192.168.77.1/24", "2001:db8:77::1/64")},
-		netlab.Port{Host: hosts[2], Name: "en5", Addrs: prefixes("192.168.77.20/24", "2001:db8:77::20/64")}))
-	check(b.Do(func() (err error) {
-		b.inner, err = tun.CreateTUN(meshLink, 1420)
-		return err
-	}))
-	b.guard = New(b.inner, Options{})
-	if b.guard.wake == nil {
-		t.Fatal("the kernel's tunnel device has no read deadlines")
 	}
 	t.Cleanup(func() { _ = b.guard.Close() })
-	check(b.SetUp(meshLink, true))
-	for _, own := range prefixes("100.64.0.1/32", "fd6d:6573:6800::1/128") {
-		check(b.AddAddr(meshLink, own))
-	}
-	for _, peer := range prefixes("100.64.0.2/31", "fd6d:6573:6800::2/127") {
-		check(b.AddRoute(netlab.Route{To: peer, Link: meshLink}))
-	}
-	for _, via := range []string{"203.0.113.1", "2001:db8:1::1"} {
-		gateway := netip.MustParseAddr(via)
-		any := netip.PrefixFrom(gateway, 0).Masked()
-		check(b.AddRoute(netlab.Route{To: any, Via: gateway}))
-	}
-	for _, name := range []string{"net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"} {
-		check(b.SetSysctl(name, "1"))
+	if b.guard.wake == nil {
+		t.Fatal("the kernel's tunnel device has no read deadlines")
 	}
 	return b
 }
 
-func prefixes(texts ...string) []netip.Prefix {
-	out := make([]netip.Prefix, len(texts))
-	for i, s := range texts {
-		out[i] = netip.MustParsePrefix(s)
+// join makes the host with its uplink and its LAN.
+func (b *kernelHost) join(lab *netlab.Lab) (err error) {
+	if b.Host, err = lab.Host("B"); err != nil {
+		return err
+	}
+	for _, l := range []struct{ name, own, other string }{
+		{"en0", "203.0.113.9/24 2001:db8:1::9/64", "203.0.113.1/24 2001:db8:1::1/64"},
+		{"en5", "192.168.77.1/24 2001:db8:77::1/64", "192.168.77.20/24 2001:db8:77::20/64"},
+	} {
+		other, err := lab.Host("beyond " + l.name)
+		if err != nil {
+			return err
+		}
+		err = lab.Link(
+			netlab.Port{Host: b.Host, Name: l.name, Addrs: prefixes(l.own)},
+			netlab.Port{Host: other, Name: l.name, Addrs: prefixes(l.other)})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// open makes the tunnel device and the guard around it.
+func (b *kernelHost) open() error {
+	err := b.Do(func() (err error) {
+		b.inner, err = tun.CreateTUN(meshLink, 1420)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	b.guard = New(b.inner, Options{})
+	return b.SetUp(meshLink, true)
+}
+
+// route gives the tunnel device its addresses and routes, and switches forwarding
+// on.
+func (b *kernelHost) route() error {
+	for _, own := range prefixes("100.64.0.1/32 fd6d:6573:6800::1/128") {
+		if err := b.AddAddr(meshLink, own); err != nil {
+			return err
+		}
+	}
+	for _, peer := range prefixes("100.64.0.2/31 fd6d:6573:6800::2/127") {
+		if err := b.AddRoute(netlab.Route{To: peer, Link: meshLink}); err != nil {
+			return err
+		}
+	}
+	for _, gateway := range []netip.Addr{netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("2001:db8:1::1")} {
+		everything := netip.PrefixFrom(gateway, 0).Masked()
+		if err := b.AddRoute(netlab.Route{To: everything, Via: gateway}); err != nil {
+			return err
+		}
+	}
+	return errors.Join(b.SetSysctl("net.ipv4.ip_forward", "1"), b.SetSysctl("net.ipv6.conf.all.forwarding", "1"))
+}
+
+// prefixes reads prefixes separated by spaces.
+func prefixes(texts string) (out []netip.Prefix) {
+	for _, text := range strings.Fields(texts) {
+		out = append(out, netip.MustParsePrefix(text))
 	}
 	return out
 }

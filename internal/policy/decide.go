@@ -59,14 +59,15 @@ func (p Packet) IsRedirect() bool {
 // Decide judges a packet that belongs to no flow: whether it may pass and so
 // open one. It allocates nothing.
 func (r *Ruleset) Decide(p Packet) Verdict {
+	// By pointer from here on: copying the packet costs more than judging it.
 	if p.In == r.host.Interface {
-		return r.fromPeer(p)
+		return r.fromPeer(&p)
 	}
-	return r.fromElsewhere(p)
+	return r.fromElsewhere(&p)
 }
 
 // fromPeer judges what came out of the tunnel.
-func (r *Ruleset) fromPeer(p Packet) Verdict {
+func (r *Ruleset) fromPeer(p *Packet) Verdict {
 	v := Verdict{Peer: int(r.classes.of(p.Src).peer)}
 	if p.Malformed || !p.Dst.IsValid() || p.Src.Is4() != p.Dst.Is4() {
 		return v.refuse(RuleMalformed, Martian)
@@ -85,7 +86,7 @@ func (r *Ruleset) fromPeer(p Packet) Verdict {
 }
 
 // byClass is the table "From a peer".
-func (r *Ruleset) byClass(v Verdict, class Class, p Packet) Verdict {
+func (r *Ruleset) byClass(v Verdict, class Class, p *Packet) Verdict {
 	have := r.peers[v.Peer].Permissions
 	switch class {
 	case Martian:
@@ -112,7 +113,7 @@ func (r *Ruleset) byClass(v Verdict, class Class, p Packet) Verdict {
 	return r.toInternet(v, have, p)
 }
 
-func (r *Ruleset) toInternet(v Verdict, have Permissions, p Packet) Verdict {
+func (r *Ruleset) toInternet(v Verdict, have Permissions, p *Packet) Verdict {
 	switch {
 	case !have.Has(Routing):
 		return v.lack(RuleNoRouting, Internet, Routing)
@@ -125,7 +126,7 @@ func (r *Ruleset) toInternet(v Verdict, have Permissions, p Packet) Verdict {
 }
 
 // isDNS reports whether the packet is for the host's own DNS.
-func (r *Ruleset) isDNS(p Packet) bool {
+func (r *Ruleset) isDNS(p *Packet) bool {
 	return r.mesh.DNS && p.DstPort == portDNS && (p.Proto == ProtoUDP || p.Proto == ProtoTCP) &&
 		r.isMeshAddress(p.Dst)
 }
@@ -142,7 +143,7 @@ func (r *Ruleset) isMeshAddress(a netip.Addr) bool {
 
 // fromElsewhere judges what the host itself sends and what arrives by other
 // interfaces than the mesh's.
-func (r *Ruleset) fromElsewhere(p Packet) Verdict {
+func (r *Ruleset) fromElsewhere(p *Packet) Verdict {
 	src, dst := r.classes.of(p.Src), r.classes.of(p.Dst)
 	v := Verdict{Peer: int(dst.peer)}
 	own := p.In == "" || isLoopback(p.In)
@@ -167,7 +168,7 @@ func (r *Ruleset) fromElsewhere(p Packet) Verdict {
 }
 
 // hostToPeer judges what the host itself sends to a peer outside of a flow.
-func (r *Ruleset) hostToPeer(v Verdict, p Packet) Verdict {
+func (r *Ruleset) hostToPeer(v Verdict, p *Packet) Verdict {
 	switch {
 	case p.IsRedirect():
 		return v.refuse(RuleRedirect, 0)
