@@ -254,12 +254,16 @@ func (m *Machine) Skipped() []string {
 }
 
 // Advance lets time pass and removes the states whose time is up. It returns
-// how many are left. pf counts in whole seconds.
+// how many are left. pf counts in whole seconds, so within one nothing ends and
+// the call is cheap.
 func (m *Machine) Advance(d time.Duration) int {
+	before := m.seconds()
 	if d > 0 {
 		m.now += d
 	}
-	m.purge()
+	if m.seconds() != before {
+		m.purge()
+	}
 	return m.states.n
 }
 

@@ -272,20 +272,32 @@ func (e *evaluation) freePort(t *translation) bool {
 	cut := lo + e.m.rand.Uint32N(hi-lo+1)
 	for _, span := range [...]struct{ from, to, step uint32 }{{cut, hi + 1, 1}, {cut - 1, lo - 1, ^uint32(0)}} {
 		for port := span.from; port != span.to; port += span.step {
-			if e.portFree(t, port) {
+			if e.portUsable(t, port) {
 				t.port = port
 				return true
 			}
 		}
 	}
-	return false
+	t.port = cut
+	return e.portFree(t, cut)
 }
 
-// portFree says whether an answer to the address and port would find no state.
-// For UDP the kernel looks with the rule's extfilter, and without that with a
-// kind of key that no state has: a collision then shows when the state is made.
+// portFree says whether the kernel takes the port for free: whether an answer to
+// it would find no state. For UDP it looks with the rule's extfilter, and without
+// that with a kind of key that no state has. A collision then shows when the
+// state is made, and drops the packet.
 func (e *evaluation) portFree(t *translation, port uint32) bool {
-	k := outsideKey(e.p.Proto, t.rule.pool.extFilter, stateHost{t.src, port}, stateHost{e.p.Dst, e.dport})
+	return e.outsideFree(t, t.rule.pool.extFilter, port)
+}
+
+// portUsable says whether a state can be made with the port. By choosing so, the
+// machine spares UDP flows the collisions that a kernel has by chance.
+func (e *evaluation) portUsable(t *translation, port uint32) bool {
+	return e.outsideFree(t, max(t.rule.pool.extFilter, addrPortDependent), port)
+}
+
+func (e *evaluation) outsideFree(t *translation, filter endpointFilter, port uint32) bool {
+	k := outsideKey(e.p.Proto, filter, stateHost{t.src, port}, stateHost{e.p.Dst, e.dport})
 	return e.m.states.outside[k] == nil
 }
 
