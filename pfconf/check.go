@@ -39,6 +39,8 @@ func checkName(what, s string, most int) error {
 	return checkString(what, s, most)
 }
 
+// checkMacro checks that the definition can be written: it is printed although its
+// uses are gone, so that people find what they wrote.
 func checkMacro(m *Macro) error {
 	if err := checkName("macro", m.Name, maxToken); err != nil {
 		return err
@@ -64,6 +66,8 @@ func checkText(t *Text) error {
 	return nil
 }
 
+// checkOption checks a set line. The values of most options are pfctl's to check and
+// not the grammar's, and it does so for the main ruleset only.
 func (l *loader) checkOption(o *Option) error {
 	if !optionNames[o.Name] {
 		return fmt.Errorf("no option %s", clip(o.Name))
@@ -125,10 +129,13 @@ var (
 	optimizers    = []string{"none", "basic", "profile"}
 )
 
+// containsFold compares as pfctl does the names of timeouts, limits and
+// optimizations: without regard to case.
 func containsFold(words []string, w string) bool {
 	return slices.ContainsFunc(words, func(s string) bool { return strings.EqualFold(s, w) })
 }
 
+// checkValue checks the only value of an option.
 func (l *loader) checkValue(name, v string) error {
 	bad := fmt.Errorf("set %s can't be %q", name, clip(v))
 	var ok bool
@@ -159,6 +166,7 @@ func (l *loader) checkValue(name, v string) error {
 	return checkString("value of "+name, v, maxToken)
 }
 
+// checkTable checks a table from the outside; its addresses are resolved later.
 func checkTable(t *Table) error {
 	if err := checkName("table", t.Name, maxTable); err != nil {
 		return err
@@ -197,6 +205,8 @@ func checkAntispoof(a *Antispoof) error {
 	return checkString("label", a.Label, maxLabel)
 }
 
+// checkLog checks the interface: the kernel has sixteen pflogs, and takes none that
+// is written with zeros in front.
 func checkLog(l *Log) error {
 	if l == nil || l.To == "" {
 		return nil
@@ -273,6 +283,7 @@ var allowed = map[Action]fieldSet{
 var fieldNames = []string{"an answer", "pass", "a direction", "log", "quick", "a route", "filter options", "a tag",
 	"tagged", "a state", "scrub options", "a pool", "rules in braces", "the name of an anchor"}
 
+// fields returns what is set in a rule.
 func (r *Rule) fields() fieldSet {
 	var f fieldSet
 	for i, set := range []bool{
@@ -289,6 +300,8 @@ func (r *Rule) fields() fieldSet {
 	return f
 }
 
+// checkFields refuses what the grammar has no place for. A rule is one type for all
+// actions, so that this can't be left to the compiler.
 func checkFields(r *Rule) error {
 	extra := r.fields() &^ allowed[r.Action]
 	for i, name := range fieldNames {
@@ -302,6 +315,8 @@ func checkFields(r *Rule) error {
 	return nil
 }
 
+// checkNames checks all that is copied into the kernel's fixed buffers. pfctl refuses
+// what doesn't fit rather than cutting it.
 func checkNames(r *Rule) error {
 	for _, i := range r.Interfaces {
 		if err := checkName("interface", i.Name, maxInterface); err != nil {
@@ -321,6 +336,8 @@ func checkNames(r *Rule) error {
 		checkString("queue", r.PriQueue, maxQueue), checkIDs("user", r.Users), checkIDs("group", r.Groups))
 }
 
+// checkIDs checks users or groups. The highest id stands for unknown in the kernel and
+// can't be asked for by number.
 func checkIDs(what string, ids []IDMatch) error {
 	for _, m := range ids {
 		two := m.Op == Inside || m.Op == Outside
@@ -341,6 +358,7 @@ func checkIDs(what string, ids []IDMatch) error {
 	return nil
 }
 
+// checkNumbers checks numbers and what excludes each other regardless of lists.
 func checkNumbers(r *Rule) error {
 	if r.Direction > Out || r.Family > Inet6 || r.Return.Kind > ReturnICMP || r.State > SynproxyState {
 		return errors.New("a value out of its range")
@@ -374,6 +392,7 @@ func checkNumbers(r *Rule) error {
 // minProbability is the least that pf's 32 bits can hold.
 const minProbability = 1 / float64(1<<32-1)
 
+// checkAnchor checks the name of a called anchor and its rules in braces.
 func checkAnchor(r *Rule) error {
 	if r.Action == Anchor {
 		if r.Anchor == "" && r.Body == nil {
@@ -393,6 +412,7 @@ func checkAnchor(r *Rule) error {
 	return nil
 }
 
+// cmpErr returns the first error that isn't nil.
 func cmpErr(errs ...error) error {
 	for _, err := range errs {
 		if err != nil {
@@ -420,6 +440,8 @@ func checkPath(path string) error {
 	return checkString("anchor", path, maxPath-maxAnchor-2)
 }
 
+// checkBody checks that an inline anchor holds what pfctl's grammar allows there:
+// neither tables nor translation.
 func checkBody(b *Ruleset) error {
 	if b == nil {
 		return nil
@@ -433,6 +455,8 @@ func checkBody(b *Ruleset) error {
 	return nil
 }
 
+// checkState checks the options of a state by themselves; what depends on other
+// options is left to settleState.
 func checkState(r *Rule) error {
 	o := &r.StateOptions
 	if (r.State == StateDefault || r.State == NoState) && !o.isZero() {
@@ -463,6 +487,7 @@ func checkState(r *Rule) error {
 	return nil
 }
 
+// isZero tells whether there are no options: then nothing is printed in parentheses.
 func (o *StateOptions) isZero() bool {
 	return o.Max == 0 && !o.NoSync && o.SourceTrack == NoSourceTrack && o.MaxSrcStates == 0 && o.MaxSrcConn == 0 &&
 		o.MaxSrcConnRate == Rate{} && o.Overload == "" && o.Flush == NoFlush && o.MaxSrcNodes == 0 &&
@@ -483,6 +508,8 @@ func checkFlags(r *Rule) error {
 	return nil
 }
 
+// checkAddress checks that an address has the fields of its kind and no others, so
+// that what is printed is all that was meant.
 func checkAddress(a Address) error {
 	if a.Kind > AddrURPFFailed || !validMods(a.Mod) || a.Mod > ModNoAlias<<1-1 {
 		return errors.New("an address of no kind")
@@ -510,6 +537,8 @@ func checkAddress(a Address) error {
 	return checkString("zone", a.Zone, maxInterface)
 }
 
+// checkInterfaceAddress keeps names apart from addresses: host names resolve at load
+// time on a Mac and can't be checked, but none is as short and plain as an interface.
 func checkInterfaceAddress(a Address) error {
 	if a.Bits != nil && *a.Bits > 128 || a.Kind == AddrInterface && a.Bits != nil && a.Mod&(ModNetwork|ModBroadcast) != 0 {
 		return errors.New("a prefix length that can't be")
@@ -554,6 +583,7 @@ func checkPool(r *Rule) error {
 	return nil
 }
 
+// checkRoute checks the hops of route-to and the like.
 func checkRoute(route *Route) error {
 	if (route.Kind == Fastroute) != (len(route.Hops) == 0) || route.Kind > Fastroute {
 		return errors.New("a route needs hops, fastroute has none")
@@ -571,6 +601,7 @@ func checkRoute(route *Route) error {
 	return nil
 }
 
+// checkTarget checks what is behind ->.
 func checkTarget(r *Rule) error {
 	p := r.Pool
 	binat := r.Action == Binat || r.Action == NoBinat
@@ -603,6 +634,8 @@ func checkBinat(r *Rule) error {
 	return checkPoolAddress(r.From.Addrs[0])
 }
 
+// checkPoolAddress refuses what the kernel doesn't take into a pool (pf_ioctl.c,
+// DIOCADDADDR), even where pfctl's grammar does.
 func checkPoolAddress(a Address) error {
 	if a.Not || a.Kind == AddrAny || a.Kind == AddrRange || a.Kind == AddrNoRoute || a.Kind == AddrURPFFailed {
 		return errors.New("a pool holds addresses, networks, tables and interfaces")

@@ -63,6 +63,7 @@ type ruleError struct {
 	problem   string
 }
 
+// Error names the statement by its text: a ruleset made of types has no lines.
 func (e *ruleError) Error() string {
 	return fmt.Sprintf("check %q: %s", clip(e.statement.String()), e.problem)
 }
@@ -108,6 +109,8 @@ const (
 	stageFilter
 )
 
+// load goes through the statements in their order, as pfctl does: options count for
+// what follows them.
 func (l *loader) load(rs *Ruleset) *ruleError {
 	for _, s := range rs.Statements {
 		if err := l.statement(s); err != nil {
@@ -124,6 +127,7 @@ func (l *loader) load(rs *Ruleset) *ruleError {
 	return nil
 }
 
+// statement loads one statement.
 func (l *loader) statement(s Statement) error {
 	switch s := s.(type) {
 	case *Macro:
@@ -153,6 +157,8 @@ func (l *loader) enter(to stage) error {
 	return nil
 }
 
+// loadAnchor notes the file. pfctl reads the files of the main ruleset only, after
+// the rest.
 func (l *loader) loadAnchor(s *LoadAnchor) error {
 	if err := checkString("anchor", s.Anchor, maxPath-1); err != nil {
 		return err
@@ -163,6 +169,8 @@ func (l *loader) loadAnchor(s *LoadAnchor) error {
 	return checkString("file", s.File, maxPath-1)
 }
 
+// text checks the order of kept text too: pfctl would refuse the rest of the ruleset
+// otherwise.
 func (l *loader) text(t *Text) error {
 	if err := checkText(t); err != nil {
 		return err
@@ -176,6 +184,8 @@ func (l *loader) text(t *Text) error {
 	return nil
 }
 
+// option applies an option. Block policy, state policy and order are a matter of
+// pfctl's parser and so count in an anchor too; all others don't.
 func (l *loader) option(o *Option) error {
 	if err := l.checkOption(o); err != nil {
 		return err
@@ -201,6 +211,7 @@ func (l *loader) option(o *Option) error {
 	return nil
 }
 
+// rule checks a rule by itself and loads it by its kind.
 func (l *loader) rule(r *Rule) error {
 	if err := checkRule(r); err != nil {
 		return err
@@ -239,6 +250,7 @@ func climbs(name string) int {
 	return n
 }
 
+// depth returns how many anchors a path is below the main ruleset.
 func depth(path string) int {
 	if path == "" {
 		return 0
@@ -350,6 +362,7 @@ func (l *loader) body(r *Rule) (string, error) {
 	return child.path, nil
 }
 
+// joinPath returns the path of an anchor in another.
 func joinPath(parent, name string) string {
 	if parent == "" {
 		return name
@@ -357,6 +370,8 @@ func joinPath(parent, name string) string {
 	return parent + "/" + name
 }
 
+// scrub loads normalisation. Unlike the filter it takes no family from its addresses
+// as a whole; each single rule gets that of its own.
 func (l *loader) scrub(written *Rule) error {
 	r := *written
 	if r.Normalize.ReassembleTCP && r.Direction != Both {
@@ -458,6 +473,7 @@ func (l *loader) binat(written *Rule) error {
 	return l.add(&r)
 }
 
+// binatTarget returns the addresses behind ->.
 func (l *loader) binatTarget(r *Rule) ([]Address, error) {
 	switch hasTarget := r.Pool != nil && len(r.Pool.Addrs) > 0; {
 	case r.Action == NoBinat && hasTarget:
@@ -470,6 +486,8 @@ func (l *loader) binatTarget(r *Rule) ([]Address, error) {
 	return l.resolve(r.Pool.Addrs)
 }
 
+// checkBinat checks what is left once names have become addresses. With names of
+// unknown addresses it gives the benefit of the doubt.
 func (l *loader) checkBinat(r *Rule, src, dst, target []Address) error {
 	unsure := anyUnresolved(src) || anyUnresolved(dst) || anyUnresolved(target)
 	target, family := matchingFamily(target, r.Family)
@@ -494,6 +512,7 @@ func (l *loader) checkBinat(r *Rule, src, dst, target []Address) error {
 	return nil
 }
 
+// fits tells whether all addresses can be of the family.
 func fits(addrs []Address, f Family) bool {
 	for _, a := range addrs {
 		if af := a.family(); af != AnyFamily && f != AnyFamily && af != f {
@@ -503,6 +522,7 @@ func fits(addrs []Address, f Family) bool {
 	return true
 }
 
+// sameMask compares the networks of both sides, which binat maps one to one.
 func sameMask(src []Address, target Address, f Family) bool {
 	for _, a := range src {
 		if n := a.maskBits(f); n != 0 && n != target.maskBits(f) {
@@ -512,6 +532,7 @@ func sameMask(src []Address, target Address, f Family) bool {
 	return true
 }
 
+// firstOf drops all but the first, silently, as pfctl does.
 func firstOf[T any](s []T) []T {
 	if len(s) > 1 {
 		return s[:1:1]
@@ -554,6 +575,8 @@ func (l *loader) antispoof(a *Antispoof) error {
 	return nil
 }
 
+// antispoofAddrs returns the networks and the addresses of an interface. One that
+// doesn't exist has none, and makes no rules.
 func (l *loader) antispoofAddrs(i AntispoofInterface) (networks, addrs []Address) {
 	if i.Dynamic {
 		return []Address{{Kind: AddrDynamic, Name: i.Name, Mod: ModNetwork}},
@@ -566,6 +589,7 @@ func (l *loader) antispoofAddrs(i AntispoofInterface) (networks, addrs []Address
 	return l.host.lookup(i.Name, ModNetwork), l.host.lookup(i.Name, 0)
 }
 
+// isLoopback goes by the name, which is all that a vector or a snapshot tells.
 func isLoopback(name string) bool { return strings.HasPrefix(name, "lo") }
 
 // table loads a table's definition; a later one of the same name replaces it.
@@ -622,6 +646,8 @@ func (l *loader) settleTables() {
 	l.out.Tables = kept
 }
 
+// noteTables notes the tables that keep themselves alive by a rule. A rule in an inline
+// anchor isn't one: its reference is to a table of that anchor.
 func noteTables(r *Rule, used map[string]bool) {
 	for _, addrs := range [][]Address{r.From.Addrs, r.To.Addrs, r.poolAddrs()} {
 		for _, a := range addrs {

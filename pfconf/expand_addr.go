@@ -47,6 +47,7 @@ func (h host) static(a Address) []Address {
 	return found
 }
 
+// has tells whether there is an interface of exactly that name.
 func (h host) has(name string) bool {
 	for _, i := range h {
 		if i.Name == name {
@@ -68,6 +69,8 @@ func (h host) lookup(name string, mod AddressModifier) []Address {
 	return all
 }
 
+// matchesInterface knows a family of interfaces by the name without number, which
+// pfctl does although the kernel doesn't.
 func matchesInterface(pattern, name string) bool {
 	if pattern == name {
 		return true
@@ -109,10 +112,12 @@ func (i Interface) addrs(mod AddressModifier) []Address {
 	return all
 }
 
+// hasBroadcast tells whether an address has a broadcast address.
 func (i Interface) hasBroadcast(ip netip.Addr) bool {
 	return ip.Is4() && !isLoopback(i.Name) && !isPointToPoint(i.Name)
 }
 
+// isPointToPoint goes by the name, as isLoopback.
 func isPointToPoint(name string) bool { return len(name) > 4 && name[:4] == "utun" }
 
 // lastOf returns the last address of an IPv4 network.
@@ -173,6 +178,7 @@ func fixMasks(addrs []Address, f Family) []Address {
 	return fixed
 }
 
+// anyUnresolved tells whether there are names that only the host could resolve.
 func anyUnresolved(addrs []Address) bool {
 	for _, a := range addrs {
 		if a.Kind == AddrInterface {

@@ -102,6 +102,7 @@ func (l *loader) routePool(r *Rule) error {
 	return settleKind(&route.PoolOptions, route.addrs())
 }
 
+// hop resolves one hop; an interface as its address may become several.
 func (l *loader) hop(h Hop) ([]Hop, error) {
 	if h.Addr == nil {
 		return []Hop{h}, nil
@@ -117,6 +118,7 @@ func (l *loader) hop(h Hop) ([]Hop, error) {
 	return hops, nil
 }
 
+// hopFamilies returns the hops' families; a bare interface has none.
 func hopFamilies(hops []Hop) []Family {
 	f := make([]Family, len(hops))
 	for i, h := range hops {
@@ -221,6 +223,8 @@ const (
 	natPortHigh = 65535
 )
 
+// settlePorts writes the ports out. Nat goes from its own range if none is given, which
+// is left as 0 here: static-port is that, too, with the flag set.
 func settlePorts(r *Rule, p *Pool) error {
 	if r.Action == Rdr {
 		if p.StaticPort {
@@ -311,6 +315,8 @@ type combination struct {
 	at       [10]int
 }
 
+// sizes returns the lengths of the lists in the order in which pfctl loops over them;
+// the order of the rules follows from it.
 func (c *combination) sizes() [10]int {
 	r := c.rule
 	return [10]int{len(r.Interfaces), len(r.Protos), len(r.ICMP), len(c.src), len(r.From.Ports), len(r.OS),
@@ -343,6 +349,7 @@ func (c *combination) current() Rule {
 	return r
 }
 
+// one returns a list of the entry, sharing its memory.
 func one[T any](s []T, i int) []T {
 	if len(s) == 0 {
 		return nil
@@ -395,6 +402,8 @@ func inconsistent(r *Rule) string {
 	return ""
 }
 
+// inconsistentFilter checks filter and scrub rules. It is done for single rules because
+// a list may hold a protocol that fits and one that doesn't: pfctl refuses all then.
 func inconsistentFilter(r *Rule) string {
 	tcpUDP, icmp, icmp6 := r.proto() == ProtoTCP || r.proto() == ProtoUDP, r.proto() == ProtoICMP, r.proto() == ProtoICMPv6
 	ports := len(r.From.Ports)+len(r.To.Ports) > 0
@@ -422,6 +431,7 @@ func inconsistentFilter(r *Rule) string {
 	return ""
 }
 
+// inconsistentRdr checks redirections.
 func inconsistentRdr(r *Rule) string {
 	if r.proto() != ProtoTCP && r.proto() != ProtoUDP {
 		if len(r.From.Ports)+len(r.To.Ports) > 0 || r.Pool != nil && r.Pool.PortLo != 0 {
@@ -494,6 +504,8 @@ func expandLabels(r *Rule, nr int) error {
 	return nil
 }
 
+// labelAddr prints an address as labels have it, which isn't how rules are shown: no
+// modifiers, no ranges.
 func labelAddr(addrs []Address, f Family) string {
 	if len(addrs) == 0 {
 		return "any"
@@ -521,6 +533,7 @@ func labelAddr(addrs []Address, f Family) string {
 	return text
 }
 
+// labelPort prints a port as labels have it. pfctl leaves ranges out.
 func labelPort(ports []Port) string {
 	if len(ports) == 0 || ports[0].Op == Range {
 		return ""

@@ -97,6 +97,7 @@ type char struct {
 	pos position
 }
 
+// newLexer returns a lexer at the start of a text.
 func newLexer(src string) *lexer {
 	return &lexer{src: src, pos: position{1, 1}, macros: map[string]string{}}
 }
@@ -145,6 +146,8 @@ func (l *lexer) get(quoted bool) char {
 	return ch
 }
 
+// unget puts a byte back. Within a macro that is a step back; at its beginning the byte
+// came from before it.
 func (l *lexer) unget(ch char) {
 	if ch.c < 0 {
 		return
@@ -158,6 +161,7 @@ func (l *lexer) unget(ch char) {
 	l.back = append(l.back, ch)
 }
 
+// fail makes an error of a place.
 func (l *lexer) fail(pos position, problem string) error {
 	return &SyntaxError{Line: pos.line, Column: pos.col, Problem: problem}
 }
@@ -206,6 +210,7 @@ func (l *lexer) paste(pos position) error {
 	return nil
 }
 
+// scan reads the token that begins with a byte.
 func (l *lexer) scan(ch char) (token, error) {
 	switch {
 	case ch.c < 0:
@@ -247,6 +252,8 @@ func (l *lexer) pair(ch char) (token, bool) {
 	return token{}, false
 }
 
+// quoted reads a string. Newlines in it are dropped, and a backslash only quotes the
+// quote: there is no other way to write one, and none to write a backslash at the end.
 func (l *lexer) quoted(open char) (token, error) {
 	var buf []byte
 	for {
@@ -331,6 +338,7 @@ func (l *lexer) directWord(first char) (string, bool) {
 	return text, true
 }
 
+// word reads a word byte by byte, through macros and joined lines.
 func (l *lexer) word(first char) (token, error) {
 	if text, ok := l.directWord(first); ok {
 		return wordToken(text, first.pos), nil
@@ -347,6 +355,7 @@ func (l *lexer) word(first char) (token, error) {
 	return wordToken(string(buf), first.pos), nil
 }
 
+// wordToken tells keywords from other words.
 func wordToken(text string, pos position) token {
 	t := token{kind: tokString, text: text, pos: pos}
 	if keywords[text] {

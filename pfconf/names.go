@@ -18,6 +18,7 @@ var keywords = set("all", "allow-opts", "altq", "anchor", "antispoof", "any", "b
 	"state", "state-policy", "static-port", "sticky-address", "synproxy", "table", "tag", "tagged", "tbrsize",
 	"timeout", "to", "tos", "ttl", "upperlimit", "urpf-failed", "user")
 
+// set makes a set of words.
 func set(words ...string) map[string]bool {
 	m := make(map[string]bool, len(words))
 	for _, w := range words {
@@ -51,6 +52,8 @@ var protoNumbers = func() map[string]Proto {
 	return m
 }()
 
+// upper is ToUpper for ASCII: names of protocols are known in small or capital letters,
+// not mixed.
 func upper(s string) string {
 	b := []byte(s)
 	for i, c := range b {
@@ -130,6 +133,7 @@ var icmp6Codes = []icmpName{
 	{"nxthdr", 4, 1}, {"redironlink", 137, 0}, {"redirrouter", 137, 1},
 }
 
+// icmpTables returns the names of one family.
 func icmpTables(v6 bool) (types, codes []icmpName) {
 	if v6 {
 		return icmp6Types, icmp6Codes
@@ -137,6 +141,7 @@ func icmpTables(v6 bool) (types, codes []icmpName) {
 	return icmpTypes, icmpCodes
 }
 
+// icmpTypeByName finds a type by its name.
 func icmpTypeByName(name string, v6 bool) (uint8, bool) {
 	types, _ := icmpTables(v6)
 	for _, t := range types {
@@ -147,6 +152,7 @@ func icmpTypeByName(name string, v6 bool) (uint8, bool) {
 	return 0, false
 }
 
+// icmpTypeName returns a type's name, or its number.
 func icmpTypeName(kind uint8, v6 bool) string {
 	types, _ := icmpTables(v6)
 	for _, t := range types {
@@ -157,6 +163,7 @@ func icmpTypeName(kind uint8, v6 bool) string {
 	return strconv.Itoa(int(kind))
 }
 
+// icmpCodeByName finds a code by its name, which means something for its type only.
 func icmpCodeByName(kind uint8, name string, v6 bool) (uint8, bool) {
 	_, codes := icmpTables(v6)
 	for _, c := range codes {
@@ -167,6 +174,7 @@ func icmpCodeByName(kind uint8, name string, v6 bool) (uint8, bool) {
 	return 0, false
 }
 
+// icmpCodeName returns a code's name, or its number.
 func icmpCodeName(kind, code uint8, v6 bool) string {
 	_, codes := icmpTables(v6)
 	for _, c := range codes {
@@ -195,6 +203,8 @@ var timeouts = []string{
 	"adaptive.start", "adaptive.end", "src.track", "tcp.tsdiff",
 }
 
+// timeoutIndex returns the kernel's number of a timeout, -1 if there is none. In rules
+// the names are compared to the letter.
 func timeoutIndex(name string) int {
 	for i, t := range timeouts {
 		if t == name {

@@ -54,6 +54,8 @@ type parser struct {
 	counts bool // names are followed by a count: <t:2>, (en0:1)
 }
 
+// advance reads the next token. A macro is defined before the newline after it is passed
+// by, so that it holds from the next line on.
 func (p *parser) advance() {
 	if p.err != nil {
 		return
@@ -66,6 +68,7 @@ func (p *parser) advance() {
 // expected fails with the current token as the one that was found.
 func (p *parser) expected(what string) { p.found(p.tok, what) }
 
+// found fails with a token and what should be in its place.
 func (p *parser) found(t token, what string) {
 	p.fail(&SyntaxError{Line: t.pos.line, Column: t.pos.col, Found: t.describe(), Expected: what})
 }
@@ -75,6 +78,7 @@ func (p *parser) refuse(t token, format string, args ...any) {
 	p.fail(&SyntaxError{Line: t.pos.line, Column: t.pos.col, Problem: fmt.Sprintf(format, args...)})
 }
 
+// fail keeps the first error and ends the text there.
 func (p *parser) fail(err error) {
 	if p.err == nil {
 		p.err = err
@@ -82,10 +86,12 @@ func (p *parser) fail(err error) {
 	p.tok = token{kind: tokEOF}
 }
 
+// is tells whether the token is a keyword; a quoted one is none.
 func (p *parser) is(keyword string) bool {
 	return p.tok.kind == tokKeyword && p.tok.text == keyword
 }
 
+// accept passes a keyword by if it is the next token.
 func (p *parser) accept(keyword string) bool {
 	if !p.is(keyword) {
 		return false
@@ -98,6 +104,7 @@ func (p *parser) isPunct(s string) bool {
 	return p.tok.kind == tokPunct && p.tok.text == s
 }
 
+// acceptPunct passes punctuation by if it is the next token.
 func (p *parser) acceptPunct(s string) bool {
 	if !p.isPunct(s) {
 		return false
@@ -106,12 +113,14 @@ func (p *parser) acceptPunct(s string) bool {
 	return true
 }
 
+// expectPunct passes punctuation by or fails.
 func (p *parser) expectPunct(s string) {
 	if !p.acceptPunct(s) {
 		p.expected(s)
 	}
 }
 
+// expect passes a keyword by or fails.
 func (p *parser) expect(keyword string) {
 	if !p.accept(keyword) {
 		p.expected(keyword)
@@ -158,6 +167,8 @@ func (p *parser) number(lo, hi int64, what string) int64 {
 	return t.num
 }
 
+// skipNewlines is for lists, which may go over several lines. pfctl is stricter about
+// where; this package prints lists on one line.
 func (p *parser) skipNewlines() {
 	for p.tok.kind == tokNewline {
 		p.advance()
@@ -221,6 +232,8 @@ func (p *parser) statements(body bool) []Statement {
 	}
 }
 
+// endOfLine says what should come after a statement. pfctl refuses a text without a
+// newline at its end, and says no more than syntax error.
 func endOfLine(t token) string {
 	if t.kind == tokEOF {
 		return "a newline after the last line"
@@ -228,6 +241,7 @@ func endOfLine(t token) string {
 	return "the end of the line or another option"
 }
 
+// statement reads one statement, in a body only what may stand there.
 func (p *parser) statement(body bool) Statement {
 	switch {
 	case p.is("pass"), p.is("block"):
@@ -336,6 +350,7 @@ func (p *parser) text(first string) *Text {
 	return &Text{Text: strings.Join(words, " ")}
 }
 
+// loadAnchor reads load anchor name from file.
 func (p *parser) loadAnchor() *LoadAnchor {
 	p.advance()
 	p.expect("anchor")
@@ -404,6 +419,7 @@ func (p *parser) oneOf(words ...string) string {
 	return ""
 }
 
+// kindOf tells as what kind of token a word is read.
 func kindOf(w string) tokenKind {
 	if keywords[w] {
 		return tokKeyword
@@ -411,6 +427,7 @@ func kindOf(w string) tokenKind {
 	return tokString
 }
 
+// hostID reads the only number that may be hexadecimal.
 func (p *parser) hostID() int64 {
 	t := p.tok
 	n := t.num
@@ -457,6 +474,7 @@ func parseUint(s string) (uint64, bool) {
 	return n, true
 }
 
+// lower is ToLower for an ASCII letter.
 func lower(c byte) byte {
 	if c >= 'A' && c <= 'Z' {
 		return c - 'A' + 'a'
@@ -464,6 +482,7 @@ func lower(c byte) byte {
 	return c
 }
 
+// table reads a table's definition: its options and lists in any order and number.
 func (p *parser) table() *Table {
 	p.advance()
 	t := &Table{Name: p.tableName()}
@@ -489,6 +508,7 @@ func (p *parser) table() *Table {
 	return t
 }
 
+// tableName reads <name>.
 func (p *parser) tableName() string {
 	p.expectPunct("<")
 	name := p.str("the name of a table")
@@ -507,6 +527,7 @@ func cutCount(name string) string {
 	return name
 }
 
+// tableAddrs reads the list of a table, which unlike others may be empty.
 func (p *parser) tableAddrs() []Address {
 	p.advance()
 	p.skipNewlines()
@@ -516,6 +537,7 @@ func (p *parser) tableAddrs() []Address {
 	return p.addrItems()
 }
 
+// antispoof reads antispoof.
 func (p *parser) antispoof() *Antispoof {
 	p.advance()
 	a := &Antispoof{}
@@ -548,6 +570,7 @@ func (p *parser) antispoof() *Antispoof {
 	return a
 }
 
+// byte reads a number of eight bits.
 func (p *parser) byte(what string) *uint8 {
 	n := uint8(p.number(0, 255, what))
 	return &n

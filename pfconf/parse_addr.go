@@ -110,6 +110,7 @@ func (p *parser) network(text string, t token) Address {
 	return p.networkOf(text, int(bits), t)
 }
 
+// networkOf makes an address of a text and a prefix length: a network or an interface.
 func (p *parser) networkOf(text string, bits int, t token) Address {
 	if prefix, zone, ok := parseNetwork(text, bits); ok {
 		return Address{Kind: AddrPrefix, Prefix: prefix, Zone: zone}
@@ -159,6 +160,7 @@ func parseIP(text string) (netip.Addr, string, bool) {
 	return ip.WithZone(""), ip.Zone(), true
 }
 
+// addrRange reads the rest of first - last.
 func (p *parser) addrRange(first token) Address {
 	last := p.str("the last address of the range")
 	lo, _, ok := parseIP(first.text)
@@ -170,6 +172,7 @@ func (p *parser) addrRange(first token) Address {
 	return Address{Kind: AddrRange, Prefix: hostPrefix(lo), Last: hi}
 }
 
+// hostPrefix returns the network of one address.
 func hostPrefix(ip netip.Addr) netip.Prefix { return netip.PrefixFrom(ip, ip.BitLen()) }
 
 // single reads an address or the name of an interface.
@@ -214,6 +217,7 @@ func interfaceAddress(text string) (Address, bool) {
 	return a, validMods(a.Mod) && looksLikeName(text)
 }
 
+// modifier finds a modifier by its word.
 func modifier(word string) (AddressModifier, bool) {
 	for _, m := range modifiers {
 		if m.word == word {
@@ -284,6 +288,7 @@ func (p *parser) ids(what string) []IDMatch {
 	})
 }
 
+// id reads a user or group: a number, unknown or a name, which is the host's to resolve.
 func (p *parser) id(what string) (n uint32, name string, unknown bool) {
 	if p.tok.kind == tokNumber {
 		return uint32(p.number(0, 1<<32-2, what+" id")), "", false
@@ -298,6 +303,7 @@ func (p *parser) id(what string) (n uint32, name string, unknown bool) {
 	return 0, name, false
 }
 
+// unaryOp reads an operator before a number and tells whether there was one.
 func (p *parser) unaryOp() (CompareOp, bool) {
 	switch {
 	case p.acceptPunct("="):
@@ -319,6 +325,7 @@ func (p *parser) unaryOp() (CompareOp, bool) {
 	return Equal, false
 }
 
+// binaryOp reads an operator between two numbers.
 func (p *parser) binaryOp() CompareOp {
 	if p.acceptPunct("<>") {
 		return Outside
@@ -362,6 +369,7 @@ func (p *parser) portValue() Port {
 	return Port{Op: Range, Lo: p.service(lo, t), Hi: p.service(hi, t)}
 }
 
+// service reads a port from a word: pfctl takes hexadecimal and octal numbers too.
 func (p *parser) service(name string, t token) uint16 {
 	if p.err != nil {
 		return 0

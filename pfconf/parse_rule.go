@@ -28,6 +28,7 @@ func (p *parser) filterRule() *Rule {
 	return r
 }
 
+// blockSpec reads how block answers.
 func (p *parser) blockSpec() Return {
 	switch t := p.tok; {
 	case p.accept("drop"):
@@ -48,6 +49,7 @@ func (p *parser) blockSpec() Return {
 	return Return{}
 }
 
+// returnICMP reads the codes after return-icmp or return-icmp6.
 func (p *parser) returnICMP(v6 bool) Return {
 	ret := Return{Kind: ReturnICMP}
 	if !p.acceptPunct("(") {
@@ -108,6 +110,7 @@ func (p *parser) logQuick() (*Log, bool) {
 	return log, quick
 }
 
+// log reads log with its options.
 func (p *parser) log() *Log {
 	if !p.accept("log") {
 		return nil
@@ -155,6 +158,7 @@ var routeKinds = map[string]RouteKind{
 	"route-to": RouteTo, "reply-to": ReplyTo, "dup-to": DupTo, "fastroute": Fastroute,
 }
 
+// route reads route-to, reply-to, dup-to or fastroute.
 func (p *parser) route() *Route {
 	kind, ok := routeKinds[p.tok.text]
 	if !ok || p.tok.kind != tokKeyword {
@@ -170,6 +174,7 @@ func (p *parser) route() *Route {
 	return r
 }
 
+// hop reads an interface or (interface address).
 func (p *parser) hop() Hop {
 	if !p.acceptPunct("(") {
 		return Hop{Interface: p.str("an interface or (interface address)")}
@@ -191,6 +196,7 @@ func (p *parser) family() Family {
 	return AnyFamily
 }
 
+// protos reads proto with one or more protocols.
 func (p *parser) protos() []Proto {
 	if !p.accept("proto") {
 		return nil
@@ -210,6 +216,7 @@ func (p *parser) protos() []Proto {
 	})
 }
 
+// protoName finds a protocol by its name.
 func (p *parser) protoName(name string, t token) Proto {
 	n, ok := protoNumbers[name]
 	if !ok && p.names.Proto != nil {
@@ -257,6 +264,7 @@ func nameAny(addrs []Address, f Family, negatedOnly bool) {
 	}
 }
 
+// endpoint reads addresses and ports, of which one may be absent.
 func (p *parser) endpoint() Endpoint {
 	var e Endpoint
 	if !p.is("port") {
@@ -292,6 +300,8 @@ var onceOptions = map[string]string{
 	"keep": "state", "modulate": "state", "synproxy": "state", "no": "state", "queue": "queue",
 }
 
+// filterOption reads one option; it is false at the first token that is none. Where
+// pfctl takes an option twice, the last one counts, but users and groups add up.
 func (p *parser) filterOption(r *Rule) bool {
 	switch t := p.tok; {
 	case p.accept("user"):
@@ -353,6 +363,7 @@ func (p *parser) flags() *Flags {
 	return f
 }
 
+// flagLetters reads TCP flags.
 func (p *parser) flagLetters() TCPFlags {
 	t := p.tok
 	var f TCPFlags
@@ -367,6 +378,7 @@ func (p *parser) flagLetters() TCPFlags {
 	return f
 }
 
+// icmp reads a type and perhaps a code. The name of a code depends on the type.
 func (p *parser) icmp(v6 bool) ICMPMatch {
 	m := ICMPMatch{V6: v6}
 	t := p.tok
@@ -430,6 +442,7 @@ func leadingHex(s string) int64 {
 	return int64(n)
 }
 
+// queue reads one or two queues.
 func (p *parser) queue() (name, priority string) {
 	if !p.acceptPunct("(") {
 		return p.str("the name of a queue"), ""
@@ -468,6 +481,7 @@ var stateKinds = map[string]StateKind{
 	"no": NoState, "keep": KeepState, "modulate": ModulateState, "synproxy": SynproxyState,
 }
 
+// state reads keep state and the like.
 func (p *parser) state(r *Rule) {
 	r.State = stateKinds[p.tok.text]
 	p.advance()
@@ -477,6 +491,7 @@ func (p *parser) state(r *Rule) {
 	}
 }
 
+// stateOptions reads the options in parentheses.
 func (p *parser) stateOptions(o *StateOptions) {
 	p.expectPunct("(")
 	once := map[string]bool{}
@@ -489,6 +504,8 @@ func (p *parser) stateOptions(o *StateOptions) {
 	}
 }
 
+// stateOption reads one option. A second one is refused if the first was set: pfctl
+// looks whether the value is 0.
 func (p *parser) stateOption(o *StateOptions, seen map[string]bool) {
 	first := p.tok
 	again := func(name string, isSet bool) {
@@ -539,6 +556,7 @@ func (p *parser) stateOption(o *StateOptions, seen map[string]bool) {
 	}
 }
 
+// sourceTrack reads what follows source-track.
 func (p *parser) sourceTrack() SourceTrack {
 	switch {
 	case p.accept("rule"):
@@ -549,6 +567,7 @@ func (p *parser) sourceTrack() SourceTrack {
 	return SourceTrackPlain
 }
 
+// flush reads what follows the table of overload.
 func (p *parser) flush() FlushKind {
 	switch {
 	case !p.accept("flush"):
@@ -559,6 +578,8 @@ func (p *parser) flush() FlushKind {
 	return Flush
 }
 
+// stateTimeout reads a timeout of the rule's states. Those without a dot in their name
+// are of pf as a whole.
 func (p *parser) stateTimeout(first token, again func(string, bool)) Timeout {
 	t := Timeout{Name: p.str("a timeout")}
 	if timeoutIndex(t.Name) < 0 || !strings.Contains(t.Name, ".") {
@@ -593,6 +614,8 @@ func (p *parser) anchorRule() *Rule {
 	return r
 }
 
+// body reads the rules of an inline anchor. Braces stand at the end of a line and on one
+// of their own.
 func (p *parser) body() *Ruleset {
 	if !p.enter() {
 		return nil
@@ -660,6 +683,7 @@ func (p *parser) otherRule() Statement {
 	return r
 }
 
+// scrubRule reads what follows scrub.
 func (p *parser) scrubRule(r *Rule) {
 	r.Direction = p.direction()
 	r.Log = p.log()
@@ -670,6 +694,7 @@ func (p *parser) scrubRule(r *Rule) {
 	p.scrubOptions(r)
 }
 
+// scrubOptions reads options in any order.
 func (p *parser) scrubOptions(r *Rule) {
 	var seen []string
 	for p.err == nil {
@@ -689,6 +714,7 @@ func (p *parser) scrubOptions(r *Rule) {
 
 var onceScrub = []string{"no-df", "min-ttl", "max-mss", "set-tos", "fragment", "reassemble", "random-id"}
 
+// scrubOption reads one option; it is false at the first token that is none.
 func (p *parser) scrubOption(r *Rule) bool {
 	n := &r.Normalize
 	switch {
@@ -719,6 +745,7 @@ func (p *parser) scrubOption(r *Rule) bool {
 	return true
 }
 
+// fragmentMode reads what follows fragment.
 func (p *parser) fragmentMode() FragmentMode {
 	switch p.oneOf("reassemble", "crop", "drop-ovl") {
 	case "crop":
@@ -771,6 +798,7 @@ func (p *parser) binatRule(r *Rule) {
 	}
 }
 
+// translationTags reads what may stand before ->, in this order.
 func (p *parser) translationTags(r *Rule) {
 	if p.accept("tag") {
 		r.Tag = p.str("the tag")
@@ -854,6 +882,7 @@ func (p *parser) hashKey() string {
 	return key
 }
 
+// isHexKey tells whether these are the digits of a key of 128 bits.
 func isHexKey(s string) bool {
 	return len(s) == 32 && strings.Trim(s, "0123456789abcdefABCDEF") == ""
 }

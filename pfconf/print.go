@@ -22,6 +22,7 @@ func (a *Antispoof) String() string  { return statementText(a) }
 func (l *LoadAnchor) String() string { return statementText(l) }
 func (t *Text) String() string       { return t.Text }
 
+// statementText prints one statement.
 func statementText(s Statement) string {
 	p := &printer{}
 	p.statement(s, 0)
@@ -39,6 +40,7 @@ func (ld *Loaded) ShowNat() []string {
 	return append(append(showLines(ld.Nat), showLines(ld.Rdr)...), showLines(ld.Binat)...)
 }
 
+// showLines prints rules as pfctl shows them.
 func showLines(rules []*Rule) []string {
 	lines := make([]string, 0, len(rules))
 	for _, r := range rules {
@@ -102,6 +104,7 @@ func (p *printer) when(cond bool, words ...string) {
 	}
 }
 
+// ruleset prints statements, one a line, indented by depth.
 func (p *printer) ruleset(rs *Ruleset, depth int) {
 	for _, s := range rs.Statements {
 		p.add(strings.Repeat("    ", depth))
@@ -110,6 +113,7 @@ func (p *printer) ruleset(rs *Ruleset, depth int) {
 	}
 }
 
+// statement prints a statement; the rules of an inline anchor are a level deeper.
 func (p *printer) statement(s Statement, depth int) {
 	switch s := s.(type) {
 	case *Macro:
@@ -134,6 +138,7 @@ func (p *printer) statement(s Statement, depth int) {
 	}
 }
 
+// macro prints a definition. The value is always quoted: numbers and words read the same.
 func (p *printer) macro(m *Macro) {
 	p.add(word(m.Name), " =")
 	for _, part := range macroParts(m.Value) {
@@ -155,6 +160,7 @@ func macroParts(value string) []string {
 	return append(parts, value)
 }
 
+// option prints a set line.
 func (p *printer) option(o *Option) {
 	p.add("set ", o.Name)
 	values := make([]string, len(o.Values))
@@ -168,6 +174,7 @@ func (p *printer) option(o *Option) {
 	}
 }
 
+// optionValue prints a value, without quotes where the grammar wants a keyword.
 func optionValue(name, v string) string {
 	switch name {
 	case "block-policy", "state-policy", "require-order", "hostid":
@@ -180,6 +187,7 @@ func optionValue(name, v string) string {
 	return word(v)
 }
 
+// table prints a definition.
 func (p *printer) table(t *Table) {
 	p.add("table <", word(t.Name), ">")
 	p.when(t.Persist, " persist")
@@ -198,6 +206,7 @@ func (p *printer) table(t *Table) {
 	}
 }
 
+// antispoof prints antispoof.
 func (p *printer) antispoof(a *Antispoof) {
 	p.add("antispoof")
 	p.log(a.Log)
@@ -275,6 +284,7 @@ func (p *printer) name(s string) {
 	}
 }
 
+// answer prints how a block rule answers.
 func (p *printer) answer(r *Rule) {
 	switch r.Return.Kind {
 	case ReturnDrop:
@@ -296,6 +306,7 @@ func (p *printer) answer(r *Rule) {
 	}
 }
 
+// returnICMP prints the codes that were written.
 func (p *printer) returnICMP(ret Return) {
 	switch {
 	case ret.Code == nil && ret.Code6 == nil:
@@ -331,6 +342,7 @@ func (p *printer) shownReturnICMP(r *Rule) {
 	}
 }
 
+// log prints log. pflog0 is the default, and pfctl doesn't show it.
 func (p *printer) log(l *Log) {
 	if l == nil {
 		return
@@ -349,6 +361,7 @@ func (p *printer) log(l *Log) {
 	p.when(words != nil, " (", strings.Join(words, ", "), ")")
 }
 
+// route prints the kind of route and its hops.
 func (p *printer) route(r *Rule) {
 	if r.Route == nil {
 		return
@@ -372,6 +385,7 @@ func (p *printer) route(r *Rule) {
 	p.poolOptions(r.Route.PoolOptions)
 }
 
+// fromTo prints both sides, or all. binat knows no all, but pfctl shows it.
 func (p *printer) fromTo(r *Rule) {
 	if p.any(r.From) && p.any(r.To) && len(r.OS) == 0 && r.Action != Binat && r.Action != NoBinat {
 		p.add(" all")
@@ -399,6 +413,7 @@ func (p *printer) any(e Endpoint) bool {
 	return len(e.Addrs) == 0 || p.shown && e.Addrs[0].isZero() && !e.Addrs[0].Not
 }
 
+// endpoint prints one side. A lone any in braces was written so, and stays.
 func (p *printer) endpoint(e Endpoint, f Family) {
 	switch {
 	case len(e.Addrs) == 0:
@@ -414,6 +429,7 @@ func (p *printer) endpoint(e Endpoint, f Family) {
 	}
 }
 
+// port prints a port by its number: names differ between hosts.
 func (p *printer) port(port Port) { p.compare(port.Op, uint32(port.Lo), uint32(port.Hi), "") }
 
 // compare prints a comparison; name stands for lo if it isn't empty.
@@ -434,6 +450,7 @@ func (p *printer) compare(op CompareOp, lo, hi uint32, name string) {
 	}
 }
 
+// ids prints users or groups.
 func (p *printer) ids(what string, ids []IDMatch) {
 	if len(ids) == 0 {
 		return
@@ -450,6 +467,8 @@ func (p *printer) ids(what string, ids []IDMatch) {
 	})
 }
 
+// address prints an address of a rule of that family, which decides whether pfctl shows
+// the length of a dynamic one.
 func (p *printer) address(a Address, f Family) {
 	p.when(a.Not, "! ")
 	switch a.Kind {
@@ -480,6 +499,8 @@ func (p *printer) address(a Address, f Family) {
 	}
 }
 
+// prefix prints an address or network. pfctl shows no zones; a rule is bound to their
+// interface instead.
 func (p *printer) prefix(a Address) {
 	switch {
 	case p.shown && a.isZero():
@@ -494,6 +515,7 @@ func (p *printer) prefix(a Address) {
 	}
 }
 
+// modString prints modifiers in pfctl's order.
 func modString(m AddressModifier) string {
 	var s string
 	for _, mod := range modifiers {
@@ -558,6 +580,7 @@ func (r *Rule) showsFlagsAny() bool {
 	return r.Action == Pass && tcp && !r.Fragment && r.State != NoState
 }
 
+// hexByte prints a type of service as pfctl does.
 func hexByte(b uint8) string {
 	const digits = "0123456789abcdef"
 	return "0x" + string([]byte{digits[b>>4], digits[b&15]})
@@ -577,6 +600,8 @@ func (p *printer) state(r *Rule) {
 	p.when(r.Fragment, " fragment")
 }
 
+// probability prints a part of 1, or as pfctl shows it what the kernel's 32 bits make of
+// it in percent.
 func (p *printer) probability(r *Rule) {
 	switch {
 	case r.Probability == 0:
@@ -589,6 +614,8 @@ func (p *printer) probability(r *Rule) {
 	}
 }
 
+// stateOptions prints options in the order in which pfctl shows them. Floating is the
+// kernel's default and isn't shown.
 func (p *printer) stateOptions(o *StateOptions) {
 	var words []string
 	count := func(name string, n uint32) {
@@ -677,6 +704,7 @@ func (p *printer) marks(r *Rule) {
 	}
 }
 
+// pool prints where a translation goes.
 func (p *printer) pool(r *Rule) {
 	if r.Pool == nil {
 		return
@@ -691,6 +719,7 @@ func (p *printer) pool(r *Rule) {
 	p.poolOptions(r.Pool.PoolOptions)
 }
 
+// poolPort prints the ports behind ->.
 func (p *printer) poolPort(r *Rule) {
 	pool := r.Pool
 	if pool.PortLo == 0 && pool.PortHi == 0 && !pool.PortStar {
@@ -706,6 +735,7 @@ func (p *printer) poolPort(r *Rule) {
 	p.when(pool.PortStar, ":*")
 }
 
+// poolOptions prints what follows the addresses and ports.
 func (p *printer) poolOptions(o PoolOptions) {
 	p.when(o.Kind != PoolDefault, " ", o.Kind.String())
 	if o.Key != "" {

@@ -86,6 +86,7 @@ var noise = set("No ALTQ support in kernel", "ALTQ related functions disabled", 
 	"pfctl: Use of -f option, could result in flushing of rules",
 	"present in the main ruleset added by the system at startup.", "See /etc/pf.conf for further details.")
 
+// line reads one line: of a rule, its counters, or the end of an inline anchor.
 func (r *shownReader) line(nr int, line string) {
 	switch {
 	case line == "" || noise[line]:
@@ -98,6 +99,8 @@ func (r *shownReader) line(nr int, line string) {
 	}
 }
 
+// rule reads the line of a rule. Each stands for itself, so that one that isn't
+// understood doesn't spoil the others.
 func (r *shownReader) rule(nr int, line string) {
 	number, text, verbose := shownNumber(line)
 	if len(text) > maxPasted {
@@ -125,6 +128,7 @@ func (r *shownReader) rule(nr int, line string) {
 	r.open = append(r.open, rule)
 }
 
+// unknown keeps a line.
 func (r *shownReader) unknown(nr int, line string, err error) {
 	r.shown.Unknown = append(r.shown.Unknown, UnknownLine{Line: nr, Text: line, Err: err})
 }
@@ -254,6 +258,7 @@ func ParseTables(text string) []ShownTable {
 	return all
 }
 
+// isTableFlags tells the flags of -v from a name with a tab in it.
 func isTableFlags(s string) bool {
 	return len(s) >= 6 && strings.Trim(s, "-cpairhC") == ""
 }
@@ -277,6 +282,7 @@ func ParseTableEntries(text string) ([]Address, error) {
 	return all, nil
 }
 
+// parseEntry reads an address or network of a table.
 func parseEntry(entry string) (Address, error) {
 	text, not := strings.CutPrefix(entry, "!")
 	ip, bits, hasBits := strings.Cut(strings.TrimSpace(text), "/")

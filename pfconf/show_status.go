@@ -280,6 +280,7 @@ func parseStateHost(s string) (netip.AddrPort, error) {
 	return hostPort(s[:i], s[i+1:])
 }
 
+// hostPort joins the texts of an address and a port.
 func hostPort(ip, port string) (netip.AddrPort, error) {
 	addr, err := netip.ParseAddr(ip)
 	if err != nil {
@@ -299,6 +300,7 @@ func (s *ShownState) detail(line string) {
 	}
 }
 
+// details reads the parts of a line; it is false if one is broken.
 func (s *ShownState) details(parts []string) bool {
 	var err error
 	for _, part := range parts {
@@ -325,6 +327,7 @@ func (s *ShownState) details(parts []string) bool {
 	return true
 }
 
+// parsePair reads two counters, of both directions.
 func parsePair(s string) (pair [2]uint64, err error) {
 	a, b, _ := strings.Cut(s, ":")
 	if pair[0], err = strconv.ParseUint(a, 10, 64); err != nil {
