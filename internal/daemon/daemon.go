@@ -232,6 +232,7 @@ func (d *Daemon) load() error {
 		return api.Errorf(api.CodeInternal, "the wanted state doesn't fit this mesh: %v", err).
 			WithHint("start with the --mesh-prefix4, --mesh-prefix6 and --address of before")
 	}
+	d.store.tidy()
 	d.clock = newClock(d.opts.Wall, doc.Saved)
 	d.clock.keep(doc.Saved, doc.timed())
 	d.wanted.Store(doc)

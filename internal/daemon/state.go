@@ -133,7 +133,7 @@ func decodeDocument(text []byte) (*document, error) {
 }
 
 func (doc *document) encode() ([]byte, error) {
-	text, err := json.MarshalIndent(doc, "", "\t")
+	text, err := json.Marshal(doc)
 	if err != nil {
 		return nil, fmt.Errorf("encode wanted state: %w", err)
 	}

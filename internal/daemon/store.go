@@ -18,6 +18,8 @@ const (
 	copyFile  = "state.last.json"
 	keyFile   = "host.key"
 	lockFile  = "lock"
+
+	tempPattern = ".state.*"
 )
 
 // store keeps the document on disk twice: in state.json, and as the last good
@@ -89,6 +91,16 @@ func readDocument(path string) (*document, error) {
 	return doc, nil
 }
 
+// tidy removes the temporary files of a helper that was killed while it saved.
+func (s *store) tidy() {
+	for _, pattern := range []string{tempPattern, "." + keyFile + ".*"} {
+		left, _ := filepath.Glob(filepath.Join(s.dir, pattern)) // the patterns are right
+		for _, path := range left {
+			_ = s.fs.Remove(path) // it costs some room, no more
+		}
+	}
+}
+
 // save replaces the document on disk. After an error the old one is still
 // there, or the new one is, whole.
 func (s *store) save(doc *document) error {
@@ -115,7 +127,7 @@ func (s *store) replaceBoth(text []byte) error {
 		}
 	}()
 	for range 2 {
-		temp, err := s.fs.WriteTemp(s.dir, ".state.*", text)
+		temp, err := s.fs.WriteTemp(s.dir, tempPattern, text)
 		if err != nil {
 			return err
 		}

@@ -179,6 +179,40 @@ func restore(t *testing.T, dir string, files map[string]string) {
 	}
 }
 
+// TestKilledWhileSaving starts after a helper that was killed at each operation
+// of saving a change: the mesh is the old one or the new one, whole, and no
+// temporary file stays.
+func TestKilledWhileSaving(t *testing.T) {
+	for at := range 6 {
+		inBubble(t, func(t *testing.T, r *rig) {
+			r.add("phone")
+			r.setDisk(&killedDisk{brokenDisk{fileSystem: diskFiles{}, after: at}})
+			_, err := r.allow("phone", "routing", "")
+			if killed := at < 5; killed != (err != nil) {
+				t.Errorf("operation %d: %v", at, err)
+			}
+			before := r.d.wanted.Load().Generation
+			r.stop()
+			r.start()
+			switch got := r.d.wanted.Load(); {
+			case got.Generation != before && got.Generation != before+1:
+				t.Errorf("operation %d: generation %d after %d", at, got.Generation, before)
+			case len(got.Peers) != 1:
+				t.Errorf("operation %d: %d peers", at, len(got.Peers))
+			}
+			if got := names(t, r.dir); !cmp.Equal(got, []string{keyFile, lockFile, stateFile, copyFile}) {
+				t.Errorf("operation %d: files %q", at, got)
+			}
+		})
+	}
+}
+
+// killedDisk is a disk of which a process that was killed sees no more: it can't
+// tidy up either.
+type killedDisk struct{ brokenDisk }
+
+func (k *killedDisk) Remove(string) error { return os.ErrClosed }
+
 func TestOtherPrefixes(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")

@@ -1,0 +1,95 @@
+package daemon
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"testing"
+	"time"
+
+	"golang.zx2c4.com/wireguard/tun"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/platform/platformtest"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
+)
+
+// BenchmarkToggle measures one permission of one peer from the change to its
+// being in force, with the disk and without a packet filter.
+func BenchmarkToggle(b *testing.B) {
+	for _, peers := range []int{60, 10000} {
+		b.Run(fmt.Sprintf("peers=%d", peers), func(b *testing.B) {
+			d := benchDaemon(b, peers)
+			for i := 0; b.Loop(); i++ {
+				_, err := d.ChangePeer(b.Context(), "p1", api.PeerChange{
+					Permissions: map[string]api.PermissionChange{"routing": {Allowed: i%2 == 0}},
+				})
+				if err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkStatus measures what a look at the status costs.
+func BenchmarkStatus(b *testing.B) {
+	for _, peers := range []int{60, 10000} {
+		b.Run(fmt.Sprintf("peers=%d", peers), func(b *testing.B) {
+			d := benchDaemon(b, peers)
+			for b.Loop() {
+				if len(d.Status().Peers) != peers {
+					b.Fatal("peers are missing")
+				}
+			}
+		})
+	}
+}
+
+// benchDaemon runs a daemon with some peers.
+func benchDaemon(b *testing.B, peers int) *Daemon {
+	d, err := New(Options{
+		Platform: platformtest.New(), PlatformName: "fake", StateDir: b.TempDir(), Logger: slog.New(slog.DiscardHandler),
+		NewTunnel: func(dev tun.Device, _ wireguard.PrivateKey, _ uint16) (Tunnel, error) {
+			return &fakeTunnel{dev: dev, done: make(chan struct{})}, nil
+		},
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	_, _, _, err = d.save(func(doc *document, _ time.Time) (wireguard.PublicKey, error) {
+		taken := map[netip.Addr]bool{}
+		for i := range peers {
+			key := wireguard.PublicKey{1: 1}
+			binary.BigEndian.PutUint32(key[4:], uint32(i))
+			free, err := d.mesh.prefixes.Propose(key, func(a netip.Addr) bool { return a == d.mesh.own.V4 || taken[a] })
+			if err != nil {
+				return key, err
+			}
+			taken[free.V4] = true
+			doc.Peers = append(doc.Peers, peer{
+				Name: fmt.Sprint("p", i), PublicKey: key, Kind: api.External, Addresses: [2]netip.Addr{free.V4, free.V6},
+			})
+		}
+		return wireguard.PublicKey{}, nil
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(b.Context())
+	ended := make(chan error)
+	go func() { ended <- d.Run(ctx) }()
+	b.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			b.Error(err)
+		}
+		d.Close()
+	})
+	if err := d.await(ctx, d.wanted.Load().Generation); err != nil {
+		b.Fatal(err)
+	}
+	return d
+}
