@@ -243,10 +243,7 @@ func (p *PF) Kill(ctx context.Context, hosts ...netip.Prefix) error {
 		if h.Addr().Is6() {
 			anyone = "::/0"
 		}
-		host := h.Masked().String()
-		if h.IsSingleIP() {
-			host = h.Addr().String()
-		}
+		host := hostText(h)
 		for _, args := range [][]string{{"-k", host}, {"-k", anyone, "-k", host}} {
 			if _, _, err := p.run(ctx, nil, args...); err != nil {
 				return fmt.Errorf("kill states of %s: %w", host, err)
@@ -254,6 +251,25 @@ func (p *PF) Kill(ctx context.Context, hosts ...netip.Prefix) error {
 		}
 	}
 	return nil
+}
+
+// KillFromTo ends the states that somebody in from opened to somebody in to.
+func (p *PF) KillFromTo(ctx context.Context, from, to netip.Prefix) error {
+	if !from.IsValid() || !to.IsValid() || from.Addr().Is4() != to.Addr().Is4() {
+		return fmt.Errorf("kill states from %v to %v: not valid", from, to)
+	}
+	if _, _, err := p.run(ctx, nil, "-k", hostText(from), "-k", hostText(to)); err != nil {
+		return fmt.Errorf("kill states from %v to %v: %w", from, to, err)
+	}
+	return nil
+}
+
+// hostText is how pfctl takes a host or a network.
+func hostText(p netip.Prefix) string {
+	if p.IsSingleIP() {
+		return p.Addr().String()
+	}
+	return p.Masked().String()
 }
 
 // show runs `pfctl [-a anchor] -s what`. Its exit status is 0 whatever happens:

@@ -220,6 +220,8 @@ func TestKills(t *testing.T) {
 	all := mustRuleset(t, testMesh(2, everything), testHost())
 	elsewhere := testHost()
 	elsewhere.Uplink4 = "en5"
+	temporary := testHost()
+	temporary.Interfaces[0].Addresses = append(temporary.Interfaces[0].Addresses, netip.MustParsePrefix("2001:db8:1::77/64"))
 	for _, tt := range []struct {
 		about     string
 		old, next *policy.Ruleset
@@ -238,7 +240,9 @@ func TestKills(t *testing.T) {
 		{"a peer goes", all, mustRuleset(t, testMesh(1, everything), testHost()),
 			"100.64.0.3/32>0.0.0.0/0 0.0.0.0/0>100.64.0.3/32 fd6d:6573:6800::3/128>::/0 ::/0>fd6d:6573:6800::3/128"},
 		{"the uplink moves", mustRuleset(t, testMesh(1, everything), testHost()), mustRuleset(t, testMesh(1, everything), elsewhere),
-			"100.64.0.2/32>0.0.0.0/0 0.0.0.0/0>100.64.0.2/32 fd6d:6573:6800::2/128>::/0 ::/0>fd6d:6573:6800::2/128"},
+			"100.64.0.2/32>0.0.0.0/0 0.0.0.0/0>100.64.0.2/32"},
+		{"an address comes", mustRuleset(t, testMesh(1, everything), testHost()), mustRuleset(t, testMesh(1, everything), temporary),
+			"fd6d:6573:6800::2/128>2001:db8:1::77/128"},
 	} {
 		var got []string
 		for _, k := range Kills(tt.old, tt.next, policy.Diff(tt.old, tt.next)) {

@@ -2,7 +2,6 @@ package macos
 
 import (
 	"net/netip"
-	"reflect"
 	"slices"
 
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -22,24 +21,31 @@ type Kill struct {
 // then.
 //
 // A peer that lost a permission loses the states of that permission's
-// destinations, and keeps the others. Where the peer is gone, or the host's own
-// facts changed or aren't known (old is nil), all its states end, whoever opened
-// them: what may go on makes itself a new one, translated flows excepted.
+// destinations, and keeps the others; so it is with destinations that another
+// class or interface has now. Where the peer is gone, has lost routing, or its
+// translated flows can't go on as they were, all its states end, whoever opened
+// them: what may go on makes itself new ones. That is also what a nil old does.
 func Kills(old, next *policy.Ruleset, narrowed []policy.Narrowed) []Kill {
-	moved := old == nil || !sameGround(old, next)
+	var moved []netip.Prefix
+	if old != nil {
+		moved = movedPrefixes(old, next)
+	}
+	lan := outsideMesh(next.Sets())
 	var out []Kill
 	for _, n := range narrowed {
 		for _, a := range n.Addresses {
-			if moved || n.Removed || n.Lost.Has(policy.Routing) {
+			if old == nil || n.Removed || n.Lost.Has(policy.Routing) || isUprooted(old, next, a) {
 				out = append(out, killAll(a)...)
 				continue
 			}
+			to := slices.Clone(moved)
 			if n.Lost.Has(policy.Incoming) {
-				out = append(out, killTo(a, next.Sets().Self)...)
+				to = append(to, next.Sets().Self...)
 			}
 			if n.Lost.Has(policy.LAN) {
-				out = append(out, killTo(a, outsideMesh(next.Sets()))...)
+				to = append(to, lan...)
 			}
+			out = append(out, killTo(a, sorted(to))...)
 		}
 	}
 	return out
@@ -75,13 +81,56 @@ func outsideMesh(s policy.Sets) []netip.Prefix {
 	})
 }
 
-// sameGround reports whether the two rulesets differ in nothing but the peers and
-// their permissions: then a destination is in the same class, and a flow has the
-// same exit.
-func sameGround(a, b *policy.Ruleset) bool {
-	x, y := a.Host(), b.Host()
-	p, q := a.Sets(), b.Sets()
-	return reflect.DeepEqual(x, y) && a.Mesh().DNS == b.Mesh().DNS &&
-		slices.Equal(p.Martians, q.Martians) && slices.Equal(p.Self, q.Self) &&
-		slices.Equal(p.Mesh, q.Mesh) && slices.Equal(p.LAN, q.LAN)
+// movedPrefixes returns the destinations that may be in another class now, or
+// behind another interface.
+func movedPrefixes(old, next *policy.Ruleset) []netip.Prefix {
+	a, b := old.Sets(), next.Sets()
+	var out []netip.Prefix
+	for _, s := range [][2][]netip.Prefix{{a.Martians, b.Martians}, {a.Self, b.Self}, {a.Mesh, b.Mesh}, {a.LAN, b.LAN}} {
+		out = append(append(out, missing(s[0], s[1])...), missing(s[1], s[0])...)
+	}
+	if old.Mesh().DNS != next.Mesh().DNS {
+		out = append(out, hostPrefixes(old.Mesh().Addresses)...)
+	}
+	return out
+}
+
+// missing returns what is in a and not in b.
+func missing[T comparable](a, b []T) []T {
+	in := map[T]bool{}
+	for _, one := range b {
+		in[one] = true
+	}
+	return slices.DeleteFunc(slices.Clone(a), func(one T) bool { return in[one] })
+}
+
+// isUprooted reports whether the flows of an address's family have lost what they
+// stand on: the mesh interface, the uplink, forwarding, or an address that they
+// are translated to.
+func isUprooted(old, next *policy.Ruleset, a netip.Addr) bool {
+	x, y := old.Host(), next.Host()
+	return x.Interface != y.Interface || x.Uplink(a) != y.Uplink(a) || x.Forwarding.Of(a) != y.Forwarding.Of(a) ||
+		slices.ContainsFunc(missing(attachments(x), attachments(y)), func(t attachment) bool { return t.address.Is4() == a.Is4() })
+}
+
+// attachment is an address on its interface, or where a route leads.
+type attachment struct {
+	address netip.Addr
+	bits    int
+	name    string
+}
+
+// attachments are what translated flows depend on: the addresses of interfaces,
+// and the interfaces of routes.
+func attachments(h policy.Host) []attachment {
+	var out []attachment
+	for _, i := range h.Interfaces {
+		for _, p := range i.Addresses {
+			out = append(out, attachment{p.Addr(), p.Bits(), i.Name})
+		}
+	}
+	for _, r := range h.Routes {
+		out = append(out, attachment{r.Prefix.Addr(), r.Prefix.Bits(), r.Interface})
+	}
+	return out
 }

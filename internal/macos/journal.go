@@ -1,0 +1,143 @@
+package macos
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// journalName is the journal's file in the state directory.
+const journalName = "macos-journal.json"
+
+// journalVersion is written into the journal; another one isn't understood.
+const journalVersion = 1
+
+// maxJournal bounds what is read back, in bytes.
+const maxJournal = 1 << 20
+
+// journal is what we changed of the host, with what was found. It is on disk
+// before the change, and gone when everything is as it was.
+type journal struct {
+	Version int `json:"version"`
+	// Boot is kern.bootsessionuuid: nothing of this outlives a boot.
+	Boot string `json:"boot"`
+	// Forwarding are the families that we switched forwarding on for; it was
+	// found off.
+	Forwarding policy.Families `json:"forwarding"`
+	// Anchor is the path of the anchor that may hold our rules; empty for none.
+	Anchor string `json:"anchor,omitempty"`
+	// Token keeps the packet filter on; 0 for none.
+	Token uint64 `json:"token,omitempty"`
+	// Enabling is set while a token is asked for: if we are killed before it is
+	// in Token, it is the one that isn't among Others.
+	Enabling bool     `json:"enabling,omitempty"`
+	Others   []uint64 `json:"others,omitempty"`
+}
+
+// isEmpty reports whether everything is as it was found.
+func (j *journal) isEmpty() bool {
+	return j.Forwarding == policy.Families{} && j.Anchor == "" && j.Token == 0 && !j.Enabling
+}
+
+// readJournal returns the journal of this boot. It is empty when there is none,
+// or one from another boot.
+func readJournal(dir, boot string) (*journal, error) {
+	empty := &journal{Version: journalVersion, Boot: boot}
+	path := filepath.Join(dir, journalName)
+	info, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return empty, nil
+	}
+	if err == nil && info.Size() > maxJournal {
+		err = fmt.Errorf("%s has %d bytes: want at most %d", path, info.Size(), maxJournal)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read journal: %w", err)
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("read journal: %w", err)
+	}
+	j, err := parseJournal(b)
+	if err != nil {
+		return nil, fmt.Errorf("read journal %s: %w", path, err)
+	}
+	if j.Boot != boot {
+		return empty, nil
+	}
+	return j, nil
+}
+
+// parseJournal refuses what would have us flush an anchor that isn't ours.
+func parseJournal(b []byte) (*journal, error) {
+	var j journal
+	if err := json.Unmarshal(b, &j); err != nil {
+		return nil, err
+	}
+	if j.Version != journalVersion {
+		return nil, fmt.Errorf("version %d is unknown: want %d", j.Version, journalVersion)
+	}
+	if j.Anchor != "" {
+		label, ok := strings.CutPrefix(j.Anchor, anchorParent)
+		if path, err := AnchorPath(label); !ok || err != nil || path != j.Anchor {
+			return nil, fmt.Errorf("anchor %q is not ours", j.Anchor)
+		}
+	}
+	return &j, nil
+}
+
+// write replaces the journal on disk and returns when it is there to stay: the
+// file and its name are synced. An empty journal is removed.
+func (j *journal) write(dir string) error {
+	path := filepath.Join(dir, journalName)
+	if j.isEmpty() {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove journal: %w", err)
+		}
+		return syncDir(dir)
+	}
+	b, err := json.MarshalIndent(j, "", "\t")
+	if err == nil {
+		err = replaceFile(path, append(b, '\n'))
+	}
+	if err != nil {
+		return fmt.Errorf("write journal: %w", err)
+	}
+	return nil
+}
+
+// replaceFile writes a file beside the old one, syncs it and puts it in the old
+// one's place.
+func replaceFile(path string, b []byte) (err error) {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			os.Remove(f.Name())
+		}
+	}()
+	_, err = f.Write(b)
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(f.Name(), path); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}

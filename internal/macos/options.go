@@ -1,0 +1,55 @@
+package macos
+
+import (
+	"log/slog"
+
+	"golang.zx2c4.com/wireguard/tun"
+
+	"github.com/meshhelper/meshhelper/darwin"
+)
+
+// PlatformOptions say how a platform works.
+type PlatformOptions struct {
+	// StateDir is the directory of the journal; it exists and only root writes
+	// there.
+	StateDir string // required
+	// Label is the service's, and the last part of the anchor's path.
+	Label string // optional; DefaultLabel
+	// Runner runs pfctl, sysctl and ifconfig.
+	Runner darwin.Runner // required
+	// Kernel has the interfaces and the routing table.
+	Kernel darwin.Kernel // required
+	// CreateTUN makes a utun interface: "utun" for any free number.
+	CreateTUN func(name string, mtu int) (tun.Device, error) // optional; wireguard-go's
+	// Log gets what the platform does; nil discards it.
+	Log *slog.Logger // optional
+	// Step is called before each enforcing step, with one of [Steps], so that
+	// tests can end the process there.
+	Step func(name string) // optional
+}
+
+// The enforcing steps, in the order in which Open and Enforce take them; Close
+// goes back. A step with nothing to do isn't called.
+const (
+	StepRepair     = "repair what a killed helper left"
+	StepInterface  = "make the mesh interface"
+	StepAddresses  = "set the mesh addresses"
+	StepRoutes     = "set the peers' routes"
+	StepJournal    = "write the journal"
+	StepAnchor     = "load the anchor"
+	StepEnable     = "enable the packet filter"
+	StepForwarding = "open forwarding"
+
+	StepCut = "cut flows"
+
+	StepRestore         = "restore forwarding"
+	StepRemoveInterface = "remove the mesh interface"
+	StepFlush           = "flush the anchor"
+	StepRelease         = "release the packet filter"
+)
+
+// Steps lists the enforcing steps from start to stop.
+var Steps = []string{
+	StepRepair, StepInterface, StepAddresses, StepRoutes, StepJournal, StepAnchor, StepEnable, StepForwarding,
+	StepCut, StepRestore, StepRemoveInterface, StepFlush, StepRelease,
+}

@@ -1,0 +1,364 @@
+package macos
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"slices"
+
+	"golang.zx2c4.com/wireguard/tun"
+
+	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// Platform makes this Mac enforce rulesets. Its methods but Watch are called from
+// one goroutine at a time.
+//
+// The packet filter is used only while it is needed: while a peer may route, or
+// this Mac forwards anyway. Otherwise there is no anchor and no token, and
+// forwarding is as it was found: iCloud Private Relay works, and the guard at the
+// tunnel holds the policy.
+type Platform struct {
+	o        PlatformOptions
+	path     string // of the anchor
+	pf       *darwin.PF
+	sysctl   *darwin.Sysctl
+	ifconfig *darwin.Ifconfig
+	router   *darwin.Router
+
+	j    *journal // nil before the first look at the host
+	cfg  platform.Interface
+	name string
+	dev  tun.Device
+
+	loaded *loadedAnchor   // nil: nothing of ours is in force
+	cut    *policy.Ruleset // for which flows were cut last
+	others othersRules
+}
+
+// NewPlatform returns a platform; it changes nothing yet.
+func NewPlatform(o PlatformOptions) (*Platform, error) {
+	if o.Label == "" {
+		o.Label = DefaultLabel
+	}
+	if o.CreateTUN == nil {
+		o.CreateTUN = tun.CreateTUN
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if o.Step == nil {
+		o.Step = func(string) {}
+	}
+	path, err := AnchorPath(o.Label)
+	if err != nil {
+		return nil, err
+	}
+	return &Platform{
+		o: o, path: path, pf: darwin.NewPF(o.Runner), sysctl: darwin.NewSysctl(o.Runner),
+		ifconfig: darwin.NewIfconfig(o.Runner), router: darwin.NewRouter(o.Kernel),
+	}, nil
+}
+
+// step runs one enforcing step and names it in its error.
+func (p *Platform) step(name string, do func() error) error {
+	p.o.Step(name)
+	return named(name, do())
+}
+
+func named(step string, err error) error {
+	var already *platform.StepError
+	if err == nil || errors.As(err, &already) {
+		return err
+	}
+	e := &platform.StepError{Step: step, Err: err}
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		e.Hint = "run the helper as root"
+	case step == StepJournal:
+		e.Hint = "the state directory has to be writable and not full"
+	}
+	return e
+}
+
+// Open implements the daemon's contract.
+func (p *Platform) Open(ctx context.Context, cfg platform.Interface) (tun.Device, error) {
+	if cfg.MTU < 1280 || cfg.MTU > 65535 {
+		return nil, fmt.Errorf("open mesh interface: MTU %d: want 1280 to 65535", cfg.MTU)
+	}
+	if err := p.takeOver(ctx); err != nil {
+		return nil, err
+	}
+	p.cfg = cfg
+	if cfg.Name == "" {
+		cfg.Name = "utun"
+	}
+	err := p.step(StepInterface, func() (err error) {
+		if p.dev, err = p.o.CreateTUN(cfg.Name, cfg.MTU); err != nil {
+			return err
+		}
+		p.name, err = p.dev.Name()
+		return err
+	})
+	if err != nil {
+		return nil, errors.Join(err, p.removeInterface())
+	}
+	return p.dev, nil
+}
+
+// takeOver reads the journal and puts back what a killed helper changed. Its
+// interface went with it.
+func (p *Platform) takeOver(ctx context.Context) error {
+	if p.dev != nil {
+		return nil
+	}
+	return p.step(StepRepair, func() error {
+		boot, err := p.sysctl.BootSession(ctx)
+		if err != nil {
+			return err
+		}
+		if p.j, err = readJournal(p.o.StateDir, boot); err != nil {
+			return err
+		}
+		return p.giveBack(ctx)
+	})
+}
+
+// giveBack restores forwarding, empties the anchor and lets the packet filter go,
+// in this order, and notes each in the journal. What fails is tried again the next
+// time; the rest is done all the same, but the filter never goes before
+// forwarding does.
+func (p *Platform) giveBack(ctx context.Context) error {
+	p.loaded = nil
+	if err := p.restoreForwarding(ctx); err != nil {
+		return err
+	}
+	return errors.Join(p.flush(ctx), p.release(ctx))
+}
+
+// restoreForwarding switches forwarding off where we switched it on, unless
+// somebody else came to need it.
+func (p *Platform) restoreForwarding(ctx context.Context) error {
+	if p.j.Forwarding == (policy.Families{}) {
+		return nil
+	}
+	n, err := darwin.Observe(p.o.Kernel)
+	if err != nil {
+		return named(StepRestore, err)
+	}
+	return p.step(StepRestore, func() error {
+		for _, f := range []struct {
+			family darwin.Family
+			ours   *bool
+			needed bool
+		}{{darwin.IPv6, &p.j.Forwarding.IPv6, false}, {darwin.IPv4, &p.j.Forwarding.IPv4, isSharing(n)}} {
+			if !*f.ours {
+				continue
+			}
+			if !f.needed {
+				if err := p.sysctl.SetForwarding(ctx, f.family, false); err != nil {
+					return err
+				}
+			}
+			*f.ours = false
+		}
+		return p.j.write(p.o.StateDir)
+	})
+}
+
+func (p *Platform) flush(ctx context.Context) error {
+	if p.j.Anchor == "" {
+		return nil
+	}
+	return p.step(StepFlush, func() error {
+		if err := p.pf.Flush(ctx, p.j.Anchor); err != nil {
+			return err
+		}
+		p.j.Anchor = ""
+		return p.j.write(p.o.StateDir)
+	})
+}
+
+// release gives the token back, and the one that a killed helper asked for but
+// didn't live to write down, if it can be told.
+func (p *Platform) release(ctx context.Context) error {
+	if p.j.Token == 0 && !p.j.Enabling {
+		return nil
+	}
+	return p.step(StepRelease, func() error {
+		if p.j.Enabling && p.j.Token == 0 {
+			token, err := p.unwrittenToken(ctx)
+			if err != nil {
+				return err
+			}
+			p.j.Token = token
+		}
+		if p.j.Token != 0 {
+			err := p.pf.Release(ctx, darwin.Token(p.j.Token))
+			// Somebody's pfctl -d voids all tokens.
+			if err != nil && !errors.Is(err, darwin.ErrTokenInvalid) && !errors.Is(err, darwin.ErrNotEnabled) {
+				return err
+			}
+		}
+		p.j.Token, p.j.Enabling, p.j.Others = 0, false, nil
+		return p.j.write(p.o.StateDir)
+	})
+}
+
+// unwrittenToken returns the only token that came since ours was asked for, or 0:
+// of several, somebody else's might be given back.
+func (p *Platform) unwrittenToken(ctx context.Context) (uint64, error) {
+	now, err := p.tokens(ctx)
+	if err != nil {
+		return 0, err
+	}
+	if came := missing(now, p.j.Others); len(came) == 1 {
+		return came[0], nil
+	}
+	return 0, nil
+}
+
+func (p *Platform) tokens(ctx context.Context) ([]uint64, error) {
+	refs, err := p.pf.References(ctx)
+	var out []uint64
+	for _, r := range refs {
+		if r.Process == "pfctl" {
+			out = append(out, r.Token)
+		}
+	}
+	return out, err
+}
+
+// Observe implements the daemon's contract.
+func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
+	n, err := darwin.Observe(p.o.Kernel)
+	if err != nil {
+		return policy.Host{}, fmt.Errorf("observe host: %w", err)
+	}
+	found, err := p.foundForwarding(ctx, n)
+	if err != nil {
+		return policy.Host{}, fmt.Errorf("observe host: %w", err)
+	}
+	return facts(n, p.name, found), nil
+}
+
+// foundForwarding says for which families the host forwards without us: the
+// journal tells which we switched on. Internet Sharing switches on what is on
+// already, so it is known by its bridge.
+func (p *Platform) foundForwarding(ctx context.Context, n *darwin.Network) (policy.Families, error) {
+	now, err := p.forwarding(ctx)
+	if err != nil {
+		return now, err
+	}
+	return policy.Families{
+		IPv4: now.IPv4 && (!p.j.Forwarding.IPv4 || isSharing(n)),
+		IPv6: now.IPv6 && !p.j.Forwarding.IPv6,
+	}, nil
+}
+
+func (p *Platform) forwarding(ctx context.Context) (now policy.Families, err error) {
+	if now.IPv4, err = p.sysctl.Forwarding(ctx, darwin.IPv4); err == nil {
+		now.IPv6, err = p.sysctl.Forwarding(ctx, darwin.IPv6)
+	}
+	return now, err
+}
+
+// Watch implements the daemon's watcher.
+func (p *Platform) Watch(ctx context.Context, changed func()) error {
+	return darwin.NewWatcher(darwin.WatcherOptions{Kernel: p.o.Kernel, Log: p.o.Log}).Run(ctx, changed)
+}
+
+// Cut implements the daemon's contract.
+func (p *Platform) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
+	kills := Kills(p.cut, r, narrowed)
+	if len(kills) > 0 {
+		err := p.step(StepCut, func() error {
+			for _, k := range kills {
+				if err := p.pf.KillFromTo(ctx, k.From, k.To); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	p.cut = r
+	return nil
+}
+
+// Close implements the daemon's contract. It goes back in the order opposite to
+// Enforce's: forwarding, the interface with its addresses and routes, flows, the
+// anchor, the token.
+func (p *Platform) Close(ctx context.Context) ([]platform.Problem, error) {
+	if p.dev == nil {
+		return nil, p.takeOver(ctx)
+	}
+	left, err := p.left()
+	if err := p.restoreForwarding(ctx); err != nil {
+		// The anchor stays: without it, forwarding would be open.
+		return left, errors.Join(err, p.removeInterface())
+	}
+	err = errors.Join(err, p.removeInterface(), p.endFlows(ctx), p.flush(ctx), p.release(ctx))
+	p.loaded = nil
+	return left, err
+}
+
+// endFlows ends what peers still have running.
+func (p *Platform) endFlows(ctx context.Context) error {
+	if p.cut == nil || p.j.Anchor == "" {
+		return nil
+	}
+	for _, peer := range p.cut.Peers() {
+		for _, a := range peer.Addresses {
+			if err := p.pf.Kill(ctx, netip.PrefixFrom(a, a.BitLen())); err != nil {
+				return named(StepCut, err)
+			}
+		}
+	}
+	return nil
+}
+
+// left says what of our doing stays because somebody else came to need it.
+func (p *Platform) left() ([]platform.Problem, error) {
+	n, err := darwin.Observe(p.o.Kernel)
+	if err != nil || !p.j.Forwarding.IPv4 || !isSharing(n) {
+		return nil, err
+	}
+	return []platform.Problem{{
+		Step:    StepRestore,
+		Message: "IPv4 forwarding stays on: Internet Sharing or a virtual machine came to need it while the helper ran",
+		Hint:    "sysctl -w net.inet.ip.forwarding=0 switches it off, if nothing needs it any more",
+	}}, nil
+}
+
+// removeInterface closes the device; the kernel takes the interface away with its
+// addresses and routes.
+func (p *Platform) removeInterface() error {
+	if p.dev == nil {
+		return nil
+	}
+	return p.step(StepRemoveInterface, func() error {
+		err := p.dev.Close()
+		if errors.Is(err, fs.ErrClosed) {
+			err = nil
+		}
+		p.dev = nil
+		return err
+	})
+}
+
+// isNeeded reports whether the packet filter is needed for a ruleset: some peer
+// may be forwarded for, or this host forwards anyway.
+func isNeeded(r *policy.Ruleset) bool {
+	h := r.Host()
+	return h.FoundForwarding != policy.Families{} || slices.ContainsFunc(r.Peers(), func(peer policy.PeerRules) bool {
+		return peer.Permissions.Has(policy.Routing)
+	})
+}
