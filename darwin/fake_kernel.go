@@ -32,6 +32,15 @@ type FakeKernel struct {
 	lastIndex  int
 	lastUtun   int
 	sockets    map[*fakeSocket]bool
+	changes    int
+}
+
+// Changes counts the changes of interfaces, addresses and routes so far: while it
+// stays, so does what Observe returns.
+func (k *FakeKernel) Changes() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.changes
 }
 
 // NewFakeKernel returns a Mac that was just booted, with a loopback interface and
@@ -67,6 +76,7 @@ func (k *FakeKernel) Boot() {
 		}
 	}
 	k.routes = slices.DeleteFunc(k.routes, func(r Route) bool { return r.Flags&RouteProto1 != 0 })
+	k.changes++
 	k.lastUtun = 0
 	for s := range k.sockets {
 		s.fail(syscall.ENOTCONN)
@@ -300,6 +310,7 @@ func (k *FakeKernel) Announce(m []byte) {
 }
 
 func (k *FakeKernel) announce(m []byte) {
+	k.changes++
 	for s := range k.sockets {
 		s.deliver(m)
 	}

@@ -22,6 +22,8 @@ type engine struct {
 	machine *pfconf.Machine
 	last    time.Time
 	busy    bool
+	network *darwin.Network
+	changes int // of the kernel when network was read
 }
 
 func newEngine(k *darwin.FakeKernel, r *rand.Rand) *engine {
@@ -34,6 +36,7 @@ func newEngine(k *darwin.FakeKernel, r *rand.Rand) *engine {
 func (e *engine) boot() {
 	e.mu.Lock()
 	e.machine = pfconf.NewMachine(pfconf.MachineOptions{Rand: e.random})
+	e.network = nil
 	e.last = time.Now()
 	e.mu.Unlock()
 	for anchor, text := range map[string]string{"": StockMain, "com.apple": stockApple} {
@@ -58,13 +61,22 @@ func (e *engine) update() {
 		e.machine.Advance(d)
 		e.last = e.last.Add(d)
 	}
+	// The count first: a change in between is seen the next time.
+	changes := e.kernel.Changes()
+	if e.network != nil && changes == e.changes {
+		return
+	}
 	n, err := darwin.Observe(e.kernel)
 	if err != nil {
 		panic("simulated kernel: " + err.Error())
 	}
-	there := map[string]bool{}
+	e.network, e.changes = n, changes
+	e.mirror(n)
+}
+
+// mirror gives the machine the kernel's interfaces.
+func (e *engine) mirror(n *darwin.Network) {
 	for _, i := range n.Interfaces {
-		there[i.Name] = true
 		pi := pfconf.Interface{Name: i.Name}
 		for _, a := range i.Addresses {
 			pi.Addresses = append(pi.Addresses, a.Prefix)
@@ -72,10 +84,18 @@ func (e *engine) update() {
 		e.machine.AddInterface(pi)
 	}
 	for _, i := range e.machine.Interfaces() {
-		if !there[i.Name] {
+		if n.Interface(i.Name) == nil {
 			e.machine.RemoveInterface(i.Name)
 		}
 	}
+}
+
+// observe returns the network as it is now.
+func (e *engine) observe() *darwin.Network {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.update()
+	return e.network
 }
 
 // SetEnabled implements darwin.PFEngine.

@@ -142,10 +142,7 @@ func (m *Mac) StopInternetSharing() error {
 // until it boots.
 func (m *Mac) Dump() string {
 	var b strings.Builder
-	n, err := darwin.Observe(m.Kernel)
-	if err != nil {
-		return "cannot observe: " + err.Error()
-	}
+	n := m.engine.observe()
 	names := map[int]string{}
 	for _, i := range n.Interfaces {
 		names[i.Index] = i.Name

@@ -40,10 +40,7 @@ type Outcome struct {
 // question whether it is for the Mac, then forwarding with pf's outbound hook
 // (xnu bsd/netinet/ip_input.c and ip_output.c; ip6_input.c and ip6_forward.c).
 func (m *Mac) Receive(p pfconf.Packet, link string) Outcome {
-	n, err := darwin.Observe(m.Kernel)
-	if err != nil {
-		return Outcome{Packet: p, Why: err.Error()}
-	}
+	n := m.engine.observe()
 	if i := n.Interface(link); i == nil || i.Flags&darwin.InterfaceUp == 0 {
 		return Outcome{Packet: p, Why: "no such interface"}
 	}
@@ -75,10 +72,7 @@ func (m *Mac) Receive(p pfconf.Packet, link string) Outcome {
 // Send is a packet of the Mac itself. To an address of its own it goes by
 // loopback, where pf sees it twice.
 func (m *Mac) Send(p pfconf.Packet) Outcome {
-	n, err := darwin.Observe(m.Kernel)
-	if err != nil {
-		return Outcome{Packet: p, Why: err.Error()}
-	}
+	n := m.engine.observe()
 	if owner(n, p.Dst) == "" {
 		return m.output(n, Outcome{Packet: p}, Sent)
 	}
