@@ -195,6 +195,29 @@ func (h *Host) route(r Route) (*netlink.Route, error) {
 	return route, nil
 }
 
+// Detour sends what goes to a prefix by another interface, with a policy rule that
+// goes before every route of the main table: another way to what already has one.
+func (h *Host) Detour(r Route) error {
+	const table = 77
+	route, err := h.route(r)
+	if err != nil {
+		return err
+	}
+	route.Table = table
+	if err := h.nl.RouteReplace(route); err != nil {
+		return fmt.Errorf("add detour to %s on %s: %w", r.To, h.Name, err)
+	}
+	rule := netlink.NewRule()
+	rule.Dst, rule.Table, rule.Family = ipNet(r.To), table, netlink.FAMILY_V4
+	if r.To.Addr().Is6() {
+		rule.Family = netlink.FAMILY_V6
+	}
+	if err := h.nl.RuleAdd(rule); err != nil {
+		return fmt.Errorf("add detour to %s on %s: %w", r.To, h.Name, err)
+	}
+	return nil
+}
+
 // Addrs lists the global and private addresses of an interface, IPv4 first.
 // Link-local ones are left out.
 func (h *Host) Addrs(name string) ([]netip.Prefix, error) {

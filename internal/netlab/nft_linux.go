@@ -9,6 +9,7 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/mdlayher/netlink"
+	rtnl "github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -273,13 +274,19 @@ func (h *Host) InstallDockerChain() error {
 // interfaceName is a name as nftables compares it: 16 bytes.
 func interfaceName(name string) []byte { return append([]byte(name), make([]byte, 16-len(name))...) }
 
-// ConntrackCount is how many flows the host's kernel knows.
-func (h *Host) ConntrackCount() (int, error) {
-	text, err := h.Sysctl("net/netfilter/nf_conntrack_count")
+// ForgetFlows empties the host's conntrack table, as an administrator might, or a
+// flood.
+func (h *Host) ForgetFlows() error {
+	err := h.Do(func() error {
+		nl, err := rtnl.NewHandle(unix.NETLINK_NETFILTER)
+		if err != nil {
+			return err
+		}
+		defer nl.Close()
+		return nl.ConntrackTableFlush(rtnl.ConntrackTable)
+	})
 	if err != nil {
-		return 0, err
+		return fmt.Errorf("forget flows of %s: %w", h.Name, err)
 	}
-	var n int
-	_, err = fmt.Sscan(text, &n)
-	return n, err
+	return nil
 }

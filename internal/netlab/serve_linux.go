@@ -38,9 +38,10 @@ type witness struct {
 // synOf is what stands for a token in a packet that can't carry one.
 func synOf(port uint16) string { return fmt.Sprintf("syn from %d", port) }
 
-// pick takes note of a packet and keeps none.
+// pick takes note of a packet and keeps none. An ICMP error that quotes a probe
+// isn't the probe.
 func (w *witness) pick(p Packet) bool {
-	if p.Out {
+	if p.Out || p.Is(ICMP) && !p.isEcho() {
 		return false
 	}
 	word := string(tokenForm.Find(p.Payload))

@@ -158,6 +158,12 @@ func TestDenyEndsRunningFlows(t *testing.T) {
 			mustEnd(t, cut, denied)
 			mustBeSilent(t, watches, denied)
 			mustLast(t, "a flow that nobody denied", others)
+			// Nor does what was cut come back, the other way round, when the kernel
+			// has forgotten who opened it.
+			if err := m.B.ForgetFlows(); err != nil {
+				t.Fatal(err)
+			}
+			mustEnd(t, cut, denied)
 			for _, f := range cut {
 				f.Stop()
 			}
