@@ -130,13 +130,16 @@ type Status struct {
 		Hint    string `json:"hint"`
 	} `json:"problems"`
 	Peers []struct {
-		Name        string       `json:"name"`
-		Addresses   []netip.Addr `json:"addresses"`
-		Permissions map[string]struct {
-			Allowed bool      `json:"allowed"`
-			Until   time.Time `json:"until"`
-		} `json:"permissions"`
+		Name        string           `json:"name"`
+		Addresses   []netip.Addr     `json:"addresses"`
+		Permissions map[string]Grant `json:"permissions"`
 	} `json:"peers"`
+}
+
+// Grant is one permission of a peer, and when it ends by itself.
+type Grant struct {
+	Allowed bool      `json:"allowed"`
+	Until   time.Time `json:"until"`
 }
 
 // Status asks the helper.
