@@ -91,8 +91,9 @@ type MachineOptions struct {
 // sockets (no packet has one), reassembly (a fragment that scrub would keep
 // waiting is dropped), GRE of PPTP, dummynet, ALTQ.
 //
-// A Machine isn't safe for concurrent use. Methods don't keep nor change what
-// they are given.
+// A Machine isn't safe for concurrent use. It keeps the rules of a [Ruleset] that
+// it loads, which must not be changed afterwards; of other arguments it keeps and
+// changes nothing.
 type Machine struct {
 	rand    *rand.Rand
 	enabled bool

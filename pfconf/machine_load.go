@@ -98,12 +98,16 @@ func (t *transaction) prepare(path string, l *Loaded) error {
 
 // checkTables holds the tables that are defined against the kernel's limits.
 func (t *transaction) checkTables(l *Loaded) error {
+	made := 0
 	for _, def := range l.declared {
+		if t.m.tables[tableName{l.Path, def.Name}] == nil {
+			made++
+		}
 		if t.tables += len(def.Addrs); t.tables > maxEntries {
 			return fmt.Errorf("table %q: %w: %d entries", def.Name, ErrLimit, maxEntries)
 		}
 	}
-	if len(t.m.tables)+len(l.declared) > maxTables {
+	if made > 0 && len(t.m.tables)+made > maxTables {
 		return fmt.Errorf("%w: %d tables", ErrLimit, maxTables)
 	}
 	return nil
@@ -118,11 +122,10 @@ func (t *transaction) abandon() {
 	}
 }
 
-// commit swaps the rules in and then the tables, in the kernel's order: old
-// rules let go of their tables before new contents come.
+// commit swaps the rules in and then the tables, in the kernel's order.
 func (t *transaction) commit() {
 	// Tables are defined before old rules go, so that those that are still used
-	// are never without a reference.
+	// are never without a reference. Their contents come after.
 	for _, p := range t.parts {
 		for _, def := range p.def.declared {
 			t.m.defineTable(p.path, def)

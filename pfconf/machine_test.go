@@ -3,6 +3,7 @@ package pfconf
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -450,6 +451,9 @@ func TestICMPErrorOutbound(t *testing.T) {
 	if j.Out.State != StateMatched || out.Src.String() != "192.0.2.10" || out.Quoted.Dst.String() != "192.0.2.10" || out.Quoted.DstPort != 53 {
 		t.Errorf("%s: %+v quoting %+v", j.Out.State, out, out.Quoted)
 	}
+	if j.Out.Translation == nil || j.Out.Translation.Action != Rdr || j.Out.TranslationAnchor != "" {
+		t.Errorf("translated by %v in %q", j.Out.Translation, j.Out.TranslationAnchor)
+	}
 	if *e.Quoted != before {
 		t.Error("the caller's packet was changed")
 	}
@@ -628,6 +632,25 @@ func TestTables(t *testing.T) {
 }
 
 func second[T any](_ T, err error) error { return err }
+
+func TestTableLimit(t *testing.T) {
+	var text strings.Builder
+	for i := range maxTables {
+		fmt.Fprintf(&text, "table <t%d> persist\n", i)
+	}
+	m := machineHost(t, text.String())
+	mustLoad(t, m, "", text.String())
+	rs, err := Parse("table <more> persist\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.LoadMain(rs); !errors.Is(err, ErrLimit) {
+		t.Errorf("one table more: %v", err)
+	}
+	if _, err := m.AddToTable("", "more", nil); !errors.Is(err, ErrLimit) {
+		t.Errorf("add to one table more: %v", err)
+	}
+}
 
 // TestTableOutlivesItsRules: a table that isn't persistent stays while a state
 // of a rule that used it does.
