@@ -1,6 +1,9 @@
 package flow
 
 import (
+	"net/netip"
+	"slices"
+
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -20,9 +23,9 @@ type View struct {
 	table      *Table
 	rules      *policy.Ruleset
 	generation uint32
-	iface      string    // the mesh interface
-	own        []address // the host's mesh addresses
-	shares     []*share  // by index of the peer in the ruleset
+	iface      string       // the mesh interface
+	own        []netip.Addr // the host's mesh addresses
+	shares     []*share     // by index of the peer in the ruleset
 }
 
 // Ruleset returns the ruleset of the view.
@@ -187,7 +190,7 @@ func (v *View) near(p *packet, s *share, now Instant) Verdict {
 	case e == nil:
 		var asked policy.Packet
 		p.ask("", &asked)
-		decided = v.hostMay(&asked, p.from)
+		decided = v.hostMay(&asked)
 	case e.load().is(stateCut) && e.load().opener() == FromPeer:
 		e.touch(now)
 		return refuse(s, policy.RuleToPeer, 0)
@@ -258,33 +261,23 @@ func (v *View) mayOpen(k key, opener Direction) policy.Verdict {
 		return v.rules.Decide(asked)
 	}
 	t.ask("", &asked)
-	return v.hostMay(&asked, t.from)
+	return v.hostMay(&asked)
 }
 
 // hostMay says whether a packet into the tunnel that is in no flow may pass:
 // only the host itself sends one, from its mesh address, to a peer or to what
 // routing leads to through one. Anything else is forwarded for somebody who may
 // open nothing here.
-func (v *View) hostMay(asked *policy.Packet, from address) policy.Verdict {
+func (v *View) hostMay(asked *policy.Packet) policy.Verdict {
 	decided := v.rules.Decide(*asked)
 	if !decided.Pass || decided.Rule == policy.RuleHostToPeer {
 		return decided
 	}
 	class := v.rules.Class(asked.Dst)
-	if v.isOwn(from) && (class == policy.OnLAN || class == policy.Internet) && !asked.IsRedirect() {
+	if slices.Contains(v.own, asked.Src) && (class == policy.OnLAN || class == policy.Internet) && !asked.IsRedirect() {
 		return decided
 	}
 	return policy.Verdict{Rule: policy.RuleToPeer, Peer: -1}
-}
-
-// isOwn reports whether a is one of the host's mesh addresses.
-func (v *View) isOwn(a address) bool {
-	for _, own := range v.own {
-		if a == own {
-			return true
-		}
-	}
-	return false
 }
 
 // shareOf returns the share of the peer with address a, or nil.

@@ -39,6 +39,12 @@ func (m *model) peer(a netip.Addr) (policy.PeerID, bool) {
 	return m.rules.Peers()[i].ID, true
 }
 
+// addressOf returns the words of a.
+func addressOf(a netip.Addr) address {
+	b := a.As16()
+	return address6(b[:])
+}
+
 // asked is t as the policy sees it.
 func asked(t tuple, in string) (p policy.Packet) {
 	t.ask(in, &p)

@@ -54,12 +54,6 @@ func address6(b []byte) address {
 	return address{binary.BigEndian.Uint64(b), binary.BigEndian.Uint64(b[8:])}
 }
 
-// addressOf returns the words of a.
-func addressOf(a netip.Addr) address {
-	b := a.As16()
-	return address6(b[:])
-}
-
 // netip returns a as an address of its family.
 func (a address) netip(v6 bool) netip.Addr {
 	var b [16]byte

@@ -15,7 +15,8 @@ type Options struct {
 	// differences count, so a monotonic reading is right.
 	Now func() time.Time // optional
 	// PerPeer is how many running flows one peer may have, and again how many cut
-	// ones. Unless set it is chosen by the number of peers: see perPeer.
+	// ones. Unless set it is chosen by the number of peers, from 4096 down to
+	// 512.
 	PerPeer int // optional
 }
 
@@ -98,7 +99,7 @@ func (t *Table) Use(r *policy.Ruleset) *View {
 	t.generation++
 	v := &View{
 		table: t, rules: r, generation: t.generation,
-		iface: r.Host().Interface, shares: make([]*share, len(r.Peers())),
+		iface: r.Host().Interface, own: r.Mesh().Addresses, shares: make([]*share, len(r.Peers())),
 	}
 	limit := t.limit(len(v.shares))
 	for i, p := range r.Peers() {
@@ -111,9 +112,6 @@ func (t *Table) Use(r *policy.Ruleset) *View {
 		v.shares[i] = s
 	}
 	t.beyond.resize(limit)
-	for _, a := range r.Mesh().Addresses {
-		v.own = append(v.own, addressOf(a))
-	}
 	return v
 }
 

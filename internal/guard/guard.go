@@ -101,6 +101,9 @@ func (d *Device) Set(r *policy.Ruleset) {
 		d.settle()
 		return
 	}
+	if v := d.view.Load(); v != nil && v.Ruleset() == r {
+		return
+	}
 	v := d.table.Use(r)
 	d.view.Store(v)
 	d.settle()

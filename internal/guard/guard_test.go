@@ -216,6 +216,23 @@ func TestClosedUntilSet(t *testing.T) {
 	equal(t, "read after closed and denied", read(t, g))
 }
 
+// TestSetAgain puts the same ruleset in force again, and one that was closed.
+func TestSetAgain(t *testing.T) {
+	inner := newFakeTUN(t)
+	g := New(inner, Options{})
+	r := flowtest.Picture(t, policy.Routing)
+	g.Set(r)
+	before := g.view.Load()
+	if g.Set(r); g.view.Load() != before {
+		t.Error("the same ruleset is put in force anew, and every verdict forgotten")
+	}
+	equal(t, "written", write(t, g, inner, ask), ask)
+	g.Set(nil)
+	g.Set(r)
+	inner.feed(answer)
+	equal(t, "read after it was closed for a while", read(t, g), answer)
+}
+
 // TestCountsAndAnswers refuses some packets of C. What comes back is an ICMP
 // error that quotes the packet and has right checksums.
 func TestCountsAndAnswers(t *testing.T) {

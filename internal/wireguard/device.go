@@ -275,40 +275,48 @@ func (d *Device) forget(old Peer) {
 // errors joined.
 func (d *Device) Sync(want []Peer) error {
 	var errs []error
-	valid := make([]Peer, 0, len(want))
-	claims := make(map[netip.Addr]PublicKey, 2*len(want))
-	keep := make(map[PublicKey]bool, len(want))
+	wanted := make(map[PublicKey]Peer, len(want))
 	for _, p := range want {
 		if err := p.validate(); err != nil {
 			errs = append(errs, fmt.Errorf("set peer %v: %w", p.PublicKey, err))
 			continue
 		}
-		valid, keep[p.PublicKey] = append(valid, p), true
-		for _, a := range p.Addresses.List() {
-			claims[a] = p.PublicKey
-		}
+		wanted[p.PublicKey] = p
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for key, old := range d.peers {
-		if !keep[key] || claimed(claims, old) {
+	for key := range d.peers {
+		if _, ok := wanted[key]; !ok {
 			errs = append(errs, d.remove(key))
 		}
 	}
-	for _, p := range valid {
+	var changed []Peer
+	for key, p := range wanted {
+		if d.peers[key] != p {
+			changed = append(changed, p)
+		}
+	}
+	for _, p := range changed {
+		errs = append(errs, d.vacate(p, wanted))
+	}
+	for _, p := range changed {
 		errs = append(errs, d.set(p))
 	}
 	return errors.Join(errs...)
 }
 
-// claimed reports whether another peer is to have one of old's addresses. Such
-// a peer is removed and added again: it has to let go of the address before
-// the other can have it, and two may trade theirs.
-func claimed(claims map[netip.Addr]PublicKey, old Peer) bool {
-	return slices.ContainsFunc(old.Addresses.List(), func(a netip.Addr) bool {
-		key, ok := claims[a]
-		return ok && key != old.PublicKey
-	})
+// vacate removes the peers that have an address of p's and are to have another,
+// which changes them too, so Sync adds them again: they have to let go of it
+// before p can have it, and two may trade theirs.
+func (d *Device) vacate(p Peer, wanted map[PublicKey]Peer) error {
+	var errs []error
+	for _, a := range p.Addresses.List() {
+		owner, ok := d.owner[a]
+		if ok && owner != p.PublicKey && !slices.Contains(wanted[owner].Addresses.List(), a) {
+			errs = append(errs, d.remove(owner))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // Peers returns what the device was last set to, in no order.
