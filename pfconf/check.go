@@ -331,7 +331,7 @@ func checkNames(r *Rule) error {
 	if r.PriQueue != "" && r.Queue == "" || r.NotTagged && r.Tagged == "" {
 		return errors.New("half of queue or tagged is missing")
 	}
-	return errors.Join(checkLog(r.Log), checkString("label", r.Label, maxLabel), checkString("tag", r.Tag, maxTag),
+	return firstError(checkLog(r.Log), checkString("label", r.Label, maxLabel), checkString("tag", r.Tag, maxTag),
 		checkString("tag", r.Tagged, maxTag), checkString("queue", r.Queue, maxQueue),
 		checkString("queue", r.PriQueue, maxQueue), checkIDs("user", r.Users), checkIDs("group", r.Groups))
 }
@@ -401,7 +401,7 @@ func checkAnchor(r *Rule) error {
 		if strings.HasPrefix(r.Anchor, "_") || strings.Contains(r.Anchor, "/_") {
 			return errors.New("names of anchors that begin with _ are pf's own")
 		}
-		return cmpErr(checkBody(r.Body), checkPath(r.Anchor))
+		return firstError(checkBody(r.Body), checkPath(r.Anchor))
 	}
 	if _, isAnchor := anchorWords[r.Action]; isAnchor {
 		if r.Anchor == "" {
@@ -412,8 +412,8 @@ func checkAnchor(r *Rule) error {
 	return nil
 }
 
-// cmpErr returns the first error that isn't nil.
-func cmpErr(errs ...error) error {
+// firstError returns the first error that isn't nil: one is enough for a person.
+func firstError(errs ...error) error {
 	for _, err := range errs {
 		if err != nil {
 			return err

@@ -74,8 +74,8 @@ func (t token) describe() string {
 	return strconv.Quote(text)
 }
 
-// A lexer cuts text into tokens exactly as pfctl's does: keywords are only
-// words, so on"en0"proto is fine; a backslash joins lines, also in comments;
+// A lexer cuts text into tokens exactly as pfctl's does: a word goes on through
+// most punctuation, quotes included; a backslash joins lines, also in comments;
 // $name pastes a macro's text in front of the rest, so $if:network works.
 type lexer struct {
 	src  string

@@ -8,8 +8,9 @@ import (
 // Names resolve the words of a host's own databases, which differ between
 // hosts. The zero value knows the usual ones only.
 type Names struct {
-	// Service returns the port of a service that isn't built in, such as one
-	// from /etc/services. optional
+	// Service returns the port of a service that isn't built in. On a Mac it
+	// should ask net.LookupPort: pfctl shows ports by the thousands of names in
+	// /etc/services. optional
 	Service func(name string) (port uint16, ok bool)
 	// Proto does the same for protocols. optional
 	Proto func(name string) (number uint8, ok bool)
