@@ -14,7 +14,7 @@ import (
 
 // newExplainCommand returns `explain`.
 func newExplainCommand(a *app) *cobra.Command {
-	var proto, from, host string
+	var proto, from, host, language string
 	c := &cobra.Command{
 		Use: "explain PEER DESTINATION[:PORT]", Short: "Say what happens to a peer's packet, and why", Args: cobra.ExactArgs(2),
 		ValidArgsFunction: a.completePeers,
@@ -23,7 +23,7 @@ func newExplainCommand(a *app) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			e, err := a.explain(c.Context(), q, host)
+			e, err := a.explain(c.Context(), q, host, language)
 			if err != nil {
 				return err
 			}
@@ -33,11 +33,15 @@ func newExplainCommand(a *app) *cobra.Command {
 	c.Flags().StringVar(&proto, "proto", "", "tcp, udp or icmp (tcp with a port, else icmp)")
 	c.Flags().StringVar(&from, "from", "", "judge what comes back from `ADDRESS` instead")
 	c.Flags().StringVar(&host, "host", "", "judge on the host that `FILE` describes; - is stdin")
+	c.Flags().StringVar(&language, "platform", "pf", "whose rules to name with --host: pf, nft or guard")
 	return c
 }
 
 // explain asks the helper, or judges its mesh on the host in a file.
-func (a *app) explain(ctx context.Context, q api.Question, file string) (api.Explanation, error) {
+func (a *app) explain(ctx context.Context, q api.Question, file, language string) (api.Explanation, error) {
+	if _, ok := languages[language]; !ok {
+		return api.Explanation{}, usagef("--platform: %q is unknown: it is pf, nft or guard", language)
+	}
 	if file == "" {
 		return a.client().Explain(ctx, q)
 	}
@@ -50,7 +54,7 @@ func (a *app) explain(ctx context.Context, q api.Question, file string) (api.Exp
 		return api.Explanation{}, err
 	}
 	q.Peer = p.Name
-	return daemon.Explain(r, q)
+	return daemon.Explain(r, q, languages[language])
 }
 
 // parseQuestion reads the arguments of explain.

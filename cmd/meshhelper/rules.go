@@ -5,65 +5,14 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/daemon"
-	"github.com/meshhelper/meshhelper/internal/linux"
-	"github.com/meshhelper/meshhelper/internal/macos"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
-
-// renderers show a ruleset in each language that one is enforced in. All of them
-// work on any machine, so that a Mac's rules can be read on Linux.
-var renderers = map[string]daemon.Renderer{
-	"nft": func(r *policy.Ruleset) (string, string, error) {
-		return "", linux.Text(r, daemon.DefaultMTU), nil
-	},
-	"pf": func(r *policy.Ruleset) (string, string, error) {
-		anchor, err := macos.Compile(r, macos.Options{MTU: daemon.DefaultMTU})
-		if err != nil {
-			return "", "", err
-		}
-		return anchor.Path, anchor.Ruleset().String(), nil
-	},
-	"guard": func(r *policy.Ruleset) (string, string, error) { return "", guardText(r), nil },
-}
-
-// guardText shows what the guard knows: it has no rules but the policy, the
-// destinations of each class on this host, and what each peer may.
-func guardText(r *policy.Ruleset) string {
-	var b strings.Builder
-	sets := r.Sets()
-	fmt.Fprintf(&b, "classes, the first that fits:\n")
-	for _, c := range []struct {
-		class policy.Class
-		texts []string
-	}{
-		{policy.Martian, textsOf(sets.Martians)}, {policy.Self, textsOf(sets.Self)},
-		{policy.InMesh, textsOf(append(sets.Mesh[:len(sets.Mesh):len(sets.Mesh)], sets.Peers...))},
-		{policy.OnLAN, textsOf(sets.LAN)}, {policy.Internet, []string{"the rest"}},
-	} {
-		fmt.Fprintf(&b, "  %-8s  %s\n", c.class, strings.Join(c.texts, " "))
-	}
-	fmt.Fprintf(&b, "peers:\n")
-	for _, p := range r.Peers() {
-		fmt.Fprintf(&b, "  %s %s: %v\n", p.Name, joinAddresses(p.Addresses), p.Permissions)
-	}
-	return b.String()
-}
-
-func textsOf[T fmt.Stringer](values []T) []string {
-	texts := make([]string, len(values))
-	for i, v := range values {
-		texts[i] = v.String()
-	}
-	return texts
-}
 
 // rulesOptions are the flags of rules.
 type rulesOptions struct {
@@ -86,7 +35,7 @@ this one, so that the rules of a Mac can be read on any machine.`,
 }
 
 func showRules(ctx context.Context, o *rulesOptions) error {
-	if _, ok := renderers[o.platform]; o.platform != "" && !ok {
+	if _, ok := languages[o.platform]; o.platform != "" && !ok {
 		return usagef("--platform: %q is unknown: it is pf, nft or guard", o.platform)
 	}
 	var rules api.Rules
@@ -112,7 +61,7 @@ func (o *rulesOptions) rulesFor(ctx context.Context) (api.Rules, error) {
 		return api.Rules{}, err
 	}
 	out := api.Rules{Platform: o.platform}
-	out.Anchor, out.Text, err = renderers[o.platform](r)
+	out.Anchor, out.Text, err = languages[o.platform].Render(r)
 	return out, err
 }
 

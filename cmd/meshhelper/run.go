@@ -146,7 +146,7 @@ func (o *runOptions) daemon(name string, make newPlatform) (*daemon.Daemon, erro
 	}
 	opts := daemon.Options{
 		PlatformName: name, StateDir: o.stateDir, Logger: o.logger(), Version: versionText(),
-		Interface: o.iface, ListenPort: o.listenPort, Render: renderers,
+		Interface: o.iface, ListenPort: o.listenPort, Languages: languages,
 		Tick: o.tick, Wait: o.wait,
 	}
 	if err := o.parse(&opts); err != nil {

@@ -61,8 +61,8 @@ type Options struct {
 	// DNS is for the peers' configurations.
 	DNS []netip.Addr // optional: DefaultDNS
 
-	// Render shows a ruleset in the languages that rulesets are enforced in.
-	Render map[string]Renderer // optional
+	// Languages are those that rulesets are enforced in: nft, pf and guard.
+	Languages map[string]Language // optional
 
 	// NewTunnel starts the WireGuard device around the platform's tunnel device.
 	NewTunnel func(tun.Device, wireguard.PrivateKey, uint16) (Tunnel, error) // optional: wireguard.NewDevice

@@ -11,12 +11,18 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// Renderer writes a ruleset in the language of what enforces it. The anchor is
-// where it is loaded, or "" where there is no such thing.
-type Renderer func(*policy.Ruleset) (anchor, text string, err error)
+// Language is one that rulesets are enforced in.
+type Language struct {
+	// Render writes a ruleset. The anchor is where it is loaded, or "" where there
+	// is no such thing.
+	Render func(*policy.Ruleset) (anchor, text string, err error)
+	// Find returns the rule in a rendered text that holds a line of the policy for
+	// a family, or "".
+	Find func(text string, rule policy.Rule, ipv6 bool) string
+}
 
-// rendererOf names the language that a platform's rules are loaded in.
-var rendererOf = map[string]string{"linux": "nft", "darwin": "pf", "userspace": "guard"}
+// languageOf names the language that a platform's rules are loaded in.
+var languageOf = map[string]string{"linux": "nft", "darwin": "pf", "userspace": "guard"}
 
 // Rules returns the rules as loaded, which the loop reads back and compares at
 // every tick; or, where a language is named, as they would be loaded in that.
@@ -25,11 +31,11 @@ func (d *Daemon) Rules(_ context.Context, language string) (api.Rules, error) {
 	r := c.loaded
 	out := api.Rules{Platform: language}
 	if language == "" {
-		out.Platform = rendererOf[d.opts.PlatformName]
+		out.Platform = languageOf[d.opts.PlatformName]
 	} else {
 		r = c.ruleset
 	}
-	render, ok := d.opts.Render[out.Platform]
+	rules, ok := d.opts.Languages[out.Platform]
 	switch {
 	case !ok:
 		return out, api.Errorf(api.CodeUnsupported, "rules can't be shown for platform %.20q", out.Platform).WithHint("it is pf, nft or guard")
@@ -37,7 +43,7 @@ func (d *Daemon) Rules(_ context.Context, language string) (api.Rules, error) {
 		return out, api.Errorf(api.CodeNotReady, "nothing is loaded yet").WithHint("see `meshhelper status`")
 	}
 	var err error
-	out.Anchor, out.Text, err = render(r)
+	out.Anchor, out.Text, err = rules.Render(r)
 	return out, err
 }
 
@@ -53,13 +59,14 @@ func (d *Daemon) Explain(_ context.Context, q api.Question) (api.Explanation, er
 		return api.Explanation{}, err
 	}
 	q.Peer = doc.Peers[i].Name
-	return Explain(c.ruleset, q)
+	return Explain(c.ruleset, q, d.opts.Languages[languageOf[d.opts.PlatformName]])
 }
 
 // Explain judges q, whose Peer is a name, by r. With From and To, it judges the
 // way back of the flow that the peer opened to To; with From alone, a packet
-// that nobody asked for.
-func Explain(r *policy.Ruleset, q api.Question) (api.Explanation, error) {
+// that nobody asked for. The rule that holds the verdict is named in the
+// language, unless that is zero.
+func Explain(r *policy.Ruleset, q api.Question, l Language) (api.Explanation, error) {
 	out := api.Explanation{Peer: q.Peer, Port: q.Port, Proto: q.Proto}
 	target := q.To
 	if !target.IsValid() {
@@ -89,6 +96,14 @@ func Explain(r *policy.Ruleset, q api.Question) (api.Explanation, error) {
 	if v.Missing != 0 {
 		out.Command = "meshhelper peer allow " + q.Peer + " " + strings.ReplaceAll(v.Missing.String(), ",", "")
 	}
+	if l.Render == nil {
+		return out, nil
+	}
+	_, text, err := l.Render(r)
+	if err != nil {
+		return out, err
+	}
+	out.Loaded = l.Find(text, v.Rule, target.Is6())
 	return out, nil
 }
 

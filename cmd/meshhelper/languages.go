@@ -1,0 +1,136 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/linux"
+	"github.com/meshhelper/meshhelper/internal/macos"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// languages are those that a ruleset is enforced in. All of them can be written
+// on any machine, so that a Mac's rules can be read on Linux.
+var languages = map[string]daemon.Language{
+	"nft": {
+		Render: func(r *policy.Ruleset) (string, string, error) {
+			return "", linux.Text(r, daemon.DefaultMTU), nil
+		},
+		Find: findNft,
+	},
+	"pf": {
+		Render: func(r *policy.Ruleset) (string, string, error) {
+			anchor, err := macos.Compile(r, macos.Options{MTU: daemon.DefaultMTU})
+			if err != nil {
+				return "", "", err
+			}
+			return anchor.Path, anchor.Ruleset().String(), nil
+		},
+		Find: findPf,
+	},
+	"guard": {
+		Render: func(r *policy.Ruleset) (string, string, error) { return "", guardText(r), nil },
+		// The guard has no rules but the policy's own lines.
+		Find: func(string, policy.Rule, bool) string { return "" },
+	},
+}
+
+// pfLabels are the labels of the rules that hold the lines of the policy.
+var pfLabels = map[policy.Rule]string{
+	policy.RuleIncoming: "incoming", policy.RuleNoIncoming: "no-incoming",
+	policy.RuleLAN: "lan", policy.RuleNoLAN: "no-lan",
+	policy.RuleInternet: "internet", policy.RuleNoRouting: "no-routing", policy.RuleNoUplink: "no-routing",
+	policy.RuleMartian: "martian", policy.RuleMesh: "mesh", policy.RuleHostToPeer: "to-peer",
+	policy.RuleToPeer: "away", policy.RuleNobody: "away", policy.RuleToHost: "weak-host",
+	policy.RuleSpoofed: "elsewhere-spoofed",
+}
+
+// findPf returns the rule of an anchor that holds a line of the policy.
+func findPf(text string, rule policy.Rule, _ bool) string {
+	label := fmt.Sprintf("label %q", "mesh-"+pfLabels[rule])
+	for line := range strings.Lines(text) {
+		if strings.Contains(line, label) {
+			return strings.TrimSpace(line)
+		}
+	}
+	return ""
+}
+
+// nftPlace is where a rule stands: in a chain, the line with a text, or the last
+// line where that is empty. A # stands for the family, 4 or 6.
+type nftPlace struct{ chain, text string }
+
+// nftPlaces are the rules that hold the lines of the policy.
+var nftPlaces = map[policy.Rule]nftPlace{
+	policy.RuleIncoming:   {"permitted_self#", "@may_incoming# "},
+	policy.RuleNoIncoming: {"permitted_self#", ""},
+	policy.RuleLAN:        {"permitted#", "@may_lan# return"},
+	policy.RuleNoLAN:      {"permitted#", "@lan# drop"},
+	policy.RuleInternet:   {"permitted#", "@may_routing# return"},
+	policy.RuleNoRouting:  {"permitted#", ""},
+	policy.RuleNoUplink:   {"from_mesh", ""},
+	policy.RuleMartian:    {"permitted#", "@martian# drop"},
+	policy.RuleMesh:       {"permitted#", "@mesh# drop"},
+	policy.RuleSpoofed:    {"ingress_elsewhere", "saddr @peers# drop"},
+	policy.RuleToHost:     {"ingress_elsewhere", "daddr @own# drop"},
+	policy.RuleToPeer:     {"ingress_elsewhere", "daddr @peers# drop"},
+	policy.RuleNobody:     {"ingress_elsewhere", "daddr @mesh# drop"},
+}
+
+// findNft returns the chain and the rule of a table that hold a line of the
+// policy.
+func findNft(text string, rule policy.Rule, ipv6 bool) string {
+	place, ok := nftPlaces[rule]
+	if !ok {
+		return ""
+	}
+	family := "4"
+	if ipv6 {
+		family = "6"
+	}
+	chain, want := strings.ReplaceAll(place.chain, "#", family), strings.ReplaceAll(place.text, "#", family)
+	_, rest, _ := strings.Cut(text, "chain "+chain+" {\n")
+	body, _, _ := strings.Cut(rest, "\n\t}")
+	lines := strings.Split(body, "\n")
+	at := len(lines) - 1
+	if want != "" {
+		at = slices.IndexFunc(lines, func(line string) bool { return strings.Contains(line, want) })
+	}
+	if at < 0 || lines[at] == "" {
+		return ""
+	}
+	return "chain " + chain + ": " + strings.TrimSpace(lines[at])
+}
+
+// guardText shows what the guard knows: it has no rules but the policy, the
+// destinations of each class on this host, and what each peer may.
+func guardText(r *policy.Ruleset) string {
+	var b strings.Builder
+	sets := r.Sets()
+	fmt.Fprintf(&b, "classes, the first that fits:\n")
+	for _, c := range []struct {
+		class policy.Class
+		texts []string
+	}{
+		{policy.Martian, textsOf(sets.Martians)}, {policy.Self, textsOf(sets.Self)},
+		{policy.InMesh, textsOf(append(sets.Mesh[:len(sets.Mesh):len(sets.Mesh)], sets.Peers...))},
+		{policy.OnLAN, textsOf(sets.LAN)}, {policy.Internet, []string{"the rest"}},
+	} {
+		fmt.Fprintf(&b, "  %-8s  %s\n", c.class, strings.Join(c.texts, " "))
+	}
+	fmt.Fprintf(&b, "peers:\n")
+	for _, p := range r.Peers() {
+		fmt.Fprintf(&b, "  %s %s: %v\n", p.Name, joinAddresses(p.Addresses), p.Permissions)
+	}
+	return b.String()
+}
+
+func textsOf[T fmt.Stringer](values []T) []string {
+	texts := make([]string, len(values))
+	for i, v := range values {
+		texts[i] = v.String()
+	}
+	return texts
+}

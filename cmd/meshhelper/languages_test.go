@@ -1,0 +1,98 @@
+package main
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// TestExplain asks about every class of destination, with and without the
+// permission, and wants the rule that holds the answer in each language.
+func TestExplain(t *testing.T) {
+	r := explained(t)
+	for _, c := range []struct {
+		peer, to string
+		pass     bool
+		policy   policy.Rule
+		pf, nft  string // part of the rule, and where it stands
+	}{
+		{"all", "100.64.0.1", true, policy.RuleIncoming, `"mesh-incoming"`, "permitted_self4: "},
+		{"none", "203.0.113.1", false, policy.RuleNoIncoming, `"mesh-no-incoming"`, "permitted_self4: drop"},
+		{"all", "192.168.77.2", true, policy.RuleLAN, `"mesh-lan"`, "@may_lan4 return"},
+		{"none", "192.168.77.2", false, policy.RuleNoLAN, `"mesh-no-lan"`, "@lan4 drop"},
+		{"all", "192.0.2.9", true, policy.RuleInternet, `"mesh-internet"`, "@may_routing4 return"},
+		{"none", "192.0.2.9", false, policy.RuleNoRouting, `"mesh-no-routing"`, "chain permitted4: drop"},
+		{"all", "2001:db8::1", true, policy.RuleInternet, `"mesh-internet"`, "@may_routing6 return"},
+		{"none", "2001:db8::1", false, policy.RuleNoRouting, `"mesh-no-routing"`, "chain permitted6: drop"},
+		{"all", "100.64.0.9", false, policy.RuleMesh, `"mesh-mesh"`, "@mesh4 drop"},
+		{"all", "224.0.0.1", false, policy.RuleMartian, `"mesh-martian"`, "@martian4 drop"},
+	} {
+		q := api.Question{Peer: c.peer, To: netip.MustParseAddr(c.to), Proto: "udp", Port: 7}
+		for language, want := range map[string]string{"pf": c.pf, "nft": c.nft, "guard": ""} {
+			e, err := daemon.Explain(r, q, languages[language])
+			if err != nil {
+				t.Fatal(err)
+			}
+			if e.Pass != c.pass || e.Policy != c.policy.String() {
+				t.Errorf("%s to %s: pass %v by %q", c.peer, c.to, e.Pass, e.Policy)
+			}
+			if !strings.Contains(e.Loaded, want) || (e.Loaded == "") != (want == "") {
+				t.Errorf("%s to %s: the rule of %s is %q, want %q", c.peer, c.to, language, e.Loaded, want)
+			}
+		}
+	}
+}
+
+// TestEveryPlaceIsThere looks for each rule that the maps name, so that a change
+// of the rules can't leave them pointing nowhere.
+func TestEveryPlaceIsThere(t *testing.T) {
+	r := explained(t)
+	for rule := range pfLabels {
+		_, text, err := languages["pf"].Render(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if findPf(text, rule, false) == "" {
+			t.Errorf("pf has no rule for %q", rule)
+		}
+	}
+	_, text, _ := languages["nft"].Render(r)
+	for rule := range nftPlaces {
+		for _, ipv6 := range []bool{false, true} {
+			if findNft(text, rule, ipv6) == "" {
+				t.Errorf("nft has no rule for %q, IPv6 %v", rule, ipv6)
+			}
+		}
+	}
+}
+
+// explained compiles a mesh of a peer with every permission and one with none.
+func explained(t *testing.T) *policy.Ruleset {
+	t.Helper()
+	yes := policy.Grant{Allowed: true}
+	r, err := policy.Compile(policy.Mesh{
+		Prefixes:  []netip.Prefix{policy.DefaultPrefix4, policy.DefaultPrefix6},
+		Addresses: []netip.Addr{netip.MustParseAddr("100.64.0.1"), netip.MustParseAddr("fd6d:6573:6800::1")},
+		Peers: []policy.Peer{
+			{ID: policy.PeerID{1}, Name: "all", Grants: policy.Grants{Incoming: yes, Routing: yes, LAN: yes},
+				Addresses: []netip.Addr{netip.MustParseAddr("100.64.0.2"), netip.MustParseAddr("fd6d:6573:6800::2")}},
+			{ID: policy.PeerID{2}, Name: "none",
+				Addresses: []netip.Addr{netip.MustParseAddr("100.64.0.3"), netip.MustParseAddr("fd6d:6573:6800::3")}},
+		},
+	}, policy.Host{
+		Interface: "utun7", Uplink4: "en0", Uplink6: "en0", Forwarding: policy.Families{IPv4: true, IPv6: true},
+		Interfaces: []policy.Interface{
+			{Name: "en0", Addresses: []netip.Prefix{netip.MustParsePrefix("203.0.113.1/24")}},
+			{Name: "en5", Addresses: []netip.Prefix{netip.MustParsePrefix("192.168.77.1/24")}},
+		},
+	}, time.Time{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
