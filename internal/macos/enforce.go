@@ -35,25 +35,18 @@ func (p *Platform) Enforce(ctx context.Context, r *policy.Ruleset) error {
 	if err != nil {
 		return fmt.Errorf("enforce ruleset: %w", err)
 	}
-	if err := p.setAddresses(ctx, n, r); err != nil {
-		return err
-	}
-	if err := p.setRoutes(n, r); err != nil {
-		return err
+	err = p.setAddresses(ctx, n, r)
+	if err == nil {
+		err = p.setRoutes(n, r)
 	}
 	if !isNeeded(r) {
-		return p.giveBack(ctx)
+		return errors.Join(err, p.giveBack(ctx))
 	}
-	if err := p.enforceFilter(ctx, r); err != nil {
-		return errors.Join(err, p.closeUp(ctx))
+	// The rest is done also when that failed: what r takes away must go.
+	if err := errors.Join(err, p.enforceFilter(ctx, r)); err != nil {
+		return errors.Join(err, p.setForwarding(ctx, policy.Families{}))
 	}
 	return p.setForwarding(ctx, forwardingFor(r))
-}
-
-// closeUp stops forwarding when the filter can't be had. What the anchor held
-// before stays loaded.
-func (p *Platform) closeUp(ctx context.Context) error {
-	return p.setForwarding(ctx, policy.Families{})
 }
 
 // setAddresses gives the mesh interface exactly the host's mesh addresses.
@@ -90,15 +83,37 @@ func (p *Platform) setAddresses(ctx context.Context, n *darwin.Network, r *polic
 
 // setRoutes makes a host route per peer, and no other, by the mesh interface.
 func (p *Platform) setRoutes(n *darwin.Network, r *policy.Ruleset) error {
-	want := peersWith(r, 0, anyFamily)
-	if index := n.Interface(p.name).Index; !hasRoutes(n, index, want) {
-		return p.step(StepRoutes, func() error { return p.router.Set(index, want) })
+	want, index := peersWith(r, 0, anyFamily), n.Interface(p.name).Index
+	if hasRoutes(n, index, want) {
+		return nil
 	}
-	return nil
+	return p.step(StepRoutes, func() error {
+		err := p.router.Set(index, want)
+		if errors.Is(err, darwin.ErrRouteTaken) {
+			// Nothing leaks by somebody else's route, for the filter stops it.
+			// Inspect tells of it.
+			p.o.Log.Warn("a peer's address has another route", "error", err)
+			return nil
+		}
+		return err
+	})
 }
 
-// hasRoutes reports whether our routes by an interface are exactly those.
+// taken returns which destinations have a route by another interface.
+func taken(n *darwin.Network, index int, want []netip.Prefix) []netip.Prefix {
+	var out []netip.Prefix
+	for _, r := range n.Routes {
+		if r.Index != index && r.Flags&darwin.RouteScoped == 0 && slices.Contains(want, r.Dst) {
+			out = append(out, r.Dst)
+		}
+	}
+	return out
+}
+
+// hasRoutes reports whether our routes by an interface are exactly those, as far
+// as nobody else has taken them.
 func hasRoutes(n *darwin.Network, index int, want []netip.Prefix) bool {
+	want = missing(want, taken(n, index, want))
 	var have []netip.Prefix
 	for _, r := range n.Routes {
 		if r.Index == index && r.Flags&darwin.RouteProto1 != 0 {
@@ -303,19 +318,20 @@ func (p *Platform) setForwarding(ctx context.Context, need policy.Families) erro
 	if err != nil {
 		return named(StepForwarding, err)
 	}
-	n, err := darwin.Observe(p.o.Kernel)
-	if err != nil {
-		return named(StepForwarding, err)
+	var shared policy.Families
+	if p.j.Forwarding != (policy.Families{}) {
+		if shared, err = p.shared(ctx); err != nil {
+			return named(StepForwarding, err)
+		}
 	}
-	shared := isSharing(n)
 	for _, f := range []struct {
 		family    darwin.Family
 		need, now bool
 		ours      *bool
 		shared    bool
 	}{
-		{darwin.IPv4, need.IPv4, now.IPv4, &p.j.Forwarding.IPv4, shared},
-		{darwin.IPv6, need.IPv6, now.IPv6, &p.j.Forwarding.IPv6, false},
+		{darwin.IPv4, need.IPv4, now.IPv4, &p.j.Forwarding.IPv4, shared.IPv4},
+		{darwin.IPv6, need.IPv6, now.IPv6, &p.j.Forwarding.IPv6, shared.IPv6},
 	} {
 		switch {
 		case f.need && !f.now:

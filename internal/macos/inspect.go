@@ -28,6 +28,7 @@ func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (platform.Rep
 		report.Drift = append(report.Drift, platform.Problem{Step: step, Message: message, Hint: "the helper repairs it"})
 	}
 	p.inspectInterface(n, r, drift)
+	report.Problems = p.takenRoutes(n, r)
 	if !isNeeded(r) {
 		if !p.j.isEmpty() {
 			drift(StepRestore, "the packet filter or forwarding is still in use")
@@ -46,8 +47,26 @@ func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (platform.Rep
 			drift(StepForwarding, fmt.Sprintf("forwarding of %v is off", f.family))
 		}
 	}
-	report.Problems, err = p.problems(ctx, n, r)
+	problems, err := p.problems(ctx, n, r)
+	report.Problems = append(report.Problems, problems...)
 	return report, err
+}
+
+// takenRoutes are the peers that can't be reached because somebody else has a
+// route to their address.
+func (p *Platform) takenRoutes(n *darwin.Network, r *policy.Ruleset) []platform.Problem {
+	i := n.Interface(p.name)
+	if i == nil {
+		return nil
+	}
+	var out []platform.Problem
+	for _, dst := range taken(n, i.Index, peersWith(r, 0, anyFamily)) {
+		out = append(out, platform.Problem{
+			Step: StepRoutes, Message: fmt.Sprintf("%v, a peer's address, has another route", dst.Addr()),
+			Hint: fmt.Sprintf("see who made it: route -n get %v", dst.Addr()),
+		})
+	}
+	return out
 }
 
 func (p *Platform) inspectInterface(n *darwin.Network, r *policy.Ruleset, drift func(step, message string)) {

@@ -1,10 +1,11 @@
 package macos
 
 import (
-	"strings"
+	"context"
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // facts turns what the kernel says into the policy's words. Forwarding is what
@@ -43,17 +44,28 @@ func uplink(n *darwin.Network, f darwin.Family, mesh string) string {
 	return ""
 }
 
-// sharingBridge begins the names of the bridges that Internet Sharing and virtual
-// machines make: bridge100 and on.
-const sharingBridge = "bridge1"
+// sharingAnchor is where Internet Sharing, and what makes networks for virtual
+// machines (vmnet), keep their rules, in it and in its children.
+const sharingAnchor = "com.apple.internet-sharing"
 
-// isSharing reports whether Internet Sharing or a virtual machine forwards by
-// this host: it has made a bridge with an address. bridge0 is Thunderbolt's.
-func isSharing(n *darwin.Network) bool {
-	for _, i := range n.Interfaces {
-		if strings.HasPrefix(i.Name, sharingBridge) && len(i.Name) == len(sharingBridge)+2 && len(i.Addresses) > 0 {
-			return true
+// shared says for which families somebody else translates, and so forwards:
+// Internet Sharing switches on what is on already, so its rules have to tell. A
+// virtual machine's network that isn't translated isn't shared.
+func (p *Platform) shared(ctx context.Context) (policy.Families, error) {
+	children, err := p.pf.Anchors(ctx, sharingAnchor)
+	if err != nil {
+		return policy.Families{}, err
+	}
+	var out policy.Families
+	for _, anchor := range append(children, sharingAnchor) {
+		text, err := p.pf.NAT(ctx, anchor)
+		if err != nil {
+			return policy.Families{}, err
+		}
+		for _, rule := range pfconf.ParseShown(text).Rules {
+			out.IPv4 = out.IPv4 || rule.Action == pfconf.Nat && rule.Family != pfconf.Inet6
+			out.IPv6 = out.IPv6 || rule.Action == pfconf.Nat && rule.Family != pfconf.Inet
 		}
 	}
-	return false
+	return out, nil
 }

@@ -31,7 +31,7 @@ type Platform struct {
 	ifconfig *darwin.Ifconfig
 	router   *darwin.Router
 
-	j    *journal // nil before the first look at the host
+	j    *journal
 	cfg  platform.Interface
 	name string
 	dev  tun.Device
@@ -60,7 +60,7 @@ func NewPlatform(o PlatformOptions) (*Platform, error) {
 		return nil, err
 	}
 	return &Platform{
-		o: o, path: path, pf: darwin.NewPF(o.Runner), sysctl: darwin.NewSysctl(o.Runner),
+		o: o, path: path, j: &journal{}, pf: darwin.NewPF(o.Runner), sysctl: darwin.NewSysctl(o.Runner),
 		ifconfig: darwin.NewIfconfig(o.Runner), router: darwin.NewRouter(o.Kernel),
 	}, nil
 }
@@ -91,6 +91,10 @@ func (p *Platform) Open(ctx context.Context, cfg platform.Interface) (tun.Device
 	if cfg.MTU < 1280 || cfg.MTU > 65535 {
 		return nil, fmt.Errorf("open mesh interface: MTU %d: want 1280 to 65535", cfg.MTU)
 	}
+	// The device may have died under us, and its interface with it.
+	if err := p.removeInterface(); err != nil {
+		return nil, err
+	}
 	if err := p.takeOver(ctx); err != nil {
 		return nil, err
 	}
@@ -114,9 +118,6 @@ func (p *Platform) Open(ctx context.Context, cfg platform.Interface) (tun.Device
 // takeOver reads the journal and puts back what a killed helper changed. Its
 // interface went with it.
 func (p *Platform) takeOver(ctx context.Context) error {
-	if p.dev != nil {
-		return nil
-	}
 	return p.step(StepRepair, func() error {
 		boot, err := p.sysctl.BootSession(ctx)
 		if err != nil {
@@ -147,7 +148,7 @@ func (p *Platform) restoreForwarding(ctx context.Context) error {
 	if p.j.Forwarding == (policy.Families{}) {
 		return nil
 	}
-	n, err := darwin.Observe(p.o.Kernel)
+	shared, err := p.shared(ctx)
 	if err != nil {
 		return named(StepRestore, err)
 	}
@@ -156,7 +157,7 @@ func (p *Platform) restoreForwarding(ctx context.Context) error {
 			family darwin.Family
 			ours   *bool
 			needed bool
-		}{{darwin.IPv6, &p.j.Forwarding.IPv6, false}, {darwin.IPv4, &p.j.Forwarding.IPv4, isSharing(n)}} {
+		}{{darwin.IPv6, &p.j.Forwarding.IPv6, shared.IPv6}, {darwin.IPv4, &p.j.Forwarding.IPv4, shared.IPv4}} {
 			if !*f.ours {
 				continue
 			}
@@ -240,7 +241,7 @@ func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
 	if err != nil {
 		return policy.Host{}, fmt.Errorf("observe host: %w", err)
 	}
-	found, err := p.foundForwarding(ctx, n)
+	found, err := p.foundForwarding(ctx)
 	if err != nil {
 		return policy.Host{}, fmt.Errorf("observe host: %w", err)
 	}
@@ -248,17 +249,17 @@ func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
 }
 
 // foundForwarding says for which families the host forwards without us: the
-// journal tells which we switched on. Internet Sharing switches on what is on
-// already, so it is known by its bridge.
-func (p *Platform) foundForwarding(ctx context.Context, n *darwin.Network) (policy.Families, error) {
+// journal tells which we switched on.
+func (p *Platform) foundForwarding(ctx context.Context) (policy.Families, error) {
 	now, err := p.forwarding(ctx)
-	if err != nil {
+	if err != nil || p.j.Forwarding == (policy.Families{}) {
 		return now, err
 	}
+	shared, err := p.shared(ctx)
 	return policy.Families{
-		IPv4: now.IPv4 && (!p.j.Forwarding.IPv4 || isSharing(n)),
-		IPv6: now.IPv6 && !p.j.Forwarding.IPv6,
-	}, nil
+		IPv4: now.IPv4 && (!p.j.Forwarding.IPv4 || shared.IPv4),
+		IPv6: now.IPv6 && (!p.j.Forwarding.IPv6 || shared.IPv6),
+	}, err
 }
 
 func (p *Platform) forwarding(ctx context.Context) (now policy.Families, err error) {
@@ -300,7 +301,7 @@ func (p *Platform) Close(ctx context.Context) ([]platform.Problem, error) {
 	if p.dev == nil {
 		return nil, p.takeOver(ctx)
 	}
-	left, err := p.left()
+	left, err := p.left(ctx)
 	if err := p.restoreForwarding(ctx); err != nil {
 		// The anchor stays: without it, forwarding would be open.
 		return left, errors.Join(err, p.removeInterface())
@@ -326,16 +327,28 @@ func (p *Platform) endFlows(ctx context.Context) error {
 }
 
 // left says what of our doing stays because somebody else came to need it.
-func (p *Platform) left() ([]platform.Problem, error) {
-	n, err := darwin.Observe(p.o.Kernel)
-	if err != nil || !p.j.Forwarding.IPv4 || !isSharing(n) {
-		return nil, err
+func (p *Platform) left(ctx context.Context) ([]platform.Problem, error) {
+	if p.j.Forwarding == (policy.Families{}) {
+		return nil, nil
 	}
-	return []platform.Problem{{
-		Step:    StepRestore,
-		Message: "IPv4 forwarding stays on: Internet Sharing or a virtual machine came to need it while the helper ran",
-		Hint:    "sysctl -w net.inet.ip.forwarding=0 switches it off, if nothing needs it any more",
-	}}, nil
+	shared, err := p.shared(ctx)
+	var out []platform.Problem
+	for _, f := range []struct {
+		stays          bool
+		name, variable string
+	}{
+		{p.j.Forwarding.IPv4 && shared.IPv4, "IPv4", "net.inet.ip.forwarding"},
+		{p.j.Forwarding.IPv6 && shared.IPv6, "IPv6", "net.inet6.ip6.forwarding"},
+	} {
+		if f.stays {
+			out = append(out, platform.Problem{
+				Step:    StepRestore,
+				Message: f.name + " forwarding stays on: Internet Sharing or a virtual machine came to need it while the helper ran",
+				Hint:    "sudo sysctl -w " + f.variable + "=0 switches it off, if nothing needs it any more",
+			})
+		}
+	}
+	return out, err
 }
 
 // removeInterface closes the device; the kernel takes the interface away with its

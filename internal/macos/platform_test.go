@@ -323,6 +323,28 @@ func TestForeignRuleIsReported(t *testing.T) {
 	}
 }
 
+// TestTakenRoute lets somebody route a peer's address elsewhere: the peer can't be
+// reached, which is said, and nothing for it leaves in clear.
+func TestTakenRoute(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	n, err := darwin.Observe(g.mac)
+	g.must(err)
+	g.must(g.mac.Kernel.AddRoute(darwin.Route{Dst: netip.MustParsePrefix(first + "/32"), Gateway: addrOf("192.168.77.254"),
+		Index: n.Interface("en5").Index, Flags: darwin.RouteUp | darwin.RouteGateway | darwin.RouteHost | darwin.RouteStatic}))
+	r := g.enforce(testMesh(2, everything))
+	report := g.inspect(r)
+	if len(report.Drift) != 0 || len(report.Problems) != 1 || !strings.Contains(report.Problems[0].Message, first) {
+		t.Errorf("got %+v", report)
+	}
+	if o := g.mac.Send(syn("100.64.0.1", first)); o.Fate != simmac.Dropped {
+		t.Errorf("what is for the peer left by %s", o.Link)
+	}
+	if o := g.mac.Send(syn("100.64.0.1", second)); o.Fate != simmac.Sent || o.Link != g.p.name {
+		t.Errorf("what is for the other peer: %+v", o)
+	}
+}
+
 func TestInternetSharing(t *testing.T) {
 	g := newRig(t)
 	g.open()
