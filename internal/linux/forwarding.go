@@ -92,6 +92,9 @@ func (f *forwarding) found6() bool {
 // transit4 lists the interfaces that forwarded IPv4 by a flag of their own
 // before we came, although the host as a whole didn't.
 func (f *forwarding) transit4(mesh string) []string {
+	if f.found4() {
+		return nil // the host as a whole did
+	}
 	names, _ := f.sys.interfaces("ipv4")
 	var out []string
 	for _, n := range names {
@@ -220,7 +223,7 @@ func (f *forwarding) changes6() ([]saved, error) {
 			if err != nil {
 				continue // gone, or without IPv6
 			}
-			if key == "forwarding" && now == "0" || key == "accept_ra" && now == "1" && f.index(iface) != 0 {
+			if key == "forwarding" && now == "0" || key == "accept_ra" && now == "1" && f.index(iface) != 0 && iface != "lo" {
 				out = append(out, saved{name, f.index(iface), now, to})
 			}
 		}

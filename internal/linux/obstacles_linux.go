@@ -41,8 +41,46 @@ func (p *Platform) obstacles(r *policy.Ruleset) ([]platform.Problem, error) {
 			}
 		}
 	}
+	bypasses, err := p.bypasses(r)
+	return append(out, bypasses...), err
+}
+
+// bypasses names flow tables of other software on the uplinks: packets of a
+// running flow that is in one pass around every other rule.
+func (p *Platform) bypasses(r *policy.Ruleset) ([]platform.Problem, error) {
+	tables, err := p.filter.conn.ListTables()
+	if err != nil {
+		return nil, fmt.Errorf("list tables: %w", err)
+	}
+	var out []platform.Problem
+	for _, t := range tables {
+		fs, err := p.filter.conn.ListFlowtables(t)
+		if err != nil {
+			return nil, fmt.Errorf("list flow tables of %s: %w", t.Name, err)
+		}
+		for _, f := range fs {
+			out = append(out, bypass(r.Host(), t, f)...)
+		}
+	}
 	return out, nil
 }
+
+func bypass(h policy.Host, t *nftables.Table, f *nftables.Flowtable) []platform.Problem {
+	for _, up := range []string{h.Uplink4, h.Uplink6} {
+		if slices.Contains(f.Devices, up) {
+			return []platform.Problem{{
+				Step: lookAround,
+				Message: fmt.Sprintf("flow table %s of table %s %s takes running flows on %s past every packet filter",
+					f.Name, familyName(t.Family), t.Name, up),
+				Hint: "keep interface " + h.Interface + " out of the rules that add flows there",
+			}}
+		}
+	}
+	return nil
+}
+
+// lookAround is the step under which others' rules are reported.
+const lookAround = "look at other packet filters"
 
 // sample is a packet that has to pass for a permission to be of use.
 type sample struct {
@@ -129,7 +167,7 @@ func (e *evaluator) judge(c *nftables.Chain, s sample) (platform.Problem, bool) 
 		verb = "may drop"
 	}
 	return platform.Problem{
-		Step:    "look at other packet filters",
+		Step:    lookAround,
 		Message: fmt.Sprintf("chain %s of table %s %s %s packets %s", e.where, familyName(c.Table.Family), c.Table.Name, verb, s.what),
 		Hint:    fmt.Sprintf("let interface %s through there, in the software that the table belongs to", meshSide(s)),
 	}, true
@@ -215,8 +253,7 @@ func (e *evaluator) rule(r *nftables.Rule, s sample) (verdict *expr.Verdict, sur
 		case *expr.Reject:
 			return &expr.Verdict{Kind: expr.VerdictDrop}, sure
 		case *expr.Target:
-			switch x.Name {
-			case "REJECT":
+			if x.Name == "REJECT" {
 				return &expr.Verdict{Kind: expr.VerdictDrop}, sure
 			}
 		default:

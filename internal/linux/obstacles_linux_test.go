@@ -161,3 +161,17 @@ func TestObstaclesAreNamed(t *testing.T) {
 		})
 	}
 }
+
+// TestFlowTablesAreNamed needs no kernel, which often has none.
+func TestFlowTablesAreNamed(t *testing.T) {
+	table := &nftables.Table{Name: "router", Family: nftables.TableFamilyINet}
+	for _, tt := range []struct {
+		devices []string
+		want    int
+	}{{[]string{"eth1", "eth0"}, 1}, {[]string{"eth1"}, 0}, {nil, 0}} {
+		got := bypass(someHost(), table, &nftables.Flowtable{Name: "fast", Table: table, Devices: tt.devices})
+		if len(got) != tt.want {
+			t.Errorf("devices %v: %v", tt.devices, got)
+		}
+	}
+}

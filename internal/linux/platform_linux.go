@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -48,6 +49,11 @@ func New(o Options) (*Platform, error) {
 	}
 	if o.Step == nil {
 		o.Step = func(string) {}
+	}
+	announce := o.Step
+	o.Step = func(name string) {
+		o.Log.Debug("enforcing step", "step", name)
+		announce(name)
 	}
 	nl, err := netlink.NewHandle()
 	if err != nil {
@@ -109,6 +115,8 @@ func named(step string, err error) error {
 	switch {
 	case errors.Is(err, fs.ErrPermission):
 		e.Hint = "run the helper as root"
+	case errors.Is(err, syscall.EROFS) && step != StepJournal:
+		e.Hint = "in a container, /proc/sys/net has to be writable"
 	case step == StepJournal:
 		e.Hint = "the state directory has to be writable and not full"
 	}
