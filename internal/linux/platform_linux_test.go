@@ -52,13 +52,20 @@ func TestHostIsLeftAsFound(t *testing.T) {
 	}
 }
 
-// kill is what a SIGKILL leaves: the kernel closes the files, nobody cleans up.
-func (g *rig) kill() {
+// die is what a SIGKILL leaves: the kernel closes the files, nobody cleans up.
+func (g *rig) die() {
 	g.t.Helper()
+	if g.p == nil {
+		return
+	}
 	g.do(func() error {
 		g.p.unlock()
-		return errors.Join(g.dev.Close(), g.p.release())
+		if g.p.dev != nil {
+			g.p.dev.Close()
+		}
+		return g.p.release()
 	})
+	g.p, g.dev = nil, nil
 }
 
 // TestKilledHelperIsCleanedUp kills the platform while all is open. Until the
@@ -70,7 +77,7 @@ func TestKilledHelperIsCleanedUp(t *testing.T) {
 	before := w.snapshot()
 	w.open()
 	w.enforce(mesh(grants{ann: all}))
-	w.kill()
+	w.die()
 
 	n := 0
 	w.closedToOutside(&n, "while it is dead")
@@ -83,7 +90,7 @@ func TestKilledHelperIsCleanedUp(t *testing.T) {
 	}
 	w.closedToOutside(&n, "after Open")
 	w.enforce(mesh(grants{ann: all}))
-	w.kill()
+	w.die()
 
 	// A platform that was never opened cleans up as well.
 	w.do(func() error {

@@ -24,12 +24,13 @@ const meshName = "wgtest0"
 // rig is a host with the platform under test on it. The test is WireGuard: it
 // puts peers' packets into the TUN device and reads what comes out.
 type rig struct {
-	t     *testing.T
-	pic   *netlab.Picture
-	p     *Platform
-	dev   tun.Device
-	state string
-	steps []string
+	t      *testing.T
+	pic    *netlab.Picture
+	p      *Platform
+	dev    tun.Device
+	state  string
+	steps  []string
+	killAt int // the number of the step to die before; 0: never
 
 	mu     sync.Mutex
 	out    [][]byte
@@ -66,18 +67,29 @@ func (g *rig) do(f func() error) {
 	}
 }
 
-// open makes a new platform and its interface.
+// start makes a new platform and its interface, on the host.
+func (g *rig) start() (err error) {
+	if g.p, err = New(Options{StateDir: g.state, Step: g.step}); err != nil {
+		return err
+	}
+	g.dev, err = g.p.Open(context.Background(), platform.Interface{
+		Name: meshName, MTU: DefaultMTU, Addresses: []netip.Addr{own4, own6}, Prefixes: meshPrefixes(),
+	})
+	return err
+}
+
+// step notes a step, and is where a test kills the platform.
+func (g *rig) step(name string) {
+	g.steps = append(g.steps, name)
+	if len(g.steps) == g.killAt {
+		panic(killed{g.killAt})
+	}
+}
+
+// open starts the platform and reads what comes out of its device.
 func (g *rig) open() {
 	g.t.Helper()
-	g.do(func() (err error) {
-		if g.p, err = New(Options{StateDir: g.state, Step: func(s string) { g.steps = append(g.steps, s) }}); err != nil {
-			return err
-		}
-		g.dev, err = g.p.Open(context.Background(), platform.Interface{
-			Name: meshName, MTU: DefaultMTU, Addresses: []netip.Addr{own4, own6}, Prefixes: meshPrefixes(),
-		})
-		return err
-	})
+	g.do(g.start)
 	go g.read(g.dev)
 }
 
@@ -135,17 +147,23 @@ func (g *rig) close() []platform.Problem {
 func (g *rig) enforce(m policy.Mesh) *policy.Ruleset {
 	g.t.Helper()
 	var r *policy.Ruleset
-	g.do(func() error {
-		h, err := g.p.Observe(context.Background())
-		if err != nil {
-			return err
-		}
-		if r, err = policy.Compile(m, h, time.Unix(0, 0)); err != nil {
-			return err
-		}
-		return g.p.Enforce(context.Background(), r)
+	g.do(func() (err error) {
+		r, err = g.round(m)
+		return err
 	})
 	return r
+}
+
+func (g *rig) round(m policy.Mesh) (*policy.Ruleset, error) {
+	h, err := g.p.Observe(context.Background())
+	if err != nil {
+		return nil, err
+	}
+	r, err := policy.Compile(m, h, time.Unix(0, 0))
+	if err != nil {
+		return nil, err
+	}
+	return r, g.p.Enforce(context.Background(), r)
 }
 
 func (g *rig) inspect(r *policy.Ruleset) platform.Report {

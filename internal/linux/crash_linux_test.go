@@ -1,0 +1,85 @@
+package linux
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"testing"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// killed is what the step hook panics with.
+type killed struct{ at int }
+
+// life is a whole run of the platform: start, changes, stop. It ends early where
+// the step hook panics.
+func (g *rig) life() (err error) {
+	defer func() {
+		if k, ok := recover().(killed); ok {
+			err = fmt.Errorf("killed at step %d", k.at)
+		}
+	}()
+	ctx := context.Background()
+	if err := g.start(); err != nil {
+		return err
+	}
+	var old *policy.Ruleset
+	for _, m := range []policy.Mesh{mesh(grants{}), mesh(grants{ann: all}), mesh(grants{bob: policy.Routing}), mesh(grants{})} {
+		r, err := g.round(m)
+		if err != nil {
+			return err
+		}
+		if err := g.p.Cut(ctx, r, policy.Diff(old, r)); err != nil {
+			return err
+		}
+		old = r
+	}
+	_, err = g.p.Close(ctx)
+	g.p, g.dev = nil, nil
+	return err
+}
+
+// TestKilledAtEveryStep ends the platform before each of its steps. While it is
+// dead nothing leaks, and the next one leaves the host as the first found it.
+func TestKilledAtEveryStep(t *testing.T) {
+	w := newWorld(t)
+	w.findForwarding("0")
+	before := w.snapshot()
+	w.do(w.life) // also counts the steps
+	if diff := before.Diff(w.snapshot()); len(diff) > 0 {
+		t.Fatalf("the host isn't as it was: %v", diff)
+	}
+	steps := w.steps
+	n, kills := 0, 0
+	for at, step := range steps {
+		// One kill before the first of a row of equal steps, one after it.
+		if at > 1 && steps[at-1] == step && steps[at-2] == step && testing.Short() {
+			continue
+		}
+		kills++
+		w.steps = nil
+		w.killAt = at + 1
+		err := w.pic.B.Do(w.life)
+		w.killAt = 0
+		if err == nil {
+			t.Fatalf("step %d, %q: not killed", at, step)
+		}
+		w.die()
+		if at > slices.Index(steps, StepClosed) { // before, it never was alive
+			w.closedToOutside(&n, fmt.Sprintf("dead before step %d, %q", at, step))
+		}
+		w.do(func() error {
+			p, err := New(Options{StateDir: w.state})
+			if err != nil {
+				return err
+			}
+			_, err = p.Close(context.Background())
+			return err
+		})
+		if diff := before.Diff(w.snapshot()); len(diff) > 0 {
+			t.Fatalf("killed before step %d, %q: the host isn't as it was: %v", at, step, diff)
+		}
+	}
+	t.Logf("%d kills at %d steps, %d packets that had to stay", kills, len(steps), n)
+}
