@@ -6,8 +6,7 @@ import (
 	"strings"
 )
 
-// timeoutKind is one of pf's timeouts, PFTM_* of bsd/net/pfvar.h. It is also the
-// index of its name in timeouts.
+// timeoutKind is one of pf's timeouts, PFTM_* of bsd/net/pfvar.h.
 type timeoutKind uint8
 
 const (
@@ -39,6 +38,20 @@ const (
 	tsDiff
 	timeoutMax
 )
+
+// timeoutKinds are the timeouts by the words of pfctl, which has none for
+// espInitiating.
+var timeoutKinds = map[string]timeoutKind{
+	"tcp.first": tcpFirst, "tcp.opening": tcpOpening, "tcp.established": tcpEstablished,
+	"tcp.closing": tcpClosing, "tcp.finwait": tcpFinWait, "tcp.closed": tcpClosed,
+	"udp.first": udpFirst, "udp.single": udpSingle, "udp.multiple": udpMultiple,
+	"icmp.first": icmpFirst, "icmp.error": icmpError,
+	"grev1.first": greFirst, "grev1.initiating": greInitiating, "grev1.estblished": greEstablished,
+	"esp.first": espFirst, "esp.estblished": espEstablished,
+	"other.first": otherFirst, "other.single": otherSingle, "other.multiple": otherMultiple,
+	"frag": fragTimeout, "interval": intervalTimeout,
+	"adaptive.start": adaptiveStart, "adaptive.end": adaptiveEnd, "src.track": srcTrack, "tcp.tsdiff": tsDiff,
+}
 
 // defaultTimeouts are in seconds, those of adaptive in states: from pfvar.h,
 // and from pfctl, which sets the adaptive ones to 6 and 12 tenths of the limit
@@ -122,8 +135,8 @@ func optionPairs(o *Option) ([]Timeout, error) {
 
 func setTimeouts(t *[timeoutMax]uint32, ts []Timeout) {
 	for _, to := range ts {
-		if i := timeoutIndex(to.Name); i >= 0 {
-			t[i] = to.Seconds
+		if k, ok := timeoutKinds[to.Name]; ok {
+			t[k] = to.Seconds
 		}
 	}
 }
