@@ -27,6 +27,7 @@ var rooms = map[string][]string{
 	"internal/flow":      {"internal/policy"},
 	"internal/guard":     {"internal/flow", "internal/policy"},
 	"internal/imports":   {},
+	"internal/install":   {"launchd"},
 	"internal/linux":     {"internal/platform", "internal/policy"},
 	"internal/macos":     {"darwin", "internal/platform", "internal/policy", "pfconf"},
 	"internal/netlab":    {all},

@@ -62,6 +62,7 @@ type Mac struct {
 	wire    func(link string, packet []byte)
 	local   func(packet []byte)
 	sharing []darwin.Token // Internet Sharing's
+	allowed map[string]bool
 }
 
 // New returns a Mac that was just booted, with the stock packet filter and no
@@ -74,6 +75,7 @@ func New(o Options) *Mac {
 		booted:  time.Now(),
 		tunnels: map[string]*tunnel{},
 		hang:    map[string]bool{},
+		allowed: map[string]bool{},
 	}
 	m.engine = newEngine(m.Kernel, rand.New(rand.NewPCG(o.Seed, 2)))
 	m.PF = &darwin.FakePF{
@@ -90,6 +92,10 @@ func (m *Mac) Run(ctx context.Context, stdin []byte, path string, args ...string
 		<-ctx.Done()
 		return nil, nil, -1, fmt.Errorf("run %s: %w", path, context.Cause(ctx))
 	}
+	if path == firewallPath {
+		stdout, status := m.firewall(args)
+		return []byte(stdout), nil, status, ctx.Err()
+	}
 	for _, r := range []darwin.Runner{m.PF, m.Kernel, m.Launchd} {
 		stdout, stderr, status, err := r.Run(ctx, stdin, path, args...)
 		if !errors.Is(err, exec.ErrNotFound) {
@@ -97,6 +103,44 @@ func (m *Mac) Run(ctx context.Context, stdin []byte, path string, args ...string
 		}
 	}
 	return nil, nil, -1, &exec.Error{Name: path, Err: exec.ErrNotFound}
+}
+
+// firewallPath is the program of the Application Firewall.
+const firewallPath = "/usr/libexec/ApplicationFirewall/socketfilterfw"
+
+// firewall knows the three verbs by which programs are registered. It tells of
+// failures on stdout and exits 0 all the same.
+func (m *Mac) firewall(args []string) (stdout string, status int) {
+	if len(args) != 2 {
+		return "usage: socketfilterfw ...\n", 255
+	}
+	verb, program := args[0], args[1]
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	_, known := m.allowed[program]
+	switch {
+	case verb == "--add":
+		if !known {
+			m.allowed[program] = false
+		}
+		return fmt.Sprintf("Application at path ( %s ) added to firewall\n", program), 0
+	case !known:
+		return "The application is not part of the firewall\n", 0
+	case verb == "--unblockapp":
+		m.allowed[program] = true
+		return fmt.Sprintf("Incoming connection to the application at ( %s ) is permitted\n", program), 0
+	case verb == "--remove":
+		delete(m.allowed, program)
+		return fmt.Sprintf("Application at path ( %s ) removed from firewall\n", program), 0
+	}
+	return "usage: socketfilterfw ...\n", 255
+}
+
+// Allowed reports whether the Application Firewall lets packets to a program.
+func (m *Mac) Allowed(program string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.allowed[program]
 }
 
 // Hang makes a program, by its path, do nothing until its caller gives up.

@@ -1,0 +1,181 @@
+package install
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/meshhelper/meshhelper/launchd"
+)
+
+// InstallSteps returns what Install does, in order. Running them again upgrades:
+// the state isn't touched.
+func InstallSteps(o *Options) []Step {
+	return []Step{
+		{"check that this is root and that launchd will take the service", false, o.checkJob},
+		{fmt.Sprintf("make the folders %s, %s and %s", programDir, o.LogDir, o.StateDir), false, o.makeDirs},
+		{fmt.Sprintf("copy %s to %s", o.Source, o.Program()), false, o.copyProgram},
+		{fmt.Sprintf("check that only root can change %s", o.Program()), false, o.checkProgram},
+		{fmt.Sprintf("write %s", o.List()), false, o.writeList},
+		{"allow its packets in the Application Firewall", true, o.allow},
+		{fmt.Sprintf("start the service %s", o.Label), false, o.start},
+		{"wait until the helper answers", false, o.Ready},
+	}
+}
+
+// Install installs or upgrades the helper and returns when it answers.
+func Install(ctx context.Context, o *Options, report Report) error {
+	return until(ctx, InstallSteps(o), report)
+}
+
+func (o *Options) checkJob(context.Context) error {
+	if err := o.isRoot(); err != nil {
+		return err
+	}
+	if v := o.job().Check(); len(v) > 0 {
+		return v[0]
+	}
+	if !filepath.IsAbs(o.Source) {
+		return fmt.Errorf("source %q: not an absolute path", o.Source)
+	}
+	return nil
+}
+
+// makeDirs makes the folders that aren't there, and checks those that are: what
+// somebody else could write there would be read by root. The state is for root's
+// eyes: it has the key.
+func (o *Options) makeDirs(context.Context) error {
+	for _, d := range []struct {
+		path string
+		mode os.FileMode
+	}{{programDir, 0o755}, {listDir, 0o755}, {o.LogDir, 0o755}, {o.StateDir, 0o700}} {
+		if err := o.makeDir(d.path, d.mode); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (o *Options) makeDir(path string, mode os.FileMode) error {
+	f, err := launchd.Lstat(o.disk(path))
+	if errors.Is(err, os.ErrNotExist) {
+		if err := os.MkdirAll(o.disk(path), 0o755); err != nil {
+			return err
+		}
+		// By itself, since the umask takes bits away or, as 0, leaves too many.
+		return os.Chmod(o.disk(path), mode)
+	}
+	if err != nil {
+		return err
+	}
+	if !f.Mode.IsDir() || o.adopt(f).UID != 0 || f.Mode.Perm()&0o022 != 0 {
+		return fmt.Errorf("%s must be a folder that belongs to root and that nobody else can write (it is %v of user %d)", path, f.Mode, f.UID)
+	}
+	return nil
+}
+
+// copyProgram copies the executable's bytes beside the old one and renames it into
+// place. Not in place: the kernel keeps the signature of a running program's file
+// and kills it when that no longer fits ("Code Signature Invalid"). Only the
+// bytes: a quarantine mark of a browser stays behind.
+func (o *Options) copyProgram(context.Context) (err error) {
+	from, err := os.Open(o.Source)
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	if info, err := from.Stat(); err != nil || !info.Mode().IsRegular() {
+		return errors.Join(fmt.Errorf("%s is not a regular file", o.Source), err)
+	}
+	target := o.disk(o.Program())
+	to, err := os.CreateTemp(filepath.Dir(target), "."+o.Label+".*")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			to.Close()
+			os.Remove(to.Name())
+		}
+	}()
+	if _, err := io.Copy(to, from); err != nil {
+		return err
+	}
+	if err := to.Chmod(0o755); err != nil {
+		return err
+	}
+	if os.Geteuid() == 0 {
+		if err := to.Chown(0, 0); err != nil { // root:wheel
+			return err
+		}
+	}
+	if err := errors.Join(to.Sync(), to.Close()); err != nil {
+		return err
+	}
+	return os.Rename(to.Name(), target)
+}
+
+// checkProgram looks at the executable and every folder above it.
+func (o *Options) checkProgram(context.Context) error {
+	chain, err := launchd.Chain(o.disk(o.Program()))
+	if err != nil {
+		return err
+	}
+	var own []launchd.File
+	for _, f := range chain {
+		if o.Root != "" && !strings.HasPrefix(f.Path, filepath.Clean(o.Root)+"/") {
+			break // above what stands for /
+		}
+		own = append(own, o.adopt(f))
+	}
+	if v := launchd.CheckProgram(own); len(v) > 0 {
+		return fmt.Errorf("it would run as root: %w", v[0])
+	}
+	return nil
+}
+
+func (o *Options) writeList(context.Context) error {
+	if err := o.job().Write(o.disk(o.List())); err != nil {
+		return err
+	}
+	f, err := launchd.Lstat(o.disk(o.List()))
+	if err != nil {
+		return err
+	}
+	f.Path = o.List()
+	if v := launchd.CheckFile(o.adopt(f), o.Label); len(v) > 0 {
+		return v[0]
+	}
+	return nil
+}
+
+// allow registers the program with the Application Firewall, which otherwise may
+// drop packets to it without a word. It fails where a profile manages the
+// firewall.
+func (o *Options) allow(ctx context.Context) error {
+	return errors.Join(o.firewall(ctx, "--add"), o.firewall(ctx, "--unblockapp"))
+}
+
+func (o *Options) firewall(ctx context.Context, verb string) error {
+	stdout, stderr, status, err := o.Runner.Run(ctx, nil, firewall, verb, o.Program())
+	if err != nil {
+		return err
+	}
+	if status != 0 {
+		return fmt.Errorf("socketfilterfw %s: exit status %d: %s", verb, status, strings.TrimSpace(string(stdout)+string(stderr)))
+	}
+	return nil
+}
+
+func (o *Options) start(ctx context.Context) error {
+	_, err := o.launchctl().Load(ctx, o.Label, o.List())
+	return err
+}
+
+func (o *Options) launchctl() *launchd.Launchctl {
+	return launchd.New(launchd.Options{Runner: o.Runner})
+}

@@ -1,0 +1,328 @@
+package install
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/meshhelper/meshhelper/internal/netlab/simmac"
+	"github.com/meshhelper/meshhelper/launchd"
+)
+
+// a rig is a simulated Mac with a disk and a helper that answers while launchd
+// keeps it running.
+type rig struct {
+	t        *testing.T
+	mac      *simmac.Mac
+	root     string
+	o        *Options
+	lives    []string // what launchd did with the helper
+	alive    bool
+	restored int
+	restore  error
+	steps    []string // what was reported, failures with their error
+}
+
+const label = "org.meshhelper"
+
+func newRig(t *testing.T) *rig {
+	t.Helper()
+	g := &rig{t: t, root: t.TempDir()}
+	g.mac = simmac.New(simmac.Options{Root: g.root})
+	g.mac.Launchd.Start = func(j *launchd.Job, _ int) {
+		program, err := os.ReadFile(filepath.Join(g.root, j.ProgramArguments[0]))
+		if err != nil {
+			t.Errorf("launchd started what isn't there: %v", err)
+		}
+		g.lives, g.alive = append(g.lives, "start "+string(program)), true
+	}
+	g.mac.Launchd.Stop = func(string) { g.lives, g.alive = append(g.lives, "stop"), false }
+	source := filepath.Join(t.TempDir(), "meshhelper")
+	g.must(os.WriteFile(source, []byte("one"), 0o700))
+	g.must(os.MkdirAll(filepath.Join(g.root, "Library"), 0o755))
+	g.must(os.MkdirAll(filepath.Join(g.root, "var/run"), 0o755))
+	g.o = &Options{
+		Label: label, Source: source, Arguments: []string{"--operator", "ann"},
+		StateDir: "/Library/Application Support/meshhelper", LogDir: "/var/log/meshhelper", Socket: "/var/run/meshhelper.sock",
+		Runner: g.mac, Root: g.root,
+		Ready: func(context.Context) error {
+			if !g.alive {
+				return errors.New("nobody answers")
+			}
+			return nil
+		},
+		Restore: func(context.Context) error { g.restored++; return g.restore },
+	}
+	return g
+}
+
+func (g *rig) must(err error) {
+	g.t.Helper()
+	if err != nil {
+		g.t.Fatal(err)
+	}
+}
+
+func (g *rig) report(s Step, err error) {
+	text := s.Text
+	if err != nil {
+		text += ": " + err.Error()
+	}
+	g.steps = append(g.steps, text)
+}
+
+func (g *rig) install() error { return Install(g.t.Context(), g.o, g.report) }
+
+// files lists what is on the disk, with modes.
+func (g *rig) files() (list []string) {
+	filepath.WalkDir(g.root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if info, err := d.Info(); err == nil && !d.IsDir() {
+			list = append(list, info.Mode().String()+" "+strings.TrimPrefix(path, g.root))
+		}
+		return nil
+	})
+	return list
+}
+
+func TestInstall(t *testing.T) {
+	g := newRig(t)
+	g.must(g.install())
+	want := []string{
+		"-rw-r--r-- /Library/LaunchDaemons/org.meshhelper.plist",
+		"-rwxr-xr-x /Library/PrivilegedHelperTools/org.meshhelper",
+	}
+	if diff := cmp.Diff(want, g.files()); diff != "" {
+		t.Errorf("files (-want +got):\n%s", diff)
+	}
+	info, err := os.Stat(filepath.Join(g.root, g.o.StateDir))
+	if err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("state folder %v, %v: others mustn't read the key", info, err)
+	}
+	if !g.mac.Allowed(g.o.Program()) {
+		t.Error("the Application Firewall doesn't know it")
+	}
+	data, err := os.ReadFile(filepath.Join(g.root, g.o.List()))
+	g.must(err)
+	j, err := launchd.Parse(data)
+	g.must(err)
+	if want := []string{g.o.Program(), "run", "--operator", "ann"}; !slices.Equal(j.ProgramArguments, want) {
+		t.Errorf("launchd runs %q, want %q", j.ProgramArguments, want)
+	}
+	var texts []string
+	for _, s := range InstallSteps(g.o) {
+		texts = append(texts, s.Text)
+	}
+	if diff := cmp.Diff(texts, g.steps); diff != "" {
+		t.Errorf("a dry run shows other steps (-dry +done):\n%s", diff)
+	}
+}
+
+func TestUpgradeInPlace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newRig(t)
+		g.mac.Launchd.Draining, g.mac.Launchd.Settling = 3*time.Second, 4*time.Second
+		g.must(g.install())
+		state := filepath.Join(g.root, g.o.StateDir, "state.json")
+		g.must(os.WriteFile(state, []byte("the mesh"), 0o600))
+		program := filepath.Join(g.root, g.o.Program())
+		running, err := os.Open(program) // as the old helper's process does
+		g.must(err)
+		defer running.Close()
+		g.must(os.WriteFile(g.o.Source, []byte("two"), 0o700))
+		g.must(g.install())
+		if want := []string{"start one", "stop", "start two"}; !slices.Equal(g.lives, want) {
+			t.Errorf("the helper's lives %q, want %q", g.lives, want)
+		}
+		if old, err := running.Stat(); err != nil || old.Size() != 3 {
+			t.Errorf("the running program's file was written to: %v, %v", old, err)
+		}
+		if now, err := os.Stat(program); err != nil || os.SameFile(now, must1(t)(running.Stat())) {
+			t.Errorf("the program was replaced in place, %v", err)
+		}
+		if b, err := os.ReadFile(state); err != nil || string(b) != "the mesh" {
+			t.Errorf("the state is %q, %v", b, err)
+		}
+	})
+}
+
+// must1 unwraps a value and an error.
+func must1(t *testing.T) func(fs.FileInfo, error) fs.FileInfo {
+	return func(i fs.FileInfo, err error) fs.FileInfo {
+		if err != nil {
+			t.Fatal(err)
+		}
+		return i
+	}
+}
+
+func TestInstallRefuses(t *testing.T) {
+	for name, tt := range map[string]struct {
+		spoil func(g *rig)
+		want  string
+	}{
+		"a folder that others can write": {func(g *rig) {
+			dir := filepath.Join(g.root, programDir)
+			g.must(os.MkdirAll(dir, 0o755))
+			g.must(os.Chmod(dir, 0o775))
+		}, "nobody else can write"},
+		"a parent that others can write": {func(g *rig) { g.must(os.Chmod(filepath.Join(g.root, "Library"), 0o777)) }, "it would run as root"},
+		"a link to the state": {func(g *rig) {
+			g.must(os.MkdirAll(filepath.Join(g.root, filepath.Dir(g.o.StateDir)), 0o755))
+			g.must(os.Symlink(g.t.TempDir(), filepath.Join(g.root, g.o.StateDir)))
+		}, "must be a folder"},
+		"no program":       {func(g *rig) { g.must(os.Remove(g.o.Source)) }, "no such file"},
+		"a folder":         {func(g *rig) { g.o.Source = g.t.TempDir() }, "not a regular file"},
+		"a relative path":  {func(g *rig) { g.o.Source = "meshhelper" }, "not an absolute path"},
+		"a bad label":      {func(g *rig) { g.o.Label = "../x" }, "Label"},
+		"a silent helper":  {func(g *rig) { g.mac.Launchd.Start = nil }, "nobody answers"},
+		"a hanging daemon": {func(g *rig) { g.mac.Hang("/bin/launchctl", true) }, "context deadline exceeded"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := newRig(t)
+			tt.spoil(g)
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+			defer cancel()
+			err := Install(ctx, g.o, g.report)
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got %v, want %q", err, tt.want)
+			}
+			for _, f := range g.files() {
+				if strings.Contains(f, "/.") {
+					t.Errorf("left behind: %s", f)
+				}
+			}
+		})
+	}
+}
+
+func TestInstallSwitchedOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newRig(t)
+		g.mac.Launchd.Blocked = []string{label}
+		var e *launchd.Error
+		if err := g.install(); !errors.Is(err, launchd.SwitchedOff) || !errors.As(err, &e) || !strings.Contains(e.Hint(), "Login Items") {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+func TestFirewallIsOptional(t *testing.T) {
+	g := newRig(t)
+	g.o.Runner = noFirewall{g.mac}
+	g.must(g.install())
+	if !slices.ContainsFunc(g.steps, func(s string) bool { return strings.Contains(s, "managed by a profile") }) {
+		t.Errorf("the failure isn't told: %q", g.steps)
+	}
+}
+
+// noFirewall is a Mac whose firewall a profile manages.
+type noFirewall struct{ *simmac.Mac }
+
+func (n noFirewall) Run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte, []byte, int, error) {
+	if path == firewall {
+		return []byte("Firewall settings are managed by a profile\n"), nil, 1, nil
+	}
+	return n.Mac.Run(ctx, stdin, path, args...)
+}
+
+func TestUninstall(t *testing.T) {
+	g := newRig(t)
+	g.must(g.install())
+	g.must(os.WriteFile(filepath.Join(g.root, g.o.Socket), nil, 0o600))
+	g.must(os.WriteFile(filepath.Join(g.root, g.o.StateDir, "key"), nil, 0o600))
+	link := filepath.Join(g.root, linkPath)
+	g.must(os.MkdirAll(filepath.Dir(link), 0o755))
+	g.must(os.Symlink(g.o.Program(), link))
+
+	left, err := Uninstall(t.Context(), g.o, g.report)
+	if err != nil || !slices.Equal(left, []string{g.o.LogDir, g.o.StateDir}) {
+		t.Errorf("left %q, %v", left, err)
+	}
+	if g.alive || g.restored != 1 || g.mac.Allowed(g.o.Program()) {
+		t.Errorf("alive %v, restored %d times, allowed %v", g.alive, g.restored, g.mac.Allowed(g.o.Program()))
+	}
+	if got := g.files(); !slices.Equal(got, []string{"-rw------- " + g.o.StateDir + "/key"}) {
+		t.Errorf("files %q", got)
+	}
+	if left, err := Uninstall(t.Context(), g.o, g.report); err != nil || len(left) != 2 {
+		t.Errorf("again: left %q, %v", left, err)
+	}
+	g.o.Purge = true
+	if left, err := Uninstall(t.Context(), g.o, g.report); err != nil || left != nil {
+		t.Errorf("purged: left %q, %v", left, err)
+	}
+}
+
+func TestUninstallHalfRemoved(t *testing.T) {
+	for name, remove := range map[string]func(g *rig) string{
+		"no property list": func(g *rig) string { return g.o.List() },
+		"no program":       func(g *rig) string { return g.o.Program() },
+		"no state":         func(g *rig) string { return g.o.StateDir },
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := newRig(t)
+			g.must(g.install())
+			g.mac.Launchd.Shutdown() // the helper is dead
+			g.must(os.RemoveAll(filepath.Join(g.root, remove(g))))
+			g.o.Purge = true
+			if left, err := Uninstall(t.Context(), g.o, g.report); err != nil || left != nil {
+				t.Errorf("left %q, %v", left, err)
+			}
+			if got := g.files(); got != nil {
+				t.Errorf("files %q", got)
+			}
+		})
+	}
+}
+
+func TestUninstallKeepsTheJournalWhileItIsNeeded(t *testing.T) {
+	g := newRig(t)
+	g.must(g.install())
+	g.o.Purge, g.restore = true, errors.New("pfctl failed")
+	left, err := Uninstall(t.Context(), g.o, g.report)
+	if err == nil || !strings.Contains(err.Error(), "pfctl failed") || !slices.Contains(left, g.o.StateDir) {
+		t.Errorf("left %q, %v", left, err)
+	}
+	if slices.Contains(left, g.o.Program()) {
+		t.Error("the rest wasn't removed")
+	}
+	g.restore = nil
+	if left, err := Uninstall(t.Context(), g.o, g.report); err != nil || left != nil {
+		t.Errorf("again: left %q, %v", left, err)
+	}
+}
+
+func TestUninstallLeavesOthersLink(t *testing.T) {
+	g := newRig(t)
+	link := filepath.Join(g.root, linkPath)
+	g.must(os.MkdirAll(filepath.Dir(link), 0o755))
+	g.must(os.Symlink("/opt/homebrew/bin/meshhelper", link))
+	if _, err := Uninstall(t.Context(), g.o, g.report); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Readlink(link); err != nil {
+		t.Errorf("somebody else's link is gone: %v", err)
+	}
+}
+
+func TestOperator(t *testing.T) {
+	env := func(v string) func(string) string { return func(string) string { return v } }
+	for v, ok := range map[string]bool{"": true, "0": true, "x": false, "-1": false, "4294967296": false, "4000000000": false} {
+		name, err := Operator(env(v))
+		if (err == nil) != ok || name != "" {
+			t.Errorf("SUDO_UID=%q: %q, %v", v, name, err)
+		}
+	}
+}

@@ -1,0 +1,103 @@
+package install
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+)
+
+// UninstallSteps returns what Uninstall does, in order. Each finds for itself
+// whether there is anything to do.
+func UninstallSteps(o *Options) []Step {
+	u := &uninstaller{Options: o}
+	steps := []Step{
+		{fmt.Sprintf("stop the service %s", o.Label), false, u.stop},
+		{"put the host back as it was found", false, u.restore},
+		{"take it out of the Application Firewall", true, func(ctx context.Context) error { return o.firewall(ctx, "--remove") }},
+		{"remove " + o.List(), false, o.remover(o.List())},
+		{"remove " + o.Program(), false, o.remover(o.Program())},
+		{"remove " + o.Socket, false, o.remover(o.Socket)},
+		{"remove the link " + linkPath, false, u.removeLink},
+	}
+	if o.Purge {
+		steps = append(steps,
+			Step{"remove " + o.LogDir, false, u.purger(o.LogDir)},
+			Step{"remove " + o.StateDir + " with the key and all peers", false, u.purger(o.StateDir)})
+	}
+	return steps
+}
+
+// Uninstall stops the helper, puts the host back, removes what Install made, and
+// returns what of it is left. It can be repeated.
+func Uninstall(ctx context.Context, o *Options, report Report) (left []string, err error) {
+	if err := o.isRoot(); err != nil {
+		return nil, fmt.Errorf("uninstall: %w", err)
+	}
+	err = through(ctx, UninstallSteps(o), report)
+	for _, path := range []string{o.List(), o.Program(), o.Socket, o.LogDir, o.StateDir} {
+		if _, statErr := os.Lstat(o.disk(path)); statErr == nil {
+			left = append(left, path)
+		}
+	}
+	return left, err
+}
+
+// An uninstaller remembers whether the journal is still needed.
+type uninstaller struct {
+	*Options
+	stopped, restored bool
+}
+
+// stop ends the helper, which puts the host back itself if it is alive.
+func (u *uninstaller) stop(ctx context.Context) error {
+	err := u.launchctl().Bootout(ctx, u.Label)
+	u.stopped = err == nil
+	return err
+}
+
+// restore does what a dead helper didn't. Not beside a living one.
+func (u *uninstaller) restore(ctx context.Context) error {
+	if !u.stopped {
+		return errors.New("the helper still runs")
+	}
+	if _, err := os.Stat(u.disk(u.StateDir)); errors.Is(err, fs.ErrNotExist) {
+		u.restored = true
+		return errNothing
+	}
+	err := u.Restore(ctx)
+	u.restored = err == nil
+	return err
+}
+
+func (o *Options) remover(path string) func(context.Context) error {
+	return func(context.Context) error {
+		err := os.Remove(o.disk(path))
+		if errors.Is(err, fs.ErrNotExist) {
+			return errNothing
+		}
+		return err
+	}
+}
+
+// removeLink removes the link in everybody's path if it is ours.
+func (u *uninstaller) removeLink(ctx context.Context) error {
+	if to, err := os.Readlink(u.disk(linkPath)); err != nil || to != u.Program() {
+		return errNothing
+	}
+	return u.remover(linkPath)(ctx)
+}
+
+// purger removes a folder of ours, unless the journal in it is still needed.
+func (u *uninstaller) purger(path string) func(context.Context) error {
+	return func(context.Context) error {
+		if !u.restored {
+			return errors.New("kept: the host couldn't be put back, and what to put back is noted there")
+		}
+		if _, err := os.Lstat(u.disk(path)); errors.Is(err, fs.ErrNotExist) {
+			return errNothing
+		}
+		return os.RemoveAll(u.disk(path))
+	}
+}
