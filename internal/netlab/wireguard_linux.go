@@ -214,14 +214,6 @@ func (h *Host) addTunnelRules(v6 bool) error {
 	return nil
 }
 
-// SetPeer adds a peer to the running tunnel, or changes it, without routes.
-func (t *Tunnel) SetPeer(p ConfigPeer) error {
-	c := Config{Peers: []ConfigPeer{p}}
-	_, text, _ := strings.Cut(c.uapi(), "replace_peers=true\n")
-	_, err := t.uapi("set=1\n" + text)
-	return err
-}
-
 // LastHandshake is when a peer of the tunnel last completed a handshake; the
 // zero time for never. Only for a tunnel with one peer.
 func (t *Tunnel) LastHandshake() (time.Time, error) {

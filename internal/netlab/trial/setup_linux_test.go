@@ -16,9 +16,13 @@ const everything = policy.Incoming | policy.Routing | policy.LAN
 var protos = []netlab.Proto{netlab.ICMP, netlab.TCP, netlab.UDP}
 
 // newStage builds the picture and the program, and serves on every host. No helper
-// runs yet.
-func newStage(t *testing.T) *Mesh {
+// runs yet. Every test has hosts of its own and mostly waits, so they run beside
+// each other.
+func newStage(t testing.TB) *Mesh {
 	t.Helper()
+	if test, ok := t.(*testing.T); ok {
+		test.Parallel()
+	}
 	if err := netlab.Unavailable(); err != nil {
 		t.Skip("no hosts to try the product on:", err)
 	}
@@ -54,7 +58,7 @@ func newStage(t *testing.T) *Mesh {
 
 // newMesh is a stage with a running helper and the peers A and D (own) and C
 // (external), each as `peer add` leaves it.
-func newMesh(t *testing.T) *Mesh {
+func newMesh(t testing.TB) *Mesh {
 	t.Helper()
 	m := newStage(t)
 	start(t, m)
@@ -62,14 +66,14 @@ func newMesh(t *testing.T) *Mesh {
 	return m
 }
 
-func start(t *testing.T, m *Mesh) {
+func start(t testing.TB, m *Mesh) {
 	t.Helper()
 	if err := m.Start(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func addPeers(t *testing.T, m *Mesh) {
+func addPeers(t testing.TB, m *Mesh) {
 	t.Helper()
 	for _, p := range []struct {
 		name, kind string
@@ -82,14 +86,14 @@ func addPeers(t *testing.T, m *Mesh) {
 }
 
 // stop stops the helper in good order.
-func stop(t *testing.T, m *Mesh) {
+func stop(t testing.TB, m *Mesh) {
 	t.Helper()
 	if err := m.Stop(); err != nil {
 		t.Error(err)
 	}
 }
 
-func permit(t *testing.T, m *Mesh, name string, may policy.Permissions) {
+func permit(t testing.TB, m *Mesh, name string, may policy.Permissions) {
 	t.Helper()
 	if err := m.Permit(t.Context(), name, may); err != nil {
 		t.Fatal(err)
@@ -97,7 +101,7 @@ func permit(t *testing.T, m *Mesh, name string, may policy.Permissions) {
 }
 
 // do runs a command that must succeed.
-func do(t *testing.T, m *Mesh, args ...string) Output {
+func do(t testing.TB, m *Mesh, args ...string) Output {
 	t.Helper()
 	o, err := m.Do(t.Context(), args...)
 	if err != nil {
@@ -106,7 +110,7 @@ func do(t *testing.T, m *Mesh, args ...string) Output {
 	return o
 }
 
-func status(t *testing.T, m *Mesh) Status {
+func status(t testing.TB, m *Mesh) Status {
 	t.Helper()
 	s, err := m.Status(t.Context())
 	if err != nil {
@@ -115,7 +119,7 @@ func status(t *testing.T, m *Mesh) Status {
 	return s
 }
 
-func ruleset(t *testing.T, m *Mesh, may map[string]policy.Permissions) *policy.Ruleset {
+func ruleset(t testing.TB, m *Mesh, may map[string]policy.Permissions) *policy.Ruleset {
 	t.Helper()
 	r, err := m.Ruleset(t.Context(), may)
 	if err != nil {
@@ -124,7 +128,7 @@ func ruleset(t *testing.T, m *Mesh, may map[string]policy.Permissions) *policy.R
 	return r
 }
 
-func snapshot(t *testing.T, h *netlab.Host) netlab.Snapshot {
+func snapshot(t testing.TB, h *netlab.Host) netlab.Snapshot {
 	t.Helper()
 	s, err := h.Snapshot()
 	if err != nil {
