@@ -11,8 +11,7 @@ import (
 
 // Options are what New can be told.
 type Options struct {
-	// Now is the clock, time.Now unless set. Flows time out by it; only
-	// differences count, so a monotonic reading is right.
+	// Now is the clock, time.Now unless set. Flows time out by what passes on it.
 	Now func() time.Time // optional
 	// PerPeer is how many running flows one peer may have, and again how many cut
 	// ones. Unless set it is chosen by the number of peers, from 4096 down to
@@ -22,8 +21,8 @@ type Options struct {
 
 // Table is the memory of flows. It is used through Views.
 type Table struct {
-	now     func() time.Time
-	start   time.Time
+	start   time.Time            // when the clock began
+	passed  func() time.Duration // since start
 	perPeer int
 
 	cache [cacheSize]atomic.Pointer[entry]
@@ -43,22 +42,32 @@ const (
 
 // New returns an empty Table.
 func New(o Options) *Table {
-	if o.Now == nil {
-		o.Now = time.Now
-	}
 	t := &Table{
-		now: o.Now, perPeer: o.PerPeer,
-		// Instants start late enough that zero is before every timeout.
-		start:  o.Now().Add(-24 * time.Hour),
-		seed:   rand.Uint64() | 1,
-		shares: make(map[policy.PeerID]*share),
+		perPeer: o.PerPeer,
+		seed:    rand.Uint64() | 1,
+		shares:  make(map[policy.PeerID]*share),
 	}
+	t.startClock(o.Now)
 	t.beyond = newShare(t, policy.PeerID{})
 	return t
 }
 
+// startClock lets the clock begin a day ago, so that an Instant of zero is before
+// every timeout.
+func (t *Table) startClock(now func() time.Time) {
+	const before = -24 * time.Hour
+	if now == nil {
+		// Reads the monotonic clock alone, which is half of what time.Now reads.
+		t.start = time.Now().Add(before)
+		t.passed = func() time.Duration { return time.Since(t.start) }
+		return
+	}
+	t.start = now().Add(before)
+	t.passed = func() time.Duration { return now().Sub(t.start) }
+}
+
 // Now returns the time on the Table's clock.
-func (t *Table) Now() Instant { return Instant(t.now().Sub(t.start) / time.Millisecond) }
+func (t *Table) Now() Instant { return Instant(t.passed() / time.Millisecond) }
 
 // The share of one peer: as large as a busy device needs, smaller where many
 // peers would add up to more than about 200 MB, but never too small for a

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"os"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -371,6 +372,49 @@ func TestSetIsABarrier(t *testing.T) {
 	if passed == 0 {
 		t.Error("nothing passed while it was allowed, so the test shows nothing")
 	}
+}
+
+// TestTruthTable judges a packet of C under every set of permissions to every kind
+// of destination, and what comes back, with nothing but the guard: the verdicts
+// are the policy's.
+func TestTruthTable(t *testing.T) {
+	destinations := strings.Fields("100.64.0.1 192.168.77.1 203.0.113.9 192.168.77.20 203.0.113.1 1.1.1.1 100.64.0.2 100.64.9.9 " +
+		"10.1.2.3 169.254.169.254 127.0.0.1 192.168.77.255 224.0.0.251 255.255.255.255 0.0.0.0 240.0.0.1 " +
+		"fd6d:6573:6800::1 2001:db8:77::1 2001:db8:77::20 2001:db8:1::1 2606:4700::1111 fd6d:6573:6800::2 fd6d:6573:6800::99 " +
+		"fd00::1 fe80::1 ff02::1 ::1 ::")
+	judged := 0
+	for c := range policy.Permissions(8) {
+		r := flowtest.Picture(t, c)
+		for _, text := range destinations {
+			dst := netip.MustParseAddr(text)
+			src := flowtest.PeerC4
+			if dst.Is6() {
+				src = flowtest.PeerC6
+			}
+			for proto, packets := range map[uint8][2][]byte{
+				flowtest.TCP:  {flowtest.TCPSegment(at(src, 9), at(dst, 53), flowtest.SYN, 0), flowtest.TCPSegment(at(dst, 53), at(src, 9), flowtest.SYN|flowtest.ACK, 0)},
+				flowtest.UDP:  {flowtest.Datagram(at(src, 9), at(dst, 53), 8), flowtest.Datagram(at(dst, 53), at(src, 9), 8)},
+				flowtest.ICMP: {flowtest.Echo(src, dst, 9, false, 8), flowtest.Echo(dst, src, 9, true, 8)},
+			} {
+				inner := newFakeTUN(t)
+				inner.deaf = true // answers wait behind the packet that is fed below
+				g := New(inner, Options{})
+				g.Set(r)
+				want := r.Decide(policy.Packet{In: flowtest.Interface, Src: src, Dst: dst, Proto: proto, SrcPort: 9, DstPort: 53}).Pass
+				if got := len(write(t, g, inner, packets[0])) == 1; got != want {
+					t.Errorf("%v, protocol %d to %v: passes %v, want %v", c, proto, dst, got, want)
+				}
+				g.answers = answers{}
+				inner.feed(packets[1])
+				back := want || dst == flowtest.HostB4 || dst == flowtest.HostB6
+				if got := len(read(t, g)) == 1; got != back {
+					t.Errorf("%v, protocol %d back from %v: passes %v, want %v", c, proto, dst, got, back)
+				}
+				judged += 2
+			}
+		}
+	}
+	t.Logf("%d packets judged", judged)
 }
 
 // TestMutated writes 1,000,000 random and mutated packets of a peer with all
