@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -95,7 +96,7 @@ func exitStatus(err error) int {
 		return exitUsage
 	case errors.Is(err, api.ErrUnreachable):
 		return exitUnreachable
-	case errors.Is(err, api.ErrNotPermitted):
+	case errors.Is(err, api.ErrNotPermitted), errors.Is(err, fs.ErrPermission):
 		return exitNotPermitted
 	case errors.As(err, &refused) && refused.Code == api.CodeForbidden:
 		return exitNotPermitted

@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net/netip"
 	"os"
 	"os/user"
 	"runtime"
 	"strconv"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -106,15 +108,22 @@ func (o *runOptions) serve(ctx context.Context, d *daemon.Daemon, access api.Acc
 	o.app.talk("meshhelper %s answers on %s", versionText(), o.app.socket)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return server.Run(ctx) })
-	g.Go(func() error { return withHint(d.Run(ctx)) })
+	g.Go(func() error { return o.withHint(d.Run(ctx)) })
 	return g.Wait()
 }
 
-// withHint adds the hint of the step that failed.
-func withHint(err error) error {
+// withHint says what to do about an error of the platform or the tunnel.
+func (o *runOptions) withHint(err error) error {
 	var step *platform.StepError
-	if errors.As(err, &step) && step.Hint != "" {
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &step) && step.Hint != "":
 		return fmt.Errorf("%w; %s", err, step.Hint)
+	case errors.Is(err, syscall.EADDRINUSE):
+		return fmt.Errorf("%w; another program has UDP port %d: choose one with --listen-port", err, o.listenPort)
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("%w; the helper needs root: sudo meshhelper run", err)
 	}
 	return err
 }
@@ -154,9 +163,10 @@ func (o *runOptions) daemon(name string, make newPlatform) (*daemon.Daemon, erro
 	}
 	var err error
 	if opts.Platform, err = make(o.stateDir, o.logger().With("part", name)); err != nil {
-		return nil, err
+		return nil, o.withHint(err)
 	}
-	return daemon.New(opts)
+	d, err := daemon.New(opts)
+	return d, o.withHint(err)
 }
 
 // parse reads the flags that are more than text.

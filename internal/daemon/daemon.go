@@ -260,42 +260,30 @@ func (d *Daemon) loadKey(fresh bool) error {
 	return err
 }
 
-// place finds the host's own addresses: those given, else derived.
-func (d *Daemon) place() error {
+// place finds the host's own addresses: those given, else derived from its key.
+func (d *Daemon) place() (err error) {
 	d.mesh = mesh{prefixes: d.opts.Prefixes, key: d.key.Public()}
-	own, err := d.mesh.prefixes.Propose(d.mesh.key, func(netip.Addr) bool { return false })
-	if err != nil {
+	nobody := func(netip.Addr) bool { return false }
+	if d.mesh.own, err = d.mesh.prefixes.Propose(d.mesh.key, nobody); err != nil {
 		return err
 	}
-	derived, err := d.mesh.prefixes.Derive(d.mesh.key)
-	if err == nil {
-		own = derived
-	}
-	var given [2]bool
+	given := map[*netip.Addr]bool{}
 	for _, a := range d.opts.Addresses {
-		if checked := d.mesh.prefixes.Check(a); checked != nil {
-			return api.Errorf(api.CodeBadAddress, "the host's own address: %v", checked)
+		if err := d.mesh.prefixes.Check(a); err != nil {
+			return api.Errorf(api.CodeBadAddress, "the host's own address: %v", err).
+				WithHint("leave --address out, or take %v and %v", d.mesh.own.V4, d.mesh.own.V6)
 		}
-		family := familyOf(a)
-		if given[family] {
-			return api.Errorf(api.CodeBadAddress, "the host's own address %v is a second of its family", a)
+		place := &d.mesh.own.V4
+		if a.Is6() {
+			place = &d.mesh.own.V6
 		}
-		given[family] = true
-		*[]*netip.Addr{&own.V4, &own.V6}[family] = a
-	}
-	d.mesh.own = own
-	if err != nil && (!given[0] || !given[1]) {
-		return api.Errorf(api.CodeBadAddress, "%v", err).WithHint("start with --address %v --address %v", own.V4, own.V6)
+		if given[place] {
+			return api.Errorf(api.CodeBadAddress, "the host's own address %v is a second of its family", a).
+				WithHint("give one --address per family")
+		}
+		*place, given[place] = a, true
 	}
 	return nil
-}
-
-// familyOf returns 0 for IPv4 and 1 for IPv6, the order of addresses everywhere.
-func familyOf(a netip.Addr) int {
-	if a.Is4() {
-		return 0
-	}
-	return 1
 }
 
 // Run keeps the host equal to the wanted state until ctx ends, and then leaves
@@ -311,42 +299,6 @@ func (d *Daemon) Run(ctx context.Context) error {
 		g.Go(func() error { return d.watch(ctx, w) })
 	}
 	return g.Wait()
-}
-
-// watch pokes the loop after each change of the host. A watcher that fails is
-// started again; meanwhile the tick finds what it would have reported.
-func (d *Daemon) watch(ctx context.Context, w Watcher) error {
-	for wait := newBackoff(); ; {
-		err := w.Watch(ctx, func() { poke(d.moved) })
-		if ctx.Err() != nil {
-			return nil
-		}
-		d.journal.Record(api.Event{Kind: api.EventProblem, Message: fmt.Sprintf("watch the host: %v", err)})
-		if !sleep(ctx, wait.next()) {
-			return nil
-		}
-		poke(d.moved)
-	}
-}
-
-// poke wakes who receives from c, without waiting for it.
-func poke(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
-	}
-}
-
-// sleep reports whether it slept to the end.
-func sleep(ctx context.Context, wait time.Duration) bool {
-	t := time.NewTimer(wait)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-t.C:
-		return true
-	}
 }
 
 // condition returns what the loop found last, and a channel that is closed when

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"reflect"
 	"slices"
 	"strings"
@@ -14,7 +13,6 @@ import (
 	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
 
 const (
@@ -439,94 +437,3 @@ func (l *loop) rebinds(ctx context.Context) error {
 		}
 	}
 }
-
-// expire takes the grants that ended out of the wanted state. They end also
-// where the disk is full: then they are taken out in memory only, and a restart
-// finds by the clock that they ended.
-func (d *Daemon) expire() *document {
-	d.changing.Lock()
-	defer d.changing.Unlock()
-	doc := d.wanted.Load()
-	now := d.clock.now()
-	next, gone := doc.expire(now)
-	if len(gone) == 0 && !(doc.timed() && now.Sub(doc.Saved) >= clockInterval) {
-		return doc
-	}
-	for _, e := range gone {
-		d.journal.Record(api.Event{Kind: api.EventExpired, Peer: e.peer, Message: fmt.Sprintf("%s of %s ended", e.permission, e.peer)})
-	}
-	if next == doc {
-		next = doc.clone() // only to save the time
-	}
-	if err := d.commit(next, now); err != nil {
-		d.journal.Record(api.Event{Kind: api.EventProblem, Message: err.Error()})
-		if len(gone) > 0 {
-			d.wanted.Store(next)
-		}
-	}
-	return d.wanted.Load()
-}
-
-// clockInterval is how often the time is saved while a grant is to end by
-// itself: what setting the clock back across a restart could gain at most.
-const clockInterval = time.Minute
-
-// commit saves doc and makes it the wanted state. The caller holds changing.
-func (d *Daemon) commit(doc *document, now time.Time) error {
-	doc.Saved = now
-	if err := d.store.save(doc); err != nil {
-		return err
-	}
-	d.clock.keep(now, doc.timed())
-	d.wanted.Store(doc)
-	return nil
-}
-
-// tunnelPeers returns doc's peers as the tunnel takes them.
-func (d *Daemon) tunnelPeers(doc *document) []wireguard.Peer {
-	d.mu.Lock()
-	names := d.names
-	d.mu.Unlock()
-	out := make([]wireguard.Peer, len(doc.Peers))
-	for i := range doc.Peers {
-		p := &doc.Peers[i]
-		out[i] = wireguard.Peer{
-			PublicKey: p.PublicKey,
-			Addresses: wireguard.Addresses{V4: p.Addresses[0], V6: p.Addresses[1]},
-			Endpoint:  endpointOf(p.Endpoint, names),
-			Keepalive: time.Duration(p.Keepalive) * time.Second,
-		}
-	}
-	return out
-}
-
-// endpointOf returns where to reach an endpoint, or zero where its name isn't
-// resolved.
-func endpointOf(text string, names map[string]netip.Addr) netip.AddrPort {
-	e, err := wireguard.ParseEndpoint(text, 0)
-	if err != nil {
-		return netip.AddrPort{}
-	}
-	a, err := netip.ParseAddr(e.Host)
-	if err != nil {
-		a = names[e.Host]
-	}
-	if !a.IsValid() {
-		return netip.AddrPort{}
-	}
-	return netip.AddrPortFrom(a, e.Port)
-}
-
-// backoff doubles from min to max.
-type backoff struct{ min, max, now time.Duration }
-
-func newBackoff() backoff {
-	return backoff{min: 250 * time.Millisecond, max: 30 * time.Second}
-}
-
-func (b *backoff) next() time.Duration {
-	b.now = min(max(b.min, 2*b.now), b.max)
-	return b.now
-}
-
-func (b *backoff) reset() { b.now = 0 }

@@ -79,3 +79,38 @@ func endpointNames(doc *document) []string {
 	}
 	return out
 }
+
+// tunnelPeers returns doc's peers as the tunnel takes them.
+func (d *Daemon) tunnelPeers(doc *document) []wireguard.Peer {
+	d.mu.Lock()
+	names := d.names
+	d.mu.Unlock()
+	out := make([]wireguard.Peer, len(doc.Peers))
+	for i := range doc.Peers {
+		p := &doc.Peers[i]
+		out[i] = wireguard.Peer{
+			PublicKey: p.PublicKey,
+			Addresses: wireguard.Addresses{V4: p.Addresses[0], V6: p.Addresses[1]},
+			Endpoint:  endpointOf(p.Endpoint, names),
+			Keepalive: time.Duration(p.Keepalive) * time.Second,
+		}
+	}
+	return out
+}
+
+// endpointOf returns where to reach an endpoint, or zero where its name isn't
+// resolved.
+func endpointOf(text string, names map[string]netip.Addr) netip.AddrPort {
+	e, err := wireguard.ParseEndpoint(text, 0)
+	if err != nil {
+		return netip.AddrPort{}
+	}
+	a, err := netip.ParseAddr(e.Host)
+	if err != nil {
+		a = names[e.Host]
+	}
+	if !a.IsValid() {
+		return netip.AddrPort{}
+	}
+	return netip.AddrPortFrom(a, e.Port)
+}

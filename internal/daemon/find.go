@@ -1,0 +1,97 @@
+package daemon
+
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
+)
+
+func (doc *document) rename(i int, name string) error {
+	if err := checkName(name); err != nil {
+		return api.Errorf(api.CodeBadName, "%v", err).WithHint("names have 1 to 63 letters, digits, -, _ and .")
+	}
+	if doc.byName(name) >= 0 {
+		return api.Errorf(api.CodeNameTaken, "another peer has the name %q", name).WithHint("choose another name")
+	}
+	doc.remember(former{Name: doc.Peers[i].Name, Now: name})
+	doc.forget(name)
+	doc.Peers[i].Name = name
+	return nil
+}
+
+// remember notes a name that is no more; the oldest is forgotten.
+func (doc *document) remember(f former) {
+	doc.forget(f.Name)
+	doc.Former = append(doc.Former, f)
+	if len(doc.Former) > maxFormer {
+		doc.Former = slices.Delete(doc.Former, 0, len(doc.Former)-maxFormer)
+	}
+}
+
+func (doc *document) forget(name string) {
+	doc.Former = slices.DeleteFunc(doc.Former, func(f former) bool { return f.Name == name })
+}
+
+// nowOf returns what a former name became, or "".
+func (doc *document) nowOf(name string) string {
+	for _, f := range doc.Former {
+		if f.Name == name && doc.byName(f.Now) >= 0 {
+			return f.Now
+		}
+	}
+	return ""
+}
+
+func (doc *document) byName(name string) int {
+	return slices.IndexFunc(doc.Peers, func(p peer) bool { return p.Name == name })
+}
+
+func (doc *document) byKey(key wireguard.PublicKey) int {
+	return slices.IndexFunc(doc.Peers, func(p peer) bool { return p.PublicKey == key })
+}
+
+func (doc *document) byAddress(a netip.Addr) int {
+	return slices.IndexFunc(doc.Peers, func(p peer) bool { return p.Addresses[0] == a || p.Addresses[1] == a })
+}
+
+// find returns the peer that ref names: by name, mesh address or public key.
+func (doc *document) find(ref string) (int, error) {
+	if i := doc.byName(ref); i >= 0 {
+		return i, nil
+	}
+	if a, err := netip.ParseAddr(ref); err == nil {
+		if i := doc.byAddress(a); i >= 0 {
+			return i, nil
+		}
+	}
+	if key, err := wireguard.ParsePublicKey(ref); err == nil {
+		if i := doc.byKey(key); i >= 0 {
+			return i, nil
+		}
+	}
+	return -1, doc.unknown(ref)
+}
+
+// unknown says that there is no such peer, and which was probably meant.
+func (doc *document) unknown(ref string) error {
+	if slices.ContainsFunc(doc.Former, func(f former) bool { return f.Name == ref && f.Now == "" }) {
+		return api.Errorf(api.CodeAlreadyRemoved, "peer %q is no more", ref).WithHint("see `meshhelper peer list`")
+	}
+	e := api.Errorf(api.CodeUnknownPeer, "peer %.100q is unknown", ref)
+	if now := doc.nowOf(ref); now != "" {
+		return e.WithHint("it is called %q now", now)
+	}
+	names := make([]string, len(doc.Peers))
+	for i := range doc.Peers {
+		names[i] = doc.Peers[i].Name
+	}
+	if name := closest(ref, names); name != "" {
+		return e.WithHint("did you mean %q?", name)
+	}
+	if len(names) == 0 {
+		return e.WithHint("there is no peer yet; run: meshhelper peer add NAME")
+	}
+	return e.WithHint("see `meshhelper peer list`")
+}

@@ -1,0 +1,307 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
+)
+
+// newPeer reads the body of a POST.
+func (d *Daemon) newPeer(doc *document, p api.NewPeer, now time.Time) (*peer, error) {
+	out := &peer{Name: p.Name, Kind: p.Kind}
+	if err := checkName(p.Name); err != nil {
+		return nil, api.Errorf(api.CodeBadName, "%v", err).WithHint("names have 1 to 63 letters, digits, -, _ and .")
+	}
+	if out.Kind == "" {
+		out.Kind = api.External
+	}
+	if out.Kind != api.Own && out.Kind != api.External {
+		return nil, api.Errorf(api.CodeBadRequest, "kind %q is unknown", p.Kind).WithHint("it is own or external")
+	}
+	var err error
+	if out.PublicKey, err = d.readKey(p.PublicKey); err != nil {
+		return nil, err
+	}
+	if err := out.setEndpoint(p.Endpoint); err != nil {
+		return nil, err
+	}
+	if err := out.setKeepalive(p.Keepalive); err != nil {
+		return nil, err
+	}
+	out.Permissions.Incoming.Allowed = out.Kind == api.Own
+	if err := out.setPermissions(p.Permissions, now); err != nil {
+		return nil, err
+	}
+	out.Addresses, err = d.giveAddresses(doc, out, p.Addresses)
+	return out, err
+}
+
+func (d *Daemon) readKey(text string) (wireguard.PublicKey, error) {
+	key, err := wireguard.ParsePublicKey(text)
+	if err != nil {
+		return key, api.Errorf(api.CodeBadKey, "the public key is not valid: %v", err).
+			WithHint("it has 44 characters, as `wg pubkey` prints it")
+	}
+	if key == d.mesh.key {
+		return key, api.Errorf(api.CodeKeyTaken, "public key %v is this host's own", key).
+			WithHint("give the other device's key")
+	}
+	return key, nil
+}
+
+func (p *peer) setEndpoint(text string) error {
+	p.Endpoint = ""
+	if text == "" {
+		return nil
+	}
+	e, err := wireguard.ParseEndpoint(text, 0)
+	if err != nil {
+		return api.Errorf(api.CodeBadAddress, "%v", err).WithHint("it is HOST:PORT, an IPv6 address in brackets")
+	}
+	p.Endpoint = e.String()
+	return nil
+}
+
+func (p *peer) setKeepalive(text string) error {
+	p.Keepalive = 0
+	if text == "" {
+		return nil
+	}
+	k, err := time.ParseDuration(text)
+	if err != nil || k < 0 || k > wireguard.MaxKeepalive || k%time.Second != 0 {
+		return api.Errorf(api.CodeBadRequest, "keepalive %q is not valid", text).
+			WithHint("it is a number of whole seconds up to 65535, such as 25s, or 0s")
+	}
+	p.Keepalive = uint16(k / time.Second)
+	return nil
+}
+
+// maxTimed bounds how long a permission may be given for: what is meant for
+// longer is meant for good.
+const maxTimed = 10 * 365 * 24 * time.Hour
+
+func (p *peer) setPermissions(changes map[string]api.PermissionChange, now time.Time) error {
+	for name, c := range changes {
+		one, err := policy.ParsePermission(name)
+		if err != nil {
+			return api.Errorf(api.CodeBadPermission, "permission %q is unknown", name).WithHint("it is one of incoming, routing, lan")
+		}
+		until, err := endOf(c, now)
+		if err != nil {
+			return api.Errorf(api.CodeBadPermission, "permission %s: %v", name, err).WithHint("say for how long, such as 30m or 2h")
+		}
+		*p.Permissions.of(one) = grant{Allowed: c.Allowed, Until: until}
+	}
+	return nil
+}
+
+// endOf returns when a permission is to end, in whole milliseconds, or zero.
+func endOf(c api.PermissionChange, now time.Time) (time.Time, error) {
+	until := c.Until.UTC().Round(0)
+	switch {
+	case c.For == "" && c.Until.IsZero():
+		return time.Time{}, nil
+	case !c.Allowed:
+		return time.Time{}, errors.New("what isn't allowed has no end")
+	case c.For != "" && !c.Until.IsZero():
+		return time.Time{}, errors.New("both for and until are given")
+	case c.For != "":
+		length, err := time.ParseDuration(c.For)
+		if err != nil {
+			return time.Time{}, fmt.Errorf("%q is not a duration", c.For)
+		}
+		until = now.Add(length).Truncate(time.Millisecond)
+	}
+	if length := until.Sub(now); length <= 0 || length > maxTimed {
+		return time.Time{}, fmt.Errorf("the end %v isn't in the next ten years", until.Format(time.RFC3339))
+	}
+	return until, nil
+}
+
+// giveAddresses returns the addresses for a peer: those given, else those
+// derived from its key. A peer of that name keeps the ones it has.
+func (d *Daemon) giveAddresses(doc *document, p *peer, given []string) (out [2]netip.Addr, err error) {
+	var have [2]bool
+	for _, text := range given {
+		a, err := netip.ParseAddr(text)
+		if err != nil {
+			return out, api.Errorf(api.CodeBadAddress, "address %q is not valid", text).WithHint("give a bare IPv4 or IPv6 address")
+		}
+		if err := d.mesh.prefixes.Check(a); err != nil {
+			return out, api.Errorf(api.CodeBadAddress, "%v", err).WithHint("%s", d.freeHint(doc, p.PublicKey))
+		}
+		family := familyOf(a)
+		if have[family] {
+			return out, api.Errorf(api.CodeBadAddress, "address %v is a second of its family", a).WithHint("a peer has one IPv4 and one IPv6 address")
+		}
+		out[family], have[family] = a, true
+	}
+	if have[0] && have[1] {
+		return out, nil
+	}
+	if i := doc.byKey(p.PublicKey); i >= 0 && len(given) == 0 {
+		return doc.Peers[i].Addresses, nil
+	}
+	derived, err := d.mesh.prefixes.Derive(p.PublicKey)
+	if err != nil {
+		return out, d.fullOr(doc, p.PublicKey, api.Errorf(api.CodeAddressTaken, "%v", err))
+	}
+	for family, a := range derived.List() {
+		if !have[family] {
+			out[family] = a
+		}
+	}
+	return out, nil
+}
+
+// freeHint proposes addresses that nobody has.
+func (d *Daemon) freeHint(doc *document, key wireguard.PublicKey) string {
+	free, err := d.mesh.prefixes.Propose(key, func(a netip.Addr) bool { return d.owner(doc, a) != "" })
+	if err != nil {
+		return "remove a peer, or start the helper with larger mesh prefixes"
+	}
+	return fmt.Sprintf("add --address %v --address %v", free.V4, free.V6)
+}
+
+// fullOr says that the mesh is full if it is, and else refuses with a free
+// address as the hint.
+func (d *Daemon) fullOr(doc *document, key wireguard.PublicKey, refusal *api.Error) error {
+	_, err := d.mesh.prefixes.Propose(key, func(a netip.Addr) bool { return d.owner(doc, a) != "" })
+	if errors.Is(err, wireguard.ErrMeshFull) {
+		refusal = api.Errorf(api.CodeMeshFull, "the mesh is full: %v", err)
+	}
+	return refusal.WithHint("%s", d.freeHint(doc, key))
+}
+
+// owner returns whose address a is, or "".
+func (d *Daemon) owner(doc *document, a netip.Addr) string {
+	if a == d.mesh.own.V4 || a == d.mesh.own.V6 {
+		return "this host"
+	}
+	if i := doc.byAddress(a); i >= 0 {
+		return fmt.Sprintf("peer %q", doc.Peers[i].Name)
+	}
+	return ""
+}
+
+// admit refuses a new peer that takes something from another, or for which
+// there is no place.
+func (d *Daemon) admit(doc *document, p *peer, asked api.NewPeer) error {
+	if len(doc.Peers) >= maxPeers {
+		return api.Errorf(api.CodeMeshFull, "the mesh has %d peers, and there is no place for more", maxPeers).WithHint("remove a peer")
+	}
+	if i := doc.byKey(p.PublicKey); i >= 0 {
+		return api.Errorf(api.CodeKeyTaken, "peer %q has the key %v already", doc.Peers[i].Name, p.PublicKey).
+			WithHint("run: meshhelper peer rename %s %s", doc.Peers[i].Name, p.Name)
+	}
+	for _, a := range p.Addresses {
+		if owner := d.owner(doc, a); owner != "" {
+			return d.fullOr(doc, p.PublicKey, api.Errorf(api.CodeAddressTaken, "address %v belongs to %s", a, owner))
+		}
+	}
+	return nil
+}
+
+// samePeer reports what differs between a peer that is there and one that was
+// asked for by its name; what the request leaves open doesn't.
+func samePeer(is, wanted *peer, asked api.NewPeer, now time.Time) error {
+	var differs string
+	switch {
+	case is.PublicKey != wanted.PublicKey:
+		return api.Errorf(api.CodeNameTaken, "peer %q is there already, with another key", is.Name).
+			WithHint("choose another name, or run: meshhelper peer remove %s", is.Name)
+	case asked.Kind != "" && is.Kind != wanted.Kind:
+		differs = "as " + is.Kind
+	case len(asked.Addresses) > 0 && is.Addresses != wanted.Addresses:
+		differs = fmt.Sprintf("with the addresses %v and %v", is.Addresses[0], is.Addresses[1])
+	case asked.Endpoint != "" && is.Endpoint != wanted.Endpoint:
+		differs = fmt.Sprintf("with endpoint %q", is.Endpoint)
+	case asked.Keepalive != "" && is.Keepalive != wanted.Keepalive:
+		differs = fmt.Sprintf("with keepalive %ds", is.Keepalive)
+	default:
+		return samePermissions(is, asked, now)
+	}
+	return api.Errorf(api.CodeNameTaken, "peer %q is there already, %s", is.Name, differs).
+		WithHint("run: meshhelper peer remove %s, and add it again", is.Name)
+}
+
+func samePermissions(is *peer, asked api.NewPeer, now time.Time) error {
+	for name, c := range asked.Permissions {
+		one, err := policy.ParsePermission(name)
+		if err == nil && policy.Grant(*is.Permissions.of(one)).In(now) != c.Allowed {
+			return api.Errorf(api.CodeNameTaken, "peer %q is there already, without %s", is.Name, name).
+				WithHint("run: meshhelper peer allow %s %s", is.Name, name)
+		}
+	}
+	return nil
+}
+
+// apply changes doc's peer i.
+func (d *Daemon) apply(doc *document, i int, c api.PeerChange, now time.Time) error {
+	p := &doc.Peers[i]
+	if c.PublicKey != "" {
+		if err := d.rekey(doc, i, c.PublicKey); err != nil {
+			return err
+		}
+	}
+	if c.Endpoint != nil {
+		if err := p.setEndpoint(*c.Endpoint); err != nil {
+			return err
+		}
+	}
+	if c.Keepalive != nil {
+		if err := p.setKeepalive(*c.Keepalive); err != nil {
+			return err
+		}
+	}
+	if err := p.setPermissions(c.Permissions, now); err != nil {
+		return err
+	}
+	if c.Name == "" || c.Name == p.Name {
+		return nil
+	}
+	return doc.rename(i, c.Name)
+}
+
+// rekey gives a peer another key. Addresses that were derived from the old one
+// follow, since others derive them, too; chosen ones stay.
+func (d *Daemon) rekey(doc *document, i int, text string) error {
+	p := &doc.Peers[i]
+	key, err := d.readKey(text)
+	if err != nil || key == p.PublicKey {
+		return err
+	}
+	if other := doc.byKey(key); other >= 0 {
+		return api.Errorf(api.CodeKeyTaken, "peer %q has the key %v already", doc.Peers[other].Name, key).WithHint("make a new key")
+	}
+	old, oldErr := d.mesh.prefixes.Derive(p.PublicKey)
+	next, err := d.mesh.prefixes.Derive(key)
+	for family, a := range old.List() {
+		if oldErr != nil || a != p.Addresses[family] {
+			continue
+		}
+		if err != nil {
+			return api.Errorf(api.CodeAddressTaken, "%v", err).WithHint("make another key")
+		}
+		moved := next.List()[family]
+		if owner := d.owner(doc, moved); owner != "" && moved != a {
+			return api.Errorf(api.CodeAddressTaken, "address %v belongs to %s", moved, owner).WithHint("make another key")
+		}
+		p.Addresses[family] = moved
+	}
+	p.PublicKey = key
+	return nil
+}
+
+// familyOf returns 0 for IPv4 and 1 for IPv6, the order of addresses everywhere.
+func familyOf(a netip.Addr) int {
+	if a.Is4() {
+		return 0
+	}
+	return 1
+}

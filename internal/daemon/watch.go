@@ -1,0 +1,59 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+)
+
+// watch pokes the loop after each change of the host. A watcher that fails is
+// started again; meanwhile the tick finds what it would have reported.
+func (d *Daemon) watch(ctx context.Context, w Watcher) error {
+	for wait := newBackoff(); ; {
+		err := w.Watch(ctx, func() { poke(d.moved) })
+		if ctx.Err() != nil {
+			return nil
+		}
+		d.journal.Record(api.Event{Kind: api.EventProblem, Message: fmt.Sprintf("watch the host: %v", err)})
+		if !sleep(ctx, wait.next()) {
+			return nil
+		}
+		poke(d.moved)
+	}
+}
+
+// poke wakes who receives from c, without waiting for it.
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// sleep reports whether it slept to the end.
+func sleep(ctx context.Context, wait time.Duration) bool {
+	t := time.NewTimer(wait)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+// backoff doubles from min to max.
+type backoff struct{ min, max, now time.Duration }
+
+func newBackoff() backoff {
+	return backoff{min: 250 * time.Millisecond, max: 30 * time.Second}
+}
+
+func (b *backoff) next() time.Duration {
+	b.now = min(max(b.min, 2*b.now), b.max)
+	return b.now
+}
+
+func (b *backoff) reset() { b.now = 0 }
