@@ -9,6 +9,7 @@ build:
 
 test:
 	$(GO) test ./...
+	@$(GO) test -count=1 -v -run '^TestVectors$$' ./pfconf | grep '^pf vectors:'
 
 # Ten million packets through pf as a Mac has it, and the policy.
 fuzz:
