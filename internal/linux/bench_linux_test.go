@@ -1,10 +1,13 @@
 package linux
 
 import (
+	"context"
 	"fmt"
 	"testing"
 
 	"github.com/meshhelper/meshhelper/internal/netlab"
+	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // onHost opens our table on a host of its own.
@@ -77,4 +80,67 @@ func BenchmarkChange(b *testing.B) {
 			})
 		}
 	}
+}
+
+// BenchmarkToggle is the whole way of a toggle through the platform: enforce,
+// read back, cut.
+func BenchmarkToggle(b *testing.B) {
+	for _, peers := range []int{10, 1000, 10000} {
+		b.Run(fmt.Sprint(peers), func(b *testing.B) {
+			if err := netlab.Unavailable(); err != nil {
+				b.Skip("no hosts to try things on:", err)
+			}
+			lab, err := netlab.New()
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer lab.Close()
+			h, err := lab.Host("host")
+			if err != nil {
+				b.Fatal(err)
+			}
+			if err := h.Do(func() error { return toggle(b, crowd(peers)) }); err != nil {
+				b.Fatal(err)
+			}
+		})
+	}
+}
+
+func toggle(b *testing.B, m policy.Mesh) error {
+	ctx := context.Background()
+	p, err := New(Options{StateDir: b.TempDir()})
+	if err != nil {
+		return err
+	}
+	defer p.Close(ctx)
+	if _, err := p.Open(ctx, platform.Interface{Name: meshName, MTU: DefaultMTU, Addresses: m.Addresses, Prefixes: m.Prefixes}); err != nil {
+		return err
+	}
+	facts, err := p.Observe(ctx)
+	if err != nil {
+		return err
+	}
+	var both [2]*policy.Ruleset
+	for i, have := range []policy.Permissions{policy.Routing, 0} {
+		m.Peers[len(m.Peers)/2].Grants = allowed(have)
+		both[i] = ruleset(b, m, facts)
+	}
+	if err := p.Enforce(ctx, both[0]); err != nil {
+		return err
+	}
+	b.ResetTimer()
+	for i := 1; b.Loop(); i++ {
+		r := both[i%2]
+		if err := p.Enforce(ctx, r); err != nil {
+			return err
+		}
+		report, err := p.Inspect(ctx, r)
+		if err != nil || len(report.Drift) > 0 {
+			return fmt.Errorf("%v, %w", report.Drift, err)
+		}
+		if err := p.Cut(ctx, r, policy.Diff(both[1-i%2], r)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
