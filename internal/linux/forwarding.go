@@ -79,13 +79,15 @@ func (f *forwarding) found4() bool {
 	return err == nil && v != "0"
 }
 
+// allForwarding6 is the flag of the host for IPv6.
+const allForwarding6 = "ipv6/conf/all/forwarding"
+
 // found6 reports whether the host forwarded IPv6 before we did.
 func (f *forwarding) found6() bool {
-	const all = "ipv6/conf/all/forwarding"
-	if s := f.j.find(all); s != nil {
+	if s := f.j.find(allForwarding6); s != nil {
 		return s.Found != "0"
 	}
-	v, err := f.sys.read(all)
+	v, err := f.sys.read(allForwarding6)
 	return err == nil && v != "0"
 }
 
@@ -135,7 +137,7 @@ func (f *forwarding) apply(n need) error {
 			}
 		}
 	}
-	if err := f.ensure(saved{Name: conf("ipv4", n.mesh, "forwarding"), Set: n.meshFlag()}); err != nil {
+	if err := f.set(saved{Name: conf("ipv4", n.mesh, "forwarding"), Set: n.meshFlag()}); err != nil {
 		return err
 	}
 	return f.giveBack(func(s saved) bool { return !f.wanted(n, s.Name) })
@@ -200,8 +202,8 @@ func (f *forwarding) changes(n need) ([]saved, error) {
 	return append(out, more...), err
 }
 
-// changes6 lists every interface's IPv6 settings, because the flag of the host
-// writes them all. Where router advertisements are believed (1), they have to be
+// changes6 lists every interface's forwarding flag, changed or not, because the
+// flag of the host writes them all, to and fro. Where router advertisements are believed (1), they have to be
 // believed although the host forwards (2); interfaces that come later are seen
 // to when they come.
 func (f *forwarding) changes6() ([]saved, error) {
@@ -211,6 +213,7 @@ func (f *forwarding) changes6() ([]saved, error) {
 	}
 	// The host's flag comes last, when all that it writes is known.
 	slices.SortFunc(names, func(a, b string) int { return rank(a) - rank(b) })
+	open := f.j.find(allForwarding6) != nil
 	var out []saved
 	for _, iface := range names {
 		for _, want := range [...]struct{ key, to string }{{"accept_ra", "2"}, {"forwarding", "1"}} {
@@ -223,7 +226,7 @@ func (f *forwarding) changes6() ([]saved, error) {
 			if err != nil {
 				continue // gone, or without IPv6
 			}
-			if key == "forwarding" && now == "0" || key == "accept_ra" && now == "1" && f.index(iface) != 0 && iface != "lo" {
+			if key == "forwarding" && !open || key == "accept_ra" && now == "1" && f.index(iface) != 0 && iface != "lo" {
 				out = append(out, saved{name, f.index(iface), now, to})
 			}
 		}
@@ -316,7 +319,7 @@ func (f *forwarding) drift(n need) []string {
 		}
 	}
 	if n.ipv6 {
-		check("ipv6/conf/all/forwarding", "1")
+		check(allForwarding6, "1")
 	}
 	for _, s := range f.j.Changed {
 		if _, key, _ := splitSysctl(s.Name); key == "accept_ra" && n.ipv6 {

@@ -128,6 +128,32 @@ func TestJournalIsThereBeforeTheChange(t *testing.T) {
 	}
 }
 
+// TestHostFlagIsGivenBackWithTheOthers has an interface that forwarded IPv6 by a
+// flag of its own: the host's flag, when it is switched off, takes it along.
+func TestHostFlagIsGivenBackWithTheOthers(t *testing.T) {
+	f, found := fakeSysctls(t)
+	found["ipv6/conf/eth1/forwarding"] = "1"
+	if err := f.sys.write("ipv6/conf/eth1/forwarding", "1"); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.apply(need{mesh: "mesh0", ipv6: true}); err != nil {
+		t.Fatal(err)
+	}
+	f.step = func(string) { // as the kernel does when all/forwarding is written
+		if v, _ := f.sys.read(allForwarding6); v == "0" {
+			f.sys.write("ipv6/conf/eth1/forwarding", "0")
+		}
+	}
+	if err := f.giveBack(func(saved) bool { return true }); err != nil {
+		t.Fatal(err)
+	}
+	f.step = func(string) {}
+	f.sys.write("ipv6/conf/eth1/forwarding", "1")
+	if d := f.differs(t, found); len(d) > 0 {
+		t.Errorf("not given back: %v", d)
+	}
+}
+
 func TestOthersChoicesStay(t *testing.T) {
 	f, _ := fakeSysctls(t)
 	if err := f.apply(need{mesh: "mesh0", ipv4: []string{"eth0"}, ipv6: true}); err != nil {

@@ -32,6 +32,9 @@ func (p *Platform) Inspect(_ context.Context, r *policy.Ruleset) (platform.Repor
 		return report, named(StepForwarding, err)
 	}
 	for _, c := range changes {
+		if c.Found == c.Set {
+			continue // only to be remembered
+		}
 		add(StepForwarding, []string{fmt.Sprintf("%s is %s instead of %s", c.Name, c.Found, c.Set)})
 	}
 	add(StepForwarding, p.forward.drift(n))
@@ -91,6 +94,6 @@ func (f *forwarding) now(mesh string) policy.Families {
 	}
 	return policy.Families{
 		IPv4: on("ipv4/ip_forward") || on(conf("ipv4", mesh, "forwarding")),
-		IPv6: on("ipv6/conf/all/forwarding"),
+		IPv6: on(allForwarding6),
 	}
 }

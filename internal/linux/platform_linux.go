@@ -190,21 +190,24 @@ func (p *Platform) loadClosed(cfg platform.Interface) error {
 	if name == "" {
 		name = strings.ReplaceAll(nameTemplate, "%d", "0")
 	}
-	return p.load(closedRuleset(cfg, name))
+	return p.close(name)
 }
 
-// closedRuleset is what holds while there is no wanted ruleset.
-func closedRuleset(cfg platform.Interface, name string) (*policy.Ruleset, error) {
-	mesh := policy.Mesh{Prefixes: cfg.Prefixes, Addresses: cfg.Addresses}
-	found := policy.Families{IPv4: true, IPv6: true} // no forwarding is ours yet
-	return policy.Compile(mesh, policy.Host{Interface: name, FoundForwarding: found}, time.Time{})
-}
-
-func (p *Platform) load(r *policy.Ruleset, err error) error {
+// close loads the table that holds while there is no wanted ruleset: a mesh
+// without peers. Forwarding may still be open when a dead tunnel is replaced.
+func (p *Platform) close(name string) error {
+	mesh := policy.Mesh{Prefixes: p.cfg.Prefixes, Addresses: p.cfg.Addresses}
+	r, err := policy.Compile(mesh, policy.Host{Interface: name, FoundForwarding: p.found()}, time.Time{})
 	if err != nil {
 		return err
 	}
+	p.enforced = nil
 	return p.filter.apply(compile(r, p.params()))
+}
+
+// found says for which families the host forwarded before we did.
+func (p *Platform) found() policy.Families {
+	return policy.Families{IPv4: p.forward.found4(), IPv6: p.forward.found6()}
 }
 
 func (p *Platform) params() params {
@@ -221,7 +224,7 @@ func (p *Platform) makeInterface(cfg platform.Interface) (err error) {
 	}
 	// Now the name is known, and the closed table holds for it before the
 	// interface is up.
-	return p.load(closedRuleset(cfg, p.name))
+	return p.close(p.name)
 }
 
 // Observe implements the daemon's contract.
@@ -232,7 +235,7 @@ func (p *Platform) Observe(context.Context) (policy.Host, error) {
 		return policy.Host{}, fmt.Errorf("observe host: %w", err)
 	}
 	h.Forwarding = policy.Families{IPv4: true, IPv6: p.hasIPv6()}
-	h.FoundForwarding = policy.Families{IPv4: p.forward.found4(), IPv6: p.forward.found6()}
+	h.FoundForwarding = p.found()
 	return h, nil
 }
 
@@ -255,29 +258,35 @@ func (p *Platform) Enforce(_ context.Context, r *policy.Ruleset) error {
 	if got := r.Host().Interface; got != p.name {
 		return fmt.Errorf("enforce ruleset: it is for interface %q, the mesh has %q", got, p.name)
 	}
-	if err := p.link.rename(p.name); err != nil {
-		return named(StepAddresses, err)
-	}
-	ipv6 := p.hasIPv6()
-	if err := p.setAddresses(r, ipv6); err != nil {
+	// Whatever goes wrong with the interface, the table is loaded: it may be
+	// narrower than the one that holds.
+	stale, linkErr := p.enforceLink(r)
+	if err := errors.Join(linkErr, p.enforceTable(r)); err != nil {
 		return err
 	}
-	want := peerRoutes(r, ipv6)
-	have, err := p.link.routes()
-	if err != nil {
-		return named(StepAddRoutes, err)
-	}
-	if err := p.link.addRoutes(have, want, p.once(StepAddRoutes)); err != nil {
-		return named(StepAddRoutes, err)
-	}
-	if err := p.enforceTable(r); err != nil {
-		return err
-	}
-	p.enforced = r
-	if err := p.link.delRoutes(have, want, p.once(StepDelRoutes)); err != nil {
+	if err := stale(); err != nil {
 		return named(StepDelRoutes, err)
 	}
 	return named(StepForwarding, p.forward.apply(p.need(r)))
+}
+
+// enforceLink gives the mesh interface its name, its addresses and the peers'
+// routes. It returns how to delete the routes of peers that are gone, which is
+// done when the table doesn't know them any more.
+func (p *Platform) enforceLink(r *policy.Ruleset) (stale func() error, err error) {
+	if err := p.link.rename(p.name); err != nil {
+		return nil, named(StepAddresses, err)
+	}
+	ipv6 := p.hasIPv6()
+	if err := p.setAddresses(r, ipv6); err != nil {
+		return nil, err
+	}
+	want := peerRoutes(r, ipv6)
+	have, err := p.link.routes()
+	if err == nil {
+		err = p.link.addRoutes(have, want, p.once(StepAddRoutes))
+	}
+	return func() error { return p.link.delRoutes(have, want, p.once(StepDelRoutes)) }, named(StepAddRoutes, err)
 }
 
 // once returns a function that announces a step the first time it is called.
@@ -302,22 +311,25 @@ func (p *Platform) setAddresses(r *policy.Ruleset, ipv6 bool) error {
 func (p *Platform) enforceTable(r *policy.Ruleset) error {
 	t := compile(r, p.params())
 	if p.filter.holds(t) {
+		p.enforced = r
 		return nil
 	}
 	p.o.Step(StepTable)
 	if err := p.filter.apply(t); err != nil {
 		return errors.Join(named(StepTable, err), p.closeUp())
 	}
+	p.enforced = r
 	return nil
 }
 
-// closeUp stops forwarding of peers' packets by what is left when the table
-// can't be loaded.
+// closeUp stops what is of peers by what is left when the table can't be loaded:
+// the closed table, or else the interface; and forwarding.
 func (p *Platform) closeUp() error {
-	p.enforced = nil
-	return errors.Join(
-		named(StepTable, p.load(closedRuleset(p.cfg, p.name))),
-		named(StepRestore, p.forward.apply(need{mesh: p.name})))
+	err := p.close(p.name)
+	if err != nil {
+		err = errors.Join(err, p.link.down())
+	}
+	return errors.Join(named(StepTable, err), named(StepRestore, p.forward.apply(need{mesh: p.name})))
 }
 
 // need says what a ruleset needs forwarded: as little as its permissions ask
@@ -329,17 +341,20 @@ func (p *Platform) need(r *policy.Ruleset) need {
 		have |= peer.Permissions
 	}
 	h := r.Host()
-	if have.Has(policy.Routing) && h.Forwarding.IPv4 {
-		n.ipv4 = append(n.ipv4, p.name)
-		if h.Uplink4 != "" {
-			n.ipv4 = append(n.ipv4, h.Uplink4)
-		}
+	if !have.Has(policy.Routing) {
+		return n
 	}
-	n.ipv6 = have.Has(policy.Routing) && h.Forwarding.IPv6 && (h.Uplink6 != "" || have.Has(policy.LAN))
-	if have.Has(policy.LAN) && h.Forwarding.IPv4 {
-		for _, i := range behind(h) {
-			n.ipv4 = append(n.ipv4, i)
-		}
+	lan := have.Has(policy.LAN)
+	n.ipv6 = h.Forwarding.IPv6 && (h.Uplink6 != "" || lan)
+	if !h.Forwarding.IPv4 || h.Uplink4 == "" && !lan {
+		return n
+	}
+	n.ipv4 = append(n.ipv4, p.name)
+	if h.Uplink4 != "" {
+		n.ipv4 = append(n.ipv4, h.Uplink4)
+	}
+	if lan {
+		n.ipv4 = append(n.ipv4, behind(h)...)
 	}
 	slices.Sort(n.ipv4)
 	n.ipv4 = slices.Compact(n.ipv4)

@@ -131,6 +131,57 @@ func (w *world) closedToOutside(n *int, when string) {
 	}
 }
 
+// TestDeadTunnelIsReplaced takes the device away under the platform, as somebody
+// does who deletes the interface, and opens it again.
+func TestDeadTunnelIsReplaced(t *testing.T) {
+	w := newWorld(t)
+	w.findForwarding("0")
+	before := w.snapshot()
+	w.open()
+	w.enforce(mesh(grants{ann: all}))
+	n := 0
+	// What is narrower holds, although the interface is gone.
+	if err := w.dev.Close(); err != nil {
+		t.Fatal(err)
+	}
+	err := w.pic.B.Do(func() error {
+		_, err := w.round(mesh(grants{}))
+		return err
+	})
+	var step *platform.StepError
+	if !errors.As(err, &step) || step.Step != StepAddresses {
+		t.Errorf("Enforce without the interface: %v", err)
+	}
+	if may := w.elements("may_routing4"); len(may) > 0 {
+		t.Errorf("without the interface, the table still lets %v route", may)
+	}
+	w.closedToOutside(&n, "without the interface")
+
+	w.do(func() (err error) {
+		w.dev, err = w.p.Open(context.Background(), w.p.cfg)
+		return err
+	})
+	w.closedToOutside(&n, "after it was opened again")
+	r := w.enforce(mesh(grants{ann: all}))
+	if drift := w.inspect(r).Drift; len(drift) > 0 {
+		t.Errorf("after it was opened again: %v", drift)
+	}
+	w.close()
+	if diff := before.Diff(w.snapshot()); len(diff) > 0 {
+		t.Errorf("the host isn't as it was: %v", diff)
+	}
+}
+
+// elements reads a set of our table.
+func (g *rig) elements(set string) (es []nftables.SetElement) {
+	g.t.Helper()
+	g.do(func() (err error) {
+		es, err = g.p.filter.conn.GetSetElements(&nftables.Set{Table: ourTable(), Name: set})
+		return err
+	})
+	return es
+}
+
 func TestOnlyOneHelper(t *testing.T) {
 	g := newRig(t)
 	g.open()

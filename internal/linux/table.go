@@ -58,8 +58,9 @@ type params struct {
 // 1500 bytes by WireGuard over IPv6, as in wg-quick.
 const DefaultMTU = 1420
 
-// Text returns the nftables ruleset that enforces r, in nft's language. mtu is
-// the mesh interface's, in bytes.
+// Text returns the nftables ruleset that enforces r, in nft's language, for
+// reading: the program nft has no words for comparing what an ICMP error quotes
+// with addresses, which the kernel can do. mtu is the mesh interface's, in bytes.
 func Text(r *policy.Ruleset, mtu int) string {
 	return compile(r, params{mtu: mtu}).String()
 }
