@@ -132,7 +132,7 @@ host, reach the internet through it, or reach its networks.`,
 	flags.BoolVar(&a.json, "json", false, "print JSON")
 	root.AddCommand(
 		newRunCommand(a, nil), newStatusCommand(a), newPeerCommand(a),
-		newExplainCommand(a), newRulesCommand(a), newDoctorCommand(a), newEventsCommand(a),
+		newRouteCommand(a), newExplainCommand(a), newRulesCommand(a), newDoctorCommand(a), newEventsCommand(a),
 		newInstallCommand(), newUninstallCommand(), newVersionCommand(a),
 	)
 	return root

@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"log/slog"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -337,15 +336,3 @@ func (d *Daemon) Record(e api.Event) { d.journal.Record(e) }
 // Since returns the remembered events after seq, and a channel that is closed
 // when there are newer ones.
 func (d *Daemon) Since(seq uint64) ([]api.Event, <-chan struct{}) { return d.journal.Since(seq) }
-
-// Purge removes what New and Run keep in a state directory, for good. The
-// directory itself stays if something else is in it.
-func Purge(dir string) error {
-	var errs []error
-	for _, name := range []string{stateFile, copyFile, keyFile, lockFile} {
-		if err := os.Remove(filepath.Join(dir, name)); !errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, err)
-		}
-	}
-	return errors.Join(errs...)
-}

@@ -1,4 +1,21 @@
-// Package daemon keeps a host equal to what its operator wants. The wanted state
-// is one versioned document on disk with a generation; one reconcile loop,
-// woken by changes of either side, compiles it and has a [Platform] enforce it.
+// Package daemon keeps a host equal to what its operator wants.
+//
+// What is wanted is one versioned document on disk (state.go, store.go), of which
+// every change makes a new generation. What is done about it is one loop
+// (loop.go): it observes the host, compiles the policy, and has the guard and a
+// [Platform] enforce it; reads back what is enforced; and cuts the flows of who
+// lost something. The loop is woken by changes of the document, by the platform's
+// [Watcher], by grants that end (clock.go), and by a tick that finds what nobody
+// reports.
+//
+// A command's way: [Daemon.ChangePeer] checks what is asked for (request.go),
+// saves it, wakes the loop and waits until the loop has published a condition
+// whose generation is the change's or a later one. Where the host can't be brought
+// to hold it, the loop closes: it enforces the mesh without any permission, says
+// why in the status, and tries again with growing pauses. A command that waits
+// longer than its limit is answered "saved, not in force".
+//
+// The rule for everyone who works here: the loop alone talks to the platform and
+// is the only writer of what it publishes; a published document or condition is
+// never changed. So nothing else needs to know about order.
 package daemon

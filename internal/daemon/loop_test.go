@@ -65,6 +65,72 @@ func TestOrder(t *testing.T) {
 	})
 }
 
+// TestGuard sends a peer's packet to the internet at each moment of a change. The
+// guard must be narrow before the packet filter is, and stay closed until the
+// filter is known to hold.
+func TestGuard(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		phone := r.add("phone")
+		passes := func() bool {
+			before := r.host.Delivered()
+			r.tunnel.dev.Write([][]byte{packetTo(phone.Addresses[0], netip.MustParseAddr("192.0.2.1"))}, 0)
+			return r.host.Delivered() > before
+		}
+		if passes() {
+			t.Error("a packet passes before anything was allowed")
+		}
+		r.mustAllow("phone", "routing", "")
+		if !passes() {
+			t.Fatal("no packet passes although routing is allowed")
+		}
+		var during []bool
+		var broken atomic.Bool
+		r.host.SetFault(func(step string) error {
+			if step != "enforce" {
+				return nil
+			}
+			during = append(during, passes())
+			if broken.Load() {
+				return errors.New("no")
+			}
+			return nil
+		})
+		if _, err := r.deny("phone", "routing"); err != nil {
+			t.Fatal(err)
+		}
+		if passes() || slices.Contains(during, true) {
+			t.Errorf("a packet passes after deny, or while the filter is narrowed: %v", during)
+		}
+		broken.Store(true)
+		during = nil
+		if _, err := r.allow("phone", "routing", ""); err == nil {
+			t.Fatal("what failed is said to be in force")
+		}
+		r.after(time.Minute)
+		if passes() || len(during) < 3 || slices.Contains(during[1:], true) {
+			t.Errorf("a packet passes while the host is closed: %v", during)
+		}
+		broken.Store(false)
+		r.after(newBackoff().max)
+		if !passes() {
+			t.Error("no packet passes after the host recovered")
+		}
+	})
+}
+
+// packetTo returns an IPv4 packet with an empty UDP datagram (RFC 791, RFC 768).
+func packetTo(src, dst netip.Addr) []byte {
+	p := []byte{0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17, 0, 0}
+	p = append(append(p, src.AsSlice()...), dst.AsSlice()...)
+	sum := uint32(0)
+	for i := 0; i < len(p); i += 2 {
+		sum += uint32(p[i])<<8 | uint32(p[i+1])
+	}
+	sum = ^(sum&0xffff + sum>>16)
+	p[10], p[11] = byte(sum>>8), byte(sum)
+	return append(p, 0xc0, 0, 0, 7, 0, 8, 0, 0)
+}
+
 func TestExpiry(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")

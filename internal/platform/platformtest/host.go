@@ -10,9 +10,9 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"golang.zx2c4.com/wireguard/tun"
-	"golang.zx2c4.com/wireguard/tun/tuntest"
 
 	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -21,6 +21,8 @@ import (
 // Host is a host with an uplink and a LAN. Its methods may be called by several
 // goroutines.
 type Host struct {
+	delivered atomic.Int64
+
 	mu      sync.Mutex
 	fault   func(step string) error
 	facts   policy.Host
@@ -89,7 +91,7 @@ func (h *Host) Open(ctx context.Context, cfg platform.Interface) (tun.Device, er
 	if h.iface == "" {
 		h.iface = "wg-test"
 	}
-	h.device = &device{Device: tuntest.NewChannelTUN().TUN(), host: h, name: h.iface}
+	h.device = newDevice(h, cfg)
 	return h.device, nil
 }
 
@@ -223,6 +225,10 @@ func (h *Host) Unplug() error {
 	return d.Close()
 }
 
+// Delivered returns how many packets of peers came out of the mesh interfaces.
+// It may be called while a step runs.
+func (h *Host) Delivered() int { return int(h.delivered.Load()) }
+
 // Loaded returns the ruleset that is enforced, or nil.
 func (h *Host) Loaded() *policy.Ruleset {
 	h.mu.Lock()
@@ -242,25 +248,4 @@ func (h *Host) Calls() []string {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return slices.Clone(h.calls)
-}
-
-// device is a tunnel device that knows its name; the interface goes when it is
-// closed.
-type device struct {
-	tun.Device
-	host *Host
-	name string
-	once sync.Once
-}
-
-func (d *device) Name() (string, error) { return d.name, nil }
-
-func (d *device) Close() error {
-	d.once.Do(func() {
-		d.host.mu.Lock()
-		d.host.iface = ""
-		d.host.mu.Unlock()
-		_ = d.Device.Close() // it answers io.EOF, meaning that it is closed
-	})
-	return nil
 }
