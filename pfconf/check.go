@@ -112,7 +112,7 @@ func (l *loader) checkPairs(o *Option) error {
 		if o.Name == "limit" {
 			known = limits
 		}
-		if (!containsFold(known, name) || name == noTimeoutName) && (o.Name == "limit" || l.main) {
+		if !containsFold(known, name) && (o.Name == "limit" || l.main) {
 			return fmt.Errorf("no %s %s", o.Name, clip(name))
 		}
 		if o.Name == "timeout" && l.main && n > 1<<31-1 {

@@ -198,26 +198,20 @@ func unreachType(v6 bool) uint8 {
 
 // timeouts are pf's timeouts in the order of the kernel, in which pfctl -sr
 // prints those of a rule. The spelling of estblished is Apple's, whose pfctl has
-// no word for the kernel's esp.initiating: it stands here for its number only.
+// no word for the kernel's timeout of a beginning ESP flow.
 var timeouts = []string{
 	"tcp.first", "tcp.opening", "tcp.established", "tcp.closing", "tcp.finwait", "tcp.closed",
 	"udp.first", "udp.single", "udp.multiple", "icmp.first", "icmp.error",
-	"grev1.first", "grev1.initiating", "grev1.estblished", "esp.first", "esp.initiating", "esp.estblished",
+	"grev1.first", "grev1.initiating", "grev1.estblished", "esp.first", "esp.estblished",
 	"other.first", "other.single", "other.multiple", "frag", "interval",
 	"adaptive.start", "adaptive.end", "src.track", "tcp.tsdiff",
 }
 
-// timeoutIndex returns the kernel's number of a timeout, -1 if there is none. In rules
+// timeoutIndex returns the place of a timeout among them, -1 if there is none. In rules
 // the names are compared to the letter.
 func timeoutIndex(name string) int {
-	if name == noTimeoutName {
-		return -1
-	}
 	return slices.Index(timeouts, name)
 }
-
-// noTimeoutName is the timeout that pfctl can't set.
-const noTimeoutName = "esp.initiating"
 
 const tcpFlagLetters = "FSRPAUEW"
 
