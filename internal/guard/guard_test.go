@@ -7,6 +7,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -371,6 +372,53 @@ func TestSetIsABarrier(t *testing.T) {
 	writers.Wait()
 	if passed == 0 {
 		t.Error("nothing passed while it was allowed, so the test shows nothing")
+	}
+}
+
+// TestToggleLosesNothing changes C's permissions while the host talks with C and
+// another peer talks with the host. What nobody denied loses no packet.
+func TestToggleLosesNothing(t *testing.T) {
+	g := New(newFakeTUN(t), Options{})
+	rulesets := []*policy.Ruleset{flowtest.Picture(t, 7), flowtest.Picture(t, 0), flowtest.Picture(t, policy.Routing)}
+	g.Set(rulesets[0])
+	flows := [][2][]byte{ // towards a peer, and back
+		{hello, flowtest.Datagram(at(flowtest.PeerC4, 2), at(flowtest.HostB4, 1), 20)},
+		{flowtest.Datagram(at(flowtest.HostB6, 1), at(flowtest.PeerC6, 2), 20), flowtest.Datagram(at(flowtest.PeerC6, 2), at(flowtest.HostB6, 1), 20)},
+		{flowtest.Echo(flowtest.HostB4, flowtest.PeerC4, 5, false, 8), flowtest.Echo(flowtest.PeerC4, flowtest.HostB4, 5, true, 8)},
+		{flowtest.TCPSegment(at(flowtest.HostB4, 22), at(flowtest.PeerA4, 9), flowtest.ACK, 8), flowtest.TCPSegment(at(flowtest.PeerA4, 9), at(flowtest.HostB4, 22), flowtest.ACK, 8)},
+	}
+	stop := make(chan struct{})
+	var talkers sync.WaitGroup
+	var passed atomic.Int64
+	for _, f := range flows {
+		talkers.Add(1)
+		go func() {
+			defer talkers.Done()
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				bufs, sizes := [][]byte{append(make([]byte, offset), f[0]...)}, []int{len(f[0])}
+				g.judgeRead(bufs, sizes, offset)
+				back := g.judgeWrite([][]byte{append(make([]byte, offset), f[1]...)}, offset)
+				if sizes[0] == 0 || len(back) != 1 {
+					t.Errorf("lost: towards %v, back %v: %x", sizes[0] == 0, len(back) != 1, f[0])
+					return
+				}
+				passed.Add(1)
+			}
+		}()
+	}
+	for i := range 300 {
+		g.Set(rulesets[i%len(rulesets)])
+		time.Sleep(20 * time.Microsecond)
+	}
+	close(stop)
+	talkers.Wait()
+	if passed.Load() == 0 {
+		t.Error("nothing passed, so the test shows nothing")
 	}
 }
 

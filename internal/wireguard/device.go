@@ -23,7 +23,7 @@ import (
 // configuration protocol can carry.
 const MaxKeepalive = 65535 * time.Second
 
-// Peer is how the host reaches one peer. Comparable with Equal.
+// Peer is how the host reaches one peer.
 type Peer struct {
 	PublicKey PublicKey      // required
 	Addresses Addresses      // required: its allowed IPs, as /32 and /128
