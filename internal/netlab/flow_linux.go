@@ -154,8 +154,10 @@ func (f *Flow) SentAfter(w Way, when time.Time) []Arrival {
 // timeout, stops the flow, and returns how many packets each way never arrived.
 func (f *Flow) Finish(timeout time.Duration) (forth, back int) {
 	f.pause()
-	stuck := time.AfterFunc(timeout, f.cancel) // a full TCP buffer holds its writer
-	f.sending.Lock()                           // until the last packet is out
+	// The lock is free once the last packet is out; a full TCP buffer would hold its
+	// writer for ever.
+	stuck := time.AfterFunc(timeout, f.cancel)
+	f.sending.Lock()
 	f.sending.Unlock()
 	stuck.Stop()
 	for deadline := time.Now().Add(timeout); time.Now().Before(deadline); time.Sleep(probeRetry / 10) {
@@ -270,7 +272,7 @@ func (f *Flow) received(w Way, b []byte) bool {
 	return true
 }
 
-// run starts a part of the flow; closing ends the part's sockets.
+// run starts a part of the flow. Parts end when the flow's sockets are closed.
 func (f *Flow) run(part func()) {
 	f.done.Add(1)
 	f.options.From.lab.run.Go(func() error {
@@ -304,20 +306,16 @@ func (f *Flow) startUDP() error {
 	f.closeAtEnd(near)
 	f.opened(near.LocalAddr())
 
+	learned := make(chan netip.AddrPort, 1)
 	f.run(func() { f.send(Forth, func(b []byte) error { return wrote(near.Write(b)) }) })
+	f.run(func() { f.receiveUDP(near, Back, nil) })
+	f.run(func() { f.receiveUDP(far, Forth, learned) })
 	f.run(func() {
-		f.receiveUDP(near, Back, nil)
-	})
-	f.run(func() {
-		learned := make(chan netip.AddrPort, 1)
-		f.run(func() {
-			select {
-			case from := <-learned:
-				f.send(Back, func(b []byte) error { return wrote(far.WriteToUDPAddrPort(b, from)) })
-			case <-f.ctx.Done():
-			}
-		})
-		f.receiveUDP(far, Forth, learned)
+		select {
+		case from := <-learned:
+			f.send(Back, func(b []byte) error { return wrote(far.WriteToUDPAddrPort(b, from)) })
+		case <-f.ctx.Done():
+		}
 	})
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 )
@@ -78,6 +79,29 @@ func TestHostsAreApart(t *testing.T) {
 	}
 	if after, _ := os.Readlink("/proc/self/ns/net"); after != before {
 		t.Errorf("the process moved from %s to %s", before, after)
+	}
+}
+
+// TestWithoutRoot runs some of these tests again in a user namespace.
+func TestWithoutRoot(t *testing.T) {
+	if os.Getenv(userNamespaceEnv) != "" {
+		t.Skip("this is a user namespace")
+	}
+	if err := Unavailable(); err != nil {
+		t.Skip("no hosts to try things on:", err)
+	}
+	program, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), program, "-test.v", "-test.run=^(TestHostsAreApart|TestProcessRunsInHost|TestPictureIsConnected)$")
+	cmd.Env = append(os.Environ(), userNamespaceEnv+"=force")
+	out, err := cmd.CombinedOutput()
+	if strings.Contains(string(out), "netlab: no user namespace") {
+		t.Skipf("the machine allows none:\n%s", out)
+	}
+	if passed := strings.Count(string(out), "--- PASS"); err != nil || passed != 3 {
+		t.Errorf("%d of 3 tests passed in a user namespace, %v:\n%s", passed, err, out)
 	}
 }
 

@@ -43,8 +43,12 @@ func play(ctx context.Context) (err error) {
 	for _, scene := range []func(context.Context) error{
 		s.nothingAllowed, s.routing, s.lan, s.peersApart, s.download, s.end,
 	} {
-		if err := scene(ctx); err != nil {
-			return errors.Join(err, context.Cause(ctx))
+		err := scene(ctx)
+		if ctx.Err() != nil {
+			return context.Cause(ctx) // what else went wrong is a consequence
+		}
+		if err != nil {
+			return err
 		}
 	}
 	if s.wrong > 0 {
