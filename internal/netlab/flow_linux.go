@@ -1,6 +1,7 @@
 package netlab
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -167,6 +168,21 @@ func (f *Flow) Finish(timeout time.Duration) (forth, back int) {
 	}
 	f.Stop()
 	return f.missing(Forth), f.missing(Back)
+}
+
+// Gaps are the arrivals before which at least one packet is missing: they tell
+// when what never arrived had been sent.
+func (f *Flow) Gaps(w Way) (gaps []Arrival) {
+	arrivals := f.Arrivals(w)
+	slices.SortFunc(arrivals, func(a, b Arrival) int { return cmp.Compare(a.Number, b.Number) })
+	last := uint64(0)
+	for _, a := range arrivals {
+		if a.Number > last+1 {
+			gaps = append(gaps, a)
+		}
+		last = a.Number
+	}
+	return gaps
 }
 
 // missing is how many packets were sent and haven't arrived.
