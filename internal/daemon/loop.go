@@ -35,6 +35,9 @@ type loop struct {
 	tunnel Tunnel // nil while there is no mesh interface
 	guard  *guard.Device
 	iface  string
+	// opened says that the platform made an interface, so that there is a host to
+	// leave as it was found.
+	opened bool
 
 	// current is what was last given to enforce, wanted or closed, and nil before
 	// anything was.
@@ -66,8 +69,12 @@ func newLoop(d *Daemon) *loop {
 // run is the loop. The first round must make the mesh interface: a host where
 // that can't be done is refused, rather than tried for ever.
 func (l *loop) run(ctx context.Context) error {
-	if err := l.open(ctx); err != nil {
+	err := l.open(ctx)
+	if err != nil && !l.opened {
 		return err // Open left nothing behind
+	}
+	if err != nil {
+		return errors.Join(err, l.leave(ctx))
 	}
 	l.round(ctx)
 	for l.next(ctx) {
@@ -124,6 +131,7 @@ func (l *loop) open(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("open mesh interface: %w", err)
 	}
+	l.opened = true
 	name, err := dev.Name()
 	if err != nil {
 		return errors.Join(fmt.Errorf("open mesh interface: %w", err), dev.Close())
@@ -131,7 +139,7 @@ func (l *loop) open(ctx context.Context) error {
 	l.guard = guard.New(dev, guard.Options{}) // nothing passes yet
 	tunnel, err := l.d.opts.NewTunnel(l.guard, l.d.key, l.port())
 	if err != nil {
-		return errors.Join(err, l.leave(ctx)) // NewTunnel closed dev
+		return err // NewTunnel closed dev
 	}
 	l.tunnel, l.iface = tunnel, name
 	return nil

@@ -378,8 +378,14 @@ func TestTunnelDies(t *testing.T) {
 		r.add("phone")
 		r.mustAllow("phone", "routing", "")
 		old := r.tunnel
+		r.portTaken.Store(true) // somebody is quick to take its port
 		old.Close()
-		r.after(time.Second)
+		r.after(time.Minute)
+		if s := r.d.Status(); s.State != api.Closed || len(s.Problems) != 1 || s.Problems[0].Step != "start WireGuard" {
+			t.Errorf("state %s, problems %v", s.State, s.Problems)
+		}
+		r.portTaken.Store(false)
+		r.after(newBackoff().max)
 		if r.tunnel == old || len(r.tunnel.peers) != 1 {
 			t.Fatal("no new tunnel with the peer")
 		}
@@ -459,6 +465,25 @@ func TestNoInterface(t *testing.T) {
 		}
 		if got := r.host.Calls(); !slices.Equal(got, []string{"open"}) {
 			t.Errorf("steps %q, want only open", got)
+		}
+	})
+}
+
+// TestNoTunnel refuses to start where the port is taken, and puts the host back.
+func TestNoTunnel(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		r.portTaken.Store(true)
+		d, err := New(r.options())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		if err := d.Run(t.Context()); err == nil || !strings.Contains(err.Error(), "in use") {
+			t.Errorf("Run: %v", err)
+		}
+		if got := r.host.Calls(); !slices.Equal(got, []string{"open", "close"}) {
+			t.Errorf("steps %q, want open and close", got)
 		}
 	})
 }

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -28,6 +29,8 @@ type rig struct {
 	tunnel *fakeTunnel // the newest
 	d      *Daemon
 	stop   func()
+	// portTaken has the tunnel not start.
+	portTaken atomic.Bool
 
 	mu       sync.Mutex
 	offset   time.Duration // of the wall clock
@@ -54,6 +57,9 @@ func (r *rig) options() Options {
 		Platform: r.host, PlatformName: "fake", StateDir: r.dir, Logger: slog.New(slog.DiscardHandler),
 		Wall: r.wall,
 		NewTunnel: func(dev tun.Device, _ wireguard.PrivateKey, _ uint16) (Tunnel, error) {
+			if r.portTaken.Load() {
+				return nil, errors.Join(errors.New("start WireGuard: address already in use"), dev.Close())
+			}
 			r.tunnel = &fakeTunnel{dev: dev, done: make(chan struct{})}
 			return r.tunnel, nil
 		},
