@@ -42,13 +42,13 @@ func onHost(b *testing.B, f func(*filter) error) {
 func BenchmarkChange(b *testing.B) {
 	for _, peers := range []int{10, 1000, 10000} {
 		m := crowd(peers)
-		on := compile(ruleset(b, m, someHost()), params{mtu: DefaultMTU})
+		on := compile(ruleset(b, m, someHost()), params{mtu: testMTU})
 		m.Peers[peers/2].Grants = allowed(0)
 		denied := ruleset(b, m, someHost())
-		off := compile(denied, params{mtu: DefaultMTU})
+		off := compile(denied, params{mtu: testMTU})
 		both := [2]*table{on, off}
 		for name, op := range map[string]func(*filter, int) error{
-			"compile": func(_ *filter, i int) error { compile(denied, params{mtu: DefaultMTU}); return nil },
+			"compile": func(_ *filter, i int) error { compile(denied, params{mtu: testMTU}); return nil },
 			"toggle":  func(f *filter, i int) error { return f.apply(both[i%2]) },
 			"load":    func(f *filter, i int) error { return f.load(both[i%2]) },
 			"read back": func(f *filter, i int) error {
@@ -113,7 +113,7 @@ func toggle(b *testing.B, m policy.Mesh) error {
 		return err
 	}
 	defer p.Close(ctx)
-	if _, err := p.Open(ctx, platform.Interface{Name: meshName, MTU: DefaultMTU, Addresses: m.Addresses, Prefixes: m.Prefixes}); err != nil {
+	if _, err := p.Open(ctx, platform.Interface{Name: meshName, MTU: testMTU, Addresses: m.Addresses, Prefixes: m.Prefixes}); err != nil {
 		return err
 	}
 	facts, err := p.Observe(ctx)

@@ -15,6 +15,9 @@ var (
 	nobody6    = netip.MustParseAddr("fd6d:6573:6800::99")
 )
 
+// testMTU is the mesh interface's, as wg-quick chooses it.
+const testMTU = 1420
+
 const all = policy.Incoming | policy.Routing | policy.LAN
 
 func meshPrefixes() []netip.Prefix {

@@ -44,6 +44,9 @@ type Platform struct {
 // New returns a platform; it changes nothing yet. It fails where the kernel's
 // netlink can't be opened.
 func New(o Options) (*Platform, error) {
+	if o.StateDir == "" {
+		return nil, errors.New("open platform: there is no state directory for the journal")
+	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}

@@ -194,7 +194,7 @@ func TestOnlyOneHelper(t *testing.T) {
 			return err
 		}
 		defer p.release()
-		_, err = p.Open(context.Background(), platform.Interface{Name: "other0", MTU: DefaultMTU, Addresses: []netip.Addr{own4, own6}})
+		_, err = p.Open(context.Background(), platform.Interface{Name: "other0", MTU: testMTU, Addresses: []netip.Addr{own4, own6}})
 		return err
 	})
 	var step *platform.StepError
@@ -212,7 +212,7 @@ func TestOpenRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := g.snapshot()
-	good := platform.Interface{Name: meshName, MTU: DefaultMTU, Addresses: []netip.Addr{own4, own6}}
+	good := platform.Interface{Name: meshName, MTU: testMTU, Addresses: []netip.Addr{own4, own6}}
 	for _, tt := range []struct {
 		name, journal, want string
 		change              func(*platform.Interface)
@@ -445,7 +445,7 @@ func TestSegmentsFitTheTunnel(t *testing.T) {
 	for i, far := range []netip.Addr{netip.MustParseAddr("8.8.8.8"), netip.MustParseAddr("2001:4860::8888")} {
 		src := netip.AddrPortFrom([]netip.Addr{ann4, ann6}[i], 4000)
 		to := netip.AddrPortFrom(far, 5000)
-		want := DefaultMTU - []int{40, 60}[i]
+		want := testMTU - []int{40, 60}[i]
 		w.inject(withMSS(netlab.TCPPacket(src, to, netlab.SYN, 1, 0, word(2*i)), 1460))
 		w.settle([][]byte{word(2 * i)})
 		got := w.arrivals(word(2 * i))

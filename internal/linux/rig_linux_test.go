@@ -73,7 +73,7 @@ func (g *rig) start() (err error) {
 		return err
 	}
 	g.dev, err = g.p.Open(context.Background(), platform.Interface{
-		Name: meshName, MTU: DefaultMTU, Addresses: []netip.Addr{own4, own6}, Prefixes: meshPrefixes(),
+		Name: meshName, MTU: testMTU, Addresses: []netip.Addr{own4, own6}, Prefixes: meshPrefixes(),
 	})
 	return err
 }

@@ -54,10 +54,6 @@ type params struct {
 	transit4, transit6 []string
 }
 
-// DefaultMTU is the mesh interface's MTU where nobody chose one: what is left of
-// 1500 bytes by WireGuard over IPv6, as in wg-quick.
-const DefaultMTU = 1420
-
 // Text returns the nftables ruleset that enforces r, in nft's language, for
 // reading: the program nft has no words for comparing what an ICMP error quotes
 // with addresses, which the kernel can do. mtu is the mesh interface's, in bytes.

@@ -39,7 +39,7 @@ func ruleset(t testing.TB, m policy.Mesh, h policy.Host) *policy.Ruleset {
 func TestText(t *testing.T) {
 	m := mesh(grants{ann: policy.Routing | policy.LAN, bob: policy.Incoming})
 	m.DNS = true
-	golden(t, "table.nft", Text(ruleset(t, m, someHost()), DefaultMTU))
+	golden(t, "table.nft", Text(ruleset(t, m, someHost()), testMTU))
 }
 
 // rules returns all rules with their chains' names.
@@ -54,8 +54,8 @@ func rules(t *table) []string {
 }
 
 func TestRulesDontGrowWithPeers(t *testing.T) {
-	few := compile(ruleset(t, crowd(1), someHost()), params{mtu: DefaultMTU})
-	many := compile(ruleset(t, crowd(1000), someHost()), params{mtu: DefaultMTU})
+	few := compile(ruleset(t, crowd(1), someHost()), params{mtu: testMTU})
+	many := compile(ruleset(t, crowd(1000), someHost()), params{mtu: testMTU})
 	if diff := cmp.Diff(rules(few), rules(many)); diff != "" {
 		t.Errorf("rules differ (-1 +1000 peers):\n%s", diff)
 	}
@@ -66,7 +66,7 @@ func TestWithoutForwardingNothingIsForwarded(t *testing.T) {
 	h := someHost()
 	h.Forwarding.IPv6 = false
 	h.Uplink4 = ""
-	for _, line := range rules(compile(ruleset(t, mesh(grants{ann: all}), h), params{mtu: DefaultMTU})) {
+	for _, line := range rules(compile(ruleset(t, mesh(grants{ann: all}), h), params{mtu: testMTU})) {
 		if strings.HasPrefix(line, "permitted6: ") && strings.Contains(line, "return") {
 			t.Errorf("IPv6 isn't forwarded, but: %s", line)
 		}
@@ -78,7 +78,7 @@ func TestWithoutForwardingNothingIsForwarded(t *testing.T) {
 
 // TestChainsExist follows every jump.
 func TestChainsExist(t *testing.T) {
-	full := compile(ruleset(t, mesh(grants{ann: all}), someHost()), params{mtu: DefaultMTU})
+	full := compile(ruleset(t, mesh(grants{ann: all}), someHost()), params{mtu: testMTU})
 	have, sets := map[string]bool{}, map[string]bool{}
 	for _, c := range full.chains {
 		if have[c.name] {
