@@ -253,3 +253,37 @@ func TestKills(t *testing.T) {
 		}
 	}
 }
+
+// TestKillsAreBounded checks that ten thousand peers that lose something at once
+// aren't cut one by one, and that nothing of theirs is left out.
+func TestKillsAreBounded(t *testing.T) {
+	old := mustRuleset(t, testMesh(10_000, everything), testHost())
+	next := mustRuleset(t, testMesh(10_000, policy.Routing), testHost())
+	kills := Kills(old, next, policy.Diff(old, next))
+	if len(kills) > maxKills {
+		t.Errorf("%d kills", len(kills))
+	}
+	for _, fine := range Kills(old, next, policy.Diff(old, next)[5000:5010]) {
+		if !slices.ContainsFunc(kills, func(k Kill) bool {
+			return k.From.Overlaps(fine.From) && k.To.Overlaps(fine.To) && k.From.Bits() <= fine.From.Bits() && k.To.Bits() <= fine.To.Bits()
+		}) {
+			t.Errorf("nothing ends %v", fine)
+		}
+	}
+	all := Kills(nil, next, policy.Diff(old, next))
+	if want := 4; len(all) != want {
+		t.Errorf("all flows take %d kills, want %d", len(all), want)
+	}
+}
+
+// Labels returns, sorted, the labels of the anchor's rules.
+func (a *Anchor) Labels() []string {
+	var out []string
+	for _, r := range a.rules() {
+		if r.Label != "" {
+			out = append(out, r.Label)
+		}
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}

@@ -48,6 +48,36 @@ func Kills(old, next *policy.Ruleset, narrowed []policy.Narrowed) []Kill {
 			out = append(out, killTo(a, sorted(to))...)
 		}
 	}
+	if len(out) > maxKills {
+		return coarse(out, next.Sets().Mesh)
+	}
+	return out
+}
+
+// maxKills bounds how many states' ends are named one by one: each is a run of
+// pfctl, of some milliseconds.
+const maxKills = 256
+
+// coarse names whole mesh prefixes instead of single peers. Peers that lost
+// nothing then have flows ended, too; that many lose something at once only when
+// the host moves, or at the start.
+func coarse(kills []Kill, mesh []netip.Prefix) []Kill {
+	widen := func(p netip.Prefix) netip.Prefix {
+		for _, m := range mesh {
+			if p.IsSingleIP() && m.Contains(p.Addr()) {
+				return m
+			}
+		}
+		return p
+	}
+	seen := map[Kill]bool{}
+	var out []Kill
+	for _, k := range kills {
+		if k = (Kill{widen(k.From), widen(k.To)}); !seen[k] {
+			seen[k] = true
+			out = append(out, k)
+		}
+	}
 	return out
 }
 

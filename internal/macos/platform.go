@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"net/netip"
 	"slices"
 
 	"golang.zx2c4.com/wireguard/tun"
@@ -276,19 +275,8 @@ func (p *Platform) Watch(ctx context.Context, changed func()) error {
 
 // Cut implements the daemon's contract.
 func (p *Platform) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
-	kills := Kills(p.cut, r, narrowed)
-	if len(kills) > 0 {
-		err := p.step(StepCut, func() error {
-			for _, k := range kills {
-				if err := p.pf.KillFromTo(ctx, k.From, k.To); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-		if err != nil {
-			return err
-		}
+	if err := p.kill(ctx, Kills(p.cut, r, narrowed)); err != nil {
+		return err
 	}
 	p.cut = r
 	return nil
@@ -316,14 +304,26 @@ func (p *Platform) endFlows(ctx context.Context) error {
 	if p.cut == nil || p.j.Anchor == "" {
 		return nil
 	}
+	var all []policy.Narrowed
 	for _, peer := range p.cut.Peers() {
-		for _, a := range peer.Addresses {
-			if err := p.pf.Kill(ctx, netip.PrefixFrom(a, a.BitLen())); err != nil {
-				return named(StepCut, err)
+		all = append(all, policy.Narrowed{Addresses: peer.Addresses, Removed: true})
+	}
+	return p.kill(ctx, Kills(nil, p.cut, all))
+}
+
+// kill ends states.
+func (p *Platform) kill(ctx context.Context, kills []Kill) error {
+	if len(kills) == 0 {
+		return nil
+	}
+	return p.step(StepCut, func() error {
+		for _, k := range kills {
+			if err := p.pf.KillFromTo(ctx, k.From, k.To); err != nil {
+				return err
 			}
 		}
-	}
-	return nil
+		return nil
+	})
 }
 
 // left says what of our doing stays because somebody else came to need it.

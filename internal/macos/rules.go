@@ -3,7 +3,6 @@ package macos
 import (
 	"net/netip"
 	"slices"
-	"strings"
 
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
@@ -288,16 +287,4 @@ func (b *builder) closeTransit() {
 		rule.To = notInTable(tableLocal)
 		b.block(rule, "transit", "this host didn't forward before, so what came in elsewhere and isn't for it goes nowhere")
 	}
-}
-
-// Labels returns, sorted, the labels of the anchor's rules.
-func (a *Anchor) Labels() []string {
-	var out []string
-	for _, l := range a.Lines {
-		if r, ok := l.Statement.(*pfconf.Rule); ok && strings.HasPrefix(r.Label, labelPrefix) {
-			out = append(out, r.Label)
-		}
-	}
-	slices.Sort(out)
-	return slices.Compact(out)
 }
