@@ -2,6 +2,7 @@ package macos
 
 import (
 	"fmt"
+	"net/netip"
 	"strings"
 
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -26,6 +27,10 @@ type Options struct {
 	Label string // optional; DefaultLabel
 	// MTU is that of the mesh interface in bytes, from 1280 to 65535.
 	MTU int // optional; DefaultMTU
+	// Cut are peers' addresses that lost incoming a short time ago. This host's own
+	// next segment of a connection that was cut must not open it the other way
+	// round.
+	Cut []netip.Addr // optional
 }
 
 // DefaultMTU is that of WireGuard over an Ethernet of 1500 bytes: less 40 for
@@ -93,6 +98,7 @@ func Compile(r *policy.Ruleset, o Options) (*Anchor, error) {
 		return nil, fmt.Errorf("compile anchor: MTU %d: want 1280 to 65535", o.MTU)
 	}
 	b := newBuilder(r)
+	b.sets[tableCut] = set{in: hostPrefixes(o.Cut)}
 	b.clampMSS(o.MTU)
 	b.translate()
 	b.fromPeers()

@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/platform"
@@ -126,7 +128,8 @@ func hasRoutes(n *darwin.Network, index int, want []netip.Prefix) bool {
 // enforceFilter puts the anchor in force: loaded, the packet filter on, and
 // called by the main ruleset.
 func (p *Platform) enforceFilter(ctx context.Context, r *policy.Ruleset) error {
-	a, err := Compile(r, Options{Label: p.o.Label, MTU: p.cfg.MTU})
+	p.bury(r)
+	a, err := p.compile(r)
 	if err != nil {
 		return err
 	}
@@ -151,6 +154,28 @@ func (p *Platform) enforceFilter(ctx context.Context, r *policy.Ruleset) error {
 		return &platform.StepError{Step: StepAnchor, Hint: obstacles[0].Hint, Err: errors.New(obstacles[0].Message)}
 	}
 	return nil
+}
+
+// deadTime is how long a cut connection stays dead: as long as pf keeps an
+// established one of TCP (PFTM_TCP_ESTABLISHED_VAL in xnu bsd/net/pfvar.h).
+const deadTime = 24 * time.Hour
+
+// bury notes who lost incoming since flows were cut last, and forgets whose time
+// is up.
+func (p *Platform) bury(r *policy.Ruleset) {
+	now := p.o.Now()
+	maps.DeleteFunc(p.dead, func(_ netip.Addr, until time.Time) bool { return !now.Before(until) })
+	for _, n := range policy.Diff(p.cut, r) {
+		if n.Lost.Has(policy.Incoming) {
+			for _, a := range n.Addresses {
+				p.dead[a] = now.Add(deadTime)
+			}
+		}
+	}
+}
+
+func (p *Platform) compile(r *policy.Ruleset) (*Anchor, error) {
+	return Compile(r, Options{Label: p.o.Label, MTU: p.cfg.MTU, Cut: slices.Collect(maps.Keys(p.dead))})
 }
 
 // maxBusy is how often a load is tried while pfctl finds a table in use.

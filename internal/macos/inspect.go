@@ -86,7 +86,7 @@ func (p *Platform) inspectInterface(n *darwin.Network, r *policy.Ruleset, drift 
 }
 
 func (p *Platform) inspectFilter(ctx context.Context, r *policy.Ruleset, drift func(step, message string)) error {
-	a, err := Compile(r, Options{Label: p.o.Label, MTU: p.cfg.MTU})
+	a, err := p.compile(r)
 	if err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package macos
 
 import (
 	"log/slog"
+	"time"
 
 	"golang.zx2c4.com/wireguard/tun"
 
@@ -21,6 +22,8 @@ type PlatformOptions struct {
 	Kernel darwin.Kernel // required
 	// CreateTUN makes a utun interface: "utun" for any free number.
 	CreateTUN func(name string, mtu int) (tun.Device, error) // optional; wireguard-go's
+	// Now is the time of day.
+	Now func() time.Time // optional; time.Now
 	// Log gets what the platform does; nil discards it.
 	Log *slog.Logger // optional
 	// Step is called before each enforcing step, with one of [Steps], so that

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net/netip"
 	"slices"
+	"time"
 
 	"golang.zx2c4.com/wireguard/tun"
 
@@ -37,6 +39,7 @@ type Platform struct {
 
 	loaded *loadedAnchor   // nil: nothing of ours is in force
 	cut    *policy.Ruleset // for which flows were cut last
+	dead   map[netip.Addr]time.Time
 	others othersRules
 }
 
@@ -47,6 +50,9 @@ func NewPlatform(o PlatformOptions) (*Platform, error) {
 	}
 	if o.CreateTUN == nil {
 		o.CreateTUN = tun.CreateTUN
+	}
+	if o.Now == nil {
+		o.Now = time.Now
 	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
@@ -59,7 +65,7 @@ func NewPlatform(o PlatformOptions) (*Platform, error) {
 		return nil, err
 	}
 	return &Platform{
-		o: o, path: path, j: &journal{}, pf: darwin.NewPF(o.Runner), sysctl: darwin.NewSysctl(o.Runner),
+		o: o, path: path, j: &journal{}, dead: map[netip.Addr]time.Time{}, pf: darwin.NewPF(o.Runner), sysctl: darwin.NewSysctl(o.Runner),
 		ifconfig: darwin.NewIfconfig(o.Runner), router: darwin.NewRouter(o.Kernel),
 	}, nil
 }

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.zx2c4.com/wireguard/tun"
@@ -237,6 +238,45 @@ func TestCutEndsFlows(t *testing.T) {
 	g.arrives(utun, first, "9.9.9.9", simmac.Dropped)
 	if o := answer(other); o.Fate != simmac.Forwarded || o.Packet.Dst != addrOf(second) {
 		t.Errorf("the other peer's answer: %+v", o)
+	}
+}
+
+// TestCutStaysDead checks that neither end revives a connection that a peer opened
+// and that was cut, and that this Mac may open another.
+func TestCutStaysDead(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	old := g.enforce(testMesh(2, everything))
+	g.must(g.p.Cut(t.Context(), old, nil))
+	g.arrives(g.p.name, first, "100.64.0.1", simmac.Delivered)
+	segment := syn("100.64.0.1", first)
+	segment.SrcPort, segment.DstPort = 443, 4000
+	segment.Flags, segment.Seq, segment.Ack = pfconf.FlagSYN|pfconf.FlagACK, 5000, 1001
+	if o := g.mac.Send(segment); o.Fate != simmac.Sent {
+		t.Fatalf("the answer: %+v", o)
+	}
+	next := g.enforce(testMesh(2, policy.Routing))
+	g.must(g.p.Cut(t.Context(), next, policy.Diff(old, next)))
+	g.clean(next)
+	segment.Flags, segment.Seq, segment.Len = pfconf.FlagPSH|pfconf.FlagACK, 5001, 10
+	if o := g.mac.Send(segment); o.Fate != simmac.Dropped {
+		t.Errorf("this Mac's next segment: %+v", o)
+	}
+	back := syn(first, "100.64.0.1")
+	back.Flags, back.Seq, back.Ack = pfconf.FlagACK, 1001, 5011
+	if o := g.mac.Receive(back, g.p.name); o.Fate != simmac.Dropped {
+		t.Errorf("the peer's next segment: %+v", o)
+	}
+	own := syn("100.64.0.1", first)
+	own.SrcPort = 50000
+	if o := g.mac.Send(own); o.Fate != simmac.Sent {
+		t.Errorf("a connection of this Mac's: %+v", o)
+	}
+	now := time.Now().Add(deadTime + time.Minute)
+	g.p.o.Now = func() time.Time { return now }
+	g.enforce(testMesh(2, policy.Routing))
+	if text := g.p.loaded.text; strings.Contains(text, "<cut>") {
+		t.Errorf("still dead after its time:\n%s", text)
 	}
 }
 

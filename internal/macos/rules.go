@@ -205,6 +205,7 @@ func (b *builder) towardsPeers() {
 	for _, t := range icmpTypes {
 		b.block(icmp(out, t.family, t.proto, t.redirect), "redirect", "this host tells no peer another route")
 	}
+	b.keepCut(out)
 	toPeer := out
 	toPeer.From, toPeer.To = inTable(tableHost), inTable(tablePeers)
 	b.pass(toPeer, "to-peer", "this host itself opens flows to its peers")
@@ -215,6 +216,20 @@ func (b *builder) towardsPeers() {
 	through.From = inTable(tableHost)
 	b.pass(through, "through-peer", "while this host routes through a peer, its own packets to anywhere")
 	b.block(out, "to-mesh", "nobody else opens a flow to a peer or through one")
+}
+
+// keepCut keeps connections dead that peers had opened: of this host's own packets
+// without a state, those that begin nothing. flags A/A are all segments of TCP but
+// the first.
+func (b *builder) keepCut(out pfconf.Rule) {
+	const why = "what a peer opened and may no longer isn't revived from this side"
+	out.From, out.To = inTable(tableHost), inTable(tableCut)
+	segments := out
+	segments.Protos = []pfconf.Proto{pfconf.ProtoTCP}
+	segments.Flags = &pfconf.Flags{Set: pfconf.FlagACK, Mask: pfconf.FlagACK}
+	b.block(segments, "cut", why)
+	b.block(icmp(out, pfconf.Inet, pfconf.ProtoICMP, 0), "cut", why)
+	b.block(icmp(out, pfconf.Inet6, pfconf.ProtoICMPv6, 129), "cut", why)
 }
 
 // elsewhere writes what holds on all interfaces but the mesh's.

@@ -21,6 +21,7 @@ const (
 	tableMesh     = "mesh"
 	tableNetworks = "networks"
 	tableAway     = "away"
+	tableCut      = "cut"
 	tableLocal    = "local"
 )
 
@@ -36,6 +37,7 @@ var tableReasons = map[string]string{
 	tableMesh:     "the mesh prefixes",
 	tableNetworks: "private address space, the attached networks, and what this host reaches other than by its default route",
 	tableAway:     "mesh addresses that aren't this host's, and so have no business on another interface; networks and addresses behind ! are other interfaces' own",
+	tableCut:      "peers that lost incoming a short time ago",
 	tableLocal:    "destinations that are not forwarded: this host's addresses, broadcast and multicast",
 }
 
