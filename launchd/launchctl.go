@@ -69,18 +69,29 @@ func (l *Launchctl) Load(ctx context.Context, label, file string) (Status, error
 	if err := l.Enable(ctx, label); err != nil {
 		return Status{}, err
 	}
+	if err := l.switchedOff(ctx, label); err != nil {
+		return Status{}, err
+	}
 	s, err := Status{}, l.Bootstrap(ctx, label, file)
 	if err == nil {
 		s, err = l.awaitRunning(ctx, label)
 	}
-	if err == nil {
-		return s, nil
-	}
-	// Whatever launchd answered, the user's own switch explains it best.
-	if item, itemErr := l.LoginItem(ctx, label); itemErr == nil && item.Blocked() {
-		err = &Error{Verb: "load", Target: "system/" + label, Code: SwitchedOff}
+	if err != nil {
+		// Whatever launchd answered, the user's own switch explains it best.
+		if off := l.switchedOff(ctx, label); off != nil {
+			err = off
+		}
 	}
 	return s, err
+}
+
+// switchedOff gives an error if the user, or a profile, has switched the service
+// off. Where that can't be told (before macOS 13), it isn't.
+func (l *Launchctl) switchedOff(ctx context.Context, label string) error {
+	if item, err := l.LoginItem(ctx, label); err == nil && item.Blocked() {
+		return &Error{Verb: "load", Target: "system/" + label, Code: SwitchedOff}
+	}
+	return nil
 }
 
 // Enable takes away the disabled mark, which outlives reboots.

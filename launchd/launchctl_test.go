@@ -56,6 +56,7 @@ func TestLoadFirstTime(t *testing.T) {
 	want := []string{
 		"/bin/launchctl bootout system/" + label,
 		"/bin/launchctl enable system/" + label,
+		"/usr/bin/sfltool dumpbtm",
 		"/bin/launchctl bootstrap system " + plistPath,
 		"/bin/launchctl print system/" + label,
 	}

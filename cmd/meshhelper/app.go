@@ -46,6 +46,7 @@ type app struct {
 	random         io.Reader
 	terminal       bool // whether stdout is one
 	platforms      map[string]newPlatform
+	service        *serviceHost // nil where there is no launchd
 
 	socket  string
 	json    bool
@@ -133,7 +134,7 @@ host, reach the internet through it, or reach its networks.`,
 	root.AddCommand(
 		newRunCommand(a, nil), newStatusCommand(a), newPeerCommand(a),
 		newRouteCommand(a), newExplainCommand(a), newRulesCommand(a), newDoctorCommand(a), newEventsCommand(a),
-		newInstallCommand(), newUninstallCommand(), newVersionCommand(a),
+		newInstallCommand(a), newUninstallCommand(a), newVersionCommand(a),
 	)
 	return root
 }

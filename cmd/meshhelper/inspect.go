@@ -159,15 +159,6 @@ func newEventsCommand(a *app) *cobra.Command {
 	return c
 }
 
-// newInstallCommand returns `install`, for which this build has no service.
-func newInstallCommand() *cobra.Command {
-	return notHere("install", "Install the helper as a service")
-}
-
-func newUninstallCommand() *cobra.Command {
-	return notHere("uninstall", "Remove the service and put the host back as it was")
-}
-
 func notHere(use, short string) *cobra.Command {
 	return &cobra.Command{
 		Use: use, Short: short + " (macOS)", DisableFlagParsing: true,

@@ -16,7 +16,7 @@ func main() {
 func newApp(p map[string]newPlatform) *app {
 	return &app{
 		stdout: os.Stdout, stderr: os.Stderr, stdin: os.Stdin,
-		getenv: os.Getenv, random: rand.Reader, platforms: p,
+		getenv: os.Getenv, random: rand.Reader, platforms: p, service: thisService(),
 		terminal: isTerminal(os.Stdout),
 	}
 }

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"context"
 	"log/slog"
+	"os"
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/daemon"
@@ -15,6 +17,22 @@ func platforms() map[string]newPlatform {
 			return macos.NewPlatform(macos.PlatformOptions{
 				StateDir: stateDir, Runner: darwin.Exec{}, Kernel: darwin.System{}, Log: log,
 			})
+		},
+	}
+}
+
+// thisService returns this Mac's launchd.
+func thisService() *serviceHost {
+	return &serviceHost{
+		runner:     darwin.Exec{},
+		executable: os.Executable,
+		restore: func(ctx context.Context, stateDir string) error {
+			p, err := macos.NewPlatform(macos.PlatformOptions{StateDir: stateDir, Runner: darwin.Exec{}, Kernel: darwin.System{}})
+			if err != nil {
+				return err
+			}
+			_, err = p.Close(ctx)
+			return err
 		},
 	}
 }

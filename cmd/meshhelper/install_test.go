@@ -1,0 +1,261 @@
+//go:build unix
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/macos"
+	"github.com/meshhelper/meshhelper/internal/netlab"
+	"github.com/meshhelper/meshhelper/internal/netlab/simmac"
+	"github.com/meshhelper/meshhelper/launchd"
+)
+
+// a macRig is a simulated Mac whose launchd runs the command's real `run`, and on
+// which people type commands. Everything is in this process: the commands, the
+// socket, the helper, the platform, pf.
+type macRig struct {
+	t      *testing.T
+	mac    *simmac.Mac
+	root   string
+	socket string
+
+	helper *simmac.Process // of the helper that runs, nil: none
+	stop   func()          // ends it and waits
+
+	stdout, stderr bytes.Buffer // of the last command
+}
+
+func newMacRig(t *testing.T) *macRig {
+	t.Helper()
+	// Short, for the socket's path.
+	root, err := os.MkdirTemp("", "mac")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(root) })
+	for _, dir := range []string{"Library", "var/run", "var/log"} {
+		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	g := &macRig{t: t, root: root, mac: simmac.New(simmac.Options{Root: root}), socket: filepath.Join(root, "var/run/meshhelper.sock")}
+	for name, a := range map[string][]string{"en0": {"203.0.113.1/24", "203.0.113.254"}, "en5": {"192.168.77.1/24", "192.168.77.254"}} {
+		if err := g.mac.AddEthernet(name, a[:1], a[1]); err != nil && name == "en0" {
+			t.Fatal(err)
+		}
+	}
+	g.mac.Launchd.Start = func(j *launchd.Job, _ int) { g.start(j) }
+	g.mac.Launchd.Stop = func(string) { g.end() }
+	t.Cleanup(g.end)
+	return g
+}
+
+// app returns the command as process p of the Mac would have it.
+func (g *macRig) app(p *simmac.Process) *app {
+	platform := func(stateDir string, log *slog.Logger) (daemon.Platform, error) {
+		return macos.NewPlatform(macos.PlatformOptions{StateDir: stateDir, Runner: p, Kernel: p, CreateTUN: p.CreateTUN, Log: log})
+	}
+	return &app{
+		stdin: strings.NewReader(""), stdout: &g.stdout, stderr: &g.stderr, random: rand.Reader,
+		getenv:    func(name string) string { return map[string]string{"MESHHELPER_SOCKET": g.socket}[name] },
+		platforms: map[string]newPlatform{"darwin": platform},
+		service: &serviceHost{
+			runner: p, root: g.root, executable: os.Executable,
+			restore: func(ctx context.Context, stateDir string) error {
+				made, err := platform(filepath.Join(g.root, stateDir), slog.New(slog.DiscardHandler))
+				if err != nil {
+					return err
+				}
+				_, err = made.Close(ctx)
+				return err
+			},
+		},
+	}
+}
+
+// start runs the job, as launchd does.
+func (g *macRig) start(j *launchd.Job) {
+	g.helper = g.mac.Process()
+	a := g.app(g.helper)
+	var talk bytes.Buffer
+	a.stdout, a.stderr = &talk, &talk
+	root := newRoot(a)
+	root.SetArgs(append(j.ProgramArguments[1:], "--state-dir", filepath.Join(g.root, a.defaultStateDir("darwin"))))
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- root.ExecuteContext(ctx) }()
+	g.stop = func() {
+		cancel()
+		if err := <-done; err != nil && !g.helper.Killed() {
+			g.t.Errorf("the helper ended with %v\n%s", err, talk.String())
+		}
+	}
+}
+
+// end sends SIGTERM to the helper, if there is one, and waits.
+func (g *macRig) end() {
+	if g.stop != nil {
+		g.stop()
+		g.stop = nil
+	}
+}
+
+// run types a command and returns its exit status.
+func (g *macRig) run(args ...string) int {
+	g.stdout.Reset()
+	g.stderr.Reset()
+	return g.app(g.mac.Process()).main(args)
+}
+
+// must types a command that must succeed.
+func (g *macRig) must(args ...string) string {
+	g.t.Helper()
+	if status := g.run(args...); status != 0 {
+		g.t.Fatalf("meshhelper %s: exit status %d\n%s", strings.Join(args, " "), status, g.stderr.String())
+	}
+	return g.stdout.String()
+}
+
+// files lists what is on the disk.
+func (g *macRig) files() (list []string) {
+	filepath.WalkDir(g.root, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && !d.IsDir() {
+			list = append(list, strings.TrimPrefix(path, g.root))
+		}
+		return err
+	})
+	return list
+}
+
+// status asks the helper.
+func (g *macRig) status() api.Status {
+	g.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	s, err := api.NewClient(g.socket).WaitReady(ctx)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	return s
+}
+
+// reaches sends a first segment from the first peer to dst, and says whether the
+// Mac's kernel lets it go on.
+func (g *macRig) reaches(dst string) bool {
+	g.t.Helper()
+	s := g.status()
+	src := s.Peers[0].Addresses[0]
+	o := g.mac.Inject(s.Interface, netlab.TCPPacket(netip.AddrPortFrom(src, 40000), netip.AddrPortFrom(netip.MustParseAddr(dst), 443), netlab.SYN, 1, 0, nil))
+	return o.Fate != simmac.Dropped
+}
+
+func TestInstallOnTheSimulatedMac(t *testing.T) {
+	g := newMacRig(t)
+	found := g.mac.Dump()
+
+	if out := g.must("install", "--dry-run", "--listen-port", "0"); !strings.Contains(out, "write /Library/LaunchDaemons/org.meshhelper.plist\n") {
+		t.Errorf("a dry run prints\n%s", out)
+	}
+	if files := g.files(); files != nil || g.helper != nil {
+		t.Fatalf("a dry run made %q", files)
+	}
+
+	out := g.must("install", "--listen-port", "0")
+	if !strings.Contains(out, "The helper org.meshhelper runs on utun0") || !strings.Contains(out, "Next: meshhelper peer add phone") {
+		t.Errorf("install prints\n%s", out)
+	}
+	if !g.mac.Allowed("/Library/PrivilegedHelperTools/org.meshhelper") {
+		t.Error("the Application Firewall doesn't know the helper")
+	}
+
+	g.must("peer", "add", "phone")
+	if g.reaches("198.51.100.9") {
+		t.Error("a peer without routing reaches the internet")
+	}
+	g.must("peer", "allow", "phone", "routing")
+	if !g.reaches("198.51.100.9") || g.reaches("192.168.77.9") {
+		t.Error("a peer with routing doesn't reach the internet, or reaches the LAN")
+	}
+	if dump := g.mac.Dump(); !strings.Contains(dump, "[com.apple/org.meshhelper]") || !strings.Contains(dump, "1 tokens") {
+		t.Errorf("the packet filter doesn't have our part:\n%s", dump)
+	}
+
+	g.must("install", "--listen-port", "0") // an upgrade
+	if s := g.status(); len(s.Peers) != 1 || !s.Peers[0].Permissions.Routing.Allowed {
+		t.Errorf("the mesh didn't survive the upgrade: %+v", s.Peers)
+	}
+	if !g.reaches("198.51.100.9") {
+		t.Error("after the upgrade nothing is routed")
+	}
+
+	g.must("uninstall")
+	if diff := cmp.Diff(found, g.mac.Dump()); diff != "" {
+		t.Errorf("not as found (-found +left):\n%s", diff)
+	}
+	if out := g.must("uninstall", "--purge"); !strings.Contains(out, "Nothing of the helper is left.") {
+		t.Errorf("uninstall --purge prints\n%s", out)
+	}
+	if files := g.files(); files != nil {
+		t.Errorf("left on the disk: %q", files)
+	}
+	if bad := g.mac.PF.Misuse(); bad != nil {
+		t.Errorf("misuse of pfctl: %q", bad)
+	}
+}
+
+func TestUninstallAfterACrash(t *testing.T) {
+	g := newMacRig(t)
+	found := g.mac.Dump()
+	g.must("install", "--listen-port", "0")
+	g.must("peer", "add", "phone", "--allow", "routing")
+	if g.mac.Kernel.Variable("net.inet.ip.forwarding") != "1" {
+		t.Fatal("nothing to put back")
+	}
+	g.helper.Kill()
+	g.end()
+	if dump := g.mac.Dump(); !strings.Contains(dump, "[com.apple/org.meshhelper]") || !strings.Contains(dump, "net.inet.ip.forwarding 1") {
+		t.Errorf("the crash left nothing:\n%s", dump)
+	}
+	g.must("uninstall", "--purge")
+	if diff := cmp.Diff(found, g.mac.Dump()); diff != "" {
+		t.Errorf("not as found (-found +left):\n%s", diff)
+	}
+	if files := g.files(); files != nil {
+		t.Errorf("left on the disk: %q", files)
+	}
+}
+
+func TestInstallHintsAtTheSwitch(t *testing.T) {
+	g := newMacRig(t)
+	g.mac.Launchd.Blocked = []string{"org.meshhelper"}
+	if status := g.run("install", "--listen-port", "0"); status != exitFailed || !strings.Contains(g.stderr.String(), "Login Items & Extensions") {
+		t.Errorf("exit status %d\n%s", status, g.stderr.String())
+	}
+}
+
+func TestInstallElsewhere(t *testing.T) {
+	g := newMacRig(t)
+	for _, command := range []string{"install", "uninstall"} {
+		a := g.app(g.mac.Process())
+		a.service = nil
+		g.stderr.Reset()
+		if status := a.main([]string{command}); status != exitFailed || !strings.Contains(g.stderr.String(), "meshhelper run") {
+			t.Errorf("%s: exit status %d\n%s", command, status, g.stderr.String())
+		}
+	}
+}
