@@ -2,7 +2,7 @@
 
 GO ?= go
 
-.PHONY: build test fuzz demo vet
+.PHONY: build test soak fuzz demo vet
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/meshhelper ./cmd/meshhelper
@@ -11,9 +11,23 @@ test:
 	$(GO) test ./...
 	@$(GO) test -count=1 -v -run '^TestVectors$$' ./pfconf | grep '^pf vectors:'
 
-# Ten million packets through pf as a Mac has it, and the policy.
+# The long proofs: 200 kills, 30 s of toggles, a million packets of a hostile peer,
+# and a simulated Mac that is killed after each command.
+soak:
+	$(GO) test ./internal/netlab/trial -count=1 -v -timeout 120m -soak
+	$(GO) test ./internal/macos -count=1 -v -run Kill -timeout 60m -everykill
+
+# Every fuzz target for FUZZTIME, and ten million packets through pf as a Mac has
+# it, and the policy.
+FUZZTIME ?= 30s
 fuzz:
-	$(GO) test ./internal/macos -v -run TestDifferential -timeout 60m -packets 10000000 | grep -v '^ *=== '
+	set -e; for dir in $$($(GO) list -f '{{.Dir}}' ./...); do \
+		for target in $$(grep -hos '^func Fuzz[A-Za-z0-9]*' $$dir/*_test.go | cut -c6-); do \
+			echo "$$dir $$target"; \
+			$(GO) test $$dir -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME); \
+		done; \
+	done
+	$(GO) test ./internal/macos -v -run TestDifferential -timeout 60m -packets 10000000
 
 # The story with real packets, on hosts made of network namespaces: as root, or
 # without root where user namespaces are allowed.

@@ -7,10 +7,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
-	"os/exec"
-	"path"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -40,26 +36,6 @@ const wireguardStart = 20 * time.Second
 var wireguardGo = sync.OnceValues(func() (string, error) {
 	return Build("golang.zx2c4.com/wireguard")
 })
-
-// buildDir holds the programs that this process built, until Main returns.
-var buildDir = sync.OnceValues(func() (string, error) { return os.MkdirTemp("", "netlab-build-") })
-
-// Build builds a program from a package that this module can name, and returns
-// the file. It is gone when Main returns. The working directory must be in the
-// module.
-func Build(pkg string) (string, error) {
-	dir, err := buildDir()
-	if err != nil {
-		return "", fmt.Errorf("make directory for %s: %w", pkg, err)
-	}
-	file := filepath.Join(dir, path.Base(pkg))
-	cmd := exec.Command("go", "build", "-trimpath", "-o", file, pkg)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build %s: %w\n%s", pkg, err, out)
-	}
-	return file, nil
-}
 
 // NewKey makes a private key and its public key.
 func NewKey() (private, public Key, err error) {
@@ -212,6 +188,13 @@ func (h *Host) addTunnelRules(v6 bool) error {
 		}
 	}
 	return nil
+}
+
+// Renew has the tunnel forget its sessions, so that the next packet begins with a
+// handshake. A stock end whose other end was restarted does so after 15 s.
+func (t *Tunnel) Renew() error {
+	_, err := t.uapi("set=1\n" + t.Config.uapi())
+	return err
 }
 
 // LastHandshake is when a peer of the tunnel last completed a handshake; the

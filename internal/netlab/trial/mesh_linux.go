@@ -30,6 +30,8 @@ type Mesh struct {
 	Peers  map[string]*Peer
 
 	binary   string
+	helper   string // the program that Start starts: binary, or an edited one
+	env      []string
 	stateDir string
 }
 
@@ -48,7 +50,7 @@ func New(p *netlab.Picture) (*Mesh, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Mesh{Picture: p, Peers: map[string]*Peer{}, binary: binary,
+	return &Mesh{Picture: p, Peers: map[string]*Peer{}, binary: binary, helper: binary,
 		stateDir: filepath.Join(p.Lab.Dir(), "state")}, nil
 }
 
@@ -57,7 +59,7 @@ func (m *Mesh) Start(ctx context.Context, args ...string) error {
 	endpoint := netip.AddrPortFrom(netlab.Addresses().BUplink.V4, listenPort)
 	all := append([]string{"run", "--state-dir", m.stateDir, "--listen-port", fmt.Sprint(listenPort),
 		"--endpoint", endpoint.String()}, args...)
-	p, err := m.B.Start(nil, m.binary, all...)
+	p, err := m.B.Start(m.env, m.helper, all...)
 	if err != nil {
 		return err
 	}
@@ -129,10 +131,13 @@ type Status struct {
 		Message string `json:"message"`
 		Hint    string `json:"hint"`
 	} `json:"problems"`
-	Peers []struct {
+	Uplink  string `json:"uplink"`
+	Repairs int    `json:"repairs"`
+	Peers   []struct {
 		Name        string           `json:"name"`
 		Addresses   []netip.Addr     `json:"addresses"`
 		Permissions map[string]Grant `json:"permissions"`
+		Refused     map[string]int   `json:"refused"` // packets, by class
 	} `json:"peers"`
 }
 

@@ -1,0 +1,32 @@
+package trial
+
+import (
+	_ "embed"
+	"flag"
+	"testing"
+
+	"github.com/meshhelper/meshhelper/internal/netlab"
+)
+
+// soak makes the proofs long: as many kills, packets and seconds as are promised.
+var soak = flag.Bool("soak", false, "run the long versions of the proofs")
+
+//go:embed testdata/stepped.go
+var steppedSource string
+
+const platformFile, guardFile, nftFile = "cmd/meshhelper/platform_linux.go", "internal/guard/guard.go", "internal/linux/nft.go"
+
+// stepped is the helper that asks before each enforcing step; see stepper.
+var stepped = []netlab.Edit{
+	{File: platformFile, Old: "Log: log}", New: "Log: log, Step: awaitStep()}"},
+	{File: "cmd/meshhelper/stepped.go", New: steppedSource},
+}
+
+// use has the mesh's helper be an edited one.
+func use(t *testing.T, m *Mesh, name string, edits []netlab.Edit) {
+	t.Helper()
+	var err error
+	if m.helper, err = netlab.BuildEdited(program, name, edits...); err != nil {
+		t.Fatal(err)
+	}
+}
