@@ -60,9 +60,7 @@ const (
 	headerRouting = 43
 )
 
-// loads has a line for each field. In a table of the family inet, the keys of
-// conntrack's addresses give 4 bytes for IPv4 flows and 16 for IPv6 ones
-// (nft_ct_get_eval in net/netfilter/nft_ct.c).
+// loads has a line for each field.
 var loads = map[field]load{
 	iifname:       meta(expr.MetaKeyIIFNAME, ifnameSize),
 	oifname:       meta(expr.MetaKeyOIFNAME, ifnameSize),
@@ -84,10 +82,6 @@ var loads = map[field]load{
 	ctDirection:   ct(expr.CtKeyDIRECTION, 1),
 	ctStatus:      ct(expr.CtKeySTATUS, 4),
 	ctProtocol:    ct(expr.CtKeyPROTOCOL, 1),
-	ctOrigSrc4:    ct(expr.CtKeySRC, 4).of(unix.NFPROTO_IPV4, 0),
-	ctOrigDst4:    ct(expr.CtKeyDST, 4).of(unix.NFPROTO_IPV4, 0),
-	ctOrigSrc6:    ct(expr.CtKeySRC, 16).of(unix.NFPROTO_IPV6, 0),
-	ctOrigDst6:    ct(expr.CtKeyDST, 16).of(unix.NFPROTO_IPV6, 0),
 	quotedDst4:    payload(expr.PayloadBaseTransportHeader, 8+16, 4).of(unix.NFPROTO_IPV4, 0),
 	quotedDst6:    payload(expr.PayloadBaseTransportHeader, 8+24, 16).of(unix.NFPROTO_IPV6, 0),
 	ctOrigDport:   ct(expr.CtKeyPROTODST, 2),

@@ -36,10 +36,6 @@ const (
 	ctDirection
 	ctStatus
 	ctProtocol
-	ctOrigSrc4
-	ctOrigDst4
-	ctOrigSrc6
-	ctOrigDst6
 	ctOrigDport
 	// quotedDst4 and quotedDst6 are the destination in the header that an ICMP
 	// error quotes: behind its own 8 bytes (RFC 792, RFC 4443). nft has no name for
@@ -58,8 +54,6 @@ var fieldTexts = [...]string{
 	icmpType: "icmp type", icmp6Type: "icmpv6 type",
 	tcpFlags: "tcp flags", lsrr: "ip option lsrr", ssrr: "ip option ssrr", routingHeader: "exthdr rt",
 	ctState: "ct state", ctDirection: "ct direction", ctStatus: "ct status", ctProtocol: "ct protocol",
-	ctOrigSrc4: "ct original ip saddr", ctOrigDst4: "ct original ip daddr",
-	ctOrigSrc6: "ct original ip6 saddr", ctOrigDst6: "ct original ip6 daddr",
 	quotedDst4: "@th,192,32", quotedDst6: "@th,256,128",
 	ctOrigDport: "ct original proto-dst", returnPath: "fib saddr . iif oif",
 }

@@ -67,7 +67,6 @@ type family struct {
 	proto      value
 	addr       string // nft's type of an address
 	src, dst   field
-	osrc, odst field // of the packet that opened the flow
 	quoted     field // destination of the packet that an ICMP error quotes
 	icmp       field
 	redirect   value
@@ -77,8 +76,8 @@ type family struct {
 }
 
 var families = [...]family{
-	{"4", ipv4, "ipv4_addr", saddr4, daddr4, ctOrigSrc4, ctOrigDst4, quotedDst4, icmpType, redirect4, "errors4", 40, netip.Addr.Is4},
-	{"6", ipv6, "ipv6_addr", saddr6, daddr6, ctOrigSrc6, ctOrigDst6, quotedDst6, icmp6Type, redirect6, "errors6", 60, netip.Addr.Is6},
+	{"4", ipv4, "ipv4_addr", saddr4, daddr4, quotedDst4, icmpType, redirect4, "errors4", 40, netip.Addr.Is4},
+	{"6", ipv6, "ipv6_addr", saddr6, daddr6, quotedDst6, icmp6Type, redirect6, "errors6", 60, netip.Addr.Is6},
 }
 
 // compiler collects what the chains' authors need.
@@ -228,10 +227,10 @@ func (c *compiler) judge() {
 		j.drop("other ICMP about a flow", has(ctState, related), is(l4proto, p))
 	}
 	for _, f := range families {
-		j.accept("answers to the host", is(ctDirection, reply), in("own"+f.suffix, f.osrc))
+		j.accept("answers to the host", is(ctDirection, reply), in("own"+f.suffix, f.dst))
 	}
 	j.drop("nobody else opens a flow to a peer", is(ctDirection, reply))
-	j.jump("permitted")
+	j.jump(asSent.name)
 
 	q := c.chain("quoted")
 	for _, f := range families {
@@ -241,52 +240,75 @@ func (c *compiler) judge() {
 
 	own := c.chain("quoted_own")
 	for _, f := range families {
-		own.accept("about the host's flow with this peer", is(ctDirection, reply), in("own"+f.suffix, f.osrc))
+		own.accept("about the host's flow with this peer", is(ctDirection, reply), in("own"+f.suffix, f.dst))
 	}
-	own.branch("permitted", is(ctDirection, original))
+	own.branch(asSent.name, is(ctDirection, original))
 	own.drop("")
 
-	c.permitted()
+	for _, v := range [...]view{asSent, asAnswered, asQuoted} {
+		c.permitted(v)
+	}
 }
+
+// view says where in a packet the addresses are that the packet which opened its
+// flow came from and went to. They could be had from conntrack, too, but nft
+// can't list a rule that looks one of those up in a set: it needs keys of a
+// known length (netlink_parse_concat_expr of nft 1.0 aborts).
+type view struct {
+	name     string // of the chain
+	src, dst func(family) field
+}
+
+var (
+	// asSent: the opener's own packets, before any redirection. An ICMP error of
+	// the opener goes to who sent the packet that it quotes, which conntrack
+	// ensures (nf_conntrack_inet_error in net/netfilter/nf_conntrack_proto_icmp.c).
+	asSent = view{"permitted", func(f family) field { return f.src }, func(f family) field { return f.dst }}
+	// asAnswered: packets to the opener, of a flow that nobody redirected.
+	asAnswered = view{"permitted_back", func(f family) field { return f.dst }, func(f family) field { return f.src }}
+	// asQuoted: ICMP errors to the opener, which quote a packet of its own.
+	asQuoted = view{"permitted_quoted", func(f family) field { return f.dst }, func(f family) field { return f.quoted }}
+)
 
 // permitted returns when who opened the packet's flow may open it now, and drops
 // the packet otherwise: the table "From a peer" of the policy. It looks at the
 // flow only, so that it holds for packets of both directions and for what is
 // quoted in ICMP errors.
-func (c *compiler) permitted() {
-	top := c.chain("permitted")
+func (c *compiler) permitted(v view) {
+	top := c.chain(v.name)
 	for _, f := range families {
-		top.branch("permitted"+f.suffix, is(nfproto, f.proto))
+		top.branch(v.name+f.suffix, is(nfproto, f.proto))
 	}
 	top.drop("")
 	for _, f := range families {
-		c.permittedFamily(f)
-		c.permittedHost(f)
+		c.permittedFamily(v, f)
+		c.permittedHost(v, f)
 	}
 }
 
-func (c *compiler) permittedFamily(f family) {
-	p := c.chain("permitted" + f.suffix)
-	p.drop("martian", in("martian"+f.suffix, f.odst))
-	p.branch("permitted_self"+f.suffix, in("self"+f.suffix, f.odst))
-	p.drop("mesh: the host does not forward between peers", in("mesh"+f.suffix, f.odst))
+func (c *compiler) permittedFamily(v view, f family) {
+	src, dst := v.src(f), v.dst(f)
+	p := c.chain(v.name + f.suffix)
+	p.drop("martian", in("martian"+f.suffix, dst))
+	p.branch(v.name+"_self"+f.suffix, in("self"+f.suffix, dst))
+	p.drop("mesh: the host does not forward between peers", in("mesh"+f.suffix, dst))
 	if c.forwards(f) {
-		p.back("lan", in("lan"+f.suffix, f.odst), in("may_lan"+f.suffix, f.osrc))
+		p.back("lan", in("lan"+f.suffix, dst), in("may_lan"+f.suffix, src))
 	}
-	p.drop("lan needs routing and lan", in("lan"+f.suffix, f.odst))
+	p.drop("lan needs routing and lan", in("lan"+f.suffix, dst))
 	if c.forwards(f) && c.uplink(f) != "" {
-		p.back("internet", in("may_routing"+f.suffix, f.osrc))
+		p.back("internet", in("may_routing"+f.suffix, src))
 	}
 	p.drop("")
 }
 
-func (c *compiler) permittedHost(f family) {
-	s := c.chain("permitted_self" + f.suffix)
-	s.back("incoming", in("may_incoming"+f.suffix, f.osrc))
+func (c *compiler) permittedHost(v view, f family) {
+	s := c.chain(v.name + "_self" + f.suffix)
+	s.back("incoming", in("may_incoming"+f.suffix, v.src(f)))
 	if c.r.Mesh().DNS {
 		for _, proto := range [...]value{tcp, udp} {
-			s.back("the host's DNS", in("own"+f.suffix, f.odst), is(ctProtocol, proto),
-				is(ctOrigDport, dnsPort), in("may_routing"+f.suffix, f.osrc))
+			s.back("the host's DNS", in("own"+f.suffix, v.dst(f)), is(ctProtocol, proto),
+				is(ctOrigDport, dnsPort), in("may_routing"+f.suffix, v.src(f)))
 		}
 	}
 	s.drop("self needs incoming")
@@ -320,13 +342,13 @@ func (c *compiler) input() {
 	i := c.hook("input", "filter", "input", filtering)
 	i.accept("", isNot(iifname, c.mesh))
 	for _, f := range families {
-		i.accept("answers to the host", is(ctDirection, reply), in("own"+f.suffix, f.osrc))
+		i.accept("answers to the host", is(ctDirection, reply), in("own"+f.suffix, f.dst))
 	}
 	i.drop("", is(ctDirection, reply))
 	i.drop("redirected to the host", has(ctStatus, dnat))
-	i.jump("permitted")
+	i.jump(asSent.name)
 	for _, f := range families {
-		i.accept("", in("self"+f.suffix, f.odst))
+		i.accept("", in("self"+f.suffix, f.dst))
 	}
 	i.drop("not an address of the host when it was sent")
 }
@@ -350,11 +372,11 @@ func (c *compiler) fromMesh() {
 	m.drop("from peer to peer", is(oifname, c.mesh))
 	m.drop("", is(ctDirection, reply))
 	m.drop("redirected from where it was sent to", has(ctStatus, dnat))
-	m.jump("permitted")
+	m.jump(asSent.name)
 	c.clamp(m)
 	for _, f := range families {
-		m.drop("", in("self"+f.suffix, f.odst))
-		m.accept("lan", in("lan"+f.suffix, f.odst))
+		m.drop("", in("self"+f.suffix, f.dst))
+		m.accept("lan", in("lan"+f.suffix, f.dst))
 		if u := c.uplink(f); u != "" {
 			m.accept("internet, by the uplink", is(nfproto, f.proto), is(oifname, name(u)))
 		}
@@ -365,24 +387,29 @@ func (c *compiler) fromMesh() {
 func (c *compiler) toMesh() {
 	m := c.chain("to_mesh")
 	m.drop("nobody opens a flow to a peer", is(ctDirection, original))
-	m.jump("permitted")
+	m.drop("redirected from where it was sent to", has(ctStatus, dnat))
 	for _, f := range families {
-		m.accept("ICMP errors, from any router", in(f.icmpErrors, f.icmp))
+		m.branch("to_mesh_error", in(f.icmpErrors, f.icmp))
 	}
 	for _, p := range [...]value{number("icmp", policy.ProtoICMP), number("ipv6-icmp", policy.ProtoICMPv6)} {
 		m.drop("redirects and the like", has(ctState, related), is(l4proto, p))
 	}
+	m.jump(asAnswered.name)
 	c.clamp(m)
 	for _, f := range families {
-		m.drop("", in("self"+f.suffix, f.odst))
-		m.accept("lan, by the interface that leads there", in("lan"+f.suffix, f.odst),
+		m.drop("", in("self"+f.suffix, f.src))
+		m.accept("lan, by the interface that leads there", in("lan"+f.suffix, f.src),
 			match{fields: []field{returnPath}, op: found})
-		m.drop("lan, by another interface", in("lan"+f.suffix, f.odst))
+		m.drop("lan, by another interface", in("lan"+f.suffix, f.src))
 		if u := c.uplink(f); u != "" {
 			m.accept("internet, by the uplink", is(nfproto, f.proto), is(iifname, name(u)))
 		}
 	}
 	m.drop("internet, not by the uplink")
+
+	e := c.chain("to_mesh_error")
+	e.jump(asQuoted.name)
+	e.accept("ICMP errors, from any router")
 }
 
 // clamp keeps TCP from sending segments that don't fit in the tunnel, where path
@@ -418,7 +445,10 @@ func (c *compiler) output() {
 	p.drop("")
 
 	a := c.chain("answer")
-	a.jump("permitted")
+	for _, f := range families {
+		a.branch("to_mesh_error", in(f.icmpErrors, f.icmp))
+	}
+	a.jump(asAnswered.name)
 	a.accept("")
 }
 
