@@ -11,7 +11,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// model is the memory of flows as POLICY.md tells it: unbounded, one map, no
+// model is the memory of flows as docs/policy.md tells it: unbounded, one map, no
 // cache, everything judged anew each time.
 type model struct {
 	rules *policy.Ruleset

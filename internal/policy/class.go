@@ -10,7 +10,7 @@ import (
 // first: the first that fits counts.
 type Class uint8
 
-// The classes of POLICY.md in their order.
+// The classes of docs/policy.md in their order.
 const (
 	Martian Class = iota + 1
 	Self

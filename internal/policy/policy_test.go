@@ -29,7 +29,7 @@ func grants(p Permissions) Grants {
 	}
 }
 
-// picture is the host B of POLICY.md with the external peer C, whose
+// picture is the host B of docs/policy.md with the external peer C, whose
 // permissions are given, and the own peer A.
 func picture(c Permissions) Mesh {
 	return Mesh{

@@ -126,7 +126,7 @@ func TestNoPeerReachesAPeer(t *testing.T) {
 }
 
 // TestClassIsFirstThatFits compares the one-lookup table with the table of
-// POLICY.md written out as a search through its lines.
+// docs/policy.md written out as a search through its lines.
 func TestClassIsFirstThatFits(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		r := mustCompile(t, drawWorld(t))
