@@ -1,0 +1,65 @@
+package trial
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"testing"
+)
+
+// socketPath is where the helper on B listens.
+const socketPath = "/run/meshhelper.sock"
+
+// dial opens a connection to the helper on B.
+func (m *Mesh) dial() (conn net.Conn, err error) {
+	err = m.B.Do(func() (err error) {
+		conn, err = net.Dial("unix", socketPath)
+		return err
+	})
+	return conn, err
+}
+
+// client is an operator's who keeps connections open.
+func (m *Mesh) client(t *testing.T) *http.Client {
+	transport := &http.Transport{
+		DialContext:         func(context.Context, string, string) (net.Conn, error) { return m.dial() },
+		MaxIdleConnsPerHost: 16,
+	}
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport}
+}
+
+// ask sends a request and decodes the answer. The error is also for a refusal.
+func ask(c *http.Client, method, path string, body, into any) error {
+	var content io.Reader
+	if body != nil {
+		text, err := json.Marshal(body)
+		if err != nil {
+			return err
+		}
+		content = bytes.NewReader(text)
+	}
+	request, err := http.NewRequest(method, "http://meshhelper"+path, content)
+	if err != nil {
+		return err
+	}
+	answer, err := c.Do(request)
+	if err != nil {
+		return err
+	}
+	defer answer.Body.Close()
+	text, err := io.ReadAll(answer.Body)
+	if err != nil || answer.StatusCode >= 300 {
+		return fmt.Errorf("%s %s: %s: %s: %w", method, path, answer.Status, text, err)
+	}
+	return json.Unmarshal(text, into)
+}
+
+// toggle is the body that sets one permission.
+func toggle(permission string, allowed bool) any {
+	return map[string]any{"permissions": map[string]any{permission: map[string]bool{"allowed": allowed}}}
+}
