@@ -130,6 +130,7 @@ func (a *app) writePeer(p api.Peer) {
 type toggleOptions struct {
 	app   *app
 	allow bool
+	timed bool // whether limit was given: no time at all is not for good
 	limit time.Duration
 }
 
@@ -137,7 +138,10 @@ func newToggleCommand(a *app, allow bool) *cobra.Command {
 	o := &toggleOptions{app: a, allow: allow}
 	c := &cobra.Command{
 		Use: "deny NAME PERMISSION...", Short: "Take permissions from a peer, also on running connections",
-		RunE: func(c *cobra.Command, args []string) error { return toggle(c.Context(), o, args[0], args[1:]) },
+		RunE: func(c *cobra.Command, args []string) error {
+			o.timed = c.Flags().Changed("for")
+			return toggle(c.Context(), o, args[0], args[1:])
+		},
 		Args: cobra.MinimumNArgs(2),
 		ValidArgsFunction: func(c *cobra.Command, args []string, text string) ([]string, cobra.ShellCompDirective) {
 			if len(args) == 0 {
@@ -167,9 +171,9 @@ func toggle(ctx context.Context, o *toggleOptions, ref string, words []string) e
 	change := api.PeerChange{Permissions: map[string]api.PermissionChange{}}
 	for _, one := range wanted {
 		c := api.PermissionChange{Allowed: o.allow}
-		if o.limit != 0 {
-			if o.limit < 0 {
-				return usagef("--for %v is in the past", o.limit)
+		if o.timed {
+			if o.limit <= 0 {
+				return usagef("--for %v ends before it begins; take permissions with: meshhelper peer deny", o.limit)
 			}
 			c.For = o.limit.String()
 		}

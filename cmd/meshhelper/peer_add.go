@@ -31,6 +31,9 @@ stock WireGuard app is printed, once: the private key is kept nowhere.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			o.name = args[0]
+			if o.publicKey == "" && c.Flags().Changed("public-key") {
+				return usagef("--public-key is empty; without it a key is made here")
+			}
 			return addPeer(c.Context(), o)
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,
