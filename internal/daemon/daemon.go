@@ -252,6 +252,8 @@ func (d *Daemon) loadKey(fresh bool) error {
 	case errors.Is(err, fs.ErrNotExist):
 		err = api.Errorf(api.CodeInternal, "the host's key %q is missing, but there is a wanted state", path).
 			WithHint("put the key back, or move %q and %q away to start anew", stateFile, copyFile)
+	case errors.Is(err, wireguard.ErrBadKey):
+		err = api.Errorf(api.CodeInternal, "%v", err).WithHint("nothing was touched; put the key back, for the peers know this host by it")
 	case errors.Is(err, wireguard.ErrExposedKey):
 		err = api.Errorf(api.CodeInternal, "%v", err).WithHint("who read it can be this host; run: chmod 600 %q", path)
 	}

@@ -133,7 +133,7 @@ func TestRefusesToStart(t *testing.T) {
 			{"both bad", both(write(state, "x"), write(filepath.Join(r.dir, copyFile), "y")), "invalid character", "no good copy"},
 			{"key gone", func() error { return os.Remove(filepath.Join(r.dir, keyFile)) }, "host's key", "put the key back"},
 			{"key exposed", func() error { return os.Chmod(filepath.Join(r.dir, keyFile), 0o644) }, "access", "chmod 600"},
-			{"key damaged", write(filepath.Join(r.dir, keyFile), "short"), "key", ""},
+			{"key damaged", write(filepath.Join(r.dir, keyFile), "short"), "not a WireGuard key", "put the key back"},
 			{"folder open", func() error { return os.Chmod(r.dir, 0o777) }, "others may write", "chmod"},
 		} {
 			if err := c.do(); err != nil {

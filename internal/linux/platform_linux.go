@@ -118,6 +118,8 @@ func named(step string, err error) error {
 	switch {
 	case errors.Is(err, fs.ErrPermission):
 		e.Hint = "run the helper as root"
+	case step == StepLock:
+		e.Hint = "see `meshhelper status`; there is one helper per host"
 	case errors.Is(err, syscall.EROFS) && step != StepJournal:
 		e.Hint = "in a container, /proc/sys/net has to be writable"
 	case step == StepJournal:

@@ -198,7 +198,7 @@ func TestOnlyOneHelper(t *testing.T) {
 		return err
 	})
 	var step *platform.StepError
-	if !errors.As(err, &step) || step.Step != StepLock || !strings.Contains(err.Error(), "process") {
+	if !errors.As(err, &step) || step.Step != StepLock || step.Hint == "" || !strings.Contains(err.Error(), "process") {
 		t.Errorf("the second helper got %v", err)
 	}
 	if diff := before.Diff(g.snapshot()); len(diff) > 0 {
