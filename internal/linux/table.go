@@ -386,6 +386,9 @@ func (c *compiler) fromMesh() {
 
 func (c *compiler) toMesh() {
 	m := c.chain("to_mesh")
+	// Everything below goes by the packet's own addresses, which only say who
+	// opened what where conntrack knows the flow.
+	m.drop("no flow, so nobody opened it", has(ctState, nameless))
 	m.drop("nobody opens a flow to a peer", is(ctDirection, original))
 	m.drop("redirected from where it was sent to", has(ctStatus, dnat))
 	for _, f := range families {
