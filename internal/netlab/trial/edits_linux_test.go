@@ -22,6 +22,18 @@ var stepped = []netlab.Edit{
 	{File: "cmd/meshhelper/stepped.go", New: steppedSource},
 }
 
+// withoutGuard is the helper whose guard lets everything pass, and withoutFilter
+// the one whose table drops nothing, but still translates.
+var (
+	withoutGuard = []netlab.Edit{
+		{File: guardFile, Old: "\tpass := d.judgeWrite(bufs, offset)\n", New: "\tpass := bufs\n"},
+		{File: guardFile, Old: "\t\td.judgeRead(bufs[:n], sizes, offset)\n", New: ""},
+	}
+	withoutFilter = []netlab.Edit{
+		{File: nftFile, Old: "{ c.add(action{verb: drop}, comment, ms...) }", New: "{}"},
+	}
+)
+
 // use has the mesh's helper be an edited one.
 func use(t *testing.T, m *Mesh, name string, edits []netlab.Edit) {
 	t.Helper()

@@ -112,10 +112,19 @@ func destinations(m *Mesh, own netlab.Pair) map[string]netlab.Pair {
 // may must not matter.
 func TestTruthTable(t *testing.T) {
 	m := newMesh(t)
+	var sets []policy.Permissions
+	for may := policy.Permissions(0); may <= everything; may++ {
+		sets = append(sets, may)
+	}
+	truthTable(t, m, sets)
+}
+
+func truthTable(t *testing.T, m *Mesh, sets []policy.Permissions) {
+	t.Helper()
 	permit(t, m, "A", everything)
 	j := &judge{m: m}
 	own := status(t, m).Address()
-	for may := policy.Permissions(0); may <= everything; may++ {
+	for _, may := range sets {
 		permit(t, m, "C", may)
 		rules := ruleset(t, m, map[string]policy.Permissions{"A": everything, "C": may, "D": policy.Incoming})
 		var questions []question
