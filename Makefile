@@ -40,6 +40,12 @@ vet:
 	GOOS=darwin GOARCH=amd64 $(GO) vet ./...
 	GOOS=windows GOARCH=amd64 $(GO) vet ./...
 
+# The archives of a release, for macOS and Linux, in dist/. VERSION names it.
+VERSION ?=
+.PHONY: dist
+dist:
+	$(GO) run ./scripts/dist -version "$(VERSION)"
+
 # On a Mac, as root: what is assumed of macOS, tried. The helper must not run.
 .PHONY: test-mac
 test-mac:

@@ -38,6 +38,7 @@ var rooms = map[string][]string{
 	"darwin":             {"pfconf"},
 	"launchd":            {},
 	"pfconf":             {},
+	"scripts":            {},
 }
 
 // testsMay lists what tests may import besides.
