@@ -37,6 +37,7 @@ func (p *Platform) Enforce(ctx context.Context, r *policy.Ruleset) error {
 	if err != nil {
 		return fmt.Errorf("enforce ruleset: %w", err)
 	}
+	p.bury(r)
 	err = p.setAddresses(ctx, n, r)
 	if err == nil {
 		err = p.setRoutes(n, r)
@@ -128,7 +129,6 @@ func hasRoutes(n *darwin.Network, index int, want []netip.Prefix) bool {
 // enforceFilter puts the anchor in force: loaded, the packet filter on, and
 // called by the main ruleset.
 func (p *Platform) enforceFilter(ctx context.Context, r *policy.Ruleset) error {
-	p.bury(r)
 	a, err := p.compile(r)
 	if err != nil {
 		return err
@@ -160,18 +160,19 @@ func (p *Platform) enforceFilter(ctx context.Context, r *policy.Ruleset) error {
 // established one of TCP (PFTM_TCP_ESTABLISHED_VAL in xnu bsd/net/pfvar.h).
 const deadTime = 24 * time.Hour
 
-// bury notes who lost incoming since flows were cut last, and forgets whose time
-// is up.
+// bury notes who lost incoming since the ruleset before, and forgets whose time is
+// up.
 func (p *Platform) bury(r *policy.Ruleset) {
 	now := p.o.Now()
 	maps.DeleteFunc(p.dead, func(_ netip.Addr, until time.Time) bool { return !now.Before(until) })
-	for _, n := range policy.Diff(p.cut, r) {
+	for _, n := range policy.Diff(p.enforced, r) {
 		if n.Lost.Has(policy.Incoming) {
 			for _, a := range n.Addresses {
 				p.dead[a] = now.Add(deadTime)
 			}
 		}
 	}
+	p.enforced = r
 }
 
 func (p *Platform) compile(r *policy.Ruleset) (*Anchor, error) {

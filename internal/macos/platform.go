@@ -39,8 +39,11 @@ type Platform struct {
 
 	loaded *loadedAnchor   // nil: nothing of ours is in force
 	cut    *policy.Ruleset // for which flows were cut last
-	dead   map[netip.Addr]time.Time
-	others othersRules
+	// enforced is what Enforce was called for last. Nobody cuts flows for a
+	// ruleset that only widens, so it may be newer than cut.
+	enforced *policy.Ruleset
+	dead     map[netip.Addr]time.Time
+	others   othersRules
 }
 
 // NewPlatform returns a platform; it changes nothing yet.
@@ -307,14 +310,14 @@ func (p *Platform) Close(ctx context.Context) ([]platform.Problem, error) {
 
 // endFlows ends what peers still have running.
 func (p *Platform) endFlows(ctx context.Context) error {
-	if p.cut == nil || p.j.Anchor == "" {
+	if p.enforced == nil || p.j.Anchor == "" {
 		return nil
 	}
 	var all []policy.Narrowed
-	for _, peer := range p.cut.Peers() {
+	for _, peer := range p.enforced.Peers() {
 		all = append(all, policy.Narrowed{Addresses: peer.Addresses, Removed: true})
 	}
-	return p.kill(ctx, Kills(nil, p.cut, all))
+	return p.kill(ctx, Kills(nil, p.enforced, all))
 }
 
 // kill ends states.
