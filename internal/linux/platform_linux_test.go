@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -14,6 +15,7 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/netlab"
 	"github.com/meshhelper/meshhelper/internal/platform"
@@ -407,6 +409,40 @@ func TestRedirectsOfOthersDontOpen(t *testing.T) {
 			if got := w.sightings(word(id)); len(got) > 0 {
 				t.Errorf("with %v, a packet to %v was redirected to %v by %s", have, to, got[0].packet.Dst, got[0].where)
 			}
+		}
+	}
+}
+
+// TestRewrittenWithoutFlow has other software keep conntrack from a packet of
+// the internet's and send it on to a peer: there is no flow that it could be
+// the answer of.
+func TestRewrittenWithoutFlow(t *testing.T) {
+	w := newWorld(t)
+	a := netlab.Addresses()
+	w.software(nftables.TableFamilyIPv4, "rewriter", func(f foreign) {
+		c := f.conn.AddChain(&nftables.Chain{Name: "pre", Table: f.table, Type: nftables.ChainTypeFilter,
+			Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityRaw})
+		f.rule(c, sourceIn(host(a.I.V4)), []expr.Any{
+			&expr.Notrack{}, &expr.Immediate{Register: 1, Data: ann4.AsSlice()},
+			&expr.Payload{OperationType: expr.PayloadWrite, SourceRegister: 1, Base: expr.PayloadBaseNetworkHeader,
+				Offset: 16, Len: 4, CsumType: expr.CsumTypeInet, CsumOffset: 10, CsumFlags: unix.NFT_PAYLOAD_L4CSUM_PSEUDOHDR},
+		})
+	})
+	w.open()
+	defer w.close()
+	w.enforce(mesh(grants{ann: all}))
+	quoted := netlab.UDPPacket(netip.AddrPortFrom(ann4, 5000), netip.AddrPortFrom(a.I.V4, 4000), word(2))
+	for i, packet := range [][]byte{
+		netlab.UDPPacket(netip.AddrPortFrom(a.I.V4, 4000), netip.AddrPortFrom(a.BUplink.V4, 5000), word(1)),
+		netlab.ICMPPacket(a.I.V4, a.BUplink.V4, 3, 1, 0, quoted),
+	} {
+		if err := w.pic.I.Forge("eth0", packet); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(200 * time.Millisecond)
+		w.settle(nil)
+		if got := slices.DeleteFunc(w.sightings(word(i+1)), func(g sighting) bool { return !strings.HasPrefix(g.where, "mesh") }); len(got) > 0 {
+			t.Errorf("packet %d reached the peer: %v", i+1, got)
 		}
 	}
 }
