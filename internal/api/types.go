@@ -176,7 +176,7 @@ type PermissionChange struct {
 	// by the helper's clock.
 	For string `json:"for,omitempty"` // optional
 	// Until is when it ends; not together with For.
-	Until time.Time `json:"until,omitzero"` // optional
+	Until *time.Time `json:"until,omitempty"` // optional
 }
 
 // Changed is the outcome of a change that is in force.

@@ -61,8 +61,9 @@ func (d *Daemon) RemovePeer(ctx context.Context, ref string) (api.Changed, error
 		if err != nil {
 			return wireguard.PublicKey{}, err
 		}
-		was = d.view(&doc.Peers[i], now)
-		doc.remember(former{Name: doc.Peers[i].Name})
+		gone := doc.Peers[i] // its place is another's from here on
+		was = d.view(&gone, now)
+		doc.remember(former{Name: gone.Name})
 		doc.Peers = slices.Delete(doc.Peers, i, i+1)
 		return wireguard.PublicKey{}, nil
 	})

@@ -3,6 +3,7 @@ package daemon
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -71,8 +72,9 @@ func TestRefusals(t *testing.T) {
 			{"no duration", permit("lan", api.PermissionChange{Allowed: true, For: "x"}), api.CodeBadPermission, `"x"`},
 			{"negative", permit("lan", api.PermissionChange{Allowed: true, For: "-1h"}), api.CodeBadPermission, "next ten years"},
 			{"too long", permit("lan", api.PermissionChange{Allowed: true, For: "999999h"}), api.CodeBadPermission, "next ten years"},
-			{"in the past", permit("lan", api.PermissionChange{Allowed: true, Until: time.Unix(1, 0)}), api.CodeBadPermission, "next ten years"},
-			{"both ends", permit("lan", api.PermissionChange{Allowed: true, For: "1h", Until: time.Now()}), api.CodeBadPermission, "both"},
+			{"in the past", permit("lan", api.PermissionChange{Allowed: true, Until: new(time.Unix(1, 0))}), api.CodeBadPermission, "next ten years"},
+			{"the year 1", permit("lan", api.PermissionChange{Allowed: true, Until: new(time.Time)}), api.CodeBadPermission, "next ten years"},
+			{"both ends", permit("lan", api.PermissionChange{Allowed: true, For: "1h", Until: new(time.Now())}), api.CodeBadPermission, "both"},
 			{"deny for", permit("lan", api.PermissionChange{For: "1h"}), api.CodeBadPermission, "no end"},
 			{"typing error", patch("fone", api.PeerChange{}), api.CodeUnknownPeer, `did you mean "phone"?`},
 			{"swapped", patch("tabelt", api.PeerChange{}), api.CodeUnknownPeer, `did you mean "tablet"?`},
@@ -148,7 +150,8 @@ func TestReferences(t *testing.T) {
 
 func TestRenameAndRemove(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
-		r.add("phone")
+		was := r.add("phone")
+		r.add("tablet") // moves up into the place of who is removed
 		rename := func(from, to string) (api.Changed, error) {
 			return r.d.ChangePeer(t.Context(), from, api.PeerChange{Name: to})
 		}
@@ -162,7 +165,7 @@ func TestRenameAndRemove(t *testing.T) {
 		if e := wantCode(t, err, api.CodeUnknownPeer); !strings.Contains(e.Hint, `"mobile"`) {
 			t.Errorf("hint %q", e.Hint)
 		}
-		if got, err := r.d.RemovePeer(t.Context(), "mobile"); err != nil || got.Peer.Name != "mobile" {
+		if got, err := r.d.RemovePeer(t.Context(), "mobile"); err != nil || got.Peer.Name != "mobile" || !slices.Equal(got.Peer.Addresses, was.Addresses) {
 			t.Errorf("remove: %+v, %v", got, err)
 		}
 		_, err = r.d.RemovePeer(t.Context(), "mobile")

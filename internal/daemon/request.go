@@ -102,13 +102,13 @@ func (p *peer) setPermissions(changes map[string]api.PermissionChange, now time.
 
 // endOf returns when a permission is to end, in whole milliseconds, or zero.
 func endOf(c api.PermissionChange, now time.Time) (time.Time, error) {
-	until := c.Until.UTC().Round(0)
+	var until time.Time
 	switch {
-	case c.For == "" && c.Until.IsZero():
+	case c.For == "" && c.Until == nil:
 		return time.Time{}, nil
 	case !c.Allowed:
 		return time.Time{}, errors.New("what isn't allowed has no end")
-	case c.For != "" && !c.Until.IsZero():
+	case c.For != "" && c.Until != nil:
 		return time.Time{}, errors.New("both for and until are given")
 	case c.For != "":
 		length, err := time.ParseDuration(c.For)
@@ -116,6 +116,8 @@ func endOf(c api.PermissionChange, now time.Time) (time.Time, error) {
 			return time.Time{}, fmt.Errorf("%q is not a duration", c.For)
 		}
 		until = now.Add(length).Truncate(time.Millisecond)
+	default:
+		until = c.Until.UTC().Round(0)
 	}
 	if length := until.Sub(now); length <= 0 || length > maxTimed {
 		return time.Time{}, fmt.Errorf("the end %v isn't in the next ten years", until.Format(time.RFC3339))
