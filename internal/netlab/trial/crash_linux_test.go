@@ -26,8 +26,10 @@ type stepper struct {
 	stopped  chan halt
 
 	mu     sync.Mutex
-	names  []string // of the steps of this life
-	stopAt int      // which one isn't answered; -1 for none
+	names  []string      // of the steps of this life
+	stopAt int           // which one isn't answered; -1 for none
+	conn   *net.UnixConn // to the helper of now
+	closed bool
 }
 
 // halt is a helper that waits before a step.
@@ -51,7 +53,7 @@ func newStepper(t *testing.T, m *Mesh) *stepper {
 	var run errgroup.Group
 	run.Go(s.serve)
 	t.Cleanup(func() {
-		l.Close()
+		s.close()
 		run.Wait()
 	})
 	return s
@@ -64,10 +66,32 @@ func (s *stepper) serve() error {
 		if err != nil {
 			return nil // closed
 		}
+		if !s.serves(conn) {
+			return conn.Close()
+		}
 		for scan := bufio.NewScanner(conn); scan.Scan(); {
 			s.step(conn, scan.Text())
 		}
 		conn.Close()
+	}
+}
+
+// serves takes note of the helper of now, and reports false after the end.
+func (s *stepper) serves(conn *net.UnixConn) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.conn = conn
+	return !s.closed
+}
+
+// close lets go of the helper, which may be waiting.
+func (s *stepper) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	s.listener.Close()
+	if s.conn != nil {
+		s.conn.Close()
 	}
 }
 

@@ -20,8 +20,9 @@ import (
 // shot is a packet that must never get further than B, however often it is sent.
 type shot struct {
 	by     *netlab.Host
-	link   string
-	packet []byte
+	link   string         // by which the packet is forged
+	packet []byte         // as it is sent there
+	to     netip.AddrPort // instead of both: where B's own socket sends to
 	token  string
 	reason string
 	clear  []string // hosts that may see it: those before B, and who it is for
@@ -83,7 +84,7 @@ func (p *prober) fire() {
 		// An error is of B as it is just now: its interface is gone, or the kernel
 		// refuses. Whether all that got away arrives anywhere is what counts.
 		if s.by == p.m.B {
-			_, _ = p.own.WriteToUDPAddrPort([]byte(s.token), netip.MustParseAddrPort(string(s.packet)))
+			_, _ = p.own.WriteToUDPAddrPort([]byte(s.token), s.to)
 		} else {
 			_ = s.by.Forge(s.link, s.packet)
 		}
@@ -209,7 +210,7 @@ func (p *prober) never(own netlab.Pair, transit bool) (shots []shot) {
 	}
 	for _, name := range []string{"A", "C", "D"} {
 		for _, addr := range m.Peers[name].Addresses.List() {
-			shots = append(shots, shot{by: m.B, packet: []byte(netip.AddrPortFrom(addr, 4711).String()), token: m.Lab.Token(),
+			shots = append(shots, shot{by: m.B, to: netip.AddrPortFrom(addr, 4711), token: m.Lab.Token(),
 				reason: "B to " + name + " in clear", clear: []string{name}})
 		}
 	}

@@ -23,6 +23,12 @@ func newStage(t testing.TB) *Mesh {
 	if test, ok := t.(*testing.T); ok {
 		test.Parallel()
 	}
+	return newQuietStage(t)
+}
+
+// newQuietStage is a stage for a test that measures: no other runs beside it.
+func newQuietStage(t testing.TB) *Mesh {
+	t.Helper()
 	if err := netlab.Unavailable(); err != nil {
 		t.Skip("no hosts to try the product on:", err)
 	}
