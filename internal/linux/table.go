@@ -205,6 +205,7 @@ func (c *compiler) ingress() {
 	out := c.chain("ingress_elsewhere")
 	for _, f := range families {
 		out.drop("a peer's source, not from the mesh", in("peers"+f.suffix, f.src))
+		out.drop("the host's own mesh address as a source, not from the host", in("own"+f.suffix, f.src))
 		out.drop("the host's mesh address, not from the mesh", in("own"+f.suffix, f.dst))
 		out.drop("nobody else reaches a peer", in("peers"+f.suffix, f.dst))
 		out.accept("", in("self"+f.suffix, f.dst))

@@ -246,13 +246,8 @@ func (c *comparison) mayLeave(p policy.Packet, v policy.Verdict, out string) boo
 	case policy.ExitOther:
 		return out != meshInterface && out != loopback && c.canTranslate(p, v, out)
 	case policy.ExitAny:
-		// Through a peer go this host's own packets only, and nobody else's with
-		// its address are forwarded.
-		own := slices.Contains(hostAddresses, p.Src)
-		if out == meshInterface {
-			return p.In == "" && own && !p.IsRedirect()
-		}
-		return p.In == "" || !own
+		// Through a peer go this host's own packets only.
+		return out != meshInterface || p.In == "" && slices.Contains(hostAddresses, p.Src) && !p.IsRedirect()
 	}
 	return true
 }

@@ -237,15 +237,18 @@ func (b *builder) elsewhere() {
 	in := notOn(pfconf.In, b.host.Interface)
 	own := on(pfconf.In, loopback)
 	own.Action, own.Quick, own.State, own.Flags = pfconf.Pass, true, pfconf.NoState, &pfconf.Flags{}
-	own.To = inTable(tableHost)
 	own.Label = labelPrefix + "loopback"
-	b.add(own, "this host reaches its own mesh addresses by the loopback interface, and isn't caught by the next lines")
+	to, from := own, own
+	to.To, from.From = inTable(tableHost), inTable(tableHost)
+	const why = "this host talks to its own mesh addresses, and from them, by the loopback interface, and isn't caught by the next lines"
+	b.add(to, why)
+	b.add(from, why)
 	spoofed := in
 	spoofed.From = inTable(tablePeers)
 	b.block(spoofed, "elsewhere-spoofed", "a peer's address comes from the tunnel only")
 	forged := in
-	forged.From, forged.To = inTable(tableHost), notInTable(tableLocal)
-	b.block(forged, "forged", "this host's mesh address comes from nowhere else: forwarded through a peer, such a packet would look like its own")
+	forged.From = inTable(tableHost)
+	b.block(forged, "forged", "this host's mesh address comes from nowhere else: nobody on another network poses as this host, and forwarded through a peer such a packet would look like its own")
 	toHost := in
 	toHost.To = inTable(tableHost)
 	b.block(toHost, "weak-host", "this host's mesh addresses are reached by the tunnel only: a Mac that forwards accepts them on every interface")

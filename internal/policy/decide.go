@@ -151,6 +151,8 @@ func (r *Ruleset) fromElsewhere(p *Packet) Verdict {
 	case !own && src.peer != noPeer:
 		v.Peer = int(src.peer)
 		return v.refuse(RuleSpoofed, Spoofed)
+	case !own && r.isMeshAddress(p.Src):
+		return v.refuse(RuleSpoofed, Spoofed)
 	case !own && r.isMeshAddress(p.Dst):
 		return v.refuse(RuleToHost, 0)
 	case dst.peer != noPeer && own:

@@ -159,6 +159,7 @@ func TestDecideRules(t *testing.T) {
 		{"no uplink", func(h *Host) { h.Uplink4 = "" }, Packet{In: "utun7", Src: c4, Dst: inet}, RuleNoUplink},
 		{"peer's source elsewhere", nil, Packet{In: "en5", Src: c4, Dst: inet}, RuleSpoofed},
 		{"peer's source to the host elsewhere", nil, Packet{In: "en0", Src: a4, Dst: addr("203.0.113.9")}, RuleSpoofed},
+		{"posing as the host", func(h *Host) { h.FoundForwarding.IPv4 = true }, Packet{In: "en5", Src: hostA4, Dst: inet}, RuleSpoofed},
 		{"to the host's mesh address", nil, Packet{In: "en5", Src: lan, Dst: hostA4}, RuleToHost},
 		{"to it by loopback", nil, Packet{In: "lo0", Src: hostA4, Dst: hostA4}, RuleNotOurs},
 		{"LAN to a peer", nil, Packet{In: "en5", Src: lan, Dst: c4}, RuleToPeer},
