@@ -34,8 +34,15 @@ const (
 	exitNotPermitted = 4
 )
 
-// newPlatform makes the platform of a helper that keeps its files in stateDir.
-type newPlatform func(stateDir string, log *slog.Logger) (daemon.Platform, error)
+// newPlatform makes the platform of a helper.
+type newPlatform func(platformOptions) (daemon.Platform, error)
+
+// platformOptions are what a platform is told.
+type platformOptions struct {
+	stateDir string // where its files are
+	label    string // of the service, on a Mac; "" for the usual one
+	log      *slog.Logger
+}
 
 // app is what all commands share: the way in and out of the process, and the
 // global options.

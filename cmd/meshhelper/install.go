@@ -29,6 +29,9 @@ type serviceHost struct {
 	root string
 }
 
+// logDir has what an installed helper logs, and what it says when it crashes.
+const logDir = "/var/log/meshhelper"
+
 // startTime bounds how long an installed helper may take to answer.
 const startTime = 30 * time.Second
 
@@ -54,7 +57,7 @@ in place; the mesh stays as it is.`,
 		RunE: func(c *cobra.Command, _ []string) error { return o.run(c.Context()) },
 	}
 	f := c.Flags()
-	f.StringVar(&o.label, "label", macos.DefaultLabel, "`NAME` of the service")
+	f.StringVar(&o.label, "label", macos.DefaultLabel, "`NAME` of the service and of its anchor in the packet filter")
 	f.StringVar(&o.operator, "operator", "", "`USER` who may change the mesh besides root (who runs sudo)")
 	f.Uint16Var(&o.listenPort, "listen-port", defaultListenPort, "UDP `PORT` of WireGuard")
 	f.StringVar(&o.endpoint, "endpoint", "", "`HOST[:PORT]` where peers reach this host")
@@ -100,9 +103,15 @@ func (o *installOptions) options() (*install.Options, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find this program's file: %w", err)
 	}
+	if _, err := macos.AnchorPath(o.label); err != nil {
+		return nil, usagef("--label: %v", err)
+	}
 	what := o.app.installed(o.label)
 	what.Source = source
-	what.Arguments = []string{"--platform", "darwin", "--listen-port", strconv.Itoa(int(o.listenPort))}
+	what.Arguments = []string{
+		"--platform", "darwin", "--listen-port", strconv.Itoa(int(o.listenPort)),
+		"--label", o.label, "--log-file", what.LogDir + "/helper.log",
+	}
 	if o.operator != "" {
 		what.Arguments = append(what.Arguments, "--operator", o.operator)
 	}
@@ -121,7 +130,7 @@ func (o *installOptions) options() (*install.Options, error) {
 // installed describes the service as both commands know it.
 func (a *app) installed(label string) *install.Options {
 	return &install.Options{
-		Label: label, StateDir: a.defaultStateDir("darwin"), LogDir: "/var/log/meshhelper", Socket: "/var/run/meshhelper.sock",
+		Label: label, StateDir: a.defaultStateDir("darwin"), LogDir: logDir, Socket: "/var/run/meshhelper.sock",
 		Runner: a.service.runner, Root: a.service.root,
 		Restore: func(ctx context.Context) error { return a.service.restore(ctx, a.defaultStateDir("darwin")) },
 	}

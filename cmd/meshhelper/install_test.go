@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -36,6 +37,7 @@ type macRig struct {
 
 	helper *simmac.Process // of the helper that runs, nil: none
 	stop   func()          // ends it and waits
+	said   said            // by it on stderr
 
 	stdout, stderr bytes.Buffer // of the last command
 }
@@ -67,8 +69,8 @@ func newMacRig(t *testing.T) *macRig {
 
 // app returns the command as process p of the Mac would have it.
 func (g *macRig) app(p *simmac.Process) *app {
-	platform := func(stateDir string, log *slog.Logger) (daemon.Platform, error) {
-		return macos.NewPlatform(macos.PlatformOptions{StateDir: stateDir, Runner: p, Kernel: p, CreateTUN: p.CreateTUN, Log: log})
+	platform := func(o platformOptions) (daemon.Platform, error) {
+		return macos.NewPlatform(macos.PlatformOptions{StateDir: o.stateDir, Label: o.label, Runner: p, Kernel: p, CreateTUN: p.CreateTUN, Log: o.log})
 	}
 	return &app{
 		stdin: strings.NewReader(""), stdout: &g.stdout, stderr: &g.stderr, random: rand.Reader,
@@ -77,7 +79,7 @@ func (g *macRig) app(p *simmac.Process) *app {
 		service: &serviceHost{
 			runner: p, root: g.root, executable: os.Executable,
 			restore: func(ctx context.Context, stateDir string) error {
-				made, err := platform(filepath.Join(g.root, stateDir), slog.New(slog.DiscardHandler))
+				made, err := platform(platformOptions{stateDir: filepath.Join(g.root, stateDir), log: slog.New(slog.DiscardHandler)})
 				if err != nil {
 					return err
 				}
@@ -92,17 +94,17 @@ func (g *macRig) app(p *simmac.Process) *app {
 func (g *macRig) start(j *launchd.Job) {
 	g.helper = g.mac.Process()
 	a := g.app(g.helper)
-	var talk bytes.Buffer
-	a.stdout, a.stderr = &talk, &talk
+	g.said.Reset()
+	a.stdout, a.stderr = &g.said, &g.said
 	root := newRoot(a)
-	root.SetArgs(append(j.ProgramArguments[1:], "--state-dir", filepath.Join(g.root, a.defaultStateDir("darwin"))))
+	root.SetArgs(append(j.ProgramArguments[1:], "--state-dir", filepath.Join(g.root, a.defaultStateDir("darwin")), "--log-file", filepath.Join(g.root, logDir, "helper.log")))
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- root.ExecuteContext(ctx) }()
 	g.stop = func() {
 		cancel()
 		if err := <-done; err != nil && !g.helper.Killed() {
-			g.t.Errorf("the helper ended with %v\n%s", err, talk.String())
+			g.t.Errorf("the helper ended with %v\n%s", err, g.said.String())
 		}
 	}
 }
@@ -140,6 +142,40 @@ func (g *macRig) files() (list []string) {
 		return err
 	})
 	return list
+}
+
+// log returns what the helper has logged.
+func (g *macRig) log() string {
+	g.t.Helper()
+	b, err := os.ReadFile(filepath.Join(g.root, logDir, "helper.log"))
+	if err != nil {
+		g.t.Error(err)
+	}
+	return string(b)
+}
+
+// said is a buffer that one process writes while another reads.
+type said struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (s *said) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+
+func (s *said) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
+}
+
+func (s *said) Reset() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.b.Reset()
 }
 
 // status asks the helper.
@@ -195,6 +231,10 @@ func TestInstallOnTheSimulatedMac(t *testing.T) {
 		t.Errorf("the packet filter doesn't have our part:\n%s", dump)
 	}
 
+	if log := g.log(); !strings.Contains(log, "level=INFO") || strings.Contains(g.said.String(), "level=") {
+		t.Errorf("the helper logs\n%s\nand says\n%s", log, g.said.String())
+	}
+
 	g.must("install", "--listen-port", "0") // an upgrade
 	if s := g.status(); len(s.Peers) != 1 || !s.Peers[0].Permissions.Routing.Allowed {
 		t.Errorf("the mesh didn't survive the upgrade: %+v", s.Peers)
@@ -237,6 +277,26 @@ func TestUninstallAfterACrash(t *testing.T) {
 	}
 	if files := g.files(); files != nil {
 		t.Errorf("left on the disk: %q", files)
+	}
+}
+
+// A label names the service, its files and the anchor, and all of it goes again.
+func TestInstallWithLabel(t *testing.T) {
+	g := newMacRig(t)
+	found := g.mac.Dump()
+	g.must("install", "--listen-port", "0", "--label", "org.example.mesh")
+	g.must("peer", "add", "phone", "--allow", "routing")
+	if dump := g.mac.Dump(); !strings.Contains(dump, "[com.apple/org.example.mesh]") || strings.Contains(dump, "org.meshhelper]") {
+		t.Errorf("the anchor isn't named after the label:\n%s", dump)
+	}
+	g.must("uninstall", "--purge", "--label", "org.example.mesh")
+	if diff := cmp.Diff(found, g.mac.Dump()); diff != "" {
+		t.Errorf("not as found (-found +left):\n%s", diff)
+	}
+	for _, bad := range []string{"", "_pf", "a/b", strings.Repeat("x", 64)} {
+		if status := g.run("install", "--listen-port", "0", "--label", bad); status != exitUsage || !strings.Contains(g.stderr.String(), "--label") {
+			t.Errorf("label %q: exit status %d\n%s", bad, status, g.stderr.String())
+		}
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -43,7 +42,7 @@ func withFake(p map[string]newPlatform) map[string]newPlatform {
 
 // newFake returns a host that fails a step while the file FAULTS/step is there,
 // with the text of the file.
-func newFake(string, *slog.Logger) (daemon.Platform, error) {
+func newFake(platformOptions) (daemon.Platform, error) {
 	h := platformtest.New()
 	dir := os.Getenv("FAULTS")
 	h.SetFault(func(step string) error {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"log/slog"
 	"os"
 
 	"github.com/meshhelper/meshhelper/darwin"
@@ -13,9 +12,9 @@ import (
 // platforms returns the platforms of this build.
 func platforms() map[string]newPlatform {
 	return map[string]newPlatform{
-		"darwin": func(stateDir string, log *slog.Logger) (daemon.Platform, error) {
+		"darwin": func(o platformOptions) (daemon.Platform, error) {
 			return macos.NewPlatform(macos.PlatformOptions{
-				StateDir: stateDir, Runner: darwin.Exec{}, Kernel: darwin.System{}, Log: log,
+				StateDir: o.stateDir, Label: o.label, Runner: darwin.Exec{}, Kernel: darwin.System{}, Log: o.log,
 			})
 		},
 	}

@@ -19,6 +19,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/logfile"
 	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
@@ -28,11 +29,14 @@ type runOptions struct {
 	app *app
 
 	stateDir, platform, iface, endpoint, operator string
+	label, logFile                                string
 	prefix4, prefix6                              string
 	listenPort                                    uint16
 	addresses, dns                                []string
 	debug                                         bool
 	tick, wait                                    time.Duration
+
+	log *slog.Logger // set by openLog
 }
 
 // defaultListenPort is the UDP port of WireGuard by custom.
@@ -72,12 +76,28 @@ than starting.`,
 	f.StringVar(&o.operator, "operator", "", "`USER` who may change the mesh besides root")
 	f.DurationVar(&o.tick, "tick", daemon.DefaultTick, "look at the host this often, besides when it reports a change")
 	f.DurationVar(&o.wait, "wait", daemon.DefaultWait, "how long a command waits for its change to be in force")
+	f.StringVar(&o.label, "label", "", "`NAME` of the service, and of the anchor in the packet filter of a Mac")
+	f.StringVar(&o.logFile, "log-file", "", "log to `FILE`, and put it away when it is full (stderr)")
 	f.BoolVar(&o.debug, "debug", false, "log more")
 	return c
 }
 
 // runHelper wires the helper and runs it until ctx ends.
 func runHelper(ctx context.Context, o *runOptions) error {
+	closeLog, err := o.openLog()
+	if err != nil {
+		return err
+	}
+	defer closeLog()
+	err = o.help(ctx)
+	if err != nil && o.logFile != "" {
+		o.log.Error("the helper ends", "error", err) // stderr says it, too, if anybody reads that
+	}
+	return err
+}
+
+// help is runHelper with a log.
+func (o *runOptions) help(ctx context.Context) error {
 	name, make, err := o.choose()
 	if err != nil {
 		return err
@@ -104,7 +124,7 @@ func (o *runOptions) serve(ctx context.Context, d *daemon.Daemon, access api.Acc
 	if err != nil {
 		return err
 	}
-	server := api.NewServer(api.ServerOptions{Listener: l, Service: d, Access: access, Logger: o.logger()})
+	server := api.NewServer(api.ServerOptions{Listener: l, Service: d, Access: access, Logger: o.log})
 	o.app.talk("meshhelper %s answers on %s", versionText(), o.app.socket)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return server.Run(ctx) })
@@ -154,7 +174,7 @@ func (o *runOptions) daemon(name string, make newPlatform) (*daemon.Daemon, erro
 		o.stateDir = o.app.defaultStateDir(name)
 	}
 	opts := daemon.Options{
-		PlatformName: name, StateDir: o.stateDir, Logger: o.logger(), Version: versionText(),
+		PlatformName: name, StateDir: o.stateDir, Logger: o.log, Version: versionText(),
 		Interface: o.iface, ListenPort: o.listenPort, Languages: languages,
 		Tick: o.tick, Wait: o.wait,
 	}
@@ -162,7 +182,7 @@ func (o *runOptions) daemon(name string, make newPlatform) (*daemon.Daemon, erro
 		return nil, err
 	}
 	var err error
-	if opts.Platform, err = make(o.stateDir, o.logger().With("part", name)); err != nil {
+	if opts.Platform, err = make(platformOptions{stateDir: o.stateDir, label: o.label, log: o.log.With("part", name)}); err != nil {
 		return nil, o.withHint(err)
 	}
 	d, err := daemon.New(opts)
@@ -238,10 +258,34 @@ func (o *runOptions) access() (api.Access, error) {
 	return a, nil
 }
 
-func (o *runOptions) logger() *slog.Logger {
+// oldLogs is how many full log files are kept.
+const oldLogs = 3
+
+// openLog sets o.log, and returns what closes it. A log that can't be written
+// doesn't keep the helper from starting.
+func (o *runOptions) openLog() (closeLog func() error, err error) {
 	level := slog.LevelInfo
 	if o.debug {
 		level = slog.LevelDebug
 	}
-	return slog.New(slog.NewTextHandler(o.app.stderr, &slog.HandlerOptions{Level: level}))
+	out := o.app.stderr
+	closeLog = func() error { return nil }
+	if o.logFile != "" {
+		f, err := logfile.New(logfile.Options{
+			Path: o.logFile, Keep: oldLogs,
+			Failed: func(err error) { o.app.talk("meshhelper: %v", err) },
+		})
+		if err != nil {
+			return nil, usagef("--log-file: %v", err)
+		}
+		out, closeLog = f, f.Close
+		// Nobody else empties the file that launchd makes of stderr.
+		if h, ok := o.app.stderr.(*os.File); ok {
+			if err := logfile.Bound(h, logfile.DefaultMaxSize); err != nil {
+				o.app.talk("meshhelper: bound stderr: %v", err)
+			}
+		}
+	}
+	o.log = slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: level}))
+	return closeLog, nil
 }

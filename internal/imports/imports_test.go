@@ -28,6 +28,7 @@ var rooms = map[string][]string{
 	"internal/guard":     {"internal/flow", "internal/policy"},
 	"internal/imports":   {},
 	"internal/install":   {"launchd"},
+	"internal/logfile":   {},
 	"internal/linux":     {"internal/platform", "internal/policy"},
 	"internal/macos":     {"darwin", "internal/platform", "internal/policy", "pfconf"},
 	"internal/netlab":    {all},
