@@ -38,6 +38,12 @@ func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (platform.Rep
 	if err := p.inspectFilter(ctx, r, drift); err != nil {
 		return report, err
 	}
+	obstacles, err := p.obstacles(ctx, r)
+	if err != nil {
+		return report, named(StepAnchor, err)
+	}
+	// Enforcing again repairs them only by closing, which is what must happen.
+	report.Drift = append(report.Drift, obstacles...)
 	need := forwardingFor(r)
 	for _, f := range []struct {
 		family     darwin.Family
@@ -47,9 +53,12 @@ func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (platform.Rep
 			drift(StepForwarding, fmt.Sprintf("forwarding of %v is off", f.family))
 		}
 	}
-	problems, err := p.problems(ctx, n, r)
-	report.Problems = append(report.Problems, problems...)
-	return report, err
+	if len(obstacles) > 0 {
+		report.Problems = append(report.Problems, obstacles...)
+		return report, nil
+	}
+	report.Problems = append(report.Problems, p.problems(ctx, n, r)...)
+	return report, nil
 }
 
 // takenRoutes are the peers that can't be reached because somebody else has a
@@ -106,16 +115,15 @@ func (p *Platform) inspectFilter(ctx context.Context, r *policy.Ruleset, drift f
 }
 
 // problems are what others have in the packet filter that stands in our way.
-func (p *Platform) problems(ctx context.Context, n *darwin.Network, r *policy.Ruleset) ([]platform.Problem, error) {
-	out, err := p.obstacles(ctx, r)
-	if err != nil || len(out) > 0 || p.loaded == nil {
-		return out, named(StepAnchor, err)
+func (p *Platform) problems(ctx context.Context, n *darwin.Network, r *policy.Ruleset) (out []platform.Problem) {
+	if p.loaded == nil {
+		return nil
 	}
 	found, err := p.foreign(ctx, n, r)
 	if err != nil {
 		// Ours is in force all the same.
 		return []platform.Problem{{Step: StepAnchor, Message: "the rules of other software can't be judged: " + err.Error(),
-			Hint: "look at them: sudo pfctl -s rules; sudo pfctl -s nat"}}, nil
+			Hint: "look at them: sudo pfctl -s rules; sudo pfctl -s nat"}}
 	}
 	for _, f := range found[:min(len(found), maxForeign)] {
 		hint := "see what software loads it, and whether you want it to"
@@ -124,7 +132,7 @@ func (p *Platform) problems(ctx context.Context, n *darwin.Network, r *policy.Ru
 		}
 		out = append(out, platform.Problem{Step: StepAnchor, Message: f.String(), Hint: hint})
 	}
-	return out, nil
+	return out
 }
 
 // maxForeign is how many foreign rules are told of at a time.
