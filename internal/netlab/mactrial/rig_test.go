@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"path/filepath"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -42,8 +41,16 @@ type rig struct {
 	mac *simmac.Mac
 	dir string
 
-	// onStep is called after each command that may have changed the Mac.
+	// onStep is called after each step of the helper, which waits; steps is how many
+	// there were then.
 	onStep func()
+	steps  int
+	// probing is held while packets are sent and onStep changes.
+	probing sync.Mutex
+	// dead ends what waits for a helper that was killed.
+	dead   context.Context
+	buried context.CancelFunc
+	rounds atomic.Int64 // of the daemon's loop
 	// tick is how often the daemon looks; sleeps are seen then.
 	tick time.Duration
 
@@ -117,19 +124,28 @@ func (s stepping) Run(ctx context.Context, stdin []byte, path string, args ...st
 }
 
 func (g *rig) step() {
-	if g.onStep != nil {
+	g.probing.Lock()
+	defer g.probing.Unlock()
+	if steps := len(g.proc.Steps()); g.onStep != nil && steps != g.steps {
+		g.steps = steps
 		g.onStep()
 	}
+}
+
+// watchSteps sets onStep.
+func (g *rig) watchSteps(f func()) {
+	g.probing.Lock()
+	defer g.probing.Unlock()
+	g.onStep = f
 }
 
 // begin makes a process whose daemon isn't running yet.
 func (g *rig) begin() error {
 	g.proc = g.mac.Process()
+	g.dead, g.buried = context.WithCancel(context.Background())
 	log := slog.New(slog.DiscardHandler)
 	platform, err := macos.NewPlatform(macos.PlatformOptions{
-		StateDir: g.dir, Runner: stepping{g.proc, g.step}, Kernel: g.proc, CreateTUN: g.createTUN, Log: log,
-		Step: func(string) { g.step() },
-	})
+		StateDir: g.dir, Runner: stepping{g.proc, g.step}, Kernel: g.proc, CreateTUN: g.createTUN, Log: log})
 	if err != nil {
 		return err
 	}
@@ -151,20 +167,30 @@ func (g *rig) start() {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- d.Run(ctx) }()
+	go bury(g.dead, proc, g.buried)
 	g.stop = func() {
 		cancel()
 		err := errors.Join(<-ended, d.Close())
 		if err != nil && !proc.Killed() {
 			g.t.Errorf("the helper ended with %v", err)
 		}
+		g.buried()
 		g.stop, g.d = nil, nil
 	}
 	g.wait("the helper enforces", func() bool { return proc.Killed() || d.Status().State == api.Enforcing })
 	g.own = d.Status().Addresses
 }
 
-// settled reports whether the helper enforces what is wanted, and has looked at
-// the host since.
+// bury calls off what waits for a process once it was killed.
+func bury(ctx context.Context, proc *simmac.Process, buried func()) {
+	for ctx.Err() == nil {
+		if time.Sleep(time.Millisecond); proc.Killed() {
+			buried()
+		}
+	}
+}
+
+// wait waits until something is so.
 func (g *rig) wait(what string, done func() bool) {
 	g.t.Helper()
 	for until := time.Now().Add(generous); !done(); time.Sleep(time.Millisecond) {
@@ -197,7 +223,7 @@ func (g *rig) try(name string, may policy.Permissions) error {
 	for _, p := range policy.AllPermissions {
 		c[p.String()] = api.PermissionChange{Allowed: may.Has(p)}
 	}
-	_, err := g.d.ChangePeer(g.t.Context(), name, api.PeerChange{Permissions: c})
+	_, err := g.d.ChangePeer(g.dead, name, api.PeerChange{Permissions: c})
 	return err
 }
 
@@ -259,17 +285,6 @@ func nameOf(n *darwin.Network, index int) string {
 	return ""
 }
 
-// withoutTokens is a dump without the lines that a test's own doing changes.
-func bystanders(dump string) string {
-	var b strings.Builder
-	for line := range strings.Lines(dump) {
-		if !strings.HasPrefix(line, "pf enabled") {
-			b.WriteString(line)
-		}
-	}
-	return b.String()
-}
-
 // a tap is a utun device that remembers what became of what was written to it.
 type tap struct {
 	tun.Device
@@ -314,13 +329,18 @@ func (g *rig) newTunnel(dev tun.Device, _ wireguard.PrivateKey, _ uint16) (daemo
 	return g.wg, nil
 }
 
-func (w *tunnel) Sync([]wireguard.Peer) error { return nil }
-func (w *tunnel) ListenPort() uint16          { return 51820 }
-func (w *tunnel) Done() <-chan struct{}       { return w.done }
+// Sync is called once in every round of the daemon's loop.
+func (w *tunnel) Sync([]wireguard.Peer) error {
+	w.rig.rounds.Add(1)
+	return nil
+}
+func (w *tunnel) ListenPort() uint16    { return 51820 }
+func (w *tunnel) Done() <-chan struct{} { return w.done }
 func (w *tunnel) Rebind(context.Context) error {
 	w.rig.binds.Add(1)
 	return nil
 }
+
 func (w *tunnel) Stats() (map[wireguard.PublicKey]wireguard.PeerStats, error) { return nil, nil }
 
 // Close ends the device, as WireGuard's does. It also is what WireGuard does when

@@ -1,0 +1,181 @@
+package mactrial
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// life starts a helper, widens, narrows and stops it, while everything that must not
+// pass is sent between its steps. It ends early where the helper is
+// killed.
+func (g *rig) life(l *leakage, when string) {
+	g.t.Helper()
+	var more []policy.Packet
+	g.watchSteps(func() {
+		l.probe(g, when, more...)
+		if g.tun != nil {
+			l.forwards(g, when)
+		}
+	})
+	g.start()
+	for _, change := range []struct {
+		peer string
+		may  policy.Permissions
+	}{{"C", policy.Routing}, {"A", everything}, {"C", 0}, {"A", policy.Incoming | policy.Routing}, {"A", policy.Incoming}} {
+		if g.try(change.peer, change.may) != nil {
+			break
+		}
+		g.probing.Lock()
+		if more = nil; change.peer == "C" && change.may == 0 || len(more) > 0 {
+			more = []policy.Packet{g.opening(g.tun.name, g.peers["C"][0], server[0], protos[0]), g.opening(g.tun.name, g.peers["C"][1], server[1], protos[1])}
+		}
+		g.probing.Unlock()
+	}
+	g.stop()
+}
+
+// TestKilledAtEveryStep kills the helper before and after each of its steps of start,
+// change and stop. Nothing leaks before, while it is dead, or when the next one
+// starts; that one enforces the table, and leaves the Mac as it was found.
+func TestKilledAtEveryStep(t *testing.T) {
+	g := newRig(t)
+	found := g.mac.Dump()
+	g.tick = time.Hour
+	g.start()
+	g.add("A", "own")
+	g.add("C", "external")
+	g.permit("A", policy.Incoming)
+	g.stop()
+	g.asFound(found)
+
+	l, j := &leakage{}, &judge{g: g}
+	g.must(g.begin())
+	p := g.proc
+	g.life(l, "a life without a kill")
+	steps := len(p.Steps())
+	g.asFound(found)
+	kills, missed := 0, 0
+	for n := 1; n <= steps; n++ {
+		for _, after := range []bool{false, true} {
+			g.must(g.begin())
+			p = g.proc
+			p.KillAt(n, after)
+			when := fmt.Sprintf("killed at step %d of %d (after it: %v)", n, steps, after)
+			g.life(l, when)
+			if !p.Killed() {
+				missed++
+				continue
+			}
+			kills++
+			g.watchSteps(nil)
+			l.mustNotPass(g, when+", dead")
+			g.watchSteps(func() { l.probe(g, when+", starting again") })
+			g.start()
+			g.watchSteps(nil)
+			for peer, may := range map[string]policy.Permissions{"A": everything, "C": policy.Routing} {
+				g.permit(peer, may)
+			}
+			j.few(g.rules(g.may, policy.Families{}))
+			g.permit("C", 0)
+			g.permit("A", policy.Incoming)
+			g.watchSteps(func() { l.probe(g, when+", stopping") })
+			g.stop()
+			g.watchSteps(nil)
+			g.asFound(found)
+			if t.Failed() {
+				t.Fatalf("%s: %v", when, p.Steps())
+			}
+		}
+	}
+	if kills < 40 {
+		t.Errorf("only %d kills", kills)
+	}
+	t.Logf("killed %d times at %d steps (%d not reached), %d packets that must not pass: %d leaks; %d verdicts after it, %d differences",
+		kills, steps, missed, l.sent, l.leaks, j.verdicts, j.differences)
+}
+
+// few asks some of all.
+func (j *judge) few(r *policy.Ruleset) {
+	j.g.t.Helper()
+	g := j.g
+	for family := range 2 {
+		for _, proto := range protos {
+			c, a := g.peers["C"][family], g.peers["A"][family]
+			j.ask(r, g.opening(g.tun.name, c, server[family], proto))
+			j.ask(r, g.opening(g.tun.name, c, a, proto))
+			j.ask(r, g.opening(g.tun.name, c, printer[family], proto))
+			j.ask(r, g.opening(g.tun.name, c, g.own[family], proto))
+			j.ask(r, g.opening(g.tun.name, a, printer[family], proto))
+			j.ask(r, g.opening(uplink, server[family], c, proto))
+			j.ask(r, g.opening(lan, printer[family], g.own[family], proto))
+			j.ask(r, g.opening("", g.own[family], c, proto))
+		}
+	}
+}
+
+// TestBoot cuts the power while the helper routes: after the boot the next one
+// enforces, with nothing of the old boot's in its way, and leaves what it found.
+func TestBoot(t *testing.T) {
+	g := newRig(t)
+	g.start()
+	g.add("A", "own")
+	g.add("C", "external")
+	g.add("D", "own")
+	g.permit("A", everything)
+	g.permit("C", policy.Routing)
+	g.proc.Kill()
+	g.stop()
+	for _, err := range g.mac.Boot() {
+		t.Error(err)
+	}
+	g.must(g.mac.LoadAnchor(foreignAnchor, foreignRules))
+	g.addVPN()
+	found := g.mac.Dump()
+	l := &leakage{}
+	g.watchSteps(func() { l.probe(g, "starting after a boot") })
+	g.start()
+	g.watchSteps(nil)
+	j := &judge{g: g}
+	j.all(g.rules(g.may, policy.Families{}))
+	g.stop()
+	g.asFound(found)
+	t.Logf("%d packets that must not pass, %d leaks; %d verdicts, %d differences", l.sent, l.leaks, j.verdicts, j.differences)
+}
+
+// TestInternetSharing runs the helper on a Mac that shares its internet already, and
+// so forwards: its guests are left alone, and so is all that it has loaded.
+func TestInternetSharing(t *testing.T) {
+	g := newRig(t)
+	g.must(g.mac.InternetSharing(uplink))
+	found := g.mac.Dump()
+	l := &leakage{}
+	g.start()
+	g.add("A", "own")
+	g.add("C", "external")
+	g.add("D", "own")
+	g.stop()
+	g.asFound(found)
+	g.watchSteps(func() {
+		// Until the filter is in force the Mac forwards what it did before; nothing of
+		// it may reach a peer.
+		if strings.Contains(g.mac.Dump(), "["+anchor+"]") {
+			l.probe(g, "starting while Internet Sharing is on")
+		}
+	})
+	g.start()
+	g.watchSteps(nil)
+	j := &judge{g: g}
+	for may := policy.Permissions(0); may <= everything; may++ {
+		g.permit("A", everything&^may)
+		g.permit("C", may)
+		j.all(g.rules(g.may, policy.Families{IPv4: true}))
+	}
+	g.permit("A", 0)
+	g.stop()
+	g.asFound(found)
+	t.Logf("%d packets that must not pass, %d leaks; %d verdicts, %d differences", l.sent, l.leaks, j.verdicts, j.differences)
+}
