@@ -37,6 +37,9 @@ type Client struct {
 // NewClient returns a client for the socket at path. Nothing is opened yet.
 func NewClient(path string) *Client {
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		if err := CheckSocketPath(path); err != nil {
+			return nil, err
+		}
 		d := net.Dialer{Timeout: dialTimeout}
 		return d.DialContext(ctx, "unix", path)
 	}
