@@ -85,15 +85,14 @@ type loader struct {
 
 // loaderShared is what an inline anchor has in common with what is around it.
 type loaderShared struct {
-	order      bool // require-order
-	stage      stage
-	ifBound    bool
-	blockAll   bool // block-policy return
-	rules      int
-	braces     int
-	depth      int
-	anchors    []LoadedAnchor
-	usedTables map[string]bool
+	order    bool // require-order
+	stage    stage
+	ifBound  bool
+	blockAll bool // block-policy return
+	rules    int
+	braces   int
+	depth    int
+	anchors  []LoadedAnchor
 }
 
 // A stage is a section of a ruleset; they have to come in this order.

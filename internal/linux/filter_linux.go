@@ -292,9 +292,8 @@ func nftElements(es []element) []nftables.SetElement {
 
 // change is what one set gains and loses.
 type change struct {
-	set           *set
-	add, lose     []element
-	wholeInterval bool
+	set       *set
+	add, lose []element
 }
 
 // difference returns what has to change in the sets to make b out of a, and

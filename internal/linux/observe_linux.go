@@ -137,9 +137,7 @@ func (o observer) routing(family int, names map[int]string) (hostRouting, error)
 		return h, fmt.Errorf("list routes: %w", err)
 	}
 	for _, r := range routes {
-		for _, e := range entries(family, r, names) {
-			h.tables[r.Table] = append(h.tables[r.Table], e)
-		}
+		h.tables[r.Table] = append(h.tables[r.Table], entries(family, r, names)...)
 	}
 	return h, nil
 }
