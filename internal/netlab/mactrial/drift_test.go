@@ -204,3 +204,27 @@ func TestDrift(t *testing.T) {
 	t.Logf("%d happenings: %d packets that must not pass, %d leaks; %d verdicts after them, %d differences",
 		len(happenings), l.sent, l.leaks, verdicts, differences)
 }
+
+// TestLooksSeeALeak overwrites our anchor before the helper looks: pf alone must be
+// seen to leak, or the other tests would prove nothing, and the guard to hold.
+func TestLooksSeeALeak(t *testing.T) {
+	g := newRig(t)
+	g.tick = time.Hour
+	g.start()
+	g.add("A", "own")
+	g.add("C", "external")
+	g.permit("C", policy.Routing)
+	g.must(g.mac.LoadAnchor(anchor, "pass quick all\n"))
+	passed := 0
+	for _, p := range g.never() {
+		if g.open(alone, p).at != "" {
+			passed++
+		}
+	}
+	if passed == 0 {
+		t.Error("pf passes everything, but nothing was seen to pass")
+	}
+	l := &leakage{}
+	l.mustNotPass(g, "the guard alone")
+	t.Logf("pf alone passed %d of %d, the guard %d", passed, len(g.never()), l.leaks)
+}
