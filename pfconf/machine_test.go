@@ -883,7 +883,8 @@ func TestRandComesFromOutside(t *testing.T) {
 		_ = m.Enable()
 		return m.Send(udp("100.64.0.5", 1, "198.51.100.1", 2), "en0").Out.Packet.SrcPort
 	}
-	if port(1) != port(1) || port(1) == port(2) && port(1) == port(3) {
+	first, again := port(1), port(1)
+	if first != again || port(1) == port(2) && port(1) == port(3) {
 		t.Error("ports don't follow the source of randomness")
 	}
 }

@@ -44,7 +44,7 @@ func ParseInfo(text string) (*Info, error) {
 		}
 	}
 	if !found {
-		return nil, errors.New("read pf's status: no line with Status:")
+		return nil, errors.New("read pf's status: no line of Status")
 	}
 	info.States = info.Counters["State Table"]["current entries"]
 	return info, nil

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"reflect"
 	"slices"
 	"strings"
@@ -13,6 +14,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
 
 const (
@@ -193,7 +195,8 @@ func (l *loop) hold(ctx context.Context, doc *document) error {
 	}
 	// A peer more in the tunnel opens nothing before the filter knows it, and one
 	// that the tunnel doesn't take is no reason to close for the others.
-	l.refused = l.tunnel.Sync(l.d.tunnelPeers(doc))
+	peers := l.d.tunnelPeers(doc)
+	l.refused = l.tunnel.Sync(l.withoutHeirs(peers))
 	if l.held == doc.Generation && reflect.DeepEqual(host, l.host) {
 		return l.check(ctx)
 	}
@@ -208,8 +211,23 @@ func (l *loop) hold(ctx context.Context, doc *document) error {
 	if err := l.enforce(ctx, r); err != nil {
 		return err
 	}
+	l.refused = l.tunnel.Sync(peers)
 	l.held = doc.Generation
 	return nil
+}
+
+// withoutHeirs leaves out the peers that take over another's address: what is
+// enforced still gives that address the other's permissions.
+func (l *loop) withoutHeirs(peers []wireguard.Peer) []wireguard.Peer {
+	if l.current == nil {
+		return peers
+	}
+	return slices.DeleteFunc(slices.Clone(peers), func(p wireguard.Peer) bool {
+		return slices.ContainsFunc(p.Addresses.List(), func(a netip.Addr) bool {
+			i, taken := l.current.PeerByAddr(a)
+			return taken && l.current.Peers()[i].ID != policy.PeerID(p.PublicKey)
+		})
+	})
 }
 
 // enforce makes r hold, whole: the guard first, so that nothing passes by the

@@ -593,3 +593,28 @@ func TestStopWhileWaiting(t *testing.T) {
 		r.host.SetFault(nil)
 	})
 }
+
+// TestHeir gives a peer's address to another key. While the old permissions of
+// the address are still in force, neither key may be in the tunnel.
+func TestHeir(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		_, err := r.d.AddPeer(t.Context(), api.NewPeer{Name: "phone", PublicKey: keyOf("old"), Addresses: []string{"100.64.9.9"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.mustAllow("phone", "routing", "")
+		during := -1
+		r.host.SetFault(func(step string) error {
+			if step == "enforce" {
+				during = r.tunnel.count()
+			}
+			return nil
+		})
+		if _, err := r.d.ChangePeer(t.Context(), "phone", api.PeerChange{PublicKey: keyOf("new")}); err != nil {
+			t.Fatal(err)
+		}
+		if after := r.tunnel.count(); during != 0 || after != 1 {
+			t.Errorf("%d peers in the tunnel while the change is enforced and %d after it, want 0 and 1", during, after)
+		}
+	})
+}

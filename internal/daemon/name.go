@@ -19,7 +19,7 @@ func checkName(name string) error {
 	for _, c := range []byte(name) {
 		letter := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
 		if !letter && !strings.ContainsRune("-_.", rune(c)) {
-			return fmt.Errorf("name %q has a character other than letters, digits, -, _ and .", name)
+			return fmt.Errorf("name %q has a character other than letters, digits, dots, hyphens and underscores", name)
 		}
 	}
 	if name[0] == '-' || name[0] == '.' {

@@ -271,3 +271,9 @@ func (f *fakeTunnel) Close() {
 		f.dev.Close()
 	})
 }
+
+func (f *fakeTunnel) count() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.peers)
+}

@@ -91,27 +91,6 @@ func (f *forwarding) found6() bool {
 	return err == nil && v != "0"
 }
 
-// transit4 lists the interfaces that forwarded IPv4 by a flag of their own
-// before we came, although the host as a whole didn't.
-func (f *forwarding) transit4(mesh string) []string {
-	if f.found4() {
-		return nil // the host as a whole did
-	}
-	names, _ := f.sys.interfaces("ipv4")
-	var out []string
-	for _, n := range names {
-		if n == "all" || n == "default" || n == mesh {
-			continue
-		}
-		name := conf("ipv4", n, "forwarding")
-		if v, err := f.sys.read(name); err == nil && v != "0" && f.j.find(name) == nil {
-			out = append(out, n)
-		}
-	}
-	slices.Sort(out)
-	return out
-}
-
 // apply makes forwarding be as needed. First what is to be changed goes to disk;
 // then accept_ra, without which the kernel forgets the advertised default route
 // the moment it forwards; then forwarding.

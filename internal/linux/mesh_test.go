@@ -11,8 +11,6 @@ var (
 	own4, own6 = netip.MustParseAddr("100.64.0.1"), netip.MustParseAddr("fd6d:6573:6800::1")
 	ann4, ann6 = netip.MustParseAddr("100.64.0.10"), netip.MustParseAddr("fd6d:6573:6800::10")
 	bob4, bob6 = netip.MustParseAddr("100.64.0.11"), netip.MustParseAddr("fd6d:6573:6800::11")
-	nobody4    = netip.MustParseAddr("100.64.0.99")
-	nobody6    = netip.MustParseAddr("fd6d:6573:6800::99")
 )
 
 // testMTU is the mesh interface's, as wg-quick chooses it.

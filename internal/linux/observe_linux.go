@@ -201,3 +201,17 @@ func (o observer) routes(h hostRouting) []policy.Route {
 	})
 	return slices.Compact(out)
 }
+
+// chosen returns the routes of all tables that some rule chooses, each once.
+func (h hostRouting) chosen() []routeEntry {
+	var out []routeEntry
+	seen := map[int]bool{}
+	for _, rule := range h.rules {
+		if seen[rule.table] {
+			continue
+		}
+		seen[rule.table] = true
+		out = append(out, h.tables[rule.table]...)
+	}
+	return out
+}

@@ -22,6 +22,10 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
+// sysctlRoot is where the kernel shows the network's sysctls of the network
+// namespace of whoever looks.
+const sysctlRoot = "/proc/sys/net"
+
 // Platform makes this Linux host enforce rulesets. Its methods but Watch are
 // called from one goroutine at a time. It belongs to the network namespace of the
 // thread that called [New] and [Platform.Open].
@@ -434,4 +438,25 @@ func (p *Platform) removeInterface() error {
 	}
 	p.dev = nil
 	return err
+}
+
+// transit4 lists the interfaces that forwarded IPv4 by a flag of their own
+// before we came, although the host as a whole didn't.
+func (f *forwarding) transit4(mesh string) []string {
+	if f.found4() {
+		return nil // the host as a whole did
+	}
+	names, _ := f.sys.interfaces("ipv4")
+	var out []string
+	for _, n := range names {
+		if n == "all" || n == "default" || n == mesh {
+			continue
+		}
+		name := conf("ipv4", n, "forwarding")
+		if v, err := f.sys.read(name); err == nil && v != "0" && f.j.find(name) == nil {
+			out = append(out, n)
+		}
+	}
+	slices.Sort(out)
+	return out
 }

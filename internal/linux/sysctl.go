@@ -8,10 +8,6 @@ import (
 	"strings"
 )
 
-// sysctlRoot is where the kernel shows the network's sysctls of the network
-// namespace of whoever looks.
-const sysctlRoot = "/proc/sys/net"
-
 // splitSysctl takes apart the name of a sysctl of one interface (or all, or
 // default), such as ipv6/conf/eth0/accept_ra, and reports whether it is one that
 // this package changes.

@@ -54,20 +54,6 @@ func (h hostRouting) uplink(ignored string) string {
 	return ""
 }
 
-// chosen returns the routes of all tables that some rule chooses, each once.
-func (h hostRouting) chosen() []routeEntry {
-	var out []routeEntry
-	seen := map[int]bool{}
-	for _, rule := range h.rules {
-		if seen[rule.table] {
-			continue
-		}
-		seen[rule.table] = true
-		out = append(out, h.tables[rule.table]...)
-	}
-	return out
-}
-
 // global is what IANA has given out of IPv6's space for use on the internet.
 var global = netip.MustParsePrefix("2000::/3")
 

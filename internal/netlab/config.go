@@ -3,7 +3,6 @@ package netlab
 import (
 	"bufio"
 	"encoding/base64"
-	"encoding/hex"
 	"fmt"
 	"net/netip"
 	"strconv"
@@ -153,29 +152,6 @@ func parsePrefix(s string) (netip.Prefix, error) {
 func parseUint16(s string) (uint16, error) {
 	v, err := strconv.ParseUint(s, 10, 16)
 	return uint16(v), err
-}
-
-// uapi is the configuration in the words of the configuration protocol,
-// https://www.wireguard.com/xplatform/.
-func (c Config) uapi() string {
-	var b strings.Builder
-	set := func(name string, value any) { fmt.Fprintf(&b, "%s=%v\n", name, value) }
-	set("private_key", hex.EncodeToString(c.PrivateKey[:]))
-	set("listen_port", c.ListenPort)
-	set("replace_peers", true)
-	for _, p := range c.Peers {
-		set("public_key", hex.EncodeToString(p.PublicKey[:]))
-		set("preshared_key", hex.EncodeToString(p.PresharedKey[:]))
-		if p.Endpoint.IsValid() {
-			set("endpoint", p.Endpoint)
-		}
-		set("persistent_keepalive_interval", p.Keepalive)
-		set("replace_allowed_ips", true)
-		for _, a := range p.AllowedIPs {
-			set("allowed_ip", a)
-		}
-	}
-	return b.String()
 }
 
 // String is the configuration as wg-quick(8) reads it.

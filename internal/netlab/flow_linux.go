@@ -159,6 +159,7 @@ func (f *Flow) Finish(timeout time.Duration) (forth, back int) {
 	// writer for ever.
 	stuck := time.AfterFunc(timeout, f.cancel)
 	f.sending.Lock()
+	//lint:ignore SA2001 having the lock is what is waited for
 	f.sending.Unlock()
 	stuck.Stop()
 	for deadline := time.Now().Add(timeout); time.Now().Before(deadline); time.Sleep(probeRetry / 10) {

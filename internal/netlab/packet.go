@@ -147,14 +147,6 @@ func (p *Packet) transport(rest []byte) {
 	p.SrcPort, p.DstPort = binary.BigEndian.Uint16(rest), binary.BigEndian.Uint16(rest[2:])
 }
 
-// isEcho says whether an ICMP message is an echo request or reply.
-func (p Packet) isEcho() bool {
-	if p.Proto == protoICMPv6 {
-		return p.Type == echoRequest6 || p.Type == echoReply6
-	}
-	return p.Type == echoRequest4 || p.Type == echoReply4
-}
-
 // announcedMSS finds the maximum segment size among TCP options (RFC 9293, 3.2).
 func announcedMSS(options []byte) int {
 	for len(options) >= 2 {

@@ -192,3 +192,11 @@ func control(conn syscall.Conn, f func(fd int) error) error {
 	}
 	return failed
 }
+
+// isEcho says whether an ICMP message is an echo request or reply.
+func (p Packet) isEcho() bool {
+	if p.Proto == protoICMPv6 {
+		return p.Type == echoRequest6 || p.Type == echoReply6
+	}
+	return p.Type == echoRequest4 || p.Type == echoReply4
+}

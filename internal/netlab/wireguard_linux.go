@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"crypto/ecdh"
 	"crypto/rand"
+	"encoding/hex"
 	"fmt"
 	"net"
 	"net/netip"
@@ -219,4 +220,27 @@ func (k Key) PublicKey() Key {
 		panic("netlab: 32 bytes are an X25519 key: " + err.Error())
 	}
 	return Key(private.PublicKey().Bytes())
+}
+
+// uapi is the configuration in the words of the configuration protocol,
+// https://www.wireguard.com/xplatform/.
+func (c Config) uapi() string {
+	var b strings.Builder
+	set := func(name string, value any) { fmt.Fprintf(&b, "%s=%v\n", name, value) }
+	set("private_key", hex.EncodeToString(c.PrivateKey[:]))
+	set("listen_port", c.ListenPort)
+	set("replace_peers", true)
+	for _, p := range c.Peers {
+		set("public_key", hex.EncodeToString(p.PublicKey[:]))
+		set("preshared_key", hex.EncodeToString(p.PresharedKey[:]))
+		if p.Endpoint.IsValid() {
+			set("endpoint", p.Endpoint)
+		}
+		set("persistent_keepalive_interval", p.Keepalive)
+		set("replace_allowed_ips", true)
+		for _, a := range p.AllowedIPs {
+			set("allowed_ip", a)
+		}
+	}
+	return b.String()
 }
