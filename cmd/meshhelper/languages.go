@@ -72,11 +72,11 @@ var nftPlaces = map[policy.Rule]nftPlace{
 	policy.RuleNoRouting:  {"permitted#", ""},
 	policy.RuleNoUplink:   {"from_mesh", ""},
 	policy.RuleMartian:    {"permitted#", "@martian# drop"},
-	policy.RuleMesh:       {"permitted#", "@mesh# drop"},
+	policy.RuleMesh:       {"permitted#", `drop comment "mesh: `},
 	policy.RuleSpoofed:    {"ingress_elsewhere", "saddr @peers# drop"},
 	policy.RuleToHost:     {"ingress_elsewhere", "daddr @own# drop"},
 	policy.RuleToPeer:     {"ingress_elsewhere", "daddr @peers# drop"},
-	policy.RuleNobody:     {"ingress_elsewhere", "daddr @mesh# drop"},
+	policy.RuleNobody:     {"ingress_elsewhere", `drop comment "a mesh address that nobody has"`},
 }
 
 // findNft returns the chain and the rule of a table that hold a line of the
@@ -86,18 +86,22 @@ func findNft(text string, rule policy.Rule, ipv6 bool) string {
 	if !ok {
 		return ""
 	}
-	family := "4"
+	family, other := "4", "ip6 "
 	if ipv6 {
-		family = "6"
+		family, other = "6", "ip "
 	}
 	chain, want := strings.ReplaceAll(place.chain, "#", family), strings.ReplaceAll(place.text, "#", family)
 	_, rest, _ := strings.Cut(text, "chain "+chain+" {\n")
 	body, _, _ := strings.Cut(rest, "\n\t}")
 	lines := strings.Split(body, "\n")
-	at := len(lines) - 1
 	if want != "" {
-		at = slices.IndexFunc(lines, func(line string) bool { return strings.Contains(line, want) })
+		// A chain of both families has the same comment on a rule of each.
+		lines = slices.DeleteFunc(lines, func(line string) bool {
+			return !strings.Contains(line, want) || strings.Contains(line, other)
+		})
+		lines = lines[:min(len(lines), 1)]
 	}
+	at := len(lines) - 1
 	if at < 0 || lines[at] == "" {
 		return ""
 	}

@@ -29,7 +29,7 @@ func TestExplain(t *testing.T) {
 		{"none", "192.0.2.9", false, policy.RuleNoRouting, `"mesh-no-routing"`, "chain permitted4: drop"},
 		{"all", "2001:db8::1", true, policy.RuleInternet, `"mesh-internet"`, "@may_routing6 return"},
 		{"none", "2001:db8::1", false, policy.RuleNoRouting, `"mesh-no-routing"`, "chain permitted6: drop"},
-		{"all", "100.64.0.9", false, policy.RuleMesh, `"mesh-mesh"`, "@mesh4 drop"},
+		{"all", "100.64.0.9", false, policy.RuleMesh, `"mesh-mesh"`, "ip daddr 100.64.0.0/10 drop"},
 		{"all", "224.0.0.1", false, policy.RuleMartian, `"mesh-martian"`, "@martian4 drop"},
 	} {
 		q := api.Question{Peer: c.peer, To: netip.MustParseAddr(c.to), Proto: "udp", Port: 7}

@@ -140,7 +140,9 @@ func (x *ruleExprs) match(m match) error {
 	case unequal:
 		x.compare(l, expr.CmpOpNeq, m.value)
 	case hasBits:
-		x.bits(l, m.value)
+		x.masked(l, m.value, expr.CmpOpNeq, make([]byte, l.size))
+	case inside:
+		x.masked(l, m.mask, expr.CmpOpEq, m.value)
 	case present:
 		x.compare(l, expr.CmpOpEq, []byte{1})
 	case found:
@@ -151,11 +153,10 @@ func (x *ruleExprs) match(m match) error {
 	return nil
 }
 
-func (x *ruleExprs) bits(l load, mask []byte) {
-	zero := make([]byte, l.size)
+func (x *ruleExprs) masked(l load, mask []byte, op expr.CmpOp, value []byte) {
 	x.out = append(x.out, l.into(unix.NFT_REG_1),
-		&expr.Bitwise{SourceRegister: unix.NFT_REG_1, DestRegister: unix.NFT_REG_1, Len: l.size, Mask: mask, Xor: zero},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: unix.NFT_REG_1, Data: zero})
+		&expr.Bitwise{SourceRegister: unix.NFT_REG_1, DestRegister: unix.NFT_REG_1, Len: l.size, Mask: mask, Xor: make([]byte, l.size)},
+		&expr.Cmp{Op: op, Register: unix.NFT_REG_1, Data: value})
 }
 
 func (x *ruleExprs) lookup(m match) {

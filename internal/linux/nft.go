@@ -1,6 +1,7 @@
 package linux
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"net/netip"
@@ -67,6 +68,7 @@ const (
 	inSet
 	notInSet
 	hasBits // one of the value's bits is set
+	inside  // the value is an address, and the mask's bits of it are the same
 	present // the header or option is there
 	found   // for returnPath: there is one
 )
@@ -78,6 +80,7 @@ type match struct {
 	fields []field // more than one: their concatenation, looked up in a set
 	op     op
 	value  []byte // as the kernel wants it
+	mask   []byte // for inside
 	text   string // the value or set as printed
 }
 
@@ -88,7 +91,7 @@ func (m match) String() string {
 	}
 	left := strings.Join(texts, " . ")
 	switch m.op {
-	case equal, hasBits:
+	case equal, hasBits, inside:
 		return left + " " + m.text
 	case unequal:
 		return left + " != " + m.text
@@ -110,6 +113,14 @@ func isNot(f field, v value) match {
 }
 func has(f field, v value) match {
 	return match{fields: []field{f}, op: hasBits, value: v.bytes, text: v.text}
+}
+func within(f field, p netip.Prefix) match {
+	p = p.Masked()
+	mask := make([]byte, p.Addr().BitLen()/8)
+	for bit := range p.Bits() {
+		mask[bit/8] |= 0x80 >> (bit % 8)
+	}
+	return match{fields: []field{f}, op: inside, value: p.Addr().AsSlice(), mask: mask, text: p.String()}
 }
 func exists(f field) match { return match{fields: []field{f}, op: present} }
 func in(set string, fs ...field) match {
@@ -257,6 +268,56 @@ func addresses(name, typ string, ps []netip.Prefix) set {
 		s.elements = append(s.elements, element{key: p.Addr().AsSlice()})
 	}
 	return s
+}
+
+// without makes an interval set of what is in a and not in b. Its elements are
+// ranges, and so are printed as such.
+func without(name, typ string, a, b []netip.Prefix) set {
+	s := set{name: name, types: []string{typ}, interval: true}
+	holes := ranges("", typ, b).elements
+	for _, e := range ranges("", typ, a).elements {
+		s.elements = append(s.elements, e.without(holes)...)
+	}
+	return s
+}
+
+// without returns what the holes, which are in order, leave of a range.
+func (e element) without(holes []element) []element {
+	var out []element
+	for _, h := range holes {
+		switch {
+		case h.after != nil && bytes.Compare(h.after, e.key) <= 0:
+			continue // before it
+		case e.after != nil && bytes.Compare(h.key, e.after) >= 0:
+			return append(out, e) // behind it, like all that follow
+		}
+		if bytes.Compare(h.key, e.key) > 0 {
+			out = append(out, rangeOf(e.key, h.key))
+		}
+		if h.after == nil || e.after != nil && bytes.Compare(h.after, e.after) >= 0 {
+			return out
+		}
+		e = rangeOf(h.after, e.after)
+	}
+	return append(out, e)
+}
+
+// rangeOf makes the element of the addresses from key to the last one before
+// after, or to the family's last where after is nil.
+func rangeOf(key, after []byte) element {
+	first, _ := netip.AddrFromSlice(key)
+	last := netip.MustParseAddr("255.255.255.255")
+	if first.Is6() {
+		last = netip.MustParseAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")
+	}
+	if after != nil {
+		next, _ := netip.AddrFromSlice(after)
+		last = next.Prev()
+	}
+	if first == last {
+		return element{key, after, first.String()}
+	}
+	return element{key, after, first.String() + "-" + last.String()}
 }
 
 // ranges makes an interval set. Prefixes inside others, and what is there twice,

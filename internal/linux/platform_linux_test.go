@@ -3,6 +3,7 @@ package linux
 import (
 	"context"
 	"errors"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/netlab"
@@ -505,4 +507,60 @@ func withMSS(packet []byte, mss uint16) []byte {
 	t[12], t[16], t[17] = 6<<4, 0, 0
 	t = append(t, 2, 4, byte(mss>>8), byte(mss))
 	return netlab.IPPacket(p.Src, p.Dst, policy.ProtoTCP, append(t, p.Payload...))
+}
+
+// TestReplacedTableHolds loads the whole table again and again while the host
+// sends to a mesh address that nobody has, and a peer with routing alone to a
+// private address behind the uplink. The kernel takes a new table's rules into
+// use before its sets of ranges, and neither must get out by that.
+func TestReplacedTableHolds(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	defer w.close()
+	w.enforce(mesh(grants{ann: policy.Routing}))
+	var done atomic.Bool
+	var sent [2]atomic.Int64
+	var sending errgroup.Group
+	sending.Go(func() error {
+		return w.pic.B.Do(func() error {
+			conn, err := net.Dial("udp4", netip.AddrPortFrom(nobody4, 4000).String())
+			if err != nil {
+				return err
+			}
+			defer conn.Close()
+			for !done.Load() {
+				_, _ = conn.Write(word(1)) // refused, mostly: that is what is wanted
+				sent[0].Add(1)
+			}
+			return nil
+		})
+	})
+	sending.Go(func() error {
+		private := netip.AddrPortFrom(netip.MustParseAddr("10.99.9.9"), 4000)
+		for !done.Load() {
+			w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, 4000), private, word(2)))
+			sent[1].Add(1)
+		}
+		return nil
+	})
+	loads := 0
+	w.do(func() error {
+		for begin := time.Now(); loads < 100 && time.Since(begin) < 10*time.Second; loads++ {
+			if err := w.p.filter.load(w.p.filter.loaded); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	done.Store(true)
+	if err := sending.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	w.settle(nil)
+	for i, who := range []string{"the host to nobody's address", "a peer to a private address"} {
+		if got := w.sightings(word(i + 1)); len(got) > 0 {
+			t.Errorf("%s: %d packets of %d got out, the first to %v by %s", who, len(got), sent[i].Load(), got[0].packet.Dst, got[0].where)
+		}
+	}
+	t.Logf("%d loads, %d packets of the host and %d of a peer", loads, sent[0].Load(), sent[1].Load())
 }

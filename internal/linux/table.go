@@ -73,11 +73,12 @@ type family struct {
 	icmpErrors string // set of ICMP types
 	overhead   int    // bytes of the IP and TCP headers without options
 	belongs    func(netip.Addr) bool
+	whole      netip.Prefix
 }
 
 var families = [...]family{
-	{"4", ipv4, "ipv4_addr", saddr4, daddr4, quotedDst4, icmpType, redirect4, "errors4", 40, netip.Addr.Is4},
-	{"6", ipv6, "ipv6_addr", saddr6, daddr6, quotedDst6, icmp6Type, redirect6, "errors6", 60, netip.Addr.Is6},
+	{"4", ipv4, "ipv4_addr", saddr4, daddr4, quotedDst4, icmpType, redirect4, "errors4", 40, netip.Addr.Is4, netip.MustParsePrefix("0.0.0.0/0")},
+	{"6", ipv6, "ipv6_addr", saddr6, daddr6, quotedDst6, icmp6Type, redirect6, "errors6", 60, netip.Addr.Is6, netip.MustParsePrefix("::/0")},
 }
 
 // compiler collects what the chains' authors need.
@@ -107,6 +108,12 @@ func compile(r *policy.Ruleset, p params) *table {
 }
 
 // classSets are the destinations by class, and whom the host itself may reach.
+//
+// What nothing may pass by is never a set of ranges that has to match: when a
+// table is replaced, the kernel takes the new rules into use before the ranges
+// (nf_tables_commit in net/netfilter/nf_tables_api.c commits sets last), and for
+// some microseconds such a set is empty. So the mesh prefixes are compared in the
+// rules, and lan and internet are what they are without the classes before them.
 func (c *compiler) classSets(f family) []set {
 	s := c.r.Sets()
 	pick := func(ps []netip.Prefix) []netip.Prefix {
@@ -122,6 +129,7 @@ func (c *compiler) classSets(f family) []set {
 	for _, a := range c.r.Mesh().Addresses {
 		own = append(own, netip.PrefixFrom(a, a.BitLen()))
 	}
+	earlier := slices.Concat(pick(s.Martians), pick(s.Self), pick(s.Mesh))
 	transit := map[string][]string{"4": c.transit4, "6": c.transit6}[f.suffix]
 	var names []value
 	for _, n := range transit {
@@ -130,8 +138,8 @@ func (c *compiler) classSets(f family) []set {
 	return []set{
 		ranges("martian"+f.suffix, f.addr, pick(s.Martians)),
 		addresses("self"+f.suffix, f.addr, pick(s.Self)),
-		ranges("mesh"+f.suffix, f.addr, pick(s.Mesh)),
-		ranges("lan"+f.suffix, f.addr, pick(s.LAN)),
+		without("lan"+f.suffix, f.addr, pick(s.LAN), earlier),
+		without("internet"+f.suffix, f.addr, []netip.Prefix{f.whole}, append(earlier, pick(s.LAN)...)),
 		addresses("own"+f.suffix, f.addr, pick(own)),
 		ranges("onlink"+f.suffix, f.addr, pick(s.OnLink)),
 		constants("transit"+f.suffix, "ifname", names...),
@@ -210,7 +218,7 @@ func (c *compiler) ingress() {
 		out.drop("nobody else reaches a peer", in("peers"+f.suffix, f.dst))
 		out.accept("", in("self"+f.suffix, f.dst))
 		out.accept("a carrier's network in the mesh prefix", in("onlink"+f.suffix, f.dst))
-		out.drop("a mesh address that nobody has", in("mesh"+f.suffix, f.dst))
+		c.eachMesh(f, func(p netip.Prefix) { out.drop("a mesh address that nobody has", within(f.dst, p)) })
 	}
 }
 
@@ -292,13 +300,13 @@ func (c *compiler) permittedFamily(v view, f family) {
 	p := c.chain(v.name + f.suffix)
 	p.drop("martian", in("martian"+f.suffix, dst))
 	p.branch(v.name+"_self"+f.suffix, in("self"+f.suffix, dst))
-	p.drop("mesh: the host does not forward between peers", in("mesh"+f.suffix, dst))
+	c.eachMesh(f, func(m netip.Prefix) { p.drop("mesh: the host does not forward between peers", within(dst, m)) })
 	if c.forwards(f) {
 		p.back("lan", in("lan"+f.suffix, dst), in("may_lan"+f.suffix, src))
 	}
 	p.drop("lan needs routing and lan", in("lan"+f.suffix, dst))
 	if c.forwards(f) && c.uplink(f) != "" {
-		p.back("internet", in("may_routing"+f.suffix, src))
+		p.back("internet", in("internet"+f.suffix, dst), in("may_routing"+f.suffix, src))
 	}
 	p.drop("")
 }
@@ -313,6 +321,15 @@ func (c *compiler) permittedHost(v view, f family) {
 		}
 	}
 	s.drop("self needs incoming")
+}
+
+// eachMesh calls do for each mesh prefix of a family.
+func (c *compiler) eachMesh(f family, do func(netip.Prefix)) {
+	for _, p := range c.r.Sets().Mesh {
+		if f.belongs(p.Addr()) {
+			do(p)
+		}
+	}
 }
 
 func (c *compiler) forwards(f family) bool {
@@ -379,7 +396,7 @@ func (c *compiler) fromMesh() {
 		m.drop("", in("self"+f.suffix, f.dst))
 		m.accept("lan", in("lan"+f.suffix, f.dst))
 		if u := c.uplink(f); u != "" {
-			m.accept("internet, by the uplink", is(nfproto, f.proto), is(oifname, name(u)))
+			m.accept("internet, by the uplink", in("internet"+f.suffix, f.dst), is(oifname, name(u)))
 		}
 	}
 	m.drop("internet, not by the uplink")
@@ -406,7 +423,7 @@ func (c *compiler) toMesh() {
 			match{fields: []field{returnPath}, op: found})
 		m.drop("lan, by another interface", in("lan"+f.suffix, f.src))
 		if u := c.uplink(f); u != "" {
-			m.accept("internet, by the uplink", is(nfproto, f.proto), is(iifname, name(u)))
+			m.accept("internet, by the uplink", in("internet"+f.suffix, f.src), is(iifname, name(u)))
 		}
 	}
 	m.drop("internet, not by the uplink")
@@ -460,7 +477,7 @@ func (c *compiler) output() {
 func (c *compiler) nobody(to *chain, f family) {
 	to.accept("", in("self"+f.suffix, f.dst))
 	to.accept("", in("onlink"+f.suffix, f.dst))
-	to.drop("a mesh address that nobody has", in("mesh"+f.suffix, f.dst))
+	c.eachMesh(f, func(p netip.Prefix) { to.drop("a mesh address that nobody has", within(f.dst, p)) })
 }
 
 // leave translates peers' packets and takes the last look at what leaves, also

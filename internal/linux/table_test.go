@@ -3,6 +3,7 @@ package linux
 import (
 	"bytes"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -101,6 +102,36 @@ func TestChainsExist(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestWithoutLeavesTheRest takes prefixes out of others.
+func TestWithoutLeavesTheRest(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		addr := rapid.Custom(func(t *rapid.T) netip.Addr {
+			return netip.AddrFrom4([4]byte{rapid.SampledFrom([]byte{0, 10, 255}).Draw(t, "a"), 0, rapid.Byte().Draw(t, "c") & 3, rapid.Byte().Draw(t, "d") & 0xc3})
+		})
+		prefixes := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) netip.Prefix {
+			return netip.PrefixFrom(addr.Draw(t, "address"), rapid.IntRange(0, 32).Draw(t, "bits"))
+		}), 0, 6)
+		a, b := prefixes.Draw(t, "from"), prefixes.Draw(t, "without")
+		s := without("test", "ipv4_addr", a, b)
+		for i := 1; i < len(s.elements); i++ {
+			if before := s.elements[i-1].after; before == nil || bytes.Compare(before, s.elements[i].key) > 0 {
+				t.Fatalf("ranges overlap: %v", s.elements)
+			}
+		}
+		holds := func(ps []netip.Prefix, x netip.Addr) bool {
+			return slices.ContainsFunc(ps, func(p netip.Prefix) bool { return p.Contains(x) })
+		}
+		for _, x := range rapid.SliceOfN(addr, 1, 8).Draw(t, "addresses") {
+			got := slices.ContainsFunc(s.elements, func(e element) bool {
+				return bytes.Compare(e.key, x.AsSlice()) <= 0 && (e.after == nil || bytes.Compare(x.AsSlice(), e.after) < 0)
+			})
+			if want := holds(a, x) && !holds(b, x); got != want {
+				t.Fatalf("%v in %v without %v: %v, in the set: %v", x, a, b, want, got)
+			}
+		}
+	})
 }
 
 // TestRangesHoldWhatThePrefixesHold compares an interval set with the prefixes it

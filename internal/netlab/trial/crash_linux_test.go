@@ -218,9 +218,6 @@ func TestKilledAtEveryStep(t *testing.T) {
 		p.rounds(t, 3) // while it is dead
 		p.mustHold(t, where)
 		s.begin(-1)
-		// While the dead helper's table is replaced, what B itself sends to a peer may
-		// get out: docs/security.md, "What is not promised".
-		p.guarded(false)
 		start(t, m)
 		p.rounds(t, 1)
 		p.mustHold(t, where+", while the next one started")
