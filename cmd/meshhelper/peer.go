@@ -175,7 +175,7 @@ func toggle(ctx context.Context, o *toggleOptions, ref string, words []string) e
 			if o.limit <= 0 {
 				return usagef("--for %v ends before it begins; take permissions with: meshhelper peer deny", o.limit)
 			}
-			c.For = o.limit.String()
+			c.For = new(o.limit.String())
 		}
 		change.Permissions[one.String()] = c
 	}

@@ -174,7 +174,7 @@ type PermissionChange struct {
 	Allowed bool `json:"allowed"`
 	// For is a duration, such as "2h", after which the permission ends by itself,
 	// by the helper's clock.
-	For string `json:"for,omitempty"` // optional
+	For *string `json:"for,omitempty"` // optional
 	// Until is when it ends; not together with For.
 	Until *time.Time `json:"until,omitempty"` // optional
 }

@@ -104,16 +104,16 @@ func (p *peer) setPermissions(changes map[string]api.PermissionChange, now time.
 func endOf(c api.PermissionChange, now time.Time) (time.Time, error) {
 	var until time.Time
 	switch {
-	case c.For == "" && c.Until == nil:
+	case c.For == nil && c.Until == nil:
 		return time.Time{}, nil
 	case !c.Allowed:
 		return time.Time{}, errors.New("what isn't allowed has no end")
-	case c.For != "" && c.Until != nil:
+	case c.For != nil && c.Until != nil:
 		return time.Time{}, errors.New("both for and until are given")
-	case c.For != "":
-		length, err := time.ParseDuration(c.For)
+	case c.For != nil:
+		length, err := time.ParseDuration(*c.For)
 		if err != nil {
-			return time.Time{}, fmt.Errorf("%q is not a duration", c.For)
+			return time.Time{}, fmt.Errorf("%q is not a duration", *c.For)
 		}
 		until = now.Add(length).Truncate(time.Millisecond)
 	default:

@@ -131,9 +131,11 @@ func (r *rig) add(name string) api.Peer {
 
 // allow gives a permission for a time, or for good when that is "".
 func (r *rig) allow(name, permission, length string) (api.Changed, error) {
-	return r.d.ChangePeer(r.t.Context(), name, api.PeerChange{
-		Permissions: map[string]api.PermissionChange{permission: {Allowed: true, For: length}},
-	})
+	c := api.PermissionChange{Allowed: true}
+	if length != "" {
+		c.For = &length
+	}
+	return r.d.ChangePeer(r.t.Context(), name, api.PeerChange{Permissions: map[string]api.PermissionChange{permission: c}})
 }
 
 func (r *rig) mustAllow(name, permission, length string) {

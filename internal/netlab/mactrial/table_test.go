@@ -117,16 +117,6 @@ func (j *judge) all(r *policy.Ruleset) {
 	}
 }
 
-// newMesh starts a helper with three peers: A and D are own, C is external.
-func newMesh(t testing.TB) *rig {
-	g := newRig(t)
-	g.start()
-	g.add("A", "own")
-	g.add("C", "external")
-	g.add("D", "own")
-	return g
-}
-
 // TestTruthTable holds every set of C's permissions against the policy, while A may
 // do everything, which must not matter.
 func TestTruthTable(t *testing.T) {
