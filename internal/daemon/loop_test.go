@@ -83,13 +83,25 @@ func TestGuard(t *testing.T) {
 		if !passes() {
 			t.Fatal("no packet passes although routing is allowed")
 		}
-		var during []bool
+		var mu sync.Mutex
+		var seen []bool
+		// during returns what was seen at the enforcing steps since it was last asked.
+		during := func() []bool {
+			mu.Lock()
+			defer mu.Unlock()
+			got := seen
+			seen = nil
+			return got
+		}
 		var broken atomic.Bool
 		r.host.SetFault(func(step string) error {
 			if step != "enforce" {
 				return nil
 			}
-			during = append(during, passes())
+			now := passes()
+			mu.Lock()
+			seen = append(seen, now)
+			mu.Unlock()
 			if broken.Load() {
 				return errors.New("no")
 			}
@@ -98,17 +110,16 @@ func TestGuard(t *testing.T) {
 		if _, err := r.deny("phone", "routing"); err != nil {
 			t.Fatal(err)
 		}
-		if passes() || slices.Contains(during, true) {
-			t.Errorf("a packet passes after deny, or while the filter is narrowed: %v", during)
+		if got := during(); passes() || slices.Contains(got, true) {
+			t.Errorf("a packet passes after deny, or while the filter is narrowed: %v", got)
 		}
 		broken.Store(true)
-		during = nil
 		if _, err := r.allow("phone", "routing", ""); err == nil {
 			t.Fatal("what failed is said to be in force")
 		}
 		r.after(time.Minute)
-		if passes() || len(during) < 3 || slices.Contains(during[1:], true) {
-			t.Errorf("a packet passes while the host is closed: %v", during)
+		if got := during(); passes() || len(got) < 3 || slices.Contains(got[1:], true) {
+			t.Errorf("a packet passes while the host is closed: %v", got)
 		}
 		broken.Store(false)
 		r.after(newBackoff().max)
@@ -603,18 +614,19 @@ func TestHeir(t *testing.T) {
 			t.Fatal(err)
 		}
 		r.mustAllow("phone", "routing", "")
-		during := -1
+		var during atomic.Int64
+		during.Store(-1)
 		r.host.SetFault(func(step string) error {
 			if step == "enforce" {
-				during = r.tunnel.count()
+				during.Store(int64(r.tunnel.count()))
 			}
 			return nil
 		})
 		if _, err := r.d.ChangePeer(t.Context(), "phone", api.PeerChange{PublicKey: keyOf("new")}); err != nil {
 			t.Fatal(err)
 		}
-		if after := r.tunnel.count(); during != 0 || after != 1 {
-			t.Errorf("%d peers in the tunnel while the change is enforced and %d after it, want 0 and 1", during, after)
+		if after := r.tunnel.count(); during.Load() != 0 || after != 1 {
+			t.Errorf("%d peers in the tunnel while the change is enforced and %d after it, want 0 and 1", during.Load(), after)
 		}
 	})
 }
