@@ -17,7 +17,7 @@ func (g *rig) life(l *leakage, when string) {
 	var more []policy.Packet
 	g.watchSteps(func() {
 		l.probe(g, when, more...)
-		if g.tun != nil {
+		if g.device() != nil {
 			l.forwards(g, when)
 		}
 	})
@@ -31,7 +31,7 @@ func (g *rig) life(l *leakage, when string) {
 		}
 		g.probing.Lock()
 		if more = nil; change.peer == "C" && change.may == 0 || len(more) > 0 {
-			more = []policy.Packet{g.opening(g.tun.name, g.peers["C"][0], server[0], protos[0]), g.opening(g.tun.name, g.peers["C"][1], server[1], protos[1])}
+			more = []policy.Packet{g.opening(g.device().name, g.peers["C"][0], server[0], protos[0]), g.opening(g.device().name, g.peers["C"][1], server[1], protos[1])}
 		}
 		g.probing.Unlock()
 	}
@@ -105,11 +105,11 @@ func (j *judge) few(r *policy.Ruleset) {
 	for family := range 2 {
 		for _, proto := range protos {
 			c, a := g.peers["C"][family], g.peers["A"][family]
-			j.ask(r, g.opening(g.tun.name, c, server[family], proto))
-			j.ask(r, g.opening(g.tun.name, c, a, proto))
-			j.ask(r, g.opening(g.tun.name, c, printer[family], proto))
-			j.ask(r, g.opening(g.tun.name, c, g.own[family], proto))
-			j.ask(r, g.opening(g.tun.name, a, printer[family], proto))
+			j.ask(r, g.opening(g.device().name, c, server[family], proto))
+			j.ask(r, g.opening(g.device().name, c, a, proto))
+			j.ask(r, g.opening(g.device().name, c, printer[family], proto))
+			j.ask(r, g.opening(g.device().name, c, g.own[family], proto))
+			j.ask(r, g.opening(g.device().name, a, printer[family], proto))
 			j.ask(r, g.opening(uplink, server[family], c, proto))
 			j.ask(r, g.opening(lan, printer[family], g.own[family], proto))
 			j.ask(r, g.opening("", g.own[family], c, proto))

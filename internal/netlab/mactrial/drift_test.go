@@ -40,7 +40,7 @@ var happenings = map[string]happening{
 	}},
 	"the tunnel's addresses deleted": {do: func(g *rig) {
 		for _, a := range g.own {
-			g.must(g.mac.Kernel.RemoveAddress(g.tun.name, a))
+			g.must(g.mac.Kernel.RemoveAddress(g.device().name, a))
 		}
 	}},
 	"a peer's routes deleted": {do: func(g *rig) {
@@ -89,11 +89,11 @@ func (g *rig) never() (out []policy.Packet) {
 		for _, proto := range protos {
 			o := func(in string, src, dst netip.Addr) { out = append(out, g.opening(in, src, dst, proto)) }
 			a, c := g.peers["A"][family], g.peers["C"][family]
-			o(g.tun.name, c, a)
-			o(g.tun.name, a, c)
-			o(g.tun.name, c, printer[family])
-			o(g.tun.name, c, g.own[family])
-			o(g.tun.name, server[family], printer[family])
+			o(g.device().name, c, a)
+			o(g.device().name, a, c)
+			o(g.device().name, c, printer[family])
+			o(g.device().name, c, g.own[family])
+			o(g.device().name, server[family], printer[family])
 			for _, in := range []string{uplink, lan} {
 				o(in, server[family], c)
 				o(in, printer[family], a)
@@ -114,7 +114,7 @@ func (l *leakage) mustNotPass(g *rig, when string, more ...policy.Packet) {
 // probe does so while the helper waits.
 func (l *leakage) probe(g *rig, when string, more ...policy.Packet) {
 	g.t.Helper()
-	if g.tun == nil {
+	if g.device() == nil {
 		return
 	}
 	for _, p := range append(g.never(), more...) {

@@ -20,7 +20,7 @@ type flow struct {
 // run opens a flow and lets both ends send: all must arrive.
 func (g *rig) run(w way, peer string, dst netip.Addr, proto netlab.Proto, family int) flow {
 	g.t.Helper()
-	p := g.opening(g.tun.name, g.peers[peer][family], dst, proto)
+	p := g.opening(g.device().name, g.peers[peer][family], dst, proto)
 	f := flow{fmt.Sprintf("%s's %v to %v, %v", peer, proto, dst, w), w, p, g.open(w, p)}
 	back := g.answer(w, f.first, netlab.SYN|netlab.ACK)
 	if f.first.at == "" || back.at != "peer" {

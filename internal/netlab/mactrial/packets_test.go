@@ -66,10 +66,11 @@ func (g *rig) send(w way, p policy.Packet, flags uint8, reply bool) arrival {
 	switch {
 	case p.In == "":
 		o = g.mac.Emit(b)
-	case p.In == g.tun.name && w == guarded:
-		g.tun.last = &simmac.Outcome{Why: "guard"}
+	case p.In == g.device().name && w == guarded:
+		d := g.device()
+		d.last = &simmac.Outcome{Why: "guard"}
 		g.wg.write(b)
-		o = *g.tun.last
+		o = *d.last
 	default:
 		o = g.mac.Inject(p.In, b)
 	}
@@ -78,7 +79,7 @@ func (g *rig) send(w way, p policy.Packet, flags uint8, reply bool) arrival {
 	case o.Fate == simmac.Dropped:
 	case o.Fate == simmac.Delivered:
 		a.at = "host"
-	case o.Link == g.tun.name:
+	case o.Link == g.device().name:
 		a.at = "peer"
 		if passed := g.wg.read(g.own); w == guarded && !passed {
 			a.at, a.o.Why = "", "guard"
@@ -138,7 +139,7 @@ func (g *rig) answerTo(a arrival) policy.Packet {
 	switch a.at {
 	case "host":
 	case "peer":
-		p.In = g.tun.name
+		p.In = g.device().name
 	default:
 		p.In = a.at
 	}

@@ -56,9 +56,9 @@ type rig struct {
 
 	proc *simmac.Process
 	d    *daemon.Daemon
-	tun  *tap    // the newest device, on the Mac's side of the guard
-	wg   *tunnel // and the other side
-	stop func()  // ends the helper; nil when there is none
+	tun  atomic.Pointer[tap] // the newest device, on the Mac's side of the guard
+	wg   *tunnel             // and the other side
+	stop func()              // ends the helper; nil when there is none
 
 	peers map[string][]netip.Addr
 	may   map[string]policy.Permissions
@@ -178,7 +178,10 @@ func (g *rig) start() {
 		g.stop, g.d = nil, nil
 	}
 	g.wait("the helper enforces", func() bool { return proc.Killed() || d.Status().State == api.Enforcing })
-	g.own = d.Status().Addresses
+	own := d.Status().Addresses
+	g.probing.Lock()
+	defer g.probing.Unlock()
+	g.own = own
 }
 
 // bury calls off what waits for a process once it was killed.
@@ -231,8 +234,8 @@ func (g *rig) try(name string, may policy.Permissions) error {
 // not as the helper observed it.
 func (g *rig) rules(may map[string]policy.Permissions, found policy.Families) *policy.Ruleset {
 	g.t.Helper()
-	host := policy.Host{Interface: g.tun.name, Forwarding: policy.Families{IPv4: true, IPv6: true}, FoundForwarding: found,
-		Interfaces: []policy.Interface{{Name: g.tun.name}}}
+	host := policy.Host{Interface: g.device().name, Forwarding: policy.Families{IPv4: true, IPv6: true}, FoundForwarding: found,
+		Interfaces: []policy.Interface{{Name: g.device().name}}}
 	for _, a := range g.own {
 		host.Interfaces[0].Addresses = append(host.Interfaces[0].Addresses, netip.PrefixFrom(a, a.BitLen()))
 	}
@@ -243,14 +246,14 @@ func (g *rig) rules(may map[string]policy.Permissions, found policy.Families) *p
 		for _, a := range i.Addresses {
 			one.Addresses = append(one.Addresses, a.Prefix)
 		}
-		if i.Name != g.tun.name && i.Name != "lo0" {
+		if i.Name != g.device().name && i.Name != "lo0" {
 			host.Interfaces = append(host.Interfaces, one)
 		}
 	}
 	for _, r := range n.Routes {
 		i := nameOf(n, r.Index)
 		switch {
-		case r.Flags&darwin.RouteScoped != 0 || i == g.tun.name:
+		case r.Flags&darwin.RouteScoped != 0 || i == g.device().name:
 		case r.Dst.Bits() > 0:
 			if i == vpn {
 				host.Routes = append(host.Routes, policy.Route{Prefix: r.Dst, Interface: vpn})
@@ -299,8 +302,8 @@ func (g *rig) createTUN(name string, mtu int) (tun.Device, error) {
 		return nil, err
 	}
 	name, err = d.Name()
-	g.tun = &tap{Device: d, mac: g.mac, name: name}
-	return g.tun, err
+	g.tun.Store(&tap{Device: d, mac: g.mac, name: name})
+	return g.device(), err
 }
 
 // Write lets packets arrive on the interface, as the Mac's own device does.
@@ -384,3 +387,6 @@ func isAnswer(b []byte, host []netip.Addr) bool {
 	}
 	return false
 }
+
+// device is the newest tunnel device; the helper may be making the next one.
+func (g *rig) device() *tap { return g.tun.Load() }

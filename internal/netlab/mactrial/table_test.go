@@ -71,7 +71,7 @@ func (j *judge) count(w way, pass bool, difference string) {
 func (j *judge) reply(w way, r *policy.Ruleset, opened policy.Packet, a arrival) {
 	j.g.t.Helper()
 	p := j.g.answerTo(a)
-	if p.In != "" && p.In != j.g.tun.name && p.Proto != policy.ProtoICMP && p.Proto != policy.ProtoICMPv6 {
+	if p.In != "" && p.In != j.g.device().name && p.Proto != policy.ProtoICMP && p.Proto != policy.ProtoICMPv6 {
 		forged := p
 		forged.SrcPort++
 		got, difference := j.g.send(w, forged, netlab.SYN|netlab.ACK, true), ""
@@ -96,7 +96,7 @@ func (j *judge) all(r *policy.Ruleset) {
 		for family := range 2 {
 			from := func(in string, src, dst netip.Addr) { g.t.Helper(); j.ask(r, g.opening(in, src, dst, proto)) }
 			for _, dst := range g.destinations() {
-				from(g.tun.name, g.peers["C"][family], dst[family])
+				from(g.device().name, g.peers["C"][family], dst[family])
 			}
 			targets := [][]netip.Addr{g.peers["A"], g.peers["C"], g.own, both("100.64.1.1", "fd6d:6573:6800::1:1")}
 			for _, dst := range targets {
@@ -111,8 +111,8 @@ func (j *judge) all(r *policy.Ruleset) {
 				from(in, g.peers["A"][family], g.peers["C"][family])
 				from(in, g.peers["C"][family], g.own[family])
 			}
-			from(g.tun.name, server[family], printer[family])
-			from(g.tun.name, g.peers["A"][family], g.peers["C"][family])
+			from(g.device().name, server[family], printer[family])
+			from(g.device().name, g.peers["A"][family], g.peers["C"][family])
 		}
 	}
 }
