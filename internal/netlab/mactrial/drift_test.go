@@ -50,7 +50,7 @@ var happenings = map[string]happening{
 	}},
 	"the uplink changed": {do: func(g *rig) { g.moveDefault(lan) }, undo: func(g *rig) { g.moveDefault(uplink) }},
 	"another VPN gone":   {do: func(g *rig) { g.mac.Kernel.RemoveInterface(vpn) }, undo: (*rig).addVPN},
-	"the tunnel gone":    {do: func(g *rig) { g.wg.Close() }},
+	"the tunnel gone":    {do: func(g *rig) { g.wg.Load().Close() }},
 	"asleep and awake":   {do: func(g *rig) { g.mac.Sleep(time.Hour) }},
 	"Internet Sharing on": {do: func(g *rig) { g.must(g.mac.InternetSharing(uplink)) },
 		undo: func(g *rig) { g.must(g.mac.StopInternetSharing()) }},

@@ -69,7 +69,7 @@ func (g *rig) send(w way, p policy.Packet, flags uint8, reply bool) arrival {
 	case p.In == g.device().name && w == guarded:
 		d := g.device()
 		d.last = &simmac.Outcome{Why: "guard"}
-		g.wg.write(b)
+		g.wg.Load().write(b)
 		o = *d.last
 	default:
 		o = g.mac.Inject(p.In, b)
@@ -81,7 +81,7 @@ func (g *rig) send(w way, p policy.Packet, flags uint8, reply bool) arrival {
 		a.at = "host"
 	case o.Link == g.device().name:
 		a.at = "peer"
-		if passed := g.wg.read(g.own); w == guarded && !passed {
+		if passed := g.wg.Load().read(g.own); w == guarded && !passed {
 			a.at, a.o.Why = "", "guard"
 		}
 	}

@@ -56,9 +56,9 @@ type rig struct {
 
 	proc *simmac.Process
 	d    *daemon.Daemon
-	tun  atomic.Pointer[tap] // the newest device, on the Mac's side of the guard
-	wg   *tunnel             // and the other side
-	stop func()              // ends the helper; nil when there is none
+	tun  atomic.Pointer[tap]    // the newest device, on the Mac's side of the guard
+	wg   atomic.Pointer[tunnel] // and the other side
+	stop func()                 // ends the helper; nil when there is none
 
 	peers map[string][]netip.Addr
 	may   map[string]policy.Permissions
@@ -328,8 +328,9 @@ type tunnel struct {
 }
 
 func (g *rig) newTunnel(dev tun.Device, _ wireguard.PrivateKey, _ uint16) (daemon.Tunnel, error) {
-	g.wg = &tunnel{dev: dev, rig: g, done: make(chan struct{})}
-	return g.wg, nil
+	t := &tunnel{dev: dev, rig: g, done: make(chan struct{})}
+	g.wg.Store(t)
+	return t, nil
 }
 
 // Sync is called once in every round of the daemon's loop.
