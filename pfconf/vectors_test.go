@@ -2,8 +2,10 @@ package pfconf
 
 import (
 	"bufio"
+	"compress/gzip"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -112,29 +114,54 @@ func TestVectors(t *testing.T) {
 	}
 }
 
-// vectorFiles returns the files of vectors. That there are none is a failure.
+// vectorFiles returns the files of vectors: those of the repository, and those
+// in the directory that PFCONF_VECTORS names. That there are none is a failure.
 func vectorFiles(t *testing.T) []string {
 	t.Helper()
-	dir := os.Getenv("PFCONF_VECTORS")
-	if dir == "" {
-		dir = filepath.Join("..", "..", "shared", "pf")
+	dirs := []string{"testdata"}
+	if dir := os.Getenv("PFCONF_VECTORS"); dir != "" {
+		dirs = append(dirs, dir)
 	}
-	files, err := filepath.Glob(filepath.Join(dir, "*.jsonl"))
-	if err != nil || len(files) == 0 {
-		t.Fatalf("no vectors in %s (PFCONF_VECTORS): %v", dir, err)
+	var all []string
+	for _, dir := range dirs {
+		found := 0
+		for _, pattern := range []string{"*.jsonl", "*.jsonl.gz"} {
+			files, err := filepath.Glob(filepath.Join(dir, pattern))
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, files...)
+			found += len(files)
+		}
+		if found == 0 {
+			t.Fatalf("no vectors in %s", dir)
+		}
 	}
-	return files
+	return all
 }
 
-// eachScenario calls do with each line of a file.
-func eachScenario(t *testing.T, file string, do func(*scenario)) {
+// openVectors opens a file of vectors, compressed or not.
+func openVectors(t *testing.T, file string) io.Reader {
 	t.Helper()
 	f, err := os.Open(file)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
-	lines := bufio.NewScanner(f)
+	t.Cleanup(func() { f.Close() })
+	if filepath.Ext(file) != ".gz" {
+		return f
+	}
+	z, err := gzip.NewReader(f)
+	if err != nil {
+		t.Fatalf("open %s: %v", file, err)
+	}
+	return z
+}
+
+// eachScenario calls do with each line of a file.
+func eachScenario(t *testing.T, file string, do func(*scenario)) {
+	t.Helper()
+	lines := bufio.NewScanner(openVectors(t, file))
 	lines.Buffer(nil, 1<<24)
 	for lines.Scan() {
 		var s scenario
