@@ -30,7 +30,7 @@ var rooms = map[string][]string{
 	"internal/install":   {"launchd"},
 	"internal/logfile":   {},
 	"internal/linux":     {"internal/platform", "internal/policy"},
-	"internal/macos":     {"darwin", "internal/platform", "internal/policy", "pfconf"},
+	"internal/macos":     {"darwin", "internal/flow", "internal/platform", "internal/policy", "pfconf"},
 	"internal/netlab":    {all},
 	"internal/netstack":  {"internal/flow", "internal/platform", "internal/policy"},
 	"internal/platform":  {"internal/policy"},
