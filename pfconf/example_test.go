@@ -94,15 +94,15 @@ block drop in quick on utun7 all
 pass in wonderful
 `)
 	for _, r := range shown.Rules {
-		fmt.Println(r.Action, r.Quick, r.Rule)
-	}
-	for _, u := range shown.Unknown {
-		fmt.Println(u.Line, u.Text)
+		if r.Err != nil {
+			fmt.Printf("can't read %q, which may be as wide as: ", r.Text)
+		}
+		fmt.Println(r.Rule)
 	}
 	// Output:
-	// anchor false anchor "com.apple/*" all
-	// block true block drop in quick on utun7 all
-	// 3 pass in wonderful
+	// anchor "com.apple/*" all
+	// block drop in quick on utun7 all
+	// can't read "pass in wonderful", which may be as wide as: pass all flags any keep state (floating) allow-opts
 }
 
 // The holders of pf are told apart by their tokens only.

@@ -181,7 +181,11 @@ func (p *parser) hop() Hop {
 	}
 	h := Hop{Interface: p.str("an interface")}
 	a := p.host()
-	h.Addr = &a
+	// pfctl shows (utun4 any), which it doesn't read, for an interface with no
+	// router behind it, if a program loaded the rule so.
+	if !p.shown || a.Kind != AddrAny {
+		h.Addr = &a
+	}
 	p.expectPunct(")")
 	return h
 }

@@ -1,6 +1,7 @@
 package pfconf
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -9,17 +10,29 @@ import (
 
 // A Shown is what pfctl -sr or -sn printed, read.
 type Shown struct {
-	// Rules are the rules in the order shown. Rules of nameless inline anchors
-	// are in their anchor's Body.
+	// Rules are the rules in the order shown, with a stand-in for each that can't
+	// be read. Rules of nameless inline anchors are in their anchor's Body.
 	Rules []ShownRule
-	// Unknown are the lines that weren't understood. Whoever draws conclusions
-	// from the rules has to know that there are more.
+	// Unknown are the lines that can't be read, those of bodies too. Conclusions
+	// from the rules have to allow for them.
 	Unknown []UnknownLine
 }
 
 // A ShownRule is a rule with what pfctl -v tells about it.
 type ShownRule struct {
+	// Rule is never nil. If Err isn't nil, it stands in for a rule that can't be
+	// read: what the first words say, for every packet. pass and block make
+	//
+	//	pass quick all flags any keep state (floating) allow-opts
+	//	block drop quick all
+	//
+	// with quick if the word is in the line; anchor calls the same anchor; a
+	// translation rule has no Pool, so that it can't be loaded.
 	*Rule
+	// Text is the line as pfctl shows it, without its number.
+	Text string
+	// Err says why the line can't be read; nil: it was.
+	Err error
 	// Number is the rule's number in its list with -vv, -1 without.
 	Number int
 	// Evaluations, Packets, Bytes and States are the counters of -v.
@@ -34,7 +47,10 @@ type UnknownLine struct {
 }
 
 // ParseShown reads what pfctl -sr or -sn prints, with -v or -vv too. It has no
-// errors: a line that it can't read is kept in Unknown.
+// errors: a line that it can't read is kept in Unknown and, if it begins as a rule
+// does, has a stand-in among the rules. A program that loads rules without pfctl
+// can have the kernel hold some that pfctl shows but wouldn't accept; these count
+// as lines that can't be read.
 func ParseShown(text string) *Shown { return Names{}.ParseShown(text) }
 
 // ParseShown is [ParseShown] with the host's names: pfctl shows ports by the
@@ -49,7 +65,8 @@ func (n Names) ParseShown(text string) *Shown {
 }
 
 // Ruleset joins the output of -sr and -sn of one anchor to a ruleset that can be
-// loaded again: scrub rules, translation rules, filter rules. Either may be nil.
+// loaded again: scrub rules, translation rules, filter rules. Either may be nil. Of
+// rules that can't be read it has the stand-ins, except of those that translate.
 func (s *Shown) Ruleset(nat *Shown) *Ruleset {
 	rs := &Ruleset{}
 	add := func(from *Shown, stages ...stage) {
@@ -57,6 +74,9 @@ func (s *Shown) Ruleset(nat *Shown) *Ruleset {
 			return
 		}
 		for _, r := range from.Rules {
+			if r.Err != nil && r.translates() {
+				continue
+			}
 			if slices.Contains(stages, ruleStages[r.Action]) {
 				rs.Statements = append(rs.Statements, r.Rule)
 			}
@@ -99,38 +119,101 @@ func (r *shownReader) line(nr int, line string) {
 	}
 }
 
-// rule reads the line of a rule. Each stands for itself, so that one that isn't
-// understood doesn't spoil the others.
+// rule reads the line of a rule. Each stands for itself, so that one that can't
+// be read doesn't spoil the others.
 func (r *shownReader) rule(nr int, line string) {
 	number, text, verbose := shownNumber(line)
-	if len(text) > maxPasted {
-		r.unknown(nr, line[:maxErrors], fmt.Errorf("a line of %d bytes", len(line)))
-		return
-	}
 	rule, err := r.names.parseShownRule(text, verbose)
 	if err != nil {
 		r.unknown(nr, line, err)
-		return
+		if rule = standIn(text); rule == nil {
+			return
+		}
 	}
 	if len(r.open) > 0 {
 		body := r.open[len(r.open)-1].Body
 		body.Statements = append(body.Statements, rule)
 	} else {
-		r.shown.Rules = append(r.shown.Rules, ShownRule{Rule: rule, Number: number})
+		r.shown.Rules = append(r.shown.Rules, ShownRule{Rule: rule, Text: clipLine(text), Err: err, Number: number})
 	}
 	if rule.Body == nil {
 		return
 	}
 	if len(r.open) >= maxNested {
 		r.unknown(nr, line, fmt.Errorf("anchors nested more than %d deep", maxNested))
+		rule.Body = nil
 		return
 	}
 	r.open = append(r.open, rule)
 }
 
+// clipLine bounds what is kept of a line.
+func clipLine(s string) string { return s[:min(len(s), maxToken)] }
+
+// standIn makes a rule for every packet out of the first words of one that can't
+// be read; nil for a line that is no rule.
+func standIn(line string) *Rule {
+	words := strings.Fields(clipLine(line))
+	if len(words) == 0 {
+		return nil
+	}
+	first := words[0]
+	if first == "no" && len(words) > 1 {
+		first += " " + words[1]
+	}
+	action, ok := standIns[first]
+	if !ok {
+		return nil
+	}
+	r := &Rule{Action: action}
+	switch action {
+	case Pass:
+		r.Flags, r.State, r.AllowOpts = &Flags{}, KeepState, true
+		r.StateOptions.Policy = Floating
+	case Block:
+		r.Return.Kind = ReturnDrop
+	}
+	if action == Pass || action == Block || action == Anchor {
+		r.Quick = slices.Contains(words, "quick")
+	}
+	if _, isAnchor := anchorWords[action]; isAnchor {
+		return standInAnchor(r, words)
+	}
+	return r
+}
+
+// standInAnchor completes the call of an anchor, whose name is the second word.
+// The words of a name with spaces aren't put together again.
+func standInAnchor(r *Rule, words []string) *Rule {
+	if len(words) > 1 && len(words[1]) > 2 && words[1][0] == '"' {
+		r.Anchor = strings.Trim(words[1], `"`)
+	}
+	if words[len(words)-1] == "{" && r.Action == Anchor {
+		r.Body = &Ruleset{}
+	}
+	if checkShown(r) != nil {
+		return nil
+	}
+	return r
+}
+
+// standIns are the words with which rules begin.
+var standIns = map[string]Action{
+	"pass": Pass, "block": Block, "anchor": Anchor, "scrub": Scrub, "no scrub": NoScrub,
+	"nat": Nat, "no nat": NoNat, "rdr": Rdr, "no rdr": NoRdr, "binat": Binat, "no binat": NoBinat,
+	// nat64 is Apple's, from one family to the other.
+	"nat64": Nat, "no nat64": NoNat,
+	"nat-anchor": NatAnchor, "rdr-anchor": RdrAnchor, "binat-anchor": BinatAnchor,
+	"scrub-anchor": ScrubAnchor, "dummynet-anchor": DummynetAnchor,
+}
+
+// translates reports whether the rule is of the kinds that have a pool, with or
+// without no in front.
+func (r *Rule) translates() bool { return r.Action >= Nat && r.Action <= NoRdr }
+
 // unknown keeps a line.
 func (r *shownReader) unknown(nr int, line string, err error) {
-	r.shown.Unknown = append(r.shown.Unknown, UnknownLine{Line: nr, Text: line, Err: err})
+	r.shown.Unknown = append(r.shown.Unknown, UnknownLine{Line: nr, Text: clipLine(line), Err: err})
 }
 
 // shownNumber separates @12 from a rule. With it pfctl also shows how many
@@ -146,6 +229,9 @@ func shownNumber(line string) (number int, text string, verbose bool) {
 
 // parseShownRule reads one rule, or the first line of an inline anchor.
 func (n Names) parseShownRule(line string, verbose bool) (*Rule, error) {
+	if len(line) > maxPasted {
+		return nil, fmt.Errorf("a line of %d bytes", len(line))
+	}
 	text := line
 	if strings.HasSuffix(line, "{") {
 		text += "\n}"
@@ -163,7 +249,25 @@ func (n Names) parseShownRule(line string, verbose bool) (*Rule, error) {
 	if !ok {
 		return nil, fmt.Errorf("read %q: no rule that is understood", clip(line))
 	}
+	if err := checkShown(r); err != nil {
+		return nil, err
+	}
 	return r, nil
+}
+
+// checkShown reports why a rule that was read can't be loaded again.
+func checkShown(r *Rule) error {
+	for _, addrs := range [][]Address{r.From.Addrs, r.To.Addrs, r.poolAddrs()} {
+		for _, a := range addrs {
+			if a.Kind == AddrInterface {
+				return fmt.Errorf("%s is no address", clip(a.Name))
+			}
+		}
+	}
+	if err := (&Ruleset{Statements: []Statement{r}}).validate(); err != nil {
+		return errors.New(err.problem)
+	}
+	return nil
 }
 
 // counters reads [ Evaluations: 8  Packets: 3  Bytes: 180  States: 0 ] for the

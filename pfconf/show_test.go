@@ -94,6 +94,9 @@ func TestParseShown(t *testing.T) {
 	}
 	var got []string
 	for _, r := range s.Rules {
+		if r.Err != nil || r.Text == "" {
+			t.Errorf("rule %+v", r)
+		}
 		if r.Number != -1 {
 			t.Errorf("rule %s has number %d without -vv", r, r.Number)
 		}
@@ -104,6 +107,63 @@ func TestParseShown(t *testing.T) {
 	}
 	if len(s.Unknown) != 1 || s.Unknown[0].Line != 7 || s.Unknown[0].Text != "something new that apple made" {
 		t.Errorf("unknown lines %+v", s.Unknown)
+	}
+}
+
+// TestUnreadableRuleHasStandIn: a line that can't be read counts as matching
+// everything, and the others are as they are.
+func TestUnreadableRuleHasStandIn(t *testing.T) {
+	const text = `@0 pass in quick on en0 all flags S/SA keep state
+@1 pass out quick wormhole (utun4 any) all flags S/SA keep state
+@2 block return-rst all
+@3 anchor "com.apple/*" sometimes all
+@4 pass quick route-to utun4 all flags S/SA keep state
+@5 nat on en0 inet6 from any to any through 3 -> (en0)
+@6 anchor all sometimes {
+@0   block drop upwards all
+}
+@7 brandnew all
+@8 pass in all flags S/SA keep state
+`
+	s := ParseShown(text)
+	want := []struct{ rule, text string }{
+		{"pass in quick on en0 all flags S/SA keep state", "pass in quick on en0 all flags S/SA keep state"},
+		{"pass quick all flags any keep state (floating) allow-opts",
+			"pass out quick wormhole (utun4 any) all flags S/SA keep state"},
+		{"block drop all", "block return-rst all"},
+		{`anchor "com.apple/*" all`, `anchor "com.apple/*" sometimes all`},
+		// The kernel has no rule that routes both ways either.
+		{"pass quick all flags any keep state (floating) allow-opts", "pass quick route-to utun4 all flags S/SA keep state"},
+		{"nat all", "nat on en0 inet6 from any to any through 3 -> (en0)"},
+		{"anchor all {\n    block drop all\n}", "anchor all sometimes {"},
+		{"pass in all flags S/SA keep state", "pass in all flags S/SA keep state"},
+	}
+	if len(s.Rules) != len(want) || len(s.Unknown) != 8 {
+		t.Fatalf("%d rules and %d lines unknown: %v", len(s.Rules), len(s.Unknown), s.Unknown)
+	}
+	unread := 0
+	for i, w := range want {
+		r := s.Rules[i]
+		if r.Err != nil {
+			unread++
+		}
+		if r.String() != w.rule || r.Text != w.text || (r.Err == nil) != (i == 0 || i == 7) {
+			t.Errorf("rule %d is %s of %q, %v", i, r, r.Text, r.Err)
+		}
+	}
+	if unread != 6 {
+		t.Errorf("%d rules weren't read", unread)
+	}
+	ld, err := s.Ruleset(nil).Expand("", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(ld.Filter) != 7 || len(ld.Nat) != 0 {
+		t.Errorf("loaded %q and %q", ld.ShowRules(), ld.ShowNat())
+	}
+	// The stand-in that decided is found by its text.
+	if got := ld.Filter[1].String(); got != s.Rules[1].String() {
+		t.Errorf("loaded, a stand-in is %s", got)
 	}
 }
 

@@ -46,6 +46,9 @@ func TestMacRules(t *testing.T) {
 	for _, name := range macOutputs(t, "pfctl-rules-", "pfctl-s-rules-", "pfctl-nat-", "pfctl-s-nat-", "pfctl-mullvad-") {
 		text := strings.TrimSpace(macOutput(t, name))
 		s := ParseShown(text)
+		if _, err := s.Ruleset(nil).Expand("", nil); err != nil {
+			t.Errorf("%s: load again: %v", name, err)
+		}
 		for _, u := range s.Unknown {
 			t.Errorf("%s: line %d %q: %v", name, u.Line, u.Text, u.Err)
 		}
@@ -56,6 +59,8 @@ func TestMacRules(t *testing.T) {
 			}
 			got = append(got, shown(r.Rule, r.Anchor))
 		}
+		// pfctl has two ways to show an interface without a router.
+		text = strings.Replace(text, "(utun4 any)", "utun4", 1)
 		if again := strings.Join(got, "\n"); again != text {
 			t.Errorf("%s: shown again:\n%s\nwant\n%s", name, again, text)
 		}
