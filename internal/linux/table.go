@@ -141,7 +141,8 @@ func (c *compiler) classSets(f family) []set {
 		without("lan"+f.suffix, f.addr, pick(s.LAN), earlier),
 		without("internet"+f.suffix, f.addr, []netip.Prefix{f.whole}, append(earlier, pick(s.LAN)...)),
 		addresses("own"+f.suffix, f.addr, pick(own)),
-		ranges("onlink"+f.suffix, f.addr, pick(s.OnLink)),
+		addresses("former"+f.suffix, f.addr, pick(s.Former)),
+		ranges("others"+f.suffix, f.addr, pick(s.Others)),
 		constants("transit"+f.suffix, "ifname", names...),
 	}
 }
@@ -217,7 +218,8 @@ func (c *compiler) ingress() {
 		out.drop("the host's mesh address, not from the mesh", in("own"+f.suffix, f.dst))
 		out.drop("nobody else reaches a peer", in("peers"+f.suffix, f.dst))
 		out.accept("", in("self"+f.suffix, f.dst))
-		out.accept("a carrier's network in the mesh prefix", in("onlink"+f.suffix, f.dst))
+		out.drop("a removed peer's address", in("former"+f.suffix, f.dst))
+		out.accept("another owner's part of the mesh prefix", in("others"+f.suffix, f.dst))
 		c.eachMesh(f, func(p netip.Prefix) { out.drop("a mesh address that nobody has", within(f.dst, p)) })
 	}
 }
@@ -476,7 +478,8 @@ func (c *compiler) output() {
 // nobody drops what goes to a mesh address that no peer has.
 func (c *compiler) nobody(to *chain, f family) {
 	to.accept("", in("self"+f.suffix, f.dst))
-	to.accept("", in("onlink"+f.suffix, f.dst))
+	to.drop("a removed peer's address", in("former"+f.suffix, f.dst))
+	to.accept("another owner's part of the mesh prefix", in("others"+f.suffix, f.dst))
 	c.eachMesh(f, func(p netip.Prefix) { to.drop("a mesh address that nobody has", within(f.dst, p)) })
 }
 

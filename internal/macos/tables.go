@@ -119,9 +119,10 @@ func dnsPeers(r *policy.Ruleset) []netip.Prefix {
 // 100.64.0.0/10, where an uplink is in it, belongs to the uplink.
 func awaySet(r *policy.Ruleset, host []netip.Prefix) set {
 	all := r.Sets()
-	peers := peersWith(r, 0, anyFamily)
+	// A removed peer's address is kept in like a peer's.
+	peers := append(peersWith(r, 0, anyFamily), all.Former...)
 	var s set
-	for _, p := range slices.Concat(all.OnLink, all.Self, all.Martians) {
+	for _, p := range slices.Concat(all.Others, all.Self, all.Martians) {
 		inMesh := slices.ContainsFunc(all.Mesh, func(m netip.Prefix) bool { return m.Contains(p.Addr()) && m.Bits() <= p.Bits() })
 		if inMesh && !slices.Contains(peers, p) {
 			s.not = append(s.not, p)

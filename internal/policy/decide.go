@@ -93,6 +93,8 @@ func (r *Ruleset) byClass(v Verdict, class Class, p *Packet) Verdict {
 		return v.refuse(RuleMartian, class)
 	case Self:
 		switch {
+		case p.Proto == ProtoUDP && p.DstPort == r.mesh.ListenPort && p.DstPort != 0:
+			return v.refuse(RuleWireGuard, class)
 		case have.Has(Incoming):
 			return v.pass(RuleIncoming, class, ExitHost)
 		case have.Has(Routing) && r.isDNS(p):
@@ -159,7 +161,9 @@ func (r *Ruleset) fromElsewhere(p *Packet) Verdict {
 		return r.hostToPeer(v, p)
 	case dst.peer != noPeer:
 		return v.refuse(RuleToPeer, 0)
-	case dst.class == InMesh && !r.isOnLink(p.Dst):
+	case r.former[p.Dst]:
+		return v.refuse(RuleFormer, 0)
+	case dst.class == InMesh && !r.others.Contains(p.Dst):
 		return v.refuse(RuleNobody, 0)
 	case own, dst.class == Self, dst.class == Martian:
 		return v.pass(RuleNotOurs, 0, ExitAny)
@@ -178,16 +182,6 @@ func (r *Ruleset) hostToPeer(v Verdict, p *Packet) Verdict {
 		return v.refuse(RuleForeignSource, 0)
 	}
 	return v.pass(RuleHostToPeer, 0, ExitMesh)
-}
-
-// isOnLink reports whether a mesh address is inside a prefix attached elsewhere.
-func (r *Ruleset) isOnLink(a netip.Addr) bool {
-	for _, p := range r.onLink {
-		if p.Contains(a) {
-			return true
-		}
-	}
-	return false
 }
 
 // DecideReply judges a packet that runs against the packet opened, which opened

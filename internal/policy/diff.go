@@ -54,8 +54,9 @@ func Diff(old, next *Ruleset) []Narrowed {
 func sameGround(a, b *Ruleset) bool {
 	x, y := a.host, b.host
 	return x.Interface == y.Interface && x.Uplink4 == y.Uplink4 && x.Uplink6 == y.Uplink6 &&
+		x.Source4 == y.Source4 && x.Source6 == y.Source6 &&
 		x.Forwarding == y.Forwarding && x.FoundForwarding == y.FoundForwarding &&
-		a.mesh.DNS == b.mesh.DNS &&
+		a.mesh.DNS == b.mesh.DNS && a.mesh.ListenPort == b.mesh.ListenPort &&
 		slices.Equal(a.mesh.Addresses, b.mesh.Addresses) &&
 		slices.Equal(a.sets.Martians, b.sets.Martians) &&
 		slices.Equal(a.sets.Self, b.sets.Self) &&

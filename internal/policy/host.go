@@ -52,11 +52,25 @@ type Host struct {
 	// FoundForwarding says for which families the host forwarded before the
 	// helper changed anything: there transit of others is left alone.
 	FoundForwarding Families `json:"foundForwarding"`
-	// Interfaces need not list the loopback interface.
+	// Interfaces need list the loopback interface only where it has other
+	// addresses than 127.0.0.1/8, ::1 and a link-local one.
 	Interfaces []Interface `json:"interfaces"`
 	// Routes are the prefixes reached other than by an attached prefix. Default
 	// routes may be among them; they are recognised and left out.
 	Routes []Route `json:"routes"`
+	// Resolvers are the DNS servers that the host itself is configured with,
+	// without link-local ones: a mesh address among them is that server's. Their
+	// order doesn't matter.
+	Resolvers []netip.Addr `json:"resolvers,omitempty"`
+	// Source4 and Source6 are the addresses that the host itself uses by the
+	// uplink of the family, and the packets of its peers with it. Not valid where
+	// there is no uplink, or the address isn't known.
+	Source4 netip.Addr `json:"source,omitzero"`
+	Source6 netip.Addr `json:"source6,omitzero"`
+	// Router4 and Router6 are the next hops of the default routes, without a
+	// zone. Not valid where there is none, as on a point-to-point uplink.
+	Router4 netip.Addr `json:"router,omitzero"`
+	Router6 netip.Addr `json:"router6,omitzero"`
 }
 
 // maxHostFacts bounds the size of a facts document; a host with a full routing
@@ -88,7 +102,8 @@ func ReadHost(r io.Reader) (Host, error) {
 
 // Validate reports the first thing that cannot be true of a host: a missing or
 // overlong interface name (15 bytes is the longest on Linux and macOS), a name
-// that is there twice, an invalid or IPv4-mapped address.
+// that is there twice, an invalid or IPv4-mapped address, one with a zone, or one
+// of the wrong family.
 func (h Host) Validate() error {
 	if err := validateName(h.Interface); err != nil {
 		return fmt.Errorf("mesh interface: %w", err)
@@ -127,8 +142,34 @@ func (h Host) Validate() error {
 			return fmt.Errorf("route %v: %w", r.Prefix, err)
 		}
 	}
+	return h.validateAddresses()
+}
+
+// validateAddresses checks the single addresses among the facts.
+func (h Host) validateAddresses() error {
+	for _, a := range h.Resolvers {
+		if !isPlain(a) {
+			return fmt.Errorf("resolver %v is not valid", a)
+		}
+	}
+	for _, f := range []struct {
+		what string
+		a    netip.Addr
+		is   func(netip.Addr) bool
+	}{
+		{"source", h.Source4, netip.Addr.Is4}, {"source6", h.Source6, netip.Addr.Is6},
+		{"router", h.Router4, netip.Addr.Is4}, {"router6", h.Router6, netip.Addr.Is6},
+	} {
+		if f.a.IsValid() && (!isPlain(f.a) || !f.is(f.a)) {
+			return fmt.Errorf("%s %v is not a valid address of its family", f.what, f.a)
+		}
+	}
 	return nil
 }
+
+// isPlain reports whether an address is valid, without a zone and not an
+// IPv4-mapped one.
+func isPlain(a netip.Addr) bool { return a.IsValid() && !a.Is4In6() && a.Zone() == "" }
 
 // validateName accepts what both kernels and both packet filters' languages
 // take as an interface name, and nothing that could be read as syntax there.
@@ -153,6 +194,15 @@ func (h Host) Uplink(a netip.Addr) string {
 	return h.Uplink6
 }
 
+// Source returns the source by the uplink of the address's family; it is not
+// valid where it isn't known.
+func (h Host) Source(a netip.Addr) netip.Addr {
+	if a.Is4() {
+		return h.Source4
+	}
+	return h.Source6
+}
+
 // isLoopback reports whether this is the loopback interface's name: lo on
 // Linux, lo0 on macOS.
 func isLoopback(name string) bool { return name == "lo" || name == "lo0" }
@@ -174,12 +224,34 @@ func (h Host) attached() []netip.Prefix {
 	return out
 }
 
-// addresses returns every address of the host.
+// addresses returns every address of the host, the loopback interface's aliases
+// included. Loopback and link-local addresses are left out: they are martians.
 func (h Host) addresses() []netip.Addr {
 	var out []netip.Addr
 	for _, i := range h.Interfaces {
 		for _, p := range i.Addresses {
-			out = append(out, p.Addr())
+			a := p.Addr()
+			if !a.IsLoopback() && !(a.Is6() && a.IsLinkLocalUnicast()) {
+				out = append(out, a)
+			}
+		}
+	}
+	return out
+}
+
+// uplinkAddresses returns the addresses of the uplinks.
+func (h Host) uplinkAddresses() []netip.Addr {
+	var out []netip.Addr
+	for _, a := range []netip.Addr{h.Source4, h.Source6} {
+		if a.IsValid() {
+			out = append(out, a)
+		}
+	}
+	for _, i := range h.Interfaces {
+		for _, p := range i.Addresses {
+			if i.Name == h.Uplink(p.Addr()) {
+				out = append(out, p.Addr())
+			}
 		}
 	}
 	return out

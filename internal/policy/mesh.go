@@ -133,6 +133,14 @@ type Mesh struct {
 	// Addresses are the host's own mesh addresses.
 	Addresses []netip.Addr
 	Peers     []Peer
+	// Former are mesh addresses of peers that were removed less than a day ago:
+	// what the host still sends there is kept in. Where a peer, or the host
+	// itself, has such an address again, that counts.
+	Former []netip.Addr
+	// ListenPort is the UDP port of the host's WireGuard, or 0 where it isn't
+	// known: no peer reaches it through the tunnel, or the tunnel would carry
+	// itself.
+	ListenPort uint16
 	// DNS says that the helper serves DNS on the host's mesh addresses, so that
 	// port 53 there is open with routing alone.
 	DNS bool

@@ -176,6 +176,25 @@ func TestDecideRules(t *testing.T) {
 		{"carrier's own prefix", func(h *Host) {
 			h.Interfaces[0].Addresses = append(h.Interfaces[0].Addresses, prefix("100.80.0.7/20"))
 		}, Packet{Src: addr("100.80.0.7"), Dst: addr("100.80.0.1")}, RuleNotOurs},
+		{"carrier's router outside its prefix", func(h *Host) {
+			h.Interfaces[0].Addresses = append(h.Interfaces[0].Addresses, prefix("100.80.0.7/20"))
+		}, Packet{Src: addr("100.80.0.7"), Dst: addr("100.127.0.1")}, RuleNotOurs},
+		{"peer inside the carrier's prefix", func(h *Host) {
+			h.Interfaces[0].Addresses = append(h.Interfaces[0].Addresses, prefix("100.64.0.7/10"))
+		}, Packet{Src: addr("100.64.0.7"), Dst: c4}, RuleForeignSource},
+		{"host's resolver", func(h *Host) { h.Resolvers = []netip.Addr{addr("100.100.2.136")} },
+			Packet{Src: addr("203.0.113.9"), Dst: addr("100.100.2.136")}, RuleNotOurs},
+		{"host's resolver from a peer", func(h *Host) { h.Resolvers = []netip.Addr{addr("100.100.2.136")} },
+			Packet{In: "utun7", Src: c4, Dst: addr("100.100.2.136")}, RuleMesh},
+		{"loopback alias from a peer", func(h *Host) {
+			h.Interfaces = append(h.Interfaces, Interface{"lo0", prefixes("127.0.0.1/8", "10.254.254.254/8", "::1/128")})
+		}, Packet{In: "utun7", Src: c4, Dst: addr("10.254.254.254")}, RuleIncoming},
+		{"loopback alias attaches nothing", func(h *Host) {
+			h.Interfaces = append(h.Interfaces, Interface{"lo0", prefixes("9.254.254.254/8")})
+		}, Packet{In: "utun7", Src: c4, Dst: addr("9.1.1.1")}, RuleInternet},
+		{"loopback itself from a peer", func(h *Host) {
+			h.Interfaces = append(h.Interfaces, Interface{"lo0", prefixes("127.0.0.1/8")})
+		}, Packet{In: "utun7", Src: c4, Dst: addr("127.0.0.1")}, RuleMartian},
 		{"carrier's prefix from a peer", func(h *Host) {
 			h.Interfaces[0].Addresses = append(h.Interfaces[0].Addresses, prefix("100.80.0.7/20"))
 		}, Packet{In: "utun7", Src: c4, Dst: addr("100.80.0.1")}, RuleMesh},
@@ -215,6 +234,31 @@ func TestDNS(t *testing.T) {
 			if got, want := r.Decide(q).Pass, p.Has(Incoming); got != want {
 				t.Errorf("%+v with %v: pass %v, want %v", q, p, got, want)
 			}
+		}
+	}
+}
+
+// TestListenPort checks that WireGuard's own port is closed to UDP inside the
+// tunnel, at the host only.
+func TestListenPort(t *testing.T) {
+	m := picture(7)
+	m.ListenPort = 51820
+	for _, tt := range []struct {
+		dst   netip.Addr
+		proto uint8
+		port  uint16
+		rule  Rule
+	}{
+		{hostA4, ProtoUDP, 51820, RuleWireGuard},
+		{addr("192.168.77.1"), ProtoUDP, 51820, RuleWireGuard},
+		{hostA4, ProtoUDP, 51821, RuleIncoming},
+		{hostA4, ProtoTCP, 51820, RuleIncoming},
+		{addr("8.8.8.8"), ProtoUDP, 51820, RuleInternet},
+		{addr("192.168.77.9"), ProtoUDP, 51820, RuleLAN},
+	} {
+		v := compile(t, m, pictureHost()).Decide(Packet{In: "utun7", Src: addr("100.64.0.3"), Dst: tt.dst, Proto: tt.proto, DstPort: tt.port})
+		if v.Rule != tt.rule || v.Answered() {
+			t.Errorf("%v protocol %d port %d: %q, want %q; answered %v", tt.dst, tt.proto, tt.port, v.Rule, tt.rule, v.Answered())
 		}
 	}
 }
@@ -317,12 +361,114 @@ func TestCompileRefuses(t *testing.T) {
 		`unexpected '"'`:             func(_ *Mesh, h *Host) { h.Uplink4 = `en0"` },
 		"is listed twice":            func(_ *Mesh, h *Host) { h.Interfaces[1].Name = "en0" },
 		"is the mesh interface":      func(_ *Mesh, h *Host) { h.Uplink6 = "utun7" },
+		"resolver fe80::1%en0":       func(_ *Mesh, h *Host) { h.Resolvers = []netip.Addr{addr("fe80::1%en0")} },
+		"source 2001:db8::1 is not":  func(_ *Mesh, h *Host) { h.Source4 = addr("2001:db8::1") },
+		"router6 ::ffff:1.2.3.4 is":  func(_ *Mesh, h *Host) { h.Router6 = addr("::ffff:1.2.3.4") },
+		"a removed peer's address":   func(m *Mesh, _ *Host) { m.Former = []netip.Addr{addr("10.0.0.1")} },
 		"route ::ffff:0.0.0.0/96 by": func(_ *Mesh, h *Host) { h.Routes[0].Prefix = prefix("::ffff:0:0/96") },
 	} {
 		m, h := picture(0), pictureHost()
 		change(&m, &h)
 		if _, err := Compile(m, h, start); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("got %v, want an error with %q", err, want)
+		}
+	}
+}
+
+// TestOthers checks whose part of the mesh prefixes is somebody else's.
+func TestOthers(t *testing.T) {
+	for _, tt := range []struct {
+		about  string
+		change func(*Mesh, *Host)
+		want   string
+	}{
+		{"nobody's", nil, ""},
+		{"another VPN's routes", func(_ *Mesh, h *Host) {
+			h.Interfaces = append(h.Interfaces, Interface{"utun4", prefixes("100.99.1.1/32")})
+			h.Routes = append(h.Routes, Route{prefix("100.101.2.3/32"), "utun4"}, Route{prefix("100.100.100.100/32"), "utun4"})
+		}, "100.100.100.100/32 100.101.2.3/32"},
+		{"an attached network with a route inside", func(_ *Mesh, h *Host) {
+			h.Interfaces = append(h.Interfaces, Interface{"utun4", prefixes("100.99.0.0/16")})
+			h.Routes = append(h.Routes, Route{prefix("100.99.1.0/24"), "utun4"})
+		}, "100.99.0.0/16"},
+		{"routes of ours", func(_ *Mesh, h *Host) {
+			h.Routes = append(h.Routes, Route{prefix("100.64.0.0/10"), "utun7"}, Route{prefix("100.101.2.3/32"), "lo0"})
+		}, ""},
+		{"a route around the mesh prefix", func(_ *Mesh, h *Host) {
+			h.Routes = append(h.Routes, Route{prefix("100.0.0.0/8"), "utun4"}, Route{prefix("100.101.2.3/32"), "utun4"})
+		}, "100.64.0.0/10"},
+		{"a default route in halves", func(_ *Mesh, h *Host) {
+			h.Routes = append(h.Routes, Route{prefix("0.0.0.0/1"), "utun4"}, Route{prefix("128.0.0.0/1"), "utun4"},
+				Route{prefix("::/1"), "utun4"}, Route{prefix("8000::/1"), "utun4"})
+		}, ""},
+		{"resolvers", func(_ *Mesh, h *Host) {
+			h.Resolvers = []netip.Addr{addr("100.100.2.136"), addr("9.9.9.9"), addr("127.0.0.53"), addr("fd6d:6573:6800::53")}
+		}, "100.100.2.136/32 fd6d:6573:6800::53/128"},
+		{"a carrier's uplink", func(_ *Mesh, h *Host) {
+			h.Interfaces[0].Addresses = prefixes("100.80.0.7/20")
+			h.Resolvers = []netip.Addr{addr("100.100.2.136")}
+		}, "100.64.0.0/10"},
+		{"a carrier's uplink of one address", func(_ *Mesh, h *Host) {
+			h.Interfaces[0].Addresses = prefixes("100.80.0.7/32")
+		}, "100.64.0.0/10"},
+		{"a carrier's source on a link without an address", func(_ *Mesh, h *Host) {
+			h.Source4 = addr("100.80.0.7")
+		}, "100.64.0.0/10"},
+	} {
+		m, h := picture(7), pictureHost()
+		if tt.change != nil {
+			tt.change(&m, &h)
+		}
+		var got []string
+		for _, p := range compile(t, m, h).Sets().Others {
+			got = append(got, p.String())
+		}
+		if g := strings.Join(got, " "); g != tt.want {
+			t.Errorf("%s: %q, want %q", tt.about, g, tt.want)
+		}
+	}
+}
+
+// TestFormer checks that a removed peer's address is kept in, also where all
+// around it is another's, until a peer or the host has it again.
+func TestFormer(t *testing.T) {
+	const gone = "100.70.0.9"
+	for _, tt := range []struct {
+		about  string
+		change func(*Mesh, *Host)
+		in     string
+		rule   Rule
+	}{
+		{"from the host", nil, "", RuleFormer},
+		{"from the LAN", nil, "en5", RuleFormer},
+		{"inside a carrier's network", func(_ *Mesh, h *Host) {
+			h.Interfaces[0].Addresses = prefixes("100.80.0.7/10")
+		}, "", RuleFormer},
+		{"by a route of its own", func(_ *Mesh, h *Host) {
+			h.Routes = append(h.Routes, Route{prefix(gone + "/32"), "utun4"})
+		}, "", RuleFormer},
+		{"a peer's again", func(m *Mesh, _ *Host) { m.Peers[0].Addresses[0] = addr(gone) }, "", RuleHostToPeer},
+		{"the host's", func(m *Mesh, h *Host) { m.Addresses[0] = addr(gone) }, "lo0", RuleNotOurs},
+		{"an interface's", func(_ *Mesh, h *Host) {
+			h.Interfaces = append(h.Interfaces, Interface{"utun4", prefixes(gone + "/32")})
+		}, "", RuleNotOurs},
+	} {
+		m, h := picture(7), pictureHost()
+		m.Former = []netip.Addr{addr(gone), addr("fd6d:6573:6800::9")}
+		if tt.change != nil {
+			tt.change(&m, &h)
+		}
+		r := compile(t, m, h)
+		src := addr("192.168.77.9")
+		if tt.in != "en5" {
+			src = m.Addresses[0]
+		}
+		if v := r.Decide(Packet{In: tt.in, Src: src, Dst: addr(gone), Proto: ProtoUDP}); v.Rule != tt.rule {
+			t.Errorf("%s: %q, want %q", tt.about, v.Rule, tt.rule)
+		}
+		// For a peer it is a mesh address like any other.
+		if v := r.Decide(Packet{In: "utun7", Src: m.Peers[1].Addresses[0], Dst: addr("100.70.0.10"), Proto: ProtoUDP}); v.Rule != RuleMesh {
+			t.Errorf("%s: a peer got %q", tt.about, v.Rule)
 		}
 	}
 }
@@ -366,7 +512,8 @@ func TestDiff(t *testing.T) {
 func TestReadHost(t *testing.T) {
 	h, err := ReadHost(strings.NewReader(`{"interface":"utun7","uplink":"en0","forwarding":{"ipv4":true,"ipv6":true},
 		"interfaces":[{"name":"en0","addresses":["203.0.113.1/24","2001:db8:1::1/64"]}],
-		"routes":[{"prefix":"198.18.0.0/16","interface":"utun3"}]}`))
+		"routes":[{"prefix":"198.18.0.0/16","interface":"utun3"}],
+		"resolvers":["100.100.2.136"],"source":"203.0.113.1","router6":"fe80::1"}`))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -374,8 +521,9 @@ func TestReadHost(t *testing.T) {
 		Interface: "utun7", Uplink4: "en0", Forwarding: Families{true, true},
 		Interfaces: []Interface{{"en0", prefixes("203.0.113.1/24", "2001:db8:1::1/64")}},
 		Routes:     []Route{{prefix("198.18.0.0/16"), "utun3"}},
+		Resolvers:  []netip.Addr{addr("100.100.2.136")}, Source4: addr("203.0.113.1"), Router6: addr("fe80::1"),
 	}
-	if d := cmp.Diff(want, h, cmpopts.EquateComparable(netip.Prefix{})); d != "" {
+	if d := cmp.Diff(want, h, cmpopts.EquateComparable(netip.Prefix{}, netip.Addr{})); d != "" {
 		t.Error(d)
 	}
 	for text, want := range map[string]string{

@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"slices"
 	"time"
+
+	"github.com/gaissmai/bart"
 )
 
 // Ruleset is a compiled policy. It never changes and may be used by many
@@ -17,9 +19,9 @@ type Ruleset struct {
 	expires time.Time
 	classes classes
 	sets    Sets
-	// onLink are attached prefixes inside a mesh prefix (a carrier's 100.64/10):
-	// what the host itself has to do with them isn't the mesh's business.
-	onLink []netip.Prefix
+	// others and former are the sets of these names, to be looked up.
+	others bart.Lite
+	former map[netip.Addr]bool
 }
 
 // PeerRules is what a ruleset holds of one peer.
@@ -43,9 +45,14 @@ type Sets struct {
 	// addresses, also where they are inside Mesh.
 	Mesh, Peers []netip.Prefix
 	LAN         []netip.Prefix
-	// OnLink are attached prefixes inside a mesh prefix, for which the host's own
-	// packets are left alone. A peer's packets to them are class mesh.
-	OnLink []netip.Prefix
+	// Others are the parts of the mesh prefixes that are not the mesh's, such as
+	// another VPN's or a carrier's: what the host itself has to do with them is
+	// left alone, peers' and former peers' addresses excepted, also where they are
+	// inside. A peer's packets to them are class mesh. None is inside another.
+	Others []netip.Prefix
+	// Former are removed peers' addresses that neither a peer nor the host has
+	// now, as single addresses. Nothing is sent to them.
+	Former []netip.Prefix
 }
 
 // Compile makes the ruleset for a mesh on a host as of the time now; grants that
@@ -68,7 +75,13 @@ func Compile(mesh Mesh, host Host, now time.Time) (*Ruleset, error) {
 	}
 	r.expires = mesh.nextEnd(now)
 	r.sets = makeSets(r.mesh, host)
-	r.onLink = r.sets.OnLink
+	for _, p := range r.sets.Others {
+		r.others.Insert(p)
+	}
+	r.former = make(map[netip.Addr]bool, len(r.sets.Former))
+	for _, p := range r.sets.Former {
+		r.former[p.Addr()] = true
+	}
 	r.classify()
 	return r, nil
 }
@@ -95,11 +108,6 @@ func makeSets(mesh Mesh, host Host) Sets {
 	}
 	for _, p := range attached {
 		s.Martians = append(s.Martians, broadcasts(p)...)
-		for _, m := range mesh.Prefixes {
-			if m.Overlaps(p) && p.Bits() >= m.Bits() {
-				s.OnLink = append(s.OnLink, p)
-			}
-		}
 	}
 	for _, p := range mesh.Prefixes {
 		s.Mesh = append(s.Mesh, p.Masked())
@@ -107,11 +115,59 @@ func makeSets(mesh Mesh, host Host) Sets {
 	for _, p := range mesh.Peers {
 		s.Peers = append(s.Peers, singles(p.Addresses)...)
 	}
-	for _, set := range []*[]netip.Prefix{&s.Martians, &s.Self, &s.Mesh, &s.Peers, &s.LAN, &s.OnLink} {
+	s.Others = mesh.others(host)
+	s.Former = singles(mesh.Former)
+	for _, set := range []*[]netip.Prefix{&s.Martians, &s.Self, &s.Mesh, &s.Peers, &s.LAN, &s.Others, &s.Former} {
 		slices.SortFunc(*set, comparePrefix)
 		*set = slices.Compact(*set)
 	}
+	s.Others = outermost(s.Others)
+	s.Former = slices.DeleteFunc(s.Former, func(p netip.Prefix) bool { return holds(s.Peers, p) || holds(s.Self, p) })
 	return s
+}
+
+// others returns the parts of the mesh prefixes that belong to another owner on
+// this host: what another interface is attached to, what is reached by a route
+// that isn't a default one, the host's resolvers, and the whole of a prefix in
+// which the uplink itself has an address, because the routers and servers of a
+// carrier's network need not be in the attached prefix (RFC 6598).
+func (m Mesh) others(host Host) []netip.Prefix {
+	taken := slices.Concat(host.attached(), host.routed(), singles(host.Resolvers))
+	uplinks := host.uplinkAddresses()
+	var out []netip.Prefix
+	for _, mesh := range m.Prefixes {
+		mesh = mesh.Masked()
+		if slices.ContainsFunc(uplinks, mesh.Contains) {
+			out = append(out, mesh)
+		}
+		for _, p := range taken {
+			switch {
+			case !mesh.Overlaps(p):
+			case p.Bits() < mesh.Bits():
+				out = append(out, mesh)
+			default:
+				out = append(out, p)
+			}
+		}
+	}
+	return out
+}
+
+// outermost drops, from sorted prefixes, those that are inside another.
+func outermost(sorted []netip.Prefix) []netip.Prefix {
+	out := sorted[:0]
+	for _, p := range sorted {
+		if n := len(out); n == 0 || !out[n-1].Contains(p.Addr()) {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// holds reports whether p is in a sorted set.
+func holds(sorted []netip.Prefix, p netip.Prefix) bool {
+	_, ok := slices.BinarySearchFunc(sorted, p, comparePrefix)
+	return ok
 }
 
 func comparePrefix(a, b netip.Prefix) int {
@@ -121,6 +177,7 @@ func comparePrefix(a, b netip.Prefix) int {
 func (m Mesh) clone() Mesh {
 	m.Prefixes = slices.Clone(m.Prefixes)
 	m.Addresses = slices.Clone(m.Addresses)
+	m.Former = slices.Clone(m.Former)
 	m.Peers = slices.Clone(m.Peers)
 	for i := range m.Peers {
 		m.Peers[i].Addresses = slices.Clone(m.Peers[i].Addresses)
@@ -132,7 +189,7 @@ func (m Mesh) validate() error {
 	taken := map[netip.Addr]string{}
 	claim := func(who string, as []netip.Addr) error {
 		for _, a := range as {
-			if !a.IsValid() || a.Is4In6() || a.Zone() != "" {
+			if !isPlain(a) {
 				return fmt.Errorf("%s: address %v is not valid", who, a)
 			}
 			if other, ok := taken[a]; ok {
@@ -149,6 +206,11 @@ func (m Mesh) validate() error {
 	}
 	if err := claim("the host", m.Addresses); err != nil {
 		return err
+	}
+	for _, a := range m.Former {
+		if !isPlain(a) || !m.contains(a) {
+			return fmt.Errorf("a removed peer's address %v is not valid, or outside the mesh prefixes", a)
+		}
 	}
 	names, ids := map[string]bool{}, map[PeerID]bool{}
 	for _, p := range m.Peers {

@@ -21,6 +21,7 @@ const (
 	RuleRedirect
 	RuleUnquoted
 	RuleMesh
+	RuleWireGuard
 	RuleNoIncoming
 	RuleNoLAN
 	RuleNoRouting
@@ -29,6 +30,7 @@ const (
 	RuleForeignSource
 	RuleToHost
 	RuleToPeer
+	RuleFormer
 	RuleNobody
 	RuleClosedTransit
 	RuleWrongWay
@@ -49,6 +51,7 @@ var ruleTexts = [...]string{
 	RuleRedirect:      "ICMP redirects never pass",
 	RuleUnquoted:      "the ICMP error quotes no flow that may pass",
 	RuleMesh:          "the host does not forward between peers",
+	RuleWireGuard:     "the host's WireGuard port isn't reached through the tunnel",
 	RuleNoIncoming:    "connecting to the host needs incoming",
 	RuleNoLAN:         "the host's other networks need routing and lan",
 	RuleNoRouting:     "the internet needs routing",
@@ -57,6 +60,7 @@ var ruleTexts = [...]string{
 	RuleForeignSource: "the host reaches its peers from its mesh address only",
 	RuleToHost:        "the host's mesh addresses are reached by the mesh only",
 	RuleToPeer:        "nobody outside the mesh opens a flow to a peer",
+	RuleFormer:        "the mesh address was a peer's until less than a day ago",
 	RuleNobody:        "no peer has this mesh address",
 	RuleClosedTransit: "the host did not forward before the helper came, so it doesn't forward for others",
 	RuleWrongWay:      "the answer arrives by another interface than the flow left by",
