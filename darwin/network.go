@@ -4,8 +4,6 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
-	"slices"
-	"strings"
 )
 
 // A Kernel gives access to the routing table and the interfaces. On a Mac it is a
@@ -81,36 +79,6 @@ func (n *Network) byIndex(index int) *Interface {
 		}
 	}
 	return nil
-}
-
-// never are interfaces that don't lead to the internet by themselves: VPNs' and
-// Apple's tunnels, peer-to-peer Wi-Fi, coprocessors, and bridges, which serve
-// virtual machines and Internet Sharing. Some carry a default route of their own
-// (tailscale#21154: upstream traffic was sent into the tunnel itself).
-var never = []string{"utun", "ipsec", "gif", "stf", "awdl", "llw", "XHC", "anpi", "lo", "bridge", "ap"}
-
-func leadsOut(i *Interface) bool {
-	if i == nil || i.Flags&InterfaceUp == 0 {
-		return false
-	}
-	kind := strings.TrimRight(i.Name, "0123456789")
-	return !slices.Contains(never, kind)
-}
-
-// Uplink returns the interface of the default route and its router. Of several
-// defaults the kernel uses the one without a scope, the primary service's; the
-// others only serve sockets bound to their interface. It returns nil when there
-// is none, or only by a tunnel.
-func (n *Network) Uplink(f Family) (*Interface, netip.Addr) {
-	for _, r := range n.Routes {
-		if r.Dst.Bits() != 0 || r.Dst.Addr().Is6() != (f == IPv6) || !r.serves() {
-			continue
-		}
-		if i := n.byIndex(r.Index); leadsOut(i) {
-			return i, r.Gateway
-		}
-	}
-	return nil, netip.Addr{}
 }
 
 // serves reports whether the route forwards packets of everybody.

@@ -109,8 +109,8 @@ func TestUplink(t *testing.T) {
 
 func TestLeadsOut(t *testing.T) {
 	for name, want := range map[string]bool{
-		"en0": true, "en12": true, "pdp_ip0": true, "ppp0": true, "utun3": false, "ipsec0": false, "gif0": false,
-		"awdl0": false, "llw0": false, "bridge100": false, "ap1": false, "anpi0": false, "lo0": false, "XHC20": false,
+		"en0": true, "en12": true, "pdp_ip0": true, "ppp0": true, "utun3": true, "ipsec0": true, "bridge0": true, "gif0": false,
+		"awdl0": false, "llw0": false, "stf0": false, "ap1": false, "anpi0": false, "lo0": false, "XHC20": false,
 	} {
 		if got := leadsOut(&Interface{Name: name, Flags: InterfaceUp}); got != want {
 			t.Errorf("%s leads out: %v", name, got)

@@ -38,7 +38,7 @@ func facts(n *darwin.Network, mesh string, found policy.Families) policy.Host {
 
 // uplink returns the name of the default route's interface, or "".
 func uplink(n *darwin.Network, f darwin.Family, mesh string) string {
-	if i, _ := n.Uplink(f); i != nil && i.Name != mesh {
+	if i, _ := n.Uplink(f, mesh); i != nil {
 		return i.Name
 	}
 	return ""
