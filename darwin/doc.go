@@ -5,8 +5,8 @@
 // product and works for every root daemon on a Mac.
 //
 // Two seams keep it testable where there is no Mac. Commands go through [Runner]
-// (on a Mac an [Exec]); routing messages go through [Kernel] (on a Mac a
-// [System], the only thing here with a build tag). Everything in between, that
+// (on a Mac an [Exec]); routing messages and the reading of kernel variables go
+// through [Kernel] (on a Mac a [System], the only thing here with a build tag). Everything in between, that
 // is the rendering, the parsing and the order of steps, is portable. [FakePF] and
 // [FakeKernel] stand behind the seams in tests and refuse what a Mac refuses.
 //

@@ -279,7 +279,18 @@ func (k *FakeKernel) drop(r Route) {
 	k.announce(appendRoute(nil, rtmDelete, 0, r))
 }
 
-// Variable returns a kernel variable, as text.
+// Sysctl implements Kernel.
+func (k *FakeKernel) Sysctl(name string) (string, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	v, ok := k.variables[name]
+	if !ok {
+		return "", syscall.ENOENT
+	}
+	return v, nil
+}
+
+// Variable returns a kernel variable, as text; "" is one that there isn't.
 func (k *FakeKernel) Variable(name string) string {
 	k.mu.Lock()
 	defer k.mu.Unlock()

@@ -12,14 +12,14 @@ import (
 
 func TestForwarding(t *testing.T) {
 	k := darwin.NewFakeKernel()
-	s := darwin.NewSysctl(k)
+	s := darwin.NewSysctl(k, k)
 	ctx := t.Context()
 	for _, f := range []darwin.Family{darwin.IPv4, darwin.IPv6} {
 		for _, want := range []bool{false, true, true, false} {
 			if err := s.SetForwarding(ctx, f, want); err != nil {
 				t.Fatal(err)
 			}
-			if got, err := s.Forwarding(ctx, f); err != nil || got != want {
+			if got, err := s.Forwarding(f); err != nil || got != want {
 				t.Errorf("%v forwarding %v, %v, want %v", f, got, err, want)
 			}
 		}
@@ -29,36 +29,70 @@ func TestForwarding(t *testing.T) {
 	}
 }
 
+// A kernel whose variables are as told.
+type variables struct {
+	darwin.Kernel
+	value string
+	err   error
+}
+
+func (v variables) Sysctl(string) (string, error) { return v.value, v.err }
+
 func TestSysctlOddAnswers(t *testing.T) {
 	ctx := t.Context()
-	for name, r := range map[string]scripted{
+	for name, v := range map[string]variables{
 		"nothing":     {},
-		"not run":     {err: errors.New("timeout")},
-		"unknown":     {stderr: "sysctl: unknown oid 'x'\n", status: 1},
-		"not allowed": {stderr: "sysctl: net.inet.ip.forwarding: Operation not permitted\n", status: 1},
+		"unknown":     {err: syscall.ENOENT},
+		"not allowed": {err: syscall.EPERM},
 	} {
-		s := darwin.NewSysctl(r)
-		if on, err := s.Forwarding(ctx, darwin.IPv4); err == nil {
-			t.Errorf("%s: forwarding %v", name, on)
+		s := darwin.NewSysctl(scripted{}, v)
+		if on, err := s.Forwarding(darwin.IPv4); err == nil || v.err != nil && !errors.Is(err, v.err) {
+			t.Errorf("%s: forwarding %v, %v", name, on, err)
 		}
 		if err := s.SetForwarding(ctx, darwin.IPv4, true); err == nil {
 			t.Errorf("%s: set", name)
 		}
-		if id, err := s.BootSession(ctx); err == nil {
+		if id, err := s.BootSession(); err == nil {
 			t.Errorf("%s: boot session %q", name, id)
 		}
 	}
+	for name, r := range map[string]scripted{
+		"not run":     {err: errors.New("timeout")},
+		"unknown":     {stderr: "sysctl: unknown oid 'x'\n", status: 1},
+		"not allowed": {stderr: "sysctl: net.inet.ip.forwarding: Operation not permitted\n", status: 1},
+	} {
+		if err := darwin.NewSysctl(r, variables{value: "1"}).SetForwarding(ctx, darwin.IPv4, true); err == nil {
+			t.Errorf("%s: set", name)
+		}
+	}
 	// Something sets it back at once.
-	if err := darwin.NewSysctl(scripted{stdout: "0\n"}).SetForwarding(ctx, darwin.IPv6, true); err == nil {
+	if err := darwin.NewSysctl(scripted{stdout: "0\n"}, variables{value: "0"}).SetForwarding(ctx, darwin.IPv6, true); err == nil {
 		t.Error("a value that didn't hold passes for set")
+	}
+}
+
+// Reading a variable starts no process: it is done at every check.
+func TestSysctlReadsWithoutAProcess(t *testing.T) {
+	k := darwin.NewFakeKernel()
+	s := darwin.NewSysctl(scripted{err: errors.New("a process was started")}, k)
+	if _, err := s.BootSession(); err != nil {
+		t.Error(err)
+	}
+	for _, f := range []darwin.Family{darwin.IPv4, darwin.IPv6} {
+		if on, err := s.Forwarding(f); err != nil || on {
+			t.Errorf("%v forwarding %v, %v", f, on, err)
+		}
+	}
+	if v, err := k.Sysctl("kern.nonsense"); !errors.Is(err, syscall.ENOENT) {
+		t.Errorf("a variable that there isn't: %q, %v", v, err)
 	}
 }
 
 func TestBoot(t *testing.T) {
 	k := darwin.NewFakeKernel()
-	s := darwin.NewSysctl(k)
+	s := darwin.NewSysctl(k, k)
 	ctx := t.Context()
-	before, err := s.BootSession(ctx)
+	before, err := s.BootSession()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -69,11 +103,11 @@ func TestBoot(t *testing.T) {
 		t.Fatal(err)
 	}
 	k.Boot()
-	after, err := s.BootSession(ctx)
+	after, err := s.BootSession()
 	if err != nil || after == before || len(after) != 36 {
 		t.Errorf("boot session %q, was %q, %v", after, before, err)
 	}
-	if on, err := s.Forwarding(ctx, darwin.IPv4); err != nil || on {
+	if on, err := s.Forwarding(darwin.IPv4); err != nil || on {
 		t.Errorf("forwarding after boot: %v, %v", on, err)
 	}
 	if k.Has("utun0") {

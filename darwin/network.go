@@ -6,8 +6,8 @@ import (
 	"net/netip"
 )
 
-// A Kernel gives access to the routing table and the interfaces. On a Mac it is a
-// [System].
+// A Kernel gives access to the routing table, the interfaces and the kernel's
+// variables, without starting a process. On a Mac it is a [System].
 type Kernel interface {
 	// Interfaces returns the interfaces and addresses of both families, as sysctl
 	// CTL_NET PF_ROUTE 0 0 NET_RT_IFLIST2 0 does.
@@ -18,6 +18,9 @@ type Kernel interface {
 	// message and ends with an error when the socket is closed; a Write takes one
 	// message and gives the kernel's error.
 	OpenRoute() (io.ReadWriteCloser, error)
+	// Sysctl returns a kernel variable as text, as sysctl(3) does. The error of an
+	// unknown one is ENOENT.
+	Sysctl(name string) (string, error)
 }
 
 // An Interface is a network interface.

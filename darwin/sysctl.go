@@ -5,12 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
-	"strings"
 )
 
-// sysctlPath is sysctl(8). x/sys only has getters on macOS, and the alternatives
-// to this program are a raw system call, whose numbers Apple doesn't promise, or
-// a linkname into package syscall.
+// sysctlPath is sysctl(8), which only sets variables here. x/sys only has getters
+// on macOS, and the alternatives to this program are a raw system call, whose
+// numbers Apple doesn't promise, or a linkname into package syscall.
 const sysctlPath = "/usr/sbin/sysctl"
 
 // The kernel variables used here. IPv6 forwarding is set to 1 by anything above
@@ -21,11 +20,15 @@ const (
 	bootSession    = "kern.bootsessionuuid"
 )
 
-// A Sysctl reads and writes kernel variables through sysctl(8).
-type Sysctl struct{ r Runner }
+// A Sysctl reads kernel variables by sysctl(3), which costs no process, and writes
+// them through sysctl(8).
+type Sysctl struct {
+	r Runner
+	k Kernel
+}
 
 // NewSysctl returns a Sysctl.
-func NewSysctl(r Runner) *Sysctl { return &Sysctl{r} }
+func NewSysctl(r Runner, k Kernel) *Sysctl { return &Sysctl{r, k} }
 
 // A Family is an address family of the internet.
 type Family int
@@ -46,8 +49,8 @@ func (f Family) forwarding() string {
 }
 
 // Forwarding reports whether the kernel forwards packets of the family.
-func (s *Sysctl) Forwarding(ctx context.Context, f Family) (bool, error) {
-	v, err := s.get(ctx, f.forwarding())
+func (s *Sysctl) Forwarding(f Family) (bool, error) {
+	v, err := s.get(f.forwarding())
 	if err != nil {
 		return false, err
 	}
@@ -77,7 +80,7 @@ func (s *Sysctl) SetForwarding(ctx context.Context, f Family, on bool) error {
 	if err != nil {
 		return fmt.Errorf("set %s: %w", assign, err)
 	}
-	now, err := s.Forwarding(ctx, f)
+	now, err := s.Forwarding(f)
 	if err != nil {
 		return err
 	}
@@ -89,22 +92,18 @@ func (s *Sysctl) SetForwarding(ctx context.Context, f Family, on bool) error {
 
 // BootSession returns the id of this boot of the kernel, a UUID in capitals. What
 // was kept on disk with another id (a packet filter token, a found value) is void.
-func (s *Sysctl) BootSession(ctx context.Context) (string, error) {
-	v, err := s.get(ctx, bootSession)
+func (s *Sysctl) BootSession() (string, error) {
+	v, err := s.get(bootSession)
 	if err == nil && v == "" {
 		err = errors.New("read " + bootSession + ": empty")
 	}
 	return v, err
 }
 
-func (s *Sysctl) get(ctx context.Context, name string) (string, error) {
-	args := []string{"-n", name}
-	stdout, stderr, status, err := s.r.Run(ctx, nil, sysctlPath, args...)
-	if err == nil && status != 0 {
-		err = failure(stderr, status, sysctlPath, args)
-	}
+func (s *Sysctl) get(name string) (string, error) {
+	v, err := s.k.Sysctl(name)
 	if err != nil {
 		return "", fmt.Errorf("read %s: %w", name, err)
 	}
-	return strings.TrimSpace(string(stdout)), nil
+	return v, nil
 }

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strconv"
 
 	"golang.org/x/net/route"
 	"golang.org/x/sys/unix"
@@ -47,6 +48,16 @@ func (System) OpenRoute() (io.ReadWriteCloser, error) {
 		return nil, os.NewSyscallError("fcntl", err)
 	}
 	return os.NewFile(uintptr(fd), "route"), nil
+}
+
+// Sysctl implements Kernel.
+func (System) Sysctl(name string) (string, error) {
+	switch name {
+	case ipv4Forwarding, ipv6Forwarding:
+		n, err := unix.SysctlUint32(name)
+		return strconv.FormatInt(int64(int32(n)), 10), err
+	}
+	return unix.Sysctl(name)
 }
 
 // PeerOf returns who is at the other end of a connection.

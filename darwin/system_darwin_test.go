@@ -1,7 +1,6 @@
 package darwin
 
 import (
-	"context"
 	"net"
 	"testing"
 
@@ -57,12 +56,12 @@ func TestParseRoutesAgreesWithXNet(t *testing.T) {
 }
 
 func TestSysctlOfThisMac(t *testing.T) {
-	s := NewSysctl(Exec{})
-	if id, err := s.BootSession(context.Background()); err != nil || len(id) != 36 {
+	s := NewSysctl(Exec{}, System{})
+	if id, err := s.BootSession(); err != nil || len(id) != 36 {
 		t.Errorf("boot session %q, %v", id, err)
 	}
 	for _, f := range []Family{IPv4, IPv6} {
-		if _, err := s.Forwarding(context.Background(), f); err != nil {
+		if _, err := s.Forwarding(f); err != nil {
 			t.Error(err)
 		}
 	}

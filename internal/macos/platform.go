@@ -68,7 +68,7 @@ func NewPlatform(o PlatformOptions) (*Platform, error) {
 		return nil, err
 	}
 	return &Platform{
-		o: o, path: path, j: &journal{}, dead: map[netip.Addr]time.Time{}, pf: darwin.NewPF(o.Runner), sysctl: darwin.NewSysctl(o.Runner),
+		o: o, path: path, j: &journal{}, dead: map[netip.Addr]time.Time{}, pf: darwin.NewPF(o.Runner), sysctl: darwin.NewSysctl(o.Runner, o.Kernel),
 		ifconfig: darwin.NewIfconfig(o.Runner), router: darwin.NewRouter(o.Kernel),
 	}, nil
 }
@@ -127,7 +127,7 @@ func (p *Platform) Open(ctx context.Context, cfg platform.Interface) (tun.Device
 // interface went with it.
 func (p *Platform) takeOver(ctx context.Context) error {
 	return p.step(StepRepair, func() error {
-		boot, err := p.sysctl.BootSession(ctx)
+		boot, err := p.sysctl.BootSession()
 		if err != nil {
 			return err
 		}
@@ -271,8 +271,8 @@ func (p *Platform) foundForwarding(ctx context.Context) (policy.Families, error)
 }
 
 func (p *Platform) forwarding(ctx context.Context) (now policy.Families, err error) {
-	if now.IPv4, err = p.sysctl.Forwarding(ctx, darwin.IPv4); err == nil {
-		now.IPv6, err = p.sysctl.Forwarding(ctx, darwin.IPv6)
+	if now.IPv4, err = p.sysctl.Forwarding(darwin.IPv4); err == nil {
+		now.IPv6, err = p.sysctl.Forwarding(darwin.IPv6)
 	}
 	return now, err
 }

@@ -228,9 +228,9 @@ func checkHooks(ctx context.Context, h Host) error {
 }
 
 func checkForwarding(ctx context.Context, h Host) error {
-	s := darwin.NewSysctl(h.Runner)
+	s := darwin.NewSysctl(h.Runner, h.Kernel)
 	for _, f := range []darwin.Family{darwin.IPv4, darwin.IPv6} {
-		found, err := s.Forwarding(ctx, f)
+		found, err := s.Forwarding(f)
 		if err == nil {
 			err = errors.Join(s.SetForwarding(ctx, f, !found), s.SetForwarding(ctx, f, found))
 		}
@@ -241,8 +241,8 @@ func checkForwarding(ctx context.Context, h Host) error {
 	return nil
 }
 
-func checkBootSession(ctx context.Context, h Host) error {
-	id, err := darwin.NewSysctl(h.Runner).BootSession(ctx)
+func checkBootSession(_ context.Context, h Host) error {
+	id, err := darwin.NewSysctl(h.Runner, h.Kernel).BootSession()
 	if err == nil && (len(id) != 36 || strings.Count(id, "-") != 4) {
 		err = fmt.Errorf("the id is %q", id)
 	}

@@ -165,6 +165,9 @@ func (m *Mac) Routes() ([]byte, error) { return m.Kernel.Routes() }
 // OpenRoute implements darwin.Kernel.
 func (m *Mac) OpenRoute() (io.ReadWriteCloser, error) { return m.Kernel.OpenRoute() }
 
+// Sysctl implements darwin.Kernel.
+func (m *Mac) Sysctl(name string) (string, error) { return m.Kernel.Sysctl(name) }
+
 // Clock is the Mac's: the wall clock runs on through sleep.
 func (m *Mac) Clock() darwin.Clock {
 	return func() (time.Time, time.Duration) {

@@ -57,7 +57,7 @@ func TestLeavesNothingBehind(t *testing.T) {
 	m := newMac(t)
 	ctx := t.Context()
 	found := m.Dump()
-	pf, sysctl := darwin.NewPF(m), darwin.NewSysctl(m)
+	pf, sysctl := darwin.NewPF(m), darwin.NewSysctl(m, m)
 
 	d, name := newTunnel(t, m)
 	n, err := darwin.Observe(m)
@@ -93,8 +93,8 @@ func TestBootForgets(t *testing.T) {
 	m := newMac(t)
 	ctx := t.Context()
 	found := m.Dump()
-	pf, sysctl := darwin.NewPF(m), darwin.NewSysctl(m)
-	session, err := sysctl.BootSession(ctx)
+	pf, sysctl := darwin.NewPF(m), darwin.NewSysctl(m, m)
+	session, err := sysctl.BootSession()
 	must(t, err)
 	token, err := pf.Enable(ctx)
 	must(t, err)
@@ -111,7 +111,7 @@ func TestBootForgets(t *testing.T) {
 	if diff := cmp.Diff(found, m.Dump()); diff != "" {
 		t.Errorf("after boot (-before +after):\n%s", diff)
 	}
-	if after, err := sysctl.BootSession(ctx); err != nil || after == session {
+	if after, err := sysctl.BootSession(); err != nil || after == session {
 		t.Errorf("boot session %q as before, %v", after, err)
 	}
 	if err := pf.Release(ctx, token); !errors.Is(err, darwin.ErrNotEnabled) {

@@ -77,7 +77,7 @@ func newPicture(t *testing.T, forA, forC policy.Permissions) (*Mac, string) {
 	_, err = pf.Enable(t.Context())
 	must(t, err)
 	for _, f := range []darwin.Family{darwin.IPv4, darwin.IPv6} {
-		must(t, darwin.NewSysctl(m).SetForwarding(t.Context(), f, true))
+		must(t, darwin.NewSysctl(m, m).SetForwarding(t.Context(), f, true))
 	}
 	return m, name
 }

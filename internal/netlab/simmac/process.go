@@ -161,6 +161,14 @@ func (p *Process) Routes() ([]byte, error) {
 	return p.mac.Routes()
 }
 
+// Sysctl implements darwin.Kernel.
+func (p *Process) Sysctl(name string) (string, error) {
+	if p.Killed() {
+		return "", ErrKilled
+	}
+	return p.mac.Sysctl(name)
+}
+
 // OpenRoute implements darwin.Kernel.
 func (p *Process) OpenRoute() (io.ReadWriteCloser, error) {
 	s, err := p.mac.OpenRoute()

@@ -41,7 +41,7 @@ func helper(t *testing.T, p *Process) error {
 	if _, err := pf.Enable(ctx); err != nil {
 		return err
 	}
-	return darwin.NewSysctl(p).SetForwarding(ctx, darwin.IPv4, true)
+	return darwin.NewSysctl(p, p).SetForwarding(ctx, darwin.IPv4, true)
 }
 
 func TestProcessSteps(t *testing.T) {
@@ -135,7 +135,7 @@ func TestLookingIsNoStep(t *testing.T) {
 	pf.Rules(ctx, anchor)
 	pf.Table(ctx, anchor, "t")
 	pf.Skipped(ctx)
-	darwin.NewSysctl(p).BootSession(ctx)
+	darwin.NewSysctl(p, p).BootSession()
 	if got := p.Steps(); len(got) != 0 {
 		t.Errorf("steps %q", got)
 	}
