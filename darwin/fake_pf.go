@@ -33,8 +33,14 @@ type PFEngine interface {
 	Anchors(anchor string) ([]string, bool)
 	// Tables returns the anchor's tables, and what is in each.
 	Tables(anchor string) (map[string][]string, bool)
-	// SetTable replaces a table's contents and makes the table if need be.
-	SetTable(anchor, table string, entries []netip.Prefix)
+	// AddToTable adds entries, DeleteFromTable removes them, and ReplaceTable makes
+	// them the whole contents. The first and the last make a table that isn't there;
+	// otherwise the error is pfconf.ErrNoTable.
+	AddToTable(anchor, table string, entries []pfconf.Address) error
+	DeleteFromTable(anchor, table string, entries []pfconf.Address) error
+	ReplaceTable(anchor, table string, entries []pfconf.Address) error
+	// TestTable reports whether an address is in a table.
+	TestTable(anchor, table string, a netip.Addr) (bool, error)
 	// Kill ends the states from src to dst and returns their number. An invalid dst
 	// is any.
 	Kill(src, dst netip.Prefix) int
@@ -152,6 +158,7 @@ type pfctlCommand struct {
 	show, flush, tableCommand  string
 	enable, disable, reference bool
 	kill                       []string
+	words                      []string // the arguments behind the options
 }
 
 // parsePfctl takes apart a command line like getopt with pfctl's options (the
@@ -159,6 +166,10 @@ type pfctlCommand struct {
 func parsePfctl(args []string) (c pfctlCommand, err error) {
 	for len(args) > 0 {
 		option := args[0]
+		if !strings.HasPrefix(option, "-") && c.tableCommand != "" {
+			c.words = args
+			return c, nil
+		}
 		args = args[1:]
 		flag := map[string]*bool{"-e": &c.enable, "-d": &c.disable, "-E": &c.reference, "-v": new(bool)}[option]
 		if flag != nil {
@@ -339,27 +350,145 @@ func parseHost(h string) (netip.Prefix, error) {
 	return a.Prefix(a.BitLen())
 }
 
+// table is pfctl -T, with the messages of OpenBSD's pfctl_table.c.
 func (f *FakePF) table(c pfctlCommand, stdin string) pfctlReply {
+	words := c.words
+	if c.file == "-" {
+		words = append(words, strings.Fields(stdin)...)
+	}
+	var entries []pfconf.Address
+	for _, w := range words {
+		e, err := parseEntry(w)
+		if err != nil {
+			return pfctlReply{stderr: fmt.Sprintf("no IP address found for %s\npfctl: cannot load table entries\n", w), status: 1}
+		}
+		entries = append(entries, e)
+	}
+	before, exists := f.entries(c)
+	failed := func(err error) pfctlReply {
+		text := err.Error()
+		if errors.Is(err, pfconf.ErrNoTable) {
+			text = "Table does not exist"
+		}
+		return pfctlReply{stderr: "pfctl: " + text + ".\n", status: 1}
+	}
+	var made string
+	if !exists {
+		made = "1 table created.\n"
+	}
+	switch c.tableCommand {
+	case "show":
+		if !exists {
+			return failed(pfconf.ErrNoTable)
+		}
+		return pfctlReply{stdout: indented(before)}
+	case "test":
+		return f.testTable(c, entries, failed)
+	case "add":
+		if err := f.Engine.AddToTable(c.anchor, c.table, entries); err != nil {
+			return failed(err)
+		}
+		added, _, _ := f.changed(c, before)
+		return pfctlReply{stderr: fmt.Sprintf("%s%d/%d addresses added.\n", made, added, len(entries))}
+	case "delete":
+		if err := f.Engine.DeleteFromTable(c.anchor, c.table, entries); err != nil {
+			return failed(err)
+		}
+		_, deleted, _ := f.changed(c, before)
+		return pfctlReply{stderr: fmt.Sprintf("%d/%d addresses deleted.\n", deleted, len(entries))}
+	case "replace":
+		if err := f.Engine.ReplaceTable(c.anchor, c.table, entries); err != nil {
+			return failed(err)
+		}
+		return pfctlReply{stderr: made + replaced(f.changed(c, before))}
+	}
+	return pfctlReply{stderr: "usage: pfctl -T command\n", status: 1}
+}
+
+func (f *FakePF) testTable(c pfctlCommand, entries []pfconf.Address, failed func(error) pfctlReply) pfctlReply {
+	matches := 0
+	for _, e := range entries {
+		in, err := f.Engine.TestTable(c.anchor, c.table, e.Prefix.Addr())
+		if err != nil {
+			return failed(err)
+		}
+		if in {
+			matches++
+		}
+	}
+	r := pfctlReply{stderr: fmt.Sprintf("%d/%d addresses match.\n", matches, len(entries))}
+	if matches < len(entries) {
+		r.status = 2
+	}
+	return r
+}
+
+// entries returns what is in the table of a command.
+func (f *FakePF) entries(c pfctlCommand) ([]string, bool) {
 	tables, _ := f.Engine.Tables(c.anchor)
 	entries, ok := tables[c.table]
-	switch {
-	case c.tableCommand == "show" && ok:
-		return pfctlReply{stdout: indented(entries)}
-	case c.tableCommand == "show":
-		return pfctlReply{stderr: "pfctl: Table does not exist.\n", status: 1}
-	case c.tableCommand == "replace" && c.file == "-":
-		var p []netip.Prefix
-		for _, h := range strings.Fields(stdin) {
-			a, err := parseHost(h)
-			if err != nil {
-				return pfctlReply{stderr: "pfctl: cannot create address buffer: Invalid argument\n", status: 1}
-			}
-			p = append(p, a)
-		}
-		f.Engine.SetTable(c.anchor, c.table, p)
-		return pfctlReply{stderr: fmt.Sprintf("%d addresses added.\n", len(p))}
+	return entries, ok
+}
+
+// changed counts the entries of a table that came, went, and were negated or the
+// contrary.
+func (f *FakePF) changed(c pfctlCommand, before []string) (added, deleted, turned int) {
+	now, _ := f.entries(c)
+	was := map[string]bool{}
+	for _, e := range before {
+		was[e] = true
 	}
-	return pfctlReply{status: 1}
+	is := map[string]bool{}
+	for _, e := range now {
+		is[e] = true
+		switch {
+		case was[e]:
+		case was[negated(e)]:
+			turned++
+		default:
+			added++
+		}
+	}
+	for _, e := range before {
+		if !is[e] && !is[negated(e)] {
+			deleted++
+		}
+	}
+	return added, deleted, turned
+}
+
+func negated(entry string) string {
+	if plain, ok := strings.CutPrefix(entry, "!"); ok {
+		return plain
+	}
+	return "!" + entry
+}
+
+// replaced says what pfctl -T replace did.
+func replaced(added, deleted, turned int) string {
+	var b strings.Builder
+	for _, n := range []struct {
+		count int
+		what  string
+	}{{added, "added"}, {deleted, "deleted"}, {turned, "changed"}} {
+		if n.count > 0 {
+			fmt.Fprintf(&b, "%d addresses %s.\n", n.count, n.what)
+		}
+	}
+	if b.Len() == 0 {
+		return "no changes.\n"
+	}
+	return b.String()
+}
+
+// parseEntry reads an entry as pfctl does: each ! before it turns it round.
+func parseEntry(s string) (pfconf.Address, error) {
+	host := strings.TrimLeft(s, "!")
+	p, err := parseHost(host)
+	if err != nil {
+		return pfconf.Address{}, err
+	}
+	return pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: p.Masked(), Not: (len(s)-len(host))%2 == 1}, nil
 }
 
 // loadNoise is printed by every -f.

@@ -155,20 +155,42 @@ func (p *PF) Table(ctx context.Context, anchor, table string) ([]pfconf.Address,
 	return pfconf.ParseTableEntries(string(stdout))
 }
 
-// ReplaceTable makes addresses the whole contents of a table, in one step. pfctl
-// makes a table that isn't there.
-func (p *PF) ReplaceTable(ctx context.Context, anchor, table string, addresses []netip.Prefix) error {
-	args, err := tableArgs(anchor, table, "replace")
+// ReplaceTable makes entries the whole contents of a table, in one step. pfctl
+// makes a table that isn't there, persistent. The entries are of the kind
+// pfconf.AddrPrefix, and may be negated. States that the table let be made go on.
+//
+// pf never stores the all-zero host, 0.0.0.0 or :: (its radix tree has that node
+// already, xnu bsd/net/radix.c), and says nothing of it.
+func (p *PF) ReplaceTable(ctx context.Context, anchor, table string, entries []pfconf.Address) error {
+	return p.changeTable(ctx, anchor, table, "replace", entries)
+}
+
+// AddToTable adds entries to a table, which pfctl makes, persistent, if it isn't
+// there. One that is in it already stays as it is, negated or not.
+func (p *PF) AddToTable(ctx context.Context, anchor, table string, entries []pfconf.Address) error {
+	return p.changeTable(ctx, anchor, table, "add", entries)
+}
+
+// DeleteFromTable removes entries from a table, a negated one only as such. Those
+// that aren't in it are no error; a missing table is one.
+func (p *PF) DeleteFromTable(ctx context.Context, anchor, table string, entries []pfconf.Address) error {
+	return p.changeTable(ctx, anchor, table, "delete", entries)
+}
+
+func (p *PF) changeTable(ctx context.Context, anchor, table, command string, entries []pfconf.Address) error {
+	args, err := tableArgs(anchor, table, command)
 	if err != nil {
 		return err
 	}
-	var b strings.Builder
-	for _, a := range addresses {
-		b.WriteString(a.String() + "\n")
+	for _, e := range entries {
+		if e.Kind != pfconf.AddrPrefix || !e.Prefix.IsValid() {
+			return fmt.Errorf("%s table %q of anchor %q: entry %+v is no address", command, table, anchor, e)
+		}
 	}
+	text := strings.Join((&pfconf.Table{Addrs: entries}).Entries(), "\n") + "\n"
 	// On stdin, since ten thousand addresses don't fit into the arguments.
-	if _, _, err := p.run(ctx, []byte(b.String()), append(args, "-f", "-")...); err != nil {
-		return fmt.Errorf("replace table %q of anchor %q: %w", table, anchor, err)
+	if _, _, err := p.run(ctx, []byte(text), append(args, "-f", "-")...); err != nil {
+		return fmt.Errorf("%s table %q of anchor %q: %w", command, table, anchor, err)
 	}
 	return nil
 }

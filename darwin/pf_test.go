@@ -92,12 +92,45 @@ func (e *textEngine) Tables(anchor string) (map[string][]string, bool) {
 	return t, ok
 }
 
-func (e *textEngine) SetTable(anchor, table string, entries []netip.Prefix) {
-	var list []string
-	for _, p := range entries {
-		list = append(list, p.String())
+// spelledEntries returns entries as pfctl prints them, without the all-zero hosts,
+// which pf doesn't store.
+func spelledEntries(entries []pfconf.Address) []string {
+	return slices.DeleteFunc((&pfconf.Table{Addrs: entries}).Entries(), func(s string) bool {
+		return strings.TrimPrefix(s, "!") == "0.0.0.0" || strings.TrimPrefix(s, "!") == "::"
+	})
+}
+
+func (e *textEngine) AddToTable(anchor, table string, entries []pfconf.Address) error {
+	have := e.tables[anchor][table]
+	for _, s := range spelledEntries(entries) {
+		if !slices.Contains(have, s) {
+			have = append(have, s)
+		}
 	}
-	e.tables[anchor][table] = list
+	e.tables[anchor][table] = have
+	return nil
+}
+
+func (e *textEngine) DeleteFromTable(anchor, table string, entries []pfconf.Address) error {
+	if _, ok := e.tables[anchor][table]; !ok {
+		return pfconf.ErrNoTable
+	}
+	gone := spelledEntries(entries)
+	e.tables[anchor][table] = slices.DeleteFunc(slices.Clone(e.tables[anchor][table]), func(s string) bool { return slices.Contains(gone, s) })
+	return nil
+}
+
+func (e *textEngine) ReplaceTable(anchor, table string, entries []pfconf.Address) error {
+	e.tables[anchor][table] = spelledEntries(entries)
+	return nil
+}
+
+func (e *textEngine) TestTable(anchor, table string, a netip.Addr) (bool, error) {
+	have, ok := e.tables[anchor][table]
+	if !ok {
+		return false, pfconf.ErrNoTable
+	}
+	return slices.Contains(have, a.String()), nil
 }
 
 func (e *textEngine) Kill(src, dst netip.Prefix) int {
@@ -210,7 +243,7 @@ func TestLoadAndReadBack(t *testing.T) {
 	if entries, err := pf.Table(ctx, anchor, "peers"); err != nil || !slices.Equal(spelled(entries), []string{"100.64.0.2/32", "100.64.0.3/32"}) {
 		t.Errorf("table %v, %v", entries, err)
 	}
-	if err := pf.ReplaceTable(ctx, anchor, "peers", []netip.Prefix{netip.MustParsePrefix("fd00::1/128")}); err != nil {
+	if err := pf.ReplaceTable(ctx, anchor, "peers", entries("fd00::1/128")); err != nil {
 		t.Error(err)
 	}
 	if entries, err := pf.Table(ctx, anchor, "peers"); err != nil || !slices.Equal(spelled(entries), []string{"fd00::1/128"}) {
@@ -233,6 +266,88 @@ func TestLoadAndReadBack(t *testing.T) {
 	}
 	if bad := f.Misuse(); len(bad) != 5 {
 		t.Errorf("the fake only noticed %q", bad)
+	}
+}
+
+// entries makes entries of a table; ! negates one.
+func entries(list ...string) (out []pfconf.Address) {
+	for _, s := range list {
+		prefix, not := strings.CutPrefix(s, "!")
+		out = append(out, pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: netip.MustParsePrefix(prefix), Not: not})
+	}
+	return out
+}
+
+func TestChangeTables(t *testing.T) {
+	pf, f, e := newPF(t)
+	ctx := t.Context()
+	if err := pf.Load(ctx, anchor, "pass all\n"); err != nil {
+		t.Fatal(err)
+	}
+	tell := func(args ...string) (string, int) {
+		_, stderr, status, err := f.Run(ctx, nil, "/sbin/pfctl", append([]string{"-a", anchor, "-t", "own", "-T"}, args...)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines := strings.Split(strings.TrimSpace(string(stderr)), "\n")
+		return strings.Join(lines[2:], " "), status
+	}
+	holds := func(want ...string) {
+		t.Helper()
+		got, err := pf.Table(ctx, anchor, "own")
+		if err != nil || !slices.Equal((&pfconf.Table{Addrs: got}).Entries(), want) {
+			t.Errorf("the table holds %v, %v, want %q", got, err, want)
+		}
+	}
+	if err := pf.DeleteFromTable(ctx, anchor, "own", entries("10.0.0.1/32")); err == nil || !strings.Contains(err.Error(), "Table does not exist") {
+		t.Errorf("deleted from a table that there isn't: %v", err)
+	}
+	// replace makes the table.
+	if err := pf.ReplaceTable(ctx, anchor, "own", entries("100.64.0.0/10", "!100.64.0.1/32")); err != nil {
+		t.Fatal(err)
+	}
+	holds("!100.64.0.1", "100.64.0.0/10")
+	if err := pf.AddToTable(ctx, anchor, "own", entries("fd00::1/128", "100.64.0.0/10")); err != nil {
+		t.Fatal(err)
+	}
+	holds("!100.64.0.1", "100.64.0.0/10", "fd00::1")
+	if err := pf.DeleteFromTable(ctx, anchor, "own", entries("100.64.0.0/10", "192.0.2.0/24")); err != nil {
+		t.Fatal(err)
+	}
+	holds("!100.64.0.1", "fd00::1")
+	if err := pf.ReplaceTable(ctx, anchor, "own", nil); err != nil {
+		t.Fatal(err)
+	}
+	holds()
+	for _, bad := range []pfconf.Address{{}, {Kind: pfconf.AddrTable, Name: "t"}, {Kind: pfconf.AddrPrefix}} {
+		if err := pf.AddToTable(ctx, anchor, "own", []pfconf.Address{bad}); err == nil {
+			t.Errorf("added %+v", bad)
+		}
+	}
+	for _, tt := range []struct {
+		args, want string
+		status     int
+	}{
+		{"add 10.0.0.1 10.0.0.2 10.0.0.1", "2/3 addresses added.", 0},
+		{"add 10.0.0.2", "0/1 addresses added.", 0},
+		{"add ::", "0/1 addresses added.", 0},
+		{"add !0.0.0.0", "0/1 addresses added.", 0},
+		{"add ::/127", "1/1 addresses added.", 0},
+		{"test 10.0.0.1 10.0.0.9", "1/2 addresses match.", 2},
+		{"test 10.0.0.1", "1/1 addresses match.", 0},
+		{"replace 10.0.0.1 !!10.0.0.2 10.0.0.3", "1 addresses added. 1 addresses deleted.", 0},
+		{"replace 10.0.0.1 !10.0.0.2 10.0.0.3", "1 addresses changed.", 0},
+		{"replace 10.0.0.1 !10.0.0.2 10.0.0.3 ::", "no changes.", 0},
+		{"delete 10.0.0.1 10.0.0.2", "1/2 addresses deleted.", 0},
+		{"add ! 10.0.0.9", "no IP address found for ! pfctl: cannot load table entries", 1},
+	} {
+		if got, status := tell(strings.Fields(tt.args)...); got != tt.want || status != tt.status {
+			t.Errorf("-T %s: %q, %d, want %q, %d", tt.args, got, status, tt.want, tt.status)
+		}
+	}
+	delete(e.tables[anchor], "own")
+	if got, status := tell("add", "10.0.0.1"); got != "1 table created. 1/1 addresses added." || status != 0 {
+		t.Errorf("adding to a table that there isn't: %q, %d", got, status)
 	}
 }
 

@@ -289,7 +289,7 @@ func TestDrift(t *testing.T) {
 		"the anchor is flushed":  {StepAnchor, func(g *rig) { g.mac.FlushAnchor(g.p.path) }},
 		"the anchor is replaced": {StepAnchor, func(g *rig) { g.must(g.mac.LoadAnchor(g.p.path, "pass all\n")) }},
 		"a table is changed": {StepAnchor, func(g *rig) {
-			g.must(darwin.NewPF(g.mac).ReplaceTable(g.t.Context(), g.p.path, tableLAN, prefixes("100.64.0.0/10")))
+			g.must(darwin.NewPF(g.mac).ReplaceTable(g.t.Context(), g.p.path, tableLAN, set{in: prefixes("100.64.0.0/10")}.table(tableLAN).Addrs))
 		}},
 		"the packet filter is off": {StepEnable, func(g *rig) { g.mac.PF.Disable() }},
 		"IPv4 forwarding is off":   {StepForwarding, func(g *rig) { g.mac.Kernel.SetVariable("net.inet.ip.forwarding", "0") }},

@@ -7,12 +7,14 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.zx2c4.com/wireguard/tun"
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/launchd"
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // A Host is a Mac, simulated or real, that assumptions are checked on.
@@ -64,6 +66,7 @@ func Assumptions() []Assumption {
 		{"pfctl-takes-unknown-interface", "xnu bsd/net/pf_if.c: no groups, names needn't exist", checkUnknownInterface},
 		{"pfctl-prints-rules-in-full", "pfctl(8); apple/container#1666", checkPrintedInFull},
 		{"pfctl-replaces-table-from-stdin", "pfctl_table.c", checkTable},
+		{"pfctl-changes-tables-in-place", "OpenBSD pfctl_table.c, of which Apple's is a copy", checkTableChanges},
 		{"pfctl-kills-both-ways", "xnu bsd/net/pf_ioctl.c, DIOCKILLSTATES", checkKill},
 		{"pf-main-ruleset-has-hooks", "/etc/pf.conf of macOS 10.15 to 26", checkHooks},
 		{"sysctl-sets-forwarding", "xnu bsd/netinet/ip_input.c, bsd/netinet6/in6_proto.c", checkForwarding},
@@ -187,7 +190,8 @@ func checkPrintedInFull(ctx context.Context, h Host) error {
 func checkTable(ctx context.Context, h Host) error {
 	const rules = "table <scratch> persist { 203.0.113.1 }\npass on utun4095 from <scratch>\n"
 	return withAnchor(ctx, h, rules, func(pf *darwin.PF, _ string) error {
-		if err := pf.ReplaceTable(ctx, scratchAnchor, "scratch", []netip.Prefix{scratchAddr}); err != nil {
+		one := []pfconf.Address{{Kind: pfconf.AddrPrefix, Prefix: scratchAddr}}
+		if err := pf.ReplaceTable(ctx, scratchAnchor, "scratch", one); err != nil {
 			return err
 		}
 		entries, err := pf.Table(ctx, scratchAnchor, "scratch")
@@ -195,6 +199,35 @@ func checkTable(ctx context.Context, h Host) error {
 			err = fmt.Errorf("the table holds %+v", entries)
 		}
 		return err
+	})
+}
+
+func checkTableChanges(ctx context.Context, h Host) error {
+	const table = "scratch"
+	whole := pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: netip.MustParsePrefix("203.0.113.0/24")}
+	not := pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: scratchAddr, Not: true}
+	return withAnchor(ctx, h, "pass on utun4095\n", func(pf *darwin.PF, _ string) error {
+		if err := pf.DeleteFromTable(ctx, scratchAnchor, table, []pfconf.Address{whole}); err == nil {
+			return errors.New("deleting from a missing table is no error")
+		}
+		for _, do := range []struct {
+			change func(context.Context, string, string, []pfconf.Address) error
+			entry  pfconf.Address
+			want   []string
+		}{
+			{pf.ReplaceTable, whole, []string{"203.0.113.0/24"}},
+			{pf.AddToTable, not, []string{"!203.0.113.213", "203.0.113.0/24"}},
+			{pf.DeleteFromTable, whole, []string{"!203.0.113.213"}},
+		} {
+			if err := do.change(ctx, scratchAnchor, table, []pfconf.Address{do.entry}); err != nil {
+				return err
+			}
+			entries, err := pf.Table(ctx, scratchAnchor, table)
+			if got := (&pfconf.Table{Addrs: entries}).Entries(); err != nil || !slices.Equal(got, do.want) {
+				return fmt.Errorf("the table holds %q, want %q, %v", got, do.want, err)
+			}
+		}
+		return nil
 	})
 }
 

@@ -197,13 +197,28 @@ func (e *engine) Tables(anchor string) (tables map[string][]string, ok bool) {
 	return tables, ok
 }
 
-// SetTable implements darwin.PFEngine.
-func (e *engine) SetTable(anchor, table string, entries []netip.Prefix) {
-	var list []pfconf.Address
-	for _, p := range entries {
-		list = append(list, pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: p.Masked()})
-	}
-	e.do(func(m *pfconf.Machine) { m.ReplaceTable(anchor, table, list) })
+// AddToTable implements darwin.PFEngine.
+func (e *engine) AddToTable(anchor, table string, entries []pfconf.Address) (err error) {
+	e.do(func(m *pfconf.Machine) { _, err = m.AddToTable(anchor, table, entries) })
+	return err
+}
+
+// DeleteFromTable implements darwin.PFEngine.
+func (e *engine) DeleteFromTable(anchor, table string, entries []pfconf.Address) (err error) {
+	e.do(func(m *pfconf.Machine) { _, err = m.DeleteFromTable(anchor, table, entries) })
+	return err
+}
+
+// ReplaceTable implements darwin.PFEngine.
+func (e *engine) ReplaceTable(anchor, table string, entries []pfconf.Address) (err error) {
+	e.do(func(m *pfconf.Machine) { err = m.ReplaceTable(anchor, table, entries) })
+	return err
+}
+
+// TestTable implements darwin.PFEngine.
+func (e *engine) TestTable(anchor, table string, a netip.Addr) (in bool, err error) {
+	e.do(func(m *pfconf.Machine) { in, err = m.TestTable(anchor, table, a) })
+	return in, err
 }
 
 // Kill implements darwin.PFEngine.

@@ -114,7 +114,7 @@ func (p *Process) disown(c io.Closer) {
 }
 
 // looking are the arguments of commands that change nothing.
-var looking = []string{"-s", "-T show", "-n", "print", "print-disabled", "dumpbtm"}
+var looking = []string{"-s", "-T show", "-T test", "-n", "print", "print-disabled", "dumpbtm"}
 
 func onlyLooks(file, line string) bool {
 	for _, l := range looking {
