@@ -6,10 +6,10 @@ import (
 )
 
 // keywords are the words with a meaning of their own in the grammar; all others
-// are strings. From pfctl's parser, with Apple's anchors.
+// are strings. From pfctl's parser, with Apple's anchors and words behind nat.
 var keywords = set("all", "allow-opts", "altq", "anchor", "antispoof", "any", "bandwidth", "binat",
 	"binat-anchor", "bitmask", "block", "block-policy", "cbq", "code", "crop", "debug", "drop", "drop-ovl",
-	"dummynet-anchor", "dup-to", "fastroute", "file", "fingerprints", "flags", "floating", "flush", "for",
+	"dummynet-anchor", "dup-to", "extfilter", "extmap", "fastroute", "file", "fingerprints", "flags", "floating", "flush", "for",
 	"fragment", "from", "global", "group", "hfsc", "hostid", "icmp-type", "icmp6-type", "if-bound", "in",
 	"include", "inet", "inet6", "keep", "label", "limit", "linkshare", "load", "log", "loginterface", "max",
 	"max-mss", "max-src-conn", "max-src-conn-rate", "max-src-nodes", "max-src-states", "min-ttl", "modulate",

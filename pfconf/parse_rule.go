@@ -858,11 +858,9 @@ func (p *parser) poolOptions() (o PoolOptions, some bool) {
 			o.StaticPort = true
 		case p.accept("sticky-address"):
 			o.Sticky = true
-		case first.kind == tokString && first.text == "extfilter":
-			p.advance()
+		case p.accept("extfilter"):
 			o.ExtFilter = p.oneOf("ei", "ad", "apd")
-		case first.kind == tokString && first.text == "extmap":
-			p.advance()
+		case p.accept("extmap"):
 			o.ExtMap = p.oneOf("ei", "ad", "apd")
 		default:
 			return o, some

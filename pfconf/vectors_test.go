@@ -281,3 +281,10 @@ func loadText(text, anchor string, ifs []Interface) (*Loaded, error) {
 	}
 	return rs.Expand(anchor, ifs)
 }
+
+func mustUnmarshal(t *testing.T, raw []byte, v any) {
+	t.Helper()
+	if err := json.Unmarshal(raw, v); err != nil {
+		t.Fatal(err)
+	}
+}
