@@ -28,11 +28,18 @@ type FakeKernel struct {
 	interfaces []*Interface
 	routes     []Route
 	variables  map[string]string
+	flags      map[ownAddress]AddressFlags
 	boots      int
 	lastIndex  int
 	lastUtun   int
 	sockets    map[*fakeSocket]bool
 	changes    int
+}
+
+// ownAddress is an address of an interface.
+type ownAddress struct {
+	index int
+	addr  netip.Addr
 }
 
 // Changes counts the changes of interfaces, addresses and routes so far: while it
@@ -46,7 +53,7 @@ func (k *FakeKernel) Changes() int {
 // NewFakeKernel returns a Mac that was just booted, with a loopback interface and
 // nothing else.
 func NewFakeKernel() *FakeKernel {
-	k := &FakeKernel{sockets: map[*fakeSocket]bool{}}
+	k := &FakeKernel{sockets: map[*fakeSocket]bool{}, flags: map[ownAddress]AddressFlags{}}
 	k.reset()
 	k.AddInterface("lo0", InterfaceUp|InterfaceLoopback|InterfaceRunning|InterfaceMulticast, 16384)
 	k.AddAddress("lo0", netip.MustParsePrefix("127.0.0.1/8"))
@@ -137,6 +144,9 @@ func (k *FakeKernel) remove(i *Interface) {
 		}
 	}
 	k.interfaces = slices.DeleteFunc(k.interfaces, func(o *Interface) bool { return o == i })
+	for _, a := range i.Addresses {
+		delete(k.flags, ownAddress{i.Index, a.Prefix.Addr()})
+	}
 	i.Flags &^= InterfaceUp | InterfaceRunning
 	k.announceInterface(i)
 }
@@ -187,6 +197,51 @@ func (k *FakeKernel) AddAddress(name string, p netip.Prefix) error {
 	return nil
 }
 
+// AddAddress6 gives an interface an IPv6 address of a kind.
+func (k *FakeKernel) AddAddress6(name string, p netip.Prefix, flags AddressFlags) error {
+	// The flags first: who hears of the address may ask for them.
+	k.mu.Lock()
+	if i := k.find(name); i != nil {
+		k.flags[ownAddress{i.Index, p.Addr()}] = flags
+	}
+	k.mu.Unlock()
+	return k.AddAddress(name, p)
+}
+
+// SetAddressFlags changes what an IPv6 address is: no longer tentative, or
+// deprecated. The kernel tells nobody, neither routing sockets nor pf.
+func (k *FakeKernel) SetAddressFlags(name string, a netip.Addr, flags AddressFlags) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	i := k.find(name)
+	if i == nil || !slices.ContainsFunc(i.Addresses, func(o Address) bool { return o.Prefix.Addr() == a }) {
+		return syscall.EADDRNOTAVAIL
+	}
+	k.flags[ownAddress{i.Index, a}] = flags
+	return nil
+}
+
+// Addresses6 returns the IPv6 addresses of an interface with their kinds.
+func (k *FakeKernel) Addresses6(name string) (out []Address6) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	i := k.find(name)
+	if i == nil {
+		return nil
+	}
+	for _, a := range i.Addresses {
+		if !a.Prefix.Addr().Is6() {
+			continue
+		}
+		one := Address6{Prefix: a.Prefix, Peer: a.Peer, Flags: k.flags[ownAddress{i.Index, a.Prefix.Addr()}]}
+		if a.Prefix.Addr().IsLinkLocalUnicast() {
+			one.Scope = i.Index
+		}
+		out = append(out, one)
+	}
+	return out
+}
+
 const routeCloning RouteFlags = 0x100 // RTF_CLONING
 
 // RemoveAddress takes an address and its routes away.
@@ -202,6 +257,7 @@ func (k *FakeKernel) RemoveAddress(name string, a netip.Addr) error {
 		return syscall.EADDRNOTAVAIL
 	}
 	gone := i.Addresses[n]
+	delete(k.flags, ownAddress{i.Index, a})
 	i.Addresses = slices.Delete(i.Addresses, n, n+1)
 	k.announce(addressMessage(rtmDelAddr, i, gone))
 	for _, r := range slices.Clone(k.routes) {
@@ -477,6 +533,10 @@ func (k *FakeKernel) Run(ctx context.Context, stdin []byte, path string, args ..
 	case sysctlPath:
 		out, complaint = k.sysctl(args)
 	case ifconfigPath:
+		if len(args) == 2 && args[1] == "inet6" && k.Has(args[0]) {
+			out = k.showAddresses6(args[0])
+			break
+		}
 		complaint = k.ifconfig(args)
 	default:
 		return nil, nil, -1, &exec.Error{Name: path, Err: exec.ErrNotFound}
@@ -514,9 +574,34 @@ func (k *FakeKernel) sysctl(args []string) (out, complaint string) {
 	return fmt.Sprintf("%s: %s -> %d\n", name, old, n), ""
 }
 
+// showAddresses6 prints what `ifconfig NAME inet6` does.
+func (k *FakeKernel) showAddresses6(name string) string {
+	var b strings.Builder
+	k.mu.Lock()
+	i := k.find(name)
+	fmt.Fprintf(&b, "%s: flags=%x<UP,RUNNING> mtu %d\n", name, uint32(i.Flags), i.MTU)
+	k.mu.Unlock()
+	for _, a := range k.Addresses6(name) {
+		addr := a.Prefix.Addr()
+		if a.Scope != 0 {
+			addr = addr.WithZone(name)
+		}
+		fmt.Fprintf(&b, "\tinet6 %s prefixlen %d ", addr, a.Prefix.Bits())
+		if words := a.Flags.String(); words != "" {
+			b.WriteString(words + " ")
+		}
+		if a.Scope != 0 {
+			fmt.Fprintf(&b, "scopeid 0x%x ", a.Scope)
+		}
+		b.WriteString("\n")
+	}
+	b.WriteString("\tnd6 options=201<PERFORMNUD,DAD>\n")
+	return b.String()
+}
+
 // ifconfig knows the forms that Ifconfig uses.
 func (k *FakeKernel) ifconfig(args []string) (complaint string) {
-	if len(args) < 4 {
+	if len(args) < 2 {
 		return "ifconfig: bad value"
 	}
 	name, rest := args[0], args[1:]

@@ -73,6 +73,7 @@ func Assumptions() []Assumption {
 		{"sysctl-boot-session-is-a-uuid", "xnu bsd/kern/kern_sysctl.c", checkBootSession},
 		{"route-mark-stays", "xnu bsd/net/route.h, RTF_PROTO1; netbird systemops_darwin.go", checkRouteMark},
 		{"ifconfig-address-shows", "network_cmds ifconfig.tproj; xnu bsd/netinet6/in6.c", checkAddress},
+		{"ifconfig-tells-kinds-of-addresses", "network_cmds ifconfig.tproj/af_inet6.c, in6_status", checkAddressKinds},
 		{"utun-takes-addresses-with-it", "xnu bsd/net/if_utun.c", checkTunnelGoes},
 		{"utun-number-taken-is-an-error", "netbird#2196", checkTunnelTaken},
 		{"launchctl-missing-service-codes", "osquery#5698; launchctl(1)", checkMissingService},
@@ -333,6 +334,35 @@ func checkAddress(ctx context.Context, h Host) error {
 		return fmt.Errorf("the interface is %+v", i)
 	}
 	return errors.Join(c.RemoveAddress(ctx, name, scratchAddr.Addr()), c.RemoveAddress(ctx, name, v6.Addr()))
+}
+
+func checkAddressKinds(ctx context.Context, h Host) error {
+	n, err := darwin.Observe(h.Kernel)
+	if err != nil {
+		return err
+	}
+	// The two ways of asking agree on every interface.
+	for _, i := range n.Interfaces {
+		shown, err := darwin.NewIfconfig(h.Runner).Addresses6(ctx, i.Name)
+		if err != nil {
+			return err
+		}
+		var want, got []string
+		for _, a := range i.Addresses {
+			if a.Prefix.Addr().Is6() {
+				want = append(want, a.Prefix.String())
+			}
+		}
+		for _, a := range shown {
+			got = append(got, a.Prefix.String())
+		}
+		slices.Sort(want)
+		slices.Sort(got)
+		if !slices.Equal(got, want) {
+			return fmt.Errorf("ifconfig shows %q for %s, the kernel %q", got, i.Name, want)
+		}
+	}
+	return nil
 }
 
 // newScratchTunnel makes a tunnel.

@@ -74,12 +74,20 @@ func (e *engine) update() {
 	e.mirror(n)
 }
 
-// mirror gives the machine the kernel's interfaces.
+// mirror gives the machine the kernel's interfaces, without the IPv6 addresses
+// that (if) doesn't stand for (pfi_instance_add of xnu bsd/net/pf_if.c). Of
+// link-local ones the machine knows itself.
 func (e *engine) mirror(n *darwin.Network) {
 	for _, i := range n.Interfaces {
 		pi := pfconf.Interface{Name: i.Name}
+		settled := map[netip.Addr]bool{}
+		for _, a := range e.kernel.Addresses6(i.Name) {
+			settled[a.Prefix.Addr()] = a.IsSettled() || a.Prefix.Addr().IsLinkLocalUnicast()
+		}
 		for _, a := range i.Addresses {
-			pi.Addresses = append(pi.Addresses, a.Prefix)
+			if a.Prefix.Addr().Is4() || settled[a.Prefix.Addr()] {
+				pi.Addresses = append(pi.Addresses, a.Prefix)
+			}
 		}
 		e.machine.AddInterface(pi)
 	}
@@ -123,6 +131,7 @@ func (e *engine) Load(anchor, text string) error {
 		return err
 	}
 	e.do(func(m *pfconf.Machine) {
+		e.mirror(e.network) // a load looks at the addresses anew
 		switch {
 		case e.busy:
 			e.busy, err = false, darwin.ErrBusy
