@@ -146,6 +146,7 @@ func (k *FakeKernel) remove(i *Interface) {
 	k.interfaces = slices.DeleteFunc(k.interfaces, func(o *Interface) bool { return o == i })
 	for _, a := range i.Addresses {
 		delete(k.flags, ownAddress{i.Index, a.Prefix.Addr()})
+		k.dropOwn(i, a)
 	}
 	i.Flags &^= InterfaceUp | InterfaceRunning
 	k.announceInterface(i)
@@ -169,9 +170,16 @@ func (k *FakeKernel) index(n int) *Interface {
 	return nil
 }
 
-// AddAddress gives an interface an address, and the routes that come with it: to
-// the network on a broadcast interface, to the other end (the address itself) on
-// a point-to-point one.
+// AddAddress gives an interface an address, and the routes that come with it.
+//
+// IPv4 (in_ifinit of xnu bsd/netinet/in.c): to the network on a broadcast
+// interface; to the address itself on a loopback one; to the other end on a
+// point-to-point one. Without another end that is the address itself, by the
+// interface: the Mac's packets to it leave there. The route only has the mark of a
+// local address (bsd/netinet/in_rmx.c:168).
+//
+// IPv6 (in6_ifinit of bsd/netinet6/in6.c:3000, and nd6.c:2990): to the network, and
+// to the address itself by lo0, also on a point-to-point interface.
 func (k *FakeKernel) AddAddress(name string, p netip.Prefix) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -188,13 +196,32 @@ func (k *FakeKernel) AddAddress(name string, p netip.Prefix) error {
 	}
 	i.Addresses = append(i.Addresses, a)
 	k.announce(addressMessage(rtmNewAddr, i, a))
-	if !p.IsSingleIP() {
-		k.install(Route{Dst: p.Masked(), Index: i.Index, Flags: RouteUp | routeCloning})
-	}
-	if a.Peer.IsValid() {
-		k.install(Route{Dst: netip.PrefixFrom(a.Peer, 32), Index: i.Index, Flags: RouteUp | RouteHost})
+	for _, r := range k.ownRoutes(i, a) {
+		k.install(r)
 	}
 	return nil
+}
+
+// ownRoutes returns the routes that come and go with an address.
+func (k *FakeKernel) ownRoutes(i *Interface, a Address) (routes []Route) {
+	addr := a.Prefix.Addr()
+	if !a.Prefix.IsSingleIP() {
+		routes = append(routes, Route{Dst: a.Prefix.Masked(), Index: i.Index, Flags: RouteUp | routeCloning})
+	}
+	itself := Route{Dst: netip.PrefixFrom(addr, addr.BitLen()), Index: i.Index, Flags: RouteUp | RouteHost | RouteLocal}
+	switch lo := k.find("lo0"); {
+	case addr.Is4() && i.Flags&InterfaceLoopback != 0:
+		routes = append(routes, itself)
+	case addr.Is4() && a.Peer.IsValid():
+		if a.Peer != addr {
+			itself.Dst, itself.Flags = netip.PrefixFrom(a.Peer, 32), itself.Flags&^RouteLocal
+		}
+		routes = append(routes, itself)
+	case addr.Is6() && lo != nil:
+		itself.Index, itself.Flags = lo.Index, itself.Flags|RouteLLInfo
+		routes = append(routes, itself)
+	}
+	return routes
 }
 
 // AddAddress6 gives an interface an IPv6 address of a kind.
@@ -260,13 +287,19 @@ func (k *FakeKernel) RemoveAddress(name string, a netip.Addr) error {
 	delete(k.flags, ownAddress{i.Index, a})
 	i.Addresses = slices.Delete(i.Addresses, n, n+1)
 	k.announce(addressMessage(rtmDelAddr, i, gone))
-	for _, r := range slices.Clone(k.routes) {
-		own := r.Dst == gone.Prefix.Masked() || gone.Peer.IsValid() && r.Dst == netip.PrefixFrom(gone.Peer, 32)
-		if r.Index == i.Index && own && r.Flags&RouteProto1 == 0 {
-			k.drop(r)
+	k.dropOwn(i, gone)
+	return nil
+}
+
+// dropOwn takes the routes of an address away.
+func (k *FakeKernel) dropOwn(i *Interface, a Address) {
+	for _, own := range k.ownRoutes(i, a) {
+		for _, r := range slices.Clone(k.routes) {
+			if r.Dst == own.Dst && r.Index == own.Index && r.Flags&RouteProto1 == 0 {
+				k.drop(r)
+			}
 		}
 	}
-	return nil
 }
 
 // AddRoute adds a route, as route(8) does.

@@ -54,6 +54,9 @@ const (
 // scratchAddr is of TEST-NET-3 (RFC 5737), so nobody's.
 var scratchAddr = netip.MustParsePrefix("203.0.113.213/32")
 
+// scratchAddr6 is of a network that nobody drew but this project.
+var scratchAddr6 = netip.MustParsePrefix("fd6d:6573:6800:ffff::213/128")
+
 // Assumptions returns them all. Those about the packet filter need pf's stock main
 // ruleset; none needs a network.
 func Assumptions() []Assumption {
@@ -75,6 +78,8 @@ func Assumptions() []Assumption {
 		{"ifconfig-address-shows", "network_cmds ifconfig.tproj; xnu bsd/netinet6/in6.c", checkAddress},
 		{"ifconfig-tells-kinds-of-addresses", "network_cmds ifconfig.tproj/af_inet6.c, in6_status", checkAddressKinds},
 		{"utun-takes-addresses-with-it", "xnu bsd/net/if_utun.c", checkTunnelGoes},
+		{"own-address-leaves-by-utun", "xnu bsd/netinet/in.c, in_ifinit; bsd/netinet/in_rmx.c:168; nebula#38, tailscale#443, netbird#2365", checkOwnAddress(scratchAddr)},
+		{"own-ipv6-address-goes-by-lo0", "xnu bsd/netinet6/in6.c:3000, in6_ifaddloop; bsd/netinet6/nd6.c:2990; teleport#66851", checkOwnAddress(scratchAddr6)},
 		{"utun-number-taken-is-an-error", "netbird#2196", checkTunnelTaken},
 		{"launchctl-missing-service-codes", "osquery#5698; launchctl(1)", checkMissingService},
 		{"launchd-refuses-writable-list", "launchd-842 launchctl.c; munkireport#1468", checkWritableList},
@@ -310,7 +315,7 @@ func checkAddress(ctx context.Context, h Host) error {
 	}
 	defer d.Close()
 	c := darwin.NewIfconfig(h.Runner)
-	v6 := netip.MustParsePrefix("fd6d:6573:6800:ffff::213/128")
+	v6 := scratchAddr6
 	for _, p := range []netip.Prefix{scratchAddr, v6} {
 		if err := c.AddAddress(ctx, name, p.Addr()); err != nil {
 			return err
@@ -410,6 +415,44 @@ func checkTunnelGoes(ctx context.Context, h Host) error {
 		}
 	}
 	return nil
+}
+
+// checkOwnAddress looks where a tunnel's own address leads: IPv4 into the tunnel,
+// IPv6 to lo0.
+func checkOwnAddress(own netip.Prefix) func(context.Context, Host) error {
+	return func(ctx context.Context, h Host) error {
+		d, name, err := newScratchTunnel(h)
+		if err != nil {
+			return err
+		}
+		defer d.Close()
+		if err := darwin.NewIfconfig(h.Runner).AddAddress(ctx, name, own.Addr()); err != nil {
+			return err
+		}
+		n, err := darwin.Observe(h.Kernel)
+		if err != nil {
+			return err
+		}
+		want := name
+		if own.Addr().Is6() {
+			want = "lo0"
+		}
+		for _, r := range n.Routes {
+			if r.Dst != own || r.Flags&darwin.RouteScoped != 0 {
+				continue
+			}
+			if i := n.Interface(want); i == nil || r.Index != i.Index || r.Flags&darwin.RouteLocal == 0 {
+				return fmt.Errorf("the route to %s is %+v, want by %s, marked as local", own, r, want)
+			}
+			for _, routed := range n.Routed() {
+				if routed.Prefix == own {
+					return fmt.Errorf("%s passes for a network of %s", own, routed.Interface)
+				}
+			}
+			return nil
+		}
+		return fmt.Errorf("there is no route to %s", own)
+	}
 }
 
 func checkTunnelTaken(_ context.Context, h Host) error {

@@ -177,9 +177,6 @@ func TestWeakEndSystem(t *testing.T) {
 	if o := m.Inject("en5", p); o.Fate != Delivered {
 		t.Errorf("a tunnel's address on another interface, forwarding: %s, %s", o.Fate, o.Why)
 	}
-	if o := m.Emit(syn(picture.host.Addresses[0], picture.host.Addresses[0])); o.Fate != Delivered || o.Link != "" {
-		t.Errorf("to itself by loopback: %s, %s", o.Fate, o.Why)
-	}
 	if o := m.Emit(syn(picture.host.Addresses[0], netip.MustParseAddr("198.51.100.9"))); o.Fate != Sent || o.Link != "en0" {
 		t.Errorf("to the internet: %s by %q, %s", o.Fate, o.Link, o.Why)
 	}

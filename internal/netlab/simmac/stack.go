@@ -70,10 +70,11 @@ func (m *Mac) Receive(p pfconf.Packet, link string) Outcome {
 }
 
 // Send is a packet of the Mac itself. To an address of its own it goes by
-// loopback, where pf sees it twice.
+// loopback, where pf sees it twice; but to an IPv4 address on a tunnel it leaves by
+// the tunnel, as the route says. What comes back from there is the device's matter.
 func (m *Mac) Send(p pfconf.Packet) Outcome {
 	n := m.engine.observe()
-	if owner(n, p.Dst) == "" {
+	if !byLoopback(n, p.Dst) {
 		return m.output(n, Outcome{Packet: p}, Sent)
 	}
 	o := Outcome{Packet: p, Why: "pf"}
@@ -86,6 +87,17 @@ func (m *Mac) Send(p pfconf.Packet) Outcome {
 		o.Fate, o.Packet, o.Why = Delivered, o.In.Packet, ""
 	}
 	return o
+}
+
+// byLoopback reports whether the Mac's packets to a, which is its own, stay inside.
+// On a broadcast interface the neighbours' table sees to it (arp_rtrequest of xnu
+// bsd/netinet/in_arp.c, useloopback), elsewhere the route.
+func byLoopback(n *darwin.Network, a netip.Addr) bool {
+	i := n.Interface(owner(n, a))
+	if i == nil {
+		return false
+	}
+	return i.Flags&darwin.InterfacePointToPoint == 0 || lookup(n, a) == "lo0"
 }
 
 // output routes the packet and lets pf see it on its way out.
