@@ -16,8 +16,8 @@ import (
 
 // A FakeKernel is the part of a Mac's kernel that routes: interfaces, addresses,
 // the routing table, and the kernel variables for forwarding. It is a [Kernel]
-// that speaks real routing messages, and a [Runner] for ifconfig(8) and
-// sysctl(8). It refuses what the real one refuses: a second route to the same
+// that speaks real routing messages, and a [Runner] for ifconfig(8), sysctl(8) and
+// the DNS configuration of scutil(8). It refuses what the real one refuses: a second route to the same
 // destination, the deletion of what isn't there; and it deletes whatever has the
 // destination, by any interface, as the real one does.
 //
@@ -29,6 +29,7 @@ type FakeKernel struct {
 	routes     []Route
 	variables  map[string]string
 	flags      map[ownAddress]AddressFlags
+	resolvers  []Resolver
 	boots      int
 	lastIndex  int
 	lastUtun   int
@@ -556,7 +557,21 @@ func (k *FakeKernel) resolve(r Route, gateway []byte) (Route, error) {
 	return r, syscall.ENETUNREACH
 }
 
-// Run implements Runner for ifconfig and sysctl.
+// SetResolvers sets the DNS configuration. Routing sockets don't hear of it.
+func (k *FakeKernel) SetResolvers(list []Resolver) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.resolvers = slices.Clone(list)
+}
+
+// DNS returns the DNS configuration.
+func (k *FakeKernel) DNS() []Resolver {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return slices.Clone(k.resolvers)
+}
+
+// Run implements Runner for ifconfig, sysctl and scutil --dns.
 func (k *FakeKernel) Run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte, []byte, int, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, nil, -1, err
@@ -565,6 +580,12 @@ func (k *FakeKernel) Run(ctx context.Context, stdin []byte, path string, args ..
 	switch path {
 	case sysctlPath:
 		out, complaint = k.sysctl(args)
+	case scutilPath:
+		if !slices.Equal(args, []string{"--dns"}) {
+			complaint = "usage: scutil --dns"
+			break
+		}
+		out = formatResolvers(k.DNS())
 	case ifconfigPath:
 		if len(args) == 2 && args[1] == "inet6" && k.Has(args[0]) {
 			out = k.showAddresses6(args[0])

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/meshhelper/meshhelper/pfconf"
 )
@@ -25,10 +26,10 @@ type PFEngine interface {
 	Load(anchor, text string) error
 	// Flush empties the anchor. It reports false if there is none.
 	Flush(anchor string) bool
-	// Rules and NAT print the anchor's filter and translation rules, a line each.
-	// They report false if there is no such anchor.
-	Rules(anchor string) (string, bool)
-	NAT(anchor string) (string, bool)
+	// Rules and NAT return the anchor's filter and translation rules. They report
+	// false if there is no such anchor.
+	Rules(anchor string) ([]PFRule, bool)
+	NAT(anchor string) ([]PFRule, bool)
 	// Anchors returns the full names of the anchors directly below anchor.
 	Anchors(anchor string) ([]string, bool)
 	// Tables returns the anchor's tables, and what is in each.
@@ -44,6 +45,10 @@ type PFEngine interface {
 	// Kill ends the states from src to dst and returns their number. An invalid dst
 	// is any.
 	Kill(src, dst netip.Prefix) int
+	// States returns the states.
+	States() []pfconf.State
+	// Counters returns the totals of `pfctl -s info` by their names.
+	Counters() map[string]uint64
 	// Interfaces returns the interfaces' names, true for those that are skipped.
 	Interfaces() map[string]bool
 }
@@ -67,6 +72,7 @@ type FakePF struct {
 	tokens  []pfconf.Reference
 	untoken bool // somebody ran -e
 	enabled bool
+	since   time.Time // of the last change of enabled; zero: none since the boot
 	pid     int
 	calls   []string
 	misuse  []string
@@ -110,12 +116,23 @@ func (f *FakePF) Boot() {
 	defer f.mu.Unlock()
 	f.tokens, f.untoken = nil, false
 	f.set(false)
+	f.since = time.Time{}
 }
 
 // Disable is somebody's `pfctl -d`: off for everybody, all tokens void.
-func (f *FakePF) Disable() { f.Boot() }
+func (f *FakePF) Disable() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.tokens, f.untoken = nil, false
+	f.set(false)
+}
 
+// set switches the packet filter, which notes when (pf_start and pf_stop of xnu
+// bsd/net/pf_ioctl.c).
 func (f *FakePF) set(on bool) {
+	if on != f.enabled {
+		f.since = time.Now()
+	}
 	f.enabled = on
 	f.Engine.SetEnabled(on)
 }
@@ -156,7 +173,9 @@ func (f *FakePF) Run(ctx context.Context, stdin []byte, path string, args ...str
 type pfctlCommand struct {
 	anchor, table, token, file string
 	show, flush, tableCommand  string
+	iface                      string
 	enable, disable, reference bool
+	verbose                    bool
 	kill                       []string
 	words                      []string // the arguments behind the options
 }
@@ -171,13 +190,13 @@ func parsePfctl(args []string) (c pfctlCommand, err error) {
 			return c, nil
 		}
 		args = args[1:]
-		flag := map[string]*bool{"-e": &c.enable, "-d": &c.disable, "-E": &c.reference, "-v": new(bool)}[option]
+		flag := map[string]*bool{"-e": &c.enable, "-d": &c.disable, "-E": &c.reference, "-v": &c.verbose}[option]
 		if flag != nil {
 			*flag = true
 			continue
 		}
 		value := map[string]*string{"-a": &c.anchor, "-t": &c.table, "-X": &c.token, "-f": &c.file,
-			"-s": &c.show, "-F": &c.flush, "-T": &c.tableCommand}[option]
+			"-s": &c.show, "-i": &c.iface, "-F": &c.flush, "-T": &c.tableCommand}[option]
 		switch {
 		case len(args) == 0 || option != "-k" && value == nil:
 			return c, fmt.Errorf("option %q", option)
@@ -250,25 +269,26 @@ func (f *FakePF) release(text string) pfctlReply {
 }
 
 func (f *FakePF) show(c pfctlCommand) pfctlReply {
-	missing := pfctlReply{stderr: "pfctl: DIOCGETRULES: Invalid argument\n"}
+	missing := pfctlReply{stderr: missingAnchor}
 	switch c.show {
+	case "all":
+		return f.showAll(c)
 	case "info":
-		if f.enabled {
-			return pfctlReply{stdout: "Status: Enabled for 0 days 00:00:00           Debug: Urgent\n"}
-		}
-		return pfctlReply{stdout: "Status: Disabled                              Debug: Urgent\n"}
+		return pfctlReply{stdout: f.info(c.verbose)}
+	case "states":
+		return pfctlReply{stdout: f.states(c)}
 	case "References":
 		return pfctlReply{stdout: f.references()}
 	case "Interfaces":
 		return pfctlReply{stdout: f.interfaces()}
 	case "rules":
-		if out, ok := f.Engine.Rules(c.anchor); ok {
-			return pfctlReply{stdout: out}
+		if rules, ok := f.Engine.Rules(c.anchor); ok {
+			return pfctlReply{stdout: showRules(rules, c.verbose)}
 		}
 		return missing
 	case "nat":
-		if out, ok := f.Engine.NAT(c.anchor); ok {
-			return pfctlReply{stdout: out}
+		if rules, ok := f.Engine.NAT(c.anchor); ok {
+			return pfctlReply{stdout: showRules(rules, c.verbose)}
 		}
 		return missing
 	case "Anchors":
@@ -284,7 +304,7 @@ func (f *FakePF) show(c pfctlCommand) pfctlReply {
 		}
 		var out strings.Builder
 		for _, name := range sortedKeys(tables) {
-			out.WriteString(name + "\n")
+			out.WriteString(shownTable(name, c))
 		}
 		return pfctlReply{stdout: out.String()}
 	}
@@ -318,7 +338,7 @@ func (f *FakePF) interfaces() string {
 
 func (f *FakePF) flush(c pfctlCommand) pfctlReply {
 	if !f.Engine.Flush(c.anchor) {
-		return pfctlReply{stderr: "pfctl: DIOCGETRULES: Invalid argument\n", status: 1}
+		return pfctlReply{stderr: missingAnchor, status: 1}
 	}
 	return pfctlReply{stderr: "rules cleared\nnat cleared\ndummynet cleared\n0 tables deleted.\n"}
 }

@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -22,6 +24,7 @@ type textEngine struct {
 	tables  map[string]map[string][]string
 	skipped map[string]bool
 	killed  []string
+	states  []pfconf.State
 	busy    bool
 }
 
@@ -64,19 +67,23 @@ func (e *textEngine) Flush(anchor string) bool {
 	return ok
 }
 
-func (e *textEngine) lines(anchor string, nat bool) (string, bool) {
+func (e *textEngine) lines(anchor string, nat bool) (rules []darwin.PFRule, ok bool) {
 	lines, ok := e.anchors[anchor]
-	var b strings.Builder
-	for _, l := range lines {
+	for n, l := range lines {
 		if strings.HasPrefix(l, "nat") == nat {
-			b.WriteString(l + "\n")
+			rules = append(rules, darwin.PFRule{Text: l, Evaluations: uint64(n) + 7, Packets: 3, Bytes: 180, States: 1})
 		}
 	}
-	return b.String(), ok
+	return rules, ok
 }
 
-func (e *textEngine) Rules(anchor string) (string, bool) { return e.lines(anchor, false) }
-func (e *textEngine) NAT(anchor string) (string, bool)   { return e.lines(anchor, true) }
+func (e *textEngine) Rules(anchor string) ([]darwin.PFRule, bool) { return e.lines(anchor, false) }
+func (e *textEngine) NAT(anchor string) ([]darwin.PFRule, bool)   { return e.lines(anchor, true) }
+
+func (e *textEngine) States() []pfconf.State { return e.states }
+func (e *textEngine) Counters() map[string]uint64 {
+	return map[string]uint64{"match": 988220, "searches": 21967266}
+}
 
 func (e *textEngine) Anchors(anchor string) (names []string, ok bool) {
 	for name := range e.anchors {
@@ -395,6 +402,85 @@ func TestKillBothWaysAndFamilies(t *testing.T) {
 	if err := pf.Kill(t.Context(), netip.Prefix{}); err == nil {
 		t.Error("killed the states of nobody")
 	}
+}
+
+// One process shows everything of an anchor, section by section.
+func TestShowAll(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		pf, f, e := newPF(t)
+		ctx := t.Context()
+		const text = "table <peers> { 100.64.0.2 }\nnat on en0 from <peers> to any -> (en0)\npass in on utun7 all\nblock all\n"
+		if err := pf.Load(ctx, anchor, text); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := pf.Enable(ctx); err != nil {
+			t.Fatal(err)
+		}
+		end := netip.MustParseAddrPort("192.0.2.1:5000")
+		floating := pfconf.State{Proto: pfconf.ProtoUDP, Direction: pfconf.Out, Lan: end, Gateway: end, ExtGateway: netip.MustParseAddrPort("198.51.100.2:53"),
+			Opener: "SINGLE", Answerer: "NO_TRAFFIC", Age: 3700 * time.Second, Expires: 9 * time.Second}
+		bound := floating
+		bound.Interface = "en0"
+		e.states = []pfconf.State{floating, bound}
+		time.Sleep(8*24*time.Hour + 3*time.Hour + 22*time.Minute + 4*time.Second)
+
+		show := func(args ...string) (string, string) {
+			stdout, stderr, status, err := f.Run(ctx, nil, "/sbin/pfctl", args...)
+			if err != nil || status != 0 {
+				t.Fatalf("%q: status %d, %v", args, status, err)
+			}
+			return string(stdout), string(stderr)
+		}
+		titles := func(out string) (all []string) {
+			for line := range strings.Lines(out) {
+				if title, ok := strings.CutSuffix(line, ":\n"); ok && title == strings.ToUpper(title) {
+					all = append(all, title)
+				}
+			}
+			return all
+		}
+		out, _ := show("-a", anchor, "-v", "-s", "all")
+		want := []string{"TRANSLATION RULES", "FILTER RULES", "STATES", "INFO", "TIMEOUTS", "LIMITS", "TABLES", "OS FINGERPRINTS"}
+		if diff := cmp.Diff(want, titles(out)); diff != "" {
+			t.Errorf("sections (-want +got):\n%s", diff)
+		}
+		sections := strings.Split(out, "\n\n")
+		shown := pfconf.ParseShown(sections[1])
+		if len(shown.Unknown) > 0 || len(shown.Rules) != 2 || shown.Rules[0].Evaluations != 8 || shown.Rules[0].Packets != 3 || shown.Rules[0].Bytes != 180 {
+			t.Errorf("rules %+v", shown)
+		}
+		info, err := pfconf.ParseInfo(out[strings.Index(out, "INFO:"):strings.Index(out, "TIMEOUTS:")])
+		if err != nil || info.For != 8*24*time.Hour+3*time.Hour+22*time.Minute+4*time.Second || info.Counters["Counters"]["match"] != 988220 ||
+			info.Counters["State Table"]["searches"] != 21967266 || info.States != 2 {
+			t.Errorf("info %+v, %v", info, err)
+		}
+		if states, err := pfconf.ParseStates(out[strings.Index(out, "STATES:"):strings.Index(out, "\n\nINFO:")]); err != nil || len(states) != 2 || states[0].Age != 3700*time.Second {
+			t.Errorf("states %+v, %v", states, err)
+		}
+		// -i leaves out the states that aren't bound to the interface.
+		out, _ = show("-a", anchor, "-i", "en0", "-v", "-s", "all")
+		if states, err := pfconf.ParseStates(out[strings.Index(out, "STATES:"):strings.Index(out, "\n\nINFO:")]); err != nil || len(states) != 1 || states[0].Interface != "en0" {
+			t.Errorf("states of en0 %+v, %v", states, err)
+		}
+		if out, _ = show("-a", anchor, "-i", "lo0", "-s", "all"); strings.Contains(out, "STATES:") || !strings.Contains(out, "pass in on utun7 all\nblock all\n\nINFO:") {
+			t.Errorf("without states and counters:\n%s", out)
+		}
+		out, stderr := show("-a", "com.apple/never", "-s", "all")
+		if !strings.Contains(stderr, "DIOCGETRULES: Invalid argument") || strings.Contains(out, "RULES") {
+			t.Errorf("a missing anchor: %s%s", stderr, out)
+		}
+		// The main ruleset's sections are those that a Mac printed.
+		e.anchors[""] = []string{`nat-anchor "com.apple/*" all`, `anchor "com.apple/*" all`}
+		out, _ = show("-s", "all")
+		if got, want := titles(out)[:3], []string{"TRANSLATION RULES", "FILTER RULES", "DUMMYNET RULES"}; !slices.Equal(got, want) {
+			t.Errorf("the main ruleset's sections %q", got)
+		}
+		f.Disable()
+		time.Sleep(61 * time.Second)
+		if info, err := pf.Info(ctx); err != nil || info.Enabled || info.For != 61*time.Second {
+			t.Errorf("off: %+v, %v", info, err)
+		}
+	})
 }
 
 func TestSkipped(t *testing.T) {

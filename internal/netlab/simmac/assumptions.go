@@ -77,6 +77,8 @@ func Assumptions() []Assumption {
 		{"route-mark-stays", "xnu bsd/net/route.h, RTF_PROTO1; netbird systemops_darwin.go", checkRouteMark},
 		{"ifconfig-address-shows", "network_cmds ifconfig.tproj; xnu bsd/netinet6/in6.c", checkAddress},
 		{"ifconfig-tells-kinds-of-addresses", "network_cmds ifconfig.tproj/af_inet6.c, in6_status", checkAddressKinds},
+		{"scutil-shows-resolvers", "configd scutil.tproj/tests.c, dnsinfo/dnsinfo_logging.h", checkResolvers},
+		{"pfctl-shows-all-in-one-process", "OpenBSD pfctl.c; captured pfctl -sa of a Mac with Internet Sharing", checkShowAll},
 		{"utun-takes-addresses-with-it", "xnu bsd/net/if_utun.c", checkTunnelGoes},
 		{"own-address-leaves-by-utun", "xnu bsd/netinet/in.c, in_ifinit; bsd/netinet/in_rmx.c:168; nebula#38, tailscale#443, netbird#2365", checkOwnAddress(scratchAddr)},
 		{"own-ipv6-address-goes-by-lo0", "xnu bsd/netinet6/in6.c:3000, in6_ifaddloop; bsd/netinet6/nd6.c:2990; teleport#66851", checkOwnAddress(scratchAddr6)},
@@ -368,6 +370,35 @@ func checkAddressKinds(ctx context.Context, h Host) error {
 		}
 	}
 	return nil
+}
+
+func checkResolvers(ctx context.Context, h Host) error {
+	_, err := darwin.Resolvers(ctx, h.Runner)
+	return err
+}
+
+func checkShowAll(ctx context.Context, h Host) error {
+	const rules = "nat on utun4095 inet from 203.0.113.0/24 to any -> 203.0.113.213\npass in on utun4095\n"
+	return withAnchor(ctx, h, rules, func(pf *darwin.PF, shown string) error {
+		nat, err := pf.NAT(ctx, scratchAnchor)
+		if err != nil {
+			return err
+		}
+		stdout, stderr, status, err := h.Runner.Run(ctx, nil, "/sbin/pfctl", "-a", scratchAnchor, "-i", "utun4095", "-s", "all")
+		if err != nil || status != 0 {
+			return fmt.Errorf("status %d, stderr %q, %v", status, stderr, err)
+		}
+		out := string(stdout)
+		for _, want := range []string{"TRANSLATION RULES:\n" + nat, "FILTER RULES:\n" + shown, "\nINFO:\nStatus: "} {
+			if !strings.Contains(out, want) {
+				return fmt.Errorf("-s all doesn't have %q:\n%s", want, out)
+			}
+		}
+		if strings.Contains(out, "STATES:") {
+			return fmt.Errorf("-s all shows states that aren't of the interface:\n%s", out)
+		}
+		return nil
+	})
 }
 
 // newScratchTunnel makes a tunnel.

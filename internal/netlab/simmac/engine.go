@@ -156,16 +156,16 @@ func (e *engine) Flush(anchor string) (ok bool) {
 }
 
 // Rules implements darwin.PFEngine.
-func (e *engine) Rules(anchor string) (string, bool) {
+func (e *engine) Rules(anchor string) ([]darwin.PFRule, bool) {
 	return e.snapshot(anchor, (*pfconf.Loaded).ShowRules)
 }
 
 // NAT implements darwin.PFEngine.
-func (e *engine) NAT(anchor string) (string, bool) {
+func (e *engine) NAT(anchor string) ([]darwin.PFRule, bool) {
 	return e.snapshot(anchor, (*pfconf.Loaded).ShowNat)
 }
 
-func (e *engine) snapshot(anchor string, show func(*pfconf.Loaded) []string) (out string, ok bool) {
+func (e *engine) snapshot(anchor string, show func(*pfconf.Loaded) []string) (out []darwin.PFRule, ok bool) {
 	e.do(func(m *pfconf.Machine) {
 		l, err := m.Snapshot(anchor)
 		if err != nil {
@@ -173,7 +173,7 @@ func (e *engine) snapshot(anchor string, show func(*pfconf.Loaded) []string) (ou
 		}
 		ok = true
 		for _, line := range show(l) {
-			out += line + "\n"
+			out = append(out, darwin.PFRule{Text: line})
 		}
 	})
 	return out, ok
@@ -235,6 +235,15 @@ func (e *engine) Kill(src, dst netip.Prefix) (n int) {
 	e.do(func(m *pfconf.Machine) { n = m.KillStates(src, dst) })
 	return n
 }
+
+// States implements darwin.PFEngine.
+func (e *engine) States() (states []pfconf.State) {
+	e.do(func(m *pfconf.Machine) { states = m.States() })
+	return states
+}
+
+// Counters implements darwin.PFEngine.
+func (e *engine) Counters() map[string]uint64 { return nil }
 
 // Interfaces implements darwin.PFEngine.
 func (e *engine) Interfaces() map[string]bool {

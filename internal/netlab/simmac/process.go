@@ -114,9 +114,13 @@ func (p *Process) disown(c io.Closer) {
 }
 
 // looking are the arguments of commands that change nothing.
-var looking = []string{"-s", "-T show", "-T test", "-n", "print", "print-disabled", "dumpbtm"}
+var looking = []string{"-s", "-T show", "-T test", "-n", "print", "print-disabled", "dumpbtm", "--dns"}
 
 func onlyLooks(file, line string) bool {
+	// `ifconfig NAME inet6` shows addresses.
+	if f := strings.Fields(line); path.Base(file) == "ifconfig" && len(f) == 2 && f[1] == "inet6" {
+		return true
+	}
 	for _, l := range looking {
 		if strings.Contains(" "+line+" ", " "+l+" ") {
 			return path.Base(file) != "pfctl" || l != "-n"

@@ -1,0 +1,188 @@
+package darwin
+
+import (
+	"fmt"
+	"strings"
+	"time"
+)
+
+// A PFRule is a rule as pfctl shows it, with its counters.
+type PFRule struct {
+	Text                                string
+	Evaluations, Packets, Bytes, States uint64
+}
+
+// showRules prints rules, with -v their counters, too (pfctl.c,
+// pfctl_print_rule_counters).
+func showRules(rules []PFRule, verbose bool) string {
+	var b strings.Builder
+	for _, r := range rules {
+		b.WriteString(r.Text + "\n")
+		if verbose {
+			fmt.Fprintf(&b, "  [ Evaluations: %-8d  Packets: %-8d  Bytes: %-10d  States: %-6d]\n  [ Inserted: uid 0 pid 4000 ]\n",
+				r.Evaluations, r.Packets, r.Bytes, r.States)
+		}
+	}
+	return b.String()
+}
+
+// showAll is `pfctl [-a ANCHOR] [-i IF] [-v] -s all`: sections with titles, in the
+// order of OpenBSD's pfctl.c, with DUMMYNET RULES where that has ALTQ. A section of
+// rules, states or tables without any has no title. Rules and tables are those of
+// the anchor, states those of the interface; all else is of the whole packet
+// filter.
+func (f *FakePF) showAll(c pfctlCommand) pfctlReply {
+	var r pfctlReply
+	nat, hasNAT := f.Engine.NAT(c.anchor)
+	rules, hasRules := f.Engine.Rules(c.anchor)
+	for _, has := range []bool{hasNAT, hasRules} {
+		if !has {
+			r.stderr += missingAnchor
+		}
+	}
+	var dummynet []PFRule
+	if c.anchor == "" {
+		dummynet = []PFRule{{Text: `dummynet-anchor "com.apple/*" all`}}
+	}
+	first := true
+	section := func(title, body string, always bool) {
+		if body == "" && !always {
+			return
+		}
+		if !first {
+			r.stdout += "\n"
+		}
+		first = false
+		r.stdout += title + ":\n" + body
+	}
+	section("TRANSLATION RULES", showRules(nat, c.verbose), false)
+	section("FILTER RULES", showRules(rules, c.verbose), false)
+	section("DUMMYNET RULES", showRules(dummynet, c.verbose), false)
+	section("STATES", f.states(c), false)
+	section("INFO", f.info(c.verbose), true)
+	section("TIMEOUTS", fakeTimeouts, true)
+	section("LIMITS", fakeLimits, true)
+	tables, _ := f.Engine.Tables(c.anchor)
+	var names strings.Builder
+	for _, name := range sortedKeys(tables) {
+		names.WriteString(shownTable(name, c))
+	}
+	section("TABLES", names.String(), false)
+	section("OS FINGERPRINTS", "696 fingerprints loaded\n", true)
+	return r
+}
+
+const missingAnchor = "pfctl: DIOCGETRULES: Invalid argument\n"
+
+// shownTable prints a table's name, with -v its flags and anchor before and after.
+func shownTable(name string, c pfctlCommand) string {
+	switch {
+	case !c.verbose:
+		return name + "\n"
+	case c.anchor == "":
+		return "--a-r--\t" + name + "\n"
+	}
+	return "--a-r--\t" + name + "\t" + c.anchor + "\n"
+}
+
+// states prints the states, of one interface if -i names it: those that are bound
+// to it, as floating ones have the name ALL.
+func (f *FakePF) states(c pfctlCommand) string {
+	var b strings.Builder
+	for _, s := range f.Engine.States() {
+		if on := s.Interface; c.iface != "" && on != c.iface && (on != "" || c.iface != "ALL") {
+			continue
+		}
+		b.WriteString(s.String() + "\n")
+		if c.verbose {
+			fmt.Fprintf(&b, "   age %s, expires in %s, 1:1 pkts, 64:64 bytes\n", clock(s.Age), clock(s.Expires))
+		}
+	}
+	return b.String()
+}
+
+func clock(d time.Duration) string {
+	s := int(d / time.Second)
+	return fmt.Sprintf("%.2d:%.2d:%.2d", s/3600, s/60%60, s%60)
+}
+
+// infoCounters are the lines of a status in their order (PFRES_NAMES of xnu
+// bsd/net/pfvar.h).
+var infoCounters = []string{"match", "bad-offset", "fragment", "short", "normalize", "memory", "bad-timestamp", "congestion", "ip-option",
+	"proto-cksum", "state-mismatch", "state-insert", "state-limit", "src-limit", "synproxy", "dummynet", "invalid-port"}
+
+// info prints the status (pfctl_parser.c, print_status).
+func (f *FakePF) info(verbose bool) string {
+	status, since := "Status: Disabled", time.Since(f.since)
+	if f.enabled {
+		status = "Status: Enabled"
+	}
+	if !f.since.IsZero() {
+		days := int(since / (24 * time.Hour))
+		status = fmt.Sprintf("%s for %d days %s", status, days, clock(since%(24*time.Hour)))
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "%-44s%15s\n\n", status, "Debug: Urgent")
+	if verbose {
+		b.WriteString("Hostid:   0x00000000\nChecksum: 0x00000000000000000000000000000000\n\n")
+	}
+	counters := f.Engine.Counters()
+	row := func(name string, n uint64) {
+		if seconds := since.Seconds(); f.enabled && seconds >= 1 {
+			fmt.Fprintf(&b, "  %-25s %14d %14.1f/s\n", name, n, float64(n)/seconds)
+			return
+		}
+		fmt.Fprintf(&b, "  %-25s %14d %14s\n", name, n, "")
+	}
+	fmt.Fprintf(&b, "%-27s %14s %16s\n", "State Table", "Total", "Rate")
+	fmt.Fprintf(&b, "  %-25s %14d %14s\n", "current entries", len(f.Engine.States()), "")
+	for _, name := range []string{"searches", "inserts", "removals"} {
+		row(name, counters[name])
+	}
+	if verbose {
+		b.WriteString("Source Tracking Table\n")
+		fmt.Fprintf(&b, "  %-25s %14d %14s\n", "current entries", 0, "")
+	}
+	b.WriteString("Counters\n")
+	for _, name := range infoCounters {
+		row(name, counters[name])
+	}
+	return b.String()
+}
+
+// fakeTimeouts and fakeLimits are the defaults, as pfctl prints them.
+const (
+	fakeTimeouts = `tcp.first                   120s
+tcp.opening                  30s
+tcp.established           86400s
+tcp.closing                 900s
+tcp.finwait                  45s
+tcp.closed                   90s
+tcp.tsdiff                   60s
+udp.first                    60s
+udp.single                   30s
+udp.multiple                 60s
+icmp.first                   20s
+icmp.error                   10s
+grev1.first                 120s
+grev1.initiating             30s
+grev1.estblished           1800s
+esp.first                   120s
+esp.estblished              900s
+other.first                  60s
+other.single                 30s
+other.multiple               60s
+frag                         30s
+interval                     10s
+adaptive.start             6000 states
+adaptive.end              12000 states
+src.track                     0s
+`
+	fakeLimits = `states        hard limit    10000
+app-states    hard limit    10000
+src-nodes     hard limit    10000
+frags         hard limit     5000
+tables        hard limit     1000
+table-entries hard limit   200000
+`
+)
