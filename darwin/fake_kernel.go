@@ -196,7 +196,7 @@ func (k *FakeKernel) AddAddress(name string, p netip.Prefix) error {
 		a.Peer = p.Addr()
 	}
 	i.Addresses = append(i.Addresses, a)
-	k.announce(addressMessage(rtmNewAddr, i, a))
+	k.changed(addressMessage(rtmNewAddr, i, a))
 	for _, r := range k.ownRoutes(i, a) {
 		k.install(r)
 	}
@@ -287,7 +287,7 @@ func (k *FakeKernel) RemoveAddress(name string, a netip.Addr) error {
 	gone := i.Addresses[n]
 	delete(k.flags, ownAddress{i.Index, a})
 	i.Addresses = slices.Delete(i.Addresses, n, n+1)
-	k.announce(addressMessage(rtmDelAddr, i, gone))
+	k.changed(addressMessage(rtmDelAddr, i, gone))
 	k.dropOwn(i, gone)
 	return nil
 }
@@ -360,13 +360,13 @@ func (k *FakeKernel) lookup(r Route) int {
 func (k *FakeKernel) install(r Route) {
 	if k.lookup(r) < 0 {
 		k.routes = append(k.routes, r)
-		k.announce(appendRoute(nil, rtmAdd, 0, r))
+		k.changed(appendRoute(nil, rtmAdd, 0, r))
 	}
 }
 
 func (k *FakeKernel) drop(r Route) {
 	k.routes = slices.DeleteFunc(k.routes, func(o Route) bool { return o == r })
-	k.announce(appendRoute(nil, rtmDelete, 0, r))
+	k.changed(appendRoute(nil, rtmDelete, 0, r))
 }
 
 // Sysctl implements Kernel.
@@ -403,15 +403,26 @@ func (k *FakeKernel) BreakSockets(err error) {
 	}
 }
 
-// Announce sends a message, of any form, to all routing sockets.
+// Miss tells all routing sockets that a lookup of a failed (RTM_MISS), as happens
+// with every packet to a host that can't be reached.
+func (k *FakeKernel) Miss(a netip.Addr) {
+	k.Announce(appendRoute(nil, rtmMiss, 0, Route{Dst: netip.PrefixFrom(a, a.BitLen()), Flags: RouteUp | RouteHost}))
+}
+
+// Announce sends a message, of any form, to all routing sockets. Nothing changes.
 func (k *FakeKernel) Announce(m []byte) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.announce(m)
 }
 
-func (k *FakeKernel) announce(m []byte) {
+// changed counts a change and announces it.
+func (k *FakeKernel) changed(m []byte) {
 	k.changes++
+	k.announce(m)
+}
+
+func (k *FakeKernel) announce(m []byte) {
 	for s := range k.sockets {
 		s.deliver(m)
 	}
@@ -725,7 +736,7 @@ func (k *FakeKernel) setMTU(name, value string) error {
 }
 
 func (k *FakeKernel) announceInterface(i *Interface) {
-	k.announce(interfaceMessage(rtmIfInfo, sizeIf, i))
+	k.changed(interfaceMessage(rtmIfInfo, sizeIf, i))
 }
 
 // interfaceMessage writes an if_msghdr or if_msghdr2.

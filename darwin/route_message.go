@@ -22,6 +22,7 @@ const (
 	rtmAdd     = 0x1
 	rtmDelete  = 0x2
 	rtmChange  = 0x3
+	rtmMiss    = 0x7
 	rtmNewAddr = 0xc
 	rtmDelAddr = 0xd
 	rtmIfInfo  = 0xe

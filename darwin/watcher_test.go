@@ -85,7 +85,6 @@ func TestWatcherIgnoresTraffic(t *testing.T) {
 			noise.Flags |= f
 			k.Announce(appendRoute(nil, rtmAdd, 0, noise))
 		}
-		const rtmMiss = 7
 		for _, odd := range [][]byte{
 			appendRoute(nil, rtmMiss, 0, route), nil, {1}, {4, 0, 5}, {4, 0, rtmVersion, 99}, {4, 0, 4, rtmIfInfo}, make([]byte, 3000),
 		} {

@@ -408,7 +408,7 @@ func TestInternetSharing(t *testing.T) {
 func TestBusyTableIsTriedAgain(t *testing.T) {
 	g := newRig(t)
 	g.open()
-	g.mac.BusyOnce()
+	g.mac.Busy(1)
 	g.clean(g.enforce(testMesh(2, everything)))
 }
 

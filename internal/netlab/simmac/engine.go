@@ -21,7 +21,7 @@ type engine struct {
 	mu      sync.Mutex
 	machine *pfconf.Machine
 	last    time.Time
-	busy    bool
+	busy    int // loads that fail
 	network *darwin.Network
 	changes int // of the kernel when network was read
 }
@@ -133,8 +133,9 @@ func (e *engine) Load(anchor, text string) error {
 	e.do(func(m *pfconf.Machine) {
 		e.mirror(e.network) // a load looks at the addresses anew
 		switch {
-		case e.busy:
-			e.busy, err = false, darwin.ErrBusy
+		case e.busy > 0:
+			e.busy--
+			err = darwin.ErrBusy
 		case anchor == "":
 			err = m.LoadMain(rules)
 		default:

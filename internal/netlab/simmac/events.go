@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/darwin"
-	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // Boot restarts the Mac: services end and those with a property list start
@@ -68,11 +67,6 @@ func (m *Mac) FlushMain() { m.engine.Flush("") }
 
 // FlushAnchor is somebody's `pfctl -a anchor -F all`.
 func (m *Mac) FlushAnchor(anchor string) { m.engine.Flush(anchor) }
-
-// BusyOnce makes the next load fail with "Resource busy" (tuist#11425).
-func (m *Mac) BusyOnce() {
-	m.Judge(func(*pfconf.Machine) { m.engine.busy = true })
-}
 
 // sharingMain is what the main ruleset looks like while Internet Sharing runs:
 // its calls after those of com.apple (captured on macOS 15, sshuttle#975).

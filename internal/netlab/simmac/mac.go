@@ -59,6 +59,8 @@ type Mac struct {
 	slept   time.Duration
 	tunnels map[string]*tunnel
 	hang    map[string]bool
+	slow    map[string]time.Duration
+	churn   churn
 	wire    func(link string, packet []byte)
 	local   func(packet []byte)
 	sharing []darwin.Token // Internet Sharing's
@@ -75,6 +77,7 @@ func New(o Options) *Mac {
 		booted:  time.Now(),
 		tunnels: map[string]*tunnel{},
 		hang:    map[string]bool{},
+		slow:    map[string]time.Duration{},
 		allowed: map[string]bool{},
 	}
 	m.engine = newEngine(m.Kernel, rand.New(rand.NewPCG(o.Seed, 2)))
@@ -91,6 +94,13 @@ func (m *Mac) Run(ctx context.Context, stdin []byte, path string, args ...string
 	if m.hangs(path) {
 		<-ctx.Done()
 		return nil, nil, -1, fmt.Errorf("run %s: %w", path, context.Cause(ctx))
+	}
+	if d := m.slowness(path); d > 0 {
+		select {
+		case <-ctx.Done():
+			return nil, nil, -1, fmt.Errorf("run %s: %w", path, context.Cause(ctx))
+		case <-time.After(d):
+		}
 	}
 	if path == firewallPath {
 		stdout, status := m.firewall(args)
@@ -156,6 +166,12 @@ func (m *Mac) hangs(path string) bool {
 	return m.hang[path]
 }
 
+func (m *Mac) slowness(path string) time.Duration {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.slow[path]
+}
+
 // Interfaces implements darwin.Kernel.
 func (m *Mac) Interfaces() ([]byte, error) { return m.Kernel.Interfaces() }
 
@@ -196,7 +212,7 @@ func (m *Mac) propertyList(path string) (launchd.File, []byte, error) {
 }
 
 // AddEthernet adds an interface with its addresses, and if a router is given the
-// default route by it. Further defaults of a family are scoped, as macOS makes
+// default route by it. The first router of all is also the resolver. Further defaults of a family are scoped, as macOS makes
 // them.
 func (m *Mac) AddEthernet(name string, addresses []string, routers ...string) error {
 	flags := darwin.InterfaceUp | darwin.InterfaceBroadcast | darwin.InterfaceRunning | darwin.InterfaceMulticast
@@ -213,6 +229,9 @@ func (m *Mac) AddEthernet(name string, addresses []string, routers ...string) er
 	for _, r := range routers {
 		if err := m.addDefault(index, r); err != nil {
 			return fmt.Errorf("add default route by %s: %w", r, err)
+		}
+		if len(m.Kernel.DNS()) == 0 {
+			m.Kernel.SetResolvers([]darwin.Resolver{{Servers: []netip.Addr{netip.MustParseAddr(r)}, Interface: name}})
 		}
 	}
 	return nil

@@ -205,7 +205,7 @@ func TestPFRefuses(t *testing.T) {
 			t.Errorf("%s: loaded", name)
 		}
 	}
-	m.BusyOnce()
+	m.Busy(1)
 	if err := pf.Load(ctx, anchor, "pass all\n"); !errors.Is(err, darwin.ErrBusy) {
 		t.Errorf("busy: %v", err)
 	}
