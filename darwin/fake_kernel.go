@@ -147,6 +147,7 @@ func (k *FakeKernel) remove(i *Interface) {
 	k.interfaces = slices.DeleteFunc(k.interfaces, func(o *Interface) bool { return o == i })
 	for _, a := range i.Addresses {
 		delete(k.flags, ownAddress{i.Index, a.Prefix.Addr()})
+		k.changed(addressMessage(rtmDelAddr, i, a))
 		k.dropOwn(i, a)
 	}
 	i.Flags &^= InterfaceUp | InterfaceRunning

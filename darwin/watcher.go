@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"syscall"
 	"time"
 
@@ -74,7 +75,7 @@ func (w *Watcher) follow(ctx context.Context, seen chan<- struct{}) error {
 				note() // for what happened while there was no socket
 			}
 			stop := context.AfterFunc(ctx, func() { conn.Close() })
-			err = readChanges(conn, note)
+			err = w.readChanges(conn, note)
 			stop()
 			conn.Close()
 		}
@@ -92,7 +93,7 @@ func (w *Watcher) follow(ctx context.Context, seen chan<- struct{}) error {
 
 // readChanges reads messages until the socket fails, and calls note for those
 // that matter.
-func readChanges(conn io.Reader, note func()) error {
+func (w *Watcher) readChanges(conn io.Reader, note func()) error {
 	buf := make([]byte, maxRouteMsg)
 	for {
 		n, err := conn.Read(buf)
@@ -102,29 +103,67 @@ func readChanges(conn io.Reader, note func()) error {
 		case errors.Is(err, syscall.EINTR):
 		case err != nil:
 			return fmt.Errorf("read routing socket: %w", err)
-		case matters(buf[:n]):
+		case matters(buf[:n]) && w.carries(buf[:n]):
 			note()
 		}
 	}
 }
 
-// matters reports whether a message may change what Observe returns. Neighbours'
-// entries and cloned routes come and go with traffic, and lookups that failed
-// (RTM_MISS) with every unreachable host.
+// matters reports whether a message may change what [Network] says to its callers.
+// Neighbours' entries and cloned routes come and go with traffic, lookups that
+// failed (RTM_MISS) with every unreachable host, in storms on macOS 26.4
+// (tailscale#19324), and link-local addresses with their routes many times an hour,
+// on awdl0, llw0 and the system's tunnels. Scoped routes only serve sockets that are
+// bound to their interface.
 func matters(m []byte) bool {
 	if len(m) < 4 || m[2] != rtmVersion {
 		return false
 	}
 	switch m[3] {
-	case rtmIfInfo, rtmNewAddr, rtmDelAddr:
+	case rtmIfInfo:
 		return true
+	case rtmNewAddr, rtmDelAddr:
+		_, p, _ := parseAddress(m)
+		// What can't be read is looked at: better one look too many.
+		return !p.IsValid() || !p.Addr().IsLinkLocalUnicast()
 	case rtmAdd, rtmDelete, rtmChange:
 		if len(m) < offRtFlags+4 {
-			return true // cut off: better one look too many
+			return true // cut off
 		}
-		return RouteFlags(order.Uint32(m[offRtFlags:]))&(RouteLLInfo|RouteCloned) == 0
+		const skip = RouteLLInfo | RouteCloned | RouteLocal | RouteScoped | RouteMulticast
+		if RouteFlags(order.Uint32(m[offRtFlags:]))&skip != 0 {
+			return false
+		}
+		r, ok := parseRoute(m)
+		a := r.Dst.Addr()
+		return !ok || !a.IsLinkLocalUnicast() && !a.IsMulticast()
 	}
 	return false
+}
+
+// carries reports whether a message, if it is about an interface itself, is about
+// one that has an address besides link-local ones. Others carry nothing yet: when
+// they get an address, or lose it with themselves, a message of its own tells.
+// The message has only the interface's number (rt_ifmsg of xnu bsd/net/rtsock.c).
+func (w *Watcher) carries(m []byte) bool {
+	if m[3] != rtmIfInfo {
+		return true
+	}
+	if len(m) < offIfIndex+2 {
+		return true // cut off
+	}
+	index := int(order.Uint16(m[offIfIndex:]))
+	b, err := w.o.Kernel.Interfaces()
+	if err != nil {
+		return true
+	}
+	list, err := ParseInterfaces(b)
+	if err != nil {
+		return true
+	}
+	return slices.ContainsFunc(list, func(i Interface) bool {
+		return i.Index == index && slices.ContainsFunc(i.Addresses, func(a Address) bool { return !a.Prefix.Addr().IsLinkLocalUnicast() })
+	})
 }
 
 // settle reports the first change at once and then at most one for each burst.

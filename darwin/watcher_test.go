@@ -42,9 +42,11 @@ func TestWatcherReportsFirstAtOnceAndThenTheBurst(t *testing.T) {
 		if got := n.Load(); got != 1 {
 			t.Errorf("%d reports at once, want 1", got)
 		}
-		for range 5 {
+		for n := range byte(5) {
 			time.Sleep(50 * time.Millisecond)
-			k.AddInterface("en9", InterfaceUp, 1500)
+			if err := k.AddAddress("en0", netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, 10 + n}), 24)); err != nil {
+				t.Fatal(err)
+			}
 		}
 		synctest.Wait()
 		if got := n.Load(); got != 1 {
@@ -98,6 +100,64 @@ func TestWatcherIgnoresTraffic(t *testing.T) {
 		synctest.Wait()
 		if got := n.Load(); got != 1 {
 			t.Errorf("%d reports of a route that was cut off, want 1", got)
+		}
+	})
+}
+
+// What goes on on a Mac that nobody touches: peer-to-peer Wi-Fi and the system's
+// tunnels with their link-local addresses, and storms of lookups that failed.
+func TestWatcherIgnoresTheSystem(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k := newLaptop(t)
+		awdl := k.AddInterface("awdl1", InterfaceUp|InterfaceBroadcast, 1500)
+		n := watch(t, k)
+		for round := range byte(30) {
+			a := netip.MustParsePrefix("fe80::77/64")
+			if err := k.AddAddress("awdl1", a); err != nil {
+				t.Fatal(err)
+			}
+			k.Announce(interfaceMessage(rtmIfInfo, sizeIf, &Interface{Name: "awdl1", Index: awdl}))
+			name, err := k.CreateTunnel("utun", 1380)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := k.AddAddress(name, a); err != nil {
+				t.Fatal(err)
+			}
+			if err := k.AddRoute(Route{Dst: netip.MustParsePrefix("::/0"), Gateway: netip.MustParseAddr("fe80::"),
+				Index: observe(t, k).Interface(name).Index, Flags: RouteUp | RouteGateway | RouteScoped}); err != nil {
+				t.Fatal(err)
+			}
+			for range 20 {
+				k.Miss(netip.AddrFrom4([4]byte{198, 51, 100, round}))
+			}
+			time.Sleep(time.Minute)
+			if err := k.RemoveAddress("awdl1", a.Addr()); err != nil {
+				t.Fatal(err)
+			}
+			k.RemoveInterface(name)
+			time.Sleep(time.Minute)
+		}
+		if got := n.Load(); got != 0 {
+			t.Errorf("%d reports, want none", got)
+		}
+		// An interface that carries something goes down; and a tunnel gets an address.
+		en0 := *observe(t, k).Interface("en0")
+		en0.Flags &^= InterfaceUp
+		k.Announce(interfaceMessage(rtmIfInfo, sizeIf, &en0))
+		time.Sleep(time.Minute)
+		if got := n.Load(); got != 1 {
+			t.Errorf("%d reports of en0 that goes down, want 1", got)
+		}
+		newTunnel(t, k)
+		time.Sleep(time.Minute)
+		if got := n.Load(); got < 2 {
+			t.Error("a tunnel with an address isn't reported")
+		}
+		k.RemoveInterface("utun31")
+		time.Sleep(time.Minute)
+		if got := n.Load(); got < 3 {
+			t.Error("a tunnel that goes isn't reported")
 		}
 	})
 }
