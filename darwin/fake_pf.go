@@ -246,10 +246,21 @@ func (f *FakePF) enable() pfctlReply {
 }
 
 func (f *FakePF) reference() pfctlReply {
+	return pfctlReply{stderr: fmt.Sprintf("pf enabled\nToken : %d\n", f.hold("pfctl"))}
+}
+
+// Hold takes a token for another process, as one of the system's does without pfctl.
+func (f *FakePF) Hold(process string) Token {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.hold(process)
+}
+
+func (f *FakePF) hold(process string) Token {
 	t := f.NextToken()
-	f.tokens = slices.Insert(f.tokens, 0, pfconf.Reference{PID: 4000 + f.pid, Process: "pfctl", Token: uint64(t)})
+	f.tokens = slices.Insert(f.tokens, 0, pfconf.Reference{PID: 4000 + f.pid, Process: process, Token: uint64(t)})
 	f.set(true)
-	return pfctlReply{stderr: fmt.Sprintf("pf enabled\nToken : %d\n", t)}
+	return t
 }
 
 func (f *FakePF) release(text string) pfctlReply {

@@ -69,8 +69,10 @@ func (m *Mac) FlushMain() { m.engine.Flush("") }
 func (m *Mac) FlushAnchor(anchor string) { m.engine.Flush(anchor) }
 
 // sharingMain is what the main ruleset looks like while Internet Sharing runs:
-// its calls after those of com.apple (captured on macOS 15, sshuttle#975).
-const sharingMain = `scrub-anchor "com.apple/*"
+// its calls after those of com.apple (captured on macOS 15, sshuttle#975), and lo0
+// skipped (captured: pfctl -v -s Interfaces).
+const sharingMain = `set skip on lo0
+scrub-anchor "com.apple/*"
 scrub-anchor "com.apple.internet-sharing"
 nat-anchor "com.apple/*"
 nat-anchor "com.apple.internet-sharing"
@@ -99,10 +101,7 @@ func (m *Mac) InternetSharing(uplink string) error {
 		return err
 	}
 	m.Kernel.SetVariable("net.inet.ip.forwarding", "1")
-	token, err := darwin.NewPF(m.PF).Enable(context.Background())
-	if err != nil {
-		return err
-	}
+	token := m.PF.Hold("pfd")
 	m.mu.Lock()
 	m.sharing = append(m.sharing, token)
 	m.mu.Unlock()
@@ -113,7 +112,7 @@ func (m *Mac) InternetSharing(uplink string) error {
 }
 
 // StopInternetSharing turns it off again, and IPv4 forwarding with it: no source
-// says whether macOS does so, and a program must survive it.
+// says whether macOS does so, and a program must survive it. lo0 stays skipped.
 func (m *Mac) StopInternetSharing() error {
 	m.Kernel.RemoveInterface(sharingBridge)
 	m.engine.Flush("com.apple.internet-sharing")
@@ -127,7 +126,7 @@ func (m *Mac) StopInternetSharing() error {
 			return err
 		}
 	}
-	return m.LoadMain(StockMain)
+	return m.SkipLoopback()
 }
 
 // Dump describes everything that a program may change on the Mac and has to put
