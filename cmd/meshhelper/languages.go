@@ -76,7 +76,10 @@ var nftPlaces = map[policy.Rule]nftPlace{
 	policy.RuleSpoofed:    {"ingress_elsewhere", "saddr @peers# drop"},
 	policy.RuleToHost:     {"ingress_elsewhere", "daddr @own# drop"},
 	policy.RuleToPeer:     {"ingress_elsewhere", "daddr @peers# drop"},
-	policy.RuleNobody:     {"ingress_elsewhere", `drop comment "a mesh address that nobody has"`},
+	policy.RuleNobody:     {"unclaimed#", ""},
+	policy.RuleFormer:     {"ingress_elsewhere", "daddr @former# drop"},
+	policy.RuleProtocol:   {"carried", ""},
+	policy.RuleWireGuard:  {"permitted_self#", "WireGuard's port"},
 }
 
 // findNft returns the chain and the rule of a table that hold a line of the

@@ -76,8 +76,9 @@ func explained(t *testing.T) *policy.Ruleset {
 	t.Helper()
 	yes := policy.Grant{Allowed: true}
 	r, err := policy.Compile(policy.Mesh{
-		Prefixes:  []netip.Prefix{policy.DefaultPrefix4, policy.DefaultPrefix6},
-		Addresses: []netip.Addr{netip.MustParseAddr("100.64.0.1"), netip.MustParseAddr("fd6d:6573:6800::1")},
+		Prefixes:   []netip.Prefix{policy.DefaultPrefix4, policy.DefaultPrefix6},
+		Addresses:  []netip.Addr{netip.MustParseAddr("100.64.0.1"), netip.MustParseAddr("fd6d:6573:6800::1")},
+		ListenPort: 51820,
 		Peers: []policy.Peer{
 			{ID: policy.PeerID{1}, Name: "all", Grants: policy.Grants{Incoming: yes, Routing: yes, LAN: yes},
 				Addresses: []netip.Addr{netip.MustParseAddr("100.64.0.2"), netip.MustParseAddr("fd6d:6573:6800::2")}},

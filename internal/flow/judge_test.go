@@ -89,10 +89,6 @@ func conversations(opener, other netip.Addr) []conversation {
 			func(uint8) []byte { return flowtest.Echo(opener, other, 7, false, 10) },
 			func(uint8) []byte { return flowtest.Echo(other, opener, 7, true, 10) },
 			func() []byte { return flowtest.Echo(other, opener, 7, false, 10) }},
-		{"gre",
-			func(uint8) []byte { return flowtest.IP(opener, other, 47, make([]byte, 8)) },
-			func(uint8) []byte { return flowtest.IP(other, opener, 47, make([]byte, 8)) },
-			func() []byte { return flowtest.IP(other, opener, 50, make([]byte, 8)) }},
 	}
 }
 
@@ -160,9 +156,7 @@ func TestCutStaysDead(t *testing.T) {
 				l.to(false, c.answer(flowtest.ACK))
 			}
 			l.from(false, c.ask(flowtest.ACK))
-			if c.name != "gre" { // which has but one flow between two ends
-				l.to(true, c.strayer())
-			}
+			l.to(true, c.strayer())
 			l.later(25 * time.Hour)
 			l.to(true, c.answer(flowtest.ACK))
 		})

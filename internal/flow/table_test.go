@@ -35,9 +35,6 @@ func TestTimeouts(t *testing.T) {
 		{"udp.multiple", 1, []int{o, o, a, o}, time.Minute},
 		{"icmp.first", 2, []int{o, o}, 20 * time.Second},
 		{"icmp.error", 2, []int{o, a}, 10 * time.Second},
-		{"other.first", 3, []int{o}, time.Minute},
-		{"other.single", 3, []int{o, o}, 30 * time.Second},
-		{"other.multiple", 3, []int{o, a}, time.Minute},
 	} {
 		for _, late := range []bool{false, true} {
 			l := newLab(t, routing, Options{})

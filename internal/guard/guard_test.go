@@ -435,14 +435,14 @@ func TestTruthTable(t *testing.T) {
 		r := flowtest.Picture(t, c)
 		for _, text := range destinations {
 			dst := netip.MustParseAddr(text)
-			src := flowtest.PeerC4
+			src, icmp := flowtest.PeerC4, uint8(flowtest.ICMP)
 			if dst.Is6() {
-				src = flowtest.PeerC6
+				src, icmp = flowtest.PeerC6, flowtest.ICMPv6
 			}
 			for proto, packets := range map[uint8][2][]byte{
-				flowtest.TCP:  {flowtest.TCPSegment(at(src, 9), at(dst, 53), flowtest.SYN, 0), flowtest.TCPSegment(at(dst, 53), at(src, 9), flowtest.SYN|flowtest.ACK, 0)},
-				flowtest.UDP:  {flowtest.Datagram(at(src, 9), at(dst, 53), 8), flowtest.Datagram(at(dst, 53), at(src, 9), 8)},
-				flowtest.ICMP: {flowtest.Echo(src, dst, 9, false, 8), flowtest.Echo(dst, src, 9, true, 8)},
+				flowtest.TCP: {flowtest.TCPSegment(at(src, 9), at(dst, 53), flowtest.SYN, 0), flowtest.TCPSegment(at(dst, 53), at(src, 9), flowtest.SYN|flowtest.ACK, 0)},
+				flowtest.UDP: {flowtest.Datagram(at(src, 9), at(dst, 53), 8), flowtest.Datagram(at(dst, 53), at(src, 9), 8)},
+				icmp:         {flowtest.Echo(src, dst, 9, false, 8), flowtest.Echo(dst, src, 9, true, 8)},
 			} {
 				inner := newFakeTUN(t)
 				inner.deaf = true // answers wait behind the packet that is fed below
@@ -500,8 +500,8 @@ func TestMutated(t *testing.T) {
 // destination.
 func checkPassed(t *testing.T, r *policy.Ruleset, p []byte) {
 	t.Helper()
-	var in policy.Packet
-	in.In = flowtest.Interface
+	// Which protocol it is stands behind the headers; addresses are judged here.
+	in := policy.Packet{In: flowtest.Interface, Proto: policy.ProtoUDP}
 	switch {
 	case len(p) >= 20 && p[0]>>4 == 4 && int(p[2])<<8|int(p[3]) == len(p):
 		in.Src, in.Dst = netip.AddrFrom4([4]byte(p[12:])), netip.AddrFrom4([4]byte(p[16:]))

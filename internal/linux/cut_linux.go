@@ -73,12 +73,9 @@ func addrOf(ip net.IP) netip.Addr {
 	return a.Unmap()
 }
 
-// hasPorts reports whether a protocol's header begins with two ports. ICMP needs
-// none of this: conntrack lets nobody open a flow with an answer.
-func hasPorts(proto uint8) bool {
-	return slices.Contains([]uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_UDPLITE,
-		unix.IPPROTO_SCTP, unix.IPPROTO_DCCP}, proto)
-}
+// hasPorts reports whether a protocol that passes has ports. ICMP needs none of
+// this: conntrack lets nobody open a flow with an answer.
+func hasPorts(proto uint8) bool { return proto == unix.IPPROTO_TCP || proto == unix.IPPROTO_UDP }
 
 // opener is the packet that opened a flow.
 func opener(r *policy.Ruleset, f *netlink.ConntrackFlow) policy.Packet {

@@ -85,6 +85,7 @@ var loads = map[field]load{
 	quotedDst4:    payload(expr.PayloadBaseTransportHeader, 8+16, 4).of(unix.NFPROTO_IPV4, 0),
 	quotedDst6:    payload(expr.PayloadBaseTransportHeader, 8+24, 16).of(unix.NFPROTO_IPV6, 0),
 	ctOrigDport:   ct(expr.CtKeyPROTODST, 2),
+	skuid:         meta(expr.MetaKeySKUID, 4),
 	returnPath: {into: func(reg uint32) expr.Any {
 		return &expr.Fib{Register: reg, ResultOIF: true, FlagSADDR: true, FlagIIF: true}
 	}, size: 4},

@@ -38,6 +38,9 @@ const (
 	ctStatus
 	ctProtocol
 	ctOrigDport
+	// skuid is the user of the socket that sends a packet of the host's own. What
+	// the host forwards has none, so that no match on it holds.
+	skuid
 	// quotedDst4 and quotedDst6 are the destination in the header that an ICMP
 	// error quotes: behind its own 8 bytes (RFC 792, RFC 4443). nft has no name for
 	// it, so it is an offset and a length in bits.
@@ -56,7 +59,7 @@ var fieldTexts = [...]string{
 	tcpFlags: "tcp flags", lsrr: "ip option lsrr", ssrr: "ip option ssrr", routingHeader: "exthdr rt",
 	ctState: "ct state", ctDirection: "ct direction", ctStatus: "ct status", ctProtocol: "ct protocol",
 	quotedDst4: "@th,192,32", quotedDst6: "@th,256,128",
-	ctOrigDport: "ct original proto-dst", returnPath: "fib saddr . iif oif",
+	ctOrigDport: "ct original proto-dst", skuid: "meta skuid", returnPath: "fib saddr . iif oif",
 }
 
 // op is how a field is compared.

@@ -3,6 +3,7 @@ package linux
 import (
 	"cmp"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -46,13 +47,43 @@ func (o observer) facts() (policy.Host, error) {
 			return h, err
 		}
 		h.Routes = append(h.Routes, o.routes(r)...)
+		up := r.uplink(o.mesh)
 		if family == netlink.FAMILY_V4 {
-			h.Uplink4 = r.uplink(o.mesh)
+			h.Uplink4, h.Router4, h.Source4 = up.iface, up.router, o.source(up, netip.Addr.Is4)
 		} else {
-			h.Uplink6 = r.uplink(o.mesh)
+			h.Uplink6, h.Router6, h.Source6 = up.iface, up.router, o.source(up, netip.Addr.Is6)
 		}
 	}
 	return h, nil
+}
+
+// elsewhere are addresses of the internet that no host has (RFC 5737, RFC 3849),
+// and of the space that IANA gives out, by family: what the kernel would do with
+// packets to them is what it does by the default route.
+var elsewhere = map[bool][]netip.Addr{
+	true:  {netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("203.0.113.1")},
+	false: {netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2000::1")},
+}
+
+// source returns the address that the host itself uses by a default route: the
+// one that the route prefers, or else the one that the kernel chooses. It is not
+// valid where there is none.
+func (o observer) source(up routeEntry, belongs func(netip.Addr) bool) netip.Addr {
+	if up.iface == "" || up.source.IsValid() {
+		return up.source
+	}
+	for _, dst := range elsewhere[belongs(netip.IPv4Unspecified())] {
+		routes, err := o.nl.RouteGetWithOptions(dst.AsSlice(), &netlink.RouteGetOptions{Oif: up.iface})
+		if err != nil {
+			continue // a route that refuses these, or none at all
+		}
+		for _, r := range routes {
+			if a := addrOf(r.Src); a.IsValid() && belongs(a) && !a.IsUnspecified() && !a.IsLinkLocalUnicast() {
+				return a
+			}
+		}
+	}
+	return netip.Addr{}
 }
 
 // usableName reports what policy.Host.Validate accepts.
@@ -172,16 +203,16 @@ func entries(family int, r netlink.Route, names map[int]string) []routeEntry {
 		}
 	}
 	var out []routeEntry
-	add := func(index, flags int) {
+	add := func(index, flags int, router net.IP) {
 		if name, ok := names[index]; ok && flags&unix.RTNH_F_DEAD == 0 {
-			out = append(out, routeEntry{prefix, name, r.Priority})
+			out = append(out, routeEntry{prefix, name, r.Priority, addrOf(router), addrOf(r.Src)})
 		}
 	}
 	if len(r.MultiPath) == 0 {
-		add(r.LinkIndex, r.Flags)
+		add(r.LinkIndex, r.Flags, r.Gw)
 	}
 	for _, hop := range r.MultiPath {
-		add(hop.LinkIndex, hop.Flags)
+		add(hop.LinkIndex, hop.Flags, hop.Gw)
 	}
 	return out
 }

@@ -54,6 +54,9 @@ func New(o Options) (*Platform, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
+	if o.ResolverFiles == nil {
+		o.ResolverFiles = resolverFiles
+	}
 	if o.Step == nil {
 		o.Step = func(string) {}
 	}
@@ -206,7 +209,18 @@ func (p *Platform) loadClosed(cfg platform.Interface) error {
 // without peers. Forwarding may still be open when a dead tunnel is replaced.
 func (p *Platform) close(name string) error {
 	mesh := policy.Mesh{Prefixes: p.cfg.Prefixes, Addresses: p.cfg.Addresses}
-	r, err := policy.Compile(mesh, policy.Host{Interface: name, FoundForwarding: p.found()}, time.Time{})
+	host := policy.Host{Interface: name}
+	if p.enforced != nil {
+		// Other owners of the mesh prefix keep their part, and peers' addresses stay
+		// in. At the start neither is known, and then nothing leaves.
+		host, mesh.ListenPort = p.enforced.Host(), p.enforced.Mesh().ListenPort
+		host.Interface, mesh.Former = name, p.enforced.Mesh().Former
+		for _, peer := range p.enforced.Peers() {
+			mesh.Former = append(mesh.Former[:len(mesh.Former):len(mesh.Former)], peer.Addresses...)
+		}
+	}
+	host.FoundForwarding = p.found()
+	r, err := policy.Compile(mesh, host, time.Time{})
 	if err != nil {
 		return err
 	}
@@ -220,7 +234,7 @@ func (p *Platform) found() policy.Families {
 }
 
 func (p *Platform) params() params {
-	return params{mtu: p.cfg.MTU, transit4: p.forward.transit4(p.name)}
+	return params{mtu: p.cfg.MTU, transit4: p.forward.transit4(p.name), uid: uint32(os.Geteuid())}
 }
 
 func (p *Platform) makeInterface(cfg platform.Interface) (err error) {
@@ -243,6 +257,7 @@ func (p *Platform) Observe(context.Context) (policy.Host, error) {
 	if err != nil {
 		return policy.Host{}, fmt.Errorf("observe host: %w", err)
 	}
+	h.Resolvers = readResolvers(p.o.ResolverFiles)
 	h.Forwarding = policy.Families{IPv4: true, IPv6: p.hasIPv6()}
 	h.FoundForwarding = p.found()
 	return h, nil

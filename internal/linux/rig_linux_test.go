@@ -75,7 +75,7 @@ func (g *rig) do(f func() error) {
 
 // start makes a new platform and its interface, on the host.
 func (g *rig) start() (err error) {
-	if g.p, err = New(Options{StateDir: g.state, Step: g.step}); err != nil {
+	if g.p, err = New(Options{StateDir: g.state, Step: g.step, ResolverFiles: []string{g.resolvers()}}); err != nil {
 		return err
 	}
 	g.dev, err = g.p.Open(context.Background(), platform.Interface{
@@ -83,6 +83,9 @@ func (g *rig) start() (err error) {
 	})
 	return err
 }
+
+// resolvers is the host's resolv.conf, which isn't there unless a test writes it.
+func (g *rig) resolvers() string { return filepath.Join(g.state, "resolv.conf") }
 
 // step notes a step, and is where a test kills the platform.
 func (g *rig) step(name string) {

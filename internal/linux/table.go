@@ -3,6 +3,7 @@ package linux
 import (
 	"net/netip"
 	"slices"
+	"strconv"
 
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -41,6 +42,8 @@ var (
 	dnat      = bits("dnat", 1<<5) // IPS_DST_NAT
 	syn       = number("syn", 2)
 	dnsPort   = number("53", 0, 53)
+	icmp4     = number("icmp", policy.ProtoICMP)
+	icmp6     = number("ipv6-icmp", policy.ProtoICMPv6)
 	redirect4 = number("redirect", 5)
 	redirect6 = number("nd-redirect", 137)
 )
@@ -52,6 +55,8 @@ type params struct {
 	// transit4 and transit6 name the interfaces that forwarded for others before
 	// we came although their family didn't as a whole.
 	transit4, transit6 []string
+	// uid is the user that WireGuard's sockets belong to.
+	uid uint32
 }
 
 // Text returns the nftables ruleset that enforces r, in nft's language, for
@@ -69,6 +74,7 @@ type family struct {
 	src, dst   field
 	quoted     field // destination of the packet that an ICMP error quotes
 	icmp       field
+	icmpProto  value
 	redirect   value
 	icmpErrors string // set of ICMP types
 	overhead   int    // bytes of the IP and TCP headers without options
@@ -77,8 +83,8 @@ type family struct {
 }
 
 var families = [...]family{
-	{"4", ipv4, "ipv4_addr", saddr4, daddr4, quotedDst4, icmpType, redirect4, "errors4", 40, netip.Addr.Is4, netip.MustParsePrefix("0.0.0.0/0")},
-	{"6", ipv6, "ipv6_addr", saddr6, daddr6, quotedDst6, icmp6Type, redirect6, "errors6", 60, netip.Addr.Is6, netip.MustParsePrefix("::/0")},
+	{"4", ipv4, "ipv4_addr", saddr4, daddr4, quotedDst4, icmpType, icmp4, redirect4, "errors4", 40, netip.Addr.Is4, netip.MustParsePrefix("0.0.0.0/0")},
+	{"6", ipv6, "ipv6_addr", saddr6, daddr6, quotedDst6, icmp6Type, icmp6, redirect6, "errors6", 60, netip.Addr.Is6, netip.MustParsePrefix("::/0")},
 }
 
 // compiler collects what the chains' authors need.
@@ -99,6 +105,10 @@ func compile(r *policy.Ruleset, p params) *table {
 	}
 	c.sets = append(c.sets, icmpErrors()...)
 	c.ingress()
+	c.carried()
+	for _, f := range families {
+		c.unclaimed(f)
+	}
 	c.judge()
 	c.input()
 	c.forward()
@@ -114,6 +124,10 @@ func compile(r *policy.Ruleset, p params) *table {
 // (nf_tables_commit in net/netfilter/nf_tables_api.c commits sets last), and for
 // some microseconds such a set is empty. So the mesh prefixes are compared in the
 // rules, and lan and internet are what they are without the classes before them.
+// For the same reason other owners' networks in the mesh prefixes are compared in
+// rules, and only their single addresses are a set, which isn't one of ranges:
+// the host's own traffic, by a carrier's uplink all of it, doesn't stop for those
+// microseconds.
 func (c *compiler) classSets(f family) []set {
 	s := c.r.Sets()
 	pick := func(ps []netip.Prefix) []netip.Prefix {
@@ -142,10 +156,12 @@ func (c *compiler) classSets(f family) []set {
 		without("internet"+f.suffix, f.addr, []netip.Prefix{f.whole}, append(earlier, pick(s.LAN)...)),
 		addresses("own"+f.suffix, f.addr, pick(own)),
 		addresses("former"+f.suffix, f.addr, pick(s.Former)),
-		ranges("others"+f.suffix, f.addr, pick(s.Others)),
+		addresses("others"+f.suffix, f.addr, slices.DeleteFunc(pick(s.Others), isWide)),
 		constants("transit"+f.suffix, "ifname", names...),
 	}
 }
+
+func isWide(p netip.Prefix) bool { return !p.IsSingleIP() }
 
 // peerSets are the peers, what they may, and what was cut.
 func (c *compiler) peerSets(f family) []set {
@@ -210,18 +226,35 @@ func (c *compiler) ingress() {
 	for _, f := range families {
 		in0.drop("redirects never pass", is(f.icmp, f.redirect))
 	}
+	in0.jump("carried")
 
 	out := c.chain("ingress_elsewhere")
 	for _, f := range families {
-		out.drop("a peer's source, not from the mesh", in("peers"+f.suffix, f.src))
 		out.drop("the host's own mesh address as a source, not from the host", in("own"+f.suffix, f.src))
 		out.drop("the host's mesh address, not from the mesh", in("own"+f.suffix, f.dst))
+		out.drop("a peer's source, not from the mesh", in("peers"+f.suffix, f.src))
 		out.drop("nobody else reaches a peer", in("peers"+f.suffix, f.dst))
-		out.accept("", in("self"+f.suffix, f.dst))
-		out.drop("a removed peer's address", in("former"+f.suffix, f.dst))
-		out.accept("another owner's part of the mesh prefix", in("others"+f.suffix, f.dst))
-		c.eachMesh(f, func(p netip.Prefix) { out.drop("a mesh address that nobody has", within(f.dst, p)) })
+		c.nobody(out, f)
 	}
+}
+
+// listenPort returns WireGuard's port, where it is known.
+func (c *compiler) listenPort() (value, bool) {
+	p := c.r.Mesh().ListenPort
+	return number(strconv.Itoa(int(p)), byte(p>>8), byte(p)), p != 0
+}
+
+// carried returns for the protocols that peers may use, and drops the others: a
+// NAT tells their flows apart by addresses alone. It names those that pass, since
+// a header that the kernel can't read has no protocol.
+func (c *compiler) carried() {
+	p := c.chain("carried")
+	p.back("", is(l4proto, tcp))
+	p.back("", is(l4proto, udp))
+	for _, f := range families {
+		p.back("", is(nfproto, f.proto), is(l4proto, f.icmpProto))
+	}
+	p.drop("only TCP, UDP and ICMP")
 }
 
 // judge looks at each packet from a peer when its flow is known and nobody has
@@ -234,7 +267,7 @@ func (c *compiler) judge() {
 	for _, f := range families {
 		j.branch("quoted", in(f.icmpErrors, f.icmp))
 	}
-	for _, p := range [...]value{number("icmp", policy.ProtoICMP), number("ipv6-icmp", policy.ProtoICMPv6)} {
+	for _, p := range [...]value{icmp4, icmp6} {
 		j.drop("other ICMP about a flow", has(ctState, related), is(l4proto, p))
 	}
 	for _, f := range families {
@@ -315,6 +348,9 @@ func (c *compiler) permittedFamily(v view, f family) {
 
 func (c *compiler) permittedHost(v view, f family) {
 	s := c.chain(v.name + "_self" + f.suffix)
+	if port, ok := c.listenPort(); ok {
+		s.drop("WireGuard's port, through the tunnel", is(ctProtocol, udp), is(ctOrigDport, port))
+	}
 	s.back("incoming", in("may_incoming"+f.suffix, v.src(f)))
 	if c.r.Mesh().DNS {
 		for _, proto := range [...]value{tcp, udp} {
@@ -411,10 +447,11 @@ func (c *compiler) toMesh() {
 	m.drop("no flow, so nobody opened it", has(ctState, nameless))
 	m.drop("nobody opens a flow to a peer", is(ctDirection, original))
 	m.drop("redirected from where it was sent to", has(ctStatus, dnat))
+	m.jump("carried")
 	for _, f := range families {
 		m.branch("to_mesh_error", in(f.icmpErrors, f.icmp))
 	}
-	for _, p := range [...]value{number("icmp", policy.ProtoICMP), number("ipv6-icmp", policy.ProtoICMPv6)} {
+	for _, p := range [...]value{icmp4, icmp6} {
 		m.drop("redirects and the like", has(ctState, related), is(l4proto, p))
 	}
 	m.jump(asAnswered.name)
@@ -450,11 +487,19 @@ func (c *compiler) output() {
 	o := c.hook("output", "filter", "output", filtering)
 	for _, f := range families {
 		o.branch("to_peer", in("peers"+f.suffix, f.dst))
+	}
+	c.tunnel(o)
+	for _, f := range families {
 		c.nobody(o, f)
 	}
 
 	p := c.chain("to_peer")
 	p.drop("a peer is reached by the mesh only", isNot(oifname, c.mesh))
+	p.jump("carried")
+	if port, ok := c.listenPort(); ok {
+		// A known peer's mesh address as another's outer one would be a loop.
+		p.drop("the tunnel doesn't carry itself", is(l4proto, udp), is(sport, port))
+	}
 	for _, f := range families {
 		p.drop("redirects never pass", is(f.icmp, f.redirect))
 	}
@@ -475,12 +520,34 @@ func (c *compiler) output() {
 	a.accept("")
 }
 
+// tunnel accepts WireGuard's own packets to any outer address, former peers' and
+// mesh addresses of nobody included, behind the rules about peers: what leaves from its port, by a socket of this process's user. The port alone would
+// also be that of a forwarded packet.
+func (c *compiler) tunnel(to *chain) {
+	if port, ok := c.listenPort(); ok {
+		to.accept("WireGuard's own", isNot(oifname, c.mesh), is(l4proto, udp), is(sport, port),
+			is(skuid, bits(strconv.Itoa(int(c.uid)), c.uid)))
+	}
+}
+
 // nobody drops what goes to a mesh address that no peer has.
 func (c *compiler) nobody(to *chain, f family) {
 	to.accept("", in("self"+f.suffix, f.dst))
 	to.drop("a removed peer's address", in("former"+f.suffix, f.dst))
-	to.accept("another owner's part of the mesh prefix", in("others"+f.suffix, f.dst))
-	c.eachMesh(f, func(p netip.Prefix) { to.drop("a mesh address that nobody has", within(f.dst, p)) })
+	c.eachMesh(f, func(p netip.Prefix) { to.branch("unclaimed"+f.suffix, within(f.dst, p)) })
+}
+
+// unclaimed judges the mesh addresses that are neither a peer's nor the host's:
+// other owners of a part of the prefix keep it.
+func (c *compiler) unclaimed(f family) {
+	u := c.chain("unclaimed" + f.suffix)
+	u.accept("another owner's", in("others"+f.suffix, f.dst))
+	for _, p := range c.r.Sets().Others {
+		if isWide(p) && f.belongs(p.Addr()) {
+			u.accept("another owner's", within(f.dst, p))
+		}
+	}
+	u.drop("a mesh address that nobody has")
 }
 
 // leave translates peers' packets and takes the last look at what leaves, also
@@ -498,6 +565,9 @@ func (c *compiler) leave() {
 	for _, f := range families {
 		e.drop("untranslated", in("peers"+f.suffix, f.src))
 		e.drop("in clear", in("peers"+f.suffix, f.dst))
+	}
+	c.tunnel(e)
+	for _, f := range families {
 		c.nobody(e, f)
 	}
 }

@@ -39,8 +39,12 @@ func ruleset(t testing.TB, m policy.Mesh, h policy.Host) *policy.Ruleset {
 // TestText shows the whole ruleset; read testdata/table.nft to learn it.
 func TestText(t *testing.T) {
 	m := mesh(grants{ann: policy.Routing | policy.LAN, bob: policy.Incoming})
-	m.DNS = true
-	golden(t, "table.nft", Text(ruleset(t, m, someHost()), testMTU))
+	m.DNS, m.ListenPort = true, 51820
+	m.Former = []netip.Addr{netip.MustParseAddr("100.64.0.12"), netip.MustParseAddr("fd6d:6573:6800::12")}
+	h := someHost()
+	h.Resolvers = []netip.Addr{netip.MustParseAddr("100.100.2.136")}
+	h.Routes = append(h.Routes, policy.Route{Prefix: netip.MustParsePrefix("100.96.0.0/16"), Interface: "cni0"})
+	golden(t, "table.nft", Text(ruleset(t, m, h), testMTU))
 }
 
 // rules returns all rules with their chains' names.

@@ -30,13 +30,16 @@ type routeEntry struct {
 	prefix netip.Prefix
 	iface  string
 	metric int
+	// router is the next hop, and source the address that the route prefers as
+	// its packets' source; not valid where it has none.
+	router, source netip.Addr
 }
 
-// uplink returns the interface of the default route that the rules choose first,
-// or "" when there is none, not counting routes by the interface ignored. Within
-// a table, routes that together cover the family win over /0, as they do in the
-// kernel, being longer.
-func (h hostRouting) uplink(ignored string) string {
+// uplink returns the default route that the rules choose first, not counting
+// routes by the interface ignored; one without an interface where there is none.
+// Within a table, routes that together cover the family win over /0, as they do
+// in the kernel, being longer: then it is the widest of them.
+func (h hostRouting) uplink(ignored string) routeEntry {
 	for _, rule := range h.rules {
 		if !rule.forPeers {
 			continue
@@ -47,19 +50,18 @@ func (h hostRouting) uplink(ignored string) string {
 				usable = append(usable, r)
 			}
 		}
-		if u := defaultInterface(usable); u != "" {
+		if u := defaultRoute(usable); u.iface != "" {
 			return u
 		}
 	}
-	return ""
+	return routeEntry{}
 }
 
 // global is what IANA has given out of IPv6's space for use on the internet.
 var global = netip.MustParsePrefix("2000::/3")
 
-// defaultInterface returns the interface by which a table reaches the whole
-// family.
-func defaultInterface(routes []routeEntry) string {
+// defaultRoute returns the route by which a table reaches the whole family.
+func defaultRoute(routes []routeEntry) routeEntry {
 	byIface := map[string]map[netip.Prefix]bool{}
 	var zero []routeEntry
 	for _, r := range routes {
@@ -76,16 +78,31 @@ func defaultInterface(routes []routeEntry) string {
 		set := byIface[iface]
 		for _, family := range []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0"), global} {
 			if covers(family, set, len(set)) {
-				return iface
+				return widest(routes, iface)
 			}
 		}
 	}
 	if len(zero) == 0 {
-		return ""
+		return routeEntry{}
 	}
 	return slices.MinFunc(zero, func(a, b routeEntry) int {
-		return cmp.Or(cmp.Compare(a.metric, b.metric), cmp.Compare(a.iface, b.iface))
-	}).iface
+		return cmp.Or(cmp.Compare(a.metric, b.metric), cmp.Compare(a.iface, b.iface), a.router.Compare(b.router))
+	})
+}
+
+// widest returns the route by an interface, /0 excepted, that has the shortest
+// prefix, and of several the first.
+func widest(routes []routeEntry, iface string) routeEntry {
+	var out routeEntry
+	for _, r := range routes {
+		if r.iface != iface || r.prefix.Bits() == 0 {
+			continue
+		}
+		if out.iface == "" || cmp.Or(cmp.Compare(r.prefix.Bits(), out.prefix.Bits()), r.prefix.Addr().Compare(out.prefix.Addr())) < 0 {
+			out = r
+		}
+	}
+	return out
 }
 
 func sortedKeys[V any](m map[string]V) []string {

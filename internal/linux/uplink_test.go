@@ -6,7 +6,7 @@ import (
 )
 
 func entry(prefix, iface string, metric int) routeEntry {
-	return routeEntry{netip.MustParsePrefix(prefix), iface, metric}
+	return routeEntry{prefix: netip.MustParsePrefix(prefix), iface: iface, metric: metric}
 }
 
 func TestUplink(t *testing.T) {
@@ -48,7 +48,7 @@ func TestUplink(t *testing.T) {
 		}, map[int][]routeEntry{mainTable: {entry("0.0.0.0/0", "eth0", 0)}, 7: {entry("0.0.0.0/0", "wwan0", 0)}}, "eth0"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := (hostRouting{tt.rules, tt.tables}).uplink("mesh0"); got != tt.want {
+			if got := (hostRouting{tt.rules, tt.tables}).uplink("mesh0").iface; got != tt.want {
 				t.Errorf("got %q, want %q", got, tt.want)
 			}
 		})

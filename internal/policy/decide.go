@@ -56,6 +56,21 @@ func (p Packet) IsRedirect() bool {
 	return false
 }
 
+// isCarried reports whether the packet is of a protocol that peers may use: TCP,
+// UDP, and ICMP of the packet's family. A NAT tells flows of other protocols apart
+// by their addresses alone, so that a peer's would take the host's own.
+func (p *Packet) isCarried() bool {
+	switch p.Proto {
+	case ProtoTCP, ProtoUDP:
+		return true
+	case ProtoICMP:
+		return p.Src.Is4()
+	case ProtoICMPv6:
+		return p.Src.Is6()
+	}
+	return false
+}
+
 // Decide judges a packet that belongs to no flow: whether it may pass and so
 // open one. It allocates nothing.
 func (r *Ruleset) Decide(p Packet) Verdict {
@@ -79,6 +94,9 @@ func (r *Ruleset) fromPeer(p *Packet) Verdict {
 		return v.refuse(RuleRedirect, Martian)
 	}
 	class := r.classes.of(p.Dst).class
+	if !p.isCarried() {
+		return v.refuse(RuleProtocol, class)
+	}
 	if p.IsICMPError() && class != Martian && class != InMesh {
 		return v.refuse(RuleUnquoted, class)
 	}
@@ -150,13 +168,18 @@ func (r *Ruleset) fromElsewhere(p *Packet) Verdict {
 	v := Verdict{Peer: int(dst.peer)}
 	own := p.In == "" || isLoopback(p.In)
 	switch {
-	case !own && src.peer != noPeer:
-		v.Peer = int(src.peer)
-		return v.refuse(RuleSpoofed, Spoofed)
 	case !own && r.isMeshAddress(p.Src):
 		return v.refuse(RuleSpoofed, Spoofed)
 	case !own && r.isMeshAddress(p.Dst):
 		return v.refuse(RuleToHost, 0)
+	case !own && src.peer != noPeer:
+		v.Peer = int(src.peer)
+		return v.refuse(RuleSpoofed, Spoofed)
+	case r.isTunnel(p, own, dst.class):
+		if dst.peer != noPeer {
+			return v.refuse(RuleWireGuard, 0)
+		}
+		return v.pass(RuleTunnel, 0, ExitAny)
 	case dst.peer != noPeer && own:
 		return r.hostToPeer(v, p)
 	case dst.peer != noPeer:
@@ -173,11 +196,27 @@ func (r *Ruleset) fromElsewhere(p *Packet) Verdict {
 	return v.refuse(RuleClosedTransit, 0)
 }
 
+// isTunnel reports whether the packet is one of WireGuard's own: what it carries is
+// sealed, and no outer address of a peer is to keep it from arriving, were it a
+// mesh address. A known peer's mesh address is no outer address of anybody: it is
+// routed into the tunnel, which would carry itself.
+func (r *Ruleset) isTunnel(p *Packet, own bool, to Class) bool {
+	if p.Proto != ProtoUDP || r.mesh.ListenPort == 0 {
+		return false
+	}
+	if own {
+		return p.SrcPort == r.mesh.ListenPort
+	}
+	return p.DstPort == r.mesh.ListenPort && to == Self
+}
+
 // hostToPeer judges what the host itself sends to a peer outside of a flow.
 func (r *Ruleset) hostToPeer(v Verdict, p *Packet) Verdict {
 	switch {
 	case p.IsRedirect():
 		return v.refuse(RuleRedirect, 0)
+	case !p.isCarried():
+		return v.refuse(RuleProtocol, 0)
 	case !r.isMeshAddress(p.Src):
 		return v.refuse(RuleForeignSource, 0)
 	}

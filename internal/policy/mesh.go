@@ -139,7 +139,7 @@ type Mesh struct {
 	Former []netip.Addr
 	// ListenPort is the UDP port of the host's WireGuard, or 0 where it isn't
 	// known: no peer reaches it through the tunnel, or the tunnel would carry
-	// itself.
+	// itself; outside of the tunnel what it sends and gets is never refused.
 	ListenPort uint16
 	// DNS says that the helper serves DNS on the host's mesh addresses, so that
 	// port 53 there is open with routing alone.

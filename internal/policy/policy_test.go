@@ -129,7 +129,7 @@ func TestMissing(t *testing.T) {
 		{LAN, "8.8.8.8", Routing},
 		{0, "100.64.0.2", 0}, // no permission opens the mesh
 	} {
-		v := compile(t, picture(tt.have), pictureHost()).Decide(Packet{In: "utun7", Src: addr("100.64.0.3"), Dst: addr(tt.dst)})
+		v := compile(t, picture(tt.have), pictureHost()).Decide(Packet{In: "utun7", Src: addr("100.64.0.3"), Dst: addr(tt.dst), Proto: ProtoUDP})
 		if v.Pass || v.Missing != tt.missing || v.Answered() != (tt.missing != 0) {
 			t.Errorf("%v with %v: got %+v, want missing %v", tt.dst, tt.have, v, tt.missing)
 		}
@@ -146,58 +146,62 @@ func TestDecideRules(t *testing.T) {
 		p     Packet
 		rule  Rule
 	}{
-		{"malformed", nil, Packet{In: "utun7", Src: c4, Dst: inet, Malformed: true}, RuleMalformed},
-		{"families mixed", nil, Packet{In: "utun7", Src: c4, Dst: addr("2600::1")}, RuleMalformed},
-		{"source of another", nil, Packet{In: "utun7", Src: inet, Dst: lan}, RuleSpoofed},
-		{"host's own source", nil, Packet{In: "utun7", Src: hostA4, Dst: inet}, RuleSpoofed},
+		{"malformed", nil, Packet{In: "utun7", Src: c4, Dst: inet, Malformed: true, Proto: ProtoUDP}, RuleMalformed},
+		{"families mixed", nil, Packet{In: "utun7", Src: c4, Dst: addr("2600::1"), Proto: ProtoUDP}, RuleMalformed},
+		{"source of another", nil, Packet{In: "utun7", Src: inet, Dst: lan, Proto: ProtoUDP}, RuleSpoofed},
+		{"host's own source", nil, Packet{In: "utun7", Src: hostA4, Dst: inet, Proto: ProtoUDP}, RuleSpoofed},
 		{"redirect", nil, Packet{In: "utun7", Src: c4, Dst: inet, Proto: ProtoICMP, ICMPType: 5}, RuleRedirect},
 		{"redirect v6", nil, Packet{In: "utun7", Src: c6, Dst: addr("2600::1"), Proto: ProtoICMPv6, ICMPType: 137}, RuleRedirect},
 		{"error without flow", nil, Packet{In: "utun7", Src: c4, Dst: inet, Proto: ProtoICMP, ICMPType: 3}, RuleUnquoted},
-		{"number 1 in IPv6 is no ICMP", nil, Packet{In: "utun7", Src: c6, Dst: addr("2600::1"), Proto: ProtoICMP, ICMPType: 3}, RuleInternet},
-		{"no forwarding", func(h *Host) { h.Forwarding.IPv6 = false }, Packet{In: "utun7", Src: c6, Dst: addr("2600::1")}, RuleNoForwarding},
-		{"no forwarding, lan", func(h *Host) { h.Forwarding.IPv4 = false }, Packet{In: "utun7", Src: c4, Dst: lan}, RuleNoForwarding},
-		{"no uplink", func(h *Host) { h.Uplink4 = "" }, Packet{In: "utun7", Src: c4, Dst: inet}, RuleNoUplink},
-		{"peer's source elsewhere", nil, Packet{In: "en5", Src: c4, Dst: inet}, RuleSpoofed},
-		{"peer's source to the host elsewhere", nil, Packet{In: "en0", Src: a4, Dst: addr("203.0.113.9")}, RuleSpoofed},
-		{"posing as the host", func(h *Host) { h.FoundForwarding.IPv4 = true }, Packet{In: "en5", Src: hostA4, Dst: inet}, RuleSpoofed},
-		{"to the host's mesh address", nil, Packet{In: "en5", Src: lan, Dst: hostA4}, RuleToHost},
-		{"to it by loopback", nil, Packet{In: "lo0", Src: hostA4, Dst: hostA4}, RuleNotOurs},
-		{"LAN to a peer", nil, Packet{In: "en5", Src: lan, Dst: c4}, RuleToPeer},
-		{"LAN to nobody", nil, Packet{In: "en5", Src: lan, Dst: addr("100.100.1.1")}, RuleNobody},
-		{"host to nobody", nil, Packet{Src: hostA4, Dst: addr("100.100.1.1")}, RuleNobody},
-		{"host to a peer", nil, Packet{Src: hostA4, Dst: c4}, RuleHostToPeer},
-		{"host to a peer with another source", nil, Packet{Src: addr("192.168.77.1"), Dst: c4}, RuleForeignSource},
+		{"number 1 in IPv6 is no ICMP", nil, Packet{In: "utun7", Src: c6, Dst: addr("2600::1"), Proto: ProtoICMP, ICMPType: 3}, RuleProtocol},
+		{"another protocol", nil, Packet{In: "utun7", Src: c4, Dst: inet, Proto: 47}, RuleProtocol},
+		{"another protocol to a peer", nil, Packet{Src: hostA4, Dst: c4, Proto: 41}, RuleProtocol},
+		{"IPv6's ICMP in IPv4", nil, Packet{In: "utun7", Src: c4, Dst: inet, Proto: ProtoICMPv6}, RuleProtocol},
+		{"another protocol on the LAN", nil, Packet{Src: addr("192.168.77.1"), Dst: lan, Proto: 47}, RuleNotOurs},
+		{"no forwarding", func(h *Host) { h.Forwarding.IPv6 = false }, Packet{In: "utun7", Src: c6, Dst: addr("2600::1"), Proto: ProtoUDP}, RuleNoForwarding},
+		{"no forwarding, lan", func(h *Host) { h.Forwarding.IPv4 = false }, Packet{In: "utun7", Src: c4, Dst: lan, Proto: ProtoUDP}, RuleNoForwarding},
+		{"no uplink", func(h *Host) { h.Uplink4 = "" }, Packet{In: "utun7", Src: c4, Dst: inet, Proto: ProtoUDP}, RuleNoUplink},
+		{"peer's source elsewhere", nil, Packet{In: "en5", Src: c4, Dst: inet, Proto: ProtoUDP}, RuleSpoofed},
+		{"peer's source to the host elsewhere", nil, Packet{In: "en0", Src: a4, Dst: addr("203.0.113.9"), Proto: ProtoUDP}, RuleSpoofed},
+		{"posing as the host", func(h *Host) { h.FoundForwarding.IPv4 = true }, Packet{In: "en5", Src: hostA4, Dst: inet, Proto: ProtoUDP}, RuleSpoofed},
+		{"to the host's mesh address", nil, Packet{In: "en5", Src: lan, Dst: hostA4, Proto: ProtoUDP}, RuleToHost},
+		{"to it by loopback", nil, Packet{In: "lo0", Src: hostA4, Dst: hostA4, Proto: ProtoUDP}, RuleNotOurs},
+		{"LAN to a peer", nil, Packet{In: "en5", Src: lan, Dst: c4, Proto: ProtoUDP}, RuleToPeer},
+		{"LAN to nobody", nil, Packet{In: "en5", Src: lan, Dst: addr("100.100.1.1"), Proto: ProtoUDP}, RuleNobody},
+		{"host to nobody", nil, Packet{Src: hostA4, Dst: addr("100.100.1.1"), Proto: ProtoUDP}, RuleNobody},
+		{"host to a peer", nil, Packet{Src: hostA4, Dst: c4, Proto: ProtoUDP}, RuleHostToPeer},
+		{"host to a peer with another source", nil, Packet{Src: addr("192.168.77.1"), Dst: c4, Proto: ProtoUDP}, RuleForeignSource},
 		{"host redirects a peer", nil, Packet{Src: hostA4, Dst: c4, Proto: ProtoICMP, ICMPType: 5}, RuleRedirect},
-		{"host to the internet", nil, Packet{Src: addr("203.0.113.9"), Dst: inet}, RuleNotOurs},
-		{"LAN to the host", nil, Packet{In: "en5", Src: lan, Dst: addr("192.168.77.1")}, RuleNotOurs},
-		{"transit, found off", nil, Packet{In: "en5", Src: lan, Dst: inet}, RuleClosedTransit},
-		{"transit, found on", func(h *Host) { h.FoundForwarding.IPv4 = true }, Packet{In: "en5", Src: lan, Dst: inet}, RuleTransit},
-		{"transit with an unused mesh source", func(h *Host) { h.FoundForwarding.IPv4 = true }, Packet{In: "en0", Src: addr("100.99.0.1"), Dst: lan}, RuleTransit},
+		{"host to the internet", nil, Packet{Src: addr("203.0.113.9"), Dst: inet, Proto: ProtoUDP}, RuleNotOurs},
+		{"LAN to the host", nil, Packet{In: "en5", Src: lan, Dst: addr("192.168.77.1"), Proto: ProtoUDP}, RuleNotOurs},
+		{"transit, found off", nil, Packet{In: "en5", Src: lan, Dst: inet, Proto: ProtoUDP}, RuleClosedTransit},
+		{"transit, found on", func(h *Host) { h.FoundForwarding.IPv4 = true }, Packet{In: "en5", Src: lan, Dst: inet, Proto: ProtoUDP}, RuleTransit},
+		{"transit with an unused mesh source", func(h *Host) { h.FoundForwarding.IPv4 = true }, Packet{In: "en0", Src: addr("100.99.0.1"), Dst: lan, Proto: ProtoUDP}, RuleTransit},
 		{"carrier's own prefix", func(h *Host) {
 			h.Interfaces[0].Addresses = append(h.Interfaces[0].Addresses, prefix("100.80.0.7/20"))
-		}, Packet{Src: addr("100.80.0.7"), Dst: addr("100.80.0.1")}, RuleNotOurs},
+		}, Packet{Src: addr("100.80.0.7"), Dst: addr("100.80.0.1"), Proto: ProtoUDP}, RuleNotOurs},
 		{"carrier's router outside its prefix", func(h *Host) {
 			h.Interfaces[0].Addresses = append(h.Interfaces[0].Addresses, prefix("100.80.0.7/20"))
-		}, Packet{Src: addr("100.80.0.7"), Dst: addr("100.127.0.1")}, RuleNotOurs},
+		}, Packet{Src: addr("100.80.0.7"), Dst: addr("100.127.0.1"), Proto: ProtoUDP}, RuleNotOurs},
 		{"peer inside the carrier's prefix", func(h *Host) {
 			h.Interfaces[0].Addresses = append(h.Interfaces[0].Addresses, prefix("100.64.0.7/10"))
-		}, Packet{Src: addr("100.64.0.7"), Dst: c4}, RuleForeignSource},
+		}, Packet{Src: addr("100.64.0.7"), Dst: c4, Proto: ProtoUDP}, RuleForeignSource},
 		{"host's resolver", func(h *Host) { h.Resolvers = []netip.Addr{addr("100.100.2.136")} },
-			Packet{Src: addr("203.0.113.9"), Dst: addr("100.100.2.136")}, RuleNotOurs},
+			Packet{Src: addr("203.0.113.9"), Dst: addr("100.100.2.136"), Proto: ProtoUDP}, RuleNotOurs},
 		{"host's resolver from a peer", func(h *Host) { h.Resolvers = []netip.Addr{addr("100.100.2.136")} },
-			Packet{In: "utun7", Src: c4, Dst: addr("100.100.2.136")}, RuleMesh},
+			Packet{In: "utun7", Src: c4, Dst: addr("100.100.2.136"), Proto: ProtoUDP}, RuleMesh},
 		{"loopback alias from a peer", func(h *Host) {
 			h.Interfaces = append(h.Interfaces, Interface{"lo0", prefixes("127.0.0.1/8", "10.254.254.254/8", "::1/128")})
-		}, Packet{In: "utun7", Src: c4, Dst: addr("10.254.254.254")}, RuleIncoming},
+		}, Packet{In: "utun7", Src: c4, Dst: addr("10.254.254.254"), Proto: ProtoUDP}, RuleIncoming},
 		{"loopback alias attaches nothing", func(h *Host) {
 			h.Interfaces = append(h.Interfaces, Interface{"lo0", prefixes("9.254.254.254/8")})
-		}, Packet{In: "utun7", Src: c4, Dst: addr("9.1.1.1")}, RuleInternet},
+		}, Packet{In: "utun7", Src: c4, Dst: addr("9.1.1.1"), Proto: ProtoUDP}, RuleInternet},
 		{"loopback itself from a peer", func(h *Host) {
 			h.Interfaces = append(h.Interfaces, Interface{"lo0", prefixes("127.0.0.1/8")})
-		}, Packet{In: "utun7", Src: c4, Dst: addr("127.0.0.1")}, RuleMartian},
+		}, Packet{In: "utun7", Src: c4, Dst: addr("127.0.0.1"), Proto: ProtoUDP}, RuleMartian},
 		{"carrier's prefix from a peer", func(h *Host) {
 			h.Interfaces[0].Addresses = append(h.Interfaces[0].Addresses, prefix("100.80.0.7/20"))
-		}, Packet{In: "utun7", Src: c4, Dst: addr("100.80.0.1")}, RuleMesh},
+		}, Packet{In: "utun7", Src: c4, Dst: addr("100.80.0.1"), Proto: ProtoUDP}, RuleMesh},
 	} {
 		t.Run(tt.about, func(t *testing.T) {
 			h := pictureHost()
@@ -263,6 +267,42 @@ func TestListenPort(t *testing.T) {
 	}
 }
 
+// TestTunnel checks that WireGuard's own packets pass outside of the tunnel,
+// whatever the outer address of a peer is.
+func TestTunnel(t *testing.T) {
+	m := picture(7)
+	m.ListenPort, m.Former = 51820, []netip.Addr{addr("100.70.0.9")}
+	r := compile(t, m, pictureHost())
+	own, c4 := addr("203.0.113.9"), addr("100.64.0.3")
+	for _, outer := range []netip.Addr{addr("100.90.5.2"), addr("100.70.0.9"), addr("8.8.8.8")} {
+		for _, p := range []Packet{
+			{Src: own, Dst: outer, SrcPort: 51820, DstPort: 7},
+			{In: "en0", Src: outer, Dst: own, SrcPort: 7, DstPort: 51820},
+		} {
+			p.Proto = ProtoUDP
+			if v := r.Decide(p); v.Rule != RuleTunnel || !v.Pass {
+				t.Errorf("%+v: %+v", p, v)
+			}
+		}
+	}
+	for _, tt := range []struct {
+		p    Packet
+		rule Rule
+	}{
+		{Packet{Src: own, Dst: c4, SrcPort: 51820, Proto: ProtoTCP}, RuleForeignSource},
+		{Packet{Src: hostA4, Dst: c4, SrcPort: 51820, Proto: ProtoUDP}, RuleWireGuard},
+		{Packet{In: "en0", Src: c4, Dst: own, DstPort: 51820, Proto: ProtoUDP}, RuleSpoofed},
+		{Packet{Src: own, Dst: addr("100.90.5.2"), SrcPort: 7, DstPort: 51820, Proto: ProtoUDP}, RuleNobody},
+		{Packet{In: "en0", Src: c4, Dst: addr("9.9.9.9"), DstPort: 51820, Proto: ProtoUDP}, RuleSpoofed},
+		{Packet{In: "en0", Src: hostA4, Dst: own, DstPort: 51820, Proto: ProtoUDP}, RuleSpoofed},
+		{Packet{In: "en0", Src: addr("8.8.8.8"), Dst: hostA4, DstPort: 51820, Proto: ProtoUDP}, RuleToHost},
+	} {
+		if v := r.Decide(tt.p); v.Rule != tt.rule {
+			t.Errorf("%+v: %q, want %q", tt.p, v.Rule, tt.rule)
+		}
+	}
+}
+
 func TestDecideReply(t *testing.T) {
 	c4 := addr("100.64.0.3")
 	for _, tt := range []struct {
@@ -272,17 +312,17 @@ func TestDecideReply(t *testing.T) {
 		in     string
 		pass   bool
 	}{
-		{"internet answers by the uplink", Routing, Packet{In: "utun7", Src: c4, Dst: addr("8.8.8.8")}, "en0", true},
-		{"LAN forges the internet's answer", Routing, Packet{In: "utun7", Src: c4, Dst: addr("8.8.8.8")}, "en5", false},
-		{"a peer forges it", Routing, Packet{In: "utun7", Src: c4, Dst: addr("8.8.8.8")}, "utun7", false},
-		{"routing was denied", LAN, Packet{In: "utun7", Src: c4, Dst: addr("8.8.8.8")}, "en0", false},
-		{"LAN answers", Routing | LAN, Packet{In: "utun7", Src: c4, Dst: addr("192.168.77.9")}, "en5", true},
-		{"another peer answers for the LAN", Routing | LAN, Packet{In: "utun7", Src: c4, Dst: addr("192.168.77.9")}, "utun7", false},
-		{"the host answers", Incoming, Packet{In: "utun7", Src: c4, Dst: hostA4}, "", true},
-		{"incoming was denied", Routing, Packet{In: "utun7", Src: c4, Dst: hostA4}, "", false},
-		{"a peer answers the host", 0, Packet{Src: hostA4, Dst: c4}, "utun7", true},
-		{"the LAN answers for a peer", 0, Packet{Src: hostA4, Dst: c4}, "en5", false},
-		{"an answer to what never may be", 7, Packet{In: "utun7", Src: c4, Dst: addr("100.64.0.2")}, "utun7", false},
+		{"internet answers by the uplink", Routing, Packet{In: "utun7", Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "en0", true},
+		{"LAN forges the internet's answer", Routing, Packet{In: "utun7", Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "en5", false},
+		{"a peer forges it", Routing, Packet{In: "utun7", Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "utun7", false},
+		{"routing was denied", LAN, Packet{In: "utun7", Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "en0", false},
+		{"LAN answers", Routing | LAN, Packet{In: "utun7", Src: c4, Dst: addr("192.168.77.9"), Proto: ProtoUDP}, "en5", true},
+		{"another peer answers for the LAN", Routing | LAN, Packet{In: "utun7", Src: c4, Dst: addr("192.168.77.9"), Proto: ProtoUDP}, "utun7", false},
+		{"the host answers", Incoming, Packet{In: "utun7", Src: c4, Dst: hostA4, Proto: ProtoUDP}, "", true},
+		{"incoming was denied", Routing, Packet{In: "utun7", Src: c4, Dst: hostA4, Proto: ProtoUDP}, "", false},
+		{"a peer answers the host", 0, Packet{Src: hostA4, Dst: c4, Proto: ProtoUDP}, "utun7", true},
+		{"the LAN answers for a peer", 0, Packet{Src: hostA4, Dst: c4, Proto: ProtoUDP}, "en5", false},
+		{"an answer to what never may be", 7, Packet{In: "utun7", Src: c4, Dst: addr("100.64.0.2"), Proto: ProtoUDP}, "utun7", false},
 	} {
 		v := compile(t, picture(tt.have), pictureHost()).DecideReply(tt.opened, tt.in)
 		if v.Pass != tt.pass {
@@ -295,7 +335,7 @@ func TestExpiry(t *testing.T) {
 	m := picture(0)
 	m.Peers[0].Grants.Routing = Grant{Allowed: true, Until: start.Add(2 * time.Hour)}
 	m.Peers[1].Grants.Incoming = Grant{Allowed: true, Until: start.Add(time.Hour)}
-	p := Packet{In: "utun7", Src: addr("100.64.0.3"), Dst: addr("8.8.8.8")}
+	p := Packet{In: "utun7", Src: addr("100.64.0.3"), Dst: addr("8.8.8.8"), Proto: ProtoUDP}
 	for _, tt := range []struct {
 		after time.Duration
 		pass  bool

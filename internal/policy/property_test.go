@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -24,6 +25,8 @@ func drawWorld(t *rapid.T) world {
 			Prefixes:  []netip.Prefix{DefaultPrefix4, DefaultPrefix6},
 			Addresses: []netip.Addr{hostA4, hostA6},
 			DNS:       rapid.Bool().Draw(t, "dns"),
+
+			ListenPort: rapid.SampledFrom([]uint16{0, 51820}).Draw(t, "listen port"),
 		},
 		host: Host{Interface: "utun7"},
 	}
@@ -58,6 +61,16 @@ func drawWorld(t *rapid.T) world {
 			w.host.Routes = append(w.host.Routes, Route{p, "utun3"})
 		}
 	}
+	for range rapid.IntRange(0, 3).Draw(t, "resolvers") {
+		if a := drawAddr(t); !a.Is4In6() {
+			w.host.Resolvers = append(w.host.Resolvers, a)
+		}
+	}
+	for range rapid.IntRange(0, 3).Draw(t, "former") {
+		if a := drawAddr(t); w.mesh.contains(a) {
+			w.mesh.Former = append(w.mesh.Former, a)
+		}
+	}
 	uplinks := []string{"", "en0", "en1"}
 	w.host.Uplink4 = rapid.SampledFrom(uplinks).Draw(t, "uplink4")
 	w.host.Uplink6 = rapid.SampledFrom(uplinks).Draw(t, "uplink6")
@@ -88,7 +101,8 @@ func (w world) drawPacket(t *rapid.T) Packet {
 		Src:     drawAddr(t),
 		Dst:     drawAddr(t),
 		Proto:   rapid.SampledFrom([]uint8{ProtoICMP, ProtoTCP, ProtoUDP, ProtoICMPv6, 47}).Draw(t, "proto"),
-		DstPort: rapid.SampledFrom([]uint16{53, 443}).Draw(t, "port"),
+		SrcPort: rapid.SampledFrom([]uint16{40000, 51820}).Draw(t, "source port"),
+		DstPort: rapid.SampledFrom([]uint16{53, 443, 51820}).Draw(t, "port"),
 		// Echo, errors and redirects of both families.
 		ICMPType:  rapid.SampledFrom([]uint8{8, 128, 3, 1, 2, 11, 12, 4, 5, 137}).Draw(t, "type"),
 		Malformed: rapid.IntRange(0, 19).Draw(t, "malformed") == 0,
@@ -120,6 +134,36 @@ func TestNoPeerReachesAPeer(t *testing.T) {
 			}
 			if _, ok := r.PeerByAddr(p.Dst); ok && v.Pass && v.Rule != RuleHostToPeer {
 				t.Fatalf("%+v reaches a peer: %+v", p, v)
+			}
+		}
+	})
+}
+
+// TestMeshAddressesStayIn checks, against the sets, what the host and others may
+// send to mesh addresses by other interfaces than the mesh's.
+func TestMeshAddressesStayIn(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		r := mustCompile(t, drawWorld(t))
+		s := r.Sets()
+		in := func(set []netip.Prefix, a netip.Addr) bool {
+			return slices.ContainsFunc(set, func(p netip.Prefix) bool { return p.Contains(a) })
+		}
+		for range 40 {
+			p := Packet{
+				In:  rapid.SampledFrom([]string{"", "en0", "utun3"}).Draw(t, "in"),
+				Src: drawAddr(t), Dst: drawAddr(t), Proto: ProtoUDP, SrcPort: 7, DstPort: 7,
+			}
+			v := r.Decide(p)
+			if _, ok := r.PeerByAddr(p.Dst); ok || in(s.Self, p.Dst) || in(s.Martians, p.Dst) {
+				continue
+			}
+			switch {
+			case in(s.Former, p.Dst) && v.Pass:
+				t.Fatalf("%+v reaches a former peer's address: %v", p, v.Rule)
+			case in(s.Mesh, p.Dst) && !in(s.Others, p.Dst) && v.Pass:
+				t.Fatalf("%+v reaches a mesh address of nobody: %v", p, v.Rule)
+			case in(s.Others, p.Dst) && !in(s.Former, p.Dst) && p.In == "" && !v.Pass:
+				t.Fatalf("%+v is another's and is refused: %v", p, v.Rule)
 			}
 		}
 	})

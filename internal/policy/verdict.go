@@ -13,10 +13,12 @@ const (
 	RuleInternet
 	RuleHostToPeer
 	RuleNotOurs
+	RuleTunnel
 	RuleTransit
 
 	RuleMalformed
 	RuleSpoofed
+	RuleProtocol
 	RuleMartian
 	RuleRedirect
 	RuleUnquoted
@@ -44,14 +46,16 @@ var ruleTexts = [...]string{
 	RuleInternet:      "a peer with routing may reach the internet by the uplink",
 	RuleHostToPeer:    "the host may connect to its peers",
 	RuleNotOurs:       "the packet has nothing to do with the mesh",
+	RuleTunnel:        "WireGuard's own packets pass, whatever outer address a peer has",
 	RuleTransit:       "the host forwarded before the helper came, so transit of others is left alone",
 	RuleMalformed:     "the header is malformed, truncated or source-routed",
 	RuleSpoofed:       "the source isn't an address of the sender",
+	RuleProtocol:      "only TCP, UDP and ICMP pass from and to a peer",
 	RuleMartian:       "the destination is never a valid one",
 	RuleRedirect:      "ICMP redirects never pass",
 	RuleUnquoted:      "the ICMP error quotes no flow that may pass",
 	RuleMesh:          "the host does not forward between peers",
-	RuleWireGuard:     "the host's WireGuard port isn't reached through the tunnel",
+	RuleWireGuard:     "WireGuard's own packets don't go through the tunnel",
 	RuleNoIncoming:    "connecting to the host needs incoming",
 	RuleNoLAN:         "the host's other networks need routing and lan",
 	RuleNoRouting:     "the internet needs routing",

@@ -1,0 +1,75 @@
+package linux
+
+import (
+	"bytes"
+	"io"
+	"net/netip"
+	"os"
+	"slices"
+	"syscall"
+)
+
+// resolverFiles are where Linux keeps the servers that it asks for names
+// (resolv.conf(5)). Where systemd-resolved answers at 127.0.0.53, the second one
+// has the servers that it asks itself (systemd-resolved.service(8)).
+var resolverFiles = []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"}
+
+// Bounds of what is believed of such a file: bytes, and servers.
+const (
+	maxResolverFile = 1 << 16
+	maxResolvers    = 64
+)
+
+// readResolvers returns the servers in the files, sorted. A file that isn't
+// there, or can't be read, names none: what it would have told is one address
+// that another owner of the mesh prefix has.
+func readResolvers(paths []string) []netip.Addr {
+	var out []netip.Addr
+	for _, path := range paths {
+		out = append(out, readResolverFile(path)...)
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return slices.Compact(out)
+}
+
+func readResolverFile(path string) []netip.Addr {
+	// Opening a pipe would wait for its writer.
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		return nil
+	}
+	text, err := io.ReadAll(io.LimitReader(f, maxResolverFile))
+	if err != nil {
+		return nil
+	}
+	return parseResolvers(text)
+}
+
+// parseResolvers returns the servers of a resolv.conf(5), without those that are
+// no unicast address of another host: loopback, link-local with its zone. A line
+// that isn't understood is skipped, as the C library does.
+func parseResolvers(text []byte) []netip.Addr {
+	var out []netip.Addr
+	for line := range bytes.Lines(text) {
+		words := bytes.Fields(line)
+		if len(words) < 2 || string(words[0]) != "nameserver" {
+			continue
+		}
+		a, err := netip.ParseAddr(string(words[1]))
+		if err != nil {
+			continue
+		}
+		a = a.Unmap()
+		if a.Zone() != "" || a.IsLoopback() || a.IsLinkLocalUnicast() || a.IsMulticast() || a.IsUnspecified() {
+			continue
+		}
+		if out = append(out, a); len(out) == maxResolvers {
+			break
+		}
+	}
+	return out
+}
