@@ -104,6 +104,7 @@ func (d *Daemon) save(e edit) (key wireguard.PublicKey, generation uint64, alrea
 		return key, doc.Generation, true, nil
 	}
 	next.Generation++
+	next.retire(doc, now)
 	// What is published must be right by type; a hole in the checks above ends
 	// here and not on disk.
 	if err := errors.Join(next.validate(), next.fits(d.mesh)); err != nil {

@@ -7,7 +7,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 )
 
-// expire takes the grants that ended out of the wanted state. They end also
+// expire takes the grants and removed peers' addresses that ended out of the
+// wanted state. They end also
 // where the disk is full: then they are taken out in memory only, and a restart
 // finds by the clock that they ended.
 func (d *Daemon) expire() *document {
@@ -16,7 +17,7 @@ func (d *Daemon) expire() *document {
 	doc := d.wanted.Load()
 	now := d.clock.now()
 	next, gone := doc.expire(now)
-	if len(gone) == 0 && !(doc.timed() && now.Sub(doc.Saved) >= clockInterval) {
+	if next == doc && !(doc.timed() && now.Sub(doc.Saved) >= clockInterval) {
 		return doc
 	}
 	for _, e := range gone {
@@ -27,7 +28,7 @@ func (d *Daemon) expire() *document {
 	}
 	if err := d.commit(next, now); err != nil {
 		d.journal.Record(api.Event{Kind: api.EventProblem, Message: err.Error()})
-		if len(gone) > 0 {
+		if next.Generation != doc.Generation {
 			d.wanted.Store(next)
 		}
 	}

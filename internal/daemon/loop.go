@@ -197,13 +197,14 @@ func (l *loop) hold(ctx context.Context, doc *document) error {
 	// that the tunnel doesn't take is no reason to close for the others.
 	peers := l.d.tunnelPeers(doc)
 	l.refused = l.tunnel.Sync(l.withoutHeirs(peers))
-	if l.held == doc.Generation && reflect.DeepEqual(host, l.host) {
+	port := l.tunnel.ListenPort()
+	if l.held == doc.Generation && reflect.DeepEqual(host, l.host) && port == l.current.Mesh().ListenPort {
 		return l.check(ctx)
 	}
-	if l.current != nil && host.Uplink4+host.Uplink6 != l.host.Uplink4+l.host.Uplink6 {
+	if l.current != nil && pathOf(host) != pathOf(l.host) {
 		l.wakePeers()
 	}
-	r, err := policy.Compile(doc.policyMesh(l.d.mesh, true), host, l.d.clock.now())
+	r, err := policy.Compile(doc.policyMesh(l.d.mesh, port, true), host, l.d.clock.now())
 	if err != nil {
 		return err
 	}
@@ -214,6 +215,18 @@ func (l *loop) hold(ctx context.Context, doc *document) error {
 	l.refused = l.tunnel.Sync(peers)
 	l.held = doc.Generation
 	return nil
+}
+
+// path is how WireGuard's packets leave the host. Sockets keep the source of
+// before, and routers on the way their translation of it, until the sockets are
+// opened again.
+type path struct {
+	uplink4, uplink6                   string
+	source4, source6, router4, router6 netip.Addr
+}
+
+func pathOf(h policy.Host) path {
+	return path{h.Uplink4, h.Uplink6, h.Source4, h.Source6, h.Router4, h.Router6}
 }
 
 // withoutHeirs leaves out the peers that take over another's address: what is
@@ -350,7 +363,7 @@ func (l *loop) fail(ctx context.Context, doc *document, cause error) {
 	if l.current == nil || l.tunnel == nil {
 		return // nothing was opened, or there is nothing to come from
 	}
-	closed, err := policy.Compile(doc.policyMesh(l.d.mesh, false), l.host, l.d.clock.now())
+	closed, err := policy.Compile(doc.policyMesh(l.d.mesh, l.tunnel.ListenPort(), false), l.host, l.d.clock.now())
 	if err == nil {
 		err = l.enforce(ctx, closed)
 	}

@@ -371,6 +371,112 @@ func TestHostChanges(t *testing.T) {
 	})
 }
 
+// TestRebind changes the facts about the host's way out, and others.
+func TestRebind(t *testing.T) {
+	a := netip.MustParseAddr
+	for _, tt := range []struct {
+		about  string
+		change func(*policy.Host)
+		want   int
+	}{
+		{"uplink", func(h *policy.Host) { h.Uplink6 = "eth0" }, 1},
+		{"source", func(h *policy.Host) { h.Source4 = a("198.51.100.3") }, 1},
+		{"source6", func(h *policy.Host) { h.Source6 = a("2001:db8::3") }, 1},
+		{"router", func(h *policy.Host) { h.Router4 = a("198.51.100.9") }, 1},
+		{"router6", func(h *policy.Host) { h.Router6 = a("fe80::9") }, 1},
+		{"uplinks change places", func(h *policy.Host) { h.Uplink4, h.Uplink6 = h.Uplink6, h.Uplink4 }, 1},
+		{"resolver", func(h *policy.Host) { h.Resolvers = []netip.Addr{a("9.9.9.9")} }, 0},
+		{"another interface's address", func(h *policy.Host) {
+			h.Interfaces[1].Addresses = []netip.Prefix{netip.MustParsePrefix("192.168.77.2/24")}
+		}, 0},
+	} {
+		t.Run(tt.about, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, r *rig) {
+				r.host.Change(tt.change)
+				r.after(time.Second)
+				if r.tunnel.rebinds != tt.want {
+					t.Errorf("%d rebinds, want %d", r.tunnel.rebinds, tt.want)
+				}
+			})
+		})
+	}
+}
+
+// TestRemovedStaysIn removes a peer and changes the address of another: for a day
+// nothing is sent to the addresses that they had, over a restart too.
+func TestRemovedStaysIn(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		want := func(when string, want ...netip.Addr) {
+			t.Helper()
+			var got []netip.Addr
+			for _, p := range r.host.Loaded().Sets().Former {
+				got = append(got, p.Addr())
+			}
+			slices.SortFunc(got, netip.Addr.Compare)
+			slices.SortFunc(want, netip.Addr.Compare)
+			if !slices.Equal(got, want) {
+				t.Errorf("%s: %v stay in, want %v", when, got, want)
+			}
+			if s := r.d.Status(); s.Enforced != s.Generation {
+				t.Errorf("%s: enforced %d of %d", when, s.Enforced, s.Generation)
+			}
+		}
+		phone, tv := r.add("phone"), r.add("tv")
+		want("before")
+		if _, err := r.d.RemovePeer(t.Context(), "phone"); err != nil {
+			t.Fatal(err)
+		}
+		want("removed", phone.Addresses...)
+		r.after(time.Hour)
+		r.add("phone")
+		want("there again")
+		if _, err := r.d.RemovePeer(t.Context(), "phone"); err != nil {
+			t.Fatal(err)
+		}
+		r.after(time.Hour)
+		if _, err := r.d.RemovePeer(t.Context(), "tv"); err != nil {
+			t.Fatal(err)
+		}
+		r.after(time.Hour)
+		r.stop()
+		r.start()
+		want("after a restart", slices.Concat(phone.Addresses, tv.Addresses)...)
+		r.setWall(-time.Hour) // gains nothing, and loses nothing
+		r.after(22*time.Hour - DefaultTick)
+		r.setWall(time.Hour)
+		want("shortly before", slices.Concat(phone.Addresses, tv.Addresses)...)
+		r.after(2 * DefaultTick)
+		want("a day after the first", tv.Addresses...)
+		r.after(time.Hour)
+		want("a day after the second")
+		r.stop()
+		r.start()
+		want("in the end")
+	})
+}
+
+// TestRemovedBounded removes more peers than are remembered: the oldest go.
+func TestRemovedBounded(t *testing.T) {
+	doc := &document{Version: documentVersion}
+	start := time.Unix(1e9, 0)
+	v4, v6 := netip.MustParseAddr("100.64.0.0"), netip.MustParseAddr("fd6d:6573:6800::")
+	for i := range maxRemoved + 10 {
+		v4, v6 = v4.Next(), v6.Next()
+		before := &document{Peers: []peer{{Addresses: [2]netip.Addr{v4, v6}}}}
+		doc.retire(before, start.Add(time.Duration(i)*time.Second))
+	}
+	if n := len(doc.Removed); n != maxRemoved || doc.Removed[n-1].Addresses[0] != v4 {
+		t.Errorf("%d removed, the last is %v", n, doc.Removed[n-1])
+	}
+	if err := doc.validate(); err != nil {
+		t.Error(err)
+	}
+	doc.retire(&document{}, start.Add(removedFor+time.Hour))
+	if n := len(doc.Removed); n != maxRemoved+10-3601 {
+		t.Errorf("%d left a day and an hour after the first", n)
+	}
+}
+
 // TestForeign shows what stands in the way and isn't ours.
 func TestForeign(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {

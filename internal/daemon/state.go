@@ -24,7 +24,14 @@ const documentVersion = 1
 const (
 	maxPeers  = 1 << 14
 	maxFormer = 64
+	// maxRemoved bounds the removed peers whose addresses are remembered.
+	maxRemoved = 4096
 )
+
+// removedFor is for how long nothing is sent to a removed peer's addresses: what
+// still sends there, an application or a resolver's answer in a cache, is thought
+// to have forgotten them by then.
+const removedFor = 24 * time.Hour
 
 // document is the wanted state. One that was published is never changed; a
 // change makes a new one.
@@ -35,6 +42,23 @@ type document struct {
 	Saved  time.Time `json:"saved"`
 	Peers  []peer    `json:"peers"`
 	Former []former  `json:"former,omitempty"`
+	// Removed are the addresses that peers had until less than a day ago, the
+	// oldest first.
+	Removed []removed `json:"removed,omitempty"`
+}
+
+// removed are the addresses of a peer that was removed, or got others.
+type removed struct {
+	Addresses [2]netip.Addr `json:"addresses"`
+	// At is when, by the clock that permissions end by.
+	At time.Time `json:"at"`
+}
+
+// ended reports whether the addresses are free again. A time that is ahead of the
+// clock, which no clock of ours gave, counts as ended.
+func (r removed) ended(now time.Time) bool {
+	age := now.Sub(r.At)
+	return age < 0 || age >= removedFor
 }
 
 // peer is a peer as wanted.
@@ -148,6 +172,14 @@ func (doc *document) validate() error {
 	if len(doc.Former) > maxFormer {
 		return fmt.Errorf("%d former names, at most %d", len(doc.Former), maxFormer)
 	}
+	if len(doc.Removed) > maxRemoved {
+		return fmt.Errorf("%d removed peers, at most %d", len(doc.Removed), maxRemoved)
+	}
+	for i, r := range doc.Removed {
+		if err := checkPair(r.Addresses); err != nil {
+			return fmt.Errorf("removed peer %d: %w", i+1, err)
+		}
+	}
 	names := map[string]bool{}
 	keys := map[wireguard.PublicKey]bool{}
 	taken := map[netip.Addr]bool{}
@@ -169,20 +201,27 @@ func (p *peer) validate() error {
 	if err := checkName(p.Name); err != nil {
 		return err
 	}
-	v4, v6 := p.Addresses[0], p.Addresses[1]
 	switch {
 	case p.PublicKey.IsZero():
 		return errors.New("no public key")
 	case p.Kind != api.Own && p.Kind != api.External:
 		return fmt.Errorf("kind %.20q is neither own nor external", p.Kind)
-	case !v4.Is4() || !v6.Is6() || v6.Is4In6() || v6.Zone() != "":
-		return fmt.Errorf("addresses %v and %v aren't one IPv4 and one IPv6", v4, v6)
+	}
+	if err := checkPair(p.Addresses); err != nil {
+		return err
 	}
 	if p.Endpoint == "" {
 		return nil
 	}
 	_, err := wireguard.ParseEndpoint(p.Endpoint, 0)
 	return err
+}
+
+func checkPair(a [2]netip.Addr) error {
+	if v4, v6 := a[0], a[1]; !v4.Is4() || !v6.Is6() || v6.Is4In6() || v6.Zone() != "" {
+		return fmt.Errorf("addresses %v and %v aren't one IPv4 and one IPv6", v4, v6)
+	}
+	return nil
 }
 
 // fits reports the first peer that this mesh has no place for: outside of its
@@ -210,7 +249,26 @@ func (doc *document) clone() *document {
 	c := *doc
 	c.Peers = slices.Clone(doc.Peers)
 	c.Former = slices.Clone(doc.Former)
+	c.Removed = slices.Clone(doc.Removed)
 	return &c
+}
+
+// retire remembers the addresses that peers of the document before had and none
+// has now, and forgets those that a peer has again or whose day is over.
+func (doc *document) retire(before *document, now time.Time) {
+	has := map[[2]netip.Addr]bool{}
+	for i := range doc.Peers {
+		has[doc.Peers[i].Addresses] = true
+	}
+	for i := range before.Peers {
+		if a := before.Peers[i].Addresses; !has[a] {
+			doc.Removed = append(doc.Removed, removed{a, now})
+		}
+	}
+	doc.Removed = slices.DeleteFunc(doc.Removed, func(r removed) bool { return has[r.Addresses] || r.ended(now) })
+	if over := len(doc.Removed) - maxRemoved; over > 0 {
+		doc.Removed = slices.Delete(doc.Removed, 0, over)
+	}
 }
 
 // timed reports whether a grant is to end by itself.
@@ -231,8 +289,9 @@ type ended struct {
 	permission policy.Permissions
 }
 
-// expire returns the document without the grants that have ended, as the next
-// generation, and which those were; the document itself where none has.
+// expire returns the document without the grants and the removed peers' addresses
+// that have ended, as the next generation, and which grants those were; the
+// document itself where nothing has.
 func (doc *document) expire(now time.Time) (*document, []ended) {
 	var gone []ended
 	next := doc
@@ -250,15 +309,33 @@ func (doc *document) expire(now time.Time) (*document, []ended) {
 			gone = append(gone, ended{doc.Peers[i].Name, one})
 		}
 	}
+	over := func(r removed) bool { return r.ended(now) }
+	if slices.ContainsFunc(doc.Removed, over) {
+		if next == doc {
+			next = doc.clone()
+			next.Generation++
+		}
+		next.Removed = slices.DeleteFunc(next.Removed, over)
+	}
 	return next, gone
 }
 
-// policyMesh returns the mesh to compile. Without grants, nothing opens.
-func (doc *document) policyMesh(m mesh, withGrants bool) policy.Mesh {
+// policyMesh returns the mesh to compile, for WireGuard at a UDP port. Without
+// grants, nothing opens.
+func (doc *document) policyMesh(m mesh, listenPort uint16, withGrants bool) policy.Mesh {
 	out := policy.Mesh{
-		Prefixes:  m.list(),
-		Addresses: m.own.List(),
-		Peers:     make([]policy.Peer, len(doc.Peers)),
+		Prefixes:   m.list(),
+		Addresses:  m.own.List(),
+		Peers:      make([]policy.Peer, len(doc.Peers)),
+		ListenPort: listenPort,
+	}
+	for _, r := range doc.Removed {
+		for _, a := range r.Addresses {
+			// The prefixes may have been others then.
+			if m.prefixes.V4.Contains(a) || m.prefixes.V6.Contains(a) {
+				out.Former = append(out.Former, a)
+			}
+		}
 	}
 	for i, p := range doc.Peers {
 		out.Peers[i] = policy.Peer{

@@ -261,7 +261,7 @@ func FuzzDocument(f *testing.F) {
 	f.Add([]byte(`{"version":1,"peers":[{"name":"phone","publicKey":"` + keyOf("phone") +
 		`","kind":"own","addresses":["100.64.0.1","fd6d:6573:6800::1"],"endpoint":"a.example:1","keepalive":25,` +
 		`"permissions":{"incoming":{"allowed":true},"routing":{"allowed":true,"until":"2026-01-02T15:04:05Z"},"lan":{"allowed":false}}}],` +
-		`"former":[{"name":"x","now":"phone"}]}`))
+		`"former":[{"name":"x","now":"phone"}],"removed":[{"addresses":["100.64.0.2","fd6d:6573:6800::2"],"at":"2026-01-02T15:04:05Z"}]}`))
 	f.Add([]byte(`{"version":2}`))
 	f.Add([]byte(`{"version":1,"peers":[{}]}`))
 	f.Fuzz(func(t *testing.T, text []byte) {
