@@ -348,10 +348,15 @@ func (f *FakePF) interfaces() string {
 }
 
 func (f *FakePF) flush(c pfctlCommand) pfctlReply {
+	states := len(f.Engine.States())
 	if !f.Engine.Flush(c.anchor) {
 		return pfctlReply{stderr: missingAnchor, status: 1}
 	}
-	return pfctlReply{stderr: "rules cleared\nnat cleared\ndummynet cleared\n0 tables deleted.\n"}
+	r := pfctlReply{stderr: "rules cleared\nnat cleared\ndummynet cleared\n0 tables deleted.\n"}
+	if c.anchor == "" {
+		r.stderr += fmt.Sprintf("%d states cleared\nsource tracking entries cleared\npf: statistics cleared\npf: interface flags reset\n", states)
+	}
+	return r
 }
 
 func (f *FakePF) kill(hosts []string) pfctlReply {

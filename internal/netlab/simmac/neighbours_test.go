@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/meshhelper/meshhelper/darwin"
 )
@@ -120,6 +123,20 @@ func TestLoopbackSkipped(t *testing.T) {
 	}
 	if rules, err := pf.Rules(t.Context(), ""); err != nil || !strings.Contains(rules, `anchor "com.apple/*" all`) {
 		t.Errorf("the hook went: %q, %v", rules, err)
+	}
+}
+
+// With Internet Sharing `pfctl -s all` begins as a Mac printed it.
+func TestShowAllOfSharing(t *testing.T) {
+	m := newMac(t)
+	must(t, m.InternetSharing("en0"))
+	stdout, _, _, err := m.Run(t.Context(), nil, "/sbin/pfctl", "-s", "all")
+	must(t, err)
+	b, err := os.ReadFile("../../../darwin/testdata/mac/pfctl-sa-main-rules-sharing.txt")
+	must(t, err)
+	_, want, _ := strings.Cut(string(b), "ALTQ related functions disabled\n")
+	if got := string(stdout[:min(len(want), len(stdout))]); got != want {
+		t.Errorf("(-want +got):\n%s", cmp.Diff(want, got))
 	}
 }
 
