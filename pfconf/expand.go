@@ -3,7 +3,6 @@ package pfconf
 import (
 	"errors"
 	"fmt"
-	"net/netip"
 	"slices"
 	"strings"
 )
@@ -604,7 +603,7 @@ func (l *loader) table(t *Table) error {
 		return nil
 	}
 	loaded := *t
-	loaded.Addrs = uniqueAddrs(addrs)
+	loaded.Addrs = storedAddrs(addrs)
 	for i, old := range l.out.Tables {
 		if old.Name == t.Name {
 			l.out.Tables[i] = &loaded
@@ -615,15 +614,11 @@ func (l *loader) table(t *Table) error {
 	return nil
 }
 
-// uniqueAddrs keeps the first of equal entries, negated or not, as the kernel.
-func uniqueAddrs(addrs []Address) []Address {
-	seen := make(map[netip.Prefix]bool, len(addrs))
+// storedAddrs keeps what the kernel holds of a table.
+func storedAddrs(addrs []Address) []Address {
 	var all []Address
-	for _, a := range addrs {
-		if !seen[a.Prefix] {
-			seen[a.Prefix] = true
-			all = append(all, a)
-		}
+	for _, e := range storedEntries(addrs) {
+		all = append(all, Address{Kind: AddrPrefix, Prefix: e.prefix, Not: e.not})
 	}
 	return all
 }

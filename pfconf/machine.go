@@ -60,7 +60,9 @@ type MachineOptions struct {
 // pf sees a packet on an interface in one direction, a hook: a forwarded packet
 // twice, inbound on one interface and outbound on another. At each hook:
 //
-//  1. Scrub rules normalise it. The first that matches counts.
+//  1. Scrub rules normalise it. The first that matches counts. A fragment is
+//     kept, and so dropped for now, until the last missing one arrives, which
+//     goes on as the whole datagram.
 //  2. If it belongs to a state, the state passes it: no rule is asked. A state
 //     is made by one hook and serves the same direction there and the answers
 //     elsewhere, so the inbound state of a forwarded packet doesn't cover its
@@ -86,10 +88,9 @@ type MachineOptions struct {
 //
 // # Not modelled
 //
-// synproxy (taken as keep state), limits on sources, sticky addresses, route-to
-// and the like, rules by operating system (they match nothing), the owners of
-// sockets (no packet has one), reassembly (a fragment that scrub would keep
-// waiting is dropped), GRE of PPTP, dummynet, ALTQ.
+// synproxy (taken as keep state), sticky addresses, route-to and the like, rules
+// by operating system (they match nothing), the owners of sockets (no packet has
+// one), overlaps under scrub fragment crop, GRE of PPTP, dummynet, ALTQ.
 //
 // A Machine isn't safe for concurrent use. It keeps the rules of a [Ruleset] that
 // it loads, which must not be changed afterwards; of other arguments it keeps and
@@ -108,10 +109,13 @@ type Machine struct {
 	tagOf  []string // by number
 
 	timeouts [timeoutMax]uint32
-	limit    int
-	// startLimit is the limit on states without set limit.
-	startLimit int
-	states     stateTable
+	limits   capacity
+	// startLimits are those without set limit.
+	startLimits capacity
+	states      stateTable
+	sources     map[sourceKey]*sourceNode
+	fragments   map[fragmentKey]*datagram
+	pieces      int // in fragments
 
 	// walk and eval are those of the packet being judged, kept to be used again.
 	walk     walker
@@ -127,24 +131,30 @@ type kif struct {
 	addrs  []netip.Prefix
 }
 
+// capacity is how much the kernel holds of what packets make. It takes one more
+// than that of each.
+type capacity struct{ states, sources, fragments int }
+
 // NewMachine returns an empty, disabled machine.
 func NewMachine(o MachineOptions) *Machine {
 	m := &Machine{
-		rand:     o.Rand,
-		kifs:     map[string]*kif{},
-		tables:   map[tableName]*ktable{},
-		tags:     map[string]int{},
-		tagOf:    []string{""},
-		timeouts: defaultTimeouts,
-		limit:    o.StateLimit,
+		rand:      o.Rand,
+		kifs:      map[string]*kif{},
+		tables:    map[tableName]*ktable{},
+		tags:      map[string]int{},
+		tagOf:     []string{""},
+		timeouts:  defaultTimeouts,
+		limits:    capacity{o.StateLimit, defaultSourceLimit, defaultFragmentLimit},
+		sources:   map[sourceKey]*sourceNode{},
+		fragments: map[fragmentKey]*datagram{},
 	}
 	if m.rand == nil {
 		m.rand = rand.New(rand.NewPCG(1, 2))
 	}
-	if m.limit <= 0 {
-		m.limit = DefaultStateLimit
+	if m.limits.states <= 0 {
+		m.limits.states = DefaultStateLimit
 	}
-	m.startLimit = m.limit
+	m.startLimits = m.limits
 	m.main = newAnchorNode(nil, "")
 	m.states.init()
 	m.fallback.loaded = true

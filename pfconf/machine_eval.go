@@ -22,6 +22,8 @@ type evaluation struct {
 	sport, dport uint32
 
 	reassembled bool // a scrub rule reassembles fragments
+	bytes       int  // of the datagram that was put together here
+	rewritten   bool // by a translation, before the rules
 	normTCP     bool // a scrub rule normalises TCP
 
 	rule       *crule // that decides
@@ -84,11 +86,16 @@ func (m *Machine) hook(h *Hook, p *Packet, name string, dir Direction) {
 	if p.Src.Is4() {
 		e.family = Inet
 	}
-	if e.tag = m.tags[p.Tag]; e.tag == 0 && p.Tag != "" {
-		e.tag = foreignTag
-	}
+	e.setTag(p.Tag)
 	e.run()
 	e.report(h)
+}
+
+// setTag finds the number of the packet's tag.
+func (e *evaluation) setTag(name string) {
+	if e.tag = e.m.tags[name]; e.tag == 0 && name != "" {
+		e.tag = foreignTag
+	}
 }
 
 // sane says whether a packet can be what an IP header holds.
@@ -98,7 +105,7 @@ func sane(p *Packet) bool {
 
 // report writes down what the evaluation found.
 func (e *evaluation) report(h *Hook) {
-	h.Verdict = e.verdict
+	h.Verdict, h.Reassembled = e.verdict, e.bytes
 	switch {
 	case e.created:
 		h.State = StateCreated
@@ -358,6 +365,12 @@ func (e *evaluation) answer() Verdict {
 	switch {
 	// A reset isn't reset, but block return has a second answer for it.
 	case p.Proto == ProtoTCP && r.returnReset && p.Flags&FlagRST == 0:
+		// For the log the translated header was written into the packet, but the
+		// checksum is only right at the end: the kernel doesn't answer what it
+		// takes for damaged.
+		if e.rewritten && (r.log || e.translated.log) {
+			return VerdictDrop
+		}
 		return VerdictReset
 	case r.returnICMP && !e.isICMP() && p.Proto != protoESP && p.Proto != protoAH:
 		return VerdictUnreachable
@@ -370,6 +383,7 @@ func (e *evaluation) answer() Verdict {
 func (e *evaluation) apply(t *translation) {
 	p := &e.p
 	srcChanged, dstChanged := p.Src != t.src, p.Dst != t.dst
+	e.rewritten = true
 	switch {
 	case p.Proto == ProtoTCP || p.Proto == ProtoUDP:
 		port := uint16(t.port)
@@ -398,7 +412,19 @@ type stateSide struct{ src, dst stateHost }
 // reports whether there was room and no collision.
 func (e *evaluation) makeState(before stateSide, port uint32, tag int) bool {
 	m, r := e.m, e.rule
-	if r.max > 0 && r.states >= int(r.max) || m.states.n > m.limit {
+	if e.translated != nil && e.p.Proto == protoESP && e.dir == Out && e.espBlocked(before.src.addr) ||
+		r.max > 0 && r.states >= int(r.max) {
+		return false
+	}
+	var source *sourceNode
+	if r.tracksSources() {
+		// The source as the rule sees it: after a translation.
+		if source = m.sourceOf(r, e.p.Src); source == nil {
+			return false
+		}
+	}
+	if m.states.n > m.limits.states {
+		m.giveBack(source)
 		return false
 	}
 	s := &state{
@@ -408,11 +434,12 @@ func (e *evaluation) makeState(before stateSide, port uint32, tag int) bool {
 	if r.bound {
 		s.kif = e.on
 	}
-	if e.translated != nil && e.p.Proto == protoESP && e.dir == Out && e.espBlocked(before.src.addr) {
-		return false
-	}
 	e.firstPeers(s)
+	if s.source = source; source != nil {
+		source.states++
+	}
 	if !m.states.insert(s, e.newKey(before, port)) {
+		m.leaveSource(s)
 		return false
 	}
 	// The rules stay as long as their states, even when they are unloaded.

@@ -57,6 +57,15 @@ func (r *byteReader) packet(last Packet) Packet {
 	}
 	odd := r.byte()
 	p.HasScale, p.Options, p.Fragment, p.DontFragment = odd&1 != 0, odd&14 == 14, odd&0x70 == 0x70, odd&0x80 != 0
+	if p.Fragment {
+		at := r.byte()
+		p.FragmentID, p.FragmentOffset = uint32(at&1), uint16(at>>1&7)*24
+		p.FragmentLen, p.MoreFragments = uint16(r.pick(4))*24, at&0x30 != 0
+		p.DontFragment = at&0xc0 == 0
+		if odd := r.byte(); odd < 20 {
+			p.FragmentLen += uint16(odd)
+		}
+	}
 	if p.Proto == ProtoICMP || p.Proto == ProtoICMPv6 {
 		p.Quoted = &Quoted{
 			Src: last.Src, Dst: last.Dst, Proto: last.Proto, SrcPort: last.SrcPort, DstPort: last.DstPort,
@@ -140,8 +149,18 @@ func checkMachine(t testing.TB, m *Machine) {
 			}
 		}
 	}
-	if n != m.states.n || n > m.limit+1 || n != len(m.States()) {
-		t.Fatalf("%d states in the list, %d counted, limit %d", n, m.states.n, m.limit)
+	if n != m.states.n || n > m.limits.states+1 || n != len(m.States()) {
+		t.Fatalf("%d states in the list, %d counted, limit %d", n, m.states.n, m.limits.states)
+	}
+	checkSources(t, m)
+	pieces := 0
+	for key, d := range m.fragments {
+		if pieces += len(d.pieces); d.key != key || len(d.pieces) == 0 {
+			t.Fatalf("datagram %+v under %+v", d, key)
+		}
+	}
+	if pieces != m.pieces || pieces > m.limits.fragments+1 {
+		t.Fatalf("%d pieces wait, %d counted, limit %d", pieces, m.pieces, m.limits.fragments)
 	}
 	for r, n := range used {
 		if r.states != n {
@@ -162,13 +181,39 @@ func checkMachine(t testing.TB, m *Machine) {
 	}
 }
 
+// checkSources counts what is counted by source.
+func checkSources(t testing.TB, m *Machine) {
+	states, conns := map[*sourceNode]int{}, map[*sourceNode]int{}
+	for s := m.states.first; s != nil; s = s.next {
+		if s.source == nil {
+			continue
+		}
+		if states[s.source]++; s.established {
+			conns[s.source]++
+		}
+	}
+	for key, n := range m.sources {
+		if n.key != key || n.states != states[n] || n.conn != conns[n] || n.states == 0 && !n.idle {
+			t.Fatalf("source %+v: %d states, counts %+v", key, states[n], n)
+		}
+		delete(states, n)
+	}
+	if len(states) > 0 || len(m.sources) > m.limits.sources+1 {
+		t.Fatalf("%d states are of forgotten sources; %d sources, limit %d", len(states), len(m.sources), m.limits.sources)
+	}
+}
+
 // checkEmptied takes everything out of a machine and looks for what is left.
 func checkEmptied(t testing.TB, m *Machine) {
 	m.FlushStates()
 	for _, a := range []string{"", "a", "a/b"} {
 		m.FlushAll(a)
 	}
+	m.Advance(time.Hour)
 	checkMachine(t, m)
+	if len(m.sources)+len(m.fragments)+m.pieces != 0 {
+		t.Fatalf("an emptied machine has %d sources and %d datagrams", len(m.sources), len(m.fragments))
+	}
 	if len(m.states.inside)+len(m.states.outside)+len(m.states.bindings) != 0 || m.states.looseUDP != 0 {
 		t.Fatalf("an emptied machine has %d keys inside, %d outside, %d bindings", len(m.states.inside), len(m.states.outside), len(m.states.bindings))
 	}
@@ -193,7 +238,18 @@ pass in inet6 proto icmp6 all
 block return in proto udp from any to ! <t> tagged A
 `},
 	{"set state-policy if-bound\nset limit states 20\nset timeout { udp.first 1, adaptive.start 2, adaptive.end 30 }\ntable <t> { 203.0.113.0/29 !203.0.113.4 }\nnat on en0 inet from any to any -> <t>\npass all allow-opts\n", "table <t> persist\n"},
-	{"set limit states 20\nnat on { en0 en1 utun7 } inet proto tcp from any to any -> 192.0.2.10 port 1000:1002\nnat on en0 inet from any to any -> 192.0.2.10\nrdr inet proto { tcp, udp } from any to any port 250 -> 10.1.1.9 port 500:*\npass all\n", ""},
+	{"set limit states 20\nnat on { en0 en1 utun7 } inet proto tcp from any to any -> 192.0.2.10 port 1000:1002\nnat on en0 from any to any -> (en0)\nnat on en0 inet from any to any -> 192.0.2.10\nrdr inet proto { tcp, udp } from any to any port 250 -> 10.1.1.9 port 500:*\npass all\n", ""},
+	{`set limit { src-nodes 3, frags 9 }
+set timeout { src.track 5, frag 7 }
+table <bad> persist
+scrub on en0 no-df
+scrub in on utun7
+pass all flags any keep state (source-track global, max-src-states 3)
+pass proto tcp to port 250 flags any keep state (max-src-conn 2, max-src-conn-rate 3/9, overload <bad> flush global)
+pass proto udp to port 250 keep state (source-track rule, max-src-nodes 2, max-src-states 2, src.track 9)
+block return log from <bad>
+anchor "a"
+`, "pass out quick proto tcp flags any keep state (max-src-conn 1, overload <worse> flush)\n"},
 }
 
 // FuzzMachine loads two texts and does what the bytes say. Nothing may panic,

@@ -56,7 +56,7 @@ type loadPart struct {
 // install puts an expanded ruleset in force.
 func (m *Machine) install(path string, l *Loaded) error {
 	t := transaction{m: m}
-	timeouts, limit, err := m.mainOptions(l.Options)
+	timeouts, limits, err := m.mainOptions(l.Options)
 	if err == nil {
 		err = t.prepare(path, l)
 	}
@@ -71,7 +71,7 @@ func (m *Machine) install(path string, l *Loaded) error {
 	}
 	t.commit()
 	if path == "" {
-		m.timeouts, m.limit = timeouts, limit
+		m.timeouts, m.limits = timeouts, limits
 		m.setSkip(l.Options)
 	}
 	return nil
@@ -183,13 +183,15 @@ func (m *Machine) FlushNat(anchor string) { m.flushLists(anchor, natList, binatL
 func (m *Machine) FlushTables(anchor string) int { return m.flushTables(anchor) }
 
 // FlushAll is pfctl -F all: rules, translation and tables of an anchor. Of the
-// main ruleset also all states and the skipping of interfaces.
+// main ruleset also all states, what is known of sources and the skipping of
+// interfaces.
 func (m *Machine) FlushAll(anchor string) {
 	m.FlushRules(anchor)
 	m.FlushNat(anchor)
 	m.FlushTables(anchor)
 	if anchor == "" {
 		m.FlushStates()
+		m.clearSources()
 		m.setSkip(nil)
 	}
 }

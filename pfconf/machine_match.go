@@ -330,8 +330,7 @@ func scrubPort(p cport, n uint16) bool {
 }
 
 // normalize is pf_normalize_ip as far as verdicts go: fragments that meet a
-// scrub rule. Reassembly isn't modelled, so a fragment that would wait for
-// others is dropped.
+// scrub rule wait for others, and the last one goes on as the whole.
 func (e *evaluation) normalize() bool {
 	if len(e.m.main.lists[scrubList]) == 0 {
 		return true
@@ -343,8 +342,15 @@ func (e *evaluation) normalize() bool {
 	if e.family == Inet && r.noDF {
 		e.p.DontFragment = false
 	}
-	if e.p.Fragment && (!r.fragKeep || e.family == Inet && e.p.DontFragment) {
-		return false
+	if e.p.Fragment {
+		switch {
+		case e.family == Inet && e.p.DontFragment:
+			return false
+		case r.fragKeep:
+			return true
+		case e.p.FragmentLen == 0 || e.reassemble() != reassemblyDone:
+			return false
+		}
 	}
 	e.reassembled = !r.fragKeep
 	return true

@@ -389,8 +389,9 @@ func (e *evaluation) mapAddr(r *crule, src netip.Addr) (netip.Addr, bool) {
 	p := &r.pool
 	cur := &p.addrs[p.cur]
 	if p.family == AnyFamily {
-		// The kernel copies an address of no family: nothing changes.
-		return src, cur.kind != AddrTable && (p.kind != RoundRobin || len(e.poolEntries(cur)) > 1)
+		// The kernel copies an address of no family: nothing changes. Going
+		// round, it finds a place to stand on all the same.
+		return src, cur.kind != AddrTable && (p.kind != RoundRobin || e.familylessRound(p))
 	}
 	if p.kind == RoundRobin {
 		return e.roundRobin(p)
@@ -459,6 +460,18 @@ func (e *evaluation) roundRobin(p *cpool) (netip.Addr, bool) {
 	}
 	p.counter = a.Next()
 	return a, true
+}
+
+// familylessRound is roundRobin for a rule without a family. Where the pool stands,
+// the kernel looks for an address of the packet's family; once it has gone past
+// the end, for one of no family, which there isn't, so that the packet isn't
+// translated and the next one finds the beginning.
+func (e *evaluation) familylessRound(p *cpool) bool {
+	if cur := &p.addrs[p.cur]; cur.kind == AddrDynamic && e.nextEntry(p, cur) {
+		return true
+	}
+	p.entry = -1
+	return false
 }
 
 // poolEntries returns what a table or an interface has of the packet's family.

@@ -69,6 +69,15 @@ type crule struct {
 	max      uint32
 	timeouts [timeoutMax]uint32
 
+	// log also has an effect on packets that were translated.
+	log bool
+
+	// track says how the rule counts sources, of which it has made sources nodes.
+	// overload is the table for those that go beyond its limits; nil: none.
+	track    SourceTrack
+	sources  int
+	overload *ktable
+
 	// What translation and scrub rules do.
 	natPass  bool // the filter isn't asked
 	pool     cpool
@@ -340,6 +349,12 @@ func (c compiler) filterParts(out *crule) {
 	out.bound = r.StateOptions.Policy == IfBound
 	out.max = r.StateOptions.Max
 	setTimeouts(&out.timeouts, r.StateOptions.Timeouts)
+	out.log = r.Log != nil
+	out.track = r.StateOptions.SourceTrack
+	if name := r.StateOptions.Overload; name != "" {
+		out.overload = c.m.attachTable(tableName{c.anchor, name})
+		c.m.setTableFlags(out.overload, out.overload.flags|tableActive)
+	}
 }
 
 func (c compiler) normalizeParts(out *crule) {
@@ -413,6 +428,10 @@ func (m *Machine) releaseRule(r *crule) {
 	}
 	for _, a := range [...]*caddr{&r.from.addr, &r.to.addr} {
 		m.releaseAddr(a)
+	}
+	if r.overload != nil {
+		m.detachTable(r.overload)
+		r.overload = nil
 	}
 	for i := range r.pool.addrs {
 		m.releaseAddr(&r.pool.addrs[i])

@@ -119,6 +119,8 @@ type state struct {
 	created           int64
 	tag               int
 	allowOpts         bool
+	source            *sourceNode // nil: not counted
+	established       bool        // counted as a connection of its source
 
 	prev, next *state // of stateTable.first
 }
@@ -302,6 +304,7 @@ func (t *stateTable) dropKey(sk *stateKey) {
 // longer loaded.
 func (m *Machine) removeState(s *state) {
 	m.states.unlink(s)
+	m.leaveSource(s)
 	for _, r := range [...]*crule{s.rule, s.nat, s.anchor} {
 		if r != nil {
 			r.states--
@@ -321,6 +324,8 @@ func (m *Machine) purge() {
 		}
 		s = next
 	}
+	m.purgeSources()
+	m.purgeFragments()
 }
 
 // A State is what pf knows of one flow.

@@ -148,13 +148,8 @@ func (m *Machine) defineTable(anchor string, def *Table) {
 	if def.Const {
 		sh.flags |= tableConst
 	}
-	// Of two entries with one prefix the first counts.
-	for _, a := range def.Addrs {
-		if p, ok := tablePrefix(a); ok {
-			if _, dup := sh.set.get(p); !dup {
-				sh.set.set(p, a.Not)
-			}
-		}
+	for _, e := range storedEntries(def.Addrs) {
+		sh.set.set(e.prefix, e.not)
 	}
 	t.shadow = sh
 	t.flags |= tableInactive
@@ -233,7 +228,7 @@ func (m *Machine) makeTable(anchor, name string) (*ktable, error) {
 // AddToTable adds entries to a table and makes it, persistent, if it doesn't
 // exist, as pfctl -T add does. An entry that is there stays as it is, also when
 // it is negated otherwise. It returns how many were added. Addresses must be of
-// the kind AddrPrefix.
+// the kind AddrPrefix. The all-zero host isn't added, without an error.
 func (m *Machine) AddToTable(anchor, table string, addrs []Address) (int, error) {
 	ps, err := tableEntries(addrs)
 	if err != nil {
@@ -258,8 +253,7 @@ func (m *Machine) AddToTable(anchor, table string, addrs []Address) (int, error)
 // DeleteFromTable removes entries and returns how many were there. A negated
 // entry is removed only as such. The table must exist.
 func (m *Machine) DeleteFromTable(anchor, table string, addrs []Address) (int, error) {
-	ps, err := tableEntries(addrs)
-	if err != nil {
+	if _, err := tableEntries(addrs); err != nil {
 		return 0, fmt.Errorf("delete from table %q: %w", table, err)
 	}
 	t, err := m.changeableTable(anchor, table)
@@ -267,9 +261,10 @@ func (m *Machine) DeleteFromTable(anchor, table string, addrs []Address) (int, e
 		return 0, fmt.Errorf("delete from table %q: %w", table, err)
 	}
 	before := t.set.n
-	for _, e := range ps {
-		if not, ok := t.set.get(e.prefix); ok && not == e.not {
-			t.set.remove(e.prefix)
+	for _, a := range addrs {
+		p, _ := tablePrefix(a)
+		if not, ok := t.set.get(p); ok && not == a.Not {
+			t.set.remove(p)
 		}
 	}
 	return before - t.set.n, nil
@@ -291,9 +286,7 @@ func (m *Machine) ReplaceTable(anchor, table string, addrs []Address) error {
 	}
 	var set prefixSet
 	for _, e := range ps {
-		if _, dup := set.get(e.prefix); !dup {
-			set.set(e.prefix, e.not)
-		}
+		set.set(e.prefix, e.not)
 	}
 	t.set = set
 	return nil
@@ -361,14 +354,12 @@ func (m *Machine) flushTables(anchor string) int {
 	return n
 }
 
+// tableEntries returns the entries that a command of pfctl -T is about.
 func tableEntries(addrs []Address) ([]prefixEntry, error) {
-	out := make([]prefixEntry, 0, len(addrs))
 	for _, a := range addrs {
-		p, ok := tablePrefix(a)
-		if !ok {
+		if _, ok := tablePrefix(a); !ok {
 			return nil, fmt.Errorf("entry of kind %d is no address", a.Kind)
 		}
-		out = append(out, prefixEntry{p, a.Not})
 	}
-	return out, nil
+	return storedEntries(addrs), nil
 }

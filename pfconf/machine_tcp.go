@@ -121,6 +121,9 @@ func (e *evaluation) testTCP() bool {
 	switch {
 	case e.inWindow(g, skew, orig):
 		e.advance(s, g)
+		if e.verdict != VerdictPass {
+			return false
+		}
 	case e.looseMatch(g):
 		e.advanceLoosely(g)
 	default:
@@ -249,6 +252,10 @@ func (e *evaluation) advance(s *state, g segment) {
 		switch dst.state {
 		case tcpsSynSent:
 			dst.state = tcpsEstablished
+			if src.state == tcpsEstablished && s.source != nil && e.connected(s) {
+				e.drop(DecidedByProtocol)
+				return
+			}
 		case tcpsClosing:
 			dst.state = tcpsFinWait2
 		}

@@ -687,8 +687,8 @@ func TestStateLimit(t *testing.T) {
 		t.Errorf("%d states after flushing all", m.StateCount())
 	}
 	mustLoad(t, m, "", "pass all\n")
-	if m.limit != DefaultStateLimit || m.timeouts != defaultTimeouts {
-		t.Errorf("limit %d, timeouts %v after a load without", m.limit, m.timeouts)
+	if m.limits.states != DefaultStateLimit || m.timeouts != defaultTimeouts {
+		t.Errorf("limit %d, timeouts %v after a load without", m.limits.states, m.timeouts)
 	}
 }
 

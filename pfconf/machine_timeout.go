@@ -85,14 +85,14 @@ var optimizationTimeouts = map[string][]Timeout{
 }
 
 // mainOptions returns what the set lines of a main ruleset make of the timeouts
-// and of the limit on states. pfctl starts from the defaults at each load.
-func (m *Machine) mainOptions(opts []*Option) (t [timeoutMax]uint32, limit int, err error) {
-	t, limit = defaultTimeouts, m.startLimit
+// and the limits. pfctl starts from the defaults at each load.
+func (m *Machine) mainOptions(opts []*Option) (t [timeoutMax]uint32, l capacity, err error) {
+	t, l = defaultTimeouts, m.startLimits
 	limited, adaptive := false, false
 	for _, o := range opts {
 		pairs, err := optionPairs(o)
 		if err != nil {
-			return t, limit, err
+			return t, l, err
 		}
 		switch o.Name {
 		case "optimization":
@@ -104,16 +104,21 @@ func (m *Machine) mainOptions(opts []*Option) (t [timeoutMax]uint32, limit int, 
 			}
 		case "limit":
 			for _, p := range pairs {
-				if p.Name == "states" {
-					limit, limited = int(p.Seconds), true
+				switch p.Name {
+				case "states":
+					l.states, limited = int(p.Seconds), true
+				case "src-nodes":
+					l.sources = int(p.Seconds)
+				case "frags":
+					l.fragments = int(p.Seconds)
 				}
 			}
 		}
 	}
 	if limited && !adaptive {
-		t[adaptiveStart], t[adaptiveEnd] = uint32(limit/10*6), uint32(limit/10*12)
+		t[adaptiveStart], t[adaptiveEnd] = uint32(l.states/10*6), uint32(l.states/10*12)
 	}
-	return t, limit, nil
+	return t, l, nil
 }
 
 // optionPairs reads the values of set timeout and set limit.

@@ -47,9 +47,19 @@ type Packet struct {
 	TOS uint8
 	// Options: the IPv4 header has options, or there is an IPv6 routing header.
 	Options bool
-	// Fragment: more fragments follow, or this isn't the first one.
+	// Fragment: more fragments follow, or this isn't the first one. For IPv6 also
+	// the only one, with a fragment header.
 	Fragment     bool
 	DontFragment bool
+	// FragmentLen is how many bytes of the datagram the fragment has, behind the
+	// IP header and the fragment header, and FragmentOffset where they begin: a
+	// multiple of 8. The fields above then describe the whole datagram, whose
+	// pieces have the same FragmentID. With a FragmentLen of 0 a fragment can't be
+	// put together with others.
+	FragmentID     uint32
+	FragmentOffset uint16
+	FragmentLen    uint16
+	MoreFragments  bool
 
 	// Tag is the mark that a rule put on the packet; "": none. It stays on the
 	// packet while it is forwarded.
@@ -143,10 +153,12 @@ const (
 	// DecidedBySkip: pf is disabled, or told to skip the interface.
 	DecidedBySkip
 	// DecidedByProtocol: a packet outside its connection's window, or with IP
-	// options that its rule doesn't allow, was dropped.
+	// options that its rule doesn't allow, was dropped, or one of a state that
+	// max-src-conn or max-src-conn-rate has just ended.
 	DecidedByProtocol
 	// DecidedByForm: the packet was dropped before any rule, as one that can't
-	// be: no port, or flags that scrub refuses.
+	// be: no port, or flags that scrub refuses. Also a fragment that scrub keeps
+	// until the others of its datagram arrive.
 	DecidedByForm
 )
 
@@ -166,6 +178,9 @@ type Hook struct {
 	// and TranslationAnchor where it is; nil: none.
 	Translation       *Rule
 	TranslationAnchor string
+	// Reassembled is how many bytes the datagram has behind its IP header that
+	// this fragment completed, 0 if none.
+	Reassembled int
 	// Packet is the packet as it leaves this hook, when it passes.
 	Packet Packet
 }

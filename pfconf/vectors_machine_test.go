@@ -34,15 +34,18 @@ type vectorEvent struct {
 	Seq      *uint32         `json:"seq"`
 	Ack      *uint32         `json:"ack"`
 	Win      *uint16         `json:"win"`
-	Len      uint32          `json:"len"`
+	Len      *uint32         `json:"len"`
 	ICMPType json.RawMessage `json:"icmp_type"`
 	ICMPCode uint8           `json:"icmp_code"`
 	ICMPID   uint16          `json:"icmp_id"`
 	About    string          `json:"about"`
 
-	IPOptions     bool `json:"ip_options"`
-	FragOffset    int  `json:"frag_offset"`
-	MoreFragments bool `json:"more_fragments"`
+	IPOptions     bool   `json:"ip_options"`
+	FragOffset    uint16 `json:"frag_offset"`
+	MoreFragments bool   `json:"more_fragments"`
+	FragLen       uint16 `json:"frag_len"`
+	FragID        uint32 `json:"frag_id"`
+	DF            *bool  `json:"df"`
 
 	To string `json:"to"`
 
@@ -69,6 +72,7 @@ type wantHook struct {
 	SPort  json.RawMessage `json:"sport"`
 	DPort  json.RawMessage `json:"dport"`
 	ICMPID json.RawMessage `json:"icmp_id"`
+	Bytes  int             `json:"bytes"`
 }
 
 type wantPacket struct {
@@ -280,11 +284,9 @@ func (r *packetRun) packet(e *vectorEvent) {
 func (r *packetRun) fromVector(e *vectorEvent) Packet {
 	p := Packet{
 		SrcPort: e.SPort, DstPort: e.DPort, ICMPCode: e.ICMPCode, ICMPID: e.ICMPID,
-		Options: e.IPOptions, Fragment: e.FragOffset > 0 || e.MoreFragments, Len: e.Len,
 	}
 	p.Src, p.Dst = netip.MustParseAddr(e.Src), netip.MustParseAddr(e.Dst)
-	p.DontFragment = p.Src.Is4()
-	p.Proto = map[string]Proto{"tcp": ProtoTCP, "udp": ProtoUDP, "icmp": ProtoICMP, "gre": protoGRE, "esp": protoESP}[e.Proto]
+	p.Proto = map[string]Proto{"tcp": ProtoTCP, "udp": ProtoUDP, "icmp": ProtoICMP, "igmp": 2, "gre": protoGRE, "esp": protoESP}[e.Proto]
 	if p.Proto == ProtoICMP && p.Src.Is6() {
 		p.Proto = ProtoICMPv6
 	}
@@ -309,7 +311,7 @@ func (r *packetRun) reply(e *vectorEvent) {
 	}
 	p := to.packet
 	p.Src, p.Dst, p.SrcPort, p.DstPort = p.Dst, p.Src, p.DstPort, p.SrcPort
-	p.Tag, p.Quoted, p.Flags, p.Len, p.Options = "", nil, 0, e.Len, false
+	p.Tag, p.Quoted, p.Flags = "", nil, 0
 	in, out := to.out, to.in
 	if e.In != "" {
 		in = e.In
@@ -323,11 +325,26 @@ func (r *packetRun) reply(e *vectorEvent) {
 
 // complete fills in what the side says by default.
 func (r *packetRun) complete(e *vectorEvent, p *Packet, opener bool) {
+	p.Options = e.IPOptions && p.Src.Is4()
+	p.Fragment = e.FragOffset > 0 || e.MoreFragments || e.FragLen > 0 && p.Src.Is6()
+	p.FragmentOffset, p.FragmentLen, p.MoreFragments, p.FragmentID = e.FragOffset, e.FragLen, e.MoreFragments, 77
+	if e.FragID != 0 {
+		p.FragmentID = e.FragID
+	}
+	p.DontFragment = p.Src.Is4() && !p.Fragment
+	if e.DF != nil {
+		p.DontFragment = *e.DF
+	}
+	p.Len = 0
+	if p.Proto == ProtoUDP || p.Proto == ProtoICMP || p.Proto == ProtoICMPv6 {
+		p.Len = 8
+	}
+	if e.Len != nil {
+		p.Len = *e.Len
+	}
 	switch p.Proto {
 	case ProtoTCP:
 		r.segment(e, p, opener)
-	case ProtoUDP:
-		p.Len = 8
 	case ProtoICMP, ProtoICMPv6:
 		p.ICMPType = r.icmpType(e.ICMPType, p.Proto == ProtoICMPv6)
 	}
@@ -431,6 +448,9 @@ func (r *packetRun) judgeHook(name string, want *wantHook, got *Hook, before *Pa
 	if !got.Seen || !got.Pass() {
 		return
 	}
+	if want.Bytes != 0 || got.Reassembled != 0 {
+		r.j.check(at+".bytes", got.Reassembled, want.Bytes)
+	}
 	after := got.Packet
 	r.field(at+".src", text(want.Src), before.Src.String(), after.Src.String())
 	r.field(at+".dst", text(want.Dst), before.Dst.String(), after.Dst.String())
@@ -470,6 +490,9 @@ func (r *packetRun) field(at string, want json.RawMessage, before, after any) {
 func ruleName(h *Hook) string {
 	switch h.Decider {
 	case DecidedByRule:
+		if h.Rule == nil {
+			return "" // the packet didn't come here
+		}
 		return h.Rule.Label
 	case DecidedByDefault, DecidedByForm:
 		return "default" // the kernel counts malformed packets there

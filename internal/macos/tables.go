@@ -47,16 +47,38 @@ type set struct {
 	in, not []netip.Prefix
 }
 
-// table returns the set as a pf table.
+// table returns the set as a pf table, in the form in which pf holds it.
 func (s set) table(name string) *pfconf.Table {
 	t := &pfconf.Table{Name: name, HasAddrs: true, Addrs: make([]pfconf.Address, 0, len(s.in)+len(s.not))}
-	for _, p := range s.in {
+	for _, p := range holdable(s.in) {
 		t.Addrs = append(t.Addrs, pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: p})
 	}
-	for _, p := range s.not {
+	for _, p := range holdable(s.not) {
 		t.Addrs = append(t.Addrs, pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: p, Not: true})
 	}
 	return t
+}
+
+// holdable returns the prefixes as a table can hold them: masked, each once, and
+// without the all-zero hosts. A table drops 0.0.0.0 and :: in silence (they are
+// the root of its radix tree; a shorter prefix from there is held), so :: is
+// written ::/127 with the loopback address, its only neighbour, and 0.0.0.0 is in
+// 0.0.0.0/8 wherever it matters. Where the neighbour isn't in the set, the
+// all-zero host is left out: it is no address of a host or a peer, and the kernel
+// forwards nothing to it.
+func holdable(ps []netip.Prefix) []netip.Prefix {
+	out := make([]netip.Prefix, 0, len(ps))
+	for _, p := range ps {
+		p = p.Masked()
+		if p.IsSingleIP() && p.Addr().IsUnspecified() {
+			if !slices.Contains(ps, netip.PrefixFrom(p.Addr().Next(), p.Bits())) {
+				continue
+			}
+			p = netip.PrefixFrom(p.Addr(), p.Bits()-1)
+		}
+		out = append(out, p)
+	}
+	return sorted(out)
 }
 
 // fillSets computes what is in each table.
