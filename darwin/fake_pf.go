@@ -70,7 +70,8 @@ type FakePF struct {
 
 	mu      sync.Mutex
 	tokens  []pfconf.Reference
-	untoken bool // somebody ran -e
+	untoken bool                 // somebody ran -e
+	taken   map[uint64]time.Time // when each token was
 	enabled bool
 	since   time.Time // of the last change of enabled; zero: none since the boot
 	pid     int
@@ -259,6 +260,10 @@ func (f *FakePF) Hold(process string) Token {
 func (f *FakePF) hold(process string) Token {
 	t := f.NextToken()
 	f.tokens = slices.Insert(f.tokens, 0, pfconf.Reference{PID: 4000 + f.pid, Process: process, Token: uint64(t)})
+	if f.taken == nil {
+		f.taken = map[uint64]time.Time{}
+	}
+	f.taken[uint64(t)] = time.Now()
 	f.set(true)
 	return t
 }
@@ -329,7 +334,7 @@ func (f *FakePF) references() string {
 	var b strings.Builder
 	b.WriteString("TOKENS:\nPID      Process Name                 TOKEN                    TIMESTAMP\n")
 	for _, r := range f.tokens {
-		fmt.Fprintf(&b, "%-8d %-28s %-24d 0 days 00:00:00\n", r.PID, r.Process, r.Token)
+		fmt.Fprintf(&b, "%-8d %-28s %-24d %s\n", r.PID, r.Process, r.Token, daysAndClock(time.Since(f.taken[r.Token])))
 	}
 	return b.String()
 }

@@ -106,6 +106,12 @@ func clock(d time.Duration) string {
 	return fmt.Sprintf("%.2d:%.2d:%.2d", s/3600, s/60%60, s%60)
 }
 
+// daysAndClock prints 8 days 03:22:04.
+func daysAndClock(d time.Duration) string {
+	const day = 24 * time.Hour
+	return fmt.Sprintf("%d days %s", d/day, clock(d%day))
+}
+
 // infoCounters are the lines of a status in their order (PFRES_NAMES of xnu
 // bsd/net/pfvar.h).
 var infoCounters = []string{"match", "bad-offset", "fragment", "short", "normalize", "memory", "bad-timestamp", "congestion", "ip-option",
@@ -118,8 +124,7 @@ func (f *FakePF) info(verbose bool) string {
 		status = "Status: Enabled"
 	}
 	if !f.since.IsZero() {
-		days := int(since / (24 * time.Hour))
-		status = fmt.Sprintf("%s for %d days %s", status, days, clock(since%(24*time.Hour)))
+		status += " for " + daysAndClock(since)
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "%-44s%15s\n\n", status, "Debug: Urgent")

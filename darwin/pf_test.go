@@ -475,6 +475,9 @@ func TestShowAll(t *testing.T) {
 		if got, want := titles(out)[:3], []string{"TRANSLATION RULES", "FILTER RULES", "DUMMYNET RULES"}; !slices.Equal(got, want) {
 			t.Errorf("the main ruleset's sections %q", got)
 		}
+		if refs, err := pf.References(ctx); err != nil || len(refs) != 1 || refs[0].Age != info.For {
+			t.Errorf("references %+v, %v", refs, err)
+		}
 		f.Disable()
 		time.Sleep(61 * time.Second)
 		if info, err := pf.Info(ctx); err != nil || info.Enabled || info.For != 61*time.Second {

@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.zx2c4.com/wireguard/tun"
 
@@ -80,6 +82,7 @@ func Assumptions() []Assumption {
 		{"scutil-shows-resolvers", "configd scutil.tproj/tests.c, dnsinfo/dnsinfo_logging.h", checkResolvers},
 		{"pfctl-shows-all-in-one-process", "OpenBSD pfctl.c; captured pfctl -sa of a Mac with Internet Sharing", checkShowAll},
 		{"utun-takes-addresses-with-it", "xnu bsd/net/if_utun.c", checkTunnelGoes},
+		{"routing-socket-tells-of-addresses", "xnu bsd/net/rtsock.c, rt_newaddrmsg; netbird, tailscale", checkRoutingSocket},
 		{"own-address-leaves-by-utun", "xnu bsd/netinet/in.c, in_ifinit; bsd/netinet/in_rmx.c:168; nebula#38, tailscale#443, netbird#2365", checkOwnAddress(scratchAddr)},
 		{"own-ipv6-address-goes-by-lo0", "xnu bsd/netinet6/in6.c:3000, in6_ifaddloop; bsd/netinet6/nd6.c:2990; teleport#66851", checkOwnAddress(scratchAddr6)},
 		{"utun-number-taken-is-an-error", "netbird#2196", checkTunnelTaken},
@@ -446,6 +449,59 @@ func checkTunnelGoes(ctx context.Context, h Host) error {
 		}
 	}
 	return nil
+}
+
+// checkRoutingSocket waits for the reports of a tunnel's address that comes, and of
+// one that goes with its tunnel.
+func checkRoutingSocket(ctx context.Context, h Host) error {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	reports, done := make(chan struct{}, 1), make(chan error)
+	watcher := darwin.NewWatcher(darwin.WatcherOptions{Kernel: h.Kernel, Log: slog.New(slog.DiscardHandler)})
+	go func() {
+		done <- watcher.Run(ctx, func() {
+			select {
+			case reports <- struct{}{}:
+			default:
+			}
+		})
+	}()
+	defer func() {
+		cancel()
+		<-done
+	}()
+	// Whatever else goes on, two seconds of it are let pass each time.
+	quiet := func() {
+		time.Sleep(2 * time.Second)
+		select {
+		case <-reports:
+		default:
+		}
+	}
+	report := func(what string) error {
+		select {
+		case <-reports:
+			return nil
+		case <-time.After(5 * time.Second):
+			return fmt.Errorf("%s isn't reported", what)
+		}
+	}
+	d, name, err := newScratchTunnel(h)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	quiet()
+	if err := darwin.NewIfconfig(h.Runner).AddAddress(ctx, name, scratchAddr.Addr()); err != nil {
+		return err
+	}
+	if err := report("an address"); err != nil {
+		return err
+	}
+	quiet()
+	if err := d.Close(); err != nil {
+		return err
+	}
+	return report("an address that goes with its tunnel")
 }
 
 // checkOwnAddress looks where a tunnel's own address leads: IPv4 into the tunnel,

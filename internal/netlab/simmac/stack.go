@@ -62,12 +62,20 @@ func (m *Mac) Receive(p pfconf.Packet, link string) Outcome {
 		o.Fate = Delivered
 		return o
 	}
+	// Who listens there isn't simulated; nothing routes multicast (ip_input.c and
+	// ip6_input.c give it to the host, ip_mforward isn't built).
+	if o.Packet.Dst.IsMulticast() || o.Packet.Dst == broadcast {
+		o.Fate = Delivered
+		return o
+	}
 	if !forwards {
 		o.Why = "not forwarding"
 		return o
 	}
 	return m.output(n, o, Forwarded)
 }
+
+var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 
 // Send is a packet of the Mac itself. To an address of its own it goes by
 // loopback, where pf sees it twice; but to an IPv4 address on a tunnel it leaves by
