@@ -72,6 +72,7 @@ func Assumptions() []Assumption {
 		{"pfctl-prints-rules-in-full", "pfctl(8); apple/container#1666", checkPrintedInFull},
 		{"pfctl-replaces-table-from-stdin", "pfctl_table.c", checkTable},
 		{"pfctl-changes-tables-in-place", "OpenBSD pfctl_table.c, of which Apple's is a copy", checkTableChanges},
+		{"pf-tables-lack-the-all-zero-host", "measured on the pf of xnu-11417.101.15; xnu bsd/net/radix.c", checkZeroHost},
 		{"pfctl-kills-both-ways", "xnu bsd/net/pf_ioctl.c, DIOCKILLSTATES", checkKill},
 		{"pf-main-ruleset-has-hooks", "/etc/pf.conf of macOS 10.15 to 26", checkHooks},
 		{"sysctl-sets-forwarding", "xnu bsd/netinet/ip_input.c, bsd/netinet6/in6_proto.c", checkForwarding},
@@ -239,6 +240,23 @@ func checkTableChanges(ctx context.Context, h Host) error {
 			}
 		}
 		return nil
+	})
+}
+
+func checkZeroHost(ctx context.Context, h Host) error {
+	const rules = "table <scratch> persist { 0.0.0.0 :: ::/127 203.0.113.1 }\npass on utun4095 from <scratch>\n"
+	return withAnchor(ctx, h, rules, func(pf *darwin.PF, _ string) error {
+		for _, zero := range []string{"0.0.0.0", "::"} {
+			_, stderr, status, err := h.Runner.Run(ctx, nil, "/sbin/pfctl", "-a", scratchAnchor, "-t", "scratch", "-T", "add", zero)
+			if err != nil || status != 0 || !strings.Contains(string(stderr), "0/1 addresses added") {
+				return fmt.Errorf("add %s: status %d, stderr %q, %v", zero, status, stderr, err)
+			}
+		}
+		entries, err := pf.Table(ctx, scratchAnchor, "scratch")
+		if got := (&pfconf.Table{Addrs: entries}).Entries(); err == nil && !slices.Equal(got, []string{"203.0.113.1", "::/127"}) {
+			err = fmt.Errorf("the table holds %q", got)
+		}
+		return err
 	})
 }
 

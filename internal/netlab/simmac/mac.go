@@ -61,10 +61,12 @@ type Mac struct {
 	hang    map[string]bool
 	slow    map[string]time.Duration
 	churn   churn
-	wire    func(link string, packet []byte)
-	local   func(packet []byte)
-	sharing []darwin.Token // Internet Sharing's
-	allowed map[string]bool
+
+	fragments fragments
+	wire      func(link string, packet []byte)
+	local     func(packet []byte)
+	sharing   []darwin.Token // Internet Sharing's
+	allowed   map[string]bool
 }
 
 // New returns a Mac that was just booted, with the stock packet filter and no

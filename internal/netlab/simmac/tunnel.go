@@ -99,6 +99,7 @@ func (m *Mac) Inject(link string, b []byte) Outcome {
 	if !ok {
 		return Outcome{Why: "malformed"}
 	}
+	m.fragments.keep(b, h, p)
 	o := m.Receive(p, link)
 	m.transmit(o, b, h, p)
 	return o
@@ -110,6 +111,7 @@ func (m *Mac) Emit(b []byte) Outcome {
 	if !ok {
 		return Outcome{Why: "malformed"}
 	}
+	m.fragments.keep(b, h, p)
 	o := m.Send(p)
 	m.transmit(o, b, h, p)
 	return o
@@ -135,6 +137,12 @@ func (m *Mac) Local(f func(packet []byte)) {
 func (m *Mac) transmit(o Outcome, b []byte, h header, was pfconf.Packet) {
 	if o.Fate == Dropped {
 		return
+	}
+	if total := max(o.In.Reassembled, o.Out.Reassembled); total > 0 {
+		var ok bool
+		if b, h, was, ok = m.fragments.whole(was, total); !ok {
+			return
+		}
 	}
 	out := encode(b, h, was, o.Packet)
 	m.mu.Lock()

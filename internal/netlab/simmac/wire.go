@@ -56,6 +56,10 @@ func decode4(b []byte, p *pfconf.Packet, h *header) bool {
 	p.Src, p.Dst = netip.AddrFrom4([4]byte(b[12:16])), netip.AddrFrom4([4]byte(b[16:20]))
 	p.TOS, p.Options, p.DontFragment = b[1], h.transport > 20, flags&0x4000 != 0
 	p.Fragment, h.fragment = flags&0x3fff != 0, flags&0x1fff != 0
+	if p.Fragment {
+		p.FragmentID, p.FragmentOffset = uint32(binary.BigEndian.Uint16(b[4:])), flags&0x1fff*8
+		p.FragmentLen, p.MoreFragments = uint16(h.end-h.transport), flags&0x2000 != 0
+	}
 	h.proto = b[9]
 	return true
 }
@@ -80,7 +84,10 @@ func decode6(b []byte, p *pfconf.Packet, h *header) bool {
 			p.Options = true
 		case 44:
 			size = 8
-			p.Fragment, h.fragment = true, binary.BigEndian.Uint16(e[2:])&0xfff8 != 0
+			at := binary.BigEndian.Uint16(e[2:])
+			p.Fragment, h.fragment = true, at&0xfff8 != 0
+			p.FragmentID, p.FragmentOffset, p.MoreFragments = binary.BigEndian.Uint32(e[4:]), at&0xfff8, at&1 != 0
+			p.FragmentLen = uint16(h.end - h.transport - 8)
 		}
 		h.proto = e[0]
 		if h.transport += size; h.transport > h.end {
@@ -198,7 +205,8 @@ func encode(b []byte, h header, was, is pfconf.Packet) []byte {
 	b = slices.Clone(b)
 	putAddresses(b, is.Src, is.Dst)
 	t := b[h.transport:h.end]
-	if !h.fragment {
+	// pf translates no fragment, and the first one's checksum is the whole's.
+	if !is.Fragment {
 		putPorts(t, h.proto, is.SrcPort, is.DstPort, is.ICMPID, isError(h.proto, is.ICMPType))
 		if was.Quoted != nil && is.Quoted != nil {
 			putQuoted(t[8:], *is.Quoted)

@@ -1,0 +1,85 @@
+package simmac
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"slices"
+	"sync"
+
+	"github.com/meshhelper/meshhelper/pfconf"
+)
+
+// fragments keeps the bytes of fragments, so that those of a datagram are at hand
+// when pf has put it together. Which fragments make one is pf's to say. The datagram
+// goes on whole: that the IP stack, or pf for IPv6, cuts it again isn't simulated.
+type fragments struct {
+	mu     sync.Mutex
+	pieces map[datagram][]fragment
+}
+
+// datagram is by what its fragments are known.
+type datagram struct {
+	src, dst netip.Addr
+	proto    pfconf.Proto
+	id       uint32
+}
+
+// fragment is one, with the IP header before it.
+type fragment struct {
+	header, payload []byte
+	offset          int
+}
+
+// maxDatagrams bounds what is kept of datagrams that never become whole.
+const maxDatagrams = 256
+
+func datagramOf(p pfconf.Packet) datagram { return datagram{p.Src, p.Dst, p.Proto, p.FragmentID} }
+
+// keep remembers a fragment; other packets are none of its business.
+func (f *fragments) keep(b []byte, h header, p pfconf.Packet) {
+	if !p.Fragment {
+		return
+	}
+	size := 40
+	if p.Src.Is4() {
+		size = int(b[0]&15) * 4
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.pieces == nil || len(f.pieces) >= maxDatagrams {
+		f.pieces = map[datagram][]fragment{}
+	}
+	d := datagramOf(p)
+	one := fragment{header: slices.Clone(b[:size]), payload: slices.Clone(b[h.transport:h.end]), offset: int(p.FragmentOffset)}
+	f.pieces[d] = append(f.pieces[d], one)
+}
+
+// whole returns the datagram that a fragment completed, which has total bytes
+// behind its IP header. Where fragments overlap, the earlier one's bytes count. It
+// reports false if that makes no packet.
+func (f *fragments) whole(last pfconf.Packet, total int) ([]byte, header, pfconf.Packet, bool) {
+	f.mu.Lock()
+	pieces := f.pieces[datagramOf(last)]
+	delete(f.pieces, datagramOf(last))
+	f.mu.Unlock()
+	var head []byte
+	body := make([]byte, total)
+	for _, one := range slices.Backward(pieces) {
+		if one.offset < total {
+			copy(body[one.offset:], one.payload)
+		}
+		if one.offset == 0 || head == nil {
+			head = one.header
+		}
+	}
+	if last.Src.Is4() && head != nil {
+		binary.BigEndian.PutUint16(head[2:], uint16(len(head)+total))
+		head[6], head[7] = 0, 0
+	} else if head != nil {
+		binary.BigEndian.PutUint16(head[4:], uint16(total))
+		head[6] = byte(last.Proto)
+	}
+	b := append(head, body...)
+	p, h, ok := decode(b)
+	return b, h, p, ok
+}
