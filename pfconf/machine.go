@@ -116,6 +116,7 @@ type Machine struct {
 	sources     map[sourceKey]*sourceNode
 	fragments   map[fragmentKey]*datagram
 	pieces      int // in fragments
+	totals      [counterMax]uint64
 
 	// walk and eval are those of the packet being judged, kept to be used again.
 	walk     walker

@@ -151,11 +151,23 @@ func (w *walker) next() *crule {
 		w.gaveUp = true
 		return nil
 	}
-	return w.rules[w.at]
+	r := w.rules[w.at]
+	r.evaluations++
+	return r
 }
 
 // skip goes on behind the present rule.
 func (w *walker) skip() { w.at++ }
+
+// miss goes on behind r, the present rule, and those that mismatch for the same
+// reason.
+func (w *walker) miss(r *crule, by mismatch) {
+	if by < skipFields {
+		w.at += int(r.skips[by])
+	} else {
+		w.at++
+	}
+}
 
 // stepInto enters the anchor that r, the present rule, calls. That forgets what
 // matched so far: of anchors within an anchor with quick, only a match in or

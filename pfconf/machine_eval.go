@@ -149,6 +149,7 @@ func (e *evaluation) run() {
 		e.judge()
 	}
 	if e.verdict == VerdictPass && e.p.Options && !e.optionsAllowed() {
+		e.m.totals[countOption]++
 		e.drop(DecidedByProtocol)
 	}
 	if e.state != nil && e.state.tag != 0 {
@@ -157,6 +158,7 @@ func (e *evaluation) run() {
 	if e.m.walk.gaveUp {
 		e.drop(DecidedByForm)
 	}
+	e.account()
 }
 
 // formed says whether a packet that is whole can be.
@@ -218,13 +220,20 @@ func (e *evaluation) isICMPError() bool {
 	}
 }
 
-// scopeMatches compares what each kind of rule has: interface, direction,
+// scopeMismatch compares what each kind of rule has: interface, direction,
 // family, protocol.
-func (e *evaluation) scopeMatches(r *crule) bool {
-	return (r.kif == nil || (r.kif == e.on) != r.ifNot) &&
-		(r.dir == Both || r.dir == e.dir) &&
-		(r.family == AnyFamily || r.family == e.family) &&
-		(r.proto == 0 || r.proto == e.p.Proto)
+func (e *evaluation) scopeMismatch(r *crule) mismatch {
+	switch {
+	case r.kif != nil && (r.kif == e.on) == r.ifNot:
+		return skipInterface
+	case r.dir != Both && r.dir != e.dir:
+		return skipDirection
+	case r.family != AnyFamily && r.family != e.family:
+		return skipFamily
+	case r.proto != 0 && r.proto != e.p.Proto:
+		return skipProto
+	}
+	return matched
 }
 
 // tagMatches compares the tag that a rule asks for with that of the packet, or
@@ -236,46 +245,65 @@ func (e *evaluation) tagMatches(r *crule, tag int) bool {
 	return (r.tagged == tag) != r.notTagged
 }
 
-// filterMatches says whether a filter rule, or the call of an anchor, is for
+// filterMismatch says by what a filter rule, or the call of an anchor, isn't for
 // the packet as translated.
-func (e *evaluation) filterMatches(r *crule, tag int) bool {
+func (e *evaluation) filterMismatch(r *crule, tag int) mismatch {
 	p := &e.p
-	ports := r.proto == p.Proto && (r.proto == ProtoTCP || r.proto == ProtoUDP)
-	return e.scopeMatches(r) && !r.noOS && !r.noUser && !r.fragment &&
-		(!ports || r.from.port.matches(p.SrcPort) && r.to.port.matches(p.DstPort)) &&
-		r.from.addr.matches(e.m, p.Src) && r.to.addr.matches(e.m, p.Dst) &&
-		(r.icmpType == 0 || r.icmpType == int(p.ICMPType)+1) &&
-		(r.icmpCode == 0 || r.icmpCode == int(p.ICMPCode)+1) &&
-		(r.tos == 0 || r.tos&p.TOS != 0) &&
-		(p.Proto != ProtoTCP || p.Flags&r.flagMask == r.flags) &&
-		(r.prob == 0 || e.m.rand.Float64() < r.prob) &&
-		(r.tagged == 0 || e.tagMatches(r, tag))
+	if by := e.scopeMismatch(r); by != matched {
+		return by
+	}
+	ports := r.proto == ProtoTCP || r.proto == ProtoUDP
+	switch {
+	case !r.from.addr.matches(e.m, p.Src):
+		return skipSource
+	case ports && !r.from.port.matches(p.SrcPort):
+		return skipSourcePort
+	case !r.to.addr.matches(e.m, p.Dst):
+		return skipDestination
+	case ports && !r.to.port.matches(p.DstPort):
+		return skipDestinationPort
+	case r.icmpType != 0 && r.icmpType != int(p.ICMPType)+1,
+		r.icmpCode != 0 && r.icmpCode != int(p.ICMPCode)+1,
+		r.tos != 0 && r.tos&p.TOS == 0,
+		r.fragment,
+		p.Proto == ProtoTCP && p.Flags&r.flagMask != r.flags,
+		r.noUser,
+		r.prob != 0 && e.m.rand.Float64() >= r.prob,
+		r.tagged != 0 && !e.tagMatches(r, tag),
+		r.noOS:
+		return mismatchOther
+	}
+	return matched
 }
 
-// fragmentMatches is filterMatches for a fragment, whose ports and flags aren't
+// fragmentMismatch is filterMismatch for a fragment, whose ports and flags aren't
 // known: rules that ask for them don't match.
-func (e *evaluation) fragmentMatches(r *crule, tag int) bool {
+func (e *evaluation) fragmentMismatch(r *crule, tag int) mismatch {
 	p := &e.p
+	if by := e.scopeMismatch(r); by != matched {
+		return by
+	}
 	ports := !r.from.port.any || !r.to.port.any
+	asks := false
 	switch p.Proto {
 	case ProtoUDP:
-		if ports {
-			return false
-		}
+		asks = ports
 	case ProtoTCP:
-		if ports || r.flagMask != 0 {
-			return false
-		}
+		asks = ports || r.flagMask != 0
 	case ProtoICMP, ProtoICMPv6:
-		if r.icmpType != 0 || r.icmpCode != 0 {
-			return false
-		}
+		asks = r.icmpType != 0 || r.icmpCode != 0
 	}
-	return e.scopeMatches(r) && !r.noOS &&
-		r.from.addr.matches(e.m, p.Src) && r.to.addr.matches(e.m, p.Dst) &&
-		(r.tos == 0 || r.tos&p.TOS != 0) &&
-		(r.prob == 0 || e.m.rand.Float64() < r.prob) &&
-		(r.tagged == 0 || e.tagMatches(r, tag))
+	switch {
+	case !r.from.addr.matches(e.m, p.Src):
+		return skipSource
+	case !r.to.addr.matches(e.m, p.Dst):
+		return skipDestination
+	case r.tos != 0 && r.tos&p.TOS == 0, r.noOS, asks,
+		r.prob != 0 && e.m.rand.Float64() >= r.prob,
+		r.tagged != 0 && !e.tagMatches(r, tag):
+		return mismatchOther
+	}
+	return matched
 }
 
 // filter runs through the filter rules and leaves the last that matches in
@@ -285,8 +313,14 @@ func (e *evaluation) filter(tag int) int {
 	w := &e.m.walk
 	w.begin(e.m, filterList)
 	for r := w.next(); r != nil; r = w.next() {
-		if e.p.Fragment && !e.fragmentMatches(r, tag) || !e.p.Fragment && !e.filterMatches(r, tag) {
-			w.skip()
+		by := matched
+		if e.p.Fragment {
+			by = e.fragmentMismatch(r, tag)
+		} else {
+			by = e.filterMismatch(r, tag)
+		}
+		if by != matched {
+			w.miss(r, by)
 			continue
 		}
 		if r.tag != 0 && !e.p.Fragment {
@@ -310,6 +344,7 @@ func (e *evaluation) filter(tag int) int {
 // blocked fragment is never answered.
 func (e *evaluation) testFragment() {
 	e.filter(noTag)
+	e.m.totals[countMatch]++
 	if e.rule.block {
 		e.verdict = VerdictDrop
 	}
@@ -334,6 +369,7 @@ func (e *evaluation) testRules() {
 	if e.m.walk.gaveUp {
 		return
 	}
+	e.m.totals[countMatch]++
 	if e.rule.block {
 		e.verdict = e.answer()
 		return
@@ -369,6 +405,7 @@ func (e *evaluation) answer() Verdict {
 		// checksum is only right at the end: the kernel doesn't answer what it
 		// takes for damaged.
 		if e.rewritten && (r.log || e.translated.log) {
+			e.m.totals[countChecksum]++
 			return VerdictDrop
 		}
 		return VerdictReset
@@ -412,18 +449,23 @@ type stateSide struct{ src, dst stateHost }
 // reports whether there was room and no collision.
 func (e *evaluation) makeState(before stateSide, port uint32, tag int) bool {
 	m, r := e.m, e.rule
-	if e.translated != nil && e.p.Proto == protoESP && e.dir == Out && e.espBlocked(before.src.addr) ||
-		r.max > 0 && r.states >= int(r.max) {
+	if e.translated != nil && e.p.Proto == protoESP && e.dir == Out && e.espBlocked(before.src.addr) {
+		return false
+	}
+	if r.max > 0 && r.states >= int(r.max) {
+		m.totals[countStateLimit]++
 		return false
 	}
 	var source *sourceNode
 	if r.tracksSources() {
 		// The source as the rule sees it: after a translation.
 		if source = m.sourceOf(r, e.p.Src); source == nil {
+			m.totals[countSourceLimit]++
 			return false
 		}
 	}
 	if m.states.n > m.limits.states {
+		m.totals[countMemory]++
 		m.giveBack(source)
 		return false
 	}
@@ -439,9 +481,11 @@ func (e *evaluation) makeState(before stateSide, port uint32, tag int) bool {
 		source.states++
 	}
 	if !m.states.insert(s, e.newKey(before, port)) {
+		m.totals[countInsertFailed]++
 		m.leaveSource(s)
 		return false
 	}
+	m.totals[countInserts]++
 	// The rules stay as long as their states, even when they are unloaded.
 	for _, r := range [...]*crule{s.rule, s.nat, s.anchor} {
 		if r != nil {

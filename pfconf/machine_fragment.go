@@ -18,6 +18,8 @@ const (
 	ipv4Option     = 4 // Router Alert, the only one that a Packet can stand for
 	ipv6Header     = 40
 	fragmentHeader = 8
+	tcpHeader      = 20
+	udpHeader      = 8 // also of ICMP and ICMPv6
 )
 
 // fragmentKey is by what pieces of one datagram are found. Neither interface nor
@@ -72,7 +74,8 @@ func (e *evaluation) reassemble() reassembly {
 		return reassemblyBad
 	}
 	if m.pieces > m.limits.fragments {
-		return reassemblyBad
+		m.totals[countMemory]++
+		return reassemblyWaits
 	}
 	fresh := d == nil
 	if fresh {
@@ -112,9 +115,9 @@ func (e *evaluation) takeWhole(p Packet, total int) {
 	header := 0
 	switch p.Proto {
 	case ProtoTCP:
-		header = 20
+		header = tcpHeader
 	case ProtoUDP, ProtoICMP, ProtoICMPv6:
-		header = 8
+		header = udpHeader
 	}
 	p.Len = uint32(max(total-header, 0))
 	e.p, e.bytes = p, total

@@ -93,6 +93,9 @@ func (t *transaction) prepare(path string, l *Loaded) error {
 			}
 		}
 	}
+	for _, rules := range part.lists {
+		setSkips(rules)
+	}
 	return t.checkTables(l)
 }
 

@@ -30,6 +30,7 @@ func (e *evaluation) testState() bool {
 
 // find looks up a state by the packet's ends in its direction.
 func (e *evaluation) find(proto Proto, filter endpointFilter, src, dst stateHost) *state {
+	e.m.totals[countSearches]++
 	if e.dir == Out {
 		return e.m.states.find(insideKey(proto, filter, src, dst), Out, e.on)
 	}
@@ -233,6 +234,7 @@ func (e *evaluation) testICMPError() bool {
 		return false
 	}
 	if q.Proto == ProtoTCP && !e.quotedInWindow(s, q.Seq) {
+		e.m.totals[countMismatch]++
 		e.drop(DecidedByProtocol)
 		return false
 	}
@@ -312,14 +314,12 @@ func (e *evaluation) scrub(tcp bool) *crule {
 }
 
 func (e *evaluation) scrubMatches(r *crule, tcp bool) bool {
-	scope := e.scopeMatches(r)
-	if !tcp && e.family == Inet6 && !scope {
+	scope := e.scopeMismatch(r)
+	if scope == skipProto && !tcp && e.family == Inet6 {
 		// Behind extension headers the kernel doesn't look at the protocol.
-		any := *r
-		any.proto = 0
-		scope = e.scopeMatches(&any)
+		scope = matched
 	}
-	return scope && r.from.addr.matches(e.m, e.p.Src) && r.to.addr.matches(e.m, e.p.Dst) &&
+	return scope == matched && r.from.addr.matches(e.m, e.p.Src) && r.to.addr.matches(e.m, e.p.Dst) &&
 		(!tcp || scrubPort(r.from.port, e.p.SrcPort) && scrubPort(r.to.port, e.p.DstPort)) && !r.noOS
 }
 
@@ -339,16 +339,25 @@ func (e *evaluation) normalize() bool {
 	if r == nil {
 		return true
 	}
+	r.count(e.p.size())
 	if e.family == Inet && r.noDF {
 		e.p.DontFragment = false
 	}
 	if e.p.Fragment {
 		switch {
 		case e.family == Inet && e.p.DontFragment:
+			e.m.totals[countFragment]++
 			return false
 		case r.fragKeep:
 			return true
-		case e.p.FragmentLen == 0 || e.reassemble() != reassemblyDone:
+		case e.p.FragmentLen == 0:
+			return false
+		}
+		switch e.reassemble() {
+		case reassemblyBad:
+			e.m.totals[countFragment]++
+			return false
+		case reassemblyWaits:
 			return false
 		}
 	}
@@ -365,15 +374,18 @@ func (e *evaluation) normalizeTCP() bool {
 	if r == nil {
 		return true
 	}
+	r.count(e.p.size())
 	e.normTCP = r.normTCP
 	f := e.p.Flags
 	switch {
 	case f&FlagSYN != 0 && f&FlagRST != 0, f&(FlagSYN|FlagACK|FlagRST) == 0:
+		e.m.totals[countNormalize]++
 		return false
 	case f&FlagSYN != 0:
 		f &^= FlagFIN
 	}
 	if f&FlagACK == 0 && f&(FlagFIN|FlagPSH|FlagURG) != 0 {
+		e.m.totals[countNormalize]++
 		return false
 	}
 	e.p.Flags = f

@@ -142,8 +142,8 @@ func (e *evaluation) matchTranslation(l ruleList) *crule {
 	tag := noTag
 	var found *crule
 	for r := w.next(); r != nil; r = w.next() {
-		if !e.translationMatches(r, tag) {
-			w.skip()
+		if by := e.translationMismatch(r, tag); by != matched {
+			w.miss(r, by)
 			continue
 		}
 		if r.tag != 0 {
@@ -164,42 +164,59 @@ func (e *evaluation) matchTranslation(l ruleList) *crule {
 	return found
 }
 
-// translationMatches says whether a translation rule, or the call of an anchor
-// of them, is for the packet. Against their direction, binat and rdr ask
-// whether the packet is an answer of what they lead to.
-func (e *evaluation) translationMatches(r *crule, tag int) bool {
-	if !e.scopeMatches(r) {
-		return false
+// translationMismatch says by what a translation rule, or the call of an anchor of
+// them, isn't for the packet. Against their direction, binat and rdr ask whether the
+// packet is an answer of what they lead to.
+func (e *evaluation) translationMismatch(r *crule, tag int) mismatch {
+	if by := e.scopeMismatch(r); by != matched {
+		return by
 	}
 	pool := (*caddr)(nil)
 	if len(r.pool.addrs) > 0 {
 		pool = &r.pool.addrs[r.pool.cur]
 	}
+	by := matched
 	switch {
 	case (r.action == Binat || r.action == BinatAnchor) && e.dir == In:
-		if !e.endMatches(r, &r.to, e.p.Src, e.sport) || pool != nil && !pool.matches(e.m, e.p.Dst) {
-			return false
+		switch {
+		case !r.to.addr.matches(e.m, e.p.Src):
+			by = mismatchOther
+		case !portMatches(r.proto, r.to.port, e.sport):
+			by = skipDestinationPort
+		case pool != nil && !pool.matches(e.m, e.p.Dst):
+			by = mismatchOther
 		}
 	case (r.action == Rdr || r.action == RdrAnchor) && e.dir == Out:
-		if !e.rdrBackMatches(r, pool) {
-			return false
-		}
-	default:
-		if !e.endMatches(r, &r.from, e.p.Src, e.sport) || !e.endMatches(r, &r.to, e.p.Dst, e.dport) {
-			return false
-		}
+		by = e.rdrBackMismatch(r, pool)
+	case !r.from.addr.matches(e.m, e.p.Src):
+		by = mismatchOther
+	case !portMatches(r.proto, r.from.port, e.sport):
+		by = skipSourcePort
+	case !r.to.addr.matches(e.m, e.p.Dst):
+		by = skipDestination
+	case !portMatches(r.proto, r.to.port, e.dport):
+		by = skipDestinationPort
 	}
-	return r.tagged == 0 || e.tagMatches(r, tag)
+	if by == matched && r.tagged != 0 && !e.tagMatches(r, tag) {
+		return mismatchOther
+	}
+	return by
 }
 
-// rdrBackMatches: from where an rdr rule leads, to those it is for.
-func (e *evaluation) rdrBackMatches(r *crule, pool *caddr) bool {
+// rdrBackMismatch: from where an rdr rule leads, to those it is for.
+func (e *evaluation) rdrBackMismatch(r *crule, pool *caddr) mismatch {
 	if pool == nil {
-		return e.endMatches(r, &r.to, e.p.Src, e.sport) && e.endMatches(r, &r.from, e.p.Dst, e.dport)
+		if e.endMatches(r, &r.to, e.p.Src, e.sport) && e.endMatches(r, &r.from, e.p.Dst, e.dport) {
+			return matched
+		}
+		return mismatchOther
 	}
 	target := cport{op: Equal, lo: r.pool.lo}
-	return pool.matches(e.m, e.p.Src) && r.pool.lo != 0 && portMatches(r.proto, target, e.sport) &&
-		e.endMatches(r, &r.from, e.p.Dst, e.dport)
+	if pool.matches(e.m, e.p.Src) && r.pool.lo != 0 && portMatches(r.proto, target, e.sport) &&
+		e.endMatches(r, &r.from, e.p.Dst, e.dport) {
+		return matched
+	}
+	return mismatchOther
 }
 
 func (e *evaluation) endMatches(r *crule, end *cendpoint, a netip.Addr, port uint32) bool {
@@ -297,6 +314,7 @@ func (e *evaluation) portUsable(t *translation, port uint32) bool {
 }
 
 func (e *evaluation) outsideFree(t *translation, filter endpointFilter, port uint32) bool {
+	e.m.totals[countSearches]++
 	k := outsideKey(e.p.Proto, filter, stateHost{t.src, port}, stateHost{e.p.Dst, e.dport})
 	return e.m.states.outside[k] == nil
 }

@@ -28,6 +28,10 @@ type crule struct {
 	// states are those of which this is the rule, the translation or the anchor.
 	states int
 
+	evaluations, packets, bytes uint64
+	// skips are how many rules to go on by when one of these fields mismatches.
+	skips [skipFields]int32
+
 	action Action
 	// call is what an anchor rule calls; wildcard calls its children instead.
 	call     *anchorNode

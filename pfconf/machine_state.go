@@ -304,6 +304,7 @@ func (t *stateTable) dropKey(sk *stateKey) {
 // longer loaded.
 func (m *Machine) removeState(s *state) {
 	m.states.unlink(s)
+	m.totals[countRemovals]++
 	m.leaveSource(s)
 	for _, r := range [...]*crule{s.rule, s.nat, s.anchor} {
 		if r != nil {

@@ -253,6 +253,7 @@ func (e *evaluation) advance(s *state, g segment) {
 		case tcpsSynSent:
 			dst.state = tcpsEstablished
 			if src.state == tcpsEstablished && s.source != nil && e.connected(s) {
+				e.m.totals[countSourceLimit]++
 				e.drop(DecidedByProtocol)
 				return
 			}
@@ -303,6 +304,7 @@ func (e *evaluation) advanceLoosely(g segment) {
 // refuse drops a segment out of the window. During the handshake the kernel
 // answers it with a reset and forgets what it knew of the sender.
 func (e *evaluation) refuse(g segment) {
+	e.m.totals[countMismatch]++
 	e.drop(DecidedByProtocol)
 	if g.dst.state == tcpsSynSent && g.src.state == tcpsSynSent {
 		if e.p.Flags&FlagRST == 0 {
