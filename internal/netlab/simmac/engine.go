@@ -158,23 +158,23 @@ func (e *engine) Flush(anchor string) (ok bool) {
 
 // Rules implements darwin.PFEngine.
 func (e *engine) Rules(anchor string) ([]darwin.PFRule, bool) {
-	return e.snapshot(anchor, (*pfconf.Loaded).ShowRules)
+	return e.counted(anchor, (*pfconf.Machine).CountedRules)
 }
 
 // NAT implements darwin.PFEngine.
 func (e *engine) NAT(anchor string) ([]darwin.PFRule, bool) {
-	return e.snapshot(anchor, (*pfconf.Loaded).ShowNat)
+	return e.counted(anchor, (*pfconf.Machine).CountedNat)
 }
 
-func (e *engine) snapshot(anchor string, show func(*pfconf.Loaded) []string) (out []darwin.PFRule, ok bool) {
+func (e *engine) counted(anchor string, show func(*pfconf.Machine, string) ([]pfconf.CountedRule, error)) (out []darwin.PFRule, ok bool) {
 	e.do(func(m *pfconf.Machine) {
-		l, err := m.Snapshot(anchor)
+		rules, err := show(m, anchor)
 		if err != nil {
 			return
 		}
 		ok = true
-		for _, line := range show(l) {
-			out = append(out, darwin.PFRule{Text: line})
+		for _, r := range rules {
+			out = append(out, darwin.PFRule{Text: r.Text, Evaluations: r.Evaluations, Packets: r.Packets, Bytes: r.Bytes, States: r.States})
 		}
 	})
 	return out, ok
@@ -244,7 +244,10 @@ func (e *engine) States() (states []pfconf.State) {
 }
 
 // Counters implements darwin.PFEngine.
-func (e *engine) Counters() map[string]uint64 { return nil }
+func (e *engine) Counters() (totals map[string]uint64) {
+	e.do(func(m *pfconf.Machine) { totals = m.Counters() })
+	return totals
+}
 
 // Interfaces implements darwin.PFEngine.
 func (e *engine) Interfaces() map[string]bool {
