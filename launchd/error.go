@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"regexp"
 	"strconv"
+	"strings"
 )
 
 // A Code is what launchctl failed with: an errno below 100, launchd's own above.
@@ -20,11 +21,20 @@ const (
 	Already       Code = 37  // bootstrap of what is loaded, or on its way
 	Usage         Code = 64  // sysexits(3): an argument this release doesn't know
 	NoSuchService Code = 113 // print and kickstart of what isn't loaded
+	Disabled      Code = 119 // bootstrap of what `launchctl disable` has marked
 	BadOwnership  Code = 122 // the property list's owner or mode; not confirmed
 	// SwitchedOff isn't launchctl's, which answers 5 or nothing at all: the user, or
 	// a profile, has switched the daemon off.
 	SwitchedOff Code = -1
+	// CodeSigning isn't launchctl's, either: the service is loaded, and the kernel
+	// ends its program before the first instruction.
+	CodeSigning Code = -2
 )
+
+// reasonCodeSigning is what launchd says of a process that the kernel ended for
+// its code signature (<sys/reason.h>). A reason may have more words behind it, as
+// in "OS_REASON_CODESIGNING | Launch Constraint Violation".
+const reasonCodeSigning = "OS_REASON_CODESIGNING"
 
 // codeTexts says what a code means and what to do.
 var codeTexts = map[Code]struct{ means, hint string }{
@@ -41,6 +51,10 @@ var codeTexts = map[Code]struct{ means, hint string }{
 		"load it with bootstrap; if its property list is in place, look for it in System Settings > General > Login Items & Extensions"},
 	SwitchedOff: {"the service is switched off in Login Items & Extensions",
 		"switch it on in System Settings > General > Login Items & Extensions, then try again"},
+	Disabled: {"the service is disabled", "enable it (sudo launchctl enable system/LABEL), then try again"},
+	CodeSigning: {"macOS ends the program at its start: its code signature isn't valid",
+		"install it again, which replaces the file; if that doesn't help, sign the program " +
+			"that is installed from (codesign --force --sign - FILE) and install it once more"},
 	BadOwnership: {"the property list has a bad owner or mode", "chown root:wheel and chmod 0644 it"},
 }
 
@@ -57,11 +71,14 @@ type Error struct {
 	Verb    string // enable, bootstrap, bootout, kickstart, print, load
 	Target  string // system/LABEL
 	Code    Code
-	Message string // the first line that launchctl printed, or ""
+	Message string // the first line of launchctl's that says something, or ""
 }
 
 func (e *Error) Error() string {
-	s := fmt.Sprintf("%s %s: %v (%d)", e.Verb, e.Target, e.Code, int(e.Code))
+	s := fmt.Sprintf("%s %s: %v", e.Verb, e.Target, e.Code)
+	if e.Code > 0 {
+		s += fmt.Sprintf(" (%d)", int(e.Code))
+	}
 	if e.Message != "" {
 		s += fmt.Sprintf(": %q", e.Message)
 	}
@@ -85,10 +102,31 @@ var failedText = regexp.MustCompile(`failed: ([0-9]{1,3}):`)
 // newError reads the code from what launchctl printed, where it is more exact
 // than the exit status (1 was seen with a printed 5), else from the status.
 func newError(verb, target string, status int, stderr []byte) *Error {
-	e := &Error{Verb: verb, Target: target, Code: Code(status), Message: firstLine(stderr)}
-	if m := failedText.FindStringSubmatch(e.Message); m != nil {
+	e := &Error{Verb: verb, Target: target, Code: Code(status), Message: message(stderr)}
+	m := failedText.FindStringSubmatch(e.Message)
+	switch {
+	case m != nil:
 		n, _ := strconv.Atoi(m[1]) // three digits
 		e.Code = Code(n)
+	case strings.HasPrefix(e.Message, "Could not find service"):
+		e.Code = NoSuchService
 	}
 	return e
+}
+
+// message returns the first line that says something, cut to 200 bytes. Newer
+// releases put "Bad request." before the line that has the reason (nix#9978).
+func message(stderr []byte) string {
+	first := ""
+	for line := range strings.Lines(string(stderr[:min(len(stderr), 4096)])) {
+		line = strings.TrimSpace(line)
+		line = strings.ToValidUTF8(line[:min(len(line), 200)], "")
+		if line != "" && line != "Bad request." {
+			return line
+		}
+		if first == "" {
+			first = line
+		}
+	}
+	return first
 }

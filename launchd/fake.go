@@ -4,6 +4,9 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io/fs"
+	"maps"
+	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -12,38 +15,66 @@ import (
 )
 
 // A Fake is a launchd to test with: a Runner for launchctl and `sfltool dumpbtm`
-// that refuses what launchd refuses, with its words and its exit status. It
-// unloads slowly, answers bootstrap with 5 for a while afterwards, keeps the
-// disabled marks over a Boot, and looks at a property list's owner, mode and
-// rules. Time is package time's: put it into a synctest bubble.
+// that refuses what launchd refuses, with its words and its exit status. It ends
+// processes by SIGTERM and, ExitTimeOut later, SIGKILL, answers bootstrap with 5
+// for a while after an unload, keeps the disabled marks over a Boot, and looks at
+// a property list's owner, mode and rules. Time is package time's: put it into a
+// synctest bubble.
 type Fake struct {
 	// Files returns a property list and what lstat says of it. Required.
 	Files func(path string) (File, []byte, error)
-	// Start is called when a job gets its process, Stop when its process gets
-	// SIGTERM; not at the same time, never holding a lock. Optional.
+	// Program returns what stat says of an executable, and a digest of its bytes. A
+	// file that was written to after a service ran from it is no longer what the
+	// kernel has the signature of, and its next process is killed; one that was
+	// renamed into its place isn't. Optional.
+	Program func(path string) (info fs.FileInfo, digest string, err error)
+	// Start is called when a job gets its process, and mustn't wait for that. Stop is
+	// called when the process gets SIGTERM, and returns when it has ended. Kill is
+	// called when it hasn't after the job's ExitTimeOut: SIGKILL, after which it is
+	// gone whether Stop returns or not. No lock is held. Optional.
 	Start func(j *Job, pid int)
 	Stop  func(label string)
-	// Draining is how long a service stays SIGTERMed after bootout, Settling how
-	// long bootstrap answers 5 after that. Optional.
+	Kill  func(label string)
+	// Draining is how long a service whose process has ended stays SIGTERMed after
+	// bootout, Settling how long bootstrap answers 5 after that. Optional.
 	Draining, Settling time.Duration
 	// Blocked are labels that the user switched off in Login Items. They load but
 	// get no process. Optional.
 	Blocked []string
+	// HeldBack are labels that macOS disallows as soon as they are loaded: they run,
+	// and with the next boot they don't. Optional.
+	HeldBack []string
+	// BareIdentifiers has dumpbtm leave out the 16 before identifiers, as macOS 26
+	// does. Optional.
+	BareIdentifiers bool
 
 	mu       sync.Mutex
 	services map[string]*fakeService
 	disabled map[string]bool
+	programs map[string]fakeProgram
+	unsigned map[string]int // processes that the kernel will kill
 	pid      int
 	calls    []string
 }
 
 // A fakeService is a loaded service, or one that has gone a moment ago.
 type fakeService struct {
-	job   *Job
-	path  string
-	pid   int
-	gone  time.Time // when it stops being there; zero: not leaving
-	quiet time.Time // until when bootstrap answers 5
+	job  *Job
+	path string
+	pid  int
+	runs int
+	last string // the line on how the last process ended
+	// ended is closed when the process that is being ended has; nil: none is.
+	ended   chan struct{}
+	leaving bool      // by bootout
+	gone    time.Time // when it stops being loaded; zero: not yet
+	quiet   time.Time // until when bootstrap answers 5
+}
+
+// A fakeProgram is the executable that a service ran last.
+type fakeProgram struct {
+	info   fs.FileInfo
+	digest string
 }
 
 // Calls returns the commands that were run, one a line, and forgets them.
@@ -55,20 +86,21 @@ func (f *Fake) Calls() []string {
 	return c
 }
 
-// Shutdown ends every service, as a Mac that goes down does.
+// Shutdown ends every service, as a Mac that goes down does, and returns when
+// their processes have ended.
 func (f *Fake) Shutdown() {
 	f.mu.Lock()
-	var labels []string
-	for label, s := range f.services {
-		if s.gone.IsZero() && s.pid != 0 {
-			labels = append(labels, label)
+	services := f.services
+	f.services = nil
+	var ended []<-chan struct{}
+	for _, label := range slices.Sorted(maps.Keys(services)) {
+		if s := services[label]; s.gone.IsZero() {
+			ended = append(ended, f.end(s))
 		}
 	}
-	f.services = nil
 	f.mu.Unlock()
-	slices.Sort(labels)
-	for _, label := range labels {
-		f.stopped(label)
+	for _, e := range ended {
+		<-e
 	}
 }
 
@@ -77,12 +109,26 @@ func (f *Fake) Shutdown() {
 // refusals.
 func (f *Fake) Boot(files []string) []error {
 	var refused []error
+	f.mu.Lock()
+	f.Blocked = append(f.Blocked, f.HeldBack...)
+	f.mu.Unlock()
 	for _, p := range files {
 		if r := f.bootstrap(p); r.status != 0 {
 			refused = append(refused, fmt.Errorf("boot %s: %s", p, r.stderr))
 		}
 	}
 	return refused
+}
+
+// RefuseSignature has the kernel kill the next n processes of a service for their
+// code signature; a negative number stands for all.
+func (f *Fake) RefuseSignature(label string, n int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.unsigned == nil {
+		f.unsigned = map[string]int{}
+	}
+	f.unsigned[label] = n
 }
 
 // Disable marks a service as `launchctl disable` does.
@@ -99,7 +145,7 @@ func (f *Fake) Run(ctx context.Context, stdin []byte, path string, args ...strin
 	var r fakeReply
 	switch path {
 	case launchctlPath:
-		r = f.launchctl(args)
+		r = f.launchctl(ctx, args)
 	case sfltoolPath:
 		r = f.sfltool(args)
 	default:
@@ -114,7 +160,7 @@ type fakeReply struct {
 	status         int
 }
 
-func (f *Fake) launchctl(args []string) fakeReply {
+func (f *Fake) launchctl(ctx context.Context, args []string) fakeReply {
 	verb, rest := "", args
 	if len(args) > 0 {
 		verb, rest = args[0], args[1:]
@@ -126,17 +172,17 @@ func (f *Fake) launchctl(args []string) fakeReply {
 	case verb == "print-disabled" && slices.Equal(rest, []string{"system"}):
 		return f.printDisabled()
 	case verb == "kickstart" && len(rest) == 2 && rest[0] == "-k":
-		return f.kickstart(strings.TrimPrefix(rest[1], "system/"), true)
+		return f.kickstart(ctx, strings.TrimPrefix(rest[1], "system/"), true)
 	case len(rest) != 1 || !strings.HasPrefix(rest[0], "system/"):
 	case verb == "enable", verb == "disable":
 		f.mark(label, verb == "disable")
 		return fakeReply{}
 	case verb == "bootout":
-		return f.bootout(label)
+		return f.bootout(ctx, label)
 	case verb == "print":
 		return f.print(label)
 	case verb == "kickstart":
-		return f.kickstart(label, false)
+		return f.kickstart(ctx, label, false)
 	}
 	return fakeReply{stderr: "Unrecognized subcommand or arguments\n", status: int(Usage)}
 }
@@ -154,13 +200,21 @@ func (f *Fake) mark(label string, disabled bool) {
 // is held.
 func (f *Fake) loaded(label string) *fakeService {
 	s := f.services[label]
-	if s == nil || !s.gone.IsZero() && !time.Now().Before(s.gone) {
+	if s == nil || s.leaving && !s.gone.IsZero() && !time.Now().Before(s.gone) {
 		return nil
 	}
 	return s
 }
 
 const ioError = "Bootstrap failed: 5: Input/output error\nTry re-running the command as root for richer errors.\n"
+
+// defaultExitTimeOut is launchd's where the property list has none (captured on a
+// Mac: "exit timeout = 5").
+const defaultExitTimeOut = 5
+
+// patience is how long bootout waits before it answers that it goes on in the
+// background.
+const patience = time.Second
 
 func (f *Fake) bootstrap(p string) fakeReply {
 	refused := fakeReply{stderr: ioError, status: int(InputOutput)}
@@ -174,14 +228,18 @@ func (f *Fake) bootstrap(p string) fakeReply {
 	}
 	f.mu.Lock()
 	old := f.services[j.Label]
-	if f.disabled[j.Label] || f.loaded(j.Label) != nil || old != nil && time.Now().Before(old.quiet) {
+	switch {
+	case f.disabled[j.Label]:
+		f.mu.Unlock()
+		return fakeReply{stderr: "Bootstrap failed: 119: Service is disabled\nTry re-running the command as root for richer errors.\n", status: int(Disabled)}
+	case f.loaded(j.Label) != nil, old != nil && time.Now().Before(old.quiet):
 		f.mu.Unlock()
 		return refused
 	}
 	if f.services == nil {
 		f.services = map[string]*fakeService{}
 	}
-	s := &fakeService{job: j, path: p}
+	s := &fakeService{job: j, path: p, last: "last exit code = (never exited)"}
 	f.services[j.Label] = s
 	pid := 0
 	if !slices.Contains(f.Blocked, j.Label) && (j.RunAtLoad || j.KeepAlive != nil) {
@@ -192,11 +250,63 @@ func (f *Fake) bootstrap(p string) fakeReply {
 	return fakeReply{}
 }
 
-// spawn gives the service a process. The lock is held.
+// spawn gives the service a process, unless the kernel kills it at once: then
+// launchd tries again later, if it is to keep the service alive. The lock is held.
 func (f *Fake) spawn(s *fakeService) int {
+	s.runs++
+	if f.killed(s) {
+		s.pid, s.last = 0, "last exit reason = "+reasonCodeSigning
+		if s.job.KeepAlive != nil {
+			time.AfterFunc(seconds(s.job.ThrottleInterval, 10), func() { f.respawn(s) })
+		}
+		return 0
+	}
 	f.pid++
 	s.pid = 4000 + f.pid
 	return s.pid
+}
+
+// killed reports whether the kernel kills the service's process for its code
+// signature. The lock is held.
+func (f *Fake) killed(s *fakeService) bool {
+	if n := f.unsigned[s.job.Label]; n != 0 {
+		f.unsigned[s.job.Label] = n - 1
+		return true
+	}
+	if f.Program == nil {
+		return false
+	}
+	path := s.job.ProgramArguments[0]
+	info, digest, err := f.Program(path)
+	if err != nil {
+		return false
+	}
+	before, ran := f.programs[path]
+	if ran && os.SameFile(before.info, info) && before.digest != digest {
+		return true
+	}
+	if f.programs == nil {
+		f.programs = map[string]fakeProgram{}
+	}
+	f.programs[path] = fakeProgram{info, digest}
+	return false
+}
+
+func (f *Fake) respawn(s *fakeService) {
+	f.mu.Lock()
+	pid := 0
+	if f.services[s.job.Label] == s && !s.leaving && s.pid == 0 {
+		pid = f.spawn(s)
+	}
+	f.mu.Unlock()
+	f.started(s.job, pid)
+}
+
+func seconds(n *int, standard int) time.Duration {
+	if n != nil {
+		standard = *n
+	}
+	return time.Duration(standard) * time.Second
 }
 
 func (f *Fake) started(j *Job, pid int) {
@@ -205,55 +315,119 @@ func (f *Fake) started(j *Job, pid int) {
 	}
 }
 
-func (f *Fake) stopped(label string) {
-	if f.Stop != nil {
-		f.Stop(label)
+// end sends SIGTERM to the service's process, and SIGKILL when it is still there
+// after ExitTimeOut. The channel is closed when it has ended. The lock is held.
+func (f *Fake) end(s *fakeService) <-chan struct{} {
+	if s.ended != nil {
+		return s.ended
 	}
+	ended := make(chan struct{})
+	s.ended = ended
+	if s.pid == 0 {
+		f.buried(s)
+		return ended
+	}
+	exited, stop, kill := make(chan struct{}), f.Stop, f.Kill
+	go func() {
+		if stop != nil {
+			stop(s.job.Label)
+		}
+		close(exited)
+	}()
+	go func() {
+		last := "last exit code = 0"
+		limit := time.NewTimer(seconds(s.job.ExitTimeOut, defaultExitTimeOut))
+		defer limit.Stop()
+		select {
+		case <-exited:
+		case <-limit.C:
+			last = "last terminating signal = Killed: 9"
+			if kill != nil {
+				kill(s.job.Label)
+			}
+		}
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		s.last = last
+		f.buried(s)
+	}()
+	return ended
 }
 
-func (f *Fake) bootout(label string) fakeReply {
+// buried takes note that the service has no process any more. The lock is held.
+func (f *Fake) buried(s *fakeService) {
+	s.pid = 0
+	s.gone = time.Now().Add(f.Draining)
+	s.quiet = s.gone.Add(f.Settling)
+	close(s.ended)
+}
+
+func (f *Fake) bootout(ctx context.Context, label string) fakeReply {
 	f.mu.Lock()
 	s := f.loaded(label)
 	if s == nil {
 		f.mu.Unlock()
-		return fakeReply{stderr: "Boot-out failed: 3: No such process\n", status: int(NoSuchProcess)}
+		return fakeReply{stderr: badRequest + "Boot-out failed: 3: No such process\n", status: int(NoSuchProcess)}
 	}
-	leaving := !s.gone.IsZero()
-	if !leaving {
-		s.gone = time.Now().Add(f.Draining)
-		s.quiet = s.gone.Add(f.Settling)
-	}
+	again := s.leaving
+	s.leaving = true
+	ended := f.end(s)
 	f.mu.Unlock()
-	if !leaving {
-		f.stopped(label)
-	}
-	if leaving || f.Draining > 0 {
+	done := !again && within(ctx, ended, patience) && f.Draining == 0
+	if !done {
 		return fakeReply{stderr: "Boot-out failed: 36: Operation now in progress\n", status: int(InProgress)}
 	}
 	return fakeReply{}
 }
 
-func noService(label string) fakeReply {
-	return fakeReply{stderr: fmt.Sprintf("Could not find service %q in domain for system\n", label), status: int(NoSuchService)}
+// within reports whether a process ended in time.
+func within(ctx context.Context, ended <-chan struct{}, limit time.Duration) bool {
+	t := time.NewTimer(limit)
+	defer t.Stop()
+	select {
+	case <-ended:
+		return true
+	case <-t.C:
+	case <-ctx.Done():
+	}
+	return false
 }
 
-func (f *Fake) kickstart(label string, kill bool) fakeReply {
+// badRequest stands before the line that says what is wrong (nix#9978).
+const badRequest = "Bad request.\n"
+
+func noService(label string) fakeReply {
+	return fakeReply{stderr: badRequest + fmt.Sprintf("Could not find service %q in domain for system\n", label), status: int(NoSuchService)}
+}
+
+func (f *Fake) kickstart(ctx context.Context, label string, kill bool) fakeReply {
 	f.mu.Lock()
 	s := f.loaded(label)
 	if s == nil {
 		f.mu.Unlock()
 		return noService(label)
 	}
-	if s.pid != 0 && !kill {
+	if s.leaving {
 		f.mu.Unlock()
-		return fakeReply{}
+		return fakeReply{stderr: "Operation now in progress\n", status: int(InProgress)}
 	}
-	had := s.pid != 0
+	if s.pid != 0 {
+		if !kill {
+			f.mu.Unlock()
+			return fakeReply{}
+		}
+		ended := f.end(s)
+		f.mu.Unlock()
+		select {
+		case <-ended:
+		case <-ctx.Done():
+			return fakeReply{status: int(InProgress)}
+		}
+		f.mu.Lock()
+	}
+	s.ended, s.gone, s.quiet = nil, time.Time{}, time.Time{}
 	pid := f.spawn(s)
 	f.mu.Unlock()
-	if had {
-		f.stopped(label)
-	}
 	f.started(s.job, pid)
 	return fakeReply{}
 }
@@ -269,18 +443,21 @@ func (f *Fake) print(label string) fakeReply {
 	}
 	state := "running"
 	switch {
-	case !s.gone.IsZero():
+	case s.ended != nil:
 		state = "SIGTERMed"
+	case s.pid == 0 && strings.HasSuffix(s.last, reasonCodeSigning):
+		state = "spawn scheduled"
 	case s.pid == 0:
 		state = "not running"
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "system/%s = {\n\tactive count = 1\n\tpath = %s\n\ttype = LaunchDaemon\n\tstate = %s\n\n", label, s.path, state)
 	fmt.Fprintf(&b, "\tprogram = %s\n\tenvironment = {\n\t\tpid => 1\n\t\tstate = active\n\t}\n\n", s.job.ProgramArguments[0])
+	fmt.Fprintf(&b, "\texit timeout = %d\n\truns = %d\n", seconds(s.job.ExitTimeOut, defaultExitTimeOut)/time.Second, s.runs)
 	if s.pid != 0 {
 		fmt.Fprintf(&b, "\tpid = %d\n", s.pid)
 	}
-	b.WriteString("\tlast exit code = (never exited)\n}\n")
+	fmt.Fprintf(&b, "\t%s\n}\n", s.last)
 	return fakeReply{stdout: b.String()}
 }
 
@@ -315,14 +492,21 @@ func (f *Fake) sfltool(args []string) fakeReply {
 	}
 	slices.Sort(labels)
 	var b bytes.Buffer
-	b.WriteString(" Items:\n\n")
+	line := strings.Repeat("=", 24)
+	fmt.Fprintf(&b, "%s\n Records for UID -2 : FFFFEEEE-DDDD-CCCC-BBBB-AAAAFFFFFFFE\n%[1]s\n\n Items:\n\n", line)
 	for i, label := range labels {
-		disposition := "[enabled, allowed, notified] (0xb)"
-		if slices.Contains(f.Blocked, label) {
+		disposition, identifier := "[enabled, allowed, notified] (0xb)", "16."+label
+		switch {
+		case slices.Contains(f.Blocked, label):
 			disposition = "[enabled, disallowed, notified] (0x9)"
+		case slices.Contains(f.HeldBack, label):
+			disposition = "[enabled, disallowed, not notified] (0x1)"
+		}
+		if f.BareIdentifiers {
+			identifier = label
 		}
 		fmt.Fprintf(&b, " #%d:\n                 UUID: 5A133E95-92FB-42BA-859C-2A0675FC20AF\n                 Type: legacy daemon (0x10010)\n", i+1)
-		fmt.Fprintf(&b, "          Disposition: %s\n           Identifier: 16.%s\n\n", disposition, label)
+		fmt.Fprintf(&b, "          Disposition: %s\n           Identifier: %s\n                  URL: file:///Library/LaunchDaemons/%s.plist\n\n", disposition, identifier, label)
 	}
 	return fakeReply{stdout: b.String()}
 }

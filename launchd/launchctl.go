@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 )
 
@@ -59,13 +58,15 @@ func New(o Options) *Launchctl {
 
 // Load puts the property list into force, also in the place of an older one with
 // the same label, and returns when the service runs. That is the upgrade as
-// well: `launchctl kickstart` would go on with the list that is loaded.
+// well: `launchctl kickstart` would go on with the list that is loaded, and with
+// what launchd noted of the old program's signature, so that the new program is
+// killed at its start (mache#641).
 func (l *Launchctl) Load(ctx context.Context, label, file string) (Status, error) {
 	if err := l.Bootout(ctx, label); err != nil {
 		return Status{}, err
 	}
 	// A service that was disabled once stays so through reinstallation, and
-	// bootstrap then answers 5.
+	// bootstrap then answers 119, or 5 in older releases.
 	if err := l.Enable(ctx, label); err != nil {
 		return Status{}, err
 	}
@@ -142,9 +143,11 @@ func (l *Launchctl) Bootout(ctx context.Context, label string) error {
 	if err != nil {
 		return err
 	}
-	// `bootout --wait` isn't there on macOS 15, so print is asked until it fails.
+	// `bootout --wait` isn't available on macOS 15, so print is asked until it
+	// fails, also where launchctl waits itself and longer than its runner does.
 	_, err = l.run(ctx, "bootout", target, target)
 	switch {
+	case errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil:
 	case errors.Is(err, NoSuchProcess), errors.Is(err, NoSuchService):
 		return nil
 	case err != nil && !errors.Is(err, InProgress) && !errors.Is(err, Already):
@@ -160,7 +163,8 @@ func (l *Launchctl) Bootout(ctx context.Context, label string) error {
 }
 
 // Kickstart starts the service now; with kill, a running instance is ended
-// first. It runs what is loaded: a changed property list needs Load.
+// first. It runs what is loaded: a changed property list needs Load, and so does a
+// changed program.
 func (l *Launchctl) Kickstart(ctx context.Context, label string, kill bool) error {
 	target, err := serviceTarget("kickstart", label)
 	if err != nil {
@@ -201,39 +205,47 @@ func (l *Launchctl) Disabled(ctx context.Context, label string) (bool, error) {
 }
 
 // LoginItem returns how the service stands in Login Items & Extensions, where
-// the user can switch it off (macOS 13 and later).
+// the user can switch it off (macOS 13 and later). It changes with the start of a
+// service: macOS may let a new one run and hold it back from the next boot on.
 func (l *Launchctl) LoginItem(ctx context.Context, label string) (LoginItem, error) {
 	stdout, stderr, status, err := l.o.Runner.Run(ctx, nil, sfltoolPath, "dumpbtm")
 	if err != nil {
 		return LoginItem{}, fmt.Errorf("read login items: %w", err)
 	}
 	if status != 0 {
-		return LoginItem{}, fmt.Errorf("read login items: sfltool: %s", firstLine(stderr))
+		return LoginItem{}, fmt.Errorf("read login items: sfltool: %s", message(stderr))
 	}
 	return ParseLoginItem(stdout, label), nil
 }
 
 // awaitRunning waits until the service has a process. launchd spawns it after
 // bootstrap has returned.
-func (l *Launchctl) awaitRunning(ctx context.Context, label string) (s Status, err error) {
+func (l *Launchctl) awaitRunning(ctx context.Context, label string) (Status, error) {
+	s, err := l.awaitProcess(ctx, label)
+	if err == nil || !s.BadSignature() {
+		return s, err
+	}
+	// The first spawn of a program that isn't signed by a developer may be refused
+	// by what launchd noted of the one before it, and the next one isn't; it comes
+	// after ThrottleInterval.
+	if s, err = l.awaitProcess(ctx, label); err != nil && s.BadSignature() {
+		return s, &Error{Verb: "start", Target: "system/" + label, Code: CodeSigning, Message: s.String()}
+	}
+	return s, err
+}
+
+func (l *Launchctl) awaitProcess(ctx context.Context, label string) (s Status, err error) {
 	err = l.poll(ctx, l.o.Retry, func() (bool, error) {
 		var err error
 		if s, err = l.Print(ctx, label); err != nil {
 			return true, err
 		}
 		if !s.Running() {
-			return false, fmt.Errorf("start %q: not running, state %q%s", label, s.State, exitText(s.LastExit))
+			return false, fmt.Errorf("start %q: %v", label, s)
 		}
 		return true, nil
 	})
 	return s, err
-}
-
-func exitText(status *int) string {
-	if status == nil {
-		return ""
-	}
-	return fmt.Sprintf(", last exit status %d", *status)
 }
 
 // poll calls try until it is done, at most for the given time, and returns its
@@ -270,14 +282,4 @@ func serviceTarget(verb, label string) (string, error) {
 		return "", fmt.Errorf("%s service: label %q is not valid", verb, label)
 	}
 	return "system/" + label, nil
-}
-
-// firstLine returns the first line with something in it, cut to 200 bytes.
-func firstLine(b []byte) string {
-	for line := range strings.Lines(string(b[:min(len(b), 4096)])) {
-		if line = strings.TrimSpace(line); line != "" {
-			return strings.ToValidUTF8(line[:min(len(line), 200)], "")
-		}
-	}
-	return ""
 }

@@ -3,9 +3,13 @@ package launchd_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -20,10 +24,24 @@ const plistPath = "/Library/LaunchDaemons/" + label + ".plist"
 // a mac is a fake launchd with one property list on its disk.
 type mac struct {
 	*launchd.Fake
-	ctl   *launchd.Launchctl
-	file  launchd.File
-	job   *launchd.Job
-	lives []string // what Start and Stop were called for
+	ctl  *launchd.Launchctl
+	file launchd.File
+	job  *launchd.Job
+
+	mu  sync.Mutex
+	saw []string // what Start and Stop were called for
+}
+
+func (m *mac) note(what string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.saw = append(m.saw, what+" "+label)
+}
+
+func (m *mac) lives() []string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Clone(m.saw)
 }
 
 func newMac(t *testing.T) *mac {
@@ -37,8 +55,8 @@ func newMac(t *testing.T) *mac {
 			data, err := m.job.Render()
 			return m.file, data, err
 		},
-		Start: func(j *launchd.Job, pid int) { m.lives = append(m.lives, "start "+j.Label) },
-		Stop:  func(label string) { m.lives = append(m.lives, "stop "+label) },
+		Start: func(*launchd.Job, int) { m.note("start") },
+		Stop:  func(string) { m.note("stop") },
 	}
 	m.ctl = launchd.New(launchd.Options{Runner: m.Fake})
 	return m
@@ -82,8 +100,8 @@ func TestLoadUpgradeWaits(t *testing.T) {
 		if d := time.Since(begin); d < 8*time.Second || d > 9*time.Second {
 			t.Errorf("took %v, want a little more than 8 s", d)
 		}
-		if want := []string{"start " + label, "stop " + label, "start " + label}; !slices.Equal(m.lives, want) {
-			t.Errorf("instances %q, want %q", m.lives, want)
+		if want := []string{"start " + label, "stop " + label, "start " + label}; !slices.Equal(m.lives(), want) {
+			t.Errorf("instances %q, want %q", m.lives(), want)
 		}
 	})
 }
@@ -122,7 +140,6 @@ func TestBootstrapRefused(t *testing.T) {
 		"group may write": func(m *mac) { m.file.Mode = 0o664 },
 		"user's file":     func(m *mac) { m.file.UID = 501 },
 		"wrong name":      func(m *mac) { m.job.Label = "org.example.other" },
-		"disabled":        func(m *mac) { m.Disable(label) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -140,6 +157,198 @@ func TestBootstrapRefused(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestBootstrapDisabled(t *testing.T) {
+	m := newMac(t)
+	m.Disable(label)
+	err := m.ctl.Bootstrap(t.Context(), label, plistPath)
+	var e *launchd.Error
+	if !errors.Is(err, launchd.Disabled) || !errors.As(err, &e) || !strings.Contains(e.Hint(), "launchctl enable") {
+		t.Errorf("got %v", err)
+	}
+}
+
+// What launchctl printed on Macs when it failed.
+func TestErrorsOfMacs(t *testing.T) {
+	for _, tt := range []struct {
+		file, line string
+		status     int
+		want       launchd.Code
+		says       string
+	}{
+		{"launchctl-bootstrap-errors.txt", "Bootstrap failed: 5", 5, launchd.InputOutput, "Input/output error"},
+		{"launchctl-bootstrap-errors.txt", "Boot-out failed: 3", 3, launchd.NoSuchProcess, "No such process"},
+		{"launchctl-bootstrap-errors.txt", "Bootstrap failed: 119", 119, launchd.Disabled, "Service is disabled"},
+		{"launchctl-bootstrap-errors.txt", "Bootstrap failed: 119", 1, launchd.Disabled, "Service is disabled"},
+		{"launchctl-print-missing.txt", "", 113, launchd.NoSuchService, "Could not find service"},
+		{"launchctl-print-missing.txt", "", 64, launchd.NoSuchService, "Could not find service"},
+	} {
+		stderr := macFile(t, tt.file)
+		if tt.line != "" {
+			_, after, _ := strings.Cut(string(stderr), tt.line)
+			line, _, _ := strings.Cut(after, "\n")
+			// With the line before it that newer releases print.
+			stderr = []byte("Bad request.\n" + tt.line + line + "\n")
+		}
+		ctl := launchd.New(launchd.Options{Runner: failing{stderr, tt.status}})
+		err := ctl.Kickstart(t.Context(), label, false)
+		var e *launchd.Error
+		if !errors.As(err, &e) || e.Code != tt.want || !strings.Contains(e.Message, tt.says) {
+			t.Errorf("%s %s: %v, want code %d and %q", tt.file, tt.line, err, tt.want, tt.says)
+		}
+	}
+	if s, err := launchd.New(launchd.Options{Runner: failing{macFile(t, "launchctl-print-missing.txt"), 64}}).Print(t.Context(), label); err != nil || s.Loaded {
+		t.Errorf("print of a missing service: %+v, %v", s, err)
+	}
+}
+
+// failing is a runner whose commands fail.
+type failing struct {
+	stderr []byte
+	status int
+}
+
+func (f failing) Run(context.Context, []byte, string, ...string) ([]byte, []byte, int, error) {
+	return nil, f.stderr, f.status, nil
+}
+
+// The kernel refuses the first process after an upgrade, and not the next one, which
+// launchd starts ten seconds later.
+func TestLoadWaitsForTheSecondSpawn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMac(t)
+		m.job.KeepAlive = &launchd.KeepAlive{Always: true}
+		m.RefuseSignature(label, 1)
+		if s, err := m.ctl.Load(t.Context(), label, plistPath); err != nil || !s.Running() {
+			t.Errorf("%v, %v", s, err)
+		}
+		m.RefuseSignature(label, 2)
+		if s, err := m.ctl.Load(t.Context(), label, plistPath); err != nil || !s.Running() {
+			t.Errorf("refused twice: %v, %v", s, err)
+		}
+	})
+}
+
+func TestLoadBadSignature(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMac(t)
+		m.job.KeepAlive = &launchd.KeepAlive{Always: true}
+		m.RefuseSignature(label, -1)
+		_, err := m.ctl.Load(t.Context(), label, plistPath)
+		var e *launchd.Error
+		if !errors.Is(err, launchd.CodeSigning) || !errors.As(err, &e) || !strings.Contains(e.Hint(), "codesign") || !strings.Contains(e.Message, "OS_REASON_CODESIGNING") {
+			t.Errorf("got %v", err)
+		}
+		if m.lives() != nil {
+			t.Errorf("lives %q", m.lives())
+		}
+		m.Shutdown()
+	})
+}
+
+// A program that is overwritten in place is killed, and one that is replaced runs.
+func TestProgramOverwrittenInPlace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		file := filepath.Join(t.TempDir(), "program")
+		write := func(path, text string) {
+			if err := os.WriteFile(path, []byte(text), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		write(file, "one")
+		m := newMac(t)
+		m.Program = func(string) (fs.FileInfo, string, error) {
+			info, err := os.Stat(file)
+			if err != nil {
+				return nil, "", err
+			}
+			b, err := os.ReadFile(file)
+			return info, string(b), err
+		}
+		load := func() error {
+			_, err := m.ctl.Load(t.Context(), label, plistPath)
+			return err
+		}
+		if err := load(); err != nil {
+			t.Fatal(err)
+		}
+		write(file, "two")
+		if err := load(); !errors.Is(err, launchd.CodeSigning) {
+			t.Errorf("overwritten in place: %v", err)
+		}
+		write(file+".new", "two")
+		if err := os.Rename(file+".new", file); err != nil {
+			t.Fatal(err)
+		}
+		if err := load(); err != nil {
+			t.Errorf("replaced: %v", err)
+		}
+	})
+}
+
+// launchd ends a process that doesn't end by itself.
+func TestExitTimeOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMac(t)
+		m.job.ExitTimeOut = new(20)
+		hang := make(chan struct{})
+		m.Stop = func(string) { <-hang }
+		m.Kill = func(string) { m.note("kill"); hang <- struct{}{} }
+		if _, err := m.ctl.Load(t.Context(), label, plistPath); err != nil {
+			t.Fatal(err)
+		}
+		begin := time.Now()
+		if err := m.ctl.Bootout(t.Context(), label); err != nil {
+			t.Fatal(err)
+		}
+		if d := time.Since(begin); d < 20*time.Second || d > 21*time.Second {
+			t.Errorf("gone after %v, want 20 s", d)
+		}
+
+		if _, err := m.ctl.Load(t.Context(), label, plistPath); err != nil {
+			t.Fatal(err)
+		}
+		begin = time.Now()
+		if err := m.ctl.Kickstart(t.Context(), label, true); err != nil {
+			t.Fatal(err)
+		}
+		s, err := m.ctl.Print(t.Context(), label)
+		if d := time.Since(begin); err != nil || d != 20*time.Second || s.LastSignal != "Killed: 9" || !s.Running() || s.ExitTimeOut != 20 || s.Runs != 2 {
+			t.Errorf("kickstart -k: after %v: %+v, %v", d, s, err)
+		}
+		want := []string{"start", "kill", "start", "kill", "start"}
+		if !slices.EqualFunc(m.lives(), want, func(got, want string) bool { return got == want+" "+label }) {
+			t.Errorf("lives %q", m.lives())
+		}
+		go func() { hang <- struct{}{} }() // it ends by itself
+		m.Shutdown()
+	})
+}
+
+// A launchctl that waits for the process itself, longer than its runner lets it, has
+// still begun.
+func TestBootoutThatIsSlow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMac(t)
+		if _, err := m.ctl.Load(t.Context(), label, plistPath); err != nil {
+			t.Fatal(err)
+		}
+		ctl := launchd.New(launchd.Options{Runner: slowBootout{m.Fake}})
+		if err := ctl.Bootout(t.Context(), label); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+type slowBootout struct{ launchd.Runner }
+
+func (s slowBootout) Run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte, []byte, int, error) {
+	stdout, stderr, status, err := s.Runner.Run(ctx, stdin, path, args...)
+	if args[0] == "bootout" {
+		return nil, nil, -1, fmt.Errorf("run %s: %w", path, context.DeadlineExceeded)
+	}
+	return stdout, stderr, status, err
 }
 
 func TestBootstrapLoadedAlready(t *testing.T) {
@@ -226,8 +435,8 @@ func TestBootLoadsWhatIsEnabled(t *testing.T) {
 	if refused := m.Boot([]string{plistPath}); len(refused) != 1 {
 		t.Errorf("a disabled service was loaded at boot")
 	}
-	if want := []string{"start", "stop", "start", "stop"}; !slices.EqualFunc(m.lives, want, func(got, want string) bool { return got == want+" "+label }) {
-		t.Errorf("instances %q", m.lives)
+	if want := []string{"start", "stop", "start", "stop"}; !slices.EqualFunc(m.lives(), want, func(got, want string) bool { return got == want+" "+label }) {
+		t.Errorf("instances %q", m.lives())
 	}
 }
 

@@ -2,6 +2,7 @@ package launchd
 
 import (
 	"bytes"
+	"fmt"
 	"strconv"
 	"strings"
 )
@@ -15,8 +16,14 @@ type Status struct {
 	// PID is 0 when there is no process.
 	PID int
 	// LastExit is the exit status of the previous instance; nil when there was none
-	// or it wasn't found.
-	LastExit *int
+	// or it wasn't found. LastSignal, as "Killed: 9", and LastReason, as
+	// "OS_REASON_CODESIGNING", stand in its place when the instance was ended from
+	// outside.
+	LastExit               *int
+	LastSignal, LastReason string
+	// Runs is how often the service was started since it was loaded, ExitTimeOut the
+	// seconds from SIGTERM to SIGKILL; 0 when not found.
+	Runs, ExitTimeOut int
 	// Path is the property list that is loaded, Program what it runs.
 	Path, Program string
 }
@@ -26,6 +33,35 @@ func (s Status) Running() bool { return s.Loaded && s.PID > 0 && !s.Leaving() }
 
 // Leaving reports whether the service is being ended: bootout shows so.
 func (s Status) Leaving() bool { return strings.HasPrefix(s.State, "SIG") }
+
+// BadSignature reports whether the last instance was ended by the kernel for its
+// code signature and none runs.
+func (s Status) BadSignature() bool {
+	return !s.Running() && strings.HasPrefix(s.LastReason, reasonCodeSigning)
+}
+
+// String says in a few words how the service is.
+func (s Status) String() string {
+	if !s.Loaded {
+		return "not loaded"
+	}
+	text := fmt.Sprintf("state %q", s.State)
+	if s.PID > 0 {
+		text += fmt.Sprintf(", process %d", s.PID)
+	}
+	if s.Runs > 1 {
+		text += fmt.Sprintf(", started %d times", s.Runs)
+	}
+	switch {
+	case s.LastReason != "":
+		text += ", last ended by " + s.LastReason
+	case s.LastSignal != "":
+		text += ", last ended by signal " + s.LastSignal
+	case s.LastExit != nil:
+		text += fmt.Sprintf(", last exit status %d", *s.LastExit)
+	}
+	return text
+}
 
 // ParsePrint reads the output of a `launchctl print` that succeeded. The manual
 // says not to rely on it, so each field may be missing. Only the outermost block
@@ -58,6 +94,14 @@ func (s *Status) set(key, value string) {
 		if n, err := strconv.ParseInt(value, 10, 32); err == nil && n > 0 {
 			s.PID = int(n)
 		}
+	case "runs":
+		s.Runs = count(value)
+	case "exit timeout":
+		s.ExitTimeOut = count(value)
+	case "last exit reason":
+		s.LastReason = text(value)
+	case "last terminating signal":
+		s.LastSignal = text(value)
 	case "last exit code":
 		// "0", "78: EX_CONFIG" or "(never exited)".
 		number, _, _ := strings.Cut(value, ":")
@@ -70,6 +114,18 @@ func (s *Status) set(key, value string) {
 		s.Program = value
 	}
 }
+
+// count reads a number that can't be negative; 0 for anything else.
+func count(s string) int {
+	n, err := strconv.ParseInt(s, 10, 32)
+	if err != nil || n < 0 {
+		return 0
+	}
+	return int(n)
+}
+
+// text cuts what is shown to people.
+func text(s string) string { return strings.ToValidUTF8(s[:min(len(s), 100)], "") }
 
 // ParseDisabled reads `launchctl print-disabled system`: a line `"LABEL" =>
 // disabled`, or `=> true` before macOS 13. No line means not disabled.
@@ -88,49 +144,107 @@ func ParseDisabled(out []byte, label string) bool {
 type LoginItem struct {
 	// Found is false when it doesn't know the daemon (yet).
 	Found bool
-	// Enabled is launchd's side, Allowed the user's switch in System Settings or a
-	// profile's.
-	Enabled, Allowed bool
+	// Enabled is launchd's side. Disallowed says that the user's switch in System
+	// Settings, a profile, or macOS itself holds the daemon back.
+	Enabled, Disallowed bool
+	// Disposition is all that was said, such as "enabled, allowed, notified".
+	Disposition string
 }
 
-// Blocked reports whether the user or a profile has switched the daemon off.
-func (i LoginItem) Blocked() bool { return i.Found && !i.Allowed }
+// Blocked reports whether the daemon is held back. macOS then doesn't start it at
+// boot, though it may run until then.
+func (i LoginItem) Blocked() bool { return i.Found && i.Disallowed }
 
-// ParseLoginItem reads `sfltool dumpbtm`, whose records say
+// ParseLoginItem reads `sfltool dumpbtm`, a list of records for each user and, as
+// user -2, for all of them:
 //
-//	Disposition: [enabled, disallowed, visible, notified] (0x9)
-//	 Identifier: 16.org.example.daemon
+//	Records for UID -2 : FFFFEEEE-DDDD-CCCC-BBBB-AAAAFFFFFFFE
 //
-// where 16 stands for a daemon that came with a property list of its own. There
-// is a section for each user; the daemon is blocked if any of them blocks it.
+//	#1:
+//	               Type: legacy daemon (0x10010)
+//	        Disposition: [enabled, disallowed, notified] (0x9)
+//	         Identifier: 16.org.example.daemon
+//	                URL: file:///Library/LaunchDaemons/org.example.daemon.plist
+//
+// A daemon's record is found by its identifier, with or without the 16 that stands
+// for one with a property list of its own, or by the property list's path. Only
+// the records of all users and of root count, and those before any heading; the
+// daemon is blocked if any of them blocks it.
 func ParseLoginItem(out []byte, label string) LoginItem {
-	var found, item LoginItem
+	var found LoginItem
+	var record btmRecord
+	system := true
+	flush := func() {
+		if system && record.item.Found && record.names(label) {
+			record.item.Disallowed = record.item.Disallowed || found.Disallowed
+			found = record.item
+		}
+		record = btmRecord{}
+	}
 	for line := range bytes.Lines(out) {
-		key, value, ok := strings.Cut(strings.TrimSpace(string(line)), ": ")
+		line := strings.TrimSpace(string(line))
+		if user, ok := strings.CutPrefix(line, "Records for UID "); ok {
+			flush()
+			user, _, _ = strings.Cut(user, " ")
+			n, err := strconv.ParseInt(strings.TrimSuffix(user, ":"), 10, 64)
+			system = err != nil || n <= 0
+			continue
+		}
+		key, value, ok := strings.Cut(line, ":")
+		value = strings.TrimSpace(value)
 		switch {
 		case !ok:
-		case key == "UUID": // the first line of a record
-			item = LoginItem{}
-		case key == "Disposition":
-			item = parseDisposition(value)
-		case key == "Identifier" && item.Found && value == "16."+label:
-			item.Allowed = item.Allowed && (found.Allowed || !found.Found)
-			found = item
+		case value == "" && strings.HasPrefix(key, "#"), key == "UUID": // a record begins
+			flush()
+		default:
+			record.set(key, value)
 		}
 	}
+	flush()
 	return found
+}
+
+// A btmRecord is one record of background task management.
+type btmRecord struct {
+	item                  LoginItem
+	kind, identifier, url string
+}
+
+func (r *btmRecord) set(key, value string) {
+	switch key {
+	case "Type":
+		r.kind = value
+	case "Disposition":
+		r.item = parseDisposition(value)
+	case "Identifier":
+		r.identifier = value
+	case "URL":
+		r.url = value
+	}
+}
+
+// names reports whether the record is that of the daemon with the label. An app or
+// an agent may have the same identifier.
+func (r *btmRecord) names(label string) bool {
+	if r.kind != "" && !strings.Contains(r.kind, "daemon") {
+		return false
+	}
+	// A path alone since macOS 27, a file URL before; none of a label's characters
+	// is escaped in one.
+	return r.identifier == label || r.identifier == "16."+label ||
+		strings.TrimPrefix(r.url, "file://") == "/Library/LaunchDaemons/"+label+".plist"
 }
 
 // parseDisposition reads "[enabled, allowed, notified] (0xb)".
 func parseDisposition(s string) LoginItem {
 	s, _, _ = strings.Cut(strings.TrimPrefix(s, "["), "]")
-	i := LoginItem{Found: true}
+	i := LoginItem{Found: true, Disposition: text(s)}
 	for word := range strings.SplitSeq(s, ",") {
 		switch strings.TrimSpace(word) {
 		case "enabled":
 			i.Enabled = true
-		case "allowed":
-			i.Allowed = true
+		case "disallowed":
+			i.Disallowed = true
 		}
 	}
 	return i
