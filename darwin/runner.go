@@ -20,9 +20,10 @@ type Runner interface {
 	Run(ctx context.Context, stdin []byte, path string, args ...string) (stdout, stderr []byte, status int, err error)
 }
 
-// DefaultTimeout ends a command that hangs. pfctl and launchctl take
-// milliseconds, pfctl with ten thousand rules some seconds.
-const DefaultTimeout = 20 * time.Second
+// DefaultTimeout ends a command that hangs. pfctl takes milliseconds, with ten
+// thousand rules a second or two; a program that has to end in a given time runs
+// several commands in it, and one that has more may try again.
+const DefaultTimeout = 5 * time.Second
 
 // MaxOutput is how much of each output an Exec keeps, in bytes: a hundred
 // thousand rules. The rest is read and dropped, and Run returns an error, since

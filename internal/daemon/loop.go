@@ -20,8 +20,9 @@ import (
 const (
 	// settle gathers a burst of changes of the host into one look at it.
 	settle = 50 * time.Millisecond
-	// closeLimit bounds the leaving of the host at the end.
-	closeLimit = 30 * time.Second
+	// tunnelLimit bounds the end of the tunnel, so that one that hangs leaves time to
+	// put the host back.
+	tunnelLimit = 3 * time.Second
 	// stepLimit bounds one round: a platform that hangs must not keep what was
 	// narrowed open for longer.
 	stepLimit = 30 * time.Second
@@ -438,13 +439,12 @@ func (l *loop) publish() {
 }
 
 // leave ends the tunnel first, so that nothing of a peer arrives while the
-// filter is taken away, and then leaves the host as it was found.
+// filter is taken away, and then leaves the host as it was found. The platform
+// begins with forwarding, so that a kill at any moment leaves it closed.
 func (l *loop) leave(ctx context.Context) error {
-	if l.tunnel != nil {
-		l.tunnel.Close()
-	}
-	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeLimit)
+	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), platform.LeaveLimit)
 	defer cancel()
+	l.endTunnel()
 	left, err := l.d.opts.Platform.Close(limit)
 	for _, p := range left {
 		l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: p.Step + ": " + p.Message})
@@ -453,6 +453,27 @@ func (l *loop) leave(ctx context.Context) error {
 		return fmt.Errorf("leave the host as it was: %w", err)
 	}
 	return nil
+}
+
+// endTunnel closes the guard and the tunnel, or gives up after tunnelLimit: the
+// device goes with the platform's interface then, or with the process.
+func (l *loop) endTunnel() {
+	if l.tunnel == nil {
+		return
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		l.guard.Set(nil)
+		l.tunnel.Close()
+	}()
+	t := time.NewTimer(tunnelLimit)
+	defer t.Stop()
+	select {
+	case <-ended:
+	case <-t.C:
+		l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: fmt.Sprintf("the tunnel didn't end in %v; leaving the host without it", tunnelLimit)})
+	}
 }
 
 // wakePeers has the tunnel's sockets opened again, in a task of its own because

@@ -622,6 +622,41 @@ func TestLeave(t *testing.T) {
 	})
 }
 
+// TestLeaveInTime has the tunnel hang at the end, and then the platform, too: the
+// host is left without the one, and the other is given up in time.
+func TestLeaveInTime(t *testing.T) {
+	for name, tt := range map[string]struct {
+		platformHangs bool
+		limit         time.Duration
+	}{
+		"the tunnel hangs":             {false, tunnelLimit},
+		"the tunnel and the host hang": {true, platform.LeaveLimit},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, r *rig) {
+				r.add("phone")
+				r.mustAllow("phone", "routing", "")
+				r.tunnel.hang = make(chan struct{})
+				defer close(r.tunnel.hang)
+				if tt.platformHangs {
+					r.host.HangAt("close")
+				}
+				begin := time.Now()
+				err := r.stopped()
+				if d := time.Since(begin); d != tt.limit {
+					t.Errorf("left after %v, want %v", d, tt.limit)
+				}
+				if failed := err != nil; failed != tt.platformHangs || !failed && r.host.Loaded() != nil {
+					t.Errorf("error %v, loaded %v", err, r.host.Loaded())
+				}
+				if got := r.events(api.EventProblem); len(got) == 0 || !strings.Contains(got[0], "the tunnel didn't end") {
+					t.Errorf("problems %q", got)
+				}
+			})
+		})
+	}
+}
+
 // TestStorm has many clients toggle many peers at once. Every ruleset that was
 // loaded must be one that somebody asked for, and the last one the wanted.
 func TestStorm(t *testing.T) {

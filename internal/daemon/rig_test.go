@@ -28,7 +28,9 @@ type rig struct {
 	host   *platformtest.Host
 	tunnel *fakeTunnel // the newest
 	d      *Daemon
-	stop   func()
+	stop   func() // ends it, and wants no error
+	// stopped ends it and returns its error.
+	stopped func() error
 	// portTaken has the tunnel not start.
 	portTaken atomic.Bool
 
@@ -103,12 +105,15 @@ func (r *rig) start() {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() { ended <- d.Run(ctx) }()
-	r.stop = func() {
+	r.stopped = func() error {
 		cancel()
-		if err := errors.Join(<-ended, d.Close()); err != nil {
+		r.stop = nil
+		return errors.Join(<-ended, d.Close())
+	}
+	r.stop = func() {
+		if err := r.stopped(); err != nil {
 			r.t.Errorf("Run: %v", err)
 		}
-		r.stop = nil
 	}
 	synctest.Wait()
 }
@@ -228,6 +233,8 @@ type fakeTunnel struct {
 	stats   map[wireguard.PublicKey]wireguard.PeerStats
 	rebinds int
 	refuse  error
+	// hang, if not nil, holds up Close until it is closed.
+	hang chan struct{}
 }
 
 func (f *fakeTunnel) Sync(want []wireguard.Peer) error {
@@ -268,6 +275,9 @@ func (f *fakeTunnel) Rebind(context.Context) error {
 func (f *fakeTunnel) Done() <-chan struct{} { return f.done }
 
 func (f *fakeTunnel) Close() {
+	if f.hang != nil {
+		<-f.hang
+	}
 	f.once.Do(func() {
 		close(f.done)
 		f.dev.Close()

@@ -7,9 +7,15 @@ package platform
 
 import (
 	"net/netip"
+	"time"
 
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
+
+// LeaveLimit bounds how long the helper takes to leave the host as it was found.
+// What supervises it (launchd's ExitTimeOut, say) has to wait for longer before it
+// kills.
+const LeaveLimit = 15 * time.Second
 
 // Interface is how the mesh interface is to be made.
 type Interface struct {

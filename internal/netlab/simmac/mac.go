@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"math/rand/v2"
 	"net/netip"
 	"os"
@@ -58,7 +59,6 @@ type Mac struct {
 	mu      sync.Mutex
 	slept   time.Duration
 	tunnels map[string]*tunnel
-	hang    map[string]bool
 	slow    map[string]time.Duration
 	churn   churn
 
@@ -78,7 +78,6 @@ func New(o Options) *Mac {
 		options: o,
 		booted:  time.Now(),
 		tunnels: map[string]*tunnel{},
-		hang:    map[string]bool{},
 		slow:    map[string]time.Duration{},
 		allowed: map[string]bool{},
 	}
@@ -93,16 +92,8 @@ func New(o Options) *Mac {
 
 // Run implements darwin.Runner and launchd.Runner.
 func (m *Mac) Run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte, []byte, int, error) {
-	if m.hangs(path) {
-		<-ctx.Done()
-		return nil, nil, -1, fmt.Errorf("run %s: %w", path, context.Cause(ctx))
-	}
-	if d := m.slowness(path); d > 0 {
-		select {
-		case <-ctx.Done():
-			return nil, nil, -1, fmt.Errorf("run %s: %w", path, context.Cause(ctx))
-		case <-time.After(d):
-		}
+	if err := m.wait(ctx, path); err != nil {
+		return nil, nil, -1, fmt.Errorf("run %s: %w", path, err)
 	}
 	if path == firewallPath {
 		stdout, status := m.firewall(args)
@@ -155,23 +146,34 @@ func (m *Mac) Allowed(program string) bool {
 	return m.allowed[program]
 }
 
-// Hang makes a program, by its path, do nothing until its caller gives up.
+// Hang makes a program, by its path, do nothing until its caller gives up, which
+// is after darwin.DefaultTimeout.
 func (m *Mac) Hang(path string, hangs bool) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.hang[path] = hangs
+	if hangs {
+		m.Slow(path, math.MaxInt64)
+	} else {
+		m.Slow(path, 0)
+	}
 }
 
-func (m *Mac) hangs(path string) bool {
+// wait waits as long as the program takes, or until its caller gives up.
+func (m *Mac) wait(ctx context.Context, path string) error {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.hang[path]
-}
-
-func (m *Mac) slowness(path string) time.Duration {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.slow[path]
+	d := m.slow[path]
+	m.mu.Unlock()
+	if d == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, darwin.DefaultTimeout)
+	defer cancel()
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // Interfaces implements darwin.Kernel.

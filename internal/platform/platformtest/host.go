@@ -25,6 +25,7 @@ type Host struct {
 
 	mu      sync.Mutex
 	fault   func(step string) error
+	hangs   string // a step
 	facts   policy.Host
 	iface   string // empty while it isn't there
 	device  *device
@@ -58,10 +59,21 @@ func (h *Host) step(ctx context.Context, name string) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	if h.hangs == name {
+		<-ctx.Done()
+		return context.Cause(ctx)
+	}
 	if h.fault == nil {
 		return nil
 	}
 	return h.fault(name)
+}
+
+// HangAt has a step do nothing until its context ends.
+func (h *Host) HangAt(step string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.hangs = step
 }
 
 // SetFault has f return the error with which a step fails from now on; steps are
