@@ -27,7 +27,7 @@ var rooms = map[string][]string{
 	"internal/flow":      {"internal/policy"},
 	"internal/guard":     {"internal/flow", "internal/policy"},
 	"internal/imports":   {},
-	"internal/install":   {"launchd"},
+	"internal/install":   {"internal/platform", "launchd"},
 	"internal/logfile":   {},
 	"internal/linux":     {"internal/platform", "internal/policy"},
 	"internal/macos":     {"darwin", "internal/flow", "internal/platform", "internal/policy", "pfconf"},

@@ -12,6 +12,10 @@ import (
 	"github.com/meshhelper/meshhelper/launchd"
 )
 
+// StepBoot is the text of the step whose failure means that the helper runs, and
+// doesn't start with the next boot.
+const StepBoot = "ask whether macOS starts it with the next boot"
+
 // InstallSteps returns what Install does, in order. Running them again upgrades:
 // the state isn't touched.
 func InstallSteps(o *Options) []Step {
@@ -24,6 +28,7 @@ func InstallSteps(o *Options) []Step {
 		{"allow its packets in the Application Firewall", true, o.allow},
 		{fmt.Sprintf("start the service %s", o.Label), false, o.start},
 		{"wait until the helper answers", false, o.Ready},
+		{StepBoot, true, o.startsAtBoot},
 	}
 }
 
@@ -149,24 +154,6 @@ func (o *Options) writeList(context.Context) error {
 	f.Path = o.List()
 	if v := launchd.CheckFile(o.adopt(f), o.Label); len(v) > 0 {
 		return v[0]
-	}
-	return nil
-}
-
-// allow registers the program with the Application Firewall, which otherwise may
-// drop packets to it without a word. It fails where a profile manages the
-// firewall.
-func (o *Options) allow(ctx context.Context) error {
-	return errors.Join(o.firewall(ctx, "--add"), o.firewall(ctx, "--unblockapp"))
-}
-
-func (o *Options) firewall(ctx context.Context, verb string) error {
-	stdout, stderr, status, err := o.Runner.Run(ctx, nil, firewall, verb, o.Program())
-	if err != nil {
-		return err
-	}
-	if status != 0 {
-		return fmt.Errorf("socketfilterfw %s: exit status %d: %s", verb, status, strings.TrimSpace(string(stdout)+string(stderr)))
 	}
 	return nil
 }

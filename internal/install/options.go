@@ -8,7 +8,9 @@ import (
 	"os/user"
 	"path/filepath"
 	"strconv"
+	"time"
 
+	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/launchd"
 )
 
@@ -44,8 +46,12 @@ const (
 	programDir = "/Library/PrivilegedHelperTools"
 	listDir    = "/Library/LaunchDaemons"
 	linkPath   = "/usr/local/bin/meshhelper"
-	firewall   = "/usr/libexec/ApplicationFirewall/socketfilterfw"
 )
+
+// ExitTimeOut is how long launchd waits between SIGTERM and SIGKILL, in seconds:
+// what the helper takes to leave the host as it was found, and a rest for a command
+// that has to be killed first and for the socket's clients.
+const ExitTimeOut = int(platform.LeaveLimit/time.Second) + 5
 
 // Program returns where the executable is installed.
 func (o *Options) Program() string { return programDir + "/" + o.Label }
@@ -74,8 +80,8 @@ func (o *Options) job() *launchd.Job {
 		ProgramArguments: append([]string{o.Program(), "run"}, o.Arguments...),
 		RunAtLoad:        true,
 		KeepAlive:        &launchd.KeepAlive{Always: true},
-		// The helper puts the host back in less; the default differs by release.
-		ExitTimeOut: new(20),
+		// The default differs by release.
+		ExitTimeOut: new(ExitTimeOut),
 		// Unset, launchd throttles CPU and I/O of what forwards everybody's packets.
 		ProcessType: launchd.Interactive,
 		Umask:       new(launchd.Umask(0o077)),

@@ -15,7 +15,7 @@ func UninstallSteps(o *Options) []Step {
 	steps := []Step{
 		{fmt.Sprintf("stop the service %s", o.Label), false, u.stop},
 		{"put the host back as it was found", false, u.restore},
-		{"take it out of the Application Firewall", true, func(ctx context.Context) error { return o.firewall(ctx, "--remove") }},
+		{"take it out of the Application Firewall", true, o.disallow},
 		{"remove " + o.List(), false, o.remover(o.List())},
 		{"remove " + o.Program(), false, o.remover(o.Program())},
 		{"remove " + o.Socket, false, o.remover(o.Socket)},

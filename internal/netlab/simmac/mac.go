@@ -2,16 +2,19 @@ package simmac
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -65,8 +68,9 @@ type Mac struct {
 	fragments fragments
 	wire      func(link string, packet []byte)
 	local     func(packet []byte)
-	sharing   []darwin.Token // Internet Sharing's
-	allowed   map[string]bool
+	sharing   []darwin.Token  // Internet Sharing's
+	allowed   map[string]bool // registered with the Application Firewall
+	alf       Firewall
 }
 
 // New returns a Mac that was just booted, with the stock packet filter and no
@@ -86,7 +90,7 @@ func New(o Options) *Mac {
 		Engine:    m.engine,
 		NextToken: func() darwin.Token { return darwin.Token(tokens.Uint64()) },
 	}
-	m.Launchd = &launchd.Fake{Files: m.propertyList}
+	m.Launchd = &launchd.Fake{Files: m.propertyList, Program: m.program}
 	return m
 }
 
@@ -111,32 +115,121 @@ func (m *Mac) Run(ctx context.Context, stdin []byte, path string, args ...string
 // firewallPath is the program of the Application Firewall.
 const firewallPath = "/usr/libexec/ApplicationFirewall/socketfilterfw"
 
-// firewall knows the three verbs by which programs are registered. It tells of
-// failures on stdout and exits 0 all the same.
-func (m *Mac) firewall(args []string) (stdout string, status int) {
-	if len(args) != 2 {
-		return "usage: socketfilterfw ...\n", 255
-	}
-	verb, program := args[0], args[1]
+// A Firewall is how the Application Firewall of a Mac is.
+type Firewall struct {
+	// On and BlockAll are its two switches.
+	On, BlockAll bool
+	// Refuses has it register nothing, and say so only in words.
+	Refuses bool
+	// Managed has it refuse what changes it, as on a Mac whose settings a profile
+	// makes.
+	Managed bool
+	// Newer has it use the words of newer releases, whose --getappblocked calls a
+	// program permitted that isn't registered, too.
+	Newer bool
+}
+
+// SetFirewall sets how the Application Firewall is; it is off at first. What is
+// registered stays.
+func (m *Mac) SetFirewall(f Firewall) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	_, known := m.allowed[program]
-	switch {
-	case verb == "--add":
-		if !known {
-			m.allowed[program] = false
+	m.alf = f
+}
+
+// The words of socketfilterfw (socket_vmnet PR#51, and captures of macOS 26).
+const (
+	notPart  = "The application is not part of the firewall\n"
+	managed  = "Firewall settings cannot be modified from command line on managed Mac computers.\n"
+	alfUsage = "usage: socketfilterfw ...\n"
+)
+
+// firewall is socketfilterfw. It tells of failures on stdout and exits 0 all the
+// same.
+func (m *Mac) firewall(args []string) (stdout string, status int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch len(args) {
+	case 1:
+		return m.firewallState(args[0])
+	case 2:
+		return m.firewallProgram(args[0], args[1])
+	}
+	return alfUsage, 255
+}
+
+func (m *Mac) firewallState(verb string) (stdout string, status int) {
+	switch verb {
+	case "--getglobalstate":
+		switch {
+		case m.alf.On && m.alf.BlockAll:
+			return "Firewall is enabled. (State = 2)\n", 0
+		case m.alf.On:
+			return "Firewall is enabled. (State = 1)\n", 0
 		}
+		return "Firewall is disabled. (State = 0)\n", 0
+	case "--getblockall":
+		word := "disabled"
+		if m.alf.BlockAll {
+			word = "enabled"
+		}
+		return "Firewall has block all state set to " + word + ".\n", 0
+	case "--listapps":
+		format, head := "%d :  %s \n \t ( %s incoming connections ) \n\n", "ALF: total number of apps = %d \n\n"
+		if m.alf.Newer {
+			format, head = "%d : %s \n             (%s incoming connections)\n", "Total number of apps = %d \n"
+		}
+		out := fmt.Sprintf(head, len(m.allowed))
+		for i, program := range slices.Sorted(maps.Keys(m.allowed)) {
+			word := "Block"
+			if m.allowed[program] {
+				word = "Allow"
+			}
+			out += fmt.Sprintf(format, i+1, program, word)
+		}
+		return out, 0
+	}
+	return alfUsage, 255
+}
+
+func (m *Mac) firewallProgram(verb, program string) (stdout string, status int) {
+	allowed, known := m.allowed[program]
+	changes := verb == "--add" || verb == "--unblockapp" || verb == "--remove"
+	switch {
+	case changes && m.alf.Managed:
+		return managed, 0
+	case changes && m.alf.Refuses:
+		return notPart, 0
+	case verb == "--add":
+		if known {
+			return "The application is already a part of the firewall\n", 0
+		}
+		m.allowed[program] = true
 		return fmt.Sprintf("Application at path ( %s ) added to firewall\n", program), 0
+	case verb == "--getappblocked" && !known && m.alf.Newer:
+		return fmt.Sprintf("Incoming connection to %s is permitted.\n", program), 0
 	case !known:
-		return "The application is not part of the firewall\n", 0
+		return notPart, 0
+	case verb == "--getappblocked":
+		word := "blocked"
+		if allowed {
+			word = "permitted"
+		}
+		if m.alf.Newer {
+			return fmt.Sprintf("Incoming connection to %s is %s.\n", program, word), 0
+		}
+		return "Incoming connection to the application is " + word + "\n", 0
 	case verb == "--unblockapp":
 		m.allowed[program] = true
-		return fmt.Sprintf("Incoming connection to the application at ( %s ) is permitted\n", program), 0
+		return "Incoming connection to the application is permitted\n", 0
+	case verb == "--blockapp":
+		m.allowed[program] = false
+		return "Incoming connection to the application is blocked\n", 0
 	case verb == "--remove":
 		delete(m.allowed, program)
 		return fmt.Sprintf("Application at path ( %s ) removed from firewall\n", program), 0
 	}
-	return "usage: socketfilterfw ...\n", 255
+	return alfUsage, 255
 }
 
 // Allowed reports whether the Application Firewall lets packets to a program.
@@ -213,6 +306,21 @@ func (m *Mac) propertyList(path string) (launchd.File, []byte, error) {
 	}
 	data, err := os.ReadFile(file)
 	return f, data, err
+}
+
+// program looks at an executable below Options.Root.
+func (m *Mac) program(path string) (fs.FileInfo, string, error) {
+	if m.options.Root == "" {
+		return nil, "", fs.ErrNotExist
+	}
+	file := filepath.Join(m.options.Root, path)
+	info, err := os.Stat(file)
+	if err != nil {
+		return nil, "", err
+	}
+	data, err := os.ReadFile(file)
+	digest := sha256.Sum256(data)
+	return info, string(digest[:]), err
 }
 
 // AddEthernet adds an interface with its addresses, and if a router is given the

@@ -114,7 +114,8 @@ func (p *Process) disown(c io.Closer) {
 }
 
 // looking are the arguments of commands that change nothing.
-var looking = []string{"-s", "-T show", "-T test", "-n", "print", "print-disabled", "dumpbtm", "--dns"}
+var looking = []string{"-s", "-T show", "-T test", "-n", "print", "print-disabled", "dumpbtm", "--dns",
+	"--getglobalstate", "--getblockall", "--listapps", "--getappblocked"}
 
 func onlyLooks(file, line string) bool {
 	// `ifconfig NAME inet6` shows addresses.

@@ -1,0 +1,248 @@
+package install
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/meshhelper/meshhelper/launchd"
+)
+
+// A Check is one thing about the installed service that was looked at.
+type Check struct {
+	Name string
+	OK   bool
+	// Message says what was found, Hint what to do about it; a check that is well has
+	// no hint.
+	Message, Hint string
+}
+
+func (c Check) fine(format string, args ...any) Check {
+	c.OK, c.Message = true, fmt.Sprintf(format, args...)
+	return c
+}
+
+func (c Check) wrong(message, hint string) Check {
+	c.Message, c.Hint = message, hint
+	return c
+}
+
+// unknown is what can't be told, which is no problem by itself.
+func (c Check) unknown(err error) Check { return c.fine("not known: %v", err) }
+
+// checkLimit bounds each check.
+const checkLimit = 10 * time.Second
+
+// again is the hint where installing once more puts it right.
+const again = "sudo meshhelper install puts it right; the mesh stays"
+
+// Checks looks at the service as it is installed, without the helper: the property
+// list, the program, what launchd and macOS say of it, and the Application
+// Firewall. It changes nothing. Where nothing is installed it says only that.
+func Checks(ctx context.Context, o *Options) []Check {
+	if _, err := os.Lstat(o.disk(o.List())); errors.Is(err, fs.ErrNotExist) {
+		return []Check{Check{Name: "service"}.wrong("not installed: there is no "+o.List(), "sudo meshhelper install")}
+	}
+	var out []Check
+	for _, check := range []func(context.Context) Check{
+		o.checkWrittenList, o.checkInstalled, o.checkService, o.checkEnabled, o.checkLoginItem, o.checkFirewall,
+	} {
+		limit, cancel := context.WithTimeout(ctx, checkLimit)
+		out = append(out, check(limit))
+		cancel()
+	}
+	return out
+}
+
+// checkWrittenList reads the property list as launchd does.
+func (o *Options) checkWrittenList(context.Context) Check {
+	c := Check{Name: "property list"}
+	f, err := launchd.Lstat(o.disk(o.List()))
+	if err != nil {
+		return c.wrong(err.Error(), again)
+	}
+	f.Path = o.List()
+	if v := launchd.CheckFile(o.adopt(f), o.Label); len(v) > 0 {
+		return c.wrong(v[0].Text, again)
+	}
+	j, err := readJob(o.disk(o.List()))
+	if err != nil {
+		return c.wrong(err.Error(), again)
+	}
+	if v := j.Check(); len(v) > 0 {
+		return c.wrong(v[0].Text, again)
+	}
+	switch {
+	case j.Label != o.Label:
+		return c.wrong(fmt.Sprintf("%s has the label %q", o.List(), j.Label), again)
+	case j.ProgramArguments[0] != o.Program() || j.Program != "" && j.Program != o.Program():
+		return c.wrong(fmt.Sprintf("%s runs %q, not %q", o.List(), j.ProgramArguments[0], o.Program()), again)
+	case j.ExitTimeOut == nil || *j.ExitTimeOut < ExitTimeOut:
+		return c.wrong(fmt.Sprintf("%s lets launchd kill the helper before it has put the host back (ExitTimeOut under %d)", o.List(), ExitTimeOut), again)
+	}
+	return c.fine("%s", o.List())
+}
+
+// readJob reads a property list, bounded.
+func readJob(path string) (*launchd.Job, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, launchd.MaxPlist+1))
+	if err != nil {
+		return nil, err
+	}
+	return launchd.Parse(data)
+}
+
+func (o *Options) checkInstalled(ctx context.Context) Check {
+	c := Check{Name: "program"}
+	if err := o.checkProgram(ctx); err != nil {
+		return c.wrong(err.Error(), "chown root and chmod go-w what is named, then: sudo meshhelper install")
+	}
+	return c.fine("%s, which only root can change", o.Program())
+}
+
+// checkService asks launchd how the service is.
+func (o *Options) checkService(ctx context.Context) Check {
+	c := Check{Name: "service"}
+	s, err := o.launchctl().Print(ctx, o.Label)
+	switch {
+	case err != nil:
+		return c.unknown(err)
+	case s.Running():
+		return c.fine("launchd has %s: %v", o.Label, s)
+	case s.BadSignature():
+		return c.wrong(fmt.Sprintf("macOS ends the program at its start, since its code signature isn't valid: %v", s),
+			(&launchd.Error{Code: launchd.CodeSigning}).Hint())
+	case !s.Loaded:
+		return c.wrong("launchd hasn't loaded it", "sudo meshhelper install loads it, once the checks below are well")
+	}
+	return c.wrong("it doesn't run: "+s.String(), "see the log below; launchd tries again by itself")
+}
+
+// checkEnabled looks for the mark of `launchctl disable`, which outlives installs.
+func (o *Options) checkEnabled(ctx context.Context) Check {
+	c := Check{Name: "launchd"}
+	disabled, err := o.launchctl().Disabled(ctx, o.Label)
+	switch {
+	case err != nil:
+		return c.unknown(err)
+	case disabled:
+		return c.wrong("the service is disabled, so launchd doesn't load it", fmt.Sprintf("sudo launchctl enable system/%s, then: sudo meshhelper install", o.Label))
+	}
+	return c.fine("the service isn't disabled")
+}
+
+// switchOn is where the user's switch is.
+const switchOn = "switch meshhelper on in System Settings > General > Login Items & Extensions"
+
+// checkLoginItem looks how the service stands in Login Items & Extensions.
+func (o *Options) checkLoginItem(ctx context.Context) Check {
+	c := Check{Name: "login item"}
+	if o.isRoot() != nil {
+		// sfltool would ask for a password in a window.
+		return c.fine("not asked, since only root may: sudo meshhelper doctor")
+	}
+	item, err := o.launchctl().LoginItem(ctx, o.Label)
+	switch {
+	case err != nil:
+		return c.unknown(err)
+	case item.Blocked():
+		return c.wrong(fmt.Sprintf("Login Items & Extensions holds it back (%s): it doesn't start with this Mac", item.Disposition), switchOn)
+	case !item.Found:
+		return c.fine("Login Items & Extensions doesn't list it")
+	}
+	return c.fine("%s", item.Disposition)
+}
+
+// startsAtBoot asks again, after the start, whether macOS lets the service start
+// with the next boot: it decides that when it sees a new service.
+func (o *Options) startsAtBoot(ctx context.Context) error {
+	item, err := o.launchctl().LoginItem(ctx, o.Label)
+	if err == nil && item.Blocked() {
+		err = fmt.Errorf("it runs now, and Login Items & Extensions holds it back from the next boot on (%s); %s", item.Disposition, switchOn)
+	}
+	return err
+}
+
+// Bounds of what is shown of a log.
+const (
+	logLines  = 5
+	logBytes  = 16 << 10
+	lineRunes = 300
+)
+
+// LastLines returns the last lines of what the helper logged and of what it said
+// when it crashed, as a check that is always well.
+func LastLines(o *Options) Check {
+	c := Check{Name: "log"}
+	var parts []string
+	for _, name := range []string{"helper.log", "stderr.log"} {
+		lines, err := lastLines(o.disk(o.LogDir + "/" + name))
+		switch {
+		case errors.Is(err, fs.ErrPermission):
+			parts = append(parts, o.LogDir+"/"+name+" is for root's eyes: sudo meshhelper doctor")
+		case err == nil && len(lines) > 0:
+			parts = append(parts, o.LogDir+"/"+name+" ends with")
+			for _, l := range lines {
+				parts = append(parts, "  "+l)
+			}
+		}
+	}
+	if parts == nil {
+		return c.fine("nothing is in %s", o.LogDir)
+	}
+	return c.fine("%s", strings.Join(parts, "\n"))
+}
+
+// lastLines returns the last lines of a file that may be large, or be anything.
+func lastLines(path string) ([]string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil || !info.Mode().IsRegular() {
+		return nil, err
+	}
+	from := max(info.Size()-logBytes, 0)
+	data, err := io.ReadAll(io.NewSectionReader(f, from, logBytes))
+	if err != nil {
+		return nil, err
+	}
+	all := strings.Split(strings.TrimRight(string(data), "\n"), "\n")
+	if from > 0 && len(all) > 1 {
+		all = all[1:] // its beginning is missing
+	}
+	var out []string
+	for _, line := range all[max(len(all)-logLines, 0):] {
+		if line = printable(line); line != "" {
+			out = append(out, line)
+		}
+	}
+	return out, nil
+}
+
+// printable cuts a line, and takes out what would move a terminal's cursor.
+func printable(line string) string {
+	runes := []rune(strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return ' '
+		}
+		return r
+	}, line))
+	if len(runes) > lineRunes {
+		runes = append(runes[:lineRunes], '…')
+	}
+	return strings.TrimSpace(string(runes))
+}

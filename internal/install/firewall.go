@@ -1,0 +1,211 @@
+package install
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+)
+
+// firewall is the program that the Application Firewall is asked and told by. It
+// exits 0 when it fails, too, and says why on stdout (socket_vmnet PR#51), so
+// whatever was told is read back.
+const firewall = "/usr/libexec/ApplicationFirewall/socketfilterfw"
+
+// An appRule is how the Application Firewall has a program.
+type appRule string
+
+const (
+	appUnknown appRule = "can't be told" // no answer that is known here
+	appAbsent  appRule = "not registered"
+	appBlocked appRule = "blocked"
+	appAllowed appRule = "allowed"
+)
+
+// allow registers the program with the Application Firewall, which otherwise may
+// drop packets to it without a word.
+func (o *Options) allow(ctx context.Context) error {
+	said, err := o.tellFirewall(ctx, "--add", "--unblockapp")
+	if err != nil {
+		return err
+	}
+	rule, err := o.appRule(ctx)
+	if err == nil && rule != appAllowed {
+		err = fmt.Errorf("the program is %s (socketfilterfw says %q); allow it in System Settings > Network > Firewall > Options", rule, said)
+	}
+	return err
+}
+
+// disallow takes the program out of the Application Firewall.
+func (o *Options) disallow(ctx context.Context) error {
+	if rule, err := o.appRule(ctx); err == nil && rule == appAbsent {
+		return errNothing
+	}
+	said, err := o.tellFirewall(ctx, "--remove")
+	if err != nil {
+		return err
+	}
+	rule, err := o.appRule(ctx)
+	if err == nil && rule != appAbsent {
+		err = fmt.Errorf("the program is still %s (socketfilterfw says %q); remove it in System Settings > Network > Firewall > Options", rule, said)
+	}
+	return err
+}
+
+// tellFirewall gives the firewall some verbs for the program, and returns the last
+// that it said.
+func (o *Options) tellFirewall(ctx context.Context, verbs ...string) (said string, err error) {
+	for _, verb := range verbs {
+		out, err := o.askFirewall(ctx, verb, o.Program())
+		if err != nil {
+			return "", err
+		}
+		said, _, _ = strings.Cut(strings.TrimSpace(out), "\n")
+		said = strings.ToValidUTF8(said[:min(len(said), 200)], "")
+	}
+	return said, nil
+}
+
+// askFirewall runs socketfilterfw. An exit status other than 0 is an error.
+func (o *Options) askFirewall(ctx context.Context, args ...string) (string, error) {
+	stdout, stderr, status, err := o.Runner.Run(ctx, nil, firewall, args...)
+	if err == nil && status != 0 {
+		err = fmt.Errorf("exit status %d: %.200q", status, bytes.TrimSpace(append(stdout, stderr...)))
+	}
+	if err != nil {
+		return "", fmt.Errorf("socketfilterfw %s: %w", args[0], err)
+	}
+	return string(stdout), nil
+}
+
+// appRule asks how the program is registered. Of a program that isn't, newer
+// releases say that connections to it are permitted, so the list decides.
+func (o *Options) appRule(ctx context.Context) (appRule, error) {
+	list, err := o.askFirewall(ctx, "--listapps")
+	if err != nil {
+		return appUnknown, err
+	}
+	said, err := o.askFirewall(ctx, "--getappblocked", o.Program())
+	if err != nil {
+		return appUnknown, err
+	}
+	listed, blocked := parseApps(list, o.Program()), parseAppBlocked(said, o.Program())
+	switch {
+	case listed == appUnknown:
+		return blocked, nil
+	case listed == appAllowed && (blocked == appBlocked || blocked == appAbsent):
+		return blocked, nil
+	}
+	return listed, nil
+}
+
+// parseApps reads `socketfilterfw --listapps`:
+//
+//	ALF: total number of apps = 2
+//
+//	1 :  /usr/libexec/bootpd
+//	 	 ( Allow incoming connections )
+//
+// or, newer, without "ALF:" and with the words close to their parentheses.
+func parseApps(out, program string) appRule {
+	if !strings.Contains(strings.ToLower(out), "total number of apps") {
+		return appUnknown
+	}
+	ours := false
+	for line := range strings.Lines(out) {
+		line = strings.TrimSpace(line)
+		if number, path, ok := strings.Cut(line, ":"); ok && isNumber(strings.TrimSpace(number)) {
+			path = strings.TrimSpace(path)
+			if ours = path == program; ours {
+				continue
+			}
+			// Both on one line.
+			rest, found := strings.CutPrefix(path, program)
+			if rest = strings.TrimSpace(rest); !found || !strings.HasPrefix(rest, "(") {
+				continue
+			}
+			ours, line = true, rest
+		}
+		if !ours || !strings.HasPrefix(line, "(") {
+			continue
+		}
+		switch verdict := strings.ToLower(line); {
+		case strings.Contains(verdict, "block"):
+			return appBlocked
+		case strings.Contains(verdict, "allow"):
+			return appAllowed
+		}
+		return appUnknown
+	}
+	if ours {
+		return appUnknown
+	}
+	return appAbsent
+}
+
+func isNumber(s string) bool {
+	return s != "" && strings.Trim(s, "0123456789") == ""
+}
+
+// parseAppBlocked reads `socketfilterfw --getappblocked`: "Incoming connection to
+// the application is permitted", with the program's path in newer releases.
+func parseAppBlocked(out, program string) appRule {
+	words := strings.ToLower(strings.ReplaceAll(out, program, ""))
+	switch {
+	case strings.Contains(words, "not part of the firewall"):
+		return appAbsent
+	case strings.Contains(words, "blocked"):
+		return appBlocked
+	case strings.Contains(words, "permitted"):
+		return appAllowed
+	}
+	return appUnknown
+}
+
+// checkFirewall says whether the Application Firewall lets packets to the helper.
+func (o *Options) checkFirewall(ctx context.Context) Check {
+	c := Check{Name: "application firewall"}
+	state, err := o.askFirewall(ctx, "--getglobalstate")
+	if err != nil {
+		return c.unknown(err)
+	}
+	all, err := o.askFirewall(ctx, "--getblockall")
+	if err != nil {
+		return c.unknown(err)
+	}
+	rule, err := o.appRule(ctx)
+	if err != nil {
+		return c.unknown(err)
+	}
+	on, blockAll := parseFirewall(state, all)
+	switch {
+	case on == nil:
+		return c.unknown(errors.New("socketfilterfw gives no state that is known here"))
+	case !*on:
+		return c.fine("off; the program is %s", rule)
+	case blockAll:
+		return c.wrong("it blocks all incoming connections, those of peers too",
+			`System Settings > Network > Firewall > Options: switch off "Block all incoming connections"`)
+	case rule == appAbsent, rule == appBlocked:
+		return c.wrong("it is on, and the program is "+string(rule)+": packets of peers may be dropped",
+			"sudo meshhelper install, or System Settings > Network > Firewall > Options: allow "+o.Program())
+	}
+	return c.fine("on; the program is %s", rule)
+}
+
+// parseFirewall reads `socketfilterfw --getglobalstate`, "Firewall is enabled.
+// (State = 1)" where 2 stands for "block all" as well, and --getblockall, "Firewall
+// has block all state set to disabled." or "Block all DISABLED!". on is nil where
+// it can't be told.
+func parseFirewall(state, all string) (on *bool, blockAll bool) {
+	state, all = strings.ToLower(state), strings.ToLower(all)
+	switch {
+	case strings.Contains(state, "enabled") == strings.Contains(state, "disabled"):
+		return nil, false
+	case strings.Contains(state, "disabled"):
+		return new(false), false
+	}
+	return new(true), strings.Contains(state, "state = 2") ||
+		strings.Contains(all, "block all") && strings.Contains(all, "enabled") && !strings.Contains(all, "disabled")
+}
