@@ -62,15 +62,16 @@ func New(o Options) *Launchctl {
 // what launchd noted of the old program's signature, so that the new program is
 // killed at its start (mache#641).
 func (l *Launchctl) Load(ctx context.Context, label, file string) (Status, error) {
+	// First, so that an instance that runs isn't taken away for one that can't.
+	if err := l.switchedOff(ctx, label); err != nil {
+		return Status{}, err
+	}
 	if err := l.Bootout(ctx, label); err != nil {
 		return Status{}, err
 	}
 	// A service that was disabled once stays so through reinstallation, and
 	// bootstrap then answers 119, or 5 in older releases.
 	if err := l.Enable(ctx, label); err != nil {
-		return Status{}, err
-	}
-	if err := l.switchedOff(ctx, label); err != nil {
 		return Status{}, err
 	}
 	s, err := Status{}, l.Bootstrap(ctx, label, file)
@@ -89,6 +90,9 @@ func (l *Launchctl) Load(ctx context.Context, label, file string) (Status, error
 // switchedOff gives an error if the user, or a profile, has switched the service
 // off. Where that can't be told (before macOS 13), it isn't.
 func (l *Launchctl) switchedOff(ctx context.Context, label string) error {
+	if _, err := serviceTarget("load", label); err != nil {
+		return err
+	}
 	if item, err := l.LoginItem(ctx, label); err == nil && item.Blocked() {
 		return &Error{Verb: "load", Target: "system/" + label, Code: SwitchedOff}
 	}

@@ -72,9 +72,9 @@ func TestLoadFirstTime(t *testing.T) {
 		t.Errorf("status %+v", s)
 	}
 	want := []string{
+		"/usr/bin/sfltool dumpbtm",
 		"/bin/launchctl bootout system/" + label,
 		"/bin/launchctl enable system/" + label,
-		"/usr/bin/sfltool dumpbtm",
 		"/bin/launchctl bootstrap system " + plistPath,
 		"/bin/launchctl print system/" + label,
 	}
@@ -133,6 +133,21 @@ func TestLoadSwitchedOff(t *testing.T) {
 			t.Errorf("hint %q doesn't say where the switch is", e.Hint())
 		}
 	})
+}
+
+// An upgrade of a service that was switched off while it runs leaves it running.
+func TestLoadSwitchedOffWhileItRuns(t *testing.T) {
+	m := newMac(t)
+	if _, err := m.ctl.Load(t.Context(), label, plistPath); err != nil {
+		t.Fatal(err)
+	}
+	m.Blocked = []string{label}
+	if _, err := m.ctl.Load(t.Context(), label, plistPath); !errors.Is(err, launchd.SwitchedOff) {
+		t.Errorf("got %v", err)
+	}
+	if s, err := m.ctl.Print(t.Context(), label); err != nil || !s.Running() {
+		t.Errorf("%v, %v", s, err)
+	}
 }
 
 func TestBootstrapRefused(t *testing.T) {

@@ -15,6 +15,7 @@ import (
 	"runtime/debug"
 	"strings"
 	"syscall"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 
@@ -52,6 +53,7 @@ type app struct {
 	getenv         func(string) string
 	random         io.Reader
 	terminal       bool // whether stdout is one
+	columns        int  // of the terminal; 0: there is none
 	platforms      map[string]newPlatform
 	service        *serviceHost // nil where there is no launchd
 
@@ -179,6 +181,24 @@ func (a *app) print(v any, text func()) error {
 
 // say writes a line of the answer.
 func (a *app) say(format string, args ...any) { fmt.Fprintf(a.stdout, format+"\n", args...) }
+
+// sayWrapped writes a line of the answer, at a terminal broken between words; next
+// stands before each line but the first.
+func (a *app) sayWrapped(first, next, text string) {
+	line := first
+	for i, word := range strings.Split(text, " ") {
+		switch {
+		case i == 0:
+		case a.columns > 0 && utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) > a.columns:
+			a.say("%s", line)
+			line = next
+		default:
+			line += " "
+		}
+		line += word
+	}
+	a.say("%s", line)
+}
 
 // talk writes a line beside the answer.
 func (a *app) talk(format string, args ...any) { fmt.Fprintf(a.stderr, format+"\n", args...) }

@@ -2,14 +2,20 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"strconv"
+	"strings"
+	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/install"
+	"github.com/meshhelper/meshhelper/internal/macos"
 )
 
 // newExplainCommand returns `explain`.
@@ -107,39 +113,115 @@ func (a *app) writeExplanation(e api.Explanation) {
 
 // newDoctorCommand returns `doctor`, which fails when something is wrong.
 func newDoctorCommand(a *app) *cobra.Command {
-	return &cobra.Command{
+	label := macos.DefaultLabel
+	c := &cobra.Command{
 		Use: "doctor", Short: "Look at every precondition", Args: cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error { return runDoctor(c.Context(), a) },
+		Long: `Look at every precondition, and say what to do about those that don't hold. It
+works without a helper, too: on a Mac it then looks at the installed service.`,
+		RunE: func(c *cobra.Command, _ []string) error { return runDoctor(c.Context(), a, label) },
 	}
+	if a.service != nil {
+		c.Flags().StringVar(&label, "label", label, "`NAME` of the service")
+	}
+	return c
 }
 
-func runDoctor(ctx context.Context, a *app) error {
-	checks, err := a.client().Doctor(ctx)
-	if err != nil {
-		return err
+// doctorLimit bounds the wait for a helper that takes the question and doesn't
+// answer.
+const doctorLimit = 10 * time.Second
+
+// logCheck names the log's last lines among the checks.
+const logCheck = "log"
+
+func runDoctor(ctx context.Context, a *app, label string) error {
+	limit, cancel := context.WithTimeout(ctx, doctorLimit)
+	defer cancel()
+	helpers, failed := a.client().Doctor(limit)
+	var checks []api.Check
+	var what *install.Options
+	if a.service != nil {
+		what = a.installed(label)
+		checks = a.checkService(ctx, what, failed == nil)
 	}
+	if errors.Is(failed, api.ErrUnreachable) {
+		checks = append(checks, a.noHelper(failed, len(checks) > 1))
+		failed = nil
+	}
+	checks = append(checks, helpers...)
 	wrong := 0
 	for _, c := range checks {
 		if !c.OK {
 			wrong++
 		}
 	}
-	printed := a.print(checks, func() {
-		for _, c := range checks {
-			mark := "ok     "
-			if !c.OK {
-				mark = "problem"
-			}
-			a.say("%s  %s: %s", mark, c.Name, c.Message)
-			if c.Hint != "" {
-				a.say("         %s", c.Hint)
-			}
-		}
-	})
-	if printed != nil || wrong == 0 {
-		return printed
+	if wrong > 0 && what != nil {
+		l := api.Check(install.LastLines(what))
+		l.Name = logCheck
+		checks = append(checks, l)
 	}
-	return fmt.Errorf("%d of %d checks found a problem", wrong, len(checks))
+	printed := a.print(checks, func() { a.writeChecks(checks) })
+	switch {
+	case printed != nil:
+		return printed
+	case failed != nil: // the helper refused the question
+		return failed
+	case wrong > 0:
+		return fmt.Errorf("%d of %d checks found a problem", wrong, len(checks))
+	}
+	return nil
+}
+
+// checkService looks at the installed service. A helper that runs without being
+// installed is fine.
+func (a *app) checkService(ctx context.Context, what *install.Options, answers bool) (out []api.Check) {
+	for _, c := range install.Checks(ctx, what) {
+		out = append(out, api.Check(c))
+	}
+	if len(out) == 1 && answers {
+		return []api.Check{{Name: "service", OK: true, Message: "not installed; the helper runs in the foreground"}}
+	}
+	return out
+}
+
+// noHelper is what doctor says where no helper answers.
+func (a *app) noHelper(err error, installed bool) api.Check {
+	c := api.Check{Name: "helper", Message: "none answers on " + a.socket, Hint: "start it with: sudo meshhelper run"}
+	var errno syscall.Errno
+	if errors.As(err, &errno) {
+		c.Message += ": " + errno.Error()
+	}
+	switch {
+	case installed:
+		c.Hint = "see the checks of the service above, and the log below"
+	case a.service != nil:
+		c.Hint = "sudo meshhelper install, or in the foreground: sudo meshhelper run"
+	}
+	return c
+}
+
+// indent is the width of what stands before a check.
+const indent = "         "
+
+// writeChecks writes a line for each check, and what to do below it.
+func (a *app) writeChecks(checks []api.Check) {
+	for _, c := range checks {
+		mark, text := "ok       ", c.Name+": "+c.Message
+		switch {
+		case c.Name == logCheck:
+			mark, text = "log      ", c.Message
+		case !c.OK:
+			mark = "problem  "
+		}
+		for line := range strings.Lines(text) {
+			line = strings.TrimRight(line, "\n")
+			deeper := line[:len(line)-len(strings.TrimLeft(line, " "))]
+			a.sayWrapped(mark+deeper, indent+deeper, line[len(deeper):])
+			mark = indent
+		}
+		if c.Hint != "" {
+			a.sayWrapped(indent+"-> ", indent+"   ", c.Hint)
+		}
+	}
 }
 
 // newEventsCommand returns `events`.

@@ -27,6 +27,8 @@ type serviceHost struct {
 	restore func(ctx context.Context, stateDir string) error
 	// root stands for /; "" is /.
 	root string
+	// settle is how long an installed helper may be closed at first; settleTime if 0.
+	settle time.Duration
 }
 
 // logDir has what an installed helper logs, and what it says when it crashes.
@@ -34,6 +36,9 @@ const logDir = "/var/log/meshhelper"
 
 // startTime bounds how long an installed helper may take to answer.
 const startTime = 30 * time.Second
+
+// settleTime is how long it may be closed at first.
+const settleTime = 5 * time.Second
 
 // installOptions are the flags of install.
 type installOptions struct {
@@ -51,8 +56,8 @@ func newInstallCommand(a *app) *cobra.Command {
 	c := &cobra.Command{
 		Use: "install", Short: "Install the helper as a service, or upgrade it",
 		Long: `Copy the helper to a place that only root can change, have launchd start it now
-and with every boot, and wait until it answers. Repeating it upgrades the helper
-in place; the mesh stays as it is.`,
+and with every boot, wait until it answers, and say how it is. Repeating it
+upgrades the helper in place; the mesh stays as it is.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error { return o.run(c.Context()) },
 	}
@@ -73,21 +78,86 @@ func (o *installOptions) run(ctx context.Context) error {
 	if o.dryRun {
 		return o.app.printSteps(install.InstallSteps(what))
 	}
-	if err := install.Install(ctx, what, o.app.reportStep); err != nil {
+	boots := true
+	err = install.Install(ctx, what, func(s install.Step, err error) {
+		boots = boots && (s.Text != install.StepBoot || err == nil)
+		o.app.reportStep(s, err)
+	})
+	if err != nil {
 		return serviceError("install", err)
 	}
-	s, err := o.app.client().Status(ctx)
+	s, err := o.settled(ctx)
 	if err != nil {
 		return err
 	}
-	return o.app.print(map[string]any{"label": o.label, "program": what.Program(), "operator": o.operator, "status": s}, func() {
-		o.app.say("The helper %s runs on %s, port %d, and starts with this Mac.", o.label, s.Interface, s.ListenPort)
-		if o.operator != "" {
-			o.app.say("%s may change the mesh.", o.operator)
+	out := map[string]any{"label": o.label, "program": what.Program(), "operator": o.operator, "startsAtBoot": boots, "status": s}
+	if err := o.app.print(out, func() { o.describe(s, what, boots) }); err != nil {
+		return err
+	}
+	return closedError(s)
+}
+
+// settled returns the helper's status when it enforces, or when it has been closed
+// for some seconds: what is closed by a passing fault is tried again within them.
+func (o *installOptions) settled(ctx context.Context) (s api.Status, err error) {
+	limit := o.app.service.settle
+	if limit == 0 {
+		limit = settleTime
+	}
+	for until := time.Now().Add(limit); ; {
+		if s, err = o.app.client().Status(ctx); err != nil || s.State == api.Enforcing || time.Now().After(until) {
+			return s, err
 		}
-		o.app.say("Next: meshhelper peer add phone --qr")
-		o.app.talk("to have the command in everybody's path: %s", what.Link())
-	})
+		select {
+		case <-ctx.Done():
+			return s, ctx.Err()
+		case <-time.After(limit / 50):
+		}
+	}
+}
+
+// describe says what was installed and how it is.
+func (o *installOptions) describe(s api.Status, what *install.Options, boots bool) {
+	a := o.app
+	starts := "starts with this Mac"
+	if !boots {
+		starts = "doesn't start with this Mac: see above"
+	}
+	if s.State == api.Enforcing {
+		a.say("The helper %s runs on %s, port %d, and %s.", o.label, s.Interface, s.ListenPort, starts)
+	} else {
+		a.say("The helper %s is installed and %s. It runs, but is %s.", o.label, starts, s.State)
+	}
+	if o.operator != "" {
+		a.say("%s may change the mesh.", o.operator)
+	}
+	if s.State != api.Enforcing {
+		return
+	}
+	for _, p := range s.Problems {
+		a.talk("problem: %s: %s", p.Step, p.Message)
+		if p.Hint != "" {
+			a.talk("         %s", p.Hint)
+		}
+	}
+	a.say("Next: meshhelper peer add phone --qr")
+	a.talk("to have the command in everybody's path: %s", what.Link())
+}
+
+// closedError is nil for a helper that enforces, and else says why it doesn't.
+func closedError(s api.Status) error {
+	if s.State == api.Enforcing {
+		return nil
+	}
+	err := fmt.Errorf("installed and running, but %s", s.State)
+	if len(s.Problems) > 0 {
+		p := s.Problems[0]
+		err = fmt.Errorf("%w: %s: %s", err, p.Step, p.Message)
+		if p.Hint != "" {
+			return fmt.Errorf("%w; %s", err, p.Hint)
+		}
+	}
+	return fmt.Errorf("%w; see: meshhelper doctor", err)
 }
 
 // options turns the flags into what is installed.
@@ -182,7 +252,7 @@ func (a *app) printSteps(steps []install.Step) error {
 	}
 	return a.print(map[string]any{"steps": texts}, func() {
 		for _, t := range texts {
-			a.say("%s", t)
+			a.sayWrapped("", "  ", t)
 		}
 	})
 }
@@ -193,7 +263,7 @@ func (a *app) reportStep(s install.Step, err error) {
 	case err == nil:
 		a.talk("%s: done", s.Text)
 	case s.Optional:
-		a.talk("%s: skipped: %v", s.Text, err)
+		a.talk("%s: problem: %v", s.Text, err)
 	}
 }
 
@@ -207,6 +277,9 @@ func serviceError(command string, err error) error {
 		return api.Errorf(api.CodeForbidden, "%v", err).WithHint("try: sudo meshhelper %s", command)
 	case errors.As(err, &e):
 		return fmt.Errorf("%w; %s", err, e.Hint())
+	case errors.Is(err, api.ErrUnreachable): // it is installed, so installing it is no advice
+		what, _, _ := strings.Cut(err.Error(), "\n")
+		return fmt.Errorf("%s; see why: sudo meshhelper doctor", what)
 	}
 	return err
 }

@@ -6,13 +6,16 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"encoding/json"
 	"io/fs"
 	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -38,8 +41,10 @@ type macRig struct {
 	helper *simmac.Process // of the helper that runs, nil: none
 	stop   func()          // ends it and waits
 	said   said            // by it on stderr
+	refuse atomic.Bool     // pfctl loads nothing for it
 
 	stdout, stderr bytes.Buffer // of the last command
+	columns        int          // of the terminal
 }
 
 func newMacRig(t *testing.T) *macRig {
@@ -70,14 +75,14 @@ func newMacRig(t *testing.T) *macRig {
 // app returns the command as process p of the Mac would have it.
 func (g *macRig) app(p *simmac.Process) *app {
 	platform := func(o platformOptions) (daemon.Platform, error) {
-		return macos.NewPlatform(macos.PlatformOptions{StateDir: o.stateDir, Label: o.label, Runner: p, Kernel: p, CreateTUN: p.CreateTUN, Log: o.log})
+		return macos.NewPlatform(macos.PlatformOptions{StateDir: o.stateDir, Label: o.label, Runner: refusing{p, &g.refuse}, Kernel: p, CreateTUN: p.CreateTUN, Log: o.log})
 	}
 	return &app{
-		stdin: strings.NewReader(""), stdout: &g.stdout, stderr: &g.stderr, random: rand.Reader,
+		stdin: strings.NewReader(""), stdout: &g.stdout, stderr: &g.stderr, random: rand.Reader, columns: g.columns,
 		getenv:    func(name string) string { return map[string]string{"MESHHELPER_SOCKET": g.socket}[name] },
 		platforms: map[string]newPlatform{"darwin": platform},
 		service: &serviceHost{
-			runner: p, root: g.root, executable: os.Executable,
+			runner: p, root: g.root, executable: os.Executable, settle: time.Second,
 			restore: func(ctx context.Context, stateDir string) error {
 				made, err := platform(platformOptions{stateDir: filepath.Join(g.root, stateDir), log: slog.New(slog.DiscardHandler)})
 				if err != nil {
@@ -88,6 +93,19 @@ func (g *macRig) app(p *simmac.Process) *app {
 			},
 		},
 	}
+}
+
+// refusing is a process for which pfctl may load nothing.
+type refusing struct {
+	*simmac.Process
+	refuse *atomic.Bool
+}
+
+func (r refusing) Run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte, []byte, int, error) {
+	if r.refuse.Load() && path == "/sbin/pfctl" && slices.Contains(args, "-f") {
+		return nil, []byte("pfctl: /dev/pf: Operation not permitted\n"), 1, nil
+	}
+	return r.Process.Run(ctx, stdin, path, args...)
 }
 
 // start runs the job, as launchd does.
@@ -305,6 +323,102 @@ func TestInstallHintsAtTheSwitch(t *testing.T) {
 	g.mac.Launchd.Blocked = []string{"org.meshhelper"}
 	if status := g.run("install", "--listen-port", "0"); status != exitFailed || !strings.Contains(g.stderr.String(), "Login Items & Extensions") {
 		t.Errorf("exit status %d\n%s", status, g.stderr.String())
+	}
+}
+
+// A helper that can't hold the policy is installed, and isn't said to run well.
+func TestInstallSaysClosed(t *testing.T) {
+	g := newMacRig(t)
+	g.must("install", "--listen-port", "0")
+	g.must("peer", "add", "phone", "--allow", "routing")
+	g.mac.Launchd.Shutdown()
+	g.refuse.Store(true)
+	for _, json := range []bool{false, true} {
+		args := []string{"install", "--listen-port", "0"}
+		if json {
+			args = append(args, "--json")
+		}
+		status := g.run(args...)
+		errs, out := g.stderr.String(), g.stdout.String()
+		if status != exitFailed || !strings.Contains(errs, "meshhelper: installed and running, but closed: ") ||
+			!strings.Contains(errs, "Operation not permitted") || !strings.Contains(errs, "see: meshhelper doctor") {
+			t.Errorf("exit status %d\n%s", status, errs)
+		}
+		if json != strings.Contains(out, `"state":"closed"`) || strings.Contains(out, "Next:") || strings.Contains(out, "runs on") {
+			t.Errorf("install prints\n%s", out)
+		}
+	}
+	// It is closed for a moment only.
+	go func() {
+		time.Sleep(300 * time.Millisecond)
+		g.refuse.Store(false)
+	}()
+	if out := g.must("install", "--listen-port", "0", "--json"); !strings.Contains(out, `"state":"enforcing"`) || !strings.Contains(out, `"startsAtBoot":true`) {
+		t.Errorf("install prints\n%s", out)
+	}
+}
+
+// macOS lets the service run and holds it back from the next boot on.
+func TestInstallSaysHeldBack(t *testing.T) {
+	g := newMacRig(t)
+	g.mac.Launchd.HeldBack = []string{"org.meshhelper"}
+	out := g.must("install", "--listen-port", "0")
+	if !strings.Contains(out, "doesn't start with this Mac: see above") || !strings.Contains(g.stderr.String(), "General > Login Items & Extensions") {
+		t.Errorf("install prints\n%s%s", out, g.stderr.String())
+	}
+}
+
+// doctor looks at the installed service, with and without a helper.
+func TestDoctorOnTheSimulatedMac(t *testing.T) {
+	g := newMacRig(t)
+	doctor := func(want int, has ...string) {
+		t.Helper()
+		status := g.run("doctor")
+		out := g.stdout.String()
+		if status != want {
+			t.Errorf("exit status %d, want %d\n%s%s", status, want, out, g.stderr.String())
+		}
+		for _, h := range has {
+			if !strings.Contains(out, h) {
+				t.Errorf("no %q in\n%s", h, out)
+			}
+		}
+	}
+	doctor(exitFailed, "problem  service: not installed", "problem  helper: none answers on ", "-> sudo meshhelper install")
+	g.must("install", "--listen-port", "0")
+	doctor(exitDone, "ok       property list: /Library/LaunchDaemons/org.meshhelper.plist\n", "ok       service: org.meshhelper runs, process 4001\n",
+		"ok       login item: enabled, allowed, notified\n", "ok       helper: the state is enforcing\n")
+	if out := g.stdout.String(); strings.Index(out, "property list") > strings.Index(out, "helper: ") || strings.Contains(out, "log ") {
+		t.Errorf("doctor prints\n%s", out)
+	}
+
+	// The kernel kills it, again and again.
+	g.mac.Launchd.RefuseSignature("org.meshhelper", -1)
+	if _, _, _, err := g.mac.Run(t.Context(), nil, "/bin/launchctl", "kickstart", "-k", "system/org.meshhelper"); err != nil {
+		t.Fatal(err)
+	}
+	doctor(exitFailed, "problem  service: macOS ends the program at its start", "OS_REASON_CODESIGNING", "-> install it again",
+		"problem  helper: none answers on ", "-> see the checks of the service above",
+		"log      /var/log/meshhelper/helper.log ends with\n", "starting became enforcing")
+	g.mac.Launchd.RefuseSignature("org.meshhelper", 0)
+
+	var checks []api.Check
+	if status := g.run("doctor", "--json"); status != exitFailed || json.Unmarshal(g.stdout.Bytes(), &checks) != nil || checks[2].Name != "service" || checks[2].OK {
+		t.Errorf("exit status %d\n%s", status, g.stdout.String())
+	}
+
+	g.must("uninstall")
+	g.columns = 40
+	doctor(exitFailed, "problem  service: not installed: there\n         is no\n         /Library/LaunchDaemons/org.meshhelper.plist\n         -> sudo meshhelper install\n")
+}
+
+// A helper in the foreground is no problem for not being installed.
+func TestDoctorInTheForeground(t *testing.T) {
+	g := newMacRig(t)
+	g.start(&launchd.Job{ProgramArguments: []string{"meshhelper", "run", "--listen-port", "0", "--platform", "darwin"}})
+	g.status()
+	if status := g.run("doctor"); status != exitDone || !strings.Contains(g.stdout.String(), "ok       service: not installed; the helper runs in the foreground\n") {
+		t.Errorf("exit status %d\n%s%s", status, g.stdout.String(), g.stderr.String())
 	}
 }
 

@@ -3,9 +3,11 @@ package main
 import (
 	"context"
 	"os"
+	"time"
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/install"
 	"github.com/meshhelper/meshhelper/internal/macos"
 )
 
@@ -20,10 +22,14 @@ func platforms() map[string]newPlatform {
 	}
 }
 
+// serviceTimeout bounds a command about the service. `launchctl bootout` may wait
+// until the helper has ended, or launchd has killed it.
+const serviceTimeout = time.Duration(install.ExitTimeOut+10) * time.Second
+
 // thisService returns this Mac's launchd.
 func thisService() *serviceHost {
 	return &serviceHost{
-		runner:     darwin.Exec{},
+		runner:     darwin.Exec{Timeout: serviceTimeout},
 		executable: os.Executable,
 		restore: func(ctx context.Context, stateDir string) error {
 			p, err := macos.NewPlatform(macos.PlatformOptions{StateDir: stateDir, Runner: darwin.Exec{}, Kernel: darwin.System{}})

@@ -119,12 +119,12 @@ func (o *Options) checkService(ctx context.Context) Check {
 	case err != nil:
 		return c.unknown(err)
 	case s.Running():
-		return c.fine("launchd has %s: %v", o.Label, s)
+		return c.fine("%s runs, process %d", o.Label, s.PID)
 	case s.BadSignature():
-		return c.wrong(fmt.Sprintf("macOS ends the program at its start, since its code signature isn't valid: %v", s),
+		return c.wrong(fmt.Sprintf("macOS ends the program at its start, for its code signature: %v", s),
 			(&launchd.Error{Code: launchd.CodeSigning}).Hint())
 	case !s.Loaded:
-		return c.wrong("launchd hasn't loaded it", "sudo meshhelper install loads it, once the checks below are well")
+		return c.wrong("launchd hasn't loaded it", "sudo meshhelper install, once the checks below are well")
 	}
 	return c.wrong("it doesn't run: "+s.String(), "see the log below; launchd tries again by itself")
 }
@@ -157,7 +157,7 @@ func (o *Options) checkLoginItem(ctx context.Context) Check {
 	case err != nil:
 		return c.unknown(err)
 	case item.Blocked():
-		return c.wrong(fmt.Sprintf("Login Items & Extensions holds it back (%s): it doesn't start with this Mac", item.Disposition), switchOn)
+		return c.wrong(fmt.Sprintf("Login Items & Extensions holds it back (%s)", item.Disposition), switchOn)
 	case !item.Found:
 		return c.fine("Login Items & Extensions doesn't list it")
 	}
