@@ -65,6 +65,8 @@ type rig struct {
 	own   []netip.Addr
 	port  uint16 // of the last flow
 	binds atomic.Int32
+	// hang, if not nil, holds up the end of the tunnel until it is closed.
+	hang chan struct{}
 }
 
 // newRig returns a Mac with Wi-Fi to the internet, a wired LAN, another VPN and
@@ -350,6 +352,9 @@ func (w *tunnel) Stats() (map[wireguard.PublicKey]wireguard.PeerStats, error) { 
 // Close ends the device, as WireGuard's does. It also is what WireGuard does when
 // its interface is gone.
 func (w *tunnel) Close() {
+	if w.rig.hang != nil {
+		<-w.rig.hang
+	}
 	w.once.Do(func() {
 		close(w.done)
 		w.dev.Close()
