@@ -90,6 +90,7 @@ func Assumptions() []Assumption {
 		{"launchctl-missing-service-codes", "osquery#5698; launchctl(1)", checkMissingService},
 		{"launchd-refuses-writable-list", "launchd-842 launchctl.c; munkireport#1468", checkWritableList},
 		{"launchd-loads-and-unloads", "nix-installer; launchctl(1)", checkService},
+		{"socketfilterfw-exits-0-on-failure", "socket_vmnet PR#51; captures of macOS 26", checkFirewall},
 	}
 }
 
@@ -631,4 +632,17 @@ func checkService(ctx context.Context, h Host) error {
 		}
 		return err
 	})
+}
+
+func checkFirewall(ctx context.Context, h Host) error {
+	const nobody = "/nonexistent/" + scratchLabel
+	stdout, stderr, status, err := h.Runner.Run(ctx, nil, firewallPath, "--unblockapp", nobody)
+	if err != nil || status != 0 {
+		return fmt.Errorf("--unblockapp of what isn't registered: status %d, stdout %q, stderr %q, %w", status, stdout, stderr, err)
+	}
+	stdout, _, status, err = h.Runner.Run(ctx, nil, firewallPath, "--listapps")
+	if text := strings.ToLower(string(stdout)); err != nil || status != 0 || !strings.Contains(text, "total number of apps") || strings.Contains(text, nobody) {
+		return fmt.Errorf("--listapps: status %d, stdout %.200q, %v", status, stdout, err)
+	}
+	return nil
 }
