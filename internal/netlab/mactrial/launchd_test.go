@@ -118,8 +118,8 @@ func TestLeavingInTime(t *testing.T) {
 		// killed says that launchd has to kill it.
 		killed bool
 	}{
-		"pfctl takes a second":     {func(s *service) { s.mac.Delay(pfctl, time.Second) }, 0, false},
-		"pfctl takes four seconds": {func(s *service) { s.mac.Delay(pfctl, 4*time.Second) }, 0, false},
+		"pfctl takes a second":     {func(s *service) { s.mac.Slow(pfctl, time.Second) }, 0, false},
+		"pfctl takes four seconds": {func(s *service) { s.mac.Slow(pfctl, 4*time.Second) }, 0, false},
 		"pfctl hangs":              {func(s *service) { s.mac.Hang(pfctl, true) }, 11 * time.Second, false},
 		"sysctl hangs":             {func(s *service) { s.mac.Hang(sysctl, true) }, 6 * time.Second, false},
 		"both hang":                {func(s *service) { s.mac.Hang(pfctl, true); s.mac.Hang(sysctl, true) }, 0, false},
@@ -164,8 +164,8 @@ func TestLeavingInTime(t *testing.T) {
 				t.Logf("gone after %v: %v", took, s.end)
 
 				s.watchSteps(nil)
-				s.mac.Delay(pfctl, 0)
-				s.mac.Delay(sysctl, 0)
+				s.mac.Slow(pfctl, 0)
+				s.mac.Slow(sysctl, 0)
 				if s.hang != nil {
 					close(s.hang)
 				}
