@@ -3,6 +3,7 @@ package flow
 import (
 	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -47,10 +48,28 @@ func BenchmarkJudge(b *testing.B) {
 				}
 			}
 		})
-		// Each packet opens a flow, at the cost of another.
+		// Each packet opens a flow while another times out; the clock runs so fast
+		// that the peer has several hundred.
 		b.Run(family.name+"/opening", func(b *testing.B) {
 			ps := openers(family.peer, family.net)
-			loop(b, view, now, func(i int) []byte { return ps[i%len(ps)] })
+			at := now
+			b.ReportAllocs()
+			for i := 0; b.Loop(); i++ {
+				at += 100
+				if view.Judge(ps[i%len(ps)], FromPeer, at).Action != Pass {
+					b.Fatal("refused")
+				}
+			}
+			now = at + Instant(2*TCPEstablished/time.Millisecond)
+		})
+		// Each packet would open a flow too many.
+		b.Run(family.name+"/too many", func(b *testing.B) {
+			ps := openers(family.peer, family.net)
+			b.ReportAllocs()
+			for i := 0; b.Loop(); i++ {
+				view.Judge(ps[i%len(ps)], FromPeer, now)
+			}
+			now += Instant(2 * TCPEstablished / time.Millisecond)
 		})
 		b.Run(family.name+"/refused", func(b *testing.B) {
 			dst := flowtest.PeerA4

@@ -12,11 +12,11 @@
 //
 // # What counts as a flow
 //
-// Two addresses, a protocol and its ports (TCP, UDP, UDP-Lite, SCTP, DCCP), or
-// the identifier of an ICMP query. A flow has an opener: the peer, or the host.
-// It passes, in both directions, when its opener may open it now; so a change of
-// the policy needs no search through the memory to take effect. An ICMP error
-// passes when the packet that it quotes is of a flow that passes.
+// Two addresses, a protocol and its ports (TCP or UDP), or the identifier of an
+// ICMP query; other protocols have no flows. A flow has an opener: the peer, or
+// the host. It passes, in both directions, when its opener may open it now; so a
+// change of the policy needs no search through the memory to take effect. An ICMP
+// error passes when the packet that it quotes is of a flow that passes.
 //
 // A flow that the policy came to refuse is cut: it stays in memory for its
 // timeout, so that the other end's next packet doesn't open it the other way
@@ -24,13 +24,22 @@
 //
 // # Bounds
 //
-// Each peer has its own share of the memory, so a flood by one can't push out
-// another's flows. Within a share, flows that nobody has answered go first, so a
-// flood of half-open flows doesn't push out the peer's own running ones. Cut
-// flows have a share of their own and aren't pushed out by new flows at all.
+// The host's packet filter keeps state of what passes, and what it can hold is
+// shared by all peers, the host and everything else on it. A change of its rules
+// begins its own counts anew, so the flows are counted here. One peer may take a
+// quarter of what the filter holds, all peers together three quarters; a flow more
+// is refused, in silence, until another has ended. Nothing that runs is forgotten
+// to make room, since the filter would keep it. What the host opens towards a peer
+// isn't counted, so that no peer can keep the host from doing so; the memory for it
+// is bounded, and the oldest unanswered flow goes first. Cut flows have room of
+// their own.
 //
-// Timeouts are those of macOS's packet filter (pf.conf(5), set timeout), so that
-// the guard and the packet filter forget alike.
+// A peer also opens flows no faster than openingRate. And every packet of a peer
+// belongs to a flow: an answer, a reset or an ICMP type that begins nothing is
+// refused where there is none.
+//
+// Timeouts are those that the packet filter is told (see Timeouts), and a little
+// more, so that it has forgotten a flow when the guard does.
 //
 // # Fragments
 //
@@ -38,4 +47,7 @@
 // packet; it must hold the whole transport header. A later one is judged by the
 // ports of the first that passed before it. It is refused when there was none,
 // and when it reaches into the bytes of the first (RFC 1858, RFC 3128, RFC 5722).
+// So a datagram whose pieces overtake its first one on the way is lost, in IPv4
+// and IPv6: nothing is kept back to wait for a first fragment that may be refused.
+// The first may come twice, and the others in any order and as often as they like.
 package flow

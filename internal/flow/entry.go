@@ -17,7 +17,8 @@ type entry struct {
 	state   atomic.Uint64 // see state
 	last    atomic.Int64  // Instant of the last packet
 
-	share  *share // never changes
+	share  *share  // never changes
+	closed Instant // when the filter let a FIN or a reset pass; 0 if never
 	listed Instant
 	list   *list
 	prev   *entry
@@ -62,16 +63,18 @@ func (s state) opener() Direction {
 }
 
 // passing returns the state of a flow in phase p that opener opened and that
-// passes by the view of a generation.
-func passing(generation uint32, opener Direction, p phase, class policy.Class, proto uint8) state {
-	s := state(generation) | state(p.timeout(proto)/time.Second)<<32 | state(p)<<49 | state(class)<<53 | statePasses
+// passes by the view of a generation. Its timeout is at least that of before:
+// what the filter believes of the flow may lag behind.
+func passing(generation uint32, opener Direction, p phase, class policy.Class, proto uint8, before Instant) state {
+	timeout := max(before, Instant(p.timeout(proto)/time.Millisecond))
+	s := state(generation) | state(timeout/1000)<<32 | state(p)<<49 | state(class)<<53 | statePasses
 	if opener == ToPeer {
 		s |= stateByHost
 	}
-	if p.next(proto, opener == FromPeer, tcpACK) == p {
+	if p.next(proto, FromPeer, opener, tcpACK, true) == p {
 		s |= statePlainFar
 	}
-	if p.next(proto, opener == ToPeer, tcpACK) == p {
+	if p.next(proto, ToPeer, opener, tcpACK, true) == p {
 		s |= statePlainNear
 	}
 	return s
@@ -148,6 +151,9 @@ func (l *list) push(e *entry, now Instant) {
 
 func (e *entry) unlist() {
 	l := e.list
+	if l == nil {
+		return
+	}
 	if e.prev != nil {
 		e.prev.next = e.next
 	} else {

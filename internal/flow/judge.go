@@ -156,7 +156,9 @@ func (v *View) far(p *packet, s *share, decided policy.Verdict, now Instant) Ver
 		}
 		return verdict
 	}
-	v.note(s, e, k, p, FromPeer, opener, decided, now)
+	if rule := v.note(s, e, k, p, FromPeer, opener, decided, now); rule != policy.RuleNone {
+		return refuse(s, rule, decided.Class)
+	}
 	return Verdict{Action: Pass, Class: decided.Class, Rule: decided.Rule, share: s}
 }
 
@@ -289,23 +291,62 @@ func (v *View) shareOf(a address, v6 bool) *share {
 	return v.shares[i]
 }
 
-// note remembers a packet that passes. The share's mutex is held.
-func (v *View) note(s *share, e *entry, k key, p *packet, d, opener Direction, decided policy.Verdict, now Instant) {
+// note remembers a packet that the policy lets pass. It returns RuleNone, or the
+// rule that refuses the packet: everything that a peer sends belongs to a flow
+// that is remembered, and so is bounded, for the host's packet filter may keep
+// state of whatever passes. The share's mutex is held.
+func (v *View) note(s *share, e *entry, k key, p *packet, d, opener Direction, decided policy.Verdict, now Instant) policy.Rule {
+	var old state
+	if e != nil {
+		old = e.load()
+	}
+	runs := e != nil && !old.is(stateCut) && old.opener() == opener
+	if !runs && opener == FromPeer {
+		switch {
+		case !p.opens:
+			return policy.RuleUnasked
+		case !s.admit(decided.Class, now):
+			s.full.Add(1)
+			return policy.RuleFull
+		}
+	}
 	if p.fragment == first {
 		s.pieces.remember(p, now)
 	}
-	at := opened
 	if e == nil {
 		if !p.opens {
-			return
+			return policy.RuleNone
 		}
-		e = s.add(k, now)
-	} else if st := e.load(); st.opener() == opener && !st.is(stateCut) {
-		at = st.phase().next(k.proto(), d == opener, p.flags)
+		e = s.add(k, opener, now)
+	}
+	at, before := firstPhase(k.proto(), p.flags), Instant(0)
+	if runs {
+		at, before = e.advance(k.proto(), p, d, now)
+	} else {
+		e.closed = 0
 	}
 	e.touch(now)
-	s.set(e, passing(v.generation, opener, at, decided.Class, k.proto()), now)
+	s.set(e, passing(v.generation, opener, at, decided.Class, k.proto(), before), now)
 	v.table.slot(&k).Store(e)
+	return policy.RuleNone
+}
+
+// advance returns the phase of a running flow after a packet, and the timeout
+// that it must not come below.
+func (e *entry) advance(proto uint8, p *packet, d Direction, now Instant) (at phase, before Instant) {
+	st := e.load()
+	at, before = st.phase(), st.timeout()
+	if p.fragment == later { // of a packet that was noted
+		return at, before
+	}
+	at = at.next(proto, d, st.opener(), p.flags, now-e.closed > reborn)
+	if at != closing {
+		return at, before
+	}
+	if d == ToPeer && p.flags&(tcpFIN|tcpRST) != 0 {
+		e.closed = now
+	}
+	return at, 0
 }
 
 // cutIfLive cuts a flow that was found to be refused. A cut one stays cut for as

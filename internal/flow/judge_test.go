@@ -21,6 +21,8 @@ type lab struct {
 	clock time.Time
 	table *Table
 	view  *View
+
+	flooded int // flows that flood opened
 }
 
 func newLab(t testing.TB, c policy.Permissions, o Options) *lab {
@@ -160,6 +162,41 @@ func TestCutStaysDead(t *testing.T) {
 			l.later(25 * time.Hour)
 			l.to(true, c.answer(flowtest.ACK))
 		})
+	}
+}
+
+// TestCutAnswersStayDead has a peer that may only route ask the host's DNS, and be
+// denied before the answer: of UDP the filter alone couldn't tell the answer from a
+// flow that the host opens. It stays dead for as long as the host goes on sending,
+// and for the flow's timeout afterwards.
+func TestCutAnswersStayDead(t *testing.T) {
+	for _, ends := range [][2]netip.Addr{{flowtest.PeerC4, flowtest.HostB4}, {flowtest.PeerC6, flowtest.HostB6}} {
+		for _, asked := range []int{1, 2} {
+			mesh := flowtest.Mesh(routing)
+			mesh.DNS = true
+			l := newLab(t, 0, Options{})
+			l.set(flowtest.Compile(t, mesh))
+			c := conversations(ends[0], ends[1])[1]
+			timeout := UDPFirst
+			for range asked {
+				l.from(true, c.ask(0))
+			}
+			if asked > 1 {
+				timeout = UDPMultiple
+			}
+			l.allow(0)
+			for range 100 {
+				l.to(false, c.answer(0))
+				l.later(timeout)
+			}
+			l.from(false, c.ask(0))
+			l.to(false, c.answer(0))
+			// The host may ask C from another port, and by the same ports once the
+			// flow is forgotten.
+			l.to(true, c.strayer())
+			l.later(timeout + purge + time.Second)
+			l.to(true, c.answer(0))
+		}
 	}
 }
 
@@ -319,20 +356,58 @@ func TestRedirectsNeverPass(t *testing.T) {
 		flowtest.ICMPMessage(flowtest.HostB4, flowtest.Net4, 5, 1, c.ask(0)))
 }
 
-// TestUnsolicitedAnswersOpenNothing lets C send what looks like an answer to
-// the internet. The policy lets it go out; nobody can come back by it.
-func TestUnsolicitedAnswersOpenNothing(t *testing.T) {
-	l := newLab(t, routing, Options{})
-	l.from(true, flowtest.Echo(flowtest.PeerC4, flowtest.Net4, 9, true, 8))
-	l.to(false, flowtest.Echo(flowtest.Net4, flowtest.PeerC4, 9, false, 8))
-	l.from(true, flowtest.TCPSegment(at(flowtest.PeerC4, 22), at(flowtest.Net4, 9), flowtest.SYN|flowtest.ACK, 0))
-	l.to(false, flowtest.TCPSegment(at(flowtest.Net4, 9), at(flowtest.PeerC4, 22), flowtest.ACK, 0))
-	l.from(true, flowtest.TCPSegment(at(flowtest.PeerC4, 22), at(flowtest.Net4, 9), flowtest.RST, 0))
-	l.to(false, flowtest.TCPSegment(at(flowtest.Net4, 9), at(flowtest.PeerC4, 22), flowtest.ACK, 0))
+// TestUnsolicitedAnswers lets C send what looks like an answer, and everything
+// else that begins nothing. A packet filter may keep state of it (pf does, with
+// flags any), so it doesn't pass, unless it is of a running flow.
+func TestUnsolicitedAnswers(t *testing.T) {
+	l := newLab(t, incoming|routing, Options{})
+	for _, ends := range [][2]netip.Addr{{flowtest.PeerC4, flowtest.Net4}, {flowtest.PeerC6, flowtest.Net6}, {flowtest.PeerC4, flowtest.HostB4}} {
+		peer, other := ends[0], ends[1]
+		segment := func(flags uint8) []byte { return flowtest.TCPSegment(at(peer, 22), at(other, 9), flags, 0) }
+		l.from(false,
+			flowtest.Echo(peer, other, 9, true, 8), segment(flowtest.SYN|flowtest.ACK), segment(flowtest.RST), segment(flowtest.RST|flowtest.ACK),
+			flowtest.ICMPMessage(peer, other, 42, 0, nil), flowtest.ICMPMessage(peer, other, 160, 0, nil))
+		if v := l.judge(segment(flowtest.RST), FromPeer); v.Rule != policy.RuleUnasked || v.Action != Drop {
+			t.Errorf("a reset of no flow: %+v", v)
+		}
+		if s := l.view.Stats(0); s.Flows != 0 || s.Held != 0 || s.Full != 0 {
+			t.Errorf("it is remembered: %+v", s)
+		}
+		byHost := other == flowtest.HostB4
+		l.to(byHost, flowtest.Echo(other, peer, 9, false, 8), flowtest.TCPSegment(at(other, 9), at(peer, 22), flowtest.ACK, 0))
+	}
+	// In a flow each of them passes.
+	c := conversations(flowtest.PeerC4, flowtest.Net4)[0]
+	l.from(true, c.ask(flowtest.SYN), c.ask(flowtest.SYN|flowtest.ACK), c.ask(flowtest.RST))
 	// An answer of the host to what it doesn't remember doesn't make it the
-	// opener either.
+	// opener.
+	l.allow(0)
 	l.to(true, flowtest.TCPSegment(at(flowtest.HostB4, 22), at(flowtest.PeerC4, 9), flowtest.SYN|flowtest.ACK, 0))
 	l.from(false, flowtest.TCPSegment(at(flowtest.PeerC4, 9), at(flowtest.HostB4, 22), flowtest.ACK, 0))
+}
+
+// TestOtherProtocolsOpenNothing sends what isn't TCP, UDP or ICMP, the other
+// family's ICMP included, from C, who has every permission, and back.
+func TestOtherProtocolsOpenNothing(t *testing.T) {
+	const gre, esp, ah, dccp, ospf, sctp, udpLite, hip = 47, 50, 51, 33, 89, 132, 136, 139
+	l := newLab(t, 7, Options{})
+	for _, proto := range []uint8{0, gre, esp, ah, 4, 41, dccp, ospf, sctp, udpLite, hip, 59, 255, flowtest.ICMP, flowtest.ICMPv6} {
+		for _, ends := range [][2]netip.Addr{{flowtest.PeerC4, flowtest.Net4}, {flowtest.PeerC6, flowtest.Net6}, {flowtest.PeerC4, flowtest.HostB4}, {flowtest.PeerC4, flowtest.LAN4}} {
+			peer, other := ends[0], ends[1]
+			if proto == flowtest.ICMP && peer.Is4() || proto == flowtest.ICMPv6 && peer.Is6() {
+				continue
+			}
+			p := flowtest.IP(peer, other, proto, make([]byte, 24))
+			l.from(false, p, flowtest.Fragment(p, 1, 0, true, make([]byte, 24)), flowtest.Fragment(p, 1, 24, false, make([]byte, 24)))
+			if other != flowtest.HostB4 {
+				l.to(false, flowtest.IP(other, peer, proto, make([]byte, 24)))
+			}
+			l.to(false, flowtest.ICMPMessage(other, peer, map[bool]uint8{false: 3, true: 1}[peer.Is6()], 0, p))
+		}
+	}
+	if s := l.view.Stats(0); s.Flows != 0 {
+		t.Errorf("%d flows are remembered", s.Flows)
+	}
 }
 
 // TestChangeHoldsAtOnce judges by a new view before the old one's flows are cut,
@@ -451,7 +526,7 @@ func TestTally(t *testing.T) {
 	got := l.view.Stats(0)
 	want := Stats{
 		Refused:   [policy.NumClasses]uint64{0: 1, policy.Self: 1, policy.InMesh: 1, policy.OnLAN: 1},
-		RxPackets: 3, RxBytes: 3 * 38, TxPackets: 1, TxBytes: 38, LastRouted: got.LastRouted, Flows: 1,
+		RxPackets: 3, RxBytes: 3 * 38, TxPackets: 1, TxBytes: 38, LastRouted: got.LastRouted, Flows: 1, Held: 1, Limit: maxPerPeer,
 	}
 	if got != want || !got.LastRouted.Equal(l.clock) {
 		t.Errorf("got %+v, want %+v at %v", got, want, l.clock)

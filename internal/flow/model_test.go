@@ -98,10 +98,11 @@ func (m *model) fromPeer(p packetOf) bool {
 		}
 		return false
 	}
-	if f != nil || p.opens {
-		id, _ := m.peer(p.from.netip(p.v6))
-		m.flows[p.tuple] = &modelFlow{peer: id}
+	if (f == nil || f.cut || f.byHost) && !p.opens {
+		return false
 	}
+	id, _ := m.peer(p.from.netip(p.v6))
+	m.flows[p.tuple] = &modelFlow{peer: id}
 	return true
 }
 
@@ -189,7 +190,7 @@ func drawPacket(t *rapid.T, d Direction) packetOf {
 	case 2:
 		drawEcho(t, &p, src, dst)
 	case 3:
-		p.proto, p.opens = 47, true
+		p.proto = 47 // opens nothing
 		p.wire = flowtest.IP(src, dst, 47, make([]byte, 8))
 	}
 	return p

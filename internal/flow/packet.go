@@ -7,20 +7,13 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// IP protocol numbers (IANA), besides those of package policy.
+// Extension headers of IPv6 (IANA protocol numbers) that are walked through. What
+// is behind any other can't be read, or isn't to be.
 const (
 	protoHopByHop = 0
 	protoRouting  = 43
 	protoFragment = 44
-	protoAH       = 51
 	protoDestOpts = 60
-	protoMobility = 135
-	protoHIP      = 139
-	protoShim6    = 140
-
-	protoDCCP    = 33
-	protoSCTP    = 132
-	protoUDPLite = 136
 )
 
 // TCP flags (RFC 9293 section 3.1).
@@ -272,16 +265,12 @@ func (p *packet) skipHeaders(b []byte) (rest []byte, ok bool) {
 				return nil, false
 			}
 			size = extensionSize(b)
-		case protoDestOpts, protoMobility, protoHIP, protoShim6:
+		case protoDestOpts:
 			size = extensionSize(b)
 		case protoRouting:
 			// Segments left, or the type that RFC 5095 abolished: source routed.
 			if size = extensionSize(b); size == 0 || b[2] == 0 || b[3] != 0 {
 				return nil, false
-			}
-		case protoAH: // RFC 4302: in words of 4 bytes, less 2
-			if len(b) >= 12 {
-				size = int(b[1])*4 + 8
 			}
 		case protoFragment:
 			if p.fragment != whole || !p.fragment6(b) {
@@ -324,7 +313,8 @@ func (p *packet) fragment6(b []byte) bool {
 }
 
 // parseTransport reads ports, flags and types and reports whether the transport
-// header is whole and right. A later fragment has none.
+// header is whole and right. A later fragment has none. Protocols other than TCP,
+// UDP and ICMP are addresses and nothing else: they open nothing.
 func (p *packet) parseTransport(b []byte) bool {
 	if p.fragment == later {
 		return true
@@ -337,35 +327,19 @@ func (p *packet) parseTransport(b []byte) bool {
 	case p.isICMP():
 		return p.parseICMP(b)
 	}
-	p.opens = true
-	return p.parsePorts(b)
-}
-
-// hasPorts reports whether a protocol's header starts with two ports.
-func hasPorts(proto uint8) bool {
-	switch proto {
-	case policy.ProtoTCP, policy.ProtoUDP, protoUDPLite, protoSCTP, protoDCCP:
-		return true
-	}
-	return false
-}
-
-// parsePorts reads the ports of a protocol that has some.
-func (p *packet) parsePorts(b []byte) bool {
-	if !hasPorts(p.proto) {
-		return true
-	}
-	if len(b) < 8 {
-		return false
-	}
-	p.fromPort, p.toPort = binary.BigEndian.Uint16(b), binary.BigEndian.Uint16(b[2:])
 	return true
 }
 
+// readPorts reads the ports with which the headers of TCP and UDP begin.
+func (p *packet) readPorts(b []byte) {
+	p.fromPort, p.toPort = binary.BigEndian.Uint16(b), binary.BigEndian.Uint16(b[2:])
+}
+
 func (p *packet) parseTCP(b []byte) bool {
-	if len(b) < headerTCP || !p.parsePorts(b) {
+	if len(b) < headerTCP {
 		return false
 	}
+	p.readPorts(b)
 	size := int(b[12]>>4) * 4
 	p.flags = b[13]
 	// An answer or a reset opens nothing: who sends it first lost its memory.
@@ -374,9 +348,10 @@ func (p *packet) parseTCP(b []byte) bool {
 }
 
 func (p *packet) parseUDP(b []byte) bool {
-	if len(b) < headerUDP || !p.parsePorts(b) {
+	if len(b) < headerUDP {
 		return false
 	}
+	p.readPorts(b)
 	p.opens = true
 	size := int(binary.BigEndian.Uint16(b[4:]))
 	if p.fragment == first {
@@ -408,7 +383,7 @@ func (p *packet) parseICMP(b []byte) bool {
 // setQuery sets the ports of an ICMP query or answer.
 func (p *packet) setQuery(b []byte) {
 	id := binary.BigEndian.Uint16(b[4:])
-	if query, ok := answered(p.icmpType, p.v6); ok {
+	if query, ok := queryOf(p.icmpType, p.v6); ok {
 		p.fromPort, p.toPort = uint16(query)<<8, id
 	} else if isQuery(p.icmpType, p.v6) {
 		p.fromPort, p.toPort, p.opens = id, uint16(p.icmpType)<<8, true
@@ -433,8 +408,8 @@ func isQuery(icmpType uint8, v6 bool) bool {
 	return icmpType == 8 || icmpType == 13 || icmpType == 15 || icmpType == 17
 }
 
-// answered returns the type of the query that an ICMP type answers.
-func answered(icmpType uint8, v6 bool) (query uint8, ok bool) {
+// queryOf returns the type of the query that an ICMP type answers.
+func queryOf(icmpType uint8, v6 bool) (query uint8, ok bool) {
 	switch {
 	case v6:
 		return 128, icmpType == 129
@@ -452,7 +427,7 @@ func (p *packet) ask(in string, asked *policy.Packet) {
 	asked.Malformed = p.malformed
 	if p.isICMP() && p.fragment != later {
 		asked.ICMPType = p.icmpType
-		if _, ok := answered(p.icmpType, p.v6); ok {
+		if _, ok := queryOf(p.icmpType, p.v6); ok {
 			asked.SrcPort, asked.DstPort = p.toPort, p.toPort
 		}
 	}
@@ -476,10 +451,11 @@ func parseQuote(b []byte, v6 bool) (t tuple, ok bool) {
 	if q.isICMP() {
 		q.icmpType = b[0]
 		q.setQuery(b)
-		_, isAnswer := answered(q.icmpType, v6)
+		_, isAnswer := queryOf(q.icmpType, v6)
 		return q.tuple, q.opens || isAnswer
 	}
-	return q.tuple, q.parsePorts(b)
+	q.readPorts(b)
+	return q.tuple, q.proto == policy.ProtoTCP || q.proto == policy.ProtoUDP
 }
 
 // quote4 reads a quoted IPv4 header; q.end is its size.

@@ -97,7 +97,6 @@ func TestMalformed(t *testing.T) {
 		"UDP length 7":            with(udp4, 24, 0, 25, 7),
 		"UDP length beyond":       with(udp4, 24, 1),
 		"ICMP of 7":               flowtest.IP(flowtest.PeerC4, flowtest.Net4, 1, make([]byte, 7)),
-		"SCTP of 7":               flowtest.IP(flowtest.PeerC4, flowtest.Net4, 132, make([]byte, 7)),
 		"tiny first fragment":     flowtest.Fragment(tcp4, 1, 0, true, tcp4[20:36]),
 		"first of 12":             flowtest.Fragment(udp4, 1, 0, true, udp4[20:32]),
 		"first that is all":       flowtest.Fragment(udp4, 1, 0, true, udp4[20:]),
@@ -115,7 +114,6 @@ func TestMalformed(t *testing.T) {
 		"too many headers":        extended(many...),
 		"header beyond in IPv6":   with(extended(ext(protoDestOpts, 0, 0)), 41, 200),
 		"two fragment headers":    extended(ext(protoFragment, 0, 1), ext(protoFragment, 0, 1)),
-		"AH of 8":                 with(extended(ext(protoAH, 0, 0))[:48], 4, 0, 5, 8),
 		"nothing behind a header": with(extended(ext(protoDestOpts, 0, 0))[:48], 4, 0, 5, 8),
 		"IPv6 UDP of 7":           flowtest.IP(flowtest.PeerC6, flowtest.Net6, 17, udp6[40:47]),
 		"IPv6 odd fragment":       flowtest.Fragment(udp6, 1, 8, true, make([]byte, 9)),
@@ -137,14 +135,13 @@ func TestWellFormed(t *testing.T) {
 	tuple4 := tuple{addressOf(flowtest.PeerC4), addressOf(flowtest.Net4), 1000, 443, 17, false}
 	tuple6 := tuple{addressOf(flowtest.PeerC6), addressOf(flowtest.Net6), 1000, 443, 17, true}
 	for name, p := range map[string][]byte{
-		"plain":          udp4,
-		"no-operations":  options(1, 1, 1),
-		"record route":   options(7, 7, 4, 0, 0, 0, 0),
-		"end, then junk": options(0, 131, 3, 4),
-		"don't fragment": with(udp4, 6, 0x40),
-		"IPv6":           udp6,
-		"all headers": extended(ext(protoHopByHop, 0, 0), ext(protoDestOpts, 0, 0), ext(protoRouting, 2, 0),
-			[]byte{protoAH, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, ext(protoDestOpts, 0, 0)),
+		"plain":               udp4,
+		"no-operations":       options(1, 1, 1),
+		"record route":        options(7, 7, 4, 0, 0, 0, 0),
+		"end, then junk":      options(0, 131, 3, 4),
+		"don't fragment":      with(udp4, 6, 0x40),
+		"IPv6":                udp6,
+		"all headers":         extended(ext(protoHopByHop, 0, 0), ext(protoDestOpts, 0, 0), ext(protoRouting, 2, 0), ext(protoDestOpts, 0, 0)),
 		"whole in a fragment": extended([]byte{protoFragment, 0, 0, 0, 0, 0, 0, 0, 9}),
 	} {
 		var got packet
@@ -209,6 +206,63 @@ func TestOverlappingFragments(t *testing.T) {
 	}
 }
 
+// TestFragmentOrder plays the three pieces of a datagram in every order that a
+// network or a peer may make of them. What comes before its first piece is lost,
+// and with it the datagram, unless it comes again.
+func TestFragmentOrder(t *testing.T) {
+	for _, tt := range []struct {
+		about string
+		order string // of the pieces 0, 1 and 2; f is another first one, of a flow that is refused
+		pass  string
+	}{
+		{"in order", "012", "yyy"},
+		{"the rest in any order", "021", "yyy"},
+		{"later ones first", "120", "nny"},
+		{"one before the first", "102", "nyy"},
+		{"one before the first and again", "1012", "nyyy"},
+		{"the first twice", "0012", "yyyy"},
+		{"the first between", "0102", "yyyy"},
+		{"each twice", "001122", "yyyyyy"},
+		{"the first that is refused", "f12", "nnn"},
+		{"both first ones", "0f12", "ynyy"},
+		{"the refused one first", "f012", "nyyy"},
+	} {
+		for _, ends := range [][2]netip.Addr{{flowtest.PeerC4, flowtest.HostB4}, {flowtest.PeerC6, flowtest.HostB6}} {
+			// C may ask the host's DNS and nothing else of the host.
+			mesh := flowtest.Mesh(routing)
+			mesh.DNS = true
+			l := newLab(t, 0, Options{})
+			l.set(flowtest.Compile(t, mesh))
+			cut := func(port uint16) [][]byte {
+				return flowtest.Fragments(flowtest.Datagram(at(ends[0], 5), at(ends[1], port), 100), 1, 40)
+			}
+			for i, which := range tt.order {
+				piece := cut(80)[0]
+				if which != 'f' {
+					piece = cut(53)[which-'0']
+				}
+				if got := l.judge(piece, FromPeer).Action == Pass; got != (tt.pass[i] == 'y') {
+					t.Errorf("%s, %v: piece %d of %s passes %v", tt.about, ends[0], i, tt.order, got)
+				}
+			}
+			if s := l.view.Stats(0); s.Flows > 1 {
+				t.Errorf("%s: %d flows", tt.about, s.Flows)
+			}
+		}
+	}
+}
+
+// TestShorterFirstFragment sends the first piece again, shorter, and then one that
+// overlaps the longer one. It never reaches the bytes that were judged.
+func TestShorterFirstFragment(t *testing.T) {
+	l := newLab(t, routing, Options{})
+	segment := flowtest.TCPSegment(at(flowtest.PeerC4, 5), at(flowtest.Net4, 9), flowtest.SYN, 100)
+	payload := segment[20:]
+	l.from(true, flowtest.Fragment(segment, 1, 0, true, payload[:64]), flowtest.Fragment(segment, 1, 0, true, payload[:24]))
+	l.from(false, flowtest.Fragment(segment, 1, 0, true, payload[:16]), flowtest.Fragment(segment, 1, 16, true, payload[16:40]))
+	l.from(true, flowtest.Fragment(segment, 1, 24, true, payload[24:64]))
+}
+
 // TestFragmentsBounded starts many datagrams. The oldest are forgotten.
 func TestFragmentsBounded(t *testing.T) {
 	l := newLab(t, routing, Options{})
@@ -254,8 +308,9 @@ func checkParse(t *testing.T, b []byte) {
 			t.Errorf("%x: plain with flags %#x", b, p.flags)
 		}
 	}
-	if !p.malformed && !hasPorts(p.proto) && !p.isICMP() && (p.fromPort != 0 || p.toPort != 0) {
-		t.Errorf("%x: ports %d and %d of protocol %d", b, p.fromPort, p.toPort, p.proto)
+	known := p.proto == flowtest.TCP || p.proto == flowtest.UDP || p.isICMP()
+	if !p.malformed && !known && (p.opens || p.fromPort != 0 || p.toPort != 0) {
+		t.Errorf("%x: opens %v, ports %d and %d of protocol %d", b, p.opens, p.fromPort, p.toPort, p.proto)
 	}
 	if p.quoted && (!p.isError || p.malformed) {
 		t.Errorf("%x: quotes %+v", b, p)

@@ -13,16 +13,22 @@ type share struct {
 	id    policy.PeerID
 
 	mu       sync.Mutex
-	limit    int // of running flows, and again of cut ones
+	limit    int // of held
+	held     int // entries of the host's packet filter that the peer's flows take
+	memory   int // flows of the host, and again cut ones
 	flows    map[key]*entry
-	halfOpen list
-	live     list
+	byPeer   list // running flows that the peer opened
+	asked    list // those that the host opened and that weren't answered
+	talks    list // the others that the host opened
 	cut      list
 	free     *entry // linked by next
 	pieces   fragments
 	answers  bucket
+	openings bucket
+	swept    Instant
 
 	refused   [policy.NumClasses]atomic.Uint64
+	full      atomic.Uint64 // packets that would have opened one flow too many
 	rxPackets atomic.Uint64
 	rxBytes   atomic.Uint64
 	txPackets atomic.Uint64
@@ -31,7 +37,61 @@ type share struct {
 }
 
 func newShare(t *Table, id policy.PeerID) *share {
-	return &share{table: t, id: id, flows: make(map[key]*entry)}
+	return &share{
+		table: t, id: id, flows: make(map[key]*entry),
+		answers:  bucket{rate: answerRate, burst: answerBurst},
+		openings: bucket{rate: openingRate, burst: openingBurst},
+	}
+}
+
+// A peer opens at most openingBurst flows at once and openingRate a second. A
+// browser that restores a hundred pages opens several hundred, with their DNS
+// lookups, and the heaviest page about 200, over some seconds. A flood of more
+// costs the host a translated port, a state and often an answer each, even where
+// the flows are as short as the bound on those that live at once allows.
+const (
+	openingRate  = 200
+	openingBurst = 1000
+)
+
+// admit reports whether the peer may open a flow of a class now. At the bound
+// there is no room for it until another has timed out: one that was forgotten
+// early would stay in the host's packet filter, and the bound wouldn't hold
+// there.
+func (s *share) admit(class policy.Class, now Instant) bool {
+	cost := s.table.cost(class)
+	if s.held+cost > s.limit {
+		s.sweepAgain(now)
+	}
+	if s.held+cost > s.limit {
+		return false
+	}
+	if !s.table.hasRoom(cost) {
+		s.sweepAgain(now)
+		s.table.sweep(now)
+	}
+	return s.table.hasRoom(cost) && s.openings.take(now)
+}
+
+// sweepEvery is how often a share is searched for flows that timed out when there
+// is no room: seldom enough that a flood costs less than a hundredth of a core.
+const sweepEvery Instant = 100
+
+func (s *share) sweepAgain(now Instant) {
+	if now-s.swept >= sweepEvery {
+		s.sweep(now)
+	}
+}
+
+// sweep forgets those of the peer's flows that timed out.
+func (s *share) sweep(now Instant) {
+	s.swept = now
+	for e, next := s.byPeer.front, (*entry)(nil); e != nil; e = next {
+		next = e.next
+		if e.expired(e.load(), now) {
+			s.drop(e)
+		}
+	}
 }
 
 // find returns the flow k unless it was silent for its timeout.
@@ -50,15 +110,15 @@ func (s *share) drop(e *entry) {
 	delete(s.flows, k)
 	s.table.forget(k, e)
 	e.unlist()
-	e.store(0)
+	s.store(e, 0)
 	e.next, s.free = s.free, e
 }
 
-// add makes an entry for a flow that isn't there, at the cost of an older one
-// where the share is full.
-func (s *share) add(k key, now Instant) *entry {
+// add makes an entry for a flow that isn't there and that opener may open. It has
+// no state yet, so set is to follow.
+func (s *share) add(k key, opener Direction, now Instant) *entry {
 	s.expire(now)
-	if s.halfOpen.len+s.live.len >= s.limit {
+	if opener == ToPeer && s.asked.len+s.talks.len >= s.memory {
 		s.evict()
 	}
 	e := s.free
@@ -69,13 +129,12 @@ func (s *share) add(k key, now Instant) *entry {
 	}
 	e.rename(k)
 	s.flows[k] = e
-	s.halfOpen.push(e, now)
 	return e
 }
 
 // expire forgets some flows that timed out, so that memory follows use.
 func (s *share) expire(now Instant) {
-	for _, l := range []*list{&s.halfOpen, &s.live, &s.cut} {
+	for _, l := range []*list{&s.byPeer, &s.asked, &s.talks, &s.cut} {
 		for range 2 {
 			if e := l.oldest(); e != nil && e.expired(e.load(), now) {
 				s.drop(e)
@@ -84,54 +143,82 @@ func (s *share) expire(now Instant) {
 	}
 }
 
-// evict forgets one running flow: of those that nobody answered while there are
-// any, however many come, so that they can't push out the answered ones.
+// evict forgets one flow of the host: of those that weren't answered while there
+// are any. The host has no bound in its own packet filter, and its next packet
+// makes the flow known again.
 func (s *share) evict() {
-	if e := s.halfOpen.oldest(); e != nil {
-		s.drop(e)
-		return
+	e := s.asked.oldest()
+	if e == nil {
+		e = s.talks.oldest()
 	}
-	s.drop(s.live.oldest())
+	s.drop(e)
 }
 
 // set stores the state of e and moves e to the list that it belongs in.
 func (s *share) set(e *entry, st state, now Instant) {
-	e.store(st)
-	to := &s.live
+	s.store(e, st)
+	to := &s.byPeer
 	switch {
 	case st.is(stateCut):
 		to = &s.cut
-	case st.phase().halfOpen():
-		to = &s.halfOpen
+	case st.is(stateByHost) && st.phase().unanswered():
+		to = &s.asked
+	case st.is(stateByHost):
+		to = &s.talks
 	}
 	if e.list == to {
 		return
 	}
 	e.unlist()
 	to.push(e, now)
-	if s.cut.len > s.limit {
+	if s.cut.len > s.memory {
 		s.drop(s.cut.oldest())
 	}
 }
 
-// bucket is a token bucket: answerBurst at once, answerRate a second.
-type bucket struct {
-	tokens int64 // thousandths
-	last   Instant
+// store stores the state of e and counts what the flow takes in the host's packet
+// filter: nothing where the host opened it, for no peer can keep the host from
+// opening flows, and nothing where it was cut, for then its states are ended.
+func (s *share) store(e *entry, st state) {
+	more := s.cost(st) - s.cost(e.load())
+	e.store(st)
+	if more != 0 {
+		s.held += more
+		s.table.held.Add(int64(more))
+	}
 }
 
+func (s *share) cost(st state) int {
+	if !st.is(statePasses) || st.is(stateByHost) {
+		return 0
+	}
+	return s.table.cost(st.class())
+}
+
+// bucket is a token bucket: burst at once, rate a second. It starts full.
+type bucket struct {
+	rate, burst int64
+	tokens      int64 // thousandths
+	last        Instant
+}
+
+// An answer to a refused packet costs a packet, so a peer gets answerBurst at once
+// and answerRate a second.
 const (
 	answerRate  = 10
 	answerBurst = 20
 )
 
-// take reports whether there is a token, and takes it. The bucket starts full.
+// take reports whether there is a token, and takes it.
 func (b *bucket) take(now Instant) bool {
 	if b.last == 0 {
-		b.tokens = answerBurst * 1000
+		b.tokens = b.burst * 1000
 	}
-	b.tokens = min(answerBurst*1000, b.tokens+int64(now-b.last)*answerRate)
-	b.last = now
+	// Two batches may be judged at once, the later one first.
+	if now > b.last {
+		b.tokens = min(b.burst*1000, b.tokens+int64(now-b.last)*b.rate)
+		b.last = now
+	}
 	if b.tokens < 1000 {
 		return false
 	}

@@ -16,8 +16,16 @@ type Stats struct {
 	TxPackets, TxBytes uint64 // towards it
 	// LastRouted is when the last of those passed; zero if none did.
 	LastRouted time.Time
-	// Flows and Cut are how many flows are remembered now.
+	// Flows and Cut are how many flows are remembered now: running ones, the
+	// host's with the peer included, and cut ones.
 	Flows, Cut int
+	// Held is how many entries of the host's packet filter the flows take that the
+	// peer opened, and Limit how many they may; see Options.States.
+	Held, Limit int
+	// Full counts packets that would have opened a flow and were refused because
+	// the peer, or all peers together, had as many as they may, or because the
+	// peer opened them too fast. They are counted in Refused as well.
+	Full uint64
 }
 
 // Stats returns the counts of the peer with an index in the view's ruleset.
@@ -27,6 +35,7 @@ func (s *share) stats() Stats {
 	out := Stats{
 		RxPackets: s.rxPackets.Load(), RxBytes: s.rxBytes.Load(),
 		TxPackets: s.txPackets.Load(), TxBytes: s.txBytes.Load(),
+		Full: s.full.Load(),
 	}
 	for class := range out.Refused {
 		out.Refused[class] = s.refused[class].Load()
@@ -36,7 +45,9 @@ func (s *share) stats() Stats {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	out.Flows, out.Cut = s.halfOpen.len+s.live.len, s.cut.len
+	s.sweep(s.table.Now())
+	out.Flows, out.Cut = s.byPeer.len+s.asked.len+s.talks.len, s.cut.len
+	out.Held, out.Limit = s.held, s.limit
 	return out
 }
 

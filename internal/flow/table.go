@@ -1,7 +1,9 @@
 package flow
 
 import (
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -13,10 +15,19 @@ import (
 type Options struct {
 	// Now is the clock, time.Now unless set. Flows time out by what passes on it.
 	Now func() time.Time // optional
-	// PerPeer is how many running flows one peer may have, and again how many cut
-	// ones. Unless set it is chosen by the number of peers, from 4096 down to
-	// 512.
+	// PerPeer bounds the memory for one peer: the flows that it may have opened,
+	// those that the host has opened to it, and the cut ones, each as many. Unless
+	// set it is chosen by the number of peers, from 4096 down to 512.
 	PerPeer int // optional
+	// States is how many entries the host's packet filter holds: 10,000 states for
+	// pf (PFSTATE_HIWAT in xnu bsd/net/pfvar.h), nf_conntrack_max for conntrack.
+	// The flows that one peer opened may take a quarter, those of all peers
+	// together three quarters. With 0 memory alone is bounded.
+	States int // optional
+	// PerForwarded is how many entries a flow takes that is forwarded, of the
+	// classes lan and internet: 2 for pf, which has a state on each interface, 1
+	// for conntrack. Any other flow takes one.
+	PerForwarded int // optional: 1
 }
 
 // Table is the memory of flows. It is used through Views.
@@ -24,6 +35,13 @@ type Table struct {
 	start   time.Time            // when the clock began
 	passed  func() time.Duration // since start
 	perPeer int
+	states  int
+	forward int // entries of a forwarded flow
+
+	held   atomic.Int64             // entries of all peers' flows
+	all    atomic.Pointer[[]*share] // the peers' shares, for sweep
+	swept  atomic.Int64             // Instant of the last sweep
+	cursor atomic.Uint64            // where the next one begins in all
 
 	cache [cacheSize]atomic.Pointer[entry]
 	seed  uint64
@@ -44,6 +62,8 @@ const (
 func New(o Options) *Table {
 	t := &Table{
 		perPeer: o.PerPeer,
+		states:  o.States,
+		forward: max(1, o.PerForwarded),
 		seed:    rand.Uint64() | 1,
 		shares:  make(map[policy.PeerID]*share),
 	}
@@ -78,12 +98,64 @@ const (
 	sumOfFlows = 1 << 20
 )
 
-// limit returns the share of one of n peers.
-func (t *Table) limit(n int) int {
+// memory returns how many flows of a kind one of n peers may have in memory.
+func (t *Table) memory(n int) int {
 	if t.perPeer > 0 {
 		return t.perPeer
 	}
 	return max(minPerPeer, min(maxPerPeer, sumOfFlows/max(n, 1)))
+}
+
+// limit returns how many entries of the packet filter the flows of a peer may
+// take that may have so many in memory.
+func (t *Table) limit(memory int) int {
+	if t.states == 0 {
+		return memory * t.forward
+	}
+	return min(memory*t.forward, t.states/4)
+}
+
+// cost returns how many entries of the packet filter a flow of a class takes.
+func (t *Table) cost(class policy.Class) int {
+	if class == policy.OnLAN || class == policy.Internet {
+		return t.forward
+	}
+	return 1
+}
+
+// hasRoom reports whether all peers together may take so many entries more. As
+// many judge at once as there are cores, so a few more may come to be held.
+func (t *Table) hasRoom(more int) bool {
+	return t.states == 0 || t.held.Load()+int64(more) <= int64(t.states)*3/4
+}
+
+// sweepPart is about how many flows one sweep looks at.
+const sweepPart = 4096
+
+// sweep forgets flows that timed out, of some of the peers, others each time. The
+// caller holds a share's mutex, so the shares that are busy are left out.
+func (t *Table) sweep(now Instant) {
+	last := t.swept.Load()
+	if int64(now)-last < int64(sweepEvery) || !t.swept.CompareAndSwap(last, int64(now)) {
+		return
+	}
+	all := *t.all.Load()
+	seen := 0
+	for n := 0; n < len(all) && seen < sweepPart; n++ {
+		s := all[t.cursor.Add(1)%uint64(len(all))]
+		seen++
+		if s.mu.TryLock() {
+			seen += s.byPeer.len
+			s.sweep(now)
+			s.mu.Unlock()
+		}
+	}
+}
+
+// listShares makes the list of shares for sweep. t.mu is held.
+func (t *Table) listShares() {
+	all := slices.Collect(maps.Values(t.shares))
+	t.all.Store(&all)
 }
 
 // slot returns the place of a flow in the cache.
@@ -110,28 +182,31 @@ func (t *Table) Use(r *policy.Ruleset) *View {
 		table: t, rules: r, generation: t.generation,
 		iface: r.Host().Interface, own: r.Mesh().Addresses, shares: make([]*share, len(r.Peers())),
 	}
-	limit := t.limit(len(v.shares))
+	memory := t.memory(len(v.shares))
 	for i, p := range r.Peers() {
 		s, ok := t.shares[p.ID]
 		if !ok {
 			s = newShare(t, p.ID)
 			t.shares[p.ID] = s
 		}
-		s.resize(limit)
+		s.resize(memory)
 		v.shares[i] = s
 	}
-	t.beyond.resize(limit)
+	t.beyond.resize(memory)
+	t.listShares()
 	return v
 }
 
-func (s *share) resize(limit int) {
+// resize sets the bounds of a share. A peer that has more flows than it may now
+// opens none until enough have ended.
+func (s *share) resize(memory int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.limit = limit
-	for s.halfOpen.len+s.live.len > limit {
+	s.memory, s.limit = memory, s.table.limit(memory)
+	for s.asked.len+s.talks.len > memory {
 		s.evict()
 	}
-	for s.cut.len > limit {
+	for s.cut.len > memory {
 		s.drop(s.cut.oldest())
 	}
 }
@@ -158,7 +233,7 @@ func (v *View) Settle(old *View) {
 func (v *View) cutRefused(s *share, all bool, now Instant) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, l := range []*list{&s.halfOpen, &s.live} {
+	for _, l := range []*list{&s.byPeer, &s.asked, &s.talks} {
 		for e, next := l.front, (*entry)(nil); e != nil; e = next {
 			next = e.next
 			st := e.load()
@@ -186,6 +261,7 @@ func (t *Table) prune(v *View, now Instant) {
 			delete(t.shares, id)
 		}
 	}
+	t.listShares()
 }
 
 // idle forgets what timed out and reports whether nothing is left.

@@ -7,70 +7,41 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
+	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// TestTimeouts checks each phase against pf.conf(5): the flow is there at the end
-// of its timeout and gone after it. A stray answer tells, since it changes
-// nothing when refused.
-func TestTimeouts(t *testing.T) {
-	const syn, ack, fin, rst = flowtest.SYN, flowtest.ACK, flowtest.FIN | flowtest.ACK, flowtest.RST
-	const o, a = 0x100, 0x200 // who sends: the opener, the other end
-	for _, tt := range []struct {
-		about   string
-		flow    int // index of the conversation
-		steps   []int
-		timeout time.Duration
-	}{
-		{"tcp.first", 0, []int{o | syn}, 120 * time.Second},
-		{"tcp.first again", 0, []int{o | syn, o | syn}, 120 * time.Second},
-		{"tcp.opening", 0, []int{o | syn, a | syn | ack}, 30 * time.Second},
-		{"tcp.established", 0, []int{o | syn, a | syn | ack, o | ack, a | ack}, 24 * time.Hour},
-		{"tcp.closing", 0, []int{o | syn, a | syn | ack, o | ack, a | fin, o | ack}, 15 * time.Minute},
-		{"tcp.finwait", 0, []int{o | syn, a | syn | ack, o | ack, o | fin, a | fin, o | ack}, 45 * time.Second},
-		{"tcp.finwait the other way", 0, []int{o | syn, a | syn | ack, o | ack, a | fin, o | fin}, 45 * time.Second},
-		{"tcp.closed", 0, []int{o | syn, a | rst}, 90 * time.Second},
-		{"tcp again after its end", 0, []int{o | syn, a | syn | ack, o | ack, o | fin, a | fin, o | syn}, 120 * time.Second},
-		{"udp.first", 1, []int{o}, time.Minute},
-		{"udp.single", 1, []int{o, o, o}, 30 * time.Second},
-		{"udp.multiple", 1, []int{o, o, a, o}, time.Minute},
-		{"icmp.first", 2, []int{o, o}, 20 * time.Second},
-		{"icmp.error", 2, []int{o, a}, 10 * time.Second},
-	} {
-		for _, late := range []bool{false, true} {
-			l := newLab(t, routing, Options{})
-			c := conversations(flowtest.PeerC4, flowtest.Net4)[tt.flow]
-			for _, step := range tt.steps {
-				if step&o != 0 {
-					l.from(true, c.ask(uint8(step)))
-				} else {
-					l.to(true, c.answer(uint8(step)))
-				}
-				l.later(time.Second)
-			}
-			l.later(tt.timeout - time.Second)
-			if late {
-				l.later(time.Millisecond)
-			}
-			if pass := l.judge(c.answer(ack), ToPeer).Action == Pass; pass == late {
-				t.Errorf("%s: late %v, the answer passes %v", tt.about, late, pass)
-			}
-		}
-	}
-}
-
-// flood has a peer open n flows that nobody answers.
-func (l *lab) flood(peer netip.Addr, n int) {
+// flood has a peer open n new flows that nobody answers, and returns how many it
+// could. The others are refused for their number.
+func (l *lab) flood(peer netip.Addr, n int) (opened int) {
 	l.t.Helper()
-	for i := range n {
+	for range n {
+		i := l.flooded
+		l.flooded++
 		p := flowtest.TCPSegment(at(peer, uint16(i)), at(netip.AddrFrom4([4]byte{9, 9, byte(i >> 16), byte(i >> 24)}), uint16(i>>8)), flowtest.SYN, 0)
-		if l.judge(p, FromPeer).Action != Pass {
-			l.t.Fatal("a packet of the flood is refused")
+		switch v := l.judge(p, FromPeer); {
+		case v.Action == Pass:
+			opened++
+		case v.Action != Drop || v.Rule != policy.RuleFull || v.Class != policy.Internet:
+			l.t.Fatalf("a packet of the flood: %+v", v)
 		}
 	}
+	return opened
 }
 
-// TestFlood lets C open 200,000 flows that nobody answers, while it has running
-// ones of each kind, and so has A. None of them is lost, and memory is bounded.
+// fill has a peer open flows until none fits any more, and returns how many it
+// has.
+func (l *lab) fill(peer netip.Addr) (opened int) {
+	l.t.Helper()
+	for range 10 {
+		opened += l.flood(peer, openingBurst)
+		l.later(openingBurst / openingRate * time.Second / 10)
+	}
+	return opened
+}
+
+// TestFlood lets C open 200,000 flows that nobody answers, while C and A have
+// running ones of each kind. None of those is lost, A and the host open others
+// all the time, and what C holds is bounded.
 func TestFlood(t *testing.T) {
 	const limit = 1000
 	l := newLab(t, 7, Options{PerPeer: limit})
@@ -89,17 +60,189 @@ func TestFlood(t *testing.T) {
 		l.to(true, c.answer(flowtest.SYN|flowtest.ACK))
 		l.from(true, c.ask(flowtest.ACK))
 	}
-	l.flood(flowtest.PeerC4, 200_000)
+	opened := 0
+	for i := range uint16(200) {
+		opened += l.flood(flowtest.PeerC4, 1000)
+		l.from(true, flowtest.Datagram(at(flowtest.PeerA4, 7000+i), at(flowtest.Net4, 53), 0))
+		l.to(true, flowtest.Datagram(at(flowtest.HostB4, 7000+i), at(flowtest.PeerC4, 53), 0))
+		l.from(true, flowtest.Datagram(at(flowtest.PeerC4, 53), at(flowtest.HostB4, 7000+i), 0))
+		l.later(100 * time.Millisecond)
+	}
 	lost := 0
 	for _, c := range running {
-		if l.judge(c.answer(flowtest.ACK), ToPeer).Action != Pass {
+		if l.judge(c.answer(flowtest.ACK), ToPeer).Action != Pass || l.judge(c.ask(flowtest.ACK), FromPeer).Action != Pass {
 			lost++
 		}
 	}
 	c, a := l.view.Stats(0), l.view.Stats(1)
-	t.Logf("200000 half-open flows: %d of %d running ones lost, %d and %d flows remembered", lost, len(running), c.Flows, a.Flows)
-	if lost != 0 || c.Flows > limit || a.Flows != 200 {
-		t.Errorf("lost %d, flows %d and %d", lost, c.Flows, a.Flows)
+	t.Logf("200000 half-open flows: %d opened, %d of %d running ones lost; C %+v; A %+v", opened, lost, len(running), c, a)
+	if lost != 0 || c.Held != limit || c.Flows != limit+200 || a.Held != 400 {
+		t.Errorf("lost %d, C holds %d, A %d", lost, c.Held, a.Held)
+	}
+	if c.Full != uint64(200_000-opened) || a.Full != 0 {
+		t.Errorf("%d of C's packets and %d of A's are counted as too many, want %d and 0", c.Full, a.Full, 200_000-opened)
+	}
+	// Half-open flows make room soon; the running ones stay.
+	l.later(TCPFirst + purge + time.Second)
+	if got := l.flood(flowtest.PeerC4, 2000); got < limit-200 {
+		t.Errorf("only %d flows opened after the others timed out", got)
+	}
+}
+
+// TestOpeningRate has C open flows as fast as it can.
+func TestOpeningRate(t *testing.T) {
+	l := newLab(t, routing, Options{States: 1 << 20, PerPeer: 1 << 20})
+	if got := l.flood(flowtest.PeerC4, 3000); got != openingBurst {
+		t.Errorf("%d flows at once, want %d", got, openingBurst)
+	}
+	for second := range 5 {
+		l.later(time.Second)
+		n := 0
+		for i := range uint16(1000) {
+			p := flowtest.Datagram(at(flowtest.PeerC4, i), at(netip.AddrFrom4([4]byte{8, 8, 8, byte(second)}), 53), 0)
+			if l.judge(p, FromPeer).Action == Pass {
+				n++
+			}
+		}
+		if n != openingRate {
+			t.Errorf("%d flows in a second, want %d", n, openingRate)
+		}
+	}
+	// A running one isn't slowed down, nor is what is refused anyway counted.
+	l.from(true, flowtest.Datagram(at(flowtest.PeerC4, 1), at(netip.AddrFrom4([4]byte{8, 8, 8, 0}), 53), 0))
+	if s := l.view.Stats(0); s.Full != 2000+5*800 {
+		t.Errorf("%d packets too many, want %d", s.Full, 2000+5*800)
+	}
+}
+
+// TestShares bounds peers by what the packet filter holds: one a quarter, all
+// together three quarters, the host never.
+func TestShares(t *testing.T) {
+	for _, tt := range []struct {
+		about             string
+		o                 Options
+		each, third, last int // flows: of one peer, of the third, of the fourth
+	}{
+		{"pf", Options{States: 10_000, PerForwarded: 2}, 1250, 1250, 0},
+		{"conntrack", Options{States: 8192}, 2048, 2048, 0},
+		{"large conntrack", Options{States: 1 << 20}, 4096, 4096, 4096},
+		{"memory", Options{}, 4096, 4096, 4096},
+		{"uneven", Options{States: 1001, PerForwarded: 2}, 125, 125, 0},
+	} {
+		t.Run(tt.about, func(t *testing.T) {
+			l := newLab(t, 7, tt.o)
+			mesh := flowtest.Mesh(7)
+			mesh.Peers[1].Grants = flowtest.Grants(7)
+			peers := []netip.Addr{flowtest.PeerC4, flowtest.PeerA4}
+			for i := range byte(2) {
+				a4, a6 := netip.AddrFrom4([4]byte{100, 64, 0, 10 + i}), flowtest.PeerC6.As16()
+				a6[15] = 10 + i
+				mesh.Peers = append(mesh.Peers, policy.Peer{ID: policy.PeerID{i + 1}, Name: a4.String(), Addresses: []netip.Addr{a4, netip.AddrFrom16(a6)}, Grants: flowtest.Grants(7)})
+				peers = append(peers, a4)
+			}
+			l.set(flowtest.Compile(t, mesh))
+			for i, want := range []int{tt.each, tt.each, tt.third, tt.last} {
+				// Established, so that they stay while the others are opened.
+				got := 0
+				for n := range 5000 {
+					p := func(flags uint8) []byte {
+						return flowtest.TCPSegment(at(peers[i], uint16(n)), at(flowtest.Net4, 443), flags, 0)
+					}
+					if n%openingRate == 0 {
+						l.later(time.Second)
+					}
+					if l.judge(p(flowtest.SYN), FromPeer).Action == Pass {
+						got++
+						l.from(true, p(flowtest.ACK))
+					}
+				}
+				if got != want {
+					t.Errorf("peer %d has %d flows, want %d", i, got, want)
+				}
+				// What isn't forwarded takes one entry, so one may still fit.
+				s := l.view.Stats(i)
+				if s.Held != got*max(1, tt.o.PerForwarded) || s.Held > s.Limit {
+					t.Errorf("peer %d holds %d of %d for %d flows", i, s.Held, s.Limit, got)
+				}
+			}
+			host := conversations(flowtest.HostB4, flowtest.PeerC4)
+			for _, c := range host {
+				l.to(true, c.ask(flowtest.SYN))
+				l.from(true, c.answer(flowtest.SYN|flowtest.ACK))
+			}
+			// The end of C's flows is room for the fourth peer.
+			if tt.last == 0 {
+				fourth := flowtest.Datagram(at(peers[3], 1), at(flowtest.Net4, 443), 0)
+				l.from(false, fourth)
+				l.later(TCPEstablished + purge + time.Second)
+				l.from(true, fourth)
+			}
+		})
+	}
+}
+
+// TestCutMakesRoom denies C what fills its share: what was cut takes nothing, and
+// what it may still do has room. Allowed again, the cut flows are new ones.
+func TestCutMakesRoom(t *testing.T) {
+	l := newLab(t, incoming|routing, Options{States: 400})
+	if got := l.fill(flowtest.PeerC4); got != 100 {
+		t.Fatalf("%d flows, want 100", got)
+	}
+	self := flowtest.Datagram(at(flowtest.PeerC4, 1), at(flowtest.HostB4, 2), 0)
+	l.from(false, self)
+	l.allow(incoming)
+	l.from(true, self)
+	if s := l.view.Stats(0); s.Held != 1 || s.Cut != 100 {
+		t.Errorf("%+v, want 1 held and 100 cut", s)
+	}
+	l.allow(incoming | routing)
+	l.later(5 * time.Second)
+	if got := l.flood(flowtest.PeerC4, 1000); got != 99 {
+		t.Errorf("%d flows again, want 99", got)
+	}
+	l.later(24 * time.Hour)
+	l.allow(routing)
+	if s := l.view.Stats(0); s.Held != 0 || l.table.held.Load() != 0 {
+		t.Errorf("%d and %d entries are held by nothing", s.Held, l.table.held.Load())
+	}
+}
+
+// TestClosedMakesRoom closes C's connections: by a FIN or a reset that went through
+// the packet filter they make room soon. What C says by itself is no proof, for the
+// filter may not have taken it.
+func TestClosedMakesRoom(t *testing.T) {
+	const syn, ack, fin, rst = flowtest.SYN, flowtest.ACK, flowtest.FIN | flowtest.ACK, flowtest.RST
+	for _, tt := range []struct {
+		about string
+		close func(l *lab, c conversation)
+		soon  bool
+	}{
+		{"by the server", func(l *lab, c conversation) { l.to(true, c.answer(fin)); l.from(true, c.ask(ack), c.ask(fin)) }, true},
+		{"by C and the server", func(l *lab, c conversation) {
+			l.from(true, c.ask(fin))
+			l.to(true, c.answer(fin))
+			l.from(true, c.ask(ack))
+		}, true},
+		{"reset by the server", func(l *lab, c conversation) { l.to(true, c.answer(rst)) }, true},
+		{"reset by C", func(l *lab, c conversation) { l.from(true, c.ask(rst)) }, false},
+		{"by C alone", func(l *lab, c conversation) { l.from(true, c.ask(fin), c.ask(rst)) }, false},
+	} {
+		l := newLab(t, routing, Options{States: 4})
+		c := conversations(flowtest.PeerC4, flowtest.Net4)[0]
+		l.from(true, c.ask(syn))
+		l.to(true, c.answer(syn|ack))
+		l.from(true, c.ask(ack))
+		tt.close(l, c)
+		other := conversations(flowtest.PeerC4, netip.MustParseAddr("9.9.9.9"))[0]
+		l.from(false, other.ask(syn))
+		l.later(TCPClosing + purge + time.Second)
+		if got := l.judge(other.ask(syn), FromPeer).Action == Pass; got != tt.soon {
+			t.Errorf("closed %s: room soon %v, want %v", tt.about, got, tt.soon)
+		}
+		if !tt.soon {
+			l.later(TCPEstablished)
+			l.from(true, other.ask(syn))
+		}
 	}
 }
 
@@ -112,7 +255,7 @@ func TestFloodDoesNotRevive(t *testing.T) {
 	l.to(true, c.answer(flowtest.SYN|flowtest.ACK))
 	l.from(true, c.ask(flowtest.ACK))
 	l.allow(routing)
-	l.flood(flowtest.PeerC4, 10_000)
+	l.fill(flowtest.PeerC4)
 	l.to(false, c.answer(flowtest.ACK))
 	l.from(false, c.ask(flowtest.ACK))
 	if s := l.view.Stats(0); s.Cut != 1 || s.Flows != 100 {
@@ -131,27 +274,62 @@ func TestCutBounded(t *testing.T) {
 		l.allow(routing)
 	}
 	s := l.view.shares[0]
-	if s.cut.len != 50 || len(s.flows) != s.cut.len+s.live.len+s.halfOpen.len {
-		t.Errorf("%d cut, %d live, %d half open, %d in all", s.cut.len, s.live.len, s.halfOpen.len, len(s.flows))
+	if s.cut.len != 50 || len(s.flows) != s.cut.len+s.byPeer.len {
+		t.Errorf("%d cut, %d running, %d in all", s.cut.len, s.byPeer.len, len(s.flows))
 	}
 }
 
-// TestFewerPerPeer adds peers, which makes the shares smaller.
+// TestHostBounded has the host open more flows to C than memory holds. None is
+// refused; the oldest that weren't answered are forgotten first.
+func TestHostBounded(t *testing.T) {
+	l := newLab(t, 0, Options{PerPeer: 50})
+	open := func(port uint16) []byte {
+		return flowtest.Datagram(at(flowtest.HostB4, port), at(flowtest.PeerC4, 1), 0)
+	}
+	answer := func(port uint16) []byte {
+		return flowtest.Datagram(at(flowtest.PeerC4, 1), at(flowtest.HostB4, port), 0)
+	}
+	for port := range uint16(40) {
+		l.to(true, open(port))
+		l.from(true, answer(port))
+	}
+	for port := range uint16(200) {
+		l.to(true, open(1000+port))
+	}
+	for port := range uint16(40) {
+		l.from(true, answer(port))
+	}
+	l.from(true, answer(1199))
+	l.from(false, answer(1000))
+	for port := range uint16(200) {
+		l.to(true, open(2000+port))
+		l.from(true, answer(2000+port))
+	}
+	if s := l.view.Stats(0); s.Flows != 50 || s.Held != 0 {
+		t.Errorf("%d flows, %d held, want 50 and 0", s.Flows, s.Held)
+	}
+}
+
+// TestFewerPerPeer adds peers, which makes the shares smaller: what runs goes on,
+// and nothing new is opened until enough has ended.
 func TestFewerPerPeer(t *testing.T) {
 	l := newLab(t, 7, Options{})
 	for _, tt := range []struct{ peers, want int }{{1, 4096}, {256, 4096}, {1024, 1024}, {10_000, 512}} {
-		if got := l.table.limit(tt.peers); got != tt.want {
+		if got := l.table.memory(tt.peers); got != tt.want {
 			t.Errorf("%d peers: %d flows each, want %d", tt.peers, got, tt.want)
 		}
 	}
-	l.flood(flowtest.PeerC4, 5000)
-	if got := l.view.Stats(0).Flows; got != 4096 {
-		t.Errorf("%d flows, want 4096", got)
+	for i := range 4096 {
+		l.later(5 * time.Millisecond)
+		l.from(true, flowtest.TCPSegment(at(flowtest.PeerC4, uint16(i)), at(flowtest.Net4, 1), flowtest.ACK, 0))
 	}
 	l.set(flowtest.Large(t, 2000, 0))
-	if got := l.view.Stats(0).Flows; got != 524 {
-		t.Errorf("%d flows with 2000 peers, want 524", got)
+	if s := l.view.Stats(0); s.Flows != 4096 || s.Limit != 524 {
+		t.Errorf("%d flows of %d with 2000 peers, want 4096 of 524", s.Flows, s.Limit)
 	}
+	l.later(time.Second)
+	l.from(true, flowtest.TCPSegment(at(flowtest.PeerC4, 0), at(flowtest.Net4, 1), flowtest.ACK, 0))
+	l.from(false, flowtest.TCPSegment(at(flowtest.PeerC4, 5000), at(flowtest.Net4, 1), flowtest.ACK, 0))
 }
 
 // TestMemoryFollowsUse opens flows in waves: what timed out makes room.
@@ -191,8 +369,9 @@ func TestConcurrent(t *testing.T) {
 				port := uint16(i % 40)
 				ask := flowtest.Datagram(at(flowtest.PeerC4, port), at(flowtest.Net4, 1), 0)
 				answer := flowtest.Datagram(at(flowtest.Net4, 1), at(flowtest.PeerC4, port), 0)
-				if got := view.Judge(ask, FromPeer, l.table.Now()).Action == Pass; got != may {
-					t.Errorf("asked: passes %v, want %v", got, may)
+				// A flow more than fit, or than the peer may open so fast, is refused.
+				if v := view.Judge(ask, FromPeer, l.table.Now()); (v.Action == Pass) != may && (!may || v.Rule != policy.RuleFull) {
+					t.Errorf("asked: %+v, want pass %v", v, may)
 					return
 				}
 				if got := view.Judge(answer, ToPeer, l.table.Now()).Action == Pass; got && !may {
@@ -215,7 +394,7 @@ func TestConcurrent(t *testing.T) {
 	close(stop)
 	wg.Wait()
 	s := l.view.shares[0]
-	if n := s.cut.len + s.live.len + s.halfOpen.len; n != len(s.flows) || n > 32 {
+	if n := s.cut.len + s.byPeer.len + s.asked.len + s.talks.len; n != len(s.flows) || n > 32 {
 		t.Errorf("%d flows in lists, %d in the map, at most 32 allowed", n, len(s.flows))
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
@@ -22,5 +23,83 @@ func TestTimeoutsForPF(t *testing.T) {
 	rule := "pass in quick on utun7 all flags any keep state (if-bound, " + strings.Join(options, ", ") + ")\n"
 	if _, err := pfconf.Parse(rule); err != nil {
 		t.Errorf("%s: %v", rule, err)
+	}
+}
+
+// TestTimeouts checks each phase: the flow is there at the end of its timeout,
+// which is that of the packet filter and purge, and gone after it. A stray answer
+// tells, since it changes nothing when refused.
+func TestTimeouts(t *testing.T) {
+	const syn, ack, fin, rst = flowtest.SYN, flowtest.ACK, flowtest.FIN | flowtest.ACK, flowtest.RST
+	const o, a = 0x100, 0x200 // sent by: the opener, the other end
+	for _, tt := range []struct {
+		about   string
+		flow    int // index of the conversation
+		steps   []int
+		timeout time.Duration
+	}{
+		{"tcp.first", 0, []int{o | syn}, TCPFirst},
+		{"tcp.first again", 0, []int{o | syn, o | syn}, TCPFirst},
+		{"tcp.opening", 0, []int{o | syn, a | syn | ack, o | syn}, TCPOpening},
+		{"tcp.closed before it was open", 0, []int{o | syn, a | rst}, TCPClosed},
+		{"tcp.established", 0, []int{o | syn, a | syn | ack, o | ack, a | ack}, TCPEstablished},
+		{"tcp.established, an answer wasn't seen", 0, []int{o | syn, o | ack}, TCPEstablished},
+		{"tcp, known again", 0, []int{o | ack}, TCPEstablished},
+		{"tcp, its end known again", 0, []int{o | fin}, TCPClosing},
+		{"tcp, closed by a peer that the filter may not believe", 0, []int{o | syn, a | syn | ack, o | ack, o | fin, o | rst, a | ack}, TCPEstablished},
+		{"tcp.closing", 0, []int{o | syn, a | syn | ack, o | ack, a | fin, o | ack}, TCPClosing},
+		{"tcp.finwait", 0, []int{o | syn, a | syn | ack, o | ack, o | fin, a | fin, o | ack}, TCPClosing},
+		{"tcp.finwait the other way", 0, []int{o | syn, a | syn | ack, o | ack, a | fin, o | fin}, TCPClosing},
+		{"tcp.closed", 0, []int{o | syn, a | syn | ack, o | ack, a | rst}, TCPClosing},
+		{"tcp again after its end", 0, []int{o | syn, a | syn | ack, o | ack, o | fin, a | fin, o | syn}, TCPClosing},
+		{"tcp again and established", 0, []int{o | syn, a | syn | ack, o | ack, o | fin, a | fin, o | syn, a | syn | ack, o | ack}, TCPEstablished},
+		{"udp.first", 1, []int{o}, UDPFirst},
+		{"udp.single", 1, []int{o, a, a}, UDPSingle},
+		{"udp.multiple", 1, []int{o, a, o}, UDPMultiple},
+		{"udp.multiple, an answer wasn't seen", 1, []int{o, o}, UDPMultiple},
+		{"icmp.first", 2, []int{o, o}, ICMPFirst},
+		{"icmp.error", 2, []int{o, a}, ICMPError},
+	} {
+		for _, late := range []bool{false, true} {
+			l := newLab(t, routing, Options{})
+			c := conversations(flowtest.PeerC4, flowtest.Net4)[tt.flow]
+			for _, step := range tt.steps {
+				if step&o != 0 {
+					l.from(true, c.ask(uint8(step)))
+				} else {
+					l.to(true, c.answer(uint8(step)))
+				}
+				l.later(time.Second)
+			}
+			l.later(tt.timeout + purge - time.Second)
+			if late {
+				l.later(time.Millisecond)
+			}
+			if pass := l.judge(c.answer(ack), ToPeer).Action == Pass; pass == late {
+				t.Errorf("%s: late %v, the answer passes %v", tt.about, late, pass)
+			}
+		}
+	}
+}
+
+// TestHalfClosed goes on in one direction for an hour after a FIN in the other.
+func TestHalfClosed(t *testing.T) {
+	const syn, ack, fin = flowtest.SYN, flowtest.ACK, flowtest.FIN | flowtest.ACK
+	for _, byServer := range []bool{true, false} {
+		l := newLab(t, routing, Options{})
+		c := conversations(flowtest.PeerC4, flowtest.Net4)[0]
+		l.from(true, c.ask(syn))
+		l.to(true, c.answer(syn|ack))
+		l.from(true, c.ask(ack))
+		if byServer {
+			l.to(true, c.answer(fin))
+		} else {
+			l.from(true, c.ask(fin))
+		}
+		for range 20 {
+			l.later(3 * time.Minute)
+			l.from(true, c.ask(ack))
+			l.to(true, c.answer(ack))
+		}
 	}
 }

@@ -22,6 +22,8 @@ const (
 	RuleMartian
 	RuleRedirect
 	RuleUnquoted
+	RuleUnasked
+	RuleFull
 	RuleMesh
 	RuleWireGuard
 	RuleNoIncoming
@@ -54,6 +56,8 @@ var ruleTexts = [...]string{
 	RuleMartian:       "the destination is never a valid one",
 	RuleRedirect:      "ICMP redirects never pass",
 	RuleUnquoted:      "the ICMP error quotes no flow that may pass",
+	RuleUnasked:       "the packet begins nothing and belongs to no flow",
+	RuleFull:          "the peer has as many flows as it may have",
 	RuleMesh:          "the host does not forward between peers",
 	RuleWireGuard:     "WireGuard's own packets don't go through the tunnel",
 	RuleNoIncoming:    "connecting to the host needs incoming",
