@@ -139,7 +139,7 @@ func (l *loop) open(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(fmt.Errorf("open mesh interface: %w", err), dev.Close())
 	}
-	l.guard = guard.New(dev, guard.Options{}) // nothing passes yet
+	l.guard = guard.New(dev, guard.Options{Own: l.d.mesh.own.List()}) // nothing passes yet
 	tunnel, err := l.d.opts.NewTunnel(l.guard, l.d.key, l.port())
 	if err != nil {
 		return err // NewTunnel closed dev

@@ -18,10 +18,20 @@
 // What a packet is judged by is told in package flow. Here is the rest: batches
 // are judged as they are, in place; a packet that a missing permission stops is
 // answered with an ICMP error, which the peer gets by way of Read.
+//
+// # The host's packets to itself
+//
+// On macOS the IPv4 address of a point-to-point interface has a host route into
+// that interface (in_ifinit in xnu bsd/netinet/in.c), so what the host sends to
+// its own mesh address comes out of the tunnel device instead of going by the
+// loopback interface. WireGuard has no peer for it. The guard turns it round,
+// back into the device, whether open or closed: it concerns no peer, and isn't
+// judged or counted.
 package guard
 
 import (
 	"errors"
+	"net/netip"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -35,8 +45,14 @@ import (
 
 // Options are what New can be told.
 type Options struct {
-	Now     func() time.Time // optional: time.Now
-	PerPeer int              // optional: flows remembered per peer; see flow.Options
+	// Own are the host's mesh addresses, for as long as no ruleset was in force.
+	Own []netip.Addr     // optional
+	Now func() time.Time // optional: time.Now
+
+	// The bounds of the peers' flows; see flow.Options.
+	PerPeer      int // optional: chosen by the number of peers
+	States       int // optional: entries that the host's packet filter holds; memory alone bounds
+	PerForwarded int // optional: 1
 }
 
 // Traffic is what the host routed for a peer: packets of the classes lan and
@@ -53,6 +69,12 @@ type PeerStats struct {
 	Refused    [policy.NumClasses]uint64 // packets, by class; index 0 counts those towards the peer
 	Routed     Traffic
 	Flows, Cut int // flows remembered now, running ones and cut ones
+	// Held is how many entries of the host's packet filter the flows take that the
+	// peer opened, and Limit how many they may. Full counts the packets that were
+	// refused for it, or because all peers together have too many, or because they
+	// opened flows too fast; Refused counts those as well.
+	Held, Limit int
+	Full        uint64
 }
 
 // Device is a tun.Device that lets pass what the policy lets pass. All methods
@@ -64,6 +86,8 @@ type Device struct {
 	batch   sync.RWMutex              // held for reading while a batch is judged and written
 	answers answers
 	wake    deadliner // to interrupt a Read of inner; nil where it can't be
+	own     atomic.Pointer[own]
+	turned  [][]byte // of the batch that Read has
 
 	setting sync.Mutex
 	last    *flow.View // the last view that was in force
@@ -78,7 +102,10 @@ type deadliner interface {
 // neither inner nor its file has read deadlines, an answer to a peer waits for
 // the next packet that inner has to read.
 func New(inner tun.Device, o Options) *Device {
-	d := &Device{inner: inner, table: flow.New(flow.Options{Now: o.Now, PerPeer: o.PerPeer})}
+	d := &Device{inner: inner, table: flow.New(flow.Options{
+		Now: o.Now, PerPeer: o.PerPeer, States: o.States, PerForwarded: o.PerForwarded,
+	})}
+	d.own.Store(newOwn(o.Own))
 	if w, ok := inner.(deadliner); ok {
 		d.wake = w
 	} else if f := inner.File(); f != nil {
@@ -105,6 +132,7 @@ func (d *Device) Set(r *policy.Ruleset) {
 		return
 	}
 	v := d.table.Use(r)
+	d.own.Store(newOwn(r.Mesh().Addresses))
 	d.view.Store(v)
 	d.settle()
 	v.Settle(d.last)
@@ -128,15 +156,15 @@ func (d *Device) Stats() map[policy.PeerID]PeerStats {
 	for i, p := range v.Ruleset().Peers() {
 		s := v.Stats(i)
 		stats[p.ID] = PeerStats{
-			Refused: s.Refused, Flows: s.Flows, Cut: s.Cut,
+			Refused: s.Refused, Flows: s.Flows, Cut: s.Cut, Held: s.Held, Limit: s.Limit, Full: s.Full,
 			Routed: Traffic{s.RxPackets, s.RxBytes, s.TxPackets, s.TxBytes, s.LastRouted},
 		}
 	}
 	return stats
 }
 
-// Read reads packets towards peers. One that is refused has size 0, which
-// WireGuard skips.
+// Read reads packets towards peers. One that is refused, or that was turned round,
+// has size 0, which WireGuard skips.
 func (d *Device) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	for {
 		if n := d.answers.pop(bufs, sizes, offset); n > 0 {
@@ -151,32 +179,53 @@ func (d *Device) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 			}
 			continue
 		}
-		d.judgeRead(bufs[:n], sizes, offset)
+		d.turned = d.judgeRead(bufs[:n], sizes, offset, d.turned[:0])
+		d.turnRound(offset)
 		return n, err
 	}
 }
 
-// judgeRead sets the size of what is refused to 0.
-func (d *Device) judgeRead(bufs [][]byte, sizes []int, offset int) {
+// judgeRead sets the size of what is refused to 0, and of what the host sends to
+// itself, which it appends to turned.
+func (d *Device) judgeRead(bufs [][]byte, sizes []int, offset int, turned [][]byte) [][]byte {
 	d.batch.RLock()
 	defer d.batch.RUnlock()
-	v, now := d.view.Load(), d.table.Now()
+	v, own, now := d.view.Load(), d.own.Load(), d.table.Now()
 	var tally flow.Tally
 	for i, b := range bufs {
 		if sizes[i] == 0 {
+			continue
+		}
+		packet := b[offset : offset+sizes[i]]
+		if own.toSelf(packet) {
+			turned = append(turned, b[:offset+sizes[i]])
+			sizes[i] = 0
 			continue
 		}
 		if v == nil {
 			sizes[i] = 0
 			continue
 		}
-		verdict := v.Judge(b[offset:offset+sizes[i]], flow.ToPeer, now)
+		verdict := v.Judge(packet, flow.ToPeer, now)
 		tally.Add(verdict, sizes[i], flow.ToPeer, now)
 		if verdict.Action != flow.Pass {
 			sizes[i] = 0
 		}
 	}
 	tally.Flush(flow.ToPeer, now)
+	return turned
+}
+
+// turnRound writes what the host sends to itself back into the device. The bytes
+// before offset are room for the device's own header: 4 bytes of address family on
+// macOS, 10 of virtio on Linux; WireGuard leaves 16.
+func (d *Device) turnRound(offset int) {
+	if len(d.turned) == 0 {
+		return
+	}
+	// What the device doesn't take is lost, as on any link.
+	_, _ = d.inner.Write(d.turned, offset)
+	clear(d.turned) // WireGuard uses the buffers for other packets
 }
 
 // Write writes those of the peers' packets that pass. What is refused counts as

@@ -218,6 +218,171 @@ func TestClosedUntilSet(t *testing.T) {
 	equal(t, "read after closed and denied", read(t, g))
 }
 
+// TestTurnsRound has the host send to its own mesh addresses, with a tunnel device
+// that gets them, in batches with other packets: they go back into the device and
+// nowhere else, open, closed and before the first ruleset.
+func TestTurnsRound(t *testing.T) {
+	self4 := flowtest.Datagram(at(flowtest.HostB4, 1), at(flowtest.HostB4, 2), 20)
+	self6 := flowtest.TCPSegment(at(flowtest.HostB6, 1), at(flowtest.HostB6, 2), flowtest.SYN, 0)
+	echo := flowtest.Echo(flowtest.HostB4, flowtest.HostB4, 3, false, 1380)
+	pieces := flowtest.Fragments(echo, 9, 800)
+	inner := newFakeTUN(t)
+	g := New(inner, Options{Own: []netip.Addr{flowtest.HostB4, flowtest.HostB6}})
+	round := func(what string, others ...[]byte) {
+		t.Helper()
+		inner.feed(self4, hello, self6, pieces[0], answer, pieces[1])
+		equal(t, what+", to WireGuard", read(t, g), others...)
+		equal(t, what+", back", inner.take(), self4, self6, pieces[0], pieces[1])
+	}
+	round("before a ruleset")
+	g.Set(flowtest.Picture(t, policy.Routing))
+	round("open", hello)
+	before := g.Stats()[flowtest.PeerC]
+	inner.feed(self4, self6)
+	read(t, g)
+	inner.take()
+	if got := g.Stats()[flowtest.PeerC]; got != before {
+		t.Errorf("counted as C's: %+v, before %+v", got, before)
+	}
+	g.Set(nil)
+	round("closed")
+
+	// What isn't whole, from or to another, or of two families.
+	wrong := [][]byte{
+		{}, self4[:1], self4[:19], self4[:27], append(bytes.Clone(self4), 0), self6[:39], self6[:50], append(bytes.Clone(self6), 0),
+		flowtest.Datagram(at(flowtest.HostB4, 1), at(flowtest.PeerC4, 2), 0),
+		flowtest.Datagram(at(flowtest.PeerC4, 1), at(flowtest.HostB4, 2), 0),
+		flowtest.Datagram(at(flowtest.HostL4, 1), at(flowtest.HostB4, 2), 0),
+		flowtest.Datagram(at(flowtest.HostB6, 1), at(flowtest.PeerC6, 2), 0),
+	}
+	short := bytes.Clone(self4)
+	short[0] = 0x44
+	for _, open := range []bool{false, true} {
+		if g.Set(nil); open {
+			g.Set(flowtest.Picture(t, 7))
+		}
+		for _, p := range append(wrong, short) {
+			inner.feed(p)
+			read(t, g)
+			equal(t, "turned round", inner.take())
+		}
+	}
+}
+
+// TestTurnsOwnAddressOnly gives the guard its addresses by a ruleset alone; another
+// mesh's address isn't turned any more once the ruleset says so.
+func TestTurnsOwnAddressOnly(t *testing.T) {
+	self := flowtest.Datagram(at(flowtest.HostB4, 1), at(flowtest.HostB4, 2), 20)
+	inner := newFakeTUN(t)
+	g := New(inner, Options{})
+	inner.feed(self)
+	equal(t, "read without addresses", read(t, g))
+	equal(t, "turned round without addresses", inner.take())
+	g.Set(flowtest.Picture(t, 0))
+	inner.feed(self)
+	equal(t, "read", read(t, g))
+	equal(t, "turned round", inner.take(), self)
+	moved := flowtest.Mesh(0)
+	moved.Addresses = []netip.Addr{netip.MustParseAddr("100.64.0.77"), flowtest.HostB6}
+	g.Set(flowtest.Compile(t, moved))
+	inner.feed(self)
+	equal(t, "turned round of another address", inner.take())
+}
+
+// TestForgedOwnSource has C send packets with the host's own address as source: they
+// aren't turned round, nor let in.
+func TestForgedOwnSource(t *testing.T) {
+	inner := newFakeTUN(t)
+	g := New(inner, Options{Own: []netip.Addr{flowtest.HostB4, flowtest.HostB6}})
+	forged := [][]byte{
+		flowtest.Datagram(at(flowtest.HostB4, 1), at(flowtest.HostB4, 2), 20),
+		flowtest.Datagram(at(flowtest.HostB6, 1), at(flowtest.HostB6, 2), 20),
+		flowtest.Datagram(at(flowtest.HostB4, 1), at(flowtest.Net4, 2), 20),
+	}
+	for _, c := range []*policy.Ruleset{nil, flowtest.Picture(t, 0), flowtest.Picture(t, 7)} {
+		g.Set(c)
+		equal(t, "written", write(t, g, inner, forged...))
+	}
+}
+
+// TestTurningBesideWriting turns packets round while a peer's are written and the
+// policy changes: nothing waits for anything.
+func TestTurningBesideWriting(t *testing.T) {
+	self := flowtest.Datagram(at(flowtest.HostB4, 1), at(flowtest.HostB4, 2), 20)
+	inner := newFakeTUN(t)
+	g := New(inner, Options{Own: []netip.Addr{flowtest.HostB4}})
+	rulesets := []*policy.Ruleset{flowtest.Picture(t, 7), nil} // neither answers C
+	const rounds = 500
+	var all sync.WaitGroup
+	all.Go(func() {
+		for i := range rounds {
+			g.Set(rulesets[i%len(rulesets)])
+		}
+	})
+	all.Go(func() {
+		for range rounds {
+			if _, err := g.Write([][]byte{append(make([]byte, offset), ask...)}, offset); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	for range rounds {
+		inner.feed(self, self)
+		if got := read(t, g); len(got) != 0 {
+			t.Errorf("%x goes to WireGuard", got)
+		}
+	}
+	all.Wait()
+	turned := 0
+	for _, p := range inner.take() {
+		if bytes.Equal(p, self) {
+			turned++
+		}
+	}
+	if turned != 2*rounds {
+		t.Errorf("%d packets turned round, want %d", turned, 2*rounds)
+	}
+}
+
+// TestReadAllocatesNothing holds for whole batches, with packets that are turned
+// round among them.
+func TestReadAllocatesNothing(t *testing.T) {
+	g := New(nullTUN{}, Options{})
+	g.Set(flowtest.Picture(t, policy.Routing))
+	packets := [][]byte{hello, flowtest.Datagram(at(flowtest.HostB4, 1), at(flowtest.HostB4, 2), 20), answer}
+	bufs, sizes := make([][]byte, 128), make([]int, 128)
+	for i := range bufs {
+		bufs[i] = append(make([]byte, offset), packets[i%len(packets)]...)
+	}
+	if n := testing.AllocsPerRun(100, func() {
+		for i := range sizes {
+			sizes[i] = len(bufs[i]) - offset
+		}
+		g.turned = g.judgeRead(bufs, sizes, offset, g.turned[:0])
+		g.turnRound(offset)
+	}); n != 0 {
+		t.Errorf("%v allocations for a batch", n)
+	}
+}
+
+// TestBounds fills C's share as the guard of a Mac has it.
+func TestBounds(t *testing.T) {
+	inner := newFakeTUN(t)
+	g := New(inner, Options{States: 400, PerForwarded: 2})
+	g.Set(flowtest.Picture(t, 7))
+	passed := 0
+	for i := range uint16(200) {
+		passed += len(write(t, g, inner, flowtest.Datagram(at(flowtest.PeerC4, i), at(flowtest.Net4, 53), 20)))
+	}
+	s := g.Stats()[flowtest.PeerC]
+	if passed != 50 || s.Held != 100 || s.Limit != 100 || s.Full != 150 || s.Refused[policy.Internet] != 150 {
+		t.Errorf("%d passed; %+v", passed, s)
+	}
+	// It isn't answered, for a flood must not cost more.
+	inner.feed(hello)
+	equal(t, "read", read(t, g), hello)
+}
+
 // TestSetAgain puts the same ruleset in force again, and one that was closed.
 func TestSetAgain(t *testing.T) {
 	inner := newFakeTUN(t)
@@ -401,7 +566,7 @@ func TestToggleLosesNothing(t *testing.T) {
 				default:
 				}
 				bufs, sizes := [][]byte{append(make([]byte, offset), f[0]...)}, []int{len(f[0])}
-				g.judgeRead(bufs, sizes, offset)
+				g.judgeRead(bufs, sizes, offset, nil)
 				back := g.judgeWrite([][]byte{append(make([]byte, offset), f[1]...)}, offset)
 				if sizes[0] == 0 || len(back) != 1 {
 					t.Errorf("lost: towards %v, back %v: %x", sizes[0] == 0, len(back) != 1, f[0])

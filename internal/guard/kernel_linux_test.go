@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -213,6 +214,85 @@ func TestKernelAnswers(t *testing.T) {
 			t.Errorf("the socket got %d bytes after the denial", n)
 		}
 	}
+}
+
+// TestKernelTurnsRound is a host whose own addresses lead into the tunnel device,
+// as a Mac's do. It talks to itself all the same, with the guard open and closed.
+// Without the guard nothing arrives.
+func TestKernelTurnsRound(t *testing.T) {
+	b := newKernelHost(t)
+	for _, own := range []netip.Addr{flowtest.HostB4, flowtest.HostB6} {
+		if err := b.TurnOut(meshLink, own); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// What WireGuard does with the device.
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		bufs, sizes := make([][]byte, b.guard.BatchSize()), make([]int, b.guard.BatchSize())
+		for i := range bufs {
+			bufs[i] = make([]byte, 65536)
+		}
+		for {
+			if _, err := b.guard.Read(bufs, sizes, offset); err != nil {
+				return
+			}
+		}
+	}()
+	t.Cleanup(func() {
+		_ = b.guard.Close()
+		<-stopped
+	})
+	r := flowtest.Picture(t, 0)
+	b.guard.Set(r)
+	for _, in := range []*policy.Ruleset{r, nil} {
+		b.guard.Set(in)
+		for _, own := range []netip.Addr{flowtest.HostB4, flowtest.HostB6} {
+			if got, err := b.toItself(own); err != nil || got != 1<<20 {
+				t.Errorf("open %v: %d bytes by TCP to %v: %v", in != nil, got, own, err)
+			}
+		}
+	}
+	b.guard.own.Store(newOwn(nil))
+	if got, err := b.toItself(flowtest.HostB4); err == nil {
+		t.Errorf("%d bytes without the guard, so the test shows nothing", got)
+	}
+}
+
+// toItself sends a mebibyte from the host to one of its own addresses and returns
+// how much arrived.
+func (b *kernelHost) toItself(own netip.Addr) (received int64, err error) {
+	err = b.Do(func() error {
+		l, err := net.Listen("tcp", at(own, 0).String())
+		if err != nil {
+			return err
+		}
+		defer func() { _ = l.Close() }()
+		got := make(chan int64, 1)
+		go func() {
+			c, err := l.Accept()
+			if err != nil {
+				got <- 0
+				return
+			}
+			defer func() { _ = c.Close() }()
+			n, _ := io.Copy(io.Discard, c)
+			got <- n
+		}()
+		c, err := net.DialTimeout("tcp", l.Addr().String(), 2*time.Second)
+		if err != nil {
+			return err
+		}
+		_ = c.SetDeadline(time.Now().Add(patience))
+		_, err = c.Write(make([]byte, 1<<20))
+		if err := errors.Join(err, c.Close()); err != nil {
+			return err
+		}
+		received = <-got
+		return nil
+	})
+	return received, err
 }
 
 // TestKernelMutated sends random and mutated packets of C, who may only route,

@@ -1,6 +1,7 @@
 package netlab
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -214,6 +215,37 @@ func (h *Host) Detour(r Route) error {
 	}
 	if err := h.nl.RuleAdd(rule); err != nil {
 		return fmt.Errorf("add detour to %s on %s: %w", r.To, h.Name, err)
+	}
+	return nil
+}
+
+// TurnOut leads what the host itself sends to one of its own addresses into an
+// interface, as macOS does with the IPv4 address of a point-to-point one. What
+// comes in there for that address is still the host's.
+func (h *Host) TurnOut(link string, own netip.Addr) error {
+	const table, first, then = 78, 1, 2
+	route, err := h.route(Route{To: netip.PrefixFrom(own, own.BitLen()), Link: link})
+	if err != nil {
+		return err
+	}
+	route.Table, route.Src = table, own.AsSlice()
+	if err := h.nl.RouteReplace(route); err != nil {
+		return fmt.Errorf("lead %s into %s of %s: %w", own, link, h.Name, err)
+	}
+	family := netlink.FAMILY_V4
+	if own.Is6() {
+		family = netlink.FAMILY_V6
+	}
+	sent, local, found := netlink.NewRule(), netlink.NewRule(), netlink.NewRule()
+	sent.Priority, sent.IifName, sent.Table = first, "lo", table
+	local.Priority, local.Table = then, unix.RT_TABLE_LOCAL
+	found.Priority, found.Table = 0, unix.RT_TABLE_LOCAL
+	for _, rule := range []*netlink.Rule{sent, local, found} {
+		rule.Family = family
+	}
+	sent.Dst = ipNet(netip.PrefixFrom(own, own.BitLen()))
+	if err := errors.Join(h.nl.RuleAdd(sent), h.nl.RuleAdd(local), h.nl.RuleDel(found)); err != nil {
+		return fmt.Errorf("lead %s into %s of %s: %w", own, link, h.Name, err)
 	}
 	return nil
 }
