@@ -28,8 +28,8 @@ type PFEngine interface {
 	Flush(anchor string) bool
 	// Rules and NAT return the anchor's filter and translation rules. They report
 	// false if there is no such anchor.
-	Rules(anchor string) ([]PFRule, bool)
-	NAT(anchor string) ([]PFRule, bool)
+	Rules(anchor string) ([]pfconf.CountedRule, bool)
+	NAT(anchor string) ([]pfconf.CountedRule, bool)
 	// Anchors returns the full names of the anchors directly below anchor.
 	Anchors(anchor string) ([]string, bool)
 	// Tables returns the anchor's tables, and what is in each.

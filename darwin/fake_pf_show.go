@@ -4,23 +4,18 @@ import (
 	"fmt"
 	"strings"
 	"time"
-)
 
-// A PFRule is a rule as pfctl shows it, with its counters.
-type PFRule struct {
-	Text                                string
-	Evaluations, Packets, Bytes, States uint64
-}
+	"github.com/meshhelper/meshhelper/pfconf"
+)
 
 // showRules prints rules, with -v their counters, too (pfctl.c,
 // pfctl_print_rule_counters).
-func showRules(rules []PFRule, verbose bool) string {
+func showRules(rules []pfconf.CountedRule, verbose bool) string {
 	var b strings.Builder
 	for _, r := range rules {
 		b.WriteString(r.Text + "\n")
 		if verbose {
-			fmt.Fprintf(&b, "  [ Evaluations: %-8d  Packets: %-8d  Bytes: %-10d  States: %-6d]\n  [ Inserted: uid 0 pid 4000 ]\n",
-				r.Evaluations, r.Packets, r.Bytes, r.States)
+			fmt.Fprintf(&b, "%s\n  [ Inserted: uid 0 pid 4000 ]\n", r.RuleCounters)
 		}
 	}
 	return b.String()
@@ -40,9 +35,9 @@ func (f *FakePF) showAll(c pfctlCommand) pfctlReply {
 			r.stderr += missingAnchor
 		}
 	}
-	var dummynet []PFRule
+	var dummynet []pfconf.CountedRule
 	if c.anchor == "" {
-		dummynet = []PFRule{{Text: `dummynet-anchor "com.apple/*" all`}}
+		dummynet = []pfconf.CountedRule{{Text: `dummynet-anchor "com.apple/*" all`}}
 	}
 	first := true
 	section := func(title, body string, always bool) {

@@ -204,6 +204,27 @@ func (p *PF) Info(ctx context.Context) (*pfconf.Info, error) {
 	return pfconf.ParseInfo(out)
 }
 
+// All returns the anchor's rules and translation rules, with their counters, and the
+// packet filter's state, all by one process. A missing anchor has no rules.
+func (p *PF) All(ctx context.Context, anchor string) (*pfconf.All, error) {
+	if err := checkAnchor(anchor); err != nil {
+		return nil, fmt.Errorf("show all of anchor %q: %w", anchor, err)
+	}
+	// No interface has this name, and so no state shows: there may be thousands.
+	stdout, stderr, err := p.run(ctx, nil, "-a", anchor, "-i", "none", "-v", "-s", "all")
+	if err == nil && !saysMissing(stderr) {
+		err = complaint(stderr)
+	}
+	var all *pfconf.All
+	if err == nil {
+		all, err = pfconf.ParseAll(string(stdout))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("show all of anchor %q: %w", anchor, err)
+	}
+	return all, nil
+}
+
 // References returns who keeps the packet filter on. Each has the name of the
 // program that asked, so `pfctl` for everybody who runs it, and its process is
 // mostly gone: only the token tells whose it is.

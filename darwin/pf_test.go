@@ -67,18 +67,18 @@ func (e *textEngine) Flush(anchor string) bool {
 	return ok
 }
 
-func (e *textEngine) lines(anchor string, nat bool) (rules []darwin.PFRule, ok bool) {
+func (e *textEngine) lines(anchor string, nat bool) (rules []pfconf.CountedRule, ok bool) {
 	lines, ok := e.anchors[anchor]
 	for n, l := range lines {
 		if strings.HasPrefix(l, "nat") == nat {
-			rules = append(rules, darwin.PFRule{Text: l, Evaluations: uint64(n) + 7, Packets: 3, Bytes: 180, States: 1})
+			rules = append(rules, pfconf.CountedRule{Text: l, RuleCounters: pfconf.RuleCounters{Evaluations: uint64(n) + 7, Packets: 3, Bytes: 180, States: 1}})
 		}
 	}
 	return rules, ok
 }
 
-func (e *textEngine) Rules(anchor string) ([]darwin.PFRule, bool) { return e.lines(anchor, false) }
-func (e *textEngine) NAT(anchor string) ([]darwin.PFRule, bool)   { return e.lines(anchor, true) }
+func (e *textEngine) Rules(anchor string) ([]pfconf.CountedRule, bool) { return e.lines(anchor, false) }
+func (e *textEngine) NAT(anchor string) ([]pfconf.CountedRule, bool)   { return e.lines(anchor, true) }
 
 func (e *textEngine) States() []pfconf.State { return e.states }
 func (e *textEngine) Counters() map[string]uint64 {
@@ -457,6 +457,17 @@ func TestShowAll(t *testing.T) {
 		if states, err := pfconf.ParseStates(out[strings.Index(out, "STATES:"):strings.Index(out, "\n\nINFO:")]); err != nil || len(states) != 2 || states[0].Age != 3700*time.Second {
 			t.Errorf("states %+v, %v", states, err)
 		}
+		all, err := pf.All(ctx, anchor)
+		if err != nil || !strings.HasPrefix(all.Rules, "pass in on utun7 all\n  [ Evaluations: 8") || !strings.HasPrefix(all.NAT, "nat on en0 from") ||
+			!all.Info.Enabled || all.Info.For != info.For || all.Sections["STATES"] != "" {
+			t.Errorf("all: %+v, %v", all, err)
+		}
+		if all, err := pf.All(ctx, "com.apple/never"); err != nil || all.Rules != "" || all.NAT != "" || all.Info == nil {
+			t.Errorf("all of a missing anchor: %+v, %v", all, err)
+		}
+		if calls := f.Calls(); len(calls) == 0 || calls[len(calls)-1] != "pfctl -a com.apple/never -i none -v -s all" {
+			t.Errorf("called %q", calls)
+		}
 		// -i leaves out the states that aren't bound to the interface.
 		out, _ = show("-a", anchor, "-i", "en0", "-v", "-s", "all")
 		if states, err := pfconf.ParseStates(out[strings.Index(out, "STATES:"):strings.Index(out, "\n\nINFO:")]); err != nil || len(states) != 1 || states[0].Interface != "en0" {
@@ -505,6 +516,9 @@ func TestNamesAreChecked(t *testing.T) {
 		if err := pf.Flush(ctx, bad); err == nil {
 			t.Errorf("flushed anchor %q", bad)
 		}
+		if _, err := pf.All(ctx, bad); err == nil {
+			t.Errorf("looked at all of anchor %q", bad)
+		}
 		if _, err := pf.Table(ctx, bad, "t"); err == nil {
 			t.Errorf("looked at a table of anchor %q", bad)
 		}
@@ -548,6 +562,9 @@ func TestOddAnswersAreErrors(t *testing.T) {
 			}
 			if token, err := pf.Enable(ctx); err == nil {
 				t.Errorf("token %d", token)
+			}
+			if all, err := pf.All(ctx, anchor); err == nil {
+				t.Errorf("all %+v", all)
 			}
 		})
 	}
@@ -611,6 +628,7 @@ func FuzzAnswers(f *testing.F) {
 		pf.Enable(ctx)
 		pf.Release(ctx, 1)
 		pf.Skipped(ctx)
+		pf.All(ctx, "a")
 		pf.Anchors(ctx, "a")
 		pf.Tables(ctx, "a")
 		pf.Table(ctx, "a", "t")

@@ -406,18 +406,20 @@ func checkShowAll(ctx context.Context, h Host) error {
 		if err != nil {
 			return err
 		}
-		stdout, stderr, status, err := h.Runner.Run(ctx, nil, "/sbin/pfctl", "-a", scratchAnchor, "-i", "utun4095", "-s", "all")
-		if err != nil || status != 0 {
-			return fmt.Errorf("status %d, stderr %q, %v", status, stderr, err)
+		all, err := pf.All(ctx, scratchAnchor)
+		if err != nil {
+			return err
 		}
-		out := string(stdout)
-		for _, want := range []string{"TRANSLATION RULES:\n" + nat, "FILTER RULES:\n" + shown, "\nINFO:\nStatus: "} {
-			if !strings.Contains(out, want) {
-				return fmt.Errorf("-s all doesn't have %q:\n%s", want, out)
+		if all.Sections["STATES"] != "" {
+			return fmt.Errorf("states of no interface are shown:\n%s", all.Sections["STATES"])
+		}
+		// The same rules, with counters between them.
+		for text, counted := range map[string]string{shown: all.Rules, nat: all.NAT} {
+			line, _, _ := strings.Cut(text, "\n")
+			rules := pfconf.ParseShown(counted)
+			if len(rules.Rules) != 1 || len(rules.Unknown) != 0 || line == "" || !strings.HasPrefix(counted, line+"\n") || !strings.Contains(counted, "[ Evaluations: ") {
+				return fmt.Errorf("%q is shown as %q", text, counted)
 			}
-		}
-		if strings.Contains(out, "STATES:") {
-			return fmt.Errorf("-s all shows states that aren't of the interface:\n%s", out)
 		}
 		return nil
 	})

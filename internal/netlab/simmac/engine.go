@@ -157,27 +157,22 @@ func (e *engine) Flush(anchor string) (ok bool) {
 }
 
 // Rules implements darwin.PFEngine.
-func (e *engine) Rules(anchor string) ([]darwin.PFRule, bool) {
+func (e *engine) Rules(anchor string) ([]pfconf.CountedRule, bool) {
 	return e.counted(anchor, (*pfconf.Machine).CountedRules)
 }
 
 // NAT implements darwin.PFEngine.
-func (e *engine) NAT(anchor string) ([]darwin.PFRule, bool) {
+func (e *engine) NAT(anchor string) ([]pfconf.CountedRule, bool) {
 	return e.counted(anchor, (*pfconf.Machine).CountedNat)
 }
 
-func (e *engine) counted(anchor string, show func(*pfconf.Machine, string) ([]pfconf.CountedRule, error)) (out []darwin.PFRule, ok bool) {
+func (e *engine) counted(anchor string, show func(*pfconf.Machine, string) ([]pfconf.CountedRule, error)) (rules []pfconf.CountedRule, ok bool) {
 	e.do(func(m *pfconf.Machine) {
-		rules, err := show(m, anchor)
-		if err != nil {
-			return
-		}
-		ok = true
-		for _, r := range rules {
-			out = append(out, darwin.PFRule{Text: r.Text, Evaluations: r.Evaluations, Packets: r.Packets, Bytes: r.Bytes, States: r.States})
-		}
+		var err error
+		rules, err = show(m, anchor)
+		ok = err == nil
 	})
-	return out, ok
+	return rules, ok
 }
 
 // Anchors implements darwin.PFEngine.

@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 func TestChurn(t *testing.T) {
@@ -123,6 +124,37 @@ func TestLoopbackSkipped(t *testing.T) {
 	}
 	if rules, err := pf.Rules(t.Context(), ""); err != nil || !strings.Contains(rules, `anchor "com.apple/*" all`) {
 		t.Errorf("the hook went: %q, %v", rules, err)
+	}
+}
+
+// Counters show whether packets come to an anchor: without the hooks of the main
+// ruleset they don't.
+func TestCountersShow(t *testing.T) {
+	m := newMac(t)
+	pf := darwin.NewPF(m)
+	_, err := pf.Enable(t.Context())
+	must(t, err)
+	must(t, pf.Load(t.Context(), anchor, "pass in on en0 no state\nblock drop in on en5\n"))
+	look := func() (evaluated, packets, matched uint64) {
+		all, err := pf.All(t.Context(), anchor)
+		must(t, err)
+		rules := pfconf.ParseShown(all.Rules).Rules
+		if len(rules) == 0 {
+			return 0, 0, all.Info.Counters["Counters"]["match"]
+		}
+		return rules[0].Evaluations, rules[0].Packets, all.Info.Counters["Counters"]["match"]
+	}
+	send := func() { m.Inject("en0", syn(netip.MustParseAddr("203.0.113.9"), netip.MustParseAddr("203.0.113.1"))) }
+	evaluated, packets, matched := look()
+	send()
+	e, p, n := look()
+	if e != evaluated+1 || p != packets+1 || n != matched+1 {
+		t.Errorf("a packet made of %d, %d, %d: %d, %d, %d", evaluated, packets, matched, e, p, n)
+	}
+	must(t, m.LoadMain("pass all no state\n"))
+	send()
+	if e2, p2, n2 := look(); e2 != e || p2 != p || n2 != n+1 {
+		t.Errorf("without hooks a packet made of %d, %d, %d: %d, %d, %d", e, p, n, e2, p2, n2)
 	}
 }
 
