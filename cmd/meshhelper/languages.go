@@ -43,8 +43,9 @@ var pfLabels = map[policy.Rule]string{
 	policy.RuleLAN: "lan", policy.RuleNoLAN: "no-lan",
 	policy.RuleInternet: "internet", policy.RuleNoRouting: "no-routing", policy.RuleNoUplink: "no-routing",
 	policy.RuleMartian: "martian", policy.RuleMesh: "mesh", policy.RuleHostToPeer: "to-peer",
-	policy.RuleToPeer: "away", policy.RuleNobody: "away", policy.RuleToHost: "weak-host",
-	policy.RuleSpoofed: "elsewhere-spoofed",
+	policy.RuleToPeer: "away", policy.RuleNobody: "away", policy.RuleFormer: "away", policy.RuleToHost: "weak-host",
+	policy.RuleWireGuard: "wireguard",
+	policy.RuleSpoofed:   "elsewhere-spoofed",
 }
 
 // findPf returns the rule of an anchor that holds a line of the policy.

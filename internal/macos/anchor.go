@@ -27,10 +27,14 @@ type Options struct {
 	Label string // optional; DefaultLabel
 	// MTU is that of the mesh interface in bytes, from 1280 to 65535.
 	MTU int // optional; DefaultMTU
-	// Cut are peers' addresses that lost incoming a short time ago. This host's own
-	// next segment of a connection that was cut must not open it the other way
-	// round.
+	// Cut are peers' addresses that lost access to this host a short time ago. This
+	// host's own next segment of a connection that was cut must not open it the other
+	// way round.
 	Cut []netip.Addr // optional
+	// Before are other interfaces that peers' packets could leave by at some time.
+	// Rules for one that comes and goes stay, so that the anchor needn't be loaded
+	// each time.
+	Before []Egress // optional
 }
 
 // DefaultMTU is that of WireGuard over an Ethernet of 1500 bytes: less 40 for
@@ -58,6 +62,9 @@ func (a *Anchor) Ruleset() *pfconf.Ruleset {
 	}
 	return rs
 }
+
+// text returns what pfctl is given to load.
+func (a *Anchor) text() string { return a.Ruleset().String() }
 
 // AnchorPath returns the path of the anchor of the service with this label. Of
 // the anchors in com.apple it comes after Apple's own, whose names begin with a
@@ -97,9 +104,9 @@ func Compile(r *policy.Ruleset, o Options) (*Anchor, error) {
 	if o.MTU < 1280 || o.MTU > 65535 {
 		return nil, fmt.Errorf("compile anchor: MTU %d: want 1280 to 65535", o.MTU)
 	}
-	b := newBuilder(r)
-	b.sets[tableCut] = set{in: hostPrefixes(o.Cut)}
+	b := newBuilder(r, o)
 	b.clampMSS(o.MTU)
+	b.reassemble()
 	b.translate()
 	b.fromPeers()
 	b.towardsPeers()

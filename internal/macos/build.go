@@ -2,7 +2,9 @@ package macos
 
 import (
 	"slices"
+	"time"
 
+	"github.com/meshhelper/meshhelper/internal/flow"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
 )
@@ -14,10 +16,13 @@ type builder struct {
 	sets    map[string]set
 	used    map[string]bool // tables that a rule refers to
 	lines   []Line
+	before  []Egress // see Options.Before
 }
 
-func newBuilder(r *policy.Ruleset) *builder {
-	return &builder{ruleset: r, host: r.Host(), sets: fillSets(r), used: map[string]bool{}}
+func newBuilder(r *policy.Ruleset, o Options) *builder {
+	b := &builder{ruleset: r, host: r.Host(), sets: fillSets(r), used: map[string]bool{}, before: o.Before}
+	b.sets[tableCut] = set{in: hostPrefixes(o.Cut)}
+	return b
 }
 
 // add appends a rule, unless it needs an address of a table that is empty: then
@@ -62,6 +67,7 @@ func (b *builder) pass(rule pfconf.Rule, label, why string) {
 	rule.Flags = &pfconf.Flags{}
 	rule.State = pfconf.KeepState
 	rule.StateOptions.Policy = pfconf.IfBound
+	rule.StateOptions.Timeouts = timeouts()
 	rule.Label = labelPrefix + label
 	b.add(rule, why)
 }
@@ -97,4 +103,15 @@ func inTable(name string) pfconf.Endpoint {
 
 func notInTable(name string) pfconf.Endpoint {
 	return pfconf.Endpoint{Addrs: []pfconf.Address{{Kind: pfconf.AddrTable, Name: name, Not: true}}}
+}
+
+// timeouts are those of every rule of ours that keeps state: the guard's, so that
+// what it has forgotten ends in the kernel too. pf's own keep an idle connection
+// for a day.
+func timeouts() []pfconf.Timeout {
+	var out []pfconf.Timeout
+	for _, t := range flow.Timeouts() {
+		out = append(out, pfconf.Timeout{Name: t.Name, Seconds: uint32(t.Idle / time.Second)})
+	}
+	return out
 }

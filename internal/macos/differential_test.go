@@ -129,8 +129,8 @@ func (c *comparison) load(w world) {
 	c.w, c.r = w, r
 }
 
-// flow is one that the policy and the machine let open.
-type flow struct {
+// testFlow is one that the policy and the machine let open.
+type testFlow struct {
 	opened  policy.Packet
 	sent    pfconf.Packet // as its sender made it
 	left    pfconf.Packet // as it left the host, or reached it
@@ -143,7 +143,7 @@ type flow struct {
 func (c *comparison) round(next world) {
 	c.m.FlushStates()
 	c.portless = map[netip.Addr]bool{}
-	var flows []flow
+	var flows []testFlow
 	for range 60 {
 		if f, ok := c.open(); ok {
 			flows = append(flows, f)
@@ -180,10 +180,12 @@ func (c *comparison) judge(got, want bool, what func() string) {
 }
 
 // open sends a packet that belongs to no flow.
-func (c *comparison) open() (flow, bool) {
+func (c *comparison) open() (testFlow, bool) {
 	p := c.randomPacket()
 	v := c.r.Decide(p)
-	f := flow{opened: p, sent: c.toPF(p), verdict: v}
+	// The host's own packets turned round are the one exception to the table.
+	turned := p.In == meshInterface && betweenOwn(p)
+	f := testFlow{opened: p, sent: c.toPF(p), verdict: v}
 	var j pfconf.Judgement
 	want := v.Pass
 	switch {
@@ -192,6 +194,7 @@ func (c *comparison) open() (flow, bool) {
 		want = want && c.mayLeave(p, v, f.out)
 		j = c.m.Send(f.sent, f.out)
 	case c.isForHost(p):
+		want = want || turned && !p.Malformed
 		j = c.m.Receive(f.sent, p.In)
 	default:
 		f.out = c.randomOut(p)
@@ -210,7 +213,7 @@ func (c *comparison) open() (flow, bool) {
 		return fmt.Sprintf("%+v out %q: %+v %s\n%s", p, f.out, v, v.Rule, explain(j))
 	})
 	if !pass {
-		return flow{}, false
+		return testFlow{}, false
 	}
 	f.left = j.Packet()
 	c.checkTranslation(f, v)
@@ -220,7 +223,7 @@ func (c *comparison) open() (flow, bool) {
 // isFlow reports whether an answer to the flow's packet is to be expected: not
 // to errors and resets, and where the mesh has nothing to do with it no state is
 // made.
-func isFlow(f flow) bool {
+func isFlow(f testFlow) bool {
 	switch f.verdict.Rule {
 	case policy.RuleIncoming, policy.RuleDNS, policy.RuleLAN, policy.RuleInternet, policy.RuleHostToPeer:
 		return !f.opened.IsICMPError() && f.sent.Flags&pfconf.FlagRST == 0
@@ -247,9 +250,17 @@ func (c *comparison) mayLeave(p policy.Packet, v policy.Verdict, out string) boo
 		return out != meshInterface && out != loopback && c.canTranslate(p, v, out)
 	case policy.ExitAny:
 		// Through a peer go this host's own packets only.
-		return out != meshInterface || p.In == "" && slices.Contains(hostAddresses, p.Src) && !p.IsRedirect()
+		return out != meshInterface || betweenOwn(p) ||
+			p.In == "" && slices.Contains(hostAddresses, p.Src) && !p.IsRedirect() && p.Proto != protoGRE && !contained(single(p.Dst), c.r.Sets().Mesh)
 	}
 	return true
+}
+
+func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
+
+// betweenOwn reports whether a packet is from the host's mesh address to itself.
+func betweenOwn(p policy.Packet) bool {
+	return slices.Contains(hostAddresses, p.Src) && slices.Contains(hostAddresses, p.Dst)
 }
 
 // canTranslate reports whether an interface has an address to give, and whether
@@ -280,7 +291,7 @@ func (c *comparison) canTranslate(p policy.Packet, v policy.Verdict, out string)
 
 // checkTranslation checks that a packet left with an address of the interface
 // that it left by where the policy wants that, and otherwise as it was sent.
-func (c *comparison) checkTranslation(f flow, v policy.Verdict) {
+func (c *comparison) checkTranslation(f testFlow, v policy.Verdict) {
 	if c.subset && f.opened.In != meshInterface {
 		return // others may translate what isn't a peer's
 	}
@@ -304,7 +315,7 @@ func (c *comparison) checkTranslation(f flow, v policy.Verdict) {
 }
 
 // use answers a flow's packet, forges answers to it, and sends errors about it.
-func (c *comparison) use(f flow) {
+func (c *comparison) use(f testFlow) {
 	answer := reverse(f.left)
 	peer := f.sent.Src
 	switch {
@@ -330,7 +341,7 @@ func (c *comparison) use(f flow) {
 }
 
 // judgeAnswerToHost judges an answer to a flow that the host opened to a peer.
-func (c *comparison) judgeAnswerToHost(f flow, answer pfconf.Packet, in string) {
+func (c *comparison) judgeAnswerToHost(f testFlow, answer pfconf.Packet, in string) {
 	v := c.r.DecideReply(f.opened, in)
 	got := c.m.Receive(answer, in)
 	c.judge(got.Verdict == pfconf.VerdictPass, v.Pass, func() string {
@@ -342,7 +353,7 @@ func (c *comparison) judgeAnswerToHost(f flow, answer pfconf.Packet, in string) 
 // host: whether it reaches the peer. One that isn't translated back is for the
 // host. Of class lan, the policy lets any other interface answer; states are
 // bound to the one that the flow left by.
-func (c *comparison) judgeAnswerToPeer(f flow, answer pfconf.Packet, in string) {
+func (c *comparison) judgeAnswerToPeer(f testFlow, answer pfconf.Packet, in string) {
 	v := c.r.DecideReply(f.opened, in)
 	got := c.m.Forward(answer, in, meshInterface)
 	reached := got.Verdict == pfconf.VerdictPass
@@ -356,7 +367,7 @@ func (c *comparison) judgeAnswerToPeer(f flow, answer pfconf.Packet, in string) 
 
 // errors sends ICMP errors about a flow's packet, along the flow's way, and about
 // nothing.
-func (c *comparison) errors(f flow, peer netip.Addr) {
+func (c *comparison) errors(f testFlow, peer netip.Addr) {
 	allowed := c.r.DecideError(f.opened).Pass
 	// pf files the states of ICMPv6 echoes under ICMP and looks for quoted ones
 	// under ICMPv6 (pf_test_state_icmp in xnu bsd/net/pf.c), so no error about one
@@ -397,7 +408,7 @@ func (c *comparison) errors(f flow, peer netip.Addr) {
 // after looks at a flow again when the policy has changed and narrowed flows were
 // cut: first whether anything of a flow that is no longer allowed passes, in the
 // order answer, packet; then whether what is allowed still does.
-func (c *comparison) after(f flow, narrowed []policy.Narrowed) {
+func (c *comparison) after(f testFlow, narrowed []policy.Narrowed) {
 	v := c.r.Decide(f.opened)
 	byHost := f.opened.In == ""
 	want := v.Pass && (f.out == "" && v.Exit == policy.ExitHost || f.out != "" && c.mayLeave(f.opened, v, f.out))

@@ -33,6 +33,12 @@ type Foreign struct {
 	// Wider says that something passes that our anchor stops; otherwise something
 	// is stopped, or translated otherwise, that our anchor lets through.
 	Wider bool
+	// Transit says that what passes is forwarded between others, which this host
+	// didn't do before we switched forwarding on.
+	Transit bool
+	// Unread says that the rule isn't understood, and counts as one that matches
+	// everything. Without an example it decided nothing.
+	Unread bool
 }
 
 // String says it in a sentence without a full stop.
@@ -41,15 +47,21 @@ func (f Foreign) String() string {
 	if f.Wider {
 		verb = "lets through"
 	}
+	where := "of the main ruleset"
+	if f.Anchor != "" {
+		where = "of the anchor " + f.Anchor
+	}
 	switch {
+	case f.Unread && f.Example == "":
+		return fmt.Sprintf("the rule `%s` %s isn't understood, so it can't be said what it decides", f.Rule, where)
+	case f.Unread:
+		return fmt.Sprintf("the rule `%s` %s isn't understood; if it matches everything, it %s %s", f.Rule, where, verb, f.Example)
 	case f.Skipped:
 		return "the packet filter is off or skips an interface, which " + verb + " " + f.Example
 	case f.Rule == "":
 		return "nothing calls our anchor, or not all of it, which " + verb + " " + f.Example
-	case f.Anchor == "":
-		return fmt.Sprintf("the rule `%s` of the main ruleset %s %s", f.Rule, verb, f.Example)
 	}
-	return fmt.Sprintf("the rule `%s` of the anchor %s %s %s", f.Rule, f.Anchor, verb, f.Example)
+	return fmt.Sprintf("the rule `%s` %s %s %s", f.Rule, where, verb, f.Example)
 }
 
 // FindForeign says which rules of others win over our anchor a, which is loaded
@@ -82,6 +94,7 @@ func FindForeign(m *pfconf.Machine, a *Anchor, r *policy.Ruleset) ([]Foreign, er
 		m.FlushStates()
 		alone.FlushStates()
 		if f, ok := compareProbe(p.send(m), p.send(alone), a.Path); ok {
+			f.Transit = f.Wider && p.isTransit(r)
 			if _, known := found[f]; !known {
 				found[f] = p.String()
 			}
@@ -97,15 +110,20 @@ func sortForeign(found map[Foreign]string) []Foreign {
 		out = append(out, f)
 	}
 	slices.SortFunc(out, func(x, y Foreign) int {
-		if x.Wider != y.Wider {
-			if x.Wider {
-				return -1
-			}
-			return 1
-		}
-		return cmp.Or(cmp.Compare(x.Anchor, y.Anchor), cmp.Compare(x.Rule, y.Rule))
+		return cmp.Or(trueFirst(x.Transit, y.Transit), trueFirst(x.Wider, y.Wider), cmp.Compare(x.Anchor, y.Anchor), cmp.Compare(x.Rule, y.Rule))
 	})
 	return out
+}
+
+// trueFirst orders true before false.
+func trueFirst(x, y bool) int {
+	switch {
+	case x == y:
+		return 0
+	case x:
+		return -1
+	}
+	return 1
 }
 
 // compareProbe compares what became of a probe with what our anchor alone makes
@@ -168,6 +186,12 @@ func (p probe) String() string {
 		s += " out on " + p.out
 	}
 	return s
+}
+
+// isTransit reports whether the probe is forwarded between others than peers.
+func (p probe) isTransit(r *policy.Ruleset) bool {
+	mesh := r.Host().Interface
+	return p.in != "" && p.in != mesh && p.out != "" && p.out != mesh
 }
 
 func (p probe) send(m *pfconf.Machine) pfconf.Judgement {
@@ -268,8 +292,12 @@ func (p *probes) all() []probe {
 			out = p.add(out, src, dst, "")
 		}
 		for _, i := range p.host.Interfaces {
-			if i.Name != p.host.Interface {
-				out = p.add(out, stranger(dst), dst, i.Name)
+			if i.Name == p.host.Interface {
+				continue
+			}
+			out = p.add(out, stranger(dst), dst, i.Name)
+			for _, attached := range i.Addresses {
+				out = p.add(out, besideOwn(attached), dst, i.Name)
 			}
 		}
 	}
@@ -283,6 +311,16 @@ func stranger(dst netip.Addr) netip.Addr {
 		return netip.MustParseAddr("192.0.2.77")
 	}
 	return netip.MustParseAddr("2001:db8:ffff::77")
+}
+
+// besideOwn is an address of the network that an interface is attached to, not the
+// interface's own.
+func besideOwn(attached netip.Prefix) netip.Addr {
+	a := attached.Masked().Addr().Next()
+	if a == attached.Addr() {
+		a = a.Next()
+	}
+	return a
 }
 
 func (p *probes) add(out []probe, src, dst netip.Addr, in string) []probe {

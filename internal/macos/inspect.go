@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"slices"
-	"strings"
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/platform"
@@ -12,10 +11,12 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// Inspect implements the daemon's contract.
+// Inspect implements the daemon's contract. What the kernel tells without a
+// process is compared each time; what pf holds is read whole when there is a reason
+// to (see [look]), and otherwise watched for signs by one process.
 func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (platform.Report, error) {
 	var report platform.Report
-	now, err := p.forwarding(ctx)
+	now, err := p.forwarding()
 	if err != nil {
 		return report, named(StepForwarding, err)
 	}
@@ -30,20 +31,19 @@ func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (platform.Rep
 	p.inspectInterface(n, r, drift)
 	report.Problems = p.takenRoutes(n, r)
 	if !isNeeded(r) {
+		p.unchecked, p.due, p.whole = false, false, p.o.Now()
 		if !p.j.isEmpty() {
 			drift(StepRestore, "the packet filter or forwarding is still in use")
 		}
 		return report, nil
 	}
-	if err := p.inspectFilter(ctx, r, drift); err != nil {
+	a, err := p.compile(r)
+	if err != nil {
 		return report, err
 	}
-	obstacles, err := p.obstacles(ctx, r)
-	if err != nil {
-		return report, named(StepAnchor, err)
+	if p.loaded == nil || p.loaded.anchor.text() != a.text() {
+		drift(StepAnchor, "another ruleset is loaded")
 	}
-	// Enforcing again repairs them only by closing, which is what must happen.
-	report.Drift = append(report.Drift, obstacles...)
 	need := forwardingFor(r)
 	for _, f := range []struct {
 		family     darwin.Family
@@ -53,11 +53,19 @@ func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (platform.Rep
 			drift(StepForwarding, fmt.Sprintf("forwarding of %v is off", f.family))
 		}
 	}
-	if len(obstacles) > 0 {
-		report.Problems = append(report.Problems, obstacles...)
-		return report, nil
+	ours, whole := p.unchecked, p.unchecked || p.due || !p.holds || p.changed(ctx)
+	if whole {
+		if err := p.inspectFilter(ctx, r); err != nil {
+			return report, err
+		}
 	}
-	report.Problems = append(report.Problems, p.problems(ctx, n, r)...)
+	if !ours && (whole || p.othersDue) {
+		// Not right after a change of ours: what narrows doesn't wait for what others
+		// have loaded.
+		p.inspectOthers(ctx, n, r)
+	}
+	report.Drift = append(append(report.Drift, p.found.Drift...), p.others.open...)
+	report.Problems = append(append(report.Problems, p.found.Problems...), p.others.problems...)
 	return report, nil
 }
 
@@ -94,15 +102,17 @@ func (p *Platform) inspectInterface(n *darwin.Network, r *policy.Ruleset, drift 
 	}
 }
 
-func (p *Platform) inspectFilter(ctx context.Context, r *policy.Ruleset, drift func(step, message string)) error {
-	a, err := p.compile(r)
-	if err != nil {
-		return err
+// inspectFilter reads back all that pf holds of ours, and whether it is in force.
+func (p *Platform) inspectFilter(ctx context.Context, r *policy.Ruleset) error {
+	p.holds, p.found = false, platform.Report{}
+	drift := func(step, message string) {
+		p.found.Drift = append(p.found.Drift, platform.Problem{Step: step, Message: message, Hint: "the helper repairs it"})
 	}
-	if p.loaded == nil || p.loaded.text != a.Ruleset().String() {
-		drift(StepAnchor, "another ruleset is loaded")
-	} else if err := p.driftAnchor(ctx); err != nil {
-		drift(StepAnchor, err.Error())
+	if p.loaded != nil {
+		if err := p.driftAnchor(ctx); err != nil {
+			p.drifted = true
+			drift(StepAnchor, err.Error())
+		}
 	}
 	on, err := p.isOn(ctx)
 	if err != nil {
@@ -111,32 +121,17 @@ func (p *Platform) inspectFilter(ctx context.Context, r *policy.Ruleset, drift f
 	if !on {
 		drift(StepEnable, "the packet filter is off, or our token for it is void")
 	}
+	obstacles, err := p.obstacles(ctx, r)
+	if err != nil {
+		return named(StepAnchor, err)
+	}
+	// Enforcing again repairs them only by closing, which is what must happen.
+	p.found.Drift = append(p.found.Drift, obstacles...)
+	p.found.Problems = obstacles
+	p.holds = len(p.found.Drift) == 0
+	p.unchecked, p.due, p.whole, p.sign = false, false, p.o.Now(), sign{}
 	return nil
 }
-
-// problems are what others have in the packet filter that stands in our way.
-func (p *Platform) problems(ctx context.Context, n *darwin.Network, r *policy.Ruleset) (out []platform.Problem) {
-	if p.loaded == nil {
-		return nil
-	}
-	found, err := p.foreign(ctx, n, r)
-	if err != nil {
-		// Ours is in force all the same.
-		return []platform.Problem{{Step: StepAnchor, Message: "the rules of other software can't be judged: " + err.Error(),
-			Hint: "look at them: sudo pfctl -s rules; sudo pfctl -s nat"}}
-	}
-	for _, f := range found[:min(len(found), maxForeign)] {
-		hint := "see what software loads it, and whether you want it to"
-		if f.Wider {
-			hint = "the helper holds it off at the tunnel; for the rest, remove the rule or the software that loads it"
-		}
-		out = append(out, platform.Problem{Step: StepAnchor, Message: f.String(), Hint: hint})
-	}
-	return out
-}
-
-// maxForeign is how many foreign rules are told of at a time.
-const maxForeign = 8
 
 // obstacles are why the anchor can't be in force, although it is loaded: the main
 // ruleset doesn't call it, or an interface is skipped. Forwarding must not be on
@@ -162,8 +157,12 @@ func (p *Platform) obstacles(ctx context.Context, r *policy.Ruleset) ([]platform
 	if err != nil {
 		return nil, err
 	}
-	b := newBuilder(r)
-	for _, name := range append(b.egress(), p.name) {
+	names := []string{p.name}
+	for _, e := range egressOf(r.Host()) {
+		names = append(names, e.name)
+	}
+	slices.Sort(names)
+	for _, name := range slices.Compact(names) {
 		if slices.Contains(skipped, name) {
 			out = append(out, platform.Problem{
 				Step: StepAnchor, Message: fmt.Sprintf("the packet filter is told to skip %s", name),
@@ -181,116 +180,6 @@ func calls(shown string, action pfconf.Action) bool {
 	return slices.ContainsFunc(pfconf.ParseShown(shown).Rules, func(r pfconf.ShownRule) bool {
 		return r.Action == action && r.Rule.String() == plain
 	})
-}
-
-// othersRules is what the others had loaded when it was last looked at.
-type othersRules struct {
-	key   string
-	found []Foreign
-}
-
-// foreign says which rules of others win over ours. All that they have loaded is
-// read; the probing is done again only if it changed, or our anchor did.
-func (p *Platform) foreign(ctx context.Context, n *darwin.Network, r *policy.Ruleset) ([]Foreign, error) {
-	var key strings.Builder
-	rulesets, err := p.readOthers(ctx, &key)
-	if err != nil {
-		return nil, err
-	}
-	key.WriteString(p.loaded.text)
-	if p.others.key == key.String() {
-		return p.others.found, nil
-	}
-	m, err := machineWith(n, rulesets)
-	if err != nil {
-		return nil, err
-	}
-	if err := m.LoadAnchor(p.path, p.loaded.anchor.Ruleset()); err != nil {
-		return nil, err
-	}
-	found, err := FindForeign(m, p.loaded.anchor, r)
-	if err != nil {
-		return nil, err
-	}
-	p.others = othersRules{key.String(), found}
-	return found, nil
-}
-
-// maxOthers bounds how many anchors of others are read: each takes some runs of
-// pfctl.
-const maxOthers = 64
-
-// a foreignRuleset is an anchor of others, or the main ruleset.
-type foreignRuleset struct {
-	path  string
-	rules *pfconf.Ruleset
-}
-
-// readOthers reads the main ruleset and the anchors below it, ours excepted.
-func (p *Platform) readOthers(ctx context.Context, key *strings.Builder) ([]foreignRuleset, error) {
-	var out []foreignRuleset
-	next := []string{""}
-	for len(next) > 0 && len(out) < maxOthers {
-		path := next[0]
-		next = next[1:]
-		rules, nat, err := p.show(ctx, path)
-		if err != nil {
-			return nil, err
-		}
-		rs := pfconf.ParseShown(rules).Ruleset(pfconf.ParseShown(nat))
-		tables, err := p.readTables(ctx, path)
-		if err != nil {
-			return nil, err
-		}
-		rs.Statements = append(tables, rs.Statements...)
-		out = append(out, foreignRuleset{path, rs})
-		fmt.Fprintf(key, "%s\n%s\n", path, rs)
-		children, err := p.pf.Anchors(ctx, path)
-		if err != nil {
-			return nil, err
-		}
-		next = append(next, slices.DeleteFunc(children, func(child string) bool { return child == p.path })...)
-	}
-	return out, nil
-}
-
-func (p *Platform) readTables(ctx context.Context, anchor string) ([]pfconf.Statement, error) {
-	names, err := p.pf.Tables(ctx, anchor)
-	if err != nil {
-		return nil, err
-	}
-	var out []pfconf.Statement
-	for _, name := range names {
-		t := &pfconf.Table{Name: name, Persist: true, HasAddrs: true}
-		if t.Addrs, err = p.pf.Table(ctx, anchor, name); err != nil {
-			continue // gone meanwhile
-		}
-		out = append(out, t)
-	}
-	return out, nil
-}
-
-// machineWith returns a machine with this host's interfaces that holds the
-// rulesets.
-func machineWith(n *darwin.Network, rulesets []foreignRuleset) (*pfconf.Machine, error) {
-	m := pfconf.NewMachine(pfconf.MachineOptions{})
-	for _, i := range n.Interfaces {
-		one := pfconf.Interface{Name: i.Name}
-		for _, a := range i.Addresses {
-			one.Addresses = append(one.Addresses, a.Prefix)
-		}
-		m.AddInterface(one)
-	}
-	for _, rs := range rulesets {
-		load := func() error { return m.LoadAnchor(rs.path, rs.rules) }
-		if rs.path == "" {
-			load = func() error { return m.LoadMain(rs.rules) }
-		}
-		if err := load(); err != nil {
-			return nil, fmt.Errorf("understand the rules of others: %w", err)
-		}
-	}
-	return m, m.Enable()
 }
 
 // Rules returns the text of the loaded rules and the anchor they are in.

@@ -5,6 +5,7 @@ import (
 	"slices"
 
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // Kill names states to end: those whose opener is in From and whose other end,
@@ -21,10 +22,11 @@ type Kill struct {
 // then.
 //
 // A peer that lost a permission loses the states of that permission's
-// destinations, and keeps the others; so it is with destinations that another
-// class or interface has now. Where the peer is gone, has lost routing, or its
-// translated flows can't go on as they were, all its states end, whoever opened
-// them: what may go on makes itself new ones. That is also what a nil old does.
+// destinations, and keeps the others; so it is with destinations that have another
+// class now, or are reached another way. Where a peer has lost routing, or its
+// translated flows can't go on as they were, all that it opened ends: what may go
+// on makes itself new states. What this host opened to a peer goes on, unless the
+// peer is gone. A nil old ends everything from and to the peers.
 func Kills(old, next *policy.Ruleset, narrowed []policy.Narrowed) []Kill {
 	var moved []netip.Prefix
 	if old != nil {
@@ -34,8 +36,13 @@ func Kills(old, next *policy.Ruleset, narrowed []policy.Narrowed) []Kill {
 	var out []Kill
 	for _, n := range narrowed {
 		for _, a := range n.Addresses {
-			if old == nil || n.Removed || n.Lost.Has(policy.Routing) || isUprooted(old, next, a) {
+			_, known := next.PeerByAddr(a) // or an interface of this host's has it
+			switch {
+			case old == nil || n.Removed || !known:
 				out = append(out, killAll(a)...)
+				continue
+			case n.Lost.Has(policy.Routing) || isUprooted(old, next, a):
+				out = append(out, killOpened(a))
 				continue
 			}
 			to := slices.Clone(moved)
@@ -83,12 +90,17 @@ func coarse(kills []Kill, mesh []netip.Prefix) []Kill {
 
 // killAll ends everything from and to a peer's address.
 func killAll(a netip.Addr) []Kill {
-	one := netip.PrefixFrom(a, a.BitLen())
+	opened := killOpened(a)
+	return []Kill{opened, {opened.To, opened.From}}
+}
+
+// killOpened ends everything that a peer's address opened.
+func killOpened(a netip.Addr) Kill {
 	all := netip.PrefixFrom(netip.IPv4Unspecified(), 0)
 	if a.Is6() {
 		all = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
 	}
-	return []Kill{{one, all}, {all, one}}
+	return Kill{netip.PrefixFrom(a, a.BitLen()), all}
 }
 
 // killTo ends what a peer's address opened to the destinations. Nobody behind
@@ -111,16 +123,48 @@ func outsideMesh(s policy.Sets) []netip.Prefix {
 	})
 }
 
-// movedPrefixes returns the destinations that may be in another class now, or
-// behind another interface.
+// movedPrefixes returns the destinations that have another class now, or that are
+// reached another way: a network that went, for one. An address or a network that
+// only came where the same class and way held is none.
 func movedPrefixes(old, next *policy.Ruleset) []netip.Prefix {
 	a, b := old.Sets(), next.Sets()
-	var out []netip.Prefix
+	var changed []netip.Prefix
 	for _, s := range [][2][]netip.Prefix{{a.Martians, b.Martians}, {a.Self, b.Self}, {a.Mesh, b.Mesh}, {a.LAN, b.LAN}} {
-		out = append(append(out, missing(s[0], s[1])...), missing(s[1], s[0])...)
+		changed = append(append(changed, missing(s[0], s[1])...), missing(s[1], s[0])...)
+	}
+	before, now := ways(old.Host()), ways(next.Host())
+	for p, name := range before {
+		if now[p] != name {
+			changed = append(changed, p)
+		}
+	}
+	var out []netip.Prefix
+	for _, p := range sorted(changed) {
+		if _, went := before[p]; old.Class(p.Addr()) != next.Class(p.Addr()) || went && before[p] != now[p] {
+			out = append(out, p)
+		}
 	}
 	if old.Mesh().DNS != next.Mesh().DNS {
 		out = append(out, hostPrefixes(old.Mesh().Addresses)...)
+	}
+	return out
+}
+
+// ways returns by which interface the host reaches each network, default routes
+// left out.
+func ways(h policy.Host) map[netip.Prefix]string {
+	out := map[netip.Prefix]string{}
+	for _, r := range h.Routes {
+		if r.Prefix.Bits() > 0 {
+			out[r.Prefix.Masked()] = r.Interface
+		}
+	}
+	for _, i := range h.Interfaces {
+		for _, p := range i.Addresses {
+			if i.Name != h.Interface && i.Name != loopback && !p.IsSingleIP() {
+				out[p.Masked()] = i.Name
+			}
+		}
 	}
 	return out
 }
@@ -134,33 +178,17 @@ func missing[T comparable](a, b []T) []T {
 	return slices.DeleteFunc(slices.Clone(a), func(one T) bool { return in[one] })
 }
 
-// isUprooted reports whether the flows of an address's family have lost what they
-// stand on: the mesh interface, the uplink, forwarding, or an address that they
-// are translated to.
+// isUprooted reports whether the translated flows of an address's family have
+// lost what they stand on: the mesh interface, the uplink, forwarding, or the
+// address that they have outside. Other addresses of this host's, and other
+// interfaces, come and go many times an hour on any Mac, and nothing of a peer
+// depends on them but its flows to them.
 func isUprooted(old, next *policy.Ruleset, a netip.Addr) bool {
 	x, y := old.Host(), next.Host()
+	family := pfconf.Inet6
+	if a.Is4() {
+		family = pfconf.Inet
+	}
 	return x.Interface != y.Interface || x.Uplink(a) != y.Uplink(a) || x.Forwarding.Of(a) != y.Forwarding.Of(a) ||
-		slices.ContainsFunc(missing(attachments(x), attachments(y)), func(t attachment) bool { return t.address.Is4() == a.Is4() })
-}
-
-// attachment is an address on its interface, or where a route leads.
-type attachment struct {
-	address netip.Addr
-	bits    int
-	name    string
-}
-
-// attachments are what translated flows depend on: the addresses of interfaces,
-// and the interfaces of routes.
-func attachments(h policy.Host) []attachment {
-	var out []attachment
-	for _, i := range h.Interfaces {
-		for _, p := range i.Addresses {
-			out = append(out, attachment{p.Addr(), p.Bits(), i.Name})
-		}
-	}
-	for _, r := range h.Routes {
-		out = append(out, attachment{r.Prefix.Addr(), r.Prefix.Bits(), r.Interface})
-	}
-	return out
+		source(x, family) != source(y, family)
 }

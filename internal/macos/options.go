@@ -40,6 +40,7 @@ const (
 	StepRoutes     = "set the peers' routes"
 	StepJournal    = "write the journal"
 	StepAnchor     = "load the anchor"
+	StepTables     = "change the anchor's tables"
 	StepEnable     = "enable the packet filter"
 	StepForwarding = "open forwarding"
 
@@ -53,6 +54,6 @@ const (
 
 // Steps lists the enforcing steps from start to stop.
 var Steps = []string{
-	StepRepair, StepInterface, StepAddresses, StepRoutes, StepJournal, StepAnchor, StepEnable, StepForwarding,
+	StepRepair, StepInterface, StepAddresses, StepRoutes, StepJournal, StepAnchor, StepTables, StepEnable, StepForwarding,
 	StepCut, StepRestore, StepRemoveInterface, StepFlush, StepRelease,
 }

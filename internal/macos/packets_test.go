@@ -2,7 +2,6 @@ package macos
 
 import (
 	"net/netip"
-	"slices"
 
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
@@ -27,9 +26,6 @@ func (c *comparison) randomPacket() policy.Packet {
 		if p.Src == p.Dst && p.In != loopback && p.In != "" {
 			continue // its own answer: a floating state of others would match it
 		}
-		if p.Proto == protoGRE && (p.In == meshInterface || c.toPeer(p)) {
-			continue // the anchor doesn't tell protocols apart; the guard drops it
-		}
 		if p.Proto == protoGRE {
 			// Translated, two flows without ports to one destination would look
 			// the same: the second one isn't.
@@ -40,11 +36,6 @@ func (c *comparison) randomPacket() policy.Packet {
 		}
 		return p
 	}
-}
-
-// toPeer reports whether a packet is for a peer's address.
-func (c *comparison) toPeer(p policy.Packet) bool {
-	return slices.ContainsFunc(c.w.mesh.Peers, func(q policy.Peer) bool { return slices.Contains(q.Addresses, p.Dst) })
 }
 
 func (c *comparison) randomIn() string {

@@ -37,13 +37,19 @@ type Platform struct {
 	name string
 	dev  tun.Device
 
-	loaded *loadedAnchor   // nil: nothing of ours is in force
+	loaded *loadedAnchor // nil: nothing of ours is in force
+	// drifted says that what pf holds isn't known to be what is in loaded.
+	drifted bool
+	// before are the interfaces that peers' packets could leave by so far.
+	before []Egress
 	cut    *policy.Ruleset // for which flows were cut last
 	// enforced is what Enforce was called for last. Nobody cuts flows for a
 	// ruleset that only widens, so it may be newer than cut.
 	enforced *policy.Ruleset
-	dead     map[netip.Addr]time.Time
-	others   othersRules
+	// cutPeers are the addresses that lost access to this host, and until when.
+	cutPeers map[netip.Addr]time.Time
+
+	look
 }
 
 // NewPlatform returns a platform; it changes nothing yet.
@@ -68,7 +74,7 @@ func NewPlatform(o PlatformOptions) (*Platform, error) {
 		return nil, err
 	}
 	return &Platform{
-		o: o, path: path, j: &journal{}, dead: map[netip.Addr]time.Time{}, pf: darwin.NewPF(o.Runner), sysctl: darwin.NewSysctl(o.Runner, o.Kernel),
+		o: o, path: path, j: &journal{}, cutPeers: map[netip.Addr]time.Time{}, pf: darwin.NewPF(o.Runner), sysctl: darwin.NewSysctl(o.Runner, o.Kernel),
 		ifconfig: darwin.NewIfconfig(o.Runner), router: darwin.NewRouter(o.Kernel),
 	}, nil
 }
@@ -143,22 +149,18 @@ func (p *Platform) takeOver(ctx context.Context) error {
 // time; the rest is done all the same, but the filter never goes before
 // forwarding does.
 func (p *Platform) giveBack(ctx context.Context) error {
-	p.loaded = nil
-	if err := p.restoreForwarding(ctx); err != nil {
+	p.loaded, p.holds = nil, false
+	if err := p.restoreForwarding(ctx, p.sharedAtEnd(ctx)); err != nil {
 		return err
 	}
 	return errors.Join(p.flush(ctx), p.release(ctx))
 }
 
 // restoreForwarding switches forwarding off where we switched it on, unless
-// somebody else came to need it.
-func (p *Platform) restoreForwarding(ctx context.Context) error {
+// somebody else came to need it, which shared says.
+func (p *Platform) restoreForwarding(ctx context.Context, shared policy.Families) error {
 	if p.j.Forwarding == (policy.Families{}) {
 		return nil
-	}
-	shared, err := p.shared(ctx)
-	if err != nil {
-		return named(StepRestore, err)
 	}
 	return p.step(StepRestore, func() error {
 		for _, f := range []struct {
@@ -243,43 +245,11 @@ func (p *Platform) tokens(ctx context.Context) ([]uint64, error) {
 	return out, err
 }
 
-// Observe implements the daemon's contract.
-func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
-	n, err := darwin.Observe(p.o.Kernel)
-	if err != nil {
-		return policy.Host{}, fmt.Errorf("observe host: %w", err)
-	}
-	found, err := p.foundForwarding(ctx)
-	if err != nil {
-		return policy.Host{}, fmt.Errorf("observe host: %w", err)
-	}
-	return facts(n, p.name, found), nil
-}
-
-// foundForwarding says for which families the host forwards without us: the
-// journal tells which we switched on.
-func (p *Platform) foundForwarding(ctx context.Context) (policy.Families, error) {
-	now, err := p.forwarding(ctx)
-	if err != nil || p.j.Forwarding == (policy.Families{}) {
-		return now, err
-	}
-	shared, err := p.shared(ctx)
-	return policy.Families{
-		IPv4: now.IPv4 && (!p.j.Forwarding.IPv4 || shared.IPv4),
-		IPv6: now.IPv6 && (!p.j.Forwarding.IPv6 || shared.IPv6),
-	}, err
-}
-
-func (p *Platform) forwarding(ctx context.Context) (now policy.Families, err error) {
+func (p *Platform) forwarding() (now policy.Families, err error) {
 	if now.IPv4, err = p.sysctl.Forwarding(darwin.IPv4); err == nil {
 		now.IPv6, err = p.sysctl.Forwarding(darwin.IPv6)
 	}
 	return now, err
-}
-
-// Watch implements the daemon's watcher.
-func (p *Platform) Watch(ctx context.Context, changed func()) error {
-	return darwin.NewWatcher(darwin.WatcherOptions{Kernel: p.o.Kernel, Log: p.o.Log}).Run(ctx, changed)
 }
 
 // Cut implements the daemon's contract.
@@ -298,12 +268,13 @@ func (p *Platform) Close(ctx context.Context) ([]platform.Problem, error) {
 	if p.dev == nil {
 		return nil, p.takeOver(ctx)
 	}
-	left, err := p.left(ctx)
-	if err := p.restoreForwarding(ctx); err != nil {
+	shared := p.sharedAtEnd(ctx)
+	left := p.left(shared)
+	if err := p.restoreForwarding(ctx, shared); err != nil {
 		// The anchor stays: without it, forwarding would be open.
 		return left, errors.Join(err, p.removeInterface())
 	}
-	err = errors.Join(err, p.removeInterface(), p.endFlows(ctx), p.flush(ctx), p.release(ctx))
+	err := errors.Join(p.removeInterface(), p.endFlows(ctx), p.flush(ctx), p.release(ctx))
 	p.loaded = nil
 	return left, err
 }
@@ -336,11 +307,10 @@ func (p *Platform) kill(ctx context.Context, kills []Kill) error {
 }
 
 // left says what of our doing stays because somebody else came to need it.
-func (p *Platform) left(ctx context.Context) ([]platform.Problem, error) {
+func (p *Platform) left(shared policy.Families) []platform.Problem {
 	if p.j.Forwarding == (policy.Families{}) {
-		return nil, nil
+		return nil
 	}
-	shared, err := p.shared(ctx)
 	var out []platform.Problem
 	for _, f := range []struct {
 		stays          bool
@@ -357,7 +327,7 @@ func (p *Platform) left(ctx context.Context) ([]platform.Problem, error) {
 			})
 		}
 	}
-	return out, err
+	return out
 }
 
 // removeInterface closes the device; the kernel takes the interface away with its

@@ -275,8 +275,64 @@ func TestCutStaysDead(t *testing.T) {
 	now := time.Now().Add(deadTime + time.Minute)
 	g.p.o.Now = func() time.Time { return now }
 	g.enforce(testMesh(2, policy.Routing))
-	if text := g.p.loaded.text; strings.Contains(text, "<cut>") {
+	if text := g.p.loaded.anchor.text(); strings.Contains(text, "<cut>") {
 		t.Errorf("still dead after its time:\n%s", text)
+	}
+}
+
+// TestOwnFlowsGoOn takes everything from a peer while this Mac has a connection of
+// its own to it: both ends go on, for a day and longer.
+func TestOwnFlowsGoOn(t *testing.T) {
+	for what, m := range map[string]policy.Mesh{"nothing left": testMesh(2, 0, everything), "incoming left": testMesh(2, policy.Incoming, everything)} {
+		t.Run(what, func(t *testing.T) {
+			g := newRig(t)
+			g.open()
+			old := g.enforce(testMesh(2, everything))
+			g.must(g.p.Cut(t.Context(), old, nil))
+			own := syn("100.64.0.1", first)
+			if o := g.mac.Send(own); o.Fate != simmac.Sent {
+				t.Fatalf("this Mac's connection: %+v", o)
+			}
+			answer := syn(first, "100.64.0.1")
+			answer.SrcPort, answer.DstPort, answer.Flags, answer.Seq, answer.Ack = 443, 4000, pfconf.FlagSYN|pfconf.FlagACK, 5000, 1001
+			if o := g.mac.Receive(answer, g.p.name); o.Fate != simmac.Delivered {
+				t.Fatalf("its answer: %+v", o)
+			}
+			next := g.enforce(m)
+			g.must(g.p.Cut(t.Context(), next, policy.Diff(old, next)))
+			own.Flags, own.Seq, own.Ack, own.Len = pfconf.FlagPSH|pfconf.FlagACK, 1001, 5001, 10
+			if o := g.mac.Send(own); o.Fate != simmac.Sent {
+				t.Errorf("its next segment: %+v", o)
+			}
+			answer.Flags, answer.Seq, answer.Ack = pfconf.FlagACK, 5001, 1011
+			if o := g.mac.Receive(answer, g.p.name); o.Fate != simmac.Delivered {
+				t.Errorf("the peer's next segment: %+v", o)
+			}
+		})
+	}
+}
+
+// TestCutDNSStaysDead takes routing from a peer that was asking this Mac's DNS with
+// nothing else: the answer that is still to come doesn't leave.
+func TestCutDNSStaysDead(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	old := g.enforce(testMesh(2, policy.Routing, everything))
+	g.must(g.p.Cut(t.Context(), old, nil))
+	ask := syn(first, "100.64.0.1")
+	ask.Proto, ask.Flags, ask.Seq, ask.Window, ask.DstPort, ask.Len = pfconf.ProtoUDP, 0, 0, 0, 53, 30
+	if o := g.mac.Receive(ask, g.p.name); o.Fate != simmac.Delivered {
+		t.Fatalf("the question: %+v", o)
+	}
+	next := g.enforce(testMesh(2, 0, everything))
+	g.must(g.p.Cut(t.Context(), next, policy.Diff(old, next)))
+	if o := g.mac.Send(reverse(ask)); o.Fate != simmac.Dropped {
+		t.Errorf("the answer: %+v", o)
+	}
+	own := ask
+	own.Src, own.Dst, own.SrcPort = ask.Dst, ask.Src, 5000
+	if o := g.mac.Send(own); o.Fate != simmac.Sent {
+		t.Errorf("this Mac's own question to the peer: %+v", o)
 	}
 }
 
@@ -289,7 +345,7 @@ func TestDrift(t *testing.T) {
 		"the anchor is flushed":  {StepAnchor, func(g *rig) { g.mac.FlushAnchor(g.p.path) }},
 		"the anchor is replaced": {StepAnchor, func(g *rig) { g.must(g.mac.LoadAnchor(g.p.path, "pass all\n")) }},
 		"a table is changed": {StepAnchor, func(g *rig) {
-			g.must(darwin.NewPF(g.mac).ReplaceTable(g.t.Context(), g.p.path, tableLAN, set{in: prefixes("100.64.0.0/10")}.table(tableLAN).Addrs))
+			g.must(darwin.NewPF(g.mac).ReplaceTable(g.t.Context(), g.p.path, tableLAN, (set{in: prefixes("100.64.0.0/10")}).table(tableLAN).Addrs))
 		}},
 		"the packet filter is off": {StepEnable, func(g *rig) { g.mac.PF.Disable() }},
 		"IPv4 forwarding is off":   {StepForwarding, func(g *rig) { g.mac.Kernel.SetVariable("net.inet.ip.forwarding", "0") }},
@@ -297,7 +353,7 @@ func TestDrift(t *testing.T) {
 		"an address is taken":      {StepAddresses, func(g *rig) { g.must(g.mac.Kernel.RemoveAddress(g.p.name, addrOf("100.64.0.1"))) }},
 		"a route is deleted":       {StepRoutes, func(g *rig) { g.must(g.mac.Kernel.DeleteRoute(netip.MustParsePrefix(first + "/32"))) }},
 		"rules are all that changed": {StepAnchor, func(g *rig) {
-			g.must(g.mac.LoadAnchor(g.p.path, strings.Replace(g.p.loaded.text, "mesh-martian", "mesh-other", 1)))
+			g.must(g.mac.LoadAnchor(g.p.path, strings.Replace(g.p.loaded.anchor.text(), "mesh-martian", "mesh-other", 1)))
 		}},
 	} {
 		t.Run(what, func(t *testing.T) {
@@ -352,14 +408,94 @@ func TestForeignRuleIsReported(t *testing.T) {
 	g := newRig(t)
 	g.must(g.mac.LoadAnchor("com.apple/100.other", "table <friends> { 192.168.77.9 }\npass in quick on en5 from <friends> to 100.64.0.1\n"))
 	g.open()
-	r := g.enforce(testMesh(2, everything))
-	if report := g.inspect(r); len(report.Problems) != 0 {
+	g.enforce(testMesh(2, everything))
+	if report := g.lookAtAll(); len(report.Problems) != 0 {
 		t.Errorf("a rule for one stranger that no probe is: %v", report.Problems)
 	}
 	g.must(g.mac.LoadAnchor("com.apple/100.other", "pass in quick on en5 from any to 100.64.0.1\n"))
-	report := g.inspect(r)
+	report := g.lookAtAll()
 	if len(report.Problems) != 1 || !strings.Contains(report.Problems[0].Message, "of the anchor com.apple/100.other lets through") {
 		t.Errorf("got %v", report.Problems)
+	}
+}
+
+// lookAtAll is a look after an event of the routing socket: at ours, and then at
+// what others have.
+func (g *rig) lookAtAll() platform.Report {
+	g.t.Helper()
+	g.p.moved.Store(true)
+	r := g.compile(testMesh(2, everything))
+	g.inspect(r)
+	return g.inspect(r)
+}
+
+// TestTransitByOthersCloses lets another product's rule pass what our anchor keeps
+// from being forwarded: forwarding doesn't go on, or goes off again.
+func TestTransitByOthersCloses(t *testing.T) {
+	const open = "pass in quick on en5 from 192.168.77.0/24 to any\n"
+	for name, before := range map[string]bool{"before the start": true, "later": false} {
+		t.Run(name, func(t *testing.T) {
+			g := newRig(t)
+			if before {
+				g.must(g.mac.LoadAnchor("com.apple/100.other", open))
+			}
+			g.open()
+			r := g.compile(testMesh(2, everything))
+			err := g.p.Enforce(t.Context(), r)
+			if !before {
+				g.must(err)
+				g.must(g.mac.LoadAnchor("com.apple/100.other", open))
+				if report := g.lookAtAll(); len(report.Drift) == 0 {
+					t.Error("it isn't found")
+				}
+				err = g.p.Enforce(t.Context(), r)
+			}
+			var named *platform.StepError
+			if !errors.As(err, &named) || !strings.Contains(err.Error(), "com.apple/100.other") || named.Hint == "" {
+				t.Errorf("got %v", err)
+			}
+			g.arrives("en5", "192.168.77.9", "9.9.9.9", simmac.Dropped)
+			g.must(g.mac.LoadAnchor("com.apple/100.other", "pass in on en5 all\n"))
+			g.clean(g.enforce(testMesh(2, everything)))
+			g.arrives(g.p.name, first, "9.9.9.9", simmac.Forwarded)
+		})
+	}
+}
+
+// TestRuleThatIsNotUnderstood checks that one rule of others that can't be read
+// doesn't hide the rest, is named, and counts as matching everything.
+func TestRuleThatIsNotUnderstood(t *testing.T) {
+	shown := "pass in quick on en5 by-magic all\npass in on en5 all no state\n"
+	u := unread{}
+	read := u.readable("com.apple/100.other", shown)
+	if len(read.Rules) != 2 || !read.Rules[0].Quick || read.Rules[0].Interfaces != nil {
+		t.Fatalf("read as %+v", read.Rules)
+	}
+	found := u.name([]Foreign{{Anchor: "com.apple/100.other", Rule: read.Rules[0].String(), Wider: true, Transit: true, Example: "a packet"}})
+	if len(found) != 1 || !strings.Contains(found[0].String(), "by-magic") || !strings.Contains(found[0].String(), "isn't understood") {
+		t.Errorf("named as %q", found)
+	}
+	if found = u.name(nil); len(found) != 1 || !strings.Contains(found[0].String(), "by-magic") {
+		t.Errorf("not named: %q", found)
+	}
+	for rule, want := range map[string]string{
+		"block drop out quick log on en0 proto magic": `block out quick all no state label "unread-0"`,
+		"pass all by-magic":                           `pass all no state label "unread-0"`,
+		"nat on en0 by-magic -> 1.2.3.4":              "",
+		"":                                            "",
+	} {
+		if got := (unread{}).standIn("x", rule); got != want {
+			t.Errorf("%q: %q, want %q", rule, got, want)
+		}
+	}
+	mullvad, err := os.ReadFile("../../pfconf/testdata/mac/pfctl-mullvad-rules-15.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, text, _ := strings.Cut(string(mullvad), "\n")
+	u = unread{}
+	if read := u.readable("mullvad", text); len(u) > 0 || len(read.Rules) != 4 {
+		t.Errorf("Mullvad's rules: %d, not understood: %v", len(read.Rules), u)
 	}
 }
 
@@ -449,6 +585,8 @@ func (g *rig) until(nth int, commands bool, do func()) (step string, died bool) 
 func (g *rig) life() {
 	g.dev = nil
 	g.open()
+	g.enforce(testMesh(2, everything))
+	g.enforce(testMesh(3, everything)) // by tables
 	old := g.enforce(testMesh(2, everything))
 	g.must(g.p.Cut(g.t.Context(), old, policy.Diff(nil, old)))
 	g.arrives(g.p.name, first, "9.9.9.9", simmac.Forwarded)

@@ -1,6 +1,7 @@
 package macos
 
 import (
+	"cmp"
 	"net/netip"
 	"slices"
 
@@ -22,10 +23,21 @@ const (
 // loopback is the name of a Mac's loopback interface.
 const loopback = "lo0"
 
-// maxFlowsPerPeer bounds the states that a peer's address can make by one rule.
-// pf holds 10000 of the whole host (PFSTATE_HIWAT in xnu bsd/net/pfvar.h), and
-// a forwarded flow takes two: no peer can use all of them up.
-const maxFlowsPerPeer = 1000
+// MaxStates is how many states pf holds for the whole host (PFSTATE_HIWAT in xnu
+// bsd/net/pfvar.h). An anchor can't raise it: `set limit` counts in the main
+// ruleset only.
+const MaxStates = 10_000
+
+// StatesPerForwarded is how many of them a forwarded flow takes: one where it
+// comes in and one, with its translation, where it leaves. A flow to this host
+// takes one.
+const StatesPerForwarded = 2
+
+// maxFlowsPerAddress bounds the flows that one address of a peer has by all rules
+// together. The guard holds the exact bound of a peer (a quarter of what pf
+// holds); this is the second line, for when the guard isn't there. It is counted
+// where a peer's packets come in: where they leave, all peers have one address.
+const maxFlowsPerAddress = MaxStates / 4 / StatesPerForwarded
 
 // clampMSS lets no TCP connection through the tunnel use segments that don't
 // fit into it: RFC 879 and RFC 8200 8.3 give the headers' lengths.
@@ -42,35 +54,49 @@ func (b *builder) clampMSS(mtu int) {
 	}
 }
 
+// reassemble puts the fragments of answers to peers together, which come in to an
+// address of this host's: only a whole packet is translated back. Not those of
+// IPv6, of which pf puts together only what comes in order, and so would lose
+// this host's own; nor with no-df, which would take path MTU discovery from
+// everything that comes in.
+func (b *builder) reassemble() {
+	for _, e := range b.egress() {
+		if e.family != pfconf.Inet || !b.mayLeave(e) {
+			continue
+		}
+		rule := on(pfconf.In, e.name)
+		rule.Action, rule.Family, rule.To = pfconf.Scrub, pfconf.Inet, inTable(tableSelf)
+		rule.Normalize = pfconf.Normalize{Fragment: pfconf.FragmentReassemble}
+		b.add(rule, "an answer that comes in fragments has ports, and so reaches the peer that asked, only when it was put together")
+	}
+}
+
 // translate writes network address translation: of peers' packets only, and only
 // where they may leave.
 func (b *builder) translate() {
 	rule := on(pfconf.Both, b.host.Interface)
 	rule.Action = pfconf.NoNat
 	b.add(rule, "nothing is translated into the mesh: another product's rule could make a stranger look like this host")
-	for _, name := range b.egress() {
-		for _, family := range []pfconf.Family{pfconf.Inet, pfconf.Inet6} {
-			b.nat(name, family)
-		}
+	for _, e := range b.egress() {
+		b.nat(e)
 	}
 	rule = on(pfconf.Both, b.host.Interface)
 	rule.Action = pfconf.NoRdr
 	b.add(rule, "what a peer may reach is judged by the destination that it sent to, so another product's redirection must not change it")
 }
 
-func (b *builder) nat(name string, family pfconf.Family) {
-	rule := on(pfconf.Both, name)
+func (b *builder) nat(e Egress) {
+	rule := on(pfconf.Both, e.name)
 	rule.Action = pfconf.Nat
-	rule.Family = family
-	rule.Pool = &pfconf.Pool{Addrs: []pfconf.Address{b.natAddress(name, family)}}
-	switch {
-	case name == b.uplink(family):
+	rule.Family = e.family
+	rule.Pool = &pfconf.Pool{Addrs: []pfconf.Address{b.natAddress(e)}}
+	if e.name == b.uplink(e.family) {
 		rule.From = inTable(tableRouting)
 		b.add(rule, "by the uplink, peers' packets leave with its address")
-	case b.reaches(name, family):
-		rule.From, rule.To = inTable(tableLAN), inTable(tableNetworks)
-		b.add(rule, "by another interface, only those to other networks do; what isn't translated is stopped below")
+		return
 	}
+	rule.From, rule.To = inTable(tableLAN), inTable(tableNetworks)
+	b.add(rule, "by another interface, only those to other networks do; what isn't translated is stopped below")
 }
 
 func (b *builder) uplink(family pfconf.Family) string {
@@ -80,34 +106,63 @@ func (b *builder) uplink(family pfconf.Family) string {
 	return b.host.Uplink6
 }
 
-// egress returns the interfaces by which peers' packets may leave, sorted.
-func (b *builder) egress() []string {
-	names := []string{b.host.Uplink4, b.host.Uplink6}
-	for _, i := range b.host.Interfaces {
-		names = append(names, i.Name)
+// mayLeave reports whether a peer's packets may leave there now.
+func (b *builder) mayLeave(e Egress) bool {
+	table := tableLAN
+	if e.name == b.uplink(e.family) {
+		table = tableRouting
 	}
-	for _, r := range b.host.Routes {
-		names = append(names, r.Interface)
-	}
-	slices.Sort(names)
-	return slices.DeleteFunc(slices.Compact(names), func(name string) bool {
-		return name == "" || name == loopback || name == b.host.Interface
-	})
+	return slices.ContainsFunc(b.sets[table].in, func(p netip.Prefix) bool { return isFamily(p.Addr(), e.family) })
 }
 
-// reaches reports whether anything of a family is known to be behind an
-// interface.
-func (b *builder) reaches(name string, family pfconf.Family) bool {
-	return len(b.addresses(name, family)) > 0 || slices.ContainsFunc(b.host.Routes, func(r policy.Route) bool {
-		return r.Interface == name && isFamily(r.Prefix.Addr(), family)
-	})
+// Egress is an interface by which peers' packets leave in one family.
+type Egress struct {
+	name   string
+	family pfconf.Family
+}
+
+// egress returns where peers' packets may leave, sorted: what the facts name, and
+// what was one before. pf takes a rule for an interface that isn't there, and
+// matches nothing by it.
+func (b *builder) egress() []Egress {
+	all := slices.Concat(egressOf(b.host), b.before)
+	slices.SortFunc(all, Egress.compare)
+	return slices.Compact(all)
+}
+
+func (e Egress) compare(f Egress) int {
+	return cmp.Or(cmp.Compare(e.name, f.name), cmp.Compare(e.family, f.family))
+}
+
+// egressOf returns the uplinks, and each interface other than the mesh's and
+// loopback that has an address of a family or a route of it.
+func egressOf(h policy.Host) []Egress {
+	var out []Egress
+	for _, family := range []pfconf.Family{pfconf.Inet, pfconf.Inet6} {
+		names := map[string]bool{h.Uplink4: family == pfconf.Inet}
+		if family == pfconf.Inet6 {
+			names = map[string]bool{h.Uplink6: true}
+		}
+		for _, i := range h.Interfaces {
+			names[i.Name] = names[i.Name] || len(addresses(h, i.Name, family)) > 0
+		}
+		for _, r := range h.Routes {
+			names[r.Interface] = names[r.Interface] || isFamily(r.Prefix.Addr(), family)
+		}
+		for name, ok := range names {
+			if ok && name != "" && name != h.Interface && name != loopback {
+				out = append(out, Egress{name, family})
+			}
+		}
+	}
+	return out
 }
 
 // addresses returns an interface's addresses of a family that can be used
 // beyond the link.
-func (b *builder) addresses(name string, family pfconf.Family) []netip.Addr {
+func addresses(h policy.Host, name string, family pfconf.Family) []netip.Addr {
 	var out []netip.Addr
-	for _, i := range b.host.Interfaces {
+	for _, i := range h.Interfaces {
 		if i.Name != name {
 			continue
 		}
@@ -122,19 +177,41 @@ func (b *builder) addresses(name string, family pfconf.Family) []netip.Addr {
 
 func isFamily(a netip.Addr, family pfconf.Family) bool { return a.Is4() == (family == pfconf.Inet) }
 
+// source returns the address that peers' packets have when they leave by the
+// uplink: the one that the facts name or, where they name none, the uplink's
+// first. It is invalid where there is none.
+func source(h policy.Host, family pfconf.Family) netip.Addr {
+	name, named := h.Uplink4, h.Source4
+	if family == pfconf.Inet6 {
+		name, named = h.Uplink6, h.Source6
+	}
+	as := addresses(h, name, family)
+	if slices.Contains(as, named) {
+		return named
+	}
+	if i := slices.IndexFunc(as, func(a netip.Addr) bool { return !a.IsPrivate() }); i >= 0 && family == pfconf.Inet6 {
+		return as[i]
+	}
+	if len(as) > 0 {
+		return as[0]
+	}
+	return netip.Addr{}
+}
+
 // natAddress returns what packets leave with: (en0:0), the interface's first
-// address at the time, of several not each in turn. Only where that would give
-// what goes to the internet a unique local IPv6 address is it a global one as
-// observed; the anchor is loaded again when that changes.
-func (b *builder) natAddress(name string, family pfconf.Family) pfconf.Address {
-	if family == pfconf.Inet6 && name == b.host.Uplink6 {
-		as := b.addresses(name, family)
-		global := slices.IndexFunc(as, func(a netip.Addr) bool { return !a.IsPrivate() })
-		if global > 0 {
-			return pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: netip.PrefixFrom(as[global], 128)}
+// address at the time, of several not each in turn. Of IPv6 pf itself leaves out
+// link-local, temporary, deprecated and tentative ones (pfi_instance_add in xnu
+// bsd/net/pf_if.c). Only where that would give what goes to the internet a unique
+// local IPv6 address although there is a global one, it is that one as observed;
+// the anchor is loaded again when it changes.
+func (b *builder) natAddress(e Egress) pfconf.Address {
+	if e.family == pfconf.Inet6 && e.name == b.host.Uplink6 {
+		a, all := source(b.host, e.family), addresses(b.host, e.name, e.family)
+		if a.IsValid() && a != all[0] && slices.ContainsFunc(all, netip.Addr.IsPrivate) {
+			return pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: netip.PrefixFrom(a, 128)}
 		}
 	}
-	return pfconf.Address{Kind: pfconf.AddrDynamic, Name: name, Mod: pfconf.ModNoAlias}
+	return pfconf.Address{Kind: pfconf.AddrDynamic, Name: e.name, Mod: pfconf.ModNoAlias}
 }
 
 // icmpTypes are a family's ICMP types that are judged by more than addresses:
@@ -158,6 +235,28 @@ func icmp(rule pfconf.Rule, family pfconf.Family, proto pfconf.Proto, types ...u
 	return rule
 }
 
+// passJudged is pass for each protocol that peers' flows may have, unless the rule
+// names one. The others are dropped: a NAT keeps flows without ports apart by
+// addresses alone, so a peer's ESP or GRE could take this host's own.
+func (b *builder) passJudged(rule pfconf.Rule, label, why string) {
+	if rule.Protos != nil {
+		b.pass(rule, label, why)
+		return
+	}
+	for _, p := range []struct {
+		family pfconf.Family
+		protos []pfconf.Proto
+	}{
+		{pfconf.AnyFamily, []pfconf.Proto{pfconf.ProtoTCP, pfconf.ProtoUDP}},
+		{pfconf.Inet, []pfconf.Proto{pfconf.ProtoICMP}},
+		{pfconf.Inet6, []pfconf.Proto{pfconf.ProtoICMPv6}},
+	} {
+		one := rule
+		one.Family, one.Protos = p.family, p.protos
+		b.pass(one, label, why)
+	}
+}
+
 // fromPeers writes the table "From a peer" of the policy: the first class that
 // the destination fits decides.
 func (b *builder) fromPeers() {
@@ -168,11 +267,18 @@ func (b *builder) fromPeers() {
 		return rule
 	}
 	var anyone pfconf.Endpoint
+	b.turnedRound(in)
 	b.block(with(notInTable(tablePeers), anyone), "spoofed", "what comes out of the tunnel has a peer's address; answers to this host from elsewhere, while it routes through a peer, have a state and don't come here")
 	b.block(with(anyone, inTable(tableMartians)), "martian", "class 1, martian: never")
 	for _, t := range icmpTypes {
 		b.block(icmp(in, t.family, t.proto, t.redirect), "redirect", "nobody tells this host another route")
 		b.block(icmp(in, t.family, t.proto, t.errors...), "unquoted", "an ICMP error that is about a flow has that flow's state and doesn't come here; the others are forged")
+	}
+	if port := b.ruleset.Mesh().ListenPort; port != 0 {
+		tunnel := with(anyone, inTable(tableSelf))
+		tunnel.Protos = []pfconf.Proto{pfconf.ProtoUDP}
+		tunnel.To.Ports = []pfconf.Port{{Op: pfconf.Equal, Lo: port}}
+		b.block(tunnel, "wireguard", "no tunnel inside the tunnel")
 	}
 	b.peerPass(with(inTable(tableIncoming), inTable(tableSelf)), "incoming", "class 2, self: with incoming")
 	dns := with(inTable(tableDNS), inTable(tableHost))
@@ -181,6 +287,7 @@ func (b *builder) fromPeers() {
 	b.peerPass(dns, "dns", "class 2: this host's DNS also with routing")
 	b.block(with(anyone, inTable(tableSelf)), "no-incoming", "class 2: all else is closed")
 	b.block(with(anyone, inTable(tableMesh)), "mesh", "class 3, mesh: peers never reach each other through this host")
+	b.block(with(anyone, inTable(tableLooped)), "lan-loopback", "class lan doesn't come back to this host: what its routes lead to the loopback interface is judged here, for that one is often skipped (after Internet Sharing ran, for one)")
 	lan := with(inTable(tableLAN), inTable(tableNetworks))
 	lan.Tag = tagLAN
 	b.peerPass(lan, "lan", "class 4, lan: with routing and lan")
@@ -191,36 +298,49 @@ func (b *builder) fromPeers() {
 	b.block(in, "no-routing", "all else is closed")
 }
 
-// peerPass is pass for what a peer opens: a peer's flows are bounded.
+// turnedRound lets this host's packets to its own mesh address through the mesh
+// interface, both ways: the route to an own address on a point-to-point interface
+// leads into it (in_ifinit in xnu bsd/netinet/in.c), and the guard turns such
+// packets round. They are the one exception to the table, and make no state.
+func (b *builder) turnedRound(rule pfconf.Rule) {
+	rule.Action, rule.Quick, rule.State, rule.Flags = pfconf.Pass, true, pfconf.NoState, &pfconf.Flags{}
+	rule.From, rule.To = inTable(tableHost), inTable(tableHost)
+	rule.Label = labelPrefix + "own"
+	b.add(rule, "this host's packets to its own mesh address leave by the tunnel and are turned round there")
+}
+
+// peerPass is pass for what a peer opens: flows of the protocols that are judged,
+// bounded in number.
 func (b *builder) peerPass(rule pfconf.Rule, label, why string) {
-	rule.StateOptions.SourceTrack = pfconf.SourceTrackRule
-	rule.StateOptions.MaxSrcStates = maxFlowsPerPeer
-	b.pass(rule, label, why)
+	rule.StateOptions.SourceTrack = pfconf.SourceTrackGlobal
+	rule.StateOptions.MaxSrcStates = maxFlowsPerAddress
+	b.passJudged(rule, label, why)
 }
 
 // towardsPeers writes what may go into the tunnel besides answers, which have a
 // state.
 func (b *builder) towardsPeers() {
 	out := on(pfconf.Out, b.host.Interface)
+	b.turnedRound(out)
 	for _, t := range icmpTypes {
 		b.block(icmp(out, t.family, t.proto, t.redirect), "redirect", "this host tells no peer another route")
 	}
 	b.keepCut(out)
 	toPeer := out
 	toPeer.From, toPeer.To = inTable(tableHost), inTable(tablePeers)
-	b.pass(toPeer, "to-peer", "this host itself opens flows to its peers")
+	b.passJudged(toPeer, "to-peer", "this host itself opens flows to its peers")
 	nobody := out
-	nobody.To = inTable(tableAway)
+	nobody.To = inTable(tableNobody)
 	b.block(nobody, "nobody", "to a mesh address that no peer has, or from another address of this host than its mesh address")
 	through := out
 	through.From = inTable(tableHost)
-	b.pass(through, "through-peer", "while this host routes through a peer, its own packets to anywhere")
+	b.passJudged(through, "through-peer", "while this host routes through a peer, its own packets to anywhere")
 	b.block(out, "to-mesh", "nobody else opens a flow to a peer or through one")
 }
 
 // keepCut keeps connections dead that peers had opened: of this host's own packets
 // without a state, those that begin nothing. flags A/A are all segments of TCP but
-// the first.
+// the first. Of UDP only the answers of this host's DNS are known by their port.
 func (b *builder) keepCut(out pfconf.Rule) {
 	const why = "what a peer opened and may no longer isn't revived from this side"
 	out.From, out.To = inTable(tableHost), inTable(tableCut)
@@ -230,6 +350,12 @@ func (b *builder) keepCut(out pfconf.Rule) {
 	b.block(segments, "cut", why)
 	b.block(icmp(out, pfconf.Inet, pfconf.ProtoICMP, 0), "cut", why)
 	b.block(icmp(out, pfconf.Inet6, pfconf.ProtoICMPv6, 129), "cut", why)
+	if b.ruleset.Mesh().DNS {
+		dns := out
+		dns.Protos = []pfconf.Proto{pfconf.ProtoUDP}
+		dns.From.Ports = []pfconf.Port{{Op: pfconf.Equal, Lo: 53}}
+		b.block(dns, "cut", why)
+	}
 }
 
 // elsewhere writes what holds on all interfaces but the mesh's.
@@ -252,10 +378,36 @@ func (b *builder) elsewhere() {
 	toHost := in
 	toHost.To = inTable(tableHost)
 	b.block(toHost, "weak-host", "this host's mesh addresses are reached by the tunnel only: a Mac that forwards accepts them on every interface")
-	away := notOn(pfconf.Both, b.host.Interface)
+	away, toPeer := notOn(pfconf.Both, b.host.Interface), notOn(pfconf.Both, b.host.Interface)
+	if port := b.ruleset.Mesh().ListenPort; port != 0 {
+		toPeer.To = inTable(tablePeers)
+		b.block(toPeer, "away", "what is for a peer leaves by the tunnel only, WireGuard's own packets too: the tunnel would carry itself")
+		tunnel := notOn(pfconf.Out, b.host.Interface)
+		tunnel.Action, tunnel.Quick, tunnel.State = pfconf.Pass, true, pfconf.NoState
+		tunnel.Protos = []pfconf.Proto{pfconf.ProtoUDP}
+		tunnel.From.Ports, tunnel.To = []pfconf.Port{{Op: pfconf.Equal, Lo: port}}, inTable(tableNobody)
+		tunnel.Label = labelPrefix + "tunnel"
+		b.add(tunnel, "else WireGuard's own packets leave whatever outer address a peer has, were it a mesh address")
+	}
 	away.To = inTable(tableAway)
 	b.block(away, "away", "nobody elsewhere opens a flow to a peer, and what this host sends to one leaves by the tunnel or not at all, also when the tunnel is down or the peer is gone")
+	b.multicastGroups()
 }
+
+// multicastGroups lets IGMP through on the other interfaces, which pf drops once
+// it is on: such packets have an IP option, Router Alert (RFC 2236 2), and pf
+// passes none of those without allow-opts. It isn't quick, so what others say of
+// IGMP later counts.
+func (b *builder) multicastGroups() {
+	rule := notOn(pfconf.Both, b.host.Interface)
+	rule.Action, rule.Family, rule.State = pfconf.Pass, pfconf.Inet, pfconf.NoState
+	rule.Protos, rule.AllowOpts = []pfconf.Proto{protoIGMP}, true
+	rule.Label = labelPrefix + "igmp"
+	b.add(rule, "this host joins multicast groups on its other networks as it did before pf was on")
+}
+
+// protoIGMP is IGMP's number (RFC 2236).
+const protoIGMP pfconf.Proto = 2
 
 // leaving writes what holds where peers' packets leave: here their source is
 // translated, so they are known by their tag.
@@ -268,7 +420,7 @@ func (b *builder) leaving() {
 		return rule
 	}
 	for _, family := range []pfconf.Family{pfconf.Inet, pfconf.Inet6} {
-		if b.uplink(family) == "" || !b.anyRouting(family) {
+		if b.uplink(family) == "" || !b.mayLeave(Egress{b.uplink(family), family}) {
 			continue
 		}
 		rule := tagged(on(pfconf.Out, b.uplink(family)), tagInternet)
@@ -276,15 +428,10 @@ func (b *builder) leaving() {
 		b.pass(rule, "uplink", "class internet leaves by the uplink, and its answers come in by it only")
 	}
 	b.block(tagged(pfconf.Rule{Direction: pfconf.Out}, tagInternet), "not-uplink", "class internet leaves by nothing else")
-	b.block(tagged(on(pfconf.Out, loopback), tagLAN), "lan-loopback", "class lan doesn't come back to this host")
+	b.block(tagged(on(pfconf.Out, loopback), tagLAN), "lan-loopback", "nor by the loopback interface, where pf looks at it")
 	if len(b.sets[tableLAN].in) > 0 {
 		b.pass(tagged(notOn(pfconf.Out, b.host.Interface), tagLAN), "lan-out", "class lan leaves by any other interface, and its answers come in by that one only")
 	}
-}
-
-// anyRouting reports whether a peer may reach the internet in a family.
-func (b *builder) anyRouting(family pfconf.Family) bool {
-	return slices.ContainsFunc(b.sets[tableRouting].in, func(p netip.Prefix) bool { return isFamily(p.Addr(), family) })
 }
 
 // closeTransit writes that what has nothing to do with the mesh isn't forwarded

@@ -23,6 +23,8 @@ const (
 	tableAway     = "away"
 	tableCut      = "cut"
 	tableLocal    = "local"
+	tableLooped   = "looped"
+	tableNobody   = "nobody"
 )
 
 var tableReasons = map[string]string{
@@ -36,8 +38,10 @@ var tableReasons = map[string]string{
 	tableHost:     "this host's own mesh addresses",
 	tableMesh:     "the mesh prefixes",
 	tableNetworks: "private address space, the attached networks, and what this host reaches other than by its default route",
-	tableAway:     "mesh addresses that aren't this host's, and so have no business on another interface; networks and addresses behind ! are other interfaces' own",
-	tableCut:      "peers that lost incoming a short time ago",
+	tableAway:     "mesh addresses that aren't this host's, and so have no business on another interface, with those of peers that were removed a short time ago; what is behind ! is somebody else's part of the mesh prefixes",
+	tableCut:      "peers that lost access to this host a short time ago",
+	tableLooped:   "what this host's routes lead to the loopback interface",
+	tableNobody:   "the mesh prefixes, and peers that were removed a short time ago",
 	tableLocal:    "destinations that are not forwarded: this host's addresses, broadcast and multicast",
 }
 
@@ -98,7 +102,20 @@ func fillSets(r *policy.Ruleset) map[string]set {
 		tableNetworks: {in: all.LAN},
 		tableAway:     awaySet(r, host),
 		tableLocal:    {in: sorted(slices.Concat(all.Self, all.Martians))},
+		tableLooped:   {in: loopedRoutes(r.Host())},
+		tableNobody:   {in: sorted(slices.Concat(all.Mesh, all.Former))},
 	}
+}
+
+// loopedRoutes returns what the host's routes lead to its loopback interface.
+func loopedRoutes(h policy.Host) []netip.Prefix {
+	var out []netip.Prefix
+	for _, r := range h.Routes {
+		if r.Interface == loopback && r.Prefix.Bits() > 0 {
+			out = append(out, r.Prefix.Masked())
+		}
+	}
+	return sorted(out)
 }
 
 var anyFamily = policy.Families{IPv4: true, IPv6: true}
@@ -137,27 +154,32 @@ func dnsPeers(r *policy.Ruleset) []netip.Prefix {
 	return peersWith(r, policy.Routing, anyFamily)
 }
 
-// awaySet is what is reached by the mesh interface only. The carrier's part of
-// 100.64.0.0/10, where an uplink is in it, belongs to the uplink.
+// awaySet is what is reached by the mesh interface only: every address of a peer,
+// also of one that was removed a short time ago, and of the mesh prefixes what
+// isn't somebody else's.
 func awaySet(r *policy.Ruleset, host []netip.Prefix) set {
 	all := r.Sets()
-	// A removed peer's address is kept in like a peer's.
-	peers := append(peersWith(r, 0, anyFamily), all.Former...)
+	kept := sorted(slices.Concat(peersWith(r, 0, anyFamily), all.Former))
 	var s set
-	for _, p := range slices.Concat(all.Others, all.Self, all.Martians) {
-		inMesh := slices.ContainsFunc(all.Mesh, func(m netip.Prefix) bool { return m.Contains(p.Addr()) && m.Bits() <= p.Bits() })
-		if inMesh && !slices.Contains(peers, p) {
+	for _, p := range slices.Concat(all.Others, all.Self, host) {
+		if contained(p, all.Mesh) && !slices.Contains(kept, p) {
 			s.not = append(s.not, p)
 		}
 	}
-	s.not = sorted(append(s.not, host...))
+	s.not = sorted(s.not)
 	for _, m := range all.Mesh {
 		if !slices.Contains(s.not, m) {
 			s.in = append(s.in, m)
 		}
 	}
-	s.in = sorted(append(s.in, peers...))
+	s.in = sorted(append(s.in, kept...))
+	s.not = slices.DeleteFunc(s.not, func(p netip.Prefix) bool { return !contained(p, s.in) })
 	return s
+}
+
+// contained reports whether a prefix is inside one of others.
+func contained(p netip.Prefix, others []netip.Prefix) bool {
+	return slices.ContainsFunc(others, func(o netip.Prefix) bool { return o.Contains(p.Addr()) && o.Bits() <= p.Bits() })
 }
 
 func hostPrefixes(as []netip.Addr) []netip.Prefix {

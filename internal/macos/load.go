@@ -1,0 +1,334 @@
+package macos
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/pfconf"
+)
+
+// loadedAnchor is what we have put in force.
+type loadedAnchor struct {
+	anchor *Anchor
+	rules  string // the text of all but the tables
+	want   *pfconf.Loaded
+}
+
+// tables returns the anchor's tables by name.
+func (a *Anchor) tables() map[string]*pfconf.Table {
+	out := map[string]*pfconf.Table{}
+	for _, l := range a.Lines {
+		if t, ok := l.Statement.(*pfconf.Table); ok {
+			out[t.Name] = t
+		}
+	}
+	return out
+}
+
+// rulesText returns the text of the anchor without its tables.
+func (a *Anchor) rulesText() string {
+	rs := &pfconf.Ruleset{}
+	for _, l := range a.Lines {
+		if _, ok := l.Statement.(*pfconf.Table); !ok {
+			rs.Statements = append(rs.Statements, l.Statement)
+		}
+	}
+	return rs.String()
+}
+
+// enforceFilter puts the anchor in force: loaded or, where only tables differ,
+// changed in place, the packet filter on, and called by the main ruleset.
+func (p *Platform) enforceFilter(ctx context.Context, r *policy.Ruleset) error {
+	a, err := p.compile(r)
+	if err != nil {
+		return err
+	}
+	if err := p.putAnchor(ctx, a); err != nil {
+		return err
+	}
+	on, err := p.isOn(ctx)
+	if err == nil && !on {
+		err = p.enable(ctx)
+	}
+	if err != nil {
+		return named(StepEnable, err)
+	}
+	obstacles, err := p.obstacles(ctx, r)
+	if err != nil {
+		return named(StepAnchor, err)
+	}
+	if len(obstacles) > 0 {
+		return asError(obstacles[0])
+	}
+	return nil
+}
+
+// asError makes an error of a problem.
+func asError(o platform.Problem) error {
+	return &platform.StepError{Step: o.Step, Hint: o.Hint, Err: errors.New(o.Message)}
+}
+
+// deadTime is how long a cut connection stays dead: longer than pf keeps any
+// (tcp.established of [timeouts]).
+const deadTime = 24 * time.Hour
+
+// noteCut notes which peers lost access to this host since the ruleset before, by
+// incoming or by its DNS, and forgets those whose time is up.
+func (p *Platform) noteCut(r *policy.Ruleset) {
+	now := p.o.Now()
+	maps.DeleteFunc(p.cutPeers, func(_ netip.Addr, until time.Time) bool { return !now.Before(until) })
+	for _, n := range policy.Diff(p.enforced, r) {
+		if n.Lost.Has(policy.Incoming) || n.Lost.Has(policy.Routing) && p.enforced.Mesh().DNS {
+			for _, a := range n.Addresses {
+				p.cutPeers[a] = now.Add(deadTime)
+			}
+		}
+	}
+	p.enforced = r
+}
+
+// maxBefore bounds for how many interfaces that are gone rules are kept.
+const maxBefore = 64
+
+// compile makes the anchor for r, with the rules for interfaces that were there
+// before.
+func (p *Platform) compile(r *policy.Ruleset) (*Anchor, error) {
+	for _, e := range egressOf(r.Host()) {
+		if e.name != r.Host().Uplink4 && e.name != r.Host().Uplink6 && !slices.Contains(p.before, e) {
+			p.before = append(p.before, e)
+		}
+	}
+	p.before = p.before[max(0, len(p.before)-maxBefore):]
+	return Compile(r, Options{Label: p.o.Label, MTU: p.cfg.MTU, Cut: slices.Collect(maps.Keys(p.cutPeers)), Before: p.before})
+}
+
+// putAnchor makes a what is loaded, in the gentlest way: nothing, where it is
+// loaded already; by changing tables, where only they differ; else by loading it.
+func (p *Platform) putAnchor(ctx context.Context, a *Anchor) error {
+	l := p.loaded
+	if l == nil || p.drifted || l.rules != a.rulesText() || !slices.Equal(slices.Sorted(maps.Keys(l.anchor.tables())), slices.Sorted(maps.Keys(a.tables()))) {
+		return p.load(ctx, a)
+	}
+	changed := changedTables(l.anchor.tables(), a.tables())
+	if len(changed) == 0 {
+		if p.driftAnchor(ctx) == nil {
+			return nil
+		}
+		return p.load(ctx, a)
+	}
+	return p.step(StepTables, func() error {
+		p.drifted = true // until all of it is changed
+		for _, c := range changed {
+			if err := p.pf.ReplaceTable(ctx, a.Path, c.Name, c.Addrs); err != nil {
+				return err
+			}
+		}
+		l.anchor = a
+		if err := p.driftTables(ctx, changed...); err != nil {
+			return err
+		}
+		p.drifted = false
+		return nil
+	})
+}
+
+// The tables by what more entries do: classes say what class a destination has,
+// the first class first; by opening tables more passes, by closing ones less.
+var (
+	classTables   = []string{tableMartians, tableSelf, tableMesh, tableLooped, tableNetworks}
+	openingTables = []string{tableIncoming, tableDNS, tableLAN, tableRouting, tableLocal}
+	closingTables = []string{tableAway, tableNobody, tableCut}
+)
+
+// changedTables returns the steps that lead from one content of tables to another,
+// so that between any two a packet passes only if it passes before the first or
+// after the last. What narrows comes first: no permission is there that isn't there
+// before and after. Then classes change: a destination that gets into another one
+// is in both first, of which the earlier decides. So all get their new entries, from
+// the first class to the last, before any loses an old one, from the last to the
+// first: what a class shadows never shows. What widens comes last.
+func changedTables(old, next map[string]*pfconf.Table) []*pfconf.Table {
+	now := maps.Clone(old)
+	var out []*pfconf.Table
+	become := func(name string, t *pfconf.Table) {
+		if !slices.Equal(now[name].Entries(), t.Entries()) {
+			now[name] = t
+			out = append(out, t)
+		}
+	}
+	each := func(names []string, f func(a, b *pfconf.Table) *pfconf.Table) {
+		for _, name := range names {
+			if next[name] != nil {
+				become(name, f(old[name], next[name]))
+			}
+		}
+	}
+	final := func(_, t *pfconf.Table) *pfconf.Table { return t }
+	each(openingTables, intersection)
+	each(closingTables, union)
+	each([]string{tablePeers, tableHost}, final)
+	fromLast := slices.Clone(classTables)
+	slices.Reverse(fromLast)
+	each(classTables, union)
+	each(fromLast, final)
+	each(closingTables, final)
+	each(openingTables, final)
+	return out
+}
+
+// union returns a table with the entries of both.
+func union(a, b *pfconf.Table) *pfconf.Table {
+	out := *b
+	out.Addrs = slices.Concat(b.Addrs, entriesNotIn(a, b))
+	return &out
+}
+
+// intersection returns a table with the entries that are in both.
+func intersection(a, b *pfconf.Table) *pfconf.Table {
+	out, gone := *b, entriesNotIn(b, a)
+	out.Addrs = slices.DeleteFunc(slices.Clone(b.Addrs), func(x pfconf.Address) bool { return slices.Contains(gone, x) })
+	return &out
+}
+
+// entriesNotIn returns the entries of a for whose prefix b has none.
+func entriesNotIn(a, b *pfconf.Table) []pfconf.Address {
+	in := map[netip.Prefix]bool{}
+	for _, x := range b.Addrs {
+		in[x.Prefix] = true
+	}
+	return slices.DeleteFunc(slices.Clone(a.Addrs), func(x pfconf.Address) bool { return in[x.Prefix] })
+}
+
+// maxBusy is how often a load is tried while pfctl finds a table in use.
+const maxBusy = 5
+
+// load loads the anchor in one transaction, reads it back, and checks that it is
+// all there.
+func (p *Platform) load(ctx context.Context, a *Anchor) error {
+	if p.j.Anchor != a.Path {
+		err := p.step(StepJournal, func() error {
+			p.j.Anchor = a.Path
+			return p.j.write(p.o.StateDir)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return p.step(StepAnchor, func() error {
+		p.loaded = nil
+		want, err := a.Ruleset().Expand(a.Path, nil)
+		if err != nil {
+			return err
+		}
+		text := a.Ruleset().String()
+		err = p.pf.Load(ctx, a.Path, text)
+		for range maxBusy {
+			if !errors.Is(err, darwin.ErrBusy) {
+				break
+			}
+			err = p.pf.Load(ctx, a.Path, text)
+		}
+		if err != nil {
+			return err
+		}
+		p.loaded, p.drifted = &loadedAnchor{anchor: a, rules: a.rulesText(), want: want}, true
+		if err := p.driftAnchor(ctx); err != nil {
+			return err
+		}
+		p.drifted = false
+		return nil
+	})
+}
+
+func (p *Platform) show(ctx context.Context, anchor string) (rules, nat string, err error) {
+	if rules, err = p.pf.Rules(ctx, anchor); err == nil {
+		nat, err = p.pf.NAT(ctx, anchor)
+	}
+	return rules, nat, err
+}
+
+// driftAnchor says how what pf holds differs from what we loaded; nil: not at all.
+func (p *Platform) driftAnchor(ctx context.Context) error {
+	rules, nat, err := p.show(ctx, p.path)
+	if err != nil {
+		return err
+	}
+	if err := p.driftRules(rules, nat); err != nil {
+		return err
+	}
+	return p.driftTables(ctx, slices.Collect(maps.Values(p.loaded.anchor.tables()))...)
+}
+
+// driftRules compares what pfctl prints of the anchor with what it has to print.
+// A Mac's pfctl may print more than is written, and in another order, so both are
+// compared as read.
+func (p *Platform) driftRules(rules, nat string) error {
+	if strings.TrimSpace(rules+nat) == "" {
+		return errors.New("the anchor is empty")
+	}
+	if err := pfconf.EqualShown(p.loaded.want.ShowRules(), rules); err != nil {
+		return fmt.Errorf("the anchor's filter rules aren't those that were loaded: %w", err)
+	}
+	if err := pfconf.EqualShown(p.loaded.want.ShowNat(), nat); err != nil {
+		return fmt.Errorf("the anchor's translation rules aren't those that were loaded: %w", err)
+	}
+	return nil
+}
+
+// driftTables compares tables' contents, which rules don't show. Of several of one
+// name the last counts.
+func (p *Platform) driftTables(ctx context.Context, tables ...*pfconf.Table) error {
+	last := map[string]*pfconf.Table{}
+	for _, t := range tables {
+		last[t.Name] = t
+	}
+	for _, name := range slices.Sorted(maps.Keys(last)) {
+		got, err := p.pf.Table(ctx, p.path, name)
+		if err != nil {
+			return err
+		}
+		if !slices.Equal((&pfconf.Table{Addrs: got}).Entries(), last[name].Entries()) {
+			return fmt.Errorf("the table <%s> holds something else than was written", name)
+		}
+	}
+	return nil
+}
+
+// isOn reports whether the packet filter is on and our token keeps it so.
+func (p *Platform) isOn(ctx context.Context) (bool, error) {
+	info, err := p.pf.Info(ctx)
+	if err != nil {
+		return false, err
+	}
+	tokens, err := p.tokens(ctx)
+	return info.Enabled && p.j.Token != 0 && slices.Contains(tokens, p.j.Token), err
+}
+
+// enable takes a token. Which others there are is written down first, so that one
+// that we don't live to write down can be told.
+func (p *Platform) enable(ctx context.Context) error {
+	return p.step(StepEnable, func() (err error) {
+		if p.j.Others, err = p.tokens(ctx); err != nil {
+			return err
+		}
+		p.j.Token, p.j.Enabling = 0, true
+		if err := p.j.write(p.o.StateDir); err != nil {
+			return err
+		}
+		token, err := p.pf.Enable(ctx)
+		if err != nil {
+			return err
+		}
+		p.j.Token, p.j.Enabling, p.j.Others = uint64(token), false, nil
+		return p.j.write(p.o.StateDir)
+	})
+}
