@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -127,6 +128,17 @@ func guardText(r *policy.Ruleset) string {
 		{policy.OnLAN, textsOf(sets.LAN)}, {policy.Internet, []string{"the rest"}},
 	} {
 		fmt.Fprintf(&b, "  %-8s  %s\n", c.class, strings.Join(c.texts, " "))
+	}
+	for _, line := range []struct {
+		about string
+		ps    []netip.Prefix
+	}{
+		{"mesh addresses that are another owner's, for this host alone", sets.Others},
+		{"mesh addresses of removed peers, which nothing is sent to", sets.Former},
+	} {
+		if len(line.ps) > 0 {
+			fmt.Fprintf(&b, "%s:\n  %s\n", line.about, strings.Join(textsOf(line.ps), " "))
+		}
 	}
 	fmt.Fprintf(&b, "peers:\n")
 	for _, p := range r.Peers() {

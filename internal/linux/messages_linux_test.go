@@ -47,3 +47,15 @@ func TestGeneration(t *testing.T) {
 		t.Errorf("process %d, %v", v, ok)
 	}
 }
+
+// FuzzNexthop reads any bytes as a nexthop and as a route.
+func FuzzNexthop(f *testing.F) {
+	f.Add([]byte{2, 0, 0, 0, 0, 0, 0, 0, 8, 0, 1, 0, 7, 0, 0, 0, 8, 0, 5, 0, 2, 0, 0, 0})
+	f.Add([]byte{2, 0, 0, 0, 254, 4, 0, 1, 0, 0, 0, 0, 8, 0, 30, 0, 7, 0, 0, 0})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		_, _ = parseNexthop(b)
+		if r, ok, err := parseViaNexthop(b); err == nil && ok && (r.nexthop == 0 || !r.prefix.IsValid()) {
+			t.Errorf("%+v", r)
+		}
+	})
+}

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	mdlayher "github.com/mdlayher/netlink"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -16,8 +17,9 @@ import (
 
 // observer reads the host's facts from the kernel.
 type observer struct {
-	nl   *netlink.Handle
-	mesh string
+	nl     *netlink.Handle
+	routes *mdlayher.Conn
+	mesh   string
 	// own are the host's mesh addresses: rules for sources around them are meant
 	// for peers too.
 	own []netip.Addr
@@ -46,7 +48,7 @@ func (o observer) facts() (policy.Host, error) {
 		if err != nil {
 			return h, err
 		}
-		h.Routes = append(h.Routes, o.routes(r)...)
+		h.Routes = append(h.Routes, o.routesOf(r)...)
 		up := r.uplink(o.mesh)
 		if family == netlink.FAMILY_V4 {
 			h.Uplink4, h.Router4, h.Source4 = up.iface, up.router, o.source(up, netip.Addr.Is4)
@@ -65,12 +67,12 @@ var elsewhere = map[bool][]netip.Addr{
 	false: {netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2000::1")},
 }
 
-// source returns the address that the host itself uses by a default route: the
-// one that the route prefers, or else the one that the kernel chooses. It is not
-// valid where there is none.
+// source returns the address that the host itself uses by a default route, which
+// is the one that the route prefers, or else one that the kernel chooses. It is
+// not valid where there is none.
 func (o observer) source(up routeEntry, belongs func(netip.Addr) bool) netip.Addr {
-	if up.iface == "" || up.source.IsValid() {
-		return up.source
+	if up.iface == "" {
+		return netip.Addr{}
 	}
 	for _, dst := range elsewhere[belongs(netip.IPv4Unspecified())] {
 		routes, err := o.nl.RouteGetWithOptions(dst.AsSlice(), &netlink.RouteGetOptions{Oif: up.iface})
@@ -167,8 +169,20 @@ func (o observer) routing(family int, names map[int]string) (hostRouting, error)
 	if err != nil {
 		return h, fmt.Errorf("list routes: %w", err)
 	}
+	saysNothing := false
 	for _, r := range routes {
 		h.tables[r.Table] = append(h.tables[r.Table], entries(family, r, names)...)
+		saysNothing = saysNothing || r.Type == unix.RTN_UNICAST && r.LinkIndex == 0 && len(r.MultiPath) == 0
+	}
+	if !saysNothing {
+		return h, nil
+	}
+	more, err := viaNexthops(o.routes, family, names)
+	if err != nil {
+		return h, err
+	}
+	for table, es := range more {
+		h.tables[table] = append(h.tables[table], es...)
 	}
 	return h, nil
 }
@@ -205,7 +219,7 @@ func entries(family int, r netlink.Route, names map[int]string) []routeEntry {
 	var out []routeEntry
 	add := func(index, flags int, router net.IP) {
 		if name, ok := names[index]; ok && flags&unix.RTNH_F_DEAD == 0 {
-			out = append(out, routeEntry{prefix, name, r.Priority, addrOf(router), addrOf(r.Src)})
+			out = append(out, routeEntry{prefix, name, r.Priority, addrOf(router)})
 		}
 	}
 	if len(r.MultiPath) == 0 {
@@ -217,9 +231,9 @@ func entries(family int, r netlink.Route, names map[int]string) []routeEntry {
 	return out
 }
 
-// routes returns the routes that say what is behind which interface. Link-local
+// routesOf returns the routes that say what is behind which interface. Link-local
 // ones and multicast say nothing.
-func (o observer) routes(h hostRouting) []policy.Route {
+func (o observer) routesOf(h hostRouting) []policy.Route {
 	var out []policy.Route
 	for _, r := range h.chosen() {
 		if r.iface == o.mesh || r.prefix.Addr().IsLinkLocalUnicast() || r.prefix.Addr().IsMulticast() {

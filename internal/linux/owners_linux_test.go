@@ -23,6 +23,9 @@ var (
 	gone6 = netip.MustParseAddr("fd6d:6573:6800::77")
 )
 
+// resolver4 is a cloud's resolver inside the mesh prefix.
+var resolver4 = netip.MustParseAddr("100.100.2.136")
+
 // meshPort is WireGuard's on the host.
 const meshPort = 51820
 
@@ -421,5 +424,30 @@ func TestUplinkFacts(t *testing.T) {
 	g.ip(g.pic.B, "route del default")
 	if h = facts(); h.Source4.IsValid() || h.Router4.IsValid() || h.Uplink4 != "" {
 		t.Errorf("without an uplink: %q, source %v, router %v", h.Uplink4, h.Source4, h.Router4)
+	}
+}
+
+// TestNexthops has the default route name a nexthop, or a group of them, alone.
+func TestNexthops(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	defer g.close()
+	a := netlab.Addresses()
+	if err := g.pic.B.SetSysctl("net.ipv4.nexthop_compat_mode", "0"); err != nil {
+		t.Skip("this kernel has no nexthops of their own:", err)
+	}
+	for _, tt := range []struct{ about, commands string }{
+		{"one", "nexthop add id 7 via " + a.W.V4.String() + " dev wan0\nroute replace default nhid 7\nroute add 198.19.0.0/16 nhid 7"},
+		{"a group", "nexthop add id 8 group 7\nroute replace default nhid 8"},
+	} {
+		g.ip(g.pic.B, tt.commands)
+		var h policy.Host
+		g.do(func() (err error) { h, err = g.p.Observe(context.Background()); return err })
+		if h.Uplink4 != netlab.Uplink || h.Router4 != a.W.V4 || h.Source4 != a.BUplink.V4 {
+			t.Errorf("%s: uplink %q, router %v, source %v", tt.about, h.Uplink4, h.Router4, h.Source4)
+		}
+		if !slices.Contains(h.Routes, policy.Route{Prefix: netip.MustParsePrefix("198.19.0.0/16"), Interface: netlab.Uplink}) {
+			t.Errorf("%s: routes %v", tt.about, h.Routes)
+		}
 	}
 }

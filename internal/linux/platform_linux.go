@@ -15,7 +15,9 @@ import (
 	"syscall"
 	"time"
 
+	mdlayher "github.com/mdlayher/netlink"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/tun"
 
 	"github.com/meshhelper/meshhelper/internal/platform"
@@ -32,6 +34,7 @@ const sysctlRoot = "/proc/sys/net"
 type Platform struct {
 	o       Options
 	nl      *netlink.Handle
+	routes  *mdlayher.Conn // for what nl doesn't understand
 	filter  *filter
 	forward *forwarding
 	lock    *net.UnixListener
@@ -73,11 +76,15 @@ func New(o Options) (*Platform, error) {
 	if err != nil {
 		return nil, err
 	}
+	routes, err := mdlayher.Dial(unix.NETLINK_ROUTE, nil)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open netlink: %w", err), f.close())
+	}
 	w, err := openWatch()
 	if err != nil {
-		return nil, errors.Join(err, f.close())
+		return nil, errors.Join(err, routes.Close(), f.close())
 	}
-	p := &Platform{o: o, nl: nl, filter: f, watch: w}
+	p := &Platform{o: o, nl: nl, routes: routes, filter: f, watch: w}
 	p.forward = &forwarding{
 		sys: sysctls{sysctlRoot}, dir: o.StateDir, boot: bootID(), step: o.Step,
 		byIndex: p.nameOf, index: p.indexOf,
@@ -253,7 +260,7 @@ func (p *Platform) makeInterface(cfg platform.Interface) (err error) {
 // Observe implements the daemon's contract.
 func (p *Platform) Observe(context.Context) (policy.Host, error) {
 	p.forward.refresh()
-	h, err := observer{p.nl, p.name, p.cfg.Addresses}.facts()
+	h, err := observer{p.nl, p.routes, p.name, p.cfg.Addresses}.facts()
 	if err != nil {
 		return policy.Host{}, fmt.Errorf("observe host: %w", err)
 	}
@@ -428,7 +435,7 @@ func (p *Platform) leave() error {
 // release closes the sockets.
 func (p *Platform) release() error {
 	p.nl.Close()
-	return errors.Join(p.watch.close(), p.filter.close())
+	return errors.Join(p.watch.close(), p.routes.Close(), p.filter.close())
 }
 
 // left says what of our doing stays because somebody else came to need it.

@@ -30,9 +30,8 @@ type routeEntry struct {
 	prefix netip.Prefix
 	iface  string
 	metric int
-	// router is the next hop, and source the address that the route prefers as
-	// its packets' source; not valid where it has none.
-	router, source netip.Addr
+	// router is the next hop; not valid where there is none.
+	router netip.Addr
 }
 
 // uplink returns the default route that the rules choose first, not counting

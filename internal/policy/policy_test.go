@@ -524,6 +524,10 @@ func TestDiff(t *testing.T) {
 	}
 	elsewhere := pictureHost()
 	elsewhere.Uplink4 = "en5"
+	renumbered, rerouted, others := pictureHost(), pictureHost(), pictureHost()
+	renumbered.Source4, rerouted.Router4 = addr("203.0.113.10"), addr("203.0.113.1")
+	others.Routes = append(others.Routes, Route{prefix("100.101.2.3/32"), "utun4"})
+	others.Resolvers = []netip.Addr{addr("100.100.2.136")}
 	for _, tt := range []struct {
 		about     string
 		old, next *Ruleset
@@ -535,6 +539,9 @@ func TestDiff(t *testing.T) {
 		{"narrower", all, compile(t, picture(Routing), pictureHost()), []string{"c incoming, lan"}},
 		{"routing takes lan along", all, compile(t, picture(LAN), pictureHost()), []string{"c incoming, routing, lan"}},
 		{"lan alone was nothing", compile(t, picture(LAN), pictureHost()), compile(t, picture(0), pictureHost()), nil},
+		{"another source", all, compile(t, picture(7), renumbered), []string{"c none", "a none"}},
+		{"another router", all, compile(t, picture(7), rerouted), nil},
+		{"another owner in the mesh prefix", all, compile(t, picture(7), others), nil},
 		{"uplink moved", all, compile(t, picture(7), elsewhere), []string{"c none", "a none"}},
 	} {
 		if d := cmp.Diff(tt.want, names(Diff(tt.old, tt.next)), cmpopts.EquateEmpty()); d != "" {
