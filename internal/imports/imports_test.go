@@ -6,6 +6,8 @@ import (
 	"go/parser"
 	"go/token"
 	"io/fs"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -48,12 +50,12 @@ var testsMay = []string{"internal/platform/platformtest", "internal/netlab", "in
 // only lists the rooms that may have a dependency which others must not.
 var only = map[string][]string{
 	"github.com/spf13/cobra":            {"cmd/meshhelper"},
-	"gvisor.dev/gvisor":                 {"internal/netstack"},
+	"gvisor.dev/gvisor":                 {"internal/netstack", "internal/netlab"},
 	"github.com/google/nftables":        {"internal/linux", "internal/netlab"},
 	"github.com/vishvananda/netlink":    {"internal/linux", "internal/netlab"},
 	"howett.net/plist":                  {"launchd"},
-	"golang.zx2c4.com/wireguard/device": {"internal/wireguard"},
-	"golang.zx2c4.com/wireguard/conn":   {"internal/wireguard"},
+	"golang.zx2c4.com/wireguard/device": {"internal/wireguard", "internal/netlab"},
+	"golang.zx2c4.com/wireguard/conn":   {"internal/wireguard", "internal/netlab"},
 }
 
 // TestRooms parses the imports of every Go file, whatever system it is for.
@@ -81,6 +83,30 @@ func TestRooms(t *testing.T) {
 		t.Errorf("only %d files were found", files)
 	}
 	t.Logf("%d files", files)
+}
+
+// TestProgramHasNoTests lists what the program is built of: nothing that is for
+// tests only, whatever imports it.
+func TestProgramHasNoTests(t *testing.T) {
+	for _, system := range []string{"darwin", "linux", "windows"} {
+		cmd := exec.CommandContext(t.Context(), "go", "list", "-deps", module+"cmd/meshhelper")
+		cmd.Env = append(os.Environ(), "GOOS="+system, "CGO_ENABLED=0")
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatalf("list packages for %s: %v", system, err)
+		}
+		packages := strings.Fields(string(out))
+		if len(packages) < 50 {
+			t.Errorf("only %d packages for %s", len(packages), system)
+		}
+		for _, p := range packages {
+			for _, forTests := range []string{module + "internal/netlab", "gvisor.dev/", "testing", "pgregory.net/"} {
+				if strings.HasPrefix(p, forTests) {
+					t.Errorf("the program for %s has %s", system, p)
+				}
+			}
+		}
+	}
 }
 
 func checkFile(t *testing.T, path string) {
