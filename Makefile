@@ -12,10 +12,11 @@ test:
 	@$(GO) test -count=1 -v -run '^TestVectors$$' ./pfconf | grep '^pf vectors:'
 
 # The long proofs: 200 kills, 30 s of toggles, a million packets of a hostile peer,
-# and a simulated Mac that is killed after each command.
+# a simulated Mac that is killed after each command, and 10,000 meshes read back.
 soak:
 	$(GO) test ./internal/netlab/trial -count=1 -v -timeout 120m -soak
 	$(GO) test ./internal/macos -count=1 -v -run Kill -timeout 60m -everykill
+	$(GO) test ./internal/macos -count=1 -v -run TestWhatIsHeldIsWhatWasWritten -timeout 60m -worlds 10000
 
 # Every fuzz target for FUZZTIME, and ten million packets through pf as a Mac has
 # it, and the policy.
@@ -52,7 +53,7 @@ dist:
 # uninstall. No helper may be installed. One package at a time, for they share the
 # Mac. What the Mac printed is kept in MESHHELPER_ARTIFACTS, else in a new folder
 # that is named.
-MACTEST = ./darwin ./launchd ./internal/netlab/simmac ./internal/netlab/mactest
+MACTEST = ./darwin ./launchd ./internal/macos ./internal/netlab/simmac ./internal/netlab/mactest
 .PHONY: test-mac
 test-mac:
 	$(GO) test -count=1 -v -p 1 -timeout 30m -tags mactest $(MACTEST)
