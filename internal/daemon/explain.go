@@ -180,6 +180,31 @@ func addressOf(r *policy.Ruleset, name string, target netip.Addr) (netip.Addr, e
 	return netip.Addr{}, api.Errorf(api.CodeUnknownPeer, "peer %q isn't in the policy yet", name)
 }
 
+// checkFlows tells which peer has come nearest to the bound of its flows.
+func checkFlows(c condition) api.Check {
+	check := api.Check{Name: "flows", OK: true, Message: "no peer has flows"}
+	if c.guard == nil || c.ruleset == nil {
+		return check
+	}
+	stats, all, most := c.guard.Stats(), 0, -1.0
+	for _, p := range c.ruleset.Peers() {
+		s, ok := stats[p.ID]
+		if all += s.Held; !ok || s.Limit == 0 || s.Held == 0 {
+			continue
+		}
+		if share := float64(s.Held) / float64(s.Limit); share > most {
+			most = share
+			check.Message = fmt.Sprintf("%s has most: %d of the %d entries of the packet filter that a peer may have", p.Name, s.Held, s.Limit)
+			check.OK = s.Held < s.Limit
+		}
+	}
+	if all > 0 {
+		check.Message += fmt.Sprintf("; all peers together have %d", all)
+	}
+	check.Hint = "its new flows are refused until others end; nobody else notices"
+	return check
+}
+
 // Doctor looks at every precondition.
 func (d *Daemon) Doctor(context.Context) ([]api.Check, error) {
 	c, _ := d.condition()
@@ -192,6 +217,7 @@ func (d *Daemon) Doctor(context.Context) ([]api.Check, error) {
 		{Name: "default route", OK: s.Uplink != "", Message: fmt.Sprintf("the uplink is %q", s.Uplink), Hint: "without a default route peers reach no internet"},
 		checkForwarding(s),
 		d.checkClock(),
+		checkFlows(c),
 	}
 	for _, p := range s.Problems {
 		checks = append(checks, api.Check{Name: p.Step, Message: p.Message, Hint: p.Hint})

@@ -139,7 +139,13 @@ func (l *loop) open(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(fmt.Errorf("open mesh interface: %w", err), dev.Close())
 	}
-	l.guard = guard.New(dev, guard.Options{Own: l.d.mesh.own.List()}) // nothing passes yet
+	var limits platform.Limits
+	if p, ok := o.Platform.(Limiter); ok {
+		limits = p.Limits()
+	}
+	l.guard = guard.New(dev, guard.Options{ // nothing passes yet
+		Own: l.d.mesh.own.List(), States: limits.States, PerForwarded: limits.PerForwarded, ClearDF: limits.DropsDF,
+	})
 	tunnel, err := l.d.opts.NewTunnel(l.guard, l.d.key, l.port())
 	if err != nil {
 		return err // NewTunnel closed dev

@@ -56,6 +56,12 @@ type Watcher interface {
 	Watch(ctx context.Context, changed func()) error
 }
 
+// Limiter tells what the guard has to know of a host's packet filter. Of a host
+// that isn't one, memory alone bounds the peers' flows.
+type Limiter interface {
+	Limits() platform.Limits
+}
+
 // The words of the contract, which the platforms use without importing this
 // package.
 type (

@@ -30,6 +30,7 @@
 package guard
 
 import (
+	"encoding/binary"
 	"errors"
 	"net/netip"
 	"os"
@@ -53,6 +54,11 @@ type Options struct {
 	PerPeer      int // optional: chosen by the number of peers
 	States       int // optional: entries that the host's packet filter holds; memory alone bounds
 	PerForwarded int // optional: 1
+
+	// ClearDF takes Don't Fragment off what comes from peers in fragments, for a host
+	// whose packet filter drops such fragments. A whole packet keeps it, and path MTU
+	// discovery with it.
+	ClearDF bool // optional
 }
 
 // Traffic is what the host routed for a peer: packets of the classes lan and
@@ -88,6 +94,7 @@ type Device struct {
 	wake    deadliner // to interrupt a Read of inner; nil where it can't be
 	own     atomic.Pointer[own]
 	turned  [][]byte // of the batch that Read has
+	clearDF bool     // see Options
 
 	setting sync.Mutex
 	last    *flow.View // the last view that was in force
@@ -102,7 +109,7 @@ type deadliner interface {
 // neither inner nor its file has read deadlines, an answer to a peer waits for
 // the next packet that inner has to read.
 func New(inner tun.Device, o Options) *Device {
-	d := &Device{inner: inner, table: flow.New(flow.Options{
+	d := &Device{inner: inner, clearDF: o.ClearDF, table: flow.New(flow.Options{
 		Now: o.Now, PerPeer: o.PerPeer, States: o.States, PerForwarded: o.PerForwarded,
 	})}
 	d.own.Store(newOwn(o.Own))
@@ -254,6 +261,9 @@ func (d *Device) judgeWrite(bufs [][]byte, offset int) [][]byte {
 		tally.Add(verdict, len(b)-offset, flow.FromPeer, now)
 		switch verdict.Action {
 		case flow.Pass:
+			if d.clearDF {
+				clearDF(b[offset:])
+			}
 			pass = append(pass, b)
 		case flow.Answer:
 			d.answer(v, b[offset:])
@@ -261,6 +271,22 @@ func (d *Device) judgeWrite(bufs [][]byte, offset int) [][]byte {
 	}
 	tally.Flush(flow.FromPeer, now)
 	return pass
+}
+
+// clearDF takes Don't Fragment off an IPv4 fragment and mends the header's
+// checksum (RFC 1624). It is in the 16 bits of flags and offset at byte 6.
+func clearDF(b []byte) {
+	const df, rest = 0x40, 0x3f
+	if len(b) < header4 || b[0]>>4 != 4 || b[6]&df == 0 || b[6]&rest == 0 && b[7] == 0 {
+		return
+	}
+	old := binary.BigEndian.Uint16(b[6:])
+	b[6] &^= df
+	sum := uint32(^binary.BigEndian.Uint16(b[10:])) + uint32(^old) + uint32(binary.BigEndian.Uint16(b[6:]))
+	for sum > 0xffff {
+		sum = sum>>16 + sum&0xffff
+	}
+	binary.BigEndian.PutUint16(b[10:], ^uint16(sum))
 }
 
 // past is a deadline that is over.

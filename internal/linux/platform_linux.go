@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -90,6 +91,20 @@ func New(o Options) (*Platform, error) {
 		byIndex: p.nameOf, index: p.indexOf,
 	}
 	return p, nil
+}
+
+// Limits implements the daemon's limiter: conntrack has one entry for a flow.
+// Before its module is loaded there is no limit to read, and memory alone bounds.
+func (p *Platform) Limits() platform.Limits {
+	text, err := p.forward.sys.read("netfilter/nf_conntrack_max")
+	if err != nil {
+		return platform.Limits{}
+	}
+	states, err := strconv.Atoi(text)
+	if err != nil || states <= 0 {
+		return platform.Limits{}
+	}
+	return platform.Limits{States: states, PerForwarded: 1}
 }
 
 // bootID changes with each boot; sysctls don't outlive one.

@@ -252,6 +252,11 @@ func (p *Platform) forwarding() (now policy.Families, err error) {
 	return now, err
 }
 
+// Limits implements the daemon's limiter.
+func (p *Platform) Limits() platform.Limits {
+	return platform.Limits{States: MaxStates, PerForwarded: StatesPerForwarded, DropsDF: true}
+}
+
 // Cut implements the daemon's contract.
 func (p *Platform) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
 	if err := p.kill(ctx, Kills(p.cut, r, narrowed)); err != nil {

@@ -30,6 +30,16 @@ type Interface struct {
 	Prefixes []netip.Prefix // required
 }
 
+// Limits are what the guard has to know of the host's packet filter.
+type Limits struct {
+	// States is how many entries it holds for the whole host; 0: not known.
+	States int
+	// PerForwarded is how many of them a forwarded flow takes, 1 or 2.
+	PerForwarded int
+	// DropsDF says that it drops fragments with Don't Fragment set.
+	DropsDF bool
+}
+
 // Report is what looking at the host found.
 type Report struct {
 	// Drift lists what isn't as enforced and that enforcing again can repair.
