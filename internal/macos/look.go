@@ -40,6 +40,9 @@ type look struct {
 	// resolvers and source6 are facts that take a process to read.
 	resolvers []netip.Addr
 	source6   netip.Addr
+	// tentative says that an address of the uplink isn't settled. No event tells when
+	// it is, so the next tick looks again.
+	tentative bool
 	// found is what reading back all of ours found, others what other software has.
 	found  platform.Report
 	others othersRules
@@ -68,8 +71,11 @@ func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
 	if err != nil {
 		return policy.Host{}, observing(err)
 	}
-	if p.moved.Swap(false) || p.whole.IsZero() || p.o.Now().Sub(p.whole) >= wholeEvery {
+	moved := p.moved.Swap(false)
+	if moved || p.whole.IsZero() || p.o.Now().Sub(p.whole) >= wholeEvery {
 		p.due, p.othersDue = true, true
+	}
+	if moved || p.due || p.tentative {
 		if err := p.readFacts(ctx, n); err != nil {
 			p.moved.Store(true)
 			return policy.Host{}, observing(err)
@@ -81,7 +87,10 @@ func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
 	}
 	h := facts(n, p.name, found)
 	h.Resolvers = p.resolvers
-	h.Source4, h.Source6 = source(h, pfconf.Inet), p.source6
+	h.Source4 = source(h, pfconf.Inet)
+	if slices.Contains(addresses(h, h.Uplink6, pfconf.Inet6), p.source6) {
+		h.Source6 = p.source6
+	}
 	return h, nil
 }
 
@@ -105,6 +114,7 @@ func (p *Platform) readFacts(ctx context.Context, n *darwin.Network) (err error)
 // the uplink's the first that is permanent, preferred and global or, where there is
 // none, a unique local one. Temporary and deprecated ones go away by themselves.
 func (p *Platform) readSource6(ctx context.Context, n *darwin.Network) (netip.Addr, error) {
+	p.tentative = false
 	uplink, _ := n.Uplink(darwin.IPv6, p.name)
 	if uplink == nil {
 		return netip.Addr{}, nil
@@ -113,11 +123,8 @@ func (p *Platform) readSource6(ctx context.Context, n *darwin.Network) (netip.Ad
 	if err != nil {
 		return netip.Addr{}, err
 	}
-	const passing = darwin.AddressTemporary | darwin.AddressDeprecated | darwin.AddressTentative | darwin.AddressDetached |
-		darwin.AddressDuplicated | darwin.AddressAnycast
-	usable := slices.DeleteFunc(all, func(a darwin.Address6) bool {
-		return a.Flags&passing != 0 || a.Prefix.Addr().IsLinkLocalUnicast()
-	})
+	p.tentative = slices.ContainsFunc(all, func(a darwin.Address6) bool { return a.Flags&darwin.AddressTentative != 0 })
+	usable := slices.DeleteFunc(all, func(a darwin.Address6) bool { return !a.IsSettled() })
 	i := slices.IndexFunc(usable, func(a darwin.Address6) bool { return !a.Prefix.Addr().IsPrivate() })
 	if i < 0 {
 		i = 0

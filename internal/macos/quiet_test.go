@@ -13,6 +13,7 @@ import (
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/netlab/simmac"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // tick is how often the daemon looks.
@@ -152,6 +153,52 @@ func testWholeLooks(t *testing.T) {
 		} else if waited > 2*wholeEvery {
 			t.Fatal("never found")
 		}
+	}
+}
+
+// TestSourceOfIPv6 gives the uplink temporary, deprecated and unique local addresses
+// beside a permanent global one, of which it isn't known at first whether another
+// host has it: peers' packets leave with that one as soon as it is settled.
+func TestSourceOfIPv6(t *testing.T) {
+	g := newRig(t)
+	g.must(g.mac.Kernel.RemoveAddress("en0", addrOf("2001:db8:1::1")))
+	const permanent = "2001:db8:1::7"
+	for _, a := range []struct {
+		address string
+		flags   darwin.AddressFlags
+	}{
+		{"fd00:1::1/64", darwin.AddressAutoconf | darwin.AddressSecured},
+		{"2001:db8:1::6/64", darwin.AddressAutoconf | darwin.AddressDeprecated},
+		{"2001:db8:1::5/64", darwin.AddressAutoconf | darwin.AddressTemporary},
+		{permanent + "/64", darwin.AddressAutoconf | darwin.AddressTentative},
+	} {
+		g.must(g.mac.Kernel.AddAddress6("en0", netip.MustParsePrefix(a.address), a.flags))
+	}
+	g.open()
+	look := func() netip.Addr {
+		t.Helper()
+		r := g.compile(testMesh(2, everything))
+		g.must(g.p.Enforce(t.Context(), r))
+		g.clean(r)
+		o := g.arrives(g.p.name, first6, "2620:fe::fe", simmac.Forwarded)
+		g.must(g.p.Cut(t.Context(), r, policy.Diff(nil, r)))
+		g.mac.Judge(func(m *pfconf.Machine) { m.FlushStates() })
+		return o.Packet.Src
+	}
+	if got := look(); got != addrOf("fd00:1::1") {
+		t.Errorf("at first: %v, want the only settled one", got)
+	}
+	g.must(g.mac.Kernel.SetAddressFlags("en0", addrOf(permanent), darwin.AddressAutoconf|darwin.AddressSecured))
+	if got := look(); got != addrOf(permanent) { // which no event tells
+		t.Errorf("once it is settled: %v, want %s", got, permanent)
+	}
+	if got := look(); got != addrOf(permanent) || g.p.tentative {
+		t.Errorf("later: %v", got)
+	}
+	g.must(g.mac.Kernel.RemoveAddress("en0", addrOf("2001:db8:1::5")))
+	loaded := g.p.loaded
+	if got := look(); got != addrOf(permanent) || g.p.loaded != loaded {
+		t.Errorf("without the temporary one: %v, loaded again: %v", got, g.p.loaded != loaded)
 	}
 }
 

@@ -199,15 +199,16 @@ func source(h policy.Host, family pfconf.Family) netip.Addr {
 }
 
 // natAddress returns what packets leave with: (en0:0), the interface's first
-// address at the time, of several not each in turn. Of IPv6 pf itself leaves out
-// link-local, temporary, deprecated and tentative ones (pfi_instance_add in xnu
-// bsd/net/pf_if.c). Only where that would give what goes to the internet a unique
-// local IPv6 address although there is a global one, it is that one as observed;
-// the anchor is loaded again when it changes.
+// address at the time, of several not each in turn. By the uplink, IPv6 packets
+// leave with the address that the facts name, as it is: what pf takes for (en0) is
+// what was right when an address last came or went there, without one that was
+// still tentative and with one that is deprecated now (pfi_instance_add in xnu
+// bsd/net/pf_if.c), and may be a unique local one beside a global one. The anchor is
+// loaded again when that address changes.
 func (b *builder) natAddress(e Egress) pfconf.Address {
 	if e.family == pfconf.Inet6 && e.name == b.host.Uplink6 {
 		a, all := source(b.host, e.family), addresses(b.host, e.name, e.family)
-		if a.IsValid() && a != all[0] && slices.ContainsFunc(all, netip.Addr.IsPrivate) {
+		if a.IsValid() && (a == b.host.Source6 || a != all[0] && slices.ContainsFunc(all, netip.Addr.IsPrivate)) {
 			return pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: netip.PrefixFrom(a, 128)}
 		}
 	}
