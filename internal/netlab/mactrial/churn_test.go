@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/internal/netlab"
+	"github.com/meshhelper/meshhelper/internal/netlab/simmac"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -118,11 +120,53 @@ func TestChurn(t *testing.T) {
 			}
 		}
 	}
+	for n := range 100 { // and all of it at once, as a Mac that nobody touches does
+		g.must(g.mac.Churn(uplink))
+		g.settled()
+		for _, flow := range flows {
+			packets += 2
+			if got := g.ends(flow, 1); got != 2 {
+				t.Fatalf("churn %d: %d of 2 packets of %s arrived", n, got, flow.name)
+			}
+		}
+	}
 	loads, kills := g.loads()
 	if loads != 0 {
 		t.Errorf("the anchor was loaded %d times", loads)
 	}
-	t.Logf("100 changes, %d flows, %d packets; %d loads, %d kills", len(flows), packets, loads, kills)
+	t.Logf("200 changes, %d flows, %d packets; %d loads, %d kills", len(flows), packets, loads, kills)
+}
+
+// TestOwnMeshAddress lets the Mac send to its own mesh addresses through the whole
+// product: what comes out of the tunnel's device is turned round, and isn't given
+// to WireGuard.
+func TestOwnMeshAddress(t *testing.T) {
+	g := newRig(t)
+	g.start()
+	g.add("C", "external")
+	for _, may := range []policy.Permissions{policy.Routing, 0} { // with pf and without
+		g.permit("C", may)
+		for family := range 2 {
+			for _, proto := range protos {
+				p := g.opening("", g.own[family], g.own[family], proto)
+				d := g.device()
+				d.last = nil
+				o := g.mac.Emit(bytesOf(p, netlab.SYN, false))
+				if o.Fate == simmac.Delivered {
+					continue // by the loopback interface
+				}
+				if o.Fate != simmac.Sent || o.Link != d.name {
+					t.Fatalf("%v to itself: %v by %q (%s)", p.Src, o.Fate, o.Link, o.Why)
+				}
+				if g.wg.Load().read(g.own) {
+					t.Errorf("%v to itself went to WireGuard", p.Src)
+				}
+				if d.last == nil || d.last.Fate != simmac.Delivered {
+					t.Errorf("%v to itself isn't turned round: %+v", p.Src, d.last)
+				}
+			}
+		}
+	}
 }
 
 // TestNetworkThatWent ends the flows to a network when its interface goes, and no
