@@ -352,6 +352,9 @@ func TestDrift(t *testing.T) {
 		"IPv6 forwarding is off":   {StepForwarding, func(g *rig) { g.mac.Kernel.SetVariable("net.inet6.ip6.forwarding", "0") }},
 		"an address is taken":      {StepAddresses, func(g *rig) { g.must(g.mac.Kernel.RemoveAddress(g.p.name, addrOf("100.64.0.1"))) }},
 		"a route is deleted":       {StepRoutes, func(g *rig) { g.must(g.mac.Kernel.DeleteRoute(netip.MustParsePrefix(first + "/32"))) }},
+		"translation is all that changed": {StepAnchor, func(g *rig) {
+			g.must(g.mac.LoadAnchor(g.p.path, strings.Replace(g.p.loaded.anchor.text(), "-> (en5:0)", "-> 192.0.2.1", 1)))
+		}},
 		"rules are all that changed": {StepAnchor, func(g *rig) {
 			g.must(g.mac.LoadAnchor(g.p.path, strings.Replace(g.p.loaded.anchor.text(), "mesh-martian", "mesh-other", 1)))
 		}},

@@ -202,6 +202,24 @@ func TestSourceOfIPv6(t *testing.T) {
 	}
 }
 
+// TestLinkLocalIsNoFact gives interfaces of the system's other link-local addresses,
+// as they get many times an hour: what is observed stays.
+func TestLinkLocalIsNoFact(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	g.enforce(testMesh(2, everything))
+	before, err := g.p.Observe(t.Context())
+	g.must(err)
+	g.mac.Kernel.AddInterface("awdl0", darwin.InterfaceUp|darwin.InterfaceRunning|darwin.InterfaceMulticast, 1500)
+	g.must(g.mac.Kernel.AddAddress("awdl0", netip.MustParsePrefix("fe80::77/64")))
+	g.must(g.mac.Kernel.AddAddress("en0", netip.MustParsePrefix("fe80::78/64")))
+	after, err := g.p.Observe(t.Context())
+	g.must(err)
+	if d := cmp.Diff(before, after, cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})); d != "" {
+		t.Errorf("the facts changed: %s", d)
+	}
+}
+
 // TestOwnAddress lets the Mac send to its own mesh address: where the packet goes
 // into the tunnel it may, and what is turned round there arrives.
 func TestOwnAddress(t *testing.T) {

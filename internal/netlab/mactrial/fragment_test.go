@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"encoding/binary"
 	"net/netip"
+	"slices"
+	"strings"
 	"testing"
 
+	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
 	"github.com/meshhelper/meshhelper/internal/netlab"
 	"github.com/meshhelper/meshhelper/internal/netlab/simmac"
@@ -123,6 +126,13 @@ func TestFlood(t *testing.T) {
 		n := 0
 		g.mac.Judge(func(m *pfconf.Machine) { n = m.StateCount() })
 		return n
+	}
+	checks, err := g.d.Doctor(t.Context())
+	g.must(err)
+	if !slices.ContainsFunc(checks, func(c api.Check) bool {
+		return c.Name == "flows" && c.OK && strings.Contains(c.Message, "of the 2500 entries")
+	}) {
+		t.Errorf("doctor says %+v", checks)
 	}
 	before := states()
 	dsts := append(append(append([]netip.Addr{}, server[:]...), printer[:]...), g.own...)
