@@ -27,7 +27,7 @@ var stepped = []netlab.Edit{
 var (
 	withoutGuard = []netlab.Edit{
 		{File: guardFile, Old: "\tpass := d.judgeWrite(bufs, offset)\n", New: "\tpass := bufs\n"},
-		{File: guardFile, Old: "\t\td.judgeRead(bufs[:n], sizes, offset)\n", New: ""},
+		{File: guardFile, Old: "\t\td.turned = d.judgeRead(bufs[:n], sizes, offset, d.turned[:0])\n", New: ""},
 	}
 	withoutFilter = []netlab.Edit{
 		{File: nftFile, Old: "{ c.add(action{verb: drop}, comment, ms...) }", New: "{}"},
