@@ -148,6 +148,9 @@ func runDoctor(ctx context.Context, a *app, label string) error {
 		failed = nil
 	}
 	checks = append(checks, helpers...)
+	if failed != nil && len(checks) == 0 {
+		return failed // the helper refused the question, and nothing else was looked at
+	}
 	wrong := 0
 	for _, c := range checks {
 		if !c.OK {

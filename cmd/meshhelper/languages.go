@@ -34,7 +34,7 @@ var languages = map[string]daemon.Language{
 	"guard": {
 		Render: func(r *policy.Ruleset) (string, string, error) { return "", guardText(r), nil },
 		// The guard has no rules but the policy's own lines.
-		Find: func(string, policy.Rule, bool) string { return "" },
+		Find: func(string, policy.Rule, policy.Packet) string { return "" },
 	},
 }
 
@@ -49,15 +49,30 @@ var pfLabels = map[policy.Rule]string{
 	policy.RuleSpoofed:   "elsewhere-spoofed",
 }
 
-// findPf returns the rule of an anchor that holds a line of the policy.
-func findPf(text string, rule policy.Rule, _ bool) string {
+// findPf returns the rule of an anchor that holds a line of the policy for a packet.
+func findPf(text string, rule policy.Rule, p policy.Packet) string {
 	label := fmt.Sprintf("label %q", "mesh-"+pfLabels[rule])
 	for line := range strings.Lines(text) {
-		if strings.Contains(line, label) {
+		if strings.Contains(line, label) && isFor(line, p) {
 			return strings.TrimSpace(line)
 		}
 	}
 	return ""
+}
+
+// isFor reports whether a rule of pf is for a packet's family and protocol. One
+// that names none is for all.
+func isFor(line string, p policy.Packet) bool {
+	if v6 := p.Dst.Is6(); v6 && strings.Contains(line, " inet ") || !v6 && strings.Contains(line, " inet6 ") {
+		return false
+	}
+	_, rest, named := strings.Cut(line, " proto ")
+	protos, _, _ := strings.Cut(strings.TrimPrefix(rest, "{ "), " }")
+	if !strings.HasPrefix(rest, "{") {
+		protos, _, _ = strings.Cut(rest, " ")
+	}
+	name := map[uint8]string{policy.ProtoTCP: "tcp", policy.ProtoUDP: "udp", policy.ProtoICMP: "icmp", policy.ProtoICMPv6: "ipv6-icmp"}[p.Proto]
+	return !named || slices.Contains(strings.Split(protos, ", "), name)
 }
 
 // nftPlace is where a rule stands: in a chain, the line with a text, or the last
@@ -86,13 +101,13 @@ var nftPlaces = map[policy.Rule]nftPlace{
 
 // findNft returns the chain and the rule of a table that hold a line of the
 // policy.
-func findNft(text string, rule policy.Rule, ipv6 bool) string {
+func findNft(text string, rule policy.Rule, p policy.Packet) string {
 	place, ok := nftPlaces[rule]
 	if !ok {
 		return ""
 	}
 	family, other := "4", "ip6 "
-	if ipv6 {
+	if p.Dst.Is6() {
 		family, other = "6", "ip "
 	}
 	chain, want := strings.ReplaceAll(place.chain, "#", family), strings.ReplaceAll(place.text, "#", family)

@@ -57,15 +57,43 @@ func TestEveryPlaceIsThere(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if findPf(text, rule, false) == "" {
+		if findPf(text, rule, policy.Packet{Dst: netip.IPv4Unspecified(), Proto: policy.ProtoUDP}) == "" {
 			t.Errorf("pf has no rule for %q", rule)
 		}
 	}
 	_, text, _ := languages["nft"].Render(r)
 	for rule := range nftPlaces {
-		for _, ipv6 := range []bool{false, true} {
-			if findNft(text, rule, ipv6) == "" {
-				t.Errorf("nft has no rule for %q, IPv6 %v", rule, ipv6)
+		for _, dst := range []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()} {
+			if findNft(text, rule, policy.Packet{Dst: dst}) == "" {
+				t.Errorf("nft has no rule for %q, IPv6 %v", rule, dst.Is6())
+			}
+		}
+	}
+}
+
+// TestRuleOfTheProtocol checks that of several rules for one line of the policy the
+// one for the packet's protocol and family is named, rendered and as pfctl shows it.
+func TestRuleOfTheProtocol(t *testing.T) {
+	_, rendered, err := languages["pf"].Render(explained(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	shown := "pass in quick on utun7 proto tcp from <routing> to any label \"mesh-internet\"\n" +
+		"pass in quick on utun7 proto udp from <routing> to any label \"mesh-internet\"\n" +
+		"pass in quick on utun7 inet proto icmp from <routing> to any label \"mesh-internet\"\n" +
+		"pass in quick on utun7 inet6 proto ipv6-icmp from <routing> to any label \"mesh-internet\"\n"
+	for _, text := range []string{rendered, shown} {
+		for _, tt := range []struct {
+			dst   string
+			proto uint8
+			want  string
+		}{
+			{"9.9.9.9", policy.ProtoTCP, "tcp"}, {"2620:fe::fe", policy.ProtoUDP, "udp"},
+			{"9.9.9.9", policy.ProtoICMP, " icmp "}, {"2620:fe::fe", policy.ProtoICMPv6, "ipv6-icmp"},
+		} {
+			got := findPf(text, policy.RuleInternet, policy.Packet{Dst: netip.MustParseAddr(tt.dst), Proto: tt.proto})
+			if !strings.Contains(got, tt.want) {
+				t.Errorf("%s by %d: %q, want one with %q", tt.dst, tt.proto, got, tt.want)
 			}
 		}
 	}

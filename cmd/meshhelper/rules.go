@@ -97,9 +97,10 @@ func (a *app) readHost(file string) (policy.Host, error) {
 	return policy.ReadHost(from)
 }
 
-// meshOf turns what the helper shows back into the policy's input.
+// meshOf turns what the helper shows back into the policy's input. The addresses of
+// removed peers aren't shown.
 func meshOf(s api.Status) (policy.Mesh, error) {
-	m := policy.Mesh{Prefixes: s.MeshPrefixes, Addresses: s.Addresses}
+	m := policy.Mesh{Prefixes: s.MeshPrefixes, Addresses: s.Addresses, ListenPort: s.ListenPort}
 	for _, p := range s.Peers {
 		key, err := wireguard.ParsePublicKey(p.PublicKey)
 		if err != nil {

@@ -18,7 +18,7 @@ type Language struct {
 	Render func(*policy.Ruleset) (anchor, text string, err error)
 	// Find returns the rule in a rendered text that holds a line of the policy for
 	// a family, or "".
-	Find func(text string, rule policy.Rule, ipv6 bool) string
+	Find func(text string, rule policy.Rule, p policy.Packet) string
 }
 
 // languageOf names the language that a platform's rules are loaded in.
@@ -103,7 +103,7 @@ func Explain(r *policy.Ruleset, q api.Question, l Language) (api.Explanation, er
 	if err != nil {
 		return out, err
 	}
-	out.Loaded = l.Find(text, v.Rule, target.Is6())
+	out.Loaded = l.Find(text, v.Rule, forth)
 	return out, nil
 }
 
@@ -112,7 +112,7 @@ func judge(r *policy.Ruleset, forth policy.Packet, q api.Question) policy.Verdic
 	if !q.From.IsValid() {
 		return r.Decide(forth)
 	}
-	in := arrivesBy(r.Host(), q.From)
+	in := arrivesBy(r, q.From)
 	if q.To.IsValid() && q.From == q.To {
 		return r.DecideReply(forth, in)
 	}
@@ -122,7 +122,11 @@ func judge(r *policy.Ruleset, forth policy.Packet, q api.Question) policy.Verdic
 
 // arrivesBy returns the interface by which packets of a come: the longest
 // prefix's, else the uplink; empty for the host itself.
-func arrivesBy(h policy.Host, a netip.Addr) string {
+func arrivesBy(r *policy.Ruleset, a netip.Addr) string {
+	h := r.Host()
+	if slices.Contains(r.Mesh().Addresses, a) {
+		return ""
+	}
 	in, bits := h.Uplink(a), -1
 	for _, i := range h.Interfaces {
 		for _, p := range i.Addresses {

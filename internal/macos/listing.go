@@ -8,11 +8,18 @@ import (
 )
 
 // Listing returns the anchor in Markdown, each line with the reason for it.
-// Lines with the same reason stand together.
+// Lines with the same reason stand together. The timeouts, which each rule that
+// keeps state has, are left out.
 func (a *Anchor) Listing() string {
 	var b strings.Builder
 	for i, l := range a.Lines {
-		text := strings.TrimSpace((&pfconf.Ruleset{Statements: []pfconf.Statement{l.Statement}}).String())
+		statement := l.Statement
+		if r, ok := statement.(*pfconf.Rule); ok {
+			short := *r
+			short.StateOptions.Timeouts = nil
+			statement = &short
+		}
+		text := strings.TrimSpace((&pfconf.Ruleset{Statements: []pfconf.Statement{statement}}).String())
 		fmt.Fprintf(&b, "    %s\n", text)
 		if i+1 == len(a.Lines) || a.Lines[i+1].Why != l.Why {
 			fmt.Fprintf(&b, "\n%s.\n\n", upperFirst(l.Why))

@@ -2,6 +2,7 @@ package macos
 
 import (
 	"flag"
+	"net/netip"
 	"os"
 	"strings"
 	"testing"
@@ -27,7 +28,16 @@ func TestDocumentation(t *testing.T) {
 		t.Fatalf("%s lacks %q or %q", file, begin, end)
 	}
 	m := testMesh(3, everything, policy.Incoming, policy.Routing)
-	want := mustAnchor(t, mustRuleset(t, m, testHost())).Listing()
+	m.ListenPort = 51820
+	m.Former = []netip.Addr{netip.MustParseAddr("100.64.0.9"), netip.MustParseAddr("fd6d:6573:6800::9")}
+	h := testHost()
+	h.Source6 = netip.MustParseAddr("2001:db8:1::1")
+	h.Routes = append(h.Routes, policy.Route{Prefix: netip.MustParsePrefix("10.77.0.0/16"), Interface: loopback})
+	a, err := Compile(mustRuleset(t, m, h), Options{Cut: []netip.Addr{netip.MustParseAddr("100.64.0.4")}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := a.Listing()
 	if *update {
 		if err := os.WriteFile(file, []byte(head+begin+want+end+tail), 0o644); err != nil {
 			t.Fatal(err)
