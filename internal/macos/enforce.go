@@ -80,7 +80,7 @@ func (p *Platform) setRoutes(n *darwin.Network, r *policy.Ruleset) error {
 	return p.step(StepRoutes, func() error {
 		err := p.router.Set(index, want)
 		if errors.Is(err, darwin.ErrRouteTaken) {
-			// Nothing leaks by somebody else's route, for the filter stops it.
+			// Nothing leaks by another program's route, for the filter stops it.
 			// Inspect tells of it.
 			p.o.Log.Warn("a peer's address has another route", "error", err)
 			return nil
@@ -101,7 +101,7 @@ func taken(n *darwin.Network, index int, want []netip.Prefix) []netip.Prefix {
 }
 
 // hasRoutes reports whether our routes by an interface are exactly those, as far
-// as nobody else has taken them.
+// as no other program has taken them.
 func hasRoutes(n *darwin.Network, index int, want []netip.Prefix) bool {
 	want = missing(want, taken(n, index, want))
 	var have []netip.Prefix

@@ -235,7 +235,7 @@ func newProbes(m *pfconf.Machine, a *Anchor, r *policy.Ruleset) *probes {
 			p.addDst(prefix)
 		}
 	}
-	// Addresses in the middle of the internet, and a mesh address of nobody.
+	// Addresses in the middle of the internet, and an unused mesh address.
 	p.dsts = append(p.dsts, netip.MustParseAddr("9.9.9.9"), netip.MustParseAddr("2620:fe::fe"),
 		netip.MustParseAddr("100.127.255.254"), netip.MustParseAddr("224.0.0.251"))
 	p.addMentioned(m, "", a.Path, new(int))
@@ -304,7 +304,7 @@ func (p *probes) all() []probe {
 	return out
 }
 
-// stranger is an address that is nobody's here, for documentation (RFC 5737,
+// stranger is an address that no host has here, for documentation (RFC 5737,
 // RFC 3849).
 func stranger(dst netip.Addr) netip.Addr {
 	if dst.Is4() {

@@ -69,7 +69,7 @@ func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (platform.Rep
 	return report, nil
 }
 
-// takenRoutes are the peers that can't be reached because somebody else has a
+// takenRoutes are the peers that can't be reached because another program has a
 // route to their address.
 func (p *Platform) takenRoutes(n *darwin.Network, r *policy.Ruleset) []platform.Problem {
 	i := n.Interface(p.name)
@@ -80,7 +80,7 @@ func (p *Platform) takenRoutes(n *darwin.Network, r *policy.Ruleset) []platform.
 	for _, dst := range taken(n, i.Index, peersWith(r, 0, anyFamily)) {
 		out = append(out, platform.Problem{
 			Step: StepRoutes, Message: fmt.Sprintf("%v, a peer's address, has another route", dst.Addr()),
-			Hint: fmt.Sprintf("see who made it: route -n get %v", dst.Addr()),
+			Hint: fmt.Sprintf("see what made it: route -n get %v", dst.Addr()),
 		})
 	}
 	return out

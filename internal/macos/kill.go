@@ -103,7 +103,7 @@ func killOpened(a netip.Addr) Kill {
 	return Kill{netip.PrefixFrom(a, a.BitLen()), all}
 }
 
-// killTo ends what a peer's address opened to the destinations. Nobody behind
+// killTo ends what a peer's address opened to the destinations. No host behind
 // them can have opened anything to a peer but the host itself, and that may go on.
 func killTo(a netip.Addr, to []netip.Prefix) []Kill {
 	var out []Kill

@@ -172,7 +172,7 @@ func (p *Platform) sharedAtEnd(ctx context.Context) policy.Families {
 // packets that it judges by rules (match), and each that comes to our anchor is
 // judged by its first rule, whatever becomes of it (pf_test_rule in xnu
 // bsd/net/pf.c). When there were some and none came to ours, it is called no more,
-// or somebody's quick rule ahead of it decides about all. While there were none,
+// or another product's quick rule ahead of it decides about all. While there were none,
 // none passed.
 func (p *Platform) changed(ctx context.Context) bool {
 	all, err := p.pf.All(ctx, p.path)

@@ -85,7 +85,7 @@ func uplink(n *darwin.Network, f darwin.Family, mesh string) (string, netip.Addr
 // machines (vmnet), keep their rules, in it and in its children.
 const sharingAnchor = "com.apple.internet-sharing"
 
-// shared says for which families somebody else translates, and so forwards:
+// shared says for which families other software translates, and so forwards:
 // Internet Sharing switches on what is on already, so its rules have to tell. A
 // virtual machine's network that isn't translated isn't shared.
 func (p *Platform) shared(ctx context.Context) (policy.Families, error) {

@@ -43,7 +43,7 @@ type Platform struct {
 	// before are the interfaces that peers' packets could leave by so far.
 	before []Egress
 	cut    *policy.Ruleset // for which flows were cut last
-	// enforced is what Enforce was called for last. Nobody cuts flows for a
+	// enforced is what Enforce was called for last. No flows are cut for a
 	// ruleset that only widens, so it may be newer than cut.
 	enforced *policy.Ruleset
 	// cutPeers are the addresses that lost access to this host, and until when.
@@ -157,7 +157,7 @@ func (p *Platform) giveBack(ctx context.Context) error {
 }
 
 // restoreForwarding switches forwarding off where we switched it on, unless
-// somebody else came to need it, which shared says.
+// other software came to need it, which shared says.
 func (p *Platform) restoreForwarding(ctx context.Context, shared policy.Families) error {
 	if p.j.Forwarding == (policy.Families{}) {
 		return nil
@@ -211,7 +211,7 @@ func (p *Platform) release(ctx context.Context) error {
 		}
 		if p.j.Token != 0 {
 			err := p.pf.Release(ctx, darwin.Token(p.j.Token))
-			// Somebody's pfctl -d voids all tokens.
+			// A pfctl -d voids all tokens.
 			if err != nil && !errors.Is(err, darwin.ErrTokenInvalid) && !errors.Is(err, darwin.ErrNotEnabled) {
 				return err
 			}
@@ -222,7 +222,7 @@ func (p *Platform) release(ctx context.Context) error {
 }
 
 // unwrittenToken returns the only token that came since ours was asked for, or 0:
-// of several, somebody else's might be given back.
+// of several, another program's might be given back.
 func (p *Platform) unwrittenToken(ctx context.Context) (uint64, error) {
 	now, err := p.tokens(ctx)
 	if err != nil {
@@ -311,7 +311,7 @@ func (p *Platform) kill(ctx context.Context, kills []Kill) error {
 	})
 }
 
-// left says what of our doing stays because somebody else came to need it.
+// left says what of our doing stays because other software came to need it.
 func (p *Platform) left(shared policy.Families) []platform.Problem {
 	if p.j.Forwarding == (policy.Families{}) {
 		return nil

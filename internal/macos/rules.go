@@ -272,7 +272,7 @@ func (b *builder) fromPeers() {
 	b.block(with(notInTable(tablePeers), anyone), "spoofed", "what comes out of the tunnel has a peer's address; answers to this host from elsewhere, while it routes through a peer, have a state and don't come here")
 	b.block(with(anyone, inTable(tableMartians)), "martian", "class 1, martian: never")
 	for _, t := range icmpTypes {
-		b.block(icmp(in, t.family, t.proto, t.redirect), "redirect", "nobody tells this host another route")
+		b.block(icmp(in, t.family, t.proto, t.redirect), "redirect", "this host takes no redirects")
 		b.block(icmp(in, t.family, t.proto, t.errors...), "unquoted", "an ICMP error that is about a flow has that flow's state and doesn't come here; the others are forged")
 	}
 	if port := b.ruleset.Mesh().ListenPort; port != 0 {
@@ -336,7 +336,7 @@ func (b *builder) towardsPeers() {
 	through := out
 	through.From = inTable(tableHost)
 	b.passJudged(through, "through-peer", "while this host routes through a peer, its own packets to anywhere")
-	b.block(out, "to-mesh", "nobody else opens a flow to a peer or through one")
+	b.block(out, "to-mesh", "no other host opens a flow to a peer or through one")
 }
 
 // keepCut keeps connections dead that peers had opened: of this host's own packets
@@ -375,7 +375,7 @@ func (b *builder) elsewhere() {
 	b.block(spoofed, "elsewhere-spoofed", "a peer's address comes from the tunnel only")
 	forged := in
 	forged.From = inTable(tableHost)
-	b.block(forged, "forged", "this host's mesh address comes from nowhere else: nobody on another network poses as this host, and forwarded through a peer such a packet would look like its own")
+	b.block(forged, "forged", "this host's mesh address comes from nowhere else: no host on another network poses as this one, and forwarded through a peer such a packet would look like its own")
 	toHost := in
 	toHost.To = inTable(tableHost)
 	b.block(toHost, "weak-host", "this host's mesh addresses are reached by the tunnel only: a Mac that forwards accepts them on every interface")
@@ -391,7 +391,7 @@ func (b *builder) elsewhere() {
 		b.add(tunnel, "else WireGuard's own packets leave whatever outer address a peer has, were it a mesh address")
 	}
 	away.To = inTable(tableAway)
-	b.block(away, "away", "nobody elsewhere opens a flow to a peer, and what this host sends to one leaves by the tunnel or not at all, also when the tunnel is down or the peer is gone")
+	b.block(away, "away", "no flow to a peer is opened from elsewhere, and what this host sends to one leaves by the tunnel or not at all, also when the tunnel is down or the peer is gone")
 	b.multicastGroups()
 }
 

@@ -38,7 +38,7 @@ var tableReasons = map[string]string{
 	tableHost:     "this host's own mesh addresses",
 	tableMesh:     "the mesh prefixes",
 	tableNetworks: "private address space, the attached networks, and what this host reaches other than by its default route",
-	tableAway:     "mesh addresses that aren't this host's, and so have no business on another interface, with those of peers that were removed a short time ago; what is behind ! is somebody else's part of the mesh prefixes",
+	tableAway:     "mesh addresses that aren't this host's, and so have no business on another interface, with those of peers that were removed a short time ago; what is behind ! is another owner's part of the mesh prefixes",
 	tableCut:      "peers that lost access to this host a short time ago",
 	tableLooped:   "what this host's routes lead to the loopback interface",
 	tableNobody:   "the mesh prefixes, and peers that were removed a short time ago",
@@ -130,7 +130,7 @@ func routedFamilies(h policy.Host) policy.Families {
 
 // peersWith returns the addresses of the peers that have all of these
 // permissions. An address that the policy gives to something else, such as an
-// interface's own address inside the mesh prefix, is nobody's.
+// interface's own address inside the mesh prefix, is no peer's.
 func peersWith(r *policy.Ruleset, want policy.Permissions, families policy.Families) []netip.Prefix {
 	var out []netip.Prefix
 	for _, p := range r.Peers() {
@@ -156,7 +156,7 @@ func dnsPeers(r *policy.Ruleset) []netip.Prefix {
 
 // awaySet is what is reached by the mesh interface only: every address of a peer,
 // also of one that was removed a short time ago, and of the mesh prefixes what
-// isn't somebody else's.
+// isn't another owner's.
 func awaySet(r *policy.Ruleset, host []netip.Prefix) set {
 	all := r.Sets()
 	kept := sorted(slices.Concat(peersWith(r, 0, anyFamily), all.Former))
