@@ -320,7 +320,7 @@ func hostText(p netip.Prefix) string {
 func (p *PF) show(ctx context.Context, anchor, what string) (string, error) {
 	args := []string{"-s", what}
 	if anchor != "" {
-		if err := checkAnchor(anchor); err != nil {
+		if err := checkReadable(anchor); err != nil {
 			return "", fmt.Errorf("show %s of anchor %q: %w", what, anchor, err)
 		}
 		args = append([]string{"-a", anchor}, args...)
@@ -411,11 +411,30 @@ func checkAnchor(anchor string) error {
 	return nil
 }
 
+// checkReadable refuses what can't be asked for. Other programs load anchors by
+// ioctl, with any name: what pfctl listed may be asked for as one argument, unless
+// it would be taken for an option or for every anchor.
+func checkReadable(anchor string) error {
+	if len(anchor) > maxAnchorPath || strings.ContainsAny(anchor, "\x00\n*") || strings.HasPrefix(anchor, "-") {
+		return fmt.Errorf("anchor name %q can't be asked for", anchor)
+	}
+	for part := range strings.SplitSeq(anchor, "/") {
+		if part == "" || len(part) > maxAnchorName {
+			return fmt.Errorf("anchor name %q is not valid", part)
+		}
+	}
+	return nil
+}
+
 func tableArgs(anchor, table, command string) ([]string, error) {
 	if !isName(table, maxTableName) {
 		return nil, fmt.Errorf("%s table: name %q is not valid", command, table)
 	}
-	if err := checkAnchor(anchor); err != nil {
+	check := checkAnchor
+	if command == "show" {
+		check = checkReadable
+	}
+	if err := check(anchor); err != nil {
 		return nil, fmt.Errorf("%s table of anchor %q: %w", command, anchor, err)
 	}
 	return []string{"-a", anchor, "-t", table, "-T", command}, nil

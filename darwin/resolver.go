@@ -49,7 +49,11 @@ func Resolvers(ctx context.Context, r Runner) ([]netip.Addr, error) {
 	var all []netip.Addr
 	for _, one := range list {
 		for _, a := range one.Servers {
-			all = append(all, a.WithZone(""))
+			// One on this Mac itself is on no network, and a mapped one is an IPv4
+			// address in other clothes.
+			if a = a.Unmap().WithZone(""); !a.IsLoopback() && !a.IsUnspecified() && !a.IsMulticast() {
+				all = append(all, a)
+			}
 		}
 	}
 	slices.SortFunc(all, netip.Addr.Compare)

@@ -54,6 +54,7 @@ type loop struct {
 	// held is the generation that the host was found to hold, and 0 while it is
 	// closed. Peers that the tunnel didn't take are in refused.
 	held     uint64
+	blind    bool // a look at the host failed in this round
 	refused  error
 	report   platform.Report
 	problems []Problem
@@ -178,7 +179,7 @@ func (l *loop) round(ctx context.Context) {
 	limit, cancel := context.WithTimeout(ctx, stepLimit)
 	defer cancel()
 	doc := l.d.expire()
-	l.problems = nil
+	l.problems, l.blind = nil, false
 	err := l.hold(limit, doc)
 	switch {
 	case err != nil && ctx.Err() == nil:
@@ -186,7 +187,7 @@ func (l *loop) round(ctx context.Context) {
 	case l.refused != nil:
 		l.addProblem(l.refused)
 	}
-	l.schedule(err == nil && l.refused == nil)
+	l.schedule(err == nil && l.refused == nil && !l.blind)
 	l.look()
 	l.publish()
 }
@@ -198,7 +199,13 @@ func (l *loop) hold(ctx context.Context, doc *document) error {
 	}
 	host, err := l.d.opts.Platform.Observe(ctx)
 	if err != nil {
-		return fmt.Errorf("observe host: %w", err)
+		// A look that fails closes nothing: what was seen last counts until the next.
+		err = fmt.Errorf("observe host: %w", err)
+		if l.held == 0 || l.current == nil {
+			return err
+		}
+		l.addProblem(err)
+		host, l.blind = l.host, true
 	}
 	// A peer more in the tunnel opens nothing before the filter knows it, and one
 	// that the tunnel doesn't take is no reason to close for the others.
@@ -290,9 +297,34 @@ func (l *loop) narrow(r *policy.Ruleset) {
 	if l.current == nil {
 		l.narrowed = everyone(r)
 	} else {
-		l.narrowed = append(l.narrowed, policy.Diff(l.current, r)...)
+		l.addNarrowed(policy.Diff(l.current, r))
 	}
 	l.current, l.host = r, r.Host()
+}
+
+// addNarrowed adds to who was narrowed, each peer once, so that what can't be cut for
+// long doesn't grow.
+func (l *loop) addNarrowed(more []policy.Narrowed) {
+	at := make(map[policy.PeerID]int, len(l.narrowed))
+	for i, n := range l.narrowed {
+		at[n.ID] = i
+	}
+	for _, n := range more {
+		i, ok := at[n.ID]
+		if !ok {
+			at[n.ID] = len(l.narrowed)
+			l.narrowed = append(l.narrowed, n)
+			continue
+		}
+		have := &l.narrowed[i]
+		have.Lost |= n.Lost
+		have.Removed = have.Removed || n.Removed
+		for _, a := range n.Addresses {
+			if !slices.Contains(have.Addresses, a) {
+				have.Addresses = append(slices.Clone(have.Addresses), a)
+			}
+		}
+	}
 }
 
 // everyone names every peer of r as narrowed.
@@ -322,14 +354,17 @@ func (l *loop) cut(ctx context.Context, r *policy.Ruleset) error {
 // check looks whether what is enforced still is, and puts it right.
 func (l *loop) check(ctx context.Context) error {
 	if err := l.inspect(ctx, l.current); err != nil {
-		return err
+		// As in hold: a look that fails closes nothing.
+		l.addProblem(err)
+		l.blind = true
+		return nil
 	}
 	drift := l.report.Drift
 	if len(drift) == 0 {
 		return nil
 	}
 	// While the filter was gone, flows may have come to be that it refuses.
-	l.narrowed = append(l.narrowed, everyone(l.current)...)
+	l.addNarrowed(everyone(l.current))
 	if err := l.enforce(ctx, l.current); err != nil {
 		return err
 	}

@@ -255,7 +255,7 @@ func TestExpiryWithoutDisk(t *testing.T) {
 // TestClosed has each step fail in turn: nothing may stay open, the command and
 // the status say what failed, and it is tried again with growing pauses.
 func TestClosed(t *testing.T) {
-	for _, step := range []string{"observe", "enforce", "inspect", "cut"} {
+	for _, step := range []string{"enforce", "inspect", "cut"} {
 		t.Run(step, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, r *rig) {
 				r.add("phone")
@@ -279,7 +279,7 @@ func TestClosed(t *testing.T) {
 				if s.State != api.Closed || s.Enforced >= s.Generation || len(s.Problems) == 0 || s.Problems[0].Step != "load table" {
 					t.Errorf("state %s, enforced %d of %d, problems %v", s.State, s.Enforced, s.Generation, s.Problems)
 				}
-				if step != "enforce" && step != "observe" {
+				if step != "enforce" {
 					r.wantLoaded("phone", 0)
 				}
 				r.after(2 * time.Minute)
@@ -294,6 +294,57 @@ func TestClosed(t *testing.T) {
 				r.wantLoaded("phone", 0)
 			})
 		})
+	}
+}
+
+// TestLookThatFails has looks at the host fail while nothing of it changes: what is
+// in force stays, what is taken away meanwhile goes, and it is said.
+func TestLookThatFails(t *testing.T) {
+	for _, step := range []string{"observe", "inspect"} {
+		t.Run(step, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, r *rig) {
+				r.add("phone")
+				r.mustAllow("phone", "routing", "")
+				r.host.SetFault(func(now string) error {
+					if now == step {
+						return errors.New("interrupted")
+					}
+					return nil
+				})
+				r.after(time.Minute)
+				r.wantLoaded("phone", policy.Routing)
+				s := r.d.Status()
+				if s.State != api.Enforcing || len(s.Problems) == 0 || !strings.Contains(s.Problems[0].Message, "interrupted") {
+					t.Errorf("state %s, problems %v", s.State, s.Problems)
+				}
+				if step == "observe" {
+					if _, err := r.deny("phone", "routing"); err != nil {
+						t.Errorf("deny: %v", err)
+					}
+					r.wantLoaded("phone", 0)
+				}
+				r.host.SetFault(nil)
+				r.after(newBackoff().max)
+				if s := r.d.Status(); s.State != api.Enforcing || len(s.Problems) != 0 {
+					t.Errorf("afterwards: state %s, problems %v", s.State, s.Problems)
+				}
+			})
+		})
+	}
+}
+
+// TestNarrowedStaysBounded has closing fail for long: who was narrowed is kept once.
+func TestNarrowedStaysBounded(t *testing.T) {
+	l := &loop{}
+	for i := range 1000 {
+		l.addNarrowed([]policy.Narrowed{
+			{ID: policy.PeerID{1}, Lost: policy.LAN, Addresses: []netip.Addr{netip.AddrFrom4([4]byte{100, 64, 0, byte(i % 2)})}},
+			{ID: policy.PeerID{2}, Lost: policy.Routing, Removed: i == 500},
+			{ID: policy.PeerID{1}, Lost: policy.Incoming},
+		})
+	}
+	if len(l.narrowed) != 2 || len(l.narrowed[0].Addresses) != 2 || l.narrowed[0].Lost != policy.LAN|policy.Incoming || !l.narrowed[1].Removed {
+		t.Errorf("kept %+v", l.narrowed)
 	}
 }
 

@@ -90,7 +90,12 @@ func FindForeign(m *pfconf.Machine, a *Anchor, r *policy.Ruleset) ([]Foreign, er
 		return nil, fmt.Errorf("find foreign rules: %w", err)
 	}
 	found := map[Foreign]string{}
-	for _, p := range newProbes(m, a, r).all() {
+	probes := newProbes(m, a, r)
+	transit, err := probes.transitProbes(m, a.Path)
+	if err != nil {
+		return nil, fmt.Errorf("find foreign rules: %w", err)
+	}
+	for _, p := range append(probes.all(), transit...) {
 		m.FlushStates()
 		alone.FlushStates()
 		if f, ok := compareProbe(p.send(m), p.send(alone), a.Path); ok {
@@ -217,13 +222,16 @@ type probes struct {
 	r     *policy.Ruleset
 	host  policy.Host
 	peers []netip.Addr
-	dsts  []netip.Addr
-	ports []uint16
+	// interfaces are all of the machine's, also those without an address that the
+	// facts list.
+	interfaces []pfconf.Interface
+	dsts       []netip.Addr
+	ports      []uint16
 }
 
 // newProbes collects the addresses and ports to try.
 func newProbes(m *pfconf.Machine, a *Anchor, r *policy.Ruleset) *probes {
-	p := &probes{r: r, host: r.Host(), ports: []uint16{22, 53, 443}}
+	p := &probes{r: r, host: r.Host(), interfaces: m.Interfaces(), ports: []uint16{22, 53, 443}}
 	kinds := map[policy.Permissions]int{}
 	for _, peer := range r.Peers() {
 		if kinds[peer.Permissions]++; kinds[peer.Permissions] <= 2 && len(p.peers) < maxProbePeers {
@@ -291,8 +299,8 @@ func (p *probes) all() []probe {
 		for _, src := range p.r.Mesh().Addresses {
 			out = p.add(out, src, dst, "")
 		}
-		for _, i := range p.host.Interfaces {
-			if i.Name == p.host.Interface {
+		for _, i := range p.interfaces {
+			if i.Name == p.host.Interface || i.Name == loopback {
 				continue
 			}
 			out = p.add(out, stranger(dst), dst, i.Name)

@@ -30,6 +30,11 @@ func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (platform.Rep
 	}
 	p.inspectInterface(n, r, drift)
 	report.Problems = p.takenRoutes(n, r)
+	if p.unseen != nil {
+		report.Problems = append(report.Problems, platform.Problem{
+			Step: "observe host", Message: "not all of it can be read: " + p.unseen.Error(), Hint: "what was read last counts; the helper tries again",
+		})
+	}
 	if !isNeeded(r) {
 		p.unchecked, p.due, p.whole = false, false, p.o.Now()
 		if !p.j.isEmpty() {
@@ -121,7 +126,7 @@ func (p *Platform) inspectFilter(ctx context.Context, r *policy.Ruleset) error {
 	if !on {
 		drift(StepEnable, "the packet filter is off, or our token for it is void")
 	}
-	obstacles, err := p.obstacles(ctx, r)
+	obstacles, err := p.obstacles(ctx)
 	if err != nil {
 		return named(StepAnchor, err)
 	}
@@ -136,7 +141,7 @@ func (p *Platform) inspectFilter(ctx context.Context, r *policy.Ruleset) error {
 // obstacles are why the anchor can't be in force, although it is loaded: the main
 // ruleset doesn't call it, or an interface is skipped. Forwarding must not be on
 // then.
-func (p *Platform) obstacles(ctx context.Context, r *policy.Ruleset) ([]platform.Problem, error) {
+func (p *Platform) obstacles(ctx context.Context) ([]platform.Problem, error) {
 	rules, nat, err := p.show(ctx, "")
 	if err != nil {
 		return nil, err
@@ -157,18 +162,14 @@ func (p *Platform) obstacles(ctx context.Context, r *policy.Ruleset) ([]platform
 	if err != nil {
 		return nil, err
 	}
-	names := []string{p.name}
-	for _, e := range egressOf(r.Host()) {
-		names = append(names, e.name)
-	}
-	slices.Sort(names)
-	for _, name := range slices.Compact(names) {
-		if slices.Contains(skipped, name) {
-			out = append(out, platform.Problem{
-				Step: StepAnchor, Message: fmt.Sprintf("the packet filter is told to skip %s", name),
-				Hint: "remove `set skip` from the main ruleset, or the software that put it there",
-			})
+	for _, name := range skipped {
+		if name == loopback {
+			continue // which nothing of ours relies on, and which vmnet leaves behind
 		}
+		out = append(out, platform.Problem{
+			Step: StepAnchor, Message: fmt.Sprintf("the packet filter is told to skip %s", name),
+			Hint: "remove `set skip` from the main ruleset, or the software that put it there",
+		})
 	}
 	return out, nil
 }

@@ -133,14 +133,15 @@ func movedPrefixes(old, next *policy.Ruleset) []netip.Prefix {
 		changed = append(append(changed, missing(s[0], s[1])...), missing(s[1], s[0])...)
 	}
 	before, now := ways(old.Host()), ways(next.Host())
-	for p, name := range before {
-		if now[p] != name {
+	for p, way := range before {
+		if now[p] != way {
 			changed = append(changed, p)
 		}
 	}
 	var out []netip.Prefix
+	edges := edgesOf(slices.Concat(a.Martians, a.Self, a.Mesh, a.LAN, b.Martians, b.Self, b.Mesh, b.LAN))
 	for _, p := range sorted(changed) {
-		if _, went := before[p]; old.Class(p.Addr()) != next.Class(p.Addr()) || went && before[p] != now[p] {
+		if _, went := before[p]; !sameClass(old, next, p, edges) || went && before[p] != now[p] {
 			out = append(out, p)
 		}
 	}
@@ -150,19 +151,70 @@ func movedPrefixes(old, next *policy.Ruleset) []netip.Prefix {
 	return out
 }
 
-// ways returns by which interface the host reaches each network, default routes
-// left out.
-func ways(h policy.Host) map[netip.Prefix]string {
-	out := map[netip.Prefix]string{}
+// edgesOf returns, sorted, the addresses at which a class may begin: the first of
+// each prefix, and the one behind it.
+func edgesOf(ps []netip.Prefix) []netip.Addr {
+	var out []netip.Addr
+	for _, p := range ps {
+		b := p.Addr().AsSlice()
+		for bit := p.Bits(); bit < len(b)*8; bit++ {
+			b[bit/8] |= 0x80 >> (bit % 8)
+		}
+		last, _ := netip.AddrFromSlice(b)
+		out = append(out, p.Masked().Addr())
+		if behind := last.Next(); behind.IsValid() {
+			out = append(out, behind)
+		}
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return slices.Compact(out)
+}
+
+// sameClass reports whether every address of a prefix has the class that it had.
+// Between two edges all have one class.
+func sameClass(old, next *policy.Ruleset, p netip.Prefix, edges []netip.Addr) bool {
+	if old.Class(p.Masked().Addr()) != next.Class(p.Masked().Addr()) {
+		return false
+	}
+	i, _ := slices.BinarySearchFunc(edges, p.Masked().Addr(), netip.Addr.Compare)
+	for ; i < len(edges) && p.Contains(edges[i]); i++ {
+		if old.Class(edges[i]) != next.Class(edges[i]) {
+			return false
+		}
+	}
+	return true
+}
+
+// way is by which interface a network is reached, and what packets there leave
+// with: the interface's first address, unless it is the uplink's, which has its own.
+type way struct {
+	name   string
+	source netip.Addr
+}
+
+// ways returns how the host reaches each network, default routes left out.
+func ways(h policy.Host) map[netip.Prefix]way {
+	out := map[netip.Prefix]way{}
+	add := func(p netip.Prefix, name string) {
+		family := pfconf.Inet6
+		if p.Addr().Is4() {
+			family = pfconf.Inet
+		}
+		w := way{name: name}
+		if as := addresses(h, name, family); name != h.Uplink(p.Addr()) && len(as) > 0 {
+			w.source = as[0]
+		}
+		out[p.Masked()] = w
+	}
 	for _, r := range h.Routes {
 		if r.Prefix.Bits() > 0 {
-			out[r.Prefix.Masked()] = r.Interface
+			add(r.Prefix, r.Interface)
 		}
 	}
 	for _, i := range h.Interfaces {
 		for _, p := range i.Addresses {
 			if i.Name != h.Interface && i.Name != loopback && !p.IsSingleIP() {
-				out[p.Masked()] = i.Name
+				add(p, i.Name)
 			}
 		}
 	}

@@ -48,6 +48,7 @@ func (a *Anchor) rulesText() string {
 // enforceFilter puts the anchor in force: loaded or, where only tables differ,
 // changed in place, the packet filter on, and called by the main ruleset.
 func (p *Platform) enforceFilter(ctx context.Context, r *policy.Ruleset) error {
+	p.noteEgress(r)
 	a, err := p.compile(r)
 	if err != nil {
 		return err
@@ -62,7 +63,7 @@ func (p *Platform) enforceFilter(ctx context.Context, r *policy.Ruleset) error {
 	if err != nil {
 		return named(StepEnable, err)
 	}
-	obstacles, err := p.obstacles(ctx, r)
+	obstacles, err := p.obstacles(ctx)
 	if err != nil {
 		return named(StepAnchor, err)
 	}
@@ -99,15 +100,28 @@ func (p *Platform) noteCut(r *policy.Ruleset) {
 // maxBefore bounds for how many interfaces that are gone rules are kept.
 const maxBefore = 64
 
-// compile makes the anchor for r, with the rules for interfaces that were there
-// before.
-func (p *Platform) compile(r *policy.Ruleset) (*Anchor, error) {
-	for _, e := range egressOf(r.Host()) {
-		if e.name != r.Host().Uplink4 && e.name != r.Host().Uplink6 && !slices.Contains(p.before, e) {
+// noteEgress remembers by which interfaces peers' packets can leave, and forgets
+// those that went first of those that are gone.
+func (p *Platform) noteEgress(r *policy.Ruleset) {
+	h, now := r.Host(), egressOf(r.Host())
+	for _, e := range now {
+		if e.name != h.Uplink4 && e.name != h.Uplink6 && !slices.Contains(p.before, e) {
 			p.before = append(p.before, e)
 		}
 	}
-	p.before = p.before[max(0, len(p.before)-maxBefore):]
+	surplus := len(p.before) - maxBefore
+	p.before = slices.DeleteFunc(p.before, func(e Egress) bool {
+		if surplus <= 0 || slices.Contains(now, e) {
+			return false
+		}
+		surplus--
+		return true
+	})
+}
+
+// compile makes the anchor for r, with the rules for interfaces that were there
+// before.
+func (p *Platform) compile(r *policy.Ruleset) (*Anchor, error) {
 	return Compile(r, Options{Label: p.o.Label, MTU: p.cfg.MTU, Cut: slices.Collect(maps.Keys(p.cutPeers)), Before: p.before})
 }
 

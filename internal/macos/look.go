@@ -43,6 +43,8 @@ type look struct {
 	// tentative says that an address of the uplink isn't settled. No event tells when
 	// it is, so the next tick looks again.
 	tentative bool
+	// unseen is why the last look at them failed.
+	unseen error
 	// found is what reading back all of ours found, others what other software has.
 	found  platform.Report
 	others othersRules
@@ -76,9 +78,9 @@ func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
 		p.due, p.othersDue = true, true
 	}
 	if moved || p.due || p.tentative {
-		if err := p.readFacts(ctx, n); err != nil {
+		// A look that fails closes nothing: what was read last counts until the next.
+		if p.unseen = p.readFacts(ctx, n); p.unseen != nil {
 			p.moved.Store(true)
-			return policy.Host{}, observing(err)
 		}
 	}
 	found, err := p.foundForwarding()
@@ -97,15 +99,22 @@ func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
 func observing(err error) error { return fmt.Errorf("observe host: %w", err) }
 
 // readFacts reads what takes a process.
-func (p *Platform) readFacts(ctx context.Context, n *darwin.Network) (err error) {
-	if p.resolvers, err = darwin.Resolvers(ctx, p.o.Runner); err != nil {
-		return err
+func (p *Platform) readFacts(ctx context.Context, n *darwin.Network) error {
+	resolvers, err := darwin.Resolvers(ctx, p.o.Runner)
+	if err == nil {
+		p.resolvers = resolvers
 	}
-	if p.source6, err = p.readSource6(ctx, n); err != nil {
-		return err
+	source, sourceErr := p.readSource6(ctx, n)
+	if sourceErr == nil {
+		p.source6 = source
 	}
+	err = errors.Join(err, sourceErr)
 	if p.j.Forwarding != (policy.Families{}) {
-		p.sharing, err = p.shared(ctx)
+		shared, sharedErr := p.shared(ctx)
+		if sharedErr == nil {
+			p.sharing = shared
+		}
+		err = errors.Join(err, sharedErr)
 	}
 	return err
 }

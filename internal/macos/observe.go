@@ -15,7 +15,7 @@ import (
 //
 // Link-local addresses are left out. Those of awdl0, llw0 and the system's own
 // tunnels change many times an hour, and nothing depends on them: a peer reaches
-// none.
+// none. So are IPv4-mapped ones, which are martians.
 func facts(n *darwin.Network, mesh string, found policy.Families) policy.Host {
 	h := policy.Host{
 		Interface:       mesh,
@@ -27,7 +27,7 @@ func facts(n *darwin.Network, mesh string, found policy.Families) policy.Host {
 	for _, i := range n.Interfaces {
 		one := policy.Interface{Name: i.Name}
 		for _, a := range i.Addresses {
-			if at := a.Prefix.Addr(); !at.IsLoopback() && !isLinkLocal6(at) {
+			if at := a.Prefix.Addr(); !at.IsLoopback() && !at.Is4In6() && !isLinkLocal6(at) {
 				one.Addresses = append(one.Addresses, a.Prefix)
 			}
 		}
@@ -36,7 +36,7 @@ func facts(n *darwin.Network, mesh string, found policy.Families) policy.Host {
 		}
 	}
 	for _, r := range n.Routed() {
-		if r.Interface != mesh && r.Interface != loopback {
+		if r.Interface != mesh && r.Interface != loopback && !r.Prefix.Addr().Is4In6() {
 			h.Routes = append(h.Routes, policy.Route{Prefix: r.Prefix.Masked(), Interface: r.Interface})
 		}
 	}
@@ -53,7 +53,7 @@ func looped(n *darwin.Network) []policy.Route {
 	var out []policy.Route
 	for _, r := range n.Routes {
 		a := r.Dst.Addr()
-		if r.Flags&darwin.RouteUp == 0 || r.Flags&skip != 0 || r.Dst.Bits() == 0 || a.IsLoopback() || a.IsMulticast() || isLinkLocal6(a) {
+		if r.Flags&darwin.RouteUp == 0 || r.Flags&skip != 0 || r.Dst.Bits() == 0 || a.IsLoopback() || a.IsMulticast() || a.Is4In6() || isLinkLocal6(a) {
 			continue
 		}
 		for _, i := range n.Interfaces {

@@ -2,6 +2,7 @@ package macos
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -33,17 +34,25 @@ func (p *Platform) inspectOthers(ctx context.Context, n *darwin.Network, r *poli
 		return
 	}
 	if err := p.readForeign(ctx, n, r); err != nil {
-		// Ours is in force all the same.
-		p.others.problems = []platform.Problem{{Step: StepAnchor, Message: "the rules of other software can't be judged: " + err.Error(),
-			Hint: "look at them: sudo pfctl -s rules; sudo pfctl -s nat"}}
+		// Ours is in force all the same, and what was found last counts, unless there
+		// is more than can be judged.
+		problem := platform.Problem{Step: StepAnchor, Message: "the rules of other software can't be judged: " + err.Error(),
+			Hint: "look at them: sudo pfctl -s rules; sudo pfctl -s nat"}
+		p.others.problems = []platform.Problem{problem}
+		if errors.Is(err, errTooMany) {
+			p.others.open = p.others.problems
+		}
 	}
 }
 
 // readForeign reads what others have loaded and notes what of it stands in our
 // way.
 func (p *Platform) readForeign(ctx context.Context, n *darwin.Network, r *policy.Ruleset) error {
-	p.others.problems, p.others.open = nil, nil
 	found, err := p.foreign(ctx, n, r)
+	if err != nil {
+		return err
+	}
+	p.others.problems, p.others.open = nil, nil
 	for _, f := range found[:min(len(found), maxForeign)] {
 		problem := f.problem()
 		p.others.problems = append(p.others.problems, problem)
@@ -51,7 +60,7 @@ func (p *Platform) readForeign(ctx context.Context, n *darwin.Network, r *policy
 			p.others.open = append(p.others.open, problem)
 		}
 	}
-	return err
+	return nil
 }
 
 // problem says what a foreign rule does, and what to do about it.
@@ -119,7 +128,10 @@ type foreignRuleset struct {
 // readOthers reads the main ruleset and the anchors below it, ours excepted.
 func (p *Platform) readOthers(ctx context.Context, u unread, key *strings.Builder) (out []foreignRuleset, err error) {
 	next := []string{""}
-	for len(next) > 0 && len(out) < maxOthers {
+	for len(next) > 0 {
+		if len(out) == maxOthers {
+			return nil, fmt.Errorf("%w: more than %d anchors", errTooMany, maxOthers)
+		}
 		path := next[0]
 		next = next[1:]
 		rules, nat, err := p.show(ctx, path)
@@ -172,37 +184,30 @@ type unread map[string]Foreign
 // known to be narrow must be taken for wide.
 func (u unread) readable(path, text string) *pfconf.Shown {
 	shown := pfconf.ParseShown(text)
-	if len(shown.Unknown) == 0 {
-		return shown
-	}
-	lines := strings.Split(text, "\n")
-	for _, unknown := range shown.Unknown {
-		lines[unknown.Line-1] = u.standIn(path, lines[unknown.Line-1])
-	}
-	return pfconf.ParseShown(strings.Join(lines, "\n"))
-}
-
-// standIn notes a rule that isn't understood and returns one that matches
-// everything in its place; "" where it isn't a filter rule.
-func (u unread) standIn(path, rule string) string {
-	label := fmt.Sprint(unreadLabel, len(u))
-	u[label] = Foreign{Anchor: path, Rule: strings.TrimSpace(rule), Unread: true}
-	words := strings.Fields(rule)
-	if len(words) == 0 || words[0] != "pass" && words[0] != "block" {
-		return ""
-	}
-	out := words[:1:1]
-	for _, word := range words[1:] {
-		switch word {
-		case "in", "out", "quick":
-			out = append(out, word)
-		case "drop", "return", "log":
-		default:
-			// The rest says what the rule matches.
-			return strings.Join(append(out, "all", "no state", fmt.Sprintf("label %q", label)), " ")
+	named := map[string]bool{}
+	for _, r := range shown.Rules {
+		if r.Err == nil {
+			continue
+		}
+		named[r.Text] = true
+		if label := u.note(path, r.Text); r.Action == pfconf.Pass || r.Action == pfconf.Block {
+			r.Label = label
 		}
 	}
-	return strings.Join(append(out, "all", "no state", fmt.Sprintf("label %q", label)), " ")
+	for _, line := range shown.Unknown { // those in inline anchors have stand-ins there
+		if !named[line.Text] {
+			u.note(path, line.Text)
+		}
+	}
+	return shown
+}
+
+// note remembers a rule that isn't understood and returns the label of the one that
+// stands for it.
+func (u unread) note(path, rule string) string {
+	label := fmt.Sprint(unreadLabel, len(u))
+	u[label] = Foreign{Anchor: path, Rule: strings.TrimSpace(rule), Unread: true}
+	return label
 }
 
 // name puts the rules that aren't understood in the place of those that stood for
@@ -225,31 +230,23 @@ func (u unread) name(found []Foreign) []Foreign {
 }
 
 // machineWith returns a machine with this host's interfaces that holds the
-// rulesets. Rules that it refuses count as those that aren't understood.
+// rulesets. One that it refuses counts as passing everything.
 func machineWith(n *darwin.Network, rulesets []foreignRuleset, u unread) (*pfconf.Machine, error) {
 	m := newMachine(n)
 	for _, rs := range rulesets {
-		load := func(m *pfconf.Machine, r *pfconf.Ruleset) error {
+		load := func(r *pfconf.Ruleset) error {
 			if rs.path == "" {
 				return m.LoadMain(r)
 			}
 			return m.LoadAnchor(rs.path, r)
 		}
-		if load(m, rs.rules) == nil {
+		err := load(rs.rules)
+		if err == nil {
 			continue
 		}
-		understood := &pfconf.Ruleset{}
-		for _, s := range rs.rules.Statements {
-			rule, ok := s.(*pfconf.Rule)
-			if !ok || load(newMachine(n), &pfconf.Ruleset{Statements: []pfconf.Statement{rule}}) == nil {
-				understood.Statements = append(understood.Statements, s)
-				continue
-			}
-			for _, standIn := range pfconf.ParseShown(u.standIn(rs.path, rule.String())).Rules {
-				understood.Statements = append(understood.Statements, standIn.Rule)
-			}
-		}
-		if err := load(m, understood); err != nil {
+		wide := &pfconf.Rule{Action: pfconf.Pass, Quick: true, State: pfconf.NoState, Flags: &pfconf.Flags{}}
+		wide.Label = u.note(rs.path, err.Error())
+		if err := load(&pfconf.Ruleset{Statements: []pfconf.Statement{wide}}); err != nil {
 			return nil, fmt.Errorf("understand the rules of others: %w", err)
 		}
 	}

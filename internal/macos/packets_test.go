@@ -114,9 +114,17 @@ func (c *comparison) randomOut(p policy.Packet) string {
 	return all[c.rng.IntN(len(all))]
 }
 
-// route is the host's routing table: peers and mesh by the mesh interface, the
-// longest attached or routed prefix, the uplink.
+// route is where the host's routes lead, and en0 where they lead nowhere.
 func (c *comparison) route(dst netip.Addr) string {
+	if out := c.routed(dst); out != "" {
+		return out
+	}
+	return "en0"
+}
+
+// routed is the host's routing table: peers and mesh by the mesh interface, the
+// longest attached or routed prefix, the uplink.
+func (c *comparison) routed(dst netip.Addr) string {
 	best, out := -1, c.w.host.Uplink(dst)
 	if class := c.r.Class(dst); class == policy.InMesh {
 		return meshInterface
@@ -132,9 +140,6 @@ func (c *comparison) route(dst netip.Addr) string {
 				best, out = p.Bits(), i.Name
 			}
 		}
-	}
-	if out == "" {
-		return "en0"
 	}
 	return out
 }

@@ -293,8 +293,16 @@ func (p *Platform) endFlows(ctx context.Context) error {
 	for _, peer := range p.enforced.Peers() {
 		all = append(all, policy.Narrowed{Addresses: peer.Addresses, Removed: true})
 	}
-	return p.kill(ctx, Kills(nil, p.enforced, all))
+	kills := Kills(nil, p.enforced, all)
+	if len(kills) > maxKillsAtEnd {
+		kills = coarse(kills, p.enforced.Sets().Mesh)
+	}
+	return p.kill(ctx, kills)
 }
+
+// maxKillsAtEnd bounds how many peers' flows are ended one by one when leaving,
+// which has to be over in seconds.
+const maxKillsAtEnd = 16
 
 // kill ends states.
 func (p *Platform) kill(ctx context.Context, kills []Kill) error {

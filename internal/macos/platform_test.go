@@ -482,13 +482,15 @@ func TestRuleThatIsNotUnderstood(t *testing.T) {
 		t.Errorf("not named: %q", found)
 	}
 	for rule, want := range map[string]string{
-		"block drop out quick log on en0 proto magic": `block out quick all no state label "unread-0"`,
-		"pass all by-magic":                           `pass all no state label "unread-0"`,
-		"nat on en0 by-magic -> 1.2.3.4":              "",
-		"":                                            "",
+		"block drop out quick log on en0 proto magic": `block drop quick all label "unread-0"`,
+		"pass all by-magic":                           `pass all flags any keep state (floating) allow-opts label "unread-0"`,
+		"pass in log (all, user) quick all by-magic":  `pass quick all flags any keep state (floating) allow-opts label "unread-0"`,
+		"anchor \"vpn\" all by-magic":                 `anchor "vpn" all`,
 	} {
-		if got := (unread{}).standIn("x", rule); got != want {
-			t.Errorf("%q: %q, want %q", rule, got, want)
+		u := unread{}
+		read := u.readable("x", rule)
+		if len(read.Rules) != 1 || read.Rules[0].Rule.String() != want || len(u) != 1 {
+			t.Errorf("%q: %+v, want %q", rule, read.Rules, want)
 		}
 	}
 	mullvad, err := os.ReadFile("../../pfconf/testdata/mac/pfctl-mullvad-rules-15.txt")

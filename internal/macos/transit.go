@@ -1,0 +1,240 @@
+package macos
+
+import (
+	"errors"
+	"net/netip"
+	"slices"
+
+	"github.com/meshhelper/meshhelper/pfconf"
+)
+
+// A rule of others that passes for good what comes in may let transit through
+// ahead of our anchor. Whether it does depends on what it matches, so probes are
+// made for each such rule: packets that it matches, on each interface, from each
+// kind of source that it names to each kind of destination. pf itself, in both
+// machines, says what becomes of them.
+
+// Bounds of what is tried for transit. What has more rules than that isn't judged,
+// and forwarding stays off.
+const (
+	maxTransitRules  = 2000
+	maxTransitProbes = 200_000
+	maxAddresses     = 6 // of each end of a rule
+)
+
+// errTooMany is the cause when others have more rules than can be judged.
+var errTooMany = errors.New("there are too many rules to judge")
+
+// transitProbes returns probes for each rule of others that passes for good what
+// comes in.
+func (p *probes) transitProbes(m *pfconf.Machine, ours string) ([]probe, error) {
+	var out []probe
+	rules := 0
+	var walk func(anchor string, calls []*pfconf.Rule) error
+	walk = func(anchor string, calls []*pfconf.Rule) error {
+		if anchor == ours {
+			return nil
+		}
+		l, err := m.Snapshot(anchor)
+		if err != nil {
+			return nil // gone between the two calls
+		}
+		for _, rule := range l.Filter {
+			if rule.Action == pfconf.Anchor {
+				calls = append(calls[:len(calls):len(calls)], rule)
+			}
+			if rule.Action != pfconf.Pass || !rule.Quick || rule.Direction == pfconf.Out {
+				continue
+			}
+			if rules++; rules > maxTransitRules {
+				return errTooMany
+			}
+			out = append(out, p.ruleProbes(m, anchor, rule, calls)...)
+			if len(out) > maxTransitProbes {
+				return errTooMany
+			}
+		}
+		for _, child := range m.Anchors(anchor) {
+			if err := walk(child, calls); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	return out, walk("", nil)
+}
+
+// ruleProbes returns packets between others that a rule matches, as far as it and
+// the anchor calls that lead to it say. What else it may ask for, a socket's user or
+// a tag, is taken to be so.
+func (p *probes) ruleProbes(m *pfconf.Machine, anchor string, rule *pfconf.Rule, calls []*pfconf.Rule) []probe {
+	var out []probe
+	from, to := p.addressesOf(m, anchor, rule.From), p.addressesOf(m, anchor, rule.To)
+	for _, call := range calls {
+		from, to = append(from, p.addressesOf(m, "", call.From)...), append(to, p.addressesOf(m, "", call.To)...)
+	}
+	for _, i := range m.Interfaces() {
+		if i.Name == loopback || i.Name == p.host.Interface || !matchesInterface(rule, i.Name) {
+			continue
+		}
+		sources := slices.Clone(from)
+		for _, attached := range i.Addresses {
+			sources = append(sources, besideOwn(attached))
+		}
+		for _, family := range []pfconf.Family{pfconf.Inet, pfconf.Inet6} {
+			if rule.Family != pfconf.AnyFamily && rule.Family != family {
+				continue
+			}
+			for _, src := range ofFamily(sources, family) {
+				for _, dst := range ofFamily(to, family) {
+					if way, ok := p.way(dst, i.Name); ok && way != "" && way != i.Name && src != dst {
+						out = append(out, packetsFor(rule, src, dst, i.Name, way)...)
+					}
+				}
+			}
+		}
+	}
+	return out
+}
+
+// matchesInterface reports whether a rule is for an interface.
+func matchesInterface(rule *pfconf.Rule, name string) bool {
+	for _, i := range rule.Interfaces {
+		if (i.Name == name) == i.Not {
+			return false
+		}
+	}
+	return true
+}
+
+// addressesOf returns some addresses that an end of a rule may stand for: the first
+// and the last of each prefix, the same of a table's entries, and otherwise
+// strangers to every network here and neighbours on each.
+func (p *probes) addressesOf(m *pfconf.Machine, anchor string, end pfconf.Endpoint) []netip.Addr {
+	var out []netip.Addr
+	for _, a := range end.Addrs {
+		switch {
+		case a.Not:
+		case a.Kind == pfconf.AddrPrefix:
+			out = append(out, endsOf(a.Prefix)...)
+		case a.Kind == pfconf.AddrTable:
+			t, err := m.Table(anchor, a.Name)
+			if err != nil {
+				t, err = m.Table("", a.Name)
+			}
+			if err != nil {
+				continue
+			}
+			for _, entry := range t.Addrs[:min(len(t.Addrs), maxAddresses)] {
+				if !entry.Not {
+					out = append(out, endsOf(entry.Prefix)...)
+				}
+			}
+		}
+	}
+	if len(out) > 0 {
+		return out
+	}
+	// Any address, any but some, or an interface's.
+	out = append(out, stranger(netip.IPv4Unspecified()), stranger(netip.IPv6Unspecified()),
+		netip.MustParseAddr("9.9.9.9"), netip.MustParseAddr("2620:fe::fe"))
+	for _, i := range m.Interfaces() {
+		for _, attached := range i.Addresses {
+			if i.Name != loopback && i.Name != p.host.Interface {
+				out = append(out, besideOwn(attached))
+			}
+		}
+	}
+	return out
+}
+
+// endsOf returns the first and the last address of a prefix, network and broadcast
+// addresses left out where it has more than two.
+func endsOf(p netip.Prefix) []netip.Addr {
+	if p.IsSingleIP() {
+		return []netip.Addr{p.Addr()}
+	}
+	first, b := p.Masked().Addr(), p.Addr().AsSlice()
+	for bit := p.Bits(); bit < len(b)*8; bit++ {
+		b[bit/8] |= 0x80 >> (bit % 8)
+	}
+	last, _ := netip.AddrFromSlice(b)
+	if p.Bits() < first.BitLen()-1 {
+		first, last = first.Next(), last.Prev()
+	}
+	return []netip.Addr{first, last}
+}
+
+// ofFamily returns the addresses of a family, at most [maxAddresses] of them.
+func ofFamily(all []netip.Addr, family pfconf.Family) []netip.Addr {
+	var out []netip.Addr
+	for _, a := range all {
+		if isFamily(a, family) && !(a.Is6() && a.IsLinkLocalUnicast()) && !slices.Contains(out, a) && len(out) < maxAddresses {
+			out = append(out, a)
+		}
+	}
+	return out
+}
+
+// protoESP is the number of ESP (RFC 4303), which stands for all protocols that
+// have no ports.
+const protoESP pfconf.Proto = 50
+
+// packetsFor returns a packet of each protocol that a rule matches, with ports,
+// flags and ICMP types that it matches.
+func packetsFor(rule *pfconf.Rule, src, dst netip.Addr, in, out string) []probe {
+	icmp, echo := pfconf.ProtoICMP, uint8(8)
+	if dst.Is6() {
+		icmp, echo = pfconf.ProtoICMPv6, 128
+	}
+	protos := rule.Protos
+	if len(protos) == 0 {
+		protos = []pfconf.Proto{pfconf.ProtoTCP, pfconf.ProtoUDP, icmp, protoESP}
+	}
+	var all []probe
+	for _, proto := range protos {
+		packet := pfconf.Packet{Src: src, Dst: dst, Proto: proto, Len: 8}
+		switch proto {
+		case pfconf.ProtoTCP:
+			packet.SrcPort, packet.DstPort = portFor(rule.From.Ports, 49152), portFor(rule.To.Ports, 443)
+			packet.Flags, packet.Window = pfconf.FlagSYN, 65535
+			if rule.Flags != nil && rule.Flags.Mask != 0 {
+				packet.Flags = rule.Flags.Set
+			}
+		case pfconf.ProtoUDP:
+			packet.SrcPort, packet.DstPort = portFor(rule.From.Ports, 49152), portFor(rule.To.Ports, 443)
+		case pfconf.ProtoICMP, pfconf.ProtoICMPv6:
+			if proto != icmp {
+				continue
+			}
+			packet.ICMPType, packet.ICMPID = echo, 1
+			if len(rule.ICMP) > 0 {
+				packet.ICMPType = rule.ICMP[0].Type
+			}
+		}
+		all = append(all, probe{packet, in, out})
+	}
+	return all
+}
+
+// portFor returns a port that one of the comparisons matches.
+func portFor(ports []pfconf.Port, otherwise uint16) uint16 {
+	for _, p := range ports {
+		switch p.Op {
+		case pfconf.Equal, pfconf.LessEqual, pfconf.GreaterEqual, pfconf.Range:
+			return p.Lo
+		case pfconf.Less, pfconf.Outside:
+			if p.Lo > 0 {
+				return p.Lo - 1
+			}
+			return p.Hi + 1
+		case pfconf.Greater, pfconf.Inside:
+			return p.Lo + 1
+		case pfconf.NotEqual:
+			if p.Lo == otherwise {
+				return otherwise + 1
+			}
+		}
+	}
+	return otherwise
+}
