@@ -26,6 +26,8 @@ var (
 	// ErrBusy: a table that the text declares is in use (tuist#11425); nothing
 	// changed. Loading once more, or replacing the table's addresses, helps.
 	ErrBusy = errors.New("resource busy")
+	// ErrNoTable: there is no such table, or no such anchor.
+	ErrNoTable = errors.New("table does not exist")
 )
 
 // A PF drives the packet filter through pfctl(8), one command at a time. It works
@@ -139,7 +141,8 @@ func (p *PF) Tables(ctx context.Context, anchor string) ([]string, error) {
 	return names, err
 }
 
-// Table returns the entries of a table. A missing table is an error.
+// Table returns the entries of a table, of the main ruleset with "" for the anchor.
+// The error of one that isn't there is ErrNoTable.
 func (p *PF) Table(ctx context.Context, anchor, table string) ([]pfconf.Address, error) {
 	args, err := tableArgs(anchor, table, "show")
 	if err != nil {
@@ -148,6 +151,9 @@ func (p *PF) Table(ctx context.Context, anchor, table string) ([]pfconf.Address,
 	stdout, stderr, err := p.run(ctx, nil, args...)
 	if err == nil {
 		err = complaint(stderr)
+	}
+	if strings.Contains(string(stderr), "Table does not exist") || saysMissing(stderr) {
+		err = ErrNoTable
 	}
 	if err != nil {
 		return nil, fmt.Errorf("show table %q of anchor %q: %w", table, anchor, err)
@@ -427,12 +433,15 @@ func checkReadable(anchor string) error {
 }
 
 func tableArgs(anchor, table, command string) ([]string, error) {
-	if !isName(table, maxTableName) {
+	check, readable := checkAnchor, isName(table, maxTableName)
+	if command == "show" {
+		check, readable = checkReadable, table != "" && len(table) <= maxTableName && table[0] != '-' && !strings.ContainsAny(table, "\x00\n")
+	}
+	if !readable {
 		return nil, fmt.Errorf("%s table: name %q is not valid", command, table)
 	}
-	check := checkAnchor
-	if command == "show" {
-		check = checkReadable
+	if anchor == "" && command == "show" {
+		return []string{"-t", table, "-T", command}, nil
 	}
 	if err := check(anchor); err != nil {
 		return nil, fmt.Errorf("%s table of anchor %q: %w", command, anchor, err)

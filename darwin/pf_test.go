@@ -256,7 +256,7 @@ func TestLoadAndReadBack(t *testing.T) {
 	if entries, err := pf.Table(ctx, anchor, "peers"); err != nil || !slices.Equal(spelled(entries), []string{"fd00::1/128"}) {
 		t.Errorf("table afterwards %v, %v", entries, err)
 	}
-	if _, err := pf.Table(ctx, anchor, "others"); err == nil || !strings.Contains(err.Error(), "Table does not exist") {
+	if _, err := pf.Table(ctx, anchor, "others"); !errors.Is(err, darwin.ErrNoTable) {
 		t.Errorf("a missing table: %v", err)
 	}
 	if err := pf.Flush(ctx, anchor); err != nil || e.anchors[anchor] != nil {
@@ -519,12 +519,23 @@ func TestNamesAreChecked(t *testing.T) {
 		if _, err := pf.All(ctx, bad); err == nil {
 			t.Errorf("looked at all of anchor %q", bad)
 		}
+	}
+	// Other programs' anchors and tables may have any name, and are only read.
+	for _, bad := range []string{"*", "a/*", "a//b", "-F", "a\n", strings.Repeat("x", 64), strings.Repeat("x/", 600) + "x"} {
 		if _, err := pf.Table(ctx, bad, "t"); err == nil {
 			t.Errorf("looked at a table of anchor %q", bad)
 		}
+		if _, err := pf.Rules(ctx, bad); err == nil {
+			t.Errorf("looked at the rules of anchor %q", bad)
+		}
 	}
-	if _, err := pf.Table(ctx, anchor, "t; x"); err == nil {
-		t.Error("took a bad table name")
+	for _, bad := range []string{"", "-F", "t\n", strings.Repeat("x", 32)} {
+		if _, err := pf.Table(ctx, anchor, bad); err == nil {
+			t.Errorf("looked at table %q", bad)
+		}
+		if err := pf.ReplaceTable(ctx, anchor, bad, nil); err == nil {
+			t.Errorf("replaced table %q", bad)
+		}
 	}
 	if calls := f.Calls(); calls != nil {
 		t.Errorf("commands were run: %q", calls)

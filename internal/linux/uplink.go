@@ -4,6 +4,8 @@ import (
 	"cmp"
 	"net/netip"
 	"slices"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // hostRouting is the kernel's routing of one family, as far as it says what is
@@ -56,29 +58,24 @@ func (h hostRouting) uplink(ignored string) routeEntry {
 	return routeEntry{}
 }
 
-// global is what IANA has given out of IPv6's space for use on the internet.
-var global = netip.MustParsePrefix("2000::/3")
-
 // defaultRoute returns the route by which a table reaches the whole family.
 func defaultRoute(routes []routeEntry) routeEntry {
-	byIface := map[string]map[netip.Prefix]bool{}
+	byIface := map[string][]netip.Prefix{}
 	var zero []routeEntry
 	for _, r := range routes {
 		if r.prefix.Bits() == 0 {
 			zero = append(zero, r)
 			continue
 		}
-		if byIface[r.iface] == nil {
-			byIface[r.iface] = map[netip.Prefix]bool{}
-		}
-		byIface[r.iface][r.prefix.Masked()] = true
+		byIface[r.iface] = append(byIface[r.iface], r.prefix)
 	}
 	for _, iface := range sortedKeys(byIface) {
-		set := byIface[iface]
-		for _, family := range []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0"), global} {
-			if covers(family, set, len(set)) {
-				return widest(routes, iface)
-			}
+		family := netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+		if byIface[iface][0].Addr().Is4() {
+			family = netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+		}
+		if _, ok := policy.Covering(family, byIface[iface]); ok {
+			return widest(routes, iface)
 		}
 	}
 	if len(zero) == 0 {
@@ -111,20 +108,4 @@ func sortedKeys[V any](m map[string]V) []string {
 	}
 	slices.Sort(out)
 	return out
-}
-
-// covers reports whether prefixes in set make up p; n prefixes can at most be
-// split n deep.
-func covers(p netip.Prefix, set map[netip.Prefix]bool, depth int) bool {
-	if set[p] {
-		return true
-	}
-	if depth <= 0 || p.IsSingleIP() {
-		return false
-	}
-	low := netip.PrefixFrom(p.Addr(), p.Bits()+1)
-	b := p.Addr().AsSlice()
-	b[p.Bits()/8] |= 0x80 >> (p.Bits() % 8)
-	a, _ := netip.AddrFromSlice(b)
-	return covers(low, set, depth-1) && covers(netip.PrefixFrom(a, p.Bits()+1), set, depth-1)
 }

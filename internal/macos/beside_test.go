@@ -71,6 +71,9 @@ func TestVPNByHalves(t *testing.T) {
 	if r.Host().Uplink4 != name || r.Host().Uplink6 != "en0" {
 		t.Errorf("uplinks %q and %q", r.Host().Uplink4, r.Host().Uplink6)
 	}
+	if c := r.Class(addrOf("9.9.9.9")); c != policy.Internet {
+		t.Errorf("the internet is of class %v", c)
+	}
 	if o := g.arrives(g.p.name, first, "9.9.9.9", simmac.Forwarded); o.Link != name || o.Packet.Src != addrOf("10.8.0.2") {
 		t.Errorf("to the internet by %s from %v", o.Link, o.Packet.Src)
 	}
@@ -83,6 +86,34 @@ func TestVPNByHalves(t *testing.T) {
 	if o := g.arrives(g.p.name, first, "9.9.9.9", simmac.Forwarded); o.Link != "bridge0" || o.Packet.Src != addrOf("203.0.113.1") {
 		t.Errorf("by a bridge: by %s from %v", o.Link, o.Packet.Src)
 	}
+}
+
+// TestVPNWithoutPrivateSpace lets a VPN take all of the internet but private space,
+// as WireGuard's apps write it ("exclude private IPs"): a peer with routing alone
+// reaches the internet by it.
+func TestVPNWithoutPrivateSpace(t *testing.T) {
+	g := newRig(t)
+	name, err := g.mac.Kernel.CreateTunnel("utun", 1400)
+	g.must(err)
+	g.must(g.mac.Kernel.AddAddress(name, netip.MustParsePrefix("10.8.0.2/32")))
+	n, err := darwin.Observe(g.mac)
+	g.must(err)
+	for _, p := range prefixes("1.0.0.0/8", "2.0.0.0/7", "4.0.0.0/6", "8.0.0.0/7", "11.0.0.0/8", "12.0.0.0/6", "16.0.0.0/4", "32.0.0.0/3",
+		"64.0.0.0/3", "96.0.0.0/4", "112.0.0.0/5", "120.0.0.0/6", "124.0.0.0/7", "126.0.0.0/8", "128.0.0.0/3", "160.0.0.0/5",
+		"168.0.0.0/6", "172.0.0.0/12", "172.32.0.0/11", "172.64.0.0/10", "172.128.0.0/9", "173.0.0.0/8", "174.0.0.0/7", "176.0.0.0/4",
+		"192.0.0.0/9", "192.128.0.0/11", "192.160.0.0/13", "192.169.0.0/16", "192.170.0.0/15", "192.172.0.0/14", "192.176.0.0/12",
+		"192.192.0.0/10", "193.0.0.0/8", "194.0.0.0/7", "196.0.0.0/6", "200.0.0.0/5", "208.0.0.0/4") {
+		g.must(g.mac.Kernel.AddRoute(darwin.Route{Dst: p, Index: n.Interface(name).Index, Flags: darwin.RouteUp | darwin.RouteStatic}))
+	}
+	g.open()
+	r := g.enforce(testMesh(2, policy.Routing))
+	if c := r.Class(addrOf("9.9.9.9")); r.Host().Uplink4 != name || c != policy.Internet {
+		t.Errorf("uplink %q, 9.9.9.9 is of class %v", r.Host().Uplink4, c)
+	}
+	if o := g.arrives(g.p.name, first, "9.9.9.9", simmac.Forwarded); o.Link != name {
+		t.Errorf("by %s", o.Link)
+	}
+	g.arrives(g.p.name, first, "192.168.77.9", simmac.Dropped)
 }
 
 // TestLoopbackAlias gives lo0 an address more, as jails and VPNs do: it is this

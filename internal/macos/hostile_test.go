@@ -50,6 +50,7 @@ func TestTransitOfAnyKind(t *testing.T) {
 		"a table":           {x("table <good> { 192.168.77.50 }\npass quick from <good> to any no state\n"), syn(stranger, "9.9.9.9")},
 		"a table to go to":  {x("table <good> { 8.8.4.4 }\npass quick from any to <good> no state\n"), syn(stranger, "8.8.4.4")},
 		"all sources but":   {x("pass quick inet from ! 192.0.2.0/24 to 8.8.4.4 no state\n"), syn(stranger, "8.8.4.4")},
+		"a table of main":   {map[string]string{"": "table <wide> persist { 192.168.77.0/24 }\nscrub-anchor \"com.apple/*\"\nnat-anchor \"com.apple/*\"\nrdr-anchor \"com.apple/*\"\npass in quick on en5 from <wide> to any no state\nanchor \"com.apple/*\"\n"}, syn(stranger, "9.9.9.9")},
 		"too many anchors":  {many, syn(stranger, "9.9.9.9")},
 		"to the LAN":        {x("pass in quick on en0 from any to 192.168.77.0/24 no state\n"), syn("198.51.100.7", "192.168.77.9")},
 		"a name of its own": {map[string]string{"com.apple/1 vpn@work über": "pass quick all no state\n"}, syn(stranger, "9.9.9.9")},
@@ -57,7 +58,11 @@ func TestTransitOfAnyKind(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			g := newRig(t)
 			for path, text := range c.anchors {
-				g.must(g.mac.LoadAnchor(path, text))
+				if path == "" {
+					g.must(g.mac.LoadMain(text))
+				} else {
+					g.must(g.mac.LoadAnchor(path, text))
+				}
 			}
 			g.open()
 			link := "en5"

@@ -163,8 +163,12 @@ func (p *Platform) readTables(ctx context.Context, anchor string) ([]pfconf.Stat
 	var out []pfconf.Statement
 	for _, name := range names {
 		t := &pfconf.Table{Name: name, Persist: true, HasAddrs: true}
-		if t.Addrs, err = p.pf.Table(ctx, anchor, name); err != nil {
+		t.Addrs, err = p.pf.Table(ctx, anchor, name)
+		if errors.Is(err, darwin.ErrNoTable) {
 			continue // gone meanwhile
+		}
+		if err != nil {
+			return nil, err
 		}
 		out = append(out, t)
 	}

@@ -270,17 +270,21 @@ func (h Host) routed() []netip.Prefix {
 	return slices.DeleteFunc(all, func(p netip.Prefix) bool { return isDefault[p] })
 }
 
-// Prefixes whose coverage makes routes a default: the whole family, or for IPv6
-// all that IANA has given out for global unicast.
-var families = []netip.Prefix{
-	netip.MustParsePrefix("0.0.0.0/0"),
-	netip.MustParsePrefix("::/0"),
-	netip.MustParsePrefix("2000::/3"),
+// special is the space that routes may leave out and still be a default: private
+// addresses, and those of the registries of special-purpose addresses that aren't
+// reachable by everyone (RFC 6890 and IANA's lists); of IPv6 all but 2000::/3, which
+// is all that was given out.
+var special = []netip.Prefix{
+	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("100.64.0.0/10"),
+	netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("172.16.0.0/12"),
+	netip.MustParsePrefix("192.0.0.0/24"), netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("192.168.0.0/16"),
+	netip.MustParsePrefix("198.18.0.0/15"), netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("203.0.113.0/24"),
+	netip.MustParsePrefix("224.0.0.0/3"),
+	netip.MustParsePrefix("::/3"), netip.MustParsePrefix("4000::/2"), netip.MustParsePrefix("8000::/1"),
 }
 
-// defaultRoutes returns which of the prefixes are default routes: a whole
-// family, or widest prefixes that together cover one, as VPNs split it (0/1 and
-// 128/1) so as to win over the existing default route.
+// defaultRoutes returns which of the prefixes are default routes: /0, and those
+// that [Covering] finds.
 func defaultRoutes(routes []netip.Prefix) map[netip.Prefix]bool {
 	out := map[netip.Prefix]bool{}
 	for _, r := range routes {
@@ -288,38 +292,54 @@ func defaultRoutes(routes []netip.Prefix) map[netip.Prefix]bool {
 			out[r] = true
 		}
 	}
-	rest := map[netip.Prefix]bool{}
-	for _, r := range routes {
-		if r.Bits() > 0 {
-			rest[r] = true
-		}
-	}
-	for _, family := range families {
-		if parts, ok := cover(family, rest, len(rest)); ok {
-			for _, p := range parts {
-				out[p] = true
-			}
+	for _, all := range []netip.Prefix{netip.PrefixFrom(netip.IPv4Unspecified(), 0), netip.PrefixFrom(netip.IPv6Unspecified(), 0)} {
+		parts, _ := Covering(all, routes)
+		for _, p := range parts {
+			out[p] = true
 		}
 	}
 	return out
 }
 
-// cover returns the widest prefixes in set that together make up p, if they do.
-// A cover of n prefixes is at most n-1 splits deep, which bounds the search.
-func cover(p netip.Prefix, set map[netip.Prefix]bool, depth int) ([]netip.Prefix, bool) {
-	if set[p] {
+// Covering returns the widest of the prefixes, /0 left out, that together cover a
+// family but for private and special-purpose space, and whether there are such: a
+// VPN's 0/1 and 128/1, ::/1 and 8000::/1, 2000::/3, or all that isn't private. They
+// win over the /0, being longer. family is 0.0.0.0/0 or ::/0.
+func Covering(family netip.Prefix, prefixes []netip.Prefix) ([]netip.Prefix, bool) {
+	var longer []netip.Prefix
+	for _, p := range prefixes {
+		if p.Bits() > 0 && p.Addr().Is4() == family.Addr().Is4() {
+			longer = append(longer, p.Masked())
+		}
+	}
+	slices.SortFunc(longer, comparePrefix)
+	return cover(family, longer)
+}
+
+// cover returns those of the prefixes, which are sorted and longer than p, that
+// make up p together with special space. It goes no deeper than the next prefix, so
+// that the work is bounded by their number.
+func cover(p netip.Prefix, prefixes []netip.Prefix) ([]netip.Prefix, bool) {
+	if len(prefixes) > 0 && prefixes[0] == p {
 		return []netip.Prefix{p}, true
 	}
-	if depth <= 0 || p.IsSingleIP() {
+	if slices.ContainsFunc(special, func(h netip.Prefix) bool { return h.Overlaps(p) && h.Bits() <= p.Bits() }) {
+		return nil, true
+	}
+	if p.IsSingleIP() || len(prefixes) == 0 {
 		return nil, false
 	}
 	low, high := halves(p)
-	a, ok := cover(low, set, depth-1)
+	middle, _ := slices.BinarySearchFunc(prefixes, high.Addr(), func(q netip.Prefix, a netip.Addr) int { return q.Addr().Compare(a) })
+	a, ok := cover(low, prefixes[:middle])
 	if !ok {
 		return nil, false
 	}
-	b, ok := cover(high, set, depth-1)
-	return append(a, b...), ok
+	b, ok := cover(high, prefixes[middle:])
+	if !ok {
+		return nil, false
+	}
+	return append(a, b...), true
 }
 
 // halves splits a prefix in two of one bit more.
