@@ -10,7 +10,7 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// What Macs printed, read as the product reads it. testdata/mac has it, each file
+// What Macs printed, read as the product reads it. pfconf/testdata/mac has it, each file
 // with its source in the first line.
 func TestCapturedByMacs(t *testing.T) {
 	ctx := t.Context()

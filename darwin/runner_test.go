@@ -11,6 +11,9 @@ import (
 	"github.com/meshhelper/meshhelper/darwin"
 )
 
+// patient runs programs without minding how slow the machine is.
+var patient = darwin.Exec{Timeout: time.Minute}
+
 // shell runs a script by this system's shell.
 func shell(t *testing.T, e darwin.Exec, ctx context.Context, stdin, script string) (string, string, int, error) {
 	t.Helper()
@@ -20,23 +23,23 @@ func shell(t *testing.T, e darwin.Exec, ctx context.Context, stdin, script strin
 
 func TestExec(t *testing.T) {
 	t.Setenv("MESH_SECRET", "x")
-	out, errOut, status, err := shell(t, darwin.Exec{}, t.Context(), "in", `cat; echo "$LC_ALL $MESH_SECRET $PWD"; echo talk >&2; exit 3`)
+	out, errOut, status, err := shell(t, patient, t.Context(), "in", `cat; echo "$LC_ALL $MESH_SECRET $PWD"; echo talk >&2; exit 3`)
 	if err != nil || status != 3 || out != "inC  /\n" || errOut != "talk\n" {
 		t.Errorf("stdout %q, stderr %q, status %d, %v", out, errOut, status, err)
 	}
-	if _, _, _, err := (darwin.Exec{}).Run(t.Context(), nil, "sh"); err == nil {
+	if _, _, _, err := patient.Run(t.Context(), nil, "sh"); err == nil {
 		t.Error("ran a name that isn't absolute")
 	}
-	if _, _, _, err := (darwin.Exec{}).Run(t.Context(), nil, "/nowhere/pfctl"); !errors.Is(err, os.ErrNotExist) {
+	if _, _, _, err := patient.Run(t.Context(), nil, "/nowhere/pfctl"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("ran a program that isn't there: %v", err)
 	}
-	if _, _, _, err := shell(t, darwin.Exec{}, t.Context(), "", "kill -9 $$"); err == nil {
+	if _, _, _, err := shell(t, patient, t.Context(), "", "kill -9 $$"); err == nil {
 		t.Error("a program that was killed passes for one that ended")
 	}
 }
 
 func TestExecDrainsBothPipes(t *testing.T) {
-	out, errOut, status, err := shell(t, darwin.Exec{}, t.Context(), "",
+	out, errOut, status, err := shell(t, patient, t.Context(), "",
 		`i=0; while [ $i -lt 3000 ]; do echo "................................................"; echo "++++++++++++++++++++++++++++++++++++++++++++++++" >&2; i=$((i+1)); done`)
 	if err != nil || status != 0 || len(out) != 3000*49 || len(errOut) != 3000*49 {
 		t.Errorf("%d and %d bytes, status %d, %v", len(out), len(errOut), status, err)
@@ -55,13 +58,13 @@ func TestExecTimesOut(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(errors.New("the helper stops"))
-	if _, _, _, err := shell(t, darwin.Exec{}, ctx, "", "true"); err == nil || !strings.Contains(err.Error(), "the helper stops") {
+	if _, _, _, err := shell(t, patient, ctx, "", "true"); err == nil || !strings.Contains(err.Error(), "the helper stops") {
 		t.Errorf("after the end: %v", err)
 	}
 }
 
 func TestExecBoundsOutput(t *testing.T) {
-	_, _, _, err := shell(t, darwin.Exec{}, t.Context(), "", "head -c 40000000 /dev/zero")
+	_, _, _, err := shell(t, patient, t.Context(), "", "head -c 40000000 /dev/zero")
 	if err == nil || !strings.Contains(err.Error(), "bytes of output") {
 		t.Errorf("got %v", err)
 	}

@@ -48,8 +48,8 @@ func (i *Interface) canCarry(f Family) bool {
 // scope only serve sockets bound to their interface (RTF_IFSCOPE), and don't count.
 //
 // Where parts of the family lead to different interfaces and none has all, the
-// default route's remains the uplink, if there is one. [Network.Elsewhere] has the
-// destinations that it then doesn't reach.
+// default route's remains the uplink, if there is one. What
+// another interface has a longer route for isn't reached by it.
 func (n *Network) Uplink(f Family, except ...string) (*Interface, netip.Addr) {
 	var best *Interface
 	var router netip.Addr
@@ -67,35 +67,6 @@ func (n *Network) Uplink(f Family, except ...string) (*Interface, netip.Addr) {
 		}
 	}
 	return best, router
-}
-
-// Elsewhere returns the routes by which parts of the internet, which routes of
-// several interfaces cover together, leave by another interface than the uplink: a
-// VPN that has only 0.0.0.0/1, say, next to another with 128.0.0.0/1. They aren't
-// networks of somebody's, and packets to them don't go by the default route.
-// except is as in Uplink.
-func (n *Network) Elsewhere(f Family, except ...string) []Routed {
-	uplink, _ := n.Uplink(f, except...)
-	var longer []Route
-	for _, routes := range n.leading(f, except) {
-		for _, r := range routes {
-			if r.Dst.Bits() > 0 {
-				longer = append(longer, r)
-			}
-		}
-	}
-	parts, ok := coverFamily(f, longer)
-	if !ok {
-		return nil
-	}
-	var out []Routed
-	for _, r := range parts {
-		if uplink == nil || r.Index != uplink.Index {
-			out = append(out, Routed{r.Dst, n.byIndex(r.Index).Name})
-		}
-	}
-	slices.SortFunc(out, func(a, b Routed) int { return a.Prefix.Compare(b.Prefix) })
-	return out
 }
 
 // leading returns the routes that may lead to the internet, by interface number.

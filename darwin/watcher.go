@@ -47,7 +47,8 @@ func NewWatcher(o WatcherOptions) *Watcher {
 	return &Watcher{o}
 }
 
-// Run calls changed, which must not block, after every change until ctx ends. It
+// Run calls changed, which must not block, once it listens and after every change
+// until ctx ends. It
 // survives messages that it doesn't know, an overrun of the socket's buffer, and
 // a socket that the system closed: at some sleeps and logouts macOS shuts
 // processes' sockets (pid_shutdown_sockets, seen by Mullvad as ENOTCONN). What
@@ -68,12 +69,10 @@ func (w *Watcher) follow(ctx context.Context, seen chan<- struct{}) error {
 		default:
 		}
 	}
-	for first := true; ; first = false {
+	for {
 		conn, err := w.o.Kernel.OpenRoute()
 		if err == nil {
-			if !first {
-				note() // for what happened while there was no socket
-			}
+			note() // for what happened while there was no socket
 			stop := context.AfterFunc(ctx, func() { conn.Close() })
 			err = w.readChanges(conn, note)
 			stop()

@@ -21,6 +21,13 @@ type Info struct {
 	Counters map[string]map[string]uint64
 }
 
+// Matched returns how many packets pf has judged by rules, and whether the output
+// has that counter.
+func (i *Info) Matched() (uint64, bool) {
+	n, ok := i.Counters["Counters"]["match"]
+	return n, ok
+}
+
 // ParseInfo reads what pfctl -s info prints, with -v too. It fails without the
 // line Status:.
 func ParseInfo(text string) (*Info, error) {

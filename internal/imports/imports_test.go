@@ -23,18 +23,18 @@ const all = "*"
 // rooms lists what each package may import of the module, beside packages below
 // itself. docs/architecture.md explains it.
 var rooms = map[string][]string{
-	"cmd/meshhelper":     {all},
-	"internal/api":       {"internal/policy"},
-	"internal/daemon":    {"internal/api", "internal/guard", "internal/platform", "internal/policy", "internal/wireguard"},
-	"internal/flow":      {"internal/policy"},
-	"internal/guard":     {"internal/flow", "internal/policy"},
-	"internal/imports":   {},
-	"internal/install":   {"internal/platform", "launchd"},
-	"internal/logfile":   {},
-	"internal/linux":     {"internal/platform", "internal/policy"},
-	"internal/macos":     {"darwin", "internal/flow", "internal/platform", "internal/policy", "pfconf"},
-	"internal/netlab":    {all},
-	"internal/netstack":  {"internal/flow", "internal/platform", "internal/policy"},
+	"cmd/meshhelper":   {all},
+	"internal/api":     {"internal/policy"},
+	"internal/daemon":  {"internal/api", "internal/guard", "internal/platform", "internal/policy", "internal/wireguard"},
+	"internal/flow":    {"internal/policy"},
+	"internal/guard":   {"internal/flow", "internal/policy"},
+	"internal/imports": {},
+	"internal/install": {"internal/platform", "launchd"},
+	"internal/logfile": {},
+	"internal/linux":   {"internal/platform", "internal/policy"},
+	"internal/macos":   {"darwin", "internal/flow", "internal/platform", "internal/policy", "pfconf"},
+	"internal/netlab":  {all},
+
 	"internal/platform":  {"internal/policy"},
 	"internal/policy":    {},
 	"internal/wireguard": {},
@@ -50,7 +50,7 @@ var testsMay = []string{"internal/platform/platformtest", "internal/netlab", "in
 // only lists the rooms that may have a dependency which others must not.
 var only = map[string][]string{
 	"github.com/spf13/cobra":            {"cmd/meshhelper"},
-	"gvisor.dev/gvisor":                 {"internal/netstack", "internal/netlab"},
+	"gvisor.dev/gvisor":                 {"internal/netlab"},
 	"github.com/google/nftables":        {"internal/linux", "internal/netlab"},
 	"github.com/vishvananda/netlink":    {"internal/linux", "internal/netlab"},
 	"howett.net/plist":                  {"launchd"},
@@ -81,6 +81,11 @@ func TestRooms(t *testing.T) {
 	}
 	if files < 50 {
 		t.Errorf("only %d files were found", files)
+	}
+	for room := range rooms {
+		if _, err := os.Stat(filepath.Join("../..", room)); err != nil {
+			t.Errorf("the table has a room that doesn't exist: %v", err)
+		}
 	}
 	t.Logf("%d files", files)
 }

@@ -2,6 +2,7 @@ package linux
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -14,6 +15,11 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
+
+// resolverFiles are where Linux keeps the servers that it asks for names
+// (resolv.conf(5)). Where systemd-resolved answers at 127.0.0.53, the second one
+// has the servers that it asks itself (systemd-resolved.service(8)).
+var resolverFiles = []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"}
 
 // observer reads the host's facts from the kernel.
 type observer struct {
@@ -50,10 +56,14 @@ func (o observer) facts() (policy.Host, error) {
 		}
 		h.Routes = append(h.Routes, o.routesOf(r)...)
 		up := r.uplink(o.mesh)
+		source, err := o.source(up, family == netlink.FAMILY_V4)
+		if err != nil {
+			return h, err
+		}
 		if family == netlink.FAMILY_V4 {
-			h.Uplink4, h.Router4, h.Source4 = up.iface, up.router, o.source(up, netip.Addr.Is4)
+			h.Uplink4, h.Router4, h.Source4 = up.iface, up.router, source
 		} else {
-			h.Uplink6, h.Router6, h.Source6 = up.iface, up.router, o.source(up, netip.Addr.Is6)
+			h.Uplink6, h.Router6, h.Source6 = up.iface, up.router, source
 		}
 	}
 	return h, nil
@@ -67,25 +77,30 @@ var elsewhere = map[bool][]netip.Addr{
 	false: {netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2000::1")},
 }
 
+// noRoute are the errors by which the kernel says that a route leads nowhere: it is
+// unreachable, prohibited or a blackhole, or there is none (fib_props of Linux
+// net/ipv4/fib_semantics.c, ip6_rt_type_to_error of net/ipv6/route.c).
+var noRoute = []error{unix.ENETUNREACH, unix.EHOSTUNREACH, unix.EACCES, unix.EINVAL}
+
 // source returns the address that the host itself uses by a default route, which
 // is the one that the route prefers, or else one that the kernel chooses. It is
 // not valid where there is none.
-func (o observer) source(up routeEntry, belongs func(netip.Addr) bool) netip.Addr {
+func (o observer) source(up routeEntry, v4 bool) (netip.Addr, error) {
 	if up.iface == "" {
-		return netip.Addr{}
+		return netip.Addr{}, nil
 	}
-	for _, dst := range elsewhere[belongs(netip.IPv4Unspecified())] {
+	for _, dst := range elsewhere[v4] {
 		routes, err := o.nl.RouteGetWithOptions(dst.AsSlice(), &netlink.RouteGetOptions{Oif: up.iface})
-		if err != nil {
-			continue // a route that refuses these, or none at all
+		if err != nil && !slices.ContainsFunc(noRoute, func(e error) bool { return errors.Is(err, e) }) {
+			return netip.Addr{}, fmt.Errorf("route to %v by %s: %w", dst, up.iface, err)
 		}
 		for _, r := range routes {
-			if a := addrOf(r.Src); a.IsValid() && belongs(a) && !a.IsUnspecified() && !a.IsLinkLocalUnicast() {
-				return a
+			if a := addrOf(r.Src); a.IsValid() && a.Is4() == v4 && !a.IsUnspecified() && !a.IsLinkLocalUnicast() {
+				return a, nil
 			}
 		}
 	}
-	return netip.Addr{}
+	return netip.Addr{}, nil
 }
 
 // usableName reports what policy.Host.Validate accepts.

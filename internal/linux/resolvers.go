@@ -9,11 +9,6 @@ import (
 	"syscall"
 )
 
-// resolverFiles are where Linux keeps the servers that it asks for names
-// (resolv.conf(5)). Where systemd-resolved answers at 127.0.0.53, the second one
-// has the servers that it asks itself (systemd-resolved.service(8)).
-var resolverFiles = []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"}
-
 // Bounds of what is believed of such a file: bytes, and servers.
 const (
 	maxResolverFile = 1 << 16

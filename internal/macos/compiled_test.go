@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/meshhelper/meshhelper/darwin"
@@ -52,9 +54,12 @@ func checkCompiled(t *testing.T, runner darwin.Runner, kernel darwin.Kernel, art
 			t.Error(err)
 		}
 	})
-	n := 0
+	if artifacts != "" {
+		if err := os.MkdirAll(artifacts, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for name, r := range compiledTable() {
-		n++
 		t.Run(name, func(t *testing.T) {
 			a, err := Compile(r, Options{Label: scratchLabel, Cut: r.Mesh().Former})
 			if err != nil {
@@ -64,7 +69,7 @@ func checkCompiled(t *testing.T, runner darwin.Runner, kernel darwin.Kernel, art
 			rules, nat, showErr := p.show(t.Context(), p.path)
 			if artifacts != "" {
 				text := fmt.Sprintf("# loaded\n%s\n# pfctl -s nat\n%s\n# pfctl -s rules\n%s", a.text(), nat, rules)
-				if err := os.WriteFile(filepath.Join(artifacts, fmt.Sprintf("compiled-%d.txt", n)), []byte(text), 0o644); err != nil {
+				if err := os.WriteFile(filepath.Join(artifacts, "compiled-"+strings.NewReplacer(" ", "-", ",", "").Replace(name)+".txt"), []byte(text), 0o644); err != nil {
 					t.Error(err)
 				}
 			}
@@ -80,9 +85,12 @@ func checkCompiled(t *testing.T, runner darwin.Runner, kernel darwin.Kernel, art
 						fewer.Lines[i].Statement = &own
 					}
 				}
-				if err := p.putAnchor(t.Context(), &fewer); err != nil {
-					t.Errorf("in place: %v", err)
+				var steps []string
+				p.o.Step = func(step string) { steps = append(steps, step) }
+				if err := p.putAnchor(t.Context(), &fewer); err != nil || !slices.Equal(steps, []string{StepTables}) {
+					t.Errorf("in place, by %q: %v", steps, err)
 				}
+				p.o.Step = func(string) {}
 			}
 		})
 	}

@@ -172,6 +172,7 @@ func changeByAndBy(t *rapid.T, changes, packets *int) {
 	}
 	next.drawInterfaces(t)
 	next.host.Uplink4, next.host.Uplink6 = w.host.Uplink4, w.host.Uplink6
+	nameSources(&next.host)
 	seed := rapid.Uint64().Draw(t, "packets")
 	c := newComparison(t, w, seed, appleMain, nil)
 	after := newComparison(t, next, seed, appleMain, nil)

@@ -32,7 +32,7 @@ func Kills(old, next *policy.Ruleset, narrowed []policy.Narrowed) []Kill {
 	if old != nil {
 		moved = movedPrefixes(old, next)
 	}
-	lan := outsideMesh(next.Sets())
+	lan := next.Sets().LANOutsideMesh()
 	var out []Kill
 	for _, n := range narrowed {
 		for _, a := range n.Addresses {
@@ -113,14 +113,6 @@ func killTo(a netip.Addr, to []netip.Prefix) []Kill {
 		}
 	}
 	return out
-}
-
-// outsideMesh returns the class lan without what the class mesh takes out of it,
-// so that a peer's connections to the host's mesh address live on.
-func outsideMesh(s policy.Sets) []netip.Prefix {
-	return slices.DeleteFunc(slices.Clone(s.LAN), func(p netip.Prefix) bool {
-		return slices.ContainsFunc(s.Mesh, func(m netip.Prefix) bool { return m.Contains(p.Addr()) && m.Bits() <= p.Bits() })
-	})
 }
 
 // movedPrefixes returns the destinations that have another class now, or that are
@@ -237,10 +229,9 @@ func missing[T comparable](a, b []T) []T {
 // depends on them but its flows to them.
 func isUprooted(old, next *policy.Ruleset, a netip.Addr) bool {
 	x, y := old.Host(), next.Host()
-	family := pfconf.Inet6
+	source := x.Source6 != y.Source6
 	if a.Is4() {
-		family = pfconf.Inet
+		source = x.Source4 != y.Source4
 	}
-	return x.Interface != y.Interface || x.Uplink(a) != y.Uplink(a) || x.Forwarding.Of(a) != y.Forwarding.Of(a) ||
-		source(x, family) != source(y, family)
+	return source || x.Interface != y.Interface || x.Uplink(a) != y.Uplink(a) || x.Forwarding.Of(a) != y.Forwarding.Of(a)
 }

@@ -243,7 +243,7 @@ func (p *Platform) load(ctx context.Context, a *Anchor) error {
 		if err != nil {
 			return err
 		}
-		text := a.Ruleset().String()
+		text := a.text()
 		err = p.pf.Load(ctx, a.Path, text)
 		for range maxBusy {
 			if !errors.Is(err, darwin.ErrBusy) {

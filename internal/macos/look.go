@@ -1,6 +1,7 @@
 package macos
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -89,7 +90,9 @@ func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
 	}
 	h := facts(n, p.name, found)
 	h.Resolvers = p.resolvers
-	h.Source4 = source(h, pfconf.Inet)
+	if as := addresses(h, h.Uplink4, pfconf.Inet); len(as) > 0 {
+		h.Source4 = as[0]
+	}
 	if slices.Contains(addresses(h, h.Uplink6, pfconf.Inet6), p.source6) {
 		h.Source6 = p.source6
 	}
@@ -134,14 +137,19 @@ func (p *Platform) readSource6(ctx context.Context, n *darwin.Network) (netip.Ad
 	}
 	p.tentative = slices.ContainsFunc(all, func(a darwin.Address6) bool { return a.Flags&darwin.AddressTentative != 0 })
 	usable := slices.DeleteFunc(all, func(a darwin.Address6) bool { return !a.IsSettled() })
-	i := slices.IndexFunc(usable, func(a darwin.Address6) bool { return !a.Prefix.Addr().IsPrivate() })
-	if i < 0 {
-		i = 0
-	}
-	if i >= len(usable) {
+	slices.SortStableFunc(usable, func(a, b darwin.Address6) int { return cmp.Compare(uniqueLocal(a), uniqueLocal(b)) })
+	if len(usable) == 0 {
 		return netip.Addr{}, nil
 	}
-	return usable[i].Prefix.Addr(), nil
+	return usable[0].Prefix.Addr(), nil
+}
+
+// uniqueLocal ranks unique local addresses behind global ones.
+func uniqueLocal(a darwin.Address6) int {
+	if a.Prefix.Addr().IsPrivate() {
+		return 1
+	}
+	return 0
 }
 
 // foundForwarding says for which families the host forwards without us: the
@@ -188,7 +196,11 @@ func (p *Platform) changed(ctx context.Context) bool {
 	if err != nil || !all.Info.Enabled || p.driftShown(all) != nil {
 		return true
 	}
-	now := sign{known: true, since: p.o.Now().Add(-all.Info.For), matched: all.Info.Counters["Counters"]["match"], evaluated: firstEvaluated(all.Rules)}
+	matched, counted := all.Info.Matched()
+	if !counted {
+		return true
+	}
+	now := sign{known: true, since: p.o.Now().Add(-all.Info.For), matched: matched, evaluated: firstEvaluated(all.Rules)}
 	was := p.sign
 	p.sign = now
 	switch {

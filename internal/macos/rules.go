@@ -177,27 +177,6 @@ func addresses(h policy.Host, name string, family pfconf.Family) []netip.Addr {
 
 func isFamily(a netip.Addr, family pfconf.Family) bool { return a.Is4() == (family == pfconf.Inet) }
 
-// source returns the address that peers' packets have when they leave by the
-// uplink: the one that the facts name or, where they name none, the uplink's
-// first. It is invalid where there is none.
-func source(h policy.Host, family pfconf.Family) netip.Addr {
-	name, named := h.Uplink4, h.Source4
-	if family == pfconf.Inet6 {
-		name, named = h.Uplink6, h.Source6
-	}
-	as := addresses(h, name, family)
-	if slices.Contains(as, named) {
-		return named
-	}
-	if i := slices.IndexFunc(as, func(a netip.Addr) bool { return !a.IsPrivate() }); i >= 0 && family == pfconf.Inet6 {
-		return as[i]
-	}
-	if len(as) > 0 {
-		return as[0]
-	}
-	return netip.Addr{}
-}
-
 // natAddress returns what packets leave with: (en0:0), the interface's first
 // address at the time, of several not each in turn. By the uplink, IPv6 packets
 // leave with the address that the facts name, as it is: what pf takes for (en0) is
@@ -206,11 +185,8 @@ func source(h policy.Host, family pfconf.Family) netip.Addr {
 // bsd/net/pf_if.c), and may be a unique local one beside a global one. The anchor is
 // loaded again when that address changes.
 func (b *builder) natAddress(e Egress) pfconf.Address {
-	if e.family == pfconf.Inet6 && e.name == b.host.Uplink6 {
-		a, all := source(b.host, e.family), addresses(b.host, e.name, e.family)
-		if a.IsValid() && (a == b.host.Source6 || a != all[0] && slices.ContainsFunc(all, netip.Addr.IsPrivate)) {
-			return pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: netip.PrefixFrom(a, 128)}
-		}
+	if e.family == pfconf.Inet6 && e.name == b.host.Uplink6 && b.host.Source6.IsValid() {
+		return pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: netip.PrefixFrom(b.host.Source6, 128)}
 	}
 	return pfconf.Address{Kind: pfconf.AddrDynamic, Name: e.name, Mod: pfconf.ModNoAlias}
 }

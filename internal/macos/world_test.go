@@ -80,6 +80,22 @@ func (w *world) drawInterfaces(t *rapid.T) {
 	uplinks := []string{"", "en0", "en0", "en0", "en1"}
 	w.host.Uplink4 = uplinks[rng.IntN(len(uplinks))]
 	w.host.Uplink6 = uplinks[rng.IntN(len(uplinks))]
+	nameSources(&w.host)
+}
+
+// nameSources has the facts name the address that peers' packets leave with, as
+// Observe does: the uplink's first, of IPv6 a global one before others.
+func nameSources(h *policy.Host) {
+	h.Source4, h.Source6 = netip.Addr{}, netip.Addr{}
+	if as := addresses(*h, h.Uplink4, pfconf.Inet); len(as) > 0 {
+		h.Source4 = as[0]
+	}
+	as := addresses(*h, h.Uplink6, pfconf.Inet6)
+	if i := slices.IndexFunc(as, func(a netip.Addr) bool { return !a.IsPrivate() }); i >= 0 {
+		h.Source6 = as[i]
+	} else if len(as) > 0 {
+		h.Source6 = as[0]
+	}
 }
 
 var (

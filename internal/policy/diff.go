@@ -61,16 +61,16 @@ func sameGround(a, b *Ruleset) bool {
 		slices.Equal(a.sets.Martians, b.sets.Martians) &&
 		slices.Equal(a.sets.Self, b.sets.Self) &&
 		slices.Equal(a.sets.Mesh, b.sets.Mesh) &&
-		slices.Equal(a.lanOutsideMesh(), b.lanOutsideMesh())
+		slices.Equal(a.sets.LANOutsideMesh(), b.sets.LANOutsideMesh())
 }
 
-// lanOutsideMesh returns the prefixes of class lan that aren't of class mesh
+// LANOutsideMesh returns the prefixes of class lan that aren't of class mesh
 // already: another VPN's routes inside a mesh prefix come and go, and are nothing
 // to a peer. For the same reason neither Others nor Former is ground: a peer's
 // packets there are class mesh with and without them.
-func (r *Ruleset) lanOutsideMesh() []netip.Prefix {
-	return slices.DeleteFunc(slices.Clone(r.sets.LAN), func(p netip.Prefix) bool {
-		return slices.ContainsFunc(r.sets.Mesh, func(m netip.Prefix) bool {
+func (s Sets) LANOutsideMesh() []netip.Prefix {
+	return slices.DeleteFunc(slices.Clone(s.LAN), func(p netip.Prefix) bool {
+		return slices.ContainsFunc(s.Mesh, func(m netip.Prefix) bool {
 			return m.Bits() <= p.Bits() && m.Contains(p.Addr())
 		})
 	})

@@ -16,7 +16,7 @@ import (
 // recorded reads an output of a real Mac, without the line that says its source.
 func recorded(t testing.TB, name string) string {
 	t.Helper()
-	b, err := os.ReadFile(filepath.Join("testdata", name+".txt"))
+	b, err := os.ReadFile(filepath.Join("..", "..", "..", "pfconf", "testdata", "mac", name+".txt"))
 	if err != nil {
 		t.Fatal(err)
 	}

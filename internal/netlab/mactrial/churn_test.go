@@ -152,8 +152,8 @@ func TestOwnMeshAddress(t *testing.T) {
 				d := g.device()
 				d.last = nil
 				o := g.mac.Emit(bytesOf(p, netlab.SYN, false))
-				if o.Fate == simmac.Delivered {
-					continue // by the loopback interface
+				if family == 1 && o.Fate == simmac.Delivered {
+					continue // by the loopback interface, where the kernel has a route for it
 				}
 				if o.Fate != simmac.Sent || o.Link != d.name {
 					t.Fatalf("%v to itself: %v by %q (%s)", p.Src, o.Fate, o.Link, o.Why)
@@ -205,7 +205,7 @@ func TestNetworkThatWent(t *testing.T) {
 	g.toggle("bridge100", 0, "192.168.64.1/24") // perhaps another network by the same name
 	g.settled()
 	for _, f := range gone {
-		if f.w == alone && g.answer(f.w, f.first, netlab.ACK|netlab.PSH).at == "peer" {
+		if g.answer(f.w, f.first, netlab.ACK|netlab.PSH).at == "peer" {
 			t.Errorf("%s goes on when the network is there again", f.name)
 		}
 	}

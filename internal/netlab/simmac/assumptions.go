@@ -472,8 +472,8 @@ func checkTunnelGoes(ctx context.Context, h Host) error {
 	return nil
 }
 
-// checkRoutingSocket waits for the reports of a tunnel's address that comes, and of
-// one that goes with its tunnel.
+// checkRoutingSocket waits for a report after which a tunnel's address is there, and
+// for one after which it is gone with its tunnel.
 func checkRoutingSocket(ctx context.Context, h Host) error {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	reports, done := make(chan struct{}, 1), make(chan error)
@@ -490,39 +490,45 @@ func checkRoutingSocket(ctx context.Context, h Host) error {
 		cancel()
 		<-done
 	}()
-	// Whatever else goes on, two seconds of it are let pass each time.
-	quiet := func() {
-		time.Sleep(2 * time.Second)
-		select {
-		case <-reports:
-		default:
-		}
-	}
-	report := func(what string) error {
-		select {
-		case <-reports:
-			return nil
-		case <-time.After(5 * time.Second):
-			return fmt.Errorf("%s isn't reported", what)
-		}
+	select {
+	case <-reports: // it listens
+	case <-ctx.Done():
+		return errors.New("the routing socket doesn't open")
 	}
 	d, name, err := newScratchTunnel(h)
 	if err != nil {
 		return err
 	}
 	defer d.Close()
-	quiet()
+	// Other interfaces' changes are reported too: what counts is that a report comes
+	// once the address is as it should be.
+	reported := func(there bool, what string) error {
+		for {
+			select {
+			case <-reports:
+			case <-ctx.Done():
+				return fmt.Errorf("%s isn't reported", what)
+			}
+			n, err := darwin.Observe(h.Kernel)
+			if err != nil {
+				return err
+			}
+			i := n.Interface(name)
+			if has := i != nil && slices.ContainsFunc(i.Addresses, func(a darwin.Address) bool { return a.Prefix.Addr() == scratchAddr.Addr() }); has == there {
+				return nil
+			}
+		}
+	}
 	if err := darwin.NewIfconfig(h.Runner).AddAddress(ctx, name, scratchAddr.Addr()); err != nil {
 		return err
 	}
-	if err := report("an address"); err != nil {
+	if err := reported(true, "an address"); err != nil {
 		return err
 	}
-	quiet()
 	if err := d.Close(); err != nil {
 		return err
 	}
-	return report("an address that goes with its tunnel")
+	return reported(false, "an address that goes with its tunnel")
 }
 
 // checkOwnAddress looks where a tunnel's own address leads: IPv4 into the tunnel,

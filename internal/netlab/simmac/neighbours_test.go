@@ -164,7 +164,7 @@ func TestShowAllOfSharing(t *testing.T) {
 	must(t, m.InternetSharing("en0"))
 	stdout, _, _, err := m.Run(t.Context(), nil, "/sbin/pfctl", "-s", "all")
 	must(t, err)
-	b, err := os.ReadFile("../../../darwin/testdata/mac/pfctl-sa-main-rules-sharing.txt")
+	b, err := os.ReadFile("../../../pfconf/testdata/mac/pfctl-sa-main-rules-sharing.txt")
 	must(t, err)
 	_, want, _ := strings.Cut(string(b), "ALTQ related functions disabled\n")
 	if got := string(stdout[:min(len(want), len(stdout))]); got != want {
