@@ -54,10 +54,12 @@ const (
 	openingBurst = 1000
 )
 
-// admit reports whether the peer may open a flow of a class now. At the bound
-// there is no room for it until another has timed out: one that was forgotten
-// early would stay in the host's packet filter, and the bound wouldn't hold
-// there.
+// admit reports whether the peer may open a flow of a class now, and if so takes
+// a token of its openings. It refuses where the peer, or all peers together,
+// have as many flows as they may, until one has timed out: a flow that was
+// forgotten earlier would stay in the host's packet filter, and the bound wouldn't
+// hold there. And it refuses where the peer opens flows too fast. The share's mutex
+// is held.
 func (s *share) admit(class policy.Class, now Instant) bool {
 	cost := s.table.cost(class)
 	if s.held+cost > s.limit {
