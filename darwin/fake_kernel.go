@@ -17,12 +17,13 @@ import (
 // A FakeKernel is the part of a Mac's kernel that routes: interfaces, addresses,
 // the routing table, and the kernel variables for forwarding. It is a [Kernel]
 // that speaks real routing messages, and a [Runner] for ifconfig(8), sysctl(8) and
-// the DNS configuration of scutil(8). It refuses what the real one refuses: a second route to the same
-// destination, the deletion of what isn't there; and it deletes whatever has the
-// destination, by any interface, as the real one does.
+// the DNS configuration of scutil(8). It refuses what the real one refuses: a
+// second route to the same destination, and the deletion of a route that doesn't
+// exist; and a deletion takes the route to the destination by any interface, as on
+// a real Mac.
 //
-// The other methods are what happens on a Mac without us: cables, DHCP, other
-// people's commands, reboots.
+// The other methods are what happens on a Mac without us: cables, DHCP, commands
+// of other users, reboots.
 type FakeKernel struct {
 	mu         sync.Mutex
 	interfaces []*Interface
@@ -238,7 +239,7 @@ func (k *FakeKernel) AddAddress6(name string, p netip.Prefix, flags AddressFlags
 }
 
 // SetAddressFlags changes what an IPv6 address is: no longer tentative, or
-// deprecated. The kernel tells nobody, neither routing sockets nor pf.
+// deprecated. The kernel reports that to no listener, neither routing sockets nor pf.
 func (k *FakeKernel) SetAddressFlags(name string, a netip.Addr, flags AddressFlags) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()

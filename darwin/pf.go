@@ -19,7 +19,7 @@ const pfctlPath = "/sbin/pfctl"
 // Errors of PF, for errors.Is.
 var (
 	// ErrNotEnabled: a token was given back while the packet filter is off. All
-	// tokens are void then: after a reboot, or after somebody's `pfctl -d`.
+	// tokens are void then: after a reboot, or after a `pfctl -d`.
 	ErrNotEnabled = errors.New("packet filter is not enabled")
 	// ErrTokenInvalid: the token isn't held (any more).
 	ErrTokenInvalid = errors.New("token is not held")
@@ -111,10 +111,10 @@ func (p *PF) Flush(ctx context.Context, anchor string) error {
 	return nil
 }
 
-// Rules returns what pfctl prints of the anchor's filter rules (`-s rules`), ""
-// for the main ruleset. The text differs from what was loaded: pfctl prints each
-// rule in full. Compare it with what it printed right after loading. A missing
-// anchor has no rules.
+// Rules returns what pfctl prints of the anchor's scrub and filter rules and anchor
+// calls (`-s rules`), of the main ruleset with "" for the anchor. The text differs
+// from what was loaded: pfctl prints each rule in full. [pfconf.EqualShown] compares
+// the two. A missing anchor has no rules.
 func (p *PF) Rules(ctx context.Context, anchor string) (string, error) {
 	return p.show(ctx, anchor, "rules")
 }
@@ -142,7 +142,7 @@ func (p *PF) Tables(ctx context.Context, anchor string) ([]string, error) {
 }
 
 // Table returns the entries of a table, of the main ruleset with "" for the anchor.
-// The error of one that isn't there is ErrNoTable.
+// The error of one that doesn't exist is ErrNoTable.
 func (p *PF) Table(ctx context.Context, anchor, table string) ([]pfconf.Address, error) {
 	args, err := tableArgs(anchor, table, "show")
 	if err != nil {
@@ -162,7 +162,7 @@ func (p *PF) Table(ctx context.Context, anchor, table string) ([]pfconf.Address,
 }
 
 // ReplaceTable makes entries the whole contents of a table, in one step. pfctl
-// makes a table that isn't there, persistent. The entries are of the kind
+// makes a table that doesn't exist, persistent. The entries are of the kind
 // pfconf.AddrPrefix, and may be negated. States that the table let be made go on.
 //
 // pf never stores the all-zero host, 0.0.0.0 or :: (its radix tree has that node
@@ -171,8 +171,8 @@ func (p *PF) ReplaceTable(ctx context.Context, anchor, table string, entries []p
 	return p.changeTable(ctx, anchor, table, "replace", entries)
 }
 
-// AddToTable adds entries to a table, which pfctl makes, persistent, if it isn't
-// there. One that is in it already stays as it is, negated or not.
+// AddToTable adds entries to a table, which pfctl makes, persistent, if it doesn't
+// exist. An entry that is in it already stays as it is, negated or not.
 func (p *PF) AddToTable(ctx context.Context, anchor, table string, entries []pfconf.Address) error {
 	return p.changeTable(ctx, anchor, table, "add", entries)
 }
@@ -231,9 +231,9 @@ func (p *PF) All(ctx context.Context, anchor string) (*pfconf.All, error) {
 	return all, nil
 }
 
-// References returns who keeps the packet filter on. Each has the name of the
-// program that asked, so `pfctl` for everybody who runs it, and its process is
-// mostly gone: only the token tells whose it is.
+// References returns the references that keep the packet filter on. Each has the
+// name of the program that asked, which is `pfctl` for every user of it, and whose
+// process has mostly ended: only the token tells whose it is.
 func (p *PF) References(ctx context.Context) ([]pfconf.Reference, error) {
 	out, err := p.show(ctx, "", "References")
 	if err != nil {
@@ -302,7 +302,7 @@ func (p *PF) Kill(ctx context.Context, hosts ...netip.Prefix) error {
 	return nil
 }
 
-// KillFromTo ends the states that somebody in from opened to somebody in to.
+// KillFromTo ends the states that hosts in from opened to hosts in to.
 func (p *PF) KillFromTo(ctx context.Context, from, to netip.Prefix) error {
 	if !from.IsValid() || !to.IsValid() || from.Addr().Is4() != to.Addr().Is4() {
 		return fmt.Errorf("kill states from %v to %v: not valid", from, to)
@@ -380,9 +380,9 @@ func complaint(stderr []byte) error {
 	return nil
 }
 
-// saysMissing reports whether pfctl complained about an anchor that isn't there.
-// The words differ by what was asked; the second are those about tables
-// (pfr_strerror of OpenBSD's pfctl).
+// saysMissing reports whether pfctl complained about an anchor that doesn't exist.
+// The words differ by what was asked for: rules and translation rules, the anchor's
+// tables or their entries (pfr_strerror of OpenBSD's pfctl), or the anchors below.
 func saysMissing(stderr []byte) bool {
 	for line := range strings.Lines(string(stderr)) {
 		line = strings.TrimSpace(line)

@@ -68,8 +68,8 @@ func (c Code) Error() string {
 
 // An Error is one failed launchctl verb. errors.Is compares it with a Code.
 type Error struct {
-	Verb    string // enable, bootstrap, bootout, kickstart, print, load
-	Target  string // system/LABEL
+	Verb    string // enable, bootstrap, bootout, kickstart, print, print-disabled; of this package load, start
+	Target  string // system/LABEL, or system
 	Code    Code
 	Message string // the first line of launchctl's that says something, or ""
 }

@@ -52,7 +52,7 @@ type Options struct {
 
 	// The bounds of the peers' flows; see flow.Options.
 	PerPeer      int // optional: chosen by the number of peers
-	States       int // optional: entries that the host's packet filter holds; memory alone bounds
+	States       int // optional: entries that the host's packet filter holds; 0: memory alone is bounded
 	PerForwarded int // optional: 1
 
 	// ClearDF takes Don't Fragment off what comes from peers in fragments, for a host
