@@ -496,8 +496,9 @@ func (l *loop) leave(ctx context.Context) error {
 	return nil
 }
 
-// endTunnel closes the guard and the tunnel, or gives up after tunnelLimit: the
-// device goes with the platform's interface then, or with the process.
+// endTunnel closes the guard, so that nothing passes, and then the tunnel. It waits
+// tunnelLimit at most: a tunnel that hangs ends when the platform removes its
+// interface, or with this process.
 func (l *loop) endTunnel() {
 	if l.tunnel == nil {
 		return

@@ -520,9 +520,10 @@ func (c *compiler) output() {
 	a.accept("")
 }
 
-// tunnel accepts WireGuard's own packets to any outer address, former peers' and
-// mesh addresses of nobody included, behind the rules about peers: what leaves from its port, by a socket of this process's user. The port alone would
-// also be that of a forwarded packet.
+// tunnel accepts WireGuard's own packets to any outer address: those of removed
+// peers and unassigned mesh addresses included, but not those of peers, which the
+// rules before it judge. They leave from its port, by a socket of this process's
+// user: a forwarded packet may have the same port.
 func (c *compiler) tunnel(to *chain) {
 	if port, ok := c.listenPort(); ok {
 		to.accept("WireGuard's own", isNot(oifname, c.mesh), is(l4proto, udp), is(sport, port),

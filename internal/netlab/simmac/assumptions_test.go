@@ -13,8 +13,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// The simulated Mac is what it is assumed to be, and the checks put back what
-// they change.
+// TestAssumptionsOnTheSimulatedMac checks that the simulated Mac is what a Mac is
+// assumed to be, and that the checks put back what they change.
 func TestAssumptionsOnTheSimulatedMac(t *testing.T) {
 	for _, a := range Assumptions() {
 		t.Run(a.Name, func(t *testing.T) {
@@ -49,17 +49,18 @@ func TestAssumptionsAreNamed(t *testing.T) {
 	}
 }
 
-// scripted answers every command with silence and success.
+// silent is a Runner whose commands print nothing and exit with status 0.
 type silent struct{}
 
 func (silent) Run(context.Context, []byte, string, ...string) ([]byte, []byte, int, error) {
 	return nil, nil, 0, nil
 }
 
-// withoutCommands are the assumptions whose checks run none.
+// withoutCommands names the assumptions whose checks run no command.
 var withoutCommands = []string{"route-mark-stays", "utun-number-taken-is-an-error", "sysctl-boot-session-is-a-uuid"}
 
-// A check that a Mac which does nothing passes would check nothing.
+// TestAssumptionsCanFail has commands do nothing: a check that passes then would
+// check nothing.
 func TestAssumptionsCanFail(t *testing.T) {
 	for _, a := range Assumptions() {
 		t.Run(a.Name, func(t *testing.T) {

@@ -323,9 +323,9 @@ func (m *Mac) program(path string) (fs.FileInfo, string, error) {
 	return info, string(digest[:]), err
 }
 
-// AddEthernet adds an interface with its addresses, and if a router is given the
-// default route by it. The first router of all is also the resolver. Further defaults of a family are scoped, as macOS makes
-// them.
+// AddEthernet adds an interface with its addresses and, for each router, a default
+// route by it. The first router of all is also the Mac's DNS resolver. Further
+// default routes of a family are scoped to the interface, as macOS makes them.
 func (m *Mac) AddEthernet(name string, addresses []string, routers ...string) error {
 	flags := darwin.InterfaceUp | darwin.InterfaceBroadcast | darwin.InterfaceRunning | darwin.InterfaceMulticast
 	index := m.Kernel.AddInterface(name, flags, 1500)
