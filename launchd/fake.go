@@ -324,7 +324,7 @@ func (f *Fake) end(s *fakeService) <-chan struct{} {
 	ended := make(chan struct{})
 	s.ended = ended
 	if s.pid == 0 {
-		f.buried(s)
+		f.noteExit(s)
 		return ended
 	}
 	exited, stop, kill := make(chan struct{}), f.Stop, f.Kill
@@ -349,13 +349,13 @@ func (f *Fake) end(s *fakeService) <-chan struct{} {
 		f.mu.Lock()
 		defer f.mu.Unlock()
 		s.last = last
-		f.buried(s)
+		f.noteExit(s)
 	}()
 	return ended
 }
 
-// buried takes note that the service has no process any more. The lock is held.
-func (f *Fake) buried(s *fakeService) {
+// noteExit records that the service has no process any more. The lock is held.
+func (f *Fake) noteExit(s *fakeService) {
 	s.pid = 0
 	s.gone = time.Now().Add(f.Draining)
 	s.quiet = s.gone.Add(f.Settling)

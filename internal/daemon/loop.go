@@ -63,7 +63,7 @@ type loop struct {
 	due      time.Time
 
 	rebind chan Tunnel
-	seen   sighting
+	seen   observed
 }
 
 func newLoop(d *Daemon) *loop {
@@ -99,10 +99,10 @@ func (l *loop) next(ctx context.Context) bool {
 	case <-ctx.Done():
 		return false
 	case <-l.d.moved:
-		l.hurry()
+		l.expedite()
 		return true
 	case <-died:
-		l.lose()
+		l.dropTunnel()
 	case <-l.d.wake:
 	case <-t.C:
 	}
@@ -110,10 +110,10 @@ func (l *loop) next(ctx context.Context) bool {
 	return true
 }
 
-// hurry brings the next round forward for a change of the host, of which more
+// expedite brings the next round forward for a change of the host, of which more
 // may follow. While closed a round itself may be what changes the host, so it
 // keeps a distance.
-func (l *loop) hurry() {
+func (l *loop) expedite() {
 	soon := settle
 	if l.held == 0 {
 		soon = l.wait.min
@@ -165,9 +165,9 @@ func (l *loop) port() uint16 {
 	return c.listenPort
 }
 
-// lose takes note that the tunnel ended by itself: somebody took the interface
-// away.
-func (l *loop) lose() {
+// dropTunnel records that the tunnel ended by itself, because another program took
+// the interface away, and lets the next round make it again.
+func (l *loop) dropTunnel() {
 	l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: fmt.Sprintf("the mesh interface %s is gone; making it again", l.iface)})
 	l.tunnel.Close()
 	l.tunnel, l.held = nil, 0
@@ -210,7 +210,7 @@ func (l *loop) hold(ctx context.Context, doc *document) error {
 	// A peer more in the tunnel opens nothing before the filter knows it, and one
 	// that the tunnel doesn't take is no reason to close for the others.
 	peers := l.d.tunnelPeers(doc)
-	l.refused = l.tunnel.Sync(l.withoutHeirs(peers))
+	l.refused = l.tunnel.Sync(l.withoutTakeovers(peers))
 	port := l.tunnel.ListenPort()
 	if l.held == doc.Generation && reflect.DeepEqual(host, l.host) && port == l.current.Mesh().ListenPort {
 		return l.check(ctx)
@@ -243,9 +243,9 @@ func pathOf(h policy.Host) path {
 	return path{h.Uplink4, h.Uplink6, h.Source4, h.Source6, h.Router4, h.Router6}
 }
 
-// withoutHeirs leaves out the peers that take over another's address: what is
+// withoutTakeovers leaves out the peers that take over another's address: what is
 // enforced still gives that address the other's permissions.
-func (l *loop) withoutHeirs(peers []wireguard.Peer) []wireguard.Peer {
+func (l *loop) withoutTakeovers(peers []wireguard.Peer) []wireguard.Peer {
 	if l.current == nil {
 		return peers
 	}

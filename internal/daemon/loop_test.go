@@ -797,9 +797,9 @@ func TestStopWhileWaiting(t *testing.T) {
 	})
 }
 
-// TestHeir gives a peer's address to another key. While the old permissions of
+// TestTakenOverAddress gives a peer's address to another key. While the old permissions of
 // the address are still in force, neither key may be in the tunnel.
-func TestHeir(t *testing.T) {
+func TestTakenOverAddress(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		_, err := r.d.AddPeer(t.Context(), api.NewPeer{Name: "phone", PublicKey: keyOf("old"), Addresses: []string{"100.64.9.9"}})
 		if err != nil {

@@ -169,7 +169,7 @@ func (v *View) toPeer(p *packet, now Instant) Verdict {
 		return refuse(s, policy.RuleMalformed, 0)
 	}
 	if s == nil {
-		return v.intoBeyond(p, now)
+		return v.viaPeer(p, now)
 	}
 	if p.isError {
 		return v.errorToPeer(p, s, now)
@@ -208,13 +208,13 @@ func (v *View) near(p *packet, s *share, now Instant) Verdict {
 	return Verdict{Action: Pass, Class: decided.Class, Rule: decided.Rule, share: s}
 }
 
-// intoBeyond judges a packet into the tunnel that isn't for a peer: what the host
+// viaPeer judges a packet into the tunnel that isn't for a peer: what the host
 // sends through one. Which, and whether to any, is up to WireGuard's allowed IPs.
-func (v *View) intoBeyond(p *packet, now Instant) Verdict {
+func (v *View) viaPeer(p *packet, now Instant) Verdict {
 	if p.isError {
 		return refuse(nil, policy.RuleUnquoted, 0)
 	}
-	s := v.table.beyond
+	s := v.table.viaPeers
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	verdict := v.near(p, s, now)
@@ -225,7 +225,7 @@ func (v *View) intoBeyond(p *packet, now Instant) Verdict {
 // throughPeer judges a packet out of the tunnel whose source isn't a peer's. It
 // passes only as an answer to what the host sent through a peer.
 func (v *View) throughPeer(p *packet, now Instant) Verdict {
-	s := v.table.beyond
+	s := v.table.viaPeers
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	spoofed := refuse(nil, policy.RuleSpoofed, policy.Spoofed)
@@ -234,7 +234,7 @@ func (v *View) throughPeer(p *packet, now Instant) Verdict {
 	}
 	k := keyOf(p.tuple, FromPeer)
 	if p.isError {
-		// A router beyond the peer: whatever it quotes was sent by the host.
+		// A router behind the peer: whatever it quotes was sent by the host.
 		if !p.quoted || p.quote.from != p.to {
 			return spoofed
 		}
@@ -268,7 +268,7 @@ func (v *View) mayOpen(k key, opener Direction) policy.Verdict {
 
 // hostMay says whether a packet into the tunnel that is in no flow may pass:
 // only the host itself sends one, from its mesh address, to a peer or to what
-// routing leads to through one. Anything else is forwarded for somebody who may
+// routing leads to through one. Anything else is forwarded for a host that may
 // open nothing here.
 func (v *View) hostMay(asked *policy.Packet) policy.Verdict {
 	decided := v.rules.Decide(*asked)

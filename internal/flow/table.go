@@ -49,7 +49,7 @@ type Table struct {
 	mu         sync.Mutex // serialises Use
 	generation uint32
 	shares     map[policy.PeerID]*share
-	beyond     *share // flows that the host opened through a peer, to elsewhere
+	viaPeers   *share // flows that the host opened through a peer, to elsewhere
 }
 
 const (
@@ -68,7 +68,7 @@ func New(o Options) *Table {
 		shares:  make(map[policy.PeerID]*share),
 	}
 	t.startClock(o.Now)
-	t.beyond = newShare(t, policy.PeerID{})
+	t.viaPeers = newShare(t, policy.PeerID{})
 	return t
 }
 
@@ -192,7 +192,7 @@ func (t *Table) Use(r *policy.Ruleset) *View {
 		s.resize(memory)
 		v.shares[i] = s
 	}
-	t.beyond.resize(memory)
+	t.viaPeers.resize(memory)
 	t.listShares()
 	return v
 }

@@ -25,10 +25,10 @@ type world struct {
 	watches []*netlab.Watch
 
 	mu   sync.Mutex
-	seen map[string][]sighting
+	seen map[string][]capture
 }
 
-type sighting struct {
+type capture struct {
 	where  string // "host", "mesh", or the host's interface
 	packet netlab.Packet
 }
@@ -61,7 +61,7 @@ func (w *world) saw(where string, p netlab.Packet) {
 	}
 	if word != "" {
 		w.mu.Lock()
-		w.seen[word] = append(w.seen[word], sighting{where, p})
+		w.seen[word] = append(w.seen[word], capture{where, p})
 		w.mu.Unlock()
 	}
 }
@@ -75,19 +75,19 @@ func isError(p netlab.Packet) bool {
 	return policy.Packet{Src: p.Src, Proto: p.Proto, ICMPType: p.Type}.IsICMPError()
 }
 
-func (w *world) sightings(word []byte) []sighting {
+func (w *world) captures(word []byte) []capture {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return slices.Clone(w.seen[string(word)])
 }
 
-// arrivals are the sightings of a packet itself, without errors about it.
-func (w *world) arrivals(word []byte) []sighting {
-	return slices.DeleteFunc(w.sightings(word), func(g sighting) bool { return strings.HasSuffix(g.where, " error") })
+// arrivals are the captures of a packet itself, without errors about it.
+func (w *world) arrivals(word []byte) []capture {
+	return slices.DeleteFunc(w.captures(word), func(g capture) bool { return strings.HasSuffix(g.where, " error") })
 }
 
 func newWorld(t *testing.T) *world {
-	w := &world{rig: newRig(t), seen: map[string][]sighting{}}
+	w := &world{rig: newRig(t), seen: map[string][]capture{}}
 	w.onMesh = func(b []byte) {
 		if p, ok := netlab.ParsePacket(b); ok {
 			w.saw("mesh", p)
@@ -159,7 +159,7 @@ func (w *world) settle(want [][]byte) {
 	w.t.Helper()
 	deadline := time.Now().Add(10 * time.Second)
 	for _, word := range want {
-		for len(w.sightings(word)) == 0 && time.Now().Before(deadline) {
+		for len(w.captures(word)) == 0 && time.Now().Before(deadline) {
 			time.Sleep(time.Millisecond)
 		}
 	}
@@ -182,10 +182,10 @@ func destinations() (v4, v6 []netip.Addr) {
 	}
 	v4 = append(parse(`127.0.0.1 0.0.0.0 224.0.0.1 255.255.255.255 240.0.0.1 192.168.77.255 192.168.77.0
 		203.0.113.191 8.8.8.8 1.1.1.1 10.1.2.3 172.16.5.5 192.168.200.1 100.127.255.255`),
-		resolver4, gone4, own4, ann4, bob4, nobody4, a.BUplink.V4, a.BLAN.V4, a.BPublic.V4, a.BVPN.V4, a.L.V4, a.I.V4, a.P.V4,
+		resolver4, gone4, own4, ann4, bob4, unassigned4, a.BUplink.V4, a.BLAN.V4, a.BPublic.V4, a.BVPN.V4, a.L.V4, a.I.V4, a.P.V4,
 		a.VPNPeer.V4, a.Behind.V4, a.W.V4, a.Metadata.V4)
 	v6 = append(parse(`::1 :: ff02::1 ff0e::1 fe80::1 2001:4860::8888 2606:4700::1111 fdff::1`),
-		gone6, own6, ann6, bob6, nobody6, a.BUplink.V6, a.BLAN.V6, a.BPublic.V6, a.BVPN.V6, a.L.V6, a.I.V6, a.P.V6,
+		gone6, own6, ann6, bob6, unassigned6, a.BUplink.V6, a.BLAN.V6, a.BPublic.V6, a.BVPN.V6, a.L.V6, a.I.V6, a.P.V6,
 		a.VPNPeer.V6, a.Behind.V6, a.W.V6, a.Metadata.V6)
 	return v4, v6
 }
@@ -317,7 +317,7 @@ func (w *world) volley(rnd *rand.Rand, r *policy.Ruleset, n *int, count int) []s
 		i := rnd.IntN(2)
 		pick := func(ps ...netlab.Pair) netip.Addr { return ps[rnd.IntN(len(ps))].List()[i] }
 		ann, bob := netlab.Pair{V4: ann4, V6: ann6}, netlab.Pair{V4: bob4, V6: bob6}
-		own, none := netlab.Pair{V4: own4, V6: own6}, netlab.Pair{V4: nobody4, V6: nobody6}
+		own, none := netlab.Pair{V4: own4, V6: own6}, netlab.Pair{V4: unassigned4, V6: unassigned6}
 		dsts := [][]netip.Addr{dst4, dst6}[i]
 		dst := dsts[rnd.IntN(len(dsts))]
 		src, in := pick(ann, ann, bob, bob, bob, none, own, a.I, a.L), meshName

@@ -290,10 +290,10 @@ func nftElements(es []element) []nftables.SetElement {
 	return out
 }
 
-// change is what one set gains and loses.
+// change is which elements of one set are added and removed.
 type change struct {
-	set       *set
-	add, lose []element
+	set         *set
+	add, remove []element
 }
 
 // difference returns what has to change in the sets to make b out of a, and
@@ -309,14 +309,14 @@ func difference(a, b *table) ([]change, bool) {
 		if old.name != next.name {
 			return nil, false
 		}
-		lose, add := lost(old.elements, next.elements)
-		if len(lose)+len(add) == 0 {
+		remove, add := changedElements(old.elements, next.elements)
+		if len(remove)+len(add) == 0 {
 			continue
 		}
 		if next.interval {
 			return nil, false
 		}
-		out = append(out, change{set: next, add: add, lose: lose})
+		out = append(out, change{set: next, add: add, remove: remove})
 	}
 	return out, true
 }
@@ -327,9 +327,10 @@ func sameChain(a, b *chain) bool {
 	})
 }
 
-// lost returns the elements of a that b doesn't have, and those of b that a
-// doesn't. What both begin and end with is skipped first: mostly it's nearly all.
-func lost(a, b []element) (lose, add []element) {
+// changedElements returns the elements of a that b doesn't have, and those of b
+// that a doesn't. What both begin and end with is skipped first: mostly it's nearly
+// all.
+func changedElements(a, b []element) (remove, add []element) {
 	same := func(x, y element) bool { return bytes.Equal(x.key, y.key) && bytes.Equal(x.after, y.after) }
 	for len(a) > 0 && len(b) > 0 && same(a[0], b[0]) {
 		a, b = a[1:], b[1:]
@@ -360,7 +361,7 @@ func (f *filter) update(t *table, changes []change) error {
 		if err != nil {
 			return err
 		}
-		if err := f.eachChunk(ns, nftElements(c.lose), f.conn.SetDeleteElements); err != nil {
+		if err := f.eachChunk(ns, nftElements(c.remove), f.conn.SetDeleteElements); err != nil {
 			return err
 		}
 		if err := f.eachChunk(ns, nftElements(c.add), f.conn.SetAddElements); err != nil {

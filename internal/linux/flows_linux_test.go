@@ -199,7 +199,7 @@ func TestFlowsFollowTheirOpener(t *testing.T) {
 		}
 		w.settle(want)
 		for _, p := range sent {
-			got := w.sightings(p.word)
+			got := w.captures(p.word)
 			switch {
 			case !p.pass && len(got) > 0:
 				t.Errorf("ann %v: %s on %v: refused, but came out at %v", have, p.what, p.flow, got[0].where)
@@ -216,7 +216,7 @@ func TestFlowsFollowTheirOpener(t *testing.T) {
 }
 
 // once reports whether a packet came out at one place, errors about it aside.
-func once(got []sighting, where string) bool {
+func once(got []capture, where string) bool {
 	n := 0
 	for _, g := range got {
 		if g.where == where {
@@ -253,7 +253,7 @@ func TestCutFlowsStayDead(t *testing.T) {
 		}
 		w.settle(nil)
 		for i := from + 1; i <= n; i++ {
-			if got := w.sightings(word(i)); len(got) > 0 {
+			if got := w.captures(word(i)); len(got) > 0 {
 				t.Errorf("%s: the host's packet came out at %v", when, got[0].where)
 			}
 		}
@@ -272,8 +272,8 @@ func TestCutFlowsStayDead(t *testing.T) {
 		w.settle([][]byte{word(n - 1)})
 		w.hostSends(f, word(n))
 		w.settle([][]byte{word(n)})
-		if !once(w.sightings(word(n-1)), "host") || !once(w.sightings(word(n)), "mesh") {
-			t.Errorf("%v: allowed again, but doesn't run: %v, %v", f, w.sightings(word(n-1)), w.sightings(word(n)))
+		if !once(w.captures(word(n-1)), "host") || !once(w.captures(word(n)), "mesh") {
+			t.Errorf("%v: allowed again, but doesn't run: %v, %v", f, w.captures(word(n-1)), w.captures(word(n)))
 		}
 	}
 }

@@ -173,7 +173,7 @@ func TestMutatedPackets(t *testing.T) {
 
 // allowedOut judges a packet that came out although ann may only route. Errors
 // about her packets may come back to her.
-func (w *world) allowedOut(r *policy.Ruleset, s sighting) {
+func (w *world) allowedOut(r *policy.Ruleset, s capture) {
 	p := s.packet
 	toAnn := p.Dst == ann4 || p.Dst == ann6
 	switch {

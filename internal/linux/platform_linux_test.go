@@ -117,7 +117,7 @@ func (w *world) closedToOutside(n *int, when string) {
 	a := netlab.Addresses()
 	first := *n + 1
 	for i, far := range a.I.List() {
-		for _, to := range []netip.Addr{[]netip.Addr{ann4, ann6}[i], []netip.Addr{nobody4, nobody6}[i]} {
+		for _, to := range []netip.Addr{[]netip.Addr{ann4, ann6}[i], []netip.Addr{unassigned4, unassigned6}[i]} {
 			*n++
 			c := w.socket(netip.AddrPortFrom(map[bool]netip.Addr{true: a.BUplink.V4, false: a.BUplink.V6}[to.Is4()], 0))
 			_, _ = c.WriteToUDPAddrPort(word(*n), netip.AddrPortFrom(to, 5000))
@@ -129,7 +129,7 @@ func (w *world) closedToOutside(n *int, when string) {
 	}
 	w.settle(nil)
 	for i := first; i <= *n; i++ {
-		if got := w.sightings(word(i)); len(got) > 0 {
+		if got := w.captures(word(i)); len(got) > 0 {
 			w.t.Errorf("%s: packet %d came out at %v: %v", when, i-first, got[0].where, got[0].packet)
 		}
 	}
@@ -408,7 +408,7 @@ func TestRedirectsOfOthersDontOpen(t *testing.T) {
 			id := 10*n + i
 			w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, uint16(6000+id)), netip.AddrPortFrom(to, 7000), word(id)))
 			w.settle(nil)
-			if got := w.sightings(word(id)); len(got) > 0 {
+			if got := w.captures(word(id)); len(got) > 0 {
 				t.Errorf("with %v, a packet to %v was redirected to %v by %s", have, to, got[0].packet.Dst, got[0].where)
 			}
 		}
@@ -443,7 +443,7 @@ func TestRewrittenWithoutFlow(t *testing.T) {
 		}
 		time.Sleep(200 * time.Millisecond)
 		w.settle(nil)
-		if got := slices.DeleteFunc(w.sightings(word(i+1)), func(g sighting) bool { return !strings.HasPrefix(g.where, "mesh") }); len(got) > 0 {
+		if got := slices.DeleteFunc(w.captures(word(i+1)), func(g capture) bool { return !strings.HasPrefix(g.where, "mesh") }); len(got) > 0 {
 			t.Errorf("packet %d reached the peer: %v", i+1, got)
 		}
 	}
@@ -462,13 +462,13 @@ func TestNewAddressIsClosed(t *testing.T) {
 	}
 	w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, 4000), netip.AddrPortFrom(addr, 5000), word(1)))
 	w.settle(nil)
-	if got := w.sightings(word(1)); len(got) > 0 {
+	if got := w.captures(word(1)); len(got) > 0 {
 		t.Errorf("an address that isn't known yet was reached: %v", got)
 	}
 	w.enforce(mesh(grants{ann: all}))
 	w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, 4001), netip.AddrPortFrom(addr, 5000), word(2)))
 	w.settle([][]byte{word(2)})
-	if got := w.sightings(word(2)); !once(got, "host") {
+	if got := w.captures(word(2)); !once(got, "host") {
 		t.Errorf("a known address isn't reached: %v", got)
 	}
 }
@@ -523,7 +523,7 @@ func TestReplacedTableHolds(t *testing.T) {
 	var sending errgroup.Group
 	sending.Go(func() error {
 		return w.pic.B.Do(func() error {
-			conn, err := net.Dial("udp4", netip.AddrPortFrom(nobody4, 4000).String())
+			conn, err := net.Dial("udp4", netip.AddrPortFrom(unassigned4, 4000).String())
 			if err != nil {
 				return err
 			}
@@ -558,7 +558,7 @@ func TestReplacedTableHolds(t *testing.T) {
 	}
 	w.settle(nil)
 	for i, who := range []string{"the host to nobody's address", "a peer to a private address"} {
-		if got := w.sightings(word(i + 1)); len(got) > 0 {
+		if got := w.captures(word(i + 1)); len(got) > 0 {
 			t.Errorf("%s: %d packets of %d got out, the first to %v by %s", who, len(got), sent[i].Load(), got[0].packet.Dst, got[0].where)
 		}
 	}

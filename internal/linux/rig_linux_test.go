@@ -19,8 +19,8 @@ import (
 
 // Mesh addresses that no peer has.
 var (
-	nobody4 = netip.MustParseAddr("100.64.0.99")
-	nobody6 = netip.MustParseAddr("fd6d:6573:6800::99")
+	unassigned4 = netip.MustParseAddr("100.64.0.99")
+	unassigned6 = netip.MustParseAddr("fd6d:6573:6800::99")
 )
 
 func TestMain(m *testing.M) { os.Exit(netlab.Main(m.Run)) }

@@ -234,7 +234,7 @@ func (c *compiler) ingress() {
 		out.drop("the host's mesh address, not from the mesh", in("own"+f.suffix, f.dst))
 		out.drop("a peer's source, not from the mesh", in("peers"+f.suffix, f.src))
 		out.drop("nobody else reaches a peer", in("peers"+f.suffix, f.dst))
-		c.nobody(out, f)
+		c.unassigned(out, f)
 	}
 }
 
@@ -490,7 +490,7 @@ func (c *compiler) output() {
 	}
 	c.tunnel(o)
 	for _, f := range families {
-		c.nobody(o, f)
+		c.unassigned(o, f)
 	}
 
 	p := c.chain("to_peer")
@@ -531,8 +531,8 @@ func (c *compiler) tunnel(to *chain) {
 	}
 }
 
-// nobody drops what goes to a mesh address that no peer has.
-func (c *compiler) nobody(to *chain, f family) {
+// unassigned drops what goes to a mesh address that no peer has.
+func (c *compiler) unassigned(to *chain, f family) {
 	to.accept("", in("self"+f.suffix, f.dst))
 	to.drop("a removed peer's address", in("former"+f.suffix, f.dst))
 	c.eachMesh(f, func(p netip.Prefix) { to.branch("unclaimed"+f.suffix, within(f.dst, p)) })
@@ -569,6 +569,6 @@ func (c *compiler) leave() {
 	}
 	c.tunnel(e)
 	for _, f := range families {
-		c.nobody(e, f)
+		c.unassigned(e, f)
 	}
 }

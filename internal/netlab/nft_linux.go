@@ -226,12 +226,12 @@ func (h *Host) nft(change func(*nftables.Conn)) error {
 	})
 }
 
-// InstallForeignTable loads a table that belongs to somebody else, with what a
+// InstallForeignTable loads a table of another program, with what a
 // careless program could disturb: a set with elements, a counter, chains on
 // several hooks. It decides nothing.
 func (h *Host) InstallForeignTable() error {
 	err := h.nft(func(c *nftables.Conn) {
-		table := c.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: "somebody"})
+		table := c.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: "other"})
 		set := &nftables.Set{Table: table, Name: "ports", KeyType: nftables.TypeInetService}
 		_ = c.AddSet(set, []nftables.SetElement{{Key: []byte{0, 22}}, {Key: []byte{1, 187}}})
 		for name, hook := range map[string]*nftables.ChainHook{

@@ -15,7 +15,7 @@ func TestSnapshotShowsEveryChange(t *testing.T) {
 	if err := p.B.InstallForeignTable(); err != nil {
 		t.Fatal(err)
 	}
-	table := &nftables.Table{Family: nftables.TableFamilyINet, Name: "somebody"}
+	table := &nftables.Table{Family: nftables.TableFamilyINet, Name: "other"}
 	for _, change := range []struct {
 		name string
 		do   func() error

@@ -185,8 +185,8 @@ func addrOf(l net.Listener) netip.AddrPort {
 	return netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
 }
 
-// greeter opens a listener that says hello to each connection.
-func (s *script) greeter(t *testing.T, a netip.Addr) netip.AddrPort {
+// helloServer opens a listener that says hello to each connection.
+func (s *script) helloServer(t *testing.T, a netip.Addr) netip.AddrPort {
 	t.Helper()
 	l := s.listener(t, a)
 	var run errgroup.Group
@@ -210,8 +210,8 @@ func (s *script) greeter(t *testing.T, a netip.Addr) netip.AddrPort {
 
 const hello = "hello from the host\n"
 
-// greeted reads a greeting from a connection that dial opens.
-func greeted(ctx context.Context, dial func(context.Context) (net.Conn, error)) error {
+// readHello reads hello from a connection that dial opens.
+func readHello(ctx context.Context, dial func(context.Context) (net.Conn, error)) error {
 	c, err := dial(ctx)
 	if err != nil {
 		return err
@@ -231,10 +231,10 @@ func greeted(ctx context.Context, dial func(context.Context) (net.Conn, error)) 
 func (s *script) ownAddress(t *testing.T) {
 	for _, a := range s.own.List() {
 		t.Run(family(a), func(t *testing.T) {
-			at := s.greeter(t, a)
+			at := s.helloServer(t, a)
 			ctx, cancel := context.WithTimeout(t.Context(), 3*refuse)
 			defer cancel()
-			err := greeted(ctx, func(ctx context.Context) (c net.Conn, err error) {
+			err := readHello(ctx, func(ctx context.Context) (c net.Conn, err error) {
 				err = s.do(func() (err error) {
 					c, err = (&net.Dialer{}).DialContext(ctx, "tcp", at.String())
 					return err
@@ -261,11 +261,11 @@ func family(a netip.Addr) string {
 	return "ipv6"
 }
 
-// answers says whether the peer gets a greeting within a time.
+// answers says whether the peer reads hello within a time.
 func (s *script) answers(t *testing.T, at netip.AddrPort, within time.Duration) error {
 	ctx, cancel := context.WithTimeout(t.Context(), within)
 	defer cancel()
-	return greeted(ctx, func(ctx context.Context) (net.Conn, error) { return s.peer.DialTCP(ctx, at) })
+	return readHello(ctx, func(ctx context.Context) (net.Conn, error) { return s.peer.DialTCP(ctx, at) })
 }
 
 // mustBeRefused tries to reach addresses, by TCP and by echo requests, and fails
@@ -302,7 +302,7 @@ func (s *script) mustBeRefused(t *testing.T, all ...netip.AddrPort) {
 // nothing tries what a peer without permissions may not.
 func (s *script) nothing(t *testing.T) {
 	s.permit(t)
-	all := []netip.AddrPort{s.greeter(t, s.own.V4), s.greeter(t, s.own.V6), s.resolver}
+	all := []netip.AddrPort{s.helloServer(t, s.own.V4), s.helloServer(t, s.own.V6), s.resolver}
 	if s.neighbour.IsValid() {
 		all = append(all, netip.AddrPortFrom(s.neighbour, 53))
 	}
@@ -313,13 +313,13 @@ func (s *script) nothing(t *testing.T) {
 func (s *script) incoming(t *testing.T) {
 	s.permit(t, "incoming")
 	for _, a := range s.own.List() {
-		if err := s.answers(t, s.greeter(t, a), generous); err != nil {
+		if err := s.answers(t, s.helloServer(t, a), generous); err != nil {
 			t.Errorf("with incoming %v doesn't answer: %v", a, err)
 		}
 	}
 	s.mustBeRefused(t, s.resolver)
 	s.permit(t)
-	s.mustBeRefused(t, s.greeter(t, s.own.V4), s.greeter(t, s.own.V6))
+	s.mustBeRefused(t, s.helloServer(t, s.own.V4), s.helloServer(t, s.own.V6))
 }
 
 // hostReaches skips the test where the host itself has no such way out.
@@ -403,7 +403,7 @@ func (s *script) routing(t *testing.T) {
 		}
 	})
 	t.Run("own-address-still-refused", func(t *testing.T) {
-		s.mustBeRefused(t, s.greeter(t, s.own.V4))
+		s.mustBeRefused(t, s.helloServer(t, s.own.V4))
 	})
 	t.Run("host-reaches-itself", s.ownAddress)
 }
@@ -533,7 +533,7 @@ func (s *script) incomingTaken(t *testing.T) {
 			returned := time.Now()
 			s.mustEnd(t, a, d, returned)
 			stamps.mustEnd(t, returned)
-			if err := s.answers(t, s.greeter(t, a), refuse); err == nil {
+			if err := s.answers(t, s.helloServer(t, a), refuse); err == nil {
 				t.Error("a new connection passes")
 			}
 		})

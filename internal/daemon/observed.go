@@ -9,8 +9,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
 
-// sighting is what the loop saw at its last look at the clocks and the tunnel.
-type sighting struct {
+// observed is what the loop saw at its last look at the clocks and the tunnel.
+type observed struct {
 	at         time.Time // with its monotonic part
 	wall       time.Time
 	handshakes map[wireguard.PublicKey]time.Time
@@ -23,7 +23,7 @@ type refusals struct {
 	told   time.Time // with its monotonic part
 }
 
-// look finds what nobody reports: that the host slept, and that peers came.
+// look finds what no event reports: that the host slept, and that peers connected.
 func (l *loop) look() {
 	now, wall := time.Now(), l.d.opts.Wall().Round(0)
 	if !l.seen.at.IsZero() && l.tunnel != nil {
@@ -42,14 +42,14 @@ func (l *loop) look() {
 	}
 	n := readNumbers(condition{tunnel: l.tunnel, guard: l.guard})
 	peers := l.d.wanted.Load().Peers
-	l.greet(peers, n)
+	l.recordHandshakes(peers, n)
 	l.tellRefused(peers, n, now)
 }
 
-// greet records the handshakes since the last look: those of peers that weren't
+// recordHandshakes records the handshakes since the last look: those of peers that weren't
 // heard for a while, not the ones that renew a session every two minutes
 // (REJECT_AFTER_TIME, whitepaper 6.1).
-func (l *loop) greet(peers []peer, n numbers) {
+func (l *loop) recordHandshakes(peers []peer, n numbers) {
 	const session = 3 * time.Minute
 	next := make(map[wireguard.PublicKey]time.Time, len(peers))
 	for i := range peers {
