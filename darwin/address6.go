@@ -17,8 +17,8 @@ type AddressFlags uint32
 // The flags that ifconfig(8) prints.
 const (
 	AddressAnycast    AddressFlags = 0x1
-	AddressTentative  AddressFlags = 0x2 // it isn't known yet whether somebody else has it
-	AddressDuplicated AddressFlags = 0x4 // somebody else has it
+	AddressTentative  AddressFlags = 0x2 // it isn't known yet whether another host has it
+	AddressDuplicated AddressFlags = 0x4 // another host has it
 	AddressDetached   AddressFlags = 0x8
 	AddressDeprecated AddressFlags = 0x10 // not used for new flows
 	AddressAutoconf   AddressFlags = 0x40
@@ -75,7 +75,7 @@ const unsettled = AddressAnycast | AddressTentative | AddressDuplicated | Addres
 //
 // pf looks at the flags when a rule with (if) is loaded and when an address of the
 // interface comes or goes (ifnet_notify_address of xnu bsd/net/dlil.c), not when
-// one turns out to be nobody else's or becomes deprecated. No routing message tells
+// one turns out to be unique or becomes deprecated. No routing message tells
 // of that either.
 func (a Address6) IsSettled() bool {
 	return a.Flags&unsettled == 0 && !a.Prefix.Addr().IsLinkLocalUnicast()

@@ -229,7 +229,7 @@ func (k *FakeKernel) ownRoutes(i *Interface, a Address) (routes []Route) {
 
 // AddAddress6 gives an interface an IPv6 address of a kind.
 func (k *FakeKernel) AddAddress6(name string, p netip.Prefix, flags AddressFlags) error {
-	// The flags first: who hears of the address may ask for them.
+	// The flags first: a listener that hears of the address may ask for them.
 	k.mu.Lock()
 	if i := k.find(name); i != nil {
 		k.flags[ownAddress{i.Index, p.Addr()}] = flags

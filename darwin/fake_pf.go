@@ -35,8 +35,8 @@ type PFEngine interface {
 	// Tables returns the anchor's tables, and what is in each.
 	Tables(anchor string) (map[string][]string, bool)
 	// AddToTable adds entries, DeleteFromTable removes them, and ReplaceTable makes
-	// them the whole contents. The first and the last make a table that isn't there;
-	// otherwise the error is pfconf.ErrNoTable.
+	// them the whole contents. The first and the last make a table that doesn't
+	// exist; otherwise the error is pfconf.ErrNoTable.
 	AddToTable(anchor, table string, entries []pfconf.Address) error
 	DeleteFromTable(anchor, table string, entries []pfconf.Address) error
 	ReplaceTable(anchor, table string, entries []pfconf.Address) error
@@ -61,7 +61,7 @@ func (e *PFSyntaxError) Error() string { return fmt.Sprintf("stdin:%d: syntax er
 // A FakePF is pfctl(8) in front of an engine: a Runner that takes its command
 // line, keeps the tokens, and prints what pfctl prints, on the output and with
 // the exit status that pfctl uses. That is unlike other programs: noise on every
-// call, the token on stderr, exit status 0 for what isn't there.
+// call, the token on stderr, exit status 0 for what doesn't exist.
 type FakePF struct {
 	// Engine is what is driven. Required.
 	Engine PFEngine
@@ -70,7 +70,7 @@ type FakePF struct {
 
 	mu      sync.Mutex
 	tokens  []pfconf.Reference
-	untoken bool                 // somebody ran -e
+	untoken bool                 // -e was run
 	taken   map[uint64]time.Time // when each token was
 	enabled bool
 	since   time.Time // of the last change of enabled; zero: none since the boot
@@ -120,7 +120,7 @@ func (f *FakePF) Boot() {
 	f.since = time.Time{}
 }
 
-// Disable is somebody's `pfctl -d`: off for everybody, all tokens void.
+// Disable is a `pfctl -d` of another program: pf is off, and all tokens are void.
 func (f *FakePF) Disable() {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -169,7 +169,7 @@ func TestAddresses(t *testing.T) {
 		}
 	}
 	if err := c.RemoveAddress(ctx, name, v4); err == nil {
-		t.Error("removed an address that wasn't there")
+		t.Error("removed an address that didn't exist")
 	}
 	if n, err := darwin.Observe(k); err != nil || len(n.Interface(name).Addresses) != 0 {
 		t.Errorf("addresses left: %+v, %v", n.Interface(name), err)

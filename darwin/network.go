@@ -84,7 +84,7 @@ func (n *Network) byIndex(index int) *Interface {
 	return nil
 }
 
-// serves reports whether the route forwards packets of everybody.
+// serves reports whether the route forwards packets of any source.
 func (r Route) serves() bool {
 	return r.Flags&RouteUp != 0 && r.Flags&(RouteScoped|RouteReject|RouteBlackhole) == 0
 }

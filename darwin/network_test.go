@@ -79,7 +79,7 @@ func TestObserve(t *testing.T) {
 		t.Errorf("en0 (-want +got):\n%s", diff)
 	}
 	if n.Interface("en9") != nil {
-		t.Error("found an interface that isn't there")
+		t.Error("found an interface that doesn't exist")
 	}
 }
 
@@ -210,7 +210,7 @@ func TestRouterRepairs(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := r.Set(tun, want); err != nil || len(marked(t, k)) != 2 {
-		t.Errorf("after somebody's deletion: %v, %q", err, marked(t, k))
+		t.Errorf("after another program's deletion: %v, %q", err, marked(t, k))
 	}
 }
 
@@ -249,7 +249,7 @@ func TestRouterRefuses(t *testing.T) {
 			t.Errorf("made %v", bad)
 		}
 	}
-	// An interface that isn't there, or has no address of the family.
+	// An interface that doesn't exist, or has no address of the family.
 	if err := NewRouter(k).Set(99, prefixes("100.64.0.2/32")); !errors.Is(err, syscall.ENETUNREACH) {
 		t.Errorf("route by nothing: %v", err)
 	}

@@ -8,11 +8,11 @@ import (
 	"strconv"
 )
 
-// AdminGID is the group of those who may administer a Mac (opendirectoryd's
+// AdminGID is the group of users who may administer a Mac (opendirectoryd's
 // `admin`).
 const AdminGID = 80
 
-// A Peer is who is at the other end of a unix socket, as the kernel recorded it
+// A Peer is the process at the other end of a unix socket, as the kernel recorded it
 // when the connection was made (LOCAL_PEERCRED, xnu bsd/kern/uipc_usrreq.c). A
 // process started through sudo is user 0. The process id isn't offered: it can
 // have been given to another process since.

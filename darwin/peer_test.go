@@ -42,7 +42,7 @@ func TestIsMemberOfThisUser(t *testing.T) {
 		t.Errorf("this user in its own group: %v, %v", ok, err)
 	}
 	if ok, err := IsMember(uint32(os.Getuid()), 4000000000); err != nil || ok {
-		t.Errorf("this user in a group that nobody has: %v, %v", ok, err)
+		t.Errorf("this user in a group without members: %v, %v", ok, err)
 	}
 }
 

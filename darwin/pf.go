@@ -34,7 +34,7 @@ var (
 // on anchors below the main ruleset only. What it never runs: anything that reads
 // or writes /etc/pf.conf or loads the main ruleset, which drops the anchor calls
 // that Internet Sharing and other software have inserted; -F without -a; -d,
-// which turns the packet filter off for everybody and voids all tokens; -e.
+// which turns the packet filter off for all programs and voids all tokens; -e.
 type PF struct{ r Runner }
 
 // NewPF returns a PF.

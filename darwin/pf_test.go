@@ -400,7 +400,7 @@ func TestKillBothWaysAndFamilies(t *testing.T) {
 		t.Errorf("killed (-want +got):\n%s", diff)
 	}
 	if err := pf.Kill(t.Context(), netip.Prefix{}); err == nil {
-		t.Error("killed the states of nobody")
+		t.Error("killed the states of no prefix")
 	}
 }
 

@@ -145,7 +145,7 @@ func TestParseInterfacesDamaged(t *testing.T) {
 			t.Errorf("%s: %+v", name, list)
 		}
 	}
-	// An address of an interface that wasn't listed is nobody's.
+	// An address of an interface that wasn't listed belongs to none.
 	b := append(interfaceMessage(rtmIfInfo2, sizeIf2, i), addressMessage(rtmNewAddr, &Interface{Index: 5}, Address{Prefix: netip.MustParsePrefix("10.0.0.1/8")})...)
 	if list, err := ParseInterfaces(b); err != nil || len(list) != 1 || list[0].Addresses != nil {
 		t.Errorf("%+v, %v", list, err)

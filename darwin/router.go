@@ -7,7 +7,7 @@ import (
 	"syscall"
 )
 
-// ErrRouteTaken: a route to the same destination is there already, by another
+// ErrRouteTaken: a route to the same destination already exists, by another
 // interface.
 var ErrRouteTaken = errors.New("the destination has another route")
 
@@ -95,7 +95,7 @@ func (r *Router) Add(dst netip.Prefix, gateway netip.Addr, index int) error {
 
 // Sweep takes away the routes to the given destinations that carry the mark, on
 // whatever interface, and returns which there were. Those that don't carry it, and
-// marked ones to other destinations, are somebody else's (NetBird uses the same
+// marked ones to other destinations, are another program's (NetBird uses the same
 // mark).
 func (r *Router) Sweep(dsts []netip.Prefix) ([]netip.Prefix, error) {
 	table, err := r.table()
@@ -156,7 +156,7 @@ type change struct {
 	route Route
 }
 
-// apply sends the changes, deletions first as they come. A route that is there,
+// apply sends the changes, deletions first as they come. A route that exists,
 // or gone, already is what was wanted.
 func (r *Router) apply(changes []change) error {
 	if len(changes) == 0 {

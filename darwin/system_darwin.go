@@ -60,7 +60,7 @@ func (System) Sysctl(name string) (string, error) {
 	return unix.Sysctl(name)
 }
 
-// PeerOf returns who is at the other end of a connection.
+// PeerOf returns the process at the other end of a connection.
 func PeerOf(c *net.UnixConn) (Peer, error) {
 	// Not by File, which would make the socket blocking.
 	raw, err := c.SyscallConn()

@@ -27,7 +27,7 @@ func (System) OpenRoute() (io.ReadWriteCloser, error) { return nil, errNotDarwin
 // Sysctl implements Kernel.
 func (System) Sysctl(string) (string, error) { return "", errNotDarwin }
 
-// PeerOf returns who is at the other end of a connection.
+// PeerOf returns the process at the other end of a connection.
 func PeerOf(*net.UnixConn) (Peer, error) {
 	return Peer{}, fmt.Errorf("read peer credentials: %w", errNotDarwin)
 }

@@ -20,7 +20,7 @@ func SystemClock() Clock {
 }
 
 // WatchWake calls woke with the time slept, at most every after each wake, until
-// ctx ends. Without IOKit, which would need cgo, nobody tells a daemon of sleep:
+// ctx ends. Without IOKit, which would need cgo, a daemon isn't told of sleep:
 // it is seen as the wall clock's running ahead of the clock that stands still. A
 // clock set forward looks the same, and costs one needless refresh. every is
 // both how often it looks and the shortest sleep that it sees; 5 s is good.

@@ -107,7 +107,7 @@ func TestWatcherIgnoresTraffic(t *testing.T) {
 	})
 }
 
-// What goes on on a Mac that nobody touches: peer-to-peer Wi-Fi and the system's
+// What goes on on an idle Mac: peer-to-peer Wi-Fi and the system's
 // tunnels with their link-local addresses, and storms of lookups that failed.
 func TestWatcherIgnoresTheSystem(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

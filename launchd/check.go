@@ -27,7 +27,7 @@ type Violation struct {
 
 func (v Violation) Error() string { return v.Text }
 
-// jobRules is launchd.plist(5) and the experience of those who shipped daemons,
+// jobRules is launchd.plist(5) and the experience of projects that shipped daemons,
 // as a table. A rule returns what is wrong, or "".
 var jobRules = []struct {
 	name  string
@@ -41,7 +41,7 @@ var jobRules = []struct {
 		return ""
 	}},
 	// launchd.plist(5), ProgramArguments: required in the absence of Program. Here
-	// always: execvp(3) takes the vector, and argv[0] should say who runs.
+	// always: execvp(3) takes the vector, and argv[0] should name the program.
 	{"arguments", func(j *Job) string {
 		if len(j.ProgramArguments) == 0 {
 			return "ProgramArguments must have at least the program"
@@ -254,9 +254,9 @@ func CheckFile(f File, label string) []Violation {
 }
 
 // CheckProgram returns why a file shouldn't run as root: it, or a directory
-// above it, can be changed by somebody who isn't root, or is a link that leads
+// above it, can be changed by a user other than root, or is a link that leads
 // elsewhere. chain is the program first and then each directory up to the root,
-// by lstat(2). Who may write one of them becomes root at the next start
+// by lstat(2). A user who may write one of them becomes root at the next start
 // (CVE-2025-46351 is a daemon whose program could be replaced; Homebrew's prefix
 // belongs to an admin).
 func CheckProgram(chain []File) []Violation {
@@ -274,8 +274,8 @@ func CheckProgram(chain []File) []Violation {
 			v = append(v, Violation{"owner", fmt.Sprintf("%q belongs to user %d, not to root", f.Path, f.UID)})
 		}
 		// A sticky directory doesn't help: its owner still is not the only one who
-		// can make entries in it. The admin group is as good as anybody: malware
-		// of an admin user has it.
+		// can make entries in it. The admin group is no better than all users:
+		// malware of an admin user has it.
 		if f.Mode.Perm()&0o022 != 0 {
 			v = append(v, Violation{"mode", fmt.Sprintf("%q is writable by others than root (mode %#o)", f.Path, f.Mode.Perm())})
 		}

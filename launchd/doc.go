@@ -7,7 +7,7 @@
 // named after its label, that says which program to start and when to start it
 // again. Four things about it surprise people, and this package exists for them:
 //
-//   - launchd refuses a property list that anybody but root could have written,
+//   - launchd refuses a property list that a user other than root could have written,
 //     and says only "5: Input/output error". See [Job.Check] and [CheckFile].
 //   - Unloading returns before the daemon is gone, and loading answers 5 until it
 //     is. See [Launchctl.Bootout] and [Launchctl.Bootstrap].

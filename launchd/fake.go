@@ -196,7 +196,7 @@ func (f *Fake) mark(label string, disabled bool) {
 	f.disabled[label] = disabled
 }
 
-// loaded returns the service if it is there, also while it is leaving. The lock
+// loaded returns the service if it is loaded, also while it is leaving. The lock
 // is held.
 func (f *Fake) loaded(label string) *fakeService {
 	s := f.services[label]

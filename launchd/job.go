@@ -194,7 +194,7 @@ func (j *Job) Render() ([]byte, error) {
 // Parse reads an XML property list of at most MaxPlist bytes. It doesn't check
 // the job; what it can't keep is in Unknown. The binary format, which launchd
 // also reads, is refused: it can describe an exponentially large tree, and
-// nobody installs daemons with it.
+// no daemon is installed with it.
 func Parse(data []byte) (*Job, error) {
 	if len(data) > MaxPlist {
 		return nil, fmt.Errorf("parse property list: %d bytes, at most %d allowed", len(data), MaxPlist)

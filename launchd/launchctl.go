@@ -9,7 +9,7 @@ import (
 )
 
 // Absolute paths: a daemon's PATH is minimal, and root runs nothing by a name
-// that somebody could shadow.
+// that a program elsewhere in it could shadow.
 const (
 	launchctlPath = "/bin/launchctl"
 	sfltoolPath   = "/usr/bin/sfltool"

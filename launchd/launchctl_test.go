@@ -372,7 +372,7 @@ func TestBootstrapLoadedAlready(t *testing.T) {
 		if _, err := m.ctl.Load(t.Context(), label, plistPath); err != nil {
 			t.Fatal(err)
 		}
-		// launchd answers 5, and the service is there all the same.
+		// launchd answers 5, and the service is loaded all the same.
 		if err := m.ctl.Bootstrap(t.Context(), label, plistPath); err != nil {
 			t.Error(err)
 		}

@@ -56,7 +56,7 @@
 // The search goes into the anchor's rules where the call stands, and comes back; quick
 // within an anchor ends everything. anchor "com.apple/*" calls all direct children of
 // com.apple, in the byte order of their names. The stock ruleset of macOS is nothing but
-// such calls, and whoever wants to add rules loads a child of com.apple.
+// such calls, and a program that wants to add rules loads a child of com.apple.
 //
 // # Using the package
 //

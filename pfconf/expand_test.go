@@ -130,7 +130,7 @@ func TestValidate(t *testing.T) {
 		"a macro without name":         &Macro{Value: "x"},
 		"a table in a table":           &Table{Name: "t", HasAddrs: true, Addrs: []Address{{Kind: AddrTable, Name: "u"}}},
 		"a long table":                 &Table{Name: strings.Repeat("t", 32)},
-		"an option nobody knows":       &Option{Name: "nosuch", Values: []string{"x"}},
+		"an unknown option":            &Option{Name: "nosuch", Values: []string{"x"}},
 		"an option without value":      &Option{Name: "block-policy"},
 		"antispoof for nothing":        &Antispoof{},
 		"a probability above 1":        &Rule{Probability: 1.5},

@@ -32,7 +32,7 @@ type evaluation struct {
 	state      *state
 	created    bool
 	verdict    Verdict
-	// dropped is who dropped the packet if no rule did; DecidedByRule else.
+	// dropped is what dropped the packet if no rule did; DecidedByRule else.
 	dropped Decider
 }
 

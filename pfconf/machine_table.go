@@ -226,7 +226,7 @@ func (m *Machine) makeTable(anchor, name string) (*ktable, error) {
 }
 
 // AddToTable adds entries to a table and makes it, persistent, if it doesn't
-// exist, as pfctl -T add does. An entry that is there stays as it is, also when
+// exist, as pfctl -T add does. An entry that exists stays as it is, also when
 // it is negated otherwise. It returns how many were added. Addresses must be of
 // the kind AddrPrefix. The all-zero host isn't added, without an error.
 func (m *Machine) AddToTable(anchor, table string, addrs []Address) (int, error) {

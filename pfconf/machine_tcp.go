@@ -171,7 +171,7 @@ func (e *evaluation) measure(src, dst *peer) segment {
 }
 
 // shiftOf is by how much an end's windows are scaled. If the handshake wasn't
-// seen, or nobody scales, the kernel assumes the most there is.
+// seen, or neither end scales, the kernel assumes the most there is.
 func shiftOf(p *peer) uint8 {
 	if p.wscale&wscaleFlag != 0 {
 		return p.wscale & wscaleMask

@@ -136,6 +136,6 @@ func TestNames(t *testing.T) {
 		t.Errorf("got %q", got)
 	}
 	if _, err := Parse("pass proto udp to port local-dns\n"); err == nil {
-		t.Error("a service that nobody knows was read")
+		t.Error("an unknown service was read")
 	}
 }

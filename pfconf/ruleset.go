@@ -108,7 +108,7 @@ type Loaded struct {
 	// Anchors are the bodies of inline anchors, in the order in which they were
 	// read. Paths are whole: anchor "b" { } loaded into "a" is "a/b".
 	Anchors []LoadedAnchor
-	// Files are the load anchor lines, for whoever can read files.
+	// Files are the load anchor lines, for a caller that can read files.
 	Files []*LoadAnchor
 
 	// declared are all tables of the text, for the Machine: the rules of another

@@ -486,7 +486,7 @@ func (r *packetRun) field(at string, want json.RawMessage, before, after any) {
 	}
 }
 
-// ruleName is the vectors' name of who decided.
+// ruleName is the vectors' name of the deciding rule.
 func ruleName(h *Hook) string {
 	switch h.Decider {
 	case DecidedByRule:

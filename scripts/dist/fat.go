@@ -56,7 +56,7 @@ func layOut(slices [][]byte) ([]fatArch, uint64, error) {
 		}
 		align, known := alignments[f.Cpu]
 		if !known || seen[f.Cpu] || f.Type != macho.TypeExec {
-			return nil, 0, fmt.Errorf("a %v for %v: unknown, or there twice", f.Type, f.Cpu)
+			return nil, 0, fmt.Errorf("a %v for %v: unknown, or listed twice", f.Type, f.Cpu)
 		}
 		seen[f.Cpu] = true
 		start := (end + 1<<align - 1) &^ (1<<align - 1)

@@ -3,7 +3,7 @@
 //	go run ./scripts/dist -version v1.2.3
 //
 // For macOS it makes one universal executable, a Mach-O of two slices, since
-// nobody should have to know what processor a Mac has. The slice for arm64 must
+// no user should have to know what processor a Mac has. The slice for arm64 must
 // be signed, if only ad hoc, or the kernel kills it; Go's linker does that, and
 // nothing may touch a byte afterwards. So the slices are put side by side as they
 // are, and the signature is checked, page by page, before anything is packed.
