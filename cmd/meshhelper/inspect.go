@@ -248,7 +248,7 @@ func notHere(use, short string) *cobra.Command {
 	return &cobra.Command{
 		Use: use, Short: short + " (macOS)", DisableFlagParsing: true,
 		RunE: func(*cobra.Command, []string) error {
-			return api.Errorf(api.CodeUnsupported, "%s isn't there in this meshhelper", use).
+			return api.Errorf(api.CodeUnsupported, "%s isn't available on this platform", use).
 				WithHint("run the helper in the foreground: sudo meshhelper run")
 		},
 	}

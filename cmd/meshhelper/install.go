@@ -141,7 +141,7 @@ func (o *installOptions) describe(s api.Status, what *install.Options, boots boo
 		}
 	}
 	a.say("Next: meshhelper peer add phone --qr")
-	a.talk("to have the command in everybody's path: %s", what.Link())
+	a.talk("to have the command in every user's path: %s", what.Link())
 }
 
 // closedError is nil for a helper that enforces, and else says why it doesn't.

@@ -22,7 +22,7 @@ func newApp(p map[string]newPlatform) *app {
 }
 
 // isTerminal reports whether f is a character device, which a terminal is and a
-// file or pipe isn't; /dev/null is one, too, where nobody looks.
+// file or pipe isn't; /dev/null is one, too, which has no reader.
 func isTerminal(f *os.File) bool {
 	info, err := f.Stat()
 	return err == nil && info.Mode()&os.ModeCharDevice != 0

@@ -246,7 +246,7 @@ func (a *app) warnLAN(p api.Peer) {
 	}
 }
 
-// addressSet returns what belongs to somebody in s already.
+// addressSet returns the addresses that a peer or the host has in s.
 func addressSet(s api.Status) map[netip.Addr]bool {
 	taken := map[netip.Addr]bool{}
 	for _, a := range s.Addresses {

@@ -41,7 +41,7 @@ stock WireGuard app is printed, once: the private key is kept nowhere.`,
 	f := c.Flags()
 	f.StringVar(&o.publicKey, "public-key", "", "the peer's own `KEY`, in base64")
 	f.BoolVar(&o.own, "own", false, "a device of yours; it may connect to this host")
-	f.BoolVar(&o.external, "external", false, "somebody else's device (the default)")
+	f.BoolVar(&o.external, "external", false, "another person's device (the default)")
 	f.StringSliceVar(&o.addresses, "address", nil, "mesh `ADDRESS`, one per family (derived from the key)")
 	f.StringVar(&o.endpoint, "endpoint", "", "`HOST:PORT` where the peer is reached")
 	f.DurationVar(&o.keepalive, "keepalive", 0, "send something this often, such as 25s")
@@ -50,7 +50,7 @@ stock WireGuard app is printed, once: the private key is kept nowhere.`,
 	return c
 }
 
-// keyTries is how often a key is drawn again because somebody else added a peer
+// keyTries is how often a key is drawn again because another command added a peer
 // with its address in the meantime.
 const keyTries = 3
 
@@ -113,7 +113,7 @@ func (o *peerAddOptions) request() (api.NewPeer, error) {
 }
 
 // drawKey makes a private key here. Where its addresses are to be derived, it
-// is one whose addresses nobody has.
+// is one whose addresses are free.
 func (a *app) drawKey(ctx context.Context, derived bool) (wireguard.PrivateKey, error) {
 	s, err := a.client().Status(ctx)
 	if err != nil {

@@ -2,5 +2,5 @@
 
 package main
 
-// platforms returns the platforms of this build; none is there yet.
+// platforms returns the platforms of this build: none yet.
 func platforms() map[string]newPlatform { return nil }

@@ -91,7 +91,7 @@ func runHelper(ctx context.Context, o *runOptions) error {
 	defer closeLog()
 	err = o.help(ctx)
 	if err != nil && o.logFile != "" {
-		o.log.Error("the helper ends", "error", err) // stderr says it, too, if anybody reads that
+		o.log.Error("the helper ends", "error", err) // stderr says it, too, if it is read
 	}
 	return err
 }
@@ -161,7 +161,7 @@ func (o *runOptions) choose() (string, newPlatform, error) {
 	if o.platform != "auto" && !known {
 		return "", nil, usagef("platform %q is unknown: it is auto, darwin, linux or userspace", name)
 	}
-	return "", nil, api.Errorf(api.CodeUnsupported, "platform %q isn't there in this meshhelper for %s", name, runtime.GOOS)
+	return "", nil, api.Errorf(api.CodeUnsupported, "platform %q isn't available on %s", name, runtime.GOOS)
 }
 
 // daemon reads the flags and makes the daemon, which touches nothing of the
@@ -233,7 +233,7 @@ func parseAddresses(flag string, texts []string) (out []netip.Addr, err error) {
 	return out, nil
 }
 
-// access says who may do what on the socket. A helper that isn't root's belongs
+// access says what each user may do on the socket. A helper that isn't root's belongs
 // to the user who runs it.
 func (o *runOptions) access() (api.Access, error) {
 	a := api.Access{Operator: api.NoOperator, AdminGroups: []string{"sudo", "wheel"}}
@@ -279,7 +279,7 @@ func (o *runOptions) openLog() (closeLog func() error, err error) {
 			return nil, usagef("--log-file: %v", err)
 		}
 		out, closeLog = f, f.Close
-		// Nobody else empties the file that launchd makes of stderr.
+		// No other program empties the file that launchd makes of stderr.
 		if h, ok := o.app.stderr.(*os.File); ok {
 			if err := logfile.Bound(h, logfile.DefaultMaxSize); err != nil {
 				o.app.talk("meshhelper: bound stderr: %v", err)

@@ -157,7 +157,7 @@ func describePermissions(p api.Permissions) string {
 	return strings.Join(out, ", ")
 }
 
-// formatEnd shows a time in the zone of who reads it, to the second.
+// formatEnd shows a time in the reader's zone, to the second.
 func formatEnd(t time.Time) string { return t.Local().Format("2006-01-02 15:04:05 MST") }
 
 func describeHandshake(at *time.Time, now time.Time) string {

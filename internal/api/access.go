@@ -6,8 +6,9 @@ import (
 	"strconv"
 )
 
-// Credentials say who is at the other end of a connection, as the kernel noted
-// when it was made. A process that passes its socket on passes its rights on.
+// Credentials are those of the process at the other end of a connection, as the
+// kernel noted when it was made. A process that passes its socket on passes its
+// rights on.
 type Credentials struct {
 	UID uint32
 	GID uint32
@@ -15,9 +16,9 @@ type Credentials struct {
 	PID int32
 }
 
-// Access says who may read and who may change. Root always may both.
+// Access says which users may read and which may change. Root always may both.
 type Access struct {
-	// Operator may change, too; NoOperator when nobody but root may.
+	// Operator may change, too; NoOperator when only root may.
 	Operator uint32
 	// AdminGroups are the names of the groups whose members may read. One that
 	// doesn't exist has no members.

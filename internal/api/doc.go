@@ -3,8 +3,8 @@
 //
 // The wire types stand in types.go and are the contract with scripts. [Server]
 // answers requests from a [Service], which the daemon implements, after asking
-// the kernel who is at the other end of the connection ([Access] says who may
-// do what). [Client] is the other end.
+// the kernel which user is at the other end of the connection ([Access] says what
+// each may do). [Client] is the other end.
 //
 // Every local user may connect, so nothing here trusts a client: the number of
 // connections, the size of a body and the time that a request may take are

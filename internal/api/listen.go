@@ -25,8 +25,8 @@ var ErrHeld = errors.New("another helper answers there")
 const dialTimeout = 2 * time.Second
 
 // Listen makes the socket at path, which every local user may connect to. It
-// removes a socket that nobody holds any more, and nothing else: not a socket
-// that somebody answers on (ErrHeld), nor a file of another kind. The folder
+// removes a socket that no process holds any more, and nothing else: not a socket
+// that a process answers on (ErrHeld), nor a file of another kind. The folder
 // must be one that only its owner may write to, or others could put their own
 // socket there.
 func Listen(path string) (*net.UnixListener, error) {
@@ -43,7 +43,7 @@ func Listen(path string) (*net.UnixListener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen on socket %q: %w", path, err)
 	}
-	// Who may do what is decided by credentials, not by the mode.
+	// What a user may do is decided by credentials, not by the mode.
 	if err := os.Chmod(path, 0o666); err != nil {
 		l.Close()
 		return nil, fmt.Errorf("listen on socket %q: %w", path, err)
@@ -76,7 +76,7 @@ func checkFolder(folder string) error {
 	return nil
 }
 
-// removeDead removes the socket at path if nobody answers on it. Dialling
+// removeDead removes the socket at path if no process answers on it. Dialling
 // first is what keeps a second helper from taking a living one's socket away.
 func removeDead(path string) error {
 	info, err := os.Lstat(path)
@@ -101,7 +101,7 @@ func removeDead(path string) error {
 	return fmt.Errorf("%w, or is stuck: %w", ErrHeld, err)
 }
 
-// The bounds on connections at a time. Who may change has a bound of its own,
+// The bounds on connections at a time. A user who may change has a bound of its own,
 // so that no stranger can use up the operator's.
 const (
 	maxPerUser     = 16
@@ -109,7 +109,7 @@ const (
 	maxStrangers   = 128
 )
 
-// limited is a listener that knows who connects and refuses a connection too
+// limited is a listener that knows the user who connects and refuses a connection too
 // many, by closing it.
 type limited struct {
 	*net.UnixListener

@@ -183,7 +183,7 @@ func badMethod(allowed string) endpoint {
 	}
 }
 
-// guarded asks who is there before anything of the request is looked at, and
+// guarded asks for the client's user before anything of the request is looked at, and
 // bounds its body.
 func (s *Server) guarded(needs right, answer endpoint) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
@@ -202,7 +202,7 @@ func (s *Server) guarded(needs right, answer endpoint) http.HandlerFunc {
 	}
 }
 
-// admit refuses who may not, and records the attempt.
+// admit refuses a user who may not, and records the attempt.
 func (s *Server) admit(r *http.Request, needs right) error {
 	c, ok := r.Context().Value(connKey{}).(*peerConn)
 	if !ok {
@@ -328,7 +328,7 @@ func parseQuestion(values map[string][]string) (Question, error) {
 	q := Question{Proto: "icmp"}
 	for name, v := range values {
 		if len(v) != 1 {
-			return Question{}, Errorf(CodeBadRequest, "parameter %q is there %d times", name, len(v))
+			return Question{}, Errorf(CodeBadRequest, "parameter %q occurs %d times", name, len(v))
 		}
 		var err error
 		switch name {
@@ -444,6 +444,6 @@ func writeJSON(w http.ResponseWriter, status int, body any) {
 	w.WriteHeader(status)
 	encoder := json.NewEncoder(w)
 	encoder.SetEscapeHTML(false)
-	// The client may be gone; there is nobody to tell.
+	// The client may be gone; there is no one to tell.
 	_ = encoder.Encode(body)
 }

@@ -480,7 +480,7 @@ func TestListen(t *testing.T) {
 	if _, err := Listen(path); !errors.Is(err, ErrHeld) {
 		t.Errorf("a second helper: %v, want ErrHeld", err)
 	}
-	// As a killed process leaves it: the file is there, and nobody listens.
+	// As a killed process leaves it: the file exists, and no process listens.
 	l.SetUnlinkOnClose(false)
 	l.Close()
 	if _, err := os.Lstat(path); err != nil {

@@ -11,7 +11,7 @@ import (
 
 // The states of a helper, as Status.State says them.
 const (
-	// Starting: the mesh interface isn't there yet, or nothing was enforced yet.
+	// Starting: the mesh interface doesn't exist yet, or nothing was enforced yet.
 	Starting = "starting"
 	// Enforcing: the host holds the wanted state.
 	Enforcing = "enforcing"
@@ -23,7 +23,7 @@ const (
 // The kinds of peer.
 const (
 	Own      = "own"      // the same person's device
-	External = "external" // somebody else's
+	External = "external" // another person's
 )
 
 // Status is the answer to GET /v1/status.
@@ -198,7 +198,7 @@ type Config struct {
 
 // Question asks what happens to a packet.
 type Question struct {
-	// Peer is who sends it, by name, address or key.
+	// Peer is the sender, by name, address or key.
 	Peer string
 	// To is where to.
 	To    netip.Addr

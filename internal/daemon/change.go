@@ -16,7 +16,7 @@ import (
 // peer that it was about.
 type edit func(doc *document, now time.Time) (wireguard.PublicKey, error)
 
-// AddPeer adds a peer. One that is there already, with all that p says of it,
+// AddPeer adds a peer. One that already exists, with all that p says of it,
 // is no error.
 func (d *Daemon) AddPeer(ctx context.Context, p api.NewPeer) (api.Changed, error) {
 	return d.change(ctx, func(doc *document, now time.Time) (wireguard.PublicKey, error) {

@@ -79,7 +79,7 @@ func TestRefusals(t *testing.T) {
 			{"deny for", permit("lan", api.PermissionChange{For: new("1h")}), api.CodeBadPermission, "no end"},
 			{"typing error", patch("fone", api.PeerChange{}), api.CodeUnknownPeer, `did you mean "phone"?`},
 			{"swapped", patch("tabelt", api.PeerChange{}), api.CodeUnknownPeer, `did you mean "tablet"?`},
-			{"nobody", patch("zzzzzz", api.PeerChange{}), api.CodeUnknownPeer, "peer list"},
+			{"unknown", patch("zzzzzz", api.PeerChange{}), api.CodeUnknownPeer, "peer list"},
 			{"rename to taken", patch("phone", api.PeerChange{Name: "tablet"}), api.CodeNameTaken, `"tablet"`},
 			{"rename to odd", patch("phone", api.PeerChange{Name: "a/b"}), api.CodeBadName, `"a/b"`},
 			{"rekey to taken", patch("phone", api.PeerChange{PublicKey: keyOf("tablet")}), api.CodeKeyTaken, `"tablet"`},
@@ -152,7 +152,7 @@ func TestReferences(t *testing.T) {
 func TestRenameAndRemove(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		was := r.add("phone")
-		r.add("tablet") // moves up into the place of who is removed
+		r.add("tablet") // moves up into the place of the removed peer
 		rename := func(from, to string) (api.Changed, error) {
 			return r.d.ChangePeer(t.Context(), from, api.PeerChange{Name: to})
 		}

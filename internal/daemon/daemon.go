@@ -255,7 +255,7 @@ func (d *Daemon) loadKey(fresh bool) error {
 	case errors.Is(err, wireguard.ErrBadKey):
 		err = api.Errorf(api.CodeInternal, "%v", err).WithHint("nothing was touched; put the key back, for the peers know this host by it")
 	case errors.Is(err, wireguard.ErrExposedKey):
-		err = api.Errorf(api.CodeInternal, "%v", err).WithHint("who read it can be this host; run: chmod 600 %q", path)
+		err = api.Errorf(api.CodeInternal, "%v", err).WithHint("a program that read it can pose as this host; run: chmod 600 %q", path)
 	}
 	d.key = key
 	return err
@@ -264,8 +264,8 @@ func (d *Daemon) loadKey(fresh bool) error {
 // place finds the host's own addresses: those given, else derived from its key.
 func (d *Daemon) place() (err error) {
 	d.mesh = mesh{prefixes: d.opts.Prefixes, key: d.key.Public()}
-	nobody := func(netip.Addr) bool { return false }
-	if d.mesh.own, err = d.mesh.prefixes.Propose(d.mesh.key, nobody); err != nil {
+	free := func(netip.Addr) bool { return false }
+	if d.mesh.own, err = d.mesh.prefixes.Propose(d.mesh.key, free); err != nil {
 		return err
 	}
 	given := map[*netip.Addr]bool{}

@@ -1,11 +1,11 @@
 // Package daemon keeps a host equal to what its operator wants.
 //
 // What is wanted is one versioned document on disk (state.go, store.go), of which
-// every change makes a new generation. What is done about it is one loop
-// (loop.go): it observes the host, compiles the policy, and has the guard and a
-// [Platform] enforce it; reads back what is enforced; and cuts the flows of who
-// lost something. The loop is woken by changes of the document, by the platform's
-// [Watcher], by grants that end (clock.go), and by a tick that finds what nobody
+// every change makes a new generation. What is done about it is one loop (loop.go):
+// it observes the host, compiles the policy, and has the guard and a [Platform]
+// enforce it; reads back what is enforced; and cuts the flows of peers that lost a
+// permission. The loop is woken by changes of the document, by the platform's
+// [Watcher], by grants that end (clock.go), and by a tick that finds what no event
 // reports.
 //
 // A command's way: [Daemon.ChangePeer] checks what is asked for (request.go),
@@ -15,7 +15,7 @@
 // why in the status, and tries again with growing pauses. A command that waits
 // longer than its limit is answered "saved, not in force".
 //
-// The rule for everyone who works here: the loop alone talks to the platform and
+// The rule for changes here: the loop alone talks to the platform and
 // is the only writer of what it publishes; a published document or condition is
 // never changed. So nothing else needs to know about order.
 package daemon

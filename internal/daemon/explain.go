@@ -64,7 +64,7 @@ func (d *Daemon) Explain(_ context.Context, q api.Question) (api.Explanation, er
 
 // Explain judges q, whose Peer is a name, by r. With From and To, it judges the
 // way back of the flow that the peer opened to To; with From alone, a packet
-// that nobody asked for. The rule that holds the verdict is named in the
+// that is no answer. The rule that holds the verdict is named in the
 // language, unless that is zero.
 func Explain(r *policy.Ruleset, q api.Question, l Language) (api.Explanation, error) {
 	out := api.Explanation{Peer: q.Peer, Port: q.Port, Proto: q.Proto}
@@ -205,7 +205,7 @@ func checkFlows(c condition) api.Check {
 	if all > 0 {
 		check.Message += fmt.Sprintf("; all peers together have %d", all)
 	}
-	check.Hint = "its new flows are refused until others end; nobody else notices"
+	check.Hint = "its new flows are refused until others end; other peers aren't affected"
 	return check
 }
 

@@ -11,7 +11,7 @@ import (
 const maxEvents = 1024
 
 // journal is a ring of the last events. Readers take from it at their own pace;
-// one that is too slow misses some, and costs nobody anything.
+// one that is too slow misses some, and doesn't slow down the others.
 type journal struct {
 	wall func() time.Time
 
@@ -26,7 +26,7 @@ func newJournal(wall func() time.Time, listen func(api.Event)) *journal {
 	return &journal{wall: wall, newer: make(chan struct{}), listen: listen}
 }
 
-// Record adds an event and wakes who waits for one.
+// Record adds an event and wakes the readers that wait for one.
 func (j *journal) Record(e api.Event) {
 	j.mu.Lock()
 	defer j.mu.Unlock()

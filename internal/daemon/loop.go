@@ -291,8 +291,9 @@ func (l *loop) inspect(ctx context.Context, r *policy.Ruleset) error {
 	return nil
 }
 
-// narrow notes who has less under r than under what was enforced. Before the
-// first ruleset, flows of an earlier helper's time may be running, of any peer.
+// narrow notes the peers that have less under r than under what was enforced.
+// Before the first ruleset, flows of an earlier helper's time may be running, of
+// any peer.
 func (l *loop) narrow(r *policy.Ruleset) {
 	if l.current == nil {
 		l.narrowed = everyone(r)
@@ -302,8 +303,8 @@ func (l *loop) narrow(r *policy.Ruleset) {
 	l.current, l.host = r, r.Host()
 }
 
-// addNarrowed adds to who was narrowed, each peer once, so that what can't be cut for
-// long doesn't grow.
+// addNarrowed adds to the narrowed peers, each peer once, so that what can't be cut
+// for long doesn't grow.
 func (l *loop) addNarrowed(more []policy.Narrowed) {
 	at := make(map[policy.PeerID]int, len(l.narrowed))
 	for i, n := range l.narrowed {
@@ -339,7 +340,8 @@ func everyone(r *policy.Ruleset) []policy.Narrowed {
 	return out
 }
 
-// cut ends the flows of who was narrowed since the last time it succeeded.
+// cut ends the flows of the peers that were narrowed since the last time it
+// succeeded.
 func (l *loop) cut(ctx context.Context, r *policy.Ruleset) error {
 	if len(l.narrowed) == 0 {
 		return nil
@@ -373,7 +375,7 @@ func (l *loop) check(ctx context.Context) error {
 }
 
 // recordRepairs counts what was put right once per step: a flushed table is one
-// thing that somebody did, however many chains it had.
+// change by another program, however many chains it had.
 func (l *loop) recordRepairs(drift []Problem) {
 	more := map[string]int{}
 	for _, p := range drift {

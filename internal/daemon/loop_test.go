@@ -333,7 +333,7 @@ func TestLookThatFails(t *testing.T) {
 	}
 }
 
-// TestNarrowedStaysBounded has closing fail for long: who was narrowed is kept once.
+// TestNarrowedStaysBounded has closing fail for long: a narrowed peer is kept once.
 func TestNarrowedStaysBounded(t *testing.T) {
 	l := &loop{}
 	for i := range 1000 {
@@ -375,14 +375,14 @@ func TestRepair(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
 		start := time.Now()
-		r.host.Drift("somebody flushed the table")
+		r.host.Drift("the table was flushed")
 		for r.d.Status().Repairs == 0 && time.Since(start) < time.Minute {
 			r.after(10 * time.Millisecond)
 		}
 		if took := time.Since(start); took >= time.Second {
 			t.Errorf("repaired after %v, want under a second", took)
 		}
-		if got := r.events(api.EventRepair); len(got) != 1 || got[0] != "load filter: somebody flushed the table" {
+		if got := r.events(api.EventRepair); len(got) != 1 || got[0] != "load filter: the table was flushed" {
 			t.Errorf("events %q", got)
 		}
 		cuts := r.host.Cuts()
@@ -546,7 +546,7 @@ func TestTunnelDies(t *testing.T) {
 		r.add("phone")
 		r.mustAllow("phone", "routing", "")
 		old := r.tunnel
-		r.portTaken.Store(true) // somebody is quick to take its port
+		r.portTaken.Store(true) // another program is quick to take its port
 		old.Close()
 		r.after(time.Minute)
 		if s := r.d.Status(); s.State != api.Closed || len(s.Problems) != 1 || s.Problems[0].Step != "start WireGuard" {
@@ -709,7 +709,7 @@ func TestLeaveInTime(t *testing.T) {
 }
 
 // TestStorm has many clients toggle many peers at once. Every ruleset that was
-// loaded must be one that somebody asked for, and the last one the wanted.
+// loaded must be one that a client asked for, and the last one the wanted.
 func TestStorm(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		const clients, toggles, peers = 8, 25, 10

@@ -43,7 +43,7 @@ type Platform interface {
 
 	// Close takes the rules, routes, addresses and the interface away, in the
 	// reverse order of Enforce, and leaves the host as it was found. What stays
-	// on purpose (forwarding that somebody else came to need) is returned as
+	// on purpose (forwarding that another program came to need) is returned as
 	// problems. It works without Open too, for a crashed helper's leftovers.
 	Close(ctx context.Context) ([]Problem, error)
 }

@@ -161,7 +161,7 @@ func (d *Daemon) giveAddresses(doc *document, p *peer, given []string) (out [2]n
 	return out, nil
 }
 
-// freeHint proposes addresses that nobody has.
+// freeHint proposes addresses that are free.
 func (d *Daemon) freeHint(doc *document, key wireguard.PublicKey) string {
 	free, err := d.mesh.prefixes.Propose(key, func(a netip.Addr) bool { return d.owner(doc, a) != "" })
 	if err != nil {
@@ -209,13 +209,13 @@ func (d *Daemon) admit(doc *document, p *peer, asked api.NewPeer) error {
 	return nil
 }
 
-// samePeer reports what differs between a peer that is there and one that was
+// samePeer reports what differs between a peer that exists and one that was
 // asked for by its name; what the request leaves open doesn't.
 func samePeer(is, wanted *peer, asked api.NewPeer, now time.Time) error {
 	var differs string
 	switch {
 	case is.PublicKey != wanted.PublicKey:
-		return api.Errorf(api.CodeNameTaken, "peer %q is there already, with another key", is.Name).
+		return api.Errorf(api.CodeNameTaken, "peer %q already exists, with another key", is.Name).
 			WithHint("choose another name, or run: meshhelper peer remove %s", is.Name)
 	case asked.Kind != "" && is.Kind != wanted.Kind:
 		differs = "as " + is.Kind
@@ -228,7 +228,7 @@ func samePeer(is, wanted *peer, asked api.NewPeer, now time.Time) error {
 	default:
 		return samePermissions(is, asked, now)
 	}
-	return api.Errorf(api.CodeNameTaken, "peer %q is there already, %s", is.Name, differs).
+	return api.Errorf(api.CodeNameTaken, "peer %q already exists, %s", is.Name, differs).
 		WithHint("run: meshhelper peer remove %s, and add it again", is.Name)
 }
 
@@ -236,7 +236,7 @@ func samePermissions(is *peer, asked api.NewPeer, now time.Time) error {
 	for name, c := range asked.Permissions {
 		one, err := policy.ParsePermission(name)
 		if err == nil && policy.Grant(*is.Permissions.of(one)).In(now) != c.Allowed {
-			return api.Errorf(api.CodeNameTaken, "peer %q is there already, without %s", is.Name, name).
+			return api.Errorf(api.CodeNameTaken, "peer %q already exists, without %s", is.Name, name).
 				WithHint("run: meshhelper peer allow %s %s", is.Name, name)
 		}
 	}

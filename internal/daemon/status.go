@@ -65,7 +65,7 @@ type numbers struct {
 	guard  map[policy.PeerID]guard.PeerStats
 }
 
-// readNumbers returns nothing of a tunnel that isn't there or can't be read; the
+// readNumbers returns nothing of a tunnel that is closed or can't be read; the
 // loop says so in the problems.
 func readNumbers(c condition) (n numbers) {
 	if c.tunnel == nil {

@@ -175,7 +175,7 @@ func (diskFiles) SyncDir(dir string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-// openDir makes the state directory if it isn't there, and refuses one in which
+// openDir makes the state directory if it doesn't exist, and refuses one in which
 // others could replace the files.
 func openDir(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {

@@ -24,7 +24,7 @@ func (d *Daemon) watch(ctx context.Context, w Watcher) error {
 	}
 }
 
-// poke wakes who receives from c, without waiting for it.
+// poke wakes the receiver from c, without waiting for it.
 func poke(c chan struct{}) {
 	select {
 	case c <- struct{}{}:

@@ -6,7 +6,7 @@
 // that fails and can be repeated. Uninstalling goes on, works when the helper is
 // dead or half removed, and ends by saying what is left.
 //
-// A program that runs as root must not be replaceable by anybody else: it is
+// A program that runs as root must not be replaceable by any other user: it is
 // copied to a folder that only root can write, every folder above it is checked,
 // and launchd's own rules are checked before launchd sees the property list.
 package install

@@ -50,8 +50,8 @@ func (o *Options) checkJob(context.Context) error {
 	return nil
 }
 
-// makeDirs makes the folders that aren't there, and checks those that are: what
-// somebody else could write there would be read by root. The state is for root's
+// makeDirs makes the folders that don't exist, and checks those that do: what
+// another user could write there would be read by root. The state is for root's
 // eyes: it has the key.
 func (o *Options) makeDirs(context.Context) error {
 	for _, d := range []struct {
@@ -78,7 +78,7 @@ func (o *Options) makeDir(path string, mode os.FileMode) error {
 		return err
 	}
 	if !f.Mode.IsDir() || o.adopt(f).UID != 0 || f.Mode.Perm()&0o022 != 0 {
-		return fmt.Errorf("%s must be a folder that belongs to root and that nobody else can write (it is %v of user %d)", path, f.Mode, f.UID)
+		return fmt.Errorf("%s must be a folder that belongs to root and that no other user can write (it is %v of user %d)", path, f.Mode, f.UID)
 	}
 	return nil
 }

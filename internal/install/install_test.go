@@ -41,7 +41,7 @@ func newRig(t *testing.T) *rig {
 	g.mac.Launchd.Start = func(j *launchd.Job, _ int) {
 		program, err := os.ReadFile(filepath.Join(g.root, j.ProgramArguments[0]))
 		if err != nil {
-			t.Errorf("launchd started what isn't there: %v", err)
+			t.Errorf("launchd started what doesn't exist: %v", err)
 		}
 		g.lives, g.alive = append(g.lives, "start "+string(program)), true
 	}
@@ -56,7 +56,7 @@ func newRig(t *testing.T) *rig {
 		Runner: g.mac, Root: g.root,
 		Ready: func(context.Context) error {
 			if !g.alive {
-				return errors.New("nobody answers")
+				return errors.New("no answer")
 			}
 			return nil
 		},
@@ -176,7 +176,7 @@ func TestInstallRefuses(t *testing.T) {
 			dir := filepath.Join(g.root, programDir)
 			g.must(os.MkdirAll(dir, 0o755))
 			g.must(os.Chmod(dir, 0o775))
-		}, "nobody else can write"},
+		}, "no other user can write"},
 		"a parent that others can write": {func(g *rig) { g.must(os.Chmod(filepath.Join(g.root, "Library"), 0o777)) }, "it would run as root"},
 		"a link to the state": {func(g *rig) {
 			g.must(os.MkdirAll(filepath.Join(g.root, filepath.Dir(g.o.StateDir)), 0o755))
@@ -186,7 +186,7 @@ func TestInstallRefuses(t *testing.T) {
 		"a folder":         {func(g *rig) { g.o.Source = g.t.TempDir() }, "not a regular file"},
 		"a relative path":  {func(g *rig) { g.o.Source = "meshhelper" }, "not an absolute path"},
 		"a bad label":      {func(g *rig) { g.o.Label = "../x" }, "Label"},
-		"a silent helper":  {func(g *rig) { g.mac.Launchd.Start = nil }, "nobody answers"},
+		"a silent helper":  {func(g *rig) { g.mac.Launchd.Start = nil }, "no answer"},
 		"a hanging daemon": {func(g *rig) { g.mac.Hang("/bin/launchctl", true) }, "context deadline exceeded"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -313,7 +313,7 @@ func TestUninstallLeavesOthersLink(t *testing.T) {
 		t.Error(err)
 	}
 	if _, err := os.Readlink(link); err != nil {
-		t.Errorf("somebody else's link is gone: %v", err)
+		t.Errorf("another user's link is gone: %v", err)
 	}
 }
 

@@ -59,7 +59,7 @@ func (o *Options) Program() string { return programDir + "/" + o.Label }
 // List returns where the property list is installed.
 func (o *Options) List() string { return listDir + "/" + o.Label + ".plist" }
 
-// Link returns the command line that puts the command into everybody's path. It
+// Link returns the command line that puts the command into every user's path. It
 // isn't needed: the source runs as well.
 func (o *Options) Link() string {
 	return fmt.Sprintf("sudo ln -sf %s %s", o.Program(), linkPath)
@@ -82,7 +82,7 @@ func (o *Options) job() *launchd.Job {
 		KeepAlive:        &launchd.KeepAlive{Always: true},
 		// The default differs by release.
 		ExitTimeOut: new(ExitTimeOut),
-		// Unset, launchd throttles CPU and I/O of what forwards everybody's packets.
+		// Unset, launchd throttles CPU and I/O of what forwards all peers' packets.
 		ProcessType: launchd.Interactive,
 		Umask:       new(launchd.Umask(0o077)),
 		// The helper logs by itself; what lands here is a crash.

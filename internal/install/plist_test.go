@@ -15,7 +15,7 @@ import (
 )
 
 // TestListByAnotherParser reads the property list that install writes with a
-// parser made for this from the format's DTD, since whoever writes and reads with
+// parser made for this from the format's DTD, since a test that writes and reads with
 // one library never sees its mistakes.
 func TestListByAnotherParser(t *testing.T) {
 	g := newRig(t)
@@ -174,7 +174,7 @@ func (p plistParser) dict() (any, error) {
 			return nil, errors.Join(fmt.Errorf("<%s> %q where a key belongs", name, key), err)
 		}
 		if _, twice := d[key]; twice {
-			return nil, fmt.Errorf("key %q is there twice", key)
+			return nil, fmt.Errorf("key %q occurs twice", key)
 		}
 		if name, err = p.element(); err != nil {
 			return nil, err

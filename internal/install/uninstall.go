@@ -81,7 +81,7 @@ func (o *Options) remover(path string) func(context.Context) error {
 	}
 }
 
-// removeLink removes the link in everybody's path if it is ours.
+// removeLink removes the link in every user's path if it is ours.
 func (u *uninstaller) removeLink(ctx context.Context) error {
 	if to, err := os.Readlink(u.disk(linkPath)); err != nil || to != u.Program() {
 		return errNothing

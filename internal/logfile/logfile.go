@@ -42,7 +42,7 @@ const (
 
 	maxKeep = 9
 	// mode lets root's group read. What is logged has no keys in it, but it says
-	// who is in the mesh.
+	// which peers the mesh has.
 	mode = 0o640
 )
 
@@ -197,8 +197,8 @@ func (f *File) Close() error {
 }
 
 // openFile opens the log to append to, or makes it. A symbolic link, a pipe or a
-// device in its place is refused: root would write to, or wait for, whatever
-// somebody else chose.
+// device in its place is refused: root would write to, or wait for, a file that
+// another user chose.
 func openFile(path string) (handle, error) {
 	if dir, err := os.Lstat(filepath.Dir(path)); err != nil {
 		return nil, err
@@ -221,7 +221,7 @@ func openFile(path string) (handle, error) {
 	return h, nil
 }
 
-// same makes sure that nobody put a link there in the meantime.
+// same makes sure that no link was put there in the meantime.
 func same(h *os.File, path string) error {
 	opened, err := h.Stat()
 	if err != nil {
@@ -237,7 +237,7 @@ func same(h *os.File, path string) error {
 	return nil
 }
 
-// Bound empties a file that is open for appending and that nobody else bounds,
+// Bound empties a file that is open for appending and that no other program bounds,
 // such as the one that launchd makes of standard error, when it has more than
 // max bytes. What isn't a regular file is left alone.
 func Bound(h *os.File, max int64) error {

@@ -139,7 +139,7 @@ func TestRefusesLinks(t *testing.T) {
 				t.Errorf("told %d times", told)
 			}
 			if read(t, victim) != "mine" {
-				t.Error("somebody else's file was written")
+				t.Error("another user's file was written")
 			}
 			if _, err := os.Lstat(victim + ".new"); err == nil {
 				t.Error("a file was made where the link points")

@@ -23,7 +23,7 @@ type Prefixes struct {
 	V6 netip.Prefix // required: IPv6, /8 to /112
 }
 
-// DefaultPrefixes returns the prefixes of a mesh that nobody configured: the
+// DefaultPrefixes returns the prefixes of a mesh without configured ones: the
 // shared address space of RFC 6598 and a unique local prefix of RFC 4193.
 func DefaultPrefixes() Prefixes {
 	return Prefixes{
@@ -32,7 +32,7 @@ func DefaultPrefixes() Prefixes {
 	}
 }
 
-// allowed lists what mesh prefixes may lie in. Anything else is somebody's
+// allowed lists what mesh prefixes may lie in. Anything else is an
 // address on the internet, which would become unreachable for the host.
 var allowed = []netip.Prefix{
 	netip.MustParsePrefix("10.0.0.0/8"),
@@ -90,8 +90,8 @@ var reserved = []netip.Prefix{
 }
 
 // Check reports why a device must not have the address a: not in the prefixes
-// (of its family) or reserved (ErrReserved). Collisions are the caller's to
-// find, who knows what is taken.
+// (of its family) or reserved (ErrReserved). The caller finds
+// collisions, since it knows which addresses are taken.
 func (p Prefixes) Check(a netip.Addr) error {
 	prefix := p.V6
 	if a.Is4() {
@@ -164,7 +164,7 @@ const (
 //
 // read as a big endian number, where domain is "meshhelper address 1 ipv4" or
 // "… ipv6" and attempt is 0; the other bits are the prefix's. Any device that
-// knows a key and the prefixes gets the same addresses, so nobody needs to hand
+// knows a key and the prefixes gets the same addresses, so no server needs to hand
 // them out. The error wraps ErrReserved when one is reserved: draw another key
 // or use Propose.
 func (p Prefixes) Derive(key PublicKey) (Addresses, error) {

@@ -98,7 +98,7 @@ func allValid(prefixes []netip.Prefix) bool {
 }
 
 // Text returns c in the format of wg-quick(8), which all WireGuard apps import.
-// It holds the private key, so it belongs on the terminal of who asked and
+// It holds the private key, so it belongs on the terminal of the user who asked and
 // nowhere else. c must be valid; see Validate.
 func (c Config) Text() string {
 	var b strings.Builder
@@ -137,7 +137,7 @@ func list[T fmt.Stringer](values []T) string {
 // ParseConfig reads what Text writes, and what people make of it: sections and
 // keys in any case, comments, lists on several lines. It refuses what it
 // doesn't know, such as wg-quick's commands to run, because a configuration
-// that is understood in part isn't the one that somebody meant. Errors name
+// that is understood in part isn't the one that was meant. Errors name
 // the line, never its value, which may be a private key.
 func ParseConfig(text string) (Config, error) {
 	if len(text) > configLimit {

@@ -77,8 +77,8 @@ type Device struct {
 }
 
 // NewDevice starts a WireGuard device without peers and brings it up: some
-// platforms never report their tunnel device as up, so nobody else would. On
-// an error o.TUN is closed.
+// platforms never report their tunnel device as up, so the device wouldn't come up
+// by itself. On an error o.TUN is closed.
 func NewDevice(o Options) (*Device, error) {
 	if o.TUN == nil || o.Logger == nil || o.PrivateKey.IsZero() {
 		return nil, errors.New("start WireGuard: tunnel device, logger and private key are required")
@@ -236,7 +236,7 @@ func peerConfig(old, peer Peer, known bool) string {
 }
 
 // Remove removes the peer with key and ends its session. Removing a peer that
-// isn't there does nothing.
+// doesn't exist does nothing.
 func (d *Device) Remove(key PublicKey) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()

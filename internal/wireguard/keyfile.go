@@ -76,7 +76,7 @@ func WriteKeyFile(path string, key PrivateKey) error {
 
 // writeAtomic writes a temporary file beside path, syncs it, renames it over
 // path and syncs the folder. CreateTemp makes the file 0600 and exclusively,
-// so nobody can have it open before.
+// so no process can have it open before.
 func writeAtomic(path, text string) (err error) {
 	folder := filepath.Dir(path)
 	f, err := os.CreateTemp(folder, "."+filepath.Base(path)+".*")

@@ -27,7 +27,7 @@ type Host struct {
 	fault   func(step string) error
 	hangs   string // a step
 	facts   policy.Host
-	iface   string // empty while it isn't there
+	iface   string // empty while it doesn't exist
 	device  *device
 	loaded  *policy.Ruleset
 	drift   []platform.Problem
@@ -97,7 +97,7 @@ func (h *Host) Open(ctx context.Context, cfg platform.Interface) (tun.Device, er
 	case len(cfg.Addresses) != 2:
 		return nil, fmt.Errorf("%d addresses, want one IPv4 and one IPv6", len(cfg.Addresses))
 	case h.iface != "":
-		return nil, fmt.Errorf("interface %q is there already", h.iface)
+		return nil, fmt.Errorf("interface %q already exists", h.iface)
 	}
 	h.iface = cfg.Name
 	if h.iface == "" {
@@ -200,7 +200,7 @@ func (h *Host) Change(f func(*policy.Host)) {
 	h.report()
 }
 
-// Drift has somebody else change what is enforced, and reports it.
+// Drift has another program change what is enforced, and reports it.
 func (h *Host) Drift(message string) {
 	h.DriftQuietly(message)
 	h.report()
