@@ -1,4 +1,4 @@
-// Package flow knows who opened what. It judges packets at the tunnel by the
+// Package flow knows which end opened a flow. It judges packets at the tunnel by the
 // policy and by the flow that they belong to, in bounded memory.
 //
 // The policy says what a packet may that opens a flow. Whether a packet is one,

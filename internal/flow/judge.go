@@ -54,7 +54,7 @@ type Verdict struct {
 	// Rule decided; RuleNone for a packet of a flow that was found to pass before.
 	Rule policy.Rule
 
-	share *share // whose packet it is; nil for nobody's
+	share *share // whose packet it is; nil: no peer's
 }
 
 // Judge decides on one IP packet at the tunnel at the time now, which is
@@ -350,7 +350,7 @@ func (e *entry) advance(proto uint8, p *packet, d Direction, now Instant) (at ph
 }
 
 // cutIfLive cuts a flow that was found to be refused. A cut one stays cut for as
-// long as somebody sends.
+// long as an end sends.
 func (v *View) cutIfLive(s *share, e *entry, now Instant) {
 	if e == nil {
 		return
@@ -361,7 +361,7 @@ func (v *View) cutIfLive(s *share, e *entry, now Instant) {
 	}
 }
 
-// errorFromPeer judges an ICMP error that a peer sends: to who sent the packet
+// errorFromPeer judges an ICMP error that a peer sends: to the sender of the packet
 // that it quotes, which was sent to the peer itself, or else its flow isn't in the
 // peer's share.
 func (v *View) errorFromPeer(p *packet, s *share, now Instant) Verdict {

@@ -227,7 +227,7 @@ func TestHostOpens(t *testing.T) {
 	}
 }
 
-// TestOnlyTheHostOpens sends to C from everybody else.
+// TestOnlyTheHostOpens sends to C from every other host.
 func TestOnlyTheHostOpens(t *testing.T) {
 	l := newLab(t, 7, Options{})
 	for _, src := range []netip.Addr{
@@ -313,8 +313,8 @@ func TestErrors(t *testing.T) {
 				l.from(true, c.ask(flowtest.SYN))
 				l.to(true, toC)
 				l.from(true, fromC)
-				// To somebody else than who sent the quoted packet, about the other
-				// direction, about a packet of another flow, and cut short.
+				// To another host than the sender of the quoted packet, about the
+				// other direction, about a packet of another flow, and cut short.
 				l.to(false, about(tt.router, tt.opener, icmpType, c.answer(flowtest.ACK)), about(tt.router, tt.opener, icmpType, c.strayer()))
 				l.from(false, about(tt.opener, tt.router, icmpType, c.answer(flowtest.ACK)), about(tt.opener, tt.other, icmpType, c.ask(flowtest.ACK)))
 				header := len(c.ask(0)) - len(c.ask(0)[20:])

@@ -210,7 +210,7 @@ func drawEcho(t *rapid.T, p *packetOf, src, dst netip.Addr) {
 	}
 }
 
-// drawError makes an error about p, sent back to its source by somebody.
+// drawError makes an error about p, sent back to its source.
 func drawError(t *rapid.T, p packetOf) packetOf {
 	by := rapid.SampledFrom([]netip.Addr{p.to.netip(p.v6), flowtest.Net4, flowtest.PeerC4, flowtest.HostB4}).Draw(t, "by")
 	if by.Is6() != p.v6 {

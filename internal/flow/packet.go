@@ -342,7 +342,7 @@ func (p *packet) parseTCP(b []byte) bool {
 	p.readPorts(b)
 	size := int(b[12]>>4) * 4
 	p.flags = b[13]
-	// An answer or a reset opens nothing: who sends it first lost its memory.
+	// An answer or a reset opens nothing: an end that sends it first lost its memory.
 	p.opens = p.flags&tcpRST == 0 && p.flags&(tcpSYN|tcpACK) != tcpSYN|tcpACK
 	return size >= headerTCP && size <= len(b)
 }
@@ -361,7 +361,7 @@ func (p *packet) parseUDP(b []byte) bool {
 }
 
 // parseICMP reads type and identifier. A query has its identifier as the port of
-// who asks and its type as the other's, an answer the reverse, so that the
+// the asking end and its type as the other's, an answer the reverse, so that the
 // answer to a query and to nothing else is the reverse of it.
 func (p *packet) parseICMP(b []byte) bool {
 	if len(b) < headerICMP {
@@ -372,7 +372,7 @@ func (p *packet) parseICMP(b []byte) bool {
 	if p.isError = isError(p.icmpType, p.v6); !p.isError {
 		return true
 	}
-	// Nobody fragments an error; in pieces its quote can't be judged.
+	// No host fragments an error; in pieces its quote can't be judged.
 	if p.fragment != whole {
 		return false
 	}
@@ -434,8 +434,8 @@ func (p *packet) ask(in string, asked *policy.Packet) {
 }
 
 // parseQuote reads the start of the packet that an ICMP error quotes, which is
-// cut somewhere behind its ports. ok is false where the ports aren't there, and
-// for a quoted error, which nobody may answer (RFC 1122 section 3.2.2).
+// cut somewhere behind its ports. ok is false where the ports are missing, and
+// for a quoted error, which no host may answer (RFC 1122 section 3.2.2).
 func parseQuote(b []byte, v6 bool) (t tuple, ok bool) {
 	var q packet
 	if v6 {

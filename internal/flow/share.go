@@ -116,7 +116,7 @@ func (s *share) drop(e *entry) {
 	e.next, s.free = s.free, e
 }
 
-// add makes an entry for a flow that isn't there and that opener may open. It has
+// add makes an entry for a flow that isn't in memory and that opener may open. It has
 // no state yet, so set is to follow.
 func (s *share) add(k key, opener Direction, now Instant) *entry {
 	s.expire(now)

@@ -212,7 +212,7 @@ func (s *share) resize(memory int) {
 }
 
 // Settle cuts the flows that passed by old (nil at first) and that v refuses. It
-// is called when nobody judges by old any more.
+// is called when no packet is judged by old any more.
 func (v *View) Settle(old *View) {
 	if old == nil {
 		return

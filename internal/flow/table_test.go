@@ -10,7 +10,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// flood has a peer open n new flows that nobody answers, and returns how many it
+// flood has a peer open n new flows that get no answer, and returns how many it
 // could. The others are refused for their number.
 func (l *lab) flood(peer netip.Addr, n int) (opened int) {
 	l.t.Helper()
@@ -39,7 +39,7 @@ func (l *lab) fill(peer netip.Addr) (opened int) {
 	return opened
 }
 
-// TestFlood lets C open 200,000 flows that nobody answers, while C and A have
+// TestFlood lets C open 200,000 flows that get no answer, while C and A have
 // running ones of each kind. None of those is lost, A and the host open others
 // all the time, and what C holds is bounded.
 func TestFlood(t *testing.T) {

@@ -1,6 +1,6 @@
 // Package guard judges every packet of every peer in our own process, before
-// the kernel or WireGuard sees it: a tun.Device around a tun.Device. Nobody
-// else's software can switch it off, and it holds the whole of the policy that
+// the kernel or WireGuard sees it: a tun.Device around a tun.Device. No other
+// program can switch it off, and it holds the whole of the policy that
 // can be told at the tunnel, so the packet filter behind it may fail.
 //
 // How a daemon uses it:

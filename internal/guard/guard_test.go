@@ -541,7 +541,7 @@ func TestSetIsABarrier(t *testing.T) {
 }
 
 // TestToggleLosesNothing changes C's permissions while the host talks with C and
-// another peer talks with the host. What nobody denied loses no packet.
+// another peer talks with the host. No packet is lost of what stays permitted.
 func TestToggleLosesNothing(t *testing.T) {
 	g := New(newFakeTUN(t), Options{})
 	rulesets := []*policy.Ruleset{flowtest.Picture(t, 7), flowtest.Picture(t, 0), flowtest.Picture(t, policy.Routing)}

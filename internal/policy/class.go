@@ -82,7 +82,7 @@ type classes struct {
 	table bart.Fast[dest]
 }
 
-// add enters a prefix; where it is there already the first class counts.
+// add enters a prefix; where it was entered before the first class counts.
 func (c *classes) add(class Class, peer int32, ps ...netip.Prefix) {
 	for _, p := range ps {
 		p = p.Masked()

@@ -198,7 +198,7 @@ func (r *Ruleset) fromElsewhere(p *Packet) Verdict {
 
 // isTunnel reports whether the packet is one of WireGuard's own: what it carries is
 // sealed, and no outer address of a peer is to keep it from arriving, were it a
-// mesh address. A known peer's mesh address is no outer address of anybody: it is
+// mesh address. A known peer's mesh address is no outer address of any peer: it is
 // routed into the tunnel, which would carry itself.
 func (r *Ruleset) isTunnel(p *Packet, own bool, to Class) bool {
 	if p.Proto != ProtoUDP || r.mesh.ListenPort == 0 {

@@ -5,7 +5,7 @@
 // It is a pure function. [Compile] takes the wanted mesh, what was observed of
 // the host, and a time, and returns a [Ruleset]: immutable, safe for use by many
 // goroutines, and quick to ask. There is no I/O here, no clock and no state;
-// whoever knows flows asks about the packet that opened the flow.
+// a caller that knows flows asks about the packet that opened the flow.
 //
 // # The model
 //

@@ -102,7 +102,7 @@ func ReadHost(r io.Reader) (Host, error) {
 
 // Validate reports the first thing that cannot be true of a host: a missing or
 // overlong interface name (15 bytes is the longest on Linux and macOS), a name
-// that is there twice, an invalid or IPv4-mapped address, one with a zone, or one
+// that occurs twice, an invalid or IPv4-mapped address, one with a zone, or one
 // of the wrong family.
 func (h Host) Validate() error {
 	if err := validateName(h.Interface); err != nil {

@@ -167,8 +167,8 @@ func TestDecideRules(t *testing.T) {
 		{"to the host's mesh address", nil, Packet{In: "en5", Src: lan, Dst: hostA4, Proto: ProtoUDP}, RuleToHost},
 		{"to it by loopback", nil, Packet{In: "lo0", Src: hostA4, Dst: hostA4, Proto: ProtoUDP}, RuleNotOurs},
 		{"LAN to a peer", nil, Packet{In: "en5", Src: lan, Dst: c4, Proto: ProtoUDP}, RuleToPeer},
-		{"LAN to nobody", nil, Packet{In: "en5", Src: lan, Dst: addr("100.100.1.1"), Proto: ProtoUDP}, RuleNobody},
-		{"host to nobody", nil, Packet{Src: hostA4, Dst: addr("100.100.1.1"), Proto: ProtoUDP}, RuleNobody},
+		{"LAN to an unassigned address", nil, Packet{In: "en5", Src: lan, Dst: addr("100.100.1.1"), Proto: ProtoUDP}, RuleNobody},
+		{"host to an unassigned address", nil, Packet{Src: hostA4, Dst: addr("100.100.1.1"), Proto: ProtoUDP}, RuleNobody},
 		{"host to a peer", nil, Packet{Src: hostA4, Dst: c4, Proto: ProtoUDP}, RuleHostToPeer},
 		{"host to a peer with another source", nil, Packet{Src: addr("192.168.77.1"), Dst: c4, Proto: ProtoUDP}, RuleForeignSource},
 		{"host redirects a peer", nil, Packet{Src: hostA4, Dst: c4, Proto: ProtoICMP, ICMPType: 5}, RuleRedirect},
@@ -390,7 +390,7 @@ func TestDefaultRoutes(t *testing.T) {
 
 func TestCompileRefuses(t *testing.T) {
 	for want, change := range map[string]func(*Mesh, *Host){
-		"is there twice":             func(m *Mesh, _ *Host) { m.Peers[1].Name = "c" },
+		"listed twice":               func(m *Mesh, _ *Host) { m.Peers[1].Name = "c" },
 		"another peer has its key":   func(m *Mesh, _ *Host) { m.Peers[1].ID = m.Peers[0].ID },
 		`taken by peer "c"`:          func(m *Mesh, _ *Host) { m.Peers[1].Addresses = m.Peers[0].Addresses },
 		"taken by the host":          func(m *Mesh, _ *Host) { m.Peers[1].Addresses = m.Addresses },
@@ -415,14 +415,14 @@ func TestCompileRefuses(t *testing.T) {
 	}
 }
 
-// TestOthers checks whose part of the mesh prefixes is somebody else's.
+// TestOthers checks which part of the mesh prefixes has another owner.
 func TestOthers(t *testing.T) {
 	for _, tt := range []struct {
 		about  string
 		change func(*Mesh, *Host)
 		want   string
 	}{
-		{"nobody's", nil, ""},
+		{"no other owner", nil, ""},
 		{"another VPN's routes", func(_ *Mesh, h *Host) {
 			h.Interfaces = append(h.Interfaces, Interface{"utun4", prefixes("100.99.1.1/32")})
 			h.Routes = append(h.Routes, Route{prefix("100.101.2.3/32"), "utun4"}, Route{prefix("100.100.100.100/32"), "utun4"})

@@ -161,7 +161,7 @@ func TestMeshAddressesStayIn(t *testing.T) {
 			case in(s.Former, p.Dst) && v.Pass:
 				t.Fatalf("%+v reaches a former peer's address: %v", p, v.Rule)
 			case in(s.Mesh, p.Dst) && !in(s.Others, p.Dst) && v.Pass:
-				t.Fatalf("%+v reaches a mesh address of nobody: %v", p, v.Rule)
+				t.Fatalf("%+v reaches an unassigned mesh address: %v", p, v.Rule)
 			case in(s.Others, p.Dst) && !in(s.Former, p.Dst) && p.In == "" && !v.Pass:
 				t.Fatalf("%+v is another's and is refused: %v", p, v.Rule)
 			}

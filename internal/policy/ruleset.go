@@ -57,7 +57,7 @@ type Sets struct {
 
 // Compile makes the ruleset for a mesh on a host as of the time now; grants that
 // end later are reported by [Ruleset.Expires]. It refuses what would make a
-// source ambiguous: an address, name or ID that is there twice, a peer with the
+// source ambiguous: an address, name or ID that occurs twice, a peer with the
 // host's address or none, and facts that [Host.Validate] refuses.
 func Compile(mesh Mesh, host Host, now time.Time) (*Ruleset, error) {
 	if err := host.Validate(); err != nil {
@@ -216,7 +216,7 @@ func (m Mesh) validate() error {
 	for _, p := range m.Peers {
 		switch {
 		case names[p.Name]:
-			return fmt.Errorf("peer %q is there twice", p.Name)
+			return fmt.Errorf("peer %q is listed twice", p.Name)
 		case ids[p.ID]:
 			return fmt.Errorf("peer %q: another peer has its key", p.Name)
 		case len(p.Addresses) == 0:

@@ -67,7 +67,7 @@ var ruleTexts = [...]string{
 	RuleNoUplink:      "the host has no default route for this address family",
 	RuleForeignSource: "the host reaches its peers from its mesh address only",
 	RuleToHost:        "the host's mesh addresses are reached by the mesh only",
-	RuleToPeer:        "nobody outside the mesh opens a flow to a peer",
+	RuleToPeer:        "no host outside the mesh opens a flow to a peer",
 	RuleFormer:        "the mesh address was a peer's until less than a day ago",
 	RuleNobody:        "no peer has this mesh address",
 	RuleClosedTransit: "the host did not forward before the helper came, so it doesn't forward for others",
