@@ -16,11 +16,11 @@ import (
 )
 
 // Cut implements the daemon's contract. The table already judges each packet by
-// who opened its flow, so that flows through the host are dead since Enforce.
+// the opener of its flow, so that flows through the host are dead since Enforce.
 // What is left are flows to the host itself: once conntrack forgets one, the
 // host's next packet would look like a flow that the host opens. So the host's
 // end stays closed for as long as the flow would have lived. The entries stay
-// too: as long as an end sends, they remember who opened the flow.
+// too: as long as an end sends, they remember the opener of the flow.
 func (p *Platform) Cut(_ context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
 	if len(narrowed) == 0 {
 		return nil
@@ -74,7 +74,7 @@ func addrOf(ip net.IP) netip.Addr {
 }
 
 // hasPorts reports whether a protocol that passes has ports. ICMP needs none of
-// this: conntrack lets nobody open a flow with an answer.
+// this: conntrack lets no end open a flow with an answer.
 func hasPorts(proto uint8) bool { return proto == unix.IPPROTO_TCP || proto == unix.IPPROTO_UDP }
 
 // opener is the packet that opened a flow.

@@ -13,7 +13,7 @@
 // [Text] prints the table in nft's language; it is the best introduction. Its
 // shape:
 //
-//	ingress      before conntrack: who may claim which source, on which interface
+//	ingress      before conntrack: which host may have which source, on which interface
 //	judge        before other software's redirects: each packet of a peer
 //	input        what the kernel takes for the host itself
 //	forward      what it forwards, from the mesh and to it
@@ -22,10 +22,10 @@
 //	egress       the last look: nothing for a peer leaves in clear
 //
 // Nothing passes because it is "established". Every packet carries, by its
-// conntrack entry, who opened its flow and to where; the chain permitted looks
+// conntrack entry, which end opened its flow and to where; the chain permitted looks
 // that up in the permission sets as they are now. So a permission that is taken
 // away stops running flows in both directions with one set element, and there is
 // nothing to flush. Conntrack entries of cut flows are left where they are on
-// purpose: while an end keeps sending, the entry remembers who opened the flow,
+// purpose: while an end keeps sending, the entry remembers the opener of the flow,
 // so that it can't be opened anew the other way round.
 package linux

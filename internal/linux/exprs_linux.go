@@ -40,7 +40,7 @@ func ct(key expr.CtKey, size uint32) load {
 	return load{into: func(reg uint32) expr.Any { return &expr.Ct{Key: key, Register: reg} }, size: size}
 }
 
-// option reads whether an option or extension header is there.
+// option reads whether the packet has an option or extension header.
 func option(op expr.ExthdrOp, number byte) load {
 	return load{into: func(reg uint32) expr.Any {
 		return &expr.Exthdr{DestRegister: reg, Type: number, Len: 1, Flags: unix.NFT_EXTHDR_F_PRESENT, Op: op}

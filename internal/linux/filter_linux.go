@@ -37,7 +37,7 @@ type filter struct {
 	// loaded.
 	rules map[string][]string
 	// checked is the generation of nftables at which the kernel was found to hold
-	// what was loaded; 0 for none. Each transaction of anybody's makes a new one,
+	// what was loaded; 0 for none. Each transaction of any program makes a new one,
 	// so that nothing has changed as long as it is the same.
 	checked uint32
 	// ours is the generation that our last transaction made.
@@ -92,7 +92,7 @@ func (f *filter) holds(t *table) bool {
 const loadTries = 5
 
 // load replaces the whole table, and reads its rules back. What is read is only
-// believed when nobody has changed anything in between.
+// believed when no program has changed anything in between.
 func (f *filter) load(t *table) error {
 	f.loaded = nil
 	for range loadTries {
@@ -120,7 +120,7 @@ func (f *filter) load(t *table) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("load table inet %s: somebody else keeps changing nftables", tableName)
+	return fmt.Errorf("load table inet %s: another program keeps changing nftables", tableName)
 }
 
 // replace sends the whole table in one transaction. What was cut stays cut.
@@ -130,7 +130,7 @@ func (f *filter) replace(t *table) error {
 		return err
 	}
 	ours := ourTable()
-	// Deleting what isn't there is an error, adding what is there isn't.
+	// Deleting what doesn't exist is an error, adding what exists isn't.
 	f.conn.AddTable(ours)
 	f.conn.DelTable(ours)
 	f.conn.AddTable(ours)

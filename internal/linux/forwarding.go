@@ -73,7 +73,7 @@ func (f *forwarding) refresh() (moved bool) {
 }
 
 // found4 reports whether the host forwards IPv4 by itself. This package never
-// writes the global flag, so that what it says is always somebody else's.
+// writes the global flag, so that what it says is always another program's.
 func (f *forwarding) found4() bool {
 	v, err := f.sys.read("ipv4/ip_forward")
 	return err == nil && v != "0"
@@ -221,7 +221,7 @@ func rank(iface string) int {
 }
 
 // giveBack restores the changed sysctls that which picks and forgets them, last
-// change first. What somebody else has changed meanwhile stays as it is.
+// change first. What another program has changed meanwhile stays as it is.
 func (f *forwarding) giveBack(which func(saved) bool) error {
 	moved := f.refresh()
 	var errs []error
@@ -262,7 +262,7 @@ func returnRank(s saved) int {
 // made of it, is still there.
 func (f *forwarding) restore(s saved) error {
 	if strings.HasPrefix(s.Name, "ipv4/") && f.found4() {
-		return nil // somebody switched the whole host on: it stays so
+		return nil // another program switched the whole host on: it stays so
 	}
 	now, err := f.sys.read(s.Name)
 	if errors.Is(err, fs.ErrNotExist) || err == nil && now == s.Found {
@@ -273,7 +273,7 @@ func (f *forwarding) restore(s saved) error {
 	}
 	_, key, _ := splitSysctl(s.Name)
 	if now != s.Set && key == "accept_ra" {
-		return nil // somebody else's choice
+		return nil // another program's choice
 	}
 	f.step(StepRestore)
 	if err := f.sys.write(s.Name, s.Found); err != nil {

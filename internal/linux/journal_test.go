@@ -41,7 +41,7 @@ func TestJournalThatCantBeWritten(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "gone")
 	j := &journal{Version: journalVersion, Changed: []saved{{"ipv4/conf/eth0/forwarding", 2, "0", "1"}}}
 	if err := j.write(dir); err == nil {
-		t.Error("a journal was written to a directory that isn't there")
+		t.Error("a journal was written to a directory that doesn't exist")
 	}
 }
 

@@ -54,7 +54,7 @@ func explainTUN(name string, err error) error {
 	case errors.Is(err, unix.EBUSY), errors.Is(err, unix.EEXIST):
 		e.Hint = "choose another --interface"
 	case errors.Is(err, unix.EINVAL):
-		e.Hint = "an interface has a name of 1 to 15 bytes, and nobody else has it"
+		e.Hint = "an interface has a name of 1 to 15 bytes, and no other interface has it"
 	}
 	return e
 }
@@ -155,7 +155,7 @@ func (l link) setAddrs(want []netip.Addr, before func()) error {
 	return nil
 }
 
-// rename gives the interface its name back where somebody has changed it: the
+// rename gives the interface its name back where another program has changed it: the
 // table's rules go by the name.
 func (l link) rename(name string) error {
 	now, err := l.nl.LinkByIndex(l.index)
@@ -236,7 +236,7 @@ func (l link) route(r hostRoute) *netlink.Route {
 		nr.Src = r.source.AsSlice()
 	}
 	if r.to.Is6() {
-		// 0 would mean 1024: anybody's route would win.
+		// 0 would mean 1024: any other route would win.
 		nr.Priority = 1
 		nr.Scope = netlink.SCOPE_UNIVERSE
 	}

@@ -26,8 +26,8 @@ func lock() (*net.UnixListener, error) {
 	return l, nil
 }
 
-// lockHolder says which process holds the lock: whoever could take it could also
-// be somebody who only wants the helper not to start.
+// lockHolder says which process holds the lock: a program that could take it could
+// also be a program that only wants the helper not to start.
 func lockHolder() string {
 	c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: lockName, Net: "unix"})
 	if err != nil {

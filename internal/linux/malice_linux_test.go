@@ -125,7 +125,7 @@ func fragments(rnd *rand.Rand, b []byte) [][]byte {
 }
 
 // TestMutatedPackets has ann, who may only route, send damaged packets to
-// everybody. What comes out by the uplink has the uplink's source and a
+// all hosts. What comes out by the uplink has the uplink's source and a
 // destination of the internet; nothing comes out anywhere else.
 func TestMutatedPackets(t *testing.T) {
 	packets := 100000

@@ -72,7 +72,7 @@ const (
 	notInSet
 	hasBits // one of the value's bits is set
 	inside  // the value is an address, and the mask's bits of it are the same
-	present // the header or option is there
+	present // the header or option is in the packet
 	found   // for returnPath: there is one
 )
 
@@ -323,7 +323,7 @@ func rangeOf(key, after []byte) element {
 	return element{key, after, first.String() + "-" + last.String()}
 }
 
-// ranges makes an interval set. Prefixes inside others, and what is there twice,
+// ranges makes an interval set. Prefixes inside others, and what occurs twice,
 // are left out, because the kernel refuses ranges that overlap.
 func ranges(name, typ string, ps []netip.Prefix) set {
 	s := set{name: name, types: []string{typ}, interval: true}

@@ -308,7 +308,7 @@ func (e *evaluator) condition(regs registers, x expr.Any, s sample, r *nftables.
 	return true, false
 }
 
-// meta returns what a packet of ours has: UDP, no mark, to nobody in particular.
+// meta returns what a packet of ours has: UDP, no mark, no particular destination.
 func (e *evaluator) meta(key expr.MetaKey, s sample) []byte {
 	native := func(v int) []byte { return binary.NativeEndian.AppendUint32(nil, uint32(v)) }
 	switch key {

@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// foreign is somebody else's nftables.
+// foreign is nftables of another program.
 type foreign struct {
 	conn  *nftables.Conn
 	table *nftables.Table

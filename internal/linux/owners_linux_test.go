@@ -71,7 +71,7 @@ func owned() policy.Mesh {
 	return m
 }
 
-// TestOwners gives a part of the mesh prefix to somebody else, as other software
+// TestOwners gives a part of the mesh prefix to another owner, as other software
 // and networks do, and sends there and around it.
 func TestOwners(t *testing.T) {
 	a := netlab.Addresses()
@@ -92,7 +92,7 @@ func TestOwners(t *testing.T) {
 		arrives, at string
 	}{
 		{
-			name: "nobody",
+			name: "no other owner",
 			refused: `100.101.2.3 100.100.100.100 100.100.2.136 100.127.0.1
 				fd6d:6573:6800::53 fd6d:6573:6800:ffff::1`,
 		},
@@ -193,7 +193,7 @@ func TestOwners(t *testing.T) {
 			for _, d := range []netip.Addr{bob4, bob6, gone4, gone6} {
 				send(d, 0, "")
 			}
-			// A peer reaches nobody's part.
+			// A peer reaches no owner's part.
 			for _, x := range tt.reaches {
 				n++
 				src := ann4
@@ -222,7 +222,8 @@ func TestOwners(t *testing.T) {
 }
 
 // TestWireGuardsOwn checks that what WireGuard itself sends and gets passes,
-// whatever the outer address of a peer is, and that nobody else passes by that.
+// whatever the outer address of a peer is, and that no other program's packets pass
+// by that.
 func TestWireGuardsOwn(t *testing.T) {
 	w := newWorld(t)
 	w.open()

@@ -26,7 +26,7 @@ import (
 )
 
 // sysctlRoot is where the kernel shows the network's sysctls of the network
-// namespace of whoever looks.
+// namespace of the process that looks.
 const sysctlRoot = "/proc/sys/net"
 
 // Platform makes this Linux host enforce rulesets. Its methods but Watch are
@@ -286,7 +286,7 @@ func (p *Platform) Observe(context.Context) (policy.Host, error) {
 }
 
 // hasIPv6 reports whether the kernel speaks IPv6 on the mesh interface, whatever
-// somebody has renamed it to.
+// its name is now.
 func (p *Platform) hasIPv6() bool {
 	now, ok := p.nameOf(p.link.index)
 	if !ok {
@@ -352,7 +352,7 @@ func (p *Platform) setAddresses(r *policy.Ruleset, ipv6 bool) error {
 	return named(StepAddresses, err)
 }
 
-// enforceTable makes the kernel hold the table, also when somebody else has
+// enforceTable makes the kernel hold the table, also when another program has
 // changed it. Where it can't be had, nothing of a peer is to pass.
 func (p *Platform) enforceTable(r *policy.Ruleset) error {
 	t := compile(r, p.params())
@@ -453,7 +453,7 @@ func (p *Platform) release() error {
 	return errors.Join(p.watch.close(), p.routes.Close(), p.filter.close())
 }
 
-// left says what of our doing stays because somebody else came to need it.
+// left says what of our doing stays because another program came to need it.
 func (p *Platform) left() []platform.Problem {
 	ours := slices.ContainsFunc(p.forward.j.Changed, func(s saved) bool { return strings.HasPrefix(s.Name, "ipv4/") })
 	if !ours || !p.forward.found4() {
@@ -461,7 +461,7 @@ func (p *Platform) left() []platform.Problem {
 	}
 	return []platform.Problem{{
 		Step:    StepRestore,
-		Message: "IPv4 forwarding stays on: somebody else switched it on (net.ipv4.ip_forward) while the helper ran",
+		Message: "IPv4 forwarding stays on: another program switched it on (net.ipv4.ip_forward) while the helper ran",
 		Hint:    "sysctl net.ipv4.ip_forward=0 switches it off, if nothing needs it any more",
 	}}
 }

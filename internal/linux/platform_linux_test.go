@@ -40,7 +40,7 @@ func TestHostIsLeftAsFound(t *testing.T) {
 					t.Errorf("after Enforce: %+v", report)
 				}
 				if w.journalExists() == (found == "1") {
-					t.Error("the journal is there where nothing was changed, or isn't where something was")
+					t.Error("the journal exists where nothing was changed, or doesn't where something was")
 				}
 			}
 			if left := w.close(); len(left) > 0 {
@@ -56,7 +56,7 @@ func TestHostIsLeftAsFound(t *testing.T) {
 	}
 }
 
-// die is what a SIGKILL leaves: the kernel closes the files, nobody cleans up.
+// die is what a SIGKILL leaves: the kernel closes the files, and nothing cleans up.
 func (g *rig) die() {
 	g.t.Helper()
 	if g.p == nil {
@@ -73,8 +73,7 @@ func (g *rig) die() {
 }
 
 // TestKilledHelperIsCleanedUp kills the platform while all is open. Until the
-// next one cleans up, nothing for a peer leaves in clear and nobody is forwarded
-// for.
+// next one cleans up, nothing for a peer leaves in clear and nothing is forwarded.
 func TestKilledHelperIsCleanedUp(t *testing.T) {
 	w := newWorld(t)
 	w.findForwarding("0")
@@ -135,8 +134,8 @@ func (w *world) closedToOutside(n *int, when string) {
 	}
 }
 
-// TestDeadTunnelIsReplaced takes the device away under the platform, as somebody
-// does who deletes the interface, and opens it again.
+// TestDeadTunnelIsReplaced takes the device away under the platform, as a
+// program does that deletes the interface, and opens it again.
 func TestDeadTunnelIsReplaced(t *testing.T) {
 	w := newWorld(t)
 	w.findForwarding("0")
@@ -352,7 +351,7 @@ func (g *rig) watch() (seen *atomic.Int64, stop func()) {
 	}
 }
 
-// change is somebody else's transaction.
+// change is another program's transaction.
 func (g *rig) change(f func(*nftables.Conn)) func() error {
 	return func() error {
 		return g.pic.B.Do(func() error {
@@ -379,7 +378,7 @@ func TestForwardingThatOthersNeedStays(t *testing.T) {
 		t.Fatal(err)
 	}
 	if r := g.enforce(mesh(grants{ann: all})); !r.Host().FoundForwarding.IPv4 {
-		t.Error("forwarding that somebody switched on isn't found")
+		t.Error("forwarding that another program switched on isn't found")
 	}
 	left := g.close()
 	if len(left) != 1 || !strings.Contains(left[0].Message, "ip_forward") {
@@ -479,7 +478,7 @@ func TestSegmentsFitTheTunnel(t *testing.T) {
 	w.open()
 	defer w.close()
 	w.enforce(mesh(grants{ann: all}))
-	// Nobody is there who could answer by himself.
+	// No host exists that could answer by itself.
 	for i, far := range []netip.Addr{netip.MustParseAddr("8.8.8.8"), netip.MustParseAddr("2001:4860::8888")} {
 		src := netip.AddrPortFrom([]netip.Addr{ann4, ann6}[i], 4000)
 		to := netip.AddrPortFrom(far, 5000)
@@ -510,7 +509,7 @@ func withMSS(packet []byte, mss uint16) []byte {
 }
 
 // TestReplacedTableHolds loads the whole table again and again while the host
-// sends to a mesh address that nobody has, and a peer with routing alone to a
+// sends to an unassigned mesh address, and a peer with routing alone to a
 // private address behind the uplink. The kernel takes a new table's rules into
 // use before its sets of ranges, and neither must get out by that.
 func TestReplacedTableHolds(t *testing.T) {
@@ -557,7 +556,7 @@ func TestReplacedTableHolds(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.settle(nil)
-	for i, who := range []string{"the host to nobody's address", "a peer to a private address"} {
+	for i, who := range []string{"the host to an unassigned address", "a peer to a private address"} {
 		if got := w.captures(word(i + 1)); len(got) > 0 {
 			t.Errorf("%s: %d packets of %d got out, the first to %v by %s", who, len(got), sent[i].Load(), got[0].packet.Dst, got[0].where)
 		}

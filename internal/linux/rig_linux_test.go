@@ -84,7 +84,7 @@ func (g *rig) start() (err error) {
 	return err
 }
 
-// resolvers is the host's resolv.conf, which isn't there unless a test writes it.
+// resolvers is the host's resolv.conf, which doesn't exist unless a test writes it.
 func (g *rig) resolvers() string { return filepath.Join(g.state, "resolv.conf") }
 
 // step notes a step, and is where a test kills the platform.

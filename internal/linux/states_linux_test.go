@@ -51,7 +51,7 @@ func TestStates(t *testing.T) {
 		{"ann may reach the lan, bob the host", mesh(grants{ann: policy.Routing | policy.LAN, bob: policy.Incoming})},
 		{"ann has lan without routing", mesh(grants{ann: policy.LAN})},
 		{"bob is gone", policy.Mesh{Prefixes: meshPrefixes(), Addresses: mesh(grants{}).Addresses, Peers: mesh(grants{}).Peers[:1]}},
-		{"nobody is left", policy.Mesh{Prefixes: meshPrefixes(), Addresses: mesh(grants{}).Addresses}},
+		{"no peer is left", policy.Mesh{Prefixes: meshPrefixes(), Addresses: mesh(grants{}).Addresses}},
 		{"ann may route", mesh(grants{ann: policy.Routing})},
 		{"two peers, nothing allowed", mesh(grants{})},
 	} {

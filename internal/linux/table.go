@@ -20,7 +20,7 @@ const (
 	afterConntrack = -150
 	filtering      = 0
 	sourceNAT      = 100
-	// afterNAT: whoever else translated has done so.
+	// afterNAT: other programs' translation is done.
 	afterNAT = 300
 )
 
@@ -211,7 +211,7 @@ func icmpErrors() []set {
 	}
 }
 
-// ingress looks at packets before conntrack does: who claims which source on
+// ingress looks at packets before conntrack does: which source is claimed on
 // which interface. So a forged packet doesn't even touch a flow.
 func (c *compiler) ingress() {
 	in0 := c.hook("ingress", "filter", "prerouting", afterDefrag)
@@ -233,7 +233,7 @@ func (c *compiler) ingress() {
 		out.drop("the host's own mesh address as a source, not from the host", in("own"+f.suffix, f.src))
 		out.drop("the host's mesh address, not from the mesh", in("own"+f.suffix, f.dst))
 		out.drop("a peer's source, not from the mesh", in("peers"+f.suffix, f.src))
-		out.drop("nobody else reaches a peer", in("peers"+f.suffix, f.dst))
+		out.drop("no other host reaches a peer", in("peers"+f.suffix, f.dst))
 		c.unassigned(out, f)
 	}
 }
@@ -257,7 +257,7 @@ func (c *compiler) carried() {
 	p.drop("only TCP, UDP and ICMP")
 }
 
-// judge looks at each packet from a peer when its flow is known and nobody has
+// judge looks at each packet from a peer when its flow is known and no rule has
 // redirected it yet, and before the kernel answers for it (time exceeded, no
 // route), so that what may not pass stays unanswered.
 func (c *compiler) judge() {
@@ -273,14 +273,14 @@ func (c *compiler) judge() {
 	for _, f := range families {
 		j.accept("answers to the host", is(ctDirection, reply), in("own"+f.suffix, f.dst))
 	}
-	j.drop("nobody else opens a flow to a peer", is(ctDirection, reply))
+	j.drop("no other host opens a flow to a peer", is(ctDirection, reply))
 	j.jump(asSent.name)
 
 	q := c.chain("quoted")
 	for _, f := range families {
 		q.branch("quoted_own", in("same"+f.suffix, f.src, f.quoted))
 	}
-	q.drop("about a packet that somebody else received")
+	q.drop("about a packet that another host received")
 
 	own := c.chain("quoted_own")
 	for _, f := range families {
@@ -305,16 +305,16 @@ type view struct {
 
 var (
 	// asSent: the opener's own packets, before any redirection. An ICMP error of
-	// the opener goes to who sent the packet that it quotes, which conntrack
+	// the opener goes to the sender of the packet that it quotes, which conntrack
 	// ensures (nf_conntrack_inet_error in net/netfilter/nf_conntrack_proto_icmp.c).
 	asSent = view{"permitted", func(f family) field { return f.src }, func(f family) field { return f.dst }}
-	// asAnswered: packets to the opener, of a flow that nobody redirected.
+	// asAnswered: packets to the opener, of a flow that wasn't redirected.
 	asAnswered = view{"permitted_back", func(f family) field { return f.dst }, func(f family) field { return f.src }}
 	// asQuoted: ICMP errors to the opener, which quote a packet of its own.
 	asQuoted = view{"permitted_quoted", func(f family) field { return f.dst }, func(f family) field { return f.quoted }}
 )
 
-// permitted returns when who opened the packet's flow may open it now, and drops
+// permitted returns when the opener of the packet's flow may open it now, and drops
 // the packet otherwise: the table "From a peer" of the policy. It looks at the
 // flow only, so that it holds for packets of both directions and for what is
 // quoted in ICMP errors.
@@ -442,10 +442,10 @@ func (c *compiler) fromMesh() {
 
 func (c *compiler) toMesh() {
 	m := c.chain("to_mesh")
-	// Everything below goes by the packet's own addresses, which only say who
-	// opened what where conntrack knows the flow.
-	m.drop("no flow, so nobody opened it", has(ctState, nameless))
-	m.drop("nobody opens a flow to a peer", is(ctDirection, original))
+	// Everything below goes by the packet's own addresses, which tell the
+	// opener only where conntrack knows the flow.
+	m.drop("no flow, so it has no opener", has(ctState, nameless))
+	m.drop("no host opens a flow to a peer", is(ctDirection, original))
 	m.drop("redirected from where it was sent to", has(ctStatus, dnat))
 	m.jump("carried")
 	for _, f := range families {
@@ -548,7 +548,7 @@ func (c *compiler) unclaimed(f family) {
 			u.accept("another owner's", within(f.dst, p))
 		}
 	}
-	u.drop("a mesh address that nobody has")
+	u.drop("an unassigned mesh address")
 }
 
 // leave translates peers' packets and takes the last look at what leaves, also

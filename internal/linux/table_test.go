@@ -66,7 +66,7 @@ func TestRulesDontGrowWithPeers(t *testing.T) {
 	}
 }
 
-// TestWithoutForwardingNothingIsForwarded looks at what isn't there.
+// TestWithoutForwardingNothingIsForwarded looks for rules that must be missing.
 func TestWithoutForwardingNothingIsForwarded(t *testing.T) {
 	h := someHost()
 	h.Forwarding.IPv6 = false
@@ -87,7 +87,7 @@ func TestChainsExist(t *testing.T) {
 	have, sets := map[string]bool{}, map[string]bool{}
 	for _, c := range full.chains {
 		if have[c.name] {
-			t.Errorf("chain %s is there twice", c.name)
+			t.Errorf("chain %s occurs twice", c.name)
 		}
 		have[c.name] = true
 	}
