@@ -19,8 +19,8 @@ func (g *rig) sends(src, dst string, want simmac.Fate, link string) {
 }
 
 // TestBesideTailscale runs beside another owner of part of the mesh prefix: that one
-// keeps its network and its resolver, and what is for our peers, or for a mesh
-// address of nobody's, leaves by the tunnel or not at all.
+// keeps its network and its resolver, and what is for our peers, or for an
+// unassigned mesh address, leaves by the tunnel or not at all.
 func TestBesideTailscale(t *testing.T) {
 	for what, routes := range map[string][]string{"all of the prefix": nil, "single hosts": {"100.99.7.7/32", "100.88.0.0/16"}} {
 		t.Run(what, func(t *testing.T) {
@@ -43,7 +43,7 @@ func TestBesideTailscale(t *testing.T) {
 			g.sends("100.64.0.1", first, simmac.Sent, g.p.name)
 			g.sends("100.99.1.1", "100.64.9.9", simmac.Dropped, "")
 			if routes != nil {
-				g.sends("203.0.113.1", "100.64.77.77", simmac.Dropped, "") // nobody's
+				g.sends("203.0.113.1", "100.64.77.77", simmac.Dropped, "") // unassigned
 			}
 			g.arrives(g.p.name, first, "100.99.7.7", simmac.Dropped)
 			g.arrives(other, "100.99.7.7", first, simmac.Dropped)

@@ -251,7 +251,7 @@ func isFlow(f testFlow) bool {
 }
 
 // isForHost reports whether the kernel keeps a packet: all that isn't unicast to
-// somebody else.
+// another host.
 func (c *comparison) isForHost(p policy.Packet) bool {
 	class := c.r.Class(p.Dst)
 	return class == policy.Self || class == policy.Martian
@@ -286,7 +286,7 @@ func betweenOwn(p policy.Packet) bool {
 // the facts told that this family leaves there.
 func (c *comparison) canTranslate(p policy.Packet, v policy.Verdict, out string) bool {
 	if c.subset {
-		return true // perhaps by somebody else's rule
+		return true // perhaps by another program's rule
 	}
 	family := pfconf.Inet6
 	if p.Dst.Is4() {

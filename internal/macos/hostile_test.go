@@ -205,7 +205,7 @@ func TestManyInterfacesCome(t *testing.T) {
 	now := egressOf(g.p.enforced.Host())
 	for _, e := range now {
 		if e.name != "en0" && !slices.Contains(g.p.before, e) {
-			t.Errorf("%v is there and isn't remembered", e)
+			t.Errorf("%v exists and isn't remembered", e)
 		}
 	}
 }

@@ -92,7 +92,7 @@ func parseJournal(b []byte) (*journal, error) {
 	return &j, nil
 }
 
-// write replaces the journal on disk and returns when it is there to stay: the
+// write replaces the journal on disk and returns when it would outlive a crash: the
 // file and its name are synced. An empty journal is removed.
 func (j *journal) write(dir string) error {
 	path := filepath.Join(dir, journalName)

@@ -68,7 +68,7 @@ func (f Foreign) problem() platform.Problem {
 	hint := "see what software loads it, and whether you want it to"
 	switch {
 	case f.Transit:
-		hint = "forwarding stays off as long as the rule is there: remove it, or the software that loads it"
+		hint = "forwarding stays off as long as the rule is loaded: remove it, or the software that loads it"
 	case f.Wider:
 		hint = "the helper holds it off at the tunnel; for the rest, remove the rule or the software that loads it"
 	}

@@ -154,7 +154,7 @@ func (c *comparison) allOut() []string {
 	return append(names, loopback)
 }
 
-// allIn are the interfaces that somebody else can send by.
+// allIn are the interfaces that other hosts can send by.
 func (c *comparison) allIn() []string { return append(c.w.interfaceNames(), meshInterface) }
 
 // toPF returns a packet in the packet filter's form.

@@ -151,7 +151,7 @@ func TestHostIsLeftAsFound(t *testing.T) {
 		t.Run("forwarding found "+found, func(t *testing.T) {
 			g := newRig(t)
 			g.mac.Kernel.SetVariable("net.inet.ip.forwarding", found)
-			_, err := darwin.NewPF(g.mac).Enable(t.Context()) // somebody else's token
+			_, err := darwin.NewPF(g.mac).Enable(t.Context()) // another program's token
 			g.must(err)
 			before := g.mac.Dump()
 			g.open()
@@ -233,7 +233,7 @@ func TestCutEndsFlows(t *testing.T) {
 		return g.mac.Receive(a, "en0")
 	}
 	if o := answer(out); o.Fate == simmac.Forwarded {
-		t.Errorf("an answer reached who may no longer route: %+v", o)
+		t.Errorf("an answer reached a peer that may no longer route: %+v", o)
 	}
 	g.arrives(utun, first, "9.9.9.9", simmac.Dropped)
 	if o := answer(other); o.Fate != simmac.Forwarded || o.Packet.Dst != addrOf(second) {
@@ -336,7 +336,7 @@ func TestCutDNSStaysDead(t *testing.T) {
 	}
 }
 
-// TestDrift lets somebody change what we enforce: it is found and repaired.
+// TestDrift has another program change what we enforce: it is found and repaired.
 func TestDrift(t *testing.T) {
 	for what, drift := range map[string]struct {
 		step string
@@ -504,8 +504,8 @@ func TestRuleThatIsNotUnderstood(t *testing.T) {
 	}
 }
 
-// TestTakenRoute lets somebody route a peer's address elsewhere: the peer can't be
-// reached, which is said, and nothing for it leaves in clear.
+// TestTakenRoute has another program route a peer's address elsewhere: the peer
+// can't be reached, which is said, and nothing for it leaves in clear.
 func TestTakenRoute(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -557,7 +557,7 @@ func TestBusyTableIsTriedAgain(t *testing.T) {
 type killed struct{}
 
 // until runs do and kills the platform before the nth step or, with commands,
-// after the nth command. The kernel closes the device; nobody cleans up.
+// after the nth command. The kernel closes the device; nothing cleans up.
 func (g *rig) until(nth int, commands bool, do func()) (step string, died bool) {
 	n := 0
 	count := func() {

@@ -114,7 +114,7 @@ func TestQuietMacSeesDrift(t *testing.T) {
 	}
 }
 
-// enableByOthers switches the packet filter on for somebody else.
+// enableByOthers switches the packet filter on for another program.
 func (q *quietMac) enableByOthers() {
 	q.t.Helper()
 	_, err := darwin.NewPF(q.mac).Enable(context.Background())
