@@ -46,7 +46,7 @@ func (k Key) String() string { return base64.StdEncoding.EncodeToString(k[:]) }
 
 // ParseConfig reads a configuration text. Every name that a stock client takes
 // and the lab doesn't (PostUp, Table, ...) is an error, as is an endpoint that
-// isn't an address: nobody resolves names here.
+// isn't an address: no resolver is asked here.
 func ParseConfig(text string) (Config, error) {
 	var c Config
 	section := ""

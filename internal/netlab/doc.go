@@ -14,7 +14,7 @@
 // its peers A, C and D, its LAN, the router to the internet, and what else a
 // host is attached to.
 //
-// On top of it stand the instruments. [Lab.Probe] tells who reaches whom,
+// On top of it stand the instruments. [Lab.Probe] tells which host reaches which,
 // [Host.Flow] keeps both ends of a flow sending by themselves and says when
 // what arrived had been sent, [Host.Watch] shows the packets that a host really
 // received, [Host.Forge] sends any packet, and [Host.Snapshot] tells whether a

@@ -32,8 +32,8 @@ func (w Way) String() string { return [...]string{"forth", "back"}[w] }
 
 // FlowOptions say between whom a flow runs.
 type FlowOptions struct {
-	From  *Host         // required: who opens it
-	To    *Host         // required: who has the address
+	From  *Host         // required: the host that opens it
+	To    *Host         // required: the host that has the address
 	Addr  netip.Addr    // required: where it is opened to
 	Proto Proto         // required
 	Every time.Duration // optional: between two packets of each end; 5 ms if 0
@@ -47,7 +47,7 @@ type FlowOptions struct {
 // are told, until it is stopped. Each packet is numbered and bears the time it was
 // sent, on one clock for both ends, so that it can be said of what arrived when it
 // had been sent. The ping of such a flow is echo requests forth, and back echo
-// replies that nobody asked for (the kernel's own replies aren't counted).
+// replies without a request (the kernel's own replies aren't counted).
 type Flow struct {
 	options FlowOptions
 	id      uint32

@@ -31,7 +31,7 @@ type Host struct {
 // hostDefaults are a host's sysctls before its first interface exists. IPv4
 // inherits them from the machine (devconf_inherit_init_net), so what the lab
 // shows would depend on where it runs. Duplicate address detection is skipped:
-// a second per address, and nobody to collide with.
+// a second per address, and no other host has one of them.
 var hostDefaults = []struct{ name, value string }{
 	{"net.ipv4.ip_forward", "0"},
 	{"net.ipv4.conf.all.rp_filter", "0"},

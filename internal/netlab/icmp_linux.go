@@ -50,7 +50,7 @@ func (c *icmpConn) echo(to netip.Addr, id, seq uint16, body []byte) error {
 	return c.send(to, echoRequest4, echoRequest6, id, seq, body)
 }
 
-// reply sends an echo reply that nobody need have asked for.
+// reply sends an echo reply, with or without a request before.
 func (c *icmpConn) reply(to netip.Addr, id, seq uint16, body []byte) error {
 	return c.send(to, echoReply4, echoReply6, id, seq, body)
 }

@@ -108,9 +108,9 @@ func largest(ctx context.Context, addr netip.Addr, out *net.UDPConn, to netip.Ad
 // traceWait is how long a hop may take to answer.
 const traceWait = 5 * time.Second
 
-// Traceroute lists who answers at each distance on the way to an address, which
-// is the last one. A hop that doesn't answer is the zero address. The error says
-// that the address wasn't reached within maxHops.
+// Traceroute lists the routers that answer at each distance on the way to an
+// address, which is the last one. A hop that doesn't answer is the zero address.
+// The error says that the address wasn't reached within maxHops.
 func (h *Host) Traceroute(to netip.Addr, maxHops int) ([]netip.Addr, error) {
 	conn, err := h.openICMP(to, netip.Addr{})
 	if err != nil {
@@ -135,7 +135,7 @@ func (h *Host) Traceroute(to netip.Addr, maxHops int) ([]netip.Addr, error) {
 	return hops, fmt.Errorf("trace route to %s: not reached in %d hops", to, maxHops)
 }
 
-// hop asks until somebody answers, or for traceWait.
+// hop asks until a router answers, or for traceWait.
 func (c *icmpConn) hop(to netip.Addr, id uint16) (netip.Addr, error) {
 	for deadline := time.Now().Add(traceWait); time.Now().Before(deadline); {
 		if err := c.echo(to, id, 1, []byte("netlab trace")); err != nil {

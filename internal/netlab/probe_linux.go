@@ -86,8 +86,8 @@ func (l *Lab) Probe(ctx context.Context, probes ...Probe) []Result {
 	return results
 }
 
-// Recheck asks the witnesses once more who has seen the probes. After the last
-// probe of a test it shows what arrived late.
+// Recheck asks the witnesses once more which of them have seen the probes. After
+// the last probe of a test it shows what arrived late.
 func (l *Lab) Recheck(results []Result) {
 	for i := range results {
 		r := &results[i]
@@ -97,7 +97,7 @@ func (l *Lab) Recheck(results []Result) {
 	}
 }
 
-// saw says who received a probe or a token, and whether a server did.
+// saw says which hosts received a probe or a token, and whether a server did.
 func (l *Lab) saw(token string, port uint16, but *Host) (by []string, served bool) {
 	l.mu.Lock()
 	hosts := l.hosts
@@ -140,7 +140,7 @@ func (l *Lab) probe(ctx context.Context, p Probe) Result {
 		if r.Err == nil || errors.Is(r.Err, os.ErrDeadlineExceeded) {
 			continue
 		}
-		select { // refused at once: ask again, but not in a hurry
+		select { // refused at once: ask again, but not at once
 		case <-time.After(probeRetry):
 		case <-ctx.Done():
 		}

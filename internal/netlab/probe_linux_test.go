@@ -64,12 +64,12 @@ func TestEverythingReachesEverything(t *testing.T) {
 func TestProbeSaysWhoSawIt(t *testing.T) {
 	m := newPlainMesh(t)
 	serveAll(t, m.Picture)
-	nobody := netip.MustParseAddr("198.18.0.99") // V has a route back to B only
-	if err := m.V.AddRoute(Route{To: netip.PrefixFrom(nobody, 32), Link: "lo"}); err != nil {
+	elsewhere := netip.MustParseAddr("198.18.0.99") // V has a route back to B only
+	if err := m.V.AddRoute(Route{To: netip.PrefixFrom(elsewhere, 32), Link: "lo"}); err != nil {
 		t.Fatal(err)
 	}
 	for _, proto := range protos {
-		r := m.Lab.Probe(t.Context(), Probe{From: m.C, To: nobody, Proto: proto, Wait: time.Second})
+		r := m.Lab.Probe(t.Context(), Probe{From: m.C, To: elsewhere, Proto: proto, Wait: time.Second})
 		if r[0].OK || !slices.Contains(r[0].SeenBy, "V") || slices.Contains(r[0].SeenBy, "A") {
 			t.Errorf("%s; want no answer, seen by V and not by A", r[0])
 		}

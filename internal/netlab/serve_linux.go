@@ -113,7 +113,7 @@ func (h *Host) serveTCP() error {
 	return nil
 }
 
-// answerTCP answers one line. Who breaks off gets none, and needs none.
+// answerTCP answers one line. A client that breaks off gets none.
 func (h *Host) answerTCP(conn *net.TCPConn) {
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(serveTimeout))

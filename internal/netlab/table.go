@@ -7,8 +7,8 @@ import (
 	"unicode/utf8"
 )
 
-// Table is who reaches whom, for people: a row for each who, a column for each
-// whom, in the order in which they were first set.
+// Table shows which host reaches which, for people: a row for each source, a column
+// for each destination, in the order in which they were first set.
 type Table struct {
 	rows, columns []string
 	cells         map[[2]string]string

@@ -51,7 +51,7 @@ func (h *Host) Watch(pick func(Packet) bool) (*Watch, error) {
 			return err
 		}
 		w.file = os.NewFile(uintptr(fd), "packet socket")
-		// Beyond the machine's limit as root of it; else as much as there is.
+		// Above the machine's limit as root of it; else as much as it allows.
 		if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, watchBuffer) != nil {
 			return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, watchBuffer)
 		}
@@ -224,7 +224,7 @@ func (w *Watch) Wait(n int, timeout time.Duration) error {
 }
 
 // Forge sends a packet out of an interface as it is, whatever its addresses, past
-// the host's own routes and packet filter. It goes to whoever is at the other end
+// the host's own routes and packet filter. It goes to the host at the other end
 // of the link.
 func (h *Host) Forge(link string, packet []byte) error {
 	l, err := h.link(link)

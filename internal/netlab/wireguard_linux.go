@@ -182,7 +182,7 @@ func (h *Host) addTunnelRules(v6 bool) error {
 	rest.Family, rest.Mark, rest.Invert, rest.Table = family, fullTunnelMark, true, fullTunnelMark
 	main := netlink.NewRule()
 	main.Family, main.Table, main.SuppressPrefixlen = family, unix.RT_TABLE_MAIN, 0
-	// Each new rule goes before the ones that are there.
+	// Each new rule goes before the existing ones.
 	for _, rule := range []*netlink.Rule{rest, main} {
 		if err := h.nl.RuleAdd(rule); err != nil {
 			return fmt.Errorf("add policy rule for tunnel of %s: %w", h.Name, err)

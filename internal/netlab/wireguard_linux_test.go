@@ -43,7 +43,7 @@ func newPlainMesh(t *testing.T) *plainMesh {
 		}}
 		configs = append(configs, c)
 	}
-	// B first: an end that finds nobody tries again after five seconds only.
+	// B first: an end that finds no peer tries again after five seconds only.
 	m.start(t, p.B, hub)
 	for i, h := range ends {
 		m.start(t, h, configs[i])

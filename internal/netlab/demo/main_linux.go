@@ -1,7 +1,7 @@
 // Command demo plays the product's story with real packets: hosts made of network
 // namespaces, stock WireGuard on the peers, the real helper on the host B. After
-// each step it shows who reaches whom, and whether that is what the policy says.
-// It exits with status 1 if anything was different.
+// each step it shows which host reaches which, and whether that is what the policy
+// says. It exits with status 1 if anything was different.
 package main
 
 import (

@@ -143,7 +143,7 @@ func (s *story) end(context.Context) error {
 	return nil
 }
 
-// place is somebody in the table, with the interface by which B hears of them.
+// place is a row of the table, with the interface by which B hears of them.
 type place struct {
 	name string
 	host *netlab.Host
@@ -151,7 +151,7 @@ type place struct {
 	in   string
 }
 
-// table probes everybody from everybody, shows who reaches whom and compares it
+// table probes every host from every host, shows which reaches which and compares it
 // with the policy for the permissions that now hold.
 func (s *story) table(ctx context.Context, may map[string]policy.Permissions) error {
 	rules, err := s.mesh.Ruleset(ctx, may)

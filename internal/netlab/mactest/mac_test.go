@@ -215,7 +215,7 @@ func (m *mac) probe(t *testing.T) *Probe {
 	}
 	i := n.Interface(p.name)
 	if i == nil {
-		t.Fatalf("%s isn't there", p.name)
+		t.Fatalf("%s doesn't exist", p.name)
 	}
 	if err := darwin.NewRouter(darwin.System{}).Set(i.Index, []netip.Prefix{netip.PrefixFrom(p.Far, 32)}); err != nil {
 		t.Fatal(err)

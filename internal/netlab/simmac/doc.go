@@ -5,7 +5,7 @@
 // A [Mac] is a darwin.Runner, a darwin.Kernel and a maker of tunnels. Below the
 // command lines stand pf as pfconf evaluates it, a routing table, kernel
 // variables and launchd. It refuses what a Mac refuses, and it has a Mac's
-// traps: exit status 0 for an anchor that isn't there, the token on stderr, a
+// traps: exit status 0 for an anchor that doesn't exist, the token on stderr, a
 // route's deletion that ignores the gateway, a bootstrap that answers 5 for some
 // seconds, a reboot that forgets tokens, and other software that reloads the main
 // ruleset, turns pf off or takes tunnel numbers.

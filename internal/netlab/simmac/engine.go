@@ -46,7 +46,7 @@ func (e *engine) boot() {
 	}
 }
 
-// do runs f while nobody else uses the machine.
+// do runs f while no other goroutine uses the machine.
 func (e *engine) do(f func(*pfconf.Machine)) {
 	e.mu.Lock()
 	defer e.mu.Unlock()

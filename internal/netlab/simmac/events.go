@@ -61,11 +61,11 @@ func (m *Mac) LoadMain(rules string) error { return m.engine.Load("", rules) }
 // LoadAnchor is other software that loads an anchor of its own.
 func (m *Mac) LoadAnchor(anchor, rules string) error { return m.engine.Load(anchor, rules) }
 
-// FlushMain is somebody's `pfctl -F all`: the main ruleset with its hooks is gone,
-// and all states with it; child anchors stay.
+// FlushMain is another program's `pfctl -F all`: the main ruleset with its hooks is
+// gone, and all states with it; child anchors stay.
 func (m *Mac) FlushMain() { m.engine.Flush("") }
 
-// FlushAnchor is somebody's `pfctl -a anchor -F all`.
+// FlushAnchor is another program's `pfctl -a anchor -F all`.
 func (m *Mac) FlushAnchor(anchor string) { m.engine.Flush(anchor) }
 
 // sharingMain is what the main ruleset looks like while Internet Sharing runs:

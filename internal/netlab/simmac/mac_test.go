@@ -163,7 +163,7 @@ func TestNeighboursOfPF(t *testing.T) {
 		t.Error("the hook survived another main ruleset")
 	}
 	if skipped, err := pf.Skipped(ctx); err != nil || len(skipped) != 0 {
-		t.Errorf("a skip of an interface that isn't there yet: %q, %v", skipped, err)
+		t.Errorf("a skip of an interface that doesn't exist yet: %q, %v", skipped, err)
 	}
 	newTunnel(t, m)
 	must(t, m.LoadMain("set skip on utun0\n"))
@@ -250,7 +250,7 @@ func TestLaunchdReadsTheDisk(t *testing.T) {
 	}
 	must(t, os.Chmod(real, 0o666))
 	if refused := m.Boot(); len(refused) != 1 {
-		t.Error("a property list that everybody may write was loaded")
+		t.Error("a property list that every user may write was loaded")
 	}
 	if want := []string{"start org.example.d", "stop org.example.d", "start org.example.d", "stop org.example.d"}; !slices.Equal(lives, want) {
 		t.Errorf("instances %q", lives)

@@ -22,7 +22,7 @@ type churn struct {
 // virtualLAN is the network of virtual machines (vmnet).
 const virtualLAN = "192.168.64.1/24"
 
-// Churn does once what goes on many times an hour on a Mac that nobody touches
+// Churn does once what goes on many times an hour on an idle Mac
 // (captured on macOS 26 by yoloai and others): awdl0 and llw0 get other link-local
 // addresses; one of the system's tunnels goes and another comes, with a scoped
 // default route; a virtual machine's bridge comes, or goes; link, an Ethernet with

@@ -14,7 +14,7 @@ import (
 
 // The picture that must never leak: A and C are peers of the host, C may route
 // and even reach the LAN. This Mac has the compiled anchor loaded through the
-// commands and judges packets in bytes; the guard isn't there.
+// commands and judges packets in bytes, without the guard.
 var picture = struct{ host, a, c policy.Peer }{
 	host: policy.Peer{Addresses: addresses("100.64.0.1", "fd6d:6573:6800::1")},
 	a:    policy.Peer{ID: policy.PeerID{1}, Name: "a", Addresses: addresses("100.64.0.2", "fd6d:6573:6800::2")},
@@ -116,7 +116,7 @@ func TestPicture(t *testing.T) {
 	}
 }
 
-// lanOf returns an address of somebody on the LAN, of the nth family.
+// lanOf returns an address of a host on the LAN, of the nth family.
 func lanOf(n int) netip.Addr { return addresses("192.168.77.7", "2001:db8:5::7")[n] }
 
 // A packet goes out with the uplink's address, its answer comes back to the
@@ -147,7 +147,7 @@ func TestPictureTranslates(t *testing.T) {
 	}
 }
 
-// Without the hooks in the main ruleset the anchor is there and does nothing. What
+// Without the hooks in the main ruleset the anchor is loaded and does nothing. What
 // keeps the peers apart then is the guard. The simulated Mac must show the leak,
 // or it would hide one.
 func TestPictureWithoutHooksLeaks(t *testing.T) {

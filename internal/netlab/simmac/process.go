@@ -12,7 +12,7 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 )
 
-// ErrKilled is what a killed process's calls give: it isn't there to see them.
+// ErrKilled is what a killed process's calls give: it doesn't live to see them.
 var ErrKilled = errors.New("the process was killed")
 
 // A Process is a program that runs on the Mac as root, with the same seams as the

@@ -79,11 +79,11 @@ func TestProcessDiesAtEachStep(t *testing.T) {
 			if strings.Contains(dump, "utun0") || strings.Contains(dump, "100.64.0.2") {
 				t.Errorf("step %d: the tunnel or its routes outlived the process", n)
 			}
-			// What the kernel keeps for nobody in particular stays.
+			// What the kernel keeps for no process in particular stays.
 			for step, sign := range map[int]string{4: "[" + anchor + "]", 5: "1 tokens", 6: "net.inet.ip.forwarding 1"} {
 				done := n > step || n == step && after
 				if strings.Contains(dump, sign) != done {
-					t.Errorf("killed at step %d, after %v: %q is there: %v", n, after, sign, !done)
+					t.Errorf("killed at step %d, after %v: %q is left: %v", n, after, sign, !done)
 				}
 			}
 		}

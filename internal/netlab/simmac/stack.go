@@ -62,7 +62,7 @@ func (m *Mac) Receive(p pfconf.Packet, link string) Outcome {
 		o.Fate = Delivered
 		return o
 	}
-	// Who listens there isn't simulated; nothing routes multicast (ip_input.c and
+	// Listeners there aren't simulated; nothing routes multicast (ip_input.c and
 	// ip6_input.c give it to the host, ip_mforward isn't built).
 	if o.Packet.Dst.IsMulticast() || o.Packet.Dst == broadcast {
 		o.Fate = Delivered

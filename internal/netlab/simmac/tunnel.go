@@ -117,16 +117,16 @@ func (m *Mac) Emit(b []byte) Outcome {
 	return o
 }
 
-// Wire sets who gets the packets that leave by an Ethernet interface. It is
-// called while the packet's sender waits.
+// Wire sets the function that gets the packets that leave by an Ethernet interface.
+// It is called while the packet's sender waits.
 func (m *Mac) Wire(f func(link string, packet []byte)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.wire = f
 }
 
-// Local sets who gets the packets that are for the Mac itself. It is called while
-// the packet's sender waits.
+// Local sets the function that gets the packets that are for the Mac itself. It is
+// called while the packet's sender waits.
 func (m *Mac) Local(f func(packet []byte)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -241,7 +241,7 @@ func putPorts(t []byte, proto uint8, src, dst, id uint16, isErr bool) {
 }
 
 // putQuoted writes a translated quote; its transport checksum stays as it was,
-// since nobody can check what is cut off.
+// since no host can check what is cut off.
 func putQuoted(b []byte, q pfconf.Quoted) {
 	var p pfconf.Packet
 	h, ok := quotedHeader(b, &p)

@@ -127,7 +127,7 @@ func mustEnd(t *testing.T, list []*netlab.Flow, when time.Time) {
 	t.Logf("%d packets were sent afterwards by both ends of %d flows", total, len(list))
 }
 
-// mustLast ends flows that nobody may have disturbed by a command, and reports what
+// mustLast ends flows that no command may have disturbed, and reports what
 // of theirs was lost that was sent from when the command began until a second after
 // it returned. What is lost at another time isn't the command's doing: on a busy
 // machine, wireguard-go alone loses a packet in some hundred thousand.
@@ -143,13 +143,13 @@ func mustLast(t *testing.T, list []*netlab.Flow, began, returned time.Time) {
 				if a.Sent.After(began) && a.Sent.Before(returned.Add(settle)) {
 					report = t.Errorf
 				}
-				report("%s, which nobody denied, lost %s what was sent before packet %d, sent %s after the command had returned",
+				report("%s, which wasn't denied, lost %s what was sent before packet %d, sent %s after the command had returned",
 					f, way, a.Number, a.Sent.Sub(returned))
 			}
 		}
 		later := returned.Add(settle)
 		if len(f.SentAfter(netlab.Forth, later)) == 0 || len(f.SentAfter(netlab.Back, later)) == 0 {
-			t.Errorf("%s, which nobody denied, ended", f)
+			t.Errorf("%s, which wasn't denied, ended", f)
 		}
 	}
 }
@@ -189,7 +189,7 @@ func TestDenyEndsRunningFlows(t *testing.T) {
 			mustBeSilent(t, watches, denied)
 			mustLast(t, others, began, denied)
 			// Nor does what was cut come back, the other way round, when the kernel
-			// has forgotten who opened it.
+			// has forgotten the opener.
 			if err := m.B.ForgetFlows(); err != nil {
 				t.Fatal(err)
 			}
@@ -218,8 +218,8 @@ func TestRemoveEndsRunningFlows(t *testing.T) {
 	mustEnd(t, cut, time.Now())
 }
 
-// TestTimedPermissionEnds lets a permission run out while flows run. Nobody waits
-// for a command here, so the flows may outlive the permission by as long as the
+// TestTimedPermissionEnds lets a permission run out while flows run. No command is
+// waited for here, so the flows may outlive the permission by as long as the
 // helper takes; that is measured, not judged.
 func TestTimedPermissionEnds(t *testing.T) {
 	m := newMesh(t)

@@ -17,7 +17,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/netlab"
 )
 
-// drift is something that somebody else does to B, and how B looks when the helper
+// drift is something that another program does to B, and how B looks when the helper
 // has dealt with it.
 type drift struct {
 	name string
@@ -32,7 +32,7 @@ type drift struct {
 	open bool
 }
 
-// hurt is B while somebody else changes it.
+// hurt is B while another program changes it.
 type hurt struct {
 	*Mesh
 	iface  string
@@ -121,7 +121,7 @@ func (h *hurt) whole() bool { return len(h.ruleset()) == h.lines }
 
 var defaultRoute = netip.MustParsePrefix("0.0.0.0/0")
 
-// drifts is what somebody else does. Forwarding for all comes last: B's owner then
+// drifts are what another program does. Forwarding for all comes last: B's owner then
 // wants transit.
 var drifts = []drift{
 	{name: "the whole ruleset is flushed", filter: true, well: (*hurt).whole, do: func(h *hurt) error {
@@ -209,7 +209,7 @@ var drifts = []drift{
 		well: func(h *hurt) bool { return h.addressed() && h.routed() && h.status().State == "enforcing" }},
 	{name: "forwarding is switched on for all", open: true,
 		do: func(h *hurt) error { return h.B.SetSysctl("net.ipv4.ip_forward", "1") },
-		// The filter stops closing what somebody opened.
+		// The filter stops closing what another program opened.
 		well: func(h *hurt) bool { return len(h.ruleset()) < h.lines }},
 }
 
@@ -217,7 +217,7 @@ var drifts = []drift{
 // with something else gets several tries.
 const within, tries = time.Second, 8
 
-// TestDrift has somebody else take away what the helper needs, one thing after the
+// TestDrift has another program take away what the helper needs, one thing after the
 // other. Everything that must not pass is sent meanwhile, and the helper, which
 // looks by itself only every 50 s here, puts it right because the kernel said so.
 func TestDrift(t *testing.T) {

@@ -38,7 +38,7 @@ func leftAlone(t *testing.T, before netlab.Snapshot, m *Mesh) {
 	}
 }
 
-// TestHostIsLeftAsFound runs the helper beside somebody else's tables, with
+// TestHostIsLeftAsFound runs the helper beside another program's tables, with
 // forwarding found off and found on, uses it, and ends it.
 func TestHostIsLeftAsFound(t *testing.T) {
 	for _, on := range []bool{false, true} {
@@ -79,7 +79,7 @@ func stillThere(t *testing.T, foreign []string, m *Mesh) {
 	}
 	for _, line := range foreign {
 		if !slices.Contains(now, line) {
-			t.Errorf("somebody else's rule changed while the helper ran:\n%s", line)
+			t.Errorf("another program's rule changed while the helper ran:\n%s", line)
 		}
 	}
 	if len(now) == len(foreign) {
@@ -172,7 +172,7 @@ func TestDockerIsNamed(t *testing.T) {
 		t.Errorf("no problem names the chain FORWARD: %+v", status(t, m).Problems)
 	}
 	if m.reaches(t, m.C, netlab.Addresses().I.V4, false) {
-		t.Error("C reaches I past a chain that drops: somebody else's rules were changed")
+		t.Error("C reaches I past a chain that drops: another program's rules were changed")
 	}
 	stop(t, m)
 	leftAlone(t, before, m)

@@ -192,7 +192,7 @@ func (m *mutator) fragment(header, body []byte, at int, more bool, id uint32) []
 }
 
 // icmp is a message of any type, redirects and errors foremost, that quotes a
-// packet of somebody's.
+// packet.
 func (m *mutator) icmp(src, dst netip.Addr, quoted []byte) []byte {
 	kinds := []uint8{5, 3, 11, 12, 4, 9, 10, 13, 17}
 	if src.Is6() {

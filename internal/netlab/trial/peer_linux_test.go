@@ -17,7 +17,7 @@ var martians = []string{
 	"::", "::1", "fe80::1", "ff02::1", "ff02::2", "ff05::1:3", "::ffff:192.0.2.130", "::ffff:192.168.77.2",
 }
 
-// TestMartiansFromAPeer has C, which may do everything, send to what nobody may
+// TestMartiansFromAPeer has C, which may do everything, send to what no peer may
 // send to, with its own address, out of its tunnel.
 func TestMartiansFromAPeer(t *testing.T) {
 	m := newMesh(t)
@@ -75,7 +75,7 @@ func TestPeerForgesPeer(t *testing.T) {
 	}
 	for _, token := range tokens {
 		if by, served := m.Lab.Saw(token); len(by) > 0 || served {
-			t.Errorf("a packet with somebody else's address came out of C's tunnel: seen by %v, served=%t", by, served)
+			t.Errorf("a packet with another device's address came out of C's tunnel: seen by %v, served=%t", by, served)
 		}
 	}
 }
@@ -120,7 +120,7 @@ func TestMappingServesOneFlow(t *testing.T) {
 }
 
 // TestAnotherWayToAPeer gives B a second way to A and D, by its LAN. C doesn't
-// reach them there, nobody's packets for them leave in clear, and B's own don't.
+// reach them there, no packet for them leaves in clear, nor do B's own.
 func TestAnotherWayToAPeer(t *testing.T) {
 	m := newMesh(t)
 	for name := range m.Peers {

@@ -25,7 +25,7 @@ type shot struct {
 	to     netip.AddrPort // instead of both: where B's own socket sends to
 	token  string
 	reason string
-	clear  []string // hosts that may see it: those before B, and who it is for
+	clear  []string // hosts that may see it: those before B, and the one it is for
 }
 
 // prober sends its shots again and again, past the senders' own routes and
@@ -140,9 +140,9 @@ func (p *prober) rounds(t *testing.T, n int64) {
 	}
 }
 
-// leaks lists the shots that anybody received whom they are not for. What a peer
+// leaks lists the shots that a host received which they aren't for. What a peer
 // sent, or received, is the guard's concern too; the rest is the packet filter's
-// alone, which somebody else can take away.
+// alone, which another program can take away.
 func (p *prober) leaks() (ofPeers, ofOthers []string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -175,7 +175,7 @@ func (p *prober) mustHold(t *testing.T, when string) {
 // connect nor reach the LAN; transit is whether that of others counts.
 func (p *prober) never(own netlab.Pair, transit bool) (shots []shot) {
 	m, at := p.m, netlab.Addresses()
-	nobody := netlab.Pair{V4: netip.MustParseAddr("100.64.1.1"), V6: netip.MustParseAddr("fd6d:6573:6800::1:1")}
+	unassigned := netlab.Pair{V4: netip.MustParseAddr("100.64.1.1"), V6: netip.MustParseAddr("fd6d:6573:6800::1:1")}
 	a, c, d := m.Peers["A"].Addresses, m.Peers["C"].Addresses, m.Peers["D"].Addresses
 	type aim struct {
 		by     *netlab.Host
@@ -185,11 +185,11 @@ func (p *prober) never(own netlab.Pair, transit bool) (shots []shot) {
 		reason string
 	}
 	aims := []aim{
-		{m.C, "wg0", c, []netlab.Pair{a, d, own, at.BLAN, at.BUplink, at.BPublic, at.L, at.P, at.Behind, at.VPNPeer, at.Metadata, nobody}, "C without permission"},
+		{m.C, "wg0", c, []netlab.Pair{a, d, own, at.BLAN, at.BUplink, at.BPublic, at.L, at.P, at.Behind, at.VPNPeer, at.Metadata, unassigned}, "C without permission"},
 		{m.C, "wg0", a, []netlab.Pair{at.I, at.L, own}, "C as A"},
-		{m.L, "eth0", at.L, []netlab.Pair{a, c, d, own, nobody}, "L to the mesh"},
+		{m.L, "eth0", at.L, []netlab.Pair{a, c, d, own, unassigned}, "L to the mesh"},
 		{m.L, "eth0", c, []netlab.Pair{at.I, a, own}, "L as C"},
-		{m.W, "b0", at.W, []netlab.Pair{a, c, own, nobody}, "W to the mesh"},
+		{m.W, "b0", at.W, []netlab.Pair{a, c, own, unassigned}, "W to the mesh"},
 		{m.W, "b0", c, []netlab.Pair{at.L, d, own}, "W as C"},
 		{m.I, "eth0", at.I, []netlab.Pair{a, c, own}, "I to the mesh"},
 	}

@@ -23,7 +23,7 @@ func (m *Mesh) dial() (conn net.Conn, err error) {
 	return conn, err
 }
 
-// client is an operator's who keeps connections open.
+// client is a client of the operator's that keeps connections open.
 func (m *Mesh) client(t *testing.T) *http.Client {
 	transport := &http.Transport{
 		DialContext:         func(context.Context, string, string) (net.Conn, error) { return m.dial() },

@@ -9,7 +9,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/netlab"
 )
 
-// forgery is a packet with somebody else's source address.
+// forgery is a packet with another device's source address.
 type forgery struct {
 	by     *netlab.Host
 	link   string
@@ -31,7 +31,7 @@ func (f forgery) packet() []byte {
 }
 
 // send sends the forgeries, several times each, and reports every one that
-// anybody but B received, or that a server of B's got.
+// another host than B received, or that a server of B's got.
 func send(t *testing.T, m *Mesh, forgeries []forgery) {
 	t.Helper()
 	for range 3 {

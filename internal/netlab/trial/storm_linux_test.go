@@ -211,7 +211,7 @@ func TestToggleStorm(t *testing.T) {
 	mustHaveNothingLeft(t, m, quiet)
 }
 
-// onlyMesh is what must not pass whatever anybody may: to peers and between them.
+// onlyMesh is what must not pass whatever the peers may: to peers and between them.
 func (p *prober) onlyMesh(own netlab.Pair) []shot {
 	return slices.DeleteFunc(p.never(own, true), func(s shot) bool {
 		if s.by == p.m.B {

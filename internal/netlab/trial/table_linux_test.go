@@ -74,8 +74,8 @@ func (j *judge) source(q question, v policy.Verdict) netip.Addr {
 // before are the hosts that a packet crosses in clear on its way to B.
 var before = map[string][]string{"I": {"R", "W"}}
 
-// finish looks once more for refused probes that anybody but B received, or that
-// a server got, and prints how many were judged.
+// finish looks once more for refused probes that another host than B received, or
+// that a server got, and prints how many were judged.
 func (j *judge) finish(t *testing.T) {
 	t.Helper()
 	j.m.Lab.Recheck(j.results)
@@ -103,7 +103,7 @@ func destinations(m *Mesh, own netlab.Pair) map[string]netlab.Pair {
 		"B's public address": at.BPublic, "B's VPN address": at.BVPN,
 		"L": at.L, "I": at.I, "P": at.P, "W": at.W, "the VPN's other end": at.VPNPeer, "behind the VPN": at.Behind,
 		"A": m.Peers["A"].Addresses, "D": m.Peers["D"].Addresses, "metadata": at.Metadata,
-		"nobody": {V4: netip.MustParseAddr("100.64.1.1"), V6: netip.MustParseAddr("fd6d:6573:6800::1:1")},
+		"unassigned": {V4: netip.MustParseAddr("100.64.1.1"), V6: netip.MustParseAddr("fd6d:6573:6800::1:1")},
 	}
 }
 
@@ -142,7 +142,7 @@ func truthTable(t *testing.T, m *Mesh, sets []policy.Permissions) {
 	j.finish(t)
 }
 
-// TestWaysBack has everybody try to open a flow to the peers and to B's mesh
+// TestWaysBack has every host try to open a flow to the peers and to B's mesh
 // address, from every side of B, while the peers may do everything. Only B may.
 func TestWaysBack(t *testing.T) {
 	m := newMesh(t)
@@ -168,7 +168,7 @@ func TestWaysBack(t *testing.T) {
 	} {
 		for name, to := range map[string]netlab.Pair{
 			"A": m.Peers["A"].Addresses, "C": m.Peers["C"].Addresses, "D": m.Peers["D"].Addresses,
-			"B": own, "nobody": {V4: netip.MustParseAddr("100.64.1.1"), V6: netip.MustParseAddr("fd6d:6573:6800::1:1")},
+			"B": own, "unassigned": {V4: netip.MustParseAddr("100.64.1.1"), V6: netip.MustParseAddr("fd6d:6573:6800::1:1")},
 		} {
 			if name == from.host.Name {
 				continue

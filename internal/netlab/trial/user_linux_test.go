@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// nobody is a user who is neither root nor the operator, in no group.
+// nobody is the number of the user of that name: neither root nor the operator.
 const nobody = 65534
 
 // dialAs opens a connection to the helper on B as another user. The kernel notes

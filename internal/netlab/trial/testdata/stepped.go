@@ -20,7 +20,7 @@ func awaitStep() func(string) {
 	return func(name string) {
 		fmt.Fprintln(conn, name)
 		if _, err := answers.ReadByte(); err != nil {
-			select {} // nobody answers any more: wait to be killed
+			select {} // the test answers no more: wait to be killed
 		}
 	}
 }
