@@ -44,7 +44,7 @@ var pfLabels = map[policy.Rule]string{
 	policy.RuleLAN: "lan", policy.RuleNoLAN: "no-lan",
 	policy.RuleInternet: "internet", policy.RuleNoRouting: "no-routing", policy.RuleNoUplink: "no-routing",
 	policy.RuleMartian: "martian", policy.RuleMesh: "mesh", policy.RuleHostToPeer: "to-peer",
-	policy.RuleToPeer: "away", policy.RuleNobody: "away", policy.RuleFormer: "away", policy.RuleToHost: "weak-host",
+	policy.RuleToPeer: "away", policy.RuleUnassigned: "away", policy.RuleFormer: "away", policy.RuleToHost: "weak-host",
 	policy.RuleWireGuard: "wireguard",
 	policy.RuleSpoofed:   "elsewhere-spoofed",
 }
@@ -93,7 +93,7 @@ var nftPlaces = map[policy.Rule]nftPlace{
 	policy.RuleSpoofed:    {"ingress_elsewhere", "saddr @peers# drop"},
 	policy.RuleToHost:     {"ingress_elsewhere", "daddr @own# drop"},
 	policy.RuleToPeer:     {"ingress_elsewhere", "daddr @peers# drop"},
-	policy.RuleNobody:     {"unclaimed#", ""},
+	policy.RuleUnassigned: {"unclaimed#", ""},
 	policy.RuleFormer:     {"ingress_elsewhere", "daddr @former# drop"},
 	policy.RuleProtocol:   {"carried", ""},
 	policy.RuleWireGuard:  {"permitted_self#", "WireGuard's port"},

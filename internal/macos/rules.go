@@ -306,9 +306,9 @@ func (b *builder) towardsPeers() {
 	toPeer := out
 	toPeer.From, toPeer.To = inTable(tableHost), inTable(tablePeers)
 	b.passJudged(toPeer, "to-peer", "this host itself opens flows to its peers")
-	nobody := out
-	nobody.To = inTable(tableNobody)
-	b.block(nobody, "nobody", "to a mesh address that no peer has, or from another address of this host than its mesh address")
+	unassigned := out
+	unassigned.To = inTable(tableUnassigned)
+	b.block(unassigned, "unassigned", "to a mesh address that no peer has, or from another address of this host than its mesh address")
 	through := out
 	through.From = inTable(tableHost)
 	b.passJudged(through, "through-peer", "while this host routes through a peer, its own packets to anywhere")
@@ -362,7 +362,7 @@ func (b *builder) elsewhere() {
 		tunnel := notOn(pfconf.Out, b.host.Interface)
 		tunnel.Action, tunnel.Quick, tunnel.State = pfconf.Pass, true, pfconf.NoState
 		tunnel.Protos = []pfconf.Proto{pfconf.ProtoUDP}
-		tunnel.From.Ports, tunnel.To = []pfconf.Port{{Op: pfconf.Equal, Lo: port}}, inTable(tableNobody)
+		tunnel.From.Ports, tunnel.To = []pfconf.Port{{Op: pfconf.Equal, Lo: port}}, inTable(tableUnassigned)
 		tunnel.Label = labelPrefix + "tunnel"
 		b.add(tunnel, "else WireGuard's own packets leave whatever outer address a peer has, were it a mesh address")
 	}

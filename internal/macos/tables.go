@@ -10,39 +10,39 @@ import (
 
 // The tables of the anchor.
 const (
-	tablePeers    = "peers"
-	tableIncoming = "incoming"
-	tableDNS      = "dns"
-	tableRouting  = "routing"
-	tableLAN      = "lan"
-	tableMartians = "martians"
-	tableSelf     = "own"
-	tableHost     = "host"
-	tableMesh     = "mesh"
-	tableNetworks = "networks"
-	tableAway     = "away"
-	tableCut      = "cut"
-	tableLocal    = "local"
-	tableLooped   = "looped"
-	tableNobody   = "nobody"
+	tablePeers      = "peers"
+	tableIncoming   = "incoming"
+	tableDNS        = "dns"
+	tableRouting    = "routing"
+	tableLAN        = "lan"
+	tableMartians   = "martians"
+	tableSelf       = "own"
+	tableHost       = "host"
+	tableMesh       = "mesh"
+	tableNetworks   = "networks"
+	tableAway       = "away"
+	tableCut        = "cut"
+	tableLocal      = "local"
+	tableLooped     = "looped"
+	tableUnassigned = "unassigned"
 )
 
 var tableReasons = map[string]string{
-	tablePeers:    "every peer's addresses",
-	tableIncoming: "peers that may connect to this host",
-	tableDNS:      "peers that may ask this host's DNS",
-	tableRouting:  "peers that may reach the internet, in the families that this host forwards and has an uplink for",
-	tableLAN:      "peers that may also reach this host's other networks, in the families that it forwards",
-	tableMartians: "destinations that are never valid, and the attached networks' broadcast addresses",
-	tableSelf:     "every address of this host; as observed, for the word self would leave out temporary IPv6 addresses",
-	tableHost:     "this host's own mesh addresses",
-	tableMesh:     "the mesh prefixes",
-	tableNetworks: "private address space, the attached networks, and what this host reaches other than by its default route",
-	tableAway:     "mesh addresses that aren't this host's, and so have no business on another interface, with those of peers that were removed a short time ago; what is behind ! is another owner's part of the mesh prefixes",
-	tableCut:      "peers that lost access to this host a short time ago",
-	tableLooped:   "what this host's routes lead to the loopback interface",
-	tableNobody:   "the mesh prefixes, and peers that were removed a short time ago",
-	tableLocal:    "destinations that are not forwarded: this host's addresses, broadcast and multicast",
+	tablePeers:      "every peer's addresses",
+	tableIncoming:   "peers that may connect to this host",
+	tableDNS:        "peers that may ask this host's DNS",
+	tableRouting:    "peers that may reach the internet, in the families that this host forwards and has an uplink for",
+	tableLAN:        "peers that may also reach this host's other networks, in the families that it forwards",
+	tableMartians:   "destinations that are never valid, and the attached networks' broadcast addresses",
+	tableSelf:       "every address of this host; as observed, for the word self would leave out temporary IPv6 addresses",
+	tableHost:       "this host's own mesh addresses",
+	tableMesh:       "the mesh prefixes",
+	tableNetworks:   "private address space, the attached networks, and what this host reaches other than by its default route",
+	tableAway:       "mesh addresses that aren't this host's, and so have no business on another interface, with those of peers that were removed a short time ago; what is behind ! is another owner's part of the mesh prefixes",
+	tableCut:        "peers that lost access to this host a short time ago",
+	tableLooped:     "what this host's routes lead to the loopback interface",
+	tableUnassigned: "the mesh prefixes, and peers that were removed a short time ago",
+	tableLocal:      "destinations that are not forwarded: this host's addresses, broadcast and multicast",
 }
 
 // A set is the content of a table. Entries in not are negated: pf lets the
@@ -90,20 +90,20 @@ func fillSets(r *policy.Ruleset) map[string]set {
 	all := r.Sets()
 	host := hostPrefixes(r.Mesh().Addresses)
 	return map[string]set{
-		tablePeers:    {in: peersWith(r, 0, anyFamily)},
-		tableIncoming: {in: peersWith(r, policy.Incoming, anyFamily)},
-		tableDNS:      {in: dnsPeers(r)},
-		tableRouting:  {in: peersWith(r, policy.Routing, routedFamilies(r.Host()))},
-		tableLAN:      {in: peersWith(r, policy.Routing|policy.LAN, r.Host().Forwarding)},
-		tableMartians: {in: all.Martians},
-		tableSelf:     {in: all.Self},
-		tableHost:     {in: host},
-		tableMesh:     {in: all.Mesh},
-		tableNetworks: {in: all.LAN},
-		tableAway:     awaySet(r, host),
-		tableLocal:    {in: sorted(slices.Concat(all.Self, all.Martians))},
-		tableLooped:   {in: loopedRoutes(r.Host())},
-		tableNobody:   {in: sorted(slices.Concat(all.Mesh, all.Former))},
+		tablePeers:      {in: peersWith(r, 0, anyFamily)},
+		tableIncoming:   {in: peersWith(r, policy.Incoming, anyFamily)},
+		tableDNS:        {in: dnsPeers(r)},
+		tableRouting:    {in: peersWith(r, policy.Routing, routedFamilies(r.Host()))},
+		tableLAN:        {in: peersWith(r, policy.Routing|policy.LAN, r.Host().Forwarding)},
+		tableMartians:   {in: all.Martians},
+		tableSelf:       {in: all.Self},
+		tableHost:       {in: host},
+		tableMesh:       {in: all.Mesh},
+		tableNetworks:   {in: all.LAN},
+		tableAway:       awaySet(r, host),
+		tableLocal:      {in: sorted(slices.Concat(all.Self, all.Martians))},
+		tableLooped:     {in: loopedRoutes(r.Host())},
+		tableUnassigned: {in: sorted(slices.Concat(all.Mesh, all.Former))},
 	}
 }
 

@@ -187,7 +187,7 @@ func (r *Ruleset) fromElsewhere(p *Packet) Verdict {
 	case r.former[p.Dst]:
 		return v.refuse(RuleFormer, 0)
 	case dst.class == InMesh && !r.others.Contains(p.Dst):
-		return v.refuse(RuleNobody, 0)
+		return v.refuse(RuleUnassigned, 0)
 	case own, dst.class == Self, dst.class == Martian:
 		return v.pass(RuleNotOurs, 0, ExitAny)
 	case r.host.FoundForwarding.Of(p.Dst):

@@ -35,7 +35,7 @@ const (
 	RuleToHost
 	RuleToPeer
 	RuleFormer
-	RuleNobody
+	RuleUnassigned
 	RuleClosedTransit
 	RuleWrongWay
 )
@@ -69,7 +69,7 @@ var ruleTexts = [...]string{
 	RuleToHost:        "the host's mesh addresses are reached by the mesh only",
 	RuleToPeer:        "no host outside the mesh opens a flow to a peer",
 	RuleFormer:        "the mesh address was a peer's until less than a day ago",
-	RuleNobody:        "no peer has this mesh address",
+	RuleUnassigned:    "no peer has this mesh address",
 	RuleClosedTransit: "the host did not forward before the helper came, so it doesn't forward for others",
 	RuleWrongWay:      "the answer arrives by another interface than the flow left by",
 }

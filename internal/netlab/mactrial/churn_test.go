@@ -75,7 +75,7 @@ func (g *rig) loads() (loads, kills int) {
 	return loads, kills
 }
 
-// TestChurn lets interfaces, addresses and routes come and go 100 times while
+// TestChurn lets interfaces, addresses and routes come and go 200 times while
 // flows of peers run. The anchor isn't loaded again, and no flow ends but those to
 // the network that goes.
 func TestChurn(t *testing.T) {
@@ -120,7 +120,7 @@ func TestChurn(t *testing.T) {
 			}
 		}
 	}
-	for n := range 100 { // and all of it at once, as a Mac that nobody touches does
+	for n := range 100 { // and all of it at once, as on a Mac that is left alone
 		g.must(g.mac.Churn(uplink))
 		g.settled()
 		for _, flow := range flows {

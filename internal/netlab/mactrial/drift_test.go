@@ -22,7 +22,7 @@ type happening struct {
 
 var happenings = map[string]happening{
 	"pf disabled by pfctl -d": {do: func(g *rig) { g.mac.PF.Disable() }},
-	"our token given back by somebody": {do: func(g *rig) {
+	"our token given back by another process": {do: func(g *rig) {
 		for _, r := range g.mac.PF.Tokens() {
 			g.must(darwin.NewPF(g.mac).Release(g.t.Context(), darwin.Token(r.Token)))
 		}

@@ -84,8 +84,7 @@ func (s *service) load() {
 	s.own = s.d.Status().Addresses
 }
 
-// closed wants that the Mac forwards nothing for peers, and what it forwards for
-// nobody either.
+// closed checks that the Mac forwards nothing for peers, nor any other transit.
 func (s *service) closed(l *leakage, when string) {
 	s.t.Helper()
 	l.mustNotPass(s.rig, when)

@@ -53,10 +53,10 @@ const (
 	scratchLabel  = "org.meshhelper.assumptions"
 )
 
-// scratchAddr is of TEST-NET-3 (RFC 5737), so nobody's.
+// scratchAddr is of TEST-NET-3 (RFC 5737), so it is no host's.
 var scratchAddr = netip.MustParsePrefix("203.0.113.213/32")
 
-// scratchAddr6 is of a network that nobody drew but this project.
+// scratchAddr6 is of a network that only this project has drawn.
 var scratchAddr6 = netip.MustParsePrefix("fd6d:6573:6800:ffff::213/128")
 
 // Assumptions returns them all. Those about the packet filter need pf's stock main
@@ -643,13 +643,13 @@ func checkService(ctx context.Context, h Host) error {
 }
 
 func checkFirewall(ctx context.Context, h Host) error {
-	const nobody = "/nonexistent/" + scratchLabel
-	stdout, stderr, status, err := h.Runner.Run(ctx, nil, firewallPath, "--unblockapp", nobody)
+	const missing = "/nonexistent/" + scratchLabel
+	stdout, stderr, status, err := h.Runner.Run(ctx, nil, firewallPath, "--unblockapp", missing)
 	if err != nil || status != 0 {
 		return fmt.Errorf("--unblockapp of what isn't registered: status %d, stdout %q, stderr %q, %w", status, stdout, stderr, err)
 	}
 	stdout, _, status, err = h.Runner.Run(ctx, nil, firewallPath, "--listapps")
-	if text := strings.ToLower(string(stdout)); err != nil || status != 0 || !strings.Contains(text, "total number of apps") || strings.Contains(text, nobody) {
+	if text := strings.ToLower(string(stdout)); err != nil || status != 0 || !strings.Contains(text, "total number of apps") || strings.Contains(text, missing) {
 		return fmt.Errorf("--listapps: status %d, stdout %.200q, %v", status, stdout, err)
 	}
 	return nil
