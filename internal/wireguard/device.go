@@ -29,6 +29,20 @@ type Peer struct {
 	Addresses Addresses      // required: its allowed IPs, as /32 and /128
 	Endpoint  netip.AddrPort // optional: zero leaves it to what the peer last sent from
 	Keepalive time.Duration  // optional: whole seconds up to MaxKeepalive, zero for none
+
+	// Learned is where the peer was last heard, before this device had it. It is
+	// looked at only when the device gets the peer anew and Endpoint is zero: the
+	// peer is greeted there at once, so that it isn't dark until it sends by
+	// itself, and its first valid packet from another place moves it. A Peer that
+	// differs in Learned only is the same.
+	Learned netip.AddrPort // optional
+}
+
+// same reports whether the device makes no difference between p and q, once it
+// has the peer.
+func (p Peer) same(q Peer) bool {
+	p.Learned, q.Learned = netip.AddrPort{}, netip.AddrPort{}
+	return p == q
 }
 
 // validate reports what the device would refuse, or silently misunderstand.
@@ -42,6 +56,8 @@ func (p Peer) validate() error {
 		return fmt.Errorf("keepalive %v is not a number of whole seconds from 0 to 65535", p.Keepalive)
 	case p.Endpoint != (netip.AddrPort{}) && (!p.Endpoint.IsValid() || p.Endpoint.Port() == 0):
 		return fmt.Errorf("endpoint %v has no address or no port", p.Endpoint)
+	case p.Learned != (netip.AddrPort{}) && (!p.Learned.IsValid() || p.Learned.Port() == 0):
+		return fmt.Errorf("learned endpoint %v has no address or no port", p.Learned)
 	}
 	return nil
 }
@@ -186,19 +202,32 @@ func (d *Device) set(peer Peer) error {
 		}
 	}
 	old, known := d.peers[peer.PublicKey]
-	if known && old == peer {
+	if known && old.same(peer) {
 		return nil
 	}
 	if err := d.wg.IpcSet(peerConfig(old, peer, known)); err != nil {
 		return d.abandon(peer.PublicKey, fmt.Errorf("set peer %v: %w", peer.PublicKey, err))
 	}
+	learned := !known && !peer.Endpoint.IsValid() && peer.Learned.IsValid()
+	peer.Learned = netip.AddrPort{}
 	d.forget(old)
 	d.peers[peer.PublicKey] = peer
 	for _, a := range peer.Addresses.List() {
 		d.owner[a] = peer.PublicKey
 	}
 	d.watchSpoofed(peer.PublicKey)
+	if learned {
+		d.greet(peer.PublicKey)
+	}
 	return nil
+}
+
+// greet makes the device send the peer a keepalive, and before that a handshake
+// where there is no session.
+func (d *Device) greet(key PublicKey) {
+	if handle := d.wg.LookupPeer(device.NoisePublicKey(key)); handle != nil {
+		handle.SendKeepalive()
+	}
 }
 
 // abandon removes a peer of which the device took only a part, so that what is
@@ -220,8 +249,12 @@ func peerConfig(old, peer Peer, known bool) string {
 	if known {
 		b.WriteString("update_only=true\n")
 	}
-	if peer.Endpoint != old.Endpoint && peer.Endpoint.IsValid() {
+	switch {
+	case peer.Endpoint != old.Endpoint && peer.Endpoint.IsValid():
 		b.WriteString("endpoint=" + peer.Endpoint.String() + "\n")
+	case !known && peer.Learned.IsValid():
+		// With the peer's creation: it can't have been heard yet.
+		b.WriteString("endpoint=" + peer.Learned.String() + "\n")
 	}
 	if peer.Keepalive != old.Keepalive {
 		b.WriteString("persistent_keepalive_interval=" + strconv.Itoa(int(peer.Keepalive/time.Second)) + "\n")
@@ -292,7 +325,7 @@ func (d *Device) Sync(want []Peer) error {
 	}
 	var changed []Peer
 	for key, p := range wanted {
-		if d.peers[key] != p {
+		if !d.peers[key].same(p) {
 			changed = append(changed, p)
 		}
 	}

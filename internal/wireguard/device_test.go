@@ -223,6 +223,56 @@ func TestDisallowedSource(t *testing.T) {
 	}
 }
 
+// TestLearnedEndpoint gives a new device the place where a peer was heard by an
+// earlier one: the device turns to it by itself, and never leaves a place where
+// the peer was heard since for a learned one.
+func TestLearnedEndpoint(t *testing.T) {
+	a, b := newEnd(t, 20, nil), newEnd(t, 21, nil)
+	if err := b.Set(Peer{PublicKey: a.PublicKey(), Addresses: a.addr}); err != nil {
+		t.Fatal(err)
+	}
+	learned := Peer{PublicKey: b.PublicKey(), Addresses: b.addr, Learned: b.peer().Endpoint}
+	if err := a.Sync([]Peer{learned}); err != nil {
+		t.Fatal(err)
+	}
+	// Neither tunnel was given a packet: the device began by itself.
+	limit := time.Now().Add(patience)
+	for a.fresh(t)[b.PublicKey()].LastHandshake.IsZero() {
+		if time.Now().After(limit) {
+			t.Fatalf("no handshake with the learned endpoint; log:\n%s", a.log)
+		}
+		time.Sleep(time.Millisecond)
+	}
+	ping(t, b, a)
+	before := a.fresh(t)[b.PublicKey()]
+
+	learned.Learned = netip.MustParseAddrPort("192.0.2.1:9")
+	for _, err := range []error{a.Set(learned), a.Sync([]Peer{learned})} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	learned.Keepalive = 25 * time.Second
+	if err := a.Set(learned); err != nil {
+		t.Fatal(err)
+	}
+	if got := a.fresh(t)[b.PublicKey()]; got.Endpoint != before.Endpoint || !got.LastHandshake.Equal(before.LastHandshake) {
+		t.Errorf("a learned endpoint took the place of one that was heard: %+v, before %+v", got, before)
+	}
+	if got := a.Peers(); len(got) != 1 || got[0].Endpoint.IsValid() {
+		t.Errorf("a learned endpoint counts as configured: %+v", got)
+	}
+
+	given := newEnd(t, 22, nil).peer()
+	given.Learned = netip.MustParseAddrPort("192.0.2.1:9")
+	if err := a.Set(given); err != nil {
+		t.Fatal(err)
+	}
+	if got := a.fresh(t)[given.PublicKey].Endpoint; got != given.Endpoint {
+		t.Errorf("endpoint %v, configured %v", got, given.Endpoint)
+	}
+}
+
 func TestSetRefuses(t *testing.T) {
 	a, b := newPair(t)
 	good := newEnd(t, 23, conn.NewDefaultBind()).peer()
@@ -236,6 +286,7 @@ func TestSetRefuses(t *testing.T) {
 		"zone":            func(p *Peer) { p.Addresses.V6 = p.Addresses.V6.WithZone("a\nreplace_peers=true") },
 		"half a second":   func(p *Peer) { p.Keepalive = time.Second / 2 },
 		"long keepalive":  func(p *Peer) { p.Keepalive = MaxKeepalive + time.Second },
+		"learned port 0":  func(p *Peer) { p.Learned = netip.AddrPortFrom(b.addr.V4, 0) },
 		"endpoint port 0": func(p *Peer) { p.Endpoint = netip.AddrPortFrom(b.addr.V4, 0) },
 	} {
 		bad := good
