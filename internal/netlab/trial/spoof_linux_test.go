@@ -34,13 +34,31 @@ func (f forgery) packet() []byte {
 // another host than B received, or that a server of B's got.
 func send(t *testing.T, m *Mesh, forgeries []forgery) {
 	t.Helper()
+	sent := 0
+	forge := func(f forgery) {
+		sent++
+		if err := f.by.Forge(f.link, f.packet()); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for range 3 {
 		for _, f := range forgeries {
-			if err := f.by.Forge(f.link, f.packet()); err != nil {
-				t.Fatal(err)
-			}
+			forge(f)
 		}
 		time.Sleep(netlab.RefuseWait / 3)
+	}
+	// A sniffer on a busy machine loses packets: those that it hasn't seen come again.
+	for end := time.Now().Add(generous); time.Now().Before(end); time.Sleep(netlab.RefuseWait) {
+		missed := 0
+		for _, f := range forgeries {
+			if by, _ := m.Lab.Saw(f.token); f.link != "wg0" && !slices.Contains(by, "B") {
+				missed++
+				forge(f)
+			}
+		}
+		if missed == 0 {
+			break
+		}
 	}
 	for _, f := range forgeries {
 		by, served := m.Lab.Saw(f.token)
@@ -53,7 +71,7 @@ func send(t *testing.T, m *Mesh, forgeries []forgery) {
 				f.reason, f.proto, f.src, f.dst, f.by.Name, by, served)
 		}
 	}
-	t.Logf("sent %d forged packets", 3*len(forgeries))
+	t.Logf("sent %d forged packets", sent)
 }
 
 // TestForgedSources has W and L send packets with the peers' addresses to
