@@ -181,12 +181,18 @@ func destinations() (v4, v6 []netip.Addr) {
 		return out
 	}
 	v4 = append(parse(`127.0.0.1 0.0.0.0 224.0.0.1 255.255.255.255 240.0.0.1 192.168.77.255 192.168.77.0
-		203.0.113.191 8.8.8.8 1.1.1.1 10.1.2.3 172.16.5.5 192.168.200.1 100.127.255.255`),
+		203.0.113.191 8.8.8.8 1.1.1.1 10.1.2.3 172.16.5.5 192.168.200.1 100.127.255.255 192.0.0.8 198.19.0.1`),
 		resolver4, gone4, own4, ann4, bob4, unassigned4, a.BUplink.V4, a.BLAN.V4, a.BPublic.V4, a.BVPN.V4, a.L.V4, a.I.V4, a.P.V4,
 		a.VPNPeer.V4, a.Behind.V4, a.W.V4, a.Metadata.V4)
-	v6 = append(parse(`::1 :: ff02::1 ff0e::1 fe80::1 2001:4860::8888 2606:4700::1111 fdff::1`),
+	v6 = append(parse(`::1 :: ff02::1 ff0e::1 fe80::1 2001:4860::8888 2606:4700::1111 fdff::1 ::8.8.8.8 100::1 fec0::1 2001:0:1::1
+		64:ff9b::8.8.8.8 64:ff9b::10.1.2.3 64:ff9b::127.0.0.1 64:ff9b:1::8.8.8.8 2002:808:808::1 2002:a01:203::1 2002:6440:1::1`),
 		gone6, own6, ann6, bob6, unassigned6, a.BUplink.V6, a.BLAN.V6, a.BPublic.V6, a.BVPN.V6, a.L.V6, a.I.V6, a.P.V6,
 		a.VPNPeer.V6, a.Behind.V6, a.W.V6, a.Metadata.V6)
+	for _, own := range []netip.Addr{own4, a.BLAN.V4, a.L.V4} {
+		b := netip.MustParseAddr("64:ff9b::").As16()
+		copy(b[12:], own.AsSlice())
+		v6 = append(v6, netip.AddrFrom16(b))
+	}
 	return v4, v6
 }
 

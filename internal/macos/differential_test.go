@@ -253,8 +253,7 @@ func isFlow(f testFlow) bool {
 // isForHost reports whether the kernel keeps a packet: all that isn't unicast to
 // another host.
 func (c *comparison) isForHost(p policy.Packet) bool {
-	class := c.r.Class(p.Dst)
-	return class == policy.Self || class == policy.Martian
+	return !c.r.IsForwarded(p.Dst)
 }
 
 // mayLeave reports whether the policy lets a packet leave by an interface. What

@@ -358,10 +358,10 @@ func (p *probes) add(out []probe, src, dst netip.Addr, in string) []probe {
 // way returns the interface by which a packet leaves, "" when this host keeps it,
 // and whether there is one.
 func (p *probes) way(dst netip.Addr, in string) (out string, ok bool) {
-	switch p.r.Class(dst) {
-	case policy.Self, policy.Martian:
+	switch {
+	case !p.r.IsForwarded(dst):
 		return "", in != "" // others may do on loopback as they like
-	case policy.InMesh:
+	case p.r.Class(dst) == policy.InMesh:
 		return p.host.Interface, true
 	}
 	best := -1

@@ -32,7 +32,7 @@ func Kills(old, next *policy.Ruleset, narrowed []policy.Narrowed) []Kill {
 	if old != nil {
 		moved = movedPrefixes(old, next)
 	}
-	lan := next.Sets().LANOutsideMesh()
+	lan := widest(next.Sets().LANOutsideMesh())
 	var out []Kill
 	for _, n := range narrowed {
 		for _, a := range n.Addresses {
@@ -57,6 +57,17 @@ func Kills(old, next *policy.Ruleset, narrowed []policy.Narrowed) []Kill {
 	}
 	if len(out) > maxKills {
 		return coarse(out, next.Sets().Mesh)
+	}
+	return out
+}
+
+// widest returns the prefixes, sorted, without those that are inside another.
+func widest(ps []netip.Prefix) []netip.Prefix {
+	var out []netip.Prefix
+	for _, p := range sorted(slices.Clone(ps)) {
+		if n := len(out); n == 0 || !out[n-1].Contains(p.Addr()) {
+			out = append(out, p)
+		}
 	}
 	return out
 }

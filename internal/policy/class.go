@@ -52,19 +52,56 @@ func prefixes(texts ...string) []netip.Prefix {
 	return out
 }
 
-// Destinations that are never valid for a packet that is to be forwarded or
-// received by unicast: RFC 1122 3.2.1.3 and RFC 6890 for IPv4, RFC 4291 for
-// IPv6 (unspecified, loopback, mapped, link-local, multicast).
-var martians = prefixes(
+// local are destinations of which a host receives packets, or none at all, and that
+// it never forwards: RFC 1122 3.2.1.3 and RFC 6890 for IPv4, RFC 4291 for IPv6
+// (unspecified, loopback, mapped, link-local, multicast).
+var local = prefixes(
 	"0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "240.0.0.0/4",
 	"::/128", "::1/128", "::ffff:0:0/96", "fe80::/10", "ff00::/8",
 )
 
-// Private address space: RFC 1918, RFC 3927, RFC 6598, RFC 4193.
+// martians are the destinations that are never valid for a peer on any host. Besides
+// the local ones they are
+//
+//   - 192.0.0.0/24, for the protocols of the IETF (RFC 6890), such as the addresses
+//     between a host and its own translator (RFC 7335),
+//   - ::/96, IPv4-compatible addresses, which carry an IPv4 destination into a tunnel
+//     that each host would make by itself (deprecated by RFC 4291 2.5.5.1),
+//   - 100::/64, discarded (RFC 6666), and fec0::/10, site-local (deprecated by RFC 3879),
+//   - Teredo (RFC 4380): the client's IPv4 address is in the last 32 bits, inverted,
+//     behind bits that may be anything, so no prefix tells its class, and there is no
+//     relay left that would carry such a packet.
+var martians = append(prefixes("192.0.0.0/24", "::/96", "100::/64", "fec0::/10", "2001::/32"), local...)
+
+// private is address space of class lan on every host: RFC 1918, RFC 3927, RFC 6598,
+// RFC 4193, networks for benchmarks (RFC 2544), and translators of a network's own
+// (RFC 8215), which carry an IPv4 address wherever their operator chose to.
 var private = prefixes(
 	"10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16",
-	"100.64.0.0/10", "fc00::/7",
+	"100.64.0.0/10", "198.18.0.0/15", "fc00::/7", "64:ff9b:1::/48",
 )
+
+// carriers are the IPv6 prefixes behind which an IPv4 address stands at once:
+// translators (RFC 6052 2.1) and 6to4 (RFC 3056 section 2).
+var carriers = prefixes("64:ff9b::/96", "2002::/16")
+
+// carried returns the IPv6 prefixes whose addresses carry an IPv4 address of the
+// prefixes; IPv6 ones carry none.
+func carried(ps []netip.Prefix) []netip.Prefix {
+	var out []netip.Prefix
+	for _, p := range ps {
+		if !p.Addr().Is4() {
+			continue
+		}
+		a := p.Masked().Addr().As4()
+		for _, c := range carriers {
+			b := c.Addr().As16()
+			copy(b[c.Bits()/8:], a[:])
+			out = append(out, netip.PrefixFrom(netip.AddrFrom16(b), c.Bits()+p.Bits()))
+		}
+	}
+	return out
+}
 
 // noPeer marks a destination that is no peer's address.
 const noPeer = -1

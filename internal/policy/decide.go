@@ -188,7 +188,7 @@ func (r *Ruleset) fromElsewhere(p *Packet) Verdict {
 		return v.refuse(RuleFormer, 0)
 	case dst.class == InMesh && !r.others.Contains(p.Dst):
 		return v.refuse(RuleUnassigned, 0)
-	case own, dst.class == Self, dst.class == Martian:
+	case own, !r.IsForwarded(p.Dst):
 		return v.pass(RuleNotOurs, 0, ExitAny)
 	case r.host.FoundForwarding.Of(p.Dst):
 		return v.pass(RuleTransit, 0, ExitAny)

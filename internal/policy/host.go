@@ -62,6 +62,9 @@ type Host struct {
 	// without link-local ones: a mesh address among them is that server's. Their
 	// order doesn't matter.
 	Resolvers []netip.Addr `json:"resolvers,omitempty"`
+	// Outside are the addresses by which others know this host that it doesn't have
+	// itself, such as its router's: what is reached there may be its own networks.
+	Outside []netip.Addr `json:"outside,omitempty"`
 	// Source4 and Source6 are the addresses that the host itself uses by the
 	// uplink of the family, and the packets of its peers with it. Not valid where
 	// there is no uplink, or the address isn't known.
@@ -150,6 +153,11 @@ func (h Host) validateAddresses() error {
 	for _, a := range h.Resolvers {
 		if !isPlain(a) {
 			return fmt.Errorf("resolver %v is not valid", a)
+		}
+	}
+	for _, a := range h.Outside {
+		if !isPlain(a) {
+			return fmt.Errorf("address %v of this host from outside is not valid", a)
 		}
 	}
 	for _, f := range []struct {

@@ -87,11 +87,15 @@ func TestFromPeer(t *testing.T) {
 		{Martian, never, "0.0.0.0 0.1.2.3 127.0.0.1 224.0.0.251 239.255.255.250 240.0.0.1 255.255.255.255"},
 		{Martian, never, "203.0.113.0 203.0.113.255 192.168.77.255 192.168.77.0 198.51.100.127 169.254.255.255"},
 		{Martian, never, ":: ::1 ff02::1 ff0e::1 fe80::1 fe80::9 ::ffff:8.8.8.8"},
+		{Martian, never, "192.0.0.2 192.0.0.170 ::8.8.8.8 ::ffff:0:1 100::1 fec0::1 feff::1 2001::1 2001:0:4136:e378:8000:63bf:f7f7:f7f7"},
+		{Martian, never, "64:ff9b::127.0.0.1 64:ff9b::203.0.113.255 64:ff9b::192.0.0.8 2002:7f00:1::1 2002:e000:fb:: 2002:cb00:71ff:1::1"},
+		{Martian, never, "64:ff9b::203.0.113.9 64:ff9b::100.64.0.1 64:ff9b::100.64.0.2 64:ff9b::100.127.0.9 2002:cb00:7109::1 2002:6440:2::1"},
 		{Self, incoming, "100.64.0.1 fd6d:6573:6800::1 203.0.113.9 192.168.77.1 198.51.100.1 192.0.2.8 2001:db8:1::9"},
 		{InMesh, never, "100.64.0.2 100.64.0.3 100.127.255.254 fd6d:6573:6800::2 fd6d:6573:6800:ffff::1"},
 		{OnLAN, both, "10.1.2.3 172.31.0.1 192.168.77.9 192.168.1.1 169.254.169.254 fd00::1 fc12::1"},
-		{OnLAN, both, "203.0.113.1 198.51.100.5 192.0.2.9 198.18.7.7 2001:db8:18::5 2001:db8:77::5 2001:db8:1::1"},
-		{Internet, routing, "8.8.8.8 198.51.100.128 198.19.0.1 203.0.114.0 2001:db8:19::1 2600::1"},
+		{OnLAN, both, "203.0.113.1 198.51.100.5 192.0.2.9 198.18.7.7 198.19.0.1 2001:db8:18::5 2001:db8:77::5 2001:db8:1::1"},
+		{OnLAN, both, "64:ff9b::10.1.2.3 64:ff9b::203.0.113.1 64:ff9b::198.18.7.7 64:ff9b:1::8.8.8.8 64:ff9b:1:ffff::1 2002:a01:203::1 2002:c0a8:4d09:ffff::1"},
+		{Internet, routing, "8.8.8.8 198.51.100.128 198.20.0.1 192.0.1.1 203.0.114.0 2001:db8:19::1 2600::1 64:ff9b::8.8.8.8 64:ff9a::10.0.0.1 2002:808:808::1 2001:1::1 100:0:0:1::1 2003::1"},
 	} {
 		for p := range Permissions(8) {
 			r := compile(t, picture(p), pictureHost())
@@ -599,4 +603,42 @@ func FuzzReadHost(f *testing.F) {
 			t.Errorf("facts were read but don't compile: %v", err)
 		}
 	})
+}
+
+// TestTransitToMartians checks that what is a martian for peers alone is transit
+// like any other where it is others' packet, and open to the host itself.
+func TestTransitToMartians(t *testing.T) {
+	h := pictureHost()
+	h.Outside = []netip.Addr{addr("203.0.114.7")}
+	r := compile(t, picture(7), h)
+	for _, dst := range strings.Fields("192.0.0.9 2002:cb00:7109::1 64:ff9b::203.0.113.9 64:ff9b::100.64.0.2 2001:0:1::1 100::1 fec0::1") {
+		p := Packet{In: "en0", Src: addr("192.168.77.9"), Dst: addr(dst), Proto: ProtoTCP}
+		if p.Dst.Is6() {
+			p.Src = addr("2001:db8:77::9")
+		}
+		if v := r.Decide(p); v.Pass || v.Rule != RuleClosedTransit {
+			t.Errorf("transit to %v: %+v", dst, v)
+		}
+		if p.In = ""; !r.Decide(p).Pass {
+			t.Errorf("the host itself to %v: %+v", dst, r.Decide(p))
+		}
+	}
+	if got := r.Class(addr("203.0.114.7")); got != OnLAN {
+		t.Errorf("the router's address is %v", got)
+	}
+}
+
+// TestRouterOf6To4 checks that a host with addresses in the 6to4 prefix of its own
+// IPv4 address keeps them.
+func TestRouterOf6To4(t *testing.T) {
+	h := pictureHost()
+	h.Interfaces[0].Addresses = append(h.Interfaces[0].Addresses, prefix("2002:cb00:7109:1::1/64"))
+	r := compile(t, picture(7), h)
+	for dst, want := range map[string]Class{
+		"2002:cb00:7109:1::1": Self, "2002:cb00:7109:1::2": OnLAN, "2002:cb00:7109:2::2": OnLAN, "2002:c0a8:4d01::1": Martian,
+	} {
+		if got := r.Class(addr(dst)); got != want {
+			t.Errorf("%v is %v, want %v", dst, got, want)
+		}
+	}
 }

@@ -80,7 +80,8 @@ func drawWorld(t *rapid.T) world {
 var places = prefixes("100.64.0.0/28", "100.64.0.0/10", "192.168.77.0/24", "10.0.0.0/8", "203.0.113.0/24",
 	"169.254.0.0/16", "127.0.0.0/8", "224.0.0.0/4", "240.0.0.0/4", "0.0.0.0/0",
 	"fd6d:6573:6800::/124", "fd6d:6573:6800::/48", "fc00::/7", "2001:db8:1::/64", "fe80::/10", "ff00::/8",
-	"::ffff:0:0/96", "::/0")
+	"::ffff:0:0/96", "::/0", "64:ff9b::/96", "64:ff9b::192.168.77.0/120", "64:ff9b::100.64.0.0/124", "64:ff9b:1::/48",
+	"2002::/16", "2002:c0a8:4d00::/40", "2002:6440::/44", "2001::/32", "::/96", "192.0.0.0/24", "198.18.0.0/15")
 
 func drawAddr(t *rapid.T) netip.Addr {
 	p := rapid.SampledFrom(places).Draw(t, "place")
@@ -191,8 +192,33 @@ func TestClassIsFirstThatFits(t *testing.T) {
 			if got := r.Class(dst); got != want {
 				t.Fatalf("%v is %v, want %v", dst, got, want)
 			}
+			carrying(t, r, dst)
 		}
 	})
+}
+
+// carrying checks that an address that carries another one is of no higher class.
+func carrying(t *rapid.T, r *Ruleset, dst netip.Addr) {
+	b := dst.As16()
+	var inner netip.Addr
+	switch {
+	case prefix("64:ff9b::/96").Contains(dst):
+		inner = netip.AddrFrom4([4]byte(b[12:]))
+	case prefix("2002::/16").Contains(dst):
+		inner = netip.AddrFrom4([4]byte(b[2:]))
+	default:
+		return
+	}
+	routes6To4 := slices.ContainsFunc(r.Sets().Self, func(p netip.Prefix) bool {
+		return p.Addr().Is6() && prefix("2002::/16").Contains(p.Addr()) || prefix("64:ff9b::/96").Contains(p.Addr())
+	})
+	got, of := r.Class(dst), r.Class(inner)
+	if got > of && !(of == Self && got == OnLAN && routes6To4) {
+		t.Fatalf("%v is %v, but %v is %v", dst, got, inner, of)
+	}
+	if got == Self && !holds(r.Sets().Self, single(dst)) {
+		t.Fatalf("%v is self and no address of the host", dst)
+	}
 }
 
 func TestLANWithoutRoutingChangesNothing(t *testing.T) {

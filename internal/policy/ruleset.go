@@ -19,8 +19,9 @@ type Ruleset struct {
 	expires time.Time
 	classes classes
 	sets    Sets
-	// others and former are the sets of these names, to be looked up.
+	// others, local and former are the sets of these names, to be looked up.
 	others bart.Lite
+	local  bart.Lite
 	former map[netip.Addr]bool
 }
 
@@ -39,6 +40,9 @@ type PeerRules struct {
 // sorted, without duplicates.
 type Sets struct {
 	Martians []netip.Prefix
+	// Local are those of Martians, broadcast addresses included, that the host
+	// receives or drops and never forwards, also where it is no peer's packet.
+	Local []netip.Prefix
 	// Self are the host's addresses, mesh addresses included.
 	Self []netip.Prefix
 	// Mesh are the mesh prefixes; Peers every peer's address, as single
@@ -78,6 +82,9 @@ func Compile(mesh Mesh, host Host, now time.Time) (*Ruleset, error) {
 	for _, p := range r.sets.Others {
 		r.others.Insert(p)
 	}
+	for _, p := range r.sets.Local {
+		r.local.Insert(p)
+	}
 	r.former = make(map[netip.Addr]bool, len(r.sets.Former))
 	for _, p := range r.sets.Former {
 		r.former[p.Addr()] = true
@@ -102,12 +109,12 @@ func (r *Ruleset) classify() {
 func makeSets(mesh Mesh, host Host) Sets {
 	attached := host.attached()
 	s := Sets{
-		Martians: slices.Clone(martians),
-		Self:     singles(slices.Concat(mesh.Addresses, host.addresses())),
-		LAN:      slices.Concat(private, attached, host.routed()),
+		Local: slices.Clone(local),
+		Self:  singles(slices.Concat(mesh.Addresses, host.addresses())),
+		LAN:   slices.Concat(private, attached, host.routed(), singles(host.Outside)),
 	}
 	for _, p := range attached {
-		s.Martians = append(s.Martians, broadcasts(p)...)
+		s.Local = append(s.Local, broadcasts(p)...)
 	}
 	for _, p := range mesh.Prefixes {
 		s.Mesh = append(s.Mesh, p.Masked())
@@ -115,15 +122,38 @@ func makeSets(mesh Mesh, host Host) Sets {
 	for _, p := range mesh.Peers {
 		s.Peers = append(s.Peers, singles(p.Addresses)...)
 	}
+	s.Martians = slices.Concat(martians, s.Local)
+	s.carry()
 	s.Others = mesh.others(host)
 	s.Former = singles(mesh.Former)
-	for _, set := range []*[]netip.Prefix{&s.Martians, &s.Self, &s.Mesh, &s.Peers, &s.LAN, &s.Others, &s.Former} {
+	for _, set := range []*[]netip.Prefix{&s.Martians, &s.Local, &s.Self, &s.Mesh, &s.Peers, &s.LAN, &s.Others, &s.Former} {
 		slices.SortFunc(*set, comparePrefix)
 		*set = slices.Compact(*set)
 	}
-	s.Others = outermost(s.Others)
+	s.Martians, s.Others = outermost(s.Martians), outermost(s.Others)
 	s.Former = slices.DeleteFunc(s.Former, func(p netip.Prefix) bool { return holds(s.Peers, p) || holds(s.Self, p) })
 	return s
+}
+
+// carry adds the IPv6 prefixes that carry IPv4 addresses of the classes. Where that is
+// the host's address or the mesh, no packet could be delivered: it isn't one of the
+// host's addresses, and through a translator it would come back from outside. So
+// these are martians; self and mesh stay what they are to everyone but peers. A host
+// that has addresses behind its own one is a router of 6to4, and what is there are its
+// networks.
+func (s *Sets) carry() {
+	own := slices.Clone(s.Self)
+	s.Martians = append(s.Martians, carried(slices.Concat(s.Martians, s.Mesh))...)
+	networks := s.LANOutsideMesh()
+	slices.SortFunc(networks, comparePrefix)
+	s.LAN = append(s.LAN, carried(outermost(networks))...)
+	for _, p := range carried(own) {
+		if slices.ContainsFunc(own, func(o netip.Prefix) bool { return p.Contains(o.Addr()) }) {
+			s.LAN = append(s.LAN, p)
+		} else {
+			s.Martians = append(s.Martians, p)
+		}
+	}
 }
 
 // others returns the parts of the mesh prefixes that belong to another owner on
@@ -275,6 +305,12 @@ func (r *Ruleset) Peers() []PeerRules { return r.peers }
 
 // Sets returns the prefixes of each class. They must not be changed.
 func (r *Ruleset) Sets() Sets { return r.sets }
+
+// IsForwarded reports whether a host that forwards would forward a packet to dst:
+// whether it is neither an address of the host nor one of [Sets.Local].
+func (r *Ruleset) IsForwarded(dst netip.Addr) bool {
+	return r.classes.of(dst).class != Self && !r.local.Contains(dst)
+}
 
 // PeerByAddr returns the index in [Ruleset.Peers] of the peer with this address,
 // and whether there is one.
