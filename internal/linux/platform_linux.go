@@ -4,9 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
-	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -38,7 +38,7 @@ type Platform struct {
 	routes  *mdlayher.Conn // for what nl doesn't understand
 	filter  *filter
 	forward *forwarding
-	lock    *net.UnixListener
+	lock    io.Closer // nil while this isn't the host's helper
 
 	cfg  platform.Interface
 	name string
