@@ -46,7 +46,9 @@ type Platform struct {
 	link link
 
 	enforced *policy.Ruleset
-	watch    watchState
+	// last is the ruleset that was last in force, the closed one included.
+	last  *policy.Ruleset
+	watch watchState
 }
 
 // New returns a platform; it changes nothing yet. It fails where the kernel's
@@ -159,7 +161,9 @@ func named(step string, err error) error {
 
 // Open implements the daemon's contract: it takes the lock, restores what a
 // killed helper left, loads a table that lets nothing of a peer through, and
-// makes the mesh interface.
+// makes the mesh interface. It may be called again when the interface is gone.
+// After an error forwarding is as it was found; the table stays, unless this was
+// the first call and there was none before.
 func (p *Platform) Open(_ context.Context, cfg platform.Interface) (tun.Device, error) {
 	if cfg.MTU < 1280 || cfg.MTU > 65535 {
 		return nil, fmt.Errorf("open mesh interface: MTU %d: want 1280 to 65535", cfg.MTU)
@@ -167,35 +171,52 @@ func (p *Platform) Open(_ context.Context, cfg platform.Interface) (tun.Device, 
 	if cfg.Name != "" && !usableName(cfg.Name) {
 		return nil, fmt.Errorf("open mesh interface: name %q: want 1 to 15 letters, digits and . _ - @ : +", cfg.Name)
 	}
-	if err := p.takeOver(); err != nil {
+	fresh, err := p.takeOver()
+	if err != nil {
 		return nil, err
 	}
 	p.cfg = cfg
-	err := p.step(StepClosed, func() error { return p.loadClosed(cfg) })
+	err = p.step(StepClosed, func() error { return p.close(noInterface) })
 	if err == nil {
 		err = p.step(StepInterface, func() error { return p.makeInterface(cfg) })
 	}
-	if err != nil {
+	if err == nil {
+		return p.dev, nil
+	}
+	// A host that had no table before is as it was found. On any other one,
+	// peers' packets stay in: only Close takes the table away.
+	if fresh {
 		return nil, errors.Join(err, p.leave())
 	}
-	return p.dev, nil
+	return nil, errors.Join(err, p.retreat())
 }
+
+// noInterface stands for the mesh interface while there is none. No interface has
+// this name (dev_valid_name of net/core/dev.c refuses the colon): one that another
+// program gave the mesh interface's name must not be taken for it.
+const noInterface = ":none:"
 
 // takeOver takes the lock and puts forwarding back as it was before a helper
 // that was killed. That helper's table stays until ours replaces it: it keeps
-// what was meant for peers from leaving in clear.
-func (p *Platform) takeOver() error {
+// what was meant for peers from leaving in clear. fresh says that the lock was
+// taken now, on a host without such a table.
+func (p *Platform) takeOver() (fresh bool, err error) {
 	if p.lock != nil {
-		return nil
+		return false, nil
 	}
-	err := p.step(StepLock, func() (err error) {
+	err = p.step(StepLock, func() (err error) {
 		p.lock, err = lock()
 		return err
 	})
 	if err != nil {
-		return err
+		return false, err
 	}
 	err = p.step(StepRepair, func() error {
+		there, err := p.filter.present()
+		if err != nil {
+			return err
+		}
+		fresh = !there
 		if err := p.forward.open(); err != nil {
 			return err
 		}
@@ -207,7 +228,7 @@ func (p *Platform) takeOver() error {
 	if err != nil {
 		p.unlock()
 	}
-	return err
+	return fresh, err
 }
 
 func (p *Platform) unlock() {
@@ -217,27 +238,18 @@ func (p *Platform) unlock() {
 	}
 }
 
-// loadClosed loads the table of a mesh without peers. The interface doesn't
-// exist yet, so its name may be a guess; nothing comes in by it before Enforce.
-func (p *Platform) loadClosed(cfg platform.Interface) error {
-	name := cfg.Name
-	if name == "" {
-		name = strings.ReplaceAll(nameTemplate, "%d", "0")
-	}
-	return p.close(name)
-}
-
 // close loads the table that holds while there is no wanted ruleset: a mesh
-// without peers. Forwarding may still be open when a dead tunnel is replaced.
+// without peers on an interface of this name. Forwarding may still be open when a
+// dead tunnel is replaced.
 func (p *Platform) close(name string) error {
 	mesh := policy.Mesh{Prefixes: p.cfg.Prefixes, Addresses: p.cfg.Addresses}
 	host := policy.Host{Interface: name}
-	if p.enforced != nil {
+	if p.last != nil {
 		// Other owners of the mesh prefix keep their part, and peers' addresses stay
 		// in. At the start neither is known, and then nothing leaves.
-		host, mesh.ListenPort = p.enforced.Host(), p.enforced.Mesh().ListenPort
-		host.Interface, mesh.Former = name, p.enforced.Mesh().Former
-		for _, peer := range p.enforced.Peers() {
+		host, mesh.ListenPort = p.last.Host(), p.last.Mesh().ListenPort
+		host.Interface, mesh.Former = name, p.last.Mesh().Former
+		for _, peer := range p.last.Peers() {
 			mesh.Former = append(mesh.Former[:len(mesh.Former):len(mesh.Former)], peer.Addresses...)
 		}
 	}
@@ -247,7 +259,11 @@ func (p *Platform) close(name string) error {
 		return err
 	}
 	p.enforced = nil
-	return p.filter.apply(compile(r, p.params()))
+	if err := p.filter.apply(compile(r, p.params())); err != nil {
+		return err
+	}
+	p.last = r
+	return nil
 }
 
 // found says for which families the host forwarded before we did.
@@ -260,6 +276,11 @@ func (p *Platform) params() params {
 }
 
 func (p *Platform) makeInterface(cfg platform.Interface) (err error) {
+	if p.dev != nil { // the dead one
+		if err := p.removeInterface(); err != nil {
+			return err
+		}
+	}
 	if p.dev, p.name, err = createTUN(cfg); err != nil {
 		return err
 	}
@@ -357,14 +378,14 @@ func (p *Platform) setAddresses(r *policy.Ruleset, ipv6 bool) error {
 func (p *Platform) enforceTable(r *policy.Ruleset) error {
 	t := compile(r, p.params())
 	if p.filter.holds(t) {
-		p.enforced = r
+		p.enforced, p.last = r, r
 		return nil
 	}
 	p.o.Step(StepTable)
 	if err := p.filter.apply(t); err != nil {
 		return errors.Join(named(StepTable, err), p.closeUp())
 	}
-	p.enforced = r
+	p.enforced, p.last = r, r
 	return nil
 }
 
@@ -428,22 +449,29 @@ func behind(h policy.Host) []string {
 
 // Close implements the daemon's contract. The platform can't be used afterwards.
 func (p *Platform) Close(context.Context) ([]platform.Problem, error) {
-	if err := p.takeOver(); err != nil {
+	if _, err := p.takeOver(); err != nil {
 		return nil, errors.Join(err, p.release())
 	}
 	left := p.left()
 	return left, errors.Join(p.leave(), p.release())
 }
 
-// leave takes everything away in the reverse order, the table last: until the
-// interface is gone, nothing of a peer passes.
-func (p *Platform) leave() error {
-	defer p.unlock()
-	p.enforced = nil
+// retreat is what is left of an Open that failed: forwarding as it was found, no
+// interface, and the table, which keeps peers' packets in.
+func (p *Platform) retreat() error {
 	err := named(StepRestore, p.forward.giveBack(func(saved) bool { return true }))
 	if p.dev != nil {
 		err = errors.Join(err, p.step(StepRemoveInterface, p.removeInterface))
 	}
+	return err
+}
+
+// leave takes everything away in the reverse order, the table last: until the
+// interface is gone, nothing of a peer passes.
+func (p *Platform) leave() error {
+	defer p.unlock()
+	p.enforced, p.last = nil, nil
+	err := p.retreat()
 	return errors.Join(err, p.step(StepRemoveTable, p.filter.remove))
 }
 

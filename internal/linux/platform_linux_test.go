@@ -175,6 +175,134 @@ func TestDeadTunnelIsReplaced(t *testing.T) {
 	}
 }
 
+// TestFailedOpenKeepsPeersIn takes the interface away and lets no other one be
+// made, because another program's has its name. The host sends to peers all the
+// while, in every step of every try: nothing leaves.
+func TestFailedOpenKeepsPeersIn(t *testing.T) {
+	w := newWorld(t)
+	w.findForwarding("0")
+	before := w.snapshot()
+	w.open()
+	r := w.enforce(mesh(grants{ann: all}))
+	outer := netlab.Addresses().BUplink
+	var senders []*net.UDPConn
+	for i, to := range []netip.Addr{ann4, unassigned4, ann6, unassigned6} {
+		c := w.socket(netip.AddrPortFrom(outer.List()[i/2], 0))
+		senders = append(senders, c)
+		_, _ = c.WriteToUDPAddrPort(word(i+1), netip.AddrPortFrom(to, 5000)) // opens the mesh's flows, too
+	}
+	tries := 0
+	send := func(string) {
+		for i, to := range []netip.Addr{ann4, unassigned4, ann6, unassigned6} {
+			tries++
+			_, _ = senders[i].WriteToUDPAddrPort(word(i+11), netip.AddrPortFrom(to, 5000))
+		}
+	}
+	if err := w.dev.Close(); err != nil {
+		t.Fatal(err)
+	}
+	send("")
+	taken := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: meshName}, PeerName: "other1"}
+	if err := w.pic.B.Netlink().LinkAdd(taken); err != nil {
+		t.Fatal(err)
+	}
+	w.p.o.Step = send
+	w.p.forward.step = send
+	open := func() error {
+		return w.pic.B.Do(func() (err error) {
+			w.dev, err = w.p.Open(context.Background(), w.p.cfg)
+			return err
+		})
+	}
+	for range 3 {
+		var step *platform.StepError
+		if err := open(); !errors.As(err, &step) || step.Step != StepInterface {
+			t.Fatalf("Open while the name is taken: %v", err)
+		}
+		send("")
+		if report := w.p.forward.now(meshName); report.IPv4 || report.IPv6 {
+			t.Errorf("after a failed Open the host forwards: %+v", report)
+		}
+		if w.p.last == nil {
+			t.Error("after a failed Open no table is in force")
+		} else if got := w.p.last.Host(); !slices.Equal(got.Routes, r.Host().Routes) || got.Interface != noInterface {
+			t.Errorf("the closed table is for interface %q, and forgot the routes of other owners", got.Interface)
+		}
+		err := w.pic.B.Do(func() error {
+			p, err := New(Options{StateDir: t.TempDir()})
+			if err != nil {
+				return err
+			}
+			defer p.release()
+			_, err = p.Open(context.Background(), w.p.cfg)
+			return err
+		})
+		if !errors.As(err, &step) || step.Step != StepLock {
+			t.Errorf("after a failed Open another helper may start: %v", err)
+		}
+	}
+	n := 20
+	w.closedToOutside(&n, "after failed tries")
+	if err := w.pic.B.Netlink().LinkDel(taken); err != nil {
+		t.Fatal(err)
+	}
+	if err := open(); err != nil {
+		t.Fatal(err)
+	}
+	send("")
+	w.settle(nil)
+	for i := range 4 {
+		if got := w.captures(word(i + 11)); len(got) > 0 {
+			t.Errorf("%d of the host's packets for a peer left, the first to %v by %s", len(got), got[0].packet.Dst, got[0].where)
+		}
+	}
+	if drift := w.inspect(w.enforce(mesh(grants{ann: all}))).Drift; len(drift) > 0 {
+		t.Errorf("after the recovery: %v", drift)
+	}
+	w.close()
+	if diff := before.Diff(w.snapshot()); len(diff) > 0 {
+		t.Errorf("the host isn't as it was: %v", diff)
+	}
+	t.Logf("%d packets that had to stay", tries)
+}
+
+// TestFailedStartKeepsPeersIn starts after a helper that was killed, and fails.
+func TestFailedStartKeepsPeersIn(t *testing.T) {
+	w := newWorld(t)
+	w.findForwarding("0")
+	before := w.snapshot()
+	w.open()
+	w.enforce(mesh(grants{ann: all}))
+	cfg := w.p.cfg
+	w.die()
+	taken := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: meshName}, PeerName: "other1"}
+	if err := w.pic.B.Netlink().LinkAdd(taken); err != nil {
+		t.Fatal(err)
+	}
+	err := w.pic.B.Do(func() error {
+		p, err := New(Options{StateDir: w.state})
+		if err != nil {
+			return err
+		}
+		defer func() { p.unlock(); p.release() }()
+		_, err = p.Open(context.Background(), cfg)
+		return err
+	})
+	if err == nil {
+		t.Fatal("Open succeeded although the name is taken")
+	}
+	n := 0
+	w.closedToOutside(&n, "after a failed start")
+	if err := w.pic.B.Netlink().LinkDel(taken); err != nil {
+		t.Fatal(err)
+	}
+	w.open()
+	w.close()
+	if diff := before.Diff(w.snapshot()); len(diff) > 0 {
+		t.Errorf("the host isn't as it was: %v", diff)
+	}
+}
+
 // elements reads a set of our table.
 func (g *rig) elements(set string) (es []nftables.SetElement) {
 	g.t.Helper()
