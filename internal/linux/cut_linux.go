@@ -21,16 +21,18 @@ import (
 // host's next packet would look like a flow that the host opens. So the host's
 // end stays closed for as long as the flow would have lived. The entries stay
 // too: as long as an end sends, they remember the opener of the flow.
-func (p *Platform) Cut(_ context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
+func (p *Platform) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
 	if len(narrowed) == 0 {
 		return nil
 	}
-	return p.step(StepCut, func() error {
-		dead, err := deadFlows(p.nl, r, narrowed)
-		if err != nil {
-			return err
-		}
-		return p.filter.addCut(dead)
+	return p.run(ctx, func() error {
+		return p.step(ctx, StepCut, func() error {
+			dead, err := deadFlows(p.nl, r, narrowed)
+			if err != nil {
+				return err
+			}
+			return p.filter.addCut(dead)
+		})
 	})
 }
 

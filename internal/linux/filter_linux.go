@@ -29,6 +29,8 @@ const chunk = 400
 // socket per change costs a thousand times the change itself.
 type filter struct {
 	conn *nftables.Conn
+	// sock is conn's socket, for its deadlines.
+	sock *netlink.Conn
 	// dump reads rules as the kernel gives them.
 	dump *netlink.Conn
 	// loaded is what we believe is in the kernel, nil when we don't know.
@@ -45,7 +47,9 @@ type filter struct {
 }
 
 func openFilter() (*filter, error) {
+	var sock *netlink.Conn
 	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(
+		func(c *netlink.Conn) error { sock = c; return nil },
 		func(c *netlink.Conn) error { return c.SetWriteBuffer(sendBuffer) },
 		func(c *netlink.Conn) error { return c.SetReadBuffer(receiveBuffer) },
 	))
@@ -56,7 +60,7 @@ func openFilter() (*filter, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open nftables: %w", err), conn.CloseLasting())
 	}
-	return &filter{conn: conn, dump: dump}, nil
+	return &filter{conn: conn, sock: sock, dump: dump}, nil
 }
 
 func (f *filter) close() error { return errors.Join(f.conn.CloseLasting(), f.dump.Close()) }

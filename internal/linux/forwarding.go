@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"slices"
 	"strings"
+	"time"
 )
 
 // forwarding switches forwarding on where peers need it and back to what was
@@ -13,10 +14,11 @@ import (
 // interfaces that need it are opened and the host's global flag is never
 // touched. IPv6 has one flag for the host.
 type forwarding struct {
-	sys  sysctls
-	dir  string // of the journal
-	boot string
-	j    *journal
+	sys   sysctls
+	dir   string // of the journal
+	saver *saver
+	boot  string
+	j     *journal
 	// byIndex names an interface by its index, which survives a renaming.
 	byIndex func(index int) (name string, ok bool)
 	index   func(name string) int
@@ -103,7 +105,7 @@ func (f *forwarding) apply(n need) error {
 	if len(changes) > 0 {
 		f.step(StepJournal)
 		f.j.Changed = append(f.j.Changed, changes...)
-		if err := f.j.write(f.dir); err != nil {
+		if err := f.save(); err != nil {
 			return err
 		}
 	}
@@ -220,9 +222,41 @@ func rank(iface string) int {
 	return 0
 }
 
-// giveBack restores the changed sysctls that which picks and forgets them, last
-// change first. What another program has changed meanwhile stays as it is.
+// save writes the journal and returns when it is on disk.
+func (f *forwarding) save() error { return <-f.saver.put(f.j) }
+
+// forgetLimit is how long a change that closes waits for the disk.
+const forgetLimit = 2 * time.Second
+
+// giveBackAll restores all that was changed. forgotten tells when the journal on disk
+// has forgotten it.
+func (f *forwarding) giveBackAll() (forgotten <-chan error, err error) {
+	_, err = f.restoreThose(func(saved) bool { return true })
+	return f.saver.put(f.j), err
+}
+
+// giveBack restores the changed sysctls that which picks and forgets them. The disk
+// may take its time: an entry of what has been restored does no harm, so that what
+// narrows doesn't wait for it.
 func (f *forwarding) giveBack(which func(saved) bool) error {
+	moved, err := f.restoreThose(which)
+	if !moved {
+		return err
+	}
+	t := time.NewTimer(forgetLimit)
+	defer t.Stop()
+	select {
+	case failed := <-f.saver.put(f.j):
+		return errors.Join(err, failed)
+	case <-t.C:
+		return err
+	}
+}
+
+// restoreThose restores the changed sysctls that which picks, last change first, and
+// reports whether the journal has changed. What another program has changed
+// meanwhile stays as it is.
+func (f *forwarding) restoreThose(which func(saved) bool) (changed bool, err error) {
 	moved := f.refresh()
 	var errs []error
 	var kept []saved
@@ -240,11 +274,10 @@ func (f *forwarding) giveBack(which func(saved) bool) error {
 			errs = append(errs, err)
 		}
 	}
-	if !moved && len(kept) == len(f.j.Changed) {
-		return errors.Join(errs...)
+	if changed = moved || len(kept) != len(f.j.Changed); changed {
+		f.j.Changed = kept
 	}
-	f.j.Changed = kept
-	return errors.Join(append(errs, f.j.write(f.dir))...)
+	return changed, errors.Join(errs...)
 }
 
 func returnRank(s saved) int {

@@ -34,8 +34,9 @@ func fakeSysctls(t *testing.T) (*forwarding, map[string]string) {
 		}
 	}
 	index := map[string]int{"eth0": 2, "eth1": 3, "mesh0": 4}
+	dir := t.TempDir()
 	f := &forwarding{
-		sys: sysctls{root}, dir: t.TempDir(), boot: "this", step: func(string) {},
+		sys: sysctls{root}, dir: dir, saver: &saver{dir: dir}, boot: "this", step: func(string) {},
 		index: func(name string) int { return index[name] },
 		byIndex: func(i int) (string, bool) {
 			for name, n := range index {

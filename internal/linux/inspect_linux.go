@@ -10,7 +10,11 @@ import (
 
 // Inspect implements the daemon's contract: it reads the table, the addresses,
 // the routes and the forwarding flags back.
-func (p *Platform) Inspect(_ context.Context, r *policy.Ruleset) (platform.Report, error) {
+func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (platform.Report, error) {
+	return ask(ctx, p, func() (platform.Report, error) { return p.inspect(r) })
+}
+
+func (p *Platform) inspect(r *policy.Ruleset) (platform.Report, error) {
 	report := platform.Report{Forwarding: p.forward.now(p.name)}
 	add := func(step string, differs []string) {
 		for _, d := range differs {

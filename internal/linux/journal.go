@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 )
 
 // journalName is the journal's file in the state directory.
@@ -151,4 +152,51 @@ func syncDir(dir string) error {
 		return err
 	}
 	return errors.Join(d.Sync(), d.Close())
+}
+
+// saver writes the journal from a task of its own, one write after the other and of
+// several that wait only the last, so that a change which closes needn't wait for a
+// frozen disk.
+type saver struct {
+	dir string
+
+	mu      sync.Mutex
+	busy    bool
+	next    *journal
+	waiting []chan error
+}
+
+// put has the journal as it is now written. What it returns gets the error of the
+// write that it, or a later one, is in.
+func (s *saver) put(j *journal) <-chan error {
+	done := make(chan error, 1)
+	copied := *j
+	copied.Changed = slices.Clone(j.Changed)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.next = &copied
+	s.waiting = append(s.waiting, done)
+	if !s.busy {
+		s.busy = true
+		go s.work()
+	}
+	return done
+}
+
+// work writes until nothing waits.
+func (s *saver) work() {
+	for {
+		s.mu.Lock()
+		next, waiting := s.next, s.waiting
+		s.next, s.waiting = nil, nil
+		s.busy = next != nil
+		s.mu.Unlock()
+		if next == nil {
+			return
+		}
+		err := next.write(s.dir)
+		for _, done := range waiting {
+			done <- err
+		}
+	}
 }

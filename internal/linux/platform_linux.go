@@ -31,11 +31,21 @@ const sysctlRoot = "/proc/sys/net"
 
 // Platform makes this Linux host enforce rulesets. Its methods but Watch are
 // called from one goroutine at a time. It belongs to the network namespace of the
-// thread that called [New] and [Platform.Open].
+// thread that called [New].
+//
+// A call whose context ends stops before its next step and then closes what it has
+// opened, for which it has a limit of its own; one that hangs in the kernel is left
+// behind, and the next call begins when it has ended.
 type Platform struct {
-	o       Options
-	nl      *netlink.Handle
-	routes  *mdlayher.Conn // for what nl doesn't understand
+	o      Options
+	worker *worker
+	nl     *netlink.Handle
+	xfrm   *netlink.Handle // nil where the kernel has no IPsec
+	routes *mdlayher.Conn  // for what nl doesn't understand
+	// spent says that an exchange at the sockets was given up; unbind frees them
+	// from the context of the call.
+	spent   bool
+	unbind  func()
 	filter  *filter
 	forward *forwarding
 	lock    io.Closer // nil while this isn't the host's helper
@@ -66,33 +76,51 @@ func New(o Options) (*Platform, error) {
 	if o.Step == nil {
 		o.Step = func(string) {}
 	}
+	worker, err := newWorker()
+	if err != nil {
+		return nil, fmt.Errorf("open platform: %w", err)
+	}
 	announce := o.Step
 	o.Step = func(name string) {
+		worker.step.Store(name)
 		o.Log.Debug("enforcing step", "step", name)
 		announce(name)
 	}
-	nl, err := netlink.NewHandle()
-	if err != nil {
-		return nil, fmt.Errorf("open netlink: %w", err)
+	p := &Platform{o: o, worker: worker, unbind: func() {}}
+	if err := p.dial(); err != nil {
+		return nil, errors.Join(err, p.release())
 	}
-	f, err := openFilter()
-	if err != nil {
-		return nil, err
-	}
-	routes, err := mdlayher.Dial(unix.NETLINK_ROUTE, nil)
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("open netlink: %w", err), f.close())
-	}
-	w, err := openWatch()
-	if err != nil {
-		return nil, errors.Join(err, routes.Close(), f.close())
-	}
-	p := &Platform{o: o, nl: nl, routes: routes, filter: f, watch: w}
 	p.forward = &forwarding{
-		sys: sysctls{sysctlRoot}, dir: o.StateDir, boot: bootID(), step: o.Step,
+		sys: sysctls{sysctlRoot}, dir: o.StateDir, saver: &saver{dir: o.StateDir}, boot: bootID(), step: o.Step,
 		byIndex: p.nameOf, index: p.indexOf,
 	}
 	return p, nil
+}
+
+// dial opens the sockets.
+func (p *Platform) dial() (err error) {
+	if p.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE, unix.NETLINK_NETFILTER); err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	if p.xfrm, err = netlink.NewHandle(unix.NETLINK_XFRM); err != nil {
+		p.xfrm = nil
+	}
+	if p.filter, err = openFilter(); err != nil {
+		return err
+	}
+	if p.routes, err = dialRoutes(); err != nil {
+		return err
+	}
+	p.watch, err = openWatch()
+	return err
+}
+
+func dialRoutes() (*mdlayher.Conn, error) {
+	c, err := mdlayher.Dial(unix.NETLINK_ROUTE, nil)
+	if err != nil {
+		return nil, fmt.Errorf("open netlink: %w", err)
+	}
+	return c, nil
 }
 
 // Limits implements the daemon's limiter: conntrack has one entry for a flow.
@@ -134,9 +162,13 @@ func (p *Platform) indexOf(name string) int {
 	return l.Attrs().Index
 }
 
-// step runs one enforcing step and names it in its error.
-func (p *Platform) step(name string, do func() error) error {
+// step runs one enforcing step and names it in its error. One that opens isn't
+// begun when ctx has ended; what closes is given a context that hasn't.
+func (p *Platform) step(ctx context.Context, name string, do func() error) error {
 	p.o.Step(name)
+	if err := ctx.Err(); err != nil {
+		return named(name, context.Cause(ctx))
+	}
 	return named(name, do())
 }
 
@@ -164,31 +196,36 @@ func named(step string, err error) error {
 // makes the mesh interface. It may be called again when the interface is gone.
 // After an error forwarding is as it was found; the table stays, unless this was
 // the first call and there was none before.
-func (p *Platform) Open(_ context.Context, cfg platform.Interface) (tun.Device, error) {
+func (p *Platform) Open(ctx context.Context, cfg platform.Interface) (tun.Device, error) {
 	if cfg.MTU < 1280 || cfg.MTU > 65535 {
 		return nil, fmt.Errorf("open mesh interface: MTU %d: want 1280 to 65535", cfg.MTU)
 	}
 	if cfg.Name != "" && !usableName(cfg.Name) {
 		return nil, fmt.Errorf("open mesh interface: name %q: want 1 to 15 letters, digits and . _ - @ : +", cfg.Name)
 	}
-	fresh, err := p.takeOver()
+	return ask(ctx, p, func() (tun.Device, error) { return p.open(ctx, cfg) })
+}
+
+func (p *Platform) open(ctx context.Context, cfg platform.Interface) (tun.Device, error) {
+	fresh, err := p.takeOver(ctx)
 	if err != nil {
 		return nil, err
 	}
 	p.cfg = cfg
-	err = p.step(StepClosed, func() error { return p.close(noInterface) })
+	err = p.step(ctx, StepClosed, func() error { return p.close(noInterface) })
 	if err == nil {
-		err = p.step(StepInterface, func() error { return p.makeInterface(cfg) })
+		err = p.step(ctx, StepInterface, func() error { return p.makeInterface(cfg) })
 	}
 	if err == nil {
 		return p.dev, nil
 	}
 	// A host that had no table before is as it was found. On any other one,
 	// peers' packets stay in: only Close takes the table away.
+	back := p.retreat
 	if fresh {
-		return nil, errors.Join(err, p.leave())
+		back = p.leave
 	}
-	return nil, errors.Join(err, p.retreat())
+	return nil, errors.Join(err, p.closing(ctx, back))
 }
 
 // noInterface stands for the mesh interface while there is none. No interface has
@@ -200,18 +237,18 @@ const noInterface = ":none:"
 // that was killed. That helper's table stays until ours replaces it: it keeps
 // what was meant for peers from leaving in clear. fresh says that the lock was
 // taken now, on a host without such a table.
-func (p *Platform) takeOver() (fresh bool, err error) {
+func (p *Platform) takeOver(ctx context.Context) (fresh bool, err error) {
 	if p.lock != nil {
 		return false, nil
 	}
-	err = p.step(StepLock, func() (err error) {
+	err = p.step(ctx, StepLock, func() (err error) {
 		p.lock, err = lock()
 		return err
 	})
 	if err != nil {
 		return false, err
 	}
-	err = p.step(StepRepair, func() error {
+	err = p.step(ctx, StepRepair, func() error {
 		there, err := p.filter.present()
 		if err != nil {
 			return err
@@ -220,10 +257,8 @@ func (p *Platform) takeOver() (fresh bool, err error) {
 		if err := p.forward.open(); err != nil {
 			return err
 		}
-		if err := p.forward.giveBack(func(saved) bool { return true }); err != nil {
-			return err
-		}
-		return p.forward.j.write(p.o.StateDir) // also removes that of another boot
+		forgotten, err := p.forward.giveBackAll()
+		return errors.Join(err, <-forgotten) // the journal of another boot is removed, too
 	})
 	if err != nil {
 		p.unlock()
@@ -294,7 +329,11 @@ func (p *Platform) makeInterface(cfg platform.Interface) (err error) {
 }
 
 // Observe implements the daemon's contract.
-func (p *Platform) Observe(context.Context) (policy.Host, error) {
+func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
+	return ask(ctx, p, p.observe)
+}
+
+func (p *Platform) observe() (policy.Host, error) {
 	p.forward.refresh()
 	h, err := observer{p.nl, p.routes, p.name, p.cfg.Addresses}.facts()
 	if err != nil {
@@ -318,21 +357,35 @@ func (p *Platform) hasIPv6() bool {
 }
 
 // Enforce implements the daemon's contract.
-func (p *Platform) Enforce(_ context.Context, r *policy.Ruleset) error {
-	if p.dev == nil {
-		return errors.New("enforce ruleset: the mesh interface isn't open")
-	}
-	if got := r.Host().Interface; got != p.name {
-		return fmt.Errorf("enforce ruleset: it is for interface %q, the mesh has %q", got, p.name)
-	}
+func (p *Platform) Enforce(ctx context.Context, r *policy.Ruleset) error {
+	return p.run(ctx, func() error {
+		if p.dev == nil {
+			return errors.New("enforce ruleset: the mesh interface isn't open")
+		}
+		if got := r.Host().Interface; got != p.name {
+			return fmt.Errorf("enforce ruleset: it is for interface %q, the mesh has %q", got, p.name)
+		}
+		err := p.enforce(ctx, r)
+		if ctx.Err() != nil {
+			// The caller is told that it failed, so r mustn't hold.
+			return errors.Join(err, context.Cause(ctx), p.closing(ctx, p.closeUp))
+		}
+		return err
+	})
+}
+
+func (p *Platform) enforce(ctx context.Context, r *policy.Ruleset) error {
 	// Whatever goes wrong with the interface, the table is loaded: it may be
 	// narrower than the one that holds.
 	stale, linkErr := p.enforceLink(r)
-	if err := errors.Join(linkErr, p.enforceTable(r)); err != nil {
+	if err := errors.Join(linkErr, p.enforceTable(ctx, r)); err != nil {
 		return err
 	}
 	if err := stale(); err != nil {
 		return named(StepDelRoutes, err)
+	}
+	if err := ctx.Err(); err != nil {
+		return named(StepForwarding, err)
 	}
 	return named(StepForwarding, p.forward.apply(p.need(r)))
 }
@@ -375,18 +428,21 @@ func (p *Platform) setAddresses(r *policy.Ruleset, ipv6 bool) error {
 
 // enforceTable makes the kernel hold the table, also when another program has
 // changed it. Where it can't be had, nothing of a peer is to pass.
-func (p *Platform) enforceTable(r *policy.Ruleset) error {
+func (p *Platform) enforceTable(ctx context.Context, r *policy.Ruleset) error {
 	t := compile(r, p.params())
 	if p.filter.holds(t) {
 		p.enforced, p.last = r, r
 		return nil
 	}
-	p.o.Step(StepTable)
-	if err := p.filter.apply(t); err != nil {
-		return errors.Join(named(StepTable, err), p.closeUp())
+	err := p.step(ctx, StepTable, func() error { return p.filter.apply(t) })
+	switch {
+	case err == nil:
+		p.enforced, p.last = r, r
+		return nil
+	case ctx.Err() != nil:
+		return err // Enforce closes
 	}
-	p.enforced, p.last = r, r
-	return nil
+	return errors.Join(err, p.closing(ctx, p.closeUp))
 }
 
 // closeUp stops what is of peers by what is left when the table can't be loaded:
@@ -448,22 +504,42 @@ func behind(h policy.Host) []string {
 }
 
 // Close implements the daemon's contract. The platform can't be used afterwards.
-func (p *Platform) Close(context.Context) ([]platform.Problem, error) {
-	if _, err := p.takeOver(); err != nil {
-		return nil, errors.Join(err, p.release())
+// When ctx has ended, it has closeLimit for what closes.
+func (p *Platform) Close(ctx context.Context) ([]platform.Problem, error) {
+	if end, ok := ctx.Deadline(); ctx.Err() != nil || ok && time.Until(end) < closeLimit {
+		fresh, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeLimit)
+		defer cancel()
+		ctx = fresh
 	}
-	left := p.left()
-	return left, errors.Join(p.leave(), p.release())
+	left, err := ask(ctx, p, func() ([]platform.Problem, error) {
+		if _, err := p.takeOver(ctx); err != nil {
+			return nil, err
+		}
+		left := p.left()
+		return left, p.closing(ctx, p.leave)
+	})
+	if errors.Is(err, errHangs) {
+		return nil, err // the sockets are in use until the process ends
+	}
+	return left, errors.Join(err, p.release())
 }
 
 // retreat is what is left of an Open that failed: forwarding as it was found, no
 // interface, and the table, which keeps peers' packets in.
 func (p *Platform) retreat() error {
-	err := named(StepRestore, p.forward.giveBack(func(saved) bool { return true }))
+	forgotten, err := p.withdraw()
+	return errors.Join(err, named(StepRestore, <-forgotten))
+}
+
+// withdraw restores forwarding and removes the interface; forgotten tells when the disk
+// knows, which what closes doesn't wait for.
+func (p *Platform) withdraw() (forgotten <-chan error, err error) {
+	forgotten, err = p.forward.giveBackAll()
+	err = named(StepRestore, err)
 	if p.dev != nil {
-		err = errors.Join(err, p.step(StepRemoveInterface, p.removeInterface))
+		err = errors.Join(err, p.step(context.Background(), StepRemoveInterface, p.removeInterface))
 	}
-	return err
+	return forgotten, err
 }
 
 // leave takes everything away in the reverse order, the table last: until the
@@ -471,14 +547,30 @@ func (p *Platform) retreat() error {
 func (p *Platform) leave() error {
 	defer p.unlock()
 	p.enforced, p.last = nil, nil
-	err := p.retreat()
-	return errors.Join(err, p.step(StepRemoveTable, p.filter.remove))
+	forgotten, err := p.withdraw()
+	err = errors.Join(err, p.step(context.Background(), StepRemoveTable, p.filter.remove))
+	return errors.Join(err, named(StepRestore, <-forgotten))
 }
 
-// release closes the sockets.
+// release closes the sockets and ends the worker.
 func (p *Platform) release() error {
-	p.nl.Close()
-	return errors.Join(p.watch.close(), p.routes.Close(), p.filter.close())
+	p.worker.stop()
+	var errs []error
+	for _, h := range []*netlink.Handle{p.nl, p.xfrm} {
+		if h != nil {
+			h.Close()
+		}
+	}
+	if p.filter != nil {
+		errs = append(errs, p.filter.close())
+	}
+	if p.routes != nil {
+		errs = append(errs, p.routes.Close())
+	}
+	if p.watch.route != nil {
+		errs = append(errs, p.watch.close())
+	}
+	return errors.Join(errs...)
 }
 
 // left says what of our doing stays because another program came to need it.

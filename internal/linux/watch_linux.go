@@ -32,12 +32,12 @@ const watchBuffer = 1 << 20
 
 func openWatch() (w watchState, err error) {
 	if w.route, err = subscribe(unix.NETLINK_ROUTE, routeGroups...); err != nil {
-		return w, err
+		return watchState{}, err
 	}
 	if w.rules, err = subscribe(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTABLES); err != nil {
-		w.route.Close()
+		return watchState{}, errors.Join(err, w.route.Close())
 	}
-	return w, err
+	return w, nil
 }
 
 func (w watchState) close() error {
