@@ -95,6 +95,7 @@ type Device struct {
 	own     atomic.Pointer[own]
 	turned  [][]byte // of the batch that Read has
 	clearDF bool     // see Options
+	confine atomic.Bool
 
 	setting sync.Mutex
 	last    *flow.View // the last view that was in force
@@ -144,6 +145,26 @@ func (d *Device) Set(r *policy.Ruleset) {
 	d.settle()
 	v.Settle(d.last)
 	d.last = v
+}
+
+// Confine keeps packets of the classes lan and internet from passing, in both
+// directions, for as long as it is on: what a peer sends there needs the packet filter
+// behind the guard. Flows aren't cut, so that they go on afterwards. When it returns,
+// no packet is judged as before any more.
+func (d *Device) Confine(on bool) {
+	d.setting.Lock()
+	defer d.setting.Unlock()
+	if d.confine.Swap(on) != on {
+		d.settle()
+	}
+}
+
+// confined turns the verdict on a packet that needs the packet filter into a drop.
+func confined(v flow.Verdict) flow.Verdict {
+	if v.Action == flow.Pass && (v.Class == policy.OnLAN || v.Class == policy.Internet) {
+		v.Action = flow.Drop
+	}
+	return v
 }
 
 // settle returns when every batch that may have begun before is through.
@@ -197,7 +218,7 @@ func (d *Device) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 func (d *Device) judgeRead(bufs [][]byte, sizes []int, offset int, turned [][]byte) [][]byte {
 	d.batch.RLock()
 	defer d.batch.RUnlock()
-	v, own, now := d.view.Load(), d.own.Load(), d.table.Now()
+	v, own, now, confine := d.view.Load(), d.own.Load(), d.table.Now(), d.confine.Load()
 	var tally flow.Tally
 	for i, b := range bufs {
 		if sizes[i] == 0 {
@@ -214,6 +235,9 @@ func (d *Device) judgeRead(bufs [][]byte, sizes []int, offset int, turned [][]by
 			continue
 		}
 		verdict := v.Judge(packet, flow.ToPeer, now)
+		if confine {
+			verdict = confined(verdict)
+		}
 		tally.Add(verdict, sizes[i], flow.ToPeer, now)
 		if verdict.Action != flow.Pass {
 			sizes[i] = 0
@@ -250,7 +274,7 @@ func (d *Device) Write(bufs [][]byte, offset int) (int, error) {
 
 // judgeWrite moves what passes to the front of bufs and returns it.
 func (d *Device) judgeWrite(bufs [][]byte, offset int) [][]byte {
-	v, now := d.view.Load(), d.table.Now()
+	v, now, confine := d.view.Load(), d.table.Now(), d.confine.Load()
 	if v == nil {
 		return nil
 	}
@@ -258,6 +282,9 @@ func (d *Device) judgeWrite(bufs [][]byte, offset int) [][]byte {
 	pass := bufs[:0]
 	for _, b := range bufs {
 		verdict := v.Judge(b[offset:], flow.FromPeer, now)
+		if confine {
+			verdict = confined(verdict)
+		}
 		tally.Add(verdict, len(b)-offset, flow.FromPeer, now)
 		switch verdict.Action {
 		case flow.Pass:

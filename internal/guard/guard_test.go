@@ -400,6 +400,29 @@ func TestSetAgain(t *testing.T) {
 	equal(t, "read after it was closed for a while", read(t, g), answer)
 }
 
+// TestConfine confines the guard while a flow runs: what needs the packet filter waits,
+// in both directions, the rest passes, and afterwards the far end goes on by itself, for
+// the flow wasn't cut.
+func TestConfine(t *testing.T) {
+	inner := newFakeTUN(t)
+	g := New(inner, Options{})
+	g.Set(flowtest.Picture(t, policy.Routing|policy.Incoming))
+	toHost := flowtest.Datagram(at(flowtest.PeerC4, 7), at(flowtest.HostB4, 8), 20)
+	equal(t, "written", write(t, g, inner, ask, toHost), ask, toHost)
+	inner.feed(answer)
+	equal(t, "read", read(t, g), answer)
+	g.Confine(true)
+	equal(t, "written while confined", write(t, g, inner, ask, toHost), toHost)
+	inner.feed(answer, hello)
+	equal(t, "read while confined", read(t, g), hello)
+	g.Confine(false)
+	inner.feed(answer)
+	equal(t, "read afterwards", read(t, g), answer)
+	if s := g.Stats()[flowtest.PeerC]; s.Cut != 0 || s.Refused[policy.Internet] != 2 {
+		t.Errorf("%d flows cut, %v refused", s.Cut, s.Refused)
+	}
+}
+
 // TestCountsAndAnswers refuses some packets of C. What comes back is an ICMP
 // error that quotes the packet and has right checksums.
 func TestCountsAndAnswers(t *testing.T) {
