@@ -26,6 +26,7 @@ type Host struct {
 	mu      sync.Mutex
 	fault   func(step string) error
 	hangs   string // a step
+	goOn    chan struct{}
 	facts   policy.Host
 	iface   string // empty while it doesn't exist
 	device  *device
@@ -60,8 +61,15 @@ func (h *Host) step(ctx context.Context, name string) error {
 		return err
 	}
 	if h.hangs == name {
-		<-ctx.Done()
-		return context.Cause(ctx)
+		goOn := h.goOn
+		h.mu.Unlock()
+		defer h.mu.Lock()
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-goOn:
+			return nil
+		}
 	}
 	if h.fault == nil {
 		return nil
@@ -69,11 +77,15 @@ func (h *Host) step(ctx context.Context, name string) error {
 	return h.fault(name)
 }
 
-// HangAt has a step do nothing until its context ends.
+// HangAt has a step do nothing until its context ends, or HangAt is called again; "" is
+// none.
 func (h *Host) HangAt(step string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.hangs = step
+	if h.goOn != nil {
+		close(h.goOn)
+	}
+	h.hangs, h.goOn = step, make(chan struct{})
 }
 
 // SetFault has f return the error with which a step fails from now on; steps are
