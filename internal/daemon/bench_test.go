@@ -59,7 +59,7 @@ func benchDaemon(b *testing.B, peers int) *Daemon {
 	if err != nil {
 		b.Fatal(err)
 	}
-	_, _, _, err = d.save(func(doc *document, _ time.Time) (wireguard.PublicKey, error) {
+	_, err = d.decide(b.Context(), func(doc *document, _ time.Time) (wireguard.PublicKey, error) {
 		taken := map[netip.Addr]bool{}
 		for i := range peers {
 			key := wireguard.PublicKey{1: 1}
@@ -88,7 +88,7 @@ func benchDaemon(b *testing.B, peers int) *Daemon {
 		}
 		d.Close()
 	})
-	if err := d.await(ctx, d.wanted.Load().Generation); err != nil {
+	if err := d.await(ctx, d.wanted.Load().Generation, time.Now().Add(time.Minute)); err != nil {
 		b.Fatal(err)
 	}
 	return d

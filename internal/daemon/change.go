@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
@@ -71,56 +72,209 @@ func (d *Daemon) RemovePeer(ctx context.Context, ref string) (api.Changed, error
 	return changed, err
 }
 
+// answerWithin returns how long a change may take to be answered: a little less than
+// the limit that commands are promised.
+func (d *Daemon) answerWithin() time.Duration { return d.opts.Wait * 9 / 10 }
+
+// saveWithin returns how long a change waits for the disk.
+func (d *Daemon) saveWithin() time.Duration { return d.opts.Wait / 2 }
+
+// outcome is what a change came to, as far as it goes without the loop.
+type outcome struct {
+	key        wireguard.PublicKey // of the peer that the change was about
+	generation uint64
+	already    bool
+	// saving, where it isn't nil, saves what is in force.
+	saving *job
+}
+
 // change makes an edited copy the wanted state, wakes the loop, and waits until
-// the host holds it.
+// the host holds it and the disk, too.
 func (d *Daemon) change(ctx context.Context, e edit) (api.Changed, error) {
-	key, generation, already, err := d.save(e)
-	if err != nil {
-		return api.Changed{}, err
+	began := time.Now()
+	saving, cancel := context.WithDeadline(ctx, began.Add(d.saveWithin()))
+	defer cancel()
+	o, refused := d.decide(saving, e)
+	if o.generation == 0 {
+		return api.Changed{}, refused
 	}
 	poke(d.wake)
-	poke(d.renamed)
-	if err := d.await(ctx, generation); err != nil {
-		return api.Changed{}, err
+	poke(d.timed)
+	// The loop works while the disk does.
+	notHeld := d.await(ctx, o.generation, began.Add(d.answerWithin()))
+	notKept := d.awaitSaved(saving, o)
+	switch {
+	case refused != nil: // the part that takes away holds
+		return api.Changed{}, refused
+	case notKept != nil:
+		return api.Changed{}, d.notSaved(notKept, notHeld)
+	case notHeld != nil:
+		return api.Changed{}, notHeld
 	}
-	out := api.Changed{Already: already}
+	out := api.Changed{Already: o.already}
 	doc := d.wanted.Load()
-	if i := doc.byKey(key); i >= 0 {
+	if i := doc.byKey(o.key); i >= 0 {
 		out.Peer = d.view(&doc.Peers[i], d.clock.now())
 	}
 	return out, nil
 }
 
-// save edits and saves. An edit that changes nothing keeps the generation.
-func (d *Daemon) save(e edit) (key wireguard.PublicKey, generation uint64, already bool, err error) {
+// awaitSaved waits until what a change put in force is on disk.
+func (d *Daemon) awaitSaved(ctx context.Context, o outcome) error {
+	if o.saving == nil {
+		return nil
+	}
+	err := d.disk.wait(ctx, o.saving)
+	if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		d.disk.late(err)
+	}
+	return err
+}
+
+// notSaved says that a change holds, but not over a restart; and where it doesn't hold
+// everywhere, that too.
+func (d *Daemon) notSaved(cause, notHeld error) error {
+	message := notSaved(cause)
+	if notHeld != nil {
+		message += fmt.Sprintf("; the guard holds it, the packet filter doesn't yet: %s", strings.TrimPrefix(notHeld.Error(), "saved, not in force: "))
+	}
+	return api.Errorf(api.CodeNotSaved, "%s", message).WithHint("%s", d.disk.hint())
+}
+
+// decide edits. What the edit takes away is in force at the guard before anything is
+// saved, and saved afterwards; what it gives is saved first. With an error, a
+// generation other than 0 says that a part of the change is in force.
+func (d *Daemon) decide(ctx context.Context, e edit) (outcome, error) {
 	d.changing.Lock()
-	defer d.changing.Unlock()
 	doc, now := d.wanted.Load(), d.clock.now()
+	next, key, err := d.edited(doc, e, now)
+	if err != nil {
+		d.changing.Unlock()
+		return outcome{}, err
+	}
+	if next == doc {
+		d.changing.Unlock()
+		return outcome{key, doc.Generation, true, d.saveUnlessKept()}, nil
+	}
+	left, takes, gives := doc.less(next)
+	base := doc
+	switch {
+	case takes && !gives:
+		left = next
+		d.publishWanted(left)
+	case takes:
+		left.Generation, left.Saved = next.Generation, now
+		next.Generation++
+		base = left
+		d.publishWanted(left)
+	}
+	d.changing.Unlock()
+	switch {
+	case takes && !gives:
+		d.recordChange(doc, left)
+		return outcome{key, left.Generation, false, d.disk.saveWanted()}, nil
+	case !takes:
+		next, err = d.saveFirst(ctx, base, next)
+		if err != nil {
+			return outcome{}, d.nothingChanged(err)
+		}
+		d.recordChange(base, next)
+		return outcome{key, next.Generation, false, d.saveUnlessKept()}, nil
+	}
+	saving := d.disk.saveWanted()
+	wider, err := d.saveFirst(ctx, base, next)
+	if err != nil {
+		d.recordChange(doc, left)
+		cause := d.awaitSaved(ctx, outcome{saving: saving})
+		message := fmt.Sprintf("what the change takes away is in force, what it gives isn't: %v", err)
+		if cause != nil {
+			message = fmt.Sprintf("what the change takes away is in force now, but not saved: after a restart it is back; what it gives was not added: %v", err)
+		}
+		return outcome{key, left.Generation, false, nil}, api.Errorf(api.CodeNotSaved, "%s", message).WithHint("%s", d.disk.hint())
+	}
+	d.recordChange(doc, wider)
+	return outcome{key, wider.Generation, false, d.saveUnlessKept()}, nil
+}
+
+// edited returns the document after an edit, as the next generation, or doc itself
+// where the edit changes nothing.
+func (d *Daemon) edited(doc *document, e edit, now time.Time) (*document, wireguard.PublicKey, error) {
 	next := doc.clone()
-	if key, err = e(next, now); err != nil {
-		return key, 0, false, err
+	key, err := e(next, now)
+	if err != nil {
+		return nil, key, err
 	}
 	if slices.Equal(doc.Peers, next.Peers) {
-		return key, doc.Generation, true, nil
+		return doc, key, nil
 	}
 	next.Generation++
+	next.Saved = now
 	next.retire(doc, now)
-	// What is published must be right by type; a hole in the checks above ends
-	// here and not on disk.
-	if err := errors.Join(next.validate(), next.fits(d.mesh)); err != nil {
-		return key, 0, false, api.Errorf(api.CodeInternal, "the change makes no valid state: %v", err)
+	return next, key, d.check(next)
+}
+
+// check ends a hole in the checks of edits: what is published must be right by type.
+func (d *Daemon) check(doc *document) error {
+	if err := errors.Join(doc.validate(), doc.fits(d.mesh)); err != nil {
+		return api.Errorf(api.CodeInternal, "the change makes no valid state: %v", err)
 	}
-	if err := d.commit(next, now); err != nil {
-		return key, 0, false, api.Errorf(api.CodeNotSaved, "nothing was changed: %v", err).
-			WithHint("the old state stays in force; make room or make %q writable", d.opts.StateDir)
+	return nil
+}
+
+// saveFirst saves next, which gives something that base doesn't, and then makes it the
+// wanted state. What is taken away meanwhile isn't waited for, nor lost: the change is
+// made again on top of it. It returns the document that is wanted now.
+func (d *Daemon) saveFirst(ctx context.Context, base, next *document) (*document, error) {
+	select {
+	case d.widening <- struct{}{}:
+		defer func() { <-d.widening }()
+	case <-ctx.Done():
+		return nil, errors.New("another change is still being saved")
 	}
-	d.recordChange(doc, next)
-	return key, next.Generation, false, nil
+	for first := true; ; first = false {
+		d.changing.Lock()
+		now := d.wanted.Load()
+		if now == base && !first {
+			d.publishWanted(next)
+			d.changing.Unlock()
+			return next, nil
+		}
+		if now != base {
+			next, base = next.onto(base, now, d.clock.now()), now
+		}
+		d.changing.Unlock()
+		if err := d.check(next); err != nil {
+			return nil, err
+		}
+		if err := d.disk.saveAhead(ctx, next); err != nil && !errors.Is(err, errUnsynced) {
+			return nil, err
+		}
+	}
+}
+
+// nothingChanged is the answer to a change that couldn't be saved, so that the state
+// before stays.
+func (d *Daemon) nothingChanged(cause error) error {
+	var refusal *api.Error
+	if errors.As(cause, &refusal) {
+		return refusal
+	}
+	return api.Errorf(api.CodeNotSaved, "nothing was changed: %v", cause).
+		WithHint("the old state stays in force; make room or make %q writable", d.opts.StateDir)
+}
+
+// saveUnlessKept has what is wanted saved where it isn't on disk.
+func (d *Daemon) saveUnlessKept() *job {
+	if d.disk.holds(d.wanted.Load()) {
+		return nil
+	}
+	return d.disk.saveWanted()
 }
 
 // await waits until the host holds the generation, or says why it doesn't.
-func (d *Daemon) await(ctx context.Context, generation uint64) error {
-	limit := time.NewTimer(d.opts.Wait)
+func (d *Daemon) await(ctx context.Context, generation uint64, deadline time.Time) error {
+	began := time.Now()
+	limit := time.NewTimer(time.Until(deadline))
 	defer limit.Stop()
 	for {
 		c, changed := d.condition()
@@ -132,7 +286,7 @@ func (d *Daemon) await(ctx context.Context, generation uint64) error {
 		case <-ctx.Done():
 			return api.Errorf(api.CodeNotInForce, "saved, not in force: the helper is stopping")
 		case <-limit.C:
-			return notInForce(c, d.opts.Wait)
+			return notInForce(c, time.Since(began).Round(time.Second))
 		}
 	}
 }

@@ -217,7 +217,7 @@ func TestFullMesh(t *testing.T) {
 		defer d.Close()
 		free := 5 // of 8: not .0, not .7, not the host's own
 		for i := 0; free > 0 && i < 1000; i++ {
-			_, _, _, err := d.save(func(doc *document, now time.Time) (wireguard.PublicKey, error) {
+			_, err := d.decide(t.Context(), func(doc *document, now time.Time) (wireguard.PublicKey, error) {
 				p, err := d.newPeer(doc, api.NewPeer{Name: fmt.Sprint("p", i), PublicKey: keyOf(fmt.Sprint("p", i))}, now)
 				if err == nil {
 					err = d.admit(doc, p, api.NewPeer{})

@@ -133,23 +133,31 @@ type Daemon struct {
 	opts    Options
 	key     wireguard.PrivateKey
 	mesh    mesh
-	store   store
+	disk    disk
+	gate    gate
 	clock   *clock
 	journal *journal
 	release func() error // of the state directory
 
-	// changing serialises changes of the wanted state; it is held while they are
-	// written. Reading needs no lock: a published document never changes.
+	// changing serialises changes of the wanted state; nothing is waited for while it is
+	// held, the guard excepted. Reading needs no lock: a published document never changes.
 	changing sync.Mutex
 	wanted   atomic.Pointer[document]
+	// widening is held, by a value in it, while what gives something is saved ahead.
+	widening chan struct{}
 
-	// wake wakes the loop for a change; moved for something on the host; renamed
-	// the resolver for an endpoint given by name.
-	wake, moved, renamed chan struct{}
-	mu                   sync.Mutex
-	now                  condition     // what the loop found last
-	changed              chan struct{} // closed when now is replaced
-	names                map[string]netip.Addr
+	// wake wakes the loop for a change, moved for something on the host, timed the keeper
+	// for an end of a permission, and renamed the resolver for endpoints given by name.
+	wake, moved, timed, renamed chan struct{}
+
+	log *logQueue
+
+	mu      sync.Mutex
+	now     condition     // what the loop found last
+	changed chan struct{} // closed when now is replaced
+	// names and learned are replaced, never changed.
+	names   map[string]netip.Addr
+	learned map[wireguard.PublicKey]netip.AddrPort
 }
 
 // condition is what the loop publishes after each round.
@@ -177,17 +185,32 @@ func New(o Options) (*Daemon, error) {
 	if err := o.complete(); err != nil {
 		return nil, fmt.Errorf("start daemon: %w", err)
 	}
+	log := newLogQueue(o.Logger.Handler())
+	o.Logger = slog.New(log)
 	d := &Daemon{
-		opts:    o,
-		store:   store{dir: o.StateDir, fs: diskFiles{}},
-		wake:    make(chan struct{}, 1),
-		moved:   make(chan struct{}, 1),
-		renamed: make(chan struct{}, 1),
-		changed: make(chan struct{}),
-		now:     condition{state: api.Starting},
-		names:   map[string]netip.Addr{},
+		opts:     o,
+		log:      log,
+		widening: make(chan struct{}, 1),
+		wake:     make(chan struct{}, 1),
+		moved:    make(chan struct{}, 1),
+		timed:    make(chan struct{}, 1),
+		renamed:  make(chan struct{}, 1),
+		changed:  make(chan struct{}),
+		now:      condition{state: api.Starting},
+		names:    map[string]netip.Addr{},
 	}
-	d.journal = newJournal(o.Wall, d.log)
+	d.journal = newJournal(o.Wall, d.logEvent)
+	d.disk.store.dir = o.StateDir
+	d.disk.wanted = d.wanted.Load
+	d.disk.saved = func(doc *document) { d.clock.keep(doc.Saved) }
+	d.disk.record = d.journal.Record
+	d.disk.limit = d.saveWithin()
+	d.gate.compile = func(m policy.Mesh, h policy.Host) (*policy.Ruleset, error) {
+		return policy.Compile(m, h, d.clock.now())
+	}
+	d.gate.failed = func(err error) {
+		d.journal.Record(api.Event{Kind: api.EventProblem, Message: fmt.Sprintf("narrow at the guard, which is closed now: %v", err)})
+	}
 	if err := openDir(o.StateDir); err != nil {
 		return nil, err
 	}
@@ -206,12 +229,20 @@ func New(o Options) (*Daemon, error) {
 	return d, nil
 }
 
+// flushLimit is how long the end waits for a log that isn't written, and again for the
+// disk.
+const flushLimit = time.Second
+
 // Close gives the state directory back. Call it after Run.
-func (d *Daemon) Close() error { return d.release() }
+func (d *Daemon) Close() error {
+	err := d.release()
+	d.log.flush(flushLimit)
+	return err
+}
 
 // load reads or makes the host's key and the document.
 func (d *Daemon) load() error {
-	doc, err := d.store.load()
+	doc, err := d.disk.store.load()
 	if err != nil {
 		return err
 	}
@@ -223,7 +254,7 @@ func (d *Daemon) load() error {
 	}
 	if doc == nil {
 		doc = &document{Version: documentVersion, Generation: 1, Saved: d.opts.Wall().UTC().Round(0), Peers: []peer{}}
-		if err := d.store.save(doc); err != nil {
+		if err := d.disk.store.save(context.Background(), doc); err != nil {
 			return err
 		}
 	}
@@ -231,17 +262,40 @@ func (d *Daemon) load() error {
 		return api.Errorf(api.CodeInternal, "the wanted state doesn't fit this mesh: %v", err).
 			WithHint("start with the --mesh-prefix4, --mesh-prefix6 and --address of before")
 	}
-	d.store.tidy()
-	d.clock = newClock(d.opts.Wall, doc.Saved)
-	d.clock.keep(doc.Saved, doc.timed())
-	d.wanted.Store(doc)
+	d.disk.store.tidy()
+	d.clock = newClock(d.opts.Wall, d.savedTime(doc))
+	d.disk.kept = doc
+	d.publishWanted(doc)
+	l, err := d.disk.store.readLearned()
+	if err != nil {
+		d.opts.Logger.Warn(err.Error()) // peers are found by what they send
+	}
+	d.learned = l.Endpoints
 	return nil
+}
+
+// savedTime returns the last time that was saved: the document's or the mark's. A mark
+// that can't be read is no reason not to start, since the document has a time, too.
+func (d *Daemon) savedTime(doc *document) time.Time {
+	at, err := d.disk.store.readMark()
+	if err != nil {
+		d.opts.Logger.Warn(err.Error())
+	}
+	if at.After(doc.Saved) {
+		return at
+	}
+	return doc.Saved
 }
 
 // loadKey reads the host's key. A new one is a new host to every peer, so it is
 // made for a new mesh only.
 func (d *Daemon) loadKey(fresh bool) error {
 	path := filepath.Join(d.opts.StateDir, keyFile)
+	if f, err := openOwned(path); err == nil {
+		f.Close()
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return api.Errorf(api.CodeInternal, "read key file: %v", err).WithHint("nothing was touched; a key that another user wrote isn't used, nor one that others may replace")
+	}
 	key, err := wireguard.ReadKeyFile(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && fresh:
@@ -295,6 +349,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	l := newLoop(d)
 	g.Go(func() error { return l.run(ctx) })
 	g.Go(func() error { return l.rebinds(ctx) })
+	g.Go(func() error { return d.keep(ctx) })
 	g.Go(func() error { return d.resolve(ctx) })
 	if w, ok := d.opts.Platform.(Watcher); ok {
 		g.Go(func() error { return d.watch(ctx, w) })
@@ -312,18 +367,18 @@ func (d *Daemon) condition() (condition, <-chan struct{}) {
 
 func (d *Daemon) publish(c condition) {
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	before := d.now.state
 	d.now = c
 	close(d.changed)
 	d.changed = make(chan struct{})
+	d.mu.Unlock()
 	if before != c.state {
 		d.journal.Record(api.Event{Kind: api.EventState, Message: before + " became " + c.state})
 	}
 }
 
-// log writes an event to the log; what needs a person is a warning.
-func (d *Daemon) log(e api.Event) {
+// logEvent writes an event to the log; what needs a person is a warning.
+func (d *Daemon) logEvent(e api.Event) {
 	level := slog.LevelInfo
 	switch e.Kind {
 	case api.EventProblem, api.EventDenied, api.EventRepair:

@@ -2,50 +2,41 @@ package daemon
 
 import (
 	"fmt"
-	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
 )
 
-// expire takes the grants and removed peers' addresses that ended out of the
-// wanted state. They end also
-// where the disk is full: then they are taken out in memory only, and a restart
-// finds by the clock that they ended.
+// expire takes the grants and removed peers' addresses that ended out of the wanted
+// state, which is in force at the guard when it returns, and returns that state. It
+// doesn't wait for the disk: what couldn't be saved by then, a restart finds by the
+// clock.
 func (d *Daemon) expire() *document {
 	d.changing.Lock()
-	defer d.changing.Unlock()
 	doc := d.wanted.Load()
 	now := d.clock.now()
 	next, gone := doc.expire(now)
-	if next == doc && !(doc.timed() && now.Sub(doc.Saved) >= clockInterval) {
+	if next != doc {
+		next.Saved = now
+		d.publishWanted(next)
+	}
+	d.changing.Unlock()
+	if next == doc {
 		return doc
 	}
 	for _, e := range gone {
 		d.journal.Record(api.Event{Kind: api.EventExpired, Peer: e.peer, Message: fmt.Sprintf("%s of %s ended", e.permission, e.peer)})
 	}
-	if next == doc {
-		next = doc.clone() // only to save the time
-	}
-	if err := d.commit(next, now); err != nil {
-		d.journal.Record(api.Event{Kind: api.EventProblem, Message: err.Error()})
-		if next.Generation != doc.Generation {
-			d.wanted.Store(next)
-		}
-	}
-	return d.wanted.Load()
+	d.disk.saveWanted()
+	return next
 }
 
-// clockInterval is how often the time is saved while a grant is to end by
-// itself: what setting the clock back across a restart could gain at most.
-const clockInterval = time.Minute
-
-// commit saves doc and makes it the wanted state. The caller holds changing.
-func (d *Daemon) commit(doc *document, now time.Time) error {
-	doc.Saved = now
-	if err := d.store.save(doc); err != nil {
-		return err
+// publishWanted makes doc the wanted state. What it takes away is gone at the guard
+// when this returns. The caller holds changing.
+func (d *Daemon) publishWanted(doc *document) {
+	before := d.wanted.Swap(doc)
+	if before != nil && namesChanged(before, doc) {
+		poke(d.renamed)
 	}
-	d.clock.keep(now, doc.timed())
-	d.wanted.Store(doc)
-	return nil
+	d.clock.pend(doc.timed())
+	d.gate.limit(doc)
 }

@@ -19,15 +19,20 @@ type journal struct {
 	last   uint64 // the newest event's Seq
 	ring   [maxEvents]api.Event
 	newer  chan struct{}
-	listen func(api.Event) // logs
+	listen func(api.Event) // logs, and never blocks: see logQueue
 }
 
 func newJournal(wall func() time.Time, listen func(api.Event)) *journal {
 	return &journal{wall: wall, newer: make(chan struct{}), listen: listen}
 }
 
-// Record adds an event and wakes the readers that wait for one.
+// Record adds an event and wakes the readers that wait for one. The log hears of it
+// when the lock is free again: readers of the status, too, may need that.
 func (j *journal) Record(e api.Event) {
+	j.listen(j.add(e))
+}
+
+func (j *journal) add(e api.Event) api.Event {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.last++
@@ -35,7 +40,7 @@ func (j *journal) Record(e api.Event) {
 	j.ring[j.last%maxEvents] = e
 	close(j.newer)
 	j.newer = make(chan struct{})
-	j.listen(e)
+	return e
 }
 
 // Since returns the remembered events after seq.

@@ -15,8 +15,12 @@ import (
 // when the process ends, however it ends.
 func lockDir(dir string) (release func() error, err error) {
 	path := filepath.Join(dir, lockFile)
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
 	if err != nil {
+		return nil, fmt.Errorf("lock state directory: %w", noLink(path, err))
+	}
+	if err := checkOwned(f); err != nil {
+		f.Close()
 		return nil, fmt.Errorf("lock state directory: %w", err)
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"reflect"
 	"slices"
@@ -23,9 +24,11 @@ const (
 	// tunnelLimit bounds the end of the tunnel, so that one that hangs leaves time to
 	// put the host back.
 	tunnelLimit = 3 * time.Second
-	// stepLimit bounds one round: a platform that hangs must not keep what was
-	// narrowed open for longer.
+	// stepLimit bounds each enforcing step, and lookLimit a look at the host: a platform
+	// that hangs must not keep what was narrowed open for longer. Each has its own time,
+	// so that one that used up all of it leaves closing as much as ever.
 	stepLimit = 30 * time.Second
+	lookLimit = 15 * time.Second
 	// jump is the smallest difference of the wall clock and the monotonic clock
 	// within one tick that is taken for a sleep.
 	jump = 5 * time.Second
@@ -64,10 +67,12 @@ type loop struct {
 
 	rebind chan Tunnel
 	seen   observed
+	// told are the problems that an event told of, and when they were last found.
+	told map[Problem]time.Time
 }
 
 func newLoop(d *Daemon) *loop {
-	return &loop{d: d, wait: newBackoff(), rebind: make(chan Tunnel, 1)}
+	return &loop{d: d, wait: newBackoff(), rebind: make(chan Tunnel, 1), told: map[Problem]time.Time{}}
 }
 
 // run is the loop. The first round must make the mesh interface: a host where
@@ -147,6 +152,7 @@ func (l *loop) open(ctx context.Context) error {
 	l.guard = guard.New(dev, guard.Options{ // nothing passes yet
 		Own: l.d.mesh.own.List(), States: limits.States, PerForwarded: limits.PerForwarded, ClearDF: limits.DropsDF,
 	})
+	l.d.gate.use(l.guard)
 	tunnel, err := l.d.opts.NewTunnel(l.guard, l.d.key, l.port())
 	if err != nil {
 		return err // NewTunnel closed dev
@@ -176,14 +182,12 @@ func (l *loop) dropTunnel() {
 
 // round makes the host equal to the wanted state, once.
 func (l *loop) round(ctx context.Context) {
-	limit, cancel := context.WithTimeout(ctx, stepLimit)
-	defer cancel()
 	doc := l.d.expire()
 	l.problems, l.blind = nil, false
-	err := l.hold(limit, doc)
+	err := l.hold(ctx, doc)
 	switch {
 	case err != nil && ctx.Err() == nil:
-		l.fail(limit, doc, err)
+		l.fail(ctx, doc, err)
 	case l.refused != nil:
 		l.addProblem(l.refused)
 	}
@@ -197,7 +201,7 @@ func (l *loop) hold(ctx context.Context, doc *document) error {
 	if err := l.open(ctx); err != nil {
 		return err
 	}
-	host, err := l.d.opts.Platform.Observe(ctx)
+	host, err := l.observe(ctx)
 	if err != nil {
 		// A look that fails closes nothing: what was seen last counts until the next.
 		err = fmt.Errorf("observe host: %w", err)
@@ -213,7 +217,7 @@ func (l *loop) hold(ctx context.Context, doc *document) error {
 	l.refused = l.tunnel.Sync(l.withoutTakeovers(peers))
 	port := l.tunnel.ListenPort()
 	if l.held == doc.Generation && reflect.DeepEqual(host, l.host) && port == l.current.Mesh().ListenPort {
-		return l.check(ctx)
+		return l.check(ctx, doc)
 	}
 	if l.current != nil && pathOf(host) != pathOf(l.host) {
 		l.wakePeers()
@@ -223,12 +227,18 @@ func (l *loop) hold(ctx context.Context, doc *document) error {
 		return err
 	}
 	l.wanted = r
-	if err := l.enforce(ctx, r); err != nil {
+	if err := l.enforce(ctx, r, doc); err != nil {
 		return err
 	}
 	l.refused = l.tunnel.Sync(peers)
 	l.held = doc.Generation
 	return nil
+}
+
+func (l *loop) observe(ctx context.Context) (policy.Host, error) {
+	ctx, cancel := context.WithTimeout(ctx, lookLimit)
+	defer cancel()
+	return l.d.opts.Platform.Observe(ctx)
 }
 
 // path is how WireGuard's packets leave the host. Sockets keep the source of
@@ -261,12 +271,12 @@ func (l *loop) withoutTakeovers(peers []wireguard.Peer) []wireguard.Peer {
 // old policy while the packet filter is changed; then the filter, read back;
 // then the running flows that r refuses. While the host is closed the guard is
 // last, so that it stays closed until the filter is known to hold.
-func (l *loop) enforce(ctx context.Context, r *policy.Ruleset) error {
+func (l *loop) enforce(ctx context.Context, r *policy.Ruleset, doc *document) error {
 	l.narrow(r)
 	if l.held != 0 {
-		l.guard.Set(r)
+		l.d.gate.set(r, doc)
 	}
-	if err := l.d.opts.Platform.Enforce(ctx, r); err != nil {
+	if err := l.load(ctx, r); err != nil {
 		return fmt.Errorf("enforce: %w", err)
 	}
 	if err := l.inspect(ctx, r); err != nil {
@@ -278,11 +288,20 @@ func (l *loop) enforce(ctx context.Context, r *policy.Ruleset) error {
 	if err := l.cut(ctx, r); err != nil {
 		return err
 	}
-	l.guard.Set(r)
+	l.d.gate.set(r, doc)
+	l.d.gate.confine(false)
 	return nil
 }
 
+func (l *loop) load(ctx context.Context, r *policy.Ruleset) error {
+	ctx, cancel := context.WithTimeout(ctx, stepLimit)
+	defer cancel()
+	return l.d.opts.Platform.Enforce(ctx, r)
+}
+
 func (l *loop) inspect(ctx context.Context, r *policy.Ruleset) error {
+	ctx, cancel := context.WithTimeout(ctx, lookLimit)
+	defer cancel()
 	report, err := l.d.opts.Platform.Inspect(ctx, r)
 	if err != nil {
 		return fmt.Errorf("inspect: %w", err)
@@ -346,6 +365,8 @@ func (l *loop) cut(ctx context.Context, r *policy.Ruleset) error {
 	if len(l.narrowed) == 0 {
 		return nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, stepLimit)
+	defer cancel()
 	if err := l.d.opts.Platform.Cut(ctx, r, l.narrowed); err != nil {
 		return fmt.Errorf("cut flows: %w", err)
 	}
@@ -354,7 +375,7 @@ func (l *loop) cut(ctx context.Context, r *policy.Ruleset) error {
 }
 
 // check looks whether what is enforced still is, and puts it right.
-func (l *loop) check(ctx context.Context) error {
+func (l *loop) check(ctx context.Context, doc *document) error {
 	if err := l.inspect(ctx, l.current); err != nil {
 		// As in hold: a look that fails closes nothing.
 		l.addProblem(err)
@@ -365,9 +386,11 @@ func (l *loop) check(ctx context.Context) error {
 	if len(drift) == 0 {
 		return nil
 	}
-	// While the filter was gone, flows may have come to be that it refuses.
+	// What needs the filter waits until it is known to hold again. While it was gone,
+	// flows may have come to be that it refuses.
+	l.d.gate.confine(true)
 	l.addNarrowed(everyone(l.current))
-	if err := l.enforce(ctx, l.current); err != nil {
+	if err := l.enforce(ctx, l.current, doc); err != nil {
 		return err
 	}
 	l.recordRepairs(drift)
@@ -397,19 +420,18 @@ func (l *loop) recordRepairs(drift []Problem) {
 }
 
 // fail closes: what can't be held as wanted is held without permissions, which
-// any filter that works at all can do.
+// any filter that works at all can do. What failed may have used up its time; closing
+// has its own.
 func (l *loop) fail(ctx context.Context, doc *document, cause error) {
 	l.held = 0
 	l.addProblem(cause)
-	if l.tunnel != nil {
-		l.guard.Set(nil)
-	}
+	l.d.gate.set(nil, doc)
 	if l.current == nil || l.tunnel == nil {
 		return // nothing was opened, or there is nothing to come from
 	}
 	closed, err := policy.Compile(doc.policyMesh(l.d.mesh, l.tunnel.ListenPort(), false), l.host, l.d.clock.now())
 	if err == nil {
-		err = l.enforce(ctx, closed)
+		err = l.enforce(ctx, closed, doc)
 	}
 	if err != nil {
 		l.addProblem(fmt.Errorf("close: %w", err))
@@ -424,11 +446,26 @@ func (l *loop) addProblem(err error) {
 		return
 	}
 	l.problems = append(l.problems, p)
-	before, _ := l.d.condition()
-	if !slices.Contains(before.problems, p) {
+	now := time.Now()
+	last, known := l.told[p]
+	if !known && len(l.told) >= maxTold {
+		maps.DeleteFunc(l.told, func(_ Problem, at time.Time) bool { return now.Sub(at) >= toldFor })
+		if len(l.told) >= maxTold {
+			return // status has it
+		}
+	}
+	l.told[p] = now
+	if !known || now.Sub(last) >= toldFor {
 		l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: err.Error()})
 	}
 }
+
+// A problem is told of again when it wasn't found for toldFor: one that comes and goes
+// from round to round is one. maxTold bounds the memory for those whose text changes.
+const (
+	toldFor = 10 * time.Minute
+	maxTold = 256
+)
 
 // problemOf returns an error in the words of status.
 func problemOf(err error) Problem {
@@ -488,6 +525,7 @@ func (l *loop) leave(ctx context.Context) error {
 	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), platform.LeaveLimit)
 	defer cancel()
 	l.endTunnel()
+	defer l.d.finish()
 	left, err := l.d.opts.Platform.Close(limit)
 	for _, p := range left {
 		l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: p.Step + ": " + p.Message})
@@ -508,7 +546,10 @@ func (l *loop) endTunnel() {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		l.guard.Set(nil)
+		l.d.gate.set(nil, nil)
+		if stats, err := l.tunnel.Stats(); err == nil {
+			l.d.learnFrom(stats)
+		}
 		l.tunnel.Close()
 	}()
 	t := time.NewTimer(tunnelLimit)

@@ -2,10 +2,12 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/wireguard"
@@ -18,6 +20,10 @@ const (
 	resolveTimeout  = 5 * time.Second
 )
 
+// lane is how many names are looked up at once, of those that were found last time, and
+// again of the others: names that time out don't keep those that don't waiting.
+const lane = 8
+
 // lookup asks the host's resolver.
 func lookup(ctx context.Context, name string) ([]netip.Addr, error) {
 	return net.DefaultResolver.LookupNetIP(ctx, "ip", name)
@@ -27,48 +33,145 @@ func lookup(ctx context.Context, name string) ([]netip.Addr, error) {
 // of its own, so that a slow resolver holds nothing up; a name that can't be
 // resolved keeps its last address.
 func (d *Daemon) resolve(ctx context.Context) error {
-	t := time.NewTicker(resolveInterval)
-	defer t.Stop()
+	r := resolver{d: d, names: map[string]*named{}, answers: make(chan answer, 2*lane)}
 	for {
-		if d.resolveAll(ctx) {
-			poke(d.moved)
-		}
+		t := time.NewTimer(r.ask(ctx))
 		select {
 		case <-ctx.Done():
+			t.Stop()
+			for r.running[0]+r.running[1] > 0 { // they end with ctx
+				r.take(<-r.answers)
+			}
 			return nil
+		case a := <-r.answers:
+			r.take(a)
 		case <-t.C:
 		case <-d.renamed:
 		}
+		t.Stop()
 	}
 }
 
-// resolveAll looks every name up and reports whether an address changed.
-func (d *Daemon) resolveAll(ctx context.Context) bool {
-	d.mu.Lock()
-	old := d.names
-	d.mu.Unlock()
-	names := map[string]netip.Addr{}
-	for _, host := range endpointNames(d.wanted.Load()) {
-		names[host] = old[host]
-		limit, cancel := context.WithTimeout(ctx, resolveTimeout)
-		found, err := d.opts.Resolve(limit, host)
-		cancel()
-		if err != nil || len(found) == 0 {
-			d.opts.Logger.Warn(fmt.Sprintf("resolve endpoint %q: %v", host, err))
-			continue
+// resolver is the state of resolve.
+type resolver struct {
+	d       *Daemon
+	names   map[string]*named
+	answers chan answer
+	running [2]int // look-ups, by whether the name failed last time
+}
+
+// named is a name that is looked up.
+type named struct {
+	addr    netip.Addr
+	due     time.Time
+	again   backoff // of a name that isn't found
+	asked   bool    // a look-up runs
+	failing bool
+}
+
+type answer struct {
+	name    string
+	lane    int
+	found   []netip.Addr
+	failure error
+}
+
+// ask begins to look up what is due, as far as there is room, and returns when more is.
+// Names that no peer has are forgotten.
+func (r *resolver) ask(ctx context.Context) time.Duration {
+	now, wait := time.Now(), resolveInterval
+	wanted := map[string]bool{}
+	for _, host := range endpointNames(r.d.wanted.Load()) {
+		wanted[host] = true
+		n := r.names[host]
+		if n == nil {
+			n = &named{again: backoff{min: resolveTimeout, max: 5 * resolveInterval}}
+			r.names[host] = n
 		}
-		names[host] = found[0].Unmap()
+		in := 0
+		if n.failing {
+			in = 1
+		}
+		switch left := n.due.Sub(now); {
+		case n.asked || left <= 0 && r.running[in] >= lane: // an answer comes before there is room
+		case left > 0:
+			wait = min(wait, left)
+		default:
+			n.asked = true
+			r.running[in]++
+			go r.look(ctx, host, in)
+		}
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.names = names
-	return !maps.Equal(old, names)
+	gone := len(r.names)
+	maps.DeleteFunc(r.names, func(host string, n *named) bool { return !wanted[host] && !n.asked })
+	if len(r.names) != gone {
+		r.publish()
+	}
+	return wait
+}
+
+// look looks one name up. There is room for its answer.
+func (r *resolver) look(ctx context.Context, host string, in int) {
+	limit, cancel := context.WithTimeout(ctx, resolveTimeout)
+	defer cancel()
+	found, err := r.d.opts.Resolve(limit, host)
+	if err == nil && len(found) == 0 {
+		err = errors.New("it has no address")
+	}
+	r.answers <- answer{host, in, found, err}
+}
+
+// take keeps an answer. Of several addresses the one that is in use stays, for the
+// order says nothing, and the peer may have moved to another by itself.
+func (r *resolver) take(a answer) {
+	r.running[a.lane]--
+	n := r.names[a.name]
+	n.asked = false
+	if a.failure != nil {
+		if !n.failing {
+			r.d.opts.Logger.Warn(fmt.Sprintf("resolve endpoint %q: %v", a.name, a.failure))
+		}
+		n.failing, n.due = true, time.Now().Add(n.again.next())
+		return
+	}
+	n.failing, n.due = false, time.Now().Add(resolveInterval)
+	n.again.reset()
+	for i, addr := range a.found {
+		if a.found[i] = addr.Unmap(); a.found[i] == n.addr {
+			return
+		}
+	}
+	n.addr = a.found[0]
+	r.publish()
+	poke(r.d.moved)
+}
+
+// publish has the tunnel use what was found.
+func (r *resolver) publish() {
+	names := make(map[string]netip.Addr, len(r.names))
+	for host, n := range r.names {
+		if n.addr.IsValid() {
+			names[host] = n.addr
+		}
+	}
+	r.d.mu.Lock()
+	defer r.d.mu.Unlock()
+	r.d.names = names
+}
+
+// namesChanged reports whether the second document has endpoints by name that the first
+// one hasn't, or the other way round.
+func namesChanged(a, b *document) bool {
+	return !slices.Equal(endpointNames(a), endpointNames(b))
 }
 
 // endpointNames returns the hosts of endpoints that aren't addresses.
 func endpointNames(doc *document) []string {
 	var out []string
 	for i := range doc.Peers {
+		if doc.Peers[i].Endpoint == "" {
+			continue
+		}
 		e, err := wireguard.ParseEndpoint(doc.Peers[i].Endpoint, 0)
 		if err != nil {
 			continue
@@ -83,7 +186,7 @@ func endpointNames(doc *document) []string {
 // tunnelPeers returns doc's peers as the tunnel takes them.
 func (d *Daemon) tunnelPeers(doc *document) []wireguard.Peer {
 	d.mu.Lock()
-	names := d.names
+	names, learned := d.names, d.learned
 	d.mu.Unlock()
 	out := make([]wireguard.Peer, len(doc.Peers))
 	for i := range doc.Peers {
@@ -93,6 +196,9 @@ func (d *Daemon) tunnelPeers(doc *document) []wireguard.Peer {
 			Addresses: wireguard.Addresses{V4: p.Addresses[0], V6: p.Addresses[1]},
 			Endpoint:  endpointOf(p.Endpoint, names),
 			Keepalive: time.Duration(p.Keepalive) * time.Second,
+		}
+		if p.Endpoint == "" {
+			out[i].Learned = learned[p.PublicKey]
 		}
 	}
 	return out

@@ -97,7 +97,12 @@ func (r *rig) setWall(by time.Duration) {
 // start makes and runs the daemon, and waits until it holds.
 func (r *rig) start() {
 	r.t.Helper()
-	d, err := New(r.options())
+	r.startWith(r.options())
+}
+
+func (r *rig) startWith(o Options) {
+	r.t.Helper()
+	d, err := New(o)
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -186,9 +191,7 @@ func (r *rig) after(d time.Duration) {
 
 // setDisk replaces the disk under a running daemon.
 func (r *rig) setDisk(fs fileSystem) {
-	r.d.changing.Lock()
-	defer r.d.changing.Unlock()
-	r.d.store.fs = fs
+	r.d.disk.store.fs.Store(&fs)
 }
 
 // events returns the messages of one kind.

@@ -283,6 +283,108 @@ func (doc *document) timed() bool {
 	return false
 }
 
+// nextEnd returns the earliest end of a grant, and whether there is one.
+func (doc *document) nextEnd() (next time.Time, ok bool) {
+	for i := range doc.Peers {
+		for _, one := range policy.AllPermissions {
+			g := doc.Peers[i].Permissions.of(one)
+			if g.Allowed && !g.Until.IsZero() && (!ok || g.Until.Before(next)) {
+				next, ok = g.Until, true
+			}
+		}
+	}
+	return next, ok
+}
+
+// less returns what of doc next leaves, and says what next does besides: whether it
+// takes something away, and whether it gives something. A peer that is gone, or has
+// other addresses, is in what is left, by its old name and without permissions: an
+// edit may be about to give it another key.
+func (doc *document) less(next *document) (left *document, takes, gives bool) {
+	after := make(map[wireguard.PublicKey]*peer, len(next.Peers))
+	for i := range next.Peers {
+		after[next.Peers[i].PublicKey] = &next.Peers[i]
+	}
+	left = doc.clone()
+	for i := range left.Peers {
+		p := &left.Peers[i]
+		n, ok := after[p.PublicKey]
+		delete(after, p.PublicKey)
+		if !ok || n.Addresses != p.Addresses {
+			p.Permissions = grants{}
+			takes, gives = true, gives || ok
+			continue
+		}
+		for _, one := range policy.AllPermissions {
+			has, to := p.Permissions.of(one), n.Permissions.of(one)
+			both := grant(lesser(policy.Grant(*has), policy.Grant(*to)))
+			takes, gives = takes || both != *has, gives || both != *to
+			*has = both
+		}
+	}
+	return left, takes, gives || len(after) > 0
+}
+
+// onto makes the change from base to doc again from another document, which something
+// else was changed in meanwhile. Where both changed the same permission, the less of
+// both holds; a peer that is gone stays gone.
+func (doc *document) onto(base, other *document, now time.Time) *document {
+	out := other.clone()
+	out.Generation++
+	out.Saved = now
+	was, is := base.byKeys(), doc.byKeys()
+	out.Peers = slices.DeleteFunc(out.Peers, func(p peer) bool { return was[p.PublicKey] != nil && is[p.PublicKey] == nil })
+	at := out.byKeys()
+	for i := range doc.Peers {
+		p := doc.Peers[i]
+		before, o := was[p.PublicKey], at[p.PublicKey]
+		switch {
+		case before == nil:
+			out.Peers = append(out.Peers, p)
+			at = out.byKeys()
+			continue
+		case o == nil || *before == p:
+			continue
+		}
+		merged := p
+		if p.Name == before.Name {
+			merged.Name = o.Name
+		}
+		if p.Endpoint == before.Endpoint {
+			merged.Endpoint = o.Endpoint
+		}
+		if p.Keepalive == before.Keepalive {
+			merged.Keepalive = o.Keepalive
+		}
+		for _, one := range policy.AllPermissions {
+			mine, theirs := merged.Permissions.of(one), *o.Permissions.of(one)
+			switch old := *before.Permissions.of(one); {
+			case *mine == old:
+				*mine = theirs
+			case theirs != old:
+				*mine = grant(lesser(policy.Grant(*mine), policy.Grant(theirs)))
+			}
+		}
+		*o = merged
+	}
+	for _, f := range doc.Former {
+		if !slices.Contains(base.Former, f) {
+			out.remember(f)
+		}
+	}
+	out.retire(other, now)
+	return out
+}
+
+// byKeys returns the peers by their keys, to be looked at or changed in place.
+func (doc *document) byKeys() map[wireguard.PublicKey]*peer {
+	out := make(map[wireguard.PublicKey]*peer, len(doc.Peers))
+	for i := range doc.Peers {
+		out[doc.Peers[i].PublicKey] = &doc.Peers[i]
+	}
+	return out
+}
+
 // ended is a grant that ended by itself.
 type ended struct {
 	peer       string

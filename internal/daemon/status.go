@@ -26,6 +26,9 @@ func (d *Daemon) Status() api.Status {
 	if s.Uplink == "" {
 		s.Uplink = c.host.Uplink6
 	}
+	if p, bad := d.disk.problem(); bad {
+		s.Problems = append(s.Problems, api.Problem(p))
+	}
 	for _, p := range slices.Concat(c.problems, c.foreign) {
 		s.Problems = append(s.Problems, api.Problem(p))
 	}

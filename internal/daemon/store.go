@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -8,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"sync/atomic"
 
 	"github.com/meshhelper/meshhelper/internal/api"
 )
@@ -20,6 +22,11 @@ const (
 	lockFile  = "lock"
 
 	tempPattern = ".state.*"
+
+	// clockFile has the clock's mark, and learnedFile what was learned of peers; see
+	// mark and learned.
+	clockFile   = "clock.json"
+	learnedFile = "learned.json"
 )
 
 // store keeps the document on disk twice: in state.json, and as the last good
@@ -27,7 +34,14 @@ const (
 // written into, so that each is whole after a crash at any moment.
 type store struct {
 	dir string
-	fs  fileSystem
+	fs  atomic.Pointer[fileSystem] // nil: the host's
+}
+
+func (s *store) files() fileSystem {
+	if fs := s.fs.Load(); fs != nil {
+		return *fs
+	}
+	return diskFiles{}
 }
 
 // fileSystem is what a full or broken disk makes fail; tests replace it.
@@ -72,17 +86,9 @@ func (s *store) advice(err error) string {
 }
 
 func readDocument(path string) (*document, error) {
-	f, err := os.Open(path)
+	text, err := readOwned(path, maxDocument)
 	if err != nil {
 		return nil, fmt.Errorf("read wanted state: %w", err)
-	}
-	defer f.Close()
-	text, err := io.ReadAll(io.LimitReader(f, maxDocument+1))
-	if err == nil && len(text) > maxDocument {
-		err = fmt.Errorf("more than %d bytes", maxDocument)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read wanted state %q: %w", path, err)
 	}
 	doc, err := decodeDocument(text)
 	if err != nil {
@@ -96,14 +102,33 @@ func (s *store) tidy() {
 	for _, pattern := range []string{tempPattern, "." + keyFile + ".*"} {
 		left, _ := filepath.Glob(filepath.Join(s.dir, pattern)) // the patterns are right
 		for _, path := range left {
-			_ = s.fs.Remove(path) // it costs some room, no more
+			_ = s.files().Remove(path) // it costs some room, no more
 		}
 	}
 }
 
-// save replaces the document on disk. After an error the old one is still
-// there, or the new one is, whole.
-func (s *store) save(doc *document) error {
+// readOwned reads a file of the state directory of at most so many bytes, after
+// checking that no other user could have made it what it is.
+func readOwned(path string, most int64) ([]byte, error) {
+	f, err := openOwned(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, most+1))
+	if err == nil && int64(len(text)) > most {
+		err = fmt.Errorf("more than %d bytes", most)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%q: %w", path, err)
+	}
+	return text, nil
+}
+
+// save replaces the document on disk. After an error the old one is still there, or,
+// where errUnsynced is in its chain, the new one is, whole. It gives up between two
+// steps when ctx ends.
+func (s *store) save(ctx context.Context, doc *document) error {
 	text, err := doc.encode()
 	if err != nil {
 		return err
@@ -111,35 +136,49 @@ func (s *store) save(doc *document) error {
 	if len(text) > maxDocument {
 		return fmt.Errorf("save wanted state: %d bytes, at most %d", len(text), maxDocument)
 	}
-	if err := s.replaceBoth(text); err != nil {
+	if err := s.replace(ctx, text, stateFile, copyFile); err != nil {
 		return fmt.Errorf("save wanted state: %w", err)
 	}
 	return nil
 }
 
-// replaceBoth writes both files before it renames either, so that a full disk
-// changes neither.
-func (s *store) replaceBoth(text []byte) error {
+// replace gives files the same new content, and writes it for each before it renames
+// any, so that a full disk changes none. The first file's rename makes the change; the
+// copy is never ahead of it.
+func (s *store) replace(ctx context.Context, text []byte, names ...string) error {
+	files := s.files()
 	var temps []string
 	defer func() {
 		for _, t := range temps {
-			_ = s.fs.Remove(t)
+			_ = files.Remove(t)
 		}
 	}()
-	for range 2 {
-		temp, err := s.fs.WriteTemp(s.dir, tempPattern, text)
+	for range names {
+		temp, err := files.WriteTemp(s.dir, tempPattern, text)
 		if err != nil {
 			return err
 		}
 		temps = append(temps, temp)
 	}
-	for _, name := range []string{copyFile, stateFile} {
-		if err := s.fs.Rename(temps[0], filepath.Join(s.dir, name)); err != nil {
-			return err
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	for i, name := range names {
+		if err := files.Rename(temps[0], filepath.Join(s.dir, name)); err != nil {
+			return unsyncedIf(i > 0, err)
 		}
 		temps = temps[1:]
 	}
-	return s.fs.SyncDir(s.dir)
+	return unsyncedIf(true, files.SyncDir(s.dir))
+}
+
+// unsyncedIf returns an error that came after the change was made with errUnsynced in
+// its chain.
+func unsyncedIf(changed bool, err error) error {
+	if err == nil || !changed {
+		return err
+	}
+	return fmt.Errorf("%w: %w", errUnsynced, err)
 }
 
 // diskFiles is the fileSystem of the host.
@@ -181,13 +220,5 @@ func openDir(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("make state directory: %w", err)
 	}
-	info, err := os.Stat(dir)
-	if err != nil {
-		return fmt.Errorf("look at state directory: %w", err)
-	}
-	if runtime.GOOS != "windows" && info.Mode().Perm()&0o022 != 0 {
-		return api.Errorf(api.CodeInternal, "state directory %q has mode %v: others may write to it", dir, info.Mode().Perm()).
-			WithHint("run: chmod go-w %q", dir)
-	}
-	return nil
+	return checkDir(dir)
 }

@@ -2,6 +2,8 @@ package daemon
 
 import (
 	"errors"
+	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -49,11 +51,12 @@ func (b *brokenDisk) SyncDir(dir string) error {
 	return b.fileSystem.SyncDir(dir)
 }
 
-// TestDiskFull breaks the disk at each operation of a change: the old state
-// stays in force, the command says so, no file is left over, and what is on
-// disk is whole.
+// TestDiskFull breaks the disk at each operation of a change that gives something: up
+// to the rename that makes the change, the old state stays in force and the command
+// says so; after it the change is made, and the command says what isn't sure. No file
+// is left over, and what is on disk is whole.
 func TestDiskFull(t *testing.T) {
-	const operations = 5 // two files, two renames, one sync of the folder
+	const operations, renamed = 5, 2 // two files, two renames, one sync of the folder
 	for after := range operations {
 		inBubble(t, func(t *testing.T, r *rig) {
 			r.add("phone")
@@ -61,12 +64,20 @@ func TestDiskFull(t *testing.T) {
 			r.setDisk(&brokenDisk{fileSystem: diskFiles{}, after: after})
 			_, err := r.allow("phone", "routing", "")
 			e := wantCode(t, err, api.CodeNotSaved)
-			if !strings.Contains(e.Message, "nothing was changed") {
-				t.Errorf("message %q", e.Message)
+			wantMessage, want, generation := "nothing was changed", policy.Permissions(0), before.Generation
+			if after > renamed {
+				wantMessage, want, generation = "in force now, and saved, but whether it outlasts a loss of power isn't known", policy.Routing, generation+1
 			}
-			r.wantLoaded("phone", 0)
-			if diff := cmp.Diff(before.Generation, r.d.Status().Generation); diff != "" {
-				t.Errorf("generation: %s", diff)
+			if !strings.Contains(e.Message, wantMessage) {
+				t.Errorf("after %d operations: message %q, want %q", after, e.Message, wantMessage)
+			}
+			r.wantLoaded("phone", want)
+			s := r.d.Status()
+			if s.Generation != generation || s.State != api.Enforcing {
+				t.Errorf("generation %d, want %d; state %s", s.Generation, generation, s.State)
+			}
+			if said := len(s.Problems) == 1 && strings.Contains(s.Problems[0].Message, wantMessage); said != (after > renamed) {
+				t.Errorf("after %d operations: problems %v", after, s.Problems)
 			}
 			if got := names(t, r.dir); !cmp.Equal(got, []string{keyFile, lockFile, stateFile, copyFile}) {
 				t.Errorf("files %q", got)
@@ -76,9 +87,15 @@ func TestDiskFull(t *testing.T) {
 					t.Error(err)
 				}
 			}
+			if doc, err := readDocument(filepath.Join(r.dir, stateFile)); err != nil || doc.Generation != generation {
+				t.Errorf("on disk: generation %d, want %d; %v", doc.Generation, generation, err)
+			}
 			r.setDisk(diskFiles{})
 			r.mustAllow("phone", "routing", "")
 			r.wantLoaded("phone", policy.Routing)
+			if s := r.d.Status(); len(s.Problems) != 0 {
+				t.Errorf("problems that stay: %v", s.Problems)
+			}
 		})
 	}
 }
@@ -135,11 +152,26 @@ func TestRefusesToStart(t *testing.T) {
 			{"key exposed", func() error { return os.Chmod(filepath.Join(r.dir, keyFile), 0o644) }, "access", "chmod 600"},
 			{"key damaged", write(filepath.Join(r.dir, keyFile), "short"), "not a WireGuard key", "put the key back"},
 			{"folder open", func() error { return os.Chmod(r.dir, 0o777) }, "others may write", "chmod"},
+			{"folder open to its group", func() error { return os.Chmod(r.dir, 0o770) }, "others may write", "chmod"},
+			{"folder another user's", own(r.dir, 12345), "belongs to user 12345", "chown"},
+			{"state another user's", own(state, 12345), "belongs to user 12345", "last good copy"},
+			{"state open to its group", func() error { return os.Chmod(state, 0o660) }, "others may write", "last good copy"},
+			{"state a link", link(state, filepath.Join(r.dir, copyFile)), "is a link", "last good copy"},
+			{"state a FIFO", both(remove(state), func() error { return mkfifo(state) }), "not a regular file", "last good copy"},
+			{"state a device", link(state, "/dev/zero"), "is a link", "last good copy"},
+			{"key another user's", own(filepath.Join(r.dir, keyFile), 12345), "belongs to user 12345", "nothing was touched"},
+			{"key a link", link(filepath.Join(r.dir, keyFile), state), "is a link", "nothing was touched"},
+			{"lock a link", link(filepath.Join(r.dir, lockFile), "/etc/passwd"), "is a link", ""},
+			{"lock another user's", own(filepath.Join(r.dir, lockFile), 12345), "belongs to user 12345", ""},
 		} {
+			if strings.Contains(c.name, "another user's") && os.Geteuid() != 0 {
+				t.Logf("%s: not tried: only root gives a file to another user", c.name)
+				continue
+			}
 			if err := c.do(); err != nil {
 				t.Fatal(err)
 			}
-			before := contents(t, r.dir)
+			before := listing(t, r.dir)
 			d, err := New(r.options())
 			switch {
 			case err == nil:
@@ -148,7 +180,7 @@ func TestRefusesToStart(t *testing.T) {
 			case !strings.Contains(err.Error(), c.reason) || !strings.Contains(err.Error(), c.hint):
 				t.Errorf("%s: %v; want %q and %q", c.name, err, c.reason, c.hint)
 			}
-			if diff := cmp.Diff(before, contents(t, r.dir)); diff != "" {
+			if diff := cmp.Diff(before, listing(t, r.dir)); diff != "" {
 				t.Errorf("%s: files were touched: %s", c.name, diff)
 			}
 			restore(t, r.dir, good)
@@ -160,6 +192,35 @@ func TestRefusesToStart(t *testing.T) {
 	})
 }
 
+// listing returns each file's mode and size, and its content where it has one to read.
+func listing(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	out := map[string]string{}
+	for _, name := range names(t, dir) {
+		info, err := os.Lstat(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		out[name] = fmt.Sprint(info.Mode(), info.Size())
+		if info.Mode().IsRegular() {
+			text, err := os.ReadFile(filepath.Join(dir, name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			out[name] += string(text)
+		}
+	}
+	return out
+}
+
+func own(path string, uid int) func() error { return func() error { return os.Chown(path, uid, uid) } }
+
+func remove(path string) func() error { return func() error { return os.Remove(path) } }
+
+func link(path, to string) func() error {
+	return both(remove(path), func() error { return os.Symlink(to, path) })
+}
+
 func write(path, text string) func() error {
 	return func() error { return os.WriteFile(path, []byte(text), 0o600) }
 }
@@ -168,11 +229,14 @@ func both(a, b func() error) func() error { return func() error { return errors.
 
 func restore(t *testing.T, dir string, files map[string]string) {
 	t.Helper()
-	if err := os.Chmod(dir, 0o700); err != nil {
+	if err := errors.Join(os.Chmod(dir, 0o700), os.Chown(dir, os.Geteuid(), os.Getegid())); err != nil {
 		t.Fatal(err)
 	}
 	for name, text := range files {
 		path := filepath.Join(dir, name)
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Fatal(err)
+		}
 		if err := errors.Join(os.WriteFile(path, []byte(text), 0o600), os.Chmod(path, 0o600)); err != nil {
 			t.Fatal(err)
 		}
@@ -186,12 +250,12 @@ func TestKilledWhileSaving(t *testing.T) {
 	for at := range 6 {
 		inBubble(t, func(t *testing.T, r *rig) {
 			r.add("phone")
+			before := r.d.wanted.Load().Generation
 			r.setDisk(&killedDisk{brokenDisk{fileSystem: diskFiles{}, after: at}})
 			_, err := r.allow("phone", "routing", "")
 			if killed := at < 5; killed != (err != nil) {
 				t.Errorf("operation %d: %v", at, err)
 			}
-			before := r.d.wanted.Load().Generation
 			r.stop()
 			r.start()
 			switch got := r.d.wanted.Load(); {

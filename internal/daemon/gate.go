@@ -1,0 +1,126 @@
+package daemon
+
+import (
+	"sync"
+
+	"github.com/meshhelper/meshhelper/internal/guard"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// gate owns the guard. What the guard judges by is the less of two: what the loop
+// enforces, and what is wanted now. So a permission that is taken away is gone at the
+// guard before the loop, which may be waiting for the host, hears of it; and an older
+// ruleset that the loop sets afterwards doesn't bring it back.
+//
+// Nothing here waits for the host, a disk or a log.
+type gate struct {
+	// compile is policy.Compile for the time now.
+	compile func(policy.Mesh, policy.Host) (*policy.Ruleset, error)
+	// failed hears of a ruleset that couldn't be compiled; nothing passes then.
+	failed func(error)
+
+	mu     sync.Mutex
+	guard  *guard.Device // nil before there is a mesh interface
+	rules  *policy.Ruleset
+	of     *document // that rules are of
+	wanted *document
+}
+
+// use puts a new guard in place of the one before. Nothing passes yet.
+func (g *gate) use(d *guard.Device) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.guard, g.rules, g.of = d, nil, nil
+	d.Set(nil)
+}
+
+// set is for the loop: r, of the wanted state doc, is enforced, as far as it is still
+// wanted; nil lets nothing pass.
+func (g *gate) set(r *policy.Ruleset, doc *document) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.rules, g.of = r, doc
+	g.apply()
+}
+
+// limit takes what is wanted now. When it returns, the guard lets nothing pass that
+// doc doesn't allow.
+func (g *gate) limit(doc *document) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.wanted = doc
+	g.apply()
+}
+
+// confine has the guard pass only what needs no packet filter, or all again.
+func (g *gate) confine(on bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.guard != nil {
+		g.guard.Confine(on)
+	}
+}
+
+// apply puts the less of both in force. g.mu is held.
+func (g *gate) apply() {
+	switch {
+	case g.guard == nil:
+		return
+	case g.rules == nil:
+		g.guard.Set(nil)
+		return
+	case g.wanted == nil || g.wanted == g.of:
+		g.guard.Set(g.rules)
+		return
+	}
+	mesh, less := within(g.rules.Mesh(), g.wanted)
+	if !less {
+		g.guard.Set(g.rules)
+		return
+	}
+	r, err := g.compile(mesh, g.rules.Host())
+	if err != nil {
+		g.failed(err)
+		r = nil
+	}
+	g.guard.Set(r)
+}
+
+// within returns m without what doc doesn't want, and whether that is less than m:
+// peers that doc has no more, or with other addresses, are left out, and of two ends
+// of a permission the earlier counts.
+func within(m policy.Mesh, doc *document) (out policy.Mesh, less bool) {
+	wanted := make(map[policy.PeerID]*peer, len(doc.Peers))
+	for i := range doc.Peers {
+		wanted[policy.PeerID(doc.Peers[i].PublicKey)] = &doc.Peers[i]
+	}
+	out = m
+	out.Peers = make([]policy.Peer, 0, len(m.Peers))
+	for _, p := range m.Peers {
+		w, ok := wanted[p.ID]
+		if !ok || len(p.Addresses) != 2 || p.Addresses[0] != w.Addresses[0] || p.Addresses[1] != w.Addresses[1] {
+			less = true
+			continue
+		}
+		grants := w.Permissions.policy()
+		for _, one := range policy.AllPermissions {
+			has, may := p.Grants.Of(one), grants.Of(one)
+			if n := lesser(*has, *may); n != *has {
+				*has, less = n, true
+			}
+		}
+		out.Peers = append(out.Peers, p)
+	}
+	return out, less
+}
+
+// lesser returns what both grants allow.
+func lesser(a, b policy.Grant) policy.Grant {
+	switch {
+	case !a.Allowed || !b.Allowed:
+		return policy.Grant{}
+	case a.Until.IsZero() || !b.Until.IsZero() && b.Until.Before(a.Until):
+		return b
+	}
+	return a
+}

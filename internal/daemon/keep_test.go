@@ -1,0 +1,386 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
+)
+
+// countingDisk counts what is written, by the files' names.
+type countingDisk struct {
+	fileSystem
+	mu    sync.Mutex
+	files map[string]int
+	bytes int
+}
+
+func (c *countingDisk) WriteTemp(dir, pattern string, content []byte) (string, error) {
+	c.mu.Lock()
+	c.bytes += len(content)
+	c.mu.Unlock()
+	return c.fileSystem.WriteTemp(dir, pattern, content)
+}
+
+func (c *countingDisk) Rename(from, to string) error {
+	c.mu.Lock()
+	c.files[filepath.Base(to)]++
+	c.mu.Unlock()
+	return c.fileSystem.Rename(from, to)
+}
+
+// TestOneTimedGrantWritesLittle lets a permission of one peer among many run for an
+// hour: the document isn't written for that, the clock's mark is.
+func TestOneTimedGrantWritesLittle(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		for i := range 50 {
+			r.add(fmt.Sprint("p", i))
+		}
+		r.mustAllow("p1", "routing", "2h")
+		disk := &countingDisk{fileSystem: diskFiles{}, files: map[string]int{}}
+		r.setDisk(disk)
+		r.after(time.Hour)
+		disk.mu.Lock()
+		defer disk.mu.Unlock()
+		if n := disk.files[clockFile]; n < 50 || n > 61 || len(disk.files) != 1 {
+			t.Errorf("written in an hour: %v", disk.files)
+		}
+		if disk.bytes > 61*maxMark {
+			t.Errorf("%d bytes in an hour", disk.bytes)
+		}
+	})
+}
+
+// TestMark starts with the clock set back and marks of every kind: the later of the
+// mark and the document's time counts, and a bad mark is none.
+func TestMark(t *testing.T) {
+	for name, c := range map[string]struct {
+		do   func(path string) error
+		left time.Duration // of 2h, after 1h
+	}{
+		"as written":  {func(string) error { return nil }, time.Hour + clockInterval},
+		"gone":        {os.Remove, 2 * time.Hour},
+		"garbage":     {func(p string) error { return os.WriteFile(p, []byte("{"), 0o600) }, 2 * time.Hour},
+		"too long":    {func(p string) error { return os.WriteFile(p, make([]byte, 1<<20), 0o600) }, 2 * time.Hour},
+		"older":       {func(p string) error { return os.WriteFile(p, []byte(`{"saved":"1999-01-01T00:00:00Z"}`), 0o600) }, 2 * time.Hour},
+		"a link":      {func(p string) error { return errors.Join(os.Remove(p), os.Symlink("/dev/zero", p)) }, 2 * time.Hour},
+		"not ours":    {func(p string) error { return os.Chmod(p, 0o666) }, 2 * time.Hour},
+		"a directory": {func(p string) error { return errors.Join(os.Remove(p), os.Mkdir(p, 0o700)) }, 2 * time.Hour},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, r *rig) {
+				r.add("phone")
+				r.mustAllow("phone", "routing", "2h")
+				r.after(time.Hour)
+				r.stop()
+				if err := c.do(filepath.Join(r.dir, clockFile)); err != nil {
+					t.Fatal(err)
+				}
+				r.setWall(-100 * time.Hour)
+				r.start()
+				r.after(c.left - 2*clockInterval)
+				r.wantLoaded("phone", policy.Routing)
+				r.after(2*clockInterval + DefaultTick)
+				r.wantLoaded("phone", 0)
+			})
+		})
+	}
+}
+
+func FuzzMark(f *testing.F) {
+	f.Add([]byte(`{"saved":"2026-01-02T15:04:05Z"}`))
+	f.Add([]byte(`{"saved":1}`))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		at, err := decodeMark(text)
+		if err != nil && !at.IsZero() {
+			t.Errorf("%v with an error", at)
+		}
+	})
+}
+
+func FuzzLearned(f *testing.F) {
+	f.Add([]byte(`{"endpoints":{"` + keyOf("phone") + `":"203.0.113.9:51820"}}`))
+	f.Add([]byte(`{"endpoints":{"x":"[fe80::1%en0]:1"}}`))
+	f.Add([]byte(`{"endpoints":null}`))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		l, err := decodeLearned(text)
+		if err != nil {
+			return
+		}
+		for key, at := range l.Endpoints {
+			if !at.IsValid() || at.Port() == 0 {
+				t.Errorf("%v is at %v", key, at)
+			}
+		}
+	})
+}
+
+// TestLearned restarts the helper: the tunnel gets a peer with the endpoint where it
+// was last heard, unless one is configured; of a peer that is gone, nothing stays.
+func TestLearned(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		heard := func(name, at string) {
+			t.Helper()
+			key, err := wireguard.ParsePublicKey(keyOf(name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.tunnel.mu.Lock()
+			defer r.tunnel.mu.Unlock()
+			if r.tunnel.stats == nil {
+				r.tunnel.stats = map[wireguard.PublicKey]wireguard.PeerStats{}
+			}
+			r.tunnel.stats[key] = wireguard.PeerStats{LastHandshake: time.Now(), Endpoint: netip.MustParseAddrPort(at)}
+		}
+		learned := func() map[string]string {
+			r.tunnel.mu.Lock()
+			defer r.tunnel.mu.Unlock()
+			out := map[string]string{}
+			doc := r.d.wanted.Load()
+			for _, p := range r.tunnel.peers {
+				if p.Learned.IsValid() {
+					out[doc.Peers[doc.byKey(p.PublicKey)].Name] = p.Learned.String()
+				}
+			}
+			return out
+		}
+		r.add("phone")
+		r.add("tablet")
+		r.add("silent")
+		if _, err := r.d.AddPeer(t.Context(), api.NewPeer{Name: "mac", PublicKey: keyOf("mac"), Endpoint: "203.0.113.1:7"}); err != nil {
+			t.Fatal(err)
+		}
+		heard("phone", "203.0.113.9:1")
+		heard("tablet", "[2001:db8::9]:2")
+		heard("mac", "203.0.113.2:8")
+		r.stop()
+		r.start()
+		if got := fmt.Sprint(learned()); got != "map[phone:203.0.113.9:1 tablet:[2001:db8::9]:2]" {
+			t.Errorf("learned %s", got)
+		}
+		// Nothing is heard of phone this time; tablet moves, and goes.
+		heard("tablet", "[2001:db8::9]:3")
+		r.after(learnInterval + DefaultTick)
+		if text := contents(t, r.dir)[learnedFile]; !strings.Contains(text, "203.0.113.9:1") || !strings.Contains(text, "[2001:db8::9]:3") {
+			t.Errorf("on disk: %s", text)
+		}
+		if _, err := r.d.RemovePeer(t.Context(), "tablet"); err != nil {
+			t.Fatal(err)
+		}
+		r.stop()
+		r.start()
+		if got := fmt.Sprint(learned()); got != "map[phone:203.0.113.9:1]" {
+			t.Errorf("learned %s", got)
+		}
+		if text := contents(t, r.dir)[learnedFile]; strings.Contains(text, "2001:db8::9") {
+			t.Errorf("on disk: %s", text)
+		}
+		r.stop()
+		if err := os.WriteFile(filepath.Join(r.dir, learnedFile), []byte("}"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		r.start() // it is never needed
+		if got := learned(); len(got) != 0 {
+			t.Errorf("learned %v of garbage", got)
+		}
+	})
+}
+
+// stuckLog is a log whose reader is stuck until it goes on.
+type stuckLog struct {
+	goOn chan struct{}
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (s *stuckLog) Write(p []byte) (int, error) {
+	<-s.goOn
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.text.Write(p)
+}
+
+// TestStuckLog has the log take nothing: permissions are given, taken away and end as
+// ever, the status answers, and what was dropped is counted afterwards.
+func TestStuckLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		log := &stuckLog{goOn: make(chan struct{})}
+		o := r.options()
+		o.Logger = slog.New(slog.NewTextHandler(log, nil))
+		r.startWith(o)
+		phone := r.add("phone")
+		r.mustAllow("phone", "routing", "1m")
+		for range 3 * maxLines {
+			r.d.Record(api.Event{Kind: api.EventDenied, Message: "no"})
+		}
+		if !r.passes(phone) {
+			t.Error("no packet passes")
+		}
+		r.after(time.Minute + time.Millisecond)
+		if r.passes(phone) {
+			t.Error("a packet passes after the end")
+		}
+		r.mustAllow("phone", "routing", "")
+		if _, err := r.deny("phone", "routing"); err != nil || r.passes(phone) {
+			t.Errorf("deny: %v", err)
+		}
+		if s := r.d.Status(); s.State != api.Enforcing {
+			t.Errorf("state %s", s.State)
+		}
+		r.d.log.lines.mu.Lock()
+		if n := len(r.d.log.lines.waiting); n > maxLines {
+			t.Errorf("%d lines wait", n)
+		}
+		r.d.log.lines.mu.Unlock()
+		close(log.goOn)
+		synctest.Wait()
+		log.mu.Lock()
+		text := log.text.String()
+		log.mu.Unlock()
+		if !strings.Contains(text, "lines of the log were dropped") {
+			t.Error("the log doesn't say that lines are missing")
+		}
+		r.end()
+		r.after(time.Second)
+	})
+}
+
+// TestLeavesWithStuckLog ends the helper while its log takes nothing.
+func TestLeavesWithStuckLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		log := &stuckLog{goOn: make(chan struct{})}
+		o := r.options()
+		o.Logger = slog.New(slog.NewTextHandler(log, nil))
+		r.startWith(o)
+		disk := newFrozenDisk()
+		r.setDisk(disk)
+		if _, err := r.d.AddPeer(t.Context(), api.NewPeer{Name: "phone", PublicKey: keyOf("phone")}); err == nil {
+			t.Error("a frozen disk took it")
+		}
+		began := time.Now()
+		r.end()
+		if took := time.Since(began); took > 3*flushLimit {
+			t.Errorf("left after %v", took)
+		}
+		close(log.goOn)
+		close(disk.thawed)
+		synctest.Wait()
+	})
+}
+
+// TestResolverOneNameStuck has one name's look-up hang, and many fail: another name is
+// found at once, and followed. Changes of permissions look nothing up.
+func TestResolverOneNameStuck(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		var looks, order atomic.Int64
+		o := r.options()
+		o.Resolve = func(ctx context.Context, name string) ([]netip.Addr, error) {
+			looks.Add(1)
+			switch {
+			case name == "good.example":
+				two := []netip.Addr{netip.MustParseAddr("203.0.113.7"), netip.MustParseAddr("203.0.113.8")}
+				if order.Add(1)%2 == 0 {
+					two[0], two[1] = two[1], two[0]
+				}
+				return two, nil
+			case strings.HasPrefix(name, "stuck"):
+				<-ctx.Done()
+				return nil, ctx.Err()
+			}
+			return nil, errors.New("no such host")
+		}
+		logged := &countingLog{}
+		o.Logger = slog.New(slog.NewTextHandler(logged, nil))
+		r.startWith(o)
+		defer r.end()
+		for i := range 30 {
+			if _, err := r.d.AddPeer(t.Context(), api.NewPeer{Name: fmt.Sprint("s", i), PublicKey: keyOf(fmt.Sprint("s", i)), Endpoint: fmt.Sprintf("stuck%d.example:1", i)}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		r.after(10 * resolveInterval) // all have failed once
+		if _, err := r.d.AddPeer(t.Context(), api.NewPeer{Name: "mac", PublicKey: keyOf("mac"), Endpoint: "good.example:7"}); err != nil {
+			t.Fatal(err)
+		}
+		r.after(time.Second)
+		endpoint := func() string {
+			r.tunnel.mu.Lock()
+			defer r.tunnel.mu.Unlock()
+			return r.tunnel.peers[len(r.tunnel.peers)-1].Endpoint.String()
+		}
+		first := endpoint()
+		if first != "203.0.113.7:7" {
+			t.Fatalf("endpoint %s after a second", first)
+		}
+		for range 5 { // the other address comes first every other time
+			r.after(resolveInterval)
+			if got := endpoint(); got != first {
+				t.Errorf("endpoint %s, want %s", got, first)
+			}
+		}
+		if n := logged.count.Load(); n > 200 {
+			t.Errorf("%d lines of log", n)
+		}
+		r.after(resolveInterval / 2)
+		before := looks.Load()
+		for i := range 20 {
+			name := "mac"
+			if i%2 == 0 {
+				r.mustAllow(name, "routing", "")
+			} else if _, err := r.deny(name, "routing"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		synctest.Wait()
+		if n := looks.Load() - before; n > 2 { // those that were due anyhow
+			t.Errorf("%d names were looked up for permissions", n)
+		}
+	})
+}
+
+type countingLog struct{ count atomic.Int64 }
+
+func (c *countingLog) Write(p []byte) (int, error) {
+	c.count.Add(1)
+	return io.Discard.Write(p)
+}
+
+// TestSuspend stops the monotonic clock for an hour, as a suspended host's does on
+// Linux: what ended meanwhile is over at the next look, and sockets are opened again.
+func TestSuspend(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		phone := r.add("phone")
+		r.mustAllow("phone", "routing", "30m")
+		r.mustAllow("phone", "incoming", "2h")
+		r.after(time.Minute)
+		r.setWall(time.Hour) // the host sleeps
+		r.after(DefaultTick)
+		if r.passes(phone) {
+			t.Error("a packet passes after the end")
+		}
+		r.wantLoaded("phone", policy.Incoming)
+		if r.tunnel.rebinds != 1 {
+			t.Errorf("%d rebinds", r.tunnel.rebinds)
+		}
+		r.setWall(-time.Hour) // NTP sets it right, or a person sets it back
+		r.after(time.Hour + DefaultTick)
+		r.wantLoaded("phone", 0)
+	})
+}

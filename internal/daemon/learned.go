@@ -1,0 +1,117 @@
+package daemon
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"net/netip"
+	"path/filepath"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/wireguard"
+)
+
+// learned is what a helper found out about peers by itself: where a peer without a
+// configured endpoint was last heard. After a restart the host sends there first, so
+// that such a peer isn't dark until it sends by itself. Nothing depends on it.
+type learned struct {
+	Endpoints map[wireguard.PublicKey]netip.AddrPort `json:"endpoints"`
+}
+
+// learnInterval is how often what was learned is saved, where it changed; maxLearned
+// bounds what is read of it, in bytes: an entry has some 100.
+const (
+	learnInterval = 3 * time.Minute
+	maxLearned    = 4 << 20
+)
+
+func decodeLearned(text []byte) (learned, error) {
+	var l learned
+	if err := json.Unmarshal(text, &l); err != nil {
+		return learned{}, fmt.Errorf("read learned endpoints: %w", err)
+	}
+	maps.DeleteFunc(l.Endpoints, func(_ wireguard.PublicKey, at netip.AddrPort) bool {
+		return !at.IsValid() || at.Port() == 0
+	})
+	return l, nil
+}
+
+// readLearned returns what was learned, or nothing where there is no file.
+func (s *store) readLearned() (learned, error) {
+	text, err := readOwned(filepath.Join(s.dir, learnedFile), maxLearned)
+	if errors.Is(err, fs.ErrNotExist) {
+		return learned{}, nil
+	}
+	if err != nil {
+		return learned{}, fmt.Errorf("read learned endpoints: %w", err)
+	}
+	return decodeLearned(text)
+}
+
+func (s *store) writeLearned(l learned) error {
+	text, err := json.Marshal(l)
+	if err == nil && len(text) > maxLearned {
+		err = fmt.Errorf("%d bytes, at most %d", len(text), maxLearned)
+	}
+	if err == nil {
+		err = s.replace(context.Background(), append(text, '\n'), learnedFile)
+	}
+	if err != nil {
+		return fmt.Errorf("save learned endpoints: %w", err)
+	}
+	return nil
+}
+
+// learn looks where peers were heard, and has it saved where that is news.
+func (d *Daemon) learn() {
+	c, _ := d.condition()
+	if c.tunnel == nil {
+		return
+	}
+	stats, err := c.tunnel.Stats()
+	if err != nil {
+		return // the loop says so
+	}
+	d.learnFrom(stats)
+}
+
+// learnFrom keeps the endpoints of peers that have no configured one and made a
+// handshake. Of a peer that wasn't heard since the start, what was known before stays;
+// of one that is gone, nothing does.
+func (d *Daemon) learnFrom(stats map[wireguard.PublicKey]wireguard.PeerStats) {
+	doc := d.wanted.Load()
+	d.mu.Lock()
+	next := make(map[wireguard.PublicKey]netip.AddrPort, len(d.learned))
+	for i := range doc.Peers {
+		p := &doc.Peers[i]
+		if p.Endpoint != "" {
+			continue
+		}
+		at := d.learned[p.PublicKey]
+		if s := stats[p.PublicKey]; s.Endpoint.IsValid() && !s.LastHandshake.IsZero() {
+			at = s.Endpoint
+		}
+		if at.IsValid() {
+			next[p.PublicKey] = at
+		}
+	}
+	same := maps.Equal(next, d.learned)
+	d.learned = next
+	d.mu.Unlock()
+	if same {
+		return
+	}
+	d.disk.submit("learned", func() error {
+		d.mu.Lock()
+		now := d.learned // replaced, never changed
+		d.mu.Unlock()
+		err := d.disk.store.writeLearned(learned{Endpoints: now})
+		if err != nil {
+			d.opts.Logger.Info(err.Error())
+		}
+		return err
+	})
+}

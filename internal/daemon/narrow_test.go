@@ -1,0 +1,544 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// frozenDisk is a disk that doesn't answer, as a file system does after fsfreeze(8),
+// until it thaws.
+type frozenDisk struct {
+	fileSystem
+	thawed chan struct{}
+}
+
+func newFrozenDisk() *frozenDisk {
+	return &frozenDisk{diskFiles{}, make(chan struct{})}
+}
+
+func (f *frozenDisk) WriteTemp(dir, pattern string, content []byte) (string, error) {
+	<-f.thawed
+	return f.fileSystem.WriteTemp(dir, pattern, content)
+}
+
+// passes reports whether a packet of the peer to the internet passes the guard.
+func (r *rig) passes(p api.Peer) bool {
+	before := r.host.Delivered()
+	r.tunnel.dev.Write([][]byte{packetTo(p.Addresses[0], netip.MustParseAddr("192.0.2.1"))}, 0)
+	return r.host.Delivered() > before
+}
+
+// onDisk returns what a restart would find of a peer.
+func (r *rig) onDisk(name string) (p peer, ok bool) {
+	r.t.Helper()
+	doc, err := readDocument(filepath.Join(r.dir, stateFile))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	if i := doc.byName(name); i >= 0 {
+		return doc.Peers[i], true
+	}
+	return peer{}, false
+}
+
+// takings are the ways to take routing away from a peer called phone.
+var takings = map[string]func(*rig) error{
+	"deny": func(r *rig) error {
+		_, err := r.deny("phone", "routing")
+		return err
+	},
+	"remove": func(r *rig) error {
+		_, err := r.d.RemovePeer(context.Background(), "phone")
+		return err
+	},
+	"new key": func(r *rig) error {
+		_, err := r.d.ChangePeer(context.Background(), "phone", api.PeerChange{PublicKey: keyOf("new phone")})
+		return err
+	},
+	"deny and rename": func(r *rig) error {
+		_, err := r.d.ChangePeer(context.Background(), "phone", api.PeerChange{
+			Name: "mobile", Permissions: map[string]api.PermissionChange{"routing": {}},
+		})
+		return err
+	},
+	"one for another": func(r *rig) error {
+		_, err := r.d.ChangePeer(context.Background(), "phone", api.PeerChange{
+			Permissions: map[string]api.PermissionChange{"routing": {}, "incoming": {Allowed: true}},
+		})
+		return err
+	},
+}
+
+// TestNarrowingDoesntWait takes routing away while something is stuck that a change
+// waits for otherwise: the guard lets nothing pass from the same moment on, the command
+// is answered in time, and it says what doesn't hold.
+func TestNarrowingDoesntWait(t *testing.T) {
+	full := func(r *rig) func() {
+		r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
+		return func() {}
+	}
+	frozen := func(r *rig) func() {
+		disk := newFrozenDisk()
+		r.setDisk(disk)
+		return sync.OnceFunc(func() { close(disk.thawed) })
+	}
+	for stuck, have := range map[string]struct {
+		stick func(*rig) (end func())
+		code  string
+		says  string
+	}{
+		"full disk":   {full, api.CodeNotSaved, "but not saved: after a restart it is back"},
+		"frozen disk": {frozen, api.CodeNotSaved, "but not saved: after a restart it is back"},
+		"slow look": {func(r *rig) func() {
+			r.host.HangAt("observe")
+			return func() { r.host.HangAt("") }
+		}, api.CodeNotInForce, "saved, not in force"},
+		"slow filter": {func(r *rig) func() {
+			r.host.HangAt("enforce")
+			return func() { r.host.HangAt("") }
+		}, api.CodeNotInForce, "saved, not in force"},
+		"slow filter, full disk": {func(r *rig) func() {
+			r.host.HangAt("enforce")
+			full(r)
+			return func() { r.host.HangAt("") }
+		}, api.CodeNotSaved, "but not saved: after a restart it is back"},
+	} {
+		for way, take := range takings {
+			t.Run(stuck+"/"+way, func(t *testing.T) {
+				inBubble(t, func(t *testing.T, r *rig) {
+					phone := r.add("phone")
+					r.mustAllow("phone", "routing", "")
+					if !r.passes(phone) {
+						t.Fatal("no packet passes although routing is allowed")
+					}
+					end := have.stick(r)
+					defer end()
+					r.after(DefaultTick) // the loop is in the step that hangs
+					began := time.Now()
+					answered := make(chan error, 1)
+					go func() { answered <- take(r) }()
+					synctest.Wait()
+					if r.passes(phone) {
+						t.Error("a packet passes while the command waits")
+					}
+					err := <-answered
+					if took := time.Since(began); took > DefaultWait {
+						t.Errorf("answered after %v, want within %v", took, DefaultWait)
+					}
+					e := wantCode(t, err, have.code)
+					gives := way == "new key" || way == "one for another"
+					if have.code == api.CodeNotSaved && gives {
+						if !strings.Contains(e.Message, "what the change takes away is in force now, but not saved") {
+							t.Errorf("message %q", e.Message)
+						}
+					} else if !strings.Contains(e.Message, have.says) {
+						t.Errorf("message %q, want %q", e.Message, have.says)
+					}
+					for range 10 {
+						r.after(time.Second)
+						if r.passes(phone) {
+							t.Fatal("a packet passes after the answer")
+						}
+					}
+					if have.code == api.CodeNotSaved {
+						if p := r.d.Status().Problems; len(p) == 0 || p[0].Step != "save wanted state" {
+							t.Errorf("problems %v don't say what isn't saved", p)
+						}
+						if n := len(r.events(api.EventProblem)); n > 3 {
+							t.Errorf("%d events of problems: %q", n, r.events(api.EventProblem))
+						}
+					}
+					end()
+					r.setDisk(diskFiles{})
+					r.after(2 * time.Minute)
+					if r.passes(phone) {
+						t.Error("a packet passes after everything is well again")
+					}
+					s := r.d.Status()
+					if len(s.Problems) != 0 || s.State != api.Enforcing || s.Enforced != s.Generation {
+						t.Errorf("afterwards: state %s, enforced %d of %d, problems %v", s.State, s.Enforced, s.Generation, s.Problems)
+					}
+					if kept, ok := r.onDisk("phone"); ok && kept.Permissions.Routing.Allowed && kept.PublicKey.String() == phone.PublicKey {
+						t.Error("a restart would bring the permission back")
+					}
+				})
+			})
+		}
+	}
+}
+
+// TestDenyAgainSaves repeats a deny that couldn't be saved.
+func TestDenyAgainSaves(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.mustAllow("phone", "routing", "")
+		r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
+		for range 3 {
+			_, err := r.deny("phone", "routing")
+			wantCode(t, err, api.CodeNotSaved)
+			r.wantLoaded("phone", 0)
+		}
+		if p, _ := r.onDisk("phone"); !p.Permissions.Routing.Allowed {
+			t.Fatal("a full disk took it")
+		}
+		r.setDisk(diskFiles{})
+		if changed, err := r.deny("phone", "routing"); err != nil || !changed.Already {
+			t.Errorf("once more: already %v, error %v", changed.Already, err)
+		}
+		if p, _ := r.onDisk("phone"); p.Permissions.Routing.Allowed {
+			t.Error("it says done, and a restart would bring the permission back")
+		}
+		if s := r.d.Status(); len(s.Problems) != 0 {
+			t.Errorf("problems %v", s.Problems)
+		}
+	})
+}
+
+// TestFullDiskForLong leaves the disk full for an hour: one event says so, and one that
+// it is over.
+func TestFullDiskForLong(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.mustAllow("phone", "routing", "10m")
+		r.mustAllow("phone", "incoming", "50m")
+		r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
+		r.after(time.Hour)
+		r.wantLoaded("phone", 0)
+		if got := r.events(api.EventProblem); len(got) > 2 {
+			t.Errorf("%d events: %q", len(got), got)
+		}
+		if got := r.d.Status().Problems; len(got) != 1 {
+			t.Errorf("problems %v", got)
+		}
+		r.setDisk(diskFiles{})
+		r.after(time.Minute)
+		if got := r.d.Status().Problems; len(got) != 0 {
+			t.Errorf("problems that stay: %v", got)
+		}
+		if p, _ := r.onDisk("phone"); p.Permissions.Routing.Allowed || p.Permissions.Incoming.Allowed {
+			t.Errorf("on disk: %+v", p.Permissions)
+		}
+	})
+}
+
+// TestWideningWaits freezes the disk: what gives something isn't in force before it is
+// saved, says so in time, and doesn't come in force afterwards by itself.
+func TestWideningWaits(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		phone := r.add("phone")
+		disk := newFrozenDisk()
+		r.setDisk(disk)
+		began := time.Now()
+		answers := make(chan error, 3)
+		for range 3 {
+			go func() {
+				_, err := r.allow("phone", "routing", "")
+				answers <- err
+			}()
+		}
+		for range 3 {
+			e := wantCode(t, <-answers, api.CodeNotSaved)
+			if !strings.Contains(e.Message, "nothing was changed") || time.Since(began) > DefaultWait {
+				t.Errorf("after %v: %q", time.Since(began), e.Message)
+			}
+		}
+		if r.passes(phone) {
+			t.Error("what wasn't saved is in force")
+		}
+		close(disk.thawed)
+		r.after(time.Minute)
+		if p, _ := r.onDisk("phone"); r.passes(phone) || p.Permissions.Routing.Allowed {
+			t.Error("what was given up came in force, or would by a restart")
+		}
+		r.mustAllow("phone", "routing", "")
+		if !r.passes(phone) {
+			t.Error("no packet passes after the disk is back")
+		}
+	})
+}
+
+// TestOlderRulesetStaysOut takes a permission away while the loop is in each step of
+// enforcing a ruleset of before: the guard doesn't get it back from that.
+func TestOlderRulesetStaysOut(t *testing.T) {
+	for _, at := range []string{"observe", "enforce", "inspect"} {
+		t.Run(at, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, r *rig) {
+				phone := r.add("phone")
+				r.mustAllow("phone", "routing", "")
+				var armed, begun atomic.Bool
+				armed.Store(true)
+				denied := make(chan error, 1)
+				var late atomic.Int64
+				r.host.SetFault(func(step string) error {
+					if begun.Load() && r.passes(phone) {
+						late.Add(1)
+					}
+					if step == at && armed.CompareAndSwap(true, false) {
+						go func() {
+							_, err := r.deny("phone", "routing")
+							denied <- err
+						}()
+						for r.d.wanted.Load().Peers[0].Permissions.Routing.Allowed {
+							time.Sleep(time.Millisecond)
+						}
+						r.d.changing.Lock() // the guard is narrow when it is free again
+						r.d.changing.Unlock()
+						begun.Store(true)
+						if r.passes(phone) {
+							late.Add(1)
+						}
+					}
+					return nil
+				})
+				r.mustAllow("phone", "lan", "")
+				if err := <-denied; err != nil {
+					t.Errorf("deny: %v", err)
+				}
+				if n := late.Load(); n != 0 || r.passes(phone) {
+					t.Errorf("%d packets passed at steps after deny", n)
+				}
+			})
+		})
+	}
+}
+
+// TestGateIsTheLess has many clients toggle, and the loop set rulesets of any age: the
+// guard never lets pass what isn't wanted at that moment.
+func TestGateIsTheLess(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		phone := r.add("phone")
+		r.add("tablet")
+		r.mustAllow("phone", "routing", "")
+		rng := rand.New(rand.NewPCG(1, 2))
+		var rules []*policy.Ruleset
+		var docs []*document
+		for range 500 {
+			r.d.changing.Lock()
+			doc := r.d.wanted.Load().clone()
+			doc.Generation++
+			doc.Peers[0].Permissions.Routing.Allowed = rng.IntN(2) == 0
+			if rng.IntN(5) == 0 {
+				slices.Reverse(doc.Peers)
+			}
+			r.d.publishWanted(doc)
+			r.d.changing.Unlock()
+			compiled, err := policy.Compile(doc.policyMesh(r.d.mesh, 51820, true), r.host.Loaded().Host(), r.d.clock.now())
+			if err != nil {
+				t.Fatal(err)
+			}
+			rules, docs = append(rules, compiled), append(docs, doc)
+			i := rng.IntN(len(rules))
+			r.d.gate.set(rules[i], docs[i])
+			at := doc.byName("phone")
+			old := docs[i].Peers[docs[i].byName("phone")].Permissions.Routing.Allowed
+			if want := doc.Peers[at].Permissions.Routing.Allowed && old; r.passes(phone) != want {
+				t.Fatalf("passes %v, wanted %v, enforced %v", !want, doc.Peers[at].Permissions.Routing.Allowed, old)
+			}
+		}
+	})
+}
+
+// TestExpiryDuringSlowLook ends a permission while the loop waits for the host.
+func TestExpiryDuringSlowLook(t *testing.T) {
+	for _, step := range []string{"observe", "enforce"} {
+		t.Run(step, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, r *rig) {
+				phone := r.add("phone")
+				r.mustAllow("phone", "routing", "10s")
+				r.host.HangAt(step)
+				r.after(10*time.Second - time.Millisecond)
+				if !r.passes(phone) {
+					t.Error("it ended early")
+				}
+				r.after(2 * time.Millisecond)
+				if r.passes(phone) {
+					t.Error("a packet passes after the end")
+				}
+				r.host.HangAt("")
+				r.after(time.Minute)
+			})
+		})
+	}
+}
+
+// TestExpiryOnFrozenDisk ends a permission, and a removed peer's day, while the disk
+// doesn't answer.
+func TestExpiryOnFrozenDisk(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		phone := r.add("phone")
+		r.mustAllow("phone", "routing", "1m")
+		disk := newFrozenDisk()
+		r.setDisk(disk)
+		r.after(time.Minute + time.Millisecond)
+		if r.passes(phone) {
+			t.Error("a packet passes after the end")
+		}
+		r.wantLoaded("phone", 0)
+		r.after(DefaultWait)
+		if p := r.d.Status().Problems; len(p) != 1 || !strings.Contains(p[0].Message, "doesn't answer") {
+			t.Errorf("problems %v", p)
+		}
+		close(disk.thawed)
+		r.after(time.Minute)
+		if p := r.d.Status().Problems; len(p) != 0 {
+			t.Errorf("problems that stay: %v", p)
+		}
+	})
+}
+
+// obstinate is a host whose filter doesn't take permissions, and hangs over it.
+type obstinate struct {
+	Platform
+	closing atomic.Int64 // the time that closing was given, in ns
+	hangs   atomic.Bool
+}
+
+func (o *obstinate) Enforce(ctx context.Context, r *policy.Ruleset) error {
+	gives := slices.ContainsFunc(r.Peers(), func(p policy.PeerRules) bool { return p.Permissions != 0 })
+	if gives && o.hangs.Load() {
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	if until, ok := ctx.Deadline(); ok && !gives {
+		o.closing.Store(int64(time.Until(until)))
+	}
+	return o.Platform.Enforce(ctx, r)
+}
+
+// TestClosingHasItsOwnTime has enforcing use up all of its time: closing, which comes
+// next, has as much again, and the host is closed by the first attempt.
+func TestClosingHasItsOwnTime(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.mustAllow("phone", "incoming", "")
+		r.stop()
+		o := r.options()
+		slow := &obstinate{Platform: r.host}
+		o.Platform = slow
+		r.startWith(o)
+		r.wantLoaded("phone", policy.Incoming)
+		slow.hangs.Store(true)
+		if _, err := r.allow("phone", "routing", ""); err == nil {
+			t.Error("what hangs is said to be in force")
+		}
+		r.after(stepLimit)
+		r.wantLoaded("phone", 0)
+		if got := time.Duration(slow.closing.Load()); got < stepLimit/2 {
+			t.Errorf("closing was given %v", got)
+		}
+		if s := r.d.Status(); s.State != api.Closed {
+			t.Errorf("state %s", s.State)
+		}
+		slow.hangs.Store(false)
+		r.after(time.Minute)
+		r.wantLoaded("phone", policy.Incoming|policy.Routing)
+	})
+}
+
+// TestSlowLookClosesNothing has a look at the host use up all of its time while a
+// change is to be enforced.
+func TestSlowLookClosesNothing(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.mustAllow("phone", "routing", "")
+		r.host.HangAt("observe")
+		_, err := r.allow("phone", "lan", "")
+		wantCode(t, err, api.CodeNotInForce)
+		r.host.HangAt("")
+		r.after(2 * lookLimit)
+		r.wantLoaded("phone", policy.Routing|policy.LAN)
+		if got := r.events(api.EventState); slices.Contains(got, "enforcing became closed") {
+			t.Errorf("it closed: %q", got)
+		}
+	})
+}
+
+// TestFilterAway has another program flush the filter: until it is known to hold again,
+// the guard passes what needs none, and nothing else, and running flows go on after.
+func TestFilterAway(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		phone := r.add("phone")
+		r.mustAllow("phone", "routing", "")
+		r.mustAllow("phone", "incoming", "")
+		own := r.d.mesh.own.V4
+		toHost := func() bool {
+			before := r.host.Delivered()
+			r.tunnel.dev.Write([][]byte{packetTo(phone.Addresses[0], own)}, 0)
+			return r.host.Delivered() > before
+		}
+		if !r.passes(phone) || !toHost() {
+			t.Fatal("no packet passes although everything is allowed")
+		}
+		var routed, local, cut []bool
+		var mu sync.Mutex
+		r.host.SetFault(func(step string) error {
+			if step == "enforce" || step == "cut" {
+				mu.Lock()
+				defer mu.Unlock()
+				routed, local = append(routed, r.passes(phone)), append(local, toHost())
+				c, _ := r.d.condition()
+				cut = append(cut, c.guard.Stats()[policy.PeerID(r.d.wanted.Load().Peers[0].PublicKey)].Cut > 0)
+			}
+			return nil
+		})
+		r.host.Drift("the table was flushed")
+		r.after(time.Second)
+		mu.Lock()
+		defer mu.Unlock()
+		if len(routed) != 2 || slices.Contains(routed, true) || slices.Contains(local, false) || slices.Contains(cut, true) {
+			t.Errorf("while the filter was away: routed %v, to the host %v, cut %v", routed, local, cut)
+		}
+		r.host.SetFault(nil)
+		if !r.passes(phone) || !toHost() {
+			t.Error("no packet passes after the repair")
+		}
+	})
+}
+
+// TestProblemThatComesAndGoes has a look at the host fail every other time.
+func TestProblemThatComesAndGoes(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		n := 0
+		r.host.SetFault(func(step string) error {
+			if step == "inspect" {
+				if n++; n%2 == 0 {
+					return &platform.StepError{Step: "look", Err: errors.New("interrupted")}
+				}
+			}
+			return nil
+		})
+		r.after(5 * time.Minute)
+		if got := r.events(api.EventProblem); len(got) != 1 {
+			t.Errorf("%d events, want 1", len(got))
+		}
+	})
+}
+
+// TestProblemsOfManyTexts has each problem be another: memory and events are bounded.
+func TestProblemsOfManyTexts(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		l := newLoop(r.d)
+		for i := range 10 * maxTold {
+			l.problems = nil
+			l.addProblem(fmt.Errorf("interrupted at %d", i))
+		}
+		if n := len(r.events(api.EventProblem)); n > maxTold || len(l.told) > maxTold {
+			t.Errorf("%d events, %d kept", n, len(l.told))
+		}
+	})
+}
