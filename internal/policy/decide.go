@@ -83,6 +83,36 @@ func (r *Ruleset) Decide(p Packet) Verdict {
 
 // fromPeer judges what came out of the tunnel.
 func (r *Ruleset) fromPeer(p *Packet) Verdict {
+	v := r.judge(p)
+	if !v.Pass && v.Peer != noPeer {
+		v.answered = r.isTold(p, v)
+	}
+	return v
+}
+
+// isTold reports whether a peer is told that its packet was refused with v. The
+// permission is asked first, the address after: a peer that lacks one would otherwise
+// learn, from which addresses are answered and which are silent, what this host's
+// networks and addresses are. So the answer is that of the class which the peer knows
+// the destination to have, whatever it is on this host; and where a packet of that
+// class would have passed, it is silence, as from a host that isn't there.
+func (r *Ruleset) isTold(p *Packet, v Verdict) bool {
+	switch v.Rule {
+	case RuleMartian, RuleNoIncoming, RuleNoLAN, RuleNoRouting, RuleNoForwarding, RuleNoUplink:
+	default:
+		return false
+	}
+	if p.IsICMPError() { // none is answered (RFC 1122 section 3.2.2)
+		return false
+	}
+	switch as := r.byClass(v, r.known.of(p.Dst).class, p); as.Rule {
+	case RuleNoIncoming, RuleNoLAN, RuleNoRouting, RuleNoForwarding, RuleNoUplink:
+		return true
+	}
+	return false
+}
+
+func (r *Ruleset) judge(p *Packet) Verdict {
 	v := Verdict{Peer: int(r.classes.of(p.Src).peer)}
 	if p.Malformed || !p.Dst.IsValid() || p.Src.Is4() != p.Dst.Is4() {
 		return v.refuse(RuleMalformed, Martian)
@@ -110,12 +140,13 @@ func (r *Ruleset) byClass(v Verdict, class Class, p *Packet) Verdict {
 	case Martian:
 		return v.refuse(RuleMartian, class)
 	case Self:
+		isTunnel := p.Proto == ProtoUDP && p.DstPort == r.mesh.ListenPort && p.DstPort != 0
 		switch {
-		case p.Proto == ProtoUDP && p.DstPort == r.mesh.ListenPort && p.DstPort != 0:
+		case have.Has(Incoming) && isTunnel:
 			return v.refuse(RuleWireGuard, class)
 		case have.Has(Incoming):
 			return v.pass(RuleIncoming, class, ExitHost)
-		case have.Has(Routing) && r.isDNS(p):
+		case have.Has(Routing) && r.isDNS(p) && !isTunnel:
 			return v.pass(RuleDNS, class, ExitHost)
 		}
 		return v.lack(RuleNoIncoming, class, Incoming)

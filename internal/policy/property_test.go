@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -193,6 +194,121 @@ func TestClassIsFirstThatFits(t *testing.T) {
 				t.Fatalf("%v is %v, want %v", dst, got, want)
 			}
 			carrying(t, r, dst)
+		}
+	})
+}
+
+// TestRefusalsTellNothing compares two hosts with the same mesh and other networks: a
+// peer sees the same of whatever both refuse, and where one refuses what the other
+// passes on to the internet, silence.
+func TestRefusalsTellNothing(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		w := drawWorld(t)
+		elsewhere := drawWorld(t)
+		elsewhere.mesh = w.mesh
+		elsewhere.host.Forwarding, elsewhere.host.FoundForwarding = w.host.Forwarding, w.host.FoundForwarding
+		elsewhere.host.Uplink4, elsewhere.host.Uplink6 = w.host.Uplink4, w.host.Uplink6
+		a, b := mustCompile(t, w), mustCompile(t, elsewhere)
+		var edges []netip.Addr
+		for _, s := range []Sets{a.Sets(), b.Sets()} {
+			for _, set := range [][]netip.Prefix{s.Martians, s.Self, s.LAN, s.Mesh} {
+				for _, p := range set {
+					edges = append(edges, p.Addr(), p.Addr().Next(), p.Addr().Prev())
+				}
+			}
+		}
+		for _, dst := range edges {
+			for _, p := range []Packet{
+				{Proto: ProtoTCP, DstPort: 443}, {Proto: ProtoUDP, DstPort: 53}, {Proto: ProtoUDP, DstPort: 51820},
+				{Proto: ProtoICMP, ICMPType: 8}, {Proto: ProtoICMP, ICMPType: 3}, {Proto: 47},
+			} {
+				p.In, p.Dst = "utun7", dst
+				for _, peer := range a.Peers() {
+					if p.Src = peer.Addresses[0]; dst.Is6() {
+						p.Src = peer.Addresses[1]
+					}
+					looksTheSame(t, peer.Permissions, p, a.Decide(p), b.Decide(p))
+				}
+			}
+		}
+	})
+}
+
+func looksTheSame(t *rapid.T, have Permissions, p Packet, a, b Verdict) {
+	if a.Peer < 0 || b.Peer < 0 { // an interface's own address is no peer's source
+		return
+	}
+	if a.Pass {
+		a, b = b, a
+	}
+	switch {
+	case a.Pass: // both
+	case b.Pass && b.Class != Internet: // the peer may know the host's addresses, or its networks
+	case a.Rule == RuleWireGuard, b.Rule == RuleWireGuard: // with incoming
+	case b.Pass && a.Answered(), !b.Pass && a.Answered() != b.Answered():
+		t.Fatalf("%+v with %v: answered %v (%v), elsewhere passes %v, answered %v (%v)", p, have, a.Answered(), a.Rule, b.Pass, b.Answered(), b.Rule)
+	}
+}
+
+// TestAnswers is what a peer sees of a refusal, by its permissions.
+func TestAnswers(t *testing.T) {
+	h := pictureHost()
+	for _, tt := range []struct {
+		have         Permissions
+		told, silent string
+	}{
+		{0, "100.64.0.1 8.8.8.8 10.0.0.1 203.0.113.9 203.0.113.255 203.0.113.7 192.168.77.255 64:ff9b::203.0.113.9 2001:db8:1::9",
+			"127.0.0.1 100.64.0.2 100.64.9.9 192.0.0.8 ::8.8.8.8 64:ff9b::100.64.0.2"},
+		{Incoming, "8.8.8.8 10.0.0.1 203.0.113.255 203.0.113.7 192.168.77.255 64:ff9b::203.0.113.9", "127.0.0.1 100.64.0.2"},
+		{Routing, "100.64.0.1 10.0.0.1 192.168.77.1 192.168.77.255 64:ff9b::10.0.0.1 fd00::1",
+			"203.0.113.9 203.0.113.255 203.0.113.7 64:ff9b::203.0.113.9 64:ff9b::203.0.113.1 2001:db8:1::9 2001:db8:18::5 100.64.0.2"},
+		{Routing | LAN, "100.64.0.1", "203.0.113.9 203.0.113.255 192.168.77.1 192.168.77.255 2001:db8:1::9"},
+		{Routing | LAN | Incoming, "", "203.0.113.255 192.168.77.255 100.64.0.2 127.0.0.1"},
+	} {
+		r := compile(t, picture(tt.have), h)
+		for told, list := range map[bool]string{true: tt.told, false: tt.silent} {
+			for _, dst := range strings.Fields(list) {
+				p := Packet{In: "utun7", Src: addr("100.64.0.3"), Dst: addr(dst), Proto: ProtoTCP, DstPort: 443}
+				if p.Dst.Is6() {
+					p.Src = addr("fd6d:6573:6800::3")
+				}
+				if v := r.Decide(p); v.Pass || v.Answered() != told {
+					t.Errorf("%v with %v: %+v", dst, tt.have, v)
+				}
+			}
+		}
+	}
+}
+
+// TestAtIsCompile checks that what is left of a ruleset at a time is what Compile
+// makes at that time.
+func TestAtIsCompile(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		w := drawWorld(t)
+		for i := range w.mesh.Peers {
+			for _, one := range AllPermissions {
+				if n := rapid.IntRange(0, 5).Draw(t, "ends"); n > 0 {
+					w.mesh.Peers[i].Grants.Of(one).Until = start.Add(time.Duration(n) * time.Second)
+				}
+			}
+		}
+		left := mustCompile(t, w)
+		for range 8 {
+			now := start.Add(time.Duration(rapid.IntRange(0, 12).Draw(t, "now")) * time.Second / 2)
+			want, err := Compile(w.mesh, w.host, now)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := left.At(now)
+			for range 10 {
+				p := w.drawPacket(t)
+				if a, b := got.Decide(p), want.Decide(p); a != b {
+					t.Fatalf("%+v: %+v, want %+v", p, a, b)
+				}
+			}
+			if !got.Expires().Equal(want.Expires()) {
+				t.Fatalf("expires at %v, want %v", got.Expires(), want.Expires())
+			}
 		}
 	})
 }

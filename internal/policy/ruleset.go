@@ -17,8 +17,15 @@ type Ruleset struct {
 	host    Host
 	peers   []PeerRules
 	expires time.Time
+	*ground
+}
+
+// ground is the part of a ruleset that no time changes.
+type ground struct {
 	classes classes
-	sets    Sets
+	// known are the classes that a peer knows without knowing this host's networks.
+	known classes
+	sets  Sets
 	// others, local and former are the sets of these names, to be looked up.
 	others bart.Lite
 	local  bart.Lite
@@ -70,14 +77,8 @@ func Compile(mesh Mesh, host Host, now time.Time) (*Ruleset, error) {
 	if err := mesh.validate(); err != nil {
 		return nil, fmt.Errorf("compile ruleset: %w", err)
 	}
-	r := &Ruleset{mesh: mesh.clone(), host: host}
-	for _, p := range r.mesh.Peers {
-		r.peers = append(r.peers, PeerRules{
-			ID: p.ID, Name: p.Name, Addresses: p.Addresses,
-			Permissions: p.Grants.At(now).effective(),
-		})
-	}
-	r.expires = mesh.nextEnd(now)
+	r := &Ruleset{mesh: mesh.clone(), host: host, ground: &ground{}}
+	r.grant(now)
 	r.sets = makeSets(r.mesh, host)
 	for _, p := range r.sets.Others {
 		r.others.Insert(p)
@@ -93,7 +94,31 @@ func Compile(mesh Mesh, host Host, now time.Time) (*Ruleset, error) {
 	return r, nil
 }
 
-// classify fills the class table from the sets.
+// grant computes what each peer may at the time now.
+func (r *Ruleset) grant(now time.Time) {
+	r.peers = make([]PeerRules, len(r.mesh.Peers))
+	for i, p := range r.mesh.Peers {
+		r.peers[i] = PeerRules{
+			ID: p.ID, Name: p.Name, Addresses: p.Addresses,
+			Permissions: p.Grants.At(now).effective(),
+		}
+	}
+	r.expires = r.mesh.nextEnd(now)
+}
+
+// At returns what is left of r at the time now: r itself before [Ruleset.Expires],
+// and else a ruleset without the grants that have ended, as [Compile] would make it
+// of the same mesh and host. It costs little: what time doesn't change is shared.
+func (r *Ruleset) At(now time.Time) *Ruleset {
+	if r.expires.IsZero() || now.Before(r.expires) {
+		return r
+	}
+	later := *r
+	later.grant(now)
+	return &later
+}
+
+// classify fills the class tables from the sets.
 func (r *Ruleset) classify() {
 	c := &r.classes
 	for i, p := range r.peers {
@@ -104,6 +129,14 @@ func (r *Ruleset) classify() {
 	c.add(InMesh, noPeer, r.sets.Mesh...)
 	c.add(OnLAN, noPeer, r.sets.LAN...)
 	c.settle()
+
+	k := &r.known
+	k.add(Martian, noPeer, martians...)
+	k.add(Martian, noPeer, carried(slices.Concat(martians, r.sets.Mesh))...)
+	k.add(Self, noPeer, singles(r.mesh.Addresses)...)
+	k.add(InMesh, noPeer, slices.Concat(r.sets.Mesh, r.sets.Peers)...)
+	k.add(OnLAN, noPeer, slices.Concat(private, carried(private))...)
+	k.settle()
 }
 
 func makeSets(mesh Mesh, host Host) Sets {

@@ -118,18 +118,15 @@ type Verdict struct {
 	// Peer is the index in [Ruleset.Peers] of the peer that the packet is from or
 	// to, or -1.
 	Peer int
+
+	answered bool
 }
 
 // Answered reports whether the sender is to be told: what a missing permission
 // (or a family that isn't forwarded) stops is answered by the guard, everything
-// else is dropped in silence.
-func (v Verdict) Answered() bool {
-	switch v.Rule {
-	case RuleNoIncoming, RuleNoLAN, RuleNoRouting, RuleNoForwarding, RuleNoUplink:
-		return !v.Pass
-	}
-	return false
-}
+// else is dropped in silence. Which it is depends on nothing of the host's networks
+// that the peer may not know.
+func (v Verdict) Answered() bool { return v.answered }
 
 // NAT reports whether the packet leaves with the address of the interface that
 // it leaves by.
