@@ -151,6 +151,7 @@ func (l *loop) open(ctx context.Context) error {
 	}
 	l.guard = guard.New(dev, guard.Options{ // nothing passes yet
 		Own: l.d.mesh.own.List(), States: limits.States, PerForwarded: limits.PerForwarded, ClearDF: limits.DropsDF,
+		Clock: l.d.clock.now,
 	})
 	l.d.gate.use(l.guard)
 	tunnel, err := l.d.opts.NewTunnel(l.guard, l.d.key, l.port())

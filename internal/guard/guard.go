@@ -50,6 +50,10 @@ type Options struct {
 	Own []netip.Addr     // optional
 	Now func() time.Time // optional: time.Now
 
+	// Clock tells the time that grants end by. It may be set, and may stand still
+	// while the host sleeps, not both at once.
+	Clock func() time.Time // optional: time.Now, without its monotonic part
+
 	// The bounds of the peers' flows; see flow.Options.
 	PerPeer      int // optional: chosen by the number of peers
 	States       int // optional: entries that the host's packet filter holds; 0: memory alone is bounded
@@ -97,8 +101,11 @@ type Device struct {
 	clearDF bool     // see Options
 	confine atomic.Bool
 
+	clock endClock
+
 	setting sync.Mutex
-	last    *flow.View // the last view that was in force
+	last    *flow.View      // the last view that was in force
+	given   *policy.Ruleset // to Set; the view's may be what is left of it
 }
 
 // deadliner is a device whose blocked Read can be interrupted.
@@ -113,6 +120,7 @@ func New(inner tun.Device, o Options) *Device {
 	d := &Device{inner: inner, clearDF: o.ClearDF, table: flow.New(flow.Options{
 		Now: o.Now, PerPeer: o.PerPeer, States: o.States, PerForwarded: o.PerForwarded,
 	})}
+	d.clock.init(o.Clock, o.Now)
 	d.own.Store(newOwn(o.Own))
 	if w, ok := inner.(deadliner); ok {
 		d.wake = w
@@ -128,6 +136,10 @@ func New(inner tun.Device, o Options) *Device {
 // Set puts r in force; nil lets nothing pass. When it returns, no packet is
 // judged by what was in force before, and the flows of peers that lost something
 // are cut. It doesn't stop packets while it works.
+//
+// Grants that end by themselves do so here, without another Set: the first packet
+// that is judged at the end or later, and all after it, are judged by what is left of
+// r. See [Options] for the clock; what has ended stays so, whatever the clock says.
 func (d *Device) Set(r *policy.Ruleset) {
 	d.setting.Lock()
 	defer d.setting.Unlock()
@@ -136,9 +148,17 @@ func (d *Device) Set(r *policy.Ruleset) {
 		d.settle()
 		return
 	}
-	if v := d.view.Load(); v != nil && v.Ruleset() == r {
+	if d.view.Load() != nil && d.given == r {
 		return
 	}
+	timed := d.given != nil && !d.given.Expires().IsZero()
+	d.given = r
+	d.clock.begin(timed)
+	d.force(r.At(d.clock.now()))
+}
+
+// force makes r what packets are judged by. d.setting is held.
+func (d *Device) force(r *policy.Ruleset) {
 	v := d.table.Use(r)
 	d.own.Store(newOwn(r.Mesh().Addresses))
 	d.view.Store(v)
@@ -216,9 +236,9 @@ func (d *Device) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 // judgeRead sets the size of what is refused to 0, and of what the host sends to
 // itself, which it appends to turned.
 func (d *Device) judgeRead(bufs [][]byte, sizes []int, offset int, turned [][]byte) [][]byte {
-	d.batch.RLock()
+	v := d.begin()
 	defer d.batch.RUnlock()
-	v, own, now, confine := d.view.Load(), d.own.Load(), d.table.Now(), d.confine.Load()
+	own, now, confine := d.own.Load(), d.table.Now(), d.confine.Load()
 	var tally flow.Tally
 	for i, b := range bufs {
 		if sizes[i] == 0 {
@@ -262,9 +282,9 @@ func (d *Device) turnRound(offset int) {
 // Write writes those of the peers' packets that pass. What is refused counts as
 // written.
 func (d *Device) Write(bufs [][]byte, offset int) (int, error) {
-	d.batch.RLock()
+	v := d.begin()
 	defer d.batch.RUnlock()
-	pass := d.judgeWrite(bufs, offset)
+	pass := d.judgeWrite(v, bufs, offset)
 	if len(pass) == 0 {
 		return len(bufs), nil
 	}
@@ -273,11 +293,11 @@ func (d *Device) Write(bufs [][]byte, offset int) (int, error) {
 }
 
 // judgeWrite moves what passes to the front of bufs and returns it.
-func (d *Device) judgeWrite(bufs [][]byte, offset int) [][]byte {
-	v, now, confine := d.view.Load(), d.table.Now(), d.confine.Load()
+func (d *Device) judgeWrite(v *flow.View, bufs [][]byte, offset int) [][]byte {
 	if v == nil {
 		return nil
 	}
+	now, confine := d.table.Now(), d.confine.Load()
 	var tally flow.Tally
 	pass := bufs[:0]
 	for _, b := range bufs {

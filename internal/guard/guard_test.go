@@ -590,7 +590,7 @@ func TestToggleLosesNothing(t *testing.T) {
 				}
 				bufs, sizes := [][]byte{append(make([]byte, offset), f[0]...)}, []int{len(f[0])}
 				g.judgeRead(bufs, sizes, offset, nil)
-				back := g.judgeWrite([][]byte{append(make([]byte, offset), f[1]...)}, offset)
+				back := g.judgeWrite(g.view.Load(), [][]byte{append(make([]byte, offset), f[1]...)}, offset)
 				if sizes[0] == 0 || len(back) != 1 {
 					t.Errorf("lost: towards %v, back %v: %x", sizes[0] == 0, len(back) != 1, f[0])
 					return
