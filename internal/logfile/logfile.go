@@ -7,7 +7,9 @@
 // MaxSize bytes.
 //
 // A log must never stop what it tells about. When the disk is full, lines are
-// lost and counted, and the next line that fits says how many.
+// lost and counted, and the next line that fits says how many. What writes to a
+// disk, pipe or terminal can also block for good, so the program writes to a
+// [Queue], which doesn't.
 package logfile
 
 import (
