@@ -9,12 +9,10 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"strings"
-	"syscall"
 	"unicode/utf8"
 
 	"github.com/spf13/cobra"
@@ -57,6 +55,9 @@ type app struct {
 	platforms      map[string]newPlatform
 	service        *serviceHost // nil where there is no launchd
 
+	// flush waits, bounded, for what stderr hasn't taken yet.
+	flush func()
+
 	socket  string
 	json    bool
 	started bool // whether a command began, and so wasn't used wrongly
@@ -64,8 +65,12 @@ type app struct {
 
 // main runs the command with args and returns its exit status.
 func (a *app) main(args []string) int {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, stop := endingBy(context.Background(), endSignals...)
 	defer stop()
+	defer func() { a.flush() }()
+	if a.flush == nil {
+		a.flush = func() {}
+	}
 	root := newRoot(a)
 	root.SetArgs(args)
 	root.SetIn(a.stdin)

@@ -57,9 +57,9 @@ func newRunCommand(a *app, run func(context.Context, *runOptions) error) *cobra.
 	o := &runOptions{app: a}
 	c := &cobra.Command{
 		Use: "run", Short: "Be the helper, in the foreground",
-		Long: `Be the helper, in the foreground, until SIGTERM or SIGINT, and then leave the
-host as it was found. It is ready when "meshhelper status" shows a state other
-than starting.`,
+		Long: `Be the helper, in the foreground, until SIGTERM, SIGINT, SIGHUP or SIGQUIT, and
+then leave the host as it was found. It is ready when "meshhelper status" shows a
+state other than starting.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error { return run(c.Context(), o) },
 	}
@@ -82,8 +82,10 @@ than starting.`,
 	return c
 }
 
-// runHelper wires the helper and runs it until ctx ends.
+// runHelper wires the helper and runs it until ctx ends or a signal comes.
 func runHelper(ctx context.Context, o *runOptions) error {
+	ctx, stop := handleSignals(ctx)
+	defer stop()
 	closeLog, err := o.openLog()
 	if err != nil {
 		return err
@@ -261,15 +263,23 @@ func (o *runOptions) access() (api.Access, error) {
 // oldLogs is how many full log files are kept.
 const oldLogs = 3
 
+// flushLimit bounds how long the helper's end waits for what its log and its stderr
+// haven't taken yet, each.
+const flushLimit = time.Second
+
 // openLog sets o.log, and returns what closes it. A log that can't be written
-// doesn't keep the helper from starting.
-func (o *runOptions) openLog() (closeLog func() error, err error) {
+// doesn't keep the helper from starting, and one that blocks doesn't stop it: from
+// here on nothing of the helper writes to stderr or the log by itself.
+func (o *runOptions) openLog() (closeLog func(), err error) {
 	level := slog.LevelInfo
 	if o.debug {
 		level = slog.LevelDebug
 	}
-	out := o.app.stderr
-	closeLog = func() error { return nil }
+	told, stderr := o.app.stderr, logfile.NewQueue(o.app.stderr)
+	o.app.stderr = stderr
+	o.app.flush = func() { stderr.Flush(flushLimit) }
+	closeLog = o.app.flush
+	queue := stderr
 	if o.logFile != "" {
 		f, err := logfile.New(logfile.Options{
 			Path: o.logFile, Keep: oldLogs,
@@ -278,14 +288,21 @@ func (o *runOptions) openLog() (closeLog func() error, err error) {
 		if err != nil {
 			return nil, usagef("--log-file: %v", err)
 		}
-		out, closeLog = f, f.Close
+		queue = logfile.NewQueue(f)
+		closeLog = func() {
+			// Closing would wait for a write that hangs.
+			if queue.Flush(flushLimit) {
+				_ = f.Close() // its lines are written
+			}
+			o.app.flush()
+		}
 		// No other program empties the file that launchd makes of stderr.
-		if h, ok := o.app.stderr.(*os.File); ok {
+		if h, ok := told.(*os.File); ok {
 			if err := logfile.Bound(h, logfile.DefaultMaxSize); err != nil {
 				o.app.talk("meshhelper: bound stderr: %v", err)
 			}
 		}
 	}
-	o.log = slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: level}))
+	o.log = slog.New(slog.NewTextHandler(queue, &slog.HandlerOptions{Level: level}))
 	return closeLog, nil
 }

@@ -1,0 +1,214 @@
+//go:build unix
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+)
+
+// limit bounds what must happen; it says nothing of how fast.
+const limit = time.Minute
+
+// A process is the real program as a process of its own, on a host that enforces
+// nothing.
+type process struct {
+	t      *testing.T
+	cmd    *exec.Cmd
+	socket string
+	client *api.Client
+	done   chan struct{}
+}
+
+// startProcess starts `meshhelper run` by a shell, after the shell's commands in
+// before, and waits until it is ready. out gets what it prints.
+func startProcess(t *testing.T, before string, out io.Writer) *process {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "run") // short, for the socket's path
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A program is what its name says, to testscript.Main.
+	name := filepath.Join(dir, "meshhelper")
+	if err := os.Symlink(self, name); err != nil {
+		t.Fatal(err)
+	}
+	p := &process{t: t, socket: filepath.Join(dir, "s"), done: make(chan struct{})}
+	p.cmd = exec.Command("/bin/sh", "-c", before+` exec "$@"`, "sh", name, "run", "--platform", "fake",
+		"--state-dir", filepath.Join(dir, "state"), "--listen-port", "0", "--socket", p.socket)
+	p.cmd.Stdout, p.cmd.Stderr = out, out
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() { p.cmd.Wait(); close(p.done) }()
+	t.Cleanup(func() { p.cmd.Process.Kill(); <-p.done })
+	p.client = api.NewClient(p.socket)
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	defer cancel()
+	if _, err := p.client.WaitReady(ctx); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func (p *process) signal(s syscall.Signal) {
+	p.t.Helper()
+	if err := p.cmd.Process.Signal(s); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// mustEnd wants the process to have left in good order: by itself, and without its
+// socket.
+func (p *process) mustEnd() {
+	p.t.Helper()
+	select {
+	case <-p.done:
+	case <-time.After(limit):
+		p.t.Fatal("it still runs")
+	}
+	if status := p.cmd.ProcessState; !status.Success() {
+		p.t.Errorf("it ended with %v", status)
+	}
+	if _, err := os.Lstat(p.socket); !errors.Is(err, os.ErrNotExist) {
+		p.t.Errorf("its socket is still there: %v", err)
+	}
+}
+
+// toggle changes a peer's permission n times.
+func (p *process) toggle(n int) {
+	p.t.Helper()
+	ctx, cancel := context.WithTimeout(p.t.Context(), limit)
+	defer cancel()
+	_, err := p.client.AddPeer(ctx, api.NewPeer{Name: "phone", PublicKey: "4+kGYe2dVTRjEBG9/eVGCXT1Y2OY5tjp2j3GIYuBrkg="})
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	for i := range n {
+		_, err := p.client.ChangePeer(ctx, "phone", api.PeerChange{
+			Permissions: map[string]api.PermissionChange{"routing": {Allowed: i%2 == 0}},
+		})
+		if err != nil {
+			p.t.Fatalf("change %d: %v", i, err)
+		}
+	}
+}
+
+// TestSignalsEndInOrder sends each signal by which people and systems end a
+// program, twice.
+func TestSignalsEndInOrder(t *testing.T) {
+	for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT} {
+		t.Run(s.String(), func(t *testing.T) {
+			p := startProcess(t, "", nil)
+			p.signal(s)
+			_ = p.cmd.Process.Signal(s) // it may have ended
+			p.mustEnd()
+		})
+	}
+}
+
+// TestNohup has the caller ignore SIGHUP and SIGINT: they don't end the helper.
+func TestNohup(t *testing.T) {
+	p := startProcess(t, `trap "" HUP INT;`, nil)
+	p.signal(syscall.SIGHUP)
+	p.signal(syscall.SIGINT)
+	p.toggle(2) // the signals were delivered before any of its answers
+	p.signal(syscall.SIGTERM)
+	p.mustEnd()
+}
+
+// TestStderrIsClosed takes the reader of the helper's stderr away, as a closed
+// terminal and a pager that ends do.
+func TestStderrIsClosed(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := startProcess(t, "", w)
+	w.Close()
+	r.Close()
+	p.toggle(20)
+	p.signal(syscall.SIGTERM)
+	p.mustEnd()
+}
+
+// TestStderrIsStuck has a reader of the helper's stderr that reads nothing, or was
+// stopped: the helper goes on, and ends when it is told to.
+func TestStderrIsStuck(t *testing.T) {
+	for name, reader := range map[string]func(t *testing.T, r *os.File){
+		"not read": func(*testing.T, *os.File) {},
+		"stopped": func(t *testing.T, r *os.File) {
+			cat := exec.Command("cat")
+			cat.Stdin = r
+			if err := cat.Start(); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { cat.Process.Kill(); cat.Wait() })
+			if err := cat.Process.Signal(syscall.SIGSTOP); err != nil {
+				t.Fatal(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r, w, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer r.Close()
+			reader(t, r)
+			fill(t, w)
+			p := startProcess(t, "", w)
+			w.Close()
+			p.toggle(300)
+			p.signal(syscall.SIGTERM)
+			p.mustEnd()
+		})
+	}
+}
+
+// fill writes to a pipe until it takes no more.
+func fill(t *testing.T, w *os.File) {
+	t.Helper()
+	chunk := bytes.Repeat([]byte("x"), 1<<10)
+	for range 1 << 14 {
+		if err := w.SetWriteDeadline(time.Now().Add(100 * time.Millisecond)); err != nil {
+			t.Fatal(err)
+		}
+		_, err := w.Write(chunk)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Fatal("the pipe takes everything")
+}
+
+// TestErrorIsPrinted wants the reason why a helper doesn't start on stderr, though
+// that goes by a queue.
+func TestErrorIsPrinted(t *testing.T) {
+	var out bytes.Buffer
+	p := startProcess(t, "", nil)
+	second := exec.Command(p.cmd.Args[4], append(p.cmd.Args[5:], "--state-dir", t.TempDir())...)
+	second.Stderr = &out
+	if err := second.Run(); err == nil || !strings.Contains(out.String(), "another helper answers there") {
+		t.Errorf("%v, %q", err, out.String())
+	}
+}
