@@ -1,0 +1,49 @@
+package trial
+
+import (
+	"errors"
+	"os"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// TestSignalsLeaveTheHost ends the helper while it forwards, by each signal that a
+// closed terminal, a person or the system sends: the host is as it was found.
+func TestSignalsLeaveTheHost(t *testing.T) {
+	m := newStage(t)
+	before := snapshot(t, m.B)
+	for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT} {
+		start(t, m)
+		if len(m.Peers) == 0 {
+			addPeers(t, m)
+		}
+		permit(t, m, "C", policy.Routing)
+		if now := status(t, m); !now.Forwarding.IPv4 {
+			t.Fatalf("before %v the host doesn't forward; nothing is proved", s)
+		}
+		p := m.Helper
+		m.Helper = nil
+		if err := p.Signal(s); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case <-p.Done():
+		case <-time.After(generous):
+			t.Fatalf("%v doesn't end the helper", s)
+		}
+		if err := p.Err(); err != nil {
+			t.Errorf("%v: the helper ended with %v\n%s", s, err, p.Output())
+		}
+		leftAlone(t, before, m)
+		err := m.B.Do(func() error {
+			_, err := os.Lstat(socketPath)
+			return err
+		})
+		if !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%v: the socket is still there: %v", s, err)
+		}
+	}
+}
