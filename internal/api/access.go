@@ -14,6 +14,8 @@ type Credentials struct {
 	GID uint32
 	// PID is 0 where the kernel doesn't tell.
 	PID int32
+	// Groups are those that the kernel tells of, and may be fewer than the user has.
+	Groups []uint32
 }
 
 // Access says which users may read and which may change. Root always may both.

@@ -34,17 +34,15 @@ type Client struct {
 	path string
 }
 
-// NewClient returns a client for the socket at path. Nothing is opened yet.
+// NewClient returns a client for the socket at path. Nothing is opened yet. The
+// client talks to a helper that is root's or this user's, and to no other process:
+// its methods return ErrUntrusted then.
 func NewClient(path string) *Client {
-	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
-		if err := CheckSocketPath(path); err != nil {
-			return nil, err
-		}
-		d := net.Dialer{Timeout: dialTimeout}
-		return d.DialContext(ctx, "unix", path)
-	}
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) { return dialTrusted(ctx, path) }
 	return &Client{path: path, http: &http.Client{
 		Transport: &http.Transport{DialContext: dial, ResponseHeaderTimeout: writeTimeout},
+		// A helper redirects nothing that this client asks.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}
 }
 
@@ -199,7 +197,10 @@ func (c *Client) reachError(err error) error {
 		err = wrapped.Err
 	}
 	kind := ErrUnreachable
-	if errors.Is(err, fs.ErrPermission) {
+	switch {
+	case errors.Is(err, ErrUntrusted):
+		return fmt.Errorf("ask the helper at %q: nothing was asked: %w", c.path, err)
+	case errors.Is(err, fs.ErrPermission):
 		kind = ErrNotPermitted
 	}
 	return fmt.Errorf("ask the helper at %q: %w: %w", c.path, kind, err)

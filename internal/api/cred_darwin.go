@@ -7,7 +7,9 @@ import (
 )
 
 // credentialsOf reads LOCAL_PEERCRED (macOS unix(4)): the effective user and
-// its groups, the first of which is the effective group.
+// its groups, at most 16, the first of which is the effective group. At the end that
+// connected it names the process that called listen(2) (unp_connect in xnu
+// bsd/kern/uipc_usrreq.c).
 func credentialsOf(fd int) (Credentials, error) {
 	c, err := unix.GetsockoptXucred(fd, unix.SOL_LOCAL, unix.LOCAL_PEERCRED)
 	if err != nil {
@@ -18,8 +20,9 @@ func credentialsOf(fd int) (Credentials, error) {
 		return Credentials{}, errors.New("LOCAL_PEERCRED: unknown version")
 	}
 	got := Credentials{UID: c.Uid}
-	if c.Ngroups > 0 {
+	if n := min(int(c.Ngroups), len(c.Groups)); n > 0 {
 		got.GID = c.Groups[0]
+		got.Groups = append(got.Groups, c.Groups[:n]...)
 	}
 	return got, nil
 }

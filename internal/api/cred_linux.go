@@ -1,12 +1,34 @@
 package api
 
-import "golang.org/x/sys/unix"
+import (
+	"unsafe"
 
-// credentialsOf reads SO_PEERCRED (unix(7)).
+	"golang.org/x/sys/unix"
+)
+
+// maxPeerGroups is how many groups of a process are looked at.
+const maxPeerGroups = 256
+
+// credentialsOf reads SO_PEERCRED (unix(7)). At the end that connected it names the
+// process that called listen(2) (unix_listen and unix_stream_connect in
+// net/unix/af_unix.c).
 func credentialsOf(fd int) (Credentials, error) {
 	c, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
 	if err != nil {
 		return Credentials{}, err
 	}
-	return Credentials{UID: c.Uid, GID: c.Gid, PID: c.Pid}, nil
+	return Credentials{UID: c.Uid, GID: c.Gid, PID: c.Pid, Groups: groupsOfPeer(fd)}, nil
+}
+
+// groupsOfPeer reads SO_PEERGROUPS (socket(7); Linux 4.13), and returns nil where
+// there are too many groups or none are told.
+func groupsOfPeer(fd int) []uint32 {
+	var groups [maxPeerGroups]uint32
+	size := uint32(unsafe.Sizeof(groups))
+	_, _, e := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_PEERGROUPS,
+		uintptr(unsafe.Pointer(&groups)), uintptr(unsafe.Pointer(&size)), 0)
+	if e != 0 {
+		return nil
+	}
+	return append([]uint32(nil), groups[:size/4]...)
 }

@@ -13,7 +13,6 @@ import (
 	"sort"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -67,12 +66,12 @@ type ServerOptions struct {
 type Server struct {
 	opts    ServerOptions
 	handler http.Handler
-	denials denials
+	denials *denials
 }
 
 // NewServer returns a server that answers once it runs.
 func NewServer(o ServerOptions) *Server {
-	s := &Server{opts: o, denials: denials{last: map[uint32]time.Time{}}}
+	s := &Server{opts: o, denials: newDenials()}
 	s.handler = s.routes()
 	return s
 }
@@ -95,24 +94,35 @@ const (
 
 type connKey struct{}
 
-// Run serves until ctx ends.
-func (s *Server) Run(ctx context.Context) error {
-	server := &http.Server{
+// server returns the HTTP server of the socket.
+func (s *Server) server(ctx context.Context) *http.Server {
+	return &http.Server{
 		Handler:           s.handler,
 		ReadHeaderTimeout: headerTimeout,
 		ReadTimeout:       bodyTimeout,
 		WriteTimeout:      writeTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          slog.NewLogLogger(s.opts.Logger.Handler(), slog.LevelDebug),
-		BaseContext:       func(net.Listener) context.Context { return ctx },
+		// It would answer `OPTIONS *` before a user's right is asked for.
+		DisableGeneralOptionsHandler: true,
+		ErrorLog:                     slog.NewLogLogger(s.opts.Logger.Handler(), slog.LevelDebug),
+		BaseContext:                  func(net.Listener) context.Context { return ctx },
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			return context.WithValue(ctx, connKey{}, c)
 		},
 	}
+}
+
+// Run serves until ctx ends.
+func (s *Server) Run(ctx context.Context) error {
+	server := s.server(ctx)
 	g, gctx := errgroup.WithContext(ctx)
+	limited := newLimited(s.opts.Listener, s.opts.Access, slotsFor(openFiles()))
+	// Not one of g: a user database that hangs must not keep the helper from ending.
+	go limited.learn()
+	g.Go(func() error { return s.denials.run(gctx, s.opts.Service.Record) })
 	g.Go(func() error {
-		err := server.Serve(newLimited(s.opts.Listener, s.opts.Access))
+		err := server.Serve(limited)
 		if errors.Is(err, http.ErrServerClosed) {
 			return nil
 		}
@@ -173,7 +183,12 @@ func (s *Server) routes() http.Handler {
 	mux.HandleFunc("/", s.guarded(toRead, func(_ http.ResponseWriter, r *http.Request) (any, error) {
 		return nil, Errorf(CodeNotFound, "path %q is unknown", r.URL.Path).WithHint("the requests start with /v1/status")
 	}))
-	return mux
+	// The mux answers a path that isn't clean with a redirect by itself, so a user's
+	// right is asked for before it sees the request.
+	return s.guarded(toRead, func(w http.ResponseWriter, r *http.Request) (any, error) {
+		mux.ServeHTTP(w, r)
+		return nil, nil
+	})
 }
 
 func badMethod(allowed string) endpoint {
@@ -189,6 +204,8 @@ func (s *Server) guarded(needs right, answer endpoint) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
 		if err := s.admit(r, needs); err != nil {
+			// Nothing more is read from there.
+			w.Header().Set("Connection", "close")
 			writeError(w, err)
 			return
 		}
@@ -212,41 +229,16 @@ func (s *Server) admit(r *http.Request, needs right) error {
 		return nil
 	}
 	verb := "read"
-	if needs == toChange {
-		verb = "change"
+	if needs == toChange || r.Method != http.MethodGet && r.Method != http.MethodHead {
+		needs, verb = toChange, "change"
 	}
-	if s.denials.worthTelling(c.who.UID, time.Now()) {
+	if s.denials.worthTelling(denial{c.who.UID, needs}, time.Now()) {
 		s.opts.Service.Record(Event{Kind: EventDenied, Message: fmt.Sprintf(
-			"user %d may not %s: %s %.100q", c.who.UID, verb, r.Method, r.URL.Path)})
+			"user %d may not %s: %.20s %.100q", c.who.UID, verb, r.Method, r.URL.Path)})
 	}
 	return Errorf(CodeForbidden, "user %d may not %s the mesh", c.who.UID, verb).
 		WithHint("root and the operator may change it, and members of %s read it; try sudo",
 			strings.Join(s.opts.Access.AdminGroups, " or "))
-}
-
-// denials keeps a user who asks again and again from filling the journal: one
-// event per user and ten seconds.
-type denials struct {
-	mu   sync.Mutex
-	last map[uint32]time.Time
-}
-
-const (
-	denialInterval = 10 * time.Second
-	maxDenials     = 1024
-)
-
-func (d *denials) worthTelling(uid uint32, now time.Time) bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if last, ok := d.last[uid]; ok && now.Sub(last) < denialInterval {
-		return false
-	}
-	if len(d.last) >= maxDenials {
-		clear(d.last)
-	}
-	d.last[uid] = now
-	return true
 }
 
 func (s *Server) status(http.ResponseWriter, *http.Request) (any, error) {

@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -290,14 +291,21 @@ func TestRights(t *testing.T) {
 			}
 		}
 	}
-	denied := 0
+	denied := map[string]int{}
 	for _, e := range f.events {
 		if e.Kind == EventDenied {
-			denied++
+			who, _, _ := strings.Cut(e.Message, ":")
+			denied[who]++
 		}
 	}
-	if denied != 4 { // one per user, however often it tries
-		t.Errorf("%d events of denials, want 4: %v", denied, f.events)
+	want := map[string]int{ // one per user and right, however often it tries
+		"user 502 may not change": 1,
+		"user 503 may not read":   1, "user 503 may not change": 1,
+		"user 999 may not read": 1, "user 999 may not change": 1,
+		"user 4294967295 may not read": 1, "user 4294967295 may not change": 1,
+	}
+	if diff := cmp.Diff(want, denied); diff != "" {
+		t.Errorf("events of denials (-want +got):\n%s", diff)
 	}
 }
 
@@ -349,7 +357,7 @@ func TestEvents(t *testing.T) {
 // request, or too much.
 func TestCrowd(t *testing.T) {
 	path := serve(t, newFakeService())
-	for i := range maxPerOperator / 2 {
+	for i := range usualSlots.perUser[changer] / 2 {
 		c, err := net.Dial("unix", path)
 		if err != nil {
 			t.Fatal(err)
@@ -367,7 +375,7 @@ func TestCrowd(t *testing.T) {
 	if _, err := c.Status(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("answered in %v beside %d connections", time.Since(start), maxPerOperator/2)
+	t.Logf("answered in %v beside %d connections", time.Since(start), usualSlots.perUser[changer]/2)
 }
 
 // TestOneTooMany closes connections beyond a user's bound, and takes new ones
@@ -375,7 +383,7 @@ func TestCrowd(t *testing.T) {
 func TestOneTooMany(t *testing.T) {
 	path := serve(t, newFakeService())
 	var conns []net.Conn
-	for range maxPerOperator {
+	for range usualSlots.perUser[changer] {
 		c, err := net.Dial("unix", path)
 		if err != nil {
 			t.Fatal(err)
@@ -405,43 +413,6 @@ func TestOneTooMany(t *testing.T) {
 	}
 }
 
-// TestBounds has strangers take all that they can: it isn't the operator's.
-func TestBounds(t *testing.T) {
-	l := newLimited(nil, Access{Operator: 501})
-	taken := map[uint32]int{}
-	for uid := range uint32(20) {
-		for range 2 * maxPerUser {
-			if l.enter(Credentials{UID: 1000 + uid}) {
-				taken[uid]++
-			}
-		}
-	}
-	total := 0
-	for uid, n := range taken {
-		if n > maxPerUser {
-			t.Errorf("user %d has %d connections, at most %d", uid, n, maxPerUser)
-		}
-		total += n
-	}
-	if total != maxStrangers {
-		t.Errorf("strangers have %d connections, want %d", total, maxStrangers)
-	}
-	for _, uid := range []uint32{0, 501} {
-		for i := range maxPerOperator {
-			if !l.enter(Credentials{UID: uid}) {
-				t.Fatalf("user %d is refused connection %d", uid, i)
-			}
-		}
-		if l.enter(Credentials{UID: uid}) {
-			t.Errorf("user %d has more than %d", uid, maxPerOperator)
-		}
-	}
-	l.leave(Credentials{UID: 1000})
-	if !l.enter(Credentials{UID: 1000}) {
-		t.Error("a place that was left isn't free")
-	}
-}
-
 // TestCredentials compares what the kernel says with this process.
 func TestCredentials(t *testing.T) {
 	path := filepath.Join(shortDir(t), "s")
@@ -450,7 +421,7 @@ func TestCredentials(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	limited := newLimited(l, Access{Operator: uint32(os.Getuid())})
+	limited := newLimited(l, Access{Operator: uint32(os.Getuid())}, usualSlots)
 	dialled, err := net.Dial("unix", path)
 	if err != nil {
 		t.Fatal(err)
@@ -462,7 +433,17 @@ func TestCredentials(t *testing.T) {
 	}
 	defer c.Close()
 	want := Credentials{UID: uint32(os.Getuid()), GID: uint32(os.Getgid()), PID: int32(os.Getpid())}
-	if got := c.(*peerConn).who; got.UID != want.UID || got.GID != want.GID || got.PID != want.PID && got.PID != 0 {
+	groups, err := os.Getgroups()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := c.(*peerConn).who
+	for _, g := range groups {
+		if !slices.Contains(got.Groups, uint32(g)) {
+			t.Errorf("group %d is missing in %v", g, got.Groups)
+		}
+	}
+	if got.UID != want.UID || got.GID != want.GID || got.PID != want.PID && got.PID != 0 {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
 }
@@ -515,7 +496,7 @@ func TestListenRefuses(t *testing.T) {
 		"/" + strings.Repeat("x", 103):          "104 bytes",
 		file:                                    "not a socket",
 		link:                                    "not a socket",
-		filepath.Join(open, "s"):                "others could replace",
+		filepath.Join(open, "s"):                "others could make or replace",
 		filepath.Join(dir, "missing", "folder"): "no such file",
 	} {
 		l, err := Listen(path)

@@ -1,0 +1,95 @@
+package api
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// TestDenialsAreBounded has 1,100 users ask at once and go on for a day: the events
+// are few, and every request is in one of them.
+func TestDenialsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDenials()
+		var events []Event
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { ended <- d.run(ctx, func(e Event) { events = append(events, e) }) }()
+		told, asked := 0, 0
+		flood := func() {
+			for uid := range uint32(1100) {
+				for range 3 {
+					asked++
+					if d.worthTelling(denial{uid, toRead}, time.Now()) {
+						told++
+					}
+				}
+			}
+		}
+		flood()
+		if told != denialBurst {
+			t.Errorf("%d events at once, want %d", told, denialBurst)
+		}
+		synctest.Wait()
+		if len(events) != 0 {
+			t.Errorf("summed up at once: %v", events)
+		}
+		const day = 24 * time.Hour
+		for start := time.Now(); time.Since(start) < day; time.Sleep(2 * time.Minute) {
+			flood()
+		}
+		time.Sleep(2 * denialInterval)
+		synctest.Wait()
+		if most := denialBurst + int(day/denialInterval) + 3; told+len(events) > most {
+			t.Errorf("%d events in a day, at most %d", told+len(events), most)
+		}
+		summed := 0
+		for _, e := range events {
+			n := 0
+			if _, err := fmt.Sscanf(e.Message, "%d more requests were refused, of 1024 users or more", &n); err != nil || e.Kind != EventDenied {
+				t.Fatalf("%+v: %v", e, err)
+			}
+			summed += n
+		}
+		if told+summed != asked {
+			t.Errorf("%d told and %d summed up of %d", told, summed, asked)
+		}
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// TestDenialsOfOneUser names a user that asks again and again, once per interval and
+// for each right, and says how often it asked.
+func TestDenialsOfOneUser(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDenials()
+		var events []string
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { ended <- d.run(ctx, func(e Event) { events = append(events, e.Message) }) }()
+		told := 0
+		for range 6 {
+			for _, needs := range []right{toRead, toChange} {
+				if d.worthTelling(denial{7, needs}, time.Now()) {
+					told++
+				}
+			}
+		}
+		time.Sleep(denialGather)
+		synctest.Wait()
+		if told != 2 || len(events) != 1 || events[0] != "10 more requests of user 7 were refused" {
+			t.Errorf("%d told, then %q", told, events)
+		}
+		time.Sleep(denialInterval)
+		if !d.worthTelling(denial{7, toRead}, time.Now()) {
+			t.Error("an interval later the user isn't told of")
+		}
+		cancel()
+		<-ended
+	})
+}

@@ -1,0 +1,27 @@
+//go:build unix
+
+package api
+
+import (
+	"io/fs"
+	"syscall"
+)
+
+// openFiles returns how many files this process may have open. Go has raised the
+// soft limit to the hard one by now (package os).
+func openFiles() uint64 {
+	var l syscall.Rlimit
+	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &l) != nil {
+		return 1024 // what is usual
+	}
+	return uint64(l.Cur)
+}
+
+// ownersOf returns the user and the group that a file belongs to.
+func ownersOf(info fs.FileInfo) (uid, gid uint32, known bool) {
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return 0, 0, false
+	}
+	return st.Uid, st.Gid, true
+}

@@ -1,0 +1,124 @@
+package api
+
+import (
+	"bufio"
+	"errors"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// serveStrangers is serve for a server to which this process's user is a stranger,
+// unless it is root.
+func serveStrangers(t *testing.T, s Service) *limited {
+	t.Helper()
+	path := filepath.Join(shortDir(t), "s")
+	l, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return newLimited(l, Access{Operator: NoOperator}, usualSlots)
+}
+
+// asStranger is a listener whose connections are all of one stranger.
+type asStranger struct{ *limited }
+
+func (l asStranger) Accept() (net.Conn, error) {
+	c, err := l.AcceptUnix()
+	if err != nil {
+		return nil, err
+	}
+	return l.enter(c, Credentials{UID: 12345}), nil
+}
+
+// TestStrangerIsOnlyRefused sends every form of a request that a server may answer by
+// itself: a stranger hears 403 and nothing else, at once, with the body not read.
+func TestStrangerIsOnlyRefused(t *testing.T) {
+	f := newFakeService()
+	l := serveStrangers(t, f)
+	s := NewServer(ServerOptions{Listener: l.UnixListener, Service: f, Access: l.access, Logger: slog.New(slog.DiscardHandler)})
+	server := s.server(t.Context())
+	done := make(chan error)
+	go func() { done <- server.Serve(asStranger{l}) }()
+	defer func() { server.Close(); <-done }()
+	for _, request := range []string{
+		"GET /v1/status", "GET //v1/status", "GET /v1//status", "GET /v1/./status", "GET /v1/../v1/status", "GET /v1/status/",
+		"GET /", "GET //", "GET /v1/peers/", "GET /v1/nothing", "GET /%2e%2e/v1/status", "GET http://other/v1/status", "GET http://other//v1/status",
+		"HEAD //v1/status", "OPTIONS *", "OPTIONS /v1/status", "CONNECT /v1/status", "CONNECT other:80", "TRACE /v1/status",
+		"PUT /v1/status", "POST /v1/peers", "POST //v1/peers", "PATCH /v1/peers/a", "DELETE /v1/peers/a", "PRI *",
+	} {
+		c, err := net.Dial("unix", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.SetDeadline(time.Now().Add(time.Minute))
+		// The body is announced and never sent.
+		if _, err := io.WriteString(c, request+" HTTP/1.1\r\nHost: m\r\nContent-Length: 1000000\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		answer, err := http.ReadResponse(bufio.NewReader(c), &http.Request{Method: strings.Fields(request)[0]})
+		if err != nil {
+			t.Errorf("%s: %v", request, err)
+			continue
+		}
+		if answer.StatusCode != http.StatusForbidden || !answer.Close {
+			t.Errorf("%s: status %d, closed %t; want 403 and the end", request, answer.StatusCode, answer.Close)
+		}
+		if _, err := io.ReadAll(answer.Body); err != nil {
+			t.Errorf("%s: %v", request, err)
+		}
+		if n, err := c.Read(make([]byte, 1)); n != 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%s: the connection stays open: %v", request, err)
+		}
+		c.Close()
+	}
+	if got := f.calls(); len(got) != 0 {
+		t.Errorf("the service was asked %q", got)
+	}
+}
+
+// TestRemovesDeadSocketOnly puts a living socket in the place of a dead one between
+// the look at it and its removal: the living one stays.
+func TestRemovesDeadSocketOnly(t *testing.T) {
+	path := filepath.Join(shortDir(t), "s")
+	dead, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead.SetUnlinkOnClose(false)
+	dead.Close()
+	was, err := os.Lstat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path, path+".old"); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if err := removeSame(path, was); !errors.Is(err, ErrHeld) {
+		t.Errorf("got %v, want ErrHeld", err)
+	}
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatalf("the living socket is gone: %v", err)
+	}
+	c.Close()
+	if err := removeSame(path+".old", was); err != nil {
+		t.Errorf("a dead one: %v", err)
+	}
+	left, err := os.ReadDir(filepath.Dir(path))
+	if err != nil || len(left) != 1 || left[0].Type() != fs.ModeSocket {
+		t.Errorf("left are %v, %v", left, err)
+	}
+}
