@@ -125,6 +125,8 @@ func (a *app) reachHint(err error) string {
 		return "start it with: sudo meshhelper run"
 	case errors.Is(err, api.ErrNotPermitted):
 		return "try sudo"
+	case errors.Is(err, api.ErrUntrusted):
+		return "a helper's socket is root's or yours, and in a folder that no other user may write to"
 	}
 	return ""
 }
@@ -209,17 +211,18 @@ func (a *app) sayWrapped(first, next, text string) {
 func (a *app) talk(format string, args ...any) { fmt.Fprintf(a.stderr, format+"\n", args...) }
 
 // defaultSocket is where a command looks for the helper: what the environment
-// says, else the system's, else that of a helper of this user's.
+// says, else the system's, else that of a helper of this user's, where no other
+// user can have made it. Root looks for the system's only.
 func (a *app) defaultSocket() string {
 	if path := a.getenv("MESHHELPER_SOCKET"); path != "" {
 		return path
 	}
 	system := systemSocket()
-	own := a.userSocket()
-	if _, err := os.Lstat(system); err != nil {
-		if _, err := os.Lstat(own); err == nil {
-			return own
-		}
+	if _, err := os.Lstat(system); err == nil || os.Geteuid() == 0 {
+		return system
+	}
+	if own := a.userSocket(); own != "" && api.CheckSocket(own) == nil {
+		return own
 	}
 	return system
 }
@@ -231,10 +234,16 @@ func systemSocket() string {
 	return "/run/meshhelper.sock"
 }
 
+// userSocket is where a helper that isn't root's has its socket: in a folder that
+// only its user may write to, and never in one for temporary files. It is "" where
+// the environment names none.
 func (a *app) userSocket() string {
 	dir := a.getenv("XDG_RUNTIME_DIR")
 	if dir == "" {
-		dir = os.TempDir()
+		dir = a.defaultStateDir("userspace")
+	}
+	if !filepath.IsAbs(dir) {
+		return ""
 	}
 	return filepath.Join(dir, "meshhelper.sock")
 }

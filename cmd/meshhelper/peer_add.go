@@ -143,26 +143,32 @@ func prefixesOf(s api.Status) (wireguard.Prefixes, error) {
 	return p, p.Validate()
 }
 
-// answer says what was added, and prints its configuration. A peer that is
-// saved but not in force yet needs its private key just the same: it is never
-// shown again.
+// answer says what was added, and prints its configuration. A peer that is saved but
+// not in force yet, or in force but not saved, needs its private key just the same:
+// it is never shown again.
 func (o *peerAddOptions) answer(ctx context.Context, changed api.Changed, private wireguard.PrivateKey, err error) error {
+	ctx = context.WithoutCancel(ctx)
 	var refused *api.Error
-	saved := errors.As(err, &refused) && refused.Code == api.CodeNotInForce
-	if err != nil && (!saved || private.IsZero()) {
+	half := errors.As(err, &refused) && (refused.Code == api.CodeNotInForce || refused.Code == api.CodeNotSaved)
+	if err != nil && (!half || private.IsZero()) {
 		return err
 	}
-	config, failed := o.app.configOf(context.WithoutCancel(ctx), o.name, private, o.publicKey == "" || o.qr)
-	if failed != nil {
-		return errors.Join(err, failed)
-	}
 	peer := changed.Peer
-	if saved {
-		if peer, failed = o.app.client().Peer(context.WithoutCancel(ctx), o.name); failed != nil {
+	if half {
+		var failed error
+		peer, failed = o.app.client().Peer(ctx, o.name)
+		if refused.Code == api.CodeNotSaved && (failed != nil || peer.PublicKey != private.Public().String()) {
+			return err // nothing was changed
+		}
+		if failed != nil {
 			return errors.Join(err, failed)
 		}
 	}
-	printed := o.app.print(addAnswer{peer, config}, func() { o.tell(changed, config, saved) })
+	config, failed := o.app.configOf(ctx, o.name, private, o.publicKey == "" || o.qr)
+	if failed != nil {
+		return errors.Join(err, failed)
+	}
+	printed := o.app.print(addAnswer{peer, config}, func() { o.tell(changed, config, half) })
 	return errors.Join(err, printed)
 }
 
@@ -173,13 +179,13 @@ type addAnswer struct {
 }
 
 // tell says what holds: on stdout, unless that is for the configuration alone.
-func (o *peerAddOptions) tell(changed api.Changed, config string, saved bool) {
+func (o *peerAddOptions) tell(changed api.Changed, config string, half bool) {
 	speak, show := o.app.talk, true
 	if o.publicKey != "" && !o.qr {
 		speak, show = o.app.say, false
 	}
 	switch {
-	case saved:
+	case half:
 	case changed.Already:
 		speak("%s is already a peer, with %s", o.name, joinAddresses(changed.Peer.Addresses))
 	default:

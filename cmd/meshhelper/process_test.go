@@ -35,20 +35,8 @@ type process struct {
 // before, and waits until it is ready. out gets what it prints.
 func startProcess(t *testing.T, before string, out io.Writer) *process {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "run") // short, for the socket's path
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	// A program is what its name says, to testscript.Main.
-	name := filepath.Join(dir, "meshhelper")
-	if err := os.Symlink(self, name); err != nil {
-		t.Fatal(err)
-	}
+	name := link(t)
+	dir := filepath.Dir(name)
 	p := &process{t: t, socket: filepath.Join(dir, "s"), done: make(chan struct{})}
 	p.cmd = exec.Command("/bin/sh", "-c", before+` exec "$@"`, "sh", name, "run", "--platform", "fake",
 		"--state-dir", filepath.Join(dir, "state"), "--listen-port", "0", "--socket", p.socket)
@@ -108,6 +96,21 @@ func (p *process) toggle(n int) {
 			p.t.Fatalf("change %d: %v", i, err)
 		}
 	}
+}
+
+// events counts the remembered events of a kind.
+func (p *process) events(kind string) (n int) {
+	p.t.Helper()
+	err := p.client.Events(p.t.Context(), false, func(e api.Event) error {
+		if e.Kind == kind {
+			n++
+		}
+		return nil
+	})
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return n
 }
 
 // TestSignalsEndInOrder sends each signal by which people and systems end a

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"os/user"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"syscall"
@@ -61,7 +62,12 @@ func newRunCommand(a *app, run func(context.Context, *runOptions) error) *cobra.
 then leave the host as it was found. It is ready when "meshhelper status" shows a
 state other than starting.`,
 		Args: cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error { return run(c.Context(), o) },
+		RunE: func(c *cobra.Command, _ []string) error {
+			if err := o.placeSocket(c.Flag("socket").Changed); err != nil {
+				return err
+			}
+			return run(c.Context(), o)
+		},
 	}
 	f := c.Flags()
 	f.StringVar(&o.stateDir, "state-dir", "", "`DIR` for the key and the wanted state")
@@ -80,6 +86,22 @@ state other than starting.`,
 	f.StringVar(&o.logFile, "log-file", "", "log to `FILE`, and put it away when it is full (stderr)")
 	f.BoolVar(&o.debug, "debug", false, "log more")
 	return c
+}
+
+// placeSocket chooses the socket of a helper that isn't root's where none was given.
+func (o *runOptions) placeSocket(given bool) error {
+	if given || o.app.getenv("MESHHELPER_SOCKET") != "" || os.Geteuid() <= 0 {
+		return nil
+	}
+	own := o.app.userSocket()
+	if own == "" {
+		return usagef("there is no folder for the socket: set XDG_RUNTIME_DIR, or give --socket")
+	}
+	o.app.socket = own
+	if err := os.MkdirAll(filepath.Dir(own), 0o700); err != nil {
+		return fmt.Errorf("make a folder for the socket: %w", err)
+	}
+	return nil
 }
 
 // runHelper wires the helper and runs it until ctx ends or a signal comes.
