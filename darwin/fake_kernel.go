@@ -35,7 +35,14 @@ type FakeKernel struct {
 	lastIndex  int
 	lastUtun   int
 	sockets    map[*fakeSocket]bool
+	bound      map[boundPort]int
 	changes    int
+}
+
+// boundPort is a port that sockets have, in the list of that name.
+type boundPort struct {
+	list string
+	port uint16
 }
 
 // ownAddress is an address of an interface.
@@ -66,10 +73,14 @@ func NewFakeKernel() *FakeKernel {
 // reset sets the variables as a boot does.
 func (k *FakeKernel) reset() {
 	k.boots++
+	// mDNSResponder's port is taken on any Mac.
+	k.bound = map[boundPort]int{{udpSockets, 5353}: 1}
 	k.variables = map[string]string{
 		ipv4Forwarding: "0",
 		ipv6Forwarding: "0",
-		bootSession:    fmt.Sprintf("4E4A2428-2FBD-4164-B6B6-%012X", k.boots),
+		portFirst:      "49152", portLast: "65535", portHiFirst: "49152", portHiLast: "65535",
+		ipv4CheckInterface: "1", ipv6CheckInterface: "1",
+		bootSession: fmt.Sprintf("4E4A2428-2FBD-4164-B6B6-%012X", k.boots),
 	}
 }
 
@@ -380,6 +391,60 @@ func (k *FakeKernel) Sysctl(name string) (string, error) {
 		return "", syscall.ENOENT
 	}
 	return v, nil
+}
+
+// BindTCP gives a TCP port to a socket of the Mac, BindUDP a UDP port; the function
+// that they return closes it.
+func (k *FakeKernel) BindTCP(port uint16) (unbind func()) { return k.bind(boundPort{tcpSockets, port}) }
+
+// BindUDP is like BindTCP.
+func (k *FakeKernel) BindUDP(port uint16) (unbind func()) { return k.bind(boundPort{udpSockets, port}) }
+
+func (k *FakeKernel) bind(b boundPort) (unbind func()) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.bound[b]++
+	return func() {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		if k.bound[b] > 0 {
+			k.bound[b]--
+		}
+	}
+}
+
+// Table implements Kernel for the lists of sockets.
+func (k *FakeKernel) Table(name string) ([]byte, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if name != tcpSockets && name != udpSockets {
+		return nil, syscall.ENOENT
+	}
+	b := order.AppendUint32(nil, sizeXinpgen)
+	b = append(b, make([]byte, sizeXinpgen-4)...)
+	for at, n := range k.bound {
+		if at.list != name {
+			continue
+		}
+		for range n {
+			b = appendSocket(b, at)
+		}
+	}
+	return append(b, b[:sizeXinpgen]...), nil
+}
+
+// appendSocket adds what the kernel tells of a socket: a struct xinpcb_n, here with
+// its length on arm64, and an xsocket_n, of which only the head matters.
+func appendSocket(b []byte, at boundPort) []byte {
+	const sizeXinpcb, sizeXsocket, kindSocket = 104, 76, 1
+	b = order.AppendUint32(b, sizeXinpcb)
+	b = order.AppendUint32(b, kindInpcb)
+	b = append(b, make([]byte, offXinpLocal-8)...)
+	b = append(b, byte(at.port>>8), byte(at.port))
+	b = append(b, make([]byte, sizeXinpcb-minXinpcb)...)
+	b = order.AppendUint32(b, sizeXsocket)
+	b = order.AppendUint32(b, kindSocket)
+	return append(b, make([]byte, sizeXsocket-8+socketAlignment-sizeXsocket%socketAlignment)...)
 }
 
 // Variable returns a kernel variable, as text; "" is one that there isn't.

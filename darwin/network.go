@@ -21,6 +21,8 @@ type Kernel interface {
 	// Sysctl returns a kernel variable as text, as sysctl(3) does. The error of an
 	// unknown one is ENOENT.
 	Sysctl(name string) (string, error)
+	// Table returns a kernel variable that is a list of structs, as sysctl(3) does.
+	Table(name string) ([]byte, error)
 }
 
 // An Interface is a network interface.

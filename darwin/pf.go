@@ -275,6 +275,15 @@ func ParseSkipped(out string) []string {
 	return names
 }
 
+// States returns all states.
+func (p *PF) States(ctx context.Context) ([]pfconf.ShownState, error) {
+	out, err := p.show(ctx, "", "states")
+	if err != nil {
+		return nil, err
+	}
+	return pfconf.ParseStates(out)
+}
+
 // Kill ends the states of the given hosts or prefixes: those that they opened and
 // those that others opened to them. A state outlives the rule that made it, for
 // a day if it is a TCP connection, and keeps being translated. Load the new rules

@@ -18,6 +18,12 @@ const (
 	ipv4Forwarding = "net.inet.ip.forwarding"
 	ipv6Forwarding = "net.inet6.ip6.forwarding"
 	bootSession    = "kern.bootsessionuuid"
+	// How the kernel takes packets to an address of another interface than the one
+	// that they came in by: 0 takes them, 1 drops those to tunnels' addresses, 2 drops
+	// all. With forwarding on, all are taken (ip_input_check_interface in xnu
+	// bsd/netinet/ip_input.c, ip6_input_check_interface in bsd/netinet6/ip6_input.c).
+	ipv4CheckInterface = "net.inet.ip.check_interface"
+	ipv6CheckInterface = "net.inet6.ip6.check_interface"
 )
 
 // A Sysctl reads kernel variables by sysctl(3), which costs no process, and writes
@@ -88,6 +94,18 @@ func (s *Sysctl) SetForwarding(ctx context.Context, f Family, on bool) error {
 		return fmt.Errorf("set %s: it reads %v afterwards", assign, now)
 	}
 	return nil
+}
+
+// ClosesTunnels reports whether the kernel, while it doesn't forward, drops packets of
+// the family to a tunnel's address that arrive on another interface. Macs do, unless
+// told otherwise.
+func (s *Sysctl) ClosesTunnels(f Family) (bool, error) {
+	name := ipv4CheckInterface
+	if f == IPv6 {
+		name = ipv6CheckInterface
+	}
+	v, err := s.get(name)
+	return v == "1" || v == "2", err
 }
 
 // BootSession returns the id of this boot of the kernel, a UUID in capitals. What

@@ -53,11 +53,23 @@ func (System) OpenRoute() (io.ReadWriteCloser, error) {
 // Sysctl implements Kernel.
 func (System) Sysctl(name string) (string, error) {
 	switch name {
-	case ipv4Forwarding, ipv6Forwarding:
+	case ipv4Forwarding, ipv6Forwarding, ipv4CheckInterface, ipv6CheckInterface, portFirst, portLast, portHiFirst, portHiLast:
 		n, err := unix.SysctlUint32(name)
 		return strconv.FormatInt(int64(int32(n)), 10), err
 	}
 	return unix.Sysctl(name)
+}
+
+// Table implements Kernel. As with fetch, the list may grow between its size and
+// itself.
+func (System) Table(name string) (b []byte, err error) {
+	for range 10 {
+		b, err = unix.SysctlRaw(name)
+		if !errors.Is(err, unix.ENOMEM) {
+			break
+		}
+	}
+	return b, err
 }
 
 // PeerOf returns the process at the other end of a connection.

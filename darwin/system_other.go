@@ -27,6 +27,9 @@ func (System) OpenRoute() (io.ReadWriteCloser, error) { return nil, errNotDarwin
 // Sysctl implements Kernel.
 func (System) Sysctl(string) (string, error) { return "", errNotDarwin }
 
+// Table implements Kernel.
+func (System) Table(string) ([]byte, error) { return nil, errNotDarwin }
+
 // PeerOf returns the process at the other end of a connection.
 func PeerOf(*net.UnixConn) (Peer, error) {
 	return Peer{}, fmt.Errorf("read peer credentials: %w", errNotDarwin)

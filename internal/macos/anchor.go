@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"strings"
 
+	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
 )
@@ -35,6 +36,14 @@ type Options struct {
 	// Rules for one that comes and goes stay, so that the anchor needn't be loaded
 	// each time.
 	Before []Egress // optional
+	// Ports is the range that peers' packets leave with, in which this host has no
+	// socket and gives none a port. NoPorts says that there is none: then nothing is
+	// translated, and so none of them leaves.
+	Ports   darwin.PortRange // optional; 20000:49151, without WireGuard's port
+	NoPorts bool             // optional
+	// IKE says that a socket of this host has UDP port 500, which pf gives to a
+	// peer's packets from port 500 too.
+	IKE bool // optional
 }
 
 // DefaultMTU is that of WireGuard over an Ethernet of 1500 bytes: less 40 for

@@ -16,11 +16,11 @@ type builder struct {
 	sets    map[string]set
 	used    map[string]bool // tables that a rule refers to
 	lines   []Line
-	before  []Egress // see Options.Before
+	options Options
 }
 
 func newBuilder(r *policy.Ruleset, o Options) *builder {
-	b := &builder{ruleset: r, host: r.Host(), sets: fillSets(r), used: map[string]bool{}, before: o.Before}
+	b := &builder{ruleset: r, host: r.Host(), sets: fillSets(r), used: map[string]bool{}, options: o}
 	b.sets[tableCut] = set{in: hostPrefixes(o.Cut)}
 	return b
 }

@@ -29,7 +29,7 @@ func (p *Platform) Enforce(ctx context.Context, r *policy.Ruleset) error {
 	if err == nil {
 		err = p.setRoutes(n, r)
 	}
-	if !isNeeded(r) {
+	if !p.needed(r) {
 		return errors.Join(err, p.giveBack(ctx))
 	}
 	// The rest is done also when that failed: what r takes away must go.

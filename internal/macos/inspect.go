@@ -35,7 +35,11 @@ func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (platform.Rep
 			Step: "observe host", Message: "not all of it can be read: " + p.unseen.Error(), Hint: "what was read last counts; the helper tries again",
 		})
 	}
-	if !isNeeded(r) {
+	if !p.unchecked {
+		p.cuts.save(saveLimit)
+	}
+	report.Problems = append(report.Problems, p.cutProblems()...)
+	if !p.needed(r) {
 		p.unchecked, p.due, p.whole = false, false, p.o.Now()
 		if !p.j.isEmpty() {
 			drift(StepRestore, "the packet filter or forwarding is still in use")
@@ -70,7 +74,7 @@ func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (platform.Rep
 		p.inspectOthers(ctx, n, r)
 	}
 	report.Drift = append(append(report.Drift, p.found.Drift...), p.others.open...)
-	report.Problems = append(append(report.Problems, p.found.Problems...), p.others.problems...)
+	report.Problems = append(append(append(report.Problems, p.portProblems()...), p.found.Problems...), p.others.problems...)
 	return report, nil
 }
 

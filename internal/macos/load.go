@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/platform"
@@ -78,25 +77,6 @@ func asError(o platform.Problem) error {
 	return &platform.StepError{Step: o.Step, Hint: o.Hint, Err: errors.New(o.Message)}
 }
 
-// deadTime is how long a cut connection stays dead: longer than pf keeps any
-// (tcp.established of [timeouts]).
-const deadTime = 24 * time.Hour
-
-// noteCut notes which peers lost access to this host since the ruleset before, by
-// incoming or by its DNS, and forgets those whose time is up.
-func (p *Platform) noteCut(r *policy.Ruleset) {
-	now := p.o.Now()
-	maps.DeleteFunc(p.cutPeers, func(_ netip.Addr, until time.Time) bool { return !now.Before(until) })
-	for _, n := range policy.Diff(p.enforced, r) {
-		if n.Lost.Has(policy.Incoming) || n.Lost.Has(policy.Routing) && p.enforced.Mesh().DNS {
-			for _, a := range n.Addresses {
-				p.cutPeers[a] = now.Add(deadTime)
-			}
-		}
-	}
-	p.enforced = r
-}
-
 // maxBefore bounds for how many interfaces that are gone rules are kept.
 const maxBefore = 64
 
@@ -122,7 +102,10 @@ func (p *Platform) noteEgress(r *policy.Ruleset) {
 // compile makes the anchor for r, with the rules for interfaces that were there
 // before.
 func (p *Platform) compile(r *policy.Ruleset) (*Anchor, error) {
-	return Compile(r, Options{Label: p.o.Label, MTU: p.cfg.MTU, Cut: slices.Collect(maps.Keys(p.cutPeers)), Before: p.before})
+	return Compile(r, Options{
+		Label: p.o.Label, MTU: p.cfg.MTU, Cut: p.cuts.addresses(), Before: p.before,
+		Ports: p.ports.nat, NoPorts: p.ports.none, IKE: p.ports.ike(p.o.Now()),
+	})
 }
 
 // putAnchor makes a what is loaded, in the gentlest way: nothing, where it is
@@ -254,6 +237,7 @@ func (p *Platform) load(ctx context.Context, a *Anchor) error {
 		if err != nil {
 			return err
 		}
+		p.strays = true
 		p.loaded, p.drifted = &loadedAnchor{anchor: a, rules: a.rulesText(), want: want}, true
 		if err := p.driftAnchor(ctx); err != nil {
 			return err
@@ -334,6 +318,7 @@ func (p *Platform) enable(ctx context.Context) error {
 		if p.j.Others, err = p.tokens(ctx); err != nil {
 			return err
 		}
+		p.strays = true
 		p.j.Token, p.j.Enabling = 0, true
 		if err := p.j.write(p.o.StateDir); err != nil {
 			return err

@@ -49,6 +49,7 @@ type look struct {
 	// found is what reading back all of ours found, others what other software has.
 	found  platform.Report
 	others othersRules
+	ports  ports
 }
 
 // sign is what a cheap look saw, to compare the next one with.
@@ -84,6 +85,7 @@ func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
 			p.moved.Store(true)
 		}
 	}
+	p.observePorts()
 	found, err := p.foundForwarding()
 	if err != nil {
 		return policy.Host{}, observing(err)

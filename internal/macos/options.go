@@ -43,6 +43,8 @@ const (
 	StepTables     = "change the anchor's tables"
 	StepEnable     = "enable the packet filter"
 	StepForwarding = "open forwarding"
+	// StepPorts is only looked at, so it isn't among Steps.
+	StepPorts = "choose ports for peers' packets"
 
 	StepCut = "cut flows"
 

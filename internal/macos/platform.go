@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"log/slog"
 	"net/netip"
-	"slices"
 	"time"
 
 	"golang.zx2c4.com/wireguard/tun"
@@ -46,8 +45,9 @@ type Platform struct {
 	// enforced is what Enforce was called for last. No flows are cut for a
 	// ruleset that only widens, so it may be newer than cut.
 	enforced *policy.Ruleset
-	// cutPeers are the addresses that lost access to this host, and until when.
-	cutPeers map[netip.Addr]time.Time
+	cuts     cutBook
+	// strays says that states of other rules than ours may be of peers' packets.
+	strays bool
 
 	look
 }
@@ -74,7 +74,7 @@ func NewPlatform(o PlatformOptions) (*Platform, error) {
 		return nil, err
 	}
 	return &Platform{
-		o: o, path: path, j: &journal{}, cutPeers: map[netip.Addr]time.Time{}, pf: darwin.NewPF(o.Runner), sysctl: darwin.NewSysctl(o.Runner, o.Kernel),
+		o: o, path: path, j: &journal{}, cuts: cutBook{until: map[netip.Addr]time.Time{}}, pf: darwin.NewPF(o.Runner), sysctl: darwin.NewSysctl(o.Runner, o.Kernel),
 		ifconfig: darwin.NewIfconfig(o.Runner), router: darwin.NewRouter(o.Kernel),
 	}, nil
 }
@@ -139,6 +139,9 @@ func (p *Platform) takeOver(ctx context.Context) error {
 		}
 		if p.j, err = readJournal(p.o.StateDir, boot); err != nil {
 			return err
+		}
+		if p.cuts.dir == "" {
+			p.cuts.load(p.o.StateDir, boot, p.o.Now())
 		}
 		return p.giveBack(ctx)
 	})
@@ -259,10 +262,15 @@ func (p *Platform) Limits() platform.Limits {
 
 // Cut implements the daemon's contract.
 func (p *Platform) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
+	p.cuts.save(saveBeforeCut)
 	if err := p.kill(ctx, Kills(p.cut, r, narrowed)); err != nil {
 		return err
 	}
+	if err := p.endStrays(ctx, r); err != nil {
+		return err
+	}
 	p.cut = r
+	p.cuts.save(saveLimit)
 	return nil
 }
 
@@ -356,14 +364,5 @@ func (p *Platform) removeInterface() error {
 		}
 		p.dev = nil
 		return err
-	})
-}
-
-// isNeeded reports whether the packet filter is needed for a ruleset: some peer
-// may be forwarded for, or this host forwards anyway.
-func isNeeded(r *policy.Ruleset) bool {
-	h := r.Host()
-	return h.FoundForwarding != policy.Families{} || slices.ContainsFunc(r.Peers(), func(peer policy.PeerRules) bool {
-		return peer.Permissions.Has(policy.Routing)
 	})
 }

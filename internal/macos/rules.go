@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
 )
@@ -78,7 +79,9 @@ func (b *builder) translate() {
 	rule.Action = pfconf.NoNat
 	b.add(rule, "nothing is translated into the mesh: another product's rule could make a stranger look like this host")
 	for _, e := range b.egress() {
-		b.nat(e)
+		if !b.options.NoPorts {
+			b.nat(e)
+		}
 	}
 	rule = on(pfconf.Both, b.host.Interface)
 	rule.Action = pfconf.NoRdr
@@ -89,14 +92,24 @@ func (b *builder) nat(e Egress) {
 	rule := on(pfconf.Both, e.name)
 	rule.Action = pfconf.Nat
 	rule.Family = e.family
-	rule.Pool = &pfconf.Pool{Addrs: []pfconf.Address{b.natAddress(e)}}
+	ports := b.ports()
+	rule.Pool = &pfconf.Pool{Addrs: []pfconf.Address{b.natAddress(e)}, PortLo: ports.First, PortHi: ports.Last}
 	if e.name == b.uplink(e.family) {
 		rule.From = inTable(tableRouting)
-		b.add(rule, "by the uplink, peers' packets leave with its address")
+		b.add(rule, "by the uplink, peers' packets leave with its address, and from ports that no socket of this host has or may get")
 		return
 	}
 	rule.From, rule.To = inTable(tableLAN), inTable(tableNetworks)
 	b.add(rule, "by another interface, only those to other networks do; what isn't translated is stopped below")
+}
+
+// ports returns the range that peers' packets leave with.
+func (b *builder) ports() darwin.PortRange {
+	r := b.options.Ports
+	if r == (darwin.PortRange{}) {
+		r = defaultPorts
+	}
+	return withoutPort(r, b.ruleset.Mesh().ListenPort)
 }
 
 func (b *builder) uplink(family pfconf.Family) string {
@@ -125,7 +138,7 @@ type Egress struct {
 // what was one before. pf takes a rule for an interface that isn't there, and
 // matches nothing by it.
 func (b *builder) egress() []Egress {
-	all := slices.Concat(egressOf(b.host), b.before)
+	all := slices.Concat(egressOf(b.host), b.options.Before)
 	slices.SortFunc(all, Egress.compare)
 	return slices.Compact(all)
 }
@@ -265,6 +278,12 @@ func (b *builder) fromPeers() {
 	b.block(with(anyone, inTable(tableSelf)), "no-incoming", "class 2: all else is closed")
 	b.block(with(anyone, inTable(tableMesh)), "mesh", "class 3, mesh: peers never reach each other through this host")
 	b.block(with(anyone, inTable(tableLooped)), "lan-loopback", "class lan doesn't come back to this host: what its routes lead to the loopback interface is judged here, for that one is often skipped (after Internet Sharing ran, for one)")
+	if b.options.IKE {
+		ike := in
+		ike.Protos = []pfconf.Proto{pfconf.ProtoUDP}
+		ike.From.Ports = []pfconf.Port{{Op: pfconf.Equal, Lo: ikePort}}
+		b.block(ike, "ike", "pf leaves UDP port 500 as it is, and a socket of this host has it: answers to that one would go to the peer")
+	}
 	lan := with(inTable(tableLAN), inTable(tableNetworks))
 	lan.Tag = tagLAN
 	b.peerPass(lan, "lan", "class 4, lan: with routing and lan")

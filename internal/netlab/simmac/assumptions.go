@@ -76,7 +76,9 @@ func Assumptions() []Assumption {
 		{"pfctl-kills-both-ways", "xnu bsd/net/pf_ioctl.c, DIOCKILLSTATES", checkKill},
 		{"pf-main-ruleset-has-hooks", "/etc/pf.conf of macOS 10.15 to 26", checkHooks},
 		{"sysctl-sets-forwarding", "xnu bsd/netinet/ip_input.c, bsd/netinet6/in6_proto.c", checkForwarding},
+		{"tunnels-are-closed-without-forwarding", "xnu bsd/netinet/ip_input.c, ip_input_check_interface; bsd/netinet6/ip6_input.c", checkClosedTunnels},
 		{"sysctl-boot-session-is-a-uuid", "xnu bsd/kern/kern_sysctl.c", checkBootSession},
+		{"sysctl-lists-sockets", "xnu bsd/netinet/in_pcblist.c, get_pcblist_n; network_cmds netstat.tproj/inet.c", checkSockets},
 		{"route-mark-stays", "xnu bsd/net/route.h, RTF_PROTO1; netbird systemops_darwin.go", checkRouteMark},
 		{"ifconfig-address-shows", "network_cmds ifconfig.tproj; xnu bsd/netinet6/in6.c", checkAddress},
 		{"ifconfig-tells-kinds-of-addresses", "network_cmds ifconfig.tproj/af_inet6.c, in6_status", checkAddressKinds},
@@ -640,6 +642,33 @@ func checkService(ctx context.Context, h Host) error {
 		}
 		return err
 	})
+}
+
+func checkClosedTunnels(_ context.Context, h Host) error {
+	for _, f := range []darwin.Family{darwin.IPv4, darwin.IPv6} {
+		if closes, err := darwin.NewSysctl(h.Runner, h.Kernel).ClosesTunnels(f); err != nil || !closes {
+			return fmt.Errorf("%v: packets to a tunnel's address are taken from any interface (%v)", f, err)
+		}
+	}
+	return nil
+}
+
+func checkSockets(_ context.Context, h Host) error {
+	ranges, err := darwin.NewSysctl(h.Runner, h.Kernel).EphemeralPorts()
+	if err != nil {
+		return err
+	}
+	if r := ranges[0]; r.First < 1024 || r.Last <= r.First {
+		return fmt.Errorf("sockets get ports %v", ranges)
+	}
+	sockets, err := darwin.ReadSockets(h.Kernel)
+	if err != nil {
+		return err
+	}
+	if !slices.Contains(sockets.UDP, 5353) {
+		return fmt.Errorf("mDNSResponder's UDP port 5353 isn't among %d", len(sockets.UDP))
+	}
+	return nil
 }
 
 func checkFirewall(ctx context.Context, h Host) error {

@@ -281,6 +281,9 @@ func (m *Mac) OpenRoute() (io.ReadWriteCloser, error) { return m.Kernel.OpenRout
 // Sysctl implements darwin.Kernel.
 func (m *Mac) Sysctl(name string) (string, error) { return m.Kernel.Sysctl(name) }
 
+// Table implements darwin.Kernel.
+func (m *Mac) Table(name string) ([]byte, error) { return m.Kernel.Table(name) }
+
 // Clock is the Mac's: the wall clock runs on through sleep.
 func (m *Mac) Clock() darwin.Clock {
 	return func() (time.Time, time.Duration) {

@@ -174,6 +174,14 @@ func (p *Process) Sysctl(name string) (string, error) {
 	return p.mac.Sysctl(name)
 }
 
+// Table implements darwin.Kernel.
+func (p *Process) Table(name string) ([]byte, error) {
+	if p.Killed() {
+		return nil, ErrKilled
+	}
+	return p.mac.Table(name)
+}
+
 // OpenRoute implements darwin.Kernel.
 func (p *Process) OpenRoute() (io.ReadWriteCloser, error) {
 	s, err := p.mac.OpenRoute()

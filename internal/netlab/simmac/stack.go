@@ -55,7 +55,7 @@ func (m *Mac) Receive(p pfconf.Packet, link string) Outcome {
 	if owner := owner(n, o.Packet.Dst); owner != "" {
 		// Without forwarding, packets to a tunnel's address on another interface
 		// are dropped (ip_input.c, ip_checkinterface hybrid); with it they aren't.
-		if !forwards && owner != link && isTunnel(owner) {
+		if !forwards && owner != link && m.drops(p.Dst, owner) {
 			o.Why = "not this interface's address"
 			return o
 		}
@@ -131,6 +131,22 @@ func (m *Mac) forwards(a netip.Addr) bool {
 		name = "net.inet6.ip6.forwarding"
 	}
 	return m.Kernel.Variable(name) != "0"
+}
+
+// drops reports whether the kernel, not forwarding, drops packets to an address of
+// the interface that arrive on another one.
+func (m *Mac) drops(a netip.Addr, owner string) bool {
+	name := "net.inet.ip.check_interface"
+	if a.Is6() {
+		name = "net.inet6.ip6.check_interface"
+	}
+	switch m.Kernel.Variable(name) {
+	case "0":
+		return false
+	case "1":
+		return isTunnel(owner)
+	}
+	return true
 }
 
 // owner returns the interface that has the address.

@@ -1,0 +1,36 @@
+package macos
+
+import (
+	"slices"
+
+	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// isNeeded reports whether the packet filter is needed for a ruleset: some peer
+// may be forwarded for, or this host forwards anyway.
+func isNeeded(r *policy.Ruleset) bool {
+	h := r.Host()
+	return h.FoundForwarding != policy.Families{} || slices.ContainsFunc(r.Peers(), func(peer policy.PeerRules) bool {
+		return peer.Permissions.Has(policy.Routing)
+	})
+}
+
+// needed is isNeeded, or that something else asks for the filter: connections that
+// were cut before this helper started, which its guard knows nothing of, or a Mac that
+// was told to take packets to a tunnel's address from any interface.
+func (p *Platform) needed(r *policy.Ruleset) bool {
+	return isNeeded(r) || p.inheritsCut(r) || !p.closesTunnels()
+}
+
+// closesTunnels reports whether the kernel drops packets to the mesh addresses that
+// arrive on other interfaces, while it doesn't forward. What can't be read counts as
+// no.
+func (p *Platform) closesTunnels() bool {
+	for _, f := range []darwin.Family{darwin.IPv4, darwin.IPv6} {
+		if closes, err := p.sysctl.ClosesTunnels(f); err != nil || !closes {
+			return false
+		}
+	}
+	return true
+}

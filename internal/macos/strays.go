@@ -1,0 +1,89 @@
+package macos
+
+import (
+	"context"
+	"net/netip"
+	"slices"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/pfconf"
+)
+
+// endStrays ends the states that came to be while our anchor wasn't in force, or that
+// a socket of this host has to be rid of. They outlive what made them: by a state that
+// another product's rule made for a peer's untranslated packet, all that follow leave
+// untranslated, and one on every interface lets in by the LAN what comes by the
+// tunnel only. Where states can't be read, all that have to do with peers end.
+func (p *Platform) endStrays(ctx context.Context, r *policy.Ruleset) error {
+	if !p.strays {
+		return nil
+	}
+	var kills []Kill
+	if states, err := p.pf.States(ctx); err == nil {
+		kills = strays(states, r, p.ports.ike(p.o.Now()))
+	} else {
+		p.o.Log.Warn("end states that aren't ours", "error", err)
+		for _, m := range r.Sets().Mesh {
+			kills = append(kills, killsOf(m)...)
+		}
+	}
+	if len(kills) > maxKills {
+		kills = coarse(kills, r.Sets().Mesh)
+	}
+	if err := p.kill(ctx, kills); err != nil {
+		return err
+	}
+	p.strays = false
+	return nil
+}
+
+// killsOf ends everything from and to a prefix.
+func killsOf(m netip.Prefix) []Kill {
+	opened := killOpened(m.Addr())
+	opened.From = m
+	return []Kill{opened, {opened.To, opened.From}}
+}
+
+// strays names the states that no rule of ours made: ours are bound to an interface
+// (if-bound), and on another than the mesh's they are translated. With ike, also those
+// by which a peer has UDP port 500 of this host.
+func strays(states []pfconf.ShownState, r *policy.Ruleset, ike bool) []Kill {
+	var ours []netip.Prefix
+	ours = append(ours, peersWith(r, 0, anyFamily)...)
+	ours = append(append(ours, r.Sets().Former...), hostPrefixes(r.Mesh().Addresses)...)
+	known := map[netip.Addr]bool{}
+	for _, p := range ours {
+		if p.IsSingleIP() {
+			known[p.Addr()] = true
+		}
+	}
+	seen := map[Kill]bool{}
+	var out []Kill
+	for _, s := range states {
+		if s.Interface == loopback || !known[s.Inner.Addr()] && !known[s.Outer.Addr()] {
+			continue
+		}
+		bound := s.Interface == r.Host().Interface || s.Interface != anyInterface && s.Inner != s.Translated
+		taken := ike && s.Proto == "udp" && s.Translated.Port() == ikePort && s.Inner != s.Translated
+		if bound && !taken {
+			continue
+		}
+		from, to := s.Inner.Addr(), s.Outer.Addr()
+		if s.Direction == pfconf.In {
+			from, to = to, from
+		}
+		if from.Is4() != to.Is4() {
+			continue
+		}
+		k := Kill{netip.PrefixFrom(from, from.BitLen()), netip.PrefixFrom(to, to.BitLen())}
+		if !seen[k] {
+			seen[k] = true
+			out = append(out, k)
+		}
+	}
+	slices.SortFunc(out, func(a, b Kill) int { return a.From.Compare(b.From) })
+	return out
+}
+
+// anyInterface is how pfctl shows a state that is bound to no interface.
+const anyInterface = "ALL"
