@@ -26,6 +26,9 @@ const maxAnchorPart = 63
 type Options struct {
 	// Label names the service: a reverse domain name of at most 63 bytes.
 	Label string // optional; DefaultLabel
+	// Interface is the mesh interface, if it isn't the one that the ruleset was
+	// compiled for.
+	Interface string // optional
 	// MTU is that of the mesh interface in bytes, from 1280 to 65535.
 	MTU int // optional; DefaultMTU
 	// Cut are peers' addresses that lost access to this host a short time ago. This

@@ -21,6 +21,9 @@ type builder struct {
 
 func newBuilder(r *policy.Ruleset, o Options) *builder {
 	b := &builder{ruleset: r, host: r.Host(), sets: fillSets(r), used: map[string]bool{}, options: o}
+	if o.Interface != "" {
+		b.host.Interface = o.Interface
+	}
 	b.sets[tableCut] = set{in: hostPrefixes(o.Cut)}
 	return b
 }

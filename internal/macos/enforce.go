@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -36,8 +37,15 @@ func (p *Platform) Enforce(ctx context.Context, r *policy.Ruleset) error {
 	if err := errors.Join(err, p.enforceFilter(ctx, r)); err != nil {
 		return errors.Join(err, p.closeForwarding(ctx))
 	}
-	return p.setForwarding(ctx, n, r)
+	if err := p.setForwarding(ctx, n, r); err != nil {
+		return errors.Join(err, p.closeForwarding(ctx))
+	}
+	return nil
 }
+
+// closeLimit bounds how long closing takes after a step failed, which may have been
+// because its time was up.
+const closeLimit = 5 * time.Second
 
 // setAddresses gives the mesh interface exactly the host's mesh addresses.
 func (p *Platform) setAddresses(ctx context.Context, n *darwin.Network, r *policy.Ruleset) error {
@@ -139,7 +147,7 @@ func (p *Platform) setForwarding(ctx context.Context, n *darwin.Network, r *poli
 	}
 	if opens := need.IPv4 && !now.IPv4 || need.IPv6 && !now.IPv6; opens || len(p.others.open) > 0 {
 		if err := p.checkTransit(ctx, n, r); err != nil {
-			return errors.Join(err, p.switchForwarding(ctx, policy.Families{}, now))
+			return err
 		}
 	}
 	return p.switchForwarding(ctx, need, now)
@@ -151,7 +159,9 @@ func (p *Platform) closeForwarding(ctx context.Context) error {
 	if err != nil {
 		return named(StepForwarding, err)
 	}
-	return p.switchForwarding(ctx, policy.Families{}, now)
+	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeLimit)
+	defer cancel()
+	return p.switchForwarding(limit, policy.Families{}, now)
 }
 
 // switchForwarding makes forwarding, which is as in now, what is needed. What was

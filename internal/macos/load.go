@@ -102,10 +102,15 @@ func (p *Platform) noteEgress(r *policy.Ruleset) {
 // compile makes the anchor for r, with the rules for interfaces that were there
 // before.
 func (p *Platform) compile(r *policy.Ruleset) (*Anchor, error) {
-	return Compile(r, Options{
+	return Compile(r, p.options())
+}
+
+// options are what the anchor depends on now, besides the ruleset.
+func (p *Platform) options() Options {
+	return Options{
 		Label: p.o.Label, MTU: p.cfg.MTU, Cut: p.cuts.addresses(), Before: p.before,
 		Ports: p.ports.nat, NoPorts: p.ports.none, IKE: p.ports.ike(p.o.Now()),
-	})
+	}
 }
 
 // putAnchor makes a what is loaded, in the gentlest way: nothing, where it is

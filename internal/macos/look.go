@@ -50,6 +50,8 @@ type look struct {
 	found  platform.Report
 	others othersRules
 	ports  ports
+	// states is how many states pf holds, of most at most.
+	states, most uint64
 }
 
 // sign is what a cheap look saw, to compare the next one with.
@@ -195,6 +197,9 @@ func (p *Platform) sharedAtEnd(ctx context.Context) policy.Families {
 // none passed.
 func (p *Platform) changed(ctx context.Context) bool {
 	all, err := p.pf.All(ctx, p.path)
+	if err == nil {
+		p.states, p.most = all.Info.States, statesLimit(all.Sections["LIMITS"])
+	}
 	if err != nil || !all.Info.Enabled || p.driftShown(all) != nil {
 		return true
 	}

@@ -43,8 +43,9 @@ const (
 	StepTables     = "change the anchor's tables"
 	StepEnable     = "enable the packet filter"
 	StepForwarding = "open forwarding"
-	// StepPorts is only looked at, so it isn't among Steps.
-	StepPorts = "choose ports for peers' packets"
+	// What is only looked at, and so isn't among Steps.
+	StepPorts  = "choose ports for peers' packets"
+	StepStates = "look at the packet filter's states"
 
 	StepCut = "cut flows"
 

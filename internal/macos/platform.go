@@ -109,7 +109,7 @@ func (p *Platform) Open(ctx context.Context, cfg platform.Interface) (tun.Device
 	if err := p.removeInterface(); err != nil {
 		return nil, err
 	}
-	if err := p.takeOver(ctx); err != nil {
+	if err := p.takeOver(ctx, p.keep); err != nil {
 		return nil, err
 	}
 	p.cfg = cfg
@@ -124,14 +124,54 @@ func (p *Platform) Open(ctx context.Context, cfg platform.Interface) (tun.Device
 		return err
 	})
 	if err != nil {
-		return nil, errors.Join(err, p.removeInterface())
+		return nil, errors.Join(err, p.removeInterface(), p.keepIn(ctx))
 	}
 	return p.dev, nil
 }
 
-// takeOver reads the journal and puts back what a killed helper changed. Its
-// interface went with it.
-func (p *Platform) takeOver(ctx context.Context) error {
+// keep closes forwarding where an earlier helper, or this one with an interface that
+// is gone now, had switched it on, and leaves the anchor and its token: with the
+// interface its routes went, and without the anchor packets to peers would leave in
+// clear by the uplink. The next Enforce loads another, or lets the filter go.
+func (p *Platform) keep(ctx context.Context) error {
+	p.drifted, p.holds = true, false
+	if err := p.restoreForwarding(ctx, p.sharedAtEnd(ctx)); err != nil {
+		return err
+	}
+	if !p.j.Enabling {
+		return nil
+	}
+	return p.step(StepRelease, func() (err error) {
+		if p.j.Token, err = p.unwrittenToken(ctx); err != nil {
+			return err
+		}
+		p.j.Enabling, p.j.Others = false, nil
+		return p.j.write(p.o.StateDir)
+	})
+}
+
+// goneInterface stands in rules for the mesh interface while there is none. No
+// interface has this name, and pf takes it all the same: each is another one.
+const goneInterface = "mesh-gone"
+
+// keepIn is for when the mesh interface can't be made again: another program may get
+// its name, and so be passed what the rules pass by it. Then they name none.
+func (p *Platform) keepIn(ctx context.Context) error {
+	if p.loaded == nil || p.enforced == nil {
+		return nil
+	}
+	o := p.options()
+	o.Interface = goneInterface
+	a, err := Compile(p.enforced, o)
+	if err != nil {
+		return err
+	}
+	return p.putAnchor(ctx, a)
+}
+
+// takeOver reads the journal and has what a killed helper changed put back, all of
+// it or what do does. Its interface went with it.
+func (p *Platform) takeOver(ctx context.Context, do func(context.Context) error) error {
 	return p.step(StepRepair, func() error {
 		boot, err := p.sysctl.BootSession()
 		if err != nil {
@@ -143,7 +183,7 @@ func (p *Platform) takeOver(ctx context.Context) error {
 		if p.cuts.dir == "" {
 			p.cuts.load(p.o.StateDir, boot, p.o.Now())
 		}
-		return p.giveBack(ctx)
+		return do(ctx)
 	})
 }
 
@@ -279,7 +319,7 @@ func (p *Platform) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy
 // anchor, the token.
 func (p *Platform) Close(ctx context.Context) ([]platform.Problem, error) {
 	if p.dev == nil {
-		return nil, p.takeOver(ctx)
+		return nil, p.takeOver(ctx, p.giveBack)
 	}
 	shared := p.sharedAtEnd(ctx)
 	left := p.left(shared)

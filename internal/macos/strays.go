@@ -2,6 +2,7 @@ package macos
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"slices"
 
@@ -35,6 +36,20 @@ func (p *Platform) endStrays(ctx context.Context, r *policy.Ruleset) error {
 	}
 	p.strays = false
 	return nil
+}
+
+// inspectStrays looks for such states, which also come to be, and stay, between two
+// looks that find all else as it was. What it finds is ended when flows are cut.
+func (p *Platform) inspectStrays(ctx context.Context, r *policy.Ruleset, drift func(step, message string)) {
+	states, err := p.pf.States(ctx)
+	if err != nil {
+		p.o.Log.Warn("look at the packet filter's states", "error", err)
+		return
+	}
+	if n := len(strays(states, r, p.ports.ike(p.o.Now()))); n > 0 {
+		p.strays = true
+		drift(StepCut, fmt.Sprintf("the packet filter has states of peers' packets that no rule of ours made, between %d pairs of hosts", n))
+	}
 }
 
 // killsOf ends everything from and to a prefix.
