@@ -150,6 +150,17 @@ func (c *cutBook) note(as []netip.Addr, now time.Time) {
 	}
 }
 
+// revive takes out addresses that may open connections again.
+func (c *cutBook) revive(as []netip.Addr) {
+	for _, a := range as {
+		if _, cut := c.until[a]; cut {
+			delete(c.until, a)
+			delete(c.inherited, a)
+			c.unsaved = true
+		}
+	}
+}
+
 // addresses returns those that are to be kept dead, sorted.
 func (c *cutBook) addresses() []netip.Addr {
 	return slices.SortedFunc(maps.Keys(c.until), netip.Addr.Compare)
@@ -224,10 +235,16 @@ const (
 )
 
 // noteCut notes which peers lost access to this host since the ruleset before, by
-// incoming or by its DNS, and forgets those whose time is up.
+// incoming or by its DNS, and forgets those whose time is up and those that may connect
+// again: their connections are no longer to be kept dead.
 func (p *Platform) noteCut(r *policy.Ruleset) {
 	now := p.o.Now()
 	p.cuts.forget(now)
+	for _, peer := range r.Peers() {
+		if peer.Permissions.Has(policy.Incoming) {
+			p.cuts.revive(peer.Addresses)
+		}
+	}
 	for _, n := range policy.Diff(p.enforced, r) {
 		if n.Lost.Has(policy.Incoming) || n.Lost.Has(policy.Routing) && p.enforced.Mesh().DNS {
 			p.cuts.note(n.Addresses, now)

@@ -68,12 +68,10 @@ func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (platform.Rep
 			return report, err
 		}
 	}
-	if !ours && whole {
-		p.inspectStrays(ctx, r, drift)
-	}
 	if !ours && (whole || p.othersDue) {
 		// Not right after a change of ours: what narrows doesn't wait for what others
 		// have loaded.
+		p.inspectStrays(ctx, r, drift)
 		p.inspectOthers(ctx, n, r)
 	}
 	report.Drift = append(append(report.Drift, p.found.Drift...), p.others.open...)

@@ -67,6 +67,9 @@ type rig struct {
 	binds atomic.Int32
 	// hang, if not nil, holds up the end of the tunnel until it is closed.
 	hang chan struct{}
+	// noTunnel has the making of a tunnel fail; tunnelsRefused counts how often it did.
+	noTunnel       atomic.Bool
+	tunnelsRefused atomic.Int32
 }
 
 // newRig returns a Mac with Wi-Fi to the internet, a wired LAN, another VPN and
@@ -299,6 +302,10 @@ type tap struct {
 }
 
 func (g *rig) createTUN(name string, mtu int) (tun.Device, error) {
+	if g.noTunnel.Load() {
+		g.tunnelsRefused.Add(1)
+		return nil, errNoTunnel
+	}
 	d, err := g.proc.CreateTUN(name, mtu)
 	if err != nil {
 		return nil, err
