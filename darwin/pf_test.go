@@ -202,6 +202,22 @@ func TestTokens(t *testing.T) {
 	}
 }
 
+func TestStates(t *testing.T) {
+	pf, f, _ := newPF(t)
+	if states, err := pf.States(t.Context()); err != nil || len(states) != 0 {
+		t.Errorf("at first %v, %v", states, err)
+	}
+	inner, outer := netip.MustParseAddrPort("100.64.0.2:500"), netip.MustParseAddrPort("9.9.9.9:4500")
+	f.Engine.(*textEngine).states = []pfconf.State{{
+		Interface: "en0", Proto: pfconf.ProtoUDP, Direction: pfconf.Out, Lan: inner, Gateway: netip.MustParseAddrPort("203.0.113.1:500"),
+		Ext: outer, ExtGateway: outer, Opener: "SINGLE", Answerer: "NO_TRAFFIC",
+	}}
+	states, err := pf.States(t.Context())
+	if err != nil || len(states) != 1 || states[0].Inner != inner || states[0].Outer != outer || states[0].Translated.Port() != 500 {
+		t.Errorf("%+v, %v", states, err)
+	}
+}
+
 func TestDisabledByOthers(t *testing.T) {
 	pf, f, _ := newPF(t)
 	token, err := pf.Enable(t.Context())

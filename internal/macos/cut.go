@@ -59,6 +59,8 @@ type cutBook struct {
 	problem error
 	// saving gives the outcome of the write that is under way; nil: there is none.
 	saving chan error
+	// write replaces the file; tests have it hang or fail.
+	write func(dir string, b []byte) error
 }
 
 // load takes over what an earlier helper of this boot wrote down. What can't be read
@@ -179,9 +181,12 @@ func (c *cutBook) save(limit time.Duration) {
 			c.problem = err
 			return
 		}
-		dir, done := c.dir, make(chan error, 1)
+		write, dir, done := c.write, c.dir, make(chan error, 1)
+		if write == nil {
+			write = writeCut
+		}
 		c.saving, c.unsaved = done, false
-		go func() { done <- writeCut(dir, b) }()
+		go func() { done <- write(dir, b) }()
 	}
 	t := time.NewTimer(limit)
 	defer t.Stop()

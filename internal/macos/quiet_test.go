@@ -75,6 +75,9 @@ func testQuietMac(t *testing.T) {
 			t.Fatalf("%d processes at one tick", n)
 		}
 	}
+	if q.p.most != MaxStates {
+		t.Errorf("the looks read a limit of %d states", q.p.most)
+	}
 	if perMinute := q.processes / 15; perMinute > 40 {
 		t.Errorf("%d processes a minute, want 40 at most", perMinute)
 	}

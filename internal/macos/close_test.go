@@ -1,0 +1,79 @@
+package macos
+
+import (
+	"context"
+	"strings"
+	"testing"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// TestClosesWithItsTimeUp ends the time that enforcing has at each of its steps: what
+// fails for that closes forwarding all the same, which has time of its own.
+func TestClosesWithItsTimeUp(t *testing.T) {
+	tried := 0
+	for _, step := range []string{StepAddresses, StepRoutes, StepAnchor, StepTables, StepEnable} {
+		g := newRig(t)
+		g.open()
+		g.enforce(testMesh(2, everything, everything&^policy.LAN))
+		g.enforce(testMesh(2, everything, everything&^policy.LAN))
+		forwards := func() bool {
+			return g.mac.Kernel.Variable("net.inet.ip.forwarding")+g.mac.Kernel.Variable("net.inet6.ip6.forwarding") != "00"
+		}
+		if !forwards() {
+			t.Fatal("forwarding is off before")
+		}
+		switch step { // what makes it take the step
+		case StepAddresses:
+			g.must(g.mac.Kernel.RemoveAddress(g.p.name, hostAddresses[0]))
+		case StepAnchor:
+			g.p.loaded = nil
+		case StepEnable:
+			g.mac.PF.Disable()
+		}
+		r := g.compile(testMesh(2, everything&^policy.LAN, everything))
+		ctx, cancel := context.WithCancel(t.Context())
+		reached := false
+		g.step = func(name string) {
+			if name == step {
+				reached = true
+				cancel()
+			}
+		}
+		err := g.p.Enforce(ctx, r)
+		cancel()
+		if !reached || err == nil {
+			if step == StepRoutes { // by the routing socket, which no time limits
+				continue
+			}
+			t.Errorf("%s: reached %v, %v", step, reached, err)
+		}
+		tried++
+		if forwards() {
+			t.Errorf("%s: forwarding stays on after %v", step, err)
+		}
+	}
+	if tried < 4 {
+		t.Errorf("only %d steps", tried)
+	}
+}
+
+func TestFillProblems(t *testing.T) {
+	for limits, want := range map[string]uint64{
+		"":                                  MaxStates,
+		"states        hard limit    20000": 20_000,
+		"src-nodes     hard limit    100\nstates        hard limit    500\n": 500,
+		"states        hard limit    none":                                   MaxStates,
+	} {
+		if got := statesLimit(limits); got != want {
+			t.Errorf("%q: %d, want %d", limits, got, want)
+		}
+	}
+	p := &Platform{}
+	for states, says := range map[uint64]bool{0: false, 8_999: false, 9_000: true, 10_001: true} {
+		p.states, p.most = states, MaxStates
+		if ps := p.fillProblems(); len(ps) > 0 != says || says && !strings.Contains(ps[0].Message, "of 10000 at most") {
+			t.Errorf("%d states: %v", states, ps)
+		}
+	}
+}

@@ -1,0 +1,162 @@
+package macos
+
+import (
+	"errors"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// sockets are ports with one in between each time.
+func sockets(first, last, step int) (out []uint16) {
+	for p := first; p <= last; p += step {
+		out = append(out, uint16(p))
+	}
+	return out
+}
+
+func TestChoosePorts(t *testing.T) {
+	stock := []darwin.PortRange{{First: 49152, Last: 65535}, {First: 49152, Last: 65535}}
+	for name, tt := range map[string]struct {
+		now       darwin.PortRange
+		ephemeral []darwin.PortRange
+		taken     []uint16
+		want      darwin.PortRange
+		crowded   bool
+		none      bool
+	}{
+		"as macOS ships":                {ephemeral: stock, want: defaultPorts},
+		"low sockets":                   {ephemeral: stock, taken: []uint16{22, 500, 5353, 19999, 60000}, want: defaultPorts},
+		"Tailscale":                     {ephemeral: stock, taken: []uint16{41641}, want: darwin.PortRange{First: 20000, Last: 41640}},
+		"two programs":                  {ephemeral: stock, taken: []uint16{25000, 41641, 25000}, want: darwin.PortRange{First: 25001, Last: 41640}},
+		"the edges":                     {ephemeral: stock, taken: []uint16{20000, 49151}, want: darwin.PortRange{First: 20001, Last: 49150}},
+		"stays":                         {now: darwin.PortRange{First: 20000, Last: 25000}, ephemeral: stock, want: darwin.PortRange{First: 20000, Last: 25000}},
+		"moves":                         {now: darwin.PortRange{First: 20000, Last: 25000}, ephemeral: stock, taken: []uint16{22000}, want: darwin.PortRange{First: 22001, Last: 49151}},
+		"ephemeral ports from 10000 on": {ephemeral: []darwin.PortRange{{First: 10000, Last: 65535}, {First: 49152, Last: 65535}}, none: true},
+		"ephemeral ports below":         {ephemeral: []darwin.PortRange{{First: 10000, Last: 30000}, {First: 49152, Last: 65535}}, want: darwin.PortRange{First: 30001, Last: 49151}},
+		"ephemeral ports above only":    {ephemeral: []darwin.PortRange{{First: 65000, Last: 65535}, {First: 65000, Last: 65535}}, want: darwin.PortRange{First: 20000, Last: 64999}},
+		"sockets all over":              {ephemeral: stock, taken: sockets(20000, 49151, 500), want: defaultPorts, crowded: true},
+		"up to the last port":           {ephemeral: []darwin.PortRange{{First: 1024, Last: 30000}}, want: darwin.PortRange{First: 30001, Last: 65535}},
+	} {
+		got, crowded, ok := choosePorts(tt.now, tt.ephemeral, tt.taken)
+		if ok == tt.none || ok && (got != tt.want || crowded != tt.crowded) {
+			t.Errorf("%s: %v, crowded %v, %v, want %v", name, got, crowded, ok, tt.want)
+		}
+	}
+	for _, tt := range []struct {
+		port uint16
+		want darwin.PortRange
+	}{
+		{0, defaultPorts}, {51820, defaultPorts}, {20000, darwin.PortRange{First: 20001, Last: 49151}}, {49151, darwin.PortRange{First: 20000, Last: 49150}},
+		{21000, darwin.PortRange{First: 21001, Last: 49151}}, {48000, darwin.PortRange{First: 20000, Last: 47999}},
+	} {
+		if got := withoutPort(defaultPorts, tt.port); got != tt.want {
+			t.Errorf("without %d: %v, want %v", tt.port, got, tt.want)
+		}
+	}
+}
+
+// TestPortsFollowSockets has programs take ports where peers' packets leave from: the
+// rules follow, once a minute at most, and at once where the kernel itself gives the
+// ports out. Where none are left, nothing leaves, and it is said.
+func TestPortsFollowSockets(t *testing.T) { synctest.Test(t, testPortsFollowSockets) }
+
+func testPortsFollowSockets(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	m := testMesh(2, everything)
+	round := func() *policy.Ruleset {
+		time.Sleep(tick)
+		r := g.compile(m)
+		if len(g.inspect(r).Drift) > 0 {
+			g.must(g.p.Enforce(t.Context(), r))
+			if d := g.inspect(r).Drift; len(d) > 0 {
+				t.Fatalf("after enforcing: %v", d)
+			}
+			g.must(g.p.Cut(t.Context(), r, policy.Diff(nil, r)))
+		}
+		return r
+	}
+	port := uint16(0)
+	leaves := func(want darwin.PortRange) {
+		t.Helper()
+		for range 50 {
+			p := syn(first, "9.9.9.9")
+			port++
+			p.SrcPort = 1000 + port
+			if o := g.mac.Receive(p, g.p.name); !want.Contains(o.Packet.SrcPort) || o.Packet.Src != addrOf("203.0.113.1") {
+				t.Fatalf("left from %v port %d, want %v", o.Packet.Src, o.Packet.SrcPort, want)
+			}
+		}
+	}
+	g.must(g.p.Enforce(t.Context(), g.compile(m)))
+	round()
+	leaves(defaultPorts)
+	g.mac.Kernel.BindUDP(30000)
+	round()
+	leaves(defaultPorts) // a minute isn't over
+	time.Sleep(settlePorts)
+	round()
+	leaves(darwin.PortRange{First: 30001, Last: 49151})
+	before := g.p.loaded.rules
+	g.mac.Kernel.BindUDP(25000)
+	round()
+	if g.p.loaded.rules != before {
+		t.Error("a socket elsewhere loads the anchor")
+	}
+	g.mac.Kernel.SetVariable("net.inet.ip.portrange.first", "40000")
+	round()
+	leaves(darwin.PortRange{First: 30001, Last: 39999})
+
+	g.mac.Kernel.SetVariable("net.inet.ip.portrange.first", "1024")
+	r := round()
+	o := g.mac.Receive(syn(first, "9.9.9.9"), g.p.name)
+	if o.Out.Pass() {
+		t.Errorf("without a port a packet left as %v", o.Packet)
+	}
+	if ps := g.inspect(r).Problems; len(ps) != 1 || ps[0].Step != StepPorts || !strings.Contains(ps[0].Message, "no 1024 ports") {
+		t.Errorf("problems %v", ps)
+	}
+	g.mac.Kernel.SetVariable("net.inet.ip.portrange.first", "49152")
+	r = round()
+	g.clean(r)
+	for _, p := range sockets(20000, 49151, 900) {
+		g.mac.Kernel.BindTCP(p)
+	}
+	time.Sleep(settlePorts)
+	r = round()
+	leaves(defaultPorts)
+	if ps := g.inspect(r).Problems; len(ps) != 1 || ps[0].Step != StepPorts || !strings.Contains(ps[0].Message, "among all ports") {
+		t.Errorf("problems %v", ps)
+	}
+}
+
+// TestUnknownSockets has the kernel tell nothing of its sockets: the usual range
+// counts, or what was known, and it is said.
+func TestUnknownSockets(t *testing.T) {
+	g := newRig(t)
+	p := &Platform{o: PlatformOptions{Kernel: noTables{g.mac}, Now: time.Now}}
+	p.sysctl = darwin.NewSysctl(g, p.o.Kernel)
+	p.observePorts()
+	if p.ports.nat != defaultPorts || len(p.portProblems()) != 1 {
+		t.Errorf("%+v", p.ports)
+	}
+	p.o.Kernel = g.mac
+	g.mac.Kernel.BindTCP(40000)
+	p.ports.nat = darwin.PortRange{}
+	p.observePorts()
+	known := p.ports.nat
+	p.o.Kernel = noTables{g.mac}
+	p.observePorts()
+	if p.ports.nat != known || known.Contains(40000) || len(p.portProblems()) != 1 {
+		t.Errorf("%+v, before %v", p.ports, known)
+	}
+}
+
+type noTables struct{ darwin.Kernel }
+
+func (noTables) Table(string) ([]byte, error) { return nil, errors.New("not permitted") }
