@@ -3,13 +3,11 @@ package linux
 import (
 	"context"
 	"fmt"
-	"net"
 	"net/netip"
 	"slices"
 	"time"
 
 	"github.com/google/nftables"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -17,23 +15,56 @@ import (
 
 // Cut implements the daemon's contract. The table already judges each packet by
 // the opener of its flow, so that flows through the host are dead since Enforce.
-// What is left are flows to the host itself: once conntrack forgets one, the
-// host's next packet would look like a flow that the host opens. So the host's
-// end stays closed for as long as the flow would have lived. The entries stay
-// too: as long as an end sends, they remember the opener of the flow.
+// What is left:
+//
+// Entries of flows to the host itself stay: as long as an end sends, they remember
+// the opener of the flow. Once conntrack forgets one, the host's next packet would
+// look like a flow that the host opens, so the host's end stays closed for as long
+// as the flow would have lived.
+//
+// Entries of flows through the host go: a translated one takes what is sent to a
+// port of the host, for as long as the other end goes on sending. So do those that
+// would never work: flows that were opened while another program had removed the
+// table, and so aren't translated, and those with a port that may be the host's by
+// now.
 func (p *Platform) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
 	if len(narrowed) == 0 {
 		return nil
 	}
 	return p.run(ctx, func() error {
-		return p.step(ctx, StepCut, func() error {
-			dead, err := deadFlows(p.nl, r, narrowed)
-			if err != nil {
-				return err
-			}
-			return p.filter.addCut(dead)
-		})
+		return p.step(ctx, StepCut, func() error { return p.cut(ctx, r, narrowed) })
 	})
+}
+
+func (p *Platform) cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
+	theirs := map[netip.Addr]bool{}
+	for _, n := range narrowed {
+		for _, a := range n.Addresses {
+			theirs[a] = true
+		}
+	}
+	if !p.cutOnce {
+		// A helper that was killed may not have come to cut what it removed.
+		for _, f := range r.Sets().Former {
+			theirs[f.Addr()] = true
+		}
+	}
+	c := cutter{filter: p.filter, flows: p.flows, rules: r, ports: p.ports.host}
+	if err := c.all(ctx, theirs); err != nil {
+		return err
+	}
+	p.cutOnce = true
+	return nil
+}
+
+// cutter ends the flows that a ruleset refuses. What it holds is bounded, however
+// many flows there are.
+type cutter struct {
+	filter *filter
+	flows  *conntrack
+	rules  *policy.Ruleset
+	ports  hostPorts
+	dead   []deadFlow
 }
 
 // deadFlow is the host's side of a flow that was cut.
@@ -43,36 +74,72 @@ type deadFlow struct {
 	left   time.Duration
 }
 
-// deadFlows lists the flows to the host that narrowed peers opened and may not
-// open any more.
-func deadFlows(nl *netlink.Handle, r *policy.Ruleset, narrowed []policy.Narrowed) ([]deadFlow, error) {
-	theirs := map[netip.Addr]bool{}
-	for _, n := range narrowed {
-		for _, a := range n.Addresses {
-			theirs[a] = true
+const (
+	// deadAtOnce is how many flows to the host are closed in one transaction.
+	deadAtOnce = 4096
+	// searchesApart is for how many addresses the kernel is asked for IPv4 flows one
+	// by one; for more, the whole table is read once.
+	searchesApart = 16
+)
+
+// all cuts the flows of all these addresses.
+func (c *cutter) all(ctx context.Context, theirs map[netip.Addr]bool) error {
+	whole := []byte{unix.AF_INET6}
+	if len(theirs) > searchesApart {
+		whole = append(whole, unix.AF_INET)
+	}
+	for a := range theirs {
+		if a.Is4() && len(theirs) <= searchesApart {
+			if err := c.flows.each(ctx, unix.AF_INET, a, c.look); err != nil {
+				return err
+			}
 		}
 	}
-	var out []deadFlow
-	for i, inet := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
-		flows, err := nl.ConntrackTableList(netlink.ConntrackTable, inet)
+	for _, family := range whole {
+		err := c.flows.each(ctx, family, netip.Addr{}, func(e *flowEntry) error {
+			if !theirs[e.orig.src] {
+				return nil
+			}
+			return c.look(e)
+		})
 		if err != nil {
-			return nil, fmt.Errorf("list flows: %w", err)
-		}
-		for _, f := range flows {
-			if !theirs[addrOf(f.Forward.SrcIP)] || !hasPorts(f.Forward.Protocol) || r.Decide(opener(r, f)).Pass {
-				continue
-			}
-			if r.Class(addrOf(f.Forward.DstIP)) == policy.Self {
-				out = append(out, deadFlow{families[i], deadKey(f), lifetime(f)})
-			}
+			return err
 		}
 	}
-	return out, nil
+	return c.finish()
 }
 
-func addrOf(ip net.IP) netip.Addr {
-	a, _ := netip.AddrFromSlice(ip)
-	return a.Unmap()
+// look judges one flow that a peer opened.
+func (c *cutter) look(e *flowEntry) error {
+	pass := c.rules.Decide(opener(c.rules, e)).Pass
+	if c.rules.Class(e.orig.dst) != policy.Self {
+		if pass && e.translated() && (!hasPorts(e.orig.proto) || !c.ports.has(e.reply.dport)) {
+			return nil
+		}
+		return c.flows.forget(e)
+	}
+	if pass || !hasPorts(e.orig.proto) {
+		return nil
+	}
+	f := families[0]
+	if e.family == unix.AF_INET6 {
+		f = families[1]
+	}
+	c.dead = append(c.dead, deadFlow{f, deadKey(e), lifetime(e)})
+	if len(c.dead) < deadAtOnce {
+		return nil
+	}
+	return c.finish()
+}
+
+// finish takes the rest into force.
+func (c *cutter) finish() error {
+	if err := c.flows.flush(); err != nil {
+		return err
+	}
+	err := c.filter.addCut(c.dead)
+	c.dead = c.dead[:0]
+	return err
 }
 
 // hasPorts reports whether a protocol that passes has ports. ICMP needs none of
@@ -80,27 +147,26 @@ func addrOf(ip net.IP) netip.Addr {
 func hasPorts(proto uint8) bool { return proto == unix.IPPROTO_TCP || proto == unix.IPPROTO_UDP }
 
 // opener is the packet that opened a flow.
-func opener(r *policy.Ruleset, f *netlink.ConntrackFlow) policy.Packet {
+func opener(r *policy.Ruleset, e *flowEntry) policy.Packet {
 	return policy.Packet{
-		In: r.Host().Interface, Src: addrOf(f.Forward.SrcIP), Dst: addrOf(f.Forward.DstIP),
-		Proto: f.Forward.Protocol, SrcPort: f.Forward.SrcPort, DstPort: f.Forward.DstPort,
+		In: r.Host().Interface, Src: e.orig.src, Dst: e.orig.dst,
+		Proto: e.orig.proto, SrcPort: e.orig.sport, DstPort: e.orig.dport, ICMPType: e.orig.kind,
 	}
 }
 
 // deadKey is what the host's packets of the flow look like, in the layout of a
 // concatenated key: each part fills whole words of 32 bits.
-func deadKey(f *netlink.ConntrackFlow) []byte {
-	t := f.Reverse
-	port := func(p uint16) []byte { return []byte{byte(p >> 8), byte(p), 0, 0} }
-	return slices.Concat(addrOf(t.SrcIP).AsSlice(), addrOf(t.DstIP).AsSlice(),
-		[]byte{t.Protocol, 0, 0, 0}, port(t.SrcPort), port(t.DstPort))
+func deadKey(e *flowEntry) []byte {
+	t := e.reply
+	word := func(p uint16) []byte { return append(port(p), 0, 0) }
+	return slices.Concat(t.src.AsSlice(), t.dst.AsSlice(), []byte{t.proto, 0, 0, 0}, word(t.sport), word(t.dport))
 }
 
 // minLifetime covers flows that are about to end, and whose ends don't know it.
 const minLifetime = time.Minute
 
-func lifetime(f *netlink.ConntrackFlow) time.Duration {
-	return max(time.Duration(f.TimeOut)*time.Second, minLifetime)
+func lifetime(e *flowEntry) time.Duration {
+	return max(time.Duration(e.timeout)*time.Second, minLifetime)
 }
 
 // addCut closes the host's side of flows for their lifetime.
@@ -120,7 +186,7 @@ func (f *filter) addCut(dead []deadFlow) error {
 		if err != nil {
 			return err
 		}
-		if err := f.eachChunk(ns, es, f.conn.SetAddElements); err != nil {
+		if err := f.eachChunk(ns, es, f.change.SetAddElements); err != nil {
 			return err
 		}
 	}

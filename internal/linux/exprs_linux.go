@@ -5,6 +5,7 @@ import (
 
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -93,12 +94,40 @@ var loads = map[field]load{
 
 // ruleExprs turns a rule into the kernel's expressions.
 type ruleExprs struct {
-	out              []expr.Any
+	out              []expression
 	nfproto, l4proto byte
 }
 
+// expression is one that the library knows, or else its name and attributes.
+type expression struct {
+	known expr.Any
+	name  string
+	attrs []netlink.Attribute
+}
+
+// marshal encodes an expression for a table of the family inet.
+func (e expression) marshal() ([]byte, error) {
+	if e.known != nil {
+		return expr.Marshal(unix.NFPROTO_INET, e.known)
+	}
+	data, err := netlink.MarshalAttributes(e.attrs)
+	if err != nil {
+		return nil, err
+	}
+	return netlink.MarshalAttributes([]netlink.Attribute{
+		{Type: unix.NFTA_EXPR_NAME, Data: append([]byte(e.name), 0)},
+		{Type: unix.NLA_F_NESTED | unix.NFTA_EXPR_DATA, Data: data},
+	})
+}
+
+func (x *ruleExprs) add(es ...expr.Any) {
+	for _, e := range es {
+		x.out = append(x.out, expression{known: e})
+	}
+}
+
 // exprs returns the kernel's expressions for a rule.
-func exprs(r rule) ([]expr.Any, error) {
+func exprs(r rule) ([]expression, error) {
 	var x ruleExprs
 	for _, m := range r.matches {
 		if err := x.match(m); err != nil {
@@ -123,7 +152,7 @@ func (x *ruleExprs) require(l load) {
 }
 
 func (x *ruleExprs) compare(l load, op expr.CmpOp, value []byte) {
-	x.out = append(x.out, l.into(unix.NFT_REG_1), &expr.Cmp{Op: op, Register: unix.NFT_REG_1, Data: value})
+	x.add(l.into(unix.NFT_REG_1), &expr.Cmp{Op: op, Register: unix.NFT_REG_1, Data: value})
 }
 
 func (x *ruleExprs) match(m match) error {
@@ -144,6 +173,9 @@ func (x *ruleExprs) match(m match) error {
 		x.masked(l, m.value, expr.CmpOpNeq, make([]byte, l.size))
 	case inside:
 		x.masked(l, m.mask, expr.CmpOpEq, m.value)
+	case outside:
+		x.add(l.into(unix.NFT_REG_1),
+			&expr.Range{Op: expr.CmpOpNeq, Register: unix.NFT_REG_1, FromData: m.value, ToData: m.mask})
 	case present:
 		x.compare(l, expr.CmpOpEq, []byte{1})
 	case found:
@@ -155,7 +187,7 @@ func (x *ruleExprs) match(m match) error {
 }
 
 func (x *ruleExprs) masked(l load, mask []byte, op expr.CmpOp, value []byte) {
-	x.out = append(x.out, l.into(unix.NFT_REG_1),
+	x.add(l.into(unix.NFT_REG_1),
 		&expr.Bitwise{SourceRegister: unix.NFT_REG_1, DestRegister: unix.NFT_REG_1, Len: l.size, Mask: mask, Xor: make([]byte, l.size)},
 		&expr.Cmp{Op: op, Register: unix.NFT_REG_1, Data: value})
 }
@@ -168,10 +200,10 @@ func (x *ruleExprs) lookup(m match) {
 	reg := first
 	for _, f := range m.fields {
 		l := loads[f]
-		x.out = append(x.out, l.into(reg))
+		x.add(l.into(reg))
 		reg += (l.size + 3) / 4
 	}
-	x.out = append(x.out, &expr.Lookup{SourceRegister: first, SetName: m.text, Invert: m.op == notInSet})
+	x.add(&expr.Lookup{SourceRegister: first, SetName: m.text, Invert: m.op == notInSet})
 }
 
 // tcpMSS is the kind of the TCP option of the maximum segment size (RFC 9293).
@@ -185,12 +217,28 @@ var verdicts = map[verb]expr.VerdictKind{
 func (x *ruleExprs) action(a action) {
 	switch a.verb {
 	case masquerade:
-		x.out = append(x.out, &expr.Masq{})
+		x.add(
+			&expr.Immediate{Register: unix.NFT_REG_1, Data: port(a.ports.first)},
+			&expr.Immediate{Register: unix.NFT_REG_2, Data: port(a.ports.last)})
+		x.out = append(x.out, masqueradeTo(unix.NFT_REG_1, unix.NFT_REG_2))
 	case clamp:
-		x.out = append(x.out,
+		x.add(
 			&expr.Immediate{Register: unix.NFT_REG_1, Data: binaryutil.BigEndian.PutUint16(a.mss)},
 			&expr.Exthdr{SourceRegister: unix.NFT_REG_1, Type: tcpMSS, Offset: 2, Len: 2, Op: expr.ExthdrOpTcpopt})
 	default:
-		x.out = append(x.out, &expr.Verdict{Kind: verdicts[a.verb], Chain: a.chain})
+		x.add(&expr.Verdict{Kind: verdicts[a.verb], Chain: a.chain})
 	}
+}
+
+// masqueradeTo translates the source to the address of the interface that a packet
+// leaves by, and to a port drawn at random between those in two registers, both
+// included. The library's own expression leaves the flags away where there are
+// ports, and without the first of these the kernel doesn't look at them.
+func masqueradeTo(first, last uint32) expression {
+	const flags = unix.NF_NAT_RANGE_PROTO_SPECIFIED | unix.NF_NAT_RANGE_PROTO_RANDOM_FULLY
+	return expression{name: "masq", attrs: []netlink.Attribute{
+		{Type: unix.NFTA_MASQ_FLAGS, Data: binaryutil.BigEndian.PutUint32(flags)},
+		{Type: unix.NFTA_MASQ_REG_PROTO_MIN, Data: binaryutil.BigEndian.PutUint32(first)},
+		{Type: unix.NFTA_MASQ_REG_PROTO_MAX, Data: binaryutil.BigEndian.PutUint32(last)},
+	}}
 }

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/userdata"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -31,6 +30,8 @@ type filter struct {
 	conn *nftables.Conn
 	// sock is conn's socket, for its deadlines.
 	sock *netlink.Conn
+	// change encodes what is changed, and sends nothing; see transaction.
+	change transaction
 	// dump reads rules as the kernel gives them.
 	dump *netlink.Conn
 	// loaded is what we believe is in the kernel, nil when we don't know.
@@ -50,7 +51,6 @@ func openFilter() (*filter, error) {
 	var sock *netlink.Conn
 	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(
 		func(c *netlink.Conn) error { sock = c; return nil },
-		func(c *netlink.Conn) error { return c.SetWriteBuffer(sendBuffer) },
 		func(c *netlink.Conn) error { return c.SetReadBuffer(receiveBuffer) },
 	))
 	if err != nil {
@@ -60,10 +60,16 @@ func openFilter() (*filter, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open nftables: %w", err), conn.CloseLasting())
 	}
-	return &filter{conn: conn, sock: sock, dump: dump}, nil
+	change, err := newTransaction()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open nftables: %w", err), dump.Close(), conn.CloseLasting())
+	}
+	return &filter{conn: conn, sock: sock, change: change, dump: dump}, nil
 }
 
-func (f *filter) close() error { return errors.Join(f.conn.CloseLasting(), f.dump.Close()) }
+func (f *filter) close() error {
+	return errors.Join(f.conn.CloseLasting(), f.change.wire.Close(), f.dump.Close())
+}
 
 func ourTable() *nftables.Table {
 	return &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
@@ -135,20 +141,19 @@ func (f *filter) replace(t *table) error {
 	}
 	ours := ourTable()
 	// Deleting what doesn't exist is an error, adding what exists isn't.
-	f.conn.AddTable(ours)
-	f.conn.DelTable(ours)
-	f.conn.AddTable(ours)
+	f.change.AddTable(ours)
+	f.change.DelTable(ours)
+	f.change.AddTable(ours)
 	for i := range t.sets {
 		if err := f.addSet(ours, &t.sets[i], cut[t.sets[i].name]); err != nil {
 			return err
 		}
 	}
-	chains := map[string]*nftables.Chain{}
 	for _, c := range t.chains {
-		chains[c.name] = f.conn.AddChain(nftChain(ours, c))
+		f.change.AddChain(nftChain(ours, c))
 	}
 	for _, c := range t.chains {
-		if err := f.addRules(ours, chains[c.name], c.rules); err != nil {
+		if err := f.addRules(c.rules, c.name); err != nil {
 			return err
 		}
 	}
@@ -209,10 +214,10 @@ func (f *filter) addSet(ours *nftables.Table, s *set, kept []nftables.SetElement
 	if err != nil {
 		return err
 	}
-	if err := f.conn.AddSet(ns, nil); err != nil {
+	if err := f.change.AddSet(ns, nil); err != nil {
 		return fmt.Errorf("add set %s: %w", s.name, err)
 	}
-	return f.eachChunk(ns, append(nftElements(s.elements), kept...), f.conn.SetAddElements)
+	return f.eachChunk(ns, append(nftElements(s.elements), kept...), f.change.SetAddElements)
 }
 
 func (f *filter) eachChunk(ns *nftables.Set, es []nftables.SetElement, do func(*nftables.Set, []nftables.SetElement) error) error {
@@ -224,17 +229,11 @@ func (f *filter) eachChunk(ns *nftables.Set, es []nftables.SetElement, do func(*
 	return nil
 }
 
-func (f *filter) addRules(ours *nftables.Table, nc *nftables.Chain, rules []rule) error {
+func (f *filter) addRules(rules []rule, to string) error {
 	for _, r := range rules {
-		x, err := exprs(r)
-		if err != nil {
+		if err := f.change.addRule(r, to); err != nil {
 			return err
 		}
-		nr := &nftables.Rule{Table: ours, Chain: nc, Exprs: x}
-		if r.comment != "" {
-			nr.UserData = userdata.AppendString(nil, userdata.TypeComment, r.comment)
-		}
-		f.conn.AddRule(nr)
 	}
 	return nil
 }
@@ -365,10 +364,10 @@ func (f *filter) update(t *table, changes []change) error {
 		if err != nil {
 			return err
 		}
-		if err := f.eachChunk(ns, nftElements(c.remove), f.conn.SetDeleteElements); err != nil {
+		if err := f.eachChunk(ns, nftElements(c.remove), f.change.SetDeleteElements); err != nil {
 			return err
 		}
-		if err := f.eachChunk(ns, nftElements(c.add), f.conn.SetAddElements); err != nil {
+		if err := f.eachChunk(ns, nftElements(c.add), f.change.SetAddElements); err != nil {
 			return err
 		}
 	}
@@ -383,8 +382,8 @@ func (f *filter) update(t *table, changes []change) error {
 // remove deletes our table; that there is none is no error.
 func (f *filter) remove() error {
 	f.loaded = nil
-	f.conn.AddTable(ourTable())
-	f.conn.DelTable(ourTable())
+	f.change.AddTable(ourTable())
+	f.change.DelTable(ourTable())
 	if err := f.commit(); err != nil {
 		return fmt.Errorf("delete table inet %s: %w", tableName, err)
 	}
@@ -433,7 +432,7 @@ func (f *filter) commit() error {
 	if err != nil {
 		return err
 	}
-	if err := f.conn.Flush(); err != nil {
+	if err := f.change.send(); err != nil {
 		return err
 	}
 	after, err := f.generation()

@@ -43,6 +43,7 @@ func (p *Platform) inspect(r *policy.Ruleset) (platform.Report, error) {
 	}
 	add(StepForwarding, p.forward.drift(n))
 	report.Problems, err = p.obstacles(r)
+	report.Problems = append(report.Problems, p.portProblems()...)
 	return report, err
 }
 
@@ -56,7 +57,8 @@ func (p *Platform) driftTable(r *policy.Ruleset) ([]string, error) {
 			return []string{"another ruleset is loaded"}, nil
 		}
 	}
-	return p.filter.drift()
+	differs, err := p.filter.drift()
+	return append(differs, p.driftPorts()...), err
 }
 
 func (p *Platform) driftLink(r *policy.Ruleset) ([]string, error) {

@@ -72,6 +72,7 @@ const (
 	notInSet
 	hasBits // one of the value's bits is set
 	inside  // the value is an address, and the mask's bits of it are the same
+	outside // not from the value to the mask, both included
 	present // the header or option is in the packet
 	found   // for returnPath: there is one
 )
@@ -83,7 +84,7 @@ type match struct {
 	fields []field // more than one: their concatenation, looked up in a set
 	op     op
 	value  []byte // as the kernel wants it
-	mask   []byte // for inside
+	mask   []byte // for inside; for outside the last value
 	text   string // the value or set as printed
 }
 
@@ -96,7 +97,7 @@ func (m match) String() string {
 	switch m.op {
 	case equal, hasBits, inside:
 		return left + " " + m.text
-	case unequal:
+	case unequal, outside:
 		return left + " != " + m.text
 	case inSet:
 		return left + " @" + m.text
@@ -125,6 +126,13 @@ func within(f field, p netip.Prefix) match {
 	}
 	return match{fields: []field{f}, op: inside, value: p.Addr().AsSlice(), mask: mask, text: p.String()}
 }
+func beside(f field, r portRange) match {
+	return match{fields: []field{f}, op: outside, value: port(r.first), mask: port(r.last), text: r.String()}
+}
+
+// port is a port as packets have it.
+func port(p uint16) []byte { return []byte{byte(p >> 8), byte(p)} }
+
 func exists(f field) match { return match{fields: []field{f}, op: present} }
 func in(set string, fs ...field) match {
 	return match{fields: fs, op: inSet, text: set}
@@ -158,8 +166,9 @@ func bits(text string, v uint32) value {
 // action is what a rule does when all its matches hold.
 type action struct {
 	verb  verb
-	chain string // of jump and goto
-	mss   uint16 // of clamp, in bytes
+	chain string    // of jump and goto
+	mss   uint16    // of clamp, in bytes
+	ports portRange // of masquerade
 }
 
 type verb uint8
@@ -182,6 +191,8 @@ func (a action) String() string {
 		return verbTexts[a.verb] + " " + a.chain
 	case clamp:
 		return fmt.Sprintf("%s %d", verbTexts[a.verb], a.mss)
+	case masquerade:
+		return fmt.Sprintf("%s to :%v fully-random", verbTexts[a.verb], a.ports)
 	}
 	return verbTexts[a.verb]
 }

@@ -275,3 +275,8 @@ func (h hostRouting) chosen() []routeEntry {
 	}
 	return out
 }
+
+func addrOf(ip net.IP) netip.Addr {
+	a, _ := netip.AddrFromSlice(ip)
+	return a.Unmap()
+}

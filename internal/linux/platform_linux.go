@@ -47,6 +47,8 @@ type Platform struct {
 	spent   bool
 	unbind  func()
 	filter  *filter
+	flows   *conntrack
+	ports   ports
 	forward *forwarding
 	lock    io.Closer // nil while this isn't the host's helper
 
@@ -57,8 +59,12 @@ type Platform struct {
 
 	enforced *policy.Ruleset
 	// last is the ruleset that was last in force, the closed one included.
-	last  *policy.Ruleset
-	watch watchState
+	last *policy.Ruleset
+	// loadedPorts is the range of ports in the table that was enforced last.
+	loadedPorts portRange
+	// cutOnce says that flows of an earlier helper's time were cut.
+	cutOnce bool
+	watch   watchState
 }
 
 // New returns a platform; it changes nothing yet. It fails where the kernel's
@@ -99,7 +105,7 @@ func New(o Options) (*Platform, error) {
 
 // dial opens the sockets.
 func (p *Platform) dial() (err error) {
-	if p.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE, unix.NETLINK_NETFILTER); err != nil {
+	if p.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
 		return fmt.Errorf("open netlink: %w", err)
 	}
 	if p.xfrm, err = netlink.NewHandle(unix.NETLINK_XFRM); err != nil {
@@ -110,6 +116,12 @@ func (p *Platform) dial() (err error) {
 	}
 	if p.routes, err = dialRoutes(); err != nil {
 		return err
+	}
+	if p.flows, err = openConntrack(); err != nil {
+		return err
+	}
+	if p.ports.diag, err = mdlayher.Dial(unix.NETLINK_SOCK_DIAG, nil); err != nil {
+		return fmt.Errorf("open netlink: %w", err)
 	}
 	p.watch, err = openWatch()
 	return err
@@ -307,7 +319,7 @@ func (p *Platform) found() policy.Families {
 }
 
 func (p *Platform) params() params {
-	return params{mtu: p.cfg.MTU, transit4: p.forward.transit4(p.name), uid: uint32(os.Geteuid())}
+	return params{mtu: p.cfg.MTU, transit4: p.forward.transit4(p.name), uid: uint32(os.Geteuid()), ports: p.ports.now, around: p.ports.around}
 }
 
 func (p *Platform) makeInterface(cfg platform.Interface) (err error) {
@@ -342,6 +354,9 @@ func (p *Platform) observe() (policy.Host, error) {
 	h.Resolvers = readResolvers(p.o.ResolverFiles)
 	h.Forwarding = policy.Families{IPv4: true, IPv6: p.hasIPv6()}
 	h.FoundForwarding = p.found()
+	if err := p.observePorts(&h); err != nil {
+		return policy.Host{}, fmt.Errorf("observe host: %w", err)
+	}
 	return h, nil
 }
 
@@ -431,13 +446,13 @@ func (p *Platform) setAddresses(r *policy.Ruleset, ipv6 bool) error {
 func (p *Platform) enforceTable(ctx context.Context, r *policy.Ruleset) error {
 	t := compile(r, p.params())
 	if p.filter.holds(t) {
-		p.enforced, p.last = r, r
+		p.enforced, p.last, p.loadedPorts = r, r, p.ports.now
 		return nil
 	}
 	err := p.step(ctx, StepTable, func() error { return p.filter.apply(t) })
 	switch {
 	case err == nil:
-		p.enforced, p.last = r, r
+		p.enforced, p.last, p.loadedPorts = r, r, p.ports.now
 		return nil
 	case ctx.Err() != nil:
 		return err // Enforce closes
@@ -566,6 +581,12 @@ func (p *Platform) release() error {
 	}
 	if p.routes != nil {
 		errs = append(errs, p.routes.Close())
+	}
+	if p.flows != nil {
+		errs = append(errs, p.flows.close())
+	}
+	if p.ports.diag != nil {
+		errs = append(errs, p.ports.diag.Close())
 	}
 	if p.watch.route != nil {
 		errs = append(errs, p.watch.close())

@@ -19,7 +19,10 @@ const (
 	// afterConntrack: flows are known (-200), redirects not yet done (-100).
 	afterConntrack = -150
 	filtering      = 0
-	sourceNAT      = 100
+	// sourceNAT is before other programs' source translation (100): the first rule
+	// that translates a flow is the only one, and a masquerade of all that leaves by
+	// the uplink would give a peer's flow any port.
+	sourceNAT = 90
 	// afterNAT: other programs' translation is done.
 	afterNAT = 300
 )
@@ -57,13 +60,18 @@ type params struct {
 	transit4, transit6 []string
 	// uid is the user that WireGuard's sockets belong to.
 	uid uint32
+	// ports are those that new flows of peers leave from. Without any, none leaves.
+	// Running ones may have any port of around.
+	ports, around portRange
 }
 
 // Text returns the nftables ruleset that enforces r, in nft's language, for
 // reading: the program nft has no words for comparing what an ICMP error quotes
-// with addresses, which the kernel can do. mtu is the mesh interface's, in bytes.
+// with addresses, which the kernel can do, and it allows no ports with ICMP, whose
+// identifiers the kernel treats like them. mtu is the mesh interface's, in bytes.
+// The ports of peers' translated flows are those of a host with Linux's defaults.
 func Text(r *policy.Ruleset, mtu int) string {
-	return compile(r, params{mtu: mtu}).String()
+	return compile(r, params{mtu: mtu, ports: defaultPorts, around: defaultPorts}).String()
 }
 
 // family holds what differs between IPv4 and IPv6.
@@ -557,8 +565,9 @@ func (c *compiler) unclaimed(f family) {
 func (c *compiler) leave() {
 	n := c.hook("source_nat", "nat", "postrouting", sourceNAT)
 	for _, f := range families {
-		n.add(action{verb: masquerade}, "", isNot(oifname, c.mesh), in("peers"+f.suffix, f.src))
+		n.branch("translate", isNot(oifname, c.mesh), in("peers"+f.suffix, f.src))
 	}
+	c.translate()
 
 	e := c.hook("egress", "filter", "postrouting", afterNAT)
 	e.accept("", is(oifname, c.mesh))
@@ -567,8 +576,32 @@ func (c *compiler) leave() {
 		e.drop("untranslated", in("peers"+f.suffix, f.src))
 		e.drop("in clear", in("peers"+f.suffix, f.dst))
 	}
+	// Another program's translation may have been first, and an older flow may be
+	// from a time when the host had other ports. Kernels before 5.7 don't know here where a
+	// packet came in.
+	for _, proto := range [...]value{tcp, udp} {
+		if c.ports.size() > 0 {
+			e.drop("a peer's, from a port that may be the host's", is(iifname, c.mesh), is(l4proto, proto), beside(sport, c.around))
+		}
+	}
 	c.tunnel(e)
 	for _, f := range families {
 		c.unassigned(e, f)
+	}
+}
+
+// translate gives peers' flows a port that can't be the host's, drawn at random, so
+// that no answer to the host comes to them and the host always has ports left for
+// itself. Identifiers of pings are in the same range for the same reason.
+func (c *compiler) translate() {
+	t := c.chain("translate")
+	if c.ports.size() == 0 {
+		return
+	}
+	to := func(ms ...match) { t.add(action{verb: masquerade, ports: c.ports}, "", ms...) }
+	to(is(l4proto, tcp))
+	to(is(l4proto, udp))
+	for _, f := range families {
+		to(is(nfproto, f.proto), is(l4proto, f.icmpProto))
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	mdlayher "github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/platform"
@@ -203,7 +204,7 @@ func ask[T any](ctx context.Context, p *Platform, do func() (T, error)) (T, erro
 // bind makes ctx end what waits at the sockets, until unbind is called.
 func (p *Platform) bind(ctx context.Context) {
 	end, bounded := ctx.Deadline()
-	conns := []interface{ SetDeadline(time.Time) error }{p.filter.sock, p.filter.dump, p.routes}
+	conns := []interface{ SetDeadline(time.Time) error }{p.filter.sock, p.filter.change.wire, p.filter.dump, p.routes, p.ports.diag, p.flows.dump}
 	for _, c := range conns {
 		_ = c.SetDeadline(end) // the zero time is none
 	}
@@ -267,8 +268,19 @@ func (p *Platform) reopen() error {
 	if err != nil {
 		return errors.Join(err, f.close())
 	}
+	flows, err := openConntrack()
+	if err != nil {
+		return errors.Join(err, routes.Close(), f.close())
+	}
+	diag, err := mdlayher.Dial(unix.NETLINK_SOCK_DIAG, nil)
+	if err != nil {
+		return errors.Join(err, flows.close(), routes.Close(), f.close())
+	}
 	_ = p.filter.close()
 	_ = p.routes.Close()
+	_ = p.flows.close()
+	_ = p.ports.diag.Close()
 	*p.filter, p.routes, p.spent = *f, routes, false
+	p.flows, p.ports.diag = flows, diag
 	return nil
 }

@@ -198,6 +198,16 @@ func (t *Tunnel) Renew() error {
 	return err
 }
 
+// ListenPort is the UDP port of the tunnel's own packets.
+func (t *Tunnel) ListenPort() (uint16, error) {
+	answer, err := t.uapi("get=1\n")
+	if err != nil {
+		return 0, err
+	}
+	port, err := strconv.ParseUint(answer["listen_port"], 10, 16)
+	return uint16(port), err
+}
+
 // LastHandshake is when a peer of the tunnel last completed a handshake; the
 // zero time for never. Only for a tunnel with one peer.
 func (t *Tunnel) LastHandshake() (time.Time, error) {

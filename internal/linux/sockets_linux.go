@@ -1,0 +1,130 @@
+package linux
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// States of sockets as the kernel numbers them (include/net/tcp_states.h). A UDP
+// socket is in "close" while it is bound, and "established" once it is connected.
+const (
+	tcpListen = 10
+	anyState  = 0xffff
+)
+
+// Sizes and offsets of inet_diag_req_v2 and inet_diag_msg (linux/inet_diag.h).
+const (
+	diagRequest  = 56
+	diagMessage  = 72
+	diagPort     = 4  // the socket's own port, behind family, state, timer and retrans
+	diagByFamily = 20 // SOCK_DIAG_BY_FAMILY (linux/sock_diag.h)
+)
+
+// sockets are the kinds of sockets that a peer's answer could be meant for: UDP
+// ones, and TCP ones that listen. A connected TCP socket has its own flow in
+// conntrack, which no other flow's translation gets the addresses and ports of.
+var sockets = []struct {
+	family, proto uint8
+	states        uint32
+	file          string // in /proc/net, where the kernel has no module for netlink
+}{
+	{unix.AF_INET, unix.IPPROTO_UDP, anyState, "udp"},
+	{unix.AF_INET6, unix.IPPROTO_UDP, anyState, "udp6"},
+	{unix.AF_INET, unix.IPPROTO_TCP, 1 << tcpListen, "tcp"},
+	{unix.AF_INET6, unix.IPPROTO_TCP, 1 << tcpListen, "tcp6"},
+}
+
+// boundPorts returns the ports that sockets of the host are bound to, each as a
+// range of one.
+func boundPorts(diag *netlink.Conn) ([]portRange, error) {
+	have := map[uint16]bool{}
+	for _, s := range sockets {
+		ports, err := diagPorts(diag, s.family, s.proto, s.states)
+		if err != nil {
+			if ports, err = procPorts(s.file, s.states); errors.Is(err, os.ErrNotExist) {
+				continue // no IPv6
+			}
+		}
+		if err != nil {
+			return nil, fmt.Errorf("list sockets: %w", err)
+		}
+		for _, p := range ports {
+			have[p] = true
+		}
+	}
+	delete(have, 0)
+	out := make([]portRange, 0, len(have))
+	for p := range have {
+		out = append(out, portRange{p, p})
+	}
+	return out, nil
+}
+
+// diagPorts asks the kernel for the ports of sockets in some states (sock_diag(7)).
+func diagPorts(diag *netlink.Conn, family, proto uint8, states uint32) ([]uint16, error) {
+	request := make([]byte, diagRequest)
+	request[0], request[1] = family, proto
+	binary.NativeEndian.PutUint32(request[4:], states)
+	ms, err := diag.Execute(netlink.Message{
+		Header: netlink.Header{Type: diagByFamily, Flags: netlink.Request | netlink.Dump},
+		Data:   request,
+	})
+	if err != nil {
+		return nil, err
+	}
+	var out []uint16
+	for _, m := range ms {
+		if len(m.Data) >= diagMessage {
+			out = append(out, binary.BigEndian.Uint16(m.Data[diagPort:]))
+		}
+	}
+	return out, nil
+}
+
+// procPorts reads the same from /proc/net, where a whole table is printed.
+func procPorts(file string, states uint32) ([]uint16, error) {
+	b, err := os.ReadFile("/proc/thread-self/net/" + file)
+	if err != nil {
+		return nil, err
+	}
+	return parseProcPorts(string(b), states)
+}
+
+// parseProcPorts reads lines such as
+//
+//	0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 ...
+//
+// below one of titles (proc(5)): number, local address and port, the other end's,
+// state.
+func parseProcPorts(text string, states uint32) ([]uint16, error) {
+	var out []uint16
+	for i, line := range strings.Split(text, "\n") {
+		fields := strings.Fields(line)
+		if i == 0 || len(fields) == 0 {
+			continue
+		}
+		if len(fields) < 4 {
+			return nil, fmt.Errorf("read line %q: want four fields", line)
+		}
+		_, port, _ := strings.Cut(fields[1], ":")
+		p, err := strconv.ParseUint(port, 16, 16)
+		if err != nil {
+			return nil, fmt.Errorf("read port of line %q: %w", line, err)
+		}
+		state, err := strconv.ParseUint(fields[3], 16, 4)
+		if err != nil {
+			return nil, fmt.Errorf("read state of line %q: %w", line, err)
+		}
+		if states&(1<<state) != 0 {
+			out = append(out, uint16(p))
+		}
+	}
+	return out, nil
+}

@@ -1,0 +1,145 @@
+package linux
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"syscall"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/userdata"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// transaction collects changes of nftables and sends them as one. The library
+// encodes tables, chains, sets and elements; rules are encoded here, because they
+// have expressions that the library doesn't know.
+type transaction struct {
+	// Conn encodes and sends nothing: whatever it would send is caught.
+	*nftables.Conn
+	caught *[]netlink.Message
+	wire   *netlink.Conn
+}
+
+// errCaught ends the library's own sending.
+var errCaught = errors.New("caught")
+
+func newTransaction() (transaction, error) {
+	t := transaction{caught: new([]netlink.Message)}
+	var err error
+	t.Conn, err = nftables.New(nftables.WithTestDial(func(ms []netlink.Message) ([]netlink.Message, error) {
+		for _, m := range ms {
+			if m.Header.Type != unix.NFNL_MSG_BATCH_BEGIN && m.Header.Type != unix.NFNL_MSG_BATCH_END {
+				*t.caught = append(*t.caught, m)
+			}
+		}
+		return nil, errCaught
+	}))
+	if err != nil {
+		return t, err
+	}
+	if t.wire, err = netlink.Dial(unix.NETLINK_NETFILTER, nil); err != nil {
+		return t, err
+	}
+	if err = errors.Join(t.wire.SetWriteBuffer(sendBuffer), t.wire.SetReadBuffer(receiveBuffer)); err != nil {
+		return t, errors.Join(err, t.wire.Close())
+	}
+	return t, nil
+}
+
+// catch takes over what the library has encoded so far, so that order is kept.
+func (t *transaction) catch() error {
+	if err := t.Conn.Flush(); err != nil && !errors.Is(err, errCaught) {
+		return err
+	}
+	return nil
+}
+
+// addRule appends a rule to a chain of our table.
+func (t *transaction) addRule(r rule, chain string) error {
+	if err := t.catch(); err != nil {
+		return err
+	}
+	m, err := ruleMessage(r, chain)
+	if err != nil {
+		return fmt.Errorf("rule %q: %w", r, err)
+	}
+	*t.caught = append(*t.caught, m)
+	return nil
+}
+
+// ruleMessage encodes a rule (NFT_MSG_NEWRULE of linux/netfilter/nf_tables.h).
+func ruleMessage(r rule, chain string) (netlink.Message, error) {
+	es, err := exprs(r)
+	if err != nil {
+		return netlink.Message{}, err
+	}
+	list := make([]netlink.Attribute, len(es))
+	for i, e := range es {
+		b, err := e.marshal()
+		if err != nil {
+			return netlink.Message{}, err
+		}
+		list[i] = netlink.Attribute{Type: unix.NLA_F_NESTED | unix.NFTA_LIST_ELEM, Data: b}
+	}
+	body, err := netlink.MarshalAttributes(list)
+	if err != nil {
+		return netlink.Message{}, err
+	}
+	attrs := []netlink.Attribute{
+		{Type: unix.NFTA_RULE_TABLE, Data: append([]byte(tableName), 0)},
+		{Type: unix.NFTA_RULE_CHAIN, Data: append([]byte(chain), 0)},
+		{Type: unix.NLA_F_NESTED | unix.NFTA_RULE_EXPRESSIONS, Data: body},
+	}
+	if r.comment != "" {
+		attrs = append(attrs, netlink.Attribute{Type: unix.NFTA_RULE_USERDATA,
+			Data: userdata.AppendString(nil, userdata.TypeComment, r.comment)})
+	}
+	data, err := netlink.MarshalAttributes(attrs)
+	if err != nil {
+		return netlink.Message{}, err
+	}
+	return netlink.Message{
+		Header: netlink.Header{
+			Type:  unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWRULE,
+			Flags: netlink.Request | netlink.Acknowledge | netlink.Create | netlink.Append,
+		},
+		Data: append([]byte{unix.NFPROTO_INET, unix.NFNETLINK_V0, 0, 0}, data...),
+	}, nil
+}
+
+// send sends all that was collected as one transaction, and returns the kernel's
+// errors about it.
+func (t *transaction) send() error {
+	err := t.catch()
+	ms := *t.caught
+	*t.caught = nil
+	if err != nil || len(ms) == 0 {
+		return err
+	}
+	edge := func(kind netlink.HeaderType) netlink.Message {
+		return netlink.Message{Header: netlink.Header{Type: kind, Flags: netlink.Request},
+			Data: []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, unix.NFNL_SUBSYS_NFTABLES}}
+	}
+	batch := append([]netlink.Message{edge(unix.NFNL_MSG_BATCH_BEGIN)}, ms...)
+	for i := range batch {
+		batch[i].Header.Sequence, batch[i].Header.PID, batch[i].Header.Length = 0, 0, 0
+	}
+	if _, err := t.wire.SendMessages(append(batch, edge(unix.NFNL_MSG_BATCH_END))); err != nil {
+		return fmt.Errorf("send: %w", err)
+	}
+	var failed error
+	for _, m := range ms {
+		if m.Header.Flags&netlink.Acknowledge == 0 {
+			continue
+		}
+		// These come once, whatever else was in the transaction.
+		_, err := t.wire.Receive()
+		if errors.Is(err, os.ErrPermission) || errors.Is(err, syscall.ENOBUFS) {
+			return err
+		}
+		failed = errors.Join(failed, err)
+	}
+	return failed
+}

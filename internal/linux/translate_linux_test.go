@@ -1,0 +1,281 @@
+package linux
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/netlab"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// TestNoFlowTakesWhatIsSentToTheHost has ann send from the ports that the host's
+// own sockets have, to hosts that these talk with: what those answer, or send first,
+// still reaches the host's sockets, and ann hears nothing of it.
+func TestNoFlowTakesWhatIsSentToTheHost(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	defer w.close()
+	a := netlab.Addresses()
+	n := 0
+	// WireGuard's port, a privileged one, one that is listened on, and a local one.
+	for _, p := range []uint16{51820, 123, 5353, 40000} {
+		for i, host := range a.BUplink.List() {
+			own := netip.AddrPortFrom(host, p)
+			w.socket(own)
+			w.enforce(mesh(grants{ann: policy.Routing}))
+			far, peer := netip.AddrPortFrom(a.I.List()[i], 51820), []netip.Addr{ann4, ann6}[i]
+			n++
+			w.inject(netlab.UDPPacket(netip.AddrPortFrom(peer, p), far, word(n)))
+			w.settle([][]byte{word(n)})
+			got := w.arrivals(word(n))
+			if len(got) != 1 || got[0].packet.Src != host {
+				t.Fatalf("ann's packet came out at %v", got)
+			}
+			if port := got[0].packet.SrcPort; !w.p.ports.now.has(port) || w.p.ports.host.has(port) {
+				t.Errorf("ann's packet from port %d left from %d, which may be the host's", p, port)
+			}
+			n++
+			w.send(netlab.Uplink, netlab.UDPPacket(far, own, word(n)))
+			w.settle([][]byte{word(n)})
+			if got := w.captures(word(n)); !once(got, "host") {
+				t.Errorf("what was sent to the host's port %d came out at %v", p, got)
+			}
+			// The way back of ann's own flow works.
+			n++
+			w.send(netlab.Uplink, netlab.UDPPacket(far, netip.AddrPortFrom(host, got[0].packet.SrcPort), word(n)))
+			w.settle([][]byte{word(n)})
+			if got := w.captures(word(n)); !once(got, "mesh") {
+				t.Errorf("the answer to ann came out at %v", got)
+			}
+		}
+	}
+}
+
+// TestPortsAreDrawn sends from one port to many destinations: where a flow leaves
+// from can't be told from where it came.
+func TestPortsAreDrawn(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	defer w.close()
+	w.enforce(mesh(grants{ann: policy.Routing}))
+	ports, n := map[uint16]bool{}, 0
+	for range 40 {
+		n++
+		w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, 2000), netip.AddrPortFrom(netlab.Addresses().I.V4, uint16(n)), word(n)))
+		w.settle([][]byte{word(n)})
+		got := w.arrivals(word(n))
+		if len(got) != 1 {
+			t.Fatalf("packet %d came out at %v", n, got)
+		}
+		ports[got[0].packet.SrcPort] = true
+	}
+	if len(ports) < 35 || ports[2000] {
+		t.Errorf("40 flows from port 2000 left from %d ports, port 2000 among them: %t", len(ports), ports[2000])
+	}
+}
+
+// TestHostKeepsPorts has ann open flows to one server from every port there is: the
+// host itself still reaches that server.
+func TestHostKeepsPorts(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	defer w.close()
+	w.enforce(mesh(grants{ann: policy.Routing}))
+	far := netlab.Addresses().I.V4
+	if err := w.pic.I.Serve(); err != nil {
+		t.Fatal(err)
+	}
+	for i := 1; i < 65536; i++ {
+		port := uint16(i)
+		w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, port), netip.AddrPortFrom(far, netlab.EchoPort), []byte("flood")))
+	}
+	w.do(func() error {
+		c, err := net.Dial("udp", netip.AddrPortFrom(far, netlab.EchoPort).String())
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		for range 20 { // a datagram may be lost among so many
+			if _, err = c.Write([]byte("the host's own")); err != nil {
+				return fmt.Errorf("the host doesn't reach the server any more: %w", err)
+			}
+			c.SetReadDeadline(time.Now().Add(time.Second))
+			if _, err = c.Read(make([]byte, 100)); err == nil {
+				return nil
+			}
+		}
+		return fmt.Errorf("the server doesn't answer the host: %w", err)
+	})
+	flows := 0
+	w.do(func() error {
+		return w.p.flows.each(context.Background(), 2, ann4, func(e *flowEntry) error {
+			flows++
+			if hasPorts(e.orig.proto) && !w.p.ports.now.has(e.reply.dport) {
+				return fmt.Errorf("a flow has port %d", e.reply.dport)
+			}
+			return nil
+		})
+	})
+	t.Logf("ann had %d flows to one server", flows)
+	if flows < 1000 {
+		t.Errorf("ann has only %d flows, so nothing is proved", flows)
+	}
+}
+
+// TestPortsFollowTheHost has a program listen on a port that a flow of ann's has,
+// and then has the host take all ports for itself.
+func TestPortsFollowTheHost(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	defer w.close()
+	r := w.enforce(mesh(grants{ann: policy.Routing}))
+	far := netip.AddrPortFrom(netlab.Addresses().I.V4, 5000)
+	n := 0
+	send := func() (netlab.Packet, bool) {
+		n++
+		w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, 4000), far, word(n)))
+		deadline := time.Now().Add(5 * time.Second)
+		for len(w.arrivals(word(n))) == 0 && time.Now().Before(deadline) {
+			w.settle(nil)
+		}
+		got := w.arrivals(word(n))
+		if len(got) == 0 {
+			return netlab.Packet{}, false
+		}
+		return got[0].packet, true
+	}
+	first, ok := send()
+	if !ok {
+		t.Fatal("ann's packet didn't come out")
+	}
+	if drift := w.inspect(r).Drift; len(drift) > 0 {
+		t.Fatalf("drift: %v", drift)
+	}
+	w.socket(netip.AddrPortFrom(netlab.Addresses().BUplink.V4, first.SrcPort))
+	w.do(func() error { _, err := w.p.Observe(context.Background()); return err })
+	drift := w.inspect(r).Drift
+	if len(drift) != 1 || !strings.Contains(drift[0].Message, "took one of the ports") {
+		t.Errorf("a program that listens on a peer's port: %v", drift)
+	}
+	w.do(func() error { return w.p.Enforce(context.Background(), r) })
+	w.cut(r, []policy.Narrowed{{ID: policy.PeerID{1}, Addresses: []netip.Addr{ann4, ann6}}})
+	if drift := w.inspect(r).Drift; len(drift) > 0 {
+		t.Errorf("drift after it was repaired: %v", drift)
+	}
+	if p, ok := send(); !ok || p.SrcPort == first.SrcPort {
+		t.Errorf("ann's next packet left from port %d, came out: %t", p.SrcPort, ok)
+	}
+	n++
+	w.send(netlab.Uplink, netlab.UDPPacket(far, netip.AddrPortFrom(netlab.Addresses().BUplink.V4, first.SrcPort), word(n)))
+	w.settle([][]byte{word(n)})
+	if got := w.captures(word(n)); !once(got, "host") {
+		t.Errorf("what was sent to the program came out at %v", got)
+	}
+
+	if err := w.pic.B.SetSysctl("net.ipv4.ip_local_port_range", "1024 65535"); err != nil {
+		t.Fatal(err)
+	}
+	r = w.enforce(mesh(grants{ann: policy.Routing}))
+	if r.Decide(policy.Packet{In: meshName, Src: ann4, Dst: far.Addr(), Proto: policy.ProtoUDP, SrcPort: 1, DstPort: 2}).Pass {
+		t.Error("without a port that isn't the host's, routing is allowed")
+	}
+	if problems := w.inspect(r).Problems; len(problems) != 1 || !strings.Contains(problems[0].Message, "no 512 ports in a row") || problems[0].Hint == "" {
+		t.Errorf("problems: %v", problems)
+	}
+	n++
+	w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, 4001), far, word(n)))
+	w.settle(nil)
+	if got := w.captures(word(n)); len(got) > 0 {
+		t.Errorf("without ports, ann's packet came out at %v", got)
+	}
+	if err := w.pic.B.SetSysctl("net.ipv4.ip_local_port_range", "32768 60999"); err != nil {
+		t.Fatal(err)
+	}
+	w.enforce(mesh(grants{ann: policy.Routing}))
+	if _, ok := send(); !ok {
+		t.Error("with ports again, ann's packet doesn't come out")
+	}
+}
+
+// TestBoundPorts compares what the kernel tells by netlink with /proc/net.
+func TestBoundPorts(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	defer w.close()
+	var listeners []net.Listener
+	w.do(func() error {
+		for _, at := range []string{"127.0.0.1:2345", "[::1]:2346"} {
+			l, err := net.Listen("tcp", at)
+			if err != nil {
+				return err
+			}
+			listeners = append(listeners, l)
+		}
+		return nil
+	})
+	w.socket(netip.MustParseAddrPort("127.0.0.1:2347"))
+	w.socket(netip.MustParseAddrPort("[::1]:2348"))
+	w.do(func() error {
+		bound, err := boundPorts(w.p.ports.diag)
+		if err != nil {
+			return err
+		}
+		byProc := map[uint16]bool{}
+		for _, s := range sockets {
+			ports, err := procPorts(s.file, s.states)
+			if err != nil {
+				return err
+			}
+			for _, p := range ports {
+				byProc[p] = true
+			}
+		}
+		delete(byProc, 0)
+		for _, r := range bound {
+			if !byProc[r.first] {
+				return fmt.Errorf("port %d isn't in /proc/net", r.first)
+			}
+		}
+		if len(bound) != len(byProc) || len(bound) < 4 {
+			return fmt.Errorf("%d ports by netlink, %d in /proc/net, want 4 at least", len(bound), len(byProc))
+		}
+		return nil
+	})
+	for _, l := range listeners {
+		l.Close()
+	}
+}
+
+func FuzzParseProcPorts(f *testing.F) {
+	f.Add("  sl  local_address rem_address   st\n   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000\n", uint32(1<<tcpListen))
+	f.Fuzz(func(t *testing.T, text string, states uint32) {
+		ports, err := parseProcPorts(text, states)
+		if err == nil && len(ports) > strings.Count(text, "\n")+1 {
+			t.Errorf("%q gave %d ports", text, len(ports))
+		}
+	})
+}
+
+func FuzzParseFlow(f *testing.F) {
+	ip := appendAttr(appendAttr(nil, ctaIPv4Src, []byte{100, 64, 0, 10}), ctaIPv4Dst, []byte{192, 0, 2, 1})
+	l4 := appendAttr(appendAttr(appendAttr(nil, ctaProtoNum, []byte{17}), ctaProtoSport, []byte{1, 2}), ctaProtoDport, []byte{3, 4})
+	one := append(appendAttr(nil, ctaTupleIP, ip), appendAttr(nil, ctaTupleProto, l4)...)
+	b := append([]byte{2, 0, 0, 0}, appendAttr(nil, ctaTupleOrig, one)...)
+	b = append(b, appendAttr(nil, ctaTupleReply, one)...)
+	b = append(b, appendAttr(nil, ctaStatus, binary.BigEndian.AppendUint32(nil, ipsSourceNAT))...)
+	if e, ok := parseFlow(b); !ok || !e.translated() || e.orig.sport != 0x102 || e.reply.dport != 0x304 || e.orig.src != ann4 {
+		f.Fatalf("%+v, %t", e, ok)
+	}
+	f.Add(b)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if e, ok := parseFlow(b); ok && (!e.orig.src.IsValid() || len(e.name) > len(b)) {
+			t.Errorf("%x gave %+v", b, e)
+		}
+	})
+}
