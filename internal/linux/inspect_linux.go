@@ -2,6 +2,7 @@ package linux
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/meshhelper/meshhelper/internal/platform"
@@ -44,7 +45,9 @@ func (p *Platform) inspect(r *policy.Ruleset) (platform.Report, error) {
 	add(StepForwarding, p.forward.drift(n))
 	report.Problems, err = p.obstacles(r)
 	report.Problems = append(report.Problems, p.portProblems()...)
-	return report, err
+	full, ferr := fillProblems(p.forward.sys)
+	report.Problems = append(report.Problems, full...)
+	return report, errors.Join(err, ferr)
 }
 
 func (p *Platform) driftTable(r *policy.Ruleset) ([]string, error) {
