@@ -31,8 +31,10 @@ type Tunnel interface {
 	Sync(want []wireguard.Peer) error
 	Stats() (map[wireguard.PublicKey]wireguard.PeerStats, error)
 	ListenPort() uint16
-	// Rebind opens the sockets again after a change of networks or sleep.
+	// Rebind tells the peers where the host is after a change of networks or sleep.
 	Rebind(ctx context.Context) error
+	// Listening returns why the UDP port isn't served; nil while it is.
+	Listening() error
 	// Done is closed when the tunnel has ended, by Close or by itself.
 	Done() <-chan struct{}
 	Close()
@@ -108,9 +110,6 @@ func (o *Options) complete() error {
 	if o.Resolve == nil {
 		o.Resolve = lookup
 	}
-	if o.NewTunnel == nil {
-		o.NewTunnel = o.wireguard
-	}
 	return o.Prefixes.Validate()
 }
 
@@ -121,9 +120,10 @@ func setDefault[T comparable](value *T, standard T) {
 	}
 }
 
-func (o *Options) wireguard(dev tun.Device, key wireguard.PrivateKey, port uint16) (Tunnel, error) {
+func (d *Daemon) wireguard(dev tun.Device, key wireguard.PrivateKey, port uint16) (Tunnel, error) {
 	return wireguard.NewDevice(wireguard.Options{
-		TUN: dev, PrivateKey: key, ListenPort: port, Logger: o.Logger.With("part", "wireguard"),
+		TUN: dev, PrivateKey: key, ListenPort: port, Logger: d.opts.Logger.With("part", "wireguard"),
+		Addresses: d.mesh.own.List(), Sockets: d.sockets,
 	})
 }
 
@@ -138,6 +138,8 @@ type Daemon struct {
 	clock   *clock
 	journal *journal
 	release func() error // of the state directory
+	// sockets keep the UDP port from one tunnel to the next.
+	sockets *wireguard.Sockets
 
 	// changing serialises changes of the wanted state; nothing is waited for while it is
 	// held, the guard excepted. Reading needs no lock: a published document never changes.
@@ -211,6 +213,10 @@ func New(o Options) (*Daemon, error) {
 	d.gate.failed = func(err error) {
 		d.journal.Record(api.Event{Kind: api.EventProblem, Message: fmt.Sprintf("narrow at the guard, which is closed now: %v", err)})
 	}
+	d.sockets = wireguard.NewSockets(o.Logger.With("part", "wireguard"))
+	if d.opts.NewTunnel == nil {
+		d.opts.NewTunnel = d.wireguard
+	}
 	if err := openDir(o.StateDir); err != nil {
 		return nil, err
 	}
@@ -233,8 +239,9 @@ func New(o Options) (*Daemon, error) {
 // disk.
 const flushLimit = time.Second
 
-// Close gives the state directory back. Call it after Run.
+// Close gives the UDP port and the state directory back. Call it after Run.
 func (d *Daemon) Close() error {
+	d.sockets.Release()
 	err := d.release()
 	d.log.flush(flushLimit)
 	return err

@@ -242,9 +242,9 @@ func (l *loop) observe(ctx context.Context) (policy.Host, error) {
 	return l.d.opts.Platform.Observe(ctx)
 }
 
-// path is how WireGuard's packets leave the host. Sockets keep the source of
-// before, and routers on the way their translation of it, until the sockets are
-// opened again.
+// path is how WireGuard's packets leave the host. The tunnel answers each peer
+// from the address of before, and routers on the way keep their translation of it,
+// until the peers are told.
 type path struct {
 	uplink4, uplink6                   string
 	source4, source6, router4, router6 netip.Addr
@@ -562,8 +562,8 @@ func (l *loop) endTunnel() {
 	}
 }
 
-// wakePeers has the tunnel's sockets opened again, in a task of its own because
-// that may take seconds after a wake from sleep.
+// wakePeers has the tunnel tell the peers where the host is, in a task of its own
+// because that may take long after a wake from sleep.
 func (l *loop) wakePeers() {
 	select {
 	case l.rebind <- l.tunnel:

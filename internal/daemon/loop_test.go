@@ -453,6 +453,29 @@ func TestRebind(t *testing.T) {
 	}
 }
 
+// TestPortLost has the tunnel lose its port and find it again: status says so in
+// between, and nothing is closed for it.
+func TestPortLost(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		want := func(problems int) {
+			t.Helper()
+			r.after(2 * DefaultTick)
+			s := r.d.Status()
+			if len(s.Problems) != problems || s.State != api.Enforcing {
+				t.Errorf("%s, problems %v, want %d", s.State, s.Problems, problems)
+			}
+			if problems > 0 && (s.Problems[0].Step != "bind UDP port" || !strings.Contains(s.Problems[0].Message, "51820")) {
+				t.Errorf("problem %+v", s.Problems[0])
+			}
+		}
+		want(0)
+		r.tunnel.setSilent(errors.New("bind UDP port: 51820 over udp4: address already in use"))
+		want(1)
+		r.tunnel.setSilent(nil)
+		want(0)
+	})
+}
+
 // TestRemovedStaysIn removes a peer and changes the address of another: for a day
 // nothing is sent to the addresses that they had, over a restart too.
 func TestRemovedStaysIn(t *testing.T) {

@@ -36,6 +36,9 @@ func (l *loop) look() {
 	if l.tunnel == nil {
 		return
 	}
+	if err := l.tunnel.Listening(); err != nil {
+		l.addProblem(err)
+	}
 	if _, err := l.tunnel.Stats(); err != nil {
 		l.addProblem(err)
 		return

@@ -235,6 +235,7 @@ type fakeTunnel struct {
 	peers   []wireguard.Peer
 	stats   map[wireguard.PublicKey]wireguard.PeerStats
 	rebinds int
+	silent  error // why the port isn't served
 	refuse  error
 	// hang, if not nil, holds up Close until it is closed.
 	hang chan struct{}
@@ -267,6 +268,18 @@ func (f *fakeTunnel) setStats(key string, s wireguard.PeerStats) {
 }
 
 func (f *fakeTunnel) ListenPort() uint16 { return 51820 }
+
+func (f *fakeTunnel) Listening() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.silent
+}
+
+func (f *fakeTunnel) setSilent(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.silent = err
+}
 
 func (f *fakeTunnel) Rebind(context.Context) error {
 	f.mu.Lock()

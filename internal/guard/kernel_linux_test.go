@@ -16,7 +16,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/tun"
 	"golang.zx2c4.com/wireguard/tun/tuntest"
 
@@ -449,7 +448,7 @@ func newPipe(b *testing.B, h *kernelHost, guarded bool) *pipe {
 		}
 		keys[i] = key
 		err = h.Do(func() (err error) {
-			devices[i], err = wireguard.NewDevice(wireguard.Options{TUN: t, PrivateKey: key, Logger: slog.New(slog.DiscardHandler), Bind: conn.NewDefaultBind()})
+			devices[i], err = wireguard.NewDevice(wireguard.Options{TUN: t, PrivateKey: key, Logger: slog.New(slog.DiscardHandler)})
 			return err
 		})
 		if err != nil {

@@ -14,7 +14,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun"
 )
@@ -68,8 +67,11 @@ type Options struct {
 	PrivateKey PrivateKey   // required
 	Logger     *slog.Logger // required
 
-	ListenPort    uint16           // optional: UDP, 0 lets the system choose
-	Bind          conn.Bind        // optional: UDP sockets of the host
+	ListenPort uint16       // optional: UDP, 0 lets the system choose
+	Addresses  []netip.Addr // optional: the host's own in the mesh; see Sockets
+	// Sockets are kept by the caller, so that the port stays the host's from one
+	// device to the next.
+	Sockets       *Sockets         // optional: the device's own, closed with it
 	Now           func() time.Time // optional: time.Now
 	StatsInterval time.Duration    // optional: see Stats, one second
 }
@@ -77,8 +79,10 @@ type Options struct {
 // Device is the WireGuard device of the host: a userspace WireGuard around a
 // tun.Device. All methods may be called concurrently.
 type Device struct {
-	wg  *device.Device
-	own PublicKey
+	wg      *device.Device
+	own     PublicKey
+	sockets *Sockets
+	release func() // of the sockets, at the end
 
 	mu    sync.Mutex // serialises changes, so that peers and owner are what wg holds
 	peers map[PublicKey]Peer
@@ -99,8 +103,10 @@ func NewDevice(o Options) (*Device, error) {
 	if o.TUN == nil || o.Logger == nil || o.PrivateKey.IsZero() {
 		return nil, errors.New("start WireGuard: tunnel device, logger and private key are required")
 	}
-	if o.Bind == nil {
-		o.Bind = conn.NewDefaultBind()
+	release := func() {}
+	if o.Sockets == nil {
+		o.Sockets = NewSockets(o.Logger)
+		release = o.Sockets.Release
 	}
 	if o.Now == nil {
 		o.Now = time.Now
@@ -109,15 +115,17 @@ func NewDevice(o Options) (*Device, error) {
 		o.StatsInterval = time.Second
 	}
 	d := &Device{
-		own:   o.PrivateKey.Public(),
+		own:     o.PrivateKey.Public(),
+		sockets: o.Sockets, release: release,
 		peers: make(map[PublicKey]Peer),
 		owner: make(map[netip.Addr]PublicKey),
 	}
 	log := &logger{slog: o.Logger, now: o.Now, dropped: d.countSpoofed}
-	d.wg = device.NewDevice(o.TUN, o.Bind, log.device())
+	d.sockets.serve(o.Addresses, d.reopened)
+	d.wg = device.NewDevice(o.TUN, o.Sockets, log.device())
 	d.stats = stats{now: o.Now, interval: o.StatsInterval, read: d.readStats}
 	if err := d.start(o); err != nil {
-		d.wg.Close()
+		d.Close()
 		return nil, fmt.Errorf("start WireGuard: %w", err)
 	}
 	return d, nil
@@ -159,24 +167,6 @@ func (d *Device) ListenPort() uint16 {
 	return d.port
 }
 
-// SetListenPort moves the device to another UDP port; 0 lets the system
-// choose. When the new port can't be had the device goes back to the old one.
-func (d *Device) SetListenPort(port uint16) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if port == d.port && port != 0 {
-		return nil
-	}
-	if err := d.wg.IpcSet(listenPortLine(port)); err != nil {
-		err = fmt.Errorf("listen on UDP port %d: %w", port, err)
-		if back := d.wg.IpcSet(listenPortLine(d.port)); back != nil {
-			return errors.Join(err, fmt.Errorf("go back to UDP port %d: %w", d.port, back))
-		}
-		return err
-	}
-	return d.learnPort()
-}
-
 // Set adds peer, or changes the one with its public key, touching no other
 // peer's session. Repeating a Set does nothing. An endpoint taken back (set to
 // zero) stays in use until the peer sends from another: WireGuard has no way
@@ -210,11 +200,14 @@ func (d *Device) set(peer Peer) error {
 	}
 	learned := !known && !peer.Endpoint.IsValid() && peer.Learned.IsValid()
 	peer.Learned = netip.AddrPort{}
-	d.forget(old)
-	d.peers[peer.PublicKey] = peer
-	for _, a := range peer.Addresses.List() {
-		d.owner[a] = peer.PublicKey
+	if !known || old.Addresses != peer.Addresses {
+		d.forget(old)
+		for _, a := range peer.Addresses.List() {
+			d.owner[a] = peer.PublicKey
+		}
+		d.sockets.know(peer.Addresses.List()...)
 	}
+	d.peers[peer.PublicKey] = peer
 	d.watchSpoofed(peer.PublicKey)
 	if learned {
 		d.greet(peer.PublicKey)
@@ -295,10 +288,13 @@ func (d *Device) remove(key PublicKey) error {
 	return nil
 }
 
-// forget drops the addresses of a peer from owner.
+// forget drops the addresses of a peer, or of none, from owner.
 func (d *Device) forget(old Peer) {
 	for _, a := range old.Addresses.List() {
-		delete(d.owner, a)
+		if a.IsValid() {
+			delete(d.owner, a)
+			d.sockets.forget(a)
+		}
 	}
 }
 
@@ -363,51 +359,51 @@ func (d *Device) Peers() []Peer {
 	return peers
 }
 
-// rebindWaits are the pauses between the attempts of Rebind. After a wake from
-// sleep the network needs some seconds until a socket can be bound.
-var rebindWaits = []time.Duration{100 * time.Millisecond, 300 * time.Millisecond, time.Second, 3 * time.Second}
-
-// Rebind opens the UDP sockets again on the same port and sends a keepalive to
-// every peer with a session: for a change of networks or a wake from sleep,
-// after which sockets may be dead or bound to an address that is gone, and
-// peers don't know where the host is now. It tries five times over about five
-// seconds.
+// Rebind is for a change of networks or a wake from sleep: it replaces sockets
+// that the system ended, forgets which of the host's addresses each peer was
+// answered from, and sends a keepalive to every peer with a session, for peers
+// don't know where the host is now. It waits until the port is served, however
+// long that takes, or until ctx or the device ends.
 func (d *Device) Rebind(ctx context.Context) error {
-	for attempt := 0; ; attempt++ {
-		err := d.rebindOnce()
-		if err == nil {
-			d.wg.SendKeepalivesToPeersWithCurrentKeypair()
-			return nil
-		}
-		if attempt == len(rebindWaits) {
-			return err
-		}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
 		select {
+		case <-d.Done():
+			cancel()
 		case <-ctx.Done():
-			return errors.Join(err, ctx.Err())
-		case <-time.After(rebindWaits[attempt]):
 		}
+	}()
+	if err := d.sockets.renew(ctx); err != nil {
+		return err
 	}
-}
-
-// rebindOnce sets the port to what it is, which opens the sockets again. Not by
-// the device's BindUpdate: where that fails it forgets the port, and the next
-// attempt would get another.
-func (d *Device) rebindOnce() error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if err := d.wg.IpcSet(listenPortLine(d.port)); err != nil {
-		return fmt.Errorf("bind UDP port %d again: %w", d.port, err)
-	}
+	d.wg.SendKeepalivesToPeersWithCurrentKeypair()
 	return nil
 }
+
+// reopened tells the peers with a session that the host hears them again. In a
+// task of its own: it waits for senders, and they may wait for the receiver that
+// calls it.
+func (d *Device) reopened() { go d.wg.SendKeepalivesToPeersWithCurrentKeypair() }
+
+// Listening returns nil while the UDP port is served, else why it isn't; see
+// Sockets.
+func (d *Device) Listening() error { return d.sockets.Listening() }
+
+// Looped returns how many datagrams were discarded because they came from or
+// were for a mesh address; see Sockets.
+func (d *Device) Looped() uint64 { return d.sockets.looped.Load() }
 
 // Done is closed when the device has ended: by Close, or because its tunnel
 // device died, after which a new Device is needed.
 func (d *Device) Done() <-chan struct{} { return d.wg.Wait() }
 
-// Close ends the device and closes its tunnel device. It may be called again.
-func (d *Device) Close() { d.wg.Close() }
+// Close ends the device and closes its tunnel device, and its own sockets. It may
+// be called again.
+func (d *Device) Close() {
+	d.wg.Close()
+	d.release()
+}
 
 // watchSpoofed starts to count for a peer that may be new in the device.
 func (d *Device) watchSpoofed(key PublicKey) {

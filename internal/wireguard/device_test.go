@@ -2,8 +2,6 @@ package wireguard
 
 import (
 	"bytes"
-	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -15,7 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/tun"
 	"golang.zx2c4.com/wireguard/tun/tuntest"
 )
@@ -41,19 +38,6 @@ func (s *syncBuffer) String() string {
 	return s.b.String()
 }
 
-// flakyBind is the real UDP bind, which sometimes can't be opened.
-type flakyBind struct {
-	conn.Bind
-	busy func() bool // whether the next Open fails
-}
-
-func (b *flakyBind) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
-	if b.busy() {
-		return nil, 0, errors.New("address in use")
-	}
-	return b.Bind.Open(port)
-}
-
 // deadTUN is a tunnel device that the system took away.
 type deadTUN struct{ tun.Device }
 
@@ -68,7 +52,7 @@ type end struct {
 	log  *syncBuffer
 }
 
-func newEnd(t testing.TB, seed byte, bind conn.Bind) *end {
+func newEnd(t testing.TB, seed byte) *end {
 	t.Helper()
 	e := &end{tun: tuntest.NewChannelTUN(), key: testKey(t, testRandom(seed)), log: new(syncBuffer)}
 	addr, err := DefaultPrefixes().Derive(e.key.Public())
@@ -77,7 +61,7 @@ func newEnd(t testing.TB, seed byte, bind conn.Bind) *end {
 	}
 	e.addr = addr
 	e.Device, err = NewDevice(Options{
-		TUN: e.tun.TUN(), PrivateKey: e.key, Bind: bind,
+		TUN: e.tun.TUN(), PrivateKey: e.key, Addresses: addr.List(),
 		Logger: slog.New(slog.NewTextHandler(e.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	})
 	if err != nil {
@@ -128,7 +112,7 @@ func (e *end) receive(t testing.TB) []byte {
 
 func newPair(t testing.TB) (a, b *end) {
 	t.Helper()
-	a, b = newEnd(t, 20, conn.NewDefaultBind()), newEnd(t, 21, conn.NewDefaultBind())
+	a, b = newEnd(t, 20), newEnd(t, 21)
 	for _, err := range []error{a.Set(b.peer()), b.Set(a.peer())} {
 		if err != nil {
 			t.Fatal(err)
@@ -183,7 +167,7 @@ func TestChangeKeepsSession(t *testing.T) {
 	ping(t, a, b)
 	before := a.fresh(t)
 
-	other := newEnd(t, 22, conn.NewDefaultBind())
+	other := newEnd(t, 22)
 	changed := b.peer()
 	changed.Keepalive = 25 * time.Second
 	moved := other.peer()
@@ -227,7 +211,7 @@ func TestDisallowedSource(t *testing.T) {
 // earlier one: the device turns to it by itself, and never leaves a place where
 // the peer was heard since for a learned one.
 func TestLearnedEndpoint(t *testing.T) {
-	a, b := newEnd(t, 20, nil), newEnd(t, 21, nil)
+	a, b := newEnd(t, 20), newEnd(t, 21)
 	if err := b.Set(Peer{PublicKey: a.PublicKey(), Addresses: a.addr}); err != nil {
 		t.Fatal(err)
 	}
@@ -263,7 +247,7 @@ func TestLearnedEndpoint(t *testing.T) {
 		t.Errorf("a learned endpoint counts as configured: %+v", got)
 	}
 
-	given := newEnd(t, 22, nil).peer()
+	given := newEnd(t, 22).peer()
 	given.Learned = netip.MustParseAddrPort("192.0.2.1:9")
 	if err := a.Set(given); err != nil {
 		t.Fatal(err)
@@ -275,7 +259,7 @@ func TestLearnedEndpoint(t *testing.T) {
 
 func TestSetRefuses(t *testing.T) {
 	a, b := newPair(t)
-	good := newEnd(t, 23, conn.NewDefaultBind()).peer()
+	good := newEnd(t, 23).peer()
 	for name, change := range map[string]func(*Peer){
 		"own key":         func(p *Peer) { p.PublicKey = a.PublicKey() },
 		"no key":          func(p *Peer) { p.PublicKey = PublicKey{} },
@@ -353,73 +337,22 @@ func TestSync(t *testing.T) {
 	}
 }
 
-// TestRebind lets the first attempts fail, as after a wake from sleep.
-func TestRebind(t *testing.T) {
-	failures := 0
-	bind := &flakyBind{Bind: conn.NewDefaultBind(), busy: func() bool { failures--; return failures >= 0 }}
-	a, b := newEnd(t, 20, bind), newEnd(t, 21, conn.NewDefaultBind())
-	port := a.ListenPort()
-	if a.Set(b.peer()) != nil || b.Set(a.peer()) != nil {
-		t.Fatal("peers aren't accepted")
+func TestNewDeviceRefuses(t *testing.T) {
+	if _, err := NewDevice(Options{}); err == nil {
+		t.Error("empty options are accepted")
 	}
-	ping(t, a, b)
-	failures = 2
-	if err := a.Rebind(context.Background()); err != nil {
-		t.Fatal(err)
-	}
-	if got := a.ListenPort(); got != port {
-		t.Errorf("port %d, before %d", got, port)
-	}
-	ping(t, a, b)
-
-	failures = 1000
-	ended, cancel := context.WithCancel(context.Background())
-	cancel()
-	if err := a.Rebind(ended); !errors.Is(err, context.Canceled) {
-		t.Errorf("with an ended context: %v", err)
-	}
-	failures = 0
-	if err := a.Rebind(context.Background()); err != nil {
-		t.Fatal(err)
-	}
-	ping(t, a, b)
-}
-
-func TestSetListenPort(t *testing.T) {
-	a, b := newPair(t)
 	taken, err := net.ListenPacket("udp4", "0.0.0.0:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer taken.Close()
-	before := a.ListenPort()
-	if err := a.SetListenPort(uint16(taken.LocalAddr().(*net.UDPAddr).Port)); err == nil {
-		t.Error("a port in use is accepted")
-	}
-	if got := a.ListenPort(); got != before {
-		t.Errorf("port %d after the refusal, before %d", got, before)
-	}
-	ping(t, a, b)
-	if err := a.SetListenPort(0); err != nil {
-		t.Fatal(err)
-	}
-	if a.ListenPort() == 0 {
-		t.Error("the chosen port isn't known")
-	}
-	ping(t, a, b)
-}
-
-func TestNewDeviceRefuses(t *testing.T) {
-	if _, err := NewDevice(Options{}); err == nil {
-		t.Error("empty options are accepted")
-	}
 	tunnel := tuntest.NewChannelTUN()
-	bind := &flakyBind{Bind: conn.NewDefaultBind(), busy: func() bool { return true }}
-	_, err := NewDevice(Options{
-		TUN: tunnel.TUN(), Bind: bind, PrivateKey: testKey(t, testRandom(24)), Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
+	_, err = NewDevice(Options{
+		TUN: tunnel.TUN(), ListenPort: uint16(taken.LocalAddr().(*net.UDPAddr).Port),
+		PrivateKey: testKey(t, testRandom(24)), Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
 	})
 	if err == nil {
-		t.Fatal("a device without a port is accepted")
+		t.Fatal("a port in use is accepted")
 	}
 	if _, open := <-tunnel.TUN().Events(); open {
 		// The first event is EventUp; then the channel is closed.

@@ -1,0 +1,305 @@
+package wireguard
+
+import (
+	"bytes"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"sync/atomic"
+	"syscall"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/conn"
+)
+
+// asNobody runs do on a thread of another user, which ends with it.
+func asNobody(t *testing.T, do func()) (done chan struct{}) {
+	t.Helper()
+	done = make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // never unlocked: the thread keeps the user id
+		const nobody = 65534
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, nobody, nobody, nobody); errno != 0 {
+			t.Error(errno)
+			return
+		}
+		do()
+	}()
+	return done
+}
+
+// TestReplacedSocketsAreNotShared replaces sockets that hold their port while
+// another user tries to bind it in every way that the system has.
+func TestReplacedSocketsAreNotShared(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("not root: can't act as another user")
+	}
+	a, b := newPair(t)
+	ping(t, a, b)
+	var stop atomic.Bool
+	var tries, taken atomic.Int64
+	ways := []struct {
+		option  int
+		address [4]byte
+	}{{unix.SO_REUSEPORT, [4]byte{}}, {unix.SO_REUSEADDR, [4]byte{}}, {unix.SO_REUSEPORT, [4]byte{127, 0, 0, 1}}}
+	done := asNobody(t, func() {
+		for i := 0; !stop.Load(); i++ {
+			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			way := ways[i%len(ways)]
+			if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, way.option, 1); err != nil {
+				t.Error(err)
+			}
+			if unix.Bind(fd, &unix.SockaddrInet4{Port: int(a.ListenPort()), Addr: way.address}) == nil {
+				taken.Add(1)
+			}
+			unix.Close(fd)
+			tries.Add(1)
+		}
+	})
+	f := a.sockets.families.Load()[0]
+	for range 100 {
+		f.mu.Lock()
+		old := f.sock
+		f.fail(errSilent) // says so, while it still holds the port
+		f.signal()
+		f.mu.Unlock()
+		until(t, "the socket is replaced", func() bool {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			return f.sock != old && f.err == nil
+		})
+	}
+	before := tries.Load()
+	until(t, "the other user tried", func() bool { return tries.Load() > before+10 })
+	stop.Store(true)
+	<-done
+	if taken.Load() > 0 {
+		t.Errorf("another user bound the port %d times of %d", taken.Load(), tries.Load())
+	}
+	ping(t, a, b)
+}
+
+// inNamespace runs test in a network namespace of its own, whose loopback has the
+// MTU. Its sockets must be made by the calling thread.
+func inNamespace(t *testing.T, mtu int, test func()) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // never unlocked: the namespace goes with the thread
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			t.Logf("skipped: no network namespace: %v", err)
+			return
+		}
+		lo, err := netlink.LinkByName("lo")
+		if err == nil {
+			err = netlink.LinkSetMTU(lo, mtu)
+		}
+		if err == nil {
+			err = netlink.LinkSetUp(lo)
+		}
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		test()
+	}()
+	<-done
+}
+
+// opened returns open sockets and their receivers.
+func opened(t *testing.T) (*Sockets, []conn.ReceiveFunc) {
+	t.Helper()
+	s := NewSockets(slog.New(slog.DiscardHandler))
+	fns, _, err := s.Open(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Release)
+	return s, fns
+}
+
+// carry sends bufs from one Sockets to another and compares what arrives.
+func carry(t *testing.T, from, to *Sockets, receive conn.ReceiveFunc, ep conn.Endpoint, bufs [][]byte) {
+	t.Helper()
+	if err := from.Send(bufs, ep); err != nil {
+		t.Fatal(err)
+	}
+	space, sizes, eps := make([][]byte, batchSize), make([]int, batchSize), make([]conn.Endpoint, batchSize)
+	for i := range space {
+		space[i] = make([]byte, maxMessage)
+	}
+	for want := bufs; len(want) > 0; {
+		n, err := receive(space, sizes, eps)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range n {
+			if !bytes.Equal(space[i][:sizes[i]], want[0]) {
+				t.Fatalf("datagram %d of %d has %d bytes, want %d", len(bufs)-len(want), len(bufs), sizes[i], len(want[0]))
+			}
+			if got := eps[i].(*endpoint).dst; got.Port() != from.port {
+				t.Fatalf("from %v, want port %d", got, from.port)
+			}
+			want = want[1:]
+		}
+	}
+}
+
+// TestBatches sends batches of all shapes, also where the kernel or the path
+// refuses datagrams that are joined.
+func TestBatches(t *testing.T) {
+	random := rand.New(rand.NewPCG(10, 10))
+	batches := func() (out [][][]byte) {
+		for i := range 40 {
+			bufs := make([][]byte, 1+random.IntN(batchSize))
+			size := 32 + random.IntN(1400)
+			for j := range bufs {
+				if i%2 == 0 && random.IntN(4) == 0 {
+					size = 32 + random.IntN(1400)
+				}
+				bufs[j] = bytes.Repeat([]byte{byte(i), byte(j)}, size)[:size]
+			}
+			out = append(out, bufs)
+		}
+		return out
+	}
+	run := func(t *testing.T, prepare func(*Sockets)) {
+		a, _ := opened(t)
+		b, receivers := opened(t)
+		prepare(a)
+		for i, address := range []string{"127.0.0.1", "[::1]"} {
+			ep, err := a.ParseEndpoint(fmt.Sprintf("%s:%d", address, b.port))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, bufs := range batches() {
+				carry(t, a, b, receivers[i], ep, bufs)
+			}
+		}
+	}
+	t.Run("joined", func(t *testing.T) { run(t, func(*Sockets) {}) })
+	t.Run("alone", func(t *testing.T) {
+		run(t, func(s *Sockets) {
+			for _, f := range s.list() {
+				f.sock.segments.Store(false)
+			}
+		})
+	})
+	t.Run("larger than the MTU", func(t *testing.T) {
+		inNamespace(t, 1280, func() { run(t, func(*Sockets) {}) })
+	})
+}
+
+// TestSource answers a peer from the address that it sent to, and from any other
+// once the host has lost that one or its networks changed.
+func TestSource(t *testing.T) {
+	host, receivers := opened(t)
+	peer, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peer.Close()
+	to := netip.AddrPortFrom(netip.MustParseAddr("127.0.7.7"), host.port)
+	hear := func() *endpoint {
+		t.Helper()
+		if _, err := peer.WriteToUDPAddrPort(make([]byte, 40), to); err != nil {
+			t.Fatal(err)
+		}
+		sizes, eps := make([]int, 1), make([]conn.Endpoint, 1)
+		if n, err := receivers[0]([][]byte{make([]byte, 100)}, sizes, eps); n != 1 || err != nil {
+			t.Fatal(n, err)
+		}
+		return eps[0].(*endpoint)
+	}
+	answered := func(ep conn.Endpoint) string {
+		t.Helper()
+		if err := host.Send([][]byte{make([]byte, 40)}, ep); err != nil {
+			t.Fatal(err)
+		}
+		_, from, err := peer.ReadFromUDPAddrPort(make([]byte, 100))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return from.Addr().String()
+	}
+	ep := hear()
+	if got := answered(ep); got != "127.0.7.7" || ep.SrcIP().String() != got {
+		t.Errorf("answered from %s, endpoint %v", got, ep.SrcIP())
+	}
+	if again := hear(); again != ep {
+		t.Error("the same place is another endpoint")
+	}
+	host.sources.Add(1)
+	if got := answered(ep); got != "127.0.0.1" {
+		t.Errorf("after a change of networks answered from %s", got)
+	}
+	lost := hear()
+	lost.control = unix.PktInfo4(&unix.Inet4Pktinfo{Spec_dst: [4]byte{192, 0, 2, 9}})
+	if got := answered(lost); got != "127.0.0.1" {
+		t.Errorf("after the loss of an address answered from %s", got)
+	}
+	if lost.source(host.sources.Load()) != nil {
+		t.Error("a source that the host lost is kept")
+	}
+}
+
+// TestEmptyDatagrams sends datagrams without a byte among others: the next ones
+// arrive.
+func TestEmptyDatagrams(t *testing.T) {
+	host, receivers := opened(t)
+	peer, err := net.DialUDP("udp4", nil, &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: int(host.port)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peer.Close()
+	const count = 100
+	for range count {
+		for _, size := range []int{0, 0, 40, 0} {
+			if _, err := peer.Write(make([]byte, size)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	sizes, eps := make([]int, batchSize), make([]conn.Endpoint, batchSize)
+	space := make([][]byte, batchSize)
+	for i := range space {
+		space[i] = make([]byte, 100)
+	}
+	for got := 0; got < count; {
+		n, err := receivers[0](space, sizes, eps)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, size := range sizes[:n] {
+			if size != 40 {
+				t.Fatalf("%d bytes", size)
+			}
+		}
+		got += n
+	}
+}
+
+// FuzzReadControl reads control messages that no kernel writes.
+func FuzzReadControl(f *testing.F) {
+	f.Add(unix.PktInfo4(&unix.Inet4Pktinfo{Spec_dst: [4]byte{127, 0, 0, 1}}))
+	f.Add(appendSegmentSize(unix.PktInfo6(&unix.Inet6Pktinfo{Ifindex: 3}), 1400))
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		own, size := readControl(b)
+		if len(b) < syscall.SizeofCmsghdr && (own.IsValid() || size != 0) {
+			t.Errorf("%v and %d from %x", own, size, b)
+		}
+	})
+}

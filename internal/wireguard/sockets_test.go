@@ -1,0 +1,331 @@
+package wireguard
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.zx2c4.com/wireguard/tun/tuntest"
+)
+
+// until waits for something that takes milliseconds.
+func until(t testing.TB, what string, done func() bool) {
+	t.Helper()
+	for limit := time.Now().Add(patience); !done(); time.Sleep(time.Millisecond) {
+		if time.Now().After(limit) {
+			t.Fatalf("not in %v: %s", patience, what)
+		}
+	}
+}
+
+// squat binds the port as a local user would, or returns nil.
+func squat(port uint16) net.PacketConn {
+	c, err := net.ListenPacket("udp4", fmt.Sprintf("0.0.0.0:%d", port))
+	if err != nil {
+		return nil
+	}
+	return c
+}
+
+// end ends the socket of a family as the system would: the descriptor is dead and
+// the port free. It returns what waits for another one in its place.
+func (s *Sockets) end(family int) (replaced func() bool) {
+	f := s.families.Load()[family]
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	old := f.sock
+	old.close()
+	return func() bool {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return f.sock != old && f.err == nil
+	}
+}
+
+// TestRebindKeepsThePort lets a local user try for the port while the host
+// changes networks: the sockets are never given up.
+func TestRebindKeepsThePort(t *testing.T) {
+	a, b := newPair(t)
+	ping(t, a, b)
+	stop, got := make(chan struct{}), make(chan bool)
+	go func() {
+		taken := false
+		for {
+			select {
+			case <-stop:
+				got <- taken
+				return
+			default:
+			}
+			if c := squat(a.ListenPort()); c != nil {
+				taken = true
+				c.Close()
+			}
+		}
+	}()
+	for range 200 {
+		if err := a.Rebind(context.Background()); err != nil {
+			t.Error(err)
+		}
+	}
+	close(stop)
+	if <-got {
+		t.Error("another socket was bound to the port")
+	}
+	ping(t, a, b)
+}
+
+// TestSquatterLeaves has the system end the socket and another program bind the
+// port at once. The device says that it has no socket, and has one again once
+// that program left, without being told.
+func TestSquatterLeaves(t *testing.T) {
+	a, b := newPair(t)
+	ping(t, a, b)
+	port := a.ListenPort()
+	open, free := a.sockets.open, make(chan struct{})
+	taken := make(chan net.PacketConn, 1)
+	a.sockets.open = func(network string, port uint16, beside *socket) (*socket, error) {
+		// As if the program had been faster than the receiver.
+		select {
+		case <-free:
+			return open(network, port, beside)
+		default:
+			if c := squat(port); c != nil {
+				taken <- c
+			}
+			return nil, syscall.EADDRINUSE
+		}
+	}
+	a.sockets.end(0)
+	squatter := <-taken
+	until(t, "the device says that it has no socket", func() bool { return a.Listening() != nil })
+	err := a.Listening()
+	if want := fmt.Sprintf("bind UDP port: %d over udp4: ", port); !strings.HasPrefix(err.Error(), want) {
+		t.Errorf("Listening: %v, want %q", err, want)
+	}
+	close(free) // from here on only the squatter is in the way
+	ended, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	if err := a.Rebind(ended); !errors.Is(err, syscall.EADDRINUSE) || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Rebind while another program has the port: %v", err)
+	}
+	cancel()
+	if a.Listening() == nil {
+		t.Fatal("the port is said to be served while another program has it")
+	}
+	squatter.Close()
+	until(t, "the port is served again", func() bool { return a.Listening() == nil })
+	if got := a.ListenPort(); got != port {
+		t.Errorf("port %d, before %d", got, port)
+	}
+	ping(t, a, b)
+	ping(t, b, a)
+}
+
+// TestEndedSocketsAreReplaced ends the sockets more often than a device's receiver
+// stands errors; no receiver ends with them.
+func TestEndedSocketsAreReplaced(t *testing.T) {
+	a, b := newPair(t)
+	for i := range 50 {
+		ping(t, a, b)
+		replaced := a.sockets.end(i % 2)
+		if i%3 == 0 {
+			if err := a.Rebind(context.Background()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		until(t, "the socket is replaced", replaced)
+	}
+	ping(t, a, b)
+	a.Close()
+	if err := a.Rebind(context.Background()); err != nil {
+		t.Errorf("Rebind after Close: %v", err)
+	}
+	if c := squat(a.ListenPort()); c == nil {
+		t.Error("a closed device keeps its port")
+	} else {
+		c.Close()
+	}
+}
+
+// TestPortOutlivesTheDevice ends a device, as when its interface is taken away,
+// and starts another with the same sockets: the port is free at no time.
+func TestPortOutlivesTheDevice(t *testing.T) {
+	sockets := NewSockets(slog.New(slog.DiscardHandler))
+	defer sockets.Release()
+	a, b := newEnd(t, 20), newEnd(t, 21)
+	a.Close()
+	port := uint16(0)
+	for range 2 {
+		a.tun = tuntest.NewChannelTUN()
+		d, err := NewDevice(Options{
+			TUN: a.tun.TUN(), PrivateKey: a.key, Logger: slog.New(slog.DiscardHandler), Sockets: sockets, ListenPort: port,
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.Device = d
+		if port != 0 && d.ListenPort() != port {
+			t.Errorf("port %d, before %d", d.ListenPort(), port)
+		}
+		port = d.ListenPort()
+		for _, err := range []error{a.Set(b.peer()), b.Remove(a.PublicKey()), b.Set(a.peer())} {
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		ping(t, a, b)
+		// The interface goes down and comes up, which ends the receivers.
+		if err := d.wg.Down(); err != nil {
+			t.Fatal(err)
+		}
+		if c := squat(port); c != nil {
+			c.Close()
+			t.Error("the port is free while the interface is down")
+		}
+		if err := d.wg.Up(); err != nil {
+			t.Fatal(err)
+		}
+		ping(t, a, b)
+		d.Close()
+		if c := squat(port); c != nil {
+			c.Close()
+			t.Error("the port is free after the device")
+		}
+	}
+}
+
+// relay carries datagrams between two ends, and what it carries to the second one
+// has a source of its own. It returns the address where the first one reaches it.
+func relay(t *testing.T, to netip.AddrPort, source string) netip.AddrPort {
+	t.Helper()
+	front, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	back, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.ParseIP(source)})
+	if err != nil {
+		t.Skipf("no address %s on this system's loopback: %v", source, err)
+	}
+	t.Cleanup(func() { front.Close(); back.Close() })
+	heard := make(chan netip.AddrPort, 1)
+	go func() {
+		b := make([]byte, 1<<16)
+		for {
+			n, from, err := front.ReadFromUDPAddrPort(b)
+			if err != nil {
+				return
+			}
+			select {
+			case heard <- from:
+			default:
+			}
+			_, _ = back.WriteToUDPAddrPort(b[:n], to)
+		}
+	}()
+	go func() {
+		b := make([]byte, 1<<16)
+		var first netip.AddrPort
+		for {
+			n, _, err := back.ReadFromUDPAddrPort(b)
+			if err != nil {
+				return
+			}
+			if !first.IsValid() {
+				first = <-heard
+			}
+			_, _ = front.WriteToUDPAddrPort(b[:n], first)
+		}
+	}()
+	return front.LocalAddr().(*net.UDPAddr).AddrPort()
+}
+
+// TestMeshSourceDiscarded gives peers mesh addresses of the loopback network, so
+// that datagrams can come from them: what comes from a known peer's or the host's
+// own is discarded, and another address of the same network is a carrier's.
+func TestMeshSourceDiscarded(t *testing.T) {
+	for source, want := range map[string]bool{"127.0.9.1": true, "127.0.9.2": false, "127.0.9.3": false, "127.0.9.4": false} {
+		t.Run(source, func(t *testing.T) {
+			a, b, other := newEnd(t, 20), newEnd(t, 21), newEnd(t, 22)
+			a.addr.V4, other.addr.V4 = netip.MustParseAddr("127.0.9.2"), netip.MustParseAddr("127.0.9.3")
+			b.sockets.know(netip.MustParseAddr("127.0.9.4"))
+			toB := b.peer()
+			toB.Endpoint = relay(t, b.peer().Endpoint, source)
+			fromA := a.peer()
+			fromA.Endpoint = netip.AddrPort{}
+			for _, err := range []error{b.Sync([]Peer{fromA, other.peer()}), a.Set(toB)} {
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			before := b.Looped()
+			a.send(t, tuntest.Ping(b.addr.V4, a.addr.V4))
+			if want {
+				b.receive(t)
+				return
+			}
+			until(t, "the handshake is discarded", func() bool { return b.Looped() > before })
+			if s := b.fresh(t)[a.PublicKey()]; s.RxBytes != 0 || s.Endpoint.IsValid() {
+				t.Errorf("a datagram from %s was taken: %+v", source, s)
+			}
+			// Once the peers are gone their addresses are as any other.
+			if err := b.Sync(nil); err != nil {
+				t.Fatal(err)
+			}
+			if a := netip.MustParseAddr("127.0.9.3"); b.sockets.fromMesh(a) {
+				t.Errorf("%v is discarded though no peer has it", a)
+			}
+		})
+	}
+}
+
+// TestNothingSentToMesh configures, and teaches, the host's peer an endpoint that
+// is another peer's mesh address.
+func TestNothingSentToMesh(t *testing.T) {
+	a, b := newEnd(t, 20), newEnd(t, 21)
+	trap, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.ParseIP("127.0.9.3")})
+	if err != nil {
+		t.Skipf("no address 127.0.9.3 on this system's loopback: %v", err)
+	}
+	defer trap.Close()
+	other := newEnd(t, 22).peer()
+	other.Addresses.V4 = netip.MustParseAddr("127.0.9.3")
+	other.Endpoint = netip.AddrPort{}
+	p := b.peer()
+	p.Endpoint = trap.LocalAddr().(*net.UDPAddr).AddrPort()
+	if err := a.Sync([]Peer{p, other}); err != nil {
+		t.Fatal(err)
+	}
+	a.send(t, tuntest.Ping(b.addr.V4, a.addr.V4))
+	until(t, "the handshake is discarded", func() bool { return a.Looped() > 0 })
+	if err := trap.SetReadDeadline(time.Now().Add(20 * time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	if n, _, err := trap.ReadFromUDPAddrPort(make([]byte, 100)); err == nil {
+		t.Errorf("%d bytes were sent to a mesh address", n)
+	}
+	if strings.Contains(a.log.String(), "level=ERROR") {
+		t.Errorf("it is an error: %s", a.log)
+	}
+}
+
+// TestDiscardAllocates holds the look at a datagram's source to no allocation.
+func TestDiscardAllocates(t *testing.T) {
+	s := NewSockets(slog.New(slog.DiscardHandler))
+	for _, p := range benchPeers(1000) {
+		s.know(p.Addresses.List()...)
+	}
+	known, other, scoped := benchPeers(1)[0].Addresses.V4, netip.MustParseAddr("203.0.113.7"), netip.MustParseAddr("fe80::1%lo")
+	if !s.fromMesh(known) || s.fromMesh(other) || s.fromMesh(scoped) {
+		t.Error("wrong address discarded")
+	}
+	if n := testing.AllocsPerRun(1000, func() { s.fromMesh(known); s.fromMesh(other); s.fromMesh(scoped) }); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
