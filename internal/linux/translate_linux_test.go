@@ -75,8 +75,8 @@ func TestPortsAreDrawn(t *testing.T) {
 		}
 		ports[got[0].packet.SrcPort] = true
 	}
-	if len(ports) < 35 || ports[2000] {
-		t.Errorf("40 flows from port 2000 left from %d ports, port 2000 among them: %t", len(ports), ports[2000])
+	if len(ports) < 35 { // two may draw the same
+		t.Errorf("40 flows from port 2000 left from %d ports", len(ports))
 	}
 }
 
