@@ -26,7 +26,7 @@ var stepped = []netlab.Edit{
 // the one whose table drops nothing, but still translates.
 var (
 	withoutGuard = []netlab.Edit{
-		{File: guardFile, Old: "\tpass := d.judgeWrite(bufs, offset)\n", New: "\tpass := bufs\n"},
+		{File: guardFile, Old: "\tpass := d.judgeWrite(v, bufs, offset)\n", New: "\tpass := bufs\n\t_ = v\n"},
 		{File: guardFile, Old: "\t\td.turned = d.judgeRead(bufs[:n], sizes, offset, d.turned[:0])\n", New: ""},
 	}
 	withoutFilter = []netlab.Edit{

@@ -115,10 +115,10 @@ func loadOf(t *testing.T, pid int) (l load) {
 
 var goroutine = regexp.MustCompile(`(?m)^goroutine \d+ .*\[`)
 
-// goroutines ends the helper with SIGQUIT, at which Go's runtime lists them.
+// goroutines ends the helper with SIGABRT, at which Go's runtime lists them.
 func goroutines(t *testing.T, m *Mesh) int {
 	t.Helper()
-	if err := m.Helper.Signal(unix.SIGQUIT); err != nil {
+	if err := m.Helper.Signal(unix.SIGABRT); err != nil {
 		t.Fatal(err)
 	}
 	<-m.Helper.Done()
