@@ -203,13 +203,12 @@ func (s *Sockets) renew(ctx context.Context) error {
 		f.examine()
 	}
 	for {
-		err := s.Listening()
-		if err == nil {
+		if s.Listening() == nil {
 			return nil
 		}
 		for _, f := range s.list() {
 			if !f.wait(ctx) {
-				return errors.Join(err, ctx.Err())
+				return errors.Join(s.Listening(), ctx.Err())
 			}
 		}
 	}

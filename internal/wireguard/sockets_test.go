@@ -105,7 +105,7 @@ func TestSquatterLeaves(t *testing.T) {
 	}
 	a.sockets.end(0)
 	squatter := <-taken
-	until(t, "the device says that it has no socket", func() bool { return a.Listening() != nil })
+	until(t, "the device says that the port is taken", func() bool { return errors.Is(a.Listening(), syscall.EADDRINUSE) })
 	err := a.Listening()
 	if want := fmt.Sprintf("bind UDP port: %d over udp4: ", port); !strings.HasPrefix(err.Error(), want) {
 		t.Errorf("Listening: %v, want %q", err, want)
