@@ -21,9 +21,10 @@ import (
 // (tcp.established of [timeouts]), and than a host goes on trying.
 const deadTime = 24 * time.Hour
 
-// cutName is the file in the state directory with the peers that lost access to this
-// host: a helper that starts after a crash knows nothing else of the connections that
-// were cut, of which this host goes on sending segments.
+// cutName is the file in the state directory with the peers that have access to this
+// host, and those that lost it: a helper that starts after a crash, or later, knows
+// nothing else of the connections that were cut or have to be, of which this host goes
+// on sending segments.
 const cutName = "macos-cut.json"
 
 // maxCut bounds how many addresses are kept: two for each of 10,000 peers. Of more,
@@ -38,8 +39,20 @@ type cutFile struct {
 	Version int `json:"version"`
 	// Boot is kern.bootsessionuuid: no connection of this host outlives a boot.
 	Boot string     `json:"boot"`
-	Cut  []cutEntry `json:"cut"`
+	Cut  []cutEntry `json:"cut,omitempty"`
+	// Incoming and DNS are those that could open connections, to this host or to its
+	// DNS.
+	Incoming []netip.Addr `json:"incoming,omitempty"`
+	DNS      []netip.Addr `json:"dns,omitempty"`
 }
+
+// access is what a peer's address may open to this host.
+type access uint8
+
+const (
+	accessIncoming access = 1 << iota
+	accessDNS
+)
 
 type cutEntry struct {
 	Address netip.Addr `json:"address"`
@@ -51,6 +64,9 @@ type cutEntry struct {
 type cutBook struct {
 	dir, boot string
 	until     map[netip.Addr]time.Time
+	// open is what the addresses could open under the last ruleset, this helper's or
+	// an earlier one's.
+	open map[netip.Addr]access
 	// inherited are those that an earlier helper wrote down, so that this one's guard
 	// doesn't know which connections were cut.
 	inherited map[netip.Addr]bool
@@ -67,7 +83,7 @@ type cutBook struct {
 // is left alone, and said.
 func (c *cutBook) load(dir, boot string, now time.Time) {
 	c.dir, c.boot = dir, boot
-	c.until, c.inherited = map[netip.Addr]time.Time{}, map[netip.Addr]bool{}
+	c.until, c.open, c.inherited = map[netip.Addr]time.Time{}, map[netip.Addr]access{}, map[netip.Addr]bool{}
 	f, err := readCut(dir)
 	if c.problem = err; err != nil || f.Boot != boot {
 		return
@@ -77,6 +93,12 @@ func (c *cutBook) load(dir, boot string, now time.Time) {
 		if until := minTime(e.Until, now.Add(deadTime)); now.Before(until) {
 			c.until[e.Address], c.inherited[e.Address] = until, true
 		}
+	}
+	for _, a := range f.Incoming {
+		c.open[a] |= accessIncoming
+	}
+	for _, a := range f.DNS {
+		c.open[a] |= accessDNS
 	}
 }
 
@@ -120,12 +142,16 @@ func parseCut(b []byte) (*cutFile, error) {
 	if f.Version != journalVersion {
 		return nil, fmt.Errorf("version %d is unknown: want %d", f.Version, journalVersion)
 	}
-	if len(f.Cut) > maxCut {
-		return nil, fmt.Errorf("%d addresses: want at most %d", len(f.Cut), maxCut)
-	}
+	all := slices.Concat(f.Incoming, f.DNS)
 	for _, e := range f.Cut {
-		if !e.Address.IsValid() || e.Address.Zone() != "" {
-			return nil, fmt.Errorf("%v is no address of a peer", e.Address)
+		all = append(all, e.Address)
+	}
+	if n := max(len(f.Cut), len(f.Incoming), len(f.DNS)); n > maxCut {
+		return nil, fmt.Errorf("%d addresses: want at most %d", n, maxCut)
+	}
+	for _, a := range all {
+		if !a.IsValid() || a.Zone() != "" {
+			return nil, fmt.Errorf("%v is no address of a peer", a)
 		}
 	}
 	return &f, nil
@@ -143,22 +169,32 @@ func (c *cutBook) forget(now time.Time) {
 	})
 }
 
-// note adds addresses that lost access now.
-func (c *cutBook) note(as []netip.Addr, now time.Time) {
-	for _, a := range as {
-		c.until[a] = now.Add(deadTime)
-		delete(c.inherited, a)
-		c.unsaved = true
+// take makes open what addresses may open now. Those that lost something are to be
+// kept dead, with earlier also for this helper's guard; those that may connect to this
+// host are no longer.
+func (c *cutBook) take(open map[netip.Addr]access, now time.Time, earlier bool) {
+	for a, had := range c.open {
+		if had&^open[a] != 0 {
+			c.until[a] = now.Add(deadTime)
+			if delete(c.inherited, a); earlier {
+				c.inherited[a] = true
+			}
+		}
 	}
-}
-
-// revive takes out addresses that may open connections again.
-func (c *cutBook) revive(as []netip.Addr) {
-	for _, a := range as {
-		if _, cut := c.until[a]; cut {
+	for a, may := range open {
+		if may&accessIncoming != 0 {
 			delete(c.until, a)
 			delete(c.inherited, a)
-			c.unsaved = true
+		}
+	}
+	c.unsaved = c.unsaved || !maps.Equal(c.open, open)
+	c.open = open
+	if surplus := len(c.until) - maxCut; surplus > 0 {
+		for _, a := range slices.SortedFunc(maps.Keys(c.until), func(a, b netip.Addr) int {
+			return cmp.Or(c.until[a].Compare(c.until[b]), a.Compare(b))
+		})[:surplus] {
+			delete(c.until, a)
+			delete(c.inherited, a)
 		}
 	}
 }
@@ -168,40 +204,51 @@ func (c *cutBook) addresses() []netip.Addr {
 	return slices.SortedFunc(maps.Keys(c.until), netip.Addr.Compare)
 }
 
-// save writes down what isn't on disk yet and waits for it, for a time at most: a disk
-// that hangs holds up nothing. What couldn't be written is tried again by the next
-// call, and is in problem.
-func (c *cutBook) save(limit time.Duration) {
-	if c.dir == "" || c.saving == nil && !c.unsaved {
+// begin starts to write down what isn't on disk yet, and doesn't wait.
+func (c *cutBook) begin() {
+	if c.dir == "" || c.saving != nil || !c.unsaved {
 		return
 	}
-	if c.saving == nil {
-		b, err := c.encode()
-		if err != nil {
-			c.problem = err
-			return
-		}
-		write, dir, done := c.write, c.dir, make(chan error, 1)
-		if write == nil {
-			write = writeCut
-		}
-		c.saving, c.unsaved = done, false
-		go func() { done <- write(dir, b) }()
+	b, err := c.encode()
+	if err != nil {
+		c.problem = err
+		return
 	}
+	write, dir, done := c.write, c.dir, make(chan error, 1)
+	if write == nil {
+		write = writeCut
+	}
+	c.saving, c.unsaved = done, false
+	go func() { done <- write(dir, b) }()
+}
+
+// save writes it down and waits for that, for a time at most: a disk that hangs holds
+// up nothing. What couldn't be written is tried again by the next call, and is in
+// problem.
+func (c *cutBook) save(limit time.Duration) {
 	t := time.NewTimer(limit)
 	defer t.Stop()
-	select {
-	case err := <-c.saving:
-		c.saving, c.problem = nil, err
-		c.unsaved = c.unsaved || err != nil
-	case <-t.C:
-		c.problem = fmt.Errorf("write %s: not done yet", filepath.Join(c.dir, cutName))
+	// Twice, where an older content was being written.
+	for range 2 {
+		if c.begin(); c.saving == nil {
+			return
+		}
+		select {
+		case err := <-c.saving:
+			if c.saving, c.problem = nil, err; err != nil {
+				c.unsaved = true
+				return
+			}
+		case <-t.C:
+			c.problem = fmt.Errorf("write %s: not done yet", filepath.Join(c.dir, cutName))
+			return
+		}
 	}
 }
 
 // encode returns the content of the file, nil for none.
 func (c *cutBook) encode() ([]byte, error) {
-	if len(c.until) == 0 {
+	if len(c.until)+len(c.open) == 0 {
 		return nil, nil
 	}
 	f := cutFile{Version: journalVersion, Boot: c.boot}
@@ -211,7 +258,15 @@ func (c *cutBook) encode() ([]byte, error) {
 	slices.SortFunc(f.Cut, func(a, b cutEntry) int {
 		return cmp.Or(b.Until.Compare(a.Until), a.Address.Compare(b.Address))
 	})
-	f.Cut = f.Cut[:min(len(f.Cut), maxCut)]
+	for _, a := range slices.SortedFunc(maps.Keys(c.open), netip.Addr.Compare) {
+		if c.open[a]&accessIncoming != 0 {
+			f.Incoming = append(f.Incoming, a)
+		}
+		if c.open[a]&accessDNS != 0 {
+			f.DNS = append(f.DNS, a)
+		}
+	}
+	f.Incoming, f.DNS = f.Incoming[:min(len(f.Incoming), maxCut)], f.DNS[:min(len(f.DNS), maxCut)]
 	b, err := json.Marshal(f)
 	return append(b, '\n'), err
 }
@@ -233,28 +288,35 @@ func writeCut(dir string, b []byte) error {
 }
 
 // How long flows that are to end wait for the book, and how long is waited for it
-// after that.
+// after that and at the end.
 const (
 	saveBeforeCut = 100 * time.Millisecond
 	saveLimit     = time.Second
 )
 
 // noteCut notes which peers lost access to this host since the ruleset before, by
-// incoming or by its DNS, and forgets those whose time is up and those that may connect
-// again: their connections are no longer to be kept dead.
+// incoming or by its DNS. Before the first ruleset of this helper that is one of an
+// earlier helper's time: what ended while there was none, or between its saving and its
+// being enforced, is cut now. It forgets those whose time is up.
 func (p *Platform) noteCut(r *policy.Ruleset) {
-	now := p.o.Now()
+	now, open := p.o.Now(), map[netip.Addr]access{}
 	p.cuts.forget(now)
 	for _, peer := range r.Peers() {
+		var may access
 		if peer.Permissions.Has(policy.Incoming) {
-			p.cuts.revive(peer.Addresses)
+			may |= accessIncoming
+		}
+		if peer.Permissions.Has(policy.Routing) && r.Mesh().DNS {
+			may |= accessDNS
+		}
+		for _, a := range peer.Addresses {
+			if may != 0 {
+				open[a] = may
+			}
 		}
 	}
-	for _, n := range policy.Diff(p.enforced, r) {
-		if n.Lost.Has(policy.Incoming) || n.Lost.Has(policy.Routing) && p.enforced.Mesh().DNS {
-			p.cuts.note(n.Addresses, now)
-		}
-	}
+	p.cuts.take(open, now, p.enforced == nil)
+	p.cuts.begin()
 	p.enforced = r
 }
 

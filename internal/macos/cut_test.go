@@ -21,6 +21,39 @@ func addresses100(n int) (out []netip.Addr) {
 	return out
 }
 
+func mayConnect(n int) map[netip.Addr]access {
+	out := map[netip.Addr]access{}
+	for _, a := range addresses100(n) {
+		out[a] = accessIncoming
+	}
+	return out
+}
+
+// TestCutBookKnowsWhatWasOpen has access end while no helper runs, or one that is killed
+// before it cuts: the next one takes it for cut. What still is open isn't.
+func TestCutBookKnowsWhatWasOpen(t *testing.T) {
+	dir, now := t.TempDir(), time.Date(2026, 11, 26, 8, 0, 0, 0, time.UTC)
+	c := &cutBook{}
+	c.load(dir, "A", now)
+	open := mayConnect(3)
+	dns := addresses100(4)[3]
+	open[dns] = accessDNS
+	c.take(open, now, true)
+	if c.save(time.Minute); c.problem != nil || len(c.until) != 0 {
+		t.Fatalf("%+v", c)
+	}
+	c = &cutBook{}
+	c.load(dir, "A", now.Add(48*time.Hour))
+	c.take(mayConnect(2), now.Add(48*time.Hour), true)
+	if got := c.addresses(); len(got) != 2 || got[0] != addresses100(3)[2] || got[1] != dns || !c.inherited[dns] {
+		t.Errorf("%v, inherited %v", got, c.inherited)
+	}
+	c.take(mayConnect(3), now.Add(49*time.Hour), false)
+	if got := c.addresses(); len(got) != 1 || got[0] != dns {
+		t.Errorf("after it may connect again: %v", got)
+	}
+}
+
 // TestCutBook keeps what was cut for a day and no longer, in a file that stays small,
 // for the helpers of this boot.
 func TestCutBook(t *testing.T) {
@@ -35,10 +68,13 @@ func TestCutBook(t *testing.T) {
 		return c
 	}
 	c := fresh("A", now)
-	c.note(addresses100(3), now)
-	c.save(time.Minute)
-	c.note(addresses100(1), now.Add(time.Hour))
-	c.save(time.Minute)
+	lose := func(c *cutBook, n int, now time.Time) {
+		c.take(mayConnect(n), now, false)
+		c.take(nil, now, false)
+		c.save(time.Minute)
+	}
+	lose(c, 3, now)
+	lose(c, 1, now.Add(time.Hour))
 	if c.problem != nil || c.unsaved {
 		t.Fatalf("%+v", c)
 	}
@@ -61,8 +97,7 @@ func TestCutBook(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(dir, cutName)); !os.IsNotExist(err) {
 		t.Errorf("nothing is cut, and there is a file: %v", err)
 	}
-	c.note(addresses100(3*maxCut), now)
-	c.save(time.Minute)
+	lose(c, 3*maxCut, now)
 	if got := fresh("A", now); len(got.until) != maxCut {
 		t.Errorf("%d read back, want %d", len(got.until), maxCut)
 	}
@@ -86,7 +121,7 @@ func TestCutBookOddFiles(t *testing.T) {
 		if c.load(dir, "A", time.Now()); c.problem == nil || len(c.until) != 0 {
 			t.Errorf("%s: %+v", name, c)
 		}
-		c.note(addresses100(1), time.Now())
+		c.take(mayConnect(1), time.Now(), false)
 		if c.save(time.Minute); c.problem != nil {
 			t.Errorf("%s: %v", name, c.problem)
 		}

@@ -321,6 +321,7 @@ func (p *Platform) Close(ctx context.Context) ([]platform.Problem, error) {
 	if p.dev == nil {
 		return nil, p.takeOver(ctx, p.giveBack)
 	}
+	defer p.cuts.save(saveLimit)
 	shared := p.sharedAtEnd(ctx)
 	left := p.left(shared)
 	if err := p.restoreForwarding(ctx, shared); err != nil {

@@ -65,6 +65,8 @@ func (g *rig) renew() {
 		},
 	})
 	g.must(err)
+	p := g.p
+	g.t.Cleanup(func() { p.cuts.save(time.Minute) }) // before the folder goes
 }
 
 func (g *rig) must(err error) {

@@ -2,10 +2,12 @@ package mactrial
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/netlab"
@@ -78,6 +80,63 @@ func TestCutStaysDeadOverACrash(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestCutByNoHelper has incoming end without a helper that cuts: at each step of a deny
+// the helper is killed, and once the permission ends while there is none. If the next
+// helper doesn't permit it, what the Mac sends on the connection reaches the peer by
+// neither guard nor pf.
+func TestCutByNoHelper(t *testing.T) {
+	g := newRig(t)
+	g.start()
+	g.add("C", "external")
+	denied := 0
+	dead := func(when string, flows []flow) {
+		t.Helper()
+		for _, f := range flows {
+			for _, w := range []way{alone, guarded} {
+				if got := g.segments(w, f, 5); got > 0 {
+					t.Errorf("%s: %d of 5 segments of %s arrived, %v", when, got, f.name, w)
+				}
+			}
+		}
+	}
+	for step := 1; ; step++ {
+		g.permit("C", policy.Incoming|policy.Routing)
+		flows := []flow{g.run(guarded, "C", g.own[0], netlab.TCP, 0), g.run(guarded, "C", g.own[1], netlab.TCP, 1)}
+		g.proc.KillAt(len(g.proc.Steps())+step, step%2 == 0)
+		_ = g.try("C", policy.Routing)
+		killed := g.proc.Killed()
+		if killed {
+			g.stop()
+			g.start()
+		}
+		if !g.d.Status().Peers[0].Permissions.Incoming.Allowed {
+			denied++
+			dead(fmt.Sprintf("killed at step %d of a deny", step), flows)
+		}
+		if !killed {
+			g.proc.KillAt(0, false)
+			break
+		}
+		if step > 50 {
+			t.Fatal("it doesn't end")
+		}
+	}
+	if denied < 3 {
+		t.Errorf("denied only %d times", denied)
+	}
+	hour := "1h"
+	_, err := g.d.ChangePeer(t.Context(), "C", api.PeerChange{Permissions: map[string]api.PermissionChange{
+		policy.Incoming.String(): {Allowed: true, For: &hour}}})
+	g.must(err)
+	flows := []flow{g.run(guarded, "C", g.own[0], netlab.TCP, 0), g.run(guarded, "C", g.own[1], netlab.TCP, 1)}
+	g.proc.Kill()
+	g.stop()
+	g.mac.Sleep(2 * time.Hour)
+	g.start()
+	dead("ended while there was no helper", flows)
+	t.Logf("%d times denied", denied)
 }
 
 // TestMeshAddressClosedWithoutFilter has hosts on other networks send to the Mac's mesh
