@@ -158,8 +158,9 @@ type Daemon struct {
 	now     condition     // what the loop found last
 	changed chan struct{} // closed when now is replaced
 	// names and learned are replaced, never changed.
-	names   map[string]netip.Addr
-	learned map[wireguard.PublicKey]netip.AddrPort
+	names    map[string]netip.Addr
+	learned  map[wireguard.PublicKey]netip.AddrPort
+	learning sync.Mutex // held while learned is made anew
 }
 
 // condition is what the loop publishes after each round.

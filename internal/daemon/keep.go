@@ -26,7 +26,7 @@ type keeper struct {
 	again    backoff   // between attempts to save
 	due      time.Time // when to save again
 	marked   time.Time // when the mark was written last, or tried
-	learning time.Time // when learned endpoints were looked at
+	learning time.Time // when learned endpoints were saved last
 }
 
 // look does what is due, and returns when to look again.
@@ -43,9 +43,8 @@ func (k *keeper) look() time.Duration {
 		k.marked = now
 		d.disk.saveMark(d.clock.now(), d.clock)
 	}
-	if now.Sub(k.learning) >= learnInterval {
+	if now.Sub(k.learning) >= learnInterval && d.learn() {
 		k.learning = now
-		d.learn()
 	}
 	wait := d.opts.Tick
 	if end, ok := doc.nextEnd(); ok {

@@ -21,7 +21,7 @@ type learned struct {
 	Endpoints map[wireguard.PublicKey]netip.AddrPort `json:"endpoints"`
 }
 
-// learnInterval is how often what was learned is saved, where it changed; maxLearned
+// learnInterval is how often what was learned is saved at most; maxLearned
 // bounds what is read of it, in bytes: an entry has some 100.
 const (
 	learnInterval = 3 * time.Minute
@@ -65,32 +65,37 @@ func (s *store) writeLearned(l learned) error {
 	return nil
 }
 
-// learn looks where peers were heard, and has it saved where that is news.
-func (d *Daemon) learn() {
+// learn looks where peers were heard, has it saved where that is news, and reports
+// whether it is.
+func (d *Daemon) learn() bool {
 	c, _ := d.condition()
 	if c.tunnel == nil {
-		return
+		return false
 	}
 	stats, err := c.tunnel.Stats()
 	if err != nil {
-		return // the loop says so
+		return false // the loop says so
 	}
-	d.learnFrom(stats)
+	return d.learnFrom(stats)
 }
 
 // learnFrom keeps the endpoints of peers that have no configured one and made a
 // handshake. Of a peer that wasn't heard since the start, what was known before stays;
 // of one that is gone, nothing does.
-func (d *Daemon) learnFrom(stats map[wireguard.PublicKey]wireguard.PeerStats) {
+func (d *Daemon) learnFrom(stats map[wireguard.PublicKey]wireguard.PeerStats) (news bool) {
 	doc := d.wanted.Load()
+	d.learning.Lock()
+	defer d.learning.Unlock()
 	d.mu.Lock()
-	next := make(map[wireguard.PublicKey]netip.AddrPort, len(d.learned))
+	before := d.learned // replaced, never changed
+	d.mu.Unlock()
+	next := make(map[wireguard.PublicKey]netip.AddrPort, len(before))
 	for i := range doc.Peers {
 		p := &doc.Peers[i]
 		if p.Endpoint != "" {
 			continue
 		}
-		at := d.learned[p.PublicKey]
+		at := before[p.PublicKey]
 		if s := stats[p.PublicKey]; s.Endpoint.IsValid() && !s.LastHandshake.IsZero() {
 			at = s.Endpoint
 		}
@@ -98,15 +103,15 @@ func (d *Daemon) learnFrom(stats map[wireguard.PublicKey]wireguard.PeerStats) {
 			next[p.PublicKey] = at
 		}
 	}
-	same := maps.Equal(next, d.learned)
+	if maps.Equal(next, before) {
+		return false
+	}
+	d.mu.Lock()
 	d.learned = next
 	d.mu.Unlock()
-	if same {
-		return
-	}
 	d.disk.submit("learned", func() error {
 		d.mu.Lock()
-		now := d.learned // replaced, never changed
+		now := d.learned
 		d.mu.Unlock()
 		err := d.disk.store.writeLearned(learned{Endpoints: now})
 		if err != nil {
@@ -114,4 +119,5 @@ func (d *Daemon) learnFrom(stats map[wireguard.PublicKey]wireguard.PeerStats) {
 		}
 		return err
 	})
+	return true
 }

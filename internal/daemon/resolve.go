@@ -22,7 +22,7 @@ const (
 
 // lane is how many names are looked up at once, of those that were found last time, and
 // again of the others: names that time out don't keep those that don't waiting.
-const lane = 8
+const lane = 32
 
 // lookup asks the host's resolver.
 func lookup(ctx context.Context, name string) ([]netip.Addr, error) {
