@@ -18,6 +18,9 @@ const firstWord = unix.NFT_REG32_00
 // ipv4Option is NFT_EXTHDR_OP_IPV4 of linux/netfilter/nf_tables.h.
 const ipv4Option expr.ExthdrOp = 2
 
+// rtXFRM is NFT_RT_XFRM of linux/netfilter/nf_tables.h.
+const rtXFRM expr.RtKey = 4
+
 // load says how a field is read into a register, how many bytes it has there,
 // and what has to hold of the packet for the bytes to mean that.
 type load struct {
@@ -89,6 +92,11 @@ var loads = map[field]load{
 	skuid:         meta(expr.MetaKeySKUID, 4),
 	returnPath: {into: func(reg uint32) expr.Any {
 		return &expr.Fib{Register: reg, ResultOIF: true, FlagSADDR: true, FlagIIF: true}
+	}, size: 4},
+	rtIPsec: {into: func(reg uint32) expr.Any { return &expr.Rt{Register: reg, Key: rtXFRM} }, size: 1},
+	mark:    meta(expr.MetaKeyMARK, 4),
+	destinationType: {into: func(reg uint32) expr.Any {
+		return &expr.Fib{Register: reg, ResultADDRTYPE: true, FlagDADDR: true}
 	}, size: 4},
 }
 

@@ -49,6 +49,13 @@ const (
 	// returnPath is the interface by which the host would answer the packet's
 	// source, asked for its input interface only: 0 where it wouldn't.
 	returnPath
+	// rtIPsec is whether an IPsec policy takes the packet by the route it has now.
+	rtIPsec
+	// mark is what other software marked the packet with.
+	mark
+	// destinationType is what the destination is to the host: its own address, a
+	// broadcast or multicast one, or another host's.
+	destinationType
 )
 
 var fieldTexts = [...]string{
@@ -60,6 +67,7 @@ var fieldTexts = [...]string{
 	ctState: "ct state", ctDirection: "ct direction", ctStatus: "ct status", ctProtocol: "ct protocol",
 	quotedDst4: "@th,192,32", quotedDst6: "@th,256,128",
 	ctOrigDport: "ct original proto-dst", skuid: "meta skuid", returnPath: "fib saddr . iif oif",
+	rtIPsec: "rt ipsec", mark: "meta mark", destinationType: "fib daddr type",
 }
 
 // op is how a field is compared.

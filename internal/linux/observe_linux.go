@@ -24,6 +24,7 @@ var resolverFiles = []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.co
 // observer reads the host's facts from the kernel.
 type observer struct {
 	nl     *netlink.Handle
+	xfrm   *netlink.Handle // nil where the kernel has no IPsec
 	routes *mdlayher.Conn
 	mesh   string
 	// own are the host's mesh addresses: rules for sources around them are meant
@@ -31,10 +32,23 @@ type observer struct {
 	own []netip.Addr
 }
 
-// facts returns interfaces, routes and uplinks. Interfaces whose names no packet
+// lookTries is how often the host is looked at while it changes.
+const lookTries = 5
+
+// facts is look, again where the kernel's lists changed while they were read.
+func (o observer) facts() (h policy.Host, err error) {
+	for range lookTries {
+		if h, err = o.look(); !errors.Is(err, netlink.ErrDumpInterrupted) && !errors.Is(err, unix.EINTR) {
+			return h, err
+		}
+	}
+	return h, err
+}
+
+// look returns interfaces, routes and uplinks. Interfaces whose names no packet
 // filter's language takes are left out: what is behind them then isn't the
 // uplink, so that nothing of a peer gets there.
-func (o observer) facts() (policy.Host, error) {
+func (o observer) look() (policy.Host, error) {
 	h := policy.Host{Interface: o.mesh}
 	links, err := o.nl.LinkList()
 	if err != nil {
@@ -55,6 +69,11 @@ func (o observer) facts() (policy.Host, error) {
 			return h, err
 		}
 		h.Routes = append(h.Routes, o.routesOf(r)...)
+		secured, err := o.ipsec(family)
+		if err != nil {
+			return h, err
+		}
+		h.IPsec = append(h.IPsec, secured...)
 		up := r.uplink(o.mesh)
 		source, err := o.source(up, family == netlink.FAMILY_V4)
 		if err != nil {

@@ -319,7 +319,35 @@ func (p *Platform) found() policy.Families {
 }
 
 func (p *Platform) params() params {
-	return params{mtu: p.cfg.MTU, transit4: p.forward.transit4(p.name), uid: uint32(os.Geteuid()), ports: p.ports.now, around: p.ports.around}
+	return params{
+		mtu: p.cfg.MTU, transit4: p.forward.transit4(p.name), bridges: p.bridges(),
+		ipsec: p.xfrm != nil, uid: uint32(os.Geteuid()),
+		ports: p.ports.now, around: p.ports.around,
+	}
+}
+
+// bridges lists the bridges whose frames the packet filter sees as if this host
+// forwarded them (br_netfilter, net.bridge.bridge-nf-call-iptables and -ip6tables).
+func (p *Platform) bridges() []string {
+	on := func(name string) bool {
+		v, err := p.forward.sys.read("bridge/bridge-nf-call-" + name)
+		return err == nil && v != "0"
+	}
+	if !on("iptables") && !on("ip6tables") {
+		return nil
+	}
+	links, err := p.nl.LinkList()
+	if err != nil {
+		return nil // then their frames are dropped until the next look
+	}
+	var out []string
+	for _, l := range links {
+		if l.Type() == "bridge" && usableName(l.Attrs().Name) {
+			out = append(out, l.Attrs().Name)
+		}
+	}
+	slices.Sort(out)
+	return out
 }
 
 func (p *Platform) makeInterface(cfg platform.Interface) (err error) {
@@ -347,7 +375,7 @@ func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
 
 func (p *Platform) observe() (policy.Host, error) {
 	p.forward.refresh()
-	h, err := observer{p.nl, p.routes, p.name, p.cfg.Addresses}.facts()
+	h, err := observer{p.nl, p.xfrm, p.routes, p.name, p.cfg.Addresses}.facts()
 	if err != nil {
 		return policy.Host{}, fmt.Errorf("observe host: %w", err)
 	}

@@ -18,7 +18,10 @@ const (
 	afterDefrag = -350
 	// afterConntrack: flows are known (-200), redirects not yet done (-100).
 	afterConntrack = -150
-	filtering      = 0
+	// afterDNAT: redirects are done, and answers have the address of the flow's
+	// opener as their destination (-100); the host hasn't routed yet.
+	afterDNAT = -90
+	filtering = 0
 	// sourceNAT is before other programs' source translation (100): the first rule
 	// that translates a flow is the only one, and a masquerade of all that leaves by
 	// the uplink would give a peer's flow any port.
@@ -58,6 +61,10 @@ type params struct {
 	// transit4 and transit6 name the interfaces that forwarded for others before
 	// we came although their family didn't as a whole.
 	transit4, transit6 []string
+	// bridges names the interfaces whose frames this host's packet filter sees.
+	bridges []string
+	// ipsec says that the kernel has IPsec.
+	ipsec bool
 	// uid is the user that WireGuard's sockets belong to.
 	uid uint32
 	// ports are those that new flows of peers leave from. Without any, none leaves.
@@ -71,7 +78,7 @@ type params struct {
 // identifiers the kernel treats like them. mtu is the mesh interface's, in bytes.
 // The ports of peers' translated flows are those of a host with Linux's defaults.
 func Text(r *policy.Ruleset, mtu int) string {
-	return compile(r, params{mtu: mtu, ports: defaultPorts, around: defaultPorts}).String()
+	return compile(r, params{mtu: mtu, ipsec: true, ports: defaultPorts, around: defaultPorts}).String()
 }
 
 // family holds what differs between IPv4 and IPv6.
@@ -118,6 +125,7 @@ func compile(r *policy.Ruleset, p params) *table {
 		c.unclaimed(f)
 	}
 	c.judge()
+	c.transit()
 	c.input()
 	c.forward()
 	c.output()
@@ -422,6 +430,7 @@ func (c *compiler) forward() {
 	f := c.hook("forward", "filter", "forward", filtering)
 	f.branch("from_mesh", is(iifname, c.mesh))
 	f.branch("to_mesh", is(oifname, c.mesh))
+	c.bridged(f)
 	for _, fam := range families {
 		if !c.foundForwarding(fam) {
 			f.drop("transit, closed as it was found", is(nfproto, fam.proto), notIn("transit"+fam.suffix, iifname))
@@ -572,6 +581,7 @@ func (c *compiler) leave() {
 	e := c.hook("egress", "filter", "postrouting", afterNAT)
 	e.accept("", is(oifname, c.mesh))
 	e.accept("", is(oifname, name("lo")))
+	c.secured(e)
 	for _, f := range families {
 		e.drop("untranslated", in("peers"+f.suffix, f.src))
 		e.drop("in clear", in("peers"+f.suffix, f.dst))

@@ -15,7 +15,10 @@ import (
 
 // watchState holds the sockets of Watch. They are opened by New, in the network
 // namespace of the platform, whichever goroutine watches later.
-type watchState struct{ route, rules *netlink.Conn }
+type watchState struct {
+	route, rules *netlink.Conn
+	ipsec        *netlink.Conn // nil where the kernel has no IPsec
+}
 
 // routeGroups are the kernel's groups of what Observe and Inspect look at: links,
 // addresses, routes, policy rules, and forwarding flags (netconf) of both
@@ -37,11 +40,17 @@ func openWatch() (w watchState, err error) {
 	if w.rules, err = subscribe(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTABLES); err != nil {
 		return watchState{}, errors.Join(err, w.route.Close())
 	}
+	// Without it a policy is seen at the next look.
+	w.ipsec, _ = subscribe(unix.NETLINK_XFRM, xfrmPolicyGroup)
 	return w, nil
 }
 
 func (w watchState) close() error {
-	return errors.Join(w.route.Close(), w.rules.Close())
+	err := errors.Join(w.route.Close(), w.rules.Close())
+	if w.ipsec != nil {
+		err = errors.Join(err, w.ipsec.Close())
+	}
+	return err
 }
 
 func subscribe(family int, groups ...uint32) (*netlink.Conn, error) {
@@ -66,7 +75,11 @@ func (p *Platform) Watch(ctx context.Context, changed func()) error {
 	g, ctx := errgroup.WithContext(ctx)
 	stop := context.AfterFunc(ctx, func() { p.watch.close() })
 	defer stop()
-	g.Go(func() error { return follow(ctx, p.watch.route, changed, func([]netlink.Message) bool { return true }) })
+	any := func([]netlink.Message) bool { return true }
+	g.Go(func() error { return follow(ctx, p.watch.route, changed, any) })
+	if p.watch.ipsec != nil {
+		g.Go(func() error { return follow(ctx, p.watch.ipsec, changed, any) })
+	}
 	g.Go(func() error { return follow(ctx, p.watch.rules, changed, byOthers) })
 	return g.Wait()
 }

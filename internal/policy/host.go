@@ -58,6 +58,10 @@ type Host struct {
 	// Routes are the prefixes reached other than by an attached prefix. Default
 	// routes may be among them; they are recognised and left out.
 	Routes []Route `json:"routes"`
+	// IPsec are the destinations that the host's IPsec policies take: networks that
+	// are reached without a route of their own. Default ones may be among them, as
+	// among Routes.
+	IPsec []netip.Prefix `json:"ipsec,omitempty"`
 	// Resolvers are the DNS servers that the host itself is configured with,
 	// without link-local ones: a mesh address among them is that server's. Their
 	// order doesn't matter.
@@ -143,6 +147,11 @@ func (h Host) Validate() error {
 		}
 		if err := validateName(r.Interface); err != nil {
 			return fmt.Errorf("route %v: %w", r.Prefix, err)
+		}
+	}
+	for _, p := range h.IPsec {
+		if !p.IsValid() || p.Addr().Is4In6() {
+			return fmt.Errorf("destination %v of an IPsec policy is not valid", p)
 		}
 	}
 	return h.validateAddresses()
@@ -266,7 +275,9 @@ func (h Host) uplinkAddresses() []netip.Addr {
 }
 
 // routed returns the prefixes that the host reaches other than by a default
-// route: all of Routes but the default ones and those of the mesh interface.
+// route: all of Routes but the default ones and those of the mesh interface, and all
+// of IPsec but the default ones. A policy for everything is how the host itself
+// reaches the internet, as another VPN's default route is.
 func (h Host) routed() []netip.Prefix {
 	var all []netip.Prefix
 	for _, r := range h.Routes {
@@ -274,8 +285,30 @@ func (h Host) routed() []netip.Prefix {
 			all = append(all, r.Prefix.Masked())
 		}
 	}
-	isDefault := defaultRoutes(all)
-	return slices.DeleteFunc(all, func(p netip.Prefix) bool { return isDefault[p] })
+	return append(withoutDefaults(all), withoutDefaults(masked(h.IPsec))...)
+}
+
+func withoutDefaults(ps []netip.Prefix) []netip.Prefix {
+	isDefault := defaultRoutes(ps)
+	return slices.DeleteFunc(ps, func(p netip.Prefix) bool { return isDefault[p] })
+}
+
+func masked(ps []netip.Prefix) []netip.Prefix {
+	out := make([]netip.Prefix, len(ps))
+	for i, p := range ps {
+		out[i] = p.Masked()
+	}
+	return out
+}
+
+// InternetByIPsec says for which families IPsec policies take the whole internet.
+func (h Host) InternetByIPsec() Families {
+	var f Families
+	for p := range defaultRoutes(masked(h.IPsec)) {
+		f.IPv4 = f.IPv4 || p.Addr().Is4()
+		f.IPv6 = f.IPv6 || p.Addr().Is6()
+	}
+	return f
 }
 
 // special is the space that routes may leave out and still be a default: private
