@@ -205,8 +205,10 @@ func ask[T any](ctx context.Context, p *Platform, do func() (T, error)) (T, erro
 func (p *Platform) bind(ctx context.Context) {
 	end, bounded := ctx.Deadline()
 	conns := []interface{ SetDeadline(time.Time) error }{p.filter.sock, p.filter.change.wire, p.filter.dump, p.routes, p.ports.diag, p.flows.dump}
+	// They have no deadline before ctx has ended: an exchange that was given up is
+	// known by that.
 	for _, c := range conns {
-		_ = c.SetDeadline(end) // the zero time is none
+		_ = c.SetDeadline(time.Time{})
 	}
 	limit := socketLimit
 	if bounded {
