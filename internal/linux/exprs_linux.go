@@ -190,6 +190,17 @@ func (x *ruleExprs) match(m match) error {
 		x.compare(l, expr.CmpOpNeq, make([]byte, l.size))
 	case inSet, notInSet:
 		x.lookup(m)
+	case noted:
+		x.add(&expr.Dynset{
+			SrcRegKey: x.key(m.fields), SetName: m.text, Operation: unix.NFT_DYNSET_OP_ADD, Timeout: m.limit.lasts,
+		})
+	case tooFast:
+		x.add(&expr.Dynset{
+			SrcRegKey: x.key(m.fields), SetName: m.text, Operation: unix.NFT_DYNSET_OP_UPDATE, Timeout: m.limit.lasts,
+			Exprs: []expr.Any{&expr.Limit{
+				Type: expr.LimitTypePkts, Rate: uint64(m.limit.rate), Unit: expr.LimitTimeSecond, Burst: m.limit.burst, Over: true,
+			}},
+		})
 	}
 	return nil
 }
@@ -200,18 +211,23 @@ func (x *ruleExprs) masked(l load, mask []byte, op expr.CmpOp, value []byte) {
 		&expr.Cmp{Op: op, Register: unix.NFT_REG_1, Data: value})
 }
 
-func (x *ruleExprs) lookup(m match) {
+// key loads the parts of a set's key, and returns the register where they begin.
+func (x *ruleExprs) key(fields []field) uint32 {
 	first := uint32(unix.NFT_REG_1)
-	if len(m.fields) > 1 {
+	if len(fields) > 1 {
 		first = firstWord
 	}
 	reg := first
-	for _, f := range m.fields {
+	for _, f := range fields {
 		l := loads[f]
 		x.add(l.into(reg))
 		reg += (l.size + 3) / 4
 	}
-	x.add(&expr.Lookup{SourceRegister: first, SetName: m.text, Invert: m.op == notInSet})
+	return first
+}
+
+func (x *ruleExprs) lookup(m match) {
+	x.add(&expr.Lookup{SourceRegister: x.key(m.fields), SetName: m.text, Invert: m.op == notInSet})
 }
 
 // tcpMSS is the kind of the TCP option of the maximum segment size (RFC 9293).

@@ -274,7 +274,7 @@ func nftSet(ours *nftables.Table, s *set) (*nftables.Set, error) {
 	}
 	return &nftables.Set{
 		Table: ours, Name: s.name, KeyType: key, Concatenation: len(types) > 1,
-		Interval: s.interval, HasTimeout: s.timeout,
+		Interval: s.interval, HasTimeout: s.timeout, Dynamic: s.size > 0, Size: uint32(s.size),
 	}, nil
 }
 

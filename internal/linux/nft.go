@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 )
 
 // The types in this file are nftables as data, as far as this package needs it.
@@ -83,6 +84,8 @@ const (
 	outside // not from the value to the mask, both included
 	present // the header or option is in the packet
 	found   // for returnPath: there is one
+	noted   // the fields are in the set, or are added to it for a while: not when it is full
+	tooFast // the set counts the fields, and they came more often than its limit says
 )
 
 // match is one condition of a rule. A match whose field can't be read (an IPv6
@@ -94,6 +97,13 @@ type match struct {
 	value  []byte // as the kernel wants it
 	mask   []byte // for inside; for outside the last value
 	text   string // the value or set as printed
+	limit  limit  // for noted and tooFast
+}
+
+// limit bounds what comes new.
+type limit struct {
+	rate, burst uint32 // a second, and at once
+	lasts       time.Duration
 }
 
 func (m match) String() string {
@@ -113,6 +123,11 @@ func (m match) String() string {
 		return left + " != @" + m.text
 	case present, found:
 		return left + " exists"
+	case noted:
+		return fmt.Sprintf("add @%s { %s timeout %v }", m.text, left, m.limit.lasts)
+	case tooFast:
+		return fmt.Sprintf("update @%s { %s timeout %v limit rate over %d/second burst %d packets }",
+			m.text, left, m.limit.lasts, m.limit.rate, m.limit.burst)
 	}
 	return left
 }
@@ -141,6 +156,12 @@ func beside(f field, r portRange) match {
 // port is a port as packets have it.
 func port(p uint16) []byte { return []byte{byte(p >> 8), byte(p)} }
 
+func note(set string, l limit, fs ...field) match {
+	return match{fields: fs, op: noted, text: set, limit: l}
+}
+func faster(set string, l limit, f field) match {
+	return match{fields: []field{f}, op: tooFast, text: set, limit: l}
+}
 func exists(f field) match { return match{fields: []field{f}, op: present} }
 func in(set string, fs ...field) match {
 	return match{fields: fs, op: inSet, text: set}
@@ -254,6 +275,7 @@ type set struct {
 	types    []string // nft's names of the key's parts
 	interval bool
 	timeout  bool // filled while it is loaded; elements end by themselves
+	size     int  // of a set that rules fill, at most; 0 for the others
 	elements []element
 }
 
@@ -424,6 +446,8 @@ func (s set) write(b *strings.Builder) {
 	switch {
 	case s.interval:
 		b.WriteString("\t\tflags interval\n")
+	case s.size > 0:
+		fmt.Fprintf(b, "\t\tsize %d\n\t\tflags dynamic,timeout\n", s.size)
 	case s.timeout:
 		b.WriteString("\t\tflags timeout\n")
 	}

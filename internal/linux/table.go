@@ -43,6 +43,7 @@ var (
 
 	// Bits of NFT_CT_STATE: invalid 1, established 2, related 4, new 8,
 	// untracked 64.
+	running   = bits("established", 2)
 	related   = bits("related", 4)
 	nameless  = bits("invalid,untracked", 1|64)
 	dnat      = bits("dnat", 1<<5) // IPS_DST_NAT
@@ -117,6 +118,7 @@ func compile(r *policy.Ruleset, p params) *table {
 	for _, f := range families {
 		c.sets = append(c.sets, c.classSets(f)...)
 		c.sets = append(c.sets, c.peerSets(f)...)
+		c.sets = append(c.sets, searchSets(f)...)
 	}
 	c.sets = append(c.sets, icmpErrors()...)
 	c.ingress()
@@ -449,12 +451,15 @@ func (c *compiler) fromMesh() {
 	c.clamp(m)
 	for _, f := range families {
 		m.drop("", in("self"+f.suffix, f.dst))
-		m.accept("lan", in("lan"+f.suffix, f.dst))
+		m.branch("to_lan"+f.suffix, in("lan"+f.suffix, f.dst))
 		if u := c.uplink(f); u != "" {
 			m.accept("internet, by the uplink", in("internet"+f.suffix, f.dst), is(oifname, name(u)))
 		}
 	}
 	m.drop("internet, not by the uplink")
+	for _, f := range families {
+		c.toLAN(f)
+	}
 }
 
 func (c *compiler) toMesh() {
