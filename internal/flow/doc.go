@@ -59,5 +59,12 @@
 // and when it reaches into the bytes of the first (RFC 1858, RFC 3128, RFC 5722).
 // So a datagram whose pieces overtake its first one on the way is lost, in IPv4
 // and IPv6: nothing is kept back to wait for a first fragment that may be refused.
-// The first may come twice, and the others in any order and as often as they like.
+// The others may come in any order.
+//
+// What a peer sends in fragments the host's kernel keeps until it is whole, in memory
+// that is one for the whole host. So of a peer 64 datagrams and 1 MB may be unfinished
+// there, of all peers 3 MB, and until one is whole or given up no first fragment
+// passes. What is counted must be what the kernel has: a fragment that comes twice,
+// overlaps another, comes late or behind too many others, or whose header a kernel may
+// drop it for, is refused (see reassembly).
 package flow

@@ -128,7 +128,7 @@ func (v *View) oddFromPeer(p *packet, now Instant) Verdict {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.pieces.complete(p, now) {
+	if !s.pieces.complete(p) {
 		return refuse(s, policy.RuleMalformed, policy.Martian)
 	}
 	var asked policy.Packet
@@ -181,7 +181,7 @@ func (v *View) toPeer(p *packet, now Instant) Verdict {
 
 // near judges a packet from the near end. The share's mutex is held.
 func (v *View) near(p *packet, s *share, now Instant) Verdict {
-	if p.fragment == later && !s.pieces.complete(p, now) {
+	if p.fragment == later && !s.sent.complete(p, now) {
 		return refuse(s, policy.RuleMalformed, 0)
 	}
 	k := keyOf(p.tuple, ToPeer)
@@ -229,7 +229,7 @@ func (v *View) throughPeer(p *packet, now Instant) Verdict {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	spoofed := refuse(nil, policy.RuleSpoofed, policy.Spoofed)
-	if p.fragment == later && !s.pieces.complete(p, now) {
+	if p.fragment == later && !s.pieces.complete(p) {
 		return spoofed
 	}
 	k := keyOf(p.tuple, FromPeer)
@@ -248,8 +248,8 @@ func (v *View) throughPeer(p *packet, now Instant) Verdict {
 	if !decided.Pass {
 		return spoofed
 	}
-	if !p.isError {
-		v.note(s, e, k, p, FromPeer, ToPeer, decided, now)
+	if !p.isError && v.note(s, e, k, p, FromPeer, ToPeer, decided, now) != policy.RuleNone {
+		return spoofed
 	}
 	return Verdict{Action: Pass, Rule: decided.Rule}
 }
@@ -300,6 +300,15 @@ func (v *View) note(s *share, e *entry, k key, p *packet, d, opener Direction, d
 	if e != nil {
 		old = e.load()
 	}
+	if d == FromPeer && p.fragment != whole {
+		switch malformed, full := s.admitFragment(p, now); {
+		case malformed:
+			return policy.RuleMalformed
+		case full:
+			s.full.Add(1)
+			return policy.RuleFull
+		}
+	}
 	runs := e != nil && !old.is(stateCut) && old.opener() == opener
 	if !runs && opener == FromPeer {
 		switch {
@@ -310,8 +319,12 @@ func (v *View) note(s *share, e *entry, k key, p *packet, d, opener Direction, d
 			return policy.RuleFull
 		}
 	}
-	if p.fragment == first {
-		s.pieces.remember(p, now)
+	switch {
+	case p.fragment == whole:
+	case d == FromPeer:
+		s.noteFragment(p, now)
+	case p.fragment == first:
+		s.sent.remember(p, now)
 	}
 	if e == nil {
 		if !p.opens {

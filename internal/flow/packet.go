@@ -146,6 +146,9 @@ type packet struct {
 	id        uint32 // of the datagram that the fragment belongs to
 	offset    int    // where the fragment's payload starts in the datagram, bytes
 	end       int    // and ends
+	last      bool   // no fragment comes behind it
+	odd       bool   // a fragment whose header a kernel may drop that takes others
+	size      int    // of the packet, bytes
 }
 
 // What part of a datagram a packet is.
@@ -159,6 +162,7 @@ const (
 // marked as malformed. Addresses are valid also then, if there are any.
 func (p *packet) parse(b []byte) {
 	p.malformed = true
+	p.size = len(b)
 	if len(b) == 0 {
 		return
 	}
@@ -193,7 +197,17 @@ func (p *packet) parse4(b []byte) {
 	if !p.setFragment(int(frag&offset)*8, frag&more != 0, len(b)-size) {
 		return
 	}
+	p.odd = p.fragment != whole && (size > header4 || !sumsUp(b[:size]))
 	p.malformed = !p.parseTransport(b[size:])
+}
+
+// sumsUp reports whether the checksum of an IPv4 header is right (RFC 1071).
+func sumsUp(b []byte) bool {
+	sum := uint32(0)
+	for ; len(b) >= 2; b = b[2:] {
+		sum += uint32(binary.BigEndian.Uint16(b))
+	}
+	return sum&0xffff+sum>>16 == 0xffff
 }
 
 // validOptions4 walks through IPv4 options. Source routes are refused (RFC 7126
@@ -222,7 +236,7 @@ func validOptions4(b []byte) bool {
 // reports whether it can be: not empty, within a datagram, and of a multiple of
 // 8 bytes unless it is the last.
 func (p *packet) setFragment(offset int, more bool, size int) bool {
-	p.offset, p.end = offset, offset+size
+	p.offset, p.end, p.last = offset, offset+size, !more
 	switch {
 	case offset == 0 && !more:
 		p.fragment = whole
@@ -276,6 +290,7 @@ func (p *packet) skipHeaders(b []byte) (rest []byte, ok bool) {
 			if p.fragment != whole || !p.fragment6(b) {
 				return nil, false
 			}
+			p.odd = n > 0 && p.fragment != whole
 			if p.fragment == later {
 				return b[8:], true
 			}

@@ -21,8 +21,9 @@ type share struct {
 	asked    list // those that the host opened and that weren't answered
 	talks    list // the others that the host opened
 	cut      list
-	free     *entry // linked by next
-	pieces   fragments
+	free     *entry     // linked by next
+	pieces   reassembly // fragments from the peer
+	sent     fragments  // and towards it
 	answers  bucket
 	openings bucket
 	swept    Instant
@@ -225,67 +226,5 @@ func (b *bucket) take(now Instant) bool {
 		return false
 	}
 	b.tokens -= 1000
-	return true
-}
-
-// fragments remembers the first fragments that passed, in a ring.
-type fragments struct {
-	ring []fragment
-	next int
-}
-
-// fragment is what the later fragments of a datagram are judged by.
-type fragment struct {
-	from, to         address
-	id               uint32
-	proto            uint8
-	v6               bool
-	fromPort, toPort uint16
-	end              int // of the first fragment, in bytes
-	expires          Instant
-}
-
-const (
-	// maxFragments is how many datagrams in pieces are remembered per peer.
-	maxFragments = 64
-	// fragmentTimeout is how long, as pf's for fragments (pf.conf(5), frag).
-	fragmentTimeout Instant = 30_000
-)
-
-// remember notes a first fragment that passed.
-func (f *fragments) remember(p *packet, now Instant) {
-	piece := fragment{p.from, p.to, p.id, p.proto, p.v6, p.fromPort, p.toPort, p.end, now + fragmentTimeout}
-	if i := f.find(p, now); i >= 0 {
-		f.ring[i] = piece
-		return
-	}
-	if len(f.ring) < maxFragments {
-		f.ring = append(f.ring, piece)
-		return
-	}
-	f.ring[f.next] = piece
-	f.next = (f.next + 1) % maxFragments
-}
-
-// find returns the index of the first fragment of p's datagram, or -1. In IPv6
-// the protocol isn't part of a datagram's name (RFC 8200 section 4.5).
-func (f *fragments) find(p *packet, now Instant) int {
-	for i := range f.ring {
-		g := &f.ring[i]
-		if g.id == p.id && g.from == p.from && g.to == p.to && g.v6 == p.v6 && (p.v6 || g.proto == p.proto) && now < g.expires {
-			return i
-		}
-	}
-	return -1
-}
-
-// complete gives a later fragment the ports of its first one. It reports false
-// where there is none, or where p reaches into its bytes.
-func (f *fragments) complete(p *packet, now Instant) bool {
-	i := f.find(p, now)
-	if i < 0 || p.offset < f.ring[i].end {
-		return false
-	}
-	p.proto, p.fromPort, p.toPort = f.ring[i].proto, f.ring[i].fromPort, f.ring[i].toPort
 	return true
 }

@@ -43,6 +43,9 @@ type Table struct {
 	swept  atomic.Int64             // Instant of the last sweep
 	cursor atomic.Uint64            // where the next one begins in all
 
+	inPieces    atomic.Int64 // bytes of all peers' fragments; see reassembly
+	sweptPieces atomic.Int64 // Instant of the last look for old ones
+
 	cache [cacheSize]atomic.Pointer[entry]
 	seed  uint64
 
@@ -273,5 +276,6 @@ func (s *share) idle(now Instant) bool {
 			s.drop(e)
 		}
 	}
-	return len(s.flows) == 0
+	s.expireFragments(now)
+	return len(s.flows) == 0 && len(s.pieces.open) == 0
 }

@@ -32,8 +32,9 @@ func TestMain(m *testing.M) { os.Exit(netlab.Main(m.Run)) }
 // filter, so that the guard alone decides.
 type kernelHost struct {
 	*netlab.Host
-	guard *Device
-	inner tun.Device
+	guard  *Device
+	inner  tun.Device
+	beyond map[string]*netlab.Host // what is behind its other interfaces
 }
 
 // meshLink is the tunnel device's name.
@@ -53,7 +54,7 @@ func newKernelHost(t testing.TB) *kernelHost {
 			t.Error(err)
 		}
 	})
-	b := &kernelHost{}
+	b := &kernelHost{beyond: map[string]*netlab.Host{}}
 	for _, step := range []func() error{
 		func() error { return b.join(lab) },
 		b.open,
@@ -83,6 +84,7 @@ func (b *kernelHost) join(lab *netlab.Lab) (err error) {
 		if err != nil {
 			return err
 		}
+		b.beyond[l.name] = other
 		err = lab.Link(
 			netlab.Port{Host: b.Host, Name: l.name, Addrs: prefixes(l.own)},
 			netlab.Port{Host: other, Name: l.name, Addrs: prefixes(l.other)})

@@ -57,7 +57,7 @@ var ruleTexts = [...]string{
 	RuleRedirect:      "ICMP redirects never pass",
 	RuleUnquoted:      "the ICMP error quotes no flow that may pass",
 	RuleUnasked:       "the packet begins nothing and belongs to no flow",
-	RuleFull:          "the peer, or all peers together, have as many flows as they may, or it opens them too fast",
+	RuleFull:          "the peer, or all peers together, have as many flows or unfinished datagrams as they may, or it opens flows too fast",
 	RuleMesh:          "the host does not forward between peers",
 	RuleWireGuard:     "WireGuard's own packets don't go through the tunnel",
 	RuleNoIncoming:    "connecting to the host needs incoming",

@@ -1,0 +1,277 @@
+package flow
+
+import (
+	"math/bits"
+	"slices"
+)
+
+// fragments remembers the first fragments that passed towards a peer, in a ring.
+type fragments struct {
+	ring []fragment
+	next int
+}
+
+// fragment is what the later fragments of a datagram are judged by.
+type fragment struct {
+	from, to         address
+	id               uint32
+	proto            uint8
+	v6               bool
+	fromPort, toPort uint16
+	end              int // of the first fragment, in bytes
+	expires          Instant
+}
+
+const (
+	// maxFragments is how many datagrams in pieces are remembered per peer.
+	maxFragments = 64
+	// fragmentTimeout is how long, as pf's for fragments (pf.conf(5), frag).
+	fragmentTimeout Instant = 30_000
+)
+
+// remember notes a first fragment that passed.
+func (f *fragments) remember(p *packet, now Instant) {
+	piece := fragment{p.from, p.to, p.id, p.proto, p.v6, p.fromPort, p.toPort, p.end, now + fragmentTimeout}
+	if i := f.find(p, now); i >= 0 {
+		f.ring[i] = piece
+		return
+	}
+	if len(f.ring) < maxFragments {
+		f.ring = append(f.ring, piece)
+		return
+	}
+	f.ring[f.next] = piece
+	f.next = (f.next + 1) % maxFragments
+}
+
+// find returns the index of the first fragment of p's datagram, or -1. In IPv6
+// the protocol isn't part of a datagram's name (RFC 8200 section 4.5).
+func (f *fragments) find(p *packet, now Instant) int {
+	for i := range f.ring {
+		g := &f.ring[i]
+		if g.id == p.id && g.from == p.from && g.to == p.to && g.v6 == p.v6 && (p.v6 || g.proto == p.proto) && now < g.expires {
+			return i
+		}
+	}
+	return -1
+}
+
+// complete gives a later fragment the ports of its first one. It reports false
+// where there is none, or where p reaches into its bytes.
+func (f *fragments) complete(p *packet, now Instant) bool {
+	i := f.find(p, now)
+	if i < 0 || p.offset < f.ring[i].end {
+		return false
+	}
+	p.proto, p.fromPort, p.toPort = f.ring[i].proto, f.ring[i].fromPort, f.ring[i].toPort
+	return true
+}
+
+// reassembly follows how the host's kernel puts together what a peer sends in
+// fragments, so that a peer never has more there than its share. The memory for it is
+// one for the whole host: 4 MB in Linux for each family (ipfrag_high_thresh in
+// ip-sysctl, net/ipv4/inet_fragment.c), and at that no more datagram is put together,
+// whoever sent it.
+//
+// The kernel must have no more than what is counted here. So what would let it forget
+// a part that is counted as arrived doesn't pass: parts that overlap or come twice,
+// that it might drop for their header (packet.odd), that come late, or after so many
+// others of the peer that it begins anew (maxDistance).
+type reassembly struct {
+	open   []datagram // the oldest first
+	held   int        // bytes
+	passed int        // fragments, ever
+}
+
+// datagram is one that isn't whole yet.
+type datagram struct {
+	fragment
+	began  Instant
+	held   int // bytes of the kernel's memory, at most
+	total  int // its length; 0 while the last part hasn't come
+	passed int // reassembly.passed after its latest fragment
+	count  int // of parts
+	parts  [maxSpans + 1]span
+}
+
+// span is a part of a datagram, in bytes from its beginning.
+type span struct{ from, to uint16 }
+
+const (
+	// maxSpans bounds what is remembered of one datagram: parts may overtake each
+	// other, and not so many at once.
+	maxSpans = 16
+	// lateFragment is after how long no part of a datagram passes any more, before
+	// Linux gives one up (IP_FRAG_TIME, 30 s, in include/net/ip.h; 60 s for IPv6). It
+	// begins anew at most once more, so after fragmentHold it has nothing of it left.
+	lateFragment Instant = 29_000
+	fragmentHold Instant = 61_000
+	// maxDistance is how many fragments of one source may come between two of a
+	// datagram before Linux forgets what it has of it (ipfrag_max_dist, ip_frag_too_far
+	// in net/ipv4/ip_fragment.c).
+	maxDistance = 64
+	// A peer has a quarter of the kernel's memory, all together three quarters.
+	reassemblyShare = 1 << 20
+	reassemblyAll   = 3 << 20
+)
+
+// memoryOf returns how many bytes of a kernel's memory a packet takes at most: a
+// buffer with room in front and the kernel's notes behind, of a power of two
+// (SKB_TRUESIZE in include/linux/skbuff.h), and the rest of the notes.
+func memoryOf(size int) int { return 1<<bits.Len(uint(size+512-1)) + 512 }
+
+// find returns the datagram that a fragment belongs to, or nil.
+func (r *reassembly) find(p *packet) *datagram {
+	for i := range r.open {
+		if r.open[i].is(p) {
+			return &r.open[i]
+		}
+	}
+	return nil
+}
+
+// is reports whether a fragment belongs to the datagram; see fragments.find.
+func (f *fragment) is(p *packet) bool {
+	return f.id == p.id && f.from == p.from && f.to == p.to && f.v6 == p.v6 && (p.v6 || f.proto == p.proto)
+}
+
+// complete gives a later fragment the ports of its first one. It reports false where
+// there is none, or where p reaches into its bytes.
+func (r *reassembly) complete(p *packet) bool {
+	d := r.find(p)
+	if d == nil || p.offset < d.end {
+		return false
+	}
+	p.proto, p.fromPort, p.toPort = d.proto, d.fromPort, d.toPort
+	return true
+}
+
+// fits reports whether a later fragment is a part of the datagram that is missing.
+func (d *datagram) fits(p *packet, passed int, now Instant) bool {
+	if now-d.began > lateFragment || passed-d.passed > maxDistance {
+		return false
+	}
+	have, part := d.have(), partOf(p)
+	if d.total > 0 && (p.last || p.end > d.total) || p.last && have[len(have)-1].to > part.from {
+		return false
+	}
+	at := d.gap(part)
+	before := at > 0 && have[at-1].to >= part.from
+	behind := at < len(have) && have[at].from <= part.to
+	if before && have[at-1].to > part.from || behind && have[at].from < part.to {
+		return false // they overlap
+	}
+	return before || behind || len(have) < maxSpans
+}
+
+// have are the parts that passed: apart from each other, in order.
+func (d *datagram) have() []span { return d.parts[:d.count] }
+
+// partOf returns what part of its datagram a fragment is. No datagram is longer than
+// 65,535 bytes.
+func partOf(p *packet) span { return span{uint16(p.offset), uint16(p.end)} }
+
+// gap returns how many parts begin before another.
+func (d *datagram) gap(part span) int {
+	at := 0
+	for at < d.count && d.parts[at].from < part.from {
+		at++
+	}
+	return at
+}
+
+// add notes a part that fits, and reports whether the datagram is whole.
+func (d *datagram) add(p *packet) bool {
+	part := partOf(p)
+	at := d.gap(part)
+	have := slices.Insert(d.have(), at, part) // there is room
+	for _, i := range [...]int{at, at - 1} {  // first behind, so that at stays what it is
+		if i >= 0 && i+1 < len(have) && have[i].to == have[i+1].from {
+			have[i].to = have[i+1].to
+			have = slices.Delete(have, i+1, i+2)
+		}
+	}
+	d.count = len(have)
+	if p.last {
+		d.total = p.end
+	}
+	return d.total > 0 && len(have) == 1 && have[0] == span{0, uint16(d.total)}
+}
+
+// admitFragment reports whether a fragment of the peer may pass, and if not why. The
+// share's mutex is held.
+func (s *share) admitFragment(p *packet, now Instant) (malformed, full bool) {
+	s.expireFragments(now)
+	r := &s.pieces
+	d := r.find(p)
+	switch {
+	case p.odd, p.fragment == first && d != nil, p.fragment == later && (d == nil || !d.fits(p, r.passed, now)):
+		return true, false
+	case p.fragment == first && len(r.open) >= maxFragments:
+		return false, true
+	}
+	more := memoryOf(p.size)
+	if r.held+more > reassemblyShare {
+		return false, true
+	}
+	if s.table.inPieces.Load()+int64(more) > reassemblyAll {
+		s.table.sweepFragments(now)
+	}
+	return false, s.table.inPieces.Load()+int64(more) > reassemblyAll
+}
+
+// noteFragment notes a fragment of the peer that was admitted and passes.
+func (s *share) noteFragment(p *packet, now Instant) {
+	r := &s.pieces
+	r.passed++
+	if p.fragment == first {
+		r.open = append(r.open, datagram{
+			fragment: fragment{p.from, p.to, p.id, p.proto, p.v6, p.fromPort, p.toPort, p.end, 0},
+			began:    now,
+		})
+	}
+	d := r.find(p)
+	whole := d.add(p)
+	d.passed = r.passed
+	more := memoryOf(p.size)
+	d.held += more
+	s.hold(more)
+	if whole {
+		s.hold(-d.held)
+		r.open = slices.DeleteFunc(r.open, func(o datagram) bool { return o.is(p) })
+	}
+}
+
+func (s *share) hold(bytes int) {
+	s.pieces.held += bytes
+	s.table.inPieces.Add(int64(bytes))
+}
+
+// expireFragments forgets the datagrams that the kernel has forgotten, too.
+func (s *share) expireFragments(now Instant) {
+	r := &s.pieces
+	n := 0
+	for n < len(r.open) && now-r.open[n].began > fragmentHold {
+		s.hold(-r.open[n].held)
+		n++
+	}
+	if n > 0 {
+		r.open = slices.Delete(r.open, 0, n)
+	}
+}
+
+// sweepFragments has every peer's old fragments forgotten, also those of peers that
+// send none any more. The caller holds a share's mutex, so the shares that are busy
+// are left out.
+func (t *Table) sweepFragments(now Instant) {
+	last := t.sweptPieces.Load()
+	if int64(now)-last < int64(sweepEvery) || !t.sweptPieces.CompareAndSwap(last, int64(now)) {
+		return
+	}
+	for _, s := range append(slices.Clone(*t.all.Load()), t.viaPeers) {
+		if s.mu.TryLock() {
+			s.expireFragments(now)
+			s.mu.Unlock()
+		}
+	}
+}
