@@ -31,7 +31,7 @@ var rooms = map[string][]string{
 	"internal/imports": {},
 	"internal/install": {"internal/platform", "launchd"},
 	"internal/logfile": {},
-	"internal/linux":   {"internal/platform", "internal/policy"},
+	"internal/linux":   {"internal/flow", "internal/platform", "internal/policy"},
 	"internal/macos":   {"darwin", "internal/flow", "internal/platform", "internal/policy", "pfconf"},
 	"internal/netlab":  {all},
 

@@ -179,6 +179,8 @@ func (x *ruleExprs) match(m match) error {
 		x.compare(l, expr.CmpOpNeq, m.value)
 	case hasBits:
 		x.masked(l, m.value, expr.CmpOpNeq, make([]byte, l.size))
+	case noBits:
+		x.masked(l, m.value, expr.CmpOpEq, make([]byte, l.size))
 	case inside:
 		x.masked(l, m.mask, expr.CmpOpEq, m.value)
 	case outside:
@@ -201,6 +203,15 @@ func (x *ruleExprs) match(m match) error {
 				Type: expr.LimitTypePkts, Rate: uint64(m.limit.rate), Unit: expr.LimitTimeSecond, Burst: m.limit.burst, Over: true,
 			}},
 		})
+	case over:
+		behind := firstWord + (l.size+3)/4
+		x.add(l.into(firstWord),
+			&expr.Payload{DestRegister: unix.NFT_REG_3, Base: expr.PayloadBaseTransportHeader, Len: 4},
+			&expr.Hash{SourceRegister: unix.NFT_REG_3, DestRegister: behind, Length: 4, Modulus: flowParts, Type: expr.HashTypeJenkins},
+			&expr.Dynset{
+				SrcRegKey: firstWord, SetName: m.text, Operation: unix.NFT_DYNSET_OP_ADD,
+				Exprs: []expr.Any{&expr.Connlimit{Count: m.count, Flags: expr.NFT_CONNLIMIT_F_INV}},
+			})
 	}
 	return nil
 }
@@ -245,6 +256,8 @@ func (x *ruleExprs) action(a action) {
 			&expr.Immediate{Register: unix.NFT_REG_1, Data: port(a.ports.first)},
 			&expr.Immediate{Register: unix.NFT_REG_2, Data: port(a.ports.last)})
 		x.out = append(x.out, masqueradeTo(unix.NFT_REG_1, unix.NFT_REG_2))
+	case expire:
+		x.add(&expr.Objref{Type: objectCtTimeout, Name: a.timeout})
 	case clamp:
 		x.add(
 			&expr.Immediate{Register: unix.NFT_REG_1, Data: binaryutil.BigEndian.PutUint16(a.mss)},
@@ -253,6 +266,9 @@ func (x *ruleExprs) action(a action) {
 		x.add(&expr.Verdict{Kind: verdicts[a.verb], Chain: a.chain})
 	}
 }
+
+// objectCtTimeout is NFT_OBJECT_CT_TIMEOUT of linux/netfilter/nf_tables.h.
+const objectCtTimeout = 7
 
 // masqueradeTo translates the source to the address of the interface that a packet
 // leaves by, and to a port drawn at random between those in two registers, both

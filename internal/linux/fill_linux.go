@@ -1,12 +1,21 @@
 package linux
 
 import (
+	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
+	"net/netip"
+	"slices"
 	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // fullFlows is the share of the kernel's table of flows, in percent, from which on
@@ -46,4 +55,65 @@ func fillProblems(sys sysctls) ([]platform.Problem, error) {
 			"when it is full, no new connection of the host or a peer gets through", n[0], n[1]),
 		Hint: "`conntrack -L` lists the flows and their sources; `sysctl -w net.netfilter.nf_conntrack_max=N` allows more",
 	}}, nil
+}
+
+// holders says which peers the flows in conntrack are of.
+type holders struct {
+	looks int
+	text  string
+}
+
+const (
+	// holdersEvery is in how many looks at a full table its flows are counted once:
+	// that takes half a second of a core where there are 262,144.
+	holdersEvery = 10
+	// holdersNamed is how many peers are named, and holdersLeast how many percent of
+	// the flows each of them has at least.
+	holdersNamed = 3
+	holdersLeast = 1
+)
+
+// nameHolders adds to the problem of a full table which peers its flows are of. A
+// count that fails leaves it as it is.
+func (p *Platform) nameHolders(full []platform.Problem, r *policy.Ruleset) {
+	if len(full) == 0 {
+		p.holders = holders{}
+		return
+	}
+	if p.holders.looks%holdersEvery == 0 {
+		if text, err := p.countHolders(r); err == nil {
+			p.holders.text = text
+		}
+	}
+	p.holders.looks++
+	full[0].Message += p.holders.text
+}
+
+// countHolders counts the flows that each peer opened.
+func (p *Platform) countHolders(r *policy.Ruleset) (string, error) {
+	of, all := map[int]int{}, 0
+	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
+		err := p.flows.each(context.Background(), family, netip.Addr{}, func(e *flowEntry) error {
+			all++
+			if i, ok := r.PeerByAddr(e.orig.src); ok {
+				of[i]++
+			}
+			return nil
+		})
+		if err != nil {
+			return "", err
+		}
+	}
+	peers := slices.Collect(maps.Keys(of))
+	slices.SortFunc(peers, func(a, b int) int { return cmp.Or(cmp.Compare(of[b], of[a]), cmp.Compare(a, b)) })
+	var parts []string
+	for _, i := range peers[:min(len(peers), holdersNamed)] {
+		if percent := of[i] * 100 / all; percent >= holdersLeast {
+			parts = append(parts, fmt.Sprintf("%s %d %%", r.Peers()[i].Name, percent))
+		}
+	}
+	if len(parts) == 0 {
+		return "; next to none are of peers", nil
+	}
+	return "; of peers: " + strings.Join(parts, ", "), nil
 }

@@ -144,6 +144,11 @@ func (f *filter) replace(t *table) error {
 	f.change.AddTable(ours)
 	f.change.DelTable(ours)
 	f.change.AddTable(ours)
+	for _, o := range t.timeouts {
+		if err := f.change.addTimeouts(o); err != nil {
+			return err
+		}
+	}
 	for i := range t.sets {
 		if err := f.addSet(ours, &t.sets[i], cut[t.sets[i].name]); err != nil {
 			return err
@@ -257,7 +262,7 @@ func nftChain(ours *nftables.Table, c *chain) *nftables.Chain {
 var setTypes = map[string]nftables.SetDatatype{
 	"ipv4_addr": nftables.TypeIPAddr, "ipv6_addr": nftables.TypeIP6Addr,
 	"inet_proto": nftables.TypeInetProto, "inet_service": nftables.TypeInetService,
-	"icmp_type": nftables.TypeICMPType, "icmpv6_type": nftables.TypeICMP6Type, "ifname": nftables.TypeIFName,
+	"icmp_type": nftables.TypeICMPType, "icmpv6_type": nftables.TypeICMP6Type, "ifname": nftables.TypeIFName, "mark": nftables.TypeMark,
 }
 
 func nftSet(ours *nftables.Table, s *set) (*nftables.Set, error) {
@@ -303,7 +308,7 @@ type change struct {
 // whether that is all that differs. Interval sets are small and seldom change:
 // for them everything is loaded anew.
 func difference(a, b *table) ([]change, bool) {
-	if len(a.sets) != len(b.sets) || !slices.EqualFunc(a.chains, b.chains, sameChain) {
+	if len(a.sets) != len(b.sets) || !slices.EqualFunc(a.timeouts, b.timeouts, sameTimeouts) || !slices.EqualFunc(a.chains, b.chains, sameChain) {
 		return nil, false
 	}
 	var out []change
@@ -322,6 +327,10 @@ func difference(a, b *table) ([]change, bool) {
 		out = append(out, change{set: next, add: add, remove: remove})
 	}
 	return out, true
+}
+
+func sameTimeouts(a, b timeouts) bool {
+	return a.name == b.name && slices.Equal(a.states, b.states)
 }
 
 func sameChain(a, b *chain) bool {
@@ -509,7 +518,7 @@ func (f *filter) compare() ([]string, error) {
 }
 
 func (f *filter) sameSet(s *set) (bool, error) {
-	if s.timeout {
+	if s.timeout || s.size > 0 {
 		return true, nil
 	}
 	got, err := f.conn.GetSetElements(&nftables.Set{Table: ourTable(), Name: s.name})

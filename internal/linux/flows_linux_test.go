@@ -15,8 +15,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// flow is a running UDP flow that ann opened, or that the host opened to her.
-type flow struct {
+// runningFlow is a UDP flow that ann opened, or that the host opened to her.
+type runningFlow struct {
 	opened policy.Packet
 	// link is where it went; "" for the host itself.
 	link string
@@ -26,15 +26,15 @@ type flow struct {
 	conn *net.UDPConn
 }
 
-func (f flow) String() string {
+func (f runningFlow) String() string {
 	return fmt.Sprintf("flow %v:%d to %v:%d by %q", f.opened.Src, f.opened.SrcPort, f.opened.Dst, f.opened.DstPort, f.link)
 }
 
 // openFlows has ann open a flow to every class of destination in both families.
-func (w *world) openFlows(n *int) []flow {
+func (w *world) openFlows(n *int) []runningFlow {
 	w.t.Helper()
 	a := netlab.Addresses()
-	var out []flow
+	var out []runningFlow
 	for i, ann := range []netip.Addr{ann4, ann6} {
 		for _, to := range []struct {
 			link string
@@ -44,7 +44,7 @@ func (w *world) openFlows(n *int) []flow {
 			{netlab.VPN, a.Behind}, {"", a.BLAN}, {"", a.BUplink}, {"", netlab.Pair{V4: own4, V6: own6}},
 		} {
 			*n++
-			f := flow{link: to.link, opened: policy.Packet{
+			f := runningFlow{link: to.link, opened: policy.Packet{
 				In: meshName, Src: ann, Dst: to.at.List()[i], Proto: policy.ProtoUDP,
 				SrcPort: uint16(21000 + *n), DstPort: uint16(31000 + *n),
 			}}
@@ -73,7 +73,7 @@ func (w *world) openFlows(n *int) []flow {
 
 // reopen has ann go on with the flows through the host that she may open: those
 // that were cut get a new port.
-func (w *world) reopen(r *policy.Ruleset, flows []flow, n *int) {
+func (w *world) reopen(r *policy.Ruleset, flows []runningFlow, n *int) {
 	w.t.Helper()
 	for i := range flows {
 		f := &flows[i]
@@ -92,11 +92,11 @@ func (w *world) reopen(r *policy.Ruleset, flows []flow, n *int) {
 }
 
 // hostFlows has the host open a flow to ann in both families.
-func (w *world) hostFlows(n *int) []flow {
-	var out []flow
+func (w *world) hostFlows(n *int) []runningFlow {
+	var out []runningFlow
 	for i, own := range []netip.Addr{own4, own6} {
 		*n++
-		f := flow{opened: policy.Packet{Src: own, Dst: []netip.Addr{ann4, ann6}[i], Proto: policy.ProtoUDP,
+		f := runningFlow{opened: policy.Packet{Src: own, Dst: []netip.Addr{ann4, ann6}[i], Proto: policy.ProtoUDP,
 			SrcPort: uint16(21000 + *n), DstPort: uint16(31000 + *n)}}
 		f.near, f.far = netip.AddrPortFrom(f.opened.Dst, f.opened.DstPort), netip.AddrPortFrom(own, f.opened.SrcPort)
 		f.conn = w.socket(f.far)
@@ -120,14 +120,14 @@ func (w *world) socket(at netip.AddrPort) *net.UDPConn {
 
 // hostSends has the application send to ann. What the packet filter drops may
 // come back as an error.
-func (w *world) hostSends(f flow, b []byte) {
+func (w *world) hostSends(f runningFlow, b []byte) {
 	_, _ = f.conn.WriteToUDPAddrPort(b, f.near)
 }
 
 // probe is one packet on a running flow and what has to become of it.
 type probe struct {
 	what string
-	flow flow
+	flow runningFlow
 	word []byte
 	// pass is the policy's verdict; where mayDrop, dropping is right too. Where
 	// strayed, a packet that may not pass may reach the host itself, and be answered:
@@ -137,7 +137,7 @@ type probe struct {
 }
 
 // probes sends every kind of packet on a flow.
-func (w *world) probes(r *policy.Ruleset, f flow, n *int) []probe {
+func (w *world) probes(r *policy.Ruleset, f runningFlow, n *int) []probe {
 	w.t.Helper()
 	var out []probe
 	next := func(what string, v policy.Verdict, where string) []byte {
@@ -268,7 +268,7 @@ func TestCutFlowsStayDead(t *testing.T) {
 	defer w.close()
 	n := 0
 	wide := w.enforce(mesh(grants{ann: all}))
-	flows := slices.DeleteFunc(w.openFlows(&n), func(f flow) bool { return f.conn == nil })
+	flows := slices.DeleteFunc(w.openFlows(&n), func(f runningFlow) bool { return f.conn == nil })
 	closed := w.enforce(mesh(grants{}))
 	w.cut(closed, policy.Diff(wide, closed))
 	silent := func(when string) {

@@ -45,7 +45,9 @@ func (p *Platform) inspect(r *policy.Ruleset) (platform.Report, error) {
 	add(StepForwarding, p.forward.drift(n))
 	report.Problems, err = p.obstacles(r)
 	report.Problems = append(report.Problems, p.portProblems()...)
+	report.Problems = append(report.Problems, p.boundProblems()...)
 	full, ferr := fillProblems(p.forward.sys)
+	p.nameHolders(full, r)
 	report.Problems = append(report.Problems, full...)
 	return report, errors.Join(err, ferr)
 }

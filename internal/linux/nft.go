@@ -80,8 +80,10 @@ const (
 	inSet
 	notInSet
 	hasBits // one of the value's bits is set
+	noBits  // none of them is
 	inside  // the value is an address, and the mask's bits of it are the same
 	outside // not from the value to the mask, both included
+	over    // more flows than count are counted in the set, by the field and flowPart
 	present // the header or option is in the packet
 	found   // for returnPath: there is one
 	noted   // the fields are in the set, or are added to it for a while: not when it is full
@@ -95,6 +97,7 @@ type match struct {
 	fields []field // more than one: their concatenation, looked up in a set
 	op     op
 	value  []byte // as the kernel wants it
+	count  uint32 // for over
 	mask   []byte // for inside; for outside the last value
 	text   string // the value or set as printed
 	limit  limit  // for noted and tooFast
@@ -115,12 +118,16 @@ func (m match) String() string {
 	switch m.op {
 	case equal, hasBits, inside:
 		return left + " " + m.text
+	case noBits:
+		return left + " ! " + m.text
 	case unequal, outside:
 		return left + " != " + m.text
 	case inSet:
 		return left + " @" + m.text
 	case notInSet:
 		return left + " != @" + m.text
+	case over:
+		return fmt.Sprintf("add @%s { %s . jhash @th,0,32 mod %d ct count over %d }", m.text, left, flowParts, m.count)
 	case present, found:
 		return left + " exists"
 	case noted:
@@ -141,6 +148,9 @@ func isNot(f field, v value) match {
 func has(f field, v value) match {
 	return match{fields: []field{f}, op: hasBits, value: v.bytes, text: v.text}
 }
+func lacks(f field, v value) match {
+	return match{fields: []field{f}, op: noBits, value: v.bytes, text: v.text}
+}
 func within(f field, p netip.Prefix) match {
 	p = p.Masked()
 	mask := make([]byte, p.Addr().BitLen()/8)
@@ -151,6 +161,18 @@ func within(f field, p netip.Prefix) match {
 }
 func beside(f field, r portRange) match {
 	return match{fields: []field{f}, op: outside, value: port(r.first), mask: port(r.last), text: r.String()}
+}
+
+// flowParts is in how many parts the flows of a peer are counted, drawn by their
+// ports. The kernel goes through all flows of a part when a new one comes (2 ms for
+// 4000 of them), and through those of one part only.
+const flowParts = 16
+
+// more counts a new flow in a set of counters, by the field's value and its part, and
+// matches where the part has as many flows as it may: than, divided by the parts. It
+// is the last match of a rule: what it counts is what the others let through to it.
+func more(counters string, f field, than uint32) match {
+	return match{fields: []field{f}, op: over, count: max(1, than/flowParts), text: counters}
 }
 
 // port is a port as packets have it.
@@ -194,10 +216,11 @@ func bits(text string, v uint32) value {
 
 // action is what a rule does when all its matches hold.
 type action struct {
-	verb  verb
-	chain string    // of jump and goto
-	mss   uint16    // of clamp, in bytes
-	ports portRange // of masquerade
+	verb    verb
+	chain   string    // of jump and goto
+	mss     uint16    // of clamp, in bytes
+	ports   portRange // of masquerade
+	timeout string    // of expire
 }
 
 type verb uint8
@@ -210,9 +233,10 @@ const (
 	branch
 	masquerade
 	clamp
+	expire // gives a new flow timeouts, and goes on to the next rule
 )
 
-var verbTexts = [...]string{"accept", "drop", "return", "jump", "goto", "masquerade", "tcp option maxseg size set"}
+var verbTexts = [...]string{"accept", "drop", "return", "jump", "goto", "masquerade", "tcp option maxseg size set", "ct timeout set"}
 
 func (a action) String() string {
 	switch a.verb {
@@ -220,6 +244,8 @@ func (a action) String() string {
 		return verbTexts[a.verb] + " " + a.chain
 	case clamp:
 		return fmt.Sprintf("%s %d", verbTexts[a.verb], a.mss)
+	case expire:
+		return fmt.Sprintf("%s %q", verbTexts[a.verb], a.timeout)
 	case masquerade:
 		return fmt.Sprintf("%s to :%v fully-random", verbTexts[a.verb], a.ports)
 	}
@@ -400,6 +426,10 @@ func after(p netip.Prefix) []byte {
 	return nil
 }
 
+// maxCounters is how many keys a set of counters may have; one without flows is
+// taken away by the kernel.
+const maxCounters = 1 << 20
+
 // constants makes a set of values that never change.
 func constants(name, typ string, vs ...value) set {
 	s := set{name: name, types: []string{typ}}
@@ -411,8 +441,25 @@ func constants(name, typ string, vs ...value) set {
 
 // table is our whole ruleset.
 type table struct {
-	sets   []set
-	chains []*chain
+	timeouts []timeouts
+	sets     []set
+	chains   []*chain
+}
+
+// timeouts are how long flows of a protocol may be silent, by the names and numbers
+// of states that conntrack has (linux/netfilter/nfnetlink_cttimeout.h). States that
+// aren't listed have the host's own.
+type timeouts struct {
+	name    string
+	nfproto value
+	proto   value
+	states  []stateTimeout
+}
+
+type stateTimeout struct {
+	name   string
+	number uint16
+	idle   time.Duration // in whole seconds
 }
 
 func (t *table) chain(name string) *chain {
@@ -431,6 +478,9 @@ func (t *table) hook(name, kind, hook string, priority int) *chain {
 func (t *table) String() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "table inet %s {\n", tableName)
+	for _, o := range t.timeouts {
+		o.write(&b)
+	}
 	for _, s := range t.sets {
 		s.write(&b)
 	}
@@ -441,13 +491,26 @@ func (t *table) String() string {
 	return b.String()
 }
 
+func (o timeouts) write(b *strings.Builder) {
+	states := make([]string, len(o.states))
+	for i, s := range o.states {
+		states[i] = fmt.Sprintf("%s : %d", s.name, int(s.idle.Seconds()))
+	}
+	l3 := map[string]string{ipv4.text: "ip", ipv6.text: "ip6"}[o.nfproto.text]
+	fmt.Fprintf(b, "\tct timeout %s {\n\t\tprotocol %s\n\t\tl3proto %s\n\t\tpolicy = { %s }\n\t}\n", o.name, o.proto.text, l3, strings.Join(states, ", "))
+}
+
 func (s set) write(b *strings.Builder) {
 	fmt.Fprintf(b, "\tset %s {\n\t\ttype %s\n", s.name, strings.Join(s.types, " . "))
 	switch {
 	case s.interval:
 		b.WriteString("\t\tflags interval\n")
 	case s.size > 0:
-		fmt.Fprintf(b, "\t\tsize %d\n\t\tflags dynamic,timeout\n", s.size)
+		flags := "dynamic"
+		if s.timeout {
+			flags += ",timeout"
+		}
+		fmt.Fprintf(b, "\t\tsize %d\n\t\tflags %s\n", s.size, flags)
 	case s.timeout:
 		b.WriteString("\t\tflags timeout\n")
 	}

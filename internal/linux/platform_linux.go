@@ -64,7 +64,12 @@ type Platform struct {
 	loadedPorts portRange
 	// cutOnce says that flows of an earlier helper's time were cut.
 	cutOnce bool
-	watch   watchState
+	// unbounded says that this kernel can't count flows or give them timeouts.
+	unbounded bool
+	// maxFlows replaces the bound of flows in tests.
+	maxFlows uint32
+	holders  holders
+	watch    watchState
 }
 
 // New returns a platform; it changes nothing yet. It fails where the kernel's
@@ -306,7 +311,7 @@ func (p *Platform) close(name string) error {
 		return err
 	}
 	p.enforced = nil
-	if err := p.filter.apply(compile(r, p.params())); err != nil {
+	if err := p.applyBounded(compile(r, p.params()), r); err != nil {
 		return err
 	}
 	p.last = r
@@ -323,6 +328,7 @@ func (p *Platform) params() params {
 		mtu: p.cfg.MTU, transit4: p.forward.transit4(p.name), bridges: p.bridges(),
 		ipsec: p.xfrm != nil, uid: uint32(os.Geteuid()),
 		ports: p.ports.now, around: p.ports.around,
+		flowsPerPeer: p.flowsPerPeer(), established: p.established(),
 	}
 }
 
@@ -477,7 +483,7 @@ func (p *Platform) enforceTable(ctx context.Context, r *policy.Ruleset) error {
 		p.enforced, p.last, p.loadedPorts = r, r, p.ports.now
 		return nil
 	}
-	err := p.step(ctx, StepTable, func() error { return p.filter.apply(t) })
+	err := p.step(ctx, StepTable, func() error { return p.applyBounded(t, r) })
 	switch {
 	case err == nil:
 		p.enforced, p.last, p.loadedPorts = r, r, p.ports.now

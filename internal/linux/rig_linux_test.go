@@ -30,7 +30,7 @@ const meshName = "wgtest0"
 // rig is a host with the platform under test on it. The test is WireGuard: it
 // puts peers' packets into the TUN device and reads what comes out.
 type rig struct {
-	t      *testing.T
+	t      testing.TB
 	pic    *netlab.Picture
 	p      *Platform
 	dev    tun.Device
@@ -44,7 +44,7 @@ type rig struct {
 	onMesh func([]byte) // sees each packet to the mesh; may be nil
 }
 
-func newRig(t *testing.T) *rig {
+func newRig(t testing.TB) *rig {
 	t.Helper()
 	if err := netlab.Unavailable(); err != nil {
 		t.Skip("no hosts to try things on:", err)

@@ -4,7 +4,9 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"time"
 
+	"github.com/meshhelper/meshhelper/internal/flow"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -46,7 +48,8 @@ var (
 	running   = bits("established", 2)
 	related   = bits("related", 4)
 	nameless  = bits("invalid,untracked", 1|64)
-	dnat      = bits("dnat", 1<<5) // IPS_DST_NAT
+	dnat      = bits("dnat", 1<<5)      // IPS_DST_NAT
+	confirmed = bits("confirmed", 1<<3) // IPS_CONFIRMED: not a flow's first packet
 	syn       = number("syn", 2)
 	dnsPort   = number("53", 0, 53)
 	icmp4     = number("icmp", policy.ProtoICMP)
@@ -71,6 +74,11 @@ type params struct {
 	// ports are those that new flows of peers leave from. Without any, none leaves.
 	// Running ones may have any port of around.
 	ports, around portRange
+	// flowsPerPeer bounds the flows that one peer opened and that conntrack has; 0:
+	// unknown, and then neither this nor the timeouts below are set.
+	flowsPerPeer uint32
+	// established is how long the host lets a TCP connection be silent.
+	established time.Duration
 }
 
 // Text returns the nftables ruleset that enforces r, in nft's language, for
@@ -79,7 +87,10 @@ type params struct {
 // identifiers the kernel treats like them. mtu is the mesh interface's, in bytes.
 // The ports of peers' translated flows are those of a host with Linux's defaults.
 func Text(r *policy.Ruleset, mtu int) string {
-	return compile(r, params{mtu: mtu, ipsec: true, ports: defaultPorts, around: defaultPorts}).String()
+	return compile(r, params{
+		mtu: mtu, ipsec: true, ports: defaultPorts, around: defaultPorts,
+		flowsPerPeer: maxFlowsPerPeer, established: flow.TCPEstablished,
+	}).String()
 }
 
 // family holds what differs between IPv4 and IPv6.
@@ -115,6 +126,7 @@ type compiler struct {
 // compile makes the table that enforces r.
 func compile(r *policy.Ruleset, p params) *table {
 	c := compiler{table: &table{}, r: r, host: r.Host(), mesh: name(r.Host().Interface), params: p}
+	c.timeLimits()
 	for _, f := range families {
 		c.sets = append(c.sets, c.classSets(f)...)
 		c.sets = append(c.sets, c.peerSets(f)...)
@@ -206,7 +218,11 @@ func (c *compiler) peerSets(f family) []set {
 			}
 		}
 	}
-	return []set{peers, pairs, may[0], may[1], may[2], cutSet(f)}
+	sets := []set{peers, pairs, may[0], may[1], may[2], cutSet(f)}
+	if c.flowsPerPeer > 0 {
+		sets = append(sets, set{name: "flows" + f.suffix, types: []string{f.addr, "mark"}, size: maxCounters})
+	}
+	return sets
 }
 
 // cutSet holds the host's side of flows to the host that were cut: source,
@@ -293,6 +309,7 @@ func (c *compiler) judge() {
 	}
 	j.drop("no other host opens a flow to a peer", is(ctDirection, reply))
 	j.jump(asSent.name)
+	c.bound(j)
 
 	q := c.chain("quoted")
 	for _, f := range families {
@@ -309,6 +326,44 @@ func (c *compiler) judge() {
 
 	for _, v := range [...]view{asSent, asAnswered, asQuoted} {
 		c.permitted(v)
+	}
+}
+
+// maxFlowsPerPeer bounds what one peer may have open in conntrack, where a quarter of
+// conntrack's maximum isn't less: twice what the guard lets it have, since they are
+// counted in parts, which don't fill evenly.
+const maxFlowsPerPeer = 8192
+
+// timeLimits has flows of peers end in the kernel when they end at the guard, so
+// that what a peer left behind doesn't use up its share.
+func (c *compiler) timeLimits() {
+	if c.flowsPerPeer == 0 {
+		return
+	}
+	for _, f := range families {
+		c.timeouts = append(c.timeouts,
+			timeouts{"peer_tcp" + f.suffix, f.proto, tcp, []stateTimeout{
+				{"syn_sent", 1, flow.TCPFirst}, {"syn_recv", 2, flow.TCPOpening},
+				{"established", 3, min(flow.TCPEstablished, c.established)},
+			}},
+			timeouts{"peer_udp" + f.suffix, f.proto, udp, []stateTimeout{
+				{"unreplied", 1, flow.UDPSingle}, {"replied", 2, flow.UDPMultiple},
+			}})
+	}
+}
+
+// bound is for the first packet of a flow, where it may be opened. Later ones aren't
+// counted, also of a flow that is never answered: kernels before 6.19 may count such a
+// flow many times.
+func (c *compiler) bound(j *chain) {
+	if c.flowsPerPeer == 0 {
+		return
+	}
+	for _, f := range families {
+		for _, proto := range [...]value{tcp, udp} {
+			j.add(action{verb: expire, timeout: "peer_" + proto.text + f.suffix}, "", lacks(ctStatus, confirmed), is(nfproto, f.proto), is(l4proto, proto))
+		}
+		j.drop("the peer has too many flows", lacks(ctStatus, confirmed), more("flows"+f.suffix, f.src, c.flowsPerPeer))
 	}
 }
 

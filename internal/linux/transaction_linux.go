@@ -1,6 +1,7 @@
 package linux
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -104,6 +105,61 @@ func ruleMessage(r rule, chain string) (netlink.Message, error) {
 		Header: netlink.Header{
 			Type:  unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWRULE,
 			Flags: netlink.Request | netlink.Acknowledge | netlink.Create | netlink.Append,
+		},
+		Data: append([]byte{unix.NFPROTO_INET, unix.NFNETLINK_V0, 0, 0}, data...),
+	}, nil
+}
+
+// addTimeouts adds timeouts to our table (NFT_MSG_NEWOBJ).
+func (t *transaction) addTimeouts(o timeouts) error {
+	if err := t.catch(); err != nil {
+		return err
+	}
+	m, err := timeoutsMessage(o)
+	if err != nil {
+		return fmt.Errorf("timeouts %s: %w", o.name, err)
+	}
+	*t.caught = append(*t.caught, m)
+	return nil
+}
+
+// Attributes of a timeouts object (linux/netfilter/nf_tables.h).
+const (
+	timeoutL3Proto = 1 // NFTA_CT_TIMEOUT_L3PROTO
+	timeoutL4Proto = 2 // NFTA_CT_TIMEOUT_L4PROTO
+	timeoutData    = 3 // NFTA_CT_TIMEOUT_DATA
+)
+
+func timeoutsMessage(o timeouts) (netlink.Message, error) {
+	list := make([]netlink.Attribute, len(o.states))
+	for i, s := range o.states {
+		list[i] = netlink.Attribute{Type: s.number, Data: binary.BigEndian.AppendUint32(nil, uint32(s.idle.Seconds()))}
+	}
+	states, err := netlink.MarshalAttributes(list)
+	if err != nil {
+		return netlink.Message{}, err
+	}
+	object, err := netlink.MarshalAttributes([]netlink.Attribute{
+		{Type: timeoutL3Proto, Data: append([]byte{0}, o.nfproto.bytes...)},
+		{Type: timeoutL4Proto, Data: o.proto.bytes},
+		{Type: unix.NLA_F_NESTED | timeoutData, Data: states},
+	})
+	if err != nil {
+		return netlink.Message{}, err
+	}
+	data, err := netlink.MarshalAttributes([]netlink.Attribute{
+		{Type: unix.NFTA_OBJ_TABLE, Data: append([]byte(tableName), 0)},
+		{Type: unix.NFTA_OBJ_NAME, Data: append([]byte(o.name), 0)},
+		{Type: unix.NFTA_OBJ_TYPE, Data: binary.BigEndian.AppendUint32(nil, objectCtTimeout)},
+		{Type: unix.NLA_F_NESTED | unix.NFTA_OBJ_DATA, Data: object},
+	})
+	if err != nil {
+		return netlink.Message{}, err
+	}
+	return netlink.Message{
+		Header: netlink.Header{
+			Type:  unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWOBJ,
+			Flags: netlink.Request | netlink.Acknowledge | netlink.Create,
 		},
 		Data: append([]byte{unix.NFPROTO_INET, unix.NFNETLINK_V0, 0, 0}, data...),
 	}, nil

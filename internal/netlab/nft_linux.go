@@ -249,6 +249,34 @@ func (h *Host) InstallForeignTable() error {
 	return nil
 }
 
+// TrackFlows loads a table of another program that has the kernel follow flows in
+// both families, and decides nothing.
+func (h *Host) TrackFlows() error {
+	err := h.nft(func(c *nftables.Conn) {
+		table := c.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: "tracker"})
+		chain := c.AddChain(&nftables.Chain{Name: "through", Table: table, Type: nftables.ChainTypeFilter,
+			Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityFilter})
+		c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{
+			&expr.Ct{Key: expr.CtKeySTATE, Register: 1},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: make([]byte, 4)}, &expr.Counter{}}})
+	})
+	if err != nil {
+		return fmt.Errorf("track flows on %s: %w", h.Name, err)
+	}
+	return nil
+}
+
+// DeleteTable deletes a table of the family inet.
+func (h *Host) DeleteTable(name string) error {
+	err := h.nft(func(c *nftables.Conn) {
+		c.DelTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: name})
+	})
+	if err != nil {
+		return fmt.Errorf("delete table %s of %s: %w", name, h.Name, err)
+	}
+	return nil
+}
+
 // InstallDockerChain loads what Docker does to forwarding: the chain FORWARD of
 // the table "ip filter" (and "ip6 filter") drops what no rule accepts, and only
 // Docker's bridges have rules.

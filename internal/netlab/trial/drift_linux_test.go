@@ -45,13 +45,16 @@ func (h *hurt) status() (s Status) {
 	return s
 }
 
-// ruleset lists what nftables holds, but for flows that were cut, which come and go.
+// ruleset lists what nftables holds, but for flows that were cut and those that are
+// counted, which come and go.
 func (h *hurt) ruleset() []string {
 	lines, err := h.B.Ruleset()
 	if err != nil {
 		return nil // changed while it was read
 	}
-	return slices.DeleteFunc(lines, func(l string) bool { return strings.HasPrefix(l, "element") && strings.Contains(l, `"cut`) })
+	return slices.DeleteFunc(lines, func(l string) bool {
+		return strings.HasPrefix(l, "element") && (strings.Contains(l, `"cut`) || strings.Contains(l, `"flows`))
+	})
 }
 
 func (h *hurt) nft(change func(*nftables.Conn, *nftables.Table) error) error {

@@ -1,6 +1,7 @@
 package trial
 
 import (
+	"net"
 	"net/netip"
 	"testing"
 	"time"
@@ -83,4 +84,79 @@ func TestPeerTakesNoHandshakes(t *testing.T) {
 	if packets, err := stolen.Packets(); err != nil || len(packets) > 0 {
 		t.Errorf("C received %d packets that A sent: %v", len(packets), err)
 	}
+}
+
+// TestFlowsRecoverFromFlushes deletes the helper's table again and again, while
+// another program's has the kernel follow flows, and C begins flows at once: those
+// that left untranslated meanwhile work when the table is back.
+func TestFlowsRecoverFromFlushes(t *testing.T) {
+	m := newMesh(t)
+	permit(t, m, "C", policy.Routing)
+	at := netlab.Addresses()
+	if err := m.B.TrackFlows(); err != nil {
+		t.Fatal(err)
+	}
+	if !m.reaches(t, m.C, at.I.V4, true) {
+		t.Fatal("C doesn't reach I")
+	}
+	untranslated, err := m.I.Watch(func(p netlab.Packet) bool {
+		return !p.Out && (p.Src == m.Peers["C"].Addresses.V4 || p.Src == m.Peers["C"].Addresses.V6)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	begun := 0
+	for range 10 {
+		var flows []net.Conn
+		before := status(t, m).Repairs
+		if err := m.B.DeleteTable("meshhelper"); err != nil {
+			t.Fatal(err)
+		}
+		for _, addr := range at.I.List() {
+			for range 5 {
+				var c net.Conn
+				if err := m.C.Do(func() (err error) {
+					c, err = net.Dial("udp", netip.AddrPortFrom(addr, netlab.EchoPort).String())
+					return err
+				}); err != nil {
+					t.Fatal(err)
+				}
+				flows = append(flows, c)
+				c.Write([]byte("first"))
+			}
+		}
+		begun += len(flows)
+		for deadline := time.Now().Add(generous); status(t, m).Repairs == before; time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatal("the table isn't repaired")
+			}
+		}
+		for _, c := range flows {
+			answered := false
+			for b := make([]byte, 100); ; { // what was answered meanwhile
+				c.SetReadDeadline(time.Now().Add(time.Millisecond))
+				if _, err := c.Read(b); err != nil {
+					break
+				}
+			}
+			for deadline := time.Now().Add(generous); !answered && time.Now().Before(deadline); {
+				c.Write([]byte("again")) // a refusal is an error here, and no reason to end
+				c.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+				n, err := c.Read(make([]byte, 100))
+				answered = err == nil && n > 0
+			}
+			if !answered {
+				t.Errorf("the flow from %v to %v never recovered", c.LocalAddr(), c.RemoteAddr())
+			}
+			c.Close()
+		}
+		if t.Failed() {
+			break
+		}
+	}
+	packets, err := untranslated.Packets()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d flows were begun, %d packets left untranslated", begun, len(packets))
 }
