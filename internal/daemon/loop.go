@@ -239,7 +239,12 @@ func (l *loop) hold(ctx context.Context, doc *document) error {
 func (l *loop) observe(ctx context.Context) (policy.Host, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookLimit)
 	defer cancel()
-	return l.d.opts.Platform.Observe(ctx)
+	host, err := l.d.opts.Platform.Observe(ctx)
+	// Where peers are told to reach this host is its address from outside.
+	if a, notAddr := netip.ParseAddr(l.d.opts.Endpoint.Host); notAddr == nil {
+		host.Outside = append(host.Outside, a.Unmap())
+	}
+	return host, err
 }
 
 // path is how WireGuard's packets leave the host. The tunnel answers each peer

@@ -272,8 +272,12 @@ func (v *View) mayOpen(k key, opener Direction) policy.Verdict {
 // open nothing here.
 func (v *View) hostMay(asked *policy.Packet) policy.Verdict {
 	decided := v.rules.Decide(*asked)
-	if !decided.Pass || decided.Rule == policy.RuleHostToPeer {
+	switch {
+	case !decided.Pass || decided.Rule == policy.RuleHostToPeer:
 		return decided
+	case decided.Rule == policy.RuleTunnel:
+		// Through a peer, the tunnel would carry itself, as far as that peer likes.
+		return policy.Verdict{Rule: policy.RuleWireGuard, Peer: -1}
 	}
 	class := v.rules.Class(asked.Dst)
 	if slices.Contains(v.own, asked.Src) && (class == policy.OnLAN || class == policy.Internet) && !asked.IsRedirect() {

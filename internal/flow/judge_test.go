@@ -535,3 +535,51 @@ func TestTally(t *testing.T) {
 		t.Errorf("A, who routes nothing, has %+v", a)
 	}
 }
+
+// TestTunnelInTunnel has peers send to WireGuard's port, at each of the host's
+// addresses, whole and in fragments, as requests and as answers. Nothing passes in
+// either direction, but for other hosts' port of that number.
+func TestTunnelInTunnel(t *testing.T) {
+	const port = 51820
+	m := flowtest.Mesh(7)
+	m.ListenPort, m.DNS = port, true
+	l := newLab(t, 0, Options{})
+	l.set(flowtest.Compile(t, m))
+	own := []netip.Addr{flowtest.HostB4, flowtest.HostB6}
+	for _, i := range flowtest.Host().Interfaces {
+		for _, p := range i.Addresses {
+			own = append(own, p.Addr())
+		}
+	}
+	for id, host := range own {
+		peer, a := flowtest.PeerC4, flowtest.PeerA4
+		if host.Is6() {
+			peer, a = flowtest.PeerC6, flowtest.PeerA6
+		}
+		for _, src := range []netip.Addr{peer, a} {
+			for _, from := range []uint16{port, 9} {
+				to := flowtest.Datagram(at(src, from), at(host, port), 100)
+				l.from(false, to)
+				l.from(false, flowtest.Fragments(to, uint32(id), 40)...)
+				l.to(false, flowtest.Datagram(at(host, port), at(src, from), 100))
+				l.from(false, to) // as an answer
+			}
+		}
+		l.from(true, flowtest.Datagram(at(peer, port), at(host, port+1), 8), flowtest.TCPSegment(at(peer, 9), at(host, port), flowtest.SYN, 0))
+	}
+	for _, other := range []netip.Addr{flowtest.Net4, flowtest.LAN4} {
+		l.from(true, flowtest.Datagram(at(flowtest.PeerC4, 9), at(other, port), 8))
+	}
+
+	// While the host routes through a peer: its own tunnel doesn't go there, and what
+	// claims to be its answer doesn't pass.
+	for _, ends := range [][2]netip.Addr{{flowtest.HostB4, flowtest.Net4}, {flowtest.HostB6, flowtest.Net6}} {
+		out, back := flowtest.Datagram(at(ends[0], port), at(ends[1], port), 100), flowtest.Datagram(at(ends[1], port), at(ends[0], port), 100)
+		l.to(false, out)
+		l.to(false, flowtest.Fragments(out, 7, 40)...)
+		l.from(false, back)
+		l.from(false, flowtest.Fragments(back, 7, 40)...)
+		l.to(true, flowtest.Datagram(at(ends[0], 9), at(ends[1], port), 100))
+		l.from(true, flowtest.Datagram(at(ends[1], port), at(ends[0], 9), 100))
+	}
+}

@@ -418,3 +418,91 @@ func TestJudgeAllocatesNothing(t *testing.T) {
 		t.Errorf("%v allocations for %d packets", n, 2*len(all))
 	}
 }
+
+// TestEachKindIsBounded floods the host with flows of each kind, all of them new:
+// half-open connections, echoes, first fragments, segments from the middle of a
+// connection. A peer opens so many at once and so many a second, and has so many at a
+// time; another peer notices nothing.
+func TestEachKindIsBounded(t *testing.T) {
+	const limit = 2000
+	spread := func(net netip.Addr, i int) netip.Addr { // over hosts, so that ids and ports don't run out
+		b := net.AsSlice()
+		b[len(b)-1], b[len(b)-2] = byte(i), byte(i>>8)
+		a, _ := netip.AddrFromSlice(b)
+		return a
+	}
+	for name, one := range map[string]func(src, net netip.Addr, i int) []byte{
+		"half-open": func(src, net netip.Addr, i int) []byte {
+			return flowtest.TCPSegment(at(src, 9), at(spread(net, i), 443), flowtest.SYN, 0)
+		},
+		"middle of a connection": func(src, net netip.Addr, i int) []byte {
+			return flowtest.TCPSegment(at(src, 9), at(spread(net, i), 443), flowtest.ACK, 8)
+		},
+		"datagrams": func(src, net netip.Addr, i int) []byte {
+			return flowtest.Datagram(at(src, 9), at(spread(net, i), 443), 8)
+		},
+		"echoes, by identifier": func(src, net netip.Addr, i int) []byte { return flowtest.Echo(src, net, uint16(i), false, 8) },
+		"echoes, by address":    func(src, net netip.Addr, i int) []byte { return flowtest.Echo(src, spread(net, i), 9, false, 8) },
+		"fragments": func(src, net netip.Addr, i int) []byte {
+			return flowtest.Fragments(flowtest.Datagram(at(src, 9), at(spread(net, i), 443), 80), uint32(i), 40)[0]
+		},
+	} {
+		for _, ends := range [][2]netip.Addr{{flowtest.PeerC4, flowtest.Net4}, {flowtest.PeerC6, flowtest.Net6}} {
+			l := newLab(t, 7, Options{States: 4 * limit, PerPeer: 1 << 20})
+			sent := 0
+			flood := func(n int) (passed int) {
+				for range n {
+					if l.judge(one(ends[0], ends[1], sent), FromPeer).Action == Pass {
+						passed++
+					}
+					sent++
+				}
+				return passed
+			}
+			burst, rate := openingBurst, openingRate
+			if name == "fragments" {
+				burst, rate = maxFragments, 0
+			}
+			if got := flood(3000); got != burst {
+				t.Errorf("%s, %v: %d at once, want %d", name, ends[0], got, burst)
+			}
+			for range 20 {
+				l.later(time.Second)
+				if got := flood(300); got > rate {
+					t.Errorf("%s, %v: %d in a second, want %d at most", name, ends[0], got, rate)
+				}
+				l.from(true, flowtest.Datagram(at(flowtest.PeerA4, uint16(sent)), at(flowtest.HostB4, 7), 8))
+			}
+			if s := l.view.Stats(0); s.Held > limit || name != "fragments" && s.Held < limit || int(s.Full) < sent-limit {
+				t.Errorf("%s, %v: %d held of %d, %d refused of %d", name, ends[0], s.Held, limit, s.Full, sent)
+			}
+		}
+	}
+}
+
+// TestErrorsOpenNothing floods the host with ICMP errors and answers: about a flow,
+// which passes and holds nothing more, and about none.
+func TestErrorsOpenNothing(t *testing.T) {
+	for _, ends := range [][2]netip.Addr{{flowtest.PeerC4, flowtest.HostB4}, {flowtest.PeerC6, flowtest.HostB6}} {
+		l := newLab(t, 7, Options{})
+		kind := uint8(3)
+		if ends[0].Is6() {
+			kind = 1
+		}
+		answer := flowtest.Datagram(at(ends[1], 7), at(ends[0], 9), 8)
+		l.from(true, flowtest.Datagram(at(ends[0], 9), at(ends[1], 7), 8))
+		l.to(true, answer)
+		before := l.view.Stats(0)
+		for i := range uint16(2000) {
+			l.from(true, flowtest.ICMPMessage(ends[0], ends[1], kind, 1, answer))
+			l.from(false, flowtest.ICMPMessage(ends[0], ends[1], kind, 1, flowtest.Datagram(at(ends[1], 100+i), at(ends[0], 9), 8)),
+				flowtest.Echo(ends[0], ends[1], i, true, 8))
+		}
+		if after := l.view.Stats(0); after.Held != before.Held || after.Flows != before.Flows || after.Full != 0 {
+			t.Errorf("%v: %+v, before %+v", ends[0], after, before)
+		}
+		if got := l.view.shares[0].openings.tokens / 1000; got != openingBurst-1 {
+			t.Errorf("%v: they took tokens: %d left", ends[0], got)
+		}
+	}
+}
