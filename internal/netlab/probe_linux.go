@@ -92,13 +92,13 @@ func (l *Lab) Recheck(results []Result) {
 	for i := range results {
 		r := &results[i]
 		var served bool
-		r.SeenBy, served = l.saw(r.token, r.srcPort, r.From)
+		r.SeenBy, served = l.saw(r.token, r.From)
 		r.Served = r.Served || served
 	}
 }
 
 // saw says which hosts received a probe or a token, and whether a server did.
-func (l *Lab) saw(token string, port uint16, but *Host) (by []string, served bool) {
+func (l *Lab) saw(token string, but *Host) (by []string, served bool) {
 	l.mu.Lock()
 	hosts := l.hosts
 	l.mu.Unlock()
@@ -106,7 +106,7 @@ func (l *Lab) saw(token string, port uint16, but *Host) (by []string, served boo
 		if h == but || h.witness == nil {
 			continue
 		}
-		if h.witness.saw(token, port) {
+		if h.witness.saw(token) {
 			by = append(by, h.Name)
 		}
 		served = served || h.witness.answered(token)
@@ -120,7 +120,7 @@ func (l *Lab) Token() string { return l.token() }
 
 // Saw says which hosts received a packet with the token, other than what the
 // packet's sender sent itself.
-func (l *Lab) Saw(token string) (by []string, served bool) { return l.saw(token, 0, nil) }
+func (l *Lab) Saw(token string) (by []string, served bool) { return l.saw(token, nil) }
 
 // probe asks one question.
 func (l *Lab) probe(ctx context.Context, p Probe) Result {
@@ -187,7 +187,7 @@ func (r *Result) askTCP(ctx context.Context) error {
 		try = deadline
 	}
 	err := r.From.Do(func() error {
-		dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(r.source()), Deadline: try, Control: reuseAddr}
+		dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(r.source()), Deadline: try, Control: tokenInSYN}
 		c, err := dialer.Dial("tcp", netip.AddrPortFrom(r.To, r.Port).String())
 		if err == nil {
 			conn = c.(*net.TCPConn)
@@ -213,6 +213,21 @@ func (r *Result) askTCP(ctx context.Context) error {
 		n += more
 	}
 	return r.answered(buf[:n])
+}
+
+// tokenInSYN has the first segment wait for the first write, and carry it: TCP Fast
+// Open without a cookie (TCP_FASTOPEN_CONNECT and TCP_FASTOPEN_NO_COOKIE of
+// linux/tcp.h). So a host that receives a SYN knows the probe, although a translation
+// on the way has changed its source address and port. A server that takes no data
+// from a SYN gets it again after the handshake (RFC 7413 section 4.2).
+func tokenInSYN(network, address string, c syscall.RawConn) error {
+	var failed error
+	err := c.Control(func(fd uintptr) {
+		for _, option := range []int{unix.TCP_FASTOPEN_NO_COOKIE, unix.TCP_FASTOPEN_CONNECT} {
+			failed = errors.Join(failed, unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, option, 1))
+		}
+	})
+	return errors.Join(reuseAddr(network, address, c), err, failed)
 }
 
 func reuseAddr(_, _ string, c syscall.RawConn) error {

@@ -31,12 +31,9 @@ type witness struct {
 	watch *Watch
 
 	mu     sync.Mutex
-	seen   map[string]bool // by token, or by synOf the probe's port
+	seen   map[string]bool // by token
 	served map[string]bool // by token: what the servers got
 }
-
-// synOf is what stands for a token in a packet that can't carry one.
-func synOf(port uint16) string { return fmt.Sprintf("syn from %d", port) }
 
 // pick takes note of a packet and keeps none. An ICMP error that quotes a probe
 // isn't the probe.
@@ -45,9 +42,6 @@ func (w *witness) pick(p Packet) bool {
 		return false
 	}
 	word := string(tokenForm.Find(p.Payload))
-	if p.Proto == protoTCP && p.Flags&(SYN|ACK) == SYN && p.DstPort == EchoPort {
-		word = synOf(p.SrcPort)
-	}
 	if word != "" {
 		w.mu.Lock()
 		w.seen[word] = true
@@ -62,10 +56,10 @@ func (w *witness) answered(token string) bool {
 	return w.served[token]
 }
 
-func (w *witness) saw(token string, port uint16) bool {
+func (w *witness) saw(token string) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.seen[token] || w.seen[synOf(port)]
+	return w.seen[token]
 }
 
 // Serve starts the host's echo servers on EchoPort of every address, over TCP and
