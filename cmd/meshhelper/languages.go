@@ -45,8 +45,8 @@ var pfLabels = map[policy.Rule]string{
 	policy.RuleInternet: "internet", policy.RuleNoRouting: "no-routing", policy.RuleNoUplink: "no-routing",
 	policy.RuleMartian: "martian", policy.RuleMesh: "mesh", policy.RuleHostToPeer: "to-peer",
 	policy.RuleToPeer: "away", policy.RuleUnassigned: "away", policy.RuleFormer: "away", policy.RuleToHost: "weak-host",
-	policy.RuleWireGuard: "wireguard",
-	policy.RuleSpoofed:   "elsewhere-spoofed",
+	policy.RuleWireGuard: "wireguard", policy.RuleHairpin: "hairpin",
+	policy.RuleSpoofed: "elsewhere-spoofed",
 }
 
 // findPf returns the rule of an anchor that holds a line of the policy for a packet.
@@ -97,6 +97,7 @@ var nftPlaces = map[policy.Rule]nftPlace{
 	policy.RuleFormer:     {"ingress_elsewhere", "daddr @former# drop"},
 	policy.RuleProtocol:   {"carried", ""},
 	policy.RuleWireGuard:  {"permitted_self#", "WireGuard's port"},
+	policy.RuleHairpin:    {"permitted#", "WireGuard's port"},
 }
 
 // findNft returns the chain and the rule of a table that hold a line of the
@@ -148,6 +149,7 @@ func guardText(r *policy.Ruleset) string {
 		about string
 		ps    []netip.Prefix
 	}{
+		{"addresses of this host's router, where WireGuard's port is closed", sets.Outside},
 		{"mesh addresses that are another owner's, for this host alone", sets.Others},
 		{"mesh addresses of removed peers, which nothing is sent to", sets.Former},
 	} {

@@ -25,6 +25,8 @@ func TestExplain(t *testing.T) {
 		{"none", "203.0.113.1", false, policy.RuleNoIncoming, `"mesh-no-incoming"`, "permitted_self4: drop"},
 		{"all", "192.168.77.2", true, policy.RuleLAN, `"mesh-lan"`, "@may_lan4 return"},
 		{"none", "192.168.77.2", false, policy.RuleNoLAN, `"mesh-no-lan"`, "@lan4 drop"},
+		{"all", "192.0.2.77", true, policy.RuleLAN, `"mesh-lan"`, "@may_lan4 return"},
+		{"all", "192.0.2.77", false, policy.RuleHairpin, `"mesh-hairpin"`, "ip daddr @outside4"},
 		{"all", "192.0.2.9", true, policy.RuleInternet, `"mesh-internet"`, "@may_routing4 return"},
 		{"none", "192.0.2.9", false, policy.RuleNoRouting, `"mesh-no-routing"`, "chain permitted4: drop"},
 		{"all", "2001:db8::1", true, policy.RuleInternet, `"mesh-internet"`, "@may_routing6 return"},
@@ -33,6 +35,9 @@ func TestExplain(t *testing.T) {
 		{"all", "224.0.0.1", false, policy.RuleMartian, `"mesh-martian"`, "@martian4 drop"},
 	} {
 		q := api.Question{Peer: c.peer, To: netip.MustParseAddr(c.to), Proto: "udp", Port: 7}
+		if c.policy == policy.RuleHairpin {
+			q.Port = 51820
+		}
 		for language, want := range map[string]string{"pf": c.pf, "nft": c.nft, "guard": ""} {
 			e, err := daemon.Explain(r, q, languages[language])
 			if err != nil {
@@ -114,7 +119,9 @@ func explained(t *testing.T) *policy.Ruleset {
 				Addresses: []netip.Addr{netip.MustParseAddr("100.64.0.3"), netip.MustParseAddr("fd6d:6573:6800::3")}},
 		},
 	}, policy.Host{
-		Interface: "utun7", Uplink4: "en0", Uplink6: "en0", Forwarding: policy.Families{IPv4: true, IPv6: true},
+		Interface: "utun7", Uplink4: "en0", Uplink6: "en0",
+		Outside:    []netip.Addr{netip.MustParseAddr("192.0.2.77"), netip.MustParseAddr("2001:db8:9::7")},
+		Forwarding: policy.Families{IPv4: true, IPv6: true},
 		Interfaces: []policy.Interface{
 			{Name: "en0", Addresses: []netip.Prefix{netip.MustParsePrefix("203.0.113.1/24")}},
 			{Name: "en5", Addresses: []netip.Prefix{netip.MustParsePrefix("192.168.77.1/24")}},

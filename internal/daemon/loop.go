@@ -243,6 +243,7 @@ func (l *loop) observe(ctx context.Context) (policy.Host, error) {
 	// Where peers are told to reach this host is its address from outside.
 	if a, notAddr := netip.ParseAddr(l.d.opts.Endpoint.Host); notAddr == nil {
 		host.Outside = append(host.Outside, a.Unmap())
+		host.OutsidePort = l.d.opts.Endpoint.Port
 	}
 	return host, err
 }

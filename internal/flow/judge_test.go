@@ -571,6 +571,25 @@ func TestTunnelInTunnel(t *testing.T) {
 		l.from(true, flowtest.Datagram(at(flowtest.PeerC4, 9), at(other, port), 8))
 	}
 
+	// By way of the router in front, which turns back what is for its own address.
+	h := flowtest.Host()
+	h.Outside, h.OutsidePort = []netip.Addr{flowtest.Net4, flowtest.Net6}, port+7
+	r, err := policy.Compile(m, h, time.Unix(1_700_000_000, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.set(r)
+	for id, ends := range [][2]netip.Addr{{flowtest.PeerC4, flowtest.Net4}, {flowtest.PeerC6, flowtest.Net6}} {
+		for _, to := range []uint16{port, port + 7} {
+			out := flowtest.Datagram(at(ends[0], 9), at(ends[1], to), 100)
+			l.from(false, out)
+			l.from(false, flowtest.Fragments(out, uint32(100+id), 40)...)
+			l.to(false, flowtest.Datagram(at(ends[1], to), at(ends[0], 9), 100))
+		}
+		l.from(true, flowtest.Datagram(at(ends[0], 9), at(ends[1], port+1), 8), flowtest.TCPSegment(at(ends[0], 9), at(ends[1], port), flowtest.SYN, 0))
+	}
+	l.set(flowtest.Compile(t, m))
+
 	// While the host routes through a peer: its own tunnel doesn't go there, and what
 	// claims to be its answer doesn't pass.
 	for _, ends := range [][2]netip.Addr{{flowtest.HostB4, flowtest.Net4}, {flowtest.HostB6, flowtest.Net6}} {

@@ -159,7 +159,7 @@ func (w *world) settle(want [][]byte) {
 	w.t.Helper()
 	deadline := time.Now().Add(10 * time.Second)
 	for _, word := range want {
-		for len(w.captures(word)) == 0 && time.Now().Before(deadline) {
+		for len(w.arrivals(word)) == 0 && time.Now().Before(deadline) {
 			time.Sleep(time.Millisecond)
 		}
 	}
@@ -196,6 +196,16 @@ func destinations() (v4, v6 []netip.Addr) {
 	return v4, v6
 }
 
+// portOutside is WireGuard's at the router in front.
+const portOutside = meshPort + 7
+
+// routerAddresses are the router's: some that are the internet else, and some that are
+// class lan anyway.
+func routerAddresses() []netip.Addr {
+	a := netlab.Addresses()
+	return []netip.Addr{netip.MustParseAddr("1.1.1.1"), netip.MustParseAddr("2606:4700::1111"), a.L.V4, a.L.V6, a.BLAN.V4}
+}
+
 // draw makes a random packet that opens a flow: what conntrack takes for one, so
 // that the policy and the kernel can agree.
 func draw(rnd *rand.Rand, n int, src, dst netip.Addr) (policy.Packet, []byte) {
@@ -226,7 +236,7 @@ func draw(rnd *rand.Rand, n int, src, dst netip.Addr) (policy.Packet, []byte) {
 	}
 	p.Proto = policy.ProtoUDP
 	if rnd.IntN(6) == 0 {
-		p.DstPort = []uint16{53, meshPort}[rnd.IntN(2)]
+		p.DstPort = []uint16{53, meshPort, portOutside}[rnd.IntN(3)]
 		to = netip.AddrPortFrom(dst, p.DstPort)
 	}
 	return p, netlab.UDPPacket(from, to, word(n))
@@ -286,6 +296,7 @@ func TestSameVerdicts(t *testing.T) {
 			w.findForwarding(found)
 			w.open()
 			defer w.close()
+			w.outside, w.outsidePort = routerAddresses(), portOutside
 			if err := os.WriteFile(w.resolvers(), []byte("nameserver "+resolver4.String()), 0o644); err != nil {
 				t.Fatal(err)
 			}
@@ -308,6 +319,58 @@ func TestSameVerdicts(t *testing.T) {
 			}
 			t.Logf("%d packets judged, %d passed", n, passed)
 		})
+	}
+}
+
+// TestHairpinOfTheTunnel sends to WireGuard's port at the router in front, and to
+// other ports there, which stay open: of the router's port number, too, by TCP.
+func TestHairpinOfTheTunnel(t *testing.T) {
+	w := newWorld(t)
+	w.findForwarding("0")
+	w.open()
+	defer w.close()
+	w.outside, w.outsidePort = routerAddresses(), portOutside
+	m := mesh(grants{ann: policy.Routing | policy.LAN})
+	m.ListenPort = meshPort
+	r := w.enforce(m)
+	var all []sent
+	var want [][]byte
+	n, refused := 0, 0
+	for _, dst := range append(routerAddresses(), netip.MustParseAddr("64:ff9b::1.1.1.1"), netip.MustParseAddr("8.8.8.8")) {
+		src := ann4
+		if dst.Is6() {
+			src = ann6
+		}
+		for _, to := range []uint16{meshPort, portOutside, portOutside + 1} {
+			for _, proto := range []uint8{policy.ProtoUDP, policy.ProtoTCP} {
+				n++
+				p := policy.Packet{In: meshName, Src: src, Dst: dst, Proto: proto, SrcPort: uint16(20000 + n), DstPort: to}
+				from, at := netip.AddrPortFrom(src, p.SrcPort), netip.AddrPortFrom(dst, to)
+				raw := netlab.UDPPacket(from, at, word(n))
+				if proto == policy.ProtoTCP {
+					raw = netlab.TCPPacket(from, at, netlab.SYN, 1, 0, word(n))
+				}
+				s := sent{p, word(n), r.Decide(p)}
+				switch {
+				case s.verdict.Pass:
+					want = append(want, s.word)
+				case s.verdict.Rule == policy.RuleHairpin:
+					refused++
+				}
+				all = append(all, s)
+				w.inject(raw)
+			}
+		}
+	}
+	w.settle(want)
+	for _, s := range all {
+		if err := w.check(r, s); err != nil {
+			t.Errorf("%+v: %v", s.packet, err)
+		}
+	}
+	// Both ports at four of the router's addresses, and at the translated one.
+	if refused != 10 || len(want) != n-10-6 {
+		t.Errorf("of %d packets %d are refused as the tunnel's own and %d pass", n, refused, len(want))
 	}
 }
 

@@ -30,13 +30,16 @@ const meshName = "wgtest0"
 // rig is a host with the platform under test on it. The test is WireGuard: it
 // puts peers' packets into the TUN device and reads what comes out.
 type rig struct {
-	t      testing.TB
-	pic    *netlab.Picture
-	p      *Platform
-	dev    tun.Device
-	state  string
-	steps  []string
-	killAt int // the number of the step to die before; 0: never
+	t     testing.TB
+	pic   *netlab.Picture
+	p     *Platform
+	dev   tun.Device
+	state string
+	steps []string
+	// What the helper is told of the router in front.
+	outside     []netip.Addr
+	outsidePort uint16
+	killAt      int // the number of the step to die before; 0: never
 
 	mu     sync.Mutex
 	out    [][]byte
@@ -168,6 +171,7 @@ func (g *rig) round(m policy.Mesh) (*policy.Ruleset, error) {
 	if err != nil {
 		return nil, err
 	}
+	h.Outside, h.OutsidePort = g.outside, g.outsidePort
 	r, err := policy.Compile(m, h, time.Unix(0, 0))
 	if err != nil {
 		return nil, err

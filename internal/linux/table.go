@@ -184,6 +184,7 @@ func (c *compiler) classSets(f family) []set {
 		addresses("self"+f.suffix, f.addr, pick(s.Self)),
 		without("lan"+f.suffix, f.addr, pick(s.LAN), earlier),
 		without("internet"+f.suffix, f.addr, []netip.Prefix{f.whole}, append(earlier, pick(s.LAN)...)),
+		addresses("outside"+f.suffix, f.addr, pick(s.Outside)),
 		addresses("own"+f.suffix, f.addr, pick(own)),
 		addresses("former"+f.suffix, f.addr, pick(s.Former)),
 		addresses("others"+f.suffix, f.addr, slices.DeleteFunc(pick(s.Others), isWide)),
@@ -275,8 +276,10 @@ func (c *compiler) ingress() {
 // listenPort returns WireGuard's port, where it is known.
 func (c *compiler) listenPort() (value, bool) {
 	p := c.r.Mesh().ListenPort
-	return number(strconv.Itoa(int(p)), byte(p>>8), byte(p)), p != 0
+	return portValue(p), p != 0
 }
+
+func portValue(p uint16) value { return number(strconv.Itoa(int(p)), byte(p>>8), byte(p)) }
 
 // carried returns for the protocols that peers may use, and drops the others: a
 // NAT tells their flows apart by addresses alone. It names those that pass, since
@@ -410,6 +413,9 @@ func (c *compiler) permittedFamily(v view, f family) {
 	p.branch(v.name+"_self"+f.suffix, in("self"+f.suffix, dst))
 	c.eachMesh(f, func(m netip.Prefix) { p.drop("mesh: the host does not forward between peers", within(dst, m)) })
 	if c.forwards(f) {
+		for _, to := range c.r.OutsidePorts() {
+			p.drop("WireGuard's port, by way of the router", in("outside"+f.suffix, dst), is(ctProtocol, udp), is(ctOrigDport, portValue(to)))
+		}
 		p.back("lan", in("lan"+f.suffix, dst), in("may_lan"+f.suffix, src))
 	}
 	p.drop("lan needs routing and lan", in("lan"+f.suffix, dst))

@@ -43,6 +43,7 @@ func TestText(t *testing.T) {
 	m.Former = []netip.Addr{netip.MustParseAddr("100.64.0.12"), netip.MustParseAddr("fd6d:6573:6800::12")}
 	h := someHost()
 	h.Resolvers = []netip.Addr{netip.MustParseAddr("100.100.2.136")}
+	h.Outside, h.OutsidePort = []netip.Addr{netip.MustParseAddr("192.0.2.77")}, 4500
 	h.Routes = append(h.Routes, policy.Route{Prefix: netip.MustParsePrefix("100.96.0.0/16"), Interface: "cni0"})
 	golden(t, "table.nft", Text(ruleset(t, m, h), testMTU))
 }

@@ -189,3 +189,53 @@ func TestWireGuardsOwnPackets(t *testing.T) {
 		t.Errorf("a tunnel inside the tunnel: %v", o.Fate)
 	}
 }
+
+// TestHairpin sends to the router in front, which turns back what is for WireGuard: at
+// its ports nothing passes, also of a flow that ran before the address or the port was
+// known, and all else there does.
+func TestHairpin(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	m := testMesh(1, everything)
+	m.ListenPort = 51820
+	var old *policy.Ruleset
+	enforce := func(outside []netip.Addr, port uint16) {
+		h := g.compile(m).Host()
+		h.Outside, h.OutsidePort = outside, port
+		r := mustRuleset(t, m, h)
+		g.must(g.p.Enforce(t.Context(), r))
+		g.must(g.p.Cut(t.Context(), r, policy.Diff(old, r)))
+		old = r
+	}
+	to := func(proto pfconf.Proto, src, dst string, port uint16, want simmac.Fate) {
+		t.Helper()
+		p := syn(src, dst)
+		p.DstPort = port
+		if proto == pfconf.ProtoUDP {
+			p.Proto, p.Flags, p.Seq, p.Window, p.Len = pfconf.ProtoUDP, 0, 0, 0, 148
+		}
+		if o := g.mac.Receive(p, g.p.name); o.Fate != want {
+			t.Errorf("%v from %s to %s port %d: %v (%s), want %v", proto, src, dst, port, o.Fate, o.Why, want)
+		}
+	}
+	const router, router6, first6 = "192.168.77.254", "2600::1", "fd6d:6573:6800::2"
+	ports := func(a, b simmac.Fate) {
+		t.Helper()
+		for src, dst := range map[string]string{first: router, first6: router6} {
+			to(pfconf.ProtoUDP, src, dst, 51820, a)
+			to(pfconf.ProtoUDP, src, dst, 4500, b)
+			to(pfconf.ProtoUDP, src, dst, 443, simmac.Forwarded)
+			to(pfconf.ProtoTCP, src, dst, 443, simmac.Forwarded)
+			to(pfconf.ProtoTCP, src, dst, 51820, simmac.Forwarded)
+		}
+	}
+	outside := []netip.Addr{addrOf(router), addrOf(router6)}
+	enforce(nil, 0)
+	ports(simmac.Forwarded, simmac.Forwarded)
+	enforce(outside, 0)
+	ports(simmac.Dropped, simmac.Forwarded)
+	enforce(outside, 4500)
+	ports(simmac.Dropped, simmac.Dropped)
+	enforce(nil, 0)
+	ports(simmac.Forwarded, simmac.Forwarded)
+}

@@ -128,7 +128,8 @@ func killTo(a netip.Addr, to []netip.Prefix) []Kill {
 
 // movedPrefixes returns the destinations that have another class now, or that are
 // reached another way: a network that went, for one. An address or a network that
-// only came where the same class and way held is none.
+// only came where the same class and way held is none. Addresses of the router in front
+// that are known only now, and all where WireGuard has another port there, are among them.
 func movedPrefixes(old, next *policy.Ruleset) []netip.Prefix {
 	a, b := old.Sets(), next.Sets()
 	var changed []netip.Prefix
@@ -147,6 +148,11 @@ func movedPrefixes(old, next *policy.Ruleset) []netip.Prefix {
 		if _, went := before[p]; !sameClass(old, next, p, edges) || went && before[p] != now[p] {
 			out = append(out, p)
 		}
+	}
+	if slices.Equal(old.OutsidePorts(), next.OutsidePorts()) {
+		out = append(out, missing(b.Outside, a.Outside)...)
+	} else {
+		out = append(out, b.Outside...)
 	}
 	if old.Mesh().DNS != next.Mesh().DNS {
 		out = append(out, hostPrefixes(old.Mesh().Addresses)...)

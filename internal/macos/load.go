@@ -148,7 +148,7 @@ func (p *Platform) putAnchor(ctx context.Context, a *Anchor) error {
 var (
 	classTables   = []string{tableMartians, tableSelf, tableMesh, tableLooped, tableNetworks}
 	openingTables = []string{tableIncoming, tableDNS, tableLAN, tableRouting, tableLocal}
-	closingTables = []string{tableAway, tableUnassigned, tableCut}
+	closingTables = []string{tableAway, tableUnassigned, tableOutside, tableCut}
 )
 
 // changedTables returns the steps that lead from one content of tables to another,

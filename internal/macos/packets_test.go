@@ -82,7 +82,7 @@ func (c *comparison) fillProto(p *policy.Packet) {
 	}
 	switch p.Proto {
 	case policy.ProtoTCP, policy.ProtoUDP:
-		p.SrcPort, p.DstPort = c.port, []uint16{53, 443, 8080}[c.rng.IntN(3)]
+		p.SrcPort, p.DstPort = c.port, []uint16{53, 443, 8080, listenPort, outsidePort}[c.rng.IntN(5)]
 	case policy.ProtoICMP, policy.ProtoICMPv6:
 		p.SrcPort, p.DstPort = c.port, c.port
 	}

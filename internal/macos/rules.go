@@ -284,6 +284,12 @@ func (b *builder) fromPeers() {
 		ike.From.Ports = []pfconf.Port{{Op: pfconf.Equal, Lo: ikePort}}
 		b.block(ike, "ike", "pf leaves UDP port 500 as it is, and a socket of this host has it: answers to that one would go to the peer")
 	}
+	for _, port := range b.ruleset.OutsidePorts() {
+		hairpin := with(anyone, inTable(tableOutside))
+		hairpin.Protos = []pfconf.Proto{pfconf.ProtoUDP}
+		hairpin.To.Ports = []pfconf.Port{{Op: pfconf.Equal, Lo: port}}
+		b.block(hairpin, "hairpin", "no tunnel inside the tunnel by way of the router in front, which turns packets for its own address back")
+	}
 	lan := with(inTable(tableLAN), inTable(tableNetworks))
 	lan.Tag = tagLAN
 	b.peerPass(lan, "lan", "class 4, lan: with routing and lan")

@@ -25,6 +25,7 @@ const (
 	tableLocal      = "local"
 	tableLooped     = "looped"
 	tableUnassigned = "unassigned"
+	tableOutside    = "outside"
 )
 
 var tableReasons = map[string]string{
@@ -41,6 +42,7 @@ var tableReasons = map[string]string{
 	tableAway:       "mesh addresses that aren't this host's, and so have no business on another interface, with those of peers that were removed a short time ago; what is behind ! is another owner's part of the mesh prefixes",
 	tableCut:        "peers that lost access to this host a short time ago",
 	tableLooped:     "what this host's routes lead to the loopback interface",
+	tableOutside:    "addresses by which others know this host, where its router turns packets for WireGuard back to it",
 	tableUnassigned: "the mesh prefixes, and peers that were removed a short time ago",
 	tableLocal:      "destinations that are not forwarded: this host's addresses, broadcast and multicast",
 }
@@ -102,6 +104,7 @@ func fillSets(r *policy.Ruleset) map[string]set {
 		tableNetworks:   {in: all.LAN},
 		tableAway:       awaySet(r, host),
 		tableLocal:      {in: sorted(slices.Concat(all.Self, all.Local))},
+		tableOutside:    {in: all.Outside},
 		tableLooped:     {in: loopedRoutes(r.Host())},
 		tableUnassigned: {in: sorted(slices.Concat(all.Mesh, all.Former))},
 	}

@@ -21,6 +21,9 @@ type world struct {
 
 const meshInterface = "utun7"
 
+// listenPort is WireGuard's, and outsidePort where it is another at the router.
+const listenPort, outsidePort = 51820, 4500
+
 var hostAddresses = []netip.Addr{netip.MustParseAddr("100.64.0.1"), netip.MustParseAddr("fd6d:6573:6800::1")}
 
 func drawWorld(t *rapid.T) world {
@@ -29,6 +32,8 @@ func drawWorld(t *rapid.T) world {
 			Prefixes:  []netip.Prefix{policy.DefaultPrefix4, policy.DefaultPrefix6},
 			Addresses: hostAddresses,
 			DNS:       rapid.Bool().Draw(t, "dns"),
+
+			ListenPort: rapid.SampledFrom([]uint16{0, listenPort, listenPort}).Draw(t, "listen port"),
 		},
 		host: policy.Host{Interface: meshInterface},
 	}
@@ -76,6 +81,12 @@ func (w *world) drawInterfaces(t *rapid.T) {
 	for range rng.IntN(4) {
 		p := randomNetwork(rng, rng.IntN(2) == 0)
 		w.host.Routes = append(w.host.Routes, policy.Route{Prefix: p.Masked(), Interface: "utun3"})
+	}
+	w.host.Outside, w.host.OutsidePort = nil, []uint16{0, outsidePort}[rng.IntN(2)]
+	for range rng.IntN(3) {
+		if a := w.randomDst(rng, rng.IntN(3) > 0); a.Zone() == "" {
+			w.host.Outside = append(w.host.Outside, a)
+		}
 	}
 	uplinks := []string{"", "en0", "en0", "en0", "en1"}
 	w.host.Uplink4 = uplinks[rng.IntN(len(uplinks))]
@@ -144,6 +155,8 @@ func (w *world) randomDst(rng *rand.Rand, v4 bool) netip.Addr {
 			a = w.peerAddr(rng, v4)
 		case n < 4:
 			a = w.ownAddr(rng, v4)
+		case n == 4 && len(w.host.Outside) > 0:
+			a = w.host.Outside[rng.IntN(len(w.host.Outside))]
 		case n < 6:
 			i := w.host.Interfaces[rng.IntN(len(w.host.Interfaces))]
 			if len(i.Addresses) > 0 {

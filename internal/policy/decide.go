@@ -159,6 +159,9 @@ func (r *Ruleset) byClass(v Verdict, class Class, p *Packet) Verdict {
 		if !r.host.Forwarding.Of(p.Dst) {
 			return v.refuse(RuleNoForwarding, class)
 		}
+		if r.isHairpin(p) {
+			return v.refuse(RuleHairpin, class)
+		}
 		return v.pass(RuleLAN, class, ExitOther)
 	}
 	return r.toInternet(v, have, p)
@@ -174,6 +177,16 @@ func (r *Ruleset) toInternet(v Verdict, have Permissions, p *Packet) Verdict {
 		return v.refuse(RuleNoUplink, Internet)
 	}
 	return v.pass(RuleInternet, Internet, ExitUplink)
+}
+
+// isHairpin reports whether the host's router would turn the packet back to the
+// host's WireGuard, so that the tunnel carried itself (hairpinning, RFC 4787 section 6).
+// Whatever else is behind the router is reached.
+func (r *Ruleset) isHairpin(p *Packet) bool {
+	if p.Proto != ProtoUDP || p.DstPort == 0 || p.DstPort != r.mesh.ListenPort && p.DstPort != r.host.OutsidePort {
+		return false
+	}
+	return holds(r.sets.Outside, netip.PrefixFrom(p.Dst, p.Dst.BitLen()))
 }
 
 // isDNS reports whether the packet is for the host's own DNS.

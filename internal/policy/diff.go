@@ -57,6 +57,7 @@ func sameGround(a, b *Ruleset) bool {
 		x.Source4 == y.Source4 && x.Source6 == y.Source6 &&
 		x.Forwarding == y.Forwarding && x.FoundForwarding == y.FoundForwarding &&
 		a.mesh.DNS == b.mesh.DNS && a.mesh.ListenPort == b.mesh.ListenPort &&
+		x.OutsidePort == y.OutsidePort && slices.Equal(a.sets.Outside, b.sets.Outside) &&
 		slices.Equal(a.mesh.Addresses, b.mesh.Addresses) &&
 		slices.Equal(a.sets.Martians, b.sets.Martians) &&
 		slices.Equal(a.sets.Self, b.sets.Self) &&

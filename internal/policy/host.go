@@ -69,6 +69,10 @@ type Host struct {
 	// Outside are the addresses by which others know this host that it doesn't have
 	// itself, such as its router's: what is reached there may be its own networks.
 	Outside []netip.Addr `json:"outside,omitempty"`
+	// OutsidePort is the UDP port by which others reach this host's WireGuard at
+	// these addresses, where a router has another one for it than the host itself;
+	// 0 where it isn't known, or is the same.
+	OutsidePort uint16 `json:"outsidePort,omitempty"`
 	// Source4 and Source6 are the addresses that the host itself uses by the
 	// uplink of the family, and the packets of its peers with it. Not valid where
 	// there is no uplink, or the address isn't known.

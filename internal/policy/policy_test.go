@@ -271,6 +271,62 @@ func TestListenPort(t *testing.T) {
 	}
 }
 
+// TestHairpin checks that WireGuard's port is closed to UDP at the addresses of the
+// router in front, which turns such packets back, and that all else there is class lan
+// as before.
+func TestHairpin(t *testing.T) {
+	m, h := picture(Routing|LAN), pictureHost()
+	m.ListenPort, h.OutsidePort = 51820, 4500
+	h.Outside = []netip.Addr{addr("203.0.114.7"), addr("2001:db8:9::7"), addr("192.168.1.7"), addr("203.0.113.9"), addr("100.64.0.2")}
+	for _, tt := range []struct {
+		dst   string
+		proto uint8
+		port  uint16
+		rule  Rule
+	}{
+		{"203.0.114.7", ProtoUDP, 51820, RuleHairpin},
+		{"203.0.114.7", ProtoUDP, 4500, RuleHairpin},
+		{"2001:db8:9::7", ProtoUDP, 51820, RuleHairpin},
+		{"192.168.1.7", ProtoUDP, 51820, RuleHairpin},
+		{"64:ff9b::203.0.114.7", ProtoUDP, 4500, RuleHairpin},
+		{"203.0.114.7", ProtoUDP, 51821, RuleLAN},
+		{"203.0.114.7", ProtoUDP, 0, RuleLAN},
+		{"203.0.114.7", ProtoTCP, 51820, RuleLAN},
+		{"203.0.114.7", ProtoTCP, 443, RuleLAN},
+		{"203.0.114.7", ProtoICMP, 51820, RuleLAN},
+		{"64:ff9b::203.0.114.7", ProtoTCP, 4500, RuleLAN},
+		{"192.168.77.9", ProtoUDP, 51820, RuleLAN},
+		{"203.0.114.8", ProtoUDP, 51820, RuleInternet},
+		{"203.0.113.9", ProtoUDP, 4500, RuleNoIncoming},
+		{"100.64.0.2", ProtoUDP, 51820, RuleMesh},
+	} {
+		p := Packet{In: "utun7", Src: addr("100.64.0.3"), Dst: addr(tt.dst), Proto: tt.proto, SrcPort: 7, DstPort: tt.port, ICMPType: 8}
+		if p.Dst.Is6() {
+			p.Src = addr("fd6d:6573:6800::3")
+		}
+		r := compile(t, m, h)
+		if v := r.Decide(p); v.Rule != tt.rule || v.Pass != (tt.rule == RuleLAN || tt.rule == RuleInternet) || tt.rule == RuleHairpin && v.Answered() {
+			t.Errorf("%v protocol %d port %d: %q, want %q; answered %v", tt.dst, tt.proto, tt.port, v.Rule, tt.rule, v.Answered())
+		}
+		// What the host itself sends there is none of the tunnel's business.
+		p.In, p.Src = "", map[bool]netip.Addr{true: addr("2001:db8:1::9"), false: addr("203.0.113.9")}[p.Dst.Is6()]
+		if v := r.Decide(p); tt.rule == RuleHairpin && !v.Pass {
+			t.Errorf("the host to %v port %d: %q", tt.dst, tt.port, v.Rule)
+		}
+	}
+
+	// A router's port that changes is looked at as any other fact is.
+	moved := h
+	moved.OutsidePort = 4501
+	if n := Diff(compile(t, m, h), compile(t, m, moved)); len(n) != 2 {
+		t.Errorf("another port outside concerns %d peers of 2", len(n))
+	}
+	moved.OutsidePort, moved.Outside = h.OutsidePort, h.Outside[:2] // 192.168.1.7 stays class lan
+	if n := Diff(compile(t, m, moved), compile(t, m, h)); len(n) != 2 {
+		t.Errorf("another address outside concerns %d peers of 2", len(n))
+	}
+}
+
 // TestTunnel checks that WireGuard's own packets pass outside of the tunnel,
 // whatever the outer address of a peer is.
 func TestTunnel(t *testing.T) {

@@ -67,6 +67,12 @@ func drawWorld(t *rapid.T) world {
 			w.host.Resolvers = append(w.host.Resolvers, a)
 		}
 	}
+	for range rapid.IntRange(0, 2).Draw(t, "outside") {
+		if a := drawAddr(t); !a.Is4In6() {
+			w.host.Outside = append(w.host.Outside, a)
+		}
+	}
+	w.host.OutsidePort = rapid.SampledFrom([]uint16{0, 443}).Draw(t, "port outside")
 	for range rapid.IntRange(0, 3).Draw(t, "former") {
 		if a := drawAddr(t); w.mesh.contains(a) {
 			w.mesh.Former = append(w.mesh.Former, a)
@@ -108,6 +114,9 @@ func (w world) drawPacket(t *rapid.T) Packet {
 		// Echo, errors and redirects of both families.
 		ICMPType:  rapid.SampledFrom([]uint8{8, 128, 3, 1, 2, 11, 12, 4, 5, 137}).Draw(t, "type"),
 		Malformed: rapid.IntRange(0, 19).Draw(t, "malformed") == 0,
+	}
+	if n := len(w.host.Outside); n > 0 && rapid.IntRange(0, 4).Draw(t, "outside") == 0 {
+		p.Dst = w.host.Outside[rapid.IntRange(0, n-1).Draw(t, "which")]
 	}
 	if n := len(w.mesh.Peers); n > 0 && rapid.IntRange(0, 9).Draw(t, "honest") > 0 {
 		p.Src = w.mesh.Peers[rapid.IntRange(0, n-1).Draw(t, "peer")].Addresses[rapid.IntRange(0, 1).Draw(t, "family")]
@@ -245,6 +254,7 @@ func looksTheSame(t *rapid.T, have Permissions, p Packet, a, b Verdict) {
 	case a.Pass: // both
 	case b.Pass && b.Class != Internet: // the peer may know the host's addresses, or its networks
 	case a.Rule == RuleWireGuard, b.Rule == RuleWireGuard: // with incoming
+	case a.Rule == RuleHairpin, b.Rule == RuleHairpin: // with routing and lan
 	case b.Pass && a.Answered(), !b.Pass && a.Answered() != b.Answered():
 		t.Fatalf("%+v with %v: answered %v (%v), elsewhere passes %v, answered %v (%v)", p, have, a.Answered(), a.Rule, b.Pass, b.Answered(), b.Rule)
 	}

@@ -56,6 +56,10 @@ type Sets struct {
 	// addresses, also where they are inside Mesh.
 	Mesh, Peers []netip.Prefix
 	LAN         []netip.Prefix
+	// Outside are single addresses of class lan at which a router turns packets for
+	// WireGuard back to this host: [Host.Outside], and the translator's addresses that
+	// carry one.
+	Outside []netip.Prefix
 	// Others are the parts of the mesh prefixes that are not the mesh's, such as
 	// another VPN's or a carrier's: what the host itself has to do with them is
 	// left alone, peers' and former peers' addresses excepted, also where they are
@@ -91,6 +95,8 @@ func Compile(mesh Mesh, host Host, now time.Time) (*Ruleset, error) {
 		r.former[p.Addr()] = true
 	}
 	r.classify()
+	// A class before lan decides, as always.
+	r.sets.Outside = slices.DeleteFunc(r.sets.Outside, func(p netip.Prefix) bool { return r.Class(p.Addr()) != OnLAN })
 	return r, nil
 }
 
@@ -159,7 +165,13 @@ func makeSets(mesh Mesh, host Host) Sets {
 	s.carry()
 	s.Others = mesh.others(host)
 	s.Former = singles(mesh.Former)
-	for _, set := range []*[]netip.Prefix{&s.Martians, &s.Local, &s.Self, &s.Mesh, &s.Peers, &s.LAN, &s.Others, &s.Former} {
+	s.Outside = singles(host.Outside)
+	for _, p := range carried(s.Outside) {
+		if p.IsSingleIP() {
+			s.Outside = append(s.Outside, p)
+		}
+	}
+	for _, set := range []*[]netip.Prefix{&s.Martians, &s.Local, &s.Self, &s.Mesh, &s.Peers, &s.LAN, &s.Outside, &s.Others, &s.Former} {
 		slices.SortFunc(*set, comparePrefix)
 		*set = slices.Compact(*set)
 	}
@@ -338,6 +350,14 @@ func (r *Ruleset) Peers() []PeerRules { return r.peers }
 
 // Sets returns the prefixes of each class. They must not be changed.
 func (r *Ruleset) Sets() Sets { return r.sets }
+
+// OutsidePorts returns the UDP ports that a router may turn back to this host's
+// WireGuard, sorted: none, one or two.
+func (r *Ruleset) OutsidePorts() []uint16 {
+	ports := slices.DeleteFunc([]uint16{r.mesh.ListenPort, r.host.OutsidePort}, func(p uint16) bool { return p == 0 })
+	slices.Sort(ports)
+	return slices.Compact(ports)
+}
 
 // IsForwarded reports whether a host that forwards would forward a packet to dst:
 // whether it is neither an address of the host nor one of [Sets.Local].

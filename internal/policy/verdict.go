@@ -26,6 +26,7 @@ const (
 	RuleFull
 	RuleMesh
 	RuleWireGuard
+	RuleHairpin
 	RuleNoIncoming
 	RuleNoLAN
 	RuleNoRouting
@@ -60,6 +61,7 @@ var ruleTexts = [...]string{
 	RuleFull:          "the peer, or all peers together, have as many flows or unfinished datagrams as they may, or it opens flows too fast",
 	RuleMesh:          "the host does not forward between peers",
 	RuleWireGuard:     "WireGuard's own packets don't go through the tunnel",
+	RuleHairpin:       "WireGuard's own packets don't go through the tunnel to the host's router, which would turn them back",
 	RuleNoIncoming:    "connecting to the host needs incoming",
 	RuleNoLAN:         "the host's other networks need routing and lan",
 	RuleNoRouting:     "the internet needs routing",
