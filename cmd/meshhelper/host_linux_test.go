@@ -35,6 +35,11 @@ func enterNamespace() error {
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 		return err
 	}
+	// Not Linux's default, so that `rules` can be seen to print what holds here. What is
+	// below /proc/sys/net is of the namespace of the thread that opens it.
+	if err := os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte("1024 40000"), 0); err != nil {
+		return err
+	}
 	pair := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "wan0"}, PeerName: "far0"}
 	if err := netlink.LinkAdd(pair); err != nil {
 		return err

@@ -23,11 +23,7 @@ var languages = map[string]daemon.Language{
 	},
 	"pf": {
 		Render: func(r *policy.Ruleset) (string, string, error) {
-			anchor, err := macos.Compile(r, macos.Options{MTU: daemon.DefaultMTU})
-			if err != nil {
-				return "", "", err
-			}
-			return anchor.Path, anchor.Ruleset().String(), nil
+			return macos.Text(r, macos.Options{MTU: daemon.DefaultMTU})
 		},
 		Find: findPf,
 	},

@@ -26,7 +26,9 @@ func newRulesCommand(a *app) *cobra.Command {
 		Use: "rules", Short: "Show the rules as loaded, or as another platform would load them", Args: cobra.NoArgs,
 		Long: `Show the rules as loaded. With --platform, show them as that platform would load
 them for this mesh, and with --host, for the host that FILE describes instead of
-this one, so that the rules of a Mac can be read on any machine.`,
+this one, so that the rules of a Mac can be read on any machine. Which ports peers'
+flows are translated to depends on a host's settings and sockets: in rules that
+aren't this host's they are those of its system's defaults, as a comment says.`,
 		RunE: func(c *cobra.Command, _ []string) error { return showRules(c.Context(), o) },
 	}
 	c.Flags().StringVar(&o.platform, "platform", "", "pf, nft or guard")

@@ -173,7 +173,9 @@ type condition struct {
 	// ruleset is the wanted policy on this host, also where it isn't in force.
 	ruleset *policy.Ruleset
 	// loaded is what the host was last told to enforce.
-	loaded     *policy.Ruleset
+	loaded *policy.Ruleset
+	// render writes rulesets as loaded was, or is nil.
+	render     func(*policy.Ruleset) (anchor, text string, err error)
 	forwarding policy.Families
 	repairs    uint64
 	// problems are our own, foreign what stands in the way.

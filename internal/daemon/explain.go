@@ -25,7 +25,8 @@ type Language struct {
 var languageOf = map[string]string{"linux": "nft", "darwin": "pf", "userspace": "guard"}
 
 // Rules returns the rules as loaded, which the loop reads back and compares at
-// every tick; or, where a language is named, as they would be loaded in that.
+// every tick; or, where a language is named, as they would be loaded in that: in the
+// host's own by what is known of it, and in others by defaults.
 func (d *Daemon) Rules(_ context.Context, language string) (api.Rules, error) {
 	c, _ := d.condition()
 	r := c.loaded
@@ -42,8 +43,18 @@ func (d *Daemon) Rules(_ context.Context, language string) (api.Rules, error) {
 	case r == nil:
 		return out, api.Errorf(api.CodeNotReady, "nothing is loaded yet").WithHint("see `meshhelper status`")
 	}
+	render := rules.Render
+	if _, renders := d.opts.Platform.(Renderer); renders && out.Platform == languageOf[d.opts.PlatformName] {
+		switch {
+		case c.render != nil:
+			render = c.render
+		case language == "":
+			out.Text = "# No rules are loaded, for no peer may be routed and nothing is forwarded: the guard at the tunnel judges each packet.\n"
+			return out, nil
+		}
+	}
 	var err error
-	out.Anchor, out.Text, err = rules.Render(r)
+	out.Anchor, out.Text, err = render(r)
 	return out, err
 }
 

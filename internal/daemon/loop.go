@@ -514,6 +514,9 @@ func (l *loop) publish() {
 	if l.held != 0 {
 		c.state = api.Enforcing
 	}
+	if p, ok := l.d.opts.Platform.(Renderer); ok {
+		c.render = p.Renderer()
+	}
 	if l.refused == nil {
 		c.enforced = l.held
 	}

@@ -62,6 +62,16 @@ type Limiter interface {
 	Limits() platform.Limits
 }
 
+// Renderer is a host that knows more about its rules than the ruleset does, such as
+// the ports that peers' flows are translated to.
+type Renderer interface {
+	// Renderer returns a function that writes a ruleset with what the host was as
+	// Enforce last loaded rules, in the language of the host, with the anchor that
+	// they are in. It is nil while none are loaded. The function may be called at any
+	// time and by any goroutine.
+	Renderer() func(*policy.Ruleset) (anchor, text string, err error)
+}
+
 // The words of the contract, which the platforms use without importing this
 // package.
 type (

@@ -62,6 +62,8 @@ type Platform struct {
 	last *policy.Ruleset
 	// loadedPorts is the range of ports in the table that was enforced last.
 	loadedPorts portRange
+	// render is what Renderer returns.
+	render func(*policy.Ruleset) (anchor, text string, err error)
 	// cutOnce says that flows of an earlier helper's time were cut.
 	cutOnce bool
 	// unbounded says that this kernel can't count flows or give them timeouts.
@@ -478,21 +480,29 @@ func (p *Platform) setAddresses(r *policy.Ruleset, ipv6 bool) error {
 // enforceTable makes the kernel hold the table, also when another program has
 // changed it. Where it can't be had, nothing of a peer is to pass.
 func (p *Platform) enforceTable(ctx context.Context, r *policy.Ruleset) error {
-	t := compile(r, p.params())
-	if p.filter.holds(t) {
+	with := p.params()
+	t := compile(r, with)
+	loaded := func() {
 		p.enforced, p.last, p.loadedPorts = r, r, p.ports.now
+		p.render = func(r *policy.Ruleset) (anchor, text string, err error) { return "", compile(r, with).String(), nil }
+	}
+	if p.filter.holds(t) {
+		loaded()
 		return nil
 	}
 	err := p.step(ctx, StepTable, func() error { return p.applyBounded(t, r) })
 	switch {
 	case err == nil:
-		p.enforced, p.last, p.loadedPorts = r, r, p.ports.now
+		loaded()
 		return nil
 	case ctx.Err() != nil:
 		return err // Enforce closes
 	}
 	return errors.Join(err, p.closing(ctx, p.closeUp))
 }
+
+// Renderer implements the daemon's contract.
+func (p *Platform) Renderer() func(*policy.Ruleset) (anchor, text string, err error) { return p.render }
 
 // closeUp stops what is of peers by what is left when the table can't be loaded:
 // the closed table, or else the interface; and forwarding.

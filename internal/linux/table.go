@@ -1,6 +1,7 @@
 package linux
 
 import (
+	"fmt"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -85,9 +86,10 @@ type params struct {
 // reading: the program nft has no words for comparing what an ICMP error quotes
 // with addresses, which the kernel can do, and it allows no ports with ICMP, whose
 // identifiers the kernel treats like them. mtu is the mesh interface's, in bytes.
-// The ports of peers' translated flows are those of a host with Linux's defaults.
+// The ports of peers' translated flows are those of a host with Linux's defaults, and a
+// comment says so.
 func Text(r *policy.Ruleset, mtu int) string {
-	return compile(r, params{
+	return fmt.Sprintf("# Peers' flows are translated to ports %v by default; a helper on Linux chooses those that the host's own settings and sockets leave.\n", defaultPorts) + compile(r, params{
 		mtu: mtu, ipsec: true, ports: defaultPorts, around: defaultPorts,
 		flowsPerPeer: maxFlowsPerPeer, established: flow.TCPEstablished,
 	}).String()

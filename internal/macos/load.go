@@ -48,13 +48,15 @@ func (a *Anchor) rulesText() string {
 // changed in place, the packet filter on, and called by the main ruleset.
 func (p *Platform) enforceFilter(ctx context.Context, r *policy.Ruleset) error {
 	p.noteEgress(r)
-	a, err := p.compile(r)
+	with := p.options()
+	a, err := Compile(r, with)
 	if err != nil {
 		return err
 	}
 	if err := p.putAnchor(ctx, a); err != nil {
 		return err
 	}
+	p.render = func(r *policy.Ruleset) (anchor, text string, err error) { return render(r, with) }
 	on, err := p.isOn(ctx)
 	if err == nil && !on {
 		err = p.enable(ctx)
@@ -103,6 +105,34 @@ func (p *Platform) noteEgress(r *policy.Ruleset) {
 // before.
 func (p *Platform) compile(r *policy.Ruleset) (*Anchor, error) {
 	return Compile(r, p.options())
+}
+
+// Renderer implements the daemon's contract.
+func (p *Platform) Renderer() func(*policy.Ruleset) (anchor, text string, err error) {
+	if p.loaded == nil {
+		return nil
+	}
+	return p.render
+}
+
+// render returns the path and the text of the anchor for r.
+func render(r *policy.Ruleset, o Options) (anchor, text string, err error) {
+	a, err := Compile(r, o)
+	if err != nil {
+		return "", "", err
+	}
+	return a.Path, a.Ruleset().String(), nil
+}
+
+// Text returns the path of the anchor that enforces r and its text, in pf's language,
+// for reading on any machine: o.Ports is that of a Mac with macOS's defaults where it
+// isn't given, and a comment says so.
+func Text(r *policy.Ruleset, o Options) (anchor, text string, err error) {
+	anchor, text, err = render(r, o)
+	if err == nil && o.Ports == (darwin.PortRange{}) {
+		text = fmt.Sprintf("# Peers' flows are translated to ports %d:%d by default; a helper on a Mac chooses those that its sockets leave.\n", defaultPorts.First, defaultPorts.Last) + text
+	}
+	return anchor, text, err
 }
 
 // options are what the anchor depends on now, besides the ruleset.

@@ -37,6 +37,8 @@ type Platform struct {
 	dev  tun.Device
 
 	loaded *loadedAnchor // nil: nothing of ours is in force
+	// render is what Renderer returns while something is.
+	render func(*policy.Ruleset) (anchor, text string, err error)
 	// drifted says that what pf holds isn't known to be what is in loaded.
 	drifted bool
 	// before are the interfaces that peers' packets could leave by so far.

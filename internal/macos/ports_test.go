@@ -2,6 +2,7 @@ package macos
 
 import (
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -84,6 +85,9 @@ func testPortsFollowSockets(t *testing.T) {
 	port := uint16(0)
 	leaves := func(want darwin.PortRange) {
 		t.Helper()
+		if _, text, err := g.p.Renderer()(g.p.enforced); err != nil || text != g.p.loaded.anchor.Ruleset().String() || !strings.Contains(text, fmt.Sprintf("port %d:%d", want.First, want.Last)) {
+			t.Errorf("%v; what is said to be loaded isn't, or has other ports than %v:\n%s", err, want, text)
+		}
 		for range 50 {
 			p := syn(first, "9.9.9.9")
 			port++
