@@ -26,6 +26,7 @@ import (
 type flooder struct {
 	fd    int
 	index int
+	mac   net.HardwareAddr // of the next hop, on Ethernet
 	sent  atomic.Uint64
 }
 
@@ -51,6 +52,7 @@ func (f *flooder) run(ctx context.Context, next func(n uint64) []byte) error {
 	to := [2]*unix.SockaddrLinklayer{}
 	for i, proto := range []uint16{unix.ETH_P_IP, unix.ETH_P_IPV6} {
 		to[i] = &unix.SockaddrLinklayer{Protocol: binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, proto)), Ifindex: f.index}
+		to[i].Halen = uint8(copy(to[i].Addr[:], f.mac))
 	}
 	for n := uint64(0); ctx.Err() == nil; n++ {
 		p := next(n)
@@ -267,26 +269,7 @@ func TestFloodOfOnePeer(t *testing.T) {
 	if *soak {
 		lasts, connections = 3*time.Minute, 200
 	}
-	if err := netlab.Unavailable(); err != nil {
-		t.Skip("no hosts to try the product on:", err)
-	}
-	lab, err := netlab.New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := lab.Close(); err != nil {
-			t.Error("close lab:", err)
-		}
-	})
-	p, err := netlab.NewPicture(lab)
-	if err != nil {
-		t.Fatal(err)
-	}
-	m, err := New(p)
-	if err != nil {
-		t.Fatal(err)
-	}
+	m := newSilentStage(t)
 	start(t, m)
 	addPeers(t, m)
 	permit(t, m, "C", everything)
@@ -295,7 +278,7 @@ func TestFloodOfOnePeer(t *testing.T) {
 	for _, h := range []*netlab.Host{m.I, m.L, m.B} {
 		serveBoth(t, h)
 	}
-	flood := func(from *netlab.Host, link string, next func(uint64) []byte) (others, float64) {
+	flood := func(from *netlab.Host, link string, connections int, next func(uint64) []byte) (others, float64) {
 		f := newFlooder(t, from, link)
 		ctx, cancel := context.WithCancel(t.Context())
 		var sending errgroup.Group
@@ -310,9 +293,9 @@ func TestFloodOfOnePeer(t *testing.T) {
 		return o, float64(f.sent.Load()) / time.Since(began).Seconds()
 	}
 	before, link := entriesOf(t, m), m.Peers["C"].End.Name
-	one, oneRate := flood(m.C, link, oneFlow(m.Peers["C"].Addresses, at.I))
+	one, oneRate := flood(m.C, link, connections, oneFlow(m.Peers["C"].Addresses, at.I))
 	share := flowsShare(t, m)
-	all, allRate := flood(m.C, link, newFlows(m.Peers["C"].Addresses, []netlab.Pair{at.I, at.L, status(t, m).Address(), at.I}))
+	all, allRate := flood(m.C, link, connections, newFlows(m.Peers["C"].Addresses, []netlab.Pair{at.I, at.L, status(t, m).Address(), at.I}))
 	for name, o := range map[string]others{"one flow": one, "new flows": all} {
 		if len(o.failed) > 0 || len(o.ownFailed) > 0 {
 			t.Errorf("beside %s: %d of %d connections of D failed (%v), %d of the host's own (%v)",
@@ -326,7 +309,7 @@ func TestFloodOfOnePeer(t *testing.T) {
 	helper := loadOf(t, m.Helper.PID()).kilobytes
 	// An end that receives needs more than one that sends: the stock one now does.
 	b := status(t, m)
-	flood(m.B, b.Interface, oneFlow(b.Address(), m.Peers["C"].Addresses))
+	flood(m.B, b.Interface, 0, oneFlow(b.Address(), m.Peers["C"].Addresses))
 	stock := loadOf(t, m.Peers["C"].End.Process.PID()).kilobytes
 	t.Logf("one flow: %.0f packets/s, p99 %v; new flows: %.0f packets/s, p99 %v, at most %d entries of a share of %d; the helper's memory %v MB, stock %d MB",
 		oneRate, one.p99(), allRate, all.p99(), all.entries, share, megabytes(all.memory), stock>>10)

@@ -29,6 +29,18 @@ func newStage(t testing.TB) *Mesh {
 // newQuietStage is a stage for a test that measures: no other runs beside it.
 func newQuietStage(t testing.TB) *Mesh {
 	t.Helper()
+	m := newSilentStage(t)
+	for _, h := range m.Hosts() {
+		if err := h.Serve(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return m
+}
+
+// newSilentStage is a quiet stage on which the test serves what it needs itself.
+func newSilentStage(t testing.TB) *Mesh {
+	t.Helper()
 	if err := netlab.Unavailable(); err != nil {
 		t.Skip("no hosts to try the product on:", err)
 	}
@@ -44,11 +56,6 @@ func newQuietStage(t testing.TB) *Mesh {
 	p, err := netlab.NewPicture(lab)
 	if err != nil {
 		t.Fatal(err)
-	}
-	for _, h := range p.Hosts() {
-		if err := h.Serve(); err != nil {
-			t.Fatal(err)
-		}
 	}
 	m, err := New(p)
 	if err != nil {
