@@ -9,8 +9,10 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -213,5 +215,71 @@ func TestErrorIsPrinted(t *testing.T) {
 	second.Stderr = &out
 	if err := second.Run(); err == nil || !strings.Contains(out.String(), "another helper answers there") {
 		t.Errorf("%v, %q", err, out.String())
+	}
+}
+
+// waitingReader is standard input of which nothing comes.
+type waitingReader struct {
+	once    sync.Once
+	reading chan struct{} // closed when it is read from
+}
+
+func (r *waitingReader) Read([]byte) (int, error) {
+	r.once.Do(func() { close(r.reading) })
+	select {}
+}
+
+// TestSignalsEndReading has commands wait for a host's facts that never come, from
+// standard input and from a named pipe: each signal ends them, as it does all others.
+func TestSignalsEndReading(t *testing.T) {
+	pipe := filepath.Join(t.TempDir(), "pipe")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, command := range []string{"rules --platform pf", "explain phone 9.9.9.9"} {
+		for _, from := range []string{"-", pipe} {
+			for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGINT, syscall.SIGTERM} {
+				t.Run(command+" from "+from+" "+s.String(), func(t *testing.T) {
+					if signal.Ignored(s) {
+						t.Skip("the test was started with the signal ignored, which commands leave so")
+					}
+					var said bytes.Buffer
+					stdin := &waitingReader{reading: make(chan struct{})}
+					a := newApp(nil)
+					a.stdin, a.stdout, a.stderr = stdin, io.Discard, &said
+					status := make(chan int, 1)
+					go func() { status <- a.main(append(strings.Fields(command), "--host", from)) }()
+					late := time.After(limit)
+					for waits := false; !waits; {
+						select {
+						case got := <-status:
+							t.Fatalf("it ended with %d and said %q", got, said.String())
+						case <-late:
+							t.Fatal("it doesn't read")
+						case <-stdin.reading:
+							waits = true
+						case <-time.After(time.Millisecond):
+							// A pipe that is opened to be read from can be written to.
+							if fd, err := syscall.Open(pipe, syscall.O_WRONLY|syscall.O_NONBLOCK, 0); err == nil {
+								defer syscall.Close(fd)
+								waits = true
+							}
+						}
+					}
+					// Its handler is set, so that the test goes on.
+					if err := syscall.Kill(os.Getpid(), s); err != nil {
+						t.Fatal(err)
+					}
+					select {
+					case got := <-status:
+						if got != exitFailed || !strings.Contains(said.String(), "read host facts from ") {
+							t.Errorf("it ended with %d and said %q", got, said.String())
+						}
+					case <-late:
+						t.Error("it still waits")
+					}
+				})
+			}
+		}
 	}
 }

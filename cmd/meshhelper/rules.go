@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"io"
 	"os"
 	"time"
 
@@ -69,7 +68,7 @@ func (o *rulesOptions) rulesFor(ctx context.Context) (api.Rules, error) {
 
 // compileFor compiles the helper's mesh for the host that a file describes.
 func (a *app) compileFor(ctx context.Context, file string) (*policy.Ruleset, error) {
-	host, err := a.readHost(file)
+	host, err := a.readHost(ctx, file)
 	if err != nil {
 		return nil, err
 	}
@@ -86,17 +85,42 @@ func (a *app) compileFor(ctx context.Context, file string) (*policy.Ruleset, err
 	return policy.Compile(mesh, host, time.Time{})
 }
 
-func (a *app) readHost(file string) (policy.Host, error) {
-	var from io.Reader = a.stdin
-	if file != "-" {
-		f, err := os.Open(file)
+// readHost reads a host's facts from a file, or from standard input for -.
+func (a *app) readHost(ctx context.Context, file string) (policy.Host, error) {
+	if file == "-" {
+		return untilEnd(ctx, "read host facts from standard input", func() (policy.Host, error) { return policy.ReadHost(a.stdin) })
+	}
+	return untilEnd(ctx, "read host facts from "+file, func() (policy.Host, error) {
+		f, err := os.Open(file) // waits for a writer where it is a named pipe
 		if err != nil {
 			return policy.Host{}, fmt.Errorf("read host facts: %w", err)
 		}
 		defer f.Close()
-		from = f
+		return policy.ReadHost(f)
+	})
+}
+
+// untilEnd does what a signal has to be able to end although it hears of none, such as
+// reading from a terminal: read(2) on one can't be called off, and the program goes on
+// after a signal that it handles. After the end of ctx do is left to the end of the
+// process.
+func untilEnd[T any](ctx context.Context, what string, do func() (T, error)) (T, error) {
+	type result struct {
+		value T
+		err   error
 	}
-	return policy.ReadHost(from)
+	done := make(chan result, 1)
+	go func() {
+		value, err := do()
+		done <- result{value, err}
+	}()
+	select {
+	case r := <-done:
+		return r.value, r.err
+	case <-ctx.Done():
+		var none T
+		return none, fmt.Errorf("%s: %w", what, context.Cause(ctx))
+	}
 }
 
 // meshOf turns what the helper shows back into the policy's input. The addresses of
