@@ -45,10 +45,12 @@ var errHeld = errors.New("another helper holds it")
 
 // Options are what New needs.
 type Options struct {
-	Platform     Platform     // required
-	PlatformName string       // required: "darwin", "linux" or "userspace", for status
-	StateDir     string       // required: made when missing, with mode 0700
-	Logger       *slog.Logger // required
+	Platform     Platform // required
+	PlatformName string   // required: "darwin", "linux" or "userspace", for status
+	StateDir     string   // required: made when missing, with mode 0700
+	// Logger must not block, for the guard and the loop write to it: before a file, a
+	// pipe or a terminal stands a logfile.Queue.
+	Logger *slog.Logger // required
 
 	Version    string             // optional: for status
 	Interface  string             // optional: the platform chooses
@@ -152,8 +154,6 @@ type Daemon struct {
 	// for an end of a permission, and renamed the resolver for endpoints given by name.
 	wake, moved, timed, renamed chan struct{}
 
-	log *logQueue
-
 	mu      sync.Mutex
 	now     condition     // what the loop found last
 	changed chan struct{} // closed when now is replaced
@@ -190,11 +190,8 @@ func New(o Options) (*Daemon, error) {
 	if err := o.complete(); err != nil {
 		return nil, fmt.Errorf("start daemon: %w", err)
 	}
-	log := newLogQueue(o.Logger.Handler())
-	o.Logger = slog.New(log)
 	d := &Daemon{
 		opts:     o,
-		log:      log,
 		widening: make(chan struct{}, 1),
 		wake:     make(chan struct{}, 1),
 		moved:    make(chan struct{}, 1),
@@ -238,16 +235,13 @@ func New(o Options) (*Daemon, error) {
 	return d, nil
 }
 
-// flushLimit is how long the end waits for a log that isn't written, and again for the
-// disk.
+// flushLimit is how long the end waits for a disk that hangs.
 const flushLimit = time.Second
 
 // Close gives the UDP port and the state directory back. Call it after Run.
 func (d *Daemon) Close() error {
 	d.sockets.Release()
-	err := d.release()
-	d.log.flush(flushLimit)
-	return err
+	return d.release()
 }
 
 // load reads or makes the host's key and the document.

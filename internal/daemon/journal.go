@@ -19,7 +19,7 @@ type journal struct {
 	last   uint64 // the newest event's Seq
 	ring   [maxEvents]api.Event
 	newer  chan struct{}
-	listen func(api.Event) // logs, and never blocks: see logQueue
+	listen func(api.Event) // logs, and never blocks: see Options.Logger
 }
 
 func newJournal(wall func() time.Time, listen func(api.Event)) *journal {
