@@ -186,9 +186,13 @@ func (d *Daemon) decide(ctx context.Context, e edit) (outcome, error) {
 	if err != nil {
 		d.recordChange(doc, left)
 		cause := d.awaitSaved(ctx, outcome{saving: saving})
-		message := fmt.Sprintf("what the change takes away is in force, what it gives isn't: %v", err)
+		part := "what the change takes away is"
+		if doc.byKey(key) < 0 && left.byKey(key) >= 0 {
+			part = "the new key and what the change takes away are"
+		}
+		message := fmt.Sprintf("%s in force, what it gives besides isn't: %v", part, err)
 		if cause != nil {
-			message = fmt.Sprintf("what the change takes away is in force now, but not saved: after a restart it is back; what it gives was not added: %v", err)
+			message = fmt.Sprintf("%s in force now, but not saved: after a restart it is back; what the change gives besides was not added: %v", part, err)
 		}
 		return outcome{key, left.Generation, false, nil}, api.Errorf(api.CodeNotSaved, "%s", message).WithHint("%s", d.disk.hint())
 	}

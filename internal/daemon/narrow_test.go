@@ -141,8 +141,7 @@ func TestNarrowingDoesntWait(t *testing.T) {
 						t.Errorf("answered after %v, want within %v", took, DefaultWait)
 					}
 					e := wantCode(t, err, have.code)
-					gives := way == "new key" || way == "one for another"
-					if have.code == api.CodeNotSaved && gives {
+					if have.code == api.CodeNotSaved && way == "one for another" {
 						if !strings.Contains(e.Message, "what the change takes away is in force now, but not saved") {
 							t.Errorf("message %q", e.Message)
 						}
@@ -178,6 +177,77 @@ func TestNarrowingDoesntWait(t *testing.T) {
 					}
 				})
 			})
+		}
+	}
+}
+
+// TestKeyChangeIsWhole gives a peer another key while nothing can be saved: the new key
+// has what the old one had, which has nothing from the same moment on, and the command
+// says that a restart brings the old one back. What else the change would give waits
+// for the disk, as ever.
+func TestKeyChangeIsWhole(t *testing.T) {
+	for name, stick := range map[string]func(*rig) (end func()){
+		"full disk": func(r *rig) func() {
+			r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
+			return func() {}
+		},
+		"frozen disk": func(r *rig) func() {
+			disk := newFrozenDisk()
+			r.setDisk(disk)
+			return func() { close(disk.thawed) }
+		},
+	} {
+		for _, more := range []bool{false, true} {
+			for _, renamed := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s, more %v, renamed %v", name, more, renamed), func(t *testing.T) {
+					inBubble(t, func(t *testing.T, r *rig) {
+						old := r.add("phone")
+						r.add("tablet")
+						r.mustAllow("phone", "routing", "")
+						end := stick(r)
+						c := api.PeerChange{PublicKey: keyOf("new phone")}
+						says := "in force now, but not saved: after a restart it is back"
+						if more {
+							c.Permissions = map[string]api.PermissionChange{"incoming": {Allowed: true}, "lan": {Allowed: true}}
+							says = "the new key and what the change takes away are in force now, but not saved"
+						}
+						name := "phone"
+						if renamed {
+							name, c.Name = "mobile", "mobile"
+						}
+						_, err := r.d.ChangePeer(t.Context(), "phone", c)
+						if e := wantCode(t, err, api.CodeNotSaved); !strings.Contains(e.Message, says) {
+							t.Errorf("message %q, want %q", e.Message, says)
+						}
+						is, err := r.d.Peer(name)
+						if err != nil || is.PublicKey != keyOf("new phone") || is.Addresses[0] == old.Addresses[0] {
+							t.Fatalf("the peer is %+v, %v", is, err)
+						}
+						if may := is.Permissions; !may.Routing.Allowed || may.Incoming.Allowed || may.LAN.Allowed {
+							t.Errorf("it may %+v", may)
+						}
+						r.wantLoaded(name, policy.Routing)
+						if !r.passes(is) || r.passes(old) {
+							t.Errorf("a packet passes of the new key: %v, of the old one: %v", r.passes(is), r.passes(old))
+						}
+						if got := r.host.Loaded().Sets().Former; len(got) != 2 {
+							t.Errorf("given up are %v, want the addresses %v", got, old.Addresses)
+						}
+						if s := r.d.Status(); s.Enforced != s.Generation || s.State != api.Enforcing {
+							t.Errorf("state %s, enforced %d of %d", s.State, s.Enforced, s.Generation)
+						}
+						end()
+						r.setDisk(diskFiles{})
+						r.after(2 * time.Minute)
+						if kept, ok := r.onDisk(name); !ok || kept.PublicKey.String() != keyOf("new phone") || !kept.Permissions.Routing.Allowed || kept.Permissions.LAN.Allowed {
+							t.Errorf("on disk: %+v, %v", kept, ok)
+						}
+						if s := r.d.Status(); len(s.Problems) != 0 || len(s.Peers) != 2 {
+							t.Errorf("problems %v, %d peers", s.Problems, len(s.Peers))
+						}
+					})
+				})
+			}
 		}
 	}
 }

@@ -298,16 +298,26 @@ func (doc *document) nextEnd() (next time.Time, ok bool) {
 
 // less returns what of doc next leaves, and says what next does besides: whether it
 // takes something away, and whether it gives something. A peer that is gone, or has
-// other addresses, is in what is left, by its old name and without permissions: an
-// edit may be about to give it another key.
+// other addresses, is in what is left without permissions.
+//
+// Another key takes everything from the old one, and gives the new one nothing that
+// the peer didn't have: what is left has the new key, with what both peers may.
+// Else a peer whose change can't be saved would have neither.
 func (doc *document) less(next *document) (left *document, takes, gives bool) {
 	after := make(map[wireguard.PublicKey]*peer, len(next.Peers))
 	for i := range next.Peers {
 		after[next.Peers[i].PublicKey] = &next.Peers[i]
 	}
 	left = doc.clone()
+	rekeyed := doc.rekeyed(next)
 	for i := range left.Peers {
 		p := &left.Peers[i]
+		if n := rekeyed[i]; n != nil {
+			had := p.Permissions
+			*p, takes = *n, true
+			p.Permissions = had
+			left.Former, left.Removed = slices.Clone(next.Former), slices.Clone(next.Removed)
+		}
 		n, ok := after[p.PublicKey]
 		delete(after, p.PublicKey)
 		if !ok || n.Addresses != p.Addresses {
@@ -323,6 +333,22 @@ func (doc *document) less(next *document) (left *document, takes, gives bool) {
 		}
 	}
 	return left, takes, gives || len(after) > 0
+}
+
+// rekeyed returns the peers of next that have another key than in doc, by their index,
+// which such an edit leaves as it is.
+func (doc *document) rekeyed(next *document) map[int]*peer {
+	if len(doc.Peers) != len(next.Peers) {
+		return nil
+	}
+	was, is := doc.byKeys(), next.byKeys()
+	out := map[int]*peer{}
+	for i := range doc.Peers {
+		if n := &next.Peers[i]; is[doc.Peers[i].PublicKey] == nil && was[n.PublicKey] == nil {
+			out[i] = n
+		}
+	}
+	return out
 }
 
 // onto makes the change from base to doc again from another document, which something
