@@ -77,8 +77,10 @@ func checkFolder(folder string) error {
 }
 
 // systemGroup is the highest number of the groups that no person is in: 0, root or
-// wheel, and 1, daemon or bin. A Mac's /var/run belongs to root and daemon, with mode
-// 0775.
+// wheel, and 1, daemon or bin. A Mac's /var/run belongs to root and daemon: with mode
+// 0755 by the table hierarchy.not_sim of apple-oss-distributions/files (files-972; so
+// in hierarchy since files-520), and with 0775 by private/var/run/Makefile of before
+// (files-473), which a Mac may have kept.
 const systemGroup = 1
 
 func checkOwner(info fs.FileInfo, path string) error {

@@ -124,7 +124,7 @@ func TestClientTrustsNoOtherUser(t *testing.T) {
 	}
 }
 
-// TestClientTrustsSystemGroup takes a folder as a Mac's /var/run is.
+// TestClientTrustsSystemGroup takes a folder as a Mac's /var/run is, at the most.
 func TestClientTrustsSystemGroup(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can give a folder to another group")
