@@ -99,6 +99,10 @@ var strangers = []stranger{
 	{"4 bodies of 1 GiB", bodies},
 }
 
+// slower is how many times as long as without strangers the operator's median answer may
+// take: both are measured on the same machine, one after the other.
+const slower = 20
+
 // TestLocalUser has another user and a careless operator's programs do to the
 // socket what they can. The other user is refused, and the operator is answered.
 func TestLocalUser(t *testing.T) {
@@ -115,16 +119,17 @@ func TestLocalUser(t *testing.T) {
 	operator := m.client(t)
 	before := loadOf(t, m.Helper.PID())
 	for _, s := range strangers {
+		quiet := answers(t, m, operator, 100)
 		var run errgroup.Group
 		conns, err := s.start(m, dial, &run)
 		if err != nil {
 			t.Fatalf("%s: after %d connections: %v", s.name, len(conns), err)
 		}
 		took := answers(t, m, operator, 100)
-		t.Logf("%-26s operator answered in %s (median), %s (90%%), %s (slowest of %d)", s.name+":",
-			took[len(took)/2], took[len(took)*9/10], took[len(took)-1], len(took))
-		if median := took[len(took)/2]; median > 100*time.Millisecond {
-			t.Errorf("%s: the operator is answered in %s, the median; want 100 ms", s.name, median)
+		t.Logf("%-26s operator answered in %s (median), %s (90%%), %s (slowest of %d); without them in %s, %s, %s", s.name+":",
+			took[len(took)/2], took[len(took)*9/10], took[len(took)-1], len(took), quiet[len(took)/2], quiet[len(took)*9/10], quiet[len(took)-1])
+		if with, without := took[len(took)/2], quiet[len(took)/2]; with > slower*without {
+			t.Errorf("%s: the operator is answered in %s, the median, and without them in %s; want at most %d times that", s.name, with, without, slower)
 		}
 		for _, c := range conns {
 			c.Close()
