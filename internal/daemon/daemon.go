@@ -160,7 +160,8 @@ type Daemon struct {
 	// names and learned are replaced, never changed.
 	names    map[string]netip.Addr
 	learned  map[wireguard.PublicKey]netip.AddrPort
-	learning sync.Mutex // held while learned is made anew
+	outside  []netip.Addr // of the name in this host's own endpoint, likewise
+	learning sync.Mutex   // held while learned is made anew
 }
 
 // condition is what the loop publishes after each round.

@@ -240,11 +240,15 @@ func (l *loop) observe(ctx context.Context) (policy.Host, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookLimit)
 	defer cancel()
 	host, err := l.d.opts.Platform.Observe(ctx)
-	// Where peers are told to reach this host is its address from outside.
+	// Where peers are told to reach this host are its addresses from outside.
+	host.OutsidePort = l.d.opts.Endpoint.Port
 	if a, notAddr := netip.ParseAddr(l.d.opts.Endpoint.Host); notAddr == nil {
 		host.Outside = append(host.Outside, a.Unmap())
-		host.OutsidePort = l.d.opts.Endpoint.Port
+		return host, err
 	}
+	l.d.mu.Lock()
+	defer l.d.mu.Unlock()
+	host.Outside = append(host.Outside, l.d.outside...)
 	return host, err
 }
 

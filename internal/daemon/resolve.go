@@ -29,7 +29,8 @@ func lookup(ctx context.Context, name string) ([]netip.Addr, error) {
 	return net.DefaultResolver.LookupNetIP(ctx, "ip", name)
 }
 
-// resolve keeps the addresses of endpoints that are given by name. It is a task
+// resolve keeps the addresses of endpoints that are given by name, this host's own
+// among them. It is a task
 // of its own, so that a slow resolver holds nothing up; a name that can't be
 // resolved keeps its last address.
 func (d *Daemon) resolve(ctx context.Context) error {
@@ -63,6 +64,7 @@ type resolver struct {
 // named is a name that is looked up.
 type named struct {
 	addr    netip.Addr
+	all     []netip.Addr // sorted; of this host's own name
 	due     time.Time
 	again   backoff // of a name that isn't found
 	asked   bool    // a look-up runs
@@ -81,7 +83,7 @@ type answer struct {
 func (r *resolver) ask(ctx context.Context) time.Duration {
 	now, wait := time.Now(), resolveInterval
 	wanted := map[string]bool{}
-	for _, host := range endpointNames(r.d.wanted.Load()) {
+	for _, host := range append(endpointNames(r.d.wanted.Load()), r.d.ownName()...) {
 		wanted[host] = true
 		n := r.names[host]
 		if n == nil {
@@ -136,14 +138,38 @@ func (r *resolver) take(a answer) {
 	}
 	n.failing, n.due = false, time.Now().Add(resolveInterval)
 	n.again.reset()
-	for i, addr := range a.found {
-		if a.found[i] = addr.Unmap(); a.found[i] == n.addr {
-			return
-		}
+	found := make([]netip.Addr, 0, len(a.found))
+	for _, addr := range a.found {
+		found = append(found, addr.Unmap().WithZone(""))
 	}
-	n.addr = a.found[0]
-	r.publish()
-	poke(r.d.moved)
+	changed := false
+	if !slices.Contains(found, n.addr) {
+		n.addr, changed = found[0], true
+	}
+	if slices.Contains(r.d.ownName(), a.name) {
+		slices.SortFunc(found, netip.Addr.Compare)
+		found = slices.Compact(found)
+		found = found[:min(len(found), maxOutside)]
+		changed = changed || !slices.Equal(n.all, found)
+		n.all = found
+	}
+	if changed {
+		r.publish()
+		poke(r.d.moved)
+	}
+}
+
+// maxOutside bounds how many addresses of this host's own name count.
+const maxOutside = 16
+
+// ownName returns the name in this host's own endpoint, or none where that is an
+// address, or not given.
+func (d *Daemon) ownName() []string {
+	host := d.opts.Endpoint.Host
+	if _, err := netip.ParseAddr(host); err == nil || host == "" {
+		return nil
+	}
+	return []string{host}
 }
 
 // publish has the tunnel use what was found.
@@ -157,6 +183,11 @@ func (r *resolver) publish() {
 	r.d.mu.Lock()
 	defer r.d.mu.Unlock()
 	r.d.names = names
+	for _, host := range r.d.ownName() {
+		if n := r.names[host]; n != nil {
+			r.d.outside = n.all
+		}
+	}
 }
 
 // namesChanged reports whether the second document has endpoints by name that the first
