@@ -273,9 +273,9 @@ func (f *family) wait(ctx context.Context) bool {
 }
 
 const (
-	// readErrors is how many reads in a row may fail, readPause apart, before the
-	// socket is replaced: a system short of memory recovers, a socket that the
-	// system ended doesn't.
+	// readErrors is how many reads in a row may fail, readPause apart, before a
+	// socket that still has its port is replaced: a system short of memory recovers,
+	// a socket that the system ended doesn't.
 	readErrors = 10
 	readPause  = time.Second / 3
 	// The pauses between the attempts to open a socket, doubled each time.
@@ -314,7 +314,7 @@ func (f *family) receive(bufs [][]byte, sizes []int, eps []conn.Endpoint) (int, 
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			continue // woken
 		}
-		if failures++; failures < readErrors && !ended(err) {
+		if failures++; failures < readErrors && !ended(err) && sock.usable() {
 			sleep(changed, readPause)
 			continue
 		}
@@ -354,11 +354,6 @@ func (f *family) replace(old *socket) bool {
 	if f.released && err == nil {
 		sock.close()
 		err = net.ErrClosed
-	}
-	if f.halted && err == nil {
-		// The device stopped to listen meanwhile; what it finds when it comes back
-		// is the new one.
-		_ = sock.udp.SetReadDeadline(time.Unix(1, 0))
 	}
 	f.err = err
 	if err == nil {

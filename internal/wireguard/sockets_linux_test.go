@@ -9,11 +9,16 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
+	"unsafe"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/net/ipv6"
 	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/conn"
 )
@@ -79,6 +84,7 @@ func TestReplacedSocketsAreNotShared(t *testing.T) {
 			defer f.mu.Unlock()
 			return f.sock != old && f.err == nil
 		})
+		until(t, "the one that was replaced is closed", func() bool { return !old.usable() })
 	}
 	before := tries.Load()
 	until(t, "the other user tried", func() bool { return tries.Load() > before+10 })
@@ -88,6 +94,163 @@ func TestReplacedSocketsAreNotShared(t *testing.T) {
 		t.Errorf("another user bound the port %d times of %d", taken.Load(), tries.Load())
 	}
 	ping(t, a, b)
+}
+
+// TestPortIsJoinedByNone has another program of the same user try to join the port,
+// which the system allows where both have SO_REUSEPORT: after the first socket, after
+// one that took its place, and after an attempt to replace it that failed.
+func TestPortIsJoinedByNone(t *testing.T) {
+	s := listening(t)
+	f := s.families.Load()[0]
+	join := func(port uint16) (int, error) {
+		t.Helper()
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unix.Close(fd) })
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1); err != nil {
+			t.Fatal(err)
+		}
+		return fd, unix.Bind(fd, &unix.SockaddrInet4{Port: int(port)})
+	}
+	refused := func(when string) {
+		t.Helper()
+		if _, err := join(s.port); err != unix.EADDRINUSE {
+			t.Errorf("%s another program joins the port: %v", when, err)
+		}
+	}
+	refused("after the first socket")
+	if !f.replace(f.sock) {
+		t.Fatal("not replaced")
+	}
+	refused("after a replaced socket")
+	other, err := net.ListenUDP("udp4", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	if _, err := openSocket("udp4", other.LocalAddr().(*net.UDPAddr).AddrPort().Port(), f.sock); err == nil {
+		t.Fatal("another program's port was bound")
+	}
+	refused("after a failed attempt")
+
+	// Nor does the first socket join another program's.
+	fd, err := join(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	name, err := unix.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if sock, err := openSocket("udp4", uint16(name.(*unix.SockaddrInet4).Port), nil); err == nil {
+		sock.close()
+		t.Error("the socket joined another program's port")
+	}
+}
+
+// losePort takes the port away from a socket that stays open: connecting to no address
+// does that to one whose port the system chose (__udp_disconnect in net/ipv4/udp.c).
+// No read fails afterwards.
+func losePort(t *testing.T, s *socket) {
+	t.Helper()
+	err := s.control(func(fd int) error {
+		nowhere := unix.RawSockaddrInet4{Family: unix.AF_UNSPEC}
+		if _, _, errno := unix.Syscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&nowhere)), unix.SizeofSockaddrInet4); errno != 0 {
+			return errno
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.usable() {
+		t.Fatal("the socket still has its port, so nothing is proved")
+	}
+}
+
+// TestLostPortIsFound has a socket lose its port in silence: a change of networks
+// finds it.
+func TestLostPortIsFound(t *testing.T) {
+	a, b := newPair(t)
+	ping(t, a, b)
+	f := a.sockets.families.Load()[0]
+	f.mu.Lock()
+	old := f.sock
+	f.mu.Unlock()
+	losePort(t, old)
+	if err := a.Rebind(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ping(t, b, a)
+}
+
+// reads is what a socket's reads return, one after the other, and then a datagram.
+type reads struct {
+	batchConn
+	errs []error
+	n    int
+}
+
+func (r *reads) ReadBatch(ms []ipv6.Message, _ int) (int, error) {
+	if r.n++; r.n <= len(r.errs) {
+		return 0, r.errs[r.n-1]
+	}
+	ms[0].N, ms[0].NN = 1, 0
+	ms[0].Addr = &net.UDPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 1}
+	return 1, nil
+}
+
+// TestReadsThatFail has reads fail: a socket is given some seconds to recover, then
+// it is replaced; one that never recovers at once.
+func TestReadsThatFail(t *testing.T) {
+	for _, c := range []struct {
+		name     string
+		err      error
+		times    int
+		portLost bool
+		reads    int // of the first socket
+		replaced bool
+		after    time.Duration
+	}{
+		{"recovers", unix.ENOMEM, readErrors - 1, false, readErrors, false, (readErrors - 1) * readPause},
+		{"doesn't recover", unix.ENOMEM, 1000, false, readErrors, true, (readErrors - 1) * readPause},
+		// udp_abort in net/ipv4/udp.c, for SOCK_DESTROY: one read fails, others wait.
+		{"aborted", unix.ECONNABORTED, 1, false, 2, false, readPause},
+		{"aborted, and the port is lost", unix.ECONNABORTED, 1, true, 1, true, 0},
+		{"closed", net.ErrClosed, 1000, false, 1, true, 0},
+		{"no descriptor", unix.EBADF, 1000, false, 1, true, 0},
+		{"defunct, as macOS says it", unix.ENOTCONN, 1000, false, 1, true, 0},
+		{"shut down", unix.EPIPE, 1000, false, 1, true, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := listening(t)
+				f := s.list()[0]
+				first := &reads{errs: slices.Repeat([]error{c.err}, c.times)}
+				f.sock.batch = first
+				if c.portLost {
+					losePort(t, f.sock)
+				}
+				s.open = func(network string, port uint16, beside *socket) (*socket, error) {
+					sock, err := openSocket(network, port, beside)
+					if err == nil {
+						sock.batch = &reads{}
+					}
+					return sock, err
+				}
+				old, start := f.sock, time.Now()
+				n, err := f.receive([][]byte{make([]byte, 10)}, make([]int, 1), make([]conn.Endpoint, 1))
+				if n != 1 || err != nil {
+					t.Errorf("%d datagrams, %v", n, err)
+				}
+				if replaced := f.sock != old; replaced != c.replaced || first.n != c.reads || time.Since(start) != c.after {
+					t.Errorf("replaced %t after %d reads and %v, want %t, %d, %v", replaced, first.n, time.Since(start), c.replaced, c.reads, c.after)
+				}
+			})
+		})
+	}
 }
 
 // inNamespace runs test in a network namespace of its own, whose loopback has the

@@ -8,10 +8,13 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/tun/tuntest"
 )
 
@@ -32,6 +35,18 @@ func squat(port uint16) net.PacketConn {
 		return nil
 	}
 	return c
+}
+
+// released waits until the port is free: another program may have drawn it meanwhile.
+func released(t *testing.T, port uint16) {
+	t.Helper()
+	until(t, fmt.Sprintf("port %d is free", port), func() bool {
+		c := squat(port)
+		if c != nil {
+			c.Close()
+		}
+		return c != nil
+	})
 }
 
 // end ends the socket of a family as the system would: the descriptor is dead and
@@ -199,6 +214,214 @@ func TestPortOutlivesTheDevice(t *testing.T) {
 			t.Error("the port is free after the device")
 		}
 	}
+}
+
+// listening returns open sockets without a device.
+func listening(t *testing.T) *Sockets {
+	t.Helper()
+	s := NewSockets(slog.New(slog.DiscardHandler))
+	if _, _, err := s.Open(0); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Release)
+	return s
+}
+
+// TestTakenPortChangesNothing asks for another port, which another program has in
+// one of the families: the sockets keep the port that they have, and none is left on
+// the other one. After Release the next ones have receivers again.
+func TestTakenPortChangesNothing(t *testing.T) {
+	for i, network := range networks {
+		t.Run(network, func(t *testing.T) {
+			s := listening(t)
+			before := s.port
+			other, err := net.ListenPacket(network, ":0")
+			if err != nil {
+				t.Skipf("no %s: %v", network, err)
+			}
+			defer other.Close()
+			wanted := other.LocalAddr().(*net.UDPAddr).AddrPort().Port()
+			if _, _, err := s.Open(wanted); !errors.Is(err, syscall.EADDRINUSE) {
+				t.Errorf("port %d, which another program has: %v", wanted, err)
+			}
+			if c := squat(before); c != nil {
+				c.Close()
+				t.Error("the port of before is free")
+			}
+			if fns, port, err := s.Open(0); err != nil || port != before || len(fns) == 0 {
+				t.Errorf("port %d with %d receivers, %v; before %d", port, len(fns), err, before)
+			}
+			if i == 1 { // the other one is of IPv6, and IPv4 was bound first
+				released(t, wanted)
+			}
+			s.Release()
+			if fns, port, err := s.Open(0); err != nil || port == 0 || len(fns) == 0 {
+				t.Errorf("after Release: port %d with %d receivers, %v", port, len(fns), err)
+			}
+		})
+	}
+}
+
+// TestPortIsDrawnAgain has another program have in IPv6 what the system chooses for
+// IPv4: it chooses anew.
+func TestPortIsDrawnAgain(t *testing.T) {
+	s := NewSockets(slog.New(slog.DiscardHandler))
+	defer s.Release()
+	open, drawn := s.open, []uint16(nil)
+	s.open = func(network string, port uint16, beside *socket) (*socket, error) {
+		if network == "udp6" && len(drawn) < 3 {
+			drawn = append(drawn, port)
+			return nil, syscall.EADDRINUSE
+		}
+		return open(network, port, beside)
+	}
+	if _, port, err := s.Open(0); err != nil || port == 0 {
+		t.Errorf("port %d, %v", port, err)
+	}
+	for _, port := range drawn {
+		if port == s.port {
+			continue
+		}
+		released(t, port)
+	}
+}
+
+// TestAttemptsGoOn has a port that can't be bound again: it is tried for once in five
+// seconds at least, for ever, and at once when the host's networks changed.
+func TestAttemptsGoOn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := listening(t)
+		var tries atomic.Int64
+		s.open = func(string, uint16, *socket) (*socket, error) {
+			tries.Add(1)
+			return nil, syscall.EADDRINUSE
+		}
+		s.end(0)
+		done := make(chan error)
+		f := s.list()[0]
+		go func() {
+			_, err := f.receive(nil, nil, nil)
+			done <- err
+		}()
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if n, least := tries.Load(), int64(time.Hour/openPauseMax); n < least || n > 2*least {
+			t.Errorf("%d attempts in an hour, want %d", n, least)
+		}
+		time.Sleep(openPauseMin)
+		synctest.Wait()
+		before := tries.Load()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		defer cancel()
+		if err := s.renew(ctx); !errors.Is(err, syscall.EADDRINUSE) {
+			t.Errorf("the port is served: %v", err)
+		}
+		if tries.Load() != before+1 {
+			t.Errorf("%d attempts when the networks changed, want 1", tries.Load()-before)
+		}
+		s.Close()
+		if err := <-done; !errors.Is(err, net.ErrClosed) {
+			t.Errorf("the receiver ended with %v", err)
+		}
+	})
+}
+
+// TestReleaseWhileReplaced gives the port back while a socket is being replaced: the
+// new one doesn't keep it.
+func TestReleaseWhileReplaced(t *testing.T) {
+	s := listening(t)
+	port, open := s.port, s.open
+	begun, goOn := make(chan struct{}), make(chan struct{})
+	s.open = func(network string, port uint16, beside *socket) (*socket, error) {
+		close(begun)
+		<-goOn
+		return open(network, port, nil)
+	}
+	s.end(0)
+	done := make(chan error)
+	f := s.list()[0]
+	go func() {
+		_, err := f.receive(nil, nil, nil)
+		done <- err
+	}()
+	<-begun
+	s.Release()
+	close(goOn)
+	if err := <-done; !errors.Is(err, net.ErrClosed) {
+		t.Errorf("the receiver ended with %v", err)
+	}
+	released(t, port)
+}
+
+// TestCloseWhileReplaced has the device stop to listen while a socket is being
+// replaced: the receiver ends, and the next one has the new socket.
+func TestCloseWhileReplaced(t *testing.T) {
+	s := listening(t)
+	open := s.open
+	begun, goOn := make(chan struct{}), make(chan struct{})
+	s.open = func(network string, port uint16, beside *socket) (*socket, error) {
+		close(begun)
+		<-goOn
+		return open(network, port, beside)
+	}
+	replaced := s.end(0)
+	done := make(chan error)
+	f := s.list()[0]
+	go func() {
+		_, err := f.receive(nil, nil, nil)
+		done <- err
+	}()
+	<-begun
+	s.Close()
+	close(goOn)
+	if err := <-done; !errors.Is(err, net.ErrClosed) || !replaced() {
+		t.Errorf("the receiver ended with %v, a new socket: %t", err, replaced())
+	}
+	fns, port, err := s.Open(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := net.DialUDP("udp4", nil, &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: int(port)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.Write([]byte("datagram")); err != nil {
+		t.Fatal(err)
+	}
+	sizes := make([]int, 1)
+	if n, err := fns[0]([][]byte{make([]byte, 100)}, sizes, make([]conn.Endpoint, 1)); n != 1 || err != nil || sizes[0] != len("datagram") {
+		t.Errorf("%d datagrams of %v bytes, %v", n, sizes, err)
+	}
+}
+
+// TestSenderFindsEndedSocket sends by a socket that the system ended, while no
+// receiver has noticed.
+func TestSenderFindsEndedSocket(t *testing.T) {
+	s := listening(t)
+	s.end(0)
+	to, err := s.ParseEndpoint("127.0.0.1:9")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Send([][]byte{{1}}, to); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Send: %v", err)
+	}
+	if err := s.Listening(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Listening: %v", err)
+	}
+}
+
+// TestReopenedIsHeard replaces a socket of a host that has nothing to send: its peers
+// hear from it, since what they sent meanwhile is lost.
+func TestReopenedIsHeard(t *testing.T) {
+	a, b := newPair(t)
+	// One way only: an end that received data answers by itself later.
+	a.send(t, tuntest.Ping(b.addr.V4, a.addr.V4))
+	b.receive(t)
+	before := b.fresh(t)[a.PublicKey()].RxBytes
+	a.sockets.end(0)
+	until(t, "the peer hears from the host", func() bool { return b.fresh(t)[a.PublicKey()].RxBytes > before })
 }
 
 // relay carries datagrams between two ends, and what it carries to the second one
