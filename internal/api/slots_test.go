@@ -79,6 +79,9 @@ func TestSlots(t *testing.T) {
 			if n := c.has(uid); n > usualSlots.perUser[stranger] {
 				t.Fatalf("stranger %d has %d connections", uid, n)
 			}
+			if conns := c.open[uid]; conns[len(conns)-1].Conn.(*conn).closed {
+				t.Fatalf("a new connection of stranger %d is closed", uid)
+			}
 		}
 	}
 	all := 0
@@ -146,6 +149,36 @@ func TestReaderFoundLater(t *testing.T) {
 	}
 	if c.join(Credentials{UID: 4000}); c.open[4000][0].mayRead() || c.open[4000][0].class != stranger {
 		t.Error("a user that is unknown to the host may read")
+	}
+}
+
+// TestReaderAmongStrangers has readers of whom only the database says so, more than
+// readers have slots, and one that lost its connection while the database was asked.
+func TestReaderAmongStrangers(t *testing.T) {
+	c := newCrowd(t, usualSlots)
+	for uid := uint32(600); uid < 600+uint32(usualSlots.all[reader]/usualSlots.perUser[reader]); uid++ {
+		for range usualSlots.perUser[reader] {
+			c.join(Credentials{UID: uid, GID: adminGroup})
+		}
+	}
+	late := Credentials{UID: 610}
+	if !c.join(late) {
+		t.Fatal("not taken")
+	}
+	if p := c.open[610][0]; !p.mayRead() || p.class != stranger || c.l.used[reader] > usualSlots.all[reader] {
+		t.Errorf("class %v, may read %t, %d readers of %d", p.class, p.mayRead(), c.l.used[reader], usualSlots.all[reader])
+	}
+	if !c.join(late) {
+		t.Fatal("not taken")
+	}
+	for _, p := range c.open[600] {
+		p.Close()
+	}
+	gone := c.open[610][1]
+	gone.Close()
+	used := c.l.used
+	if !gone.mayRead() || c.l.used != used {
+		t.Errorf("a closed connection has a slot: %v, before %v", c.l.used, used)
 	}
 }
 
