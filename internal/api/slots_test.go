@@ -84,6 +84,11 @@ func TestSlots(t *testing.T) {
 			}
 		}
 	}
+	for uid := uint32(3000 - usualSlots.all[stranger]/usualSlots.perUser[stranger]); uid < 3000; uid++ {
+		if n := c.has(uid); n != usualSlots.perUser[stranger] {
+			t.Errorf("stranger %d of the newest ones has %d connections", uid, n)
+		}
+	}
 	all := 0
 	for uid := range c.open {
 		all += c.has(uid)

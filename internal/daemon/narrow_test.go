@@ -520,22 +520,40 @@ func TestClosingHasItsOwnTime(t *testing.T) {
 	})
 }
 
-// TestSlowLookClosesNothing has a look at the host use up all of its time while a
-// change is to be enforced.
+// TestSlowLookClosesNothing has a look at the host use up all of its time, while a
+// change is to be enforced and while nothing changes: what is enforced goes on, and
+// the change comes to be in force by what was seen last.
 func TestSlowLookClosesNothing(t *testing.T) {
-	inBubble(t, func(t *testing.T, r *rig) {
-		r.add("phone")
-		r.mustAllow("phone", "routing", "")
-		r.host.HangAt("observe")
-		_, err := r.allow("phone", "lan", "")
-		wantCode(t, err, api.CodeNotInForce)
-		r.host.HangAt("")
-		r.after(2 * lookLimit)
-		r.wantLoaded("phone", policy.Routing|policy.LAN)
-		if got := r.events(api.EventState); slices.Contains(got, "enforcing became closed") {
-			t.Errorf("it closed: %q", got)
-		}
-	})
+	for step, want := range map[string]policy.Permissions{"observe": policy.Routing | policy.LAN, "inspect": policy.Routing} {
+		t.Run(step, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, r *rig) {
+				phone := r.add("phone")
+				r.mustAllow("phone", "routing", "")
+				r.host.HangAt(step)
+				if step == "observe" {
+					_, err := r.allow("phone", "lan", "")
+					wantCode(t, err, api.CodeNotInForce)
+				}
+				r.after(r.d.opts.Tick + 2*lookLimit) // it hangs for as long
+				r.wantLoaded("phone", want)
+				if !r.passes(phone) {
+					t.Error("what was allowed doesn't pass")
+				}
+				if s := r.d.Status(); s.State != api.Enforcing || len(s.Problems) != 1 {
+					t.Errorf("state %s, problems %v", s.State, s.Problems)
+				}
+				r.host.HangAt("")
+				r.after(r.d.opts.Tick + 2*lookLimit)
+				r.wantLoaded("phone", want)
+				if s := r.d.Status(); s.State != api.Enforcing || len(s.Problems) > 0 {
+					t.Errorf("after it: state %s, problems %v", s.State, s.Problems)
+				}
+				if got := r.events(api.EventState); slices.Contains(got, "enforcing became closed") {
+					t.Errorf("it closed: %q", got)
+				}
+			})
+		})
+	}
 }
 
 // TestFilterAway has another program flush the filter: until it is known to hold again,

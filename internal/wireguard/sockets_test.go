@@ -37,6 +37,16 @@ func squat(port uint16) net.PacketConn {
 	return c
 }
 
+// rebind changes e's networks.
+func rebind(t *testing.T, e *end) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if err := e.Rebind(ctx); err != nil {
+		t.Error(err)
+	}
+}
+
 // released waits until the port is free: another program may have drawn it meanwhile.
 func released(t *testing.T, port uint16) {
 	t.Helper()
@@ -86,9 +96,7 @@ func TestRebindKeepsThePort(t *testing.T) {
 		}
 	}()
 	for range 200 {
-		if err := a.Rebind(context.Background()); err != nil {
-			t.Error(err)
-		}
+		rebind(t, a)
 	}
 	close(stop)
 	if <-got {
@@ -151,17 +159,13 @@ func TestEndedSocketsAreReplaced(t *testing.T) {
 		ping(t, a, b)
 		replaced := a.sockets.end(i % 2)
 		if i%3 == 0 {
-			if err := a.Rebind(context.Background()); err != nil {
-				t.Fatal(err)
-			}
+			rebind(t, a)
 		}
 		until(t, "the socket is replaced", replaced)
 	}
 	ping(t, a, b)
 	a.Close()
-	if err := a.Rebind(context.Background()); err != nil {
-		t.Errorf("Rebind after Close: %v", err)
-	}
+	rebind(t, a)
 	if c := squat(a.ListenPort()); c == nil {
 		t.Error("a closed device keeps its port")
 	} else {
