@@ -1,16 +1,24 @@
 package linux
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
+	"fmt"
+	"iter"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	mdlayher "github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/netlab"
 	"github.com/meshhelper/meshhelper/internal/platform"
@@ -172,6 +180,152 @@ func TestKernelThatCantBound(t *testing.T) {
 	}
 }
 
+// lacking is a socket of nftables whose kernel lacks what bounds flows: what asks for
+// it names what no kernel has. Where errno is set, refusals have that number instead.
+type lacking struct {
+	*mdlayher.Conn
+	counting, timeouts bool
+	errno              unix.Errno
+	refused            *int
+}
+
+func (l lacking) Send(m mdlayher.Message) error {
+	return l.SendMessages([]mdlayher.Message{m})
+}
+
+func (l lacking) SendMessages(ms []mdlayher.Message) error {
+	out := make([]mdlayher.Message, len(ms))
+	for i, m := range ms {
+		m.Data = bytes.Clone(m.Data)
+		if l.counting {
+			m.Data = bytes.ReplaceAll(m.Data, []byte("connlimit\x00"), []byte("conncount\x00"))
+		}
+		if l.timeouts && m.Header.Type == unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWOBJ {
+			attr := binary.NativeEndian.AppendUint16(binary.NativeEndian.AppendUint16(nil, 8), unix.NFTA_OBJ_TYPE)
+			kind := func(n byte) []byte { return append(bytes.Clone(attr), 0, 0, 0, n) }
+			m.Data = bytes.ReplaceAll(m.Data, kind(objectCtTimeout), kind(200))
+		}
+		out[i] = m
+	}
+	_, err := l.Conn.SendMessages(out)
+	return err
+}
+
+func (l lacking) Receive() ([]mdlayher.Message, error) {
+	ms, err := l.Conn.Receive()
+	if errors.Is(err, unix.ENOENT) {
+		*l.refused++
+		if l.errno != 0 {
+			err = os.NewSyscallError("receive", l.errno)
+		}
+	}
+	return ms, err
+}
+
+func (l lacking) ReceiveIter() iter.Seq2[mdlayher.Message, error] {
+	return func(yield func(mdlayher.Message, error) bool) {
+		ms, err := l.Receive()
+		if err != nil {
+			yield(mdlayher.Message{}, err)
+			return
+		}
+		for _, m := range ms {
+			if !yield(m, nil) {
+				return
+			}
+		}
+	}
+}
+
+// TestKernelRefusesToBound has the kernel refuse to count flows, to end them early, or
+// both: the helper finds that out by itself, enforces the rest, says so, and doesn't
+// try again each time. Any other refusal closes.
+func TestKernelRefusesToBound(t *testing.T) {
+	for _, c := range []struct {
+		name               string
+		counting, timeouts bool
+		errno              unix.Errno
+		closes             bool
+	}{
+		{"counting", true, false, 0, false},
+		{"timeouts", false, true, 0, false},
+		{"both", true, true, 0, false},
+		{"not supported", true, true, unix.EOPNOTSUPP, false},
+		{"no memory", true, true, unix.ENOMEM, true},
+	} {
+		for _, late := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, late %t", c.name, late), func(t *testing.T) {
+				w := newWorld(t)
+				var err error
+				w.do(func() error {
+					w.p, err = New(Options{StateDir: w.state, Step: w.step, ResolverFiles: []string{w.resolvers()}})
+					return err
+				})
+				refused := 0
+				lack := func() {
+					l := lacking{w.p.filter.change.wire, c.counting, c.timeouts, c.errno, &refused}
+					w.p.filter.change.wire = mdlayher.NewConn(l, 0)
+				}
+				if !late {
+					lack()
+				}
+				w.do(func() error {
+					w.dev, err = w.p.Open(context.Background(), platform.Interface{
+						Name: meshName, MTU: testMTU, Addresses: []netip.Addr{own4, own6}, Prefixes: meshPrefixes(),
+					})
+					return nil
+				})
+				if c.closes && !late {
+					if err == nil || refused == 0 {
+						t.Errorf("opened, %d refused: %v", refused, err)
+					}
+					return
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				go w.read(w.dev)
+				defer w.close()
+				if late {
+					lack()
+				}
+				var r *policy.Ruleset
+				w.do(func() error {
+					r, err = w.round(mesh(grants{ann: all}))
+					return nil
+				})
+				if c.closes {
+					if err == nil || w.p.unbounded {
+						t.Errorf("enforced, %d refused: %v", refused, err)
+					}
+					return
+				}
+				if err != nil || refused == 0 {
+					t.Fatalf("%d refused: %v", refused, err)
+				}
+				report := w.inspect(r)
+				if len(report.Drift) > 0 || len(report.Problems) != 1 || !strings.Contains(report.Problems[0].Message, "can't count") {
+					t.Errorf("%+v", report)
+				}
+				_, text, err := w.p.Renderer()(r)
+				if err != nil || strings.Contains(text, "ct count") || strings.Contains(text, "ct timeout") {
+					t.Errorf("printed are rules that aren't loaded: %v\n%s", err, text)
+				}
+				w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, 4000), netip.AddrPortFrom(netlab.Addresses().I.V4, 5000), word(1)))
+				w.settle([][]byte{word(1)})
+				if got := w.arrivals(word(1)); len(got) != 1 {
+					t.Errorf("ann's packet came out at %v", got)
+				}
+				before := refused
+				r = w.enforce(mesh(grants{ann: all, bob: policy.Incoming}))
+				if drift := w.inspect(r).Drift; len(drift) > 0 || refused != before {
+					t.Errorf("at the next change: drift %v, refused %d times more", drift, refused-before)
+				}
+			})
+		}
+	}
+}
+
 // TestCutOfManyFlows cuts ann, who has many flows through the host and to it: the
 // translated ones are gone from conntrack, the others closed, soon and in little
 // memory. bob's stay.
@@ -265,38 +419,140 @@ func TestFlowsRecoverAfterAFlush(t *testing.T) {
 	}
 }
 
-// TestHoldersAreNamed has ann and bob open flows, and names them once the table is
-// said to be full.
+// spread opens flows of peers to the internet, as many as each is to have.
+func (w *world) spread(of map[netip.Addr]int) {
+	w.t.Helper()
+	for peer, count := range of {
+		far := netlab.Addresses().I.V4
+		if peer.Is6() {
+			far = netlab.Addresses().I.V6
+		}
+		for i := range count {
+			w.inject(netlab.UDPPacket(netip.AddrPortFrom(peer, uint16(4000+i)), netip.AddrPortFrom(far, 5000), nil))
+		}
+	}
+}
+
+// holding is what a full table says of its holders, in percent.
+func holding(message string) map[string]int {
+	out := map[string]int{}
+	for _, m := range regexp.MustCompile(`(\w+) (\d+) %`).FindAllStringSubmatch(message, -1) {
+		out[m[1]], _ = strconv.Atoi(m[2])
+	}
+	return out
+}
+
+// TestHoldersAreNamed has peers open flows, of which those that hold most are named
+// once the table is said to be full.
 func TestHoldersAreNamed(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	r := w.enforce(mesh(grants{ann: all, bob: all}))
-	for i := range 100 {
-		peer := ann4
-		if i >= 75 {
-			peer = bob4
-		}
-		w.inject(netlab.UDPPacket(netip.AddrPortFrom(peer, uint16(4000+i)), netip.AddrPortFrom(netlab.Addresses().I.V4, 5000), nil))
+	m := mesh(grants{ann: all, bob: all})
+	cyd, dan := netip.MustParseAddr("100.64.0.12"), netip.MustParseAddr("100.64.0.13")
+	for i, a := range []netip.Addr{cyd, dan} {
+		m.Peers = append(m.Peers, policy.Peer{
+			ID: policy.PeerID{byte(3 + i)}, Name: []string{"cyd", "dan"}[i], Addresses: []netip.Addr{a}, Grants: allowed(all),
+		})
 	}
+	r := w.enforce(m)
 	name := func() string {
 		full := []platform.Problem{{Message: "full"}}
 		w.do(func() error { w.p.nameHolders(full, r); return nil })
 		return full[0].Message
 	}
-	if got := name(); got != "full; of peers: ann 75 %, bob 25 %" && got != "full; of peers: ann 74 %, bob 24 %" {
-		t.Errorf("%q", got)
+	w.spread(map[netip.Addr]int{ann4: 80, bob6: 60, cyd: 40, dan: 20})
+	first := name()
+	got := holding(first)
+	// A flow or two of the host's own may be among them.
+	for peer, want := range map[string]int{"ann": 40, "bob": 30, "cyd": 20} {
+		if got[peer] < want-1 || got[peer] > want {
+			t.Errorf("%s has %d %% of the flows, want %d: %q", peer, got[peer], want, first)
+		}
+	}
+	if !strings.HasPrefix(first, "full; of peers: ann ") || len(got) != holdersNamed {
+		t.Errorf("named are %q", first)
 	}
 	w.forget()
-	before := name()
-	for range holdersEvery - 2 {
-		if got := name(); got != before {
+	for range holdersEvery - 1 {
+		if got := name(); got != first {
 			t.Errorf("counted anew at the next look: %q", got)
 		}
 	}
 	if got := name(); got != "full; next to none are of peers" {
 		t.Errorf("not counted anew: %q", got)
 	}
+
+	// Once the table isn't full any more, the next count is a new one. A peer that
+	// has less than a hundredth isn't named.
+	w.do(func() error { w.p.nameHolders(nil, r); return nil })
+	w.spread(map[netip.Addr]int{ann6: 300, bob4: 2})
+	if got := holding(name()); got["ann"] < 95 || len(got) != 1 {
+		t.Errorf("ann has nearly all flows, bob two, named are %v", got)
+	}
+}
+
+// TestFullTableIsTold has Inspect find the kernel's table of flows full, not full any
+// more, and not find out: none of these is a reason to repair or to close anything.
+func TestFullTableIsTold(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	defer w.close()
+	set := w.pretend(map[string]string{flowMax: "1000", flowCount: "10"})
+	r := w.enforce(mesh(grants{ann: all, bob: all}))
+	w.spread(map[netip.Addr]int{ann4: 30})
+	for _, c := range []struct{ count, want string }{
+		{"10", ""},
+		{"950", "holds 950 of at most 1000"},
+		{"10", ""},
+		{"1000", "holds 1000 of at most 1000"},
+		{"many", "fill of conntrack"},
+	} {
+		set(flowCount, c.count)
+		report := w.inspect(r)
+		if len(report.Drift) > 0 {
+			t.Errorf("%s flows: drift %v", c.count, report.Drift)
+		}
+		if c.want == "" {
+			if len(report.Problems) > 0 {
+				t.Errorf("%s flows: %v", c.count, report.Problems)
+			}
+			continue
+		}
+		if len(report.Problems) != 1 || !strings.Contains(report.Problems[0].Message, c.want) || report.Problems[0].Hint == "" {
+			t.Errorf("%s flows: %v, want %q", c.count, report.Problems, c.want)
+			continue
+		}
+		if got := holding(report.Problems[0].Message); c.count != "many" && got["ann"] < 90 {
+			t.Errorf("%s flows: %q", c.count, report.Problems[0].Message)
+		}
+	}
+}
+
+// pretend has the platform read some sysctls from files, the others from the kernel,
+// and returns what changes one of them.
+func (g *rig) pretend(values map[string]string) (set func(name, value string)) {
+	g.t.Helper()
+	dir := g.t.TempDir()
+	for _, family := range []string{"ipv4", "ipv6", "bridge", "core"} {
+		if err := os.Symlink(filepath.Join(sysctlRoot, family), filepath.Join(dir, family)); err != nil {
+			g.t.Fatal(err)
+		}
+	}
+	if err := os.Mkdir(filepath.Join(dir, "netfilter"), 0o700); err != nil {
+		g.t.Fatal(err)
+	}
+	set = func(name, value string) {
+		g.t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(value+"\n"), 0o600); err != nil {
+			g.t.Fatal(err)
+		}
+	}
+	for name, v := range values {
+		set(name, v)
+	}
+	g.p.forward.sys = sysctls{dir}
+	return set
 }
 
 func TestBoundOfFlows(t *testing.T) {

@@ -43,13 +43,20 @@ func (p *Platform) inspect(r *policy.Ruleset) (platform.Report, error) {
 		add(StepForwarding, []string{fmt.Sprintf("%s is %s instead of %s", c.Name, c.Found, c.Set)})
 	}
 	add(StepForwarding, p.forward.drift(n))
+	// From here on it informs only. What can't be read is said, and is no reason to
+	// doubt what is enforced.
 	report.Problems, err = p.obstacles(r)
 	report.Problems = append(report.Problems, p.portProblems()...)
 	report.Problems = append(report.Problems, p.boundProblems()...)
 	full, ferr := fillProblems(p.forward.sys)
 	p.nameHolders(full, r)
 	report.Problems = append(report.Problems, full...)
-	return report, errors.Join(err, ferr)
+	if err := errors.Join(err, ferr); err != nil {
+		report.Problems = append(report.Problems, platform.Problem{
+			Step: lookAround, Message: "not all of it can be read: " + err.Error(), Hint: "the helper tries again",
+		})
+	}
+	return report, nil
 }
 
 func (p *Platform) driftTable(r *policy.Ruleset) ([]string, error) {

@@ -480,9 +480,9 @@ func (p *Platform) setAddresses(r *policy.Ruleset, ipv6 bool) error {
 // enforceTable makes the kernel hold the table, also when another program has
 // changed it. Where it can't be had, nothing of a peer is to pass.
 func (p *Platform) enforceTable(ctx context.Context, r *policy.Ruleset) error {
-	with := p.params()
-	t := compile(r, with)
+	t := compile(r, p.params())
 	loaded := func() {
+		with := p.params() // as they are now: the kernel may have refused to bound flows
 		p.enforced, p.last, p.loadedPorts = r, r, p.ports.now
 		p.render = func(r *policy.Ruleset) (anchor, text string, err error) { return "", compile(r, with).String(), nil }
 	}

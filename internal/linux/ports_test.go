@@ -25,6 +25,7 @@ func TestFreePorts(t *testing.T) {
 		{"few are left", []portRange{{1024, 65000}}, portRange{}, portRange{65001, 65534}},
 		{"fewer are left", []portRange{{1024, 65100}}, portRange{}, portRange{}},
 		{"what was in use is kept", []portRange{local, {8080, 8080}}, portRange{1024, 8079}, portRange{1024, 8079}},
+		{"what was in use is no range that is wide enough", []portRange{local}, portRange{2000, 2100}, portRange{1024, 32767}},
 		{"a program took one", []portRange{local, {8080, 8080}}, portRange{1024, 32767}, portRange{8081, 32767}},
 	} {
 		if got := (hostPorts{privileged: lastPrivileged, taken: tt.taken}).keep(tt.had); got != tt.want {

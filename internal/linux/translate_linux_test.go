@@ -6,9 +6,13 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	mdlayher "github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/netlab"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -203,52 +207,124 @@ func TestPortsFollowTheHost(t *testing.T) {
 	}
 }
 
-// TestBoundPorts compares what the kernel tells by netlink with /proc/net.
+// TestBoundPorts binds sockets of every kind: those that an answer could be meant for
+// are listed, by netlink and, where the kernel has none of it, by /proc/net.
 func TestBoundPorts(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	var listeners []net.Listener
+	var accepted uint16 // the port of a connected socket that listens nowhere
 	w.do(func() error {
 		for _, at := range []string{"127.0.0.1:2345", "[::1]:2346"} {
 			l, err := net.Listen("tcp", at)
 			if err != nil {
 				return err
 			}
-			listeners = append(listeners, l)
+			t.Cleanup(func() { l.Close() })
 		}
+		c, err := net.Dial("tcp", "127.0.0.1:2345")
+		if err != nil {
+			return err
+		}
+		t.Cleanup(func() { c.Close() })
+		accepted = c.LocalAddr().(*net.TCPAddr).AddrPort().Port()
+		connected, err := net.DialUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 2349}, &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 9})
+		if err != nil {
+			return err
+		}
+		t.Cleanup(func() { connected.Close() })
 		return nil
 	})
 	w.socket(netip.MustParseAddrPort("127.0.0.1:2347"))
 	w.socket(netip.MustParseAddrPort("[::1]:2348"))
+	dead, err := mdlayher.Dial(unix.NETLINK_SOCK_DIAG, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead.Close()
 	w.do(func() error {
-		bound, err := boundPorts(w.p.ports.diag)
-		if err != nil {
-			return err
-		}
-		byProc := map[uint16]bool{}
-		for _, s := range sockets {
-			ports, err := procPorts(s.file, s.states)
+		for name, diag := range map[string]*mdlayher.Conn{"netlink": w.p.ports.diag, "/proc/net": dead} {
+			bound, err := boundPorts(diag)
 			if err != nil {
-				return err
+				return fmt.Errorf("%s: %w", name, err)
 			}
-			for _, p := range ports {
-				byProc[p] = true
+			for port := uint16(2345); port <= 2349; port++ {
+				if !slices.Contains(bound, portRange{port, port}) {
+					t.Errorf("port %d isn't listed by %s", port, name)
+				}
 			}
-		}
-		delete(byProc, 0)
-		for _, r := range bound {
-			if !byProc[r.first] {
-				return fmt.Errorf("port %d isn't in /proc/net", r.first)
+			if slices.Contains(bound, portRange{accepted, accepted}) {
+				t.Errorf("port %d of a connection is listed by %s", accepted, name)
 			}
-		}
-		if len(bound) != len(byProc) || len(bound) < 4 {
-			return fmt.Errorf("%d ports by netlink, %d in /proc/net, want 4 at least", len(bound), len(byProc))
+			if slices.Contains(bound, portRange{}) {
+				t.Errorf("port 0 is listed by %s", name)
+			}
 		}
 		return nil
 	})
-	for _, l := range listeners {
-		l.Close()
+}
+
+// TestWireGuardsPortStays takes a port in the range as WireGuard's while no socket has
+// it, as when the tunnel's sockets are being opened again.
+func TestWireGuardsPortStays(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	defer w.close()
+	m := mesh(grants{ann: policy.Routing})
+	m.ListenPort = 5000
+	w.enforce(m)
+	r := w.enforce(m)
+	if w.p.ports.now.has(5000) || w.p.ports.now.size() == 0 {
+		t.Errorf("flows are translated to %v, and WireGuard has port 5000", w.p.ports.now)
+	}
+	if drift := w.inspect(r).Drift; len(drift) > 0 {
+		t.Errorf("drift: %v", drift)
+	}
+}
+
+// TestRunningFlowsKeepTheirPort has a program listen on a port of the range that no
+// flow has: new flows leave from elsewhere, and one that runs goes on from its port.
+func TestRunningFlowsKeepTheirPort(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	defer w.close()
+	w.enforce(mesh(grants{ann: policy.Routing}))
+	far := netip.AddrPortFrom(netlab.Addresses().I.V4, 5000)
+	n := 0
+	send := func(from uint16) uint16 {
+		t.Helper()
+		n++
+		w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, from), far, word(n)))
+		w.settle([][]byte{word(n)})
+		got := w.arrivals(word(n))
+		if len(got) != 1 {
+			t.Fatalf("ann's packet came out at %v", got)
+		}
+		return got[0].packet.SrcPort
+	}
+	had := map[uint16]uint16{}
+	for from := uint16(3000); from < 3040; from++ {
+		had[from] = send(from)
+	}
+	w.socket(netip.AddrPortFrom(netlab.Addresses().BUplink.V4, 12000))
+	w.enforce(mesh(grants{ann: policy.Routing}))
+	if w.p.ports.now.has(12000) {
+		t.Fatalf("flows are translated to %v, and a program has port 12000", w.p.ports.now)
+	}
+	outside := 0
+	for from, port := range had {
+		if port == 12000 {
+			continue
+		}
+		if !w.p.ports.now.has(port) {
+			outside++
+		}
+		if got := send(from); got != port {
+			t.Errorf("a flow that left from port %d leaves from %d", port, got)
+		}
+	}
+	if outside == 0 {
+		t.Error("no flow has a port outside of the new range, so nothing is proved")
 	}
 }
 
