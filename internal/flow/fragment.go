@@ -106,9 +106,10 @@ const (
 	// begins anew at most once more, so after fragmentHold it has nothing of it left.
 	lateFragment Instant = 29_000
 	fragmentHold Instant = 61_000
-	// maxDistance is how many fragments of one source may come between two of a
-	// datagram before Linux forgets what it has of it (ipfrag_max_dist, ip_frag_too_far
-	// in net/ipv4/ip_fragment.c).
+	// maxDistance is how many fragments of one source may come after one of a datagram,
+	// the next one of it included, before Linux forgets what it has of it
+	// (ipfrag_max_dist, ip_frag_too_far in net/ipv4/ip_fragment.c: the distance counts
+	// the fragment that arrives). So at most 63 others may come between two.
 	maxDistance = 64
 	// A peer has a quarter of the kernel's memory, all together three quarters.
 	reassemblyShare = 1 << 20
@@ -148,7 +149,7 @@ func (r *reassembly) complete(p *packet) bool {
 
 // fits reports whether a later fragment is a part of the datagram that is missing.
 func (d *datagram) fits(p *packet, passed int, now Instant) bool {
-	if now-d.began > lateFragment || passed-d.passed > maxDistance {
+	if now-d.began > lateFragment || passed-d.passed >= maxDistance {
 		return false
 	}
 	have, part := d.have(), partOf(p)

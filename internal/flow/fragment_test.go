@@ -201,15 +201,47 @@ func FuzzFragments(f *testing.F) {
 // TestForgottenParts sends a datagram whose parts are so far from each other that
 // Linux forgets the earlier ones: it doesn't count as whole.
 func TestForgottenParts(t *testing.T) {
-	for _, between := range []int{31, 32} { // datagrams of two parts
+	for _, others := range []int{63, 64} {
 		l := newLab(t, 7, Options{})
 		cut := func(id uint32) [][]byte { return flowtest.Fragments(udp4, id, 16) }
 		l.from(true, cut(0)[0])
-		for id := range uint32(between) {
+		for id := range uint32(others / 2) {
 			l.from(true, cut(id + 1)[:2]...)
 		}
-		l.from(true, cut(100)[0])
-		l.from(between == 31, cut(0)[1])
+		if others%2 > 0 {
+			l.from(true, cut(100)[0])
+		}
+		l.from(others == 63, cut(0)[1])
+	}
+}
+
+// TestForgottenPartsAreCounted finishes large datagrams after just so many fragments
+// that Linux has forgotten their first parts and keeps the rest.
+func TestForgottenPartsAreCounted(t *testing.T) {
+	l := newLab(t, 7, Options{})
+	k := kernelPieces{queues: map[string]*kernelQueue{}}
+	large := flowtest.Datagram(at(flowtest.PeerC4, 5), at(flowtest.HostB4, 7), 60000)
+	passed, id := 0, uint32(0)
+	send := func(list ...[]byte) {
+		for _, p := range list {
+			if l.judge(p, FromPeer).Action == Pass {
+				passed++
+				k.receive(p, l.clock)
+			}
+		}
+	}
+	for range 40 {
+		parts := flowtest.Fragments(large, 50000+id, 1400)
+		send(parts[0])
+		for range 32 { // 64 fragments, all of datagrams that become whole
+			id++
+			send(flowtest.Fragments(udp4, id, 16)...)
+		}
+		send(parts[1:]...)
+	}
+	counted := l.view.shares[0].pieces.held
+	if held := k.held(); passed == 0 || held > counted || held > reassemblyShare {
+		t.Errorf("after %d fragments the kernel has %d bytes, %d counted", passed, held, counted)
 	}
 }
 
