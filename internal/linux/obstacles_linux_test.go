@@ -10,6 +10,8 @@ import (
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/xt"
 	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/netlab"
 )
 
 // foreign is nftables of another program.
@@ -129,6 +131,23 @@ func harmless(f foreign) {
 	f.rule(top, ifaceIs(expr.MetaKeyOIFNAME, expr.CmpOpEq, meshName), does(expr.VerdictAccept, ""))
 }
 
+// rejects has nft refuse with an answer, after a chain that leaves the packet alone.
+func rejects(f foreign) {
+	top, first := f.hook("fwd", nftables.ChainHookForward, nftables.ChainPolicyAccept), f.chain("first")
+	f.rule(top, does(expr.VerdictJump, first.Name))
+	f.rule(first, does(expr.VerdictReturn, ""))
+	f.rule(first, does(expr.VerdictAccept, ""))
+	f.rule(top, ifaceIs(expr.MetaKeyIIFNAME, expr.CmpOpEq, meshName), []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH}})
+}
+
+// leaves has a chain leave the packet alone before it would be dropped.
+func leaves(f foreign) {
+	top, first := f.hook("fwd", nftables.ChainHookForward, nftables.ChainPolicyAccept), f.chain("first")
+	f.rule(top, does(expr.VerdictJump, first.Name))
+	f.rule(first, does(expr.VerdictReturn, ""))
+	f.rule(first, does(expr.VerdictDrop, ""))
+}
+
 func TestObstaclesAreNamed(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
@@ -140,6 +159,8 @@ func TestObstaclesAreNamed(t *testing.T) {
 		{"ufw", nftables.TableFamilyIPv4, ufw, "chain FORWARD of table ip ufw may drop packets from peers to the internet"},
 		{"tailscale", nftables.TableFamilyIPv4, tailscale, "chain ts-input of table ip tailscale drops packets from peers to this host"},
 		{"harmless", nftables.TableFamilyINet, harmless, ""},
+		{"rejects", nftables.TableFamilyIPv4, rejects, "chain fwd of table ip rejects drops packets from peers to the internet"},
+		{"leaves", nftables.TableFamilyIPv4, leaves, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			g := newRig(t)
@@ -162,16 +183,69 @@ func TestObstaclesAreNamed(t *testing.T) {
 	}
 }
 
+// TestREJECTIsADrop has a rule of iptables' REJECT, whose module not every kernel has.
+func TestREJECTIsADrop(t *testing.T) {
+	r := &nftables.Rule{Exprs: []expr.Any{&expr.Counter{}, &expr.Target{Name: "REJECT"}}}
+	verdict, sure := new(evaluator).rule(r, sample{})
+	if verdict == nil || verdict.Kind != expr.VerdictDrop || !sure {
+		t.Errorf("verdict %v, sure %t", verdict, sure)
+	}
+	if verdict, _ := new(evaluator).rule(&nftables.Rule{Exprs: []expr.Any{&expr.Target{Name: "LOG"}}}, sample{}); verdict != nil {
+		t.Errorf("another target has the verdict %v", verdict)
+	}
+}
+
+// TestOwnTableIsNoObstacle has our own table drop what a ruleset allows that isn't in
+// force yet: that is drift, and not other software's doing.
+func TestOwnTableIsNoObstacle(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	defer g.close()
+	wide := g.enforce(mesh(grants{ann: all}))
+	g.do(func() error { return g.p.close(meshName) })
+	report := g.inspect(wide)
+	if len(report.Drift) == 0 || len(report.Problems) > 0 {
+		t.Errorf("drift %v, problems %v", report.Drift, report.Problems)
+	}
+}
+
 // TestFlowTablesAreNamed needs no kernel, which often has none.
 func TestFlowTablesAreNamed(t *testing.T) {
 	table := &nftables.Table{Name: "router", Family: nftables.TableFamilyINet}
+	h := someHost()
+	h.Uplink4, h.Uplink6 = "eth0", "eth6"
 	for _, tt := range []struct {
 		devices []string
 		want    int
-	}{{[]string{"eth1", "eth0"}, 1}, {[]string{"eth1"}, 0}, {nil, 0}} {
-		got := bypass(someHost(), table, &nftables.Flowtable{Name: "fast", Table: table, Devices: tt.devices})
+	}{{[]string{"eth1", "eth0"}, 1}, {[]string{"eth6"}, 1}, {[]string{"eth1"}, 0}, {nil, 0}} {
+		got := bypass(h, table, &nftables.Flowtable{Name: "fast", Table: table, Devices: tt.devices})
 		if len(got) != tt.want {
 			t.Errorf("devices %v: %v", tt.devices, got)
 		}
+	}
+}
+
+// TestFlowTablesAreLookedFor has the kernel hold one, where it can.
+func TestFlowTablesAreLookedFor(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	defer g.close()
+	err := g.pic.B.Do(func() error {
+		conn, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		table := conn.AddTable(&nftables.Table{Name: "router", Family: nftables.TableFamilyINet})
+		conn.AddFlowtable(&nftables.Flowtable{
+			Table: table, Name: "fast", Hooknum: nftables.FlowtableHookIngress, Priority: nftables.FlowtablePriorityFilter, Devices: []string{netlab.Uplink},
+		})
+		return conn.Flush()
+	})
+	if err != nil {
+		t.Skipf("this kernel has no flow tables: %v", err)
+	}
+	problems := g.inspect(g.enforce(mesh(grants{ann: all}))).Problems
+	if len(problems) != 1 || !strings.Contains(problems[0].Message, "flow table fast of table inet router") {
+		t.Errorf("problems: %v", problems)
 	}
 }
