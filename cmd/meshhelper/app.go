@@ -61,6 +61,23 @@ type app struct {
 	socket  string
 	json    bool
 	started bool // whether a command began, and so wasn't used wrongly
+	// unread is what is added when the answer couldn't be written.
+	unread string
+}
+
+// answer is a command's standard output. It keeps the first error, so that a command
+// whose answer is lost, on a full disk or a closed descriptor, doesn't look done.
+type answer struct {
+	to  io.Writer
+	err error
+}
+
+func (a *answer) Write(b []byte) (int, error) {
+	n, err := a.to.Write(b)
+	if a.err == nil {
+		a.err = err
+	}
+	return n, err
 }
 
 // main runs the command with args and returns its exit status.
@@ -71,14 +88,25 @@ func (a *app) main(args []string) int {
 	if a.flush == nil {
 		a.flush = func() {}
 	}
+	out := &answer{to: a.stdout}
+	a.stdout = out
 	root := newRoot(a)
 	root.SetArgs(args)
 	root.SetIn(a.stdin)
 	root.SetOut(a.stdout)
 	root.SetErr(a.stderr)
 	cmd, err := root.ExecuteContextC(ctx)
-	if err == nil {
+	if err == nil && out.err == nil {
 		return exitDone
+	}
+	if out.err != nil {
+		a.started = true // also where --help was asked for
+		lost := fmt.Errorf("the answer couldn't be written: %w%s", out.err, a.unread)
+		if err == nil || errors.Is(err, out.err) {
+			err = lost
+		} else {
+			err = errors.Join(err, lost)
+		}
 	}
 	if !a.started {
 		err = &usageError{err}

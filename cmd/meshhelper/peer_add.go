@@ -168,6 +168,9 @@ func (o *peerAddOptions) answer(ctx context.Context, changed api.Changed, privat
 	if failed != nil {
 		return errors.Join(err, failed)
 	}
+	if !private.IsZero() {
+		o.app.unread = "; the private key is lost with it: for a new one run: meshhelper peer rekey " + o.name
+	}
 	printed := o.app.print(addAnswer{peer, config}, func() { o.tell(changed, config, half) })
 	return errors.Join(err, printed)
 }

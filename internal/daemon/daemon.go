@@ -158,10 +158,12 @@ type Daemon struct {
 	now     condition     // what the loop found last
 	changed chan struct{} // closed when now is replaced
 	// names and learned are replaced, never changed.
-	names    map[string]netip.Addr
-	learned  map[wireguard.PublicKey]netip.AddrPort
-	outside  []netip.Addr // of the name in this host's own endpoint, likewise
-	learning sync.Mutex   // held while learned is made anew
+	names   map[string]netip.Addr
+	learned map[wireguard.PublicKey]netip.AddrPort
+	// learnedUnsaved says that the last attempt to save learned failed.
+	learnedUnsaved bool
+	outside        []netip.Addr // of the name in this host's own endpoint, likewise
+	learning       sync.Mutex   // held while learned is made anew
 }
 
 // condition is what the loop publishes after each round.

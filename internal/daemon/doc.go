@@ -8,14 +8,17 @@
 // [Watcher], by grants that end (clock.go), and by a tick that finds what no event
 // reports.
 //
-// A command's way: [Daemon.ChangePeer] checks what is asked for (request.go),
-// saves it, wakes the loop and waits until the loop has published a condition
-// whose generation is the change's or a later one. Where the host can't be brought
+// A command's way: [Daemon.ChangePeer] checks what is asked for (request.go). What it
+// takes away is in force at the guard at once (gate.go) and saved afterwards; what it
+// gives is saved first (disk.go, which waits for the disk with a limit; keep.go tries
+// again). Then the loop is woken, and the command waits until the loop has published a
+// condition whose generation is the change's or a later one. Where the host can't be
+// brought
 // to hold it, the loop closes: it enforces the mesh without any permission, says
 // why in the status, and tries again with growing pauses. A command that waits
 // longer than its limit is answered "saved, not in force".
 //
 // The rule for changes here: the loop alone talks to the platform and
 // is the only writer of what it publishes; a published document or condition is
-// never changed. So nothing else needs to know about order.
+// never changed. The gate alone talks to the guard.
 package daemon

@@ -26,7 +26,7 @@ type keeper struct {
 	again    backoff   // between attempts to save
 	due      time.Time // when to save again
 	marked   time.Time // when the mark was written last, or tried
-	learning time.Time // when learned endpoints were saved last
+	learning time.Time // when learned endpoints were last put in the queue to be saved
 }
 
 // look does what is due, and returns when to look again.
@@ -58,6 +58,7 @@ func (k *keeper) look() time.Duration {
 // save tries again to save what is wanted, with growing pauses.
 func (k *keeper) save(doc *document, now time.Time) {
 	if k.d.disk.holds(doc) {
+		k.d.disk.tell() // an allow may have saved what a deny couldn't
 		k.again.reset()
 		k.due = time.Time{}
 		return

@@ -387,3 +387,40 @@ func TestSuspend(t *testing.T) {
 		r.wantLoaded("phone", 0)
 	})
 }
+
+// TestEachFullDiskIsTold fills the disk twice. An allow saves what a deny couldn't;
+// that is a repair, and the next full disk a problem.
+func TestEachFullDiskIsTold(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.mustAllow("phone", "routing", "")
+		for n, permission := range []string{"routing", "lan"} {
+			r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
+			_, err := r.deny("phone", permission)
+			wantCode(t, err, api.CodeNotSaved)
+			r.setDisk(diskFiles{})
+			r.mustAllow("phone", "lan", "")
+			r.after(time.Minute)
+			if p, f := r.events(api.EventProblem), r.events(api.EventRepair); len(p) != n+1 || len(f) != n+1 {
+				t.Errorf("after full disk %d: problems %q, repairs %q", n+1, p, f)
+			}
+		}
+	})
+}
+
+// TestLearnedIsSavedAgain has a full disk when an endpoint is learned.
+func TestLearnedIsSavedAgain(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
+		r.tunnel.setStats(keyOf("phone"), wireguard.PeerStats{LastHandshake: time.Now(), Endpoint: netip.MustParseAddrPort("203.0.113.9:1")})
+		r.after(learnInterval + DefaultTick)
+		r.setDisk(diskFiles{})
+		r.after(2 * (learnInterval + DefaultTick))
+		r.stop()
+		if text := contents(t, r.dir)[learnedFile]; !strings.Contains(text, "203.0.113.9:1") {
+			t.Errorf("on disk: %q", text)
+		}
+		r.start()
+	})
+}

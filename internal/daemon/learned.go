@@ -103,7 +103,10 @@ func (d *Daemon) learnFrom(stats map[wireguard.PublicKey]wireguard.PeerStats) (n
 			next[p.PublicKey] = at
 		}
 	}
-	if maps.Equal(next, before) {
+	d.mu.Lock()
+	unsaved := d.learnedUnsaved
+	d.mu.Unlock()
+	if maps.Equal(next, before) && !unsaved {
 		return false
 	}
 	d.mu.Lock()
@@ -114,6 +117,9 @@ func (d *Daemon) learnFrom(stats map[wireguard.PublicKey]wireguard.PeerStats) (n
 		now := d.learned
 		d.mu.Unlock()
 		err := d.disk.store.writeLearned(learned{Endpoints: now})
+		d.mu.Lock()
+		d.learnedUnsaved = err != nil
+		d.mu.Unlock()
 		if err != nil {
 			d.opts.Logger.Info(err.Error())
 		}

@@ -13,6 +13,7 @@
 // [Text] prints the table in nft's language; it is the best introduction. Its
 // shape:
 //
+//	transit      before routing: what strangers send through the host
 //	ingress      before conntrack: which host may have which source, on which interface
 //	judge        before other software's redirects: each packet of a peer
 //	input        what the kernel takes for the host itself
@@ -24,8 +25,9 @@
 // Nothing passes because it is "established". Every packet carries, by its
 // conntrack entry, which end opened its flow and to where; the chain permitted looks
 // that up in the permission sets as they are now. So a permission that is taken
-// away stops running flows in both directions with one set element, and there is
-// nothing to flush. Conntrack entries of cut flows are left where they are on
-// purpose: while an end keeps sending, the entry remembers the opener of the flow,
-// so that it can't be opened anew the other way round.
+// away stops running flows in both directions with one set element. Afterwards the
+// conntrack entries of what was translated through the host are deleted, so that no
+// answer finds its way on ([Platform.Cut]). Entries of cut flows to the host itself
+// stay on purpose: while an end keeps sending, the entry remembers the opener of the
+// flow, so that it can't be opened anew the other way round.
 package linux
