@@ -66,7 +66,8 @@ type app struct {
 }
 
 // answer is a command's standard output. It keeps the first error, so that a command
-// whose answer is lost, on a full disk or a closed descriptor, doesn't look done.
+// whose answer is lost, on a full disk for one, doesn't look done. (Of a descriptor that is
+// closed Go makes /dev/null; there nothing is noticed.)
 type answer struct {
 	to  io.Writer
 	err error

@@ -157,12 +157,11 @@ type Daemon struct {
 	mu      sync.Mutex
 	now     condition     // what the loop found last
 	changed chan struct{} // closed when now is replaced
-	// names and learned are replaced, never changed.
-	names   map[string]netip.Addr
-	learned map[wireguard.PublicKey]netip.AddrPort
-	// learnedUnsaved says that the last attempt to save learned failed.
-	learnedUnsaved bool
-	outside        []netip.Addr // of the name in this host's own endpoint, likewise
+	// names, learned and outside are replaced, never changed.
+	names          map[string]netip.Addr
+	learned        map[wireguard.PublicKey]netip.AddrPort
+	outside        []netip.Addr // of the name in this host's own endpoint
+	learnedUnsaved bool         // whether the last attempt to save learned failed
 	learning       sync.Mutex   // held while learned is made anew
 }
 

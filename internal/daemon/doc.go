@@ -13,9 +13,8 @@
 // gives is saved first (disk.go, which waits for the disk with a limit; keep.go tries
 // again). Then the loop is woken, and the command waits until the loop has published a
 // condition whose generation is the change's or a later one. Where the host can't be
-// brought
-// to hold it, the loop closes: it enforces the mesh without any permission, says
-// why in the status, and tries again with growing pauses. A command that waits
+// brought to hold it, the loop closes: it enforces the mesh without any permission,
+// says why in the status, and tries again with growing pauses. A command that waits
 // longer than its limit is answered "saved, not in force".
 //
 // The rule for changes here: the loop alone talks to the platform and

@@ -87,7 +87,7 @@ func (d *Daemon) learnFrom(stats map[wireguard.PublicKey]wireguard.PeerStats) (n
 	d.learning.Lock()
 	defer d.learning.Unlock()
 	d.mu.Lock()
-	before := d.learned // replaced, never changed
+	before, unsaved := d.learned, d.learnedUnsaved // replaced, never changed
 	d.mu.Unlock()
 	next := make(map[wireguard.PublicKey]netip.AddrPort, len(before))
 	for i := range doc.Peers {
@@ -103,9 +103,6 @@ func (d *Daemon) learnFrom(stats map[wireguard.PublicKey]wireguard.PeerStats) (n
 			next[p.PublicKey] = at
 		}
 	}
-	d.mu.Lock()
-	unsaved := d.learnedUnsaved
-	d.mu.Unlock()
 	if maps.Equal(next, before) && !unsaved {
 		return false
 	}

@@ -304,10 +304,7 @@ func (doc *document) nextEnd() (next time.Time, ok bool) {
 // the peer didn't have: what is left has the new key, with what both peers may.
 // Else a peer whose change can't be saved would have neither.
 func (doc *document) less(next *document) (left *document, takes, gives bool) {
-	after := make(map[wireguard.PublicKey]*peer, len(next.Peers))
-	for i := range next.Peers {
-		after[next.Peers[i].PublicKey] = &next.Peers[i]
-	}
+	after := next.byKeys()
 	left = doc.clone()
 	rekeyed := doc.rekeyed(next)
 	for i := range left.Peers {

@@ -18,8 +18,31 @@ type fragment struct {
 	proto            uint8
 	v6               bool
 	fromPort, toPort uint16
-	end              int // of the first fragment, in bytes
-	expires          Instant
+	end              int     // of the first fragment, in bytes
+	expires          Instant // in a ring
+}
+
+func fragmentOf(p *packet) fragment {
+	return fragment{
+		from: p.from, to: p.to, id: p.id, proto: p.proto, v6: p.v6,
+		fromPort: p.fromPort, toPort: p.toPort, end: p.end,
+	}
+}
+
+// is reports whether another fragment is of the same datagram. In IPv6 the protocol
+// isn't part of a datagram's name (RFC 8200 section 4.5).
+func (f *fragment) is(p *packet) bool {
+	return f.id == p.id && f.from == p.from && f.to == p.to && f.v6 == p.v6 && (p.v6 || f.proto == p.proto)
+}
+
+// complete gives a later fragment the ports of the first one. It reports false where
+// it reaches into the bytes of that.
+func (f *fragment) complete(p *packet) bool {
+	if p.offset < f.end {
+		return false
+	}
+	p.proto, p.fromPort, p.toPort = f.proto, f.fromPort, f.toPort
+	return true
 }
 
 const (
@@ -31,7 +54,8 @@ const (
 
 // remember notes a first fragment that passed.
 func (f *fragments) remember(p *packet, now Instant) {
-	piece := fragment{p.from, p.to, p.id, p.proto, p.v6, p.fromPort, p.toPort, p.end, now + fragmentTimeout}
+	piece := fragmentOf(p)
+	piece.expires = now + fragmentTimeout
 	if i := f.find(p, now); i >= 0 {
 		f.ring[i] = piece
 		return
@@ -44,12 +68,10 @@ func (f *fragments) remember(p *packet, now Instant) {
 	f.next = (f.next + 1) % maxFragments
 }
 
-// find returns the index of the first fragment of p's datagram, or -1. In IPv6
-// the protocol isn't part of a datagram's name (RFC 8200 section 4.5).
+// find returns the index of the first fragment of p's datagram, or -1.
 func (f *fragments) find(p *packet, now Instant) int {
 	for i := range f.ring {
-		g := &f.ring[i]
-		if g.id == p.id && g.from == p.from && g.to == p.to && g.v6 == p.v6 && (p.v6 || g.proto == p.proto) && now < g.expires {
+		if f.ring[i].is(p) && now < f.ring[i].expires {
 			return i
 		}
 	}
@@ -60,11 +82,7 @@ func (f *fragments) find(p *packet, now Instant) int {
 // where there is none, or where p reaches into its bytes.
 func (f *fragments) complete(p *packet, now Instant) bool {
 	i := f.find(p, now)
-	if i < 0 || p.offset < f.ring[i].end {
-		return false
-	}
-	p.proto, p.fromPort, p.toPort = f.ring[i].proto, f.ring[i].fromPort, f.ring[i].toPort
-	return true
+	return i >= 0 && f.ring[i].complete(p)
 }
 
 // reassembly follows how the host's kernel puts together what a peer sends in
@@ -131,20 +149,11 @@ func (r *reassembly) find(p *packet) *datagram {
 	return nil
 }
 
-// is reports whether a fragment belongs to the datagram; see fragments.find.
-func (f *fragment) is(p *packet) bool {
-	return f.id == p.id && f.from == p.from && f.to == p.to && f.v6 == p.v6 && (p.v6 || f.proto == p.proto)
-}
-
 // complete gives a later fragment the ports of its first one. It reports false where
 // there is none, or where p reaches into its bytes.
 func (r *reassembly) complete(p *packet) bool {
 	d := r.find(p)
-	if d == nil || p.offset < d.end {
-		return false
-	}
-	p.proto, p.fromPort, p.toPort = d.proto, d.fromPort, d.toPort
-	return true
+	return d != nil && d.fragment.complete(p)
 }
 
 // fits reports whether a later fragment is a part of the datagram that is missing.
@@ -226,10 +235,7 @@ func (s *share) noteFragment(p *packet, now Instant) {
 	r := &s.pieces
 	r.passed++
 	if p.fragment == first {
-		r.open = append(r.open, datagram{
-			fragment: fragment{p.from, p.to, p.id, p.proto, p.v6, p.fromPort, p.toPort, p.end, 0},
-			began:    now,
-		})
+		r.open = append(r.open, datagram{fragment: fragmentOf(p), began: now})
 	}
 	d := r.find(p)
 	whole := d.add(p)

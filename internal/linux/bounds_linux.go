@@ -28,16 +28,18 @@ func (p *Platform) flowsPerPeer() uint32 {
 	return max(1, min(maxFlowsPerPeer, uint32(states/4)))
 }
 
-// applyBounded applies t, the table of r. A kernel that can't bound flows enforces all
-// the rest: counting and timeouts are modules of their own, which not every system
-// has (CONFIG_NFT_CONNLIMIT, CONFIG_NF_CONNTRACK_TIMEOUT). The guard's bounds hold there, too.
-func (p *Platform) applyBounded(t *table, r *policy.Ruleset) error {
+// applyBounded applies t, the table of r with the parameters. A kernel that can't
+// bound flows enforces all the rest: counting and timeouts are modules of their own,
+// which not every system has (CONFIG_NFT_CONNLIMIT, CONFIG_NF_CONNTRACK_TIMEOUT). The
+// guard's bounds hold there, too.
+func (p *Platform) applyBounded(t *table, r *policy.Ruleset, with params) error {
 	err := p.filter.apply(t)
 	if err == nil || p.unbounded || !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.ENOENT) {
 		return err
 	}
 	p.unbounded = true
-	if again := p.filter.apply(compile(r, p.params())); again != nil {
+	with.flowsPerPeer = p.flowsPerPeer()
+	if again := p.filter.apply(compile(r, with)); again != nil {
 		p.unbounded = false
 		return errors.Join(err, again)
 	}

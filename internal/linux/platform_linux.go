@@ -313,7 +313,8 @@ func (p *Platform) close(name string) error {
 		return err
 	}
 	p.enforced = nil
-	if err := p.applyBounded(compile(r, p.params()), r); err != nil {
+	with := p.params()
+	if err := p.applyBounded(compile(r, with), r, with); err != nil {
 		return err
 	}
 	p.last = r
@@ -480,9 +481,12 @@ func (p *Platform) setAddresses(r *policy.Ruleset, ipv6 bool) error {
 // enforceTable makes the kernel hold the table, also when another program has
 // changed it. Where it can't be had, nothing of a peer is to pass.
 func (p *Platform) enforceTable(ctx context.Context, r *policy.Ruleset) error {
-	t := compile(r, p.params())
+	with := p.params()
+	t := compile(r, with)
 	loaded := func() {
-		with := p.params() // as they are now: the kernel may have refused to bound flows
+		if p.unbounded { // the kernel may have refused only now
+			with.flowsPerPeer = p.flowsPerPeer()
+		}
 		p.enforced, p.last, p.loadedPorts = r, r, p.ports.now
 		p.render = func(r *policy.Ruleset) (anchor, text string, err error) { return "", compile(r, with).String(), nil }
 	}
@@ -490,7 +494,7 @@ func (p *Platform) enforceTable(ctx context.Context, r *policy.Ruleset) error {
 		loaded()
 		return nil
 	}
-	err := p.step(ctx, StepTable, func() error { return p.applyBounded(t, r) })
+	err := p.step(ctx, StepTable, func() error { return p.applyBounded(t, r, with) })
 	switch {
 	case err == nil:
 		loaded()

@@ -281,7 +281,7 @@ func (c *compiler) listenPort() (value, bool) {
 	return portValue(p), p != 0
 }
 
-func portValue(p uint16) value { return number(strconv.Itoa(int(p)), byte(p>>8), byte(p)) }
+func portValue(p uint16) value { return number(strconv.Itoa(int(p)), port(p)...) }
 
 // carried returns for the protocols that peers may use, and drops the others: a
 // NAT tells their flows apart by addresses alone. It names those that pass, since

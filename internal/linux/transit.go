@@ -26,14 +26,10 @@ func (c *compiler) transit() {
 		t.accept("frames of a bridge", is(iifname, name(b)))
 	}
 	for _, f := range families {
-		if !c.foundForwarding(f) {
-			t.branch("transit"+f.suffix, is(nfproto, f.proto), is(mark, bits("0", 0)), notIn("transit"+f.suffix, iifname))
-		}
-	}
-	for _, f := range families {
 		if c.foundForwarding(f) {
 			continue
 		}
+		t.branch("transit"+f.suffix, is(nfproto, f.proto), is(mark, bits("0", 0)), notIn("transit"+f.suffix, iifname))
 		s := c.chain("transit" + f.suffix)
 		for _, local := range addressTypes {
 			s.accept("", is(destinationType, local))

@@ -75,10 +75,10 @@ func (p *Platform) Watch(ctx context.Context, changed func()) error {
 	g, ctx := errgroup.WithContext(ctx)
 	stop := context.AfterFunc(ctx, func() { p.watch.close() })
 	defer stop()
-	any := func([]netlink.Message) bool { return true }
-	g.Go(func() error { return follow(ctx, p.watch.route, changed, any) })
+	all := func([]netlink.Message) bool { return true }
+	g.Go(func() error { return follow(ctx, p.watch.route, changed, all) })
 	if p.watch.ipsec != nil {
-		g.Go(func() error { return follow(ctx, p.watch.ipsec, changed, any) })
+		g.Go(func() error { return follow(ctx, p.watch.ipsec, changed, all) })
 	}
 	g.Go(func() error { return follow(ctx, p.watch.rules, changed, byOthers) })
 	return g.Wait()
