@@ -53,9 +53,11 @@ pass out on en0
 		main:    hooks + filterHook + "anchor \"killswitch\"\n",
 		anchors: map[string]string{"killswitch": "block drop out all\npass out quick on lo0\npass out quick on en0 proto udp to 198.51.100.7 port 51820\npass quick on utun7\n"},
 	},
+	// The VPN's own port isn't among those that are drawn: a peer's packet to it would be
+	// passed by its rule, as in "before and quick".
 	"kill switch, before": {
 		main:    hooks + "anchor \"vpn\"\n" + filterHook,
-		anchors: map[string]string{"vpn": "block drop all\npass quick on lo0\npass out quick on en0 proto udp to 8.8.8.8 port 51820 keep state\n"},
+		anchors: map[string]string{"vpn": "block drop all\npass quick on lo0\npass out quick on en0 proto udp to 8.8.8.8 port 1194 keep state\n"},
 	},
 	"kill switch, before and quick": {
 		main:    hooks + "anchor \"vpn\"\n" + filterHook,
@@ -191,7 +193,7 @@ func TestFindForeign(t *testing.T) {
 		{"kill switch, behind", ""},
 		{"firewall that blocks all, before", ""},
 		{"AirDrop", ""},
-		{"kill switch, before", "the rule `pass out quick on en0 inet proto udp from any to 8.8.8.8 port 51820 keep state (floating)` of the anchor vpn lets through udp"},
+		{"kill switch, before", "the rule `pass out quick on en0 inet proto udp from any to 8.8.8.8 port 1194 keep state (floating)` of the anchor vpn lets through udp"},
 		{"kill switch, before and quick", "the rule `pass out quick on en0 inet proto udp from any to 8.8.8.8 port 51820 keep state (floating)` of the anchor vpn lets through udp 100.64.0.2 port 49152 > 8.8.8.8 port 51820 in on utun7 out on en0\n" +
 			"the rule `block drop out quick on en0 all` of the anchor vpn stops or changes tcp 100.64.0.2"},
 		{"application firewall", "the rule `pass in quick inet proto tcp from any to any port 443 flags S/SA keep state (floating)` of the anchor com.apple/250.ApplicationFirewall lets through"},
