@@ -95,9 +95,11 @@ func TestReadHostPorts(t *testing.T) {
 			t.Errorf("port %d is the host's: %t, want %t", port, h.has(port), want)
 		}
 	}
-	write("ip_unprivileged_port_start", "0")
-	if h, err = readHostPorts(sysctls{dir}); err != nil || !h.has(80) || !h.has(1023) {
-		t.Errorf("privileged ports aren't the host's where any user may bind them: %v, %v", h, err)
+	for _, start := range []string{"0", "1", "80"} {
+		write("ip_unprivileged_port_start", start)
+		if h, err = readHostPorts(sysctls{dir}); err != nil || !h.has(80) || !h.has(1023) {
+			t.Errorf("privileged ports aren't the host's where any user may bind those from %s on: %v, %v", start, h, err)
+		}
 	}
 	write("ip_local_reserved_ports", "9-8")
 	if _, err := readHostPorts(sysctls{dir}); err == nil {
