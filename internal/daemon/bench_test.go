@@ -34,6 +34,29 @@ func BenchmarkToggle(b *testing.B) {
 	}
 }
 
+// BenchmarkDeny measures a permission that is taken away, as BenchmarkToggle does: the
+// disk's part is that of fsync(2), which TMPDIR on a tmpfs leaves out.
+func BenchmarkDeny(b *testing.B) {
+	for _, peers := range []int{60, 10000} {
+		b.Run(fmt.Sprintf("peers=%d", peers), func(b *testing.B) {
+			d := benchDaemon(b, peers)
+			set := func(on bool) {
+				if _, err := d.ChangePeer(b.Context(), "p1", api.PeerChange{
+					Permissions: map[string]api.PermissionChange{"routing": {Allowed: on}},
+				}); err != nil {
+					b.Fatal(err)
+				}
+			}
+			for b.Loop() {
+				b.StopTimer()
+				set(true)
+				b.StartTimer()
+				set(false)
+			}
+		})
+	}
+}
+
 // BenchmarkStatus measures what a look at the status costs.
 func BenchmarkStatus(b *testing.B) {
 	for _, peers := range []int{60, 10000} {

@@ -214,12 +214,13 @@ func (d *Daemon) edited(doc *document, e edit, now time.Time) (*document, wiregu
 	next.Generation++
 	next.Saved = now
 	next.retire(doc, now)
-	return next, key, d.check(next)
+	return next, key, d.check(doc, next)
 }
 
-// check ends a hole in the checks of edits: what is published must be right by type.
-func (d *Daemon) check(doc *document) error {
-	if err := errors.Join(doc.validate(), doc.fits(d.mesh)); err != nil {
+// check ends a hole in the checks of edits: what is published must be right by type. The
+// document before is.
+func (d *Daemon) check(before, doc *document) error {
+	if err := errors.Join(doc.validateAfter(before), doc.fits(d.mesh)); err != nil {
 		return api.Errorf(api.CodeInternal, "the change makes no valid state: %v", err)
 	}
 	return nil
@@ -247,7 +248,7 @@ func (d *Daemon) saveFirst(ctx context.Context, base, next *document) (*document
 			next, base = next.onto(base, now, d.clock.now()), now
 		}
 		d.changing.Unlock()
-		if err := d.check(next); err != nil {
+		if err := d.check(base, next); err != nil {
 			return nil, err
 		}
 		if err := d.disk.saveAhead(ctx, next); err != nil && !errors.Is(err, errUnsynced) {

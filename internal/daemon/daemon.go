@@ -209,9 +209,7 @@ func New(o Options) (*Daemon, error) {
 	d.disk.saved = func(doc *document) { d.clock.keep(doc.Saved) }
 	d.disk.record = d.journal.Record
 	d.disk.limit = d.saveWithin()
-	d.gate.compile = func(m policy.Mesh, h policy.Host) (*policy.Ruleset, error) {
-		return policy.Compile(m, h, d.clock.now())
-	}
+	d.gate.compile = d.compile
 	d.gate.failed = func(err error) {
 		d.journal.Record(api.Event{Kind: api.EventProblem, Message: fmt.Sprintf("narrow at the guard, which is closed now: %v", err)})
 	}
@@ -361,6 +359,11 @@ func (d *Daemon) Run(ctx context.Context) error {
 		g.Go(func() error { return d.watch(ctx, w) })
 	}
 	return g.Wait()
+}
+
+// compile compiles for the time now, and at less cost what before was compiled of, too.
+func (d *Daemon) compile(before *policy.Ruleset, m policy.Mesh, h policy.Host) (*policy.Ruleset, error) {
+	return before.Recompile(m, h, d.clock.now())
 }
 
 // condition returns what the loop found last, and a channel that is closed when

@@ -1,10 +1,12 @@
 package daemon
 
 import (
+	"slices"
 	"sync"
 
 	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
 
 // gate owns the guard. What the guard judges by is the less of two: what the loop
@@ -14,8 +16,8 @@ import (
 //
 // Nothing here waits for the host, a disk or a log.
 type gate struct {
-	// compile is policy.Compile for the time now.
-	compile func(policy.Mesh, policy.Host) (*policy.Ruleset, error)
+	// compile compiles for the time now, with what a ruleset of before has in common.
+	compile func(before *policy.Ruleset, m policy.Mesh, h policy.Host) (*policy.Ruleset, error)
 	// failed hears of a ruleset that couldn't be compiled; nothing passes then.
 	failed func(error)
 
@@ -24,6 +26,8 @@ type gate struct {
 	rules  *policy.Ruleset
 	of     *document // that rules are of
 	wanted *document
+	// judged is what the guard was given last; nil while nothing passes.
+	judged *policy.Ruleset
 }
 
 // use puts a new guard in place of the one before. Nothing passes yet.
@@ -31,7 +35,7 @@ func (g *gate) use(d *guard.Device) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.guard, g.rules, g.of = d, nil, nil
-	d.Set(nil)
+	g.give(nil)
 }
 
 // set is for the loop: r, of the wanted state doc, is enforced, as far as it is still
@@ -41,6 +45,20 @@ func (g *gate) set(r *policy.Ruleset, doc *document) {
 	defer g.mu.Unlock()
 	g.rules, g.of = r, doc
 	g.apply()
+}
+
+// inForce returns what the guard judges by, and nil while it lets nothing pass. What was
+// compiled to narrow at once need not be compiled again for the host.
+func (g *gate) inForce() *policy.Ruleset {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.judged
+}
+
+// give has the guard judge by r. g.mu is held.
+func (g *gate) give(r *policy.Ruleset) {
+	g.judged = r
+	g.guard.Set(r)
 }
 
 // limit takes what is wanted now. When it returns, the guard lets nothing pass that
@@ -67,38 +85,39 @@ func (g *gate) apply() {
 	case g.guard == nil:
 		return
 	case g.rules == nil:
-		g.guard.Set(nil)
+		g.give(nil)
 		return
 	case g.wanted == nil || g.wanted == g.of:
-		g.guard.Set(g.rules)
+		g.give(g.rules)
 		return
 	}
 	mesh, less := within(g.rules.Mesh(), g.wanted)
 	if !less {
-		g.guard.Set(g.rules)
+		g.give(g.rules)
 		return
 	}
-	r, err := g.compile(mesh, g.rules.Host())
+	r, err := g.compile(g.rules, mesh, g.rules.Host())
 	if err != nil {
 		g.failed(err)
 		r = nil
 	}
-	g.guard.Set(r)
+	g.give(r)
 }
 
 // within returns m without what doc doesn't want, and whether that is less than m:
 // peers that doc has no more, or with other addresses, are left out, and of two ends
-// of a permission the earlier counts.
+// of a permission the earlier counts. What is kept from leaving to removed peers is doc's,
+// where that is all of m's and more: then the loop compiles the same mesh next.
 func within(m policy.Mesh, doc *document) (out policy.Mesh, less bool) {
-	wanted := make(map[policy.PeerID]*peer, len(doc.Peers))
-	for i := range doc.Peers {
-		wanted[policy.PeerID(doc.Peers[i].PublicKey)] = &doc.Peers[i]
-	}
+	find := doc.finder()
 	out = m
+	if f := doc.former(m.Prefixes); len(f) > len(m.Former) && slices.Equal(f[:len(m.Former)], m.Former) {
+		out.Former = f
+	}
 	out.Peers = make([]policy.Peer, 0, len(m.Peers))
-	for _, p := range m.Peers {
-		w, ok := wanted[p.ID]
-		if !ok || len(p.Addresses) != 2 || p.Addresses[0] != w.Addresses[0] || p.Addresses[1] != w.Addresses[1] {
+	for i, p := range m.Peers {
+		w := find(i, wireguard.PublicKey(p.ID))
+		if w == nil || len(p.Addresses) != 2 || p.Addresses[0] != w.Addresses[0] || p.Addresses[1] != w.Addresses[1] {
 			less = true
 			continue
 		}

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -223,7 +224,7 @@ func (l *loop) hold(ctx context.Context, doc *document) error {
 	if l.current != nil && pathOf(host) != pathOf(l.host) {
 		l.wakePeers()
 	}
-	r, err := policy.Compile(doc.policyMesh(l.d.mesh, port, true), host, l.d.clock.now())
+	r, err := l.d.compile(cmp.Or(l.d.gate.inForce(), l.current), doc.policyMesh(l.d.mesh, port, true), host)
 	if err != nil {
 		return err
 	}
@@ -440,7 +441,7 @@ func (l *loop) fail(ctx context.Context, doc *document, cause error) {
 	if l.current == nil || l.tunnel == nil {
 		return // nothing was opened, or there is nothing to come from
 	}
-	closed, err := policy.Compile(doc.policyMesh(l.d.mesh, l.tunnel.ListenPort(), false), l.host, l.d.clock.now())
+	closed, err := l.d.compile(l.current, doc.policyMesh(l.d.mesh, l.tunnel.ListenPort(), false), l.host)
 	if err == nil {
 		err = l.enforce(ctx, closed, doc)
 	}

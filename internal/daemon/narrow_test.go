@@ -423,6 +423,40 @@ func TestGateIsTheLess(t *testing.T) {
 	})
 }
 
+// TestNarrowingCompilesOnce takes permissions away: what the guard was given at once, while
+// the loop had not looked at the host yet, is what the host enforces then.
+func TestNarrowingCompilesOnce(t *testing.T) {
+	for _, way := range []string{"deny", "remove"} {
+		t.Run(way, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, r *rig) {
+				r.add("gone")
+				r.add("phone")
+				r.add("tablet")
+				if _, err := r.d.RemovePeer(t.Context(), "gone"); err != nil {
+					t.Fatal(err)
+				}
+				r.mustAllow("phone", "routing", "")
+				r.mustAllow("tablet", "routing", "1h")
+				before := r.host.Loaded()
+				var atOnce atomic.Pointer[policy.Ruleset]
+				r.host.SetFault(func(step string) error {
+					if step == "observe" {
+						atOnce.CompareAndSwap(nil, r.d.gate.inForce())
+					}
+					return nil
+				})
+				if err := takings[way](r); err != nil {
+					t.Fatal(err)
+				}
+				r.wantLoaded("phone", 0)
+				if got := r.host.Loaded(); got == before || got != atOnce.Load() {
+					t.Error("the host enforces another ruleset than the guard was given at once")
+				}
+			})
+		})
+	}
+}
+
 // TestExpiryDuringSlowLook ends a permission while the loop waits for the host.
 func TestExpiryDuringSlowLook(t *testing.T) {
 	for _, step := range []string{"observe", "enforce"} {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/netip"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
@@ -165,7 +166,11 @@ func (doc *document) encode() ([]byte, error) {
 }
 
 // validate checks each peer alone and all of them against each other.
-func (doc *document) validate() error {
+func (doc *document) validate() error { return doc.validateAfter(&document{}) }
+
+// validateAfter is validate after a change of a document that was valid: a peer that is
+// as it was then needs no look by itself.
+func (doc *document) validateAfter(before *document) error {
 	if len(doc.Peers) > maxPeers {
 		return fmt.Errorf("%d peers, at most %d", len(doc.Peers), maxPeers)
 	}
@@ -185,8 +190,10 @@ func (doc *document) validate() error {
 	taken := map[netip.Addr]bool{}
 	for i := range doc.Peers {
 		p := &doc.Peers[i]
-		if err := p.validate(); err != nil {
-			return fmt.Errorf("peer %d, %.70q: %w", i+1, p.Name, err)
+		if i >= len(before.Peers) || before.Peers[i] != *p {
+			if err := p.validate(); err != nil {
+				return fmt.Errorf("peer %d, %.70q: %w", i+1, p.Name, err)
+			}
 		}
 		if names[p.Name] || keys[p.PublicKey] || taken[p.Addresses[0]] || taken[p.Addresses[1]] {
 			return fmt.Errorf("peer %d, %q: another peer has its name, key or address", i+1, p.Name)
@@ -399,6 +406,19 @@ func (doc *document) onto(base, other *document, now time.Time) *document {
 	return out
 }
 
+// finder returns a function that finds a peer by its key, or nil. It is fastest where the
+// peer has the index i, as it mostly has in two documents of which one was made from the
+// other.
+func (doc *document) finder() func(i int, key wireguard.PublicKey) *peer {
+	byKeys := sync.OnceValue(doc.byKeys)
+	return func(i int, key wireguard.PublicKey) *peer {
+		if i < len(doc.Peers) && doc.Peers[i].PublicKey == key {
+			return &doc.Peers[i]
+		}
+		return byKeys()[key]
+	}
+}
+
 // byKeys returns the peers by their keys, to be looked at or changed in place.
 func (doc *document) byKeys() map[wireguard.PublicKey]*peer {
 	out := make(map[wireguard.PublicKey]*peer, len(doc.Peers))
@@ -451,16 +471,9 @@ func (doc *document) policyMesh(m mesh, listenPort uint16, withGrants bool) poli
 	out := policy.Mesh{
 		Prefixes:   m.list(),
 		Addresses:  m.own.List(),
+		Former:     doc.former(m.list()),
 		Peers:      make([]policy.Peer, len(doc.Peers)),
 		ListenPort: listenPort,
-	}
-	for _, r := range doc.Removed {
-		for _, a := range r.Addresses {
-			// The prefixes may have been others then.
-			if m.prefixes.V4.Contains(a) || m.prefixes.V6.Contains(a) {
-				out.Former = append(out.Former, a)
-			}
-		}
 	}
 	for i, p := range doc.Peers {
 		out.Peers[i] = policy.Peer{
@@ -468,6 +481,19 @@ func (doc *document) policyMesh(m mesh, listenPort uint16, withGrants bool) poli
 		}
 		if withGrants {
 			out.Peers[i].Grants = p.Permissions.policy()
+		}
+	}
+	return out
+}
+
+// former returns the addresses of removed peers that are in the mesh prefixes, which may
+// have been others then.
+func (doc *document) former(prefixes []netip.Prefix) (out []netip.Addr) {
+	for _, r := range doc.Removed {
+		for _, a := range r.Addresses {
+			if slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(a) }) {
+				out = append(out, a)
+			}
 		}
 	}
 	return out

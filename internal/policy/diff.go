@@ -27,14 +27,26 @@ func Diff(old, next *Ruleset) []Narrowed {
 	if old == nil {
 		return nil
 	}
-	now := map[PeerID]PeerRules{}
-	for _, p := range next.peers {
-		now[p.ID] = p
+	// Of one ground, both have the same peers in the same order.
+	of := func(i int) (PeerRules, bool) { return next.peers[i], true }
+	moved := false
+	if old.ground != next.ground {
+		moved = !sameGround(old, next)
+		now := make(map[PeerID]int, len(next.peers))
+		for i := range next.peers {
+			now[next.peers[i].ID] = i
+		}
+		of = func(i int) (PeerRules, bool) {
+			at, kept := now[old.peers[i].ID]
+			if !kept {
+				return PeerRules{}, false
+			}
+			return next.peers[at], true
+		}
 	}
-	moved := !sameGround(old, next)
 	var out []Narrowed
-	for _, was := range old.peers {
-		is, kept := now[was.ID]
+	for i, was := range old.peers {
+		is, kept := of(i)
 		n := Narrowed{
 			ID: was.ID, Name: was.Name, Addresses: was.Addresses,
 			Removed: !kept || !slices.Equal(was.Addresses, is.Addresses),

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -463,5 +464,134 @@ func TestDecideAllocatesNothing(t *testing.T) {
 	p := Packet{In: "utun7", Src: addr("100.64.0.3"), Dst: addr("8.8.8.8"), Proto: ProtoTCP}
 	if n := testing.AllocsPerRun(100, func() { r.Decide(p); r.DecideReply(p, "en0") }); n != 0 {
 		t.Errorf("%v allocations", n)
+	}
+}
+
+// everyField calls do with a copy of m and a host for each way to change one field of
+// either, or of one peer; a field that is new in the types is changed, too.
+func everyField(m Mesh, h Host, do func(name string, m Mesh, h Host)) {
+	change := func(v reflect.Value) {
+		switch v.Interface().(type) {
+		case string:
+			v.SetString(v.String() + "x")
+		case bool:
+			v.SetBool(!v.Bool())
+		case uint16:
+			v.SetUint(v.Uint() + 1)
+		case Families:
+			v.Set(reflect.ValueOf(Families{IPv4: !v.Interface().(Families).IPv4}))
+		case PeerID:
+			v.Set(reflect.ValueOf(PeerID{'X'}))
+		case Grants:
+			v.Set(reflect.ValueOf(grants(Incoming | Routing | LAN)))
+		case netip.Addr:
+			v.Set(reflect.ValueOf(addr("203.0.113.77")))
+		case []netip.Addr:
+			v.Set(reflect.ValueOf([]netip.Addr{addr("100.64.9.9"), addr("fd6d:6573:6800::9:9")}))
+		case []netip.Prefix:
+			v.Set(reflect.ValueOf(append([]netip.Prefix{prefix("100.64.0.0/9"), prefix("172.30.0.0/16")}, v.Interface().([]netip.Prefix)...)))
+		case []Peer:
+			v.Set(reflect.ValueOf(v.Interface().([]Peer)[1:]))
+		case []Interface:
+			v.Set(reflect.ValueOf(v.Interface().([]Interface)[:2]))
+		case []Route:
+			v.Set(reflect.ValueOf(v.Interface().([]Route)[1:]))
+		default:
+			panic(fmt.Sprintf("a field of type %v", v.Type()))
+		}
+	}
+	for i := range reflect.TypeFor[Mesh]().NumField() {
+		other := m.clone()
+		change(reflect.ValueOf(&other).Elem().Field(i))
+		do("mesh."+reflect.TypeFor[Mesh]().Field(i).Name, other, h)
+	}
+	for i := range reflect.TypeFor[Peer]().NumField() {
+		other := m.clone()
+		change(reflect.ValueOf(&other.Peers[0]).Elem().Field(i))
+		do("peer."+reflect.TypeFor[Peer]().Field(i).Name, other, h)
+	}
+	for i := range reflect.TypeFor[Host]().NumField() {
+		other := h
+		change(reflect.ValueOf(&other).Elem().Field(i))
+		do("host."+reflect.TypeFor[Host]().Field(i).Name, m, other)
+	}
+}
+
+// TestRecompileIsCompile recompiles after every possible change of one field, at several
+// times: what comes out is what Compile makes, the ruleset before is left as it was, and
+// the ground is shared where grants alone changed.
+func TestRecompileIsCompile(t *testing.T) {
+	start := time.Unix(1_000_000, 0)
+	m, h := picture(Routing|LAN), pictureHost()
+	m.Peers[0].Grants.Routing.Until = start.Add(time.Hour)
+	m.Peers[1].Grants.Incoming.Until = start.Add(2 * time.Hour)
+	m.Former = []netip.Addr{addr("100.64.7.7")}
+	same := func(name string, got, want *Ruleset) {
+		t.Helper()
+		if !reflect.DeepEqual(got.mesh, want.mesh) || !reflect.DeepEqual(got.host, want.host) ||
+			!reflect.DeepEqual(got.peers, want.peers) || !got.expires.Equal(want.expires) || !reflect.DeepEqual(got.sets, want.sets) {
+			t.Errorf("%s: %+v, want %+v", name, got, want)
+		}
+		for _, p := range want.peers {
+			for _, a := range p.Addresses {
+				i, ok := got.PeerByAddr(a)
+				j, ok2 := want.PeerByAddr(a)
+				if i != j || ok != ok2 {
+					t.Errorf("%s: %v is of peer %d, want %d", name, a, i, j)
+				}
+			}
+		}
+	}
+	shared := 0
+	for _, at := range []time.Duration{0, time.Hour, 3 * time.Hour} {
+		now := start.Add(at)
+		everyField(m, h, func(name string, m2 Mesh, h2 Host) {
+			r, err := Compile(m, h, start)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want, wantErr := Compile(m2, h2, now)
+			got, err := r.Recompile(m2, h2, now)
+			if wantErr != nil || err != nil {
+				if wantErr == nil || err == nil || err.Error() != wantErr.Error() {
+					t.Errorf("%s: %v, want %v", name, err, wantErr)
+				}
+				return
+			}
+			same(fmt.Sprintf("%s changed, %v later", name, at), got, want)
+			if got.ground == r.ground {
+				shared++
+				if name != "peer.Grants" {
+					t.Errorf("%s changed, but the ground is shared", name)
+				}
+			}
+			again, err := Compile(m, h, start)
+			if err != nil {
+				t.Fatal(err)
+			}
+			same(name+": the ruleset before", r, again)
+		})
+	}
+	if shared != 3 {
+		t.Errorf("the ground was shared %d times, want 3", shared)
+	}
+
+	r, err := Compile(m, h, start)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := r.Recompile(m.clone(), pictureHost(), start.Add(time.Minute)); err != nil || got != r {
+		t.Errorf("nothing changed, but there is another ruleset, %v", err)
+	}
+	got, err := r.Recompile(m, h, start.Add(time.Hour))
+	want, _ := Compile(m, h, start.Add(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	same("time alone", got, want)
+	if got, err := (*Ruleset)(nil).Recompile(m, h, start); err != nil {
+		t.Error(err)
+	} else {
+		same("of nothing", got, r)
 	}
 }

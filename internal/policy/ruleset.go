@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"net/netip"
+	"reflect"
 	"slices"
 	"time"
 
@@ -122,6 +123,36 @@ func (r *Ruleset) At(now time.Time) *Ruleset {
 	later := *r
 	later.grant(now)
 	return &later
+}
+
+// Recompile is [Compile] of a mesh and a host that may be the same as r's, r being nil or
+// a ruleset of before. Where they are, r is what it returns, or what is left of it at the
+// time now; and where they differ in grants alone, it costs little: what no grant
+// changes is shared.
+func (r *Ruleset) Recompile(mesh Mesh, host Host, now time.Time) (*Ruleset, error) {
+	if r == nil || !sameButGrants(r.mesh, mesh) || !reflect.DeepEqual(r.host, host) {
+		return Compile(mesh, host, now)
+	}
+	same := func(a, b Peer) bool { return a.Grants == b.Grants }
+	if slices.EqualFunc(r.mesh.Peers, mesh.Peers, same) && (r.expires.IsZero() || now.Before(r.expires)) {
+		return r, nil
+	}
+	other := *r
+	other.mesh.Peers = slices.Clone(r.mesh.Peers)
+	for i := range other.mesh.Peers {
+		other.mesh.Peers[i].Grants = mesh.Peers[i].Grants
+	}
+	other.grant(now)
+	return &other, nil
+}
+
+// sameButGrants reports whether two meshes differ in nothing but their peers' grants.
+func sameButGrants(a, b Mesh) bool {
+	return slices.Equal(a.Prefixes, b.Prefixes) && slices.Equal(a.Addresses, b.Addresses) &&
+		slices.Equal(a.Former, b.Former) && a.ListenPort == b.ListenPort && a.DNS == b.DNS &&
+		slices.EqualFunc(a.Peers, b.Peers, func(p, q Peer) bool {
+			return p.ID == q.ID && p.Name == q.Name && slices.Equal(p.Addresses, q.Addresses)
+		})
 }
 
 // classify fills the class tables from the sets.
