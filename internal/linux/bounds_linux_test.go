@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"testing"
@@ -336,7 +337,7 @@ func TestKernelRefusesToBound(t *testing.T) {
 // translated ones are gone from conntrack, the others closed, soon and in little
 // memory. bob's stay.
 func TestCutOfManyFlows(t *testing.T) {
-	const each = 20000
+	const each = 5000
 	w := newWorld(t)
 	w.open()
 	defer w.close()
@@ -595,6 +596,162 @@ func BenchmarkNewFlows(b *testing.B) {
 				for b.Loop() {
 					i++
 					g.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, uint16(20000+i%40000)), to, nil))
+				}
+			})
+		}
+	}
+}
+
+// fill enters UDP flows from src to dst into conntrack by itself, as packets would, and
+// returns how many: n, or as many as leave room for others'.
+func (g *rig) fill(n int, src, dst netip.Addr) int {
+	g.t.Helper()
+	n = min(n, g.p.Limits().States*3/4)
+	g.do(func() error {
+		c, err := openConntrack()
+		if err != nil {
+			return err
+		}
+		defer c.close()
+		for i := range n {
+			sport, dport := uint16(1024+i%60000), uint16(5000+i/60000)
+			data := []byte{unix.AF_INET, unix.NFNETLINK_V0, 0, 0}
+			if src.Is6() {
+				data[0] = unix.AF_INET6
+			}
+			data = appendAttr(data, unix.NLA_F_NESTED|ctaTupleOrig, tupleAttrs(src, dst, sport, dport))
+			data = appendAttr(data, unix.NLA_F_NESTED|ctaTupleReply, tupleAttrs(dst, src, dport, sport))
+			data = appendAttr(data, ctaTimeout, binary.BigEndian.AppendUint32(nil, 300))
+			if len(c.out)+unix.SizeofNlMsghdr+len(data) > deleteBatch {
+				if err := c.flush(); err != nil {
+					return err
+				}
+			}
+			// IPCTNL_MSG_CT_NEW is 0.
+			c.out = c.message(c.out, unix.NFNL_SUBSYS_CTNETLINK<<8, unix.NLM_F_REQUEST|unix.NLM_F_CREATE|unix.NLM_F_EXCL, data)
+		}
+		return c.flush()
+	})
+	return n
+}
+
+// tupleAttrs are the attributes of a UDP flow's direction.
+func tupleAttrs(src, dst netip.Addr, sport, dport uint16) []byte {
+	from, to := uint16(ctaIPv4Src), uint16(ctaIPv4Dst)
+	if src.Is6() {
+		from, to = ctaIPv6Src, ctaIPv6Dst
+	}
+	out := appendAttr(nil, unix.NLA_F_NESTED|ctaTupleIP,
+		appendAttr(appendAttr(nil, from, src.AsSlice()), to, dst.AsSlice()))
+	proto := appendAttr(nil, ctaProtoNum, []byte{unix.IPPROTO_UDP})
+	proto = appendAttr(proto, ctaProtoSport, binary.BigEndian.AppendUint16(nil, sport))
+	proto = appendAttr(proto, ctaProtoDport, binary.BigEndian.AppendUint16(nil, dport))
+	return appendAttr(out, unix.NLA_F_NESTED|ctaTupleProto, proto)
+}
+
+// memory returns how much memory the process has, and how much it had at most since the
+// peak was forgotten, in bytes (VmRSS and VmHWM of proc_pid_status(5)).
+func memory(t *testing.T) (now, peak int64) {
+	t.Helper()
+	text, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		f := strings.Fields(line)
+		if len(f) != 3 {
+			continue
+		}
+		n, _ := strconv.ParseInt(f[1], 10, 64)
+		switch f[0] {
+		case "VmRSS:":
+			now = n << 10
+		case "VmHWM:":
+			peak = n << 10
+		}
+	}
+	if now == 0 || peak == 0 {
+		t.Fatalf("no memory in\n%s", text)
+	}
+	return now, peak
+}
+
+// TestCutInFlatMemory cuts a peer that filled most of conntrack with flows to the host, and
+// through it, with and without many other peers that are cut at once: what the process needs
+// is the garbage of some batches, however many flows there are.
+func TestCutInFlatMemory(t *testing.T) {
+	const many, most = 187825, 48 << 20
+	a := netlab.Addresses()
+	w := newWorld(t)
+	w.open()
+	defer w.close()
+	wide := w.enforce(mesh(grants{ann: all, bob: all}))
+	closed := w.enforce(mesh(grants{bob: all}))
+	for _, c := range []struct {
+		name     string
+		src, dst netip.Addr
+		others   int // that are cut at once
+	}{
+		{"to the host, IPv4", ann4, own4, 0}, {"to the host, IPv6", ann6, own6, 0},
+		{"through it, IPv6", ann6, a.I.V6, 0}, {"to the host, IPv4, with others", ann4, own4, searchesApart},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			narrowed := policy.Diff(wide, closed)
+			for i := range c.others {
+				narrowed = append(narrowed, policy.Narrowed{Addresses: []netip.Addr{netip.AddrFrom4([4]byte{100, 64, 9, byte(i)})}})
+			}
+			w.forget()
+			w.do(func() error { w.p.filter.loaded = nil; return w.p.filter.remove() })
+			w.do(func() error { return w.p.Enforce(context.Background(), closed) })
+			n := w.fill(many, c.src, c.dst)
+			debug.FreeOSMemory()
+			if err := os.WriteFile("/proc/self/clear_refs", []byte("5"), 0o200); err != nil {
+				t.Skip("the peak of the memory can't be forgotten:", err)
+			}
+			before, _ := memory(t)
+			start := time.Now()
+			w.cut(closed, narrowed)
+			took := time.Since(start)
+			_, peak := memory(t)
+			t.Logf("%d flows were cut in %v; the process grew from %d MB to %d MB", n, took, before>>20, peak>>20)
+			if peak-before > most {
+				t.Errorf("the process grew by %d MB", (peak-before)>>20)
+			}
+			left := len(w.conntrackOf(c.src))
+			if want := map[bool]int{true: n}[c.dst == own4 || c.dst == own6]; left != want {
+				t.Errorf("%d flows are left, want %d", left, want)
+			}
+		})
+	}
+}
+
+// BenchmarkCut cuts a peer that has flows to the host, which are closed one by one, and
+// through it, which are deleted.
+func BenchmarkCut(b *testing.B) {
+	a := netlab.Addresses()
+	for _, n := range []int{0, 10000, 187825} {
+		for _, c := range []struct {
+			name     string
+			src, dst netip.Addr
+		}{
+			{"to-host-IPv4", ann4, own4}, {"to-host-IPv6", ann6, own6},
+			{"through-host-IPv4", ann4, a.I.V4}, {"through-host-IPv6", ann6, a.I.V6},
+			{"of-another-IPv4", bob4, own4}, {"of-another-IPv6", bob6, own6},
+		} {
+			b.Run(fmt.Sprintf("%s/flows=%d", c.name, n), func(b *testing.B) {
+				g := newRig(b)
+				g.open()
+				defer g.close()
+				wide := g.enforce(mesh(grants{ann: all, bob: all}))
+				closed := g.enforce(mesh(grants{bob: all}))
+				narrowed := policy.Diff(wide, closed)
+				for b.Loop() {
+					b.StopTimer()
+					g.forget()
+					g.do(func() error { g.p.filter.loaded = nil; return g.p.Enforce(context.Background(), closed) })
+					g.fill(n, c.src, c.dst)
+					b.StartTimer()
+					g.do(func() error { return g.p.Cut(context.Background(), closed, narrowed) })
 				}
 			})
 		}

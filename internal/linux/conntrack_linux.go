@@ -21,6 +21,7 @@ type conntrack struct {
 	dump, del *os.File
 	seq       uint32
 	in, out   []byte
+	entry     flowEntry // that is looked at
 }
 
 // Sizes in bytes: what the kernel fills at most for one answer of a dump
@@ -111,11 +112,12 @@ type flowEntry struct {
 // translated reports whether the flow leaves with another source than the opener's.
 func (e *flowEntry) translated() bool { return e.status&ipsSourceNAT != 0 }
 
-// each calls do for the entries of a family whose flows were opened from src, or
-// for all where src isn't valid. Kernels since 5.8 look for an IPv4 address
-// themselves; what they do with an IPv6 one is wrong: they leave out those that
-// match (ctnetlink_filter_match_tuple in net/netfilter/nf_conntrack_netlink.c). After
-// an error of do, or the end of ctx, no other entry is looked at.
+// each calls do for the entries of a family, AF_UNSPEC being both, whose flows were
+// opened from src, or for all where src isn't valid. Kernels since 5.8 look for an IPv4
+// address themselves; what they do with an IPv6 one is wrong, in 6.18 still: they leave out
+// those that match (ctnetlink_filter_match_tuple in
+// net/netfilter/nf_conntrack_netlink.c). After an error of do, or the end of ctx, no other
+// entry is looked at. The memory that it takes doesn't depend on how many there are.
 func (c *conntrack) each(ctx context.Context, family byte, src netip.Addr, do func(*flowEntry) error) error {
 	c.seq++
 	if err := c.send(c.dump, c.request(family, src)); err != nil {
@@ -135,9 +137,14 @@ func (c *conntrack) each(ctx context.Context, family byte, src netip.Addr, do fu
 			failed = ctx.Err()
 		}
 		done, err := c.answer(c.in[:n], func(data []byte) {
-			e, ok := parseFlow(data)
-			if failed == nil && ok && e.family == family && (!src.IsValid() || e.orig.src == src) {
-				failed = do(&e)
+			if failed != nil {
+				return
+			}
+			var ok bool
+			e := &c.entry
+			*e, ok = parseFlow(data, e.name[:0])
+			if ok && (family == unix.AF_UNSPEC || e.family == family) && (!src.IsValid() || e.orig.src == src) {
+				failed = do(e)
 			}
 		})
 		if done || err != nil {
@@ -297,13 +304,13 @@ func attrs(b []byte, do func(kind uint16, whole, value []byte)) bool {
 	return true
 }
 
-// parseFlow reads an entry. What of it isn't understood makes it none, which is
-// then left as it is.
-func parseFlow(b []byte) (flowEntry, bool) {
+// parseFlow reads an entry, whose name it appends to name. What of it isn't understood
+// makes it none, which is then left as it is.
+func parseFlow(b, name []byte) (flowEntry, bool) {
 	if len(b) < nfgenmsg {
 		return flowEntry{}, false
 	}
-	e := flowEntry{family: b[0]}
+	e := flowEntry{family: b[0], name: name}
 	good := true
 	good = attrs(b[nfgenmsg:], func(kind uint16, whole, value []byte) {
 		switch kind {

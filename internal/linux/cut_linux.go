@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/google/nftables"
@@ -49,7 +50,7 @@ func (p *Platform) cut(ctx context.Context, r *policy.Ruleset, narrowed []policy
 			theirs[f.Addr()] = true
 		}
 	}
-	c := cutter{filter: p.filter, flows: p.flows, rules: r, ports: p.ports.host}
+	c := cutter{filter: p.filter, flows: p.flows, rules: r, ports: p.ports.host, few: p.hasFewFlows()}
 	if err := c.all(ctx, theirs); err != nil {
 		return err
 	}
@@ -64,6 +65,7 @@ type cutter struct {
 	flows  *conntrack
 	rules  *policy.Ruleset
 	ports  hostPorts
+	few    bool // few flows are in conntrack, of whichever opener
 	dead   []deadFlow
 }
 
@@ -80,31 +82,45 @@ const (
 	// searchesApart is for how many addresses the kernel is asked for IPv4 flows one
 	// by one; for more, the whole table is read once.
 	searchesApart = 16
+	// fewFlows is up to how many flows the whole table is read at once also for fewer
+	// addresses: going once more through the kernel's hash table, of 262,144 buckets where
+	// there is much memory, takes as long as reading some 2,500 entries.
+	fewFlows = 2048
 )
 
-// all cuts the flows of all these addresses.
-func (c *cutter) all(ctx context.Context, theirs map[netip.Addr]bool) error {
-	whole := []byte{unix.AF_INET6}
-	if len(theirs) > searchesApart {
-		whole = append(whole, unix.AF_INET)
+// hasFewFlows reports whether conntrack has no more than fewFlows entries.
+func (p *Platform) hasFewFlows() bool {
+	text, err := p.forward.sys.read(flowCount)
+	if err != nil {
+		return false
 	}
-	for a := range theirs {
-		if a.Is4() && len(theirs) <= searchesApart {
+	n, err := strconv.Atoi(text)
+	return err == nil && n <= fewFlows
+}
+
+// all cuts the flows of all these addresses. Each reading goes through the whole of the
+// kernel's hash table, so there are as few as possible.
+func (c *cutter) all(ctx context.Context, theirs map[netip.Addr]bool) error {
+	whole := byte(unix.AF_UNSPEC)
+	if !c.few && len(theirs) <= searchesApart {
+		whole = unix.AF_INET6
+		for a := range theirs {
+			if !a.Is4() {
+				continue
+			}
 			if err := c.flows.each(ctx, unix.AF_INET, a, c.look); err != nil {
 				return err
 			}
 		}
 	}
-	for _, family := range whole {
-		err := c.flows.each(ctx, family, netip.Addr{}, func(e *flowEntry) error {
-			if !theirs[e.orig.src] {
-				return nil
-			}
-			return c.look(e)
-		})
-		if err != nil {
-			return err
+	err := c.flows.each(ctx, whole, netip.Addr{}, func(e *flowEntry) error {
+		if !theirs[e.orig.src] {
+			return nil
 		}
+		return c.look(e)
+	})
+	if err != nil {
+		return err
 	}
 	return c.finish()
 }

@@ -92,17 +92,15 @@ func (p *Platform) nameHolders(full []platform.Problem, r *policy.Ruleset) {
 // countHolders counts the flows that each peer opened.
 func (p *Platform) countHolders(r *policy.Ruleset) (string, error) {
 	of, all := map[int]int{}, 0
-	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
-		err := p.flows.each(context.Background(), family, netip.Addr{}, func(e *flowEntry) error {
-			all++
-			if i, ok := r.PeerByAddr(e.orig.src); ok {
-				of[i]++
-			}
-			return nil
-		})
-		if err != nil {
-			return "", err
+	err := p.flows.each(context.Background(), unix.AF_UNSPEC, netip.Addr{}, func(e *flowEntry) error {
+		all++
+		if i, ok := r.PeerByAddr(e.orig.src); ok {
+			of[i]++
 		}
+		return nil
+	})
+	if err != nil {
+		return "", err
 	}
 	peers := slices.Collect(maps.Keys(of))
 	slices.SortFunc(peers, func(a, b int) int { return cmp.Or(cmp.Compare(of[b], of[a]), cmp.Compare(a, b)) })

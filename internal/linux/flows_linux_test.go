@@ -306,7 +306,7 @@ func TestCutFlowsStayDead(t *testing.T) {
 }
 
 // forget empties the host's conntrack table.
-func (w *world) forget() {
+func (w *rig) forget() {
 	w.t.Helper()
 	w.do(func() error {
 		h, err := netlink.NewHandle()

@@ -345,12 +345,12 @@ func FuzzParseFlow(f *testing.F) {
 	b := append([]byte{2, 0, 0, 0}, appendAttr(nil, ctaTupleOrig, one)...)
 	b = append(b, appendAttr(nil, ctaTupleReply, one)...)
 	b = append(b, appendAttr(nil, ctaStatus, binary.BigEndian.AppendUint32(nil, ipsSourceNAT))...)
-	if e, ok := parseFlow(b); !ok || !e.translated() || e.orig.sport != 0x102 || e.reply.dport != 0x304 || e.orig.src != ann4 {
+	if e, ok := parseFlow(b, nil); !ok || !e.translated() || e.orig.sport != 0x102 || e.reply.dport != 0x304 || e.orig.src != ann4 {
 		f.Fatalf("%+v, %t", e, ok)
 	}
 	f.Add(b)
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if e, ok := parseFlow(b); ok && (!e.orig.src.IsValid() || len(e.name) > len(b)) {
+		if e, ok := parseFlow(b, nil); ok && (!e.orig.src.IsValid() || len(e.name) > len(b)) {
 			t.Errorf("%x gave %+v", b, e)
 		}
 	})
