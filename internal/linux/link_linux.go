@@ -212,17 +212,16 @@ func peerRoutes(r *policy.Ruleset, ipv6 bool) map[netip.Addr]hostRoute {
 func (l link) routes() (map[netip.Addr]hostRoute, error) {
 	out := map[netip.Addr]hostRoute{}
 	filter := &netlink.Route{LinkIndex: l.index, Table: unix.RT_TABLE_MAIN}
-	list, err := l.nl.RouteListFiltered(netlink.FAMILY_ALL, filter, netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE)
+	err := l.nl.RouteListFilteredIter(netlink.FAMILY_ALL, filter, netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE, func(r netlink.Route) bool {
+		p, ok := toPrefix(r.Dst)
+		if ok && p.IsSingleIP() && r.Type == unix.RTN_UNICAST {
+			source, _ := netip.AddrFromSlice(r.Src)
+			out[p.Addr()] = hostRoute{p.Addr(), source.Unmap()}
+		}
+		return true
+	})
 	if err != nil {
 		return nil, fmt.Errorf("list routes: %w", err)
-	}
-	for _, r := range list {
-		p, ok := toPrefix(r.Dst)
-		if !ok || !p.IsSingleIP() || r.Type != unix.RTN_UNICAST {
-			continue
-		}
-		source, _ := netip.AddrFromSlice(r.Src)
-		out[p.Addr()] = hostRoute{p.Addr(), source.Unmap()}
 	}
 	return out, nil
 }

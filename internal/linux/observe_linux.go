@@ -199,14 +199,14 @@ func (o observer) routing(family int, names map[int]string) (hostRouting, error)
 	}
 	slices.SortStableFunc(h.rules, func(a, b routingRule) int { return cmp.Compare(a.priority, b.priority) })
 	filter := &netlink.Route{Table: unix.RT_TABLE_UNSPEC}
-	routes, err := o.nl.RouteListFiltered(family, filter, netlink.RT_FILTER_TABLE)
-	if err != nil {
-		return h, fmt.Errorf("list routes: %w", err)
-	}
 	saysNothing := false
-	for _, r := range routes {
+	err = o.nl.RouteListFilteredIter(family, filter, netlink.RT_FILTER_TABLE, func(r netlink.Route) bool {
 		h.tables[r.Table] = append(h.tables[r.Table], entries(family, r, names)...)
 		saysNothing = saysNothing || r.Type == unix.RTN_UNICAST && r.LinkIndex == 0 && len(r.MultiPath) == 0
+		return true
+	})
+	if err != nil {
+		return h, fmt.Errorf("list routes: %w", err)
 	}
 	if !saysNothing {
 		return h, nil
