@@ -39,18 +39,26 @@ func (d *Daemon) AddPeer(ctx context.Context, p api.NewPeer) (api.Changed, error
 
 // ChangePeer changes what c names of a peer and leaves the rest.
 func (d *Daemon) ChangePeer(ctx context.Context, ref string, c api.PeerChange) (api.Changed, error) {
+	var key wireguard.PublicKey
 	return d.change(ctx, func(doc *document, now time.Time) (wireguard.PublicKey, error) {
-		i, err := doc.find(ref)
-		if err != nil {
-			if c.Name == "" || doc.nowOf(ref) != c.Name {
-				return wireguard.PublicKey{}, err
+		i := -1
+		if c.Name == "" {
+			i = doc.byKey(key) // made again: the same peer, whatever it is called by now
+		}
+		if i < 0 {
+			var err error
+			if i, err = doc.find(ref); err != nil {
+				if c.Name == "" || doc.nowOf(ref) != c.Name {
+					return wireguard.PublicKey{}, err
+				}
+				i = doc.byName(c.Name) // renamed so before
 			}
-			i = doc.byName(c.Name) // renamed so before
 		}
 		if err := d.apply(doc, i, c, now); err != nil {
 			return wireguard.PublicKey{}, err
 		}
-		return doc.Peers[i].PublicKey, nil
+		key = doc.Peers[i].PublicKey
+		return key, nil
 	})
 }
 
@@ -81,9 +89,9 @@ func (d *Daemon) saveWithin() time.Duration { return d.opts.Wait / 2 }
 
 // outcome is what a change came to, as far as it goes without the loop.
 type outcome struct {
-	key        wireguard.PublicKey // of the peer that the change was about
-	generation uint64
-	already    bool
+	key     wireguard.PublicKey // of the peer that the change was about
+	doc     *document           // which the change is in force with; nil: nothing is in force
+	already bool
 	// saving, where it isn't nil, saves what is in force.
 	saving *job
 }
@@ -95,13 +103,13 @@ func (d *Daemon) change(ctx context.Context, e edit) (api.Changed, error) {
 	saving, cancel := context.WithDeadline(ctx, began.Add(d.saveWithin()))
 	defer cancel()
 	o, refused := d.decide(saving, e)
-	if o.generation == 0 {
+	if o.doc == nil {
 		return api.Changed{}, refused
 	}
 	poke(d.wake)
 	poke(d.timed)
 	// The loop works while the disk does.
-	notHeld := d.await(ctx, o.generation, began.Add(d.answerWithin()))
+	notHeld := d.await(ctx, o.doc.Generation, began.Add(d.answerWithin()))
 	notKept := d.awaitSaved(saving, o)
 	switch {
 	case refused != nil: // the part that takes away holds
@@ -112,9 +120,12 @@ func (d *Daemon) change(ctx context.Context, e edit) (api.Changed, error) {
 		return api.Changed{}, notHeld
 	}
 	out := api.Changed{Already: o.already}
-	doc := d.wanted.Load()
-	if i := doc.byKey(o.key); i >= 0 {
-		out.Peer = d.view(&doc.Peers[i], d.clock.now())
+	// Another change may have taken the peer away since, or given it another key.
+	for _, doc := range []*document{d.wanted.Load(), o.doc} {
+		if i := doc.byKey(o.key); i >= 0 {
+			out.Peer = d.view(&doc.Peers[i], d.clock.now())
+			break
+		}
 	}
 	return out, nil
 }
@@ -142,8 +153,8 @@ func (d *Daemon) notSaved(cause, notHeld error) error {
 }
 
 // decide edits. What the edit takes away is in force at the guard before anything is
-// saved, and saved afterwards; what it gives is saved first. With an error, a
-// generation other than 0 says that a part of the change is in force.
+// saved, and saved afterwards; what it gives is saved first. With an error, an outcome
+// that has a document says that a part of the change is in force.
 func (d *Daemon) decide(ctx context.Context, e edit) (outcome, error) {
 	d.changing.Lock()
 	doc, now := d.wanted.Load(), d.clock.now()
@@ -154,7 +165,7 @@ func (d *Daemon) decide(ctx context.Context, e edit) (outcome, error) {
 	}
 	if next == doc {
 		d.changing.Unlock()
-		return outcome{key, doc.Generation, true, d.saveUnlessKept()}, nil
+		return outcome{key: key, doc: doc, already: true, saving: d.saveUnlessKept()}, nil
 	}
 	left, takes, gives := doc.less(next)
 	base := doc
@@ -172,17 +183,17 @@ func (d *Daemon) decide(ctx context.Context, e edit) (outcome, error) {
 	switch {
 	case takes && !gives:
 		d.recordChange(doc, left)
-		return outcome{key, left.Generation, false, d.disk.saveWanted()}, nil
+		return outcome{key: key, doc: left, saving: d.disk.saveWanted()}, nil
 	case !takes:
-		next, err = d.saveFirst(ctx, base, next)
+		w, err := d.saveFirst(ctx, e, widening{base: base, next: next, key: key})
 		if err != nil {
 			return outcome{}, d.nothingChanged(err)
 		}
-		d.recordChange(base, next)
-		return outcome{key, next.Generation, false, d.saveUnlessKept()}, nil
+		d.recordChange(w.base, w.next)
+		return outcome{key: w.key, doc: w.next, already: w.base == w.next, saving: d.saveUnlessKept()}, nil
 	}
 	saving := d.disk.saveWanted()
-	wider, err := d.saveFirst(ctx, base, next)
+	w, err := d.saveFirst(ctx, e, widening{base: base, next: next, key: key})
 	if err != nil {
 		d.recordChange(doc, left)
 		cause := d.awaitSaved(ctx, outcome{saving: saving})
@@ -194,10 +205,15 @@ func (d *Daemon) decide(ctx context.Context, e edit) (outcome, error) {
 		if cause != nil {
 			message = fmt.Sprintf("%s in force now, but not saved: after a restart it is back; what the change gives besides was not added: %v", part, err)
 		}
-		return outcome{key, left.Generation, false, nil}, api.Errorf(api.CodeNotSaved, "%s", message).WithHint("%s", d.disk.hint())
+		return outcome{key: key, doc: left}, api.Errorf(api.CodeNotSaved, "%s", message).WithHint("%s", d.disk.hint())
 	}
-	d.recordChange(doc, wider)
-	return outcome{key, wider.Generation, false, d.saveUnlessKept()}, nil
+	if w.base == left {
+		d.recordChange(doc, w.next) // one change, one event
+	} else {
+		d.recordChange(doc, left)
+		d.recordChange(w.base, w.next)
+	}
+	return outcome{key: w.key, doc: w.next, saving: d.saveUnlessKept()}, nil
 }
 
 // edited returns the document after an edit, as the next generation, or doc itself
@@ -226,35 +242,77 @@ func (d *Daemon) check(before, doc *document) error {
 	return nil
 }
 
-// saveFirst saves next, which gives something that base doesn't, and then makes it the
-// wanted state. What is taken away meanwhile isn't waited for, nor lost: the change is
-// made again on top of it. It returns the document that is wanted now.
-func (d *Daemon) saveFirst(ctx context.Context, base, next *document) (*document, error) {
+// widening is an edit that gives something, on its way to the disk: next is base after
+// the edit, and key the public key of the peer that it is about.
+type widening struct {
+	base, next *document
+	key        wireguard.PublicKey
+}
+
+// errOvertaken is saveAhead's when another change came into force before it wrote.
+var errOvertaken = errors.New("another change came first")
+
+// saveFirst saves w.next, which gives something that w.base doesn't, and then makes it the
+// wanted state. What is taken away meanwhile isn't waited for, nor lost: the edit is made
+// again, of the document that has it; see again. It returns what came to be wanted, of
+// which document.
+func (d *Daemon) saveFirst(ctx context.Context, e edit, w widening) (widening, error) {
 	select {
 	case d.widening <- struct{}{}:
 		defer func() { <-d.widening }()
 	case <-ctx.Done():
-		return nil, errors.New("another change is still being saved")
+		return w, errors.New("another change is still being saved")
 	}
-	for first := true; ; first = false {
+	for first, began := true, w.base; ; first = false {
 		d.changing.Lock()
 		now := d.wanted.Load()
-		if now == base && !first {
-			d.publishWanted(next)
+		if now == w.base && !first {
+			d.publishWanted(w.next)
 			d.changing.Unlock()
-			return next, nil
+			return w, nil
 		}
-		if now != base {
-			next, base = next.onto(base, now, d.clock.now()), now
+		var err error
+		if now != w.base {
+			w, err = d.again(e, began, now)
 		}
 		d.changing.Unlock()
-		if err := d.check(base, next); err != nil {
-			return nil, err
+		if err != nil || w.next == w.base {
+			return w, err
 		}
-		if err := d.disk.saveAhead(ctx, next); err != nil && !errors.Is(err, errUnsynced) {
-			return nil, err
+		err = d.disk.saveAhead(ctx, w.base, w.next)
+		if err != nil && !errors.Is(err, errUnsynced) && !errors.Is(err, errOvertaken) {
+			return w, err
 		}
 	}
+}
+
+// again makes an edit again, which was first made of the document began, of the one that
+// is wanted now. So the peer may have another name, key or address meanwhile, and an edit
+// that is no longer right is refused, as if it came later. Only what was taken away since
+// stays away, also where the edit gives it: a person who denies what another change is
+// about to allow must not find it allowed. A permission that ended by itself since was not
+// taken away. The caller holds changing.
+func (d *Daemon) again(e edit, began, now *document) (widening, error) {
+	at := d.clock.now()
+	next, key, err := d.edited(now, e, at)
+	if err != nil || next == now {
+		return widening{now, next, key}, err
+	}
+	was, is := began.byKeys(), now.byKeys()
+	for i := range next.Peers {
+		p := &next.Peers[i]
+		before, current := was[p.PublicKey], is[p.PublicKey]
+		if before == nil || current == nil {
+			continue
+		}
+		for _, one := range policy.AllPermissions {
+			had, has, gets := *before.Permissions.of(one), *current.Permissions.of(one), p.Permissions.of(one)
+			if policy.Grant(had).In(at) && lesser(policy.Grant(had), policy.Grant(has)) != policy.Grant(had) {
+				*gets = grant(lesser(policy.Grant(has), policy.Grant(*gets)))
+			}
+		}
+	}
+	return widening{now, next, key}, d.check(now, next)
 }
 
 // nothingChanged is the answer to a change that couldn't be saved, so that the state

@@ -117,12 +117,17 @@ func (d *disk) saveWanted() *job {
 	})
 }
 
-// saveAhead saves a document that isn't wanted until it is saved. An error that isn't
-// errUnsynced says that the one before is still there, or will be again.
-func (d *disk) saveAhead(ctx context.Context, doc *document) error {
+// saveAhead saves a document that isn't wanted until it is saved, where base is still
+// wanted when its turn comes: what was put in force since may be on disk already, and
+// said to be, and must not be replaced by a document without it (errOvertaken). An error
+// that isn't errUnsynced says that the one before is still there, or will be again.
+func (d *disk) saveAhead(ctx context.Context, base, doc *document) error {
 	j := d.submit("", func() error {
 		if err := ctx.Err(); err != nil {
 			return err
+		}
+		if d.wanted() != base {
+			return errOvertaken
 		}
 		return d.note(doc, d.store.save(ctx, doc), false)
 	})

@@ -355,57 +355,6 @@ func (doc *document) rekeyed(next *document) map[int]*peer {
 	return out
 }
 
-// onto makes the change from base to doc again from another document, which something
-// else was changed in meanwhile. Where both changed the same permission, the less of
-// both holds; a peer that is gone stays gone.
-func (doc *document) onto(base, other *document, now time.Time) *document {
-	out := other.clone()
-	out.Generation++
-	out.Saved = now
-	was, is := base.byKeys(), doc.byKeys()
-	out.Peers = slices.DeleteFunc(out.Peers, func(p peer) bool { return was[p.PublicKey] != nil && is[p.PublicKey] == nil })
-	at := out.byKeys()
-	for i := range doc.Peers {
-		p := doc.Peers[i]
-		before, o := was[p.PublicKey], at[p.PublicKey]
-		switch {
-		case before == nil:
-			out.Peers = append(out.Peers, p)
-			at = out.byKeys()
-			continue
-		case o == nil || *before == p:
-			continue
-		}
-		merged := p
-		if p.Name == before.Name {
-			merged.Name = o.Name
-		}
-		if p.Endpoint == before.Endpoint {
-			merged.Endpoint = o.Endpoint
-		}
-		if p.Keepalive == before.Keepalive {
-			merged.Keepalive = o.Keepalive
-		}
-		for _, one := range policy.AllPermissions {
-			mine, theirs := merged.Permissions.of(one), *o.Permissions.of(one)
-			switch old := *before.Permissions.of(one); {
-			case *mine == old:
-				*mine = theirs
-			case theirs != old:
-				*mine = grant(lesser(policy.Grant(*mine), policy.Grant(theirs)))
-			}
-		}
-		*o = merged
-	}
-	for _, f := range doc.Former {
-		if !slices.Contains(base.Former, f) {
-			out.remember(f)
-		}
-	}
-	out.retire(other, now)
-	return out
-}
-
 // finder returns a function that finds a peer by its key, or nil. It is fastest where the
 // peer has the index i, as it mostly has in two documents of which one was made from the
 // other.

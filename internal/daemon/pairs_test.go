@@ -1,0 +1,230 @@
+package daemon
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+)
+
+// pairEdit is an edit of a peer, which is found by its first name or its first key.
+type pairEdit func(r *rig, byKey bool) error
+
+// changeTo makes an edit of a peer out of what is to change.
+func changeTo(name string, c api.PeerChange) pairEdit {
+	return func(r *rig, byKey bool) error {
+		ref := name
+		if byKey {
+			ref = keyOf(name)
+		}
+		_, err := r.d.ChangePeer(context.Background(), ref, c)
+		return err
+	}
+}
+
+func perms(changes ...string) map[string]api.PermissionChange {
+	out := map[string]api.PermissionChange{}
+	for _, c := range changes {
+		out[c[1:]] = api.PermissionChange{Allowed: c[0] == '+'}
+	}
+	return out
+}
+
+func addAs(name, key string) pairEdit {
+	return func(r *rig, _ bool) error {
+		_, err := r.d.AddPeer(context.Background(), api.NewPeer{Name: name, PublicKey: keyOf(key)})
+		return err
+	}
+}
+
+func removal(ref string) pairEdit {
+	return func(r *rig, _ bool) error {
+		_, err := r.d.RemovePeer(context.Background(), ref)
+		return err
+	}
+}
+
+// pairEnd is when the timed permission of the first document ends, from its start on,
+// and pairThaw when the disk answers again.
+const (
+	pairEnd  = 2 * time.Second
+	pairThaw = 3 * time.Second
+)
+
+// pairEdits are edits of a mesh with a phone, which may incoming for pairEnd and routing
+// for good, and a tablet.
+var pairEdits = map[string]pairEdit{
+	"add":                  addAs("watch", "watch"),
+	"add phone's new key":  addAs("watch", "new phone"),
+	"remove":               removal("phone"),
+	"remove tablet":        removal("tablet"),
+	"allow":                changeTo("phone", api.PeerChange{Permissions: perms("+lan")}),
+	"allow for good":       changeTo("phone", api.PeerChange{Permissions: perms("+incoming")}),
+	"allow tablet":         changeTo("tablet", api.PeerChange{Permissions: perms("+lan", "+routing")}),
+	"deny":                 changeTo("phone", api.PeerChange{Permissions: perms("-routing")}),
+	"deny incoming":        changeTo("phone", api.PeerChange{Permissions: perms("-incoming")}),
+	"one for another":      changeTo("phone", api.PeerChange{Permissions: perms("-routing", "+lan")}),
+	"rename":               changeTo("phone", api.PeerChange{Name: "mobile"}),
+	"rename tablet":        changeTo("tablet", api.PeerChange{Name: "mobile"}),
+	"rename and deny":      changeTo("phone", api.PeerChange{Name: "mobile", Permissions: perms("-routing")}),
+	"rekey":                changeTo("phone", api.PeerChange{PublicKey: keyOf("new phone")}),
+	"rekey tablet":         changeTo("tablet", api.PeerChange{PublicKey: keyOf("new phone")}),
+	"rekey and allow":      changeTo("phone", api.PeerChange{PublicKey: keyOf("newer phone"), Permissions: perms("+lan")}),
+	"endpoint":             changeTo("phone", api.PeerChange{Endpoint: ptr("192.0.2.7:51820")}),
+	"endpoint and allow":   changeTo("phone", api.PeerChange{Endpoint: ptr("192.0.2.8:51820"), Permissions: perms("+lan")}),
+	"end of incoming":      func(*rig, bool) error { time.Sleep(pairEnd + time.Millisecond); synctest.Wait(); return nil },
+	"keepalive and rename": changeTo("phone", api.PeerChange{Keepalive: ptr("20s"), Name: "handset"}),
+}
+
+func ptr[T any](v T) *T { return &v }
+
+// pairResult is what two edits came to.
+type pairResult struct {
+	answers [2]string // codes, "" for none
+	state   string
+	events  int // of changes
+}
+
+// bareState writes down what of a document doesn't depend on when its edits were made.
+func (doc *document) bareState() string {
+	peers := slices.SortedFunc(slices.Values(doc.Peers), func(a, b peer) int { return cmp.Compare(a.Name, b.Name) })
+	var former, gone []string
+	for _, f := range doc.Former {
+		former = append(former, f.Name+">"+f.Now)
+	}
+	for _, r := range doc.Removed {
+		gone = append(gone, fmt.Sprint(r.Addresses))
+	}
+	slices.Sort(former)
+	slices.Sort(gone)
+	out := ""
+	for _, p := range peers {
+		incoming := p.Permissions.Incoming.Allowed
+		out += fmt.Sprintf("\n\t%s %v %v %v %q %d incoming %v for good %v routing %v lan %v", p.Name, p.PublicKey, p.Kind, p.Addresses, p.Endpoint, p.Keepalive,
+			incoming, incoming && p.Permissions.Incoming.Until.IsZero(), p.Permissions.Routing.Allowed, p.Permissions.LAN.Allowed)
+	}
+	return out + fmt.Sprintf("\n\tformer %v removed %v", former, gone)
+}
+
+// doPair makes two edits on a new mesh, the second when the first is answered, or while
+// the disk keeps the first from being answered, and returns what they came to after
+// pairEnd. The second may find its peer by key.
+func doPair(t *testing.T, first, second string, atOnce, byKey bool) (out pairResult) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.add("tablet")
+		r.mustAllow("phone", "routing", "")
+		until := time.Now().Add(pairEnd)
+		if _, err := r.d.ChangePeer(t.Context(), "phone", api.PeerChange{
+			Permissions: map[string]api.PermissionChange{"incoming": {Allowed: true, Until: &until}},
+		}); err != nil {
+			t.Fatal(err)
+		}
+		before := len(r.events(api.EventChange))
+		code := func(err error) string {
+			var e *api.Error
+			switch {
+			case err == nil:
+				return ""
+			case errors.As(err, &e):
+				return e.Code
+			}
+			return err.Error()
+		}
+		if atOnce {
+			disk := newFrozenDisk()
+			r.setDisk(disk)
+			done := [2]chan error{make(chan error, 1), make(chan error, 1)}
+			for i, name := range []string{first, second} {
+				go func() { done[i] <- pairEdits[name](r, byKey && i == 1) }()
+				synctest.Wait()
+			}
+			time.Sleep(pairThaw)
+			close(disk.thawed)
+			out.answers = [2]string{code(<-done[0]), code(<-done[1])}
+		} else {
+			for i, name := range []string{first, second} {
+				out.answers[i] = code(pairEdits[name](r, byKey && i == 1))
+			}
+		}
+		r.after(15 * time.Second)
+		doc := r.d.wanted.Load()
+		out.state = doc.bareState()
+		kept, err := readDocument(filepath.Join(r.dir, stateFile))
+		if err != nil {
+			t.Fatal(err)
+		}
+		mine, _ := doc.encode()
+		disks, _ := kept.encode()
+		if string(mine) != string(disks) {
+			t.Errorf("in memory %s\non disk %s", mine, disks)
+		}
+		out.events = len(r.events(api.EventChange)) - before
+	})
+	return out
+}
+
+// inParts are the edits that take something away, at once, and then give something. Where
+// the second part is refused, the answer says so.
+var inParts = []string{"one for another", "rekey and allow"}
+
+// TestPairsOfEdits makes every two edits while the first of them is being saved: they come
+// to what they do one after the other, in one of the two orders, with the same answers.
+// What was answered isn't lost, and the disk has what is in force.
+func TestPairsOfEdits(t *testing.T) {
+	names := slices.Sorted(maps.Keys(pairEdits))
+	type order struct {
+		first, second string
+		byKey         bool
+	}
+	known := map[order]pairResult{}
+	inOrder := func(t *testing.T, o order) pairResult {
+		if _, ok := known[o]; !ok {
+			known[o] = doPair(t, o.first, o.second, false, o.byKey)
+		}
+		return known[o]
+	}
+	for _, first := range names {
+		for _, second := range names {
+			if first == second {
+				continue
+			}
+			t.Run(strings.ReplaceAll(first+", "+second, " ", "_"), func(t *testing.T) {
+				got := doPair(t, first, second, true, false)
+				one, other := inOrder(t, order{first, second, false}), inOrder(t, order{second, first, false})
+				slices.Reverse(other.answers[:])
+				most := max(one.events, other.events)
+				for _, parts := range inParts {
+					if parts == first || parts == second {
+						most += 2 // a new key is two, and in force before the rest
+					}
+				}
+				if got.events > most {
+					t.Errorf("%d events of changes, want at most %d", got.events, most)
+				}
+				if i := slices.Index(got.answers[:], api.CodeNotSaved); i >= 0 && slices.Contains(inParts, []string{first, second}[i]) {
+					got.answers[i], one.answers[i], other.answers[i] = "", "", ""
+				}
+				if got.same(one) || got.same(other) {
+					return
+				}
+				// An edit goes on to be about the peer that it was about when it began.
+				if byKey := inOrder(t, order{first, second, true}); !got.same(byKey) {
+					t.Errorf("answers %q:%s\nwant as one after the other %q:%s\nor %q:%s",
+						got.answers, got.state, one.answers, one.state, other.answers, other.state)
+				}
+			})
+		}
+	}
+}
+
+func (p pairResult) same(o pairResult) bool { return p.answers == o.answers && p.state == o.state }
