@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/netip"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -23,12 +24,14 @@ func TestOwnAddressFromOutside(t *testing.T) {
 			r := newRig(t)
 			o := r.options()
 			o.Endpoint = wireguard.Endpoint{Host: endpoint, Port: 4500}
-			now := []netip.Addr{first, six, first}
+			var now atomic.Pointer[[]netip.Addr]
+			now.Store(&[]netip.Addr{first, six, first})
 			o.Resolve = func(_ context.Context, name string) ([]netip.Addr, error) {
-				if name != "home.example" || now == nil {
+				all := now.Load()
+				if name != "home.example" || all == nil {
 					return nil, context.DeadlineExceeded
 				}
-				return slices.Clone(now), nil
+				return slices.Clone(*all), nil
 			}
 			r.startWith(o)
 			defer r.end()
@@ -53,10 +56,10 @@ func TestOwnAddressFromOutside(t *testing.T) {
 				return
 			}
 			check("at first", map[netip.Addr]policy.Class{first: policy.OnLAN, six: policy.OnLAN, moved: policy.Internet})
-			now = []netip.Addr{six, moved}
+			now.Store(&[]netip.Addr{six, moved})
 			r.after(resolveInterval + time.Second)
 			check("moved", map[netip.Addr]policy.Class{first: policy.Internet, six: policy.OnLAN, moved: policy.OnLAN})
-			now = nil
+			now.Store(nil)
 			r.after(10 * time.Minute)
 			check("without an answer", map[netip.Addr]policy.Class{first: policy.Internet, six: policy.OnLAN, moved: policy.OnLAN})
 		})
