@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"syscall"
 	"time"
+
+	"github.com/meshhelper/meshhelper/internal/owned"
 )
 
 // ErrUntrusted is in the chain of an error when a socket, or the folder that it is in,
@@ -29,7 +31,7 @@ func trustedText() string {
 }
 
 // CheckSocket refuses a socket that another user than root or this process's own may
-// have made (ErrUntrusted): by its owner, and by the folder that it is in. Links are
+// have made (ErrUntrusted): by its owner, by the folder that it is in, and by those above that. Links are
 // followed in the path to the folder, and not from there on. What it finds may change;
 // a Client also looks at the process that answers.
 func CheckSocket(path string) error {
@@ -50,13 +52,13 @@ func CheckSocket(path string) error {
 }
 
 // checkFolder refuses a folder in which others than root and this user could make or
-// replace a socket. The sticky bit keeps them from replacing it, not from being first.
+// replace a socket, and one that they could replace: by each folder above, and each link
+// on the way. The sticky bit keeps them from replacing it, not from being first.
 func checkFolder(folder string) error {
-	link, err := os.Lstat(folder)
-	if err == nil {
-		err = checkOwner(link, folder)
-	}
-	if err != nil {
+	var above *owned.AboveError
+	if err := owned.CheckAbove(folder); errors.As(err, &above) {
+		return fmt.Errorf("%w: folder %q: %w; %s", ErrUntrusted, folder, above, above.Hint)
+	} else if err != nil {
 		return err
 	}
 	info, err := os.Stat(folder)

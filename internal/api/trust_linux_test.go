@@ -65,8 +65,8 @@ func TestClientTrustsNoOtherUser(t *testing.T) {
 	}
 	// own is a folder that the other user may write to while it makes its socket.
 	own := func(t *testing.T) string {
-		dir := shortDir(t)
-		if err := os.Chmod(dir, 0o777); err != nil {
+		dir := filepath.Join(shortDir(t), "d")
+		if err := errors.Join(os.Chmod(filepath.Dir(dir), 0o755), os.Mkdir(dir, 0o777), os.Chmod(dir, 0o777)); err != nil {
 			t.Fatal(err)
 		}
 		return dir
@@ -91,6 +91,12 @@ func TestClientTrustsNoOtherUser(t *testing.T) {
 		}, "others could make or replace the socket"},
 		"in its own folder": {func(t *testing.T, dir, _ string) {
 			must(t, os.Chmod(dir, 0o755), os.Chown(dir, otherUser, otherUser))
+		}, "belongs to user 65534, not to root"},
+		"in a folder in its own": {func(t *testing.T, dir, path string) {
+			// It may put a folder of its own in place of the one that was there.
+			must(t, os.Chmod(dir, 0o755), os.Chown(path, 0, 0))
+			t.Cleanup(func() { os.Chown(filepath.Dir(dir), 0, 0) })
+			must(t, os.Chown(filepath.Dir(dir), otherUser, otherUser))
 		}, "belongs to user 65534, not to root"},
 		"its own file": {func(t *testing.T, dir, _ string) {
 			must(t, os.Chmod(dir, 0o755))
@@ -139,7 +145,8 @@ func TestClientTrustsSystemGroup(t *testing.T) {
 	}
 }
 
-// TestListenChecksOwner refuses a folder of another user's, whatever its mode is.
+// TestListenChecksOwner refuses a folder of another user's, whatever its mode is, and one
+// in such a folder.
 func TestListenChecksOwner(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can give a folder to another user")
@@ -152,7 +159,11 @@ func TestListenChecksOwner(t *testing.T) {
 	if err := errors.Join(os.Symlink(shortDir(t), link), os.Lchown(link, otherUser, otherUser)); err != nil {
 		t.Fatal(err)
 	}
-	for _, folder := range []string{dir, link} {
+	above := shortDir(t)
+	if err := errors.Join(os.Mkdir(above+"/in", 0o755), os.Chown(above, otherUser, otherUser)); err != nil {
+		t.Fatal(err)
+	}
+	for _, folder := range []string{dir, link, above + "/in"} {
 		l, err := Listen(filepath.Join(folder, "s"))
 		if err == nil {
 			l.Close()

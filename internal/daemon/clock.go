@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"sync"
 	"time"
+
+	"github.com/meshhelper/meshhelper/internal/owned"
 )
 
 // clock tells the time that grants end by. While one is pending it is the later
@@ -89,7 +91,7 @@ const maxMark = 256
 
 // readMark returns the mark, or zero where there is none.
 func (s *store) readMark() (time.Time, error) {
-	text, err := readOwned(filepath.Join(s.dir, clockFile), maxMark)
+	text, err := owned.Read(filepath.Join(s.dir, clockFile), maxMark)
 	if errors.Is(err, fs.ErrNotExist) {
 		return time.Time{}, nil
 	}

@@ -19,6 +19,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/guard"
+	"github.com/meshhelper/meshhelper/internal/owned"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
@@ -295,7 +296,7 @@ func (d *Daemon) savedTime(doc *document) time.Time {
 // made for a new mesh only.
 func (d *Daemon) loadKey(fresh bool) error {
 	path := filepath.Join(d.opts.StateDir, keyFile)
-	if f, err := openOwned(path); err == nil {
+	if f, err := owned.Open(path); err == nil {
 		f.Close()
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return api.Errorf(api.CodeInternal, "read key file: %v", err).WithHint("nothing was touched; a key that another user wrote isn't used, nor one that others may replace")

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/meshhelper/meshhelper/internal/owned"
 	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
 
@@ -41,7 +42,7 @@ func decodeLearned(text []byte) (learned, error) {
 
 // readLearned returns what was learned, or nothing where there is no file.
 func (s *store) readLearned() (learned, error) {
-	text, err := readOwned(filepath.Join(s.dir, learnedFile), maxLearned)
+	text, err := owned.Read(filepath.Join(s.dir, learnedFile), maxLearned)
 	if errors.Is(err, fs.ErrNotExist) {
 		return learned{}, nil
 	}

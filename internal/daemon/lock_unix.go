@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/owned"
 )
 
 // lockDir takes the state directory for this process. The kernel gives it back
@@ -17,9 +19,9 @@ func lockDir(dir string) (release func() error, err error) {
 	path := filepath.Join(dir, lockFile)
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("lock state directory: %w", noLink(path, err))
+		return nil, fmt.Errorf("lock state directory: %w", owned.NoLink(path, err))
 	}
-	if err := checkOwned(f); err != nil {
+	if err := owned.Check(f); err != nil {
 		f.Close()
 		return nil, fmt.Errorf("lock state directory: %w", err)
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -12,6 +11,7 @@ import (
 	"sync/atomic"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/owned"
 )
 
 // The files in the state directory. The platform's journal stands beside them.
@@ -86,7 +86,7 @@ func (s *store) advice(err error) string {
 }
 
 func readDocument(path string) (*document, error) {
-	text, err := readOwned(path, maxDocument)
+	text, err := owned.Read(path, maxDocument)
 	if err != nil {
 		return nil, fmt.Errorf("read wanted state: %w", err)
 	}
@@ -105,24 +105,6 @@ func (s *store) tidy() {
 			_ = s.files().Remove(path) // it costs some room, no more
 		}
 	}
-}
-
-// readOwned reads a file of the state directory of at most so many bytes, after
-// checking that no other user could have made it what it is.
-func readOwned(path string, most int64) ([]byte, error) {
-	f, err := openOwned(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	text, err := io.ReadAll(io.LimitReader(f, most+1))
-	if err == nil && int64(len(text)) > most {
-		err = fmt.Errorf("more than %d bytes", most)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%q: %w", path, err)
-	}
-	return text, nil
 }
 
 // save replaces the document on disk. After an error the old one is still there, or,
@@ -215,10 +197,29 @@ func (diskFiles) SyncDir(dir string) error {
 }
 
 // openDir makes the state directory if it doesn't exist, and refuses one in which
-// others could replace the files.
+// others could replace the files, or that they could replace itself.
 func openDir(dir string) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return fmt.Errorf("make state directory: %w", err)
+	// Before it is made, so that nothing is put in a folder of another user's; and again
+	// of those that were made.
+	for range 2 {
+		if err := checkAbove(dir); err != nil {
+			return err
+		}
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return fmt.Errorf("make state directory: %w", err)
+		}
 	}
 	return checkDir(dir)
+}
+
+func checkAbove(dir string) error {
+	err := owned.CheckAbove(dir)
+	var above *owned.AboveError
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &above):
+		return api.Errorf(api.CodeInternal, "another user could replace state directory %q: %v", dir, above).WithHint("%s", above.Hint)
+	}
+	return fmt.Errorf("look above state directory: %w", err)
 }

@@ -154,6 +154,8 @@ func TestRefusesToStart(t *testing.T) {
 			{"folder open", func() error { return os.Chmod(r.dir, 0o777) }, "others may write", "chmod"},
 			{"folder open to its group", func() error { return os.Chmod(r.dir, 0o770) }, "others may write", "chmod"},
 			{"folder another user's", own(r.dir, 12345), "belongs to user 12345", "chown"},
+			{"parent another user's", own(filepath.Dir(r.dir), 12345), "belongs to user 12345", "leads through no folder of another user's"},
+			{"parent open", func() error { return os.Chmod(filepath.Dir(r.dir), 0o777) }, "any user may replace", "chmod o-w"},
 			{"state another user's", own(state, 12345), "belongs to user 12345", "last good copy"},
 			{"state open to its group", func() error { return os.Chmod(state, 0o660) }, "others may write", "last good copy"},
 			{"state a link", link(state, filepath.Join(r.dir, copyFile)), "is a link", "last good copy"},
@@ -229,8 +231,10 @@ func both(a, b func() error) func() error { return func() error { return errors.
 
 func restore(t *testing.T, dir string, files map[string]string) {
 	t.Helper()
-	if err := errors.Join(os.Chmod(dir, 0o700), os.Chown(dir, os.Geteuid(), os.Getegid())); err != nil {
-		t.Fatal(err)
+	for _, at := range []string{dir, filepath.Dir(dir)} {
+		if err := errors.Join(os.Chmod(at, 0o700), os.Chown(at, os.Geteuid(), os.Getegid())); err != nil {
+			t.Fatal(err)
+		}
 	}
 	for name, text := range files {
 		path := filepath.Join(dir, name)

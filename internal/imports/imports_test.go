@@ -24,16 +24,17 @@ const all = "*"
 // itself. docs/architecture.md explains it.
 var rooms = map[string][]string{
 	"cmd/meshhelper":   {all},
-	"internal/api":     {"internal/policy"},
-	"internal/daemon":  {"internal/api", "internal/guard", "internal/platform", "internal/policy", "internal/wireguard"},
+	"internal/api":     {"internal/owned", "internal/policy"},
+	"internal/daemon":  {"internal/api", "internal/guard", "internal/owned", "internal/platform", "internal/policy", "internal/wireguard"},
 	"internal/flow":    {"internal/policy"},
 	"internal/guard":   {"internal/flow", "internal/policy"},
 	"internal/imports": {},
 	"internal/install": {"internal/platform", "launchd"},
 	"internal/logfile": {},
-	"internal/linux":   {"internal/flow", "internal/platform", "internal/policy"},
-	"internal/macos":   {"darwin", "internal/flow", "internal/platform", "internal/policy", "pfconf"},
+	"internal/linux":   {"internal/flow", "internal/owned", "internal/platform", "internal/policy"},
+	"internal/macos":   {"darwin", "internal/flow", "internal/owned", "internal/platform", "internal/policy", "pfconf"},
 	"internal/netlab":  {all},
+	"internal/owned":   {},
 
 	"internal/platform":  {"internal/policy"},
 	"internal/policy":    {},

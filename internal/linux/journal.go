@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+
+	"github.com/meshhelper/meshhelper/internal/owned"
 )
 
 // journalName is the journal's file in the state directory.
@@ -54,7 +56,7 @@ func (j *journal) find(name string) *saved {
 func readJournal(dir, boot string) (*journal, error) {
 	empty := &journal{Version: journalVersion, Boot: boot}
 	path := filepath.Join(dir, journalName)
-	b, err := readBounded(path, maxJournal)
+	b, err := owned.Read(path, maxJournal)
 	if errors.Is(err, fs.ErrNotExist) {
 		return empty, nil
 	}
@@ -69,17 +71,6 @@ func readJournal(dir, boot string) (*journal, error) {
 		return empty, nil
 	}
 	return j, nil
-}
-
-func readBounded(path string, most int64) ([]byte, error) {
-	info, err := os.Stat(path)
-	if err != nil {
-		return nil, err
-	}
-	if info.Size() > most {
-		return nil, fmt.Errorf("%s has %d bytes: want at most %d", path, info.Size(), most)
-	}
-	return os.ReadFile(path)
 }
 
 // parseJournal refuses what would have us write anything but a small number to

@@ -64,8 +64,8 @@ func (w *world) hostSendsTo(dst netip.Addr, port int, b []byte) {
 	})
 }
 
-// owned is a mesh with two peers and a removed one.
-func owned() policy.Mesh {
+// ownersMesh is a mesh with two peers and a removed one.
+func ownersMesh() policy.Mesh {
 	m := mesh(grants{ann: all, bob: all})
 	m.Former, m.ListenPort = []netip.Addr{gone4, gone6}, meshPort
 	return m
@@ -157,7 +157,7 @@ func TestOwners(t *testing.T) {
 			if err := os.WriteFile(w.resolvers(), []byte(tt.resolvers), 0o644); err != nil {
 				t.Fatal(err)
 			}
-			r := w.enforce(owned())
+			r := w.enforce(ownersMesh())
 			n := 0
 			var want, all [][]byte
 			expect := map[string]string{} // by word: where it comes out
@@ -229,7 +229,7 @@ func TestWireGuardsOwn(t *testing.T) {
 	w.open()
 	defer w.close()
 	a := netlab.Addresses()
-	w.enforce(owned())
+	w.enforce(ownersMesh())
 	outer := netip.MustParseAddr("100.90.5.2")
 	n := 0
 	next := func() []byte { n++; return word(n) }

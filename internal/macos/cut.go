@@ -13,6 +13,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/meshhelper/meshhelper/internal/owned"
 	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -112,16 +113,9 @@ func minTime(a, b time.Time) time.Time {
 // readCut returns what is on disk, nothing if there is no file.
 func readCut(dir string) (*cutFile, error) {
 	path := filepath.Join(dir, cutName)
-	info, err := os.Stat(path)
+	b, err := owned.Read(path, maxCutFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return &cutFile{}, nil
-	}
-	if err == nil && info.Size() > maxCutFile {
-		err = fmt.Errorf("it has %d bytes: want at most %d", info.Size(), maxCutFile)
-	}
-	var b []byte
-	if err == nil {
-		b, err = os.ReadFile(path)
 	}
 	var f *cutFile
 	if err == nil {

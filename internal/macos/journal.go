@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/meshhelper/meshhelper/internal/owned"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -50,17 +51,10 @@ func (j *journal) isEmpty() bool {
 func readJournal(dir, boot string) (*journal, error) {
 	empty := &journal{Version: journalVersion, Boot: boot}
 	path := filepath.Join(dir, journalName)
-	info, err := os.Stat(path)
+	b, err := owned.Read(path, maxJournal)
 	if errors.Is(err, fs.ErrNotExist) {
 		return empty, nil
 	}
-	if err == nil && info.Size() > maxJournal {
-		err = fmt.Errorf("%s has %d bytes: want at most %d", path, info.Size(), maxJournal)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read journal: %w", err)
-	}
-	b, err := os.ReadFile(path)
 	if err != nil {
 		return nil, fmt.Errorf("read journal: %w", err)
 	}

@@ -1,0 +1,147 @@
+//go:build unix
+
+package owned
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+const otherUser = 65534
+
+func must(t *testing.T, errs ...error) {
+	t.Helper()
+	if err := errors.Join(errs...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestCheckAbove looks at folders above which another user has a hand in.
+func TestCheckAbove(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give a folder to another user")
+	}
+	for name, c := range map[string]struct {
+		// spoil changes top/middle/last, and says what is at fault, or "".
+		spoil func(t *testing.T, top string) (path string)
+		says  string
+	}{
+		"all root's": {func(*testing.T, string) string { return "" }, ""},
+		"not there yet": {func(t *testing.T, top string) string {
+			must(t, os.Remove(top+"/middle/last"), os.Remove(top+"/middle"))
+			return ""
+		}, ""},
+		"the folder itself": {func(t *testing.T, top string) string {
+			must(t, os.Chown(top+"/middle/last", otherUser, otherUser))
+			return "" // the caller's to check
+		}, ""},
+		"parent another user's": {func(t *testing.T, top string) string {
+			must(t, os.Chown(top+"/middle", otherUser, otherUser))
+			return top + "/middle"
+		}, "belongs to user 65534"},
+		"grandparent another user's": {func(t *testing.T, top string) string {
+			must(t, os.Chown(top, otherUser, otherUser))
+			return top
+		}, "belongs to user 65534"},
+		"another user's and sticky": {func(t *testing.T, top string) string {
+			must(t, os.Chown(top, otherUser, otherUser), os.Chmod(top, 0o777|os.ModeSticky))
+			return top
+		}, "belongs to user 65534"},
+		"for all": {func(t *testing.T, top string) string {
+			must(t, os.Chmod(top, 0o777))
+			return top
+		}, "any user may replace"},
+		"for all, sticky": {func(t *testing.T, top string) string {
+			must(t, os.Chmod(top, 0o777|os.ModeSticky))
+			return ""
+		}, ""},
+		"another user's in a sticky one": {func(t *testing.T, top string) string {
+			must(t, os.Chmod(top, 0o777|os.ModeSticky), os.Chown(top+"/middle", otherUser, otherUser))
+			return top + "/middle"
+		}, "belongs to user 65534"},
+		"for a group": {func(t *testing.T, top string) string {
+			must(t, os.Chown(top, 0, 100), os.Chmod(top, 0o775))
+			return top
+		}, "group 100 may replace"},
+		"for a system's group": {func(t *testing.T, top string) string {
+			must(t, os.Chown(top, 0, 1), os.Chmod(top, 0o775))
+			return ""
+		}, ""},
+		"by a link into another user's folder": {func(t *testing.T, top string) string {
+			foreign := filepath.Join(filepath.Dir(top), "foreign")
+			must(t, os.MkdirAll(foreign+"/middle/last", 0o755), os.Chown(foreign, otherUser, otherUser))
+			must(t, os.RemoveAll(top+"/middle"), os.Symlink("../foreign/middle", top+"/middle"))
+			return foreign
+		}, "belongs to user 65534"},
+		"by another user's link": {func(t *testing.T, top string) string {
+			must(t, os.Rename(top+"/middle", top+"/real"), os.Symlink(top+"/real", top+"/middle"), os.Lchown(top+"/middle", otherUser, otherUser))
+			return top + "/middle"
+		}, "belongs to user 65534"},
+		"by a link through another user's folder": {func(t *testing.T, top string) string {
+			foreign := filepath.Join(filepath.Dir(top), "foreign")
+			must(t, os.Mkdir(foreign, 0o755), os.Rename(top+"/middle", top+"/real"), os.Symlink(top+"/real", foreign+"/link"), os.Chown(foreign, otherUser, otherUser))
+			must(t, os.Symlink(foreign+"/link", top+"/middle"))
+			return foreign
+		}, "belongs to user 65534"},
+		"by links without end": {func(t *testing.T, top string) string {
+			must(t, os.RemoveAll(top+"/middle"), os.Symlink("middle", top+"/middle"))
+			return top + "/middle/last"
+		}, "more than 40 links"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			top := filepath.Join(t.TempDir(), "top")
+			must(t, os.MkdirAll(top+"/middle/last", 0o755))
+			path := c.spoil(t, top)
+			err := CheckAbove(top + "/middle/last")
+			if path == "" {
+				must(t, err)
+				return
+			}
+			if err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), c.says) {
+				t.Fatalf("got %v, want %s %s", err, path, c.says)
+			}
+			var above *AboveError
+			if errors.As(err, &above) && above.Hint == "" {
+				t.Error("no hint")
+			}
+		})
+	}
+}
+
+// TestRead reads only what no other user can have written, and no more than is asked for.
+func TestRead(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give a file to another user")
+	}
+	for name, c := range map[string]struct {
+		spoil func(path string) error
+		says  string
+	}{
+		"good":           {func(string) error { return nil }, ""},
+		"another user's": {func(path string) error { return os.Chown(path, otherUser, otherUser) }, "belongs to user 65534"},
+		"for its group":  {func(path string) error { return os.Chmod(path, 0o660) }, "others may write to it"},
+		"a link": {func(path string) error {
+			return errors.Join(os.Rename(path, path+".real"), os.Symlink(path+".real", path))
+		}, "is a link"},
+		"a FIFO": {func(path string) error { return errors.Join(os.Remove(path), unix.Mkfifo(path, 0o600)) }, "not a regular file"},
+		"long":   {func(path string) error { return os.WriteFile(path, make([]byte, 9), 0o600) }, "more than 8 bytes"},
+		"gone":   {os.Remove, "no such file"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "file")
+			must(t, os.WriteFile(path, []byte("12345678"), 0o600), c.spoil(path))
+			text, err := Read(path, 8)
+			switch {
+			case c.says == "" && (err != nil || string(text) != "12345678"):
+				t.Errorf("got %q, %v", text, err)
+			case c.says != "" && (err == nil || !strings.Contains(err.Error(), c.says)):
+				t.Errorf("got %v, want %q", err, c.says)
+			}
+		})
+	}
+}
