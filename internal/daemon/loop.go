@@ -174,10 +174,14 @@ func (l *loop) port() uint16 {
 }
 
 // dropTunnel records that the tunnel ended by itself, because another program took
-// the interface away, and lets the next round make it again.
+// the interface away, and lets the next round make it again. It closes the guard first,
+// and waits tunnelLimit at most for what is left of the tunnel.
 func (l *loop) dropTunnel() {
+	l.d.gate.set(nil, nil)
 	l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: fmt.Sprintf("the mesh interface %s is gone; making it again", l.iface)})
-	l.tunnel.Close()
+	if !inTime(l.tunnel.Close) {
+		l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: fmt.Sprintf("the tunnel that was on it didn't end in %v; going on without it", tunnelLimit)})
+	}
 	l.tunnel, l.held = nil, 0
 	l.repairs++
 }
@@ -558,31 +562,43 @@ func (l *loop) endTunnel() {
 	if l.tunnel == nil {
 		return
 	}
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
+	if !inTime(func() {
 		l.d.gate.set(nil, nil)
 		if stats, err := l.tunnel.Stats(); err == nil {
 			l.d.learnFrom(stats)
 		}
 		l.tunnel.Close()
+	}) {
+		l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: fmt.Sprintf("the tunnel didn't end in %v; leaving the host without it", tunnelLimit)})
+	}
+}
+
+// inTime reports whether end returns within tunnelLimit. It goes on after that.
+func inTime(end func()) bool {
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		end()
 	}()
 	t := time.NewTimer(tunnelLimit)
 	defer t.Stop()
 	select {
 	case <-ended:
+		return true
 	case <-t.C:
-		l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: fmt.Sprintf("the tunnel didn't end in %v; leaving the host without it", tunnelLimit)})
+		return false
 	}
 }
 
 // wakePeers has the tunnel tell the peers where the host is, in a task of its own
-// because that may take long after a wake from sleep.
+// because that may take long after a wake from sleep. One that waits is replaced: it may
+// be of a tunnel that is no more.
 func (l *loop) wakePeers() {
 	select {
-	case l.rebind <- l.tunnel:
+	case <-l.rebind:
 	default:
 	}
+	l.rebind <- l.tunnel // there is room: the loop alone sends
 }
 
 func (l *loop) rebinds(ctx context.Context) error {
@@ -591,7 +607,13 @@ func (l *loop) rebinds(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case t := <-l.rebind:
-			if err := t.Rebind(ctx); err != nil && ctx.Err() == nil {
+			err := t.Rebind(ctx)
+			select {
+			case <-t.Done(): // that it ended is the loop's to say
+				continue
+			default:
+			}
+			if err != nil && ctx.Err() == nil {
 				l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: err.Error()})
 			}
 		}

@@ -587,6 +587,95 @@ func TestTunnelDies(t *testing.T) {
 	})
 }
 
+// TestDeadTunnelHangs has the tunnel die, and hang when it is closed: the guard lets
+// nothing pass, a new tunnel is made all the same, changes are answered, and the helper
+// ends when it is told to.
+func TestDeadTunnelHangs(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		phone := r.add("phone")
+		r.mustAllow("phone", "routing", "")
+		old := r.tunnel
+		old.hang = make(chan struct{})
+		old.once.Do(func() { close(old.done) })
+		defer close(old.hang)
+		synctest.Wait()
+		before := r.host.Delivered()
+		old.dev.Write([][]byte{packetTo(phone.Addresses[0], netip.MustParseAddr("192.0.2.1"))}, 0)
+		if r.host.Delivered() != before {
+			t.Error("a packet passes the guard of the dead tunnel")
+		}
+		if err := old.dev.Close(); err != nil { // another program took the interface away
+			t.Error(err)
+		}
+		r.after(2 * tunnelLimit)
+		if r.tunnel == old || len(r.tunnel.peers) != 1 {
+			t.Fatal("no new tunnel with the peer")
+		}
+		r.wantLoaded("phone", policy.Routing)
+		if _, err := r.deny("phone", "routing"); err != nil {
+			t.Error(err)
+		}
+		r.stop()
+	})
+}
+
+// TestTunnelEndsDuringRebind has the tunnel end while it tells the peers where the host
+// is, and the host move again when the next one is busy with that: the end is no problem
+// of the rebind, and no move is forgotten.
+func TestTunnelEndsDuringRebind(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		n := byte(10)
+		move := func() {
+			n++
+			r.host.Change(func(h *policy.Host) { h.Source4 = netip.AddrFrom4([4]byte{198, 51, 100, n}) })
+			r.after(time.Second)
+		}
+		old := r.tunnel
+		old.rebinding = make(chan struct{})
+		move()
+		move() // waits, for the old tunnel
+		old.Close()
+		r.after(DefaultTick)
+		for _, m := range r.events(api.EventProblem) {
+			if strings.Contains(m, context.Canceled.Error()) {
+				t.Errorf("a problem: %q", m)
+			}
+		}
+		next := r.tunnel
+		if next == old {
+			t.Fatal("no new tunnel")
+		}
+		begun := next.rebinds
+		next.mu.Lock()
+		next.rebinding = make(chan struct{})
+		next.mu.Unlock()
+		for range 3 {
+			move()
+		}
+		close(next.rebinding)
+		synctest.Wait()
+		if got := next.rebinds - begun; got != 2 {
+			t.Errorf("%d rebinds, want the first, and one for those that came during it", got)
+		}
+	})
+}
+
+// TestWakeOfTheNewTunnel has a move wait for a tunnel that hangs while another takes its
+// place: the new one hears of its own moves.
+func TestWakeOfTheNewTunnel(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		l := newLoop(r.d)
+		old, next := &fakeTunnel{done: make(chan struct{})}, &fakeTunnel{done: make(chan struct{})}
+		l.tunnel = old
+		l.wakePeers()
+		l.tunnel = next
+		l.wakePeers()
+		if got := <-l.rebind; got != next {
+			t.Error("the new tunnel's wake is lost to the old one's")
+		}
+	})
+}
+
 func TestWakeFromSleep(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.after(10 * DefaultTick)

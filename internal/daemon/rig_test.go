@@ -239,6 +239,8 @@ type fakeTunnel struct {
 	refuse  error
 	// hang, if not nil, holds up Close until it is closed.
 	hang chan struct{}
+	// rebinding, if not nil, is what Rebind waits for, unless the tunnel ends.
+	rebinding chan struct{}
 }
 
 func (f *fakeTunnel) Sync(want []wireguard.Peer) error {
@@ -283,9 +285,18 @@ func (f *fakeTunnel) setSilent(err error) {
 
 func (f *fakeTunnel) Rebind(context.Context) error {
 	f.mu.Lock()
-	defer f.mu.Unlock()
 	f.rebinds++
-	return nil
+	wait := f.rebinding
+	f.mu.Unlock()
+	if wait == nil {
+		return nil
+	}
+	select {
+	case <-wait:
+		return nil
+	case <-f.done:
+		return context.Canceled
+	}
 }
 
 func (f *fakeTunnel) Done() <-chan struct{} { return f.done }
