@@ -84,6 +84,50 @@ func TestStrangerIsOnlyRefused(t *testing.T) {
 	}
 }
 
+// TestMalformedRequests sends what net/http refuses by itself, before it is known to be a
+// request: the answer is the name of the fault alone, and the service isn't asked.
+func TestMalformedRequests(t *testing.T) {
+	f := newFakeService()
+	l := serveStrangers(t, f)
+	s := NewServer(ServerOptions{Listener: l.UnixListener, Service: f, Access: l.access, Logger: slog.New(slog.DiscardHandler)})
+	server := s.server(t.Context())
+	done := make(chan error)
+	go func() { done <- server.Serve(asStranger{l}) }()
+	defer func() { server.Close(); <-done }()
+	for name, c := range map[string]struct {
+		text string
+		want int
+	}{
+		"no request":          {"hello\r\n\r\n", http.StatusBadRequest},
+		"no host":             {"GET /v1/status HTTP/1.1\r\n\r\n", http.StatusBadRequest},
+		"bad header":          {"GET /v1/status HTTP/1.1\r\nHost: m\r\na b: c\r\n\r\n", http.StatusBadRequest},
+		"header without end":  {"GET /v1/status HTTP/1.1\r\nHost: m\r\nA: " + strings.Repeat("a", 1<<17) + "\r\n\r\n", http.StatusRequestHeaderFieldsTooLarge},
+		"unknown coding":      {"POST /v1/peers HTTP/1.1\r\nHost: m\r\nTransfer-Encoding: gzip\r\n\r\n", http.StatusNotImplemented},
+		"unknown version":     {"GET /v1/status HTTP/3.0\r\nHost: m\r\n\r\n", http.StatusHTTPVersionNotSupported},
+		"unknown expectation": {"GET /v1/status HTTP/1.1\r\nHost: m\r\nExpect: more\r\n\r\n", http.StatusExpectationFailed},
+	} {
+		conn, err := net.Dial("unix", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.SetDeadline(time.Now().Add(time.Minute))
+		_, _ = io.WriteString(conn, c.text) // it may be refused before all is sent
+		answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		body, _ := io.ReadAll(answer.Body) // the end may be a reset
+		if answer.StatusCode != c.want || len(body) > 100 || len(answer.Header) > 2 {
+			t.Errorf("%s: status %d, %q, header %v; want %d and no more", name, answer.StatusCode, body, answer.Header, c.want)
+		}
+		conn.Close()
+	}
+	if got := f.calls(); len(got) != 0 {
+		t.Errorf("the service was asked %q", got)
+	}
+}
+
 // TestRemovesDeadSocketOnly puts a living socket in the place of a dead one between
 // the look at it and its removal: the living one stays.
 func TestRemovesDeadSocketOnly(t *testing.T) {

@@ -91,7 +91,8 @@ func (d *disk) forget(j *job) {
 	d.queue = slices.DeleteFunc(d.queue, func(q *job) bool { return q == j })
 }
 
-// wait waits for a job, and returns its error, or that the disk doesn't answer.
+// wait waits for a job, and returns its error, or that the disk didn't answer while the
+// caller waited.
 func (d *disk) wait(ctx context.Context, j *job) error {
 	select {
 	case <-j.done:
@@ -102,8 +103,11 @@ func (d *disk) wait(ctx context.Context, j *job) error {
 	case <-j.done:
 		return j.err
 	default:
-		return fmt.Errorf("save wanted state: the disk of %q doesn't answer", d.store.dir)
 	}
+	if errors.Is(ctx.Err(), context.Canceled) {
+		return errors.New("save wanted state: it isn't known yet whether it is saved: the caller left, or the helper is stopping")
+	}
+	return fmt.Errorf("save wanted state: the disk of %q doesn't answer", d.store.dir)
 }
 
 // saveWanted has what is wanted then saved.
@@ -199,8 +203,12 @@ func (d *disk) late(err error) {
 func (d *disk) problem() (Problem, bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	return d.problemLocked()
+}
+
+// problemLocked is problem. d.mu is held.
+func (d *disk) problemLocked() (Problem, bool) {
 	if d.kept == d.wanted() {
-		d.since, d.failure = time.Time{}, nil
 		if d.mark != nil {
 			return Problem{
 				Step: "save the clock's mark", Message: d.mark.Error(),
@@ -209,13 +217,9 @@ func (d *disk) problem() (Problem, bool) {
 		}
 		return Problem{}, false
 	}
-	now := time.Now()
-	if d.since.IsZero() {
-		d.since = now
-	}
 	cause := d.failure
 	if cause == nil {
-		if now.Sub(d.since) < d.limit {
+		if d.since.IsZero() || time.Since(d.since) < d.limit {
 			return Problem{}, false
 		}
 		cause = fmt.Errorf("the disk of %q doesn't answer", d.store.dir)
@@ -236,11 +240,17 @@ func notSaved(cause error) string {
 	return fmt.Sprintf("in force now, but not saved: after a restart it is back: %v", cause)
 }
 
-// tell records once that what is wanted couldn't be saved, and once that it is again,
-// however often it is tried in between.
+// tell notes since when what is wanted isn't on disk, and records once that it couldn't be
+// saved, and once that it is again, however often it is tried in between.
 func (d *disk) tell() {
-	p, bad := d.problem()
 	d.mu.Lock()
+	switch {
+	case d.kept == d.wanted():
+		d.since, d.failure = time.Time{}, nil
+	case d.since.IsZero():
+		d.since = time.Now()
+	}
+	p, bad := d.problemLocked()
 	was := d.told
 	d.told = bad
 	d.mu.Unlock()
