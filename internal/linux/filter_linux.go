@@ -388,6 +388,26 @@ func (f *filter) update(t *table, changes []change) error {
 	return nil
 }
 
+// replaceSet makes the kernel hold s, which isn't one of ranges, instead of the loaded
+// set of its name. All else stays as it is, what rules count included.
+func (f *filter) replaceSet(s set) error {
+	if f.loaded == nil {
+		return nil // the next load has it
+	}
+	t := *f.loaded
+	t.sets = slices.Clone(t.sets)
+	for i := range t.sets {
+		if t.sets[i].name == s.name {
+			t.sets[i] = s
+		}
+	}
+	changes, ok := difference(f.loaded, &t)
+	if !ok || len(changes) == 0 {
+		return nil
+	}
+	return f.update(&t, changes)
+}
+
 // remove deletes our table; that there is none is no error.
 func (f *filter) remove() error {
 	f.loaded = nil

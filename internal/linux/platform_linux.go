@@ -62,6 +62,8 @@ type Platform struct {
 	last *policy.Ruleset
 	// loadedPorts is the range of ports in the table that was enforced last.
 	loadedPorts portRange
+	// loadedParams are the parameters of that table.
+	loadedParams params
 	// render is what Renderer returns.
 	render func(*policy.Ruleset) (anchor, text string, err error)
 	// cutOnce says that flows of an earlier helper's time were cut.
@@ -330,7 +332,7 @@ func (p *Platform) params() params {
 	return params{
 		mtu: p.cfg.MTU, transit4: p.forward.transit4(p.name), bridges: p.bridges(),
 		ipsec: p.xfrm != nil, uid: uint32(os.Geteuid()),
-		ports: p.ports.now, around: p.ports.around,
+		ports: p.ports.now, around: p.ports.around, sockets: p.ports.host.boundIn(p.ports.around),
 		flowsPerPeer: p.flowsPerPeer(), established: p.established(),
 	}
 }
@@ -379,7 +381,13 @@ func (p *Platform) makeInterface(cfg platform.Interface) (err error) {
 
 // Observe implements the daemon's contract.
 func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
-	return ask(ctx, p, p.observe)
+	return ask(ctx, p, func() (policy.Host, error) {
+		h, err := p.observe()
+		if err == nil {
+			p.leaveBound(ctx)
+		}
+		return h, err
+	})
 }
 
 func (p *Platform) observe() (policy.Host, error) {
@@ -488,7 +496,7 @@ func (p *Platform) enforceTable(ctx context.Context, r *policy.Ruleset) error {
 			with.flowsPerPeer = p.flowsPerPeer()
 		}
 		p.enforced, p.last, p.loadedPorts = r, r, p.ports.now
-		p.render = func(r *policy.Ruleset) (anchor, text string, err error) { return "", compile(r, with).String(), nil }
+		p.renderWith(with)
 	}
 	if p.filter.holds(t) {
 		loaded()
@@ -503,6 +511,12 @@ func (p *Platform) enforceTable(ctx context.Context, r *policy.Ruleset) error {
 		return err // Enforce closes
 	}
 	return errors.Join(err, p.closing(ctx, p.closeUp))
+}
+
+// renderWith has Renderer render with these parameters.
+func (p *Platform) renderWith(with params) {
+	p.loadedParams = with
+	p.render = func(r *policy.Ruleset) (anchor, text string, err error) { return "", compile(r, with).String(), nil }
 }
 
 // Renderer implements the daemon's contract.

@@ -3,6 +3,7 @@ package linux
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -51,18 +52,37 @@ var defaultPorts = portRange{lastPrivileged + 1, 32767}
 type hostPorts struct {
 	privileged uint16 // the last one
 	taken      []portRange
+	// bound are the ports of sockets, with their users. Any user changes them, so that
+	// they choose a range only once, and are left out of it from then on.
+	bound map[uint16]uint32
 }
 
-// allows reports whether no port of the range is the host's.
+// allows reports whether the range is wide enough, and has no port that the host's
+// settings take.
 func (h hostPorts) allows(r portRange) bool {
 	return r.size() >= minPorts && r.first > h.privileged &&
 		!slices.ContainsFunc(h.taken, r.overlaps)
 }
 
-// free returns the largest range of ports that none of the host's is in. It is
-// the zero range where no such range has minPorts.
+// free returns the largest range of ports that has none of the host's, where that is
+// at least a quarter of what the host's settings leave, and else the largest that
+// these leave, whatever sockets are in it: otherwise any user could leave peers no
+// range, with some ports far apart. It is the zero range where no range has minPorts.
 func (h hostPorts) free() portRange {
+	whole := h.largest(h.taken)
 	taken := slices.Clone(h.taken)
+	for port := range h.bound {
+		taken = append(taken, portRange{port, port})
+	}
+	if r := h.largest(taken); 4*r.size() >= whole.size() {
+		return r
+	}
+	return whole
+}
+
+// largest returns the largest unprivileged range of ports between those taken.
+func (h hostPorts) largest(taken []portRange) portRange {
+	taken = slices.Clone(taken)
 	slices.SortFunc(taken, func(a, b portRange) int { return cmp.Compare(a.first, b.first) })
 	taken = append(taken, portRange{65535, 65535}) // never bad, and it ends the last gap
 	best, next := portRange{}, int(h.privileged)+1
@@ -75,7 +95,8 @@ func (h hostPorts) free() portRange {
 	return best
 }
 
-// around returns the widest range with r in it and none of the host's ports.
+// around returns the widest range with r in it and none of the ports that the host's
+// settings take.
 func (h hostPorts) around(r portRange) portRange {
 	first, last := int(h.privileged)+1, 65535
 	for _, t := range h.taken {
@@ -91,12 +112,31 @@ func (h hostPorts) around(r portRange) portRange {
 
 // has reports whether a port is the host's.
 func (h hostPorts) has(port uint16) bool {
-	return port <= h.privileged || slices.ContainsFunc(h.taken, func(t portRange) bool { return t.has(port) })
+	_, bound := h.bound[port]
+	return bound || port <= h.privileged || slices.ContainsFunc(h.taken, func(t portRange) bool { return t.has(port) })
 }
 
-// keep returns the range to use when had was in use: the same one for as long as
-// none of its ports is the host's, so that a program that begins to listen
-// elsewhere changes nothing.
+// boundIn returns the ports of a range that sockets have, in order.
+func (h hostPorts) boundIn(r portRange) []uint16 {
+	return slices.DeleteFunc(slices.Sorted(maps.Keys(h.bound)), func(port uint16) bool { return !r.has(port) })
+}
+
+// most returns the user whose sockets have the most ports of a range, and how many.
+func (h hostPorts) most(r portRange) (uid uint32, number int) {
+	by := map[uint32]int{}
+	for _, port := range h.boundIn(r) {
+		by[h.bound[port]]++
+	}
+	for _, u := range slices.Sorted(maps.Keys(by)) {
+		if by[u] > number {
+			uid, number = u, by[u]
+		}
+	}
+	return uid, number
+}
+
+// keep returns the range to use when had was in use: the same one for as long as the
+// host's settings allow it. Programs that take ports don't change it.
 func (h hostPorts) keep(had portRange) portRange {
 	if h.allows(had) {
 		return had

@@ -3,6 +3,7 @@ package linux
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -26,11 +27,36 @@ func TestFreePorts(t *testing.T) {
 		{"fewer are left", []portRange{{1024, 65100}}, portRange{}, portRange{}},
 		{"what was in use is kept", []portRange{local, {8080, 8080}}, portRange{1024, 8079}, portRange{1024, 8079}},
 		{"what was in use is no range that is wide enough", []portRange{local}, portRange{2000, 2100}, portRange{1024, 32767}},
-		{"a program took one", []portRange{local, {8080, 8080}}, portRange{1024, 32767}, portRange{8081, 32767}},
+		{"a setting took one", []portRange{local, {8080, 8080}}, portRange{1024, 32767}, portRange{8081, 32767}},
 	} {
 		if got := (hostPorts{privileged: lastPrivileged, taken: tt.taken}).keep(tt.had); got != tt.want {
 			t.Errorf("%s: %v, want %v", tt.name, got, tt.want)
 		}
+	}
+}
+
+// TestSocketsChooseARangeOnce has sockets of different users: they are avoided where a
+// range that is long enough has none of them, and change none that is in use.
+func TestSocketsChooseARangeOnce(t *testing.T) {
+	h := hostPorts{privileged: lastPrivileged, taken: []portRange{{32768, 60999}}, bound: map[uint16]uint32{8080: 0, 22000: 1000, 61500: 7}}
+	if got, want := h.keep(portRange{}), (portRange{8081, 21999}); got != want {
+		t.Errorf("with sockets the range is %v, want %v", got, want)
+	}
+	all := portRange{1024, 32767}
+	if got := h.keep(all); got != all {
+		t.Errorf("sockets have the range be %v instead of %v", got, all)
+	}
+	if got := h.boundIn(all); !slices.Equal(got, []uint16{8080, 22000}) {
+		t.Errorf("sockets of the range: %v", got)
+	}
+	for port := 1024 + minPorts - 1; port < 65536; port += minPorts {
+		h.bound[uint16(port)] = 65534
+	}
+	if got := h.keep(portRange{}); got != all {
+		t.Errorf("with a socket in each %d ports the range is %v, want %v", minPorts, got, all)
+	}
+	if uid, n := h.most(all); uid != 65534 || n != 62 {
+		t.Errorf("user %d has %d ports, want user 65534 with 62", uid, n)
 	}
 }
 

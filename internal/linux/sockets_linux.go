@@ -24,6 +24,7 @@ const (
 	diagRequest  = 56
 	diagMessage  = 72
 	diagPort     = 4  // the socket's own port, behind family, state, timer and retrans
+	diagUser     = 64 // idiag_uid, behind the ends, an expiry and the queues
 	diagByFamily = 20 // SOCK_DIAG_BY_FAMILY (linux/sock_diag.h)
 )
 
@@ -41,10 +42,16 @@ var sockets = []struct {
 	{unix.AF_INET6, unix.IPPROTO_TCP, 1 << tcpListen, "tcp6"},
 }
 
-// boundPorts returns the ports that sockets of the host are bound to, each as a
-// range of one.
-func boundPorts(diag *netlink.Conn) ([]portRange, error) {
-	have := map[uint16]bool{}
+// boundPort is a port that a socket of a user is bound to.
+type boundPort struct {
+	port uint16
+	uid  uint32
+}
+
+// boundPorts returns the ports that sockets of the host are bound to, each with the
+// user of one of its sockets.
+func boundPorts(diag *netlink.Conn) (map[uint16]uint32, error) {
+	have := map[uint16]uint32{}
 	for _, s := range sockets {
 		ports, err := diagPorts(diag, s.family, s.proto, s.states)
 		if err != nil {
@@ -56,19 +63,15 @@ func boundPorts(diag *netlink.Conn) ([]portRange, error) {
 			return nil, fmt.Errorf("list sockets: %w", err)
 		}
 		for _, p := range ports {
-			have[p] = true
+			have[p.port] = p.uid
 		}
 	}
 	delete(have, 0)
-	out := make([]portRange, 0, len(have))
-	for p := range have {
-		out = append(out, portRange{p, p})
-	}
-	return out, nil
+	return have, nil
 }
 
 // diagPorts asks the kernel for the ports of sockets in some states (sock_diag(7)).
-func diagPorts(diag *netlink.Conn, family, proto uint8, states uint32) ([]uint16, error) {
+func diagPorts(diag *netlink.Conn, family, proto uint8, states uint32) ([]boundPort, error) {
 	request := make([]byte, diagRequest)
 	request[0], request[1] = family, proto
 	binary.NativeEndian.PutUint32(request[4:], states)
@@ -79,17 +82,17 @@ func diagPorts(diag *netlink.Conn, family, proto uint8, states uint32) ([]uint16
 	if err != nil {
 		return nil, err
 	}
-	var out []uint16
+	var out []boundPort
 	for _, m := range ms {
 		if len(m.Data) >= diagMessage {
-			out = append(out, binary.BigEndian.Uint16(m.Data[diagPort:]))
+			out = append(out, boundPort{binary.BigEndian.Uint16(m.Data[diagPort:]), binary.NativeEndian.Uint32(m.Data[diagUser:])})
 		}
 	}
 	return out, nil
 }
 
 // procPorts reads the same from /proc/net, where a whole table is printed.
-func procPorts(file string, states uint32) ([]uint16, error) {
+func procPorts(file string, states uint32) ([]boundPort, error) {
 	b, err := os.ReadFile("/proc/thread-self/net/" + file)
 	if err != nil {
 		return nil, err
@@ -99,19 +102,19 @@ func procPorts(file string, states uint32) ([]uint16, error) {
 
 // parseProcPorts reads lines such as
 //
-//	0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 ...
+//	0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000 1000 ...
 //
 // below one of titles (proc(5)): number, local address and port, the other end's,
-// state.
-func parseProcPorts(text string, states uint32) ([]uint16, error) {
-	var out []uint16
+// state, queues, timer, retransmissions, user.
+func parseProcPorts(text string, states uint32) ([]boundPort, error) {
+	var out []boundPort
 	for i, line := range strings.Split(text, "\n") {
 		fields := strings.Fields(line)
 		if i == 0 || len(fields) == 0 {
 			continue
 		}
-		if len(fields) < 4 {
-			return nil, fmt.Errorf("read line %q: want four fields", line)
+		if len(fields) < 8 {
+			return nil, fmt.Errorf("read line %q: want eight fields", line)
 		}
 		_, port, _ := strings.Cut(fields[1], ":")
 		p, err := strconv.ParseUint(port, 16, 16)
@@ -122,8 +125,12 @@ func parseProcPorts(text string, states uint32) ([]uint16, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read state of line %q: %w", line, err)
 		}
+		uid, err := strconv.ParseUint(fields[7], 10, 32)
+		if err != nil {
+			return nil, fmt.Errorf("read user of line %q: %w", line, err)
+		}
 		if states&(1<<state) != 0 {
-			out = append(out, uint16(p))
+			out = append(out, boundPort{uint16(p), uint32(uid)})
 		}
 	}
 	return out, nil

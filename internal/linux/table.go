@@ -75,6 +75,9 @@ type params struct {
 	// ports are those that new flows of peers leave from. Without any, none leaves.
 	// Running ones may have any port of around.
 	ports, around portRange
+	// sockets are the ports of around that sockets of the host have, in order: no packet
+	// of a peer's leaves from them.
+	sockets []uint16
 	// flowsPerPeer bounds the flows that one peer opened and that conntrack has; 0:
 	// unknown, and then neither this nor the timeouts below are set.
 	flowsPerPeer uint32
@@ -135,6 +138,7 @@ func compile(r *policy.Ruleset, p params) *table {
 		c.sets = append(c.sets, searchSets(f)...)
 	}
 	c.sets = append(c.sets, icmpErrors()...)
+	c.sets = append(c.sets, boundSet(c.sockets))
 	c.ingress()
 	c.carried()
 	for _, f := range families {
@@ -246,6 +250,17 @@ func icmpErrors() []set {
 		constants("errors6", "icmpv6_type", number("destination-unreachable", 1),
 			number("packet-too-big", 2), number("time-exceeded", 3), number("parameter-problem", 4)),
 	}
+}
+
+// boundName is the set of the ports that sockets of the host have in the range.
+const boundName = "bound"
+
+func boundSet(ports []uint16) set {
+	values := make([]value, len(ports))
+	for i, p := range ports {
+		values[i] = portValue(p)
+	}
+	return constants(boundName, "inet_service", values...)
 }
 
 // ingress looks at packets before conntrack does: which source is claimed on
@@ -660,6 +675,10 @@ func (c *compiler) leave() {
 	for _, proto := range [...]value{tcp, udp} {
 		if c.ports.size() > 0 {
 			e.drop("a peer's, from a port that may be the host's", is(iifname, c.mesh), is(l4proto, proto), beside(sport, c.around))
+			// A new flow that drew such a port isn't in conntrack yet (nf_confirm is last
+			// at this hook, NF_IP_PRI_CONNTRACK_CONFIRM), so that the packet that is sent
+			// again draws another.
+			e.drop("a peer's, from the port of a socket of the host", is(iifname, c.mesh), is(l4proto, proto), in(boundName, sport))
 		}
 	}
 	c.tunnel(e)
