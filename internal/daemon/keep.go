@@ -27,6 +27,7 @@ type keeper struct {
 	due      time.Time // when to save again
 	marked   time.Time // when the mark was written last, or tried
 	learning time.Time // when learned endpoints were last put in the queue to be saved
+	asked    time.Time // when the tunnel was last asked for them
 }
 
 // look does what is due, and returns when to look again.
@@ -43,8 +44,11 @@ func (k *keeper) look() time.Duration {
 		k.marked = now
 		d.disk.saveMark(d.clock.now(), d.clock)
 	}
-	if now.Sub(k.learning) >= learnInterval && d.learn() {
-		k.learning = now
+	if now.Sub(k.learning) >= learnInterval && now.Sub(k.asked) >= learnAsk {
+		k.asked = now
+		if d.learn() {
+			k.learning = now
+		}
 	}
 	wait := d.opts.Tick
 	if end, ok := doc.nextEnd(); ok {

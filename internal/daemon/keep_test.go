@@ -201,6 +201,22 @@ func TestLearned(t *testing.T) {
 	})
 }
 
+// TestKeeperAsksSeldom has many changes wake the keeper: the tunnel isn't asked each time
+// where peers were heard.
+func TestKeeperAsksSeldom(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		k := keeper{d: r.d, again: newBackoff()}
+		before := r.tunnel.asked
+		for range 10 {
+			k.look()
+		}
+		if got := r.tunnel.asked - before; got != 1 {
+			t.Errorf("asked %d times, want once", got)
+		}
+	})
+}
+
 // stuckLog is a log whose reader is stuck until it goes on.
 type stuckLog struct {
 	goOn chan struct{}

@@ -22,10 +22,12 @@ type learned struct {
 	Endpoints map[wireguard.PublicKey]netip.AddrPort `json:"endpoints"`
 }
 
-// learnInterval is how often what was learned is saved at most; maxLearned
+// learnInterval is how often what was learned is saved at most, and learnAsk how often
+// the tunnel is asked for news, which costs a look at each peer; maxLearned
 // bounds what is read of it, in bytes: an entry has some 100.
 const (
 	learnInterval = 3 * time.Minute
+	learnAsk      = 30 * time.Second
 	maxLearned    = 4 << 20
 )
 

@@ -234,6 +234,7 @@ type fakeTunnel struct {
 	mu      sync.Mutex
 	peers   []wireguard.Peer
 	stats   map[wireguard.PublicKey]wireguard.PeerStats
+	asked   int // for stats
 	rebinds int
 	silent  error // why the port isn't served
 	refuse  error
@@ -256,6 +257,7 @@ func (f *fakeTunnel) Sync(want []wireguard.Peer) error {
 func (f *fakeTunnel) Stats() (map[wireguard.PublicKey]wireguard.PeerStats, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.asked++
 	return f.stats, nil
 }
 
