@@ -324,9 +324,9 @@ func TestRunningFlowsKeepTheirPort(t *testing.T) {
 	}
 }
 
-// TestSocketsAmongThePorts has another user bind one port in each 512, so that no range
-// without sockets is left, and take and leave ports while flows run: peers' flows go
-// on, none leaves from a socket's port, and the table is loaded no more.
+// TestSocketsAmongThePorts has programs take every other port of the range, and leave
+// them again: the range stays, new flows of peers go on when a packet is sent again,
+// none leaves from a socket's port, and the table isn't loaded anew.
 func TestSocketsAmongThePorts(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -358,7 +358,6 @@ func TestSocketsAmongThePorts(t *testing.T) {
 		}
 	}
 	look()
-	// The user takes every other port of the range.
 	taken := map[uint16]*net.UDPConn{}
 	for port := have.first; port < have.last; port += 2 {
 		if _, ok := w.p.ports.host.bound[port]; !ok {
