@@ -228,3 +228,25 @@ func TestPairsOfEdits(t *testing.T) {
 }
 
 func (p pairResult) same(o pairResult) bool { return p.answers == o.answers && p.state == o.state }
+
+// TestOlderDocumentIsNotSaved saves ahead a document that was made before a deny which is
+// on disk by now: it doesn't replace that.
+func TestOlderDocumentIsNotSaved(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.mustAllow("phone", "routing", "")
+		base := r.d.wanted.Load()
+		next := base.clone()
+		next.Generation++
+		next.Peers[0].Permissions.LAN.Allowed = true
+		if _, err := r.deny("phone", "routing"); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.d.disk.saveAhead(t.Context(), base, next); !errors.Is(err, errOvertaken) {
+			t.Errorf("got %v, want errOvertaken", err)
+		}
+		if p, _ := r.onDisk("phone"); p.Permissions.Routing.Allowed || p.Permissions.LAN.Allowed {
+			t.Errorf("a restart would bring back %+v", p.Permissions)
+		}
+	})
+}
