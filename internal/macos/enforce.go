@@ -43,9 +43,9 @@ func (p *Platform) Enforce(ctx context.Context, r *policy.Ruleset) error {
 	return nil
 }
 
-// closeLimit bounds how long closing takes after a step failed, which may have been
-// because its time was up.
-const closeLimit = 5 * time.Second
+// closeLimit bounds how long switching forwarding off takes in one family. It is time
+// of its own: what failed before may have failed because the time was up.
+const closeLimit = 2 * time.Second
 
 // setAddresses gives the mesh interface exactly the host's mesh addresses.
 func (p *Platform) setAddresses(ctx context.Context, n *darwin.Network, r *policy.Ruleset) error {
@@ -153,46 +153,32 @@ func (p *Platform) setForwarding(ctx context.Context, n *darwin.Network, r *poli
 	return p.switchForwarding(ctx, need, now)
 }
 
-// closeForwarding switches forwarding off where we switched it on.
+// closeForwarding switches forwarding off where we switched it on, and what others
+// came to need stays.
 func (p *Platform) closeForwarding(ctx context.Context) error {
-	now, err := p.forwarding()
-	if err != nil {
-		return named(StepForwarding, err)
-	}
-	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeLimit)
-	defer cancel()
-	return p.switchForwarding(limit, policy.Families{}, now)
+	return p.switchForwarding(ctx, policy.Families{}, policy.Families{})
 }
 
 // switchForwarding makes forwarding, which is as in now, what is needed. What was
-// found on stays on, and what others came to need.
+// found on stays on, and what others came to need. Nothing is switched on where
+// something couldn't be switched off.
 func (p *Platform) switchForwarding(ctx context.Context, need, now policy.Families) error {
-	var shared policy.Families
-	if p.j.Forwarding.IPv4 && !need.IPv4 || p.j.Forwarding.IPv6 && !need.IPv6 {
-		var err error
-		if shared, err = p.shared(ctx); err != nil {
-			return named(StepForwarding, err)
-		}
-	}
-	for _, f := range []struct {
-		family    darwin.Family
-		need, now bool
-		ours      *bool
-		shared    bool
-	}{
-		{darwin.IPv4, need.IPv4, now.IPv4, &p.j.Forwarding.IPv4, shared.IPv4},
-		{darwin.IPv6, need.IPv6, now.IPv6, &p.j.Forwarding.IPv6, shared.IPv6},
-	} {
-		var err error
-		switch {
-		case f.need && !f.now:
-			err = p.switchOn(ctx, f.family, f.ours)
-		case !f.need && *f.ours && f.now && !f.shared:
-			err = p.switchOff(ctx, f.family, f.ours)
-		}
-		if err != nil {
+	ours := p.j.Forwarding
+	off := policy.Families{IPv4: ours.IPv4 && !need.IPv4, IPv6: ours.IPv6 && !need.IPv6}
+	if off != (policy.Families{}) {
+		shared := p.sharedAtEnd(ctx)
+		off = policy.Families{IPv4: off.IPv4 && !shared.IPv4, IPv6: off.IPv6 && !shared.IPv6}
+		if err := p.restoreForwarding(ctx, off, policy.Families{}); err != nil {
 			return err
 		}
+	}
+	if need.IPv4 && !now.IPv4 {
+		if err := p.switchOn(ctx, darwin.IPv4, &p.j.Forwarding.IPv4); err != nil {
+			return err
+		}
+	}
+	if need.IPv6 && !now.IPv6 {
+		return p.switchOn(ctx, darwin.IPv6, &p.j.Forwarding.IPv6)
 	}
 	return nil
 }
@@ -208,14 +194,4 @@ func (p *Platform) switchOn(ctx context.Context, f darwin.Family, ours *bool) er
 		}
 	}
 	return p.step(StepForwarding, func() error { return p.sysctl.SetForwarding(ctx, f, true) })
-}
-
-func (p *Platform) switchOff(ctx context.Context, f darwin.Family, ours *bool) error {
-	return p.step(StepRestore, func() error {
-		if err := p.sysctl.SetForwarding(ctx, f, false); err != nil {
-			return err
-		}
-		*ours = false
-		return p.j.write(p.o.StateDir)
-	})
 }

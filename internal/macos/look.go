@@ -171,7 +171,7 @@ func (p *Platform) foundForwarding() (policy.Families, error) {
 // forwarding.
 const sharingLimit = 2 * time.Second
 
-// sharedAtEnd says for which families others translate. Leaving doesn't depend on
+// sharedAtEnd says for which families others translate. Closing and leaving don't depend on
 // it: where pf doesn't tell in time, what was seen last counts.
 func (p *Platform) sharedAtEnd(ctx context.Context) policy.Families {
 	if p.j.Forwarding == (policy.Families{}) {

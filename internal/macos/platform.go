@@ -137,7 +137,7 @@ func (p *Platform) Open(ctx context.Context, cfg platform.Interface) (tun.Device
 // clear by the uplink. The next Enforce loads another, or lets the filter go.
 func (p *Platform) keep(ctx context.Context) error {
 	p.drifted, p.holds = true, false
-	if err := p.restoreForwarding(ctx, p.sharedAtEnd(ctx)); err != nil {
+	if err := p.restoreForwarding(ctx, p.j.Forwarding, p.sharedAtEnd(ctx)); err != nil {
 		return err
 	}
 	if !p.j.Enabling {
@@ -195,36 +195,52 @@ func (p *Platform) takeOver(ctx context.Context, do func(context.Context) error)
 // forwarding does.
 func (p *Platform) giveBack(ctx context.Context) error {
 	p.loaded, p.holds = nil, false
-	if err := p.restoreForwarding(ctx, p.sharedAtEnd(ctx)); err != nil {
+	if err := p.restoreForwarding(ctx, p.j.Forwarding, p.sharedAtEnd(ctx)); err != nil {
 		return err
 	}
 	return errors.Join(p.flush(ctx), p.release(ctx))
 }
 
-// restoreForwarding switches forwarding off where we switched it on, unless
-// other software came to need it, which shared says.
-func (p *Platform) restoreForwarding(ctx context.Context, shared policy.Families) error {
-	if p.j.Forwarding == (policy.Families{}) {
+// restoreForwarding switches forwarding off in those of the families in which we
+// switched it on, unless other software came to need it, which shared says. Whatever
+// failed before, it has [closeLimit] for each; one that fails leaves the other as much;
+// and the journal, whose disk may be full or hang, is written when they are off: one
+// that says too much has the next helper switch off what is off.
+func (p *Platform) restoreForwarding(ctx context.Context, families, shared policy.Families) error {
+	off := policy.Families{IPv4: families.IPv4 && p.j.Forwarding.IPv4, IPv6: families.IPv6 && p.j.Forwarding.IPv6}
+	if off == (policy.Families{}) {
 		return nil
 	}
 	return p.step(StepRestore, func() error {
+		var failed []error
 		for _, f := range []struct {
-			family darwin.Family
-			ours   *bool
-			needed bool
-		}{{darwin.IPv6, &p.j.Forwarding.IPv6, shared.IPv6}, {darwin.IPv4, &p.j.Forwarding.IPv4, shared.IPv4}} {
-			if !*f.ours {
+			family      darwin.Family
+			off, needed bool
+			ours        *bool
+		}{
+			{darwin.IPv6, off.IPv6, shared.IPv6, &p.j.Forwarding.IPv6},
+			{darwin.IPv4, off.IPv4, shared.IPv4, &p.j.Forwarding.IPv4},
+		} {
+			if !f.off {
 				continue
 			}
 			if !f.needed {
-				if err := p.sysctl.SetForwarding(ctx, f.family, false); err != nil {
-					return err
+				if err := p.stopForwarding(ctx, f.family); err != nil {
+					failed = append(failed, err)
+					continue
 				}
 			}
 			*f.ours = false
 		}
-		return p.j.write(p.o.StateDir)
+		return errors.Join(append(failed, p.j.write(p.o.StateDir))...)
 	})
+}
+
+// stopForwarding switches forwarding of a family off, also when ctx has ended.
+func (p *Platform) stopForwarding(ctx context.Context, f darwin.Family) error {
+	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeLimit)
+	defer cancel()
+	return p.sysctl.SetForwarding(limit, f, false)
 }
 
 func (p *Platform) flush(ctx context.Context) error {
@@ -305,10 +321,7 @@ func (p *Platform) Limits() platform.Limits {
 // Cut implements the daemon's contract.
 func (p *Platform) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
 	p.cuts.save(saveBeforeCut)
-	if err := p.kill(ctx, Kills(p.cut, r, narrowed)); err != nil {
-		return err
-	}
-	if err := p.endStrays(ctx, r); err != nil {
+	if err := errors.Join(p.kill(ctx, Kills(p.cut, r, narrowed)), p.endStrays(ctx, r)); err != nil {
 		return err
 	}
 	p.cut = r
@@ -326,7 +339,7 @@ func (p *Platform) Close(ctx context.Context) ([]platform.Problem, error) {
 	defer p.cuts.save(saveLimit)
 	shared := p.sharedAtEnd(ctx)
 	left := p.left(shared)
-	if err := p.restoreForwarding(ctx, shared); err != nil {
+	if err := p.restoreForwarding(ctx, p.j.Forwarding, shared); err != nil {
 		// The anchor stays: without it, forwarding would be open.
 		return left, errors.Join(err, p.removeInterface())
 	}
@@ -355,18 +368,24 @@ func (p *Platform) endFlows(ctx context.Context) error {
 // which has to be over in seconds.
 const maxKillsAtEnd = 16
 
-// kill ends states.
+// kill ends states. One that fails holds up none of the others; the first error is
+// returned, for each of thousands may be the same.
 func (p *Platform) kill(ctx context.Context, kills []Kill) error {
 	if len(kills) == 0 {
 		return nil
 	}
 	return p.step(StepCut, func() error {
+		var first error
 		for _, k := range kills {
-			if err := p.pf.KillFromTo(ctx, k.From, k.To); err != nil {
-				return err
+			err := p.pf.KillFromTo(ctx, k.From, k.To)
+			if first == nil {
+				first = err
+			}
+			if ctx.Err() != nil {
+				break
 			}
 		}
-		return nil
+		return first
 	})
 }
 
