@@ -729,6 +729,34 @@ func TestHandshakeEvents(t *testing.T) {
 	})
 }
 
+// TestRoundAsksTheTunnelOnce counts the looks at the tunnel's statistics, each of which
+// has the device print all peers.
+func TestRoundAsksTheTunnelOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		asked := func() int {
+			r.tunnel.mu.Lock()
+			defer r.tunnel.mu.Unlock()
+			return r.tunnel.asked
+		}
+		rounds := func() (n int) {
+			for _, call := range r.host.Calls() {
+				if call == "observe" {
+					n++
+				}
+			}
+			return n
+		}
+		r.add("phone")
+		r.after(time.Second)
+		wasAsked, before := asked(), rounds()
+		r.host.Change(func(h *policy.Host) { h.Source4 = netip.MustParseAddr("198.51.100.9") })
+		r.after(5 * time.Second)
+		if n := rounds() - before; n == 0 || asked()-wasAsked != n {
+			t.Errorf("%d looks at the tunnel in %d rounds", asked()-wasAsked, n)
+		}
+	})
+}
+
 // TestNoInterface refuses to start where the mesh interface can't be made, and
 // leaves the host alone: it may be another helper's.
 func TestNoInterface(t *testing.T) {

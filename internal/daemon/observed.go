@@ -39,11 +39,11 @@ func (l *loop) look() {
 	if err := l.tunnel.Listening(); err != nil {
 		l.addProblem(err)
 	}
-	if _, err := l.tunnel.Stats(); err != nil {
+	n, err := readNumbers(condition{tunnel: l.tunnel, guard: l.guard})
+	if err != nil {
 		l.addProblem(err)
 		return
 	}
-	n := readNumbers(condition{tunnel: l.tunnel, guard: l.guard})
 	peers := l.d.wanted.Load().Peers
 	l.recordHandshakes(peers, n)
 	l.tellRefused(peers, n, now)

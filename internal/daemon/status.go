@@ -48,7 +48,7 @@ func (d *Daemon) Peer(ref string) (api.Peer, error) {
 
 // views returns all peers of doc.
 func (d *Daemon) views(doc *document, c condition) []api.Peer {
-	now, numbers := d.clock.now(), readNumbers(c)
+	now, numbers := d.clock.now(), c.numbers()
 	out := make([]api.Peer, len(doc.Peers))
 	for i := range doc.Peers {
 		out[i] = viewOf(&doc.Peers[i], numbers, now)
@@ -59,7 +59,7 @@ func (d *Daemon) views(doc *document, c condition) []api.Peer {
 // view returns one peer with its numbers.
 func (d *Daemon) view(p *peer, now time.Time) api.Peer {
 	c, _ := d.condition()
-	return viewOf(p, readNumbers(c), now)
+	return viewOf(p, c.numbers(), now)
 }
 
 // numbers are what tunnel and guard counted, by peer.
@@ -68,16 +68,20 @@ type numbers struct {
 	guard  map[policy.PeerID]guard.PeerStats
 }
 
-// readNumbers returns nothing of a tunnel that is closed or can't be read; the
-// loop says so in the problems.
-func readNumbers(c condition) (n numbers) {
+// readNumbers returns nothing of a tunnel that is closed, and with an error nothing of
+// one that can't be read.
+func readNumbers(c condition) (n numbers, err error) {
 	if c.tunnel == nil {
-		return n
+		return n, nil
 	}
 	n.guard = c.guard.Stats()
-	if stats, err := c.tunnel.Stats(); err == nil {
-		n.tunnel = stats
-	}
+	n.tunnel, err = c.tunnel.Stats()
+	return n, err
+}
+
+// numbers returns what readNumbers can tell; the loop says in the problems where it can't.
+func (c condition) numbers() numbers {
+	n, _ := readNumbers(c)
 	return n
 }
 
