@@ -296,17 +296,20 @@ func (d *Daemon) savedTime(doc *document) time.Time {
 // made for a new mesh only.
 func (d *Daemon) loadKey(fresh bool) error {
 	path := filepath.Join(d.opts.StateDir, keyFile)
-	if f, err := owned.Open(path); err == nil {
+	var key wireguard.PrivateKey
+	f, err := owned.Open(path)
+	switch {
+	case err == nil:
+		key, err = wireguard.ReadKey(f) // of the file that was checked, whatever has its name by now
 		f.Close()
-	} else if !errors.Is(err, fs.ErrNotExist) {
+	case !errors.Is(err, fs.ErrNotExist):
 		return api.Errorf(api.CodeInternal, "read key file: %v", err).WithHint("nothing was touched; a key that another user wrote isn't used, nor one that others may replace")
 	}
-	key, err := wireguard.ReadKeyFile(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && fresh:
 		key, _, err = d.opts.Prefixes.GenerateFree(d.opts.Random, func(netip.Addr) bool { return false })
 		if err == nil {
-			err = wireguard.WriteKeyFile(path, key)
+			err = writeKey(path, key)
 		}
 	case errors.Is(err, fs.ErrNotExist):
 		err = api.Errorf(api.CodeInternal, "the host's key %q is missing, but there is a wanted state", path).
@@ -318,6 +321,13 @@ func (d *Daemon) loadKey(fresh bool) error {
 	}
 	d.key = key
 	return err
+}
+
+func writeKey(path string, key wireguard.PrivateKey) error {
+	if err := owned.Replace(path, []byte(key.Reveal()+"\n")); err != nil {
+		return fmt.Errorf("write key file: %w", err)
+	}
+	return nil
 }
 
 // place finds the host's own addresses: those given, else derived from its key.

@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"sync/atomic"
 
 	"github.com/meshhelper/meshhelper/internal/api"
@@ -167,34 +166,14 @@ func unsyncedIf(changed bool, err error) error {
 type diskFiles struct{}
 
 func (diskFiles) WriteTemp(dir, pattern string, content []byte) (path string, err error) {
-	// CreateTemp makes it 0600 and exclusively.
-	f, err := os.CreateTemp(dir, pattern)
-	if err != nil {
-		return "", err
-	}
-	_, err = f.Write(content)
-	err = errors.Join(err, f.Sync(), f.Close())
-	if err != nil {
-		_ = os.Remove(f.Name())
-		return "", err
-	}
-	return f.Name(), nil
+	return owned.WriteTemp(dir, pattern, content)
 }
 
 func (diskFiles) Rename(from, to string) error { return os.Rename(from, to) }
 
 func (diskFiles) Remove(path string) error { return os.Remove(path) }
 
-func (diskFiles) SyncDir(dir string) error {
-	if runtime.GOOS == "windows" {
-		return nil // it has no such operation
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
+func (diskFiles) SyncDir(dir string) error { return owned.SyncDir(dir) }
 
 // openDir makes the state directory if it doesn't exist, and refuses one in which
 // others could replace the files, or that they could replace itself.

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -13,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/owned"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
@@ -192,6 +194,61 @@ func TestRefusesToStart(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// TestKeyIsOfTheFileThatWasChecked has the key file change all the time between root's and
+// another user's: that one's key is never taken.
+func TestKeyIsOfTheFileThatWasChecked(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give a file to another user")
+	}
+	dir := t.TempDir()
+	path := filepath.Join(dir, keyFile)
+	var keys [2]wireguard.PrivateKey
+	for i := range keys {
+		var err error
+		if keys[i], err = wireguard.GeneratePrivateKey(rand.Reader); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stop, ended := make(chan struct{}), make(chan error, 1)
+	put := func(i int) error {
+		err := owned.Replace(path+".new", []byte(keys[i].Reveal()))
+		return errors.Join(err, os.Chown(path+".new", 12345*i, 0), os.Rename(path+".new", path))
+	}
+	if err := put(0); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		var err error
+		for i := 1; err == nil; i = 1 - i {
+			select {
+			case <-stop:
+				ended <- nil
+				return
+			default:
+				err = put(i)
+			}
+		}
+		ended <- err
+	}()
+	taken, refused := 0, 0
+	for n := 0; !t.Failed() && n < 60000 && (taken < 3000 || refused < 3000); n++ {
+		d := &Daemon{opts: Options{StateDir: dir}}
+		switch err := d.loadKey(false); {
+		case err == nil && d.key.Equal(keys[1]):
+			t.Error("another user's key is taken")
+		case err == nil:
+			taken++
+		default:
+			refused++
+		}
+	}
+	close(stop)
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("root's key taken %d times, another user's file refused %d times", taken, refused)
 }
 
 // listing returns each file's mode and size, and its content where it has one to read.

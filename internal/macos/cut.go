@@ -275,7 +275,7 @@ func writeCut(dir string, b []byte) error {
 		}
 		return err
 	}
-	if err := replaceFile(path, b); err != nil {
+	if err := owned.Replace(path, b); err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
 	return nil

@@ -94,44 +94,14 @@ func (j *journal) write(dir string) error {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("remove journal: %w", err)
 		}
-		return syncDir(dir)
+		return owned.SyncDir(dir)
 	}
 	b, err := json.MarshalIndent(j, "", "\t")
 	if err == nil {
-		err = replaceFile(path, append(b, '\n'))
+		err = owned.Replace(path, append(b, '\n'))
 	}
 	if err != nil {
 		return fmt.Errorf("write journal: %w", err)
 	}
 	return nil
-}
-
-// replaceFile writes a file beside the old one, syncs it and puts it in the old
-// one's place.
-func replaceFile(path string, b []byte) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			os.Remove(f.Name())
-		}
-	}()
-	_, err = f.Write(b)
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

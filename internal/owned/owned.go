@@ -1,14 +1,19 @@
 // Package owned reads files that only root or the user that runs this process can have
-// written, and looks at the folders on the way to them: a program that runs as root
-// must not believe what another user put there.
+// written, writes such files, and looks at the folders on the way to them: a program that
+// runs as root must not believe what another user put there.
 //
-// Open and Read are for files, CheckAbove is for the folders above. On systems other
-// than Unix nothing is checked: access lists, which the folder's set, are another matter.
+// Open and Read are for files, CheckAbove is for the folders above, and Replace writes a
+// file that is whole after a crash at any moment. On systems other than Unix nothing is
+// checked: access lists, which the folder's set, are another matter.
 package owned
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
+	"runtime"
 )
 
 // Read reads a file, which Open opens, of at most so many bytes.
@@ -26,6 +31,51 @@ func Read(path string, most int64) ([]byte, error) {
 		return nil, fmt.Errorf("%q: %w", path, err)
 	}
 	return text, nil
+}
+
+// Replace gives the file at path new content, mode 0600 and this process's user as its
+// owner, and returns when it would outlive a loss of power: the file and its name are
+// synced. After a crash at any moment path is the old file or the new one, whole. A link
+// at path is replaced, not followed.
+func Replace(path string, content []byte) error {
+	dir := filepath.Dir(path)
+	temp, err := WriteTemp(dir, "."+filepath.Base(path)+".*", content)
+	if err != nil {
+		return err
+	}
+	if err := os.Rename(temp, path); err != nil {
+		_ = os.Remove(temp)
+		return err
+	}
+	return SyncDir(dir)
+}
+
+// WriteTemp writes a new file in dir, which is named by pattern as os.CreateTemp's are
+// and has mode 0600, and syncs it. With an error no file stays.
+func WriteTemp(dir, pattern string, content []byte) (path string, err error) {
+	// CreateTemp makes it 0600 and exclusively, so no other process has it open.
+	f, err := os.CreateTemp(dir, pattern)
+	if err != nil {
+		return "", err
+	}
+	_, err = f.Write(content)
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		_ = os.Remove(f.Name())
+		return "", err
+	}
+	return f.Name(), nil
+}
+
+// SyncDir has the names in dir, such as a renamed one, outlive a loss of power.
+func SyncDir(dir string) error {
+	if runtime.GOOS == "windows" {
+		return nil // it has no such operation
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
 
 // AboveError says of a folder, or of a link, on the way to another that a user who isn't

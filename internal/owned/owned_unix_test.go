@@ -145,3 +145,41 @@ func TestRead(t *testing.T) {
 		})
 	}
 }
+
+// TestReplace gives a file new content: whole, for its owner alone, and not through a link.
+func TestReplace(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "file")
+	for name, before := range map[string]func() error{
+		"new":   func() error { return nil },
+		"older": func() error { return os.WriteFile(path, []byte("a longer text"), 0o644) },
+		"a link": func() error {
+			return errors.Join(os.Remove(path), os.Symlink(filepath.Join(dir, "target"), path))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			must(t, os.WriteFile(path, nil, 0o600), os.WriteFile(filepath.Join(dir, "target"), []byte("other"), 0o600), before())
+			must(t, Replace(path, []byte("12345678")))
+			text, err := Read(path, 8)
+			info, _ := os.Lstat(path)
+			if err != nil || string(text) != "12345678" || info.Mode() != 0o600 {
+				t.Errorf("got %q, %v, %v", text, info.Mode(), err)
+			}
+			if text, _ := os.ReadFile(filepath.Join(dir, "target")); string(text) != "other" {
+				t.Errorf("what a link led to is %q", text)
+			}
+		})
+	}
+	must(t, os.Mkdir(filepath.Join(dir, "folder"), 0o700))
+	if err := Replace(filepath.Join(dir, "folder"), nil); err == nil {
+		t.Error("a folder was replaced")
+	}
+	if err := Replace(filepath.Join(dir, "none", "file"), nil); err == nil {
+		t.Error("a file in no folder was written")
+	}
+	entries, err := os.ReadDir(dir)
+	must(t, err)
+	if len(entries) != 3 {
+		t.Errorf("left %v, want the file, the target and the folder", entries)
+	}
+}

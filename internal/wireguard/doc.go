@@ -4,7 +4,7 @@
 //
 // A newcomer starts at three places:
 //
-//   - PrivateKey and PublicKey, with LoadKey for the host's own key file.
+//   - PrivateKey and PublicKey, with ReadKey for the host's own key file.
 //   - Prefixes, which derives a device's two addresses from its public key and
 //     finds free ones where they collide.
 //   - Device, which wraps golang.zx2c4.com/wireguard around a tun.Device and
