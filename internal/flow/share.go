@@ -1,6 +1,7 @@
 package flow
 
 import (
+	"maps"
 	"sync"
 	"sync/atomic"
 
@@ -17,11 +18,13 @@ type share struct {
 	held     int // entries of the host's packet filter that the peer's flows take
 	memory   int // flows of the host, and again cut ones
 	flows    map[key]*entry
+	most     int  // of flows since the map was made; see shrink
 	byPeer   list // running flows that the peer opened
 	asked    list // those that the host opened and that weren't answered
 	talks    list // the others that the host opened
 	cut      list
 	free     *entry     // linked by next
+	spare    int        // how many those are
 	pieces   reassembly // fragments from the peer
 	sent     fragments  // and towards it
 	answers  bucket
@@ -86,10 +89,23 @@ func (s *share) sweepAgain(now Instant) {
 	}
 }
 
-// sweep forgets those of the peer's flows that timed out.
+// sweep forgets those of the peer's flows that timed out, which is what makes room.
 func (s *share) sweep(now Instant) {
 	s.swept = now
-	for e, next := s.byPeer.front, (*entry)(nil); e != nil; e = next {
+	s.sweepList(&s.byPeer, now)
+}
+
+// sweepAll forgets every flow that timed out, so that a share gives back the memory of a
+// past flood also while its peer is silent.
+func (s *share) sweepAll(now Instant) {
+	s.sweep(now)
+	for _, l := range []*list{&s.asked, &s.talks, &s.cut} {
+		s.sweepList(l, now)
+	}
+}
+
+func (s *share) sweepList(l *list, now Instant) {
+	for e, next := l.front, (*entry)(nil); e != nil; e = next {
 		next = e.next
 		if e.expired(e.load(), now) {
 			s.drop(e)
@@ -114,7 +130,31 @@ func (s *share) drop(e *entry) {
 	s.table.forget(k, e)
 	e.unlist()
 	s.store(e, 0)
-	e.next, s.free = s.free, e
+	if s.spare < maxSpare {
+		e.next, s.free = s.free, e
+		s.spare++
+	}
+	s.shrink()
+}
+
+const (
+	// maxSpare is how many entries a share keeps for its next flows: enough for lookups
+	// and other short ones that come and go. The others are the garbage collector's.
+	maxSpare = 64
+	// minMap is the number of flows up to which a share's map isn't worth making anew.
+	minMap = 256
+)
+
+// shrink makes the map of flows anew when three quarters of what it held at most are gone,
+// for a map of Go gives back no memory when entries are deleted. What it costs is paid by
+// the deletions before.
+func (s *share) shrink() {
+	if s.most < minMap || len(s.flows) >= s.most/4 {
+		return
+	}
+	flows := make(map[key]*entry, len(s.flows))
+	maps.Copy(flows, s.flows)
+	s.flows, s.most = flows, len(flows)
 }
 
 // add makes an entry for a flow that isn't in memory and that opener may open. It has
@@ -129,9 +169,11 @@ func (s *share) add(k key, opener Direction, now Instant) *entry {
 		e = &entry{share: s}
 	} else {
 		s.free, e.next = e.next, nil
+		s.spare--
 	}
 	e.rename(k)
 	s.flows[k] = e
+	s.most = max(s.most, len(s.flows))
 	return e
 }
 

@@ -28,8 +28,22 @@ type Stats struct {
 	Full uint64
 }
 
-// Stats returns the counts of the peer with an index in the view's ruleset.
-func (v *View) Stats(peer int) Stats { return v.shares[peer].stats() }
+// Stats returns the counts of the peer with an index in the view's ruleset. Flows that
+// timed out are forgotten first, and their memory given back.
+func (v *View) Stats(peer int) Stats {
+	v.table.sweepVia()
+	return v.shares[peer].stats()
+}
+
+// sweepVia forgets what timed out of the flows that the host opened through peers.
+func (t *Table) sweepVia() {
+	if s, now := t.viaPeers, t.Now(); s.mu.TryLock() {
+		if now-s.swept >= sweepEvery {
+			s.sweepAll(now)
+		}
+		s.mu.Unlock()
+	}
+}
 
 func (s *share) stats() Stats {
 	out := Stats{
@@ -45,7 +59,7 @@ func (s *share) stats() Stats {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.sweep(s.table.Now())
+	s.sweepAll(s.table.Now())
 	out.Flows, out.Cut = s.byPeer.len+s.asked.len+s.talks.len, s.cut.len
 	out.Held, out.Limit = s.held, s.limit
 	return out

@@ -271,11 +271,7 @@ func (t *Table) prune(v *View, now Instant) {
 func (s *share) idle(now Instant) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, e := range s.flows {
-		if e.expired(e.load(), now) {
-			s.drop(e)
-		}
-	}
+	s.sweepAll(now)
 	s.expireFragments(now)
 	return len(s.flows) == 0 && len(s.pieces.open) == 0
 }

@@ -2,6 +2,7 @@ package flow
 
 import (
 	"net/netip"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -87,6 +88,50 @@ func TestFlood(t *testing.T) {
 	if got := l.flood(flowtest.PeerC4, 2000); got < limit-200 {
 		t.Errorf("only %d flows opened after the others timed out", got)
 	}
+}
+
+// TestMemoryOfAFloodIsGivenBack has the host and a peer open flows, and measures what is
+// left of their memory when they timed out and no packet came since.
+func TestMemoryOfAFloodIsGivenBack(t *testing.T) {
+	const flows = 50_000
+	l := newLab(t, routing, Options{PerPeer: flows})
+	heap := func() int {
+		l.view.Stats(0) // what the helper does each few seconds
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return int(m.HeapAlloc)
+	}
+	for name, open := range map[string]func(i int){
+		"towards the peer": func(i int) {
+			l.to(true, flowtest.Datagram(at(flowtest.HostB4, uint16(i)), at(flowtest.PeerC4, uint16(i>>16)), 0))
+		},
+		"through the peer": func(i int) {
+			l.to(true, flowtest.Datagram(at(flowtest.HostB4, uint16(i)), at(flowtest.Net4, uint16(i>>16)), 0))
+		},
+		"from the peer": func(i int) {
+			if i%openingRate == 0 {
+				l.later(time.Second)
+			}
+			l.from(true, flowtest.Datagram(at(flowtest.PeerC4, uint16(i)), at(flowtest.Net4, uint16(i>>16)), 0))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			before := heap()
+			for i := range flows {
+				open(i)
+			}
+			full := heap() - before
+			l.later(24 * time.Hour)
+			left := heap() - before
+			t.Logf("%d bytes while the flows ran, %d when they timed out", full, left)
+			if full < 100*flows/2 || left > full/20 {
+				t.Errorf("%d of %d bytes stay", left, full)
+			}
+			open(0) // and others are opened
+		})
+	}
+	runtime.KeepAlive(l)
 }
 
 // TestOpeningRate has C open flows as fast as it can.
