@@ -75,7 +75,7 @@ func (t tuple) reversed() tuple {
 }
 
 // ask writes to asked the packet that t describes in the policy's words, arriving
-// by the interface in. Of an ICMP query or answer the ports hold type and
+// by the interface in. Of an ICMP query or answer the ports hold type, code and
 // identifier; see parseICMP.
 func (t *tuple) ask(in string, asked *policy.Packet) {
 	asked.In = in
@@ -375,9 +375,11 @@ func (p *packet) parseUDP(b []byte) bool {
 	return size >= headerUDP && size <= len(b)
 }
 
-// parseICMP reads type and identifier. A query has its identifier as the port of
-// the asking end and its type as the other's, an answer the reverse, so that the
-// answer to a query and to nothing else is the reverse of it.
+// parseICMP reads type, code and identifier. A query has its identifier as the port of
+// the asking end, its type and code as the other's, an answer the reverse, so that the
+// answer to a query and to nothing else is the reverse of it. Queries of different codes
+// are different flows because they are to Linux (icmp_pkt_to_tuple in
+// net/netfilter/nf_conntrack_proto_icmp.c): what is counted here is what is held there.
 func (p *packet) parseICMP(b []byte) bool {
 	if len(b) < headerICMP {
 		return false
@@ -397,11 +399,11 @@ func (p *packet) parseICMP(b []byte) bool {
 
 // setQuery sets the ports of an ICMP query or answer.
 func (p *packet) setQuery(b []byte) {
-	id := binary.BigEndian.Uint16(b[4:])
+	id, code := binary.BigEndian.Uint16(b[4:]), uint16(b[1])
 	if query, ok := queryOf(p.icmpType, p.v6); ok {
-		p.fromPort, p.toPort = uint16(query)<<8, id
+		p.fromPort, p.toPort = uint16(query)<<8|code, id
 	} else if isQuery(p.icmpType, p.v6) {
-		p.fromPort, p.toPort, p.opens = id, uint16(p.icmpType)<<8, true
+		p.fromPort, p.toPort, p.opens = id, uint16(p.icmpType)<<8|code, true
 	}
 }
 

@@ -487,7 +487,14 @@ func TestEachKindIsBounded(t *testing.T) {
 			return flowtest.Datagram(at(src, 9), at(spread(net, i), 443), 8)
 		},
 		"echoes, by identifier": func(src, net netip.Addr, i int) []byte { return flowtest.Echo(src, net, uint16(i), false, 8) },
-		"echoes, by address":    func(src, net netip.Addr, i int) []byte { return flowtest.Echo(src, spread(net, i), 9, false, 8) },
+		"echoes, by code": func(src, net netip.Addr, i int) []byte {
+			query := uint8(8)
+			if src.Is6() {
+				query = 128
+			}
+			return flowtest.ICMPMessage(src, spread(net, i>>8), query, uint8(i), nil)
+		},
+		"echoes, by address": func(src, net netip.Addr, i int) []byte { return flowtest.Echo(src, spread(net, i), 9, false, 8) },
 		"fragments": func(src, net netip.Addr, i int) []byte {
 			return flowtest.Fragments(flowtest.Datagram(at(src, 9), at(spread(net, i), 443), 80), uint32(i), 40)[0]
 		},

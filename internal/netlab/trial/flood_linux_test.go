@@ -340,6 +340,39 @@ func megabytes(list []int) []int {
 	return out
 }
 
+// TestEchoCodes has a peer send echoes that differ in nothing but the code, which no
+// program but an attacker's sets. The kernel keeps a flow for each: so must the guard,
+// and refuse what is over the peer's rate.
+func TestEchoCodes(t *testing.T) {
+	m := newSilentStage(t)
+	start(t, m)
+	addPeers(t, m)
+	permit(t, m, "C", everything)
+	before, at := entriesOf(t, m), netlab.Addresses()
+	began := time.Now()
+	const ids = 8
+	for i, kind := range []uint8{8, 128} {
+		from, to := m.Peers["C"].Addresses.List()[i], at.I.List()[i]
+		for n := range ids << 8 {
+			if err := m.C.Forge(m.Peers["C"].End.Name, netlab.ICMPPacket(from, to, kind, uint8(n), uint32(n>>8)<<16, nil)); err != nil {
+				t.Fatal(err)
+			}
+			if n%256 == 255 {
+				time.Sleep(time.Millisecond) // so that few are lost
+			}
+		}
+	}
+	held := 0
+	for range 20 { // what is on its way arrives
+		held = max(held, entriesOf(t, m)-before)
+		time.Sleep(50 * time.Millisecond)
+	}
+	// The host's own and the test's entries are few.
+	if most := 1000 + int(200*time.Since(began).Seconds()) + 20; held > most || held < 500 {
+		t.Errorf("conntrack has %d entries of %d echoes, want %d at most", held, 2*ids<<8, most)
+	}
+}
+
 var shareOf = regexp.MustCompile(`of the (\d+) entries`)
 
 // flowsShare is how many flows one peer may have, as doctor prints it.
