@@ -20,6 +20,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/owned"
+	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
@@ -32,8 +33,6 @@ type Tunnel interface {
 	Sync(want []wireguard.Peer) error
 	Stats() (map[wireguard.PublicKey]wireguard.PeerStats, error)
 	ListenPort() uint16
-	// SetSelf says where datagrams reach the tunnel itself, which is no peer's endpoint.
-	SetSelf(places []netip.AddrPort)
 	// Rebind tells the peers where the host is after a change of networks or sleep.
 	Rebind(ctx context.Context) error
 	// Listening returns why the UDP port isn't served; nil while it is.
@@ -187,6 +186,7 @@ type condition struct {
 	problems, foreign []Problem
 	tunnel            Tunnel
 	guard             *guard.Device
+	limits            platform.Limits // of the host's packet filter, when the guard was made
 }
 
 // New reads the wanted state and takes the state directory. It doesn't touch

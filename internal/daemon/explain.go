@@ -216,6 +216,9 @@ func checkFlows(c condition) api.Check {
 	if all > 0 {
 		check.Message += fmt.Sprintf("; all peers together have %d", all)
 	}
+	if c.limits.PerPeer > 0 {
+		check.Message += fmt.Sprintf("; the packet filter by itself lets a peer have at most %d", c.limits.PerPeer)
+	}
 	check.Hint = "its new flows are refused until others end; other peers aren't affected"
 	return check
 }

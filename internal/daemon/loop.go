@@ -41,6 +41,7 @@ type loop struct {
 	d      *Daemon
 	tunnel Tunnel // nil while there is no mesh interface
 	guard  *guard.Device
+	limits platform.Limits // of the host's packet filter, when the guard was made
 	iface  string
 	// opened says that the platform made an interface, so that there is a host to
 	// leave as it was found.
@@ -146,12 +147,12 @@ func (l *loop) open(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(fmt.Errorf("open mesh interface: %w", err), dev.Close())
 	}
-	var limits platform.Limits
+	l.limits = platform.Limits{}
 	if p, ok := o.Platform.(Limiter); ok {
-		limits = p.Limits()
+		l.limits = p.Limits()
 	}
 	l.guard = guard.New(dev, guard.Options{ // nothing passes yet
-		Own: l.d.mesh.own.List(), States: limits.States, PerForwarded: limits.PerForwarded, ClearDF: limits.DropsDF,
+		Own: l.d.mesh.own.List(), States: l.limits.States, PerForwarded: l.limits.PerForwarded, ClearDF: l.limits.DropsDF,
 		Clock: l.d.clock.now,
 	})
 	l.d.gate.use(l.guard)
@@ -222,7 +223,6 @@ func (l *loop) hold(ctx context.Context, doc *document) error {
 	peers := l.d.tunnelPeers(doc)
 	l.refused = l.tunnel.Sync(l.withoutTakeovers(peers))
 	port := l.tunnel.ListenPort()
-	l.tunnel.SetSelf(placesOf(host, port))
 	if l.held == doc.Generation && reflect.DeepEqual(host, l.host) && port == l.current.Mesh().ListenPort {
 		return l.check(ctx, doc)
 	}
@@ -256,20 +256,6 @@ func (l *loop) observe(ctx context.Context) (policy.Host, error) {
 	defer l.d.mu.Unlock()
 	host.Outside = append(host.Outside, l.d.outside...)
 	return host, err
-}
-
-// placesOf returns where datagrams reach this host's WireGuard, which listens on port: at
-// each of the host's addresses. A router's address is left out, although the router may
-// turn them to this host, for it may be a peer's, too: one behind the same router, or one
-// whose packets are forwarded and translated, comes from there, and by a router that keeps
-// ports from the very port.
-func placesOf(host policy.Host, port uint16) (places []netip.AddrPort) {
-	for _, i := range host.Interfaces {
-		for _, p := range i.Addresses {
-			places = append(places, netip.AddrPortFrom(p.Addr().WithZone(""), port))
-		}
-	}
-	return places
 }
 
 // path is how WireGuard's packets leave the host. The tunnel answers each peer
@@ -307,14 +293,8 @@ func (l *loop) enforce(ctx context.Context, r *policy.Ruleset, doc *document) er
 	if l.held != 0 {
 		l.d.gate.set(r, doc)
 	}
-	if err := l.load(ctx, r); err != nil {
-		return fmt.Errorf("enforce: %w", err)
-	}
-	if err := l.inspect(ctx, r); err != nil {
+	if err := l.loadAndRead(ctx, r); err != nil {
 		return err
-	}
-	if drift := l.report.Drift; len(drift) > 0 {
-		return &platform.StepError{Step: drift[0].Step, Hint: drift[0].Hint, Err: fmt.Errorf("not as enforced: %s", drift[0].Message)}
 	}
 	if err := l.cut(ctx, r); err != nil {
 		return err
@@ -322,6 +302,33 @@ func (l *loop) enforce(ctx context.Context, r *policy.Ruleset, doc *document) er
 	l.d.gate.set(r, doc)
 	l.d.gate.confine(false)
 	return nil
+}
+
+// readTries is how often what was loaded is read back when it can't be read, or when
+// another program changed it in the meantime.
+const readTries = 3
+
+// loadAndRead has the host enforce r and reads that back: only then does it count. That
+// it can't be read is no reason to close at once, for it may hold; nor is another
+// program's change, which is repaired like at any other time.
+func (l *loop) loadAndRead(ctx context.Context, r *policy.Ruleset) error {
+	var err error
+	for range readTries {
+		if err := l.load(ctx, r); err != nil {
+			return fmt.Errorf("enforce: %w", err)
+		}
+		if err = l.inspect(ctx, r); err == nil {
+			drift := l.report.Drift
+			if len(drift) == 0 {
+				return nil
+			}
+			err = &platform.StepError{Step: drift[0].Step, Hint: drift[0].Hint, Err: fmt.Errorf("not as enforced: %s", drift[0].Message)}
+		}
+		if errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
+			break // a look that hangs would hang again
+		}
+	}
+	return err
 }
 
 func (l *loop) load(ctx context.Context, r *policy.Ruleset) error {
@@ -533,7 +540,7 @@ func (l *loop) publish() {
 	c := condition{
 		state: api.Closed, iface: l.iface, host: l.host,
 		ruleset: l.wanted, loaded: l.current, forwarding: l.report.Forwarding, repairs: l.repairs,
-		problems: l.problems, foreign: l.report.Problems, tunnel: l.tunnel, guard: l.guard,
+		problems: l.problems, foreign: l.report.Problems, tunnel: l.tunnel, guard: l.guard, limits: l.limits,
 	}
 	if l.held != 0 {
 		c.state = api.Enforcing

@@ -12,20 +12,23 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// flowsPerPeer is how many flows of one peer conntrack may have: a quarter of what it
-// holds, but no more than maxFlowsPerPeer.
+// flowsPerPeer is how many flows of one peer conntrack may have in each family: an
+// eighth of what it holds, but no more than maxFlowsPerPeer.
 func (p *Platform) flowsPerPeer() uint32 {
+	return p.flowsOf(p.Limits().States)
+}
+
+func (p *Platform) flowsOf(states int) uint32 {
 	if p.unbounded {
 		return 0
 	}
 	if p.maxFlows > 0 {
 		return p.maxFlows
 	}
-	states := p.Limits().States
 	if states == 0 {
 		return maxFlowsPerPeer
 	}
-	return max(1, min(maxFlowsPerPeer, uint32(states/4)))
+	return max(1, min(maxFlowsPerPeer, uint32(states/8)))
 }
 
 // applyBounded applies t, the table of r with the parameters. A kernel that can't

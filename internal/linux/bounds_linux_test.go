@@ -227,9 +227,12 @@ func (l lacking) Receive() ([]mdlayher.Message, error) {
 	return ms, err
 }
 
-func (l lacking) ReceiveIter() iter.Seq2[mdlayher.Message, error] {
+func (l lacking) ReceiveIter() iter.Seq2[mdlayher.Message, error] { return eachOf(l.Receive) }
+
+// eachOf goes through what receive returns.
+func eachOf(receive func() ([]mdlayher.Message, error)) iter.Seq2[mdlayher.Message, error] {
 	return func(yield func(mdlayher.Message, error) bool) {
-		ms, err := l.Receive()
+		ms, err := receive()
 		if err != nil {
 			yield(mdlayher.Message{}, err)
 			return
@@ -568,7 +571,7 @@ func TestBoundOfFlows(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := &Platform{forward: &forwarding{sys: sysctls{dir}}}
-	for states, want := range map[int]uint32{262144: maxFlowsPerPeer, 16384: 4096, 4: 1, 1: 1} {
+	for states, want := range map[int]uint32{262144: maxFlowsPerPeer, 16384: 2048, 8: 1, 1: 1} {
 		if err := os.WriteFile(filepath.Join(dir, "netfilter", "nf_conntrack_max"), []byte(strconv.Itoa(states)), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -756,4 +759,67 @@ func BenchmarkCut(b *testing.B) {
 			})
 		}
 	}
+}
+
+// TestFamiliesShareAQuarter has ann open flows of both families to a server whose answers
+// end at the host by their hop limit, so that ann, and the guard, never see them: what
+// conntrack holds of ann's stays within a quarter of what it may hold, and grows no more
+// when the server keeps all entries alive.
+func TestFamiliesShareAQuarter(t *testing.T) {
+	const states = 4096
+	w := newWorld(t)
+	w.open()
+	defer w.close()
+	w.pretend(map[string]string{flowMax: strconv.Itoa(states)})
+	w.enforce(mesh(grants{ann: all}))
+	if most := w.p.Limits().PerPeer; most != states/4 {
+		t.Fatalf("a peer may have %d entries, want %d", most, states/4)
+	}
+	const seenReply = 1 << 1 // IPS_SEEN_REPLY
+	for round := range 2 {
+		have, kept := 0, 0
+		for i, ann := range []netip.Addr{ann4, ann6} {
+			far := netip.AddrPortFrom(netlab.Addresses().I.List()[i], 5000)
+			for port := range 2000 {
+				w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann, uint16(1000+2000*round+port)), far, []byte("open")))
+			}
+			for _, e := range w.conntrackOf(ann) {
+				w.send(netlab.Uplink, lastHop(netlab.UDPPacket(far, netip.AddrPortFrom(e.reply.dst, e.reply.dport), word(77))))
+			}
+			w.settle(nil)
+			for _, e := range w.conntrackOf(ann) {
+				have++
+				if e.status&seenReply != 0 {
+					kept++
+				}
+			}
+		}
+		t.Logf("round %d: ann has %d entries of a quarter of %d, %d of them kept by the server", round, have, states/4, kept)
+		if have > states/4 || have < states/4*9/10 {
+			t.Errorf("round %d: ann has %d entries, want nearly %d", round, have, states/4)
+		}
+		if kept < have/2 {
+			t.Errorf("round %d: the server keeps %d entries of %d, which proves little", round, kept, have)
+		}
+	}
+	for _, c := range w.arrivals(word(77)) {
+		if c.where == "mesh" {
+			t.Fatal("an answer reached ann, so that the guard would see it")
+		}
+	}
+}
+
+// lastHop gives a packet without options the hop limit 1.
+func lastHop(b []byte) []byte {
+	if b[0]>>4 == 6 {
+		b[7] = 1
+		return b
+	}
+	b[8], b[10], b[11] = 1, 0, 0
+	sum := uint32(0)
+	for i := 0; i < 20; i += 2 {
+		sum += uint32(binary.BigEndian.Uint16(b[i:]))
+	}
+	binary.BigEndian.PutUint16(b[10:], ^uint16(sum+sum>>16))
+	return b
 }

@@ -40,6 +40,7 @@ const (
 	ctaTupleOrig  = 1
 	ctaTupleReply = 2
 	ctaStatus     = 3
+	ctaProtoInfo  = 4
 	ctaTimeout    = 7
 	ctaID         = 12
 	ctaZone       = 18
@@ -60,6 +61,8 @@ const (
 	ctaProtoDport  = 3
 	ctaICMPType    = 5
 	ctaICMPv6Type  = 8
+	ctaInfoTCP     = 1      // CTA_PROTOINFO_TCP
+	ctaTCPState    = 1      // CTA_PROTOINFO_TCP_STATE
 	ipsSourceNAT   = 1 << 4 // IPS_SRC_NAT (linux/netfilter/nf_conntrack_common.h)
 	attributeFlags = unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER
 )
@@ -105,12 +108,19 @@ type flowEntry struct {
 	orig, reply tuple
 	status      uint32
 	timeout     uint32 // seconds that are left
+	state       uint8  // of a TCP connection
 	// name are the attributes that name the entry to the kernel.
 	name []byte
 }
 
 // translated reports whether the flow leaves with another source than the opener's.
 func (e *flowEntry) translated() bool { return e.status&ipsSourceNAT != 0 }
+
+// ended reports whether the flow is a connection that both ends closed or one reset: such
+// a one isn't counted by nft (already_closed in net/netfilter/nf_conncount.c).
+func (e *flowEntry) ended() bool {
+	return e.orig.proto == unix.IPPROTO_TCP && (e.state == stateTimeWait || e.state == stateClose)
+}
 
 // each calls do for the entries of a family, AF_UNSPEC being both, whose flows were
 // opened from src, or for all where src isn't valid. Kernels since 5.8 look for an IPv4
@@ -325,6 +335,16 @@ func parseFlow(b, name []byte) (flowEntry, bool) {
 			e.status = bigEndian(value)
 		case ctaTimeout:
 			e.timeout = bigEndian(value)
+		case ctaProtoInfo:
+			good = attrs(value, func(kind uint16, _, value []byte) {
+				if kind == ctaInfoTCP {
+					good = attrs(value, func(kind uint16, _, value []byte) {
+						if kind == ctaTCPState {
+							e.state = uint8(bigEndian(value))
+						}
+					}) && good
+				}
+			}) && good
 		}
 	}) && good
 	return e, good && e.orig.src.IsValid() && e.orig.dst.IsValid() && e.reply.src.IsValid() && e.reply.dst.IsValid()

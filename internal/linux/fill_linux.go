@@ -3,13 +3,10 @@ package linux
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -33,26 +30,14 @@ const (
 // fillProblems says that the kernel's table of flows is nearly full. A kernel
 // without the sysctls, or with no bound (a maximum of 0), has no such problem.
 func fillProblems(sys sysctls) ([]platform.Problem, error) {
-	var n [2]uint64
-	for i, name := range []string{flowCount, flowMax} {
-		v, err := sys.read(name)
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil, nil
-		}
-		if err == nil {
-			n[i], err = strconv.ParseUint(v, 10, 32)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("fill of conntrack: %w", err)
-		}
-	}
-	if n[1] == 0 || n[0]*100 < n[1]*fullFlows {
-		return nil, nil
+	have, most, err := conntrackFill(sys)
+	if err != nil || most == 0 || have*100 < most*fullFlows {
+		return nil, err
 	}
 	return []platform.Problem{{
 		Step: lookAround,
 		Message: fmt.Sprintf("the kernel's table of flows holds %d of at most %d (net.netfilter.nf_conntrack_max): "+
-			"when it is full, no new connection of the host or a peer gets through", n[0], n[1]),
+			"when it is full, no new connection of the host or a peer gets through", have, most),
 		Hint: "`conntrack -L` lists the flows and their sources; `sysctl -w net.netfilter.nf_conntrack_max=N` allows more",
 	}}, nil
 }

@@ -101,43 +101,62 @@ func (f *filter) holds(t *table) bool {
 // loadTries is how often a load is tried while others change nftables too.
 const loadTries = 5
 
+// readError is that something couldn't be read, so that it isn't known what the kernel
+// holds.
+type readError struct{ error }
+
+func (e readError) Unwrap() error { return e.error }
+
 // load replaces the whole table, and reads its rules back. What is read is only
-// believed when no program has changed anything in between.
+// believed when no program has changed anything in between. Not to know is no reason to
+// give up: it is tried again, some times, as a change by another program is.
 func (f *filter) load(t *table) error {
 	f.loaded = nil
+	var unread readError
+	var err error
 	for range loadTries {
-		if err := f.replace(t); err != nil {
-			return err
+		if err = f.replace(t); err == nil {
+			err = f.readBack(t)
 		}
-		before, err := f.generation()
-		if err != nil {
-			return err
-		}
-		if f.rules, err = f.readRules(); err != nil {
-			return err
-		}
-		for _, c := range t.chains {
-			if got := len(f.rules[c.name]); got != len(c.rules) {
-				return fmt.Errorf("read chain %s back: it has %d rules instead of %d", c.name, got, len(c.rules))
-			}
-		}
-		after, err := f.generation()
-		if err != nil {
-			return err
-		}
-		if before == after && after == f.ours {
+		if err == nil {
 			f.loaded, f.checked = t, 0
 			return nil
 		}
+		if !errors.As(err, &unread) {
+			return err
+		}
 	}
-	return fmt.Errorf("load table inet %s: another program keeps changing nftables", tableName)
+	return fmt.Errorf("load table inet %s: %w", tableName, err)
+}
+
+// readBack reads the rules of the table that was sent last. The number of rules counts
+// only where no other program came between: one that flushes all leaves none.
+func (f *filter) readBack(t *table) error {
+	rules, err := f.readRules()
+	if err != nil {
+		return readError{err}
+	}
+	now, err := f.generation()
+	if err != nil {
+		return readError{err}
+	}
+	if now != f.ours {
+		return readError{errors.New("another program keeps changing nftables")}
+	}
+	for _, c := range t.chains {
+		if got := len(rules[c.name]); got != len(c.rules) {
+			return fmt.Errorf("read chain %s back: it has %d rules instead of %d", c.name, got, len(c.rules))
+		}
+	}
+	f.rules = rules
+	return nil
 }
 
 // replace sends the whole table in one transaction. What was cut stays cut.
 func (f *filter) replace(t *table) error {
 	cut, err := f.cutElements()
 	if err != nil {
-		return err
+		return readError{err}
 	}
 	ours := ourTable()
 	// Deleting what doesn't exist is an error, adding what exists isn't.
@@ -459,16 +478,13 @@ func (f *filter) cutElements() (map[string][]nftables.SetElement, error) {
 func (f *filter) commit() error {
 	before, err := f.generation()
 	if err != nil {
-		return err
+		return errors.Join(readError{err}, f.change.discard())
 	}
 	if err := f.change.send(); err != nil {
 		return err
 	}
 	after, err := f.generation()
-	if err != nil {
-		return err
-	}
-	if before == f.checked && after == before+1 {
+	if err == nil && before == f.checked && after == before+1 {
 		f.checked = after
 	} else {
 		f.checked = 0

@@ -73,6 +73,7 @@ type Platform struct {
 	// maxFlows replaces the bound of flows in tests.
 	maxFlows uint32
 	holders  holders
+	excess   excess
 	watch    watchState
 }
 
@@ -155,7 +156,7 @@ func (p *Platform) Limits() platform.Limits {
 	if err != nil || states <= 0 {
 		return platform.Limits{}
 	}
-	return platform.Limits{States: states, PerForwarded: 1}
+	return platform.Limits{States: states, PerForwarded: 1, PerPeer: len(families) * int(p.flowsOf(states))}
 }
 
 // bootID changes with each boot; sysctls don't outlive one.

@@ -51,6 +51,11 @@ var (
 	nameless  = bits("invalid,untracked", 1|64)
 	dnat      = bits("dnat", 1<<5)      // IPS_DST_NAT
 	confirmed = bits("confirmed", 1<<3) // IPS_CONFIRMED: not a flow's first packet
+	// helped is IPS_HELPER: a rule assigned a helper to the flow, such as FTP's, which
+	// has the kernel expect flows that a packet announces (nft_ct.c, xt_CT.c and
+	// nf_conntrack_helper.c in net/netfilter). nft has no name for it, and its "ct
+	// helper" is the helper of an expected flow's parent.
+	helped    = bits("0x2000", 1<<13)
 	syn       = number("syn", 2)
 	dnsPort   = number("53", 0, 53)
 	icmp4     = number("icmp", policy.ProtoICMP)
@@ -78,8 +83,8 @@ type params struct {
 	// sockets are the ports of around that sockets of the host have, in order: no packet
 	// of a peer's leaves from them.
 	sockets []uint16
-	// flowsPerPeer bounds the flows that one peer opened and that conntrack has; 0:
-	// unknown, and then neither this nor the timeouts below are set.
+	// flowsPerPeer bounds the flows of each family that one peer opened and that
+	// conntrack has; 0: unknown, and then neither this nor the timeouts below are set.
 	flowsPerPeer uint32
 	// established is how long the host lets a TCP connection be silent.
 	established time.Duration
@@ -349,10 +354,23 @@ func (c *compiler) judge() {
 	}
 }
 
-// maxFlowsPerPeer bounds what one peer may have open in conntrack, where a quarter of
-// conntrack's maximum isn't less: twice what the guard lets it have, since they are
-// counted in parts, which don't fill evenly.
-const maxFlowsPerPeer = 8192
+// maxFlowsPerPeer bounds what one peer may have open in conntrack in one family, where an
+// eighth of conntrack's maximum isn't less, so that both families are a quarter at most:
+// what the guard lets it have (4096), and 20 times the square root of that. The flows are
+// counted in flowParts, drawn by their ports; each part then has room for five standard
+// deviations more than its mean, and the guard's bound comes first.
+const maxFlowsPerPeer = 5376
+
+// closedInKernel is how long conntrack keeps a connection that was reset
+// (nf_conntrack_tcp_timeout_close in Documentation/networking/nf_conntrack-sysctl.rst).
+const closedInKernel = 10 * time.Second
+
+// States of a TCP connection in conntrack (linux/netfilter/nf_conntrack_tcp.h) that the
+// kernel doesn't count (already_closed in net/netfilter/nf_conncount.c).
+const (
+	stateTimeWait = 7
+	stateClose    = 8
+)
 
 // timeLimits has flows of peers end in the kernel when they end at the guard, so
 // that what a peer left behind doesn't use up its share.
@@ -365,6 +383,7 @@ func (c *compiler) timeLimits() {
 			timeouts{"peer_tcp" + f.suffix, f.proto, tcp, []stateTimeout{
 				{"syn_sent", 1, flow.TCPFirst}, {"syn_recv", 2, flow.TCPOpening},
 				{"established", 3, min(flow.TCPEstablished, c.established)},
+				{"time_wait", stateTimeWait, flow.TCPClosed}, {"close", stateClose, closedInKernel},
 			}},
 			timeouts{"peer_udp" + f.suffix, f.proto, udp, []stateTimeout{
 				{"unreplied", 1, flow.UDPSingle}, {"replied", 2, flow.UDPMultiple},
@@ -373,8 +392,7 @@ func (c *compiler) timeLimits() {
 }
 
 // bound is for the first packet of a flow, where it may be opened. Later ones aren't
-// counted, also of a flow that is never answered: kernels before 6.19 may count such a
-// flow many times.
+// counted: one flow takes one place, also one that is never answered.
 func (c *compiler) bound(j *chain) {
 	if c.flowsPerPeer == 0 {
 		return
@@ -524,6 +542,7 @@ func (c *compiler) fromMesh() {
 	m := c.chain("from_mesh")
 	m.drop("from peer to peer", is(oifname, c.mesh))
 	m.drop("", is(ctDirection, reply))
+	m.drop("a helper would let others open flows to it", has(ctStatus, helped))
 	m.drop("redirected from where it was sent to", has(ctStatus, dnat))
 	m.jump(asSent.name)
 	c.clamp(m)
@@ -669,6 +688,8 @@ func (c *compiler) leave() {
 		e.drop("untranslated", in("peers"+f.suffix, f.src))
 		e.drop("in clear", in("peers"+f.suffix, f.dst))
 	}
+	// A rule behind the forward chain may have assigned one.
+	e.drop("a helper would let others open flows to it", is(iifname, c.mesh), has(ctStatus, helped))
 	// Another program's translation may have been first, and an older flow may be
 	// from a time when the host had other ports. Kernels before 5.7 don't know here where a
 	// packet came in.

@@ -57,6 +57,13 @@ func (t *transaction) catch() error {
 	return nil
 }
 
+// discard forgets what was collected.
+func (t *transaction) discard() error {
+	err := t.catch()
+	*t.caught = nil
+	return err
+}
+
 // addRule appends a rule to a chain of our table.
 func (t *transaction) addRule(r rule, chain string) error {
 	if err := t.catch(); err != nil {

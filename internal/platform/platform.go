@@ -36,6 +36,10 @@ type Limits struct {
 	States int
 	// PerForwarded is how many of them a forwarded flow takes, 1 or 2.
 	PerForwarded int
+	// PerPeer is how many entries of one peer's flows it lets come to be by itself, of
+	// both families together, whatever the guard has seen of them; 0: it has no such
+	// bound.
+	PerPeer int
 	// DropsDF says that it drops fragments with Don't Fragment set.
 	DropsDF bool
 }

@@ -1,0 +1,126 @@
+package linux
+
+import (
+	"iter"
+	"strconv"
+	"testing"
+
+	mdlayher "github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// flushed is a socket of nftables beside which another program deletes our table after
+// transactions, as often as times says.
+type flushed struct {
+	lacking
+	times *int
+	flush func() error
+}
+
+func (f flushed) SendMessages(ms []mdlayher.Message) error {
+	if err := f.lacking.SendMessages(ms); err != nil || *f.times == 0 {
+		return err
+	}
+	*f.times--
+	return f.flush()
+}
+
+// TestLoadIsTriedAgain has another program flush nftables while a table is loaded, before
+// it is read back: it is loaded again, and nothing closes, unless that never ends.
+func TestLoadIsTriedAgain(t *testing.T) {
+	for flushes, closes := range map[int]bool{1: false, loadTries - 1: false, loadTries: true} {
+		t.Run(strconv.Itoa(flushes), func(t *testing.T) {
+			w := newWorld(t)
+			w.open()
+			defer w.close()
+			w.enforce(mesh(grants{ann: all}))
+			times, refused := flushes, 0
+			f := flushed{lacking{Conn: w.p.filter.change.wire, refused: &refused}, &times, func() error { return w.pic.B.DeleteTable(tableName) }}
+			w.p.filter.change.wire = mdlayher.NewConn(f, 0)
+			var r *policy.Ruleset
+			var err error
+			w.do(func() error {
+				w.p.filter.loaded = nil // so that all is loaded
+				r, err = w.round(mesh(grants{ann: all, bob: all}))
+				return nil
+			})
+			if (err != nil) != closes {
+				t.Fatalf("enforced: %v", err)
+			}
+			if may := len(w.elements("may_routing4")); (may == 2) == closes {
+				t.Errorf("the kernel lets %d peers route", may)
+			}
+			if drift := w.inspect(r).Drift; (len(drift) > 0) != closes {
+				t.Errorf("drift %v", drift)
+			}
+		})
+	}
+}
+
+// deaf is a socket of nftables with which asking fails as often as times says.
+type deaf struct {
+	lacking
+	times *int
+	sent  *mdlayher.Header
+}
+
+func (d deaf) Send(m mdlayher.Message) error {
+	if *d.times > 0 {
+		*d.times--
+		return unix.ENOBUFS
+	}
+	_, err := d.Conn.Send(m)
+	*d.sent = m.Header
+	return err
+}
+
+// Receive puts the end back on a dump, which the connection below has taken off.
+func (d deaf) Receive() ([]mdlayher.Message, error) {
+	ms, err := d.lacking.Receive()
+	if err == nil && d.sent.Flags&mdlayher.Dump != 0 {
+		h := *d.sent
+		h.Type, h.Flags = mdlayher.Done, mdlayher.Multi
+		ms = append(ms, mdlayher.Message{Header: h, Data: make([]byte, 4)})
+	}
+	return ms, err
+}
+
+func (d deaf) ReceiveIter() iter.Seq2[mdlayher.Message, error] {
+	return eachOf(d.Receive)
+}
+
+// TestLoadThatCantBeRead has reading the kernel's rules back fail after a load: it is tried
+// again, and what wasn't read doesn't count as loaded.
+func TestLoadThatCantBeRead(t *testing.T) {
+	for failures, closes := range map[int]bool{1: false, loadTries - 1: false, 3 * loadTries: true} {
+		t.Run(strconv.Itoa(failures), func(t *testing.T) {
+			w := newWorld(t)
+			w.open()
+			defer w.close()
+			w.enforce(mesh(grants{ann: all}))
+			dump, times := w.p.filter.dump, failures
+			w.p.filter.dump = mdlayher.NewConn(deaf{lacking{Conn: dump, refused: new(int)}, &times, new(mdlayher.Header)}, 0)
+			var r *policy.Ruleset
+			var err error
+			w.do(func() error {
+				w.p.filter.loaded = nil // so that all is loaded
+				r, err = w.round(mesh(grants{ann: all, bob: all}))
+				return nil
+			})
+			if (err != nil) != closes {
+				t.Fatalf("enforced: %v", err)
+			}
+			if closes {
+				if w.p.filter.loaded != nil {
+					t.Error("a table that couldn't be read counts as loaded")
+				}
+				times = 0
+				w.do(func() error { _, err := w.round(mesh(grants{})); return err })
+			} else if drift := w.inspect(r).Drift; len(drift) > 0 {
+				t.Errorf("drift %v", drift)
+			}
+		})
+	}
+}
