@@ -172,10 +172,6 @@ func (l link) rename(name string) error {
 	return nil
 }
 
-func (l link) down() error {
-	return l.nl.LinkSetDown(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: l.index}})
-}
-
 func (l link) up() error {
 	return l.nl.LinkSetUp(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: l.index}})
 }

@@ -523,13 +523,12 @@ func (p *Platform) renderWith(with params) {
 // Renderer implements the daemon's contract.
 func (p *Platform) Renderer() func(*policy.Ruleset) (anchor, text string, err error) { return p.render }
 
-// closeUp stops what is of peers by what is left when the table can't be loaded:
-// the closed table, or else the interface; and forwarding.
+// closeUp stops what is of peers by what is left when the table can't be loaded: the
+// closed table, and forwarding. The interface stays up without any table, too: the guard
+// is closed by the caller that is told, and the interface's routes are then all that keeps
+// the host's own packets to peers from leaving by the uplink.
 func (p *Platform) closeUp() error {
 	err := p.close(p.name)
-	if err != nil {
-		err = errors.Join(err, p.link.down())
-	}
 	return errors.Join(named(StepTable, err), named(StepRestore, p.forward.apply(need{mesh: p.name})))
 }
 

@@ -2,7 +2,9 @@ package linux
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -15,6 +17,7 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	mdnetlink "github.com/mdlayher/netlink"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -264,6 +267,97 @@ func TestFailedOpenKeepsPeersIn(t *testing.T) {
 		t.Errorf("the host isn't as it was: %v", diff)
 	}
 	t.Logf("%d packets that had to stay", tries)
+}
+
+// takeTable puts a table that another program owns (NFT_TABLE_F_OWNER) in the place of
+// ours, until it is closed.
+func (w *world) takeTable() io.Closer {
+	w.t.Helper()
+	named := func(kind int, attrs ...mdnetlink.Attribute) mdnetlink.Message {
+		b, err := mdnetlink.MarshalAttributes(append([]mdnetlink.Attribute{{Type: unix.NFTA_TABLE_NAME, Data: []byte(tableName + "\x00")}}, attrs...))
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		m := tableMessage(kind, mdnetlink.Create)
+		m.Data = append(m.Data[:nfgenmsg:nfgenmsg], b...)
+		return m
+	}
+	take := named(unix.NFT_MSG_NEWTABLE, mdnetlink.Attribute{Type: unix.NFTA_TABLE_FLAGS, Data: binary.BigEndian.AppendUint32(nil, tableFlagOwner)})
+	take.Header.Flags |= mdnetlink.Acknowledge
+	var c *mdnetlink.Conn
+	w.do(func() (err error) {
+		if c, err = mdnetlink.Dial(unix.NETLINK_NETFILTER, nil); err != nil {
+			return err
+		}
+		return transact(c, named(unix.NFT_MSG_DELTABLE), take)
+	})
+	w.t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// TestLostTableKeepsPeersIn has another program delete the table and hold its name, so
+// that none can be loaded, the closed one neither. What the host sends to peers
+// goes into the mesh, where the guard is, and doesn't leave.
+func TestLostTableKeepsPeersIn(t *testing.T) {
+	w := newWorld(t)
+	w.findForwarding("0")
+	before := w.snapshot()
+	w.open()
+	w.enforce(mesh(grants{ann: all}))
+	var senders []*net.UDPConn
+	for _, from := range []netip.Addr{own4, netlab.Addresses().BUplink.V4, own6, netlab.Addresses().BUplink.V6} {
+		senders = append(senders, w.socket(netip.AddrPortFrom(from, 0)))
+	}
+	other := w.takeTable()
+	err := w.pic.B.Do(func() error {
+		_, err := w.round(mesh(grants{ann: policy.Incoming}))
+		return err
+	})
+	var step *platform.StepError
+	if !errors.As(err, &step) || step.Step != StepTable {
+		t.Fatalf("Enforce where no table can be loaded: %v", err)
+	}
+	if f := w.p.forward.now(meshName); f.IPv4 || f.IPv6 {
+		t.Errorf("without a table the host forwards: %+v", f)
+	}
+	words := [][]byte{word(1), word(2), word(3), word(4)}
+	for i, c := range senders {
+		to := netip.AddrPortFrom([]netip.Addr{ann4, ann6}[i/2], 5000)
+		if _, err := c.WriteToUDPAddrPort(words[i], to); err != nil {
+			t.Errorf("send from %v to %v: %v", c.LocalAddr(), to, err)
+		}
+	}
+	w.settle(words)
+	for i, b := range words {
+		for _, got := range w.captures(b) {
+			if got.where != "mesh" {
+				t.Errorf("packet %d of the host's for a peer left to %v by %s", i, got.packet.Dst, got.where)
+			}
+		}
+	}
+	if err := other.Close(); err != nil { // the kernel deletes the table with it, by and by
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		there := false
+		w.do(func() (err error) {
+			there, err = w.p.filter.present()
+			return err
+		})
+		if !there {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the other program's table stays")
+		}
+	}
+	if drift := w.inspect(w.enforce(mesh(grants{ann: all}))).Drift; len(drift) > 0 {
+		t.Errorf("after the recovery: %v", drift)
+	}
+	w.close()
+	if diff := before.Diff(w.snapshot()); len(diff) > 0 {
+		t.Errorf("the host isn't as it was: %v", diff)
+	}
 }
 
 // TestFailedStartKeepsPeersIn starts after a helper that was killed, and fails.

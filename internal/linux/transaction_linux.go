@@ -185,6 +185,9 @@ func (t *transaction) send() error {
 		return netlink.Message{Header: netlink.Header{Type: kind, Flags: netlink.Request},
 			Data: []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, unix.NFNL_SUBSYS_NFTABLES}}
 	}
+	if err := t.drain(); err != nil {
+		return err
+	}
 	batch := append([]netlink.Message{edge(unix.NFNL_MSG_BATCH_BEGIN)}, ms...)
 	for i := range batch {
 		batch[i].Header.Sequence, batch[i].Header.PID, batch[i].Header.Length = 0, 0, 0
@@ -205,4 +208,32 @@ func (t *transaction) send() error {
 		failed = errors.Join(failed, err)
 	}
 	return failed
+}
+
+// drain drops what is left of the answers to an earlier transaction: without
+// the capability the kernel answers once, but where another program owns the table,
+// once to each message. It never waits.
+func (t *transaction) drain() error {
+	raw, err := t.wire.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("drop old answers: %w", err)
+	}
+	b := make([]byte, os.Getpagesize())
+	var failed error
+	err = raw.Read(func(fd uintptr) bool {
+		for {
+			_, _, failed = unix.Recvfrom(int(fd), b, unix.MSG_DONTWAIT)
+			switch failed {
+			case nil, unix.EINTR, unix.ENOBUFS:
+				continue
+			case unix.EAGAIN:
+				failed = nil
+			}
+			return true
+		}
+	})
+	if err = errors.Join(err, failed); err != nil {
+		return fmt.Errorf("drop old answers: %w", err)
+	}
+	return nil
 }
