@@ -33,6 +33,8 @@ type Tunnel interface {
 	Sync(want []wireguard.Peer) error
 	Stats() (map[wireguard.PublicKey]wireguard.PeerStats, error)
 	ListenPort() uint16
+	// SetSelf says where datagrams reach the tunnel itself, which is no peer's endpoint.
+	SetSelf(places []netip.AddrPort)
 	// Rebind tells the peers where the host is after a change of networks or sleep.
 	Rebind(ctx context.Context) error
 	// Listening returns why the UDP port isn't served; nil while it is.

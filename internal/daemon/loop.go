@@ -223,6 +223,7 @@ func (l *loop) hold(ctx context.Context, doc *document) error {
 	peers := l.d.tunnelPeers(doc)
 	l.refused = l.tunnel.Sync(l.withoutTakeovers(peers))
 	port := l.tunnel.ListenPort()
+	l.tunnel.SetSelf(placesOf(host, port))
 	if l.held == doc.Generation && reflect.DeepEqual(host, l.host) && port == l.current.Mesh().ListenPort {
 		return l.check(ctx, doc)
 	}
@@ -256,6 +257,20 @@ func (l *loop) observe(ctx context.Context) (policy.Host, error) {
 	defer l.d.mu.Unlock()
 	host.Outside = append(host.Outside, l.d.outside...)
 	return host, err
+}
+
+// placesOf returns where datagrams reach this host's WireGuard, which listens on port: at
+// each of the host's addresses. A router's address is left out, although the router may
+// turn them to this host, for it may be a peer's, too: one behind the same router, or one
+// whose packets are forwarded and translated, comes from there, and by a router that keeps
+// ports from the very port.
+func placesOf(host policy.Host, port uint16) (places []netip.AddrPort) {
+	for _, i := range host.Interfaces {
+		for _, p := range i.Addresses {
+			places = append(places, netip.AddrPortFrom(p.Addr().WithZone(""), port))
+		}
+	}
+	return places
 }
 
 // path is how WireGuard's packets leave the host. The tunnel answers each peer

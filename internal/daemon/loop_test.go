@@ -780,6 +780,49 @@ func TestRoundAsksTheTunnelOnce(t *testing.T) {
 	})
 }
 
+// TestOwnPlacesFollowAddresses has the tunnel know where the host itself is, over changes
+// of its addresses, in the next tunnel, too.
+func TestOwnPlacesFollowAddresses(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		place := netip.MustParseAddrPort("[2001:db8:5::1]:51820")
+		knows := func() bool {
+			r.tunnel.mu.Lock()
+			defer r.tunnel.mu.Unlock()
+			return slices.Contains(r.tunnel.self, place)
+		}
+		set := func(change func(all []netip.Prefix) []netip.Prefix) {
+			r.host.Change(func(h *policy.Host) {
+				h.Interfaces = slices.Clone(h.Interfaces)
+				for i := range h.Interfaces {
+					if h.Interfaces[i].Name == h.Uplink4 {
+						h.Interfaces[i].Addresses = change(slices.Clone(h.Interfaces[i].Addresses))
+					}
+				}
+			})
+			r.after(5 * time.Second)
+		}
+		if knows() {
+			t.Error("the tunnel knows a place that isn't the host's")
+		}
+		own := netip.PrefixFrom(place.Addr(), 64)
+		set(func(all []netip.Prefix) []netip.Prefix { return append(all, own) })
+		if !knows() {
+			t.Error("the tunnel doesn't know the host's new address")
+		}
+		r.tunnel.Close()
+		r.after(5 * time.Second)
+		if !knows() {
+			t.Error("another tunnel doesn't know the host's address")
+		}
+		set(func(all []netip.Prefix) []netip.Prefix {
+			return slices.DeleteFunc(all, func(p netip.Prefix) bool { return p == own })
+		})
+		if knows() {
+			t.Error("the tunnel knows a place that is the host's no more")
+		}
+	})
+}
+
 // TestNoInterface refuses to start where the mesh interface can't be made, and
 // leaves the host alone: it may be another helper's.
 func TestNoInterface(t *testing.T) {

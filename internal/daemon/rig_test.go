@@ -235,6 +235,7 @@ type fakeTunnel struct {
 	peers   []wireguard.Peer
 	stats   map[wireguard.PublicKey]wireguard.PeerStats
 	asked   int // for stats
+	self    []netip.AddrPort
 	rebinds int
 	silent  error // why the port isn't served
 	refuse  error
@@ -272,6 +273,12 @@ func (f *fakeTunnel) setStats(key string, s wireguard.PeerStats) {
 }
 
 func (f *fakeTunnel) ListenPort() uint16 { return 51820 }
+
+func (f *fakeTunnel) SetSelf(places []netip.AddrPort) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.self = places
+}
 
 func (f *fakeTunnel) Listening() error {
 	f.mu.Lock()

@@ -390,8 +390,13 @@ func (d *Device) reopened() { go d.wg.SendKeepalivesToPeersWithCurrentKeypair() 
 // Sockets.
 func (d *Device) Listening() error { return d.sockets.Listening() }
 
+// SetSelf says where datagrams reach this device: at each address of the host, with its
+// port. These are no peer's endpoint from now on; see Sockets. Saying the same again
+// changes nothing.
+func (d *Device) SetSelf(places []netip.AddrPort) { d.sockets.setSelf(places) }
+
 // Looped returns how many datagrams were discarded because they came from or
-// were for a mesh address; see Sockets.
+// were for a mesh address or the host's own place; see Sockets.
 func (d *Device) Looped() uint64 { return d.sockets.looped.Load() }
 
 // Done is closed when the device has ended: by Close, or because its tunnel

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -29,6 +30,14 @@ import (
 // and none is sent to such an address: else one packet of a peer that carries
 // WireGuard inside the tunnel would make the host encrypt to itself, without end.
 //
+// Nor is one taken from, or sent to, a place where these sockets themselves are reached,
+// which is each address of the host with their port: no other device can be there, and a
+// peer that forges it as the source of its own datagrams would have the host send to
+// itself what is for that peer. From the network IPv6 of Linux takes such a datagram
+// (ip6_rcv_core in net/ipv6/ip6_input.c refuses of the host's own sources ::1 alone), and
+// IPv4 doesn't (fib_validate_source in net/ipv4/fib_frontend.c). The host's addresses with
+// other ports are other programs' on it, such as a second WireGuard's.
+//
 // A Sockets serves one Device at a time. Its methods may be called concurrently.
 type Sockets struct {
 	log  *slog.Logger
@@ -43,8 +52,10 @@ type Sockets struct {
 
 	// mesh are the mesh addresses of the host and the known peers. Read for
 	// each datagram, hence a tree that is copied where it is written.
-	mesh    atomic.Pointer[bart.Lite]
-	looped  atomic.Uint64 // datagrams discarded because of them
+	mesh atomic.Pointer[bart.Lite]
+	// self is where datagrams reach these sockets. Replaced, never changed.
+	self    atomic.Pointer[map[netip.AddrPort]bool]
+	looped  atomic.Uint64 // datagrams discarded because of mesh or self
 	sources atomic.Uint32 // see endpoint.sources
 	// reopened is told that a socket is back.
 	reopened atomic.Pointer[func()]
@@ -54,6 +65,7 @@ type Sockets struct {
 func NewSockets(log *slog.Logger) *Sockets {
 	s := &Sockets{log: log, open: openSocket}
 	s.mesh.Store(new(bart.Lite))
+	s.self.Store(new(map[netip.AddrPort]bool))
 	s.families.Store(new([2]*family))
 	return s
 }
@@ -373,13 +385,14 @@ func (f *family) replace(old *socket) bool {
 }
 
 // Send sends bufs to ep. Nothing is sent to a mesh address, which only a tunnel
-// reaches; that isn't an error, for the device would log it per packet.
+// reaches, nor to these sockets; that isn't an error, for the device would log it per
+// packet.
 func (s *Sockets) Send(bufs [][]byte, ep conn.Endpoint) error {
 	e, ok := ep.(*endpoint)
 	if !ok {
 		return conn.ErrWrongEndpointType
 	}
-	if s.fromMesh(e.dst.Addr()) {
+	if s.loops(e.dst) {
 		s.looped.Add(uint64(len(bufs)))
 		return nil
 	}
@@ -408,12 +421,24 @@ func (s *Sockets) Send(bufs [][]byte, ep conn.Endpoint) error {
 	return err
 }
 
-// fromMesh reports whether a is a mesh address of the host or a known peer.
-func (s *Sockets) fromMesh(a netip.Addr) bool {
-	if a.Zone() != "" {
-		a = a.WithZone("")
+// loops reports whether what is sent to a place comes back here: it is at a mesh address
+// of the host or a known peer, or where these sockets are.
+func (s *Sockets) loops(at netip.AddrPort) bool {
+	if at.Addr().Zone() != "" {
+		at = netip.AddrPortFrom(at.Addr().WithZone(""), at.Port())
 	}
-	return s.mesh.Load().Contains(a)
+	return s.mesh.Load().Contains(at.Addr()) || (*s.self.Load())[at]
+}
+
+// setSelf says where these sockets are reached, without zones.
+func (s *Sockets) setSelf(places []netip.AddrPort) {
+	self := make(map[netip.AddrPort]bool, len(places))
+	for _, at := range places {
+		self[at] = true
+	}
+	if !maps.Equal(self, *s.self.Load()) {
+		s.self.Store(&self)
+	}
 }
 
 // serve begins with the addresses of a host without peers.

@@ -156,7 +156,7 @@ func bound(fd uintptr) bool {
 }
 
 // receive waits for datagrams and gives out as many as fit. Those from the mesh
-// are left out, so it may give out none.
+// or the host's own place are left out, so it may give out none.
 func (s *socket) receive(from *Sockets, bufs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
 	if s.next == s.got {
 		for i := range s.messages {
@@ -172,7 +172,7 @@ func (s *socket) receive(from *Sockets, bufs [][]byte, sizes []int, eps []conn.E
 	for ; s.next < s.got && n < len(bufs); s.next, s.offset = s.next+1, 0 {
 		m := &s.messages[s.next]
 		src := m.Addr.(*net.UDPAddr).AddrPort()
-		if from.fromMesh(src.Addr()) {
+		if from.loops(src) {
 			from.looped.Add(1)
 			continue
 		}

@@ -41,15 +41,15 @@ func openSocket(network string, port uint16, beside *socket) (*socket, error) {
 	return &socket{udp: udp}, nil
 }
 
-// receive waits for a datagram. One from the mesh is left out, so it may give out
-// none.
+// receive waits for a datagram. One from the mesh or the host's own place is
+// left out, so it may give out none.
 func (s *socket) receive(from *Sockets, bufs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
 	n, src, err := s.udp.ReadFromUDPAddrPort(bufs[0])
 	if err != nil {
 		return 0, err
 	}
 	src = netip.AddrPortFrom(src.Addr().Unmap(), src.Port())
-	if from.fromMesh(src.Addr()) {
+	if from.loops(src) {
 		from.looped.Add(1)
 		return 0, nil
 	}

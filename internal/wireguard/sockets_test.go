@@ -505,10 +505,58 @@ func TestMeshSourceDiscarded(t *testing.T) {
 			if err := b.Sync(nil); err != nil {
 				t.Fatal(err)
 			}
-			if a := netip.MustParseAddr("127.0.9.3"); b.sockets.fromMesh(a) {
+			if a := netip.MustParseAddr("127.0.9.3"); b.sockets.loops(netip.AddrPortFrom(a, 51820)) {
 				t.Errorf("%v is discarded though no peer has it", a)
 			}
 		})
+	}
+}
+
+// TestOwnPlaceDiscarded has a peer's datagrams come from where the host's own sockets are
+// reached: they are discarded, the place is no endpoint, and nothing is sent to one that
+// is configured. From another port of that address a peer is heard.
+func TestOwnPlaceDiscarded(t *testing.T) {
+	a, b := newEnd(t, 20), newEnd(t, 21)
+	toB := b.peer()
+	toB.Endpoint = relay(t, b.peer().Endpoint, "127.0.9.5")
+	fromA := a.peer()
+	fromA.Endpoint = netip.AddrPort{}
+	for _, err := range []error{b.Set(fromA), a.Set(toB)} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	a.send(t, tuntest.Ping(b.addr.V4, a.addr.V4))
+	b.receive(t)
+	place := b.fresh(t)[a.PublicKey()].Endpoint
+	if place.Addr() != netip.MustParseAddr("127.0.9.5") {
+		t.Fatalf("the peer is heard from %v", place)
+	}
+	heard := func() PeerStats { return b.fresh(t)[a.PublicKey()] }
+	b.SetSelf([]netip.AddrPort{netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), b.ListenPort()), place})
+	rx, looped := heard().RxBytes, b.Looped()
+	a.send(t, tuntest.Ping(b.addr.V4, a.addr.V4))
+	until(t, "the datagram is discarded", func() bool { return b.Looped() > looped })
+	if s := heard(); s.RxBytes != rx {
+		t.Errorf("a datagram from the host's own place was taken: %+v", s)
+	}
+	tx := b.Looped()
+	b.send(t, tuntest.Ping(a.addr.V4, b.addr.V4))
+	until(t, "what is for the host itself is discarded", func() bool { return b.Looped() > tx })
+	// Set anew, so that no session is left: what comes from another port is taken.
+	toB.Endpoint = relay(t, b.peer().Endpoint, "127.0.9.5")
+	if err := a.Set(toB); err != nil {
+		t.Fatal(err)
+	}
+	a.send(t, tuntest.Ping(b.addr.V4, a.addr.V4))
+	b.receive(t)
+	if got := heard().Endpoint; got.Addr() != place.Addr() || got == place {
+		t.Errorf("the peer is heard from %v, its old place is the host's %v", got, place)
+	}
+	// And a place that is the host's no more is as any other.
+	b.SetSelf(nil)
+	if b.sockets.loops(place) {
+		t.Errorf("%v is discarded though the host isn't there", place)
 	}
 }
 
@@ -548,11 +596,22 @@ func TestDiscardAllocates(t *testing.T) {
 	for _, p := range benchPeers(1000) {
 		s.know(p.Addresses.List()...)
 	}
-	known, other, scoped := benchPeers(1)[0].Addresses.V4, netip.MustParseAddr("203.0.113.7"), netip.MustParseAddr("fe80::1%lo")
-	if !s.fromMesh(known) || s.fromMesh(other) || s.fromMesh(scoped) {
-		t.Error("wrong address discarded")
+	places := make([]netip.AddrPort, 0, 3)
+	for _, text := range []string{"203.0.113.7:51820", "[fe80::1]:51820", "[2001:db8::7]:51820"} {
+		places = append(places, netip.MustParseAddrPort(text))
 	}
-	if n := testing.AllocsPerRun(1000, func() { s.fromMesh(known); s.fromMesh(other); s.fromMesh(scoped) }); n != 0 {
-		t.Errorf("%v allocations", n)
+	s.setSelf(places)
+	known := netip.AddrPortFrom(benchPeers(1)[0].Addresses.V4, 9)
+	for text, want := range map[string]bool{
+		known.String(): true, "203.0.113.7:51820": true, "[fe80::1%lo]:51820": true, "[2001:db8::7]:51820": true,
+		"203.0.113.7:51821": false, "203.0.113.8:51820": false, "[fe80::2%lo]:51820": false,
+	} {
+		at := netip.MustParseAddrPort(text)
+		if got := s.loops(at); got != want {
+			t.Errorf("%v is discarded: %t", at, got)
+		}
+		if n := testing.AllocsPerRun(1000, func() { s.loops(at) }); n != 0 {
+			t.Errorf("%v: %v allocations", at, n)
+		}
 	}
 }

@@ -347,9 +347,10 @@ func (w *tunnel) Sync([]wireguard.Peer) error {
 	w.rig.rounds.Add(1)
 	return nil
 }
-func (w *tunnel) ListenPort() uint16    { return 51820 }
-func (w *tunnel) Listening() error      { return nil }
-func (w *tunnel) Done() <-chan struct{} { return w.done }
+func (w *tunnel) ListenPort() uint16       { return 51820 }
+func (w *tunnel) SetSelf([]netip.AddrPort) {}
+func (w *tunnel) Listening() error         { return nil }
+func (w *tunnel) Done() <-chan struct{}    { return w.done }
 func (w *tunnel) Rebind(context.Context) error {
 	w.rig.binds.Add(1)
 	return nil

@@ -154,3 +154,84 @@ func TestForgedFlows(t *testing.T) {
 		}
 	}
 }
+
+// TestForgedOwnPlace has C send what it begins its session with from an address of the
+// host, which IPv6 of Linux takes. From another port that may be a program of the host's,
+// and is answered there. From WireGuard's own port it isn't: the host would go on to send
+// to itself what is for C.
+func TestForgedOwnPlace(t *testing.T) {
+	m := newMesh(t)
+	at, end := netlab.Addresses(), m.Peers["C"].End
+	host := netip.AddrPortFrom(at.BUplink.V6, listenPort)
+	real := end.Config.Peers[0].Endpoint
+	// Where C's own datagrams get lost, so that the host sees the forged ones first.
+	lost := netip.AddrPortFrom(at.I.V6, listenPort)
+	begun, err := m.C.Watch(func(p netlab.Packet) bool {
+		return p.Out && p.Link == "eth0" && p.Is(netlab.UDP) && p.Dst == lost.Addr() && p.DstPort == lost.Port()
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	arrived, err := m.B.Watch(func(p netlab.Packet) bool {
+		return !p.Out && p.Link == netlab.Uplink && p.Is(netlab.UDP) && p.Src == host.Addr() && p.DstPort == listenPort
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	answers := map[uint16]*netlab.Watch{}
+	for _, port := range []uint16{listenPort, 4500} {
+		if answers[port], err = m.B.Watch(func(p netlab.Packet) bool {
+			return p.Out && p.Is(netlab.UDP) && p.Dst == host.Addr() && p.SrcPort == listenPort && p.DstPort == port
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mesh := status(t, m).Address().V4
+	renew := func(to netip.AddrPort) {
+		t.Helper()
+		end.Config.Peers[0].Endpoint = to
+		if err := end.Renew(); err != nil {
+			t.Fatal(err)
+		}
+		m.Lab.Probe(t.Context(), netlab.Probe{From: m.C, To: mesh, Proto: netlab.ICMP, Wait: netlab.RefuseWait})
+	}
+	for i, port := range []uint16{listenPort, 4500} {
+		seen, _ := begun.Packets()
+		renew(lost)
+		if err := begun.Wait(len(seen)+1, generous); err != nil {
+			t.Fatal(err)
+		}
+		sent, err := begun.Packets()
+		if err != nil {
+			t.Fatal(err)
+		}
+		forged := netlab.UDPPacket(netip.AddrPortFrom(host.Addr(), port), host, sent[len(sent)-1].Payload)
+		if err := m.C.Forge("eth0", forged); err != nil {
+			t.Fatal(err)
+		}
+		if err := arrived.Wait(i+1, generous); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := answers[4500].Wait(1, generous); err != nil {
+		t.Errorf("a WireGuard of the host's own at another port isn't answered: %v", err)
+	}
+	renew(real)
+	// The host takes one beginning of a session in 50 ms, and C tries again after 5 s.
+	for limit := time.Now().Add(generous); ; {
+		last, err := end.LastHandshake()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !last.IsZero() {
+			break
+		}
+		if time.Now().After(limit) {
+			t.Fatalf("C has no session with the host within %s", generous)
+		}
+		m.Lab.Probe(t.Context(), netlab.Probe{From: m.C, To: mesh, Proto: netlab.ICMP, Wait: netlab.RefuseWait})
+	}
+	if packets, err := answers[listenPort].Packets(); err != nil || len(packets) > 0 {
+		t.Errorf("the host sent %d datagrams to itself: %v", len(packets), err)
+	}
+}
