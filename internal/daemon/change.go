@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -168,6 +169,9 @@ func (d *Daemon) decide(ctx context.Context, e edit) (outcome, error) {
 		return outcome{key: key, doc: doc, already: true, saving: d.saveUnlessKept()}, nil
 	}
 	left, takes, gives := doc.less(next)
+	if takes {
+		d.noteTaken(doc, left, next.Generation)
+	}
 	base := doc
 	switch {
 	case takes && !gives:
@@ -182,20 +186,20 @@ func (d *Daemon) decide(ctx context.Context, e edit) (outcome, error) {
 	d.changing.Unlock()
 	switch {
 	case takes && !gives:
-		d.recordChange(doc, left)
+		d.recordChange(doc.edited(left))
 		return outcome{key: key, doc: left, saving: d.disk.saveWanted()}, nil
 	case !takes:
 		w, err := d.saveFirst(ctx, e, widening{base: base, next: next, key: key})
 		if err != nil {
 			return outcome{}, d.nothingChanged(err)
 		}
-		d.recordChange(w.base, w.next)
+		d.recordChange(w.base.edited(w.next))
 		return outcome{key: w.key, doc: w.next, already: w.base == w.next, saving: d.saveUnlessKept()}, nil
 	}
 	saving := d.disk.saveWanted()
 	w, err := d.saveFirst(ctx, e, widening{base: base, next: next, key: key})
 	if err != nil {
-		d.recordChange(doc, left)
+		d.recordChange(doc.edited(left))
 		cause := d.awaitSaved(ctx, outcome{saving: saving})
 		part := "what the change takes away is"
 		if doc.byKey(key) < 0 && left.byKey(key) >= 0 {
@@ -207,11 +211,10 @@ func (d *Daemon) decide(ctx context.Context, e edit) (outcome, error) {
 		}
 		return outcome{key: key, doc: left}, api.Errorf(api.CodeNotSaved, "%s", message).WithHint("%s", d.disk.hint())
 	}
-	if w.base == left {
-		d.recordChange(doc, w.next) // one change, one event
-	} else {
-		d.recordChange(doc, left)
-		d.recordChange(w.base, w.next)
+	// One change, one event, also where another one came in between.
+	was, _ := doc.edited(next)
+	if i := w.next.byKey(w.key); i >= 0 {
+		d.recordChange(was, &w.next.Peers[i])
 	}
 	return outcome{key: w.key, doc: w.next, saving: d.saveUnlessKept()}, nil
 }
@@ -298,21 +301,42 @@ func (d *Daemon) again(e edit, began, now *document) (widening, error) {
 	if err != nil || next == now {
 		return widening{now, next, key}, err
 	}
-	was, is := began.byKeys(), now.byKeys()
+	is := now.byKeys()
 	for i := range next.Peers {
 		p := &next.Peers[i]
-		before, current := was[p.PublicKey], is[p.PublicKey]
-		if before == nil || current == nil {
+		current := is[p.PublicKey]
+		if current == nil {
 			continue
 		}
-		for _, one := range policy.AllPermissions {
-			had, has, gets := *before.Permissions.of(one), *current.Permissions.of(one), p.Permissions.of(one)
-			if policy.Grant(had).In(at) && lesser(policy.Grant(had), policy.Grant(has)) != policy.Grant(had) {
-				*gets = grant(lesser(policy.Grant(has), policy.Grant(*gets)))
+		for n, one := range policy.AllPermissions {
+			if d.taken[p.PublicKey][n] > began.Generation {
+				has, gets := current.Permissions.of(one), p.Permissions.of(one)
+				*gets = grant(lesser(policy.Grant(*has), policy.Grant(*gets)))
 			}
 		}
 	}
 	return widening{now, next, key}, d.check(now, next)
+}
+
+// noteTaken notes which permissions an edit takes away that leaves left of doc, as a
+// generation. The caller holds changing.
+func (d *Daemon) noteTaken(doc, left *document, generation uint64) {
+	is := left.byKeys()
+	maps.DeleteFunc(d.taken, func(key wireguard.PublicKey, _ [len(policy.AllPermissions)]uint64) bool { return is[key] == nil })
+	for i := range doc.Peers {
+		was := &doc.Peers[i]
+		p := is[was.PublicKey]
+		if p == nil || p.Permissions == was.Permissions {
+			continue
+		}
+		of := d.taken[was.PublicKey]
+		for n, one := range policy.AllPermissions {
+			if *p.Permissions.of(one) != *was.Permissions.of(one) {
+				of[n] = generation
+			}
+		}
+		d.taken[was.PublicKey] = of
+	}
 }
 
 // nothingChanged is the answer to a change that couldn't be saved, so that the state
@@ -367,28 +391,40 @@ func notInForce(c condition, waited time.Duration) error {
 	return api.Errorf(api.CodeNotInForce, "saved, not in force: %s: %s", p.Step, p.Message).WithHint("%s", hint)
 }
 
-// recordChange writes an event for what differs.
-func (d *Daemon) recordChange(old, next *document) {
-	before := map[wireguard.PublicKey]*peer{}
-	for i := range old.Peers {
-		before[old.Peers[i].PublicKey] = &old.Peers[i]
-	}
+// edited returns the peer that an edit turned doc into next by, before and after, which
+// is nil where the peer was added or removed. Both are nil where the edit changed none.
+func (doc *document) edited(next *document) (was, is *peer) {
+	before := doc.byKeys()
 	for i := range next.Peers {
 		p := &next.Peers[i]
-		was, known := before[p.PublicKey]
+		old := before[p.PublicKey]
 		delete(before, p.PublicKey)
-		if known && *was == *p {
-			continue
+		if old == nil || *old != *p {
+			was, is = old, p
 		}
-		message := fmt.Sprintf("%s changed: %s", p.Name, p.summary())
-		if !known {
-			message = fmt.Sprintf("%s added: %s", p.Name, p.summary())
-		}
-		d.journal.Record(api.Event{Kind: api.EventChange, Peer: p.Name, Message: message})
 	}
 	for _, p := range before {
-		d.journal.Record(api.Event{Kind: api.EventChange, Peer: p.Name, Message: p.Name + " removed"})
+		was = p // removed, or with another key
 	}
+	return was, is
+}
+
+// recordChange writes the one event of an edit, by the peer before and after.
+func (d *Daemon) recordChange(was, is *peer) {
+	e := api.Event{Kind: api.EventChange}
+	switch {
+	case was == nil && is == nil:
+		return
+	case is == nil:
+		e.Peer, e.Message = was.Name, was.Name+" removed"
+	case was == nil:
+		e.Peer, e.Message = is.Name, fmt.Sprintf("%s added: %s", is.Name, is.summary())
+	case was.PublicKey != is.PublicKey:
+		e.Peer, e.Message = is.Name, fmt.Sprintf("%s changed: another key, %s", is.Name, is.summary())
+	default:
+		e.Peer, e.Message = is.Name, fmt.Sprintf("%s changed: %s", is.Name, is.summary())
+	}
+	d.journal.Record(e)
 }
 
 // summary says what a peer may, for an event.

@@ -151,6 +151,9 @@ type Daemon struct {
 	// held, the guard excepted. Reading needs no lock: a published document never changes.
 	changing sync.Mutex
 	wanted   atomic.Pointer[document]
+	// taken has the generations in which edits took permissions away, by the peer's key, in
+	// the order of policy.AllPermissions; see again. Under changing.
+	taken map[wireguard.PublicKey][len(policy.AllPermissions)]uint64
 	// widening is held, by a value in it, while what gives something is saved ahead.
 	widening chan struct{}
 
@@ -200,6 +203,7 @@ func New(o Options) (*Daemon, error) {
 	d := &Daemon{
 		opts:     o,
 		widening: make(chan struct{}, 1),
+		taken:    make(map[wireguard.PublicKey][len(policy.AllPermissions)]uint64),
 		wake:     make(chan struct{}, 1),
 		moved:    make(chan struct{}, 1),
 		timed:    make(chan struct{}, 1),
