@@ -152,7 +152,8 @@ func (l *loop) open(ctx context.Context) error {
 		l.limits = p.Limits()
 	}
 	l.guard = guard.New(dev, guard.Options{ // nothing passes yet
-		Own: l.d.mesh.own.List(), States: l.limits.States, PerForwarded: l.limits.PerForwarded, ClearDF: l.limits.DropsDF,
+		Own: l.d.mesh.own.List(), States: l.limits.States, PerForwarded: l.limits.PerForwarded,
+		Reassembly: l.limits.Reassembly, ClearDF: l.limits.DropsDF,
 		Clock: l.d.clock.now,
 	})
 	l.d.gate.use(l.guard)

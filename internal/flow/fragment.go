@@ -129,9 +129,9 @@ const (
 	// (ipfrag_max_dist, ip_frag_too_far in net/ipv4/ip_fragment.c: the distance counts
 	// the fragment that arrives). So at most 63 others may come between two.
 	maxDistance = 64
-	// A peer has a quarter of the kernel's memory, all together three quarters.
-	reassemblyShare = 1 << 20
-	reassemblyAll   = 3 << 20
+	// defaultReassembly is how much memory Linux has for it unless a sysctl says else
+	// (ipfrag_high_thresh in net/ipv4/ip_fragment.c, ip6frag_high_thresh likewise).
+	defaultReassembly = 4 << 20
 )
 
 // memoryOf returns how many bytes of a kernel's memory a packet takes at most: a
@@ -221,13 +221,19 @@ func (s *share) admitFragment(p *packet, now Instant) (malformed, full bool) {
 		return false, true
 	}
 	more := memoryOf(p.size)
-	if r.held+more > reassemblyShare {
+	if r.held+more > s.table.pieces/4 {
 		return false, true
 	}
-	if s.table.inPieces.Load()+int64(more) > reassemblyAll {
+	if !s.hasMemory(more) {
 		s.table.sweepFragments(now)
 	}
-	return false, s.table.inPieces.Load()+int64(more) > reassemblyAll
+	return false, !s.hasMemory(more)
+}
+
+// hasMemory reports whether the peer may take so many bytes more: no more than what is
+// left, so that something is left for the next one, as hasRoom does it.
+func (s *share) hasMemory(more int) bool {
+	return int64(s.pieces.held+more) <= int64(s.table.pieces)*3/4-s.table.inPieces.Load()
 }
 
 // noteFragment notes a fragment of the peer that was admitted and passes.

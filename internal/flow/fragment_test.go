@@ -142,7 +142,7 @@ func playPieces(t testing.TB, script []byte) (passed int) {
 		}
 		kernel.expire(l.clock)
 		s := l.view.shares[0]
-		if got := kernel.held(); got > s.pieces.held || got > reassemblyShare {
+		if got := kernel.held(); got > s.pieces.held || got > (defaultReassembly/4) {
 			t.Fatalf("the kernel has %d bytes of %d datagrams, the guard counts %d of %d", got, len(kernel.queues), s.pieces.held, len(s.pieces.open))
 		}
 		if n := l.table.inPieces.Load(); n != int64(s.pieces.held) || len(s.pieces.open) > maxFragments {
@@ -240,7 +240,7 @@ func TestForgottenPartsAreCounted(t *testing.T) {
 		send(parts[1:]...)
 	}
 	counted := l.view.shares[0].pieces.held
-	if held := k.held(); passed == 0 || held > counted || held > reassemblyShare {
+	if held := k.held(); passed == 0 || held > counted || held > (defaultReassembly/4) {
 		t.Errorf("after %d fragments the kernel has %d bytes, %d counted", passed, held, counted)
 	}
 }
@@ -274,8 +274,14 @@ func TestFragmentsBounded(t *testing.T) {
 	}
 }
 
-// TestFragmentMemory bounds the bytes: of one peer, and of all.
+// TestFragmentMemory bounds the bytes: of one peer, and of all, by what the kernel has.
 func TestFragmentMemory(t *testing.T) {
+	for kernel, o := range map[int]Options{defaultReassembly: {}, 1 << 20: {Reassembly: 1 << 20}} {
+		fragmentMemory(t, o, kernel/4, kernel*3/4)
+	}
+}
+
+func fragmentMemory(t *testing.T, o Options, one, all int) {
 	m := flowtest.Mesh(7)
 	peers := []netip.Addr{flowtest.PeerC4}
 	for i := range byte(4) {
@@ -283,7 +289,7 @@ func TestFragmentMemory(t *testing.T) {
 		peers = append(peers, a)
 		m.Peers = append(m.Peers, policy.Peer{ID: policy.PeerID{1, i}, Name: a.String(), Addresses: []netip.Addr{a}, Grants: flowtest.Grants(7)})
 	}
-	l := newLab(t, 7, Options{})
+	l := newLab(t, 7, o)
 	l.set(flowtest.Compile(t, m))
 	flood := func(src netip.Addr, ids uint32) (bytes int) {
 		p := flowtest.Datagram(at(src, 5), at(flowtest.HostB4, 7), 60000)
@@ -299,27 +305,29 @@ func TestFragmentMemory(t *testing.T) {
 	sum := 0
 	for i, src := range peers {
 		got := flood(src, 40)
-		sum += got
-		if got > reassemblyShare || i < 3 && got < reassemblyShare*9/10 || i > 3 && got > 0 {
-			t.Errorf("peer %d has %d bytes of %d", i, got, reassemblyShare)
+		// Each may have as much as it leaves for the next one.
+		most := min(one, (all-sum)/2)
+		if got > most+memoryOf(1400) || got < most*9/10 {
+			t.Errorf("peer %d has %d bytes, want nearly %d", i, got, most)
 		}
+		sum += got
 	}
-	if sum > reassemblyAll {
-		t.Errorf("all have %d bytes of %d", sum, reassemblyAll)
+	if sum > all {
+		t.Errorf("all have %d bytes of %d", sum, all)
 	}
 	// Those that are silent now keep nothing for long, nor does a peer that was removed.
 	l.later(time.Duration(fragmentHold+1) * time.Millisecond)
-	for _, src := range peers[2:] {
-		if got := flood(src, 40); got < reassemblyShare*9/10 {
+	for _, src := range peers[3:] {
+		if got := flood(src, 40); got < one*9/10 {
 			t.Errorf("a minute later a peer has %d bytes", got)
 		}
 	}
 	l.allow(7)
 	l.later(time.Duration(fragmentHold+1) * time.Millisecond)
-	if got := flood(flowtest.PeerC4, 40); got < reassemblyShare*9/10 {
+	if got := flood(flowtest.PeerC4, 40); got < one*9/10 {
 		t.Errorf("another minute later a peer has %d bytes", got)
 	}
-	if got := l.table.inPieces.Load(); got > reassemblyAll {
+	if got := l.table.inPieces.Load(); got > int64(all) {
 		t.Errorf("%d bytes are counted", got)
 	}
 }

@@ -72,11 +72,11 @@ func (s *share) admit(class policy.Class, now Instant) bool {
 	if s.held+cost > s.limit {
 		return false
 	}
-	if !s.table.hasRoom(cost) {
+	if !s.table.hasRoom(s.held, cost) {
 		s.sweepAgain(now)
 		s.table.sweep(now)
 	}
-	return s.table.hasRoom(cost) && s.openings.take(now)
+	return s.table.hasRoom(s.held, cost) && s.openings.take(now)
 }
 
 // sweepEvery is how often a share is searched for flows that timed out when there

@@ -1,6 +1,7 @@
 package flow
 
 import (
+	"cmp"
 	"maps"
 	"math/rand/v2"
 	"slices"
@@ -28,6 +29,10 @@ type Options struct {
 	// classes lan and internet: 2 for pf, which has a state on each interface, 1
 	// for conntrack. Any other flow takes one.
 	PerForwarded int // optional: 1
+	// Reassembly is the memory, in bytes, in which the host's kernel puts datagrams
+	// together, of each family, its own included. What one peer may have unfinished in
+	// both families is a quarter of it, what all may have three quarters.
+	Reassembly int // optional: 4 MiB, which is Linux's default
 }
 
 // Table is the memory of flows. It is used through Views.
@@ -37,6 +42,7 @@ type Table struct {
 	perPeer int
 	states  int
 	forward int // entries of a forwarded flow
+	pieces  int // bytes; see Options.Reassembly
 
 	held   atomic.Int64             // entries of all peers' flows
 	all    atomic.Pointer[[]*share] // the peers' shares, for sweep
@@ -67,6 +73,7 @@ func New(o Options) *Table {
 		perPeer: o.PerPeer,
 		states:  o.States,
 		forward: max(1, o.PerForwarded),
+		pieces:  cmp.Or(o.Reassembly, defaultReassembly),
 		seed:    rand.Uint64() | 1,
 		shares:  make(map[policy.PeerID]*share),
 	}
@@ -126,10 +133,12 @@ func (t *Table) cost(class policy.Class) int {
 	return 1
 }
 
-// hasRoom reports whether all peers together may take so many entries more. As
+// hasRoom reports whether a peer that has so many entries may take so many more: all
+// together have three quarters at most, and none has more than is left of them. So however
+// many peers take what they can, half of what the others left is there for the next one. As
 // many judge at once as there are cores, so a few more may come to be held.
-func (t *Table) hasRoom(more int) bool {
-	return t.states == 0 || t.held.Load()+int64(more) <= int64(t.states)*3/4
+func (t *Table) hasRoom(have, more int) bool {
+	return t.states == 0 || int64(have+more) <= int64(t.states)*3/4-t.held.Load()
 }
 
 // sweepPart is about how many flows one sweep looks at.

@@ -168,11 +168,11 @@ func TestShares(t *testing.T) {
 		o                 Options
 		each, third, last int // flows: of one peer, of the third, of the fourth
 	}{
-		{"pf", Options{States: 10_000, PerForwarded: 2}, 1250, 1250, 0},
-		{"conntrack", Options{States: 8192}, 2048, 2048, 0},
+		{"pf", Options{States: 10_000, PerForwarded: 2}, 1250, 625, 313},
+		{"conntrack", Options{States: 8192}, 2048, 1024, 512},
 		{"large conntrack", Options{States: 1 << 20}, 4096, 4096, 4096},
 		{"memory", Options{}, 4096, 4096, 4096},
-		{"uneven", Options{States: 1001, PerForwarded: 2}, 125, 125, 0},
+		{"uneven", Options{States: 1001, PerForwarded: 2}, 125, 63, 31},
 	} {
 		t.Run(tt.about, func(t *testing.T) {
 			l := newLab(t, 7, tt.o)

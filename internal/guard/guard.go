@@ -58,6 +58,7 @@ type Options struct {
 	PerPeer      int // optional: chosen by the number of peers
 	States       int // optional: entries that the host's packet filter holds; 0: memory alone is bounded
 	PerForwarded int // optional: 1
+	Reassembly   int // optional: 4 MiB
 
 	// ClearDF takes Don't Fragment off what comes from peers in fragments, for a host
 	// whose packet filter drops such fragments. A whole packet keeps it, and path MTU
@@ -118,7 +119,7 @@ type deadliner interface {
 // the next packet that inner has to read.
 func New(inner tun.Device, o Options) *Device {
 	d := &Device{inner: inner, clearDF: o.ClearDF, table: flow.New(flow.Options{
-		Now: o.Now, PerPeer: o.PerPeer, States: o.States, PerForwarded: o.PerForwarded,
+		Now: o.Now, PerPeer: o.PerPeer, States: o.States, PerForwarded: o.PerForwarded, Reassembly: o.Reassembly,
 	})}
 	d.clock.init(o.Clock, o.Now)
 	d.own.Store(newOwn(o.Own))

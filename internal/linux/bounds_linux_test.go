@@ -761,6 +761,32 @@ func BenchmarkCut(b *testing.B) {
 	}
 }
 
+func TestReassembly(t *testing.T) {
+	const v4, v6 = "ipv4/ipfrag_high_thresh", "ipv6/ip6frag_high_thresh"
+	for name, c := range map[string]struct {
+		values map[string]string
+		want   int
+	}{
+		"default":      {map[string]string{v4: "4194304", v6: "4194304"}, 4 << 20},
+		"less for one": {map[string]string{v4: "4194304", v6: "262144"}, 262144},
+		"no IPv6":      {map[string]string{v4: "4194304"}, 4 << 20},
+		"none":         {map[string]string{v4: "0", v6: "4194304"}, 1},
+		"no number":    {map[string]string{v4: "much", v6: "4194304"}, 0},
+		"unknown":      {nil, 0},
+	} {
+		dir := t.TempDir()
+		for file, v := range c.values {
+			if err := errors.Join(os.MkdirAll(filepath.Join(dir, filepath.Dir(file)), 0o700), os.WriteFile(filepath.Join(dir, file), []byte(v+"\n"), 0o600)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		p := &Platform{forward: &forwarding{sys: sysctls{dir}}}
+		if got := p.Limits().Reassembly; got != c.want {
+			t.Errorf("%s: %d bytes, want %d", name, got, c.want)
+		}
+	}
+}
+
 // TestFamiliesShareAQuarter has ann open flows of both families to a server whose answers
 // end at the host by their hop limit, so that ann, and the guard, never see them: what
 // conntrack holds of ann's stays within a quarter of what it may hold, and grows no more

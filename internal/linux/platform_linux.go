@@ -148,15 +148,38 @@ func dialRoutes() (*mdlayher.Conn, error) {
 // Limits implements the daemon's limiter: conntrack has one entry for a flow.
 // Before its module is loaded there is no limit to read, and memory alone bounds.
 func (p *Platform) Limits() platform.Limits {
-	text, err := p.forward.sys.read("netfilter/nf_conntrack_max")
+	l := platform.Limits{PerForwarded: 1, Reassembly: p.reassembly()}
+	text, err := p.forward.sys.read(flowMax)
 	if err != nil {
-		return platform.Limits{}
+		return l
 	}
-	states, err := strconv.Atoi(text)
-	if err != nil || states <= 0 {
-		return platform.Limits{}
+	if l.States, err = strconv.Atoi(text); err != nil || l.States <= 0 {
+		l.States = 0
+		return l
 	}
-	return platform.Limits{States: states, PerForwarded: 1, PerPeer: len(families) * int(p.flowsOf(states))}
+	l.PerPeer = len(families) * int(p.flowsOf(l.States))
+	return l
+}
+
+// reassembly is how much memory the kernel has for putting datagrams together, of the
+// family that has less; 0 where that can't be read.
+func (p *Platform) reassembly() int {
+	least := 0
+	for _, name := range []string{"ipv4/ipfrag_high_thresh", "ipv6/ip6frag_high_thresh"} {
+		text, err := p.forward.sys.read(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // without IPv6
+		}
+		// A kernel whose threshold is 0 puts nothing together.
+		n, err := strconv.Atoi(text)
+		if err != nil || n < 0 {
+			return 0
+		}
+		if n = max(n, 1); least == 0 || n < least {
+			least = n
+		}
+	}
+	return least
 }
 
 // bootID changes with each boot; sysctls don't outlive one.

@@ -30,7 +30,7 @@ type Interface struct {
 	Prefixes []netip.Prefix // required
 }
 
-// Limits are what the guard has to know of the host's packet filter.
+// Limits are what the guard has to know of the host's kernel and its packet filter.
 type Limits struct {
 	// States is how many entries it holds for the whole host; 0: not known.
 	States int
@@ -40,6 +40,9 @@ type Limits struct {
 	// both families together, whatever the guard has seen of them; 0: it has no such
 	// bound.
 	PerPeer int
+	// Reassembly is the memory, in bytes, in which the kernel puts datagrams together, of
+	// each family; 0: not known.
+	Reassembly int
 	// DropsDF says that it drops fragments with Don't Fragment set.
 	DropsDF bool
 }
