@@ -38,6 +38,12 @@ import (
 // IPv4 doesn't (fib_validate_source in net/ipv4/fib_frontend.c). The host's addresses with
 // other ports are other programs' on it, such as a second WireGuard's.
 //
+// Nor is one taken from, or sent to, the unspecified address or port 0, where no device
+// is. IPv6 of Linux takes such a datagram from the same link, and what is sent to the
+// unspecified address goes to the host's own ::1 (udpv6_sendmsg in net/ipv6/udp.c). And
+// the sockets send no broadcast, as Go's may: IPv4 of Linux takes a directed broadcast
+// address for a source where it doesn't look for the way back (rp_filter 0).
+//
 // A Sockets serves one Device at a time. Its methods may be called concurrently.
 type Sockets struct {
 	log  *slog.Logger
@@ -55,7 +61,7 @@ type Sockets struct {
 	mesh atomic.Pointer[bart.Lite]
 	// self is where datagrams reach these sockets. Replaced, never changed.
 	self    atomic.Pointer[map[netip.AddrPort]bool]
-	looped  atomic.Uint64 // datagrams discarded because of mesh or self
+	looped  atomic.Uint64 // datagrams discarded; see loops
 	sources atomic.Uint32 // see endpoint.sources
 	// reopened is told that a socket is back.
 	reopened atomic.Pointer[func()]
@@ -421,9 +427,12 @@ func (s *Sockets) Send(bufs [][]byte, ep conn.Endpoint) error {
 	return err
 }
 
-// loops reports whether what is sent to a place comes back here: it is at a mesh address
-// of the host or a known peer, or where these sockets are.
+// loops reports whether what is sent to a place comes back here, or reaches no other device:
+// it is at a mesh address of the host or a known peer, where these sockets are, or nowhere.
 func (s *Sockets) loops(at netip.AddrPort) bool {
+	if at.Addr().IsUnspecified() || at.Port() == 0 {
+		return true
+	}
 	if at.Addr().Zone() != "" {
 		at = netip.AddrPortFrom(at.Addr().WithZone(""), at.Port())
 	}
@@ -544,15 +553,16 @@ func (s *socket) usable() bool {
 	return err == nil && usable
 }
 
-// listenUDP opens a socket with the wildcard address of a family; set may set
-// options before it is bound.
+// listenUDP opens a socket with the wildcard address of a family, which sends no
+// broadcast; set may set options before it is bound.
 func listenUDP(network string, port uint16, set func(fd uintptr) error) (*net.UDPConn, error) {
 	config := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
 		var failed error
-		if set == nil {
-			return nil
-		}
-		if err := raw.Control(func(fd uintptr) { failed = set(fd) }); err != nil {
+		if err := raw.Control(func(fd uintptr) {
+			if failed = noBroadcast(fd); failed == nil && set != nil {
+				failed = set(fd)
+			}
+		}); err != nil {
 			return err
 		}
 		return failed

@@ -604,7 +604,7 @@ func TestDiscardAllocates(t *testing.T) {
 	known := netip.AddrPortFrom(benchPeers(1)[0].Addresses.V4, 9)
 	for text, want := range map[string]bool{
 		known.String(): true, "203.0.113.7:51820": true, "[fe80::1%lo]:51820": true, "[2001:db8::7]:51820": true,
-		"203.0.113.7:51821": false, "203.0.113.8:51820": false, "[fe80::2%lo]:51820": false,
+		"203.0.113.7:51821": false, "[::]:7": true, "0.0.0.0:7": true, "203.0.113.8:0": true, "203.0.113.8:51820": false, "[fe80::2%lo]:51820": false,
 	} {
 		at := netip.MustParseAddrPort(text)
 		if got := s.loops(at); got != want {

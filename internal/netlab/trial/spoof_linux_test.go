@@ -235,3 +235,76 @@ func TestForgedOwnPlace(t *testing.T) {
 		t.Errorf("the host sent %d datagrams to itself: %v", len(packets), err)
 	}
 }
+
+// TestNoDeviceIsThere has what C begins its session with come from where no device is: from
+// a neighbour's host, the unspecified address and port 0, and the directed broadcast
+// address of the host's LAN. Nothing is sent there, which would be the host's own loopback
+// address and all hosts of the LAN. From another host it is answered.
+func TestNoDeviceIsThere(t *testing.T) {
+	m := newMesh(t)
+	at, end := netlab.Addresses(), m.Peers["C"].End
+	lost := netip.AddrPortFrom(at.I.V6, listenPort)
+	begun, err := m.C.Watch(func(p netlab.Packet) bool {
+		return p.Out && p.Link == "eth0" && p.Is(netlab.UDP) && p.Dst == lost.Addr() && p.DstPort == lost.Port()
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const port = 7000
+	broadcast := netip.MustParseAddr("192.168.77.255")
+	arrived, err := m.B.Watch(func(p netlab.Packet) bool {
+		return !p.Out && p.Link == netlab.Uplink && p.Is(netlab.UDP) && (p.SrcPort == port || p.SrcPort == 0) && p.DstPort == listenPort
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	answers, err := m.B.Watch(func(p netlab.Packet) bool {
+		return p.Out && p.Is(netlab.UDP) && p.SrcPort == listenPort && (p.DstPort == port || p.DstPort == 0)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	mesh := status(t, m).Address().V4
+	end.Config.Peers[0].Endpoint = lost
+	for i, from := range []netip.AddrPort{
+		netip.AddrPortFrom(netip.IPv6Unspecified(), port), netip.AddrPortFrom(broadcast, port), netip.AddrPortFrom(at.I.V4, 0),
+		netip.AddrPortFrom(at.I.V6, port), netip.AddrPortFrom(at.I.V4, port),
+	} {
+		seen, _ := begun.Packets()
+		if err := end.Renew(); err != nil {
+			t.Fatal(err)
+		}
+		m.Lab.Probe(t.Context(), netlab.Probe{From: m.C, To: mesh, Proto: netlab.ICMP, Wait: netlab.RefuseWait})
+		if err := begun.Wait(len(seen)+1, generous); err != nil {
+			t.Fatal(err)
+		}
+		sent, err := begun.Packets()
+		if err != nil {
+			t.Fatal(err)
+		}
+		to := at.BUplink.V4
+		if from.Addr().Is6() {
+			to = at.BUplink.V6
+		}
+		if err := m.W.Forge("b0", netlab.UDPPacket(from, netip.AddrPortFrom(to, listenPort), sent[len(sent)-1].Payload)); err != nil {
+			t.Fatal(err)
+		}
+		if err := arrived.Wait(i+1, generous); err != nil {
+			t.Fatal(err)
+		}
+		if from.Addr() == at.I.V6 || from == netip.AddrPortFrom(at.I.V4, port) {
+			if err := answers.Wait(1, generous); err != nil {
+				t.Errorf("from %v nothing is answered, so nothing is proved: %v", from, err)
+			}
+		}
+	}
+	packets, err := answers.Packets()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range packets {
+		if p.Dst != at.I.V4 && p.Dst != at.I.V6 || p.DstPort == 0 {
+			t.Errorf("the host sent to where no device is: %v", p)
+		}
+	}
+}
