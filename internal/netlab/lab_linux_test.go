@@ -7,8 +7,12 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+
+	"github.com/meshhelper/meshhelper/internal/owned"
 )
 
 // newLab is a lab that ends with the test.
@@ -102,6 +106,51 @@ func TestWithoutRoot(t *testing.T) {
 	}
 	if passed := strings.Count(string(out), "--- PASS"); err != nil || passed != 3 {
 		t.Errorf("%d of 3 tests passed in a user namespace, %v:\n%s", passed, err, out)
+	}
+}
+
+// TestRootIsOwn runs itself in a user namespace, as a user who isn't root outside: there
+// a program trusts the folders on the way to where temporary files are.
+func TestRootIsOwn(t *testing.T) {
+	if os.Getenv(userNamespaceEnv) == "inside" {
+		if err := owned.CheckAbove(filepath.Join(t.TempDir(), "state")); err != nil {
+			t.Error(err)
+		}
+		return
+	}
+	program, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Where another user can run it.
+	dir, err := os.MkdirTemp("", "netlab-test-*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	copied := filepath.Join(dir, "netlab.test")
+	for _, err := range []error{os.WriteFile(copied, text, 0o755), os.Chmod(dir, 0o755)} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	cmd := exec.CommandContext(t.Context(), copied, "-test.v", "-test.run=^TestRootIsOwn$")
+	cmd.Dir = "/"
+	cmd.Env = append(os.Environ(), userNamespaceEnv+"=force")
+	if os.Geteuid() == 0 {
+		const someUser = 12345
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: someUser, Gid: someUser}}
+	}
+	out, err := cmd.CombinedOutput()
+	if strings.Contains(string(out), "netlab: no user namespace") {
+		t.Skipf("the machine allows none:\n%s", out)
+	}
+	if err != nil || strings.Count(string(out), "--- PASS") != 1 {
+		t.Errorf("in a user namespace: %v\n%s", err, out)
 	}
 }
 
