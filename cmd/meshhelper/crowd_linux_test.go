@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/api"
 )
 
 // dialAs connects as another user, on a thread that ends with it.
@@ -114,4 +116,19 @@ func TestEventsSurviveACrowd(t *testing.T) {
 	if denied != 8 || changed != 3 {
 		t.Errorf("%d events of refusals, %d of changes; want 8 and 3", denied, changed)
 	}
+}
+
+// events counts the remembered events of a kind.
+func (p *process) events(kind string) (n int) {
+	p.t.Helper()
+	err := p.client.Events(p.t.Context(), false, func(e api.Event) error {
+		if e.Kind == kind {
+			n++
+		}
+		return nil
+	})
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return n
 }

@@ -100,21 +100,6 @@ func (p *process) toggle(n int) {
 	}
 }
 
-// events counts the remembered events of a kind.
-func (p *process) events(kind string) (n int) {
-	p.t.Helper()
-	err := p.client.Events(p.t.Context(), false, func(e api.Event) error {
-		if e.Kind == kind {
-			n++
-		}
-		return nil
-	})
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	return n
-}
-
 // TestSignalsEndInOrder sends each signal by which people and systems end a
 // program, twice.
 func TestSignalsEndInOrder(t *testing.T) {

@@ -366,8 +366,8 @@ func TestOlderRulesetStaysOut(t *testing.T) {
 						for r.d.wanted.Load().Peers[0].Permissions.Routing.Allowed {
 							time.Sleep(time.Millisecond)
 						}
-						r.d.changing.Lock() // the guard is narrow when it is free again
-						r.d.changing.Unlock()
+						r.d.changing.Lock()
+						r.d.changing.Unlock() //lint:ignore SA2001 the guard is narrow when it is free again
 						begun.Store(true)
 						if r.passes(phone) {
 							late.Add(1)

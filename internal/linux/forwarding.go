@@ -228,13 +228,6 @@ func (f *forwarding) save() error { return <-f.saver.put(f.j) }
 // forgetLimit is how long a change that closes waits for the disk.
 const forgetLimit = 2 * time.Second
 
-// giveBackAll restores all that was changed. forgotten tells when the journal on disk
-// has forgotten it.
-func (f *forwarding) giveBackAll() (forgotten <-chan error, err error) {
-	_, err = f.restoreThose(func(saved) bool { return true })
-	return f.saver.put(f.j), err
-}
-
 // giveBack restores the changed sysctls that which picks and forgets them. The disk
 // may take its time: an entry of what has been restored does no harm, so that what
 // narrows doesn't wait for it.

@@ -723,3 +723,10 @@ func (f *forwarding) transit4(mesh string) []string {
 	slices.Sort(out)
 	return out
 }
+
+// giveBackAll restores all that was changed. forgotten tells when the journal on disk
+// has forgotten it.
+func (f *forwarding) giveBackAll() (forgotten <-chan error, err error) {
+	_, err = f.restoreThose(func(saved) bool { return true })
+	return f.saver.put(f.j), err
+}

@@ -494,20 +494,9 @@ func (s *Sockets) ParseEndpoint(text string) (conn.Endpoint, error) {
 type endpoint struct {
 	dst netip.AddrPort
 	src netip.Addr // of the host: the one that the peer sent to; zero for any
-	// control is src as a control message, where the system takes one.
-	control []byte
-	// sources is Sockets.sources when the endpoint was heard: src counts while
-	// nothing changed in the host's networks.
-	sources uint32
+	// way is how src is asked for, where the system lets a sender choose it.
+	way                 //lint:ignore U1000 it is empty but on Linux
 	cleared atomic.Bool // src didn't work
-}
-
-// source returns the control message that sets the source, or nil for none.
-func (e *endpoint) source(sources uint32) []byte {
-	if e.sources != sources || e.cleared.Load() {
-		return nil
-	}
-	return e.control
 }
 
 // ClearSrc lets the system choose the source again.

@@ -225,7 +225,7 @@ func (s *socket) endpoint(src netip.AddrPort, own netip.Addr, sources uint32) *e
 	if e := *slot; e != nil && e.dst == src && e.src == own && e.sources == sources && !e.cleared.Load() {
 		return e
 	}
-	e := &endpoint{dst: src, src: own, sources: sources}
+	e := &endpoint{dst: src, src: own, way: way{sources: sources}}
 	// Only the address, never the interface: with one, the kernel would go on
 	// sending by it, whatever the routes say (ip_route_output_key_hash_rcu in
 	// net/ipv4/route.c). A link-local destination has its zone.
@@ -353,4 +353,20 @@ func appendSegmentSize(b []byte, size int) []byte {
 		b = append(b, 0)
 	}
 	return b
+}
+
+// way is how a datagram is sent from the address that its peer knows.
+type way struct {
+	control []byte // that address as a control message; nil for any
+	// sources is Sockets.sources when the endpoint was heard: the address counts while
+	// nothing changed in the host's networks.
+	sources uint32
+}
+
+// source returns the control message that sets the source, or nil for none.
+func (e *endpoint) source(sources uint32) []byte {
+	if e.sources != sources || e.cleared.Load() {
+		return nil
+	}
+	return e.control
 }

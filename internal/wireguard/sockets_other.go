@@ -12,6 +12,11 @@ import (
 // batchSize is how many datagrams one call carries.
 const batchSize = 1
 
+// way is empty: the system chooses the address that a datagram is sent from.
+//
+//lint:ignore U1000 endpoint has it on every system
+type way struct{}
+
 // socket is an open UDP socket. One receiver reads it, any number of senders
 // write.
 type socket struct {
