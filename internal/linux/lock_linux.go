@@ -1,6 +1,7 @@
 package linux
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -164,11 +165,25 @@ func parseLockTable(b []byte) (held bool, process string, err error) {
 		case ad.Type() == unix.NFTA_TABLE_FLAGS && len(ad.Bytes()) == 4:
 			held = ad.Uint32()&tableFlagOwner != 0
 		case ad.Type() == tableAttrUserdata:
-			comment, _ := userdata.GetString(ad.Bytes(), userdata.TypeComment)
-			process = processNumber(strings.TrimPrefix(comment, lockComment))
+			process = processNumber(strings.TrimPrefix(commentOf(ad.Bytes()), lockComment))
 		}
 	}
 	return held, process, ad.Err()
+}
+
+// commentOf returns the comment in a table's user data, which are entries of a type, a
+// size and so many bytes (udata.h of libnftnl), or "" where there is none. The kernel keeps
+// them as any program gave them, and userdata.Get of google/nftables panics where a size is
+// wrong.
+func commentOf(b []byte) string {
+	for len(b) >= 2 && len(b) >= 2+int(b[1]) {
+		entry := b[2 : 2+b[1]]
+		if b[0] == byte(userdata.TypeComment) {
+			return string(bytes.TrimSuffix(entry, []byte{0}))
+		}
+		b = b[2+len(entry):]
+	}
+	return ""
 }
 
 // processNumber returns what begins with a process's number without what follows,

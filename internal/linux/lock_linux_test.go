@@ -222,6 +222,7 @@ func TestFileLock(t *testing.T) {
 func FuzzParseLockTable(f *testing.F) {
 	f.Add(newLockTable(tableFlagOwner, "123").Data)
 	f.Add([]byte{})
+	f.Add([]byte("0000\x1a\x00\x06\x00\x00000000000000000000000")) // user data whose size is wrong
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if _, process, err := parseLockTable(b); err == nil && len(process) > 10 {
 			t.Errorf("process %q", process)
