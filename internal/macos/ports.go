@@ -106,16 +106,40 @@ type ports struct {
 	none, crowded bool
 	// ikeUntil is until when a socket of this host counts as having UDP port 500.
 	ikeUntil time.Time
+	// sockets are those of the last look that didn't fail; nil: none has been made.
+	sockets map[socketPort]struct{}
 	// unseen is why the last look failed.
 	unseen error
 }
 
+// socketPort is a port that a socket of this host has.
+type socketPort struct {
+	proto string // as pfctl shows it
+	port  uint16
+}
+
 // ike reports whether a socket of this host has UDP port 500, or had it a short time
-// ago.
-func (p *ports) ike(now time.Time) bool { return now.Before(p.ikeUntil) }
+// ago. While sockets can't be read, what was read last counts, and before that it has.
+func (p *ports) ike(now time.Time) bool {
+	if p.unseen != nil && p.has("udp", ikePort) {
+		return true
+	}
+	return now.Before(p.ikeUntil)
+}
+
+// has reports whether a socket of this host had a port at the last look. Before the
+// first one only port 500 counts as taken.
+func (p *ports) has(proto string, port uint16) bool {
+	if p.sockets == nil {
+		return proto == "udp" && port == ikePort
+	}
+	_, ok := p.sockets[socketPort{proto, port}]
+	return ok
+}
 
 // observePorts looks at this host's sockets, which takes no process. A look that
-// fails changes nothing, but for the first: then the usual range counts.
+// fails changes nothing, but for the first: then the usual range counts, and port 500 as
+// taken.
 func (p *Platform) observePorts() {
 	sockets, err := darwin.ReadSockets(p.o.Kernel)
 	var ephemeral []darwin.PortRange
@@ -133,6 +157,12 @@ func (p *Platform) observePorts() {
 		// Peers' flows that pf translates to that port end when flows are cut.
 		p.strays = p.strays || !known.ike(now)
 		known.ikeUntil = now.Add(settlePorts)
+	}
+	known.sockets = make(map[socketPort]struct{}, len(sockets.TCP)+len(sockets.UDP))
+	for proto, ports := range map[string][]uint16{"tcp": sockets.TCP, "udp": sockets.UDP} {
+		for _, port := range ports {
+			known.sockets[socketPort{proto, port}] = struct{}{}
+		}
 	}
 	r, crowded, ok := choosePorts(known.nat, ephemeral, append(slices.Clone(sockets.TCP), sockets.UDP...))
 	if known.none = !ok; !ok || r == known.nat {

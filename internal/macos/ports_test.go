@@ -3,6 +3,7 @@ package macos
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // sockets are ports with one in between each time.
@@ -139,6 +141,45 @@ func testPortsFollowSockets(t *testing.T) {
 	}
 }
 
+// TestFlowsLeaveTakenPorts has a socket of the host take the port of a running flow of a
+// peer's: the flow ends, and no other does.
+func TestFlowsLeaveTakenPorts(t *testing.T) { synctest.Test(t, testFlowsLeaveTakenPorts) }
+
+func testFlowsLeaveTakenPorts(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	r := g.compile(testMesh(2, everything))
+	g.must(g.p.Enforce(t.Context(), r))
+	g.must(g.p.Cut(t.Context(), r, policy.Diff(nil, r)))
+	flow := func(from string) uint16 { return g.mac.Receive(syn(from, "9.9.9.9"), g.p.name).Packet.SrcPort }
+	taken, other := flow(first), flow(second) // to one place, so from two ports
+	runs := func(port uint16) bool {
+		states, err := g.p.pf.States(t.Context())
+		g.must(err)
+		return slices.ContainsFunc(states, func(s pfconf.ShownState) bool { return s.Inner != s.Translated && s.Translated.Port() == port })
+	}
+	if !runs(taken) || !runs(other) {
+		t.Fatalf("no flow leaves from %d or %d, so nothing is proved", taken, other)
+	}
+	g.mac.Kernel.BindTCP(taken)
+	for range settlePorts / (10 * time.Second) {
+		time.Sleep(10 * time.Second)
+		if a, b := flow(first), flow(second); a != taken || b != other {
+			t.Fatalf("the flows leave from %d and %d now", a, b)
+		}
+	}
+	g.p.observePorts()
+	if len(g.inspect(r).Drift) == 0 {
+		t.Fatal("no drift")
+	}
+	r = g.compile(testMesh(2, everything))
+	g.must(g.p.Enforce(t.Context(), r))
+	g.must(g.p.Cut(t.Context(), r, nil))
+	if runs(taken) || !runs(other) {
+		t.Errorf("flows run: from the taken port %v, from the other %v", runs(taken), runs(other))
+	}
+}
+
 // TestUnknownSockets has the kernel tell nothing of its sockets: the usual range
 // counts, or what was known, and it is said.
 func TestUnknownSockets(t *testing.T) {
@@ -146,11 +187,12 @@ func TestUnknownSockets(t *testing.T) {
 	p := &Platform{o: PlatformOptions{Kernel: noTables{g.mac}, Now: time.Now}}
 	p.sysctl = darwin.NewSysctl(g, p.o.Kernel)
 	p.observePorts()
-	if p.ports.nat != defaultPorts || len(p.portProblems()) != 1 {
+	if p.ports.nat != defaultPorts || len(p.portProblems()) != 1 || !p.ports.ike(time.Now()) {
 		t.Errorf("%+v", p.ports)
 	}
 	p.o.Kernel = g.mac
 	g.mac.Kernel.BindTCP(40000)
+	g.mac.Kernel.BindUDP(ikePort)
 	p.ports.nat = darwin.PortRange{}
 	p.observePorts()
 	known := p.ports.nat
@@ -158,6 +200,9 @@ func TestUnknownSockets(t *testing.T) {
 	p.observePorts()
 	if p.ports.nat != known || known.Contains(40000) || len(p.portProblems()) != 1 {
 		t.Errorf("%+v, before %v", p.ports, known)
+	}
+	if !p.ports.ike(time.Now().Add(2 * settlePorts)) {
+		t.Error("while sockets can't be read port 500 counts as free")
 	}
 }
 

@@ -21,7 +21,7 @@ func (p *Platform) endStrays(ctx context.Context, r *policy.Ruleset) error {
 	}
 	var kills []Kill
 	if states, err := p.pf.States(ctx); err == nil {
-		kills = strays(states, r, p.ports.ike(p.o.Now()))
+		kills = strays(states, r, p.taken())
 	} else {
 		p.o.Log.Warn("end states that aren't ours", "error", err)
 		for _, m := range r.Sets().Mesh {
@@ -38,6 +38,15 @@ func (p *Platform) endStrays(ctx context.Context, r *policy.Ruleset) error {
 	return nil
 }
 
+// taken returns what says whether a socket of this host has a port. A state keeps its
+// port when the rules come to name another range, for as long as its ends send.
+func (p *Platform) taken() func(proto string, port uint16) bool {
+	ike := p.ports.ike(p.o.Now())
+	return func(proto string, port uint16) bool {
+		return proto == "udp" && port == ikePort && ike || p.ports.has(proto, port)
+	}
+}
+
 // inspectStrays looks for such states, which also come to be, and stay, between two
 // looks that find all else as it was. What it finds is ended when flows are cut.
 func (p *Platform) inspectStrays(ctx context.Context, r *policy.Ruleset, drift func(step, message string)) {
@@ -46,9 +55,9 @@ func (p *Platform) inspectStrays(ctx context.Context, r *policy.Ruleset, drift f
 		p.o.Log.Warn("look at the packet filter's states", "error", err)
 		return
 	}
-	if n := len(strays(states, r, p.ports.ike(p.o.Now()))); n > 0 {
+	if n := len(strays(states, r, p.taken())); n > 0 {
 		p.strays = true
-		drift(StepCut, fmt.Sprintf("the packet filter has states of peers' packets that no rule of ours made, between %d pairs of hosts", n))
+		drift(StepCut, fmt.Sprintf("the packet filter has states of peers' packets that no rule of ours made, or with ports that sockets of this host have, between %d pairs of hosts", n))
 	}
 }
 
@@ -60,9 +69,9 @@ func killsOf(m netip.Prefix) []Kill {
 }
 
 // strays names the states that no rule of ours made: ours are bound to an interface
-// (if-bound), and on another than the mesh's they are translated. With ike, also those
-// by which a peer has UDP port 500 of this host.
-func strays(states []pfconf.ShownState, r *policy.Ruleset, ike bool) []Kill {
+// (if-bound), and on another than the mesh's they are translated. It names also those
+// by which a peer has a port of this host that is taken.
+func strays(states []pfconf.ShownState, r *policy.Ruleset, taken func(proto string, port uint16) bool) []Kill {
 	var ours []netip.Prefix
 	ours = append(ours, peersWith(r, 0, anyFamily)...)
 	ours = append(append(ours, r.Sets().Former...), hostPrefixes(r.Mesh().Addresses)...)
@@ -79,8 +88,7 @@ func strays(states []pfconf.ShownState, r *policy.Ruleset, ike bool) []Kill {
 			continue
 		}
 		bound := s.Interface == r.Host().Interface || s.Interface != anyInterface && s.Inner != s.Translated
-		taken := ike && s.Proto == "udp" && s.Translated.Port() == ikePort && s.Inner != s.Translated
-		if bound && !taken {
+		if bound && (s.Inner == s.Translated || !taken(s.Proto, s.Translated.Port())) {
 			continue
 		}
 		from, to := s.Inner.Addr(), s.Outer.Addr()
