@@ -50,6 +50,8 @@ type Platform struct {
 	cuts     cutBook
 	// strays says that states of other rules than ours may be of peers' packets.
 	strays bool
+	// astray says that a token which may be ours can't be told from others.
+	astray bool
 
 	look
 }
@@ -282,17 +284,32 @@ func (p *Platform) release(ctx context.Context) error {
 	})
 }
 
-// unwrittenToken returns the only token that came since ours was asked for, or 0:
-// of several, another program's might be given back.
+// unwrittenToken returns the only token that came since ours was asked for, or 0: of
+// several, another program's might be given back. Then it is said that ours stays.
 func (p *Platform) unwrittenToken(ctx context.Context) (uint64, error) {
 	now, err := p.tokens(ctx)
 	if err != nil {
 		return 0, err
 	}
-	if came := missing(now, p.j.Others); len(came) == 1 {
+	came := missing(now, p.j.Others)
+	if len(came) == 1 {
 		return came[0], nil
 	}
+	p.astray = p.astray || len(came) > 1
 	return 0, nil
+}
+
+// tokenProblems says that a token of ours can't be told from other programs'.
+func (p *Platform) tokenProblems() []platform.Problem {
+	if !p.astray {
+		return nil
+	}
+	return []platform.Problem{{
+		Step: StepRelease,
+		Message: "a helper that was killed had the packet filter kept on, and other programs did so at the same time: " +
+			"which token is the helper's can't be told, so that the packet filter stays on when all others have left it",
+		Hint: "a restart of the Mac forgets it; sudo pfctl -s References lists the tokens and sudo pfctl -X TOKEN gives one back",
+	}}
 }
 
 func (p *Platform) tokens(ctx context.Context) ([]uint64, error) {
@@ -345,7 +362,7 @@ func (p *Platform) Close(ctx context.Context) ([]platform.Problem, error) {
 	}
 	err := errors.Join(p.removeInterface(), p.endFlows(ctx), p.flush(ctx), p.release(ctx))
 	p.loaded = nil
-	return left, err
+	return append(left, p.tokenProblems()...), err
 }
 
 // endFlows ends what peers still have running.
@@ -391,9 +408,6 @@ func (p *Platform) kill(ctx context.Context, kills []Kill) error {
 
 // left says what of our doing stays because other software came to need it.
 func (p *Platform) left(shared policy.Families) []platform.Problem {
-	if p.j.Forwarding == (policy.Families{}) {
-		return nil
-	}
 	var out []platform.Problem
 	for _, f := range []struct {
 		stays          bool

@@ -661,6 +661,26 @@ func (g *rig) closedWhileDead(step string) {
 	}
 }
 
+// TestTokenOfAKilledHelper has a helper be killed between asking for its token and writing
+// it down: the next one gives it back where it can be told, and says so where it can't.
+func TestTokenOfAKilledHelper(t *testing.T) {
+	for came, want := range map[int]int{0: 0, 1: 0, 2: 2} {
+		g := newRig(t)
+		g.open()
+		for range came {
+			g.mac.PF.Hold("pfctl")
+		}
+		g.p.j.Token, g.p.j.Enabling, g.p.j.Others = 0, true, nil
+		left := g.close()
+		if said := len(left) == 1 && left[0].Step == StepRelease; said != (came > 1) || len(left) > 1 {
+			t.Errorf("%d tokens came: %+v", came, left)
+		}
+		if n := len(g.mac.PF.Tokens()); n != want {
+			t.Errorf("%d tokens came, %d stay, want %d", came, n, want)
+		}
+	}
+}
+
 // TestRebootForgets checks that a journal of another boot changes nothing.
 func TestRebootForgets(t *testing.T) {
 	g := newRig(t)
