@@ -176,12 +176,15 @@ func parseLockTable(b []byte) (held bool, process string, err error) {
 // them as any program gave them, and userdata.Get of google/nftables panics where a size is
 // wrong.
 func commentOf(b []byte) string {
-	for len(b) >= 2 && len(b) >= 2+int(b[1]) {
-		entry := b[2 : 2+b[1]]
-		if b[0] == byte(userdata.TypeComment) {
-			return string(bytes.TrimSuffix(entry, []byte{0}))
+	for len(b) >= 2 {
+		end := 2 + int(b[1])
+		if len(b) < end {
+			break
 		}
-		b = b[2+len(entry):]
+		if b[0] == byte(userdata.TypeComment) {
+			return string(bytes.TrimSuffix(b[2:end], []byte{0}))
+		}
+		b = b[end:]
 	}
 	return ""
 }

@@ -219,6 +219,29 @@ func TestFileLock(t *testing.T) {
 	}
 }
 
+// TestCommentOf reads user data as any program may give it, of the size that the kernel
+// takes (NFT_USERDATA_MAXLEN, 256 bytes, in linux/netfilter/nf_tables.h).
+func TestCommentOf(t *testing.T) {
+	entry := func(kind byte, size int, data string) []byte { return append([]byte{kind, byte(size)}, data...) }
+	long := strings.Repeat("x", 254)
+	for name, c := range map[string]struct {
+		data []byte
+		want string
+	}{
+		"none":                {nil, ""},
+		"a comment":           {entry(0, 4, "abc\x00"), "abc"},
+		"behind another":      {append(entry(7, 2, "yz"), entry(0, 3, "abc")...), "abc"},
+		"as long as can be":   {entry(0, 254, long), long},
+		"another, as long":    {entry(7, 254, long), ""},
+		"longer than is":      {entry(0, 50, "abc"), ""},
+		"a type without size": {[]byte{0}, ""},
+	} {
+		if got := commentOf(c.data); got != c.want {
+			t.Errorf("%s: %q, want %q", name, got, c.want)
+		}
+	}
+}
+
 func FuzzParseLockTable(f *testing.F) {
 	f.Add(newLockTable(tableFlagOwner, "123").Data)
 	f.Add([]byte{})
