@@ -15,7 +15,7 @@ import (
 // flowsPerPeer is how many flows of one peer conntrack may have in each family: an
 // eighth of what it holds, but no more than maxFlowsPerPeer.
 func (p *Platform) flowsPerPeer() uint32 {
-	return p.flowsOf(p.Limits().States)
+	return p.flowsOf(p.states())
 }
 
 func (p *Platform) flowsOf(states int) uint32 {

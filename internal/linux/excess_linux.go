@@ -1,14 +1,10 @@
 package linux
 
 import (
-	"cmp"
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -46,28 +42,6 @@ const betweenExcess = 10 * time.Second
 // excessStays is for how long it is said at least that flows were ended.
 const excessStays = time.Minute
 
-// conntrackFill returns how many entries conntrack has and how many it may have; 0 of 0
-// where it has no bound, or there is none.
-func conntrackFill(sys sysctls) (have, most uint64, err error) {
-	var n [2]uint64
-	for i, name := range []string{flowCount, flowMax} {
-		v, err := sys.read(name)
-		if errors.Is(err, fs.ErrNotExist) {
-			return 0, 0, nil
-		}
-		if err == nil {
-			n[i], err = strconv.ParseUint(v, 10, 32)
-		}
-		if err != nil {
-			return 0, 0, fmt.Errorf("fill of conntrack: %w", err)
-		}
-	}
-	if n[1] == 0 {
-		return 0, 0, nil
-	}
-	return n[0], n[1], nil
-}
-
 // endExcess ends entries of peers' flows through the host, of peers that have more than
 // their shares, until they have no more. Those of connections that ended go first. Flows
 // to the host aren't touched: no server keeps them, and as long as one runs its entry
@@ -77,43 +51,28 @@ func (p *Platform) endExcess(ctx context.Context, r *policy.Ruleset) error {
 	if err != nil {
 		return err
 	}
-	if !p.excess.looked.IsZero() && time.Since(p.excess.looked) < betweenExcess {
+	since := time.Since(p.excess.looked)
+	if since < betweenExcess {
 		return nil
 	}
 	if have*peerShare <= most {
-		if time.Since(p.excess.looked) > excessStays {
+		if since > excessStays {
 			p.excess.found = nil
 		}
 		return nil
 	}
-	p.excess.looked, p.excess.found = time.Now(), nil
-	held := make([]uint64, len(r.Peers()))
-	forwarded := func(e *flowEntry) (peer int, ok bool) {
-		peer, ok = r.PeerByAddr(e.orig.src)
-		return peer, ok && r.Class(e.orig.dst) != policy.Self
-	}
-	err = p.flows.each(ctx, unix.AF_UNSPEC, netip.Addr{}, func(e *flowEntry) error {
-		if peer, ok := forwarded(e); ok {
-			held[peer]++
-		}
-		return nil
-	})
+	p.excess = excess{looked: time.Now()}
+	forwarded := func(e *flowEntry) bool { return r.Class(e.orig.dst) != policy.Self }
+	held, _, err := p.countFlows(ctx, r, forwarded)
 	if err != nil {
 		return err
 	}
 	share := min(most/peerShare, uint64(len(families))*maxFlowsPerPeer)
 	share = level(held, most-most/restShare, max(1, share))
-	left, over := make([]uint64, len(held)), []int(nil)
-	for peer, n := range held {
-		left[peer] = share
-		if n > share {
-			over = append(over, peer)
-		}
-	}
+	over := slices.DeleteFunc(mostFirst(held), func(peer int) bool { return held[peer] <= share })
 	if len(over) == 0 {
 		return nil
 	}
-	slices.SortFunc(over, func(a, b int) int { return cmp.Or(cmp.Compare(held[b], held[a]), cmp.Compare(a, b)) })
 	var names []string
 	for _, peer := range over[:min(len(over), holdersNamed)] {
 		names = append(names, fmt.Sprintf("%s (%d)", r.Peers()[peer].Name, held[peer]))
@@ -124,14 +83,27 @@ func (p *Platform) endExcess(ctx context.Context, r *policy.Ruleset) error {
 			len(over), share, strings.Join(names, ", ")),
 		Hint: "a server that answers so that its answers don't reach the peer can bring this about: take routing from a peer that you don't trust",
 	}}
-	// The order of entries is that of a hash table, so that no flow is preferred.
+	left := make(map[int]uint64, len(over))
+	for _, peer := range over {
+		left[peer] = share
+	}
+	return p.keepFlows(ctx, r, left, forwarded)
+}
+
+// keepFlows ends the entries of peers' flows that which picks, but so many of each peer in
+// left. The order of entries is that of a hash table, so that no flow is preferred, except
+// that connections which ended are kept last.
+func (p *Platform) keepFlows(ctx context.Context, r *policy.Ruleset, left map[int]uint64, which func(*flowEntry) bool) error {
 	for _, ended := range []bool{false, true} {
 		err := p.flows.each(ctx, unix.AF_UNSPEC, netip.Addr{}, func(e *flowEntry) error {
-			peer, ok := forwarded(e)
-			switch {
-			case !ok || held[peer] <= share || e.ended() != ended:
+			peer, ok := r.PeerByAddr(e.orig.src)
+			if !ok || !which(e) || e.ended() != ended {
 				return nil
-			case left[peer] > 0:
+			}
+			switch more, bounded := left[peer]; {
+			case !bounded:
+				return nil
+			case more > 0:
 				left[peer]--
 				return nil
 			}

@@ -3,10 +3,12 @@ package linux
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
-	"maps"
+	"io/fs"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -26,6 +28,28 @@ const (
 	flowCount = "netfilter/nf_conntrack_count"
 	flowMax   = "netfilter/nf_conntrack_max"
 )
+
+// conntrackFill returns how many entries conntrack has and how many it may have; 0 of 0
+// where it has no bound, or there is none.
+func conntrackFill(sys sysctls) (have, most uint64, err error) {
+	var n [2]uint64
+	for i, name := range []string{flowCount, flowMax} {
+		v, err := sys.read(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			return 0, 0, nil
+		}
+		if err == nil {
+			n[i], err = strconv.ParseUint(v, 10, 32)
+		}
+		if err != nil {
+			return 0, 0, fmt.Errorf("fill of conntrack: %w", err)
+		}
+	}
+	if n[1] == 0 {
+		return 0, 0, nil
+	}
+	return n[0], n[1], nil
+}
 
 // fillProblems says that the kernel's table of flows is nearly full. A kernel
 // without the sysctls, or with no bound (a maximum of 0), has no such problem.
@@ -74,21 +98,13 @@ func (p *Platform) nameHolders(full []platform.Problem, r *policy.Ruleset) {
 	full[0].Message += p.holders.text
 }
 
-// countHolders counts the flows that each peer opened.
+// countHolders says which peers opened the most flows.
 func (p *Platform) countHolders(r *policy.Ruleset) (string, error) {
-	of, all := map[int]int{}, 0
-	err := p.flows.each(context.Background(), unix.AF_UNSPEC, netip.Addr{}, func(e *flowEntry) error {
-		all++
-		if i, ok := r.PeerByAddr(e.orig.src); ok {
-			of[i]++
-		}
-		return nil
-	})
+	of, all, err := p.countFlows(context.Background(), r, func(*flowEntry) bool { return true })
 	if err != nil {
 		return "", err
 	}
-	peers := slices.Collect(maps.Keys(of))
-	slices.SortFunc(peers, func(a, b int) int { return cmp.Or(cmp.Compare(of[b], of[a]), cmp.Compare(a, b)) })
+	peers := mostFirst(of)
 	var parts []string
 	for _, i := range peers[:min(len(peers), holdersNamed)] {
 		if percent := of[i] * 100 / all; percent >= holdersLeast {
@@ -99,4 +115,29 @@ func (p *Platform) countHolders(r *policy.Ruleset) (string, error) {
 		return "; next to none are of peers", nil
 	}
 	return "; of peers: " + strings.Join(parts, ", "), nil
+}
+
+// countFlows counts the flows in conntrack that which picks and that each peer opened, by
+// the peer's index in r, and all flows of whichever opener.
+func (p *Platform) countFlows(ctx context.Context, r *policy.Ruleset, which func(*flowEntry) bool) (of []uint64, all uint64, err error) {
+	of = make([]uint64, len(r.Peers()))
+	err = p.flows.each(ctx, unix.AF_UNSPEC, netip.Addr{}, func(e *flowEntry) error {
+		all++
+		if i, ok := r.PeerByAddr(e.orig.src); ok && which(e) {
+			of[i]++
+		}
+		return nil
+	})
+	return of, all, err
+}
+
+// mostFirst returns the indexes of the peers that have any, the one that has most first.
+func mostFirst(of []uint64) (peers []int) {
+	for i, n := range of {
+		if n > 0 {
+			peers = append(peers, i)
+		}
+	}
+	slices.SortFunc(peers, func(a, b int) int { return cmp.Or(cmp.Compare(of[b], of[a]), cmp.Compare(a, b)) })
+	return peers
 }

@@ -27,6 +27,16 @@ func (f flushed) SendMessages(ms []mdlayher.Message) error {
 	return f.flush()
 }
 
+// loadAll enforces m as if it weren't known what is loaded.
+func (w *world) loadAll(m policy.Mesh) (r *policy.Ruleset, err error) {
+	w.do(func() error {
+		w.p.filter.loaded = nil
+		r, err = w.round(m)
+		return nil
+	})
+	return r, err
+}
+
 // TestLoadIsTriedAgain has another program flush nftables while a table is loaded, before
 // it is read back: it is loaded again, and nothing closes, unless that never ends.
 func TestLoadIsTriedAgain(t *testing.T) {
@@ -39,13 +49,7 @@ func TestLoadIsTriedAgain(t *testing.T) {
 			times, refused := flushes, 0
 			f := flushed{lacking{Conn: w.p.filter.change.wire, refused: &refused}, &times, func() error { return w.pic.B.DeleteTable(tableName) }}
 			w.p.filter.change.wire = mdlayher.NewConn(f, 0)
-			var r *policy.Ruleset
-			var err error
-			w.do(func() error {
-				w.p.filter.loaded = nil // so that all is loaded
-				r, err = w.round(mesh(grants{ann: all, bob: all}))
-				return nil
-			})
+			r, err := w.loadAll(mesh(grants{ann: all, bob: all}))
 			if (err != nil) != closes {
 				t.Fatalf("enforced: %v", err)
 			}
@@ -102,13 +106,7 @@ func TestLoadThatCantBeRead(t *testing.T) {
 			w.enforce(mesh(grants{ann: all}))
 			dump, times := w.p.filter.dump, failures
 			w.p.filter.dump = mdlayher.NewConn(deaf{lacking{Conn: dump, refused: new(int)}, &times, new(mdlayher.Header)}, 0)
-			var r *policy.Ruleset
-			var err error
-			w.do(func() error {
-				w.p.filter.loaded = nil // so that all is loaded
-				r, err = w.round(mesh(grants{ann: all, bob: all}))
-				return nil
-			})
+			r, err := w.loadAll(mesh(grants{ann: all, bob: all}))
 			if (err != nil) != closes {
 				t.Fatalf("enforced: %v", err)
 			}

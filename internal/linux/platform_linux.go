@@ -148,17 +148,24 @@ func dialRoutes() (*mdlayher.Conn, error) {
 // Limits implements the daemon's limiter: conntrack has one entry for a flow.
 // Before its module is loaded there is no limit to read, and memory alone bounds.
 func (p *Platform) Limits() platform.Limits {
-	l := platform.Limits{PerForwarded: 1, Reassembly: p.reassembly()}
+	l := platform.Limits{States: p.states(), PerForwarded: 1, Reassembly: p.reassembly()}
+	if l.States > 0 {
+		l.PerPeer = len(families) * int(p.flowsOf(l.States))
+	}
+	return l
+}
+
+// states is how many entries conntrack holds; 0 where that can't be read.
+func (p *Platform) states() int {
 	text, err := p.forward.sys.read(flowMax)
 	if err != nil {
-		return l
+		return 0
 	}
-	if l.States, err = strconv.Atoi(text); err != nil || l.States <= 0 {
-		l.States = 0
-		return l
+	n, err := strconv.Atoi(text)
+	if err != nil {
+		return 0
 	}
-	l.PerPeer = len(families) * int(p.flowsOf(l.States))
-	return l
+	return max(n, 0)
 }
 
 // reassembly is how much memory the kernel has for putting datagrams together, of the
