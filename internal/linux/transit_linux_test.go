@@ -1,7 +1,6 @@
 package linux
 
 import (
-	"encoding/binary"
 	"net/netip"
 	"slices"
 	"testing"
@@ -21,15 +20,7 @@ func withTTL(packet []byte, ttl byte) []byte {
 		return packet
 	}
 	packet[8] = ttl
-	packet[10], packet[11] = 0, 0
-	var sum uint32
-	for i := 0; i < 20; i += 2 {
-		sum += uint32(binary.BigEndian.Uint16(packet[i:]))
-	}
-	for sum>>16 != 0 {
-		sum = sum&0xffff + sum>>16
-	}
-	binary.BigEndian.PutUint16(packet[10:], ^uint16(sum))
+	sumHeader(packet)
 	return packet
 }
 
