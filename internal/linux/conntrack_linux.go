@@ -336,18 +336,25 @@ func parseFlow(b, name []byte) (flowEntry, bool) {
 		case ctaTimeout:
 			e.timeout = bigEndian(value)
 		case ctaProtoInfo:
-			good = attrs(value, func(kind uint16, _, value []byte) {
-				if kind == ctaInfoTCP {
-					good = attrs(value, func(kind uint16, _, value []byte) {
-						if kind == ctaTCPState {
-							e.state = uint8(bigEndian(value))
-						}
-					}) && good
-				}
-			}) && good
+			good = parseProtoInfo(value, &e.state) && good
 		}
 	}) && good
 	return e, good && e.orig.src.IsValid() && e.orig.dst.IsValid() && e.reply.src.IsValid() && e.reply.dst.IsValid()
+}
+
+// parseProtoInfo reads the state of a TCP connection; other protocols have none.
+func parseProtoInfo(b []byte, state *uint8) bool {
+	good := true
+	return attrs(b, func(kind uint16, _, value []byte) {
+		if kind != ctaInfoTCP {
+			return
+		}
+		good = attrs(value, func(kind uint16, _, value []byte) {
+			if kind == ctaTCPState {
+				*state = uint8(bigEndian(value))
+			}
+		}) && good
+	}) && good
 }
 
 // bigEndian reads a number of at most four bytes.

@@ -558,8 +558,7 @@ func (p *Platform) Renderer() func(*policy.Ruleset) (anchor, text string, err er
 // is closed by the caller that is told, and the interface's routes are then all that keeps
 // the host's own packets to peers from leaving by the uplink.
 func (p *Platform) closeUp() error {
-	err := p.close(p.name)
-	return errors.Join(named(StepTable, err), named(StepRestore, p.forward.apply(need{mesh: p.name})))
+	return errors.Join(named(StepTable, p.close(p.name)), named(StepRestore, p.forward.apply(need{mesh: p.name})))
 }
 
 // need says what a ruleset needs forwarded: as little as its permissions ask
