@@ -130,7 +130,8 @@ const (
 	// the fragment that arrives). So at most 63 others may come between two.
 	maxDistance = 64
 	// defaultReassembly is how much memory Linux has for it unless a sysctl says else
-	// (ipfrag_high_thresh in net/ipv4/ip_fragment.c, ip6frag_high_thresh likewise).
+	// (ipfrag_high_thresh in net/ipv4/ip_fragment.c; for IPv6 ip6frag_high_thresh and, for
+	// what conntrack looks at, nf_conntrack_frag6_high_thresh likewise).
 	defaultReassembly = 4 << 20
 )
 

@@ -762,13 +762,14 @@ func BenchmarkCut(b *testing.B) {
 }
 
 func TestReassembly(t *testing.T) {
-	const v4, v6 = "ipv4/ipfrag_high_thresh", "ipv6/ip6frag_high_thresh"
+	const v4, v6, ct6 = "ipv4/ipfrag_high_thresh", "ipv6/ip6frag_high_thresh", "netfilter/nf_conntrack_frag6_high_thresh"
 	for name, c := range map[string]struct {
 		values map[string]string
 		want   int
 	}{
 		"default":      {map[string]string{v4: "4194304", v6: "4194304"}, 4 << 20},
 		"less for one": {map[string]string{v4: "4194304", v6: "262144"}, 262144},
+		"conntrack":    {map[string]string{v4: "4194304", v6: "4194304", ct6: "262144"}, 262144},
 		"no IPv6":      {map[string]string{v4: "4194304"}, 4 << 20},
 		"none":         {map[string]string{v4: "0", v6: "4194304"}, 1},
 		"no number":    {map[string]string{v4: "much", v6: "4194304"}, 0},

@@ -168,14 +168,16 @@ func (p *Platform) states() int {
 	return max(n, 0)
 }
 
-// reassembly is how much memory the kernel has for putting datagrams together, of the
-// family that has less; 0 where that can't be read.
+// reassembly is how much memory the kernel has for putting datagrams together, the least
+// of what it has of each family; 0 where that can't be read. What conntrack looks at, as all
+// that a peer sends through the host, has of IPv6 a memory of its own
+// (net/ipv6/netfilter/nf_conntrack_reasm.c).
 func (p *Platform) reassembly() int {
 	least := 0
-	for _, name := range []string{"ipv4/ipfrag_high_thresh", "ipv6/ip6frag_high_thresh"} {
+	for _, name := range []string{"ipv4/ipfrag_high_thresh", "ipv6/ip6frag_high_thresh", "netfilter/nf_conntrack_frag6_high_thresh"} {
 		text, err := p.forward.sys.read(name)
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // without IPv6
+			continue // without IPv6, or a module not yet loaded
 		}
 		// A kernel whose threshold is 0 puts nothing together.
 		n, err := strconv.Atoi(text)
