@@ -357,8 +357,9 @@ func (c *compiler) judge() {
 // maxFlowsPerPeer bounds what one peer may have open in conntrack in one family, where an
 // eighth of conntrack's maximum isn't less, so that both families are a quarter at most:
 // what the guard lets it have (4096), and 20 times the square root of that. The flows are
-// counted in flowParts, drawn by their ports; each part then has room for five standard
-// deviations more than its mean, and the guard's bound comes first.
+// counted in flowParts, drawn by their ports; where these differ, each part then has room
+// for five standard deviations more than its mean, and the guard's bound comes first. Flows
+// with the same two ports, to many hosts, are all in one part.
 const maxFlowsPerPeer = 5376
 
 // closedInKernel is how long conntrack keeps a connection that was reset
