@@ -98,7 +98,7 @@ func FindForeign(m *pfconf.Machine, a *Anchor, r *policy.Ruleset) ([]Foreign, er
 	for _, p := range append(probes.all(), transit...) {
 		m.FlushStates()
 		alone.FlushStates()
-		if f, ok := compareProbe(p.send(m), p.send(alone), a.Path); ok {
+		if f, ok := compareProbe(p.send(m), p.afterRedirect().send(alone), a.Path); ok {
 			f.Transit = f.Wider && p.isTransit(r)
 			if _, known := found[f]; !known {
 				found[f] = p.String()
@@ -179,6 +179,9 @@ func decidedBy(h *pfconf.Hook, ours string, wider bool) Foreign {
 type probe struct {
 	packet  pfconf.Packet
 	in, out string
+	// redirected is the packet as rules of others send it on; nil: they don't. Our
+	// anchor alone, which redirects nothing, is asked about it.
+	redirected *pfconf.Packet
 }
 
 // String returns the packet and its way.
@@ -197,6 +200,14 @@ func (p probe) String() string {
 func (p probe) isTransit(r *policy.Ruleset) bool {
 	mesh := r.Host().Interface
 	return p.in != "" && p.in != mesh && p.out != "" && p.out != mesh
+}
+
+// afterRedirect returns the probe as it goes on after the redirection.
+func (p probe) afterRedirect() probe {
+	if p.redirected != nil {
+		p.packet = *p.redirected
+	}
+	return p
 }
 
 func (p probe) send(m *pfconf.Machine) pfconf.Judgement {
@@ -343,16 +354,16 @@ func (p *probes) add(out []probe, src, dst netip.Addr, in string) []probe {
 	for _, port := range p.ports {
 		packet.DstPort = port
 		packet.Proto, packet.Flags, packet.Window = pfconf.ProtoTCP, pfconf.FlagSYN, 65535
-		out = append(out, probe{packet, in, to})
+		out = append(out, probe{packet: packet, in: in, out: to})
 		packet.Proto, packet.Flags, packet.Window = pfconf.ProtoUDP, 0, 0
-		out = append(out, probe{packet, in, to})
+		out = append(out, probe{packet: packet, in: in, out: to})
 	}
 	packet.SrcPort, packet.DstPort = 0, 0
 	packet.Proto, packet.ICMPType, packet.ICMPID = pfconf.ProtoICMP, 8, 1
 	if dst.Is6() {
 		packet.Proto, packet.ICMPType = pfconf.ProtoICMPv6, 128
 	}
-	return append(out, probe{packet, in, to})
+	return append(out, probe{packet: packet, in: in, out: to})
 }
 
 // way returns the interface by which a packet leaves, "" when this host keeps it,

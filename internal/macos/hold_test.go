@@ -200,9 +200,9 @@ func changeByAndBy(t *rapid.T, changes, packets *int) {
 		if p.In == "" {
 			continue
 		}
-		probes = append(probes, probe{c.toPF(p), p.In, ""})
+		probes = append(probes, probe{packet: c.toPF(p), in: p.In})
 		if !keeps(c.r, p.Dst) && !keeps(after.r, p.Dst) {
-			probes = append(probes, probe{c.toPF(p), p.In, c.randomOut(p)})
+			probes = append(probes, probe{packet: c.toPF(p), in: p.In, out: c.randomOut(p)})
 		}
 	}
 	passes := func(m *pfconf.Machine) (out []bool) {

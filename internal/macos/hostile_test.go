@@ -35,25 +35,32 @@ func TestTransitOfAnyKind(t *testing.T) {
 		many[fmt.Sprintf("com.apple/10%02d.x", i)] = "pass in quick on lo9 all no state\n"
 	}
 	x := func(rules string) map[string]string { return map[string]string{"com.apple/100.x": rules} }
+	quick := strings.Replace(simmac.StockMain, "\nanchor \"com.apple/*\"", "\nanchor \"vpn\" quick\nanchor \"com.apple/*\"", 1)
 	for name, c := range map[string]struct {
 		anchors map[string]string
 		p       pfconf.Packet
 	}{
-		"all":               {x("pass quick all no state\n"), syn(stranger, "9.9.9.9")},
-		"one source":        {x("pass quick inet from 192.168.77.50 to any no state\npass out quick on en0 all no state\n"), syn(stranger, "9.9.9.9")},
-		"a source port":     {x("pass quick proto udp from any port 500 to any port 500 no state\n"), udp(500, 500)},
-		"another protocol":  {x("pass quick proto esp all no state\n"), packet(stranger, "9.9.9.9", protoESP, 0, 0, 0)},
-		"between ports":     {x("pass quick proto tcp from any to any port 1000 >< 2000 no state\n"), packet(stranger, "9.9.9.9", pfconf.ProtoTCP, 4000, 1500, pfconf.FlagSYN)},
-		"above a port":      {x("pass quick proto udp from any to any port > 1023 no state\n"), udp(4000, 4000)},
-		"any port but one":  {x("pass quick proto udp from any port >= 32768 to any port != 22 flags any no state\n"), udp(40000, 4000)},
-		"later segments":    {x("pass quick proto tcp all flags A/A no state\n"), packet(stranger, "9.9.9.9", pfconf.ProtoTCP, 4000, 443, pfconf.FlagACK)},
-		"a table":           {x("table <good> { 192.168.77.50 }\npass quick from <good> to any no state\n"), syn(stranger, "9.9.9.9")},
-		"a table to go to":  {x("table <good> { 8.8.4.4 }\npass quick from any to <good> no state\n"), syn(stranger, "8.8.4.4")},
-		"all sources but":   {x("pass quick inet from ! 192.0.2.0/24 to 8.8.4.4 no state\n"), syn(stranger, "8.8.4.4")},
-		"a table of main":   {map[string]string{"": "table <wide> persist { 192.168.77.0/24 }\nscrub-anchor \"com.apple/*\"\nnat-anchor \"com.apple/*\"\nrdr-anchor \"com.apple/*\"\npass in quick on en5 from <wide> to any no state\nanchor \"com.apple/*\"\n"}, syn(stranger, "9.9.9.9")},
-		"too many anchors":  {many, syn(stranger, "9.9.9.9")},
-		"to the LAN":        {x("pass in quick on en0 from any to 192.168.77.0/24 no state\n"), syn("198.51.100.7", "192.168.77.9")},
-		"a name of its own": {map[string]string{"com.apple/1 vpn@work über": "pass quick all no state\n"}, syn(stranger, "9.9.9.9")},
+		"all":                {x("pass quick all no state\n"), syn(stranger, "9.9.9.9")},
+		"one source":         {x("pass quick inet from 192.168.77.50 to any no state\npass out quick on en0 all no state\n"), syn(stranger, "9.9.9.9")},
+		"a source port":      {x("pass quick proto udp from any port 500 to any port 500 no state\n"), udp(500, 500)},
+		"another protocol":   {x("pass quick proto esp all no state\n"), packet(stranger, "9.9.9.9", protoESP, 0, 0, 0)},
+		"between ports":      {x("pass quick proto tcp from any to any port 1000 >< 2000 no state\n"), packet(stranger, "9.9.9.9", pfconf.ProtoTCP, 4000, 1500, pfconf.FlagSYN)},
+		"above a port":       {x("pass quick proto udp from any to any port > 1023 no state\n"), udp(4000, 4000)},
+		"any port but one":   {x("pass quick proto udp from any port >= 32768 to any port != 22 flags any no state\n"), udp(40000, 4000)},
+		"later segments":     {x("pass quick proto tcp all flags A/A no state\n"), packet(stranger, "9.9.9.9", pfconf.ProtoTCP, 4000, 443, pfconf.FlagACK)},
+		"a table":            {x("table <good> { 192.168.77.50 }\npass quick from <good> to any no state\n"), syn(stranger, "9.9.9.9")},
+		"a table to go to":   {x("table <good> { 8.8.4.4 }\npass quick from any to <good> no state\n"), syn(stranger, "8.8.4.4")},
+		"all sources but":    {x("pass quick inet from ! 192.0.2.0/24 to 8.8.4.4 no state\n"), syn(stranger, "8.8.4.4")},
+		"a table of main":    {map[string]string{"": "table <wide> persist { 192.168.77.0/24 }\nscrub-anchor \"com.apple/*\"\nnat-anchor \"com.apple/*\"\nrdr-anchor \"com.apple/*\"\npass in quick on en5 from <wide> to any no state\nanchor \"com.apple/*\"\n"}, syn(stranger, "9.9.9.9")},
+		"too many anchors":   {many, syn(stranger, "9.9.9.9")},
+		"to the LAN":         {x("pass in quick on en0 from any to 192.168.77.0/24 no state\n"), syn("198.51.100.7", "192.168.77.9")},
+		"redirected":         {x("rdr pass on en0 inet proto tcp from any to 203.0.113.1 port 8443 -> 192.168.77.9 port 443\n"), packet("198.51.100.7", "203.0.113.1", pfconf.ProtoTCP, 4000, 8443, pfconf.FlagSYN)},
+		"redirected (en0)":   {x("rdr pass on en0 proto udp from any to (en0) port 8443 -> 192.168.77.9\n"), packet("198.51.100.7", "203.0.113.1", pfconf.ProtoUDP, 4000, 8443, 0)},
+		"redirected quick":   {x("rdr on en0 inet proto tcp from any to 203.0.113.1 port 8443 tag mine -> 192.168.77.9 port 443\npass quick inet from any to 192.168.77.9 tagged mine no state\n"), packet("198.51.100.7", "203.0.113.1", pfconf.ProtoTCP, 4000, 8443, pfconf.FlagSYN)},
+		"one to one":         {map[string]string{"": strings.Replace(simmac.StockMain, "nat-anchor", "binat pass on en0 inet from 192.168.77.9 to any -> 203.0.113.50\nnat-anchor", 1)}, syn("198.51.100.7", "203.0.113.50")},
+		"below a quick call": {map[string]string{"": quick, "vpn": "pass inet proto udp from any port 500 to any port 500 no state\n"}, udp(500, 500)},
+		"two below":          {map[string]string{"": quick, "vpn": "anchor \"deep\"\n", "vpn/deep": "pass inet proto udp from any port 500 to any port 500 no state\n"}, udp(500, 500)},
+		"a name of its own":  {map[string]string{"com.apple/1 vpn@work über": "pass quick all no state\n"}, syn(stranger, "9.9.9.9")},
 	} {
 		t.Run(name, func(t *testing.T) {
 			g := newRig(t)
@@ -69,13 +76,14 @@ func TestTransitOfAnyKind(t *testing.T) {
 			if strings.HasPrefix(c.p.Src.String(), "198.") {
 				link = "en0"
 			}
+			_, err := darwin.NewPF(g.mac).Enable(t.Context()) // for the other product
+			g.must(err)
 			g.mac.Kernel.SetVariable("net.inet.ip.forwarding", "1")
 			if o := g.mac.Receive(c.p, link); o.Fate != simmac.Forwarded {
 				t.Fatalf("the packet doesn't pass even without us: %v (%s)", o.Fate, o.Why)
 			}
 			g.mac.Kernel.SetVariable("net.inet.ip.forwarding", "0")
-			err := g.p.Enforce(t.Context(), g.compile(testMesh(1, policy.Routing)))
-			if err == nil {
+			if err := g.p.Enforce(t.Context(), g.compile(testMesh(1, policy.Routing))); err == nil {
 				t.Error("it is enforced")
 			}
 			if o := g.mac.Receive(c.p, link); o.Fate == simmac.Forwarded {
@@ -93,6 +101,8 @@ func TestHarmlessQuickRules(t *testing.T) {
 		"out only":            "pass out quick on en0 all flags S/SA keep state\n",
 		"to this Mac":         "pass in quick on en5 proto tcp from any to 192.168.77.1 port 22\n",
 		"multicast":           "pass in quick on en0 proto udp from any to 224.0.0.251 port 5353\n",
+		"redirected to us":    "rdr pass on en0 inet proto tcp from any to 203.0.113.1 port 8443 -> 203.0.113.1 port 443\n",
+		"stopped after it":    "rdr on en0 inet proto tcp from any to 203.0.113.1 port 8443 -> 192.168.77.9 port 443\n",
 		"an absent interface": "pass quick on en77 all\n",
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -26,10 +26,17 @@ const (
 var errTooMany = errors.New("there are too many rules to judge")
 
 // transitProbes returns probes for each rule of others that passes for good what
-// comes in.
+// comes in, or that sends it elsewhere.
 func (p *probes) transitProbes(m *pfconf.Machine, ours string) ([]probe, error) {
 	var out []probe
 	rules := 0
+	try := func(probes []probe) error {
+		if rules++; rules > maxTransitRules || len(out)+len(probes) > maxTransitProbes {
+			return errTooMany
+		}
+		out = append(out, probes...)
+		return nil
+	}
 	var walk func(anchor string, calls []*pfconf.Rule) error
 	walk = func(anchor string, calls []*pfconf.Rule) error {
 		if anchor == ours {
@@ -43,15 +50,21 @@ func (p *probes) transitProbes(m *pfconf.Machine, ours string) ([]probe, error) 
 			if rule.Action == pfconf.Anchor {
 				calls = append(calls[:len(calls):len(calls)], rule)
 			}
-			if rule.Action != pfconf.Pass || !rule.Quick || rule.Direction == pfconf.Out {
+			// What a rule below a quick call decides is decided, too.
+			quick := rule.Quick || slices.ContainsFunc(calls, func(c *pfconf.Rule) bool { return c.Quick })
+			if rule.Action != pfconf.Pass || !quick || rule.Direction == pfconf.Out {
 				continue
 			}
-			if rules++; rules > maxTransitRules {
-				return errTooMany
+			if err := try(p.ruleProbes(m, anchor, rule, calls)); err != nil {
+				return err
 			}
-			out = append(out, p.ruleProbes(m, anchor, rule, calls)...)
-			if len(out) > maxTransitProbes {
-				return errTooMany
+		}
+		for _, rule := range slices.Concat(l.Rdr, l.Binat) {
+			if rule.Action != pfconf.Rdr && rule.Action != pfconf.Binat {
+				continue
+			}
+			if err := try(p.redirectProbes(m, anchor, rule)); err != nil {
+				return err
 			}
 		}
 		for _, child := range m.Anchors(anchor) {
@@ -92,6 +105,57 @@ func (p *probes) ruleProbes(m *pfconf.Machine, anchor string, rule *pfconf.Rule,
 					}
 				}
 			}
+		}
+	}
+	return out
+}
+
+// redirectProbes returns packets that an rdr or binat rule sends on to another
+// host, this one's own addresses among their destinations. Whether the filter sees
+// them, and which rule wins, m says.
+func (p *probes) redirectProbes(m *pfconf.Machine, anchor string, rule *pfconf.Rule) []probe {
+	in := *rule // as what comes in matches it
+	if rule.Action == pfconf.Binat {
+		in.From, in.To = rule.To, pfconf.Endpoint{}
+		if rule.Pool != nil {
+			in.To.Addrs = rule.Pool.Addrs
+		}
+	}
+	from, to := p.addressesOf(m, anchor, in.From), p.addressesOf(m, anchor, in.To)
+	for _, i := range m.Interfaces() {
+		for _, attached := range i.Addresses {
+			from, to = append(from, besideOwn(attached)), append([]netip.Addr{attached.Addr()}, to...)
+		}
+	}
+	var out []probe
+	for _, i := range m.Interfaces() {
+		if i.Name == loopback || i.Name == p.host.Interface || !matchesInterface(rule, i.Name) {
+			continue
+		}
+		for _, family := range []pfconf.Family{pfconf.Inet, pfconf.Inet6} {
+			for _, src := range ofFamily(from, family) {
+				for _, dst := range ofFamily(to, family) {
+					out = append(out, p.redirected(m, packetsFor(&in, src, dst, i.Name, ""))...)
+				}
+			}
+		}
+	}
+	return out
+}
+
+// redirected returns those of some packets that m sends on to another host, with
+// the way there.
+func (p *probes) redirected(m *pfconf.Machine, all []probe) []probe {
+	var out []probe
+	for _, try := range all {
+		m.FlushStates()
+		h := m.Receive(try.packet, try.in).In
+		if !h.Pass() || h.Packet.Dst == try.packet.Dst {
+			continue
+		}
+		if way, ok := p.way(h.Packet.Dst, try.in); ok && way != "" {
+			try.out, try.redirected = way, &h.Packet
+			out = append(out, try)
 		}
 	}
 	return out
@@ -212,7 +276,7 @@ func packetsFor(rule *pfconf.Rule, src, dst netip.Addr, in, out string) []probe 
 				packet.ICMPType = rule.ICMP[0].Type
 			}
 		}
-		all = append(all, probe{packet, in, out})
+		all = append(all, probe{packet: packet, in: in, out: out})
 	}
 	return all
 }
