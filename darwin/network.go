@@ -63,7 +63,11 @@ func Observe(k Kernel) (*Network, error) {
 	if b, err = k.Routes(); err != nil {
 		return nil, fmt.Errorf("read routing table: %w", err)
 	}
-	return &Network{Interfaces: list, Routes: ParseRoutes(b)}, nil
+	routes, err := ParseRoutes(b)
+	if err != nil {
+		return nil, err
+	}
+	return &Network{Interfaces: list, Routes: routes}, nil
 }
 
 // Interface returns the interface of that name, or nil.

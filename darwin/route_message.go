@@ -3,7 +3,6 @@ package darwin
 import (
 	"encoding/binary"
 	"fmt"
-	"iter"
 	"math/bits"
 	"net/netip"
 )
@@ -116,22 +115,27 @@ type Route struct {
 	Flags RouteFlags
 }
 
-// messages yields type and bytes of each message in b. It stops at one that can't
-// be: a table is read whole or not, but what is odd in it mustn't loop or panic.
-func messages(b []byte) iter.Seq2[byte, []byte] {
-	return func(yield func(byte, []byte) bool) {
-		for len(b) >= 4 {
-			n := int(order.Uint16(b))
-			if n < 4 || n > len(b) {
-				return
-			}
-			// Messages of another version than ours may have any layout.
-			if b[2] == rtmVersion && !yield(b[3], b[:n]) {
-				return
-			}
-			b = b[n:]
+// eachMessage calls visit with type and bytes of each message in b, up to an error. A
+// list that doesn't end with a message's end is damaged: with a part of the routes,
+// what is behind the others would count as internet.
+func eachMessage(b []byte, visit func(typ byte, m []byte) error) error {
+	for i := 0; len(b) > 0; i++ {
+		n := 0
+		if len(b) >= 4 {
+			n = int(order.Uint16(b))
 		}
+		if n < 4 || n > len(b) {
+			return fmt.Errorf("message %d is damaged", i)
+		}
+		// Messages of another version than ours may have any layout.
+		if b[2] == rtmVersion {
+			if err := visit(b[3], b[:n]); err != nil {
+				return err
+			}
+		}
+		b = b[n:]
 	}
+	return nil
 }
 
 // sockaddrs splits what follows a header of the given size. A missing address is
@@ -241,30 +245,32 @@ func parseRoute(m []byte) (Route, bool) {
 }
 
 // ParseRoutes reads the routing table as sysctl NET_RT_DUMP2 gives it. Messages
-// that aren't routes of IPv4 or IPv6 are left out.
-func ParseRoutes(rib []byte) []Route {
+// that aren't routes of IPv4 or IPv6 are left out. It fails where the list is cut off.
+func ParseRoutes(rib []byte) ([]Route, error) {
 	var routes []Route
-	for typ, m := range messages(rib) {
-		if typ != rtmGet2 {
-			continue
-		}
-		if r, ok := parseRoute(m); ok {
+	err := eachMessage(rib, func(typ byte, m []byte) error {
+		if r, ok := parseRoute(m); ok && typ == rtmGet2 {
 			routes = append(routes, r)
 		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read routing table: %w", err)
 	}
-	return routes
+	return routes, nil
 }
 
 // ParseInterfaces reads the interfaces and their addresses as sysctl
-// NET_RT_IFLIST2 gives them.
+// NET_RT_IFLIST2 gives them. It fails where an interface can't be read or the list is
+// cut off.
 func ParseInterfaces(rib []byte) ([]Interface, error) {
 	var list []Interface
-	for typ, m := range messages(rib) {
+	err := eachMessage(rib, func(typ byte, m []byte) error {
 		switch typ {
 		case rtmIfInfo2:
 			i, ok := parseInterface(m)
 			if !ok {
-				return nil, fmt.Errorf("read interface list: damaged message %d", len(list))
+				return fmt.Errorf("interface %d is damaged", len(list))
 			}
 			list = append(list, i)
 		case rtmNewAddr:
@@ -274,6 +280,10 @@ func ParseInterfaces(rib []byte) ([]Interface, error) {
 				list[last].Addresses = append(list[last].Addresses, Address{a, peer})
 			}
 		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read interface list: %w", err)
 	}
 	return list, nil
 }

@@ -91,7 +91,10 @@ func TestParseRouteCaptured(t *testing.T) {
 			Route{Dst: netip.MustParsePrefix("::/0"), Gateway: netip.MustParseAddr("fe80::f22f:4bff:fe09:3bff"), Index: 6, Flags: RouteUp | RouteGateway | RouteStatic | RouteScoped}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			got := ParseRoutes(unhex(t, tt.hex))
+			got, err := ParseRoutes(unhex(t, tt.hex))
+			if err != nil {
+				t.Fatal(err)
+			}
 			if diff := cmp.Diff([]Route{tt.want}, got, compareNetip); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
@@ -116,9 +119,9 @@ func TestParseSkipsDamage(t *testing.T) {
 		"more addresses":       bad(func(b []byte) { b[offRtAddrs] = 0xff }),
 		"a short message":      {8, 0, rtmVersion, rtmGet2, 0, 0, 0, 0},
 	} {
-		got := ParseRoutes(append(b, good...))
-		if len(got) != 1 || got[0] != goldenMessages[0].route {
-			t.Errorf("%s: %+v", name, got)
+		got, err := ParseRoutes(append(b, good...))
+		if err != nil || len(got) != 1 || got[0] != goldenMessages[0].route {
+			t.Errorf("%s: %+v, %v", name, got, err)
 		}
 	}
 	for name, b := range map[string][]byte{
@@ -127,7 +130,11 @@ func TestParseSkipsDamage(t *testing.T) {
 		"half a header":   {8, 0},
 		"cut in a header": good[:20],
 	} {
-		if got := ParseRoutes(append(append([]byte(nil), good...), b...)); len(got) != 1 {
+		list := append(append([]byte(nil), good...), b...)
+		if got, err := ParseRoutes(list); err == nil {
+			t.Errorf("%s: %+v", name, got)
+		}
+		if got, err := ParseInterfaces(list); err == nil {
 			t.Errorf("%s: %+v", name, got)
 		}
 	}
@@ -164,7 +171,8 @@ func FuzzParseRIB(f *testing.F) {
 	list, _ := k.Interfaces()
 	f.Add(list)
 	f.Fuzz(func(t *testing.T, b []byte) {
-		for _, r := range ParseRoutes(b) {
+		routes, _ := ParseRoutes(b)
+		for _, r := range routes {
 			if !r.Dst.IsValid() || r.Dst != r.Dst.Masked() {
 				t.Errorf("route %+v", r)
 			}

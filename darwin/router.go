@@ -142,7 +142,11 @@ func (r *Router) table() (map[netip.Prefix]Route, error) {
 		return nil, fmt.Errorf("read routing table: %w", err)
 	}
 	table := map[netip.Prefix]Route{}
-	for _, have := range ParseRoutes(b) {
+	routes, err := ParseRoutes(b)
+	if err != nil {
+		return nil, err
+	}
+	for _, have := range routes {
 		if have.Flags&RouteScoped == 0 {
 			table[have.Dst] = have
 		}

@@ -50,7 +50,11 @@ func TestParseRoutesAgreesWithXNet(t *testing.T) {
 			want++
 		}
 	}
-	if got := len(ParseRoutes(b)); got == 0 || got > want || got < want-want/10 {
+	routes, err := ParseRoutes(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := len(routes); got == 0 || got > want || got < want-want/10 {
 		t.Errorf("%d routes, x/net reads %d", got, want)
 	}
 }

@@ -350,10 +350,20 @@ func (p *Platform) isOn(ctx context.Context) (bool, error) {
 // that we don't live to write down can be told.
 func (p *Platform) enable(ctx context.Context) error {
 	return p.step(StepEnable, func() (err error) {
+		p.strays = true
+		if p.j.Enabling {
+			// A run that failed may have taken one all the same.
+			if p.j.Token, err = p.unwrittenToken(ctx); err != nil {
+				return err
+			}
+			if p.j.Token != 0 {
+				p.j.Enabling, p.j.Others = false, nil
+				return p.j.write(p.o.StateDir)
+			}
+		}
 		if p.j.Others, err = p.tokens(ctx); err != nil {
 			return err
 		}
-		p.strays = true
 		p.j.Token, p.j.Enabling = 0, true
 		if err := p.j.write(p.o.StateDir); err != nil {
 			return err

@@ -32,6 +32,8 @@ type rig struct {
 	dev  tun.Device
 	step func(string)
 	ran  func() // after each command
+	// lost is an argument with which a command runs and its end isn't heard of, once.
+	lost string
 }
 
 // Run implements darwin.Runner.
@@ -39,6 +41,10 @@ func (g *rig) Run(ctx context.Context, stdin []byte, path string, args ...string
 	stdout, stderr, status, err := g.mac.Run(ctx, stdin, path, args...)
 	if g.ran != nil {
 		g.ran()
+	}
+	if g.lost != "" && slices.Contains(args, g.lost) {
+		g.lost = ""
+		return nil, nil, 0, context.DeadlineExceeded
 	}
 	return stdout, stderr, status, err
 }
@@ -678,6 +684,28 @@ func TestTokenOfAKilledHelper(t *testing.T) {
 		if n := len(g.mac.PF.Tokens()); n != want {
 			t.Errorf("%d tokens came, %d stay, want %d", came, n, want)
 		}
+	}
+}
+
+// TestTokenOfARunThatFailed has pfctl take a token and not live to say so: the next
+// try takes it for its own, and it is given back at the end.
+func TestTokenOfARunThatFailed(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	g.mac.PF.Hold("pfctl")
+	r := g.compile(testMesh(1, policy.Routing))
+	g.lost = "-E"
+	if err := g.p.Enforce(t.Context(), r); err == nil || g.lost != "" {
+		t.Fatalf("it is enforced: %v, lost %q", err, g.lost)
+	}
+	g.must(g.p.Enforce(t.Context(), r))
+	g.clean(g.p.enforced)
+	if n := len(g.mac.PF.Tokens()); n != 2 {
+		t.Errorf("%d tokens while it is enforced, want ours and another program's", n)
+	}
+	g.close()
+	if n := len(g.mac.PF.Tokens()); n != 1 {
+		t.Errorf("%d tokens stay, want another program's", n)
 	}
 }
 
