@@ -2,6 +2,7 @@ package macos
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -70,8 +71,8 @@ func (f Foreign) String() string {
 // ruleset: each kind of peer to each class of destination, and strangers to both,
 // with the ports and addresses that the rules of others mention. m's states are
 // gone afterwards. The result holds each rule once or, if it does both, twice:
-// first what is wider.
-func FindForeign(m *pfconf.Machine, a *Anchor, r *policy.Ruleset) ([]Foreign, error) {
+// first what is wider. It ends with ctx's error when that is done.
+func FindForeign(ctx context.Context, m *pfconf.Machine, a *Anchor, r *policy.Ruleset) ([]Foreign, error) {
 	alone := pfconf.NewMachine(pfconf.MachineOptions{})
 	for _, i := range m.Interfaces() {
 		alone.AddInterface(i)
@@ -91,11 +92,14 @@ func FindForeign(m *pfconf.Machine, a *Anchor, r *policy.Ruleset) ([]Foreign, er
 	}
 	found := map[Foreign]string{}
 	probes := newProbes(m, a, r)
-	transit, err := probes.transitProbes(m, a.Path)
+	transit, err := probes.transitProbes(ctx, m, a.Path)
 	if err != nil {
 		return nil, fmt.Errorf("find foreign rules: %w", err)
 	}
 	for _, p := range append(probes.all(), transit...) {
+		if err := ctx.Err(); err != nil {
+			return nil, fmt.Errorf("find foreign rules: %w", err)
+		}
 		m.FlushStates()
 		alone.FlushStates()
 		if f, ok := compareProbe(p.send(m), p.afterRedirect().send(alone), a.Path); ok {

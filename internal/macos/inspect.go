@@ -75,7 +75,7 @@ func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (platform.Rep
 		p.inspectOthers(ctx, n, r)
 	}
 	report.Drift = append(append(report.Drift, p.found.Drift...), p.others.open...)
-	report.Problems = slices.Concat(report.Problems, p.portProblems(), p.tokenProblems(), p.fillProblems(), p.found.Problems, p.others.problems)
+	report.Problems = slices.Concat(report.Problems, p.portProblems(), p.tokenProblems(), p.strayProblems(), p.fillProblems(), p.found.Problems, p.others.problems)
 	return report, nil
 }
 

@@ -1,6 +1,7 @@
 package macos
 
 import (
+	"context"
 	"strings"
 	"testing"
 
@@ -177,7 +178,7 @@ func (n neighbour) foreign(t failer, w world) []Foreign {
 	if err := m.LoadAnchor(a.Path, a.Ruleset()); err != nil {
 		t.Fatal(err)
 	}
-	found, err := FindForeign(m, a, r)
+	found, err := FindForeign(context.Background(), m, a, r)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -107,7 +107,7 @@ func (p *Platform) foreign(ctx context.Context, n *darwin.Network, r *policy.Rul
 	if err := m.LoadAnchor(p.path, p.loaded.anchor.Ruleset()); err != nil {
 		return nil, err
 	}
-	found, err := FindForeign(m, p.loaded.anchor, r)
+	found, err := FindForeign(ctx, m, p.loaded.anchor, r)
 	if err != nil {
 		return nil, err
 	}

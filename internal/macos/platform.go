@@ -50,6 +50,8 @@ type Platform struct {
 	cuts     cutBook
 	// strays says that states of other rules than ours may be of peers' packets.
 	strays bool
+	// unseenStates is why the last look for them failed; nil: it didn't.
+	unseenStates error
 	// astray says that a token which may be ours can't be told from others.
 	astray bool
 

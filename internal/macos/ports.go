@@ -39,20 +39,19 @@ var defaultPorts = darwin.PortRange{First: lowestPort, Last: 49_151}
 
 // choosePorts returns the longest range that has no port of ephemeral and none of
 // taken, or now, if that still is one. Where sockets leave none that is long enough,
-// which any user can bring about, it is the longest in which only few may get ports by
-// themselves, and crowded. It reports false when there is none either.
-func choosePorts(now darwin.PortRange, ephemeral []darwin.PortRange, taken []uint16) (r darwin.PortRange, crowded, ok bool) {
+// which any user can bring about, it is the longest that has none of ephemeral. It
+// reports false when there is none either.
+func choosePorts(now darwin.PortRange, ephemeral []darwin.PortRange, taken []uint16) (r darwin.PortRange, ok bool) {
 	free := freeRanges(ephemeral, taken)
 	for _, f := range free {
 		if now.First != 0 && f.Contains(now.First) && f.Contains(now.Last) {
-			return now, false, true
+			return now, true
 		}
 	}
 	if r, ok = longest(free); ok {
-		return r, false, true
+		return r, true
 	}
-	r, ok = longest(freeRanges(ephemeral, nil))
-	return r, ok, ok
+	return longest(freeRanges(ephemeral, nil))
 }
 
 // longest returns the longest of ranges; false: none has enough ports.
@@ -100,7 +99,7 @@ func freeRanges(ephemeral []darwin.PortRange, taken []uint16) []darwin.PortRange
 // ports is what the platform knows of this host's sockets.
 type ports struct {
 	// nat is the range for peers' packets, since at; none says that there is none,
-	// and crowded that sockets of this host are in it.
+	// and crowded that sockets of this host are in each that could be.
 	nat           darwin.PortRange
 	at            time.Time
 	none, crowded bool
@@ -164,16 +163,15 @@ func (p *Platform) observePorts() {
 			known.sockets[socketPort{proto, port}] = struct{}{}
 		}
 	}
-	r, crowded, ok := choosePorts(known.nat, ephemeral, append(slices.Clone(sockets.TCP), sockets.UDP...))
-	if known.none = !ok; !ok || r == known.nat {
-		known.crowded = crowded
-		return
-	}
+	taken := append(slices.Clone(sockets.TCP), sockets.UDP...)
+	r, ok := choosePorts(known.nat, ephemeral, taken)
+	known.none = !ok
 	// Ports that the kernel gives out by itself are left at once.
 	overlaps := slices.ContainsFunc(ephemeral, func(e darwin.PortRange) bool { return e.First <= known.nat.Last && known.nat.First <= e.Last })
-	if known.at.IsZero() || overlaps || now.Sub(known.at) >= settlePorts {
-		known.nat, known.at, known.crowded = r, now, crowded
+	if ok && r != known.nat && (known.at.IsZero() || overlaps || now.Sub(known.at) >= settlePorts) {
+		known.nat, known.at = r, now
 	}
+	known.crowded = ok && slices.ContainsFunc(taken, r.Contains)
 }
 
 // portProblems says what of this host's ports stands in the way.

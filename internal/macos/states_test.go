@@ -1,6 +1,8 @@
 package macos
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -11,6 +13,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/netlab/simmac"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // happenings are a platform on a simulated Mac on which things happen.
@@ -153,4 +156,35 @@ func TestStates(t *testing.T) {
 		})
 	}
 	t.Logf("%d rounds, %d packets", rounds, packets)
+}
+
+// TestStatesThatCannotBeRead has pfctl fail to list the states once: it is said until
+// the next look.
+func TestStatesThatCannotBeRead(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	r := g.enforce(testMesh(1, everything))
+	g.inspect(r)
+	g.lost = "states"
+	g.p.due = true
+	report := g.inspect(r)
+	if g.lost != "" || len(report.Problems) != 1 || !strings.Contains(report.Problems[0].Message, "states can't be read") {
+		t.Errorf("problems %+v", report.Problems)
+	}
+	g.p.due = true
+	g.clean(r)
+}
+
+// TestJudgingEndsWithItsContext has others' rules judged when there is no time left.
+func TestJudgingEndsWithItsContext(t *testing.T) {
+	r := mustRuleset(t, testMesh(2, everything), testHost())
+	a, err := Compile(r, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if found, err := FindForeign(ctx, pfconf.NewMachine(pfconf.MachineOptions{}), a, r); !errors.Is(err, context.Canceled) {
+		t.Errorf("found %v, %v", found, err)
+	}
 }

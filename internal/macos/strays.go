@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
 )
@@ -51,14 +52,24 @@ func (p *Platform) taken() func(proto string, port uint16) bool {
 // looks that find all else as it was. What it finds is ended when flows are cut.
 func (p *Platform) inspectStrays(ctx context.Context, r *policy.Ruleset, drift func(step, message string)) {
 	states, err := p.pf.States(ctx)
-	if err != nil {
-		p.o.Log.Warn("look at the packet filter's states", "error", err)
+	if p.unseenStates = err; err != nil {
 		return
 	}
 	if n := len(strays(states, r, p.taken())); n > 0 {
 		p.strays = true
 		drift(StepCut, fmt.Sprintf("the packet filter has states of peers' packets that no rule of ours made, or with ports that sockets of this host have, between %d pairs of hosts", n))
 	}
+}
+
+// strayProblems says that such states can't be looked for.
+func (p *Platform) strayProblems() []platform.Problem {
+	if p.unseenStates == nil {
+		return nil
+	}
+	return []platform.Problem{{
+		Step: StepCut, Message: "the packet filter's states can't be read: " + p.unseenStates.Error(),
+		Hint: "see what `sudo pfctl -s states` says; the helper tries again",
+	}}
 }
 
 // killsOf ends everything from and to a prefix.

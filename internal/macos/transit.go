@@ -1,6 +1,7 @@
 package macos
 
 import (
+	"context"
 	"errors"
 	"net/netip"
 	"slices"
@@ -27,7 +28,7 @@ var errTooMany = errors.New("there are too many rules to judge")
 
 // transitProbes returns probes for each rule of others that passes for good what
 // comes in, or that sends it elsewhere.
-func (p *probes) transitProbes(m *pfconf.Machine, ours string) ([]probe, error) {
+func (p *probes) transitProbes(ctx context.Context, m *pfconf.Machine, ours string) ([]probe, error) {
 	var out []probe
 	rules := 0
 	try := func(probes []probe) error {
@@ -35,7 +36,7 @@ func (p *probes) transitProbes(m *pfconf.Machine, ours string) ([]probe, error) 
 			return errTooMany
 		}
 		out = append(out, probes...)
-		return nil
+		return ctx.Err()
 	}
 	var walk func(anchor string, calls []*pfconf.Rule) error
 	walk = func(anchor string, calls []*pfconf.Rule) error {
