@@ -2,9 +2,13 @@ package macos
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -75,5 +79,48 @@ func TestFillProblems(t *testing.T) {
 		if ps := p.fillProblems(); len(ps) > 0 != says || says && !strings.Contains(ps[0].Message, "of 10000 at most") {
 			t.Errorf("%d states: %v", states, ps)
 		}
+	}
+}
+
+// blind is a kernel that doesn't tell whether it forwards.
+type blind struct {
+	darwin.Kernel
+	on *bool
+}
+
+func (b blind) Sysctl(name string) (string, error) {
+	if *b.on && strings.HasSuffix(name, ".forwarding") {
+		return "", errors.New("not permitted")
+	}
+	return b.Kernel.Sysctl(name)
+}
+
+// TestClosesUnseen leaves while the kernel doesn't tell whether it forwards: it no
+// longer does, what can't be known to be so keeps the anchor, and the next start gives
+// all back.
+func TestClosesUnseen(t *testing.T) {
+	g := newRig(t)
+	before := g.mac.Dump()
+	var on bool
+	p, err := NewPlatform(PlatformOptions{StateDir: g.dir, Runner: g, Kernel: blind{g.mac, &on}, CreateTUN: g.mac.CreateTUN})
+	g.must(err)
+	g.p = p
+	g.open()
+	g.enforce(testMesh(2, everything))
+	on = true
+	if left, err := g.p.Close(t.Context()); err == nil {
+		t.Errorf("left in order, with %v", left)
+	}
+	if v := g.mac.Kernel.Variable("net.inet.ip.forwarding") + g.mac.Kernel.Variable("net.inet6.ip6.forwarding"); v != "00" {
+		t.Errorf("forwarding is %s", v)
+	}
+	if _, text, err := g.p.Rules(t.Context()); err != nil || !strings.Contains(text, "block") {
+		t.Errorf("the anchor is gone: %q, %v", text, err)
+	}
+	on = false
+	g.renew()
+	g.close()
+	if d := cmp.Diff(before, g.mac.Dump()); d != "" {
+		t.Errorf("left behind: %s", d)
 	}
 }
