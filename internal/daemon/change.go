@@ -319,24 +319,29 @@ func (d *Daemon) again(e edit, began, now *document) (widening, error) {
 }
 
 // noteTaken notes which permissions an edit takes away that leaves left of doc, as a
-// generation. The caller holds changing.
+// generation. What was taken from a peer that has another key now stays noted. The
+// caller holds changing.
 func (d *Daemon) noteTaken(doc, left *document, generation uint64) {
-	is := left.byKeys()
-	maps.DeleteFunc(d.taken, func(key wireguard.PublicKey, _ [len(policy.AllPermissions)]uint64) bool { return is[key] == nil })
+	is, rekeyed := left.byKeys(), doc.rekeyed(left)
 	for i := range doc.Peers {
 		was := &doc.Peers[i]
-		p := is[was.PublicKey]
-		if p == nil || p.Permissions == was.Permissions {
+		p, of := is[was.PublicKey], d.taken[was.PublicKey]
+		if n := rekeyed[i]; n != nil {
+			p = n
+		}
+		if p == nil {
 			continue
 		}
-		of := d.taken[was.PublicKey]
 		for n, one := range policy.AllPermissions {
 			if *p.Permissions.of(one) != *was.Permissions.of(one) {
 				of[n] = generation
 			}
 		}
-		d.taken[was.PublicKey] = of
+		if of != [len(policy.AllPermissions)]uint64{} {
+			d.taken[p.PublicKey] = of
+		}
 	}
+	maps.DeleteFunc(d.taken, func(key wireguard.PublicKey, _ [len(policy.AllPermissions)]uint64) bool { return is[key] == nil })
 }
 
 // nothingChanged is the answer to a change that couldn't be saved, so that the state

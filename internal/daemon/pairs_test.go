@@ -316,6 +316,39 @@ func TestDeniedMeanwhileStaysAway(t *testing.T) {
 	}
 }
 
+// TestDeniedBeforeANewKeyStaysAway denies what another change, which is being saved, is
+// about to allow, and then gives the peer another key.
+func TestDeniedBeforeANewKeyStaysAway(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.mustAllow("phone", "incoming", "")
+		r.mustAllow("phone", "lan", "")
+		disk := newFrozenDisk()
+		r.setDisk(disk)
+		done := make(chan error)
+		for _, c := range []api.PeerChange{
+			{Permissions: perms("+incoming", "+routing", "+lan")},
+			{Permissions: perms("-incoming")},
+			{PublicKey: keyOf("new phone"), Permissions: perms("-lan")},
+		} {
+			go func() {
+				_, err := r.d.ChangePeer(context.Background(), "phone", c)
+				done <- err
+			}()
+			synctest.Wait()
+		}
+		close(disk.thawed)
+		for range 3 {
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}
+		if p := r.d.wanted.Load().Peers[0]; p.PublicKey.String() != keyOf("new phone") || p.Permissions.Incoming.Allowed || p.Permissions.LAN.Allowed || !p.Permissions.Routing.Allowed {
+			t.Errorf("%v may %+v", p.PublicKey, p.Permissions)
+		}
+	})
+}
+
 // TestOlderDocumentIsNotSaved saves ahead a document that was made before a deny which is
 // on disk by now: it doesn't replace that.
 func TestOlderDocumentIsNotSaved(t *testing.T) {
