@@ -219,7 +219,7 @@ func checkFlows(c condition) api.Check {
 	if c.limits.PerPeer > 0 {
 		check.Message += fmt.Sprintf("; the packet filter by itself lets a peer have at most %d", c.limits.PerPeer)
 	}
-	check.Hint = "its new flows are refused until others end; other peers aren't affected"
+	check.Hint = "its new flows are refused until others end; other peers have shares of their own"
 	return check
 }
 

@@ -99,6 +99,15 @@ func TestFlowsOfAPeerAreBounded(t *testing.T) {
 	if !came(netlab.UDPPacket(netip.AddrPortFrom(ann4, 3001), netip.AddrPortFrom(a.I.V4, 5000), word(n))) {
 		t.Error("ann's flows are gone, but she opens none")
 	}
+	// Flows between the same ports differ by their destinations.
+	w.forget()
+	for i := range 2000 {
+		to := netip.AddrFrom4([4]byte{8, 8, byte(i >> 8), byte(i)})
+		w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, 123), netip.AddrPortFrom(to, 123), []byte("flood")))
+	}
+	if have := len(w.conntrackOf(ann4)); have < 500 || have > 640 {
+		t.Errorf("ann has %d flows between the same ports, want about 640", have)
+	}
 }
 
 // synAck waits for a server's answer to a SYN and returns its sequence number.

@@ -25,7 +25,9 @@ import (
 //   - They count each peer by itself, and not all together.
 type excess struct {
 	looked time.Time
-	found  []platform.Problem
+	// had is how many entries conntrack had at a look that found nothing.
+	had   uint64
+	found []platform.Problem
 }
 
 // Shares of conntrack, in entries of what it may hold.
@@ -40,6 +42,13 @@ const (
 // conntrack holds 65,536, that can fill it from three quarters until the next look.
 const betweenExcess = 10 * time.Second
 
+// Where a look found nothing, as on a host whose own flows are more than a quarter, the
+// next waits until conntrack has more by one part in excessSteps, at most quietExcess.
+const (
+	excessSteps = 16
+	quietExcess = time.Minute
+)
+
 // excessStays is for how long it is said at least that flows were ended.
 const excessStays = time.Minute
 
@@ -53,7 +62,7 @@ func (p *Platform) endExcess(ctx context.Context, r *policy.Ruleset) error {
 		return err
 	}
 	since := time.Since(p.excess.looked)
-	if since < betweenExcess {
+	if !p.excess.due(since, have, most) {
 		return nil
 	}
 	if have*peerShare <= most {
@@ -72,6 +81,7 @@ func (p *Platform) endExcess(ctx context.Context, r *policy.Ruleset) error {
 	share = level(held, most-most/restShare, max(1, share))
 	over := slices.DeleteFunc(mostFirst(held), func(peer int) bool { return held[peer] <= share })
 	if len(over) == 0 {
+		p.excess.had = have
 		return nil
 	}
 	var names []string
@@ -89,6 +99,13 @@ func (p *Platform) endExcess(ctx context.Context, r *policy.Ruleset) error {
 		left[peer] = share
 	}
 	return p.keepFlows(ctx, r, left, forwarded)
+}
+
+// due reports whether to look again, since the last look, where conntrack has so many
+// entries of most.
+func (e *excess) due(since time.Duration, have, most uint64) bool {
+	quiet := e.had > 0 && have < e.had+most/excessSteps
+	return since >= quietExcess || since >= betweenExcess && !quiet
 }
 
 // keepFlows ends the entries of peers' flows that which picks, but so many of each peer in

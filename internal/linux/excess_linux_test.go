@@ -40,7 +40,40 @@ func TestLevel(t *testing.T) {
 	}
 }
 
-// TestExcessEnds has ann open connections and reset each: the kernel counts none of them. Those that are too many are ended; a flow of bob's, and a flow of ann's to
+// TestExcessLooksAgain checks how long a host whose own flows are more than a quarter of
+// conntrack waits between two readings of all of it, and that one of peers' doesn't.
+func TestExcessLooksAgain(t *testing.T) {
+	for _, c := range []struct {
+		had, have uint64
+		want      time.Duration
+	}{
+		{0, 300, betweenExcess}, {300, 300, quietExcess}, {300, 361, quietExcess}, {300, 200, quietExcess}, {300, 362, betweenExcess},
+	} {
+		e := excess{had: c.had}
+		if e.due(c.want-1, c.have, 1000) || !e.due(c.want, c.have, 1000) {
+			t.Errorf("had %d, has %d: not due after exactly %v", c.had, c.have, c.want)
+		}
+	}
+	const states = 1024
+	w := newWorld(t)
+	w.open()
+	defer w.close()
+	w.pretend(map[string]string{flowMax: strconv.Itoa(states), flowCount: "300"})
+	r := w.enforce(mesh(grants{ann: all}))
+	w.inspect(r)
+	if w.p.excess.had != 300 {
+		t.Errorf("a look that found nothing noted %d", w.p.excess.had)
+	}
+	w.fill(300, ann4, netlab.Addresses().I.V4)
+	w.p.excess = excess{looked: time.Now().Add(-betweenExcess), had: 200}
+	w.inspect(r)
+	if w.p.excess.had != 0 || len(w.conntrackOf(ann4)) > states/peerShare {
+		t.Errorf("a look that found something noted %d and left %d", w.p.excess.had, len(w.conntrackOf(ann4)))
+	}
+}
+
+// TestExcessEnds has ann open connections and reset each: the kernel counts none of them.
+// Those that are too many are ended; a flow of bob's, and a flow of ann's to
 // the host, are not.
 func TestExcessEnds(t *testing.T) {
 	const states, share = 2048, 2048 / peerShare

@@ -204,10 +204,12 @@ func (x *ruleExprs) match(m match) error {
 			}},
 		})
 	case over:
-		behind := firstWord + (l.size+3)/4
-		x.add(l.into(firstWord),
-			&expr.Payload{DestRegister: unix.NFT_REG_3, Base: expr.PayloadBaseTransportHeader, Len: 4},
-			&expr.Hash{SourceRegister: unix.NFT_REG_3, DestRegister: behind, Length: 4, Modulus: flowParts, Type: expr.HashTypeJenkins},
+		// Behind the source stands the part, drawn by what lies from word 8 on.
+		const drawn, portsSize = unix.NFT_REG32_08, 4
+		behind, dst := firstWord+l.size/4, loads[m.fields[1]]
+		x.add(l.into(firstWord), dst.into(drawn),
+			&expr.Payload{DestRegister: drawn + dst.size/4, Base: expr.PayloadBaseTransportHeader, Len: portsSize},
+			&expr.Hash{SourceRegister: drawn, DestRegister: behind, Length: dst.size + portsSize, Modulus: flowParts, Type: expr.HashTypeJenkins},
 			&expr.Dynset{
 				SrcRegKey: firstWord, SetName: m.text, Operation: unix.NFT_DYNSET_OP_ADD,
 				Exprs: []expr.Any{&expr.Connlimit{Count: m.count, Flags: expr.NFT_CONNLIMIT_F_INV}},

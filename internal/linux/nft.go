@@ -127,7 +127,7 @@ func (m match) String() string {
 	case notInSet:
 		return left + " != @" + m.text
 	case over:
-		return fmt.Sprintf("add @%s { %s . jhash @th,0,32 mod %d ct count over %d }", m.text, left, flowParts, m.count)
+		return fmt.Sprintf("add @%s { %s . jhash %s . @th,0,32 mod %d ct count over %d }", m.text, texts[0], texts[1], flowParts, m.count)
 	case present, found:
 		return left + " exists"
 	case noted:
@@ -164,15 +164,15 @@ func beside(f field, r portRange) match {
 }
 
 // flowParts is in how many parts the flows of a peer are counted, drawn by their
-// ports. The kernel goes through all flows of a part when a new one comes (2 ms for
+// destination and ports. The kernel goes through all flows of a part when a new one comes (2 ms for
 // 4000 of them), and through those of one part only.
 const flowParts = 16
 
-// more counts a new flow in a set of counters, by the field's value and its part, and
+// more counts a new flow in a set of counters, by its source and its part, and
 // matches where the part has as many flows as it may: than, divided by the parts. It
 // is the last match of a rule: what it counts is what the others let through to it.
-func more(counters string, f field, than uint32) match {
-	return match{fields: []field{f}, op: over, count: max(1, than/flowParts), text: counters}
+func more(counters string, src, dst field, than uint32) match {
+	return match{fields: []field{src, dst}, op: over, count: max(1, than/flowParts), text: counters}
 }
 
 // port is a port as packets have it.

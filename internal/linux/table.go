@@ -357,9 +357,9 @@ func (c *compiler) judge() {
 // maxFlowsPerPeer bounds what one peer may have open in conntrack in one family, where an
 // eighth of conntrack's maximum isn't less, so that both families are a quarter at most:
 // what the guard lets it have (4096), and 20 times the square root of that. The flows are
-// counted in flowParts, drawn by their ports; where these differ, each part then has room
-// for five standard deviations more than its mean, and the guard's bound comes first. Flows
-// with the same two ports, to many hosts, are all in one part.
+// counted in flowParts, drawn by their destination and ports, by which flows differ; each
+// part then has room for five standard deviations more than its mean, and the guard's
+// bound comes first.
 const maxFlowsPerPeer = 5376
 
 // closedInKernel is how long conntrack keeps a connection that was reset
@@ -402,7 +402,7 @@ func (c *compiler) bound(j *chain) {
 		for _, proto := range [...]value{tcp, udp} {
 			j.add(action{verb: expire, timeout: "peer_" + proto.text + f.suffix}, "", lacks(ctStatus, confirmed), is(nfproto, f.proto), is(l4proto, proto))
 		}
-		j.drop("the peer has too many flows", lacks(ctStatus, confirmed), more("flows"+f.suffix, f.src, c.flowsPerPeer))
+		j.drop("the peer has too many flows", lacks(ctStatus, confirmed), more("flows"+f.suffix, f.src, f.dst, c.flowsPerPeer))
 	}
 }
 
