@@ -178,7 +178,7 @@ host, reach the internet through it, or reach its networks.`,
 	flags.BoolVar(&a.json, "json", false, "print JSON")
 	root.AddCommand(
 		newRunCommand(a, nil), newStatusCommand(a), newPeerCommand(a),
-		newRouteCommand(a), newExplainCommand(a), newRulesCommand(a), newDoctorCommand(a), newEventsCommand(a),
+		newExplainCommand(a), newRulesCommand(a), newDoctorCommand(a), newEventsCommand(a),
 		newInstallCommand(a), newUninstallCommand(a), newVersionCommand(a),
 	)
 	return root

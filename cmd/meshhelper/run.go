@@ -71,7 +71,7 @@ state other than starting.`,
 	}
 	f := c.Flags()
 	f.StringVar(&o.stateDir, "state-dir", "", "`DIR` for the key and the wanted state")
-	f.StringVar(&o.platform, "platform", "auto", "auto, darwin, linux or userspace")
+	f.StringVar(&o.platform, "platform", "auto", "auto, darwin or linux")
 	f.Uint16Var(&o.listenPort, "listen-port", defaultListenPort, "UDP `PORT` of WireGuard, 0 for any")
 	f.StringVar(&o.iface, "interface", "", "`NAME` of the mesh interface")
 	f.StringVar(&o.prefix4, "mesh-prefix4", wireguard.DefaultPrefixes().V4.String(), "IPv4 `PREFIX` of the mesh")
@@ -183,7 +183,7 @@ func (o *runOptions) choose() (string, newPlatform, error) {
 	}
 	known := name == "linux" || name == "darwin" || name == "userspace"
 	if o.platform != "auto" && !known {
-		return "", nil, usagef("platform %q is unknown: it is auto, darwin, linux or userspace", name)
+		return "", nil, usagef("platform %q is unknown: it is auto, darwin or linux", name)
 	}
 	return "", nil, api.Errorf(api.CodeUnsupported, "platform %q isn't available on %s", name, runtime.GOOS)
 }

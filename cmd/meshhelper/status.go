@@ -62,9 +62,6 @@ func (a *app) writeStatus(s api.Status) {
 	a.say("addresses   %s", joinAddresses(s.Addresses))
 	a.say("public key  %s", s.PublicKey)
 	a.say("uplink      %s, forwarding %s", orNone(s.Uplink), describeFamilies(s.Forwarding))
-	if s.RouteVia != "" {
-		a.say("route via   %s", s.RouteVia)
-	}
 	if s.Repairs > 0 {
 		a.say("repairs     %d, see: meshhelper events", s.Repairs)
 	}
