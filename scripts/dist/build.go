@@ -53,14 +53,8 @@ func (b *builder) common(ctx context.Context) ([]file, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, name := range []string{"LICENSE", "README.md"} {
-		data, err := os.ReadFile(name)
-		if err != nil {
-			return nil, fmt.Errorf("run this where the module is: %w", err)
-		}
-		files = append(files, file{name, 0o644, data})
-	}
-	return files, nil
+	text, err := pages()
+	return append(files, text...), err
 }
 
 // identify finds what was built, and when it was committed.

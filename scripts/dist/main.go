@@ -9,8 +9,8 @@
 // are, and the signature is checked, page by page, before anything is packed.
 // For Linux there is one archive for each processor.
 //
-// Each archive has the executable, the completions, licence and README, and the
-// checksums of these; beside the archives are their own. The same commit built
+// Each archive has the executable, the completions, licence, README without what is
+// about the source, the pages that it links to, and the checksums of these; beside the archives are their own. The same commit built
 // by the same release of Go gives the same bytes: names, times and owners don't
 // come from this machine.
 package main
