@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 
@@ -22,21 +23,21 @@ func main() { os.Exit(netlab.Main(run)) }
 func run() int {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
-	if err := play(ctx); err != nil {
+	if err := play(ctx, os.Stdout, painter(os.Stdout)); err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
 		return 1
 	}
 	return 0
 }
 
-// play sets the stage, plays the story, and takes everything away again.
-func play(ctx context.Context) (err error) {
+// play sets the stage, plays the story to out, and takes everything away again.
+func play(ctx context.Context, out io.Writer, paint func(string) string) (err error) {
 	lab, err := netlab.New()
 	if err != nil {
 		return fmt.Errorf("there is nothing to show the product on: %w", err)
 	}
 	defer func() { err = errors.Join(err, lab.Close()) }()
-	s, err := newStory(ctx, lab)
+	s, err := newStory(ctx, lab, &story{out: out, paint: paint})
 	if err != nil {
 		return err
 	}
@@ -58,9 +59,8 @@ func play(ctx context.Context) (err error) {
 	return nil
 }
 
-// newStory builds the picture, starts the helper and adds the peers.
-func newStory(ctx context.Context, lab *netlab.Lab) (*story, error) {
-	s := &story{out: os.Stdout, paint: painter(os.Stdout)}
+// newStory builds the picture of s, starts the helper and adds the peers.
+func newStory(ctx context.Context, lab *netlab.Lab, s *story) (*story, error) {
 	s.say("Building meshhelper and wireguard-go ...")
 	picture, err := netlab.NewPicture(lab)
 	if err != nil {
