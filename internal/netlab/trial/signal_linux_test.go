@@ -3,6 +3,7 @@ package trial
 import (
 	"errors"
 	"os"
+	"os/signal"
 	"syscall"
 	"testing"
 	"time"
@@ -13,6 +14,10 @@ import (
 // TestSignalsLeaveTheHost ends the helper while it forwards, by each signal that a
 // closed terminal, a person or the system sends: the host is as it was found.
 func TestSignalsLeaveTheHost(t *testing.T) {
+	// What this process ignores, as under nohup, the helper would, too.
+	heeded := make(chan os.Signal, 1)
+	signal.Notify(heeded, syscall.SIGHUP, syscall.SIGINT)
+	defer signal.Stop(heeded)
 	m := newStage(t)
 	before := snapshot(t, m.B)
 	for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT} {
