@@ -12,9 +12,13 @@ import (
 // started again; meanwhile the tick finds what it would have reported.
 func (d *Daemon) watch(ctx context.Context, w Watcher) error {
 	for wait := newBackoff(); ; {
+		began := time.Now()
 		err := w.Watch(ctx, func() { poke(d.moved) })
 		if ctx.Err() != nil {
 			return nil
+		}
+		if time.Since(began) > wait.max {
+			wait.reset()
 		}
 		d.journal.Record(api.Event{Kind: api.EventProblem, Message: fmt.Sprintf("watch the host: %v", err)})
 		if !sleep(ctx, wait.next()) {

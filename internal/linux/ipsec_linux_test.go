@@ -57,17 +57,21 @@ func TestIPsecNetworks(t *testing.T) {
 	defer w.close()
 	w.enforce(mesh(grants{ann: all, bob: policy.Routing}))
 	var seen atomic.Int64
-	if w.p.watch.ipsec == nil {
+	sockets, err := ask(t.Context(), w.p, openWatch)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if sockets.ipsec == nil {
 		t.Fatal("IPsec policies aren't watched")
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	var watching errgroup.Group
 	watching.Go(func() error {
-		return follow(ctx, w.p.watch.ipsec, func() { seen.Add(1) }, func([]mdlayher.Message) bool { return true })
+		return follow(ctx, sockets.ipsec, func() { seen.Add(1) }, func([]mdlayher.Message) bool { return true })
 	})
 	defer func() {
 		cancel()
-		w.p.watch.ipsec.Close()
+		sockets.close()
 		if err := watching.Wait(); err != nil {
 			t.Error(err)
 		}

@@ -74,7 +74,6 @@ type Platform struct {
 	maxFlows uint32
 	holders  holders
 	excess   excess
-	watch    watchState
 }
 
 // New returns a platform; it changes nothing yet. It fails where the kernel's
@@ -133,8 +132,7 @@ func (p *Platform) dial() (err error) {
 	if p.ports.diag, err = mdlayher.Dial(unix.NETLINK_SOCK_DIAG, nil); err != nil {
 		return fmt.Errorf("open netlink: %w", err)
 	}
-	p.watch, err = openWatch()
-	return err
+	return nil
 }
 
 func dialRoutes() (*mdlayher.Conn, error) {
@@ -680,9 +678,6 @@ func (p *Platform) release() error {
 	}
 	if p.ports.diag != nil {
 		errs = append(errs, p.ports.diag.Close())
-	}
-	if p.watch.route != nil {
-		errs = append(errs, p.watch.close())
 	}
 	return errors.Join(errs...)
 }

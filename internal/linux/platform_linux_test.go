@@ -591,6 +591,54 @@ func (g *rig) sysctl(name, value string) func() error {
 	return func() error { return g.pic.B.SetSysctl(name, value) }
 }
 
+// TestWatchAgain watches twice, one after the other, and then once more after a socket
+// failed.
+func TestWatchAgain(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	defer g.close()
+	for range 2 {
+		seen, stop := g.watch()
+		g.reports(seen, g.sysctl("net.ipv4.conf.all.forwarding", "0"))
+		stop()
+	}
+	sockets, err := ask(t.Context(), g.p, openWatch)
+	if err != nil {
+		t.Fatal(err)
+	}
+	failed := make(chan error, 1)
+	go func() { failed <- sockets.follow(t.Context(), func() {}) }()
+	if err := sockets.rules.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-failed; err == nil {
+		t.Error("a socket failed, and the watch ended without an error")
+	}
+	seen, stop := g.watch()
+	defer stop()
+	g.reports(seen, g.sysctl("net.ipv4.conf.all.forwarding", "1"))
+}
+
+// reports checks that a change is reported.
+func (g *rig) reports(seen *atomic.Int64, change func() error) {
+	g.t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); seen.Load() == 0 && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+	}
+	time.Sleep(20 * time.Millisecond)
+	before := seen.Load()
+	if before == 0 {
+		g.t.Fatal("it doesn't begin with a report")
+	}
+	if err := change(); err != nil {
+		g.t.Fatal(err)
+	}
+	for deadline := time.Now().Add(10 * time.Second); seen.Load() == before; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			g.t.Fatal("a change isn't reported")
+		}
+	}
+}
+
 // TestForwardingThatOthersNeedStays has Docker come while the helper runs.
 func TestForwardingThatOthersNeedStays(t *testing.T) {
 	g := newRig(t)

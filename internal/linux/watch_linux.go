@@ -13,9 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// watchState holds the sockets of Watch. They are opened by New, in the network
-// namespace of the platform, whichever goroutine watches later.
-type watchState struct {
+// watchSockets are those of one call of Watch.
+type watchSockets struct {
 	route, rules *netlink.Conn
 	ipsec        *netlink.Conn // nil where the kernel has no IPsec
 }
@@ -33,19 +32,19 @@ var routeGroups = []uint32{
 // no loss, because it counts as a change.
 const watchBuffer = 1 << 20
 
-func openWatch() (w watchState, err error) {
+func openWatch() (w watchSockets, err error) {
 	if w.route, err = subscribe(unix.NETLINK_ROUTE, routeGroups...); err != nil {
-		return watchState{}, err
+		return watchSockets{}, err
 	}
 	if w.rules, err = subscribe(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTABLES); err != nil {
-		return watchState{}, errors.Join(err, w.route.Close())
+		return watchSockets{}, errors.Join(err, w.route.Close())
 	}
 	// Without it a policy is seen at the next look.
 	w.ipsec, _ = subscribe(unix.NETLINK_XFRM, xfrmPolicyGroup)
 	return w, nil
 }
 
-func (w watchState) close() error {
+func (w watchSockets) close() error {
 	err := errors.Join(w.route.Close(), w.rules.Close())
 	if w.ipsec != nil {
 		err = errors.Join(err, w.ipsec.Close())
@@ -70,36 +69,59 @@ func subscribe(family int, groups ...uint32) (*netlink.Conn, error) {
 }
 
 // Watch implements the daemon's contract. What this process itself does to
-// nftables isn't a change. It can be called once.
+// nftables isn't a change. Sockets of its own are opened in the network namespace of
+// the platform, so that it can be called again after an error.
 func (p *Platform) Watch(ctx context.Context, changed func()) error {
-	g, ctx := errgroup.WithContext(ctx)
-	stop := context.AfterFunc(ctx, func() { p.watch.close() })
-	defer stop()
-	all := func([]netlink.Message) bool { return true }
-	g.Go(func() error { return follow(ctx, p.watch.route, changed, all) })
-	if p.watch.ipsec != nil {
-		g.Go(func() error { return follow(ctx, p.watch.ipsec, changed, all) })
+	w, err := ask(ctx, p, openWatch)
+	if err != nil {
+		return err
 	}
-	g.Go(func() error { return follow(ctx, p.watch.rules, changed, byOthers) })
-	return g.Wait()
+	changed() // for what happened while there were no sockets
+	return w.follow(ctx, changed)
 }
 
-// follow calls changed for messages that matter until ctx ends.
+// follow calls changed for messages that matter until ctx ends or a socket fails, and
+// closes the sockets.
+func (w watchSockets) follow(ctx context.Context, changed func()) error {
+	g, ctx := errgroup.WithContext(ctx)
+	closed := make(chan error, 1)
+	stop := context.AfterFunc(ctx, func() { closed <- w.close() })
+	all := func([]netlink.Message) bool { return true }
+	g.Go(func() error { return follow(ctx, w.route, changed, all) })
+	if w.ipsec != nil {
+		g.Go(func() error { return follow(ctx, w.ipsec, changed, all) })
+	}
+	g.Go(func() error { return follow(ctx, w.rules, changed, byOthers) })
+	err := g.Wait()
+	if stop() {
+		closed <- w.close()
+	}
+	<-closed
+	return err
+}
+
+// maxOdd is how many messages in a row may be odd before the socket counts as failed.
+const maxOdd = 16
+
+// follow calls changed for messages that matter until ctx ends or the socket fails.
 func follow(ctx context.Context, c *netlink.Conn, changed func(), matters func([]netlink.Message) bool) error {
-	for {
+	for odd := 0; ; {
 		ms, err := c.Receive()
 		switch {
 		case ctx.Err() != nil:
 			return nil
 		case errors.Is(err, syscall.ENOBUFS), errors.Is(err, syscall.EINTR):
 			changed()
-		case errors.Is(err, os.ErrClosed), errors.Is(err, syscall.EBADF):
+		case errors.Is(err, os.ErrClosed), errors.Is(err, syscall.EBADF), err != nil && odd >= maxOdd:
 			return fmt.Errorf("watch host: %w", err)
 		case err != nil:
 			// An odd message: whatever it was, look.
+			odd++
 			changed()
-		case matters(ms):
-			changed()
+		default:
+			if odd = 0; matters(ms) {
+				changed()
+			}
 		}
 	}
 }

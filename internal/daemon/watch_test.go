@@ -1,0 +1,53 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// fickle is a watcher that fails after a while each time.
+type fickle struct {
+	lasts func(call int) time.Duration
+	began []time.Time
+}
+
+func (f *fickle) Watch(ctx context.Context, changed func()) error {
+	f.began = append(f.began, time.Now())
+	if !sleep(ctx, f.lasts(len(f.began))) {
+		return ctx.Err()
+	}
+	return errors.New("watch host: socket failed")
+}
+
+// TestWatchersRestart has the watcher of the host fail again and again: it is started
+// each time, after growing pauses, which begin anew when it had worked for long.
+func TestWatchersRestart(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		f := &fickle{lasts: func(call int) time.Duration {
+			if call == 20 {
+				return time.Hour
+			}
+			return 0
+		}}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- r.d.watch(ctx, f) }()
+		time.Sleep(3 * time.Hour)
+		synctest.Wait()
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		if len(f.began) < 200 {
+			t.Fatalf("started %d times in three hours", len(f.began))
+		}
+		pause := func(i int) time.Duration { return f.began[i].Sub(f.began[i-1]) }
+		b := newBackoff()
+		if first, later, after := pause(1), pause(18), pause(20)-time.Hour; first != b.min || later != b.max || after != b.min {
+			t.Errorf("pauses %v, %v, and %v after it worked for an hour; want %v, %v, %v", first, later, after, b.min, b.max, b.min)
+		}
+	})
+}
