@@ -523,8 +523,19 @@ func (f *filter) drift() ([]string, error) {
 		return nil, err
 	}
 	differs, err := f.compare()
-	if err == nil && len(differs) == 0 {
-		f.checked = now
+	for range lookTries {
+		if err == nil && len(differs) == 0 {
+			f.checked = now
+			break
+		}
+		// What another program's transaction changed while it was read may be missing or
+		// there twice.
+		after, gerr := f.generation()
+		if gerr != nil || after == now {
+			break
+		}
+		now = after
+		differs, err = f.compare()
 	}
 	return differs, err
 }

@@ -108,7 +108,11 @@ func host(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 
 // addrs returns the interface's addresses, without link-local ones.
 func (l link) addrs() (map[netip.Prefix]bool, error) {
-	list, err := l.nl.AddrList(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: l.index}}, netlink.FAMILY_ALL)
+	var list []netlink.Addr
+	err := whole(func() (err error) {
+		list, err = l.nl.AddrList(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: l.index}}, netlink.FAMILY_ALL)
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}
@@ -206,15 +210,18 @@ func peerRoutes(r *policy.Ruleset, ipv6 bool) map[netip.Addr]hostRoute {
 
 // routes returns the host routes in the main table by the interface.
 func (l link) routes() (map[netip.Addr]hostRoute, error) {
-	out := map[netip.Addr]hostRoute{}
+	var out map[netip.Addr]hostRoute
 	filter := &netlink.Route{LinkIndex: l.index, Table: unix.RT_TABLE_MAIN}
-	err := l.nl.RouteListFilteredIter(netlink.FAMILY_ALL, filter, netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE, func(r netlink.Route) bool {
-		p, ok := toPrefix(r.Dst)
-		if ok && p.IsSingleIP() && r.Type == unix.RTN_UNICAST {
-			source, _ := netip.AddrFromSlice(r.Src)
-			out[p.Addr()] = hostRoute{p.Addr(), source.Unmap()}
-		}
-		return true
+	err := whole(func() error {
+		out = map[netip.Addr]hostRoute{}
+		return l.nl.RouteListFilteredIter(netlink.FAMILY_ALL, filter, netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE, func(r netlink.Route) bool {
+			p, ok := toPrefix(r.Dst)
+			if ok && p.IsSingleIP() && r.Type == unix.RTN_UNICAST {
+				source, _ := netip.AddrFromSlice(r.Src)
+				out[p.Addr()] = hostRoute{p.Addr(), source.Unmap()}
+			}
+			return true
+		})
 	})
 	if err != nil {
 		return nil, fmt.Errorf("list routes: %w", err)

@@ -159,8 +159,12 @@ func viaNexthops(conn *netlink.Conn, family int, names map[int]string) (map[int]
 }
 
 func dump(conn *netlink.Conn, kind uint16, header []byte) ([]netlink.Message, error) {
-	return conn.Execute(netlink.Message{
+	ms, err := conn.Execute(netlink.Message{
 		Header: netlink.Header{Type: netlink.HeaderType(kind), Flags: netlink.Request | netlink.Dump},
 		Data:   header,
 	})
+	if err != nil {
+		return nil, err
+	}
+	return ms, checkWhole(ms)
 }

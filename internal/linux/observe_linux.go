@@ -32,16 +32,12 @@ type observer struct {
 	own []netip.Addr
 }
 
-// lookTries is how often the host is looked at while it changes.
-const lookTries = 5
-
 // facts is look, again where the kernel's lists changed while they were read.
 func (o observer) facts() (h policy.Host, err error) {
-	for range lookTries {
-		if h, err = o.look(); !errors.Is(err, netlink.ErrDumpInterrupted) && !errors.Is(err, unix.EINTR) {
-			return h, err
-		}
-	}
+	err = whole(func() error {
+		h, err = o.look()
+		return err
+	})
 	return h, err
 }
 

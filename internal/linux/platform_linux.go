@@ -378,7 +378,11 @@ func (p *Platform) bridges() []string {
 	if !on("iptables") && !on("ip6tables") {
 		return nil
 	}
-	links, err := p.nl.LinkList()
+	var links []netlink.Link
+	err := whole(func() (err error) {
+		links, err = p.nl.LinkList()
+		return err
+	})
 	if err != nil {
 		return nil // then their frames are dropped until the next look
 	}
