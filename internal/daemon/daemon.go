@@ -161,9 +161,11 @@ type Daemon struct {
 	// for an end of a permission, and renamed the resolver for endpoints given by name.
 	wake, moved, timed, renamed chan struct{}
 
-	mu      sync.Mutex
-	now     condition     // what the loop found last
-	changed chan struct{} // closed when now is replaced
+	mu  sync.Mutex
+	now condition // what the loop found last
+	// byOthers is what other software was found to stand in the way with.
+	byOthers []Problem
+	changed  chan struct{} // closed when now is replaced
 	// names, learned and outside are replaced, never changed.
 	names          map[string]netip.Addr
 	learned        map[wireguard.PublicKey]netip.AddrPort
@@ -187,7 +189,7 @@ type condition struct {
 	render     func(*policy.Ruleset) (anchor, text string, err error)
 	forwarding policy.Families
 	repairs    uint64
-	// problems are our own, foreign what stands in the way.
+	// problems are our own, foreign what else the platform said of itself.
 	problems, foreign []Problem
 	tunnel            Tunnel
 	guard             *guard.Device
@@ -374,6 +376,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g.Go(func() error { return l.rebinds(ctx) })
 	g.Go(func() error { return d.keep(ctx) })
 	g.Go(func() error { return d.resolve(ctx) })
+	if n, ok := d.opts.Platform.(Neighbours); ok {
+		g.Go(func() error { return d.lookAtOthers(ctx, n) })
+	}
 	if w, ok := d.opts.Platform.(Watcher); ok {
 		g.Go(func() error { return d.watch(ctx, w) })
 	}

@@ -56,6 +56,15 @@ type Watcher interface {
 	Watch(ctx context.Context, changed func()) error
 }
 
+// Neighbours is a host that can tell what other software has beside its rules.
+type Neighbours interface {
+	// Others returns what of other software stands in the way of r, which is in force,
+	// such as a foreign chain that drops a peer's packets. It may be called by any
+	// goroutine, one at a time, beside the methods of [Platform], which don't wait for it.
+	// With an error it returns what it found nevertheless.
+	Others(ctx context.Context, r *policy.Ruleset) ([]Problem, error)
+}
+
 // Limiter tells what the guard has to know of a host's packet filter. Of a host
 // that isn't one, memory alone bounds the peers' flows.
 type Limiter interface {

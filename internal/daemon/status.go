@@ -29,7 +29,7 @@ func (d *Daemon) Status() api.Status {
 	if p, bad := d.disk.problem(); bad {
 		s.Problems = append(s.Problems, api.Problem(p))
 	}
-	for _, p := range slices.Concat(c.problems, c.foreign) {
+	for _, p := range slices.Concat(c.problems, c.foreign, d.obstacles()) {
 		s.Problems = append(s.Problems, api.Problem(p))
 	}
 	s.Peers = d.views(doc, c)

@@ -56,24 +56,24 @@ const excessStays = time.Minute
 // their shares, until they have no more. Those of connections that ended go first. Flows
 // to the host aren't touched: no server keeps them, and as long as one runs its entry
 // remembers which end opened it.
-func (p *Platform) endExcess(ctx context.Context, r *policy.Ruleset) error {
-	have, most, err := conntrackFill(p.forward.sys)
+func (o *others) endExcess(ctx context.Context, r *policy.Ruleset) error {
+	have, most, err := conntrackFill(o.sys)
 	if err != nil {
 		return err
 	}
-	since := time.Since(p.excess.looked)
-	if !p.excess.due(since, have, most) {
+	since := time.Since(o.excess.looked)
+	if !o.excess.due(since, have, most) {
 		return nil
 	}
 	if have*peerShare <= most {
 		if since > excessStays {
-			p.excess.found = nil
+			o.excess.found = nil
 		}
 		return nil
 	}
-	p.excess = excess{looked: time.Now()}
+	o.excess = excess{looked: time.Now()}
 	forwarded := func(e *flowEntry) bool { return r.Class(e.orig.dst) != policy.Self }
-	held, _, err := p.countFlows(ctx, r, forwarded)
+	held, _, err := o.countFlows(ctx, r, forwarded)
 	if err != nil {
 		return err
 	}
@@ -81,14 +81,14 @@ func (p *Platform) endExcess(ctx context.Context, r *policy.Ruleset) error {
 	share = level(held, most-most/restShare, max(1, share))
 	over := slices.DeleteFunc(mostFirst(held), func(peer int) bool { return held[peer] <= share })
 	if len(over) == 0 {
-		p.excess.had = have
+		o.excess.had = have
 		return nil
 	}
 	var names []string
 	for _, peer := range over[:min(len(over), holdersNamed)] {
 		names = append(names, fmt.Sprintf("%s (%d)", r.Peers()[peer].Name, held[peer]))
 	}
-	p.excess.found = []platform.Problem{{
+	o.excess.found = []platform.Problem{{
 		Step: lookAround,
 		Message: fmt.Sprintf("%d of the peers had more flows in the kernel's table than their share of %d, and the helper ended those that were too many: %s",
 			len(over), share, strings.Join(names, ", ")),
@@ -98,7 +98,7 @@ func (p *Platform) endExcess(ctx context.Context, r *policy.Ruleset) error {
 	for _, peer := range over {
 		left[peer] = share
 	}
-	return p.keepFlows(ctx, r, left, forwarded)
+	return o.keepFlows(ctx, r, left, forwarded)
 }
 
 // due reports whether to look again, since the last look, where conntrack has so many
@@ -111,9 +111,9 @@ func (e *excess) due(since time.Duration, have, most uint64) bool {
 // keepFlows ends the entries of peers' flows that which picks, but so many of each peer in
 // left. The order of entries is that of a hash table, so that no flow is preferred, except
 // that connections which ended are kept last.
-func (p *Platform) keepFlows(ctx context.Context, r *policy.Ruleset, left map[int]uint64, which func(*flowEntry) bool) error {
+func (o *others) keepFlows(ctx context.Context, r *policy.Ruleset, left map[int]uint64, which func(*flowEntry) bool) error {
 	for _, ended := range []bool{false, true} {
-		err := p.flows.each(ctx, unix.AF_UNSPEC, netip.Addr{}, func(e *flowEntry) error {
+		err := o.flows.each(ctx, unix.AF_UNSPEC, netip.Addr{}, func(e *flowEntry) error {
 			peer, ok := r.PeerByAddr(e.orig.src)
 			if !ok || !which(e) || e.ended() != ended {
 				return nil
@@ -125,13 +125,13 @@ func (p *Platform) keepFlows(ctx context.Context, r *policy.Ruleset, left map[in
 				left[peer]--
 				return nil
 			}
-			return p.flows.forget(e)
+			return o.flows.forget(e)
 		})
 		if err != nil {
 			return err
 		}
 	}
-	return p.flows.flush()
+	return o.flows.flush()
 }
 
 // level returns the largest bound, most at most, with which all of held together are no

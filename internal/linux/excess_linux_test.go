@@ -60,15 +60,15 @@ func TestExcessLooksAgain(t *testing.T) {
 	defer w.close()
 	w.pretend(map[string]string{flowMax: strconv.Itoa(states), flowCount: "300"})
 	r := w.enforce(mesh(grants{ann: all}))
-	w.inspect(r)
-	if w.p.excess.had != 300 {
-		t.Errorf("a look that found nothing noted %d", w.p.excess.had)
+	w.others(r)
+	if w.p.others.excess.had != 300 {
+		t.Errorf("a look that found nothing noted %d", w.p.others.excess.had)
 	}
 	w.fill(300, ann4, netlab.Addresses().I.V4)
-	w.p.excess = excess{looked: time.Now().Add(-betweenExcess), had: 200}
-	w.inspect(r)
-	if w.p.excess.had != 0 || len(w.conntrackOf(ann4)) > states/peerShare {
-		t.Errorf("a look that found something noted %d and left %d", w.p.excess.had, len(w.conntrackOf(ann4)))
+	w.p.others.excess = excess{looked: time.Now().Add(-betweenExcess), had: 200}
+	w.others(r)
+	if w.p.others.excess.had != 0 || len(w.conntrackOf(ann4)) > states/peerShare {
+		t.Errorf("a look that found something noted %d and left %d", w.p.others.excess.had, len(w.conntrackOf(ann4)))
 	}
 }
 
@@ -120,9 +120,9 @@ func TestExcessEnds(t *testing.T) {
 	// Those that are open are preferred.
 	w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, 998), netip.AddrPortFrom(far.V4, 5000), []byte("open")))
 	count()
-	report := w.inspect(r)
-	if n := len(report.Problems); n != 1 || !strings.Contains(report.Problems[0].Message, "share of "+strconv.Itoa(share)+",") {
-		t.Errorf("problems %+v", report.Problems)
+	found := w.others(r)
+	if len(found) != 1 || !strings.Contains(found[0].Message, "share of "+strconv.Itoa(share)+",") {
+		t.Errorf("problems %+v", found)
 	}
 	have := map[uint16]bool{}
 	for _, e := range w.conntrackOf(ann4) {
@@ -139,11 +139,11 @@ func TestExcessEnds(t *testing.T) {
 	}
 	// It is said for a while, and then no longer.
 	set(flowCount, "0")
-	if n := len(w.inspect(r).Problems); n != 1 {
+	if n := len(w.others(r)); n != 1 {
 		t.Errorf("%d problems at the next look", n)
 	}
-	w.p.excess.looked = time.Now().Add(-excessStays - time.Second)
-	if got := w.inspect(r).Problems; len(got) != 0 {
+	w.p.others.excess.looked = time.Now().Add(-excessStays - time.Second)
+	if got := w.others(r); len(got) != 0 {
 		t.Errorf("problems a minute later: %+v", got)
 	}
 }
@@ -166,7 +166,7 @@ func TestExcessOfBothFamilies(t *testing.T) {
 		w.fill(n, src, dst)
 	}
 	set(flowCount, "2000")
-	w.inspect(r)
+	w.others(r)
 	all := 0
 	for src := range each {
 		all += len(w.conntrackOf(src))

@@ -84,23 +84,23 @@ const (
 
 // nameHolders adds to the problem of a full table which peers its flows are of. A
 // count that fails leaves it as it is.
-func (p *Platform) nameHolders(full []platform.Problem, r *policy.Ruleset) {
+func (o *others) nameHolders(full []platform.Problem, r *policy.Ruleset) {
 	if len(full) == 0 {
-		p.holders = holders{}
+		o.holders = holders{}
 		return
 	}
-	if p.holders.looks%holdersEvery == 0 {
-		if text, err := p.countHolders(r); err == nil {
-			p.holders.text = text
+	if o.holders.looks%holdersEvery == 0 {
+		if text, err := o.countHolders(r); err == nil {
+			o.holders.text = text
 		}
 	}
-	p.holders.looks++
-	full[0].Message += p.holders.text
+	o.holders.looks++
+	full[0].Message += o.holders.text
 }
 
 // countHolders says which peers opened the most flows.
-func (p *Platform) countHolders(r *policy.Ruleset) (string, error) {
-	of, all, err := p.countFlows(context.Background(), r, func(*flowEntry) bool { return true })
+func (o *others) countHolders(r *policy.Ruleset) (string, error) {
+	of, all, err := o.countFlows(context.Background(), r, func(*flowEntry) bool { return true })
 	if err != nil {
 		return "", err
 	}
@@ -119,9 +119,9 @@ func (p *Platform) countHolders(r *policy.Ruleset) (string, error) {
 
 // countFlows counts the flows in conntrack that which picks and that each peer opened, by
 // the peer's index in r, and all flows of whichever opener.
-func (p *Platform) countFlows(ctx context.Context, r *policy.Ruleset, which func(*flowEntry) bool) (of []uint64, all uint64, err error) {
+func (o *others) countFlows(ctx context.Context, r *policy.Ruleset, which func(*flowEntry) bool) (of []uint64, all uint64, err error) {
 	of = make([]uint64, len(r.Peers()))
-	err = p.flows.each(ctx, unix.AF_UNSPEC, netip.Addr{}, func(e *flowEntry) error {
+	err = o.flows.each(ctx, unix.AF_UNSPEC, netip.Addr{}, func(e *flowEntry) error {
 		all++
 		if i, ok := r.PeerByAddr(e.orig.src); ok && which(e) {
 			of[i]++

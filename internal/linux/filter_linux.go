@@ -496,7 +496,11 @@ func (f *filter) commit() error {
 // generation returns the number of nftables' last transaction in this network
 // namespace; the kernel leaves 0 out.
 func (f *filter) generation() (uint32, error) {
-	ms, err := f.dump.Execute(netlink.Message{
+	return generationOf(f.dump)
+}
+
+func generationOf(c *netlink.Conn) (uint32, error) {
+	ms, err := c.Execute(netlink.Message{
 		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN, Flags: netlink.Request},
 		Data:   []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, 0},
 	})

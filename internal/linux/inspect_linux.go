@@ -2,9 +2,7 @@ package linux
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"slices"
 
 	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -13,10 +11,10 @@ import (
 // Inspect implements the daemon's contract: it reads the table, the addresses,
 // the routes and the forwarding flags back.
 func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (platform.Report, error) {
-	return ask(ctx, p, func() (platform.Report, error) { return p.inspect(ctx, r) })
+	return ask(ctx, p, func() (platform.Report, error) { return p.inspect(r) })
 }
 
-func (p *Platform) inspect(ctx context.Context, r *policy.Ruleset) (platform.Report, error) {
+func (p *Platform) inspect(r *policy.Ruleset) (platform.Report, error) {
 	report := platform.Report{Forwarding: p.forward.now(p.name)}
 	add := func(step string, differs []string) {
 		for _, d := range differs {
@@ -44,20 +42,7 @@ func (p *Platform) inspect(ctx context.Context, r *policy.Ruleset) (platform.Rep
 		add(StepForwarding, []string{fmt.Sprintf("%s is %s instead of %s", c.Name, c.Found, c.Set)})
 	}
 	add(StepForwarding, p.forward.drift(n))
-	eerr := p.endExcess(ctx, r)
-	// From here on it informs only. What can't be read is said, and is no reason to
-	// doubt what is enforced.
-	others, err := p.obstacles(r)
-	report.Problems = slices.Concat(p.excess.found, others, p.portProblems())
-	report.Problems = append(report.Problems, p.boundProblems()...)
-	full, ferr := fillProblems(p.forward.sys)
-	p.nameHolders(full, r)
-	report.Problems = append(report.Problems, full...)
-	if err := errors.Join(err, ferr, eerr); err != nil {
-		report.Problems = append(report.Problems, platform.Problem{
-			Step: lookAround, Message: "not all of it can be read: " + err.Error(), Hint: "the helper tries again",
-		})
-	}
+	report.Problems = append(p.portProblems(), p.boundProblems()...)
 	return report, nil
 }
 

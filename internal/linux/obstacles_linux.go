@@ -2,64 +2,72 @@ package linux
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/xt"
+	mdlayher "github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// obstacles names the chains of other software that drop what the policy lets a
+// findObstacles names the chains of other software that drop what the policy lets a
 // peer do: an accept in our table doesn't override a drop in another one. Such
 // chains are evaluated for the packets that matter; what can't be evaluated is
 // called unclear rather than guessed.
-func (p *Platform) obstacles(r *policy.Ruleset) ([]platform.Problem, error) {
-	chains, err := p.filter.conn.ListChains()
+func (o *others) findObstacles(ctx context.Context, h policy.Host, all []sample) ([]platform.Problem, error) {
+	chains, err := o.conn.ListChains()
 	if err != nil {
 		return nil, fmt.Errorf("list chains: %w", err)
 	}
-	e := &evaluator{conn: p.filter.conn, index: p.indexOf, rules: map[string][]*nftables.Rule{}}
+	e := o.newEvaluator(ctx)
 	var out []platform.Problem
 	for _, c := range chains {
 		if c.Hooknum == nil || c.Type != nftables.ChainTypeFilter || c.Table.Name == tableName {
 			continue
 		}
-		for _, s := range samples(r) {
+		for _, s := range all {
 			if s.hook != *c.Hooknum || !s.family(c.Table.Family) {
 				continue
 			}
-			if problem, ok := e.judge(c, s); ok {
+			problem, ok := e.judge(c, s)
+			if err := ctx.Err(); err != nil {
+				return nil, fmt.Errorf("judge chain %s: %w", c.Name, err)
+			}
+			if ok {
 				out = append(out, problem)
 				break
 			}
 		}
 	}
-	bypasses, err := p.bypasses(r)
+	bypasses, err := o.bypasses(h)
 	return append(out, bypasses...), err
 }
 
 // bypasses names flow tables of other software on the uplinks: packets of a
 // running flow that is in one pass around every other rule.
-func (p *Platform) bypasses(r *policy.Ruleset) ([]platform.Problem, error) {
-	tables, err := p.filter.conn.ListTables()
+func (o *others) bypasses(h policy.Host) ([]platform.Problem, error) {
+	tables, err := o.conn.ListTables()
 	if err != nil {
 		return nil, fmt.Errorf("list tables: %w", err)
 	}
 	var out []platform.Problem
 	for _, t := range tables {
-		fs, err := p.filter.conn.ListFlowtables(t)
+		fs, err := o.conn.ListFlowtables(t)
 		if err != nil {
 			return nil, fmt.Errorf("list flow tables of %s: %w", t.Name, err)
 		}
 		for _, f := range fs {
-			out = append(out, bypass(r.Host(), t, f)...)
+			out = append(out, bypass(h, t, f)...)
 		}
 	}
 	return out, nil
@@ -91,9 +99,16 @@ type sample struct {
 	state    uint32
 }
 
-// samples returns packets for what the ruleset's peers may do.
+// samples returns packets for what the ruleset's peers may do, one of each kind: rules
+// that tell one peer's address from another's are rare, and there may be thousands of
+// peers.
 func samples(r *policy.Ruleset) []sample {
 	var out []sample
+	add := func(s sample) {
+		if !slices.ContainsFunc(out, func(have sample) bool { return have.what == s.what && have.src.Is4() == s.src.Is4() }) {
+			out = append(out, s)
+		}
+	}
 	h := r.Host()
 	for _, a := range r.Mesh().Addresses {
 		for _, p := range r.Peers() {
@@ -106,12 +121,11 @@ func samples(r *policy.Ruleset) []sample {
 				far = netip.MustParseAddr("2001:db8::1")
 			}
 			if up := h.Uplink(a); p.Permissions.Has(policy.Routing) && up != "" && h.Forwarding.Of(a) {
-				out = append(out,
-					sample{"from peers to the internet", *nftables.ChainHookForward, h.Interface, up, peer, far, expr.CtStateBitNEW},
-					sample{"from the internet to peers", *nftables.ChainHookForward, up, h.Interface, far, peer, expr.CtStateBitESTABLISHED})
+				add(sample{"from peers to the internet", *nftables.ChainHookForward, h.Interface, up, peer, far, expr.CtStateBitNEW})
+				add(sample{"from the internet to peers", *nftables.ChainHookForward, up, h.Interface, far, peer, expr.CtStateBitESTABLISHED})
 			}
 			if p.Permissions.Has(policy.Incoming) {
-				out = append(out, sample{"from peers to this host", *nftables.ChainHookInput, h.Interface, "", peer, a, expr.CtStateBitNEW})
+				add(sample{"from peers to this host", *nftables.ChainHookInput, h.Interface, "", peer, a, expr.CtStateBitNEW})
 			}
 		}
 	}
@@ -141,14 +155,28 @@ const (
 
 // evaluator runs foreign chains on samples.
 type evaluator struct {
-	conn  *nftables.Conn
-	index func(string) int
-	rules map[string][]*nftables.Rule
+	conn    *nftables.Conn
+	element func(t *nftables.Table, set string, key []byte) (found bool, err error)
+	rules   map[string][]*nftables.Rule
 	// unclear is set when a rule that could have let the sample through wasn't
 	// understood.
 	unclear bool
 	where   string // the chain that dropped
+	steps   int    // rules evaluated
 }
+
+func (o *others) newEvaluator(ctx context.Context) *evaluator {
+	return &evaluator{conn: o.conn, rules: map[string][]*nftables.Rule{}, element: func(t *nftables.Table, set string, key []byte) (bool, error) {
+		if err := ctx.Err(); err != nil {
+			return false, err
+		}
+		return elementOf(o.raw, t, set, key)
+	}}
+}
+
+// maxSteps bounds how many rules are evaluated in one look, in some tenths of a second. What has
+// more is unclear.
+const maxSteps = 200_000
 
 // maxJumps bounds the depth of chains, as the kernel does (NFT_JUMP_STACK_SIZE).
 const maxJumps = 16
@@ -194,6 +222,10 @@ func (e *evaluator) chain(t *nftables.Table, name string, s sample, depth int) o
 		return goesOn
 	}
 	for _, r := range rules {
+		if e.steps++; e.steps > maxSteps {
+			e.unclear = true
+			return goesOn
+		}
 		verdict, sure := e.rule(r, s)
 		if verdict == nil {
 			continue
@@ -317,9 +349,9 @@ func (e *evaluator) meta(key expr.MetaKey, s sample) []byte {
 	case expr.MetaKeyOIFNAME:
 		return name(s.oif).bytes
 	case expr.MetaKeyIIF:
-		return native(e.index(s.iif))
+		return native(indexOf(s.iif))
 	case expr.MetaKeyOIF:
-		return native(e.index(s.oif))
+		return native(indexOf(s.oif))
 	case expr.MetaKeyNFPROTO:
 		if s.src.Is4() {
 			return []byte{unix.NFPROTO_IPV4}
@@ -396,45 +428,60 @@ func compare(v []byte, x *expr.Cmp) (holds, known bool) {
 	return true, false
 }
 
-// lookup looks into a foreign set. What a verdict map says isn't known.
+// lookup asks the kernel whether a foreign set has an element. What a verdict map says
+// isn't known.
 func (e *evaluator) lookup(v []byte, x *expr.Lookup, r *nftables.Rule) (holds, known bool) {
 	if v == nil {
 		return true, false
 	}
-	set, err := e.conn.GetSetByName(r.Table, x.SetName)
-	if err != nil || set.Concatenation {
-		return true, false
-	}
-	es, err := e.conn.GetSetElements(set)
-	if err != nil {
-		return true, false
-	}
-	there := contains(es, v, set.Interval)
-	if x.IsDestRegSet && there {
+	there, err := e.element(r.Table, x.SetName, v)
+	if err != nil || x.IsDestRegSet && there {
 		return true, false
 	}
 	return there != x.Invert, true
 }
 
-func contains(es []nftables.SetElement, v []byte, interval bool) bool {
-	if !interval {
-		return slices.ContainsFunc(es, func(e nftables.SetElement) bool { return bytes.Equal(e.Key, v) })
+// elementOf reports whether a set has an element that a key falls in. The kernel looks
+// it up (nft_get_set_elem in net/netfilter/nf_tables_api.c): a set may have a hundred
+// thousand elements.
+func elementOf(c *mdlayher.Conn, t *nftables.Table, set string, key []byte) (bool, error) {
+	value, err := mdlayher.MarshalAttributes([]mdlayher.Attribute{{Type: unix.NFTA_DATA_VALUE, Data: key}})
+	if err != nil {
+		return false, err
 	}
-	var below *nftables.SetElement
-	for i := range es {
-		if bytes.Compare(es[i].Key, v) > 0 {
-			continue
-		}
-		c := 1
-		if below != nil {
-			c = bytes.Compare(es[i].Key, below.Key)
-		}
-		// Where one range ends and the next begins, the beginning counts.
-		if c > 0 || c == 0 && !es[i].IntervalEnd {
-			below = &es[i]
+	nested := func(of uint16, data []byte) ([]byte, error) {
+		return mdlayher.MarshalAttributes([]mdlayher.Attribute{{Type: unix.NLA_F_NESTED | of, Data: data}})
+	}
+	for _, of := range []uint16{unix.NFTA_SET_ELEM_KEY, unix.NFTA_LIST_ELEM} {
+		if value, err = nested(of, value); err != nil {
+			return false, err
 		}
 	}
-	return below != nil && !below.IntervalEnd
+	data, err := mdlayher.MarshalAttributes([]mdlayher.Attribute{
+		{Type: unix.NFTA_SET_ELEM_LIST_TABLE, Data: append([]byte(t.Name), 0)},
+		{Type: unix.NFTA_SET_ELEM_LIST_SET, Data: append([]byte(set), 0)},
+		{Type: unix.NLA_F_NESTED | unix.NFTA_SET_ELEM_LIST_ELEMENTS, Data: value},
+	})
+	if err != nil {
+		return false, err
+	}
+	_, err = c.Execute(mdlayher.Message{
+		Header: mdlayher.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETSETELEM, Flags: mdlayher.Request | mdlayher.Acknowledge},
+		Data:   append([]byte{byte(t.Family), unix.NFNETLINK_V0, 0, 0}, data...),
+	})
+	if errors.Is(err, unix.ENOENT) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// indexOf returns the number of an interface of this thread's network namespace, or 0.
+func indexOf(name string) int {
+	i, err := net.InterfaceByName(name)
+	if err != nil {
+		return 0
+	}
+	return i.Index
 }
 
 // matchXT evaluates the iptables matches that other software's forward chains

@@ -167,7 +167,7 @@ func TestObstaclesAreNamed(t *testing.T) {
 			g.software(tt.family, tt.name, tt.add)
 			g.open()
 			defer g.close()
-			found := g.inspect(g.enforce(mesh(grants{ann: all}))).Problems
+			found := g.others(g.enforce(mesh(grants{ann: all})))
 			var texts []string
 			for _, p := range found {
 				texts = append(texts, p.Message)
@@ -176,7 +176,7 @@ func TestObstaclesAreNamed(t *testing.T) {
 				t.Errorf("problems are %q, want %q", got, tt.want)
 			}
 			// Without permissions nothing stands in the way of anything.
-			if rest := g.inspect(g.enforce(mesh(grants{}))).Problems; len(rest) > 0 {
+			if rest := g.others(g.enforce(mesh(grants{}))); len(rest) > 0 {
 				t.Errorf("nothing is allowed, but %v", rest)
 			}
 		})
@@ -244,7 +244,7 @@ func TestFlowTablesAreLookedFor(t *testing.T) {
 	if err != nil {
 		t.Skipf("this kernel has no flow tables: %v", err)
 	}
-	problems := g.inspect(g.enforce(mesh(grants{ann: all}))).Problems
+	problems := g.others(g.enforce(mesh(grants{ann: all})))
 	if len(problems) != 1 || !strings.Contains(problems[0].Message, "flow table fast of table inet router") {
 		t.Errorf("problems: %v", problems)
 	}

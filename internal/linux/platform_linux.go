@@ -72,8 +72,7 @@ type Platform struct {
 	unbounded bool
 	// maxFlows replaces the bound of flows in tests.
 	maxFlows uint32
-	holders  holders
-	excess   excess
+	others   *others
 }
 
 // New returns a platform; it changes nothing yet. It fails where the kernel's
@@ -103,6 +102,9 @@ func New(o Options) (*Platform, error) {
 	}
 	p := &Platform{o: o, worker: worker, unbind: func() {}}
 	if err := p.dial(); err != nil {
+		return nil, errors.Join(err, p.release())
+	}
+	if p.others, err = newOthers(sysctls{sysctlRoot}); err != nil {
 		return nil, errors.Join(err, p.release())
 	}
 	p.forward = &forwarding{
@@ -666,6 +668,9 @@ func (p *Platform) leave() error {
 func (p *Platform) release() error {
 	p.worker.stop()
 	var errs []error
+	if p.others != nil {
+		errs = append(errs, p.others.end())
+	}
 	for _, h := range []*netlink.Handle{p.nl, p.xfrm} {
 		if h != nil {
 			h.Close()

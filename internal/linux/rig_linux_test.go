@@ -189,6 +189,16 @@ func (g *rig) inspect(r *policy.Ruleset) platform.Report {
 	return report
 }
 
+// others returns what stands in r's way beside our table.
+func (g *rig) others(r *policy.Ruleset) []platform.Problem {
+	g.t.Helper()
+	found, err := g.p.Others(context.Background(), r)
+	if err != nil {
+		g.t.Error(err)
+	}
+	return found
+}
+
 func (g *rig) snapshot() netlab.Snapshot {
 	g.t.Helper()
 	s, err := g.pic.B.Snapshot()

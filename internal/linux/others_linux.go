@@ -1,0 +1,170 @@
+package linux
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/google/nftables"
+	mdlayher "github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// others looks at what is beside our table: other software's chains and flow tables,
+// and conntrack. It has a thread and sockets of its own, so that what enforces doesn't
+// wait for it, whatever the others have loaded.
+type others struct {
+	worker *worker
+	sys    sysctls
+	// sock is conn's socket. spent says that an exchange was given up: an answer that
+	// comes late would be taken for the next one's.
+	conn  *nftables.Conn
+	sock  *mdlayher.Conn
+	raw   *mdlayher.Conn
+	flows *conntrack
+	spent bool
+
+	holders holders
+	excess  excess
+	// looked is what others were last looked at for, and obstacles what was found then.
+	looked    occasion
+	obstacles []platform.Problem
+}
+
+// occasion is what the answer to a look at others depends on. It is compared, so
+// that nothing is read while all is as it was.
+type occasion struct {
+	generation uint32 // of nftables
+	samples    string
+}
+
+// newOthers opens it in the network namespace of the calling thread.
+func newOthers(sys sysctls) (*others, error) {
+	w, err := newWorker()
+	if err != nil {
+		return nil, err
+	}
+	o := &others{worker: w, sys: sys, spent: true}
+	if err := w.run(context.Background(), o.reopen); err != nil {
+		w.stop()
+		return nil, err
+	}
+	return o, nil
+}
+
+// reopen opens the sockets where they aren't, or mustn't be used any more.
+func (o *others) reopen() error {
+	if !o.spent {
+		return nil
+	}
+	if err := o.close(); err != nil {
+		return err
+	}
+	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(
+		func(c *mdlayher.Conn) error { o.sock = c; return nil },
+		func(c *mdlayher.Conn) error { return c.SetReadBuffer(receiveBuffer) },
+	))
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	o.conn = conn
+	if o.raw, err = mdlayher.Dial(unix.NETLINK_NETFILTER, nil); err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	if o.flows, err = openConntrack(); err != nil {
+		return err
+	}
+	o.spent = false
+	return nil
+}
+
+// close closes the sockets that are open.
+func (o *others) close() error {
+	var errs []error
+	if o.conn != nil {
+		errs = append(errs, o.conn.CloseLasting())
+	}
+	if o.raw != nil {
+		errs = append(errs, o.raw.Close())
+	}
+	if o.flows != nil {
+		errs = append(errs, o.flows.close())
+	}
+	o.conn, o.raw, o.flows = nil, nil, nil
+	return errors.Join(errs...)
+}
+
+// end ends the worker when it has nothing to do, and closes the sockets then.
+func (o *others) end() error {
+	limit, cancel := context.WithTimeout(context.Background(), closeLimit)
+	defer cancel()
+	err := o.worker.run(limit, o.close)
+	o.worker.stop()
+	return err
+}
+
+// run does a look on the worker. The end of ctx ends what waits at the sockets.
+func (o *others) run(ctx context.Context, do func() error) error {
+	return o.worker.run(ctx, func() error {
+		o.worker.step.Store(lookAround)
+		if err := o.reopen(); err != nil {
+			o.spent = true
+			return err
+		}
+		conns := []interface{ SetDeadline(time.Time) error }{o.sock, o.raw, o.flows.dump}
+		stop := context.AfterFunc(ctx, func() {
+			for _, c := range conns {
+				_ = c.SetDeadline(time.Unix(1, 0))
+			}
+		})
+		err := do()
+		o.spent = !stop()
+		return err
+	})
+}
+
+// Others implements the daemon's contract. It also ends what peers hold in conntrack
+// beyond their shares.
+func (p *Platform) Others(ctx context.Context, r *policy.Ruleset) ([]platform.Problem, error) {
+	var out []platform.Problem
+	o := p.others
+	err := o.run(ctx, func() error {
+		// First what is bounded, then what others' rules may make long.
+		eerr := o.endExcess(ctx, r)
+		full, ferr := fillProblems(o.sys)
+		o.nameHolders(full, r)
+		oerr := o.lookAtOthers(ctx, r)
+		out = slices.Concat(o.excess.found, o.obstacles, full)
+		return errors.Join(eerr, ferr, oerr)
+	})
+	if errors.Is(err, errHangs) {
+		return nil, err // the look that was left behind may still write
+	}
+	return out, err
+}
+
+// lookAtOthers looks at others' rules where they, or what they are asked about, changed
+// since the last look.
+func (o *others) lookAtOthers(ctx context.Context, r *policy.Ruleset) error {
+	now, err := generationOf(o.raw)
+	if err != nil {
+		return err
+	}
+	all := samples(r)
+	asked := occasion{now, fmt.Sprint(all)}
+	if asked == o.looked {
+		return nil
+	}
+	found, err := o.findObstacles(ctx, r.Host(), all)
+	if err != nil {
+		o.looked = occasion{}
+		return err
+	}
+	o.looked, o.obstacles = asked, found
+	return nil
+}
