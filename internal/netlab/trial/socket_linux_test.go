@@ -24,7 +24,7 @@ func (m *Mesh) dial() (conn net.Conn, err error) {
 }
 
 // client is a client of the operator's that keeps connections open.
-func (m *Mesh) client(t *testing.T) *http.Client {
+func (m *Mesh) client(t testing.TB) *http.Client {
 	transport := &http.Transport{
 		DialContext:         func(context.Context, string, string) (net.Conn, error) { return m.dial() },
 		MaxIdleConnsPerHost: 16,
