@@ -1,0 +1,109 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/platform/platformtest"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// beset is a host beside other software, which takes long to look at.
+type beset struct {
+	*platformtest.Host
+
+	mu    sync.Mutex
+	takes time.Duration
+	found []Problem
+	err   error
+	asked []*policy.Ruleset
+}
+
+func (b *beset) set(takes time.Duration, found []Problem, err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.takes, b.found, b.err = takes, found, err
+}
+
+func (b *beset) Others(ctx context.Context, r *policy.Ruleset) ([]Problem, error) {
+	b.mu.Lock()
+	b.asked = append(b.asked, r)
+	takes, found, err := b.takes, b.found, b.err
+	b.mu.Unlock()
+	if !sleep(ctx, takes) {
+		return nil, context.Cause(ctx)
+	}
+	return found, err
+}
+
+// TestOthersAreWaitedForByNobody has a look at other software take for ever: changes
+// are in force and answered as if there were none, and what was found is in the status.
+func TestOthersAreWaitedForByNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		b := &beset{Host: r.host}
+		chain := Problem{Step: "look at other packet filters", Message: "chain FORWARD drops it"}
+		b.set(0, []Problem{chain}, nil)
+		o := r.options()
+		o.Platform = b
+		r.startWith(o)
+		defer r.end()
+		problems := func() []api.Problem { return r.d.Status().Problems }
+		r.after(time.Second)
+		if got := problems(); len(got) != 1 || got[0] != api.Problem(chain) {
+			t.Errorf("problems %v", got)
+		}
+		b.set(time.Hour, nil, nil)
+		r.add("phone")
+		r.after(2 * r.d.opts.Tick) // it hangs
+		began := time.Now()
+		r.mustAllow("phone", "routing", "")
+		r.wantLoaded("phone", policy.Routing)
+		if _, err := r.deny("phone", "routing"); err != nil {
+			t.Fatal(err)
+		}
+		r.wantLoaded("phone", 0)
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("the changes took %v", took)
+		}
+		r.after(othersLimit + time.Minute)
+		if got := problems(); len(got) != 1 || got[0].Step != "look at other software" {
+			t.Errorf("problems when a look fails: %v", got)
+		}
+		b.set(0, nil, errors.New("interrupted"))
+		r.after(2 * time.Minute)
+		if got := problems(); len(got) != 1 || r.d.Status().State != api.Enforcing {
+			t.Errorf("problems %v, state %s", got, r.d.Status().State)
+		}
+		b.set(0, nil, nil)
+		r.after(time.Minute)
+		if got := problems(); len(got) > 0 {
+			t.Errorf("problems afterwards: %v", got)
+		}
+	})
+}
+
+// TestLongLooksArePaced has each look at other software take a second of work: it is
+// paused for twenty times as long.
+func TestLongLooksArePaced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		b := &beset{Host: r.host}
+		b.set(time.Second, nil, nil)
+		o := r.options()
+		o.Platform = b
+		r.startWith(o)
+		defer r.end()
+		r.after(time.Hour)
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if n := len(b.asked); n > 180 || n < 100 {
+			t.Errorf("%d looks of a second in an hour", n)
+		}
+	})
+}
