@@ -95,6 +95,25 @@ func (r Route) serves() bool {
 	return r.Flags&RouteUp != 0 && r.Flags&(RouteScoped|RouteReject|RouteBlackhole) == 0
 }
 
+// Way returns the route by which the kernel sends a packet of any source to a: the
+// longest of those that fit, of several the first, as rtalloc1 looks it up in the radix
+// tree (bsd/net/route.c of xnu). Routes with a scope only serve sockets bound to their
+// interface, and don't count. It reports false where there is none. Whether the route
+// leads nowhere (RouteReject, RouteBlackhole) is the caller's to see. The interface is nil
+// where it is gone.
+func (n *Network) Way(a netip.Addr) (r Route, i *Interface, ok bool) {
+	a = a.WithZone("")
+	for _, each := range n.Routes {
+		if each.Flags&RouteUp == 0 || each.Flags&RouteScoped != 0 || !each.Dst.Contains(a) {
+			continue
+		}
+		if !ok || each.Dst.Bits() > r.Dst.Bits() {
+			r, ok = each, true
+		}
+	}
+	return r, n.byIndex(r.Index), ok
+}
+
 // A Routed is a prefix that the host reaches by an interface.
 type Routed struct {
 	Prefix    netip.Prefix

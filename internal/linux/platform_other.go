@@ -45,3 +45,8 @@ func (*Platform) Close(context.Context) ([]platform.Problem, error) { return nil
 
 // Watch returns an error.
 func (*Platform) Watch(context.Context, func()) error { return errNotLinux }
+
+// Way returns an error.
+func (*Platform) Way(context.Context, policy.Packet) (platform.Way, error) {
+	return platform.Way{}, errNotLinux
+}

@@ -58,6 +58,33 @@ type Report struct {
 	Forwarding policy.Families
 }
 
+// Way is where a host's kernel sends a packet, as it answers when it is asked: not what
+// the policy, a packet filter or another host makes of it.
+type Way struct {
+	// Interface is what the packet leaves by; empty where it isn't sent.
+	Interface string
+	// Router is the next hop. It isn't valid where the destination is on the link, and
+	// where the packet isn't sent.
+	Router netip.Addr
+	// Source is the address of the host that packets of peers are given, or that the host
+	// itself uses, on this way. It isn't valid where it isn't known.
+	Source netip.Addr
+	// Local says that the packet is for the host itself.
+	Local bool
+	// Refused says why the packet isn't sent: one of the constants below. It is empty where
+	// it is sent, or is for the host itself.
+	Refused string
+}
+
+// Why a kernel doesn't send a packet: the kinds of routes that lead nowhere
+// (ip-route(8), route(8) of macOS), or none that fits.
+const (
+	WayNone        = "no route"
+	WayUnreachable = "unreachable"
+	WayProhibited  = "prohibited"
+	WayBlackhole   = "blackhole"
+)
+
 // Problem is something that a person should know, in the words of status.
 type Problem struct {
 	// Step is what the helper was doing or looking at, such as "load anchor".
