@@ -157,9 +157,9 @@ func TestObstaclesAreNamed(t *testing.T) {
 	}{
 		{"docker", nftables.TableFamilyIPv4, docker, "chain FORWARD of table ip docker drops packets from peers to the internet"},
 		{"ufw", nftables.TableFamilyIPv4, ufw, "chain FORWARD of table ip ufw may drop packets from peers to the internet"},
-		{"tailscale", nftables.TableFamilyIPv4, tailscale, "chain ts-input of table ip tailscale drops packets from peers to this host"},
+		{"tailscale", nftables.TableFamilyIPv4, tailscale, "chain ts-input of table ip tailscale (rule with handle 4) drops packets from peers to this host"},
 		{"harmless", nftables.TableFamilyINet, harmless, ""},
-		{"rejects", nftables.TableFamilyIPv4, rejects, "chain fwd of table ip rejects drops packets from peers to the internet"},
+		{"rejects", nftables.TableFamilyIPv4, rejects, "chain fwd of table ip rejects (rule with handle 6) drops packets from peers to the internet"},
 		{"leaves", nftables.TableFamilyIPv4, leaves, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -185,12 +185,13 @@ func TestObstaclesAreNamed(t *testing.T) {
 
 // TestREJECTIsADrop has a rule of iptables' REJECT, whose module not every kernel has.
 func TestREJECTIsADrop(t *testing.T) {
-	r := &nftables.Rule{Exprs: []expr.Any{&expr.Counter{}, &expr.Target{Name: "REJECT"}}}
-	verdict, sure := new(evaluator).rule(r, sample{})
+	table := &nftables.Table{Name: "filter", Family: nftables.TableFamilyIPv4}
+	w := &walk{s: sample{src: ann4, dst: ann4}}
+	verdict, sure := w.rule(table, foreignRule{exprs: []any{&expr.Counter{}, &expr.Target{Name: "REJECT"}}})
 	if verdict == nil || verdict.Kind != expr.VerdictDrop || !sure {
 		t.Errorf("verdict %v, sure %t", verdict, sure)
 	}
-	if verdict, _ := new(evaluator).rule(&nftables.Rule{Exprs: []expr.Any{&expr.Target{Name: "LOG"}}}, sample{}); verdict != nil {
+	if verdict, _ := w.rule(table, foreignRule{exprs: []any{&expr.Target{Name: "LOG"}}}); verdict != nil {
 		t.Errorf("another target has the verdict %v", verdict)
 	}
 }

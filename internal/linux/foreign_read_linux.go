@@ -1,0 +1,426 @@
+package linux
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	mdlayher "github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// foreignRule is a rule of other software. Expressions that aren't known are there as
+// [opaque]: the library that reads ours leaves them out.
+type foreignRule struct {
+	handle  uint64
+	comment string
+	exprs   []any
+}
+
+// opaque is the name of an expression that isn't known.
+type opaque string
+
+// name says which rule it is, in a person's words.
+func (r foreignRule) name() string {
+	switch {
+	case r.handle == 0:
+		return ""
+	case r.comment != "":
+		return fmt.Sprintf("rule with handle %d, %q", r.handle, r.comment)
+	}
+	return fmt.Sprintf("rule with handle %d", r.handle)
+}
+
+// foreignSet is what has to be known of a set to look into it.
+type foreignSet struct{ keySize int }
+
+// foreignElement is an element of a set. A map's has data, or a verdict.
+type foreignElement struct {
+	data    []byte
+	verdict *expr.Verdict
+}
+
+// nftMessage makes a request about a table.
+func nftMessage(kind uint16, flags mdlayher.HeaderFlags, t *nftables.Table, attrs []mdlayher.Attribute) (mdlayher.Message, error) {
+	data, err := mdlayher.MarshalAttributes(attrs)
+	return mdlayher.Message{
+		Header: mdlayher.Header{Type: mdlayher.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | kind), Flags: mdlayher.Request | flags},
+		Data:   append([]byte{byte(t.Family), unix.NFNETLINK_V0, 0, 0}, data...),
+	}, err
+}
+
+func nftName(of uint16, name string) mdlayher.Attribute {
+	return mdlayher.Attribute{Type: of, Data: append([]byte(name), 0)}
+}
+
+// rulesOf reads the rules of a chain.
+func (e *evaluator) rulesOf(t *nftables.Table, chain string) ([]foreignRule, error) {
+	key := fmt.Sprintf("%d %s %s", t.Family, t.Name, chain)
+	if rs, ok := e.rules[key]; ok {
+		return rs, nil
+	}
+	request, err := nftMessage(unix.NFT_MSG_GETRULE, mdlayher.Dump, t, []mdlayher.Attribute{
+		nftName(unix.NFTA_RULE_TABLE, t.Name), nftName(unix.NFTA_RULE_CHAIN, chain),
+	})
+	if err != nil {
+		return nil, err
+	}
+	ms, err := e.ask(request)
+	if err != nil {
+		return nil, fmt.Errorf("list rules of chain %s: %w", chain, err)
+	}
+	var out []foreignRule
+	for _, m := range ms {
+		r, err := parseForeignRule(byte(t.Family), m.Data)
+		if err != nil {
+			return nil, fmt.Errorf("list rules of chain %s: %w", chain, err)
+		}
+		out = append(out, r)
+	}
+	e.rules[key] = out
+	return out, nil
+}
+
+// maxRuleExprs bounds how many expressions of a rule are read; the kernel takes 128
+// (NFT_RULE_MAXEXPRS).
+const maxRuleExprs = 128
+
+func parseForeignRule(family byte, b []byte) (r foreignRule, err error) {
+	ad, err := attributesOf(b)
+	if err != nil {
+		return r, err
+	}
+	for ad.Next() {
+		switch ad.Type() {
+		case unix.NFTA_RULE_HANDLE:
+			r.handle = ad.Uint64()
+		case unix.NFTA_RULE_USERDATA:
+			r.comment = ruleComment(ad.Bytes())
+		case unix.NFTA_RULE_EXPRESSIONS:
+			ad.Nested(func(list *mdlayher.AttributeDecoder) error {
+				for list.Next() {
+					if len(r.exprs) == maxRuleExprs {
+						return errors.New("a rule has too many expressions")
+					}
+					x, err := parseForeignExpr(family, list.Bytes())
+					if err != nil {
+						return err
+					}
+					r.exprs = append(r.exprs, x)
+				}
+				return list.Err()
+			})
+		}
+	}
+	return r, ad.Err()
+}
+
+// attributesOf reads the attributes behind netfilter's header.
+func attributesOf(b []byte) (*mdlayher.AttributeDecoder, error) {
+	if len(b) < nfgenmsg {
+		return nil, errors.New("a message is cut off")
+	}
+	ad, err := mdlayher.NewAttributeDecoder(b[nfgenmsg:])
+	if err == nil {
+		ad.ByteOrder = binary.BigEndian
+	}
+	return ad, err
+}
+
+// ruleComment returns the comment that nft keeps with a rule: the first kind (0) of its
+// list of kind, length and bytes (NFTNL_UDATA_RULE_COMMENT).
+func ruleComment(b []byte) string {
+	for len(b) >= 2 {
+		kind, n := b[0], int(b[1])
+		if len(b) < 2+n {
+			break
+		}
+		if kind == 0 && n > 0 && n <= 128 {
+			return string(trimZero(b[2 : 2+n]))
+		}
+		b = b[2+n:]
+	}
+	return ""
+}
+
+func trimZero(b []byte) []byte {
+	for i, c := range b {
+		if c == 0 {
+			return b[:i]
+		}
+	}
+	return b
+}
+
+// knownExprs makes the expressions that are read.
+var knownExprs = map[string]func() expr.Any{
+	"bitwise": func() expr.Any { return &expr.Bitwise{} }, "byteorder": func() expr.Any { return &expr.Byteorder{} },
+	"cmp": func() expr.Any { return &expr.Cmp{} }, "counter": func() expr.Any { return &expr.Counter{} },
+	"ct": func() expr.Any { return &expr.Ct{} }, "cthelper": func() expr.Any { return &expr.CtHelper{} },
+	"cttimeout": func() expr.Any { return &expr.CtTimeout{} }, "ctexpect": func() expr.Any { return &expr.CtExpect{} },
+	"dynset": func() expr.Any { return &expr.Dynset{} }, "exthdr": func() expr.Any { return &expr.Exthdr{} },
+	"fib": func() expr.Any { return &expr.Fib{} }, "flow_offload": func() expr.Any { return &expr.FlowOffload{} },
+	"hash": func() expr.Any { return &expr.Hash{} }, "immediate": func() expr.Any { return &expr.Immediate{} },
+	"log": func() expr.Any { return &expr.Log{} }, "lookup": func() expr.Any { return &expr.Lookup{} },
+	"masq": func() expr.Any { return &expr.Masq{} }, "match": func() expr.Any { return &expr.Match{} },
+	"meta": func() expr.Any { return &expr.Meta{} }, "nat": func() expr.Any { return &expr.NAT{} },
+	"notrack": func() expr.Any { return &expr.Notrack{} }, "numgen": func() expr.Any { return &expr.Numgen{} },
+	"objref": func() expr.Any { return &expr.Objref{} }, "payload": func() expr.Any { return &expr.Payload{} },
+	"queue": func() expr.Any { return &expr.Queue{} }, "quota": func() expr.Any { return &expr.Quota{} },
+	"range": func() expr.Any { return &expr.Range{} }, "redir": func() expr.Any { return &expr.Redir{} },
+	"reject": func() expr.Any { return &expr.Reject{} }, "secmark": func() expr.Any { return &expr.SecMark{} },
+	"synproxy": func() expr.Any { return &expr.SynProxy{} }, "target": func() expr.Any { return &expr.Target{} },
+}
+
+// bitwiseOp is NFTA_BITWISE_OP; 0 is the one with mask and xor.
+const bitwiseOp = 6
+
+// parseForeignExpr reads one expression. One that isn't known, or has a part that isn't,
+// is opaque.
+func parseForeignExpr(family byte, b []byte) (any, error) {
+	ad, err := mdlayher.NewAttributeDecoder(b)
+	if err != nil {
+		return nil, err
+	}
+	var name string
+	var data []byte
+	for ad.Next() {
+		switch ad.Type() {
+		case unix.NFTA_EXPR_NAME:
+			name = string(trimZero(ad.Bytes()))
+		case unix.NFTA_EXPR_DATA:
+			data = ad.Bytes()
+		}
+	}
+	if err := ad.Err(); err != nil {
+		return nil, err
+	}
+	if name == "bitwise" && hasOtherOp(data) {
+		return opaque(name), nil
+	}
+	return decodeExpr(family, name, data), nil
+}
+
+// decodeExpr has the library decode an expression. It panics at some that are cut off.
+func decodeExpr(family byte, name string, data []byte) (x any) {
+	defer func() {
+		if recover() != nil {
+			x = opaque(name)
+		}
+	}()
+	make, ok := knownExprs[name]
+	if !ok {
+		return opaque(name)
+	}
+	e := make()
+	if len(data) == 0 {
+		return e
+	}
+	if err := expr.Unmarshal(family, data, e); err != nil {
+		return opaque(name)
+	}
+	if i, ok := e.(*expr.Immediate); ok && i.Register == unix.NFT_REG_VERDICT && len(i.Data) == 0 {
+		v := &expr.Verdict{}
+		if err := expr.Unmarshal(family, data, v); err != nil {
+			return opaque(name)
+		}
+		return v
+	}
+	return e
+}
+
+func hasOtherOp(data []byte) bool {
+	ad, err := mdlayher.NewAttributeDecoder(data)
+	if err != nil {
+		return true
+	}
+	ad.ByteOrder = binary.BigEndian
+	for ad.Next() {
+		if ad.Type() == bitwiseOp && len(ad.Bytes()) == 4 && ad.Uint32() != 0 {
+			return true
+		}
+	}
+	return ad.Err() != nil
+}
+
+// setOf reads what a set's keys are.
+func (e *evaluator) setOf(t *nftables.Table, name string) (foreignSet, error) {
+	key := fmt.Sprintf("%d %s %s", t.Family, t.Name, name)
+	if s, ok := e.sets[key]; ok {
+		return s, nil
+	}
+	request, err := nftMessage(unix.NFT_MSG_GETSET, 0, t, []mdlayher.Attribute{
+		nftName(unix.NFTA_SET_TABLE, t.Name), nftName(unix.NFTA_SET_NAME, name),
+	})
+	if err != nil {
+		return foreignSet{}, err
+	}
+	ms, err := e.ask(request)
+	if err != nil {
+		return foreignSet{}, fmt.Errorf("read set %s: %w", name, err)
+	}
+	var s foreignSet
+	for _, m := range ms {
+		ad, err := attributesOf(m.Data)
+		if err != nil {
+			return s, fmt.Errorf("read set %s: %w", name, err)
+		}
+		for ad.Next() {
+			if ad.Type() == unix.NFTA_SET_KEY_LEN && len(ad.Bytes()) == 4 {
+				s.keySize = int(ad.Uint32())
+			}
+		}
+	}
+	if s.keySize <= 0 || s.keySize > 64 {
+		return s, fmt.Errorf("read set %s: keys of %d bytes", name, s.keySize)
+	}
+	e.sets[key] = s
+	return s, nil
+}
+
+// catchAll is NFT_SET_ELEM_CATCHALL, the flag of the element that all keys match.
+const catchAll = 2
+
+// elementOf returns the element of a set that a key falls in, nil where there is none.
+// The kernel looks it up (nft_get_set_elem in net/netfilter/nf_tables_api.c): a set may
+// have a hundred thousand.
+func (e *evaluator) elementOf(t *nftables.Table, set string, key []byte) (*foreignElement, error) {
+	value, err := mdlayher.MarshalAttributes([]mdlayher.Attribute{{Type: unix.NFTA_DATA_VALUE, Data: key}})
+	if err != nil {
+		return nil, err
+	}
+	found, err := e.askElement(t, set, mdlayher.Attribute{Type: unix.NLA_F_NESTED | unix.NFTA_SET_ELEM_KEY, Data: value})
+	if found != nil || err != nil {
+		return found, err
+	}
+	found, err = e.askElement(t, set, mdlayher.Attribute{Type: unix.NFTA_SET_ELEM_FLAGS, Data: binary.BigEndian.AppendUint32(nil, catchAll)})
+	if err != nil {
+		return nil, nil // kernels before 5.13 have no such element
+	}
+	return found, nil
+}
+
+func (e *evaluator) askElement(t *nftables.Table, set string, which mdlayher.Attribute) (*foreignElement, error) {
+	element, err := mdlayher.MarshalAttributes([]mdlayher.Attribute{which})
+	if err != nil {
+		return nil, err
+	}
+	list, err := mdlayher.MarshalAttributes([]mdlayher.Attribute{{Type: unix.NLA_F_NESTED | unix.NFTA_LIST_ELEM, Data: element}})
+	if err != nil {
+		return nil, err
+	}
+	request, err := nftMessage(unix.NFT_MSG_GETSETELEM, 0, t, []mdlayher.Attribute{
+		nftName(unix.NFTA_SET_ELEM_LIST_TABLE, t.Name), nftName(unix.NFTA_SET_ELEM_LIST_SET, set),
+		{Type: unix.NLA_F_NESTED | unix.NFTA_SET_ELEM_LIST_ELEMENTS, Data: list},
+	})
+	if err != nil {
+		return nil, err
+	}
+	ms, err := e.ask(request)
+	if errors.Is(err, unix.ENOENT) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read an element of set %s: %w", set, err)
+	}
+	out := &foreignElement{}
+	for _, m := range ms {
+		if ad, err := attributesOf(m.Data); err == nil {
+			eachNested(ad, unix.NFTA_SET_ELEM_LIST_ELEMENTS, func(list *mdlayher.AttributeDecoder) {
+				eachNested(list, unix.NFTA_LIST_ELEM, func(elem *mdlayher.AttributeDecoder) {
+					eachNested(elem, unix.NFTA_SET_ELEM_DATA, out.read)
+				})
+			})
+		}
+	}
+	return out, nil
+}
+
+// eachNested visits the attributes of a kind that have attributes.
+func eachNested(ad *mdlayher.AttributeDecoder, kind uint16, visit func(*mdlayher.AttributeDecoder)) {
+	for ad.Next() {
+		if ad.Type() == kind {
+			ad.Nested(func(in *mdlayher.AttributeDecoder) error {
+				in.ByteOrder = binary.BigEndian
+				visit(in)
+				return in.Err()
+			})
+		}
+	}
+}
+
+// read reads an element's data.
+func (x *foreignElement) read(ad *mdlayher.AttributeDecoder) {
+	for ad.Next() {
+		switch ad.Type() {
+		case unix.NFTA_DATA_VALUE:
+			x.data = ad.Bytes()
+		case unix.NFTA_DATA_VERDICT:
+			ad.Nested(func(in *mdlayher.AttributeDecoder) error {
+				in.ByteOrder = binary.BigEndian
+				v := &expr.Verdict{}
+				for in.Next() {
+					switch in.Type() {
+					case unix.NFTA_VERDICT_CODE:
+						if len(in.Bytes()) == 4 {
+							v.Kind = expr.VerdictKind(int32(in.Uint32()))
+						}
+					case unix.NFTA_VERDICT_CHAIN:
+						v.Chain = string(trimZero(in.Bytes()))
+					}
+				}
+				x.verdict = v
+				return in.Err()
+			})
+		}
+	}
+}
+
+// Attributes of an object and of a quota (linux/netfilter/nf_tables.h).
+const (
+	objTable       = 1
+	objName        = 2
+	objType        = 3
+	objData        = 4
+	quotaBytes     = 1
+	quotaFlags     = 2
+	quotaConsumed  = 4
+	quotaInvert    = 1 // NFT_QUOTA_F_INV: over
+	msgGetObject   = 19
+	quotaValueSize = 8
+)
+
+// quota reads a named quota.
+func (e *evaluator) quota(t *nftables.Table, name string) (q expr.Quota, ok bool) {
+	request, err := nftMessage(msgGetObject, 0, t, []mdlayher.Attribute{
+		nftName(objTable, t.Name), nftName(objName, name), {Type: objType, Data: binary.BigEndian.AppendUint32(nil, objectQuota)},
+	})
+	if err != nil {
+		return q, false
+	}
+	ms, err := e.ask(request)
+	if err != nil {
+		return q, false
+	}
+	for _, m := range ms {
+		ad, err := attributesOf(m.Data)
+		if err != nil {
+			continue
+		}
+		eachNested(ad, objData, func(in *mdlayher.AttributeDecoder) {
+			for in.Next() {
+				switch b := in.Bytes(); {
+				case in.Type() == quotaBytes && len(b) == quotaValueSize:
+					q.Bytes, ok = in.Uint64(), true
+				case in.Type() == quotaConsumed && len(b) == quotaValueSize:
+					q.Consumed = in.Uint64()
+				case in.Type() == quotaFlags && len(b) == 4:
+					q.Over = in.Uint32()&quotaInvert != 0
+				}
+			}
+		})
+	}
+	return q, ok
+}
