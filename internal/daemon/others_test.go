@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/internal/platform/platformtest"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -39,6 +40,10 @@ func (b *beset) Others(ctx context.Context, r *policy.Ruleset) ([]Problem, error
 		return nil, context.Cause(ctx)
 	}
 	return found, err
+}
+
+func (b *beset) ByOthers(context.Context, policy.Packet, string, bool) (platform.ByOthers, error) {
+	return platform.ByOthers{}, nil
 }
 
 // TestOthersAreWaitedForByNobody has a look at other software take for ever: changes

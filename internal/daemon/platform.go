@@ -60,9 +60,15 @@ type Watcher interface {
 type Neighbours interface {
 	// Others returns what of other software stands in the way of r, which is in force,
 	// such as a foreign chain that drops a peer's packets. It may be called by any
-	// goroutine, one at a time, beside the methods of [Platform], which don't wait for it.
+	// goroutine, beside the methods of [Platform], which don't wait for it.
 	// With an error it returns what it found nevertheless.
 	Others(ctx context.Context, r *policy.Ruleset) ([]Problem, error)
+
+	// ByOthers returns what others' rules do with a packet on its way from p.In to out,
+	// of which either is empty for this host itself. reply says that it belongs to a flow
+	// that the other end opened; otherwise it is the first of its flow. It is called like
+	// Others, also while that is.
+	ByOthers(ctx context.Context, p policy.Packet, out string, reply bool) (platform.ByOthers, error)
 }
 
 // Limiter tells what the guard has to know of a host's packet filter. Of a host

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
@@ -49,14 +50,19 @@ func obstacle(s sample, f finding) (platform.Problem, bool) {
 	if f.unclear {
 		verb = map[outcome]string{dropped: "may drop", redirected: "may send elsewhere", untracked: "may take out of connection tracking, so that they aren't translated,"}[f.outcome]
 	}
-	side := s.iif
-	if s.iif == "" || s.reply && s.oif != "" {
-		side = s.oif
+	let := "interface " + s.iif
+	switch {
+	case s.iif == "":
+		let = fmt.Sprintf("UDP from port %d", s.sport)
+	case s.oif == "" && strings.HasPrefix(s.what, "of WireGuard"):
+		let = fmt.Sprintf("UDP to port %d", s.dport)
+	case s.reply:
+		let = "interface " + s.oif
 	}
 	return platform.Problem{
 		Step:    lookAround,
 		Message: fmt.Sprintf("%s %s packets %s", f.where(), verb, s.what),
-		Hint:    fmt.Sprintf("let interface %s through there, in the software that the table belongs to", side),
+		Hint:    fmt.Sprintf("let %s through there, in the software that the table belongs to", let),
 	}, true
 }
 
@@ -127,6 +133,30 @@ func samples(r *policy.Ruleset) []sample {
 				add(sample{what: "from peers to this host", iif: h.Interface, src: peer, dst: a})
 			}
 		}
+	}
+	return append(out, tunnelSamples(r)...)
+}
+
+// tunnelSamples returns packets of WireGuard itself, by the uplinks.
+func tunnelSamples(r *policy.Ruleset) []sample {
+	var out []sample
+	h, port := r.Host(), r.Mesh().ListenPort
+	for _, f := range []struct {
+		up       string
+		own, far netip.Addr
+	}{
+		{h.Uplink4, h.Source4, netip.MustParseAddr("198.51.100.1")}, {h.Uplink6, h.Source6, netip.MustParseAddr("2001:db8::1")},
+	} {
+		if f.up == "" || !f.own.IsValid() || port == 0 {
+			continue
+		}
+		out = append(out, sample{
+			what: fmt.Sprintf("of WireGuard (UDP port %d) from devices to this host", port),
+			iif:  f.up, src: f.far, dst: f.own, proto: unix.IPPROTO_UDP, sport: 40_000, dport: port,
+		}, sample{
+			what: fmt.Sprintf("of WireGuard (UDP port %d) from this host to devices", port),
+			oif:  f.up, src: f.own, dst: f.far, proto: unix.IPPROTO_UDP, sport: port, dport: 40_000,
+		})
 	}
 	return out
 }

@@ -148,6 +148,33 @@ func (p *Platform) Others(ctx context.Context, r *policy.Ruleset) ([]platform.Pr
 	return out, err
 }
 
+// ByOthers implements the daemon's contract.
+func (p *Platform) ByOthers(ctx context.Context, packet policy.Packet, out string, reply bool) (platform.ByOthers, error) {
+	var f finding
+	s := sample{
+		iif: packet.In, oif: out, src: packet.Src, dst: packet.Dst, proto: packet.Proto,
+		sport: packet.SrcPort, dport: packet.DstPort, reply: reply,
+	}
+	err := p.others.run(ctx, func() error {
+		e, err := p.others.newEvaluator(ctx)
+		if err != nil {
+			return err
+		}
+		f = e.run(s)
+		return ctx.Err()
+	})
+	if err != nil {
+		return platform.ByOthers{}, err
+	}
+	by := platform.ByOthers{Unclear: f.unclear, Does: map[outcome]string{
+		dropped: platform.OthersDrop, redirected: platform.OthersRedirect, untracked: platform.OthersUntrack,
+	}[f.outcome]}
+	if by.Does != "" || by.Unclear {
+		by.Where = f.where()
+	}
+	return by, nil
+}
+
 // lookAtOthers looks at others' rules where they, or what they are asked about, changed
 // since the last look.
 func (o *others) lookAtOthers(ctx context.Context, r *policy.Ruleset) error {

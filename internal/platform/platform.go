@@ -85,6 +85,23 @@ const (
 	WayBlackhole   = "blackhole"
 )
 
+// ByOthers is what other software's packet filters do with a packet.
+type ByOthers struct {
+	// Does is one of the constants below; empty where they let it pass.
+	Does string
+	// Unclear says that a rule which wasn't understood may decide otherwise.
+	Unclear bool
+	// Where is the chain and the rule that decide, or that aren't understood.
+	Where string
+}
+
+// What other software's packet filters may do with a packet.
+const (
+	OthersDrop     = "drop"
+	OthersRedirect = "redirect" // to another destination
+	OthersUntrack  = "untrack"  // take it out of connection tracking, so that it isn't translated
+)
+
 // Problem is something that a person should know, in the words of status.
 type Problem struct {
 	// Step is what the helper was doing or looking at, such as "load anchor".
