@@ -528,7 +528,10 @@ const socketBuffer = 7 << 20
 func (s *socket) port() uint16 { return s.udp.LocalAddr().(*net.UDPAddr).AddrPort().Port() }
 
 // close ends the socket. Its error says nothing that matters: it is gone.
-func (s *socket) close() { _ = s.udp.Close() }
+func (s *socket) close() {
+	_ = s.udp.Close()
+	s.closeWays()
+}
 
 // usable reports whether the socket still has its port, as far as the system
 // says.

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/net/ipv4"
 	"golang.org/x/net/ipv6"
@@ -45,6 +46,7 @@ type socket struct {
 	udp   *net.UDPConn
 	batch batchConn
 	v6    bool
+	routes *routeAsker
 	// segments says that the kernel takes several datagrams in a message
 	// (UDP_SEGMENT, udp(7)). An interface without checksum offload refuses it.
 	segments atomic.Bool
@@ -85,6 +87,7 @@ func openSocket(network string, port uint16, beside *socket) (*socket, error) {
 	if shared {
 		_ = s.share(false)
 	}
+	s.routes = newRouteAsker(s.port())
 	s.segments.Store(s.option(unix.IPPROTO_UDP, unix.UDP_SEGMENT) == nil)
 	return s, nil
 }
@@ -176,11 +179,11 @@ func (s *socket) receive(from *Sockets, bufs [][]byte, sizes []int, eps []conn.E
 			from.looped.Add(1)
 			continue
 		}
-		own, size := readControl(m.OOB[:m.NN])
+		own, in, size := readControl(m.OOB[:m.NN])
 		if size <= 0 {
 			size = m.N
 		}
-		ep := s.endpoint(src, own, from.sources.Load())
+		ep := s.endpoint(src, own, in, from.sources.Load())
 		for s.offset < m.N && n < len(bufs) {
 			sizes[n] = copy(bufs[n], m.Buffers[0][s.offset:min(s.offset+size, m.N)])
 			eps[n] = ep
@@ -194,19 +197,19 @@ func (s *socket) receive(from *Sockets, bufs [][]byte, sizes []int, eps []conn.E
 	return n, nil
 }
 
-// readControl returns the host's address that a message was sent to, and the
-// size of the datagrams that the kernel joined in it.
-func readControl(b []byte) (own netip.Addr, size int) {
+// readControl returns the host's address that a message was sent to, the number of the
+// interface that it came in by, and the size of the datagrams that the kernel joined in it.
+func readControl(b []byte) (own netip.Addr, in, size int) {
 	for len(b) >= unix.SizeofCmsghdr {
 		header, data, rest, err := unix.ParseOneSocketControlMessage(b)
 		if err != nil {
-			return own, size
+			return own, in, size
 		}
 		switch {
 		case header.Level == unix.IPPROTO_IP && header.Type == unix.IP_PKTINFO && len(data) >= unix.SizeofInet4Pktinfo:
 			// struct in_pktinfo (ip(7)): the interface, then the address to answer
 			// from, then the one in the header.
-			own = netip.AddrFrom4([4]byte(data[4:8]))
+			in, own = int(int32(binary.NativeEndian.Uint32(data))), netip.AddrFrom4([4]byte(data[4:8]))
 		case header.Level == unix.IPPROTO_IPV6 && header.Type == unix.IPV6_PKTINFO && len(data) >= unix.SizeofInet6Pktinfo:
 			own = netip.AddrFrom16([16]byte(data[:16]))
 		case header.Level == unix.SOL_UDP && header.Type == unix.UDP_GRO && len(data) >= 4:
@@ -214,21 +217,21 @@ func readControl(b []byte) (own netip.Addr, size int) {
 		}
 		b = rest
 	}
-	return own, size
+	return own, in, size
 }
 
-// endpoint returns the endpoint of a peer that sent from src to own: the same
-// one as long as neither changes.
-func (s *socket) endpoint(src netip.AddrPort, own netip.Addr, sources uint32) *endpoint {
+// endpoint returns the endpoint of a peer that sent from src to own, by the interface in:
+// the same one as long as none of these changes.
+func (s *socket) endpoint(src netip.AddrPort, own netip.Addr, in int, sources uint32) *endpoint {
 	last := src.Addr().As16()
 	slot := &s.heard[(last[15]^last[14]<<3^byte(src.Port())^byte(src.Port()>>8)<<5)%64]
-	if e := *slot; e != nil && e.dst == src && e.src == own && e.sources == sources && !e.cleared.Load() {
+	if e := *slot; e != nil && e.dst == src && e.src == own && e.in == in && e.sources == sources && !e.cleared.Load() {
 		return e
 	}
-	e := &endpoint{dst: src, src: own, way: way{sources: sources}}
-	// Only the address, never the interface: with one, the kernel would go on
-	// sending by it, whatever the routes say (ip_route_output_key_hash_rcu in
-	// net/ipv4/route.c). A link-local destination has its zone.
+	e := &endpoint{dst: src, src: own, way: way{sources: sources, in: in}}
+	// Only the address, unless the answer would take another way: with the interface, the
+	// kernel goes on sending by it, whatever the routes say (ip_route_output_key_hash_rcu
+	// in net/ipv4/route.c). A link-local destination has its zone.
 	switch {
 	case own.Is4():
 		e.control = unix.PktInfo4(&unix.Inet4Pktinfo{Spec_dst: own.As4()})
@@ -264,7 +267,7 @@ func (s *socket) send(bufs [][]byte, e *endpoint, sources uint32) error {
 		outgoings.Put(o)
 	}()
 	o.address(e.dst)
-	source, join := e.source(sources), s.segments.Load()
+	source, join := e.source(sources, s.routes), s.segments.Load()
 	for len(bufs) > 0 {
 		n := o.fill(bufs, source, join)
 		sent, err := s.batch.WriteBatch(o.messages[:n], 0)
@@ -358,15 +361,37 @@ func appendSegmentSize(b []byte, size int) []byte {
 // way is how a datagram is sent from the address that its peer knows.
 type way struct {
 	control []byte // that address as a control message; nil for any
+	in      int    // the interface by which it was asked; 0 where that isn't known
 	// sources is Sockets.sources when the endpoint was heard: the address counts while
 	// nothing changed in the host's networks.
 	sources uint32
+	last    atomic.Pointer[answer] // nil before the first
 }
 
-// source returns the control message that sets the source, or nil for none.
-func (e *endpoint) source(sources uint32) []byte {
+// source returns the control message that sets the source, and the interface where the
+// routes would lead an answer elsewhere, or nil for none.
+func (e *endpoint) source(sources uint32, routes *routeAsker) []byte {
 	if e.sources != sources || e.cleared.Load() {
 		return nil
 	}
-	return e.control
+	if e.in == 0 || !e.src.Is4() || e.src.IsLoopback() {
+		return e.control
+	}
+	last, now := e.last.Load(), time.Now()
+	if last != nil && now.Before(last.until) {
+		return last.control
+	}
+	oif, known := routes.outOf(e.src, e.dst, e.in)
+	if !known {
+		if last != nil {
+			return last.control
+		}
+		return e.control
+	}
+	a := &answer{control: e.control, until: now.Add(wayAge)}
+	if oif != 0 {
+		a.control = unix.PktInfo4(&unix.Inet4Pktinfo{Ifindex: int32(oif), Spec_dst: e.src.As4()})
+	}
+	e.last.Store(a)
+	return a.control
 }

@@ -413,7 +413,7 @@ func TestSource(t *testing.T) {
 	if got := answered(lost); got != "127.0.0.1" {
 		t.Errorf("after the loss of an address answered from %s", got)
 	}
-	if lost.source(host.sources.Load()) != nil {
+	if lost.source(host.sources.Load(), new(routeAsker)) != nil {
 		t.Error("a source that the host lost is kept")
 	}
 }
@@ -460,7 +460,7 @@ func FuzzReadControl(f *testing.F) {
 	f.Add(appendSegmentSize(unix.PktInfo6(&unix.Inet6Pktinfo{Ifindex: 3}), 1400))
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		own, size := readControl(b)
+		own, _, size := readControl(b)
 		if len(b) < syscall.SizeofCmsghdr && (own.IsValid() || size != 0) {
 			t.Errorf("%v and %d from %x", own, size, b)
 		}
