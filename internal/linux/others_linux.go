@@ -139,8 +139,9 @@ func (p *Platform) Others(ctx context.Context, r *policy.Ruleset) ([]platform.Pr
 		full, ferr := fillProblems(o.sys)
 		o.nameHolders(full, r)
 		oerr := o.lookAtOthers(ctx, r)
-		out = slices.Concat(o.excess.found, o.obstacles, full)
-		return errors.Join(eerr, ferr, oerr)
+		legacy, lerr := legacyProblems()
+		out = slices.Concat(o.excess.found, o.obstacles, legacy, full)
+		return errors.Join(eerr, ferr, oerr, lerr)
 	})
 	if errors.Is(err, errHangs) {
 		return nil, err // the look that was left behind may still write
