@@ -69,6 +69,10 @@ type loop struct {
 
 	rebind chan Tunnel
 	seen   observed
+	// overlaps are what is to be said of the mesh prefixes: byPrefix, which is of the
+	// ruleset overlapsOf, and what peers' outer addresses add.
+	overlaps, byPrefix []Problem
+	overlapsOf         *policy.Ruleset
 	// told are the problems that an event told of, and when they were last found.
 	told map[Problem]time.Time
 }
@@ -500,18 +504,23 @@ func (l *loop) addProblem(err error) {
 		return
 	}
 	l.problems = append(l.problems, p)
+	if l.isNews(p) {
+		l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: err.Error()})
+	}
+}
+
+// isNews reports whether no event told of a problem lately.
+func (l *loop) isNews(p Problem) bool {
 	now := time.Now()
 	last, known := l.told[p]
 	if !known && len(l.told) >= maxTold {
 		maps.DeleteFunc(l.told, func(_ Problem, at time.Time) bool { return now.Sub(at) >= toldFor })
 		if len(l.told) >= maxTold {
-			return // status has it
+			return false // status has it
 		}
 	}
 	l.told[p] = now
-	if !known || now.Sub(last) >= toldFor {
-		l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: err.Error()})
-	}
+	return !known || now.Sub(last) >= toldFor
 }
 
 // A problem is told of again when it wasn't found for toldFor: one that comes and goes
@@ -556,7 +565,7 @@ func (l *loop) publish() {
 	c := condition{
 		state: api.Closed, iface: l.iface, host: l.host,
 		ruleset: l.wanted, loaded: l.current, forwarding: l.report.Forwarding, repairs: l.repairs,
-		problems: l.problems, foreign: l.report.Problems, tunnel: l.tunnel, guard: l.guard, limits: l.limits,
+		problems: l.problems, foreign: slices.Concat(l.report.Problems, l.overlaps), tunnel: l.tunnel, guard: l.guard, limits: l.limits,
 	}
 	if l.held != 0 {
 		c.state = api.Enforcing

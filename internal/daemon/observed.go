@@ -45,6 +45,7 @@ func (l *loop) look() {
 		return
 	}
 	peers := l.d.wanted.Load().Peers
+	l.lookAtPrefixes(peers, n)
 	l.recordHandshakes(peers, n)
 	l.tellRefused(peers, n, now)
 }

@@ -260,10 +260,12 @@ func (h Host) addresses() []netip.Addr {
 	return out
 }
 
-// uplinkAddresses returns the addresses of the uplinks.
+// uplinkAddresses returns the addresses of the uplinks, and those of the routers on them:
+// a carrier may give a public address and still have its routers and DHCP servers in
+// 100.64/10.
 func (h Host) uplinkAddresses() []netip.Addr {
 	var out []netip.Addr
-	for _, a := range []netip.Addr{h.Source4, h.Source6} {
+	for _, a := range []netip.Addr{h.Source4, h.Source6, h.Router4, h.Router6} {
 		if a.IsValid() {
 			out = append(out, a)
 		}

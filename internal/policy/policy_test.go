@@ -514,6 +514,9 @@ func TestOthers(t *testing.T) {
 		{"a carrier's source on a link without an address", func(_ *Mesh, h *Host) {
 			h.Source4 = addr("100.80.0.7")
 		}, "100.64.0.0/10"},
+		{"a carrier's router, with a public address", func(_ *Mesh, h *Host) {
+			h.Router4 = addr("100.80.0.1")
+		}, "100.64.0.0/10"},
 	} {
 		m, h := picture(7), pictureHost()
 		if tt.change != nil {

@@ -1,0 +1,141 @@
+package daemon
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// stepPrefix names the problems about the mesh prefixes.
+const stepPrefix = "mesh prefix"
+
+// shownNames and shownPrefixes bound what a sentence lists.
+const (
+	shownNames    = 5
+	shownPrefixes = 3
+)
+
+// overlapProblems returns a problem for each other owner of a part of the mesh prefixes,
+// with the way out.
+func overlapProblems(r *policy.Ruleset) []Problem {
+	var out []Problem
+	for _, o := range r.Overlaps() {
+		out = append(out, overlapProblem(r, o))
+	}
+	return out
+}
+
+func overlapProblem(r *policy.Ruleset, o policy.Overlap) Problem {
+	texts := make([]string, len(o.Prefixes))
+	for i, p := range o.Prefixes {
+		if texts[i] = p.String(); o.Kind == policy.OverlapUplink || o.Kind == policy.OverlapResolver {
+			texts[i] = p.Addr().String()
+		}
+	}
+	list := some(texts, shownPrefixes)
+	p := Problem{Step: stepPrefix, Hint: "this host reaches them as before, peers don't; " + wayOut(r, o.Mesh)}
+	in := fmt.Sprintf("inside the mesh prefix %v", o.Mesh)
+	if o.Prefixes[0].Bits() < o.Mesh.Bits() {
+		in = fmt.Sprintf("around the mesh prefix %v", o.Mesh)
+	}
+	switch o.Kind {
+	case policy.OverlapUplink:
+		p.Message = fmt.Sprintf("the uplink %s has %s or its router, %s, so all of it may be the network operator's and is kept in only where it is a peer's", o.Interface, list, in)
+		p.Hint = wayOut(r, o.Mesh)
+	case policy.OverlapAddress:
+		p.Message = fmt.Sprintf("the interface %s has %s, %s", o.Interface, list, in)
+	case policy.OverlapRoute:
+		p.Message = fmt.Sprintf("routes by %s lead to %s, %s", o.Interface, list, in)
+	case policy.OverlapIPsec:
+		p.Message = fmt.Sprintf("IPsec policies take what goes to %s, %s", list, in)
+	case policy.OverlapResolver:
+		p.Message = fmt.Sprintf("the host's DNS servers %s are %s", list, in)
+	}
+	switch {
+	case o.Own:
+		p.Message += "; one is this host's own mesh address, so that peers don't reach the host by it"
+		p.Hint = "give this host another one (run --address), or " + wayOut(r, o.Mesh)
+	case len(o.Equal) > 0:
+		p.Message += fmt.Sprintf("; it has the very mesh address of %s, which this host doesn't reach", some(o.Equal, shownNames))
+		p.Hint = fmt.Sprintf("give the peer another address (meshhelper peer rekey %s), or %s", o.Equal[0], wayOut(r, o.Mesh))
+	case len(o.Peers) > 0:
+		p.Message += fmt.Sprintf("; the mesh addresses of %s are among them and stay theirs: nothing else is reached there", some(o.Peers, shownNames))
+	}
+	return p
+}
+
+// outerProblems returns a problem for each peer whose outer address is in a mesh prefix.
+// One in a part that another owner has is named with the owner.
+func outerProblems(r *policy.Ruleset, peers []peer, n numbers) []Problem {
+	var out []Problem
+	for i := range peers {
+		a := n.tunnel[peers[i].PublicKey].Endpoint.Addr().Unmap().WithZone("")
+		mesh, inside := meshPrefixOf(r, a)
+		if !inside {
+			continue
+		}
+		at, known := r.PeerByAddr(a)
+		p := Problem{Step: stepPrefix}
+		switch {
+		case known:
+			p.Message = fmt.Sprintf("%s is to be reached at %v, which is the mesh address of %s: the tunnel doesn't carry itself", peers[i].Name, a, r.Peers()[at].Name)
+			p.Hint = "give the peer an endpoint outside the mesh, or " + wayOut(r, mesh)
+		case r.IsOthers(a):
+			continue
+		default:
+			p.Message = fmt.Sprintf("%s is reached at %v, inside the mesh prefix %v: WireGuard's packets pass, other packets of this host to it are dropped", peers[i].Name, a, mesh)
+			p.Hint = wayOut(r, mesh)
+		}
+		out = append(out, p)
+	}
+	return out
+}
+
+func meshPrefixOf(r *policy.Ruleset, a netip.Addr) (netip.Prefix, bool) {
+	for _, p := range r.Sets().Mesh {
+		if p.Contains(a) {
+			return p, true
+		}
+	}
+	return netip.Prefix{}, false
+}
+
+// wayOut says how the mesh gets a prefix that nothing on this host overlaps.
+func wayOut(r *policy.Ruleset, mesh netip.Prefix) string {
+	key := "mesh-prefix6"
+	if mesh.Addr().Is4() {
+		key = "mesh-prefix4"
+	}
+	free, ok := r.Free(mesh.Addr())
+	if !ok {
+		return "to get out of the way, give the mesh a private prefix that isn't in use here: meshhelper settings " + key + " PREFIX"
+	}
+	return fmt.Sprintf("to get out of the way: meshhelper settings %s %v (it lists the peers whose configurations change)", key, free)
+}
+
+// some joins at most n texts, and says how many more there are.
+func some(texts []string, n int) string {
+	if len(texts) <= n {
+		return strings.Join(texts, ", ")
+	}
+	return fmt.Sprintf("%s and %d more", strings.Join(texts[:n], ", "), len(texts)-n)
+}
+
+// lookAtPrefixes finds what overlaps the mesh prefixes, and tells what is new of it.
+func (l *loop) lookAtPrefixes(peers []peer, n numbers) {
+	if l.wanted == nil {
+		return
+	}
+	if l.wanted != l.overlapsOf {
+		l.overlapsOf, l.byPrefix = l.wanted, overlapProblems(l.wanted)
+	}
+	l.overlaps = append(l.byPrefix[:len(l.byPrefix):len(l.byPrefix)], outerProblems(l.wanted, peers, n)...)
+	for _, p := range l.overlaps {
+		if l.isNews(p) {
+			l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: p.Step + ": " + p.Message})
+		}
+	}
+}

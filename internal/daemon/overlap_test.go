@@ -1,0 +1,93 @@
+package daemon
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
+)
+
+// TestOverlapsAreNamed gives parts of the mesh prefix to others: status, doctor and one
+// event each name them, with the way out, until they are gone.
+func TestOverlapsAreNamed(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		named := func() (out []api.Problem) {
+			for _, p := range r.d.Status().Problems {
+				if p.Step == stepPrefix {
+					out = append(out, p)
+				}
+			}
+			return out
+		}
+		phone := r.add("phone")
+		r.after(time.Second)
+		if got := named(); len(got) > 0 {
+			t.Fatalf("at first: %v", got)
+		}
+		equal := netip.MustParsePrefix(phone.Addresses[0].String() + "/32")
+		r.host.Change(func(h *policy.Host) {
+			h.Interfaces = append(h.Interfaces,
+				policy.Interface{Name: "tailscale0", Addresses: []netip.Prefix{netip.MustParsePrefix("100.99.1.1/32")}},
+				policy.Interface{Name: "other0", Addresses: []netip.Prefix{equal}})
+			h.Routes = append(h.Routes, policy.Route{Prefix: netip.MustParsePrefix("100.101.2.3/32"), Interface: "tailscale0"})
+			h.Resolvers = append(h.Resolvers, netip.MustParseAddr("100.100.2.136"))
+		})
+		r.tunnel.setStats(keyOf("phone"), wireguard.PeerStats{Endpoint: netip.MustParseAddrPort("100.90.5.2:51820")})
+		r.after(10 * time.Second)
+		wants := []string{
+			"tailscale0 has 100.99.1.1/32, inside the mesh prefix 100.64.0.0/10",
+			"other0 has " + equal.String(), "the very mesh address of phone",
+			"routes by tailscale0 lead to 100.101.2.3/32",
+			"DNS servers 100.100.2.136",
+			"phone is reached at 100.90.5.2, inside",
+		}
+		all := ""
+		for _, p := range named() {
+			all += p.Message + "\n"
+			if !strings.Contains(p.Hint, "meshhelper settings mesh-prefix4 ") {
+				t.Errorf("no way out of %q: %q", p.Message, p.Hint)
+			}
+		}
+		checks, err := r.d.Doctor(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		doctor := ""
+		for _, c := range checks {
+			if !c.OK {
+				doctor += c.Message + "\n"
+			}
+		}
+		for _, want := range wants {
+			if !strings.Contains(all, want) || !strings.Contains(doctor, want) {
+				t.Errorf("%q isn't named by status:\n%s\nor by doctor:\n%s", want, all, doctor)
+			}
+		}
+		if n := len(named()); n != 5 {
+			t.Errorf("%d overlaps are named, want 5:\n%s", n, all)
+		}
+		events := 0
+		for _, message := range r.events(api.EventProblem) {
+			if strings.HasPrefix(message, stepPrefix+": ") {
+				events++
+			}
+		}
+		if events != 5 {
+			t.Errorf("%d events tell of them, want 5", events)
+		}
+		// The peer's own mesh address as its outer one is a loop.
+		r.tunnel.setStats(keyOf("phone"), wireguard.PeerStats{Endpoint: netip.AddrPortFrom(phone.Addresses[0], 51820)})
+		r.host.Change(func(h *policy.Host) {
+			h.Interfaces = h.Interfaces[:len(h.Interfaces)-2]
+			h.Routes, h.Resolvers = h.Routes[:len(h.Routes)-1], nil
+		})
+		r.after(10 * time.Second)
+		if got := named(); len(got) != 1 || !strings.Contains(got[0].Message, "the tunnel doesn't carry itself") {
+			t.Errorf("at last: %v", got)
+		}
+	})
+}
