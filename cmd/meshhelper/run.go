@@ -22,6 +22,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/daemon"
 	"github.com/meshhelper/meshhelper/internal/logfile"
 	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/systemd"
 	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
 
@@ -134,13 +135,19 @@ func (o *runOptions) help(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	err = o.serve(ctx, d, access)
-	return errors.Join(err, d.Close())
+	n, err := systemd.Notifications(o.app.getenv, os.Getpid())
+	if err == nil {
+		err = o.checkWatchdog(n)
+	}
+	if err == nil {
+		err = o.serve(ctx, d, access, n)
+	}
+	return errors.Join(err, d.Close(), n.Close())
 }
 
 // serve opens the socket and runs daemon and server, until ctx ends or either
-// fails.
-func (o *runOptions) serve(ctx context.Context, d *daemon.Daemon, access api.Access) error {
+// fails. n is told how it is.
+func (o *runOptions) serve(ctx context.Context, d *daemon.Daemon, access api.Access, n *systemd.Notifier) error {
 	l, err := api.Listen(o.app.socket)
 	if errors.Is(err, api.ErrHeld) {
 		return api.Errorf(api.CodeInternal, "%v", err).WithHint("see `meshhelper status`; there is one helper per host")
@@ -153,6 +160,7 @@ func (o *runOptions) serve(ctx context.Context, d *daemon.Daemon, access api.Acc
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return server.Run(ctx) })
 	g.Go(func() error { return o.withHint(d.Run(ctx)) })
+	g.Go(func() error { return o.announce(ctx, d, n) })
 	return g.Wait()
 }
 

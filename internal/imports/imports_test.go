@@ -37,6 +37,7 @@ var rooms = map[string][]string{
 	"internal/owned":   {},
 
 	"internal/platform":  {"internal/policy"},
+	"internal/systemd":   {},
 	"internal/policy":    {},
 	"internal/wireguard": {},
 	"darwin":             {"pfconf"},
