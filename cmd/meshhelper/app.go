@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"unicode/utf8"
 
@@ -112,14 +113,55 @@ func (a *app) main(args []string) int {
 	if !a.started {
 		err = &usageError{err}
 	}
+	if a.json || slices.Contains(args, "--json") {
+		a.sayErrorJSON(cmd, err)
+		return exitStatus(err)
+	}
 	fmt.Fprintf(a.stderr, "meshhelper: %v\n", err)
-	var usage *usageError
-	if errors.As(err, &usage) {
+	if exitStatus(err) == exitUsage {
+		if !a.started && !cmd.HasSubCommands() {
+			fmt.Fprintf(a.stderr, "usage: %s\n", cmd.UseLine())
+		}
 		fmt.Fprintf(a.stderr, "see: %s --help\n", cmd.CommandPath())
 	} else if hint := a.reachHint(err); hint != "" {
 		fmt.Fprintln(a.stderr, hint)
 	}
 	return exitStatus(err)
+}
+
+// The codes of errors with --json that no helper answers with.
+const (
+	codeUsage        = "usage"
+	codeUnreachable  = "unreachable"
+	codeNotPermitted = "not_permitted"
+	codeUntrusted    = "untrusted"
+	codeFailed       = "failed"
+)
+
+// sayErrorJSON writes an error as a line of JSON on stderr, in the form in which the
+// helper answers with one.
+func (a *app) sayErrorJSON(cmd *cobra.Command, err error) {
+	out := api.Error{Code: codeFailed, Message: err.Error(), Hint: a.reachHint(err)}
+	var refused *api.Error
+	switch {
+	case errors.As(err, &refused):
+		out.Code = refused.Code
+		if err == error(refused) {
+			out = *refused
+		}
+	case exitStatus(err) == exitUsage:
+		out.Code, out.Hint = codeUsage, "see: "+cmd.CommandPath()+" --help"
+	case errors.Is(err, api.ErrUnreachable):
+		out.Code = codeUnreachable
+	case errors.Is(err, api.ErrUntrusted):
+		out.Code = codeUntrusted
+	case exitStatus(err) == exitNotPermitted:
+		out.Code = codeNotPermitted
+	}
+	enc := json.NewEncoder(a.stderr)
+	enc.SetEscapeHTML(false)
+	// An error that can't be written leaves the exit status.
+	_ = enc.Encode(map[string]api.Error{"error": out})
 }
 
 // usageError is the command used wrongly.
@@ -144,6 +186,8 @@ func exitStatus(err error) int {
 		return exitNotPermitted
 	case errors.As(err, &refused) && refused.Code == api.CodeForbidden:
 		return exitNotPermitted
+	case errors.As(err, &refused) && refused.WrongByItself():
+		return exitUsage
 	}
 	return exitFailed
 }
@@ -167,6 +211,14 @@ func newRoot(a *app) *cobra.Command {
 		Long: `meshhelper turns this computer into a WireGuard router for your own devices and
 your friends' devices. What each of them may do is a toggle: connect to this
 host, reach the internet through it, or reach its networks.`,
+		Version: versionLine(),
+		Args:    cobra.ArbitraryArgs,
+		RunE: func(c *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return c.Help()
+			}
+			return unknownCommand(c, args[0])
+		},
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		PersistentPreRun: func(*cobra.Command, []string) {
@@ -181,22 +233,27 @@ host, reach the internet through it, or reach its networks.`,
 		newExplainCommand(a), newRulesCommand(a), newDoctorCommand(a), newEventsCommand(a),
 		newInstallCommand(a), newUninstallCommand(a), newVersionCommand(a),
 	)
+	root.SetVersionTemplate("{{.Version}}\n")
+	root.SetFlagErrorFunc(flagError)
+	addCompletion(a, root)
+	speak(root)
 	return root
 }
 
 // group makes a command that only holds others.
 func group(use, short string, commands ...*cobra.Command) *cobra.Command {
-	c := &cobra.Command{
-		Use: use, Short: short,
-		RunE: func(c *cobra.Command, args []string) error {
-			if len(args) == 0 {
-				return usagef("%s needs a command", c.CommandPath())
-			}
-			return usagef("unknown command %q for %q", args[0], c.CommandPath())
-		},
-	}
+	c := &cobra.Command{Use: use, Short: short, RunE: needsCommand}
 	c.AddCommand(commands...)
 	return c
+}
+
+// needsCommand is run where a command that only holds others is called by itself, or with
+// one that it doesn't have.
+func needsCommand(c *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return usagef("%s needs a command", c.CommandPath())
+	}
+	return unknownCommand(c, args[0])
 }
 
 func (a *app) client() *api.Client { return api.NewClient(a.socket) }
@@ -308,6 +365,11 @@ func versionText() string {
 	return strings.Trim(info.Main.Version, "()")
 }
 
+// versionLine says what this is, for a person.
+func versionLine() string {
+	return fmt.Sprintf("meshhelper %s (%s, %s/%s)", versionText(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+}
+
 func newVersionCommand(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
@@ -318,7 +380,7 @@ func newVersionCommand(a *app) *cobra.Command {
 				OS      string `json:"os"`
 				Arch    string `json:"arch"`
 			}{versionText(), runtime.Version(), runtime.GOOS, runtime.GOARCH}
-			return a.print(v, func() { a.say("meshhelper %s (%s, %s/%s)", v.Version, v.Go, v.OS, v.Arch) })
+			return a.print(v, func() { a.say("%s", versionLine()) })
 		},
 	}
 }

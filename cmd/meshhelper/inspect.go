@@ -22,7 +22,7 @@ import (
 func newExplainCommand(a *app) *cobra.Command {
 	var proto, from, host, language string
 	c := &cobra.Command{
-		Use: "explain PEER DESTINATION[:PORT]", Short: "Say what happens to a peer's packet, and why", Args: cobra.ExactArgs(2),
+		Use: "explain PEER DESTINATION[:PORT]", Short: "Say what happens to a peer's packet, and why",
 		ValidArgsFunction: a.completePeers,
 		RunE: func(c *cobra.Command, args []string) error {
 			q, err := parseQuestion(args[0], args[1], proto, from)
@@ -115,7 +115,7 @@ func (a *app) writeExplanation(e api.Explanation) {
 func newDoctorCommand(a *app) *cobra.Command {
 	label := macos.DefaultLabel
 	c := &cobra.Command{
-		Use: "doctor", Short: "Look at every precondition", Args: cobra.NoArgs,
+		Use: "doctor", Short: "Look at every precondition",
 		Long: `Look at every precondition, and say what to do about those that don't hold. It
 works without a helper, too: on a Mac it then looks at the installed service.`,
 		RunE: func(c *cobra.Command, _ []string) error { return runDoctor(c.Context(), a, label) },
@@ -231,7 +231,7 @@ func (a *app) writeChecks(checks []api.Check) {
 func newEventsCommand(a *app) *cobra.Command {
 	var follow bool
 	c := &cobra.Command{
-		Use: "events", Short: "Show what happened", Args: cobra.NoArgs,
+		Use: "events", Short: "Show what happened",
 		RunE: func(c *cobra.Command, _ []string) error {
 			return a.client().Events(c.Context(), follow, func(e api.Event) error {
 				return a.print(e, func() {

@@ -41,25 +41,33 @@ func (a *app) completePeers(c *cobra.Command, args []string, _ string) ([]string
 
 func newPeerRemoveCommand(a *app) *cobra.Command {
 	return &cobra.Command{
-		Use: "remove NAME", Short: "Remove a peer", Args: cobra.ExactArgs(1),
+		Use: "remove NAME", Aliases: []string{"rm"}, Short: "Remove a peer",
 		ValidArgsFunction: a.completePeers,
 		RunE: func(c *cobra.Command, args []string) error {
 			changed, err := a.client().RemovePeer(c.Context(), args[0])
 			var refused *api.Error
 			if errors.As(err, &refused) && refused.Code == api.CodeAlreadyRemoved {
-				return a.print(struct{}{}, func() { a.say("%s is no peer any more already", args[0]) })
+				return a.print(removedAnswer{args[0], true, true}, func() { a.say("%s was removed before; it is no peer", args[0]) })
 			}
 			if err != nil {
 				return err
 			}
-			return a.print(changed.Peer, func() { a.say("%s is no peer any more", changed.Peer.Name) })
+			return a.print(removedAnswer{changed.Peer.Name, true, false}, func() { a.say("%s is no peer any more", changed.Peer.Name) })
 		},
 	}
 }
 
+// removedAnswer is what peer remove prints with --json, also where the peer was removed
+// before.
+type removedAnswer struct {
+	Name    string `json:"name"`
+	Removed bool   `json:"removed"`
+	Already bool   `json:"already"`
+}
+
 func newPeerRenameCommand(a *app) *cobra.Command {
 	return &cobra.Command{
-		Use: "rename NAME NEW", Short: "Give a peer another name", Args: cobra.ExactArgs(2),
+		Use: "rename NAME NEW", Short: "Give a peer another name",
 		ValidArgsFunction: a.completePeers,
 		RunE: func(c *cobra.Command, args []string) error {
 			if args[1] == "" {
@@ -82,7 +90,7 @@ func newPeerRenameCommand(a *app) *cobra.Command {
 
 func newPeerListCommand(a *app) *cobra.Command {
 	return &cobra.Command{
-		Use: "list", Short: "List the peers", Args: cobra.NoArgs,
+		Use: "list", Aliases: []string{"ls"}, Short: "List the peers",
 		RunE: func(c *cobra.Command, _ []string) error {
 			s, err := a.client().Status(c.Context())
 			if err != nil {
@@ -101,7 +109,7 @@ func newPeerListCommand(a *app) *cobra.Command {
 
 func newPeerShowCommand(a *app) *cobra.Command {
 	return &cobra.Command{
-		Use: "show NAME", Short: "Show a peer", Args: cobra.ExactArgs(1),
+		Use: "show NAME", Short: "Show a peer",
 		ValidArgsFunction: a.completePeers,
 		RunE: func(c *cobra.Command, args []string) error {
 			p, err := a.client().Peer(c.Context(), args[0])
@@ -142,17 +150,16 @@ func newToggleCommand(a *app, allow bool) *cobra.Command {
 			o.timed = c.Flags().Changed("for")
 			return toggle(c.Context(), o, args[0], args[1:])
 		},
-		Args: cobra.MinimumNArgs(2),
 		ValidArgsFunction: func(c *cobra.Command, args []string, text string) ([]string, cobra.ShellCompDirective) {
 			if len(args) == 0 {
 				return a.completePeers(c, args, text)
 			}
-			return []string{"incoming", "routing", "lan"}, cobra.ShellCompDirectiveNoFileComp
+			return completePermissions(args[1:], text)
 		},
 	}
 	if allow {
 		c.Use, c.Short = "allow NAME PERMISSION...", "Give permissions to a peer, for good or for a time"
-		c.Flags().DurationVar(&o.limit, "for", 0, "how long, such as 30m or 2h; without, for good")
+		c.Flags().Var(durationFlag(&o.limit), "for", "how long, such as 30m, 2h, 1d or 1w; without, for good")
 	}
 	c.Long = c.Short + `.
 
@@ -192,7 +199,7 @@ func toggle(ctx context.Context, o *toggleOptions, ref string, words []string) e
 		for _, one := range wanted {
 			o.app.say("%s", sentence(changed.Peer.Name, one, before.Permissions.Of(one), changed.Peer.Permissions.Of(one)))
 		}
-		o.app.warnLAN(changed.Peer)
+		o.app.warnLAN(changed.Peer, o.allow)
 	})
 }
 
@@ -228,7 +235,12 @@ func sentence(name string, one policy.Permissions, was, is api.Permission) strin
 	if !is.Until.IsZero() {
 		when = " until " + formatEnd(is.Until)
 	}
+	idle := is.Effective != nil && !*is.Effective
 	switch {
+	case idle && same:
+		return fmt.Sprintf("%s already has lan%s, which has no effect without routing", name, when)
+	case idle:
+		return fmt.Sprintf("%s has lan now%s, which has no effect until it may route", name, when)
 	case is.Allowed && same:
 		return fmt.Sprintf("%s may already %s%s", name, verbs[one], when)
 	case is.Allowed:
@@ -239,10 +251,16 @@ func sentence(name string, one policy.Permissions, was, is api.Permission) strin
 	return fmt.Sprintf("%s may no longer %s", name, verbs[one])
 }
 
-// warnLAN says that lan has no effect without routing.
-func (a *app) warnLAN(p api.Peer) {
-	if e := p.Permissions.LAN.Effective; e != nil && !*e {
-		a.say("lan has no effect without routing; run: meshhelper peer allow %s routing", p.Name)
+// warnLAN says that lan has no effect without routing: after allow with the command that
+// would change it, and after deny, which isn't to be undone, that lan stays.
+func (a *app) warnLAN(p api.Peer, allow bool) {
+	lan := p.Permissions.LAN
+	switch {
+	case lan.Effective == nil || *lan.Effective:
+	case allow:
+		a.say("to let it route, run: meshhelper peer allow %s routing", p.Name)
+	default:
+		a.say("it keeps lan, which has no effect without routing; to take that, too, run: meshhelper peer deny %s lan", p.Name)
 	}
 }
 

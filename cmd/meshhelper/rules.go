@@ -22,7 +22,7 @@ type rulesOptions struct {
 func newRulesCommand(a *app) *cobra.Command {
 	o := &rulesOptions{app: a}
 	c := &cobra.Command{
-		Use: "rules", Short: "Show the rules as loaded, or as another platform would load them", Args: cobra.NoArgs,
+		Use: "rules", Short: "Show the rules as loaded, or as another platform would load them",
 		Long: `Show the rules as loaded. With --platform, show them as that platform would load
 them for this mesh, and with --host, for the host that FILE describes instead of
 this one, so that the rules of a Mac can be read on any machine. Which ports peers'

@@ -62,7 +62,6 @@ func newRunCommand(a *app, run func(context.Context, *runOptions) error) *cobra.
 		Long: `Be the helper, in the foreground, until SIGTERM, SIGINT, SIGHUP or SIGQUIT, and
 then leave the host as it was found. It is ready when "meshhelper status" shows a
 state other than starting.`,
-		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if err := o.placeSocket(c.Flag("socket").Changed); err != nil {
 				return err

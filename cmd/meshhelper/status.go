@@ -25,7 +25,7 @@ type statusOptions struct {
 func newStatusCommand(a *app) *cobra.Command {
 	o := &statusOptions{app: a, interval: 2 * time.Second}
 	c := &cobra.Command{
-		Use: "status", Short: "Show the host, its peers, who routes, and what is wrong", Args: cobra.NoArgs,
+		Use: "status", Short: "Show the host, its peers, who routes, and what is wrong",
 		RunE: func(c *cobra.Command, _ []string) error { return showStatus(c.Context(), o) },
 	}
 	c.Flags().BoolVar(&o.watch, "watch", false, "show it again every two seconds")

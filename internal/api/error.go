@@ -13,6 +13,7 @@ const (
 	CodeBadKey         = "bad_key"
 	CodeBadAddress     = "bad_address"
 	CodeBadPermission  = "bad_permission"
+	CodeBadEndpoint    = "bad_endpoint"
 	CodeForbidden      = "forbidden"
 	CodeUnknownPeer    = "unknown_peer"
 	CodeNotFound       = "not_found"
@@ -36,6 +37,7 @@ var statusOfCode = map[string]int{
 	CodeBadKey:         http.StatusBadRequest,
 	CodeBadAddress:     http.StatusBadRequest,
 	CodeBadPermission:  http.StatusBadRequest,
+	CodeBadEndpoint:    http.StatusBadRequest,
 	CodeForbidden:      http.StatusForbidden,
 	CodeUnknownPeer:    http.StatusNotFound,
 	CodeNotFound:       http.StatusNotFound,
@@ -86,6 +88,17 @@ func (e *Error) HTTPStatus() int {
 		return status
 	}
 	return http.StatusInternalServerError
+}
+
+// WrongByItself reports whether what was asked is wrong whoever asks, and whatever the
+// mesh is: such as a name with a space, or a key that is none. An address that isn't in
+// the mesh's prefixes isn't.
+func (e *Error) WrongByItself() bool {
+	switch e.Code {
+	case CodeBadRequest, CodeBadName, CodeBadKey, CodeBadPermission, CodeBadEndpoint:
+		return true
+	}
+	return false
 }
 
 // asError turns any error into one that can be sent. An error that isn't ours

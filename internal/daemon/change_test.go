@@ -277,8 +277,8 @@ func FuzzName(f *testing.F) {
 		if len(name) == 0 || len(name) > 63 || name[0] == '-' || name[0] == '.' || strings.ContainsAny(name, "/ \t\n\"'\\%:=+") {
 			t.Errorf("name %q is accepted", name)
 		}
-		if got := closest(name, []string{name}); got != name {
-			t.Errorf("closest(%q) is %q", name, got)
+		if got := Closest(name, []string{name}); got != name {
+			t.Errorf("Closest(%q) is %q", name, got)
 		}
 	})
 }

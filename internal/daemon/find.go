@@ -87,7 +87,7 @@ func (doc *document) unknown(ref string) error {
 	for i := range doc.Peers {
 		names[i] = doc.Peers[i].Name
 	}
-	if name := closest(ref, names); name != "" {
+	if name := Closest(ref, names); name != "" {
 		return e.WithHint("did you mean %q?", name)
 	}
 	if len(names) == 0 {

@@ -16,10 +16,13 @@ func checkName(name string) error {
 	if name == "" || len(name) > maxName {
 		return fmt.Errorf("name %.70q has %d characters, want 1 to %d", name, len(name), maxName)
 	}
-	for _, c := range []byte(name) {
+	for _, c := range name {
 		letter := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
-		if !letter && !strings.ContainsRune("-_.", rune(c)) {
-			return fmt.Errorf("name %q has a character other than letters, digits, dots, hyphens and underscores", name)
+		switch {
+		case !letter && c >= 0x80:
+			return fmt.Errorf("name %q has %q, and letters are a to z and A to Z only", name, c)
+		case !letter && !strings.ContainsRune("-_.", c):
+			return fmt.Errorf("name %q has a character other than letters, digits, dots, hyphens and underscores: %q", name, c)
 		}
 	}
 	if name[0] == '-' || name[0] == '.' {
@@ -34,9 +37,9 @@ func checkName(name string) error {
 	return nil
 }
 
-// closest returns the name that ref was probably meant to be, or "": the one
+// Closest returns the name that ref was probably meant to be, or "": the one
 // with the fewest typing errors, at most two and not more than half of it.
-func closest(ref string, names []string) string {
+func Closest(ref string, names []string) string {
 	best, errors := "", min(2, len(ref)/2)+1
 	for _, name := range names {
 		if strings.EqualFold(ref, name) {

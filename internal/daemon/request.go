@@ -61,7 +61,7 @@ func (p *peer) setEndpoint(text string) error {
 	}
 	e, err := wireguard.ParseEndpoint(text, 0)
 	if err != nil {
-		return api.Errorf(api.CodeBadAddress, "%v", err).WithHint("it is HOST:PORT, an IPv6 address in brackets")
+		return api.Errorf(api.CodeBadEndpoint, "%v", err).WithHint("it is HOST:PORT, an IPv6 address in brackets")
 	}
 	p.Endpoint = e.String()
 	return nil
@@ -132,7 +132,7 @@ func (d *Daemon) giveAddresses(doc *document, p *peer, given []string) (out [2]n
 	for _, text := range given {
 		a, err := netip.ParseAddr(text)
 		if err != nil {
-			return out, api.Errorf(api.CodeBadAddress, "address %q is not valid", text).WithHint("give a bare IPv4 or IPv6 address")
+			return out, api.Errorf(api.CodeBadRequest, "address %q is not valid", text).WithHint("give a bare IPv4 or IPv6 address")
 		}
 		if err := d.mesh.prefixes.Check(a); err != nil {
 			return out, api.Errorf(api.CodeBadAddress, "%v", err).WithHint("%s", d.freeHint(doc, p.PublicKey))

@@ -24,6 +24,10 @@ func ParseEndpoint(s string, fallback uint16) (Endpoint, error) {
 	if err == nil {
 		err = e.validate()
 	}
+	if _, rest, url := strings.Cut(s, "://"); url {
+		host, _, _ := strings.Cut(rest, "/")
+		err = fmt.Errorf("it looks like a URL; give only the host, and a UDP port if you know it, such as %q", host)
+	}
 	if err != nil {
 		return Endpoint{}, fmt.Errorf("parse endpoint %q: %w", s, err)
 	}

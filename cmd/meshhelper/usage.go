@@ -1,0 +1,233 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// speak gives every command below c the same voice: arguments are named as the usage
+// line names them, mistyped commands and flags get a proposal, and flags with few values
+// complete them.
+func speak(c *cobra.Command) {
+	if !c.HasSubCommands() && !c.DisableFlagParsing {
+		c.Args = argumentsOf(c.Use)
+	}
+	c.Flags().VisitAll(func(f *pflag.Flag) {
+		complete := completionOf(c, f)
+		if complete == nil {
+			return
+		}
+		if _, has := c.GetFlagCompletionFunc(f.Name); !has {
+			// It fails for a flag that doesn't exist only.
+			_ = c.RegisterFlagCompletionFunc(f.Name, complete)
+		}
+	})
+	for _, sub := range c.Commands() {
+		speak(sub)
+	}
+}
+
+// argumentsOf checks a command's arguments by its usage line, such as "allow NAME
+// PERMISSION...": a word in brackets may be missing, and the one with dots comes once or
+// more.
+func argumentsOf(use string) cobra.PositionalArgs {
+	names := strings.Fields(use)[1:]
+	least, many := 0, false
+	for i, name := range names {
+		if !strings.HasPrefix(name, "[") {
+			least = i + 1
+		}
+		many = many || strings.Contains(name, "...")
+	}
+	return func(c *cobra.Command, args []string) error {
+		switch {
+		case len(args) < least:
+			missing := names[len(args):least]
+			verb := "is"
+			if len(missing) > 1 {
+				verb = "are"
+			}
+			return usagef("%s %s missing", strings.ReplaceAll(strings.Join(missing, " and "), "...", ""), verb)
+		case len(args) > len(names) && !many && len(names) == 0:
+			return usagef("%q is too much: %q takes no argument", args[0], c.CommandPath())
+		case len(args) > len(names) && !many:
+			return usagef("%q is too much: %q takes %s", args[len(names)], c.CommandPath(), strings.Join(names, " "))
+		}
+		return nil
+	}
+}
+
+// unknownCommand is the error of a command that holds others and has none of that name.
+func unknownCommand(c *cobra.Command, name string) error {
+	var names []string
+	for _, sub := range c.Commands() {
+		if sub.IsAvailableCommand() {
+			names = append(append(names, sub.Name()), sub.Aliases...)
+		}
+	}
+	if near := daemon.Closest(name, names); near != "" {
+		return usagef("unknown command %q for %q; did you mean %q?", name, c.CommandPath(), near)
+	}
+	return usagef("unknown command %q for %q; it has: %s", name, c.CommandPath(), strings.Join(names, ", "))
+}
+
+// flagError says what is wrong with a flag, and what it takes.
+func flagError(c *cobra.Command, err error) error {
+	var unknown *pflag.NotExistError
+	var invalid *pflag.InvalidValueError
+	var empty *pflag.ValueRequiredError
+	switch {
+	case errors.As(err, &unknown) && unknown.GetSpecifiedShortnames() == "":
+		var names []string
+		c.Flags().VisitAll(func(f *pflag.Flag) {
+			if !f.Hidden {
+				names = append(names, f.Name)
+			}
+		})
+		if near := daemon.Closest(unknown.GetSpecifiedName(), names); near != "" {
+			return usagef("unknown flag: --%s; did you mean --%s?", unknown.GetSpecifiedName(), near)
+		}
+	case errors.As(err, &empty):
+		what, _ := pflag.UnquoteUsage(empty.GetFlag())
+		return usagef("--%s needs a value: %s", empty.GetFlag().Name, what)
+	case errors.As(err, &invalid):
+		f, value := invalid.GetFlag(), invalid.GetValue()
+		switch f.Value.Type() {
+		case "uint16":
+			return usagef("--%s: %q is not a port: it is a number from 0 to 65535", f.Name, value)
+		case "bool":
+			return usagef("--%s: %q is neither true nor false", f.Name, value)
+		case "duration":
+			_, cause := parseDuration(value)
+			if cause == nil {
+				cause = fmt.Errorf("%q has days or weeks, which it doesn't take", value)
+			}
+			return usagef("--%s: %v", f.Name, cause)
+		}
+		return usagef("--%s: %v", f.Name, invalid.Unwrap())
+	}
+	return &usageError{err}
+}
+
+// duration is a flag's value: a duration that also takes days and weeks.
+type duration struct{ d *time.Duration }
+
+// durationFlag returns the value of a flag that sets d.
+func durationFlag(d *time.Duration) pflag.Value { return duration{d} }
+
+func (v duration) String() string {
+	if v.d == nil || *v.d == 0 {
+		return ""
+	}
+	return v.d.String()
+}
+
+func (v duration) Type() string { return "DURATION" }
+
+func (v duration) Set(text string) (err error) {
+	*v.d, err = parseDuration(text)
+	return err
+}
+
+// units are those of a duration; a day has 24 hours.
+var units = map[string]time.Duration{
+	"w": 7 * 24 * time.Hour, "d": 24 * time.Hour, "h": time.Hour, "m": time.Minute, "s": time.Second, "ms": time.Millisecond,
+}
+
+// parseDuration reads what time.ParseDuration reads, and days and weeks: 90m, 1h30m,
+// 2d, 1w.
+func parseDuration(text string) (time.Duration, error) {
+	if n, err := strconv.ParseFloat(text, 64); err == nil && n != 0 {
+		return 0, fmt.Errorf("%q has no unit: %sm are minutes, %sh hours, %sd days", text, text, text, text)
+	}
+	if d, err := time.ParseDuration(text); err == nil {
+		return d, nil
+	}
+	wrong := fmt.Errorf("%q is not a duration: it is such as 30m, 2h, 2d or 1w", text)
+	rest, negative := strings.CutPrefix(text, "-")
+	var sum float64
+	for rest != "" {
+		n := strings.IndexFunc(rest, func(r rune) bool { return (r < '0' || r > '9') && r != '.' })
+		if n <= 0 {
+			return 0, wrong
+		}
+		value, err := strconv.ParseFloat(rest[:n], 64)
+		rest = rest[n:]
+		end := strings.IndexFunc(rest, func(r rune) bool { return r < 'a' || r > 'z' })
+		if end < 0 {
+			end = len(rest)
+		}
+		unit, known := units[rest[:end]]
+		rest = rest[end:]
+		sum += value * float64(unit)
+		if err != nil || !known {
+			return 0, wrong
+		}
+		if sum >= 1<<62 {
+			return 0, fmt.Errorf("%q is longer than can be counted", text)
+		}
+	}
+	if text == "" {
+		return 0, wrong
+	}
+	if negative {
+		sum = -sum
+	}
+	return time.Duration(sum), nil
+}
+
+// completionOf returns how a flag's value is completed, where it has few values.
+func completionOf(c *cobra.Command, f *pflag.Flag) cobra.CompletionFunc {
+	switch f.Name {
+	case "proto":
+		return fixed("tcp", "udp", "icmp")
+	case "platform":
+		if c.Name() == "run" {
+			return fixed("auto", "darwin", "linux")
+		}
+		return fixed("pf", "nft", "guard")
+	case "tunnel":
+		return fixed("full", "split")
+	case "allow":
+		return func(_ *cobra.Command, _ []string, text string) ([]string, cobra.ShellCompDirective) {
+			return completePermissions(nil, text)
+		}
+	case "for":
+		return fixed("30m", "2h", "1d", "1w")
+	case "address", "dns", "endpoint", "public-key", "listen-port", "mesh-prefix4", "mesh-prefix6", "keepalive",
+		"from", "interface", "label", "operator", "tick", "wait":
+		return cobra.NoFileCompletions
+	}
+	return nil
+}
+
+func fixed(values ...string) cobra.CompletionFunc {
+	return cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp)
+}
+
+// completePermissions completes a list of permissions, separated by commas, with those
+// that it and the arguments before don't have.
+func completePermissions(before []string, text string) ([]string, cobra.ShellCompDirective) {
+	head := ""
+	if i := strings.LastIndexByte(text, ','); i >= 0 {
+		head = text[:i+1]
+	}
+	has := strings.Split(strings.Join(append(slices.Clone(before), head), ","), ",")
+	var out []string
+	for _, one := range policy.AllPermissions {
+		if !slices.Contains(has, one.String()) {
+			out = append(out, head+one.String())
+		}
+	}
+	return out, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveNoSpace
+}
