@@ -59,13 +59,13 @@ func TestRefusals(t *testing.T) {
 			{"key taken", add(func(p *api.NewPeer) { p.PublicKey = keyOf("phone") }), api.CodeKeyTaken, `"phone"`},
 			{"own key", add(func(p *api.NewPeer) { p.PublicKey = own.key.String() }), api.CodeKeyTaken, "own"},
 			{"kind", add(func(p *api.NewPeer) { p.Kind = "friend" }), api.CodeBadRequest, `"friend"`},
-			{"not an address", add(func(p *api.NewPeer) { p.Addresses = []string{"x"} }), api.CodeBadAddress, `"x"`},
+			{"not an address", add(func(p *api.NewPeer) { p.Addresses = []string{"x"} }), api.CodeBadRequest, `"x"`},
 			{"address outside", add(func(p *api.NewPeer) { p.Addresses = []string{"10.0.0.1"} }), api.CodeBadAddress, "--address"},
 			{"address reserved", add(func(p *api.NewPeer) { p.Addresses = []string{"100.100.100.100"} }), api.CodeBadAddress, "--address"},
 			{"two of a family", add(func(p *api.NewPeer) { p.Addresses = []string{"100.64.1.1", "100.64.1.2"} }), api.CodeBadAddress, "second"},
 			{"address taken", add(func(p *api.NewPeer) { p.Addresses = []string{phone.Addresses[0].String()} }), api.CodeAddressTaken, `"phone"`},
 			{"host's address", add(func(p *api.NewPeer) { p.Addresses = []string{own.own.V6.String()} }), api.CodeAddressTaken, "this host"},
-			{"endpoint", add(func(p *api.NewPeer) { p.Endpoint = "host" }), api.CodeBadAddress, "HOST:PORT"},
+			{"endpoint", add(func(p *api.NewPeer) { p.Endpoint = "host" }), api.CodeBadEndpoint, "HOST:PORT"},
 			{"keepalive", add(func(p *api.NewPeer) { p.Keepalive = "soon" }), api.CodeBadRequest, "25s"},
 			{"half a second", add(func(p *api.NewPeer) { p.Keepalive = "1500ms" }), api.CodeBadRequest, "whole seconds"},
 			{"permission", permit("outgoing", api.PermissionChange{Allowed: true}), api.CodeBadPermission, `"outgoing"`},
@@ -84,7 +84,7 @@ func TestRefusals(t *testing.T) {
 			{"rename to odd", patch("phone", api.PeerChange{Name: "a/b"}), api.CodeBadName, `"a/b"`},
 			{"rekey to taken", patch("phone", api.PeerChange{PublicKey: keyOf("tablet")}), api.CodeKeyTaken, `"tablet"`},
 			{"rekey to host", patch("phone", api.PeerChange{PublicKey: own.key.String()}), api.CodeKeyTaken, "own"},
-			{"endpoint later", patch("phone", api.PeerChange{Endpoint: text("x")}), api.CodeBadAddress, "HOST:PORT"},
+			{"endpoint later", patch("phone", api.PeerChange{Endpoint: text("x")}), api.CodeBadEndpoint, "HOST:PORT"},
 		} {
 			before := r.d.wanted.Load()
 			err := c.do()
