@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -55,6 +56,9 @@ type app struct {
 	columns        int  // of the terminal; 0: there is none
 	platforms      map[string]newPlatform
 	service        *serviceHost // nil where there is no launchd
+
+	// resolve looks a name up; nil: as this computer does.
+	resolve func(context.Context, string) ([]netip.Addr, error)
 
 	// flush waits, bounded, for what stderr hasn't taken yet.
 	flush func()

@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
+	"unicode"
 
 	"github.com/spf13/cobra"
 
@@ -20,34 +23,65 @@ import (
 
 // newExplainCommand returns `explain`.
 func newExplainCommand(a *app) *cobra.Command {
-	var proto, from, host, language string
+	o := &explainOptions{app: a}
 	c := &cobra.Command{
 		Use: "explain PEER DESTINATION[:PORT]", Short: "Say what happens to a peer's packet, and why",
+		Long: `Say whether what PEER sends to DESTINATION passes, and why: by the policy, by the
+rules as loaded, by other software's rules, and by the way that the host would send
+it. DESTINATION is an address, a peer's name, or a name that this computer looks up.
+
+With --from ADDRESS, judge the other direction: what ADDRESS sends to PEER, after
+PEER sent to DESTINATION. Where ADDRESS is DESTINATION, that is an answer.`,
+		Example: `  meshhelper explain phone example.org:443
+  meshhelper explain phone 192.168.1.5 --proto icmp
+  meshhelper explain phone 192.0.2.1:443 --from 192.0.2.1   (the answer to phone)`,
 		ValidArgsFunction: a.completePeers,
 		RunE: func(c *cobra.Command, args []string) error {
-			q, err := parseQuestion(args[0], args[1], proto, from)
-			if err != nil {
-				return err
-			}
-			e, err := a.explain(c.Context(), q, host, language)
-			if err != nil {
-				return err
-			}
-			return a.print(e, func() { a.writeExplanation(e) })
+			o.languageGiven = c.Flags().Changed("platform")
+			return runExplain(c.Context(), o, args[0], args[1])
 		},
 	}
-	c.Flags().StringVar(&proto, "proto", "", "tcp, udp or icmp (tcp with a port, else icmp)")
-	c.Flags().StringVar(&from, "from", "", "judge what comes back from `ADDRESS` instead")
-	c.Flags().StringVar(&host, "host", "", "judge on the host that `FILE` describes; - is stdin")
-	c.Flags().StringVar(&language, "platform", "pf", "whose rules to name with --host: pf, nft or guard")
+	c.Flags().StringVar(&o.proto, "proto", "", "tcp, udp or icmp (tcp with a port, else icmp)")
+	c.Flags().StringVar(&o.from, "from", "", "judge what the host at `ADDRESS` sends to PEER instead: an answer, where it is DESTINATION")
+	c.Flags().StringVar(&o.host, "host", "", "judge by the policy alone, on the host that `FILE` describes; - is stdin")
+	c.Flags().StringVar(&o.language, "platform", "pf", "whose rules to name with --host: pf, nft or guard")
 	return c
+}
+
+// explainOptions are the flags of explain.
+type explainOptions struct {
+	app                         *app
+	proto, from, host, language string
+	languageGiven               bool
+}
+
+func runExplain(ctx context.Context, o *explainOptions, peer, to string) error {
+	a := o.app
+	if _, ok := languages[o.language]; !ok {
+		return usagef("--platform: %q is unknown: it is pf, nft or guard", o.language)
+	}
+	if o.languageGiven && o.host == "" {
+		return usagef("--platform is for the host of --host, which isn't given: without it, the rules are this host's")
+	}
+	t, q, err := parseQuestion(peer, to, o.proto, o.from)
+	if err != nil {
+		return err
+	}
+	if q.To, err = a.findDestination(ctx, t, &q); err != nil {
+		return err
+	}
+	e, err := a.explain(ctx, q, o.host, o.language)
+	if err != nil {
+		return err
+	}
+	if e.Name = t.name; t.name != "" && !a.json {
+		a.say("%s is %s", t.name, t.found)
+	}
+	return a.print(e, func() { a.writeExplanation(e) })
 }
 
 // explain asks the helper, or judges its mesh on the host in a file.
 func (a *app) explain(ctx context.Context, q api.Question, file, language string) (api.Explanation, error) {
-	if _, ok := languages[language]; !ok {
-		return api.Explanation{}, usagef("--platform: %q is unknown: it is pf, nft or guard", language)
-	}
 	if file == "" {
 		return a.client().Explain(ctx, q)
 	}
@@ -63,19 +97,30 @@ func (a *app) explain(ctx context.Context, q api.Question, file, language string
 	return daemon.Explain(r, q, languages[language])
 }
 
-// parseQuestion reads the arguments of explain.
-func parseQuestion(peer, to, proto, from string) (q api.Question, err error) {
-	q = api.Question{Peer: peer, Proto: proto}
+// destination is what explain was given as one.
+type destination struct {
+	name  string // "" where it is an address
+	from  string // the name in --from, "" where that is an address or isn't given
+	found string // what the name was found to be
+}
+
+// parseQuestion reads the arguments of explain. To is not set where the destination is a
+// name.
+func parseQuestion(peer, to, proto, from string) (t *destination, q api.Question, err error) {
+	t, q = &destination{}, api.Question{Peer: peer, Proto: proto}
 	if q.To, err = netip.ParseAddr(to); err != nil {
-		target, failed := netip.ParseAddrPort(to)
-		if failed != nil {
-			return q, usagef("destination %q is not an address, nor one with a port", to)
+		if target, failed := netip.ParseAddrPort(to); failed == nil {
+			q.To, q.Port = target.Addr(), target.Port()
+		} else if t.name, q.Port, err = parseNamed(to); err != nil {
+			return t, q, err
 		}
-		q.To, q.Port = target.Addr(), target.Port()
 	}
 	if from != "" {
 		if q.From, err = netip.ParseAddr(from); err != nil {
-			return q, usagef("--from: %q is not an address", from)
+			if from != t.name {
+				return t, q, usagef("--from: %q is not an address, nor the name of DESTINATION", from)
+			}
+			t.from = from
 		}
 	}
 	switch {
@@ -84,21 +129,104 @@ func parseQuestion(peer, to, proto, from string) (q api.Question, err error) {
 	case q.Proto == "":
 		q.Proto = "icmp"
 	case q.Proto != "tcp" && q.Proto != "udp" && q.Proto != "icmp":
-		return q, usagef("--proto: %q is unknown: it is tcp, udp or icmp", proto)
+		return t, q, usagef("--proto: %q is unknown: it is tcp, udp or icmp", proto)
+	case q.Proto == "icmp" && q.Port != 0:
+		return t, q, usagef("ICMP has no ports, and %q names one: leave it out, or take --proto tcp or udp", to)
 	}
-	return q, nil
+	return t, q, nil
+}
+
+// parseNamed reads NAME or NAME:PORT. A name is one of DNS (RFC 1123 2.1) or a peer's.
+func parseNamed(to string) (name string, port uint16, err error) {
+	name, text, given := strings.Cut(to, ":")
+	if given {
+		n, err := strconv.ParseUint(text, 10, 16)
+		if err != nil || n == 0 {
+			return "", 0, usagef("destination %q: the port is a number from 1 to 65535", to)
+		}
+		port = uint16(n)
+	}
+	odd := func(r rune) bool {
+		return !unicode.IsLetter(r) && !unicode.IsDigit(r) && !strings.ContainsRune("-_.", r)
+	}
+	if name == "" || len(name) > 253 || strings.ContainsFunc(name, odd) || strings.HasPrefix(name, "-") {
+		return "", 0, usagef("destination %q is not an address nor a name, alone or with a port", to)
+	}
+	if !strings.ContainsFunc(name, unicode.IsLetter) {
+		return "", 0, usagef("destination %q is not an address", to)
+	}
+	return name, port, nil
+}
+
+// lookupLimit bounds the look-up of a destination's name.
+const lookupLimit = 10 * time.Second
+
+// findDestination returns the address that is asked about: of a peer by its name, or of
+// another name as this computer looks it up.
+func (a *app) findDestination(ctx context.Context, t *destination, q *api.Question) (netip.Addr, error) {
+	if t.name == "" {
+		return q.To, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, lookupLimit)
+	defer cancel()
+	p, err := a.client().Peer(ctx, t.name)
+	var unknown *api.Error
+	var found []netip.Addr
+	switch {
+	case err == nil:
+		found = p.Addresses
+		t.found = fmt.Sprintf("the peer %s, at %s", p.Name, joinAddresses(found))
+	case !errors.As(err, &unknown) || unknown.Code != api.CodeUnknownPeer && unknown.Code != api.CodeAlreadyRemoved:
+		return netip.Addr{}, err
+	default:
+		if found, err = a.lookUp(ctx, t.name); err == nil && len(found) == 0 {
+			err = errors.New("it has no address")
+		}
+		if err != nil {
+			return netip.Addr{}, api.Errorf(api.CodeBadRequest, "destination %q is no peer, and looking it up failed: %v", t.name, err).WithHint("give its address")
+		}
+		for i := range found {
+			found[i] = found[i].Unmap()
+		}
+		t.found = found[0].String()
+	}
+	to := found[0]
+	if q.From.IsValid() {
+		if i := slices.IndexFunc(found, func(f netip.Addr) bool { return f == q.From }); i >= 0 {
+			to = q.From
+		}
+	}
+	if len(found) > 1 {
+		t.found = fmt.Sprintf("%s; judged is %s", joinAddresses(found), to)
+	}
+	if t.from != "" {
+		q.From = to
+	}
+	return to, nil
+}
+
+// lookUp asks this computer's resolver.
+func (a *app) lookUp(ctx context.Context, name string) ([]netip.Addr, error) {
+	if a.resolve != nil {
+		return a.resolve(ctx, name)
+	}
+	return net.DefaultResolver.LookupNetIP(ctx, "ip", name)
 }
 
 func (a *app) writeExplanation(e api.Explanation) {
-	verdict := "does not pass"
-	if e.Pass {
-		verdict = "passes"
-	}
 	port := ""
 	if e.Port != 0 {
 		port = " port " + strconv.Itoa(int(e.Port))
 	}
-	a.say("%s from %s to %s%s %s", e.Proto, e.From, e.To, port, verdict)
+	name := a.nameFor(e)
+	switch e.Direction {
+	case api.AnswerToPeer:
+		a.say("an answer to %s, %s from %s%s to %s, %s", e.Peer, e.Proto, name, port, e.To, verdictOf(e))
+	case api.ToPeer:
+		a.say("%s from %s%s to %s (%s), which isn't an answer to %s, %s", e.Proto, e.From, port, e.Peer, e.To, e.Peer, verdictOf(e))
+	default:
+		a.say("%s from %s (%s) to %s%s %s", e.Proto, e.Peer, e.From, name, port, verdictOf(e))
+	}
 	if e.Class != "" {
 		a.say("class   %s", e.Class)
 	}
@@ -106,9 +234,57 @@ func (a *app) writeExplanation(e api.Explanation) {
 	if e.Loaded != "" {
 		a.say("rule    %s", e.Loaded)
 	}
+	if !e.Until.IsZero() {
+		a.say("until   %s, when the permission ends", formatEnd(e.Until))
+	}
+	for _, s := range e.Stops {
+		text := s.Message
+		switch {
+		case s.Answer && s.Unclear:
+			text = "the answer may not pass: " + text
+		case s.Answer:
+			text = "the answer does not pass: " + text
+		default:
+			text = "the policy lets it pass, but " + text
+		}
+		a.sayWrapped("stop    ", "        ", text)
+		if s.Hint != "" {
+			a.sayWrapped("        -> ", "           ", s.Hint)
+		}
+	}
 	if e.Command != "" {
 		a.say("change  %s", e.Command)
 	}
+}
+
+// nameFor returns the far end's address, with its name where it was given by one.
+func (a *app) nameFor(e api.Explanation) string {
+	far := e.To
+	if e.Direction != api.FromPeer {
+		far = e.From
+	}
+	if e.Name != "" {
+		return fmt.Sprintf("%s (%s)", e.Name, far)
+	}
+	return far
+}
+
+func verdictOf(e api.Explanation) string {
+	switch {
+	case e.Unclear:
+		return "may not pass"
+	case !e.Pass:
+		return "does not pass"
+	}
+	for _, s := range e.Stops {
+		if s.Answer && !s.Unclear {
+			return "passes, but its answer does not"
+		}
+	}
+	if len(e.Stops) > 0 {
+		return "passes, but its answer may not"
+	}
+	return "passes"
 }
 
 // newDoctorCommand returns `doctor`, which fails when something is wrong.

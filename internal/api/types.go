@@ -225,6 +225,38 @@ type Explanation struct {
 	Loaded string `json:"loaded"`
 	// Command would change it, or is empty.
 	Command string `json:"command"`
+
+	// Direction says whose packet it is: FromPeer, AnswerToPeer or ToPeer.
+	Direction string `json:"direction"`
+	// Name is what To was given as, where that wasn't an address.
+	Name string `json:"name,omitempty"`
+	// Until is when the permission by which it passes ends; zero means never.
+	Until time.Time `json:"until,omitzero"`
+	// Stops are what stops a packet that the policy lets pass, or its answer, the first in
+	// its way first. Pass is true where none of them stops the packet itself.
+	Stops []Stop `json:"stops,omitempty"`
+	// Unclear says that it may pass, although Pass is false: all that may stop it is
+	// unclear.
+	Unclear bool `json:"unclear,omitempty"`
+}
+
+// The directions of an Explanation.
+const (
+	FromPeer     = "from-peer" // what the peer sends
+	AnswerToPeer = "answer"    // the answer to what the peer sends
+	ToPeer       = "to-peer"   // what another host, or this one, sends to the peer unasked
+)
+
+// Stop is something other than the policy that stops a packet.
+type Stop struct {
+	// Message is a clause such as "chain FORWARD of table ip filter drops it"; Hint says
+	// what to do about it.
+	Message string `json:"message"`
+	Hint    string `json:"hint"`
+	// Answer says that it stops the answer, not the packet itself.
+	Answer bool `json:"answer,omitempty"`
+	// Unclear says that it may stop it, and isn't known to.
+	Unclear bool `json:"unclear,omitempty"`
 }
 
 // Rules is the answer to GET /v1/rules: the rules as loaded.

@@ -2,10 +2,10 @@ package daemon
 
 import (
 	"context"
-	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -58,8 +58,10 @@ func (d *Daemon) Rules(_ context.Context, language string) (api.Rules, error) {
 	return out, err
 }
 
-// Explain says what happens to a packet under the policy on this host.
-func (d *Daemon) Explain(_ context.Context, q api.Question) (api.Explanation, error) {
+// Explain says what happens to a packet on this host, all things taken together: the
+// policy, whether it is in force, the way that the kernel would send the packet, and what
+// other software's rules do with it and with its answer.
+func (d *Daemon) Explain(ctx context.Context, q api.Question) (api.Explanation, error) {
 	c, _ := d.condition()
 	if c.ruleset == nil {
 		return api.Explanation{}, api.Errorf(api.CodeNotReady, "the host wasn't observed yet").WithHint("see `meshhelper status`")
@@ -70,7 +72,37 @@ func (d *Daemon) Explain(_ context.Context, q api.Question) (api.Explanation, er
 		return api.Explanation{}, err
 	}
 	q.Peer = doc.Peers[i].Name
-	return Explain(c.ruleset, q, d.opts.Languages[languageOf[d.opts.PlatformName]])
+	a, err := ask(c.ruleset.At(d.clock.now()), q)
+	if err != nil {
+		return api.Explanation{}, err
+	}
+	e, err := a.explain(d.opts.Languages[languageOf[d.opts.PlatformName]])
+	if err != nil || !e.Pass {
+		return e, err
+	}
+	e.Until = permittedUntil(&doc.Peers[i], a.v.Rule)
+	e.Stops = d.stops(ctx, c, a)
+	e.Unclear = true
+	for _, s := range e.Stops {
+		if !s.Answer {
+			e.Pass, e.Unclear = false, e.Unclear && s.Unclear
+		}
+	}
+	e.Unclear = e.Unclear && !e.Pass
+	return e, nil
+}
+
+// permittedUntil returns when the permissions by which a line of the policy lets a peer's packet
+// pass end, or zero.
+func permittedUntil(p *peer, rule policy.Rule) (end time.Time) {
+	for _, one := range map[policy.Rule][]policy.Permissions{
+		policy.RuleIncoming: {policy.Incoming}, policy.RuleInternet: {policy.Routing}, policy.RuleLAN: {policy.Routing, policy.LAN},
+	}[rule] {
+		if until := p.Permissions.of(one).Until; !until.IsZero() && (end.IsZero() || until.Before(end)) {
+			end = until
+		}
+	}
+	return end
 }
 
 // Explain judges q, whose Peer is a name, by r. With From and To, it judges the
@@ -78,57 +110,108 @@ func (d *Daemon) Explain(_ context.Context, q api.Question) (api.Explanation, er
 // that is no answer. The rule that holds the verdict is named in the
 // language, unless that is zero.
 func Explain(r *policy.Ruleset, q api.Question, l Language) (api.Explanation, error) {
-	out := api.Explanation{Peer: q.Peer, Port: q.Port, Proto: q.Proto}
+	a, err := ask(r, q)
+	if err != nil {
+		return api.Explanation{}, err
+	}
+	return a.explain(l)
+}
+
+// asked is a question about a packet, and what the policy says.
+type asked struct {
+	r *policy.Ruleset
+	q api.Question
+	// forth is the packet that the peer sends, packet the one that is asked about.
+	forth, packet policy.Packet
+	// answer says that packet answers forth; else it opens a flow.
+	answer bool
+	v      policy.Verdict
+}
+
+// ask judges what a question is about by the policy.
+func ask(r *policy.Ruleset, q api.Question) (asked, error) {
+	a := asked{r: r, q: q}
 	target := q.To
 	if !target.IsValid() {
 		target = q.From
 	}
 	if !target.IsValid() {
-		return out, api.Errorf(api.CodeBadRequest, "no destination is given").WithHint("say where to")
+		return a, api.Errorf(api.CodeBadRequest, "no destination is given").WithHint("say where to")
+	}
+	target = target.WithZone("").Unmap()
+	if q.From = q.From.WithZone("").Unmap(); q.From.IsValid() && q.From.Is4() != target.Is4() {
+		return a, api.Errorf(api.CodeBadAddress, "%v and %v aren't of one address family", q.From, target).WithHint("give both as IPv4, or both as IPv6")
 	}
 	proto, err := protoOf(q.Proto, target)
 	if err != nil {
-		return out, err
+		return a, err
+	}
+	if q.Proto == "icmp" && q.Port != 0 {
+		return a, api.Errorf(api.CodeBadRequest, "ICMP has no ports, and port %d is given", q.Port).WithHint("leave the port out, or ask for tcp or udp")
 	}
 	own, err := addressOf(r, q.Peer, target)
 	if err != nil {
-		return out, err
+		return a, err
 	}
-	forth := policy.Packet{In: r.Host().Interface, Src: own, Dst: target, Proto: proto, SrcPort: 49152, DstPort: q.Port, ICMPType: echo(target)}
-	v := judge(r, forth, q)
-	out.From, out.To = own.String(), target.String()
-	if q.From.IsValid() {
-		out.From, out.To = q.From.String(), own.String()
+	a.forth = policy.Packet{In: r.Host().Interface, Src: own, Dst: target, Proto: proto, SrcPort: 49152, DstPort: q.Port, ICMPType: echo(target)}
+	if q.From == own {
+		return a, api.Errorf(api.CodeBadRequest, "%v is %s itself, and \"from\" is the other end, which sends to %s", own, q.Peer, q.Peer).
+			WithHint("leave it out: what %s sends is what is judged without it", q.Peer)
 	}
-	out.Pass, out.Policy = v.Pass, v.Rule.String()
-	if v.Class != 0 {
-		out.Class = v.Class.String()
+	a.packet = a.forth
+	switch {
+	case !q.From.IsValid():
+		a.v = r.Decide(a.forth)
+	case q.To.IsValid() && q.From == target:
+		a.answer, a.packet = true, reverse(a.forth, arrivesBy(r, q.From))
+		a.v = r.DecideReply(a.forth, a.packet.In)
+	default:
+		// A host that the peer didn't send to opens a flow of its own.
+		a.packet = policy.Packet{In: arrivesBy(r, q.From), Src: q.From, Dst: own, Proto: proto, SrcPort: q.Port, DstPort: a.forth.SrcPort, ICMPType: a.forth.ICMPType}
+		a.v = r.Decide(a.packet)
 	}
-	if v.Missing != 0 {
-		out.Command = "meshhelper peer allow " + q.Peer + " " + strings.ReplaceAll(v.Missing.String(), ",", "")
+	return a, nil
+}
+
+// reverse returns the answer to a packet, as it comes in by an interface.
+func reverse(p policy.Packet, in string) policy.Packet {
+	p.In, p.Src, p.Dst, p.SrcPort, p.DstPort = in, p.Dst, p.Src, p.DstPort, p.SrcPort
+	switch p.ICMPType { // an echo's reply (RFC 792, RFC 4443)
+	case 8:
+		p.ICMPType = 0
+	case 128:
+		p.ICMPType = 129
+	}
+	return p
+}
+
+// explain tells what the policy says, and by which rule of a language.
+func (a asked) explain(l Language) (api.Explanation, error) {
+	out := api.Explanation{
+		Peer: a.q.Peer, Port: a.q.Port, Proto: a.q.Proto, From: a.packet.Src.String(), To: a.packet.Dst.String(),
+		Direction: api.FromPeer, Pass: a.v.Pass, Policy: a.v.Rule.String(),
+	}
+	switch {
+	case a.answer:
+		out.Direction = api.AnswerToPeer
+	case a.q.From.IsValid():
+		out.Direction = api.ToPeer
+	}
+	if a.v.Class != 0 {
+		out.Class = a.v.Class.String()
+	}
+	if a.v.Missing != 0 {
+		out.Command = "meshhelper peer allow " + a.q.Peer + " " + strings.ReplaceAll(a.v.Missing.String(), ",", "")
 	}
 	if l.Render == nil {
 		return out, nil
 	}
-	_, text, err := l.Render(r)
+	_, text, err := l.Render(a.r)
 	if err != nil {
 		return out, err
 	}
-	out.Loaded = l.Find(text, v.Rule, forth)
+	out.Loaded = l.Find(text, a.v.Rule, a.forth)
 	return out, nil
-}
-
-// judge decides forth, or what comes back.
-func judge(r *policy.Ruleset, forth policy.Packet, q api.Question) policy.Verdict {
-	if !q.From.IsValid() {
-		return r.Decide(forth)
-	}
-	in := arrivesBy(r, q.From)
-	if q.To.IsValid() && q.From == q.To {
-		return r.DecideReply(forth, in)
-	}
-	// A host that the peer didn't send to opens a flow of its own.
-	return r.Decide(policy.Packet{In: in, Src: q.From, Dst: forth.Src, Proto: forth.Proto, SrcPort: q.Port, DstPort: forth.SrcPort, ICMPType: forth.ICMPType})
 }
 
 // arrivesBy returns the interface by which packets of a come: the longest
@@ -193,81 +276,4 @@ func addressOf(r *policy.Ruleset, name string, target netip.Addr) (netip.Addr, e
 		}
 	}
 	return netip.Addr{}, api.Errorf(api.CodeUnknownPeer, "peer %q isn't in the policy yet", name)
-}
-
-// checkFlows tells which peer has come nearest to the bound of its flows.
-func checkFlows(c condition) api.Check {
-	check := api.Check{Name: "flows", OK: true, Message: "no peer has flows"}
-	if c.guard == nil || c.ruleset == nil {
-		return check
-	}
-	stats, all, most := c.guard.Stats(), 0, -1.0
-	for _, p := range c.ruleset.Peers() {
-		s, ok := stats[p.ID]
-		if all += s.Held; !ok || s.Limit == 0 || s.Held == 0 {
-			continue
-		}
-		if share := float64(s.Held) / float64(s.Limit); share > most {
-			most = share
-			check.Message = fmt.Sprintf("%s has most: %d of the %d entries of the packet filter that a peer may have", p.Name, s.Held, s.Limit)
-			check.OK = s.Held < s.Limit
-		}
-	}
-	if all > 0 {
-		check.Message += fmt.Sprintf("; all peers together have %d", all)
-	}
-	if c.limits.PerPeer > 0 {
-		check.Message += fmt.Sprintf("; the packet filter by itself lets a peer have at most %d", c.limits.PerPeer)
-	}
-	check.Hint = "its new flows are refused until others end; other peers have shares of their own"
-	return check
-}
-
-// Doctor looks at every precondition.
-func (d *Daemon) Doctor(context.Context) ([]api.Check, error) {
-	c, _ := d.condition()
-	s := d.Status()
-	checks := []api.Check{
-		{Name: "helper", OK: s.State == api.Enforcing, Message: "the state is " + s.State, Hint: "see the problems below"},
-		{Name: "wanted state", OK: s.Enforced == s.Generation, Message: fmt.Sprintf("generation %d is wanted, %d in force", s.Generation, s.Enforced), Hint: "see the problems below"},
-		{Name: "tunnel device", OK: c.tunnel != nil, Message: fmt.Sprintf("the mesh interface is %q, UDP port %d", s.Interface, s.ListenPort), Hint: "the helper makes it again by itself"},
-		{Name: "packet filter", OK: s.State == api.Enforcing, Message: "our rules were read back and compared", Hint: "they aren't loaded as they should be; see the problems below"},
-		{Name: "default route", OK: s.Uplink != "", Message: fmt.Sprintf("the uplink is %q", s.Uplink), Hint: "without a default route peers reach no internet"},
-		checkForwarding(s),
-		d.checkClock(),
-		checkFlows(c),
-	}
-	for _, p := range s.Problems {
-		checks = append(checks, api.Check{Name: p.Step, Message: p.Message, Hint: p.Hint})
-	}
-	for i := range checks {
-		if checks[i].OK {
-			checks[i].Hint = ""
-		}
-	}
-	return checks, nil
-}
-
-// checkForwarding wants forwarding while a peer may route.
-func checkForwarding(s api.Status) api.Check {
-	may := slices.ContainsFunc(s.Peers, func(p api.Peer) bool { return p.Permissions.Routing.Allowed })
-	on := s.Forwarding.IPv4 || s.Forwarding.IPv6
-	out := api.Check{Name: "forwarding", OK: on || !may, Message: "off, and no peer may route", Hint: "the helper switches it on; something else may switch it off"}
-	switch {
-	case on:
-		out.Message = fmt.Sprintf("IPv4 %v, IPv6 %v", s.Forwarding.IPv4, s.Forwarding.IPv6)
-	case may:
-		out.Message = "off, although a peer may route"
-	}
-	return out
-}
-
-// checkClock compares the wall clock with the one that grants end by.
-func (d *Daemon) checkClock() api.Check {
-	behind := d.clock.now().Sub(d.opts.Wall())
-	return api.Check{
-		Name: "clock", OK: behind < jump,
-		Message: fmt.Sprintf("the wall clock is %v behind the last time that was saved", max(behind, 0).Round(1e9)),
-		Hint:    "set the clock; until it has caught up, timed permissions end by the time that was saved",
-	}
 }

@@ -19,11 +19,12 @@ func TestAnswersOfTheHostItself(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	forth := policy.Packet{In: "utun7", Src: peer, Dst: own, Proto: policy.ProtoTCP, SrcPort: 40000, DstPort: 80}
-	if v := judge(r, forth, api.Question{To: own, From: own, Port: 80}); !v.Pass {
-		t.Errorf("its answer: %v", v.Rule)
+	q := api.Question{Peer: "phone", To: own, From: own, Port: 80, Proto: "tcp"}
+	if a, err := ask(r, q); err != nil || !a.v.Pass {
+		t.Errorf("its answer: %v, %v", a.v.Rule, err)
 	}
-	if v := judge(r, forth, api.Question{From: own, Port: 80}); v.Rule != policy.RuleHostToPeer {
-		t.Errorf("its own connection to the peer: %v", v.Rule)
+	q.To = netip.Addr{}
+	if a, err := ask(r, q); err != nil || a.v.Rule != policy.RuleHostToPeer {
+		t.Errorf("its own connection to the peer: %v, %v", a.v.Rule, err)
 	}
 }

@@ -1,0 +1,186 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// stopsLimit bounds the questions to the host about one packet.
+const stopsLimit = 5 * time.Second
+
+// stops returns what other than the policy stops a packet that the policy lets pass, and
+// its answer: that the policy isn't in force, and the way that the kernel sends it.
+func (d *Daemon) stops(ctx context.Context, c condition, a asked) []api.Stop {
+	ctx, cancel := context.WithTimeout(ctx, stopsLimit)
+	defer cancel()
+	if s, stopped := d.notInForce(c, a); stopped {
+		return []api.Stop{s}
+	}
+	t := &trip{d: d, ctx: ctx, c: c, a: a}
+	switch {
+	case a.q.From.IsValid() && !a.answer: // the host's own packet to the peer
+		t.leg(a.packet, a.r.Host().Interface, false)
+	default:
+		t.there()
+		t.back()
+	}
+	return t.stops
+}
+
+// notInForce tells why what the policy says of a packet isn't enforced now.
+func (d *Daemon) notInForce(c condition, a asked) (api.Stop, bool) {
+	const see = "see: meshhelper doctor"
+	judged := d.gate.inForce()
+	switch {
+	case c.state == api.Starting:
+		return api.Stop{Message: "the helper is starting, and nothing of a peer passes yet", Hint: "wait until `meshhelper status` says enforcing"}, true
+	case c.state != api.Enforcing || judged == nil || c.tunnel == nil:
+		s := api.Stop{Message: "the helper is closed, and nothing of a peer passes", Hint: see}
+		if len(c.problems) > 0 {
+			p := c.problems[0]
+			s.Message += ": " + p.Step + ": " + p.Message
+			if p.Hint != "" {
+				s.Hint = p.Hint
+			}
+		}
+		return s, true
+	}
+	if err := c.tunnel.Listening(); err != nil {
+		return api.Stop{Message: "WireGuard's UDP port isn't served, and nothing of a peer arrives: " + err.Error(), Hint: see}, true
+	}
+	if now, err := ask(judged.At(d.clock.now()), a.q); err != nil || !now.v.Pass {
+		return api.Stop{Message: "the last change isn't in force yet", Hint: see}, true
+	}
+	if v := a.v; v.NAT() && !c.forwarding.Of(a.forth.Dst) {
+		return api.Stop{Message: "the host's forwarding of this address family is off", Hint: see}, true
+	}
+	if a.v.Peer >= 0 && !a.q.From.IsValid() && c.guard != nil {
+		if s := c.guard.Stats()[a.r.Peers()[a.v.Peer].ID]; s.Limit > 0 && s.Held >= s.Limit {
+			return api.Stop{
+				Message: fmt.Sprintf("%s has %d flows, as many as it may, and a new one is refused", a.q.Peer, s.Held),
+				Hint:    "wait until others of its flows end",
+			}, true
+		}
+	}
+	return api.Stop{}, false
+}
+
+// trip is the way of a packet and of its answer through the host.
+type trip struct {
+	d     *Daemon
+	ctx   context.Context
+	c     condition
+	a     asked
+	stops []api.Stop
+	// by is the interface that forth leaves by, "" for the host itself.
+	by string
+}
+
+// stop notes what stops the packet that was asked about, or where that is in the
+// opposite direction, its answer.
+func (t *trip) stop(back bool, s api.Stop) {
+	switch {
+	case t.a.answer && !back:
+		s.Message = "the packet that it answers doesn't pass: " + s.Message
+	case !t.a.answer && back:
+		s.Answer = true
+	}
+	t.stops = append(t.stops, s)
+}
+
+// there follows the packet that the peer sends.
+func (t *trip) there() {
+	p, exit := t.a.forth, t.a.v.Exit
+	if t.a.answer {
+		exit = t.a.r.Decide(p).Exit
+	}
+	host := t.a.r.Host()
+	switch exit {
+	case policy.ExitUplink:
+		t.by = host.Uplink(p.Dst)
+	case policy.ExitOther:
+		t.by = arrivesBy(t.a.r, p.Dst)
+	}
+	w, ok := t.way(p, false)
+	if !ok {
+		return
+	}
+	switch {
+	case w.Refused != "":
+		t.stop(false, api.Stop{Message: wayRefused(w.Refused), Hint: "see the routes and policy rules of the host: ip route get " + p.Dst.String()})
+	case exit == policy.ExitHost && !w.Local:
+		t.stop(false, api.Stop{Message: fmt.Sprintf("the kernel doesn't take it for itself, but sends it by %s", w.Interface), Hint: "see the policy rules of the host"})
+	case exit == policy.ExitUplink && w.Interface != t.by:
+		t.stop(false, api.Stop{
+			Message: fmt.Sprintf("the kernel sends it by %s, and what peers send to the internet leaves by %s only", orHost(w), t.by),
+			Hint:    "see the routes and policy rules of the host: ip rule; ip route get " + p.Dst.String(),
+		})
+	case exit == policy.ExitOther && (w.Local || w.Interface == host.Interface):
+		t.stop(false, api.Stop{Message: fmt.Sprintf("the kernel sends it by %s", orHost(w)), Hint: "see the routes and policy rules of the host"})
+	}
+	t.by = w.Interface
+}
+
+// back follows the answer to it.
+func (t *trip) back() {
+	p := reverse(t.a.forth, t.by)
+	if len(t.stops) > 0 {
+		return // there is none
+	}
+	w, ok := t.way(p, true)
+	if !ok {
+		return
+	}
+	mesh := t.a.r.Host().Interface
+	switch {
+	case w.Refused != "":
+		t.stop(true, api.Stop{Message: wayRefused(w.Refused), Hint: "see the routes and policy rules of the host"})
+	case w.Interface != mesh:
+		t.stop(true, api.Stop{Message: fmt.Sprintf("the kernel sends it by %s, and not into the tunnel", orHost(w)), Hint: "see the policy rules of the host: ip rule"})
+	}
+}
+
+// leg follows a packet of the host's own.
+func (t *trip) leg(p policy.Packet, out string, back bool) {
+	w, ok := t.way(p, back)
+	switch {
+	case !ok:
+	case w.Refused != "":
+		t.stop(back, api.Stop{Message: wayRefused(w.Refused), Hint: "see the routes and policy rules of the host"})
+	case w.Interface != out:
+		t.stop(back, api.Stop{Message: fmt.Sprintf("the kernel sends it by %s, and not into the tunnel", orHost(w)), Hint: "see the policy rules of the host"})
+	}
+}
+
+// way asks the kernel, where it can be asked.
+func (t *trip) way(p policy.Packet, back bool) (platform.Way, bool) {
+	f, can := t.d.opts.Platform.(Wayfinder)
+	if !can {
+		return platform.Way{}, false
+	}
+	w, err := f.Way(t.ctx, p)
+	if err != nil {
+		t.stop(back, api.Stop{Message: "the kernel doesn't tell which way it would send it: " + err.Error(), Hint: "ask again", Unclear: true})
+	}
+	return w, err == nil
+}
+
+func orHost(w platform.Way) string {
+	if w.Local {
+		return "this host itself"
+	}
+	return w.Interface
+}
+
+// wayRefused says that the kernel sends a packet nowhere.
+func wayRefused(why string) string {
+	if why == platform.WayNone {
+		return "the host has no route to its destination"
+	}
+	return "the host's route to its destination is of the kind " + why
+}

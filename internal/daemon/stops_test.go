@@ -1,0 +1,170 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"strings"
+	"testing"
+	"testing/synctest"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/platform/platformtest"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// crossing is a host whose kernel sends packets as a test says.
+type crossing struct {
+	*platformtest.Host
+	way func(policy.Packet) (platform.Way, error)
+}
+
+func (h *crossing) Way(_ context.Context, p policy.Packet) (platform.Way, error) { return h.way(p) }
+
+// straight sends packets as the facts of [platformtest.New] say.
+func straight(p policy.Packet) (platform.Way, error) {
+	switch a := p.Dst.String(); {
+	case a == "198.51.100.2":
+		return platform.Way{Local: true}, nil
+	case strings.HasPrefix(a, "192.168.77."):
+		return platform.Way{Interface: "eth1"}, nil
+	case policy.DefaultPrefix4.Contains(p.Dst):
+		return platform.Way{Interface: "wg-test"}, nil
+	}
+	return platform.Way{Interface: "eth0"}, nil
+}
+
+// TestExplainTakesAllTogether has the policy let a packet pass that something else stops.
+func TestExplainTakesAllTogether(t *testing.T) {
+	const inside, lan, outside = "198.51.100.2", "192.168.77.5", "192.0.2.1"
+	but := func(when func(policy.Packet) bool, w platform.Way) func(policy.Packet) (platform.Way, error) {
+		return func(p policy.Packet) (platform.Way, error) {
+			if when(p) {
+				return w, nil
+			}
+			return straight(p)
+		}
+	}
+	to := func(a string) func(policy.Packet) bool {
+		return func(p policy.Packet) bool { return p.Dst.String() == a }
+	}
+	back := func(p policy.Packet) bool { return policy.DefaultPrefix4.Contains(p.Dst) }
+	for name, c := range map[string]struct {
+		to, from string
+		way      func(policy.Packet) (platform.Way, error)
+		spoil    func(r *rig)
+		pass     bool
+		unclear  bool
+		want     string // the beginning of the only stop's message; "": none
+	}{
+		"internet":                {to: outside, pass: true},
+		"lan":                     {to: lan, pass: true},
+		"host":                    {to: inside, pass: true},
+		"answer":                  {to: outside, from: outside, pass: true},
+		"another uplink":          {to: outside, way: but(to(outside), platform.Way{Interface: "tun9"}), want: "the kernel sends it by tun9"},
+		"a blackhole":             {to: outside, way: but(to(outside), platform.Way{Refused: platform.WayBlackhole}), want: "the host's route to its destination is of the kind blackhole"},
+		"no route":                {to: lan, way: but(to(lan), platform.Way{Refused: platform.WayNone}), want: "the host has no route"},
+		"into the tunnel":         {to: lan, way: but(to(lan), platform.Way{Interface: "wg-test"}), want: "the kernel sends it by wg-test"},
+		"not the host's own":      {to: inside, way: but(to(inside), platform.Way{Interface: "eth1"}), want: "the kernel doesn't take it for itself"},
+		"answers elsewhere":       {to: outside, way: but(back, platform.Way{Interface: "tun9"}), pass: true, want: "the kernel sends it by tun9, and not into the tunnel"},
+		"an answer elsewhere":     {to: outside, from: outside, way: but(back, platform.Way{Interface: "tun9"}), want: "the kernel sends it by tun9, and not into the tunnel"},
+		"an answer to what isn't": {to: outside, from: outside, way: but(to(outside), platform.Way{Refused: platform.WayProhibited}), want: "the packet that it answers doesn't pass: "},
+		"a kernel that doesn't tell": {to: outside, way: func(policy.Packet) (platform.Way, error) { return platform.Way{}, errors.New("no") },
+			unclear: true, want: "the kernel doesn't tell"},
+		"the helper is closed": {to: outside, spoil: func(r *rig) {
+			r.host.SetFault(func(step string) error {
+				if step == "enforce" {
+					return &platform.StepError{Step: "load rules", Hint: "load them", Err: errors.New("no")}
+				}
+				return nil
+			})
+			r.host.Drift("gone")
+		}, want: "the helper is closed, and nothing of a peer passes: load rules: no"},
+		"the port isn't served": {to: outside, spoil: func(r *rig) { r.tunnel.setSilent(errors.New("taken")) }, want: "WireGuard's UDP port isn't served"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if c.way == nil {
+				c.way = straight
+			}
+			inRig(t, func(r *rig) Platform { return &crossing{r.host, c.way} }, func(t *testing.T, r *rig) {
+				r.add("phone")
+				for _, p := range []string{"incoming", "routing", "lan"} {
+					r.mustAllow("phone", p, "")
+				}
+				if c.spoil != nil {
+					c.spoil(r)
+				}
+				r.after(DefaultTick)
+				q := api.Question{Peer: "phone", To: netip.MustParseAddr(c.to), Proto: "tcp", Port: 443}
+				if c.from != "" {
+					q.From = netip.MustParseAddr(c.from)
+				}
+				e, err := r.d.Explain(t.Context(), q)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if e.Pass != c.pass || e.Unclear != c.unclear {
+					t.Errorf("pass %v, unclear %v: %+v", e.Pass, e.Unclear, e)
+				}
+				var got string
+				for i, s := range e.Stops {
+					if i == 0 {
+						got = s.Message
+					}
+					if s.Hint == "" || s.Answer != (c.pass && c.want != "") {
+						t.Errorf("%+v", s)
+					}
+				}
+				if !strings.HasPrefix(got, c.want) || (got == "") != (c.want == "") {
+					t.Errorf("stopped by %q, want %q", got, c.want)
+				}
+			})
+		})
+	}
+}
+
+// TestExplainSaysWhenItEnds has the earlier of two ends count.
+func TestExplainSaysWhenItEnds(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.mustAllow("phone", "routing", "2h")
+		r.mustAllow("phone", "lan", "1h")
+		e, err := r.d.Explain(t.Context(), api.Question{Peer: "phone", To: netip.MustParseAddr("192.168.77.5"), Proto: "icmp"})
+		p, perr := r.d.Peer("phone")
+		if err != nil || perr != nil || !e.Pass || e.Until.IsZero() || !e.Until.Equal(p.Permissions.LAN.Until) {
+			t.Errorf("%+v, %v; %+v, %v", e, err, p.Permissions, perr)
+		}
+	})
+}
+
+// TestQuestionsThatMakeNoSense are refused and say what to do.
+func TestQuestionsThatMakeNoSense(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		p := r.add("phone")
+		a, v6 := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")
+		for _, q := range []api.Question{
+			{To: a, Proto: "icmp", Port: 80}, {Proto: "tcp"}, {To: a, Proto: "gre"},
+			{To: a, From: p.Addresses[0], Proto: "tcp"}, {To: a, From: v6, Proto: "tcp"},
+		} {
+			q.Peer = "phone"
+			var e *api.Error
+			if _, err := r.d.Explain(t.Context(), q); !errors.As(err, &e) || e.Hint == "" {
+				t.Errorf("%+v: %v", q, err)
+			}
+		}
+	})
+}
+
+// inRig runs test with a running daemon on a platform that is made of a rig's host.
+func inRig(t *testing.T, on func(*rig) Platform, test func(*testing.T, *rig)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		o := r.options()
+		o.Platform = on(r)
+		r.startWith(o)
+		defer r.end()
+		test(t, r)
+	})
+}
