@@ -43,9 +43,9 @@ type batchConn interface {
 // socket is an open UDP socket. One receiver reads it, any number of senders
 // write.
 type socket struct {
-	udp   *net.UDPConn
-	batch batchConn
-	v6    bool
+	udp    *net.UDPConn
+	batch  batchConn
+	v6     bool
 	routes *routeAsker
 	// segments says that the kernel takes several datagrams in a message
 	// (UDP_SEGMENT, udp(7)). An interface without checksum offload refuses it.
