@@ -70,15 +70,18 @@ func (o observer) look() (policy.Host, error) {
 			return h, err
 		}
 		h.IPsec = append(h.IPsec, secured...)
-		up := r.uplink(o.mesh)
+		up, equal := r.uplink(o.mesh)
+		if up.router.IsValid() && up.router.Is4() != (family == netlink.FAMILY_V4) {
+			up.router = netip.Addr{} // IPv4 by a router's IPv6 address (RFC 5549)
+		}
 		source, err := o.source(up, family == netlink.FAMILY_V4)
 		if err != nil {
 			return h, err
 		}
 		if family == netlink.FAMILY_V4 {
-			h.Uplink4, h.Router4, h.Source4 = up.iface, up.router, source
+			h.Uplink4, h.Router4, h.Source4, h.Equal4 = up.iface, up.router, source, equal
 		} else {
-			h.Uplink6, h.Router6, h.Source6 = up.iface, up.router, source
+			h.Uplink6, h.Router6, h.Source6, h.Equal6 = up.iface, up.router, source, equal
 		}
 	}
 	return h, nil

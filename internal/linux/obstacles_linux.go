@@ -87,7 +87,7 @@ func (o *others) bypasses(h policy.Host) ([]platform.Problem, error) {
 }
 
 func bypass(h policy.Host, t *nftables.Table, f *nftables.Flowtable) []platform.Problem {
-	for _, up := range []string{h.Uplink4, h.Uplink6} {
+	for _, up := range slices.Concat([]string{h.Uplink4, h.Uplink6}, h.Equal4, h.Equal6) {
 		if slices.Contains(f.Devices, up) {
 			return []platform.Problem{{
 				Step: lookAround,

@@ -585,9 +585,7 @@ func (p *Platform) need(r *policy.Ruleset) need {
 		return n
 	}
 	n.ipv4 = append(n.ipv4, p.name)
-	if h.Uplink4 != "" {
-		n.ipv4 = append(n.ipv4, h.Uplink4)
-	}
+	n.ipv4 = append(n.ipv4, h.Uplinks(netip.IPv4Unspecified())...)
 	if lan {
 		n.ipv4 = append(n.ipv4, behind(h)...)
 	}

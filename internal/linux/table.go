@@ -455,7 +455,7 @@ func (c *compiler) permittedFamily(v view, f family) {
 		p.back("lan", in("lan"+f.suffix, dst), in("may_lan"+f.suffix, src))
 	}
 	p.drop("lan needs routing and lan", in("lan"+f.suffix, dst))
-	if c.forwards(f) && c.uplink(f) != "" {
+	if c.forwards(f) && len(c.uplinks(f)) > 0 {
 		p.back("internet", in("internet"+f.suffix, dst), in("may_routing"+f.suffix, src))
 	}
 	p.drop("")
@@ -499,12 +499,8 @@ func (c *compiler) foundForwarding(f family) bool {
 	return c.host.FoundForwarding.IPv6
 }
 
-func (c *compiler) uplink(f family) string {
-	if f.suffix == "4" {
-		return c.host.Uplink4
-	}
-	return c.host.Uplink6
-}
+// uplinks are the interfaces by which peers' packets reach the internet.
+func (c *compiler) uplinks(f family) []string { return c.host.Uplinks(f.whole.Addr()) }
 
 // input looks again at what the kernel takes for the host itself: an address
 // that the host has had for a moment only isn't in the sets yet, and the kernel
@@ -550,7 +546,7 @@ func (c *compiler) fromMesh() {
 	for _, f := range families {
 		m.drop("", in("self"+f.suffix, f.dst))
 		m.branch("to_lan"+f.suffix, in("lan"+f.suffix, f.dst))
-		if u := c.uplink(f); u != "" {
+		for _, u := range c.uplinks(f) {
 			m.accept("internet, by the uplink", in("internet"+f.suffix, f.dst), is(oifname, name(u)))
 		}
 	}
@@ -581,7 +577,7 @@ func (c *compiler) toMesh() {
 		m.accept("lan, by the interface that leads there", in("lan"+f.suffix, f.src),
 			match{fields: []field{returnPath}, op: found})
 		m.drop("lan, by another interface", in("lan"+f.suffix, f.src))
-		if u := c.uplink(f); u != "" {
+		for _, u := range c.uplinks(f) {
 			m.accept("internet, by the uplink", in("internet"+f.suffix, f.src), is(iifname, name(u)))
 		}
 	}

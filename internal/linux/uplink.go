@@ -39,8 +39,9 @@ type routeEntry struct {
 // uplink returns the default route that the rules choose first, not counting
 // routes by the interface ignored; one without an interface where there is none.
 // Within a table, routes that together cover the family win over /0, as they do
-// in the kernel, being longer: then it is the widest of them.
-func (h hostRouting) uplink(ignored string) routeEntry {
+// in the kernel, being longer: then it is the widest of them. equal are the other
+// interfaces of routes as good, among which the kernel draws for each flow.
+func (h hostRouting) uplink(ignored string) (up routeEntry, equal []string) {
 	for _, rule := range h.rules {
 		if !rule.forPeers {
 			continue
@@ -51,11 +52,18 @@ func (h hostRouting) uplink(ignored string) routeEntry {
 				usable = append(usable, r)
 			}
 		}
-		if u := defaultRoute(usable); u.iface != "" {
-			return u
+		if up = defaultRoute(usable); up.iface == "" {
+			continue
 		}
+		for _, r := range usable {
+			if r.prefix == up.prefix && r.metric == up.metric && r.iface != up.iface {
+				equal = append(equal, r.iface)
+			}
+		}
+		slices.Sort(equal)
+		return up, slices.Compact(equal)
 	}
-	return routeEntry{}
+	return routeEntry{}, nil
 }
 
 // defaultRoute returns the route by which a table reaches the whole family.

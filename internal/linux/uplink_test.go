@@ -2,6 +2,7 @@ package linux
 
 import (
 	"net/netip"
+	"strings"
 	"testing"
 )
 
@@ -23,6 +24,12 @@ func TestUplink(t *testing.T) {
 		{"lower metric", plain, map[int][]routeEntry{mainTable: {
 			entry("0.0.0.0/0", "wlan0", 600), entry("0.0.0.0/0", "eth0", 100),
 		}}, "eth0"},
+		{"equal", plain, map[int][]routeEntry{mainTable: {
+			entry("0.0.0.0/0", "wan1", 100), entry("0.0.0.0/0", "wan0", 100), entry("0.0.0.0/0", "mesh0", 100), entry("0.0.0.0/0", "wwan0", 600),
+		}}, "wan0 wan1"},
+		{"an equal split", plain, map[int][]routeEntry{mainTable: {
+			entry("0.0.0.0/1", "tun0", 0), entry("128.0.0.0/1", "tun0", 0), entry("0.0.0.0/1", "tun1", 0), entry("128.0.0.0/1", "tun1", 0),
+		}}, "tun0 tun1"},
 		{"our own is none", plain, map[int][]routeEntry{mainTable: {
 			entry("0.0.0.0/0", "mesh0", 0), entry("0.0.0.0/0", "eth0", 100),
 		}}, "eth0"},
@@ -48,8 +55,8 @@ func TestUplink(t *testing.T) {
 		}, map[int][]routeEntry{mainTable: {entry("0.0.0.0/0", "eth0", 0)}, 7: {entry("0.0.0.0/0", "wwan0", 0)}}, "eth0"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := (hostRouting{tt.rules, tt.tables}).uplink("mesh0").iface; got != tt.want {
-				t.Errorf("got %q, want %q", got, tt.want)
+			if got, equal := (hostRouting{tt.rules, tt.tables}).uplink("mesh0"); strings.Join(append([]string{got.iface}, equal...), " ") != tt.want {
+				t.Errorf("got %q and %q, want %q", got.iface, equal, tt.want)
 			}
 		})
 	}

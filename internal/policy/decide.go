@@ -1,6 +1,9 @@
 package policy
 
-import "net/netip"
+import (
+	"net/netip"
+	"slices"
+)
 
 // IP protocol numbers that the policy looks into.
 const (
@@ -296,7 +299,7 @@ func (r *Ruleset) arrives(v Verdict, opened Packet, in string) bool {
 	case ExitMesh:
 		return in == r.host.Interface
 	case ExitUplink:
-		return in == r.host.Uplink(opened.Dst)
+		return slices.Contains(r.host.Uplinks(opened.Dst), in)
 	case ExitOther:
 		return in != "" && in != r.host.Interface && !isLoopback(in)
 	}

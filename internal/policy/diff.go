@@ -66,6 +66,7 @@ func Diff(old, next *Ruleset) []Narrowed {
 func sameGround(a, b *Ruleset) bool {
 	x, y := a.host, b.host
 	return x.Interface == y.Interface && x.Uplink4 == y.Uplink4 && x.Uplink6 == y.Uplink6 &&
+		slices.Equal(x.Equal4, y.Equal4) && slices.Equal(x.Equal6, y.Equal6) &&
 		x.Source4 == y.Source4 && x.Source6 == y.Source6 &&
 		x.Forwarding == y.Forwarding && x.FoundForwarding == y.FoundForwarding &&
 		a.mesh.DNS == b.mesh.DNS && a.mesh.ListenPort == b.mesh.ListenPort &&

@@ -46,6 +46,10 @@ type Host struct {
 	// there is none, and then nothing of that family reaches the internet.
 	Uplink4 string `json:"uplink"`
 	Uplink6 string `json:"uplink6"`
+	// Equal4 and Equal6 are other interfaces by which the kernel reaches the internet at
+	// the same cost as by the uplink of the family: it draws one for each flow.
+	Equal4 []string `json:"equalUplinks,omitempty"`
+	Equal6 []string `json:"equalUplinks6,omitempty"`
 	// Forwarding says for which families the host forwards once the ruleset is
 	// enforced. Where it doesn't, lan and internet are refused.
 	Forwarding Families `json:"forwarding"`
@@ -134,7 +138,7 @@ func (h Host) Validate() error {
 			}
 		}
 	}
-	for _, u := range []string{h.Uplink4, h.Uplink6} {
+	for _, u := range slices.Concat([]string{h.Uplink4, h.Uplink6}, h.Equal4, h.Equal6) {
 		if u == "" {
 			continue
 		}
@@ -215,6 +219,19 @@ func (h Host) Uplink(a netip.Addr) string {
 	return h.Uplink6
 }
 
+// Uplinks returns the uplink of the address's family and those of the same cost; none
+// where there is no uplink.
+func (h Host) Uplinks(a netip.Addr) []string {
+	up, equal := h.Uplink(a), h.Equal6
+	if a.Is4() {
+		equal = h.Equal4
+	}
+	if up == "" {
+		return nil
+	}
+	return append([]string{up}, equal...)
+}
+
 // Source returns the source by the uplink of the address's family; it is not
 // valid where it isn't known.
 func (h Host) Source(a netip.Addr) netip.Addr {
@@ -272,7 +289,7 @@ func (h Host) uplinkAddresses() []netip.Addr {
 	}
 	for _, i := range h.Interfaces {
 		for _, p := range i.Addresses {
-			if i.Name == h.Uplink(p.Addr()) {
+			if slices.Contains(h.Uplinks(p.Addr()), i.Name) {
 				out = append(out, p.Addr())
 			}
 		}

@@ -1,0 +1,90 @@
+package linux
+
+import (
+	"net/netip"
+	"slices"
+	"testing"
+
+	"github.com/meshhelper/meshhelper/internal/netlab"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// far returns addresses of the internet, of which the uplinks' routers know no more than
+// that they aren't theirs.
+func far(v4 bool, n int) (out []netip.Addr) {
+	a := netip.MustParseAddr("198.51.100.10")
+	if !v4 {
+		a = netip.MustParseAddr("2001:db8:9::10")
+	}
+	for range n {
+		out = append(out, a)
+		a = a.Next()
+	}
+	return out
+}
+
+// reaches has ann send to each address and the first to answer, and says by which
+// uplinks the packets left. Each has to leave, translated to the address that sources has
+// for that uplink, and its answer to come back.
+func (w *world) reaches(to []netip.Addr, n *int, sources map[string]netip.Addr) (by []string) {
+	w.t.Helper()
+	for _, a := range to {
+		ann := ann4
+		if a.Is6() {
+			ann = ann6
+		}
+		there := netip.AddrPortFrom(a, 443)
+		*n++
+		w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann, uint16(20000+*n)), there, word(*n)))
+		w.settle([][]byte{word(*n)})
+		got := w.arrivals(word(*n))
+		if len(got) != 1 {
+			w.t.Errorf("to %v: came out at %v", a, got)
+			continue
+		}
+		p := got[0].packet
+		if want := sources[got[0].where]; p.Src != want {
+			w.t.Errorf("to %v: left by %s from %v, want %v", a, got[0].where, p.Src, want)
+		}
+		*n++
+		w.send(got[0].where, netlab.UDPPacket(there, netip.AddrPortFrom(p.Src, p.SrcPort), word(*n)))
+		w.settle([][]byte{word(*n)})
+		if got := w.captures(word(*n)); !once(got, "mesh") {
+			w.t.Errorf("the answer of %v came out at %v", a, got)
+		}
+		by = append(by, got[0].where)
+	}
+	slices.Sort(by)
+	return slices.Compact(by)
+}
+
+// TestEqualUplinks has default routes of equal cost, among which the kernel draws for
+// each flow: peers reach all of the internet.
+func TestEqualUplinks(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	defer w.close()
+	a := netlab.Addresses()
+	b := w.pic.B
+	w.ip(b, `route replace default nexthop via `+a.W.V4.String()+` dev wan0 nexthop via 203.0.113.130 dev pub0
+		-6 route add default metric 10 nexthop via 2001:db8:1::1 dev wan0 nexthop via 2001:db8:2::2 dev pub0`)
+	r := w.enforce(mesh(grants{ann: policy.Routing}))
+	if h := r.Host(); len(h.Uplinks(own4)) != 2 || len(h.Uplinks(own6)) != 2 {
+		t.Errorf("uplinks %v and %v", h.Uplinks(own4), h.Uplinks(own6))
+	}
+	n := 0
+	for _, v4 := range []bool{true, false} {
+		sources := map[string]netip.Addr{netlab.Uplink: a.BUplink.List()[map[bool]int{true: 0, false: 1}[v4]], netlab.Public: netip.MustParseAddr("203.0.113.129")}
+		if !v4 {
+			sources[netlab.Public] = netip.MustParseAddr("2001:db8:2::1")
+		}
+		if by := w.reaches(far(v4, 24), &n, sources); len(by) != 2 {
+			t.Errorf("24 flows left by %v alone", by)
+		}
+	}
+	// What isn't of equal cost is no uplink.
+	w.ip(b, "route replace default via "+a.W.V4.String()+" dev wan0\nroute add default via 203.0.113.130 dev pub0 metric 50")
+	if h := w.enforce(mesh(grants{ann: policy.Routing})).Host(); len(h.Uplinks(own4)) != 1 {
+		t.Errorf("uplinks %v", h.Uplinks(own4))
+	}
+}
