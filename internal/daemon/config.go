@@ -1,7 +1,9 @@
 package daemon
 
 import (
+	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -17,18 +19,19 @@ func (d *Daemon) Config(ref string) (api.Config, error) {
 		return api.Config{}, err
 	}
 	p := &doc.Peers[i]
-	endpoint, warnings := d.endpoint()
+	now, _ := d.condition()
+	endpoint, warnings := d.endpoint(now)
+	dns, more := d.resolvers(now.host)
 	config := wireguard.FullTunnel(wireguard.PrivateKey{},
-		wireguard.Addresses{V4: p.Addresses[0], V6: p.Addresses[1]}, d.mesh.key, endpoint, d.opts.DNS)
+		wireguard.Addresses{V4: p.Addresses[0], V6: p.Addresses[1]}, d.mesh.key, endpoint, dns)
 	if err := config.Validate(); err != nil {
 		return api.Config{}, err
 	}
-	return api.Config{Text: config.Text(), Warnings: warnings}, nil
+	return api.Config{Text: config.Text(), Warnings: append(warnings, more...)}, nil
 }
 
 // endpoint returns where peers reach this host, and what is to be said of it.
-func (d *Daemon) endpoint() (wireguard.Endpoint, []string) {
-	c, _ := d.condition()
+func (d *Daemon) endpoint(c condition) (wireguard.Endpoint, []string) {
 	if e := d.opts.Endpoint; e.Host != "" {
 		if e.Port == 0 {
 			e.Port = c.listenPort
@@ -38,40 +41,83 @@ func (d *Daemon) endpoint() (wireguard.Endpoint, []string) {
 	a, ok := uplinkAddress(c.host)
 	if !ok || c.listenPort == 0 {
 		return wireguard.Endpoint{}, []string{
-			"no endpoint is known and there is no uplink: add Endpoint = HOST:PORT to the [Peer] section, or run the helper with --endpoint",
+			"no endpoint is known, for this host has no address that others could be told: add Endpoint = HOST:PORT to the [Peer] section, or run the helper with --endpoint HOST",
 		}
 	}
-	warning := "the endpoint is the uplink's address " + a.String() +
-		": it works where the peer reaches this address; give the helper a name or public address with --endpoint"
-	return wireguard.Endpoint{Host: a.String(), Port: c.listenPort}, []string{warning}
+	return wireguard.Endpoint{Host: a.String(), Port: c.listenPort}, []string{aboutEndpoint(a, c.listenPort)}
 }
 
-// uplinkAddress returns an address of the uplink, IPv4 before IPv6, a public
-// one before a private one.
+// aboutEndpoint says from where the endpoint a can be reached, and what to do where
+// that isn't everywhere.
+func aboutEndpoint(a netip.Addr, port uint16) string {
+	switch {
+	case sharedSpace.Contains(a):
+		return fmt.Sprintf("the endpoint %v is an address behind a provider's NAT (100.64.0.0/10): from outside no device reaches it. "+
+			"Where the router can be given a public address, forward UDP port %d on it to this host and run the helper with --endpoint HOST, the router's public name or address", a, port)
+	case a.IsPrivate():
+		return fmt.Sprintf("the endpoint %v is a private address: only devices in the same network reach it. "+
+			"For others forward UDP port %d on the router to this host, and run the helper with --endpoint HOST, the router's public name or address", a, port)
+	case a.Is6():
+		return fmt.Sprintf("the endpoint %v is this host's IPv6 address: devices in networks without IPv6 don't reach it, nor do others before the router's firewall lets UDP port %d in. "+
+			"A name or another address is given with --endpoint HOST", a, port)
+	}
+	return fmt.Sprintf("the endpoint %v is this host's own address: where that changes, the configuration has to, too; a name that follows it is given with --endpoint HOST", a)
+}
+
+// sharedSpace is what providers give to customers behind their NAT (RFC 6598).
+var sharedSpace = netip.MustParsePrefix("100.64.0.0/10")
+
+// uplinkAddress returns one of the uplinks' lasting addresses: a public one before
+// a private one or one behind a provider's NAT, then IPv4 before IPv6, then the one that
+// the host itself uses.
 func uplinkAddress(h policy.Host) (netip.Addr, bool) {
 	var best netip.Addr
 	rank := 0
-	for _, i := range h.Interfaces {
-		for _, p := range i.Addresses {
-			a := p.Addr()
-			if i.Name != h.Uplink(a) || !a.IsGlobalUnicast() {
-				continue
-			}
-			if r := rankOf(a); r > rank {
-				best, rank = a, r
-			}
+	for _, a := range h.Lasting {
+		if !a.IsGlobalUnicast() {
+			continue
+		}
+		if r := rankOf(a, h); r > rank {
+			best, rank = a, r
 		}
 	}
 	return best, rank > 0
 }
 
-func rankOf(a netip.Addr) int {
+func rankOf(a netip.Addr, h policy.Host) int {
 	rank := 1
-	if !a.IsPrivate() {
-		rank += 2
+	if !a.IsPrivate() && !sharedSpace.Contains(a) {
+		rank += 4
 	}
 	if a.Is4() {
+		rank += 2
+	}
+	if a == h.Source(a) {
 		rank++
 	}
 	return rank
 }
+
+// resolvers returns the DNS servers for peers' configurations, and what is to be
+// said of them. A host without IPv4 names public ones that it reaches.
+func (d *Daemon) resolvers(h policy.Host) ([]netip.Addr, []string) {
+	only6 := h.Uplink4 == "" && h.Uplink6 != ""
+	switch {
+	case len(d.opts.DNS) == 0 && only6:
+		return defaultDNS6, nil
+	case len(d.opts.DNS) == 0:
+		return defaultDNS, nil
+	case only6 && !slices.ContainsFunc(d.opts.DNS, netip.Addr.Is6):
+		return d.opts.DNS, []string{"this host has no IPv4 uplink, and no resolver of --dns has an IPv6 address: devices that route everything resolve no names"}
+	case h.Uplink6 == "" && h.Uplink4 != "" && !slices.ContainsFunc(d.opts.DNS, netip.Addr.Is4):
+		return d.opts.DNS, []string{"this host has no IPv6 uplink, and no resolver of --dns has an IPv4 address: devices that route everything resolve no names"}
+	}
+	return d.opts.DNS, nil
+}
+
+// The public resolvers of Quad9 (quad9.net, "Service Addresses & Features"), which
+// a peer's configuration names where no others are given.
+var (
+	defaultDNS  = []netip.Addr{netip.MustParseAddr("9.9.9.9"), netip.MustParseAddr("149.112.112.112")}
+	defaultDNS6 = []netip.Addr{netip.MustParseAddr("2620:fe::fe"), netip.MustParseAddr("2620:fe::9")}
+)

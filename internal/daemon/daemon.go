@@ -66,7 +66,7 @@ type Options struct {
 	// Endpoint is where peers reach this host, for their configurations.
 	Endpoint wireguard.Endpoint // optional: the uplink's address
 	// DNS is for the peers' configurations.
-	DNS []netip.Addr // optional: DefaultDNS
+	DNS []netip.Addr // optional: public ones of a family that the host reaches
 
 	// Languages are those that rulesets are enforced in: nft, pf and guard.
 	Languages map[string]Language // optional
@@ -92,10 +92,6 @@ const (
 	DefaultWait = 10 * time.Second
 )
 
-// DefaultDNS are the public resolvers of Quad9, which a peer's configuration
-// names where nothing else is known.
-var DefaultDNS = []netip.Addr{netip.MustParseAddr("9.9.9.9"), netip.MustParseAddr("149.112.112.112")}
-
 func (o *Options) complete() error {
 	if o.Platform == nil || o.PlatformName == "" || o.StateDir == "" || o.Logger == nil {
 		return errors.New("platform, its name, state directory and logger are required")
@@ -104,9 +100,6 @@ func (o *Options) complete() error {
 	setDefault(&o.Tick, DefaultTick)
 	setDefault(&o.Wait, DefaultWait)
 	setDefault(&o.Prefixes, wireguard.DefaultPrefixes())
-	if o.DNS == nil {
-		o.DNS = DefaultDNS
-	}
 	if o.Wall == nil {
 		o.Wall = time.Now
 	}

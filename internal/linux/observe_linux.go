@@ -56,9 +56,11 @@ func (o observer) look() (policy.Host, error) {
 			names[l.Attrs().Index] = n
 		}
 	}
-	if h.Interfaces, err = o.interfaces(names); err != nil {
-		return h, err
+	list, err := o.nl.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return h, fmt.Errorf("list addresses: %w", err)
 	}
+	h.Interfaces = o.interfaces(list, names)
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		r, err := o.routing(family, names)
 		if err != nil {
@@ -84,6 +86,7 @@ func (o observer) look() (policy.Host, error) {
 			h.Uplink6, h.Router6, h.Source6, h.Equal6 = up.iface, up.router, source, equal
 		}
 	}
+	h.Lasting = lasting(h, list, names)
 	return h, nil
 }
 
@@ -132,11 +135,31 @@ func usableName(n string) bool {
 	return n != "" && len(n) < ifnameSize
 }
 
-func (o observer) interfaces(names map[int]string) ([]policy.Interface, error) {
-	list, err := o.nl.AddrList(nil, netlink.FAMILY_ALL)
-	if err != nil {
-		return nil, fmt.Errorf("list addresses: %w", err)
+// passing are the flags of addresses that aren't settled or go away by themselves
+// (rtnetlink(7), Linux include/uapi/linux/if_addr.h): tentative ones, those whose
+// check for duplicates failed or hasn't ended, and deprecated ones.
+const passing = unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED | unix.IFA_F_OPTIMISTIC | unix.IFA_F_DEPRECATED
+
+// lasting returns the addresses of the uplinks that others may be told. Of an IPv6
+// address IFA_F_SECONDARY means that it is temporary (if_addr.h: IFA_F_TEMPORARY).
+// Addresses that the kernel makes by itself, as a subnet's router anycast one, are
+// in no list of RTM_GETADDR of this kind.
+func lasting(h policy.Host, list []netlink.Addr, names map[int]string) []netip.Addr {
+	var out []netip.Addr
+	for _, a := range list {
+		local, ok := toPrefix(a.IPNet)
+		at := local.Addr()
+		if !ok || names[a.LinkIndex] == "" || names[a.LinkIndex] != h.Uplink(at) || at.IsLinkLocalUnicast() ||
+			a.Scope >= unix.RT_SCOPE_LINK || a.Flags&passing != 0 || at.Is6() && a.Flags&unix.IFA_F_TEMPORARY != 0 {
+			continue
+		}
+		out = append(out, at)
 	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return slices.Compact(out)
+}
+
+func (o observer) interfaces(list []netlink.Addr, names map[int]string) []policy.Interface {
 	byName := map[string][]netip.Prefix{}
 	for _, a := range list {
 		name, ok := names[a.LinkIndex]
@@ -156,7 +179,7 @@ func (o observer) interfaces(names map[int]string) ([]policy.Interface, error) {
 		slices.SortFunc(ps, comparePrefix)
 		out = append(out, policy.Interface{Name: name, Addresses: slices.Compact(ps)})
 	}
-	return out, nil
+	return out
 }
 
 // attachedPrefixes returns an address with the prefix that it attaches. On a

@@ -399,6 +399,58 @@ func TestOtherProtocols(t *testing.T) {
 	}
 }
 
+// TestLastingAddresses gives the uplink addresses that a device may be told, and each
+// kind of those that it may not: the router anycast address of each prefix, which the
+// kernel answers to as the host forwards, and temporary, deprecated and tentative ones.
+func TestLastingAddresses(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	defer g.close()
+	a := netlab.Addresses()
+	// The kernel makes a temporary address beside one with mngtmpaddr, and looks 255 s long
+	// whether another host has one that is given with that many probes.
+	g.ip(g.pic.B, "-6 addr add 2001:db8:5::5/64 dev wan0 nodad\n"+
+		"-6 addr add 2001:db8:6::6/64 dev wan0 nodad preferred_lft 0 valid_lft 1000\n"+
+		"addr add 203.0.113.198/24 dev wan0\n"+
+		"addr add 203.0.113.197/24 dev wan0 preferred_lft 0 valid_lft 1000")
+	g.do(func() error {
+		for name, value := range map[string]string{"use_tempaddr": "2", "dad_transmits": "255", "accept_dad": "1"} {
+			if err := os.WriteFile("/proc/sys/net/ipv6/conf/wan0/"+name, []byte(value), 0); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	g.ip(g.pic.B, "-6 addr add 2001:db8:7::7/64 dev wan0\n"+
+		"-6 addr add 2001:db8:8:0:5054:ff:fe12:3456/64 dev wan0 nodad mngtmpaddr preferred_lft 1000 valid_lft 2000")
+	var h policy.Host
+	g.do(func() (err error) { h, err = g.p.Observe(context.Background()); return err })
+	want := []netip.Addr{a.BUplink.V4, netip.MustParseAddr("203.0.113.198"), a.BUplink.V6,
+		netip.MustParseAddr("2001:db8:5::5"), netip.MustParseAddr("2001:db8:8:0:5054:ff:fe12:3456")}
+	slices.SortFunc(want, netip.Addr.Compare)
+	if !slices.Equal(h.Lasting, want) {
+		t.Errorf("lasting %v, want %v", h.Lasting, want)
+	}
+	// That the kinds are there at all, and are the host's for everything else.
+	own := map[netip.Addr]bool{}
+	temporary := false
+	for _, i := range h.Interfaces {
+		for _, p := range i.Addresses {
+			own[p.Addr()] = true
+			temporary = temporary || netip.MustParsePrefix("2001:db8:8::/64").Contains(p.Addr()) &&
+				p.Addr() != netip.MustParseAddr("2001:db8:8::") && p.Addr() != netip.MustParseAddr("2001:db8:8:0:5054:ff:fe12:3456")
+		}
+	}
+	for _, one := range []string{"2001:db8:5::", "2001:db8:6::6", "2001:db8:7::7", "203.0.113.197"} {
+		if !own[netip.MustParseAddr(one)] {
+			t.Errorf("%s isn't the host's", one)
+		}
+	}
+	if !temporary {
+		t.Error("the kernel made no temporary address")
+	}
+}
+
 // TestUplinkFacts checks the source, the router and the resolvers.
 func TestUplinkFacts(t *testing.T) {
 	g := newRig(t)

@@ -41,6 +41,7 @@ type look struct {
 	// resolvers and source6 are facts that take a process to read.
 	resolvers []netip.Addr
 	source6   netip.Addr
+	lasting6  []netip.Addr
 	// tentative says that an address of the uplink isn't settled. No event tells when
 	// it is, so the next tick looks again.
 	tentative bool
@@ -100,6 +101,13 @@ func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
 	if slices.Contains(addresses(h, h.Uplink6, pfconf.Inet6), p.source6) {
 		h.Source6 = p.source6
 	}
+	// The kernel has neither temporary nor tentative addresses of IPv4.
+	h.Lasting = addresses(h, h.Uplink4, pfconf.Inet)
+	for _, a := range p.lasting6 {
+		if slices.Contains(addresses(h, h.Uplink6, pfconf.Inet6), a) {
+			h.Lasting = append(h.Lasting, a)
+		}
+	}
 	return h, nil
 }
 
@@ -111,9 +119,12 @@ func (p *Platform) readFacts(ctx context.Context, n *darwin.Network) error {
 	if err == nil {
 		p.resolvers = resolvers
 	}
-	source, sourceErr := p.readSource6(ctx, n)
+	lasting, sourceErr := p.readLasting6(ctx, n)
 	if sourceErr == nil {
-		p.source6 = source
+		p.source6, p.lasting6 = netip.Addr{}, lasting
+		if len(lasting) > 0 {
+			p.source6 = lasting[0]
+		}
 	}
 	err = errors.Join(err, sourceErr)
 	if p.j.Forwarding != (policy.Families{}) {
@@ -126,26 +137,28 @@ func (p *Platform) readFacts(ctx context.Context, n *darwin.Network) error {
 	return err
 }
 
-// readSource6 returns the address that peers' IPv6 packets are to leave with: of
-// the uplink's the first that is permanent, preferred and global or, where there is
-// none, a unique local one. Temporary and deprecated ones go away by themselves.
-func (p *Platform) readSource6(ctx context.Context, n *darwin.Network) (netip.Addr, error) {
+// readLasting6 returns the IPv6 addresses of the uplink that are permanent and
+// preferred, global ones before unique local ones: temporary and deprecated ones go
+// away by themselves. With the first, peers' IPv6 packets leave, and others may be told
+// to reach this host by any of them.
+func (p *Platform) readLasting6(ctx context.Context, n *darwin.Network) ([]netip.Addr, error) {
 	p.tentative = false
 	uplink, _ := n.Uplink(darwin.IPv6, p.name)
 	if uplink == nil {
-		return netip.Addr{}, nil
+		return nil, nil
 	}
 	all, err := p.ifconfig.Addresses6(ctx, uplink.Name)
 	if err != nil {
-		return netip.Addr{}, err
+		return nil, err
 	}
 	p.tentative = slices.ContainsFunc(all, func(a darwin.Address6) bool { return a.Flags&darwin.AddressTentative != 0 })
 	usable := slices.DeleteFunc(all, func(a darwin.Address6) bool { return !a.IsSettled() })
 	slices.SortStableFunc(usable, func(a, b darwin.Address6) int { return cmp.Compare(uniqueLocal(a), uniqueLocal(b)) })
-	if len(usable) == 0 {
-		return netip.Addr{}, nil
+	var out []netip.Addr
+	for _, a := range usable {
+		out = append(out, a.Prefix.Addr())
 	}
-	return usable[0].Prefix.Addr(), nil
+	return out, nil
 }
 
 // uniqueLocal ranks unique local addresses behind global ones.

@@ -3,6 +3,7 @@ package macos
 import (
 	"context"
 	"net/netip"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -197,6 +198,12 @@ func TestSourceOfIPv6(t *testing.T) {
 	}
 	if got := look(); got != addrOf(permanent) || g.p.tentative {
 		t.Errorf("later: %v", got)
+	}
+	// The same are what devices may be told to reach the Mac by.
+	h, err := g.p.Observe(t.Context())
+	g.must(err)
+	if want := []netip.Addr{h.Source4, addrOf(permanent), addrOf("fd00:1::1")}; !slices.Equal(h.Lasting, want) {
+		t.Errorf("lasting %v, want %v", h.Lasting, want)
 	}
 	g.must(g.mac.Kernel.RemoveAddress("en0", addrOf("2001:db8:1::5")))
 	loaded := g.p.loaded

@@ -86,6 +86,10 @@ type Host struct {
 	// zone. Not valid where there is none, as on a point-to-point uplink.
 	Router4 netip.Addr `json:"router,omitzero"`
 	Router6 netip.Addr `json:"router6,omitzero"`
+	// Lasting are the addresses of the uplinks by which others may be told to reach
+	// this host: its own ones, so no anycast address, and none that is temporary,
+	// deprecated or tentative. Nothing is judged by them.
+	Lasting []netip.Addr `json:"lasting,omitempty"`
 }
 
 // maxHostFacts bounds the size of a facts document; a host with a full routing
@@ -170,6 +174,11 @@ func (h Host) validateAddresses() error {
 	for _, a := range h.Resolvers {
 		if !isPlain(a) {
 			return fmt.Errorf("resolver %v is not valid", a)
+		}
+	}
+	for _, a := range h.Lasting {
+		if !isPlain(a) {
+			return fmt.Errorf("lasting address %v is not valid", a)
 		}
 	}
 	for _, a := range h.Outside {

@@ -137,7 +137,7 @@ func TestParseEndpoint(t *testing.T) {
 		}
 	}
 	for _, in := range []string{
-		"", ":", ":1", "a:", "a:b", "a:0", "a:65536", "a:-1", "a:1:2", "-a:1", "a..b:1", "a\nb:1", "a#:1", "ü.example:1",
+		"", ":", ":1", "a:", "a:b", "a:0", "a:65536", "a:-1", "a:1:2", "-a:1", "a..b:1", "a\nb:1", "a#:1", "ü..example:1",
 		"0.0.0.0:1", "[::]:1", "224.0.0.1:1", "[fe80::1%en0]:1", strings.Repeat("a", 64) + ":1", strings.Repeat("a.", 130) + "a:1",
 	} {
 		if got, err := ParseEndpoint(in, 99); err == nil {
@@ -184,4 +184,30 @@ func FuzzParseEndpoint(f *testing.F) {
 			t.Errorf("%q reads as %q, which would break a configuration", s, e)
 		}
 	})
+}
+
+// TestEndpointName has letters outside ASCII in a name: apps ask the DNS for it in
+// the form that is kept.
+func TestEndpointName(t *testing.T) {
+	for text, want := range map[string]string{
+		"müller.example:51820":  "xn--mller-kva.example:51820",
+		"MÜLLER.example:1":      "xn--mller-kva.example:1",
+		"straße.example":        "xn--strae-oqa.example:51820",
+		"例え.テスト:2":              "xn--r8jz45g.xn--zckzah:2",
+		"Home.example:51820":    "Home.example:51820",
+		"my_host.example:51820": "my_host.example:51820",
+		"１９２.0.2.1:51820":       "192.0.2.1:51820",
+		"a\u200bb.example:1":    "ab.example:1", // left out by the mapping
+		"ü..example:1":          "",
+		"\xff.example:1":        "",
+		"-ü.example:1":          "",
+	} {
+		e, err := ParseEndpoint(text, 51820)
+		if err != nil {
+			e = Endpoint{}
+		}
+		if got := e.String(); got != want && (want != "" || err == nil) {
+			t.Errorf("%q is %q, %v, want %q", text, got, err, want)
+		}
+	}
 }

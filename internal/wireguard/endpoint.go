@@ -7,6 +7,9 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+	"unicode/utf8"
+
+	"golang.org/x/net/idna"
 )
 
 // Endpoint is where a WireGuard device is reached: a name or an address, and a
@@ -18,9 +21,13 @@ type Endpoint struct {
 
 // ParseEndpoint reads host:port, where an IPv6 address stands in brackets. A
 // fallback port other than 0 stands in for a missing one; an IPv6 address
-// without a port may then come without brackets.
+// without a port may then come without brackets. A name with letters outside ASCII
+// is kept in its xn-- form.
 func ParseEndpoint(s string, fallback uint16) (Endpoint, error) {
 	e, err := splitEndpoint(s, fallback)
+	if err == nil {
+		e.Host, err = asciiName(e.Host)
+	}
 	if err == nil {
 		err = e.validate()
 	}
@@ -49,6 +56,22 @@ func splitEndpoint(s string, fallback uint16) (Endpoint, error) {
 		return Endpoint{}, errors.New("the port is not a number from 1 to 65535")
 	}
 	return Endpoint{Host: host, Port: uint16(port)}, nil
+}
+
+// asciiName returns a name as it is asked in the DNS: letters outside ASCII in the
+// form of RFC 5891 (xn--…), which every app and resolver takes.
+func asciiName(host string) (string, error) {
+	for _, c := range []byte(host) {
+		if c < utf8.RuneSelf {
+			continue
+		}
+		ascii, err := idna.Lookup.ToASCII(host)
+		if err != nil || !utf8.ValidString(host) {
+			return "", errors.New("not a name in the DNS; where it has letters outside ASCII, give its xn-- form")
+		}
+		return ascii, nil
+	}
+	return host, nil
 }
 
 // validate refuses what can't be the end of a tunnel, and every character that

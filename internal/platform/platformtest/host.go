@@ -49,7 +49,8 @@ func New() *Host {
 				{Name: "eth0", Addresses: []netip.Prefix{netip.MustParsePrefix("198.51.100.2/24")}},
 				{Name: "eth1", Addresses: []netip.Prefix{netip.MustParsePrefix("192.168.77.1/24")}},
 			},
-			Routes: []policy.Route{{Prefix: netip.MustParsePrefix("0.0.0.0/0"), Interface: "eth0"}},
+			Lasting: []netip.Addr{netip.MustParseAddr("198.51.100.2")},
+			Routes:  []policy.Route{{Prefix: netip.MustParsePrefix("0.0.0.0/0"), Interface: "eth0"}},
 		},
 	}
 }
