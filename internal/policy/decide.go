@@ -1,9 +1,6 @@
 package policy
 
-import (
-	"net/netip"
-	"slices"
-)
+import "net/netip"
 
 // IP protocol numbers that the policy looks into.
 const (
@@ -299,7 +296,7 @@ func (r *Ruleset) arrives(v Verdict, opened Packet, in string) bool {
 	case ExitMesh:
 		return in == r.host.Interface
 	case ExitUplink:
-		return slices.Contains(r.host.Uplinks(opened.Dst), in)
+		return r.host.isUplink(in, opened.Dst)
 	case ExitOther:
 		return in != "" && in != r.host.Interface && !isLoopback(in)
 	}

@@ -241,6 +241,14 @@ func (h Host) Uplinks(a netip.Addr) []string {
 	return append([]string{up}, equal...)
 }
 
+// isUplink reports whether an interface is one of the uplinks of the address's family.
+func (h Host) isUplink(name string, a netip.Addr) bool {
+	if a.Is4() {
+		return name == h.Uplink4 || h.Uplink4 != "" && slices.Contains(h.Equal4, name)
+	}
+	return name == h.Uplink6 || h.Uplink6 != "" && slices.Contains(h.Equal6, name)
+}
+
 // Source returns the source by the uplink of the address's family; it is not
 // valid where it isn't known.
 func (h Host) Source(a netip.Addr) netip.Addr {

@@ -488,6 +488,8 @@ func everyField(m Mesh, h Host, do func(name string, m Mesh, h Host)) {
 			v.Set(reflect.ValueOf(addr("203.0.113.77")))
 		case []netip.Addr:
 			v.Set(reflect.ValueOf([]netip.Addr{addr("100.64.9.9"), addr("fd6d:6573:6800::9:9")}))
+		case []string:
+			v.Set(reflect.ValueOf(append(v.Interface().([]string), "en5")))
 		case []netip.Prefix:
 			v.Set(reflect.ValueOf(append([]netip.Prefix{prefix("100.64.0.0/9"), prefix("172.30.0.0/16")}, v.Interface().([]netip.Prefix)...)))
 		case []Peer:
