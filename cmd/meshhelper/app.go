@@ -53,7 +53,8 @@ type app struct {
 	getenv         func(string) string
 	random         io.Reader
 	terminal       bool // whether stdout is one
-	columns        int  // of the terminal; 0: there is none
+	columns, rows  int  // of the terminal; 0: there is none
+	size           func() (columns, rows int)
 	platforms      map[string]newPlatform
 	service        *serviceHost // nil where there is no launchd
 
@@ -96,6 +97,10 @@ func (a *app) main(args []string) int {
 	}
 	out := &answer{to: a.stdout}
 	a.stdout = out
+	if a.size == nil {
+		a.size = func() (int, int) { return 0, 0 }
+	}
+	a.columns, a.rows = a.size()
 	root := newRoot(a)
 	root.SetArgs(args)
 	root.SetIn(a.stdin)

@@ -8,11 +8,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// columns returns the width of a terminal in characters, and 0 for anything else.
-func columns(f *os.File) int {
+// sizeOf returns the width and the height of a terminal in characters, and 0 for
+// anything else.
+func sizeOf(f *os.File) (columns, rows int) {
 	size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
 	if err != nil {
-		return 0
+		return 0, 0
 	}
-	return int(size.Col)
+	return int(size.Col), int(size.Row)
 }

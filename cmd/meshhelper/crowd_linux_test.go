@@ -121,7 +121,7 @@ func TestEventsSurviveACrowd(t *testing.T) {
 // events counts the remembered events of a kind.
 func (p *process) events(kind string) (n int) {
 	p.t.Helper()
-	err := p.client.Events(p.t.Context(), false, func(e api.Event) error {
+	err := p.client.Events(p.t.Context(), 0, false, func(e api.Event) error {
 		if e.Kind == kind {
 			n++
 		}

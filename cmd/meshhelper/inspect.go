@@ -403,23 +403,6 @@ func (a *app) writeChecks(checks []api.Check) {
 	}
 }
 
-// newEventsCommand returns `events`.
-func newEventsCommand(a *app) *cobra.Command {
-	var follow bool
-	c := &cobra.Command{
-		Use: "events", Short: "Show what happened",
-		RunE: func(c *cobra.Command, _ []string) error {
-			return a.client().Events(c.Context(), follow, func(e api.Event) error {
-				return a.print(e, func() {
-					a.say("%s  %-9s  %s", e.Time.Local().Format("2006-01-02 15:04:05"), e.Kind, e.Message)
-				})
-			})
-		},
-	}
-	c.Flags().BoolVar(&follow, "follow", false, "go on with what happens")
-	return c
-}
-
 func notHere(use, short string) *cobra.Command {
 	return &cobra.Command{
 		Use: use, Short: short + " (macOS)", DisableFlagParsing: true,

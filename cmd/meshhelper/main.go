@@ -17,7 +17,7 @@ func newApp(p map[string]newPlatform) *app {
 	return &app{
 		stdout: os.Stdout, stderr: os.Stderr, stdin: os.Stdin,
 		getenv: os.Getenv, random: rand.Reader, platforms: p, service: thisService(),
-		terminal: isTerminal(os.Stdout), columns: columns(os.Stdout),
+		terminal: isTerminal(os.Stdout), size: func() (int, int) { return sizeOf(os.Stdout) },
 	}
 }
 

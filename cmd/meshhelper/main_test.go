@@ -77,6 +77,7 @@ func scripts(dir string) testscript.Params {
 			"exits": exits,
 			"as":    runAs,
 			"ready": ready,
+			"until": until,
 		},
 	}
 }
@@ -141,4 +142,19 @@ func ready(ts *testscript.TestScript, _ bool, _ []string) {
 	defer cancel()
 	_, err := api.NewClient(ts.Getenv("MESHHELPER_SOCKET")).WaitReady(ctx)
 	ts.Check(err)
+}
+
+// until waits until a file has a text: until FILE TEXT
+func until(ts *testscript.TestScript, _ bool, args []string) {
+	limit := time.Now().Add(time.Minute)
+	for {
+		text, err := os.ReadFile(ts.MkAbs(args[0]))
+		if err == nil && bytes.Contains(text, []byte(args[1])) {
+			return
+		}
+		if time.Now().After(limit) {
+			ts.Fatalf("%s has no %q: %q, %v", args[0], args[1], text, err)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
 }

@@ -1,13 +1,14 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"fmt"
-	"io"
 	"net/netip"
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 
@@ -34,49 +35,89 @@ func newStatusCommand(a *app) *cobra.Command {
 
 func showStatus(ctx context.Context, o *statusOptions) error {
 	client := o.app.client()
-	for {
+	if !o.watch {
 		s, err := client.Status(ctx)
-		if ctx.Err() != nil {
-			return nil
-		}
 		if err != nil {
 			return err
 		}
-		if o.watch && o.app.terminal && !o.app.json {
-			fmt.Fprint(o.app.stdout, "\x1b[H\x1b[2J") // home and clear (ECMA-48)
+		return o.app.print(s, func() { o.app.writeStatus(s) })
+	}
+	return o.app.outlast(ctx, func(answered func()) error {
+		for {
+			s, err := client.Status(ctx)
+			if err != nil {
+				return err
+			}
+			answered()
+			if err := o.show(s); err != nil {
+				return err
+			}
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(o.interval):
+			}
 		}
-		if err := o.app.print(s, func() { o.app.writeStatus(s) }); err != nil || !o.watch {
-			return err
+	})
+}
+
+// show shows the status again. A terminal keeps the head, with what is wrong: what
+// doesn't fit below is left out, and said to be.
+func (o *statusOptions) show(s api.Status) error {
+	a := o.app
+	if !a.terminal || a.json {
+		return a.print(s, func() { a.writeStatus(s) })
+	}
+	var page bytes.Buffer
+	to := a.stdout
+	a.stdout = &page
+	a.columns, a.rows = a.size()
+	a.writeStatus(s)
+	a.stdout = to
+	_, err := fmt.Fprint(to, "\x1b[H\x1b[2J"+fit(page.String(), a.rows, a.columns)) // home and clear (ECMA-48)
+	return err
+}
+
+// fit returns the first lines of text that fill a terminal of so many rows and columns, and
+// how many more there are. 0 is no bound.
+func fit(text string, rows, columns int) string {
+	lines := strings.SplitAfter(strings.TrimSuffix(text, "\n"), "\n")
+	used := 0
+	for i, line := range lines {
+		height := 1
+		if columns > 0 {
+			height = max(1, (utf8.RuneCountInString(strings.TrimSuffix(line, "\n"))+columns-1)/columns)
 		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-time.After(o.interval):
+		used += height
+		last := i == len(lines)-1
+		if rows > 0 && (used > rows-1 || used > rows-2 && !last) {
+			return strings.Join(lines[:i], "") + fmt.Sprintf("(%d more lines)\n", len(lines)-i)
 		}
 	}
+	return text
 }
 
 func (a *app) writeStatus(s api.Status) {
-	a.say("state       %s", describeState(s))
-	a.say("interface   %s, UDP port %d", orNone(s.Interface), s.ListenPort)
-	a.say("addresses   %s", joinAddresses(s.Addresses))
-	a.say("public key  %s", s.PublicKey)
-	a.say("uplink      %s, forwarding %s", orNone(s.Uplink), describeFamilies(s.Forwarding))
+	line := func(name, text string) { a.sayWrapped(fmt.Sprintf("%-12s", name), strings.Repeat(" ", 12), text) }
+	line("state", describeState(s))
+	for _, p := range s.Problems {
+		line("problem", p.Step+": "+p.Message)
+		if p.Hint != "" {
+			a.sayWrapped(strings.Repeat(" ", 12), strings.Repeat(" ", 12), p.Hint)
+		}
+	}
+	line("interface", fmt.Sprintf("%s, UDP port %d", orNone(s.Interface), s.ListenPort))
+	line("addresses", joinAddresses(s.Addresses))
+	line("public key", s.PublicKey)
+	line("uplink", fmt.Sprintf("%s, forwarding %s", orNone(s.Uplink), describeFamilies(s.Forwarding)))
 	if s.Repairs > 0 {
-		a.say("repairs     %d, see: meshhelper events", s.Repairs)
+		line("repairs", fmt.Sprintf("%d, see: meshhelper events", s.Repairs))
 	}
 	if len(s.Peers) > 0 {
 		a.say("")
 		a.writePeers(s.Peers, time.Now())
 	} else {
-		a.say("peers       none yet; run: meshhelper peer add NAME")
-	}
-	for _, p := range s.Problems {
-		a.say("")
-		a.say("problem     %s: %s", p.Step, p.Message)
-		if p.Hint != "" {
-			a.say("            %s", p.Hint)
-		}
+		line("peers", "none yet; run: meshhelper peer add NAME")
 	}
 }
 
@@ -115,19 +156,42 @@ func joinAddresses(as []netip.Addr) string {
 }
 
 // writePeers writes a table for a terminal, and else a line of tab-separated
-// fields for each peer.
+// fields for each peer. Where the table is wider than the terminal, each peer has a few
+// lines instead.
 func (a *app) writePeers(peers []api.Peer, now time.Time) {
-	var w io.Writer = a.stdout
-	if a.terminal {
-		table := tabwriter.NewWriter(a.stdout, 0, 4, 2, ' ', 0)
-		defer table.Flush()
-		fmt.Fprintln(table, "NAME\tKIND\tADDRESS\tMAY\tHANDSHAKE\tROUTES")
-		w = table
+	if !a.terminal {
+		for _, p := range peers {
+			a.say("%s", strings.Join(peerFields(p, now), "\t"))
+		}
+		return
+	}
+	var b strings.Builder
+	table := tabwriter.NewWriter(&b, 0, 4, 2, ' ', 0)
+	fmt.Fprintln(table, "NAME\tKIND\tADDRESS\tMAY\tHANDSHAKE\tROUTES")
+	for _, p := range peers {
+		fmt.Fprintln(table, strings.Join(peerFields(p, now), "\t"))
+	}
+	table.Flush() // into memory
+	fits := true
+	for line := range strings.Lines(b.String()) {
+		fits = fits && (a.columns == 0 || utf8.RuneCountInString(strings.TrimSuffix(line, "\n")) <= a.columns)
+	}
+	if fits {
+		fmt.Fprint(a.stdout, b.String())
+		return
 	}
 	for _, p := range peers {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", p.Name, p.Kind, p.Addresses[0], describePermissions(p.Permissions),
-			describeHandshake(p.LastHandshake, now), describeRouting(p.Routing))
+		f := peerFields(p, now)
+		a.sayWrapped(f[0]+"  ", "  ", f[1]+", "+f[2])
+		a.sayWrapped("  may: ", "    ", f[3])
+		a.sayWrapped("  handshake: ", "    ", f[4]+"; routes: "+f[5])
 	}
+}
+
+// peerFields are what a table of peers shows of one.
+func peerFields(p api.Peer, now time.Time) []string {
+	return []string{p.Name, p.Kind, p.Addresses[0].String(), describePermissions(p.Permissions),
+		describeHandshake(p.LastHandshake, now), describeRouting(p.Routing)}
 }
 
 // describePermissions lists what a peer may, and says of lan without routing

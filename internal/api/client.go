@@ -108,10 +108,11 @@ func (c *Client) RemovePeer(ctx context.Context, ref string) (Changed, error) {
 	return c.change(ctx, "DELETE", peerPath(ref), nil)
 }
 
-// Events calls each with every remembered event, and with those to come if
-// follow is set, until each returns an error, ctx ends or the helper goes away.
-func (c *Client) Events(ctx context.Context, follow bool, each func(Event) error) error {
-	response, err := c.send(ctx, "GET", "/v1/events?follow="+strconv.FormatBool(follow), nil)
+// Events calls each with every remembered event whose Seq is over since, and with those to
+// come if follow is set, until each returns an error, ctx ends or the helper goes away,
+// which is ErrUnreachable.
+func (c *Client) Events(ctx context.Context, since uint64, follow bool, each func(Event) error) error {
+	response, err := c.send(ctx, "GET", fmt.Sprintf("/v1/events?since=%d&follow=%t", since, follow), nil)
 	if err != nil {
 		return err
 	}

@@ -219,6 +219,15 @@ func (s *Server) guarded(needs right, answer endpoint) http.HandlerFunc {
 	}
 }
 
+// Caller returns the user who made the request that ctx belongs to.
+func Caller(ctx context.Context) (uid uint32, ok bool) {
+	c, ok := ctx.Value(connKey{}).(*peerConn)
+	if !ok {
+		return 0, false
+	}
+	return c.who.UID, true
+}
+
 // admit refuses a user who may not, and records the attempt.
 func (s *Server) admit(r *http.Request, needs right) error {
 	c, ok := r.Context().Value(connKey{}).(*peerConn)
@@ -347,8 +356,15 @@ func parseQuestion(values map[string][]string) (Question, error) {
 }
 
 // events streams what happened and what happens, until the client goes away.
-// With follow=false it ends after what happened.
+// With follow=false it ends after what happened, and with since it begins after that Seq.
 func (s *Server) events(w http.ResponseWriter, r *http.Request) (any, error) {
+	var seq uint64
+	if text := r.URL.Query().Get("since"); text != "" {
+		var err error
+		if seq, err = strconv.ParseUint(text, 10, 64); err != nil {
+			return nil, Errorf(CodeBadRequest, "parameter since: %q is not valid", text).WithHint("it is an event's seq")
+		}
+	}
 	follow := r.URL.Query().Get("follow") != "false"
 	control := http.NewResponseController(w)
 	// What the server set for a whole request doesn't fit a stream.
@@ -357,7 +373,7 @@ func (s *Server) events(w http.ResponseWriter, r *http.Request) (any, error) {
 	}
 	w.Header().Set("Content-Type", "application/jsonl")
 	encoder := json.NewEncoder(w)
-	for seq := uint64(0); ; {
+	for {
 		batch, newer := s.opts.Service.Since(seq)
 		if err := control.SetWriteDeadline(time.Now().Add(eventTimeout)); err != nil {
 			return nil, nil

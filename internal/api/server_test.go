@@ -331,7 +331,7 @@ func TestEvents(t *testing.T) {
 	f.Record(Event{Kind: EventState, Message: "one"})
 	f.Record(Event{Kind: EventState, Message: "two"})
 	collect := func(ctx context.Context, follow bool, stop int) (got []string, err error) {
-		err = c.Events(ctx, follow, func(e Event) error {
+		err = c.Events(ctx, 0, follow, func(e Event) error {
 			if got = append(got, e.Message); len(got) == stop {
 				return io.EOF
 			}

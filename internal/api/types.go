@@ -276,13 +276,15 @@ type Check struct {
 
 // Event is something that happened; a line of GET /v1/events.
 type Event struct {
-	// Seq counts the events since the helper started, from 1. A gap means that
-	// the reader was too slow.
+	// Seq counts the events from 1, and goes on, with a gap, where the helper starts again
+	// on the same state. Another gap means that the reader was too slow.
 	Seq     uint64    `json:"seq"`
 	Time    time.Time `json:"time"`
 	Kind    string    `json:"kind"`
 	Peer    string    `json:"peer,omitempty"`
 	Message string    `json:"message"`
+	// UID is the user who asked for a change; nil where no user did.
+	UID *uint32 `json:"uid,omitempty"`
 }
 
 // The kinds of event.

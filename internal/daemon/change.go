@@ -186,20 +186,20 @@ func (d *Daemon) decide(ctx context.Context, e edit) (outcome, error) {
 	d.changing.Unlock()
 	switch {
 	case takes && !gives:
-		d.recordChange(doc.edited(left))
+		d.recordEdit(ctx, doc, left)
 		return outcome{key: key, doc: left, saving: d.disk.saveWanted()}, nil
 	case !takes:
 		w, err := d.saveFirst(ctx, e, widening{base: base, next: next, key: key})
 		if err != nil {
 			return outcome{}, d.nothingChanged(err)
 		}
-		d.recordChange(w.base.edited(w.next))
+		d.recordEdit(ctx, w.base, w.next)
 		return outcome{key: w.key, doc: w.next, already: w.base == w.next, saving: d.saveUnlessKept()}, nil
 	}
 	saving := d.disk.saveWanted()
 	w, err := d.saveFirst(ctx, e, widening{base: base, next: next, key: key})
 	if err != nil {
-		d.recordChange(doc.edited(left))
+		d.recordEdit(ctx, doc, left)
 		cause := d.awaitSaved(ctx, outcome{saving: saving})
 		part := "what the change takes away is"
 		if doc.byKey(key) < 0 && left.byKey(key) >= 0 {
@@ -214,7 +214,7 @@ func (d *Daemon) decide(ctx context.Context, e edit) (outcome, error) {
 	// One change, one event, also where another one came in between.
 	was, _ := doc.edited(next)
 	if i := w.next.byKey(w.key); i >= 0 {
-		d.recordChange(was, &w.next.Peers[i])
+		d.recordChange(ctx, was, &w.next.Peers[i])
 	}
 	return outcome{key: w.key, doc: w.next, saving: d.saveUnlessKept()}, nil
 }
@@ -414,9 +414,19 @@ func (doc *document) edited(next *document) (was, is *peer) {
 	return was, is
 }
 
-// recordChange writes the one event of an edit, by the peer before and after.
-func (d *Daemon) recordChange(was, is *peer) {
+// recordEdit writes the one event of the edit that turned doc into next.
+func (d *Daemon) recordEdit(ctx context.Context, doc, next *document) {
+	was, is := doc.edited(next)
+	d.recordChange(ctx, was, is)
+}
+
+// recordChange writes the one event of an edit, by the peer before and after, and the
+// user who asked for it.
+func (d *Daemon) recordChange(ctx context.Context, was, is *peer) {
 	e := api.Event{Kind: api.EventChange}
+	if uid, ok := api.Caller(ctx); ok {
+		e.UID = &uid
+	}
 	switch {
 	case was == nil && is == nil:
 		return
@@ -424,12 +434,54 @@ func (d *Daemon) recordChange(was, is *peer) {
 		e.Peer, e.Message = was.Name, was.Name+" removed"
 	case was == nil:
 		e.Peer, e.Message = is.Name, fmt.Sprintf("%s added: %s", is.Name, is.summary())
-	case was.PublicKey != is.PublicKey:
-		e.Peer, e.Message = is.Name, fmt.Sprintf("%s changed: another key, %s", is.Name, is.summary())
 	default:
-		e.Peer, e.Message = is.Name, fmt.Sprintf("%s changed: %s", is.Name, is.summary())
+		e.Peer, e.Message = is.Name, is.differences(was)
 	}
 	d.journal.Record(e)
+}
+
+// differences says what a change of a peer changed, for an event.
+func (p *peer) differences(was *peer) string {
+	var out []string
+	say := func(format string, args ...any) { out = append(out, fmt.Sprintf(format, args...)) }
+	if was.Name != p.Name {
+		say("%s is now called %s", was.Name, p.Name)
+	}
+	if was.PublicKey != p.PublicKey {
+		say("%s has another key now", p.Name)
+	}
+	if was.Addresses != p.Addresses {
+		say("%s has the addresses %v and %v now", p.Name, p.Addresses[0], p.Addresses[1])
+	}
+	if was.Endpoint != p.Endpoint {
+		say("%s is expected at %q now", p.Name, p.Endpoint)
+	}
+	if was.Keepalive != p.Keepalive {
+		say("%s is sent something every %d s now", p.Name, p.Keepalive)
+	}
+	for _, one := range policy.AllPermissions {
+		has, had := *p.Permissions.of(one), *was.Permissions.of(one)
+		switch {
+		case has == had:
+		case !has.Allowed:
+			say("%s may no longer %s", p.Name, permissionVerbs[one])
+		case !has.Until.IsZero():
+			say("%s may %s until %s", p.Name, permissionVerbs[one], has.Until.Local().Format("2006-01-02 15:04:05 MST"))
+		default:
+			say("%s may %s", p.Name, permissionVerbs[one])
+		}
+	}
+	if out == nil {
+		return p.Name + " changed"
+	}
+	return strings.Join(out, "; ")
+}
+
+// permissionVerbs say what a permission lets a peer do.
+var permissionVerbs = map[policy.Permissions]string{
+	policy.Incoming: "connect to this host",
+	policy.Routing:  "route",
+	policy.LAN:      "reach this host's networks, with routing",
 }
 
 // summary says what a peer may, for an event.

@@ -233,6 +233,7 @@ func New(o Options) (*Daemon, error) {
 		return nil, err
 	}
 	d.release = release
+	d.journal.open(o.StateDir, o.Logger)
 	if err := d.load(); err != nil {
 		return nil, errors.Join(err, release())
 	}

@@ -85,4 +85,5 @@ func (d *Daemon) finish() {
 		_ = d.disk.wait(limit, j) // it was said while the helper ran
 	}
 	_ = d.disk.wait(limit, d.disk.submit("", func() error { return nil })) // the last in the queue
+	d.journal.flush(limit.Done())
 }

@@ -22,6 +22,9 @@ const (
 
 	tempPattern = ".state.*"
 
+	// eventsFile has the journal.
+	eventsFile = "events.jsonl"
+
 	// clockFile has the clock's mark, and learnedFile what was learned of peers; see
 	// mark and learned.
 	clockFile   = "clock.json"
