@@ -266,6 +266,24 @@ type Rules struct {
 	Text     string `json:"text"`
 }
 
+// Renumbered is a peer whose addresses or configuration change with the mesh prefixes.
+type Renumbered struct {
+	Name string `json:"name"`
+	// Was and Is are its mesh addresses, IPv4 first.
+	Was []netip.Addr `json:"was"`
+	Is  []netip.Addr `json:"is"`
+	// Lines are those of its configuration that change.
+	Lines []ChangedLine `json:"lines"`
+}
+
+// ChangedLine is a line of a WireGuard configuration, as it is and as it has to be.
+type ChangedLine struct {
+	// Section is the line's, such as "[Interface]".
+	Section string `json:"section"`
+	Was     string `json:"was"`
+	Is      string `json:"is"`
+}
+
 // Check is one precondition that GET /v1/doctor looked at.
 type Check struct {
 	Name    string `json:"name"`

@@ -63,6 +63,10 @@ type Options struct {
 	Prefixes   wireguard.Prefixes // optional: wireguard.DefaultPrefixes
 	// Addresses are the host's own, at most one per family.
 	Addresses []netip.Addr // optional: derived from the host's key
+	// Renumber gives peers that the prefixes have no place for addresses that they have,
+	// and keeps the old ones in for a day: the prefixes were changed on purpose. Without
+	// it such peers are a mistake, and New refuses.
+	Renumber bool
 	// Endpoint is where peers reach this host, for their configurations.
 	Endpoint wireguard.Endpoint // optional: the uplink's address
 	// DNS is for the peers' configurations.
@@ -267,12 +271,20 @@ func (d *Daemon) load() error {
 			return err
 		}
 	}
+	d.clock = newClock(d.opts.Wall, d.savedTime(doc))
+	if d.opts.Renumber && doc.fits(d.mesh) != nil {
+		if doc, err = d.renumber(doc); err != nil {
+			return err
+		}
+		if err := d.disk.store.save(context.Background(), doc); err != nil {
+			return err
+		}
+	}
 	if err := doc.fits(d.mesh); err != nil {
 		return api.Errorf(api.CodeInternal, "the wanted state doesn't fit this mesh: %v", err).
 			WithHint("start with the --mesh-prefix4, --mesh-prefix6 and --address of before")
 	}
 	d.disk.store.tidy()
-	d.clock = newClock(d.opts.Wall, d.savedTime(doc))
 	d.disk.kept = doc
 	d.publishWanted(doc)
 	l, err := d.disk.store.readLearned()
@@ -336,28 +348,34 @@ func writeKey(path string, key wireguard.PrivateKey) error {
 
 // place finds the host's own addresses: those given, else derived from its key.
 func (d *Daemon) place() (err error) {
-	d.mesh = mesh{prefixes: d.opts.Prefixes, key: d.key.Public()}
+	d.mesh, err = d.placed(d.opts.Prefixes)
+	return err
+}
+
+// placed is the mesh with these prefixes.
+func (d *Daemon) placed(prefixes wireguard.Prefixes) (m mesh, err error) {
+	m = mesh{prefixes: prefixes, key: d.key.Public()}
 	free := func(netip.Addr) bool { return false }
-	if d.mesh.own, err = d.mesh.prefixes.Propose(d.mesh.key, free); err != nil {
-		return err
+	if m.own, err = m.prefixes.Propose(m.key, free); err != nil {
+		return m, err
 	}
 	given := map[*netip.Addr]bool{}
 	for _, a := range d.opts.Addresses {
-		if err := d.mesh.prefixes.Check(a); err != nil {
-			return api.Errorf(api.CodeBadAddress, "the host's own address: %v", err).
-				WithHint("leave --address out, or take %v and %v", d.mesh.own.V4, d.mesh.own.V6)
+		if err := m.prefixes.Check(a); err != nil {
+			return m, api.Errorf(api.CodeBadAddress, "the host's own address: %v", err).
+				WithHint("leave --address out, or take %v and %v", m.own.V4, m.own.V6)
 		}
-		place := &d.mesh.own.V4
+		place := &m.own.V4
 		if a.Is6() {
-			place = &d.mesh.own.V6
+			place = &m.own.V6
 		}
 		if given[place] {
-			return api.Errorf(api.CodeBadAddress, "the host's own address %v is a second of its family", a).
+			return m, api.Errorf(api.CodeBadAddress, "the host's own address %v is a second of its family", a).
 				WithHint("give one --address per family")
 		}
 		*place, given[place] = a, true
 	}
-	return nil
+	return m, nil
 }
 
 // Run keeps the host equal to the wanted state until ctx ends, and then leaves

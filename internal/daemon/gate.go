@@ -111,7 +111,7 @@ func (g *gate) apply() {
 func within(m policy.Mesh, doc *document) (out policy.Mesh, less bool) {
 	find := doc.finder()
 	out = m
-	if f := doc.former(m.Prefixes); len(f) > len(m.Former) && slices.Equal(f[:len(m.Former)], m.Former) {
+	if f := doc.former(); len(f) > len(m.Former) && slices.Equal(f[:len(m.Former)], m.Former) {
 		out.Former = f
 	}
 	out.Peers = make([]policy.Peer, 0, len(m.Peers))

@@ -420,7 +420,7 @@ func (doc *document) policyMesh(m mesh, listenPort uint16, withGrants bool) poli
 	out := policy.Mesh{
 		Prefixes:   m.list(),
 		Addresses:  m.own.List(),
-		Former:     doc.former(m.list()),
+		Former:     doc.former(),
 		Peers:      make([]policy.Peer, len(doc.Peers)),
 		ListenPort: listenPort,
 	}
@@ -435,12 +435,12 @@ func (doc *document) policyMesh(m mesh, listenPort uint16, withGrants bool) poli
 	return out
 }
 
-// former returns the addresses of removed peers that are in the mesh prefixes, which may
-// have been others then.
-func (doc *document) former(prefixes []netip.Prefix) (out []netip.Addr) {
+// former returns the addresses of removed peers. The mesh prefixes may have been others
+// then.
+func (doc *document) former() (out []netip.Addr) {
 	for _, r := range doc.Removed {
 		for _, a := range r.Addresses {
-			if slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(a) }) {
+			if a.IsGlobalUnicast() {
 				out = append(out, a)
 			}
 		}

@@ -182,7 +182,7 @@ func destinations() (v4, v6 []netip.Addr) {
 	}
 	v4 = append(parse(`127.0.0.1 0.0.0.0 224.0.0.1 255.255.255.255 240.0.0.1 192.168.77.255 192.168.77.0
 		203.0.113.191 8.8.8.8 1.1.1.1 10.1.2.3 172.16.5.5 192.168.200.1 100.127.255.255 192.0.0.8 198.19.0.1`),
-		resolver4, gone4, own4, ann4, bob4, unassigned4, a.BUplink.V4, a.BLAN.V4, a.BPublic.V4, a.BVPN.V4, a.L.V4, a.I.V4, a.P.V4,
+		resolver4, gone4, moved4, own4, ann4, bob4, unassigned4, a.BUplink.V4, a.BLAN.V4, a.BPublic.V4, a.BVPN.V4, a.L.V4, a.I.V4, a.P.V4,
 		a.VPNPeer.V4, a.Behind.V4, a.W.V4, a.Metadata.V4)
 	v6 = append(parse(`::1 :: ff02::1 ff0e::1 fe80::1 2001:4860::8888 2606:4700::1111 fdff::1 ::8.8.8.8 100::1 fec0::1 2001:0:1::1
 		64:ff9b::8.8.8.8 64:ff9b::10.1.2.3 64:ff9b::127.0.0.1 64:ff9b:1::8.8.8.8 2002:808:808::1 2002:a01:203::1 2002:6440:1::1`),
@@ -304,7 +304,7 @@ func TestSameVerdicts(t *testing.T) {
 			for round := range rounds {
 				m := mesh(grants{ann: policy.Permissions(round), bob: policy.Permissions(rnd.IntN(8))})
 				m.DNS = round%2 == 0
-				m.Former, m.ListenPort = []netip.Addr{gone4, gone6}, meshPort
+				m.Former, m.ListenPort = []netip.Addr{gone4, gone6, moved4}, meshPort
 				r := w.enforce(m)
 				all := w.volley(rnd, r, &n, packets)
 				for _, s := range all {

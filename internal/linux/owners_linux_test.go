@@ -21,6 +21,8 @@ import (
 var (
 	gone4 = netip.MustParseAddr("100.64.0.77")
 	gone6 = netip.MustParseAddr("fd6d:6573:6800::77")
+	// moved4 was a peer's when the mesh had another prefix.
+	moved4 = netip.MustParseAddr("10.213.0.77")
 )
 
 // resolver4 is a cloud's resolver inside the mesh prefix.
@@ -67,7 +69,7 @@ func (w *world) hostSendsTo(dst netip.Addr, port int, b []byte) {
 // ownersMesh is a mesh with two peers and a removed one.
 func ownersMesh() policy.Mesh {
 	m := mesh(grants{ann: all, bob: all})
-	m.Former, m.ListenPort = []netip.Addr{gone4, gone6}, meshPort
+	m.Former, m.ListenPort = []netip.Addr{gone4, gone6, moved4}, meshPort
 	return m
 }
 
@@ -190,7 +192,7 @@ func TestOwners(t *testing.T) {
 			// With nothing that leads to the mesh, nothing leaves in clear.
 			w.ip(w.pic.B, "route del "+bob4.String()+" dev "+meshName+"\n-6 route del "+bob6.String()+" dev "+meshName)
 			routed = false
-			for _, d := range []netip.Addr{bob4, bob6, gone4, gone6} {
+			for _, d := range []netip.Addr{bob4, bob6, gone4, gone6, moved4} {
 				send(d, 0, "")
 			}
 			// A peer reaches no owner's part.

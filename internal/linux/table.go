@@ -448,6 +448,9 @@ func (c *compiler) permittedFamily(v view, f family) {
 	p.drop("martian", in("martian"+f.suffix, dst))
 	p.branch(v.name+"_self"+f.suffix, in("self"+f.suffix, dst))
 	c.eachMesh(f, func(m netip.Prefix) { p.drop("mesh: the host does not forward between peers", within(dst, m)) })
+	if c.formerOutside(f) {
+		p.drop("mesh: a removed peer's address", in("former"+f.suffix, dst))
+	}
 	if c.forwards(f) {
 		for _, to := range c.r.OutsidePorts() {
 			p.drop("WireGuard's port, by way of the router", in("outside"+f.suffix, dst), is(ctProtocol, udp), is(ctOrigDport, portValue(to)))
@@ -474,6 +477,14 @@ func (c *compiler) permittedHost(v view, f family) {
 		}
 	}
 	s.drop("self needs incoming")
+}
+
+// formerOutside reports whether a removed peer's address is outside of the mesh prefixes,
+// because they were others then.
+func (c *compiler) formerOutside(f family) bool {
+	return slices.ContainsFunc(c.r.Sets().Former, func(p netip.Prefix) bool {
+		return f.belongs(p.Addr()) && !slices.ContainsFunc(c.r.Sets().Mesh, func(m netip.Prefix) bool { return m.Contains(p.Addr()) })
+	})
 }
 
 // eachMesh calls do for each mesh prefix of a family.

@@ -66,7 +66,8 @@ func randomPermissions(rng *rand.Rand) []policy.Permissions {
 
 func randomFormer(rng *rand.Rand) (out []netip.Addr) {
 	for range rng.IntN(3) {
-		out = append(out, netip.AddrFrom4([4]byte{100, 64, 7, byte(1 + rng.IntN(200))}))
+		// The second is outside, of a time when the mesh had another prefix.
+		out = append(out, netip.AddrFrom4([][4]byte{{100, 64, 7, byte(1 + rng.IntN(200))}, {10, 213, 7, byte(1 + rng.IntN(200))}}[rng.IntN(2)]))
 	}
 	slices.SortFunc(out, netip.Addr.Compare)
 	return slices.Compact(out)

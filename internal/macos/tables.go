@@ -100,7 +100,7 @@ func fillSets(r *policy.Ruleset) map[string]set {
 		tableMartians:   {in: all.Martians},
 		tableSelf:       {in: all.Self},
 		tableHost:       {in: host},
-		tableMesh:       {in: all.Mesh},
+		tableMesh:       {in: sorted(slices.Concat(all.Mesh, formerOutside(all)))},
 		tableNetworks:   {in: all.LAN},
 		tableAway:       awaySet(r, host),
 		tableLocal:      {in: sorted(slices.Concat(all.Self, all.Local))},
@@ -108,6 +108,12 @@ func fillSets(r *policy.Ruleset) map[string]set {
 		tableLooped:     {in: loopedRoutes(r.Host())},
 		tableUnassigned: {in: sorted(slices.Concat(all.Mesh, all.Former))},
 	}
+}
+
+// formerOutside returns the removed peers' addresses outside of the mesh prefixes, which
+// were others then: they are class mesh, too.
+func formerOutside(all policy.Sets) []netip.Prefix {
+	return slices.DeleteFunc(slices.Clone(all.Former), func(p netip.Prefix) bool { return contained(p, all.Mesh) })
 }
 
 // loopedRoutes returns what the host's routes lead to its loopback interface.

@@ -88,6 +88,12 @@ func (w *world) drawInterfaces(t *rapid.T) {
 			w.host.Outside = append(w.host.Outside, a)
 		}
 	}
+	w.mesh.Former = nil
+	for range rng.IntN(3) {
+		if a := w.randomDst(rng, rng.IntN(3) > 0); a.IsGlobalUnicast() && a.Zone() == "" {
+			w.mesh.Former = append(w.mesh.Former, a)
+		}
+	}
 	uplinks := []string{"", "en0", "en0", "en0", "en1"}
 	w.host.Uplink4 = uplinks[rng.IntN(len(uplinks))]
 	w.host.Uplink6 = uplinks[rng.IntN(len(uplinks))]
@@ -157,6 +163,8 @@ func (w *world) randomDst(rng *rand.Rand, v4 bool) netip.Addr {
 			a = w.ownAddr(rng, v4)
 		case n == 4 && len(w.host.Outside) > 0:
 			a = w.host.Outside[rng.IntN(len(w.host.Outside))]
+		case n == 5 && len(w.mesh.Former) > 0:
+			a = w.mesh.Former[rng.IntN(len(w.mesh.Former))]
 		case n < 6:
 			i := w.host.Interfaces[rng.IntN(len(w.host.Interfaces))]
 			if len(i.Addresses) > 0 {

@@ -99,6 +99,7 @@ func (r *Ruleset) fromPeer(p *Packet) Verdict {
 func (r *Ruleset) isTold(p *Packet, v Verdict) bool {
 	switch v.Rule {
 	case RuleMartian, RuleNoIncoming, RuleNoLAN, RuleNoRouting, RuleNoForwarding, RuleNoUplink:
+	case RuleMesh: // a removed peer's address may be outside of the mesh prefixes
 	default:
 		return false
 	}

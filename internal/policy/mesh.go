@@ -133,8 +133,9 @@ type Mesh struct {
 	// Addresses are the host's own mesh addresses.
 	Addresses []netip.Addr
 	Peers     []Peer
-	// Former are mesh addresses of peers that were removed less than a day ago:
-	// what the host still sends there is kept in. Where a peer, or the host
+	// Former are mesh addresses of peers that were removed less than a day ago, or got
+	// others, also with other mesh prefixes than now: what the host still sends there is
+	// kept in. Where a peer, or the host
 	// itself, has such an address again, that counts.
 	Former []netip.Addr
 	// ListenPort is the UDP port of the host's WireGuard, or 0 where it isn't

@@ -464,7 +464,7 @@ func TestCompileRefuses(t *testing.T) {
 		"resolver fe80::1%en0":       func(_ *Mesh, h *Host) { h.Resolvers = []netip.Addr{addr("fe80::1%en0")} },
 		"source 2001:db8::1 is not":  func(_ *Mesh, h *Host) { h.Source4 = addr("2001:db8::1") },
 		"router6 ::ffff:1.2.3.4 is":  func(_ *Mesh, h *Host) { h.Router6 = addr("::ffff:1.2.3.4") },
-		"a removed peer's address":   func(m *Mesh, _ *Host) { m.Former = []netip.Addr{addr("10.0.0.1")} },
+		"a removed peer's address":   func(m *Mesh, _ *Host) { m.Former = []netip.Addr{addr("::ffff:10.0.0.1")} },
 		"route ::ffff:0.0.0.0/96 by": func(_ *Mesh, h *Host) { h.Routes[0].Prefix = prefix("::ffff:0:0/96") },
 	} {
 		m, h := picture(0), pictureHost()

@@ -67,7 +67,8 @@ type Sets struct {
 	// inside. A peer's packets to them are class mesh. None is inside another.
 	Others []netip.Prefix
 	// Former are removed peers' addresses that neither a peer nor the host has
-	// now, as single addresses. Nothing is sent to them.
+	// now, as single addresses. Nothing is sent to them. They are class mesh, also where
+	// they are outside of Mesh.
 	Former []netip.Prefix
 }
 
@@ -164,6 +165,7 @@ func (r *Ruleset) classify() {
 	c.add(Martian, noPeer, r.sets.Martians...)
 	c.add(Self, noPeer, r.sets.Self...)
 	c.add(InMesh, noPeer, r.sets.Mesh...)
+	c.add(InMesh, noPeer, r.sets.Former...) // which may be outside, where the prefixes were others
 	c.add(OnLAN, noPeer, r.sets.LAN...)
 	c.settle()
 
@@ -193,9 +195,9 @@ func makeSets(mesh Mesh, host Host) Sets {
 		s.Peers = append(s.Peers, singles(p.Addresses)...)
 	}
 	s.Martians = slices.Concat(martians, s.Local)
+	s.Former = mesh.gone(slices.Concat(s.Self, s.Local))
 	s.carry()
 	s.Others = mesh.others(host)
-	s.Former = singles(mesh.Former)
 	s.Outside = singles(host.Outside)
 	for _, p := range carried(s.Outside) {
 		if p.IsSingleIP() {
@@ -207,8 +209,29 @@ func makeSets(mesh Mesh, host Host) Sets {
 		*set = slices.Compact(*set)
 	}
 	s.Martians, s.Others = outermost(s.Martians), outermost(s.Others)
-	s.Former = slices.DeleteFunc(s.Former, func(p netip.Prefix) bool { return holds(s.Peers, p) || holds(s.Self, p) })
 	return s
+}
+
+// gone returns the former addresses that neither a peer nor the host has now, nor are
+// broadcast addresses of its networks, all of which are in local. What no
+// mesh prefix may be is left out: an address that everyone needs is never kept in.
+func (m Mesh) gone(local []netip.Prefix) []netip.Prefix {
+	if len(m.Former) == 0 {
+		return nil
+	}
+	has := map[netip.Prefix]bool{}
+	for _, p := range m.Peers {
+		for _, a := range p.Addresses {
+			has[single(a)] = true
+		}
+	}
+	for _, p := range local {
+		has[p] = true
+	}
+	return slices.DeleteFunc(singles(m.Former), func(p netip.Prefix) bool {
+		a := p.Addr()
+		return has[p] || !m.contains(a) && !slices.ContainsFunc(private, func(q netip.Prefix) bool { return q.Contains(a) })
+	})
 }
 
 // carry adds the IPv6 prefixes that carry IPv4 addresses of the classes. Where that is
@@ -219,7 +242,7 @@ func makeSets(mesh Mesh, host Host) Sets {
 // networks.
 func (s *Sets) carry() {
 	own := slices.Clone(s.Self)
-	s.Martians = append(s.Martians, carried(slices.Concat(s.Martians, s.Mesh))...)
+	s.Martians = append(s.Martians, carried(slices.Concat(s.Martians, s.Mesh, s.Former))...)
 	networks := s.LANOutsideMesh()
 	slices.SortFunc(networks, comparePrefix)
 	s.LAN = append(s.LAN, carried(outermost(networks))...)
@@ -314,8 +337,8 @@ func (m Mesh) validate() error {
 		return err
 	}
 	for _, a := range m.Former {
-		if !isPlain(a) || !m.contains(a) {
-			return fmt.Errorf("a removed peer's address %v is not valid, or outside the mesh prefixes", a)
+		if !isPlain(a) {
+			return fmt.Errorf("a removed peer's address %v is not valid", a)
 		}
 	}
 	names, ids := map[string]bool{}, map[PeerID]bool{}
