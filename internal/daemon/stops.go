@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
@@ -14,20 +15,34 @@ import (
 const stopsLimit = 5 * time.Second
 
 // stops returns what other than the policy stops a packet that the policy lets pass, and
-// its answer: that the policy isn't in force, and the way that the kernel sends it.
+// its answer: that the policy isn't in force, the way that the kernel sends it, and other
+// software's rules.
 func (d *Daemon) stops(ctx context.Context, c condition, a asked) []api.Stop {
 	ctx, cancel := context.WithTimeout(ctx, stopsLimit)
 	defer cancel()
 	if s, stopped := d.notInForce(c, a); stopped {
 		return []api.Stop{s}
 	}
-	t := &trip{d: d, ctx: ctx, c: c, a: a}
+	t := &trip{d: d, ctx: ctx, a: a}
+	mesh := a.r.Host().Interface
 	switch {
 	case a.q.From.IsValid() && !a.answer: // the host's own packet to the peer
-		t.leg(a.packet, a.r.Host().Interface, false)
+		t.leg(a.packet, mesh, false)
+		t.others(a.packet, mesh, false, false)
+		t.others(policy.Packet{
+			In: mesh, Src: a.packet.Dst, Dst: a.packet.Src, Proto: a.packet.Proto,
+			SrcPort: a.packet.DstPort, DstPort: a.packet.SrcPort, ICMPType: reverse(a.packet, mesh).ICMPType,
+		}, "", true, true)
 	default:
-		t.there()
-		t.back()
+		if t.there(); len(t.stops) > 0 {
+			break
+		}
+		t.others(a.forth, t.by, false, false)
+		if !t.ends() {
+			back := reverse(a.forth, t.by)
+			t.leg(back, mesh, true)
+			t.others(back, mesh, true, true)
+		}
 	}
 	return t.stops
 }
@@ -74,7 +89,6 @@ func (d *Daemon) notInForce(c condition, a asked) (api.Stop, bool) {
 type trip struct {
 	d     *Daemon
 	ctx   context.Context
-	c     condition
 	a     asked
 	stops []api.Stop
 	// by is the interface that forth leaves by, "" for the host itself.
@@ -123,29 +137,60 @@ func (t *trip) there() {
 	case exit == policy.ExitOther && (w.Local || w.Interface == host.Interface):
 		t.stop(false, api.Stop{Message: fmt.Sprintf("the kernel sends it by %s", orHost(w)), Hint: "see the routes and policy rules of the host"})
 	}
-	t.by = w.Interface
+	if t.by = w.Interface; w.Local {
+		t.by = ""
+	}
 }
 
-// back follows the answer to it.
-func (t *trip) back() {
-	p := reverse(t.a.forth, t.by)
-	if len(t.stops) > 0 {
-		return // there is none
-	}
-	w, ok := t.way(p, true)
-	if !ok {
+// ends reports whether the packet is known to be stopped, so that there is no answer.
+func (t *trip) ends() bool {
+	return slices.ContainsFunc(t.stops, func(s api.Stop) bool { return !s.Unclear })
+}
+
+// others asks what other software's rules do with a packet, on hosts where they can be
+// judged. reply says that the other end opened its flow.
+func (t *trip) others(p policy.Packet, out string, reply, back bool) {
+	n, can := t.d.opts.Platform.(Neighbours)
+	if !can {
 		return
 	}
-	mesh := t.a.r.Host().Interface
-	switch {
-	case w.Refused != "":
-		t.stop(true, api.Stop{Message: wayRefused(w.Refused), Hint: "see the routes and policy rules of the host"})
-	case w.Interface != mesh:
-		t.stop(true, api.Stop{Message: fmt.Sprintf("the kernel sends it by %s, and not into the tunnel", orHost(w)), Hint: "see the policy rules of the host: ip rule"})
+	by, err := n.ByOthers(t.ctx, p, out, reply)
+	if err != nil {
+		t.stop(back, api.Stop{Message: "other software's rules can't be read: " + err.Error(), Hint: "ask again", Unclear: true})
+		return
 	}
+	s := api.Stop{Unclear: by.Unclear, Hint: "let it pass there, in the software that the table belongs to"}
+	may := ""
+	if by.Unclear {
+		may = "may "
+	}
+	switch by.Does {
+	case platform.OthersDrop:
+		s.Message = by.Where + " " + verb(may, "drop", "drops") + " it"
+	case platform.OthersRedirect:
+		s.Message = by.Where + " " + verb(may, "send", "sends") + " it to another destination"
+		s.Hint = "take it out of the redirection there, in the software that the table belongs to"
+	case platform.OthersUntrack:
+		s.Message = by.Where + " " + verb(may, "take", "takes") + " it out of connection tracking, so that it isn't translated"
+		// What isn't translated passes nevertheless.
+		s.Unclear = s.Unclear || !t.a.v.NAT()
+	default:
+		if !by.Unclear {
+			return
+		}
+		s.Message = "what " + by.Where + " does with it isn't known"
+	}
+	t.stop(back, s)
 }
 
-// leg follows a packet of the host's own.
+func verb(may, plural, singular string) string {
+	if may != "" {
+		return may + plural
+	}
+	return singular
+}
+
+// leg asks for the way of a packet that is to leave by out.
 func (t *trip) leg(p policy.Packet, out string, back bool) {
 	w, ok := t.way(p, back)
 	switch {

@@ -18,9 +18,20 @@ import (
 type crossing struct {
 	*platformtest.Host
 	way func(policy.Packet) (platform.Way, error)
+	by  func(p policy.Packet, out string, reply bool) platform.ByOthers // nil: all passes
 }
 
 func (h *crossing) Way(_ context.Context, p policy.Packet) (platform.Way, error) { return h.way(p) }
+
+// Others finds nothing.
+func (*crossing) Others(context.Context, *policy.Ruleset) ([]Problem, error) { return nil, nil }
+
+func (h *crossing) ByOthers(_ context.Context, p policy.Packet, out string, reply bool) (platform.ByOthers, error) {
+	if h.by == nil {
+		return platform.ByOthers{}, nil
+	}
+	return h.by(p, out, reply), nil
+}
 
 // straight sends packets as the facts of [platformtest.New] say.
 func straight(p policy.Packet) (platform.Way, error) {
@@ -53,6 +64,7 @@ func TestExplainTakesAllTogether(t *testing.T) {
 	for name, c := range map[string]struct {
 		to, from string
 		way      func(policy.Packet) (platform.Way, error)
+		by       func(p policy.Packet, out string, reply bool) platform.ByOthers
 		spoil    func(r *rig)
 		pass     bool
 		unclear  bool
@@ -72,6 +84,15 @@ func TestExplainTakesAllTogether(t *testing.T) {
 		"an answer to what isn't": {to: outside, from: outside, way: but(to(outside), platform.Way{Refused: platform.WayProhibited}), want: "the packet that it answers doesn't pass: "},
 		"a kernel that doesn't tell": {to: outside, way: func(policy.Packet) (platform.Way, error) { return platform.Way{}, errors.New("no") },
 			unclear: true, want: "the kernel doesn't tell"},
+		"others drop it": {to: outside, by: others(platform.OthersDrop, false, false), want: "chain FORWARD of table ip filter drops it"},
+		"others drop the answer": {to: outside, by: others(platform.OthersDrop, true, false), pass: true,
+			want: "chain FORWARD of table ip filter drops it"},
+		"others drop an answer":       {to: outside, from: outside, by: others(platform.OthersDrop, true, false), want: "chain FORWARD of table ip filter drops it"},
+		"others drop what it answers": {to: outside, from: outside, by: others(platform.OthersDrop, false, false), want: "the packet that it answers doesn't pass: chain FORWARD"},
+		"others redirect it":          {to: outside, by: others(platform.OthersRedirect, false, false), want: "chain FORWARD of table ip filter sends it to another destination"},
+		"others untrack it":           {to: outside, by: others(platform.OthersUntrack, false, false), want: "chain FORWARD of table ip filter takes it out of connection tracking"},
+		"others may drop it":          {to: outside, by: others(platform.OthersDrop, false, true), unclear: true, want: "chain FORWARD of table ip filter may drop it"},
+		"others aren't understood":    {to: outside, by: others("", false, true), unclear: true, want: "what chain FORWARD of table ip filter does with it isn't known"},
 		"the helper is closed": {to: outside, spoil: func(r *rig) {
 			r.host.SetFault(func(step string) error {
 				if step == "enforce" {
@@ -87,7 +108,7 @@ func TestExplainTakesAllTogether(t *testing.T) {
 			if c.way == nil {
 				c.way = straight
 			}
-			inRig(t, func(r *rig) Platform { return &crossing{r.host, c.way} }, func(t *testing.T, r *rig) {
+			inRig(t, func(r *rig) Platform { return &crossing{r.host, c.way, c.by} }, func(t *testing.T, r *rig) {
 				r.add("phone")
 				for _, p := range []string{"incoming", "routing", "lan"} {
 					r.mustAllow("phone", p, "")
@@ -121,6 +142,20 @@ func TestExplainTakesAllTogether(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// others does something with answers, or with what they answer.
+func others(does string, answers, unclear bool) func(policy.Packet, string, bool) platform.ByOthers {
+	return func(p policy.Packet, out string, reply bool) platform.ByOthers {
+		from, to := p.In, out
+		if reply {
+			from, to = to, from
+		}
+		if reply != answers || from != "wg-test" || to != "eth0" {
+			return platform.ByOthers{}
+		}
+		return platform.ByOthers{Does: does, Unclear: unclear, Where: "chain FORWARD of table ip filter"}
 	}
 }
 
