@@ -155,12 +155,28 @@ func (o *runOptions) serve(ctx context.Context, d *daemon.Daemon, access api.Acc
 		return err
 	}
 	server := api.NewServer(api.ServerOptions{Listener: l, Service: d, Access: access, Logger: o.log})
-	o.app.talk("meshhelper %s answers on %s", versionText(), o.app.socket)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return server.Run(ctx) })
 	g.Go(func() error { return o.withHint(d.Run(ctx)) })
 	g.Go(func() error { return o.announce(ctx, d, n) })
+	g.Go(func() error {
+		o.sayReady(ctx, d)
+		return nil
+	})
 	return g.Wait()
+}
+
+// sayReady says that the helper answers once it has all that may be another program's: the
+// lock, the socket, the mesh interface and the UDP port. A start that fails says only why.
+func (o *runOptions) sayReady(ctx context.Context, d *daemon.Daemon) {
+	had, stop := context.WithCancel(ctx)
+	defer stop()
+	d.EachRound(had, func(state string) {
+		if state != api.Starting && had.Err() == nil {
+			o.app.talk("meshhelper %s answers on %s", versionText(), o.app.socket)
+			stop()
+		}
+	})
 }
 
 // withHint says what to do about an error of the platform or the tunnel.

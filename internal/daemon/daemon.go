@@ -165,6 +165,8 @@ type Daemon struct {
 	changed  chan struct{} // closed when now is replaced
 	// names, learned and outside are replaced, never changed.
 	names          map[string]netip.Addr
+	counts         map[wireguard.PublicKey]totals // as last learned; replaced, never changed
+	before         map[wireguard.PublicKey]totals // what was counted before the start; never changed
 	learned        map[wireguard.PublicKey]netip.AddrPort
 	outside        []netip.Addr // of the name in this host's own endpoint
 	learnedUnsaved bool         // whether the last attempt to save learned failed
@@ -291,7 +293,7 @@ func (d *Daemon) load() error {
 	if err != nil {
 		d.opts.Logger.Warn(err.Error()) // peers are found by what they send
 	}
-	d.learned = l.Endpoints
+	d.learned, d.counts, d.before = l.Endpoints, l.Counts, l.Counts
 	return nil
 }
 

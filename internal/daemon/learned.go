@@ -11,24 +11,52 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/owned"
+	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
 
 // learned is what a helper found out about peers by itself: where a peer without a
 // configured endpoint was last heard. After a restart the host sends there first, so
-// that such a peer isn't dark until it sends by itself. Nothing depends on it.
+// that such a peer isn't dark until it sends by itself. And what was counted of each peer.
+// Nothing depends on it.
 type learned struct {
 	Endpoints map[wireguard.PublicKey]netip.AddrPort `json:"endpoints"`
+	Counts    map[wireguard.PublicKey]totals         `json:"counts,omitempty"`
+}
+
+// totals are what was counted of a peer over all helpers' lives. What one counted since it
+// was last saved, some minutes, is lost where it is killed.
+type totals struct {
+	Rx       uint64      `json:"rx"` // bytes, encrypted
+	Tx       uint64      `json:"tx"`
+	RoutedRx uint64      `json:"routedRx"`
+	RoutedTx uint64      `json:"routedTx"`
+	Refused  api.Refused `json:"refused"`
+}
+
+// totalsOf adds what tunnel and guard counted of a peer to what was counted before.
+func totalsOf(key wireguard.PublicKey, n numbers) totals {
+	t, s, g := n.before[key], n.tunnel[key], n.guard[policy.PeerID(key)]
+	r := refusedOf(s, g)
+	return totals{
+		Rx: t.Rx + s.RxBytes, Tx: t.Tx + s.TxBytes,
+		RoutedRx: t.RoutedRx + g.Routed.RxBytes, RoutedTx: t.RoutedTx + g.Routed.TxBytes,
+		Refused: api.Refused{
+			Martian: t.Refused.Martian + r.Martian, Self: t.Refused.Self + r.Self, Mesh: t.Refused.Mesh + r.Mesh,
+			LAN: t.Refused.LAN + r.LAN, Internet: t.Refused.Internet + r.Internet, Spoofed: t.Refused.Spoofed + r.Spoofed,
+		},
+	}
 }
 
 // learnInterval is how often what was learned is saved at most, and learnAsk how often
 // the tunnel is asked for news, which costs a look at each peer; maxLearned
-// bounds what is read of it, in bytes: an entry has some 100.
+// bounds what is read of it, in bytes: an entry has 500 at most.
 const (
 	learnInterval = 3 * time.Minute
 	learnAsk      = 30 * time.Second
-	maxLearned    = 4 << 20
+	maxLearned    = 8 << 20
 )
 
 func decodeLearned(text []byte) (learned, error) {
@@ -75,48 +103,53 @@ func (d *Daemon) learn() bool {
 	if c.tunnel == nil {
 		return false
 	}
-	stats, err := c.tunnel.Stats()
+	n, err := readNumbers(c)
 	if err != nil {
 		return false // the loop says so
 	}
-	return d.learnFrom(stats)
+	return d.learnFrom(n)
 }
 
 // learnFrom keeps the endpoints of peers that have no configured one and made a
 // handshake. Of a peer that wasn't heard since the start, what was known before stays;
 // of one that is gone, nothing does.
-func (d *Daemon) learnFrom(stats map[wireguard.PublicKey]wireguard.PeerStats) (news bool) {
+func (d *Daemon) learnFrom(n numbers) (news bool) {
+	n.before = d.before
 	doc := d.wanted.Load()
 	d.learning.Lock()
 	defer d.learning.Unlock()
 	d.mu.Lock()
-	before, unsaved := d.learned, d.learnedUnsaved // replaced, never changed
+	before, counted, unsaved := d.learned, d.counts, d.learnedUnsaved // replaced, never changed
 	d.mu.Unlock()
 	next := make(map[wireguard.PublicKey]netip.AddrPort, len(before))
+	counts := make(map[wireguard.PublicKey]totals, len(doc.Peers))
 	for i := range doc.Peers {
 		p := &doc.Peers[i]
+		if t := totalsOf(p.PublicKey, n); t != (totals{}) {
+			counts[p.PublicKey] = t
+		}
 		if p.Endpoint != "" {
 			continue
 		}
 		at := before[p.PublicKey]
-		if s := stats[p.PublicKey]; s.Endpoint.IsValid() && !s.LastHandshake.IsZero() {
+		if s := n.tunnel[p.PublicKey]; s.Endpoint.IsValid() && !s.LastHandshake.IsZero() {
 			at = s.Endpoint
 		}
 		if at.IsValid() {
 			next[p.PublicKey] = at
 		}
 	}
-	if maps.Equal(next, before) && !unsaved {
+	if maps.Equal(next, before) && maps.Equal(counts, counted) && !unsaved {
 		return false
 	}
 	d.mu.Lock()
-	d.learned = next
+	d.learned, d.counts = next, counts
 	d.mu.Unlock()
 	d.disk.submit("learned", func() error {
 		d.mu.Lock()
-		now := d.learned
+		now := learned{Endpoints: d.learned, Counts: d.counts}
 		d.mu.Unlock()
-		err := d.disk.store.writeLearned(learned{Endpoints: now})
+		err := d.disk.store.writeLearned(now)
 		d.mu.Lock()
 		d.learnedUnsaved = err != nil
 		d.mu.Unlock()

@@ -612,7 +612,7 @@ func (l *loop) endTunnel() {
 	if !inTime(func() {
 		l.d.gate.set(nil, nil)
 		if stats, err := l.tunnel.Stats(); err == nil {
-			l.d.learnFrom(stats)
+			l.d.learnFrom(numbers{tunnel: stats, guard: l.seen.guard})
 		}
 		l.tunnel.Close()
 	}) {

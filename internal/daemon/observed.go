@@ -2,9 +2,12 @@ package daemon
 
 import (
 	"fmt"
+	"net/netip"
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/flow"
+	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
@@ -15,6 +18,7 @@ type observed struct {
 	wall       time.Time
 	handshakes map[wireguard.PublicKey]time.Time
 	refused    map[wireguard.PublicKey]refusals
+	guard      map[policy.PeerID]guard.PeerStats
 }
 
 // refusals are a peer's refused packets as last told.
@@ -44,6 +48,7 @@ func (l *loop) look() {
 		l.addProblem(err)
 		return
 	}
+	l.seen.guard = n.guard
 	peers := l.d.wanted.Load().Peers
 	l.lookAtPrefixes(peers, n)
 	l.recordHandshakes(peers, n)
@@ -74,6 +79,21 @@ func (l *loop) recordHandshakes(peers []peer, n numbers) {
 	l.seen.handshakes = next
 }
 
+// example says where a refused packet was to go.
+func example(r flow.Refused) string {
+	if !r.To.IsValid() {
+		return ""
+	}
+	proto, known := map[uint8]string{policy.ProtoTCP: "tcp", policy.ProtoUDP: "udp", policy.ProtoICMP: "icmp", policy.ProtoICMPv6: "icmp"}[r.Proto]
+	if !known {
+		proto = fmt.Sprintf("protocol %d", r.Proto)
+	}
+	if r.Port == 0 {
+		return fmt.Sprintf("; lately %s to %v", proto, r.To)
+	}
+	return fmt.Sprintf("; lately %s to %v", proto, netip.AddrPortFrom(r.To, r.Port))
+}
+
 // refusedInterval is how often a peer's refusals are worth an event: a peer can
 // have any number of packets refused.
 const refusedInterval = time.Minute
@@ -88,7 +108,8 @@ func (l *loop) tellRefused(peers []peer, n numbers, now time.Time) {
 		if counts != was.counts && (was.told.IsZero() || now.Sub(was.told) >= refusedInterval) {
 			l.d.journal.Record(api.Event{
 				Kind: api.EventRefused, Peer: p.Name,
-				Message: fmt.Sprintf("refused of %s so far, by destination: %v", p.Name, counts),
+				Message: fmt.Sprintf("refused of %s so far, by destination: %v%s", p.Name, counts,
+					example(n.guard[policy.PeerID(p.PublicKey)].Example)),
 			})
 			was = refusals{counts, now}
 		}

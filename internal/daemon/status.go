@@ -49,6 +49,7 @@ func (d *Daemon) Peer(ref string) (api.Peer, error) {
 // views returns all peers of doc.
 func (d *Daemon) views(doc *document, c condition) []api.Peer {
 	now, numbers := d.clock.now(), c.numbers()
+	numbers.before = d.before
 	out := make([]api.Peer, len(doc.Peers))
 	for i := range doc.Peers {
 		out[i] = viewOf(&doc.Peers[i], numbers, now)
@@ -59,13 +60,16 @@ func (d *Daemon) views(doc *document, c condition) []api.Peer {
 // view returns one peer with its numbers.
 func (d *Daemon) view(p *peer, now time.Time) api.Peer {
 	c, _ := d.condition()
-	return viewOf(p, c.numbers(), now)
+	n := c.numbers()
+	n.before = d.before
+	return viewOf(p, n, now)
 }
 
 // numbers are what tunnel and guard counted, by peer.
 type numbers struct {
 	tunnel map[wireguard.PublicKey]wireguard.PeerStats
 	guard  map[policy.PeerID]guard.PeerStats
+	before map[wireguard.PublicKey]totals // of helpers before
 }
 
 // readNumbers returns nothing of a tunnel that is closed, and with an error nothing of
@@ -90,15 +94,16 @@ const routesFor = 10 * time.Second
 
 func viewOf(p *peer, n numbers, now time.Time) api.Peer {
 	s, g := n.tunnel[p.PublicKey], n.guard[policy.PeerID(p.PublicKey)]
+	t := totalsOf(p.PublicKey, n)
 	out := api.Peer{
 		Name: p.Name, PublicKey: p.PublicKey.String(), Kind: p.Kind, Addresses: p.Addresses[:],
 		Permissions: permissionsOf(p, now), Endpoint: p.Endpoint,
-		RxBytes: s.RxBytes, TxBytes: s.TxBytes,
+		RxBytes: t.Rx, TxBytes: t.Tx,
 		Routing: api.Routing{
 			Now:     !g.Routed.Last.IsZero() && time.Since(g.Routed.Last) < routesFor,
-			RxBytes: g.Routed.RxBytes, TxBytes: g.Routed.TxBytes,
+			RxBytes: t.RoutedRx, TxBytes: t.RoutedTx,
 		},
-		Refused: refusedOf(s, g),
+		Refused: t.Refused,
 	}
 	if s.Endpoint.IsValid() {
 		out.Endpoint = s.Endpoint.String()

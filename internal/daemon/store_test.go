@@ -102,7 +102,6 @@ func TestDiskFull(t *testing.T) {
 	}
 }
 
-//
 // The journal's file is left out: it is written at any time.
 func names(t *testing.T, dir string) (out []string) {
 	t.Helper()

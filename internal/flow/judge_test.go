@@ -510,7 +510,7 @@ func TestTally(t *testing.T) {
 	l := newLab(t, routing, Options{})
 	now := l.table.Now()
 	var tally Tally
-	add := func(p []byte, d Direction) { tally.Add(l.view.Judge(p, d, now), len(p), d, now) }
+	add := func(p []byte, d Direction) { tally.Add(l.view.Judge(p, d, now), p, d, now) }
 	c := conversations(flowtest.PeerC4, flowtest.Net4)[1]
 	for range 3 {
 		add(c.ask(0), FromPeer)
@@ -527,6 +527,7 @@ func TestTally(t *testing.T) {
 	want := Stats{
 		Refused:   [policy.NumClasses]uint64{0: 1, policy.Self: 1, policy.InMesh: 1, policy.OnLAN: 1},
 		RxPackets: 3, RxBytes: 3 * 38, TxPackets: 1, TxBytes: 38, LastRouted: got.LastRouted, Flows: 1, Held: 1, Limit: maxPerPeer,
+		Example: Refused{To: flowtest.HostB4, Proto: policy.ProtoUDP, Port: 2}, // the first since the last Stats
 	}
 	if got != want || !got.LastRouted.Equal(l.clock) {
 		t.Errorf("got %+v, want %+v at %v", got, want, l.clock)

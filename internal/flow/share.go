@@ -32,6 +32,7 @@ type share struct {
 	swept    Instant
 
 	refused   [policy.NumClasses]atomic.Uint64
+	example   sample
 	full      atomic.Uint64 // packets that would have opened one flow too many
 	rxPackets atomic.Uint64
 	rxBytes   atomic.Uint64

@@ -1,6 +1,10 @@
 package flow
 
 import (
+	"encoding/binary"
+	"net/netip"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -26,6 +30,59 @@ type Stats struct {
 	// the peer, or all peers together, had as many as they may, or because the
 	// peer opened them too fast. They are counted in Refused as well.
 	Full uint64
+	// Example is one of the packets that were refused of the peer since the last Stats, or
+	// before; its To is invalid if there was none.
+	Example Refused
+}
+
+// Refused is where a refused packet was to go.
+type Refused struct {
+	To    netip.Addr
+	Proto uint8
+	Port  uint16 // of TCP and UDP, else 0; also 0 where it isn't in the packet
+}
+
+// sample keeps the begin of a refused packet. A peer may have millions refused, so
+// another one is taken only after Stats asked for the last.
+type sample struct {
+	taken atomic.Bool
+
+	mu   sync.Mutex
+	head [header6 + 4]byte // addresses, and ports where no options precede them
+	n    int
+}
+
+func (s *sample) take(b []byte) {
+	if s.taken.Load() || !s.mu.TryLock() {
+		return
+	}
+	s.n = copy(s.head[:], b)
+	s.taken.Store(true)
+	s.mu.Unlock()
+}
+
+// read returns what was taken, and has another one taken.
+func (s *sample) read() (r Refused) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.taken.Store(false)
+	b, ports := s.head[:s.n], header6
+	switch {
+	case len(b) >= header4 && b[0]>>4 == 4:
+		r.To, r.Proto = netip.AddrFrom4([4]byte(b[16:20])), b[9]
+		ports = int(b[0]&15) * 4
+		if binary.BigEndian.Uint16(b[6:])&0x1fff != 0 {
+			return r // a later fragment has no ports
+		}
+	case len(b) >= header6 && b[0]>>4 == 6:
+		r.To, r.Proto = netip.AddrFrom16([16]byte(b[24:40])), b[6]
+	default:
+		return r
+	}
+	if (r.Proto == policy.ProtoTCP || r.Proto == policy.ProtoUDP) && len(b) >= ports+4 {
+		r.Port = binary.BigEndian.Uint16(b[ports+2:])
+	}
+	return r
 }
 
 // Stats returns the counts of the peer with an index in the view's ruleset. Flows that
@@ -49,7 +106,7 @@ func (s *share) stats() Stats {
 	out := Stats{
 		RxPackets: s.rxPackets.Load(), RxBytes: s.rxBytes.Load(),
 		TxPackets: s.txPackets.Load(), TxBytes: s.txBytes.Load(),
-		Full: s.full.Load(),
+		Full: s.full.Load(), Example: s.example.read(),
 	}
 	for class := range out.Refused {
 		out.Refused[class] = s.refused[class].Load()
@@ -73,13 +130,16 @@ type Tally struct {
 	packets, bytes uint64
 }
 
-// Add counts a packet of size bytes with its verdict.
-func (t *Tally) Add(v Verdict, size int, d Direction, now Instant) {
+// Add counts a packet with its verdict.
+func (t *Tally) Add(v Verdict, b []byte, d Direction, now Instant) {
 	if v.share == nil {
 		return
 	}
 	if v.Action != Pass {
 		v.share.refused[v.Class].Add(1)
+		if d == FromPeer {
+			v.share.example.take(b)
+		}
 		return
 	}
 	if v.Class != policy.OnLAN && v.Class != policy.Internet {
@@ -90,7 +150,7 @@ func (t *Tally) Add(v Verdict, size int, d Direction, now Instant) {
 		t.share = v.share
 	}
 	t.packets++
-	t.bytes += uint64(size)
+	t.bytes += uint64(len(b))
 }
 
 // Flush adds what was counted to the peer's counters.

@@ -86,6 +86,8 @@ type PeerStats struct {
 	// opened flows too fast; Refused counts those as well.
 	Held, Limit int
 	Full        uint64
+	// Example is where one of the packets that were refused lately was to go.
+	Example flow.Refused
 }
 
 // Device is a tun.Device that lets pass what the policy lets pass. All methods
@@ -205,7 +207,7 @@ func (d *Device) Stats() map[policy.PeerID]PeerStats {
 	for i, p := range v.Ruleset().Peers() {
 		s := v.Stats(i)
 		stats[p.ID] = PeerStats{
-			Refused: s.Refused, Flows: s.Flows, Cut: s.Cut, Held: s.Held, Limit: s.Limit, Full: s.Full,
+			Refused: s.Refused, Flows: s.Flows, Cut: s.Cut, Held: s.Held, Limit: s.Limit, Full: s.Full, Example: s.Example,
 			Routed: Traffic{s.RxPackets, s.RxBytes, s.TxPackets, s.TxBytes, s.LastRouted},
 		}
 	}
@@ -259,7 +261,7 @@ func (d *Device) judgeRead(bufs [][]byte, sizes []int, offset int, turned [][]by
 		if confine {
 			verdict = confined(verdict)
 		}
-		tally.Add(verdict, sizes[i], flow.ToPeer, now)
+		tally.Add(verdict, packet, flow.ToPeer, now)
 		if verdict.Action != flow.Pass {
 			sizes[i] = 0
 		}
@@ -306,7 +308,7 @@ func (d *Device) judgeWrite(v *flow.View, bufs [][]byte, offset int) [][]byte {
 		if confine {
 			verdict = confined(verdict)
 		}
-		tally.Add(verdict, len(b)-offset, flow.FromPeer, now)
+		tally.Add(verdict, b[offset:], flow.FromPeer, now)
 		switch verdict.Action {
 		case flow.Pass:
 			if d.clearDF {
