@@ -67,6 +67,25 @@ func overlapProblem(r *policy.Ruleset, o policy.Overlap) Problem {
 	return p
 }
 
+// nearlyProblems returns a problem for each interface whose routes are nearly a default
+// route.
+func nearlyProblems(h policy.Host) []Problem {
+	var out []Problem
+	for _, n := range h.NearlyDefault() {
+		missing := make([]string, len(n.Missing))
+		for i, p := range n.Missing {
+			missing[i] = p.String()
+		}
+		out = append(out, Problem{
+			Step: "default route",
+			Message: fmt.Sprintf("routes by %s lead to most of the internet, but not to %s: they are no default route, so what they lead to is class lan, which peers reach with routing and lan only",
+				n.Interface, some(missing, shownPrefixes)),
+			Hint: "have the program that made them route everything (0.0.0.0/0, ::/0), or everything but private networks; or leave it so",
+		})
+	}
+	return out
+}
+
 // outerProblems returns a problem for each peer whose outer address is in a mesh prefix.
 // One in a part that another owner has is named with the owner.
 func outerProblems(r *policy.Ruleset, peers []peer, n numbers) []Problem {
@@ -124,13 +143,14 @@ func some(texts []string, n int) string {
 	return fmt.Sprintf("%s and %d more", strings.Join(texts[:n], ", "), len(texts)-n)
 }
 
-// lookAtPrefixes finds what overlaps the mesh prefixes, and tells what is new of it.
+// lookAtPrefixes finds what overlaps the mesh prefixes, and routes that are nearly a
+// default route, and tells what is new of it.
 func (l *loop) lookAtPrefixes(peers []peer, n numbers) {
 	if l.wanted == nil {
 		return
 	}
 	if l.wanted != l.overlapsOf {
-		l.overlapsOf, l.byPrefix = l.wanted, overlapProblems(l.wanted)
+		l.overlapsOf, l.byPrefix = l.wanted, append(overlapProblems(l.wanted), nearlyProblems(l.wanted.Host())...)
 	}
 	l.overlaps = append(l.byPrefix[:len(l.byPrefix):len(l.byPrefix)], outerProblems(l.wanted, peers, n)...)
 	for _, p := range l.overlaps {

@@ -91,3 +91,33 @@ func TestOverlapsAreNamed(t *testing.T) {
 		}
 	})
 }
+
+// TestNearlyADefaultRouteIsNamed has a VPN route most of the internet, in parts.
+func TestNearlyADefaultRouteIsNamed(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		named := func() (out []api.Problem) {
+			for _, p := range r.d.Status().Problems {
+				if p.Step == "default route" {
+					out = append(out, p)
+				}
+			}
+			return out
+		}
+		r.host.Change(func(h *policy.Host) {
+			for _, p := range []string{"0.0.0.0/1", "128.0.0.0/2", "192.0.0.0/4"} {
+				h.Routes = append(h.Routes, policy.Route{Prefix: netip.MustParsePrefix(p), Interface: "wg0"})
+			}
+		})
+		r.after(10 * time.Second)
+		if got := named(); len(got) != 1 || !strings.Contains(got[0].Message, "routes by wg0 lead to most of the internet, but not to 208.0.0.0/4") {
+			t.Fatalf("named: %v", got)
+		}
+		r.host.Change(func(h *policy.Host) {
+			h.Routes = append(h.Routes, policy.Route{Prefix: netip.MustParsePrefix("208.0.0.0/4"), Interface: "wg0"})
+		})
+		r.after(10 * time.Second)
+		if got := named(); len(got) > 0 {
+			t.Errorf("named although they cover all that isn't special: %v", got)
+		}
+	})
+}

@@ -1,0 +1,92 @@
+package policy
+
+import (
+	"math"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// Nearly is an interface whose routes lead to at least half of the internet of a family
+// and are no default route, because they leave something out.
+type Nearly struct {
+	Interface string
+	// Missing are the prefixes that they don't lead to, sorted, private and
+	// special-purpose space at the edges included.
+	Missing []netip.Prefix
+	// Share is how much of the internet they lead to, from 0.5 to less than 1.
+	Share float64
+}
+
+// NearlyDefault returns the interfaces whose routes are nearly a default route of a
+// family: what they lead to is class lan, like other networks, which may be a surprise.
+// They are sorted by interface, IPv4 first.
+func (h Host) NearlyDefault() []Nearly {
+	type key struct {
+		name string
+		v4   bool
+	}
+	routed := map[netip.Prefix]bool{}
+	for _, p := range h.routed() {
+		routed[p] = true
+	}
+	by := map[key][]netip.Prefix{}
+	for _, r := range h.Routes {
+		if p := r.Prefix.Masked(); routed[p] && r.Interface != h.Interface && !isLoopback(r.Interface) {
+			k := key{r.Interface, p.Addr().Is4()}
+			by[k] = append(by[k], p)
+		}
+	}
+	var out []Nearly
+	for k, ps := range by {
+		all := netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+		if k.v4 {
+			all = netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+		}
+		slices.SortFunc(ps, comparePrefix)
+		n := Nearly{Interface: k.name, Missing: holes(all, slices.Compact(ps))}
+		left := 0.0
+		for _, p := range n.Missing {
+			left += public(p)
+		}
+		if n.Share = 1 - left/public(all); n.Share >= 0.5 && n.Share < 1 {
+			out = append(out, n)
+		}
+	}
+	slices.SortFunc(out, func(a, b Nearly) int {
+		if c := strings.Compare(a.Interface, b.Interface); c != 0 {
+			return c
+		}
+		return a.Missing[0].Addr().Compare(b.Missing[0].Addr()) // IPv4 is less
+	})
+	return out
+}
+
+// holes returns what of p neither the prefixes, which are sorted and inside p, nor special
+// space cover. Like cover it goes no deeper than the next prefix.
+func holes(p netip.Prefix, prefixes []netip.Prefix) []netip.Prefix {
+	switch {
+	case len(prefixes) > 0 && prefixes[0] == p || public(p) == 0:
+		return nil
+	case len(prefixes) == 0 || p.IsSingleIP():
+		return []netip.Prefix{p}
+	}
+	low, high := halves(p)
+	middle, _ := slices.BinarySearchFunc(prefixes, high.Addr(), func(q netip.Prefix, a netip.Addr) int { return q.Addr().Compare(a) })
+	return append(holes(low, prefixes[:middle]), holes(high, prefixes[middle:])...)
+}
+
+// public returns which part of its family's addresses are in p and not in special space.
+func public(p netip.Prefix) float64 {
+	size := math.Ldexp(1, -p.Bits())
+	for _, s := range special {
+		switch {
+		case !s.Overlaps(p):
+		case s.Bits() <= p.Bits():
+			return 0
+		default:
+			size -= math.Ldexp(1, -s.Bits())
+		}
+	}
+	return size
+}
