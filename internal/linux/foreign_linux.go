@@ -95,7 +95,8 @@ type evaluator struct {
 	index  func(name string) int
 	rules  map[string][]foreignRule
 	sets   map[string]foreignSet
-	steps  int // rules evaluated
+	port   uint16 // one that peers' flows are translated to; 0: not known
+	steps  int    // rules evaluated
 }
 
 // Bounds of a look: how many rules are evaluated, in some tenths of a second, and how
@@ -114,7 +115,7 @@ func (o *others) newEvaluator(ctx context.Context) (*evaluator, error) {
 	chains = slices.DeleteFunc(chains, func(c *nftables.Chain) bool { return c.Hooknum == nil || c.Table.Name == tableName })
 	slices.SortStableFunc(chains, func(a, b *nftables.Chain) int { return int(priorityOf(a)) - int(priorityOf(b)) })
 	return &evaluator{
-		chains: chains, index: indexOf, rules: map[string][]foreignRule{}, sets: map[string]foreignSet{},
+		chains: chains, index: indexOf, port: uint16(o.port.Load()), rules: map[string][]foreignRule{}, sets: map[string]foreignSet{},
 		ask: func(m mdlayher.Message) ([]mdlayher.Message, error) {
 			if err := ctx.Err(); err != nil {
 				return nil, err
@@ -140,6 +141,57 @@ func indexOf(name string) int {
 	return i.Index
 }
 
+// place is where on its way a packet is.
+type place struct {
+	hook     nftables.ChainHook
+	priority nftables.ChainPriority
+	device   bool // at a hook of a device, before or after all others
+}
+
+func placeOf(c *nftables.Chain) place {
+	return place{*c.Hooknum, priorityOf(c), atDevice(c)}
+}
+
+// Hooks of devices (enum nf_dev_hooks of linux/netfilter.h, and NF_INET_INGRESS).
+const (
+	deviceIngress = 0
+	deviceEgress  = 1
+	inetIngress   = 5
+)
+
+// atDevice reports whether a chain has its packets from devices.
+func atDevice(c *nftables.Chain) bool {
+	return c.Table.Family == nftables.TableFamilyNetdev || c.Table.Family == nftables.TableFamilyINet && *c.Hooknum == inetIngress
+}
+
+// arriving and leaving say that a packet is at a hook of the device that it came in, or
+// leaves, by.
+func (p place) arriving() bool { return p.device && p.hook != deviceEgress }
+func (p place) leaving() bool  { return p.device && p.hook == deviceEgress }
+
+// tracked reports whether conntrack has seen the packet (NF_IP_PRI_CONNTRACK).
+func (p place) tracked() bool {
+	early := p.hook == *nftables.ChainHookPrerouting || p.hook == *nftables.ChainHookOutput
+	return !p.arriving() && !(!p.device && early && p.priority < *nftables.ChainPriorityConntrack)
+}
+
+// routed reports whether it is known by which interface the packet leaves.
+func (p place) routed() bool {
+	return !p.arriving() && (p.device || p.hook != *nftables.ChainHookPrerouting && p.hook != *nftables.ChainHookInput)
+}
+
+// answered reports whether answers to what was translated have the address that they had
+// on the wire (before NF_IP_PRI_NAT_DST).
+func (p place) answered() bool {
+	return p.arriving() || !p.device && p.hook == *nftables.ChainHookPrerouting && p.priority < *nftables.ChainPriorityNATDest
+}
+
+// translated reports whether a source may have been translated (our chain is before
+// NF_IP_PRI_NAT_SRC).
+func (p place) translated() bool {
+	return p.leaving() || !p.device && p.hook == *nftables.ChainHookPostrouting && p.priority > sourceNAT
+}
+
 // flowState is what rules change of a packet on its way, nil where it isn't known.
 type flowState struct {
 	mark, ctMark []byte
@@ -150,9 +202,10 @@ type flowState struct {
 func (e *evaluator) run(s sample) finding {
 	w := &walk{e: e, s: s, state: flowState{mark: make([]byte, 4), ctMark: make([]byte, 4)}}
 	var maybe *finding
-	for _, hook := range s.hooks() {
-		for _, c := range e.chains {
-			if *c.Hooknum != hook || !s.family(c.Table.Family) || c.Type == nftables.ChainTypeNAT && s.reply {
+	for _, chains := range e.passed(s) {
+		for _, c := range chains {
+			// Conntrack asks for a flow's first packet, until something has translated it.
+			if c.Type == nftables.ChainTypeNAT && (s.reply || s.iif != "" && placeOf(c).translated()) {
 				continue
 			}
 			f := w.base(c)
@@ -178,11 +231,40 @@ func (e *evaluator) run(s sample) finding {
 	return finding{outcome: passes}
 }
 
+// passed returns the chains at each hook that a packet passes, in order.
+func (e *evaluator) passed(s sample) [][]*nftables.Chain {
+	var in, out []*nftables.Chain
+	for _, c := range e.chains {
+		if !atDevice(c) {
+			continue
+		}
+		name, list := s.iif, &in
+		if placeOf(c).leaving() {
+			name, list = s.oif, &out
+		}
+		if name != "" && (s.family(c.Table.Family) || c.Table.Family == nftables.TableFamilyNetdev) && e.isAt(c, name) {
+			*list = append(*list, c)
+		}
+	}
+	all := [][]*nftables.Chain{in}
+	for _, hook := range s.hooks() {
+		var at []*nftables.Chain
+		for _, c := range e.chains {
+			if !atDevice(c) && *c.Hooknum == hook && s.family(c.Table.Family) {
+				at = append(at, c)
+			}
+		}
+		all = append(all, at)
+	}
+	return append(all, out)
+}
+
 // walk is one packet on its way.
 type walk struct {
 	e     *evaluator
 	s     sample
 	state flowState
+	place place
 	// unclear says that a rule which may have ended the chain otherwise wasn't
 	// understood; at is the first.
 	unclear bool
@@ -191,7 +273,7 @@ type walk struct {
 
 // base evaluates a base chain.
 func (w *walk) base(c *nftables.Chain) finding {
-	w.unclear = false
+	w.unclear, w.place = false, placeOf(c)
 	here := finding{family: c.Table.Family, table: c.Table.Name, chain: c.Name}
 	f := w.chain(c.Table, c.Name, 0)
 	if f.outcome == goesOn && c.Policy != nil && *c.Policy == nftables.ChainPolicyDrop {
@@ -335,6 +417,10 @@ func (w *walk) rule(t *nftables.Table, r foreignRule) (verdict *expr.Verdict, su
 			}
 			continue
 		}
+		if c, ok := x.(*expr.Ct); ok && c.SourceRegister && c.Key == expr.CtKeyZONE {
+			// Whether an answer finds its flow depends on what zone that gets.
+			return &expr.Verdict{Kind: verdictUntracked}, false
+		}
 		holds, known := w.condition(t, regs, x, sure)
 		if known && !holds {
 			return nil, true
@@ -468,6 +554,7 @@ func (w *walk) condition(t *nftables.Table, regs *registers, x any, sure bool) (
 	case *expr.Counter, *expr.Log, *expr.FlowOffload, *expr.SecMark, *expr.CtHelper, *expr.CtTimeout, *expr.CtExpect:
 		return true, true
 	}
+	*regs = registers{} // it may have written to any
 	return true, false
 }
 
@@ -481,14 +568,14 @@ func assigned(v, before []byte, sure bool) []byte {
 
 // swapped turns the bytes of each number of size, as hton and ntoh do on this machine.
 func swapped(v []byte, size int) []byte {
-	if v == nil || size <= 0 || len(v)%size != 0 {
+	if v == nil || size <= 0 {
 		return nil
 	}
 	if binary.NativeEndian.Uint16([]byte{1, 0}) != 1 {
 		return v
 	}
 	out := slices.Clone(v)
-	for at := 0; at < len(out); at += size {
+	for at := 0; at+size <= len(out); at += size {
 		slices.Reverse(out[at : at+size])
 	}
 	return out
@@ -509,11 +596,11 @@ func (w *walk) metaExpr(regs *registers, x *expr.Meta, sure bool) (holds, known 
 	case expr.MetaKeyIIFNAME:
 		regs.set(x.Register, name(s.iif).bytes, 0)
 	case expr.MetaKeyOIFNAME:
-		regs.set(x.Register, name(s.oif).bytes, 0)
+		regs.set(x.Register, name(w.oif()).bytes, 0)
 	case expr.MetaKeyIIF:
 		regs.set(x.Register, w.number(s.iif), 4)
 	case expr.MetaKeyOIF:
-		regs.set(x.Register, w.number(s.oif), 4)
+		regs.set(x.Register, w.number(w.oif()), 4)
 	case expr.MetaKeyNFPROTO:
 		regs.set(x.Register, []byte{familyOf(s.src)}, 0)
 	case expr.MetaKeyPROTOCOL:
@@ -533,6 +620,14 @@ func (w *walk) metaExpr(regs *registers, x *expr.Meta, sure bool) (holds, known 
 		regs.set(x.Register, nil, 16)
 	}
 	return true, true
+}
+
+// oif is the interface that the packet leaves by, once that is known.
+func (w *walk) oif() string {
+	if w.place.routed() {
+		return w.s.oif
+	}
+	return ""
 }
 
 // number returns an interface's number, where it is asked for at this hook.
@@ -557,7 +652,7 @@ func (w *walk) payload(regs *registers, x *expr.Payload) (holds, known bool) {
 	case expr.PayloadBaseNetworkHeader:
 		h = w.s.network()
 	case expr.PayloadBaseTransportHeader:
-		h = w.s.transport()
+		h = w.transport()
 	default:
 		regs.set(x.DestRegister, nil, int(x.Len))
 		return true, true
@@ -567,7 +662,53 @@ func (w *walk) payload(regs *registers, x *expr.Payload) (holds, known bool) {
 		return true, false
 	}
 	regs.set(x.DestRegister, h[x.Offset:x.Offset+x.Len], 0)
+	if w.hidden(x) {
+		regs.set(x.DestRegister, nil, int(x.Len))
+	}
 	return true, true
+}
+
+// hidden reports whether a part of the packet is an address that translation has changed,
+// or hasn't yet: a sample has those that the policy is about.
+func (w *walk) hidden(x *expr.Payload) bool {
+	src, dst, size := uint32(12), uint32(16), uint32(4)
+	if w.s.src.Is6() {
+		src, dst, size = 8, 24, 16
+	}
+	if x.Base == expr.PayloadBaseTransportHeader {
+		src, dst, size = 0, 2, 2
+		switch {
+		case w.s.proto != unix.IPPROTO_TCP && w.s.proto != unix.IPPROTO_UDP:
+			src, dst = 4, 4 // an identifier
+		case w.e.port != 0:
+			return false
+		}
+	}
+	touches := func(at uint32) bool { return x.Offset < at+size && x.Offset+x.Len > at }
+	return w.onWire(true) && touches(dst) || w.onWire(false) && touches(src)
+}
+
+// onWire reports whether a forwarded packet has the address and port that it has on the
+// wire: as an answer, its destination's, else its source's.
+func (w *walk) onWire(reply bool) bool {
+	if w.s.iif == "" || w.s.oif == "" || w.s.reply != reply {
+		return false
+	}
+	return reply && w.place.answered() || !reply && w.place.translated()
+}
+
+// transport returns the header behind IP's, with a port of those that peers' flows are
+// translated to where it is.
+func (w *walk) transport() []byte {
+	s := w.s
+	switch {
+	case w.e.port == 0:
+	case w.onWire(true):
+		s.dport = w.e.port
+	case w.onWire(false):
+		s.sport = w.e.port
+	}
+	return s.transport()
 }
 
 // network returns the IP header.
@@ -605,6 +746,12 @@ func (s *sample) transport() []byte {
 
 // ct returns what conntrack says of the packet's flow (net/netfilter/nft_ct.c).
 func (w *walk) ct(key expr.CtKey) []byte {
+	if !w.place.tracked() {
+		if key == expr.CtKeySTATE {
+			return native(int(expr.CtStateBitINVALID)) // nft_ct_get_eval
+		}
+		return nil
+	}
 	switch key {
 	case expr.CtKeySTATE:
 		return native(int(w.stateBit()))
@@ -680,7 +827,7 @@ const (
 func (w *walk) fib(regs *registers, x *expr.Fib) (holds, known bool) {
 	var v []byte
 	switch {
-	case x.ResultADDRTYPE && x.FlagDADDR && w.s.oif == "", x.ResultADDRTYPE && x.FlagSADDR && w.s.iif == "":
+	case x.ResultADDRTYPE && x.FlagDADDR && (w.s.oif == "" || w.s.reply && w.place.answered()), x.ResultADDRTYPE && x.FlagSADDR && w.s.iif == "":
 		v = native(routeLocal)
 	case x.ResultADDRTYPE:
 		v = native(routeUnicast)
@@ -780,13 +927,65 @@ func (w *walk) match(x *expr.Match) (holds, known bool) {
 		}
 		return is(info.Source, from, info.Flags&invertSource != 0) && is(info.Dest, to, info.Flags&invertDest != 0), true
 	case *xt.Unknown:
+		b := []byte(*info)
+		switch x.Name {
+		case "icmp", "icmp6":
+			return w.s.icmpMatch(b)
+		case "multiport":
+			return w.s.multiport(x.Rev, b)
+		case "pkttype": // struct xt_pkttype_info: a type, and whether it is inverted
+			if len(b) >= 8 {
+				return (binary.NativeEndian.Uint32(b) == unix.PACKET_HOST) != (binary.NativeEndian.Uint32(b[4:]) != 0), true
+			}
+		}
 		// struct xt_mark_mtinfo1 of linux/netfilter/xt_mark.h.
-		if b := []byte(*info); x.Name == "mark" && len(b) >= 9 && w.state.mark != nil {
+		if x.Name == "mark" && len(b) >= 9 && w.state.mark != nil {
 			mark := binary.NativeEndian.Uint32(w.state.mark)
 			return (mark&binary.NativeEndian.Uint32(b[4:]) == binary.NativeEndian.Uint32(b)) != (b[8] != 0), true
 		}
 	}
 	return true, false
+}
+
+// icmpMatch evaluates struct ipt_icmp, which is struct ip6t_icmp too: a type, of which
+// 255 is any, two codes, and whether it is inverted.
+func (s *sample) icmpMatch(b []byte) (holds, known bool) {
+	if len(b) < 4 {
+		return true, false
+	}
+	if s.proto != unix.IPPROTO_ICMP && s.proto != unix.IPPROTO_ICMPV6 {
+		return false, true
+	}
+	kind := s.transport()[0]
+	return (b[0] == 255 || b[0] == kind && b[1] == 0) != (b[3]&1 != 0), true
+}
+
+// multiport evaluates struct xt_multiport_v1: which ports (source, destination or either),
+// how many, 15 of them, 15 flags for the beginnings of ranges, and whether it is inverted.
+func (s *sample) multiport(rev uint32, b []byte) (holds, known bool) {
+	const most, size = 15, 2 + 2*15 + 15 + 1
+	if rev != 1 || len(b) < size || b[1] > most {
+		return true, false
+	}
+	if s.proto != unix.IPPROTO_TCP && s.proto != unix.IPPROTO_UDP {
+		return false, true
+	}
+	of := func(i int) uint16 { return binary.NativeEndian.Uint16(b[2+2*i:]) }
+	in := func(p uint16) bool {
+		for i := 0; i < int(b[1]); i++ {
+			from, to := of(i), of(i)
+			if b[2+2*most+i] != 0 && i+1 < int(b[1]) {
+				i++
+				to = of(i)
+			}
+			if p >= from && p <= to {
+				return true
+			}
+		}
+		return false
+	}
+	found := b[0] != 1 && in(s.sport) || b[0] != 0 && in(s.dport)
+	return found != (b[size-1] != 0), true
 }
 
 func within16(p uint16, r [2]uint16) bool { return p >= r[0] && p <= r[1] }

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -40,6 +41,8 @@ type foreignSet struct{ keySize int }
 type foreignElement struct {
 	data    []byte
 	verdict *expr.Verdict
+	// conditional says that it has an expression which may not hold, such as a limit.
+	conditional bool
 }
 
 // nftMessage makes a request about a table.
@@ -156,9 +159,9 @@ func trimZero(b []byte) []byte {
 
 // knownExprs makes the expressions that are read.
 var knownExprs = map[string]func() expr.Any{
-	"bitwise": func() expr.Any { return &expr.Bitwise{} }, "byteorder": func() expr.Any { return &expr.Byteorder{} },
-	"cmp": func() expr.Any { return &expr.Cmp{} }, "counter": func() expr.Any { return &expr.Counter{} },
-	"ct": func() expr.Any { return &expr.Ct{} }, "cthelper": func() expr.Any { return &expr.CtHelper{} },
+	"bitwise": func() expr.Any { return &expr.Bitwise{} },
+	"cmp":     func() expr.Any { return &expr.Cmp{} }, "counter": func() expr.Any { return &expr.Counter{} },
+	"cthelper":  func() expr.Any { return &expr.CtHelper{} },
 	"cttimeout": func() expr.Any { return &expr.CtTimeout{} }, "ctexpect": func() expr.Any { return &expr.CtExpect{} },
 	"dynset": func() expr.Any { return &expr.Dynset{} }, "exthdr": func() expr.Any { return &expr.Exthdr{} },
 	"fib": func() expr.Any { return &expr.Fib{} }, "flow_offload": func() expr.Any { return &expr.FlowOffload{} },
@@ -210,6 +213,10 @@ func decodeExpr(family byte, name string, data []byte) (x any) {
 			x = opaque(name)
 		}
 	}()
+	switch name {
+	case "ct", "byteorder":
+		return decodeNumbers(name, data)
+	}
 	make, ok := knownExprs[name]
 	if !ok {
 		return opaque(name)
@@ -229,6 +236,109 @@ func decodeExpr(family byte, name string, data []byte) (x any) {
 		return v
 	}
 	return e
+}
+
+// Attributes of a change of the order of bytes (linux/netfilter/nf_tables.h).
+const (
+	byteorderSource = 1
+	byteorderDest   = 2
+	byteorderLen    = 4
+	byteorderSize   = 5
+)
+
+// decodeNumbers decodes what the library doesn't, or not whole: the direction that a
+// question to conntrack has is of one byte, and what it sets has a register of its own.
+func decodeNumbers(name string, data []byte) any {
+	ad, err := mdlayher.NewAttributeDecoder(data)
+	if err != nil {
+		return opaque(name)
+	}
+	ct, order := &expr.Ct{}, &expr.Byteorder{}
+	for ad.Next() {
+		b := ad.Bytes()
+		if name == "ct" && ad.Type() == unix.NFTA_CT_DIRECTION && len(b) == 1 {
+			ct.Direction = uint32(b[0])
+			continue
+		}
+		if len(b) != 4 {
+			return opaque(name)
+		}
+		v := binary.BigEndian.Uint32(b)
+		switch {
+		case name == "byteorder":
+			switch ad.Type() {
+			case byteorderSource:
+				order.SourceRegister = v
+			case byteorderDest:
+				order.DestRegister = v
+			case byteorderLen:
+				order.Len = v
+			case byteorderSize:
+				order.Size = v
+			}
+		case ad.Type() == unix.NFTA_CT_KEY:
+			ct.Key = expr.CtKey(v)
+		case ad.Type() == unix.NFTA_CT_DREG:
+			ct.Register = v
+		case ad.Type() == unix.NFTA_CT_SREG:
+			ct.Register, ct.SourceRegister = v, true
+		}
+	}
+	switch {
+	case ad.Err() != nil:
+		return opaque(name)
+	case name == "ct":
+		return ct
+	}
+	return order
+}
+
+// Attributes of a base chain's devices (linux/netfilter/nf_tables.h).
+const (
+	hookDevice   = 3
+	hookDevices  = 4
+	deviceName   = 1
+	devicePrefix = 2
+)
+
+// isAt reports whether a chain has packets from a device. Where its devices can't be read
+// it may.
+func (e *evaluator) isAt(c *nftables.Chain, device string) bool {
+	request, err := nftMessage(unix.NFT_MSG_GETCHAIN, 0, c.Table, []mdlayher.Attribute{
+		nftName(unix.NFTA_CHAIN_TABLE, c.Table.Name), nftName(unix.NFTA_CHAIN_NAME, c.Name),
+	})
+	if err != nil {
+		return true
+	}
+	ms, err := e.ask(request)
+	if err != nil {
+		return true
+	}
+	found := false
+	for _, m := range ms {
+		ad, err := attributesOf(m.Data)
+		if err != nil {
+			return true
+		}
+		eachNested(ad, unix.NFTA_CHAIN_HOOK, func(hook *mdlayher.AttributeDecoder) {
+			for hook.Next() {
+				switch hook.Type() {
+				case hookDevice:
+					found = found || string(trimZero(hook.Bytes())) == device
+				case hookDevices:
+					hook.Nested(func(list *mdlayher.AttributeDecoder) error {
+						for list.Next() {
+							name := string(trimZero(list.Bytes()))
+							found = found || list.Type() == deviceName && name == device ||
+								list.Type() == devicePrefix && strings.HasPrefix(device, name)
+						}
+						return list.Err()
+					})
+				}
+			}
+		})
+	}
+	return found
 }
 
 func hasOtherOp(data []byte) bool {
@@ -330,12 +440,50 @@ func (e *evaluator) askElement(t *nftables.Table, set string, which mdlayher.Att
 		if ad, err := attributesOf(m.Data); err == nil {
 			eachNested(ad, unix.NFTA_SET_ELEM_LIST_ELEMENTS, func(list *mdlayher.AttributeDecoder) {
 				eachNested(list, unix.NFTA_LIST_ELEM, func(elem *mdlayher.AttributeDecoder) {
-					eachNested(elem, unix.NFTA_SET_ELEM_DATA, out.read)
+					out.readElement(byte(t.Family), elem)
 				})
 			})
 		}
 	}
+	if out.conditional {
+		return nil, errUnknown
+	}
 	return out, nil
+}
+
+// Attributes of an element that has expressions of its own (linux/netfilter/nf_tables.h).
+const (
+	elementExpr  = 7
+	elementExprs = 11
+)
+
+// readElement reads an element's data, and whether it has expressions that may not hold.
+func (x *foreignElement) readElement(family byte, elem *mdlayher.AttributeDecoder) {
+	expression := func(b []byte) {
+		e, err := parseForeignExpr(family, b)
+		if _, counts := e.(*expr.Counter); err != nil || !counts {
+			x.conditional = true
+		}
+	}
+	for elem.Next() {
+		switch elem.Type() {
+		case unix.NFTA_SET_ELEM_DATA:
+			elem.Nested(func(in *mdlayher.AttributeDecoder) error {
+				in.ByteOrder = binary.BigEndian
+				x.read(in)
+				return in.Err()
+			})
+		case elementExpr:
+			expression(elem.Bytes())
+		case elementExprs:
+			elem.Nested(func(in *mdlayher.AttributeDecoder) error {
+				for in.Next() {
+					expression(in.Bytes())
+				}
+				return in.Err()
+			})
+		}
+	}
 }
 
 // eachNested visits the attributes of a kind that have attributes.

@@ -164,5 +164,6 @@ func tunnelSamples(r *policy.Ruleset) []sample {
 func familyName(f nftables.TableFamily) string {
 	return map[nftables.TableFamily]string{
 		nftables.TableFamilyIPv4: "ip", nftables.TableFamilyIPv6: "ip6", nftables.TableFamilyINet: "inet",
+		nftables.TableFamilyNetdev: "netdev",
 	}[f]
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/nftables"
@@ -28,6 +29,8 @@ type others struct {
 	raw   *mdlayher.Conn
 	flows *conntrack
 	spent bool
+	// port is one that peers' flows are translated to, as what enforces chose it.
+	port atomic.Uint32
 
 	holders holders
 	excess  excess

@@ -60,6 +60,9 @@ func (p *Platform) observePorts(h *policy.Host) error {
 	}
 	had := p.ports.host.bound
 	p.ports.host, p.ports.now, p.ports.around = host, host.keep(p.ports.now), portRange{}
+	if p.others != nil {
+		p.others.port.Store(uint32(p.ports.now.first))
+	}
 	if p.ports.now.size() == 0 {
 		h.Forwarding = policy.Families{}
 		return nil
