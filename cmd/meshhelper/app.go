@@ -67,8 +67,6 @@ type app struct {
 	socket  string
 	json    bool
 	started bool // whether a command began, and so wasn't used wrongly
-	// unread is what is added when the answer couldn't be written.
-	unread string
 }
 
 // answer is a command's standard output. It keeps the first error, so that a command
@@ -85,6 +83,23 @@ func (a *answer) Write(b []byte) (int, error) {
 		a.err = err
 	}
 	return n, err
+}
+
+// written returns why the answer isn't where it is to stay: the first error of a
+// write, or of flushing a file, for only then a full or failing disk shows everywhere.
+func (a *app) written() error {
+	out, ok := a.stdout.(*answer)
+	if !ok {
+		return nil
+	}
+	f, ok := out.to.(*os.File)
+	if out.err != nil || !ok {
+		return out.err
+	}
+	if info, err := f.Stat(); err == nil && info.Mode().IsRegular() {
+		out.err = f.Sync()
+	}
+	return out.err
 }
 
 // main runs the command with args and returns its exit status.
@@ -112,10 +127,13 @@ func (a *app) main(args []string) int {
 	}
 	if out.err != nil {
 		a.started = true // also where --help was asked for
-		lost := fmt.Errorf("the answer couldn't be written: %w%s", out.err, a.unread)
-		if err == nil || errors.Is(err, out.err) {
+		lost := fmt.Errorf("the answer couldn't be written: %w", out.err)
+		var told *takenBack
+		switch {
+		case errors.As(err, &told): // says it
+		case err == nil || errors.Is(err, out.err):
 			err = lost
-		} else {
+		default:
 			err = errors.Join(err, lost)
 		}
 	}

@@ -83,6 +83,7 @@ func TestInForceButNotSaved(t *testing.T) {
 	old := api.Peer{Name: "phone", PublicKey: "4+kGYe2dVTRjEBG9/eVGCXT1Y2OY5tjp2j3GIYuBrkg=", Kind: api.External,
 		Addresses: []netip.Addr{netip.MustParseAddr("100.64.0.9"), netip.MustParseAddr("fd6d:6573:6800::9")}}
 	const says = "meshhelper: in force now, but not saved: after a restart it is back: no space left on device; make room; it is saved then\n"
+	const saysJSON = `{"error":{"code":"not_saved","message":"in force now, but not saved: after a restart it is back: no space left on device","hint":"make room; it is saved then"}}` + "\n"
 	for _, c := range []struct {
 		args    string
 		changes bool
@@ -96,12 +97,39 @@ func TestInForceButNotSaved(t *testing.T) {
 	} {
 		f := &fullDisk{peer: old, changes: c.changes}
 		status, stdout, stderr := f.command(t, strings.Fields(c.args)...)
-		if status != exitFailed || !strings.HasSuffix(stderr, says) {
+		want := says
+		if strings.HasSuffix(c.args, "--json") {
+			want = saysJSON
+		}
+		if status != exitFailed || !strings.HasSuffix(stderr, want) {
 			t.Errorf("%s: status %d, %q", c.args, status, stderr)
 		}
 		shown := strings.Contains(stdout, "PrivateKey = ") && !strings.Contains(stdout, wireguard.KeyPlaceholder)
 		if shown != c.key || !c.key && stdout != "" {
 			t.Errorf("%s, in force %t: printed %q", c.args, c.changes, stdout)
+		}
+	}
+}
+
+// TestQRCodeNeedsRoom prints a QR code on a terminal that is too narrow for it: it
+// would break at the edge, and no camera reads it then.
+func TestQRCodeNeedsRoom(t *testing.T) {
+	key, err := wireguard.GeneratePrivateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := wireguard.Addresses{V4: netip.MustParseAddr("100.64.0.9"), V6: netip.MustParseAddr("fd6d:6573:6800::9")}
+	config := wireguard.ForPeer(key, own, key.Public(), wireguard.Endpoint{Host: "203.0.113.1", Port: 51820}, wireguard.Everything(), nil)
+	for columns, drawn := range map[int]bool{0: true, 60: false, 80: true} {
+		var out, talk bytes.Buffer
+		a := &app{stdout: &out, stderr: &talk, columns: columns, getenv: func(string) string { return "" }}
+		a.printQR(config, "phone")
+		if (out.Len() > 0) != drawn {
+			t.Errorf("%d columns: printed %d bytes", columns, out.Len())
+		}
+		if said := strings.Contains(talk.String(), "this terminal 60, so it isn't printed"); said == drawn ||
+			!drawn && !strings.Contains(talk.String(), "meshhelper peer rekey phone --qr") {
+			t.Errorf("%d columns: says %q", columns, talk.String())
 		}
 	}
 }

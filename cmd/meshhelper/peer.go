@@ -200,6 +200,7 @@ func toggle(ctx context.Context, o *toggleOptions, ref string, words []string) e
 			o.app.say("%s", sentence(changed.Peer.Name, one, before.Permissions.Of(one), changed.Peer.Permissions.Of(one)))
 		}
 		o.app.warnLAN(changed.Peer, o.allow)
+		o.app.warnTunnel(ctx, before.Tunnel, changed.Peer)
 	})
 }
 
@@ -243,6 +244,10 @@ func sentence(name string, one policy.Permissions, was, is api.Permission) strin
 		return fmt.Sprintf("%s has lan now%s, which has no effect until it may route", name, when)
 	case is.Allowed && same:
 		return fmt.Sprintf("%s may already %s%s", name, verbs[one], when)
+	case is.Allowed && was.Allowed && was.Until.IsZero():
+		return fmt.Sprintf("%s may %s until %s only; before, it had no end", name, verbs[one], formatEnd(is.Until))
+	case is.Allowed && was.Allowed && is.Until.IsZero():
+		return fmt.Sprintf("%s may now %s without an end", name, verbs[one])
 	case is.Allowed:
 		return fmt.Sprintf("%s may now %s%s", name, verbs[one], when)
 	case same:

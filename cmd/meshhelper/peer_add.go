@@ -1,9 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -19,21 +23,34 @@ type peerAddOptions struct {
 	name, publicKey, endpoint string
 	own, external, qr         bool
 	addresses, allow          []string
-	keepalive                 time.Duration
+	keepalive, limit          time.Duration
+	timed                     bool // whether limit was given
+	tunnel, output            string
+
+	file *outputFile // nil: the configuration goes to standard output
+	was  *api.Peer   // what a peer was that gets another key, else nil
 }
+
+const outputUsage = "write the configuration to a new `FILE` that only its owner can read, and never over one that exists"
 
 func newPeerAddCommand(a *app) *cobra.Command {
 	o := &peerAddOptions{app: a}
 	c := &cobra.Command{
 		Use: "add NAME", Short: "Add a peer, and print its configuration",
 		Long: `Add a peer. Without --public-key a key is made here, and a configuration for a
-stock WireGuard app is printed, once: the private key is kept nowhere.`,
+stock WireGuard app is printed, once: the private key is kept nowhere. Write it to a
+file with --output FILE. What can't be written isn't added.
+
+The configuration sends everything through this host where the peer may route, and
+else what is for this host. With --tunnel split it is what is for this host and, for a
+peer that may route and reach its networks (lan), for these.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			o.name = args[0]
 			if o.publicKey == "" && c.Flags().Changed("public-key") {
 				return usagef("--public-key is empty; without it a key is made here")
 			}
+			o.timed = c.Flags().Changed("for")
 			return addPeer(c.Context(), o)
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,
@@ -46,6 +63,9 @@ stock WireGuard app is printed, once: the private key is kept nowhere.`,
 	f.StringVar(&o.endpoint, "endpoint", "", "`HOST:PORT` where the peer is reached")
 	f.DurationVar(&o.keepalive, "keepalive", 0, "send something this often, such as 25s")
 	f.StringSliceVar(&o.allow, "allow", nil, "`PERMISSIONS` besides the kind's: incoming, routing, lan")
+	f.Var(durationFlag(&o.limit), "for", "how long the permissions of --allow hold, such as 30m, 2h, 1d or 1w; without, for good")
+	f.StringVar(&o.tunnel, "tunnel", "", "what the configuration sends here: full or split (what the peer may)")
+	f.StringVar(&o.output, "output", "", outputUsage)
 	f.BoolVar(&o.qr, "qr", false, "print the configuration as a QR code, too")
 	return c
 }
@@ -54,20 +74,28 @@ stock WireGuard app is printed, once: the private key is kept nowhere.`,
 // with its address in the meantime.
 const keyTries = 3
 
-func addPeer(ctx context.Context, o *peerAddOptions) error {
+func addPeer(ctx context.Context, o *peerAddOptions) (err error) {
 	request, err := o.request()
 	if err != nil {
 		return err
 	}
-	if o.publicKey != "" {
-		changed, err := o.app.client().AddPeer(ctx, request)
-		return o.answer(ctx, changed, wireguard.PrivateKey{}, err)
+	surviveClosedPipe()
+	was, failed := o.app.client().Peer(ctx, o.name)
+	known := failed == nil && was.Name == o.name
+	if known && o.qr {
+		return noQR(o.name)
 	}
-	if was, err := o.app.client().Peer(ctx, o.name); err == nil && was.Name == o.name {
-		// The same peer, unless the helper finds something that differs.
-		request.PublicKey = was.PublicKey
+	if err := o.create(); err != nil {
+		return err
+	}
+	defer func() { err = o.end(err) }()
+	if o.publicKey != "" || known {
+		if known && o.publicKey == "" {
+			// The same peer, unless the helper finds something that differs.
+			request.PublicKey = was.PublicKey
+		}
 		changed, err := o.app.client().AddPeer(ctx, request)
-		return o.answer(ctx, changed, wireguard.PrivateKey{}, err)
+		return o.answer(ctx, changed, wireguard.PrivateKey{}, err, nil)
 	}
 	for try := 1; ; try++ {
 		private, err := o.app.drawKey(ctx, len(o.addresses) == 0)
@@ -75,13 +103,29 @@ func addPeer(ctx context.Context, o *peerAddOptions) error {
 			return err
 		}
 		request.PublicKey = private.Public().String()
+		// From here on it may be added, so that the command goes on to its end.
+		ctx, stop := unbroken(ctx)
+		defer stop()
 		changed, err := o.app.client().AddPeer(ctx, request)
 		var refused *api.Error
 		if errors.As(err, &refused) && refused.Code == api.CodeAddressTaken && len(o.addresses) == 0 && try < keyTries {
 			continue
 		}
-		return o.answer(ctx, changed, private, err)
+		return o.answer(ctx, changed, private, err, func(ctx context.Context) (string, error) {
+			_, err := o.app.client().RemovePeer(ctx, request.PublicKey)
+			return o.name + " isn't added", err
+		})
 	}
+}
+
+// unbrokenLimit bounds a change that signals don't break off, and its answer: a helper
+// answers in seconds.
+const unbrokenLimit = 2 * time.Minute
+
+// unbroken returns a context that a signal doesn't end: what is interrupted in a
+// change of keys would leave a peer whose private key was shown to no one.
+func unbroken(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), unbrokenLimit)
 }
 
 // request turns the flags into the body of the request, without a generated
@@ -89,9 +133,17 @@ func addPeer(ctx context.Context, o *peerAddOptions) error {
 func (o *peerAddOptions) request() (api.NewPeer, error) {
 	r := api.NewPeer{
 		Name: o.name, PublicKey: o.publicKey, Addresses: o.addresses, Endpoint: o.endpoint,
-		Permissions: map[string]api.PermissionChange{},
+		Permissions: map[string]api.PermissionChange{}, Tunnel: o.tunnel,
 	}
 	switch {
+	case o.tunnel != "" && o.tunnel != api.TunnelFull && o.tunnel != api.TunnelSplit:
+		return r, usagef("--tunnel %q is unknown: it is full or split", o.tunnel)
+	case o.publicKey != "" && o.qr:
+		return r, usagef("--qr needs the private key, which is with the one that made --public-key; without --public-key a key is made here")
+	case o.timed && o.limit <= 0:
+		return r, usagef("--for %v ends before it begins", o.limit)
+	case o.timed && len(o.allow) == 0:
+		return r, usagef("--for says how long the permissions of --allow hold, and there is no --allow")
 	case o.own && o.external:
 		return r, usagef("--own and --external exclude each other")
 	case o.own:
@@ -107,7 +159,11 @@ func (o *peerAddOptions) request() (api.NewPeer, error) {
 		return r, err
 	}
 	for _, one := range wanted {
-		r.Permissions[one.String()] = api.PermissionChange{Allowed: true}
+		c := api.PermissionChange{Allowed: true}
+		if o.timed {
+			c.For = new(o.limit.String())
+		}
+		r.Permissions[one.String()] = c
 	}
 	return r, nil
 }
@@ -143,11 +199,12 @@ func prefixesOf(s api.Status) (wireguard.Prefixes, error) {
 	return p, p.Validate()
 }
 
-// answer says what was added, and prints its configuration. A peer that is saved but
-// not in force yet, or in force but not saved, needs its private key just the same:
-// it is never shown again.
-func (o *peerAddOptions) answer(ctx context.Context, changed api.Changed, private wireguard.PrivateKey, err error) error {
-	ctx = context.WithoutCancel(ctx)
+// answer says what was added or changed, and prints its configuration. A peer that is
+// saved but not in force yet, or in force but not saved, needs its private key just the
+// same: it is never shown again. Where a new key can't be written the change is taken
+// back by undo, for the configuration would be lost, and a peer would be left that
+// no device can be.
+func (o *peerAddOptions) answer(ctx context.Context, changed api.Changed, private wireguard.PrivateKey, err error, undo func(context.Context) (string, error)) error {
 	var refused *api.Error
 	half := errors.As(err, &refused) && (refused.Code == api.CodeNotInForce || refused.Code == api.CodeNotSaved)
 	if err != nil && (!half || private.IsZero()) {
@@ -163,17 +220,47 @@ func (o *peerAddOptions) answer(ctx context.Context, changed api.Changed, privat
 		if failed != nil {
 			return errors.Join(err, failed)
 		}
+		changed.Peer = peer
 	}
-	config, failed := o.app.configOf(ctx, o.name, private, o.publicKey == "" || o.qr)
-	if failed != nil {
-		return errors.Join(err, failed)
+	failed := o.write(ctx, changed, private, half)
+	if failed == nil {
+		return err
 	}
-	if !private.IsZero() {
-		o.app.unread = "; the private key is lost with it: for a new one run: meshhelper peer rekey " + o.name
+	if private.IsZero() || o.file != nil && o.file.done {
+		return errors.Join(err, failed) // nothing is lost
 	}
-	printed := o.app.print(addAnswer{peer, config}, func() { o.tell(changed, config, half) })
-	return errors.Join(err, printed)
+	said, notUndone := undo(ctx)
+	if notUndone != nil {
+		return errors.Join(err, &takenBack{fmt.Errorf("the configuration of %s couldn't be written: %w; what was printed of it isn't whole, and taking the change back failed, too: %w; "+
+			"make a new key with: meshhelper peer rekey %s", o.name, failed, notUndone, o.name)})
+	}
+	return errors.Join(err, &takenBack{fmt.Errorf("%s: its configuration couldn't be written: %w; what was printed of it is void", said, failed)})
 }
+
+// takenBack is an answer that couldn't be written, and what became of the change.
+type takenBack struct{ err error }
+
+func (e *takenBack) Error() string { return e.err.Error() }
+func (e *takenBack) Unwrap() error { return e.err }
+
+// write prints the answer, or writes the configuration to the file that was asked for,
+// and returns when it is where it is to stay.
+func (o *peerAddOptions) write(ctx context.Context, changed api.Changed, private wireguard.PrivateKey, half bool) error {
+	config, err := o.app.configOf(ctx, o.name, private, o.shows())
+	if err != nil {
+		return err
+	}
+	if o.file != nil {
+		if err := o.file.write(config.Text()); err != nil {
+			return err
+		}
+	}
+	err = o.app.print(addAnswer{changed.Peer, config.Text()}, func() { o.tell(changed, config, half) })
+	return cmp.Or(err, o.app.written())
+}
+
+// shows reports whether a configuration is printed.
+func (o *peerAddOptions) shows() bool { return o.publicKey == "" || o.output != "" }
 
 // addAnswer is what peer add and rekey print with --json.
 type addAnswer struct {
@@ -182,39 +269,58 @@ type addAnswer struct {
 }
 
 // tell says what holds: on stdout, unless that is for the configuration alone.
-func (o *peerAddOptions) tell(changed api.Changed, config string, half bool) {
-	speak, show := o.app.talk, true
-	if o.publicKey != "" && !o.qr {
-		speak, show = o.app.say, false
+func (o *peerAddOptions) tell(changed api.Changed, config wireguard.Config, half bool) {
+	show := o.shows() && o.file == nil
+	speak := o.app.say
+	if show || o.qr {
+		speak = o.app.talk
 	}
+	name, addresses := changed.Peer.Name, joinAddresses(changed.Peer.Addresses)
 	switch {
 	case half:
+	case o.was != nil:
+		what := "its addresses are now " + addresses
+		if slices.Equal(o.was.Addresses, changed.Peer.Addresses) {
+			what = "its addresses stay " + addresses
+		}
+		speak("%s has a new key; %s. The old key is dead, and so is every configuration that has it", name, what)
 	case changed.Already:
-		speak("%s is already a peer, with %s", o.name, joinAddresses(changed.Peer.Addresses))
+		speak("%s is already a peer, with %s", name, addresses)
 	default:
-		speak("%s is now a peer, with %s; it may: %s", o.name, joinAddresses(changed.Peer.Addresses),
-			describePermissions(changed.Peer.Permissions))
+		speak("%s is now a peer, with %s; it may: %s", name, addresses, describePermissions(changed.Peer.Permissions))
+	}
+	if o.file != nil {
+		speak("its configuration is in %s", o.output)
+	}
+	if o.publicKey != "" && !o.shows() {
+		o.app.talk("for its configuration, with a placeholder for its private key, run: meshhelper peer config %s", name)
+	}
+	if end := changed.Peer.Permissions.Routing.Until; changed.Peer.Tunnel == api.TunnelFull && !end.IsZero() {
+		o.app.talk("the configuration sends everything; from %s on %s has no internet while it is connected", formatEnd(end), name)
 	}
 	if show {
-		o.app.printConfig(config, o.qr)
+		o.app.say("%s", strings.TrimSuffix(config.Text(), "\n"))
+	}
+	if o.qr {
+		o.app.printQR(config, name)
 	}
 }
 
 // configOf asks for a peer's configuration and puts the private key in, which
-// never leaves this process but on stdout. What its owner has to look at is said
-// when it is shown.
-func (a *app) configOf(ctx context.Context, ref string, private wireguard.PrivateKey, shown bool) (string, error) {
+// never leaves this process but on stdout or in the file of --output. What its owner has
+// to look at is said when it is shown.
+func (a *app) configOf(ctx context.Context, ref string, private wireguard.PrivateKey, shown bool) (wireguard.Config, error) {
 	c, err := a.client().Config(ctx, ref)
 	if err != nil {
-		return "", err
+		return wireguard.Config{}, err
 	}
 	parsed, err := wireguard.ParseConfig(c.Text)
 	if err != nil {
-		return "", err
+		return wireguard.Config{}, err
 	}
 	parsed.PrivateKey = private
 	if !shown {
-		return parsed.Text(), nil
+		return parsed, nil
 	}
 	for _, w := range c.Warnings {
 		a.talk("warning: %s", w)
@@ -222,60 +328,109 @@ func (a *app) configOf(ctx context.Context, ref string, private wireguard.Privat
 	if private.IsZero() {
 		a.talk("put the peer's private key in place of the placeholder; for a new key run: meshhelper peer rekey %s", ref)
 	}
-	return parsed.Text(), nil
+	return parsed, nil
 }
 
-func (a *app) printConfig(config string, qr bool) {
-	a.say("%s", config[:len(config)-1])
-	if !qr {
+// printQR prints a configuration as a QR code, where the terminal has room for it.
+func (a *app) printQR(config wireguard.Config, name string) {
+	code, err := wireguard.EncodeQR(config.Compact())
+	if err != nil {
+		a.talk("warning: %v; a phone takes the configuration as a file, too", err)
 		return
 	}
-	code, err := wireguard.EncodeQR(config)
-	if err != nil {
-		a.talk("warning: %v", err)
+	if a.columns > 0 && code.Size() > a.columns {
+		a.talk("warning: the QR code is %d columns wide and this terminal %d, so it isn't printed: make the window wider or its letters smaller, "+
+			"and run: meshhelper peer rekey %s --qr", code.Size(), a.columns, name)
 		return
 	}
 	a.say("\n%s", code.Terminal(a.terminal && a.getenv("NO_COLOR") == ""))
 }
 
+// noQR refuses a QR code of a configuration without its private key: a phone that scans
+// it gets a tunnel that can't work.
+func noQR(name string) error {
+	return fmt.Errorf("a QR code can't be made for %q, for its private key is kept nowhere: make a new key with: meshhelper peer rekey %s --qr", name, name)
+}
+
 func newPeerConfigCommand(a *app) *cobra.Command {
-	var qr bool
+	o := &peerAddOptions{app: a}
 	c := &cobra.Command{
 		Use: "config NAME", Short: "Print a peer's configuration, with a placeholder for its private key", Args: cobra.ExactArgs(1),
 		ValidArgsFunction: a.completePeers,
-		RunE: func(c *cobra.Command, args []string) error {
-			config, err := a.configOf(c.Context(), args[0], wireguard.PrivateKey{}, true)
-			if err != nil {
-				return err
-			}
-			return a.print(map[string]string{"config": config}, func() { a.printConfig(config, qr) })
-		},
+		RunE:              func(c *cobra.Command, args []string) error { return printConfig(c.Context(), o, args[0]) },
 	}
-	c.Flags().BoolVar(&qr, "qr", false, "print it as a QR code, too")
+	c.Flags().BoolVar(&o.qr, "qr", false, "refused: a QR code needs the private key; see: meshhelper peer rekey --qr")
+	c.Flags().StringVar(&o.output, "output", "", outputUsage)
 	return c
+}
+
+func printConfig(ctx context.Context, o *peerAddOptions, ref string) (err error) {
+	peer, err := o.app.client().Peer(ctx, ref)
+	if err != nil {
+		return err
+	}
+	if o.qr {
+		return noQR(peer.Name)
+	}
+	if err := o.create(); err != nil {
+		return err
+	}
+	defer func() { err = o.end(err) }()
+	config, err := o.app.configOf(ctx, peer.Name, wireguard.PrivateKey{}, true)
+	if err != nil {
+		return err
+	}
+	if o.file != nil {
+		if err := o.file.write(config.Text()); err != nil {
+			return err
+		}
+	}
+	err = o.app.print(map[string]string{"config": config.Text()}, func() {
+		if o.file != nil {
+			o.app.say("the configuration of %s is in %s", peer.Name, o.output)
+			return
+		}
+		o.app.say("%s", strings.TrimSuffix(config.Text(), "\n"))
+	})
+	return cmp.Or(err, o.app.written())
 }
 
 func newPeerRekeyCommand(a *app) *cobra.Command {
-	var qr bool
+	o := &peerAddOptions{app: a}
 	c := &cobra.Command{
-		Use: "rekey NAME", Short: "Make a new key for a peer, and print its configuration", Args: cobra.ExactArgs(1),
+		Use: "rekey NAME", Short: "Make a new key for a peer, and print its configuration",
+		Long: `Make a new key for a peer, and print its configuration, once: the private key is
+kept nowhere. The old key is dead at once, and addresses that were derived from it
+change. A configuration that can't be written changes nothing.`,
+		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: a.completePeers,
-		RunE:              func(c *cobra.Command, args []string) error { return rekeyPeer(c.Context(), a, args[0], qr) },
+		RunE:              func(c *cobra.Command, args []string) error { return rekeyPeer(c.Context(), o, args[0]) },
 	}
-	c.Flags().BoolVar(&qr, "qr", false, "print the configuration as a QR code, too")
+	c.Flags().BoolVar(&o.qr, "qr", false, "print the configuration as a QR code, too")
+	c.Flags().StringVar(&o.output, "output", "", outputUsage)
 	return c
 }
 
-func rekeyPeer(ctx context.Context, a *app, ref string, qr bool) error {
-	was, err := a.client().Peer(ctx, ref)
+func rekeyPeer(ctx context.Context, o *peerAddOptions, ref string) (err error) {
+	was, err := o.app.client().Peer(ctx, ref)
 	if err != nil {
 		return err
 	}
-	private, err := a.drawKey(ctx, true)
+	o.name, o.was = was.Name, &was
+	surviveClosedPipe()
+	if err := o.create(); err != nil {
+		return err
+	}
+	defer func() { err = o.end(err) }()
+	private, err := o.app.drawKey(ctx, true)
 	if err != nil {
 		return err
 	}
-	changed, err := a.client().ChangePeer(ctx, was.Name, api.PeerChange{PublicKey: private.Public().String()})
-	o := &peerAddOptions{app: a, name: was.Name, qr: qr}
-	return o.answer(ctx, changed, private, err)
+	ctx, stop := unbroken(ctx)
+	defer stop()
+	changed, err := o.app.client().ChangePeer(ctx, was.Name, api.PeerChange{PublicKey: private.Public().String()})
+	return o.answer(ctx, changed, private, err, func(ctx context.Context) (string, error) {
+		_, err := o.app.client().ChangePeer(ctx, was.Name, api.PeerChange{PublicKey: was.PublicKey})
+		return was.Name + " keeps its old key", err
+	})
 }

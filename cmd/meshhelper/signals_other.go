@@ -17,3 +17,6 @@ func handleSignals(ctx context.Context) (context.Context, func()) { return ctx, 
 func endingBy(ctx context.Context, signals ...os.Signal) (_ context.Context, stop func()) {
 	return signal.NotifyContext(ctx, signals...)
 }
+
+// surviveClosedPipe does nothing: where a pipe is closed, a write to it only fails.
+func surviveClosedPipe() {}

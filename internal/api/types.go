@@ -68,6 +68,9 @@ type Peer struct {
 	// Addresses are bare, IPv4 first, always both.
 	Addresses   []netip.Addr `json:"addresses"`
 	Permissions Permissions  `json:"permissions"`
+	// Tunnel is what the peer's configuration has to send through the host for what the
+	// peer may do now: TunnelFull, TunnelNetworks or TunnelHost.
+	Tunnel string `json:"tunnel"`
 	// Endpoint is where the peer was last heard, or else where it is expected.
 	Endpoint string `json:"endpoint"`
 	// LastHandshake is null when there was none.
@@ -78,6 +81,15 @@ type Peer struct {
 	Routing Routing `json:"routing"`
 	Refused Refused `json:"refused"`
 }
+
+// What a peer's configuration sends through the host.
+const (
+	TunnelFull     = "full"     // everything
+	TunnelNetworks = "networks" // what is for the host and its networks
+	TunnelHost     = "host"     // what is for the host
+	// TunnelSplit asks for TunnelNetworks while the peer may reach them, else TunnelHost.
+	TunnelSplit = "split"
+)
 
 // Permissions are the three toggles of a peer.
 type Permissions struct {
@@ -154,6 +166,9 @@ type NewPeer struct {
 	Endpoint string `json:"endpoint,omitempty"` // optional
 	// Keepalive is a duration in whole seconds, such as "25s".
 	Keepalive string `json:"keepalive,omitempty"` // optional
+	// Tunnel is full or split, for the peer's configuration; without, everything while
+	// the peer may route, else what is for the host.
+	Tunnel string `json:"tunnel,omitempty"` // optional
 	// Permissions are added to the kind's defaults.
 	Permissions map[string]PermissionChange `json:"permissions,omitempty"` // optional
 }

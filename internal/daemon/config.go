@@ -21,13 +21,24 @@ func (d *Daemon) Config(ref string) (api.Config, error) {
 	p := &doc.Peers[i]
 	now, _ := d.condition()
 	endpoint, warnings := d.endpoint(now)
-	dns, more := d.resolvers(now.host)
-	config := wireguard.FullTunnel(wireguard.PrivateKey{},
-		wireguard.Addresses{V4: p.Addresses[0], V6: p.Addresses[1]}, d.mesh.key, endpoint, dns)
+	sends := p.tunnel(d.clock.now())
+	allowed, more := d.through(sends, now.host, endpoint)
+	warnings = append(warnings, more...)
+	var dns []netip.Addr
+	if sends == api.TunnelFull {
+		// A stock app asks them for everything, so a split tunnel names none.
+		dns, more = d.resolvers(now.host)
+		warnings = append(warnings, more...)
+		if !policy.Grant(p.Permissions.Routing).In(d.clock.now()) {
+			warnings = append(warnings, fmt.Sprintf("this configuration sends everything, and %s may not route: it has no internet while it is connected; run: meshhelper peer allow %s routing", p.Name, p.Name))
+		}
+	}
+	config := wireguard.ForPeer(wireguard.PrivateKey{},
+		wireguard.Addresses{V4: p.Addresses[0], V6: p.Addresses[1]}, d.mesh.key, endpoint, allowed, dns)
 	if err := config.Validate(); err != nil {
 		return api.Config{}, err
 	}
-	return api.Config{Text: config.Text(), Warnings: append(warnings, more...)}, nil
+	return api.Config{Text: config.Text(), Warnings: warnings}, nil
 }
 
 // endpoint returns where peers reach this host, and what is to be said of it.

@@ -5,9 +5,11 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
@@ -117,4 +119,76 @@ func TestResolversThatAreReached(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestConfigurationSendsWhatThePeerMay prints a configuration for each set of
+// permissions and each choice of --tunnel.
+func TestConfigurationSendsWhatThePeerMay(t *testing.T) {
+	const all, networks = "0.0.0.0/0 ::/0", "HOST 10.7.0.0/16 192.168.77.0/24 2001:db8:77::/64"
+	for _, c := range []struct{ tunnel, may, want string }{
+		{"", "", "HOST"},
+		{"", "incoming", "HOST"},
+		{"", "routing", all},
+		{"", "lan", "HOST"},
+		{"", "routing lan", all},
+		{"full", "", all},
+		{"full", "incoming routing lan", all},
+		{"split", "", "HOST"},
+		{"split", "lan", "HOST"},
+		{"split", "routing", "HOST"},
+		{"split", "incoming routing lan", networks},
+	} {
+		t.Run(c.tunnel+"/"+c.may, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, r *rig) {
+				r.host.Change(func(h *policy.Host) {
+					h.Interfaces[0].Addresses = append(h.Interfaces[0].Addresses, netip.MustParsePrefix("100.80.0.5/24"))
+					h.Interfaces[1].Addresses = append(h.Interfaces[1].Addresses, netip.MustParsePrefix("2001:db8:77::1/64"))
+					h.Routes = append(h.Routes, policy.Route{Prefix: netip.MustParsePrefix("10.7.0.0/16"), Interface: "eth1"},
+						policy.Route{Prefix: netip.MustParsePrefix("10.7.3.0/24"), Interface: "eth1"})
+				})
+				r.after(DefaultTick)
+				may := map[string]api.PermissionChange{}
+				for _, one := range strings.Fields(c.may) {
+					may[one] = api.PermissionChange{Allowed: true}
+				}
+				_, err := r.d.AddPeer(t.Context(), api.NewPeer{Name: "phone", PublicKey: keyOf("phone"), Tunnel: c.tunnel, Permissions: may})
+				if err != nil {
+					t.Fatal(err)
+				}
+				config, _ := r.configFor("phone")
+				var got []string
+				for _, p := range config.AllowedIPs {
+					got = append(got, p.String())
+				}
+				own := r.d.mesh.own
+				want := strings.ReplaceAll(c.want, "HOST", own.V4.String()+"/32 "+own.V6.String()+"/128")
+				if strings.Join(got, " ") != want {
+					t.Errorf("sends %v, want %s", got, want)
+				}
+				if (len(config.DNS) > 0) != (c.want == all) {
+					t.Errorf("resolvers %v with a configuration that sends %v", config.DNS, got)
+				}
+			})
+		})
+	}
+}
+
+// TestEndSaysThatAConfigurationDoesntFit has permissions end by themselves: an event
+// says of which device the configuration is another now.
+func TestEndSaysThatAConfigurationDoesntFit(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.add("nas")
+		r.mustAllow("phone", "routing", "1h")
+		r.mustAllow("nas", "incoming", "1h")
+		r.after(2 * time.Hour)
+		want := []string{"routing of phone ended", "incoming of nas ended",
+			"phone's configuration sends everything through this host, so that it has no internet while it is connected: print a new one with: meshhelper peer config phone"}
+		got := r.events(api.EventExpired)
+		slices.Sort(got)
+		slices.Sort(want)
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Error(diff)
+		}
+	})
 }

@@ -26,6 +26,12 @@ func (d *Daemon) expire() *document {
 	for _, e := range gone {
 		d.journal.Record(api.Event{Kind: api.EventExpired, Peer: e.peer, Message: fmt.Sprintf("%s of %s ended", e.permission, e.peer)})
 	}
+	for i := range doc.Peers {
+		p := &doc.Peers[i] // with what ended now
+		if text := misfit(p.Name, p.tunnelFor(p.Permissions.allowed()), next.Peers[i].tunnel(now)); text != "" {
+			d.journal.Record(api.Event{Kind: api.EventExpired, Peer: p.Name, Message: text})
+		}
+	}
 	d.disk.saveWanted()
 	return next
 }

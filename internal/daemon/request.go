@@ -33,6 +33,9 @@ func (d *Daemon) newPeer(doc *document, p api.NewPeer, now time.Time) (*peer, er
 	if err := out.setKeepalive(p.Keepalive); err != nil {
 		return nil, err
 	}
+	if out.Tunnel = p.Tunnel; p.Tunnel != "" && p.Tunnel != api.TunnelFull && p.Tunnel != api.TunnelSplit {
+		return nil, api.Errorf(api.CodeBadRequest, "tunnel %q is unknown", p.Tunnel).WithHint("it is full or split")
+	}
 	out.Permissions.Incoming.Allowed = out.Kind == api.Own
 	if err := out.setPermissions(p.Permissions, now); err != nil {
 		return nil, err
@@ -225,6 +228,8 @@ func samePeer(is, wanted *peer, asked api.NewPeer, now time.Time) error {
 		differs = fmt.Sprintf("with endpoint %q", is.Endpoint)
 	case asked.Keepalive != "" && is.Keepalive != wanted.Keepalive:
 		differs = fmt.Sprintf("with keepalive %ds", is.Keepalive)
+	case asked.Tunnel != "" && is.Tunnel != wanted.Tunnel:
+		differs = "with another --tunnel"
 	default:
 		return samePermissions(is, asked, now)
 	}

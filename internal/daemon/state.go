@@ -72,7 +72,9 @@ type peer struct {
 	// Endpoint is host:port, or empty.
 	Endpoint string `json:"endpoint,omitempty"`
 	// Keepalive is in seconds, 0 for none.
-	Keepalive   uint16 `json:"keepalive,omitempty"`
+	Keepalive uint16 `json:"keepalive,omitempty"`
+	// Tunnel is what its configuration is to send, full or split; empty for what it may.
+	Tunnel      string `json:"tunnel,omitempty"`
 	Permissions grants `json:"permissions"`
 }
 
@@ -92,6 +94,16 @@ func (g grants) policy() policy.Grants {
 	return policy.Grants{
 		Incoming: policy.Grant(g.Incoming), Routing: policy.Grant(g.Routing), LAN: policy.Grant(g.LAN),
 	}
+}
+
+// allowed returns what the grants give, whenever they end.
+func (g grants) allowed() (out policy.Permissions) {
+	for _, one := range policy.AllPermissions {
+		if g.of(one).Allowed {
+			out |= one
+		}
+	}
+	return out
 }
 
 // of returns the grant of a single permission, to be changed in place.
@@ -213,6 +225,8 @@ func (p *peer) validate() error {
 		return errors.New("no public key")
 	case p.Kind != api.Own && p.Kind != api.External:
 		return fmt.Errorf("kind %.20q is neither own nor external", p.Kind)
+	case p.Tunnel != "" && p.Tunnel != api.TunnelFull && p.Tunnel != api.TunnelSplit:
+		return fmt.Errorf("tunnel %.20q is neither full nor split", p.Tunnel)
 	}
 	if err := checkPair(p.Addresses); err != nil {
 		return err

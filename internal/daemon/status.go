@@ -97,7 +97,7 @@ func viewOf(p *peer, n numbers, now time.Time) api.Peer {
 	t := totalsOf(p.PublicKey, n)
 	out := api.Peer{
 		Name: p.Name, PublicKey: p.PublicKey.String(), Kind: p.Kind, Addresses: p.Addresses[:],
-		Permissions: permissionsOf(p, now), Endpoint: p.Endpoint,
+		Permissions: permissionsOf(p, now), Tunnel: p.tunnel(now), Endpoint: p.Endpoint,
 		RxBytes: t.Rx, TxBytes: t.Tx,
 		Routing: api.Routing{
 			Now:     !g.Routed.Last.IsZero() && time.Since(g.Routed.Last) < routesFor,

@@ -279,6 +279,18 @@ func (h Host) attached() []netip.Prefix {
 	return out
 }
 
+// Networks returns the networks that the host is attached to or has routes to, other
+// than by a default route and by the mesh interface: sorted, and none inside another.
+func (h Host) Networks() []netip.Prefix {
+	all := slices.Concat(h.attached(), h.routed())
+	all = slices.DeleteFunc(all, func(p netip.Prefix) bool {
+		a := p.Addr()
+		return a.IsLoopback() || a.IsMulticast() || a.IsLinkLocalUnicast()
+	})
+	slices.SortFunc(all, comparePrefix)
+	return outermost(slices.Compact(all))
+}
+
 // addresses returns every address of the host, the loopback interface's aliases
 // included. Loopback and link-local addresses are left out: they are martians.
 func (h Host) addresses() []netip.Addr {

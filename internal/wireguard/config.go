@@ -48,17 +48,21 @@ type Config struct {
 	Keepalive  time.Duration  // optional: whole seconds up to MaxKeepalive
 }
 
-// FullTunnel returns the configuration with which a device sends everything
-// through the host. What the host then lets pass is decided there, so that a
-// permission can change without a new configuration.
-func FullTunnel(own PrivateKey, a Addresses, host PublicKey, endpoint Endpoint, dns []netip.Addr) Config {
+// Everything is what a device sends that has no way of its own: both families.
+func Everything() []netip.Prefix {
+	return []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}
+}
+
+// ForPeer returns a device's configuration to send what is in allowed through the host.
+// What the host then lets pass is decided there.
+func ForPeer(own PrivateKey, a Addresses, host PublicKey, endpoint Endpoint, allowed []netip.Prefix, dns []netip.Addr) Config {
 	return Config{
 		PrivateKey: own,
 		Addresses:  []netip.Prefix{netip.PrefixFrom(a.V4, 32), netip.PrefixFrom(a.V6, 128)},
 		DNS:        dns,
 		MTU:        ConfigMTU,
 		PublicKey:  host,
-		AllowedIPs: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")},
+		AllowedIPs: allowed,
 		Endpoint:   endpoint,
 		Keepalive:  ConfigKeepalive,
 	}
@@ -123,6 +127,12 @@ func (c Config) Text() string {
 		b.WriteString("PersistentKeepalive = " + strconv.Itoa(int(c.Keepalive/time.Second)) + "\n")
 	}
 	return b.String()
+}
+
+// Compact returns c as Text does, in fewer bytes and with the same meaning, for a QR
+// code that is easier to scan.
+func (c Config) Compact() string {
+	return strings.NewReplacer(" = ", "=", ", ", ",", "\n\n", "\n").Replace(c.Text())
 }
 
 // list joins values with commas.

@@ -17,7 +17,7 @@ func phoneConfig(t testing.TB) Config {
 		t.Fatal(err)
 	}
 	dns := []netip.Addr{netip.MustParseAddr("9.9.9.9"), netip.MustParseAddr("149.112.112.112")}
-	return FullTunnel(key, a, host.Public(), Endpoint{"198.51.100.3", 51820}, dns)
+	return ForPeer(key, a, host.Public(), Endpoint{"198.51.100.3", 51820}, Everything(), dns)
 }
 
 // TestConfigText compares the whole text: apps and scripts read it.
@@ -209,5 +209,28 @@ func TestEndpointName(t *testing.T) {
 		if got := e.String(); got != want && (want != "" || err == nil) {
 			t.Errorf("%q is %q, %v, want %q", text, got, err, want)
 		}
+	}
+}
+
+// TestConfigCompact wants what a QR code holds to mean the same as the text.
+func TestConfigCompact(t *testing.T) {
+	c := phoneConfig(t)
+	got, err := ParseConfig(c.Compact())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(c.Text(), got.Text()); diff != "" {
+		t.Error(diff)
+	}
+	long, err := EncodeQR(c.Text())
+	if err != nil {
+		t.Fatal(err)
+	}
+	short, err := EncodeQR(c.Compact())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if short.Size() >= long.Size() || short.Size() > 69 {
+		t.Errorf("%d columns, and %d of the text", short.Size(), long.Size())
 	}
 }

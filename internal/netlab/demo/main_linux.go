@@ -82,7 +82,7 @@ func newStory(ctx context.Context, lab *netlab.Lab, s *story) (*story, error) {
 		name, kind string
 		host       *netlab.Host
 	}{{"A", "--own", picture.A}, {"C", "--external", picture.C}, {"D", "--own", picture.D}} {
-		s.command("peer", "add", p.name, p.kind)
+		s.command("peer", "add", p.name, p.kind, "--tunnel", "full")
 		if _, err := s.mesh.AddPeer(ctx, p.name, p.host, p.kind); err != nil {
 			return nil, err
 		}

@@ -126,7 +126,7 @@ func (s *script) addPeer(t *testing.T) {
 	var added struct {
 		Config string `json:"config"`
 	}
-	text := s.cli(t, "peer", "add", peerName, "--external", "--json")
+	text := s.cli(t, "peer", "add", peerName, "--external", "--tunnel", "full", "--json")
 	if err := json.Unmarshal([]byte(text), &added); err != nil {
 		t.Fatal("read answer of peer add:", err)
 	}

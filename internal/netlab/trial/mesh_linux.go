@@ -167,9 +167,10 @@ func (m *Mesh) Status(ctx context.Context) (Status, error) {
 func (s Status) Address() netlab.Pair { return netlab.Pair{V4: s.Addresses[0], V6: s.Addresses[1]} }
 
 // AddPeer adds a peer to the mesh and starts WireGuard on its host with the
-// configuration that the command printed. flags are as `peer add` takes them.
+// configuration that the command printed. flags are as `peer add` takes them. The
+// configuration sends everything, whatever the peer may, so that the host has to judge it.
 func (m *Mesh) AddPeer(ctx context.Context, name string, h *netlab.Host, flags ...string) (*Peer, error) {
-	o, err := m.Do(ctx, append([]string{"peer", "add", name, "--json"}, flags...)...)
+	o, err := m.Do(ctx, append([]string{"peer", "add", name, "--json", "--tunnel", "full"}, flags...)...)
 	if err != nil {
 		return nil, err
 	}

@@ -1,0 +1,57 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
+)
+
+// warnTunnel says on stderr that a peer's configuration no longer fits what the peer may
+// after a change, and which lines of it are others now: a device that sends everything
+// and may not route has no internet, and one that sends only what is for this host
+// doesn't route although it may.
+func (a *app) warnTunnel(ctx context.Context, was string, is api.Peer) {
+	if routing := is.Permissions.Routing; is.Tunnel == api.TunnelFull && !routing.Until.IsZero() {
+		a.talk("%s's configuration is to send everything here; from %s on it has no internet while it is connected", is.Name, formatEnd(routing.Until))
+	}
+	if was == is.Tunnel || was == "" || is.Tunnel == "" {
+		return
+	}
+	switch was {
+	case api.TunnelFull:
+		a.talk("%s's configuration sends everything here, so that it has no internet while it is connected", is.Name)
+	case api.TunnelNetworks:
+		a.talk("%s's configuration sends what is for this host and its networks", is.Name)
+	default:
+		a.talk("%s's configuration sends only this host's addresses", is.Name)
+	}
+	a.talk("print a new one with: meshhelper peer config %s", is.Name)
+	c, err := a.client().Config(ctx, is.Name)
+	if err != nil {
+		return // the command says why
+	}
+	config, err := wireguard.ParseConfig(c.Text)
+	if err != nil {
+		return
+	}
+	a.talk("or change the old one, where these lines are others now:")
+	switch {
+	case len(config.DNS) > 0:
+		a.talk("  DNS = %s", commas(config.DNS))
+	case was == api.TunnelFull:
+		a.talk("  (no DNS line)")
+	}
+	a.talk("  AllowedIPs = %s", commas(config.AllowedIPs))
+}
+
+// commas joins values as a configuration has them.
+func commas[T fmt.Stringer](values []T) string {
+	var texts []string
+	for _, v := range values {
+		texts = append(texts, v.String())
+	}
+	return strings.Join(texts, ", ")
+}

@@ -1,0 +1,82 @@
+package daemon
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
+)
+
+// tunnel says what a peer's configuration has to send through the host, for what the
+// peer may do at now: one that sends everything and may not route has no internet.
+func (p *peer) tunnel(now time.Time) string {
+	return p.tunnelFor(p.Permissions.policy().At(now))
+}
+
+func (p *peer) tunnelFor(may policy.Permissions) string {
+	switch {
+	case p.Tunnel == api.TunnelFull, p.Tunnel == "" && may.Has(policy.Routing):
+		return api.TunnelFull
+	case p.Tunnel == api.TunnelSplit && may.Has(policy.Routing) && may.Has(policy.LAN):
+		return api.TunnelNetworks
+	}
+	return api.TunnelHost
+}
+
+// maxNetworks bounds how many networks a configuration names: a QR code holds 2953
+// bytes, and a longer list is a router's that has better ways.
+const maxNetworks = 32
+
+// through returns the allowed IPs of a configuration that sends what tunnel says, and
+// what is to be said of them.
+func (d *Daemon) through(tunnel string, h policy.Host, endpoint wireguard.Endpoint) ([]netip.Prefix, []string) {
+	if tunnel == api.TunnelFull {
+		return wireguard.Everything(), nil
+	}
+	var out []netip.Prefix
+	for _, a := range d.mesh.own.List() {
+		out = append(out, netip.PrefixFrom(a, a.BitLen()))
+	}
+	if tunnel == api.TunnelHost {
+		return out, nil
+	}
+	var says []string
+	at, _ := netip.ParseAddr(endpoint.Host)
+	networks := h.Networks()
+	networks = slices.DeleteFunc(networks, func(n netip.Prefix) bool {
+		if slices.ContainsFunc(d.mesh.list(), n.Overlaps) {
+			return true // peers aren't reached, whatever is in their prefix besides
+		}
+		// A device that isn't in that network would send WireGuard's own packets into the
+		// tunnel. Where the endpoint is private, it is in it, or has to have another one.
+		if at.IsValid() && n.Contains(at) && !at.IsPrivate() {
+			says = append(says, fmt.Sprintf("the network %v isn't in the configuration, for the endpoint %v is in it", n, at))
+			return true
+		}
+		return false
+	})
+	if more := len(networks) - maxNetworks; more > 0 {
+		networks = networks[:maxNetworks]
+		says = append(says, fmt.Sprintf("the configuration names the first %d networks of this host, and not the other %d: add those that are needed to AllowedIPs", maxNetworks, more))
+	}
+	return append(out, networks...), says
+}
+
+// misfit says that a device's configuration sends what is of no use now, or not what it
+// could, or returns "".
+func misfit(name, was, is string) string {
+	sent := map[string]string{
+		api.TunnelFull: "everything", api.TunnelNetworks: "this host's networks", api.TunnelHost: "only this host's addresses",
+	}
+	switch {
+	case was == is:
+		return ""
+	case was == api.TunnelFull:
+		return fmt.Sprintf("%s's configuration sends everything through this host, so that it has no internet while it is connected: print a new one with: meshhelper peer config %s", name, name)
+	}
+	return fmt.Sprintf("%s's configuration sends %s through this host: print a new one with: meshhelper peer config %s", name, sent[was], name)
+}
