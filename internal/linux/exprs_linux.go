@@ -258,6 +258,12 @@ func (x *ruleExprs) action(a action) {
 			&expr.Immediate{Register: unix.NFT_REG_1, Data: port(a.ports.first)},
 			&expr.Immediate{Register: unix.NFT_REG_2, Data: port(a.ports.last)})
 		x.out = append(x.out, masqueradeTo(unix.NFT_REG_1, unix.NFT_REG_2))
+	case snat:
+		x.add(
+			&expr.Immediate{Register: unix.NFT_REG_1, Data: a.source.AsSlice()},
+			&expr.Immediate{Register: unix.NFT_REG_2, Data: port(a.ports.first)},
+			&expr.Immediate{Register: unix.NFT_REG_3, Data: port(a.ports.last)})
+		x.out = append(x.out, snatTo(a.source.Is4()))
 	case expire:
 		x.add(&expr.Objref{Type: objectCtTimeout, Name: a.timeout})
 	case clamp:
@@ -283,4 +289,28 @@ func masqueradeTo(first, last uint32) expression {
 		{Type: unix.NFTA_MASQ_REG_PROTO_MIN, Data: binaryutil.BigEndian.PutUint32(first)},
 		{Type: unix.NFTA_MASQ_REG_PROTO_MAX, Data: binaryutil.BigEndian.PutUint32(last)},
 	}}
+}
+
+// snatTo translates the source to the address in the first register, and to a port drawn
+// at random between those in the second and the third. The library's own expression leaves
+// flags away, as it does for masquerade.
+func snatTo(v4 bool) expression {
+	const flags = unix.NF_NAT_RANGE_MAP_IPS | unix.NF_NAT_RANGE_PROTO_SPECIFIED | unix.NF_NAT_RANGE_PROTO_RANDOM_FULLY
+	family := uint32(unix.NFPROTO_IPV6)
+	if v4 {
+		family = unix.NFPROTO_IPV4
+	}
+	out := expression{name: "nat"}
+	for _, a := range []struct {
+		typ   uint16
+		value uint32
+	}{
+		{unix.NFTA_NAT_TYPE, unix.NFT_NAT_SNAT}, {unix.NFTA_NAT_FAMILY, family},
+		{unix.NFTA_NAT_REG_ADDR_MIN, unix.NFT_REG_1}, {unix.NFTA_NAT_REG_ADDR_MAX, unix.NFT_REG_1},
+		{unix.NFTA_NAT_REG_PROTO_MIN, unix.NFT_REG_2}, {unix.NFTA_NAT_REG_PROTO_MAX, unix.NFT_REG_3},
+		{unix.NFTA_NAT_FLAGS, flags},
+	} {
+		out.attrs = append(out.attrs, netlink.Attribute{Type: a.typ, Data: binaryutil.BigEndian.PutUint32(a.value)})
+	}
+	return out
 }

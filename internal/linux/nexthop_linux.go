@@ -45,6 +45,7 @@ type nexthop struct {
 type viaNexthop struct {
 	table, metric, nexthop uint32
 	prefix                 netip.Prefix
+	source                 netip.Addr
 }
 
 var errShort = errors.New("the message is too short")
@@ -102,6 +103,8 @@ func parseViaNexthop(b []byte) (r viaNexthop, ok bool, err error) {
 			r.table = ad.Uint32()
 		case unix.RTA_PRIORITY:
 			r.metric = ad.Uint32()
+		case unix.RTA_PREFSRC:
+			r.source, _ = netip.AddrFromSlice(ad.Bytes())
 		case rtaNexthop:
 			r.nexthop = ad.Uint32()
 		case unix.RTA_OIF, unix.RTA_MULTIPATH:
@@ -151,7 +154,7 @@ func viaNexthops(conn *netlink.Conn, family int, names map[int]string) (map[int]
 		for _, id := range ids {
 			hop := hops[id]
 			if name, ok := names[int(hop.oif)]; ok && !hop.blackhole {
-				out[int(r.table)] = append(out[int(r.table)], routeEntry{r.prefix, name, int(r.metric), hop.gateway})
+				out[int(r.table)] = append(out[int(r.table)], routeEntry{r.prefix, name, int(r.metric), hop.gateway, r.source})
 			}
 		}
 	}

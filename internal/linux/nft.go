@@ -217,10 +217,11 @@ func bits(text string, v uint32) value {
 // action is what a rule does when all its matches hold.
 type action struct {
 	verb    verb
-	chain   string    // of jump and goto
-	mss     uint16    // of clamp, in bytes
-	ports   portRange // of masquerade
-	timeout string    // of expire
+	chain   string     // of jump and goto
+	mss     uint16     // of clamp, in bytes
+	ports   portRange  // of masquerade and snat
+	source  netip.Addr // of snat
+	timeout string     // of expire
 }
 
 type verb uint8
@@ -232,11 +233,12 @@ const (
 	jump
 	branch
 	masquerade
+	snat
 	clamp
 	expire // gives a new flow timeouts, and goes on to the next rule
 )
 
-var verbTexts = [...]string{"accept", "drop", "return", "jump", "goto", "masquerade", "tcp option maxseg size set", "ct timeout set"}
+var verbTexts = [...]string{"accept", "drop", "return", "jump", "goto", "masquerade", "snat", "tcp option maxseg size set", "ct timeout set"}
 
 func (a action) String() string {
 	switch a.verb {
@@ -248,6 +250,11 @@ func (a action) String() string {
 		return fmt.Sprintf("%s %q", verbTexts[a.verb], a.timeout)
 	case masquerade:
 		return fmt.Sprintf("%s to :%v fully-random", verbTexts[a.verb], a.ports)
+	case snat:
+		if a.source.Is4() {
+			return fmt.Sprintf("%s ip to %v:%v fully-random", verbTexts[a.verb], a.source, a.ports)
+		}
+		return fmt.Sprintf("%s ip6 to [%v]:%v fully-random", verbTexts[a.verb], a.source, a.ports)
 	}
 	return verbTexts[a.verb]
 }

@@ -30,6 +30,8 @@ type observer struct {
 	// own are the host's mesh addresses: rules for sources around them are meant
 	// for peers too.
 	own []netip.Addr
+	// sources is what params.sources is to be.
+	sources map[bool]netip.Addr
 }
 
 // facts is look, again where the kernel's lists changed while they were read.
@@ -80,6 +82,10 @@ func (o observer) look() (policy.Host, error) {
 		if err != nil {
 			return h, err
 		}
+		delete(o.sources, family == netlink.FAMILY_V4)
+		if up.source.IsValid() && up.source == source && source != o.masquerades(up) {
+			o.sources[family == netlink.FAMILY_V4] = source
+		}
 		if family == netlink.FAMILY_V4 {
 			h.Uplink4, h.Router4, h.Source4, h.Equal4 = up.iface, up.router, source, equal
 		} else {
@@ -122,6 +128,35 @@ func (o observer) source(up routeEntry, v4 bool) (netip.Addr, error) {
 		}
 	}
 	return netip.Addr{}, nil
+}
+
+// masquerades returns the address that the kernel translates to what leaves by a default
+// route of IPv4: the interface's first on the router's network, or else its first
+// (inet_select_addr in net/ipv4/devinet.c). Of IPv6 it asks no route
+// (nf_nat_masquerade_ipv6 in net/netfilter/nf_nat_masquerade.c), and it isn't known.
+func (o observer) masquerades(up routeEntry) netip.Addr {
+	link, err := o.nl.LinkByName(up.iface)
+	if err != nil || !up.prefix.Addr().Is4() {
+		return netip.Addr{}
+	}
+	list, err := o.nl.AddrList(link, netlink.FAMILY_V4)
+	if err != nil {
+		return netip.Addr{}
+	}
+	var first netip.Addr
+	for _, a := range list {
+		p, ok := toPrefix(a.IPNet)
+		if !ok || a.Flags&unix.IFA_F_SECONDARY != 0 || a.Scope > unix.RT_SCOPE_UNIVERSE {
+			continue
+		}
+		if up.router.IsValid() && p.Contains(up.router) {
+			return p.Addr()
+		}
+		if !first.IsValid() {
+			first = p.Addr()
+		}
+	}
+	return first
 }
 
 // usableName reports what policy.Host.Validate accepts.
@@ -275,7 +310,7 @@ func entries(family int, r netlink.Route, names map[int]string) []routeEntry {
 	var out []routeEntry
 	add := func(index, flags int, router net.IP) {
 		if name, ok := names[index]; ok && flags&unix.RTNH_F_DEAD == 0 {
-			out = append(out, routeEntry{prefix, name, r.Priority, addrOf(router)})
+			out = append(out, routeEntry{prefix, name, r.Priority, addrOf(router), addrOf(r.Src)})
 		}
 	}
 	if len(r.MultiPath) == 0 {

@@ -506,3 +506,28 @@ func TestNexthops(t *testing.T) {
 		}
 	}
 }
+
+// TestNexthopsOfIPv6 has default routes name nexthops of IPv6: for IPv6, and for IPv4 by
+// a router that has an IPv6 address (RFC 5549).
+func TestNexthopsOfIPv6(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	defer g.close()
+	if err := g.pic.B.SetSysctl("net.ipv4.nexthop_compat_mode", "0"); err != nil {
+		t.Skip("this kernel has no nexthops of their own:", err)
+	}
+	g.ip(g.pic.B, `nexthop add id 9 via fe80::77 dev wan0
+		route replace default nhid 9
+		-6 route add default nhid 9 metric 10`)
+	var h policy.Host
+	g.do(func() (err error) { h, err = g.p.Observe(context.Background()); return err })
+	if err := h.Validate(); err != nil || h.Uplink4 != netlab.Uplink || h.Uplink6 != netlab.Uplink || h.Router6 != netip.MustParseAddr("fe80::77") {
+		t.Errorf("uplinks %q and %q, router %v: %v", h.Uplink4, h.Uplink6, h.Router6, err)
+	}
+	g.ip(g.pic.B, `nexthop add id 10 dev vpn0
+		route replace default nhid 10`)
+	g.do(func() (err error) { h, err = g.p.Observe(context.Background()); return err })
+	if h.Uplink4 != netlab.VPN {
+		t.Errorf("by an interface alone: %q", h.Uplink4)
+	}
+}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -70,6 +71,8 @@ type Platform struct {
 	cutOnce bool
 	// unbounded says that this kernel can't count flows or give them timeouts.
 	unbounded bool
+	// sources are as params.sources, as last observed.
+	sources map[bool]netip.Addr
 	// maxFlows replaces the bound of flows in tests.
 	maxFlows uint32
 	others   *others
@@ -100,7 +103,7 @@ func New(o Options) (*Platform, error) {
 		o.Log.Debug("enforcing step", "step", name)
 		announce(name)
 	}
-	p := &Platform{o: o, worker: worker, unbind: func() {}}
+	p := &Platform{o: o, worker: worker, unbind: func() {}, sources: map[bool]netip.Addr{}}
 	if err := p.dial(); err != nil {
 		return nil, errors.Join(err, p.release())
 	}
@@ -366,7 +369,7 @@ func (p *Platform) params() params {
 		mtu: p.cfg.MTU, transit4: p.forward.transit4(p.name), bridges: p.bridges(),
 		ipsec: p.xfrm != nil, uid: uint32(os.Geteuid()),
 		ports: p.ports.now, around: p.ports.around, sockets: p.ports.host.boundIn(p.ports.around),
-		flowsPerPeer: p.flowsPerPeer(), established: p.established(),
+		flowsPerPeer: p.flowsPerPeer(), established: p.established(), sources: maps.Clone(p.sources),
 	}
 }
 
@@ -429,7 +432,7 @@ func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
 
 func (p *Platform) observe() (policy.Host, error) {
 	p.forward.refresh()
-	h, err := observer{p.nl, p.xfrm, p.routes, p.name, p.cfg.Addresses}.facts()
+	h, err := observer{p.nl, p.xfrm, p.routes, p.name, p.cfg.Addresses, p.sources}.facts()
 	if err != nil {
 		return policy.Host{}, fmt.Errorf("observe host: %w", err)
 	}

@@ -83,6 +83,9 @@ type params struct {
 	// sockets are the ports of around that sockets of the host have, in order: no packet
 	// of a peer's leaves from them.
 	sockets []uint16
+	// sources are the addresses, of IPv4 under true, that the uplink's default route names
+	// for packets of the host, where masquerading takes another one.
+	sources map[bool]netip.Addr
 	// flowsPerPeer bounds the flows of each family that one peer opened and that
 	// conntrack has; 0: unknown, and then neither this nor the timeouts below are set.
 	flowsPerPeer uint32
@@ -723,6 +726,17 @@ func (c *compiler) translate() {
 	t := c.chain("translate")
 	if c.ports.size() == 0 {
 		return
+	}
+	for _, f := range families {
+		source := c.sources[f.whole.Addr().Is4()]
+		uplink := c.host.Uplink(f.whole.Addr())
+		if !source.IsValid() || uplink == "" || c.host.Source(f.whole.Addr()) != source {
+			continue // they are of another moment
+		}
+		for _, proto := range [...]value{tcp, udp, f.icmpProto} {
+			t.add(action{verb: snat, source: source, ports: c.ports}, "", is(nfproto, f.proto), is(l4proto, proto),
+				is(oifname, name(uplink)), in("internet"+f.suffix, f.dst))
+		}
 	}
 	to := func(ms ...match) { t.add(action{verb: masquerade, ports: c.ports}, "", ms...) }
 	to(is(l4proto, tcp))

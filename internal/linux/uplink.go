@@ -34,6 +34,9 @@ type routeEntry struct {
 	metric int
 	// router is the next hop; not valid where there is none.
 	router netip.Addr
+	// source is the address that the route names for packets of the host; not valid where
+	// it names none.
+	source netip.Addr
 }
 
 // uplink returns the default route that the rules choose first, not counting

@@ -88,3 +88,35 @@ func TestEqualUplinks(t *testing.T) {
 		t.Errorf("uplinks %v", h.Uplinks(own4))
 	}
 }
+
+// TestSourceOfTheRoute has the default route name the source of the host's packets, which
+// isn't the address that masquerading takes: peers' packets leave with it, and their answers
+// come back.
+func TestSourceOfTheRoute(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	defer w.close()
+	a := netlab.Addresses()
+	second, second6 := netip.MustParseAddr("203.0.113.60"), netip.MustParseAddr("2001:db8:1::60")
+	n := 0
+	check := func(about string, want, want6 netip.Addr) {
+		t.Helper()
+		r := w.enforce(mesh(grants{ann: policy.Routing}))
+		if drift := w.inspect(r).Drift; len(drift) > 0 {
+			t.Errorf("%s: %v", about, drift)
+		}
+		w.reaches(far(true, 2), &n, map[string]netip.Addr{netlab.Uplink: want})
+		w.reaches(far(false, 2), &n, map[string]netip.Addr{netlab.Uplink: want6})
+	}
+	check("without", a.BUplink.V4, a.BUplink.V6)
+	w.ip(w.pic.B, `addr add 203.0.113.60/26 dev wan0
+		-6 addr add 2001:db8:1::60/64 dev wan0 nodad
+		route replace default via `+a.W.V4.String()+` dev wan0 src 203.0.113.60
+		-6 route add default via 2001:db8:1::1 dev wan0 metric 10 src 2001:db8:1::60`)
+	check("with another", second, second6)
+	w.ip(w.pic.B, "route replace default via "+a.W.V4.String()+" dev wan0 src "+a.BUplink.V4.String())
+	check("with the interface's own", a.BUplink.V4, second6)
+	if s := w.p.sources[true]; s.IsValid() {
+		t.Errorf("%v isn't masqueraded, although that is the same", s)
+	}
+}

@@ -36,6 +36,9 @@ func openWatch() (w watchSockets, err error) {
 	if w.route, err = subscribe(unix.NETLINK_ROUTE, routeGroups...); err != nil {
 		return watchSockets{}, err
 	}
+	// A route that names a nexthop alone changes with it, and isn't told of itself where
+	// net.ipv4.nexthop_compat_mode is 0. Kernels before 5.3 don't have the group.
+	_ = w.route.JoinGroup(unix.RTNLGRP_NEXTHOP)
 	if w.rules, err = subscribe(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTABLES); err != nil {
 		return watchSockets{}, errors.Join(err, w.route.Close())
 	}
