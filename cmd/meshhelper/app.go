@@ -257,7 +257,7 @@ host, reach the internet through it, or reach its networks.`,
 	flags.BoolVar(&a.json, "json", false, "print JSON")
 	root.AddCommand(
 		newRunCommand(a, nil), newStatusCommand(a), newPeerCommand(a),
-		newExplainCommand(a), newRulesCommand(a), newDoctorCommand(a), newEventsCommand(a),
+		newExplainCommand(a), newRulesCommand(a), newDoctorCommand(a), newEventsCommand(a), newSettingsCommand(a),
 		newInstallCommand(a), newUninstallCommand(a), newVersionCommand(a),
 	)
 	root.SetVersionTemplate("{{.Version}}\n")

@@ -38,11 +38,15 @@ type runOptions struct {
 	debug                                         bool
 	tick, wait                                    time.Duration
 
+	// given reports whether a flag was given; kept are the settings that count because
+	// theirs wasn't.
+	given func(flag string) bool
+	kept  []string
+
 	log *slog.Logger // set by openLog
 }
 
-// defaultListenPort is the UDP port of WireGuard by custom.
-const defaultListenPort = 51820
+const defaultListenPort = daemon.DefaultListenPort
 
 // A look at the host takes some milliseconds, and an answer on the socket a
 // minute at most.
@@ -66,6 +70,7 @@ state other than starting.`,
 			if err := o.placeSocket(c.Flag("socket").Changed); err != nil {
 				return err
 			}
+			o.given = c.Flags().Changed
 			return run(c.Context(), o)
 		},
 	}
@@ -126,11 +131,18 @@ func (o *runOptions) help(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if o.stateDir == "" {
+		o.stateDir = o.app.defaultStateDir(name)
+	}
+	start, err := o.takeSettings(o.stateDir)
+	if err != nil {
+		return o.withHint(err)
+	}
 	access, err := o.access()
 	if err != nil {
 		return err
 	}
-	d, err := o.daemon(name, make)
+	d, err := o.daemon(name, make, start)
 	if err != nil {
 		return err
 	}
@@ -213,17 +225,14 @@ func (o *runOptions) choose() (string, newPlatform, error) {
 
 // daemon reads the flags and makes the daemon, which touches nothing of the
 // host yet.
-func (o *runOptions) daemon(name string, make newPlatform) (*daemon.Daemon, error) {
+func (o *runOptions) daemon(name string, make newPlatform, start daemon.StartSettings) (*daemon.Daemon, error) {
 	if err := api.CheckSocketPath(o.app.socket); err != nil {
 		return nil, &usageError{err}
-	}
-	if o.stateDir == "" {
-		o.stateDir = o.app.defaultStateDir(name)
 	}
 	opts := daemon.Options{
 		PlatformName: name, StateDir: o.stateDir, Logger: o.log, Version: versionText(),
 		Interface: o.iface, ListenPort: o.listenPort, Languages: languages,
-		Tick: o.tick, Wait: o.wait,
+		Tick: o.tick, Wait: o.wait, Settings: start,
 	}
 	if err := o.parse(&opts); err != nil {
 		return nil, err
@@ -239,10 +248,10 @@ func (o *runOptions) daemon(name string, make newPlatform) (*daemon.Daemon, erro
 // parse reads the flags that are more than text.
 func (o *runOptions) parse(opts *daemon.Options) (err error) {
 	if opts.Prefixes.V4, err = netip.ParsePrefix(o.prefix4); err != nil {
-		return usagef("--mesh-prefix4: %q is not a prefix", o.prefix4)
+		return o.wrongf(daemon.SettingMeshPrefix4, "%q is not a prefix", o.prefix4)
 	}
 	if opts.Prefixes.V6, err = netip.ParsePrefix(o.prefix6); err != nil {
-		return usagef("--mesh-prefix6: %q is not a prefix", o.prefix6)
+		return o.wrongf(daemon.SettingMeshPrefix6, "%q is not a prefix", o.prefix6)
 	}
 	if err := opts.Prefixes.Validate(); err != nil {
 		return &usageError{err}
@@ -264,7 +273,7 @@ func (o *runOptions) parse(opts *daemon.Options) (err error) {
 		fallback = defaultListenPort
 	}
 	if opts.Endpoint, err = wireguard.ParseEndpoint(o.endpoint, fallback); err != nil {
-		return usagef("--endpoint: %v", err)
+		return o.wrongf(daemon.SettingEndpoint, "%v", err)
 	}
 	return nil
 }
@@ -299,7 +308,7 @@ func (o *runOptions) access() (api.Access, error) {
 	}
 	uid, err := strconv.ParseUint(id, 10, 32)
 	if err != nil || uint32(uid) == api.NoOperator {
-		return a, usagef("--operator: there is no user %q", o.operator)
+		return a, o.wrongf(daemon.SettingOperator, "there is no user %q", o.operator)
 	}
 	a.Operator = uint32(uid)
 	return a, nil

@@ -93,6 +93,19 @@ func (c *Client) Explain(ctx context.Context, q Question) (e Explanation, err er
 	return e, err
 }
 
+// Settings asks for the settings.
+func (c *Client) Settings(ctx context.Context) (s Settings, err error) {
+	_, err = c.do(ctx, "GET", "/v1/settings", nil, &s)
+	return s, err
+}
+
+// ChangeSettings sets keys, and takes away those whose value is nil.
+func (c *Client) ChangeSettings(ctx context.Context, changes map[string]*string) (s Settings, err error) {
+	header, err := c.do(ctx, "PATCH", "/v1/settings", changes, &s)
+	s.Already = header.Get(alreadyHeader) == "true"
+	return s, err
+}
+
 // AddPeer adds a peer.
 func (c *Client) AddPeer(ctx context.Context, p NewPeer) (Changed, error) {
 	return c.change(ctx, "POST", "/v1/peers", p)

@@ -13,6 +13,8 @@ const (
 	CodeBadKey         = "bad_key"
 	CodeBadAddress     = "bad_address"
 	CodeBadPermission  = "bad_permission"
+	CodeBadSetting     = "bad_setting"
+	CodeUnknownSetting = "unknown_setting"
 	CodeBadEndpoint    = "bad_endpoint"
 	CodeForbidden      = "forbidden"
 	CodeUnknownPeer    = "unknown_peer"
@@ -37,6 +39,8 @@ var statusOfCode = map[string]int{
 	CodeBadKey:         http.StatusBadRequest,
 	CodeBadAddress:     http.StatusBadRequest,
 	CodeBadPermission:  http.StatusBadRequest,
+	CodeBadSetting:     http.StatusBadRequest,
+	CodeUnknownSetting: http.StatusNotFound,
 	CodeBadEndpoint:    http.StatusBadRequest,
 	CodeForbidden:      http.StatusForbidden,
 	CodeUnknownPeer:    http.StatusNotFound,

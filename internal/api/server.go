@@ -28,6 +28,7 @@ type Reader interface {
 	// Rules returns the rules as loaded, or as they would be in another language.
 	Rules(ctx context.Context, language string) (Rules, error)
 	Doctor(ctx context.Context) ([]Check, error)
+	Settings() Settings
 }
 
 // Changer changes the wanted state. Each method returns when the change is in
@@ -36,6 +37,9 @@ type Changer interface {
 	AddPeer(ctx context.Context, p NewPeer) (Changed, error)
 	ChangePeer(ctx context.Context, ref string, c PeerChange) (Changed, error)
 	RemovePeer(ctx context.Context, ref string) (Changed, error)
+	// ChangeSettings sets keys, and takes away those whose value is nil. It returns when
+	// that is saved; the answer says what counts only after a restart.
+	ChangeSettings(ctx context.Context, changes map[string]*string) (Settings, error)
 }
 
 // Journal remembers the last events.
@@ -167,6 +171,8 @@ func (s *Server) routes() http.Handler {
 		{"PATCH", "/v1/peers/{name}", toChange, s.changePeer},
 		{"DELETE", "/v1/peers/{name}", toChange, s.removePeer},
 		{"GET", "/v1/peers/{name}/config", toRead, s.config},
+		{"GET", "/v1/settings", toRead, s.settings},
+		{"PATCH", "/v1/settings", toChange, s.changeSettings},
 		{"GET", "/v1/explain", toRead, s.explain},
 		{"GET", "/v1/rules", toRead, s.rules},
 		{"GET", "/v1/doctor", toRead, s.doctor},
@@ -303,6 +309,23 @@ func (s *Server) changePeer(w http.ResponseWriter, r *http.Request) (any, error)
 func (s *Server) removePeer(w http.ResponseWriter, r *http.Request) (any, error) {
 	changed, err := s.opts.Service.RemovePeer(r.Context(), r.PathValue("name"))
 	return answerChange(w, changed, err)
+}
+
+func (s *Server) settings(http.ResponseWriter, *http.Request) (any, error) {
+	return s.opts.Service.Settings(), nil
+}
+
+func (s *Server) changeSettings(w http.ResponseWriter, r *http.Request) (any, error) {
+	var changes map[string]*string
+	if err := readJSON(w, r, &changes); err != nil {
+		return nil, err
+	}
+	changed, err := s.opts.Service.ChangeSettings(r.Context(), changes)
+	if err != nil {
+		return nil, err
+	}
+	w.Header().Set(alreadyHeader, strconv.FormatBool(changed.Already))
+	return changed, nil
 }
 
 // alreadyHeader says that a change changed nothing.

@@ -66,6 +66,12 @@ func (f *fakeService) Rules(_ context.Context, language string) (Rules, error) {
 	return Rules{Platform: "nft"}, f.note("rules %s", language)
 }
 func (f *fakeService) Doctor(context.Context) ([]Check, error) { return []Check{}, f.note("doctor") }
+func (f *fakeService) Settings() Settings {
+	return Settings{Settings: []Setting{{Key: "endpoint", Value: "home.example"}}}
+}
+func (f *fakeService) ChangeSettings(_ context.Context, changes map[string]*string) (Settings, error) {
+	return Settings{Already: changes["endpoint"] == nil}, f.note("settings %d", len(changes))
+}
 func (f *fakeService) AddPeer(_ context.Context, p NewPeer) (Changed, error) {
 	f.added = p
 	return Changed{Peer: phone}, f.note("add %s", p.Name)

@@ -28,7 +28,9 @@ const (
 
 // Status is the answer to GET /v1/status.
 type Status struct {
-	Version      string         `json:"version"`
+	Version string `json:"version"`
+	// Name is this host's, by the setting of that key.
+	Name         string         `json:"name"`
 	Platform     string         `json:"platform"`
 	Interface    string         `json:"interface"`
 	PublicKey    string         `json:"publicKey"`
@@ -272,6 +274,47 @@ type Stop struct {
 	Answer bool `json:"answer,omitempty"`
 	// Unclear says that it may stop it, and isn't known to.
 	Unclear bool `json:"unclear,omitempty"`
+}
+
+// Where the value of a setting comes from.
+const (
+	SettingDefault = "default" // nothing was said
+	SettingKept    = "setting" // PATCH /v1/settings, in the state folder
+	SettingFlag    = "flag"    // of run, which overrides what is kept
+)
+
+// Setting is one thing that the helper was told to be.
+type Setting struct {
+	Key string `json:"key"`
+	// Value counts now; "" is none.
+	Value string `json:"value"`
+	// Source is default, setting or flag.
+	Source string `json:"source"`
+	// Kept is what the state folder has; it counts after a restart, unless a flag
+	// overrides it. "" is nothing.
+	Kept string `json:"kept"`
+}
+
+// Settings is the answer to GET and PATCH /v1/settings. The body of a PATCH is an object
+// of keys with texts, and null for those that are to be as if never set.
+type Settings struct {
+	Settings []Setting `json:"settings"`
+	// Restart are the keys that were changed and count after a restart, Overridden those
+	// that a flag of run overrides with another value.
+	Restart    []string `json:"restart"`
+	Overridden []string `json:"overridden"`
+	// Already says that all was so before. It is the header Meshhelper-Already on the wire.
+	Already bool `json:"-"`
+}
+
+// Of returns one setting, and whether the helper knows the key.
+func (s Settings) Of(key string) (Setting, bool) {
+	for _, one := range s.Settings {
+		if one.Key == key {
+			return one, true
+		}
+	}
+	return Setting{}, false
 }
 
 // Rules is the answer to GET /v1/rules: the rules as loaded.

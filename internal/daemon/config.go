@@ -43,7 +43,7 @@ func (d *Daemon) Config(ref string) (api.Config, error) {
 
 // endpoint returns where peers reach this host, and what is to be said of it.
 func (d *Daemon) endpoint(c condition) (wireguard.Endpoint, []string) {
-	if e := d.opts.Endpoint; e.Host != "" {
+	if e := d.settings.Load().endpoint; e.Host != "" {
 		if e.Port == 0 {
 			e.Port = c.listenPort
 		}
@@ -114,16 +114,16 @@ func rankOf(a netip.Addr, h policy.Host) int {
 func (d *Daemon) resolvers(h policy.Host) ([]netip.Addr, []string) {
 	only6 := h.Uplink4 == "" && h.Uplink6 != ""
 	switch {
-	case len(d.opts.DNS) == 0 && only6:
+	case len(d.settings.Load().dns) == 0 && only6:
 		return defaultDNS6, nil
-	case len(d.opts.DNS) == 0:
+	case len(d.settings.Load().dns) == 0:
 		return defaultDNS, nil
-	case only6 && !slices.ContainsFunc(d.opts.DNS, netip.Addr.Is6):
-		return d.opts.DNS, []string{"this host has no IPv4 uplink, and no resolver of --dns has an IPv6 address: devices that route everything resolve no names"}
-	case h.Uplink6 == "" && h.Uplink4 != "" && !slices.ContainsFunc(d.opts.DNS, netip.Addr.Is4):
-		return d.opts.DNS, []string{"this host has no IPv6 uplink, and no resolver of --dns has an IPv4 address: devices that route everything resolve no names"}
+	case only6 && !slices.ContainsFunc(d.settings.Load().dns, netip.Addr.Is6):
+		return d.settings.Load().dns, []string{"this host has no IPv4 uplink, and no resolver of --dns has an IPv6 address: devices that route everything resolve no names"}
+	case h.Uplink6 == "" && h.Uplink4 != "" && !slices.ContainsFunc(d.settings.Load().dns, netip.Addr.Is4):
+		return d.settings.Load().dns, []string{"this host has no IPv6 uplink, and no resolver of --dns has an IPv4 address: devices that route everything resolve no names"}
 	}
-	return d.opts.DNS, nil
+	return d.settings.Load().dns, nil
 }
 
 // The public resolvers of Quad9 (quad9.net, "Service Addresses & Features"), which

@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"path/filepath"
 	"sync"
@@ -71,6 +72,9 @@ type Options struct {
 	Endpoint wireguard.Endpoint // optional: the uplink's address
 	// DNS is for the peers' configurations.
 	DNS []netip.Addr // optional: public ones of a family that the host reaches
+
+	// Settings say where what above can be set with `settings` came from.
+	Settings StartSettings // optional: nothing was set
 
 	// Languages are those that rulesets are enforced in: nft, pf and guard.
 	Languages map[string]Language // optional
@@ -154,6 +158,10 @@ type Daemon struct {
 	// widening is held, by a value in it, while what gives something is saved ahead.
 	widening chan struct{}
 
+	// settings count now; setting is held, by a value in it, while they are changed.
+	settings atomic.Pointer[settings]
+	setting  chan struct{}
+
 	// wake wakes the loop for a change, moved for something on the host, timed the keeper
 	// for an end of a permission, and renamed the resolver for endpoints given by name.
 	wake, moved, timed, renamed chan struct{}
@@ -204,6 +212,7 @@ func New(o Options) (*Daemon, error) {
 	d := &Daemon{
 		opts:     o,
 		widening: make(chan struct{}, 1),
+		setting:  make(chan struct{}, 1),
 		taken:    make(map[wireguard.PublicKey][len(policy.AllPermissions)]uint64),
 		wake:     make(chan struct{}, 1),
 		moved:    make(chan struct{}, 1),
@@ -227,6 +236,11 @@ func New(o Options) (*Daemon, error) {
 	if d.opts.NewTunnel == nil {
 		d.opts.NewTunnel = d.wireguard
 	}
+	first := &settings{start: o.Settings, kept: maps.Clone(o.Settings.Kept)}
+	if err := d.settle(first); err != nil {
+		return nil, err
+	}
+	d.settings.Store(first)
 	if err := openDir(o.StateDir); err != nil {
 		return nil, err
 	}

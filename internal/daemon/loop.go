@@ -253,8 +253,9 @@ func (l *loop) observe(ctx context.Context) (policy.Host, error) {
 	defer cancel()
 	host, err := l.d.opts.Platform.Observe(ctx)
 	// Where peers are told to reach this host are its addresses from outside.
-	host.OutsidePort = l.d.opts.Endpoint.Port
-	if a, notAddr := netip.ParseAddr(l.d.opts.Endpoint.Host); notAddr == nil {
+	endpoint := l.d.settings.Load().endpoint
+	host.OutsidePort = endpoint.Port
+	if a, notAddr := netip.ParseAddr(endpoint.Host); notAddr == nil {
 		host.Outside = append(host.Outside, a.Unmap())
 		return host, err
 	}

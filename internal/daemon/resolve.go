@@ -165,7 +165,7 @@ const maxOutside = 16
 // ownName returns the name in this host's own endpoint, or none where that is an
 // address, or not given.
 func (d *Daemon) ownName() []string {
-	host := d.opts.Endpoint.Host
+	host := d.settings.Load().endpoint.Host
 	if _, err := netip.ParseAddr(host); err == nil || host == "" {
 		return nil
 	}

@@ -15,7 +15,7 @@ func (d *Daemon) Status() api.Status {
 	c, _ := d.condition()
 	doc := d.wanted.Load()
 	s := api.Status{
-		Version: d.opts.Version, Platform: d.opts.PlatformName,
+		Version: d.opts.Version, Name: d.settings.Load().name, Platform: d.opts.PlatformName,
 		Interface: c.iface, PublicKey: d.mesh.key.String(), ListenPort: c.listenPort,
 		Addresses:    d.mesh.own.List(),
 		MeshPrefixes: d.mesh.list(),

@@ -1,0 +1,226 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/daemon"
+)
+
+func newSettingsCommand(a *app) *cobra.Command {
+	unset := ""
+	c := &cobra.Command{
+		Use: "settings [KEY [VALUE]]", Short: "Show or change what the helper was told to be",
+		Long: `Show or change what the helper was told to be. It is kept in the state folder; a
+flag of "run" overrides it, and the answer says so. The answer also says which
+changes need a restart of the helper. The keys are ` + strings.Join(daemon.SettingKeys(), ", ") + `.`,
+		Example: `  meshhelper settings endpoint home.example
+  meshhelper settings mesh-prefix4 10.99.0.0/16
+  meshhelper settings --unset endpoint`,
+		ValidArgsFunction: func(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+			if len(args) == 0 {
+				return daemon.SettingKeys(), cobra.ShellCompDirectiveNoFileComp
+			}
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		},
+		RunE: func(c *cobra.Command, args []string) error {
+			switch {
+			case unset != "" && len(args) > 0:
+				return usagef("--unset takes its key by itself: got %q besides", args[0])
+			case c.Flags().Changed("unset"):
+				return a.changeSetting(c.Context(), unset, nil)
+			case len(args) == 2:
+				return a.changeSetting(c.Context(), args[0], &args[1])
+			}
+			return a.showSettings(c.Context(), args)
+		},
+	}
+	c.Flags().StringVar(&unset, "unset", "", "have `KEY` as if it was never set")
+	if err := c.RegisterFlagCompletionFunc("unset", cobra.FixedCompletions(daemon.SettingKeys(), cobra.ShellCompDirectiveNoFileComp)); err != nil {
+		panic(err) // the flag is there
+	}
+	return c
+}
+
+// showSettings prints all settings, or the value of the one in args.
+func (a *app) showSettings(ctx context.Context, args []string) error {
+	if len(args) == 1 {
+		if err := checkSettingKey(args[0]); err != nil {
+			return err
+		}
+	}
+	s, err := a.client().Settings(ctx)
+	if err != nil {
+		return err
+	}
+	if len(args) == 0 {
+		return a.print(s, func() {
+			w := tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0)
+			for _, one := range s.Settings {
+				fmt.Fprintf(w, "%s\t%s\t%s\n", one.Key, orNone(one.Value), sourceOf(one))
+			}
+			w.Flush() // its error is in a.stdout
+		})
+	}
+	one, ok := s.Of(args[0])
+	if !ok {
+		return api.Errorf(api.CodeUnknownSetting, "the helper, which is another version, has no setting %q", args[0])
+	}
+	return a.print(one, func() {
+		if one.Value != "" {
+			a.say("%s", one.Value)
+		} else {
+			a.talk("%s isn't set", one.Key)
+		}
+		a.talkOfSetting(s, one)
+	})
+}
+
+func sourceOf(s api.Setting) string {
+	switch {
+	case s.Source == api.SettingFlag && s.Kept != "" && s.Kept != s.Value:
+		return fmt.Sprintf("by --%s, kept: %s", s.Key, s.Kept)
+	case s.Source == api.SettingFlag:
+		return "by --" + s.Key
+	case s.Kept != "" && s.Kept != s.Value:
+		return fmt.Sprintf("after a restart: %s", s.Kept)
+	case s.Source == api.SettingKept:
+		return "set"
+	}
+	return "default"
+}
+
+// checkSettingKey refuses a key that doesn't exist.
+func checkSettingKey(key string) error {
+	for _, known := range daemon.SettingKeys() {
+		if key == known {
+			return nil
+		}
+	}
+	_, err := daemon.CheckSetting(key, "")
+	return &usageError{err}
+}
+
+// changeSetting sets a key, or takes it away where value is nil.
+func (a *app) changeSetting(ctx context.Context, key string, value *string) error {
+	if err := checkSettingKey(key); err != nil {
+		return err
+	}
+	if value != nil {
+		if _, err := daemon.CheckSetting(key, *value); err != nil {
+			return &usageError{err}
+		}
+	}
+	s, err := a.client().ChangeSettings(ctx, map[string]*string{key: value})
+	if err != nil {
+		return err
+	}
+	one, _ := s.Of(key)
+	return a.print(s, func() {
+		switch {
+		case value == nil && s.Already:
+			a.say("%s isn't set already", key)
+		case value == nil:
+			a.say("%s isn't set any more", key)
+		case s.Already:
+			a.say("%s is kept as %s already", key, one.Kept)
+		case one.Value == one.Kept:
+			a.say("%s is now %s", key, one.Kept)
+		default:
+			a.say("%s is kept as %s; now it is %s", key, one.Kept, orNone(one.Value))
+		}
+		a.talkOfSetting(s, one)
+	})
+}
+
+// talkOfSetting says what keeps a setting from counting now.
+func (a *app) talkOfSetting(s api.Settings, one api.Setting) {
+	for _, key := range s.Overridden {
+		if key == one.Key {
+			a.talk("the helper runs with --%s %s, which overrides what is kept", key, one.Value)
+		}
+	}
+	for _, key := range s.Restart {
+		if key == one.Key {
+			a.talk("%s counts after a restart of the helper: %s", key, restartCommand(s))
+		}
+	}
+}
+
+// restartCommand restarts an installed helper.
+func restartCommand(s api.Settings) string {
+	label, _ := s.Of(daemon.SettingLabel)
+	switch {
+	case runtime.GOOS == "darwin" && label.Value != "":
+		return "sudo launchctl kickstart -k system/" + label.Value
+	case runtime.GOOS == "linux" && label.Value != "":
+		return "sudo systemctl restart " + label.Value
+	}
+	return "end it and run it again"
+}
+
+// takeSettings has what is kept in the state directory count where no flag was given, and
+// notes which were.
+func (o *runOptions) takeSettings(dir string) (start daemon.StartSettings, err error) {
+	if start.Kept, err = daemon.ReadSettings(dir); err != nil {
+		return start, err
+	}
+	start.Given, start.Defaults = map[string]string{}, map[string]string{daemon.SettingName: hostName()}
+	port, dns := strconv.Itoa(int(o.listenPort)), strings.Join(o.dns, ",")
+	for key, value := range map[string]*string{
+		daemon.SettingLabel: &o.label, daemon.SettingEndpoint: &o.endpoint, daemon.SettingOperator: &o.operator,
+		daemon.SettingDNS: &dns, daemon.SettingListenPort: &port,
+		daemon.SettingMeshPrefix4: &o.prefix4, daemon.SettingMeshPrefix6: &o.prefix6,
+	} {
+		kept, ok := start.Kept[key]
+		switch {
+		case o.given != nil && o.given(key):
+			start.Given[key] = *value
+		case ok:
+			start.Defaults[key], *value = *value, kept
+			o.kept = append(o.kept, key)
+		default:
+			start.Defaults[key] = *value
+		}
+	}
+	number, err := strconv.ParseUint(port, 10, 16)
+	if err != nil {
+		return start, err
+	}
+	o.listenPort = uint16(number)
+	if o.dns = nil; dns != "" {
+		o.dns = strings.Split(dns, ",")
+	}
+	return start, nil
+}
+
+// wrongf is an error about a flag, or about the setting of that key.
+func (o *runOptions) wrongf(key, format string, args ...any) error {
+	what := fmt.Sprintf(format, args...)
+	if slices.Contains(o.kept, key) {
+		return api.Errorf(api.CodeBadSetting, "setting %s: %s", key, what).WithHint("run --%s overrides it", key)
+	}
+	return usagef("--%s: %s", key, what)
+}
+
+// hostName is this host's name, without its domain, or "".
+func hostName() string {
+	name, err := os.Hostname()
+	if err != nil {
+		return ""
+	}
+	name, _, _ = strings.Cut(name, ".")
+	if _, err := daemon.CheckSetting(daemon.SettingName, name); err != nil {
+		return ""
+	}
+	return name
+}

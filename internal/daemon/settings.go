@@ -1,0 +1,474 @@
+package daemon
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"net/netip"
+	"os/user"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/owned"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
+)
+
+// settingsFile has the settings, beside the wanted state: what a helper needs before it
+// can read that. A state directory without it is one where nothing was set.
+const settingsFile = "settings.json"
+
+// settingsVersion is the version of the file that this helper writes.
+const settingsVersion = 1
+
+// maxSettings bounds the file in bytes, and maxSetting one value.
+const (
+	maxSettings = 64 << 10
+	maxSetting  = 1024
+)
+
+// The keys of settings. Each is also a flag of `run`, which overrides it, name excepted.
+const (
+	SettingName        = "name"         // of this host, as its status shows it
+	SettingLabel       = "label"        // of the service and of pf's anchor
+	SettingEndpoint    = "endpoint"     // HOST[:PORT] where peers reach this host
+	SettingOperator    = "operator"     // the user who may change the mesh besides root
+	SettingDNS         = "dns"          // resolvers for configurations, by commas
+	SettingListenPort  = "listen-port"  // UDP port of WireGuard, 0 to 65535; 0: any
+	SettingMeshPrefix4 = "mesh-prefix4" // IPv4 prefix of the mesh
+	SettingMeshPrefix6 = "mesh-prefix6" // IPv6 prefix of the mesh
+)
+
+// settingKeys are all keys, in the order in which they are shown, with whether a change
+// is in force at once. The others hold from the next start on.
+var settingKeys = []struct {
+	key  string
+	live bool
+}{
+	{SettingName, true}, {SettingLabel, false}, {SettingEndpoint, true}, {SettingOperator, false}, {SettingDNS, true},
+	{SettingListenPort, false}, {SettingMeshPrefix4, false}, {SettingMeshPrefix6, false},
+}
+
+// SettingKeys returns the keys of settings, in the order in which they are shown.
+func SettingKeys() (keys []string) {
+	for _, k := range settingKeys {
+		keys = append(keys, k.key)
+	}
+	return keys
+}
+
+func isLive(key string) bool {
+	return slices.ContainsFunc(settingKeys, func(k struct {
+		key  string
+		live bool
+	}) bool {
+		return k.key == key && k.live
+	})
+}
+
+// CheckSetting returns a value as it is kept, or says what is wrong with it or the key,
+// as an *api.Error.
+func CheckSetting(key, value string) (string, error) {
+	value = strings.TrimSpace(value)
+	if !slices.Contains(SettingKeys(), key) {
+		return "", api.Errorf(api.CodeUnknownSetting, "setting %q is unknown", key).
+			WithHint("there are %s", strings.Join(SettingKeys(), ", "))
+	}
+	kept, err := value, error(nil)
+	hint := ""
+	switch key {
+	case SettingName:
+		err, hint = checkName(value), "names have 1 to 63 letters, digits, -, _ and ."
+	case SettingLabel:
+		err, hint = checkLabel(value), "a label has 1 to 63 letters, digits, - and ., such as org.meshhelper"
+	case SettingEndpoint:
+		_, err = wireguard.ParseEndpoint(value, 1) // the port is that of WireGuard, where there is none
+		hint = "it is HOST or HOST:PORT, an IPv6 address in brackets where a port follows"
+	case SettingOperator:
+		if len(value) > 256 || strings.ContainsAny(value, " \t\n:/") {
+			err, hint = errors.New("not a user's name"), "give a user's name or number"
+		}
+	case SettingDNS:
+		kept, err = checkDNS(value)
+		hint = "give addresses of resolvers, separated by commas"
+	case SettingListenPort:
+		_, err = strconv.ParseUint(value, 10, 16)
+		if err != nil {
+			err = errors.New("not a port")
+		}
+		hint = "it is a number from 0 to 65535; 0 lets the system choose"
+	case SettingMeshPrefix4, SettingMeshPrefix6:
+		kept, err = checkPrefix(key, value)
+		hint = "take a private prefix that isn't in use here"
+	}
+	if err == nil && (kept == "" || len(kept) > maxSetting) {
+		err, hint = fmt.Errorf("a value has 1 to %d bytes", maxSetting), "to have it as if it was never set: meshhelper settings --unset "+key
+	}
+	if err != nil {
+		return "", api.Errorf(api.CodeBadSetting, "%s %.70q: %v", key, value, err).WithHint("%s", hint)
+	}
+	return kept, nil
+}
+
+func checkLabel(label string) error {
+	ok := func(r rune) bool {
+		return r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '.' || r == '-'
+	}
+	if label == "" || len(label) > 63 || strings.Trim(label, ".-") != label || strings.IndexFunc(label, func(r rune) bool { return !ok(r) }) >= 0 {
+		return errors.New("not a label")
+	}
+	return nil
+}
+
+func checkDNS(value string) (string, error) {
+	var out []string
+	for text := range strings.SplitSeq(value, ",") {
+		a, err := netip.ParseAddr(strings.TrimSpace(text))
+		if err != nil || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() {
+			return "", fmt.Errorf("%q is not a resolver's address", text)
+		}
+		out = append(out, a.Unmap().String())
+	}
+	return strings.Join(out, ","), nil
+}
+
+func checkPrefix(key, value string) (string, error) {
+	p, err := netip.ParsePrefix(value)
+	if err != nil {
+		return "", errors.New("not a prefix")
+	}
+	prefixes := wireguard.DefaultPrefixes()
+	if key == SettingMeshPrefix4 {
+		prefixes.V4 = p
+	} else {
+		prefixes.V6 = p
+	}
+	return p.String(), prefixes.Validate()
+}
+
+// ReadSettings returns the settings that are kept in a state directory, by key. It needs
+// no helper, and none where the directory doesn't exist.
+func ReadSettings(dir string) (map[string]string, error) {
+	path := filepath.Join(dir, settingsFile)
+	text, err := owned.Read(path, maxSettings)
+	if errors.Is(err, fs.ErrNotExist) {
+		return map[string]string{}, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read settings: %w", err)
+	}
+	kept, err := decodeSettings(text)
+	if err != nil {
+		return nil, api.Errorf(api.CodeInternal, "read settings %q: %v", path, err).
+			WithHint("nothing was touched; mend the file, or move it away to start without settings")
+	}
+	return kept, nil
+}
+
+type settingsDocument struct {
+	Version  int               `json:"version"`
+	Settings map[string]string `json:"settings"`
+}
+
+func decodeSettings(text []byte) (map[string]string, error) {
+	dec := json.NewDecoder(bytes.NewReader(text))
+	dec.DisallowUnknownFields()
+	var doc settingsDocument
+	if err := dec.Decode(&doc); err != nil {
+		return nil, err
+	}
+	if _, err := dec.Token(); err != io.EOF {
+		return nil, errors.New("something follows the settings")
+	}
+	if doc.Version != settingsVersion {
+		return nil, fmt.Errorf("version %d is unknown", doc.Version)
+	}
+	out := map[string]string{}
+	for key, value := range doc.Settings {
+		kept, err := CheckSetting(key, value)
+		if err != nil {
+			return nil, err
+		}
+		out[key] = kept
+	}
+	return out, nil
+}
+
+func encodeSettings(kept map[string]string) ([]byte, error) {
+	text, err := json.MarshalIndent(settingsDocument{settingsVersion, kept}, "", "  ")
+	return append(text, '\n'), err
+}
+
+// WriteSettings changes the settings in the directory of a helper that doesn't run; nil
+// takes a setting away. The directory is made when missing. It is an error while a
+// helper holds the directory.
+func WriteSettings(dir string, changes map[string]*string) (err error) {
+	if err := openDir(dir); err != nil {
+		return err
+	}
+	release, err := lockDir(dir)
+	if err != nil {
+		return fmt.Errorf("write settings: state directory %q: %w", dir, err)
+	}
+	defer func() { err = errors.Join(err, release()) }()
+	kept, err := ReadSettings(dir)
+	if err != nil {
+		return err
+	}
+	next, err := changedSettings(kept, changes)
+	if err != nil || maps.Equal(kept, next) {
+		return err
+	}
+	text, err := encodeSettings(next)
+	if err != nil {
+		return err
+	}
+	if err := owned.Replace(filepath.Join(dir, settingsFile), text); err != nil {
+		return fmt.Errorf("write settings: %w", err)
+	}
+	return nil
+}
+
+// changedSettings returns kept with the changes.
+func changedSettings(kept map[string]string, changes map[string]*string) (map[string]string, error) {
+	next := maps.Clone(kept)
+	for key, value := range changes {
+		if value == nil {
+			if !slices.Contains(SettingKeys(), key) {
+				_, err := CheckSetting(key, "")
+				return nil, err
+			}
+			// Peers have addresses of a mesh prefix that was set; only one that is kept says
+			// that they are to get others, so the default is kept.
+			_, kept := next[key]
+			delete(next, key)
+			switch d := wireguard.DefaultPrefixes(); {
+			case kept && key == SettingMeshPrefix4:
+				next[key] = d.V4.String()
+			case kept && key == SettingMeshPrefix6:
+				next[key] = d.V6.String()
+			}
+			continue
+		}
+		checked, err := CheckSetting(key, *value)
+		if err != nil {
+			return nil, err
+		}
+		next[key] = checked
+	}
+	return next, nil
+}
+
+// StartSettings say where the values of the keys come from at the start: a flag's counts
+// before one that is kept, and that before the default.
+type StartSettings struct {
+	// Given are those of flags, Kept those that [ReadSettings] found.
+	Given, Kept map[string]string
+	// Defaults are of the keys that have one.
+	Defaults map[string]string
+}
+
+// Value returns what counts for a key.
+func (s StartSettings) Value(key string) string {
+	for _, m := range []map[string]string{s.Given, s.Kept, s.Defaults} {
+		if v, ok := m[key]; ok {
+			return v
+		}
+	}
+	return ""
+}
+
+// settings are the helper's, with what changed since the start.
+type settings struct {
+	start StartSettings
+	// kept is what is on disk by now.
+	kept map[string]string
+	// name, endpoint and dns are what counts by now.
+	name     string
+	endpoint wireguard.Endpoint
+	dns      []netip.Addr
+}
+
+// now returns what counts for a key now.
+func (s *settings) now(key string) string {
+	if isLive(key) {
+		return StartSettings{s.start.Given, s.kept, s.start.Defaults}.Value(key)
+	}
+	return s.start.Value(key)
+}
+
+// after returns what counts after a restart with the same flags.
+func (s *settings) after(key string) string {
+	return StartSettings{s.start.Given, s.kept, s.start.Defaults}.Value(key)
+}
+
+// answer shows the settings.
+func (s *settings) answer() api.Settings {
+	out := api.Settings{Settings: []api.Setting{}, Restart: []string{}, Overridden: []string{}}
+	for _, k := range settingKeys {
+		key := k.key
+		one := api.Setting{Key: key, Value: s.now(key), Kept: s.kept[key], Source: api.SettingDefault}
+		_, given := s.start.Given[key]
+		_, kept := s.kept[key]
+		_, was := s.start.Kept[key]
+		switch {
+		case given:
+			one.Source = api.SettingFlag
+		case k.live && kept || !k.live && was:
+			one.Source = api.SettingKept
+		}
+		if given && kept && s.kept[key] != s.start.Given[key] {
+			out.Overridden = append(out.Overridden, key)
+		}
+		if s.now(key) != s.after(key) {
+			out.Restart = append(out.Restart, key)
+		}
+		out.Settings = append(out.Settings, one)
+	}
+	return out
+}
+
+// Settings returns what the helper was told to be.
+func (d *Daemon) Settings() api.Settings { return d.settings.Load().answer() }
+
+// ChangeSettings keeps other settings, and puts those in force that need no restart; the
+// answer says which do. Nil takes a setting away. Nothing changes where one is wrong, or
+// can't be saved.
+func (d *Daemon) ChangeSettings(ctx context.Context, changes map[string]*string) (api.Settings, error) {
+	if name := changes[SettingOperator]; name != nil {
+		if err := checkOperator(*name); err != nil {
+			return api.Settings{}, err
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, d.saveWithin())
+	defer cancel()
+	select {
+	case d.setting <- struct{}{}:
+		defer func() { <-d.setting }()
+	case <-ctx.Done():
+		return api.Settings{}, d.settingsNotSaved(errors.New("another change is still being saved"))
+	}
+	was := d.settings.Load()
+	kept, err := changedSettings(was.kept, changes)
+	if err != nil {
+		return api.Settings{}, err
+	}
+	next := &settings{start: was.start, kept: kept}
+	if err := d.settle(next); err != nil {
+		return api.Settings{}, err
+	}
+	if err := d.checkPrefixes(next); err != nil {
+		return api.Settings{}, err
+	}
+	if !maps.Equal(was.kept, kept) {
+		if err := d.saveSettings(ctx, kept); err != nil {
+			return api.Settings{}, d.settingsNotSaved(err)
+		}
+		d.settings.Store(next)
+		for _, key := range SettingKeys() {
+			if was.kept[key] != kept[key] {
+				d.journal.Record(api.Event{Kind: api.EventChange, Message: describeSetting(key, kept[key])})
+			}
+		}
+		poke(d.renamed)
+		poke(d.wake)
+	}
+	out := next.answer()
+	out.Already = maps.Equal(was.kept, kept)
+	return out, nil
+}
+
+func describeSetting(key, value string) string {
+	if value == "" {
+		return "setting " + key + " was taken away"
+	}
+	return fmt.Sprintf("setting %s became %q", key, value)
+}
+
+// checkPrefixes refuses mesh prefixes that a peer's address isn't in, with which the
+// helper wouldn't start.
+func (d *Daemon) checkPrefixes(s *settings) error {
+	m := d.mesh
+	var err [2]error
+	m.prefixes.V4, err[0] = netip.ParsePrefix(s.after(SettingMeshPrefix4))
+	m.prefixes.V6, err[1] = netip.ParsePrefix(s.after(SettingMeshPrefix6))
+	if err[0] != nil || err[1] != nil || m.prefixes == d.mesh.prefixes {
+		return nil // none is known where a program told the daemon of none
+	}
+	if err := d.wanted.Load().fits(m); err != nil {
+		return api.Errorf(api.CodeBadSetting, "%v", err).WithHint("remove the peers first, and add them again after the restart")
+	}
+	return nil
+}
+
+// settle finds what the live settings come to. What counted at the start is what
+// [Options] say.
+func (d *Daemon) settle(s *settings) error {
+	s.endpoint, s.dns = d.opts.Endpoint, d.opts.DNS
+	s.name = s.now(SettingName)
+	if text := s.now(SettingEndpoint); text != s.start.Value(SettingEndpoint) {
+		s.endpoint = wireguard.Endpoint{}
+		if text != "" {
+			var err error
+			if s.endpoint, err = wireguard.ParseEndpoint(text, cmp.Or(d.opts.ListenPort, DefaultListenPort)); err != nil {
+				return api.Errorf(api.CodeBadSetting, "%s: %v", SettingEndpoint, err)
+			}
+		}
+	}
+	if text := s.now(SettingDNS); text != s.start.Value(SettingDNS) {
+		s.dns = nil
+		for a := range strings.SplitSeq(text, ",") {
+			if addr, err := netip.ParseAddr(a); err == nil { // none of an empty text
+				s.dns = append(s.dns, addr)
+			}
+		}
+	}
+	return nil
+}
+
+// DefaultListenPort is the UDP port of WireGuard by custom.
+const DefaultListenPort = 51820
+
+func (d *Daemon) saveSettings(ctx context.Context, kept map[string]string) error {
+	text, err := encodeSettings(kept)
+	if err != nil {
+		return err
+	}
+	j := d.disk.submit("", func() error {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		return d.disk.store.replace(ctx, text, settingsFile)
+	})
+	if err := d.disk.wait(ctx, j); err != nil {
+		d.disk.forget(j)
+		return err
+	}
+	return nil
+}
+
+func (d *Daemon) settingsNotSaved(cause error) error {
+	return api.Errorf(api.CodeNotSaved, "nothing was changed: save settings: %v", cause).
+		WithHint("make room or make %q writable, and repeat the command", d.opts.StateDir)
+}
+
+// checkOperator refuses a user that doesn't exist: a helper that is told of one doesn't
+// start.
+func checkOperator(name string) error {
+	_, err := user.Lookup(name)
+	if err == nil {
+		return nil
+	}
+	if _, err := strconv.ParseUint(name, 10, 32); err == nil {
+		return nil // a number may stand for a user that has no name here
+	}
+	return api.Errorf(api.CodeBadSetting, "%s: there is no user %.70q", SettingOperator, name).WithHint("give a user of this host")
+}

@@ -1,0 +1,205 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+)
+
+// set changes one setting; "" takes it away.
+func (r *rig) set(key, value string) (api.Settings, error) {
+	change := map[string]*string{key: &value}
+	if value == "" {
+		change[key] = nil
+	}
+	return r.d.ChangeSettings(context.Background(), change)
+}
+
+func (r *rig) mustSet(key, value string) api.Settings {
+	r.t.Helper()
+	s, err := r.set(key, value)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return s
+}
+
+// startAs starts the helper with flags, and the settings that are kept.
+func (r *rig) startAs(given map[string]string) {
+	r.t.Helper()
+	kept, err := ReadSettings(r.dir)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	o := r.options()
+	o.Settings = StartSettings{Given: given, Kept: kept, Defaults: map[string]string{
+		SettingName: "host", SettingListenPort: "51820", SettingMeshPrefix4: "100.64.0.0/10", SettingMeshPrefix6: "fd6d:6573:6800::/48",
+	}}
+	r.startWith(o)
+}
+
+func TestSettings(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		r.startAs(map[string]string{SettingOperator: "root"})
+		r.add("phone")
+
+		// What counts at once.
+		s := r.mustSet(SettingEndpoint, "home.example")
+		if one, _ := s.Of(SettingEndpoint); one.Value != "home.example" || one.Source != api.SettingKept || len(s.Restart) > 0 || s.Already {
+			t.Errorf("endpoint: %+v", s)
+		}
+		if c, err := r.d.Config("phone"); err != nil || !strings.Contains(c.Text, "Endpoint = home.example:51820") {
+			t.Errorf("a configuration has another endpoint, %v:\n%s", err, c.Text)
+		}
+		if s := r.mustSet(SettingEndpoint, " home.example "); !s.Already {
+			t.Error("the same again isn't told as such")
+		}
+		r.mustSet(SettingName, "home")
+		if s := r.d.Status(); s.Name != "home" {
+			t.Errorf("name %q", s.Name)
+		}
+
+		// What counts after a restart, and what a flag overrides.
+		s = r.mustSet(SettingListenPort, "4000")
+		if one, _ := s.Of(SettingListenPort); one.Value != "51820" || one.Kept != "4000" || !slices.Equal(s.Restart, []string{SettingListenPort}) {
+			t.Errorf("listen-port: %+v", s)
+		}
+		s = r.mustSet(SettingOperator, "0")
+		if one, _ := s.Of(SettingOperator); one.Value != "root" || one.Source != api.SettingFlag || !slices.Contains(s.Overridden, SettingOperator) {
+			t.Errorf("operator: %+v", s)
+		}
+		r.end()
+		r.startAs(nil)
+		for key, want := range map[string]string{SettingName: "home", SettingEndpoint: "home.example", SettingListenPort: "4000", SettingOperator: "0"} {
+			if one, _ := r.d.Settings().Of(key); one.Value != want || one.Source != api.SettingKept {
+				t.Errorf("after the restart: %+v, want %s", one, want)
+			}
+		}
+		if s := r.mustSet(SettingListenPort, ""); !slices.Equal(s.Restart, []string{SettingListenPort}) {
+			t.Errorf("listen-port taken away: %+v", s)
+		}
+		if s := r.mustSet(SettingName, ""); s.Settings[0].Value != "host" || s.Settings[0].Source != api.SettingDefault {
+			t.Errorf("name taken away: %+v", s)
+		}
+		if _, err := r.set(SettingMeshPrefix4, "10.99.0.0/16"); err == nil {
+			t.Error("a mesh prefix that a peer's address isn't in was taken")
+		}
+		if _, err := r.d.RemovePeer(t.Context(), "phone"); err != nil {
+			t.Fatal(err)
+		}
+		r.mustSet(SettingMeshPrefix4, "10.99.0.0/16")
+		if s := r.mustSet(SettingMeshPrefix4, ""); len(s.Restart) > 1 {
+			t.Errorf("mesh-prefix4 taken away: %+v", s)
+		}
+		if one, _ := r.d.Settings().Of(SettingMeshPrefix4); one.Kept != "100.64.0.0/10" {
+			t.Errorf("mesh-prefix4 taken away: %+v; peers with addresses of it would have no place", one)
+		}
+		r.end()
+	})
+}
+
+// TestEndpointSettingIsOutside sets an address as the endpoint: it is one by which others
+// know this host from then on.
+func TestEndpointSettingIsOutside(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		r.startAs(nil)
+		defer r.end()
+		r.mustSet(SettingEndpoint, "198.51.100.7:4500")
+		synctest.Wait()
+		c, _ := r.d.condition()
+		for range 100 {
+			if len(c.host.Outside) > 0 {
+				break
+			}
+			_, newer := r.d.condition()
+			<-newer
+			c, _ = r.d.condition()
+		}
+		if len(c.host.Outside) != 1 || c.host.Outside[0].String() != "198.51.100.7" || c.host.OutsidePort != 4500 {
+			t.Errorf("outside %v, port %d", c.host.Outside, c.host.OutsidePort)
+		}
+	})
+}
+
+func TestSettingsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		r.startAs(nil)
+		for key, value := range map[string]string{
+			"colour": "red", SettingListenPort: "65536", SettingMeshPrefix4: "8.0.0.0/8", SettingMeshPrefix6: "100.64.0.0/10",
+			SettingEndpoint: "https://x/", SettingOperator: "no-such-user-here", SettingDNS: "9.9.9.9,x", SettingName: "a b", SettingLabel: "../x",
+		} {
+			_, err := r.set(key, value)
+			var e *api.Error
+			if !errors.As(err, &e) || e.Hint == "" {
+				t.Errorf("%s %q: %v, want an error with a hint", key, value, err)
+			}
+		}
+		r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
+		_, err := r.set(SettingName, "home")
+		var e *api.Error
+		if !errors.As(err, &e) || e.Code != api.CodeNotSaved || r.d.Status().Name != "host" {
+			t.Errorf("on a full disk: %v, name %q", err, r.d.Status().Name)
+		}
+		r.setDisk(diskFiles{})
+		r.mustSet(SettingName, "home")
+		r.end()
+	})
+}
+
+// TestWriteSettings writes them without a helper, and not beside one.
+func TestWriteSettings(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		port, name := "4000", "home"
+		if err := WriteSettings(r.dir, map[string]*string{SettingListenPort: &port}); err != nil {
+			t.Fatal(err)
+		}
+		if err := WriteSettings(r.dir, map[string]*string{SettingName: &name}); err != nil {
+			t.Fatal(err)
+		}
+		got, err := ReadSettings(r.dir)
+		if want := map[string]string{SettingListenPort: "4000", SettingName: "home"}; err != nil || !maps.Equal(got, want) {
+			t.Errorf("read %v, %v, want %v", got, err, want)
+		}
+		r.startAs(nil) // a new mesh, in a folder that has settings only
+		if err := WriteSettings(r.dir, map[string]*string{SettingName: nil}); err == nil {
+			t.Error("they were written beside a helper")
+		}
+		r.end()
+		if err := os.WriteFile(filepath.Join(r.dir, settingsFile), []byte(`{"version":1,"settings":{"colour":"red"}}`), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := ReadSettings(r.dir); err == nil || !strings.Contains(err.Error(), "colour") {
+			t.Errorf("an unknown key: %v", err)
+		}
+	})
+}
+
+func FuzzSettings(f *testing.F) {
+	f.Add([]byte(`{"version":1,"settings":{"endpoint":"home.example:51820","dns":"9.9.9.9,2620:fe::9"}}`))
+	f.Add([]byte(`{"version":2}`))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		kept, err := decodeSettings(text)
+		if err != nil {
+			return
+		}
+		again, err := encodeSettings(kept)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if back, err := decodeSettings(again); err != nil || !maps.Equal(back, kept) {
+			t.Errorf("%v became %v, %v", kept, back, err)
+		}
+	})
+}
