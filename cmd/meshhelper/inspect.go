@@ -296,7 +296,7 @@ func newDoctorCommand(a *app) *cobra.Command {
 works without a helper, too: on a Mac it then looks at the installed service.`,
 		RunE: func(c *cobra.Command, _ []string) error { return runDoctor(c.Context(), a, label) },
 	}
-	if a.service != nil {
+	if a.onLaunchd() {
 		c.Flags().StringVar(&label, "label", label, "`NAME` of the service")
 	}
 	return c
@@ -315,7 +315,7 @@ func runDoctor(ctx context.Context, a *app, label string) error {
 	helpers, failed := a.client().Doctor(limit)
 	var checks []api.Check
 	var what *install.Options
-	if a.service != nil {
+	if a.onLaunchd() {
 		what = a.installed(label)
 		checks = a.checkService(ctx, what, failed == nil)
 	}

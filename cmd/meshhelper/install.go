@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -12,14 +13,17 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/daemon"
 	"github.com/meshhelper/meshhelper/internal/install"
 	"github.com/meshhelper/meshhelper/internal/macos"
 	"github.com/meshhelper/meshhelper/launchd"
 )
 
-// A serviceHost is a Mac as far as installing goes.
+// A serviceHost is a Mac, or a Linux host, as far as installing goes.
 type serviceHost struct {
-	// runner runs launchctl.
+	// systemd says that it is a Linux host, with systemd as its service manager or none.
+	systemd bool
+	// runner runs launchctl or systemctl.
 	runner launchd.Runner
 	// executable returns this program's file.
 	executable func() (string, error)
@@ -46,7 +50,19 @@ type installOptions struct {
 	label, operator, endpoint string
 	listenPort                uint16
 	dryRun                    bool
+	given                     func(flag string) bool
 }
+
+// defaultLabel is the name of the service where none was given.
+func (h *serviceHost) defaultLabel() string {
+	if h.systemd {
+		return "meshhelper"
+	}
+	return macos.DefaultLabel
+}
+
+// onLaunchd reports whether launchd runs services here.
+func (a *app) onLaunchd() bool { return a.service != nil && !a.service.systemd }
 
 func newInstallCommand(a *app) *cobra.Command {
 	if a.service == nil {
@@ -55,14 +71,19 @@ func newInstallCommand(a *app) *cobra.Command {
 	o := &installOptions{app: a}
 	c := &cobra.Command{
 		Use: "install", Short: "Install the helper as a service, or upgrade it",
-		Long: `Copy the helper to a place that only root can change, have launchd start it now
-and with every boot, wait until it answers, and say how it is. Repeating it
-upgrades the helper in place; the mesh stays as it is.`,
+		Long: `Copy the helper to a place that only root can change, have launchd or systemd
+start it now and with every boot, wait until it answers, and say how it is.
+Repeating it upgrades the helper in place; the mesh stays as it is. On Linux
+--operator, --listen-port and --endpoint are kept as settings, which
+"meshhelper settings" shows and changes; without them those of before stay.`,
 		Args: cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error { return o.run(c.Context()) },
+		RunE: func(c *cobra.Command, _ []string) error {
+			o.given = c.Flags().Changed
+			return o.run(c.Context())
+		},
 	}
 	f := c.Flags()
-	f.StringVar(&o.label, "label", macos.DefaultLabel, "`NAME` of the service and of its anchor in the packet filter")
+	f.StringVar(&o.label, "label", a.service.defaultLabel(), "`NAME` of the service, and on a Mac of its anchor in the packet filter")
 	f.StringVar(&o.operator, "operator", "", "`USER` who may change the mesh besides root (who runs sudo)")
 	f.Uint16Var(&o.listenPort, "listen-port", defaultListenPort, "UDP `PORT` of WireGuard")
 	f.StringVar(&o.endpoint, "endpoint", "", "`HOST[:PORT]` where peers reach this host")
@@ -120,7 +141,9 @@ func (o *installOptions) settled(ctx context.Context) (s api.Status, err error) 
 func (o *installOptions) describe(s api.Status, what *install.Options, boots bool) {
 	a := o.app
 	starts := "starts with this Mac"
-	if !boots {
+	if a.service.systemd {
+		starts = "starts with this host"
+	} else if !boots {
 		starts = "doesn't start with this Mac: see above"
 	}
 	if s.State == api.Enforcing {
@@ -173,6 +196,9 @@ func (o *installOptions) options() (*install.Options, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find this program's file: %w", err)
 	}
+	if o.app.service.systemd {
+		return o.systemdOptions(source)
+	}
 	if _, err := macos.AnchorPath(o.label); err != nil {
 		return nil, usagef("--label: %v", err)
 	}
@@ -188,17 +214,63 @@ func (o *installOptions) options() (*install.Options, error) {
 	if o.endpoint != "" {
 		what.Arguments = append(what.Arguments, "--endpoint", o.endpoint)
 	}
-	what.Ready = func(ctx context.Context) error {
-		ctx, cancel := context.WithTimeout(ctx, startTime)
-		defer cancel()
-		_, err := o.app.client().WaitReady(ctx)
-		return err
+	what.Ready = o.ready
+	return what, nil
+}
+
+// ready waits until the helper answers.
+func (o *installOptions) ready(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, startTime)
+	defer cancel()
+	_, err := o.app.client().WaitReady(ctx)
+	return err
+}
+
+// systemdOptions is options for a Linux host. The label is the unit's name, and so an
+// argument of its; what else was given is kept as settings, which the commands change.
+func (o *installOptions) systemdOptions(source string) (*install.Options, error) {
+	changes := map[string]*string{}
+	port := strconv.Itoa(int(o.listenPort))
+	for key, value := range map[string]*string{
+		daemon.SettingLabel: &o.label, daemon.SettingOperator: &o.operator, daemon.SettingListenPort: &port, daemon.SettingEndpoint: &o.endpoint,
+	} {
+		if *value == "" || key != daemon.SettingLabel && !o.given(key) && key != daemon.SettingOperator {
+			continue
+		}
+		if _, err := daemon.CheckSetting(key, *value); err != nil {
+			return nil, usagef("--%s: %v", key, err)
+		}
+		if key != daemon.SettingLabel {
+			changes[key] = value
+		}
 	}
+	what := o.app.installed(o.label)
+	what.Source = source
+	what.Arguments = []string{"--platform", "linux", "--state-dir", what.StateDir, "--socket", what.Socket, "--label", o.label}
+	what.Keep = func() error {
+		dir := filepath.Join(o.app.service.root, what.StateDir)
+		kept, err := daemon.ReadSettings(dir)
+		if err != nil {
+			return err
+		}
+		if kept[daemon.SettingOperator] != "" && !o.given("operator") {
+			delete(changes, daemon.SettingOperator) // another administrator upgrades
+		}
+		return daemon.WriteSettings(dir, changes)
+	}
+	what.Ready = o.ready
 	return what, nil
 }
 
 // installed describes the service as both commands know it.
 func (a *app) installed(label string) *install.Options {
+	if a.service.systemd {
+		return &install.Options{
+			Systemd: true, Label: label, StateDir: a.defaultStateDir("linux"), Socket: "/run/meshhelper.sock",
+			Runner: a.service.runner, Root: a.service.root,
+			Restore: func(ctx context.Context) error { return a.service.restore(ctx, a.defaultStateDir("linux")) },
+		}
+	}
 	return &install.Options{
 		Label: label, StateDir: a.defaultStateDir("darwin"), LogDir: logDir, Socket: "/var/run/meshhelper.sock",
 		Runner: a.service.runner, Root: a.service.root,
@@ -226,7 +298,7 @@ found, and remove what was installed. It works when the helper is dead, too.`,
 			return serviceError("uninstall", err)
 		},
 	}
-	c.Flags().StringVar(&label, "label", macos.DefaultLabel, "`NAME` of the service")
+	c.Flags().StringVar(&label, "label", a.service.defaultLabel(), "`NAME` of the service")
 	c.Flags().BoolVar(&purge, "purge", false, "remove the keys, all peers and the logs, too")
 	return c
 }
@@ -273,6 +345,8 @@ func serviceError(command string, err error) error {
 	switch {
 	case err == nil:
 		return nil
+	case errors.Is(err, install.ErrNoSystemd):
+		return fmt.Errorf("%w; run the helper by what starts services here, or in the foreground: sudo meshhelper run", err)
 	case errors.Is(err, os.ErrPermission):
 		return api.Errorf(api.CodeForbidden, "%v", err).WithHint("try: sudo meshhelper %s", command)
 	case errors.As(err, &e):

@@ -1,6 +1,12 @@
 package main
 
 import (
+	"context"
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/daemon"
 	"github.com/meshhelper/meshhelper/internal/linux"
 )
@@ -10,6 +16,27 @@ func platforms() map[string]newPlatform {
 	return map[string]newPlatform{
 		"linux": func(o platformOptions) (daemon.Platform, error) {
 			return linux.New(linux.Options{StateDir: o.stateDir, Log: o.log})
+		},
+	}
+}
+
+// systemctlLimit bounds `systemctl start`, which waits until the helper is ready or
+// systemd gives it up (TimeoutStartSec of the unit).
+const systemctlLimit = 2 * time.Minute
+
+// thisService returns this host's service manager.
+func thisService() *serviceHost {
+	return &serviceHost{
+		systemd:    true,
+		runner:     darwin.Exec{Timeout: systemctlLimit},
+		executable: os.Executable,
+		restore: func(ctx context.Context, stateDir string) error {
+			p, err := linux.New(linux.Options{StateDir: stateDir, Log: slog.New(slog.DiscardHandler)})
+			if err != nil {
+				return err
+			}
+			_, err = p.Close(ctx)
+			return err
 		},
 	}
 }

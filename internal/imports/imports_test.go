@@ -29,7 +29,7 @@ var rooms = map[string][]string{
 	"internal/flow":    {"internal/policy"},
 	"internal/guard":   {"internal/flow", "internal/policy"},
 	"internal/imports": {},
-	"internal/install": {"internal/platform", "launchd"},
+	"internal/install": {"internal/owned", "internal/platform", "launchd"},
 	"internal/logfile": {},
 	"internal/linux":   {"internal/flow", "internal/owned", "internal/platform", "internal/policy"},
 	"internal/macos":   {"darwin", "internal/flow", "internal/owned", "internal/platform", "internal/policy", "pfconf"},

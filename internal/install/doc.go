@@ -1,5 +1,5 @@
-// Package install puts the helper on a Mac as a service of launchd, upgrades it
-// in place, and takes it away again.
+// Package install puts the helper on a Mac as a service of launchd, and on Linux as one
+// of systemd, upgrades it in place, and takes it away again.
 //
 // Both are lists of [Step]s, each with a sentence that says what it does, so that
 // a dry run prints exactly what a run would do. Installing stops at the first step

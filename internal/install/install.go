@@ -19,6 +19,9 @@ const StepBoot = "ask whether macOS starts it with the next boot"
 // InstallSteps returns what Install does, in order. Running them again upgrades:
 // the state isn't touched.
 func InstallSteps(o *Options) []Step {
+	if o.Systemd {
+		return o.systemdInstallSteps()
+	}
 	return []Step{
 		{"check that this is root and that launchd will take the service", false, o.checkJob},
 		{fmt.Sprintf("make the folders %s, %s and %s", programDir, o.LogDir, o.StateDir), false, o.makeDirs},

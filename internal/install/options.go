@@ -14,8 +14,10 @@ import (
 	"github.com/meshhelper/meshhelper/launchd"
 )
 
-// Options say what is installed, and how this Mac is reached.
+// Options say what is installed, and how this host is reached.
 type Options struct {
+	// Systemd says that systemd is to run the helper; else launchd is.
+	Systemd bool
 	// Label names the service and its files.
 	Label string // required
 	// Source is the executable to copy, by an absolute path.
@@ -23,9 +25,11 @@ type Options struct {
 	// Arguments of the helper after `run`.
 	Arguments []string // optional
 	// StateDir has the key, the wanted state and the journal; LogDir what the
-	// helper logs; Socket is where it answers.
+	// helper logs, where systemd's journal doesn't; Socket is where it answers.
 	StateDir, LogDir, Socket string // required
-	// Runner runs launchctl and the Application Firewall's program.
+	// Keep writes what the helper is told to be, while it doesn't run.
+	Keep func() error // optional; for systemd
+	// Runner runs launchctl and the Application Firewall's program, or systemctl.
 	Runner launchd.Runner // required
 	// Ready returns when the helper answers, or why it doesn't.
 	Ready func(ctx context.Context) error // required for Install
@@ -54,7 +58,12 @@ const (
 const ExitTimeOut = int(platform.LeaveLimit/time.Second) + 5
 
 // Program returns where the executable is installed.
-func (o *Options) Program() string { return programDir + "/" + o.Label }
+func (o *Options) Program() string {
+	if o.Systemd {
+		return libexecDir + "/" + o.Label
+	}
+	return programDir + "/" + o.Label
+}
 
 // List returns where the property list is installed.
 func (o *Options) List() string { return listDir + "/" + o.Label + ".plist" }

@@ -11,6 +11,9 @@ import (
 // UninstallSteps returns what Uninstall does, in order. Each finds for itself
 // whether there is anything to do.
 func UninstallSteps(o *Options) []Step {
+	if o.Systemd {
+		return o.systemdUninstallSteps()
+	}
 	u := &uninstaller{Options: o}
 	steps := []Step{
 		{fmt.Sprintf("stop the service %s", o.Label), false, u.stop},
@@ -36,6 +39,9 @@ func Uninstall(ctx context.Context, o *Options, report Report) (left []string, e
 		return nil, fmt.Errorf("uninstall: %w", err)
 	}
 	err = through(ctx, UninstallSteps(o), report)
+	if o.Systemd {
+		return o.installedOnLinux(), err
+	}
 	for _, path := range []string{o.List(), o.Program(), o.Socket, o.LogDir, o.StateDir} {
 		if _, statErr := os.Lstat(o.disk(path)); statErr == nil {
 			left = append(left, path)

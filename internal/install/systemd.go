@@ -1,0 +1,357 @@
+package install
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/owned"
+	"github.com/meshhelper/meshhelper/internal/platform"
+)
+
+// Where the parts are on Linux. What an administrator installs is below /usr/local
+// (hier(7)); units of the administrator's are in /etc/systemd/system (systemd.unit(5)).
+const (
+	libexecDir = "/usr/local/libexec"
+	unitDir    = "/etc/systemd/system"
+	// wantsDir has a link to each unit that `systemctl enable` has started with the host,
+	// by the unit's WantedBy=multi-user.target.
+	wantsDir = unitDir + "/multi-user.target.wants"
+	// runDir exists while systemd is the service manager (sd_booted(3)).
+	runDir = "/run/systemd/system"
+)
+
+// WatchdogTime is how long the loop of an installed helper may take for a turn before
+// systemd ends it: more than all steps of a round together may take, each with its own
+// limit, and a slow host's rest.
+const WatchdogTime = 3 * time.Minute
+
+// Unit returns the name of the service's unit.
+func (o *Options) Unit() string { return o.Label + ".service" }
+
+func (o *Options) unitPath() string { return unitDir + "/" + o.Unit() }
+
+func (o *Options) wantsPath() string { return wantsDir + "/" + o.Unit() }
+
+// unitText is the unit. Each protection that is left out says why.
+func (o *Options) unitText() string {
+	words := append([]string{o.Program(), "run"}, o.Arguments...)
+	for i, w := range words {
+		words[i] = quoteUnit(w)
+	}
+	return fmt.Sprintf(`# Written by "meshhelper install", which replaces it: put changes in a drop-in
+# (systemctl edit %[1]s).
+[Unit]
+Description=meshhelper, a router for WireGuard peers
+Documentation=https://github.com/meshhelper/meshhelper
+# Stopped before the network goes, so that the host is left as it was found.
+After=network.target nss-user-lookup.target
+# It is started again for ever: while it doesn't run, no peer is served.
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart=%[2]s
+Restart=always
+RestartSec=2s
+WatchdogSec=%[3]d
+TimeoutStartSec=90
+# What it takes to leave the host as it was found, and a rest.
+TimeoutStopSec=%[4]d
+UMask=0077
+StateDirectory=%[5]s
+StateDirectoryMode=0700
+
+NoNewPrivileges=yes
+# NET_ADMIN for interface, routes, nftables and the sysctls of the network; NET_RAW for
+# packets by a chosen interface; NET_BIND_SERVICE for a port below 1024.
+CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW CAP_NET_BIND_SERVICE
+ProtectSystem=strict
+# The socket and the lock are in /run.
+ReadWritePaths=/run
+ProtectHome=yes
+PrivateTmp=yes
+# Not PrivateDevices, which has no /dev/net/tun.
+DevicePolicy=closed
+DeviceAllow=/dev/net/tun rw
+# Not PrivateNetwork nor IPAddressDeny: the host's network is what it serves. Not
+# PrivateUsers: capabilities must count in the host's network namespace. Not
+# ProtectKernelTunables, which makes /proc/sys read-only: it switches forwarding.
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectControlGroups=yes
+ProtectClock=yes
+ProtectHostname=yes
+# Not ProcSubset=pid, which hides /proc/sys and /proc/net.
+ProtectProc=invisible
+# The threads that talk to the kernel stay in the network namespace by setns.
+RestrictNamespaces=net
+RestrictAddressFamilies=AF_UNIX AF_NETLINK AF_INET AF_INET6
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RemoveIPC=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@resources @keyring @setuid @chown @aio
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+`, o.Label, strings.Join(words, " "), int(WatchdogTime/time.Second), int(platform.LeaveLimit/time.Second)+5, filepath.Base(o.StateDir))
+}
+
+// quoteUnit writes a word of ExecStart: in quotes, with what systemd would expand
+// doubled or escaped (systemd.service(5), "Command lines").
+func quoteUnit(word string) string {
+	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`, `%`, `%%`, `$`, `$$`, "\n", `\n`).Replace(word) + `"`
+}
+
+func (o *Options) systemdInstallSteps() []Step {
+	return []Step{
+		{"check that this is root and that systemd runs", false, o.checkUnit},
+		{fmt.Sprintf("make the folders %s and %s", libexecDir, o.StateDir), false, o.makeUnitDirs},
+		{fmt.Sprintf("copy %s to %s", o.Source, o.Program()), false, o.copyProgram},
+		{fmt.Sprintf("check that only root can change %s", o.Program()), false, o.checkOwnedProgram},
+		{fmt.Sprintf("write %s", o.unitPath()), false, o.writeUnit},
+		{"have systemd read its units anew", false, func(ctx context.Context) error { return o.systemctl(ctx, "daemon-reload") }},
+		{fmt.Sprintf("stop the service %s, if it runs", o.Label), false, o.stopUnit},
+		{"keep the settings in " + o.StateDir, false, o.keep},
+		{fmt.Sprintf("start the service %s with each boot", o.Label), false, func(ctx context.Context) error { return o.systemctl(ctx, "enable", o.Unit()) }},
+		{fmt.Sprintf("start the service %s", o.Label), false, func(ctx context.Context) error { return o.systemctl(ctx, "start", o.Unit()) }},
+		{"wait until the helper answers", false, o.Ready},
+	}
+}
+
+// ErrNoSystemd is in the chain of Install's error where systemd isn't the service manager.
+var ErrNoSystemd = errors.New("systemd isn't this host's service manager")
+
+func (o *Options) checkUnit(context.Context) error {
+	if err := o.isRoot(); err != nil {
+		return err
+	}
+	if !o.hasSystemd() {
+		return fmt.Errorf("%w (there is no %s)", ErrNoSystemd, runDir)
+	}
+	if o.Label == "" || len(o.Label) > 63 || strings.Trim(o.Label, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-") != "" || strings.HasPrefix(o.Label, "-") || strings.HasPrefix(o.Label, ".") {
+		return fmt.Errorf("%q is no name for a unit: it has 1 to 63 letters, digits, - and .", o.Label)
+	}
+	if !filepath.IsAbs(o.Source) {
+		return fmt.Errorf("source %q: not an absolute path", o.Source)
+	}
+	// A masked unit is a link to /dev/null (systemctl(1), mask), which its owner made on
+	// purpose; another link leads to a unit that isn't ours.
+	if to, err := os.Readlink(o.disk(o.unitPath())); err == nil {
+		if to == "/dev/null" {
+			return fmt.Errorf("%s is masked; to let it start: systemctl unmask %s", o.Unit(), o.Unit())
+		}
+		return fmt.Errorf("%s is a link to %s; remove it, or choose another --label", o.unitPath(), to)
+	}
+	return nil
+}
+
+func (o *Options) hasSystemd() bool {
+	info, err := os.Stat(o.disk(runDir))
+	return err == nil && info.IsDir()
+}
+
+func (o *Options) makeUnitDirs(context.Context) error {
+	for _, dir := range []string{libexecDir, unitDir, o.StateDir} {
+		if err := o.checkAbove(dir); err != nil {
+			return err
+		}
+	}
+	return errors.Join(o.makeDir(libexecDir, 0o755), o.makeDir(unitDir, 0o755), o.makeDir(o.StateDir, 0o700))
+}
+
+// checkAbove refuses a folder in whose place another user could put another one.
+func (o *Options) checkAbove(dir string) error {
+	err := owned.CheckAbove(o.disk(dir))
+	var above *owned.AboveError
+	if errors.As(err, &above) && above.Hint != "" {
+		return fmt.Errorf("%w; %s", err, above.Hint)
+	}
+	return err
+}
+
+// checkOwnedProgram looks at the executable, its folder, and the way to it. Where /usr/local
+// is a link, as on hosts whose /usr is read-only, the link is followed.
+func (o *Options) checkOwnedProgram(context.Context) error {
+	if err := o.checkAbove(libexecDir); err != nil {
+		return fmt.Errorf("it would run as root: %w", err)
+	}
+	f, err := owned.Open(o.disk(o.Program()))
+	if err != nil {
+		return fmt.Errorf("it would run as root: %w", err)
+	}
+	return f.Close()
+}
+
+// writeUnit replaces the unit. It is written beside and renamed, by a name that systemd
+// doesn't take for a unit.
+func (o *Options) writeUnit(context.Context) error {
+	path := o.disk(o.unitPath())
+	temp, err := owned.WriteTemp(filepath.Dir(path), "."+o.Label+".*.tmp", []byte(o.unitText()))
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(os.Chmod(temp, 0o644), os.Rename(temp, path)); err != nil {
+		_ = os.Remove(temp)
+		return err
+	}
+	return owned.SyncDir(filepath.Dir(path))
+}
+
+func (o *Options) keep(context.Context) error {
+	if o.Keep == nil {
+		return errNothing
+	}
+	return o.Keep()
+}
+
+// systemctlPaths are where systemctl may be.
+var systemctlPaths = []string{"/usr/bin/systemctl", "/bin/systemctl"}
+
+// systemctl runs `systemctl` and gives its words as the error.
+func (o *Options) systemctl(ctx context.Context, args ...string) error {
+	_, err := o.askSystemctl(ctx, args...)
+	return err
+}
+
+func (o *Options) askSystemctl(ctx context.Context, args ...string) (string, error) {
+	path := systemctlPaths[0]
+	for _, p := range systemctlPaths {
+		if _, err := os.Stat(o.disk(p)); err == nil {
+			path = p
+			break
+		}
+	}
+	stdout, stderr, status, err := o.Runner.Run(ctx, nil, path, append([]string{"--no-ask-password"}, args...)...)
+	command := "systemctl " + strings.Join(args, " ")
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", command, err)
+	}
+	if status == 0 {
+		return string(stdout), nil
+	}
+	said := strings.Join(strings.Fields(string(stderr)), " ")
+	if said == "" {
+		said = fmt.Sprintf("exit status %d", status)
+	}
+	hint := ""
+	switch verb := args[0]; {
+	case strings.Contains(said, "masked"):
+		hint = "; to let it start: systemctl unmask " + o.Unit()
+	case verb == "start":
+		hint = "; see why: journalctl -u " + o.Unit()
+	}
+	return "", fmt.Errorf("%s: %s%s", command, said, hint)
+}
+
+// unitState returns what systemd knows of the unit: LoadState and ActiveState, in their
+// words (systemctl(1), show, which also answers for units that don't exist).
+func (o *Options) unitState(ctx context.Context) (load, active string, err error) {
+	text, err := o.askSystemctl(ctx, "show", "--property=LoadState,ActiveState", o.Unit())
+	for line := range strings.Lines(text) {
+		key, value, _ := strings.Cut(strings.TrimSpace(line), "=")
+		switch key {
+		case "LoadState":
+			load = value
+		case "ActiveState":
+			active = value
+		}
+	}
+	if err == nil && active == "" {
+		err = fmt.Errorf("systemctl show %s: no ActiveState in %.100q", o.Unit(), text)
+	}
+	return load, active, err
+}
+
+// stopUnit stops the service and returns when it has ended.
+func (o *Options) stopUnit(ctx context.Context) error {
+	_, active, err := o.unitState(ctx)
+	switch {
+	case err != nil:
+		return err
+	case active == "inactive":
+		return errNothing
+	}
+	// A failed unit may wait for its next start.
+	if err := o.systemctl(ctx, "stop", o.Unit()); err != nil {
+		return err
+	}
+	_, active, err = o.unitState(ctx)
+	if err == nil && active != "inactive" && active != "failed" {
+		err = fmt.Errorf("%s is still %s", o.Unit(), active)
+	}
+	return err
+}
+
+func (o *Options) systemdUninstallSteps() []Step {
+	u := &uninstaller{Options: o}
+	steps := []Step{
+		{fmt.Sprintf("stop the service %s", o.Label), false, u.stopSystemd},
+		{"put the host back as it was found", false, u.restore},
+		{"remove " + o.wantsPath(), false, o.remover(o.wantsPath())},
+		{"remove " + o.unitPath(), false, u.removeUnit},
+		{"have systemd read its units anew", false, u.reload},
+		{"remove " + o.Program(), false, o.remover(o.Program())},
+		{"remove " + o.Socket, false, u.removeSocket},
+		{"remove the link " + linkPath, false, u.removeLink},
+	}
+	if o.Purge {
+		steps = append(steps, Step{"remove " + o.StateDir + " with the key and all peers", false, u.purger(o.StateDir)})
+	}
+	return steps
+}
+
+// stopSystemd ends the helper. Where systemd doesn't run no service does.
+func (u *uninstaller) stopSystemd(ctx context.Context) error {
+	if !u.hasSystemd() {
+		u.stopped = true
+		return errNothing
+	}
+	err := u.stopUnit(ctx)
+	u.stopped = err == nil || errors.Is(err, errNothing)
+	return err
+}
+
+// removeUnit removes the unit, unless it is a link: then it isn't ours.
+func (u *uninstaller) removeUnit(ctx context.Context) error {
+	if _, err := os.Readlink(u.disk(u.unitPath())); err == nil {
+		return errNothing
+	}
+	return u.remover(u.unitPath())(ctx)
+}
+
+func (u *uninstaller) reload(ctx context.Context) error {
+	if !u.hasSystemd() {
+		return errNothing
+	}
+	return u.systemctl(ctx, "daemon-reload")
+}
+
+// removeSocket removes what a helper that was killed left; one that still runs keeps it.
+func (u *uninstaller) removeSocket(ctx context.Context) error {
+	if !u.stopped {
+		return errors.New("the helper still runs")
+	}
+	return u.remover(u.Socket)(ctx)
+}
+
+// installedOnLinux returns which parts are still there.
+func (o *Options) installedOnLinux() (left []string) {
+	for _, path := range []string{o.wantsPath(), o.unitPath(), o.Program(), o.Socket, o.StateDir} {
+		if _, err := os.Lstat(o.disk(path)); !errors.Is(err, fs.ErrNotExist) {
+			left = append(left, path)
+		}
+	}
+	return left
+}
