@@ -11,6 +11,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"syscall"
 	"time"
@@ -233,6 +234,10 @@ func (o *runOptions) daemon(name string, make newPlatform, start daemon.StartSet
 		PlatformName: name, StateDir: o.stateDir, Logger: o.log, Version: versionText(),
 		Interface: o.iface, ListenPort: o.listenPort, Languages: languages,
 		Tick: o.tick, Wait: o.wait, Settings: start,
+		// A prefix that was set is meant; one of a flag may be a mistake.
+		Renumber: slices.ContainsFunc(o.kept, func(key string) bool {
+			return key == daemon.SettingMeshPrefix4 || key == daemon.SettingMeshPrefix6
+		}),
 	}
 	if err := o.parse(&opts); err != nil {
 		return nil, err

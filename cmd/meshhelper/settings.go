@@ -139,6 +139,7 @@ func (a *app) changeSetting(ctx context.Context, key string, value *string) erro
 			a.say("%s is kept as %s; now it is %s", key, one.Kept, orNone(one.Value))
 		}
 		a.talkOfSetting(s, one)
+		a.sayRenumbered(s.Renumbered)
 	})
 }
 
@@ -166,6 +167,25 @@ func restartCommand(s api.Settings) string {
 		return "sudo systemctl restart " + label.Value
 	}
 	return "end it and run it again"
+}
+
+// sayRenumbered lists the peers that get other addresses, and which lines of their
+// configurations change.
+func (a *app) sayRenumbered(peers []api.Renumbered) {
+	if len(peers) == 0 {
+		return
+	}
+	a.say("")
+	a.say("With the restart these peers get other addresses, and each device needs the lines below:")
+	for _, p := range peers {
+		a.say("")
+		a.say("%s: %s instead of %s", p.Name, joinAddresses(p.Is), joinAddresses(p.Was))
+		for _, l := range p.Lines {
+			a.say("  %s %s", l.Section, l.Is)
+		}
+	}
+	a.say("")
+	a.say("or print a whole configuration after the restart: meshhelper peer config NAME")
 }
 
 // takeSettings has what is kept in the state directory count where no flag was given, and

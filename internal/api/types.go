@@ -303,6 +303,9 @@ type Settings struct {
 	// that a flag of run overrides with another value.
 	Restart    []string `json:"restart"`
 	Overridden []string `json:"overridden"`
+	// Renumbered are the peers that a change of the mesh prefixes gives other addresses
+	// with the restart.
+	Renumbered []Renumbered `json:"renumbered,omitempty"`
 	// Already says that all was so before. It is the header Meshhelper-Already on the wire.
 	Already bool `json:"-"`
 }
