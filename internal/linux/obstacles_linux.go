@@ -116,6 +116,7 @@ func samples(r *policy.Ruleset) []sample {
 	}
 	h := r.Host()
 	for _, a := range r.Mesh().Addresses {
+		near := false
 		for _, p := range r.Peers() {
 			i := slices.IndexFunc(p.Addresses, func(b netip.Addr) bool { return a.Is4() == b.Is4() })
 			if i < 0 {
@@ -129,12 +130,58 @@ func samples(r *policy.Ruleset) []sample {
 				add(sample{what: "from peers to the internet", iif: h.Interface, oif: up, src: peer, dst: far})
 				add(sample{what: "from the internet to peers", iif: up, oif: h.Interface, src: far, dst: peer, reply: true})
 			}
+			if p.Permissions.Has(policy.Routing|policy.LAN) && h.Forwarding.Of(a) && !near {
+				near = true
+				for _, n := range neighbours(h, a.Is4()) {
+					add(sample{what: "from peers to the network at " + n.iface, iif: h.Interface, oif: n.iface, src: peer, dst: n.addr})
+					add(sample{what: "from the network at " + n.iface + " to peers", iif: n.iface, oif: h.Interface, src: n.addr, dst: peer, reply: true})
+				}
+			}
 			if p.Permissions.Has(policy.Incoming) {
 				add(sample{what: "from peers to this host", iif: h.Interface, src: peer, dst: a})
 			}
 		}
 	}
 	return append(out, tunnelSamples(r)...)
+}
+
+// neighbour is an address of a network that the host is attached to.
+type neighbour struct {
+	iface string
+	addr  netip.Addr
+}
+
+// maxNeighbours bounds how many attached networks of a family others' chains are
+// evaluated for: a host may have an interface for each of hundreds of containers.
+const maxNeighbours = 16
+
+// neighbours returns an address of another host for each interface with a network of the
+// family, which is class lan.
+func neighbours(h policy.Host, four bool) []neighbour {
+	var own []netip.Addr
+	for _, i := range h.Interfaces {
+		for _, p := range i.Addresses {
+			own = append(own, p.Addr())
+		}
+	}
+	var out []neighbour
+	for _, i := range h.Interfaces {
+		for _, p := range i.Addresses {
+			a := p.Addr()
+			if i.Name == h.Interface || a.Is4() != four || p.IsSingleIP() || a.IsLinkLocalUnicast() || a.IsLoopback() || len(out) == maxNeighbours {
+				continue
+			}
+			a = p.Masked().Addr().Next()
+			for slices.Contains(own, a) {
+				a = a.Next()
+			}
+			if p.Contains(a) {
+				out = append(out, neighbour{i.Name, a})
+				break
+			}
+		}
+	}
+	return out
 }
 
 // tunnelSamples returns packets of WireGuard itself, by the uplinks.

@@ -316,6 +316,36 @@ func TestRulesetsOfOthers(t *testing.T) {
 	b.t = t
 }
 
+// TestObstaclesOnTheWayToNetworks has libvirt refuse what goes to its machines.
+func TestObstaclesOnTheWayToNetworks(t *testing.T) {
+	installed(t, "nft")
+	b := newNeighbourhood(t)
+	i := slices.IndexFunc(foreignRulesets, func(r foreignRuleset) bool { return r.name == "libvirt by nft" })
+	b.load(foreignRulesets[i])
+	for _, tt := range []struct {
+		permissions policy.Permissions
+		want        []string
+	}{
+		{all, []string{
+			"table ip libvirt_network (rule with handle", "table ip6 libvirt_network (rule with handle",
+		}},
+		{policy.Incoming | policy.Routing, nil},
+	} {
+		m := mesh(grants{ann: tt.permissions})
+		m.ListenPort = tunnelPort
+		found := b.others(b.enforce(m))
+		if len(found) != len(tt.want) {
+			t.Errorf("problems are %v, want %d", found, len(tt.want))
+			continue
+		}
+		for i, p := range found {
+			if !strings.Contains(p.Message, tt.want[i]) || !strings.Contains(p.Message, "drops packets from peers to the network at virbr0") {
+				t.Errorf("problem %q, want %q", p.Message, tt.want[i])
+			}
+		}
+	}
+}
+
 func (b *neighbourhood) tryRuleset(r foreignRuleset) {
 	type answer struct{ from, to netip.AddrPort }
 	var answers [2]answer
