@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/meshhelper/meshhelper/internal/netlab"
+	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -118,5 +119,23 @@ func TestSourceOfTheRoute(t *testing.T) {
 	check("with the interface's own", a.BUplink.V4, second6)
 	if s := w.p.sources[true]; s.IsValid() {
 		t.Errorf("%v isn't masqueraded, although that is the same", s)
+	}
+}
+
+// TestWayIsNamed has a policy rule lead peers' packets elsewhere than by the uplink.
+func TestWayIsNamed(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	defer g.close()
+	r := g.enforce(mesh(grants{ann: policy.Routing}))
+	named := func() int {
+		return len(slices.DeleteFunc(g.inspect(r).Problems, func(p platform.Problem) bool { return p.Step != "find the way to the internet" }))
+	}
+	if n := named(); n != 0 {
+		t.Errorf("%d problems without a rule", n)
+	}
+	g.ip(g.pic.B, "rule add priority 90 iif "+meshName+" to 198.51.100.0/24 unreachable")
+	if n := named(); n != 1 {
+		t.Errorf("%d problems with a rule, want 1", n)
 	}
 }

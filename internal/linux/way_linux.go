@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
+	"strings"
 	"time"
 
 	mdlayher "github.com/mdlayher/netlink"
@@ -226,4 +228,40 @@ func parseRoute(b []byte) (a answer, err error) {
 		a.oif, a.router, a.src = 0, netip.Addr{}, netip.Addr{}
 	}
 	return a, ad.Err()
+}
+
+// wayProblems says where the kernel sends peers' packets to the internet, where that isn't
+// by the uplink: they are refused then. Rules that go by a port or a mark aren't found so.
+func (p *Platform) wayProblems(r *policy.Ruleset) (out []platform.Problem) {
+	h := r.Host()
+	for _, own := range r.Mesh().Addresses {
+		i := slices.IndexFunc(r.Peers(), func(p policy.PeerRules) bool { return p.Permissions.Has(policy.Routing) })
+		uplinks := h.Uplinks(own)
+		if i < 0 || len(uplinks) == 0 || !h.Forwarding.Of(own) {
+			continue
+		}
+		for _, from := range r.Peers()[i].Addresses {
+			for _, to := range elsewhere[own.Is4()] {
+				if from.Is4() != own.Is4() || r.Class(to) != policy.Internet {
+					continue
+				}
+				w, err := p.way(policy.Packet{In: p.name, Src: from, Dst: to})
+				if err != nil || slices.Contains(uplinks, w.Interface) {
+					continue
+				}
+				where := "nowhere (" + w.Refused + ")"
+				if w.Interface != "" {
+					where = "by " + w.Interface
+				}
+				out = append(out, platform.Problem{
+					Step: "find the way to the internet",
+					Message: fmt.Sprintf("packets of peers to %v would leave %s and not by the uplink %s, so that they are refused",
+						to, where, strings.Join(uplinks, ", ")),
+					Hint: "see `ip rule` and `ip route get " + to.String() + " from " + from.String() + " iif " + p.name + "`",
+				})
+				break
+			}
+		}
+	}
+	return out
 }
