@@ -329,12 +329,12 @@ func runDoctor(ctx context.Context, a *app, label string) error {
 	}
 	wrong := 0
 	for _, c := range checks {
-		if !c.OK {
+		if !c.OK && c.Follows == "" {
 			wrong++
 		}
 	}
 	if wrong > 0 && what != nil {
-		l := api.Check(install.LastLines(what))
+		l := checkOf(install.LastLines(what))
 		l.Name = logCheck
 		checks = append(checks, l)
 	}
@@ -354,12 +354,17 @@ func runDoctor(ctx context.Context, a *app, label string) error {
 // installed is fine.
 func (a *app) checkService(ctx context.Context, what *install.Options, answers bool) (out []api.Check) {
 	for _, c := range install.Checks(ctx, what) {
-		out = append(out, api.Check(c))
+		out = append(out, checkOf(c))
 	}
 	if len(out) == 1 && answers {
 		return []api.Check{{Name: "service", OK: true, Message: "not installed; the helper runs in the foreground"}}
 	}
 	return out
+}
+
+// checkOf is a check of the installed service.
+func checkOf(c install.Check) api.Check {
+	return api.Check{Name: c.Name, OK: c.OK, Message: c.Message, Hint: c.Hint}
 }
 
 // noHelper is what doctor says where no helper answers.
@@ -388,6 +393,8 @@ func (a *app) writeChecks(checks []api.Check) {
 		switch {
 		case c.Name == logCheck:
 			mark, text = "log      ", c.Message
+		case c.Follows != "":
+			mark, text = "follows  ", fmt.Sprintf("%s (from %s)", text, c.Follows)
 		case !c.OK:
 			mark = "problem  "
 		}

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -20,6 +21,7 @@ import (
 type statusOptions struct {
 	app      *app
 	watch    bool
+	check    bool
 	interval time.Duration
 }
 
@@ -30,6 +32,8 @@ func newStatusCommand(a *app) *cobra.Command {
 		RunE: func(c *cobra.Command, _ []string) error { return showStatus(c.Context(), o) },
 	}
 	c.Flags().BoolVar(&o.watch, "watch", false, "show it again every two seconds")
+	c.Flags().BoolVar(&o.check, "check", false, "end with status 1 where something is wrong")
+	c.MarkFlagsMutuallyExclusive("watch", "check")
 	return c
 }
 
@@ -40,7 +44,18 @@ func showStatus(ctx context.Context, o *statusOptions) error {
 		if err != nil {
 			return err
 		}
-		return o.app.print(s, func() { o.app.writeStatus(s) })
+		if err := o.app.print(s, func() { o.app.writeStatus(s) }); err != nil || !o.check {
+			return err
+		}
+		switch {
+		case s.State != api.Enforcing:
+			return fmt.Errorf("the state is %s", s.State)
+		case len(s.Problems) > 0:
+			return fmt.Errorf("something is wrong: %s: %s", s.Problems[0].Step, s.Problems[0].Message)
+		case s.Enforced != s.Generation:
+			return errors.New("the last change is not in force yet")
+		}
+		return nil
 	}
 	return o.app.outlast(ctx, func(answered func()) error {
 		for {

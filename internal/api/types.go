@@ -351,6 +351,9 @@ type Check struct {
 	OK      bool   `json:"ok"`
 	Message string `json:"message"`
 	Hint    string `json:"hint"`
+	// Follows names the check that this one's problem follows from, so that there is
+	// nothing to do about it by itself; "" for a problem of its own.
+	Follows string `json:"follows,omitempty"`
 }
 
 // Event is something that happened; a line of GET /v1/events.

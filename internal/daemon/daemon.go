@@ -176,9 +176,10 @@ type Daemon struct {
 	counts         map[wireguard.PublicKey]totals // as last learned; replaced, never changed
 	before         map[wireguard.PublicKey]totals // what was counted before the start; never changed
 	learned        map[wireguard.PublicKey]netip.AddrPort
-	outside        []netip.Addr // of the name in this host's own endpoint
-	learnedUnsaved bool         // whether the last attempt to save learned failed
-	learning       sync.Mutex   // held while learned is made anew
+	outside        []netip.Addr     // of the name in this host's own endpoint
+	unresolved     map[string]error // why names of endpoints weren't found last time
+	learnedUnsaved bool             // whether the last attempt to save learned failed
+	learning       sync.Mutex       // held while learned is made anew
 }
 
 // condition is what the loop publishes after each round.
@@ -192,6 +193,8 @@ type condition struct {
 	ruleset *policy.Ruleset
 	// loaded is what the host was last told to enforce.
 	loaded *policy.Ruleset
+	// read is what the host was last found to enforce, or nil.
+	read *policy.Ruleset
 	// render writes rulesets as loaded was, or is nil.
 	render     func(*policy.Ruleset) (anchor, text string, err error)
 	forwarding policy.Families
@@ -221,6 +224,8 @@ func New(o Options) (*Daemon, error) {
 		changed:  make(chan struct{}),
 		now:      condition{state: api.Starting},
 		names:    map[string]netip.Addr{},
+
+		unresolved: map[string]error{},
 	}
 	d.journal = newJournal(o.Wall, d.logEvent)
 	d.disk.store.dir = o.StateDir

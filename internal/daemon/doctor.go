@@ -2,10 +2,17 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net/netip"
+	"os"
 	"slices"
+	"strings"
+	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
 
 // checkFlows tells which peer has come nearest to the bound of its flows.
@@ -36,39 +43,303 @@ func checkFlows(c condition) api.Check {
 	return check
 }
 
-// Doctor looks at every precondition.
-func (d *Daemon) Doctor(context.Context) ([]api.Check, error) {
+// Doctor looks at every precondition, in an order that doesn't change: what several others
+// follow from is said first, and once.
+func (d *Daemon) Doctor(ctx context.Context) ([]api.Check, error) {
 	c, _ := d.condition()
-	s := d.Status()
-	checks := []api.Check{
-		{Name: "helper", OK: s.State == api.Enforcing, Message: "the state is " + s.State, Hint: "see the problems below"},
-		{Name: "wanted state", OK: s.Enforced == s.Generation, Message: fmt.Sprintf("generation %d is wanted, %d in force", s.Generation, s.Enforced), Hint: "see the problems below"},
-		{Name: "tunnel device", OK: c.tunnel != nil, Message: fmt.Sprintf("the mesh interface is %q, UDP port %d", s.Interface, s.ListenPort), Hint: "the helper makes it again by itself"},
-		{Name: "packet filter", OK: s.State == api.Enforcing, Message: "our rules were read back and compared", Hint: "they aren't loaded as they should be; see the problems below"},
-		{Name: "default route", OK: s.Uplink != "", Message: fmt.Sprintf("the uplink is %q", s.Uplink), Hint: "without a default route peers reach no internet"},
-		checkForwarding(s),
-		d.checkClock(),
-		checkFlows(c),
+	return d.checks(c, d.problems(c), d.tryFolder(ctx)), nil
+}
+
+// The names of checks that others refer to.
+const (
+	checkHelper = "helper"
+	// othersStep is the step of problems with other software's packet filters.
+	othersStep = "look at other packet filters"
+)
+
+// checks returns all checks. found are the problems that were found already, each of which
+// is in one check.
+func (d *Daemon) checks(c condition, found []Problem, folder api.Check) []api.Check {
+	doc := d.wanted.Load()
+	wrong := func(name, otherwise string, is func(Problem) bool) (out []api.Check) {
+		found = slices.DeleteFunc(slices.Clone(found), func(p Problem) bool {
+			if is(p) {
+				out = append(out, api.Check{Name: name, Message: p.Message, Hint: p.Hint})
+				return true
+			}
+			return false
+		})
+		if out == nil {
+			out = []api.Check{{Name: name, OK: true, Message: otherwise}}
+		}
+		return out
 	}
-	for _, p := range s.Problems {
-		checks = append(checks, api.Check{Name: p.Step, Message: p.Message, Hint: p.Hint})
+	enforcing := c.state == api.Enforcing
+	// follows marks what needn't be looked at by itself while the helper doesn't enforce.
+	follows := func(check api.Check) api.Check {
+		if !check.OK && !enforcing {
+			check.Follows, check.Hint = checkHelper, ""
+		}
+		return check
+	}
+	helper := api.Check{Name: checkHelper, OK: enforcing, Message: "the state is " + c.state, Hint: "wait, or see: meshhelper events"}
+	if !enforcing && len(c.problems) > 0 {
+		cause := c.problems[0]
+		found = slices.DeleteFunc(slices.Clone(found), func(p Problem) bool { return p == cause })
+		helper.Message += ": " + cause.Step + ": " + cause.Message
+		if cause.Hint != "" {
+			helper.Hint = cause.Hint
+		}
+	}
+	inWireGuard := func(p Problem) bool {
+		return p.Step == othersStep && strings.Contains(p.Message, fmt.Sprintf("WireGuard (UDP port %d)", c.listenPort))
+	}
+	checks := []api.Check{
+		helper, folder,
+		follows(api.Check{
+			Name: "wanted state", OK: c.enforced == doc.Generation, Message: fmt.Sprintf("generation %d is wanted, %d in force", doc.Generation, c.enforced), Hint: "see the problems below",
+		}),
+		follows(api.Check{Name: "tunnel device", OK: c.tunnel != nil, Message: fmt.Sprintf("the mesh interface is %q, UDP port %d", c.iface, c.listenPort), Hint: "the helper makes it again by itself"}),
+		follows(checkPort(c)),
+		follows(api.Check{Name: "packet filter", OK: enforcing, Message: "our rules are read back and compared", Hint: "they aren't loaded as they should be"}),
+	}
+	checks = append(checks, wrong("host firewall", "no rule of other software's is known to stop WireGuard's own packets", inWireGuard)...)
+	checks = append(checks, wrong("other packet filters", "no rule of other software's is known to stop what peers may do", func(p Problem) bool { return p.Step == othersStep })...)
+	checks = append(checks, checkUplink(c), checkForwarding(c), d.checkEndpoint(c, doc), d.checkNames(doc), d.checkClock(), checkFlows(c))
+	for _, p := range found {
+		check := api.Check{Name: p.Step, Message: p.Message, Hint: p.Hint}
+		if slices.Contains(c.problems, p) {
+			check = follows(check)
+		}
+		checks = append(checks, check)
 	}
 	for i := range checks {
 		if checks[i].OK {
 			checks[i].Hint = ""
 		}
 	}
-	return checks, nil
+	return checks
+}
+
+// more returns what the checks find that isn't among the problems yet, for status.
+func (d *Daemon) more(c condition, found []Problem) (out []Problem) {
+	if c.state != api.Enforcing {
+		return nil // it would follow from that
+	}
+	doc := d.wanted.Load()
+	for _, check := range []api.Check{checkUplink(c), d.checkEndpoint(c, doc), d.checkNames(doc), d.checkClock(), checkFlows(c)} {
+		if !check.OK && !slices.ContainsFunc(found, func(p Problem) bool { return p.Message == check.Message }) {
+			out = append(out, Problem{Step: check.Name, Message: check.Message, Hint: check.Hint})
+		}
+	}
+	return out
+}
+
+// tryLimit bounds the wait for the disk of a trial.
+const tryLimit = 2 * time.Second
+
+// tryFolder writes a file into the state folder and removes it again, so that a disk that
+// is full or read-only is known before a change can't be saved.
+func (d *Daemon) tryFolder(ctx context.Context) api.Check {
+	dir := d.disk.store.dir
+	check := api.Check{Name: "state folder", Hint: fmt.Sprintf("make room on the disk of %q, or make it writable: a change made meanwhile is lost at a restart", dir)}
+	limit, cancel := context.WithTimeout(ctx, tryLimit)
+	defer cancel()
+	j := d.disk.submit("try", func() error { return tryWrite(dir) })
+	select {
+	case <-j.done:
+		if check.OK = j.err == nil; check.OK {
+			check.Message = fmt.Sprintf("%s takes what is written", dir)
+		} else {
+			check.Message = "nothing can be written: " + j.err.Error()
+		}
+	case <-limit.Done():
+		check.Message = fmt.Sprintf("the disk of %q doesn't answer", dir)
+	}
+	return check
+}
+
+// tryBytes is more than a file system keeps for what is nearly full.
+const tryBytes = 64 << 10
+
+func tryWrite(dir string) (err error) {
+	f, err := os.CreateTemp(dir, ".trial-*")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(make([]byte, tryBytes))
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close(), os.Remove(f.Name()))
+}
+
+// checkPort wants WireGuard's UDP port to be served.
+func checkPort(c condition) api.Check {
+	out := api.Check{Name: "UDP port", Hint: "another program may hold the port: see which, for instance with ss -lunp; the helper tries again"}
+	if c.tunnel == nil {
+		out.Message = "there is no tunnel that listens"
+		return out
+	}
+	if err := c.tunnel.Listening(); err != nil {
+		out.Message = err.Error()
+		return out
+	}
+	out.OK, out.Message = true, fmt.Sprintf("WireGuard listens on UDP port %d", c.listenPort)
+	return out
+}
+
+// checkUplink wants a default route while a peer may route.
+func checkUplink(c condition) api.Check {
+	out := api.Check{Name: "default route", OK: true, Hint: "give the host a default route: without one peers reach no internet"}
+	switch up4, up6 := c.host.Uplink4, c.host.Uplink6; {
+	case up4 == "" && up6 == "":
+		out.OK, out.Message = !mayRoute(c), "the host has no default route"
+	case up6 == "" || up6 == up4:
+		out.Message = fmt.Sprintf("the uplink is %q", up4)
+	case up4 == "":
+		out.Message = fmt.Sprintf("the uplink is %q, for IPv6 alone", up6)
+	default:
+		out.Message = fmt.Sprintf("the uplink is %q, and %q for IPv6", up4, up6)
+	}
+	return out
+}
+
+// mayRoute reports whether a peer may route.
+func mayRoute(c condition) bool {
+	return c.ruleset != nil && slices.ContainsFunc(c.ruleset.Peers(), func(p policy.PeerRules) bool { return p.Permissions.Has(policy.Routing) })
+}
+
+// checkEndpoint looks whether peers can reach this host where their configurations say.
+func (d *Daemon) checkEndpoint(c condition, doc *document) api.Check {
+	out := api.Check{Name: "endpoint", OK: true}
+	e := d.opts.Endpoint
+	own := hostAddresses(c.host)
+	if e.Host == "" {
+		a, ok := uplinkAddress(c.host)
+		switch {
+		case !ok:
+			out.Message = "not known: there is no uplink, nor an endpoint"
+		case isPublic(a):
+			out.Message = fmt.Sprintf("peers find the host at the uplink's address %v", a)
+		default:
+			if from, heard := d.heardFromOutside(c, doc); heard {
+				out.Message = fmt.Sprintf("the uplink's address %v is private, and peers reach the host from outside nevertheless: one did from %v", a, from)
+				break
+			}
+			// Without a peer, nothing has to be reached yet.
+			out.OK = len(doc.Peers) == 0
+			out.Message = fmt.Sprintf("the uplink's address %v is private, and nothing is known to be forwarded to it: peers elsewhere don't reach this host", a)
+			out.Hint = fmt.Sprintf("forward UDP port %d on the router to %v, and tell the helper the router's name or public address with --endpoint", c.listenPort, a)
+		}
+		return out
+	}
+	at, err := netip.ParseAddr(e.Host)
+	addresses := []netip.Addr{at.Unmap()}
+	if err != nil {
+		d.mu.Lock()
+		addresses, err = d.outside, d.unresolved[e.Host]
+		d.mu.Unlock()
+		if err != nil {
+			out.OK, out.Message = false, fmt.Sprintf("the name %q of this host's endpoint doesn't resolve: %v", e.Host, err)
+			out.Hint = "correct the name, or the host's DNS; peers look it up, too"
+			return out
+		}
+		if len(addresses) == 0 {
+			out.Message = fmt.Sprintf("%q is being looked up", e.Host)
+			return out
+		}
+	}
+	for _, a := range addresses {
+		if slices.Contains(own, a) {
+			out.Message = fmt.Sprintf("%s is %v, an address of this host", e.Host, a)
+			return out
+		}
+	}
+	a := addresses[0]
+	if direct, lost := lostAddress(c.host, a); lost {
+		out.OK = false
+		out.Message = fmt.Sprintf("%s, this host's endpoint, is %v, which isn't an address of this host any more, nor its router's: it has %v itself", e.Host, a, direct)
+		out.Hint = "correct --endpoint or its name, and print the peers' configurations again: meshhelper peer config NAME"
+		return out
+	}
+	out.Message = fmt.Sprintf("%s is %v, taken for the router's address: it has to forward the UDP port to this host", e.Host, a)
+	return out
+}
+
+// lostAddress reports whether an endpoint that isn't an address of the host can't be its
+// router's either: it is inside a network that the host is attached to, or the host has a
+// public address of the family itself.
+func lostAddress(h policy.Host, endpoint netip.Addr) (has netip.Addr, lost bool) {
+	for _, i := range h.Interfaces {
+		for _, p := range i.Addresses {
+			a := p.Addr()
+			switch {
+			case i.Name == h.Interface || a.Is4() != endpoint.Is4() || a.IsLinkLocalUnicast() || a.IsLoopback():
+			case !isPublic(endpoint) && p.Masked().Contains(endpoint), i.Name == h.Uplink(a) && isPublic(a):
+				return a, true
+			}
+		}
+	}
+	return netip.Addr{}, false
+}
+
+func hostAddresses(h policy.Host) (out []netip.Addr) {
+	for _, i := range h.Interfaces {
+		for _, p := range i.Addresses {
+			out = append(out, p.Addr())
+		}
+	}
+	return out
+}
+
+// isPublic reports whether an address can be reached from the internet: neither private
+// (RFC 1918, RFC 4193) nor a carrier's (RFC 6598), nor link-local.
+func isPublic(a netip.Addr) bool {
+	return a.IsGlobalUnicast() && !a.IsPrivate() && !sharedSpace.Contains(a)
+}
+
+// heardFromOutside returns the public address of a peer that began to speak to this host,
+// which didn't know where the peer was.
+func (d *Daemon) heardFromOutside(c condition, doc *document) (netip.Addr, bool) {
+	stats := c.numbers().tunnel
+	for i := range doc.Peers {
+		p := &doc.Peers[i]
+		if s := stats[p.PublicKey]; p.Endpoint == "" && !s.LastHandshake.IsZero() && isPublic(s.Endpoint.Addr()) {
+			return s.Endpoint.Addr(), true
+		}
+	}
+	return netip.Addr{}, false
+}
+
+// checkNames wants the names in peers' endpoints to resolve.
+func (d *Daemon) checkNames(doc *document) api.Check {
+	out := api.Check{Name: "peers' endpoints", OK: true, Message: "none is a name that doesn't resolve"}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for i := range doc.Peers {
+		e, err := wireguard.ParseEndpoint(doc.Peers[i].Endpoint, 0)
+		if err != nil {
+			continue
+		}
+		if failure := d.unresolved[e.Host]; failure != nil {
+			out.OK = false
+			out.Message = fmt.Sprintf("the endpoint %q of %s doesn't resolve: %v", doc.Peers[i].Endpoint, doc.Peers[i].Name, failure)
+			out.Hint = "correct it, or the host's DNS; until then the peer has to connect by itself"
+			return out
+		}
+	}
+	return out
 }
 
 // checkForwarding wants forwarding while a peer may route.
-func checkForwarding(s api.Status) api.Check {
-	may := slices.ContainsFunc(s.Peers, func(p api.Peer) bool { return p.Permissions.Routing.Allowed })
-	on := s.Forwarding.IPv4 || s.Forwarding.IPv6
+func checkForwarding(c condition) api.Check {
+	may := mayRoute(c)
+	on := c.forwarding.IPv4 || c.forwarding.IPv6
 	out := api.Check{Name: "forwarding", OK: on || !may, Message: "off, and no peer may route", Hint: "the helper switches it on; something else may switch it off"}
 	switch {
 	case on:
-		out.Message = fmt.Sprintf("IPv4 %v, IPv6 %v", s.Forwarding.IPv4, s.Forwarding.IPv6)
+		out.Message = fmt.Sprintf("IPv4 %v, IPv6 %v", c.forwarding.IPv4, c.forwarding.IPv6)
 	case may:
 		out.Message = "off, although a peer may route"
 	}

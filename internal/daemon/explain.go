@@ -29,12 +29,19 @@ var languageOf = map[string]string{"linux": "nft", "darwin": "pf", "userspace": 
 // host's own by what is known of it, and in others by defaults.
 func (d *Daemon) Rules(_ context.Context, language string) (api.Rules, error) {
 	c, _ := d.condition()
-	r := c.loaded
+	r := c.read
 	out := api.Rules{Platform: language}
 	if language == "" {
 		out.Platform = languageOf[d.opts.PlatformName]
 	} else {
 		r = c.ruleset
+	}
+	if language == "" && r == nil && c.loaded != nil {
+		e := api.Errorf(api.CodeNotReady, "no rules are known to be loaded as they should be")
+		if len(c.problems) > 0 {
+			e = api.Errorf(api.CodeNotReady, "%s: %s: %s", e.Message, c.problems[0].Step, c.problems[0].Message)
+		}
+		return out, e.WithHint("see `meshhelper doctor`; how they would be loaded is said with --platform %s", out.Platform)
 	}
 	rules, ok := d.opts.Languages[out.Platform]
 	switch {

@@ -47,6 +47,9 @@ type loop struct {
 	// leave as it was found.
 	opened bool
 
+	// read is what the host was last found to enforce, as it was given to; nil where that
+	// isn't so, or isn't known.
+	read *policy.Ruleset
 	// current is what was last given to enforce, wanted or closed, and nil before
 	// anything was.
 	current *policy.Ruleset
@@ -334,6 +337,7 @@ const readTries = 3
 // program's change, which is repaired like at any other time.
 func (l *loop) loadAndRead(ctx context.Context, r *policy.Ruleset) error {
 	var err error
+	l.read = nil
 	for range readTries {
 		if err := l.load(ctx, r); err != nil {
 			return fmt.Errorf("enforce: %w", err)
@@ -341,6 +345,7 @@ func (l *loop) loadAndRead(ctx context.Context, r *policy.Ruleset) error {
 		if err = l.inspect(ctx, r); err == nil {
 			drift := l.report.Drift
 			if len(drift) == 0 {
+				l.read = r
 				return nil
 			}
 			err = &platform.StepError{Step: drift[0].Step, Hint: drift[0].Hint, Err: fmt.Errorf("not as enforced: %s", drift[0].Message)}
@@ -565,7 +570,7 @@ func (l *loop) schedule(well bool) {
 func (l *loop) publish() {
 	c := condition{
 		state: api.Closed, iface: l.iface, host: l.host,
-		ruleset: l.wanted, loaded: l.current, forwarding: l.report.Forwarding, repairs: l.repairs,
+		ruleset: l.wanted, loaded: l.current, read: l.read, forwarding: l.report.Forwarding, repairs: l.repairs,
 		problems: l.problems, foreign: slices.Concat(l.report.Problems, l.overlaps), tunnel: l.tunnel, guard: l.guard, limits: l.limits,
 	}
 	if l.held != 0 {

@@ -129,6 +129,11 @@ func (r *resolver) take(a answer) {
 	r.running[a.lane]--
 	n := r.names[a.name]
 	n.asked = false
+	r.d.mu.Lock()
+	if delete(r.d.unresolved, a.name); a.failure != nil {
+		r.d.unresolved[a.name] = a.failure
+	}
+	r.d.mu.Unlock()
 	if a.failure != nil {
 		if !n.failing {
 			r.d.opts.Logger.Warn(fmt.Sprintf("resolve endpoint %q: %v", a.name, a.failure))
@@ -183,6 +188,7 @@ func (r *resolver) publish() {
 	r.d.mu.Lock()
 	defer r.d.mu.Unlock()
 	r.d.names = names
+	maps.DeleteFunc(r.d.unresolved, func(host string, _ error) bool { return r.names[host] == nil })
 	for _, host := range r.d.ownName() {
 		if n := r.names[host]; n != nil {
 			r.d.outside = n.all

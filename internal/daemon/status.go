@@ -26,14 +26,21 @@ func (d *Daemon) Status() api.Status {
 	if s.Uplink == "" {
 		s.Uplink = c.host.Uplink6
 	}
-	if p, bad := d.disk.problem(); bad {
-		s.Problems = append(s.Problems, api.Problem(p))
-	}
-	for _, p := range slices.Concat(c.problems, c.foreign, d.obstacles()) {
+	found := d.problems(c)
+	for _, p := range append(found, d.more(c, found)...) {
 		s.Problems = append(s.Problems, api.Problem(p))
 	}
 	s.Peers = d.views(doc, c)
 	return s
+}
+
+// problems returns what was found wrong: what keeps the policy from being in force first.
+func (d *Daemon) problems(c condition) []Problem {
+	out := slices.Clone(c.problems)
+	if p, bad := d.disk.problem(); bad {
+		out = append(out, p)
+	}
+	return slices.Concat(out, c.foreign, d.obstacles())
 }
 
 // Peer returns the peer that ref names.

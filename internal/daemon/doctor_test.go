@@ -1,0 +1,182 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
+)
+
+// doctor returns the checks by name, and their names in order.
+func (r *rig) doctor() (map[string]api.Check, []string) {
+	r.t.Helper()
+	checks, err := r.d.Doctor(r.t.Context())
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	by := map[string]api.Check{}
+	var names []string
+	for _, c := range checks {
+		if by[c.Name] = c; !slices.Contains(names, c.Name) {
+			names = append(names, c.Name)
+		}
+		if c.Message == "" || c.OK != (c.Hint == "" && c.Follows == "") {
+			r.t.Errorf("%+v", c)
+		}
+	}
+	return by, names
+}
+
+// TestDoctorSaysTheCauseFirst has one fault show in several checks: the first says it, and
+// the others that they follow from it. All are listed in the same order as ever.
+func TestDoctorSaysTheCauseFirst(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		_, well := r.doctor()
+		r.host.SetFault(func(step string) error {
+			if step == "enforce" {
+				return &platform.StepError{Step: "load rules", Hint: "load them", Err: errors.New("no")}
+			}
+			return nil
+		})
+		r.host.Drift("gone")
+		r.after(DefaultTick)
+		by, names := r.doctor()
+		if len(names) < len(well) || !slices.Equal(names[:len(well)], well) {
+			t.Errorf("the checks are %q, before %q", names, well)
+		}
+		if c := by["helper"]; c.OK || c.Message != "the state is closed: load rules: no" || c.Hint != "load them" {
+			t.Errorf("%+v", c)
+		}
+		for name, c := range by {
+			if !c.OK && name != "helper" && c.Follows != "helper" {
+				t.Errorf("%+v doesn't follow", c)
+			}
+		}
+		if _, err := r.d.Rules(t.Context(), ""); err == nil || !strings.Contains(err.Error(), "load rules: no") {
+			t.Errorf("rules as loaded: %v", err)
+		}
+	})
+}
+
+// TestDoctorWritesIntoTheStateFolder takes the folder's place away.
+func TestDoctorWritesIntoTheStateFolder(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		if by, _ := r.doctor(); !by["state folder"].OK {
+			t.Errorf("%+v", by["state folder"])
+		}
+		left, err := os.ReadDir(r.dir)
+		if err != nil || slices.ContainsFunc(left, func(e os.DirEntry) bool { return strings.HasPrefix(e.Name(), ".trial") }) {
+			t.Errorf("%v, %v", left, err)
+		}
+		if err := os.Rename(r.dir, r.dir+".away"); err != nil {
+			t.Fatal(err)
+		}
+		if by, _ := r.doctor(); by["state folder"].OK {
+			t.Errorf("%+v", by["state folder"])
+		}
+		if err := os.Rename(r.dir+".away", r.dir); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// TestDoctorAboutEndpoints says where peers can't reach the host.
+func TestDoctorAboutEndpoints(t *testing.T) {
+	for name, c := range map[string]struct {
+		endpoint, uplink, resolved, heard string
+		alone                             bool // without a peer
+		ok                                bool
+		want                              string
+	}{
+		"none, a public uplink":            {uplink: "198.51.100.2/24", ok: true, want: "peers find the host at the uplink's address"},
+		"none, a private uplink":           {uplink: "192.168.1.7/24", want: "nothing is known to be forwarded"},
+		"none, a carrier's":                {uplink: "100.70.1.7/24", want: "nothing is known to be forwarded"},
+		"none, private, no peer yet":       {uplink: "192.168.1.7/24", alone: true, ok: true, want: "nothing is known to be forwarded"},
+		"none, private, a peer was heard":  {uplink: "192.168.1.7/24", heard: "203.0.113.9:4000", ok: true, want: "one did from 203.0.113.9"},
+		"none, private, a neighbour heard": {uplink: "192.168.1.7/24", heard: "192.168.1.9:4000", want: "nothing is known to be forwarded"},
+		"its own":                          {endpoint: "198.51.100.2", uplink: "198.51.100.2/24", ok: true, want: "an address of this host"},
+		"another public one":               {endpoint: "198.51.100.3", uplink: "198.51.100.2/24", want: "isn't an address of this host any more"},
+		"another of its network":           {endpoint: "192.168.1.5", uplink: "192.168.1.7/24", want: "isn't an address of this host any more"},
+		"the router's":                     {endpoint: "203.0.113.1", uplink: "192.168.1.7/24", ok: true, want: "taken for the router's"},
+		"a name of its own":                {endpoint: "home.example", resolved: "198.51.100.2", uplink: "198.51.100.2/24", ok: true, want: "an address of this host"},
+		"a name of another":                {endpoint: "home.example", resolved: "198.51.100.3", uplink: "198.51.100.2/24", want: "isn't an address of this host any more"},
+		"a name of nothing":                {endpoint: "home.example", uplink: "198.51.100.2/24", want: "doesn't resolve"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(t)
+				r.resolveTo(c.resolved)
+				r.host.Change(func(h *policy.Host) {
+					p := netip.MustParsePrefix(c.uplink)
+					h.Interfaces[0].Addresses, h.Lasting = []netip.Prefix{p}, []netip.Addr{p.Addr()}
+				})
+				o := r.options()
+				if c.endpoint != "" {
+					o.Endpoint = wireguard.Endpoint{Host: c.endpoint, Port: 51820}
+				}
+				r.startWith(o)
+				defer r.end()
+				if !c.alone {
+					r.add("phone")
+				}
+				if c.heard != "" {
+					r.tunnel.setStats(keyOf("phone"), wireguard.PeerStats{LastHandshake: time.Now(), Endpoint: netip.MustParseAddrPort(c.heard)})
+				}
+				r.after(DefaultTick)
+				by, _ := r.doctor()
+				if got := by["endpoint"]; got.OK != c.ok || !strings.Contains(got.Message, c.want) {
+					t.Errorf("%+v", got)
+				}
+				told := slices.ContainsFunc(r.d.Status().Problems, func(p api.Problem) bool { return p.Step == "endpoint" })
+				if told == c.ok {
+					t.Errorf("status tells of it: %v; %+v", told, r.d.Status().Problems)
+				}
+			})
+		})
+	}
+}
+
+// TestDoctorAboutPeersNames names an endpoint that doesn't resolve, until it does.
+func TestDoctorAboutPeersNames(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		if _, err := r.d.AddPeer(context.Background(), api.NewPeer{Name: "nas", PublicKey: keyOf("nas"), Endpoint: "nas.example:51820"}); err != nil {
+			t.Fatal(err)
+		}
+		r.after(time.Second)
+		if by, _ := r.doctor(); by["peers' endpoints"].OK || !strings.Contains(by["peers' endpoints"].Message, `"nas.example:51820" of nas doesn't resolve`) {
+			t.Errorf("%+v", by["peers' endpoints"])
+		}
+		r.resolveTo("198.51.100.9")
+		r.after(10 * resolveInterval)
+		if by, _ := r.doctor(); !by["peers' endpoints"].OK {
+			t.Errorf("%+v", by["peers' endpoints"])
+		}
+	})
+}
+
+// TestDoctorTellsTheHostFirewallApart has other software's rules stop WireGuard, and a peer.
+func TestDoctorTellsTheHostFirewallApart(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.d.mu.Lock()
+		r.d.byOthers = []Problem{
+			{Step: othersStep, Message: "chain input of table inet filter drops packets of WireGuard (UDP port 51820) from devices to this host", Hint: "open it"},
+			{Step: othersStep, Message: "chain FORWARD of table ip filter drops packets from peers to the internet", Hint: "let it"},
+		}
+		r.d.mu.Unlock()
+		by, _ := r.doctor()
+		if by["host firewall"].Hint != "open it" || by["other packet filters"].Hint != "let it" {
+			t.Errorf("%+v", by)
+		}
+	})
+}
