@@ -310,7 +310,7 @@ func (a *app) sayWrapped(first, next, text string) {
 		switch {
 		case i == 0:
 		case a.columns > 0 && utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) > a.columns:
-			a.say("%s", line)
+			a.say("%s", strings.TrimRight(line, " "))
 			line = next
 		default:
 			line += " "

@@ -122,16 +122,17 @@ func newPeerShowCommand(a *app) *cobra.Command {
 }
 
 func (a *app) writePeer(p api.Peer) {
-	a.say("name        %s", p.Name)
-	a.say("kind        %s", p.Kind)
-	a.say("public key  %s", p.PublicKey)
-	a.say("addresses   %s", joinAddresses(p.Addresses))
-	a.say("may         %s", describePermissions(p.Permissions))
-	a.say("endpoint    %s", orNone(p.Endpoint))
-	a.say("handshake   %s", describeHandshake(p.LastHandshake, time.Now()))
-	a.say("received    %s, sent %s", formatBytes(p.RxBytes), formatBytes(p.TxBytes))
-	a.say("routes      %s", describeRouting(p.Routing))
-	a.say("refused     %v", p.Refused)
+	line := func(name, text string) { a.sayWrapped(name, strings.Repeat(" ", 12), text) }
+	line("name        ", p.Name)
+	line("kind        ", p.Kind)
+	line("public key  ", p.PublicKey)
+	line("addresses   ", joinAddresses(p.Addresses))
+	line("may         ", describePermissions(p.Permissions))
+	line("endpoint    ", orNone(p.Endpoint))
+	line("handshake   ", describeHandshake(p.LastHandshake, time.Now()))
+	line("received    ", fmt.Sprintf("%s, sent %s", formatBytes(p.RxBytes), formatBytes(p.TxBytes)))
+	line("routes      ", describeRouting(p.Routing))
+	line("refused     ", p.Refused.String())
 }
 
 // toggleOptions are the flags of allow and deny.

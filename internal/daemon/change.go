@@ -481,7 +481,7 @@ func (p *peer) differences(was *peer) string {
 var permissionVerbs = map[policy.Permissions]string{
 	policy.Incoming: "connect to this host",
 	policy.Routing:  "route",
-	policy.LAN:      "reach this host's networks, with routing",
+	policy.LAN:      "reach this host's networks",
 }
 
 // summary says what a peer may, for an event.

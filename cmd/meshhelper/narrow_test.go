@@ -1,0 +1,60 @@
+package main
+
+import (
+	"bytes"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+	"unicode/utf8"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+)
+
+// TestSixtyColumns writes a status, a peer and a list at a terminal of 60 columns: no line
+// is longer, and on a wide one peers are a table.
+func TestSixtyColumns(t *testing.T) {
+	until := time.Now().Add(time.Hour)
+	p := api.Peer{
+		Name: "annas-laptop", Kind: api.External, PublicKey: "4+kGYe2dVTRjEBG9/eVGCXT1Y2OY5tjp2j3GIYuBrkg=",
+		Addresses:   []netip.Addr{netip.MustParseAddr("100.126.117.53"), netip.MustParseAddr("fd6d:6573:6800:b7dd:d1ac:5901:fbca:9691")},
+		Permissions: api.Permissions{Incoming: api.Permission{Allowed: true}, Routing: api.Permission{Allowed: true, Until: until}},
+		Refused:     api.Refused{Martian: 1, Self: 2, Mesh: 3, LAN: 4, Internet: 5, Spoofed: 6},
+	}
+	s := api.Status{
+		State: api.Enforcing, Addresses: p.Addresses, PublicKey: p.PublicKey, Peers: []api.Peer{p},
+		Problems: []api.Problem{{Step: "load table", Message: strings.Repeat("word ", 30), Hint: strings.Repeat("do this ", 20)}},
+	}
+	for _, columns := range []int{60, 160} {
+		var out bytes.Buffer
+		a := &app{stdout: &out, terminal: true, columns: columns}
+		a.writeStatus(s)
+		a.writePeer(p)
+		for line := range strings.Lines(out.String()) {
+			if n := utf8.RuneCountInString(strings.TrimSuffix(line, "\n")); n > columns {
+				t.Errorf("%d of %d columns: %q", n, columns, line)
+			}
+		}
+		if table := strings.Contains(out.String(), "NAME"); table != (columns == 160) {
+			t.Errorf("at %d columns a table: %v", columns, table)
+		}
+	}
+}
+
+// TestFit keeps the first lines on a terminal that has fewer rows than there are.
+func TestFit(t *testing.T) {
+	text := "head\n" + strings.Repeat("x", 25) + "\nc\nd\n"
+	for _, c := range []struct {
+		rows, columns int
+		want          string
+	}{
+		{0, 0, text}, {8, 10, text},
+		{5, 80, text},
+		{4, 80, "head\n" + strings.Repeat("x", 25) + "\n(2 more lines)\n"},
+		{4, 10, "head\n(3 more lines)\n"}, // the second has 3 rows
+	} {
+		if got := fit(text, c.rows, c.columns); got != c.want {
+			t.Errorf("in %d rows of %d columns: %q, want %q", c.rows, c.columns, got, c.want)
+		}
+	}
+}
