@@ -78,7 +78,7 @@ func (g *macRig) app(p *simmac.Process) *app {
 		return macos.NewPlatform(macos.PlatformOptions{StateDir: o.stateDir, Label: o.label, Runner: refusing{p, &g.refuse}, Kernel: p, CreateTUN: p.CreateTUN, Log: o.log})
 	}
 	return &app{
-		stdin: strings.NewReader(""), stdout: &g.stdout, stderr: &g.stderr, random: rand.Reader, columns: g.columns,
+		stdin: strings.NewReader(""), stdout: &g.stdout, stderr: &g.stderr, random: rand.Reader, size: func() (int, int) { return g.columns, 0 },
 		getenv:    func(name string) string { return map[string]string{"MESHHELPER_SOCKET": g.socket}[name] },
 		platforms: map[string]newPlatform{"darwin": platform},
 		service: &serviceHost{
@@ -340,7 +340,11 @@ func TestInstallSaysClosed(t *testing.T) {
 		}
 		status := g.run(args...)
 		errs, out := g.stderr.String(), g.stdout.String()
-		if status != exitFailed || !strings.Contains(errs, "meshhelper: installed and running, but closed: ") ||
+		prefix := "meshhelper: "
+		if json {
+			prefix = `"message":"`
+		}
+		if status != exitFailed || !strings.Contains(errs, prefix+"installed and running, but closed: ") ||
 			!strings.Contains(errs, "Operation not permitted") || !strings.Contains(errs, "see: meshhelper doctor") {
 			t.Errorf("exit status %d\n%s", status, errs)
 		}
