@@ -150,7 +150,8 @@ func TestExpiry(t *testing.T) {
 		r.wantLoaded("phone", policy.Routing)
 		r.after(time.Second)
 		r.wantLoaded("phone", 0)
-		if got := r.events(api.EventExpired); len(got) != 1 || got[0] != "routing of phone ended" {
+		// The second says that the configuration doesn't fit any more.
+		if got := r.events(api.EventExpired); len(got) != 2 || got[0] != "routing of phone ended" {
 			t.Errorf("events %q", got)
 		}
 		s := r.d.Status()

@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/flow"
 	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/wireguard"
@@ -80,7 +79,7 @@ func (l *loop) recordHandshakes(peers []peer, n numbers) {
 }
 
 // example says where a refused packet was to go.
-func example(r flow.Refused) string {
+func example(r guard.Refused) string {
 	if !r.To.IsValid() {
 		return ""
 	}

@@ -74,6 +74,9 @@ type Traffic struct {
 	Last               time.Time // when the last one passed; zero if never
 }
 
+// Refused is a packet that was refused, for people to read.
+type Refused = flow.Refused
+
 // PeerStats counts what the guard did with a peer's packets since the peer was
 // first in a ruleset.
 type PeerStats struct {
@@ -87,7 +90,7 @@ type PeerStats struct {
 	Held, Limit int
 	Full        uint64
 	// Example is where one of the packets that were refused lately was to go.
-	Example flow.Refused
+	Example Refused
 }
 
 // Device is a tun.Device that lets pass what the policy lets pass. All methods

@@ -42,7 +42,7 @@ func (p *Platform) inspect(r *policy.Ruleset) (platform.Report, error) {
 		add(StepForwarding, []string{fmt.Sprintf("%s is %s instead of %s", c.Name, c.Found, c.Set)})
 	}
 	add(StepForwarding, p.forward.drift(n))
-	report.Problems = append(append(p.portProblems(), p.boundProblems()...), p.wayProblems(r)...)
+	report.Problems = append(p.portProblems(), p.boundProblems()...)
 	return report, nil
 }
 

@@ -149,7 +149,17 @@ func (p *Platform) Others(ctx context.Context, r *policy.Ruleset) ([]platform.Pr
 	if errors.Is(err, errHangs) {
 		return nil, err // the look that was left behind may still write
 	}
-	return out, err
+	ways, werr := p.otherWays(ctx, r)
+	return append(out, ways...), errors.Join(err, werr)
+}
+
+// otherWays has the kernel asked where it sends peers' packets, when nothing is being
+// enforced.
+func (p *Platform) otherWays(ctx context.Context, r *policy.Ruleset) ([]platform.Problem, error) {
+	// As in Way, the end of the caller's patience isn't handed to the sockets.
+	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), wayLimit)
+	defer cancel()
+	return ask(limited, p, func() ([]platform.Problem, error) { return p.wayProblems(r), nil })
 }
 
 // ByOthers implements the daemon's contract.

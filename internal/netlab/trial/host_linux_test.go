@@ -165,8 +165,10 @@ func TestDockerIsNamed(t *testing.T) {
 	addPeers(t, m)
 	permit(t, m, "C", policy.Routing)
 	named := false
-	for _, p := range status(t, m).Problems {
-		named = named || strings.Contains(p.Message, "FORWARD")
+	for end := time.Now().Add(generous); !named && time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		for _, p := range status(t, m).Problems {
+			named = named || strings.Contains(p.Message, "FORWARD")
+		}
 	}
 	if !named {
 		t.Errorf("no problem names the chain FORWARD: %+v", status(t, m).Problems)
