@@ -47,7 +47,7 @@ var rooms = map[string][]string{
 }
 
 // testsMay lists what tests may import besides.
-var testsMay = []string{"internal/logfile", "internal/platform/platformtest", "internal/netlab", "internal/netlab/simmac", "internal/policy", "internal/guard", "internal/flow", "internal/flow/flowtest", "internal/wireguard", "pfconf"}
+var testsMay = []string{"internal/logfile", "internal/platform/platformtest", "internal/netlab", "internal/netlab/rulesets", "internal/netlab/simmac", "internal/policy", "internal/guard", "internal/flow", "internal/flow/flowtest", "internal/wireguard", "pfconf"}
 
 // only lists the rooms that may have a dependency which others must not.
 var only = map[string][]string{

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/netlab"
+	"github.com/meshhelper/meshhelper/internal/netlab/rulesets"
 	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -273,16 +274,15 @@ func (b *neighbourhood) wait(is func() bool) bool {
 }
 
 // load loads a ruleset, with the program that it is written for.
-func (b *neighbourhood) load(r foreignRuleset) {
+func (b *neighbourhood) load(r rulesets.Ruleset) {
 	b.t.Helper()
-	r.nft, r.iptables = interfaces.Replace(r.nft), interfaces.Replace(r.iptables)
-	if r.nft != "" {
-		b.program(r.nft, "nft", "-f", "-")
+	r = r.For(meshName, netlab.Uplink, netlab.LAN)
+	if r.NFT != "" {
+		b.program(r.NFT, "nft", "-f", "-")
 	}
-	if r.iptables != "" {
-		b.program(r.iptables, "iptables-nft-restore")
-		b.program(strings.NewReplacer("icmp-port-unreachable", "icmp6-port-unreachable", "-p icmp --icmp-type", "-p ipv6-icmp --icmpv6-type").Replace(r.iptables),
-			"ip6tables-nft-restore")
+	if r.IPTables != "" {
+		b.program(r.IPTables, "iptables-nft-restore")
+		b.program(r.IP6Tables(), "ip6tables-nft-restore")
 	}
 }
 
@@ -303,11 +303,11 @@ func TestRulesetsOfOthers(t *testing.T) {
 	installed(t, "nft")
 	installed(t, "iptables-nft-restore")
 	b := newNeighbourhood(t)
-	if len(foreignRulesets) < 40 {
-		t.Errorf("only %d rulesets", len(foreignRulesets))
+	if len(rulesets.All) < 40 {
+		t.Errorf("only %d rulesets", len(rulesets.All))
 	}
-	for _, r := range foreignRulesets {
-		t.Run(r.name, func(t *testing.T) {
+	for _, r := range rulesets.All {
+		t.Run(r.Name, func(t *testing.T) {
 			b.t = t
 			defer b.unload()
 			b.tryRuleset(r)
@@ -320,8 +320,8 @@ func TestRulesetsOfOthers(t *testing.T) {
 func TestObstaclesOnTheWayToNetworks(t *testing.T) {
 	installed(t, "nft")
 	b := newNeighbourhood(t)
-	i := slices.IndexFunc(foreignRulesets, func(r foreignRuleset) bool { return r.name == "libvirt by nft" })
-	b.load(foreignRulesets[i])
+	i := slices.IndexFunc(rulesets.All, func(r rulesets.Ruleset) bool { return r.Name == "libvirt by nft" })
+	b.load(rulesets.All[i])
 	for _, tt := range []struct {
 		permissions policy.Permissions
 		want        []string
@@ -346,7 +346,7 @@ func TestObstaclesOnTheWayToNetworks(t *testing.T) {
 	}
 }
 
-func (b *neighbourhood) tryRuleset(r foreignRuleset) {
+func (b *neighbourhood) tryRuleset(r rulesets.Ruleset) {
 	type answer struct{ from, to netip.AddrPort }
 	var answers [2]answer
 	kinds := [2][]way{ways(0), ways(1)}
@@ -384,7 +384,7 @@ func (b *neighbourhood) tryRuleset(r foreignRuleset) {
 }
 
 // compare compares what became of a packet with what is said of it.
-func (b *neighbourhood) compare(r foreignRuleset, at trial, by platform.ByOthers) string {
+func (b *neighbourhood) compare(r rulesets.Ruleset, at trial, by platform.ByOthers) string {
 	family := "IPv4"
 	if at.from.Is6() {
 		family = "IPv6"
@@ -396,8 +396,8 @@ func (b *neighbourhood) compare(r foreignRuleset, at trial, by platform.ByOthers
 	if by.Unclear {
 		said = "unclear, " + said
 	}
-	if by.Unclear != r.mayBeUnclear(at.name, at.from.Is6()) {
-		b.t.Errorf("%s, %s: said %q at %s; unclear is expected only of %q", at.name, family, said, by.Where, r.unclear)
+	if by.Unclear != listed(r.Unclear, at.name, at.from.Is6()) {
+		b.t.Errorf("%s, %s: said %q at %s; unclear is expected only of %q", at.name, family, said, by.Where, r.Unclear)
 	}
 	var got bool
 	switch {
@@ -418,27 +418,11 @@ func (b *neighbourhood) compare(r foreignRuleset, at trial, by platform.ByOthers
 			b.t.Errorf("%s, %s: said %q at %s, and it passed", at.name, family, said, by.Where)
 		}
 	}
-	if stops := r.stopped(at.name, at.from.Is6()); !by.Unclear && stops == got {
-		b.t.Errorf("%s, %s: passed is %t; the ruleset was written for stopping %q", at.name, family, got, r.stops)
+	if stops := listed(r.Stops, at.name, at.from.Is6()); !by.Unclear && stops == got {
+		b.t.Errorf("%s, %s: passed is %t; the ruleset was written for stopping %q", at.name, family, got, r.Stops)
 	}
 	return fmt.Sprintf("%-10s %s %-5t %s %s", at.name, family, got, said, by.Where)
 }
-
-// foreignRuleset is what other software loads.
-type foreignRuleset struct {
-	name string
-	nft  string // for nft
-	// iptables is for iptables-nft-restore and ip6tables-nft-restore.
-	iptables string
-	// stops and unclear are the kinds of packets that it stops, and those of which it
-	// can't be said: names, or their first word, or "all". A name with 4 or 6 behind is of
-	// one family.
-	stops, unclear string
-}
-
-func (r foreignRuleset) mayBeUnclear(name string, six bool) bool { return listed(r.unclear, name, six) }
-
-func (r foreignRuleset) stopped(name string, six bool) bool { return listed(r.stops, name, six) }
 
 // listed reports whether a list with commas names a kind.
 func listed(list, name string, six bool) bool {
@@ -451,6 +435,3 @@ func listed(list, name string, six bool) bool {
 	}
 	return false
 }
-
-// interfaces puts the names of this test's interfaces into a ruleset.
-var interfaces = strings.NewReplacer("MESH", meshName, "WAN", netlab.Uplink, "LAN0", netlab.LAN)

@@ -1,10 +1,39 @@
-package linux
+// Package rulesets has what other software loads into the packet filter of a Linux host,
+// in shape: firewalls, containers, other VPNs, block lists. Tests load each beside our
+// table and compare what is said of packets with what becomes of them.
+package rulesets
 
-// foreignRulesets have the shapes of what other software loads. MESH, WAN and LAN0 are
-// the names of interfaces.
-var foreignRulesets = []foreignRuleset{
-	{name: "nothing"},
-	{name: "OpenWrt's fw4 without a zone for the mesh", stops: "net, lan, vm, host", unclear: "host tcp", nft: `
+import "strings"
+
+// Ruleset is what one program loads.
+type Ruleset struct {
+	Name string
+	// NFT is for nft(8), IPTables for iptables-nft-restore(8) and, in the words of
+	// ICMPv6, for ip6tables-nft-restore. MESH, WAN and LAN0 are names of interfaces.
+	NFT, IPTables string
+	// Stops and Unclear are the kinds of packets that it stops, and those of which it
+	// can't be said: names, or their first word, or "all". A name with 4 or 6 behind is of
+	// one family. The names are: net udp, net tcp, net dns, net ping, lan, vm, host udp,
+	// host tcp, host ping, answer, wg in, wg out.
+	Stops, Unclear string
+}
+
+// For puts in the names of interfaces.
+func (r Ruleset) For(mesh, wan, lan string) Ruleset {
+	names := strings.NewReplacer("MESH", mesh, "WAN", wan, "LAN0", lan)
+	r.NFT, r.IPTables = names.Replace(r.NFT), names.Replace(r.IPTables)
+	return r
+}
+
+// IP6Tables returns IPTables in the words of ip6tables-nft-restore(8).
+func (r Ruleset) IP6Tables() string {
+	return strings.NewReplacer("icmp-port-unreachable", "icmp6-port-unreachable", "-p icmp --icmp-type", "-p ipv6-icmp --icmpv6-type").Replace(r.IPTables)
+}
+
+// All are the rulesets, the first of which is none.
+var All = []Ruleset{
+	{Name: "nothing"},
+	{Name: "OpenWrt's fw4 without a zone for the mesh", Stops: "net, lan, vm, host", Unclear: "host tcp", NFT: `
 table inet fw4 {
 	set lans { type ifname; elements = { "LAN0" } }
 	chain input {
@@ -61,7 +90,7 @@ table inet fw4 {
 		iifname "WAN" tcp flags syn tcp option maxseg size set rt mtu
 	}
 }`},
-	{name: "OpenWrt's fw4 with a zone for the mesh", unclear: "host tcp", nft: `
+	{Name: "OpenWrt's fw4 with a zone for the mesh", Unclear: "host tcp", NFT: `
 table inet fw4 {
 	chain input {
 		type filter hook input priority filter; policy drop;
@@ -83,7 +112,7 @@ table inet fw4 {
 		drop
 	}
 }`},
-	{name: "NixOS", stops: "host udp, wg in, host tcp", nft: `
+	{Name: "NixOS", Stops: "host udp, wg in, host tcp", NFT: `
 table inet nixos-fw {
 	chain rpfilter {
 		type filter hook prerouting priority mangle + 10; policy drop;
@@ -106,7 +135,7 @@ table inet nixos-fw {
 		ip6 daddr fe80::/64 udp dport 546 accept
 	}
 }`},
-	{name: "NixOS with the port open and the mesh trusted", nft: `
+	{Name: "NixOS with the port open and the mesh trusted", NFT: `
 table inet nixos-fw {
 	chain input {
 		type filter hook input priority filter; policy drop;
@@ -126,7 +155,7 @@ table inet nixos-fw {
 		iifname "MESH" accept
 	}
 }`},
-	{name: "firewalld, the mesh in the zone public", stops: "net, lan, vm, host udp, wg in", nft: `
+	{Name: "firewalld, the mesh in the zone public", Stops: "net, lan, vm, host udp, wg in", NFT: `
 table inet firewalld {
 	chain mangle_PREROUTING {
 		type filter hook prerouting priority mangle + 10; policy accept;
@@ -182,7 +211,7 @@ table inet firewalld {
 	}
 	chain filter_FWD_public { }
 }`},
-	{name: "firewalld, the mesh in the zone trusted", nft: `
+	{Name: "firewalld, the mesh in the zone trusted", NFT: `
 table inet firewalld {
 	chain filter_INPUT {
 		type filter hook input priority filter + 10; policy accept;
@@ -210,7 +239,7 @@ table inet firewalld {
 		accept
 	}
 }`},
-	{name: "firewalld's sets of sources", stops: "host udp 4, host tcp 4, host ping 4, host udp 6, host tcp 6, host ping 6", nft: `
+	{Name: "firewalld's sets of sources", Stops: "host udp 4, host tcp 4, host ping 4, host udp 6, host tcp 6, host ping 6", NFT: `
 table inet firewalld {
 	set sources { type ipv4_addr; flags interval; elements = { 100.64.0.0-100.64.0.9, 100.64.0.11/32, 192.168.0.0/16 } }
 	set sources6 { type ipv6_addr; flags interval; elements = { fd6d:6573:6800::1-fd6d:6573:6800::9 } }
@@ -224,7 +253,7 @@ table inet firewalld {
 		accept
 	}
 }`},
-	{name: "ufw", stops: "net udp, net tcp, net dns, lan, vm, host udp, host tcp, wg in", iptables: `*filter
+	{Name: "ufw", Stops: "net udp, net tcp, net dns, lan, vm, host udp, host tcp, wg in", IPTables: `*filter
 :INPUT DROP
 :FORWARD DROP
 :OUTPUT ACCEPT
@@ -252,7 +281,7 @@ table inet firewalld {
 -A ufw-before-output -m conntrack --ctstate RELATED,ESTABLISHED,NEW -j ACCEPT
 COMMIT
 `},
-	{name: "ufw that lets the mesh through", unclear: "host tcp", iptables: `*filter
+	{Name: "ufw that lets the mesh through", Unclear: "host tcp", IPTables: `*filter
 :INPUT DROP
 :FORWARD DROP
 :OUTPUT ACCEPT
@@ -272,7 +301,7 @@ COMMIT
 -A ufw-user-forward -i MESH -j ACCEPT
 COMMIT
 `},
-	{name: "Docker", stops: "net, lan, vm, answer", iptables: `*nat
+	{Name: "Docker", Stops: "net, lan, vm, answer", IPTables: `*nat
 :PREROUTING ACCEPT
 :POSTROUTING ACCEPT
 :DOCKER - [0:0]
@@ -302,7 +331,7 @@ COMMIT
 -A DOCKER-ISOLATION-STAGE-2 -j RETURN
 COMMIT
 `},
-	{name: "Docker with the mesh let through in DOCKER-USER", iptables: `*filter
+	{Name: "Docker with the mesh let through in DOCKER-USER", IPTables: `*filter
 :FORWARD DROP
 :DOCKER-USER - [0:0]
 -A FORWARD -j DOCKER-USER
@@ -312,14 +341,14 @@ COMMIT
 -A DOCKER-USER -j RETURN
 COMMIT
 `},
-	{name: "Docker's port that a peer meets", stops: "host tcp", iptables: `*nat
+	{Name: "Docker's port that a peer meets", Stops: "host tcp", IPTables: `*nat
 :PREROUTING ACCEPT
 :DOCKER - [0:0]
 -A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
 -A DOCKER ! -i docker0 -p tcp -m tcp --dport 22 -j DNAT --to-destination :2222
 COMMIT
 `},
-	{name: "libvirt", stops: "vm", iptables: `*filter
+	{Name: "libvirt", Stops: "vm", IPTables: `*filter
 :INPUT ACCEPT
 :FORWARD ACCEPT
 :OUTPUT ACCEPT
@@ -338,7 +367,7 @@ COMMIT
 -A LIBVIRT_FWX -i virbr0 -o virbr0 -j ACCEPT
 COMMIT
 `},
-	{name: "libvirt by nft", stops: "vm", nft: `
+	{Name: "libvirt by nft", Stops: "vm", NFT: `
 table ip libvirt_network {
 	chain forward {
 		type filter hook forward priority filter; policy accept;
@@ -360,7 +389,7 @@ table ip6 libvirt_network {
 		oif "virbr0" counter reject
 	}
 }`},
-	{name: "Tailscale", stops: "host udp 4, host tcp 4, host ping 4", iptables: `*filter
+	{Name: "Tailscale", Stops: "host udp 4, host tcp 4, host ping 4", IPTables: `*filter
 :INPUT ACCEPT
 :FORWARD ACCEPT
 :ts-input - [0:0]
@@ -373,7 +402,7 @@ table ip6 libvirt_network {
 -A ts-forward -m mark --mark 0x40000/0xff0000 -j ACCEPT
 -A ts-forward -o tailscale0 -j ACCEPT
 COMMIT
-`, nft: `
+`, NFT: `
 table ip tailscale {
 	chain INPUT {
 		type filter hook input priority filter; policy accept;
@@ -389,7 +418,7 @@ table ip tailscale {
 		oifname "tailscale0" ip saddr 100.64.0.0/10 counter drop
 	}
 }`},
-	{name: "Tailscale's refusal of its prefix on the way out", stops: "net 4, lan 4, vm 4", nft: `
+	{Name: "Tailscale's refusal of its prefix on the way out", Stops: "net 4, lan 4, vm 4", NFT: `
 table ip filter {
 	chain FORWARD {
 		type filter hook forward priority filter; policy accept;
@@ -401,7 +430,7 @@ table ip filter {
 		oifname != "tailscale0" ip saddr 100.64.0.0/10 counter drop
 	}
 }`},
-	{name: "a block list with intervals that isn't met", nft: `
+	{Name: "a block list with intervals that isn't met", NFT: `
 table inet blocklist {
 	set bad { type ipv4_addr; flags interval; auto-merge; elements = { 192.0.2.0/26, 192.0.2.128/31, 198.51.100.0/24, 203.0.113.64/26 } }
 	set bad6 { type ipv6_addr; flags interval; elements = { 2001:db8:dead::/48, 2001:db8:1111::/127 } }
@@ -416,7 +445,7 @@ table inet blocklist {
 		ip saddr @bad counter drop
 	}
 }`},
-	{name: "a block list with intervals that is met", stops: "net, answer", nft: `
+	{Name: "a block list with intervals that is met", Stops: "net, answer", NFT: `
 table inet blocklist {
 	set bad { type ipv4_addr; flags interval; elements = { 192.0.2.128/25, 198.51.100.0/24 } }
 	set bad6 { type ipv6_addr; flags interval; elements = { 2001:db8:1111::1-2001:db8:1111::f } }
@@ -428,7 +457,7 @@ table inet blocklist {
 		ip6 saddr @bad6 counter drop
 	}
 }`},
-	{name: "a ban with a timeout, as fail2ban's", stops: "wg in 4, host tcp", nft: `
+	{Name: "a ban with a timeout, as fail2ban's", Stops: "wg in 4, host tcp", NFT: `
 table inet f2b-table {
 	set addr-set { type ipv4_addr; timeout 1h; elements = { 192.0.2.130 timeout 10m, 192.0.2.131 } }
 	set ssh { typeof ip saddr . tcp dport; flags timeout; elements = { 100.64.0.10 . 22 timeout 5m } }
@@ -440,7 +469,7 @@ table inet f2b-table {
 		ip6 saddr . tcp dport @ssh6 reject with tcp reset
 	}
 }`},
-	{name: "concatenations with intervals", stops: "net udp 4, host ping 6", nft: `
+	{Name: "concatenations with intervals", Stops: "net udp 4, host ping 6", NFT: `
 table inet concat {
 	set pairs { type ipv4_addr . ipv4_addr . inet_proto . inet_service; flags interval; elements = { 100.64.0.0/24 . 192.0.2.0/24 . udp . 40000-40010, 100.64.0.0/24 . 192.0.2.0/24 . tcp . 80-90 } }
 	set pings { type ipv6_addr . icmpv6_type; elements = { fd6d:6573:6800::10 . echo-request } }
@@ -453,7 +482,7 @@ table inet concat {
 		ip6 saddr . icmpv6 type @pings drop
 	}
 }`},
-	{name: "concatenations of interfaces that let pass", stops: "vm, host tcp", nft: `
+	{Name: "concatenations of interfaces that let pass", Stops: "vm, host tcp", NFT: `
 table inet zones {
 	chain through {
 		type filter hook forward priority filter; policy drop;
@@ -467,7 +496,7 @@ table inet zones {
 		iifname . tcp dport { "MESH" . 22 } drop
 	}
 }`},
-	{name: "ports by a verdict map", stops: "host tcp, net tcp", nft: `
+	{Name: "ports by a verdict map", Stops: "host tcp, net tcp", NFT: `
 table inet ports {
 	chain in {
 		type filter hook input priority filter; policy accept;
@@ -481,7 +510,7 @@ table inet ports {
 		reject with tcp reset
 	}
 }`},
-	{name: "a named verdict map of interfaces", stops: "lan, vm", nft: `
+	{Name: "a named verdict map of interfaces", Stops: "lan, vm", NFT: `
 table inet named {
 	map ways { type ifname : verdict; elements = { "WAN" : accept, "LAN0" : drop, "virbr0" : jump machines } }
 	chain machines {
@@ -494,7 +523,7 @@ table inet named {
 		oifname "MESH" accept
 	}
 }`},
-	{name: "a named map of marks", stops: "net, lan", nft: `
+	{Name: "a named map of marks", Stops: "net, lan", NFT: `
 table inet marks {
 	map mark4 { type ifname : mark; elements = { "WAN" : 0x10, "LAN0" : 0x20 } }
 	chain before {
@@ -506,7 +535,7 @@ table inet marks {
 		meta mark { 0x10, 0x20 } drop
 	}
 }`},
-	{name: "marks that let pass", stops: "host udp, host ping", nft: `
+	{Name: "marks that let pass", Stops: "host udp, host ping", NFT: `
 table inet marks {
 	chain pre {
 		type filter hook prerouting priority mangle; policy accept;
@@ -519,7 +548,7 @@ table inet marks {
 		iifname "MESH" drop
 	}
 }`},
-	{name: "conntrack's marks", stops: "net tcp, host tcp", nft: `
+	{Name: "conntrack's marks", Stops: "net tcp, host tcp", NFT: `
 table inet ctmarks {
 	chain pre {
 		type filter hook prerouting priority mangle; policy accept;
@@ -534,7 +563,7 @@ table inet ctmarks {
 		ct mark & 0x4 == 0x4 drop
 	}
 }`},
-	{name: "a named quota that isn't used up", nft: `
+	{Name: "a named quota that isn't used up", NFT: `
 table inet quotas {
 	quota month { over 500000 mbytes }
 	counter seen { }
@@ -548,7 +577,7 @@ table inet quotas {
 		quota over 100 mbytes drop
 	}
 }`},
-	{name: "a quota that is used up", stops: "net, lan, vm, answer", nft: `
+	{Name: "a quota that is used up", Stops: "net, lan, vm, answer", NFT: `
 table inet quotas {
 	quota month { over 100 bytes used 100 bytes }
 	chain through {
@@ -556,7 +585,7 @@ table inet quotas {
 		quota name "month" drop
 	}
 }`},
-	{name: "a named quota up to which is let through", nft: `
+	{Name: "a named quota up to which is let through", NFT: `
 table inet quotas {
 	quota month { until 500000 mbytes }
 	chain through {
@@ -564,7 +593,7 @@ table inet quotas {
 		quota name "month" accept
 	}
 }`},
-	{name: "a named limit", unclear: "net, lan, vm, answer", nft: `
+	{Name: "a named limit", Unclear: "net, lan, vm, answer", NFT: `
 table inet limits {
 	limit some { rate 400/minute }
 	chain through {
@@ -573,7 +602,7 @@ table inet limits {
 		drop
 	}
 }`},
-	{name: "a limit only on the log", nft: `
+	{Name: "a limit only on the log", NFT: `
 table inet limits {
 	chain through {
 		type filter hook forward priority filter; policy accept;
@@ -584,7 +613,7 @@ table inet limits {
 		limit rate over 10/second counter
 	}
 }`},
-	{name: "a meter of sources", unclear: "host tcp", nft: `
+	{Name: "a meter of sources", Unclear: "host tcp", NFT: `
 table inet meters {
 	set flood { type ipv4_addr; size 65535; flags dynamic, timeout; timeout 1m; }
 	set flood6 { type ipv6_addr; size 65535; flags dynamic, timeout; timeout 1m; }
@@ -594,7 +623,7 @@ table inet meters {
 		tcp dport 22 ct state new add @flood6 { ip6 saddr limit rate over 10/minute } drop
 	}
 }`},
-	{name: "port knocking", stops: "host tcp", nft: `
+	{Name: "port knocking", Stops: "host tcp", NFT: `
 table inet knock {
 	set knocked { type ipv4_addr; flags dynamic, timeout; timeout 30s; }
 	chain in {
@@ -604,21 +633,21 @@ table inet knock {
 		tcp dport 22 drop
 	}
 }`},
-	{name: "a bound on connections", unclear: "net udp, net tcp, net ping, net dns, lan, vm", nft: `
+	{Name: "a bound on connections", Unclear: "net udp, net tcp, net ping, net dns, lan, vm", NFT: `
 table inet bounds {
 	chain through {
 		type filter hook forward priority filter; policy accept;
 		iifname "MESH" ct count over 20 reject
 	}
 }`},
-	{name: "users of this host", stops: "", unclear: "wg out", nft: `
+	{Name: "users of this host", Stops: "", Unclear: "wg out", NFT: `
 table inet users {
 	chain out {
 		type filter hook output priority filter; policy accept;
 		oifname "WAN" meta skuid 1001 drop
 	}
 }`},
-	{name: "WireGuard's port closed on the way in", stops: "wg in", nft: `
+	{Name: "WireGuard's port closed on the way in", Stops: "wg in", NFT: `
 table inet host {
 	chain in {
 		type filter hook input priority filter; policy drop;
@@ -629,7 +658,7 @@ table inet host {
 		udp dport 51821-60000 accept
 	}
 }`},
-	{name: "WireGuard's port closed on the way out", stops: "wg out", nft: `
+	{Name: "WireGuard's port closed on the way out", Stops: "wg out", NFT: `
 table inet host {
 	chain out {
 		type filter hook output priority filter; policy drop;
@@ -639,14 +668,14 @@ table inet host {
 		udp dport { 53, 123, 443 } accept
 	}
 }`},
-	{name: "WireGuard's port taken in prerouting", stops: "wg in", nft: `
+	{Name: "WireGuard's port taken in prerouting", Stops: "wg in", NFT: `
 table inet early {
 	chain pre {
 		type filter hook prerouting priority raw; policy accept;
 		iifname "WAN" udp dport 51000-52000 fib daddr type local drop
 	}
 }`},
-	{name: "notrack of what the peers send", stops: "net, lan, vm", unclear: "", nft: `
+	{Name: "notrack of what the peers send", Stops: "net, lan, vm", Unclear: "", NFT: `
 table inet raw {
 	chain pre {
 		type filter hook prerouting priority raw; policy accept;
@@ -654,28 +683,28 @@ table inet raw {
 		iifname "MESH" ip6 daddr != fd6d:6573:6800::1 notrack
 	}
 }`},
-	{name: "notrack of what the uplink sends", stops: "answer", nft: `
+	{Name: "notrack of what the uplink sends", Stops: "answer", NFT: `
 table inet raw {
 	chain pre {
 		type filter hook prerouting priority raw; policy accept;
 		iifname "WAN" udp dport != 51820 notrack
 	}
 }`},
-	{name: "conntrack's zones", unclear: "net, lan, vm, host", nft: `
+	{Name: "conntrack's zones", Unclear: "net, lan, vm, host", NFT: `
 table inet zones {
 	chain pre {
 		type filter hook prerouting priority raw; policy accept;
 		iifname "MESH" ct zone set 7
 	}
 }`},
-	{name: "DNS that is redirected", stops: "net dns", nft: `
+	{Name: "DNS that is redirected", Stops: "net dns", NFT: `
 table inet dns {
 	chain dstnat {
 		type nat hook prerouting priority dstnat; policy accept;
 		iifname "MESH" meta l4proto { tcp, udp } th dport 53 counter redirect to :5353
 	}
 }`},
-	{name: "DNS that is sent elsewhere, except from some", stops: "net dns 6", nft: `
+	{Name: "DNS that is sent elsewhere, except from some", Stops: "net dns 6", NFT: `
 table ip nat {
 	set except { type ipv4_addr; flags interval; elements = { 100.64.0.8/29 } }
 	chain PREROUTING {
@@ -690,7 +719,7 @@ table ip6 nat {
 		udp dport 53 dnat to fd77::2
 	}
 }`},
-	{name: "servers by numgen and jhash", unclear: "host tcp", nft: `
+	{Name: "servers by numgen and jhash", Unclear: "host tcp", NFT: `
 table inet balance {
 	chain dstnat {
 		type nat hook prerouting priority dstnat; policy accept;
@@ -698,14 +727,14 @@ table inet balance {
 		iifname "LAN0" dnat ip to jhash ip saddr mod 2 map { 0 : 192.168.122.2, 1 : 192.168.122.3 }
 	}
 }`},
-	{name: "a share by numgen", unclear: "net, lan, vm, answer", nft: `
+	{Name: "a share by numgen", Unclear: "net, lan, vm, answer", NFT: `
 table inet share {
 	chain through {
 		type filter hook forward priority filter; policy accept;
 		numgen random mod 10 < 5 drop
 	}
 }`},
-	{name: "reverse paths", nft: `
+	{Name: "reverse paths", NFT: `
 table inet paths {
 	chain pre {
 		type filter hook prerouting priority raw; policy accept;
@@ -714,14 +743,14 @@ table inet paths {
 		iifname "MESH" fib saddr . iif oif 0 drop
 	}
 }`},
-	{name: "only what is for this host, by fib", stops: "net, lan, vm", nft: `
+	{Name: "only what is for this host, by fib", Stops: "net, lan, vm", NFT: `
 table inet paths {
 	chain pre {
 		type filter hook prerouting priority filter; policy accept;
 		iifname "MESH" fib daddr type != { local, broadcast, multicast } drop
 	}
 }`},
-	{name: "private sources from the uplink", stops: "net 4, lan 4, vm 4", nft: `
+	{Name: "private sources from the uplink", Stops: "net 4, lan 4, vm 4", NFT: `
 table inet bogons {
 	set bogons { type ipv4_addr; flags interval, constant; elements = { 10.0.0.0/8, 100.64.0.0/10, 172.16.0.0/12, 192.168.0.0/16 } }
 	chain in {
@@ -733,7 +762,7 @@ table inet bogons {
 		iifname != "LAN0" oifname != "MESH" ip saddr @bogons drop
 	}
 }`},
-	{name: "a guard of ingress", stops: "net tcp, host tcp, wg in 4", nft: `
+	{Name: "a guard of ingress", Stops: "net tcp, host tcp, wg in 4", NFT: `
 table netdev early {
 	chain wan {
 		type filter hook ingress device "WAN" priority 0; policy accept;
@@ -744,7 +773,7 @@ table netdev early {
 		meta l4proto tcp drop
 	}
 }`},
-	{name: "a hop limit, a size and a type of service", stops: "host ping", nft: `
+	{Name: "a hop limit, a size and a type of service", Stops: "host ping", NFT: `
 table inet fields {
 	chain through {
 		type filter hook forward priority filter; policy accept;
@@ -761,14 +790,14 @@ table inet fields {
 		ip option rr exists drop
 	}
 }`},
-	{name: "sizes that aren't known", unclear: "net, lan, vm, answer", nft: `
+	{Name: "sizes that aren't known", Unclear: "net, lan, vm, answer", NFT: `
 table inet fields {
 	chain through {
 		type filter hook forward priority filter; policy accept;
 		meta length > 1000 drop
 	}
 }`},
-	{name: "bits that are shifted, which isn't evaluated", unclear: "net, lan, vm", nft: `
+	{Name: "bits that are shifted, which isn't evaluated", Unclear: "net, lan, vm", NFT: `
 table inet shifted {
 	chain pre {
 		type filter hook prerouting priority mangle; policy accept;
@@ -780,7 +809,7 @@ table inet shifted {
 		meta mark 0x20 drop
 	}
 }`},
-	{name: "a set whose elements have quotas", unclear: "host udp 4, host tcp 4, host ping 4", nft: `
+	{Name: "a set whose elements have quotas", Unclear: "host udp 4, host tcp 4, host ping 4", NFT: `
 table inet parts {
 	set some { type ipv4_addr; flags dynamic; quota over 1 bytes; elements = { 100.64.0.10 } }
 	chain in {
@@ -788,7 +817,7 @@ table inet parts {
 		ip saddr @some drop
 	}
 }`},
-	{name: "a set whose elements have counters", stops: "host 4", nft: `
+	{Name: "a set whose elements have counters", Stops: "host 4", NFT: `
 table inet parts {
 	set some { type ipv4_addr; counter; elements = { 100.64.0.10 } }
 	chain in {
@@ -796,7 +825,7 @@ table inet parts {
 		ip saddr @some drop
 	}
 }`},
-	{name: "ranges of marks and of conntrack's", stops: "net tcp, host tcp", nft: `
+	{Name: "ranges of marks and of conntrack's", Stops: "net tcp, host tcp", NFT: `
 table inet ranges {
 	chain pre {
 		type filter hook prerouting priority mangle; policy accept;
@@ -813,14 +842,14 @@ table inet ranges {
 		ct mark { 0x100-0x10a } drop
 	}
 }`},
-	{name: "what conntrack hasn't seen", stops: "net, lan, vm, host, answer, wg in", nft: `
+	{Name: "what conntrack hasn't seen", Stops: "net, lan, vm, host, answer, wg in", NFT: `
 table inet early {
 	chain pre {
 		type filter hook prerouting priority raw; policy accept;
 		ct state invalid drop
 	}
 }`},
-	{name: "the interface on the way out, before it is known", nft: `
+	{Name: "the interface on the way out, before it is known", NFT: `
 table inet early {
 	chain pre {
 		type filter hook prerouting priority mangle; policy accept;
@@ -828,7 +857,7 @@ table inet early {
 		oifname "MESH" drop
 	}
 }`},
-	{name: "the directions of flows", stops: "net, lan, vm, host", nft: `
+	{Name: "the directions of flows", Stops: "net, lan, vm, host", NFT: `
 table inet directions {
 	chain through {
 		type filter hook forward priority filter; policy accept;
@@ -840,7 +869,7 @@ table inet directions {
 		iifname "MESH" ct direction != reply drop
 	}
 }`},
-	{name: "interfaces by a beginning of their names", stops: "net, lan, vm, host", nft: `
+	{Name: "interfaces by a beginning of their names", Stops: "net, lan, vm, host", NFT: `
 table inet names {
 	chain through {
 		type filter hook forward priority filter; policy accept;
@@ -851,7 +880,7 @@ table inet names {
 		iifname { "wg*", "tun*" } drop
 	}
 }`},
-	{name: "a set of all that isn't named", stops: "host tcp", nft: `
+	{Name: "a set of all that isn't named", Stops: "host tcp", NFT: `
 table inet catchall {
 	map verdicts { type inet_service : verdict; elements = { 80 : accept, 443 : accept, * : drop } }
 	chain in {
@@ -859,7 +888,7 @@ table inet catchall {
 		iifname "MESH" tcp dport vmap @verdicts
 	}
 }`},
-	{name: "Kubernetes", iptables: `*filter
+	{Name: "Kubernetes", IPTables: `*filter
 :INPUT ACCEPT
 :FORWARD ACCEPT
 :OUTPUT ACCEPT
@@ -882,7 +911,7 @@ COMMIT
 -A KUBE-POSTROUTING -m comment --comment "kubernetes service traffic requiring SNAT" -j MASQUERADE --random-fully
 COMMIT
 `},
-	{name: "a kill switch of another VPN", stops: "net, lan, vm, wg out", nft: `
+	{Name: "a kill switch of another VPN", Stops: "net, lan, vm, wg out", NFT: `
 table inet killswitch {
 	chain out {
 		type filter hook output priority filter; policy drop;
@@ -895,7 +924,7 @@ table inet killswitch {
 		oifname "MESH" accept
 	}
 }`},
-	{name: "an accept in one table and a drop in the next", stops: "net", nft: `
+	{Name: "an accept in one table and a drop in the next", Stops: "net", NFT: `
 table inet first {
 	chain through {
 		type filter hook forward priority -10; policy accept;
@@ -908,7 +937,7 @@ table inet second {
 		iifname "MESH" oifname "WAN" drop
 	}
 }`},
-	{name: "a drop after translation", stops: "net tcp", nft: `
+	{Name: "a drop after translation", Stops: "net tcp", NFT: `
 table inet late {
 	chain post {
 		type filter hook postrouting priority 200; policy accept;
@@ -916,7 +945,7 @@ table inet late {
 		iifname "MESH" oifname "WAN" udp dport 9 drop
 	}
 }`},
-	{name: "translation by others", nft: `
+	{Name: "translation by others", NFT: `
 table ip nat {
 	chain POSTROUTING {
 		type nat hook postrouting priority srcnat; policy accept;
@@ -924,7 +953,7 @@ table ip nat {
 		oifname "WAN" counter masquerade random
 	}
 }`},
-	{name: "segment sizes and helpers", nft: `
+	{Name: "segment sizes and helpers", NFT: `
 table inet sizes {
 	ct helper ftp { type "ftp" protocol tcp; }
 	chain through {
@@ -933,7 +962,7 @@ table inet sizes {
 		tcp dport 21 ct helper set "ftp"
 	}
 }`},
-	{name: "iptables' matches", stops: "host udp, host tcp, vm", iptables: `*mangle
+	{Name: "iptables' matches", Stops: "host udp, host tcp, vm", IPTables: `*mangle
 :FORWARD ACCEPT
 -A FORWARD -p tcp -m tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu
 COMMIT
@@ -947,7 +976,7 @@ COMMIT
 -A FORWARD -p tcp -m tcp ! --dport 1:1023 -j DROP
 COMMIT
 `},
-	{name: "iptables' matches that aren't understood", unclear: "net, lan, vm, answer, host udp, host tcp, host ping", iptables: `*filter
+	{Name: "iptables' matches that aren't understood", Unclear: "net, lan, vm, answer, host udp, host tcp, host ping", IPTables: `*filter
 :INPUT ACCEPT
 :FORWARD ACCEPT
 -A INPUT -i MESH -m time --timestart 01:00 --timestop 23:00 -j DROP

@@ -1,0 +1,189 @@
+package trial
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/netlab"
+	"github.com/meshhelper/meshhelper/internal/netlab/rulesets"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// oddRoutes are what a host's routing may be besides. undo takes it away.
+var oddRoutes = []struct{ name, do, undo string }{
+	{"a blackhole", "route add blackhole I4/32\n-6 route add blackhole I6/128", "route del blackhole I4/32\n-6 route del blackhole I6/128"},
+	{"an unreachable route", "route add unreachable I4/32\n-6 route add unreachable I6/128", "route del unreachable I4/32\n-6 route del unreachable I6/128"},
+	{"a prohibiting rule", "rule add priority 90 to I4 prohibit\n-6 rule add priority 90 to I6 prohibit", "rule del priority 90\n-6 rule del priority 90"},
+	{"a rule for what comes from the mesh", "rule add priority 90 iif MESH unreachable\n-6 rule add priority 90 iif MESH unreachable", "rule del priority 90\n-6 rule del priority 90"},
+	{"a table that leads to the LAN", "route add default dev LAN0 table 77\nrule add priority 90 iif MESH lookup 77\n-6 route add default dev LAN0 table 77\n-6 rule add priority 90 iif MESH lookup 77",
+		"rule del priority 90\nroute flush table 77\n-6 rule del priority 90\n-6 route flush table 77"},
+	{"a rule that fits nothing of a peer's", "rule add priority 90 fwmark 0x99 unreachable\n-6 rule add priority 90 fwmark 0x99 unreachable", "rule del priority 90\n-6 rule del priority 90"},
+}
+
+// oracle compares what explain and doctor say with what becomes of packets.
+type oracle struct {
+	*Mesh
+	t     *testing.T
+	iface string
+	hosts int
+	// said counts explain's answers.
+	passes, stopped, unclear int
+}
+
+// TestAnswersAreTrue has B be beside other software's rules and odd routes, one after the
+// other, and compares explain and doctor with real probes of C's: nothing is said to
+// pass that doesn't, nor to be dropped that passes.
+func TestAnswersAreTrue(t *testing.T) {
+	for _, program := range []string{"nft", "iptables-nft-restore", "ip"} {
+		if _, err := exec.LookPath(program); err != nil {
+			t.Skipf("other software's rules can't be loaded: %v", err)
+		}
+	}
+	m := newMesh(t)
+	permit(t, m, "C", policy.Routing|policy.Incoming)
+	a := &oracle{Mesh: m, t: t, iface: status(t, m).Interface}
+	for _, r := range rulesets.All {
+		t.Run(r.Name, func(t *testing.T) {
+			a.t = t
+			defer a.unload()
+			r := r.For(a.iface, netlab.Uplink, netlab.LAN)
+			if r.NFT != "" {
+				a.run(r.NFT, "nft", "-f", "-")
+			}
+			if r.IPTables != "" {
+				a.run(r.IPTables, "iptables-nft-restore")
+				a.run(r.IP6Tables(), "ip6tables-nft-restore")
+			}
+			a.compare(true)
+		})
+	}
+	at := netlab.Addresses()
+	names := strings.NewReplacer("I4", at.I.V4.String(), "I6", at.I.V6.String(), "MESH", a.iface, "LAN0", netlab.LAN)
+	for _, o := range oddRoutes {
+		t.Run(o.name, func(t *testing.T) {
+			a.t = t
+			a.ip(names.Replace(o.do))
+			defer a.ip(names.Replace(o.undo))
+			a.compare(false)
+		})
+	}
+	t.Logf("%d hosts: explain said %d times that it passes, %d times that it doesn't, %d times that it may not", a.hosts, a.passes, a.stopped, a.unclear)
+	if a.hosts < 40 || a.passes < 40 || a.stopped < 20 {
+		t.Error("that is too little to prove anything")
+	}
+}
+
+// run runs a program on B.
+func (a *oracle) run(stdin, program string, args ...string) string {
+	a.t.Helper()
+	var out []byte
+	if err := a.B.Do(func() (err error) {
+		c := exec.Command(program, args...)
+		c.Stdin = strings.NewReader(stdin)
+		if out, err = c.CombinedOutput(); err != nil {
+			return fmt.Errorf("%s %v: %w: %s", program, args, err, out)
+		}
+		return nil
+	}); err != nil {
+		a.t.Fatal(err)
+	}
+	return string(out)
+}
+
+func (a *oracle) ip(lines string) {
+	a.t.Helper()
+	for line := range strings.Lines(lines) {
+		a.run("", "ip", strings.Fields(line)...)
+	}
+}
+
+// unload takes away all tables but ours.
+func (a *oracle) unload() {
+	a.t.Helper()
+	for line := range strings.Lines(a.run("", "nft", "list", "tables")) {
+		if w := strings.Fields(line); len(w) == 3 && !strings.HasPrefix(w[2], "meshhelper") {
+			a.run("", "nft", "delete", "table", w[1], w[2])
+		}
+	}
+}
+
+// compare asks about C's packets to the internet and to B, of each family and protocol,
+// and sends them. filters says that doctor is to know of it.
+func (a *oracle) compare(filters bool) {
+	a.t.Helper()
+	a.hosts++
+	at := netlab.Addresses()
+	b := status(a.t, a.Mesh).Address()
+	var probes []netlab.Probe
+	var said []api.Explanation
+	for _, to := range append(at.I.List(), b.List()...) {
+		for proto, name := range map[netlab.Proto]string{netlab.UDP: "udp", netlab.TCP: "tcp"} {
+			e := a.explain(to, name)
+			wait := netlab.RefuseWait
+			if e.Pass {
+				wait = netlab.PassWait
+			}
+			said = append(said, e)
+			probes = append(probes, netlab.Probe{From: a.C, To: to, Proto: proto, Wait: wait})
+		}
+	}
+	stopped := false
+	for i, r := range a.Lab.Probe(a.t.Context(), probes...) {
+		e := said[i]
+		through := e.Pass && len(e.Stops) == 0 // and its answer comes back
+		clear := e.Pass || !e.Unclear
+		for _, s := range e.Stops {
+			clear = clear && !s.Unclear
+		}
+		switch {
+		case !clear:
+			a.unclear++
+		case through:
+			a.passes++
+		default:
+			a.stopped++
+		}
+		stopped = stopped || !r.OK && e.Policy != "" && clear
+		if clear && through != r.OK {
+			a.t.Errorf("%v: explain says pass %v, stops %+v; it gets through: %v", probes[i], e.Pass, e.Stops, r.OK)
+		}
+	}
+	if filters {
+		a.doctor(stopped)
+	}
+}
+
+func (a *oracle) explain(to netip.Addr, proto string) (e api.Explanation) {
+	a.t.Helper()
+	o, err := a.Do(a.t.Context(), "explain", "C", netip.AddrPortFrom(to, netlab.EchoPort).String(), "--proto", proto, "--json")
+	if jerr := json.Unmarshal([]byte(o.Stdout), &e); jerr != nil {
+		a.t.Fatalf("explain %v: %q, %v, %v", to, o.Stdout, err, jerr)
+	}
+	return e
+}
+
+// doctor wants other software's rules named where they stop something, and not said to
+// drop anything where all gets through.
+func (a *oracle) doctor(stopped bool) {
+	a.t.Helper()
+	named := func() bool {
+		for _, p := range status(a.t, a.Mesh).Problems {
+			if strings.HasPrefix(p.Message, "chain ") {
+				return true
+			}
+		}
+		return false
+	}
+	for end := time.Now().Add(generous); named() != stopped && stopped; time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			a.t.Error("something is stopped, and no problem names a chain")
+			return
+		}
+	}
+}
