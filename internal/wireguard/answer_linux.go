@@ -67,7 +67,9 @@ func (r *routeAsker) outOf(own netip.Addr, dst netip.AddrPort, in int) (oif int,
 	go func() { // bounded by busy: the kernel may hold it up
 		defer r.busy.Store(false)
 		oif, ok := r.ask(own, dst, 0, 0)
-		if ok && oif == in {
+		// Where it isn't a host elsewhere, but a broadcast address of another network, say,
+		// the kernel is to refuse it as it would without the interface.
+		if !ok || oif == in {
 			done <- 0
 			return
 		}

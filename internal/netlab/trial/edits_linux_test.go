@@ -18,7 +18,7 @@ const platformFile, guardFile, nftFile = "cmd/meshhelper/platform_linux.go", "in
 
 // stepped is the helper that asks before each enforcing step; see stepper.
 var stepped = []netlab.Edit{
-	{File: platformFile, Old: "linux.Options{", New: "linux.Options{Step: awaitStep(), "},
+	{File: platformFile, Old: "linux.Options{StateDir: o.stateDir", New: "linux.Options{Step: awaitStep(), StateDir: o.stateDir"},
 	{File: "cmd/meshhelper/stepped.go", New: steppedSource},
 }
 
