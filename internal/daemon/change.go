@@ -63,11 +63,17 @@ func (d *Daemon) ChangePeer(ctx context.Context, ref string, c api.PeerChange) (
 	})
 }
 
-// RemovePeer removes a peer, and answers with what it was.
+// RemovePeer removes a peer, and answers with what it was. That it was removed before is
+// an error of its own, after it is certain that this is saved.
 func (d *Daemon) RemovePeer(ctx context.Context, ref string) (api.Changed, error) {
 	var was api.Peer
+	var before *api.Error
 	changed, err := d.change(ctx, func(doc *document, now time.Time) (wireguard.PublicKey, error) {
 		i, err := doc.find(ref)
+		before = nil
+		if errors.As(err, &before) && before.Code == api.CodeAlreadyRemoved {
+			return wireguard.PublicKey{}, nil
+		}
 		if err != nil {
 			return wireguard.PublicKey{}, err
 		}
@@ -77,6 +83,9 @@ func (d *Daemon) RemovePeer(ctx context.Context, ref string) (api.Changed, error
 		doc.Peers = slices.Delete(doc.Peers, i, i+1)
 		return wireguard.PublicKey{}, nil
 	})
+	if err == nil && before != nil {
+		return api.Changed{}, before
+	}
 	changed.Peer = was
 	return changed, err
 }

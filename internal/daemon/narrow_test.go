@@ -252,6 +252,25 @@ func TestKeyChangeIsWhole(t *testing.T) {
 	}
 }
 
+// TestRemoveAgainSaves repeats a removal that couldn't be saved.
+func TestRemoveAgainSaves(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.mustAllow("phone", "routing", "")
+		r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
+		for range 3 {
+			_, err := r.d.RemovePeer(t.Context(), "phone")
+			wantCode(t, err, api.CodeNotSaved)
+		}
+		r.setDisk(diskFiles{})
+		_, err := r.d.RemovePeer(t.Context(), "phone")
+		wantCode(t, err, api.CodeAlreadyRemoved)
+		if _, found := r.onDisk("phone"); found {
+			t.Error("it says removed before, and a restart would bring the peer back")
+		}
+	})
+}
+
 // TestDenyAgainSaves repeats a deny that couldn't be saved.
 func TestDenyAgainSaves(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
