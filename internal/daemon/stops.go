@@ -9,6 +9,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
 
 // stopsLimit bounds the questions to the host about one packet.
@@ -25,6 +26,9 @@ func (d *Daemon) stops(ctx context.Context, c condition, a asked) []api.Stop {
 	}
 	t := &trip{d: d, ctx: ctx, a: a}
 	mesh := a.r.Host().Interface
+	if t.tunnel(c); t.ends() {
+		return t.stops
+	}
 	switch {
 	case a.q.From.IsValid() && !a.answer: // the host's own packet to the peer
 		t.leg(a.packet, mesh, false)
@@ -93,6 +97,46 @@ type trip struct {
 	stops []api.Stop
 	// by is the interface that forth leaves by, "" for the host itself.
 	by string
+	// carries says of which datagrams others is asked; "" for the packet itself.
+	carries string
+}
+
+// runningFor is how long after its last handshake a tunnel is taken for a running one:
+// WireGuard makes a new one every two minutes while there is traffic (REKEY_AFTER_TIME).
+const runningFor = 3 * time.Minute
+
+// tunnel asks what other software's rules do with the datagrams that carry the packet
+// between the peer's device and this host. Of a tunnel that runs they belong to a known
+// flow; otherwise the device's are the first of theirs.
+func (t *trip) tunnel(c condition) {
+	n, _ := readNumbers(c)
+	if t.a.v.Peer < 0 || t.a.v.Peer >= len(t.a.r.Peers()) {
+		return
+	}
+	s := n.tunnel[wireguard.PublicKey(t.a.r.Peers()[t.a.v.Peer].ID)]
+	far, host := s.Endpoint, t.a.r.Host()
+	if !far.IsValid() {
+		return
+	}
+	by, own := host.Uplink(far.Addr()), host.Source4
+	if far.Addr().Is6() {
+		own = host.Source6
+	}
+	if w, can := t.d.opts.Platform.(Wayfinder); can {
+		if way, err := w.Way(t.ctx, policy.Packet{Dst: far.Addr()}); err == nil && way.Interface != "" && way.Source.IsValid() {
+			by, own = way.Interface, way.Source
+		}
+	}
+	if by == "" || !own.IsValid() {
+		return
+	}
+	running := !s.LastHandshake.IsZero() && t.d.clock.now().Sub(s.LastHandshake) < runningFor
+	port := t.a.r.Mesh().ListenPort
+	t.carries = "WireGuard's datagrams from the device"
+	t.others(policy.Packet{In: by, Src: far.Addr(), Dst: own, Proto: policy.ProtoUDP, SrcPort: far.Port(), DstPort: port}, "", running, false)
+	t.carries = "WireGuard's datagrams to the device"
+	t.others(policy.Packet{Src: own, Dst: far.Addr(), Proto: policy.ProtoUDP, SrcPort: port, DstPort: far.Port()}, by, running, false)
+	t.carries = ""
 }
 
 // stop notes what stops the packet that was asked about, or where that is in the
@@ -159,6 +203,10 @@ func (t *trip) others(p policy.Packet, out string, reply, back bool) {
 		t.stop(back, api.Stop{Message: "other software's rules can't be read: " + err.Error(), Hint: "ask again", Unclear: true})
 		return
 	}
+	it := "it"
+	if t.carries != "" {
+		it = t.carries
+	}
 	s := api.Stop{Unclear: by.Unclear, Hint: "let it pass there, in the software that the table belongs to"}
 	may := ""
 	if by.Unclear {
@@ -166,16 +214,19 @@ func (t *trip) others(p policy.Packet, out string, reply, back bool) {
 	}
 	switch by.Does {
 	case platform.OthersDrop:
-		s.Message = by.Where + " " + verb(may, "drop", "drops") + " it"
+		s.Message = by.Where + " " + verb(may, "drop", "drops") + " " + it
 	case platform.OthersRedirect:
-		s.Message = by.Where + " " + verb(may, "send", "sends") + " it to another destination"
+		s.Message = by.Where + " " + verb(may, "send", "sends") + " " + it + " to another destination"
 		s.Hint = "take it out of the redirection there, in the software that the table belongs to"
 	case platform.OthersUntrack:
+		if t.carries != "" {
+			return // it is for this host, and not translated
+		}
 		s.Message = by.Where + " " + verb(may, "take", "takes") + " it out of connection tracking, so that it isn't translated"
 		// What isn't translated passes nevertheless.
 		s.Unclear = s.Unclear || !t.a.v.NAT()
 	default:
-		if !by.Unclear {
+		if !by.Unclear || t.carries != "" {
 			return
 		}
 		s.Message = "what " + by.Where + " does with it isn't known"
