@@ -271,6 +271,7 @@ const flushLimit = time.Second
 // Close gives the UDP port and the state directory back. Call it after Run.
 func (d *Daemon) Close() error {
 	d.sockets.Release()
+	d.journal.close()
 	return d.release()
 }
 

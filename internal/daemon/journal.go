@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -182,6 +183,17 @@ func encodeEvents(events []api.Event) []byte {
 		_ = enc.Encode(e)
 	}
 	return b.Bytes()
+}
+
+// close keeps no more events, after it has waited for a moment until those that were
+// recorded are written: the folder may be another helper's from then on.
+func (j *journal) close() {
+	limit, cancel := context.WithTimeout(context.Background(), flushLimit)
+	defer cancel()
+	j.flush(limit.Done())
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.path = ""
 }
 
 // flush waits until what was recorded is written, or stop is closed.
