@@ -20,8 +20,6 @@ var oddRoutes = []struct{ name, do, undo string }{
 	{"an unreachable route", "route add unreachable I4/32\n-6 route add unreachable I6/128", "route del unreachable I4/32\n-6 route del unreachable I6/128"},
 	{"a prohibiting rule", "rule add priority 90 to I4 prohibit\n-6 rule add priority 90 to I6 prohibit", "rule del priority 90\n-6 rule del priority 90"},
 	{"a rule for what comes from the mesh", "rule add priority 90 iif MESH unreachable\n-6 rule add priority 90 iif MESH unreachable", "rule del priority 90\n-6 rule del priority 90"},
-	{"a table that leads to the LAN", "route add default dev LAN0 table 77\nrule add priority 90 iif MESH lookup 77\n-6 route add default dev LAN0 table 77\n-6 rule add priority 90 iif MESH lookup 77",
-		"rule del priority 90\nroute flush table 77\n-6 rule del priority 90\n-6 route flush table 77"},
 	{"a rule that fits nothing of a peer's", "rule add priority 90 fwmark 0x99 unreachable\n-6 rule add priority 90 fwmark 0x99 unreachable", "rule del priority 90\n-6 rule del priority 90"},
 }
 
