@@ -47,14 +47,22 @@ type filter struct {
 	ours uint32
 }
 
-func openFilter() (*filter, error) {
-	var sock *netlink.Conn
-	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(
+// openNftables opens a lasting connection, and returns its socket, too.
+func openNftables() (conn *nftables.Conn, sock *netlink.Conn, err error) {
+	conn, err = nftables.New(nftables.AsLasting(), nftables.WithSockOptions(
 		func(c *netlink.Conn) error { sock = c; return nil },
 		func(c *netlink.Conn) error { return c.SetReadBuffer(receiveBuffer) },
 	))
 	if err != nil {
-		return nil, fmt.Errorf("open nftables: %w", err)
+		return nil, nil, fmt.Errorf("open nftables: %w", err)
+	}
+	return conn, sock, nil
+}
+
+func openFilter() (*filter, error) {
+	conn, sock, err := openNftables()
+	if err != nil {
+		return nil, err
 	}
 	dump, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {

@@ -132,20 +132,18 @@ func attributesOf(b []byte) (*mdlayher.AttributeDecoder, error) {
 	return ad, err
 }
 
-// ruleComment returns the comment that nft keeps with a rule: the first kind (0) of its
-// list of kind, length and bytes (NFTNL_UDATA_RULE_COMMENT).
+// maxComment is how long a comment of nft's is at most, its final zero left out
+// (NFTNL_UDATA_COMMENT_MAXLEN).
+const maxComment = 127
+
+// ruleComment returns the comment that nft keeps with a rule, which has the type and form
+// of a table's. A longer one isn't nft's, and is left out.
 func ruleComment(b []byte) string {
-	for len(b) >= 2 {
-		kind, n := b[0], int(b[1])
-		if len(b) < 2+n {
-			break
-		}
-		if kind == 0 && n > 0 && n <= 128 {
-			return string(trimZero(b[2 : 2+n]))
-		}
-		b = b[2+n:]
+	c := trimZero([]byte(commentOf(b)))
+	if len(c) > maxComment {
+		return ""
 	}
-	return ""
+	return string(c)
 }
 
 func trimZero(b []byte) []byte {

@@ -68,14 +68,11 @@ func (o *others) reopen() error {
 	if err := o.close(); err != nil {
 		return err
 	}
-	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(
-		func(c *mdlayher.Conn) error { o.sock = c; return nil },
-		func(c *mdlayher.Conn) error { return c.SetReadBuffer(receiveBuffer) },
-	))
+	conn, sock, err := openNftables()
 	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
+		return err
 	}
-	o.conn = conn
+	o.conn, o.sock = conn, sock
 	if o.raw, err = mdlayher.Dial(unix.NETLINK_NETFILTER, nil); err != nil {
 		return fmt.Errorf("open nftables: %w", err)
 	}
