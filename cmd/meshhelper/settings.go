@@ -139,6 +139,10 @@ func (a *app) changeSetting(ctx context.Context, key string, value *string) erro
 			a.say("%s is kept as %s; now it is %s", key, one.Kept, orNone(one.Value))
 		}
 		a.talkOfSetting(s, one)
+		for _, p := range s.Problems {
+			a.talk("%s: %s", p.Step, p.Message)
+			a.talk("  %s", p.Hint)
+		}
 		a.sayRenumbered(s.Renumbered)
 	})
 }

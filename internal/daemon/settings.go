@@ -19,6 +19,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/owned"
+	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
 
@@ -365,9 +366,15 @@ func (d *Daemon) ChangeSettings(ctx context.Context, changes map[string]*string)
 	if err := d.settle(next); err != nil {
 		return api.Settings{}, err
 	}
-	renumbered, err := d.planPrefixes(next)
-	if err != nil {
-		return api.Settings{}, err
+	var renumbered []api.Renumbered
+	var problems []api.Problem
+	if touchesPrefixes(changes) {
+		if problems, err = d.checkPrefixes(was, next); err != nil {
+			return api.Settings{}, err
+		}
+		if renumbered, err = d.planPrefixes(next); err != nil {
+			return api.Settings{}, err
+		}
 	}
 	if !maps.Equal(was.kept, kept) {
 		if err := d.saveSettings(ctx, kept); err != nil {
@@ -383,7 +390,7 @@ func (d *Daemon) ChangeSettings(ctx context.Context, changes map[string]*string)
 		poke(d.wake)
 	}
 	out := next.answer()
-	out.Renumbered = renumbered
+	out.Renumbered, out.Problems = renumbered, problems
 	out.Already = maps.Equal(was.kept, kept)
 	return out, nil
 }
@@ -395,15 +402,65 @@ func describeSetting(key, value string) string {
 	return fmt.Sprintf("setting %s became %q", key, value)
 }
 
+func touchesPrefixes(changes map[string]*string) bool {
+	_, v4 := changes[SettingMeshPrefix4]
+	_, v6 := changes[SettingMeshPrefix6]
+	return v4 || v6
+}
+
+// prefixesAfter returns the mesh prefixes that count after a restart, and whether there
+// are: a helper in a test may have been told of none.
+func (s *settings) prefixesAfter() (p wireguard.Prefixes, ok bool) {
+	var err4, err6 error
+	p.V4, err4 = netip.ParsePrefix(s.after(SettingMeshPrefix4))
+	p.V6, err6 = netip.ParsePrefix(s.after(SettingMeshPrefix6))
+	return p, err4 == nil && err6 == nil
+}
+
+// checkPrefixes refuses another mesh prefix in which an interface of this host has an
+// address: peers wouldn't reach that network, and it is never what was meant. It returns
+// what else is in a new prefix, which the owner may live with. The default is never
+// refused, for it is what the helper starts with anyway.
+func (d *Daemon) checkPrefixes(was, next *settings) ([]api.Problem, error) {
+	before, _ := was.prefixesAfter()
+	want, ok := next.prefixesAfter()
+	if !ok {
+		return nil, nil
+	}
+	var fresh []netip.Prefix
+	if want.V4 != before.V4 {
+		fresh = append(fresh, want.V4)
+	}
+	if want.V6 != before.V6 {
+		fresh = append(fresh, want.V6)
+	}
+	c, _ := d.condition()
+	if len(fresh) == 0 || c.ruleset == nil {
+		return nil, nil // not looked at yet; the start names what overlaps
+	}
+	r, err := policy.Compile(policy.Mesh{Prefixes: fresh}, c.ruleset.Host(), d.clock.now())
+	if err != nil {
+		return nil, err
+	}
+	defaults := wireguard.DefaultPrefixes()
+	var out []api.Problem
+	for _, o := range r.Overlaps() {
+		p := overlapProblem(r, o)
+		byAddress := o.Kind == policy.OverlapUplink || o.Kind == policy.OverlapAddress
+		if byAddress && o.Mesh != defaults.V4 && o.Mesh != defaults.V6 {
+			return nil, api.Errorf(api.CodeBadSetting, "%v is in use here: %s", o.Mesh, p.Message).WithHint("%s", wayOut(r, o.Mesh))
+		}
+		out = append(out, api.Problem(p))
+	}
+	return out, nil
+}
+
 // planPrefixes says which peers get other addresses when the helper starts with these
 // settings.
 func (d *Daemon) planPrefixes(s *settings) ([]api.Renumbered, error) {
-	var want wireguard.Prefixes
-	var err [2]error
-	want.V4, err[0] = netip.ParsePrefix(s.after(SettingMeshPrefix4))
-	want.V6, err[1] = netip.ParsePrefix(s.after(SettingMeshPrefix6))
-	if err[0] != nil || err[1] != nil || want == d.mesh.prefixes {
-		return nil, nil // a helper in a test may have been told of none
+	want, ok := s.prefixesAfter()
+	if !ok || want == d.mesh.prefixes {
+		return nil, nil
 	}
 	return d.PlanPrefixes(want)
 }

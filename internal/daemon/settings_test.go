@@ -13,6 +13,7 @@ import (
 	"testing/synctest"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // set changes one setting; "" takes it away.
@@ -152,6 +153,41 @@ func TestSettingsRefused(t *testing.T) {
 		r.setDisk(diskFiles{})
 		r.mustSet(SettingName, "home")
 		r.end()
+	})
+}
+
+// TestPrefixInUse asks for mesh prefixes that something on the host is in: a network that
+// an interface has an address in is refused with the name of a free prefix, a route is
+// told of, and other settings say nothing of either.
+func TestPrefixInUse(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		r.host.Change(func(h *policy.Host) {
+			h.Interfaces = append(h.Interfaces, policy.Interface{Name: "eth7", Addresses: []netip.Prefix{netip.MustParsePrefix("10.50.1.2/24"), netip.MustParsePrefix("100.99.1.1/32")}})
+			h.Routes = append(h.Routes, policy.Route{Prefix: netip.MustParsePrefix("10.60.0.0/16"), Interface: "eth7"})
+		})
+		r.startAs(nil)
+		defer r.end()
+		r.add("phone")
+		_, err := r.set(SettingMeshPrefix4, "10.50.0.0/16")
+		var e *api.Error
+		if !errors.As(err, &e) || e.Code != api.CodeBadSetting || !strings.Contains(e.Message, "eth7 has 10.50.1.2/24") || !strings.Contains(e.Hint, "settings mesh-prefix4 10.") {
+			t.Errorf("a network that is attached: %v", err)
+		}
+		if one, _ := r.d.Settings().Of(SettingMeshPrefix4); one.Kept != "" {
+			t.Errorf("it is kept all the same: %+v", one)
+		}
+		s := r.mustSet(SettingMeshPrefix4, "10.60.7.0/24")
+		if len(s.Problems) != 1 || !strings.Contains(s.Problems[0].Message, "10.60.0.0/16") || len(s.Renumbered) != 1 {
+			t.Errorf("a network that is routed: %+v", s)
+		}
+		if s := r.mustSet(SettingName, "home"); len(s.Problems)+len(s.Renumbered) > 0 {
+			t.Errorf("the name has to do with %+v", s)
+		}
+		// The default is never refused, although eth7 has an address in it.
+		if s := r.mustSet(SettingMeshPrefix4, ""); len(s.Problems) != 1 || len(s.Renumbered) > 0 {
+			t.Errorf("back to the default: %+v", s)
+		}
 	})
 }
 
