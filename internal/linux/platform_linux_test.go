@@ -619,6 +619,70 @@ func TestWatchAgain(t *testing.T) {
 	g.reports(seen, g.sysctl("net.ipv4.conf.all.forwarding", "1"))
 }
 
+// TestRenewedAddressIsNoChange has a router advertise every second: of the kernel's
+// messages about the address only those count that say something new.
+func TestRenewedAddressIsNoChange(t *testing.T) {
+	g := newRig(t)
+	var c *mdnetlink.Conn
+	if err := g.pic.B.Do(func() (err error) {
+		c, err = subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_IPV6_IFADDR)
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if err := c.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	news := &addressNews{}
+	matters := func() bool {
+		t.Helper()
+		ms, err := c.Receive()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return news.matter(ms)
+	}
+	for range 2 {
+		if !matters() || matters() || matters() {
+			t.Error("of three advertisements not just the first is news")
+		}
+		if !news.matter(nil) {
+			t.Error("that messages were lost is no news")
+		}
+	}
+	h := g.pic.B.Netlink()
+	link, err := h.LinkByName(netlab.Uplink)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all, err := h.AddrList(link, netlink.FAMILY_V6)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := slices.IndexFunc(all, func(a netlink.Addr) bool {
+		return a.Scope == unix.RT_SCOPE_UNIVERSE && a.Flags&unix.IFA_F_PERMANENT == 0
+	})
+	if at < 0 {
+		t.Fatalf("no address by advertisement among %v", all)
+	}
+	matters() // as it is known from now on
+	deprecated := all[at]
+	deprecated.PreferedLft, deprecated.ValidLft = 0, 3600
+	for _, change := range []func() error{
+		func() error { return h.AddrReplace(link, &deprecated) },
+		func() error { return h.AddrDel(link, &all[at]) },
+	} {
+		if err := change(); err != nil {
+			t.Fatal(err)
+		}
+		for !matters() { // advertisements may come before it
+		}
+	}
+	for !matters() { // it comes back with the next advertisement
+	}
+}
+
 // reports checks that a change is reported.
 func (g *rig) reports(seen *atomic.Int64, change func() error) {
 	g.t.Helper()

@@ -90,7 +90,7 @@ func (w watchSockets) follow(ctx context.Context, changed func()) error {
 	closed := make(chan error, 1)
 	stop := context.AfterFunc(ctx, func() { closed <- w.close() })
 	all := func([]netlink.Message) bool { return true }
-	g.Go(func() error { return follow(ctx, w.route, changed, all) })
+	g.Go(func() error { return follow(ctx, w.route, changed, (&addressNews{}).matter) })
 	if w.ipsec != nil {
 		g.Go(func() error { return follow(ctx, w.ipsec, changed, all) })
 	}
@@ -106,7 +106,8 @@ func (w watchSockets) follow(ctx context.Context, changed func()) error {
 // maxOdd is how many messages in a row may be odd before the socket counts as failed.
 const maxOdd = 16
 
-// follow calls changed for messages that matter until ctx ends or the socket fails.
+// follow calls changed for messages that matter until ctx ends or the socket fails. After
+// messages were lost it asks about none, once.
 func follow(ctx context.Context, c *netlink.Conn, changed func(), matters func([]netlink.Message) bool) error {
 	for odd := 0; ; {
 		ms, err := c.Receive()
@@ -114,12 +115,14 @@ func follow(ctx context.Context, c *netlink.Conn, changed func(), matters func([
 		case ctx.Err() != nil:
 			return nil
 		case errors.Is(err, syscall.ENOBUFS), errors.Is(err, syscall.EINTR):
+			matters(nil)
 			changed()
 		case errors.Is(err, os.ErrClosed), errors.Is(err, syscall.EBADF), err != nil && odd >= maxOdd:
 			return fmt.Errorf("watch host: %w", err)
 		case err != nil:
 			// An odd message: whatever it was, look.
 			odd++
+			matters(nil)
 			changed()
 		default:
 			if odd = 0; matters(ms) {
@@ -127,6 +130,68 @@ func follow(ctx context.Context, c *netlink.Conn, changed func(), matters func([
 			}
 		}
 	}
+}
+
+// addressNews tells messages that change an address from those that only renew its
+// lifetimes: the kernel sends one for each router advertisement and address (RFC 4862
+// 5.5.3), so that any neighbour could have the host looked at as often as it likes.
+type addressNews struct {
+	known map[string]string // what was last told of an address, by what makes it one
+}
+
+// maxKnownAddresses bounds them; a host with more is looked at more often.
+const maxKnownAddresses = 4096
+
+// matter reports whether some message is more than a renewal; none says that messages
+// were lost.
+func (n *addressNews) matter(ms []netlink.Message) bool {
+	if len(ms) == 0 || len(n.known) > maxKnownAddresses {
+		n.known = nil
+	}
+	news := len(ms) == 0
+	for _, m := range ms {
+		news = !n.renews(m) || news
+	}
+	return news
+}
+
+// renews reports whether a message says of an address what was known, lifetimes aside.
+func (n *addressNews) renews(m netlink.Message) bool {
+	if m.Header.Type != unix.RTM_NEWADDR && m.Header.Type != unix.RTM_DELADDR || len(m.Data) < unix.SizeofIfAddrmsg {
+		return false
+	}
+	ad, err := netlink.NewAttributeDecoder(m.Data[unix.SizeofIfAddrmsg:])
+	if err != nil {
+		return false
+	}
+	// Of struct ifaddrmsg (linux/if_addr.h) the family, the length and the interface make
+	// it; between them are flags and scope.
+	head := m.Data[:unix.SizeofIfAddrmsg]
+	key, told := string(head[:2])+string(head[4:]), string(head)
+	for ad.Next() {
+		switch ad.Type() {
+		case unix.IFA_CACHEINFO: // the lifetimes
+			continue
+		case unix.IFA_ADDRESS, unix.IFA_LOCAL:
+			key += string(ad.Bytes())
+		}
+		told += fmt.Sprintf("%d %x\n", ad.Type(), ad.Bytes())
+	}
+	if ad.Err() != nil {
+		return false
+	}
+	if m.Header.Type == unix.RTM_DELADDR {
+		delete(n.known, key)
+		return false
+	}
+	if n.known[key] == told {
+		return true
+	}
+	if n.known == nil {
+		n.known = map[string]string{}
+	}
+	n.known[key] = told
+	return false
 }
 
 // newGeneration is the message with which each transaction of nftables ends; it
