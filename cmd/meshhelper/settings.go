@@ -144,6 +144,10 @@ func (a *app) changeSetting(ctx context.Context, key string, value *string) erro
 			a.talk("  %s", p.Hint)
 		}
 		a.sayRenumbered(s.Renumbered)
+		if len(s.Outdated) > 0 {
+			a.sayWrapped("", "", "These devices have the endpoint of before in their configuration until they get a new one: "+strings.Join(s.Outdated, ", "))
+			a.say("  meshhelper peer config NAME")
+		}
 	})
 }
 

@@ -306,6 +306,9 @@ type Settings struct {
 	// Renumbered are the peers that a change of the mesh prefixes gives other addresses
 	// with the restart.
 	Renumbered []Renumbered `json:"renumbered,omitempty"`
+	// Outdated are the names of the peers whose devices have the endpoint of before in
+	// their configuration.
+	Outdated []string `json:"outdated,omitempty"`
 	// Problems are what else on the host has a part of a new mesh prefix.
 	Problems []Problem `json:"problems,omitempty"`
 	// Already says that all was so before. It is the header Meshhelper-Already on the wire.

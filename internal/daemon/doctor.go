@@ -213,7 +213,7 @@ func mayRoute(c condition) bool {
 // checkEndpoint looks whether peers can reach this host where their configurations say.
 func (d *Daemon) checkEndpoint(c condition, doc *document) api.Check {
 	out := api.Check{Name: "endpoint", OK: true}
-	e := d.opts.Endpoint
+	e := d.settings.Load().endpoint
 	own := hostAddresses(c.host)
 	if e.Host == "" {
 		a, ok := uplinkAddress(c.host)
@@ -230,7 +230,7 @@ func (d *Daemon) checkEndpoint(c condition, doc *document) api.Check {
 			// Without a peer, nothing has to be reached yet.
 			out.OK = len(doc.Peers) == 0
 			out.Message = fmt.Sprintf("the uplink's address %v is private, and nothing is known to be forwarded to it: peers elsewhere don't reach this host", a)
-			out.Hint = fmt.Sprintf("forward UDP port %d on the router to %v, and tell the helper the router's name or public address with --endpoint", c.listenPort, a)
+			out.Hint = fmt.Sprintf("forward UDP port %d on the router to %v, and tell the helper the router's name or public address: meshhelper settings endpoint HOST", c.listenPort, a)
 		}
 		return out
 	}
@@ -260,7 +260,7 @@ func (d *Daemon) checkEndpoint(c condition, doc *document) api.Check {
 	if direct, lost := lostAddress(c.host, a); lost {
 		out.OK = false
 		out.Message = fmt.Sprintf("%s, this host's endpoint, is %v, which isn't an address of this host any more, nor its router's: it has %v itself", e.Host, a, direct)
-		out.Hint = "correct --endpoint or its name, and print the peers' configurations again: meshhelper peer config NAME"
+		out.Hint = "correct it (meshhelper settings endpoint HOST) or what its name stands for, and print the peers' configurations again: meshhelper peer config NAME"
 		return out
 	}
 	out.Message = fmt.Sprintf("%s is %v, taken for the router's address: it has to forward the UDP port to this host", e.Host, a)

@@ -147,6 +147,56 @@ func TestDoctorAboutEndpoints(t *testing.T) {
 	}
 }
 
+// TestDoctorFollowsTheEndpointSetting changes the endpoint of a running helper, from a name
+// to another, to an address and to none: what doctor says is of the last one, and the
+// answers name the devices that have the one of before.
+func TestDoctorFollowsTheEndpointSetting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		r.resolveTo("203.0.113.1")
+		r.host.Change(func(h *policy.Host) {
+			p := netip.MustParsePrefix("192.168.1.7/24")
+			h.Interfaces[0].Addresses, h.Lasting = []netip.Prefix{p}, []netip.Addr{p.Addr()}
+		})
+		r.startAs(nil)
+		defer r.end()
+		r.add("phone")
+		r.add("nas")
+		for _, c := range []struct {
+			value, resolved, want string
+			outside               []string
+		}{
+			{"home.example", "203.0.113.1", "home.example is 203.0.113.1", []string{"203.0.113.1"}},
+			{"other.example", "", `the name "other.example" of this host's endpoint doesn't resolve`, nil},
+			{"other.example", "203.0.113.2", "other.example is 203.0.113.2", []string{"203.0.113.2"}},
+			{"192.168.1.5", "", "192.168.1.5, this host's endpoint, is 192.168.1.5, which isn't an address of this host", []string{"192.168.1.5"}},
+			{"", "", "the uplink's address 192.168.1.7 is private", nil},
+		} {
+			r.resolveTo(c.resolved)
+			s := r.mustSet(SettingEndpoint, c.value)
+			if !s.Already && !slices.Equal(s.Outdated, []string{"phone", "nas"}) {
+				t.Errorf("%q: outdated %q", c.value, s.Outdated)
+			}
+			r.after(10 * resolveInterval)
+			by, _ := r.doctor()
+			if got := by["endpoint"]; !strings.HasPrefix(got.Message, c.want) {
+				t.Errorf("%q: %+v", c.value, got)
+			}
+			now, _ := r.d.condition()
+			var outside []string
+			for _, a := range now.host.Outside {
+				outside = append(outside, a.String())
+			}
+			if !slices.Equal(outside, c.outside) {
+				t.Errorf("%q: outside %v", c.value, outside)
+			}
+		}
+		if s := r.mustSet(SettingName, "home"); s.Outdated != nil {
+			t.Errorf("the name makes configurations outdated: %q", s.Outdated)
+		}
+	})
+}
+
 // TestDoctorAboutPeersNames names an endpoint that doesn't resolve, until it does.
 func TestDoctorAboutPeersNames(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {

@@ -57,6 +57,7 @@ func (d *Daemon) resolve(ctx context.Context) error {
 type resolver struct {
 	d       *Daemon
 	names   map[string]*named
+	own     []string // this host's own name, as it was published
 	answers chan answer
 	running [2]int // look-ups, by whether the name failed last time
 }
@@ -64,7 +65,7 @@ type resolver struct {
 // named is a name that is looked up.
 type named struct {
 	addr    netip.Addr
-	all     []netip.Addr // sorted; of this host's own name
+	all     []netip.Addr // sorted
 	due     time.Time
 	again   backoff // of a name that isn't found
 	asked   bool    // a look-up runs
@@ -83,7 +84,8 @@ type answer struct {
 func (r *resolver) ask(ctx context.Context) time.Duration {
 	now, wait := time.Now(), resolveInterval
 	wanted := map[string]bool{}
-	for _, host := range append(endpointNames(r.d.wanted.Load()), r.d.ownName()...) {
+	own := r.d.ownName()
+	for _, host := range append(endpointNames(r.d.wanted.Load()), own...) {
 		wanted[host] = true
 		n := r.names[host]
 		if n == nil {
@@ -106,8 +108,10 @@ func (r *resolver) ask(ctx context.Context) time.Duration {
 	}
 	gone := len(r.names)
 	maps.DeleteFunc(r.names, func(host string, n *named) bool { return !wanted[host] && !n.asked })
-	if len(r.names) != gone {
+	if len(r.names) != gone || !slices.Equal(r.own, own) {
+		r.own = own
 		r.publish()
+		poke(r.d.moved)
 	}
 	return wait
 }
@@ -151,13 +155,11 @@ func (r *resolver) take(a answer) {
 	if !slices.Contains(found, n.addr) {
 		n.addr, changed = found[0], true
 	}
-	if slices.Contains(r.d.ownName(), a.name) {
-		slices.SortFunc(found, netip.Addr.Compare)
-		found = slices.Compact(found)
-		found = found[:min(len(found), maxOutside)]
-		changed = changed || !slices.Equal(n.all, found)
-		n.all = found
-	}
+	slices.SortFunc(found, netip.Addr.Compare)
+	found = slices.Compact(found)
+	found = found[:min(len(found), maxOutside)]
+	changed = changed || !slices.Equal(n.all, found) && slices.Contains(r.own, a.name)
+	n.all = found
 	if changed {
 		r.publish()
 		poke(r.d.moved)
@@ -189,7 +191,8 @@ func (r *resolver) publish() {
 	defer r.d.mu.Unlock()
 	r.d.names = names
 	maps.DeleteFunc(r.d.unresolved, func(host string, _ error) bool { return r.names[host] == nil })
-	for _, host := range r.d.ownName() {
+	r.d.outside = nil
+	for _, host := range r.own {
 		if n := r.names[host]; n != nil {
 			r.d.outside = n.all
 		}

@@ -391,6 +391,11 @@ func (d *Daemon) ChangeSettings(ctx context.Context, changes map[string]*string)
 	}
 	out := next.answer()
 	out.Renumbered, out.Problems = renumbered, problems
+	if was.endpoint != next.endpoint {
+		for _, p := range d.wanted.Load().Peers {
+			out.Outdated = append(out.Outdated, p.Name)
+		}
+	}
 	out.Already = maps.Equal(was.kept, kept)
 	return out, nil
 }
