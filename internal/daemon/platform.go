@@ -63,11 +63,14 @@ type Neighbours interface {
 	// goroutine, beside the methods of [Platform], which don't wait for it.
 	// With an error it returns what it found nevertheless.
 	Others(ctx context.Context, r *policy.Ruleset) ([]Problem, error)
+}
 
+// OthersJudge is a host that can tell what other software's rules do with one packet.
+type OthersJudge interface {
 	// ByOthers returns what others' rules do with a packet on its way from p.In to out,
 	// of which either is empty for this host itself. reply says that it belongs to a flow
-	// that the other end opened; otherwise it is the first of its flow. It is called like
-	// Others, also while that is.
+	// that the other end opened; otherwise it is the first of its flow. It may be called by
+	// any goroutine, beside the methods of [Platform], which don't wait for it.
 	ByOthers(ctx context.Context, p policy.Packet, out string, reply bool) (platform.ByOthers, error)
 }
 

@@ -194,7 +194,7 @@ func (t *trip) ends() bool {
 // others asks what other software's rules do with a packet, on hosts where they can be
 // judged. reply says that the other end opened its flow.
 func (t *trip) others(p policy.Packet, out string, reply, back bool) {
-	n, can := t.d.opts.Platform.(Neighbours)
+	n, can := t.d.opts.Platform.(OthersJudge)
 	if !can {
 		return
 	}
@@ -207,7 +207,7 @@ func (t *trip) others(p policy.Packet, out string, reply, back bool) {
 	if t.carries != "" {
 		it = t.carries
 	}
-	s := api.Stop{Unclear: by.Unclear, Hint: "let it pass there, in the software that the table belongs to"}
+	s := api.Stop{Unclear: by.Unclear, Hint: "let it pass there, in the software that it belongs to"}
 	may := ""
 	if by.Unclear {
 		may = "may "
@@ -217,7 +217,7 @@ func (t *trip) others(p policy.Packet, out string, reply, back bool) {
 		s.Message = by.Where + " " + verb(may, "drop", "drops") + " " + it
 	case platform.OthersRedirect:
 		s.Message = by.Where + " " + verb(may, "send", "sends") + " " + it + " to another destination"
-		s.Hint = "take it out of the redirection there, in the software that the table belongs to"
+		s.Hint = "take it out of the redirection there, in the software that it belongs to"
 	case platform.OthersUntrack:
 		if t.carries != "" {
 			return // it is for this host, and not translated

@@ -48,21 +48,28 @@ func (f Foreign) String() string {
 	if f.Wider {
 		verb = "lets through"
 	}
-	where := "of the main ruleset"
-	if f.Anchor != "" {
-		where = "of the anchor " + f.Anchor
-	}
 	switch {
 	case f.Unread && f.Example == "":
-		return fmt.Sprintf("the rule `%s` %s isn't understood, so it can't be said what it decides", f.Rule, where)
+		return f.where() + " isn't understood, so it can't be said what it decides"
 	case f.Unread:
-		return fmt.Sprintf("the rule `%s` %s isn't understood; if it matches everything, it %s %s", f.Rule, where, verb, f.Example)
-	case f.Skipped:
-		return "the packet filter is off or skips an interface, which " + verb + " " + f.Example
+		return fmt.Sprintf("%s isn't understood; if it matches everything, it %s %s", f.where(), verb, f.Example)
 	case f.Rule == "":
-		return "nothing calls our anchor, or not all of it, which " + verb + " " + f.Example
+		return f.where() + ", which " + verb + " " + f.Example
 	}
-	return fmt.Sprintf("the rule `%s` %s %s %s", f.Rule, where, verb, f.Example)
+	return fmt.Sprintf("%s %s %s", f.where(), verb, f.Example)
+}
+
+// where names what decides.
+func (f Foreign) where() string {
+	switch {
+	case f.Skipped:
+		return "the packet filter is off or skips an interface"
+	case f.Rule == "":
+		return "nothing calls our anchor, or not all of it"
+	case f.Anchor == "":
+		return fmt.Sprintf("the rule `%s` of the main ruleset", f.Rule)
+	}
+	return fmt.Sprintf("the rule `%s` of the anchor %s", f.Rule, f.Anchor)
 }
 
 // FindForeign says which rules of others win over our anchor a, which is loaded
