@@ -2,7 +2,9 @@ package linux
 
 import (
 	"net/netip"
+	"regexp"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/meshhelper/meshhelper/internal/netlab"
@@ -119,6 +121,59 @@ func TestSourceOfTheRoute(t *testing.T) {
 	check("with the interface's own", a.BUplink.V4, second6)
 	if s := w.p.sources[true]; s.IsValid() {
 		t.Errorf("%v isn't masqueraded, although that is the same", s)
+	}
+}
+
+// TestFullTunnelsOfOthers has another program take all of the host's traffic by policy
+// rules, as an exit node of Tailscale and wg-quick do: that is the way of peers' packets,
+// too, and their answers come back, or that they don't is named with what mends it.
+func TestFullTunnelsOfOthers(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	defer w.close()
+	a := netlab.Addresses()
+	n := 0
+	check := func(about, link string, v4, v6 netip.Addr, takes bool) {
+		t.Helper()
+		r := w.enforce(mesh(grants{ann: policy.Routing}))
+		h := r.Host()
+		if h.Uplink4 != link || h.Uplink6 != link {
+			t.Errorf("%s: uplinks %q and %q, want %q", about, h.Uplink4, h.Uplink6, link)
+		}
+		named := slices.ContainsFunc(w.others(r), func(p platform.Problem) bool { return p.Step == "find the way to the peers" })
+		if named != takes {
+			t.Errorf("%s: that answers leave by another way is named: %v, want %v", about, named, takes)
+		}
+		if takes { // until the rule is there that the answer names
+			w.ip(w.pic.B, "rule add to 100.64.0.0/10 lookup main pref 100\n-6 rule add to fd6d:6573:6800::/48 lookup main pref 100")
+			defer w.ip(w.pic.B, "rule del pref 100\n-6 rule del pref 100")
+		}
+		w.reaches(far(true, 2), &n, map[string]netip.Addr{link: v4})
+		w.reaches(far(false, 2), &n, map[string]netip.Addr{link: v6})
+	}
+	check("before", netlab.Uplink, a.BUplink.V4, a.BUplink.V6, false)
+	tunnel4, tunnel6 := netip.MustParseAddr("203.0.113.129"), netip.MustParseAddr("2001:db8:2::1")
+	for _, tt := range []struct {
+		about, table, rules string
+		// takes says that what is for peers goes there, too.
+		takes bool
+	}{
+		// net/tsaddr and wgengine/router of Tailscale: its own packets by main, all else by 52.
+		{"an exit node", "52", `rule add pref 5210 fwmark 0x80000/0xff0000 table main
+			rule add pref 5230 fwmark 0x80000/0xff0000 table default
+			rule add pref 5250 fwmark 0x80000/0xff0000 unreachable
+			rule add pref 5270 table 52`, true},
+		// wg-quick(8), "Table".
+		{"wg-quick", "51821", `rule add pref 32764 table main suppress_prefixlength 0
+			rule add pref 32765 not fwmark 51821 table 51821`, false},
+		{"without suppressing", "51821", "rule add pref 32765 not fwmark 51821 table 51821", true},
+	} {
+		routes := "route add table " + tt.table + " default via 203.0.113.130 dev pub0\n-6 route add table " + tt.table + " default via 2001:db8:2::2 dev pub0\n"
+		both := tt.rules + "\n" + strings.ReplaceAll(tt.rules, "rule add", "-6 rule add")
+		w.ip(w.pic.B, routes+both)
+		check(tt.about, netlab.Public, tunnel4, tunnel6, tt.takes)
+		w.ip(w.pic.B, regexp.MustCompile(`rule add pref (\d+).*`).ReplaceAllString(both, "rule del pref $1")+"\n"+strings.ReplaceAll(routes, "add", "del"))
+		check("after "+tt.about, netlab.Uplink, a.BUplink.V4, a.BUplink.V6, false)
 	}
 }
 

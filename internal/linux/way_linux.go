@@ -230,9 +230,84 @@ func parseRoute(b []byte) (a answer, err error) {
 	return a, ad.Err()
 }
 
-// wayProblems says where the kernel sends peers' packets to the internet, where that isn't
-// by the uplink: they are refused then. Rules that go by a port or a mark aren't found so.
-func (p *Platform) wayProblems(r *policy.Ruleset) (out []platform.Problem) {
+// wayProblems says where the kernel sends packets from peers and to them another way than
+// theirs. Rules that go by a port or a mark aren't found so.
+func (p *Platform) wayProblems(r *policy.Ruleset) []platform.Problem {
+	return append(p.waysOut(r), p.waysBack(r)...)
+}
+
+// waysBack says where the kernel sends what is for peers, where that isn't into the tunnel:
+// a policy rule that takes everything before the main table is asked, which has the peers'
+// routes.
+func (p *Platform) waysBack(r *policy.Ruleset) (out []platform.Problem) {
+	for _, own := range r.Mesh().Addresses {
+		for _, packet := range toPeers(r, own) {
+			w, err := p.way(packet)
+			if err != nil || w.Interface == p.name {
+				continue
+			}
+			where, who, flag := "nowhere ("+w.Refused+")", "this host's packets to peers", ""
+			if w.Interface != "" {
+				where = "by " + w.Interface
+			}
+			if packet.In != "" {
+				who = "answers to peers"
+			}
+			mesh, _ := meshOf(r, packet.Dst)
+			if own.Is6() {
+				flag = "-6 "
+			}
+			out = append(out, platform.Problem{
+				Step:    "find the way to the peers",
+				Message: fmt.Sprintf("%s, such as to %v, would leave %s and not by %s: a policy rule takes them before the main table", who, packet.Dst, where, p.name),
+				Hint:    fmt.Sprintf("have the main table asked first: sudo ip %srule add to %v lookup main pref N, with N below that of the rule, see `ip %srule`", flag, mesh, flag),
+			})
+			break
+		}
+	}
+	return out
+}
+
+// toPeers are packets of own's family to peers, of each kind one at most: an answer from the
+// internet to one that routes, and the host's own.
+func toPeers(r *policy.Ruleset, own netip.Addr) (out []policy.Packet) {
+	h, peers := r.Host(), r.Peers()
+	first := func(may policy.Permissions) (netip.Addr, bool) {
+		for _, p := range peers {
+			if !p.Permissions.Has(may) {
+				continue
+			}
+			for _, a := range p.Addresses {
+				if a.Is4() == own.Is4() {
+					return a, true
+				}
+			}
+		}
+		return netip.Addr{}, false
+	}
+	far := elsewhere[own.Is4()][0]
+	if a, ok := first(policy.Routing); ok && h.Uplink(own) != "" && h.Forwarding.Of(own) {
+		out = append(out, policy.Packet{In: h.Uplink(own), Src: far, Dst: a})
+	}
+	if a, ok := first(0); ok {
+		out = append(out, policy.Packet{Src: own, Dst: a})
+	}
+	return out
+}
+
+// meshOf returns the mesh prefix that an address is in.
+func meshOf(r *policy.Ruleset, a netip.Addr) (netip.Prefix, bool) {
+	for _, p := range r.Sets().Mesh {
+		if p.Contains(a) {
+			return p, true
+		}
+	}
+	return netip.Prefix{}, false
+}
+
+// waysOut says where the kernel sends peers' packets to the internet, where that isn't by
+// the uplink: they are refused then.
+func (p *Platform) waysOut(r *policy.Ruleset) (out []platform.Problem) {
 	h := r.Host()
 	for _, own := range r.Mesh().Addresses {
 		i := slices.IndexFunc(r.Peers(), func(p policy.PeerRules) bool { return p.Permissions.Has(policy.Routing) })
