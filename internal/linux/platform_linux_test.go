@@ -619,6 +619,24 @@ func TestWatchAgain(t *testing.T) {
 	g.reports(seen, g.sysctl("net.ipv4.conf.all.forwarding", "1"))
 }
 
+// TestWatchNexthops has a default route lead elsewhere by its nexthop alone, of which the
+// kernel says nothing among the routes.
+func TestWatchNexthops(t *testing.T) {
+	g := newRig(t)
+	if err := g.pic.B.SetSysctl("net.ipv4.nexthop_compat_mode", "0"); err != nil {
+		t.Skip("this kernel has no nexthops of their own:", err)
+	}
+	g.ip(g.pic.B, "nexthop add id 7 via "+netlab.Addresses().W.V4.String()+" dev wan0\nroute replace default nhid 7")
+	g.open()
+	defer g.close()
+	seen, stop := g.watch()
+	defer stop()
+	g.reports(seen, func() error {
+		g.ip(g.pic.B, "nexthop replace id 7 via 203.0.113.130 dev pub0")
+		return nil
+	})
+}
+
 // TestRenewedAddressIsNoChange has a router advertise every second: of the kernel's
 // messages about the address only those count that say something new.
 func TestRenewedAddressIsNoChange(t *testing.T) {
