@@ -559,8 +559,12 @@ func TestDriftIsFoundAndRepaired(t *testing.T) {
 	}
 }
 
-// watch counts what Watch reports until stop is called.
+// watch counts what Watch reports until stop is called. Router advertisements are off
+// then, so that nothing but the test's own changes is reported.
 func (g *rig) watch() (seen *atomic.Int64, stop func()) {
+	if err := g.pic.B.SetSysctl("net.ipv6.conf."+netlab.Uplink+".accept_ra", "0"); err != nil {
+		g.t.Fatal(err)
+	}
 	var n atomic.Int64
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
@@ -597,9 +601,9 @@ func TestWatchAgain(t *testing.T) {
 	g := newRig(t)
 	g.open()
 	defer g.close()
-	for range 2 {
+	for _, value := range []string{"1", "0"} {
 		seen, stop := g.watch()
-		g.reports(seen, g.sysctl("net.ipv4.conf.all.forwarding", "0"))
+		g.reports(seen, g.sysctl("net.ipv4.conf.all.forwarding", value))
 		stop()
 	}
 	sockets, err := ask(t.Context(), g.p, openWatch)
