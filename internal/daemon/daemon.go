@@ -161,6 +161,8 @@ type Daemon struct {
 	// settings count now; setting is held, by a value in it, while they are changed.
 	settings atomic.Pointer[settings]
 	setting  chan struct{}
+	// looking is held, by a value in it, during a look at other software.
+	looking chan struct{}
 
 	// wake wakes the loop for a change, moved for something on the host, timed the keeper
 	// for an end of a permission, and renamed the resolver for endpoints given by name.
@@ -216,6 +218,7 @@ func New(o Options) (*Daemon, error) {
 		opts:     o,
 		widening: make(chan struct{}, 1),
 		setting:  make(chan struct{}, 1),
+		looking:  make(chan struct{}, 1),
 		taken:    make(map[wireguard.PublicKey][len(policy.AllPermissions)]uint64),
 		wake:     make(chan struct{}, 1),
 		moved:    make(chan struct{}, 1),

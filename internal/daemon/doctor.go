@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"os"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
@@ -43,10 +42,19 @@ func checkFlows(c condition) api.Check {
 	return check
 }
 
+// doctorLook bounds Doctor's look at other software; where it takes longer, what was found
+// before counts.
+const doctorLook = 5 * time.Second
+
 // Doctor looks at every precondition, in an order that doesn't change: what several others
 // follow from is said first, and once.
 func (d *Daemon) Doctor(ctx context.Context) ([]api.Check, error) {
 	c, _ := d.condition()
+	if n, can := d.opts.Platform.(Neighbours); can {
+		limit, cancel := context.WithTimeout(ctx, doctorLook)
+		d.lookOnce(limit, n, c)
+		cancel()
+	}
 	return d.checks(c, d.problems(c), d.tryFolder(ctx)), nil
 }
 
@@ -91,9 +99,6 @@ func (d *Daemon) checks(c condition, found []Problem, folder api.Check) []api.Ch
 			helper.Hint = cause.Hint
 		}
 	}
-	inWireGuard := func(p Problem) bool {
-		return p.Step == othersStep && strings.Contains(p.Message, fmt.Sprintf("WireGuard (UDP port %d)", c.listenPort))
-	}
 	checks := []api.Check{
 		helper, folder,
 		follows(api.Check{
@@ -103,7 +108,7 @@ func (d *Daemon) checks(c condition, found []Problem, folder api.Check) []api.Ch
 		follows(checkPort(c)),
 		follows(api.Check{Name: "packet filter", OK: enforcing, Message: "our rules are read back and compared", Hint: "they aren't loaded as they should be"}),
 	}
-	checks = append(checks, wrong("host firewall", "no rule of other software's is known to stop WireGuard's own packets", inWireGuard)...)
+	checks = append(checks, wrong("host firewall", "no rule of other software's is known to stop WireGuard's own packets", func(p Problem) bool { return p.Tunnel })...)
 	checks = append(checks, wrong("other packet filters", "no rule of other software's is known to stop what peers may do", func(p Problem) bool { return p.Step == othersStep })...)
 	checks = append(checks, checkUplink(c), checkForwarding(c), d.checkEndpoint(c, doc), d.checkNames(doc), d.checkClock(), checkFlows(c))
 	for _, p := range found {

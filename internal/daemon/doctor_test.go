@@ -220,7 +220,7 @@ func TestDoctorTellsTheHostFirewallApart(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.d.mu.Lock()
 		r.d.byOthers = []Problem{
-			{Step: othersStep, Message: "chain input of table inet filter drops packets of WireGuard (UDP port 51820) from devices to this host", Hint: "open it"},
+			{Step: othersStep, Message: "chain input of table inet filter drops packets of a tunnel", Hint: "open it", Tunnel: true},
 			{Step: othersStep, Message: "chain FORWARD of table ip filter drops packets from peers to the internet", Hint: "let it"},
 		}
 		r.d.mu.Unlock()

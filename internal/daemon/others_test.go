@@ -3,6 +3,9 @@ package daemon
 import (
 	"context"
 	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -12,6 +15,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/internal/platform/platformtest"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
 
 // beset is a host beside other software, which takes long to look at.
@@ -23,6 +27,7 @@ type beset struct {
 	found []Problem
 	err   error
 	asked []*policy.Ruleset
+	outer []netip.AddrPort
 }
 
 func (b *beset) set(takes time.Duration, found []Problem, err error) {
@@ -31,9 +36,9 @@ func (b *beset) set(takes time.Duration, found []Problem, err error) {
 	b.takes, b.found, b.err = takes, found, err
 }
 
-func (b *beset) Others(ctx context.Context, r *policy.Ruleset) ([]Problem, error) {
+func (b *beset) Others(ctx context.Context, r *policy.Ruleset, outer []netip.AddrPort) ([]Problem, error) {
 	b.mu.Lock()
-	b.asked = append(b.asked, r)
+	b.asked, b.outer = append(b.asked, r), outer
 	takes, found, err := b.takes, b.found, b.err
 	b.mu.Unlock()
 	if !sleep(ctx, takes) {
@@ -52,7 +57,7 @@ func TestOthersAreWaitedForByNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
 		b := &beset{Host: r.host}
-		chain := Problem{Step: "look at other packet filters", Message: "chain FORWARD drops it"}
+		chain := Problem{Step: "look at other packet filters", Message: "chain FORWARD drops it", Hint: "let it"}
 		b.set(0, []Problem{chain}, nil)
 		o := r.options()
 		o.Platform = b
@@ -60,13 +65,17 @@ func TestOthersAreWaitedForByNobody(t *testing.T) {
 		defer r.end()
 		problems := func() []api.Problem { return r.d.Status().Problems }
 		r.after(time.Second)
-		if got := problems(); len(got) != 1 || got[0] != api.Problem(chain) {
+		if got := problems(); len(got) != 1 || got[0] != shown(chain) {
 			t.Errorf("problems %v", got)
 		}
 		b.set(time.Hour, nil, nil)
 		r.add("phone")
 		r.after(2 * r.d.opts.Tick) // it hangs
 		began := time.Now()
+		if r.doctor(); time.Since(began) > doctorLook {
+			t.Errorf("doctor took %v", time.Since(began))
+		}
+		began = time.Now()
 		r.mustAllow("phone", "routing", "")
 		r.wantLoaded("phone", policy.Routing)
 		if _, err := r.deny("phone", "routing"); err != nil {
@@ -89,6 +98,48 @@ func TestOthersAreWaitedForByNobody(t *testing.T) {
 		r.after(time.Minute)
 		if got := problems(); len(got) > 0 {
 			t.Errorf("problems afterwards: %v", got)
+		}
+		b.set(0, []Problem{chain}, nil)
+		if by, _ := r.doctor(); by["other packet filters"].Message != chain.Message {
+			t.Errorf("doctor doesn't look by itself: %+v", by["other packet filters"])
+		}
+	})
+}
+
+// TestOthersAreAskedForKnownDevices has more devices be known than others' rules are looked
+// at for: those that were heard last count.
+func TestOthersAreAskedForKnownDevices(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		b := &beset{Host: r.host}
+		o := r.options()
+		o.Platform = b
+		r.startWith(o)
+		defer r.end()
+		var want []netip.AddrPort
+		stats := map[wireguard.PublicKey]wireguard.PeerStats{}
+		for i := range maxOuter + 8 {
+			name := fmt.Sprintf("peer%d", i)
+			r.add(name)
+			at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(i)}), 4000)
+			key, err := wireguard.ParsePublicKey(keyOf(name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			stats[key] = wireguard.PeerStats{LastHandshake: time.Now().Add(-time.Duration(i) * time.Minute), Endpoint: at}
+			if i < maxOuter {
+				want = append(want, at)
+			}
+		}
+		r.add("never-heard")
+		r.tunnel.mu.Lock()
+		r.tunnel.stats = stats
+		r.tunnel.mu.Unlock()
+		r.after(2 * DefaultTick)
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if !slices.Equal(b.outer, want) {
+			t.Errorf("asked about %v, want %v", b.outer, want)
 		}
 	})
 }

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"net/netip"
 
 	"golang.zx2c4.com/wireguard/tun"
 
@@ -59,10 +60,11 @@ type Watcher interface {
 // Neighbours is a host that can tell what other software has beside its rules.
 type Neighbours interface {
 	// Others returns what of other software stands in the way of r, which is in force,
-	// such as a foreign chain that drops a peer's packets. It may be called by any
-	// goroutine, beside the methods of [Platform], which don't wait for it.
+	// such as a foreign chain that drops a peer's packets, or WireGuard's own to the
+	// devices at outer. It may be called by any goroutine, beside the methods of
+	// [Platform], which don't wait for it.
 	// With an error it returns what it found nevertheless.
-	Others(ctx context.Context, r *policy.Ruleset) ([]Problem, error)
+	Others(ctx context.Context, r *policy.Ruleset, outer []netip.AddrPort) ([]Problem, error)
 }
 
 // OthersJudge is a host that can tell what other software's rules do with one packet.

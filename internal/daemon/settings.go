@@ -455,7 +455,7 @@ func (d *Daemon) checkPrefixes(was, next *settings) ([]api.Problem, error) {
 		if byAddress && o.Mesh != defaults.V4 && o.Mesh != defaults.V6 {
 			return nil, api.Errorf(api.CodeBadSetting, "%v is in use here: %s", o.Mesh, p.Message).WithHint("%s", wayOut(r, o.Mesh))
 		}
-		out = append(out, api.Problem(p))
+		out = append(out, shown(p))
 	}
 	return out, nil
 }

@@ -28,7 +28,7 @@ func (d *Daemon) Status() api.Status {
 	}
 	found := d.problems(c)
 	for _, p := range append(found, d.more(c, found)...) {
-		s.Problems = append(s.Problems, api.Problem(p))
+		s.Problems = append(s.Problems, shown(p))
 	}
 	s.Peers = d.views(doc, c)
 	return s
@@ -78,6 +78,9 @@ type numbers struct {
 	guard  map[policy.PeerID]guard.PeerStats
 	before map[wireguard.PublicKey]totals // of helpers before
 }
+
+// shown is a problem as the socket shows it.
+func shown(p Problem) api.Problem { return api.Problem{Step: p.Step, Message: p.Message, Hint: p.Hint} }
 
 // readNumbers returns nothing of a tunnel that is closed, and with an error nothing of
 // one that can't be read.

@@ -24,7 +24,9 @@ type crossing struct {
 func (h *crossing) Way(_ context.Context, p policy.Packet) (platform.Way, error) { return h.way(p) }
 
 // Others finds nothing.
-func (*crossing) Others(context.Context, *policy.Ruleset) ([]Problem, error) { return nil, nil }
+func (*crossing) Others(context.Context, *policy.Ruleset, []netip.AddrPort) ([]Problem, error) {
+	return nil, nil
+}
 
 func (h *crossing) ByOthers(_ context.Context, p policy.Packet, out string, reply bool) (platform.ByOthers, error) {
 	if h.by == nil {

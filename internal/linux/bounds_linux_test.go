@@ -531,7 +531,7 @@ func TestFullTableIsTold(t *testing.T) {
 		if drift := w.inspect(r).Drift; len(drift) > 0 {
 			t.Errorf("%s flows: drift %v", c.count, drift)
 		}
-		found, err := w.p.Others(t.Context(), r)
+		found, err := w.p.Others(t.Context(), r, nil)
 		if unreadable := c.count == "many"; unreadable || err != nil {
 			if !unreadable || err == nil || !strings.Contains(err.Error(), c.want) || len(found) > 0 {
 				t.Errorf("%s flows: %v, %v, want %q", c.count, found, err, c.want)

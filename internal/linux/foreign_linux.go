@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 
 	"github.com/google/nftables"
@@ -32,6 +33,8 @@ type sample struct {
 	// reply says that it belongs to a flow that the other end opened; else it is the
 	// first of its flow.
 	reply bool
+	// tunnel says that it is one of WireGuard's own.
+	tunnel bool
 }
 
 // hooks returns the hooks that a packet passes, in order.
@@ -195,7 +198,6 @@ func (p place) translated() bool {
 // flowState is what rules change of a packet on its way, nil where it isn't known.
 type flowState struct {
 	mark, ctMark []byte
-	untracked    bool
 }
 
 // run returns what becomes of a packet on its way through others' chains.
@@ -614,6 +616,14 @@ func (w *walk) metaExpr(regs *registers, x *expr.Meta, sure bool) (holds, known 
 	case expr.MetaKeySKUID, expr.MetaKeySKGID:
 		if s.iif != "" && s.oif != "" {
 			return false, true // no socket of this host has it
+		}
+		if s.tunnel && s.iif == "" { // the helper's own socket has it
+			id := os.Geteuid()
+			if x.Key == expr.MetaKeySKGID {
+				id = os.Getegid()
+			}
+			regs.set(x.Register, native(id), 4)
+			break
 		}
 		regs.set(x.Register, nil, 4)
 	default:

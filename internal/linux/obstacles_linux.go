@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
@@ -24,14 +23,18 @@ func (o *others) findObstacles(ctx context.Context, h policy.Host, all []sample)
 		return nil, err
 	}
 	var out []platform.Problem
-	told := map[string]bool{} // places, each of which is named once
+	type telling struct {
+		where  string
+		tunnel bool
+	}
+	told := map[telling]bool{} // places, each of which is named once, and once of WireGuard's packets
 	for _, s := range all {
-		f := e.run(s)
+		f, protocol := e.judge(s)
 		if err := ctx.Err(); err != nil {
 			return nil, fmt.Errorf("judge %s: %w", f.where(), err)
 		}
-		if p, ok := obstacle(s, f); ok && !told[f.where()] {
-			told[f.where()] = true
+		if p, ok := obstacle(s, f, protocol); ok && !told[telling{f.where(), s.tunnel}] {
+			told[telling{f.where(), s.tunnel}] = true
 			out = append(out, p)
 		}
 	}
@@ -39,14 +42,51 @@ func (o *others) findObstacles(ctx context.Context, h policy.Host, all []sample)
 	return append(out, bypasses...), err
 }
 
+// stops reports whether the packet doesn't go where it is sent, as it is.
+func (f finding) stops() bool {
+	return f.outcome == dropped || f.outcome == redirected || f.outcome == untracked
+}
+
+// judge returns what becomes of a sample, and of which protocol where that isn't so of the
+// other. Of peers' packets TCP's are tried, too; where it isn't clear what becomes of these,
+// they aren't spoken of, for a firewall's bound on new connections stops none by itself.
+func (e *evaluator) judge(s sample) (f finding, protocol string) {
+	if s.tunnel {
+		return e.run(s), ""
+	}
+	f = e.ofAnyPort(s)
+	s.proto = unix.IPPROTO_TCP
+	switch tcp := e.ofAnyPort(s); {
+	case tcp.unclear:
+	case tcp.stops() && !f.stops():
+		return tcp, "TCP "
+	case f.stops() && !tcp.stops():
+		return f, "UDP "
+	}
+	return f, ""
+}
+
+// ofAnyPort returns what becomes of a sample, whatever its ports are: what stops some ports
+// only stops no peer.
+func (e *evaluator) ofAnyPort(s sample) finding {
+	f := e.run(s)
+	if f.stops() {
+		s.sport, s.dport = 29_876, 29_877
+		if other := e.run(s); !other.stops() {
+			return other
+		}
+	}
+	return f
+}
+
 // obstacle says that others' chains stop a packet, or change where it goes.
-func obstacle(s sample, f finding) (platform.Problem, bool) {
+func obstacle(s sample, f finding, protocol string) (platform.Problem, bool) {
+	if !f.stops() && !f.unclear {
+		return platform.Problem{}, false
+	}
 	verb := map[outcome]string{
 		dropped: "drops", redirected: "sends elsewhere", untracked: "takes out of connection tracking, so that they aren't translated, all",
 	}[f.outcome]
-	if verb == "" {
-		return platform.Problem{}, false
-	}
 	if f.unclear {
 		verb = map[outcome]string{dropped: "may drop", redirected: "may send elsewhere", untracked: "may take out of connection tracking, so that they aren't translated,"}[f.outcome]
 	}
@@ -54,15 +94,24 @@ func obstacle(s sample, f finding) (platform.Problem, bool) {
 	switch {
 	case s.iif == "":
 		let = fmt.Sprintf("UDP from port %d", s.sport)
-	case s.oif == "" && strings.HasPrefix(s.what, "of WireGuard"):
+	case s.oif == "" && s.tunnel:
 		let = fmt.Sprintf("UDP to port %d", s.dport)
 	case s.reply:
 		let = "interface " + s.oif
 	}
+	if !f.stops() {
+		return platform.Problem{
+			Step:    lookAround,
+			Message: fmt.Sprintf("what %s does with %spackets %s isn't known", f.where(), protocol, s.what),
+			Hint:    fmt.Sprintf("see that it lets %s through, in the software that the table belongs to", let),
+			Tunnel:  s.tunnel,
+		}, true
+	}
 	return platform.Problem{
 		Step:    lookAround,
-		Message: fmt.Sprintf("%s %s packets %s", f.where(), verb, s.what),
+		Message: fmt.Sprintf("%s %s %spackets %s", f.where(), verb, protocol, s.what),
 		Hint:    fmt.Sprintf("let %s through there, in the software that the table belongs to", let),
+		Tunnel:  s.tunnel,
 	}, true
 }
 
@@ -105,8 +154,8 @@ const lookAround = "look at other packet filters"
 
 // samples returns packets for what the ruleset's peers may do, one of each kind: rules
 // that tell one peer's address from another's are rare, and there may be thousands of
-// peers.
-func samples(r *policy.Ruleset) []sample {
+// peers. Of WireGuard's own packets there are those with the devices at outer besides.
+func samples(r *policy.Ruleset, outer []netip.AddrPort) []sample {
 	var out []sample
 	add := func(s sample) {
 		if !slices.ContainsFunc(out, func(have sample) bool { return have.what == s.what && have.src.Is4() == s.src.Is4() }) {
@@ -142,7 +191,7 @@ func samples(r *policy.Ruleset) []sample {
 			}
 		}
 	}
-	return append(out, tunnelSamples(r)...)
+	return append(out, tunnelSamples(r, outer)...)
 }
 
 // neighbour is an address of a network that the host is attached to.
@@ -184,28 +233,74 @@ func neighbours(h policy.Host, four bool) []neighbour {
 	return out
 }
 
-// tunnelSamples returns packets of WireGuard itself, by the uplinks.
-func tunnelSamples(r *policy.Ruleset) []sample {
+// tunnelSamples returns packets of WireGuard itself: with a device that isn't known, by the
+// uplinks, and with those at outer.
+func tunnelSamples(r *policy.Ruleset, outer []netip.AddrPort) []sample {
 	var out []sample
 	h, port := r.Host(), r.Mesh().ListenPort
-	for _, f := range []struct {
-		up       string
-		own, far netip.Addr
-	}{
-		{h.Uplink4, h.Source4, netip.MustParseAddr("198.51.100.1")}, {h.Uplink6, h.Source6, netip.MustParseAddr("2001:db8::1")},
-	} {
-		if f.up == "" || !f.own.IsValid() || port == 0 {
-			continue
+	if port == 0 {
+		return nil
+	}
+	add := func(far netip.AddrPort, by string, own netip.Addr, from, to string) {
+		if by == "" || !own.IsValid() {
+			return
 		}
 		out = append(out, sample{
-			what: fmt.Sprintf("of WireGuard (UDP port %d) from devices to this host", port),
-			iif:  f.up, src: f.far, dst: f.own, proto: unix.IPPROTO_UDP, sport: 40_000, dport: port,
+			what: fmt.Sprintf("of WireGuard (UDP port %d) %s to this host", port, from), tunnel: true,
+			iif: by, src: far.Addr(), dst: own, proto: unix.IPPROTO_UDP, sport: far.Port(), dport: port,
 		}, sample{
-			what: fmt.Sprintf("of WireGuard (UDP port %d) from this host to devices", port),
-			oif:  f.up, src: f.own, dst: f.far, proto: unix.IPPROTO_UDP, sport: port, dport: 40_000,
+			what: fmt.Sprintf("of WireGuard (UDP port %d) from this host %s", port, to), tunnel: true,
+			oif: by, src: own, dst: far.Addr(), proto: unix.IPPROTO_UDP, sport: port, dport: far.Port(),
 		})
 	}
+	for _, far := range []string{"198.51.100.1", "2001:db8::1"} {
+		a := netip.MustParseAddr(far)
+		add(netip.AddrPortFrom(a, 40_000), h.Uplink(a), h.Source(a), "from devices", "to devices")
+	}
+	for _, far := range outer {
+		by, own := nextTo(h, far.Addr())
+		add(far, by, own, fmt.Sprintf("from the device at %v", far.Addr()), fmt.Sprintf("to the device at %v", far.Addr()))
+	}
 	return out
+}
+
+// nextTo returns the interface by which the host reaches a, as its longest prefix says, and
+// the host's address there.
+func nextTo(h policy.Host, a netip.Addr) (by string, own netip.Addr) {
+	by, own = h.Uplink(a), h.Source(a)
+	bits := 0
+	longer := func(name string, p netip.Prefix) bool {
+		if name == h.Interface || !p.Contains(a) || p.Bits() <= bits {
+			return false
+		}
+		by, bits = name, p.Bits()
+		return true
+	}
+	for _, i := range h.Interfaces {
+		for _, p := range i.Addresses {
+			if longer(i.Name, p) {
+				own = p.Addr()
+			}
+		}
+	}
+	for _, route := range h.Routes {
+		if longer(route.Interface, route.Prefix) {
+			own = addressAt(h, by, a.Is4())
+		}
+	}
+	return by, own
+}
+
+// addressAt returns an address of an interface that others can answer.
+func addressAt(h policy.Host, name string, four bool) netip.Addr {
+	for _, i := range h.Interfaces {
+		for _, p := range i.Addresses {
+			if a := p.Addr(); i.Name == name && a.Is4() == four && !a.IsLinkLocalUnicast() {
+				return a
+			}
+		}
+	}
+	return netip.Addr{}
 }
 
 func familyName(f nftables.TableFamily) string {

@@ -1,6 +1,7 @@
 package linux
 
 import (
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -12,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/netlab"
+	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // foreign is nftables of another program.
@@ -178,6 +180,58 @@ func TestObstaclesAreNamed(t *testing.T) {
 			// Without permissions nothing stands in the way of anything.
 			if rest := g.others(g.enforce(mesh(grants{}))); len(rest) > 0 {
 				t.Errorf("nothing is allowed, but %v", rest)
+			}
+		})
+	}
+}
+
+// TestObstaclesOfOneKind has rules that stop one protocol, or one device's tunnel, or both a
+// tunnel and what peers send.
+func TestObstaclesOfOneKind(t *testing.T) {
+	installed(t, "nft")
+	g := newRig(t)
+	g.open()
+	defer g.close()
+	m := mesh(grants{ann: policy.Routing | policy.Incoming})
+	m.ListenPort = tunnelPort
+	r := g.enforce(m)
+	outer := []netip.AddrPort{netip.MustParseAddrPort("192.168.77.9:4000"), netip.MustParseAddrPort("198.51.100.77:4000"), netip.MustParseAddrPort("[2001:db8:7::7]:4000")}
+	const through, in, out = "forward", "input", "output"
+	for _, tt := range []struct {
+		hook, rule string
+		want       []string // each begins behind the rule's name
+	}{
+		{through, "iifname MESH meta l4proto tcp drop", []string{"drops TCP packets from peers to the internet"}},
+		{through, "oifname MESH tcp flags & (syn | ack) == syn | ack drop", []string{"drops TCP packets from the internet to peers"}},
+		{through, "iifname MESH meta l4proto udp drop", []string{"drops UDP packets from peers to the internet"}},
+		{through, "iifname MESH meta l4proto { tcp, udp } drop", []string{"drops packets from peers to the internet"}},
+		{in, "tcp flags syn limit rate over 5/second drop", nil},
+		{in, "iifname MESH tcp dport 1-65535 drop", []string{"drops TCP packets from peers to this host"}},
+		{in, "ip saddr 198.51.100.77 drop", []string{"drops packets of WireGuard (UDP port 51820) from the device at 198.51.100.77 to this host"}},
+		{in, "iifname WAN ip6 saddr 2001:db8:7::/48 udp sport 4000 drop", []string{"drops packets of WireGuard (UDP port 51820) from the device at 2001:db8:7::7 to this host"}},
+		{out, "ip daddr 198.51.100.77 udp dport 4000 drop", []string{"drops packets of WireGuard (UDP port 51820) from this host to the device at 198.51.100.77"}},
+		{in, "iifname LAN0 ip daddr 192.168.77.1 drop", []string{"drops packets of WireGuard (UDP port 51820) from the device at 192.168.77.9 to this host"}},
+		{in, "iifname WAN ip saddr 192.168.0.0/16 drop", nil},
+		{out, "oifname WAN meta skuid 1001 drop", nil},
+		{out, "oifname WAN meta skuid 0 udp dport != 53 drop", []string{"drops packets of WireGuard (UDP port 51820) from this host to devices"}},
+		{through, "iifname MESH udp dport 40000-40010 drop", nil},
+		{through, "iifname MESH numgen random mod 2 0 drop", []string{"does with packets from peers to the internet isn't known"}},
+		{in, "meta l4proto udp drop", []string{"drops UDP packets from peers to this host", "drops packets of WireGuard (UDP port 51820) from devices to this host"}},
+	} {
+		t.Run(tt.rule, func(t *testing.T) {
+			g.t = t
+			rule := strings.NewReplacer("MESH", meshName, "WAN", netlab.Uplink, "LAN0", netlab.LAN).Replace(tt.rule)
+			g.program(fmt.Sprintf("table inet kind {\n chain c {\n type filter hook %s priority 0; policy accept;\n %s\n }\n}\n", tt.hook, rule), "nft", "-f", "-")
+			defer g.program("", "nft", "delete", "table", "inet", "kind")
+			found := g.others(r, outer...)
+			if len(found) != len(tt.want) {
+				t.Fatalf("problems %+v, want %q", found, tt.want)
+			}
+			for i, p := range found {
+				_, says, _ := strings.Cut(p.Message, ") ")
+				if says != tt.want[i] || p.Tunnel != strings.Contains(says, "WireGuard") {
+					t.Errorf("problem %+v, want %q", p, tt.want[i])
+				}
 			}
 		})
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -130,7 +131,7 @@ func (o *others) run(ctx context.Context, do func() error) error {
 
 // Others implements the daemon's contract. It also ends what peers hold in conntrack
 // beyond their shares.
-func (p *Platform) Others(ctx context.Context, r *policy.Ruleset) ([]platform.Problem, error) {
+func (p *Platform) Others(ctx context.Context, r *policy.Ruleset, outer []netip.AddrPort) ([]platform.Problem, error) {
 	var out []platform.Problem
 	o := p.others
 	err := o.run(ctx, func() error {
@@ -138,7 +139,7 @@ func (p *Platform) Others(ctx context.Context, r *policy.Ruleset) ([]platform.Pr
 		eerr := o.endExcess(ctx, r)
 		full, ferr := fillProblems(o.sys)
 		o.nameHolders(full, r)
-		oerr := o.lookAtOthers(ctx, r)
+		oerr := o.lookAtOthers(ctx, r, outer)
 		legacy, lerr := legacyProblems()
 		out = slices.Concat(o.excess.found, o.obstacles, legacy, full)
 		return errors.Join(eerr, ferr, oerr, lerr)
@@ -188,12 +189,12 @@ func (p *Platform) ByOthers(ctx context.Context, packet policy.Packet, out strin
 
 // lookAtOthers looks at others' rules where they, or what they are asked about, changed
 // since the last look.
-func (o *others) lookAtOthers(ctx context.Context, r *policy.Ruleset) error {
+func (o *others) lookAtOthers(ctx context.Context, r *policy.Ruleset, outer []netip.AddrPort) error {
 	now, err := generationOf(o.raw)
 	if err != nil {
 		return err
 	}
-	all := samples(r)
+	all := samples(r, outer)
 	asked := occasion{now, fmt.Sprint(all)}
 	if asked == o.looked {
 		return nil

@@ -190,9 +190,9 @@ func (g *rig) inspect(r *policy.Ruleset) platform.Report {
 }
 
 // others returns what stands in r's way beside our table.
-func (g *rig) others(r *policy.Ruleset) []platform.Problem {
+func (g *rig) others(r *policy.Ruleset, outer ...netip.AddrPort) []platform.Problem {
 	g.t.Helper()
-	found, err := g.p.Others(context.Background(), r)
+	found, err := g.p.Others(context.Background(), r, outer)
 	if err != nil {
 		g.t.Error(err)
 	}

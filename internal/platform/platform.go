@@ -109,6 +109,9 @@ type Problem struct {
 	// Message says what is wrong; Hint what to do about it.
 	Message string `json:"message"`
 	Hint    string `json:"hint"`
+	// Tunnel says that it is about WireGuard's own packets, without which nothing of a peer
+	// arrives.
+	Tunnel bool `json:"-"`
 }
 
 // StepError is an error that names the enforcing step it happened in, for
