@@ -83,7 +83,7 @@ func (d *Daemon) Explain(ctx context.Context, q api.Question) (api.Explanation, 
 	if err != nil {
 		return api.Explanation{}, err
 	}
-	e, err := a.explain(d.opts.Languages[languageOf[d.opts.PlatformName]])
+	e, err := a.explain(d.loadedLanguage(c))
 	if err != nil || !e.Pass {
 		return e, err
 	}
@@ -97,6 +97,21 @@ func (d *Daemon) Explain(ctx context.Context, q api.Question) (api.Explanation, 
 	}
 	e.Unclear = e.Unclear && !e.Pass
 	return e, nil
+}
+
+// loadedLanguage is the host's own, of the rules that it was found to have loaded; zero
+// where it isn't known to have any.
+func (d *Daemon) loadedLanguage(c condition) Language {
+	l := d.opts.Languages[languageOf[d.opts.PlatformName]]
+	if _, renders := d.opts.Platform.(Renderer); renders {
+		l.Render = c.render
+	}
+	if c.read == nil || l.Render == nil {
+		return Language{}
+	}
+	render := l.Render
+	l.Render = func(*policy.Ruleset) (anchor, text string, err error) { return render(c.read) }
+	return l
 }
 
 // permittedUntil returns when the permissions by which a line of the policy lets a peer's packet

@@ -1,8 +1,10 @@
 package daemon
 
 import (
+	"errors"
 	"net/netip"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
@@ -27,4 +29,43 @@ func TestAnswersOfTheHostItself(t *testing.T) {
 	if a, err := ask(r, q); err != nil || a.v.Rule != policy.RuleHostToPeer {
 		t.Errorf("its own connection to the peer: %v, %v", a.v.Rule, err)
 	}
+}
+
+// TestRuleIsOneThatIsLoaded asks while the rules are known to be loaded, and while they
+// aren't.
+func TestRuleIsOneThatIsLoaded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		o := r.options()
+		o.Languages = map[string]Language{languageOf[o.PlatformName]: {
+			Render: func(*policy.Ruleset) (anchor, text string, err error) { return "", "accept", nil },
+			Find:   func(text string, _ policy.Rule, _ policy.Packet) string { return text },
+		}}
+		r.startWith(o)
+		defer r.end()
+		r.add("phone")
+		r.mustAllow("phone", "routing", "")
+		loaded := func() string {
+			t.Helper()
+			e, err := r.d.Explain(t.Context(), api.Question{Peer: "phone", To: netip.MustParseAddr("9.9.9.9"), Proto: "tcp", Port: 443})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return e.Loaded
+		}
+		if got := loaded(); got != "accept" {
+			t.Errorf("while it enforces: %q", got)
+		}
+		r.host.SetFault(func(step string) error {
+			if step == "enforce" {
+				return errors.New("no")
+			}
+			return nil
+		})
+		r.host.Drift("gone")
+		r.after(DefaultTick)
+		if got := loaded(); got != "" {
+			t.Errorf("while it is closed: %q", got)
+		}
+	})
 }

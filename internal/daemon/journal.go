@@ -115,6 +115,8 @@ func (j *journal) open(dir string, log *slog.Logger) {
 		j.last = (j.events[n-1].Seq/seqStep + 1) * seqStep
 	}
 	j.written = j.last
+	// What a loss of power cut off in the middle of a line mustn't take the next with it.
+	j.failed = len(text) > 0 && text[len(text)-1] != '\n'
 }
 
 // decodeEvents reads a journal's file: the last events in it, by Seq. What is no event,
@@ -139,7 +141,7 @@ func (j *journal) write(idle chan struct{}) {
 	for {
 		j.mu.Lock()
 		news := slices.Clone(after(j.events, j.written))
-		if len(news) == 0 {
+		if len(news) == 0 || j.path == "" {
 			j.idle = nil
 			close(idle)
 			j.mu.Unlock()

@@ -96,9 +96,29 @@ func TestJournalIsBounded(t *testing.T) {
 	if err := os.WriteFile(path, append(text, `{"seq":99`...), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	all, _ := openJournal(dir).Since(0)
+	next := openJournal(dir)
+	all, _ := next.Since(0)
 	if len(all) != maxEvents || !strings.HasPrefix(all[maxEvents-1].Message, fmt.Sprint(3*maxEvents-1)) {
 		t.Errorf("%d events are remembered, the last %.10q", len(all), all[len(all)-1].Message)
+	}
+	// The first event after the broken line isn't part of it.
+	next.Record(api.Event{Kind: api.EventChange, Message: "after"})
+	flushed(t, next)
+	if all, _ := openJournal(dir).Since(0); all[len(all)-1].Message != "after" {
+		t.Errorf("the last event is %.10q", all[len(all)-1].Message)
+	}
+}
+
+// TestClosedJournalWritesNothing records after the end: the folder may be another
+// helper's by then.
+func TestClosedJournalWritesNothing(t *testing.T) {
+	j := openJournal(t.TempDir())
+	j.idle = make(chan struct{}) // a writer that is still busy
+	j.events, j.last = []api.Event{{Seq: 1, Kind: api.EventChange}}, 1
+	j.path = ""
+	j.write(j.idle)
+	if j.failed {
+		t.Error("it tried to write without a folder")
 	}
 }
 

@@ -376,18 +376,8 @@ func (d *Daemon) ChangeSettings(ctx context.Context, changes map[string]*string)
 			return api.Settings{}, err
 		}
 	}
-	if !maps.Equal(was.kept, kept) {
-		if err := d.saveSettings(ctx, kept); err != nil {
-			return api.Settings{}, d.settingsNotSaved(err)
-		}
-		d.settings.Store(next)
-		for _, key := range SettingKeys() {
-			if was.kept[key] != kept[key] {
-				d.journal.Record(api.Event{Kind: api.EventChange, Message: describeSetting(key, kept[key])})
-			}
-		}
-		poke(d.renamed)
-		poke(d.wake)
+	if err := d.keepSettings(ctx, was, next); err != nil {
+		return api.Settings{}, err
 	}
 	out := next.answer()
 	out.Renumbered, out.Problems = renumbered, problems
@@ -398,6 +388,30 @@ func (d *Daemon) ChangeSettings(ctx context.Context, changes map[string]*string)
 	}
 	out.Already = maps.Equal(was.kept, kept)
 	return out, nil
+}
+
+// keepSettings saves next and has it count. With an error of which errUnsynced is in the
+// chain it counts, too: the file is replaced.
+func (d *Daemon) keepSettings(ctx context.Context, was, next *settings) error {
+	if maps.Equal(was.kept, next.kept) {
+		return nil
+	}
+	err := d.saveSettings(ctx, next.kept)
+	if err != nil && !errors.Is(err, errUnsynced) {
+		return d.settingsNotSaved(err)
+	}
+	d.settings.Store(next)
+	for _, key := range SettingKeys() {
+		if was.kept[key] != next.kept[key] {
+			d.journal.Record(api.Event{Kind: api.EventChange, Message: describeSetting(key, next.kept[key])})
+		}
+	}
+	poke(d.renamed)
+	poke(d.wake)
+	if err != nil {
+		return d.settingsNotSaved(err)
+	}
+	return nil
 }
 
 func describeSetting(key, value string) string {
@@ -509,15 +523,27 @@ func (d *Daemon) saveSettings(ctx context.Context, kept map[string]string) error
 		}
 		return d.disk.store.replace(ctx, text, settingsFile)
 	})
-	if err := d.disk.wait(ctx, j); err != nil {
+	err = d.disk.wait(ctx, j)
+	if err != nil && ctx.Err() != nil { // it may be in the middle of it
 		d.disk.forget(j)
-		return err
+		return fmt.Errorf("%w: %w", errNotKnown, err)
 	}
-	return nil
+	return err
 }
 
+// errNotKnown is in the chain of an error after which what is on disk isn't known.
+var errNotKnown = errors.New("whether they are saved isn't known")
+
+// settingsNotSaved says what holds after settings couldn't be saved.
 func (d *Daemon) settingsNotSaved(cause error) error {
-	return api.Errorf(api.CodeNotSaved, "nothing was changed: save settings: %v", cause).
+	what := "nothing was changed: save settings: " + cause.Error()
+	switch {
+	case errors.Is(cause, errUnsynced):
+		what = "the settings are changed and saved, but " + cause.Error()
+	case errors.Is(cause, errNotKnown):
+		what = "the settings count as before until the helper starts anew; " + cause.Error()
+	}
+	return api.Errorf(api.CodeNotSaved, "%s", what).
 		WithHint("make room or make %q writable, and repeat the command", d.opts.StateDir)
 }
 

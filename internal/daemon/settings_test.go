@@ -150,8 +150,29 @@ func TestSettingsRefused(t *testing.T) {
 		if !errors.As(err, &e) || e.Code != api.CodeNotSaved || r.d.Status().Name != "host" {
 			t.Errorf("on a full disk: %v, name %q", err, r.d.Status().Name)
 		}
+		// After the rename the new value is there, and counts.
+		r.setDisk(&brokenDisk{fileSystem: diskFiles{}, after: 2})
+		if _, err = r.set(SettingName, "home"); !errors.As(err, &e) || !strings.Contains(e.Message, "changed and saved, but") {
+			t.Errorf("without a sync: %v", err)
+		}
+		if kept, err := ReadSettings(r.dir); err != nil || kept[SettingName] != "home" || r.d.Status().Name != "home" {
+			t.Errorf("on disk %v, %v, and it is %q", kept, err, r.d.Status().Name)
+		}
 		r.setDisk(diskFiles{})
-		r.mustSet(SettingName, "home")
+		if s := r.mustSet(SettingName, "home"); !s.Already {
+			t.Errorf("again: %+v", s)
+		}
+		// A caller that leaves in the middle isn't told that nothing was changed.
+		ctx, cancel := context.WithCancel(context.Background())
+		slow := newFrozenDisk()
+		r.setDisk(slow)
+		go func() { synctest.Wait(); cancel() }()
+		name := "other"
+		if _, err = r.d.ChangeSettings(ctx, map[string]*string{SettingName: &name}); !errors.As(err, &e) || !strings.Contains(e.Message, "isn't known") {
+			t.Errorf("while it is saved: %v", err)
+		}
+		close(slow.thawed)
+		synctest.Wait()
 		r.end()
 	})
 }
