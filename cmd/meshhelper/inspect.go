@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,7 +19,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/daemon"
 	"github.com/meshhelper/meshhelper/internal/install"
-	"github.com/meshhelper/meshhelper/internal/macos"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
 
 // newExplainCommand returns `explain`.
@@ -289,15 +291,16 @@ func verdictOf(e api.Explanation) string {
 
 // newDoctorCommand returns `doctor`, which fails when something is wrong.
 func newDoctorCommand(a *app) *cobra.Command {
-	label := macos.DefaultLabel
+	label := ""
 	c := &cobra.Command{
 		Use: "doctor", Short: "Look at every precondition",
 		Long: `Look at every precondition, and say what to do about those that don't hold. It
-works without a helper, too: on a Mac it then looks at the installed service.`,
+works without a helper, too: it then looks at the installed service, and at this
+host's addresses.`,
 		RunE: func(c *cobra.Command, _ []string) error { return runDoctor(c.Context(), a, label) },
 	}
-	if a.onLaunchd() {
-		c.Flags().StringVar(&label, "label", label, "`NAME` of the service")
+	if a.service != nil {
+		c.Flags().StringVar(&label, "label", a.service.defaultLabel(), "`NAME` of the service")
 	}
 	return c
 }
@@ -315,13 +318,13 @@ func runDoctor(ctx context.Context, a *app, label string) error {
 	helpers, failed := a.client().Doctor(limit)
 	var checks []api.Check
 	var what *install.Options
-	if a.onLaunchd() {
+	if a.service != nil {
 		what = a.installed(label)
 		checks = a.checkService(ctx, what, failed == nil)
 	}
 	if errors.Is(failed, api.ErrUnreachable) {
 		checks = append(checks, a.noHelper(failed, len(checks) > 1))
-		failed = nil
+		helpers, failed = a.checksWithout(), nil
 	}
 	checks = append(checks, helpers...)
 	if failed != nil && len(checks) == 0 {
@@ -333,7 +336,7 @@ func runDoctor(ctx context.Context, a *app, label string) error {
 			wrong++
 		}
 	}
-	if wrong > 0 && what != nil {
+	if wrong > 0 && a.onLaunchd() {
 		l := checkOf(install.LastLines(what))
 		l.Name = logCheck
 		checks = append(checks, l)
@@ -375,12 +378,52 @@ func (a *app) noHelper(err error, installed bool) api.Check {
 		c.Message += ": " + errno.Error()
 	}
 	switch {
-	case installed:
+	case installed && a.onLaunchd():
 		c.Hint = "see the checks of the service above, and the log below"
+	case installed:
+		c.Hint = "see the checks of the service above"
 	case a.service != nil:
 		c.Hint = "sudo meshhelper install, or in the foreground: sudo meshhelper run"
 	}
 	return c
+}
+
+// checksWithout are a helper's checks, as far as they can be made without one.
+func (a *app) checksWithout() []api.Check {
+	prefixes := wireguard.DefaultPrefixes()
+	mesh := []netip.Prefix{prefixes.V4, prefixes.V6}
+	if a.service != nil {
+		// Only root may read them; others have the defaults judged.
+		kept, err := daemon.ReadSettings(filepath.Join(a.service.root, a.installed("").StateDir))
+		for i, key := range []string{daemon.SettingMeshPrefix4, daemon.SettingMeshPrefix6} {
+			if p, bad := netip.ParsePrefix(kept[key]); err == nil && bad == nil {
+				mesh[i] = p
+			}
+		}
+	}
+	return daemon.ChecksWithout(mesh, hostInterfaces())
+}
+
+// hostInterfaces are this host's interfaces and addresses, as far as they can be read.
+func hostInterfaces() (out []policy.Interface) {
+	all, err := net.Interfaces()
+	if err != nil {
+		return nil
+	}
+	for _, i := range all {
+		addresses, err := i.Addrs()
+		if err != nil || i.Flags&net.FlagLoopback != 0 {
+			continue
+		}
+		one := policy.Interface{Name: i.Name}
+		for _, a := range addresses {
+			if p, err := netip.ParsePrefix(a.String()); err == nil {
+				one.Addresses = append(one.Addresses, netip.PrefixFrom(p.Addr().Unmap(), p.Bits()))
+			}
+		}
+		out = append(out, one)
+	}
+	return out
 }
 
 // indent is the width of what stands before a check.

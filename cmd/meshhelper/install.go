@@ -246,7 +246,6 @@ func (o *installOptions) systemdOptions(source string) (*install.Options, error)
 	}
 	what := o.app.installed(o.label)
 	what.Source = source
-	what.Arguments = []string{"--platform", "linux", "--state-dir", what.StateDir, "--socket", what.Socket, "--label", o.label}
 	what.Keep = func() error {
 		dir := filepath.Join(o.app.service.root, what.StateDir)
 		kept, err := daemon.ReadSettings(dir)
@@ -262,12 +261,16 @@ func (o *installOptions) systemdOptions(source string) (*install.Options, error)
 	return what, nil
 }
 
+// unitSocket is where a helper that systemd runs answers.
+const unitSocket = "/run/meshhelper.sock"
+
 // installed describes the service as both commands know it.
 func (a *app) installed(label string) *install.Options {
 	if a.service.systemd {
 		return &install.Options{
-			Systemd: true, Label: label, StateDir: a.defaultStateDir("linux"), Socket: "/run/meshhelper.sock",
-			Runner: a.service.runner, Root: a.service.root,
+			Systemd: true, Label: label, StateDir: a.defaultStateDir("linux"), Socket: unitSocket,
+			Arguments: []string{"--platform", "linux", "--state-dir", a.defaultStateDir("linux"), "--socket", unitSocket, "--label", label},
+			Runner:    a.service.runner, Root: a.service.root,
 			Restore: func(ctx context.Context) error { return a.service.restore(ctx, a.defaultStateDir("linux")) },
 		}
 	}

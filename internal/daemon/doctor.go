@@ -110,6 +110,7 @@ func (d *Daemon) checks(c condition, found []Problem, folder api.Check) []api.Ch
 	}
 	checks = append(checks, wrong("host firewall", "no rule of other software's is known to stop WireGuard's own packets", func(p Problem) bool { return p.Tunnel })...)
 	checks = append(checks, wrong("other packet filters", "no rule of other software's is known to stop what peers may do", func(p Problem) bool { return p.Step == othersStep })...)
+	checks = append(checks, wrong(stepPrefix, "nothing else on this host is known to have a part of it", func(p Problem) bool { return p.Step == stepPrefix })...)
 	checks = append(checks, checkUplink(c), checkForwarding(c), d.checkEndpoint(c, doc), d.checkNames(doc), d.checkClock(), checkFlows(c))
 	for _, p := range found {
 		check := api.Check{Name: p.Step, Message: p.Message, Hint: p.Hint}
@@ -124,6 +125,44 @@ func (d *Daemon) checks(c condition, found []Problem, folder api.Check) []api.Ch
 		}
 	}
 	return checks
+}
+
+// helpersChecks are the checks of a helper, in the order of [Daemon.Doctor], behind the one
+// of the helper itself.
+var helpersChecks = []string{
+	"state folder", "wanted state", "tunnel device", "UDP port", "packet filter", "host firewall", "other packet filters",
+	stepPrefix, "default route", "forwarding", "endpoint", "peers' endpoints", "clock", "flows",
+}
+
+// noInterface stands for the mesh interface where there is none: Linux lets no interface have
+// the name (dev_valid_name of net/core/dev.c), and macOS numbers its own.
+const noInterface = ".."
+
+// ChecksWithout returns the checks of a helper where none answers: what they are about
+// isn't looked at, but for the mesh prefixes, which the addresses of the host's interfaces
+// are compared with.
+func ChecksWithout(prefixes []netip.Prefix, interfaces []policy.Interface) (out []api.Check) {
+	for _, name := range helpersChecks {
+		c := api.Check{Name: name, Message: "not looked at, for no helper answers", Follows: checkHelper}
+		if name != stepPrefix {
+			out = append(out, c)
+			continue
+		}
+		r, err := policy.Compile(policy.Mesh{Prefixes: prefixes}, policy.Host{Interface: noInterface, Interfaces: interfaces}, time.Time{})
+		if err != nil {
+			c.Message = "not looked at: " + err.Error()
+			out = append(out, c)
+			continue
+		}
+		overlaps := overlapProblems(r)
+		for _, p := range overlaps {
+			out = append(out, api.Check{Name: name, Message: p.Message, Hint: p.Hint})
+		}
+		if len(overlaps) == 0 {
+			out = append(out, api.Check{Name: name, OK: true, Message: fmt.Sprintf("no interface has an address inside %v; routes and DNS servers aren't looked at, for no helper answers", prefixes)})
+		}
+	}
+	return out
 }
 
 // more returns what the checks find that isn't among the problems yet, for status.

@@ -43,6 +43,9 @@ func TestDoctorSaysTheCauseFirst(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
 		_, well := r.doctor()
+		if !slices.Equal(well, append([]string{checkHelper}, helpersChecks...)) {
+			t.Errorf("the checks are %q", well)
+		}
 		r.host.SetFault(func(step string) error {
 			if step == "enforce" {
 				return &platform.StepError{Step: "load rules", Hint: "load them", Err: errors.New("no")}
@@ -67,6 +70,26 @@ func TestDoctorSaysTheCauseFirst(t *testing.T) {
 			t.Errorf("rules as loaded: %v", err)
 		}
 	})
+}
+
+// TestChecksWithoutAHelper lists the same ones, and looks for overlaps with the mesh prefixes.
+func TestChecksWithoutAHelper(t *testing.T) {
+	mesh := []netip.Prefix{netip.MustParsePrefix("100.64.0.0/10"), netip.MustParsePrefix("fd6d:6573:6800::/48")}
+	for address, want := range map[string]string{
+		"192.168.1.7/24": "no interface has an address inside", "100.99.1.1/32": "the interface tailscale0 has 100.99.1.1/32, inside the mesh prefix 100.64.0.0/10",
+	} {
+		checks := ChecksWithout(mesh, []policy.Interface{{Name: "tailscale0", Addresses: []netip.Prefix{netip.MustParsePrefix(address)}}})
+		var names []string
+		for _, c := range checks {
+			names = append(names, c.Name)
+			if c.Name == stepPrefix && (!strings.HasPrefix(c.Message, want) || c.OK != (c.Hint == "")) || c.Name != stepPrefix && (c.OK || c.Follows != checkHelper) {
+				t.Errorf("%s: %+v", address, c)
+			}
+		}
+		if !slices.Equal(names, helpersChecks) {
+			t.Errorf("the checks are %q", names)
+		}
+	}
 }
 
 // TestDoctorWritesIntoTheStateFolder takes the folder's place away.

@@ -44,15 +44,19 @@ const again = "sudo meshhelper install puts it right; the mesh stays"
 
 // Checks looks at the service as it is installed, without the helper: the property
 // list, the program, what launchd and macOS say of it, and the Application
-// Firewall. It changes nothing. Where nothing is installed it says only that.
+// Firewall; on Linux the unit, the program, and what systemd says. It changes nothing. Where nothing is installed it says only that.
 func Checks(ctx context.Context, o *Options) []Check {
+	if o.Systemd {
+		return o.systemdChecks(ctx)
+	}
 	if _, err := os.Lstat(o.disk(o.List())); errors.Is(err, fs.ErrNotExist) {
 		return []Check{Check{Name: "service"}.wrong("not installed: there is no "+o.List(), "sudo meshhelper install")}
 	}
-	var out []Check
-	for _, check := range []func(context.Context) Check{
-		o.checkWrittenList, o.checkInstalled, o.checkService, o.checkEnabled, o.checkLoginItem, o.checkFirewall,
-	} {
+	return runChecks(ctx, o.checkWrittenList, o.checkInstalled, o.checkService, o.checkEnabled, o.checkLoginItem, o.checkFirewall)
+}
+
+func runChecks(ctx context.Context, checks ...func(context.Context) Check) (out []Check) {
+	for _, check := range checks {
 		limit, cancel := context.WithTimeout(ctx, checkLimit)
 		out = append(out, check(limit))
 		cancel()

@@ -274,6 +274,79 @@ func (o *Options) unitState(ctx context.Context) (load, active string, err error
 	return load, active, err
 }
 
+// systemdChecks is [Checks] on Linux.
+func (o *Options) systemdChecks(ctx context.Context) []Check {
+	if _, err := os.Lstat(o.disk(o.unitPath())); errors.Is(err, fs.ErrNotExist) {
+		c := Check{Name: "service"}
+		if !o.hasSystemd() {
+			return []Check{c.wrong("not installed, and "+ErrNoSystemd.Error(), "run the helper in the foreground, or by this host's service manager: meshhelper run")}
+		}
+		return []Check{c.wrong("not installed: there is no "+o.unitPath(), "sudo meshhelper install")}
+	}
+	return runChecks(ctx, o.checkUnitFile, o.checkUnitProgram, o.checkUnitRuns, o.checkUnitEnabled)
+}
+
+// checkUnitFile compares the unit with the one that Install writes.
+func (o *Options) checkUnitFile(context.Context) Check {
+	c := Check{Name: "unit"}
+	if to, err := os.Readlink(o.disk(o.unitPath())); err == nil {
+		if to == "/dev/null" {
+			return c.wrong(o.Unit()+" is masked, so that it doesn't start", fmt.Sprintf("sudo systemctl unmask %s, then: sudo meshhelper install", o.Unit()))
+		}
+		return c.wrong(fmt.Sprintf("%s is a link to %s, which isn't meshhelper's", o.unitPath(), to), "remove the link, then: sudo meshhelper install")
+	}
+	text, err := os.ReadFile(o.disk(o.unitPath()))
+	switch {
+	case err != nil:
+		return c.unknown(err)
+	case string(text) != o.unitText():
+		return c.wrong(o.unitPath()+" isn't what this version installs: it was edited, or is another version's", again+"; own changes belong in a drop-in: sudo systemctl edit "+o.Unit())
+	}
+	return c.fine("%s", o.unitPath())
+}
+
+func (o *Options) checkUnitProgram(ctx context.Context) Check {
+	c := Check{Name: "program"}
+	if err := o.checkOwnedProgram(ctx); err != nil && !errors.Is(err, fs.ErrPermission) {
+		return c.wrong(err.Error(), "chown root and chmod go-w what is named, then: sudo meshhelper install")
+	} else if err != nil {
+		return c.unknown(err)
+	}
+	return c.fine("%s, which only root can change", o.Program())
+}
+
+// checkUnitRuns asks systemd how the service is.
+func (o *Options) checkUnitRuns(ctx context.Context) Check {
+	c := Check{Name: "service"}
+	if !o.hasSystemd() {
+		return c.wrong(ErrNoSystemd.Error()+", so that nothing starts the unit", "run the helper by this host's service manager: meshhelper run")
+	}
+	switch load, active, err := o.unitState(ctx); {
+	case err != nil:
+		return c.unknown(err)
+	case active == "active":
+		return c.fine("%s runs", o.Unit())
+	case load != "loaded":
+		return c.wrong(fmt.Sprintf("systemd hasn't loaded %s (%s)", o.Unit(), load), "sudo systemctl daemon-reload, then: sudo systemctl start "+o.Unit())
+	case active == "inactive":
+		return c.wrong(o.Unit()+" is stopped", "sudo systemctl start "+o.Unit())
+	default:
+		return c.wrong(fmt.Sprintf("%s doesn't run: systemd says %s", o.Unit(), active), "see why: journalctl -u "+o.Unit())
+	}
+}
+
+// checkUnitEnabled looks for the link by which systemd starts the unit with the host.
+func (o *Options) checkUnitEnabled(context.Context) Check {
+	c := Check{Name: "start with the host"}
+	switch _, err := os.Lstat(o.disk(o.wantsPath())); {
+	case errors.Is(err, fs.ErrNotExist):
+		return c.wrong(o.Unit()+" isn't enabled, so that it doesn't start with the host", "sudo systemctl enable "+o.Unit())
+	case err != nil:
+		return c.unknown(err)
+	}
+	return c.fine("%s is enabled", o.Unit())
+}
+
 // stopUnit stops the service and returns when it has ended.
 func (o *Options) stopUnit(ctx context.Context) error {
 	_, active, err := o.unitState(ctx)

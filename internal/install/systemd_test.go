@@ -338,3 +338,52 @@ func TestQuoteUnit(t *testing.T) {
 		}
 	}
 }
+
+// TestChecksOnLinux has each part of the installed service be as it shouldn't.
+func TestChecksOnLinux(t *testing.T) {
+	unit := func(g *linuxRig) string { return filepath.Join(g.root, unitDir, "meshhelper.service") }
+	for name, tt := range map[string]struct {
+		spoil      func(g *linuxRig)
+		wrong      string // the checks that find something
+		want, hint string
+	}{
+		"nothing": {func(*linuxRig) {}, "", "", ""},
+		"no unit": {func(g *linuxRig) { g.must(os.Remove(unit(g))) }, "service", "there is no /etc/systemd/system/meshhelper.service", "sudo meshhelper install"},
+		"no unit, nor systemd": {func(g *linuxRig) { g.must(errors.Join(os.Remove(unit(g)), os.Remove(filepath.Join(g.root, runDir)))) },
+			"service", "systemd isn't this host's service manager", "meshhelper run"},
+		"no systemd": {func(g *linuxRig) { g.must(os.Remove(filepath.Join(g.root, runDir))) }, "service", "nothing starts the unit", "meshhelper run"},
+		"an edited unit": {func(g *linuxRig) {
+			g.must(os.WriteFile(unit(g), []byte(strings.Replace(g.o.unitText(), "Restart=always", "Restart=no", 1)), 0o644))
+		}, "unit", "isn't what this version installs", "sudo meshhelper install"},
+		"another version's unit": {func(g *linuxRig) { g.o.Arguments = append(g.o.Arguments, "--new") }, "unit", "another version's", "sudo meshhelper install"},
+		"masked": {func(g *linuxRig) { g.must(errors.Join(os.Remove(unit(g)), os.Symlink("/dev/null", unit(g)))) },
+			"unit", "is masked", "systemctl unmask meshhelper.service"},
+		"another's unit": {func(g *linuxRig) { g.must(errors.Join(os.Remove(unit(g)), os.Symlink("/opt/x.service", unit(g)))) },
+			"unit", "is a link to /opt/x.service", "remove the link"},
+		"not enabled": {func(g *linuxRig) { g.must(os.Remove(filepath.Join(g.root, wantsDir, "meshhelper.service"))) },
+			"start with the host", "isn't enabled", "systemctl enable meshhelper.service"},
+		"stopped": {func(g *linuxRig) { g.systemd.active["meshhelper.service"] = false }, "service", "is stopped", "systemctl start meshhelper.service"},
+		"not loaded": {func(g *linuxRig) { g.systemd.active, g.systemd.loaded = map[string]bool{}, map[string]string{} },
+			"service", "hasn't loaded", "systemctl daemon-reload"},
+		"a program that others can write": {func(g *linuxRig) { g.must(os.Chmod(filepath.Join(g.root, g.o.Program()), 0o777)) }, "program", "others may write to it", "chmod go-w"},
+		"no program":                      {func(g *linuxRig) { g.must(os.Remove(filepath.Join(g.root, g.o.Program()))) }, "program", "no such file", "sudo meshhelper install"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := newLinuxRig(t)
+			g.must(g.install())
+			tt.spoil(g)
+			var wrong, messages, hints []string
+			for _, c := range Checks(t.Context(), g.o) {
+				if !c.OK {
+					wrong, messages, hints = append(wrong, c.Name), append(messages, c.Message), append(hints, c.Hint)
+				}
+				if c.Message == "" || c.OK != (c.Hint == "") {
+					t.Errorf("%+v", c)
+				}
+			}
+			if strings.Join(wrong, ", ") != tt.wrong || !strings.Contains(strings.Join(messages, "; "), tt.want) || !strings.Contains(strings.Join(hints, "; "), tt.hint) {
+				t.Errorf("%q: %q -> %q; want %q: %q -> %q", wrong, messages, hints, tt.wrong, tt.want, tt.hint)
+			}
+		})
+	}
+}
