@@ -12,7 +12,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
 
-// stopsLimit bounds the questions to the host about one packet.
+// stopsLimit is when no further question is put to the host about one packet. A question
+// to its kernel may take as long again.
 const stopsLimit = 5 * time.Second
 
 // stops returns what other than the policy stops a packet that the policy lets pass, and
@@ -259,7 +260,10 @@ func (t *trip) way(p policy.Packet, back bool) (platform.Way, bool) {
 	if !can {
 		return platform.Way{}, false
 	}
-	w, err := f.Way(t.ctx, p)
+	w, err := platform.Way{}, t.ctx.Err()
+	if err == nil {
+		w, err = f.Way(t.ctx, p)
+	}
 	if err != nil {
 		t.stop(back, api.Stop{Message: "the kernel doesn't tell which way it would send it: " + err.Error(), Hint: "ask again", Unclear: true})
 	}

@@ -477,7 +477,7 @@ func TestHoldersAreNamed(t *testing.T) {
 	r := w.enforce(m)
 	name := func() string {
 		full := []platform.Problem{{Message: "full"}}
-		w.do(func() error { w.p.others.nameHolders(full, r); return nil })
+		w.do(func() error { w.p.others.nameHolders(t.Context(), full, r); return nil })
 		return full[0].Message
 	}
 	w.spread(map[netip.Addr]int{ann4: 80, bob6: 60, cyd: 40, dan: 20})
@@ -504,7 +504,7 @@ func TestHoldersAreNamed(t *testing.T) {
 
 	// Once the table isn't full any more, the next count is a new one. A peer that
 	// has less than a hundredth isn't named.
-	w.do(func() error { w.p.others.nameHolders(nil, r); return nil })
+	w.do(func() error { w.p.others.nameHolders(t.Context(), nil, r); return nil })
 	w.spread(map[netip.Addr]int{ann6: 300, bob4: 2})
 	if got := holding(name()); got["ann"] < 95 || len(got) != 1 {
 		t.Errorf("ann has nearly all flows, bob two, named are %v", got)

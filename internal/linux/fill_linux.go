@@ -84,13 +84,13 @@ const (
 
 // nameHolders adds to the problem of a full table which peers its flows are of. A
 // count that fails leaves it as it is.
-func (o *others) nameHolders(full []platform.Problem, r *policy.Ruleset) {
+func (o *others) nameHolders(ctx context.Context, full []platform.Problem, r *policy.Ruleset) {
 	if len(full) == 0 {
 		o.holders = holders{}
 		return
 	}
 	if o.holders.looks%holdersEvery == 0 {
-		if text, err := o.countHolders(r); err == nil {
+		if text, err := o.countHolders(ctx, r); err == nil {
 			o.holders.text = text
 		}
 	}
@@ -99,8 +99,8 @@ func (o *others) nameHolders(full []platform.Problem, r *policy.Ruleset) {
 }
 
 // countHolders says which peers opened the most flows.
-func (o *others) countHolders(r *policy.Ruleset) (string, error) {
-	of, all, err := o.countFlows(context.Background(), r, func(*flowEntry) bool { return true })
+func (o *others) countHolders(ctx context.Context, r *policy.Ruleset) (string, error) {
+	of, all, err := o.countFlows(ctx, r, func(*flowEntry) bool { return true })
 	if err != nil {
 		return "", err
 	}

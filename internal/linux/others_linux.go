@@ -138,7 +138,7 @@ func (p *Platform) Others(ctx context.Context, r *policy.Ruleset, outer []netip.
 		// First what is bounded, then what others' rules may make long.
 		eerr := o.endExcess(ctx, r)
 		full, ferr := fillProblems(o.sys)
-		o.nameHolders(full, r)
+		o.nameHolders(ctx, full, r)
 		oerr := o.lookAtOthers(ctx, r, outer)
 		legacy, lerr := legacyProblems()
 		out = slices.Concat(o.excess.found, o.obstacles, legacy, full)
