@@ -178,7 +178,7 @@ type Daemon struct {
 	counts         map[wireguard.PublicKey]totals // as last learned; replaced, never changed
 	before         map[wireguard.PublicKey]totals // what was counted before the start; never changed
 	learned        map[wireguard.PublicKey]netip.AddrPort
-	outside        []netip.Addr     // of the name in this host's own endpoint
+	outside        outside          // of the name in this host's own endpoint
 	unresolved     map[string]error // why names of endpoints weren't found last time
 	learnedUnsaved bool             // whether the last attempt to save learned failed
 	learning       sync.Mutex       // held while learned is made anew
@@ -317,6 +317,9 @@ func (d *Daemon) load() error {
 		d.opts.Logger.Warn(err.Error()) // peers are found by what they send
 	}
 	d.learned, d.counts, d.before = l.Endpoints, l.Counts, l.Counts
+	if own := d.ownName(); len(own) > 0 && own[0] == l.Outside.Name {
+		d.outside = l.Outside
+	}
 	return nil
 }
 

@@ -282,11 +282,20 @@ func (d *Daemon) checkEndpoint(c condition, doc *document) api.Check {
 	addresses := []netip.Addr{at.Unmap()}
 	if err != nil {
 		d.mu.Lock()
-		addresses, err = d.outside, d.unresolved[e.Host]
+		o, err := d.outside, d.unresolved[e.Host]
 		d.mu.Unlock()
-		if err != nil {
+		addresses = o.Addresses
+		switch {
+		case err != nil:
 			out.OK, out.Message = false, fmt.Sprintf("the name %q of this host's endpoint doesn't resolve: %v", e.Host, err)
+			if len(addresses) == 0 {
+				out.Message += "; as long as its address isn't known, peers with routing reach the router by it without lan"
+			}
 			out.Hint = "correct the name, or the host's DNS; peers look it up, too"
+			return out
+		case o.left > 0:
+			out.OK, out.Message = false, fmt.Sprintf("%q has more addresses than count as this host's: %d don't, and peers with routing reach them without lan", e.Host, o.left)
+			out.Hint = "give the endpoint a name that is this host's alone: meshhelper settings endpoint HOST"
 			return out
 		}
 		if len(addresses) == 0 {

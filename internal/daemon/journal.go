@@ -115,8 +115,10 @@ func (j *journal) open(dir string, log *slog.Logger) {
 		j.last = (j.events[n-1].Seq/seqStep + 1) * seqStep
 	}
 	j.written = j.last
-	// What a loss of power cut off in the middle of a line mustn't take the next with it.
-	j.failed = len(text) > 0 && text[len(text)-1] != '\n'
+	// A file that isn't ours to read is made anew, as is one of which a loss of power cut
+	// off the last line, which mustn't take the next with it.
+	unread := err != nil && !errors.Is(err, fs.ErrNotExist)
+	j.failed = unread || len(text) > 0 && text[len(text)-1] != '\n'
 }
 
 // decodeEvents reads a journal's file: the last events in it, by Seq. What is no event,

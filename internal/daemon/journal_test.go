@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -106,6 +107,34 @@ func TestJournalIsBounded(t *testing.T) {
 	flushed(t, next)
 	if all, _ := openJournal(dir).Since(0); all[len(all)-1].Message != "after" {
 		t.Errorf("the last event is %.10q", all[len(all)-1].Message)
+	}
+}
+
+// TestForeignJournal finds a file that no helper wrote: too large, or no file at all. It is
+// replaced with the next event.
+func TestForeignJournal(t *testing.T) {
+	for name, make := range map[string]func(path string) error{
+		"zeros":    func(path string) error { return os.Truncate(path, 300<<20) },
+		"a link":   func(path string) error { return errors.Join(os.Remove(path), os.Symlink("/etc/hostname", path)) },
+		"too open": func(path string) error { return os.Chmod(path, 0o666) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			path := filepath.Join(dir, eventsFile)
+			if err := errors.Join(os.WriteFile(path, nil, 0o600), make(path)); err != nil {
+				t.Fatal(err)
+			}
+			j := openJournal(dir)
+			j.Record(api.Event{Kind: api.EventChange, Message: "x"})
+			flushed(t, j)
+			info, err := os.Lstat(path)
+			if err != nil || !info.Mode().IsRegular() || info.Mode().Perm() != 0o600 || info.Size() > 1000 {
+				t.Errorf("%v, %v", info, err)
+			}
+			if all, _ := openJournal(dir).Since(0); len(all) != 1 {
+				t.Errorf("%d events are kept, want 1", len(all))
+			}
+		})
 	}
 }
 

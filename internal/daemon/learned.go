@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
@@ -19,11 +20,12 @@ import (
 
 // learned is what a helper found out about peers by itself: where a peer without a
 // configured endpoint was last heard. After a restart the host sends there first, so
-// that such a peer isn't dark until it sends by itself. And what was counted of each peer.
-// Nothing depends on it.
+// that such a peer isn't dark until it sends by itself. And what was counted of each peer,
+// and by which addresses others know this host.
 type learned struct {
 	Endpoints map[wireguard.PublicKey]netip.AddrPort `json:"endpoints"`
 	Counts    map[wireguard.PublicKey]totals         `json:"counts,omitempty"`
+	Outside   outside                                `json:"outside,omitzero"`
 }
 
 // totals are what was counted of a peer over all helpers' lives. What one counted since it
@@ -67,6 +69,8 @@ func decodeLearned(text []byte) (learned, error) {
 	maps.DeleteFunc(l.Endpoints, func(_ wireguard.PublicKey, at netip.AddrPort) bool {
 		return !at.IsValid() || at.Port() == 0
 	})
+	l.Outside.Addresses = slices.DeleteFunc(l.Outside.Addresses, func(a netip.Addr) bool { return !a.IsValid() || a.Zone() != "" })
+	l.Outside.Addresses = l.Outside.Addresses[:min(len(l.Outside.Addresses), maxOutside)]
 	return l, nil
 }
 
@@ -145,9 +149,15 @@ func (d *Daemon) learnFrom(n numbers) (news bool) {
 	d.mu.Lock()
 	d.learned, d.counts = next, counts
 	d.mu.Unlock()
+	d.saveLearned()
+	return true
+}
+
+// saveLearned has what was learned saved.
+func (d *Daemon) saveLearned() {
 	d.disk.submit("learned", func() error {
 		d.mu.Lock()
-		now := learned{Endpoints: d.learned, Counts: d.counts}
+		now := learned{Endpoints: d.learned, Counts: d.counts, Outside: d.outside}
 		d.mu.Unlock()
 		err := d.disk.store.writeLearned(now)
 		d.mu.Lock()
@@ -158,5 +168,4 @@ func (d *Daemon) learnFrom(n numbers) (news bool) {
 		}
 		return err
 	})
-	return true
 }

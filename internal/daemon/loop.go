@@ -264,7 +264,7 @@ func (l *loop) observe(ctx context.Context) (policy.Host, error) {
 	}
 	l.d.mu.Lock()
 	defer l.d.mu.Unlock()
-	host.Outside = append(host.Outside, l.d.outside...)
+	host.Outside = append(host.Outside, l.d.outside.Addresses...)
 	return host, err
 }
 

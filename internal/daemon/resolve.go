@@ -65,7 +65,8 @@ type resolver struct {
 // named is a name that is looked up.
 type named struct {
 	addr    netip.Addr
-	all     []netip.Addr // sorted
+	all     found // of an own name
+	left    int   // how many of the last answer have no room in it
 	due     time.Time
 	again   backoff // of a name that isn't found
 	asked   bool    // a look-up runs
@@ -89,7 +90,7 @@ func (r *resolver) ask(ctx context.Context) time.Duration {
 		wanted[host] = true
 		n := r.names[host]
 		if n == nil {
-			n = &named{again: backoff{min: resolveTimeout, max: 5 * resolveInterval}}
+			n = &named{again: backoff{min: resolveTimeout, max: 5 * resolveInterval}, all: r.d.keptOutside(host, now)}
 			r.names[host] = n
 		}
 		in := 0
@@ -155,19 +156,18 @@ func (r *resolver) take(a answer) {
 	if !slices.Contains(found, n.addr) {
 		n.addr, changed = found[0], true
 	}
-	slices.SortFunc(found, netip.Addr.Compare)
-	found = slices.Compact(found)
-	found = found[:min(len(found), maxOutside)]
-	changed = changed || !slices.Equal(n.all, found) && slices.Contains(r.own, a.name)
-	n.all = found
+	if slices.Contains(r.d.ownName(), a.name) {
+		slices.SortFunc(found, netip.Addr.Compare)
+		before, left := slices.Collect(maps.Keys(n.all)), n.left
+		n.left = n.all.add(slices.Compact(found), time.Now())
+		changed = changed || n.left != left || len(before) != len(n.all) ||
+			slices.ContainsFunc(before, func(a netip.Addr) bool { _, still := n.all[a]; return !still })
+	}
 	if changed {
 		r.publish()
 		poke(r.d.moved)
 	}
 }
-
-// maxOutside bounds how many addresses of this host's own name count.
-const maxOutside = 16
 
 // ownName returns the name in this host's own endpoint, or none where that is an
 // address, or not given.
@@ -188,15 +188,16 @@ func (r *resolver) publish() {
 		}
 	}
 	r.d.mu.Lock()
-	defer r.d.mu.Unlock()
 	r.d.names = names
 	maps.DeleteFunc(r.d.unresolved, func(host string, _ error) bool { return r.names[host] == nil })
-	r.d.outside = nil
+	r.d.mu.Unlock()
+	o := outside{}
 	for _, host := range r.own {
 		if n := r.names[host]; n != nil {
-			r.d.outside = n.all
+			o = outside{host, slices.SortedFunc(maps.Keys(n.all), netip.Addr.Compare), n.left}
 		}
 	}
+	r.d.setOutside(o)
 }
 
 // namesChanged reports whether the second document has endpoints by name that the first

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -68,13 +69,20 @@ func (r *rig) options() Options {
 		Resolve: func(context.Context, string) ([]netip.Addr, error) {
 			r.mu.Lock()
 			defer r.mu.Unlock()
-			a, err := netip.ParseAddr(r.resolved)
-			return []netip.Addr{a}, err
+			var out []netip.Addr
+			for text := range strings.SplitSeq(r.resolved, ",") {
+				a, err := netip.ParseAddr(text)
+				if err != nil {
+					return nil, err
+				}
+				out = append(out, a)
+			}
+			return out, nil
 		},
 	}
 }
 
-// resolveTo sets what every name resolves to; "" is an error.
+// resolveTo sets what every name resolves to, by commas; "" is an error.
 func (r *rig) resolveTo(address string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
