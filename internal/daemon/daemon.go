@@ -161,6 +161,8 @@ type Daemon struct {
 	// settings count now; setting is held, by a value in it, while they are changed.
 	settings atomic.Pointer[settings]
 	setting  chan struct{}
+	// full says that the state folder takes nothing, or is nil.
+	full atomic.Pointer[Problem]
 	// looking is held, by a value in it, during a look at other software.
 	looking chan struct{}
 

@@ -61,6 +61,7 @@ func (d *Daemon) Doctor(ctx context.Context) ([]api.Check, error) {
 // The names of checks that others refer to.
 const (
 	checkHelper = "helper"
+	checkFolder = "state folder"
 	// othersStep is the step of problems with other software's packet filters.
 	othersStep = "look at other packet filters"
 )
@@ -130,7 +131,7 @@ func (d *Daemon) checks(c condition, found []Problem, folder api.Check) []api.Ch
 // helpersChecks are the checks of a helper, in the order of [Daemon.Doctor], behind the one
 // of the helper itself.
 var helpersChecks = []string{
-	"state folder", "wanted state", "tunnel device", "UDP port", "packet filter", "host firewall", "other packet filters",
+	checkFolder, "wanted state", "tunnel device", "UDP port", "packet filter", "host firewall", "other packet filters",
 	stepPrefix, "default route", "forwarding", "endpoint", "peers' endpoints", "clock", "flows",
 }
 
@@ -170,6 +171,9 @@ func (d *Daemon) more(c condition, found []Problem) (out []Problem) {
 	if c.state != api.Enforcing {
 		return nil // it would follow from that
 	}
+	if p := d.full.Load(); p != nil {
+		out = append(out, *p)
+	}
 	doc := d.wanted.Load()
 	for _, check := range []api.Check{checkUplink(c), d.checkEndpoint(c, doc), d.checkNames(doc), d.checkClock(), checkFlows(c)} {
 		if !check.OK && !slices.ContainsFunc(found, func(p Problem) bool { return p.Message == check.Message }) {
@@ -186,7 +190,7 @@ const tryLimit = 2 * time.Second
 // is full or read-only is known before a change can't be saved.
 func (d *Daemon) tryFolder(ctx context.Context) api.Check {
 	dir := d.disk.store.dir
-	check := api.Check{Name: "state folder", Hint: fmt.Sprintf("make room on the disk of %q, or make it writable: a change made meanwhile is lost at a restart", dir)}
+	check := api.Check{Name: checkFolder, Hint: folderHint(dir)}
 	limit, cancel := context.WithTimeout(ctx, tryLimit)
 	defer cancel()
 	j := d.disk.submit("try", func() error { return tryWrite(dir) })
@@ -195,12 +199,29 @@ func (d *Daemon) tryFolder(ctx context.Context) api.Check {
 		if check.OK = j.err == nil; check.OK {
 			check.Message = fmt.Sprintf("%s takes what is written", dir)
 		} else {
-			check.Message = "nothing can be written: " + j.err.Error()
+			check.Message = fmt.Sprintf("nothing can be written into %q: %v", dir, j.err)
 		}
 	case <-limit.Done():
 		check.Message = fmt.Sprintf("the disk of %q doesn't answer", dir)
 	}
 	return check
+}
+
+func folderHint(dir string) string {
+	return fmt.Sprintf("make room on the disk of %q, or make it writable: a change made meanwhile is lost at a restart", dir)
+}
+
+// lookForRoom has the state folder's file system asked, without a write, whether it takes
+// anything, for status. The caller doesn't wait for the disk.
+func (d *Daemon) lookForRoom() {
+	dir := d.disk.store.dir
+	d.disk.submit("room", func() error {
+		err := roomIn(dir)
+		if d.full.Store(nil); err != nil {
+			d.full.Store(&Problem{Step: checkFolder, Message: fmt.Sprintf("nothing can be written into %q: %v", dir, err), Hint: folderHint(dir)})
+		}
+		return err
+	})
 }
 
 // tryBytes is more than a file system keeps for what is nearly full.

@@ -588,6 +588,7 @@ func (l *loop) publish() {
 		c.listenPort = l.port()
 	}
 	l.d.publish(c)
+	l.d.lookForRoom()
 }
 
 // leave ends the tunnel first, so that nothing of a peer arrives while the
