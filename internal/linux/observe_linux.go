@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	mdlayher "github.com/mdlayher/netlink"
@@ -43,9 +44,9 @@ func (o observer) facts() (h policy.Host, err error) {
 	return h, err
 }
 
-// look returns interfaces, routes and uplinks. Interfaces whose names no packet
-// filter's language takes are left out: what is behind them then isn't the
-// uplink, so that nothing of a peer gets there.
+// look returns interfaces, routes and uplinks. An interface whose name no packet filter's
+// language takes has a stand-in for it: its addresses and networks count, but it is no
+// uplink.
 func (o observer) look() (policy.Host, error) {
 	h := policy.Host{Interface: o.mesh}
 	links, err := o.nl.LinkList()
@@ -54,9 +55,11 @@ func (o observer) look() (policy.Host, error) {
 	}
 	names := map[int]string{}
 	for _, l := range links {
-		if n := l.Attrs().Name; usableName(n) {
-			names[l.Attrs().Index] = n
+		n, index := l.Attrs().Name, l.Attrs().Index
+		if !usableName(n) {
+			n = standInPrefix + strconv.Itoa(index)
 		}
+		names[index] = n
 	}
 	list, err := o.nl.AddrList(nil, netlink.FAMILY_ALL)
 	if err != nil {
@@ -75,6 +78,9 @@ func (o observer) look() (policy.Host, error) {
 		}
 		h.IPsec = append(h.IPsec, secured...)
 		up, equal := r.uplink(o.mesh)
+		if strings.HasPrefix(up.iface, standInPrefix) {
+			up, equal = routeEntry{}, nil
+		}
 		if up.router.IsValid() && up.router.Is4() != (family == netlink.FAMILY_V4) {
 			up.router = netip.Addr{} // IPv4 by a router's IPv6 address (RFC 5549)
 		}
@@ -158,6 +164,10 @@ func (o observer) masquerades(up routeEntry) netip.Addr {
 	}
 	return first
 }
+
+// standInPrefix begins the name that stands for one that isn't usable; its index follows. No
+// interface has such a name (dev_valid_name in net/core/dev.c).
+const standInPrefix = "if:"
 
 // usableName reports what policy.Host.Validate accepts.
 func usableName(n string) bool {

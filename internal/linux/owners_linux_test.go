@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/netlab"
@@ -337,6 +338,56 @@ func TestLoopbackAliases(t *testing.T) {
 		if got := w.arrivals(word(n)); len(got) != 1 || got[0].where != "host" {
 			t.Errorf("the host to %v: came out at %v", dst, got)
 		}
+	}
+}
+
+// TestOddInterfaceNames has an interface by whose name no rule can be written: what it has
+// of the mesh prefix is its owner's all the same, and what is attached to it is no
+// internet.
+func TestOddInterfaceNames(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	defer w.close()
+	nl := w.pic.B.Netlink()
+	link, err := nl.LinkByName(netlab.LAN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, err := range []error{nl.LinkSetDown(link), nl.LinkSetName(link, "ev\x1b[31m"), nl.LinkSetUp(link)} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	odd, neighbour := netip.MustParsePrefix("100.70.0.1/16"), netip.MustParseAddr("100.70.0.2")
+	if err := nl.AddrAdd(link, &netlink.Addr{IPNet: &net.IPNet{IP: odd.Addr().AsSlice(), Mask: net.CIDRMask(16, 32)}}); err != nil {
+		t.Fatal(err)
+	}
+	w.ip(w.pic.L, "addr add 100.70.0.2/16 dev eth0")
+	r := w.enforce(mesh(grants{ann: policy.Routing, bob: all}))
+	if h := r.Host(); h.Uplink4 != netlab.Uplink {
+		t.Errorf("the uplink is %q", h.Uplink4)
+	}
+	lan := netlab.Addresses().L.V4
+	if r.Class(lan) != policy.OnLAN || r.Class(netlab.Addresses().BLAN.V4) != policy.Self || !r.IsOthers(neighbour) || len(r.Overlaps()) == 0 {
+		t.Errorf("classes %v and %v, others' %v, overlaps %v", r.Class(lan), r.Class(netlab.Addresses().BLAN.V4), r.IsOthers(neighbour), r.Overlaps())
+	}
+	w.hostSendsTo(neighbour, 0, word(1))
+	w.settle([][]byte{word(1)})
+	if got := w.arrivals(word(1)); len(got) != 1 || got[0].where != netlab.LAN {
+		t.Errorf("the host's own packet came out at %v", got)
+	}
+	w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, 20000), netip.AddrPortFrom(lan, 9), word(2)))
+	w.settle([][]byte{word(2)})
+	if got := w.arrivals(word(2)); len(got) > 0 {
+		t.Errorf("a packet of a peer without lan came out at %v", got)
+	}
+	// It can't be the uplink: no rule would let peers' packets out there.
+	w.ip(w.pic.B, "route del default via "+netlab.Addresses().W.V4.String()+" dev wan0")
+	if err := nl.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: neighbour.AsSlice()}); err != nil {
+		t.Fatal(err)
+	}
+	if h := w.enforce(mesh(grants{ann: policy.Routing})).Host(); h.Uplink4 != "" {
+		t.Errorf("the uplink is %q", h.Uplink4)
 	}
 }
 
