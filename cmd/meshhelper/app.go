@@ -15,7 +15,6 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
-	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 
@@ -53,13 +52,18 @@ type app struct {
 	getenv         func(string) string
 	random         io.Reader
 	terminal       bool // whether stdout is one
-	columns, rows  int  // of the terminal; 0: there is none
+	columns, rows  int  // of the terminal that stdout is; 0: it is none
+	talkColumns    int  // of the terminal that stderr is; 0: it is none
 	size           func() (columns, rows int)
+	talkSize       func() (columns, rows int)
 	platforms      map[string]newPlatform
 	service        *serviceHost // nil where there is no launchd
 
 	// resolve looks a name up; nil: as this computer does.
 	resolve func(context.Context, string) ([]netip.Addr, error)
+
+	// lookPath finds a program in the PATH; nil: all are there.
+	lookPath func(name string) (string, error)
 
 	// flush waits, bounded, for what stderr hasn't taken yet.
 	flush func()
@@ -116,6 +120,9 @@ func (a *app) main(args []string) int {
 		a.size = func() (int, int) { return 0, 0 }
 	}
 	a.columns, a.rows = a.size()
+	if a.talkSize != nil {
+		a.talkColumns, _ = a.talkSize()
+	}
 	root := newRoot(a)
 	root.SetArgs(args)
 	root.SetIn(a.stdin)
@@ -144,14 +151,14 @@ func (a *app) main(args []string) int {
 		a.sayErrorJSON(cmd, err)
 		return exitStatus(err)
 	}
-	fmt.Fprintf(a.stderr, "meshhelper: %v\n", err)
+	a.talk("meshhelper: %v", err)
 	if exitStatus(err) == exitUsage {
 		if !a.started && !cmd.HasSubCommands() {
-			fmt.Fprintf(a.stderr, "usage: %s\n", cmd.UseLine())
+			a.talk("usage: %s", cmd.UseLine())
 		}
-		fmt.Fprintf(a.stderr, "see: %s --help\n", cmd.CommandPath())
+		a.talk("see: %s --help", cmd.CommandPath())
 	} else if hint := a.reachHint(err); hint != "" {
-		fmt.Fprintln(a.stderr, hint)
+		a.talk("%s", hint)
 	}
 	return exitStatus(err)
 }
@@ -222,7 +229,7 @@ func exitStatus(err error) int {
 func (a *app) reachHint(err error) string {
 	switch {
 	case errors.Is(err, api.ErrUnreachable):
-		return "start it with: sudo meshhelper run"
+		return a.startHint()
 	case errors.Is(err, api.ErrNotPermitted):
 		return "try sudo"
 	case errors.Is(err, api.ErrUntrusted):
@@ -260,6 +267,8 @@ host, reach the internet through it, or reach its networks.`,
 		newExplainCommand(a), newRulesCommand(a), newDoctorCommand(a), newEventsCommand(a), newSettingsCommand(a),
 		newInstallCommand(a), newUninstallCommand(a), newVersionCommand(a),
 	)
+	root.SetHelpFunc(a.wrapHelpOf(root.HelpFunc()))
+	root.SetHelpCommand(newHelpCommand())
 	root.SetVersionTemplate("{{.Version}}\n")
 	root.SetFlagErrorFunc(flagError)
 	addCompletion(a, root)
@@ -298,30 +307,6 @@ func (a *app) print(v any, text func()) error {
 	}
 	return enc.Encode(v)
 }
-
-// say writes a line of the answer.
-func (a *app) say(format string, args ...any) { fmt.Fprintf(a.stdout, format+"\n", args...) }
-
-// sayWrapped writes a line of the answer, at a terminal broken between words; next
-// stands before each line but the first.
-func (a *app) sayWrapped(first, next, text string) {
-	line := first
-	for i, word := range strings.Split(text, " ") {
-		switch {
-		case i == 0:
-		case a.columns > 0 && utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) > a.columns:
-			a.say("%s", strings.TrimRight(line, " "))
-			line = next
-		default:
-			line += " "
-		}
-		line += word
-	}
-	a.say("%s", line)
-}
-
-// talk writes a line beside the answer.
-func (a *app) talk(format string, args ...any) { fmt.Fprintf(a.stderr, format+"\n", args...) }
 
 // defaultSocket is where a command looks for the helper: what the environment
 // says, else the system's, else that of a helper of this user's, where no other
@@ -399,7 +384,7 @@ func versionLine() string {
 
 func newVersionCommand(a *app) *cobra.Command {
 	return &cobra.Command{
-		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
+		Use: "version", Short: "Print the version",
 		RunE: func(*cobra.Command, []string) error {
 			v := struct {
 				Version string `json:"version"`

@@ -64,7 +64,7 @@ For this shell:      source <(meshhelper completion bash)
 For every new one:   meshhelper completion bash > /etc/bash_completion.d/meshhelper
                      or add the line above to ~/.bashrc`
 			shell.RunE = func(c *cobra.Command, _ []string) error {
-				a.say("%s", bashHelpers)
+				a.sayWhole(bashHelpers)
 				bare, err := c.Flags().GetBool("no-descriptions")
 				if err != nil {
 					return err

@@ -128,7 +128,7 @@ func TestQRCodeNeedsRoom(t *testing.T) {
 			t.Errorf("%d columns: printed %d bytes", columns, out.Len())
 		}
 		if said := strings.Contains(talk.String(), "this terminal 60, so it isn't printed"); said == drawn ||
-			!drawn && !strings.Contains(talk.String(), "meshhelper peer rekey phone --qr") {
+			!drawn && !strings.Contains(talk.String(), "meshhelper peer rekey phone --qr, or for a file instead: meshhelper peer rekey phone --output FILE") {
 			t.Errorf("%d columns: says %q", columns, talk.String())
 		}
 	}

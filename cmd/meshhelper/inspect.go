@@ -76,10 +76,8 @@ func runExplain(ctx context.Context, o *explainOptions, peer, to string) error {
 	if err != nil {
 		return err
 	}
-	if e.Name = t.name; t.name != "" && !a.json {
-		a.say("%s is %s", t.name, t.found)
-	}
-	return a.print(e, func() { a.writeExplanation(e) })
+	e.Name = t.name
+	return a.print(e, func() { a.writeExplanation(e, t.found) })
 }
 
 // explain asks the helper, or judges its mesh on the host in a file.
@@ -185,7 +183,7 @@ func (a *app) findDestination(ctx context.Context, t *destination, q *api.Questi
 			err = errors.New("it has no address")
 		}
 		if err != nil {
-			return netip.Addr{}, api.Errorf(api.CodeBadRequest, "destination %q is no peer, and looking it up failed: %v", t.name, err).WithHint("give its address")
+			return netip.Addr{}, api.Errorf(codeFailed, "destination %q is no peer, and looking it up failed: %v", t.name, err).WithHint("give its address")
 		}
 		for i := range found {
 			found[i] = found[i].Unmap()
@@ -215,7 +213,10 @@ func (a *app) lookUp(ctx context.Context, name string) ([]netip.Addr, error) {
 	return net.DefaultResolver.LookupNetIP(ctx, "ip", name)
 }
 
-func (a *app) writeExplanation(e api.Explanation) {
+// writeExplanation writes the verdict, what stops the packet, what would change it, and then
+// by what it was judged. found is what the destination's name was found to be, "" where
+// none was given.
+func (a *app) writeExplanation(e api.Explanation, found string) {
 	port := ""
 	if e.Port != 0 {
 		port = " port " + strconv.Itoa(int(e.Port))
@@ -228,16 +229,6 @@ func (a *app) writeExplanation(e api.Explanation) {
 		a.say("%s from %s%s to %s (%s), which isn't an answer to %s, %s", e.Proto, e.From, port, e.Peer, e.To, e.Peer, verdictOf(e))
 	default:
 		a.say("%s from %s (%s) to %s%s %s", e.Proto, e.Peer, e.From, name, port, verdictOf(e))
-	}
-	if e.Class != "" {
-		a.say("class   %s", e.Class)
-	}
-	a.say("policy  %s", e.Policy)
-	if e.Loaded != "" {
-		a.say("rule    %s", e.Loaded)
-	}
-	if !e.Until.IsZero() {
-		a.say("until   %s, when the permission ends", formatEnd(e.Until))
 	}
 	for _, s := range e.Stops {
 		text := s.Message
@@ -254,8 +245,20 @@ func (a *app) writeExplanation(e api.Explanation) {
 			a.sayWrapped("        -> ", "           ", s.Hint)
 		}
 	}
-	if e.Command != "" {
-		a.say("change  %s", e.Command)
+	line := func(name, text string) {
+		if text != "" {
+			a.sayWrapped(fmt.Sprintf("%-8s", name), "        ", text)
+		}
+	}
+	line("change", e.Command)
+	if found != "" {
+		line("name", e.Name+" is "+found)
+	}
+	line("policy", e.Policy)
+	line("class", e.Class)
+	line("rule", e.Loaded)
+	if !e.Until.IsZero() {
+		line("until", formatEnd(e.Until)+", when the permission ends")
 	}
 }
 
@@ -372,7 +375,7 @@ func checkOf(c install.Check) api.Check {
 
 // noHelper is what doctor says where no helper answers.
 func (a *app) noHelper(err error, installed bool) api.Check {
-	c := api.Check{Name: "helper", Message: "none answers on " + a.socket, Hint: "start it with: sudo meshhelper run"}
+	c := api.Check{Name: "helper", Message: "none answers on " + a.socket, Hint: a.startHint()}
 	var errno syscall.Errno
 	if errors.As(err, &errno) {
 		c.Message += ": " + errno.Error()
@@ -382,8 +385,6 @@ func (a *app) noHelper(err error, installed bool) api.Check {
 		c.Hint = "see the checks of the service above, and the log below"
 	case installed:
 		c.Hint = "see the checks of the service above"
-	case a.service != nil:
-		c.Hint = "sudo meshhelper install, or in the foreground: sudo meshhelper run"
 	}
 	return c
 }

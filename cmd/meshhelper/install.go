@@ -76,7 +76,6 @@ start it now and with every boot, wait until it answers, and say how it is.
 Repeating it upgrades the helper in place; the mesh stays as it is. On Linux
 --operator, --listen-port and --endpoint are kept as settings, which
 "meshhelper settings" shows and changes; without them those of before stay.`,
-		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			o.given = c.Flags().Changed
 			return o.run(c.Context())
@@ -97,7 +96,7 @@ func (o *installOptions) run(ctx context.Context) error {
 		return err
 	}
 	if o.dryRun {
-		return o.app.printSteps(install.InstallSteps(what))
+		return o.rehearse(ctx, what)
 	}
 	boots := true
 	err = install.Install(ctx, what, func(s install.Step, err error) {
@@ -105,7 +104,7 @@ func (o *installOptions) run(ctx context.Context) error {
 		o.app.reportStep(s, err)
 	})
 	if err != nil {
-		return serviceError("install", err)
+		return o.app.serviceError("install", err)
 	}
 	s, err := o.settled(ctx)
 	if err != nil {
@@ -116,6 +115,19 @@ func (o *installOptions) run(ctx context.Context) error {
 		return err
 	}
 	return closedError(s)
+}
+
+// rehearse prints the steps, and what install would refuse.
+func (o *installOptions) rehearse(ctx context.Context, what *install.Options) error {
+	if err := o.app.printSteps(install.InstallSteps(what)); err != nil {
+		return err
+	}
+	err := install.Refusal(ctx, what)
+	if errors.Is(err, os.ErrPermission) {
+		o.app.talk("install itself needs root: sudo %s install", o.app.me())
+		return nil
+	}
+	return o.app.serviceError("install", err)
 }
 
 // settled returns the helper's status when it enforces, or when it has been closed
@@ -163,7 +175,11 @@ func (o *installOptions) describe(s api.Status, what *install.Options, boots boo
 			a.talk("         %s", p.Hint)
 		}
 	}
-	a.say("Next: meshhelper peer add phone --qr")
+	command := a.me()
+	if command != "meshhelper" {
+		command = what.Program() // the source may be thrown away
+	}
+	a.say("Next: %s peer add phone --own --allow routing --qr", command)
 	a.talk("to have the command in every user's path: %s", what.Link())
 }
 
@@ -185,6 +201,11 @@ func closedError(s api.Status) error {
 
 // options turns the flags into what is installed.
 func (o *installOptions) options() (*install.Options, error) {
+	if o.given("operator") {
+		if err := daemon.CheckOperator(o.operator); err != nil {
+			return nil, err
+		}
+	}
 	if o.operator == "" {
 		name, err := install.Operator(o.app.getenv)
 		if err != nil {
@@ -281,6 +302,47 @@ func (a *app) installed(label string) *install.Options {
 	}
 }
 
+// me is what starts this program: its name, or where a shell doesn't find that, its path.
+func (a *app) me() string {
+	if a.lookPath == nil {
+		return "meshhelper"
+	}
+	if _, err := a.lookPath("meshhelper"); err == nil {
+		return "meshhelper"
+	}
+	path, err := os.Executable()
+	if err != nil {
+		return "meshhelper"
+	}
+	return path
+}
+
+// startHint says how the helper is started: the service, where it is installed and its
+// socket was asked.
+func (a *app) startHint() string {
+	run := fmt.Sprintf("sudo %s run", a.me())
+	if a.service == nil {
+		return "start it with: " + run
+	}
+	label := a.service.defaultLabel()
+	what := a.installed(label)
+	installed := func(path string) bool {
+		_, err := os.Stat(filepath.Join(a.service.root, path))
+		return err == nil
+	}
+	switch {
+	case a.socket != what.Socket:
+		return "start it with: " + run
+	case a.service.systemd && installed(what.UnitPath()):
+		return "start it with: sudo systemctl start " + label
+	case !a.service.systemd && installed(what.List()):
+		return "start it with: sudo launchctl bootstrap system " + what.List()
+	case a.service.systemd && !what.HasSystemd():
+		return "start it with: " + run
+	}
+	return fmt.Sprintf("sudo %s install, or in the foreground: %s", a.me(), run)
+}
+
 func newUninstallCommand(a *app) *cobra.Command {
 	if a.service == nil {
 		return notHere("uninstall", "Remove the service and put the host back as it was")
@@ -290,15 +352,16 @@ func newUninstallCommand(a *app) *cobra.Command {
 		Use: "uninstall", Short: "Remove the service and put the host back as it was",
 		Long: `Stop the helper, put the packet filter, forwarding and routes back as they were
 found, and remove what was installed. It works when the helper is dead, too.`,
-		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			what := a.installed(label)
 			what.Purge = purge
 			left, err := install.Uninstall(c.Context(), what, a.reportStep)
-			if printErr := a.printLeft(left, purge); printErr != nil {
-				return printErr
+			if err == nil || len(left) > 0 {
+				if printErr := a.printLeft(left, purge); printErr != nil {
+					return printErr
+				}
 			}
-			return serviceError("uninstall", err)
+			return a.serviceError("uninstall", err)
 		},
 	}
 	c.Flags().StringVar(&label, "label", a.service.defaultLabel(), "`NAME` of the service")
@@ -314,7 +377,7 @@ func (a *app) printLeft(left []string, purge bool) error {
 		}
 		a.say("Left: %s", strings.Join(left, ", "))
 		if !purge {
-			a.talk("to remove the keys, all peers and the logs, too: sudo meshhelper uninstall --purge")
+			a.talk("to remove the keys, all peers and the logs, too: sudo %s uninstall --purge", a.me())
 		}
 	})
 }
@@ -343,20 +406,20 @@ func (a *app) reportStep(s install.Step, err error) {
 }
 
 // serviceError says what to do about a failure.
-func serviceError(command string, err error) error {
+func (a *app) serviceError(command string, err error) error {
 	var e *launchd.Error
 	switch {
 	case err == nil:
 		return nil
 	case errors.Is(err, install.ErrNoSystemd):
-		return fmt.Errorf("%w; run the helper by what starts services here, or in the foreground: sudo meshhelper run", err)
+		return fmt.Errorf("%w; run the helper by what starts services here, or in the foreground: sudo %s run", err, a.me())
 	case errors.Is(err, os.ErrPermission):
-		return api.Errorf(api.CodeForbidden, "%v", err).WithHint("try: sudo meshhelper %s", command)
+		return api.Errorf(api.CodeForbidden, "%v", err).WithHint("try: sudo %s %s", a.me(), command)
 	case errors.As(err, &e):
 		return fmt.Errorf("%w; %s", err, e.Hint())
 	case errors.Is(err, api.ErrUnreachable): // it is installed, so installing it is no advice
 		what, _, _ := strings.Cut(err.Error(), "\n")
-		return fmt.Errorf("%s; see why: sudo meshhelper doctor", what)
+		return fmt.Errorf("%s; see why: sudo %s doctor", what, a.me())
 	}
 	return err
 }

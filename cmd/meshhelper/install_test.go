@@ -18,6 +18,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -78,7 +79,7 @@ func (g *macRig) app(p *simmac.Process) *app {
 		return macos.NewPlatform(macos.PlatformOptions{StateDir: o.stateDir, Label: o.label, Runner: refusing{p, &g.refuse}, Kernel: p, CreateTUN: p.CreateTUN, Log: o.log})
 	}
 	return &app{
-		stdin: strings.NewReader(""), stdout: &g.stdout, stderr: &g.stderr, random: rand.Reader, size: func() (int, int) { return g.columns, 0 },
+		stdin: strings.NewReader(""), stdout: &g.stdout, stderr: &g.stderr, random: rand.Reader, size: func() (int, int) { return g.columns, 0 }, talkSize: func() (int, int) { return g.columns, 0 },
 		getenv:    func(name string) string { return map[string]string{"MESHHELPER_SOCKET": g.socket}[name] },
 		platforms: map[string]newPlatform{"darwin": platform},
 		service: &serviceHost{
@@ -230,7 +231,7 @@ func TestInstallOnTheSimulatedMac(t *testing.T) {
 	}
 
 	out := g.must("install", "--listen-port", "0")
-	if !strings.Contains(out, "The helper org.meshhelper runs on utun0") || !strings.Contains(out, "Next: meshhelper peer add phone") {
+	if !strings.Contains(out, "The helper org.meshhelper runs on utun0") || !strings.Contains(out, "Next: meshhelper peer add phone --own --allow routing --qr\n") {
 		t.Errorf("install prints\n%s", out)
 	}
 	if !g.mac.Allowed("/Library/PrivilegedHelperTools/org.meshhelper") {
@@ -434,6 +435,134 @@ func TestInstallElsewhere(t *testing.T) {
 		g.stderr.Reset()
 		if status := a.main([]string{command}); status != exitFailed || !strings.Contains(g.stderr.String(), "meshhelper run") {
 			t.Errorf("%s: exit status %d\n%s", command, status, g.stderr.String())
+		}
+	}
+}
+
+// TestUninstallBesideAHelper has a helper in the foreground answer where the service would:
+// uninstall fails, leaves it its socket, and doesn't say that nothing is left.
+func TestUninstallBesideAHelper(t *testing.T) {
+	g := newMacRig(t)
+	g.start(&launchd.Job{ProgramArguments: []string{"meshhelper", "run", "--listen-port", "0", "--platform", "darwin"}})
+	g.status()
+	if status := g.run("uninstall"); status != exitFailed || !strings.Contains(g.stderr.String(), "a helper that isn't the service answers there: end it") ||
+		strings.Contains(g.stdout.String(), "Nothing") {
+		t.Errorf("exit status %d\n%s%s", status, g.stdout.String(), g.stderr.String())
+	}
+	g.must("status")
+}
+
+// linuxApp returns the command on a Linux host below root, which needn't have systemd.
+func linuxApp(root string, stdout, stderr *bytes.Buffer) *app {
+	return &app{
+		stdin: strings.NewReader(""), stdout: stdout, stderr: stderr, random: rand.Reader, getenv: func(string) string { return "" },
+		service: &serviceHost{systemd: true, root: root, executable: func() (string, error) { return "/src/meshhelper", nil }},
+	}
+}
+
+// TestDryRunSaysWhatIsRefused has no systemd, an operator that doesn't exist, and a folder
+// that others may replace: a dry run fails as install would, and changes nothing.
+func TestDryRunSaysWhatIsRefused(t *testing.T) {
+	for _, c := range []struct {
+		systemd bool
+		args    string
+		status  int
+		says    string
+	}{
+		{true, "", exitDone, ""},
+		{true, "--operator 4242", exitDone, ""},
+		{false, "", exitFailed, "systemd isn't this host's service manager"},
+		{true, "--operator nobody-of-that-name", exitFailed, `there is no user "nobody-of-that-name"; give a user of this host`},
+		{true, "--endpoint https://x/", exitUsage, `endpoint "https://x/": it looks like a URL`},
+		{true, "--label a/b", exitUsage, "--label"},
+	} {
+		root := t.TempDir()
+		if c.systemd {
+			if err := os.MkdirAll(filepath.Join(root, "run/systemd/system"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var out, talk bytes.Buffer
+		status := linuxApp(root, &out, &talk).main(append([]string{"install", "--dry-run"}, strings.Fields(c.args)...))
+		if status != c.status || !strings.Contains(talk.String(), c.says) || c.says == "" && talk.Len() > 0 {
+			t.Errorf("systemd %t, %q: exit status %d, %q", c.systemd, c.args, status, talk.String())
+		}
+		if status == exitDone && !strings.Contains(out.String(), "write /etc/systemd/system/meshhelper.service\n") {
+			t.Errorf("it prints\n%s", out.String())
+		}
+		if _, err := os.Stat(filepath.Join(root, "etc")); err == nil {
+			t.Error("it wrote something")
+		}
+	}
+}
+
+// TestStartHint names what starts a helper: the service where one is installed, by the
+// program's path where the shell doesn't find it.
+func TestStartHint(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		systemd bool
+		has     string // on the disk
+		socket  string // "": the service's
+		lost    bool   // whether the program isn't in the PATH
+		want    string
+	}{
+		{true, "etc/systemd/system/meshhelper.service", "", false, "start it with: sudo systemctl start meshhelper"},
+		{true, "run/systemd/system/x", "", false, "sudo meshhelper install, or in the foreground: sudo meshhelper run"},
+		{true, "run/systemd/system/x", "", true, "sudo " + self + " install, or in the foreground: sudo " + self + " run"},
+		{true, "etc/x", "", false, "start it with: sudo meshhelper run"},
+		{true, "etc/systemd/system/meshhelper.service", "/tmp/s", false, "start it with: sudo meshhelper run"},
+		{false, "Library/LaunchDaemons/org.meshhelper.plist", "", false, "start it with: sudo launchctl bootstrap system /Library/LaunchDaemons/org.meshhelper.plist"},
+		{false, "Library/x", "", false, "sudo meshhelper install, or in the foreground: sudo meshhelper run"},
+	} {
+		a := linuxApp(t.TempDir(), nil, nil)
+		a.service.systemd = c.systemd
+		if a.socket = c.socket; a.socket == "" {
+			a.socket = a.installed(a.service.defaultLabel()).Socket
+		}
+		if c.lost {
+			a.lookPath = func(string) (string, error) { return "", os.ErrNotExist }
+		}
+		path := filepath.Join(a.service.root, c.has)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if got := a.reachHint(api.ErrUnreachable); got != c.want {
+			t.Errorf("%+v: %q", c, got)
+		}
+	}
+}
+
+// TestInstallAtSixtyColumns types commands at a terminal of 60 columns: what is said is
+// wrapped, and what is to be copied into a file isn't.
+func TestInstallAtSixtyColumns(t *testing.T) {
+	g := newMacRig(t)
+	g.columns = 60
+	const addresses = "AllowedIPs = 100."
+	for _, line := range []string{
+		"install --listen-port 0 --dry-run", "install --listen-port 0", "--help", "peer add --help", "explain --help", "help settings", "completion bash --help",
+		"peer add phone --allow routing --for 2h", "peer add phone --allow routing --for 2h", "peer add laptop --own", "peer add phone --own",
+		"peer allow laptop routing,lan --for 2h", "peer deny laptop routing", "peer allow laptop rooting", "peer show nobody-of-that-name-whom-anyone-knows",
+		"explain phone 192.168.77.9:445", "explain phone 198.51.100.9:443", "settings", "settings mesh-prefix4 10.99.0.0/16", "settings endpoint https://x.example/",
+		"status", "status --nonsense", "peer list", "doctor", "events", "stats", "peer dlete", "uninstall", "status",
+	} {
+		g.run(strings.Fields(line)...)
+		for text := range strings.Lines(g.stdout.String() + g.stderr.String()) {
+			text = strings.TrimSuffix(text, "\n")
+			copied := strings.HasPrefix(text, "Address = ") || strings.HasPrefix(text, addresses)
+			long := len(strings.Fields(text)) == 1 // a path or a key
+			if n := utf8.RuneCountInString(text); n > g.columns && !copied && !long {
+				t.Errorf("%s: %d columns: %q", line, n, text)
+			}
+		}
+		if strings.HasPrefix(line, "peer add laptop") && !strings.Contains(g.stdout.String(), "/32, fd6d:") {
+			t.Errorf("a configuration is wrapped:\n%s", g.stdout.String())
 		}
 	}
 }

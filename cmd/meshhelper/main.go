@@ -6,6 +6,7 @@ package main
 import (
 	"crypto/rand"
 	"os"
+	"os/exec"
 )
 
 func main() {
@@ -18,6 +19,7 @@ func newApp(p map[string]newPlatform) *app {
 		stdout: os.Stdout, stderr: os.Stderr, stdin: os.Stdin,
 		getenv: os.Getenv, random: rand.Reader, platforms: p, service: thisService(),
 		terminal: isTerminal(os.Stdout), size: func() (int, int) { return sizeOf(os.Stdout) },
+		talkSize: func() (int, int) { return sizeOf(os.Stderr) }, lookPath: exec.LookPath,
 	}
 }
 

@@ -58,3 +58,30 @@ func TestFit(t *testing.T) {
 		}
 	}
 }
+
+// TestFormatBytes has the amounts at the borders of the units.
+func TestFormatBytes(t *testing.T) {
+	for n, want := range map[uint64]string{
+		0: "0 B", 999: "999 B", 1023: "1023 B", 1024: "1 KiB", 1536: "1.5 KiB",
+		99<<10 + 512: "99.5 KiB", 999 << 10: "999 KiB", 999<<10 + 512: "1000 KiB", 1000 << 10: "1000 KiB", 1023 << 10: "1023 KiB",
+		1<<20 - 512: "1 MiB", 1<<20 - 513: "1023 KiB", 1<<20 - 1: "1 MiB", 1 << 20: "1 MiB", 1<<30 - 1: "1 GiB", 1<<40 - 1: "1 TiB", 1<<50 - 1: "1 PiB",
+		1<<60 - 1: "1 EiB", 1<<64 - 1: "16 EiB",
+	} {
+		if got := formatBytes(n); got != want {
+			t.Errorf("%d: %q, want %q", n, got, want)
+		}
+	}
+}
+
+// TestWrapHelp joins a paragraph's lines and breaks them anew, and leaves lists and, in a
+// pipe, everything as it is.
+func TestWrapHelp(t *testing.T) {
+	text := "one two three\nfour five.\n\nOne is:\n  a    first second\n      --flag VALUE   does this and that\n"
+	if got := wrapHelp(0, text); got != text {
+		t.Errorf("in a pipe: %q", got)
+	}
+	want := "one two three four\nfive.\n\nOne is:\n  a    first second\n      --flag VALUE   does this\n                     and that\n"
+	if got := wrapHelp(30, text); got != strings.ReplaceAll(want, "four\nfive.", "four five.") {
+		t.Errorf("30 columns: %q", got)
+	}
+}

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/daemon"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -41,7 +42,7 @@ func (a *app) completePeers(c *cobra.Command, args []string, _ string) ([]string
 
 func newPeerRemoveCommand(a *app) *cobra.Command {
 	return &cobra.Command{
-		Use: "remove NAME", Aliases: []string{"rm"}, Short: "Remove a peer",
+		Use: "remove NAME", Aliases: []string{"rm"}, SuggestFor: []string{"delete", "del", "drop"}, Short: "Remove a peer",
 		ValidArgsFunction: a.completePeers,
 		RunE: func(c *cobra.Command, args []string) error {
 			changed, err := a.client().RemovePeer(c.Context(), args[0])
@@ -143,6 +144,14 @@ type toggleOptions struct {
 	limit time.Duration
 }
 
+// verb is the command's name.
+func (o *toggleOptions) verb() string {
+	if o.allow {
+		return "allow"
+	}
+	return "deny"
+}
+
 func newToggleCommand(a *app, allow bool) *cobra.Command {
 	o := &toggleOptions{app: a, allow: allow}
 	c := &cobra.Command{
@@ -173,6 +182,9 @@ PERMISSION is one or more of
 
 func toggle(ctx context.Context, o *toggleOptions, ref string, words []string) error {
 	wanted, err := parsePermissions(words)
+	if right := swapped(append([]string{ref}, words...)); err != nil && right != nil {
+		return usagef("the peer's name comes first: meshhelper peer %s %s", o.verb(), strings.Join(right, " "))
+	}
 	if err != nil {
 		return err
 	}
@@ -183,7 +195,7 @@ func toggle(ctx context.Context, o *toggleOptions, ref string, words []string) e
 			if o.limit <= 0 {
 				return usagef("--for %v ends before it begins; take permissions with: meshhelper peer deny", o.limit)
 			}
-			c.For = new(o.limit.String())
+			c.For = new(shortDuration(o.limit))
 		}
 		change.Permissions[one.String()] = c
 	}
@@ -211,8 +223,12 @@ func parsePermissions(words []string) ([]policy.Permissions, error) {
 	var all policy.Permissions
 	for _, word := range words {
 		for name := range strings.SplitSeq(word, ",") {
-			one, err := policy.ParsePermission(strings.TrimSpace(name))
+			name = strings.TrimSpace(name)
+			one, err := policy.ParsePermission(name)
 			if err != nil {
+				if near := daemon.Closest(name, permissionNames()); near != "" {
+					return nil, usagef("permission %q is unknown; did you mean %q?", name, near)
+				}
 				return nil, &usageError{err}
 			}
 			if !all.Has(one) {
@@ -222,6 +238,30 @@ func parsePermissions(words []string) ([]policy.Permissions, error) {
 		}
 	}
 	return out, nil
+}
+
+func permissionNames() (names []string) {
+	for _, one := range policy.AllPermissions {
+		names = append(names, one.String())
+	}
+	return names
+}
+
+// swapped recognises permissions that were given before the peer's name, and returns the
+// arguments in the right order, or nil.
+func swapped(args []string) []string {
+	var names, permissions []string
+	for _, arg := range args {
+		if _, err := parsePermissions([]string{arg}); err == nil {
+			permissions = append(permissions, arg)
+		} else {
+			names = append(names, arg)
+		}
+	}
+	if len(names) != 1 || names[0] == args[0] {
+		return nil
+	}
+	return append(names, permissions...)
 }
 
 var verbs = map[policy.Permissions]string{

@@ -24,7 +24,7 @@ type peerAddOptions struct {
 	own, external, qr         bool
 	addresses, allow          []string
 	keepalive, limit          time.Duration
-	timed                     bool // whether limit was given
+	timed, pinged             bool // whether limit and keepalive were given
 	tunnel, output            string
 
 	file *outputFile // nil: the configuration goes to standard output
@@ -44,13 +44,12 @@ file with --output FILE. What can't be written isn't added.
 The configuration sends everything through this host where the peer may route, and
 else what is for this host. With --tunnel split it is what is for this host and, for a
 peer that may route and reach its networks (lan), for these.`,
-		Args: cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			o.name = args[0]
 			if o.publicKey == "" && c.Flags().Changed("public-key") {
 				return usagef("--public-key is empty; without it a key is made here")
 			}
-			o.timed = c.Flags().Changed("for")
+			o.timed, o.pinged = c.Flags().Changed("for"), c.Flags().Changed("keepalive")
 			return addPeer(c.Context(), o)
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,
@@ -151,7 +150,7 @@ func (o *peerAddOptions) request() (api.NewPeer, error) {
 	case o.external:
 		r.Kind = api.External
 	}
-	if o.keepalive != 0 {
+	if o.pinged {
 		r.Keepalive = o.keepalive.String()
 	}
 	wanted, err := parsePermissions(o.allow)
@@ -161,7 +160,7 @@ func (o *peerAddOptions) request() (api.NewPeer, error) {
 	for _, one := range wanted {
 		c := api.PermissionChange{Allowed: true}
 		if o.timed {
-			c.For = new(o.limit.String())
+			c.For = new(shortDuration(o.limit))
 		}
 		r.Permissions[one.String()] = c
 	}
@@ -186,7 +185,7 @@ func (a *app) drawKey(ctx context.Context, derived bool) (wireguard.PrivateKey, 
 	key, _, err := prefixes.GenerateFree(a.random, func(a netip.Addr) bool { return taken[a] })
 	if errors.Is(err, wireguard.ErrMeshFull) {
 		return key, api.Errorf(api.CodeMeshFull, "the mesh is full: %v", err).
-			WithHint("remove a peer, or run the helper with larger mesh prefixes")
+			WithHint("remove a peer, or take larger mesh prefixes: meshhelper settings mesh-prefix4 PREFIX")
 	}
 	return key, err
 }
@@ -285,7 +284,10 @@ func (o *peerAddOptions) tell(changed api.Changed, config wireguard.Config, half
 		}
 		speak("%s has a new key; %s. The old key is dead, and so is every configuration that has it", name, what)
 	case changed.Already:
-		speak("%s is already a peer, with %s", name, addresses)
+		speak("%s is already a peer, with %s; it may: %s", name, addresses, describePermissions(changed.Peer.Permissions))
+		if o.timed {
+			o.app.talk("--for changes nothing of a peer that exists; for another end run: meshhelper peer allow %s %s --for %s", name, strings.Join(o.allow, ","), shortDuration(o.limit))
+		}
 	default:
 		speak("%s is now a peer, with %s; it may: %s", name, addresses, describePermissions(changed.Peer.Permissions))
 	}
@@ -299,7 +301,7 @@ func (o *peerAddOptions) tell(changed api.Changed, config wireguard.Config, half
 		o.app.talk("the configuration sends everything; from %s on %s has no internet while it is connected", formatEnd(end), name)
 	}
 	if show {
-		o.app.say("%s", strings.TrimSuffix(config.Text(), "\n"))
+		o.app.sayWhole(strings.TrimSuffix(config.Text(), "\n"))
 	}
 	if o.qr {
 		o.app.printQR(config, name)
@@ -340,10 +342,10 @@ func (a *app) printQR(config wireguard.Config, name string) {
 	}
 	if a.columns > 0 && code.Size() > a.columns {
 		a.talk("warning: the QR code is %d columns wide and this terminal %d, so it isn't printed: make the window wider or its letters smaller, "+
-			"and run: meshhelper peer rekey %s --qr", code.Size(), a.columns, name)
+			"and run: meshhelper peer rekey %s --qr, or for a file instead: meshhelper peer rekey %s --output FILE", code.Size(), a.columns, name, name)
 		return
 	}
-	a.say("\n%s", code.Terminal(a.terminal && a.getenv("NO_COLOR") == ""))
+	a.sayWhole("\n" + code.Terminal(a.terminal && a.getenv("NO_COLOR") == ""))
 }
 
 // noQR refuses a QR code of a configuration without its private key: a phone that scans
@@ -355,7 +357,7 @@ func noQR(name string) error {
 func newPeerConfigCommand(a *app) *cobra.Command {
 	o := &peerAddOptions{app: a}
 	c := &cobra.Command{
-		Use: "config NAME", Short: "Print a peer's configuration, with a placeholder for its private key", Args: cobra.ExactArgs(1),
+		Use: "config NAME", Short: "Print a peer's configuration, with a placeholder for its private key",
 		ValidArgsFunction: a.completePeers,
 		RunE:              func(c *cobra.Command, args []string) error { return printConfig(c.Context(), o, args[0]) },
 	}
@@ -390,7 +392,7 @@ func printConfig(ctx context.Context, o *peerAddOptions, ref string) (err error)
 			o.app.say("the configuration of %s is in %s", peer.Name, o.output)
 			return
 		}
-		o.app.say("%s", strings.TrimSuffix(config.Text(), "\n"))
+		o.app.sayWhole(strings.TrimSuffix(config.Text(), "\n"))
 	})
 	return cmp.Or(err, o.app.written())
 }
@@ -402,7 +404,6 @@ func newPeerRekeyCommand(a *app) *cobra.Command {
 		Long: `Make a new key for a peer, and print its configuration, once: the private key is
 kept nowhere. The old key is dead at once, and addresses that were derived from it
 change. A configuration that can't be written changes nothing.`,
-		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: a.completePeers,
 		RunE:              func(c *cobra.Command, args []string) error { return rekeyPeer(c.Context(), o, args[0]) },
 	}

@@ -203,7 +203,7 @@ func (o *runOptions) withHint(err error) error {
 	case errors.Is(err, syscall.EADDRINUSE):
 		return fmt.Errorf("%w; another program has UDP port %d: choose one with --listen-port", err, o.listenPort)
 	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("%w; the helper needs root: sudo meshhelper run", err)
+		return fmt.Errorf("%w; the helper needs root: sudo %s run", err, o.app.me())
 	}
 	return err
 }
@@ -278,7 +278,7 @@ func (o *runOptions) parse(opts *daemon.Options) (err error) {
 		fallback = defaultListenPort
 	}
 	if opts.Endpoint, err = wireguard.ParseEndpoint(o.endpoint, fallback); err != nil {
-		return o.wrongf(daemon.SettingEndpoint, "%v", err)
+		return o.wrongf(daemon.SettingEndpoint, "%q: %v", o.endpoint, errors.Unwrap(err)) // which has it, too
 	}
 	return nil
 }
@@ -313,7 +313,11 @@ func (o *runOptions) access() (api.Access, error) {
 	}
 	uid, err := strconv.ParseUint(id, 10, 32)
 	if err != nil || uint32(uid) == api.NoOperator {
-		return a, o.wrongf(daemon.SettingOperator, "there is no user %q", o.operator)
+		if slices.Contains(o.kept, daemon.SettingOperator) {
+			return a, o.wrongf(daemon.SettingOperator, "there is no user %q", o.operator)
+		}
+		// It may be a user elsewhere, so it isn't wrong by itself.
+		return a, api.Errorf(api.CodeBadSetting, "--operator: there is no user %q", o.operator).WithHint("give a user of this host")
 	}
 	a.Operator = uint32(uid)
 	return a, nil

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -64,11 +65,13 @@ func (a *app) showSettings(ctx context.Context, args []string) error {
 	}
 	if len(args) == 0 {
 		return a.print(s, func() {
-			w := tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0)
+			var table strings.Builder
+			w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
 			for _, one := range s.Settings {
-				fmt.Fprintf(w, "%s\t%s\t%s\n", one.Key, orNone(one.Value), sourceOf(one))
+				fmt.Fprintf(w, "%s\t%s\t%s\n", one.Key, cmp.Or(one.Value, unset(one.Key)), sourceOf(one))
 			}
-			w.Flush() // its error is in a.stdout
+			w.Flush() // into memory
+			fmt.Fprint(a.stdout, wrapAt(a.columns, table.String(), func(line string) int { return len(listed.FindString(line)) }))
 		})
 	}
 	one, ok := s.Of(args[0])
@@ -79,10 +82,21 @@ func (a *app) showSettings(ctx context.Context, args []string) error {
 		if one.Value != "" {
 			a.say("%s", one.Value)
 		} else {
-			a.talk("%s isn't set", one.Key)
+			a.talk("%s isn't set: %s", one.Key, unset(one.Key))
 		}
 		a.talkOfSetting(s, one)
 	})
+}
+
+// unset says what counts where a setting has no value.
+func unset(key string) string {
+	switch key {
+	case daemon.SettingEndpoint:
+		return "an address of the uplink"
+	case daemon.SettingDNS:
+		return "public resolvers (Quad9)"
+	}
+	return "none"
 }
 
 func sourceOf(s api.Setting) string {
@@ -136,7 +150,7 @@ func (a *app) changeSetting(ctx context.Context, key string, value *string) erro
 		case one.Value == one.Kept:
 			a.say("%s is now %s", key, one.Kept)
 		default:
-			a.say("%s is kept as %s; now it is %s", key, one.Kept, orNone(one.Value))
+			a.say("%s is kept as %s; now it is %s", key, one.Kept, cmp.Or(one.Value, unset(key)))
 		}
 		a.talkOfSetting(s, one)
 		for _, p := range s.Problems {
@@ -187,9 +201,9 @@ func (a *app) sayRenumbered(peers []api.Renumbered) {
 	a.say("With the restart these peers get other addresses, and each device needs the lines below:")
 	for _, p := range peers {
 		a.say("")
-		a.say("%s: %s instead of %s", p.Name, joinAddresses(p.Is), joinAddresses(p.Was))
+		a.sayWrapped(p.Name+": ", "  ", fmt.Sprintf("%s instead of %s", joinAddresses(p.Is), joinAddresses(p.Was)))
 		for _, l := range p.Lines {
-			a.say("  %s %s", l.Section, l.Is)
+			a.sayWrapped("  "+l.Section+" ", "      ", l.Is)
 		}
 	}
 	a.say("")

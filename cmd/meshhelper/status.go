@@ -121,6 +121,10 @@ func (a *app) writeStatus(s api.Status) {
 			a.sayWrapped(strings.Repeat(" ", 12), strings.Repeat(" ", 12), p.Hint)
 		}
 	}
+	if s.Name != "" {
+		line("name", s.Name)
+	}
+	line("endpoint", orNone(s.Endpoint))
 	line("interface", fmt.Sprintf("%s, UDP port %d", orNone(s.Interface), s.ListenPort))
 	line("addresses", joinAddresses(s.Addresses))
 	line("public key", s.PublicKey)
@@ -254,14 +258,18 @@ func describeRouting(r api.Routing) string {
 	return fmt.Sprintf("%s, %s in, %s out", now, formatBytes(r.RxBytes), formatBytes(r.TxBytes))
 }
 
-// formatBytes shows a number of bytes with three digits and a binary unit.
+// formatBytes shows a number of bytes with three digits, or four up to 1023, and a binary
+// unit.
 func formatBytes(n uint64) string {
 	if n < 1024 {
 		return fmt.Sprintf("%d B", n)
 	}
 	value, unit := float64(n)/1024, 0
-	for value >= 1024 && unit < 4 {
+	for value >= 1023.5 && unit < 5 {
 		value, unit = value/1024, unit+1
 	}
-	return fmt.Sprintf("%.3g %ciB", value, "KMGTP"[unit])
+	if value >= 999.5 { // %g would write it as a power of ten
+		return fmt.Sprintf("%.0f %ciB", value, "KMGTPE"[unit])
+	}
+	return fmt.Sprintf("%.3g %ciB", value, "KMGTPE"[unit])
 }

@@ -15,7 +15,12 @@ import (
 // doesn't route although it may.
 func (a *app) warnTunnel(ctx context.Context, was string, is api.Peer) {
 	if routing := is.Permissions.Routing; is.Tunnel == api.TunnelFull && !routing.Until.IsZero() {
-		a.talk("%s's configuration is to send everything here; from %s on it has no internet while it is connected", is.Name, formatEnd(routing.Until))
+		subject := is.Name + "'s configuration sends everything here"
+		if was != is.Tunnel {
+			subject = "with the new one it sends everything here"
+		}
+		// After the lines of the new one, where there is one.
+		defer a.talk("%s; from %s on it has no internet while it is connected", subject, formatEnd(routing.Until))
 	}
 	if was == is.Tunnel || was == "" || is.Tunnel == "" {
 		return

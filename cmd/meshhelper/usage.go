@@ -74,11 +74,48 @@ func unknownCommand(c *cobra.Command, name string) error {
 		if sub.IsAvailableCommand() {
 			names = append(append(names, sub.Name()), sub.Aliases...)
 		}
+		if slices.ContainsFunc(sub.SuggestFor, func(other string) bool { return strings.EqualFold(other, name) }) {
+			return usagef("unknown command %q for %q; did you mean %q?", name, c.CommandPath(), sub.Name())
+		}
+		// A command of peers, without "peer" before it.
+		if below, _, err := sub.Find([]string{name}); err == nil && below != sub && sub.Name() == "peer" {
+			return usagef("unknown command %q for %q; did you mean %q?", name, c.CommandPath(), sub.Name()+" "+below.Name())
+		}
 	}
 	if near := daemon.Closest(name, names); near != "" {
 		return usagef("unknown command %q for %q; did you mean %q?", name, c.CommandPath(), near)
 	}
 	return usagef("unknown command %q for %q; it has: %s", name, c.CommandPath(), strings.Join(names, ", "))
+}
+
+// newHelpCommand returns `help`, which refuses a command that doesn't exist.
+func newHelpCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "help [COMMAND...]", Short: "Help about any command",
+		ValidArgsFunction: func(c *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+			about, _, _ := c.Root().Find(args) // one that isn't found has no proposals
+			var names []string
+			for _, sub := range about.Commands() {
+				if sub.IsAvailableCommand() {
+					names = append(names, sub.Name()+"\t"+sub.Short)
+				}
+			}
+			return names, cobra.ShellCompDirectiveNoFileComp
+		},
+		RunE: func(c *cobra.Command, args []string) error {
+			about := c.Root()
+			for _, name := range args {
+				sub, _, err := about.Find([]string{name})
+				if err != nil || sub == about {
+					return unknownCommand(about, name)
+				}
+				about = sub
+			}
+			about.InitDefaultHelpFlag()
+			about.InitDefaultVersionFlag()
+			return about.Help()
+		},
+	}
 }
 
 // flagError says what is wrong with a flag, and what it takes.
@@ -148,7 +185,7 @@ var units = map[string]time.Duration{
 // 2d, 1w.
 func parseDuration(text string) (time.Duration, error) {
 	if n, err := strconv.ParseFloat(text, 64); err == nil && n != 0 {
-		return 0, fmt.Errorf("%q has no unit: %sm are minutes, %sh hours, %sd days", text, text, text, text)
+		return 0, fmt.Errorf("%q has no unit: %ss are seconds, %sm minutes, %sh hours, %sd days", text, text, text, text, text)
 	}
 	if d, err := time.ParseDuration(text); err == nil {
 		return d, nil
@@ -184,6 +221,17 @@ func parseDuration(text string) (time.Duration, error) {
 		sum = -sum
 	}
 	return time.Duration(sum), nil
+}
+
+// shortDuration returns a duration as a person writes it: 2h, not 2h0m0s.
+func shortDuration(d time.Duration) string {
+	text := d.String()
+	for _, unit := range []string{"m0s", "h0m"} {
+		if strings.HasSuffix(text, unit) {
+			text = text[:len(text)-2]
+		}
+	}
+	return text
 }
 
 // completionOf returns how a flag's value is completed, where it has few values.

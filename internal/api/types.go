@@ -30,7 +30,9 @@ const (
 type Status struct {
 	Version string `json:"version"`
 	// Name is this host's, by the setting of that key.
-	Name         string         `json:"name"`
+	Name string `json:"name"`
+	// Endpoint is where configurations say that peers reach this host, or "".
+	Endpoint     string         `json:"endpoint"`
 	Platform     string         `json:"platform"`
 	Interface    string         `json:"interface"`
 	PublicKey    string         `json:"publicKey"`

@@ -360,7 +360,7 @@ func (d *Daemon) nothingChanged(cause error) error {
 	if errors.As(cause, &refusal) {
 		return refusal
 	}
-	return api.Errorf(api.CodeNotSaved, "nothing was changed: %v", cause).
+	return api.Errorf(api.CodeNotSaved, "nothing was changed: save wanted state: %v", cause).
 		WithHint("the old state stays in force; make room or make %q writable", d.opts.StateDir)
 }
 

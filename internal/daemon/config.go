@@ -52,7 +52,7 @@ func (d *Daemon) endpoint(c condition) (wireguard.Endpoint, []string) {
 	a, ok := uplinkAddress(c.host)
 	if !ok || c.listenPort == 0 {
 		return wireguard.Endpoint{}, []string{
-			"no endpoint is known, for this host has no address that others could be told: add Endpoint = HOST:PORT to the [Peer] section, or run the helper with --endpoint HOST",
+			"no endpoint is known, for this host has no address that others could be told: add Endpoint = HOST:PORT to the [Peer] section, or run: meshhelper settings endpoint HOST",
 		}
 	}
 	return wireguard.Endpoint{Host: a.String(), Port: c.listenPort}, []string{aboutEndpoint(a, c.listenPort)}
@@ -64,15 +64,15 @@ func aboutEndpoint(a netip.Addr, port uint16) string {
 	switch {
 	case sharedSpace.Contains(a):
 		return fmt.Sprintf("the endpoint %v is an address behind a provider's NAT (100.64.0.0/10): from outside no device reaches it. "+
-			"Where the router can be given a public address, forward UDP port %d on it to this host and run the helper with --endpoint HOST, the router's public name or address", a, port)
+			"Where the router can be given a public address, forward UDP port %d on it to this host and run: meshhelper settings endpoint HOST, with the router's public name or address", a, port)
 	case a.IsPrivate():
 		return fmt.Sprintf("the endpoint %v is a private address: only devices in the same network reach it. "+
-			"For others forward UDP port %d on the router to this host, and run the helper with --endpoint HOST, the router's public name or address", a, port)
+			"For others forward UDP port %d on the router to this host, and run: meshhelper settings endpoint HOST, with the router's public name or address", a, port)
 	case a.Is6():
 		return fmt.Sprintf("the endpoint %v is this host's IPv6 address: devices in networks without IPv6 don't reach it, nor do others before the router's firewall lets UDP port %d in. "+
-			"A name or another address is given with --endpoint HOST", a, port)
+			"A name or another address is given with: meshhelper settings endpoint HOST", a, port)
 	}
-	return fmt.Sprintf("the endpoint %v is this host's own address: where that changes, the configuration has to, too; a name that follows it is given with --endpoint HOST", a)
+	return fmt.Sprintf("the endpoint %v is this host's own address: where that changes, the configuration has to, too; a name that follows it is given with: meshhelper settings endpoint HOST", a)
 }
 
 // sharedSpace is what providers give to customers behind their NAT (RFC 6598).
@@ -119,9 +119,9 @@ func (d *Daemon) resolvers(h policy.Host) ([]netip.Addr, []string) {
 	case len(d.settings.Load().dns) == 0:
 		return defaultDNS, nil
 	case only6 && !slices.ContainsFunc(d.settings.Load().dns, netip.Addr.Is6):
-		return d.settings.Load().dns, []string{"this host has no IPv4 uplink, and no resolver of --dns has an IPv6 address: devices that route everything resolve no names"}
+		return d.settings.Load().dns, []string{"this host has no IPv4 uplink, and no resolver of the setting dns has an IPv6 address: devices that route everything resolve no names"}
 	case h.Uplink6 == "" && h.Uplink4 != "" && !slices.ContainsFunc(d.settings.Load().dns, netip.Addr.Is4):
-		return d.settings.Load().dns, []string{"this host has no IPv6 uplink, and no resolver of --dns has an IPv4 address: devices that route everything resolve no names"}
+		return d.settings.Load().dns, []string{"this host has no IPv6 uplink, and no resolver of the setting dns has an IPv4 address: devices that route everything resolve no names"}
 	}
 	return d.settings.Load().dns, nil
 }

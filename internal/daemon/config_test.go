@@ -43,7 +43,7 @@ func TestEndpointOfUplink(t *testing.T) {
 	}{
 		{"public IPv4", "203.0.113.7 2001:db8:1::2", "", "203.0.113.7", "where that changes"},
 		{"private IPv4 and IPv6", "192.168.1.5 2001:db8:1::2", "", "2001:db8:1::2", "lets UDP port 51820 in"},
-		{"a provider's NAT and IPv6", "100.70.1.2 2001:db8:1::2", "", "2001:db8:1::2", "--endpoint HOST"},
+		{"a provider's NAT and IPv6", "100.70.1.2 2001:db8:1::2", "", "2001:db8:1::2", "settings endpoint HOST"},
 		{"a provider's NAT alone", "100.70.1.2", "", "100.70.1.2", "behind a provider's NAT"},
 		{"private alone", "192.168.1.5 fd00::5", "", "192.168.1.5", "forward UDP port 51820 on the router"},
 		{"of two the one in use", "203.0.113.7 203.0.113.9", "203.0.113.9", "203.0.113.9", ""},

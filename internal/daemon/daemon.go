@@ -295,7 +295,7 @@ func (d *Daemon) load() error {
 	if doc == nil {
 		doc = &document{Version: documentVersion, Generation: 1, Saved: d.opts.Wall().UTC().Round(0), Peers: []peer{}}
 		if err := d.disk.store.save(context.Background(), doc); err != nil {
-			return err
+			return fmt.Errorf("save wanted state: %w", err)
 		}
 	}
 	d.clock = newClock(d.opts.Wall, d.savedTime(doc))
@@ -304,7 +304,7 @@ func (d *Daemon) load() error {
 			return err
 		}
 		if err := d.disk.store.save(context.Background(), doc); err != nil {
-			return err
+			return fmt.Errorf("save wanted state: %w", err)
 		}
 	}
 	if err := doc.fits(d.mesh); err != nil {

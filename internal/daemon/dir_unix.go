@@ -23,7 +23,7 @@ func checkDir(dir string) error {
 		return api.Errorf(api.CodeInternal, "state directory %q is not a directory", dir).WithHint("name a directory with --state-dir")
 	case !ok:
 		return api.Errorf(api.CodeInternal, "state directory %q belongs to user %d, not to root or the user that runs the helper", dir, uid).
-			WithHint("run: chown %d %q, after a look at what is in it", os.Geteuid(), dir)
+			WithHint("run: chown -R %d %q, after a look at what is in it", os.Geteuid(), dir)
 	case info.Mode().Perm()&0o022 != 0:
 		return api.Errorf(api.CodeInternal, "state directory %q has mode %v: others may write to it", dir, info.Mode().Perm()).
 			WithHint("run: chmod go-w %q", dir)

@@ -105,9 +105,9 @@ func (d *disk) wait(ctx context.Context, j *job) error {
 	default:
 	}
 	if errors.Is(ctx.Err(), context.Canceled) {
-		return errors.New("save wanted state: it isn't known yet whether it is saved: the caller left, or the helper is stopping")
+		return errors.New("it isn't known yet whether it is saved: the caller left, or the helper is stopping")
 	}
-	return fmt.Errorf("save wanted state: the disk of %q doesn't answer", d.store.dir)
+	return fmt.Errorf("the disk of %q doesn't answer", d.store.dir)
 }
 
 // saveWanted has what is wanted then saved.

@@ -511,7 +511,7 @@ func (l *loop) addProblem(err error) {
 	}
 	l.problems = append(l.problems, p)
 	if l.isNews(p) {
-		l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: err.Error()})
+		l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: p.Step + ": " + p.Message})
 	}
 }
 

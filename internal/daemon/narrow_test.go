@@ -155,7 +155,7 @@ func TestNarrowingDoesntWait(t *testing.T) {
 						}
 					}
 					if have.code == api.CodeNotSaved {
-						if p := r.d.Status().Problems; len(p) == 0 || p[0].Step != "save wanted state" {
+						if p := r.d.Status().Problems; len(p) == 0 || p[0].Step != "save wanted state" || strings.Contains(p[0].Message, p[0].Step) {
 							t.Errorf("problems %v don't say what isn't saved", p)
 						}
 						if n := len(r.events(api.EventProblem)); n > 3 {

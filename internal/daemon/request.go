@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
@@ -47,7 +48,7 @@ func (d *Daemon) newPeer(doc *document, p api.NewPeer, now time.Time) (*peer, er
 func (d *Daemon) readKey(text string) (wireguard.PublicKey, error) {
 	key, err := wireguard.ParsePublicKey(text)
 	if err != nil {
-		return key, api.Errorf(api.CodeBadKey, "the public key is not valid: %v", err).
+		return key, api.Errorf(api.CodeBadKey, "the public key is not valid: %s", strings.TrimPrefix(err.Error(), "parse public key: ")).
 			WithHint("it has 44 characters, as `wg pubkey` prints it")
 	}
 	if key == d.mesh.key {
@@ -64,7 +65,7 @@ func (p *peer) setEndpoint(text string) error {
 	}
 	e, err := wireguard.ParseEndpoint(text, 0)
 	if err != nil {
-		return api.Errorf(api.CodeBadEndpoint, "%v", err).WithHint("it is HOST:PORT, an IPv6 address in brackets")
+		return api.Errorf(api.CodeBadEndpoint, "endpoint %q: %v", text, errors.Unwrap(err)).WithHint("it is HOST:PORT, an IPv6 address in brackets")
 	}
 	p.Endpoint = e.String()
 	return nil
@@ -168,7 +169,7 @@ func (d *Daemon) giveAddresses(doc *document, p *peer, given []string) (out [2]n
 func (d *Daemon) freeHint(doc *document, key wireguard.PublicKey) string {
 	free, err := d.mesh.prefixes.Propose(key, func(a netip.Addr) bool { return d.owner(doc, a) != "" })
 	if err != nil {
-		return "remove a peer, or start the helper with larger mesh prefixes"
+		return "remove a peer, or take larger mesh prefixes: meshhelper settings mesh-prefix4 PREFIX"
 	}
 	return fmt.Sprintf("add --address %v --address %v", free.V4, free.V6)
 }
@@ -238,11 +239,29 @@ func samePeer(is, wanted *peer, asked api.NewPeer, now time.Time) error {
 }
 
 func samePermissions(is *peer, asked api.NewPeer, now time.Time) error {
-	for name, c := range asked.Permissions {
-		one, err := policy.ParsePermission(name)
-		if err == nil && policy.Grant(*is.Permissions.of(one)).In(now) != c.Allowed {
-			return api.Errorf(api.CodeNameTaken, "peer %q already exists, without %s", is.Name, name).
-				WithHint("run: meshhelper peer allow %s %s", is.Name, name)
+	for _, one := range policy.AllPermissions {
+		name := one.String()
+		c, wanted := asked.Permissions[name]
+		if !wanted {
+			continue
+		}
+		has, limit := *is.Permissions.of(one), ""
+		if c.For != nil {
+			limit = " --for " + *c.For
+		}
+		timed := c.For != nil || c.Until != nil
+		differs := ""
+		switch {
+		case policy.Grant(has).In(now) != c.Allowed:
+			differs = "without " + name
+		case c.Allowed && timed && has.Until.IsZero():
+			differs = "with " + name + " for good"
+		case c.Allowed && !timed && !has.Until.IsZero():
+			differs = fmt.Sprintf("with %s until %s", name, has.Until.Format(time.RFC3339))
+		}
+		if differs != "" {
+			return api.Errorf(api.CodeNameTaken, "peer %q already exists, %s", is.Name, differs).
+				WithHint("run: meshhelper peer allow %s %s%s", is.Name, name, limit)
 		}
 	}
 	return nil

@@ -91,7 +91,10 @@ func CheckSetting(key, value string) (string, error) {
 	case SettingLabel:
 		err, hint = checkLabel(value), "a label has 1 to 63 letters, digits, - and ., such as org.meshhelper"
 	case SettingEndpoint:
-		_, err = wireguard.ParseEndpoint(value, 1) // the port is that of WireGuard, where there is none
+		// The port is that of WireGuard, where there is none.
+		if _, wrong := wireguard.ParseEndpoint(value, 1); wrong != nil {
+			err = errors.Unwrap(wrong)
+		}
 		hint = "it is HOST or HOST:PORT, an IPv6 address in brackets where a port follows"
 	case SettingOperator:
 		if len(value) > 256 || strings.ContainsAny(value, " \t\n:/") {
@@ -114,7 +117,11 @@ func CheckSetting(key, value string) (string, error) {
 		err, hint = fmt.Errorf("a value has 1 to %d bytes", maxSetting), "to have it as if it was never set: meshhelper settings --unset "+key
 	}
 	if err != nil {
-		return "", api.Errorf(api.CodeBadSetting, "%s %.70q: %v", key, value, err).WithHint("%s", hint)
+		message := fmt.Sprintf("%s %.70q: %v", key, value, err)
+		if said := err.Error(); strings.Contains(said, strconv.Quote(value)) { // it quotes the value itself
+			message = key + " " + strings.TrimPrefix(said, key+" ")
+		}
+		return "", api.Errorf(api.CodeBadSetting, "%s", message).WithHint("%s", hint)
 	}
 	return kept, nil
 }
@@ -164,6 +171,9 @@ func ReadSettings(dir string) (map[string]string, error) {
 		return map[string]string{}, nil
 	}
 	if err != nil {
+		if wrong := checkDir(dir); wrong != nil {
+			return nil, wrong // the folder's owner first: with it that of the file is mended
+		}
 		return nil, fmt.Errorf("read settings: %w", err)
 	}
 	kept, err := decodeSettings(text)
@@ -345,7 +355,7 @@ func (d *Daemon) Settings() api.Settings { return d.settings.Load().answer() }
 // can't be saved.
 func (d *Daemon) ChangeSettings(ctx context.Context, changes map[string]*string) (api.Settings, error) {
 	if name := changes[SettingOperator]; name != nil {
-		if err := checkOperator(*name); err != nil {
+		if err := CheckOperator(*name); err != nil {
 			return api.Settings{}, err
 		}
 	}
@@ -547,9 +557,9 @@ func (d *Daemon) settingsNotSaved(cause error) error {
 		WithHint("make room or make %q writable, and repeat the command", d.opts.StateDir)
 }
 
-// checkOperator refuses a user that doesn't exist: a helper that is told of one doesn't
+// CheckOperator refuses a user that doesn't exist: a helper that is told of one doesn't
 // start.
-func checkOperator(name string) error {
+func CheckOperator(name string) error {
 	_, err := user.Lookup(name)
 	if err == nil {
 		return nil

@@ -23,6 +23,9 @@ func (d *Daemon) Status() api.Status {
 		Uplink: c.host.Uplink4, Forwarding: c.forwarding, Repairs: c.repairs,
 		Problems: []api.Problem{},
 	}
+	if e, _ := d.endpoint(c); e.Host != "" && e.Port != 0 {
+		s.Endpoint = e.String()
+	}
 	if s.Uplink == "" {
 		s.Uplink = c.host.Uplink6
 	}

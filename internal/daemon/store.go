@@ -118,12 +118,9 @@ func (s *store) save(ctx context.Context, doc *document) error {
 		return err
 	}
 	if len(text) > maxDocument {
-		return fmt.Errorf("save wanted state: %d bytes, at most %d", len(text), maxDocument)
+		return fmt.Errorf("the wanted state has %d bytes, at most %d", len(text), maxDocument)
 	}
-	if err := s.replace(ctx, text, stateFile, copyFile); err != nil {
-		return fmt.Errorf("save wanted state: %w", err)
-	}
-	return nil
+	return s.replace(ctx, text, stateFile, copyFile)
 }
 
 // replace gives files the same new content, and writes it for each before it renames

@@ -35,22 +35,23 @@ func InstallSteps(o *Options) []Step {
 	}
 }
 
+// Refusal does the first step alone, which looks and changes nothing: it returns why Install
+// would refuse, and that it needs root last (os.ErrPermission).
+func Refusal(ctx context.Context, o *Options) error { return InstallSteps(o)[0].do(ctx) }
+
 // Install installs or upgrades the helper and returns when it answers.
 func Install(ctx context.Context, o *Options, report Report) error {
 	return until(ctx, InstallSteps(o), report)
 }
 
 func (o *Options) checkJob(context.Context) error {
-	if err := o.isRoot(); err != nil {
-		return err
-	}
 	if v := o.job().Check(); len(v) > 0 {
 		return v[0]
 	}
 	if !filepath.IsAbs(o.Source) {
 		return fmt.Errorf("source %q: not an absolute path", o.Source)
 	}
-	return nil
+	return o.isRoot()
 }
 
 // makeDirs makes the folders that don't exist, and checks those that do: what
@@ -81,7 +82,7 @@ func (o *Options) makeDir(path string, mode os.FileMode) error {
 		return err
 	}
 	if !f.Mode.IsDir() || o.adopt(f).UID != 0 || f.Mode.Perm()&0o022 != 0 {
-		return fmt.Errorf("%s must be a folder that belongs to root and that no other user can write (it is %v of user %d)", path, f.Mode, f.UID)
+		return fmt.Errorf("%s must be a folder that belongs to root and that no other user can write (it is %v of user %d); run: chown -R 0 %q && chmod go-w %q, after a look at what is in it", path, f.Mode, f.UID, path, path)
 	}
 	return nil
 }

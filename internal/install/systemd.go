@@ -34,7 +34,8 @@ const WatchdogTime = 3 * time.Minute
 // Unit returns the name of the service's unit.
 func (o *Options) Unit() string { return o.Label + ".service" }
 
-func (o *Options) unitPath() string { return unitDir + "/" + o.Unit() }
+// UnitPath returns where the unit is installed.
+func (o *Options) UnitPath() string { return unitDir + "/" + o.Unit() }
 
 func (o *Options) wantsPath() string { return wantsDir + "/" + o.Unit() }
 
@@ -120,7 +121,7 @@ func (o *Options) systemdInstallSteps() []Step {
 		{fmt.Sprintf("make the folders %s and %s", libexecDir, o.StateDir), false, o.makeUnitDirs},
 		{fmt.Sprintf("copy %s to %s", o.Source, o.Program()), false, o.copyProgram},
 		{fmt.Sprintf("check that only root can change %s", o.Program()), false, o.checkOwnedProgram},
-		{fmt.Sprintf("write %s", o.unitPath()), false, o.writeUnit},
+		{fmt.Sprintf("write %s", o.UnitPath()), false, o.writeUnit},
 		{"have systemd read its units anew", false, func(ctx context.Context) error { return o.systemctl(ctx, "daemon-reload") }},
 		{fmt.Sprintf("stop the service %s, if it runs", o.Label), false, o.stopUnit},
 		{"keep the settings in " + o.StateDir, false, o.keep},
@@ -134,40 +135,38 @@ func (o *Options) systemdInstallSteps() []Step {
 var ErrNoSystemd = errors.New("systemd isn't this host's service manager")
 
 func (o *Options) checkUnit(context.Context) error {
-	if err := o.isRoot(); err != nil {
-		return err
-	}
-	if !o.hasSystemd() {
+	if !o.HasSystemd() {
 		return fmt.Errorf("%w (there is no %s)", ErrNoSystemd, runDir)
 	}
 	if o.Label == "" || len(o.Label) > 63 || strings.Trim(o.Label, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-") != "" || strings.HasPrefix(o.Label, "-") || strings.HasPrefix(o.Label, ".") {
-		return fmt.Errorf("%q is no name for a unit: it has 1 to 63 letters, digits, - and .", o.Label)
+		return fmt.Errorf("%q is no name for a unit: it has 1 to 63 letters, digits, hyphens and dots", o.Label)
 	}
 	if !filepath.IsAbs(o.Source) {
 		return fmt.Errorf("source %q: not an absolute path", o.Source)
 	}
 	// A masked unit is a link to /dev/null (systemctl(1), mask), which its owner made on
 	// purpose; another link leads to a unit that isn't ours.
-	if to, err := os.Readlink(o.disk(o.unitPath())); err == nil {
+	if to, err := os.Readlink(o.disk(o.UnitPath())); err == nil {
 		if to == "/dev/null" {
 			return fmt.Errorf("%s is masked; to let it start: systemctl unmask %s", o.Unit(), o.Unit())
 		}
-		return fmt.Errorf("%s is a link to %s; remove it, or choose another --label", o.unitPath(), to)
+		return fmt.Errorf("%s is a link to %s; remove it, or choose another --label", o.UnitPath(), to)
 	}
-	return nil
-}
-
-func (o *Options) hasSystemd() bool {
-	info, err := os.Stat(o.disk(runDir))
-	return err == nil && info.IsDir()
-}
-
-func (o *Options) makeUnitDirs(context.Context) error {
 	for _, dir := range []string{libexecDir, unitDir, o.StateDir} {
 		if err := o.checkAbove(dir); err != nil {
 			return err
 		}
 	}
+	return o.isRoot()
+}
+
+// HasSystemd reports whether systemd is the service manager here.
+func (o *Options) HasSystemd() bool {
+	info, err := os.Stat(o.disk(runDir))
+	return err == nil && info.IsDir()
+}
+
+func (o *Options) makeUnitDirs(context.Context) error {
 	return errors.Join(o.makeDir(libexecDir, 0o755), o.makeDir(unitDir, 0o755), o.makeDir(o.StateDir, 0o700))
 }
 
@@ -197,7 +196,7 @@ func (o *Options) checkOwnedProgram(context.Context) error {
 // writeUnit replaces the unit. It is written beside and renamed, by a name that systemd
 // doesn't take for a unit.
 func (o *Options) writeUnit(context.Context) error {
-	path := o.disk(o.unitPath())
+	path := o.disk(o.UnitPath())
 	temp, err := owned.WriteTemp(filepath.Dir(path), "."+o.Label+".*.tmp", []byte(o.unitText()))
 	if err != nil {
 		return err
@@ -276,12 +275,12 @@ func (o *Options) unitState(ctx context.Context) (load, active string, err error
 
 // systemdChecks is [Checks] on Linux.
 func (o *Options) systemdChecks(ctx context.Context) []Check {
-	if _, err := os.Lstat(o.disk(o.unitPath())); errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Lstat(o.disk(o.UnitPath())); errors.Is(err, fs.ErrNotExist) {
 		c := Check{Name: "service"}
-		if !o.hasSystemd() {
+		if !o.HasSystemd() {
 			return []Check{c.wrong("not installed, and "+ErrNoSystemd.Error(), "run the helper in the foreground, or by this host's service manager: meshhelper run")}
 		}
-		return []Check{c.wrong("not installed: there is no "+o.unitPath(), "sudo meshhelper install")}
+		return []Check{c.wrong("not installed: there is no "+o.UnitPath(), "sudo meshhelper install")}
 	}
 	return runChecks(ctx, o.checkUnitFile, o.checkUnitProgram, o.checkUnitRuns, o.checkUnitEnabled)
 }
@@ -289,20 +288,20 @@ func (o *Options) systemdChecks(ctx context.Context) []Check {
 // checkUnitFile compares the unit with the one that Install writes.
 func (o *Options) checkUnitFile(context.Context) Check {
 	c := Check{Name: "unit"}
-	if to, err := os.Readlink(o.disk(o.unitPath())); err == nil {
+	if to, err := os.Readlink(o.disk(o.UnitPath())); err == nil {
 		if to == "/dev/null" {
 			return c.wrong(o.Unit()+" is masked, so that it doesn't start", fmt.Sprintf("sudo systemctl unmask %s, then: sudo meshhelper install", o.Unit()))
 		}
-		return c.wrong(fmt.Sprintf("%s is a link to %s, which isn't meshhelper's", o.unitPath(), to), "remove the link, then: sudo meshhelper install")
+		return c.wrong(fmt.Sprintf("%s is a link to %s, which isn't meshhelper's", o.UnitPath(), to), "remove the link, then: sudo meshhelper install")
 	}
-	text, err := os.ReadFile(o.disk(o.unitPath()))
+	text, err := os.ReadFile(o.disk(o.UnitPath()))
 	switch {
 	case err != nil:
 		return c.unknown(err)
 	case string(text) != o.unitText():
-		return c.wrong(o.unitPath()+" isn't what this version installs: it was edited, or is another version's", again+"; own changes belong in a drop-in: sudo systemctl edit "+o.Unit())
+		return c.wrong(o.UnitPath()+" isn't what this version installs: it was edited, or is another version's", again+"; own changes belong in a drop-in: sudo systemctl edit "+o.Unit())
 	}
-	return c.fine("%s", o.unitPath())
+	return c.fine("%s", o.UnitPath())
 }
 
 func (o *Options) checkUnitProgram(ctx context.Context) Check {
@@ -318,7 +317,7 @@ func (o *Options) checkUnitProgram(ctx context.Context) Check {
 // checkUnitRuns asks systemd how the service is.
 func (o *Options) checkUnitRuns(ctx context.Context) Check {
 	c := Check{Name: "service"}
-	if !o.hasSystemd() {
+	if !o.HasSystemd() {
 		return c.wrong(ErrNoSystemd.Error()+", so that nothing starts the unit", "run the helper by this host's service manager: meshhelper run")
 	}
 	switch load, active, err := o.unitState(ctx); {
@@ -373,7 +372,7 @@ func (o *Options) systemdUninstallSteps() []Step {
 		{fmt.Sprintf("stop the service %s", o.Label), false, u.stopSystemd},
 		{"put the host back as it was found", false, u.restore},
 		{"remove " + o.wantsPath(), false, o.remover(o.wantsPath())},
-		{"remove " + o.unitPath(), false, u.removeUnit},
+		{"remove " + o.UnitPath(), false, u.removeUnit},
 		{"have systemd read its units anew", false, u.reload},
 		{"remove " + o.Program(), false, o.remover(o.Program())},
 		{"remove " + o.Socket, false, u.removeSocket},
@@ -387,7 +386,7 @@ func (o *Options) systemdUninstallSteps() []Step {
 
 // stopSystemd ends the helper. Where systemd doesn't run no service does.
 func (u *uninstaller) stopSystemd(ctx context.Context) error {
-	if !u.hasSystemd() {
+	if !u.HasSystemd() {
 		u.stopped = true
 		return errNothing
 	}
@@ -398,30 +397,22 @@ func (u *uninstaller) stopSystemd(ctx context.Context) error {
 
 // removeUnit removes the unit, unless it is a link: then it isn't ours.
 func (u *uninstaller) removeUnit(ctx context.Context) error {
-	if _, err := os.Readlink(u.disk(u.unitPath())); err == nil {
+	if _, err := os.Readlink(u.disk(u.UnitPath())); err == nil {
 		return errNothing
 	}
-	return u.remover(u.unitPath())(ctx)
+	return u.remover(u.UnitPath())(ctx)
 }
 
 func (u *uninstaller) reload(ctx context.Context) error {
-	if !u.hasSystemd() {
+	if !u.HasSystemd() {
 		return errNothing
 	}
 	return u.systemctl(ctx, "daemon-reload")
 }
 
-// removeSocket removes what a helper that was killed left; one that still runs keeps it.
-func (u *uninstaller) removeSocket(ctx context.Context) error {
-	if !u.stopped {
-		return errors.New("the helper still runs")
-	}
-	return u.remover(u.Socket)(ctx)
-}
-
 // installedOnLinux returns which parts are still there.
 func (o *Options) installedOnLinux() (left []string) {
-	for _, path := range []string{o.wantsPath(), o.unitPath(), o.Program(), o.Socket, o.StateDir} {
+	for _, path := range []string{o.wantsPath(), o.UnitPath(), o.Program(), o.Socket, o.StateDir} {
 		if _, err := os.Lstat(o.disk(path)); !errors.Is(err, fs.ErrNotExist) {
 			left = append(left, path)
 		}

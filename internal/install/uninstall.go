@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 )
 
@@ -21,7 +22,7 @@ func UninstallSteps(o *Options) []Step {
 		{"take it out of the Application Firewall", true, o.disallow},
 		{"remove " + o.List(), false, o.remover(o.List())},
 		{"remove " + o.Program(), false, o.remover(o.Program())},
-		{"remove " + o.Socket, false, o.remover(o.Socket)},
+		{"remove " + o.Socket, false, u.removeSocket},
 		{"remove the link " + linkPath, false, u.removeLink},
 	}
 	if o.Purge {
@@ -85,6 +86,19 @@ func (o *Options) remover(path string) func(context.Context) error {
 		}
 		return err
 	}
+}
+
+// removeSocket removes what a helper that was killed left. One that still runs keeps it: the
+// service, or a helper that was started by hand.
+func (u *uninstaller) removeSocket(ctx context.Context) error {
+	if !u.stopped {
+		return errors.New("the helper still runs")
+	}
+	if c, err := net.Dial("unix", u.disk(u.Socket)); err == nil {
+		c.Close()
+		return errors.New("a helper that isn't the service answers there: end it, and repeat this")
+	}
+	return u.remover(u.Socket)(ctx)
 }
 
 // removeLink removes the link in every user's path if it is ours.

@@ -155,7 +155,7 @@ func Check(f *os.File) error {
 	case !info.Mode().IsRegular():
 		return fmt.Errorf("%q is not a regular file", f.Name())
 	case !ok:
-		return fmt.Errorf("%q belongs to user %d, not to root or the user that runs the helper", f.Name(), uid)
+		return fmt.Errorf("%q belongs to user %d, not to root or the user that runs the helper; run: chown %d %q", f.Name(), uid, os.Geteuid(), f.Name())
 	case info.Mode().Perm()&0o022 != 0:
 		return fmt.Errorf("%q has mode %v: others may write to it", f.Name(), info.Mode().Perm())
 	}
