@@ -86,8 +86,9 @@ type Limiter interface {
 type Wayfinder interface {
 	// Way returns the way of a packet now, by the host's routes and policy rules: of one
 	// that comes in by p.In, such as a peer's by the mesh interface, or of the host's own
-	// where that is empty. Without a source it is a packet of the host's choice. Marks and
-	// redirections that packet filters add aren't known to it. It may be called at any time
+	// where that is empty. Without a source it is a packet of the host's choice. Marks
+	// that other software's rules give it count where they are understood; redirections
+	// aren't known to it. It may be called at any time
 	// and by any goroutine, and waits until what is being enforced has been, or ctx ends.
 	Way(ctx context.Context, p policy.Packet) (platform.Way, error)
 }

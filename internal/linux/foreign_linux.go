@@ -233,6 +233,31 @@ func (e *evaluator) run(s sample) finding {
 	return finding{outcome: passes}
 }
 
+// markOf returns the mark that a packet has when it is routed, 0 where that isn't known: of
+// one that comes in, from the chains before; the host's own is routed anew where a chain of
+// the type route marks it.
+func (e *evaluator) markOf(s sample) uint32 {
+	w := &walk{e: e, s: s, state: flowState{mark: make([]byte, 4), ctMark: make([]byte, 4)}}
+	var mark []byte
+	for _, chains := range e.passed(s)[:2] { // at the device, and at the first hook
+		for _, c := range chains {
+			if c.Type == nftables.ChainTypeNAT && s.reply {
+				continue
+			}
+			if f := w.base(c); f.stops() && !f.unclear {
+				return 0
+			}
+			if s.iif != "" || c.Type == nftables.ChainTypeRoute {
+				mark = w.state.mark
+			}
+		}
+	}
+	if len(mark) < 4 {
+		return 0
+	}
+	return binary.NativeEndian.Uint32(mark)
+}
+
 // passed returns the chains at each hook that a packet passes, in order.
 func (e *evaluator) passed(s sample) [][]*nftables.Chain {
 	var in, out []*nftables.Chain
@@ -549,15 +574,27 @@ func (w *walk) condition(t *nftables.Table, regs *registers, x any, sure bool) (
 	case *expr.Match:
 		return w.match(x)
 	case *expr.Target:
-		if x.Name == "MARK" || x.Name == "CONNMARK" {
-			w.state.mark, w.state.ctMark = nil, nil
-		}
+		w.xtMark(x, sure)
 		return true, true
 	case *expr.Counter, *expr.Log, *expr.FlowOffload, *expr.SecMark, *expr.CtHelper, *expr.CtTimeout, *expr.CtExpect:
 		return true, true
 	}
 	*regs = registers{} // it may have written to any
 	return true, false
+}
+
+// xtMark notes what iptables' targets do with marks. MARK has struct xt_mark_tginfo2: a
+// value and the bits that it replaces (linux/netfilter/xt_mark.h).
+func (w *walk) xtMark(x *expr.Target, sure bool) {
+	b, raw := x.Info.(*xt.Unknown)
+	switch {
+	case x.Name == "MARK" && raw && x.Rev == 2 && len(*b) >= 8 && w.state.mark != nil:
+		value, bits := binary.NativeEndian.Uint32(*b), binary.NativeEndian.Uint32((*b)[4:])
+		set := native(int(binary.NativeEndian.Uint32(w.state.mark)&^bits ^ value))
+		w.state.mark = assigned(set, w.state.mark, sure)
+	case x.Name == "MARK" || x.Name == "CONNMARK":
+		w.state.mark, w.state.ctMark = nil, nil
+	}
 }
 
 // assigned returns what a mark is after a rule set it to v.

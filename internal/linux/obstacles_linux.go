@@ -22,6 +22,7 @@ func (o *others) findObstacles(ctx context.Context, h policy.Host, all []sample)
 	if err != nil {
 		return nil, err
 	}
+	o.marks = map[bool]uint32{}
 	var out []platform.Problem
 	type telling struct {
 		where  string
@@ -30,6 +31,9 @@ func (o *others) findObstacles(ctx context.Context, h policy.Host, all []sample)
 	told := map[telling]bool{} // places, each of which is named once, and once of WireGuard's packets
 	for _, s := range all {
 		f, protocol := e.judge(s)
+		if s.what == toInternet {
+			o.marks[s.src.Is4()] = e.markOf(s)
+		}
 		if err := ctx.Err(); err != nil {
 			return nil, fmt.Errorf("judge %s: %w", f.where(), err)
 		}
@@ -152,6 +156,9 @@ func bypass(h policy.Host, t *nftables.Table, f *nftables.Flowtable) []platform.
 // lookAround is the step under which others' rules are reported.
 const lookAround = "look at other packet filters"
 
+// toInternet is what peers send to the internet, among the samples.
+const toInternet = "from peers to the internet"
+
 // samples returns packets for what the ruleset's peers may do, one of each kind: rules
 // that tell one peer's address from another's are rare, and there may be thousands of
 // peers. Of WireGuard's own packets there are those with the devices at outer besides.
@@ -176,7 +183,7 @@ func samples(r *policy.Ruleset, outer []netip.AddrPort) []sample {
 				far = netip.MustParseAddr("2001:db8::1")
 			}
 			if up := h.Uplink(a); p.Permissions.Has(policy.Routing) && up != "" && h.Forwarding.Of(a) {
-				add(sample{what: "from peers to the internet", iif: h.Interface, oif: up, src: peer, dst: far})
+				add(sample{what: toInternet, iif: h.Interface, oif: up, src: peer, dst: far})
 				add(sample{what: "from the internet to peers", iif: up, oif: h.Interface, src: far, dst: peer, reply: true})
 			}
 			if p.Permissions.Has(policy.Routing|policy.LAN) && h.Forwarding.Of(a) && !near {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync/atomic"
@@ -38,6 +39,9 @@ type others struct {
 	// looked is what others were last looked at for, and obstacles what was found then.
 	looked    occasion
 	obstacles []platform.Problem
+	// marks are those that peers' packets to the internet get before they are routed, by
+	// whether they are of IPv4, as of the last look.
+	marks map[bool]uint32
 }
 
 // occasion is what the answer to a look at others depends on. It is compared, so
@@ -133,6 +137,7 @@ func (o *others) run(ctx context.Context, do func() error) error {
 // beyond their shares.
 func (p *Platform) Others(ctx context.Context, r *policy.Ruleset, outer []netip.AddrPort) ([]platform.Problem, error) {
 	var out []platform.Problem
+	var marks map[bool]uint32
 	o := p.others
 	err := o.run(ctx, func() error {
 		// First what is bounded, then what others' rules may make long.
@@ -141,32 +146,30 @@ func (p *Platform) Others(ctx context.Context, r *policy.Ruleset, outer []netip.
 		o.nameHolders(ctx, full, r)
 		oerr := o.lookAtOthers(ctx, r, outer)
 		legacy, lerr := legacyProblems()
+		marks = maps.Clone(o.marks)
 		out = slices.Concat(o.excess.found, o.obstacles, legacy, full)
 		return errors.Join(eerr, ferr, oerr, lerr)
 	})
 	if errors.Is(err, errHangs) {
 		return nil, err // the look that was left behind may still write
 	}
-	ways, werr := p.otherWays(ctx, r)
+	ways, werr := p.otherWays(ctx, r, marks)
 	return append(out, ways...), errors.Join(err, werr)
 }
 
 // otherWays has the kernel asked where it sends peers' packets, when nothing is being
 // enforced.
-func (p *Platform) otherWays(ctx context.Context, r *policy.Ruleset) ([]platform.Problem, error) {
+func (p *Platform) otherWays(ctx context.Context, r *policy.Ruleset, marks map[bool]uint32) ([]platform.Problem, error) {
 	// As in Way, the end of the caller's patience isn't handed to the sockets.
 	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), wayLimit)
 	defer cancel()
-	return ask(limited, p, func() ([]platform.Problem, error) { return p.wayProblems(r), nil })
+	return ask(limited, p, func() ([]platform.Problem, error) { return p.wayProblems(r, marks), nil })
 }
 
 // ByOthers implements the daemon's contract.
 func (p *Platform) ByOthers(ctx context.Context, packet policy.Packet, out string, reply bool) (platform.ByOthers, error) {
 	var f finding
-	s := sample{
-		iif: packet.In, oif: out, src: packet.Src, dst: packet.Dst, proto: packet.Proto,
-		sport: packet.SrcPort, dport: packet.DstPort, reply: reply,
-	}
+	s := sampleOf(packet, out, reply)
 	err := p.others.run(ctx, func() error {
 		e, err := p.others.newEvaluator(ctx)
 		if err != nil {
@@ -185,6 +188,29 @@ func (p *Platform) ByOthers(ctx context.Context, packet policy.Packet, out strin
 		by.Where = f.where()
 	}
 	return by, nil
+}
+
+func sampleOf(packet policy.Packet, out string, reply bool) sample {
+	return sample{
+		iif: packet.In, oif: out, src: packet.Src, dst: packet.Dst, proto: packet.Proto,
+		sport: packet.SrcPort, dport: packet.DstPort, reply: reply,
+	}
+}
+
+// markOf returns the mark that other software's rules give a packet before it is routed.
+func (p *Platform) markOf(ctx context.Context, packet policy.Packet) (mark uint32, err error) {
+	if !packet.Src.IsValid() {
+		return 0, nil
+	}
+	err = p.others.run(ctx, func() error {
+		e, err := p.others.newEvaluator(ctx)
+		if err != nil {
+			return err
+		}
+		mark = e.markOf(sampleOf(packet, "", false))
+		return ctx.Err()
+	})
+	return mark, err
 }
 
 // lookAtOthers looks at others' rules where they, or what they are asked about, changed

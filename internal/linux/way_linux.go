@@ -35,15 +35,22 @@ func (p *Platform) Way(ctx context.Context, packet policy.Packet) (platform.Way,
 	// anew, and what is enforced loaded again.
 	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), wayLimit)
 	defer cancel()
-	w, err := ask(limited, p, func() (platform.Way, error) { return p.way(packet) })
+	mark, err := p.markOf(limited, packet)
+	if err != nil {
+		return platform.Way{}, fmt.Errorf("find the mark that other software's rules give what goes to %v: %w", packet.Dst, err)
+	}
+	w, err := ask(limited, p, func() (platform.Way, error) { return p.marked(packet, mark) })
 	if err != nil {
 		return w, fmt.Errorf("find the way to %v: %w", packet.Dst, err)
 	}
 	return w, nil
 }
 
-func (p *Platform) way(packet policy.Packet) (platform.Way, error) {
-	q := question{src: packet.Src, dst: packet.Dst, proto: packet.Proto, sport: packet.SrcPort, dport: packet.DstPort}
+func (p *Platform) way(packet policy.Packet) (platform.Way, error) { return p.marked(packet, 0) }
+
+// marked returns the way of a packet with a mark.
+func (p *Platform) marked(packet policy.Packet, mark uint32) (platform.Way, error) {
+	q := question{mark: mark, src: packet.Src, dst: packet.Dst, proto: packet.Proto, sport: packet.SrcPort, dport: packet.DstPort}
 	if packet.In != "" {
 		if q.iif = p.indexOf(packet.In); q.iif == 0 {
 			return platform.Way{}, fmt.Errorf("there is no interface %q", packet.In)
@@ -231,9 +238,10 @@ func parseRoute(b []byte) (a answer, err error) {
 }
 
 // wayProblems says where the kernel sends packets from peers and to them another way than
-// theirs. Rules that go by a port or a mark aren't found so.
-func (p *Platform) wayProblems(r *policy.Ruleset) []platform.Problem {
-	return append(p.waysOut(r), p.waysBack(r)...)
+// theirs. marks are those that other software's rules give what peers send to the internet.
+// Policy rules that go by a port aren't found so, nor those that go by a mark of answers.
+func (p *Platform) wayProblems(r *policy.Ruleset, marks map[bool]uint32) []platform.Problem {
+	return append(p.waysOut(r, marks), p.waysBack(r)...)
 }
 
 // waysBack says where the kernel sends what is for peers, where that isn't into the tunnel:
@@ -307,7 +315,7 @@ func meshOf(r *policy.Ruleset, a netip.Addr) (netip.Prefix, bool) {
 
 // waysOut says where the kernel sends peers' packets to the internet, where that isn't by
 // the uplink: they are refused then.
-func (p *Platform) waysOut(r *policy.Ruleset) (out []platform.Problem) {
+func (p *Platform) waysOut(r *policy.Ruleset, marks map[bool]uint32) (out []platform.Problem) {
 	h := r.Host()
 	for _, own := range r.Mesh().Addresses {
 		i := slices.IndexFunc(r.Peers(), func(p policy.PeerRules) bool { return p.Permissions.Has(policy.Routing) })
@@ -320,7 +328,7 @@ func (p *Platform) waysOut(r *policy.Ruleset) (out []platform.Problem) {
 				if from.Is4() != own.Is4() || r.Class(to) != policy.Internet {
 					continue
 				}
-				w, err := p.way(policy.Packet{In: p.name, Src: from, Dst: to})
+				w, err := p.marked(policy.Packet{In: p.name, Src: from, Dst: to}, marks[own.Is4()])
 				if err != nil || slices.Contains(uplinks, w.Interface) {
 					continue
 				}

@@ -14,13 +14,19 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// oddRoutes are what a host's routing may be besides. undo takes it away.
-var oddRoutes = []struct{ name, do, undo string }{
-	{"a blackhole", "route add blackhole I4/32\n-6 route add blackhole I6/128", "route del blackhole I4/32\n-6 route del blackhole I6/128"},
-	{"an unreachable route", "route add unreachable I4/32\n-6 route add unreachable I6/128", "route del unreachable I4/32\n-6 route del unreachable I6/128"},
-	{"a prohibiting rule", "rule add priority 90 to I4 prohibit\n-6 rule add priority 90 to I6 prohibit", "rule del priority 90\n-6 rule del priority 90"},
-	{"a rule for what comes from the mesh", "rule add priority 90 iif MESH unreachable\n-6 rule add priority 90 iif MESH unreachable", "rule del priority 90\n-6 rule del priority 90"},
-	{"a rule that fits nothing of a peer's", "rule add priority 90 fwmark 0x99 unreachable\n-6 rule add priority 90 fwmark 0x99 unreachable", "rule del priority 90\n-6 rule del priority 90"},
+// oddRoutes are what a host's routing may be besides, with rules for nft(8). undo takes the
+// routing away.
+var oddRoutes = []struct{ name, do, undo, nft string }{
+	{"a blackhole", "route add blackhole I4/32\n-6 route add blackhole I6/128", "route del blackhole I4/32\n-6 route del blackhole I6/128", ""},
+	{"an unreachable route", "route add unreachable I4/32\n-6 route add unreachable I6/128", "route del unreachable I4/32\n-6 route del unreachable I6/128", ""},
+	{"a prohibiting rule", "rule add priority 90 to I4 prohibit\n-6 rule add priority 90 to I6 prohibit", "rule del priority 90\n-6 rule del priority 90", ""},
+	{"a rule for what comes from the mesh", "rule add priority 90 iif MESH unreachable\n-6 rule add priority 90 iif MESH unreachable", "rule del priority 90\n-6 rule del priority 90", ""},
+	{"a rule that fits nothing of a peer's", "rule add priority 90 fwmark 0x99 unreachable\n-6 rule add priority 90 fwmark 0x99 unreachable", "rule del priority 90\n-6 rule del priority 90", ""},
+	{"a rule for a mark that another program sets", "rule add priority 90 fwmark 0x77 unreachable\n-6 rule add priority 90 fwmark 0x77 unreachable", "rule del priority 90\n-6 rule del priority 90",
+		"table inet marks {\n chain pre {\n type filter hook prerouting priority mangle; policy accept;\n iifname MESH meta mark set 0x77\n }\n}"},
+	{"a rule for another mark", "rule add priority 90 fwmark 0x78 unreachable\n-6 rule add priority 90 fwmark 0x78 unreachable", "rule del priority 90\n-6 rule del priority 90",
+		"table inet marks {\n chain pre {\n type filter hook prerouting priority mangle; policy accept;\n iifname MESH meta mark set 0x77\n }\n}"},
+	{"a rule for a port", "rule add priority 90 ipproto udp dport PORT unreachable\n-6 rule add priority 90 ipproto udp dport PORT unreachable", "rule del priority 90\n-6 rule del priority 90", ""},
 }
 
 // oneDevice drops what D's device sends to this host, and nothing else.
@@ -83,13 +89,17 @@ func TestAnswersAreTrue(t *testing.T) {
 		})
 	}
 	at := netlab.Addresses()
-	names := strings.NewReplacer("I4", at.I.V4.String(), "I6", at.I.V6.String(), "MESH", a.iface, "LAN0", netlab.LAN)
+	names := strings.NewReplacer("I4", at.I.V4.String(), "I6", at.I.V6.String(), "MESH", a.iface, "LAN0", netlab.LAN, "PORT", fmt.Sprint(netlab.EchoPort))
 	for _, o := range oddRoutes {
 		t.Run(o.name, func(t *testing.T) {
 			a.t = t
 			a.ip(names.Replace(o.do))
 			defer a.ip(names.Replace(o.undo))
-			a.compareDoctor(a.compare(), !strings.Contains(o.do, "I4"))
+			defer a.unload()
+			if o.nft != "" {
+				a.run(names.Replace(o.nft), "nft", "-f", "-")
+			}
+			a.compareDoctor(a.compare(), !strings.Contains(o.do, "I4") && !strings.Contains(o.do, "PORT"))
 		})
 	}
 	a.t = t

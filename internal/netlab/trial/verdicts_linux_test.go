@@ -116,6 +116,7 @@ func (a *oracle) tunnel(said []string) (inside, outside datagrams) {
 		out  bool
 	}
 	var all []sent
+	a.receive() // what the probes brought, which may leave no room
 	for i, own := range at.BUplink.List() {
 		b := netip.AddrPortFrom(own, listenPort)
 		for _, far := range []netip.Addr{at.D.List()[i], unknown[i]} {
