@@ -92,8 +92,13 @@ func CheckSetting(key, value string) (string, error) {
 		err, hint = checkLabel(value), "a label has 1 to 63 letters, digits, - and ., such as org.meshhelper"
 	case SettingEndpoint:
 		// The port is that of WireGuard, where there is none.
-		if _, wrong := wireguard.ParseEndpoint(value, 1); wrong != nil {
+		e, wrong := wireguard.ParseEndpoint(value, 1)
+		a, notAddr := netip.ParseAddr(e.Host)
+		switch {
+		case wrong != nil:
 			err = errors.Unwrap(wrong)
+		case notAddr == nil && (a.IsLoopback() || a.IsLinkLocalUnicast()):
+			err = fmt.Errorf("no other device reaches this host at %v", a)
 		}
 		hint = "it is HOST or HOST:PORT, an IPv6 address in brackets where a port follows"
 	case SettingOperator:
@@ -140,8 +145,8 @@ func checkDNS(value string) (string, error) {
 	var out []string
 	for text := range strings.SplitSeq(value, ",") {
 		a, err := netip.ParseAddr(strings.TrimSpace(text))
-		if err != nil || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() {
-			return "", fmt.Errorf("%q is not a resolver's address", text)
+		if err != nil || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() || a.IsLoopback() || a.IsLinkLocalUnicast() {
+			return "", fmt.Errorf("%q is not the address of a resolver that a device reaches", text)
 		}
 		out = append(out, a.Unmap().String())
 	}
@@ -505,6 +510,10 @@ func (d *Daemon) settle(s *settings) error {
 			var err error
 			if s.endpoint, err = wireguard.ParseEndpoint(text, cmp.Or(d.opts.ListenPort, DefaultListenPort)); err != nil {
 				return api.Errorf(api.CodeBadSetting, "%s: %v", SettingEndpoint, err)
+			}
+			if a, err := netip.ParseAddr(s.endpoint.Host); err == nil && slices.Contains(d.mesh.own.List(), a.Unmap()) {
+				return api.Errorf(api.CodeBadSetting, "%s %v is this host's own mesh address, which devices reach through the tunnel alone", SettingEndpoint, a).
+					WithHint("give a name or an address by which this host is reached from outside")
 			}
 		}
 	}

@@ -144,6 +144,17 @@ func TestSettingsRefused(t *testing.T) {
 				t.Errorf("%s %q: %v, want an error with a hint", key, value, err)
 			}
 		}
+		own := r.d.Status().Addresses
+		for _, value := range []string{"255.255.255.255", "127.0.0.1:1", "[fe80::1]:51820", "0.0.0.0", own[0].String(), "[" + own[1].String() + "]:51820"} {
+			if _, err := r.set(SettingEndpoint, value); err == nil {
+				t.Errorf("the endpoint %s is taken", value)
+			}
+		}
+		for _, value := range []string{"127.0.0.53", "::1", "fe80::1"} {
+			if _, err := r.set(SettingDNS, value); err == nil {
+				t.Errorf("the resolver %s is taken", value)
+			}
+		}
 		r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
 		_, err := r.set(SettingName, "home")
 		var e *api.Error

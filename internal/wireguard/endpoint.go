@@ -81,7 +81,7 @@ func (e Endpoint) validate() error {
 		return errors.New("no port")
 	}
 	if a, err := netip.ParseAddr(e.Host); err == nil {
-		if a.IsUnspecified() || a.IsMulticast() || a.Zone() != "" {
+		if a.IsUnspecified() || a.IsMulticast() || a.Zone() != "" || a.Unmap() == broadcast {
 			return fmt.Errorf("%v is not the address of a host on the network", a)
 		}
 		return nil
@@ -97,6 +97,9 @@ func (e Endpoint) validate() error {
 	}
 	return nil
 }
+
+// broadcast is RFC 919's.
+var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 
 func validLabel(label string) bool {
 	for _, c := range []byte(label) {
