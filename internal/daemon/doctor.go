@@ -55,7 +55,11 @@ func (d *Daemon) Doctor(ctx context.Context) ([]api.Check, error) {
 		d.lookOnce(limit, n, c)
 		cancel()
 	}
-	return d.checks(c, d.problems(c), d.tryFolder(ctx)), nil
+	checks := d.checks(c, d.problems(c), d.tryFolder(ctx))
+	for i := range checks {
+		checks[i].Message, checks[i].Hint = plain(checks[i].Message), plain(checks[i].Hint)
+	}
+	return checks, nil
 }
 
 // The names of checks that others refer to.

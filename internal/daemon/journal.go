@@ -66,6 +66,7 @@ func (j *journal) add(e api.Event) api.Event {
 	defer j.mu.Unlock()
 	j.last++
 	e.Seq, e.Time = j.last, j.wall().UTC().Round(0)
+	e.Message = plain(e.Message)
 	j.events = append(j.events, e)
 	if len(j.events) >= 2*maxEvents {
 		j.events = slices.Clone(j.events[len(j.events)-maxEvents:])

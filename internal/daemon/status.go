@@ -83,7 +83,9 @@ type numbers struct {
 }
 
 // shown is a problem as the socket shows it.
-func shown(p Problem) api.Problem { return api.Problem{Step: p.Step, Message: p.Message, Hint: p.Hint} }
+func shown(p Problem) api.Problem {
+	return api.Problem{Step: p.Step, Message: plain(p.Message), Hint: plain(p.Hint)}
+}
 
 // readNumbers returns nothing of a tunnel that is closed, and with an error nothing of
 // one that can't be read.
