@@ -182,9 +182,16 @@ func samples(r *policy.Ruleset, outer []netip.AddrPort) []sample {
 			if a.Is6() {
 				far = netip.MustParseAddr("2001:db8::1")
 			}
-			if up := h.Uplink(a); p.Permissions.Has(policy.Routing) && up != "" && h.Forwarding.Of(a) {
-				add(sample{what: toInternet, iif: h.Interface, oif: up, src: peer, dst: far})
-				add(sample{what: "from the internet to peers", iif: up, oif: h.Interface, src: far, dst: peer, reply: true})
+			for i, up := range h.Uplinks(a) {
+				if !p.Permissions.Has(policy.Routing) || !h.Forwarding.Of(a) {
+					break
+				}
+				by := ""
+				if i > 0 {
+					by = " by " + up
+				}
+				add(sample{what: toInternet + by, iif: h.Interface, oif: up, src: peer, dst: far})
+				add(sample{what: "from the internet to peers" + by, iif: up, oif: h.Interface, src: far, dst: peer, reply: true})
 			}
 			if p.Permissions.Has(policy.Routing|policy.LAN) && h.Forwarding.Of(a) && !near {
 				near = true
@@ -195,6 +202,7 @@ func samples(r *policy.Ruleset, outer []netip.AddrPort) []sample {
 			}
 			if p.Permissions.Has(policy.Incoming) {
 				add(sample{what: "from peers to this host", iif: h.Interface, src: peer, dst: a})
+				add(sample{what: "from this host to peers", oif: h.Interface, src: a, dst: peer, reply: true})
 			}
 		}
 	}

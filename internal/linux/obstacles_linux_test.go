@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -215,6 +216,7 @@ func TestObstaclesOfOneKind(t *testing.T) {
 		{out, "oifname WAN meta skuid 1001 drop", nil},
 		{out, "oifname WAN meta skuid 0 udp dport != 53 drop", []string{"drops packets of WireGuard (UDP port 51820) from this host to devices"}},
 		{through, "iifname MESH udp dport 40000-40010 drop", nil},
+		{out, "udp sport 51820 accept; oifname != lo drop", []string{"drops packets from this host to peers"}},
 		{through, "iifname MESH numgen random mod 2 0 drop", []string{"does with packets from peers to the internet isn't known"}},
 		{in, "meta l4proto udp drop", []string{"drops UDP packets from peers to this host", "drops packets of WireGuard (UDP port 51820) from devices to this host"}},
 	} {
@@ -234,6 +236,35 @@ func TestObstaclesOfOneKind(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestObstacleThatExpires has a rule drop what is in a set, until the element's time is up.
+func TestObstacleThatExpires(t *testing.T) {
+	installed(t, "nft")
+	g := newRig(t)
+	g.open()
+	defer g.close()
+	r := g.enforce(mesh(grants{ann: policy.Routing}))
+	g.program(`table ip kind {
+		set going { type ipv4_addr; flags timeout; elements = { `+ann4.String()+` timeout 2s } }
+		chain c {
+			type filter hook forward priority 0; policy accept
+			ip saddr @going drop
+		}
+	}`, "nft", "-f", "-")
+	if found := g.others(r); len(found) != 1 {
+		t.Fatalf("before it expires: %+v", found)
+	}
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		g.p.others.again = time.Now() // it is time
+		found := g.others(r)
+		if len(found) == 0 {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("after it expired: %+v", found)
+		}
 	}
 }
 

@@ -38,6 +38,7 @@ type others struct {
 	excess  excess
 	// looked is what others were last looked at for, and obstacles what was found then.
 	looked    occasion
+	again     time.Time // when it is looked at again all the same
 	obstacles []platform.Problem
 	// marks are those that peers' packets to the internet get before they are routed, by
 	// whether they are of IPv4, as of the last look.
@@ -213,6 +214,14 @@ func (p *Platform) markOf(ctx context.Context, packet policy.Packet) (mark uint3
 	return mark, err
 }
 
+// lookAgain is after how long others' rules are looked at although none changed: elements
+// of sets expire and quotas run out without a change of the ruleset. It is lookFactor
+// times as long as a look takes at least, which keeps that below 0.5 % of a core.
+const (
+	lookAgain  = time.Minute
+	lookFactor = 200
+)
+
 // lookAtOthers looks at others' rules where they, or what they are asked about, changed
 // since the last look.
 func (o *others) lookAtOthers(ctx context.Context, r *policy.Ruleset, outer []netip.AddrPort) error {
@@ -222,7 +231,8 @@ func (o *others) lookAtOthers(ctx context.Context, r *policy.Ruleset, outer []ne
 	}
 	all := samples(r, outer)
 	asked := occasion{now, fmt.Sprint(all)}
-	if asked == o.looked {
+	began := time.Now()
+	if asked == o.looked && began.Before(o.again) {
 		return nil
 	}
 	found, err := o.findObstacles(ctx, r.Host(), all)
@@ -231,5 +241,6 @@ func (o *others) lookAtOthers(ctx context.Context, r *policy.Ruleset, outer []ne
 		return err
 	}
 	o.looked, o.obstacles = asked, found
+	o.again = time.Now().Add(max(lookAgain, lookFactor*time.Since(began)))
 	return nil
 }
