@@ -33,6 +33,10 @@ const (
 	// jump is the smallest difference of the wall clock and the monotonic clock
 	// within one tick that is taken for a sleep.
 	jump = 5 * time.Second
+	// restFactor is how many times as long as a round took the pause before the next is
+	// that a change of the host asks for, up to restMost.
+	restFactor = 4
+	restMost   = time.Second
 )
 
 // loop is the reconcile loop: it alone talks to the platform, and its fields
@@ -69,6 +73,7 @@ type loop struct {
 	repairs  uint64
 	wait     backoff
 	due      time.Time
+	took     time.Duration // by the last round
 
 	rebind chan Tunnel
 	seen   observed
@@ -125,10 +130,11 @@ func (l *loop) next(ctx context.Context) bool {
 }
 
 // expedite brings the next round forward for a change of the host, of which more
-// may follow. While closed a round itself may be what changes the host, so it
-// keeps a distance.
+// may follow. It keeps a distance that grows with what a round takes, so that a host which
+// changes all the time and has much to look at leaves time for others, and while closed,
+// when a round itself may be what changes the host.
 func (l *loop) expedite() {
-	soon := settle
+	soon := max(settle, min(restFactor*l.took, restMost))
 	if l.held == 0 {
 		soon = l.wait.min
 	}
@@ -197,6 +203,8 @@ func (l *loop) dropTunnel() {
 
 // round makes the host equal to the wanted state, once.
 func (l *loop) round(ctx context.Context) {
+	began := time.Now()
+	defer func() { l.took = time.Since(began) }()
 	doc := l.d.expire()
 	l.problems, l.blind = nil, false
 	err := l.hold(ctx, doc)

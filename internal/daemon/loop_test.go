@@ -1029,3 +1029,31 @@ func TestTakenOverAddress(t *testing.T) {
 		}
 	})
 }
+
+// TestChangesLeaveTimeForOthers has a host on which a look takes 50 ms change every 10 ms:
+// it is looked at a fifth of the time at most.
+func TestChangesLeaveTimeForOthers(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		const look, between, turns = 50 * time.Millisecond, 10 * time.Millisecond, 1000
+		r.host.SetFault(func(step string) error {
+			if step == "observe" {
+				time.Sleep(look)
+			}
+			return nil
+		})
+		before := len(r.host.Calls())
+		for range turns {
+			poke(r.d.moved)
+			time.Sleep(between)
+		}
+		rounds := 0
+		for _, call := range r.host.Calls()[before:] {
+			if call == "observe" {
+				rounds++
+			}
+		}
+		if most := int(turns * between / (look * (1 + restFactor))); rounds < most/2 || rounds > most+2 {
+			t.Errorf("%d looks in %v, want %d", rounds, turns*between, most)
+		}
+	})
+}
