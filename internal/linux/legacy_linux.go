@@ -37,7 +37,7 @@ const (
 	legacyNameSize   = 32 // XT_TABLE_MAXNAMELEN
 	legacyInfoSize   = 84 // struct ipt_getinfo
 	legacyHooks      = 5  // NF_INET_NUMHOOKS
-	legacyMostBytes  = 64 << 20
+	legacyMostBytes  = 1 << 16
 	verdictDrop      = -1 // how XT_STANDARD_TARGET holds NF_DROP
 )
 
@@ -103,7 +103,7 @@ func (k legacyKind) tables() ([]legacyTable, error) {
 	defer unix.Close(fd)
 	var out []legacyTable
 	for _, name := range names {
-		t, err := k.table(fd, name)
+		t, err := k.table(name, func(option int, value []byte) error { return getsockopt(fd, k.level, option, value) })
 		if err != nil {
 			return out, fmt.Errorf("read table %s of %s: %w", name, k.program, err)
 		}
@@ -112,25 +112,40 @@ func (k legacyKind) tables() ([]legacyTable, error) {
 	return out, nil
 }
 
-func (k legacyKind) table(fd int, name string) (legacyTable, error) {
+// legacyTries is how often a table is read that changes meanwhile.
+const legacyTries = 10
+
+// table looks at a table. ask has the kernel answer an option's value.
+func (k legacyKind) table(name string, ask func(option int, value []byte) error) (t legacyTable, err error) {
 	if len(name) >= legacyNameSize {
 		return legacyTable{}, errors.New("its name is too long")
 	}
+	for range legacyTries {
+		if t, err = k.read(name, ask); !errors.Is(err, unix.EAGAIN) {
+			break
+		}
+	}
+	return t, err
+}
+
+// read asks for a table's numbers, and for its entries only where there are none but the
+// ends of built-in chains: others may be a hundred thousand, and aren't judged.
+func (k legacyKind) read(name string, ask func(option int, value []byte) error) (legacyTable, error) {
 	info := make([]byte, legacyInfoSize)
 	copy(info, name)
-	if err := getsockopt(fd, k.level, legacyGetInfo, info); err != nil {
+	if err := ask(legacyGetInfo, info); err != nil {
 		return legacyTable{}, err
 	}
 	size := binary.NativeEndian.Uint32(info[legacyInfoSize-4:])
-	if size > legacyMostBytes {
-		return legacyTable{name: name, rules: 1}, nil // more than what has no rules
+	if n := rulesIn(info); n > 0 || size > legacyMostBytes {
+		return legacyTable{name: name, rules: max(n, 1)}, nil
 	}
 	// struct ipt_get_entries, whose entries begin where a u64 may: that is at 36 on i386.
 	for _, head := range []int{40, 36} {
 		all := make([]byte, head+int(size))
 		copy(all, name)
 		binary.NativeEndian.PutUint32(all[legacyNameSize:], size)
-		err := getsockopt(fd, k.level, legacyGetEntries, all)
+		err := ask(legacyGetEntries, all)
 		if err == nil {
 			return k.parse(name, info, all[head:])
 		}
@@ -141,21 +156,31 @@ func (k legacyKind) table(fd int, name string) (legacyTable, error) {
 	return legacyTable{}, unix.EINVAL
 }
 
+// legacyWord returns a number of struct ipt_getinfo: the hooks, where their chains begin
+// and end, how many entries there are.
+func legacyWord(info []byte, i int) uint32 {
+	return binary.NativeEndian.Uint32(info[legacyNameSize+4*i:])
+}
+
+// rulesIn returns how many entries aren't the ends of built-in chains, of which the last
+// ends the table (XT_ERROR_TARGET).
+func rulesIn(info []byte) int {
+	return int(legacyWord(info, 1+2*legacyHooks)) - mathbits.OnesCount32(legacyWord(info, 0)) - 1
+}
+
 // parse takes a table's numbers from struct ipt_getinfo, and the policies from the
 // entries that the built-in chains end with.
 func (k legacyKind) parse(name string, info, entries []byte) (legacyTable, error) {
 	if len(info) < legacyInfoSize {
 		return legacyTable{}, errors.New("an answer is too short")
 	}
-	word := func(i int) uint32 { return binary.NativeEndian.Uint32(info[legacyNameSize+4*i:]) }
-	hooks, number := word(0), word(1+2*legacyHooks)
-	// The last entry ends the table (XT_ERROR_TARGET).
-	t := legacyTable{name: name, rules: int(number) - mathbits.OnesCount32(hooks) - 1}
+	hooks := legacyWord(info, 0)
+	t := legacyTable{name: name, rules: rulesIn(info)}
 	for hook := range legacyHooks {
 		if hooks&(1<<hook) == 0 {
 			continue
 		}
-		end := uint64(word(1 + legacyHooks + hook))
+		end := uint64(legacyWord(info, 1+legacyHooks+hook))
 		if end+uint64(k.target)+2 > uint64(len(entries)) {
 			return legacyTable{}, errors.New("an answer is too short")
 		}

@@ -2,9 +2,13 @@ package linux
 
 import (
 	"context"
+	"encoding/binary"
+	"errors"
 	"os/exec"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // program runs a program of other software on the host.
@@ -61,6 +65,44 @@ func TestLegacyTablesAreNamed(t *testing.T) {
 			}
 			if strings.Join(got, "\n") != strings.Join(tt.want, "\n") {
 				t.Errorf("problems are %q, want %q", got, tt.want)
+			}
+		})
+	}
+}
+
+// TestLegacyTableIsRead has the kernel answer about a table with rules, of which the
+// entries aren't asked for, and about one that is replaced between the two questions.
+func TestLegacyTableIsRead(t *testing.T) {
+	k := legacyKinds[0]
+	for _, tt := range []struct {
+		name    string
+		entries uint32
+		changes int // how often the table is another one when its entries are asked for
+		asked   int // for the entries
+		want    legacyTable
+		err     error
+	}{
+		{name: "rules", entries: 11, want: legacyTable{name: "filter", rules: 10}},
+		{name: "no rules", entries: 1, asked: 1, want: legacyTable{name: "filter"}},
+		{name: "one that changes", entries: 1, changes: 2, asked: 3, want: legacyTable{name: "filter"}},
+		{name: "one that always changes", entries: 1, changes: 100, asked: legacyTries, err: unix.EAGAIN},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			asked := 0
+			got, err := k.table("filter", func(option int, value []byte) error {
+				switch option {
+				case legacyGetInfo:
+					binary.NativeEndian.PutUint32(value[legacyNameSize+4*(1+2*legacyHooks):], tt.entries)
+					binary.NativeEndian.PutUint32(value[legacyInfoSize-4:], 176*tt.entries)
+				case legacyGetEntries:
+					if asked++; asked <= tt.changes {
+						return unix.EAGAIN
+					}
+				}
+				return nil
+			})
+			if got != tt.want || !errors.Is(err, tt.err) || asked != tt.asked {
+				t.Errorf("%+v, %v, and entries were asked for %d times; want %+v, %v, %d", got, err, asked, tt.want, tt.err, tt.asked)
 			}
 		})
 	}
