@@ -41,8 +41,7 @@ func FuzzForeignRule(f *testing.F) {
 			{iif: "mesh0", oif: "eth0", src: ann4, dst: bob4, proto: unix.IPPROTO_TCP},
 			{iif: "eth0", src: ann6, dst: own6, proto: unix.IPPROTO_ICMPV6, reply: true},
 		} {
-			w := &walk{s: s, e: &evaluator{ask: none, index: func(string) int { return 1 }, rules: map[string][]foreignRule{}, sets: map[string]foreignSet{}}}
-			w.state.mark, w.state.ctMark = make([]byte, 4), make([]byte, 4)
+			w := newWalk(&evaluator{ask: none, index: func(string) int { return 1 }, rules: map[string][]foreignRule{}, sets: map[string]foreignSet{}}, s)
 			w.rule(table, r)
 		}
 	})

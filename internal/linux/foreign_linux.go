@@ -82,8 +82,11 @@ type finding struct {
 	rule    string // "" for the chain's policy
 }
 
-// where names the place.
+// where names the place, of which there is none where the rules kept changing.
 func (f finding) where() string {
+	if f.chain == "" {
+		return "the ruleset of nftables, which changes while it is read,"
+	}
 	s := fmt.Sprintf("chain %s of table %s %s", f.chain, familyName(f.family), f.table)
 	if f.rule != "" {
 		s += " (" + f.rule + ")"
@@ -91,11 +94,16 @@ func (f finding) where() string {
 	return s
 }
 
-// evaluator runs others' chains on packets. It reads each chain once.
+// evaluator runs others' chains on packets. It reads each chain once, and all again when
+// something changed meanwhile.
 type evaluator struct {
+	list       func() ([]*nftables.Chain, error)
+	generation func() (uint32, error) // of nftables
+	ask        func(mdlayher.Message) ([]mdlayher.Message, error)
+	index      func(name string) int
+
+	read   uint32 // the generation that what follows is of
 	chains []*nftables.Chain
-	ask    func(mdlayher.Message) ([]mdlayher.Message, error)
-	index  func(name string) int
 	rules  map[string][]foreignRule
 	sets   map[string]foreignSet
 	port   uint16 // one that peers' flows are translated to; 0: not known
@@ -111,21 +119,32 @@ const (
 )
 
 func (o *others) newEvaluator(ctx context.Context) (*evaluator, error) {
-	chains, err := o.conn.ListChains()
-	if err != nil {
-		return nil, fmt.Errorf("list chains: %w", err)
-	}
-	chains = slices.DeleteFunc(chains, func(c *nftables.Chain) bool { return c.Hooknum == nil || c.Table.Name == tableName })
-	slices.SortStableFunc(chains, func(a, b *nftables.Chain) int { return int(priorityOf(a)) - int(priorityOf(b)) })
-	return &evaluator{
-		chains: chains, index: indexOf, port: uint16(o.port.Load()), rules: map[string][]foreignRule{}, sets: map[string]foreignSet{},
+	e := &evaluator{
+		list: o.conn.ListChains, index: indexOf, port: uint16(o.port.Load()),
+		generation: func() (uint32, error) { return generationOf(o.raw) },
 		ask: func(m mdlayher.Message) ([]mdlayher.Message, error) {
 			if err := ctx.Err(); err != nil {
 				return nil, err
 			}
 			return o.raw.Execute(m)
 		},
-	}, nil
+	}
+	return e, e.begin()
+}
+
+// begin reads the chains, and forgets the rest.
+func (e *evaluator) begin() error {
+	var err error
+	if e.read, err = e.generation(); err != nil {
+		return err
+	}
+	if e.chains, err = e.list(); err != nil {
+		return fmt.Errorf("list chains: %w", err)
+	}
+	e.chains = slices.DeleteFunc(e.chains, func(c *nftables.Chain) bool { return c.Hooknum == nil || c.Table.Name == tableName })
+	slices.SortStableFunc(e.chains, func(a, b *nftables.Chain) int { return int(priorityOf(a)) - int(priorityOf(b)) })
+	e.rules, e.sets = map[string][]foreignRule{}, map[string]foreignSet{}
+	return nil
 }
 
 func priorityOf(c *nftables.Chain) nftables.ChainPriority {
@@ -195,19 +214,51 @@ func (p place) translated() bool {
 	return p.leaving() || !p.device && p.hook == *nftables.ChainHookPostrouting && p.priority > sourceNAT
 }
 
-// flowState is what rules change of a packet on its way, nil where it isn't known.
+// flowState is what rules change of a packet on its way.
 type flowState struct {
-	mark, ctMark []byte
+	mark, ctMark []byte // nil where it isn't known
+	// untracked says that the packet may be out of connection tracking, and by which rule;
+	// kept that it may be in it nevertheless.
+	untracked *finding
+	kept      bool
+	rewritten []span
+	// sets are those that the packet itself may have changed.
+	sets map[string]bool
 }
 
-// run returns what becomes of a packet on its way through others' chains.
+// span is a part of a header.
+type span struct {
+	base        expr.PayloadBase
+	offset, len uint32
+}
+
+// maxReads bounds how often all is read for a packet.
+const maxReads = 4
+
+// run returns what becomes of a packet on its way through others' chains. Parts of two
+// generations may say what neither does, and a list that is interrupted is of two: then
+// all is read again.
 func (e *evaluator) run(s sample) finding {
-	w := &walk{e: e, s: s, state: flowState{mark: make([]byte, 4), ctMark: make([]byte, 4)}}
+	for range maxReads {
+		f := e.evaluate(s)
+		if now, err := e.generation(); err == nil && now == e.read {
+			return f
+		}
+		if e.begin() != nil {
+			break
+		}
+	}
+	return finding{outcome: passes, unclear: true}
+}
+
+// evaluate does it once.
+func (e *evaluator) evaluate(s sample) finding {
+	w := newWalk(e, s)
 	var maybe *finding
 	for _, chains := range e.passed(s) {
 		for _, c := range chains {
 			// Conntrack asks for a flow's first packet, until something has translated it.
-			if c.Type == nftables.ChainTypeNAT && (s.reply || s.iif != "" && placeOf(c).translated()) {
+			if c.Type == nftables.ChainTypeNAT && (s.reply || s.iif != "" && placeOf(c).translated() || w.state.untracked != nil && !w.state.kept) {
 				continue
 			}
 			f := w.base(c)
@@ -227,7 +278,12 @@ func (e *evaluator) run(s sample) finding {
 			return f
 		}
 	}
-	if maybe != nil {
+	switch u := w.state.untracked; {
+	case u != nil && !s.tunnel:
+		// What is for peers isn't translated, or is dropped by our table.
+		u.outcome, u.unclear = untracked, maybe != nil || w.state.kept
+		return *u
+	case maybe != nil:
 		return *maybe
 	}
 	return finding{outcome: passes}
@@ -237,7 +293,7 @@ func (e *evaluator) run(s sample) finding {
 // one that comes in, from the chains before; the host's own is routed anew where a chain of
 // the type route marks it.
 func (e *evaluator) markOf(s sample) uint32 {
-	w := &walk{e: e, s: s, state: flowState{mark: make([]byte, 4), ctMark: make([]byte, 4)}}
+	w := newWalk(e, s)
 	var mark []byte
 	for _, chains := range e.passed(s)[:2] { // at the device, and at the first hook
 		for _, c := range chains {
@@ -292,10 +348,22 @@ type walk struct {
 	s     sample
 	state flowState
 	place place
+	// sure says that the packet gets to the chain that is evaluated, and here is the rule.
+	sure bool
+	here finding
 	// unclear says that a rule which may have ended the chain otherwise wasn't
 	// understood; at is the first.
 	unclear bool
 	at      finding
+}
+
+// newWalk begins one. The mark of a flow that runs is what rules made it when it began.
+func newWalk(e *evaluator, s sample) *walk {
+	w := &walk{e: e, s: s, sure: true, state: flowState{mark: make([]byte, 4), sets: map[string]bool{}}}
+	if !s.reply {
+		w.state.ctMark = make([]byte, 4)
+	}
+	return w
 }
 
 // base evaluates a base chain.
@@ -317,30 +385,32 @@ func (w *walk) base(c *nftables.Chain) finding {
 }
 
 // doubt notes that a rule may decide otherwise.
-func (w *walk) doubt(t *nftables.Table, chain string, r foreignRule) {
+func (w *walk) doubt(here finding) {
 	if !w.unclear {
-		w.unclear = true
-		w.at = finding{family: t.Family, table: t.Name, chain: chain, rule: r.name()}
+		w.unclear, w.at = true, here
 	}
 }
 
 // chain evaluates a chain.
 func (w *walk) chain(t *nftables.Table, name string, depth int) finding {
 	rules, err := w.e.rulesOf(t, name)
+	here := finding{family: t.Family, table: t.Name, chain: name}
 	if err != nil || depth > maxJumps {
-		w.doubt(t, name, foreignRule{})
+		w.doubt(here)
 		return finding{}
 	}
 	for _, r := range rules {
+		here.rule = r.name()
 		if w.e.steps++; w.e.steps > maxSteps {
-			w.doubt(t, name, r)
+			w.doubt(here)
 			return finding{}
 		}
+		w.here = here
 		v, sure := w.rule(t, r)
 		if v == nil {
 			continue
 		}
-		f := finding{family: t.Family, table: t.Name, chain: name, rule: r.name()}
+		f := here
 		switch v.Kind {
 		case expr.VerdictAccept:
 			f.outcome = passes
@@ -348,15 +418,16 @@ func (w *walk) chain(t *nftables.Table, name string, depth int) finding {
 			f.outcome = dropped
 		case verdictRedirected:
 			f.outcome = redirected
-		case verdictUntracked:
-			f.outcome = untracked
 		case expr.VerdictJump, expr.VerdictGoto:
+			before := w.sure
+			w.sure = before && sure
 			f = w.chain(t, v.Chain, depth+1)
+			w.sure = before
 		case expr.VerdictReturn:
 		case expr.VerdictContinue, expr.VerdictBreak:
 			continue
 		default: // queue, stolen
-			w.doubt(t, name, r)
+			w.doubt(here)
 			f.outcome = passes
 		}
 		ends := f.outcome != goesOn || v.Kind == expr.VerdictReturn || v.Kind == expr.VerdictGoto
@@ -365,17 +436,14 @@ func (w *walk) chain(t *nftables.Table, name string, depth int) finding {
 		case sure:
 			return f
 		default:
-			w.doubt(t, name, r)
+			w.doubt(here)
 		}
 	}
 	return finding{}
 }
 
-// Verdicts that nftables hasn't as such.
-const (
-	verdictRedirected expr.VerdictKind = 1000 + iota
-	verdictUntracked
-)
+// verdictRedirected is one that nftables hasn't as such.
+const verdictRedirected expr.VerdictKind = 1000
 
 // registers are nftables' registers: 16 of 4 bytes each, of which four begin with one
 // of 16 bytes (NFT_REG_1 to NFT_REG_4). What isn't known of them is nil.
@@ -428,8 +496,8 @@ func (w *walk) rule(t *nftables.Table, r foreignRule) (verdict *expr.Verdict, su
 	regs := &registers{}
 	sure = true
 	for _, x := range r.exprs {
-		if v, ok := verdictOf(x); ok {
-			return v, sure && v != nil
+		if v, ok := w.verdictOf(x); ok {
+			return v, sure
 		}
 		if l, ok := x.(*expr.Lookup); ok && l.IsDestRegSet {
 			v, holds, known := w.lookupMap(t, regs, l)
@@ -444,11 +512,13 @@ func (w *walk) rule(t *nftables.Table, r foreignRule) (verdict *expr.Verdict, su
 			}
 			continue
 		}
-		if c, ok := x.(*expr.Ct); ok && c.SourceRegister && c.Key == expr.CtKeyZONE {
-			// Whether an answer finds its flow depends on what zone that gets.
-			return &expr.Verdict{Kind: verdictUntracked}, false
+		if p, ok := x.(*expr.Payload); ok && p.OperationType == expr.PayloadWrite {
+			if w.write(regs, p) {
+				return &expr.Verdict{Kind: verdictRedirected}, sure
+			}
+			continue
 		}
-		holds, known := w.condition(t, regs, x, sure)
+		holds, known := w.condition(t, regs, x, w.sure && sure)
 		if known && !holds {
 			return nil, true
 		}
@@ -457,16 +527,13 @@ func (w *walk) rule(t *nftables.Table, r foreignRule) (verdict *expr.Verdict, su
 	return nil, sure
 }
 
-// verdictOf returns the verdict of an expression that ends a rule, and nil where it isn't
-// known what it does.
-func verdictOf(x any) (v *expr.Verdict, ends bool) {
+// verdictOf returns the verdict of an expression that ends a rule.
+func (w *walk) verdictOf(x any) (v *expr.Verdict, ends bool) {
 	switch x := x.(type) {
 	case *expr.Verdict:
 		return x, true
 	case *expr.Reject:
 		return &expr.Verdict{Kind: expr.VerdictDrop}, true
-	case *expr.Notrack:
-		return &expr.Verdict{Kind: verdictUntracked}, true
 	case *expr.Redir:
 		return &expr.Verdict{Kind: verdictRedirected}, true
 	case *expr.NAT:
@@ -479,33 +546,76 @@ func verdictOf(x any) (v *expr.Verdict, ends bool) {
 	case *expr.Queue, *expr.SynProxy:
 		return &expr.Verdict{Kind: expr.VerdictStop}, true
 	case *expr.Target:
-		return target(x)
+		return w.target(x)
 	}
 	return nil, false
 }
 
 // target returns the verdict of a target of iptables.
-func target(x *expr.Target) (v *expr.Verdict, ends bool) {
+func (w *walk) target(x *expr.Target) (v *expr.Verdict, ends bool) {
 	switch x.Name {
 	case "REJECT", "DROP", "TARPIT":
 		return &expr.Verdict{Kind: expr.VerdictDrop}, true
-	case "ACCEPT", "MASQUERADE", "SNAT", "NETMAP":
+	case "ACCEPT", "MASQUERADE", "SNAT":
 		return &expr.Verdict{Kind: expr.VerdictAccept}, true
 	case "DNAT", "REDIRECT":
 		return &expr.Verdict{Kind: verdictRedirected}, true
-	case "NOTRACK":
-		return &expr.Verdict{Kind: verdictUntracked}, true
+	case "NETMAP": // of the destination, or of the source
+		if h := w.place.hook; h == *nftables.ChainHookPrerouting || h == *nftables.ChainHookOutput {
+			return &expr.Verdict{Kind: verdictRedirected}, true
+		}
+		return &expr.Verdict{Kind: expr.VerdictAccept}, true
 	case "RETURN":
 		return &expr.Verdict{Kind: expr.VerdictReturn}, true
-	case "CT": // struct xt_ct_target_info(_v1): its flags begin with notrack
-		if b, ok := x.Info.(*xt.Unknown); ok && len(*b) >= 2 && binary.NativeEndian.Uint16(*b)&1 != 0 {
-			return &expr.Verdict{Kind: verdictUntracked}, true
-		}
-		return nil, false
-	case "LOG", "NFLOG", "TCPMSS", "MARK", "CONNMARK", "CLASSIFY", "CHECKSUM", "AUDIT", "TRACE", "SET", "HL", "TTL", "DSCP", "TOS", "CONNSECMARK", "SECMARK", "RATEEST", "LED", "IDLETIMER", "TEE":
+	case "NOTRACK", "CT", "TTL", "HL", "LOG", "NFLOG", "TCPMSS", "MARK", "CONNMARK", "CLASSIFY", "CHECKSUM", "AUDIT", "TRACE", "SET", "DSCP", "TOS", "CONNSECMARK", "SECMARK", "RATEEST", "LED", "IDLETIMER", "TEE":
 		return nil, false
 	}
 	return &expr.Verdict{Kind: expr.VerdictStop}, true
+}
+
+// change notes what a target of iptables that ends no rule does with the packet. sure says
+// that it is done.
+func (w *walk) change(x *expr.Target, sure bool) {
+	var b []byte
+	if info, ok := x.Info.(*xt.Unknown); ok {
+		b = *info
+	}
+	switch x.Name {
+	case "MARK", "CONNMARK":
+		w.xtMark(x, sure)
+	case "NOTRACK":
+		w.untrack(sure)
+	case "CT": // struct xt_ct_target_info(_v1): flags, of which 1 is notrack, and a zone
+		const notrack, zoneOfMark = 1, 16
+		switch {
+		case len(b) < 4:
+			w.doubt(w.here)
+		case binary.NativeEndian.Uint16(b)&notrack != 0:
+			w.untrack(sure)
+		case binary.NativeEndian.Uint16(b)&zoneOfMark != 0 || binary.NativeEndian.Uint16(b[2:]) != 0:
+			w.setCt(expr.CtKeyZONE, nil, sure)
+		}
+	case "TTL", "HL": // struct ipt_TTL_info, ip6t_HL_info: a mode, and hops
+		const set, add = 0, 1
+		w.state.rewritten = append(w.state.rewritten, w.hops())
+		if len(b) < 2 || b[0] != add && (b[0] != set || w.expires(b[1])) {
+			w.doubt(w.here)
+		}
+	case "DSCP", "TOS":
+		w.state.rewritten = append(w.state.rewritten, w.service())
+	}
+}
+
+// untrack takes the packet out of connection tracking, where that hasn't seen it yet.
+func (w *walk) untrack(sure bool) {
+	if w.place.tracked() {
+		return
+	}
+	if here := w.here; w.state.untracked == nil {
+		w.state.untracked, w.state.kept = &here, !sure
+	} else if sure && w.state.kept {
+		w.state.untracked, w.state.kept = &here, false
+	}
 }
 
 // condition evaluates one expression: whether the rule goes on, and whether that is
@@ -515,18 +625,16 @@ func (w *walk) condition(t *nftables.Table, regs *registers, x any, sure bool) (
 	case *expr.Meta:
 		return w.metaExpr(regs, x, sure)
 	case *expr.Payload:
-		if x.OperationType != expr.PayloadWrite {
-			return w.payload(regs, x)
-		}
-		return true, true
+		return w.payload(regs, x)
 	case *expr.Ct:
 		if x.SourceRegister {
-			if x.Key == expr.CtKeyMARK {
-				w.state.ctMark = assigned(regs.get(x.Register, 4), w.state.ctMark, sure)
-			}
+			w.setCt(x.Key, regs.get(x.Register, 4), sure)
 			return true, true
 		}
 		regs.set(x.Register, w.ct(x.Key), 16)
+		return true, true
+	case *expr.Notrack:
+		w.untrack(sure)
 		return true, true
 	case *expr.Immediate:
 		regs.set(x.Register, x.Data, 0)
@@ -557,12 +665,12 @@ func (w *walk) condition(t *nftables.Table, regs *registers, x any, sure bool) (
 		}
 		return true, true // it writes
 	case *expr.Quota:
-		over := x.Consumed >= x.Bytes
-		return over == x.Over, true
+		return used(*x)
 	case *expr.Objref:
 		return w.object(t, x)
 	case *expr.Dynset:
 		// Where it limits it is known no more than a limit.
+		w.state.sets[setKey(t, x.SetName)] = true
 		plain := !slices.ContainsFunc(x.Exprs, func(e expr.Any) bool { _, counts := e.(*expr.Counter); return !counts })
 		return !x.Invert, plain
 	case *expr.Hash:
@@ -574,13 +682,31 @@ func (w *walk) condition(t *nftables.Table, regs *registers, x any, sure bool) (
 	case *expr.Match:
 		return w.match(x)
 	case *expr.Target:
-		w.xtMark(x, sure)
+		w.change(x, sure)
 		return true, true
 	case *expr.Counter, *expr.Log, *expr.FlowOffload, *expr.SecMark, *expr.CtHelper, *expr.CtTimeout, *expr.CtExpect:
 		return true, true
 	}
 	*regs = registers{} // it may have written to any
+	if name, ok := x.(opaque); !ok || !plainExprs[string(name)] {
+		w.doubt(w.here)
+	}
 	return true, false
+}
+
+// plainExprs are expressions that aren't evaluated, of which it is known that they only
+// end a rule where they don't hold, or fill registers: others may take the packet away, or
+// change it.
+var plainExprs = map[string]bool{
+	"bitwise": true, "byteorder": true, "cmp": true, "connlimit": true, "dup": true, "inner": true, "last": true, "limit": true,
+	"osf": true, "range": true, "rt": true, "socket": true, "xfrm": true,
+}
+
+// used evaluates a quota: the packet counts, too, and how long it is isn't known.
+func used(q expr.Quota) (holds, known bool) {
+	const longest = 1 << 16
+	over := q.Consumed >= q.Bytes
+	return over == q.Over, over || q.Bytes-q.Consumed > longest
 }
 
 // xtMark notes what iptables' targets do with marks. MARK has struct xt_mark_tginfo2: a
@@ -625,8 +751,11 @@ func native(v int) []byte { return binary.NativeEndian.AppendUint32(nil, uint32(
 // metaExpr evaluates meta (net/netfilter/nft_meta.c).
 func (w *walk) metaExpr(regs *registers, x *expr.Meta, sure bool) (holds, known bool) {
 	if x.SourceRegister {
-		if x.Key == expr.MetaKeyMARK {
+		switch x.Key {
+		case expr.MetaKeyMARK:
 			w.state.mark = assigned(regs.get(x.Register, 4), w.state.mark, sure)
+		case expr.MetaKeyPKTTYPE: // only what is for this host is forwarded
+			w.doubt(w.here)
 		}
 		return true, true
 	}
@@ -709,30 +838,111 @@ func (w *walk) payload(regs *registers, x *expr.Payload) (holds, known bool) {
 		return true, false
 	}
 	regs.set(x.DestRegister, h[x.Offset:x.Offset+x.Len], 0)
-	if w.hidden(x) {
+	if part := (span{x.Base, x.Offset, x.Len}); w.hidden(part) || slices.ContainsFunc(append(w.unstated(), w.state.rewritten...), part.touches) {
 		regs.set(x.DestRegister, nil, int(x.Len))
 	}
 	return true, true
 }
 
-// hidden reports whether a part of the packet is an address that translation has changed,
-// or hasn't yet: a sample has those that the policy is about.
-func (w *walk) hidden(x *expr.Payload) bool {
-	src, dst, size := uint32(12), uint32(16), uint32(4)
-	if w.s.src.Is6() {
-		src, dst, size = 8, 24, 16
+func (a span) touches(b span) bool {
+	return a.base == b.base && a.offset < b.offset+b.len && a.offset+a.len > b.offset
+}
+
+func (a span) holds(b span) bool {
+	return a.base == b.base && a.offset <= b.offset && a.offset+a.len >= b.offset+b.len
+}
+
+// unstated returns the parts of a packet that a sample doesn't stand for: lengths, numbers
+// and sums that differ from packet to packet.
+func (w *walk) unstated() []span {
+	const network, transport = expr.PayloadBaseNetworkHeader, expr.PayloadBaseTransportHeader
+	out := []span{{network, 4, 2}} // IPv6's length, or IPv4's identification
+	if w.s.src.Is4() {
+		out = append(out, span{network, 2, 2}, span{network, 10, 2})
 	}
+	switch w.s.proto {
+	case unix.IPPROTO_TCP:
+		return append(out, span{transport, 4, 8}, span{transport, 14, 6})
+	case unix.IPPROTO_UDP:
+		return append(out, span{transport, 4, 4})
+	}
+	return append(out, span{transport, 6, 2})
+}
+
+// write evaluates a rule that writes into the packet, and reports whether it sends it to
+// another address or port. Other changes that may stop it, or its answers, are doubts.
+func (w *walk) write(regs *registers, x *expr.Payload) (redirects bool) {
+	part := span{x.Base, x.Offset, x.Len}
+	v, h := regs.get(x.SourceRegister, int(x.Len)), w.s.network()
+	w.state.rewritten = append(w.state.rewritten, part)
 	if x.Base == expr.PayloadBaseTransportHeader {
-		src, dst, size = 0, 2, 2
+		h = w.s.transport()
+	}
+	if v == nil || x.Base != expr.PayloadBaseNetworkHeader && x.Base != expr.PayloadBaseTransportHeader || uint64(x.Offset)+uint64(x.Len) > uint64(len(h)) {
+		if !w.service().holds(part) {
+			w.doubt(w.here)
+		}
+		return false
+	}
+	_, to := w.ends(x.Base)
+	for i, b := range v {
+		at := span{x.Base, x.Offset + uint32(i), 1}
 		switch {
-		case w.s.proto != unix.IPPROTO_TCP && w.s.proto != unix.IPPROTO_UDP:
-			src, dst = 4, 4 // an identifier
-		case w.e.port != 0:
-			return false
+		case w.hidden(at): // it may have that already
+			w.doubt(w.here)
+		case b == h[at.offset], w.service().holds(at), w.hops().holds(at) && !w.expires(b):
+		case at.touches(to):
+			return true
+		default:
+			w.doubt(w.here)
 		}
 	}
-	touches := func(at uint32) bool { return x.Offset < at+size && x.Offset+x.Len > at }
-	return w.onWire(true) && touches(dst) || w.onWire(false) && touches(src)
+	return false
+}
+
+// service is where the packet has its type of service, and in IPv6 a label: what these are
+// stops none.
+func (w *walk) service() span {
+	if w.s.src.Is4() {
+		return span{expr.PayloadBaseNetworkHeader, 1, 1}
+	}
+	return span{expr.PayloadBaseNetworkHeader, 0, 4}
+}
+
+// hops is where the packet has how many hosts may forward it yet.
+func (w *walk) hops() span {
+	if w.s.src.Is4() {
+		return span{expr.PayloadBaseNetworkHeader, 8, 1}
+	}
+	return span{expr.PayloadBaseNetworkHeader, 7, 1}
+}
+
+// expires reports whether a packet that gets so many hops may end on its way.
+func (w *walk) expires(hops byte) bool { return hops <= 1 && w.s.oif != "" }
+
+// ends returns where the packet has its two addresses, or ports; an echo has one number
+// in place of these.
+func (w *walk) ends(base expr.PayloadBase) (src, dst span) {
+	switch {
+	case base == expr.PayloadBaseTransportHeader && (w.s.proto == unix.IPPROTO_TCP || w.s.proto == unix.IPPROTO_UDP):
+		return span{base, 0, 2}, span{base, 2, 2}
+	case base == expr.PayloadBaseTransportHeader:
+		return span{base, 4, 2}, span{base, 4, 2}
+	case w.s.src.Is6():
+		return span{base, 8, 16}, span{base, 24, 16}
+	}
+	return span{base, 12, 4}, span{base, 16, 4}
+}
+
+// hidden reports whether a part of the packet is an address that translation has changed,
+// or hasn't yet: a sample has those that the policy is about.
+func (w *walk) hidden(x span) bool {
+	ports := x.base == expr.PayloadBaseTransportHeader && (w.s.proto == unix.IPPROTO_TCP || w.s.proto == unix.IPPROTO_UDP)
+	if ports && w.e.port != 0 {
+		return false
+	}
+	src, dst := w.ends(x.base)
+	return w.onWire(true) && x.touches(dst) || w.onWire(false) && x.touches(src)
 }
 
 // onWire reports whether a forwarded packet has the address and port that it has on the
@@ -791,17 +1001,48 @@ func (s *sample) transport() []byte {
 	return append(ports, 0, 8, 0, 0)
 }
 
+// hasFlow reports whether conntrack has a flow for the packet by now.
+func (w *walk) hasFlow() bool { return w.place.tracked() && w.state.untracked == nil }
+
+// stateBit returns the bit of conntrack's state (nft_ct_get_eval, and conntrack_mt of
+// net/netfilter/xt_conntrack.c).
+func (w *walk) stateBit() (bit uint32, known bool) {
+	switch {
+	case w.state.untracked != nil:
+		return expr.CtStateBitUNTRACKED, !w.state.kept
+	case !w.place.tracked():
+		return expr.CtStateBitINVALID, true
+	case w.s.reply:
+		return expr.CtStateBitESTABLISHED, true
+	}
+	return expr.CtStateBitNEW, true
+}
+
+// natted reports whether the packet's flow may have been translated by now.
+func (w *walk) natted() bool { return w.hasFlow() && (w.s.reply || w.place.translated()) }
+
+// setCt sets something of the packet's flow, where it has one.
+func (w *walk) setCt(key expr.CtKey, v []byte, sure bool) {
+	switch {
+	case key == expr.CtKeyZONE && !w.place.tracked() && !w.s.tunnel:
+		w.doubt(w.here) // whether an answer finds its flow depends on what zone that gets
+	case key == expr.CtKeyMARK && w.place.tracked():
+		w.state.ctMark = assigned(v, w.state.ctMark, sure && w.state.untracked == nil)
+	}
+}
+
 // ct returns what conntrack says of the packet's flow (net/netfilter/nft_ct.c).
 func (w *walk) ct(key expr.CtKey) []byte {
-	if !w.place.tracked() {
-		if key == expr.CtKeySTATE {
-			return native(int(expr.CtStateBitINVALID)) // nft_ct_get_eval
+	if key == expr.CtKeySTATE {
+		if bit, known := w.stateBit(); known {
+			return native(int(bit))
 		}
 		return nil
 	}
+	if !w.hasFlow() {
+		return nil
+	}
 	switch key {
-	case expr.CtKeySTATE:
-		return native(int(w.stateBit()))
 	case expr.CtKeyDIRECTION:
 		if w.s.reply {
 			return []byte{1}
@@ -810,7 +1051,7 @@ func (w *walk) ct(key expr.CtKey) []byte {
 	case expr.CtKeyMARK:
 		return w.state.ctMark
 	case expr.CtKeySTATUS:
-		if !w.s.reply {
+		if !w.natted() {
 			return native(0)
 		}
 	case expr.CtKeyL3PROTOCOL:
@@ -819,13 +1060,6 @@ func (w *walk) ct(key expr.CtKey) []byte {
 		return []byte{w.s.proto}
 	}
 	return nil
-}
-
-func (w *walk) stateBit() uint32 {
-	if w.s.reply {
-		return expr.CtStateBitESTABLISHED
-	}
-	return expr.CtStateBitNEW
 }
 
 func bitwise(v []byte, x *expr.Bitwise) []byte {
@@ -869,15 +1103,21 @@ const (
 	routeLocal   = 2
 )
 
+// routeType returns how the packet's destination, or its source, is routed.
+func (w *walk) routeType(dst bool) int {
+	if dst && (w.s.oif == "" || w.s.reply && w.place.answered()) || !dst && w.s.iif == "" {
+		return routeLocal
+	}
+	return routeUnicast
+}
+
 // fib evaluates what the routing tables say of an address. Of a packet that goes on, its
 // source is where it came from.
 func (w *walk) fib(regs *registers, x *expr.Fib) (holds, known bool) {
 	var v []byte
 	switch {
-	case x.ResultADDRTYPE && x.FlagDADDR && (w.s.oif == "" || w.s.reply && w.place.answered()), x.ResultADDRTYPE && x.FlagSADDR && w.s.iif == "":
-		v = native(routeLocal)
 	case x.ResultADDRTYPE:
-		v = native(routeUnicast)
+		v = native(w.routeType(x.FlagDADDR))
 	case x.FlagPRESENT:
 		v = native(1)
 	case x.ResultOIF && x.FlagSADDR:
@@ -907,12 +1147,14 @@ func (w *walk) exthdr(regs *registers, x *expr.Exthdr) (holds, known bool) {
 
 // Types of objects (linux/netfilter/nf_tables.h).
 const (
-	objectCounter = 1
-	objectQuota   = 2
-	objectHelper  = 3
-	objectTimeout = 7
-	objectSecmark = 8
-	objectExpect  = 9
+	objectCounter     = 1
+	objectQuota       = 2
+	objectHelper      = 3
+	objectLimit       = 4
+	objectConnections = 5
+	objectTimeout     = 7
+	objectSecmark     = 8
+	objectExpect      = 9
 )
 
 // object evaluates a named object.
@@ -922,8 +1164,12 @@ func (w *walk) object(t *nftables.Table, x *expr.Objref) (holds, known bool) {
 		return true, true
 	case objectQuota:
 		q, ok := w.e.quota(t, x.Name)
-		return (q.Consumed >= q.Bytes) == q.Over, ok
+		holds, known = used(q)
+		return holds, known && ok
+	case objectLimit, objectConnections:
+		return true, false
 	}
+	w.doubt(w.here) // synproxy, tunnel, or one of a map
 	return true, false
 }
 
@@ -943,43 +1189,44 @@ func (w *walk) match(x *expr.Match) (holds, known bool) {
 		if info.MatchFlags != uint16(xt.ConntrackState) && info.MatchFlags != uint16(xt.ConntrackState|xt.ConntrackStateAlias) {
 			return true, false
 		}
-		// The bits are those of nftables' ct state.
+		// The bits are those of nftables' ct state, but for these.
+		const translated, untracked = 1<<6 | 1<<7, 1 << 8
+		bit, known := w.stateBit()
+		if bit == expr.CtStateBitUNTRACKED {
+			bit = untracked
+		}
 		inverted := info.InvertFlags&uint16(xt.ConntrackState) != 0
-		return (uint32(info.StateMask)&w.stateBit() != 0) != inverted, true
+		found := uint32(info.StateMask)&bit != 0
+		return found != inverted, known && (found || info.StateMask&translated == 0 || !w.natted())
 	case *xt.Udp:
 		if s.proto != unix.IPPROTO_UDP {
 			return false, true
 		}
-		return within16(s.sport, info.SrcPorts) != (info.InvFlags&xt.UdpInvSrcPorts != 0) &&
-			within16(s.dport, info.DstPorts) != (info.InvFlags&xt.UdpInvDestPorts != 0), true
+		from, to, known := w.ports()
+		return within16(from, info.SrcPorts) != (info.InvFlags&xt.UdpInvSrcPorts != 0) &&
+			within16(to, info.DstPorts) != (info.InvFlags&xt.UdpInvDestPorts != 0), known
 	case *xt.Tcp:
 		if s.proto != unix.IPPROTO_TCP {
 			return false, true
 		}
 		flags := s.transport()[13]
-		return within16(s.sport, info.SrcPorts) != (info.InvFlags&xt.TcpInvSrcPorts != 0) &&
-			within16(s.dport, info.DstPorts) != (info.InvFlags&xt.TcpInvDestPorts != 0) &&
-			(flags&info.FlagsMask == info.FlagsCmp) != (info.InvFlags&xt.TcpInvFlags != 0), info.Option == 0
+		from, to, known := w.ports()
+		return within16(from, info.SrcPorts) != (info.InvFlags&xt.TcpInvSrcPorts != 0) &&
+			within16(to, info.DstPorts) != (info.InvFlags&xt.TcpInvDestPorts != 0) &&
+			(flags&info.FlagsMask == info.FlagsCmp) != (info.InvFlags&xt.TcpInvFlags != 0), known && info.Option == 0
 	case *xt.AddrTypeV1:
 		if info.Flags&^(invertSource|invertDest) != 0 {
 			return true, false
 		}
 		is := func(mask uint16, kind int, invert bool) bool { return mask == 0 || (mask&(1<<kind) != 0) != invert }
-		from, to := routeUnicast, routeUnicast
-		if s.iif == "" {
-			from = routeLocal
-		}
-		if s.oif == "" {
-			to = routeLocal
-		}
-		return is(info.Source, from, info.Flags&invertSource != 0) && is(info.Dest, to, info.Flags&invertDest != 0), true
+		return is(info.Source, w.routeType(false), info.Flags&invertSource != 0) && is(info.Dest, w.routeType(true), info.Flags&invertDest != 0), true
 	case *xt.Unknown:
 		b := []byte(*info)
 		switch x.Name {
 		case "icmp", "icmp6":
 			return w.s.icmpMatch(b)
 		case "multiport":
-			return w.s.multiport(x.Rev, b)
+			return w.multiport(x.Rev, b)
 		case "pkttype": // struct xt_pkttype_info: a type, and whether it is inverted
 			if len(b) >= 8 {
 				return (binary.NativeEndian.Uint32(b) == unix.PACKET_HOST) != (binary.NativeEndian.Uint32(b[4:]) != 0), true
@@ -1009,14 +1256,15 @@ func (s *sample) icmpMatch(b []byte) (holds, known bool) {
 
 // multiport evaluates struct xt_multiport_v1: which ports (source, destination or either),
 // how many, 15 of them, 15 flags for the beginnings of ranges, and whether it is inverted.
-func (s *sample) multiport(rev uint32, b []byte) (holds, known bool) {
+func (w *walk) multiport(rev uint32, b []byte) (holds, known bool) {
 	const most, size = 15, 2 + 2*15 + 15 + 1
 	if rev != 1 || len(b) < size || b[1] > most {
 		return true, false
 	}
-	if s.proto != unix.IPPROTO_TCP && s.proto != unix.IPPROTO_UDP {
+	if w.s.proto != unix.IPPROTO_TCP && w.s.proto != unix.IPPROTO_UDP {
 		return false, true
 	}
+	from, to, known := w.ports()
 	of := func(i int) uint16 { return binary.NativeEndian.Uint16(b[2+2*i:]) }
 	in := func(p uint16) bool {
 		for i := 0; i < int(b[1]); i++ {
@@ -1031,8 +1279,14 @@ func (s *sample) multiport(rev uint32, b []byte) (holds, known bool) {
 		}
 		return false
 	}
-	found := b[0] != 1 && in(s.sport) || b[0] != 0 && in(s.dport)
-	return found != (b[size-1] != 0), true
+	found := b[0] != 1 && in(from) || b[0] != 0 && in(to)
+	return found != (b[size-1] != 0), known
+}
+
+// ports returns the ports that the packet has by now, of TCP or UDP.
+func (w *walk) ports() (from, to uint16, known bool) {
+	h := w.transport()
+	return binary.BigEndian.Uint16(h), binary.BigEndian.Uint16(h[2:]), !w.hidden(span{expr.PayloadBaseTransportHeader, 0, 4})
 }
 
 func within16(p uint16, r [2]uint16) bool { return p >= r[0] && p <= r[1] }
@@ -1061,6 +1315,9 @@ func (w *walk) element(t *nftables.Table, regs *registers, x *expr.Lookup) (*for
 	set, err := w.e.setOf(t, x.SetName)
 	if err != nil {
 		return nil, err
+	}
+	if w.state.sets[setKey(t, x.SetName)] {
+		return nil, errUnknown
 	}
 	key := regs.get(x.SourceRegister, set.keySize)
 	if key == nil {

@@ -353,9 +353,13 @@ func hasOtherOp(data []byte) bool {
 	return ad.Err() != nil
 }
 
+func setKey(t *nftables.Table, name string) string {
+	return fmt.Sprintf("%d %s %s", t.Family, t.Name, name)
+}
+
 // setOf reads what a set's keys are.
 func (e *evaluator) setOf(t *nftables.Table, name string) (foreignSet, error) {
-	key := fmt.Sprintf("%d %s %s", t.Family, t.Name, name)
+	key := setKey(t, name)
 	if s, ok := e.sets[key]; ok {
 		return s, nil
 	}
@@ -404,10 +408,10 @@ func (e *evaluator) elementOf(t *nftables.Table, set string, key []byte) (*forei
 		return found, err
 	}
 	found, err = e.askElement(t, set, mdlayher.Attribute{Type: unix.NFTA_SET_ELEM_FLAGS, Data: binary.BigEndian.AppendUint32(nil, catchAll)})
-	if err != nil {
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) {
 		return nil, nil // kernels before 5.13 have no such element
 	}
-	return found, nil
+	return found, err
 }
 
 func (e *evaluator) askElement(t *nftables.Table, set string, which mdlayher.Attribute) (*foreignElement, error) {

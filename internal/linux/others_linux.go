@@ -33,6 +33,8 @@ type others struct {
 	spent bool
 	// port is one that peers' flows are translated to, as what enforces chose it.
 	port atomic.Uint32
+	// mesh is the name of the mesh's interface.
+	mesh atomic.Value
 
 	holders holders
 	excess  excess
@@ -171,6 +173,8 @@ func (p *Platform) otherWays(ctx context.Context, r *policy.Ruleset, marks map[b
 func (p *Platform) ByOthers(ctx context.Context, packet policy.Packet, out string, reply bool) (platform.ByOthers, error) {
 	var f finding
 	s := sampleOf(packet, out, reply)
+	mesh, _ := p.others.mesh.Load().(string)
+	s.tunnel = mesh != "" && s.iif != mesh && s.oif != mesh
 	err := p.others.run(ctx, func() error {
 		e, err := p.others.newEvaluator(ctx)
 		if err != nil {

@@ -62,6 +62,7 @@ func (p *Platform) observePorts(h *policy.Host) error {
 	p.ports.host, p.ports.now, p.ports.around = host, host.keep(p.ports.now), portRange{}
 	if p.others != nil {
 		p.others.port.Store(uint32(p.ports.now.first))
+		p.others.mesh.Store(p.name)
 	}
 	if p.ports.now.size() == 0 {
 		h.Forwarding = policy.Families{}

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	mdlayher "github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/netlab"
@@ -314,6 +315,57 @@ func TestRulesetsOfOthers(t *testing.T) {
 		})
 	}
 	b.t = t
+}
+
+// TestRulesetsThatChange replaces a ruleset while it is read. Each of the two drops what is
+// forwarded, and the first half of one lets it pass with the second half of the other.
+func TestRulesetsThatChange(t *testing.T) {
+	installed(t, "nft")
+	g := newRig(t)
+	g.open()
+	defer g.close()
+	g.enforce(mesh(grants{ann: all}))
+	load := func(first, second string) {
+		g.program(`table inet other
+flush table inet other
+table inet other {
+	chain first { `+first+`; }
+	chain second { `+second+`; }
+	chain through { type filter hook forward priority filter; jump first; jump second; }
+}`, "nft", "-f", "-")
+	}
+	s := sample{iif: meshName, oif: netlab.Uplink, src: ann4, dst: netlab.Addresses().I.V4, proto: unix.IPPROTO_UDP, sport: 40000, dport: 40001}
+	for _, tt := range []struct {
+		name   string
+		always bool
+	}{{"once", false}, {"all the time", true}} {
+		t.Run(tt.name, func(t *testing.T) {
+			load("counter", "drop")
+			err := g.p.others.run(t.Context(), func() error {
+				e, err := g.p.others.newEvaluator(t.Context())
+				if err != nil {
+					return err
+				}
+				ask, lists := e.ask, 0
+				e.ask = func(m mdlayher.Message) ([]mdlayher.Message, error) {
+					if m.Header.Type&0xff == unix.NFT_MSG_GETRULE {
+						// The third chain that is read is the second one.
+						if lists++; lists == 3 || tt.always {
+							load("drop", "counter")
+						}
+					}
+					return ask(m)
+				}
+				if f := e.run(s); f.unclear != tt.always || !tt.always && f.outcome != dropped {
+					t.Errorf("outcome %v, unclear %t, %s", f.outcome, f.unclear, f.where())
+				}
+				return nil
+			})
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
 }
 
 // TestObstaclesOnTheWayToNetworks has libvirt refuse what goes to its machines.

@@ -548,7 +548,7 @@ table inet marks {
 		iifname "MESH" drop
 	}
 }`},
-	{Name: "conntrack's marks", Stops: "net tcp, host tcp", NFT: `
+	{Name: "conntrack's marks", Stops: "net tcp, host tcp", Unclear: "answer", NFT: `
 table inet ctmarks {
 	chain pre {
 		type filter hook prerouting priority mangle; policy accept;
@@ -640,7 +640,7 @@ table inet bounds {
 		iifname "MESH" ct count over 20 reject
 	}
 }`},
-	{Name: "users of this host", Stops: "", Unclear: "wg out", NFT: `
+	{Name: "users of this host", NFT: `
 table inet users {
 	chain out {
 		type filter hook output priority filter; policy accept;
@@ -886,6 +886,195 @@ table inet catchall {
 	chain in {
 		type filter hook input priority filter; policy accept;
 		iifname "MESH" tcp dport vmap @verdicts
+	}
+}`},
+	{Name: "a mark that is set behind a condition that isn't known", Unclear: "net, lan, vm, answer", NFT: `
+table inet sizes {
+	chain through {
+		type filter hook forward priority filter; policy accept;
+		meta length > 2000 jump large
+		meta mark 7 drop
+	}
+	chain large {
+		meta mark set 7
+	}
+}`},
+	{Name: "conntrack's mark behind a condition that isn't known", Unclear: "net, lan, vm, answer", NFT: `
+table inet sizes {
+	chain through {
+		type filter hook forward priority filter; policy drop;
+		ct mark set 0
+		meta length > 2000 jump large
+		ct mark 7 accept
+		ct mark 0 accept
+	}
+	chain large {
+		ct mark set 7
+	}
+}`},
+	{Name: "a transparent proxy that doesn't run", Unclear: "net udp, net tcp, net dns, lan, vm, host udp, host tcp", NFT: `
+table inet proxy {
+	chain pre {
+		type filter hook prerouting priority mangle; policy accept;
+		iifname "MESH" meta l4proto { tcp, udp } tproxy to :1234
+	}
+}`},
+	{Name: "packets that are taken away at ingress", Unclear: "net, lan, vm, host", NFT: `
+table netdev early {
+	chain mesh {
+		type filter hook ingress device "MESH" priority 0; policy accept;
+		fwd to "lo"
+	}
+}`},
+	{Name: "copies of packets", NFT: `
+table ip copies {
+	chain pre {
+		type filter hook prerouting priority mangle; policy accept;
+		iifname "MESH" dup to 192.168.77.2 device "LAN0"
+	}
+}`},
+	{Name: "destinations that are rewritten without conntrack", Stops: "net 4, net 6, vm 4, host udp", NFT: `
+table inet stateless {
+	chain through {
+		type filter hook forward priority mangle; policy accept;
+		iifname "MESH" oifname "WAN" ip daddr set 10.9.9.9
+		iifname "MESH" oifname "WAN" ip6 daddr set 2001:db8:9::9
+		oifname "virbr0" ip daddr set 192.168.122.9
+		oifname "LAN0" ip daddr set ip daddr
+	}
+	chain in {
+		type filter hook input priority mangle; policy accept;
+		iifname "MESH" udp dport 40001 udp dport set 40002
+	}
+}`},
+	{Name: "sources that are rewritten without conntrack", Unclear: "net 4", NFT: `
+table ip stateless {
+	chain through {
+		type filter hook postrouting priority 200; policy accept;
+		iifname "MESH" oifname "WAN" ip saddr set 192.0.2.77
+	}
+}`},
+	{Name: "a hop limit that is rewritten", Stops: "", Unclear: "net 6, lan 6, vm 6", NFT: `
+table inet hops {
+	chain pre {
+		type filter hook prerouting priority mangle; policy accept;
+		iifname "MESH" ip ttl set 65
+		iifname "MESH" ip6 hoplimit set 1
+	}
+	chain post {
+		type filter hook postrouting priority mangle; policy accept;
+		ip dscp set cs1
+		ip6 dscp set cs1
+	}
+}`},
+	{Name: "fields of a packet that differ from one to another", Unclear: "net udp, net dns, lan, vm, answer", NFT: `
+table inet lengths {
+	chain through {
+		type filter hook forward priority filter; policy accept;
+		udp length != 8 drop
+	}
+}`},
+	{Name: "a set of all with a limit", Unclear: "host 4", NFT: `
+table inet catchall {
+	set s { type ipv4_addr; flags interval; limit rate over 1/second; elements = { * } }
+	chain in {
+		type filter hook input priority filter; policy accept;
+		iifname "MESH" ip saddr @s drop
+	}
+}`},
+	{Name: "iptables' match of what conntrack hasn't seen", Stops: "net, lan, vm, host", IPTables: `*raw
+:PREROUTING ACCEPT
+-A PREROUTING -i MESH -m conntrack --ctstate INVALID -j DROP
+COMMIT
+`},
+	{Name: "iptables' match of translated flows", Unclear: "answer", IPTables: `*filter
+:FORWARD ACCEPT
+-A FORWARD -m conntrack --ctstate SNAT -j DROP
+COMMIT
+`},
+	{Name: "iptables' match of answers before they are translated", Stops: "host, wg in, answer", IPTables: `*raw
+:PREROUTING ACCEPT
+-A PREROUTING -m addrtype --dst-type LOCAL -j DROP
+COMMIT
+`},
+	{Name: "WireGuard's packets without conntrack", NFT: `
+table inet raw {
+	chain pre {
+		type filter hook prerouting priority raw; policy accept;
+		iifname "WAN" udp dport 51820 notrack
+	}
+	chain out {
+		type filter hook output priority raw; policy accept;
+		oifname "WAN" udp sport 51820 notrack
+	}
+}`},
+	{Name: "WireGuard's packets without conntrack, which a firewall wants", Stops: "wg in", NFT: `
+table inet raw {
+	chain pre {
+		type filter hook prerouting priority raw; policy accept;
+		iifname "WAN" udp dport 51820 notrack
+	}
+	chain in {
+		type filter hook input priority filter; policy accept;
+		iifname "MESH" accept
+		ct state untracked drop
+	}
+}`},
+	{Name: "notrack where conntrack has seen the packet", NFT: `
+table inet late {
+	chain through {
+		type filter hook forward priority filter; policy accept;
+		notrack
+		ct state untracked drop
+	}
+	chain in {
+		type filter hook input priority filter; policy accept;
+		notrack
+	}
+}`},
+	{Name: "conntrack's mark before there is a flow", NFT: `
+table inet early {
+	chain pre {
+		type filter hook prerouting priority raw; policy accept;
+		iifname "MESH" ct mark set 7
+	}
+	chain through {
+		type filter hook forward priority filter; policy accept;
+		iifname "MESH" ct mark 7 drop
+	}
+}`},
+	{Name: "conntrack's zones by iptables", Unclear: "net, lan, vm, host", IPTables: `*raw
+:PREROUTING ACCEPT
+-A PREROUTING -i MESH -j CT --zone 7
+COMMIT
+`},
+	{Name: "networks that iptables maps", Stops: "net 4, lan 4, vm 4, host 4", IPTables: `*nat
+:PREROUTING ACCEPT
+-4 -A PREROUTING -i MESH -j NETMAP --to 198.51.100.0/24
+COMMIT
+`},
+	{Name: "a set that a rule before adds to", Stops: "", Unclear: "host 4", NFT: `
+table inet knock {
+	set knocked { type ipv4_addr; flags dynamic, timeout; timeout 30s; }
+	chain in {
+		type filter hook input priority filter; policy accept;
+		iifname "MESH" add @knocked { ip saddr timeout 30s }
+		ip saddr @knocked drop
+	}
+}`},
+	{Name: "a quota that the packet may use up", Unclear: "net, lan, vm, answer", NFT: `
+table inet quotas {
+	chain through {
+		type filter hook forward priority filter; policy accept;
+		quota over 60 kbytes drop
+	}
+}`},
+	{Name: "a proxy of handshakes by name", Unclear: "net tcp", NFT: `
+table inet handshakes {
+	synproxy some { mss 1460 wscale 7 }
+	chain through {
+		type filter hook forward priority filter; policy accept;
+		tcp dport 443 synproxy name "some"
 	}
 }`},
 	{Name: "Kubernetes", IPTables: `*filter
