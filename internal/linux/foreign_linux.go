@@ -235,20 +235,28 @@ type span struct {
 // maxReads bounds how often all is read for a packet.
 const maxReads = 4
 
-// run returns what becomes of a packet on its way through others' chains. Parts of two
-// generations may say what neither does, and a list that is interrupted is of two: then
-// all is read again.
-func (e *evaluator) run(s sample) finding {
+// steady evaluates until nothing changed meanwhile, and reports whether it came to that:
+// parts of two generations may say what neither does, and a list that is interrupted is of
+// two.
+func (e *evaluator) steady(evaluate func()) bool {
 	for range maxReads {
-		f := e.evaluate(s)
+		evaluate()
 		if now, err := e.generation(); err == nil && now == e.read {
-			return f
+			return true
 		}
 		if e.begin() != nil {
-			break
+			return false
 		}
 	}
-	return finding{outcome: passes, unclear: true}
+	return false
+}
+
+// run returns what becomes of a packet on its way through others' chains.
+func (e *evaluator) run(s sample) (f finding) {
+	if !e.steady(func() { f = e.evaluate(s) }) {
+		return finding{outcome: passes, unclear: true}
+	}
+	return f
 }
 
 // evaluate does it once.
@@ -292,7 +300,14 @@ func (e *evaluator) evaluate(s sample) finding {
 // markOf returns the mark that a packet has when it is routed, 0 where that isn't known: of
 // one that comes in, from the chains before; the host's own is routed anew where a chain of
 // the type route marks it.
-func (e *evaluator) markOf(s sample) uint32 {
+func (e *evaluator) markOf(s sample) (mark uint32) {
+	if !e.steady(func() { mark = e.evaluateMark(s) }) {
+		return 0
+	}
+	return mark
+}
+
+func (e *evaluator) evaluateMark(s sample) uint32 {
 	w := newWalk(e, s)
 	var mark []byte
 	for _, chains := range e.passed(s)[:2] { // at the device, and at the first hook

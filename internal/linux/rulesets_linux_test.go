@@ -317,21 +317,23 @@ func TestRulesetsOfOthers(t *testing.T) {
 	b.t = t
 }
 
-// TestRulesetsThatChange replaces a ruleset while it is read. Each of the two drops what is
-// forwarded, and the first half of one lets it pass with the second half of the other.
+// TestRulesetsThatChange replaces a ruleset while it is read. Each of the two marks and drops
+// what is forwarded, and the first half of one does neither with the second half of the other.
 func TestRulesetsThatChange(t *testing.T) {
 	installed(t, "nft")
 	g := newRig(t)
 	g.open()
 	defer g.close()
 	g.enforce(mesh(grants{ann: all}))
+	const work, none = "meta mark set 7", "counter"
 	load := func(first, second string) {
 		g.program(`table inet other
 flush table inet other
 table inet other {
 	chain first { `+first+`; }
 	chain second { `+second+`; }
-	chain through { type filter hook forward priority filter; jump first; jump second; }
+	chain before { type filter hook prerouting priority mangle; jump first; jump second; }
+	chain through { type filter hook forward priority filter; meta mark 7 drop; }
 }`, "nft", "-f", "-")
 	}
 	s := sample{iif: meshName, oif: netlab.Uplink, src: ann4, dst: netlab.Addresses().I.V4, proto: unix.IPPROTO_UDP, sport: 40000, dport: 40001}
@@ -340,7 +342,7 @@ table inet other {
 		always bool
 	}{{"once", false}, {"all the time", true}} {
 		t.Run(tt.name, func(t *testing.T) {
-			load("counter", "drop")
+			load(none, work)
 			err := g.p.others.run(t.Context(), func() error {
 				e, err := g.p.others.newEvaluator(t.Context())
 				if err != nil {
@@ -349,13 +351,18 @@ table inet other {
 				ask, lists := e.ask, 0
 				e.ask = func(m mdlayher.Message) ([]mdlayher.Message, error) {
 					if m.Header.Type&0xff == unix.NFT_MSG_GETRULE {
-						// The third chain that is read is the second one.
+						// The third chain that is read is the second one in before.
 						if lists++; lists == 3 || tt.always {
-							load("drop", "counter")
+							load(work, none)
 						}
 					}
 					return ask(m)
 				}
+				if mark := e.markOf(s); !tt.always && mark != 7 || tt.always && mark != 0 {
+					t.Errorf("the mark is %d", mark)
+				}
+				load(none, work)
+				lists = 0
 				if f := e.run(s); f.unclear != tt.always || !tt.always && f.outcome != dropped {
 					t.Errorf("outcome %v, unclear %t, %s", f.outcome, f.unclear, f.where())
 				}
