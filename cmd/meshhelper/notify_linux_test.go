@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/install"
 	"github.com/meshhelper/meshhelper/internal/systemd"
 )
 
@@ -168,5 +170,13 @@ func TestBadServiceManager(t *testing.T) {
 		if err == nil || !strings.Contains(string(out), want) {
 			t.Errorf("NOTIFY_SOCKET=%s: %v\n%s", address, err, out)
 		}
+	}
+}
+
+// TestWatchdogLetsARoundEnd wants the installed helper's watchdog to leave the loop the
+// time in which its steps end by their own limits, and the wait between two rounds.
+func TestWatchdogLetsARoundEnd(t *testing.T) {
+	if least := daemon.RoundLimit + daemon.DefaultTick; install.WatchdogTime <= least {
+		t.Errorf("the watchdog ends the helper after %v, and a round that is well may take %v", install.WatchdogTime, least)
 	}
 }

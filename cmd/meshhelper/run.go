@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -267,8 +268,14 @@ func (o *runOptions) parse(opts *daemon.Options) (err error) {
 	if opts.Addresses, err = parseAddresses("--address", o.addresses); err != nil {
 		return err
 	}
-	if opts.DNS, err = parseAddresses("--dns", o.dns); err != nil {
-		return err
+	if len(o.dns) > 0 {
+		checked, err := daemon.CheckSetting(daemon.SettingDNS, strings.Join(o.dns, ","))
+		if err != nil {
+			return o.wrongf(daemon.SettingDNS, "%s", strings.TrimPrefix(err.Error(), daemon.SettingDNS+" "))
+		}
+		if opts.DNS, err = parseAddresses("--dns", strings.Split(checked, ",")); err != nil {
+			return err
+		}
 	}
 	if o.endpoint == "" {
 		return nil

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -181,14 +182,17 @@ var units = map[string]time.Duration{
 	"w": 7 * 24 * time.Hour, "d": 24 * time.Hour, "h": time.Hour, "m": time.Minute, "s": time.Second, "ms": time.Millisecond,
 }
 
+// bareNumber is a number without a unit.
+var bareNumber = regexp.MustCompile(`^[-+]?[0-9]+(\.[0-9]+)?$`)
+
 // parseDuration reads what time.ParseDuration reads, and days and weeks: 90m, 1h30m,
 // 2d, 1w.
 func parseDuration(text string) (time.Duration, error) {
-	if n, err := strconv.ParseFloat(text, 64); err == nil && n != 0 {
-		return 0, fmt.Errorf("%q has no unit: %ss are seconds, %sm minutes, %sh hours, %sd days", text, text, text, text, text)
-	}
 	if d, err := time.ParseDuration(text); err == nil {
 		return d, nil
+	}
+	if bareNumber.MatchString(text) {
+		return 0, fmt.Errorf("%q has no unit: %ss are seconds, %sm minutes, %sh hours, %sd days", text, text, text, text, text)
 	}
 	wrong := fmt.Errorf("%q is not a duration: it is such as 30m, 2h, 2d or 1w", text)
 	rest, negative := strings.CutPrefix(text, "-")

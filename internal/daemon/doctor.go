@@ -231,8 +231,11 @@ func (d *Daemon) lookForRoom() {
 // tryBytes is more than a file system keeps for what is nearly full.
 const tryBytes = 64 << 10
 
+// trialPattern is how the file is named with which that is tried.
+const trialPattern = ".trial-*"
+
 func tryWrite(dir string) (err error) {
-	f, err := os.CreateTemp(dir, ".trial-*")
+	f, err := os.CreateTemp(dir, trialPattern)
 	if err != nil {
 		return err
 	}

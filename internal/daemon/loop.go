@@ -25,7 +25,7 @@ const (
 	// tunnelLimit bounds the end of the tunnel, so that one that hangs leaves time to
 	// put the host back.
 	tunnelLimit = 3 * time.Second
-	// stepLimit bounds each enforcing step, and lookLimit a look at the host: a platform
+	// stepLimit bounds making the interface and each enforcing step, and lookLimit a look at the host: a platform
 	// that hangs must not keep what was narrowed open for longer. Each has its own time,
 	// so that one that used up all of it leaves closing as much as ever.
 	stepLimit = 30 * time.Second
@@ -38,6 +38,12 @@ const (
 	restFactor = 4
 	restMost   = time.Second
 )
+
+// RoundLimit is what the steps of one round take at most: the interface is made anew, the
+// host looked at, a ruleset loaded, read back and flows are cut, and then the same three to
+// close. What another program changes meanwhile is loaded again, which takes longer only if
+// loading nearly hangs each time.
+const RoundLimit = stepLimit + lookLimit + 2*(stepLimit+lookLimit+stepLimit)
 
 // loop is the reconcile loop: it alone talks to the platform, and its fields
 // are its own.
@@ -93,8 +99,8 @@ func newLoop(d *Daemon) *loop {
 // that can't be done is refused, rather than tried for ever.
 func (l *loop) run(ctx context.Context) error {
 	err := l.open(ctx)
-	if err != nil && !l.opened {
-		return err // Open left nothing behind
+	if err != nil && !l.opened && !errors.Is(err, context.DeadlineExceeded) {
+		return err // Open left nothing behind, unless it hung
 	}
 	if err != nil {
 		return errors.Join(err, l.leave(ctx))
@@ -149,7 +155,9 @@ func (l *loop) open(ctx context.Context) error {
 		return nil
 	}
 	o := &l.d.opts
-	dev, err := o.Platform.Open(ctx, Interface{
+	limit, cancel := context.WithTimeout(ctx, stepLimit)
+	defer cancel()
+	dev, err := o.Platform.Open(limit, Interface{
 		Name: o.Interface, MTU: o.MTU, Addresses: l.d.mesh.own.List(), Prefixes: l.d.mesh.list(),
 	})
 	if err != nil {

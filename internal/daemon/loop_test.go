@@ -1057,3 +1057,31 @@ func TestChangesLeaveTimeForOthers(t *testing.T) {
 		}
 	})
 }
+
+// TestOpenThatHangs has making the mesh interface hang. At the start the helper ends, and
+// leaves the host as it was found; later it says so, and tries again.
+func TestOpenThatHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		r.host.HangAt("open")
+		r.start()
+		r.after(stepLimit)
+		calls := r.host.Calls()
+		if err := r.stopped(); !errors.Is(err, context.DeadlineExceeded) || !slices.Equal(calls, []string{"open", "close"}) {
+			t.Errorf("%v after the calls %q", err, calls)
+		}
+	})
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.host.HangAt("open")
+		r.tunnel.Close()
+		r.after(stepLimit)
+		if got := r.events(api.EventProblem); len(got) == 0 || !strings.HasPrefix(got[len(got)-1], "open mesh interface: ") {
+			t.Errorf("problems %q", got)
+		}
+		r.host.HangAt("")
+		r.after(stepLimit)
+		if s := r.d.Status(); s.State != api.Enforcing {
+			t.Errorf("the state is %s when nothing hangs any more", s.State)
+		}
+	})
+}

@@ -20,7 +20,7 @@ import (
 // with what was found and the boot's id, before it is changed.
 type Platform interface {
 	// Open repairs what a killed helper left behind, then creates the mesh
-	// interface. Nothing of a peer passes yet.
+	// interface, which outlives ctx. Nothing of a peer passes yet.
 	Open(ctx context.Context, cfg Interface) (tun.Device, error)
 
 	// Observe returns the facts about the host that hold now. Forwarding says

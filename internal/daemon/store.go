@@ -99,9 +99,10 @@ func readDocument(path string) (*document, error) {
 	return doc, nil
 }
 
-// tidy removes the temporary files of a helper that was killed while it saved.
+// tidy removes the temporary files of a helper that was killed while it saved, or tried
+// whether the disk takes anything.
 func (s *store) tidy() {
-	for _, pattern := range []string{tempPattern, "." + keyFile + ".*"} {
+	for _, pattern := range []string{tempPattern, "." + keyFile + ".*", trialPattern} {
 		left, _ := filepath.Glob(filepath.Join(s.dir, pattern)) // the patterns are right
 		for _, path := range left {
 			_ = s.files().Remove(path) // it costs some room, no more

@@ -321,6 +321,10 @@ func TestKilledWhileSaving(t *testing.T) {
 				t.Errorf("operation %d: %v", at, err)
 			}
 			r.stop()
+			trial, err := os.CreateTemp(r.dir, trialPattern) // of one that was killed while it tried the disk
+			if err := errors.Join(err, trial.Close()); err != nil {
+				t.Fatal(err)
+			}
 			r.start()
 			switch got := r.d.wanted.Load(); {
 			case got.Generation != before && got.Generation != before+1:

@@ -27,9 +27,9 @@ const (
 )
 
 // WatchdogTime is how long the loop of an installed helper may take for a turn before
-// systemd ends it: more than all steps of a round together may take, each with its own
-// limit, and a slow host's rest.
-const WatchdogTime = 3 * time.Minute
+// systemd ends it: more than the steps of a round may take together, each with its own
+// limit (daemon.RoundLimit), the wait between two rounds, and a slow host's rest.
+const WatchdogTime = 4 * time.Minute
 
 // Unit returns the name of the service's unit.
 func (o *Options) Unit() string { return o.Label + ".service" }

@@ -10,7 +10,10 @@ import (
 	"testing"
 	"time"
 
+	"golang.zx2c4.com/wireguard/tun"
+
 	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -140,5 +143,25 @@ func TestKillThatFailsHoldsUpNoOther(t *testing.T) {
 	kills := slices.Concat(killAll(netip.MustParseAddr("100.64.0.2")), killAll(netip.MustParseAddr("100.64.0.3")))
 	if err := g.p.kill(t.Context(), kills); err == nil || tried != len(kills) {
 		t.Errorf("%d of %d kills were tried: %v", tried, len(kills), err)
+	}
+}
+
+// TestInterfaceThatTakesTooLong has making the interface again use up the time and fail: the
+// rules name none, all the same, for another program may get its name.
+func TestInterfaceThatTakesTooLong(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	g.enforce(testMesh(2, everything))
+	ctx, cancel := context.WithCancel(t.Context())
+	g.p.o.CreateTUN = func(string, int) (tun.Device, error) {
+		cancel()
+		return nil, errors.New("made to fail")
+	}
+	m := testMesh(0)
+	if _, err := g.p.Open(ctx, platform.Interface{MTU: 1420, Addresses: m.Addresses, Prefixes: m.Prefixes}); err == nil {
+		t.Error("there is an interface")
+	}
+	if dump := g.mac.Dump(); !strings.Contains(dump, goneInterface) {
+		t.Errorf("the rules are still those of the interface that is gone:\n%s", dump)
 	}
 }

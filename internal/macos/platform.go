@@ -172,7 +172,9 @@ func (p *Platform) keepIn(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return p.putAnchor(ctx, a)
+	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeLimit)
+	defer cancel()
+	return p.putAnchor(limit, a)
 }
 
 // takeOver reads the journal and has what a killed helper changed put back, all of
