@@ -8,9 +8,12 @@ import (
 	"path/filepath"
 )
 
-// outputFile is the new file that a configuration with a private key is written to.
+// outputFile is the new file that a configuration with a private key is written to. Its
+// folder may be another user's, who may put a link to a third one in its place at any time:
+// it is opened once.
 type outputFile struct {
 	f    *os.File
+	dir  *os.Root
 	path string
 	done bool // whether all of it is on the disk
 }
@@ -21,14 +24,23 @@ func (o *peerAddOptions) create() error {
 	if o.output == "" {
 		return nil
 	}
-	f, err := os.OpenFile(o.output, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if errors.Is(err, fs.ErrExist) {
-		return fmt.Errorf("--output: %q already exists, and isn't written over: choose another name, or remove it", o.output)
+	folder, name := filepath.Split(o.output)
+	if name == "" {
+		return fmt.Errorf("--output: %q is a folder: give a file in it", o.output)
 	}
+	dir, err := os.OpenRoot(filepath.Clean(folder))
 	if err != nil {
 		return fmt.Errorf("--output: %w", err)
 	}
-	o.file = &outputFile{f: f, path: o.output}
+	f, err := dir.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		dir.Close()
+		if errors.Is(err, fs.ErrExist) {
+			return fmt.Errorf("--output: %q already exists, and isn't written over: choose another name, or remove it", o.output)
+		}
+		return fmt.Errorf("--output: %w", err)
+	}
+	o.file = &outputFile{f: f, dir: dir, path: o.output}
 	return nil
 }
 
@@ -38,11 +50,27 @@ func (o *peerAddOptions) end(err error) error {
 	if o.file == nil {
 		return err
 	}
-	o.file.f.Close() // everything is on the disk, or the file goes
+	defer o.file.dir.Close()
+	defer o.file.f.Close() // everything is on the disk, or the file goes
 	if !o.file.done {
-		return errors.Join(err, os.Remove(o.file.path))
+		return errors.Join(err, o.file.remove())
 	}
 	return err
+}
+
+// remove removes the file, and no other that has its name by now.
+func (w *outputFile) remove() error {
+	name := filepath.Base(w.path)
+	if now, err := w.dir.Lstat(name); !w.is(now, err) {
+		return fmt.Errorf("--output: the file that was made as %q isn't removed, for it has another name by now; it is void", w.path)
+	}
+	return w.dir.Remove(name)
+}
+
+// is reports whether now is the file.
+func (w *outputFile) is(now fs.FileInfo, err error) bool {
+	made, statErr := w.f.Stat()
+	return err == nil && statErr == nil && os.SameFile(now, made)
 }
 
 // write puts text on the disk, with the file's name in its folder.
@@ -56,9 +84,12 @@ func (w *outputFile) write(text string) error {
 	}
 	// Where a folder can't be flushed, as on some file systems, the file is there all
 	// the same.
-	if dir, err := os.Open(filepath.Dir(w.path)); err == nil {
+	if dir, err := w.dir.Open("."); err == nil {
 		_ = dir.Sync()
 		dir.Close()
+	}
+	if now, err := os.Lstat(w.path); !w.is(now, err) {
+		return fmt.Errorf("--output: %q doesn't lead to the file that was made any more, for its folder or its name was changed meanwhile: choose a folder that no other user can change", w.path)
 	}
 	w.done = true
 	return nil
