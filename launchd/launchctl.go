@@ -63,7 +63,7 @@ func New(o Options) *Launchctl {
 // killed at its start (mache#641).
 func (l *Launchctl) Load(ctx context.Context, label, file string) (Status, error) {
 	// First, so that an instance that runs isn't taken away for one that can't.
-	if err := l.switchedOff(ctx, label); err != nil {
+	if err := l.CheckSwitch(ctx, label); err != nil {
 		return Status{}, err
 	}
 	if err := l.Bootout(ctx, label); err != nil {
@@ -80,16 +80,16 @@ func (l *Launchctl) Load(ctx context.Context, label, file string) (Status, error
 	}
 	if err != nil {
 		// Whatever launchd answered, the user's own switch explains it best.
-		if off := l.switchedOff(ctx, label); off != nil {
+		if off := l.CheckSwitch(ctx, label); off != nil {
 			err = off
 		}
 	}
 	return s, err
 }
 
-// switchedOff gives an error if the user, or a profile, has switched the service
+// CheckSwitch gives an error if the user, or a profile, has switched the service
 // off. Where that can't be told (before macOS 13), it isn't.
-func (l *Launchctl) switchedOff(ctx context.Context, label string) error {
+func (l *Launchctl) CheckSwitch(ctx context.Context, label string) error {
 	if _, err := serviceTarget("load", label); err != nil {
 		return err
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/daemon"
 	"github.com/meshhelper/meshhelper/internal/install"
 	"github.com/meshhelper/meshhelper/internal/macos"
+	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/launchd"
 )
 
@@ -48,6 +49,7 @@ const settleTime = 5 * time.Second
 type installOptions struct {
 	app                       *app
 	label, operator, endpoint string
+	caller                    string // who would be the operator where none was named before
 	listenPort                uint16
 	dryRun                    bool
 	given                     func(flag string) bool
@@ -73,9 +75,9 @@ func newInstallCommand(a *app) *cobra.Command {
 		Use: "install", Short: "Install the helper as a service, or upgrade it",
 		Long: `Copy the helper to a place that only root can change, have launchd or systemd
 start it now and with every boot, wait until it answers, and say how it is.
-Repeating it upgrades the helper in place; the mesh stays as it is. On Linux
---operator, --listen-port and --endpoint are kept as settings, which
-"meshhelper settings" shows and changes; without them those of before stay.`,
+Repeating it upgrades the helper in place; the mesh stays as it is. --operator,
+--listen-port and --endpoint are kept as settings, which "meshhelper settings"
+shows and changes; without them those of before stay.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			o.given = c.Flags().Changed
 			return o.run(c.Context())
@@ -166,6 +168,9 @@ func (o *installOptions) describe(s api.Status, what *install.Options, boots boo
 	if o.operator != "" {
 		a.say("%s may change the mesh.", o.operator)
 	}
+	if o.caller != o.operator && o.caller != "" {
+		a.talk("%s may not, for the operator stays who it was; for another: sudo %s install --operator %[1]s", o.caller, a.me())
+	}
 	if s.State != api.Enforcing {
 		return
 	}
@@ -211,32 +216,80 @@ func (o *installOptions) options() (*install.Options, error) {
 		if err != nil {
 			return nil, err
 		}
-		o.operator = name
+		o.caller, o.operator = name, name
 	}
 	source, err := o.app.service.executable()
 	if err != nil {
 		return nil, fmt.Errorf("find this program's file: %w", err)
 	}
-	if o.app.service.systemd {
-		return o.systemdOptions(source)
+	changes := map[string]*string{}
+	port := strconv.Itoa(int(o.listenPort))
+	for key, value := range map[string]*string{
+		daemon.SettingLabel: &o.label, daemon.SettingOperator: &o.operator, daemon.SettingListenPort: &port, daemon.SettingEndpoint: &o.endpoint,
+	} {
+		if key != daemon.SettingLabel && (*value == "" || !o.given(key) && key != daemon.SettingOperator) {
+			continue
+		}
+		if _, err := daemon.CheckSetting(key, *value); err != nil {
+			return nil, usagef("--%s: %v", key, err)
+		}
+		changes[key] = value
 	}
-	if _, err := macos.AnchorPath(o.label); err != nil {
-		return nil, usagef("--label: %v", err)
-	}
+	delete(changes, daemon.SettingLabel) // the service's name, and so an argument of its
 	what := o.app.installed(o.label)
-	what.Source = source
-	what.Arguments = []string{
-		"--platform", "darwin", "--listen-port", strconv.Itoa(int(o.listenPort)),
-		"--label", o.label, "--log-file", what.LogDir + "/helper.log",
-	}
-	if o.operator != "" {
-		what.Arguments = append(what.Arguments, "--operator", o.operator)
-	}
-	if o.endpoint != "" {
-		what.Arguments = append(what.Arguments, "--endpoint", o.endpoint)
-	}
-	what.Ready = o.ready
+	what.Source, what.Ready = source, o.ready
+	what.Keep = func() error { return o.keep(what, changes) }
 	return what, nil
+}
+
+// keep writes what was given to the settings, and with it what counted before.
+func (o *installOptions) keep(what *install.Options, given map[string]*string) error {
+	dir := filepath.Join(o.app.service.root, what.StateDir)
+	kept, err := daemon.ReadSettings(dir)
+	if err != nil {
+		return err
+	}
+	changes := o.app.listed(what)
+	before := changes[daemon.SettingOperator] != nil || kept[daemon.SettingOperator] != ""
+	for key, value := range given {
+		if key == daemon.SettingOperator && before && !o.given(key) {
+			continue // another administrator upgrades
+		}
+		changes[key] = value
+	}
+	if err := daemon.WriteSettings(dir, changes); err != nil {
+		return err
+	}
+	if kept, err = daemon.ReadSettings(dir); err == nil {
+		o.operator = kept[daemon.SettingOperator]
+	}
+	return err
+}
+
+// listed returns what the installed property list has as arguments of the helper's: they
+// would count whatever is kept, and did until now. Lists that are written by now have none.
+func (a *app) listed(what *install.Options) map[string]*string {
+	out := map[string]*string{}
+	text, err := os.ReadFile(filepath.Join(a.service.root, what.List()))
+	if err != nil || a.service.systemd {
+		return out // nothing is installed
+	}
+	job, err := launchd.Parse(text)
+	if err != nil {
+		return out // launchd starts nothing by it
+	}
+	for i, word := range job.ProgramArguments[:max(0, len(job.ProgramArguments)-1)] {
+		key, value := strings.TrimPrefix(word, "--"), job.ProgramArguments[i+1]
+		if key == word || key != daemon.SettingOperator && key != daemon.SettingListenPort && key != daemon.SettingEndpoint {
+			continue
+		}
+		if _, err := daemon.CheckSetting(key, value); err != nil {
+			a.talk("%s isn't kept: %v", key, err)
+			continue
+		}
+		out[key] = &value
+	}
+	return out
 }
 
 // ready waits until the helper answers.
@@ -247,59 +300,22 @@ func (o *installOptions) ready(ctx context.Context) error {
 	return err
 }
 
-// systemdOptions is options for a Linux host. The label is the unit's name, and so an
-// argument of its; what else was given is kept as settings, which the commands change.
-func (o *installOptions) systemdOptions(source string) (*install.Options, error) {
-	changes := map[string]*string{}
-	port := strconv.Itoa(int(o.listenPort))
-	for key, value := range map[string]*string{
-		daemon.SettingLabel: &o.label, daemon.SettingOperator: &o.operator, daemon.SettingListenPort: &port, daemon.SettingEndpoint: &o.endpoint,
-	} {
-		if *value == "" || key != daemon.SettingLabel && !o.given(key) && key != daemon.SettingOperator {
-			continue
-		}
-		if _, err := daemon.CheckSetting(key, *value); err != nil {
-			return nil, usagef("--%s: %v", key, err)
-		}
-		if key != daemon.SettingLabel {
-			changes[key] = value
-		}
-	}
-	what := o.app.installed(o.label)
-	what.Source = source
-	what.Keep = func() error {
-		dir := filepath.Join(o.app.service.root, what.StateDir)
-		kept, err := daemon.ReadSettings(dir)
-		if err != nil {
-			return err
-		}
-		if kept[daemon.SettingOperator] != "" && !o.given("operator") {
-			delete(changes, daemon.SettingOperator) // another administrator upgrades
-		}
-		return daemon.WriteSettings(dir, changes)
-	}
-	what.Ready = o.ready
-	return what, nil
-}
-
 // unitSocket is where a helper that systemd runs answers.
 const unitSocket = "/run/meshhelper.sock"
 
 // installed describes the service as both commands know it.
 func (a *app) installed(label string) *install.Options {
-	if a.service.systemd {
-		return &install.Options{
-			Systemd: true, Label: label, StateDir: a.defaultStateDir("linux"), Socket: unitSocket,
-			Arguments: []string{"--platform", "linux", "--state-dir", a.defaultStateDir("linux"), "--socket", unitSocket, "--label", label},
-			Runner:    a.service.runner, Root: a.service.root,
-			Restore: func(ctx context.Context) error { return a.service.restore(ctx, a.defaultStateDir("linux")) },
-		}
+	what := &install.Options{Systemd: a.service.systemd, Label: label, Runner: a.service.runner, Root: a.service.root}
+	if what.Systemd {
+		what.StateDir, what.Socket = a.defaultStateDir("linux"), unitSocket
+		what.Arguments = []string{"--platform", "linux", "--state-dir", what.StateDir, "--socket", unitSocket, "--label", label}
+	} else {
+		what.StateDir, what.LogDir, what.Socket = a.defaultStateDir("darwin"), logDir, "/var/run/meshhelper.sock"
+		what.Arguments = []string{"--platform", "darwin", "--label", label, "--log-file", logDir + "/helper.log"}
 	}
-	return &install.Options{
-		Label: label, StateDir: a.defaultStateDir("darwin"), LogDir: logDir, Socket: "/var/run/meshhelper.sock",
-		Runner: a.service.runner, Root: a.service.root,
-		Restore: func(ctx context.Context) error { return a.service.restore(ctx, a.defaultStateDir("darwin")) },
-	}
+	what.Restore = func(ctx context.Context) error { return a.service.restore(ctx, what.StateDir) }
+	what.Held = func() error { return daemon.Held(filepath.Join(a.service.root, what.StateDir)) }
+	return what
 }
 
 // me is what starts this program: its name, or where a shell doesn't find that, its path.
@@ -353,6 +369,9 @@ func newUninstallCommand(a *app) *cobra.Command {
 		Long: `Stop the helper, put the packet filter, forwarding and routes back as they were
 found, and remove what was installed. It works when the helper is dead, too.`,
 		RunE: func(c *cobra.Command, _ []string) error {
+			if err := platform.CheckLabel(label); err != nil {
+				return usagef("--label: %v", err)
+			}
 			what := a.installed(label)
 			what.Purge = purge
 			left, err := install.Uninstall(c.Context(), what, a.reportStep)

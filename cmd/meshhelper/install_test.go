@@ -11,8 +11,11 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"os/user"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -46,6 +49,7 @@ type macRig struct {
 
 	stdout, stderr bytes.Buffer // of the last command
 	columns        int          // of the terminal
+	caller         string       // number of the user who runs sudo, "": none
 }
 
 func newMacRig(t *testing.T) *macRig {
@@ -80,7 +84,9 @@ func (g *macRig) app(p *simmac.Process) *app {
 	}
 	return &app{
 		stdin: strings.NewReader(""), stdout: &g.stdout, stderr: &g.stderr, random: rand.Reader, size: func() (int, int) { return g.columns, 0 }, talkSize: func() (int, int) { return g.columns, 0 },
-		getenv:    func(name string) string { return map[string]string{"MESHHELPER_SOCKET": g.socket}[name] },
+		getenv: func(name string) string {
+			return map[string]string{"MESHHELPER_SOCKET": g.socket, "SUDO_UID": g.caller}[name]
+		},
 		platforms: map[string]newPlatform{"darwin": platform},
 		service: &serviceHost{
 			runner: p, root: g.root, executable: os.Executable, settle: time.Second,
@@ -439,17 +445,114 @@ func TestInstallElsewhere(t *testing.T) {
 	}
 }
 
-// TestUninstallBesideAHelper has a helper in the foreground answer where the service would:
-// uninstall fails, leaves it its socket, and doesn't say that nothing is left.
+// TestUninstallBesideAHelper has a helper in the foreground hold the state folder: uninstall
+// fails, touches nothing of its, and doesn't say that nothing is left.
 func TestUninstallBesideAHelper(t *testing.T) {
 	g := newMacRig(t)
 	g.start(&launchd.Job{ProgramArguments: []string{"meshhelper", "run", "--listen-port", "0", "--platform", "darwin"}})
 	g.status()
-	if status := g.run("uninstall"); status != exitFailed || !strings.Contains(g.stderr.String(), "a helper that isn't the service answers there: end it") ||
+	if status := g.run("uninstall"); status != exitFailed || !strings.Contains(g.stderr.String(), "a helper that isn't this service runs") ||
 		strings.Contains(g.stdout.String(), "Nothing") {
 		t.Errorf("exit status %d\n%s%s", status, g.stdout.String(), g.stderr.String())
 	}
 	g.must("status")
+	if status := g.run("uninstall", "--label", "../org.meshhelper"); status != exitUsage || !strings.Contains(g.stderr.String(), "--label: label") {
+		t.Errorf("a label that is a path: exit status %d\n%s", status, g.stderr.String())
+	}
+}
+
+// TestUninstallWithAWrongLabel names a service that isn't installed, beside one that runs:
+// its helper goes on, with all it has put into the packet filter.
+func TestUninstallWithAWrongLabel(t *testing.T) {
+	g := newMacRig(t)
+	g.must("install", "--listen-port", "0")
+	g.must("peer", "add", "phone", "--allow", "routing")
+	before, files := g.mac.Dump(), g.files()
+	if status := g.run("uninstall", "--purge", "--label", "org.meshelper"); status != exitFailed || !strings.Contains(g.stderr.String(), "give its name with --label") {
+		t.Errorf("exit status %d\n%s", status, g.stderr.String())
+	}
+	if diff := cmp.Diff(before, g.mac.Dump()) + cmp.Diff(files, g.files()); diff != "" {
+		t.Errorf("something was changed (-before +after):\n%s", diff)
+	}
+	if !g.reaches("198.51.100.9") {
+		t.Error("nothing is routed any more")
+	}
+}
+
+// TestInstallKeepsSettings installs on a Mac with settings, changes one, and upgrades: what
+// was changed counts, as does the operator, also when another administrator upgrades.
+func TestInstallKeepsSettings(t *testing.T) {
+	g := newMacRig(t)
+	setting := func(key, want string) {
+		t.Helper()
+		if out := strings.TrimSpace(g.must("settings", key)); out != want {
+			t.Errorf("the setting %s is %q, want %q", key, out, want)
+		}
+	}
+	g.must("install", "--listen-port", "0", "--endpoint", "old.example", "--operator", "nobody")
+	setting("endpoint", "old.example")
+	g.must("settings", "endpoint", "new.example")
+	setting("endpoint", "new.example")
+	g.caller = strconv.Itoa(daemonUser(t))
+	out := g.must("install")
+	if !strings.Contains(out, "nobody may change the mesh.") || !strings.Contains(g.stderr.String(), "daemon may not, for the operator stays who it was; for another: sudo meshhelper install --operator daemon") {
+		t.Errorf("an upgrade by another administrator says\n%s%s", out, g.stderr.String())
+	}
+	setting("endpoint", "new.example")
+	setting("operator", "nobody")
+	setting("listen-port", "0")
+	if out := g.must("install", "--json"); !strings.Contains(out, `"operator":"nobody"`) {
+		t.Errorf("install --json prints\n%s", out)
+	}
+	g.must("install", "--operator", "daemon")
+	setting("operator", "daemon")
+}
+
+// daemonUser returns the number of the user "daemon", which every Unix has.
+func daemonUser(t *testing.T) int {
+	t.Helper()
+	u, err := user.Lookup("daemon")
+	if err != nil {
+		t.Fatal(err)
+	}
+	uid, err := strconv.Atoi(u.Uid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return uid
+}
+
+// TestUpgradeOfAListWithArguments upgrades an installation whose property list has what is
+// kept as settings by now: what counted counts, and a setting changes it.
+func TestUpgradeOfAListWithArguments(t *testing.T) {
+	g := newMacRig(t)
+	g.must("install", "--listen-port", "0")
+	g.must("settings", "operator", "daemon") // the list overrides it
+	g.mac.Launchd.Shutdown()
+	list := filepath.Join(g.root, "Library/LaunchDaemons/org.meshhelper.plist")
+	text, err := os.ReadFile(list)
+	if err != nil {
+		t.Fatal(err)
+	}
+	job, err := launchd.Parse(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	job.ProgramArguments = append(job.ProgramArguments, "--listen-port", "0", "--operator", "nobody", "--endpoint", "old.example")
+	if err := job.Write(list); err != nil {
+		t.Fatal(err)
+	}
+	g.must("install")
+	for _, want := range []string{"operator +nobody", "endpoint +old.example", "listen-port +0"} {
+		if out := g.must("settings"); !regexp.MustCompile("(?m)^" + want + " +(kept|setting|set)").MatchString(out) {
+			t.Errorf("no %q in\n%s", want, out)
+		}
+	}
+	g.must("settings", "endpoint", "new.example")
+	g.must("install")
+	if out := g.must("settings", "endpoint"); out != "new.example\n" {
+		t.Errorf("after another upgrade the endpoint is %q", out)
+	}
 }
 
 // linuxApp returns the command on a Linux host below root, which needn't have systemd.

@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"maps"
 	"net/netip"
+	"os"
 	"os/user"
 	"path/filepath"
 	"slices"
@@ -19,6 +20,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/owned"
+	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/wireguard"
 )
@@ -89,7 +91,7 @@ func CheckSetting(key, value string) (string, error) {
 	case SettingName:
 		err, hint = checkName(value), "names have 1 to 63 letters, digits, -, _ and ."
 	case SettingLabel:
-		err, hint = checkLabel(value), "a label has 1 to 63 letters, digits, - and ., such as org.meshhelper"
+		err, hint = platform.CheckLabel(value), "a label has 1 to 63 letters, digits, -, _ and ., such as org.meshhelper"
 	case SettingEndpoint:
 		// The port is that of WireGuard, where there is none.
 		e, wrong := wireguard.ParseEndpoint(value, 1)
@@ -129,16 +131,6 @@ func CheckSetting(key, value string) (string, error) {
 		return "", api.Errorf(api.CodeBadSetting, "%s", message).WithHint("%s", hint)
 	}
 	return kept, nil
-}
-
-func checkLabel(label string) error {
-	ok := func(r rune) bool {
-		return r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '.' || r == '-'
-	}
-	if label == "" || len(label) > 63 || strings.Trim(label, ".-") != label || strings.IndexFunc(label, func(r rune) bool { return !ok(r) }) >= 0 {
-		return errors.New("not a label")
-	}
-	return nil
 }
 
 func checkDNS(value string) (string, error) {
@@ -251,6 +243,21 @@ func WriteSettings(dir string, changes map[string]*string) (err error) {
 		return fmt.Errorf("write settings: %w", err)
 	}
 	return nil
+}
+
+// Held returns an error while a helper holds a state directory. It makes nothing there.
+func Held(dir string) error {
+	if _, err := os.Lstat(filepath.Join(dir, lockFile)); err != nil {
+		return nil // no helper was ever there, or none can be
+	}
+	release, err := lockDir(dir)
+	if errors.Is(err, errHeld) {
+		return fmt.Errorf("state directory %q: %w", dir, err)
+	}
+	if err != nil {
+		return nil // what another user has put there is no helper's
+	}
+	return release()
 }
 
 // changedSettings returns kept with the changes.

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/meshhelper/meshhelper/launchd"
 )
@@ -27,8 +28,11 @@ func InstallSteps(o *Options) []Step {
 		{fmt.Sprintf("make the folders %s, %s and %s", programDir, o.LogDir, o.StateDir), false, o.makeDirs},
 		{fmt.Sprintf("copy %s to %s", o.Source, o.Program()), false, o.copyProgram},
 		{fmt.Sprintf("check that only root can change %s", o.Program()), false, o.checkProgram},
-		{fmt.Sprintf("write %s", o.List()), false, o.writeList},
 		{"allow its packets in the Application Firewall", true, o.allow},
+		{fmt.Sprintf("stop the service %s, if it runs", o.Label), false, o.stopJob},
+		// Before the list of before is replaced: it may have what is to be kept.
+		{"keep the settings in " + o.StateDir, false, o.keep},
+		{fmt.Sprintf("write %s", o.List()), false, o.writeList},
 		{fmt.Sprintf("start the service %s", o.Label), false, o.start},
 		{"wait until the helper answers", false, o.Ready},
 		{StepBoot, true, o.startsAtBoot},
@@ -39,9 +43,20 @@ func InstallSteps(o *Options) []Step {
 // would refuse, and that it needs root last (os.ErrPermission).
 func Refusal(ctx context.Context, o *Options) error { return InstallSteps(o)[0].do(ctx) }
 
-// Install installs or upgrades the helper and returns when it answers.
+// againLimit bounds starting a service that an install stopped and couldn't upgrade.
+const againLimit = 2 * time.Minute
+
+// Install installs or upgrades the helper and returns when it answers. A service that ran
+// isn't left stopped where it fails, also because ctx ends.
 func Install(ctx context.Context, o *Options, report Report) error {
-	return until(ctx, InstallSteps(o), report)
+	err := until(ctx, InstallSteps(o), report)
+	if err == nil || !o.stopped {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), againLimit)
+	defer cancel()
+	again := Step{fmt.Sprintf("start the service %s again, for it ran before", o.Label), false, o.start}
+	return errors.Join(err, run(ctx, again, report))
 }
 
 func (o *Options) checkJob(context.Context) error {
@@ -162,7 +177,31 @@ func (o *Options) writeList(context.Context) error {
 	return nil
 }
 
+func (o *Options) keep(context.Context) error {
+	if o.Keep == nil {
+		return errNothing
+	}
+	return o.Keep()
+}
+
+// stopJob unloads the service, unless launchd wouldn't start it again.
+func (o *Options) stopJob(ctx context.Context) error {
+	l := o.launchctl()
+	if s, err := l.Print(ctx, o.Label); err == nil && !s.Loaded {
+		return errNothing
+	}
+	if err := l.CheckSwitch(ctx, o.Label); err != nil {
+		return err
+	}
+	o.stopped = true
+	return l.Bootout(ctx, o.Label)
+}
+
 func (o *Options) start(ctx context.Context) error {
+	o.stopped = false
+	if o.Systemd {
+		return o.systemctl(ctx, "start", o.Unit())
+	}
 	_, err := o.launchctl().Load(ctx, o.Label, o.List())
 	return err
 }

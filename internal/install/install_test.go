@@ -29,6 +29,7 @@ type rig struct {
 	alive    bool
 	restored int
 	restore  error
+	keep     error    // of keeping the settings
 	steps    []string // what was reported, failures with their error
 }
 
@@ -59,6 +60,12 @@ func newRig(t *testing.T) *rig {
 				return errors.New("no answer")
 			}
 			return nil
+		},
+		Keep: func() error {
+			if g.alive {
+				return errors.New("a helper holds the folder")
+			}
+			return g.keep
 		},
 		Restore: func(context.Context) error { g.restored++; return g.restore },
 	}
@@ -120,6 +127,8 @@ func TestInstall(t *testing.T) {
 	if want := []string{g.o.Program(), "run", "--operator", "ann"}; !slices.Equal(j.ProgramArguments, want) {
 		t.Errorf("launchd runs %q, want %q", j.ProgramArguments, want)
 	}
+	g.steps = nil
+	g.must(g.install()) // an upgrade, which leaves out no step
 	var texts []string
 	for _, s := range InstallSteps(g.o) {
 		texts = append(texts, s.Text)
@@ -203,6 +212,29 @@ func TestInstallRefuses(t *testing.T) {
 					t.Errorf("left behind: %s", f)
 				}
 			}
+		})
+	}
+}
+
+// TestFailedUpgradeGoesOn has an upgrade fail before and after the service was stopped: the
+// service of before runs.
+func TestFailedUpgradeGoesOn(t *testing.T) {
+	for name, tt := range map[string]struct {
+		spoil func(g *rig)
+		lives []string
+	}{
+		"switched off":          {func(g *rig) { g.mac.Launchd.Blocked = []string{label} }, []string{"start one"}},
+		"settings aren't saved": {func(g *rig) { g.keep = errors.New("no space left on device") }, []string{"start one", "stop", "start one"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g := newRig(t)
+				g.must(g.install())
+				tt.spoil(g)
+				if err := g.install(); err == nil || !slices.Equal(g.lives, tt.lives) || !g.alive {
+					t.Errorf("%v after the lives %q, want %q", err, g.lives, tt.lives)
+				}
+			})
 		})
 	}
 }

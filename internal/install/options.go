@@ -28,7 +28,7 @@ type Options struct {
 	// helper logs, where systemd's journal doesn't; Socket is where it answers.
 	StateDir, LogDir, Socket string // required
 	// Keep writes what the helper is told to be, while it doesn't run.
-	Keep func() error // optional; for systemd
+	Keep func() error // optional
 	// Runner runs launchctl and the Application Firewall's program, or systemctl.
 	Runner launchd.Runner // required
 	// Ready returns when the helper answers, or why it doesn't.
@@ -36,11 +36,16 @@ type Options struct {
 	// Restore puts the host back as a helper that died left it: packet filter,
 	// forwarding, routes. It finds what to do in StateDir.
 	Restore func(ctx context.Context) error // required for Uninstall
+	// Held returns an error while a helper has StateDir, the service or another.
+	Held func() error // optional; for Uninstall
 	// Purge also removes StateDir and LogDir.
 	Purge bool // optional
 	// Root is a folder that stands for /. What belongs to this process's user there
 	// counts as root's.
 	Root string // optional
+
+	// stopped says that the service ran until an install stopped it.
+	stopped bool
 }
 
 // Where the parts are. /Library/PrivilegedHelperTools is Apple's place for

@@ -34,12 +34,15 @@ func until(ctx context.Context, steps []Step, report Report) error {
 	return nil
 }
 
-// through runs all steps and returns what failed.
+// through runs all steps and returns what failed. Beside another helper it ends.
 func through(ctx context.Context, steps []Step, report Report) error {
 	var failed []error
 	for _, s := range steps {
 		if err := run(ctx, s, report); err != nil && !s.Optional {
 			failed = append(failed, err)
+			if errors.Is(err, errAnother) {
+				break
+			}
 		}
 	}
 	return errors.Join(failed...)

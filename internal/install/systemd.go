@@ -126,7 +126,7 @@ func (o *Options) systemdInstallSteps() []Step {
 		{fmt.Sprintf("stop the service %s, if it runs", o.Label), false, o.stopUnit},
 		{"keep the settings in " + o.StateDir, false, o.keep},
 		{fmt.Sprintf("start the service %s with each boot", o.Label), false, func(ctx context.Context) error { return o.systemctl(ctx, "enable", o.Unit()) }},
-		{fmt.Sprintf("start the service %s", o.Label), false, func(ctx context.Context) error { return o.systemctl(ctx, "start", o.Unit()) }},
+		{fmt.Sprintf("start the service %s", o.Label), false, o.start},
 		{"wait until the helper answers", false, o.Ready},
 	}
 }
@@ -138,8 +138,8 @@ func (o *Options) checkUnit(context.Context) error {
 	if !o.HasSystemd() {
 		return fmt.Errorf("%w (there is no %s)", ErrNoSystemd, runDir)
 	}
-	if o.Label == "" || len(o.Label) > 63 || strings.Trim(o.Label, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-") != "" || strings.HasPrefix(o.Label, "-") || strings.HasPrefix(o.Label, ".") {
-		return fmt.Errorf("%q is no name for a unit: it has 1 to 63 letters, digits, hyphens and dots", o.Label)
+	if err := platform.CheckLabel(o.Label); err != nil {
+		return err
 	}
 	if !filepath.IsAbs(o.Source) {
 		return fmt.Errorf("source %q: not an absolute path", o.Source)
@@ -206,13 +206,6 @@ func (o *Options) writeUnit(context.Context) error {
 		return err
 	}
 	return owned.SyncDir(filepath.Dir(path))
-}
-
-func (o *Options) keep(context.Context) error {
-	if o.Keep == nil {
-		return errNothing
-	}
-	return o.Keep()
 }
 
 // systemctlPaths are where systemctl may be.
@@ -355,6 +348,7 @@ func (o *Options) stopUnit(ctx context.Context) error {
 	case active == "inactive":
 		return errNothing
 	}
+	o.stopped = active != "failed"
 	// A failed unit may wait for its next start.
 	if err := o.systemctl(ctx, "stop", o.Unit()); err != nil {
 		return err
@@ -370,6 +364,7 @@ func (o *Options) systemdUninstallSteps() []Step {
 	u := &uninstaller{Options: o}
 	steps := []Step{
 		{fmt.Sprintf("stop the service %s", o.Label), false, u.stopSystemd},
+		{"check that no other helper has " + o.StateDir, false, u.alone},
 		{"put the host back as it was found", false, u.restore},
 		{"remove " + o.wantsPath(), false, o.remover(o.wantsPath())},
 		{"remove " + o.UnitPath(), false, u.removeUnit},

@@ -273,7 +273,7 @@ func TestInstallOnLinuxRefuses(t *testing.T) {
 			g.must(os.Chown(filepath.Join(g.root, libexecDir), 1000, 1000))
 		}, "1000"},
 		"a helper that ends": {func(g *linuxRig) { g.systemd.fails = true }, "see why: journalctl -u meshhelper.service"},
-		"a bad label":        {func(g *linuxRig) { g.o.Label = "../x" }, "no name for a unit"},
+		"a bad label":        {func(g *linuxRig) { g.o.Label = "../x" }, "want a letter or digit first"},
 		"no program":         {func(g *linuxRig) { g.must(os.Remove(g.o.Source)) }, "no such file"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -283,6 +283,49 @@ func TestInstallOnLinuxRefuses(t *testing.T) {
 				t.Errorf("got %v, want %q", err, tt.want)
 			}
 		})
+	}
+}
+
+// TestFailedUpgradeStartsAgain has an upgrade fail after the service was stopped: it runs
+// again where it ran before, also when the command was interrupted, and that is said.
+func TestFailedUpgradeStartsAgain(t *testing.T) {
+	for name, ran := range map[string]bool{"it ran": true, "it was stopped": false} {
+		t.Run(name, func(t *testing.T) {
+			g := newLinuxRig(t)
+			g.must(g.install())
+			g.systemd.active["meshhelper.service"] = ran
+			ctx, interrupt := context.WithCancel(t.Context())
+			full := errors.New("no space left on device")
+			g.o.Keep = func() error { interrupt(); return full }
+			g.steps = nil
+			if err := Install(ctx, g.o, g.report); !errors.Is(err, full) {
+				t.Errorf("got %v", err)
+			}
+			said := slices.Contains(g.steps, "start the service meshhelper again, for it ran before")
+			if g.systemd.active["meshhelper.service"] != ran || said != ran {
+				t.Errorf("it runs: %v, and that is said: %v", g.systemd.active, said)
+			}
+		})
+	}
+}
+
+// TestUninstallBesideAnotherHelper has a helper of another label, and a label of which
+// there is nothing: uninstall removes nothing.
+func TestUninstallBesideAnotherHelper(t *testing.T) {
+	g := newLinuxRig(t)
+	g.must(g.install())
+	before := g.files()
+	g.o.Held = func() error { return errors.New("held") }
+	for _, label := range []string{"typo", "../libexec/meshhelper"} {
+		g.o.Label, g.o.Purge = label, true
+		g.must(os.WriteFile(filepath.Join(g.root, g.o.StateDir, "key"), nil, 0o600))
+		if _, err := Uninstall(t.Context(), g.o, g.report); err == nil {
+			t.Errorf("label %q: no error", label)
+		}
+		g.must(os.Remove(filepath.Join(g.root, g.o.StateDir, "key")))
+		if diff := cmp.Diff(before, g.files()); diff != "" || g.restored != 0 {
+			t.Errorf("label %q: put back %d times, files (-before +after):\n%s", label, g.restored, diff)
+		}
 	}
 }
 

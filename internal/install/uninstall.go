@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"net"
 	"os"
+
+	"github.com/meshhelper/meshhelper/internal/platform"
 )
 
 // UninstallSteps returns what Uninstall does, in order. Each finds for itself
@@ -18,6 +20,7 @@ func UninstallSteps(o *Options) []Step {
 	u := &uninstaller{Options: o}
 	steps := []Step{
 		{fmt.Sprintf("stop the service %s", o.Label), false, u.stop},
+		{"check that no other helper has " + o.StateDir, false, u.alone},
 		{"put the host back as it was found", false, u.restore},
 		{"take it out of the Application Firewall", true, o.disallow},
 		{"remove " + o.List(), false, o.remover(o.List())},
@@ -36,7 +39,7 @@ func UninstallSteps(o *Options) []Step {
 // Uninstall stops the helper, puts the host back, removes what Install made, and
 // returns what of it is left. It can be repeated.
 func Uninstall(ctx context.Context, o *Options, report Report) (left []string, err error) {
-	if err := o.isRoot(); err != nil {
+	if err := errors.Join(platform.CheckLabel(o.Label), o.isRoot()); err != nil {
 		return nil, fmt.Errorf("uninstall: %w", err)
 	}
 	err = through(ctx, UninstallSteps(o), report)
@@ -62,6 +65,20 @@ func (u *uninstaller) stop(ctx context.Context) error {
 	err := u.launchctl().Bootout(ctx, u.Label)
 	u.stopped = err == nil
 	return err
+}
+
+// errAnother ends an uninstall: what it would remove or put back is another helper's.
+var errAnother = errors.New("a helper that isn't this service runs")
+
+// alone refuses to go on beside a helper that the label isn't that of.
+func (u *uninstaller) alone(context.Context) error {
+	if !u.stopped || u.Held == nil {
+		return errNothing // what comes says that the service still runs
+	}
+	if err := u.Held(); err != nil {
+		return fmt.Errorf("%w: %w; where it is a service, give its name with --label, else end it, and repeat this", errAnother, err)
+	}
+	return errNothing
 }
 
 // restore does what a dead helper didn't. Not beside a living one.

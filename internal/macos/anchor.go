@@ -3,9 +3,9 @@ package macos
 import (
 	"fmt"
 	"net/netip"
-	"strings"
 
 	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
 )
@@ -18,9 +18,6 @@ const DefaultLabel = "org.meshhelper"
 // evaluates: anchor "com.apple/*" and its like for translation and scrub in
 // /etc/pf.conf.
 const anchorParent = "com.apple/"
-
-// maxAnchorPart is PF_ANCHOR_NAME_SIZE (xnu bsd/net/pfvar.h) less the final NUL.
-const maxAnchorPart = 63
 
 // Options are what the anchor depends on besides the policy.
 type Options struct {
@@ -82,23 +79,10 @@ func (a *Anchor) text() string { return a.Ruleset().String() }
 // the anchors in com.apple it comes after Apple's own, whose names begin with a
 // digit, so that what the application firewall blocks stays blocked.
 func AnchorPath(label string) (string, error) {
-	switch {
-	case label == "" || len(label) > maxAnchorPart:
-		return "", fmt.Errorf("label of %d bytes: want 1 to %d", len(label), maxAnchorPart)
-	case !isAlphanumeric(label[0]):
-		// pfctl reserves names that begin with an underscore.
-		return "", fmt.Errorf("label %q: want a letter or digit first", label)
-	}
-	for i := range len(label) {
-		if c := label[i]; !isAlphanumeric(c) && !strings.ContainsRune(".-_", rune(c)) {
-			return "", fmt.Errorf("label %q: unexpected %q", label, c)
-		}
+	if err := platform.CheckLabel(label); err != nil {
+		return "", err
 	}
 	return anchorParent + label, nil
-}
-
-func isAlphanumeric(c byte) bool {
-	return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
 }
 
 // Compile makes the anchor that holds the policy on a Mac.

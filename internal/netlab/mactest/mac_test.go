@@ -274,7 +274,7 @@ func (m *mac) helper(t *testing.T) {
 	})
 	t.Run("install", func(t *testing.T) {
 		stdout, stderr, code, err := m.command(t.Context(), "install", "--label", scratchLabel,
-			"--listen-port", strconv.Itoa(int(port)), "--endpoint", netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port).String())
+			"--listen-port", strconv.Itoa(int(port)), "--endpoint", fmt.Sprintf("localhost:%d", port))
 		m.keep(t, "install.txt", stdout+stderr)
 		if err != nil || code != 0 {
 			t.Errorf("exit status %d, %v\n%s%s", code, err, stderr, stdout)
