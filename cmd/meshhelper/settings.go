@@ -159,7 +159,10 @@ func (a *app) changeSetting(ctx context.Context, key string, value *string) erro
 		}
 		a.sayRenumbered(s.Renumbered)
 		if len(s.Outdated) > 0 {
-			a.sayWrapped("", "", "These devices have the endpoint of before in their configuration until they get a new one: "+strings.Join(s.Outdated, ", "))
+			if key == daemon.SettingListenPort {
+				a.say("A router in front has to forward that UDP port to this host.")
+			}
+			a.say("A device whose configuration has another Endpoint needs a new one: %s", strings.Join(s.Outdated, ", "))
 			a.say("  meshhelper peer config NAME")
 		}
 	})

@@ -25,15 +25,14 @@ func (a *app) warnTunnel(ctx context.Context, was string, is api.Peer) {
 	if was == is.Tunnel || was == "" || is.Tunnel == "" {
 		return
 	}
-	switch was {
-	case api.TunnelFull:
-		a.talk("%s's configuration sends everything here, so that it has no internet while it is connected", is.Name)
-	case api.TunnelNetworks:
-		a.talk("%s's configuration sends what is for this host and its networks", is.Name)
-	default:
-		a.talk("%s's configuration sends only this host's addresses", is.Name)
-	}
-	a.talk("print a new one with: meshhelper peer config %s", is.Name)
+	// What the device has isn't known: it may have one of an earlier time.
+	sends := map[string]string{
+		api.TunnelFull:     "sends everything here, so that it has no internet while it is connected",
+		api.TunnelNetworks: "sends what is for this host and its networks",
+		api.TunnelHost:     "sends only this host's addresses",
+	}[was]
+	a.talk("a configuration for what %s might do before %s", is.Name, sends)
+	a.talk("if it has such a one, print a new one with: meshhelper peer config %s", is.Name)
 	c, err := a.client().Config(ctx, is.Name)
 	if err != nil {
 		return // the command says why

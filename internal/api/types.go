@@ -308,8 +308,8 @@ type Settings struct {
 	// Renumbered are the peers that a change of the mesh prefixes gives other addresses
 	// with the restart.
 	Renumbered []Renumbered `json:"renumbered,omitempty"`
-	// Outdated are the names of the peers whose devices have the endpoint of before in
-	// their configuration.
+	// Outdated are the names of the peers whose devices may have another endpoint, or another
+	// port of it, in their configuration than one has that is printed from then on.
 	Outdated []string `json:"outdated,omitempty"`
 	// Problems are what else on the host has a part of a new mesh prefix.
 	Problems []Problem `json:"problems,omitempty"`

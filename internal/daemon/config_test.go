@@ -183,7 +183,7 @@ func TestEndSaysThatAConfigurationDoesntFit(t *testing.T) {
 		r.mustAllow("nas", "incoming", "1h")
 		r.after(2 * time.Hour)
 		want := []string{"routing of phone ended", "incoming of nas ended",
-			"phone's configuration sends everything through this host, so that it has no internet while it is connected: print a new one with: meshhelper peer config phone"}
+			"a configuration for what phone might do before sends everything through this host, so that it has no internet while it is connected: print a new one with: meshhelper peer config phone"}
 		got := r.events(api.EventExpired)
 		slices.Sort(got)
 		slices.Sort(want)

@@ -159,12 +159,12 @@ func ChecksWithout(prefixes []netip.Prefix, interfaces []policy.Interface) (out 
 			out = append(out, c)
 			continue
 		}
-		overlaps := overlapProblems(r)
+		overlaps := overlapProblems(r, &settings{})
 		for _, p := range overlaps {
 			out = append(out, api.Check{Name: name, Message: p.Message, Hint: p.Hint})
 		}
 		if len(overlaps) == 0 {
-			out = append(out, api.Check{Name: name, OK: true, Message: fmt.Sprintf("no interface has an address inside %v; routes and DNS servers aren't looked at, for no helper answers", prefixes)})
+			out = append(out, api.Check{Name: name, OK: true, Message: "no interface has an address inside the mesh prefixes; routes and DNS servers aren't looked at, for no helper answers"})
 		}
 	}
 	return out
@@ -295,14 +295,7 @@ func (d *Daemon) checkEndpoint(c condition, doc *document) api.Check {
 		case isPublic(a):
 			out.Message = fmt.Sprintf("peers find the host at the uplink's address %v", a)
 		default:
-			if from, heard := d.heardFromOutside(c, doc); heard {
-				out.Message = fmt.Sprintf("the uplink's address %v is private, and peers reach the host from outside nevertheless: one did from %v", a, from)
-				break
-			}
-			// Without a peer, nothing has to be reached yet.
-			out.OK = len(doc.Peers) == 0
-			out.Message = fmt.Sprintf("the uplink's address %v is private, and nothing is known to be forwarded to it: peers elsewhere don't reach this host", a)
-			out.Hint = fmt.Sprintf("forward UDP port %d on the router to %v, and tell the helper the router's name or public address: meshhelper settings endpoint HOST", c.listenPort, a)
+			d.aboutPrivate(&out, c, doc, fmt.Sprintf("the uplink's address %v", a), a)
 		}
 		return out
 	}
@@ -317,7 +310,7 @@ func (d *Daemon) checkEndpoint(c condition, doc *document) api.Check {
 		case err != nil:
 			out.OK, out.Message = false, fmt.Sprintf("the name %q of this host's endpoint doesn't resolve: %v", e.Host, err)
 			if len(addresses) == 0 {
-				out.Message += "; as long as its address isn't known, peers with routing reach the router by it without lan"
+				out.Message += ": new devices don't find this host, and as long as the router's public address isn't known, peers with routing reach the router by that address even without lan"
 			}
 			out.Hint = "correct the name, or the host's DNS; peers look it up, too"
 			return out
@@ -332,10 +325,15 @@ func (d *Daemon) checkEndpoint(c condition, doc *document) api.Check {
 		}
 	}
 	for _, a := range addresses {
-		if slices.Contains(own, a) {
+		switch {
+		case !slices.Contains(own, a):
+			continue
+		case !isPublic(a):
+			d.aboutPrivate(&out, c, doc, fmt.Sprintf("%s, this host's endpoint,", e.Host), a)
+		default:
 			out.Message = fmt.Sprintf("%s is %v, an address of this host", e.Host, a)
-			return out
 		}
+		return out
 	}
 	a := addresses[0]
 	if direct, lost := lostAddress(c.host, a); lost {
@@ -346,6 +344,18 @@ func (d *Daemon) checkEndpoint(c condition, doc *document) api.Check {
 	}
 	out.Message = fmt.Sprintf("%s is %v, taken for the router's address: it has to forward the UDP port to this host", e.Host, a)
 	return out
+}
+
+// aboutPrivate says of an endpoint at the host's private address a that devices elsewhere
+// don't reach it. Without a peer, nothing has to be reached yet.
+func (d *Daemon) aboutPrivate(out *api.Check, c condition, doc *document, what string, a netip.Addr) {
+	out.OK = len(doc.Peers) == 0
+	out.Message = what + " is private, and nothing is known to be forwarded to it: peers elsewhere don't reach this host"
+	out.Hint = fmt.Sprintf("forward UDP port %d on the router to %v, and tell the helper the router's name or public address: meshhelper settings endpoint HOST", c.listenPort, a)
+	if from, heard := d.heardFromOutside(c, doc); heard {
+		out.Message = fmt.Sprintf("%s is private: devices elsewhere don't reach it by the configurations that are printed now, although one reaches this host from %v, by another address", what, from)
+		out.Hint = "tell the helper that address or name: meshhelper settings endpoint HOST"
+	}
 }
 
 // lostAddress reports whether an endpoint that isn't an address of the host can't be its

@@ -85,6 +85,9 @@ func (d *Daemon) Explain(ctx context.Context, q api.Question) (api.Explanation, 
 	}
 	e, err := a.explain(d.loadedLanguage(c))
 	if err != nil || !e.Pass {
+		if r := c.ruleset; a.v.Class == policy.InMesh && r.IsOthers(a.packet.Dst) {
+			e.Command = changePrefix(r, a.packet.Dst)
+		}
 		return e, err
 	}
 	e.Until = permittedUntil(&doc.Peers[i], a.v.Rule)

@@ -3,6 +3,7 @@ package daemon
 import (
 	"errors"
 	"net/netip"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -66,6 +67,24 @@ func TestRuleIsOneThatIsLoaded(t *testing.T) {
 		r.after(DefaultTick)
 		if got := loaded(); got != "" {
 			t.Errorf("while it is closed: %q", got)
+		}
+	})
+}
+
+// TestExplainNamesTheWayOutOfThePrefix asks for what another VPN has inside the mesh
+// prefix, and for a mesh address that nobody has.
+func TestExplainNamesTheWayOutOfThePrefix(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.host.Change(func(h *policy.Host) {
+			h.Interfaces = append(h.Interfaces, policy.Interface{Name: "tailscale0", Addresses: []netip.Prefix{netip.MustParsePrefix("100.99.1.1/24")}})
+		})
+		r.after(DefaultTick)
+		r.add("phone")
+		for to, want := range map[string]string{"100.99.1.2": "meshhelper settings mesh-prefix4 10.", "100.98.1.2": ""} {
+			e, err := r.d.Explain(t.Context(), api.Question{Peer: "phone", To: netip.MustParseAddr(to), Proto: "tcp", Port: 22})
+			if err != nil || e.Pass || !strings.HasPrefix(e.Command, want) || (e.Command == "") != (want == "") {
+				t.Errorf("%s: %+v, %v; want %q", to, e, err, want)
+			}
 		}
 	})
 }

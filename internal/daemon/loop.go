@@ -84,9 +84,10 @@ type loop struct {
 	rebind chan Tunnel
 	seen   observed
 	// overlaps are what is to be said of the mesh prefixes: byPrefix, which is of the
-	// ruleset overlapsOf, and what peers' outer addresses add.
+	// ruleset overlapsOf and the settings overlapsBy, and what peers' outer addresses add.
 	overlaps, byPrefix []Problem
 	overlapsOf         *policy.Ruleset
+	overlapsBy         *settings
 	// told are the problems that an event told of, and when they were last found.
 	told map[Problem]time.Time
 }

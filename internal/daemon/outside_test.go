@@ -98,7 +98,7 @@ func TestOutsideOutlastsSilence(t *testing.T) {
 		begin()
 		r.after(time.Second)
 		r.wantOutside("before the first answer", "")
-		if by, _ := r.doctor(); !strings.Contains(by["endpoint"].Message, "as long as its address isn't known") {
+		if by, _ := r.doctor(); !strings.Contains(by["endpoint"].Message, "as long as the router's public address isn't known") {
 			t.Errorf("doctor says %+v", by["endpoint"])
 		}
 		r.resolveTo("203.0.113.9")

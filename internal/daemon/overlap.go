@@ -19,11 +19,16 @@ const (
 )
 
 // overlapProblems returns a problem for each other owner of a part of the mesh prefixes,
-// with the way out.
-func overlapProblems(r *policy.Ruleset) []Problem {
+// with the way out: a restart, where another prefix was set already.
+func overlapProblems(r *policy.Ruleset, s *settings) []Problem {
 	var out []Problem
 	for _, o := range r.Overlaps() {
-		out = append(out, overlapProblem(r, o))
+		p := overlapProblem(r, o)
+		next, known := s.prefixesAfter()
+		if after := next.Of(o.Mesh.Addr()); known && after != o.Mesh {
+			p.Hint = fmt.Sprintf("restart the helper: the mesh prefix is %v then, as it was set", after)
+		}
+		out = append(out, p)
 	}
 	return out
 }
@@ -43,7 +48,7 @@ func overlapProblem(r *policy.Ruleset, o policy.Overlap) Problem {
 	}
 	switch o.Kind {
 	case policy.OverlapUplink:
-		p.Message = fmt.Sprintf("the uplink %s has %s or its router, %s, so all of it may be the network operator's and is kept in only where it is a peer's", o.Interface, list, in)
+		p.Message = fmt.Sprintf("the uplink %s or its router has %s, %s: what this host sends there leaves by the uplink, but for what is for a peer", o.Interface, list, in)
 		p.Hint = wayOut(r, o.Mesh)
 	case policy.OverlapAddress:
 		p.Message = fmt.Sprintf("the interface %s has %s, %s", o.Interface, list, in)
@@ -124,15 +129,19 @@ func meshPrefixOf(r *policy.Ruleset, a netip.Addr) (netip.Prefix, bool) {
 
 // wayOut says how the mesh gets a prefix that nothing on this host overlaps.
 func wayOut(r *policy.Ruleset, mesh netip.Prefix) string {
-	key := "mesh-prefix6"
-	if mesh.Addr().Is4() {
-		key = "mesh-prefix4"
+	return "to get out of the way: " + changePrefix(r, mesh.Addr()) + " (it lists the peers whose configurations change)"
+}
+
+// changePrefix is the command that gives the mesh another prefix of like's family.
+func changePrefix(r *policy.Ruleset, like netip.Addr) string {
+	key, prefix := SettingMeshPrefix6, "PREFIX"
+	if like.Is4() {
+		key = SettingMeshPrefix4
 	}
-	free, ok := r.Free(mesh.Addr())
-	if !ok {
-		return "to get out of the way, give the mesh a private prefix that isn't in use here: meshhelper settings " + key + " PREFIX"
+	if free, ok := r.Free(like); ok {
+		prefix = free.String()
 	}
-	return fmt.Sprintf("to get out of the way: meshhelper settings %s %v (it lists the peers whose configurations change)", key, free)
+	return fmt.Sprintf("meshhelper settings %s %s", key, prefix)
 }
 
 // some joins at most n texts, and says how many more there are.
@@ -149,8 +158,9 @@ func (l *loop) lookAtPrefixes(peers []peer, n numbers) {
 	if l.wanted == nil {
 		return
 	}
-	if l.wanted != l.overlapsOf {
-		l.overlapsOf, l.byPrefix = l.wanted, append(overlapProblems(l.wanted), nearlyProblems(l.wanted.Host())...)
+	if s := l.d.settings.Load(); l.wanted != l.overlapsOf || s != l.overlapsBy {
+		l.overlapsOf, l.overlapsBy = l.wanted, s
+		l.byPrefix = append(overlapProblems(l.wanted, s), nearlyProblems(l.wanted.Host())...)
 	}
 	l.overlaps = append(l.byPrefix[:len(l.byPrefix):len(l.byPrefix)], outerProblems(l.wanted, peers, n)...)
 	for _, p := range l.overlaps {

@@ -147,6 +147,9 @@ func checkDNS(value string) (string, error) {
 
 func checkPrefix(key, value string) (string, error) {
 	p, err := netip.ParsePrefix(value)
+	if _, notAddr := netip.ParseAddr(value); notAddr == nil {
+		return "", errors.New("an address without the prefix's length, such as /16 or /48")
+	}
 	if err != nil {
 		return "", errors.New("not a prefix")
 	}
@@ -403,7 +406,7 @@ func (d *Daemon) ChangeSettings(ctx context.Context, changes map[string]*string)
 	}
 	out := next.answer()
 	out.Renumbered, out.Problems = renumbered, problems
-	if was.endpoint != next.endpoint {
+	if was.endpoint != next.endpoint || was.after(SettingListenPort) != next.after(SettingListenPort) {
 		for _, p := range d.wanted.Load().Peers {
 			out.Outdated = append(out.Outdated, p.Name)
 		}

@@ -72,7 +72,7 @@ func TestSettings(t *testing.T) {
 
 		// What counts after a restart, and what a flag overrides.
 		s = r.mustSet(SettingListenPort, "4000")
-		if one, _ := s.Of(SettingListenPort); one.Value != "51820" || one.Kept != "4000" || !slices.Equal(s.Restart, []string{SettingListenPort}) {
+		if one, _ := s.Of(SettingListenPort); one.Value != "51820" || one.Kept != "4000" || !slices.Equal(s.Restart, []string{SettingListenPort}) || !slices.Equal(s.Outdated, []string{"phone"}) {
 			t.Errorf("listen-port: %+v", s)
 		}
 		s = r.mustSet(SettingOperator, "0")
@@ -212,6 +212,10 @@ func TestPrefixInUse(t *testing.T) {
 		s := r.mustSet(SettingMeshPrefix4, "10.60.7.0/24")
 		if len(s.Problems) != 1 || !strings.Contains(s.Problems[0].Message, "10.60.0.0/16") || len(s.Renumbered) != 1 {
 			t.Errorf("a network that is routed: %+v", s)
+		}
+		r.after(DefaultTick)
+		if p := r.d.Status().Problems; len(p) != 1 || p[0].Hint != "restart the helper: the mesh prefix is 10.60.7.0/24 then, as it was set" {
+			t.Errorf("until the restart: %+v", p)
 		}
 		if s := r.mustSet(SettingName, "home"); len(s.Problems)+len(s.Renumbered) > 0 {
 			t.Errorf("the name has to do with %+v", s)

@@ -66,7 +66,8 @@ func (d *Daemon) through(tunnel string, h policy.Host, endpoint wireguard.Endpoi
 	return append(out, networks...), says
 }
 
-// misfit says that a device's configuration sends what is of no use now, or not what it
+// misfit says that a configuration for what a peer might do before, which its device may have
+// or not, sends what is of no use now, or not what it
 // could, or returns "".
 func misfit(name, was, is string) string {
 	sent := map[string]string{
@@ -76,7 +77,7 @@ func misfit(name, was, is string) string {
 	case was == is:
 		return ""
 	case was == api.TunnelFull:
-		return fmt.Sprintf("%s's configuration sends everything through this host, so that it has no internet while it is connected: print a new one with: meshhelper peer config %s", name, name)
+		return fmt.Sprintf("a configuration for what %s might do before sends everything through this host, so that it has no internet while it is connected: print a new one with: meshhelper peer config %s", name, name)
 	}
-	return fmt.Sprintf("%s's configuration sends %s through this host: print a new one with: meshhelper peer config %s", name, sent[was], name)
+	return fmt.Sprintf("a configuration for what %s might do before sends %s through this host: print a new one with: meshhelper peer config %s", name, sent[was], name)
 }

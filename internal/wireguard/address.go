@@ -89,14 +89,19 @@ var reserved = []netip.Prefix{
 	netip.MustParsePrefix("100.115.92.0/23"),  // ChromeOS's virtual machines
 }
 
+// Of returns the prefix of an address's family.
+func (p Prefixes) Of(a netip.Addr) netip.Prefix {
+	if a.Unmap().Is4() {
+		return p.V4
+	}
+	return p.V6
+}
+
 // Check reports why a device must not have the address a: not in the prefixes
 // (of its family) or reserved (ErrReserved). The caller finds
 // collisions, since it knows which addresses are taken.
 func (p Prefixes) Check(a netip.Addr) error {
-	prefix := p.V6
-	if a.Is4() {
-		prefix = p.V4
-	}
+	prefix := p.Of(a)
 	if !prefix.Contains(a) || a.Zone() != "" {
 		return fmt.Errorf("address %v is outside the mesh prefix %v", a, prefix)
 	}
