@@ -41,6 +41,22 @@ func TestSixtyColumns(t *testing.T) {
 	}
 }
 
+// TestConfigurationLinesStayWhole says a line that is to be copied into a configuration, at
+// a terminal that is narrower.
+func TestConfigurationLinesStayWhole(t *testing.T) {
+	line := "AllowedIPs = 100.64.0.1/32, fd6d:6573:6800::1/128, 192.168.77.0/24, 192.168.78.0/24"
+	var out, talk bytes.Buffer
+	a := &app{stdout: &out, stderr: &talk, columns: 60, talkColumns: 60}
+	a.talk("  %s", line)
+	a.sayWrapped("  [Peer] ", "      ", line)
+	if got := talk.String(); got != "  "+line+"\n" {
+		t.Errorf("beside the answer: %q", got)
+	}
+	if got := out.String(); got != "  [Peer]\n  "+line+"\n" {
+		t.Errorf("in the answer: %q", got)
+	}
+}
+
 // TestFit keeps the first lines on a terminal that has fewer rows than there are.
 func TestFit(t *testing.T) {
 	text := "head\n" + strings.Repeat("x", 25) + "\nc\nd\n"

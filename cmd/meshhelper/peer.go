@@ -127,7 +127,7 @@ func (a *app) writePeer(p api.Peer) {
 	line("name        ", p.Name)
 	line("kind        ", p.Kind)
 	line("public key  ", p.PublicKey)
-	line("addresses   ", joinAddresses(p.Addresses))
+	line("addresses   ", listAddresses(p.Addresses))
 	line("may         ", describePermissions(p.Permissions))
 	line("endpoint    ", orNone(p.Endpoint))
 	line("handshake   ", describeHandshake(p.LastHandshake, time.Now()))

@@ -126,7 +126,7 @@ func (a *app) writeStatus(s api.Status) {
 	}
 	line("endpoint", orNone(s.Endpoint))
 	line("interface", fmt.Sprintf("%s, UDP port %d", orNone(s.Interface), s.ListenPort))
-	line("addresses", joinAddresses(s.Addresses))
+	line("addresses", listAddresses(s.Addresses))
 	line("public key", s.PublicKey)
 	line("uplink", fmt.Sprintf("%s, forwarding %s", orNone(s.Uplink), describeFamilies(s.Forwarding)))
 	if s.Repairs > 0 {
@@ -166,12 +166,16 @@ func describeFamilies(f policy.Families) string {
 	return "off"
 }
 
-func joinAddresses(as []netip.Addr) string {
-	texts := make([]string, len(as))
-	for i, a := range as {
-		texts[i] = a.String()
+// joinAddresses names addresses in a sentence, listAddresses in a column.
+func joinAddresses(as []netip.Addr) string { return joinTexts(as, " and ") }
+func listAddresses(as []netip.Addr) string { return joinTexts(as, "  ") }
+
+func joinTexts[T fmt.Stringer](values []T, between string) string {
+	texts := make([]string, len(values))
+	for i, v := range values {
+		texts[i] = v.String()
 	}
-	return strings.Join(texts, "  ")
+	return strings.Join(texts, between)
 }
 
 // writePeers writes a table for a terminal, and else a line of tab-separated

@@ -43,11 +43,18 @@ func wrapAt(columns int, text string, at func(line string) int) string {
 	}
 	lines := strings.Split(text, "\n")
 	for i, line := range lines {
+		if copied.MatchString(line) {
+			continue
+		}
 		n := at(line)
 		lines[i] = wrap(columns, line[:n], strings.Repeat(" ", n), line[n:])
 	}
 	return strings.Join(lines, "\n")
 }
+
+// copied finds a line of a WireGuard configuration, which is copied into one and so stays
+// whole.
+var copied = regexp.MustCompile(`^ *[A-Z][A-Za-z]* = `)
 
 // listed finds the text of a line of a help's list, behind a command or a flag: at most
 // 40 characters and two or more spaces stand before it.
@@ -92,8 +99,13 @@ func (a *app) say(format string, args ...any) {
 	fmt.Fprintln(a.stdout, wrapLines(a.columns, fmt.Sprintf(format, args...)))
 }
 
-// sayWrapped writes a line of the answer that goes on, at a terminal, behind next.
+// sayWrapped writes a line of the answer that goes on, at a terminal, behind next. A line
+// of a configuration stands below first, as it is.
 func (a *app) sayWrapped(first, next, text string) {
+	if copied.MatchString(text) {
+		a.sayWhole(strings.TrimRight(first, " ") + "\n  " + text)
+		return
+	}
 	fmt.Fprintln(a.stdout, wrap(a.columns, first, next, text))
 }
 

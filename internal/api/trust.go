@@ -73,7 +73,7 @@ func checkFolder(folder string) error {
 	}
 	_, gid, known := ownersOf(info)
 	if mode := info.Mode().Perm(); known && (mode&0o002 != 0 || mode&0o020 != 0 && gid > systemGroup) {
-		return fmt.Errorf("%w: others could make or replace the socket in folder %q, which has mode %v", ErrUntrusted, folder, info.Mode())
+		return fmt.Errorf("%w: others could make or replace the socket in folder %q, which has mode %s; %s", ErrUntrusted, folder, owned.ModeText(info.Mode()), owned.ToClose(folder, info.Mode(), "--socket"))
 	}
 	return nil
 }

@@ -25,8 +25,8 @@ func checkDir(dir string) error {
 		return api.Errorf(api.CodeInternal, "state directory %q belongs to user %d, not to root or the user that runs the helper", dir, uid).
 			WithHint("run: chown -R %d %q, after a look at what is in it", os.Geteuid(), dir)
 	case info.Mode().Perm()&0o022 != 0:
-		return api.Errorf(api.CodeInternal, "state directory %q has mode %v: others may write to it", dir, info.Mode().Perm()).
-			WithHint("run: chmod go-w %q", dir)
+		return api.Errorf(api.CodeInternal, "state directory %q has mode %s: others may write to it", dir, owned.ModeText(info.Mode())).
+			WithHint("%s", owned.ToClose(dir, info.Mode(), "--state-dir"))
 	}
 	return nil
 }

@@ -11,10 +11,41 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
 )
+
+// ModeText returns a mode as ls writes it: the owners' bits and the sticky one in their
+// places.
+func ModeText(mode fs.FileMode) string {
+	text := []byte(mode.Perm().String())
+	if mode.IsDir() {
+		text[0] = 'd'
+	}
+	for i, special := range []fs.FileMode{fs.ModeSetuid, fs.ModeSetgid, fs.ModeSticky} {
+		letter := &text[3*i+3]
+		switch {
+		case mode&special == 0:
+		case *letter == 'x':
+			*letter = "sst"[i]
+		default:
+			*letter = "SST"[i]
+		}
+	}
+	return string(text)
+}
+
+// ToClose says what to do about a folder that others may write to, which flag names. One
+// for temporary files, which is sticky, has to stay as it is.
+func ToClose(folder string, mode fs.FileMode, flag string) string {
+	other := "name another folder with " + flag
+	if mode&fs.ModeSticky != 0 {
+		return other
+	}
+	return fmt.Sprintf("run: chmod go-w %q, or %s", folder, other)
+}
 
 // Read reads a file, which Open opens, of at most so many bytes.
 func Read(path string, most int64) ([]byte, error) {

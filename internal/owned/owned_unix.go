@@ -105,9 +105,9 @@ func checkFolder(path string) error {
 	mode := info.Mode()
 	switch gid := info.Sys().(*syscall.Stat_t).Gid; {
 	case mode.Perm()&0o002 != 0:
-		return &AboveError{path, fmt.Sprintf("has mode %v: any user may replace what is in it", mode), fmt.Sprintf("run: chmod o-w %q", path)}
+		return &AboveError{path, fmt.Sprintf("has mode %s: any user may replace what is in it", ModeText(mode)), fmt.Sprintf("run: chmod o-w %q", path)}
 	case mode.Perm()&0o020 != 0 && gid > systemGroup && (os.Geteuid() == 0 || int(gid) != os.Getegid()):
-		return &AboveError{path, fmt.Sprintf("has mode %v: group %d may replace what is in it", mode, gid), fmt.Sprintf("run: chmod g-w %q", path)}
+		return &AboveError{path, fmt.Sprintf("has mode %s: group %d may replace what is in it", ModeText(mode), gid), fmt.Sprintf("run: chmod g-w %q", path)}
 	}
 	return nil
 }
