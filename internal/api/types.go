@@ -148,7 +148,11 @@ func (r Refused) String() string {
 	var out []string
 	for _, c := range r.byClass() {
 		if c.n > 0 {
-			out = append(out, fmt.Sprintf("%d %s", c.n, c.class))
+			what := c.class
+			if what == "spoofed" { // no reason for alarm by itself: devices send by link-local addresses, too
+				what = "from other addresses than its own"
+			}
+			out = append(out, fmt.Sprintf("%d %s", c.n, what))
 		}
 	}
 	if out == nil {

@@ -747,7 +747,7 @@ func TestHandshakeEvents(t *testing.T) {
 		if got := r.events(api.EventHandshake); len(got) != 2 || got[0] != "phone connected from 203.0.113.9:1" {
 			t.Errorf("events %q", got)
 		}
-		if got := r.events(api.EventRefused); len(got) != 1 || got[0] != "refused of phone so far, by destination: 3 spoofed" {
+		if got := r.events(api.EventRefused); len(got) != 1 || got[0] != "refused of phone so far: 3 from other addresses than its own" {
 			t.Errorf("events %q", got)
 		}
 	})

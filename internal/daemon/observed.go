@@ -107,7 +107,7 @@ func (l *loop) tellRefused(peers []peer, n numbers, now time.Time) {
 		if counts != was.counts && (was.told.IsZero() || now.Sub(was.told) >= refusedInterval) {
 			l.d.journal.Record(api.Event{
 				Kind: api.EventRefused, Peer: p.Name,
-				Message: fmt.Sprintf("refused of %s so far, by destination: %v%s", p.Name, counts,
+				Message: fmt.Sprintf("refused of %s so far: %v%s", p.Name, counts,
 					example(n.guard[policy.PeerID(p.PublicKey)].Example)),
 			})
 			was = refusals{counts, now}
