@@ -268,7 +268,10 @@ func (o *runOptions) parse(opts *daemon.Options) (err error) {
 	if opts.Addresses, err = parseAddresses("--address", o.addresses); err != nil {
 		return err
 	}
-	if len(o.dns) > 0 {
+	if opts.DNS, err = parseAddresses("--dns", o.dns); err != nil {
+		return err
+	}
+	if len(o.dns) > 0 && !slices.Contains(o.kept, daemon.SettingDNS) {
 		checked, err := daemon.CheckSetting(daemon.SettingDNS, strings.Join(o.dns, ","))
 		if err != nil {
 			return o.wrongf(daemon.SettingDNS, "%s", strings.TrimPrefix(err.Error(), daemon.SettingDNS+" "))

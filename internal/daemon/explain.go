@@ -109,7 +109,7 @@ func (d *Daemon) loadedLanguage(c condition) Language {
 	if _, renders := d.opts.Platform.(Renderer); renders {
 		l.Render = c.render
 	}
-	if c.read == nil || l.Render == nil {
+	if c.read == nil || l.Render == nil || l.Find == nil {
 		return Language{}
 	}
 	render := l.Render

@@ -80,6 +80,42 @@ func isLive(key string) bool {
 // CheckSetting returns a value as it is kept, or says what is wrong with it or the key,
 // as an *api.Error.
 func CheckSetting(key, value string) (string, error) {
+	kept, err := parseSetting(key, value)
+	if err == nil {
+		err = checkReachable(key, kept)
+	}
+	if err != nil {
+		return "", err
+	}
+	return kept, nil
+}
+
+// checkReachable refuses an endpoint and resolvers that no device reaches. One that is
+// kept already is no reason not to start.
+func checkReachable(key, value string) error {
+	addresses := strings.Split(value, ",")
+	switch key {
+	default:
+		return nil
+	case SettingDNS:
+	case SettingEndpoint:
+		e, err := wireguard.ParseEndpoint(value, 1)
+		if err != nil {
+			return err
+		}
+		addresses = []string{e.Host}
+	}
+	for _, text := range addresses {
+		if a, err := netip.ParseAddr(text); err == nil && (a.IsLoopback() || a.IsLinkLocalUnicast()) {
+			return api.Errorf(api.CodeBadSetting, "%s %.70q: no other device reaches %v", key, value, a).
+				WithHint("give an address, or a name, by which devices reach it")
+		}
+	}
+	return nil
+}
+
+// parseSetting is CheckSetting for a value that may have been kept for long.
+func parseSetting(key, value string) (string, error) {
 	value = strings.TrimSpace(value)
 	if !slices.Contains(SettingKeys(), key) {
 		return "", api.Errorf(api.CodeUnknownSetting, "setting %q is unknown", key).
@@ -94,13 +130,8 @@ func CheckSetting(key, value string) (string, error) {
 		err, hint = platform.CheckLabel(value), "a label has 1 to 63 letters, digits, -, _ and ., such as org.meshhelper"
 	case SettingEndpoint:
 		// The port is that of WireGuard, where there is none.
-		e, wrong := wireguard.ParseEndpoint(value, 1)
-		a, notAddr := netip.ParseAddr(e.Host)
-		switch {
-		case wrong != nil:
+		if _, wrong := wireguard.ParseEndpoint(value, 1); wrong != nil {
 			err = errors.Unwrap(wrong)
-		case notAddr == nil && (a.IsLoopback() || a.IsLinkLocalUnicast()):
-			err = fmt.Errorf("no other device reaches this host at %v", a)
 		}
 		hint = "it is HOST or HOST:PORT, an IPv6 address in brackets where a port follows"
 	case SettingOperator:
@@ -137,8 +168,8 @@ func checkDNS(value string) (string, error) {
 	var out []string
 	for text := range strings.SplitSeq(value, ",") {
 		a, err := netip.ParseAddr(strings.TrimSpace(text))
-		if err != nil || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() || a.IsLoopback() || a.IsLinkLocalUnicast() {
-			return "", fmt.Errorf("%q is not the address of a resolver that a device reaches", text)
+		if err != nil || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() {
+			return "", fmt.Errorf("%q is not a resolver's address", text)
 		}
 		out = append(out, a.Unmap().String())
 	}
@@ -204,7 +235,7 @@ func decodeSettings(text []byte) (map[string]string, error) {
 	}
 	out := map[string]string{}
 	for key, value := range doc.Settings {
-		kept, err := CheckSetting(key, value)
+		kept, err := parseSetting(key, value)
 		if err != nil {
 			return nil, err
 		}

@@ -150,6 +150,9 @@ func TestSettingsRefused(t *testing.T) {
 				t.Errorf("the endpoint %s is taken", value)
 			}
 		}
+		if kept, err := decodeSettings([]byte(`{"version":1,"settings":{"endpoint":"127.0.0.1","dns":"127.0.0.53"}}`)); err != nil || len(kept) != 2 {
+			t.Errorf("what was kept before isn't read: %v, %v", kept, err)
+		}
 		for _, value := range []string{"127.0.0.53", "::1", "fe80::1"} {
 			if _, err := r.set(SettingDNS, value); err == nil {
 				t.Errorf("the resolver %s is taken", value)
