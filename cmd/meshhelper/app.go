@@ -287,7 +287,13 @@ func group(use, short string, commands ...*cobra.Command) *cobra.Command {
 // one that it doesn't have.
 func needsCommand(c *cobra.Command, args []string) error {
 	if len(args) == 0 {
-		return usagef("%s needs a command", c.CommandPath())
+		var names []string
+		for _, sub := range c.Commands() {
+			if sub.IsAvailableCommand() {
+				names = append(names, sub.Name())
+			}
+		}
+		return usagef("%q needs a command, one of: %s", c.Name(), strings.Join(names, ", "))
 	}
 	return unknownCommand(c, args[0])
 }

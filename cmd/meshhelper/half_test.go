@@ -120,6 +120,15 @@ func TestQRCodeNeedsRoom(t *testing.T) {
 	}
 	own := wireguard.Addresses{V4: netip.MustParseAddr("100.64.0.9"), V6: netip.MustParseAddr("fd6d:6573:6800::9")}
 	config := wireguard.ForPeer(key, own, key.Public(), wireguard.Endpoint{Host: "203.0.113.1", Port: 51820}, wireguard.Everything(), nil)
+	for rows, whole := range map[int]bool{0: true, 24: false, 80: true} {
+		var out, talk bytes.Buffer
+		a := &app{stdout: &out, stderr: &talk, columns: 80, rows: rows, getenv: func(string) string { return "" }}
+		a.printQR(config, "phone")
+		if said := strings.Contains(talk.String(), "this terminal has 24, so it may not be whole") &&
+			strings.Contains(talk.String(), "meshhelper peer rekey phone --output FILE"); said == whole || out.Len() == 0 {
+			t.Errorf("%d rows: printed %d bytes, says %q", rows, out.Len(), talk.String())
+		}
+	}
 	for columns, drawn := range map[int]bool{0: true, 60: false, 80: true} {
 		var out, talk bytes.Buffer
 		a := &app{stdout: &out, stderr: &talk, columns: columns, getenv: func(string) string { return "" }}

@@ -1,11 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"net/url"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -73,6 +75,10 @@ func runExplain(ctx context.Context, o *explainOptions, peer, to string) error {
 		return err
 	}
 	e, err := a.explain(ctx, q, o.host, o.language)
+	var unknown *api.Error
+	if errors.As(err, &unknown) && unknown.Code == api.CodeUnknownPeer && t.peer && !strings.Contains(unknown.Hint, "did you mean") {
+		return api.Errorf(unknown.Code, "%s", unknown.Message).WithHint("%q is a peer; did you mean: meshhelper explain %s %s", t.name, t.name, peer)
+	}
 	if err != nil {
 		return err
 	}
@@ -102,12 +108,17 @@ type destination struct {
 	name  string // "" where it is an address
 	from  string // the name in --from, "" where that is an address or isn't given
 	found string // what the name was found to be
+	peer  bool   // whether that is a peer
 }
 
 // parseQuestion reads the arguments of explain. To is not set where the destination is a
 // name.
 func parseQuestion(peer, to, proto, from string) (t *destination, q api.Question, err error) {
 	t, q = &destination{}, api.Question{Peer: peer, Proto: proto}
+	if u, wrong := url.Parse(to); wrong == nil && u.Host != "" {
+		port := cmp.Or(u.Port(), map[string]string{"http": "80", "https": "443"}[u.Scheme])
+		return t, q, usagef("destination %q looks like a URL; did you mean: meshhelper explain %s %s", to, peer, strings.TrimSuffix(net.JoinHostPort(u.Hostname(), port), ":"))
+	}
 	if q.To, err = netip.ParseAddr(to); err != nil {
 		if target, failed := netip.ParseAddrPort(to); failed == nil {
 			q.To, q.Port = target.Addr(), target.Port()
@@ -174,7 +185,7 @@ func (a *app) findDestination(ctx context.Context, t *destination, q *api.Questi
 	var found []netip.Addr
 	switch {
 	case err == nil:
-		found = p.Addresses
+		found, t.peer = p.Addresses, true
 		t.found = fmt.Sprintf("the peer %s, at %s", p.Name, joinAddresses(found))
 	case !errors.As(err, &unknown) || unknown.Code != api.CodeUnknownPeer && unknown.Code != api.CodeAlreadyRemoved:
 		return netip.Addr{}, err

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -111,6 +112,7 @@ func newPeerListCommand(a *app) *cobra.Command {
 func newPeerShowCommand(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use: "show NAME", Short: "Show a peer",
+		Long:              `Show a peer: what it may, and what it does. ` + directionsHelp,
 		ValidArgsFunction: a.completePeers,
 		RunE: func(c *cobra.Command, args []string) error {
 			p, err := a.client().Peer(c.Context(), args[0])
@@ -131,8 +133,8 @@ func (a *app) writePeer(p api.Peer) {
 	line("may         ", describePermissions(p.Permissions))
 	line("endpoint    ", orNone(p.Endpoint))
 	line("handshake   ", describeHandshake(p.LastHandshake, time.Now()))
-	line("received    ", fmt.Sprintf("%s, sent %s", formatBytes(p.RxBytes), formatBytes(p.TxBytes)))
-	line("routes      ", describeRouting(p.Routing))
+	line("traffic     ", describeTraffic(p.RxBytes, p.TxBytes))
+	line("routes      ", describeRouting(p))
 	line("refused     ", p.Refused.String())
 }
 
@@ -171,19 +173,22 @@ func newToggleCommand(a *app, allow bool) *cobra.Command {
 		c.Use, c.Short = "allow NAME PERMISSION...", "Give permissions to a peer, for good or for a time"
 		c.Flags().Var(durationFlag(&o.limit), "for", "how long, such as 30m, 2h, 1d or 1w; without, for good")
 	}
-	c.Long = c.Short + `.
-
-PERMISSION is one or more of
-  incoming  connect to this host
-  routing   reach the internet through this host
-  lan       reach this host's other networks; needs routing, too`
+	c.Long = c.Short + ".\n\nPERMISSION is one or more of\n" + permissionsHelp
 	return c
 }
+
+// permissionsHelp says what each permission is.
+const permissionsHelp = `  incoming  connect to this host
+  routing   reach the internet through this host
+  lan       reach this host's other networks; needs routing, too`
 
 func toggle(ctx context.Context, o *toggleOptions, ref string, words []string) error {
 	wanted, err := parsePermissions(words)
 	if right := swapped(append([]string{ref}, words...)); err != nil && right != nil {
 		return usagef("the peer's name comes first: meshhelper peer %s %s", o.verb(), strings.Join(right, " "))
+	}
+	if i := slices.Index(words, "for"); err != nil && o.allow && i > 0 && i == len(words)-2 {
+		return usagef("a time is a flag; did you mean: meshhelper peer allow %s %s --for %s", ref, strings.Join(words[:i], " "), words[i+1])
 	}
 	if err != nil {
 		return err

@@ -43,7 +43,10 @@ file with --output FILE. What can't be written isn't added.
 
 The configuration sends everything through this host where the peer may route, and
 else what is for this host. With --tunnel split it is what is for this host and, for a
-peer that may route and reach its networks (lan), for these.`,
+peer that may route and reach its networks (lan), for these.
+
+PERMISSIONS are, separated by commas,
+` + permissionsHelp,
 		RunE: func(c *cobra.Command, args []string) error {
 			o.name = args[0]
 			if o.publicKey == "" && c.Flags().Changed("public-key") {
@@ -345,7 +348,12 @@ func (a *app) printQR(config wireguard.Config, name string) {
 			"and run: meshhelper peer rekey %s --qr, or for a file instead: meshhelper peer rekey %s --output FILE", code.Size(), a.columns, name, name)
 		return
 	}
-	a.sayWhole("\n" + code.Terminal(a.terminal && a.getenv("NO_COLOR") == ""))
+	text := code.Terminal(a.terminal && a.getenv("NO_COLOR") == "")
+	a.sayWhole("\n" + text)
+	if need := strings.Count(text, "\n") + 1; a.rows > 0 && need > a.rows { // and the prompt
+		a.talk("warning: the QR code needs %d rows and this terminal has %d, so it may not be whole to the camera: make the window higher or its letters smaller, "+
+			"and run: meshhelper peer rekey %s --qr, or for a file instead: meshhelper peer rekey %s --output FILE", need, a.rows, name, name)
+	}
 }
 
 // noQR refuses a QR code of a configuration without its private key: a phone that scans

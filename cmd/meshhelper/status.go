@@ -29,6 +29,7 @@ func newStatusCommand(a *app) *cobra.Command {
 	o := &statusOptions{app: a, interval: 2 * time.Second}
 	c := &cobra.Command{
 		Use: "status", Short: "Show the host, its peers, who routes, and what is wrong",
+		Long: `Show the host, its peers, who routes, and what is wrong. ` + directionsHelp,
 		RunE: func(c *cobra.Command, _ []string) error { return showStatus(c.Context(), o) },
 	}
 	c.Flags().BoolVar(&o.watch, "watch", false, "show it again every two seconds")
@@ -214,7 +215,7 @@ func (a *app) writePeers(peers []api.Peer, now time.Time) {
 // peerFields are what a table of peers shows of one.
 func peerFields(p api.Peer, now time.Time) []string {
 	return []string{p.Name, p.Kind, p.Addresses[0].String(), describePermissions(p.Permissions),
-		describeHandshake(p.LastHandshake, now), describeRouting(p.Routing)}
+		describeHandshake(p.LastHandshake, now), describeRouting(p)}
 }
 
 // describePermissions lists what a peer may, and says of lan without routing
@@ -251,15 +252,28 @@ func describeHandshake(at *time.Time, now time.Time) string {
 	return max(now.Sub(*at), 0).Round(time.Second).String() + " ago"
 }
 
-func describeRouting(r api.Routing) string {
-	if !r.Now && r.RxBytes == 0 && r.TxBytes == 0 {
-		return "no"
-	}
-	now := "no"
-	if r.Now {
+// directionsHelp says whose direction up and down are.
+const directionsHelp = `Up is what the peer
+sent, down is what was sent to the peer; behind "routes" only what went through this
+host to the internet or its networks counts.`
+
+func describeRouting(p api.Peer) string {
+	r, now := p.Routing, "no"
+	switch {
+	case r.Now:
 		now = "now"
+	case p.Permissions.Routing.Allowed:
+		now = "not now"
 	}
-	return fmt.Sprintf("%s, %s in, %s out", now, formatBytes(r.RxBytes), formatBytes(r.TxBytes))
+	if !r.Now && r.RxBytes == 0 && r.TxBytes == 0 {
+		return now
+	}
+	return now + ", " + describeTraffic(r.RxBytes, r.TxBytes)
+}
+
+// describeTraffic names the directions as the peer sees them: up is what it sent.
+func describeTraffic(received, sent uint64) string {
+	return fmt.Sprintf("%s up, %s down", formatBytes(received), formatBytes(sent))
 }
 
 // formatBytes shows a number of bytes with three digits, or four up to 1023, and a binary

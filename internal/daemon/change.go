@@ -102,6 +102,8 @@ type outcome struct {
 	key     wireguard.PublicKey // of the peer that the change was about
 	doc     *document           // which the change is in force with; nil: nothing is in force
 	already bool
+	// from, where it isn't nil, is the document before a change that takes away alone.
+	from *document
 	// saving, where it isn't nil, saves what is in force.
 	saving *job
 }
@@ -125,7 +127,7 @@ func (d *Daemon) change(ctx context.Context, e edit) (api.Changed, error) {
 	case refused != nil: // the part that takes away holds
 		return api.Changed{}, refused
 	case notKept != nil:
-		return api.Changed{}, d.notSaved(notKept, notHeld)
+		return api.Changed{}, d.notSaved(o, notKept, notHeld)
 	case notHeld != nil:
 		return api.Changed{}, notHeld
 	}
@@ -154,8 +156,21 @@ func (d *Daemon) awaitSaved(ctx context.Context, o outcome) error {
 
 // notSaved says that a change holds, but not over a restart; and where it doesn't hold
 // everywhere, that too.
-func (d *Daemon) notSaved(cause, notHeld error) error {
+func (d *Daemon) notSaved(o outcome, cause, notHeld error) error {
 	message := notSaved(cause)
+	if o.from != nil && !errors.Is(cause, errUnsynced) {
+		var did, name string
+		back := "as before"
+		switch was, is := o.from.edited(o.doc); {
+		case is != nil:
+			did, name = is.differences(was), was.Name
+		case notHeld != nil:
+			did, name, back = was.Name+" is no peer any more", was.Name, "back"
+		default:
+			did, name, back = was.Name+" is no peer any more and its connections have ended", was.Name, "back"
+		}
+		message = fmt.Sprintf("%s, but this isn't saved: after a restart %s is %s: %v", did, name, back, cause)
+	}
 	if notHeld != nil {
 		message += fmt.Sprintf("; the guard holds it, the packet filter doesn't yet: %s", strings.TrimPrefix(notHeld.Error(), "saved, not in force: "))
 	}
@@ -196,7 +211,7 @@ func (d *Daemon) decide(ctx context.Context, e edit) (outcome, error) {
 	switch {
 	case takes && !gives:
 		d.recordEdit(ctx, doc, left)
-		return outcome{key: key, doc: left, saving: d.disk.saveWanted()}, nil
+		return outcome{key: key, doc: left, from: doc, saving: d.disk.saveWanted()}, nil
 	case !takes:
 		w, err := d.saveFirst(ctx, e, widening{base: base, next: next, key: key})
 		if err != nil {

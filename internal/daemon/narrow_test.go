@@ -102,8 +102,8 @@ func TestNarrowingDoesntWait(t *testing.T) {
 		code  string
 		says  string
 	}{
-		"full disk":   {full, api.CodeNotSaved, "but not saved: after a restart it is back"},
-		"frozen disk": {frozen, api.CodeNotSaved, "but not saved: after a restart it is back"},
+		"full disk":   {full, api.CodeNotSaved, ", but this isn't saved: after a restart phone is "},
+		"frozen disk": {frozen, api.CodeNotSaved, ", but this isn't saved: after a restart phone is "},
 		"slow look": {func(r *rig) func() {
 			r.host.HangAt("observe")
 			return func() { r.host.HangAt("") }
@@ -116,7 +116,7 @@ func TestNarrowingDoesntWait(t *testing.T) {
 			r.host.HangAt("enforce")
 			full(r)
 			return func() { r.host.HangAt("") }
-		}, api.CodeNotSaved, "but not saved: after a restart it is back"},
+		}, api.CodeNotSaved, ", but this isn't saved: after a restart phone is "},
 	} {
 		for way, take := range takings {
 			t.Run(stuck+"/"+way, func(t *testing.T) {
@@ -147,6 +147,13 @@ func TestNarrowingDoesntWait(t *testing.T) {
 						}
 					} else if !strings.Contains(e.Message, have.says) {
 						t.Errorf("message %q, want %q", e.Message, have.says)
+					}
+					did := map[string]string{"deny": "phone may no longer route", "remove": "phone is no peer any more", "new key": "phone has another key now"}[way]
+					if have.code == api.CodeNotSaved && !strings.HasPrefix(e.Message, did) {
+						t.Errorf("message %q, want first what was done: %q", e.Message, did)
+					}
+					if ended := strings.Contains(e.Message, "its connections have ended"); ended != (way == "remove" && have.code == api.CodeNotSaved && stuck != "slow filter, full disk") {
+						t.Errorf("message %q: connections have ended: %v", e.Message, ended)
 					}
 					for range 10 {
 						r.after(time.Second)
@@ -206,7 +213,7 @@ func TestKeyChangeIsWhole(t *testing.T) {
 						r.mustAllow("phone", "routing", "")
 						end := stick(r)
 						c := api.PeerChange{PublicKey: keyOf("new phone")}
-						says := "in force now, but not saved: after a restart it is back"
+						says := ", but this isn't saved: after a restart phone is as before"
 						if more {
 							c.Permissions = map[string]api.PermissionChange{"incoming": {Allowed: true}, "lan": {Allowed: true}}
 							says = "the new key and what the change takes away are in force now, but not saved"

@@ -207,7 +207,7 @@ func TestNothingIsLate(t *testing.T) {
 			if a.took > 10*time.Second {
 				t.Errorf("deny took %v", a.took)
 			}
-			if day.saved != (a.Status == 0) || day.saved == strings.Contains(a.Stderr, "not saved") {
+			if day.saved != (a.Status == 0) || day.saved == strings.Contains(a.Stderr, "isn't saved") {
 				t.Errorf("deny: status %d: %s%s", a.Status, a.Stdout, a.Stderr)
 			}
 			for _, f := range others {
