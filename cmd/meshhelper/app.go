@@ -270,9 +270,10 @@ host, reach the internet through it, or reach its networks.`,
 	root.SetHelpFunc(a.wrapHelpOf(root.HelpFunc()))
 	root.SetHelpCommand(newHelpCommand())
 	root.SetVersionTemplate("{{.Version}}\n")
-	root.SetFlagErrorFunc(flagError)
+	root.SetFlagErrorFunc(nearFlag)
 	addCompletion(a, root)
 	speak(root)
+	propose(root)
 	return root
 }
 
