@@ -35,6 +35,9 @@ func (o *peerAddOptions) create() error {
 	f, err := dir.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		dir.Close()
+		if info, failed := os.Stat(o.output); failed == nil && info.IsDir() {
+			return fmt.Errorf("--output: %q is a folder: give a file in it", o.output)
+		}
 		if errors.Is(err, fs.ErrExist) {
 			return fmt.Errorf("--output: %q already exists, and isn't written over: choose another name, or remove it", o.output)
 		}

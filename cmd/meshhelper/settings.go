@@ -23,7 +23,10 @@ func newSettingsCommand(a *app) *cobra.Command {
 		Use: "settings [KEY [VALUE]]", Short: "Show or change what the helper was told to be",
 		Long: `Show or change what the helper was told to be. It is kept in the state folder; a
 flag of "run" overrides it, and the answer says so. The answer also says which
-changes need a restart of the helper. The keys are ` + strings.Join(daemon.SettingKeys(), ", ") + `.`,
+changes need a restart of the helper.
+
+KEY is one of
+` + daemon.SettingsHelp(),
 		Example: `  meshhelper settings endpoint home.example
   meshhelper settings mesh-prefix4 10.99.0.0/16
   meshhelper settings --unset endpoint`,

@@ -444,13 +444,19 @@ func (d *Daemon) recordEdit(ctx context.Context, doc, next *document) {
 	d.recordChange(ctx, was, is)
 }
 
-// recordChange writes the one event of an edit, by the peer before and after, and the
-// user who asked for it.
-func (d *Daemon) recordChange(ctx context.Context, was, is *peer) {
-	e := api.Event{Kind: api.EventChange}
+// changeBy returns the event of a change, with the user who asked for it.
+func changeBy(ctx context.Context, e api.Event) api.Event {
+	e.Kind = api.EventChange
 	if uid, ok := api.Caller(ctx); ok {
 		e.UID = &uid
 	}
+	return e
+}
+
+// recordChange writes the one event of an edit, by the peer before and after, and the
+// user who asked for it.
+func (d *Daemon) recordChange(ctx context.Context, was, is *peer) {
+	e := changeBy(ctx, api.Event{})
 	switch {
 	case was == nil && is == nil:
 		return

@@ -40,24 +40,43 @@ const (
 
 // The keys of settings. Each is also a flag of `run`, which overrides it, name excepted.
 const (
-	SettingName        = "name"         // of this host, as its status shows it
-	SettingLabel       = "label"        // of the service and of pf's anchor
-	SettingEndpoint    = "endpoint"     // HOST[:PORT] where peers reach this host
-	SettingOperator    = "operator"     // the user who may change the mesh besides root
-	SettingDNS         = "dns"          // resolvers for configurations, by commas
-	SettingListenPort  = "listen-port"  // UDP port of WireGuard, 0 to 65535; 0: any
-	SettingMeshPrefix4 = "mesh-prefix4" // IPv4 prefix of the mesh
-	SettingMeshPrefix6 = "mesh-prefix6" // IPv6 prefix of the mesh
+	SettingName        = "name"
+	SettingLabel       = "label"
+	SettingEndpoint    = "endpoint"
+	SettingOperator    = "operator"
+	SettingDNS         = "dns"
+	SettingListenPort  = "listen-port"
+	SettingMeshPrefix4 = "mesh-prefix4"
+	SettingMeshPrefix6 = "mesh-prefix6"
 )
 
-// settingKeys are all keys, in the order in which they are shown, with whether a change
-// is in force at once. The others hold from the next start on.
-var settingKeys = []struct {
+// settingKey is a key, and what it says. A change of a live one is in force at once; the
+// others hold from the next start on.
+type settingKey struct {
 	key  string
 	live bool
-}{
-	{SettingName, true}, {SettingLabel, false}, {SettingEndpoint, true}, {SettingOperator, false}, {SettingDNS, true},
-	{SettingListenPort, false}, {SettingMeshPrefix4, false}, {SettingMeshPrefix6, false},
+	is   string
+}
+
+// settingKeys are all keys, in the order in which they are shown.
+var settingKeys = []settingKey{
+	{SettingName, true, "of this host, as its status shows it"},
+	{SettingLabel, false, "of the service, and of the anchor in a Mac's packet filter"},
+	{SettingEndpoint, true, "HOST[:PORT] where peers reach this host"},
+	{SettingOperator, false, "the user who may change the mesh besides root"},
+	{SettingDNS, true, "resolvers in the peers' configurations, by commas"},
+	{SettingListenPort, false, "UDP port of WireGuard, 0 for any"},
+	{SettingMeshPrefix4, false, "IPv4 prefix of the mesh"},
+	{SettingMeshPrefix6, false, "IPv6 prefix of the mesh"},
+}
+
+// SettingsHelp has a line for each key, which says what it is.
+func SettingsHelp() string {
+	var lines []string
+	for _, k := range settingKeys {
+		lines = append(lines, fmt.Sprintf("  %-12s  %s", k.key, k.is))
+	}
+	return strings.Join(lines, "\n")
 }
 
 // SettingKeys returns the keys of settings, in the order in which they are shown.
@@ -69,12 +88,7 @@ func SettingKeys() (keys []string) {
 }
 
 func isLive(key string) bool {
-	return slices.ContainsFunc(settingKeys, func(k struct {
-		key  string
-		live bool
-	}) bool {
-		return k.key == key && k.live
-	})
+	return slices.ContainsFunc(settingKeys, func(k settingKey) bool { return k.key == key && k.live })
 }
 
 // CheckSetting returns a value as it is kept, or says what is wrong with it or the key,
@@ -118,8 +132,15 @@ func checkReachable(key, value string) error {
 func parseSetting(key, value string) (string, error) {
 	value = strings.TrimSpace(value)
 	if !slices.Contains(SettingKeys(), key) {
-		return "", api.Errorf(api.CodeUnknownSetting, "setting %q is unknown", key).
-			WithHint("there are %s", strings.Join(SettingKeys(), ", "))
+		unknown := api.Errorf(api.CodeUnknownSetting, "setting %q is unknown", key)
+		near := Closest(key, SettingKeys())
+		if i := slices.IndexFunc(SettingKeys(), func(k string) bool { return strings.HasSuffix(k, "-"+key) }); near == "" && i >= 0 {
+			near = SettingKeys()[i]
+		}
+		if near != "" {
+			return "", unknown.WithHint("did you mean %q?", near)
+		}
+		return "", unknown.WithHint("there are %s", strings.Join(SettingKeys(), ", "))
 	}
 	kept, err := value, error(nil)
 	hint := ""
@@ -459,7 +480,7 @@ func (d *Daemon) keepSettings(ctx context.Context, was, next *settings) error {
 	d.settings.Store(next)
 	for _, key := range SettingKeys() {
 		if was.kept[key] != next.kept[key] {
-			d.journal.Record(api.Event{Kind: api.EventChange, Message: describeSetting(key, next.kept[key])})
+			d.journal.Record(changeBy(ctx, api.Event{Message: describeSetting(key, next.kept[key])}))
 		}
 	}
 	poke(d.renamed)
