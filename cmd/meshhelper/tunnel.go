@@ -2,8 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
-	"strings"
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/wireguard"
@@ -44,18 +42,9 @@ func (a *app) warnTunnel(ctx context.Context, was string, is api.Peer) {
 	a.talk("or change the old one, where these lines are others now:")
 	switch {
 	case len(config.DNS) > 0:
-		a.talk("  DNS = %s", commas(config.DNS))
+		a.talk("  DNS = %s", joinTexts(config.DNS, ", "))
 	case was == api.TunnelFull:
 		a.talk("  (no DNS line)")
 	}
-	a.talk("  AllowedIPs = %s", commas(config.AllowedIPs))
-}
-
-// commas joins values as a configuration has them.
-func commas[T fmt.Stringer](values []T) string {
-	var texts []string
-	for _, v := range values {
-		texts = append(texts, v.String())
-	}
-	return strings.Join(texts, ", ")
+	a.talk("  AllowedIPs = %s", joinTexts(config.AllowedIPs, ", "))
 }

@@ -93,7 +93,8 @@ func (d *Daemon) Explain(ctx context.Context, q api.Question) (api.Explanation, 
 	e.Until = permittedUntil(&doc.Peers[i], a.v.Rule)
 	e.Stops = d.stops(ctx, c, a)
 	e.Unclear = true
-	for _, s := range e.Stops {
+	for i, s := range e.Stops {
+		e.Stops[i].Message, e.Stops[i].Hint = plain(s.Message), plain(s.Hint)
 		if !s.Answer {
 			e.Pass, e.Unclear = false, e.Unclear && s.Unclear
 		}

@@ -29,6 +29,8 @@ type outside struct {
 // found are an own name's addresses by when they were last found.
 type found map[netip.Addr]time.Time
 
+func (f found) sorted() []netip.Addr { return slices.SortedFunc(maps.Keys(f), netip.Addr.Compare) }
+
 // add has the addresses of an answer, which has some, count, those that count already
 // first, and forgets those that weren't found for long. It returns how many have no room.
 func (f found) add(answer []netip.Addr, now time.Time) (left int) {

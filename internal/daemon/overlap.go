@@ -97,7 +97,7 @@ func outerProblems(r *policy.Ruleset, peers []peer, n numbers) []Problem {
 	var out []Problem
 	for i := range peers {
 		a := n.tunnel[peers[i].PublicKey].Endpoint.Addr().Unmap().WithZone("")
-		mesh, inside := meshPrefixOf(r, a)
+		mesh, inside := r.MeshOf(a)
 		if !inside {
 			continue
 		}
@@ -116,15 +116,6 @@ func outerProblems(r *policy.Ruleset, peers []peer, n numbers) []Problem {
 		out = append(out, p)
 	}
 	return out
-}
-
-func meshPrefixOf(r *policy.Ruleset, a netip.Addr) (netip.Prefix, bool) {
-	for _, p := range r.Sets().Mesh {
-		if p.Contains(a) {
-			return p, true
-		}
-	}
-	return netip.Prefix{}, false
 }
 
 // wayOut says how the mesh gets a prefix that nothing on this host overlaps.

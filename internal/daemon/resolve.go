@@ -158,10 +158,9 @@ func (r *resolver) take(a answer) {
 	}
 	if slices.Contains(r.d.ownName(), a.name) {
 		slices.SortFunc(found, netip.Addr.Compare)
-		before, left := slices.Collect(maps.Keys(n.all)), n.left
+		before, left := n.all.sorted(), n.left
 		n.left = n.all.add(slices.Compact(found), time.Now())
-		changed = changed || n.left != left || len(before) != len(n.all) ||
-			slices.ContainsFunc(before, func(a netip.Addr) bool { _, still := n.all[a]; return !still })
+		changed = changed || n.left != left || !slices.Equal(n.all.sorted(), before)
 	}
 	if changed {
 		r.publish()
@@ -194,7 +193,7 @@ func (r *resolver) publish() {
 	o := outside{}
 	for _, host := range r.own {
 		if n := r.names[host]; n != nil {
-			o = outside{host, slices.SortedFunc(maps.Keys(n.all), netip.Addr.Compare), n.left}
+			o = outside{host, n.all.sorted(), n.left}
 		}
 	}
 	r.d.setOutside(o)

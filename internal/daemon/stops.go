@@ -23,7 +23,6 @@ func (d *Daemon) stops(ctx context.Context, c condition, a asked) []api.Stop {
 	ctx, cancel := context.WithTimeout(ctx, stopsLimit)
 	defer cancel()
 	if s, stopped := d.notInForce(c, a); stopped {
-		s.Message, s.Hint = plain(s.Message), plain(s.Hint)
 		return []api.Stop{s}
 	}
 	t := &trip{d: d, ctx: ctx, a: a}
@@ -150,7 +149,6 @@ func (t *trip) stop(back bool, s api.Stop) {
 	case !t.a.answer && back:
 		s.Answer = true
 	}
-	s.Message, s.Hint = plain(s.Message), plain(s.Hint)
 	t.stops = append(t.stops, s)
 }
 

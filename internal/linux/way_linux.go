@@ -261,7 +261,7 @@ func (p *Platform) waysBack(r *policy.Ruleset) (out []platform.Problem) {
 			if packet.In != "" {
 				who = "answers to peers"
 			}
-			mesh, _ := meshOf(r, packet.Dst)
+			mesh, _ := r.MeshOf(packet.Dst)
 			if own.Is6() {
 				flag = "-6 "
 			}
@@ -301,16 +301,6 @@ func toPeers(r *policy.Ruleset, own netip.Addr) (out []policy.Packet) {
 		out = append(out, policy.Packet{Src: own, Dst: a})
 	}
 	return out
-}
-
-// meshOf returns the mesh prefix that an address is in.
-func meshOf(r *policy.Ruleset, a netip.Addr) (netip.Prefix, bool) {
-	for _, p := range r.Sets().Mesh {
-		if p.Contains(a) {
-			return p, true
-		}
-	}
-	return netip.Prefix{}, false
 }
 
 // waysOut says where the kernel sends peers' packets to the internet, where that isn't by

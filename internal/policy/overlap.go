@@ -158,6 +158,16 @@ func contains(sorted []netip.Prefix, a netip.Addr) bool {
 // host's own packets to it pass.
 func (r *Ruleset) IsOthers(a netip.Addr) bool { return r.others.Contains(a) }
 
+// MeshOf returns the mesh prefix that an address is in, and whether there is one.
+func (r *Ruleset) MeshOf(a netip.Addr) (netip.Prefix, bool) {
+	for _, p := range r.sets.Mesh {
+		if p.Contains(a) {
+			return p, true
+		}
+	}
+	return netip.Prefix{}, false
+}
+
 // Free returns a prefix for a mesh of the family of like, in private address space, that
 // nothing on this host overlaps as far as is known, the mesh prefixes included, and
 // whether there is one: a /16, or a /48 of the unique local addresses (RFC 4193 3.2, with
