@@ -14,9 +14,9 @@ test:
 # The long proofs: 200 kills, 30 s of toggles, a million packets of a hostile peer,
 # a simulated Mac that is killed after each command, and 10,000 meshes read back.
 soak:
-	$(GO) test ./internal/netlab/trial -count=1 -v -timeout 120m -soak
-	$(GO) test ./internal/macos -count=1 -v -run Kill -timeout 60m -everykill
-	$(GO) test ./internal/macos -count=1 -v -run TestWhatIsHeldIsWhatWasWritten -timeout 60m -worlds 10000
+	$(GO) test ./internal/lab/trial -count=1 -v -timeout 120m -soak
+	$(GO) test ./internal/host/macos -count=1 -v -run Kill -timeout 60m -everykill
+	$(GO) test ./internal/host/macos -count=1 -v -run TestWhatIsHeldIsWhatWasWritten -timeout 60m -worlds 10000
 
 # Every fuzz target for FUZZTIME, and ten million packets through pf as a Mac has
 # it, and the policy.
@@ -28,12 +28,12 @@ fuzz:
 			$(GO) test $$dir -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME); \
 		done; \
 	done
-	$(GO) test ./internal/macos -v -run TestDifferential -timeout 60m -packets 10000000
+	$(GO) test ./internal/host/macos -v -run TestDifferential -timeout 60m -packets 10000000
 
 # The story with real packets, on hosts made of network namespaces: as root, or
 # without root where user namespaces are allowed.
 demo: build
-	$(GO) run ./internal/netlab/demo
+	$(GO) run ./internal/lab/demo
 
 # What runs on a Mac only is looked at and linked here, too.
 vet:
@@ -53,7 +53,7 @@ dist:
 # uninstall. No helper may be installed. One package at a time, for they share the
 # Mac. What the Mac printed is kept in MESHHELPER_ARTIFACTS, else in a new folder
 # that is named.
-MACTEST = ./darwin ./launchd ./internal/macos ./internal/netlab/simmac ./internal/netlab/mactest
+MACTEST = ./darwin ./launchd ./internal/host/macos ./internal/lab/simmac ./internal/lab/mactest
 .PHONY: test-mac
 test-mac:
 	$(GO) test -count=1 -v -p 1 -timeout 30m -tags mactest $(MACTEST)

@@ -14,9 +14,9 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/host/macos"
 	"github.com/meshhelper/meshhelper/internal/install"
-	"github.com/meshhelper/meshhelper/internal/macos"
-	"github.com/meshhelper/meshhelper/internal/platform"
 	"github.com/meshhelper/meshhelper/launchd"
 )
 
@@ -369,7 +369,7 @@ func newUninstallCommand(a *app) *cobra.Command {
 		Long: `Stop the helper, put the packet filter, forwarding and routes back as they were
 found, and remove what was installed. It works when the helper is dead, too.`,
 		RunE: func(c *cobra.Command, _ []string) error {
-			if err := platform.CheckLabel(label); err != nil {
+			if err := host.CheckLabel(label); err != nil {
 				return usagef("--label: %v", err)
 			}
 			what := a.installed(label)

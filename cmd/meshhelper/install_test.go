@@ -27,9 +27,9 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/daemon"
-	"github.com/meshhelper/meshhelper/internal/macos"
-	"github.com/meshhelper/meshhelper/internal/netlab"
-	"github.com/meshhelper/meshhelper/internal/netlab/simmac"
+	"github.com/meshhelper/meshhelper/internal/host/macos"
+	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/lab/simmac"
 	"github.com/meshhelper/meshhelper/launchd"
 )
 

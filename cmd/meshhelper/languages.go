@@ -7,8 +7,8 @@ import (
 	"strings"
 
 	"github.com/meshhelper/meshhelper/internal/daemon"
-	"github.com/meshhelper/meshhelper/internal/linux"
-	"github.com/meshhelper/meshhelper/internal/macos"
+	"github.com/meshhelper/meshhelper/internal/host/linux"
+	"github.com/meshhelper/meshhelper/internal/host/macos"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 

@@ -19,8 +19,8 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/daemon"
-	"github.com/meshhelper/meshhelper/internal/platform"
-	"github.com/meshhelper/meshhelper/internal/platform/platformtest"
+	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/host/hosttest"
 )
 
 // TestMain lets the scripts run the real main, with a host that enforces
@@ -43,14 +43,14 @@ func withFake(p map[string]newPlatform) map[string]newPlatform {
 // newFake returns a host that fails a step while the file FAULTS/step is there,
 // with the text of the file.
 func newFake(platformOptions) (daemon.Platform, error) {
-	h := platformtest.New()
+	h := hosttest.New()
 	dir := os.Getenv("FAULTS")
 	h.SetFault(func(step string) error {
 		text, err := os.ReadFile(filepath.Join(dir, step))
 		if err != nil {
 			return nil
 		}
-		return &platform.StepError{Step: step, Err: errors.New(string(bytes.TrimSpace(text))), Hint: "take the fault away"}
+		return &host.StepError{Step: step, Err: errors.New(string(bytes.TrimSpace(text))), Hint: "take the fault away"}
 	})
 	return h, nil
 }

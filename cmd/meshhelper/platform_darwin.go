@@ -7,8 +7,8 @@ import (
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/host/macos"
 	"github.com/meshhelper/meshhelper/internal/install"
-	"github.com/meshhelper/meshhelper/internal/macos"
 )
 
 // platforms returns the platforms of this build.

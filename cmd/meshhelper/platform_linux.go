@@ -8,7 +8,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/daemon"
-	"github.com/meshhelper/meshhelper/internal/linux"
+	"github.com/meshhelper/meshhelper/internal/host/linux"
 )
 
 // platforms returns the platforms of this build.

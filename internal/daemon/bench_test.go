@@ -12,8 +12,8 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/platform/platformtest"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/host/hosttest"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // BenchmarkToggle measures one permission of one peer from the change to its
@@ -74,18 +74,18 @@ func BenchmarkStatus(b *testing.B) {
 // benchDaemon runs a daemon with some peers.
 func benchDaemon(b *testing.B, peers int) *Daemon {
 	d, err := New(Options{
-		Platform: platformtest.New(), PlatformName: "fake", StateDir: b.TempDir(), Logger: slog.New(slog.DiscardHandler),
-		NewTunnel: func(dev tun.Device, _ wireguard.PrivateKey, _ uint16) (Tunnel, error) {
+		Platform: hosttest.New(), PlatformName: "fake", StateDir: b.TempDir(), Logger: slog.New(slog.DiscardHandler),
+		NewTunnel: func(dev tun.Device, _ tunnel.PrivateKey, _ uint16) (Tunnel, error) {
 			return &fakeTunnel{dev: dev, done: make(chan struct{})}, nil
 		},
 	})
 	if err != nil {
 		b.Fatal(err)
 	}
-	_, err = d.decide(b.Context(), func(doc *document, _ time.Time) (wireguard.PublicKey, error) {
+	_, err = d.decide(b.Context(), func(doc *document, _ time.Time) (tunnel.PublicKey, error) {
 		taken := map[netip.Addr]bool{}
 		for i := range peers {
-			key := wireguard.PublicKey{1: 1}
+			key := tunnel.PublicKey{1: 1}
 			binary.BigEndian.PutUint32(key[4:], uint32(i))
 			free, err := d.mesh.prefixes.Propose(key, func(a netip.Addr) bool { return a == d.mesh.own.V4 || taken[a] })
 			if err != nil {
@@ -96,7 +96,7 @@ func benchDaemon(b *testing.B, peers int) *Daemon {
 				Name: fmt.Sprint("p", i), PublicKey: key, Kind: api.External, Addresses: [2]netip.Addr{free.V4, free.V6},
 			})
 		}
-		return wireguard.PublicKey{}, nil
+		return tunnel.PublicKey{}, nil
 	})
 	if err != nil {
 		b.Fatal(err)

@@ -12,7 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 func netipPrefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
@@ -190,7 +190,7 @@ func TestRekey(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			key, _ := wireguard.ParsePublicKey(got.Peer.PublicKey)
+			key, _ := tunnel.ParsePublicKey(got.Peer.PublicKey)
 			derived, _ := r.d.mesh.prefixes.Derive(key)
 			want := derived.List()
 			if p.Name == "fixed" {
@@ -217,13 +217,13 @@ func TestFullMesh(t *testing.T) {
 		defer d.Close()
 		free := 5 // of 8: not .0, not .7, not the host's own
 		for i := 0; free > 0 && i < 1000; i++ {
-			_, err := d.decide(t.Context(), func(doc *document, now time.Time) (wireguard.PublicKey, error) {
+			_, err := d.decide(t.Context(), func(doc *document, now time.Time) (tunnel.PublicKey, error) {
 				p, err := d.newPeer(doc, api.NewPeer{Name: fmt.Sprint("p", i), PublicKey: keyOf(fmt.Sprint("p", i))}, now)
 				if err == nil {
 					err = d.admit(doc, p, api.NewPeer{})
 				}
 				if err != nil {
-					return wireguard.PublicKey{}, err
+					return tunnel.PublicKey{}, err
 				}
 				doc.Peers = append(doc.Peers, *p)
 				return p.PublicKey, nil

@@ -11,7 +11,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // addrs reads addresses, separated by spaces.
@@ -23,13 +23,13 @@ func addrs(text string) (out []netip.Addr) {
 }
 
 // configFor returns what a peer's app is handed, and the warnings beside it.
-func (r *rig) configFor(name string) (wireguard.Config, []string) {
+func (r *rig) configFor(name string) (tunnel.Config, []string) {
 	r.t.Helper()
 	c, err := r.d.Config(name)
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	parsed, err := wireguard.ParseConfig(c.Text)
+	parsed, err := tunnel.ParseConfig(c.Text)
 	if err != nil {
 		r.t.Fatal(err)
 	}

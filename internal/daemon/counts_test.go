@@ -6,7 +6,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // TestCountsOutlastARestart counts in two helpers' lives, and wants the sum in the third.
@@ -14,7 +14,7 @@ func TestCountsOutlastARestart(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
 		for life := uint64(1); life <= 2; life++ {
-			r.tunnel.setStats(keyOf("phone"), wireguard.PeerStats{RxBytes: 1000, TxBytes: 200, Spoofed: 3})
+			r.tunnel.setStats(keyOf("phone"), tunnel.PeerStats{RxBytes: 1000, TxBytes: 200, Spoofed: 3})
 			r.after(DefaultTick)
 			r.stop()
 			r.start()

@@ -11,7 +11,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // checkFlows tells which peer has come nearest to the bound of its flows.
@@ -409,7 +409,7 @@ func (d *Daemon) checkNames(doc *document) api.Check {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for i := range doc.Peers {
-		e, err := wireguard.ParseEndpoint(doc.Peers[i].Endpoint, 0)
+		e, err := tunnel.ParseEndpoint(doc.Peers[i].Endpoint, 0)
 		if err != nil {
 			continue
 		}

@@ -12,9 +12,9 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // doctor returns the checks by name, and their names in order.
@@ -48,7 +48,7 @@ func TestDoctorSaysTheCauseFirst(t *testing.T) {
 		}
 		r.host.SetFault(func(step string) error {
 			if step == "enforce" {
-				return &platform.StepError{Step: "load rules", Hint: "load them", Err: errors.New("no")}
+				return &host.StepError{Step: "load rules", Hint: "load them", Err: errors.New("no")}
 			}
 			return nil
 		})
@@ -147,7 +147,7 @@ func TestDoctorAboutEndpoints(t *testing.T) {
 				})
 				o := r.options()
 				if c.endpoint != "" {
-					o.Endpoint = wireguard.Endpoint{Host: c.endpoint, Port: 51820}
+					o.Endpoint = tunnel.Endpoint{Host: c.endpoint, Port: 51820}
 				}
 				r.startWith(o)
 				defer r.end()
@@ -155,7 +155,7 @@ func TestDoctorAboutEndpoints(t *testing.T) {
 					r.add("phone")
 				}
 				if c.heard != "" {
-					r.tunnel.setStats(keyOf("phone"), wireguard.PeerStats{LastHandshake: time.Now(), Endpoint: netip.MustParseAddrPort(c.heard)})
+					r.tunnel.setStats(keyOf("phone"), tunnel.PeerStats{LastHandshake: time.Now(), Endpoint: netip.MustParseAddrPort(c.heard)})
 				}
 				r.after(DefaultTick)
 				by, _ := r.doctor()

@@ -5,7 +5,7 @@ import (
 	"slices"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 func (doc *document) rename(i int, name string) error {
@@ -48,7 +48,7 @@ func (doc *document) byName(name string) int {
 	return slices.IndexFunc(doc.Peers, func(p peer) bool { return p.Name == name })
 }
 
-func (doc *document) byKey(key wireguard.PublicKey) int {
+func (doc *document) byKey(key tunnel.PublicKey) int {
 	return slices.IndexFunc(doc.Peers, func(p peer) bool { return p.PublicKey == key })
 }
 
@@ -66,7 +66,7 @@ func (doc *document) find(ref string) (int, error) {
 			return i, nil
 		}
 	}
-	if key, err := wireguard.ParsePublicKey(ref); err == nil {
+	if key, err := tunnel.ParsePublicKey(ref); err == nil {
 		if i := doc.byKey(key); i >= 0 {
 			return i, nil
 		}

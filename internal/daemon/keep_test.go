@@ -19,7 +19,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/logfile"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // countingDisk counts what is written, by the files' names.
@@ -136,16 +136,16 @@ func TestLearned(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		heard := func(name, at string) {
 			t.Helper()
-			key, err := wireguard.ParsePublicKey(keyOf(name))
+			key, err := tunnel.ParsePublicKey(keyOf(name))
 			if err != nil {
 				t.Fatal(err)
 			}
 			r.tunnel.mu.Lock()
 			defer r.tunnel.mu.Unlock()
 			if r.tunnel.stats == nil {
-				r.tunnel.stats = map[wireguard.PublicKey]wireguard.PeerStats{}
+				r.tunnel.stats = map[tunnel.PublicKey]tunnel.PeerStats{}
 			}
-			r.tunnel.stats[key] = wireguard.PeerStats{LastHandshake: time.Now(), Endpoint: netip.MustParseAddrPort(at)}
+			r.tunnel.stats[key] = tunnel.PeerStats{LastHandshake: time.Now(), Endpoint: netip.MustParseAddrPort(at)}
 		}
 		learned := func() map[string]string {
 			r.tunnel.mu.Lock()
@@ -321,7 +321,7 @@ func TestResolverOneNameStuck(t *testing.T) {
 		o.Logger = slog.New(slog.NewTextHandler(logged, nil))
 		r.startWith(o)
 		defer r.end()
-		_, err := r.d.decide(t.Context(), func(doc *document, now time.Time) (wireguard.PublicKey, error) {
+		_, err := r.d.decide(t.Context(), func(doc *document, now time.Time) (tunnel.PublicKey, error) {
 			for i := range 300 {
 				p, err := r.d.newPeer(doc, api.NewPeer{Name: fmt.Sprint("s", i), PublicKey: keyOf(fmt.Sprint("s", i)), Endpoint: fmt.Sprintf("stuck%d.example:1", i)}, now)
 				if err != nil || doc.byAddress(p.Addresses[0]) >= 0 {
@@ -429,7 +429,7 @@ func TestLearnedIsSavedAgain(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
 		r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
-		r.tunnel.setStats(keyOf("phone"), wireguard.PeerStats{LastHandshake: time.Now(), Endpoint: netip.MustParseAddrPort("203.0.113.9:1")})
+		r.tunnel.setStats(keyOf("phone"), tunnel.PeerStats{LastHandshake: time.Now(), Endpoint: netip.MustParseAddrPort("203.0.113.9:1")})
 		r.after(learnInterval + DefaultTick)
 		r.setDisk(diskFiles{})
 		r.after(2 * (learnInterval + DefaultTick))

@@ -14,9 +14,9 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/guard"
-	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 const (
@@ -51,7 +51,7 @@ type loop struct {
 	d      *Daemon
 	tunnel Tunnel // nil while there is no mesh interface
 	guard  *guard.Device
-	limits platform.Limits // of the host's packet filter, when the guard was made
+	limits host.Limits // of the host's packet filter, when the guard was made
 	iface  string
 	// opened says that the platform made an interface, so that there is a host to
 	// leave as it was found.
@@ -74,7 +74,7 @@ type loop struct {
 	held     uint64
 	blind    bool // a look at the host failed in this round
 	refused  error
-	report   platform.Report
+	report   host.Report
 	problems []Problem
 	repairs  uint64
 	wait     backoff
@@ -169,7 +169,7 @@ func (l *loop) open(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(fmt.Errorf("open mesh interface: %w", err), dev.Close())
 	}
-	l.limits = platform.Limits{}
+	l.limits = host.Limits{}
 	if p, ok := o.Platform.(Limiter); ok {
 		l.limits = p.Limits()
 	}
@@ -313,11 +313,11 @@ func pathOf(h policy.Host) path {
 
 // withoutTakeovers leaves out the peers that take over another's address: what is
 // enforced still gives that address the other's permissions.
-func (l *loop) withoutTakeovers(peers []wireguard.Peer) []wireguard.Peer {
+func (l *loop) withoutTakeovers(peers []tunnel.Peer) []tunnel.Peer {
 	if l.current == nil {
 		return peers
 	}
-	return slices.DeleteFunc(slices.Clone(peers), func(p wireguard.Peer) bool {
+	return slices.DeleteFunc(slices.Clone(peers), func(p tunnel.Peer) bool {
 		return slices.ContainsFunc(p.Addresses.List(), func(a netip.Addr) bool {
 			i, taken := l.current.PeerByAddr(a)
 			return taken && l.current.Peers()[i].ID != policy.PeerID(p.PublicKey)
@@ -365,7 +365,7 @@ func (l *loop) loadAndRead(ctx context.Context, r *policy.Ruleset) error {
 				l.read = r
 				return nil
 			}
-			err = &platform.StepError{Step: drift[0].Step, Hint: drift[0].Hint, Err: fmt.Errorf("not as enforced: %s", drift[0].Message)}
+			err = &host.StepError{Step: drift[0].Step, Hint: drift[0].Hint, Err: fmt.Errorf("not as enforced: %s", drift[0].Message)}
 		}
 		if errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
 			break // a look that hangs would hang again
@@ -555,7 +555,7 @@ const (
 
 // problemOf returns an error in the words of status.
 func problemOf(err error) Problem {
-	var step *platform.StepError
+	var step *host.StepError
 	if errors.As(err, &step) {
 		return Problem{Step: step.Step, Message: step.Err.Error(), Hint: step.Hint}
 	}
@@ -612,7 +612,7 @@ func (l *loop) publish() {
 // filter is taken away, and then leaves the host as it was found. The platform
 // begins with forwarding, so that a kill at any moment leaves it closed.
 func (l *loop) leave(ctx context.Context) error {
-	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), platform.LeaveLimit)
+	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), host.LeaveLimit)
 	defer cancel()
 	l.endTunnel()
 	defer l.d.finish()

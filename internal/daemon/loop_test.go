@@ -14,9 +14,9 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 func TestToggle(t *testing.T) {
@@ -269,7 +269,7 @@ func TestClosed(t *testing.T) {
 						return nil
 					}
 					tries = append(tries, time.Now())
-					return &platform.StepError{Step: "load table", Err: errors.New("no"), Hint: "make it so"}
+					return &host.StepError{Step: "load table", Err: errors.New("no"), Hint: "make it so"}
 				})
 				_, err := r.deny("phone", "routing")
 				e := wantCode(t, err, api.CodeNotInForce)
@@ -578,7 +578,7 @@ func TestRemovedBounded(t *testing.T) {
 // TestForeign shows what stands in the way and isn't ours.
 func TestForeign(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
-		r.host.Foreign(platform.Problem{Step: "look at other rules", Message: "chain FORWARD drops", Hint: "see docs"})
+		r.host.Foreign(host.Problem{Step: "look at other rules", Message: "chain FORWARD drops", Hint: "see docs"})
 		r.after(time.Second)
 		s := r.d.Status()
 		if s.State != api.Enforcing || len(s.Problems) != 1 || s.Problems[0].Message != "chain FORWARD drops" {
@@ -736,13 +736,13 @@ func TestHandshakeEvents(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
 		for range 10 { // sessions are renewed every two minutes
-			r.tunnel.setStats(keyOf("phone"), wireguard.PeerStats{
+			r.tunnel.setStats(keyOf("phone"), tunnel.PeerStats{
 				LastHandshake: time.Now(), Endpoint: netip.MustParseAddrPort("203.0.113.9:1"),
 			})
 			r.after(2 * time.Minute)
 		}
 		r.after(time.Hour)
-		r.tunnel.setStats(keyOf("phone"), wireguard.PeerStats{LastHandshake: time.Now(), Spoofed: 3})
+		r.tunnel.setStats(keyOf("phone"), tunnel.PeerStats{LastHandshake: time.Now(), Spoofed: 3})
 		r.after(DefaultTick)
 		if got := r.events(api.EventHandshake); len(got) != 2 || got[0] != "phone connected from 203.0.113.9:1" {
 			t.Errorf("events %q", got)
@@ -829,7 +829,7 @@ func TestOwnPlacesFollowAddresses(t *testing.T) {
 func TestNoInterface(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
-		r.host.SetFault(func(string) error { return &platform.StepError{Step: "open TUN", Err: errors.New("no")} })
+		r.host.SetFault(func(string) error { return &host.StepError{Step: "open TUN", Err: errors.New("no")} })
 		d, err := New(r.options())
 		if err != nil {
 			t.Fatal(err)
@@ -888,7 +888,7 @@ func TestLeaveInTime(t *testing.T) {
 		limit         time.Duration
 	}{
 		"the tunnel hangs":             {false, tunnelLimit},
-		"the tunnel and the host hang": {true, platform.LeaveLimit},
+		"the tunnel and the host hang": {true, host.LeaveLimit},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, r *rig) {

@@ -5,7 +5,7 @@ import (
 	"net/netip"
 	"strings"
 
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 const maxName = 63
@@ -31,7 +31,7 @@ func checkName(name string) error {
 	if _, err := netip.ParseAddr(name); err == nil {
 		return fmt.Errorf("name %q is an address", name)
 	}
-	if _, err := wireguard.ParsePublicKey(name); err == nil {
+	if _, err := tunnel.ParsePublicKey(name); err == nil {
 		return fmt.Errorf("name %q is a key", name)
 	}
 	return nil

@@ -16,7 +16,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -665,7 +665,7 @@ func TestProblemThatComesAndGoes(t *testing.T) {
 		r.host.SetFault(func(step string) error {
 			if step == "inspect" {
 				if n++; n%2 == 0 {
-					return &platform.StepError{Step: "look", Err: errors.New("interrupted")}
+					return &host.StepError{Step: "look", Err: errors.New("interrupted")}
 				}
 			}
 			return nil

@@ -12,15 +12,15 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/platform"
-	"github.com/meshhelper/meshhelper/internal/platform/platformtest"
+	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/host/hosttest"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // beset is a host beside other software, which takes long to look at.
 type beset struct {
-	*platformtest.Host
+	*hosttest.Host
 
 	mu    sync.Mutex
 	takes time.Duration
@@ -47,8 +47,8 @@ func (b *beset) Others(ctx context.Context, r *policy.Ruleset, outer []netip.Add
 	return found, err
 }
 
-func (b *beset) ByOthers(context.Context, policy.Packet, string, bool) (platform.ByOthers, error) {
-	return platform.ByOthers{}, nil
+func (b *beset) ByOthers(context.Context, policy.Packet, string, bool) (host.ByOthers, error) {
+	return host.ByOthers{}, nil
 }
 
 // TestOthersAreWaitedForByNobody has a look at other software take for ever: changes
@@ -117,16 +117,16 @@ func TestOthersAreAskedForKnownDevices(t *testing.T) {
 		r.startWith(o)
 		defer r.end()
 		var want []netip.AddrPort
-		stats := map[wireguard.PublicKey]wireguard.PeerStats{}
+		stats := map[tunnel.PublicKey]tunnel.PeerStats{}
 		for i := range maxOuter + 8 {
 			name := fmt.Sprintf("peer%d", i)
 			r.add(name)
 			at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(i)}), 4000)
-			key, err := wireguard.ParsePublicKey(keyOf(name))
+			key, err := tunnel.ParsePublicKey(keyOf(name))
 			if err != nil {
 				t.Fatal(err)
 			}
-			stats[key] = wireguard.PeerStats{LastHandshake: time.Now().Add(-time.Duration(i) * time.Minute), Endpoint: at}
+			stats[key] = tunnel.PeerStats{LastHandshake: time.Now().Add(-time.Duration(i) * time.Minute), Endpoint: at}
 			if i < maxOuter {
 				want = append(want, at)
 			}

@@ -8,7 +8,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // TestOverlapsAreNamed gives parts of the mesh prefix to others: status, doctor and one
@@ -36,7 +36,7 @@ func TestOverlapsAreNamed(t *testing.T) {
 			h.Routes = append(h.Routes, policy.Route{Prefix: netip.MustParsePrefix("100.101.2.3/32"), Interface: "tailscale0"})
 			h.Resolvers = append(h.Resolvers, netip.MustParseAddr("100.100.2.136"))
 		})
-		r.tunnel.setStats(keyOf("phone"), wireguard.PeerStats{Endpoint: netip.MustParseAddrPort("100.90.5.2:51820")})
+		r.tunnel.setStats(keyOf("phone"), tunnel.PeerStats{Endpoint: netip.MustParseAddrPort("100.90.5.2:51820")})
 		r.after(10 * time.Second)
 		wants := []string{
 			"tailscale0 has 100.99.1.1/32, inside the mesh prefix 100.64.0.0/10",
@@ -80,7 +80,7 @@ func TestOverlapsAreNamed(t *testing.T) {
 			t.Errorf("%d events tell of them, want 5", events)
 		}
 		// The peer's own mesh address as its outer one is a loop.
-		r.tunnel.setStats(keyOf("phone"), wireguard.PeerStats{Endpoint: netip.AddrPortFrom(phone.Addresses[0], 51820)})
+		r.tunnel.setStats(keyOf("phone"), tunnel.PeerStats{Endpoint: netip.AddrPortFrom(phone.Addresses[0], 51820)})
 		r.host.Change(func(h *policy.Host) {
 			h.Interfaces = h.Interfaces[:len(h.Interfaces)-2]
 			h.Routes, h.Resolvers = h.Routes[:len(h.Routes)-1], nil

@@ -6,7 +6,7 @@ import (
 
 	"golang.zx2c4.com/wireguard/tun"
 
-	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -73,13 +73,13 @@ type OthersJudge interface {
 	// of which either is empty for this host itself. reply says that it belongs to a flow
 	// that the other end opened; otherwise it is the first of its flow. It may be called by
 	// any goroutine, beside the methods of [Platform], which don't wait for it.
-	ByOthers(ctx context.Context, p policy.Packet, out string, reply bool) (platform.ByOthers, error)
+	ByOthers(ctx context.Context, p policy.Packet, out string, reply bool) (host.ByOthers, error)
 }
 
 // Limiter tells what the guard has to know of a host's packet filter. Of a host
 // that isn't one, memory alone bounds the peers' flows.
 type Limiter interface {
-	Limits() platform.Limits
+	Limits() host.Limits
 }
 
 // Wayfinder is a host whose kernel can be asked for the way of a packet.
@@ -90,7 +90,7 @@ type Wayfinder interface {
 	// that other software's rules give it count where they are understood; redirections
 	// aren't known to it. It may be called at any time
 	// and by any goroutine, and waits until what is being enforced has been, or ctx ends.
-	Way(ctx context.Context, p policy.Packet) (platform.Way, error)
+	Way(ctx context.Context, p policy.Packet) (host.Way, error)
 }
 
 // Renderer is a host that knows more about its rules than the ruleset does, such as
@@ -107,11 +107,11 @@ type Renderer interface {
 // package.
 type (
 	// Interface is how the mesh interface is to be made.
-	Interface = platform.Interface
+	Interface = host.Interface
 	// Report is what Inspect found.
-	Report = platform.Report
+	Report = host.Report
 	// Problem is something that a person should know.
-	Problem = platform.Problem
+	Problem = host.Problem
 	// StepError names the enforcing step that an error happened in.
-	StepError = platform.StepError
+	StepError = host.StepError
 )

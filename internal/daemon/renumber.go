@@ -8,7 +8,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // PlanPrefixes returns what changes with other mesh prefixes: the peers that get other
@@ -16,7 +16,7 @@ import (
 // a helper that starts with these prefixes and [Options.Renumber] does that, the same way.
 // The error says what is wrong with the prefixes, that one of [Options.Addresses] isn't
 // in them, or that they have no room for all peers.
-func (d *Daemon) PlanPrefixes(prefixes wireguard.Prefixes) ([]api.Renumbered, error) {
+func (d *Daemon) PlanPrefixes(prefixes tunnel.Prefixes) ([]api.Renumbered, error) {
 	if err := prefixes.Validate(); err != nil {
 		return nil, api.Errorf(api.CodeBadAddress, "%v", err).WithHint("take a private prefix that isn't in use here")
 	}

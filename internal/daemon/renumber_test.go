@@ -10,7 +10,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // TestMeshPrefixChanges changes the IPv4 prefix of a mesh with peers: the plan is what the
@@ -29,7 +29,7 @@ func TestMeshPrefixChanges(t *testing.T) {
 			was[name], _ = r.d.Peer(name)
 		}
 		own := r.d.Status().Addresses
-		next := wireguard.Prefixes{V4: netip.MustParsePrefix("10.213.0.0/16"), V6: wireguard.DefaultPrefixes().V6}
+		next := tunnel.Prefixes{V4: netip.MustParsePrefix("10.213.0.0/16"), V6: tunnel.DefaultPrefixes().V6}
 		plan, err := r.d.PlanPrefixes(next)
 		if err != nil {
 			t.Fatal(err)
@@ -101,7 +101,7 @@ func TestMeshPrefixChanges(t *testing.T) {
 		r.after(removedFor + time.Minute)
 		keptIn("a day later", false)
 		// And back.
-		plan, err = r.d.PlanPrefixes(wireguard.DefaultPrefixes())
+		plan, err = r.d.PlanPrefixes(tunnel.DefaultPrefixes())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -116,15 +116,15 @@ func TestMeshPrefixChanges(t *testing.T) {
 // TestMeshPrefixCollisions moves peers where their derived addresses collide, where an
 // address that was given fits, and where there is no room.
 func TestMeshPrefixCollisions(t *testing.T) {
-	key := func(name string) wireguard.PublicKey {
-		k, err := wireguard.ParsePublicKey(keyOf(name))
+	key := func(name string) tunnel.PublicKey {
+		k, err := tunnel.ParsePublicKey(keyOf(name))
 		if err != nil {
 			t.Fatal(err)
 		}
 		return k
 	}
 	doc := &document{Version: documentVersion}
-	old := wireguard.DefaultPrefixes()
+	old := tunnel.DefaultPrefixes()
 	taken := map[netip.Addr]bool{}
 	names := []string{"peer-a", "peer-b", "peer-c", "peer-d", "peer-e"}
 	for _, name := range names {
@@ -138,7 +138,7 @@ func TestMeshPrefixCollisions(t *testing.T) {
 	given := netip.MustParseAddr("10.9.8.4")
 	doc.Peers[4].Addresses[0] = given
 	move := func(prefix string, peers int) (*document, mesh, error) {
-		m := mesh{prefixes: wireguard.Prefixes{V4: netip.MustParsePrefix(prefix), V6: old.V6}, key: key("host")}
+		m := mesh{prefixes: tunnel.Prefixes{V4: netip.MustParsePrefix(prefix), V6: old.V6}, key: key("host")}
 		var err error
 		if m.own, err = m.prefixes.Propose(m.key, func(a netip.Addr) bool { return a == given }); err != nil {
 			t.Fatal(err)

@@ -9,7 +9,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // newPeer reads the body of a POST.
@@ -45,8 +45,8 @@ func (d *Daemon) newPeer(doc *document, p api.NewPeer, now time.Time) (*peer, er
 	return out, err
 }
 
-func (d *Daemon) readKey(text string) (wireguard.PublicKey, error) {
-	key, err := wireguard.ParsePublicKey(text)
+func (d *Daemon) readKey(text string) (tunnel.PublicKey, error) {
+	key, err := tunnel.ParsePublicKey(text)
 	if err != nil {
 		return key, api.Errorf(api.CodeBadKey, "the public key is not valid: %s", strings.TrimPrefix(err.Error(), "parse public key: ")).
 			WithHint("it has 44 characters, as `wg pubkey` prints it")
@@ -63,7 +63,7 @@ func (p *peer) setEndpoint(text string) error {
 	if text == "" {
 		return nil
 	}
-	e, err := wireguard.ParseEndpoint(text, 0)
+	e, err := tunnel.ParseEndpoint(text, 0)
 	if err != nil {
 		return api.Errorf(api.CodeBadEndpoint, "endpoint %q: %v", text, errors.Unwrap(err)).WithHint("it is HOST:PORT, an IPv6 address in brackets")
 	}
@@ -77,7 +77,7 @@ func (p *peer) setKeepalive(text string) error {
 		return nil
 	}
 	k, err := time.ParseDuration(text)
-	if err != nil || k < 0 || k > wireguard.MaxKeepalive || k%time.Second != 0 {
+	if err != nil || k < 0 || k > tunnel.MaxKeepalive || k%time.Second != 0 {
 		return api.Errorf(api.CodeBadRequest, "keepalive %q is not valid", text).
 			WithHint("it is a number of whole seconds up to 65535, such as 25s, or 0s")
 	}
@@ -166,7 +166,7 @@ func (d *Daemon) giveAddresses(doc *document, p *peer, given []string) (out [2]n
 }
 
 // freeHint proposes addresses that are free.
-func (d *Daemon) freeHint(doc *document, key wireguard.PublicKey) string {
+func (d *Daemon) freeHint(doc *document, key tunnel.PublicKey) string {
 	free, err := d.mesh.prefixes.Propose(key, func(a netip.Addr) bool { return d.owner(doc, a) != "" })
 	if err != nil {
 		return "remove a peer, or take larger mesh prefixes: meshhelper settings mesh-prefix4 PREFIX"
@@ -176,9 +176,9 @@ func (d *Daemon) freeHint(doc *document, key wireguard.PublicKey) string {
 
 // fullOr says that the mesh is full if it is, and else refuses with a free
 // address as the hint.
-func (d *Daemon) fullOr(doc *document, key wireguard.PublicKey, refusal *api.Error) error {
+func (d *Daemon) fullOr(doc *document, key tunnel.PublicKey, refusal *api.Error) error {
 	_, err := d.mesh.prefixes.Propose(key, func(a netip.Addr) bool { return d.owner(doc, a) != "" })
-	if errors.Is(err, wireguard.ErrMeshFull) {
+	if errors.Is(err, tunnel.ErrMeshFull) {
 		refusal = api.Errorf(api.CodeMeshFull, "the mesh is full: %v", err)
 	}
 	return refusal.WithHint("%s", d.freeHint(doc, key))

@@ -10,7 +10,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // resolveInterval is how long a peer that moved to another address may be
@@ -212,7 +212,7 @@ func endpointNames(doc *document) []string {
 		if doc.Peers[i].Endpoint == "" {
 			continue
 		}
-		e, err := wireguard.ParseEndpoint(doc.Peers[i].Endpoint, 0)
+		e, err := tunnel.ParseEndpoint(doc.Peers[i].Endpoint, 0)
 		if err != nil {
 			continue
 		}
@@ -224,16 +224,16 @@ func endpointNames(doc *document) []string {
 }
 
 // tunnelPeers returns doc's peers as the tunnel takes them.
-func (d *Daemon) tunnelPeers(doc *document) []wireguard.Peer {
+func (d *Daemon) tunnelPeers(doc *document) []tunnel.Peer {
 	d.mu.Lock()
 	names, learned := d.names, d.learned
 	d.mu.Unlock()
-	out := make([]wireguard.Peer, len(doc.Peers))
+	out := make([]tunnel.Peer, len(doc.Peers))
 	for i := range doc.Peers {
 		p := &doc.Peers[i]
-		out[i] = wireguard.Peer{
+		out[i] = tunnel.Peer{
 			PublicKey: p.PublicKey,
-			Addresses: wireguard.Addresses{V4: p.Addresses[0], V6: p.Addresses[1]},
+			Addresses: tunnel.Addresses{V4: p.Addresses[0], V6: p.Addresses[1]},
 			Endpoint:  endpointOf(p.Endpoint, names),
 			Keepalive: time.Duration(p.Keepalive) * time.Second,
 		}
@@ -247,7 +247,7 @@ func (d *Daemon) tunnelPeers(doc *document) []wireguard.Peer {
 // endpointOf returns where to reach an endpoint, or zero where its name isn't
 // resolved.
 func endpointOf(text string, names map[string]netip.Addr) netip.AddrPort {
-	e, err := wireguard.ParseEndpoint(text, 0)
+	e, err := tunnel.ParseEndpoint(text, 0)
 	if err != nil {
 		return netip.AddrPort{}
 	}

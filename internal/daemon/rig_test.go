@@ -16,9 +16,9 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/platform/platformtest"
+	"github.com/meshhelper/meshhelper/internal/host/hosttest"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // rig is a daemon on a host that enforces nothing, with clocks that a test
@@ -26,7 +26,7 @@ import (
 type rig struct {
 	t      *testing.T
 	dir    string
-	host   *platformtest.Host
+	host   *hosttest.Host
 	tunnel *fakeTunnel // the newest
 	d      *Daemon
 	stop   func() // ends it, and wants no error
@@ -52,14 +52,14 @@ func inBubble(t *testing.T, test func(t *testing.T, r *rig)) {
 }
 
 func newRig(t *testing.T) *rig {
-	return &rig{t: t, dir: filepath.Join(t.TempDir(), "state"), host: platformtest.New()}
+	return &rig{t: t, dir: filepath.Join(t.TempDir(), "state"), host: hosttest.New()}
 }
 
 func (r *rig) options() Options {
 	return Options{
 		Platform: r.host, PlatformName: "fake", StateDir: r.dir, Logger: slog.New(slog.DiscardHandler),
 		Wall: r.wall,
-		NewTunnel: func(dev tun.Device, _ wireguard.PrivateKey, _ uint16) (Tunnel, error) {
+		NewTunnel: func(dev tun.Device, _ tunnel.PrivateKey, _ uint16) (Tunnel, error) {
 			if r.portTaken.Load() {
 				return nil, errors.Join(errors.New("start WireGuard: address already in use"), dev.Close())
 			}
@@ -216,7 +216,7 @@ func (r *rig) events(kind string) []string {
 
 // keyOf returns a valid public key made from a text.
 func keyOf(text string) string {
-	var private wireguard.PrivateKey
+	var private tunnel.PrivateKey
 	copy(private[:], text)
 	return private.Public().String()
 }
@@ -240,8 +240,8 @@ type fakeTunnel struct {
 	once sync.Once
 
 	mu      sync.Mutex
-	peers   []wireguard.Peer
-	stats   map[wireguard.PublicKey]wireguard.PeerStats
+	peers   []tunnel.Peer
+	stats   map[tunnel.PublicKey]tunnel.PeerStats
 	asked   int // for stats
 	self    []netip.AddrPort
 	rebinds int
@@ -253,7 +253,7 @@ type fakeTunnel struct {
 	rebinding chan struct{}
 }
 
-func (f *fakeTunnel) Sync(want []wireguard.Peer) error {
+func (f *fakeTunnel) Sync(want []tunnel.Peer) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.refuse != nil {
@@ -263,21 +263,21 @@ func (f *fakeTunnel) Sync(want []wireguard.Peer) error {
 	return nil
 }
 
-func (f *fakeTunnel) Stats() (map[wireguard.PublicKey]wireguard.PeerStats, error) {
+func (f *fakeTunnel) Stats() (map[tunnel.PublicKey]tunnel.PeerStats, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.asked++
 	return f.stats, nil
 }
 
-func (f *fakeTunnel) setStats(key string, s wireguard.PeerStats) {
+func (f *fakeTunnel) setStats(key string, s tunnel.PeerStats) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	public, err := wireguard.ParsePublicKey(key)
+	public, err := tunnel.ParsePublicKey(key)
 	if err != nil {
 		panic(err)
 	}
-	f.stats = map[wireguard.PublicKey]wireguard.PeerStats{public: s}
+	f.stats = map[tunnel.PublicKey]tunnel.PeerStats{public: s}
 }
 
 func (f *fakeTunnel) ListenPort() uint16 { return 51820 }

@@ -13,7 +13,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // documentVersion is the version of the document that this helper writes. A
@@ -64,9 +64,9 @@ func (r removed) ended(now time.Time) bool {
 
 // peer is a peer as wanted.
 type peer struct {
-	Name      string              `json:"name"`
-	PublicKey wireguard.PublicKey `json:"publicKey"`
-	Kind      string              `json:"kind"`
+	Name      string           `json:"name"`
+	PublicKey tunnel.PublicKey `json:"publicKey"`
+	Kind      string           `json:"kind"`
 	// Addresses are one IPv4 and one IPv6, in this order.
 	Addresses [2]netip.Addr `json:"addresses"`
 	// Endpoint is host:port, or empty.
@@ -127,9 +127,9 @@ type former struct {
 
 // mesh is the fixed part of the wanted state: what the helper was started with.
 type mesh struct {
-	prefixes wireguard.Prefixes
-	key      wireguard.PublicKey
-	own      wireguard.Addresses
+	prefixes tunnel.Prefixes
+	key      tunnel.PublicKey
+	own      tunnel.Addresses
 }
 
 // list returns the prefixes, IPv4 first.
@@ -198,7 +198,7 @@ func (doc *document) validateAfter(before *document) error {
 		}
 	}
 	names := map[string]bool{}
-	keys := map[wireguard.PublicKey]bool{}
+	keys := map[tunnel.PublicKey]bool{}
 	taken := map[netip.Addr]bool{}
 	for i := range doc.Peers {
 		p := &doc.Peers[i]
@@ -234,7 +234,7 @@ func (p *peer) validate() error {
 	if p.Endpoint == "" {
 		return nil
 	}
-	_, err := wireguard.ParseEndpoint(p.Endpoint, 0)
+	_, err := tunnel.ParseEndpoint(p.Endpoint, 0)
 	return err
 }
 
@@ -372,9 +372,9 @@ func (doc *document) rekeyed(next *document) map[int]*peer {
 // finder returns a function that finds a peer by its key, or nil. It is fastest where the
 // peer has the index i, as it mostly has in two documents of which one was made from the
 // other.
-func (doc *document) finder() func(i int, key wireguard.PublicKey) *peer {
+func (doc *document) finder() func(i int, key tunnel.PublicKey) *peer {
 	byKeys := sync.OnceValue(doc.byKeys)
-	return func(i int, key wireguard.PublicKey) *peer {
+	return func(i int, key tunnel.PublicKey) *peer {
 		if i < len(doc.Peers) && doc.Peers[i].PublicKey == key {
 			return &doc.Peers[i]
 		}
@@ -383,8 +383,8 @@ func (doc *document) finder() func(i int, key wireguard.PublicKey) *peer {
 }
 
 // byKeys returns the peers by their keys, to be looked at or changed in place.
-func (doc *document) byKeys() map[wireguard.PublicKey]*peer {
-	out := make(map[wireguard.PublicKey]*peer, len(doc.Peers))
+func (doc *document) byKeys() map[tunnel.PublicKey]*peer {
+	out := make(map[tunnel.PublicKey]*peer, len(doc.Peers))
 	for i := range doc.Peers {
 		out[doc.Peers[i].PublicKey] = &doc.Peers[i]
 	}

@@ -7,7 +7,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // Status returns what holds now.
@@ -77,9 +77,9 @@ func (d *Daemon) view(p *peer, now time.Time) api.Peer {
 
 // numbers are what tunnel and guard counted, by peer.
 type numbers struct {
-	tunnel map[wireguard.PublicKey]wireguard.PeerStats
+	tunnel map[tunnel.PublicKey]tunnel.PeerStats
 	guard  map[policy.PeerID]guard.PeerStats
-	before map[wireguard.PublicKey]totals // of helpers before
+	before map[tunnel.PublicKey]totals // of helpers before
 }
 
 // shown is a problem as the socket shows it.
@@ -132,7 +132,7 @@ func viewOf(p *peer, n numbers, now time.Time) api.Peer {
 
 // refusedOf adds what died in the tunnel, whose source wasn't the peer's, to
 // what the guard refused.
-func refusedOf(s wireguard.PeerStats, g guard.PeerStats) api.Refused {
+func refusedOf(s tunnel.PeerStats, g guard.PeerStats) api.Refused {
 	return api.Refused{
 		Martian: g.Refused[policy.Martian], Self: g.Refused[policy.Self], Mesh: g.Refused[policy.InMesh],
 		LAN: g.Refused[policy.OnLAN], Internet: g.Refused[policy.Internet],

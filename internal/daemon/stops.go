@@ -7,9 +7,9 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // stopsLimit is when no further question is put to the host about one packet. A question
@@ -114,7 +114,7 @@ func (t *trip) tunnel(c condition) {
 	if t.a.v.Peer < 0 || t.a.v.Peer >= len(t.a.r.Peers()) {
 		return
 	}
-	s := n.tunnel[wireguard.PublicKey(t.a.r.Peers()[t.a.v.Peer].ID)]
+	s := n.tunnel[tunnel.PublicKey(t.a.r.Peers()[t.a.v.Peer].ID)]
 	far, host := s.Endpoint, t.a.r.Host()
 	if !far.IsValid() {
 		return
@@ -214,12 +214,12 @@ func (t *trip) others(p policy.Packet, out string, reply, back bool) {
 		may = "may "
 	}
 	switch by.Does {
-	case platform.OthersDrop:
+	case host.OthersDrop:
 		s.Message = by.Where + " " + verb(may, "drop", "drops") + " " + it
-	case platform.OthersRedirect:
+	case host.OthersRedirect:
 		s.Message = by.Where + " " + verb(may, "send", "sends") + " " + it + " to another destination"
 		s.Hint = "take it out of the redirection there, in the software that it belongs to"
-	case platform.OthersUntrack:
+	case host.OthersUntrack:
 		if t.carries != "" {
 			return // it is for this host, and not translated
 		}
@@ -255,12 +255,12 @@ func (t *trip) leg(p policy.Packet, out string, back bool) {
 }
 
 // way asks the kernel, where it can be asked.
-func (t *trip) way(p policy.Packet, back bool) (platform.Way, bool) {
+func (t *trip) way(p policy.Packet, back bool) (host.Way, bool) {
 	f, can := t.d.opts.Platform.(Wayfinder)
 	if !can {
-		return platform.Way{}, false
+		return host.Way{}, false
 	}
-	w, err := platform.Way{}, t.ctx.Err()
+	w, err := host.Way{}, t.ctx.Err()
 	if err == nil {
 		w, err = f.Way(t.ctx, p)
 	}
@@ -270,7 +270,7 @@ func (t *trip) way(p policy.Packet, back bool) (platform.Way, bool) {
 	return w, err == nil
 }
 
-func orHost(w platform.Way) string {
+func orHost(w host.Way) string {
 	if w.Local {
 		return "this host itself"
 	}
@@ -279,7 +279,7 @@ func orHost(w platform.Way) string {
 
 // wayRefused says that the kernel sends a packet nowhere.
 func wayRefused(why string) string {
-	if why == platform.WayNone {
+	if why == host.WayNone {
 		return "the host has no route to its destination"
 	}
 	return "the host's route to its destination is of the kind " + why

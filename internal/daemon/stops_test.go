@@ -9,50 +9,50 @@ import (
 	"testing/synctest"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/platform"
-	"github.com/meshhelper/meshhelper/internal/platform/platformtest"
+	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/host/hosttest"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // crossing is a host whose kernel sends packets as a test says.
 type crossing struct {
-	*platformtest.Host
-	way func(policy.Packet) (platform.Way, error)
-	by  func(p policy.Packet, out string, reply bool) platform.ByOthers // nil: all passes
+	*hosttest.Host
+	way func(policy.Packet) (host.Way, error)
+	by  func(p policy.Packet, out string, reply bool) host.ByOthers // nil: all passes
 }
 
-func (h *crossing) Way(_ context.Context, p policy.Packet) (platform.Way, error) { return h.way(p) }
+func (h *crossing) Way(_ context.Context, p policy.Packet) (host.Way, error) { return h.way(p) }
 
 // Others finds nothing.
 func (*crossing) Others(context.Context, *policy.Ruleset, []netip.AddrPort) ([]Problem, error) {
 	return nil, nil
 }
 
-func (h *crossing) ByOthers(_ context.Context, p policy.Packet, out string, reply bool) (platform.ByOthers, error) {
+func (h *crossing) ByOthers(_ context.Context, p policy.Packet, out string, reply bool) (host.ByOthers, error) {
 	if h.by == nil {
-		return platform.ByOthers{}, nil
+		return host.ByOthers{}, nil
 	}
 	return h.by(p, out, reply), nil
 }
 
-// straight sends packets as the facts of [platformtest.New] say.
-func straight(p policy.Packet) (platform.Way, error) {
+// straight sends packets as the facts of [hosttest.New] say.
+func straight(p policy.Packet) (host.Way, error) {
 	switch a := p.Dst.String(); {
 	case a == "198.51.100.2":
-		return platform.Way{Local: true}, nil
+		return host.Way{Local: true}, nil
 	case strings.HasPrefix(a, "192.168.77."):
-		return platform.Way{Interface: "eth1"}, nil
+		return host.Way{Interface: "eth1"}, nil
 	case policy.DefaultPrefix4.Contains(p.Dst):
-		return platform.Way{Interface: "wg-test"}, nil
+		return host.Way{Interface: "wg-test"}, nil
 	}
-	return platform.Way{Interface: "eth0"}, nil
+	return host.Way{Interface: "eth0"}, nil
 }
 
 // TestExplainTakesAllTogether has the policy let a packet pass that something else stops.
 func TestExplainTakesAllTogether(t *testing.T) {
 	const inside, lan, outside = "198.51.100.2", "192.168.77.5", "192.0.2.1"
-	but := func(when func(policy.Packet) bool, w platform.Way) func(policy.Packet) (platform.Way, error) {
-		return func(p policy.Packet) (platform.Way, error) {
+	but := func(when func(policy.Packet) bool, w host.Way) func(policy.Packet) (host.Way, error) {
+		return func(p policy.Packet) (host.Way, error) {
 			if when(p) {
 				return w, nil
 			}
@@ -65,8 +65,8 @@ func TestExplainTakesAllTogether(t *testing.T) {
 	back := func(p policy.Packet) bool { return policy.DefaultPrefix4.Contains(p.Dst) }
 	for name, c := range map[string]struct {
 		to, from string
-		way      func(policy.Packet) (platform.Way, error)
-		by       func(p policy.Packet, out string, reply bool) platform.ByOthers
+		way      func(policy.Packet) (host.Way, error)
+		by       func(p policy.Packet, out string, reply bool) host.ByOthers
 		spoil    func(r *rig)
 		pass     bool
 		unclear  bool
@@ -76,29 +76,29 @@ func TestExplainTakesAllTogether(t *testing.T) {
 		"lan":                     {to: lan, pass: true},
 		"host":                    {to: inside, pass: true},
 		"answer":                  {to: outside, from: outside, pass: true},
-		"another uplink":          {to: outside, way: but(to(outside), platform.Way{Interface: "tun9"}), want: "the kernel sends it by tun9"},
-		"a blackhole":             {to: outside, way: but(to(outside), platform.Way{Refused: platform.WayBlackhole}), want: "the host's route to its destination is of the kind blackhole"},
-		"no route":                {to: lan, way: but(to(lan), platform.Way{Refused: platform.WayNone}), want: "the host has no route"},
-		"into the tunnel":         {to: lan, way: but(to(lan), platform.Way{Interface: "wg-test"}), want: "the kernel sends it by wg-test"},
-		"not the host's own":      {to: inside, way: but(to(inside), platform.Way{Interface: "eth1"}), want: "the kernel doesn't take it for itself"},
-		"answers elsewhere":       {to: outside, way: but(back, platform.Way{Interface: "tun9"}), pass: true, want: "the kernel sends it by tun9, and not into the tunnel"},
-		"an answer elsewhere":     {to: outside, from: outside, way: but(back, platform.Way{Interface: "tun9"}), want: "the kernel sends it by tun9, and not into the tunnel"},
-		"an answer to what isn't": {to: outside, from: outside, way: but(to(outside), platform.Way{Refused: platform.WayProhibited}), want: "the packet that it answers doesn't pass: "},
-		"a kernel that doesn't tell": {to: outside, way: func(policy.Packet) (platform.Way, error) { return platform.Way{}, errors.New("no") },
+		"another uplink":          {to: outside, way: but(to(outside), host.Way{Interface: "tun9"}), want: "the kernel sends it by tun9"},
+		"a blackhole":             {to: outside, way: but(to(outside), host.Way{Refused: host.WayBlackhole}), want: "the host's route to its destination is of the kind blackhole"},
+		"no route":                {to: lan, way: but(to(lan), host.Way{Refused: host.WayNone}), want: "the host has no route"},
+		"into the tunnel":         {to: lan, way: but(to(lan), host.Way{Interface: "wg-test"}), want: "the kernel sends it by wg-test"},
+		"not the host's own":      {to: inside, way: but(to(inside), host.Way{Interface: "eth1"}), want: "the kernel doesn't take it for itself"},
+		"answers elsewhere":       {to: outside, way: but(back, host.Way{Interface: "tun9"}), pass: true, want: "the kernel sends it by tun9, and not into the tunnel"},
+		"an answer elsewhere":     {to: outside, from: outside, way: but(back, host.Way{Interface: "tun9"}), want: "the kernel sends it by tun9, and not into the tunnel"},
+		"an answer to what isn't": {to: outside, from: outside, way: but(to(outside), host.Way{Refused: host.WayProhibited}), want: "the packet that it answers doesn't pass: "},
+		"a kernel that doesn't tell": {to: outside, way: func(policy.Packet) (host.Way, error) { return host.Way{}, errors.New("no") },
 			unclear: true, want: "the kernel doesn't tell"},
-		"others drop it": {to: outside, by: others(platform.OthersDrop, false, false), want: "chain FORWARD of table ip filter drops it"},
-		"others drop the answer": {to: outside, by: others(platform.OthersDrop, true, false), pass: true,
+		"others drop it": {to: outside, by: others(host.OthersDrop, false, false), want: "chain FORWARD of table ip filter drops it"},
+		"others drop the answer": {to: outside, by: others(host.OthersDrop, true, false), pass: true,
 			want: "chain FORWARD of table ip filter drops it"},
-		"others drop an answer":       {to: outside, from: outside, by: others(platform.OthersDrop, true, false), want: "chain FORWARD of table ip filter drops it"},
-		"others drop what it answers": {to: outside, from: outside, by: others(platform.OthersDrop, false, false), want: "the packet that it answers doesn't pass: chain FORWARD"},
-		"others redirect it":          {to: outside, by: others(platform.OthersRedirect, false, false), want: "chain FORWARD of table ip filter sends it to another destination"},
-		"others untrack it":           {to: outside, by: others(platform.OthersUntrack, false, false), want: "chain FORWARD of table ip filter takes it out of connection tracking"},
-		"others may drop it":          {to: outside, by: others(platform.OthersDrop, false, true), unclear: true, want: "chain FORWARD of table ip filter may drop it"},
+		"others drop an answer":       {to: outside, from: outside, by: others(host.OthersDrop, true, false), want: "chain FORWARD of table ip filter drops it"},
+		"others drop what it answers": {to: outside, from: outside, by: others(host.OthersDrop, false, false), want: "the packet that it answers doesn't pass: chain FORWARD"},
+		"others redirect it":          {to: outside, by: others(host.OthersRedirect, false, false), want: "chain FORWARD of table ip filter sends it to another destination"},
+		"others untrack it":           {to: outside, by: others(host.OthersUntrack, false, false), want: "chain FORWARD of table ip filter takes it out of connection tracking"},
+		"others may drop it":          {to: outside, by: others(host.OthersDrop, false, true), unclear: true, want: "chain FORWARD of table ip filter may drop it"},
 		"others aren't understood":    {to: outside, by: others("", false, true), unclear: true, want: "what chain FORWARD of table ip filter does with it isn't known"},
 		"the helper is closed": {to: outside, spoil: func(r *rig) {
 			r.host.SetFault(func(step string) error {
 				if step == "enforce" {
-					return &platform.StepError{Step: "load rules", Hint: "load them", Err: errors.New("no")}
+					return &host.StepError{Step: "load rules", Hint: "load them", Err: errors.New("no")}
 				}
 				return nil
 			})
@@ -148,16 +148,16 @@ func TestExplainTakesAllTogether(t *testing.T) {
 }
 
 // others does something with answers, or with what they answer.
-func others(does string, answers, unclear bool) func(policy.Packet, string, bool) platform.ByOthers {
-	return func(p policy.Packet, out string, reply bool) platform.ByOthers {
+func others(does string, answers, unclear bool) func(policy.Packet, string, bool) host.ByOthers {
+	return func(p policy.Packet, out string, reply bool) host.ByOthers {
 		from, to := p.In, out
 		if reply {
 			from, to = to, from
 		}
 		if reply != answers || from != "wg-test" || to != "eth0" {
-			return platform.ByOthers{}
+			return host.ByOthers{}
 		}
-		return platform.ByOthers{Does: does, Unclear: unclear, Where: "chain FORWARD of table ip filter"}
+		return host.ByOthers{Does: does, Unclear: unclear, Where: "chain FORWARD of table ip filter"}
 	}
 }
 

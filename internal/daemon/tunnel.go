@@ -8,7 +8,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // tunnel says what a peer's configuration has to send through the host, for what the
@@ -33,15 +33,15 @@ const maxNetworks = 32
 
 // through returns the allowed IPs of a configuration that sends what tunnel says, and
 // what is to be said of them.
-func (d *Daemon) through(tunnel string, h policy.Host, endpoint wireguard.Endpoint) ([]netip.Prefix, []string) {
-	if tunnel == api.TunnelFull {
-		return wireguard.Everything(), nil
+func (d *Daemon) through(carries string, h policy.Host, endpoint tunnel.Endpoint) ([]netip.Prefix, []string) {
+	if carries == api.TunnelFull {
+		return tunnel.Everything(), nil
 	}
 	var out []netip.Prefix
 	for _, a := range d.mesh.own.List() {
 		out = append(out, netip.PrefixFrom(a, a.BitLen()))
 	}
-	if tunnel == api.TunnelHost {
+	if carries == api.TunnelHost {
 		return out, nil
 	}
 	var says []string

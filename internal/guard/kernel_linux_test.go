@@ -20,9 +20,9 @@ import (
 	"golang.zx2c4.com/wireguard/tun/tuntest"
 
 	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
-	"github.com/meshhelper/meshhelper/internal/netlab"
+	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/wireguard"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 func TestMain(m *testing.M) { os.Exit(netlab.Main(m.Run)) }
@@ -441,16 +441,16 @@ func newPipe(b *testing.B, h *kernelHost, guarded bool) *pipe {
 		g.Set(flowtest.Picture(b, 7))
 		into = g
 	}
-	var devices [2]*wireguard.Device
-	keys := [2]wireguard.PrivateKey{}
+	var devices [2]*tunnel.Device
+	keys := [2]tunnel.PrivateKey{}
 	for i, t := range []tun.Device{p.source, into} {
-		key, err := wireguard.GeneratePrivateKey(rand.NewChaCha8([32]byte{byte(i)}))
+		key, err := tunnel.GeneratePrivateKey(rand.NewChaCha8([32]byte{byte(i)}))
 		if err != nil {
 			b.Fatal(err)
 		}
 		keys[i] = key
 		err = h.Do(func() (err error) {
-			devices[i], err = wireguard.NewDevice(wireguard.Options{TUN: t, PrivateKey: key, Logger: slog.New(slog.DiscardHandler)})
+			devices[i], err = tunnel.NewDevice(tunnel.Options{TUN: t, PrivateKey: key, Logger: slog.New(slog.DiscardHandler)})
 			return err
 		})
 		if err != nil {
@@ -458,10 +458,10 @@ func newPipe(b *testing.B, h *kernelHost, guarded bool) *pipe {
 		}
 		b.Cleanup(devices[i].Close)
 	}
-	addresses := []wireguard.Addresses{{V4: flowtest.PeerC4, V6: flowtest.PeerC6}, {V4: flowtest.LAN4, V6: flowtest.LAN6}}
+	addresses := []tunnel.Addresses{{V4: flowtest.PeerC4, V6: flowtest.PeerC6}, {V4: flowtest.LAN4, V6: flowtest.LAN6}}
 	for i, d := range devices {
 		err := h.Do(func() error {
-			return d.Set(wireguard.Peer{
+			return d.Set(tunnel.Peer{
 				PublicKey: keys[1-i].Public(), Addresses: addresses[1-i],
 				Endpoint: netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), devices[1-i].ListenPort()),
 			})

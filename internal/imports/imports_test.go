@@ -23,41 +23,40 @@ const all = "*"
 // rooms lists what each package may import of the module, beside packages below
 // itself. docs/architecture.md explains it.
 var rooms = map[string][]string{
-	"cmd/meshhelper":   {all},
-	"internal/api":     {"internal/owned", "internal/policy"},
-	"internal/daemon":  {"internal/api", "internal/guard", "internal/owned", "internal/platform", "internal/policy", "internal/wireguard"},
-	"internal/flow":    {"internal/policy"},
-	"internal/guard":   {"internal/flow", "internal/policy"},
-	"internal/imports": {},
-	"internal/install": {"internal/owned", "internal/platform", "launchd"},
-	"internal/logfile": {},
-	"internal/linux":   {"internal/flow", "internal/owned", "internal/platform", "internal/policy"},
-	"internal/macos":   {"darwin", "internal/flow", "internal/owned", "internal/platform", "internal/policy", "pfconf"},
-	"internal/netlab":  {all},
-	"internal/owned":   {},
-
-	"internal/platform":  {"internal/policy"},
-	"internal/systemd":   {},
-	"internal/policy":    {},
-	"internal/wireguard": {},
-	"darwin":             {"pfconf"},
-	"launchd":            {},
-	"pfconf":             {},
-	"scripts":            {},
+	"cmd/meshhelper":      {all},
+	"internal/api":        {"internal/owned", "internal/policy"},
+	"internal/daemon":     {"internal/api", "internal/guard", "internal/host", "internal/owned", "internal/policy", "internal/tunnel"},
+	"internal/flow":       {"internal/policy"},
+	"internal/guard":      {"internal/flow", "internal/policy"},
+	"internal/host":       {"internal/policy"},
+	"internal/host/linux": {"internal/flow", "internal/host", "internal/owned", "internal/policy"},
+	"internal/host/macos": {"darwin", "internal/flow", "internal/host", "internal/owned", "internal/policy", "pfconf"},
+	"internal/imports":    {},
+	"internal/install":    {"internal/host", "internal/owned", "launchd"},
+	"internal/lab":        {all},
+	"internal/logfile":    {},
+	"internal/owned":      {},
+	"internal/policy":     {},
+	"internal/systemd":    {},
+	"internal/tunnel":     {},
+	"darwin":              {"pfconf"},
+	"launchd":             {},
+	"pfconf":              {},
+	"scripts":             {},
 }
 
 // testsMay lists what tests may import besides.
-var testsMay = []string{"internal/logfile", "internal/platform/platformtest", "internal/netlab", "internal/netlab/rulesets", "internal/netlab/simmac", "internal/policy", "internal/guard", "internal/flow", "internal/flow/flowtest", "internal/wireguard", "pfconf"}
+var testsMay = []string{"internal/logfile", "internal/host/hosttest", "internal/lab/netlab", "internal/lab/rulesets", "internal/lab/simmac", "internal/policy", "internal/guard", "internal/flow", "internal/flow/flowtest", "internal/tunnel", "pfconf"}
 
 // only lists the rooms that may have a dependency which others must not.
 var only = map[string][]string{
 	"github.com/spf13/cobra":            {"cmd/meshhelper"},
-	"gvisor.dev/gvisor":                 {"internal/netlab"},
-	"github.com/google/nftables":        {"internal/linux", "internal/netlab"},
-	"github.com/vishvananda/netlink":    {"internal/linux", "internal/netlab"},
+	"gvisor.dev/gvisor":                 {"internal/lab"},
+	"github.com/google/nftables":        {"internal/host/linux", "internal/lab"},
+	"github.com/vishvananda/netlink":    {"internal/host/linux", "internal/lab"},
 	"howett.net/plist":                  {"launchd"},
-	"golang.zx2c4.com/wireguard/device": {"internal/wireguard", "internal/netlab"},
-	"golang.zx2c4.com/wireguard/conn":   {"internal/wireguard", "internal/netlab"},
+	"golang.zx2c4.com/wireguard/device": {"internal/tunnel", "internal/lab"},
+	"golang.zx2c4.com/wireguard/conn":   {"internal/tunnel", "internal/lab"},
 }
 
 // TestRooms parses the imports of every Go file, whatever system it is for.
@@ -107,7 +106,7 @@ func TestProgramHasNoTests(t *testing.T) {
 			t.Errorf("only %d packages for %s", len(packages), system)
 		}
 		for _, p := range packages {
-			for _, forTests := range []string{module + "internal/netlab", "gvisor.dev/", "testing", "pgregory.net/"} {
+			for _, forTests := range []string{module + "internal/lab", "gvisor.dev/", "testing", "pgregory.net/"} {
 				if strings.HasPrefix(p, forTests) {
 					t.Errorf("the program for %s has %s", system, p)
 				}
@@ -154,19 +153,19 @@ func checkFile(t *testing.T, path string) {
 	}
 }
 
-// roomOf returns the entry of the table for a folder, which may be below it.
+// roomOf returns the entry of the table for a folder: the nearest one at or above it.
 func roomOf(dir string) (room string, may []string, known bool) {
-	for name, may := range rooms {
-		if dir == name || strings.HasPrefix(dir, name+"/") {
-			return name, may, true
+	for name, its := range rooms {
+		if (dir == name || strings.HasPrefix(dir, name+"/")) && len(name) > len(room) {
+			room, may, known = name, its, true
 		}
 	}
-	return "", nil, false
+	return room, may, known
 }
 
 func allowed(own, room string, may []string) bool {
-	if own == room || strings.HasPrefix(own, room+"/") || slices.Contains(may, all) {
+	if of, _, _ := roomOf(own); of == room {
 		return true
 	}
-	return slices.Contains(may, own)
+	return slices.Contains(may, all) || slices.Contains(may, own)
 }

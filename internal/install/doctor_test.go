@@ -11,15 +11,15 @@ import (
 	"testing"
 	"testing/synctest"
 
-	"github.com/meshhelper/meshhelper/internal/netlab/simmac"
-	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/lab/simmac"
 	"github.com/meshhelper/meshhelper/launchd"
 )
 
 // launchd mustn't kill the helper while it leaves the host.
 func TestExitTimeOutIsLongerThanLeaving(t *testing.T) {
 	o := &Options{Label: label, LogDir: "/var/log/meshhelper"}
-	if rest := *o.job().ExitTimeOut - int(platform.LeaveLimit.Seconds()); rest < 3 {
+	if rest := *o.job().ExitTimeOut - int(host.LeaveLimit.Seconds()); rest < 3 {
 		t.Errorf("launchd leaves %d s beside leaving", rest)
 	}
 }

@@ -6,7 +6,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/meshhelper/meshhelper/internal/netlab/simmac"
+	"github.com/meshhelper/meshhelper/internal/lab/simmac"
 )
 
 // What socketfilterfw prints, as captured and as others read it.

@@ -10,7 +10,7 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/launchd"
 )
 
@@ -60,7 +60,7 @@ const (
 // ExitTimeOut is how long launchd waits between SIGTERM and SIGKILL, in seconds:
 // what the helper takes to leave the host as it was found, and a rest for a command
 // that has to be killed first and for the socket's clients.
-const ExitTimeOut = int(platform.LeaveLimit/time.Second) + 5
+const ExitTimeOut = int(host.LeaveLimit/time.Second) + 5
 
 // Program returns where the executable is installed.
 func (o *Options) Program() string {

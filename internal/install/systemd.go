@@ -10,8 +10,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/owned"
-	"github.com/meshhelper/meshhelper/internal/platform"
 )
 
 // Where the parts are on Linux. What an administrator installs is below /usr/local
@@ -106,7 +106,7 @@ SystemCallErrorNumber=EPERM
 
 [Install]
 WantedBy=multi-user.target
-`, o.Label, strings.Join(words, " "), int(WatchdogTime/time.Second), int(platform.LeaveLimit/time.Second)+5, filepath.Base(o.StateDir))
+`, o.Label, strings.Join(words, " "), int(WatchdogTime/time.Second), int(host.LeaveLimit/time.Second)+5, filepath.Base(o.StateDir))
 }
 
 // quoteUnit writes a word of ExecStart: in quotes, with what systemd would expand
@@ -138,7 +138,7 @@ func (o *Options) checkUnit(context.Context) error {
 	if !o.HasSystemd() {
 		return fmt.Errorf("%w (there is no %s)", ErrNoSystemd, runDir)
 	}
-	if err := platform.CheckLabel(o.Label); err != nil {
+	if err := host.CheckLabel(o.Label); err != nil {
 		return err
 	}
 	if !filepath.IsAbs(o.Source) {

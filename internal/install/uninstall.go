@@ -8,7 +8,7 @@ import (
 	"net"
 	"os"
 
-	"github.com/meshhelper/meshhelper/internal/platform"
+	"github.com/meshhelper/meshhelper/internal/host"
 )
 
 // UninstallSteps returns what Uninstall does, in order. Each finds for itself
@@ -39,7 +39,7 @@ func UninstallSteps(o *Options) []Step {
 // Uninstall stops the helper, puts the host back, removes what Install made, and
 // returns what of it is left. It can be repeated.
 func Uninstall(ctx context.Context, o *Options, report Report) (left []string, err error) {
-	if err := errors.Join(platform.CheckLabel(o.Label), o.isRoot()); err != nil {
+	if err := errors.Join(host.CheckLabel(o.Label), o.isRoot()); err != nil {
 		return nil, fmt.Errorf("uninstall: %w", err)
 	}
 	err = through(ctx, UninstallSteps(o), report)

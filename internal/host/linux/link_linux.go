@@ -1,0 +1,274 @@
+package linux
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"syscall"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/tun"
+
+	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// routeProtocol marks our routes (rtm_protocol; 0 to 4 are the kernel's, and
+// /etc/iproute2/rt_protos names some above). It is for readers of route lists.
+const routeProtocol = 109
+
+// nameTemplate has the kernel choose the first free number.
+const nameTemplate = "mesh%d"
+
+// createTUN makes the mesh interface; it is down and has no address.
+func createTUN(cfg host.Interface) (tun.Device, string, error) {
+	want := cfg.Name
+	if want == "" {
+		want = nameTemplate
+	}
+	dev, err := tun.CreateTUN(want, cfg.MTU)
+	if err != nil {
+		return nil, "", explainTUN(want, err)
+	}
+	got, err := dev.Name()
+	if err != nil {
+		dev.Close()
+		return nil, "", fmt.Errorf("read the interface's name: %w", err)
+	}
+	return dev, got, nil
+}
+
+// explainTUN says in a person's words why there is no TUN device.
+func explainTUN(name string, err error) error {
+	e := &host.StepError{Step: StepInterface, Err: fmt.Errorf("create interface %q: %w", name, err)}
+	_, missing := os.Stat("/dev/net/tun")
+	switch {
+	case errors.Is(missing, fs.ErrNotExist):
+		e.Hint = "load the kernel's tun module (modprobe tun), or give the container /dev/net/tun"
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		e.Hint = "run the helper as root"
+	case errors.Is(err, unix.EBUSY), errors.Is(err, unix.EEXIST):
+		e.Hint = "choose another --interface"
+	case errors.Is(err, unix.EINVAL):
+		e.Hint = "an interface has a name of 1 to 15 bytes, and no other interface has it"
+	}
+	return e
+}
+
+// quiet keeps the kernel from talking on the mesh interface by itself (router
+// solicitations, link-local addresses, redirects) and from believing redirects
+// that come in by it. The settings go away with the interface.
+func quiet(sys sysctls, iface string) error {
+	for _, s := range [...]struct{ family, key, value string }{
+		{"ipv4", "accept_redirects", "0"}, {"ipv4", "send_redirects", "0"}, {"ipv4", "accept_source_route", "0"},
+		{"ipv6", "disable_ipv6", "0"}, {"ipv6", "accept_redirects", "0"},
+		{"ipv6", "accept_ra", "0"}, {"ipv6", "autoconf", "0"}, {"ipv6", "addr_gen_mode", "1"},
+	} {
+		err := sys.write(conf(s.family, iface, s.key), s.value)
+		if errors.Is(err, fs.ErrNotExist) && s.family == "ipv6" {
+			return nil // a kernel without IPv6
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// link is the mesh interface in the kernel's routing.
+type link struct {
+	nl    *netlink.Handle
+	index int
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
+
+func toPrefix(n *net.IPNet) (netip.Prefix, bool) {
+	if n == nil {
+		return netip.Prefix{}, false
+	}
+	a, ok := netip.AddrFromSlice(n.IP)
+	ones, size := n.Mask.Size()
+	if !ok || size == 0 {
+		return netip.Prefix{}, false
+	}
+	if size == 32 {
+		a = a.Unmap()
+	}
+	return netip.PrefixFrom(a, ones), true
+}
+
+func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
+
+// addrs returns the interface's addresses, without link-local ones.
+func (l link) addrs() (map[netip.Prefix]bool, error) {
+	var list []netlink.Addr
+	err := whole(func() (err error) {
+		list, err = l.nl.AddrList(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: l.index}}, netlink.FAMILY_ALL)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list addresses: %w", err)
+	}
+	out := map[netip.Prefix]bool{}
+	for _, a := range list {
+		if p, ok := toPrefix(a.IPNet); ok && !p.Addr().IsLinkLocalUnicast() {
+			out[p] = true
+		}
+	}
+	return out, nil
+}
+
+func (l link) addr(a netip.Addr) *netlink.Addr {
+	return &netlink.Addr{IPNet: ipNet(single(a)), Flags: unix.IFA_F_NODAD | unix.IFA_F_NOPREFIXROUTE}
+}
+
+// setAddrs gives the interface exactly these addresses.
+func (l link) setAddrs(want []netip.Addr, before func()) error {
+	have, err := l.addrs()
+	if err != nil {
+		return err
+	}
+	dev := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: l.index}}
+	keep := map[netip.Prefix]bool{}
+	for _, a := range want {
+		keep[single(a)] = true
+		if have[single(a)] {
+			continue
+		}
+		before()
+		if err := l.nl.AddrReplace(dev, l.addr(a)); err != nil {
+			return fmt.Errorf("add address %v: %w", a, err)
+		}
+	}
+	for p := range have {
+		if keep[p] {
+			continue
+		}
+		before()
+		if err := l.nl.AddrDel(dev, &netlink.Addr{IPNet: ipNet(p)}); err != nil {
+			return fmt.Errorf("delete address %v: %w", p, err)
+		}
+	}
+	return nil
+}
+
+// rename gives the interface its name back where another program has changed it: the
+// table's rules go by the name.
+func (l link) rename(name string) error {
+	now, err := l.nl.LinkByIndex(l.index)
+	if err != nil {
+		return fmt.Errorf("find interface %s: %w", name, err)
+	}
+	if now.Attrs().Name == name {
+		return nil
+	}
+	// Only an interface that is down can be renamed on every kernel.
+	if err := errors.Join(l.nl.LinkSetDown(now), l.nl.LinkSetName(now, name)); err != nil {
+		return fmt.Errorf("rename interface %s to %s: %w", now.Attrs().Name, name, err)
+	}
+	return nil
+}
+
+func (l link) up() error {
+	return l.nl.LinkSetUp(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: l.index}})
+}
+
+// hostRoute is a route to one peer with the source that the host's packets to it
+// are to have.
+type hostRoute struct{ to, source netip.Addr }
+
+// peerRoutes returns the routes that a ruleset's peers need.
+func peerRoutes(r *policy.Ruleset, ipv6 bool) map[netip.Addr]hostRoute {
+	var source4, source6 netip.Addr
+	for _, a := range r.Mesh().Addresses {
+		if a.Is4() {
+			source4 = a
+		} else {
+			source6 = a
+		}
+	}
+	out := map[netip.Addr]hostRoute{}
+	for _, p := range r.Peers() {
+		for _, a := range p.Addresses {
+			switch {
+			case a.Is4():
+				out[a] = hostRoute{a, source4}
+			case ipv6:
+				out[a] = hostRoute{a, source6}
+			}
+		}
+	}
+	return out
+}
+
+// routes returns the host routes in the main table by the interface.
+func (l link) routes() (map[netip.Addr]hostRoute, error) {
+	var out map[netip.Addr]hostRoute
+	filter := &netlink.Route{LinkIndex: l.index, Table: unix.RT_TABLE_MAIN}
+	err := whole(func() error {
+		out = map[netip.Addr]hostRoute{}
+		return l.nl.RouteListFilteredIter(netlink.FAMILY_ALL, filter, netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE, func(r netlink.Route) bool {
+			p, ok := toPrefix(r.Dst)
+			if ok && p.IsSingleIP() && r.Type == unix.RTN_UNICAST {
+				source, _ := netip.AddrFromSlice(r.Src)
+				out[p.Addr()] = hostRoute{p.Addr(), source.Unmap()}
+			}
+			return true
+		})
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	return out, nil
+}
+
+func (l link) route(r hostRoute) *netlink.Route {
+	nr := &netlink.Route{
+		LinkIndex: l.index, Dst: ipNet(single(r.to)), Protocol: routeProtocol,
+		Scope: netlink.SCOPE_LINK, Table: unix.RT_TABLE_MAIN,
+	}
+	if r.source.IsValid() {
+		nr.Src = r.source.AsSlice()
+	}
+	if r.to.Is6() {
+		// 0 would mean 1024: any other route would win.
+		nr.Priority = 1
+		nr.Scope = netlink.SCOPE_UNIVERSE
+	}
+	return nr
+}
+
+// addRoutes adds what is missing or differs.
+func (l link) addRoutes(have, want map[netip.Addr]hostRoute, before func()) error {
+	for to, r := range want {
+		if have[to] == r {
+			continue
+		}
+		before()
+		if err := l.nl.RouteReplace(l.route(r)); err != nil {
+			return fmt.Errorf("add route to %v: %w", to, err)
+		}
+	}
+	return nil
+}
+
+// delRoutes deletes what isn't wanted.
+func (l link) delRoutes(have, want map[netip.Addr]hostRoute, before func()) error {
+	for to, r := range have {
+		if _, ok := want[to]; ok {
+			continue
+		}
+		before()
+		if err := l.nl.RouteDel(l.route(r)); err != nil && !errors.Is(err, syscall.ESRCH) {
+			return fmt.Errorf("delete route to %v: %w", to, err)
+		}
+	}
+	return nil
+}

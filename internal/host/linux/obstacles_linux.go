@@ -1,0 +1,326 @@
+package linux
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// findObstacles names the chains of other software that stop what the policy lets a
+// peer do: an accept in our table doesn't override a drop in another one. Such
+// chains are evaluated for the packets that matter; what can't be evaluated is
+// called unclear rather than guessed.
+func (o *others) findObstacles(ctx context.Context, h policy.Host, all []sample) ([]host.Problem, error) {
+	e, err := o.newEvaluator(ctx)
+	if err != nil {
+		return nil, err
+	}
+	o.marks = map[bool]uint32{}
+	var out []host.Problem
+	type telling struct {
+		where  string
+		tunnel bool
+	}
+	told := map[telling]bool{} // places, each of which is named once, and once of WireGuard's packets
+	for _, s := range all {
+		f, protocol := e.judge(s)
+		if s.what == toInternet {
+			o.marks[s.src.Is4()] = e.markOf(s)
+		}
+		if err := ctx.Err(); err != nil {
+			return nil, fmt.Errorf("judge %s: %w", f.where(), err)
+		}
+		if p, ok := obstacle(s, f, protocol); ok && !told[telling{f.where(), s.tunnel}] {
+			told[telling{f.where(), s.tunnel}] = true
+			out = append(out, p)
+		}
+	}
+	bypasses, err := o.bypasses(h)
+	return append(out, bypasses...), err
+}
+
+// stops reports whether the packet doesn't go where it is sent, as it is.
+func (f finding) stops() bool {
+	return f.outcome == dropped || f.outcome == redirected || f.outcome == untracked
+}
+
+// judge returns what becomes of a sample, and of which protocol where that isn't so of the
+// other. Of peers' packets TCP's are tried, too; where it isn't clear what becomes of these,
+// they aren't spoken of, for a firewall's bound on new connections stops none by itself.
+func (e *evaluator) judge(s sample) (f finding, protocol string) {
+	if s.tunnel {
+		return e.run(s), ""
+	}
+	f = e.ofAnyPort(s)
+	s.proto = unix.IPPROTO_TCP
+	switch tcp := e.ofAnyPort(s); {
+	case tcp.unclear:
+	case tcp.stops() && !f.stops():
+		return tcp, "TCP "
+	case f.stops() && !tcp.stops():
+		return f, "UDP "
+	}
+	return f, ""
+}
+
+// ofAnyPort returns what becomes of a sample, whatever its ports are: what stops some ports
+// only stops no peer.
+func (e *evaluator) ofAnyPort(s sample) finding {
+	f := e.run(s)
+	if f.stops() {
+		s.sport, s.dport = 29_876, 29_877
+		if other := e.run(s); !other.stops() {
+			return other
+		}
+	}
+	return f
+}
+
+// obstacle says that others' chains stop a packet, or change where it goes.
+func obstacle(s sample, f finding, protocol string) (host.Problem, bool) {
+	if !f.stops() && !f.unclear {
+		return host.Problem{}, false
+	}
+	verb := map[outcome]string{
+		dropped: "drops", redirected: "sends elsewhere", untracked: "takes out of connection tracking, so that they aren't translated, all",
+	}[f.outcome]
+	if f.unclear {
+		verb = map[outcome]string{dropped: "may drop", redirected: "may send elsewhere", untracked: "may take out of connection tracking, so that they aren't translated,"}[f.outcome]
+	}
+	let := "interface " + s.iif
+	switch {
+	case s.iif == "":
+		let = fmt.Sprintf("UDP from port %d", s.sport)
+	case s.oif == "" && s.tunnel:
+		let = fmt.Sprintf("UDP to port %d", s.dport)
+	case s.reply:
+		let = "interface " + s.oif
+	}
+	if !f.stops() {
+		return host.Problem{
+			Step:    lookAround,
+			Message: fmt.Sprintf("what %s does with %spackets %s isn't known", f.where(), protocol, s.what),
+			Hint:    fmt.Sprintf("see that it lets %s through, in the software that the table belongs to", let),
+			Tunnel:  s.tunnel,
+		}, true
+	}
+	return host.Problem{
+		Step:    lookAround,
+		Message: fmt.Sprintf("%s %s %spackets %s", f.where(), verb, protocol, s.what),
+		Hint:    fmt.Sprintf("let %s through there, in the software that the table belongs to", let),
+		Tunnel:  s.tunnel,
+	}, true
+}
+
+// bypasses names flow tables of other software on the uplinks: packets of a
+// running flow that is in one pass around every other rule.
+func (o *others) bypasses(h policy.Host) ([]host.Problem, error) {
+	tables, err := o.conn.ListTables()
+	if err != nil {
+		return nil, fmt.Errorf("list tables: %w", err)
+	}
+	var out []host.Problem
+	for _, t := range tables {
+		fs, err := o.conn.ListFlowtables(t)
+		if err != nil {
+			return nil, fmt.Errorf("list flow tables of %s: %w", t.Name, err)
+		}
+		for _, f := range fs {
+			out = append(out, bypass(h, t, f)...)
+		}
+	}
+	return out, nil
+}
+
+func bypass(h policy.Host, t *nftables.Table, f *nftables.Flowtable) []host.Problem {
+	for _, up := range slices.Concat([]string{h.Uplink4, h.Uplink6}, h.Equal4, h.Equal6) {
+		if slices.Contains(f.Devices, up) {
+			return []host.Problem{{
+				Step: lookAround,
+				Message: fmt.Sprintf("flow table %s of table %s %s takes running flows on %s past every packet filter",
+					f.Name, familyName(t.Family), t.Name, up),
+				Hint: "keep interface " + h.Interface + " out of the rules that add flows there",
+			}}
+		}
+	}
+	return nil
+}
+
+// lookAround is the step under which others' rules are reported.
+const lookAround = "look at other packet filters"
+
+// toInternet is what peers send to the internet, among the samples.
+const toInternet = "from peers to the internet"
+
+// samples returns packets for what the ruleset's peers may do, one of each kind: rules
+// that tell one peer's address from another's are rare, and there may be thousands of
+// peers. Of WireGuard's own packets there are those with the devices at outer besides.
+func samples(r *policy.Ruleset, outer []netip.AddrPort) []sample {
+	var out []sample
+	add := func(s sample) {
+		if !slices.ContainsFunc(out, func(have sample) bool { return have.what == s.what && have.src.Is4() == s.src.Is4() }) {
+			s.proto, s.sport, s.dport = unix.IPPROTO_UDP, 40_000, 40_001
+			out = append(out, s)
+		}
+	}
+	h := r.Host()
+	for _, a := range r.Mesh().Addresses {
+		near := false
+		for _, p := range r.Peers() {
+			i := slices.IndexFunc(p.Addresses, func(b netip.Addr) bool { return a.Is4() == b.Is4() })
+			if i < 0 {
+				continue
+			}
+			peer, far := p.Addresses[i], netip.MustParseAddr("198.51.100.1")
+			if a.Is6() {
+				far = netip.MustParseAddr("2001:db8::1")
+			}
+			for i, up := range h.Uplinks(a) {
+				if !p.Permissions.Has(policy.Routing) || !h.Forwarding.Of(a) {
+					break
+				}
+				by := ""
+				if i > 0 {
+					by = " by " + up
+				}
+				add(sample{what: toInternet + by, iif: h.Interface, oif: up, src: peer, dst: far})
+				add(sample{what: "from the internet to peers" + by, iif: up, oif: h.Interface, src: far, dst: peer, reply: true})
+			}
+			if p.Permissions.Has(policy.Routing|policy.LAN) && h.Forwarding.Of(a) && !near {
+				near = true
+				for _, n := range neighbours(h, a.Is4()) {
+					add(sample{what: "from peers to the network at " + n.iface, iif: h.Interface, oif: n.iface, src: peer, dst: n.addr})
+					add(sample{what: "from the network at " + n.iface + " to peers", iif: n.iface, oif: h.Interface, src: n.addr, dst: peer, reply: true})
+				}
+			}
+			if p.Permissions.Has(policy.Incoming) {
+				add(sample{what: "from peers to this host", iif: h.Interface, src: peer, dst: a})
+				add(sample{what: "from this host to peers", oif: h.Interface, src: a, dst: peer, reply: true})
+			}
+		}
+	}
+	return append(out, tunnelSamples(r, outer)...)
+}
+
+// neighbour is an address of a network that the host is attached to.
+type neighbour struct {
+	iface string
+	addr  netip.Addr
+}
+
+// maxNeighbours bounds how many attached networks of a family others' chains are
+// evaluated for: a host may have an interface for each of hundreds of containers.
+const maxNeighbours = 16
+
+// neighbours returns an address of another host for each interface with a network of the
+// family, which is class lan.
+func neighbours(h policy.Host, four bool) []neighbour {
+	var own []netip.Addr
+	for _, i := range h.Interfaces {
+		for _, p := range i.Addresses {
+			own = append(own, p.Addr())
+		}
+	}
+	var out []neighbour
+	for _, i := range h.Interfaces {
+		for _, p := range i.Addresses {
+			a := p.Addr()
+			if i.Name == h.Interface || a.Is4() != four || p.IsSingleIP() || a.IsLinkLocalUnicast() || a.IsLoopback() || len(out) == maxNeighbours {
+				continue
+			}
+			a = p.Masked().Addr().Next()
+			for slices.Contains(own, a) {
+				a = a.Next()
+			}
+			if p.Contains(a) {
+				out = append(out, neighbour{i.Name, a})
+				break
+			}
+		}
+	}
+	return out
+}
+
+// tunnelSamples returns packets of WireGuard itself: with a device that isn't known, by the
+// uplinks, and with those at outer.
+func tunnelSamples(r *policy.Ruleset, outer []netip.AddrPort) []sample {
+	var out []sample
+	h, port := r.Host(), r.Mesh().ListenPort
+	if port == 0 {
+		return nil
+	}
+	add := func(far netip.AddrPort, by string, own netip.Addr, from, to string) {
+		if by == "" || !own.IsValid() {
+			return
+		}
+		out = append(out, sample{
+			what: fmt.Sprintf("of WireGuard (UDP port %d) %s to this host", port, from), tunnel: true,
+			iif: by, src: far.Addr(), dst: own, proto: unix.IPPROTO_UDP, sport: far.Port(), dport: port,
+		}, sample{
+			what: fmt.Sprintf("of WireGuard (UDP port %d) from this host %s", port, to), tunnel: true,
+			oif: by, src: own, dst: far.Addr(), proto: unix.IPPROTO_UDP, sport: port, dport: far.Port(),
+		})
+	}
+	for _, far := range []string{"198.51.100.1", "2001:db8::1"} {
+		a := netip.MustParseAddr(far)
+		add(netip.AddrPortFrom(a, 40_000), h.Uplink(a), h.Source(a), "from devices", "to devices")
+	}
+	for _, far := range outer {
+		by, own := nextTo(h, far.Addr())
+		add(far, by, own, fmt.Sprintf("from the device at %v", far.Addr()), fmt.Sprintf("to the device at %v", far.Addr()))
+	}
+	return out
+}
+
+// nextTo returns the interface by which the host reaches a, as its longest prefix says, and
+// the host's address there.
+func nextTo(h policy.Host, a netip.Addr) (by string, own netip.Addr) {
+	by, own = h.Uplink(a), h.Source(a)
+	bits := 0
+	longer := func(name string, p netip.Prefix) bool {
+		if name == h.Interface || !p.Contains(a) || p.Bits() <= bits {
+			return false
+		}
+		by, bits = name, p.Bits()
+		return true
+	}
+	for _, i := range h.Interfaces {
+		for _, p := range i.Addresses {
+			if longer(i.Name, p) {
+				own = p.Addr()
+			}
+		}
+	}
+	for _, route := range h.Routes {
+		if longer(route.Interface, route.Prefix) {
+			own = addressAt(h, by, a.Is4())
+		}
+	}
+	return by, own
+}
+
+// addressAt returns an address of an interface that others can answer.
+func addressAt(h policy.Host, name string, four bool) netip.Addr {
+	for _, i := range h.Interfaces {
+		for _, p := range i.Addresses {
+			if a := p.Addr(); i.Name == name && a.Is4() == four && !a.IsLinkLocalUnicast() {
+				return a
+			}
+		}
+	}
+	return netip.Addr{}
+}
+
+func familyName(f nftables.TableFamily) string {
+	return map[nftables.TableFamily]string{
+		nftables.TableFamilyIPv4: "ip", nftables.TableFamilyIPv6: "ip6", nftables.TableFamilyINet: "inet",
+		nftables.TableFamilyNetdev: "netdev",
+	}[f]
+}

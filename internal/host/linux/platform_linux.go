@@ -1,0 +1,745 @@
+package linux
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	mdlayher "github.com/mdlayher/netlink"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/tun"
+
+	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// sysctlRoot is where the kernel shows the network's sysctls of the network
+// namespace of the process that looks.
+const sysctlRoot = "/proc/sys/net"
+
+// Platform makes this Linux host enforce rulesets. Its methods but Watch are
+// called from one goroutine at a time. It belongs to the network namespace of the
+// thread that called [New].
+//
+// A call whose context ends stops before its next step and then closes what it has
+// opened, for which it has a limit of its own; one that hangs in the kernel is left
+// behind, and the next call begins when it has ended.
+type Platform struct {
+	o      Options
+	worker *worker
+	nl     *netlink.Handle
+	xfrm   *netlink.Handle // nil where the kernel has no IPsec
+	routes *mdlayher.Conn  // for what nl doesn't understand
+	// spent says that an exchange at the sockets was given up; unbind frees them
+	// from the context of the call.
+	spent   bool
+	unbind  func()
+	filter  *filter
+	flows   *conntrack
+	ports   ports
+	forward *forwarding
+	lock    io.Closer // nil while this isn't the host's helper
+
+	cfg  host.Interface
+	name string
+	dev  tun.Device
+	link link
+
+	enforced *policy.Ruleset
+	// last is the ruleset that was last in force, the closed one included.
+	last *policy.Ruleset
+	// loadedPorts is the range of ports in the table that was enforced last.
+	loadedPorts portRange
+	// loadedParams are the parameters of that table.
+	loadedParams params
+	// render is what Renderer returns.
+	render func(*policy.Ruleset) (anchor, text string, err error)
+	// cutOnce says that flows of an earlier helper's time were cut.
+	cutOnce bool
+	// unbounded says that this kernel can't count flows or give them timeouts.
+	unbounded bool
+	// sources are as params.sources, as last observed.
+	sources map[bool]netip.Addr
+	// maxFlows replaces the bound of flows in tests.
+	maxFlows uint32
+	others   *others
+}
+
+// New returns a platform; it changes nothing yet. It fails where the kernel's
+// netlink can't be opened.
+func New(o Options) (*Platform, error) {
+	if o.StateDir == "" {
+		return nil, errors.New("open platform: there is no state directory for the journal")
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if o.ResolverFiles == nil {
+		o.ResolverFiles = resolverFiles
+	}
+	if o.Step == nil {
+		o.Step = func(string) {}
+	}
+	worker, err := newWorker()
+	if err != nil {
+		return nil, fmt.Errorf("open platform: %w", err)
+	}
+	announce := o.Step
+	o.Step = func(name string) {
+		worker.step.Store(name)
+		o.Log.Debug("enforcing step", "step", name)
+		announce(name)
+	}
+	p := &Platform{o: o, worker: worker, unbind: func() {}, sources: map[bool]netip.Addr{}}
+	if err := p.dial(); err != nil {
+		return nil, errors.Join(err, p.release())
+	}
+	if p.others, err = newOthers(sysctls{sysctlRoot}); err != nil {
+		return nil, errors.Join(err, p.release())
+	}
+	p.forward = &forwarding{
+		sys: sysctls{sysctlRoot}, dir: o.StateDir, saver: &saver{dir: o.StateDir}, boot: bootID(), step: o.Step,
+		byIndex: p.nameOf, index: p.indexOf,
+	}
+	return p, nil
+}
+
+// dial opens the sockets.
+func (p *Platform) dial() (err error) {
+	if p.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	if p.xfrm, err = netlink.NewHandle(unix.NETLINK_XFRM); err != nil {
+		p.xfrm = nil
+	}
+	if p.filter, err = openFilter(); err != nil {
+		return err
+	}
+	if p.routes, err = dialRoutes(); err != nil {
+		return err
+	}
+	if p.flows, err = openConntrack(); err != nil {
+		return err
+	}
+	if p.ports.diag, err = mdlayher.Dial(unix.NETLINK_SOCK_DIAG, nil); err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	return nil
+}
+
+func dialRoutes() (*mdlayher.Conn, error) {
+	c, err := mdlayher.Dial(unix.NETLINK_ROUTE, nil)
+	if err != nil {
+		return nil, fmt.Errorf("open netlink: %w", err)
+	}
+	return c, nil
+}
+
+// Limits implements the daemon's limiter: conntrack has one entry for a flow.
+// Before its module is loaded there is no limit to read, and memory alone bounds.
+func (p *Platform) Limits() host.Limits {
+	l := host.Limits{States: p.states(), PerForwarded: 1, Reassembly: p.reassembly()}
+	if l.States > 0 {
+		l.PerPeer = len(families) * int(p.flowsOf(l.States))
+	}
+	return l
+}
+
+// states is how many entries conntrack holds; 0 where that can't be read.
+func (p *Platform) states() int {
+	text, err := p.forward.sys.read(flowMax)
+	if err != nil {
+		return 0
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil {
+		return 0
+	}
+	return max(n, 0)
+}
+
+// reassembly is how much memory the kernel has for putting datagrams together, the least
+// of what it has of each family; 0 where that can't be read. What conntrack looks at, as all
+// that a peer sends through the host, has of IPv6 a memory of its own
+// (net/ipv6/netfilter/nf_conntrack_reasm.c).
+func (p *Platform) reassembly() int {
+	least := 0
+	for _, name := range []string{"ipv4/ipfrag_high_thresh", "ipv6/ip6frag_high_thresh", "netfilter/nf_conntrack_frag6_high_thresh"} {
+		text, err := p.forward.sys.read(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // without IPv6, or a module not yet loaded
+		}
+		// A kernel whose threshold is 0 puts nothing together.
+		n, err := strconv.Atoi(text)
+		if err != nil || n < 0 {
+			return 0
+		}
+		if n = max(n, 1); least == 0 || n < least {
+			least = n
+		}
+	}
+	return least
+}
+
+// bootID changes with each boot; sysctls don't outlive one.
+func bootID() string {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(b))
+}
+
+func (p *Platform) nameOf(index int) (string, bool) {
+	l, err := p.nl.LinkByIndex(index)
+	if err != nil {
+		return "", false
+	}
+	return l.Attrs().Name, true
+}
+
+func (p *Platform) indexOf(name string) int {
+	l, err := p.nl.LinkByName(name)
+	if err != nil {
+		return 0
+	}
+	return l.Attrs().Index
+}
+
+// step runs one enforcing step and names it in its error. One that opens isn't
+// begun when ctx has ended; what closes is given a context that hasn't.
+func (p *Platform) step(ctx context.Context, name string, do func() error) error {
+	p.o.Step(name)
+	if err := ctx.Err(); err != nil {
+		return named(name, context.Cause(ctx))
+	}
+	return named(name, do())
+}
+
+func named(step string, err error) error {
+	var already *host.StepError
+	if err == nil || errors.As(err, &already) {
+		return err
+	}
+	e := &host.StepError{Step: step, Err: err}
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		e.Hint = "run the helper as root"
+	case step == StepLock:
+		e.Hint = "see `meshhelper status`; there is one helper per host"
+	case errors.Is(err, syscall.EROFS) && step != StepJournal:
+		e.Hint = "in a container, /proc/sys/net has to be writable"
+	case step == StepJournal:
+		e.Hint = "the state directory has to be writable and not full"
+	}
+	return e
+}
+
+// Open implements the daemon's contract: it takes the lock, restores what a
+// killed helper left, loads a table that lets nothing of a peer through, and
+// makes the mesh interface. It may be called again when the interface is gone.
+// After an error forwarding is as it was found; the table stays, unless this was
+// the first call and there was none before.
+func (p *Platform) Open(ctx context.Context, cfg host.Interface) (tun.Device, error) {
+	if cfg.MTU < 1280 || cfg.MTU > 65535 {
+		return nil, fmt.Errorf("open mesh interface: MTU %d: want 1280 to 65535", cfg.MTU)
+	}
+	if cfg.Name != "" && !usableName(cfg.Name) {
+		return nil, fmt.Errorf("open mesh interface: name %q: want 1 to 15 letters, digits and . _ - @ : +", cfg.Name)
+	}
+	return ask(ctx, p, func() (tun.Device, error) { return p.open(ctx, cfg) })
+}
+
+func (p *Platform) open(ctx context.Context, cfg host.Interface) (tun.Device, error) {
+	fresh, err := p.takeOver(ctx)
+	if err != nil {
+		return nil, err
+	}
+	p.cfg = cfg
+	err = p.step(ctx, StepClosed, func() error { return p.close(noInterface) })
+	if err == nil {
+		err = p.step(ctx, StepInterface, func() error { return p.makeInterface(cfg) })
+	}
+	if err == nil {
+		return p.dev, nil
+	}
+	// A host that had no table before is as it was found. On any other one,
+	// peers' packets stay in: only Close takes the table away.
+	back := p.retreat
+	if fresh {
+		back = p.leave
+	}
+	return nil, errors.Join(err, p.closing(ctx, back))
+}
+
+// noInterface stands for the mesh interface while there is none. No interface has
+// this name (dev_valid_name of net/core/dev.c refuses the colon): one that another
+// program gave the mesh interface's name must not be taken for it.
+const noInterface = ":none:"
+
+// takeOver takes the lock and puts forwarding back as it was before a helper
+// that was killed. That helper's table stays until ours replaces it: it keeps
+// what was meant for peers from leaving in clear. fresh says that the lock was
+// taken now, on a host without such a table.
+func (p *Platform) takeOver(ctx context.Context) (fresh bool, err error) {
+	if p.lock != nil {
+		return false, nil
+	}
+	err = p.step(ctx, StepLock, func() (err error) {
+		p.lock, err = lock()
+		return err
+	})
+	if err != nil {
+		return false, err
+	}
+	err = p.step(ctx, StepRepair, func() error {
+		there, err := p.filter.present()
+		if err != nil {
+			return err
+		}
+		fresh = !there
+		if err := p.forward.open(); err != nil {
+			return err
+		}
+		forgotten, err := p.forward.giveBackAll()
+		return errors.Join(err, <-forgotten) // the journal of another boot is removed, too
+	})
+	if err != nil {
+		p.unlock()
+	}
+	return fresh, err
+}
+
+func (p *Platform) unlock() {
+	if p.lock != nil {
+		p.lock.Close()
+		p.lock = nil
+	}
+}
+
+// close loads the table that holds while there is no wanted ruleset: a mesh
+// without peers on an interface of this name. Forwarding may still be open when a
+// dead tunnel is replaced.
+func (p *Platform) close(name string) error {
+	mesh := policy.Mesh{Prefixes: p.cfg.Prefixes, Addresses: p.cfg.Addresses}
+	host := policy.Host{Interface: name}
+	if p.last != nil {
+		// Other owners of the mesh prefix keep their part, and peers' addresses stay
+		// in. At the start neither is known, and then nothing leaves.
+		host, mesh.ListenPort = p.last.Host(), p.last.Mesh().ListenPort
+		host.Interface, mesh.Former = name, p.last.Mesh().Former
+		for _, peer := range p.last.Peers() {
+			mesh.Former = append(mesh.Former[:len(mesh.Former):len(mesh.Former)], peer.Addresses...)
+		}
+	}
+	host.FoundForwarding = p.found()
+	r, err := policy.Compile(mesh, host, time.Time{})
+	if err != nil {
+		return err
+	}
+	p.enforced = nil
+	with := p.params()
+	if err := p.applyBounded(compile(r, with), r, with); err != nil {
+		return err
+	}
+	p.last = r
+	return nil
+}
+
+// found says for which families the host forwarded before we did.
+func (p *Platform) found() policy.Families {
+	return policy.Families{IPv4: p.forward.found4(), IPv6: p.forward.found6()}
+}
+
+func (p *Platform) params() params {
+	return params{
+		mtu: p.cfg.MTU, transit4: p.forward.transit4(p.name), bridges: p.bridges(),
+		ipsec: p.xfrm != nil, uid: uint32(os.Geteuid()),
+		ports: p.ports.now, around: p.ports.around, sockets: p.ports.host.boundIn(p.ports.around),
+		flowsPerPeer: p.flowsPerPeer(), established: p.established(), sources: maps.Clone(p.sources),
+	}
+}
+
+// bridges lists the bridges whose frames the packet filter sees as if this host
+// forwarded them (br_netfilter, net.bridge.bridge-nf-call-iptables and -ip6tables).
+func (p *Platform) bridges() []string {
+	on := func(name string) bool {
+		v, err := p.forward.sys.read("bridge/bridge-nf-call-" + name)
+		return err == nil && v != "0"
+	}
+	if !on("iptables") && !on("ip6tables") {
+		return nil
+	}
+	var links []netlink.Link
+	err := whole(func() (err error) {
+		links, err = p.nl.LinkList()
+		return err
+	})
+	if err != nil {
+		return nil // then their frames are dropped until the next look
+	}
+	var out []string
+	for _, l := range links {
+		if l.Type() == "bridge" && usableName(l.Attrs().Name) {
+			out = append(out, l.Attrs().Name)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+func (p *Platform) makeInterface(cfg host.Interface) (err error) {
+	if p.dev != nil { // the dead one
+		if err := p.removeInterface(); err != nil {
+			return err
+		}
+	}
+	if p.dev, p.name, err = createTUN(cfg); err != nil {
+		return err
+	}
+	p.link = link{p.nl, p.indexOf(p.name)}
+	if err := quiet(p.forward.sys, p.name); err != nil {
+		return err
+	}
+	// Now the name is known, and the closed table holds for it before the
+	// interface is up.
+	return p.close(p.name)
+}
+
+// Observe implements the daemon's contract.
+func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
+	return ask(ctx, p, func() (policy.Host, error) {
+		h, err := p.observe()
+		if err == nil {
+			p.leaveBound(ctx)
+		}
+		return h, err
+	})
+}
+
+func (p *Platform) observe() (policy.Host, error) {
+	p.forward.refresh()
+	h, err := observer{p.nl, p.xfrm, p.routes, p.name, p.cfg.Addresses, p.sources}.facts()
+	if err != nil {
+		return policy.Host{}, fmt.Errorf("observe host: %w", err)
+	}
+	h.Resolvers = readResolvers(p.o.ResolverFiles)
+	h.Forwarding = policy.Families{IPv4: true, IPv6: p.hasIPv6()}
+	h.FoundForwarding = p.found()
+	if err := p.observePorts(&h); err != nil {
+		return policy.Host{}, fmt.Errorf("observe host: %w", err)
+	}
+	return h, nil
+}
+
+// hasIPv6 reports whether the kernel speaks IPv6 on the mesh interface, whatever
+// its name is now.
+func (p *Platform) hasIPv6() bool {
+	now, ok := p.nameOf(p.link.index)
+	if !ok {
+		return false
+	}
+	v, err := p.forward.sys.read(conf("ipv6", now, "disable_ipv6"))
+	return err == nil && v == "0"
+}
+
+// Enforce implements the daemon's contract.
+func (p *Platform) Enforce(ctx context.Context, r *policy.Ruleset) error {
+	return p.run(ctx, func() error {
+		if p.dev == nil {
+			return errors.New("enforce ruleset: the mesh interface isn't open")
+		}
+		if got := r.Host().Interface; got != p.name {
+			return fmt.Errorf("enforce ruleset: it is for interface %q, the mesh has %q", got, p.name)
+		}
+		err := p.enforce(ctx, r)
+		if ctx.Err() != nil {
+			// The caller is told that it failed, so r mustn't hold.
+			return errors.Join(err, context.Cause(ctx), p.closing(ctx, p.closeUp))
+		}
+		return err
+	})
+}
+
+func (p *Platform) enforce(ctx context.Context, r *policy.Ruleset) error {
+	// Whatever goes wrong with the interface, the table is loaded: it may be
+	// narrower than the one that holds.
+	stale, linkErr := p.enforceLink(r)
+	if err := errors.Join(linkErr, p.enforceTable(ctx, r)); err != nil {
+		return err
+	}
+	if err := stale(); err != nil {
+		return named(StepDelRoutes, err)
+	}
+	if err := ctx.Err(); err != nil {
+		return named(StepForwarding, err)
+	}
+	return named(StepForwarding, p.forward.apply(p.need(r)))
+}
+
+// enforceLink gives the mesh interface its name, its addresses and the peers'
+// routes. It returns how to delete the routes of peers that are gone, which is
+// done when the table doesn't know them any more.
+func (p *Platform) enforceLink(r *policy.Ruleset) (stale func() error, err error) {
+	if err := p.link.rename(p.name); err != nil {
+		return nil, named(StepAddresses, err)
+	}
+	ipv6 := p.hasIPv6()
+	if err := p.setAddresses(r, ipv6); err != nil {
+		return nil, err
+	}
+	want := peerRoutes(r, ipv6)
+	have, err := p.link.routes()
+	if err == nil {
+		err = p.link.addRoutes(have, want, p.once(StepAddRoutes))
+	}
+	return func() error { return p.link.delRoutes(have, want, p.once(StepDelRoutes)) }, named(StepAddRoutes, err)
+}
+
+// once returns a function that announces a step the first time it is called.
+func (p *Platform) once(step string) func() {
+	return sync.OnceFunc(func() { p.o.Step(step) })
+}
+
+func (p *Platform) setAddresses(r *policy.Ruleset, ipv6 bool) error {
+	want := r.Mesh().Addresses
+	if !ipv6 {
+		want = slices.DeleteFunc(slices.Clone(want), netip.Addr.Is6)
+	}
+	err := p.link.setAddrs(want, p.once(StepAddresses))
+	if err == nil {
+		err = p.link.up()
+	}
+	return named(StepAddresses, err)
+}
+
+// enforceTable makes the kernel hold the table, also when another program has
+// changed it. Where it can't be had, nothing of a peer is to pass.
+func (p *Platform) enforceTable(ctx context.Context, r *policy.Ruleset) error {
+	with := p.params()
+	t := compile(r, with)
+	loaded := func() {
+		if p.unbounded { // the kernel may have refused only now
+			with.flowsPerPeer = p.flowsPerPeer()
+		}
+		p.enforced, p.last, p.loadedPorts = r, r, p.ports.now
+		p.renderWith(with)
+	}
+	if p.filter.holds(t) {
+		loaded()
+		return nil
+	}
+	err := p.step(ctx, StepTable, func() error { return p.applyBounded(t, r, with) })
+	switch {
+	case err == nil:
+		loaded()
+		return nil
+	case ctx.Err() != nil:
+		return err // Enforce closes
+	}
+	return errors.Join(err, p.closing(ctx, p.closeUp))
+}
+
+// renderWith has Renderer render with these parameters.
+func (p *Platform) renderWith(with params) {
+	p.loadedParams = with
+	p.render = func(r *policy.Ruleset) (anchor, text string, err error) { return "", compile(r, with).String(), nil }
+}
+
+// Renderer implements the daemon's contract.
+func (p *Platform) Renderer() func(*policy.Ruleset) (anchor, text string, err error) { return p.render }
+
+// closeUp stops what is of peers by what is left when the table can't be loaded: the
+// closed table, and forwarding. The interface stays up without any table, too: the guard
+// is closed by the caller that is told, and the interface's routes are then all that keeps
+// the host's own packets to peers from leaving by the uplink.
+func (p *Platform) closeUp() error {
+	return errors.Join(named(StepTable, p.close(p.name)), named(StepRestore, p.forward.apply(need{mesh: p.name})))
+}
+
+// need says what a ruleset needs forwarded: as little as its permissions ask
+// for. Answers come in by the uplink, or by any interface that leads to the lan.
+func (p *Platform) need(r *policy.Ruleset) need {
+	n := need{mesh: p.name}
+	var have policy.Permissions
+	for _, peer := range r.Peers() {
+		have |= peer.Permissions
+	}
+	h := r.Host()
+	if !have.Has(policy.Routing) {
+		return n
+	}
+	lan := have.Has(policy.LAN)
+	n.ipv6 = h.Forwarding.IPv6 && (h.Uplink6 != "" || lan)
+	if !h.Forwarding.IPv4 || h.Uplink4 == "" && !lan {
+		return n
+	}
+	n.ipv4 = append(n.ipv4, p.name)
+	n.ipv4 = append(n.ipv4, h.Uplinks(netip.IPv4Unspecified())...)
+	if lan {
+		n.ipv4 = append(n.ipv4, behind(h)...)
+	}
+	slices.Sort(n.ipv4)
+	n.ipv4 = slices.Compact(n.ipv4)
+	return n
+}
+
+// behind lists the interfaces by which a host reaches something over IPv4.
+func behind(h policy.Host) []string {
+	var out []string
+	add := func(iface string, a netip.Addr) {
+		if iface != h.Interface && iface != "lo" && a.Is4() {
+			out = append(out, iface)
+		}
+	}
+	for _, i := range h.Interfaces {
+		for _, a := range i.Addresses {
+			add(i.Name, a.Addr())
+		}
+	}
+	for _, r := range h.Routes {
+		add(r.Interface, r.Prefix.Addr())
+	}
+	return out
+}
+
+// Close implements the daemon's contract. The platform can't be used afterwards.
+// When ctx has ended, it has closeLimit for what closes.
+func (p *Platform) Close(ctx context.Context) ([]host.Problem, error) {
+	if end, ok := ctx.Deadline(); ctx.Err() != nil || ok && time.Until(end) < closeLimit {
+		fresh, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeLimit)
+		defer cancel()
+		ctx = fresh
+	}
+	left, err := ask(ctx, p, func() ([]host.Problem, error) {
+		if _, err := p.takeOver(ctx); err != nil {
+			return nil, err
+		}
+		left := p.left()
+		return left, p.closing(ctx, p.leave)
+	})
+	if errors.Is(err, errHangs) {
+		return nil, err // the sockets are in use until the process ends
+	}
+	return left, errors.Join(err, p.release())
+}
+
+// retreat is what is left of an Open that failed: forwarding as it was found, no
+// interface, and the table, which keeps peers' packets in.
+func (p *Platform) retreat() error {
+	forgotten, err := p.withdraw()
+	return errors.Join(err, named(StepRestore, <-forgotten))
+}
+
+// withdraw restores forwarding and removes the interface; forgotten tells when the disk
+// knows, which what closes doesn't wait for.
+func (p *Platform) withdraw() (forgotten <-chan error, err error) {
+	forgotten, err = p.forward.giveBackAll()
+	err = named(StepRestore, err)
+	if p.dev != nil {
+		err = errors.Join(err, p.step(context.Background(), StepRemoveInterface, p.removeInterface))
+	}
+	return forgotten, err
+}
+
+// leave takes everything away in the reverse order, the table last: until the
+// interface is gone, nothing of a peer passes.
+func (p *Platform) leave() error {
+	defer p.unlock()
+	p.enforced, p.last = nil, nil
+	forgotten, err := p.withdraw()
+	err = errors.Join(err, p.step(context.Background(), StepRemoveTable, p.filter.remove))
+	return errors.Join(err, named(StepRestore, <-forgotten))
+}
+
+// release closes the sockets and ends the worker.
+func (p *Platform) release() error {
+	p.worker.stop()
+	var errs []error
+	if p.others != nil {
+		errs = append(errs, p.others.end())
+	}
+	for _, h := range []*netlink.Handle{p.nl, p.xfrm} {
+		if h != nil {
+			h.Close()
+		}
+	}
+	if p.filter != nil {
+		errs = append(errs, p.filter.close())
+	}
+	if p.routes != nil {
+		errs = append(errs, p.routes.Close())
+	}
+	if p.flows != nil {
+		errs = append(errs, p.flows.close())
+	}
+	if p.ports.diag != nil {
+		errs = append(errs, p.ports.diag.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// left says what of our doing stays because another program came to need it.
+func (p *Platform) left() []host.Problem {
+	ours := slices.ContainsFunc(p.forward.j.Changed, func(s saved) bool { return strings.HasPrefix(s.Name, "ipv4/") })
+	if !ours || !p.forward.found4() {
+		return nil
+	}
+	return []host.Problem{{
+		Step:    StepRestore,
+		Message: "IPv4 forwarding stays on: another program switched it on (net.ipv4.ip_forward) while the helper ran",
+		Hint:    "sysctl net.ipv4.ip_forward=0 switches it off, if nothing needs it any more",
+	}}
+}
+
+// removeInterface closes the TUN device; the kernel takes the interface away
+// with its addresses and routes.
+func (p *Platform) removeInterface() error {
+	err := p.dev.Close()
+	if errors.Is(err, os.ErrClosed) {
+		err = nil
+	}
+	p.dev = nil
+	return err
+}
+
+// transit4 lists the interfaces that forwarded IPv4 by a flag of their own
+// before we came, although the host as a whole didn't.
+func (f *forwarding) transit4(mesh string) []string {
+	if f.found4() {
+		return nil // the host as a whole did
+	}
+	names, _ := f.sys.interfaces("ipv4")
+	var out []string
+	for _, n := range names {
+		if n == "all" || n == "default" || n == mesh {
+			continue
+		}
+		name := conf("ipv4", n, "forwarding")
+		if v, err := f.sys.read(name); err == nil && v != "0" && f.j.find(name) == nil {
+			out = append(out, n)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+// giveBackAll restores all that was changed. forgotten tells when the journal on disk
+// has forgotten it.
+func (f *forwarding) giveBackAll() (forgotten <-chan error, err error) {
+	_, err = f.restoreThose(func(saved) bool { return true })
+	return f.saver.put(f.j), err
+}

@@ -1,0 +1,70 @@
+package linux
+
+import (
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// Lines of a snapshot that are left out of goldens: what nftables holds, which is
+// shown in its own language, and what every new interface has. The kernel's own
+// local routes follow from addresses.
+var leftOut = regexp.MustCompile(`^. (table|chain|set|element|rule|object|flowtable) |` +
+	`^. sysctl net/ipv[46]/(conf|neigh)/` + meshName + `/(?:[^f]|f[^o])|force_|^. route .* table 255 `)
+
+// dump is all that differs from the host as it was found, and what is in the sets.
+func (g *rig) dump(r *policy.Ruleset, before netlab.Snapshot) string {
+	g.t.Helper()
+	if drift := g.inspect(r).Drift; len(drift) > 0 {
+		g.t.Errorf("right after Enforce: %v", drift)
+	}
+	lines := slices.DeleteFunc(before.Diff(g.snapshot()), leftOut.MatchString)
+	for _, s := range g.p.filter.loaded.sets {
+		if len(s.elements) > 0 {
+			lines = append(lines, fmt.Sprint(s.name, " ", s.elements))
+		}
+	}
+	return strings.Join(lines, "\n") + "\n"
+}
+
+// TestStates drives one platform through a list of rulesets and compares the
+// whole host after each: what an earlier one leaves behind shows.
+func TestStates(t *testing.T) {
+	g := newRig(t)
+	before := g.snapshot()
+	g.open()
+	var text strings.Builder
+	seen := map[string]string{}
+	for _, state := range []struct {
+		name string
+		mesh policy.Mesh
+	}{
+		{"two peers, nothing allowed", mesh(grants{})},
+		{"ann may route", mesh(grants{ann: policy.Routing})},
+		{"ann may reach the lan, bob the host", mesh(grants{ann: policy.Routing | policy.LAN, bob: policy.Incoming})},
+		{"ann has lan without routing", mesh(grants{ann: policy.LAN})},
+		{"bob is gone", policy.Mesh{Prefixes: meshPrefixes(), Addresses: mesh(grants{}).Addresses, Peers: mesh(grants{}).Peers[:1]}},
+		{"no peer is left", policy.Mesh{Prefixes: meshPrefixes(), Addresses: mesh(grants{}).Addresses}},
+		{"ann may route", mesh(grants{ann: policy.Routing})},
+		{"two peers, nothing allowed", mesh(grants{})},
+	} {
+		dump := g.dump(g.enforce(state.mesh), before)
+		if old, ok := seen[state.name]; ok && old != dump {
+			t.Errorf("%s: not as the first time:\n%s", state.name, cmp.Diff(strings.Split(old, "\n"), strings.Split(dump, "\n")))
+		}
+		seen[state.name] = dump
+		fmt.Fprintf(&text, "== %s\n%s\n", state.name, dump)
+	}
+	g.close()
+	if diff := before.Diff(g.snapshot()); len(diff) > 0 {
+		t.Errorf("the host isn't as it was: %v", diff)
+	}
+	golden(t, "states.golden", text.String())
+}

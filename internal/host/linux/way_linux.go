@@ -1,0 +1,340 @@
+package linux
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	mdlayher "github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// wayLimit bounds the question for one way.
+const wayLimit = 5 * time.Second
+
+// Attributes of a question for a route (linux/rtnetlink.h).
+const (
+	rtaIPProto = 27
+	rtaSport   = 28
+	rtaDport   = 29
+)
+
+// Way implements the daemon's contract.
+func (p *Platform) Way(ctx context.Context, packet policy.Packet) (host.Way, error) {
+	if !packet.Dst.IsValid() || packet.Src.IsValid() && packet.Src.Is4() != packet.Dst.Is4() {
+		return host.Way{}, fmt.Errorf("find the way from %v to %v: these aren't addresses of one family", packet.Src, packet.Dst)
+	}
+	// The end of a caller's patience isn't handed to the sockets: they would have to be made
+	// anew, and what is enforced loaded again.
+	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), wayLimit)
+	defer cancel()
+	mark, err := p.markOf(limited, packet)
+	if err != nil {
+		return host.Way{}, fmt.Errorf("find the mark that other software's rules give what goes to %v: %w", packet.Dst, err)
+	}
+	w, err := ask(limited, p, func() (host.Way, error) { return p.marked(packet, mark) })
+	if err != nil {
+		return w, fmt.Errorf("find the way to %v: %w", packet.Dst, err)
+	}
+	return w, nil
+}
+
+func (p *Platform) way(packet policy.Packet) (host.Way, error) { return p.marked(packet, 0) }
+
+// marked returns the way of a packet with a mark.
+func (p *Platform) marked(packet policy.Packet, mark uint32) (host.Way, error) {
+	q := question{mark: mark, src: packet.Src, dst: packet.Dst, proto: packet.Proto, sport: packet.SrcPort, dport: packet.DstPort}
+	if packet.In != "" {
+		if q.iif = p.indexOf(packet.In); q.iif == 0 {
+			return host.Way{}, fmt.Errorf("there is no interface %q", packet.In)
+		}
+	}
+	a, err := askRoute(p.routes, q)
+	if err == nil && a.refused == host.WayUnreachable && q.iif != 0 && q.dst.Is4() && !p.forwards4(packet.In) {
+		// Packets from there aren't forwarded now, so the kernel says no more than that
+		// (ip_route_input_slow in net/ipv4/route.c). The host's own take the same way but
+		// for rules that name the interface.
+		q.iif, q.src = 0, netip.Addr{}
+		if packet.In == p.name {
+			q.src = p.own(true)
+		}
+		a, err = askRoute(p.routes, q)
+	}
+	if err != nil {
+		return host.Way{}, err
+	}
+	w := host.Way{Router: a.router, Local: a.local, Refused: a.refused}
+	if a.oif == 0 || a.local {
+		return w, nil
+	}
+	name, ok := p.nameOf(a.oif)
+	if !ok {
+		return w, fmt.Errorf("interface %d is gone", a.oif)
+	}
+	if w.Interface, w.Source = name, a.src; packet.In == "" {
+		return w, nil
+	}
+	// Of what it forwards the kernel says no source.
+	own, err := askRoute(p.routes, question{dst: q.dst, oif: a.oif})
+	w.Source = own.src
+	return w, err
+}
+
+// own returns the host's mesh address of a family.
+func (p *Platform) own(v4 bool) netip.Addr {
+	for _, a := range p.cfg.Addresses {
+		if a.Is4() == v4 {
+			return a
+		}
+	}
+	return netip.Addr{}
+}
+
+// forwards4 reports whether IPv4 packets that come in by an interface are forwarded.
+func (p *Platform) forwards4(name string) bool {
+	v, err := p.forward.sys.read(conf("ipv4", name, "forwarding"))
+	return err == nil && v != "0"
+}
+
+// question is for the route of a packet (RTM_GETROUTE). What is zero isn't said.
+type question struct {
+	src, dst     netip.Addr
+	iif, oif     int
+	mark         uint32
+	proto        uint8
+	sport, dport uint16
+}
+
+// answer is a route of the kernel's.
+type answer struct {
+	oif         int
+	router, src netip.Addr
+	local       bool
+	refused     string // see host.Way
+}
+
+// encode writes the question; flags as in struct rtmsg.
+func (q question) encode() ([]byte, error) {
+	header := make([]byte, rtmsgSize)
+	header[0] = unix.AF_INET6
+	if q.dst.Is4() {
+		header[0] = unix.AF_INET
+	}
+	header[1] = byte(q.dst.BitLen())
+	ae := mdlayher.NewAttributeEncoder()
+	ae.Bytes(unix.RTA_DST, q.dst.WithZone("").AsSlice())
+	if q.src.IsValid() {
+		header[2] = byte(q.src.BitLen())
+		ae.Bytes(unix.RTA_SRC, q.src.WithZone("").AsSlice())
+	}
+	if q.iif != 0 {
+		ae.Uint32(unix.RTA_IIF, uint32(q.iif))
+	}
+	if q.oif != 0 {
+		ae.Uint32(unix.RTA_OIF, uint32(q.oif))
+	}
+	if q.mark != 0 {
+		ae.Uint32(unix.RTA_MARK, q.mark)
+	}
+	// Others the kernel refuses (rtm_getroute_parse_ip_proto in net/ipv4/netlink.c).
+	switch q.proto {
+	case policy.ProtoTCP, policy.ProtoUDP:
+		ae.Uint8(rtaIPProto, q.proto)
+		if q.sport != 0 {
+			ae.Bytes(rtaSport, port(q.sport))
+		}
+		if q.dport != 0 {
+			ae.Bytes(rtaDport, port(q.dport))
+		}
+	case policy.ProtoICMP, policy.ProtoICMPv6:
+		ae.Uint8(rtaIPProto, q.proto)
+	}
+	attrs, err := ae.Encode()
+	return append(header, attrs...), err
+}
+
+// askRoute asks the kernel for a route. A route that leads nowhere, or none, is an answer.
+func askRoute(conn *mdlayher.Conn, q question) (answer, error) {
+	data, err := q.encode()
+	if err != nil {
+		return answer{}, err
+	}
+	var ms []mdlayher.Message
+	for range lookTries {
+		ms, err = conn.Execute(mdlayher.Message{
+			Header: mdlayher.Header{Type: unix.RTM_GETROUTE, Flags: mdlayher.Request}, Data: data,
+		})
+		if !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	switch {
+	case errors.Is(err, unix.ENETUNREACH):
+		return answer{refused: host.WayNone}, nil
+	case errors.Is(err, unix.EHOSTUNREACH):
+		return answer{refused: host.WayUnreachable}, nil
+	case errors.Is(err, unix.EACCES):
+		return answer{refused: host.WayProhibited}, nil
+	case errors.Is(err, unix.EINVAL):
+		return answer{refused: host.WayBlackhole}, nil
+	case err != nil:
+		return answer{}, fmt.Errorf("ask for a route: %w", err)
+	case len(ms) != 1:
+		return answer{}, fmt.Errorf("ask for a route: %d answers", len(ms))
+	}
+	a, err := parseRoute(ms[0].Data)
+	if err != nil {
+		return a, fmt.Errorf("ask for a route: %w", err)
+	}
+	return a, nil
+}
+
+// parseRoute reads the answer to a question for a route. The kernel answers a route that
+// leads nowhere with an error for IPv4, and of IPv6 with the kind of the route, too
+// (rt6_fill_node in net/ipv6/route.c).
+func parseRoute(b []byte) (a answer, err error) {
+	if len(b) < rtmsgSize {
+		return a, errShort
+	}
+	switch b[7] {
+	case unix.RTN_LOCAL, unix.RTN_ANYCAST, unix.RTN_BROADCAST, unix.RTN_MULTICAST:
+		a.local = true
+	case unix.RTN_UNREACHABLE:
+		a.refused = host.WayUnreachable
+	case unix.RTN_PROHIBIT:
+		a.refused = host.WayProhibited
+	case unix.RTN_BLACKHOLE:
+		a.refused = host.WayBlackhole
+	}
+	ad, err := mdlayher.NewAttributeDecoder(b[rtmsgSize:])
+	if err != nil {
+		return a, err
+	}
+	for ad.Next() {
+		switch ad.Type() {
+		case unix.RTA_OIF:
+			a.oif = int(ad.Uint32())
+		case unix.RTA_GATEWAY:
+			a.router, _ = netip.AddrFromSlice(ad.Bytes())
+		case unix.RTA_VIA: // struct rtvia: a family of 2 bytes, and an address of it
+			if via := ad.Bytes(); len(via) > 2 {
+				a.router, _ = netip.AddrFromSlice(via[2:])
+			}
+		case unix.RTA_PREFSRC:
+			a.src, _ = netip.AddrFromSlice(ad.Bytes())
+		}
+	}
+	if a.refused != "" {
+		a.oif, a.router, a.src = 0, netip.Addr{}, netip.Addr{}
+	}
+	return a, ad.Err()
+}
+
+// wayProblems says where the kernel sends packets from peers and to them another way than
+// theirs. marks are those that other software's rules give what peers send to the internet.
+// Policy rules that go by a port aren't found so, nor those that go by a mark of answers.
+func (p *Platform) wayProblems(r *policy.Ruleset, marks map[bool]uint32) []host.Problem {
+	return append(p.waysOut(r, marks), p.waysBack(r)...)
+}
+
+// waysBack says where the kernel sends what is for peers, where that isn't into the tunnel:
+// a policy rule that takes everything before the main table is asked, which has the peers'
+// routes.
+func (p *Platform) waysBack(r *policy.Ruleset) (out []host.Problem) {
+	for _, own := range r.Mesh().Addresses {
+		for _, packet := range toPeers(r, own) {
+			w, err := p.way(packet)
+			if err != nil || w.Interface == p.name {
+				continue
+			}
+			where, who, flag := "nowhere ("+w.Refused+")", "this host's packets to peers", ""
+			if w.Interface != "" {
+				where = "by " + w.Interface
+			}
+			if packet.In != "" {
+				who = "answers to peers"
+			}
+			mesh, _ := r.MeshOf(packet.Dst)
+			if own.Is6() {
+				flag = "-6 "
+			}
+			out = append(out, host.Problem{
+				Step:    "find the way to the peers",
+				Message: fmt.Sprintf("%s, such as to %v, would leave %s and not by %s: a policy rule takes them before the main table", who, packet.Dst, where, p.name),
+				Hint:    fmt.Sprintf("have the main table asked first: sudo ip %srule add to %v lookup main pref N, with N below that of the rule, see `ip %srule`", flag, mesh, flag),
+			})
+			break
+		}
+	}
+	return out
+}
+
+// toPeers are packets of own's family to peers, of each kind one at most: an answer from the
+// internet to one that routes, and the host's own.
+func toPeers(r *policy.Ruleset, own netip.Addr) (out []policy.Packet) {
+	h, peers := r.Host(), r.Peers()
+	first := func(may policy.Permissions) (netip.Addr, bool) {
+		for _, p := range peers {
+			if !p.Permissions.Has(may) {
+				continue
+			}
+			for _, a := range p.Addresses {
+				if a.Is4() == own.Is4() {
+					return a, true
+				}
+			}
+		}
+		return netip.Addr{}, false
+	}
+	far := elsewhere[own.Is4()][0]
+	if a, ok := first(policy.Routing); ok && h.Uplink(own) != "" && h.Forwarding.Of(own) {
+		out = append(out, policy.Packet{In: h.Uplink(own), Src: far, Dst: a})
+	}
+	if a, ok := first(0); ok {
+		out = append(out, policy.Packet{Src: own, Dst: a})
+	}
+	return out
+}
+
+// waysOut says where the kernel sends peers' packets to the internet, where that isn't by
+// the uplink: they are refused then.
+func (p *Platform) waysOut(r *policy.Ruleset, marks map[bool]uint32) (out []host.Problem) {
+	h := r.Host()
+	for _, own := range r.Mesh().Addresses {
+		i := slices.IndexFunc(r.Peers(), func(p policy.PeerRules) bool { return p.Permissions.Has(policy.Routing) })
+		uplinks := h.Uplinks(own)
+		if i < 0 || len(uplinks) == 0 || !h.Forwarding.Of(own) {
+			continue
+		}
+		for _, from := range r.Peers()[i].Addresses {
+			for _, to := range elsewhere[own.Is4()] {
+				if from.Is4() != own.Is4() || r.Class(to) != policy.Internet {
+					continue
+				}
+				w, err := p.marked(policy.Packet{In: p.name, Src: from, Dst: to}, marks[own.Is4()])
+				if err != nil || slices.Contains(uplinks, w.Interface) {
+					continue
+				}
+				where := "nowhere (" + w.Refused + ")"
+				if w.Interface != "" {
+					where = "by " + w.Interface
+				}
+				out = append(out, host.Problem{
+					Step: "find the way to the internet",
+					Message: fmt.Sprintf("packets of peers to %v would leave %s and not by the uplink %s, so that they are refused",
+						to, where, strings.Join(uplinks, ", ")),
+					Hint: "see `ip rule` and `ip route get " + to.String() + " from " + from.String() + " iif " + p.name + "`",
+				})
+				break
+			}
+		}
+	}
+	return out
+}

@@ -1,0 +1,98 @@
+package linux
+
+import (
+	"context"
+	"net/netip"
+	"testing"
+
+	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// wayOf asks for the way of a packet.
+func (g *rig) wayOf(p policy.Packet) host.Way {
+	g.t.Helper()
+	var w host.Way
+	g.do(func() (err error) {
+		w, err = g.p.Way(context.Background(), p)
+		return err
+	})
+	return w
+}
+
+// TestWay asks the kernel for the ways of a peer's packets and of the host's own, with
+// routes that lead nowhere and rules by source, port and interface.
+func TestWay(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	defer g.close()
+	a := netlab.Addresses()
+	elsewhere := netip.MustParseAddr("198.51.100.1")
+	m := mesh(grants{ann: all, bob: all})
+	from := m.Peers[0].Addresses[0]
+	byUplink := host.Way{Interface: netlab.Uplink, Router: a.W.V4, Source: a.BUplink.V4}
+	g.enforce(mesh(grants{}))
+	if got := g.wayOf(policy.Packet{In: meshName, Src: from, Dst: elsewhere}); got != byUplink {
+		t.Errorf("before forwarding is on: %+v", got)
+	}
+	g.enforce(m)
+	g.ip(g.pic.B, `route add unreachable 198.19.1.0/24
+		route add prohibit 198.19.2.0/24
+		route add blackhole 198.19.3.0/24
+		-6 route add unreachable 2001:db8:77::/64
+		-6 route add prohibit 2001:db8:78::/64
+		-6 route add blackhole 2001:db8:79::/64
+		route add default via 10.99.0.2 dev vpn0 table 77
+		rule add priority 100 iif `+meshName+` ipproto udp dport 443 lookup 77`)
+	byVPN := host.Way{Interface: netlab.VPN, Router: netip.MustParseAddr("10.99.0.2"), Source: netip.MustParseAddr("10.99.0.1")}
+	for _, tt := range []struct {
+		about, to string
+		proto     uint8
+		dport     uint16
+		own       bool
+		want      host.Way
+	}{
+		{about: "a peer's", to: "198.51.100.1", want: byUplink},
+		{about: "a peer's TCP", to: "198.51.100.1", proto: policy.ProtoTCP, dport: 443, want: byUplink},
+		{about: "a peer's by a rule", to: "198.51.100.1", proto: policy.ProtoUDP, dport: 443, want: byVPN},
+		{about: "the host's", to: "198.51.100.1", proto: policy.ProtoUDP, dport: 443, own: true, want: byUplink},
+		{about: "a peer's ping", to: "198.51.100.1", proto: policy.ProtoICMP, want: byUplink},
+		{about: "to the host", to: "203.0.113.2", want: host.Way{Local: true}},
+		{about: "to the lan", to: "192.168.77.2", want: host.Way{Interface: netlab.LAN, Source: netip.MustParseAddr("192.168.77.1")}},
+		{about: "unreachable", to: "198.19.1.1", want: host.Way{Refused: host.WayUnreachable}},
+		{about: "prohibited", to: "198.19.2.1", want: host.Way{Refused: host.WayProhibited}},
+		{about: "blackhole", to: "198.19.3.1", want: host.Way{Refused: host.WayBlackhole}},
+		{about: "unreachable", to: "2001:db8:77::1", want: host.Way{Refused: host.WayUnreachable}},
+		{about: "prohibited", to: "2001:db8:78::1", want: host.Way{Refused: host.WayProhibited}},
+		{about: "blackhole", to: "2001:db8:79::1", want: host.Way{Refused: host.WayBlackhole}},
+		{about: "another peer", to: m.Peers[1].Addresses[0].String(), want: host.Way{Interface: meshName, Source: own4}},
+	} {
+		to := netip.MustParseAddr(tt.to)
+		p := policy.Packet{In: meshName, Src: from, Dst: to, Proto: tt.proto, SrcPort: 50000, DstPort: tt.dport}
+		if to.Is6() {
+			p.Src = m.Peers[0].Addresses[1]
+		}
+		if tt.own {
+			p.In, p.Src = "", netip.Addr{}
+		}
+		if got := g.wayOf(p); got != tt.want {
+			t.Errorf("%s, to %v: %+v, want %+v", tt.about, to, got, tt.want)
+		}
+	}
+	g.ip(g.pic.B, "route del default")
+	if got := g.wayOf(policy.Packet{In: meshName, Src: from, Dst: elsewhere}); got.Refused != host.WayNone && got.Refused != host.WayUnreachable {
+		t.Errorf("without a default route: %+v", got)
+	}
+}
+
+// FuzzParseRoute has the answer to a question for a route be anything.
+func FuzzParseRoute(f *testing.F) {
+	f.Add([]byte{})
+	f.Add(append(make([]byte, rtmsgSize), 8, 0, 4, 0, 1, 0, 0, 0))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if a, err := parseRoute(b); err == nil && a.refused != "" && a.oif != 0 {
+			t.Errorf("refused, and by interface %d", a.oif)
+		}
+	})
+}

@@ -1,0 +1,273 @@
+package linux
+
+import (
+	"context"
+	"errors"
+	"iter"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	mdlayher "github.com/mdlayher/netlink"
+
+	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// shortly is when the contexts of these tests end.
+const shortly = 300 * time.Millisecond
+
+// returns fails the test when do needs minutes: a call that hangs would hang for ever.
+func returns(t *testing.T, what string, do func()) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() { defer close(done); do() }()
+	select {
+	case <-done:
+	case <-time.After(time.Minute):
+		t.Fatalf("%s didn't return", what)
+	}
+}
+
+// TestStalledStep has each call hang in a step. Its caller is answered when its
+// context ends, and so is the next one; what was begun isn't carried on, and what
+// had passed is closed.
+func TestStalledStep(t *testing.T) {
+	w := newWorld(t)
+	w.findForwarding("0")
+	before := w.snapshot()
+	w.open()
+	w.p.worker.grace = shortly
+	r := w.enforce(mesh(grants{ann: all}))
+	narrower, err := policy.Compile(mesh(grants{ann: all, bob: policy.Routing}), r.Host(), time.Unix(0, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	release := make(chan struct{})
+	w.stall(StepTable, release)
+	for _, end := range []struct {
+		name string
+		of   func() (context.Context, context.CancelFunc)
+	}{
+		{"deadline", func() (context.Context, context.CancelFunc) {
+			return context.WithTimeout(context.Background(), shortly)
+		}},
+		{"cancelled", func() (context.Context, context.CancelFunc) {
+			ctx, cancel := context.WithCancel(context.Background())
+			time.AfterFunc(shortly, cancel)
+			return ctx, cancel
+		}},
+	} {
+		// The first of them hangs by itself, the others behind it.
+		for name, call := range w.calls(narrower) {
+			returns(t, name, func() {
+				ctx, cancel := end.of()
+				defer cancel()
+				err := call(ctx)
+				var step *host.StepError
+				if !errors.Is(err, errHangs) || !errors.As(err, &step) || step.Step != StepTable {
+					t.Errorf("%s, %s: %v", name, end.name, err)
+				}
+			})
+		}
+	}
+	close(release)
+	if err := w.p.run(context.Background(), func() error { return nil }); err != nil {
+		t.Error("a call after the one that hung:", err)
+	}
+	if may := w.elements("may_routing4"); len(may) > 0 {
+		t.Errorf("a call whose context has ended opened for %v", may)
+	}
+	if now := w.p.forward.now(meshName); now.IPv4 || now.IPv6 {
+		t.Errorf("after a call whose context has ended the host forwards: %+v", now)
+	}
+	if drift := w.inspect(w.enforce(mesh(grants{ann: all}))).Drift; len(drift) > 0 {
+		t.Errorf("after the recovery: %v", drift)
+	}
+	w.close()
+	if diff := before.Diff(w.snapshot()); len(diff) > 0 {
+		t.Errorf("the host isn't as it was: %v", diff)
+	}
+}
+
+// stall has a step wait, once.
+func (g *rig) stall(step string, release <-chan struct{}) {
+	var once sync.Once
+	announce := g.p.o.Step
+	g.p.o.Step = func(name string) {
+		announce(name)
+		if name == step {
+			once.Do(func() { <-release })
+		}
+	}
+}
+
+// calls are the calls of the contract that can hang, Enforce first.
+func (g *rig) calls(r *policy.Ruleset) func(func(string, func(context.Context) error) bool) {
+	return func(yield func(string, func(context.Context) error) bool) {
+		_ = yield("Enforce", func(ctx context.Context) error { return g.p.Enforce(ctx, r) }) &&
+			yield("Observe", func(ctx context.Context) error { _, err := g.p.Observe(ctx); return err }) &&
+			yield("Inspect", func(ctx context.Context) error { _, err := g.p.Inspect(ctx, r); return err }) &&
+			yield("Cut", func(ctx context.Context) error { return g.p.Cut(ctx, r, []policy.Narrowed{{Name: "ann"}}) }) &&
+			yield("Open", func(ctx context.Context) error { _, err := g.p.Open(ctx, g.p.cfg); return err })
+	}
+}
+
+// silent is a netlink socket whose kernel never answers.
+type silent struct {
+	ended chan struct{}
+	end   sync.Once
+	mu    sync.Mutex
+	timer *time.Timer
+}
+
+func newSilent() *mdlayher.Conn { return mdlayher.NewConn(&silent{ended: make(chan struct{})}, 0) }
+
+func (s *silent) Close() error                          { return nil }
+func (s *silent) Send(mdlayher.Message) error           { return nil }
+func (s *silent) SendMessages([]mdlayher.Message) error { return nil }
+func (s *silent) SetReadDeadline(end time.Time) error   { return s.SetDeadline(end) }
+func (s *silent) SetWriteDeadline(time.Time) error      { return nil }
+func (s *silent) Receive() ([]mdlayher.Message, error) {
+	<-s.ended
+	return nil, os.ErrDeadlineExceeded
+}
+
+func (s *silent) ReceiveIter() iter.Seq2[mdlayher.Message, error] {
+	return func(yield func(mdlayher.Message, error) bool) {
+		_, err := s.Receive()
+		yield(mdlayher.Message{}, err)
+	}
+}
+
+func (s *silent) SetDeadline(end time.Time) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.timer != nil {
+		s.timer.Stop()
+	}
+	if !end.IsZero() {
+		s.timer = time.AfterFunc(time.Until(end), func() { s.end.Do(func() { close(s.ended) }) })
+	}
+	return nil
+}
+
+// TestSilentKernel has the kernel not answer at a socket of nftables. The caller is
+// answered when its context ends, without anything left behind; the sockets are
+// made anew.
+func TestSilentKernel(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	defer w.close()
+	r := w.enforce(mesh(grants{ann: all}))
+	for name, call := range w.calls(r) {
+		if name != "Enforce" && name != "Inspect" {
+			continue // they don't ask at this socket
+		}
+		for _, cancelled := range []bool{false, true} {
+			w.p.filter.dump.Close()
+			w.p.filter.dump = newSilent()
+			returns(t, name, func() {
+				ctx, cancel := context.WithTimeout(context.Background(), shortly)
+				if cancelled {
+					cancel()
+					ctx, cancel = context.WithCancel(context.Background())
+					time.AfterFunc(shortly, cancel)
+				}
+				defer cancel()
+				if err := call(ctx); err == nil || errors.Is(err, errHangs) {
+					t.Errorf("%s of a silent kernel: %v", name, err)
+				}
+			})
+			if name == "Enforce" {
+				if may := w.elements("may_routing4"); len(may) > 0 {
+					t.Errorf("after it failed, %v may route", may)
+				}
+			}
+			if drift := w.inspect(w.enforce(mesh(grants{ann: all}))).Drift; len(drift) > 0 {
+				t.Errorf("after %s: %v", name, drift)
+			}
+		}
+	}
+}
+
+// TestCloseAfterTheEnd closes with a context that has ended: what closes is done.
+func TestCloseAfterTheEnd(t *testing.T) {
+	g := newRig(t)
+	before := g.snapshot()
+	g.open()
+	g.enforce(mesh(grants{ann: all}))
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if _, err := g.p.Close(ctx); err != nil {
+		t.Error(err)
+	}
+	if diff := before.Diff(g.snapshot()); len(diff) > 0 {
+		t.Errorf("the host isn't as it was: %v", diff)
+	}
+}
+
+// TestFrozenDisk has the journal's disk hang. What narrows doesn't wait for it.
+func TestFrozenDisk(t *testing.T) {
+	g := newRig(t)
+	if err := g.pic.B.SetSysctl("net.ipv4.ip_forward", "0"); err != nil {
+		t.Fatal(err)
+	}
+	g.open()
+	g.enforce(mesh(grants{ann: all}))
+	thaw := make(chan struct{})
+	freeze(t, g.p.forward.saver)
+	go func() {
+		<-thaw
+		g.p.forward.saver.work()
+	}()
+	returns(t, "Enforce", func() { g.enforce(mesh(grants{ann: policy.Incoming})) })
+	if now := g.p.forward.now(meshName); now.IPv4 || now.IPv6 {
+		t.Errorf("while the disk is frozen the host still forwards: %+v", now)
+	}
+	// What widens waits, and isn't done.
+	ctx, cancel := context.WithTimeout(context.Background(), shortly)
+	defer cancel()
+	g.p.worker.grace = shortly
+	returns(t, "Enforce", func() {
+		h, err := g.p.Observe(context.Background())
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		r, err := policy.Compile(mesh(grants{ann: all}), h, time.Unix(0, 0))
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		if err := g.p.Enforce(ctx, r); !errors.Is(err, errHangs) {
+			t.Errorf("Enforce of what widens: %v", err)
+		}
+	})
+	if now := g.p.forward.now(meshName); now.IPv4 || now.IPv6 {
+		t.Errorf("the host forwards before the disk knows: %+v", now)
+	}
+	close(thaw)
+	g.enforce(mesh(grants{ann: all}))
+	g.close()
+	if g.journalExists() {
+		t.Error("the journal is left")
+	}
+}
+
+// freeze has a write of the journal begin that doesn't end by itself.
+func freeze(t *testing.T, s *saver) {
+	t.Helper()
+	for range 10000 {
+		s.mu.Lock()
+		idle := !s.busy
+		s.busy = s.busy || idle
+		s.mu.Unlock()
+		if idle {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
+	t.Fatal("the journal is written for ever")
+}

@@ -1,0 +1,50 @@
+package macos
+
+import (
+	"testing"
+
+	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/pfconf"
+)
+
+// TestNoPeerUsesUpTheStates floods the Mac with flows of one peer, by all rules and
+// both families, and loads the anchor again and again meanwhile: another peer and
+// the Mac itself still get theirs.
+func TestNoPeerUsesUpTheStates(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	port := uint16(1024)
+	open := func(src, dst string) bool {
+		port++
+		p := syn(src, dst)
+		p.SrcPort = port
+		return g.mac.Receive(p, g.p.name).Fate != simmac.Dropped
+	}
+	for round := range 5 {
+		m := testMesh(3+round%2, everything) // another table each time
+		g.enforce(m)
+		g.p.loaded = nil // and the anchor anew
+		g.enforce(m)
+		for range 2500 {
+			open(first, "9.9.9.9")
+			open(first, "192.168.77.9")
+			open(first, "100.64.0.1")
+			open(first6, "2620:fe::fe")
+		}
+		if !open(second, "9.9.9.9") || !open(second6, "2620:fe::fe") || !open(second, "100.64.0.1") {
+			t.Fatalf("round %d: the other peer gets no flow", round)
+		}
+		p := syn("203.0.113.1", "9.9.9.9")
+		p.SrcPort = port
+		if o := g.mac.Send(p); o.Fate != simmac.Sent {
+			t.Fatalf("round %d: this Mac gets no flow: %s", round, o.Why)
+		}
+	}
+	g.mac.Judge(func(m *pfconf.Machine) {
+		if n := m.StateCount(); n > MaxStates*3/4 {
+			t.Errorf("%d states", n)
+		} else {
+			t.Logf("%d states after 50,000 flows of one peer and 10 loads", n)
+		}
+	})
+}

@@ -1,0 +1,191 @@
+package macos
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+func addresses100(n int) (out []netip.Addr) {
+	for i := range n {
+		out = append(out, netip.AddrFrom4([4]byte{100, 64 + byte(i>>16), byte(i >> 8), byte(i)}))
+	}
+	return out
+}
+
+func mayConnect(n int) map[netip.Addr]access {
+	out := map[netip.Addr]access{}
+	for _, a := range addresses100(n) {
+		out[a] = accessIncoming
+	}
+	return out
+}
+
+// TestCutBookKnowsWhatWasOpen has access end while no helper runs, or one that is killed
+// before it cuts: the next one takes it for cut. What still is open isn't.
+func TestCutBookKnowsWhatWasOpen(t *testing.T) {
+	dir, now := t.TempDir(), time.Date(2026, 11, 26, 8, 0, 0, 0, time.UTC)
+	c := &cutBook{}
+	c.load(dir, "A", now)
+	open := mayConnect(3)
+	dns := addresses100(4)[3]
+	open[dns] = accessDNS
+	c.take(open, now, true)
+	if c.save(time.Minute); c.problem != nil || len(c.until) != 0 {
+		t.Fatalf("%+v", c)
+	}
+	c = &cutBook{}
+	c.load(dir, "A", now.Add(48*time.Hour))
+	c.take(mayConnect(2), now.Add(48*time.Hour), true)
+	if got := c.addresses(); len(got) != 2 || got[0] != addresses100(3)[2] || got[1] != dns || !c.inherited[dns] {
+		t.Errorf("%v, inherited %v", got, c.inherited)
+	}
+	c.take(mayConnect(3), now.Add(49*time.Hour), false)
+	if got := c.addresses(); len(got) != 1 || got[0] != dns {
+		t.Errorf("after it may connect again: %v", got)
+	}
+}
+
+// TestCutBook keeps what was cut for a day and no longer, in a file that stays small,
+// for the helpers of this boot.
+func TestCutBook(t *testing.T) {
+	dir, now := t.TempDir(), time.Date(2026, 11, 26, 8, 0, 0, 0, time.UTC)
+	fresh := func(boot string, now time.Time) *cutBook {
+		t.Helper()
+		c := &cutBook{}
+		c.load(dir, boot, now)
+		if c.problem != nil {
+			t.Fatal(c.problem)
+		}
+		return c
+	}
+	c := fresh("A", now)
+	lose := func(c *cutBook, n int, now time.Time) {
+		c.take(mayConnect(n), now, false)
+		c.take(nil, now, false)
+		c.save(time.Minute)
+	}
+	lose(c, 3, now)
+	lose(c, 1, now.Add(time.Hour))
+	if c.problem != nil || c.unsaved {
+		t.Fatalf("%+v", c)
+	}
+	if got := fresh("B", now); len(got.until) != 0 {
+		t.Errorf("of another boot: %v", got.until)
+	}
+	got := fresh("A", now.Add(2*time.Hour))
+	if len(got.until) != 3 || len(got.inherited) != 3 || got.addresses()[0] != addresses100(1)[0] {
+		t.Errorf("read back %v", got.until)
+	}
+	got = fresh("A", now.Add(deadTime))
+	if len(got.until) != 1 {
+		t.Errorf("after a day: %v", got.until)
+	}
+	if got = fresh("A", now.Add(-100*time.Hour)); !got.until[addresses100(1)[0]].Equal(now.Add(deadTime - 100*time.Hour)) {
+		t.Errorf("with the clock set back: %v", got.until)
+	}
+	got.forget(now.Add(48 * time.Hour))
+	got.save(time.Minute)
+	if _, err := os.Stat(filepath.Join(dir, cutName)); !os.IsNotExist(err) {
+		t.Errorf("nothing is cut, and there is a file: %v", err)
+	}
+	lose(c, 3*maxCut, now)
+	if got := fresh("A", now); len(got.until) != maxCut {
+		t.Errorf("%d read back, want %d", len(got.until), maxCut)
+	}
+	if info, err := os.Stat(filepath.Join(dir, cutName)); err != nil || info.Size() > maxCutFile/2 {
+		t.Errorf("%v, %v", info, err)
+	}
+}
+
+// TestCutBookOddFiles has files that no helper writes: the helper starts all the same,
+// and says so.
+func TestCutBookOddFiles(t *testing.T) {
+	for name, text := range map[string]string{
+		"no JSON": "{", "another version": `{"version":9}`, "no address": `{"version":1,"cut":[{"address":""}]}`,
+		"a zone": `{"version":1,"cut":[{"address":"fe80::1%en0"}]}`, "too large": strings.Repeat(" ", maxCutFile+1),
+	} {
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, cutName), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c := &cutBook{}
+		if c.load(dir, "A", time.Now()); c.problem == nil || len(c.until) != 0 {
+			t.Errorf("%s: %+v", name, c)
+		}
+		c.take(mayConnect(1), time.Now(), false)
+		if c.save(time.Minute); c.problem != nil {
+			t.Errorf("%s: %v", name, c.problem)
+		}
+	}
+}
+
+// TestCutWaitsForNoDisk has the disk hang and then fail while a peer loses incoming:
+// its connections end all the same, within a second or so, and it is said until it is
+// on disk.
+func TestCutWaitsForNoDisk(t *testing.T) { synctest.Test(t, testCutWaitsForNoDisk) }
+
+func testCutWaitsForNoDisk(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	old := g.enforce(testMesh(2, everything, everything))
+	g.must(g.p.Cut(t.Context(), old, policy.Diff(nil, old)))
+	disk := make(chan error)
+	g.p.cuts.write = func(string, []byte) error { return <-disk }
+	g.arrives(g.p.name, first, "100.64.0.1", simmac.Delivered)
+	r := g.enforce(testMesh(2, policy.Routing, everything))
+	began := time.Now()
+	g.must(g.p.Cut(t.Context(), r, policy.Diff(old, r)))
+	if took := time.Since(began); took > 2*time.Second {
+		t.Errorf("it took %v", took)
+	}
+	segment := syn("100.64.0.1", first)
+	segment.SrcPort, segment.DstPort, segment.Flags = 443, 4000, 0x10
+	if o := g.mac.Send(segment); o.Fate != simmac.Dropped {
+		t.Errorf("the Mac's segment was %v", o.Fate)
+	}
+	for range 3 {
+		if ps := g.inspect(r).Problems; len(ps) != 1 || ps[0].Step != StepCut {
+			t.Errorf("problems %v", ps)
+		}
+	}
+	disk <- fmt.Errorf("no space left on device")
+	synctest.Wait()
+	if ps := g.inspect(r).Problems; len(ps) != 1 || !strings.Contains(ps[0].Message, "no space") {
+		t.Errorf("problems %v", ps)
+	}
+	g.p.cuts.write = writeCut
+	if g.inspect(r); g.p.cuts.problem != nil { // the next try
+		t.Error(g.p.cuts.problem)
+	}
+	g.clean(r)
+	g.renew()
+	g.open()
+	if got := g.p.cuts.addresses(); len(got) != 2 {
+		t.Errorf("the next helper knows of %v", got)
+	}
+}
+
+func FuzzParseCut(f *testing.F) {
+	f.Add([]byte(`{"version":1,"boot":"A","cut":[{"address":"100.64.0.2","until":"2026-11-26T08:00:00Z"}]}`))
+	f.Add([]byte(`{}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		got, err := parseCut(b)
+		if err != nil {
+			return
+		}
+		for _, e := range got.Cut {
+			if !e.Address.IsValid() {
+				t.Errorf("%v", e)
+			}
+		}
+	})
+}

@@ -1,0 +1,195 @@
+package macos
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/pfconf"
+)
+
+// Inspect implements the daemon's contract. What the kernel tells without a
+// process is compared each time; what pf holds is read whole when there is a reason
+// to (see [look]), and otherwise watched for signs by one process.
+func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, error) {
+	var report host.Report
+	now, err := p.forwarding()
+	if err != nil {
+		return report, named(StepForwarding, err)
+	}
+	report.Forwarding = now
+	n, err := darwin.Observe(p.o.Kernel)
+	if err != nil {
+		return report, named(StepAddresses, err)
+	}
+	drift := func(step, message string) {
+		report.Drift = append(report.Drift, host.Problem{Step: step, Message: message, Hint: "the helper repairs it"})
+	}
+	p.inspectInterface(n, r, drift)
+	report.Problems = p.takenRoutes(n, r)
+	if p.unseen != nil {
+		report.Problems = append(report.Problems, host.Problem{
+			Step: "observe host", Message: "not all of it can be read: " + p.unseen.Error(), Hint: "what was read last counts; the helper tries again",
+		})
+	}
+	if !p.unchecked {
+		p.cuts.save(saveLimit)
+	}
+	report.Problems = append(report.Problems, p.cutProblems()...)
+	if !p.needed(r) {
+		p.unchecked, p.due, p.whole = false, false, p.o.Now()
+		if !p.j.isEmpty() {
+			drift(StepRestore, "the packet filter or forwarding is still in use")
+		}
+		return report, nil
+	}
+	a, err := p.compile(r)
+	if err != nil {
+		return report, err
+	}
+	if p.loaded == nil || p.loaded.anchor.text() != a.text() {
+		drift(StepAnchor, "another ruleset is loaded")
+	}
+	need := forwardingFor(r)
+	for _, f := range []struct {
+		family     darwin.Family
+		need, isOn bool
+	}{{darwin.IPv4, need.IPv4, now.IPv4}, {darwin.IPv6, need.IPv6, now.IPv6}} {
+		if f.need && !f.isOn {
+			drift(StepForwarding, fmt.Sprintf("forwarding of %v is off", f.family))
+		}
+	}
+	ours, whole := p.unchecked, p.unchecked || p.due || !p.holds || p.changed(ctx)
+	if whole {
+		if err := p.inspectFilter(ctx, r); err != nil {
+			return report, err
+		}
+	}
+	if !ours && (whole || p.othersDue) {
+		// Not right after a change of ours: what narrows doesn't wait for what others
+		// have loaded.
+		p.inspectStrays(ctx, r, drift)
+		p.inspectOthers(ctx, n, r)
+	}
+	report.Drift = append(append(report.Drift, p.found.Drift...), p.others.open...)
+	report.Problems = slices.Concat(report.Problems, p.portProblems(), p.tokenProblems(), p.strayProblems(), p.fillProblems(), p.found.Problems, p.others.problems)
+	return report, nil
+}
+
+// takenRoutes are the peers that can't be reached because another program has a
+// route to their address.
+func (p *Platform) takenRoutes(n *darwin.Network, r *policy.Ruleset) []host.Problem {
+	i := n.Interface(p.name)
+	if i == nil {
+		return nil
+	}
+	var out []host.Problem
+	for _, dst := range taken(n, i.Index, peersWith(r, 0, anyFamily)) {
+		out = append(out, host.Problem{
+			Step: StepRoutes, Message: fmt.Sprintf("%v, a peer's address, has another route", dst.Addr()),
+			Hint: fmt.Sprintf("see what made it: route -n get %v", dst.Addr()),
+		})
+	}
+	return out
+}
+
+func (p *Platform) inspectInterface(n *darwin.Network, r *policy.Ruleset, drift func(step, message string)) {
+	i := n.Interface(p.name)
+	if i == nil {
+		drift(StepInterface, fmt.Sprintf("interface %s is gone", p.name))
+		return
+	}
+	for _, want := range hostPrefixes(r.Mesh().Addresses) {
+		if !slices.ContainsFunc(i.Addresses, func(a darwin.Address) bool { return a.Prefix == want }) {
+			drift(StepAddresses, fmt.Sprintf("address %v is missing", want.Addr()))
+		}
+	}
+	if !hasRoutes(n, i.Index, peersWith(r, 0, anyFamily)) {
+		drift(StepRoutes, "the peers' routes were changed")
+	}
+}
+
+// inspectFilter reads back all that pf holds of ours, and whether it is in force.
+func (p *Platform) inspectFilter(ctx context.Context, r *policy.Ruleset) error {
+	p.holds, p.found = false, host.Report{}
+	drift := func(step, message string) {
+		p.found.Drift = append(p.found.Drift, host.Problem{Step: step, Message: message, Hint: "the helper repairs it"})
+	}
+	if p.loaded != nil {
+		if err := p.driftAnchor(ctx); err != nil {
+			p.drifted = true
+			drift(StepAnchor, err.Error())
+		}
+	}
+	on, err := p.isOn(ctx)
+	if err != nil {
+		return named(StepEnable, err)
+	}
+	if !on {
+		drift(StepEnable, "the packet filter is off, or our token for it is void")
+	}
+	obstacles, err := p.obstacles(ctx)
+	if err != nil {
+		return named(StepAnchor, err)
+	}
+	// Enforcing again repairs them only by closing, which is what must happen.
+	p.found.Drift = append(p.found.Drift, obstacles...)
+	p.found.Problems = obstacles
+	p.holds = len(p.found.Drift) == 0
+	p.unchecked, p.due, p.whole, p.sign = false, false, p.o.Now(), sign{}
+	return nil
+}
+
+// obstacles are why the anchor can't be in force, although it is loaded: the main
+// ruleset doesn't call it, or an interface is skipped. Forwarding must not be on
+// then.
+func (p *Platform) obstacles(ctx context.Context) ([]host.Problem, error) {
+	rules, nat, err := p.show(ctx, "")
+	if err != nil {
+		return nil, err
+	}
+	var out []host.Problem
+	for _, hook := range []struct {
+		text   string
+		action pfconf.Action
+	}{{rules, pfconf.Anchor}, {nat, pfconf.NatAnchor}} {
+		if !calls(hook.text, hook.action) {
+			out = append(out, host.Problem{
+				Step: StepAnchor, Message: fmt.Sprintf("the main ruleset doesn't call %s \"com.apple/*\"", hook.action),
+				Hint: "restore /etc/pf.conf as Apple ships it and run: sudo pfctl -f /etc/pf.conf",
+			})
+		}
+	}
+	skipped, err := p.pf.Skipped(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range skipped {
+		if name == loopback {
+			continue // which nothing of ours relies on, and which vmnet leaves behind
+		}
+		out = append(out, host.Problem{
+			Step: StepAnchor, Message: fmt.Sprintf("the packet filter is told to skip %s", name),
+			Hint: "remove `set skip` from the main ruleset, or the software that put it there",
+		})
+	}
+	return out, nil
+}
+
+// calls reports whether a list of the main ruleset calls com.apple's children,
+// for every packet.
+func calls(shown string, action pfconf.Action) bool {
+	plain := (&pfconf.Rule{Action: action, Anchor: anchorParent + "*"}).String()
+	return slices.ContainsFunc(pfconf.ParseShown(shown).Rules, func(r pfconf.ShownRule) bool {
+		return r.Action == action && r.Rule.String() == plain
+	})
+}
+
+// Rules returns the text of the loaded rules and the anchor they are in.
+func (p *Platform) Rules(ctx context.Context) (anchor, text string, err error) {
+	rules, nat, err := p.show(ctx, p.path)
+	return p.path, nat + rules, err
+}

@@ -1,0 +1,121 @@
+package macos
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/pfconf"
+)
+
+// ByOthers implements the daemon's contract. It reads what the packet filter holds now,
+// ours included, and sends the packet through a machine with all of it and through one
+// with ours alone; it needs nothing of what the loop uses, which doesn't wait for it.
+func (p *Platform) ByOthers(ctx context.Context, packet policy.Packet, out string, reply bool) (host.ByOthers, error) {
+	if reply {
+		return host.ByOthers{}, nil // pf lets what answers a packet pass by its state
+	}
+	info, err := p.pf.Info(ctx)
+	if err != nil || !info.Enabled {
+		return host.ByOthers{}, err
+	}
+	n, err := darwin.Observe(p.o.Kernel)
+	if err != nil {
+		return host.ByOthers{}, err
+	}
+	u := unread{}
+	all, err := p.readOthers(ctx, u, new(strings.Builder))
+	if err != nil {
+		return host.ByOthers{}, err
+	}
+	ours, err := p.readOurs(ctx)
+	if err != nil {
+		return host.ByOthers{}, err
+	}
+	main, err := pfconf.Parse(appleMain)
+	if err != nil {
+		return host.ByOthers{}, err
+	}
+	skipped, err := p.pf.Skipped(ctx)
+	if err != nil {
+		return host.ByOthers{}, err
+	}
+	if len(skipped) > 0 { // the main ruleset is the first that is read
+		all[0].rules.Statements = append([]pfconf.Statement{&pfconf.Option{Name: "skip", Values: skipped}}, all[0].rules.Statements...)
+	}
+	m, err := machineWith(n, append(all, ours...), u)
+	if err != nil {
+		return host.ByOthers{}, err
+	}
+	alone, err := machineWith(n, append([]foreignRuleset{{rules: main}}, ours...), unread{})
+	if err != nil {
+		return host.ByOthers{}, err
+	}
+	one := probe{packet: asShown(packet), in: packet.In, out: out}
+	return byOthers(one.send(m), one.send(alone), p.path, u), ctx.Err()
+}
+
+// readOurs reads our anchor as it is loaded; none where it is empty.
+func (p *Platform) readOurs(ctx context.Context) ([]foreignRuleset, error) {
+	rules, nat, err := p.show(ctx, p.path)
+	if err != nil || strings.TrimSpace(rules+nat) == "" {
+		return nil, err
+	}
+	u := unread{}
+	rs := u.readable(p.path, rules).Ruleset(u.readable(p.path, nat))
+	if len(u) > 0 {
+		return nil, fmt.Errorf("our own anchor %s isn't as it was loaded", p.path)
+	}
+	tables, err := p.readTables(ctx, p.path)
+	if err != nil {
+		return nil, err
+	}
+	rs.Statements = append(tables, rs.Statements...)
+	return []foreignRuleset{{p.path, rs}}, nil
+}
+
+// asShown returns the first packet of a flow as pf looks at it.
+func asShown(p policy.Packet) pfconf.Packet {
+	out := pfconf.Packet{Src: p.Src, Dst: p.Dst, Proto: pfconf.Proto(p.Proto)}
+	switch p.Proto {
+	case policy.ProtoTCP:
+		out.SrcPort, out.DstPort, out.Flags, out.Window = p.SrcPort, p.DstPort, pfconf.FlagSYN, 65535
+	case policy.ProtoUDP:
+		out.SrcPort, out.DstPort = p.SrcPort, p.DstPort
+	case policy.ProtoICMP, policy.ProtoICMPv6:
+		out.ICMPType, out.ICMPID = p.ICMPType, p.SrcPort
+	}
+	return out
+}
+
+// byOthers says what others did with a packet that passes where our anchor is alone.
+func byOthers(got, alone pfconf.Judgement, ours string, u unread) host.ByOthers {
+	if alone.Verdict != pfconf.VerdictPass {
+		return host.ByOthers{} // ours doesn't let it pass, whatever they do
+	}
+	var by host.ByOthers
+	for _, h := range []struct{ got, alone *pfconf.Hook }{{&got.In, &alone.In}, {&got.Out, &alone.Out}} {
+		if !h.got.Seen {
+			continue
+		}
+		f := u.name([]Foreign{decidedBy(h.got, ours, false)})[0]
+		redirects := h.got.Translation != nil && h.got.TranslationAnchor != ours && h.got.Translation.Action == pfconf.Rdr
+		switch {
+		case !h.got.Pass():
+			by.Does = host.OthersDrop
+		case redirects:
+			by.Does = host.OthersRedirect
+		case h.got.State != h.alone.State:
+			by.Unclear = true // its answers meet other rules
+		}
+		by.Unclear = by.Unclear || f.Unread
+		if by.Does != "" || by.Unclear {
+			by.Where = f.where()
+			break
+		}
+	}
+	return by
+}

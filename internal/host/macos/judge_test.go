@@ -1,0 +1,159 @@
+package macos
+
+import (
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/pfconf"
+)
+
+// judged is a packet that the policy and our own anchor let pass, and how the Mac sends
+// it.
+type judged struct {
+	policy.Packet
+	out string
+}
+
+// packetsToJudge are packets of a peer that may do everything, of the Mac itself, and
+// WireGuard's own.
+func packetsToJudge(mesh string) map[string]judged {
+	packet := func(in, src, dst string, proto uint8, from, to uint16) policy.Packet {
+		return policy.Packet{In: in, Src: addrOf(src), Dst: addrOf(dst), Proto: proto, SrcPort: from, DstPort: to}
+	}
+	echo := packet(mesh, first, "9.9.9.9", policy.ProtoICMP, 7, 7)
+	echo.ICMPType = 8
+	return map[string]judged{
+		"web":          {packet(mesh, first, "9.9.9.9", policy.ProtoTCP, 4000, 443), "en0"},
+		"web, IPv6":    {packet(mesh, first6, "2620:fe::fe", policy.ProtoTCP, 4000, 443), "en0"},
+		"ssh":          {packet(mesh, first, "9.9.9.9", policy.ProtoTCP, 4000, 22), "en0"},
+		"a query":      {packet(mesh, first, "9.9.9.9", policy.ProtoUDP, 4000, 53), "en0"},
+		"an echo":      {echo, "en0"},
+		"to the LAN":   {packet(mesh, first, "192.168.77.9", policy.ProtoTCP, 4000, 445), "en5"},
+		"to the Mac":   {packet(mesh, first, "100.64.0.1", policy.ProtoTCP, 4000, 22), ""},
+		"from the Mac": {packet("", "100.64.0.1", first, policy.ProtoTCP, 4000, 22), mesh},
+		"a handshake":  {packet("en0", "198.51.100.7", "203.0.113.1", policy.ProtoUDP, 4000, listenPort), ""},
+		"its answer":   {packet("", "203.0.113.1", "198.51.100.8", policy.ProtoUDP, listenPort, 4000), "en0"},
+	}
+}
+
+// fate is what becomes of the packet on the Mac.
+func (g *rig) fate(j judged) simmac.Outcome {
+	if j.In == "" {
+		return g.mac.Send(asShown(j.Packet))
+	}
+	return g.mac.Receive(asShown(j.Packet), j.In)
+}
+
+// TestByOthers compares what is said of other software's rules with what becomes of each
+// packet among them: none is said to pass that doesn't, nor the reverse.
+func TestByOthers(t *testing.T) {
+	main := func(translation, filter string) map[string]string {
+		return map[string]string{"": "scrub-anchor \"com.apple/*\"\n" + translation + "nat-anchor \"com.apple/*\"\nrdr-anchor \"com.apple/*\"\ndummynet-anchor \"com.apple/*\"\n" + filter + "anchor \"com.apple/*\"\n"}
+	}
+	x := func(rules string) map[string]string { return map[string]string{"com.apple/100.x": rules} }
+	for name, c := range map[string]struct {
+		anchors map[string]string
+		// stopped and redirected name packets; all others pass.
+		stopped, redirected []string
+	}{
+		"nothing":             {},
+		"a port":              {anchors: x("block drop quick proto tcp from any to any port 22\n"), stopped: []string{"ssh", "to the Mac", "from the Mac"}},
+		"a port, later rules": {anchors: x("block drop proto tcp from any to any port 22\npass proto tcp from any to any port 22\n")},
+		"a set of addresses":  {anchors: x("table <bad> { 9.0.0.0/8 }\nblock drop out quick on en0 from any to <bad>\n"), stopped: []string{"web", "ssh", "a query", "an echo"}},
+		"handshakes":          {anchors: main("", "block in quick on en0 inet proto udp from any to any port 51820\n"), stopped: []string{"a handshake"}},
+		"WireGuard's answers": {anchors: main("", "block out quick on en0 inet proto udp from any port 51820 to any\n"), stopped: []string{"its answer"}},
+		"DNS is redirected":   {anchors: main("rdr on utun0 inet proto udp from any to any port 53 -> 203.0.113.1\n", ""), redirected: []string{"a query"}},
+		"the tunnel":          {anchors: main("", "block return quick on utun0 all\n"), stopped: []string{"web", "web, IPv6", "ssh", "a query", "an echo", "to the LAN", "to the Mac", "from the Mac"}},
+		"IPv6":                {anchors: x("block drop quick inet6 all\n"), stopped: []string{"web, IPv6"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := newRig(t)
+			g.open()
+			g.enforce(testMesh(1, everything))
+			if g.p.name != "utun0" {
+				t.Fatalf("the tunnel is %s", g.p.name)
+			}
+			for path, text := range c.anchors {
+				if path == "" {
+					g.must(g.mac.LoadMain(text))
+				} else {
+					g.must(g.mac.LoadAnchor(path, text))
+				}
+			}
+			for about, j := range packetsToJudge(g.p.name) {
+				want := ""
+				switch {
+				case slices.Contains(c.stopped, about):
+					want = host.OthersDrop
+				case slices.Contains(c.redirected, about):
+					want = host.OthersRedirect
+				}
+				by, err := g.p.ByOthers(t.Context(), j.Packet, j.out, false)
+				if err != nil || by.Does != want || by.Unclear || (by.Where == "") != (want == "") {
+					t.Errorf("%s: %+v, %v; want %q", about, by, err, want)
+				}
+				o := g.fate(j)
+				redirected := o.Fate != simmac.Dropped && o.Packet.Dst != j.Dst
+				if o.Fate == simmac.Dropped != (want == host.OthersDrop) || redirected != (want == host.OthersRedirect) {
+					t.Errorf("%s is %v to %v (%s); want %q", about, o.Fate, o.Packet.Dst, o.Why, want)
+				}
+				if by, err := g.p.ByOthers(t.Context(), j.Packet, j.out, true); err != nil || by != (host.ByOthers{}) {
+					t.Errorf("%s, as an answer: %+v, %v", about, by, err)
+				}
+			}
+		})
+	}
+}
+
+// TestByOthersWithoutFilter asks while the packet filter is off, and while it is on for
+// another program and nothing of ours is in it.
+func TestByOthersWithoutFilter(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	g.enforce(testMesh(1, policy.Incoming))
+	g.must(g.mac.LoadAnchor("com.apple/100.x", "block drop quick proto tcp from any to any port 22\n"))
+	ask := func() string {
+		t.Helper()
+		j := packetsToJudge(g.p.name)["to the Mac"]
+		by, err := g.p.ByOthers(t.Context(), j.Packet, j.out, false)
+		g.must(err)
+		if o := g.fate(j); (o.Fate == simmac.Delivered) != (by.Does == "") {
+			t.Errorf("%+v, and the packet is %v", by, o.Fate)
+		}
+		return by.Does
+	}
+	if does := ask(); does != "" {
+		t.Errorf("while it is off: %q", does)
+	}
+	_, err := darwin.NewPF(g.mac).Enable(t.Context())
+	g.must(err)
+	if does := ask(); does != host.OthersDrop {
+		t.Errorf("while it is on: %q", does)
+	}
+}
+
+// TestByOthersUnclear has a rule decide that isn't understood.
+func TestByOthersUnclear(t *testing.T) {
+	n := &darwin.Network{Interfaces: []darwin.Interface{{Name: "en0"}, {Name: "utun0"}}}
+	u := unread{}
+	shown := u.readable("", "block drop in quick on utun0 all by-magic\npass all flags S/SA keep state\n")
+	m, err := machineWith(n, []foreignRuleset{{"", shown.Ruleset(&pfconf.Shown{})}}, u)
+	if err != nil {
+		t.Fatal(err)
+	}
+	alone, err := machineWith(n, nil, unread{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	j := packetsToJudge("utun0")["to the Mac"]
+	one := probe{packet: asShown(j.Packet), in: j.In}
+	by := byOthers(one.send(m), one.send(alone), "com.apple/ours", u)
+	if !by.Unclear || by.Does != host.OthersDrop || !strings.Contains(by.Where, "by-magic") {
+		t.Errorf("%+v", by)
+	}
+}

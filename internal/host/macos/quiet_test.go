@@ -1,0 +1,256 @@
+package macos
+
+import (
+	"context"
+	"net/netip"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/pfconf"
+)
+
+// tick is how often the daemon looks.
+const tick = 3 * time.Second
+
+// a quietMac is one on which the daemon does nothing but look.
+type quietMac struct {
+	*rig
+	processes int
+	r         *policy.Ruleset
+}
+
+func newQuietMac(t *testing.T) *quietMac {
+	q := &quietMac{rig: newRig(t)}
+	q.ran = func() { q.processes++ }
+	q.open()
+	for range 2 { // the second time with the tunnel's own addresses
+		q.r = q.enforce(testMesh(3, everything, policy.Routing, policy.Incoming))
+	}
+	for range 3 { // the looks that follow a change
+		q.look()
+	}
+	q.processes = 0
+	return q
+}
+
+// look is what the daemon does at a tick when nothing changed, and returns what
+// was found.
+func (q *quietMac) look() (found []string) {
+	q.t.Helper()
+	time.Sleep(tick)
+	if h, err := q.p.Observe(q.t.Context()); err != nil || !sameHost(h, q.r.Host()) {
+		q.t.Fatalf("observed %+v, %v", h, err)
+	}
+	for _, d := range q.inspect(q.r).Drift {
+		found = append(found, d.Step)
+	}
+	return found
+}
+
+// traffic is a packet that no state knows.
+func (q *quietMac) traffic() {
+	q.mac.Receive(syn("203.0.113.9", "203.0.113.1"), "en0")
+}
+
+// TestQuietMac counts the processes of a quarter of an hour in which nothing happens but
+// traffic: one at a tick, and every three minutes those that read back all.
+func TestQuietMac(t *testing.T) { synctest.Test(t, testQuietMac) }
+
+func testQuietMac(t *testing.T) {
+	q := newQuietMac(t)
+	for range 15 * time.Minute / tick {
+		q.traffic()
+		before := q.processes
+		if found := q.look(); found != nil {
+			t.Fatalf("found %v", found)
+		}
+		if n := q.processes - before; n > 1 && !q.p.whole.Equal(time.Now()) {
+			t.Fatalf("%d processes at one tick", n)
+		}
+	}
+	if q.p.most != MaxStates {
+		t.Errorf("the looks read a limit of %d states", q.p.most)
+	}
+	if perMinute := q.processes / 15; perMinute > 40 {
+		t.Errorf("%d processes a minute, want 40 at most", perMinute)
+	}
+	t.Logf("%d processes in a quarter of an hour", q.processes)
+}
+
+// TestQuietMacSeesDrift lets others change what we have in force while the kernel
+// reports nothing: the next look finds it, with a packet in between where only
+// packets show it.
+func TestQuietMacSeesDrift(t *testing.T) {
+	for what, tt := range map[string]struct {
+		step string
+		do   func(q *quietMac)
+	}{
+		"the anchor is flushed":         {StepAnchor, func(q *quietMac) { q.mac.FlushAnchor(q.p.path) }},
+		"the anchor is replaced":        {StepAnchor, func(q *quietMac) { q.must(q.mac.LoadAnchor(q.p.path, "pass all\n")) }},
+		"the packet filter is off":      {StepEnable, func(q *quietMac) { q.mac.PF.Disable() }},
+		"off and on again":              {StepEnable, func(q *quietMac) { q.mac.PF.Disable(); q.enableByOthers() }},
+		"the main ruleset is flushed":   {StepAnchor, func(q *quietMac) { q.mac.FlushMain() }},
+		"the main ruleset has no hooks": {StepAnchor, func(q *quietMac) { q.must(q.mac.LoadMain("pass all\n")) }},
+		"forwarding is off":             {StepForwarding, func(q *quietMac) { q.mac.Kernel.SetVariable("net.inet.ip.forwarding", "0") }},
+	} {
+		t.Run(what, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				q := newQuietMac(t)
+				q.traffic()
+				if found := q.look(); found != nil {
+					t.Fatalf("found %v before anything happened", found)
+				}
+				tt.do(q)
+				q.traffic()
+				if found := q.look(); len(found) == 0 || found[0] != tt.step {
+					t.Errorf("found %v, want %q", found, tt.step)
+				}
+			})
+		})
+	}
+}
+
+// enableByOthers switches the packet filter on for another program.
+func (q *quietMac) enableByOthers() {
+	q.t.Helper()
+	_, err := darwin.NewPF(q.mac).Enable(context.Background())
+	q.must(err)
+}
+
+// TestWholeLooks checks what makes the platform read back all that pf holds: an
+// event of the routing socket, a change of ours, and three minutes.
+func TestWholeLooks(t *testing.T) { synctest.Test(t, testWholeLooks) }
+
+func testWholeLooks(t *testing.T) {
+	q := newQuietMac(t)
+	table := func() {
+		q.must(darwin.NewPF(q.mac).ReplaceTable(t.Context(), q.p.path, tableLAN, (set{in: prefixes("100.64.0.0/10")}).table(tableLAN).Addrs))
+	}
+	table() // which no sign shows
+	if found := q.look(); found != nil {
+		t.Fatalf("found %v", found)
+	}
+	q.p.moved.Store(true)
+	if found := q.look(); len(found) == 0 {
+		t.Error("an event doesn't make it look")
+	}
+	q.must(q.p.Enforce(t.Context(), q.r))
+	if found := q.look(); found != nil {
+		t.Errorf("not repaired: %v", found)
+	}
+	table()
+	for at := time.Now(); ; {
+		found := q.look()
+		if waited := time.Since(at); len(found) > 0 {
+			if waited > wholeEvery+tick {
+				t.Errorf("found after %v", waited)
+			}
+			break
+		} else if waited > 2*wholeEvery {
+			t.Fatal("never found")
+		}
+	}
+}
+
+// TestSourceOfIPv6 gives the uplink temporary, deprecated and unique local addresses
+// beside a permanent global one, of which it isn't known at first whether another
+// host has it: peers' packets leave with that one as soon as it is settled.
+func TestSourceOfIPv6(t *testing.T) {
+	g := newRig(t)
+	g.must(g.mac.Kernel.RemoveAddress("en0", addrOf("2001:db8:1::1")))
+	const permanent = "2001:db8:1::7"
+	for _, a := range []struct {
+		address string
+		flags   darwin.AddressFlags
+	}{
+		{"fd00:1::1/64", darwin.AddressAutoconf | darwin.AddressSecured},
+		{"2001:db8:1::6/64", darwin.AddressAutoconf | darwin.AddressDeprecated},
+		{"2001:db8:1::5/64", darwin.AddressAutoconf | darwin.AddressTemporary},
+		{permanent + "/64", darwin.AddressAutoconf | darwin.AddressTentative},
+	} {
+		g.must(g.mac.Kernel.AddAddress6("en0", netip.MustParsePrefix(a.address), a.flags))
+	}
+	g.open()
+	look := func() netip.Addr {
+		t.Helper()
+		r := g.compile(testMesh(2, everything))
+		g.must(g.p.Enforce(t.Context(), r))
+		g.clean(r)
+		o := g.arrives(g.p.name, first6, "2620:fe::fe", simmac.Forwarded)
+		g.must(g.p.Cut(t.Context(), r, policy.Diff(nil, r)))
+		g.mac.Judge(func(m *pfconf.Machine) { m.FlushStates() })
+		return o.Packet.Src
+	}
+	if got := look(); got != addrOf("fd00:1::1") {
+		t.Errorf("at first: %v, want the only settled one", got)
+	}
+	g.must(g.mac.Kernel.SetAddressFlags("en0", addrOf(permanent), darwin.AddressAutoconf|darwin.AddressSecured))
+	if got := look(); got != addrOf(permanent) { // which no event tells
+		t.Errorf("once it is settled: %v, want %s", got, permanent)
+	}
+	if got := look(); got != addrOf(permanent) || g.p.tentative {
+		t.Errorf("later: %v", got)
+	}
+	// The same are what devices may be told to reach the Mac by.
+	h, err := g.p.Observe(t.Context())
+	g.must(err)
+	if want := []netip.Addr{h.Source4, addrOf(permanent), addrOf("fd00:1::1")}; !slices.Equal(h.Lasting, want) {
+		t.Errorf("lasting %v, want %v", h.Lasting, want)
+	}
+	g.must(g.mac.Kernel.RemoveAddress("en0", addrOf("2001:db8:1::5")))
+	loaded := g.p.loaded
+	if got := look(); got != addrOf(permanent) || g.p.loaded != loaded {
+		t.Errorf("without the temporary one: %v, loaded again: %v", got, g.p.loaded != loaded)
+	}
+}
+
+// TestLinkLocalIsNoFact gives interfaces of the system's other link-local addresses,
+// as they get many times an hour: what is observed stays.
+func TestLinkLocalIsNoFact(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	g.enforce(testMesh(2, everything))
+	before, err := g.p.Observe(t.Context())
+	g.must(err)
+	g.mac.Kernel.AddInterface("awdl0", darwin.InterfaceUp|darwin.InterfaceRunning|darwin.InterfaceMulticast, 1500)
+	g.must(g.mac.Kernel.AddAddress("awdl0", netip.MustParsePrefix("fe80::77/64")))
+	g.must(g.mac.Kernel.AddAddress("en0", netip.MustParsePrefix("fe80::78/64")))
+	after, err := g.p.Observe(t.Context())
+	g.must(err)
+	if d := cmp.Diff(before, after, cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})); d != "" {
+		t.Errorf("the facts changed: %s", d)
+	}
+}
+
+// TestOwnAddress lets the Mac send to its own mesh address: where the packet goes
+// into the tunnel it may, and what is turned round there arrives.
+func TestOwnAddress(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	g.enforce(testMesh(2, everything, 0))
+	for _, own := range testMesh(0).Addresses {
+		p := syn(own.String(), own.String())
+		o := g.mac.Send(p)
+		if o.Fate == simmac.Sent && o.Link == g.p.name {
+			o = g.mac.Receive(o.Packet, g.p.name)
+		}
+		if o.Fate != simmac.Delivered {
+			t.Errorf("%v to itself: %v (%s)", own, o.Fate, o.Why)
+		}
+	}
+	// A peer's packet that says so has a peer's address in WireGuard and at the
+	// guard; elsewhere it is dropped.
+	g.arrives("en5", "100.64.0.1", "100.64.0.1", simmac.Dropped)
+}
+
+func sameHost(a, b policy.Host) bool {
+	return cmp.Equal(a, b, cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{}))
+}

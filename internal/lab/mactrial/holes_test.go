@@ -1,0 +1,344 @@
+package mactrial
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// segments has the Mac send segments of a connection that a peer opened to it, and
+// counts those that get to the peer.
+func (g *rig) segments(w way, f flow, n int) (arrived int) {
+	for range n {
+		if g.answer(w, f.first, netlab.ACK|netlab.PSH).at == "peer" {
+			arrived++
+		}
+	}
+	return arrived
+}
+
+// TestCutStaysDeadOverACrash takes incoming from a peer, kills the helper, and starts
+// another: what the Mac sends on the connections that were cut doesn't reach the peer,
+// by the guard or by pf, whether or not the filter is needed otherwise. After another
+// restart in good order neither.
+func TestCutStaysDeadOverACrash(t *testing.T) {
+	for name, kept := range map[string]policy.Permissions{"with routing": policy.Routing, "without": 0} {
+		t.Run(name, func(t *testing.T) {
+			g := newRig(t)
+			g.start()
+			g.add("C", "external")
+			g.add("D", "own")
+			g.permit("C", policy.Incoming|policy.Routing)
+			g.permit("D", policy.Incoming)
+			var cut, kepts []flow
+			for family := range 2 {
+				for _, proto := range []netlab.Proto{netlab.TCP, netlab.ICMP} {
+					w := alone
+					if kept == 0 { // no filter, so the guard has to see it
+						w = guarded
+					}
+					cut = append(cut, g.run(w, "C", g.own[family], proto, family))
+				}
+				kepts = append(kepts, g.run(guarded, "D", g.own[family], netlab.TCP, family))
+			}
+			g.permit("C", kept)
+			for round := range 3 {
+				if round == 1 {
+					g.proc.Kill()
+				}
+				if round > 0 {
+					g.stop()
+					g.start()
+				}
+				for _, f := range cut {
+					for _, w := range []way{alone, guarded} {
+						if w == alone && kept == 0 && round == 0 {
+							continue
+						}
+						if got := g.segments(w, f, 5); got > 0 {
+							t.Errorf("round %d: %d of 5 segments of the Mac reached C by %s, %v", round, got, f.name, w)
+						}
+					}
+					if got := g.send(guarded, f.opened, netlab.ACK|netlab.PSH, false); got.at != "" {
+						t.Errorf("round %d: C's packet of %s got to %q", round, f.name, got.at)
+					}
+				}
+				for _, f := range kepts {
+					if got := g.segments(guarded, f, 5); got != 5 {
+						t.Errorf("round %d: %d of 5 segments of %s arrived", round, got, f.name)
+					}
+				}
+			}
+		})
+	}
+}
+
+// TestCutByNoHelper has incoming end without a helper that cuts: at each step of a deny
+// the helper is killed, and once the permission ends while there is none. If the next
+// helper doesn't permit it, what the Mac sends on the connection reaches the peer by
+// neither guard nor pf.
+func TestCutByNoHelper(t *testing.T) {
+	g := newRig(t)
+	g.start()
+	g.add("C", "external")
+	denied := 0
+	dead := func(when string, flows []flow) {
+		t.Helper()
+		for _, f := range flows {
+			for _, w := range []way{alone, guarded} {
+				if got := g.segments(w, f, 5); got > 0 {
+					t.Errorf("%s: %d of 5 segments of %s arrived, %v", when, got, f.name, w)
+				}
+			}
+		}
+	}
+	for step := 1; ; step++ {
+		g.permit("C", policy.Incoming|policy.Routing)
+		flows := []flow{g.run(guarded, "C", g.own[0], netlab.TCP, 0), g.run(guarded, "C", g.own[1], netlab.TCP, 1)}
+		g.proc.KillAt(len(g.proc.Steps())+step, step%2 == 0)
+		_ = g.try("C", policy.Routing)
+		killed := g.proc.Killed()
+		if killed {
+			g.stop()
+			g.start()
+		}
+		if !g.d.Status().Peers[0].Permissions.Incoming.Allowed {
+			denied++
+			dead(fmt.Sprintf("killed at step %d of a deny", step), flows)
+		}
+		if !killed {
+			g.proc.KillAt(0, false)
+			break
+		}
+		if step > 50 {
+			t.Fatal("it doesn't end")
+		}
+	}
+	if denied < 3 {
+		t.Errorf("denied only %d times", denied)
+	}
+	hour := "1h"
+	_, err := g.d.ChangePeer(t.Context(), "C", api.PeerChange{Permissions: map[string]api.PermissionChange{
+		policy.Incoming.String(): {Allowed: true, For: &hour}}})
+	g.must(err)
+	flows := []flow{g.run(guarded, "C", g.own[0], netlab.TCP, 0), g.run(guarded, "C", g.own[1], netlab.TCP, 1)}
+	g.proc.Kill()
+	g.stop()
+	g.mac.Sleep(2 * time.Hour)
+	g.start()
+	dead("ended while there was no helper", flows)
+	t.Logf("%d times denied", denied)
+}
+
+// TestMeshAddressClosedWithoutFilter has hosts on other networks send to the Mac's mesh
+// addresses while no peer routes and no anchor is loaded: the kernel keeps them out.
+// Where it was told not to, the anchor does.
+func TestMeshAddressClosedWithoutFilter(t *testing.T) {
+	g := newRig(t)
+	found := g.mac.Dump()
+	g.start()
+	g.add("A", "own")
+	g.permit("A", policy.Incoming)
+	closed := func(when string) {
+		t.Helper()
+		for family := range 2 {
+			for in, src := range map[string][]netip.Addr{uplink: server, lan: printer, vpn: behind} {
+				for _, proto := range protos {
+					if a := g.open(guarded, g.opening(in, src[family], g.own[family], proto)); a.at != "" {
+						t.Errorf("%s: %v to %v by %s got to %q", when, src[family], g.own[family], in, a.at)
+					}
+				}
+			}
+			if a := g.open(guarded, g.opening(g.device().name, g.peers["A"][family], g.own[family], netlab.TCP)); a.at != "host" {
+				t.Errorf("%s: A got to %q (%s)", when, a.at, a.o.Why)
+			}
+		}
+	}
+	loaded := func() bool { return strings.Contains(g.mac.Dump(), "["+anchor+"]") }
+	if loaded() {
+		t.Error("the anchor is loaded, though nothing asks for it")
+	}
+	closed("as macOS ships")
+	for _, name := range []string{"net.inet.ip.check_interface", "net.inet6.ip6.check_interface"} {
+		g.mac.Kernel.SetVariable(name, "0")
+		g.wait("the anchor is in force", func() bool { return loaded() && g.d.Status().State == api.Enforcing })
+		rounds := g.rounds.Load()
+		g.wait("it is enforced", func() bool { return g.rounds.Load() > rounds+2 })
+		closed(name + " 0")
+		g.mac.Kernel.SetVariable(name, "1")
+		g.wait("the anchor is gone", func() bool { return !loaded() })
+		closed(name + " 1 again")
+	}
+	g.stop()
+	g.asFound(found)
+}
+
+// TestNothingLeavesWhileTheTunnelIsMadeAgain takes the tunnel away and keeps the helper
+// from making another, by its own start and in another one's: what the Mac sends to a
+// peer leaves by no other interface, at no moment. Once one can be made, all is as
+// before.
+func TestNothingLeavesWhileTheTunnelIsMadeAgain(t *testing.T) {
+	g := newRig(t)
+	found := g.mac.Dump()
+	g.start()
+	g.add("A", "own")
+	g.add("C", "external")
+	g.permit("A", everything)
+	g.permit("C", policy.Routing)
+	sent := 0
+	probe := func(when string) {
+		t.Helper()
+		for _, name := range []string{"A", "C"} {
+			for family := range 2 {
+				for _, src := range [][]netip.Addr{g.own, both("203.0.113.1", "2001:db8:1::1")} {
+					p := g.opening("", src[family], g.peers[name][family], netlab.UDP)
+					sent++
+					o := g.mac.Emit(bytesOf(p, 0, false))
+					switch {
+					case o.Fate == simmac.Sent && !strings.HasPrefix(o.Link, "utun"):
+						t.Errorf("%s: what is for %s left by %s", when, name, o.Link)
+					case o.Fate == simmac.Sent && o.Link == g.device().name:
+						g.wg.Load().read(g.own)
+					}
+				}
+				p := g.opening(lan, printer[family], g.peers[name][family], netlab.UDP)
+				sent++
+				if o := g.mac.Inject(lan, bytesOf(p, 0, false)); o.Fate != simmac.Dropped {
+					t.Errorf("%s: what the LAN sends to %s got to %q", when, name, o.Link)
+				}
+			}
+		}
+	}
+	closed := func() bool {
+		return g.mac.Kernel.Variable("net.inet.ip.forwarding") == "0" && g.mac.Kernel.Variable("net.inet6.ip6.forwarding") == "0"
+	}
+	g.noTunnel.Store(true)
+	g.watchSteps(func() { probe("while the tunnel is gone") })
+	g.wg.Load().Close()
+	g.wait("the helper can't make another", func() bool {
+		g.probing.Lock()
+		probe("the tunnel is gone")
+		g.probing.Unlock()
+		return len(g.d.Status().Problems) > 0 && g.tunnelsRefused.Load() > 2
+	})
+	if !closed() {
+		t.Error("forwarding is on without a tunnel")
+	}
+	// Another program gets the name that the tunnel had.
+	name := g.device().name
+	if _, err := g.mac.Kernel.CreateTunnel(name, 1400); err != nil {
+		t.Fatal(err)
+	}
+	g.must(g.mac.Kernel.AddAddress(name, netip.MustParsePrefix("10.77.0.1/32")))
+	for family := range 2 {
+		for _, dst := range []netip.Addr{g.own[family], both("203.0.113.1", "2001:db8:1::1")[family], printer[family], server[family]} {
+			p := g.opening(name, g.peers["A"][family], dst, netlab.UDP)
+			if o := g.mac.Inject(name, bytesOf(p, 0, false)); o.Fate != simmac.Dropped {
+				t.Errorf("what comes from A's address by another program's %s to %v: %v", name, dst, o.Fate)
+			}
+		}
+	}
+	g.mac.Kernel.RemoveInterface(name)
+
+	// A helper that was killed, and one that starts in its place and can't.
+	g.proc.Kill()
+	g.stop()
+	probe("the helper is dead")
+	g.watchSteps(nil)
+	g.must(g.begin())
+	g.watchSteps(func() { probe("another helper starts, and can't make the tunnel") })
+	if err := g.d.Run(t.Context()); err == nil {
+		t.Error("a helper without a tunnel runs")
+	}
+	g.must(g.d.Close())
+	g.d = nil
+	g.watchSteps(nil)
+	probe("the next helper didn't start")
+	g.noTunnel.Store(false)
+	g.start()
+	probe("it did")
+	j := &judge{g: g}
+	j.few(g.rules(g.may, policy.Families{}))
+	g.stop()
+	g.asFound(found)
+	t.Logf("%d packets to peers while there was no tunnel", sent)
+}
+
+// errNoTunnel is what making a tunnel gives while it can't be made.
+var errNoTunnel = errors.Join(errors.New("create utun"), syscall.EBUSY)
+
+// TestUntranslatedStatesEnd has another program replace the main ruleset with one that
+// keeps states, for long enough that a peer's packets leave with the peer's own
+// address, and put it back before the helper looks. The states that were made meanwhile
+// would pass all that follow, as they are; they end, and the flow goes on translated.
+// Other flows lose nothing.
+func TestUntranslatedStatesEnd(t *testing.T) {
+	for name, whole := range map[string]bool{"the main ruleset replaced": false, "and pf switched off and on": true} {
+		t.Run(name, func(t *testing.T) {
+			g := newRig(t)
+			g.start()
+			g.add("C", "external")
+			g.add("D", "own")
+			g.permit("C", policy.Routing)
+			g.permit("D", policy.Routing|policy.Incoming)
+			var others []flow
+			for family := range 2 {
+				others = append(others, g.run(guarded, "D", server[family], netlab.TCP, family), g.run(guarded, "D", g.own[family], netlab.TCP, family))
+			}
+			var opened []policy.Packet
+			g.mac.Hang("/sbin/pfctl", true) // so that the helper doesn't see it at once
+			g.must(g.mac.LoadMain("pass out all keep state\npass in all keep state\n"))
+			for family := range 2 {
+				p := g.udp(g.device().name, g.peers["C"][family], server[family], 5000, 443)
+				a := g.open(alone, p)
+				if a.at != uplink || a.o.Packet.Src != p.Src {
+					t.Fatalf("the packet left by %q from %v: nothing to mend", a.at, a.o.Packet.Src)
+				}
+				opened = append(opened, p)
+				// And one of the LAN to the Mac's mesh address.
+				in := g.udp(lan, printer[family], g.own[family], 5000, 443)
+				if a := g.open(alone, in); a.at != "host" {
+					t.Fatalf("the LAN's packet got to %q: nothing to mend", a.at)
+				}
+				opened = append(opened, in)
+			}
+			g.must(g.mac.LoadMain(simmac.StockMain))
+			if whole {
+				g.mac.PF.Disable()
+			}
+			g.mac.Hang("/sbin/pfctl", false)
+			g.must(g.mac.Kernel.AddAddress(lan, netip.MustParsePrefix("192.168.77.99/24"))) // an event
+			// wrong says which packet still goes where it must not. The states of one
+			// kind and family end after those of another.
+			wrong := func() string {
+				for _, p := range opened {
+					a := g.open(alone, p)
+					switch {
+					case p.In == lan && a.at != "":
+						return fmt.Sprintf("the LAN's packet to the mesh address got to %q", a.at)
+					case p.In != lan && (a.at != uplink || a.o.Packet.Src == p.Src):
+						return fmt.Sprintf("C's packet left by %q from %v (%s)", a.at, a.o.Packet.Src, a.o.Why)
+					}
+				}
+				return ""
+			}
+			g.wait("the helper has put it right", func() bool {
+				return g.d.Status().State == api.Enforcing && wrong() == ""
+			})
+			for _, f := range others {
+				if got := g.ends(f, 2); got != 4 {
+					t.Errorf("%d of 4 packets of %s arrived", got, f.name)
+				}
+			}
+		})
+	}
+}

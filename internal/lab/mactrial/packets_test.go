@@ -1,0 +1,155 @@
+package mactrial
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/pfconf"
+)
+
+// a way is how a peer's packets come to the Mac.
+type way int
+
+const (
+	guarded way = iota // through the guard, as they do
+	alone              // behind it: pf alone
+)
+
+func (w way) String() string { return [...]string{"guard and pf", "pf alone"}[w] }
+
+var protos = []netlab.Proto{netlab.TCP, netlab.UDP, netlab.ICMP}
+
+// opening is the first packet of a flow of its own.
+func (g *rig) opening(in string, src, dst netip.Addr, proto netlab.Proto) policy.Packet {
+	g.port++
+	p := policy.Packet{In: in, Src: src, Dst: dst, SrcPort: 10000 + g.port%40000, DstPort: 443}
+	switch {
+	case proto == netlab.TCP:
+		p.Proto = policy.ProtoTCP
+	case proto == netlab.UDP:
+		p.Proto = policy.ProtoUDP
+	case dst.Is6():
+		p.Proto, p.ICMPType, p.DstPort = policy.ProtoICMPv6, 128, p.SrcPort
+	default:
+		p.Proto, p.ICMPType, p.DstPort = policy.ProtoICMP, 8, p.SrcPort
+	}
+	return p
+}
+
+// bytesOf builds a packet: of TCP with these flags, of ICMP an echo.
+func bytesOf(p policy.Packet, flags uint8, reply bool) []byte {
+	src, dst := netip.AddrPortFrom(p.Src, p.SrcPort), netip.AddrPortFrom(p.Dst, p.DstPort)
+	switch p.Proto {
+	case policy.ProtoTCP:
+		return netlab.TCPPacket(src, dst, flags, 1, 1, nil)
+	case policy.ProtoUDP:
+		return netlab.UDPPacket(src, dst, []byte("data"))
+	}
+	return netlab.EchoPacket(p.Src, p.Dst, reply, p.SrcPort, 1, []byte("data"))
+}
+
+// an arrival is where a packet got: "" nowhere, "host", "peer", or the link that
+// it left by.
+type arrival struct {
+	at string
+	o  simmac.Outcome
+}
+
+// send lets a packet come to where p says it does, or the Mac send it.
+func (g *rig) send(w way, p policy.Packet, flags uint8, reply bool) arrival {
+	b := bytesOf(p, flags, reply)
+	var o simmac.Outcome
+	switch {
+	case p.In == "":
+		o = g.mac.Emit(b)
+	case p.In == g.device().name && w == guarded:
+		d := g.device()
+		d.last = &simmac.Outcome{Why: "guard"}
+		g.wg.Load().write(b)
+		o = *d.last
+	default:
+		o = g.mac.Inject(p.In, b)
+	}
+	a := arrival{at: o.Link, o: o}
+	switch {
+	case o.Fate == simmac.Dropped:
+	case o.Fate == simmac.Delivered:
+		a.at = "host"
+	case o.Link == g.device().name:
+		a.at = "peer"
+		if passed := g.wg.Load().read(g.own); w == guarded && !passed {
+			a.at, a.o.Why = "", "guard"
+		}
+	}
+	return a
+}
+
+// open sends a flow's first packet.
+func (g *rig) open(w way, p policy.Packet) arrival { return g.send(w, p, netlab.SYN, false) }
+
+// differs says how an arrival isn't what the policy wants, "" if it is.
+func (g *rig) differs(p policy.Packet, v policy.Verdict, r *policy.Ruleset, a arrival) string {
+	host := r.Host()
+	bad := func() string {
+		return fmt.Sprintf("%+v: got to %q as %v (%s by pf's %s, %s), policy %+v: %s",
+			p, a.at, a.o.Packet, a.o.Why, ruleOf(a.o.In), ruleOf(a.o.Out), v, v.Rule)
+	}
+	if (a.at != "") != v.Pass {
+		return bad()
+	}
+	if !v.Pass {
+		return ""
+	}
+	right := true
+	switch v.Exit {
+	case policy.ExitHost:
+		right = a.at == "host"
+	case policy.ExitMesh:
+		right = a.at == "peer"
+	case policy.ExitUplink:
+		right = a.at == host.Uplink(p.Dst)
+	case policy.ExitOther:
+		right = a.at != "host" && a.at != "peer"
+	}
+	if v.NAT() {
+		i := slices.IndexFunc(host.Interfaces, func(i policy.Interface) bool { return i.Name == a.at })
+		right = right && i >= 0 && slices.ContainsFunc(host.Interfaces[i].Addresses, func(n netip.Prefix) bool { return n.Addr() == a.o.Packet.Src })
+	}
+	if !right {
+		return bad()
+	}
+	return ""
+}
+
+func ruleOf(h pfconf.Hook) string {
+	if !h.Seen || h.Rule == nil {
+		return "no rule"
+	}
+	return fmt.Sprintf("%q", h.Rule.Label)
+}
+
+// answerTo is the other end's packet of a flow, coming from where the flow went.
+func (g *rig) answerTo(a arrival) policy.Packet {
+	o := a.o.Packet
+	p := policy.Packet{Src: o.Dst, Dst: o.Src, SrcPort: o.DstPort, DstPort: o.SrcPort, Proto: uint8(o.Proto)}
+	switch a.at {
+	case "host":
+	case "peer":
+		p.In = g.device().name
+	default:
+		p.In = a.at
+	}
+	if p.Proto == policy.ProtoICMP || p.Proto == policy.ProtoICMPv6 {
+		p.SrcPort, p.DstPort = o.ICMPID, o.ICMPID
+	}
+	return p
+}
+
+// answer has the other end of a flow send.
+func (g *rig) answer(w way, a arrival, flags uint8) arrival {
+	return g.send(w, g.answerTo(a), flags, true)
+}

@@ -1,0 +1,290 @@
+package trial
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// stepper is asked by the helper before each of its steps, and lets it go on, but
+// for one step.
+type stepper struct {
+	listener *net.UnixListener
+	stopped  chan halt
+
+	mu     sync.Mutex
+	names  []string      // of the steps of this life
+	stopAt int           // which one isn't answered; -1 for none
+	conn   *net.UnixConn // to the helper of now
+	closed bool
+}
+
+// halt is a helper that waits before a step.
+type halt struct {
+	name   string
+	pid    int
+	resume func()
+}
+
+// newStepper makes the mesh's helper one that asks.
+func newStepper(t *testing.T, m *Mesh) *stepper {
+	t.Helper()
+	path := filepath.Join(m.Lab.Dir(), "steps")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &stepper{listener: l, stopAt: -1, stopped: make(chan halt, 1)}
+	m.env = []string{"TRIAL_STEPS=" + path}
+	use(t, m, "meshhelper-stepped", stepped)
+	var run errgroup.Group
+	run.Go(s.serve)
+	t.Cleanup(func() {
+		s.close()
+		run.Wait()
+	})
+	return s
+}
+
+// serve answers one helper after the other; the death of one is its end.
+func (s *stepper) serve() error {
+	for {
+		conn, err := s.listener.AcceptUnix()
+		if err != nil {
+			return nil // closed
+		}
+		if !s.serves(conn) {
+			return conn.Close()
+		}
+		for scan := bufio.NewScanner(conn); scan.Scan(); {
+			s.step(conn, scan.Text())
+		}
+		conn.Close()
+	}
+}
+
+// serves takes note of the helper of now, and reports false after the end.
+func (s *stepper) serves(conn *net.UnixConn) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.conn = conn
+	return !s.closed
+}
+
+// close lets go of the helper, which may be waiting.
+func (s *stepper) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	s.listener.Close()
+	if s.conn != nil {
+		s.conn.Close()
+	}
+}
+
+func (s *stepper) step(conn *net.UnixConn, name string) {
+	resume := func() { _, _ = conn.Write([]byte{'\n'}) }
+	s.mu.Lock()
+	s.names = append(s.names, name)
+	here := len(s.names)-1 == s.stopAt
+	s.mu.Unlock()
+	if !here {
+		resume()
+		return
+	}
+	s.stopped <- halt{name, peerOf(conn), resume}
+}
+
+// peerOf is the process at the other end.
+func peerOf(conn *net.UnixConn) (pid int) {
+	if raw, err := conn.SyscallConn(); err == nil {
+		raw.Control(func(fd uintptr) {
+			if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+				pid = int(cred.Pid)
+			}
+		})
+	}
+	return pid
+}
+
+// begin starts a new count, and chooses the step to stop at.
+func (s *stepper) begin(at int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.names, s.stopAt = nil, at
+}
+
+// life is a helper's: it starts, widens, narrows and stops. It ends with an error
+// where the helper is killed. What has to be stopped from then on is added to the
+// prober.
+func life(ctx context.Context, m *Mesh, p *prober) error {
+	if err := m.Start(ctx); err != nil {
+		return err
+	}
+	p.guarded(true)
+	if err := m.Peers["C"].End.Renew(); err != nil {
+		return err
+	}
+	for _, args := range [][]string{
+		{"peer", "allow", "C", "routing"}, {"peer", "allow", "D", "routing", "lan"},
+		{"peer", "deny", "C", "routing"}, {"peer", "deny", "D", "lan"}, {"peer", "deny", "D", "routing"},
+	} {
+		if _, err := m.Do(ctx, args...); err != nil {
+			return err
+		}
+		switch {
+		case args[2] == "C" && args[1] == "deny":
+			p.add(p.aim(m.C, "wg0", m.Peers["C"].Addresses, netlab.Addresses().I, "C after its deny")...)
+		case args[2] == "D" && args[3] == "lan" && args[1] == "deny":
+			p.add(p.aim(m.D, "wg0", m.Peers["D"].Addresses, netlab.Addresses().L, "D after its deny")...)
+		}
+	}
+	p.guarded(false)
+	return m.Stop()
+}
+
+// TestKilledAtEveryStep kills the helper, the real process, at its steps of start,
+// change and stop and between them. Before, while it is dead, and after the next
+// one started, everything that must not pass is sent all the time; at the end of
+// each the host is as it was found.
+func TestKilledAtEveryStep(t *testing.T) {
+	kills := 24
+	if *soak {
+		kills = 200
+	}
+	m := newStage(t)
+	before := snapshot(t, m.B)
+	s := newStepper(t, m)
+	start(t, m)
+	addPeers(t, m)
+	own := status(t, m).Address()
+	stop(t, m)
+	leftAlone(t, before, m)
+
+	p := startProber(t, m)
+	p.set(p.never(own, true))
+	s.begin(-1)
+	if err := life(t.Context(), m, p); err != nil {
+		t.Fatal(err)
+	}
+	steps := slices.Clone(s.names)
+	leftAlone(t, before, m)
+	p.mustHold(t, "a life without a kill")
+
+	random := rand.New(rand.NewPCG(4, 2))
+	died := map[string]int{}
+	for n, at := range targets(steps, kills) {
+		p.set(p.never(own, true))
+		s.begin(at)
+		var run errgroup.Group
+		run.Go(func() error { return life(t.Context(), m, p) })
+		var here halt
+		select {
+		case here = <-s.stopped:
+		case <-time.After(generous):
+			t.Fatalf("kill %d: step %d of %d wasn't reached", n, at, len(steps))
+		}
+		p.rounds(t, 1)
+		where := fmt.Sprintf("killed before step %d, %q", at, here.name)
+		if n%3 == 2 {
+			delay := time.Duration(random.IntN(3000)) * time.Microsecond
+			where = fmt.Sprintf("killed %s after the beginning of step %d, %q", delay, at, here.name)
+			here.resume()
+			time.Sleep(delay)
+		}
+		if err := unix.Kill(here.pid, unix.SIGKILL); err != nil {
+			t.Fatalf("%s: %v", where, err)
+		}
+		died[here.name]++
+		// One that was leaving may have left before the signal came.
+		if err := run.Wait(); err == nil && n%3 != 2 {
+			t.Fatalf("%s, but it ended well", where)
+		}
+		if m.Helper != nil {
+			<-m.Helper.Done()
+		}
+		p.rounds(t, 3) // while it is dead
+		p.mustHold(t, where)
+		s.begin(-1)
+		start(t, m)
+		p.rounds(t, 1)
+		p.mustHold(t, where+", while the next one started")
+		again(t, m, p)
+		p.mustHold(t, where+", after the next one started")
+		p.guarded(false)
+		stop(t, m)
+		p.mustHold(t, where+", when the next one ended")
+		leftAlone(t, before, m)
+		if t.Failed() {
+			t.Fatal(where)
+		}
+	}
+	p.rounds(t, 1)
+	p.mustHold(t, "at the end")
+	t.Logf("killed %d times at %d of %d kinds of step, in lives of %d steps; sent %d packets that must not pass: 0 passed",
+		kills, len(died), len(slices.Compact(slices.Sorted(slices.Values(steps)))), len(steps), p.sent.Load())
+}
+
+// targets are the places of the steps to kill at: the first of each kind, and as
+// many more as were asked for, evenly.
+func targets(steps []string, kills int) (list []int) {
+	for at, name := range steps {
+		if slices.Index(steps, name) == at {
+			list = append(list, at)
+		}
+	}
+	for more, n := kills-len(list), 0; n < more; n++ {
+		if more > len(steps) {
+			list = append(list, n%len(steps))
+		} else {
+			list = append(list, n*len(steps)/more)
+		}
+	}
+	return list
+}
+
+// again waits until C's packets arrive at the guard of a helper that was started
+// again, sends everything some times more, and takes the permissions back.
+func again(t *testing.T, m *Mesh, p *prober) {
+	t.Helper()
+	if s := status(t, m); s.State != "enforcing" || s.Enforced != s.Generation {
+		t.Fatalf("started again: %s, enforced %d of %d: %+v", s.State, s.Enforced, s.Generation, s.Problems)
+	}
+	if err := m.Peers["C"].End.Renew(); err != nil {
+		t.Fatal(err)
+	}
+	for until := time.Now().Add(generous); refused(t, m, "C", "mesh") == 0; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatal("nothing of C's arrives at the guard, so nothing is proved")
+		}
+	}
+	p.guarded(true)
+	p.rounds(t, 2)
+	permit(t, m, "C", 0)
+	permit(t, m, "D", policy.Incoming)
+}
+
+// refused is how many of a peer's packets of a class were refused.
+func refused(t *testing.T, m *Mesh, peer, class string) int {
+	t.Helper()
+	for _, p := range status(t, m).Peers {
+		if p.Name == peer {
+			return p.Refused[class]
+		}
+	}
+	t.Fatalf("status knows no peer %q", peer)
+	return 0
+}

@@ -1,0 +1,44 @@
+package trial
+
+import (
+	_ "embed"
+	"flag"
+	"testing"
+
+	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+)
+
+// soak makes the proofs long: as many kills, packets and seconds as are promised.
+var soak = flag.Bool("soak", false, "run the long versions of the proofs")
+
+//go:embed testdata/stepped.go
+var steppedSource string
+
+const platformFile, guardFile, nftFile = "cmd/meshhelper/platform_linux.go", "internal/guard/guard.go", "internal/host/linux/nft.go"
+
+// stepped is the helper that asks before each enforcing step; see stepper.
+var stepped = []netlab.Edit{
+	{File: platformFile, Old: "linux.Options{StateDir: o.stateDir", New: "linux.Options{Step: awaitStep(), StateDir: o.stateDir"},
+	{File: "cmd/meshhelper/stepped.go", New: steppedSource},
+}
+
+// withoutGuard is the helper whose guard lets everything pass, and withoutFilter
+// the one whose table drops nothing, but still translates.
+var (
+	withoutGuard = []netlab.Edit{
+		{File: guardFile, Old: "\tpass := d.judgeWrite(v, bufs, offset)\n", New: "\tpass := bufs\n\t_ = v\n"},
+		{File: guardFile, Old: "\t\td.turned = d.judgeRead(bufs[:n], sizes, offset, d.turned[:0])\n", New: ""},
+	}
+	withoutFilter = []netlab.Edit{
+		{File: nftFile, Old: "{ c.add(action{verb: drop}, comment, ms...) }", New: "{}"},
+	}
+)
+
+// use has the mesh's helper be an edited one.
+func use(t *testing.T, m *Mesh, name string, edits []netlab.Edit) {
+	t.Helper()
+	var err error
+	if m.helper, err = netlab.BuildEdited(program, name, edits...); err != nil {
+		t.Fatal(err)
+	}
+}

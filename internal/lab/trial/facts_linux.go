@@ -1,0 +1,78 @@
+package trial
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// Facts describes B to the policy, from the picture and not from what the helper
+// has observed.
+func (m *Mesh) Facts(status Status) (policy.Host, error) {
+	host := policy.Host{
+		Interface: status.Interface,
+		Uplink4:   netlab.Uplink, Uplink6: netlab.Uplink,
+		Forwarding: policy.Families{IPv4: true, IPv6: true},
+		Routes: []policy.Route{
+			{Prefix: netip.MustParsePrefix("198.18.0.0/16"), Interface: netlab.VPN},
+			{Prefix: netip.MustParsePrefix("2001:db8:9900::/48"), Interface: netlab.VPN},
+		},
+	}
+	for _, name := range []string{netlab.Uplink, netlab.LAN, netlab.Public, netlab.VPN} {
+		addrs, err := m.B.Addrs(name)
+		if err != nil {
+			return policy.Host{}, err
+		}
+		host.Interfaces = append(host.Interfaces, policy.Interface{Name: name, Addresses: addrs})
+	}
+	return host, nil
+}
+
+// Ruleset is what the policy makes of the mesh's peers, with the permissions that
+// the caller says they have, on the host as the picture made it.
+func (m *Mesh) Ruleset(ctx context.Context, may map[string]policy.Permissions) (*policy.Ruleset, error) {
+	status, err := m.Status(ctx)
+	if err != nil {
+		return nil, err
+	}
+	host, err := m.Facts(status)
+	if err != nil {
+		return nil, err
+	}
+	mesh := policy.Mesh{Prefixes: []netip.Prefix{policy.DefaultPrefix4, policy.DefaultPrefix6}, Addresses: status.Addresses}
+	for i, name := range slices.Sorted(maps.Keys(m.Peers)) {
+		p := policy.Peer{ID: policy.PeerID{byte(i + 1)}, Name: name, Addresses: m.Peers[name].Addresses.List()}
+		for _, permission := range policy.AllPermissions {
+			p.Grants.Of(permission).Allowed = may[name].Has(permission)
+		}
+		mesh.Peers = append(mesh.Peers, p)
+	}
+	r, err := policy.Compile(mesh, host, time.Now())
+	if err != nil {
+		return nil, fmt.Errorf("compile the policy for the picture: %w", err)
+	}
+	return r, nil
+}
+
+// Opening is the first packet of a probe, as the policy sees it arrive by an
+// interface of B ("" for one that B sends).
+func Opening(in string, src, dst netip.Addr, proto netlab.Proto) policy.Packet {
+	p := policy.Packet{In: in, Src: src, Dst: dst, SrcPort: 20000, DstPort: netlab.EchoPort}
+	switch {
+	case proto == netlab.TCP:
+		p.Proto = policy.ProtoTCP
+	case proto == netlab.UDP:
+		p.Proto = policy.ProtoUDP
+	case dst.Is6():
+		p.Proto, p.ICMPType, p.DstPort = policy.ProtoICMPv6, 128, p.SrcPort
+	default:
+		p.Proto, p.ICMPType, p.DstPort = policy.ProtoICMP, 8, p.SrcPort
+	}
+	return p
+}

@@ -1,0 +1,234 @@
+package trial
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+)
+
+// shot is a packet that must never get further than B, however often it is sent.
+type shot struct {
+	by     *netlab.Host
+	link   string         // by which the packet is forged
+	packet []byte         // as it is sent there
+	to     netip.AddrPort // instead of both: where B's own socket sends to
+	token  string
+	reason string
+	clear  []string // hosts that may see it: those before B, and the one it is for
+}
+
+// prober sends its shots again and again, past the senders' own routes and
+// filters, whatever happens to B meanwhile.
+type prober struct {
+	m     *Mesh
+	ctx   context.Context // ends with the test
+	own   *net.UDPConn    // by which B itself sends, as its own programs would
+	sent  atomic.Int64
+	round atomic.Int64
+
+	mu    sync.Mutex
+	shots []shot
+	clear bool   // whether B's own shots are sent, which a running helper stops
+	all   []shot // also those of earlier
+}
+
+// between is how long the prober rests after a round.
+const between = 3 * time.Millisecond
+
+// startProber starts to send; it ends with the test.
+func startProber(t *testing.T, m *Mesh) *prober {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	p := &prober{m: m, ctx: ctx}
+	err := m.B.Do(func() (err error) {
+		p.own, err = net.ListenUDP("udp", nil)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var run errgroup.Group
+	t.Cleanup(func() {
+		cancel()
+		run.Wait()
+		p.own.Close()
+	})
+	run.Go(func() error {
+		for ctx.Err() == nil {
+			p.fire()
+		}
+		return nil
+	})
+	return p
+}
+
+func (p *prober) fire() {
+	p.mu.Lock()
+	shots, clear := p.shots, p.clear
+	p.mu.Unlock()
+	for _, s := range shots {
+		if s.by == p.m.B && !clear {
+			continue
+		}
+		// An error is of B as it is just now: its interface is gone, or the kernel
+		// refuses. Whether all that got away arrives anywhere is what counts.
+		if s.by == p.m.B {
+			_, _ = p.own.WriteToUDPAddrPort([]byte(s.token), s.to)
+		} else {
+			_ = s.by.Forge(s.link, s.packet)
+		}
+		p.sent.Add(1)
+	}
+	p.round.Add(1)
+	time.Sleep(between)
+}
+
+// set replaces what is sent.
+func (p *prober) set(shots []shot) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.shots = slices.Clip(shots)
+	p.all = append(p.all, shots...)
+}
+
+// fresh replaces what is sent and forgets what leaked before.
+func (p *prober) fresh(shots []shot) {
+	p.mu.Lock()
+	p.all = nil
+	p.mu.Unlock()
+	p.set(shots)
+}
+
+// add has more be sent.
+func (p *prober) add(shots ...shot) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.shots = slices.Clip(append(slices.Clip(p.shots), shots...))
+	p.all = append(p.all, shots...)
+}
+
+// guarded says whether B is guarded now, also by a helper that was killed: then
+// what B itself sends to peers must not leave in clear either. It returns when no
+// round of before is going on.
+func (p *prober) guarded(is bool) {
+	p.mu.Lock()
+	p.clear = is
+	p.mu.Unlock()
+	for end := p.round.Load() + 2; p.round.Load() < end && p.ctx.Err() == nil; {
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// rounds waits until everything was sent n times more.
+func (p *prober) rounds(t *testing.T, n int64) {
+	t.Helper()
+	for end, until := p.round.Load()+n+1, time.Now().Add(generous); p.round.Load() < end; time.Sleep(time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatal("the prober doesn't get on")
+		}
+	}
+}
+
+// leaks lists the shots that a host received which they aren't for. What a peer
+// sent, or received, is the guard's concern too; the rest is the packet filter's
+// alone, which another program can take away.
+func (p *prober) leaks() (ofPeers, ofOthers []string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, s := range p.all {
+		by, served := p.m.Lab.Saw(s.token)
+		by = slices.DeleteFunc(by, func(name string) bool { return name == "B" || slices.Contains(s.clear, name) })
+		if len(by) == 0 && !served {
+			continue
+		}
+		leak := fmt.Sprintf("%s: sent by %s, received by %v, served=%t", s.reason, s.by.Name, by, served)
+		if s.link == "wg0" || slices.ContainsFunc(by, func(name string) bool { return p.m.Peers[name] != nil }) {
+			ofPeers = append(ofPeers, leak)
+		} else {
+			ofOthers = append(ofOthers, leak)
+		}
+	}
+	return ofPeers, ofOthers
+}
+
+// mustHold reports what leaked, once.
+func (p *prober) mustHold(t *testing.T, when string) {
+	t.Helper()
+	ofPeers, ofOthers := p.leaks()
+	if leaks := append(ofPeers, ofOthers...); len(leaks) > 0 {
+		t.Fatalf("%s: %d leaks:\n%s", when, len(leaks), strings.Join(leaks, "\n"))
+	}
+}
+
+// never lists what must not pass whatever C's routing is, where C may neither
+// connect nor reach the LAN; transit is whether that of others counts.
+func (p *prober) never(own netlab.Pair, transit bool) (shots []shot) {
+	m, at := p.m, netlab.Addresses()
+	unassigned := netlab.Pair{V4: netip.MustParseAddr("100.64.1.1"), V6: netip.MustParseAddr("fd6d:6573:6800::1:1")}
+	a, c, d := m.Peers["A"].Addresses, m.Peers["C"].Addresses, m.Peers["D"].Addresses
+	type aim struct {
+		by     *netlab.Host
+		link   string
+		src    netlab.Pair
+		to     []netlab.Pair
+		reason string
+	}
+	aims := []aim{
+		{m.C, "wg0", c, []netlab.Pair{a, d, own, at.BLAN, at.BUplink, at.BPublic, at.L, at.P, at.Behind, at.VPNPeer, at.Metadata, unassigned}, "C without permission"},
+		{m.C, "wg0", a, []netlab.Pair{at.I, at.L, own}, "C as A"},
+		{m.L, "eth0", at.L, []netlab.Pair{a, c, d, own, unassigned}, "L to the mesh"},
+		{m.L, "eth0", c, []netlab.Pair{at.I, a, own}, "L as C"},
+		{m.W, "b0", at.W, []netlab.Pair{a, c, own, unassigned}, "W to the mesh"},
+		{m.W, "b0", c, []netlab.Pair{at.L, d, own}, "W as C"},
+		{m.I, "eth0", at.I, []netlab.Pair{a, c, own}, "I to the mesh"},
+	}
+	if transit {
+		aims = append(aims, aim{m.L, "eth0", at.L, []netlab.Pair{at.I}, "transit from L"}, aim{m.W, "b0", at.W, []netlab.Pair{at.L}, "transit from W"})
+	}
+	for _, a := range aims {
+		for _, to := range a.to {
+			more := p.aim(a.by, a.link, a.src, to, a.reason)
+			for i := range more {
+				// B's own answer to what passed for C's goes to C.
+				if a.src == c && to == own && a.link != "wg0" {
+					more[i].clear = append(slices.Clone(more[i].clear), "C")
+				}
+			}
+			shots = append(shots, more...)
+		}
+	}
+	for _, name := range []string{"A", "C", "D"} {
+		for _, addr := range m.Peers[name].Addresses.List() {
+			shots = append(shots, shot{by: m.B, to: netip.AddrPortFrom(addr, 4711), token: m.Lab.Token(),
+				reason: "B to " + name + " in clear", clear: []string{name}})
+		}
+	}
+	return shots
+}
+
+// aim makes shots at an address, in both families, by UDP and ping.
+func (p *prober) aim(by *netlab.Host, link string, src, to netlab.Pair, reason string) (shots []shot) {
+	for i, dst := range to.List() {
+		for _, proto := range []netlab.Proto{netlab.UDP, netlab.ICMP} {
+			// A port for each sender: what one is answered must not open the way for
+			// another.
+			port := 4700 + uint16(by.Name[0])
+			f := forgery{by: by, link: link, proto: proto, src: netip.AddrPortFrom(src.List()[i], port),
+				dst: netip.AddrPortFrom(dst, netlab.EchoPort), token: p.m.Lab.Token()}
+			shots = append(shots, shot{by: by, link: link, packet: f.packet(), token: f.token,
+				reason: fmt.Sprintf("%s, %s to %s by %s", reason, f.src.Addr(), dst, proto), clear: before[by.Name]})
+		}
+	}
+	return shots
+}

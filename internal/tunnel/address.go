@@ -1,0 +1,272 @@
+package tunnel
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+)
+
+// ErrReserved is in the chain of an error about an address that no device may
+// have.
+var ErrReserved = errors.New("reserved address")
+
+// ErrMeshFull is in the chain of an error when a mesh prefix has no address
+// left.
+var ErrMeshFull = errors.New("no free address in the mesh")
+
+// Prefixes are the two prefixes that a mesh takes its addresses from.
+type Prefixes struct {
+	V4 netip.Prefix // required: IPv4, /8 to /29
+	V6 netip.Prefix // required: IPv6, /8 to /112
+}
+
+// DefaultPrefixes returns the prefixes of a mesh without configured ones: the
+// shared address space of RFC 6598 and a unique local prefix of RFC 4193.
+func DefaultPrefixes() Prefixes {
+	return Prefixes{
+		V4: netip.MustParsePrefix("100.64.0.0/10"),
+		V6: netip.MustParsePrefix("fd6d:6573:6800::/48"),
+	}
+}
+
+// allowed lists what mesh prefixes may lie in. Anything else is an
+// address on the internet, which would become unreachable for the host.
+var allowed = []netip.Prefix{
+	netip.MustParsePrefix("10.0.0.0/8"),
+	netip.MustParsePrefix("100.64.0.0/10"),
+	netip.MustParsePrefix("172.16.0.0/12"),
+	netip.MustParsePrefix("192.168.0.0/16"),
+	netip.MustParsePrefix("198.18.0.0/15"),
+	netip.MustParsePrefix("fc00::/7"),
+}
+
+// Validate reports what is wrong with p: a family in the wrong place, host
+// bits set, too small or too large, or not private.
+func (p Prefixes) Validate() error {
+	if err := validatePrefix(p.V4, netip.Addr.Is4, 29); err != nil {
+		return fmt.Errorf("IPv4 mesh prefix: %w", err)
+	}
+	if err := validatePrefix(p.V6, netip.Addr.Is6, 112); err != nil {
+		return fmt.Errorf("IPv6 mesh prefix: %w", err)
+	}
+	return nil
+}
+
+func validatePrefix(p netip.Prefix, family func(netip.Addr) bool, longest int) error {
+	switch {
+	case !p.IsValid() || !family(p.Addr()):
+		return fmt.Errorf("%v is not a prefix of that family", p)
+	case p != p.Masked():
+		return fmt.Errorf("%v has host bits set, the prefix is %v", p, p.Masked())
+	case p.Bits() > longest:
+		return fmt.Errorf("%v is too small, at most /%d", p, longest)
+	}
+	for _, a := range allowed {
+		if a.Overlaps(p) && a.Bits() <= p.Bits() {
+			return nil
+		}
+	}
+	return fmt.Errorf("%v is not in private address space", p)
+}
+
+// Addresses are the two addresses of a device in the mesh.
+type Addresses struct {
+	V4, V6 netip.Addr
+}
+
+// List returns both addresses, IPv4 first.
+func (a Addresses) List() []netip.Addr { return []netip.Addr{a.V4, a.V6} }
+
+// reserved lists addresses inside possible mesh prefixes that mean something
+// to devices or networks out there, so that a peer with one would be
+// unreachable or would be asked for what it doesn't have.
+var reserved = []netip.Prefix{
+	netip.MustParsePrefix("100.100.100.0/24"), // Tailscale's resolver, Alibaba Cloud's metadata
+	netip.MustParsePrefix("100.100.2.0/24"),   // Alibaba Cloud's resolvers
+	netip.MustParsePrefix("100.115.92.0/23"),  // ChromeOS's virtual machines
+}
+
+// Of returns the prefix of an address's family.
+func (p Prefixes) Of(a netip.Addr) netip.Prefix {
+	if a.Unmap().Is4() {
+		return p.V4
+	}
+	return p.V6
+}
+
+// Check reports why a device must not have the address a: not in the prefixes
+// (of its family) or reserved (ErrReserved). The caller finds
+// collisions, since it knows which addresses are taken.
+func (p Prefixes) Check(a netip.Addr) error {
+	prefix := p.Of(a)
+	if !prefix.Contains(a) || a.Zone() != "" {
+		return fmt.Errorf("address %v is outside the mesh prefix %v", a, prefix)
+	}
+	if why := reservedWhy(prefix, a); why != "" {
+		return fmt.Errorf("address %v: %s: %w", a, why, ErrReserved)
+	}
+	return nil
+}
+
+// reservedWhy returns the reason that a is reserved within prefix, or "".
+func reservedWhy(prefix netip.Prefix, a netip.Addr) string {
+	if a.Is4() {
+		return reservedWhy4(prefix, a)
+	}
+	b := a.As16()
+	id := binary.BigEndian.Uint64(b[8:])
+	switch {
+	// RFC 4291 section 2.6.1: routers of the subnet answer to it. Also for
+	// prefixes longer than /64, whose own all-zero address it is.
+	case id == 0 || a == prefix.Addr():
+		return "the subnet's router anycast address"
+	// RFC 2526: the highest 128 interface identifiers, both with the
+	// universal/local bit of EUI-64 and without.
+	case id|0x7f == 0xfdff_ffff_ffff_ffff || id|0x7f == 0xffff_ffff_ffff_ffff:
+		return "a reserved subnet anycast address"
+	// RFC 5453: IANA's own EUI-64 identifiers, proxy mobile IPv6.
+	case id>>32 == 0x0200_5eff && id&0xff00_0000 == 0xfe00_0000:
+		return "an interface identifier reserved by IANA"
+	}
+	return ""
+}
+
+func reservedWhy4(prefix netip.Prefix, a netip.Addr) string {
+	b := a.As4()
+	switch n := binary.BigEndian.Uint32(b[:]); {
+	case n&^mask4(prefix) == 0 || n|mask4(prefix) == ^uint32(0):
+		return "the prefix's own or broadcast address"
+	// Some devices still take .0 and .255 for the network and the broadcast
+	// address of a /24, whatever the prefix is.
+	case b[3] == 0 || b[3] == 255:
+		return "ends in .0 or .255"
+	}
+	for _, r := range reserved {
+		if r.Contains(a) {
+			return "in use elsewhere (" + r.String() + ")"
+		}
+	}
+	return ""
+}
+
+// mask4 returns the network mask of an IPv4 prefix.
+func mask4(p netip.Prefix) uint32 { return ^uint32(0) << (32 - p.Bits()) }
+
+// The domains that separate the two digests of a key from each other and from
+// every other use of its hash.
+const (
+	domain4 = "meshhelper address 1 ipv4"
+	domain6 = "meshhelper address 1 ipv6"
+)
+
+// Derive returns the addresses that belong to key. The host bits of each are
+// the lowest bits of
+//
+//	SHA-256(domain || 0x00 || key || uint32 big endian attempt)
+//
+// read as a big endian number, where domain is "meshhelper address 1 ipv4" or
+// "… ipv6" and attempt is 0; the other bits are the prefix's. Any device that
+// knows a key and the prefixes gets the same addresses, so no server needs to hand
+// them out. The error wraps ErrReserved when one is reserved: draw another key
+// or use Propose.
+func (p Prefixes) Derive(key PublicKey) (Addresses, error) {
+	a := Addresses{V4: derive(p.V4, domain4, key, 0), V6: derive(p.V6, domain6, key, 0)}
+	for _, addr := range a.List() {
+		if err := p.Check(addr); err != nil {
+			return Addresses{}, fmt.Errorf("derive addresses of %v: %w", key, err)
+		}
+	}
+	return a, nil
+}
+
+// derive joins the bits of prefix with the lowest bits of the key's digest.
+func derive(prefix netip.Prefix, domain string, key PublicKey, attempt uint32) netip.Addr {
+	input := make([]byte, 0, 64)
+	input = append(input, domain...)
+	input = append(input, 0)
+	input = append(input, key[:]...)
+	input = binary.BigEndian.AppendUint32(input, attempt)
+	digest := sha256.Sum256(input)
+
+	network := prefix.Addr().AsSlice()
+	host := digest[len(digest)-len(network):]
+	for bit := prefix.Bits(); bit < len(network)*8; bit++ {
+		network[bit/8] |= host[bit/8] & (0x80 >> (bit % 8))
+	}
+	addr, _ := netip.AddrFromSlice(network)
+	return addr
+}
+
+// hashAttempts is how often Propose hashes before it walks through an IPv4
+// prefix address by address. With half of the prefix taken, so many misses in
+// a row have a chance of 2^-64.
+const hashAttempts = 64
+
+// Propose returns free addresses for a key that is given: per family the
+// derived one if it is free and not reserved, else the one of the next attempt
+// (see Derive), at last the next free one of the prefix. taken reports whether
+// an address already belongs to a device. The error wraps ErrMeshFull.
+func (p Prefixes) Propose(key PublicKey, taken func(netip.Addr) bool) (a Addresses, err error) {
+	if a.V4, err = p.propose(p.V4, domain4, key, taken); err != nil {
+		return Addresses{}, err
+	}
+	if a.V6, err = p.propose(p.V6, domain6, key, taken); err != nil {
+		return Addresses{}, err
+	}
+	return a, nil
+}
+
+func (p Prefixes) propose(prefix netip.Prefix, domain string, key PublicKey, taken func(netip.Addr) bool) (netip.Addr, error) {
+	for attempt := range uint32(hashAttempts) {
+		a := derive(prefix, domain, key, attempt)
+		if p.Check(a) == nil && !taken(a) {
+			return a, nil
+		}
+	}
+	start := derive(prefix, domain, key, 0)
+	for a, left := start, walkLimit(prefix); left > 0; left-- {
+		if a = a.Next(); !prefix.Contains(a) {
+			a = prefix.Addr()
+		}
+		if p.Check(a) == nil && !taken(a) {
+			return a, nil
+		}
+	}
+	return netip.Addr{}, fmt.Errorf("propose an address in %v: %w", prefix, ErrMeshFull)
+}
+
+// walkLimit is how many addresses of prefix a walk looks at: all of an IPv4
+// prefix, and of an IPv6 prefix as many as a mesh could ever hold peers.
+func walkLimit(prefix netip.Prefix) int {
+	return 1 << min(prefix.Addr().BitLen()-prefix.Bits(), 24)
+}
+
+// keyDraws bounds GenerateFree. In a prefix where one address of a thousand is
+// free, so many draws in a row fail with a chance of e^-16.
+const keyDraws = 1 << 14
+
+// GenerateFree draws private keys from random until the derived addresses of
+// one are neither reserved nor taken. The error wraps ErrMeshFull when no
+// address is free at all.
+func (p Prefixes) GenerateFree(random io.Reader, taken func(netip.Addr) bool) (PrivateKey, Addresses, error) {
+	for draw := range keyDraws {
+		key, err := GeneratePrivateKey(random)
+		if err != nil {
+			return PrivateKey{}, Addresses{}, err
+		}
+		a, err := p.Derive(key.Public())
+		if err == nil && !taken(a.V4) && !taken(a.V6) {
+			return key, a, nil
+		}
+		// Asked once, after the first misses: a full mesh needs no further draw.
+		if draw == hashAttempts {
+			if _, err := p.Propose(key.Public(), taken); err != nil {
+				return PrivateKey{}, Addresses{}, err
+			}
+		}
+	}
+	return PrivateKey{}, Addresses{}, fmt.Errorf("draw a key with free addresses, %d times: %w", keyDraws, ErrMeshFull)
+}

@@ -1,0 +1,150 @@
+package tunnel
+
+import (
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/conn"
+	"golang.zx2c4.com/wireguard/device"
+	"golang.zx2c4.com/wireguard/tun/tuntest"
+)
+
+// BenchmarkBind carries datagrams over loopback in batches, by the sockets of
+// this package with the addresses of 10,000 peers to look at, and by those of
+// wireguard-go.
+func BenchmarkBind(b *testing.B) {
+	ours := func() conn.Bind {
+		s := NewSockets(slog.New(slog.DiscardHandler))
+		for _, p := range benchPeers(10_000) {
+			s.know(p.Addresses.List()...)
+		}
+		return s
+	}
+	for _, size := range []int{128, 1420} {
+		for _, batch := range []int{1, 64} {
+			for name, bind := range map[string]func() conn.Bind{"ours": ours, "stock": conn.NewDefaultBind} {
+				b.Run(fmt.Sprintf("size=%d/batch=%d/%s", size, batch, name), func(b *testing.B) { benchBind(b, bind, size, batch) })
+			}
+		}
+	}
+}
+
+func benchBind(b *testing.B, bind func() conn.Bind, size, batch int) {
+	from, to := bind(), bind()
+	if _, _, err := from.Open(0); err != nil {
+		b.Fatal(err)
+	}
+	receivers, port, err := to.Open(0)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer func() {
+		for _, bind := range []conn.Bind{from, to} {
+			if s, ok := bind.(*Sockets); ok {
+				s.Release()
+			} else {
+				_ = bind.Close()
+			}
+		}
+	}()
+	ep, err := from.ParseEndpoint(fmt.Sprintf("127.0.0.1:%d", port))
+	if err != nil {
+		b.Fatal(err)
+	}
+	bufs := make([][]byte, min(batch, from.BatchSize()))
+	for i := range bufs {
+		bufs[i] = make([]byte, size, 1<<16)
+	}
+	space, sizes, eps := make([][]byte, to.BatchSize()), make([]int, to.BatchSize()), make([]conn.Endpoint, to.BatchSize())
+	for i := range space {
+		space[i] = make([]byte, 1<<16-1)
+	}
+	b.SetBytes(int64(size * len(bufs)))
+	b.ReportAllocs()
+	for b.Loop() {
+		for i := range bufs {
+			bufs[i] = bufs[i][:size]
+		}
+		if err := from.Send(bufs, ep); err != nil {
+			b.Fatal(err)
+		}
+		for left := len(bufs); left > 0; {
+			n, err := receivers[0](space, sizes, eps)
+			if err != nil {
+				b.Fatal(err)
+			}
+			left -= n
+		}
+	}
+}
+
+// BenchmarkTunnel carries packets through two devices over loopback, with the
+// sockets of this package and with those of wireguard-go.
+func BenchmarkTunnel(b *testing.B) {
+	for name, bind := range map[string]func(*Sockets) conn.Bind{
+		"ours":  func(s *Sockets) conn.Bind { return s },
+		"stock": func(*Sockets) conn.Bind { return conn.NewDefaultBind() },
+	} {
+		b.Run(name, func(b *testing.B) {
+			a, c := benchPair(b, bind)
+			ping(b, a, c)
+			packet := make([]byte, 1400)
+			copy(packet, tuntest.Ping(c.addr.V4, a.addr.V4))
+			packet[2], packet[3] = byte(len(packet)>>8), byte(len(packet)&0xff)
+			const window = 64
+			b.SetBytes(int64(len(packet)))
+			b.ReportAllocs()
+			inFlight, before := 0, cpuTime(b)
+			for b.Loop() {
+				a.send(b, packet)
+				if inFlight++; inFlight == window {
+					for ; inFlight > window/2; inFlight-- {
+						c.receive(b)
+					}
+				}
+			}
+			for ; inFlight > 0; inFlight-- {
+				c.receive(b)
+			}
+			b.ReportMetric(float64(cpuTime(b)-before)/float64(b.N), "cpu-ns/op")
+		})
+	}
+}
+
+// cpuTime returns how long the process computed, which other load doesn't change.
+func cpuTime(b *testing.B) time.Duration {
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// benchPair returns two ends that differ from newPair's in their sockets.
+func benchPair(b *testing.B, bind func(*Sockets) conn.Bind) (x, y *end) {
+	b.Helper()
+	for i, e := range []**end{&x, &y} {
+		fresh := &end{tun: tuntest.NewChannelTUN(), key: testKey(b, testRandom(byte(20+i))), log: new(syncBuffer)}
+		fresh.addr, _ = DefaultPrefixes().Derive(fresh.key.Public())
+		log := &logger{slog: slog.New(slog.DiscardHandler)}
+		sockets := NewSockets(log.slog)
+		fresh.Device = &Device{
+			own: fresh.key.Public(), sockets: sockets, release: sockets.Release,
+			peers: map[PublicKey]Peer{}, owner: map[netip.Addr]PublicKey{},
+		}
+		fresh.wg = device.NewDevice(fresh.tun.TUN(), bind(sockets), log.device())
+		if err := fresh.start(Options{PrivateKey: fresh.key}); err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(fresh.Close)
+		*e = fresh
+	}
+	if x.Set(y.peer()) != nil || y.Set(x.peer()) != nil {
+		b.Fatal("peers aren't accepted")
+	}
+	return x, y
+}

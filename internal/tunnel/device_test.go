@@ -1,0 +1,442 @@
+package tunnel
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.zx2c4.com/wireguard/tun"
+	"golang.zx2c4.com/wireguard/tun/tuntest"
+)
+
+// patience bounds every wait for something that takes milliseconds.
+const patience = 30 * time.Second
+
+// syncBuffer is a log that goroutines write to.
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (s *syncBuffer) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+
+func (s *syncBuffer) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
+}
+
+// deadTUN is a tunnel device that the system took away.
+type deadTUN struct{ tun.Device }
+
+func (deadTUN) Read([][]byte, []int, int) (int, error) { return 0, os.ErrClosed }
+
+// end is one device of a test with its tunnel and log.
+type end struct {
+	*Device
+	tun  *tuntest.ChannelTUN
+	key  PrivateKey
+	addr Addresses
+	log  *syncBuffer
+}
+
+func newEnd(t testing.TB, seed byte) *end {
+	t.Helper()
+	e := &end{tun: tuntest.NewChannelTUN(), key: testKey(t, testRandom(seed)), log: new(syncBuffer)}
+	addr, err := DefaultPrefixes().Derive(e.key.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.addr = addr
+	e.Device, err = NewDevice(Options{
+		TUN: e.tun.TUN(), PrivateKey: e.key, Addresses: addr.List(),
+		Logger: slog.New(slog.NewTextHandler(e.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(e.Close)
+	return e
+}
+
+// fresh returns e's statistics past the cache.
+func (e *end) fresh(t testing.TB) map[PublicKey]PeerStats {
+	t.Helper()
+	stats, err := e.readStats()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return stats
+}
+
+// peer returns e as a peer of another end.
+func (e *end) peer() Peer {
+	return Peer{
+		PublicKey: e.PublicKey(), Addresses: e.addr,
+		Endpoint: netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), e.ListenPort()),
+	}
+}
+
+// send gives e's tunnel a packet to send; receive waits for one to arrive.
+func (e *end) send(t testing.TB, packet []byte) {
+	t.Helper()
+	select {
+	case e.tun.Outbound <- packet:
+	case <-time.After(patience):
+		t.Fatal("the device doesn't read from its tunnel")
+	}
+}
+
+func (e *end) receive(t testing.TB) []byte {
+	t.Helper()
+	select {
+	case p := <-e.tun.Inbound:
+		return p
+	case <-time.After(patience):
+		t.Fatalf("no packet arrived; log:\n%s", e.log)
+		return nil
+	}
+}
+
+func newPair(t testing.TB) (a, b *end) {
+	t.Helper()
+	a, b = newEnd(t, 20), newEnd(t, 21)
+	for _, err := range []error{a.Set(b.peer()), b.Set(a.peer())} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return a, b
+}
+
+// ping sends a packet each way and compares what arrives.
+func ping(t testing.TB, a, b *end) {
+	t.Helper()
+	for range 2 {
+		want := tuntest.Ping(b.addr.V4, a.addr.V4)
+		a.send(t, want)
+		if got := b.receive(t); !bytes.Equal(got, want) {
+			t.Fatalf("sent %x, arrived %x", want, got)
+		}
+		a, b = b, a
+	}
+}
+
+func TestTwoDevices(t *testing.T) {
+	a, b := newPair(t)
+	ping(t, a, b)
+
+	s := a.fresh(t)[b.PublicKey()]
+	if s.RxBytes == 0 || s.TxBytes == 0 || time.Since(s.LastHandshake).Abs() > time.Hour || s.Endpoint != b.peer().Endpoint {
+		t.Errorf("statistics after a ping: %+v", s)
+	}
+	for _, e := range []*end{a, b} {
+		for _, key := range []string{a.key.Reveal(), a.PublicKey().String(), b.PublicKey().String()} {
+			if strings.Contains(e.log.String(), key[:40]) {
+				t.Errorf("the log holds a whole key: %s", e.log)
+			}
+		}
+	}
+	if err := a.Remove(b.PublicKey()); err != nil {
+		t.Fatal(err)
+	}
+	if got := a.Peers(); len(got) != 0 {
+		t.Errorf("after Remove there is %v", got)
+	}
+	if stats := a.fresh(t); len(stats) != 0 {
+		t.Errorf("after Remove there are statistics %v", stats)
+	}
+}
+
+// TestChangeKeepsSession changes the endpoint, the keepalive and the addresses
+// of a peer that has a session, and others; no new handshake follows.
+func TestChangeKeepsSession(t *testing.T) {
+	a, b := newPair(t)
+	ping(t, a, b)
+	before := a.fresh(t)
+
+	other := newEnd(t, 22)
+	changed := b.peer()
+	changed.Keepalive = 25 * time.Second
+	moved := other.peer()
+	for _, set := range []Peer{changed, changed, moved, {PublicKey: moved.PublicKey, Addresses: moved.Addresses}} {
+		if err := a.Set(set); err != nil {
+			t.Fatal(err)
+		}
+	}
+	changed.Addresses.V6 = netip.MustParseAddr("fd6d:6573:6800::7")
+	if err := a.Set(changed); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Remove(moved.PublicKey); err != nil {
+		t.Fatal(err)
+	}
+	ping(t, a, b)
+	after := a.fresh(t)
+	if x, y := before[b.PublicKey()], after[b.PublicKey()]; !x.LastHandshake.Equal(y.LastHandshake) || x.RxBytes >= y.RxBytes {
+		t.Errorf("the session changed: %+v, then %+v", x, y)
+	}
+}
+
+// TestDisallowedSource sends from an address that isn't the peer's. It also
+// holds the text of the message that the count depends on.
+func TestDisallowedSource(t *testing.T) {
+	a, b := newPair(t)
+	ping(t, a, b)
+	a.send(t, tuntest.Ping(b.addr.V4, netip.MustParseAddr("100.64.0.9")))
+	v6 := make([]byte, 40)
+	v6[0], v6[6], v6[7] = 0x60, 59, 64
+	copy(v6[8:], netip.MustParseAddr("fd6d:6573:6800::9").AsSlice())
+	copy(v6[24:], b.addr.V6.AsSlice())
+	a.send(t, v6)
+	ping(t, a, b) // in order behind them
+	if got := b.fresh(t)[a.PublicKey()].Spoofed; got != 2 {
+		t.Errorf("%d spoofed packets counted, want 2", got)
+	}
+}
+
+// TestLearnedEndpoint gives a new device the place where a peer was heard by an
+// earlier one: the device turns to it by itself, and never leaves a place where
+// the peer was heard since for a learned one.
+func TestLearnedEndpoint(t *testing.T) {
+	a, b := newEnd(t, 20), newEnd(t, 21)
+	if err := b.Set(Peer{PublicKey: a.PublicKey(), Addresses: a.addr}); err != nil {
+		t.Fatal(err)
+	}
+	learned := Peer{PublicKey: b.PublicKey(), Addresses: b.addr, Learned: b.peer().Endpoint}
+	if err := a.Sync([]Peer{learned}); err != nil {
+		t.Fatal(err)
+	}
+	// Neither tunnel was given a packet: the device began by itself.
+	limit := time.Now().Add(patience)
+	for a.fresh(t)[b.PublicKey()].LastHandshake.IsZero() {
+		if time.Now().After(limit) {
+			t.Fatalf("no handshake with the learned endpoint; log:\n%s", a.log)
+		}
+		time.Sleep(time.Millisecond)
+	}
+	ping(t, b, a)
+	before := a.fresh(t)[b.PublicKey()]
+
+	learned.Learned = netip.MustParseAddrPort("192.0.2.1:9")
+	for _, err := range []error{a.Set(learned), a.Sync([]Peer{learned})} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	learned.Keepalive = 25 * time.Second
+	if err := a.Set(learned); err != nil {
+		t.Fatal(err)
+	}
+	if got := a.fresh(t)[b.PublicKey()]; got.Endpoint != before.Endpoint || !got.LastHandshake.Equal(before.LastHandshake) {
+		t.Errorf("a learned endpoint took the place of one that was heard: %+v, before %+v", got, before)
+	}
+	if got := a.Peers(); len(got) != 1 || got[0].Endpoint.IsValid() {
+		t.Errorf("a learned endpoint counts as configured: %+v", got)
+	}
+
+	given := newEnd(t, 22).peer()
+	given.Learned = netip.MustParseAddrPort("192.0.2.1:9")
+	if err := a.Set(given); err != nil {
+		t.Fatal(err)
+	}
+	if got := a.fresh(t)[given.PublicKey].Endpoint; got != given.Endpoint {
+		t.Errorf("endpoint %v, configured %v", got, given.Endpoint)
+	}
+}
+
+func TestSetRefuses(t *testing.T) {
+	a, b := newPair(t)
+	good := newEnd(t, 23).peer()
+	for name, change := range map[string]func(*Peer){
+		"own key":         func(p *Peer) { p.PublicKey = a.PublicKey() },
+		"no key":          func(p *Peer) { p.PublicKey = PublicKey{} },
+		"another's IPv4":  func(p *Peer) { p.Addresses.V4 = b.addr.V4 },
+		"another's IPv6":  func(p *Peer) { p.Addresses.V6 = b.addr.V6 },
+		"no IPv4":         func(p *Peer) { p.Addresses.V4 = netip.Addr{} },
+		"mapped":          func(p *Peer) { p.Addresses.V6 = netip.AddrFrom16(p.Addresses.V4.As16()) },
+		"zone":            func(p *Peer) { p.Addresses.V6 = p.Addresses.V6.WithZone("a\nreplace_peers=true") },
+		"half a second":   func(p *Peer) { p.Keepalive = time.Second / 2 },
+		"long keepalive":  func(p *Peer) { p.Keepalive = MaxKeepalive + time.Second },
+		"learned port 0":  func(p *Peer) { p.Learned = netip.AddrPortFrom(b.addr.V4, 0) },
+		"endpoint port 0": func(p *Peer) { p.Endpoint = netip.AddrPortFrom(b.addr.V4, 0) },
+	} {
+		bad := good
+		change(&bad)
+		if err := a.Set(bad); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+		if got := a.Peers(); len(got) != 1 || got[0] != b.peer() {
+			t.Errorf("%s: the peers are now %v", name, got)
+		}
+	}
+	ping(t, a, b)
+}
+
+// TestSync moves addresses among peers in one step.
+func TestSync(t *testing.T) {
+	a, b := newPair(t)
+	ping(t, a, b)
+	make := func(seed byte, v4, v6 string) Peer {
+		return Peer{
+			PublicKey: testKey(t, testRandom(seed)).Public(),
+			Addresses: Addresses{netip.MustParseAddr(v4), netip.MustParseAddr(v6)},
+		}
+	}
+	x, y, z := make(30, "100.64.1.1", "fd6d:6573:6800::11"), make(31, "100.64.1.2", "fd6d:6573:6800::12"), make(32, "100.64.1.3", "fd6d:6573:6800::13")
+	traded, freed := x, y
+	traded.Addresses, freed.Addresses = y.Addresses, x.Addresses
+	chain := x
+	chain.Addresses = z.Addresses
+	zMoved := make(32, "100.64.1.4", "fd6d:6573:6800::14")
+	for i, want := range [][]Peer{
+		{b.peer(), x, y},
+		{b.peer(), traded, freed},
+		{b.peer(), x, z},
+		{b.peer(), chain, zMoved},
+		{b.peer()},
+	} {
+		if err := a.Sync(want); err != nil {
+			t.Fatalf("step %d: %v", i, err)
+		}
+		got := a.Peers()
+		if len(got) != len(want) {
+			t.Fatalf("step %d: %d peers, want %d", i, len(got), len(want))
+		}
+		config, err := a.wg.IpcGet()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range want {
+			section := fmt.Sprintf("public_key=%x\n", p.PublicKey[:])
+			_, section, _ = strings.Cut(config, section)
+			section, _, _ = strings.Cut(section, "public_key=")
+			if !strings.Contains(section, "allowed_ip="+p.Addresses.V4.String()+"/32\n") || strings.Count(section, "allowed_ip=") != 2 {
+				t.Errorf("step %d: peer %v has %s", i, p.PublicKey, section)
+			}
+		}
+	}
+	if err := a.Sync([]Peer{b.peer(), {}}); err == nil {
+		t.Error("a peer without a key is accepted")
+	}
+	ping(t, a, b)
+	if before := strings.Count(b.log.String(), "Received handshake"); before != 1 {
+		t.Errorf("%d handshakes, want the first one only", before)
+	}
+}
+
+func TestNewDeviceRefuses(t *testing.T) {
+	if _, err := NewDevice(Options{}); err == nil {
+		t.Error("empty options are accepted")
+	}
+	taken, err := net.ListenPacket("udp4", "0.0.0.0:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	tunnel := tuntest.NewChannelTUN()
+	_, err = NewDevice(Options{
+		TUN: tunnel.TUN(), ListenPort: uint16(taken.LocalAddr().(*net.UDPAddr).Port),
+		PrivateKey: testKey(t, testRandom(24)), Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
+	})
+	if err == nil {
+		t.Fatal("a port in use is accepted")
+	}
+	if _, open := <-tunnel.TUN().Events(); open {
+		// The first event is EventUp; then the channel is closed.
+		if _, open = <-tunnel.TUN().Events(); open {
+			t.Error("the tunnel device stays open")
+		}
+	}
+}
+
+func TestDoneWhenTunnelDies(t *testing.T) {
+	d, err := NewDevice(Options{
+		TUN: deadTUN{tuntest.NewChannelTUN().TUN()}, PrivateKey: testKey(t, testRandom(25)), Logger: slog.New(slog.DiscardHandler),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-d.Done():
+	case <-time.After(patience):
+		t.Error("the device goes on without its tunnel")
+	}
+	d.Close()
+}
+
+// benchPeers returns n peers, made from numbers.
+func benchPeers(n int) []Peer {
+	peers := make([]Peer, n)
+	for i := range peers {
+		peers[i].PublicKey = PublicKey{1: 9, 2: byte(i), 3: byte(i >> 8), 4: byte(i >> 16)}
+		peers[i].Addresses, _ = DefaultPrefixes().Propose(peers[i].PublicKey, free)
+		peers[i].Addresses.V4 = netip.AddrFrom4([4]byte{100, 64 + byte(i>>16), byte(i >> 8), byte(i)})
+	}
+	return peers
+}
+
+func BenchmarkDevice(b *testing.B) {
+	const n = 10_000
+	peers := benchPeers(n + 1)
+	tunnel := tuntest.NewChannelTUN()
+	d, err := NewDevice(Options{TUN: tunnel.TUN(), PrivateKey: testKey(b, testRandom(26)), Logger: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer d.Close()
+	if err := d.Sync(peers[:n]); err != nil {
+		b.Fatal(err)
+	}
+	last := peers[n]
+	b.Run("addremove", func(b *testing.B) {
+		for b.Loop() {
+			if d.Set(last) != nil || d.Remove(last.PublicKey) != nil {
+				b.Fatal("refused")
+			}
+		}
+	})
+	b.Run("change", func(b *testing.B) {
+		p := peers[7]
+		for b.Loop() {
+			p.Keepalive ^= time.Second
+			if d.Set(p) != nil {
+				b.Fatal("refused")
+			}
+		}
+	})
+	b.Run("sync one changed", func(b *testing.B) {
+		for b.Loop() {
+			peers[8].Keepalive ^= time.Second
+			if d.Sync(peers[:n]) != nil {
+				b.Fatal("refused")
+			}
+		}
+	})
+	b.Run("stats uncached", func(b *testing.B) {
+		for b.Loop() {
+			if _, err := d.readStats(); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("stats", func(b *testing.B) {
+		for b.Loop() {
+			if _, err := d.Stats(); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}

@@ -1,0 +1,16 @@
+//go:build unix && !linux
+
+package tunnel
+
+import "golang.org/x/sys/unix"
+
+// bound reports whether fd is a socket without an error; one that the system
+// ended has one, or refuses to be asked.
+func bound(fd uintptr) bool {
+	pending, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
+	if err != nil || pending != 0 {
+		return false
+	}
+	_, err = unix.Getsockname(int(fd))
+	return err == nil
+}
