@@ -14,7 +14,8 @@ import (
 	"testing"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
+	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/stock"
 )
 
 // fullDisk is a helper of which a change is in force and can't be saved, or isn't
@@ -29,14 +30,14 @@ var notSaved = api.Errorf(api.CodeNotSaved, "in force now, but not saved: after 
 	WithHint("make room; it is saved then")
 
 func (f *fullDisk) Status() api.Status {
-	p := tunnel.DefaultPrefixes()
+	p := mesh.DefaultPrefixes()
 	return api.Status{State: api.Enforcing, MeshPrefixes: []netip.Prefix{p.V4, p.V6}, Peers: []api.Peer{f.peer}}
 }
 
 func (f *fullDisk) Peer(string) (api.Peer, error) { return f.peer, nil }
 
 func (f *fullDisk) Config(string) (api.Config, error) {
-	return api.Config{Text: "[Interface]\nPrivateKey = " + tunnel.KeyPlaceholder + "\nAddress = 100.64.0.9/32\n\n" +
+	return api.Config{Text: "[Interface]\nPrivateKey = " + stock.KeyPlaceholder + "\nAddress = 100.64.0.9/32\n\n" +
 		"[Peer]\nPublicKey = 4+kGYe2dVTRjEBG9/eVGCXT1Y2OY5tjp2j3GIYuBrkg=\nAllowedIPs = 0.0.0.0/0\nEndpoint = 203.0.113.1:51820\n"}, nil
 }
 
@@ -104,7 +105,7 @@ func TestInForceButNotSaved(t *testing.T) {
 		if status != exitFailed || !strings.HasSuffix(stderr, want) {
 			t.Errorf("%s: status %d, %q", c.args, status, stderr)
 		}
-		shown := strings.Contains(stdout, "PrivateKey = ") && !strings.Contains(stdout, tunnel.KeyPlaceholder)
+		shown := strings.Contains(stdout, "PrivateKey = ") && !strings.Contains(stdout, stock.KeyPlaceholder)
 		if shown != c.key || !c.key && stdout != "" {
 			t.Errorf("%s, in force %t: printed %q", c.args, c.changes, stdout)
 		}
@@ -114,12 +115,12 @@ func TestInForceButNotSaved(t *testing.T) {
 // TestQRCodeNeedsRoom prints a QR code on a terminal that is too narrow for it: it
 // would break at the edge, and no camera reads it then.
 func TestQRCodeNeedsRoom(t *testing.T) {
-	key, err := tunnel.GeneratePrivateKey(rand.Reader)
+	key, err := mesh.GeneratePrivateKey(rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	own := tunnel.Addresses{V4: netip.MustParseAddr("100.64.0.9"), V6: netip.MustParseAddr("fd6d:6573:6800::9")}
-	config := tunnel.ForPeer(key, own, key.Public(), tunnel.Endpoint{Host: "203.0.113.1", Port: 51820}, tunnel.Everything(), nil)
+	own := mesh.Addresses{netip.MustParseAddr("100.64.0.9"), netip.MustParseAddr("fd6d:6573:6800::9")}
+	config := stock.ForPeer(key, own, key.Public(), mesh.Endpoint{Host: "203.0.113.1", Port: 51820}, stock.Everything(), nil)
 	for rows, whole := range map[int]bool{0: true, 24: false, 80: true} {
 		var out, talk bytes.Buffer
 		a := &app{stdout: &out, stderr: &talk, columns: 80, rows: rows, getenv: func(string) string { return "" }}

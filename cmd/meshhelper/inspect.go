@@ -21,8 +21,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/daemon"
 	"github.com/meshhelper/meshhelper/internal/install"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // newExplainCommand returns `explain`.
@@ -402,7 +402,7 @@ func (a *app) noHelper(err error, installed bool) api.Check {
 
 // checksWithout are a helper's checks, as far as they can be made without one.
 func (a *app) checksWithout() []api.Check {
-	prefixes := tunnel.DefaultPrefixes()
+	prefixes := mesh.DefaultPrefixes()
 	mesh := []netip.Prefix{prefixes.V4, prefixes.V6}
 	if a.service != nil {
 		// Only root may read them; others have the defaults judged.

@@ -10,7 +10,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // tooMuch are proposals, by the command's name, for arguments that are one too many, or "".
@@ -74,7 +74,7 @@ func nearFlag(c *cobra.Command, err error) error {
 	near := ""
 	switch {
 	case len(text) > 1:
-		near = daemon.Closest(text, names)
+		near = mesh.Closest(text, names)
 	case len(names) == 1:
 		near = names[0]
 	}

@@ -12,7 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -231,7 +231,7 @@ func parsePermissions(words []string) ([]policy.Permissions, error) {
 			name = strings.TrimSpace(name)
 			one, err := policy.ParsePermission(name)
 			if err != nil {
-				if near := daemon.Closest(name, permissionNames()); near != "" {
+				if near := mesh.Closest(name, permissionNames()); near != "" {
 					return nil, usagef("permission %q is unknown; did you mean %q?", name, near)
 				}
 				return nil, &usageError{err}

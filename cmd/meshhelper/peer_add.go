@@ -13,7 +13,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
+	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/stock"
 )
 
 // peerAddOptions are the flags of peer add.
@@ -97,7 +98,7 @@ func addPeer(ctx context.Context, o *peerAddOptions) (err error) {
 			request.PublicKey = was.PublicKey
 		}
 		changed, err := o.app.client().AddPeer(ctx, request)
-		return o.answer(ctx, changed, tunnel.PrivateKey{}, err, nil)
+		return o.answer(ctx, changed, mesh.PrivateKey{}, err, nil)
 	}
 	for try := 1; ; try++ {
 		private, err := o.app.drawKey(ctx, len(o.addresses) == 0)
@@ -172,32 +173,32 @@ func (o *peerAddOptions) request() (api.NewPeer, error) {
 
 // drawKey makes a private key here. Where its addresses are to be derived, it
 // is one whose addresses are free.
-func (a *app) drawKey(ctx context.Context, derived bool) (tunnel.PrivateKey, error) {
+func (a *app) drawKey(ctx context.Context, derived bool) (mesh.PrivateKey, error) {
 	s, err := a.client().Status(ctx)
 	if err != nil {
-		return tunnel.PrivateKey{}, err
+		return mesh.PrivateKey{}, err
 	}
 	if !derived {
-		return tunnel.GeneratePrivateKey(a.random)
+		return mesh.GeneratePrivateKey(a.random)
 	}
 	prefixes, err := prefixesOf(s)
 	if err != nil {
-		return tunnel.PrivateKey{}, err
+		return mesh.PrivateKey{}, err
 	}
 	taken := addressSet(s)
 	key, _, err := prefixes.GenerateFree(a.random, func(a netip.Addr) bool { return taken[a] })
-	if errors.Is(err, tunnel.ErrMeshFull) {
+	if errors.Is(err, mesh.ErrMeshFull) {
 		return key, api.Errorf(api.CodeMeshFull, "the mesh is full: %v", err).
 			WithHint("remove a peer, or take larger mesh prefixes: meshhelper settings mesh-prefix4 PREFIX")
 	}
 	return key, err
 }
 
-func prefixesOf(s api.Status) (tunnel.Prefixes, error) {
+func prefixesOf(s api.Status) (mesh.Prefixes, error) {
 	if len(s.MeshPrefixes) != 2 {
-		return tunnel.Prefixes{}, errors.New("the helper didn't say its mesh prefixes")
+		return mesh.Prefixes{}, errors.New("the helper didn't say its mesh prefixes")
 	}
-	p := tunnel.Prefixes{V4: s.MeshPrefixes[0], V6: s.MeshPrefixes[1]}
+	p := mesh.Prefixes{V4: s.MeshPrefixes[0], V6: s.MeshPrefixes[1]}
 	return p, p.Validate()
 }
 
@@ -206,7 +207,7 @@ func prefixesOf(s api.Status) (tunnel.Prefixes, error) {
 // same: it is never shown again. Where a new key can't be written the change is taken
 // back by undo, for the configuration would be lost, and a peer would be left that
 // no device can be.
-func (o *peerAddOptions) answer(ctx context.Context, changed api.Changed, private tunnel.PrivateKey, err error, undo func(context.Context) (string, error)) error {
+func (o *peerAddOptions) answer(ctx context.Context, changed api.Changed, private mesh.PrivateKey, err error, undo func(context.Context) (string, error)) error {
 	var refused *api.Error
 	half := errors.As(err, &refused) && (refused.Code == api.CodeNotInForce || refused.Code == api.CodeNotSaved)
 	if err != nil && (!half || private.IsZero()) {
@@ -247,7 +248,7 @@ func (e *takenBack) Unwrap() error { return e.err }
 
 // write prints the answer, or writes the configuration to the file that was asked for,
 // and returns when it is where it is to stay.
-func (o *peerAddOptions) write(ctx context.Context, changed api.Changed, private tunnel.PrivateKey, half bool) error {
+func (o *peerAddOptions) write(ctx context.Context, changed api.Changed, private mesh.PrivateKey, half bool) error {
 	config, err := o.app.configOf(ctx, o.name, private, o.shows())
 	if err != nil {
 		return err
@@ -271,7 +272,7 @@ type addAnswer struct {
 }
 
 // tell says what holds: on stdout, unless that is for the configuration alone.
-func (o *peerAddOptions) tell(changed api.Changed, config tunnel.Config, half bool) {
+func (o *peerAddOptions) tell(changed api.Changed, config stock.Config, half bool) {
 	show := o.shows() && o.file == nil
 	speak := o.app.say
 	if show || o.qr {
@@ -314,14 +315,14 @@ func (o *peerAddOptions) tell(changed api.Changed, config tunnel.Config, half bo
 // configOf asks for a peer's configuration and puts the private key in, which
 // never leaves this process but on stdout or in the file of --output. What its owner has
 // to look at is said when it is shown.
-func (a *app) configOf(ctx context.Context, ref string, private tunnel.PrivateKey, shown bool) (tunnel.Config, error) {
+func (a *app) configOf(ctx context.Context, ref string, private mesh.PrivateKey, shown bool) (stock.Config, error) {
 	c, err := a.client().Config(ctx, ref)
 	if err != nil {
-		return tunnel.Config{}, err
+		return stock.Config{}, err
 	}
-	parsed, err := tunnel.ParseConfig(c.Text)
+	parsed, err := stock.ParseConfig(c.Text)
 	if err != nil {
-		return tunnel.Config{}, err
+		return stock.Config{}, err
 	}
 	parsed.PrivateKey = private
 	if !shown {
@@ -337,8 +338,8 @@ func (a *app) configOf(ctx context.Context, ref string, private tunnel.PrivateKe
 }
 
 // printQR prints a configuration as a QR code, where the terminal has room for it.
-func (a *app) printQR(config tunnel.Config, name string) {
-	code, err := tunnel.EncodeQR(config.Compact())
+func (a *app) printQR(config stock.Config, name string) {
+	code, err := stock.EncodeQR(config.Compact())
 	if err != nil {
 		a.talk("warning: %v; a phone takes the configuration as a file, too", err)
 		return
@@ -386,7 +387,7 @@ func printConfig(ctx context.Context, o *peerAddOptions, ref string) (err error)
 		return err
 	}
 	defer func() { err = o.end(err) }()
-	config, err := o.app.configOf(ctx, peer.Name, tunnel.PrivateKey{}, true)
+	config, err := o.app.configOf(ctx, peer.Name, mesh.PrivateKey{}, true)
 	if err != nil {
 		return err
 	}

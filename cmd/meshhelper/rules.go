@@ -9,8 +9,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // rulesOptions are the flags of rules.
@@ -128,7 +128,7 @@ func untilEnd[T any](ctx context.Context, what string, do func() (T, error)) (T,
 func meshOf(s api.Status) (policy.Mesh, error) {
 	m := policy.Mesh{Prefixes: s.MeshPrefixes, Addresses: s.Addresses, ListenPort: s.ListenPort}
 	for _, p := range s.Peers {
-		key, err := tunnel.ParsePublicKey(p.PublicKey)
+		key, err := mesh.ParsePublicKey(p.PublicKey)
 		if err != nil {
 			return m, fmt.Errorf("read the helper's peer %q: %w", p.Name, err)
 		}

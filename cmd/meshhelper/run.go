@@ -24,8 +24,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/daemon"
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/logfile"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/systemd"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // runOptions are the flags of run.
@@ -81,8 +81,8 @@ state other than starting.`,
 	f.StringVar(&o.platform, "platform", "auto", "auto, darwin or linux")
 	f.Uint16Var(&o.listenPort, "listen-port", defaultListenPort, "UDP `PORT` of WireGuard, 0 for any")
 	f.StringVar(&o.iface, "interface", "", "`NAME` of the mesh interface")
-	f.StringVar(&o.prefix4, "mesh-prefix4", tunnel.DefaultPrefixes().V4.String(), "IPv4 `PREFIX` of the mesh")
-	f.StringVar(&o.prefix6, "mesh-prefix6", tunnel.DefaultPrefixes().V6.String(), "IPv6 `PREFIX` of the mesh")
+	f.StringVar(&o.prefix4, "mesh-prefix4", mesh.DefaultPrefixes().V4.String(), "IPv4 `PREFIX` of the mesh")
+	f.StringVar(&o.prefix6, "mesh-prefix6", mesh.DefaultPrefixes().V6.String(), "IPv6 `PREFIX` of the mesh")
 	f.StringSliceVar(&o.addresses, "address", nil, "this host's own mesh `ADDRESS`, one per family (derived from the key)")
 	f.StringVar(&o.endpoint, "endpoint", "", "`HOST[:PORT]` where peers reach this host (the uplink's address)")
 	f.StringSliceVar(&o.dns, "dns", nil, "`ADDRESS` of a resolver for the peers' configurations (9.9.9.9, 149.112.112.112)")
@@ -287,7 +287,7 @@ func (o *runOptions) parse(opts *daemon.Options) (err error) {
 	if fallback == 0 {
 		fallback = defaultListenPort
 	}
-	if opts.Endpoint, err = tunnel.ParseEndpoint(o.endpoint, fallback); err != nil {
+	if opts.Endpoint, err = mesh.ParseEndpoint(o.endpoint, fallback); err != nil {
 		return o.wrongf(daemon.SettingEndpoint, "%q: %v", o.endpoint, errors.Unwrap(err)) // which has it, too
 	}
 	return nil

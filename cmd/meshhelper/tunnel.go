@@ -4,7 +4,7 @@ import (
 	"context"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
+	"github.com/meshhelper/meshhelper/internal/stock"
 )
 
 // warnTunnel says on stderr that a peer's configuration no longer fits what the peer may
@@ -35,7 +35,7 @@ func (a *app) warnTunnel(ctx context.Context, was string, is api.Peer) {
 	if err != nil {
 		return // the command says why
 	}
-	config, err := tunnel.ParseConfig(c.Text)
+	config, err := stock.ParseConfig(c.Text)
 	if err != nil {
 		return
 	}

@@ -12,7 +12,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -83,7 +83,7 @@ func unknownCommand(c *cobra.Command, name string) error {
 			return usagef("unknown command %q for %q; did you mean %q?", name, c.CommandPath(), sub.Name()+" "+below.Name())
 		}
 	}
-	if near := daemon.Closest(name, names); near != "" {
+	if near := mesh.Closest(name, names); near != "" {
 		return usagef("unknown command %q for %q; did you mean %q?", name, c.CommandPath(), near)
 	}
 	return usagef("unknown command %q for %q; it has: %s", name, c.CommandPath(), strings.Join(names, ", "))
@@ -132,7 +132,7 @@ func flagError(c *cobra.Command, err error) error {
 				names = append(names, f.Name)
 			}
 		})
-		if near := daemon.Closest(unknown.GetSpecifiedName(), names); near != "" {
+		if near := mesh.Closest(unknown.GetSpecifiedName(), names); near != "" {
 			return usagef("unknown flag: --%s; did you mean --%s?", unknown.GetSpecifiedName(), near)
 		}
 	case errors.As(err, &empty):

@@ -13,7 +13,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/host/hosttest"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // BenchmarkToggle measures one permission of one peer from the change to its
@@ -75,28 +75,28 @@ func BenchmarkStatus(b *testing.B) {
 func benchDaemon(b *testing.B, peers int) *Daemon {
 	d, err := New(Options{
 		Platform: hosttest.New(), PlatformName: "fake", StateDir: b.TempDir(), Logger: slog.New(slog.DiscardHandler),
-		NewTunnel: func(dev tun.Device, _ tunnel.PrivateKey, _ uint16) (Tunnel, error) {
+		NewTunnel: func(dev tun.Device, _ mesh.PrivateKey, _ uint16) (Tunnel, error) {
 			return &fakeTunnel{dev: dev, done: make(chan struct{})}, nil
 		},
 	})
 	if err != nil {
 		b.Fatal(err)
 	}
-	_, err = d.decide(b.Context(), func(doc *document, _ time.Time) (tunnel.PublicKey, error) {
+	_, err = d.decide(b.Context(), func(doc *document, _ time.Time) (mesh.PublicKey, error) {
 		taken := map[netip.Addr]bool{}
 		for i := range peers {
-			key := tunnel.PublicKey{1: 1}
+			key := mesh.PublicKey{1: 1}
 			binary.BigEndian.PutUint32(key[4:], uint32(i))
-			free, err := d.mesh.prefixes.Propose(key, func(a netip.Addr) bool { return a == d.mesh.own.V4 || taken[a] })
+			free, err := d.mesh.prefixes.Propose(key, func(a netip.Addr) bool { return a == d.mesh.own[0] || taken[a] })
 			if err != nil {
 				return key, err
 			}
-			taken[free.V4] = true
+			taken[free[0]] = true
 			doc.Peers = append(doc.Peers, peer{
-				Name: fmt.Sprint("p", i), PublicKey: key, Kind: api.External, Addresses: [2]netip.Addr{free.V4, free.V6},
+				Name: fmt.Sprint("p", i), PublicKey: key, Kind: api.External, Addresses: mesh.Addresses{free[0], free[1]},
 			})
 		}
-		return tunnel.PublicKey{}, nil
+		return mesh.PublicKey{}, nil
 	})
 	if err != nil {
 		b.Fatal(err)

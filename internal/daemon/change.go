@@ -10,27 +10,27 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // edit changes a copy of the wanted state and returns the public key of the
 // peer that it was about.
-type edit func(doc *document, now time.Time) (tunnel.PublicKey, error)
+type edit func(doc *document, now time.Time) (mesh.PublicKey, error)
 
 // AddPeer adds a peer. One that already exists, with all that p says of it,
 // is no error.
 func (d *Daemon) AddPeer(ctx context.Context, p api.NewPeer) (api.Changed, error) {
-	return d.change(ctx, func(doc *document, now time.Time) (tunnel.PublicKey, error) {
+	return d.change(ctx, func(doc *document, now time.Time) (mesh.PublicKey, error) {
 		wanted, err := d.newPeer(doc, p, now)
 		if err != nil {
-			return tunnel.PublicKey{}, err
+			return mesh.PublicKey{}, err
 		}
 		if i := doc.byName(wanted.Name); i >= 0 {
 			return wanted.PublicKey, samePeer(&doc.Peers[i], wanted, p, now)
 		}
 		if err := d.admit(doc, wanted, p); err != nil {
-			return tunnel.PublicKey{}, err
+			return mesh.PublicKey{}, err
 		}
 		doc.Peers = append(doc.Peers, *wanted)
 		doc.forget(wanted.Name)
@@ -40,8 +40,8 @@ func (d *Daemon) AddPeer(ctx context.Context, p api.NewPeer) (api.Changed, error
 
 // ChangePeer changes what c names of a peer and leaves the rest.
 func (d *Daemon) ChangePeer(ctx context.Context, ref string, c api.PeerChange) (api.Changed, error) {
-	var key tunnel.PublicKey
-	return d.change(ctx, func(doc *document, now time.Time) (tunnel.PublicKey, error) {
+	var key mesh.PublicKey
+	return d.change(ctx, func(doc *document, now time.Time) (mesh.PublicKey, error) {
 		i := -1
 		if c.Name == "" {
 			i = doc.byKey(key) // made again: the same peer, whatever it is called by now
@@ -50,13 +50,13 @@ func (d *Daemon) ChangePeer(ctx context.Context, ref string, c api.PeerChange) (
 			var err error
 			if i, err = doc.find(ref); err != nil {
 				if c.Name == "" || doc.nowOf(ref) != c.Name {
-					return tunnel.PublicKey{}, err
+					return mesh.PublicKey{}, err
 				}
 				i = doc.byName(c.Name) // renamed so before
 			}
 		}
 		if err := d.apply(doc, i, c, now); err != nil {
-			return tunnel.PublicKey{}, err
+			return mesh.PublicKey{}, err
 		}
 		key = doc.Peers[i].PublicKey
 		return key, nil
@@ -68,20 +68,20 @@ func (d *Daemon) ChangePeer(ctx context.Context, ref string, c api.PeerChange) (
 func (d *Daemon) RemovePeer(ctx context.Context, ref string) (api.Changed, error) {
 	var was api.Peer
 	var before *api.Error
-	changed, err := d.change(ctx, func(doc *document, now time.Time) (tunnel.PublicKey, error) {
+	changed, err := d.change(ctx, func(doc *document, now time.Time) (mesh.PublicKey, error) {
 		i, err := doc.find(ref)
 		before = nil
 		if errors.As(err, &before) && before.Code == api.CodeAlreadyRemoved {
-			return tunnel.PublicKey{}, nil
+			return mesh.PublicKey{}, nil
 		}
 		if err != nil {
-			return tunnel.PublicKey{}, err
+			return mesh.PublicKey{}, err
 		}
 		gone := doc.Peers[i] // its place is another's from here on
 		was = d.view(&gone, now)
 		doc.remember(former{Name: gone.Name})
 		doc.Peers = slices.Delete(doc.Peers, i, i+1)
-		return tunnel.PublicKey{}, nil
+		return mesh.PublicKey{}, nil
 	})
 	if err == nil && before != nil {
 		return api.Changed{}, before
@@ -99,8 +99,8 @@ func (d *Daemon) saveWithin() time.Duration { return d.opts.Wait / 2 }
 
 // outcome is what a change came to, as far as it goes without the loop.
 type outcome struct {
-	key     tunnel.PublicKey // of the peer that the change was about
-	doc     *document        // which the change is in force with; nil: nothing is in force
+	key     mesh.PublicKey // of the peer that the change was about
+	doc     *document      // which the change is in force with; nil: nothing is in force
 	already bool
 	// from, where it isn't nil, is the document before a change that takes away alone.
 	from *document
@@ -245,7 +245,7 @@ func (d *Daemon) decide(ctx context.Context, e edit) (outcome, error) {
 
 // edited returns the document after an edit, as the next generation, or doc itself
 // where the edit changes nothing.
-func (d *Daemon) edited(doc *document, e edit, now time.Time) (*document, tunnel.PublicKey, error) {
+func (d *Daemon) edited(doc *document, e edit, now time.Time) (*document, mesh.PublicKey, error) {
 	next := doc.clone()
 	key, err := e(next, now)
 	if err != nil {
@@ -273,7 +273,7 @@ func (d *Daemon) check(before, doc *document) error {
 // the edit, and key the public key of the peer that it is about.
 type widening struct {
 	base, next *document
-	key        tunnel.PublicKey
+	key        mesh.PublicKey
 }
 
 // errOvertaken is saveAhead's when another change came into force before it wrote.
@@ -365,7 +365,7 @@ func (d *Daemon) noteTaken(doc, left *document, generation uint64) {
 			d.taken[p.PublicKey] = of
 		}
 	}
-	maps.DeleteFunc(d.taken, func(key tunnel.PublicKey, _ [len(policy.AllPermissions)]uint64) bool { return is[key] == nil })
+	maps.DeleteFunc(d.taken, func(key mesh.PublicKey, _ [len(policy.AllPermissions)]uint64) bool { return is[key] == nil })
 }
 
 // nothingChanged is the answer to a change that couldn't be saved, so that the state

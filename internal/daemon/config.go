@@ -6,8 +6,9 @@ import (
 	"slices"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
+	"github.com/meshhelper/meshhelper/internal/stock"
 )
 
 // Config returns the configuration for a peer's WireGuard app. Its private key
@@ -33,8 +34,8 @@ func (d *Daemon) Config(ref string) (api.Config, error) {
 			warnings = append(warnings, fmt.Sprintf("this configuration sends everything, and %s may not route: it has no internet while it is connected; run: meshhelper peer allow %s routing", p.Name, p.Name))
 		}
 	}
-	config := tunnel.ForPeer(tunnel.PrivateKey{},
-		tunnel.Addresses{V4: p.Addresses[0], V6: p.Addresses[1]}, d.mesh.key, endpoint, allowed, dns)
+	config := stock.ForPeer(mesh.PrivateKey{},
+		p.Addresses, d.mesh.key, endpoint, allowed, dns)
 	if err := config.Validate(); err != nil {
 		return api.Config{}, err
 	}
@@ -42,7 +43,7 @@ func (d *Daemon) Config(ref string) (api.Config, error) {
 }
 
 // endpoint returns where peers reach this host, and what is to be said of it.
-func (d *Daemon) endpoint(c condition) (tunnel.Endpoint, []string) {
+func (d *Daemon) endpoint(c condition) (mesh.Endpoint, []string) {
 	if e := d.settings.Load().endpoint; e.Host != "" {
 		if e.Port == 0 {
 			e.Port = c.listenPort
@@ -51,11 +52,11 @@ func (d *Daemon) endpoint(c condition) (tunnel.Endpoint, []string) {
 	}
 	a, ok := uplinkAddress(c.host)
 	if !ok || c.listenPort == 0 {
-		return tunnel.Endpoint{}, []string{
+		return mesh.Endpoint{}, []string{
 			"no endpoint is known, for this host has no address that others could be told: add Endpoint = HOST:PORT to the [Peer] section, or run: meshhelper settings endpoint HOST",
 		}
 	}
-	return tunnel.Endpoint{Host: a.String(), Port: c.listenPort}, []string{aboutEndpoint(a, c.listenPort)}
+	return mesh.Endpoint{Host: a.String(), Port: c.listenPort}, []string{aboutEndpoint(a, c.listenPort)}
 }
 
 // aboutEndpoint says from where the endpoint a can be reached, and what to do where

@@ -11,7 +11,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
+	"github.com/meshhelper/meshhelper/internal/stock"
 )
 
 // addrs reads addresses, separated by spaces.
@@ -23,13 +23,13 @@ func addrs(text string) (out []netip.Addr) {
 }
 
 // configFor returns what a peer's app is handed, and the warnings beside it.
-func (r *rig) configFor(name string) (tunnel.Config, []string) {
+func (r *rig) configFor(name string) (stock.Config, []string) {
 	r.t.Helper()
 	c, err := r.d.Config(name)
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	parsed, err := tunnel.ParseConfig(c.Text)
+	parsed, err := stock.ParseConfig(c.Text)
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -161,7 +161,7 @@ func TestConfigurationSendsWhatThePeerMay(t *testing.T) {
 					got = append(got, p.String())
 				}
 				own := r.d.mesh.own
-				want := strings.ReplaceAll(c.want, "HOST", own.V4.String()+"/32 "+own.V6.String()+"/128")
+				want := strings.ReplaceAll(c.want, "HOST", own[0].String()+"/32 "+own[1].String()+"/128")
 				if strings.Join(got, " ") != want {
 					t.Errorf("sends %v, want %s", got, want)
 				}

@@ -21,6 +21,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/owned"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
@@ -32,7 +33,7 @@ type Tunnel interface {
 	// Sync makes the tunnel's peers equal to want, touching only those that
 	// differ.
 	Sync(want []tunnel.Peer) error
-	Stats() (map[tunnel.PublicKey]tunnel.PeerStats, error)
+	Stats() (map[mesh.PublicKey]tunnel.PeerStats, error)
 	ListenPort() uint16
 	// SetSelf says where datagrams reach the tunnel itself, which is no peer's endpoint.
 	SetSelf(places []netip.AddrPort)
@@ -57,11 +58,11 @@ type Options struct {
 	// pipe or a terminal stands a logfile.Queue.
 	Logger *slog.Logger // required
 
-	Version    string          // optional: for status
-	Interface  string          // optional: the platform chooses
-	MTU        int             // optional: DefaultMTU
-	ListenPort uint16          // optional: UDP, 0 lets the system choose
-	Prefixes   tunnel.Prefixes // optional: tunnel.DefaultPrefixes
+	Version    string        // optional: for status
+	Interface  string        // optional: the platform chooses
+	MTU        int           // optional: DefaultMTU
+	ListenPort uint16        // optional: UDP, 0 lets the system choose
+	Prefixes   mesh.Prefixes // optional: mesh.DefaultPrefixes
 	// Addresses are the host's own, at most one per family.
 	Addresses []netip.Addr // optional: derived from the host's key
 	// Renumber gives peers that the prefixes have no place for addresses that they have,
@@ -69,7 +70,7 @@ type Options struct {
 	// it such peers are a mistake, and New refuses.
 	Renumber bool
 	// Endpoint is where peers reach this host, for their configurations.
-	Endpoint tunnel.Endpoint // optional: the uplink's address
+	Endpoint mesh.Endpoint // optional: the uplink's address
 	// DNS is for the peers' configurations.
 	DNS []netip.Addr // optional: public ones of a family that the host reaches
 
@@ -80,12 +81,12 @@ type Options struct {
 	Languages map[string]Language // optional
 
 	// NewTunnel starts the WireGuard device around the platform's tunnel device.
-	NewTunnel func(tun.Device, tunnel.PrivateKey, uint16) (Tunnel, error) // optional: tunnel.NewDevice
-	Tick      time.Duration                                               // optional: between looks at the host, DefaultTick
-	Wait      time.Duration                                               // optional: a command's time limit, DefaultWait
-	Wall      func() time.Time                                            // optional: the wall clock, time.Now
-	Random    io.Reader                                                   // optional: crypto/rand.Reader
-	Resolve   func(context.Context, string) ([]netip.Addr, error)         // optional: the host's resolver
+	NewTunnel func(tun.Device, mesh.PrivateKey, uint16) (Tunnel, error) // optional: tunnel.NewDevice
+	Tick      time.Duration                                             // optional: between looks at the host, DefaultTick
+	Wait      time.Duration                                             // optional: a command's time limit, DefaultWait
+	Wall      func() time.Time                                          // optional: the wall clock, time.Now
+	Random    io.Reader                                                 // optional: crypto/rand.Reader
+	Resolve   func(context.Context, string) ([]netip.Addr, error)       // optional: the host's resolver
 }
 
 // What Options leave out.
@@ -107,7 +108,7 @@ func (o *Options) complete() error {
 	setDefault(&o.MTU, DefaultMTU)
 	setDefault(&o.Tick, DefaultTick)
 	setDefault(&o.Wait, DefaultWait)
-	setDefault(&o.Prefixes, tunnel.DefaultPrefixes())
+	setDefault(&o.Prefixes, mesh.DefaultPrefixes())
 	if o.Wall == nil {
 		o.Wall = time.Now
 	}
@@ -127,7 +128,7 @@ func setDefault[T comparable](value *T, standard T) {
 	}
 }
 
-func (d *Daemon) wireguard(dev tun.Device, key tunnel.PrivateKey, port uint16) (Tunnel, error) {
+func (d *Daemon) wireguard(dev tun.Device, key mesh.PrivateKey, port uint16) (Tunnel, error) {
 	return tunnel.NewDevice(tunnel.Options{
 		TUN: dev, PrivateKey: key, ListenPort: port, Logger: d.opts.Logger.With("part", "wireguard"),
 		Addresses: d.mesh.own.List(), Sockets: d.sockets,
@@ -138,8 +139,8 @@ func (d *Daemon) wireguard(dev tun.Device, key tunnel.PrivateKey, port uint16) (
 // socket.
 type Daemon struct {
 	opts    Options
-	key     tunnel.PrivateKey
-	mesh    mesh
+	key     mesh.PrivateKey
+	mesh    identity
 	disk    disk
 	gate    gate
 	clock   *clock
@@ -154,7 +155,7 @@ type Daemon struct {
 	wanted   atomic.Pointer[document]
 	// taken has the generations in which edits took permissions away, by the peer's key, in
 	// the order of policy.AllPermissions; see again. Under changing.
-	taken map[tunnel.PublicKey][len(policy.AllPermissions)]uint64
+	taken map[mesh.PublicKey][len(policy.AllPermissions)]uint64
 	// widening is held, by a value in it, while what gives something is saved ahead.
 	widening chan struct{}
 
@@ -177,9 +178,9 @@ type Daemon struct {
 	changed  chan struct{} // closed when now is replaced
 	// names, learned and outside are replaced, never changed.
 	names          map[string]netip.Addr
-	counts         map[tunnel.PublicKey]totals // as last learned; replaced, never changed
-	before         map[tunnel.PublicKey]totals // what was counted before the start; never changed
-	learned        map[tunnel.PublicKey]netip.AddrPort
+	counts         map[mesh.PublicKey]totals // as last learned; replaced, never changed
+	before         map[mesh.PublicKey]totals // what was counted before the start; never changed
+	learned        map[mesh.PublicKey]netip.AddrPort
 	outside        outside          // of the name in this host's own endpoint
 	unresolved     map[string]error // why names of endpoints weren't found last time
 	learnedUnsaved bool             // whether the last attempt to save learned failed
@@ -221,7 +222,7 @@ func New(o Options) (*Daemon, error) {
 		widening: make(chan struct{}, 1),
 		setting:  make(chan struct{}, 1),
 		looking:  make(chan struct{}, 1),
-		taken:    make(map[tunnel.PublicKey][len(policy.AllPermissions)]uint64),
+		taken:    make(map[mesh.PublicKey][len(policy.AllPermissions)]uint64),
 		wake:     make(chan struct{}, 1),
 		moved:    make(chan struct{}, 1),
 		timed:    make(chan struct{}, 1),
@@ -342,11 +343,11 @@ func (d *Daemon) savedTime(doc *document) time.Time {
 // made for a new mesh only.
 func (d *Daemon) loadKey(fresh bool) error {
 	path := filepath.Join(d.opts.StateDir, keyFile)
-	var key tunnel.PrivateKey
+	var key mesh.PrivateKey
 	f, err := owned.Open(path)
 	switch {
 	case err == nil:
-		key, err = tunnel.ReadKey(f) // of the file that was checked, whatever has its name by now
+		key, err = ReadKey(f) // of the file that was checked, whatever has its name by now
 		f.Close()
 	case !errors.Is(err, fs.ErrNotExist):
 		return api.Errorf(api.CodeInternal, "read key file: %v", err).WithHint("nothing was touched; a key that another user wrote isn't used, nor one that others may replace")
@@ -360,16 +361,16 @@ func (d *Daemon) loadKey(fresh bool) error {
 	case errors.Is(err, fs.ErrNotExist):
 		err = api.Errorf(api.CodeInternal, "the host's key %q is missing, but there is a wanted state", path).
 			WithHint("put the key back, or move %q and %q away to start anew", stateFile, copyFile)
-	case errors.Is(err, tunnel.ErrBadKey):
+	case errors.Is(err, mesh.ErrBadKey):
 		err = api.Errorf(api.CodeInternal, "%v", err).WithHint("nothing was touched; put the key back, for the peers know this host by it")
-	case errors.Is(err, tunnel.ErrExposedKey):
+	case errors.Is(err, ErrExposedKey):
 		err = api.Errorf(api.CodeInternal, "%v", err).WithHint("a program that read it can pose as this host; run: chmod 600 %q", path)
 	}
 	d.key = key
 	return err
 }
 
-func writeKey(path string, key tunnel.PrivateKey) error {
+func writeKey(path string, key mesh.PrivateKey) error {
 	if err := owned.Replace(path, []byte(key.Reveal()+"\n")); err != nil {
 		return fmt.Errorf("write key file: %w", err)
 	}
@@ -383,8 +384,8 @@ func (d *Daemon) place() (err error) {
 }
 
 // placed is the mesh with these prefixes.
-func (d *Daemon) placed(prefixes tunnel.Prefixes) (m mesh, err error) {
-	m = mesh{prefixes: prefixes, key: d.key.Public()}
+func (d *Daemon) placed(prefixes mesh.Prefixes) (m identity, err error) {
+	m = identity{prefixes: prefixes, key: d.key.Public()}
 	free := func(netip.Addr) bool { return false }
 	if m.own, err = m.prefixes.Propose(m.key, free); err != nil {
 		return m, err
@@ -393,11 +394,11 @@ func (d *Daemon) placed(prefixes tunnel.Prefixes) (m mesh, err error) {
 	for _, a := range d.opts.Addresses {
 		if err := m.prefixes.Check(a); err != nil {
 			return m, api.Errorf(api.CodeBadAddress, "the host's own address: %v", err).
-				WithHint("leave --address out, or take %v and %v", m.own.V4, m.own.V6)
+				WithHint("leave --address out, or take %v and %v", m.own[0], m.own[1])
 		}
-		place := &m.own.V4
+		place := &m.own[0]
 		if a.Is6() {
-			place = &m.own.V6
+			place = &m.own[1]
 		}
 		if given[place] {
 			return m, api.Errorf(api.CodeBadAddress, "the host's own address %v is a second of its family", a).

@@ -10,8 +10,8 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // checkFlows tells which peer has come nearest to the bound of its flows.
@@ -409,7 +409,7 @@ func (d *Daemon) checkNames(doc *document) api.Check {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for i := range doc.Peers {
-		e, err := tunnel.ParseEndpoint(doc.Peers[i].Endpoint, 0)
+		e, err := mesh.ParseEndpoint(doc.Peers[i].Endpoint, 0)
 		if err != nil {
 			continue
 		}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
@@ -147,7 +148,7 @@ func TestDoctorAboutEndpoints(t *testing.T) {
 				})
 				o := r.options()
 				if c.endpoint != "" {
-					o.Endpoint = tunnel.Endpoint{Host: c.endpoint, Port: 51820}
+					o.Endpoint = mesh.Endpoint{Host: c.endpoint, Port: 51820}
 				}
 				r.startWith(o)
 				defer r.end()

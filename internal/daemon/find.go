@@ -5,11 +5,11 @@ import (
 	"slices"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 func (doc *document) rename(i int, name string) error {
-	if err := checkName(name); err != nil {
+	if err := mesh.CheckName(name); err != nil {
 		return api.Errorf(api.CodeBadName, "%v", err).WithHint("names have 1 to 63 letters, digits, -, _ and .")
 	}
 	if doc.byName(name) >= 0 {
@@ -48,7 +48,7 @@ func (doc *document) byName(name string) int {
 	return slices.IndexFunc(doc.Peers, func(p peer) bool { return p.Name == name })
 }
 
-func (doc *document) byKey(key tunnel.PublicKey) int {
+func (doc *document) byKey(key mesh.PublicKey) int {
 	return slices.IndexFunc(doc.Peers, func(p peer) bool { return p.PublicKey == key })
 }
 
@@ -66,7 +66,7 @@ func (doc *document) find(ref string) (int, error) {
 			return i, nil
 		}
 	}
-	if key, err := tunnel.ParsePublicKey(ref); err == nil {
+	if key, err := mesh.ParsePublicKey(ref); err == nil {
 		if i := doc.byKey(key); i >= 0 {
 			return i, nil
 		}
@@ -87,7 +87,7 @@ func (doc *document) unknown(ref string) error {
 	for i := range doc.Peers {
 		names[i] = doc.Peers[i].Name
 	}
-	if name := Closest(ref, names); name != "" {
+	if name := mesh.Closest(ref, names); name != "" {
 		return e.WithHint("did you mean %q?", name)
 	}
 	if len(names) == 0 {

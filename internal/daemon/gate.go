@@ -5,8 +5,8 @@ import (
 	"sync"
 
 	"github.com/meshhelper/meshhelper/internal/guard"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // gate owns the guard. What the guard judges by is the less of two: what the loop
@@ -116,7 +116,7 @@ func within(m policy.Mesh, doc *document) (out policy.Mesh, less bool) {
 	}
 	out.Peers = make([]policy.Peer, 0, len(m.Peers))
 	for i, p := range m.Peers {
-		w := find(i, tunnel.PublicKey(p.ID))
+		w := find(i, mesh.PublicKey(p.ID))
 		if w == nil || len(p.Addresses) != 2 || p.Addresses[0] != w.Addresses[0] || p.Addresses[1] != w.Addresses[1] {
 			less = true
 			continue

@@ -18,6 +18,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/logfile"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
@@ -136,14 +137,14 @@ func TestLearned(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		heard := func(name, at string) {
 			t.Helper()
-			key, err := tunnel.ParsePublicKey(keyOf(name))
+			key, err := mesh.ParsePublicKey(keyOf(name))
 			if err != nil {
 				t.Fatal(err)
 			}
 			r.tunnel.mu.Lock()
 			defer r.tunnel.mu.Unlock()
 			if r.tunnel.stats == nil {
-				r.tunnel.stats = map[tunnel.PublicKey]tunnel.PeerStats{}
+				r.tunnel.stats = map[mesh.PublicKey]tunnel.PeerStats{}
 			}
 			r.tunnel.stats[key] = tunnel.PeerStats{LastHandshake: time.Now(), Endpoint: netip.MustParseAddrPort(at)}
 		}
@@ -321,7 +322,7 @@ func TestResolverOneNameStuck(t *testing.T) {
 		o.Logger = slog.New(slog.NewTextHandler(logged, nil))
 		r.startWith(o)
 		defer r.end()
-		_, err := r.d.decide(t.Context(), func(doc *document, now time.Time) (tunnel.PublicKey, error) {
+		_, err := r.d.decide(t.Context(), func(doc *document, now time.Time) (mesh.PublicKey, error) {
 			for i := range 300 {
 				p, err := r.d.newPeer(doc, api.NewPeer{Name: fmt.Sprint("s", i), PublicKey: keyOf(fmt.Sprint("s", i)), Endpoint: fmt.Sprintf("stuck%d.example:1", i)}, now)
 				if err != nil || doc.byAddress(p.Addresses[0]) >= 0 {

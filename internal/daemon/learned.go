@@ -13,9 +13,9 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/owned"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // learned is what a helper found out about peers by itself: where a peer without a
@@ -23,9 +23,9 @@ import (
 // that such a peer isn't dark until it sends by itself. And what was counted of each peer,
 // and by which addresses others know this host.
 type learned struct {
-	Endpoints map[tunnel.PublicKey]netip.AddrPort `json:"endpoints"`
-	Counts    map[tunnel.PublicKey]totals         `json:"counts,omitempty"`
-	Outside   outside                             `json:"outside,omitzero"`
+	Endpoints map[mesh.PublicKey]netip.AddrPort `json:"endpoints"`
+	Counts    map[mesh.PublicKey]totals         `json:"counts,omitempty"`
+	Outside   outside                           `json:"outside,omitzero"`
 }
 
 // totals are what was counted of a peer over all helpers' lives. What one counted since it
@@ -39,7 +39,7 @@ type totals struct {
 }
 
 // totalsOf adds what tunnel and guard counted of a peer to what was counted before.
-func totalsOf(key tunnel.PublicKey, n numbers) totals {
+func totalsOf(key mesh.PublicKey, n numbers) totals {
 	t, s, g := n.before[key], n.tunnel[key], n.guard[policy.PeerID(key)]
 	r := refusedOf(s, g)
 	return totals{
@@ -66,7 +66,7 @@ func decodeLearned(text []byte) (learned, error) {
 	if err := json.Unmarshal(text, &l); err != nil {
 		return learned{}, fmt.Errorf("read learned endpoints: %w", err)
 	}
-	maps.DeleteFunc(l.Endpoints, func(_ tunnel.PublicKey, at netip.AddrPort) bool {
+	maps.DeleteFunc(l.Endpoints, func(_ mesh.PublicKey, at netip.AddrPort) bool {
 		return !at.IsValid() || at.Port() == 0
 	})
 	l.Outside.Addresses = slices.DeleteFunc(l.Outside.Addresses, func(a netip.Addr) bool { return !a.IsValid() || a.Zone() != "" })
@@ -125,8 +125,8 @@ func (d *Daemon) learnFrom(n numbers) (news bool) {
 	d.mu.Lock()
 	before, counted, unsaved := d.learned, d.counts, d.learnedUnsaved // replaced, never changed
 	d.mu.Unlock()
-	next := make(map[tunnel.PublicKey]netip.AddrPort, len(before))
-	counts := make(map[tunnel.PublicKey]totals, len(doc.Peers))
+	next := make(map[mesh.PublicKey]netip.AddrPort, len(before))
+	counts := make(map[mesh.PublicKey]totals, len(doc.Peers))
 	for i := range doc.Peers {
 		p := &doc.Peers[i]
 		if t := totalsOf(p.PublicKey, n); t != (totals{}) {

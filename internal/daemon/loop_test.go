@@ -15,6 +15,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
@@ -560,7 +561,7 @@ func TestRemovedBounded(t *testing.T) {
 	v4, v6 := netip.MustParseAddr("100.64.0.0"), netip.MustParseAddr("fd6d:6573:6800::")
 	for i := range maxRemoved + 10 {
 		v4, v6 = v4.Next(), v6.Next()
-		before := &document{Peers: []peer{{Addresses: [2]netip.Addr{v4, v6}}}}
+		before := &document{Peers: []peer{{Addresses: mesh.Addresses{v4, v6}}}}
 		doc.retire(before, start.Add(time.Duration(i)*time.Second))
 	}
 	if n := len(doc.Removed); n != maxRemoved || doc.Removed[n-1].Addresses[0] != v4 {

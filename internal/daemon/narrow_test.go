@@ -623,7 +623,7 @@ func TestFilterAway(t *testing.T) {
 		phone := r.add("phone")
 		r.mustAllow("phone", "routing", "")
 		r.mustAllow("phone", "incoming", "")
-		own := r.d.mesh.own.V4
+		own := r.d.mesh.own[0]
 		toHost := func() bool {
 			before := r.host.Delivered()
 			r.tunnel.dev.Write([][]byte{packetTo(phone.Addresses[0], own)}, 0)

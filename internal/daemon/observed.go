@@ -7,16 +7,16 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/guard"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // observed is what the loop saw at its last look at the clocks and the tunnel.
 type observed struct {
 	at         time.Time // with its monotonic part
 	wall       time.Time
-	handshakes map[tunnel.PublicKey]time.Time
-	refused    map[tunnel.PublicKey]refusals
+	handshakes map[mesh.PublicKey]time.Time
+	refused    map[mesh.PublicKey]refusals
 	guard      map[policy.PeerID]guard.PeerStats
 }
 
@@ -59,7 +59,7 @@ func (l *loop) look() {
 // (REJECT_AFTER_TIME, whitepaper 6.1).
 func (l *loop) recordHandshakes(peers []peer, n numbers) {
 	const session = 3 * time.Minute
-	next := make(map[tunnel.PublicKey]time.Time, len(peers))
+	next := make(map[mesh.PublicKey]time.Time, len(peers))
 	for i := range peers {
 		p := &peers[i]
 		last := n.tunnel[p.PublicKey].LastHandshake
@@ -99,7 +99,7 @@ const refusedInterval = time.Minute
 
 // tellRefused records what was refused since it was last told.
 func (l *loop) tellRefused(peers []peer, n numbers, now time.Time) {
-	next := make(map[tunnel.PublicKey]refusals, len(peers))
+	next := make(map[mesh.PublicKey]refusals, len(peers))
 	for i := range peers {
 		p := &peers[i]
 		was := l.seen.refused[p.PublicKey]

@@ -9,7 +9,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/meshhelper/meshhelper/internal/tunnel"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // othersLimit bounds one look at other software. Between two of them is a pause of
@@ -27,7 +27,7 @@ const maxOuter = 32
 // outerOf returns where WireGuard knows devices to be, of those that were heard last; in an
 // order that doesn't change with each handshake.
 func outerOf(n numbers) (out []netip.AddrPort) {
-	keys := slices.SortedFunc(maps.Keys(n.tunnel), func(a, b tunnel.PublicKey) int {
+	keys := slices.SortedFunc(maps.Keys(n.tunnel), func(a, b mesh.PublicKey) int {
 		return cmp.Or(n.tunnel[b].LastHandshake.Compare(n.tunnel[a].LastHandshake), bytes.Compare(a[:], b[:]))
 	})
 	for _, key := range keys {

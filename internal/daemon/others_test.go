@@ -14,6 +14,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/host/hosttest"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
@@ -117,12 +118,12 @@ func TestOthersAreAskedForKnownDevices(t *testing.T) {
 		r.startWith(o)
 		defer r.end()
 		var want []netip.AddrPort
-		stats := map[tunnel.PublicKey]tunnel.PeerStats{}
+		stats := map[mesh.PublicKey]tunnel.PeerStats{}
 		for i := range maxOuter + 8 {
 			name := fmt.Sprintf("peer%d", i)
 			r.add(name)
 			at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(i)}), 4000)
-			key, err := tunnel.ParsePublicKey(keyOf(name))
+			key, err := mesh.ParsePublicKey(keyOf(name))
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -11,8 +11,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // TestOwnAddressFromOutside tells the helper where peers reach this host, by address and
@@ -25,7 +25,7 @@ func TestOwnAddressFromOutside(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			r := newRig(t)
 			o := r.options()
-			o.Endpoint = tunnel.Endpoint{Host: endpoint, Port: 4500}
+			o.Endpoint = mesh.Endpoint{Host: endpoint, Port: 4500}
 			var now atomic.Pointer[[]netip.Addr]
 			now.Store(&[]netip.Addr{first, six, first})
 			o.Resolve = func(_ context.Context, name string) ([]netip.Addr, error) {

@@ -8,7 +8,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // PlanPrefixes returns what changes with other mesh prefixes: the peers that get other
@@ -16,7 +16,7 @@ import (
 // a helper that starts with these prefixes and [Options.Renumber] does that, the same way.
 // The error says what is wrong with the prefixes, that one of [Options.Addresses] isn't
 // in them, or that they have no room for all peers.
-func (d *Daemon) PlanPrefixes(prefixes tunnel.Prefixes) ([]api.Renumbered, error) {
+func (d *Daemon) PlanPrefixes(prefixes mesh.Prefixes) ([]api.Renumbered, error) {
 	if err := prefixes.Validate(); err != nil {
 		return nil, api.Errorf(api.CodeBadAddress, "%v", err).WithHint("take a private prefix that isn't in use here")
 	}
@@ -33,7 +33,7 @@ func (d *Daemon) PlanPrefixes(prefixes tunnel.Prefixes) ([]api.Renumbered, error
 	for i := range doc.Peers {
 		was, is := &doc.Peers[i], &next.Peers[i]
 		moved := map[netip.Addr]netip.Addr{
-			d.mesh.own.V4: m.own.V4, d.mesh.own.V6: m.own.V6,
+			d.mesh.own[0]: m.own[0], d.mesh.own[1]: m.own[1],
 			was.Addresses[0]: is.Addresses[0], was.Addresses[1]: is.Addresses[1],
 		}
 		config, err := d.Config(was.Name)
@@ -102,9 +102,9 @@ func changedLines(text string, moved map[netip.Addr]netip.Addr, prefixes map[net
 // peer's key. Where that one is taken, the next attempt of the derivation counts, in the
 // order of the peers, so that the outcome is the same each time. The addresses of before
 // are kept in for a day, as a removed peer's are.
-func (doc *document) renumbered(m mesh, now time.Time) (*document, error) {
+func (doc *document) renumbered(m identity, now time.Time) (*document, error) {
 	next := doc.clone()
-	taken := map[netip.Addr]bool{m.own.V4: true, m.own.V6: true}
+	taken := map[netip.Addr]bool{m.own[0]: true, m.own[1]: true}
 	stays := make([][2]bool, len(next.Peers))
 	for i := range next.Peers {
 		for n, a := range next.Peers[i].Addresses {

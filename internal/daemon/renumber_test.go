@@ -9,8 +9,8 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // TestMeshPrefixChanges changes the IPv4 prefix of a mesh with peers: the plan is what the
@@ -29,7 +29,7 @@ func TestMeshPrefixChanges(t *testing.T) {
 			was[name], _ = r.d.Peer(name)
 		}
 		own := r.d.Status().Addresses
-		next := tunnel.Prefixes{V4: netip.MustParsePrefix("10.213.0.0/16"), V6: tunnel.DefaultPrefixes().V6}
+		next := mesh.Prefixes{V4: netip.MustParsePrefix("10.213.0.0/16"), V6: mesh.DefaultPrefixes().V6}
 		plan, err := r.d.PlanPrefixes(next)
 		if err != nil {
 			t.Fatal(err)
@@ -101,7 +101,7 @@ func TestMeshPrefixChanges(t *testing.T) {
 		r.after(removedFor + time.Minute)
 		keptIn("a day later", false)
 		// And back.
-		plan, err = r.d.PlanPrefixes(tunnel.DefaultPrefixes())
+		plan, err = r.d.PlanPrefixes(mesh.DefaultPrefixes())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -116,15 +116,15 @@ func TestMeshPrefixChanges(t *testing.T) {
 // TestMeshPrefixCollisions moves peers where their derived addresses collide, where an
 // address that was given fits, and where there is no room.
 func TestMeshPrefixCollisions(t *testing.T) {
-	key := func(name string) tunnel.PublicKey {
-		k, err := tunnel.ParsePublicKey(keyOf(name))
+	key := func(name string) mesh.PublicKey {
+		k, err := mesh.ParsePublicKey(keyOf(name))
 		if err != nil {
 			t.Fatal(err)
 		}
 		return k
 	}
 	doc := &document{Version: documentVersion}
-	old := tunnel.DefaultPrefixes()
+	old := mesh.DefaultPrefixes()
 	taken := map[netip.Addr]bool{}
 	names := []string{"peer-a", "peer-b", "peer-c", "peer-d", "peer-e"}
 	for _, name := range names {
@@ -132,13 +132,13 @@ func TestMeshPrefixCollisions(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		taken[a.V4], taken[a.V6] = true, true
-		doc.Peers = append(doc.Peers, peer{Name: name, PublicKey: key(name), Kind: api.Own, Addresses: [2]netip.Addr{a.V4, a.V6}})
+		taken[a[0]], taken[a[1]] = true, true
+		doc.Peers = append(doc.Peers, peer{Name: name, PublicKey: key(name), Kind: api.Own, Addresses: mesh.Addresses{a[0], a[1]}})
 	}
 	given := netip.MustParseAddr("10.9.8.4")
 	doc.Peers[4].Addresses[0] = given
-	move := func(prefix string, peers int) (*document, mesh, error) {
-		m := mesh{prefixes: tunnel.Prefixes{V4: netip.MustParsePrefix(prefix), V6: old.V6}, key: key("host")}
+	move := func(prefix string, peers int) (*document, identity, error) {
+		m := identity{prefixes: mesh.Prefixes{V4: netip.MustParsePrefix(prefix), V6: old.V6}, key: key("host")}
 		var err error
 		if m.own, err = m.prefixes.Propose(m.key, func(a netip.Addr) bool { return a == given }); err != nil {
 			t.Fatal(err)
@@ -169,7 +169,7 @@ func TestMeshPrefixCollisions(t *testing.T) {
 	if err != nil || !slices.Equal(again.Peers, next.Peers) {
 		t.Errorf("a second plan differs: %v, %v", again.Peers, err)
 	}
-	doc.Peers = append(doc.Peers, peer{Name: "peer-f", PublicKey: key("peer-f"), Kind: api.Own, Addresses: [2]netip.Addr{netip.MustParseAddr("100.70.1.1"), netip.MustParseAddr("fd6d:6573:6800::77")}})
+	doc.Peers = append(doc.Peers, peer{Name: "peer-f", PublicKey: key("peer-f"), Kind: api.Own, Addresses: mesh.Addresses{netip.MustParseAddr("100.70.1.1"), netip.MustParseAddr("fd6d:6573:6800::77")}})
 	if _, _, err := move("10.9.8.0/29", 6); err == nil || !strings.Contains(err.Error(), "no room for all 6 peers") {
 		t.Errorf("six peers and the host in six addresses: %v", err)
 	}

@@ -8,14 +8,14 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // newPeer reads the body of a POST.
 func (d *Daemon) newPeer(doc *document, p api.NewPeer, now time.Time) (*peer, error) {
 	out := &peer{Name: p.Name, Kind: p.Kind}
-	if err := checkName(p.Name); err != nil {
+	if err := mesh.CheckName(p.Name); err != nil {
 		return nil, api.Errorf(api.CodeBadName, "%v", err).WithHint("names have 1 to 63 letters, digits, -, _ and .")
 	}
 	if out.Kind == "" {
@@ -45,8 +45,8 @@ func (d *Daemon) newPeer(doc *document, p api.NewPeer, now time.Time) (*peer, er
 	return out, err
 }
 
-func (d *Daemon) readKey(text string) (tunnel.PublicKey, error) {
-	key, err := tunnel.ParsePublicKey(text)
+func (d *Daemon) readKey(text string) (mesh.PublicKey, error) {
+	key, err := mesh.ParsePublicKey(text)
 	if err != nil {
 		return key, api.Errorf(api.CodeBadKey, "the public key is not valid: %s", strings.TrimPrefix(err.Error(), "parse public key: ")).
 			WithHint("it has 44 characters, as `wg pubkey` prints it")
@@ -63,7 +63,7 @@ func (p *peer) setEndpoint(text string) error {
 	if text == "" {
 		return nil
 	}
-	e, err := tunnel.ParseEndpoint(text, 0)
+	e, err := mesh.ParseEndpoint(text, 0)
 	if err != nil {
 		return api.Errorf(api.CodeBadEndpoint, "endpoint %q: %v", text, errors.Unwrap(err)).WithHint("it is HOST:PORT, an IPv6 address in brackets")
 	}
@@ -77,7 +77,7 @@ func (p *peer) setKeepalive(text string) error {
 		return nil
 	}
 	k, err := time.ParseDuration(text)
-	if err != nil || k < 0 || k > tunnel.MaxKeepalive || k%time.Second != 0 {
+	if err != nil || k < 0 || k > mesh.MaxKeepalive || k%time.Second != 0 {
 		return api.Errorf(api.CodeBadRequest, "keepalive %q is not valid", text).
 			WithHint("it is a number of whole seconds up to 65535, such as 25s, or 0s")
 	}
@@ -131,7 +131,7 @@ func endOf(c api.PermissionChange, now time.Time) (time.Time, error) {
 
 // giveAddresses returns the addresses for a peer: those given, else those
 // derived from its key. A peer of that name keeps the ones it has.
-func (d *Daemon) giveAddresses(doc *document, p *peer, given []string) (out [2]netip.Addr, err error) {
+func (d *Daemon) giveAddresses(doc *document, p *peer, given []string) (out mesh.Addresses, err error) {
 	var have [2]bool
 	for _, text := range given {
 		a, err := netip.ParseAddr(text)
@@ -166,19 +166,19 @@ func (d *Daemon) giveAddresses(doc *document, p *peer, given []string) (out [2]n
 }
 
 // freeHint proposes addresses that are free.
-func (d *Daemon) freeHint(doc *document, key tunnel.PublicKey) string {
+func (d *Daemon) freeHint(doc *document, key mesh.PublicKey) string {
 	free, err := d.mesh.prefixes.Propose(key, func(a netip.Addr) bool { return d.owner(doc, a) != "" })
 	if err != nil {
 		return "remove a peer, or take larger mesh prefixes: meshhelper settings mesh-prefix4 PREFIX"
 	}
-	return fmt.Sprintf("add --address %v --address %v", free.V4, free.V6)
+	return fmt.Sprintf("add --address %v --address %v", free[0], free[1])
 }
 
 // fullOr says that the mesh is full if it is, and else refuses with a free
 // address as the hint.
-func (d *Daemon) fullOr(doc *document, key tunnel.PublicKey, refusal *api.Error) error {
+func (d *Daemon) fullOr(doc *document, key mesh.PublicKey, refusal *api.Error) error {
 	_, err := d.mesh.prefixes.Propose(key, func(a netip.Addr) bool { return d.owner(doc, a) != "" })
-	if errors.Is(err, tunnel.ErrMeshFull) {
+	if errors.Is(err, mesh.ErrMeshFull) {
 		refusal = api.Errorf(api.CodeMeshFull, "the mesh is full: %v", err)
 	}
 	return refusal.WithHint("%s", d.freeHint(doc, key))
@@ -186,7 +186,7 @@ func (d *Daemon) fullOr(doc *document, key tunnel.PublicKey, refusal *api.Error)
 
 // owner returns whose address a is, or "".
 func (d *Daemon) owner(doc *document, a netip.Addr) string {
-	if a == d.mesh.own.V4 || a == d.mesh.own.V6 {
+	if a == d.mesh.own[0] || a == d.mesh.own[1] {
 		return "this host"
 	}
 	if i := doc.byAddress(a); i >= 0 {

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
@@ -212,7 +213,7 @@ func endpointNames(doc *document) []string {
 		if doc.Peers[i].Endpoint == "" {
 			continue
 		}
-		e, err := tunnel.ParseEndpoint(doc.Peers[i].Endpoint, 0)
+		e, err := mesh.ParseEndpoint(doc.Peers[i].Endpoint, 0)
 		if err != nil {
 			continue
 		}
@@ -233,7 +234,7 @@ func (d *Daemon) tunnelPeers(doc *document) []tunnel.Peer {
 		p := &doc.Peers[i]
 		out[i] = tunnel.Peer{
 			PublicKey: p.PublicKey,
-			Addresses: tunnel.Addresses{V4: p.Addresses[0], V6: p.Addresses[1]},
+			Addresses: p.Addresses,
 			Endpoint:  endpointOf(p.Endpoint, names),
 			Keepalive: time.Duration(p.Keepalive) * time.Second,
 		}
@@ -247,7 +248,7 @@ func (d *Daemon) tunnelPeers(doc *document) []tunnel.Peer {
 // endpointOf returns where to reach an endpoint, or zero where its name isn't
 // resolved.
 func endpointOf(text string, names map[string]netip.Addr) netip.AddrPort {
-	e, err := tunnel.ParseEndpoint(text, 0)
+	e, err := mesh.ParseEndpoint(text, 0)
 	if err != nil {
 		return netip.AddrPort{}
 	}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/host/hosttest"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
@@ -59,7 +60,7 @@ func (r *rig) options() Options {
 	return Options{
 		Platform: r.host, PlatformName: "fake", StateDir: r.dir, Logger: slog.New(slog.DiscardHandler),
 		Wall: r.wall,
-		NewTunnel: func(dev tun.Device, _ tunnel.PrivateKey, _ uint16) (Tunnel, error) {
+		NewTunnel: func(dev tun.Device, _ mesh.PrivateKey, _ uint16) (Tunnel, error) {
 			if r.portTaken.Load() {
 				return nil, errors.Join(errors.New("start WireGuard: address already in use"), dev.Close())
 			}
@@ -216,7 +217,7 @@ func (r *rig) events(kind string) []string {
 
 // keyOf returns a valid public key made from a text.
 func keyOf(text string) string {
-	var private tunnel.PrivateKey
+	var private mesh.PrivateKey
 	copy(private[:], text)
 	return private.Public().String()
 }
@@ -241,7 +242,7 @@ type fakeTunnel struct {
 
 	mu      sync.Mutex
 	peers   []tunnel.Peer
-	stats   map[tunnel.PublicKey]tunnel.PeerStats
+	stats   map[mesh.PublicKey]tunnel.PeerStats
 	asked   int // for stats
 	self    []netip.AddrPort
 	rebinds int
@@ -263,7 +264,7 @@ func (f *fakeTunnel) Sync(want []tunnel.Peer) error {
 	return nil
 }
 
-func (f *fakeTunnel) Stats() (map[tunnel.PublicKey]tunnel.PeerStats, error) {
+func (f *fakeTunnel) Stats() (map[mesh.PublicKey]tunnel.PeerStats, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.asked++
@@ -273,11 +274,11 @@ func (f *fakeTunnel) Stats() (map[tunnel.PublicKey]tunnel.PeerStats, error) {
 func (f *fakeTunnel) setStats(key string, s tunnel.PeerStats) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	public, err := tunnel.ParsePublicKey(key)
+	public, err := mesh.ParsePublicKey(key)
 	if err != nil {
 		panic(err)
 	}
-	f.stats = map[tunnel.PublicKey]tunnel.PeerStats{public: s}
+	f.stats = map[mesh.PublicKey]tunnel.PeerStats{public: s}
 }
 
 func (f *fakeTunnel) ListenPort() uint16 { return 51820 }

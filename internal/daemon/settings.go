@@ -20,9 +20,9 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/owned"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // settingsFile has the settings, beside the wanted state: what a helper needs before it
@@ -113,7 +113,7 @@ func checkReachable(key, value string) error {
 		return nil
 	case SettingDNS:
 	case SettingEndpoint:
-		e, err := tunnel.ParseEndpoint(value, 1)
+		e, err := mesh.ParseEndpoint(value, 1)
 		if err != nil {
 			return err
 		}
@@ -133,7 +133,7 @@ func parseSetting(key, value string) (string, error) {
 	value = strings.TrimSpace(value)
 	if !slices.Contains(SettingKeys(), key) {
 		unknown := api.Errorf(api.CodeUnknownSetting, "setting %q is unknown", key)
-		near := Closest(key, SettingKeys())
+		near := mesh.Closest(key, SettingKeys())
 		if i := slices.IndexFunc(SettingKeys(), func(k string) bool { return strings.HasSuffix(k, "-"+key) }); near == "" && i >= 0 {
 			near = SettingKeys()[i]
 		}
@@ -146,12 +146,12 @@ func parseSetting(key, value string) (string, error) {
 	hint := ""
 	switch key {
 	case SettingName:
-		err, hint = checkName(value), "names have 1 to 63 letters, digits, -, _ and ."
+		err, hint = mesh.CheckName(value), "names have 1 to 63 letters, digits, -, _ and ."
 	case SettingLabel:
 		err, hint = host.CheckLabel(value), "a label has 1 to 63 letters, digits, -, _ and ., such as org.meshhelper"
 	case SettingEndpoint:
 		// The port is that of WireGuard, where there is none.
-		if _, wrong := tunnel.ParseEndpoint(value, 1); wrong != nil {
+		if _, wrong := mesh.ParseEndpoint(value, 1); wrong != nil {
 			err = errors.Unwrap(wrong)
 		}
 		hint = "it is HOST or HOST:PORT, an IPv6 address in brackets where a port follows"
@@ -205,7 +205,7 @@ func checkPrefix(key, value string) (string, error) {
 	if err != nil {
 		return "", errors.New("not a prefix")
 	}
-	prefixes := tunnel.DefaultPrefixes()
+	prefixes := mesh.DefaultPrefixes()
 	if key == SettingMeshPrefix4 {
 		prefixes.V4 = p
 	} else {
@@ -328,7 +328,7 @@ func changedSettings(kept map[string]string, changes map[string]*string) (map[st
 			// that they are to get others, so the default is kept.
 			_, kept := next[key]
 			delete(next, key)
-			switch d := tunnel.DefaultPrefixes(); {
+			switch d := mesh.DefaultPrefixes(); {
 			case kept && key == SettingMeshPrefix4:
 				next[key] = d.V4.String()
 			case kept && key == SettingMeshPrefix6:
@@ -371,7 +371,7 @@ type settings struct {
 	kept map[string]string
 	// name, endpoint and dns are what counts by now.
 	name     string
-	endpoint tunnel.Endpoint
+	endpoint mesh.Endpoint
 	dns      []netip.Addr
 }
 
@@ -506,7 +506,7 @@ func touchesPrefixes(changes map[string]*string) bool {
 
 // prefixesAfter returns the mesh prefixes that count after a restart, and whether there
 // are: a helper in a test may have been told of none.
-func (s *settings) prefixesAfter() (p tunnel.Prefixes, ok bool) {
+func (s *settings) prefixesAfter() (p mesh.Prefixes, ok bool) {
 	var err4, err6 error
 	p.V4, err4 = netip.ParsePrefix(s.after(SettingMeshPrefix4))
 	p.V6, err6 = netip.ParsePrefix(s.after(SettingMeshPrefix6))
@@ -538,7 +538,7 @@ func (d *Daemon) checkPrefixes(was, next *settings) ([]api.Problem, error) {
 	if err != nil {
 		return nil, err
 	}
-	defaults := tunnel.DefaultPrefixes()
+	defaults := mesh.DefaultPrefixes()
 	var out []api.Problem
 	for _, o := range r.Overlaps() {
 		p := overlapProblem(r, o)
@@ -567,10 +567,10 @@ func (d *Daemon) settle(s *settings) error {
 	s.endpoint, s.dns = d.opts.Endpoint, d.opts.DNS
 	s.name = s.now(SettingName)
 	if text := s.now(SettingEndpoint); text != s.start.Value(SettingEndpoint) {
-		s.endpoint = tunnel.Endpoint{}
+		s.endpoint = mesh.Endpoint{}
 		if text != "" {
 			var err error
-			if s.endpoint, err = tunnel.ParseEndpoint(text, cmp.Or(d.opts.ListenPort, DefaultListenPort)); err != nil {
+			if s.endpoint, err = mesh.ParseEndpoint(text, cmp.Or(d.opts.ListenPort, DefaultListenPort)); err != nil {
 				return api.Errorf(api.CodeBadSetting, "%s: %v", SettingEndpoint, err)
 			}
 			if a, err := netip.ParseAddr(s.endpoint.Host); err == nil && slices.Contains(d.mesh.own.List(), a.Unmap()) {

@@ -12,8 +12,8 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // documentVersion is the version of the document that this helper writes. A
@@ -50,7 +50,7 @@ type document struct {
 
 // removed are the addresses of a peer that was removed, or got others.
 type removed struct {
-	Addresses [2]netip.Addr `json:"addresses"`
+	Addresses mesh.Addresses `json:"addresses"`
 	// At is when, by the clock that permissions end by.
 	At time.Time `json:"at"`
 }
@@ -64,11 +64,11 @@ func (r removed) ended(now time.Time) bool {
 
 // peer is a peer as wanted.
 type peer struct {
-	Name      string           `json:"name"`
-	PublicKey tunnel.PublicKey `json:"publicKey"`
-	Kind      string           `json:"kind"`
+	Name      string         `json:"name"`
+	PublicKey mesh.PublicKey `json:"publicKey"`
+	Kind      string         `json:"kind"`
 	// Addresses are one IPv4 and one IPv6, in this order.
-	Addresses [2]netip.Addr `json:"addresses"`
+	Addresses mesh.Addresses `json:"addresses"`
 	// Endpoint is host:port, or empty.
 	Endpoint string `json:"endpoint,omitempty"`
 	// Keepalive is in seconds, 0 for none.
@@ -125,15 +125,15 @@ type former struct {
 	Now string `json:"now,omitempty"`
 }
 
-// mesh is the fixed part of the wanted state: what the helper was started with.
-type mesh struct {
-	prefixes tunnel.Prefixes
-	key      tunnel.PublicKey
-	own      tunnel.Addresses
+// identity is the fixed part of the wanted state: what the helper was started with.
+type identity struct {
+	prefixes mesh.Prefixes
+	key      mesh.PublicKey
+	own      mesh.Addresses
 }
 
 // list returns the prefixes, IPv4 first.
-func (m mesh) list() []netip.Prefix { return []netip.Prefix{m.prefixes.V4, m.prefixes.V6} }
+func (m identity) list() []netip.Prefix { return []netip.Prefix{m.prefixes.V4, m.prefixes.V6} }
 
 // maxDocument bounds what is read from disk, in bytes; a peer has some 400.
 const maxDocument = 32 << 20
@@ -193,12 +193,12 @@ func (doc *document) validateAfter(before *document) error {
 		return fmt.Errorf("%d removed peers, at most %d", len(doc.Removed), maxRemoved)
 	}
 	for i, r := range doc.Removed {
-		if err := checkPair(r.Addresses); err != nil {
+		if err := r.Addresses.Validate(); err != nil {
 			return fmt.Errorf("removed peer %d: %w", i+1, err)
 		}
 	}
 	names := map[string]bool{}
-	keys := map[tunnel.PublicKey]bool{}
+	keys := map[mesh.PublicKey]bool{}
 	taken := map[netip.Addr]bool{}
 	for i := range doc.Peers {
 		p := &doc.Peers[i]
@@ -217,7 +217,7 @@ func (doc *document) validateAfter(before *document) error {
 }
 
 func (p *peer) validate() error {
-	if err := checkName(p.Name); err != nil {
+	if err := mesh.CheckName(p.Name); err != nil {
 		return err
 	}
 	switch {
@@ -228,26 +228,19 @@ func (p *peer) validate() error {
 	case p.Tunnel != "" && p.Tunnel != api.TunnelFull && p.Tunnel != api.TunnelSplit:
 		return fmt.Errorf("tunnel %.20q is neither full nor split", p.Tunnel)
 	}
-	if err := checkPair(p.Addresses); err != nil {
+	if err := p.Addresses.Validate(); err != nil {
 		return err
 	}
 	if p.Endpoint == "" {
 		return nil
 	}
-	_, err := tunnel.ParseEndpoint(p.Endpoint, 0)
+	_, err := mesh.ParseEndpoint(p.Endpoint, 0)
 	return err
-}
-
-func checkPair(a [2]netip.Addr) error {
-	if v4, v6 := a[0], a[1]; !v4.Is4() || !v6.Is6() || v6.Is4In6() || v6.Zone() != "" {
-		return fmt.Errorf("addresses %v and %v aren't one IPv4 and one IPv6", v4, v6)
-	}
-	return nil
 }
 
 // fits reports the first peer that this mesh has no place for: outside of its
 // prefixes, or with the host's own key or address.
-func (doc *document) fits(m mesh) error {
+func (doc *document) fits(m identity) error {
 	for i := range doc.Peers {
 		p := &doc.Peers[i]
 		if p.PublicKey == m.key {
@@ -257,7 +250,7 @@ func (doc *document) fits(m mesh) error {
 			if !m.prefixes.V4.Contains(a) && !m.prefixes.V6.Contains(a) {
 				return fmt.Errorf("peer %q has address %v, which is outside %v and %v", p.Name, a, m.prefixes.V4, m.prefixes.V6)
 			}
-			if a == m.own.V4 || a == m.own.V6 {
+			if a == m.own[0] || a == m.own[1] {
 				return fmt.Errorf("peer %q has the host's own address %v", p.Name, a)
 			}
 		}
@@ -277,7 +270,7 @@ func (doc *document) clone() *document {
 // retire remembers the addresses that peers of the document before had and none
 // has now, and forgets those that a peer has again or whose day is over.
 func (doc *document) retire(before *document, now time.Time) {
-	has := map[[2]netip.Addr]bool{}
+	has := map[mesh.Addresses]bool{}
 	for i := range doc.Peers {
 		has[doc.Peers[i].Addresses] = true
 	}
@@ -372,9 +365,9 @@ func (doc *document) rekeyed(next *document) map[int]*peer {
 // finder returns a function that finds a peer by its key, or nil. It is fastest where the
 // peer has the index i, as it mostly has in two documents of which one was made from the
 // other.
-func (doc *document) finder() func(i int, key tunnel.PublicKey) *peer {
+func (doc *document) finder() func(i int, key mesh.PublicKey) *peer {
 	byKeys := sync.OnceValue(doc.byKeys)
-	return func(i int, key tunnel.PublicKey) *peer {
+	return func(i int, key mesh.PublicKey) *peer {
 		if i < len(doc.Peers) && doc.Peers[i].PublicKey == key {
 			return &doc.Peers[i]
 		}
@@ -383,8 +376,8 @@ func (doc *document) finder() func(i int, key tunnel.PublicKey) *peer {
 }
 
 // byKeys returns the peers by their keys, to be looked at or changed in place.
-func (doc *document) byKeys() map[tunnel.PublicKey]*peer {
-	out := make(map[tunnel.PublicKey]*peer, len(doc.Peers))
+func (doc *document) byKeys() map[mesh.PublicKey]*peer {
+	out := make(map[mesh.PublicKey]*peer, len(doc.Peers))
 	for i := range doc.Peers {
 		out[doc.Peers[i].PublicKey] = &doc.Peers[i]
 	}
@@ -430,7 +423,7 @@ func (doc *document) expire(now time.Time) (*document, []ended) {
 
 // policyMesh returns the mesh to compile, for WireGuard at a UDP port. Without
 // grants, nothing opens.
-func (doc *document) policyMesh(m mesh, listenPort uint16, withGrants bool) policy.Mesh {
+func (doc *document) policyMesh(m identity, listenPort uint16, withGrants bool) policy.Mesh {
 	out := policy.Mesh{
 		Prefixes:   m.list(),
 		Addresses:  m.own.List(),

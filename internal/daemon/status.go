@@ -6,6 +6,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/guard"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
@@ -77,9 +78,9 @@ func (d *Daemon) view(p *peer, now time.Time) api.Peer {
 
 // numbers are what tunnel and guard counted, by peer.
 type numbers struct {
-	tunnel map[tunnel.PublicKey]tunnel.PeerStats
+	tunnel map[mesh.PublicKey]tunnel.PeerStats
 	guard  map[policy.PeerID]guard.PeerStats
-	before map[tunnel.PublicKey]totals // of helpers before
+	before map[mesh.PublicKey]totals // of helpers before
 }
 
 // shown is a problem as the socket shows it.

@@ -8,8 +8,8 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // stopsLimit is when no further question is put to the host about one packet. A question
@@ -114,7 +114,7 @@ func (t *trip) tunnel(c condition) {
 	if t.a.v.Peer < 0 || t.a.v.Peer >= len(t.a.r.Peers()) {
 		return
 	}
-	s := n.tunnel[tunnel.PublicKey(t.a.r.Peers()[t.a.v.Peer].ID)]
+	s := n.tunnel[mesh.PublicKey(t.a.r.Peers()[t.a.v.Peer].ID)]
 	far, host := s.Endpoint, t.a.r.Host()
 	if !far.IsValid() {
 		return

@@ -14,9 +14,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/owned"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 // brokenDisk fails every operation after some.
@@ -207,10 +207,10 @@ func TestKeyIsOfTheFileThatWasChecked(t *testing.T) {
 	}
 	dir := t.TempDir()
 	path := filepath.Join(dir, keyFile)
-	var keys [2]tunnel.PrivateKey
+	var keys [2]mesh.PrivateKey
 	for i := range keys {
 		var err error
-		if keys[i], err = tunnel.GeneratePrivateKey(rand.Reader); err != nil {
+		if keys[i], err = mesh.GeneratePrivateKey(rand.Reader); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -350,7 +350,7 @@ func TestOtherPrefixes(t *testing.T) {
 		r.add("phone")
 		r.stop()
 		o := r.options()
-		o.Prefixes = tunnel.DefaultPrefixes()
+		o.Prefixes = mesh.DefaultPrefixes()
 		o.Prefixes.V4 = policy.DefaultPrefix4
 		o.Prefixes.V6 = netipPrefix("fd00:1::/48")
 		_, err := New(o)

@@ -7,8 +7,9 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
+	"github.com/meshhelper/meshhelper/internal/stock"
 )
 
 // tunnel says what a peer's configuration has to send through the host, for what the
@@ -33,9 +34,9 @@ const maxNetworks = 32
 
 // through returns the allowed IPs of a configuration that sends what tunnel says, and
 // what is to be said of them.
-func (d *Daemon) through(carries string, h policy.Host, endpoint tunnel.Endpoint) ([]netip.Prefix, []string) {
+func (d *Daemon) through(carries string, h policy.Host, endpoint mesh.Endpoint) ([]netip.Prefix, []string) {
 	if carries == api.TunnelFull {
-		return tunnel.Everything(), nil
+		return stock.Everything(), nil
 	}
 	var out []netip.Prefix
 	for _, a := range d.mesh.own.List() {

@@ -21,6 +21,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
@@ -442,9 +443,9 @@ func newPipe(b *testing.B, h *kernelHost, guarded bool) *pipe {
 		into = g
 	}
 	var devices [2]*tunnel.Device
-	keys := [2]tunnel.PrivateKey{}
+	keys := [2]mesh.PrivateKey{}
 	for i, t := range []tun.Device{p.source, into} {
-		key, err := tunnel.GeneratePrivateKey(rand.NewChaCha8([32]byte{byte(i)}))
+		key, err := mesh.GeneratePrivateKey(rand.NewChaCha8([32]byte{byte(i)}))
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -458,7 +459,7 @@ func newPipe(b *testing.B, h *kernelHost, guarded bool) *pipe {
 		}
 		b.Cleanup(devices[i].Close)
 	}
-	addresses := []tunnel.Addresses{{V4: flowtest.PeerC4, V6: flowtest.PeerC6}, {V4: flowtest.LAN4, V6: flowtest.LAN6}}
+	addresses := []mesh.Addresses{{flowtest.PeerC4, flowtest.PeerC6}, {flowtest.LAN4, flowtest.LAN6}}
 	for i, d := range devices {
 		err := h.Do(func() error {
 			return d.Set(tunnel.Peer{

@@ -24,8 +24,8 @@ const all = "*"
 // itself. docs/architecture.md explains it.
 var rooms = map[string][]string{
 	"cmd/meshhelper":      {all},
-	"internal/api":        {"internal/owned", "internal/policy"},
-	"internal/daemon":     {"internal/api", "internal/guard", "internal/host", "internal/owned", "internal/policy", "internal/tunnel"},
+	"internal/api":        {"internal/mesh", "internal/owned", "internal/policy"},
+	"internal/daemon":     {"internal/api", "internal/guard", "internal/host", "internal/mesh", "internal/owned", "internal/policy", "internal/stock", "internal/tunnel"},
 	"internal/flow":       {"internal/policy"},
 	"internal/guard":      {"internal/flow", "internal/policy"},
 	"internal/host":       {"internal/policy"},
@@ -35,10 +35,12 @@ var rooms = map[string][]string{
 	"internal/install":    {"internal/host", "internal/owned", "launchd"},
 	"internal/lab":        {all},
 	"internal/logfile":    {},
+	"internal/mesh":       {},
 	"internal/owned":      {},
-	"internal/policy":     {},
+	"internal/policy":     {"internal/mesh"},
+	"internal/stock":      {"internal/mesh"},
 	"internal/systemd":    {},
-	"internal/tunnel":     {},
+	"internal/tunnel":     {"internal/mesh"},
 	"darwin":              {"pfconf"},
 	"launchd":             {},
 	"pfconf":              {},
@@ -46,7 +48,7 @@ var rooms = map[string][]string{
 }
 
 // testsMay lists what tests may import besides.
-var testsMay = []string{"internal/logfile", "internal/host/hosttest", "internal/lab/netlab", "internal/lab/rulesets", "internal/lab/simmac", "internal/policy", "internal/guard", "internal/flow", "internal/flow/flowtest", "internal/tunnel", "pfconf"}
+var testsMay = []string{"internal/logfile", "internal/host/hosttest", "internal/lab/netlab", "internal/lab/rulesets", "internal/lab/simmac", "internal/policy", "internal/guard", "internal/flow", "internal/flow/flowtest", "internal/mesh", "internal/mesh/meshtest", "internal/tunnel", "pfconf"}
 
 // only lists the rooms that may have a dependency which others must not.
 var only = map[string][]string{

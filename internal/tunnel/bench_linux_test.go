@@ -11,6 +11,9 @@ import (
 	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun/tuntest"
+
+	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/mesh/meshtest"
 )
 
 // BenchmarkBind carries datagrams over loopback in batches, by the sockets of
@@ -93,7 +96,7 @@ func BenchmarkTunnel(b *testing.B) {
 			a, c := benchPair(b, bind)
 			ping(b, a, c)
 			packet := make([]byte, 1400)
-			copy(packet, tuntest.Ping(c.addr.V4, a.addr.V4))
+			copy(packet, tuntest.Ping(c.addr[0], a.addr[0]))
 			packet[2], packet[3] = byte(len(packet)>>8), byte(len(packet)&0xff)
 			const window = 64
 			b.SetBytes(int64(len(packet)))
@@ -128,13 +131,13 @@ func cpuTime(b *testing.B) time.Duration {
 func benchPair(b *testing.B, bind func(*Sockets) conn.Bind) (x, y *end) {
 	b.Helper()
 	for i, e := range []**end{&x, &y} {
-		fresh := &end{tun: tuntest.NewChannelTUN(), key: testKey(b, testRandom(byte(20+i))), log: new(syncBuffer)}
-		fresh.addr, _ = DefaultPrefixes().Derive(fresh.key.Public())
+		fresh := &end{tun: tuntest.NewChannelTUN(), key: meshtest.Key(b, byte(20+i)), log: new(syncBuffer)}
+		fresh.addr, _ = mesh.DefaultPrefixes().Derive(fresh.key.Public())
 		log := &logger{slog: slog.New(slog.DiscardHandler)}
 		sockets := NewSockets(log.slog)
 		fresh.Device = &Device{
 			own: fresh.key.Public(), sockets: sockets, release: sockets.Release,
-			peers: map[PublicKey]Peer{}, owner: map[netip.Addr]PublicKey{},
+			peers: map[mesh.PublicKey]Peer{}, owner: map[netip.Addr]mesh.PublicKey{},
 		}
 		fresh.wg = device.NewDevice(fresh.tun.TUN(), bind(sockets), log.device())
 		if err := fresh.start(Options{PrivateKey: fresh.key}); err != nil {

@@ -16,18 +16,16 @@ import (
 
 	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun"
-)
 
-// MaxKeepalive is the longest persistent keepalive interval that the
-// configuration protocol can carry.
-const MaxKeepalive = 65535 * time.Second
+	"github.com/meshhelper/meshhelper/internal/mesh"
+)
 
 // Peer is how the host reaches one peer.
 type Peer struct {
-	PublicKey PublicKey      // required
-	Addresses Addresses      // required: its allowed IPs, as /32 and /128
+	PublicKey mesh.PublicKey // required
+	Addresses mesh.Addresses // required: its allowed IPs, as /32 and /128
 	Endpoint  netip.AddrPort // optional: zero leaves it to what the peer last sent from
-	Keepalive time.Duration  // optional: whole seconds up to MaxKeepalive, zero for none
+	Keepalive time.Duration  // optional: whole seconds up to mesh.MaxKeepalive, zero for none
 
 	// Learned is where the peer was last heard, before this device had it. It is
 	// looked at only when the device gets the peer anew and Endpoint is zero: the
@@ -49,9 +47,9 @@ func (p Peer) validate() error {
 	switch {
 	case p.PublicKey.IsZero():
 		return errors.New("no public key")
-	case !p.Addresses.V4.Is4() || !p.Addresses.V6.Is6() || p.Addresses.V6.Is4In6() || p.Addresses.V6.Zone() != "":
-		return fmt.Errorf("addresses %v are not one IPv4 and one IPv6", p.Addresses.List())
-	case p.Keepalive < 0 || p.Keepalive > MaxKeepalive || p.Keepalive%time.Second != 0:
+	case p.Addresses.Validate() != nil:
+		return p.Addresses.Validate()
+	case p.Keepalive < 0 || p.Keepalive > mesh.MaxKeepalive || p.Keepalive%time.Second != 0:
 		return fmt.Errorf("keepalive %v is not a number of whole seconds from 0 to 65535", p.Keepalive)
 	case p.Endpoint != (netip.AddrPort{}) && (!p.Endpoint.IsValid() || p.Endpoint.Port() == 0):
 		return fmt.Errorf("endpoint %v has no address or no port", p.Endpoint)
@@ -63,9 +61,9 @@ func (p Peer) validate() error {
 
 // Options are what NewDevice needs.
 type Options struct {
-	TUN        tun.Device   // required: closed with the Device
-	PrivateKey PrivateKey   // required
-	Logger     *slog.Logger // required
+	TUN        tun.Device      // required: closed with the Device
+	PrivateKey mesh.PrivateKey // required
+	Logger     *slog.Logger    // required
 
 	ListenPort uint16       // optional: UDP, 0 lets the system choose
 	Addresses  []netip.Addr // optional: the host's own in the mesh; see Sockets
@@ -80,13 +78,13 @@ type Options struct {
 // tun.Device. All methods may be called concurrently.
 type Device struct {
 	wg      *device.Device
-	own     PublicKey
+	own     mesh.PublicKey
 	sockets *Sockets
 	release func() // of the sockets, at the end
 
 	mu    sync.Mutex // serialises changes, so that peers and owner are what wg holds
-	peers map[PublicKey]Peer
-	owner map[netip.Addr]PublicKey // by allowed IP
+	peers map[mesh.PublicKey]Peer
+	owner map[netip.Addr]mesh.PublicKey // by allowed IP
 	port  uint16
 
 	// counters of spoofed packets, by the device's own handle for a peer.
@@ -117,8 +115,8 @@ func NewDevice(o Options) (*Device, error) {
 	d := &Device{
 		own:     o.PrivateKey.Public(),
 		sockets: o.Sockets, release: release,
-		peers: make(map[PublicKey]Peer),
-		owner: make(map[netip.Addr]PublicKey),
+		peers: make(map[mesh.PublicKey]Peer),
+		owner: make(map[netip.Addr]mesh.PublicKey),
 	}
 	log := &logger{slog: o.Logger, now: o.Now, dropped: d.countSpoofed}
 	d.sockets.serve(o.Addresses, d.reopened)
@@ -158,7 +156,7 @@ func (d *Device) learnPort() error {
 }
 
 // PublicKey returns the host's own public key.
-func (d *Device) PublicKey() PublicKey { return d.own }
+func (d *Device) PublicKey() mesh.PublicKey { return d.own }
 
 // ListenPort returns the UDP port that the device listens on.
 func (d *Device) ListenPort() uint16 {
@@ -217,7 +215,7 @@ func (d *Device) set(peer Peer) error {
 
 // greet makes the device send the peer a keepalive, and before that a handshake
 // where there is no session.
-func (d *Device) greet(key PublicKey) {
+func (d *Device) greet(key mesh.PublicKey) {
 	if handle := d.wg.LookupPeer(device.NoisePublicKey(key)); handle != nil {
 		handle.SendKeepalive()
 	}
@@ -225,7 +223,7 @@ func (d *Device) greet(key PublicKey) {
 
 // abandon removes a peer of which the device took only a part, so that what is
 // known here and what the device holds don't differ.
-func (d *Device) abandon(key PublicKey, cause error) error {
+func (d *Device) abandon(key mesh.PublicKey, cause error) error {
 	if err := d.remove(key); err != nil {
 		return errors.Join(cause, err)
 	}
@@ -263,7 +261,7 @@ func peerConfig(old, peer Peer, known bool) string {
 
 // Remove removes the peer with key and ends its session. Removing a peer that
 // doesn't exist does nothing.
-func (d *Device) Remove(key PublicKey) error {
+func (d *Device) Remove(key mesh.PublicKey) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if _, ok := d.peers[key]; !ok {
@@ -272,7 +270,7 @@ func (d *Device) Remove(key PublicKey) error {
 	return d.remove(key)
 }
 
-func (d *Device) remove(key PublicKey) error {
+func (d *Device) remove(key mesh.PublicKey) error {
 	handle := d.wg.LookupPeer(device.NoisePublicKey(key))
 	// update_only: without it a key that the device doesn't know would be made
 	// a peer first.
@@ -304,7 +302,7 @@ func (d *Device) forget(old Peer) {
 // errors joined.
 func (d *Device) Sync(want []Peer) error {
 	var errs []error
-	wanted := make(map[PublicKey]Peer, len(want))
+	wanted := make(map[mesh.PublicKey]Peer, len(want))
 	for _, p := range want {
 		if err := p.validate(); err != nil {
 			errs = append(errs, fmt.Errorf("set peer %v: %w", p.PublicKey, err))
@@ -337,7 +335,7 @@ func (d *Device) Sync(want []Peer) error {
 // vacate removes the peers that have an address of p's and are to have another,
 // which changes them too, so Sync adds them again: they have to let go of it
 // before p can have it, and two may trade theirs.
-func (d *Device) vacate(p Peer, wanted map[PublicKey]Peer) error {
+func (d *Device) vacate(p Peer, wanted map[mesh.PublicKey]Peer) error {
 	var errs []error
 	for _, a := range p.Addresses.List() {
 		owner, ok := d.owner[a]
@@ -411,7 +409,7 @@ func (d *Device) Close() {
 }
 
 // watchSpoofed starts to count for a peer that may be new in the device.
-func (d *Device) watchSpoofed(key PublicKey) {
+func (d *Device) watchSpoofed(key mesh.PublicKey) {
 	if handle := d.wg.LookupPeer(device.NoisePublicKey(key)); handle != nil {
 		d.spoofed.LoadOrStore(handle, new(atomic.Uint64))
 	}
@@ -425,7 +423,7 @@ func (d *Device) countSpoofed(handle *device.Peer) {
 }
 
 // spoofedBy returns the count of the peer with key.
-func (d *Device) spoofedBy(key PublicKey) uint64 {
+func (d *Device) spoofedBy(key mesh.PublicKey) uint64 {
 	handle := d.wg.LookupPeer(device.NoisePublicKey(key))
 	if n, ok := d.spoofed.Load(handle); ok {
 		return n.(*atomic.Uint64).Load()

@@ -15,6 +15,9 @@ import (
 
 	"golang.zx2c4.com/wireguard/tun"
 	"golang.zx2c4.com/wireguard/tun/tuntest"
+
+	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/mesh/meshtest"
 )
 
 // patience bounds every wait for something that takes milliseconds.
@@ -47,15 +50,15 @@ func (deadTUN) Read([][]byte, []int, int) (int, error) { return 0, os.ErrClosed 
 type end struct {
 	*Device
 	tun  *tuntest.ChannelTUN
-	key  PrivateKey
-	addr Addresses
+	key  mesh.PrivateKey
+	addr mesh.Addresses
 	log  *syncBuffer
 }
 
 func newEnd(t testing.TB, seed byte) *end {
 	t.Helper()
-	e := &end{tun: tuntest.NewChannelTUN(), key: testKey(t, testRandom(seed)), log: new(syncBuffer)}
-	addr, err := DefaultPrefixes().Derive(e.key.Public())
+	e := &end{tun: tuntest.NewChannelTUN(), key: meshtest.Key(t, seed), log: new(syncBuffer)}
+	addr, err := mesh.DefaultPrefixes().Derive(e.key.Public())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -72,7 +75,7 @@ func newEnd(t testing.TB, seed byte) *end {
 }
 
 // fresh returns e's statistics past the cache.
-func (e *end) fresh(t testing.TB) map[PublicKey]PeerStats {
+func (e *end) fresh(t testing.TB) map[mesh.PublicKey]PeerStats {
 	t.Helper()
 	stats, err := e.readStats()
 	if err != nil {
@@ -125,7 +128,7 @@ func newPair(t testing.TB) (a, b *end) {
 func ping(t testing.TB, a, b *end) {
 	t.Helper()
 	for range 2 {
-		want := tuntest.Ping(b.addr.V4, a.addr.V4)
+		want := tuntest.Ping(b.addr[0], a.addr[0])
 		a.send(t, want)
 		if got := b.receive(t); !bytes.Equal(got, want) {
 			t.Fatalf("sent %x, arrived %x", want, got)
@@ -176,7 +179,7 @@ func TestChangeKeepsSession(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	changed.Addresses.V6 = netip.MustParseAddr("fd6d:6573:6800::7")
+	changed.Addresses[1] = netip.MustParseAddr("fd6d:6573:6800::7")
 	if err := a.Set(changed); err != nil {
 		t.Fatal(err)
 	}
@@ -195,11 +198,11 @@ func TestChangeKeepsSession(t *testing.T) {
 func TestDisallowedSource(t *testing.T) {
 	a, b := newPair(t)
 	ping(t, a, b)
-	a.send(t, tuntest.Ping(b.addr.V4, netip.MustParseAddr("100.64.0.9")))
+	a.send(t, tuntest.Ping(b.addr[0], netip.MustParseAddr("100.64.0.9")))
 	v6 := make([]byte, 40)
 	v6[0], v6[6], v6[7] = 0x60, 59, 64
 	copy(v6[8:], netip.MustParseAddr("fd6d:6573:6800::9").AsSlice())
-	copy(v6[24:], b.addr.V6.AsSlice())
+	copy(v6[24:], b.addr[1].AsSlice())
 	a.send(t, v6)
 	ping(t, a, b) // in order behind them
 	if got := b.fresh(t)[a.PublicKey()].Spoofed; got != 2 {
@@ -262,16 +265,16 @@ func TestSetRefuses(t *testing.T) {
 	good := newEnd(t, 23).peer()
 	for name, change := range map[string]func(*Peer){
 		"own key":         func(p *Peer) { p.PublicKey = a.PublicKey() },
-		"no key":          func(p *Peer) { p.PublicKey = PublicKey{} },
-		"another's IPv4":  func(p *Peer) { p.Addresses.V4 = b.addr.V4 },
-		"another's IPv6":  func(p *Peer) { p.Addresses.V6 = b.addr.V6 },
-		"no IPv4":         func(p *Peer) { p.Addresses.V4 = netip.Addr{} },
-		"mapped":          func(p *Peer) { p.Addresses.V6 = netip.AddrFrom16(p.Addresses.V4.As16()) },
-		"zone":            func(p *Peer) { p.Addresses.V6 = p.Addresses.V6.WithZone("a\nreplace_peers=true") },
+		"no key":          func(p *Peer) { p.PublicKey = mesh.PublicKey{} },
+		"another's IPv4":  func(p *Peer) { p.Addresses[0] = b.addr[0] },
+		"another's IPv6":  func(p *Peer) { p.Addresses[1] = b.addr[1] },
+		"no IPv4":         func(p *Peer) { p.Addresses[0] = netip.Addr{} },
+		"mapped":          func(p *Peer) { p.Addresses[1] = netip.AddrFrom16(p.Addresses[0].As16()) },
+		"zone":            func(p *Peer) { p.Addresses[1] = p.Addresses[1].WithZone("a\nreplace_peers=true") },
 		"half a second":   func(p *Peer) { p.Keepalive = time.Second / 2 },
-		"long keepalive":  func(p *Peer) { p.Keepalive = MaxKeepalive + time.Second },
-		"learned port 0":  func(p *Peer) { p.Learned = netip.AddrPortFrom(b.addr.V4, 0) },
-		"endpoint port 0": func(p *Peer) { p.Endpoint = netip.AddrPortFrom(b.addr.V4, 0) },
+		"long keepalive":  func(p *Peer) { p.Keepalive = mesh.MaxKeepalive + time.Second },
+		"learned port 0":  func(p *Peer) { p.Learned = netip.AddrPortFrom(b.addr[0], 0) },
+		"endpoint port 0": func(p *Peer) { p.Endpoint = netip.AddrPortFrom(b.addr[0], 0) },
 	} {
 		bad := good
 		change(&bad)
@@ -291,8 +294,8 @@ func TestSync(t *testing.T) {
 	ping(t, a, b)
 	make := func(seed byte, v4, v6 string) Peer {
 		return Peer{
-			PublicKey: testKey(t, testRandom(seed)).Public(),
-			Addresses: Addresses{netip.MustParseAddr(v4), netip.MustParseAddr(v6)},
+			PublicKey: meshtest.Key(t, seed).Public(),
+			Addresses: mesh.Addresses{netip.MustParseAddr(v4), netip.MustParseAddr(v6)},
 		}
 	}
 	x, y, z := make(30, "100.64.1.1", "fd6d:6573:6800::11"), make(31, "100.64.1.2", "fd6d:6573:6800::12"), make(32, "100.64.1.3", "fd6d:6573:6800::13")
@@ -323,7 +326,7 @@ func TestSync(t *testing.T) {
 			section := fmt.Sprintf("public_key=%x\n", p.PublicKey[:])
 			_, section, _ = strings.Cut(config, section)
 			section, _, _ = strings.Cut(section, "public_key=")
-			if !strings.Contains(section, "allowed_ip="+p.Addresses.V4.String()+"/32\n") || strings.Count(section, "allowed_ip=") != 2 {
+			if !strings.Contains(section, "allowed_ip="+p.Addresses[0].String()+"/32\n") || strings.Count(section, "allowed_ip=") != 2 {
 				t.Errorf("step %d: peer %v has %s", i, p.PublicKey, section)
 			}
 		}
@@ -349,7 +352,7 @@ func TestNewDeviceRefuses(t *testing.T) {
 	tunnel := tuntest.NewChannelTUN()
 	_, err = NewDevice(Options{
 		TUN: tunnel.TUN(), ListenPort: uint16(taken.LocalAddr().(*net.UDPAddr).Port),
-		PrivateKey: testKey(t, testRandom(24)), Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		PrivateKey: meshtest.Key(t, 24), Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
 	})
 	if err == nil {
 		t.Fatal("a port in use is accepted")
@@ -364,7 +367,7 @@ func TestNewDeviceRefuses(t *testing.T) {
 
 func TestDoneWhenTunnelDies(t *testing.T) {
 	d, err := NewDevice(Options{
-		TUN: deadTUN{tuntest.NewChannelTUN().TUN()}, PrivateKey: testKey(t, testRandom(25)), Logger: slog.New(slog.DiscardHandler),
+		TUN: deadTUN{tuntest.NewChannelTUN().TUN()}, PrivateKey: meshtest.Key(t, 25), Logger: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -381,9 +384,9 @@ func TestDoneWhenTunnelDies(t *testing.T) {
 func benchPeers(n int) []Peer {
 	peers := make([]Peer, n)
 	for i := range peers {
-		peers[i].PublicKey = PublicKey{1: 9, 2: byte(i), 3: byte(i >> 8), 4: byte(i >> 16)}
-		peers[i].Addresses, _ = DefaultPrefixes().Propose(peers[i].PublicKey, free)
-		peers[i].Addresses.V4 = netip.AddrFrom4([4]byte{100, 64 + byte(i>>16), byte(i >> 8), byte(i)})
+		peers[i].PublicKey = mesh.PublicKey{1: 9, 2: byte(i), 3: byte(i >> 8), 4: byte(i >> 16)}
+		peers[i].Addresses, _ = mesh.DefaultPrefixes().Propose(peers[i].PublicKey, func(netip.Addr) bool { return false })
+		peers[i].Addresses[0] = netip.AddrFrom4([4]byte{100, 64 + byte(i>>16), byte(i >> 8), byte(i)})
 	}
 	return peers
 }
@@ -392,7 +395,7 @@ func BenchmarkDevice(b *testing.B) {
 	const n = 10_000
 	peers := benchPeers(n + 1)
 	tunnel := tuntest.NewChannelTUN()
-	d, err := NewDevice(Options{TUN: tunnel.TUN(), PrivateKey: testKey(b, testRandom(26)), Logger: slog.New(slog.DiscardHandler)})
+	d, err := NewDevice(Options{TUN: tunnel.TUN(), PrivateKey: meshtest.Key(b, 26), Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		b.Fatal(err)
 	}

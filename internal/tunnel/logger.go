@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.zx2c4.com/wireguard/device"
+
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // logBurst is how many errors of the WireGuard device are logged per second.
@@ -79,7 +81,7 @@ func (l *logger) admit() bool {
 
 // keyRun is the shortest run of key characters that redactKeys cuts: base64 of
 // 32 bytes without its padding.
-const keyRun = keyTextSize - 1
+const keyRun = (mesh.KeySize*8 + 5) / 6
 
 // redactKeys shortens everything that could be a key in base64 or hexadecimal
 // to its first four characters. The device's messages name peers in short form

@@ -7,10 +7,13 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/mesh/meshtest"
 )
 
 func TestRedactKeys(t *testing.T) {
-	key := testKey(t, testRandom(40))
+	key := meshtest.Key(t, 40)
 	base, hexed := key.Reveal(), hex.EncodeToString(key[:])
 	for in, want := range map[string]string{
 		"":                                 "",
@@ -52,10 +55,10 @@ func TestLoggerBounded(t *testing.T) {
 func TestStatsCached(t *testing.T) {
 	now := time.Unix(1_700_000_000, 0)
 	reads, cost := 0, time.Millisecond
-	s := &stats{now: func() time.Time { return now }, interval: time.Second, read: func() (map[PublicKey]PeerStats, error) {
+	s := &stats{now: func() time.Time { return now }, interval: time.Second, read: func() (map[mesh.PublicKey]PeerStats, error) {
 		reads++
 		now = now.Add(cost)
-		return map[PublicKey]PeerStats{}, nil
+		return map[mesh.PublicKey]PeerStats{}, nil
 	}}
 	get := func(after time.Duration, want int) {
 		t.Helper()
@@ -74,7 +77,7 @@ func TestStatsCached(t *testing.T) {
 }
 
 func TestStatsReader(t *testing.T) {
-	key := testKey(t, testRandom(41)).Public()
+	key := meshtest.Key(t, 41).Public()
 	text := "private_key=00\nlisten_port=51820\npublic_key=" + hex.EncodeToString(key[:]) +
 		"\npreshared_key=00\nprotocol_version=1\nendpoint=[2001:db8::1]:7\nlast_handshake_time_sec=5\nlast_handshake_time_nsec=6\n" +
 		"tx_bytes=8\nrx_bytes=9\nnew_line=1\nallowed_ip=10.0.0.1/32\npublic_key=zz\nrx_bytes=10\n"

@@ -421,7 +421,7 @@ func TestSenderFindsEndedSocket(t *testing.T) {
 func TestReopenedIsHeard(t *testing.T) {
 	a, b := newPair(t)
 	// One way only: an end that received data answers by itself later.
-	a.send(t, tuntest.Ping(b.addr.V4, a.addr.V4))
+	a.send(t, tuntest.Ping(b.addr[0], a.addr[0]))
 	b.receive(t)
 	before := b.fresh(t)[a.PublicKey()].RxBytes
 	a.sockets.end(0)
@@ -480,7 +480,7 @@ func TestMeshSourceDiscarded(t *testing.T) {
 	for source, want := range map[string]bool{"127.0.9.1": true, "127.0.9.2": false, "127.0.9.3": false, "127.0.9.4": false} {
 		t.Run(source, func(t *testing.T) {
 			a, b, other := newEnd(t, 20), newEnd(t, 21), newEnd(t, 22)
-			a.addr.V4, other.addr.V4 = netip.MustParseAddr("127.0.9.2"), netip.MustParseAddr("127.0.9.3")
+			a.addr[0], other.addr[0] = netip.MustParseAddr("127.0.9.2"), netip.MustParseAddr("127.0.9.3")
 			b.sockets.know(netip.MustParseAddr("127.0.9.4"))
 			toB := b.peer()
 			toB.Endpoint = relay(t, b.peer().Endpoint, source)
@@ -492,7 +492,7 @@ func TestMeshSourceDiscarded(t *testing.T) {
 				}
 			}
 			before := b.Looped()
-			a.send(t, tuntest.Ping(b.addr.V4, a.addr.V4))
+			a.send(t, tuntest.Ping(b.addr[0], a.addr[0]))
 			if want {
 				b.receive(t)
 				return
@@ -526,7 +526,7 @@ func TestOwnPlaceDiscarded(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	a.send(t, tuntest.Ping(b.addr.V4, a.addr.V4))
+	a.send(t, tuntest.Ping(b.addr[0], a.addr[0]))
 	b.receive(t)
 	place := b.fresh(t)[a.PublicKey()].Endpoint
 	if place.Addr() != netip.MustParseAddr("127.0.9.5") {
@@ -535,20 +535,20 @@ func TestOwnPlaceDiscarded(t *testing.T) {
 	heard := func() PeerStats { return b.fresh(t)[a.PublicKey()] }
 	b.SetSelf([]netip.AddrPort{netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), b.ListenPort()), place})
 	rx, looped := heard().RxBytes, b.Looped()
-	a.send(t, tuntest.Ping(b.addr.V4, a.addr.V4))
+	a.send(t, tuntest.Ping(b.addr[0], a.addr[0]))
 	until(t, "the datagram is discarded", func() bool { return b.Looped() > looped })
 	if s := heard(); s.RxBytes != rx {
 		t.Errorf("a datagram from the host's own place was taken: %+v", s)
 	}
 	tx := b.Looped()
-	b.send(t, tuntest.Ping(a.addr.V4, b.addr.V4))
+	b.send(t, tuntest.Ping(a.addr[0], b.addr[0]))
 	until(t, "what is for the host itself is discarded", func() bool { return b.Looped() > tx })
 	// Set anew, so that no session is left: what comes from another port is taken.
 	toB.Endpoint = relay(t, b.peer().Endpoint, "127.0.9.5")
 	if err := a.Set(toB); err != nil {
 		t.Fatal(err)
 	}
-	a.send(t, tuntest.Ping(b.addr.V4, a.addr.V4))
+	a.send(t, tuntest.Ping(b.addr[0], a.addr[0]))
 	b.receive(t)
 	if got := heard().Endpoint; got.Addr() != place.Addr() || got == place {
 		t.Errorf("the peer is heard from %v, its old place is the host's %v", got, place)
@@ -570,14 +570,14 @@ func TestNothingSentToMesh(t *testing.T) {
 	}
 	defer trap.Close()
 	other := newEnd(t, 22).peer()
-	other.Addresses.V4 = netip.MustParseAddr("127.0.9.3")
+	other.Addresses[0] = netip.MustParseAddr("127.0.9.3")
 	other.Endpoint = netip.AddrPort{}
 	p := b.peer()
 	p.Endpoint = trap.LocalAddr().(*net.UDPAddr).AddrPort()
 	if err := a.Sync([]Peer{p, other}); err != nil {
 		t.Fatal(err)
 	}
-	a.send(t, tuntest.Ping(b.addr.V4, a.addr.V4))
+	a.send(t, tuntest.Ping(b.addr[0], a.addr[0]))
 	until(t, "the handshake is discarded", func() bool { return a.Looped() > 0 })
 	if err := trap.SetReadDeadline(time.Now().Add(20 * time.Millisecond)); err != nil {
 		t.Fatal(err)
@@ -601,7 +601,7 @@ func TestDiscardAllocates(t *testing.T) {
 		places = append(places, netip.MustParseAddrPort(text))
 	}
 	s.setSelf(places)
-	known := netip.AddrPortFrom(benchPeers(1)[0].Addresses.V4, 9)
+	known := netip.AddrPortFrom(benchPeers(1)[0].Addresses[0], 9)
 	for text, want := range map[string]bool{
 		known.String(): true, "203.0.113.7:51820": true, "[fe80::1%lo]:51820": true, "[2001:db8::7]:51820": true,
 		"203.0.113.7:51821": false, "[::]:7": true, "0.0.0.0:7": true, "203.0.113.8:0": true, "203.0.113.8:51820": false, "[fe80::2%lo]:51820": false,

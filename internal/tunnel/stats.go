@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"sync"
 	"time"
+
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // PeerStats is what the device knows about a peer's session.
@@ -28,16 +30,16 @@ const statsCostFactor = 50
 type stats struct {
 	now      func() time.Time
 	interval time.Duration
-	read     func() (map[PublicKey]PeerStats, error)
+	read     func() (map[mesh.PublicKey]PeerStats, error)
 
 	mu    sync.Mutex // held while reading, so that a crowd of callers costs one read
 	until time.Time  // when cache is too old
-	cache map[PublicKey]PeerStats
+	cache map[mesh.PublicKey]PeerStats
 }
 
 // get returns the cache, or reads anew when it is older than the interval or
 // than statsCostFactor times what the last reading took.
-func (s *stats) get() (map[PublicKey]PeerStats, error) {
+func (s *stats) get() (map[mesh.PublicKey]PeerStats, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	start := s.now()
@@ -56,9 +58,9 @@ func (s *stats) get() (map[PublicKey]PeerStats, error) {
 // Stats returns every peer's statistics, not to be changed by the caller. They
 // may be old by Options.StatsInterval, or by more with thousands of peers: the
 // device takes 15 ms to print 10,000, which is then done less often.
-func (d *Device) Stats() (map[PublicKey]PeerStats, error) { return d.stats.get() }
+func (d *Device) Stats() (map[mesh.PublicKey]PeerStats, error) { return d.stats.get() }
 
-func (d *Device) readStats() (map[PublicKey]PeerStats, error) {
+func (d *Device) readStats() (map[mesh.PublicKey]PeerStats, error) {
 	r := newStatsReader()
 	if err := d.wg.IpcGetOperation(r); err != nil {
 		return nil, err
@@ -74,9 +76,9 @@ func (d *Device) readStats() (map[PublicKey]PeerStats, error) {
 // so that no copy of the private key in it is made.
 type statsReader struct {
 	port  uint16
-	peers map[PublicKey]PeerStats
+	peers map[mesh.PublicKey]PeerStats
 
-	key      PublicKey // of the peer whose lines are being read
+	key      mesh.PublicKey // of the peer whose lines are being read
 	current  PeerStats
 	sec      int64
 	nsec     int64
@@ -84,7 +86,7 @@ type statsReader struct {
 }
 
 func newStatsReader() *statsReader {
-	return &statsReader{peers: make(map[PublicKey]PeerStats)}
+	return &statsReader{peers: make(map[mesh.PublicKey]PeerStats)}
 }
 
 // Write reads the lines in p. It never fails: a line that isn't understood is
@@ -133,8 +135,8 @@ func (r *statsReader) line(key, value []byte) {
 }
 
 func (r *statsReader) begin(value []byte) {
-	r.key, r.current, r.sec, r.nsec = PublicKey{}, PeerStats{}, 0, 0
-	if len(value) == hex.EncodedLen(KeySize) {
+	r.key, r.current, r.sec, r.nsec = mesh.PublicKey{}, PeerStats{}, 0, 0
+	if len(value) == hex.EncodedLen(mesh.KeySize) {
 		_, _ = hex.Decode(r.key[:], value)
 	}
 }

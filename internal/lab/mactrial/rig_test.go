@@ -19,6 +19,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/daemon"
 	"github.com/meshhelper/meshhelper/internal/host/macos"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
@@ -211,7 +212,7 @@ func (g *rig) wait(what string, done func() bool) {
 // add adds a peer without permissions.
 func (g *rig) add(name, kind string) {
 	g.t.Helper()
-	var key tunnel.PrivateKey
+	var key mesh.PrivateKey
 	copy(key[:], "the key of peer "+name)
 	changed, err := g.d.AddPeer(g.t.Context(), api.NewPeer{Name: name, PublicKey: key.Public().String(), Kind: kind})
 	g.must(err)
@@ -336,7 +337,7 @@ type tunnelDevice struct {
 	once sync.Once
 }
 
-func (g *rig) newTunnel(dev tun.Device, _ tunnel.PrivateKey, _ uint16) (daemon.Tunnel, error) {
+func (g *rig) newTunnel(dev tun.Device, _ mesh.PrivateKey, _ uint16) (daemon.Tunnel, error) {
 	t := &tunnelDevice{dev: dev, rig: g, done: make(chan struct{})}
 	g.wg.Store(t)
 	return t, nil
@@ -356,7 +357,7 @@ func (w *tunnelDevice) Rebind(context.Context) error {
 	return nil
 }
 
-func (w *tunnelDevice) Stats() (map[tunnel.PublicKey]tunnel.PeerStats, error) { return nil, nil }
+func (w *tunnelDevice) Stats() (map[mesh.PublicKey]tunnel.PeerStats, error) { return nil, nil }
 
 // Close ends the device, as WireGuard's does. It also is what WireGuard does when
 // its interface is gone.

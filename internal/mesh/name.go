@@ -1,18 +1,16 @@
-package daemon
+package mesh
 
 import (
 	"fmt"
 	"net/netip"
 	"strings"
-
-	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
 const maxName = 63
 
-// checkName refuses a name that would be mistaken for an option, a path, an
+// CheckName refuses a name that would be mistaken for an option, a path, an
 // address or a key where peers are named.
-func checkName(name string) error {
+func CheckName(name string) error {
 	if name == "" || len(name) > maxName {
 		return fmt.Errorf("name %.70q has %d characters, want 1 to %d", name, len(name), maxName)
 	}
@@ -31,7 +29,7 @@ func checkName(name string) error {
 	if _, err := netip.ParseAddr(name); err == nil {
 		return fmt.Errorf("name %q is an address", name)
 	}
-	if _, err := tunnel.ParsePublicKey(name); err == nil {
+	if _, err := ParsePublicKey(name); err == nil {
 		return fmt.Errorf("name %q is a key", name)
 	}
 	return nil

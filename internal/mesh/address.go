@@ -1,4 +1,4 @@
-package tunnel
+package mesh
 
 import (
 	"crypto/sha256"
@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"slices"
 )
 
 // ErrReserved is in the chain of an error about an address that no device may
@@ -72,13 +73,20 @@ func validatePrefix(p netip.Prefix, family func(netip.Addr) bool, longest int) e
 	return fmt.Errorf("%v is not in private address space", p)
 }
 
-// Addresses are the two addresses of a device in the mesh.
-type Addresses struct {
-	V4, V6 netip.Addr
-}
+// Addresses are the two addresses of a device in the mesh: one IPv4 and one IPv6, in
+// this order.
+type Addresses [2]netip.Addr
 
-// List returns both addresses, IPv4 first.
-func (a Addresses) List() []netip.Addr { return []netip.Addr{a.V4, a.V6} }
+// List returns both addresses, IPv4 first, in a slice of their own.
+func (a Addresses) List() []netip.Addr { return slices.Clone(a[:]) }
+
+// Validate reports addresses that aren't one IPv4 and one IPv6, in this order.
+func (a Addresses) Validate() error {
+	if v4, v6 := a[0], a[1]; !v4.Is4() || !v6.Is6() || v6.Is4In6() || v6.Zone() != "" {
+		return fmt.Errorf("addresses %v and %v aren't one IPv4 and one IPv6", v4, v6)
+	}
+	return nil
+}
 
 // reserved lists addresses inside possible mesh prefixes that mean something
 // to devices or networks out there, so that a peer with one would be
@@ -173,7 +181,7 @@ const (
 // them out. The error wraps ErrReserved when one is reserved: draw another key
 // or use Propose.
 func (p Prefixes) Derive(key PublicKey) (Addresses, error) {
-	a := Addresses{V4: derive(p.V4, domain4, key, 0), V6: derive(p.V6, domain6, key, 0)}
+	a := Addresses{derive(p.V4, domain4, key, 0), derive(p.V6, domain6, key, 0)}
 	for _, addr := range a.List() {
 		if err := p.Check(addr); err != nil {
 			return Addresses{}, fmt.Errorf("derive addresses of %v: %w", key, err)
@@ -210,10 +218,10 @@ const hashAttempts = 64
 // (see Derive), at last the next free one of the prefix. taken reports whether
 // an address already belongs to a device. The error wraps ErrMeshFull.
 func (p Prefixes) Propose(key PublicKey, taken func(netip.Addr) bool) (a Addresses, err error) {
-	if a.V4, err = p.propose(p.V4, domain4, key, taken); err != nil {
+	if a[0], err = p.propose(p.V4, domain4, key, taken); err != nil {
 		return Addresses{}, err
 	}
-	if a.V6, err = p.propose(p.V6, domain6, key, taken); err != nil {
+	if a[1], err = p.propose(p.V6, domain6, key, taken); err != nil {
 		return Addresses{}, err
 	}
 	return a, nil
@@ -258,7 +266,7 @@ func (p Prefixes) GenerateFree(random io.Reader, taken func(netip.Addr) bool) (P
 			return PrivateKey{}, Addresses{}, err
 		}
 		a, err := p.Derive(key.Public())
-		if err == nil && !taken(a.V4) && !taken(a.V6) {
+		if err == nil && !taken(a[0]) && !taken(a[1]) {
 			return key, a, nil
 		}
 		// Asked once, after the first misses: a full mesh needs no further draw.

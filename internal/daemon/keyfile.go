@@ -1,4 +1,4 @@
-package tunnel
+package daemon
 
 import (
 	"errors"
@@ -7,6 +7,8 @@ import (
 	"os"
 	"runtime"
 	"strings"
+
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // keyFileLimit bounds what is read from a key file, in bytes: the key and
@@ -21,14 +23,14 @@ var ErrExposedKey = errors.New("others than the owner have access")
 // open file, and refuses what isn't a regular file and a file that group or others may
 // access. Whose file it is, the caller has to check, and on f, for another one may have
 // the name by then.
-func ReadKey(f *os.File) (PrivateKey, error) {
+func ReadKey(f *os.File) (mesh.PrivateKey, error) {
 	text, err := readPrivate(f)
 	if err != nil {
-		return PrivateKey{}, fmt.Errorf("read key file: %w", err)
+		return mesh.PrivateKey{}, fmt.Errorf("read key file: %w", err)
 	}
-	key, err := ParsePrivateKey(strings.TrimSpace(text))
+	key, err := mesh.ParsePrivateKey(strings.TrimSpace(text))
 	if err != nil {
-		return PrivateKey{}, fmt.Errorf("read key file %q: %w", f.Name(), err)
+		return mesh.PrivateKey{}, fmt.Errorf("read key file %q: %w", f.Name(), err)
 	}
 	return key, nil
 }

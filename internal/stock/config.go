@@ -1,4 +1,4 @@
-package tunnel
+package stock
 
 import (
 	"errors"
@@ -7,6 +7,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // Values of a configuration that a peer's owner has no reason to change.
@@ -37,15 +39,15 @@ var ErrBadConfig = errors.New("not a WireGuard configuration of this kind")
 // Config is a configuration for a stock WireGuard app: one interface and one
 // peer, which is the host.
 type Config struct {
-	PrivateKey PrivateKey     // optional: zero is written as KeyPlaceholder
-	Addresses  []netip.Prefix // required: of the interface
-	DNS        []netip.Addr   // optional
-	MTU        int            // optional: bytes, 0 leaves it to the app, else 576 to 65535
+	PrivateKey mesh.PrivateKey // optional: zero is written as KeyPlaceholder
+	Addresses  []netip.Prefix  // required: of the interface
+	DNS        []netip.Addr    // optional
+	MTU        int             // optional: bytes, 0 leaves it to the app, else 576 to 65535
 
-	PublicKey  PublicKey      // required: the host's
+	PublicKey  mesh.PublicKey // required: the host's
 	AllowedIPs []netip.Prefix // required: what goes into the tunnel
-	Endpoint   Endpoint       // optional: zero where the host has no known address
-	Keepalive  time.Duration  // optional: whole seconds up to MaxKeepalive
+	Endpoint   mesh.Endpoint  // optional: zero where the host has no known address
+	Keepalive  time.Duration  // optional: whole seconds up to mesh.MaxKeepalive
 }
 
 // Everything is what a device sends that has no way of its own: both families.
@@ -55,10 +57,10 @@ func Everything() []netip.Prefix {
 
 // ForPeer returns a device's configuration to send what is in allowed through the host.
 // What the host then lets pass is decided there.
-func ForPeer(own PrivateKey, a Addresses, host PublicKey, endpoint Endpoint, allowed []netip.Prefix, dns []netip.Addr) Config {
+func ForPeer(own mesh.PrivateKey, a mesh.Addresses, host mesh.PublicKey, endpoint mesh.Endpoint, allowed []netip.Prefix, dns []netip.Addr) Config {
 	return Config{
 		PrivateKey: own,
-		Addresses:  []netip.Prefix{netip.PrefixFrom(a.V4, 32), netip.PrefixFrom(a.V6, 128)},
+		Addresses:  []netip.Prefix{netip.PrefixFrom(a[0], 32), netip.PrefixFrom(a[1], 128)},
 		DNS:        dns,
 		MTU:        ConfigMTU,
 		PublicKey:  host,
@@ -82,10 +84,10 @@ func (c Config) Validate() error {
 		wrong = "an invalid prefix"
 	case c.MTU != 0 && (c.MTU < 576 || c.MTU > 65535):
 		wrong = fmt.Sprintf("MTU %d is not 576 to 65535", c.MTU)
-	case c.Keepalive < 0 || c.Keepalive > MaxKeepalive || c.Keepalive%time.Second != 0:
+	case c.Keepalive < 0 || c.Keepalive > mesh.MaxKeepalive || c.Keepalive%time.Second != 0:
 		wrong = fmt.Sprintf("keepalive %v is not a number of whole seconds from 0 to 65535", c.Keepalive)
-	case c.Endpoint != Endpoint{} && c.Endpoint.validate() != nil:
-		wrong = "endpoint: " + c.Endpoint.validate().Error()
+	case c.Endpoint != (mesh.Endpoint{}) && c.Endpoint.Validate() != nil:
+		wrong = "endpoint: " + c.Endpoint.Validate().Error()
 	default:
 		return nil
 	}
@@ -120,7 +122,7 @@ func (c Config) Text() string {
 	}
 	b.WriteString("\n[Peer]\nPublicKey = " + c.PublicKey.String() + "\n")
 	b.WriteString("AllowedIPs = " + list(c.AllowedIPs) + "\n")
-	if c.Endpoint != (Endpoint{}) {
+	if c.Endpoint != (mesh.Endpoint{}) {
 		b.WriteString("Endpoint = " + c.Endpoint.String() + "\n")
 	}
 	if c.Keepalive != 0 {
@@ -239,7 +241,7 @@ var configKeys = map[string]map[string]func(*Config, string) error{
 	},
 	"peer": {
 		"publickey": func(c *Config, v string) (err error) {
-			c.PublicKey, err = ParsePublicKey(v)
+			c.PublicKey, err = mesh.ParsePublicKey(v)
 			return err
 		},
 		"allowedips": func(c *Config, v string) (err error) {
@@ -247,7 +249,7 @@ var configKeys = map[string]map[string]func(*Config, string) error{
 			return err
 		},
 		"endpoint": func(c *Config, v string) (err error) {
-			c.Endpoint, err = ParseEndpoint(v, 0)
+			c.Endpoint, err = mesh.ParseEndpoint(v, 0)
 			return err
 		},
 		"persistentkeepalive": setKeepalive,
@@ -258,7 +260,7 @@ func setPrivateKey(c *Config, v string) (err error) {
 	if v == KeyPlaceholder {
 		return nil
 	}
-	c.PrivateKey, err = ParsePrivateKey(v)
+	c.PrivateKey, err = mesh.ParsePrivateKey(v)
 	return err
 }
 

@@ -1,4 +1,4 @@
-package tunnel
+package mesh
 
 import (
 	"errors"
@@ -135,7 +135,7 @@ func TestProposeProperties(t *testing.T) {
 				}
 				taken[addr] = true
 			}
-			if derived, err := p.Derive(key); err == nil && !taken[derived.V4] && derived.V4 != a.V4 {
+			if derived, err := p.Derive(key); err == nil && !taken[derived[0]] && derived[0] != a[0] {
 				t.Fatalf("%v proposed though %v is free", a, derived)
 			}
 		}
@@ -164,10 +164,10 @@ func TestGenerateFreeUntilFull(t *testing.T) {
 		if err != nil {
 			t.Fatalf("after %d: %v", len(taken), err)
 		}
-		if derived, err := p.Derive(key.Public()); err != nil || derived != a || taken[a.V4] {
-			t.Fatalf("key with %v, returned %v, taken %v, %v", derived, a, taken[a.V4], err)
+		if derived, err := p.Derive(key.Public()); err != nil || derived != a || taken[a[0]] {
+			t.Fatalf("key with %v, returned %v, taken %v, %v", derived, a, taken[a[0]], err)
 		}
-		taken[a.V4] = true
+		taken[a[0]] = true
 	}
 	if _, _, err := p.GenerateFree(random, func(a netip.Addr) bool { return taken[a] }); !errors.Is(err, ErrMeshFull) {
 		t.Errorf("full mesh gives %v", err)
@@ -188,9 +188,9 @@ func TestDeriveSpread(t *testing.T) {
 			reserved++
 			continue
 		}
-		seen[a.V4]++
-		if seen[a.V6]++; seen[a.V6] > 1 {
-			t.Errorf("two of %d keys have the IPv6 address %v", keys, a.V6)
+		seen[a[0]]++
+		if seen[a[1]]++; seen[a[1]] > 1 {
+			t.Errorf("two of %d keys have the IPv6 address %v", keys, a[1])
 		}
 	}
 	// 20,000 of 2^22 addresses: 47.7 pairs expected, and 2 of 256 reserved.

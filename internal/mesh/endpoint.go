@@ -1,4 +1,4 @@
-package tunnel
+package mesh
 
 import (
 	"errors"
@@ -7,10 +7,15 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"golang.org/x/net/idna"
 )
+
+// MaxKeepalive is the longest persistent keepalive interval that WireGuard's
+// configuration protocol can carry.
+const MaxKeepalive = 65535 * time.Second
 
 // Endpoint is where a WireGuard device is reached: a name or an address, and a
 // UDP port. A name is resolved by the app that reads the configuration.
@@ -29,7 +34,7 @@ func ParseEndpoint(s string, fallback uint16) (Endpoint, error) {
 		e.Host, err = asciiName(e.Host)
 	}
 	if err == nil {
-		err = e.validate()
+		err = e.Validate()
 	}
 	if _, rest, url := strings.Cut(s, "://"); url {
 		host, _, _ := strings.Cut(rest, "/")
@@ -74,9 +79,9 @@ func asciiName(host string) (string, error) {
 	return host, nil
 }
 
-// validate refuses what can't be the end of a tunnel, and every character that
+// Validate refuses what can't be the end of a tunnel, and every character that
 // has a meaning in a configuration.
-func (e Endpoint) validate() error {
+func (e Endpoint) Validate() error {
 	if e.Port == 0 {
 		return errors.New("no port")
 	}

@@ -1,8 +1,10 @@
-package tunnel
+package stock
 
 import (
 	"strings"
 	"testing"
+
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // The decoder below reads a code as a camera would, from the drawing on the
@@ -255,7 +257,7 @@ func TestQRDecodes(t *testing.T) {
 	long := phoneConfig(t)
 	long.Endpoint.Host = "a-rather-long-name-of-a-house.dynamic.example.net"
 	short := phoneConfig(t)
-	short.DNS, short.PrivateKey = nil, PrivateKey{}
+	short.DNS, short.PrivateKey = nil, mesh.PrivateKey{}
 	for _, c := range []Config{full, long, short} {
 		for _, colour := range []bool{true, false} {
 			code, err := EncodeQR(c.Text())

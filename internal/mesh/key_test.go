@@ -1,18 +1,15 @@
-package tunnel
+package mesh
 
 import (
 	"bytes"
+	"crypto/ecdh"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
-
-	"golang.org/x/crypto/curve25519"
 )
 
 // testRandom returns a reproducible source of randomness.
@@ -62,8 +59,16 @@ func TestParseKeyRefuses(t *testing.T) {
 // points.
 func TestLowOrder(t *testing.T) {
 	scalar := testKey(t, testRandom(2))
+	private, err := ecdh.X25519().NewPrivateKey(scalar[:])
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, point := range lowOrder {
-		if _, err := curve25519.X25519(scalar[:], point[:]); err == nil {
+		public, err := ecdh.X25519().NewPublicKey(point[:])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := private.ECDH(public); err == nil {
 			t.Errorf("%x is listed but gives a shared secret", point)
 		}
 		point[31] |= 0x80
@@ -79,7 +84,7 @@ func TestPrivateKeyNeverPrinted(t *testing.T) {
 	key := testKey(t, testRandom(3))
 	var out bytes.Buffer
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%X", "%d", "%b", "%T %v"} {
-		fmt.Fprintf(&out, verb+"\n", key, &key, struct{ K PrivateKey }{key}, []PrivateKey{key}, Config{PrivateKey: key})
+		fmt.Fprintf(&out, verb+"\n", key, &key, struct{ K PrivateKey }{key}, []PrivateKey{key})
 	}
 	slog.New(slog.NewTextHandler(&out, nil)).Info("key", "key", key, "in", struct{ K PrivateKey }{key})
 	slog.New(slog.NewJSONHandler(&out, nil)).Info("key", "key", key, "in", struct{ K PrivateKey }{key})
@@ -99,81 +104,6 @@ func TestPrivateKeyNeverPrinted(t *testing.T) {
 func TestGenerateShortRandom(t *testing.T) {
 	if k, err := GeneratePrivateKey(strings.NewReader("too short")); err == nil || !k.IsZero() {
 		t.Errorf("a source that ends gives %v, zero %v", err, k.IsZero())
-	}
-}
-
-// TestKeyFile reads a key file, also one that isn't the file of that name any more.
-func TestKeyFile(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "key")
-	first, second := testKey(t, testRandom(4)), testKey(t, testRandom(5))
-	for _, k := range []PrivateKey{first, second} {
-		if err := os.WriteFile(path+".new", []byte(k.Reveal()+"\n"), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Rename(path+".new", path); err != nil {
-			t.Fatal(err)
-		}
-		f, err := os.Open(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
-		if err := os.Remove(path); err != nil {
-			t.Fatal(err)
-		}
-		if got, err := ReadKey(f); err != nil || !got.Equal(k) {
-			t.Errorf("the key isn't read back, error %v", err)
-		}
-	}
-}
-
-func TestKeyFileRefused(t *testing.T) {
-	text := testKey(t, testRandom(7)).Reveal()
-	write := func(mode os.FileMode, content string) func(string) error {
-		return func(path string) error {
-			if err := os.WriteFile(path, []byte(content), mode); err != nil {
-				return err
-			}
-			return os.Chmod(path, mode)
-		}
-	}
-	for name, make := range map[string]func(path string) error{
-		"group may read": write(0o640, text),
-		"others write":   write(0o602, text),
-		"empty":          write(0o600, ""),
-		"damaged":        write(0o600, text[:30]),
-		"long":           write(0o600, text+strings.Repeat(" ", keyFileLimit)+"x"),
-		"folder":         func(path string) error { return os.Mkdir(path, 0o700) },
-	} {
-		t.Run(name, func(t *testing.T) {
-			path := filepath.Join(t.TempDir(), "key")
-			if err := make(path); err != nil {
-				t.Fatal(err)
-			}
-			before, _ := os.ReadFile(path)
-			f, err := os.Open(path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer f.Close()
-			_, err = ReadKey(f)
-			if name == "long" {
-				// White space behind the key is cut with the rest.
-				if err != nil {
-					t.Errorf("a key with white space behind it gives %v", err)
-				}
-				return
-			}
-			if err == nil {
-				t.Fatal("no error")
-			}
-			if len(text) > 0 && strings.Contains(err.Error(), text[:20]) {
-				t.Errorf("the error quotes the key: %v", err)
-			}
-			if after, _ := os.ReadFile(path); !bytes.Equal(before, after) {
-				t.Error("the file was changed")
-			}
-		})
 	}
 }
 

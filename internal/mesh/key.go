@@ -1,14 +1,13 @@
-package tunnel
+package mesh
 
 import (
+	"crypto/ecdh"
 	"crypto/subtle"
 	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-
-	"golang.org/x/crypto/curve25519"
 )
 
 // KeySize is the length of a public or private key in bytes.
@@ -157,11 +156,13 @@ func (k PrivateKey) Equal(other PrivateKey) bool {
 	return subtle.ConstantTimeCompare(k[:], other[:]) == 1
 }
 
-// Public returns the public key of k.
+// Public returns the public key of k, which must not be the zero value.
 func (k PrivateKey) Public() (public PublicKey) {
-	// The base point is not of small order, so X25519 can't fail.
-	point, _ := curve25519.X25519(k[:], curve25519.Basepoint)
-	copy(public[:], point)
+	private, err := ecdh.X25519().NewPrivateKey(k[:])
+	if err != nil {
+		panic(err) // only for a length other than KeySize
+	}
+	copy(public[:], private.PublicKey().Bytes())
 	return public
 }
 

@@ -1,23 +1,27 @@
-package tunnel
+package stock
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/mesh/meshtest"
 )
 
 // phoneConfig is what a phone would be handed.
 func phoneConfig(t testing.TB) Config {
-	key, host := testKey(t, testRandom(50)), testKey(t, testRandom(51))
-	a, err := DefaultPrefixes().Derive(key.Public())
+	key, host := meshtest.Key(t, 50), meshtest.Key(t, 51)
+	a, err := mesh.DefaultPrefixes().Derive(key.Public())
 	if err != nil {
 		t.Fatal(err)
 	}
 	dns := []netip.Addr{netip.MustParseAddr("9.9.9.9"), netip.MustParseAddr("149.112.112.112")}
-	return ForPeer(key, a, host.Public(), Endpoint{"198.51.100.3", 51820}, Everything(), dns)
+	return ForPeer(key, a, host.Public(), mesh.Endpoint{Host: "198.51.100.3", Port: 51820}, Everything(), dns)
 }
 
 // TestConfigText compares the whole text: apps and scripts read it.
@@ -51,11 +55,11 @@ PersistentKeepalive = 25
 
 func TestParseConfigAsWritten(t *testing.T) {
 	placeholder := phoneConfig(t)
-	placeholder.PrivateKey = PrivateKey{}
+	placeholder.PrivateKey = mesh.PrivateKey{}
 	named := phoneConfig(t)
-	named.Endpoint = Endpoint{"Home.example.net", 1}
+	named.Endpoint = mesh.Endpoint{Host: "Home.example.net", Port: 1}
 	v6 := phoneConfig(t)
-	v6.Endpoint, v6.DNS, v6.MTU, v6.Keepalive = Endpoint{"2001:db8::1", 65535}, nil, 0, 0
+	v6.Endpoint, v6.DNS, v6.MTU, v6.Keepalive = mesh.Endpoint{Host: "2001:db8::1", Port: 65535}, nil, 0, 0
 	for _, want := range []Config{phoneConfig(t), placeholder, named, v6} {
 		got, err := ParseConfig(want.Text())
 		if err != nil {
@@ -132,7 +136,7 @@ func TestParseEndpoint(t *testing.T) {
 		"2001:db8::1":        "[2001:db8::1]:99",
 		"[2001:db8::1]":      "[2001:db8::1]:99",
 	} {
-		if got, err := ParseEndpoint(in, 99); err != nil || got.String() != want {
+		if got, err := mesh.ParseEndpoint(in, 99); err != nil || got.String() != want {
 			t.Errorf("ParseEndpoint(%q) = %v, %v, want %s", in, got, err, want)
 		}
 	}
@@ -140,11 +144,11 @@ func TestParseEndpoint(t *testing.T) {
 		"", ":", ":1", "a:", "a:b", "a:0", "a:65536", "a:-1", "a:1:2", "-a:1", "a..b:1", "a\nb:1", "a#:1", "ü..example:1",
 		"0.0.0.0:1", "[::]:1", "224.0.0.1:1", "[fe80::1%en0]:1", strings.Repeat("a", 64) + ":1", strings.Repeat("a.", 130) + "a:1",
 	} {
-		if got, err := ParseEndpoint(in, 99); err == nil {
+		if got, err := mesh.ParseEndpoint(in, 99); err == nil {
 			t.Errorf("ParseEndpoint(%q) = %v", in, got)
 		}
 	}
-	if got, err := ParseEndpoint("home.example.net", 0); err == nil {
+	if got, err := mesh.ParseEndpoint("home.example.net", 0); err == nil {
 		t.Errorf("without a fallback port: %v", got)
 	}
 }
@@ -173,11 +177,11 @@ func FuzzParseEndpoint(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		e, err := ParseEndpoint(s, 7)
+		e, err := mesh.ParseEndpoint(s, 7)
 		if err != nil {
 			return
 		}
-		if again, err := ParseEndpoint(e.String(), 0); err != nil || again != e {
+		if again, err := mesh.ParseEndpoint(e.String(), 0); err != nil || again != e {
 			t.Errorf("%q reads as %+v, which reads as %+v, %v", s, e, again, err)
 		}
 		if strings.ContainsAny(e.String(), "\r\n#=, ") {
@@ -202,9 +206,9 @@ func TestEndpointName(t *testing.T) {
 		"\xff.example:1":        "",
 		"-ü.example:1":          "",
 	} {
-		e, err := ParseEndpoint(text, 51820)
+		e, err := mesh.ParseEndpoint(text, 51820)
 		if err != nil {
-			e = Endpoint{}
+			e = mesh.Endpoint{}
 		}
 		if got := e.String(); got != want && (want != "" || err == nil) {
 			t.Errorf("%q is %q, %v, want %q", text, got, err, want)
@@ -232,5 +236,19 @@ func TestConfigCompact(t *testing.T) {
 	}
 	if short.Size() >= long.Size() || short.Size() > 69 {
 		t.Errorf("%d columns, and %d of the text", short.Size(), long.Size())
+	}
+}
+
+// TestConfigNeverPrintsItsKey tries the verbs by which a configuration gets into a log
+// or an error; Text is the only way to its key.
+func TestConfigNeverPrintsItsKey(t *testing.T) {
+	key := meshtest.Key(t, 3)
+	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%X", "%d", "%b"} {
+		out := fmt.Sprintf(verb, Config{PrivateKey: key})
+		for _, form := range []string{key.Reveal()[:12], fmt.Sprintf("%X", key[:6]), fmt.Sprintf("%x", key[:6]), fmt.Sprint(key[:])[1:20]} {
+			if strings.Contains(out, form) {
+				t.Errorf("%s prints the key as %q", verb, form)
+			}
+		}
 	}
 }

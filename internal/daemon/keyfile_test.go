@@ -1,0 +1,87 @@
+package daemon
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/mesh/meshtest"
+)
+
+// TestKeyFile reads a key file, also one that isn't the file of that name any more.
+func TestKeyFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "key")
+	first, second := meshtest.Key(t, 4), meshtest.Key(t, 5)
+	for _, k := range []mesh.PrivateKey{first, second} {
+		if err := os.WriteFile(path+".new", []byte(k.Reveal()+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(path+".new", path); err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := ReadKey(f); err != nil || !got.Equal(k) {
+			t.Errorf("the key isn't read back, error %v", err)
+		}
+	}
+}
+
+func TestKeyFileRefused(t *testing.T) {
+	text := meshtest.Key(t, 7).Reveal()
+	write := func(mode os.FileMode, content string) func(string) error {
+		return func(path string) error {
+			if err := os.WriteFile(path, []byte(content), mode); err != nil {
+				return err
+			}
+			return os.Chmod(path, mode)
+		}
+	}
+	for name, make := range map[string]func(path string) error{
+		"group may read": write(0o640, text),
+		"others write":   write(0o602, text),
+		"empty":          write(0o600, ""),
+		"damaged":        write(0o600, text[:30]),
+		"long":           write(0o600, text+strings.Repeat(" ", keyFileLimit)+"x"),
+		"folder":         func(path string) error { return os.Mkdir(path, 0o700) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "key")
+			if err := make(path); err != nil {
+				t.Fatal(err)
+			}
+			before, _ := os.ReadFile(path)
+			f, err := os.Open(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			_, err = ReadKey(f)
+			if name == "long" {
+				// White space behind the key is cut with the rest.
+				if err != nil {
+					t.Errorf("a key with white space behind it gives %v", err)
+				}
+				return
+			}
+			if err == nil {
+				t.Fatal("no error")
+			}
+			if len(text) > 0 && strings.Contains(err.Error(), text[:20]) {
+				t.Errorf("the error quotes the key: %v", err)
+			}
+			if after, _ := os.ReadFile(path); !bytes.Equal(before, after) {
+				t.Error("the file was changed")
+			}
+		})
+	}
+}
