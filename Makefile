@@ -9,7 +9,7 @@ build:
 
 test:
 	$(GO) test ./...
-	@$(GO) test -count=1 -v -run '^TestVectors$$' ./pfconf | grep '^pf vectors:'
+	@$(GO) test -count=1 -v -run '^TestVectors$$' ./pfconf/pfsim | grep '^pf vectors:'
 
 # The long proofs: 200 kills, 30 s of toggles, a million packets of a hostile peer,
 # a simulated Mac that is killed after each command, and 10,000 meshes read back.

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // A PFEngine is the packet filter behind a [FakePF]: what the kernel does, without
@@ -28,15 +29,15 @@ type PFEngine interface {
 	Flush(anchor string) bool
 	// Rules and NAT return the anchor's filter and translation rules. They report
 	// false if there is no such anchor.
-	Rules(anchor string) ([]pfconf.CountedRule, bool)
-	NAT(anchor string) ([]pfconf.CountedRule, bool)
+	Rules(anchor string) ([]pfsim.CountedRule, bool)
+	NAT(anchor string) ([]pfsim.CountedRule, bool)
 	// Anchors returns the full names of the anchors directly below anchor.
 	Anchors(anchor string) ([]string, bool)
 	// Tables returns the anchor's tables, and what is in each.
 	Tables(anchor string) (map[string][]string, bool)
 	// AddToTable adds entries, DeleteFromTable removes them, and ReplaceTable makes
 	// them the whole contents. The first and the last make a table that doesn't
-	// exist; otherwise the error is pfconf.ErrNoTable.
+	// exist; otherwise the error is pfsim.ErrNoTable.
 	AddToTable(anchor, table string, entries []pfconf.Address) error
 	DeleteFromTable(anchor, table string, entries []pfconf.Address) error
 	ReplaceTable(anchor, table string, entries []pfconf.Address) error
@@ -46,7 +47,7 @@ type PFEngine interface {
 	// is any.
 	Kill(src, dst netip.Prefix) int
 	// States returns the states.
-	States() []pfconf.State
+	States() []pfsim.State
 	// Counters returns the totals of `pfctl -s info` by their names.
 	Counters() map[string]uint64
 	// Interfaces returns the interfaces' names, true for those that are skipped.
@@ -408,7 +409,7 @@ func (f *FakePF) table(c pfctlCommand, stdin string) pfctlReply {
 	before, exists := f.entries(c)
 	failed := func(err error) pfctlReply {
 		text := err.Error()
-		if errors.Is(err, pfconf.ErrNoTable) {
+		if errors.Is(err, pfsim.ErrNoTable) {
 			text = "Table does not exist"
 		}
 		return pfctlReply{stderr: "pfctl: " + text + ".\n", status: 1}
@@ -420,7 +421,7 @@ func (f *FakePF) table(c pfctlCommand, stdin string) pfctlReply {
 	switch c.tableCommand {
 	case "show":
 		if !exists {
-			return failed(pfconf.ErrNoTable)
+			return failed(pfsim.ErrNoTable)
 		}
 		return pfctlReply{stdout: indented(before)}
 	case "test":

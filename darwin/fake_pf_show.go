@@ -5,12 +5,12 @@ import (
 	"strings"
 	"time"
 
-	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // showRules prints rules, with -v their counters, too (pfctl.c,
 // pfctl_print_rule_counters).
-func showRules(rules []pfconf.CountedRule, verbose bool) string {
+func showRules(rules []pfsim.CountedRule, verbose bool) string {
 	var b strings.Builder
 	for _, r := range rules {
 		b.WriteString(r.Text + "\n")
@@ -35,9 +35,9 @@ func (f *FakePF) showAll(c pfctlCommand) pfctlReply {
 			r.stderr += missingAnchor
 		}
 	}
-	var dummynet []pfconf.CountedRule
+	var dummynet []pfsim.CountedRule
 	if c.anchor == "" {
-		dummynet = []pfconf.CountedRule{{Text: `dummynet-anchor "com.apple/*" all`}}
+		dummynet = []pfsim.CountedRule{{Text: `dummynet-anchor "com.apple/*" all`}}
 	}
 	first := true
 	section := func(title, body string, always bool) {

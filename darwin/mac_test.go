@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // What Macs printed, read as the product reads it. pfconf/testdata/mac has it, each file
@@ -97,7 +97,7 @@ type idleEngine struct{ PFEngine }
 
 func (idleEngine) SetEnabled(bool)             {}
 func (idleEngine) Flush(string) bool           { return true }
-func (idleEngine) States() []pfconf.State      { return nil }
+func (idleEngine) States() []pfsim.State       { return nil }
 func (idleEngine) Counters() map[string]uint64 { return nil }
 
 // The fakes print what the captures have.

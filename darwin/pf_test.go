@@ -15,6 +15,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // A textEngine is a packet filter that knows how lines begin and nothing else:
@@ -24,7 +25,7 @@ type textEngine struct {
 	tables  map[string]map[string][]string
 	skipped map[string]bool
 	killed  []string
-	states  []pfconf.State
+	states  []pfsim.State
 	busy    bool
 }
 
@@ -67,20 +68,20 @@ func (e *textEngine) Flush(anchor string) bool {
 	return ok
 }
 
-func (e *textEngine) lines(anchor string, nat bool) (rules []pfconf.CountedRule, ok bool) {
+func (e *textEngine) lines(anchor string, nat bool) (rules []pfsim.CountedRule, ok bool) {
 	lines, ok := e.anchors[anchor]
 	for n, l := range lines {
 		if strings.HasPrefix(l, "nat") == nat {
-			rules = append(rules, pfconf.CountedRule{Text: l, RuleCounters: pfconf.RuleCounters{Evaluations: uint64(n) + 7, Packets: 3, Bytes: 180, States: 1}})
+			rules = append(rules, pfsim.CountedRule{Text: l, RuleCounters: pfsim.RuleCounters{Evaluations: uint64(n) + 7, Packets: 3, Bytes: 180, States: 1}})
 		}
 	}
 	return rules, ok
 }
 
-func (e *textEngine) Rules(anchor string) ([]pfconf.CountedRule, bool) { return e.lines(anchor, false) }
-func (e *textEngine) NAT(anchor string) ([]pfconf.CountedRule, bool)   { return e.lines(anchor, true) }
+func (e *textEngine) Rules(anchor string) ([]pfsim.CountedRule, bool) { return e.lines(anchor, false) }
+func (e *textEngine) NAT(anchor string) ([]pfsim.CountedRule, bool)   { return e.lines(anchor, true) }
 
-func (e *textEngine) States() []pfconf.State { return e.states }
+func (e *textEngine) States() []pfsim.State { return e.states }
 func (e *textEngine) Counters() map[string]uint64 {
 	return map[string]uint64{"match": 988220, "searches": 21967266}
 }
@@ -120,7 +121,7 @@ func (e *textEngine) AddToTable(anchor, table string, entries []pfconf.Address) 
 
 func (e *textEngine) DeleteFromTable(anchor, table string, entries []pfconf.Address) error {
 	if _, ok := e.tables[anchor][table]; !ok {
-		return pfconf.ErrNoTable
+		return pfsim.ErrNoTable
 	}
 	gone := spelledEntries(entries)
 	e.tables[anchor][table] = slices.DeleteFunc(slices.Clone(e.tables[anchor][table]), func(s string) bool { return slices.Contains(gone, s) })
@@ -135,7 +136,7 @@ func (e *textEngine) ReplaceTable(anchor, table string, entries []pfconf.Address
 func (e *textEngine) TestTable(anchor, table string, a netip.Addr) (bool, error) {
 	have, ok := e.tables[anchor][table]
 	if !ok {
-		return false, pfconf.ErrNoTable
+		return false, pfsim.ErrNoTable
 	}
 	return slices.Contains(have, a.String()), nil
 }
@@ -208,7 +209,7 @@ func TestStates(t *testing.T) {
 		t.Errorf("at first %v, %v", states, err)
 	}
 	inner, outer := netip.MustParseAddrPort("100.64.0.2:500"), netip.MustParseAddrPort("9.9.9.9:4500")
-	f.Engine.(*textEngine).states = []pfconf.State{{
+	f.Engine.(*textEngine).states = []pfsim.State{{
 		Interface: "en0", Proto: pfconf.ProtoUDP, Direction: pfconf.Out, Lan: inner, Gateway: netip.MustParseAddrPort("203.0.113.1:500"),
 		Ext: outer, ExtGateway: outer, Opener: "SINGLE", Answerer: "NO_TRAFFIC",
 	}}
@@ -433,11 +434,11 @@ func TestShowAll(t *testing.T) {
 			t.Fatal(err)
 		}
 		end := netip.MustParseAddrPort("192.0.2.1:5000")
-		floating := pfconf.State{Proto: pfconf.ProtoUDP, Direction: pfconf.Out, Lan: end, Gateway: end, ExtGateway: netip.MustParseAddrPort("198.51.100.2:53"),
+		floating := pfsim.State{Proto: pfconf.ProtoUDP, Direction: pfconf.Out, Lan: end, Gateway: end, ExtGateway: netip.MustParseAddrPort("198.51.100.2:53"),
 			Opener: "SINGLE", Answerer: "NO_TRAFFIC", Age: 3700 * time.Second, Expires: 9 * time.Second}
 		bound := floating
 		bound.Interface = "en0"
-		e.states = []pfconf.State{floating, bound}
+		e.states = []pfsim.State{floating, bound}
 		time.Sleep(8*24*time.Hour + 3*time.Hour + 22*time.Minute + 4*time.Second)
 
 		show := func(args ...string) (string, string) {

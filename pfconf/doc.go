@@ -1,6 +1,7 @@
-// Package pfconf is pf, the packet filter of macOS and the BSDs, as data: it
-// reads, checks, prints and evaluates rulesets as pfctl and the kernel do, on any
-// machine.
+// Package pfconf is pf.conf, the rulesets of the packet filter of macOS and the BSDs,
+// as data: it reads, checks, expands and prints them as pfctl does, and reads what
+// pfctl shows of a running pf, on any machine. Package pfsim, below it, judges
+// packets by them as the kernel does.
 //
 // # pf in five minutes
 //
@@ -73,9 +74,6 @@
 // [ParseReferences], [ParseStates] and [ParseAnchors] read what pfctl shows of a
 // running pf.
 //
-// A [Machine] is the kernel's part: rulesets, tables and states, and a judgement for
-// each packet.
-//
 // # The dialect
 //
 // This is the pf of macOS, of the generation of OpenBSD 4.1 to 4.3: translation rules
@@ -84,6 +82,6 @@
 // ALTQ are kept as text, see [Ruleset.Unknown].
 //
 // The facts are from pf.conf(5) and pfctl(8), from the pfctl of that generation, from
-// xnu's bsd/net/pf*.c, and measured on it: the conformance vectors that the tests run
-// on are what Apple's own code did.
+// xnu's bsd/net/pf*.c, and measured: the conformance vectors in pfsim's testdata, on
+// which the tests run, are what Apple's own code did.
 package pfconf

@@ -21,7 +21,7 @@ func (rs *Ruleset) Expand(anchor string, interfaces []Interface) (*Loaded, error
 	if err := l.load(rs); err != nil {
 		return nil, err
 	}
-	l.out.declared = l.out.Tables
+	l.out.Declared = l.out.Tables
 	l.settleTables()
 	return l.out, nil
 }
@@ -558,7 +558,7 @@ func (l *loader) antispoof(a *Antispoof) error {
 				return err
 			}
 		}
-		if len(addrs) > 0 && !isLoopback(i.Name) {
+		if len(addrs) > 0 && !(Interface{Name: i.Name}).IsLoopback() {
 			r := base
 			if r.Log != nil && r.Log.To != "" {
 				log := *r.Log
@@ -587,9 +587,6 @@ func (l *loader) antispoofAddrs(i AntispoofInterface) (networks, addrs []Address
 	return l.host.lookup(i.Name, ModNetwork), l.host.lookup(i.Name, 0)
 }
 
-// isLoopback goes by the name, which is all that a vector or a snapshot tells.
-func isLoopback(name string) bool { return strings.HasPrefix(name, "lo") }
-
 // table loads a table's definition; a later one of the same name replaces it.
 func (l *loader) table(t *Table) error {
 	if err := checkTable(t); err != nil {
@@ -603,7 +600,7 @@ func (l *loader) table(t *Table) error {
 		return nil
 	}
 	loaded := *t
-	loaded.Addrs = storedAddrs(addrs)
+	loaded.Addrs = stored(addrs)
 	for i, old := range l.out.Tables {
 		if old.Name == t.Name {
 			l.out.Tables[i] = &loaded
@@ -612,15 +609,6 @@ func (l *loader) table(t *Table) error {
 	}
 	l.out.Tables = append(l.out.Tables, &loaded)
 	return nil
-}
-
-// storedAddrs keeps what the kernel holds of a table.
-func storedAddrs(addrs []Address) []Address {
-	var all []Address
-	for _, e := range storedEntries(addrs) {
-		all = append(all, Address{Kind: AddrPrefix, Prefix: e.prefix, Not: e.not})
-	}
-	return all
 }
 
 // settleTables drops the tables that don't come to exist.

@@ -114,11 +114,8 @@ func (i Interface) addrs(mod AddressModifier) []Address {
 
 // hasBroadcast tells whether an address has a broadcast address.
 func (i Interface) hasBroadcast(ip netip.Addr) bool {
-	return ip.Is4() && !isLoopback(i.Name) && !isPointToPoint(i.Name)
+	return ip.Is4() && !i.IsLoopback() && !i.IsPointToPoint()
 }
-
-// isPointToPoint goes by the name, as isLoopback.
-func isPointToPoint(name string) bool { return len(name) > 4 && name[:4] == "utun" }
 
 // lastOf returns the last address of an IPv4 network.
 func lastOf(p netip.Prefix) netip.Addr {

@@ -207,6 +207,10 @@ var timeouts = []string{
 	"adaptive.start", "adaptive.end", "src.track", "tcp.tsdiff",
 }
 
+// TimeoutNames returns the names of pf's timeouts, such as tcp.established, in the
+// order of the kernel.
+func TimeoutNames() []string { return slices.Clone(timeouts) }
+
 // timeoutIndex returns the place of a timeout among them, -1 if there is none. In rules
 // the names are compared to the letter.
 func timeoutIndex(name string) int {

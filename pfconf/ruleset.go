@@ -1,6 +1,9 @@
 package pfconf
 
-import "net/netip"
+import (
+	"net/netip"
+	"strings"
+)
 
 // A Ruleset is what one file or one anchor holds: its statements in the order
 // in which they are written. pf wants them sorted: options, scrub rules,
@@ -85,6 +88,12 @@ type Interface struct {
 	Addresses []netip.Prefix
 }
 
+// IsLoopback goes by the name, which is all that a ruleset tells of an interface.
+func (i Interface) IsLoopback() bool { return strings.HasPrefix(i.Name, "lo") }
+
+// IsPointToPoint goes by the name, as IsLoopback does.
+func (i Interface) IsPointToPoint() bool { return len(i.Name) > 4 && i.Name[:4] == "utun" }
+
 // A Loaded is a ruleset as the kernel holds it: one rule for each combination
 // of a written rule's lists, each list with at most one entry, defaults
 // written out, names of interfaces that stand for addresses resolved.
@@ -111,9 +120,9 @@ type Loaded struct {
 	// Files are the load anchor lines, for a caller that can read files.
 	Files []*LoadAnchor
 
-	// declared are all tables of the text, for the Machine: the rules of another
-	// anchor can keep one alive.
-	declared []*Table
+	// Declared are all tables of the text, also those that no rule here uses: the
+	// kernel keeps one alive for the rules of another anchor.
+	Declared []*Table
 }
 
 // A LoadedAnchor is an inline anchor's body with the path at which it is loaded.

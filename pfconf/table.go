@@ -21,14 +21,22 @@ type Table struct {
 
 // Entries returns the addresses of a loaded table as pfctl -t T -T show prints
 // them, sorted as text, negated ones with a leading !. Of the entries of a table as
-// written it returns what [StoredEntries] does, leaving out those that it refuses.
-func (t *Table) Entries() []string { return entryStrings(storedEntries(t.Addrs)) }
+// written it returns what [StoredEntries] returns, leaving out those that it refuses.
+func (t *Table) Entries() []string { return entryStrings(stored(t.Addrs)) }
 
-// StoredEntries returns what the kernel holds of a table with these entries, as
-// pfctl -t T -T show prints it, sorted as text:
+// StoredEntries returns the entries of [Stored] as pfctl -t T -T show prints them,
+// sorted as text. The order in which pfctl prints is another: compare sorted.
+func StoredEntries(addrs []Address) ([]string, error) {
+	held, err := Stored(addrs)
+	if err != nil {
+		return nil, err
+	}
+	return entryStrings(held), nil
+}
+
+// Stored returns what the kernel holds of a table with these entries, in their order:
 //
-//   - networks without the bits beyond their length, and addresses without /32 or
-//     /128;
+//   - networks without the bits beyond their length, and addresses without a zone;
 //   - of several entries for one network only the first, negated or not; a network
 //     within another is a different one, and stays;
 //   - no entry for the addresses 0.0.0.0 and :: alone, negated or not, which the
@@ -36,40 +44,40 @@ func (t *Table) Entries() []string { return entryStrings(storedEntries(t.Addrs))
 //     went well. Shorter prefixes of zeros, such as ::/127, are held;
 //   - IPv4-mapped addresses as the IPv6 ones that they are written as.
 //
-// The order in which pfctl prints is another: compare sorted. It fails for an entry
-// that isn't an address or a network but stands for those of an interface.
-func StoredEntries(addrs []Address) ([]string, error) {
+// It fails for an entry that isn't an address or a network but stands for those of
+// an interface.
+func Stored(addrs []Address) ([]Address, error) {
 	for _, a := range addrs {
 		if a.Kind != AddrPrefix || !a.Prefix.IsValid() {
 			return nil, fmt.Errorf("store table entry: kind %d is no network", a.Kind)
 		}
 	}
-	return entryStrings(storedEntries(addrs)), nil
+	return stored(addrs), nil
 }
 
-// storedEntries returns the entries that the kernel holds, in the order of the
-// list.
-func storedEntries(addrs []Address) []prefixEntry {
+// stored is Stored without the entries that it refuses.
+func stored(addrs []Address) []Address {
 	seen := make(map[netip.Prefix]bool, len(addrs))
-	all := make([]prefixEntry, 0, len(addrs))
+	var all []Address
 	for _, a := range addrs {
-		if p, ok := tablePrefix(a); ok && storable(p) && !seen[p] {
+		if a.Kind != AddrPrefix || !a.Prefix.IsValid() {
+			continue
+		}
+		p := netip.PrefixFrom(a.Prefix.Addr().WithZone(""), a.Prefix.Bits()).Masked()
+		if allZeroHost := p.IsSingleIP() && p.Addr().IsUnspecified(); !allZeroHost && !seen[p] {
 			seen[p] = true
-			all = append(all, prefixEntry{p, a.Not})
+			all = append(all, Address{Kind: AddrPrefix, Prefix: p, Not: a.Not})
 		}
 	}
 	return all
 }
 
-// storable is false for the all-zero host, which a table never holds.
-func storable(p netip.Prefix) bool { return !p.IsSingleIP() || !p.Addr().IsUnspecified() }
-
 // entryStrings prints entries, sorted.
-func entryStrings(all []prefixEntry) []string {
+func entryStrings(all []Address) []string {
 	out := make([]string, 0, len(all))
-	for _, e := range all {
-		entry := prefixString(e.prefix)
-		if e.not {
+	for _, a := range all {
+		entry := prefixString(a.Prefix)
+		if a.Not {
 			entry = "!" + entry
 		}
 		out = append(out, entry)

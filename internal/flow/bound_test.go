@@ -11,6 +11,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
 	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // pfHost is the picture's host with a packet filter that keeps states as the
@@ -18,7 +19,7 @@ import (
 // is on its side.
 type pfHost struct {
 	*lab
-	machine *pfconf.Machine
+	machine *pfsim.Machine
 	random  *rand.Rand
 	ends    []*end
 }
@@ -36,7 +37,7 @@ type end struct {
 
 func newPFHost(t testing.TB, seed uint64, o Options) *pfHost {
 	h := &pfHost{lab: newLab(t, 7, o), random: rand.New(rand.NewPCG(seed, 1))}
-	h.machine = pfconf.NewMachine(pfconf.MachineOptions{Rand: rand.New(rand.NewPCG(seed, 2)), StateLimit: 1 << 20})
+	h.machine = pfsim.New(pfsim.Options{Rand: rand.New(rand.NewPCG(seed, 2)), StateLimit: 1 << 20})
 	for name, address := range map[string]string{"utun7": "100.64.0.1/32", "en0": "203.0.113.9/24"} {
 		h.machine.AddInterface(pfconf.Interface{Name: name, Addresses: []netip.Prefix{netip.MustParsePrefix(address)}})
 	}
@@ -74,12 +75,12 @@ func pick[T any](r *rand.Rand, values ...T) T { return values[r.IntN(len(values)
 
 // segment fills in what a TCP segment of one end says: mostly what is right, or
 // else something that pf may refuse.
-func (h *pfHost) segment(e *end, fromPeer bool) pfconf.Packet {
+func (h *pfHost) segment(e *end, fromPeer bool) pfsim.Packet {
 	from, to := 0, 1
 	if !fromPeer {
 		from, to = 1, 0
 	}
-	p := pfconf.Packet{Proto: pfconf.Proto(e.proto), Window: 65535}
+	p := pfsim.Packet{Proto: pfconf.Proto(e.proto), Window: 65535}
 	if e.proto != flowtest.TCP {
 		return p
 	}
@@ -108,7 +109,7 @@ func (h *pfHost) segment(e *end, fromPeer bool) pfconf.Packet {
 }
 
 // wire returns the packet of a flow as the guard sees it.
-func (e *end) wire(p pfconf.Packet, fromPeer bool) []byte {
+func (e *end) wire(p pfsim.Packet, fromPeer bool) []byte {
 	src, dst := at(flowtest.PeerC4, e.port), at(e.other, 443)
 	if !fromPeer {
 		src, dst = dst, src
@@ -138,7 +139,7 @@ func (h *pfHost) send(e *end) {
 		return
 	}
 	j := h.machine.Forward(p, "utun7", "en0")
-	if j.Verdict != pfconf.VerdictPass {
+	if j.Verdict != pfsim.VerdictPass {
 		return
 	}
 	out := j.Packet()
@@ -161,7 +162,7 @@ func (h *pfHost) answer(e *end) {
 		if e.proto == flowtest.ICMP {
 			p.ICMPID, p.SrcPort, p.DstPort = e.port, 0, 0
 		}
-		if h.machine.Send(p, "utun7").Verdict == pfconf.VerdictPass {
+		if h.machine.Send(p, "utun7").Verdict == pfsim.VerdictPass {
 			h.arrive(e, p)
 		}
 		return
@@ -174,19 +175,19 @@ func (h *pfHost) answer(e *end) {
 		p.ICMPID, p.SrcPort, p.DstPort = e.gateway.Port(), 0, 0
 	}
 	just := e.sent.Equal(h.clock)
-	if !just && !slices.ContainsFunc(h.machine.States(), func(s pfconf.State) bool { return s.Interface == "utun7" && s.Ext.Port() == e.port }) {
+	if !just && !slices.ContainsFunc(h.machine.States(), func(s pfsim.State) bool { return s.Interface == "utun7" && s.Ext.Port() == e.port }) {
 		return // it would get no further than en0
 	}
 	if just && h.random.IntN(3) == 0 && p.Flags&pfconf.FlagFIN == 0 {
 		h.machine.Receive(p, "en0")
 		return
 	}
-	if h.machine.Forward(p, "en0", "utun7").Verdict == pfconf.VerdictPass {
+	if h.machine.Forward(p, "en0", "utun7").Verdict == pfsim.VerdictPass {
 		h.arrive(e, p)
 	}
 }
 
-func (h *pfHost) arrive(e *end, p pfconf.Packet) {
+func (h *pfHost) arrive(e *end, p pfsim.Packet) {
 	e.received++
 	h.judge(e.wire(p, false), ToPeer)
 }

@@ -30,7 +30,7 @@ var rooms = map[string][]string{
 	"internal/guard":      {"internal/flow", "internal/policy"},
 	"internal/host":       {"internal/policy"},
 	"internal/host/linux": {"internal/flow", "internal/host", "internal/owned", "internal/policy"},
-	"internal/host/macos": {"darwin", "internal/flow", "internal/host", "internal/owned", "internal/policy", "pfconf"},
+	"internal/host/macos": {"darwin", "internal/flow", "internal/host", "internal/owned", "internal/policy", "pfconf", "pfconf/pfsim"},
 	"internal/imports":    {},
 	"internal/install":    {"internal/host", "internal/owned", "launchd"},
 	"internal/lab":        {all},
@@ -41,14 +41,15 @@ var rooms = map[string][]string{
 	"internal/stock":      {"internal/mesh"},
 	"internal/systemd":    {},
 	"internal/tunnel":     {"internal/mesh"},
-	"darwin":              {"pfconf"},
+	"darwin":              {"pfconf", "pfconf/pfsim"},
 	"launchd":             {},
 	"pfconf":              {},
+	"pfconf/pfsim":        {"pfconf"},
 	"scripts":             {},
 }
 
 // testsMay lists what tests may import besides.
-var testsMay = []string{"internal/logfile", "internal/host/hosttest", "internal/lab/netlab", "internal/lab/rulesets", "internal/lab/simmac", "internal/policy", "internal/guard", "internal/flow", "internal/flow/flowtest", "internal/mesh", "internal/mesh/meshtest", "internal/tunnel", "pfconf"}
+var testsMay = []string{"internal/logfile", "internal/host/hosttest", "internal/lab/netlab", "internal/lab/rulesets", "internal/lab/simmac", "internal/policy", "internal/guard", "internal/flow", "internal/flow/flowtest", "internal/mesh", "internal/mesh/meshtest", "internal/tunnel", "pfconf", "pfconf/internal/vectors", "pfconf/pfsim"}
 
 // only lists the rooms that may have a dependency which others must not.
 var only = map[string][]string{

@@ -8,6 +8,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // sends checks what becomes of a packet of the Mac's own.
@@ -149,19 +150,19 @@ func TestMulticastGroups(t *testing.T) {
 	g := newRig(t)
 	g.open()
 	g.enforce(testMesh(2, everything))
-	report := pfconf.Packet{Src: addrOf("203.0.113.1"), Dst: addrOf("224.0.0.22"), Proto: 2, Options: true}
-	var out, in, peer pfconf.Judgement
-	g.mac.Judge(func(m *pfconf.Machine) {
+	report := pfsim.Packet{Src: addrOf("203.0.113.1"), Dst: addrOf("224.0.0.22"), Proto: 2, Options: true}
+	var out, in, peer pfsim.Judgement
+	g.mac.Judge(func(m *pfsim.Machine) {
 		out = m.Send(report, "en0")
 		report.Src = addrOf("203.0.113.9")
 		in = m.Receive(report, "en0")
 		report.Src = addrOf(first)
 		peer = m.Receive(report, g.p.name)
 	})
-	if out.Verdict != pfconf.VerdictPass || in.Verdict != pfconf.VerdictPass {
+	if out.Verdict != pfsim.VerdictPass || in.Verdict != pfsim.VerdictPass {
 		t.Errorf("IGMP out %v, in %v", out.Verdict, in.Verdict)
 	}
-	if peer.Verdict == pfconf.VerdictPass {
+	if peer.Verdict == pfsim.VerdictPass {
 		t.Error("a peer's IGMP passes")
 	}
 }

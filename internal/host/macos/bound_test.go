@@ -4,7 +4,7 @@ import (
 	"testing"
 
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
-	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // TestNoPeerUsesUpTheStates floods the Mac with flows of one peer, by all rules and
@@ -40,7 +40,7 @@ func TestNoPeerUsesUpTheStates(t *testing.T) {
 			t.Fatalf("round %d: this Mac gets no flow: %s", round, o.Why)
 		}
 	}
-	g.mac.Judge(func(m *pfconf.Machine) {
+	g.mac.Judge(func(m *pfsim.Machine) {
 		if n := m.StateCount(); n > MaxStates*3/4 {
 			t.Errorf("%d states", n)
 		} else {

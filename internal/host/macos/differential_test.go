@@ -13,6 +13,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 var wantPackets = flag.Int("packets", 120_000, "packets that pf and policy are compared on")
@@ -85,7 +86,7 @@ type comparison struct {
 	rng   *rand.Rand
 	w     world
 	r     *policy.Ruleset
-	m     *pfconf.Machine
+	m     *pfsim.Machine
 	tally *tally
 	port  uint16
 	// portless are the addresses of this round's flows without ports.
@@ -135,10 +136,10 @@ func (c *comparison) joinGroups() {
 	if c.subset {
 		return // others' translation may carry the host's own report anywhere
 	}
-	report := pfconf.Packet{Src: netip.MustParseAddr("192.0.2.1"), Dst: netip.MustParseAddr("224.0.0.22"), Proto: protoIGMP, Options: true}
+	report := pfsim.Packet{Src: netip.MustParseAddr("192.0.2.1"), Dst: netip.MustParseAddr("224.0.0.22"), Proto: protoIGMP, Options: true}
 	for _, name := range c.allIn() {
-		for _, j := range []pfconf.Judgement{c.m.Send(report, name), c.m.Receive(report, name)} {
-			c.judge(j.Verdict == pfconf.VerdictPass, name != meshInterface, func() string {
+		for _, j := range []pfsim.Judgement{c.m.Send(report, name), c.m.Receive(report, name)} {
+			c.judge(j.Verdict == pfsim.VerdictPass, name != meshInterface, func() string {
 				return "membership report by " + name + "\n" + explain(j)
 			})
 		}
@@ -148,10 +149,10 @@ func (c *comparison) joinGroups() {
 // testFlow is one that the policy and the machine let open.
 type testFlow struct {
 	opened  policy.Packet
-	sent    pfconf.Packet // as its sender made it
-	left    pfconf.Packet // as it left the host, or reached it
-	out     string        // "": for the host
-	routed  bool          // out is where the host's routes lead
+	sent    pfsim.Packet // as its sender made it
+	left    pfsim.Packet // as it left the host, or reached it
+	out     string       // "": for the host
+	routed  bool         // out is where the host's routes lead
 	verdict policy.Verdict
 }
 
@@ -204,7 +205,7 @@ func (c *comparison) open() (testFlow, bool) {
 	// The host's own packets turned round are the one exception to the table.
 	turned := p.In == meshInterface && betweenOwn(p)
 	f := testFlow{opened: p, sent: c.toPF(p), verdict: v}
-	var j pfconf.Judgement
+	var j pfsim.Judgement
 	want := v.Pass
 	switch {
 	case p.In == "":
@@ -220,7 +221,7 @@ func (c *comparison) open() (testFlow, bool) {
 		want = want && c.mayLeave(p, v, f.out)
 		j = c.m.Forward(f.sent, p.In, f.out)
 	}
-	pass := j.Verdict == pfconf.VerdictPass
+	pass := j.Verdict == pfsim.VerdictPass
 	if to := j.Packet().Dst; c.subset && p.In != meshInterface && to != p.Dst {
 		// Another product's redirection of what isn't a peer's: what counts is where
 		// it goes.
@@ -341,7 +342,7 @@ func (c *comparison) use(f testFlow) {
 		for _, out := range c.allOut() {
 			v := c.r.DecideReply(f.opened, "")
 			got := c.m.Send(answer, out)
-			c.judge(got.Verdict == pfconf.VerdictPass, v.Pass && out == meshInterface, func() string {
+			c.judge(got.Verdict == pfsim.VerdictPass, v.Pass && out == meshInterface, func() string {
 				return fmt.Sprintf("answer by %s to %+v: %+v\n%s", out, f.opened, v, explain(got))
 			})
 		}
@@ -359,10 +360,10 @@ func (c *comparison) use(f testFlow) {
 }
 
 // judgeAnswerToHost judges an answer to a flow that the host opened to a peer.
-func (c *comparison) judgeAnswerToHost(f testFlow, answer pfconf.Packet, in string) {
+func (c *comparison) judgeAnswerToHost(f testFlow, answer pfsim.Packet, in string) {
 	v := c.r.DecideReply(f.opened, in)
 	got := c.m.Receive(answer, in)
-	c.judge(got.Verdict == pfconf.VerdictPass, v.Pass, func() string {
+	c.judge(got.Verdict == pfsim.VerdictPass, v.Pass, func() string {
 		return fmt.Sprintf("answer by %s to %+v: %+v\n%s", in, f.opened, v, explain(got))
 	})
 }
@@ -371,10 +372,10 @@ func (c *comparison) judgeAnswerToHost(f testFlow, answer pfconf.Packet, in stri
 // host: whether it reaches the peer. One that isn't translated back is for the
 // host. Of class lan, the policy lets any other interface answer; states are
 // bound to the one that the flow left by.
-func (c *comparison) judgeAnswerToPeer(f testFlow, answer pfconf.Packet, in string) {
+func (c *comparison) judgeAnswerToPeer(f testFlow, answer pfsim.Packet, in string) {
 	v := c.r.DecideReply(f.opened, in)
 	got := c.m.Forward(answer, in, meshInterface)
-	reached := got.Verdict == pfconf.VerdictPass
+	reached := got.Verdict == pfsim.VerdictPass
 	if reached && got.Packet().Dst != f.sent.Src {
 		c.t.Fatalf("answer by %s to %+v went to %v", in, f.opened, got.Packet())
 	}
@@ -393,32 +394,32 @@ func (c *comparison) errors(f testFlow, peer netip.Addr) {
 	want := allowed && f.sent.Proto != pfconf.ProtoICMPv6
 	types := icmpErrors(f.sent.Src)
 	kind := types[c.rng.IntN(len(types))]
-	what := func(j *pfconf.Judgement) func() string {
+	what := func(j *pfsim.Judgement) func() string {
 		return func() string { return fmt.Sprintf("ICMP error %d about %+v\n%s", kind, f.opened, explain(*j)) }
 	}
 	router := c.w.randomDst(c.rng, peer.Is4())
-	var j pfconf.Judgement
+	var j pfsim.Judgement
 	switch {
 	case f.verdict.Exit == policy.ExitHost:
 		// The host's own error about the peer's packet; the peer's about the
 		// host's answer.
 		j = c.m.Send(icmpError(f.opened.Dst, peer, kind, f.left), meshInterface)
-		c.judge(j.Verdict == pfconf.VerdictPass, want || allowed && slices.Contains(hostAddresses, f.opened.Dst), what(&j))
+		c.judge(j.Verdict == pfsim.VerdictPass, want || allowed && slices.Contains(hostAddresses, f.opened.Dst), what(&j))
 		j = c.m.Receive(icmpError(peer, f.opened.Dst, kind, reverse(f.left)), meshInterface)
-		c.judge(j.Verdict == pfconf.VerdictPass, want, what(&j))
+		c.judge(j.Verdict == pfsim.VerdictPass, want, what(&j))
 	case f.opened.In == "":
 		j = c.m.Receive(icmpError(peer, f.opened.Src, kind, f.left), meshInterface)
-		c.judge(j.Verdict == pfconf.VerdictPass, want, what(&j))
+		c.judge(j.Verdict == pfsim.VerdictPass, want, what(&j))
 	default:
 		j = c.m.Forward(icmpError(router, f.left.Src, kind, f.left), f.out, meshInterface)
-		c.judge(j.Verdict == pfconf.VerdictPass && j.Packet().Dst == peer, want, what(&j))
+		c.judge(j.Verdict == pfsim.VerdictPass && j.Packet().Dst == peer, want, what(&j))
 		j = c.m.Forward(icmpError(peer, f.opened.Dst, kind, reverse(f.sent)), meshInterface, f.out)
-		c.judge(j.Verdict == pfconf.VerdictPass, want, what(&j))
+		c.judge(j.Verdict == pfsim.VerdictPass, want, what(&j))
 		forged := f.left
 		forged.SrcPort, forged.ICMPID = forged.SrcPort^0x5555, forged.ICMPID^0x5555
 		if hasPorts(forged.Proto) {
 			j = c.m.Forward(icmpError(router, forged.Src, kind, forged), f.out, meshInterface)
-			c.judge(j.Verdict == pfconf.VerdictPass && j.Packet().Dst == peer, false, what(&j))
+			c.judge(j.Verdict == pfsim.VerdictPass && j.Packet().Dst == peer, false, what(&j))
 		}
 	}
 }
@@ -439,12 +440,12 @@ func (c *comparison) after(f testFlow, narrowed []policy.Narrowed) {
 	if !byHost && f.out != "" && (untouched && want || !want) {
 		// Without having been cut a flow goes on; cut, an answer doesn't revive it.
 		got := c.m.Forward(reverse(f.left), f.out, meshInterface)
-		reached := got.Verdict == pfconf.VerdictPass && got.Packet().Dst == f.sent.Src
+		reached := got.Verdict == pfsim.VerdictPass && got.Packet().Dst == f.sent.Src
 		c.judge(reached, want, func() string {
 			return fmt.Sprintf("after the change, answer by %s to %+v: %+v\n%s", f.out, f.opened, v, explain(got))
 		})
 	}
-	var j pfconf.Judgement
+	var j pfsim.Judgement
 	switch {
 	case byHost:
 		j = c.m.Send(f.sent, f.out)
@@ -456,13 +457,13 @@ func (c *comparison) after(f testFlow, narrowed []policy.Narrowed) {
 	default:
 		j = c.m.Forward(f.sent, meshInterface, f.out)
 	}
-	c.judge(j.Verdict == pfconf.VerdictPass, want, func() string {
+	c.judge(j.Verdict == pfsim.VerdictPass, want, func() string {
 		return fmt.Sprintf("after the change, %+v out %q: %+v %s\n%s", f.opened, f.out, v, v.Rule, explain(j))
 	})
 }
 
-func explain(j pfconf.Judgement) string {
-	hook := func(h pfconf.Hook) string {
+func explain(j pfsim.Judgement) string {
+	hook := func(h pfsim.Hook) string {
 		if !h.Seen {
 			return "not seen"
 		}

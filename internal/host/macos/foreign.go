@@ -9,6 +9,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // appleMain is the main ruleset that every Mac is shipped with, without the line
@@ -79,8 +80,8 @@ func (f Foreign) where() string {
 // with the ports and addresses that the rules of others mention. m's states are
 // gone afterwards. The result holds each rule once or, if it does both, twice:
 // first what is wider. It ends with ctx's error when that is done.
-func FindForeign(ctx context.Context, m *pfconf.Machine, a *Anchor, r *policy.Ruleset) ([]Foreign, error) {
-	alone := pfconf.NewMachine(pfconf.MachineOptions{})
+func FindForeign(ctx context.Context, m *pfsim.Machine, a *Anchor, r *policy.Ruleset) ([]Foreign, error) {
+	alone := pfsim.New(pfsim.Options{})
 	for _, i := range m.Interfaces() {
 		alone.AddInterface(i)
 	}
@@ -144,10 +145,10 @@ func trueFirst(x, y bool) int {
 
 // compareProbe compares what became of a probe with what our anchor alone makes
 // of it.
-func compareProbe(got, alone pfconf.Judgement, ours string) (Foreign, bool) {
-	passes, should := got.Verdict == pfconf.VerdictPass, alone.Verdict == pfconf.VerdictPass
+func compareProbe(got, alone pfsim.Judgement, ours string) (Foreign, bool) {
+	passes, should := got.Verdict == pfsim.VerdictPass, alone.Verdict == pfsim.VerdictPass
 	isOurs := alone.In.Anchor == ours || alone.Out.Anchor == ours
-	for _, h := range []struct{ got, alone *pfconf.Hook }{{&got.In, &alone.In}, {&got.Out, &alone.Out}} {
+	for _, h := range []struct{ got, alone *pfsim.Hook }{{&got.In, &alone.In}, {&got.Out, &alone.Out}} {
 		if !h.got.Seen {
 			continue
 		}
@@ -169,14 +170,14 @@ func compareProbe(got, alone pfconf.Judgement, ours string) (Foreign, bool) {
 }
 
 // isLoose reports whether a packet made a state that isn't bound to an interface.
-func isLoose(h *pfconf.Hook) bool {
-	return h.State == pfconf.StateCreated && (h.Rule == nil || h.Rule.StateOptions.Policy != pfconf.IfBound)
+func isLoose(h *pfsim.Hook) bool {
+	return h.State == pfsim.StateCreated && (h.Rule == nil || h.Rule.StateOptions.Policy != pfconf.IfBound)
 }
 
 // decidedBy names what decided at a hook. Where our own anchor stops what it lets
 // through when it is alone, a part of it isn't called.
-func decidedBy(h *pfconf.Hook, ours string, wider bool) Foreign {
-	f := Foreign{Wider: wider, Skipped: h.Decider == pfconf.DecidedBySkip}
+func decidedBy(h *pfsim.Hook, ours string, wider bool) Foreign {
+	f := Foreign{Wider: wider, Skipped: h.Decider == pfsim.DecidedBySkip}
 	switch {
 	case h.Translation != nil && h.TranslationAnchor != ours:
 		f.Anchor, f.Rule = h.TranslationAnchor, h.Translation.String()
@@ -188,11 +189,11 @@ func decidedBy(h *pfconf.Hook, ours string, wider bool) Foreign {
 
 // probe is a packet and its way.
 type probe struct {
-	packet  pfconf.Packet
+	packet  pfsim.Packet
 	in, out string
 	// redirected is the packet as rules of others send it on; nil: they don't. Our
 	// anchor alone, which redirects nothing, is asked about it.
-	redirected *pfconf.Packet
+	redirected *pfsim.Packet
 }
 
 // String returns the packet and its way.
@@ -221,7 +222,7 @@ func (p probe) afterRedirect() probe {
 	return p
 }
 
-func (p probe) send(m *pfconf.Machine) pfconf.Judgement {
+func (p probe) send(m *pfsim.Machine) pfsim.Judgement {
 	switch {
 	case p.out == "":
 		return m.Receive(p.packet, p.in)
@@ -252,7 +253,7 @@ type probes struct {
 }
 
 // newProbes collects the addresses and ports to try.
-func newProbes(m *pfconf.Machine, a *Anchor, r *policy.Ruleset) *probes {
+func newProbes(m *pfsim.Machine, a *Anchor, r *policy.Ruleset) *probes {
 	p := &probes{r: r, host: r.Host(), interfaces: m.Interfaces(), ports: []uint16{22, 53, 443}}
 	kinds := map[policy.Permissions]int{}
 	for _, peer := range r.Peers() {
@@ -283,7 +284,7 @@ func (p *probes) addDst(prefix netip.Prefix) {
 }
 
 // addMentioned collects what the rules below an anchor mention, ours excepted.
-func (p *probes) addMentioned(m *pfconf.Machine, anchor, ours string, seen *int) {
+func (p *probes) addMentioned(m *pfsim.Machine, anchor, ours string, seen *int) {
 	if *seen++; anchor == ours || *seen > maxProbeAnchor {
 		return
 	}
@@ -361,7 +362,7 @@ func (p *probes) add(out []probe, src, dst netip.Addr, in string) []probe {
 	if !ok {
 		return out
 	}
-	packet := pfconf.Packet{Src: src, Dst: dst, SrcPort: 49152}
+	packet := pfsim.Packet{Src: src, Dst: dst, SrcPort: 49152}
 	for _, port := range p.ports {
 		packet.DstPort = port
 		packet.Proto, packet.Flags, packet.Window = pfconf.ProtoTCP, pfconf.FlagSYN, 65535

@@ -13,7 +13,7 @@ import (
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 var wantWorlds = flag.Int("worlds", 1000, "random meshes and hosts that are enforced and read back")
@@ -206,10 +206,10 @@ func changeByAndBy(t *rapid.T, changes, packets *int) {
 			probes = append(probes, probe{packet: c.toPF(p), in: p.In, out: c.randomOut(p)})
 		}
 	}
-	passes := func(m *pfconf.Machine) (out []bool) {
+	passes := func(m *pfsim.Machine) (out []bool) {
 		for _, p := range probes {
 			m.FlushStates()
-			out = append(out, p.send(m).Verdict == pfconf.VerdictPass)
+			out = append(out, p.send(m).Verdict == pfsim.VerdictPass)
 		}
 		return out
 	}

@@ -15,13 +15,14 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // TestTransitOfAnyKind has rules of others ahead of ours let one kind of packet
 // through each: forwarding doesn't go on.
 func TestTransitOfAnyKind(t *testing.T) {
 	const stranger = "192.168.77.50"
-	packet := func(src, dst string, proto pfconf.Proto, from, to uint16, flags pfconf.TCPFlags) pfconf.Packet {
+	packet := func(src, dst string, proto pfconf.Proto, from, to uint16, flags pfconf.TCPFlags) pfsim.Packet {
 		p := syn(src, dst)
 		p.Proto, p.SrcPort, p.DstPort, p.Flags = proto, from, to, flags
 		if proto != pfconf.ProtoTCP {
@@ -29,7 +30,7 @@ func TestTransitOfAnyKind(t *testing.T) {
 		}
 		return p
 	}
-	udp := func(from, to uint16) pfconf.Packet { return packet(stranger, "9.9.9.9", pfconf.ProtoUDP, from, to, 0) }
+	udp := func(from, to uint16) pfsim.Packet { return packet(stranger, "9.9.9.9", pfconf.ProtoUDP, from, to, 0) }
 	many := map[string]string{"com.apple/1999.z": "pass quick all no state\n"}
 	for i := range maxOthers {
 		many[fmt.Sprintf("com.apple/10%02d.x", i)] = "pass in quick on lo9 all no state\n"
@@ -38,7 +39,7 @@ func TestTransitOfAnyKind(t *testing.T) {
 	quick := strings.Replace(simmac.StockMain, "\nanchor \"com.apple/*\"", "\nanchor \"vpn\" quick\nanchor \"com.apple/*\"", 1)
 	for name, c := range map[string]struct {
 		anchors map[string]string
-		p       pfconf.Packet
+		p       pfsim.Packet
 	}{
 		"all":                {x("pass quick all no state\n"), syn(stranger, "9.9.9.9")},
 		"one source":         {x("pass quick inet from 192.168.77.50 to any no state\npass out quick on en0 all no state\n"), syn(stranger, "9.9.9.9")},

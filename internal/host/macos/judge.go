@@ -9,6 +9,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // ByOthers implements the daemon's contract. It reads what the packet filter holds now,
@@ -78,8 +79,8 @@ func (p *Platform) readOurs(ctx context.Context) ([]foreignRuleset, error) {
 }
 
 // asShown returns the first packet of a flow as pf looks at it.
-func asShown(p policy.Packet) pfconf.Packet {
-	out := pfconf.Packet{Src: p.Src, Dst: p.Dst, Proto: pfconf.Proto(p.Proto)}
+func asShown(p policy.Packet) pfsim.Packet {
+	out := pfsim.Packet{Src: p.Src, Dst: p.Dst, Proto: pfconf.Proto(p.Proto)}
 	switch p.Proto {
 	case policy.ProtoTCP:
 		out.SrcPort, out.DstPort, out.Flags, out.Window = p.SrcPort, p.DstPort, pfconf.FlagSYN, 65535
@@ -92,12 +93,12 @@ func asShown(p policy.Packet) pfconf.Packet {
 }
 
 // byOthers says what others did with a packet that passes where our anchor is alone.
-func byOthers(got, alone pfconf.Judgement, ours string, u unread) host.ByOthers {
-	if alone.Verdict != pfconf.VerdictPass {
+func byOthers(got, alone pfsim.Judgement, ours string, u unread) host.ByOthers {
+	if alone.Verdict != pfsim.VerdictPass {
 		return host.ByOthers{} // ours doesn't let it pass, whatever they do
 	}
 	var by host.ByOthers
-	for _, h := range []struct{ got, alone *pfconf.Hook }{{&got.In, &alone.In}, {&got.Out, &alone.Out}} {
+	for _, h := range []struct{ got, alone *pfsim.Hook }{{&got.In, &alone.In}, {&got.Out, &alone.Out}} {
 		if !h.got.Seen {
 			continue
 		}

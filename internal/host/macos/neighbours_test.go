@@ -9,6 +9,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // neighbour is other software's part of a Mac's packet filter.
@@ -101,7 +102,7 @@ pass out on en0
 }
 
 // load loads a neighbour's anchors.
-func (n neighbour) load(t failer, m *pfconf.Machine) {
+func (n neighbour) load(t failer, m *pfsim.Machine) {
 	for path, text := range n.anchors {
 		rs, err := pfconf.Parse(text)
 		if err == nil {

@@ -12,6 +12,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // othersRules is what the others had loaded when it was last looked at.
@@ -235,7 +236,7 @@ func (u unread) name(found []Foreign) []Foreign {
 
 // machineWith returns a machine with this host's interfaces that holds the
 // rulesets. One that it refuses counts as passing everything.
-func machineWith(n *darwin.Network, rulesets []foreignRuleset, u unread) (*pfconf.Machine, error) {
+func machineWith(n *darwin.Network, rulesets []foreignRuleset, u unread) (*pfsim.Machine, error) {
 	m := newMachine(n)
 	for _, rs := range rulesets {
 		load := func(r *pfconf.Ruleset) error {
@@ -257,8 +258,8 @@ func machineWith(n *darwin.Network, rulesets []foreignRuleset, u unread) (*pfcon
 	return m, m.Enable()
 }
 
-func newMachine(n *darwin.Network) *pfconf.Machine {
-	m := pfconf.NewMachine(pfconf.MachineOptions{})
+func newMachine(n *darwin.Network) *pfsim.Machine {
+	m := pfsim.New(pfsim.Options{})
 	for _, i := range n.Interfaces {
 		one := pfconf.Interface{Name: i.Name}
 		for _, a := range i.Addresses {

@@ -5,6 +5,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 const protoGRE = 47
@@ -158,8 +159,8 @@ func (c *comparison) allOut() []string {
 func (c *comparison) allIn() []string { return append(c.w.interfaceNames(), meshInterface) }
 
 // toPF returns a packet in the packet filter's form.
-func (c *comparison) toPF(p policy.Packet) pfconf.Packet {
-	q := pfconf.Packet{Src: p.Src, Dst: p.Dst, Proto: pfconf.Proto(p.Proto), Options: p.Malformed}
+func (c *comparison) toPF(p policy.Packet) pfsim.Packet {
+	q := pfsim.Packet{Src: p.Src, Dst: p.Dst, Proto: pfconf.Proto(p.Proto), Options: p.Malformed}
 	switch p.Proto {
 	case policy.ProtoTCP:
 		q.SrcPort, q.DstPort = p.SrcPort, p.DstPort
@@ -179,7 +180,7 @@ func (c *comparison) toPF(p policy.Packet) pfconf.Packet {
 }
 
 // reverse returns the answer to a packet.
-func reverse(p pfconf.Packet) pfconf.Packet {
+func reverse(p pfsim.Packet) pfsim.Packet {
 	p.Src, p.Dst = p.Dst, p.Src
 	p.SrcPort, p.DstPort = p.DstPort, p.SrcPort
 	p.Tag = ""
@@ -215,8 +216,8 @@ func icmpErrors(a netip.Addr) []uint8 {
 }
 
 // icmpError returns an ICMP error about a packet.
-func icmpError(from, to netip.Addr, kind uint8, about pfconf.Packet) pfconf.Packet {
-	p := pfconf.Packet{Src: from, Dst: to, Proto: pfconf.ProtoICMPv6, ICMPType: kind, Quoted: &pfconf.Quoted{
+func icmpError(from, to netip.Addr, kind uint8, about pfsim.Packet) pfsim.Packet {
+	p := pfsim.Packet{Src: from, Dst: to, Proto: pfconf.ProtoICMPv6, ICMPType: kind, Quoted: &pfsim.Quoted{
 		Src: about.Src, Dst: about.Dst, Proto: about.Proto, SrcPort: about.SrcPort, DstPort: about.DstPort,
 		Seq: about.Seq, ICMPID: about.ICMPID,
 	}}

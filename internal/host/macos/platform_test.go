@@ -20,6 +20,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // rig is a platform on a simulated Mac with an uplink, a LAN and, perhaps, other
@@ -134,8 +135,8 @@ func (g *rig) journalExists() bool {
 
 func addrOf(s string) netip.Addr { return netip.MustParseAddr(s) }
 
-func syn(src, dst string) pfconf.Packet {
-	return pfconf.Packet{Src: addrOf(src), Dst: addrOf(dst), Proto: pfconf.ProtoTCP, SrcPort: 4000, DstPort: 443, Flags: pfconf.FlagSYN, Seq: 1000, Window: 65535}
+func syn(src, dst string) pfsim.Packet {
+	return pfsim.Packet{Src: addrOf(src), Dst: addrOf(dst), Proto: pfconf.ProtoTCP, SrcPort: 4000, DstPort: 443, Flags: pfconf.FlagSYN, Seq: 1000, Window: 65535}
 }
 
 // arrives checks what becomes of packets that arrive by a link.

@@ -14,7 +14,7 @@ import (
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // tick is how often the daemon looks.
@@ -186,7 +186,7 @@ func TestSourceOfIPv6(t *testing.T) {
 		g.clean(r)
 		o := g.arrives(g.p.name, first6, "2620:fe::fe", simmac.Forwarded)
 		g.must(g.p.Cut(t.Context(), r, policy.Diff(nil, r)))
-		g.mac.Judge(func(m *pfconf.Machine) { m.FlushStates() })
+		g.mac.Judge(func(m *pfsim.Machine) { m.FlushStates() })
 		return o.Packet.Src
 	}
 	if got := look(); got != addrOf("fd00:1::1") {

@@ -13,7 +13,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // happenings are a platform on a simulated Mac on which things happen.
@@ -184,7 +184,7 @@ func TestJudgingEndsWithItsContext(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if found, err := FindForeign(ctx, pfconf.NewMachine(pfconf.MachineOptions{}), a, r); !errors.Is(err, context.Canceled) {
+	if found, err := FindForeign(ctx, pfsim.New(pfsim.Options{}), a, r); !errors.Is(err, context.Canceled) {
 		t.Errorf("found %v, %v", found, err)
 	}
 }

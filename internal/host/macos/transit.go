@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // A rule of others that passes for good what comes in may let transit through
@@ -28,7 +29,7 @@ var errTooMany = errors.New("there are too many rules to judge")
 
 // transitProbes returns probes for each rule of others that passes for good what
 // comes in, or that sends it elsewhere.
-func (p *probes) transitProbes(ctx context.Context, m *pfconf.Machine, ours string) ([]probe, error) {
+func (p *probes) transitProbes(ctx context.Context, m *pfsim.Machine, ours string) ([]probe, error) {
 	var out []probe
 	rules := 0
 	try := func(probes []probe) error {
@@ -81,7 +82,7 @@ func (p *probes) transitProbes(ctx context.Context, m *pfconf.Machine, ours stri
 // ruleProbes returns packets between others that a rule matches, as far as it and
 // the anchor calls that lead to it say. What else it may ask for, a socket's user or
 // a tag, is taken to be so.
-func (p *probes) ruleProbes(m *pfconf.Machine, anchor string, rule *pfconf.Rule, calls []*pfconf.Rule) []probe {
+func (p *probes) ruleProbes(m *pfsim.Machine, anchor string, rule *pfconf.Rule, calls []*pfconf.Rule) []probe {
 	var out []probe
 	from, to := p.addressesOf(m, anchor, rule.From), p.addressesOf(m, anchor, rule.To)
 	for _, call := range calls {
@@ -114,7 +115,7 @@ func (p *probes) ruleProbes(m *pfconf.Machine, anchor string, rule *pfconf.Rule,
 // redirectProbes returns packets that an rdr or binat rule sends on to another
 // host, this one's own addresses among their destinations. Whether the filter sees
 // them, and which rule wins, m says.
-func (p *probes) redirectProbes(m *pfconf.Machine, anchor string, rule *pfconf.Rule) []probe {
+func (p *probes) redirectProbes(m *pfsim.Machine, anchor string, rule *pfconf.Rule) []probe {
 	in := *rule // as what comes in matches it
 	if rule.Action == pfconf.Binat {
 		in.From, in.To = rule.To, pfconf.Endpoint{}
@@ -146,7 +147,7 @@ func (p *probes) redirectProbes(m *pfconf.Machine, anchor string, rule *pfconf.R
 
 // redirected returns those of some packets that m sends on to another host, with
 // the way there.
-func (p *probes) redirected(m *pfconf.Machine, all []probe) []probe {
+func (p *probes) redirected(m *pfsim.Machine, all []probe) []probe {
 	var out []probe
 	for _, try := range all {
 		m.FlushStates()
@@ -175,7 +176,7 @@ func matchesInterface(rule *pfconf.Rule, name string) bool {
 // addressesOf returns some addresses that an end of a rule may stand for: the first
 // and the last of each prefix, the same of a table's entries, and otherwise
 // strangers to every network here and neighbours on each.
-func (p *probes) addressesOf(m *pfconf.Machine, anchor string, end pfconf.Endpoint) []netip.Addr {
+func (p *probes) addressesOf(m *pfsim.Machine, anchor string, end pfconf.Endpoint) []netip.Addr {
 	var out []netip.Addr
 	for _, a := range end.Addrs {
 		switch {
@@ -258,7 +259,7 @@ func packetsFor(rule *pfconf.Rule, src, dst netip.Addr, in, out string) []probe 
 	}
 	var all []probe
 	for _, proto := range protos {
-		packet := pfconf.Packet{Src: src, Dst: dst, Proto: proto, Len: 8}
+		packet := pfsim.Packet{Src: src, Dst: dst, Proto: proto, Len: 8}
 		switch proto {
 		case pfconf.ProtoTCP:
 			packet.SrcPort, packet.DstPort = portFor(rule.From.Ports, 49152), portFor(rule.To.Ports, 443)

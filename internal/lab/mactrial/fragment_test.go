@@ -13,7 +13,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // withDF sets Don't Fragment on an IPv4 fragment.
@@ -125,7 +125,7 @@ func TestFlood(t *testing.T) {
 	}
 	states := func() int {
 		n := 0
-		g.mac.Judge(func(m *pfconf.Machine) { n = m.StateCount() })
+		g.mac.Judge(func(m *pfsim.Machine) { n = m.StateCount() })
 		return n
 	}
 	checks, err := g.d.Doctor(t.Context())

@@ -8,7 +8,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
 	"github.com/meshhelper/meshhelper/internal/policy"
-	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // a way is how a peer's packets come to the Mac.
@@ -125,7 +125,7 @@ func (g *rig) differs(p policy.Packet, v policy.Verdict, r *policy.Ruleset, a ar
 	return ""
 }
 
-func ruleOf(h pfconf.Hook) string {
+func ruleOf(h pfsim.Hook) string {
 	if !h.Seen || h.Rule == nil {
 		return "no rule"
 	}

@@ -6,6 +6,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // The Mac's packets to its own address on a tunnel: IPv4 comes out of the device,
@@ -84,9 +85,9 @@ func TestTranslationAddresses(t *testing.T) {
 	const rules = "nat on en0 inet6 from fd00::/8 to any -> (en0)\n"
 	must(t, pf.Load(t.Context(), anchor, rules))
 	source := func(port uint16) netip.Addr {
-		var out pfconf.Hook
-		m.Judge(func(pf *pfconf.Machine) {
-			out = pf.Send(pfconf.Packet{Src: netip.MustParseAddr("fd00::2"), Dst: b6, Proto: pfconf.ProtoUDP, SrcPort: port, DstPort: 53}, "en0").Out
+		var out pfsim.Hook
+		m.Judge(func(pf *pfsim.Machine) {
+			out = pf.Send(pfsim.Packet{Src: netip.MustParseAddr("fd00::2"), Dst: b6, Proto: pfconf.ProtoUDP, SrcPort: port, DstPort: 53}, "en0").Out
 		})
 		return out.Packet.Src
 	}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // An engine is pf: pfconf's machine, kept equal to the kernel's interfaces and to
@@ -19,7 +20,7 @@ type engine struct {
 	random *rand.Rand
 
 	mu      sync.Mutex
-	machine *pfconf.Machine
+	machine *pfsim.Machine
 	last    time.Time
 	busy    int // loads that fail
 	network *darwin.Network
@@ -35,7 +36,7 @@ func newEngine(k *darwin.FakeKernel, r *rand.Rand) *engine {
 // boot makes pf anew and loads the stock rulesets.
 func (e *engine) boot() {
 	e.mu.Lock()
-	e.machine = pfconf.NewMachine(pfconf.MachineOptions{Rand: e.random})
+	e.machine = pfsim.New(pfsim.Options{Rand: e.random})
 	e.network = nil
 	e.last = time.Now()
 	e.mu.Unlock()
@@ -47,7 +48,7 @@ func (e *engine) boot() {
 }
 
 // do runs f while no other goroutine uses the machine.
-func (e *engine) do(f func(*pfconf.Machine)) {
+func (e *engine) do(f func(*pfsim.Machine)) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.update()
@@ -108,7 +109,7 @@ func (e *engine) observe() *darwin.Network {
 
 // SetEnabled implements darwin.PFEngine.
 func (e *engine) SetEnabled(on bool) {
-	e.do(func(m *pfconf.Machine) {
+	e.do(func(m *pfsim.Machine) {
 		if m.Enabled() == on {
 			return
 		}
@@ -130,7 +131,7 @@ func (e *engine) Load(anchor, text string) error {
 	if err != nil {
 		return err
 	}
-	e.do(func(m *pfconf.Machine) {
+	e.do(func(m *pfsim.Machine) {
 		e.mirror(e.network) // a load looks at the addresses anew
 		switch {
 		case e.busy > 0:
@@ -147,7 +148,7 @@ func (e *engine) Load(anchor, text string) error {
 
 // Flush implements darwin.PFEngine.
 func (e *engine) Flush(anchor string) (ok bool) {
-	e.do(func(m *pfconf.Machine) {
+	e.do(func(m *pfsim.Machine) {
 		if _, err := m.Snapshot(anchor); err == nil {
 			m.FlushAll(anchor)
 			ok = true
@@ -157,17 +158,17 @@ func (e *engine) Flush(anchor string) (ok bool) {
 }
 
 // Rules implements darwin.PFEngine.
-func (e *engine) Rules(anchor string) ([]pfconf.CountedRule, bool) {
-	return e.counted(anchor, (*pfconf.Machine).CountedRules)
+func (e *engine) Rules(anchor string) ([]pfsim.CountedRule, bool) {
+	return e.counted(anchor, (*pfsim.Machine).CountedRules)
 }
 
 // NAT implements darwin.PFEngine.
-func (e *engine) NAT(anchor string) ([]pfconf.CountedRule, bool) {
-	return e.counted(anchor, (*pfconf.Machine).CountedNat)
+func (e *engine) NAT(anchor string) ([]pfsim.CountedRule, bool) {
+	return e.counted(anchor, (*pfsim.Machine).CountedNat)
 }
 
-func (e *engine) counted(anchor string, show func(*pfconf.Machine, string) ([]pfconf.CountedRule, error)) (rules []pfconf.CountedRule, ok bool) {
-	e.do(func(m *pfconf.Machine) {
+func (e *engine) counted(anchor string, show func(*pfsim.Machine, string) ([]pfsim.CountedRule, error)) (rules []pfsim.CountedRule, ok bool) {
+	e.do(func(m *pfsim.Machine) {
 		var err error
 		rules, err = show(m, anchor)
 		ok = err == nil
@@ -177,7 +178,7 @@ func (e *engine) counted(anchor string, show func(*pfconf.Machine, string) ([]pf
 
 // Anchors implements darwin.PFEngine.
 func (e *engine) Anchors(anchor string) (names []string, ok bool) {
-	e.do(func(m *pfconf.Machine) {
+	e.do(func(m *pfsim.Machine) {
 		_, err := m.Snapshot(anchor)
 		names, ok = m.Anchors(anchor), err == nil
 	})
@@ -186,7 +187,7 @@ func (e *engine) Anchors(anchor string) (names []string, ok bool) {
 
 // Tables implements darwin.PFEngine.
 func (e *engine) Tables(anchor string) (tables map[string][]string, ok bool) {
-	e.do(func(m *pfconf.Machine) {
+	e.do(func(m *pfsim.Machine) {
 		if _, err := m.Snapshot(anchor); err != nil {
 			return
 		}
@@ -204,50 +205,50 @@ func (e *engine) Tables(anchor string) (tables map[string][]string, ok bool) {
 
 // AddToTable implements darwin.PFEngine.
 func (e *engine) AddToTable(anchor, table string, entries []pfconf.Address) (err error) {
-	e.do(func(m *pfconf.Machine) { _, err = m.AddToTable(anchor, table, entries) })
+	e.do(func(m *pfsim.Machine) { _, err = m.AddToTable(anchor, table, entries) })
 	return err
 }
 
 // DeleteFromTable implements darwin.PFEngine.
 func (e *engine) DeleteFromTable(anchor, table string, entries []pfconf.Address) (err error) {
-	e.do(func(m *pfconf.Machine) { _, err = m.DeleteFromTable(anchor, table, entries) })
+	e.do(func(m *pfsim.Machine) { _, err = m.DeleteFromTable(anchor, table, entries) })
 	return err
 }
 
 // ReplaceTable implements darwin.PFEngine.
 func (e *engine) ReplaceTable(anchor, table string, entries []pfconf.Address) (err error) {
-	e.do(func(m *pfconf.Machine) { err = m.ReplaceTable(anchor, table, entries) })
+	e.do(func(m *pfsim.Machine) { err = m.ReplaceTable(anchor, table, entries) })
 	return err
 }
 
 // TestTable implements darwin.PFEngine.
 func (e *engine) TestTable(anchor, table string, a netip.Addr) (in bool, err error) {
-	e.do(func(m *pfconf.Machine) { in, err = m.TestTable(anchor, table, a) })
+	e.do(func(m *pfsim.Machine) { in, err = m.TestTable(anchor, table, a) })
 	return in, err
 }
 
 // Kill implements darwin.PFEngine.
 func (e *engine) Kill(src, dst netip.Prefix) (n int) {
-	e.do(func(m *pfconf.Machine) { n = m.KillStates(src, dst) })
+	e.do(func(m *pfsim.Machine) { n = m.KillStates(src, dst) })
 	return n
 }
 
 // States implements darwin.PFEngine.
-func (e *engine) States() (states []pfconf.State) {
-	e.do(func(m *pfconf.Machine) { states = m.States() })
+func (e *engine) States() (states []pfsim.State) {
+	e.do(func(m *pfsim.Machine) { states = m.States() })
 	return states
 }
 
 // Counters implements darwin.PFEngine.
 func (e *engine) Counters() (totals map[string]uint64) {
-	e.do(func(m *pfconf.Machine) { totals = m.Counters() })
+	e.do(func(m *pfsim.Machine) { totals = m.Counters() })
 	return totals
 }
 
 // Interfaces implements darwin.PFEngine.
 func (e *engine) Interfaces() map[string]bool {
 	skipped := map[string]bool{"ALL": false}
-	e.do(func(m *pfconf.Machine) {
+	e.do(func(m *pfsim.Machine) {
 		for _, i := range m.Interfaces() {
 			skipped[i.Name] = false
 		}
@@ -261,11 +262,11 @@ func (e *engine) Interfaces() map[string]bool {
 // dump prints everything that is loaded.
 func (e *engine) dump() string {
 	var b strings.Builder
-	e.do(func(m *pfconf.Machine) { dumpAnchor(&b, m, "") })
+	e.do(func(m *pfsim.Machine) { dumpAnchor(&b, m, "") })
 	return b.String()
 }
 
-func dumpAnchor(b *strings.Builder, m *pfconf.Machine, anchor string) {
+func dumpAnchor(b *strings.Builder, m *pfsim.Machine, anchor string) {
 	l, err := m.Snapshot(anchor)
 	if err != nil {
 		return

@@ -7,6 +7,7 @@ import (
 	"sync"
 
 	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // fragments keeps the bytes of fragments, so that those of a datagram are at hand
@@ -33,10 +34,10 @@ type fragment struct {
 // maxDatagrams bounds what is kept of datagrams that never become whole.
 const maxDatagrams = 256
 
-func datagramOf(p pfconf.Packet) datagram { return datagram{p.Src, p.Dst, p.Proto, p.FragmentID} }
+func datagramOf(p pfsim.Packet) datagram { return datagram{p.Src, p.Dst, p.Proto, p.FragmentID} }
 
 // keep remembers a fragment; other packets are none of its business.
-func (f *fragments) keep(b []byte, h header, p pfconf.Packet) {
+func (f *fragments) keep(b []byte, h header, p pfsim.Packet) {
 	if !p.Fragment {
 		return
 	}
@@ -57,7 +58,7 @@ func (f *fragments) keep(b []byte, h header, p pfconf.Packet) {
 // whole returns the datagram that a fragment completed, which has total bytes
 // behind its IP header. Where fragments overlap, the earlier one's bytes count. It
 // reports false if that makes no packet.
-func (f *fragments) whole(last pfconf.Packet, total int) ([]byte, header, pfconf.Packet, bool) {
+func (f *fragments) whole(last pfsim.Packet, total int) ([]byte, header, pfsim.Packet, bool) {
 	f.mu.Lock()
 	pieces := f.pieces[datagramOf(last)]
 	delete(f.pieces, datagramOf(last))

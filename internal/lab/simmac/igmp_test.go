@@ -6,7 +6,7 @@ import (
 	"testing"
 
 	"github.com/meshhelper/meshhelper/darwin"
-	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // igmp is a membership report (RFC 3376) with the option Router Alert (RFC 2113),
@@ -55,6 +55,6 @@ func TestIGMP(t *testing.T) {
 	// It left a state behind, which decides until its time is up.
 	must(t, pf.Load(t.Context(), anchor, allow))
 	check("after a rule without allow-opts", false)
-	m.Judge(func(pf *pfconf.Machine) { pf.FlushStates() })
+	m.Judge(func(pf *pfsim.Machine) { pf.FlushStates() })
 	check("without its state", true)
 }

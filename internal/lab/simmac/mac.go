@@ -20,7 +20,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/launchd"
-	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // StockMain is the main ruleset that /etc/pf.conf of macOS loads at boot. Its last
@@ -372,4 +372,4 @@ func (m *Mac) addDefault(index int, router string) error {
 
 // Judge runs f with pf's machine, whose interfaces and clock are up to date, for
 // what isn't offered here. f must not keep it.
-func (m *Mac) Judge(f func(*pfconf.Machine)) { m.engine.do(f) }
+func (m *Mac) Judge(f func(*pfsim.Machine)) { m.engine.do(f) }

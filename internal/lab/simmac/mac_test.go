@@ -18,6 +18,7 @@ import (
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/launchd"
 	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 const anchor = "com.apple/org.meshhelper"
@@ -284,12 +285,12 @@ func TestStatesEndWithTime(t *testing.T) {
 		_, err := pf.Enable(t.Context())
 		must(t, err)
 		must(t, pf.Load(t.Context(), anchor, "pass out on en0 proto udp all keep state\n"))
-		p := pfconf.Packet{Src: netip.MustParseAddr("203.0.113.1"), Dst: netip.MustParseAddr("198.51.100.9"), Proto: pfconf.ProtoUDP, SrcPort: 5000, DstPort: 53}
+		p := pfsim.Packet{Src: netip.MustParseAddr("203.0.113.1"), Dst: netip.MustParseAddr("198.51.100.9"), Proto: pfconf.ProtoUDP, SrcPort: 5000, DstPort: 53}
 		if o := m.Send(p); o.Fate != Sent || o.Link != "en0" {
 			t.Fatalf("%+v", o)
 		}
 		states := func() (n int) {
-			m.Judge(func(pf *pfconf.Machine) { n = pf.StateCount() })
+			m.Judge(func(pf *pfsim.Machine) { n = pf.StateCount() })
 			return n
 		}
 		if states() != 1 {

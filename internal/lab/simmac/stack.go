@@ -5,7 +5,7 @@ import (
 	"strings"
 
 	"github.com/meshhelper/meshhelper/darwin"
-	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // A Fate is what became of a packet.
@@ -29,9 +29,9 @@ type Outcome struct {
 	// Link is the interface that it left by.
 	Link string
 	// Packet is as it was last seen, so after translation.
-	Packet pfconf.Packet
+	Packet pfsim.Packet
 	// In and Out are what pf did. A hook that didn't see the packet has Seen false.
-	In, Out pfconf.Hook
+	In, Out pfsim.Hook
 	// Why says why it was dropped: "pf", or the reason of the IP stack.
 	Why string
 }
@@ -39,13 +39,13 @@ type Outcome struct {
 // Receive is a packet that arrives on an interface: pf's inbound hook, then the
 // question whether it is for the Mac, then forwarding with pf's outbound hook
 // (xnu bsd/netinet/ip_input.c and ip_output.c; ip6_input.c and ip6_forward.c).
-func (m *Mac) Receive(p pfconf.Packet, link string) Outcome {
+func (m *Mac) Receive(p pfsim.Packet, link string) Outcome {
 	n := m.engine.observe()
 	if i := n.Interface(link); i == nil || i.Flags&darwin.InterfaceUp == 0 {
 		return Outcome{Packet: p, Why: "no such interface"}
 	}
 	o := Outcome{Packet: p}
-	m.Judge(func(pf *pfconf.Machine) { o.In = pf.Receive(p, link).In })
+	m.Judge(func(pf *pfsim.Machine) { o.In = pf.Receive(p, link).In })
 	if !o.In.Pass() {
 		o.Why = "pf"
 		return o
@@ -80,13 +80,13 @@ var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 // Send is a packet of the Mac itself. To an address of its own it goes by
 // loopback, where pf sees it twice; but to an IPv4 address on a tunnel it leaves by
 // the tunnel, as the route says. What comes back from there is the device's matter.
-func (m *Mac) Send(p pfconf.Packet) Outcome {
+func (m *Mac) Send(p pfsim.Packet) Outcome {
 	n := m.engine.observe()
 	if !byLoopback(n, p.Dst) {
 		return m.output(n, Outcome{Packet: p}, Sent)
 	}
 	o := Outcome{Packet: p, Why: "pf"}
-	m.Judge(func(pf *pfconf.Machine) {
+	m.Judge(func(pf *pfsim.Machine) {
 		if o.Out = pf.Send(p, "lo0").Out; o.Out.Pass() {
 			o.In = pf.Receive(o.Out.Packet, "lo0").In
 		}
@@ -115,7 +115,7 @@ func (m *Mac) output(n *darwin.Network, o Outcome, fate Fate) Outcome {
 		o.Why = "no route"
 		return o
 	}
-	m.Judge(func(pf *pfconf.Machine) { o.Out = pf.Send(o.Packet, link).Out })
+	m.Judge(func(pf *pfsim.Machine) { o.Out = pf.Send(o.Packet, link).Out })
 	if !o.Out.Pass() {
 		o.Why = "pf"
 		return o

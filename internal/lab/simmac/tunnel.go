@@ -7,7 +7,7 @@ import (
 
 	"golang.zx2c4.com/wireguard/tun"
 
-	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // CreateTUN makes a utun interface and its device, as wireguard-go's
@@ -134,7 +134,7 @@ func (m *Mac) Local(f func(packet []byte)) {
 }
 
 // transmit hands a packet to where it went.
-func (m *Mac) transmit(o Outcome, b []byte, h header, was pfconf.Packet) {
+func (m *Mac) transmit(o Outcome, b []byte, h header, was pfsim.Packet) {
 	if o.Fate == Dropped {
 		return
 	}

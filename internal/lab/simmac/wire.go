@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // A header is where the parts of a packet in bytes are.
@@ -26,7 +27,7 @@ const (
 
 // decode reads a packet in bytes into what pf looks at. It reports false for
 // what the IP stack drops before pf sees it.
-func decode(b []byte) (p pfconf.Packet, h header, ok bool) {
+func decode(b []byte) (p pfsim.Packet, h header, ok bool) {
 	if len(b) == 0 {
 		return p, h, false
 	}
@@ -44,7 +45,7 @@ func decode(b []byte) (p pfconf.Packet, h header, ok bool) {
 	return p, h, ok
 }
 
-func decode4(b []byte, p *pfconf.Packet, h *header) bool {
+func decode4(b []byte, p *pfsim.Packet, h *header) bool {
 	if len(b) < 20 {
 		return false
 	}
@@ -64,7 +65,7 @@ func decode4(b []byte, p *pfconf.Packet, h *header) bool {
 	return true
 }
 
-func decode6(b []byte, p *pfconf.Packet, h *header) bool {
+func decode6(b []byte, p *pfsim.Packet, h *header) bool {
 	if len(b) < 40 {
 		return false
 	}
@@ -101,7 +102,7 @@ func decode6(b []byte, p *pfconf.Packet, h *header) bool {
 }
 
 // decodeTransport reads the transport header.
-func decodeTransport(t []byte, proto uint8, p *pfconf.Packet) bool {
+func decodeTransport(t []byte, proto uint8, p *pfsim.Packet) bool {
 	switch proto {
 	case protoTCP:
 		if len(t) < 20 || len(t) < int(t[12]>>4)*4 || t[12]>>4 < 5 {
@@ -165,13 +166,13 @@ func isError(proto, kind uint8) bool {
 }
 
 // decodeQuoted reads what an ICMP error quotes, which is cut off.
-func decodeQuoted(b []byte) *pfconf.Quoted {
-	var p pfconf.Packet
+func decodeQuoted(b []byte) *pfsim.Quoted {
+	var p pfsim.Packet
 	h, ok := quotedHeader(b, &p)
 	if !ok {
 		return nil
 	}
-	q := &pfconf.Quoted{Src: p.Src, Dst: p.Dst, Proto: pfconf.Proto(h.proto), Later: h.fragment}
+	q := &pfsim.Quoted{Src: p.Src, Dst: p.Dst, Proto: pfconf.Proto(h.proto), Later: h.fragment}
 	if t := b[h.transport:]; !h.fragment && len(t) >= 8 {
 		switch h.proto {
 		case protoTCP, protoUDP:
@@ -185,7 +186,7 @@ func decodeQuoted(b []byte) *pfconf.Quoted {
 }
 
 // quotedHeader reads an IP header whose packet is cut off.
-func quotedHeader(b []byte, p *pfconf.Packet) (h header, ok bool) {
+func quotedHeader(b []byte, p *pfsim.Packet) (h header, ok bool) {
 	if len(b) < 20 {
 		return h, false
 	}
@@ -201,7 +202,7 @@ func quotedHeader(b []byte, p *pfconf.Packet) (h header, ok bool) {
 }
 
 // encode writes the changes that translation made into a copy of the packet.
-func encode(b []byte, h header, was, is pfconf.Packet) []byte {
+func encode(b []byte, h header, was, is pfsim.Packet) []byte {
 	b = slices.Clone(b)
 	putAddresses(b, is.Src, is.Dst)
 	t := b[h.transport:h.end]
@@ -242,8 +243,8 @@ func putPorts(t []byte, proto uint8, src, dst, id uint16, isErr bool) {
 
 // putQuoted writes a translated quote; its transport checksum stays as it was,
 // since no host can check what is cut off.
-func putQuoted(b []byte, q pfconf.Quoted) {
-	var p pfconf.Packet
+func putQuoted(b []byte, q pfsim.Quoted) {
+	var p pfsim.Packet
 	h, ok := quotedHeader(b, &p)
 	if !ok {
 		return

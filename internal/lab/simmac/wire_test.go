@@ -9,7 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 func addrPort(s string) netip.AddrPort { return netip.MustParseAddrPort(s) }
@@ -23,22 +23,22 @@ func TestDecode(t *testing.T) {
 	for _, tt := range []struct {
 		name string
 		b    []byte
-		want pfconf.Packet
+		want pfsim.Packet
 	}{
 		{"udp", netlab.UDPPacket(addrPort("192.0.2.1:1000"), addrPort("198.51.100.2:53"), []byte("hello")),
-			pfconf.Packet{Src: a4, Dst: b4, Proto: 17, SrcPort: 1000, DstPort: 53, Len: 5}},
+			pfsim.Packet{Src: a4, Dst: b4, Proto: 17, SrcPort: 1000, DstPort: 53, Len: 5}},
 		{"tcp", netlab.TCPPacket(addrPort("[2001:db8::1]:1000"), addrPort("[2001:db8:2::2]:443"), netlab.SYN|netlab.ACK, 7, 9, nil),
-			pfconf.Packet{Src: a6, Dst: b6, Proto: 6, SrcPort: 1000, DstPort: 443, Flags: 0x12, Seq: 7, Ack: 9, Window: 65535}},
+			pfsim.Packet{Src: a6, Dst: b6, Proto: 6, SrcPort: 1000, DstPort: 443, Flags: 0x12, Seq: 7, Ack: 9, Window: 65535}},
 		{"echo", netlab.EchoPacket(a4, b4, false, 77, 1, nil),
-			pfconf.Packet{Src: a4, Dst: b4, Proto: 1, ICMPType: 8, ICMPID: 77}},
+			pfsim.Packet{Src: a4, Dst: b4, Proto: 1, ICMPType: 8, ICMPID: 77}},
 		{"error", netlab.ICMPPacket(b6, a6, 1, 4, 0, netlab.UDPPacket(addrPort("[2001:db8::1]:5"), addrPort("[2001:db8:2::2]:6"), nil)),
-			pfconf.Packet{Src: b6, Dst: a6, Proto: 58, ICMPType: 1, ICMPCode: 4,
-				Quoted: &pfconf.Quoted{Src: a6, Dst: b6, Proto: 17, SrcPort: 5, DstPort: 6}}},
+			pfsim.Packet{Src: b6, Dst: a6, Proto: 58, ICMPType: 1, ICMPCode: 4,
+				Quoted: &pfsim.Quoted{Src: a6, Dst: b6, Proto: 17, SrcPort: 5, DstPort: 6}}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got, _, ok := decode(tt.b)
 			// What a quoted UDP packet has where TCP has a sequence number is nothing.
-			if diff := cmp.Diff(tt.want, got, cmpopts.EquateComparable(netip.Addr{}), cmpopts.IgnoreFields(pfconf.Quoted{}, "Seq")); !ok || diff != "" {
+			if diff := cmp.Diff(tt.want, got, cmpopts.EquateComparable(netip.Addr{}), cmpopts.IgnoreFields(pfsim.Quoted{}, "Seq")); !ok || diff != "" {
 				t.Errorf("%v (-want +got):\n%s", ok, diff)
 			}
 		})
@@ -100,7 +100,7 @@ func FuzzDecode(f *testing.F) {
 		}
 		// Nothing translated: the addresses and ports stay.
 		again, _, ok := decode(encode(b, h, p, p))
-		if diff := cmp.Diff(p, again, cmpopts.EquateComparable(netip.Addr{}), cmpopts.IgnoreFields(pfconf.Quoted{}, "Seq")); !ok || diff != "" {
+		if diff := cmp.Diff(p, again, cmpopts.EquateComparable(netip.Addr{}), cmpopts.IgnoreFields(pfsim.Quoted{}, "Seq")); !ok || diff != "" {
 			t.Errorf("%v (-before +after):\n%s", ok, diff)
 		}
 	})

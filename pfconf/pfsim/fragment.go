@@ -1,8 +1,10 @@
-package pfconf
+package pfsim
 
 import (
 	"net/netip"
 	"slices"
+
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // Bounds of reassembly: the default of set limit frags (PFFRAG_FRENT_HIWAT), and
@@ -26,7 +28,7 @@ const (
 // direction counts.
 type fragmentKey struct {
 	src, dst netip.Addr
-	proto    Proto
+	proto    pfconf.Proto
 	id       uint32
 }
 
@@ -63,8 +65,8 @@ func (e *evaluation) reassemble() reassembly {
 	off, length := int(p.FragmentOffset), int(p.FragmentLen)
 	key := fragmentKey{p.Src, p.Dst, p.Proto, p.FragmentID}
 	d := m.fragments[key]
-	if e.family == Inet && p.MoreFragments && length%8 != 0 || off+length > maxDatagram ||
-		e.family == Inet6 && off+length < ipv6Header {
+	if e.family == pfconf.Inet && p.MoreFragments && length%8 != 0 || off+length > maxDatagram ||
+		e.family == pfconf.Inet6 && off+length < ipv6Header {
 		// Of IPv6 the kernel subtracts a header too much here, and takes what is
 		// below zero for too long.
 		return reassemblyBad
@@ -84,7 +86,7 @@ func (e *evaluation) reassemble() reassembly {
 	}
 	before := len(d.pieces)
 	add := d.add4
-	if e.family == Inet6 {
+	if e.family == pfconf.Inet6 {
 		add = d.add6
 	}
 	added := add(piece{packet: *p, off: off, length: length})
@@ -100,7 +102,7 @@ func (e *evaluation) reassemble() reassembly {
 	}
 	whole, single := d.pieces[0].packet, len(d.pieces) == 1
 	m.dropDatagram(d)
-	if e.family == Inet && ipv4Header+total > maxDatagram || e.family == Inet6 && (single || ipv6Header+fragmentHeader+total > maxDatagram) {
+	if e.family == pfconf.Inet && ipv4Header+total > maxDatagram || e.family == pfconf.Inet6 && (single || ipv6Header+fragmentHeader+total > maxDatagram) {
 		// An IPv6 fragment that is a whole packet has to go alone (RFC 8200
 		// section 4.5); pf drops it.
 		return reassemblyWaits
@@ -114,9 +116,9 @@ func (e *evaluation) takeWhole(p Packet, total int) {
 	p.Fragment, p.MoreFragments, p.FragmentID, p.FragmentOffset, p.FragmentLen = false, false, 0, 0, 0
 	header := 0
 	switch p.Proto {
-	case ProtoTCP:
+	case pfconf.ProtoTCP:
 		header = tcpHeader
-	case ProtoUDP, ProtoICMP, ProtoICMPv6:
+	case pfconf.ProtoUDP, pfconf.ProtoICMP, pfconf.ProtoICMPv6:
 		header = udpHeader
 	}
 	p.Len = uint32(max(total-header, 0))

@@ -1,4 +1,4 @@
-package pfconf
+package pfsim
 
 import (
 	"fmt"
@@ -6,6 +6,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // stateHost is one of the four ends of a state key. port is also an ICMP
@@ -19,9 +21,9 @@ type stateHost struct {
 // kernel's pf_state_key: lan and ext on the inside, gwy and ext on the outside.
 // For a flow that comes in, the host is lan and the sender ext.
 type stateKey struct {
-	proto          Proto
+	proto          pfconf.Proto
 	filter         endpointFilter
-	dir            Direction
+	dir            pfconf.Direction
 	lan, gwy       stateHost
 	extLan, extGwy stateHost
 	// states share the key: those bound to an interface, then the floating one.
@@ -56,19 +58,19 @@ var endpointFilters = map[string]endpointFilter{
 type lookupKey struct {
 	addr, ext netip.Addr
 	port, to  uint32
-	proto     Proto
+	proto     pfconf.Proto
 	filter    endpointFilter
 }
 
 // insideKey is the order of the kernel's lan_ext tree.
-func insideKey(proto Proto, filter endpointFilter, lan, ext stateHost) lookupKey {
+func insideKey(proto pfconf.Proto, filter endpointFilter, lan, ext stateHost) lookupKey {
 	k := lookupKey{addr: lan.addr, ext: ext.addr, proto: proto}
 	switch proto {
-	case ProtoICMP, ProtoICMPv6:
+	case pfconf.ProtoICMP, pfconf.ProtoICMPv6:
 		k.port = lan.port
-	case ProtoTCP:
+	case pfconf.ProtoTCP:
 		k.port, k.to = lan.port, ext.port
-	case ProtoUDP:
+	case pfconf.ProtoUDP:
 		k.port, k.filter = lan.port, filter
 		if filter < addrDependent {
 			k.to = ext.port
@@ -84,7 +86,7 @@ func insideKey(proto Proto, filter endpointFilter, lan, ext stateHost) lookupKey
 }
 
 // outsideKey is the order of the kernel's ext_gwy tree.
-func outsideKey(proto Proto, filter endpointFilter, gwy, ext stateHost) lookupKey {
+func outsideKey(proto pfconf.Proto, filter endpointFilter, gwy, ext stateHost) lookupKey {
 	k := insideKey(proto, filter, gwy, ext)
 	if proto == protoESP {
 		k.port, k.to = gwy.port, 0
@@ -140,20 +142,20 @@ type stateTable struct {
 // the UDP flows.
 type binding struct {
 	rule  *crule
-	proto Proto
+	proto pfconf.Proto
 	lan   stateHost
 	ext   netip.Addr // with extmap ad
 }
 
 // bindingOf returns the binding of a flow through r, if it has one.
-func bindingOf(r *crule, proto Proto, lan stateHost, ext netip.Addr) (binding, bool) {
+func bindingOf(r *crule, proto pfconf.Proto, lan stateHost, ext netip.Addr) (binding, bool) {
 	b := binding{rule: r, proto: proto, lan: lan}
 	switch {
 	case r == nil:
 		return b, false
-	case proto == ProtoTCP:
+	case proto == pfconf.ProtoTCP:
 		return b, true
-	case proto != ProtoUDP || r.pool.extMap <= addrPortDependent:
+	case proto != pfconf.ProtoUDP || r.pool.extMap <= addrPortDependent:
 		return b, false
 	case r.pool.extMap == addrDependent:
 		b.ext = ext
@@ -174,9 +176,9 @@ func (t *stateTable) init() {
 
 // find returns the state that a packet with this key has on the interface, in
 // this direction.
-func (t *stateTable) find(k lookupKey, dir Direction, on *kif) *state {
+func (t *stateTable) find(k lookupKey, dir pfconf.Direction, on *kif) *state {
 	var sk *stateKey
-	if dir == Out {
+	if dir == pfconf.Out {
 		sk = t.inside[k]
 	} else {
 		sk = t.outside[k]
@@ -333,9 +335,9 @@ func (m *Machine) purge() {
 type State struct {
 	ID uint64
 	// Proto is the protocol; ICMPv6 is filed under ICMP.
-	Proto Proto
+	Proto pfconf.Proto
 	// Direction is that of the packet that made the state.
-	Direction Direction
+	Direction pfconf.Direction
 	// Interface is the only one on which the state holds; "": all of them.
 	Interface string
 	// Lan and Gateway are the near end inside and outside of a translation, the
@@ -349,11 +351,11 @@ type State struct {
 	// numbers.
 	Opener, Answerer string
 	// Rule made the state; nil: the default rule. Loaded: it still is.
-	Rule   *Rule
+	Rule   *pfconf.Rule
 	Anchor string
 	Loaded bool
 	// Translation is the nat, binat or rdr rule, nil without.
-	Translation *Rule
+	Translation *pfconf.Rule
 	// Age is the time since the first packet and Expires how long the state
 	// lives without another one, both in whole seconds.
 	Age, Expires time.Duration
@@ -367,7 +369,7 @@ func (s State) String() string {
 		on = "ALL"
 	}
 	arrow, first, second := " -> ", s.Opener, s.Answerer
-	if s.Direction == In {
+	if s.Direction == pfconf.In {
 		arrow, first, second = " <- ", s.Answerer, s.Opener
 	}
 	fmt.Fprintf(&b, "%s %s ", on, s.Proto)
@@ -398,11 +400,11 @@ var (
 )
 
 // phase is pfctl's word for one end of a state.
-func phase(proto Proto, state uint8) string {
+func phase(proto pfconf.Proto, state uint8) string {
 	switch {
-	case proto == ProtoTCP && int(state) < len(tcpPhases):
+	case proto == pfconf.ProtoTCP && int(state) < len(tcpPhases):
 		return tcpPhases[state]
-	case proto != ProtoTCP && proto != ProtoICMP && int(state) < len(otherPhases):
+	case proto != pfconf.ProtoTCP && proto != pfconf.ProtoICMP && int(state) < len(otherPhases):
 		return otherPhases[state]
 	}
 	return strconv.Itoa(int(state))
@@ -453,7 +455,7 @@ func (m *Machine) KillStates(src, dst netip.Prefix) int {
 	for s := m.states.first; s != nil; {
 		next := s.next
 		from, to := s.key.extLan.addr, s.key.lan.addr
-		if s.key.dir == Out {
+		if s.key.dir == pfconf.Out {
 			from, to = to, from
 		}
 		if contains(src, from) && (!dst.IsValid() || contains(dst, to)) {

@@ -1,4 +1,4 @@
-package pfconf
+package pfsim
 
 import (
 	"encoding/binary"
@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"testing"
 	"time"
+
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // fuzzHosts are few, so that packets answer each other: IPv4, then IPv6.
@@ -49,9 +51,9 @@ func (r *byteReader) packet(last Packet) Packet {
 	}
 	p := Packet{
 		Src: r.host(from), Dst: r.host(to),
-		Proto:   []Proto{ProtoTCP, ProtoUDP, ProtoICMP, ProtoICMPv6, protoESP, protoGRE, 0, 255}[r.pick(8)],
+		Proto:   []pfconf.Proto{pfconf.ProtoTCP, pfconf.ProtoUDP, pfconf.ProtoICMP, pfconf.ProtoICMPv6, protoESP, protoGRE, 0, 255}[r.pick(8)],
 		SrcPort: uint16(r.pick(4)) * 250, DstPort: uint16(r.pick(4)) * 250,
-		Flags: TCPFlags(r.byte()), Seq: uint32(r.pick(3)) * 1000, Ack: uint32(r.pick(3)) * 1000,
+		Flags: pfconf.TCPFlags(r.byte()), Seq: uint32(r.pick(3)) * 1000, Ack: uint32(r.pick(3)) * 1000,
 		Window: r.uint16(), Scale: r.byte(), Len: uint32(r.byte()),
 		ICMPType: uint8(r.pick(16)), ICMPCode: uint8(r.pick(4)), ICMPID: uint16(r.pick(3)), SPI: uint32(r.pick(3)),
 	}
@@ -66,7 +68,7 @@ func (r *byteReader) packet(last Packet) Packet {
 			p.FragmentLen += uint16(odd)
 		}
 	}
-	if p.Proto == ProtoICMP || p.Proto == ProtoICMPv6 {
+	if p.Proto == pfconf.ProtoICMP || p.Proto == pfconf.ProtoICMPv6 {
 		p.Quoted = &Quoted{
 			Src: last.Src, Dst: last.Dst, Proto: last.Proto, SrcPort: last.SrcPort, DstPort: last.DstPort,
 			Seq: last.Seq + uint32(r.byte()), ICMPID: last.ICMPID, Later: odd == 0,
@@ -87,9 +89,9 @@ func runFuzzed(t testing.TB, m *Machine, r *byteReader) {
 		case 1:
 			m.KillStates(netip.PrefixFrom(r.any(), r.pick(140)), netip.Prefix{})
 		case 2:
-			_, _ = m.AddToTable("a", "t", []Address{{Kind: AddrPrefix, Prefix: netip.PrefixFrom(r.any(), r.pick(140)), Not: r.byte()&1 == 0}})
+			_, _ = m.AddToTable("a", "t", []pfconf.Address{{Kind: pfconf.AddrPrefix, Prefix: netip.PrefixFrom(r.any(), r.pick(140)), Not: r.byte()&1 == 0}})
 		case 3:
-			_, _ = m.DeleteFromTable("a", "t", []Address{{Kind: AddrPrefix, Prefix: netip.PrefixFrom(r.any(), r.pick(140))}})
+			_, _ = m.DeleteFromTable("a", "t", []pfconf.Address{{Kind: pfconf.AddrPrefix, Prefix: netip.PrefixFrom(r.any(), r.pick(140))}})
 		case 4:
 			_ = m.AddAddress(in, netip.PrefixFrom(r.any(), r.pick(140)))
 		case 5:
@@ -101,7 +103,7 @@ func runFuzzed(t testing.TB, m *Machine, r *byteReader) {
 		case 8, 9, 10, 11, 12, 13, 14, 15, 16:
 			in, out = out, in
 			last = back(last)
-			last.Flags = TCPFlags(r.byte())
+			last.Flags = pfconf.TCPFlags(r.byte())
 			last = checkJudgement(t, last, m.Forward(last, in, out))
 		default:
 			last = r.packet(last)

@@ -1,9 +1,11 @@
-package pfconf
+package pfsim
 
 import (
 	"fmt"
 	"strconv"
 	"strings"
+
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // timeoutKind is one of pf's timeouts, PFTM_* of bsd/net/pfvar.h.
@@ -69,24 +71,21 @@ var defaultTimeouts = [timeoutMax]uint32{
 }
 
 // optimizationTimeouts are what set optimization changes, from pfctl.c.
-var optimizationTimeouts = map[string][]Timeout{
+var optimizationTimeouts = map[string]map[timeoutKind]uint32{
 	"aggressive": {
-		{"tcp.first", 30}, {"tcp.opening", 5}, {"tcp.established", 18000}, {"tcp.closing", 60},
-		{"tcp.finwait", 30}, {"tcp.closed", 30},
+		tcpFirst: 30, tcpOpening: 5, tcpEstablished: 18000, tcpClosing: 60, tcpFinWait: 30, tcpClosed: 30,
 	},
 	"high-latency": {
-		{"tcp.first", 180}, {"tcp.opening", 35}, {"tcp.established", 86400}, {"tcp.closing", 905},
-		{"tcp.finwait", 50}, {"tcp.closed", 95},
+		tcpFirst: 180, tcpOpening: 35, tcpEstablished: 86400, tcpClosing: 905, tcpFinWait: 50, tcpClosed: 95,
 	},
 	"conservative": {
-		{"tcp.first", 3600}, {"tcp.opening", 900}, {"tcp.established", 432000}, {"tcp.closing", 3600},
-		{"tcp.finwait", 600}, {"tcp.closed", 180},
+		tcpFirst: 3600, tcpOpening: 900, tcpEstablished: 432000, tcpClosing: 3600, tcpFinWait: 600, tcpClosed: 180,
 	},
 }
 
 // mainOptions returns what the set lines of a main ruleset make of the timeouts
 // and the limits. pfctl starts from the defaults at each load.
-func (m *Machine) mainOptions(opts []*Option) (t [timeoutMax]uint32, l capacity, err error) {
+func (m *Machine) mainOptions(opts []*pfconf.Option) (t [timeoutMax]uint32, l capacity, err error) {
 	t, l = defaultTimeouts, m.startLimits
 	limited, adaptive := false, false
 	for _, o := range opts {
@@ -96,7 +95,9 @@ func (m *Machine) mainOptions(opts []*Option) (t [timeoutMax]uint32, l capacity,
 		}
 		switch o.Name {
 		case "optimization":
-			setTimeouts(&t, optimizationTimeouts[strings.Replace(strings.ToLower(o.Values[0]), "satellite", "high-latency", 1)])
+			for k, seconds := range optimizationTimeouts[strings.Replace(strings.ToLower(o.Values[0]), "satellite", "high-latency", 1)] {
+				t[k] = seconds
+			}
 		case "timeout":
 			setTimeouts(&t, pairs)
 			for _, p := range pairs {
@@ -122,23 +123,23 @@ func (m *Machine) mainOptions(opts []*Option) (t [timeoutMax]uint32, l capacity,
 }
 
 // optionPairs reads the values of set timeout and set limit.
-func optionPairs(o *Option) ([]Timeout, error) {
+func optionPairs(o *pfconf.Option) ([]pfconf.Timeout, error) {
 	if o.Name != "timeout" && o.Name != "limit" {
 		return nil, nil
 	}
-	var out []Timeout
+	var out []pfconf.Timeout
 	for _, v := range o.Values {
 		name, text, _ := strings.Cut(v, " ")
 		n, err := strconv.ParseUint(strings.TrimSpace(text), 10, 31)
 		if err != nil {
 			return nil, fmt.Errorf("set %s %s: %w", o.Name, v, err)
 		}
-		out = append(out, Timeout{name, uint32(n)})
+		out = append(out, pfconf.Timeout{Name: name, Seconds: uint32(n)})
 	}
 	return out, nil
 }
 
-func setTimeouts(t *[timeoutMax]uint32, ts []Timeout) {
+func setTimeouts(t *[timeoutMax]uint32, ts []pfconf.Timeout) {
 	for _, to := range ts {
 		if k, ok := timeoutKinds[to.Name]; ok {
 			t[k] = to.Seconds

@@ -1,16 +1,18 @@
-package pfconf
+package pfsim
 
 import (
 	"fmt"
 	"net/netip"
 	"strings"
+
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // Further protocols that a [Machine] treats in their own way.
 const (
-	protoGRE Proto = 47
-	protoESP Proto = 50
-	protoAH  Proto = 51
+	protoGRE pfconf.Proto = 47
+	protoESP pfconf.Proto = 50
+	protoAH  pfconf.Proto = 51
 )
 
 // A Packet is what pf looks at in an IPv4 or IPv6 packet. Fields that its
@@ -19,13 +21,13 @@ type Packet struct {
 	// Src and Dst are of one family: IPv4 addresses are not written as IPv6
 	// ones, and zones are ignored.
 	Src, Dst netip.Addr
-	Proto    Proto
+	Proto    pfconf.Proto
 
 	SrcPort, DstPort uint16 // TCP and UDP
 	// Len is the length of the TCP or UDP payload in bytes.
 	Len uint32
 
-	Flags TCPFlags
+	Flags pfconf.TCPFlags
 	Seq   uint32
 	Ack   uint32
 	// Window is the window as it stands in the TCP header, Scale the shift of
@@ -70,7 +72,7 @@ type Packet struct {
 // about, and the first 8 bytes behind it.
 type Quoted struct {
 	Src, Dst         netip.Addr
-	Proto            Proto
+	Proto            pfconf.Proto
 	SrcPort, DstPort uint16
 	Seq              uint32 // TCP
 	ICMPID           uint16
@@ -83,15 +85,15 @@ func (p Packet) String() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s %s", p.Proto, p.Src)
 	switch p.Proto {
-	case ProtoTCP, ProtoUDP:
+	case pfconf.ProtoTCP, pfconf.ProtoUDP:
 		fmt.Fprintf(&b, " port %d > %s port %d", p.SrcPort, p.Dst, p.DstPort)
 	default:
 		fmt.Fprintf(&b, " > %s", p.Dst)
 	}
 	switch p.Proto {
-	case ProtoTCP:
+	case pfconf.ProtoTCP:
 		fmt.Fprintf(&b, " flags %s seq %d ack %d len %d", p.Flags, p.Seq, p.Ack, p.Len)
-	case ProtoICMP, ProtoICMPv6:
+	case pfconf.ProtoICMP, pfconf.ProtoICMPv6:
 		fmt.Fprintf(&b, " type %d code %d id %d", p.ICMPType, p.ICMPCode, p.ICMPID)
 	}
 	if p.Fragment {
@@ -171,12 +173,12 @@ type Hook struct {
 	Decider Decider
 	// Rule is the filter rule that decided; nil for other deciders than
 	// DecidedByRule. It is the machine's own and must not be changed.
-	Rule *Rule
+	Rule *pfconf.Rule
 	// Anchor is the path of the anchor that holds Rule; "" is the main ruleset.
 	Anchor string
 	// Translation is the nat, binat or rdr rule behind the packet's translation,
 	// and TranslationAnchor where it is; nil: none.
-	Translation       *Rule
+	Translation       *pfconf.Rule
 	TranslationAnchor string
 	// Reassembled is how many bytes the datagram has behind its IP header that
 	// this fragment completed, 0 if none.

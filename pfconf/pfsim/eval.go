@@ -1,6 +1,10 @@
-package pfconf
+package pfsim
 
-import "net/netip"
+import (
+	"net/netip"
+
+	"github.com/meshhelper/meshhelper/pfconf"
+)
 
 // noTag is a tag that no rule has set yet; foreignTag one that no rule knows.
 const (
@@ -14,8 +18,8 @@ type evaluation struct {
 	m      *Machine
 	p      Packet // as it is now
 	on     *kif
-	dir    Direction
-	family Family
+	dir    pfconf.Direction
+	family pfconf.Family
 	tag    int // on the packet
 	// sport and dport are what translation calls ports: also an ICMP
 	// identifier, in both, or an ESP SPI, in dport.
@@ -41,10 +45,10 @@ type evaluation struct {
 // doesn't exist drops it.
 func (m *Machine) Forward(p Packet, in, out string) Judgement {
 	var j Judgement
-	m.hook(&j.In, &p, in, In)
+	m.hook(&j.In, &p, in, pfconf.In)
 	j.Verdict = j.In.Verdict
 	if j.In.Pass() {
-		m.hook(&j.Out, &j.In.Packet, out, Out)
+		m.hook(&j.Out, &j.In.Packet, out, pfconf.Out)
 		j.Verdict = j.Out.Verdict
 	}
 	return j
@@ -53,7 +57,7 @@ func (m *Machine) Forward(p Packet, in, out string) Judgement {
 // Receive judges a packet for the host itself.
 func (m *Machine) Receive(p Packet, in string) Judgement {
 	var j Judgement
-	m.hook(&j.In, &p, in, In)
+	m.hook(&j.In, &p, in, pfconf.In)
 	j.Verdict = j.In.Verdict
 	return j
 }
@@ -61,13 +65,13 @@ func (m *Machine) Receive(p Packet, in string) Judgement {
 // Send judges a packet of the host itself.
 func (m *Machine) Send(p Packet, out string) Judgement {
 	var j Judgement
-	m.hook(&j.Out, &p, out, Out)
+	m.hook(&j.Out, &p, out, pfconf.Out)
 	j.Verdict = j.Out.Verdict
 	return j
 }
 
 // hook judges a packet on one interface in one direction (pf_test, pf_test6).
-func (m *Machine) hook(h *Hook, p *Packet, name string, dir Direction) {
+func (m *Machine) hook(h *Hook, p *Packet, name string, dir pfconf.Direction) {
 	h.Seen, h.Packet = true, *p
 	k := m.kifs[name]
 	switch {
@@ -82,9 +86,9 @@ func (m *Machine) hook(h *Hook, p *Packet, name string, dir Direction) {
 	e := &m.eval
 	*e = evaluation{m: m, p: *p, on: k, dir: dir, rule: &m.fallback}
 	e.p.Src, e.p.Dst = p.Src.WithZone(""), p.Dst.WithZone("")
-	e.family = Inet6
+	e.family = pfconf.Inet6
 	if p.Src.Is4() {
-		e.family = Inet
+		e.family = pfconf.Inet
 	}
 	e.setTag(p.Tag)
 	e.run()
@@ -164,9 +168,9 @@ func (e *evaluation) run() {
 // formed says whether a packet that is whole can be.
 func (e *evaluation) formed() bool {
 	switch e.p.Proto {
-	case ProtoTCP:
+	case pfconf.ProtoTCP:
 		return e.normalizeTCP() && e.p.SrcPort != 0 && e.p.DstPort != 0
-	case ProtoUDP:
+	case pfconf.ProtoUDP:
 		return e.p.SrcPort != 0 && e.p.DstPort != 0
 	}
 	return true
@@ -192,7 +196,7 @@ func (e *evaluation) judge() {
 func (e *evaluation) setPorts() {
 	e.sport, e.dport = 0, 0
 	switch {
-	case e.p.Proto == ProtoTCP || e.p.Proto == ProtoUDP:
+	case e.p.Proto == pfconf.ProtoTCP || e.p.Proto == pfconf.ProtoUDP:
 		e.sport, e.dport = uint32(e.p.SrcPort), uint32(e.p.DstPort)
 	case e.isICMP():
 		e.sport = uint32(e.p.ICMPID)
@@ -204,7 +208,7 @@ func (e *evaluation) setPorts() {
 
 // isICMP says whether the packet is ICMP of its own family.
 func (e *evaluation) isICMP() bool {
-	return e.p.Proto == ProtoICMP && e.family == Inet || e.p.Proto == ProtoICMPv6 && e.family == Inet6
+	return e.p.Proto == pfconf.ProtoICMP && e.family == pfconf.Inet || e.p.Proto == pfconf.ProtoICMPv6 && e.family == pfconf.Inet6
 }
 
 // isICMPError says whether it is an ICMP message about another packet.
@@ -213,7 +217,7 @@ func (e *evaluation) isICMPError() bool {
 		return false
 	}
 	switch t := e.p.ICMPType; e.family {
-	case Inet:
+	case pfconf.Inet:
 		return t == 3 || t == 4 || t == 5 || t == 11 || t == 12
 	default:
 		return t >= 1 && t <= 4
@@ -226,9 +230,9 @@ func (e *evaluation) scopeMismatch(r *crule) mismatch {
 	switch {
 	case r.kif != nil && (r.kif == e.on) == r.ifNot:
 		return skipInterface
-	case r.dir != Both && r.dir != e.dir:
+	case r.dir != pfconf.Both && r.dir != e.dir:
 		return skipDirection
-	case r.family != AnyFamily && r.family != e.family:
+	case r.family != pfconf.AnyFamily && r.family != e.family:
 		return skipFamily
 	case r.proto != 0 && r.proto != e.p.Proto:
 		return skipProto
@@ -252,7 +256,7 @@ func (e *evaluation) filterMismatch(r *crule, tag int) mismatch {
 	if by := e.scopeMismatch(r); by != matched {
 		return by
 	}
-	ports := r.proto == ProtoTCP || r.proto == ProtoUDP
+	ports := r.proto == pfconf.ProtoTCP || r.proto == pfconf.ProtoUDP
 	switch {
 	case !r.from.addr.matches(e.m, p.Src):
 		return skipSource
@@ -266,7 +270,7 @@ func (e *evaluation) filterMismatch(r *crule, tag int) mismatch {
 		r.icmpCode != 0 && r.icmpCode != int(p.ICMPCode)+1,
 		r.tos != 0 && r.tos&p.TOS == 0,
 		r.fragment,
-		p.Proto == ProtoTCP && p.Flags&r.flagMask != r.flags,
+		p.Proto == pfconf.ProtoTCP && p.Flags&r.flagMask != r.flags,
 		r.noUser,
 		r.prob != 0 && e.m.rand.Float64() >= r.prob,
 		r.tagged != 0 && !e.tagMatches(r, tag),
@@ -286,11 +290,11 @@ func (e *evaluation) fragmentMismatch(r *crule, tag int) mismatch {
 	ports := !r.from.port.any || !r.to.port.any
 	asks := false
 	switch p.Proto {
-	case ProtoUDP:
+	case pfconf.ProtoUDP:
 		asks = ports
-	case ProtoTCP:
+	case pfconf.ProtoTCP:
 		asks = ports || r.flagMask != 0
-	case ProtoICMP, ProtoICMPv6:
+	case pfconf.ProtoICMP, pfconf.ProtoICMPv6:
 		asks = r.icmpType != 0 || r.icmpCode != 0
 	}
 	switch {
@@ -379,12 +383,12 @@ func (e *evaluation) testRules() {
 	}
 	// An error makes no state. A translation does whatever the rules say: the
 	// answers have to find their way back.
-	if e.isICMPError() || e.rule.keep == StateDefault && !translated && !e.normTCP {
+	if e.isICMPError() || e.rule.keep == pfconf.StateDefault && !translated && !e.normTCP {
 		return
 	}
 	inner := stateSide{stateHost{before.Src, sport}, stateHost{before.Dst, dport}}
 	port := sport
-	if e.dir == In {
+	if e.dir == pfconf.In {
 		port = dport
 	}
 	if translated {
@@ -400,7 +404,7 @@ func (e *evaluation) answer() Verdict {
 	r, p := e.rule, &e.p
 	switch {
 	// A reset isn't reset, but block return has a second answer for it.
-	case p.Proto == ProtoTCP && r.returnReset && p.Flags&FlagRST == 0:
+	case p.Proto == pfconf.ProtoTCP && r.returnReset && p.Flags&pfconf.FlagRST == 0:
 		// For the log the translated header was written into the packet, but the
 		// checksum is only right at the end: the kernel doesn't answer what it
 		// takes for damaged.
@@ -422,18 +426,18 @@ func (e *evaluation) apply(t *translation) {
 	srcChanged, dstChanged := p.Src != t.src, p.Dst != t.dst
 	e.rewritten = true
 	switch {
-	case p.Proto == ProtoTCP || p.Proto == ProtoUDP:
+	case p.Proto == pfconf.ProtoTCP || p.Proto == pfconf.ProtoUDP:
 		port := uint16(t.port)
 		if srcChanged {
 			p.SrcPort = port
 			e.sport = t.port
 		}
-		rdr := t.rule.action == Rdr
+		rdr := t.rule.action == pfconf.Rdr
 		if rdr && (dstChanged || p.DstPort != port) {
 			p.DstPort = port
 			e.dport = t.port
 		}
-	case p.Proto == ProtoICMP && e.family == Inet:
+	case p.Proto == pfconf.ProtoICMP && e.family == pfconf.Inet:
 		if srcChanged {
 			p.ICMPID = uint16(t.port)
 		}
@@ -449,7 +453,7 @@ type stateSide struct{ src, dst stateHost }
 // reports whether there was room and no collision.
 func (e *evaluation) makeState(before stateSide, port uint32, tag int) bool {
 	m, r := e.m, e.rule
-	if e.translated != nil && e.p.Proto == protoESP && e.dir == Out && e.espBlocked(before.src.addr) {
+	if e.translated != nil && e.p.Proto == protoESP && e.dir == pfconf.Out && e.espBlocked(before.src.addr) {
 		return false
 	}
 	if r.max > 0 && r.states >= int(r.max) {
@@ -500,7 +504,7 @@ func (e *evaluation) makeState(before stateSide, port uint32, tag int) bool {
 // another inner host: only one may wait for the other side's SPI.
 func (e *evaluation) espBlocked(inner netip.Addr) bool {
 	k := outsideKey(protoESP, filterUnset, stateHost{addr: e.p.Src}, stateHost{addr: e.p.Dst})
-	s := e.m.states.find(k, In, e.on)
+	s := e.m.states.find(k, pfconf.In, e.on)
 	return s != nil && s.key.lan.addr != inner
 }
 
@@ -510,9 +514,9 @@ func (e *evaluation) newKey(before stateSide, port uint32) *stateKey {
 	k := &stateKey{proto: e.p.Proto, dir: e.dir}
 	after := stateSide{stateHost{e.p.Src, e.sport}, stateHost{e.p.Dst, e.dport}}
 	switch k.proto {
-	case ProtoICMPv6:
-		k.proto = ProtoICMP
-	case ProtoUDP:
+	case pfconf.ProtoICMPv6:
+		k.proto = pfconf.ProtoICMP
+	case pfconf.ProtoUDP:
 		k.filter = addrPortDependent
 		if e.translated != nil && (e.p.SrcPort != ikePort || e.p.DstPort != ikePort) {
 			k.filter = max(k.filter, e.translated.pool.extFilter)
@@ -520,21 +524,21 @@ func (e *evaluation) newKey(before stateSide, port uint32) *stateKey {
 	}
 	near, far := &after.src, &after.dst
 	nearBefore, farBefore := &before.src, &before.dst
-	if e.dir == In {
+	if e.dir == pfconf.In {
 		near, far, nearBefore, farBefore = far, near, farBefore, nearBefore
 	}
 	switch k.proto {
-	case ProtoICMP:
+	case pfconf.ProtoICMP:
 		near.port, far.port = port, 0
 		if e.translated == nil {
 			nearBefore.port, farBefore.port = port, 0
 		}
 	case protoESP:
-		if e.dir == Out {
+		if e.dir == pfconf.Out {
 			nearBefore.port = 0
 		}
 	}
-	if e.dir == Out {
+	if e.dir == pfconf.Out {
 		k.gwy, k.extGwy, k.lan, k.extLan = *near, *far, *nearBefore, *farBefore
 	} else {
 		k.lan, k.extLan, k.gwy, k.extGwy = *near, *far, *nearBefore, *farBefore

@@ -1,6 +1,10 @@
-package pfconf
+package pfsim
 
-import "net/netip"
+import (
+	"net/netip"
+
+	"github.com/meshhelper/meshhelper/pfconf"
+)
 
 // defaultSourceLimit is how many sources pf tracks unless told otherwise
 // (PFSNODE_HIWAT of bsd/net/pfvar.h).
@@ -48,14 +52,14 @@ func (t *threshold) add(now int64) {
 func (t *threshold) exceeded() bool { return t.count > t.limit }
 
 // tracksSources says whether states of the rule are counted by source.
-func (r *crule) tracksSources() bool { return r.track != NoSourceTrack }
+func (r *crule) tracksSources() bool { return r.track != pfconf.NoSourceTrack }
 
 // sourceOf returns the node under which a rule counts an address, a new one if
 // need be, and nil if a limit of the rule or of the machine is reached
 // (pf_insert_src_node).
 func (m *Machine) sourceOf(r *crule, a netip.Addr) *sourceNode {
 	key := sourceKey{addr: a}
-	if r.track == SourceTrackRule {
+	if r.track == pfconf.SourceTrackRule {
 		key.rule = r
 	}
 	if n := m.sources[key]; n != nil {
@@ -156,7 +160,7 @@ func (e *evaluation) connected(s *state) (tooMany bool) {
 	rule, dir, flush := s.rule, s.key.dir, false
 	if rule.overload != nil {
 		rule.overload.insert(n.key.addr)
-		flush = o.Flush != NoFlush
+		flush = o.Flush != pfconf.NoFlush
 	}
 	m.removeState(s)
 	if flush {
@@ -171,8 +175,8 @@ func (t *ktable) insert(a netip.Addr) {
 	if t.flags&tableActive == 0 && t.root != nil {
 		t = t.root
 	}
-	p := hostPrefix(a)
-	if _, ok := t.set.get(p); !ok && storable(p) && t.set.n < maxEntries {
+	p := netip.PrefixFrom(a, a.BitLen())
+	if _, ok := t.set.get(p); !ok && !a.IsUnspecified() && t.set.n < maxEntries {
 		t.set.set(p, false)
 	}
 }
@@ -180,14 +184,14 @@ func (t *ktable) insert(a netip.Addr) {
 // endOthers ends the states of a source of a rule: those of the rule, or all with
 // flush global. On which side of a state the source is asked for depends on the
 // direction of the one that went too far.
-func (m *Machine) endOthers(rule *crule, dir Direction, source netip.Addr) {
+func (m *Machine) endOthers(rule *crule, dir pfconf.Direction, source netip.Addr) {
 	for s := m.states.first; s != nil; {
 		next := s.next
 		near := s.key.extLan.addr
-		if dir == Out {
+		if dir == pfconf.Out {
 			near = s.key.lan.addr
 		}
-		if near == source && (rule.rule.StateOptions.Flush == FlushGlobal || s.rule == rule) {
+		if near == source && (rule.rule.StateOptions.Flush == pfconf.FlushGlobal || s.rule == rule) {
 			m.removeState(s)
 		}
 		s = next

@@ -1,8 +1,10 @@
-package pfconf
+package pfsim
 
 import (
 	"fmt"
 	"net/netip"
+
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // ruleList is one of the kernel's rule lists of an anchor.
@@ -22,7 +24,7 @@ func (l ruleList) translates() bool { return l == natList || l == binatList || l
 
 // crule is a rule compiled for matching, with what the kernel keeps in it.
 type crule struct {
-	rule   *Rule // nil: the default rule
+	rule   *pfconf.Rule // nil: the default rule
 	anchor string
 	loaded bool
 	// states are those of which this is the rule, the translation or the anchor.
@@ -32,7 +34,7 @@ type crule struct {
 	// skips are how many rules to go on by when one of these fields mismatches.
 	skips [skipFields]int32
 
-	action Action
+	action pfconf.Action
 	// call is what an anchor rule calls; wildcard calls its children instead.
 	call     *anchorNode
 	wildcard bool
@@ -42,16 +44,16 @@ type crule struct {
 	// nothing.
 	kif    *kif
 	ifNot  bool
-	dir    Direction
-	family Family
-	proto  Proto
+	dir    pfconf.Direction
+	family pfconf.Family
+	proto  pfconf.Proto
 	from   cendpoint
 	to     cendpoint
 	noOS   bool // asks for a system that sends: never matches
 	noUser bool // asks for a socket's owner that no packet here has
 
 	icmpType, icmpCode int // one more than the number; 0: any
-	flags, flagMask    TCPFlags
+	flags, flagMask    pfconf.TCPFlags
 	tos                uint8
 	fragment           bool
 	allowOpts          bool
@@ -68,7 +70,7 @@ type crule struct {
 	// keep is StateDefault for a rule that makes no state. bound ties states to
 	// the interface, max bounds how many there are, and timeouts of 0 are those
 	// of the machine.
-	keep     StateKind
+	keep     pfconf.StateKind
 	bound    bool
 	max      uint32
 	timeouts [timeoutMax]uint32
@@ -78,7 +80,7 @@ type crule struct {
 
 	// track says how the rule counts sources, of which it has made sources nodes.
 	// overload is the table for those that go beyond its limits; nil: none.
-	track    SourceTrack
+	track    pfconf.SourceTrack
 	sources  int
 	overload *ktable
 
@@ -98,7 +100,7 @@ type cendpoint struct {
 
 // caddr is a compiled address.
 type caddr struct {
-	kind   AddressKind
+	kind   pfconf.AddressKind
 	not    bool
 	prefix netip.Prefix
 	last   netip.Addr
@@ -109,7 +111,7 @@ type caddr struct {
 // cport is a compiled comparison of ports; any is one that always holds.
 type cport struct {
 	any    bool
-	op     CompareOp
+	op     pfconf.CompareOp
 	lo, hi uint16
 }
 
@@ -119,23 +121,23 @@ func (p cport) matches(n uint16) bool {
 		return true
 	}
 	switch p.op {
-	case Equal:
+	case pfconf.Equal:
 		return n == p.lo
-	case NotEqual:
+	case pfconf.NotEqual:
 		return n != p.lo
-	case Less:
+	case pfconf.Less:
 		return n < p.lo
-	case LessEqual:
+	case pfconf.LessEqual:
 		return n <= p.lo
-	case Greater:
+	case pfconf.Greater:
 		return n > p.lo
-	case GreaterEqual:
+	case pfconf.GreaterEqual:
 		return n >= p.lo
-	case Range:
+	case pfconf.Range:
 		return n >= p.lo && n <= p.hi
-	case Inside:
+	case pfconf.Inside:
 		return n > p.lo && n < p.hi
-	case Outside:
+	case pfconf.Outside:
 		return n < p.lo || n > p.hi
 	}
 	return false
@@ -149,17 +151,17 @@ func (c *caddr) matches(m *Machine, a netip.Addr) bool {
 // holds is matches without negation.
 func (c *caddr) holds(m *Machine, a netip.Addr) bool {
 	switch c.kind {
-	case AddrAny:
+	case pfconf.AddrAny:
 		return true
-	case AddrPrefix:
+	case pfconf.AddrPrefix:
 		// A mask of zero is any, of whichever family: the rule's own family has
 		// been compared by now.
 		return c.prefix.Contains(a) || c.prefix.Bits() == 0
-	case AddrTable:
+	case pfconf.AddrTable:
 		return c.table.contains(a)
-	case AddrDynamic:
+	case pfconf.AddrDynamic:
 		return c.dyn.contains(m, a)
-	case AddrRange:
+	case pfconf.AddrRange:
 		return c.prefix.Addr().Compare(a) <= 0 && a.Compare(c.last) <= 0
 	}
 	// no-route and urpf-failed: macOS asks its routing table and then takes every
@@ -172,8 +174,8 @@ func (c *caddr) holds(m *Machine, a netip.Addr) bool {
 type dynAddr struct {
 	kif    *kif
 	self   bool
-	family Family
-	mod    AddressModifier
+	family pfconf.Family
+	mod    pfconf.AddressModifier
 	bits   int // 0: none
 	gen    int // of the machine's addresses when v4 and v6 were made
 	v4, v6 []netip.Prefix
@@ -216,7 +218,7 @@ func (d *dynAddr) update(m *Machine) {
 		if a.Is4() {
 			got = &got4
 		}
-		if d.skips(a) || d.mod&ModNoAlias != 0 && *got {
+		if d.skips(a) || d.mod&pfconf.ModNoAlias != 0 && *got {
 			continue
 		}
 		*got = true
@@ -226,9 +228,9 @@ func (d *dynAddr) update(m *Machine) {
 	}
 	for _, e := range set.entries() {
 		switch v4 := e.prefix.Addr().Is4(); {
-		case v4 && d.family != Inet6:
+		case v4 && d.family != pfconf.Inet6:
 			d.v4 = append(d.v4, e.prefix)
-		case !v4 && d.family != Inet:
+		case !v4 && d.family != pfconf.Inet:
 			d.v6 = append(d.v6, e.prefix)
 		}
 	}
@@ -236,10 +238,11 @@ func (d *dynAddr) update(m *Machine) {
 
 // skips says whether the modifiers leave the address out.
 func (d *dynAddr) skips(a netip.Addr) bool {
+	on := pfconf.Interface{Name: d.kif.name}
 	switch {
-	case d.mod&ModBroadcast != 0 && (a.Is6() || isLoopback(d.kif.name) || isPointToPoint(d.kif.name)):
+	case d.mod&pfconf.ModBroadcast != 0 && (a.Is6() || on.IsLoopback() || on.IsPointToPoint()):
 		return true
-	case d.mod&ModPeer != 0:
+	case d.mod&pfconf.ModPeer != 0:
 		return true // point-to-point interfaces here have no peer address
 	}
 	return a.Is6() && a.IsLinkLocalUnicast()
@@ -247,14 +250,14 @@ func (d *dynAddr) skips(a netip.Addr) bool {
 
 // entry is what an address with its network's length becomes in the table.
 func (d *dynAddr) entry(a netip.Addr, length int) (netip.Prefix, bool) {
-	if d.mod&ModBroadcast != 0 {
+	if d.mod&pfconf.ModBroadcast != 0 {
 		a = endOf(netip.PrefixFrom(a, length).Masked())
 	}
 	bits := a.BitLen()
 	switch {
 	case d.bits > 0:
 		bits = min(d.bits, bits)
-	case d.mod&ModNetwork != 0:
+	case d.mod&pfconf.ModNetwork != 0:
 		bits = length
 	}
 	p, err := a.Prefix(bits)
@@ -278,7 +281,7 @@ type compiler struct {
 }
 
 // compile makes r ready. Its tables are referenced from now on.
-func (c compiler) compile(r *Rule) (*crule, error) {
+func (c compiler) compile(r *pfconf.Rule) (*crule, error) {
 	out := &crule{
 		rule: r, anchor: c.anchor, loaded: true,
 		action: r.Action, quick: r.Quick, dir: r.Direction, family: r.Family,
@@ -315,9 +318,9 @@ func (c compiler) compile(r *Rule) (*crule, error) {
 
 // noSocket says whether a packet that belongs to no socket matches the owners
 // that a rule asks for: as unknown, and as another than any.
-func noSocket(ids []IDMatch) bool {
+func noSocket(ids []pfconf.IDMatch) bool {
 	for _, id := range ids {
-		if id.Op != Equal && id.Op != NotEqual || id.Unknown != (id.Op == Equal) {
+		if id.Op != pfconf.Equal && id.Op != pfconf.NotEqual || id.Unknown != (id.Op == pfconf.Equal) {
 			return false
 		}
 	}
@@ -335,22 +338,22 @@ func deref(p *uint8) uint8 {
 func (c compiler) filterParts(out *crule) {
 	r := out.rule
 	out.natPass = r.Pass
-	out.block = r.Action == Block
+	out.block = r.Action == pfconf.Block
 	if out.block {
-		out.returnReset = r.Return.Kind == ReturnAll || r.Return.Kind == ReturnRST
-		out.returnICMP = r.Return.Kind == ReturnAll || r.Return.Kind == ReturnICMP
+		out.returnReset = r.Return.Kind == pfconf.ReturnAll || r.Return.Kind == pfconf.ReturnRST
+		out.returnICMP = r.Return.Kind == pfconf.ReturnAll || r.Return.Kind == pfconf.ReturnICMP
 	}
 	switch {
-	case r.State != StateDefault:
+	case r.State != pfconf.StateDefault:
 		out.keep = r.State
-	case r.Action == Pass:
-		out.keep = KeepState
+	case r.Action == pfconf.Pass:
+		out.keep = pfconf.KeepState
 	}
-	if out.keep == NoState {
-		out.keep = StateDefault
+	if out.keep == pfconf.NoState {
+		out.keep = pfconf.StateDefault
 	}
 	// A state policy of the whole ruleset is in each rule by now.
-	out.bound = r.StateOptions.Policy == IfBound
+	out.bound = r.StateOptions.Policy == pfconf.IfBound
 	out.max = r.StateOptions.Max
 	setTimeouts(&out.timeouts, r.StateOptions.Timeouts)
 	out.log = r.Log != nil
@@ -364,13 +367,13 @@ func (c compiler) filterParts(out *crule) {
 func (c compiler) normalizeParts(out *crule) {
 	n := out.rule.Normalize
 	out.normTCP, out.noDF = n.ReassembleTCP, n.NoDF
-	out.fragKeep = n.Fragment == FragmentCrop || n.Fragment == FragmentDropOvl
+	out.fragKeep = n.Fragment == pfconf.FragmentCrop || n.Fragment == pfconf.FragmentDropOvl
 }
 
 func (c compiler) endpoints(out *crule) error {
 	for _, e := range []struct {
 		to   *cendpoint
-		from Endpoint
+		from pfconf.Endpoint
 	}{{&out.from, out.rule.From}, {&out.to, out.rule.To}} {
 		if len(e.from.Addrs) > 1 || len(e.from.Ports) > 1 {
 			return fmt.Errorf("compile rule: it isn't expanded")
@@ -391,23 +394,23 @@ func (c compiler) endpoints(out *crule) error {
 }
 
 // address compiles one address.
-func (c compiler) address(a Address, f Family) (caddr, error) {
+func (c compiler) address(a pfconf.Address, f pfconf.Family) (caddr, error) {
 	out := caddr{kind: a.Kind, not: a.Not, last: a.Last.WithZone("")}
 	switch a.Kind {
-	case AddrPrefix:
+	case pfconf.AddrPrefix:
 		if !a.Prefix.IsValid() {
 			return out, fmt.Errorf("compile address: invalid prefix")
 		}
 		out.prefix = netip.PrefixFrom(a.Prefix.Addr().WithZone(""), a.Prefix.Bits()).Masked()
-	case AddrRange:
+	case pfconf.AddrRange:
 		out.prefix = netip.PrefixFrom(a.Prefix.Addr().WithZone(""), a.Prefix.Addr().BitLen())
-	case AddrTable:
+	case pfconf.AddrTable:
 		out.table = c.m.attachTable(tableName{c.anchor, a.Name})
-	case AddrDynamic:
+	case pfconf.AddrDynamic:
 		out.dyn = &dynAddr{
 			kif: c.m.kif(a.Name), self: a.Name == "self", family: f, mod: a.Mod, bits: int(deref(a.Bits)),
 		}
-	case AddrInterface:
+	case pfconf.AddrInterface:
 		return out, fmt.Errorf("compile address: interface %s isn't resolved", a.Name)
 	}
 	return out, nil
@@ -416,9 +419,9 @@ func (c compiler) address(a Address, f Family) (caddr, error) {
 // target compiles where a rule leads: to an anchor or to a pool.
 func (c compiler) target(out *crule) error {
 	switch out.action {
-	case Anchor, NatAnchor, BinatAnchor, RdrAnchor, ScrubAnchor:
+	case pfconf.Anchor, pfconf.NatAnchor, pfconf.BinatAnchor, pfconf.RdrAnchor, pfconf.ScrubAnchor:
 		return c.anchorCall(out)
-	case Nat, Binat, Rdr:
+	case pfconf.Nat, pfconf.Binat, pfconf.Rdr:
 		return c.makePool(out)
 	}
 	return nil

@@ -1,9 +1,11 @@
-package pfconf
+package pfsim
 
 import (
 	"fmt"
 	"net/netip"
 	"slices"
+
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // tableName is a table's name together with the anchor that it belongs to.
@@ -135,7 +137,7 @@ func (m *Machine) setTableFlags(t *ktable, flags int) {
 }
 
 // defineTable is what a load does with a table's statement before it commits.
-func (m *Machine) defineTable(anchor string, def *Table) {
+func (m *Machine) defineTable(anchor string, def *pfconf.Table) {
 	key := tableName{anchor, def.Name}
 	t := m.tables[key]
 	if t == nil {
@@ -148,8 +150,8 @@ func (m *Machine) defineTable(anchor string, def *Table) {
 	if def.Const {
 		sh.flags |= tableConst
 	}
-	for _, e := range storedEntries(def.Addrs) {
-		sh.set.set(e.prefix, e.not)
+	for _, a := range def.Addrs {
+		sh.set.set(a.Prefix, a.Not)
 	}
 	t.shadow = sh
 	t.flags |= tableInactive
@@ -172,15 +174,6 @@ func (m *Machine) commitTables(anchor string) {
 		}
 		m.setTableFlags(t, sh.flags&tableUserFlags|t.flags&(tableSetFlags&^tableInactive)|tableActive)
 	}
-}
-
-// tablePrefix is the entry that an address of a table's text stands for.
-func tablePrefix(a Address) (netip.Prefix, bool) {
-	if a.Kind != AddrPrefix || !a.Prefix.IsValid() {
-		return netip.Prefix{}, false
-	}
-	p := netip.PrefixFrom(a.Prefix.Addr().WithZone(""), a.Prefix.Bits()).Masked()
-	return p, p.IsValid()
 }
 
 // activeTable returns a table that pfctl -T can work on.
@@ -229,8 +222,8 @@ func (m *Machine) makeTable(anchor, name string) (*ktable, error) {
 // exist, as pfctl -T add does. An entry that exists stays as it is, also when
 // it is negated otherwise. It returns how many were added. Addresses must be of
 // the kind AddrPrefix. The all-zero host isn't added, without an error.
-func (m *Machine) AddToTable(anchor, table string, addrs []Address) (int, error) {
-	ps, err := tableEntries(addrs)
+func (m *Machine) AddToTable(anchor, table string, addrs []pfconf.Address) (int, error) {
+	ps, err := pfconf.Stored(addrs)
 	if err != nil {
 		return 0, fmt.Errorf("add to table %q: %w", table, err)
 	}
@@ -243,8 +236,8 @@ func (m *Machine) AddToTable(anchor, table string, addrs []Address) (int, error)
 	}
 	before := t.set.n
 	for _, e := range ps {
-		if _, ok := t.set.get(e.prefix); !ok {
-			t.set.set(e.prefix, e.not)
+		if _, ok := t.set.get(e.Prefix); !ok {
+			t.set.set(e.Prefix, e.Not)
 		}
 	}
 	return t.set.n - before, nil
@@ -252,8 +245,8 @@ func (m *Machine) AddToTable(anchor, table string, addrs []Address) (int, error)
 
 // DeleteFromTable removes entries and returns how many were there. A negated
 // entry is removed only as such. The table must exist.
-func (m *Machine) DeleteFromTable(anchor, table string, addrs []Address) (int, error) {
-	if _, err := tableEntries(addrs); err != nil {
+func (m *Machine) DeleteFromTable(anchor, table string, addrs []pfconf.Address) (int, error) {
+	if _, err := pfconf.Stored(addrs); err != nil {
 		return 0, fmt.Errorf("delete from table %q: %w", table, err)
 	}
 	t, err := m.changeableTable(anchor, table)
@@ -262,7 +255,7 @@ func (m *Machine) DeleteFromTable(anchor, table string, addrs []Address) (int, e
 	}
 	before := t.set.n
 	for _, a := range addrs {
-		p, _ := tablePrefix(a)
+		p := netip.PrefixFrom(a.Prefix.Addr().WithZone(""), a.Prefix.Bits()).Masked()
 		if not, ok := t.set.get(p); ok && not == a.Not {
 			t.set.remove(p)
 		}
@@ -272,8 +265,8 @@ func (m *Machine) DeleteFromTable(anchor, table string, addrs []Address) (int, e
 
 // ReplaceTable makes addrs the whole contents of a table, which it makes if
 // need be.
-func (m *Machine) ReplaceTable(anchor, table string, addrs []Address) error {
-	ps, err := tableEntries(addrs)
+func (m *Machine) ReplaceTable(anchor, table string, addrs []pfconf.Address) error {
+	ps, err := pfconf.Stored(addrs)
 	if err != nil {
 		return fmt.Errorf("replace table %q: %w", table, err)
 	}
@@ -286,7 +279,7 @@ func (m *Machine) ReplaceTable(anchor, table string, addrs []Address) error {
 	}
 	var set prefixSet
 	for _, e := range ps {
-		set.set(e.prefix, e.not)
+		set.set(e.Prefix, e.Not)
 	}
 	t.set = set
 	return nil
@@ -316,17 +309,17 @@ func (m *Machine) TestTable(anchor, table string, a netip.Addr) (bool, error) {
 
 // Table returns a table as it is now, with its entries in ascending order. The
 // error is ErrNoTable.
-func (m *Machine) Table(anchor, table string) (*Table, error) {
+func (m *Machine) Table(anchor, table string) (*pfconf.Table, error) {
 	t, err := m.activeTable(anchor, table)
 	if err != nil {
 		return nil, fmt.Errorf("show table %q: %w", table, err)
 	}
-	out := &Table{
+	out := &pfconf.Table{
 		Name: table, Persist: t.flags&tablePersist != 0, Const: t.flags&tableConst != 0,
 		HasAddrs: true,
 	}
 	for _, e := range t.set.entries() {
-		out.Addrs = append(out.Addrs, Address{Kind: AddrPrefix, Prefix: e.prefix, Not: e.not})
+		out.Addrs = append(out.Addrs, pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: e.prefix, Not: e.not})
 	}
 	return out, nil
 }
@@ -352,14 +345,4 @@ func (m *Machine) flushTables(anchor string) int {
 		n++
 	}
 	return n
-}
-
-// tableEntries returns the entries that a command of pfctl -T is about.
-func tableEntries(addrs []Address) ([]prefixEntry, error) {
-	for _, a := range addrs {
-		if _, ok := tablePrefix(a); !ok {
-			return nil, fmt.Errorf("entry of kind %d is no address", a.Kind)
-		}
-	}
-	return storedEntries(addrs), nil
 }

@@ -1,17 +1,16 @@
-package pfconf
+package pfsim
 
 import (
-	"bufio"
-	"compress/gzip"
 	"encoding/json"
 	"fmt"
-	"io"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
+
+	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/internal/vectors"
 )
 
 // vectorTotals is what the vectors' run says at the end, after all other
@@ -29,48 +28,11 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// A scenario is one line of the conformance vectors.
-type scenario struct {
-	Name       string            `json:"name"`
-	Kind       string            `json:"kind"`
-	About      string            `json:"about"`
-	Interfaces []vectorInterface `json:"interfaces"`
-
-	// Text, Anchor and Want are those of a parse scenario.
-	Text   *string         `json:"text"`
-	Anchor string          `json:"anchor"`
-	Want   json.RawMessage `json:"want"`
-
-	// Main, Anchors and Events are those of a packet scenario.
-	Main    *string           `json:"main"`
-	Anchors []vectorAnchor    `json:"anchors"`
-	Events  []json.RawMessage `json:"events"`
-}
-
-type vectorInterface struct {
-	Name      string   `json:"name"`
-	Addresses []string `json:"addresses"`
-}
-
-type vectorAnchor struct {
-	Name  string `json:"name"`
-	Rules string `json:"rules"`
-}
-
-// hostInterfaces returns the scenario's interfaces in the package's form.
-func (s *scenario) hostInterfaces(t *testing.T) []Interface {
-	t.Helper()
-	var ifs []Interface
-	for _, vi := range s.Interfaces {
-		in := Interface{Name: vi.Name}
-		for _, a := range vi.Addresses {
-			p, err := netip.ParsePrefix(a)
-			if err != nil {
-				t.Fatalf("%s: interface %s: %v", s.Name, vi.Name, err)
-			}
-			in.Addresses = append(in.Addresses, p)
-		}
-		ifs = append(ifs, in)
+// hostInterfaces returns the interfaces of a scenario's host.
+func hostInterfaces(s *vectors.Scenario) []pfconf.Interface {
+	var ifs []pfconf.Interface
+	for _, i := range s.Interfaces {
+		ifs = append(ifs, pfconf.Interface{Name: i.Name, Addresses: i.Addresses})
 	}
 	return ifs
 }
@@ -106,7 +68,7 @@ func mustJSON(t *testing.T, v any) string {
 // TestVectors holds the package against what Apple's own pf did.
 func TestVectors(t *testing.T) {
 	vectorTotals.ran = true
-	for _, f := range vectorFiles(t) {
+	for _, f := range vectors.Files(t, "testdata") {
 		t.Run(filepath.Base(f), func(t *testing.T) { runVectors(t, f) })
 	}
 	if vectorTotals.scenarios == 0 {
@@ -114,69 +76,8 @@ func TestVectors(t *testing.T) {
 	}
 }
 
-// vectorFiles returns the files of vectors: those of the repository, and those
-// in the directory that PFCONF_VECTORS names. That there are none is a failure.
-func vectorFiles(t *testing.T) []string {
-	t.Helper()
-	dirs := []string{"testdata"}
-	if dir := os.Getenv("PFCONF_VECTORS"); dir != "" {
-		dirs = append(dirs, dir)
-	}
-	var all []string
-	for _, dir := range dirs {
-		found := 0
-		for _, pattern := range []string{"*.jsonl", "*.jsonl.gz"} {
-			files, err := filepath.Glob(filepath.Join(dir, pattern))
-			if err != nil {
-				t.Fatal(err)
-			}
-			all = append(all, files...)
-			found += len(files)
-		}
-		if found == 0 {
-			t.Fatalf("no vectors in %s", dir)
-		}
-	}
-	return all
-}
-
-// openVectors opens a file of vectors, compressed or not.
-func openVectors(t *testing.T, file string) io.Reader {
-	t.Helper()
-	f, err := os.Open(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { f.Close() })
-	if filepath.Ext(file) != ".gz" {
-		return f
-	}
-	z, err := gzip.NewReader(f)
-	if err != nil {
-		t.Fatalf("open %s: %v", file, err)
-	}
-	return z
-}
-
-// eachScenario calls do with each line of a file.
-func eachScenario(t *testing.T, file string, do func(*scenario)) {
-	t.Helper()
-	lines := bufio.NewScanner(openVectors(t, file))
-	lines.Buffer(nil, 1<<24)
-	for lines.Scan() {
-		var s scenario
-		if err := json.Unmarshal(lines.Bytes(), &s); err != nil {
-			t.Fatal(err)
-		}
-		do(&s)
-	}
-	if err := lines.Err(); err != nil {
-		t.Fatal(err)
-	}
-}
-
 func runVectors(t *testing.T, file string) {
-	eachScenario(t, file, func(s *scenario) {
+	vectors.Each(t, file, func(s *vectors.Scenario) {
 		j := &judge{t: t, scenario: s.Name}
 		if s.Text != nil {
 			judgeParse(j, s)
@@ -189,24 +90,14 @@ func runVectors(t *testing.T, file string) {
 	})
 }
 
-// A parseWant is what a parse scenario wants.
-type parseWant struct {
-	RC        int `json:"rc"`
-	Canonical *struct {
-		Nat    []string            `json:"nat"`
-		Rules  []string            `json:"rules"`
-		Tables map[string][]string `json:"tables"`
-	} `json:"canonical"`
-}
-
 // judgeParse runs a scenario of the kind parse. What is accepted must also print
 // as text that means the same.
-func judgeParse(j *judge, s *scenario) {
-	var want parseWant
+func judgeParse(j *judge, s *vectors.Scenario) {
+	var want vectors.ParseWant
 	if err := json.Unmarshal(s.Want, &want); err != nil {
 		j.t.Fatal(err)
 	}
-	ifs := s.hostInterfaces(j.t)
+	ifs := hostInterfaces(s)
 	got, err := loadText(*s.Text, s.Anchor, ifs)
 	rc := 0
 	if err != nil {
@@ -218,7 +109,7 @@ func judgeParse(j *judge, s *scenario) {
 	}
 	judgeCanonical(j, got, &want)
 	judgeShown(j, s, got, ifs)
-	rs, err := Parse(*s.Text)
+	rs, err := pfconf.Parse(*s.Text)
 	if err != nil {
 		j.t.Fatal(err)
 	}
@@ -233,9 +124,9 @@ func judgeParse(j *judge, s *scenario) {
 }
 
 // judgeShown reads what pfctl shows and loads it again.
-func judgeShown(j *judge, s *scenario, got *Loaded, ifs []Interface) {
-	rules := ParseShown(strings.Join(got.ShowRules(), "\n"))
-	nat := ParseShown(strings.Join(got.ShowNat(), "\n"))
+func judgeShown(j *judge, s *vectors.Scenario, got *pfconf.Loaded, ifs []pfconf.Interface) {
+	rules := pfconf.ParseShown(strings.Join(got.ShowRules(), "\n"))
+	nat := pfconf.ParseShown(strings.Join(got.ShowNat(), "\n"))
 	for _, u := range append(rules.Unknown, nat.Unknown...) {
 		j.t.Errorf("%s: read shown rule %q: %v", s.Name, u.Text, u.Err)
 	}
@@ -249,7 +140,7 @@ func judgeShown(j *judge, s *scenario, got *Loaded, ifs []Interface) {
 	}
 }
 
-func judgeCanonical(j *judge, got *Loaded, want *parseWant) {
+func judgeCanonical(j *judge, got *pfconf.Loaded, want *vectors.ParseWant) {
 	c := want.Canonical
 	if c.Nat != nil {
 		j.check("nat", got.ShowNat(), c.Nat)
@@ -274,17 +165,10 @@ func judgeCanonical(j *judge, got *Loaded, want *parseWant) {
 	}
 }
 
-func loadText(text, anchor string, ifs []Interface) (*Loaded, error) {
-	rs, err := Parse(text)
+func loadText(text, anchor string, ifs []pfconf.Interface) (*pfconf.Loaded, error) {
+	rs, err := pfconf.Parse(text)
 	if err != nil {
 		return nil, err
 	}
 	return rs.Expand(anchor, ifs)
-}
-
-func mustUnmarshal(t *testing.T, raw []byte, v any) {
-	t.Helper()
-	if err := json.Unmarshal(raw, v); err != nil {
-		t.Fatal(err)
-	}
 }

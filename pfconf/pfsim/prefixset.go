@@ -1,4 +1,4 @@
-package pfconf
+package pfsim
 
 import (
 	"encoding/binary"

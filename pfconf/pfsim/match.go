@@ -1,4 +1,6 @@
-package pfconf
+package pfsim
+
+import "github.com/meshhelper/meshhelper/pfconf"
 
 // The states of one end of a flow that isn't TCP (PFUDPS_ and the like).
 const (
@@ -14,9 +16,9 @@ const (
 // state that refuses it.
 func (e *evaluation) testState() bool {
 	switch {
-	case e.p.Proto == ProtoTCP:
+	case e.p.Proto == pfconf.ProtoTCP:
 		return e.testTCP()
-	case e.p.Proto == ProtoUDP:
+	case e.p.Proto == pfconf.ProtoUDP:
 		return e.testUDP()
 	case e.isICMPError():
 		return e.testICMPError()
@@ -29,24 +31,24 @@ func (e *evaluation) testState() bool {
 }
 
 // find looks up a state by the packet's ends in its direction.
-func (e *evaluation) find(proto Proto, filter endpointFilter, src, dst stateHost) *state {
+func (e *evaluation) find(proto pfconf.Proto, filter endpointFilter, src, dst stateHost) *state {
 	e.m.totals[countSearches]++
-	if e.dir == Out {
-		return e.m.states.find(insideKey(proto, filter, src, dst), Out, e.on)
+	if e.dir == pfconf.Out {
+		return e.m.states.find(insideKey(proto, filter, src, dst), pfconf.Out, e.on)
 	}
-	return e.m.states.find(outsideKey(proto, filter, dst, src), In, e.on)
+	return e.m.states.find(outsideKey(proto, filter, dst, src), pfconf.In, e.on)
 }
 
 // findUDP looks for each kind of filtering.
 func (e *evaluation) findUDP(src, dst stateHost) *state {
-	s := e.find(ProtoUDP, addrPortDependent, src, dst)
+	s := e.find(pfconf.ProtoUDP, addrPortDependent, src, dst)
 	for f := addrDependent; s == nil && f <= endpointIndependent && e.m.states.looseUDP > 0; f++ {
-		s = e.find(ProtoUDP, f, src, dst)
+		s = e.find(pfconf.ProtoUDP, f, src, dst)
 	}
 	return s
 }
 
-func (e *evaluation) findPorts(proto Proto, sport, dport uint32) *state {
+func (e *evaluation) findPorts(proto pfconf.Proto, sport, dport uint32) *state {
 	return e.find(proto, filterUnset, stateHost{e.p.Src, sport}, stateHost{e.p.Dst, dport})
 }
 
@@ -83,23 +85,23 @@ func (e *evaluation) track(s *state, single, multiple timeoutKind) {
 // the destination inbound.
 func (e *evaluation) translate(k *stateKey) {
 	h := k.lan
-	if e.dir == Out {
+	if e.dir == pfconf.Out {
 		h = k.gwy
 	}
 	p := &e.p
-	if e.dir == Out {
+	if e.dir == pfconf.Out {
 		p.Src = h.addr
 	} else {
 		p.Dst = h.addr
 	}
 	switch {
-	case p.Proto == ProtoTCP || p.Proto == ProtoUDP:
-		if e.dir == Out {
+	case p.Proto == pfconf.ProtoTCP || p.Proto == pfconf.ProtoUDP:
+		if e.dir == pfconf.Out {
 			p.SrcPort = uint16(h.port)
 		} else {
 			p.DstPort = uint16(h.port)
 		}
-	case p.Proto == ProtoICMP && e.family == Inet:
+	case p.Proto == pfconf.ProtoICMP && e.family == pfconf.Inet:
 		p.ICMPID = uint16(h.port)
 	}
 }
@@ -130,7 +132,7 @@ func (e *evaluation) follow(k *stateKey) {
 		return
 	}
 	ext, h := &k.extGwy, stateHost{e.p.Src, e.sport}
-	if e.dir == Out {
+	if e.dir == pfconf.Out {
 		ext, h = &k.extLan, stateHost{e.p.Dst, e.dport}
 	}
 	if ext.port = h.port; k.filter == endpointIndependent {
@@ -142,7 +144,7 @@ func (e *evaluation) follow(k *stateKey) {
 func (e *evaluation) testICMP() bool {
 	// Messages that aren't echoes are compared by the same two bytes.
 	id := uint32(e.p.ICMPID)
-	s := e.findPorts(ProtoICMP, id, id)
+	s := e.findPorts(pfconf.ProtoICMP, id, id)
 	if e.state = s; s == nil {
 		return false
 	}
@@ -199,9 +201,9 @@ func (e *evaluation) testESP() bool {
 
 // learnSPI files a half-open ESP state under the SPI that answers it, and
 // reports whether that was free.
-func (t *stateTable) learnSPI(s *state, dir Direction, spi uint32) bool {
+func (t *stateTable) learnSPI(s *state, dir pfconf.Direction, spi uint32) bool {
 	k := s.key
-	if dir == In {
+	if dir == pfconf.In {
 		delete(t.outside, k.outside())
 		k.lan.port, k.gwy.port = spi, spi
 		out := k.outside()
@@ -233,7 +235,7 @@ func (e *evaluation) testICMPError() bool {
 	if e.state = s; s == nil {
 		return false
 	}
-	if q.Proto == ProtoTCP && !e.quotedInWindow(s, q.Seq) {
+	if q.Proto == pfconf.ProtoTCP && !e.quotedInWindow(s, q.Seq) {
 		e.m.totals[countMismatch]++
 		e.drop(DecidedByProtocol)
 		return false
@@ -249,12 +251,12 @@ func (e *evaluation) testICMPError() bool {
 func (e *evaluation) findQuoted(q *Quoted) *state {
 	src, dst := stateHost{addr: q.Src.WithZone("")}, stateHost{addr: q.Dst.WithZone("")}
 	switch q.Proto {
-	case ProtoTCP:
+	case pfconf.ProtoTCP:
 		src.port, dst.port = uint32(q.SrcPort), uint32(q.DstPort)
-	case ProtoUDP:
+	case pfconf.ProtoUDP:
 		src.port, dst.port = uint32(q.SrcPort), uint32(q.DstPort)
 		return e.findUDP(dst, src)
-	case ProtoICMP, ProtoICMPv6:
+	case pfconf.ProtoICMP, pfconf.ProtoICMPv6:
 		src.port, dst.port = uint32(q.ICMPID), uint32(q.ICMPID)
 	}
 	return e.find(q.Proto, filterUnset, dst, src)
@@ -277,7 +279,7 @@ func (e *evaluation) translateError(k *stateKey) {
 	q := *e.p.Quoted
 	port, addr := &q.SrcPort, &q.Src
 	h := k.lan
-	if e.dir == Out {
+	if e.dir == pfconf.Out {
 		port, addr, h = &q.DstPort, &q.Dst, k.gwy
 		e.p.Src = h.addr
 	} else {
@@ -285,9 +287,9 @@ func (e *evaluation) translateError(k *stateKey) {
 	}
 	*addr = h.addr
 	switch q.Proto {
-	case ProtoTCP, ProtoUDP:
+	case pfconf.ProtoTCP, pfconf.ProtoUDP:
 		*port = uint16(h.port)
-	case ProtoICMP, ProtoICMPv6:
+	case pfconf.ProtoICMP, pfconf.ProtoICMPv6:
 		q.ICMPID = uint16(h.port)
 	}
 	e.p.Quoted = &q
@@ -304,7 +306,7 @@ func (e *evaluation) scrub(tcp bool) *crule {
 			w.skip()
 		case r.call != nil:
 			w.stepInto(r)
-		case r.action == NoScrub:
+		case r.action == pfconf.NoScrub:
 			return nil
 		default:
 			return r
@@ -315,7 +317,7 @@ func (e *evaluation) scrub(tcp bool) *crule {
 
 func (e *evaluation) scrubMatches(r *crule, tcp bool) bool {
 	scope := e.scopeMismatch(r)
-	if scope == skipProto && !tcp && e.family == Inet6 {
+	if scope == skipProto && !tcp && e.family == pfconf.Inet6 {
 		// Behind extension headers the kernel doesn't look at the protocol.
 		scope = matched
 	}
@@ -326,7 +328,7 @@ func (e *evaluation) scrubMatches(r *crule, tcp bool) bool {
 // scrubPort compares a port as pf_normalize_tcp does, which takes the operator
 // for a protocol: only >< and > are looked at.
 func scrubPort(p cport, n uint16) bool {
-	return p.any || p.op != Inside && p.op != Greater || p.matches(n)
+	return p.any || p.op != pfconf.Inside && p.op != pfconf.Greater || p.matches(n)
 }
 
 // normalize is pf_normalize_ip as far as verdicts go: fragments that meet a
@@ -340,12 +342,12 @@ func (e *evaluation) normalize() bool {
 		return true
 	}
 	r.count(e.p.size())
-	if e.family == Inet && r.noDF {
+	if e.family == pfconf.Inet && r.noDF {
 		e.p.DontFragment = false
 	}
 	if e.p.Fragment {
 		switch {
-		case e.family == Inet && e.p.DontFragment:
+		case e.family == pfconf.Inet && e.p.DontFragment:
 			e.m.totals[countFragment]++
 			return false
 		case r.fragKeep:
@@ -378,13 +380,13 @@ func (e *evaluation) normalizeTCP() bool {
 	e.normTCP = r.normTCP
 	f := e.p.Flags
 	switch {
-	case f&FlagSYN != 0 && f&FlagRST != 0, f&(FlagSYN|FlagACK|FlagRST) == 0:
+	case f&pfconf.FlagSYN != 0 && f&pfconf.FlagRST != 0, f&(pfconf.FlagSYN|pfconf.FlagACK|pfconf.FlagRST) == 0:
 		e.m.totals[countNormalize]++
 		return false
-	case f&FlagSYN != 0:
-		f &^= FlagFIN
+	case f&pfconf.FlagSYN != 0:
+		f &^= pfconf.FlagFIN
 	}
-	if f&FlagACK == 0 && f&(FlagFIN|FlagPSH|FlagURG) != 0 {
+	if f&pfconf.FlagACK == 0 && f&(pfconf.FlagFIN|pfconf.FlagPSH|pfconf.FlagURG) != 0 {
 		e.m.totals[countNormalize]++
 		return false
 	}

@@ -1,8 +1,10 @@
-package pfconf
+package pfsim
 
 import (
 	"fmt"
 	"strings"
+
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // RuleCounters are what pf counts for a rule, from the time at which it was loaded.
@@ -48,14 +50,12 @@ func (m *Machine) counted(anchor string, lists ...ruleList) ([]CountedRule, erro
 	if a == nil {
 		return nil, fmt.Errorf("anchor %q: %w", anchor, ErrNoAnchor)
 	}
-	ld := &Loaded{Path: anchor, Anchors: namelessAnchors(a, nil)}
+	inline := namelessAnchors(a, nil)
 	var out []CountedRule
 	for _, l := range lists {
 		for _, r := range a.lists[l] {
-			lines := showLines([]*Rule{r.rule})
-			if l == filterList {
-				lines = ld.showFilter(anchor, []*Rule{r.rule}, 0)
-			}
+			one := &pfconf.Loaded{Path: anchor, Anchors: inline, Filter: []*pfconf.Rule{r.rule}}
+			lines := one.ShowRules()
 			out = append(out, CountedRule{strings.Join(lines, "\n"), r.counters()})
 		}
 	}
@@ -123,9 +123,9 @@ func (p *Packet) size() int {
 			n += fragmentHeader
 		}
 		return n
-	case p.Proto == ProtoTCP:
+	case p.Proto == pfconf.ProtoTCP:
 		n += tcpHeader
-	case p.Proto == ProtoUDP, p.Proto == ProtoICMP, p.Proto == ProtoICMPv6:
+	case p.Proto == pfconf.ProtoUDP, p.Proto == pfconf.ProtoICMP, p.Proto == pfconf.ProtoICMPv6:
 		n += udpHeader
 	}
 	return n + int(p.Len)
@@ -217,7 +217,7 @@ func (c *caddr) same(o *caddr) bool {
 		return c.isAny() && o.isAny()
 	case c.kind != o.kind:
 		return false
-	case c.kind == AddrDynamic:
+	case c.kind == pfconf.AddrDynamic:
 		return c.dyn.kif == o.dyn.kif && c.dyn.self == o.dyn.self && c.dyn.family == o.dyn.family &&
 			c.dyn.mod == o.dyn.mod && c.dyn.bits == o.dyn.bits
 	}
@@ -225,5 +225,5 @@ func (c *caddr) same(o *caddr) bool {
 }
 
 func (c *caddr) isAny() bool {
-	return c.kind == AddrAny || c.kind == AddrPrefix && c.prefix.Bits() == 0
+	return c.kind == pfconf.AddrAny || c.kind == pfconf.AddrPrefix && c.prefix.Bits() == 0
 }

@@ -1,4 +1,4 @@
-package pfconf
+package pfsim
 
 import (
 	"encoding/json"
@@ -6,6 +6,9 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/internal/vectors"
 )
 
 // stockMain is the main ruleset of a Mac, as the vectors have it for null.
@@ -97,12 +100,12 @@ type packetRun struct {
 }
 
 // judgePackets runs a scenario with events.
-func judgePackets(j *judge, s *scenario) {
-	r := &packetRun{j: j, m: NewMachine(MachineOptions{}), sent: map[string]sentPacket{}}
+func judgePackets(j *judge, s *vectors.Scenario) {
+	r := &packetRun{j: j, m: New(Options{}), sent: map[string]sentPacket{}}
 	if err := r.m.Enable(); err != nil {
 		j.t.Fatal(err)
 	}
-	for _, i := range s.hostInterfaces(j.t) {
+	for _, i := range hostInterfaces(s) {
 		r.m.AddInterface(i)
 	}
 	text := stockMain
@@ -131,7 +134,7 @@ func (r *packetRun) mustLoad(anchor, text string) {
 }
 
 func (r *packetRun) load(anchor, text string) error {
-	rs, err := Parse(text)
+	rs, err := pfconf.Parse(text)
 	if err != nil {
 		return err
 	}
@@ -224,7 +227,7 @@ func (r *packetRun) address(e *vectorEvent) {
 }
 
 func (r *packetRun) appear(e *vectorEvent) {
-	i := Interface{Name: e.Interface}
+	i := pfconf.Interface{Name: e.Interface}
 	for _, a := range e.Addresses {
 		i.Addresses = append(i.Addresses, r.prefix(a))
 	}
@@ -250,10 +253,10 @@ func (r *packetRun) flush(e *vectorEvent) {
 }
 
 func (r *packetRun) table(e *vectorEvent) {
-	var addrs []Address
+	var addrs []pfconf.Address
 	for _, s := range e.Addresses {
 		text, not := strings.CutPrefix(s, "!")
-		addrs = append(addrs, Address{Kind: AddrPrefix, Prefix: r.prefix(strings.TrimSpace(text)), Not: not})
+		addrs = append(addrs, pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: r.prefix(strings.TrimSpace(text)), Not: not})
 	}
 	var err error
 	switch e.Op {
@@ -286,9 +289,9 @@ func (r *packetRun) fromVector(e *vectorEvent) Packet {
 		SrcPort: e.SPort, DstPort: e.DPort, ICMPCode: e.ICMPCode, ICMPID: e.ICMPID,
 	}
 	p.Src, p.Dst = netip.MustParseAddr(e.Src), netip.MustParseAddr(e.Dst)
-	p.Proto = map[string]Proto{"tcp": ProtoTCP, "udp": ProtoUDP, "icmp": ProtoICMP, "igmp": 2, "gre": protoGRE, "esp": protoESP}[e.Proto]
-	if p.Proto == ProtoICMP && p.Src.Is6() {
-		p.Proto = ProtoICMPv6
+	p.Proto = map[string]pfconf.Proto{"tcp": pfconf.ProtoTCP, "udp": pfconf.ProtoUDP, "icmp": pfconf.ProtoICMP, "igmp": 2, "gre": protoGRE, "esp": protoESP}[e.Proto]
+	if p.Proto == pfconf.ProtoICMP && p.Src.Is6() {
+		p.Proto = pfconf.ProtoICMPv6
 	}
 	if p.Proto == protoESP {
 		p.SPI = 0x1001
@@ -336,17 +339,17 @@ func (r *packetRun) complete(e *vectorEvent, p *Packet, opener bool) {
 		p.DontFragment = *e.DF
 	}
 	p.Len = 0
-	if p.Proto == ProtoUDP || p.Proto == ProtoICMP || p.Proto == ProtoICMPv6 {
+	if p.Proto == pfconf.ProtoUDP || p.Proto == pfconf.ProtoICMP || p.Proto == pfconf.ProtoICMPv6 {
 		p.Len = 8
 	}
 	if e.Len != nil {
 		p.Len = *e.Len
 	}
 	switch p.Proto {
-	case ProtoTCP:
+	case pfconf.ProtoTCP:
 		r.segment(e, p, opener)
-	case ProtoICMP, ProtoICMPv6:
-		p.ICMPType = r.icmpType(e.ICMPType, p.Proto == ProtoICMPv6)
+	case pfconf.ProtoICMP, pfconf.ProtoICMPv6:
+		p.ICMPType = r.icmpType(e.ICMPType, p.Proto == pfconf.ProtoICMPv6)
 	}
 }
 
@@ -381,10 +384,10 @@ func (r *packetRun) segment(e *vectorEvent, p *Packet, opener bool) {
 		own, other = other, own
 	}
 	p.Seq, p.Ack, p.Window = own, 0, 65535
-	if p.Flags&FlagSYN != 0 {
+	if p.Flags&pfconf.FlagSYN != 0 {
 		p.Seq--
 	}
-	if p.Flags&FlagACK != 0 {
+	if p.Flags&pfconf.FlagACK != 0 {
 		p.Ack = other
 	}
 	if e.Seq != nil {

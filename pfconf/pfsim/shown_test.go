@@ -1,17 +1,20 @@
-package pfconf
+package pfsim
 
 import (
 	"encoding/json"
 	"strings"
 	"testing"
+
+	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/internal/vectors"
 )
 
 // TestShownRulesJudgeTheSame: a machine that is given what pfctl would show of
 // another judges as that one does. That is how a real host is looked into.
 func TestShownRulesJudgeTheSame(t *testing.T) {
 	scenarios, packets := 0, 0
-	for _, f := range vectorFiles(t) {
-		eachScenario(t, f, func(s *scenario) {
+	for _, f := range vectors.Files(t, "testdata") {
+		vectors.Each(t, f, func(s *vectors.Scenario) {
 			if s.Text != nil || setsOptions(s) {
 				return
 			}
@@ -27,17 +30,17 @@ func TestShownRulesJudgeTheSame(t *testing.T) {
 
 // setsOptions says whether a scenario's main ruleset sets what pfctl doesn't show
 // with the rules.
-func setsOptions(s *scenario) bool {
+func setsOptions(s *vectors.Scenario) bool {
 	return s.Main != nil && (strings.HasPrefix(*s.Main, "set ") || strings.Contains(*s.Main, "\nset "))
 }
 
 // compareShown sends a scenario's packets through its machine and through one
 // made from what that shows, until an event changes it.
-func compareShown(t *testing.T, s *scenario) int {
+func compareShown(t *testing.T, s *vectors.Scenario) int {
 	quiet := &judge{t: t, scenario: s.Name}
-	a := &packetRun{j: quiet, m: NewMachine(MachineOptions{}), sent: map[string]sentPacket{}}
-	b := &packetRun{j: quiet, m: NewMachine(MachineOptions{}), sent: map[string]sentPacket{}}
-	for _, i := range s.hostInterfaces(t) {
+	a := &packetRun{j: quiet, m: New(Options{}), sent: map[string]sentPacket{}}
+	b := &packetRun{j: quiet, m: New(Options{}), sent: map[string]sentPacket{}}
+	for _, i := range hostInterfaces(s) {
 		a.m.AddInterface(i)
 		b.m.AddInterface(i)
 	}
@@ -76,13 +79,13 @@ func rebuild(t *testing.T, name string, a, b *Machine, path string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	rules, nat := ParseShown(strings.Join(l.ShowRules(), "\n")), ParseShown(strings.Join(l.ShowNat(), "\n"))
+	rules, nat := pfconf.ParseShown(strings.Join(l.ShowRules(), "\n")), pfconf.ParseShown(strings.Join(l.ShowNat(), "\n"))
 	for _, u := range append(rules.Unknown, nat.Unknown...) {
 		t.Errorf("%s: anchor %q: %v", name, path, u)
 	}
 	rs := rules.Ruleset(nat)
 	for _, tb := range l.Tables {
-		rs.Statements = append([]Statement{tb}, rs.Statements...)
+		rs.Statements = append([]pfconf.Statement{tb}, rs.Statements...)
 	}
 	if path == "" {
 		err = b.LoadMain(rs)

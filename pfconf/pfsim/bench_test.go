@@ -1,4 +1,4 @@
-package pfconf
+package pfsim
 
 import (
 	"fmt"
@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // meshAnchor is a ruleset of the product's shape for n peers: filter by tables,
@@ -55,13 +57,13 @@ func meshPeer6(i int) netip.Addr {
 // meshHost returns a Mac with the stock main ruleset and a mesh's anchor.
 func meshHost(tb testing.TB, peers int) *Machine {
 	tb.Helper()
-	m := NewMachine(MachineOptions{StateLimit: 100000})
+	m := New(Options{StateLimit: 100000})
 	for name, addrs := range map[string][]string{
 		"lo0":   {"127.0.0.1/8", "::1/128"},
 		"en0":   {"192.168.7.20/24", "2001:db8:7::20/64"},
 		"utun7": {"100.64.255.1/32", "fd6d:6573:6800::ffff/128"},
 	} {
-		i := Interface{Name: name}
+		i := pfconf.Interface{Name: name}
 		for _, a := range addrs {
 			i.Addresses = append(i.Addresses, netip.MustParsePrefix(a))
 		}
@@ -78,7 +80,7 @@ func meshHost(tb testing.TB, peers int) *Machine {
 // mustLoad loads a text into an anchor, "" being the main ruleset.
 func mustLoad(tb testing.TB, m *Machine, anchor, text string) {
 	tb.Helper()
-	rs, err := Parse(text)
+	rs, err := pfconf.Parse(text)
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -93,7 +95,7 @@ func mustLoad(tb testing.TB, m *Machine, anchor, text string) {
 }
 
 func meshPacket(src, dst netip.Addr) Packet {
-	return Packet{Src: src, Dst: dst, Proto: ProtoUDP, SrcPort: 5353, DstPort: 443, Len: 100}
+	return Packet{Src: src, Dst: dst, Proto: pfconf.ProtoUDP, SrcPort: 5353, DstPort: 443, Len: 100}
 }
 
 var (
@@ -153,7 +155,7 @@ func BenchmarkNewFlow(b *testing.B) {
 // BenchmarkLoad loads the anchor of a mesh of 10,000 peers from its text.
 func BenchmarkLoad(b *testing.B) {
 	m := meshHost(b, 1)
-	rs, err := Parse(meshAnchor(10000))
+	rs, err := pfconf.Parse(meshAnchor(10000))
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -1,4 +1,4 @@
-package pfconf_test
+package pfsim_test
 
 import (
 	"fmt"
@@ -7,12 +7,13 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // A host with an uplink and a tunnel translates one peer and keeps the others
 // in.
 func ExampleMachine() {
-	m := pfconf.NewMachine(pfconf.MachineOptions{})
+	m := pfsim.New(pfsim.Options{})
 	m.AddInterface(pfconf.Interface{Name: "en0", Addresses: []netip.Prefix{netip.MustParsePrefix("192.0.2.10/24")}})
 	m.AddInterface(pfconf.Interface{Name: "utun7", Addresses: []netip.Prefix{netip.MustParsePrefix("100.64.0.1/32")}})
 
@@ -41,12 +42,12 @@ pass in on utun7 from <routing> to any label "routing"
 	}
 
 	for _, peer := range []string{"100.64.0.5", "100.64.0.6"} {
-		j := m.Forward(pfconf.Packet{
+		j := m.Forward(pfsim.Packet{
 			Src: netip.MustParseAddr(peer), Dst: netip.MustParseAddr("198.51.100.7"),
 			Proto: pfconf.ProtoUDP, SrcPort: 40000, DstPort: 53,
 		}, "utun7", "en0")
 		fmt.Println(peer, j.Verdict, j.In.Rule.Label, j.In.Anchor)
-		if j.Verdict == pfconf.VerdictPass {
+		if j.Verdict == pfsim.VerdictPass {
 			fmt.Println("  leaves from", j.Packet().Src)
 		}
 	}
@@ -61,7 +62,7 @@ pass in on utun7 from <routing> to any label "routing"
 // States outlive the rule that made them. To cut a flow, kill both directions
 // after the new rules are in force.
 func ExampleMachine_KillStates() {
-	m := pfconf.NewMachine(pfconf.MachineOptions{})
+	m := pfsim.New(pfsim.Options{})
 	m.AddInterface(pfconf.Interface{Name: "utun7"})
 	open, err := pfconf.Parse("pass all\n")
 	if err != nil {
@@ -77,7 +78,7 @@ func ExampleMachine_KillStates() {
 	if err := m.Enable(); err != nil {
 		log.Fatal(err)
 	}
-	flow := pfconf.Packet{
+	flow := pfsim.Packet{
 		Src: netip.MustParseAddr("100.64.0.5"), Dst: netip.MustParseAddr("100.64.0.1"),
 		Proto: pfconf.ProtoUDP, SrcPort: 40000, DstPort: 53,
 	}

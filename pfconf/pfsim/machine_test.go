@@ -1,4 +1,4 @@
-package pfconf
+package pfsim
 
 import (
 	"encoding/json"
@@ -10,20 +10,23 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/meshhelper/meshhelper/pfconf"
+	"github.com/meshhelper/meshhelper/pfconf/internal/vectors"
 )
 
 // machineHost returns an enabled machine with an uplink en0, a LAN en1 and a tunnel
 // utun7, and a main ruleset.
 func machineHost(t testing.TB, main string) *Machine {
 	t.Helper()
-	m := NewMachine(MachineOptions{})
+	m := New(Options{})
 	for _, i := range []struct{ name, v4, v6 string }{
 		{"lo0", "127.0.0.1/8", "::1/128"},
 		{"en0", "192.0.2.10/24", "2001:db8:2::10/64"},
 		{"en1", "10.1.1.1/24", "fd00:1::1/64"},
 		{"utun7", "100.64.0.1/10", "fd6d::1/48"},
 	} {
-		m.AddInterface(Interface{Name: i.name, Addresses: []netip.Prefix{netip.MustParsePrefix(i.v4), netip.MustParsePrefix(i.v6)}})
+		m.AddInterface(pfconf.Interface{Name: i.name, Addresses: []netip.Prefix{netip.MustParsePrefix(i.v4), netip.MustParsePrefix(i.v6)}})
 	}
 	mustLoad(t, m, "", main)
 	if err := m.Enable(); err != nil {
@@ -34,16 +37,16 @@ func machineHost(t testing.TB, main string) *Machine {
 
 // udp, tcp and plain make packets from addresses as text.
 func udp(src string, sport uint16, dst string, dport uint16) Packet {
-	return Packet{Src: netip.MustParseAddr(src), Dst: netip.MustParseAddr(dst), Proto: ProtoUDP, SrcPort: sport, DstPort: dport, Len: 8}
+	return Packet{Src: netip.MustParseAddr(src), Dst: netip.MustParseAddr(dst), Proto: pfconf.ProtoUDP, SrcPort: sport, DstPort: dport, Len: 8}
 }
 
-func tcp(src string, sport uint16, dst string, dport uint16, f TCPFlags, seq, ack uint32) Packet {
+func tcp(src string, sport uint16, dst string, dport uint16, f pfconf.TCPFlags, seq, ack uint32) Packet {
 	p := udp(src, sport, dst, dport)
-	p.Proto, p.Flags, p.Seq, p.Ack, p.Window, p.Len = ProtoTCP, f, seq, ack, 65535, 0
+	p.Proto, p.Flags, p.Seq, p.Ack, p.Window, p.Len = pfconf.ProtoTCP, f, seq, ack, 65535, 0
 	return p
 }
 
-func plain(proto Proto, src, dst string) Packet {
+func plain(proto pfconf.Proto, src, dst string) Packet {
 	p := udp(src, 0, dst, 0)
 	p.Proto, p.Len = proto, 0
 	return p
@@ -68,7 +71,7 @@ func wantVerdict(t *testing.T, what string, j Judgement, want Verdict, use State
 }
 
 func TestNewMachineIsOff(t *testing.T) {
-	m := NewMachine(MachineOptions{})
+	m := New(Options{})
 	p := udp("192.0.2.1", 1, "192.0.2.2", 2)
 	if j := m.Receive(p, "en0"); j.Verdict != VerdictPass || j.In.Decider != DecidedBySkip {
 		t.Errorf("off: %+v", j)
@@ -96,10 +99,10 @@ func TestMalformed(t *testing.T) {
 	v4, v6 := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")
 	for _, p := range []Packet{
 		{},
-		{Src: v4, Dst: v6, Proto: ProtoUDP, SrcPort: 1, DstPort: 2},
-		{Src: netip.AddrFrom16(v4.As16()), Dst: v6, Proto: ProtoUDP, SrcPort: 1, DstPort: 2},
-		{Src: v4, Dst: v4, Proto: ProtoUDP, DstPort: 2},
-		{Src: v4, Dst: v4, Proto: ProtoTCP, SrcPort: 2},
+		{Src: v4, Dst: v6, Proto: pfconf.ProtoUDP, SrcPort: 1, DstPort: 2},
+		{Src: netip.AddrFrom16(v4.As16()), Dst: v6, Proto: pfconf.ProtoUDP, SrcPort: 1, DstPort: 2},
+		{Src: v4, Dst: v4, Proto: pfconf.ProtoUDP, DstPort: 2},
+		{Src: v4, Dst: v4, Proto: pfconf.ProtoTCP, SrcPort: 2},
 	} {
 		if j := m.Receive(p, "en0"); j.Verdict != VerdictDrop || j.In.Decider != DecidedByForm {
 			t.Errorf("%+v: %+v", p, j)
@@ -127,7 +130,7 @@ func TestInterfacesComeAndGo(t *testing.T) {
 			t.Errorf("got %v, want ErrNoInterface", err)
 		}
 	}
-	m.AddInterface(Interface{Name: "en1", Addresses: []netip.Prefix{netip.MustParsePrefix("10.2.2.2/24")}})
+	m.AddInterface(pfconf.Interface{Name: "en1", Addresses: []netip.Prefix{netip.MustParsePrefix("10.2.2.2/24")}})
 	if j := m.Receive(p, "en1"); j.Verdict != VerdictDrop {
 		t.Errorf("to an old address: %s", j.Verdict)
 	}
@@ -189,10 +192,10 @@ func TestAddressRange(t *testing.T) {
 // a new state.
 func TestConnectionReuse(t *testing.T) {
 	m := machineHost(t, "block all\npass in on en0 proto tcp to port 22\n")
-	syn := tcp("198.51.100.1", 4000, "192.0.2.10", 22, FlagSYN, 1000, 0)
+	syn := tcp("198.51.100.1", 4000, "192.0.2.10", 22, pfconf.FlagSYN, 1000, 0)
 	wantVerdict(t, "syn", m.Receive(syn, "en0"), VerdictPass, StateCreated)
-	wantVerdict(t, "answer", m.Send(tcp("192.0.2.10", 22, "198.51.100.1", 4000, FlagSYN|FlagACK, 5000, 1001), "en0"), VerdictPass, StateMatched)
-	wantVerdict(t, "reset", m.Receive(tcp("198.51.100.1", 4000, "192.0.2.10", 22, FlagRST, 1001, 0), "en0"), VerdictPass, StateMatched)
+	wantVerdict(t, "answer", m.Send(tcp("192.0.2.10", 22, "198.51.100.1", 4000, pfconf.FlagSYN|pfconf.FlagACK, 5000, 1001), "en0"), VerdictPass, StateMatched)
+	wantVerdict(t, "reset", m.Receive(tcp("198.51.100.1", 4000, "192.0.2.10", 22, pfconf.FlagRST, 1001, 0), "en0"), VerdictPass, StateMatched)
 	syn.Seq = 900000
 	wantVerdict(t, "syn again", m.Receive(syn, "en0"), VerdictPass, StateCreated)
 	if m.StateCount() != 1 {
@@ -204,8 +207,8 @@ func TestConnectionReuse(t *testing.T) {
 // right one still gets through.
 func TestHandshakeMismatch(t *testing.T) {
 	m := machineHost(t, "pass all\n")
-	wantVerdict(t, "syn", m.Receive(tcp("198.51.100.1", 4000, "192.0.2.10", 22, FlagSYN, 1000, 0), "en0"), VerdictPass, StateCreated)
-	answer := tcp("192.0.2.10", 22, "198.51.100.1", 4000, FlagSYN|FlagACK, 5000, 1001)
+	wantVerdict(t, "syn", m.Receive(tcp("198.51.100.1", 4000, "192.0.2.10", 22, pfconf.FlagSYN, 1000, 0), "en0"), VerdictPass, StateCreated)
+	answer := tcp("192.0.2.10", 22, "198.51.100.1", 4000, pfconf.FlagSYN|pfconf.FlagACK, 5000, 1001)
 	wantVerdict(t, "answer", m.Send(answer, "en0"), VerdictPass, StateMatched)
 	stray := answer
 	stray.Seq, stray.Ack, stray.Len = 900000000, 800000000, 1
@@ -228,16 +231,16 @@ func TestWindowScale(t *testing.T) {
 		{"neither", false, false, VerdictPass},
 	} {
 		m := machineHost(t, "pass all\n")
-		syn := tcp("198.51.100.1", 4000, "192.0.2.10", 22, FlagSYN, 1000, 0)
+		syn := tcp("198.51.100.1", 4000, "192.0.2.10", 22, pfconf.FlagSYN, 1000, 0)
 		syn.HasScale, syn.Scale = c.client, 7
 		m.Receive(syn, "en0")
-		answer := tcp("192.0.2.10", 22, "198.51.100.1", 4000, FlagSYN|FlagACK, 5000, 1001)
+		answer := tcp("192.0.2.10", 22, "198.51.100.1", 4000, pfconf.FlagSYN|pfconf.FlagACK, 5000, 1001)
 		answer.HasScale, answer.Scale = c.server, 7
 		m.Send(answer, "en0")
-		m.Receive(tcp("198.51.100.1", 4000, "192.0.2.10", 22, FlagACK, 1001, 5001), "en0")
-		ack := tcp("192.0.2.10", 22, "198.51.100.1", 4000, FlagACK, 5001, 1001)
+		m.Receive(tcp("198.51.100.1", 4000, "192.0.2.10", 22, pfconf.FlagACK, 1001, 5001), "en0")
+		ack := tcp("192.0.2.10", 22, "198.51.100.1", 4000, pfconf.FlagACK, 5001, 1001)
 		m.Send(ack, "en0")
-		near := tcp("198.51.100.1", 4000, "192.0.2.10", 22, FlagACK, 1001+7000000, 5001)
+		near := tcp("198.51.100.1", 4000, "192.0.2.10", 22, pfconf.FlagACK, 1001+7000000, 5001)
 		near.Len = 100
 		wantVerdict(t, c.name+": in the scaled window", m.Receive(near, "en0"), VerdictPass, StateMatched)
 		far := near
@@ -252,17 +255,17 @@ func TestWindowScale(t *testing.T) {
 // consistently.
 func TestModulation(t *testing.T) {
 	m := machineHost(t, "pass all modulate state\n")
-	j := m.Send(tcp("192.0.2.10", 4000, "198.51.100.1", 80, FlagSYN, 1000, 0), "en0")
+	j := m.Send(tcp("192.0.2.10", 4000, "198.51.100.1", 80, pfconf.FlagSYN, 1000, 0), "en0")
 	shift := j.Out.Packet.Seq - 1000
 	if shift == 0 {
 		t.Fatal("sequence number isn't modulated")
 	}
-	j = m.Receive(tcp("198.51.100.1", 80, "192.0.2.10", 4000, FlagSYN|FlagACK, 5000, 1001+shift), "en0")
+	j = m.Receive(tcp("198.51.100.1", 80, "192.0.2.10", 4000, pfconf.FlagSYN|pfconf.FlagACK, 5000, 1001+shift), "en0")
 	if j.Verdict != VerdictPass || j.In.Packet.Ack != 1001 {
 		t.Fatalf("answer: %s, ack %d", j.Verdict, j.In.Packet.Ack)
 	}
 	other := j.In.Packet.Seq - 5000
-	j = m.Send(tcp("192.0.2.10", 4000, "198.51.100.1", 80, FlagACK, 1001, 5001+other), "en0")
+	j = m.Send(tcp("192.0.2.10", 4000, "198.51.100.1", 80, pfconf.FlagACK, 1001, 5001+other), "en0")
 	if p := j.Out.Packet; j.Verdict != VerdictPass || p.Seq != 1001+shift || p.Ack != 5001 {
 		t.Errorf("third segment: %s, seq %d, ack %d", j.Verdict, p.Seq-shift, p.Ack)
 	}
@@ -329,10 +332,10 @@ func TestEndpointIndependence(t *testing.T) {
 		{"ei", StateMatched, StateMatched},
 	} {
 		m := machineHost(t, "")
-		rs := &Ruleset{Statements: []Statement{&Rule{
-			Action: Nat, Interfaces: []InterfaceMatch{{Name: "en0"}}, Family: Inet,
-			From: Endpoint{Addrs: []Address{{Kind: AddrPrefix, Prefix: netip.MustParsePrefix("100.64.0.0/10")}}},
-			Pool: &Pool{Addrs: []Address{{Kind: AddrDynamic, Name: "en0"}}, PoolOptions: PoolOptions{ExtFilter: c.option, ExtMap: c.option}},
+		rs := &pfconf.Ruleset{Statements: []pfconf.Statement{&pfconf.Rule{
+			Action: pfconf.Nat, Interfaces: []pfconf.InterfaceMatch{{Name: "en0"}}, Family: pfconf.Inet,
+			From: pfconf.Endpoint{Addrs: []pfconf.Address{{Kind: pfconf.AddrPrefix, Prefix: netip.MustParsePrefix("100.64.0.0/10")}}},
+			Pool: &pfconf.Pool{Addrs: []pfconf.Address{{Kind: pfconf.AddrDynamic, Name: "en0"}}, PoolOptions: pfconf.PoolOptions{ExtFilter: c.option, ExtMap: c.option}},
 		}}}
 		if err := m.LoadMain(rs); err != nil {
 			t.Fatal(err)
@@ -402,17 +405,17 @@ func TestPorts(t *testing.T) {
 	m := machineHost(t, "nat on en0 inet proto tcp from 100.64.0.0/10 to any -> (en0) port 2000:2003\n")
 	used := map[uint16]bool{}
 	for i := range 4 {
-		p := m.Send(tcp("100.64.0.5", uint16(1000+i), "198.51.100.1", 80, FlagSYN, 1, 0), "en0").Out.Packet
+		p := m.Send(tcp("100.64.0.5", uint16(1000+i), "198.51.100.1", 80, pfconf.FlagSYN, 1, 0), "en0").Out.Packet
 		if p.SrcPort < 2000 || p.SrcPort > 2003 || used[p.SrcPort] {
 			t.Errorf("port %d, used %v", p.SrcPort, used)
 		}
 		used[p.SrcPort] = true
 	}
-	full := m.Send(tcp("100.64.0.5", 1004, "198.51.100.1", 80, FlagSYN, 1, 0), "en0")
+	full := m.Send(tcp("100.64.0.5", 1004, "198.51.100.1", 80, pfconf.FlagSYN, 1, 0), "en0")
 	if full.Out.Packet.SrcPort != 1004 || full.Out.State != StateUnused {
 		t.Errorf("with no port left: %s, state %s", full.Out.Packet, full.Out.State)
 	}
-	same := m.Send(tcp("100.64.0.5", 1000, "198.51.100.9", 80, FlagSYN, 1, 0), "en0")
+	same := m.Send(tcp("100.64.0.5", 1000, "198.51.100.9", 80, pfconf.FlagSYN, 1, 0), "en0")
 	if !used[same.Out.Packet.SrcPort] || same.Out.State != StateCreated {
 		t.Errorf("to another host: %s", same.Out.Packet)
 	}
@@ -442,16 +445,16 @@ func TestUDPPortsRunOut(t *testing.T) {
 func TestICMPErrorOutbound(t *testing.T) {
 	m := machineHost(t, "rdr on en0 inet proto udp from any to 192.0.2.10 port 53 -> 100.64.0.5\n")
 	in := m.Forward(udp("198.51.100.1", 4000, "192.0.2.10", 53), "en0", "utun7").Out.Packet
-	e := plain(ProtoICMP, "100.64.0.5", "198.51.100.1")
+	e := plain(pfconf.ProtoICMP, "100.64.0.5", "198.51.100.1")
 	e.ICMPType, e.ICMPCode = 3, 3
-	e.Quoted = &Quoted{Src: in.Src, Dst: in.Dst, Proto: ProtoUDP, SrcPort: in.SrcPort, DstPort: in.DstPort}
+	e.Quoted = &Quoted{Src: in.Src, Dst: in.Dst, Proto: pfconf.ProtoUDP, SrcPort: in.SrcPort, DstPort: in.DstPort}
 	before := *e.Quoted
 	j := m.Forward(e, "utun7", "en0")
 	out := j.Out.Packet
 	if j.Out.State != StateMatched || out.Src.String() != "192.0.2.10" || out.Quoted.Dst.String() != "192.0.2.10" || out.Quoted.DstPort != 53 {
 		t.Errorf("%s: %+v quoting %+v", j.Out.State, out, out.Quoted)
 	}
-	if j.Out.Translation == nil || j.Out.Translation.Action != Rdr || j.Out.TranslationAnchor != "" {
+	if j.Out.Translation == nil || j.Out.Translation.Action != pfconf.Rdr || j.Out.TranslationAnchor != "" {
 		t.Errorf("translated by %v in %q", j.Out.Translation, j.Out.TranslationAnchor)
 	}
 	if *e.Quoted != before {
@@ -459,15 +462,15 @@ func TestICMPErrorOutbound(t *testing.T) {
 	}
 	e.Quoted = nil
 	wantVerdict(t, "without a quote", m.Forward(e, "utun7", "en0"), VerdictPass, StateUnused)
-	e.Quoted = &Quoted{Proto: ProtoUDP}
+	e.Quoted = &Quoted{Proto: pfconf.ProtoUDP}
 	wantVerdict(t, "quoting nothing", m.Forward(e, "utun7", "en0"), VerdictPass, StateUnused)
 }
 
 func TestScrub(t *testing.T) {
 	m := machineHost(t, "scrub in on en0 all\nno scrub in on en1 all\nscrub in on en1 all\npass all no state\n")
-	for f, want := range map[TCPFlags]Verdict{
-		FlagSYN: VerdictPass, FlagSYN | FlagRST: VerdictDrop, 0: VerdictDrop, FlagFIN | FlagSYN | FlagPSH: VerdictDrop,
-		FlagFIN | FlagSYN: VerdictPass, FlagACK | FlagPSH: VerdictPass, FlagFIN: VerdictDrop,
+	for f, want := range map[pfconf.TCPFlags]Verdict{
+		pfconf.FlagSYN: VerdictPass, pfconf.FlagSYN | pfconf.FlagRST: VerdictDrop, 0: VerdictDrop, pfconf.FlagFIN | pfconf.FlagSYN | pfconf.FlagPSH: VerdictDrop,
+		pfconf.FlagFIN | pfconf.FlagSYN: VerdictPass, pfconf.FlagACK | pfconf.FlagPSH: VerdictPass, pfconf.FlagFIN: VerdictDrop,
 	} {
 		p := tcp("198.51.100.1", 4000, "192.0.2.10", 22, f, 1, 1)
 		if j := m.Receive(p, "en0"); j.Verdict != want {
@@ -490,7 +493,7 @@ func TestOwners(t *testing.T) {
 		"user root": VerdictPass, "user != root": VerdictDrop, "user unknown": VerdictDrop, "user > 500": VerdictPass,
 	} {
 		m := machineHost(t, "block in proto tcp all "+text+"\n")
-		if j := m.Receive(tcp("198.51.100.1", 4000, "192.0.2.10", 22, FlagSYN, 1, 0), "en0"); j.Verdict != want {
+		if j := m.Receive(tcp("198.51.100.1", 4000, "192.0.2.10", 22, pfconf.FlagSYN, 1, 0), "en0"); j.Verdict != want {
 			t.Errorf("%s: %s, want %s", text, j.Verdict, want)
 		}
 	}
@@ -558,7 +561,7 @@ func TestFailedLoad(t *testing.T) {
 		"pass from <t> to any\npass from any to nosuchname\n",
 		"anchor \"x\"\npass from <t> to any\nanchor \"../y\"\n",
 	} {
-		rs, err := Parse(text)
+		rs, err := pfconf.Parse(text)
 		if err == nil {
 			err = m.LoadMain(rs)
 		}
@@ -573,7 +576,7 @@ func TestFailedLoad(t *testing.T) {
 		t.Errorf("left over: %d tables, anchors %v", len(m.tables), m.Anchors(""))
 	}
 	for _, path := range []string{"", "_x", "a/_x", "a//b", strings.Repeat("x", 64)} {
-		if err := m.LoadAnchor(path, &Ruleset{}); err == nil {
+		if err := m.LoadAnchor(path, &pfconf.Ruleset{}); err == nil {
 			t.Errorf("anchor %q was loaded", path)
 		}
 	}
@@ -581,8 +584,8 @@ func TestFailedLoad(t *testing.T) {
 
 func TestTables(t *testing.T) {
 	m := machineHost(t, "table <fixed> const { 10.0.0.1 }\nblock in from <fixed> to any\nblock in from <later> to any\n")
-	entry := []Address{{Kind: AddrPrefix, Prefix: netip.MustParsePrefix("10.9.0.0/16")}}
-	refuse := []Address{{Kind: AddrAny}}
+	entry := []pfconf.Address{{Kind: pfconf.AddrPrefix, Prefix: netip.MustParsePrefix("10.9.0.0/16")}}
+	refuse := []pfconf.Address{{Kind: pfconf.AddrAny}}
 	for what, err := range map[string]error{
 		"add":     second(m.AddToTable("", "fixed", entry)),
 		"delete":  second(m.DeleteFromTable("", "fixed", entry)),
@@ -640,7 +643,7 @@ func TestTableLimit(t *testing.T) {
 	}
 	m := machineHost(t, text.String())
 	mustLoad(t, m, "", text.String())
-	rs, err := Parse("table <more> persist\n")
+	rs, err := pfconf.Parse("table <more> persist\n")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -728,7 +731,7 @@ func TestAdaptiveTimeouts(t *testing.T) {
 
 // TestTimeoutNames: the machine knows each timeout that can be written.
 func TestTimeoutNames(t *testing.T) {
-	for _, name := range timeouts {
+	for _, name := range pfconf.TimeoutNames() {
 		if _, ok := timeoutKinds[name]; !ok {
 			t.Errorf("no kind for the timeout %s", name)
 		}
@@ -737,7 +740,7 @@ func TestTimeoutNames(t *testing.T) {
 
 func TestOptimization(t *testing.T) {
 	m := machineHost(t, "set optimization aggressive\npass all\n")
-	m.Receive(tcp("198.51.100.1", 4000, "192.0.2.10", 22, FlagSYN, 1000, 0), "en0")
+	m.Receive(tcp("198.51.100.1", 4000, "192.0.2.10", 22, pfconf.FlagSYN, 1000, 0), "en0")
 	if s := m.States()[0]; s.Expires != 30*time.Second {
 		t.Errorf("first packet lives %s", s.Expires)
 	}
@@ -746,7 +749,7 @@ func TestOptimization(t *testing.T) {
 func TestStates(t *testing.T) {
 	m := machineHost(t, "nat on en0 inet from 100.64.0.0/10 to any -> 192.0.2.10 static-port\n"+
 		"pass in on utun7 keep state (if-bound) label \"in\"\n")
-	m.Forward(tcp("100.64.0.5", 4000, "198.51.100.1", 80, FlagSYN, 1, 0), "utun7", "en0")
+	m.Forward(tcp("100.64.0.5", 4000, "198.51.100.1", 80, pfconf.FlagSYN, 1, 0), "utun7", "en0")
 	m.Forward(udp("fd6d::5", 4000, "2001:db8::1", 53), "utun7", "en0")
 	m.Advance(5 * time.Second)
 	var got []string
@@ -801,8 +804,8 @@ func TestFragmentTags(t *testing.T) {
 // TestSnapshotReadsBack: what is loaded is what pf showed of the parse vectors.
 func TestSnapshotReadsBack(t *testing.T) {
 	n := 0
-	for _, f := range vectorFiles(t) {
-		eachScenario(t, f, func(s *scenario) {
+	for _, f := range vectors.Files(t, "testdata") {
+		vectors.Each(t, f, func(s *vectors.Scenario) {
 			if s.Text != nil && checkSnapshot(t, s) {
 				n++
 			}
@@ -811,20 +814,20 @@ func TestSnapshotReadsBack(t *testing.T) {
 	if n == 0 {
 		t.Error("no parse vectors")
 	}
-	if _, err := NewMachine(MachineOptions{}).Snapshot("none"); !errors.Is(err, ErrNoAnchor) {
+	if _, err := New(Options{}).Snapshot("none"); !errors.Is(err, ErrNoAnchor) {
 		t.Errorf("snapshot of nothing: %v", err)
 	}
 }
 
 // checkSnapshot loads a parse scenario into a machine and compares what can be
 // read back. It reports whether the scenario loads.
-func checkSnapshot(t *testing.T, s *scenario) bool {
-	var want parseWant
+func checkSnapshot(t *testing.T, s *vectors.Scenario) bool {
+	var want vectors.ParseWant
 	if err := json.Unmarshal(s.Want, &want); err != nil {
 		t.Fatal(err)
 	}
-	r := packetRun{m: NewMachine(MachineOptions{})}
-	for _, i := range s.hostInterfaces(t) {
+	r := packetRun{m: New(Options{})}
+	for _, i := range hostInterfaces(s) {
 		r.m.AddInterface(i)
 	}
 	if err := r.load(s.Anchor, *s.Text); err != nil {
@@ -877,8 +880,8 @@ func TestSteadyPathAllocatesNothing(t *testing.T) {
 // TestRandComesFromOutside: the same source of randomness gives the same ports.
 func TestRandComesFromOutside(t *testing.T) {
 	port := func(seed uint64) uint16 {
-		m := NewMachine(MachineOptions{Rand: rand.New(rand.NewPCG(seed, 0))})
-		m.AddInterface(Interface{Name: "en0", Addresses: []netip.Prefix{netip.MustParsePrefix("192.0.2.10/24")}})
+		m := New(Options{Rand: rand.New(rand.NewPCG(seed, 0))})
+		m.AddInterface(pfconf.Interface{Name: "en0", Addresses: []netip.Prefix{netip.MustParsePrefix("192.0.2.10/24")}})
 		mustLoad(t, m, "", "nat on en0 inet from any to any -> (en0)\n")
 		_ = m.Enable()
 		return m.Send(udp("100.64.0.5", 1, "198.51.100.1", 2), "en0").Out.Packet.SrcPort

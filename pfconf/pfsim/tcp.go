@@ -1,4 +1,6 @@
-package pfconf
+package pfsim
+
+import "github.com/meshhelper/meshhelper/pfconf"
 
 // The states of one end of a TCP connection, from netinet/tcp_fsm.h.
 const (
@@ -34,10 +36,10 @@ func (p *Packet) scaleOption() uint8 {
 // end is the sequence number behind the segment.
 func (p *Packet) end() uint32 {
 	end := p.Seq + p.Len
-	if p.Flags&FlagSYN != 0 {
+	if p.Flags&pfconf.FlagSYN != 0 {
 		end++
 	}
-	if p.Flags&FlagFIN != 0 {
+	if p.Flags&pfconf.FlagFIN != 0 {
 		end++
 	}
 	return end
@@ -47,11 +49,11 @@ func (p *Packet) end() uint32 {
 func (e *evaluation) firstPeers(s *state) {
 	s.src.state = peerSingle
 	switch e.p.Proto {
-	case ProtoTCP:
+	case pfconf.ProtoTCP:
 		e.firstTCP(s)
-	case ProtoUDP:
+	case pfconf.ProtoUDP:
 		s.timeout = udpFirst
-	case ProtoICMP, ProtoICMPv6:
+	case pfconf.ProtoICMP, pfconf.ProtoICMPv6:
 		s.src.state = peerSilent
 		s.timeout = icmpFirst
 	case protoGRE:
@@ -70,13 +72,13 @@ func (e *evaluation) firstTCP(s *state) {
 		seqlo: p.Seq, seqhi: p.end() + 1, state: tcpsSynSent,
 		maxWin: max(p.Window, 1),
 	}
-	if p.Flags&FlagSYN != 0 {
+	if p.Flags&pfconf.FlagSYN != 0 {
 		s.src.wscale = p.scaleOption()
 	}
 	if shift := s.src.wscale & wscaleMask; shift != 0 {
 		s.src.maxWin = unscale(s.src.maxWin, shift)
 	}
-	if p.Flags&(FlagSYN|FlagACK) == FlagSYN && e.rule.keep == ModulateState {
+	if p.Flags&(pfconf.FlagSYN|pfconf.FlagACK) == pfconf.FlagSYN && e.rule.keep == pfconf.ModulateState {
 		s.src.seqdiff = max(e.m.rand.Uint32(), 1)
 		p.Seq += s.src.seqdiff
 	}
@@ -104,12 +106,12 @@ type segment struct {
 // testTCP is pf_test_state_tcp: the sequence tracking of Guido van Rooij's
 // "Real Stateful TCP Packet Filtering in IP Filter".
 func (e *evaluation) testTCP() bool {
-	s := e.findPorts(ProtoTCP, e.sport, e.dport)
+	s := e.findPorts(pfconf.ProtoTCP, e.sport, e.dport)
 	if s == nil {
 		return false
 	}
 	src, dst := e.ends(s)
-	if e.p.Flags&(FlagSYN|FlagACK) == FlagSYN && dst.state >= tcpsFinWait2 && src.state >= tcpsFinWait2 {
+	if e.p.Flags&(pfconf.FlagSYN|pfconf.FlagACK) == pfconf.FlagSYN && dst.state >= tcpsFinWait2 && src.state >= tcpsFinWait2 {
 		// A new connection with the ports of one that is over: the rules judge it.
 		e.m.removeState(s)
 		return false
@@ -142,7 +144,7 @@ func (e *evaluation) measure(src, dst *peer) segment {
 	p := &e.p
 	g := segment{src: src, dst: dst, seq: p.Seq, win: uint32(p.Window)}
 	// The window of a SYN is never scaled (RFC 7323).
-	if p.Flags&FlagSYN == 0 {
+	if p.Flags&pfconf.FlagSYN == 0 {
 		g.sws, g.dws = shiftOf(src), shiftOf(dst)
 	}
 	if src.seqlo == 0 {
@@ -157,8 +159,8 @@ func (e *evaluation) measure(src, dst *peer) segment {
 	}
 	// Without an acknowledgement, or with one that can't be known to be right,
 	// that check is as good as passed.
-	if p.Flags&FlagACK == 0 ||
-		g.ack == 0 && p.Flags&(FlagACK|FlagRST) == FlagACK|FlagRST ||
+	if p.Flags&pfconf.FlagACK == 0 ||
+		g.ack == 0 && p.Flags&(pfconf.FlagACK|pfconf.FlagRST) == pfconf.FlagACK|pfconf.FlagRST ||
 		dst.state < tcpsSynSent {
 		g.ack = dst.seqlo
 	}
@@ -191,7 +193,7 @@ func (e *evaluation) firstOfEnd(g *segment) {
 		p.Ack = g.ack
 	}
 	g.end = g.seq + length
-	if p.Flags&FlagSYN != 0 && dst.wscale&wscaleFlag != 0 {
+	if p.Flags&pfconf.FlagSYN != 0 && dst.wscale&wscaleFlag != 0 {
 		e.negotiateScale(g)
 	}
 	src.seqlo = g.seq
@@ -223,7 +225,7 @@ func (e *evaluation) inWindow(g segment, skew int32, orig uint32) bool {
 	return seqGEQ(g.src.seqhi, g.end) &&
 		seqGEQ(g.seq, g.src.seqlo-uint32(g.dst.maxWin)<<g.dws) &&
 		skew >= -maxAckWindow && int64(skew) <= int64(maxAckWindow)<<g.sws &&
-		(e.p.Flags&FlagRST == 0 || orig == g.src.seqlo || orig == g.src.seqlo+1 || orig+1 == g.src.seqlo || !e.reassembled)
+		(e.p.Flags&pfconf.FlagRST == 0 || orig == g.src.seqlo || orig == g.src.seqlo+1 || orig+1 == g.src.seqlo || !e.reassembled)
 }
 
 // slide moves the windows of both ends: what the sender has sent, and what it
@@ -242,13 +244,13 @@ func (g segment) slide() {
 func (e *evaluation) advance(s *state, g segment) {
 	g.slide()
 	src, dst, f := g.src, g.dst, e.p.Flags
-	if f&FlagSYN != 0 {
+	if f&pfconf.FlagSYN != 0 {
 		src.state = max(src.state, tcpsSynSent)
 	}
-	if f&FlagFIN != 0 {
+	if f&pfconf.FlagFIN != 0 {
 		src.state = max(src.state, tcpsClosing)
 	}
-	if f&FlagACK != 0 {
+	if f&pfconf.FlagACK != 0 {
 		switch dst.state {
 		case tcpsSynSent:
 			dst.state = tcpsEstablished
@@ -261,7 +263,7 @@ func (e *evaluation) advance(s *state, g segment) {
 			dst.state = tcpsFinWait2
 		}
 	}
-	if f&FlagRST != 0 {
+	if f&pfconf.FlagRST != 0 {
 		src.state, dst.state = tcpsTimeWait, tcpsTimeWait
 	}
 	e.touch(s, tcpTimeout(src.state, dst.state))
@@ -293,10 +295,10 @@ func (e *evaluation) looseMatch(g segment) bool {
 
 func (e *evaluation) advanceLoosely(g segment) {
 	g.slide()
-	if e.p.Flags&FlagFIN != 0 {
+	if e.p.Flags&pfconf.FlagFIN != 0 {
 		g.src.state = max(g.src.state, tcpsClosing)
 	}
-	if e.p.Flags&FlagRST != 0 {
+	if e.p.Flags&pfconf.FlagRST != 0 {
 		g.src.state, g.dst.state = tcpsTimeWait, tcpsTimeWait
 	}
 }
@@ -307,7 +309,7 @@ func (e *evaluation) refuse(g segment) {
 	e.m.totals[countMismatch]++
 	e.drop(DecidedByProtocol)
 	if g.dst.state == tcpsSynSent && g.src.state == tcpsSynSent {
-		if e.p.Flags&FlagRST == 0 {
+		if e.p.Flags&pfconf.FlagRST == 0 {
 			e.verdict = VerdictReset
 		}
 		g.src.seqlo, g.src.seqhi, g.src.maxWin = 0, 1, 1

@@ -1,15 +1,17 @@
-package pfconf
+package pfsim
 
 import (
 	"fmt"
 	"net/netip"
+
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // cpool is where a translation rule leads, and where round-robin stands.
 type cpool struct {
 	addrs  []caddr
-	kind   PoolKind // PoolDefault: the one address
-	family Family
+	kind   pfconf.PoolKind // PoolDefault: the one address
+	family pfconf.Family
 	// lo and hi are the ports: for nat the range to choose from, both 0 to keep
 	// the port; for rdr the first and the last, hi 0 for lo alone.
 	lo, hi uint16
@@ -49,31 +51,31 @@ func (c compiler) makePool(out *crule) error {
 		}
 		out.pool.addrs = append(out.pool.addrs, ca)
 	}
-	if p.Kind == PoolDefault && severalAddresses(p.Addrs) {
-		out.pool.kind = RoundRobin
+	if p.Kind == pfconf.PoolDefault && severalAddresses(p.Addrs) {
+		out.pool.kind = pfconf.RoundRobin
 	}
 	out.pool.lo, out.pool.hi = poolPorts(out)
 	return nil
 }
 
 // severalAddresses is pfctl's reason to make a pool round-robin.
-func severalAddresses(as []Address) bool {
+func severalAddresses(as []pfconf.Address) bool {
 	if len(as) > 1 {
 		return true
 	}
 	a := as[0]
-	if a.Kind == AddrDynamic {
+	if a.Kind == pfconf.AddrDynamic {
 		n := len(a.Name)
-		return a.Mod&ModNoAlias == 0 || n == 0 || a.Name[n-1] < '0' || a.Name[n-1] > '9'
+		return a.Mod&pfconf.ModNoAlias == 0 || n == 0 || a.Name[n-1] < '0' || a.Name[n-1] > '9'
 	}
-	return a.Kind == AddrTable
+	return a.Kind == pfconf.AddrTable
 }
 
 func poolPorts(out *crule) (lo, hi uint16) {
 	p := out.rule.Pool
 	lo, hi = p.PortLo, p.PortHi
 	switch out.action {
-	case Nat:
+	case pfconf.Nat:
 		switch {
 		case p.StaticPort:
 			return 0, 0
@@ -82,7 +84,7 @@ func poolPorts(out *crule) (lo, hi uint16) {
 		case hi == 0:
 			return lo, lo
 		}
-	case Rdr:
+	case pfconf.Rdr:
 		if p.PortStar {
 			if q := out.to.port; !q.any {
 				return lo, lo + max(q.hi, q.lo) - q.lo
@@ -107,7 +109,7 @@ func (e *evaluation) findTranslation() (t translation, ok bool) {
 	// The order of the lists is the kernel's own, however the text has them.
 	order := [...]ruleList{rdrList, binatList}
 	lists := order[:]
-	if e.dir == Out {
+	if e.dir == pfconf.Out {
 		out := [...]ruleList{binatList, rdrList, natList}
 		lists = out[:]
 	}
@@ -120,15 +122,15 @@ func (e *evaluation) findTranslation() (t translation, ok bool) {
 		return t, false
 	}
 	t.src, t.dst = e.p.Src, e.p.Dst
-	if t.port = e.dport; e.dir == Out {
+	if t.port = e.dport; e.dir == pfconf.Out {
 		t.port = e.sport
 	}
 	switch t.rule.action {
-	case Nat:
+	case pfconf.Nat:
 		ok = e.nat(&t)
-	case Binat:
+	case pfconf.Binat:
 		ok = e.binat(&t)
-	case Rdr:
+	case pfconf.Rdr:
 		ok = e.rdr(&t)
 	}
 	return t, ok
@@ -158,7 +160,7 @@ func (e *evaluation) matchTranslation(l ruleList) *crule {
 	if tag != noTag {
 		e.tag = tag
 	}
-	if found != nil && (found.action == NoNat || found.action == NoBinat || found.action == NoRdr) {
+	if found != nil && (found.action == pfconf.NoNat || found.action == pfconf.NoBinat || found.action == pfconf.NoRdr) {
 		return nil
 	}
 	return found
@@ -177,7 +179,7 @@ func (e *evaluation) translationMismatch(r *crule, tag int) mismatch {
 	}
 	by := matched
 	switch {
-	case (r.action == Binat || r.action == BinatAnchor) && e.dir == In:
+	case (r.action == pfconf.Binat || r.action == pfconf.BinatAnchor) && e.dir == pfconf.In:
 		switch {
 		case !r.to.addr.matches(e.m, e.p.Src):
 			by = mismatchOther
@@ -186,7 +188,7 @@ func (e *evaluation) translationMismatch(r *crule, tag int) mismatch {
 		case pool != nil && !pool.matches(e.m, e.p.Dst):
 			by = mismatchOther
 		}
-	case (r.action == Rdr || r.action == RdrAnchor) && e.dir == Out:
+	case (r.action == pfconf.Rdr || r.action == pfconf.RdrAnchor) && e.dir == pfconf.Out:
 		by = e.rdrBackMismatch(r, pool)
 	case !r.from.addr.matches(e.m, e.p.Src):
 		by = mismatchOther
@@ -211,7 +213,7 @@ func (e *evaluation) rdrBackMismatch(r *crule, pool *caddr) mismatch {
 		}
 		return mismatchOther
 	}
-	target := cport{op: Equal, lo: r.pool.lo}
+	target := cport{op: pfconf.Equal, lo: r.pool.lo}
 	if pool.matches(e.m, e.p.Src) && r.pool.lo != 0 && portMatches(r.proto, target, e.sport) &&
 		e.endMatches(r, &r.from, e.p.Dst, e.dport) {
 		return matched
@@ -225,11 +227,11 @@ func (e *evaluation) endMatches(r *crule, end *cendpoint, a netip.Addr, port uin
 
 // portMatches is pf_match_xport: rules for ESP compare the SPI with none, so
 // they match no ESP packet's destination.
-func portMatches(rule Proto, want cport, n uint32) bool {
+func portMatches(rule pfconf.Proto, want cport, n uint32) bool {
 	switch rule {
 	case protoESP:
 		return n == 0
-	case ProtoTCP, ProtoUDP, ProtoICMP, ProtoICMPv6:
+	case pfconf.ProtoTCP, pfconf.ProtoUDP, pfconf.ProtoICMP, pfconf.ProtoICMPv6:
 		return want.matches(uint16(n))
 	}
 	return true
@@ -243,7 +245,7 @@ func (e *evaluation) nat(t *translation) bool {
 		return false
 	}
 	t.src = first
-	if e.p.Proto == ProtoUDP && e.sport == ikePort {
+	if e.p.Proto == pfconf.ProtoUDP && e.sport == ikePort {
 		t.port = e.sport
 		return true
 	}
@@ -259,7 +261,7 @@ func (e *evaluation) nat(t *translation) bool {
 		if e.freePort(t) {
 			return true
 		}
-		if r.pool.kind != RoundRobin && r.pool.kind != Random {
+		if r.pool.kind != pfconf.RoundRobin && r.pool.kind != pfconf.Random {
 			return false
 		}
 		if t.src, ok = e.mapAddr(r, inner); !ok || t.src == first {
@@ -273,8 +275,8 @@ func (e *evaluation) nat(t *translation) bool {
 func (e *evaluation) freePort(t *translation) bool {
 	lo, hi := uint32(t.rule.pool.lo), uint32(t.rule.pool.hi)
 	switch e.p.Proto {
-	case ProtoTCP, ProtoUDP:
-	case ProtoICMP:
+	case pfconf.ProtoTCP, pfconf.ProtoUDP:
+	case pfconf.ProtoICMP:
 		lo, hi = 1, 65535
 	default:
 		return e.portFree(t, e.dport)
@@ -321,7 +323,7 @@ func (e *evaluation) outsideFree(t *translation, filter endpointFilter, port uin
 
 // binat maps one network on another, in both directions.
 func (e *evaluation) binat(t *translation) bool {
-	if e.dir == Out {
+	if e.dir == pfconf.Out {
 		p, ok := e.onePrefix(&t.rule.pool.addrs[t.rule.pool.cur])
 		t.src = graft(p, t.src)
 		return ok
@@ -335,9 +337,9 @@ func (e *evaluation) binat(t *translation) bool {
 // first.
 func (e *evaluation) onePrefix(a *caddr) (netip.Prefix, bool) {
 	switch a.kind {
-	case AddrPrefix:
+	case pfconf.AddrPrefix:
 		return a.prefix, true
-	case AddrDynamic:
+	case pfconf.AddrDynamic:
 		ps := a.dyn.prefixes(e.m, e.p.Src.Is4())
 		if len(ps) == 0 {
 			return netip.Prefix{}, false
@@ -347,8 +349,8 @@ func (e *evaluation) onePrefix(a *caddr) (netip.Prefix, bool) {
 	return netip.PrefixFrom(unspecified(e.family), 0), true
 }
 
-func unspecified(f Family) netip.Addr {
-	if f == Inet {
+func unspecified(f pfconf.Family) netip.Addr {
+	if f == pfconf.Inet {
 		return netip.IPv4Unspecified()
 	}
 	return netip.IPv6Unspecified()
@@ -358,7 +360,7 @@ func unspecified(f Family) netip.Addr {
 // target their old source.
 func (e *evaluation) rdr(t *translation) bool {
 	r := t.rule
-	if e.dir == Out {
+	if e.dir == pfconf.Out {
 		p, ok := e.onePrefix(&r.to.addr)
 		t.src = graft(p, t.dst)
 		if !r.to.port.any && r.to.port.lo != 0 {
@@ -370,7 +372,7 @@ func (e *evaluation) rdr(t *translation) bool {
 	if !ok {
 		return false
 	}
-	if t.dst = a; r.pool.kind == Bitmask {
+	if t.dst = a; r.pool.kind == pfconf.Bitmask {
 		p, _ := e.onePrefix(&r.pool.addrs[r.pool.cur])
 		t.dst = graft(netip.PrefixFrom(a, p.Bits()), e.p.Dst)
 	}
@@ -406,24 +408,24 @@ func graft(p netip.Prefix, a netip.Addr) netip.Addr {
 func (e *evaluation) mapAddr(r *crule, src netip.Addr) (netip.Addr, bool) {
 	p := &r.pool
 	cur := &p.addrs[p.cur]
-	if p.family == AnyFamily {
+	if p.family == pfconf.AnyFamily {
 		// The kernel copies an address of no family: nothing changes. Going
 		// round, it finds a place to stand on all the same.
-		return src, cur.kind != AddrTable && (p.kind != RoundRobin || e.familylessRound(p))
+		return src, cur.kind != pfconf.AddrTable && (p.kind != pfconf.RoundRobin || e.familylessRound(p))
 	}
-	if p.kind == RoundRobin {
+	if p.kind == pfconf.RoundRobin {
 		return e.roundRobin(p)
 	}
 	prefix, ok := e.onePrefix(cur)
-	if !ok || cur.kind == AddrTable || cur.kind == AddrNoRoute {
+	if !ok || cur.kind == pfconf.AddrTable || cur.kind == pfconf.AddrNoRoute {
 		return src, false
 	}
 	switch p.kind {
-	case Bitmask:
+	case pfconf.Bitmask:
 		return graft(prefix, src), true
-	case Random:
+	case pfconf.Random:
 		return graft(prefix, e.randomAddr(src.Is4())), true
-	case SourceHash:
+	case pfconf.SourceHash:
 		return graft(prefix, hashAddr(p.seed, src)), true
 	}
 	return prefix.Addr(), true
@@ -454,7 +456,7 @@ func (e *evaluation) roundRobin(p *cpool) (netip.Addr, bool) {
 	begin := p.cur
 	cur := &p.addrs[p.cur]
 	ok := false
-	if cur.kind == AddrTable || cur.kind == AddrDynamic {
+	if cur.kind == pfconf.AddrTable || cur.kind == pfconf.AddrDynamic {
 		ok = e.nextEntry(p, cur)
 	} else {
 		ok = cur.prefix.Contains(p.counter)
@@ -462,7 +464,7 @@ func (e *evaluation) roundRobin(p *cpool) (netip.Addr, bool) {
 	for !ok {
 		p.cur = (p.cur + 1) % len(p.addrs)
 		cur = &p.addrs[p.cur]
-		if cur.kind != AddrTable && cur.kind != AddrDynamic {
+		if cur.kind != pfconf.AddrTable && cur.kind != pfconf.AddrDynamic {
 			p.counter = cur.prefix.Addr()
 			break
 		}
@@ -485,7 +487,7 @@ func (e *evaluation) roundRobin(p *cpool) (netip.Addr, bool) {
 // the end, for one of no family, which there isn't, so that the packet isn't
 // translated and the next one finds the beginning.
 func (e *evaluation) familylessRound(p *cpool) bool {
-	if cur := &p.addrs[p.cur]; cur.kind == AddrDynamic && e.nextEntry(p, cur) {
+	if cur := &p.addrs[p.cur]; cur.kind == pfconf.AddrDynamic && e.nextEntry(p, cur) {
 		return true
 	}
 	p.entry = -1
@@ -496,11 +498,11 @@ func (e *evaluation) familylessRound(p *cpool) bool {
 func (e *evaluation) poolEntries(a *caddr) []prefixEntry {
 	var out []prefixEntry
 	switch a.kind {
-	case AddrDynamic:
+	case pfconf.AddrDynamic:
 		for _, p := range a.dyn.prefixes(e.m, e.p.Src.Is4()) {
 			out = append(out, prefixEntry{prefix: p})
 		}
-	case AddrTable:
+	case pfconf.AddrTable:
 		if t := a.table.effective(); t != nil {
 			for _, x := range t.set.entries() {
 				if x.prefix.Addr().Is4() == e.p.Src.Is4() {

@@ -1,4 +1,4 @@
-package pfconf
+package pfsim
 
 import (
 	"math/rand/v2"
@@ -6,13 +6,15 @@ import (
 	"slices"
 	"testing"
 	"time"
+
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // cut cuts a UDP datagram with so many bytes behind its IP header into pieces of
 // random lengths.
 func cut(r *rand.Rand, src, dst string, id uint32, total int) []Packet {
 	p := Packet{
-		Src: netip.MustParseAddr(src), Dst: netip.MustParseAddr(dst), Proto: ProtoUDP, SrcPort: 7, DstPort: 9,
+		Src: netip.MustParseAddr(src), Dst: netip.MustParseAddr(dst), Proto: pfconf.ProtoUDP, SrcPort: 7, DstPort: 9,
 		Len: uint32(total - 8), Fragment: true, FragmentID: id,
 	}
 	var all []Packet
@@ -81,7 +83,7 @@ func TestReassembly(t *testing.T) {
 func TestReassemblyIsBounded(t *testing.T) {
 	m := machineHost(t, "set limit frags 20\nscrub in on en0 all\n")
 	p := Packet{
-		Src: netip.MustParseAddr("192.0.2.10"), Dst: netip.MustParseAddr("203.0.113.5"), Proto: ProtoUDP,
+		Src: netip.MustParseAddr("192.0.2.10"), Dst: netip.MustParseAddr("203.0.113.5"), Proto: pfconf.ProtoUDP,
 		Fragment: true, FragmentLen: 64, MoreFragments: true,
 	}
 	for p.FragmentID = range uint32(1000) {
@@ -108,7 +110,7 @@ func TestSourcesAreBounded(t *testing.T) {
 	const rules = "pass in on en0 proto udp keep state (source-track global, max-src-states 2)\n"
 	m := machineHost(t, "set limit src-nodes 3\nanchor \"a\"\n")
 	mustLoad(t, m, "a", rules)
-	p := Packet{Dst: netip.MustParseAddr("192.0.2.10"), Proto: ProtoUDP, DstPort: 9}
+	p := Packet{Dst: netip.MustParseAddr("192.0.2.10"), Proto: pfconf.ProtoUDP, DstPort: 9}
 	passed := map[netip.Addr]int{}
 	for round := range 3 {
 		for i := range 6 {

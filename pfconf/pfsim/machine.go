@@ -1,4 +1,4 @@
-package pfconf
+package pfsim
 
 import (
 	"errors"
@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // Limits of the kernel, from bsd/net/pfvar.h and the defaults of pfctl.
@@ -38,8 +40,8 @@ var (
 	ErrLimit       = errors.New("limit reached")
 )
 
-// MachineOptions are what a [Machine] may be told at its start.
-type MachineOptions struct {
+// Options are what a [Machine] may be told at its start.
+type Options struct {
 	// Rand chooses source ports, random pool addresses and sequence numbers.
 	Rand *rand.Rand // optional; nil: a fixed sequence
 	// StateLimit bounds the states.
@@ -136,8 +138,8 @@ type kif struct {
 // than that of each.
 type capacity struct{ states, sources, fragments int }
 
-// NewMachine returns an empty, disabled machine.
-func NewMachine(o MachineOptions) *Machine {
+// New returns an empty, disabled machine.
+func New(o Options) *Machine {
 	m := &Machine{
 		rand:      o.Rand,
 		kifs:      map[string]*kif{},
@@ -196,7 +198,7 @@ func (m *Machine) kif(name string) *kif {
 
 // AddInterface lets an interface appear, or replaces the addresses of one that
 // exists.
-func (m *Machine) AddInterface(i Interface) {
+func (m *Machine) AddInterface(i pfconf.Interface) {
 	k := m.kif(i.Name)
 	if !k.exists {
 		k.exists = true
@@ -245,10 +247,10 @@ func (m *Machine) DeleteAddress(name string, a netip.Addr) error {
 
 // Interfaces returns the interfaces that exist, in the order of their
 // appearance.
-func (m *Machine) Interfaces() []Interface {
-	out := make([]Interface, len(m.order))
+func (m *Machine) Interfaces() []pfconf.Interface {
+	out := make([]pfconf.Interface, len(m.order))
 	for i, k := range m.order {
-		out[i] = Interface{Name: k.name, Addresses: slices.Clone(k.addrs)}
+		out[i] = pfconf.Interface{Name: k.name, Addresses: slices.Clone(k.addrs)}
 	}
 	return out
 }

@@ -1,16 +1,18 @@
-package pfconf
+package pfsim
 
 import (
 	"fmt"
 	"slices"
 	"strings"
+
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // LoadMain makes r the main ruleset, as pfctl -f does: rules, tables and the
 // options, which start from their defaults each time. It is one transaction: on
 // an error everything stays as it was. Anchors that were loaded apart and states
 // stay in any case. load anchor lines are for the caller to follow.
-func (m *Machine) LoadMain(r *Ruleset) error {
+func (m *Machine) LoadMain(r *pfconf.Ruleset) error {
 	if err := m.load("", r); err != nil {
 		return fmt.Errorf("load main ruleset: %w", err)
 	}
@@ -21,7 +23,7 @@ func (m *Machine) LoadMain(r *Ruleset) error {
 // defines its tables; tables that r doesn't name stay while they are persistent
 // or used. It is one transaction like [Machine.LoadMain]. Options in r have no
 // effect. An anchor that no rule calls is kept and never evaluated.
-func (m *Machine) LoadAnchor(path string, r *Ruleset) error {
+func (m *Machine) LoadAnchor(path string, r *pfconf.Ruleset) error {
 	if err := checkAnchorPath(path); err != nil {
 		return fmt.Errorf("load anchor: %w", err)
 	}
@@ -31,7 +33,7 @@ func (m *Machine) LoadAnchor(path string, r *Ruleset) error {
 	return nil
 }
 
-func (m *Machine) load(path string, r *Ruleset) error {
+func (m *Machine) load(path string, r *pfconf.Ruleset) error {
 	l, err := r.Expand(path, m.Interfaces())
 	if err != nil {
 		return err
@@ -49,12 +51,12 @@ type transaction struct {
 // loadPart is what becomes of one anchor.
 type loadPart struct {
 	path  string
-	def   *Loaded
+	def   *pfconf.Loaded
 	lists [ruleLists][]*crule
 }
 
 // install puts an expanded ruleset in force.
-func (m *Machine) install(path string, l *Loaded) error {
+func (m *Machine) install(path string, l *pfconf.Loaded) error {
 	t := transaction{m: m}
 	timeouts, limits, err := m.mainOptions(l.Options)
 	if err == nil {
@@ -78,11 +80,11 @@ func (m *Machine) install(path string, l *Loaded) error {
 }
 
 // prepare compiles one anchor's part, which references its tables.
-func (t *transaction) prepare(path string, l *Loaded) error {
+func (t *transaction) prepare(path string, l *pfconf.Loaded) error {
 	t.parts = append(t.parts, loadPart{path: path, def: l})
 	part := &t.parts[len(t.parts)-1]
 	c := compiler{m: t.m, anchor: path}
-	for list, rules := range [ruleLists][]*Rule{scrubList: l.Scrub, natList: l.Nat, binatList: l.Binat, rdrList: l.Rdr, filterList: l.Filter} {
+	for list, rules := range [ruleLists][]*pfconf.Rule{scrubList: l.Scrub, natList: l.Nat, binatList: l.Binat, rdrList: l.Rdr, filterList: l.Filter} {
 		for _, r := range rules {
 			cr, err := c.compile(r)
 			if cr != nil {
@@ -100,9 +102,9 @@ func (t *transaction) prepare(path string, l *Loaded) error {
 }
 
 // checkTables holds the tables that are defined against the kernel's limits.
-func (t *transaction) checkTables(l *Loaded) error {
+func (t *transaction) checkTables(l *pfconf.Loaded) error {
 	made := 0
-	for _, def := range l.declared {
+	for _, def := range l.Declared {
 		if t.m.tables[tableName{l.Path, def.Name}] == nil {
 			made++
 		}
@@ -130,7 +132,7 @@ func (t *transaction) commit() {
 	// Tables are defined before old rules go, so that those that are still used
 	// are never without a reference. Their contents come after.
 	for _, p := range t.parts {
-		for _, def := range p.def.declared {
+		for _, def := range p.def.Declared {
 			t.m.defineTable(p.path, def)
 		}
 	}
@@ -156,7 +158,7 @@ func (m *Machine) unload(rules []*crule) {
 }
 
 // setSkip is set skip: of the interfaces that exist now, by their whole names.
-func (m *Machine) setSkip(opts []*Option) {
+func (m *Machine) setSkip(opts []*pfconf.Option) {
 	// pfctl clears the flags at each load of the main ruleset.
 	for _, k := range m.kifs {
 		k.skip = false
@@ -231,12 +233,12 @@ func (m *Machine) Anchors(anchor string) []string {
 // nameless inline anchors, so that [Loaded.ShowRules], [Loaded.ShowNat] and
 // [Table.Entries] give what pfctl reads back. The error is ErrNoAnchor. The
 // rules are the machine's own and must not be changed.
-func (m *Machine) Snapshot(anchor string) (*Loaded, error) {
+func (m *Machine) Snapshot(anchor string) (*pfconf.Loaded, error) {
 	a := m.main.find(anchor)
 	if a == nil {
 		return nil, fmt.Errorf("anchor %q: %w", anchor, ErrNoAnchor)
 	}
-	l := &Loaded{
+	l := &pfconf.Loaded{
 		Path: anchor, Anchors: namelessAnchors(a, nil),
 		Scrub: rulesOf(a.lists[scrubList]), Nat: rulesOf(a.lists[natList]), Binat: rulesOf(a.lists[binatList]),
 		Rdr: rulesOf(a.lists[rdrList]), Filter: rulesOf(a.lists[filterList]),
@@ -252,18 +254,18 @@ func (m *Machine) Snapshot(anchor string) (*Loaded, error) {
 }
 
 // namelessAnchors adds the inline anchors below a that pfctl named.
-func namelessAnchors(a *anchorNode, out []LoadedAnchor) []LoadedAnchor {
+func namelessAnchors(a *anchorNode, out []pfconf.LoadedAnchor) []pfconf.LoadedAnchor {
 	for _, c := range a.children {
 		if strings.HasPrefix(c.name, "_") {
-			out = append(out, LoadedAnchor{c.path, &Loaded{Path: c.path, Filter: rulesOf(c.lists[filterList])}})
+			out = append(out, pfconf.LoadedAnchor{Path: c.path, Loaded: &pfconf.Loaded{Path: c.path, Filter: rulesOf(c.lists[filterList])}})
 			out = namelessAnchors(c, out)
 		}
 	}
 	return out
 }
 
-func rulesOf(cs []*crule) []*Rule {
-	out := make([]*Rule, len(cs))
+func rulesOf(cs []*crule) []*pfconf.Rule {
+	out := make([]*pfconf.Rule, len(cs))
 	for i, c := range cs {
 		out[i] = c.rule
 	}

@@ -1,9 +1,11 @@
-package pfconf
+package pfsim
 
 import (
 	"net/netip"
 	"strings"
 	"testing"
+
+	"github.com/meshhelper/meshhelper/pfconf"
 )
 
 // countedHost is a host with rules that skip others, an anchor and nat.
@@ -49,7 +51,7 @@ func wantCounters(t *testing.T, m *Machine, anchor string, want map[string]RuleC
 func TestCounters(t *testing.T) {
 	m := countedHost(t)
 	p := Packet{
-		Src: netip.MustParseAddr("100.64.0.5"), Dst: netip.MustParseAddr("198.51.100.1"), Proto: ProtoUDP,
+		Src: netip.MustParseAddr("100.64.0.5"), Dst: netip.MustParseAddr("198.51.100.1"), Proto: pfconf.ProtoUDP,
 		SrcPort: 1000, DstPort: 443, Len: 100,
 	}
 	for range 3 {
@@ -97,7 +99,7 @@ func TestFirstRuleCountsWhatComes(t *testing.T) {
 		}
 		return rules[0].Evaluations
 	}
-	p := Packet{Src: netip.MustParseAddr("203.0.113.5"), Dst: netip.MustParseAddr("192.0.2.10"), Proto: ProtoTCP, SrcPort: 1, DstPort: 2, Flags: FlagACK}
+	p := Packet{Src: netip.MustParseAddr("203.0.113.5"), Dst: netip.MustParseAddr("192.0.2.10"), Proto: pfconf.ProtoTCP, SrcPort: 1, DstPort: 2, Flags: pfconf.FlagACK}
 	for i := range uint64(10) {
 		m.Receive(p, "en0")
 		if got := first(); got != i+1 || m.Counters()["match"] != i+1 {
@@ -119,7 +121,7 @@ scrub in on en0 no-df
 pass in on en0 proto udp to port 1 keep state (max 1)
 pass in on en0 proto udp to port 2 keep state (source-track rule, max-src-states 1)
 `)
-	p := Packet{Src: netip.MustParseAddr("203.0.113.5"), Dst: netip.MustParseAddr("192.0.2.10"), Proto: ProtoUDP, SrcPort: 1, DstPort: 1}
+	p := Packet{Src: netip.MustParseAddr("203.0.113.5"), Dst: netip.MustParseAddr("192.0.2.10"), Proto: pfconf.ProtoUDP, SrcPort: 1, DstPort: 1}
 	for _, port := range []uint16{1, 2} {
 		for p.SrcPort = range uint16(4) {
 			p.SrcPort++
@@ -130,9 +132,9 @@ pass in on en0 proto udp to port 2 keep state (source-track rule, max-src-states
 	q := p
 	q.SrcPort, q.Options = 99, true
 	m.Receive(q, "en0")
-	q = Packet{Src: p.Src, Dst: p.Dst, Proto: ProtoTCP, SrcPort: 5, DstPort: 6, Flags: FlagSYN | FlagRST}
+	q = Packet{Src: p.Src, Dst: p.Dst, Proto: pfconf.ProtoTCP, SrcPort: 5, DstPort: 6, Flags: pfconf.FlagSYN | pfconf.FlagRST}
 	m.Receive(q, "en0")
-	q = Packet{Src: p.Src, Dst: p.Dst, Proto: ProtoUDP, Fragment: true, FragmentLen: 9, MoreFragments: true}
+	q = Packet{Src: p.Src, Dst: p.Dst, Proto: pfconf.ProtoUDP, Fragment: true, FragmentLen: 9, MoreFragments: true}
 	m.Receive(q, "en0")
 	got := m.Counters()
 	for name, want := range map[string]uint64{"state-limit": 3, "src-limit": 4, "normalize": 1, "fragment": 1, "inserts": 2} {
@@ -145,7 +147,7 @@ pass in on en0 proto udp to port 2 keep state (source-track rule, max-src-states
 // TestCountersAreReadBack prints rules as pfctl -v does and reads them again.
 func TestCountersAreReadBack(t *testing.T) {
 	m := countedHost(t)
-	p := Packet{Src: netip.MustParseAddr("100.64.0.5"), Dst: netip.MustParseAddr("198.51.100.1"), Proto: ProtoUDP, SrcPort: 1000, DstPort: 443, Len: 100}
+	p := Packet{Src: netip.MustParseAddr("100.64.0.5"), Dst: netip.MustParseAddr("198.51.100.1"), Proto: pfconf.ProtoUDP, SrcPort: 1000, DstPort: 443, Len: 100}
 	m.Forward(p, "utun7", "en0")
 	rules, err := m.CountedRules("")
 	if err != nil {
@@ -157,7 +159,7 @@ func TestCountersAreReadBack(t *testing.T) {
 		text.WriteString(r.Text + "\n" + r.RuleCounters.String() + "\n  [ Inserted: uid 0 pid 77 ]\n")
 		want = append(want, r.Text)
 	}
-	s := ParseShown(text.String())
+	s := pfconf.ParseShown(text.String())
 	if len(s.Rules) != len(rules) || len(s.Unknown) != 0 {
 		t.Fatalf("read %+v", s)
 	}
@@ -166,7 +168,7 @@ func TestCountersAreReadBack(t *testing.T) {
 			t.Errorf("rule %d: read %+v, want %+v", i, got, rules[i].RuleCounters)
 		}
 	}
-	if err := EqualShown(want, text.String()); err != nil {
+	if err := pfconf.EqualShown(want, text.String()); err != nil {
 		t.Error(err)
 	}
 	const line = "  [ Evaluations: 20        Packets: 0         Bytes: 0           States: 0     ]"
