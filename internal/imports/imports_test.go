@@ -58,6 +58,7 @@ var only = map[string][]string{
 	"github.com/google/nftables":        {"internal/host/linux", "internal/lab"},
 	"github.com/vishvananda/netlink":    {"internal/host/linux", "internal/lab"},
 	"howett.net/plist":                  {"launchd"},
+	"github.com/piglig/go-qr":           {"internal/stock"},
 	"golang.zx2c4.com/wireguard/device": {"internal/tunnel", "internal/lab"},
 	"golang.zx2c4.com/wireguard/conn":   {"internal/tunnel", "internal/lab"},
 }
@@ -109,7 +110,7 @@ func TestProgramHasNoTests(t *testing.T) {
 			t.Errorf("only %d packages for %s", len(packages), system)
 		}
 		for _, p := range packages {
-			for _, forTests := range []string{module + "internal/lab", "gvisor.dev/", "testing", "pgregory.net/"} {
+			for _, forTests := range []string{module + "internal/lab", "gvisor.dev/", "testing", "pgregory.net/", "github.com/makiuchi-d/"} {
 				if strings.HasPrefix(p, forTests) {
 					t.Errorf("the program for %s has %s", system, p)
 				}

@@ -4,33 +4,38 @@ import (
 	"fmt"
 	"strings"
 
-	qrcode "github.com/skip2/go-qrcode"
+	qr "github.com/piglig/go-qr"
 )
 
 // QRCode is a QR code (ISO/IEC 18004) of a configuration's text, for the
 // camera of a phone.
-type QRCode struct {
-	modules [][]bool // rows of dark modules, quiet zone included
-}
+type QRCode struct{ symbol *qr.QrCode }
+
+// quietZone is the light border that the standard demands, in modules.
+const quietZone = 4
 
 // EncodeQR makes a QR code of text, up to 2953 bytes. It uses the lowest error
 // correction: a screen doesn't wear, and a configuration's code then fits on a
-// terminal of 80 columns.
+// terminal of 80 columns. The mask is the one with the lowest penalty.
 func EncodeQR(text string) (QRCode, error) {
-	code, err := qrcode.New(text, qrcode.Low)
+	segments, err := qr.MakeSegments(text)
+	var symbol *qr.QrCode
+	if err == nil {
+		symbol, err = qr.EncodeSegments(segments, qr.Low, qr.MinVersion, qr.MaxVersion, -1, false)
+	}
 	if err != nil {
 		// The library's error could quote the text, which holds a private key.
 		return QRCode{}, fmt.Errorf("encode QR code of %d bytes: too long", len(text))
 	}
-	return QRCode{modules: code.Bitmap()}, nil
+	return QRCode{symbol}, nil
 }
 
 // Size returns the number of columns, quiet zone included.
-func (q QRCode) Size() int { return len(q.modules) }
+func (q QRCode) Size() int { return q.symbol.Size() + 2*quietZone }
 
-// dark reports whether the module is dark; outside everything is light.
+// dark reports whether the module is dark; the quiet zone and everything outside is light.
 func (q QRCode) dark(row, column int) bool {
-	return row < len(q.modules) && q.modules[row][column]
+	return q.symbol.Module(column-quietZone, row-quietZone)
 }
 
 // blackOnWhite makes a terminal print black on white whatever its colours are
@@ -46,11 +51,11 @@ const (
 // on a light one, too.
 func (q QRCode) Terminal(colour bool) string {
 	var b strings.Builder
-	for row := 0; row < len(q.modules); row += 2 {
+	for row := 0; row < q.Size(); row += 2 {
 		if colour {
 			b.WriteString(blackOnWhite)
 		}
-		for column := range q.modules[row] {
+		for column := range q.Size() {
 			// Set means drawn in the foreground colour.
 			top, bottom := q.dark(row, column) == colour, q.dark(row+1, column) == colour
 			b.WriteString(halfBlock(top, bottom))
