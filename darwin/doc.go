@@ -8,7 +8,7 @@
 // (on a Mac an [Exec]); routing messages and the reading of kernel variables go
 // through [Kernel] (on a Mac a [System], the only thing here with a build tag).
 // Everything in between, that is the rendering, the parsing and the order of steps,
-// is portable. [FakePF] and [FakeKernel] stand behind the seams in tests and refuse
+// is portable. In tests, package darwintest stands behind the seams and refuses
 // what a Mac refuses.
 //
 // What macOS does here is mostly undocumented. Each fact in this package names

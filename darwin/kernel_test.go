@@ -8,10 +8,11 @@ import (
 	"testing"
 
 	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/darwin/darwintest"
 )
 
 func TestForwarding(t *testing.T) {
-	k := darwin.NewFakeKernel()
+	k := darwintest.NewKernel()
 	s := darwin.NewSysctl(k, k)
 	ctx := t.Context()
 	for _, f := range []darwin.Family{darwin.IPv4, darwin.IPv6} {
@@ -73,7 +74,7 @@ func TestSysctlOddAnswers(t *testing.T) {
 
 // Reading a variable starts no process: it is done at every check.
 func TestSysctlReadsWithoutAProcess(t *testing.T) {
-	k := darwin.NewFakeKernel()
+	k := darwintest.NewKernel()
 	s := darwin.NewSysctl(scripted{err: errors.New("a process was started")}, k)
 	if _, err := s.BootSession(); err != nil {
 		t.Error(err)
@@ -89,7 +90,7 @@ func TestSysctlReadsWithoutAProcess(t *testing.T) {
 }
 
 func TestBoot(t *testing.T) {
-	k := darwin.NewFakeKernel()
+	k := darwintest.NewKernel()
 	s := darwin.NewSysctl(k, k)
 	ctx := t.Context()
 	before, err := s.BootSession()
@@ -116,7 +117,7 @@ func TestBoot(t *testing.T) {
 }
 
 func TestTunnelNumbersClimb(t *testing.T) {
-	k := darwin.NewFakeKernel()
+	k := darwintest.NewKernel()
 	first, err := k.CreateTunnel("utun", 1420)
 	if err != nil {
 		t.Fatal(err)
@@ -135,7 +136,7 @@ func TestTunnelNumbersClimb(t *testing.T) {
 }
 
 func TestAddresses(t *testing.T) {
-	k := darwin.NewFakeKernel()
+	k := darwintest.NewKernel()
 	ctx := t.Context()
 	name, err := k.CreateTunnel("utun", 1500)
 	if err != nil {
@@ -177,7 +178,7 @@ func TestAddresses(t *testing.T) {
 }
 
 func TestIfconfigRefuses(t *testing.T) {
-	k := darwin.NewFakeKernel()
+	k := darwintest.NewKernel()
 	ctx := t.Context()
 	c := darwin.NewIfconfig(k)
 	good := netip.MustParseAddr("100.64.0.1")

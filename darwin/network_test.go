@@ -1,4 +1,4 @@
-package darwin
+package darwin_test
 
 import (
 	"errors"
@@ -9,14 +9,18 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/darwin/darwintest"
+	"github.com/meshhelper/meshhelper/darwin/internal/xnu"
 )
 
 // newLaptop returns a Mac with Wi-Fi and a wired LAN, defaults by both, peer-to-
 // peer Wi-Fi, and one of Apple's tunnels with a default of its own.
-func newLaptop(t testing.TB) *FakeKernel {
+func newLaptop(t testing.TB) *darwintest.Kernel {
 	t.Helper()
-	k := NewFakeKernel()
-	broadcast := InterfaceUp | InterfaceBroadcast | InterfaceRunning | InterfaceMulticast
+	k := darwintest.NewKernel()
+	broadcast := darwin.InterfaceUp | darwin.InterfaceBroadcast | darwin.InterfaceRunning | darwin.InterfaceMulticast
 	en0 := k.AddInterface("en0", broadcast, 1500)
 	en5 := k.AddInterface("en5", broadcast, 1500)
 	awdl := k.AddInterface("awdl0", broadcast, 1484)
@@ -34,21 +38,21 @@ func newLaptop(t testing.TB) *FakeKernel {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n, err := Observe(k)
+	n, err := darwin.Observe(k)
 	if err != nil {
 		t.Fatal(err)
 	}
 	tunnel := n.Interface(utun).Index
-	for _, r := range []Route{
-		{Dst: netip.MustParsePrefix("::/0"), Gateway: netip.MustParseAddr("fe80::1"), Index: awdl, Flags: RouteUp | RouteGateway},
-		{Dst: netip.MustParsePrefix("0.0.0.0/0"), Gateway: netip.MustParseAddr("192.168.77.1"), Index: en5, Flags: RouteUp | RouteGateway | RouteScoped},
-		{Dst: netip.MustParsePrefix("0.0.0.0/0"), Gateway: netip.MustParseAddr("203.0.113.1"), Index: en0, Flags: RouteUp | RouteGateway | RouteStatic},
-		{Dst: netip.MustParsePrefix("::/0"), Gateway: netip.MustParseAddr("fe80::9"), Index: en0, Flags: RouteUp | RouteGateway | RouteScoped},
-		{Dst: netip.MustParsePrefix("10.9.0.0/16"), Gateway: netip.MustParseAddr("192.168.77.9"), Index: en5, Flags: RouteUp | RouteGateway | RouteStatic},
-		{Dst: netip.MustParsePrefix("203.0.113.1/32"), Index: en0, Flags: RouteUp | RouteHost | RouteLLInfo | RouteCloned},
-		{Dst: netip.MustParsePrefix("224.0.0.0/4"), Gateway: netip.MustParseAddr("203.0.113.5"), Index: en0, Flags: RouteUp | RouteMulticast},
-		{Dst: netip.MustParsePrefix("198.51.100.0/24"), Gateway: netip.MustParseAddr("127.0.0.1"), Index: 1, Flags: RouteUp | RouteGateway | RouteBlackhole},
-		{Dst: netip.MustParsePrefix("100.100.0.0/16"), Gateway: netip.MustParseAddr("100.100.0.1"), Index: tunnel, Flags: RouteUp | RouteGateway | RouteStatic},
+	for _, r := range []darwin.Route{
+		{Dst: netip.MustParsePrefix("::/0"), Gateway: netip.MustParseAddr("fe80::1"), Index: awdl, Flags: darwin.RouteUp | darwin.RouteGateway},
+		{Dst: netip.MustParsePrefix("0.0.0.0/0"), Gateway: netip.MustParseAddr("192.168.77.1"), Index: en5, Flags: darwin.RouteUp | darwin.RouteGateway | darwin.RouteScoped},
+		{Dst: netip.MustParsePrefix("0.0.0.0/0"), Gateway: netip.MustParseAddr("203.0.113.1"), Index: en0, Flags: darwin.RouteUp | darwin.RouteGateway | darwin.RouteStatic},
+		{Dst: netip.MustParsePrefix("::/0"), Gateway: netip.MustParseAddr("fe80::9"), Index: en0, Flags: darwin.RouteUp | darwin.RouteGateway | darwin.RouteScoped},
+		{Dst: netip.MustParsePrefix("10.9.0.0/16"), Gateway: netip.MustParseAddr("192.168.77.9"), Index: en5, Flags: darwin.RouteUp | darwin.RouteGateway | darwin.RouteStatic},
+		{Dst: netip.MustParsePrefix("203.0.113.1/32"), Index: en0, Flags: darwin.RouteUp | darwin.RouteHost | darwin.RouteLLInfo | darwin.RouteCloned},
+		{Dst: netip.MustParsePrefix("224.0.0.0/4"), Gateway: netip.MustParseAddr("203.0.113.5"), Index: en0, Flags: darwin.RouteUp | darwin.RouteMulticast},
+		{Dst: netip.MustParsePrefix("198.51.100.0/24"), Gateway: netip.MustParseAddr("127.0.0.1"), Index: 1, Flags: darwin.RouteUp | darwin.RouteGateway | darwin.RouteBlackhole},
+		{Dst: netip.MustParsePrefix("100.100.0.0/16"), Gateway: netip.MustParseAddr("100.100.0.1"), Index: tunnel, Flags: darwin.RouteUp | darwin.RouteGateway | darwin.RouteStatic},
 	} {
 		if err := k.AddRoute(r); err != nil {
 			t.Fatal(err)
@@ -57,9 +61,9 @@ func newLaptop(t testing.TB) *FakeKernel {
 	return k
 }
 
-func observe(t testing.TB, k Kernel) *Network {
+func observe(t testing.TB, k darwin.Kernel) *darwin.Network {
 	t.Helper()
-	n, err := Observe(k)
+	n, err := darwin.Observe(k)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -69,9 +73,9 @@ func observe(t testing.TB, k Kernel) *Network {
 func TestObserve(t *testing.T) {
 	n := observe(t, newLaptop(t))
 	en0 := n.Interface("en0")
-	want := &Interface{Name: "en0", Index: 2, MTU: 1500,
-		Flags: InterfaceUp | InterfaceBroadcast | InterfaceRunning | InterfaceMulticast,
-		Addresses: []Address{
+	want := &darwin.Interface{Name: "en0", Index: 2, MTU: 1500,
+		Flags: darwin.InterfaceUp | darwin.InterfaceBroadcast | darwin.InterfaceRunning | darwin.InterfaceMulticast,
+		Addresses: []darwin.Address{
 			{Prefix: netip.MustParsePrefix("203.0.113.5/24")},
 			{Prefix: netip.MustParsePrefix("2001:db8:1::5/64")},
 		}}
@@ -85,24 +89,24 @@ func TestObserve(t *testing.T) {
 
 func TestUplink(t *testing.T) {
 	k := newLaptop(t)
-	i, gateway := observe(t, k).Uplink(IPv4)
+	i, gateway := observe(t, k).Uplink(darwin.IPv4)
 	if i == nil || i.Name != "en0" || gateway != netip.MustParseAddr("203.0.113.1") {
 		t.Errorf("IPv4 uplink %+v by %v: the unscoped default is en0's", i, gateway)
 	}
 	// The only unscoped IPv6 default is that of peer-to-peer Wi-Fi.
-	if i, _ := observe(t, k).Uplink(IPv6); i != nil {
+	if i, _ := observe(t, k).Uplink(darwin.IPv6); i != nil {
 		t.Errorf("IPv6 uplink %+v", i)
 	}
 	// Wi-Fi goes, and macOS gives the wired LAN the unscoped default.
 	k.RemoveInterface("en0")
-	if i, _ := observe(t, k).Uplink(IPv4); i != nil {
+	if i, _ := observe(t, k).Uplink(darwin.IPv4); i != nil {
 		t.Errorf("uplink %+v though only a scoped default is left", i)
 	}
 	en5 := observe(t, k).Interface("en5").Index
-	if err := k.AddRoute(Route{Dst: netip.MustParsePrefix("0.0.0.0/0"), Gateway: netip.MustParseAddr("192.168.77.1"), Index: en5, Flags: RouteUp | RouteGateway}); err != nil {
+	if err := k.AddRoute(darwin.Route{Dst: netip.MustParsePrefix("0.0.0.0/0"), Gateway: netip.MustParseAddr("192.168.77.1"), Index: en5, Flags: darwin.RouteUp | darwin.RouteGateway}); err != nil {
 		t.Fatal(err)
 	}
-	if i, _ := observe(t, k).Uplink(IPv4); i == nil || i.Name != "en5" {
+	if i, _ := observe(t, k).Uplink(darwin.IPv4); i == nil || i.Name != "en5" {
 		t.Errorf("uplink %+v, want en5", i)
 	}
 }
@@ -112,11 +116,11 @@ func TestLeadsOut(t *testing.T) {
 		"en0": true, "en12": true, "pdp_ip0": true, "ppp0": true, "utun3": true, "ipsec0": true, "bridge0": true, "gif0": false,
 		"awdl0": false, "llw0": false, "stf0": false, "ap1": false, "anpi0": false, "lo0": false, "XHC20": false,
 	} {
-		if got := leadsOut(&Interface{Name: name, Flags: InterfaceUp}); got != want {
+		if got := darwin.LeadsOut(&darwin.Interface{Name: name, Flags: darwin.InterfaceUp}); got != want {
 			t.Errorf("%s leads out: %v", name, got)
 		}
 	}
-	if leadsOut(&Interface{Name: "en0"}) || leadsOut(nil) {
+	if darwin.LeadsOut(&darwin.Interface{Name: "en0"}) || darwin.LeadsOut(nil) {
 		t.Error("an interface that is down, or none, leads out")
 	}
 }
@@ -145,9 +149,9 @@ func prefixes(list ...string) (p []netip.Prefix) {
 }
 
 // marked returns the destinations that carry our mark.
-func marked(t *testing.T, k Kernel) (list []string) {
+func marked(t *testing.T, k darwin.Kernel) (list []string) {
 	for _, r := range observe(t, k).Routes {
-		if ours(r) {
+		if darwin.Ours(r) {
 			list = append(list, r.Dst.String())
 		}
 	}
@@ -155,7 +159,7 @@ func marked(t *testing.T, k Kernel) (list []string) {
 	return list
 }
 
-func newTunnel(t *testing.T, k *FakeKernel) int {
+func newTunnel(t *testing.T, k *darwintest.Kernel) int {
 	t.Helper()
 	name, err := k.CreateTunnel("utun", 1420)
 	if err != nil {
@@ -173,7 +177,7 @@ func TestRouterThroughStates(t *testing.T) {
 	k := newLaptop(t)
 	before := observe(t, k).Routes
 	tun := newTunnel(t, k)
-	r := NewRouter(k)
+	r := darwin.NewRouter(k)
 	for _, want := range [][]netip.Prefix{
 		prefixes("100.64.0.2/32", "fd00::2/128"),
 		prefixes("100.64.0.2/32", "fd00::2/128"), // again
@@ -201,7 +205,7 @@ func TestRouterThroughStates(t *testing.T) {
 func TestRouterRepairs(t *testing.T) {
 	k := newLaptop(t)
 	tun := newTunnel(t, k)
-	r := NewRouter(k)
+	r := darwin.NewRouter(k)
 	want := prefixes("100.64.0.2/32", "100.64.0.3/32")
 	if err := r.Set(tun, want); err != nil {
 		t.Fatal(err)
@@ -218,13 +222,13 @@ func TestRouterTaken(t *testing.T) {
 	k := newLaptop(t)
 	tun := newTunnel(t, k)
 	en5 := observe(t, k).Interface("en5").Index
-	foreign := Route{Dst: netip.MustParsePrefix("100.64.0.2/32"), Index: en5, Flags: RouteUp | RouteHost | RouteStatic}
+	foreign := darwin.Route{Dst: netip.MustParsePrefix("100.64.0.2/32"), Index: en5, Flags: darwin.RouteUp | darwin.RouteHost | darwin.RouteStatic}
 	if err := k.AddRoute(foreign); err != nil {
 		t.Fatal(err)
 	}
-	r := NewRouter(k)
+	r := darwin.NewRouter(k)
 	err := r.Set(tun, prefixes("100.64.0.2/32", "100.64.0.3/32"))
-	if !errors.Is(err, ErrRouteTaken) || !strings.Contains(err.Error(), "100.64.0.2/32") {
+	if !errors.Is(err, darwin.ErrRouteTaken) || !strings.Contains(err.Error(), "100.64.0.2/32") {
 		t.Errorf("got %v", err)
 	}
 	if got := marked(t, k); !slices.Equal(got, []string{"100.64.0.3/32"}) {
@@ -245,12 +249,12 @@ func TestRouterRefuses(t *testing.T) {
 	for _, bad := range [][]netip.Prefix{
 		prefixes("0.0.0.0/0"), prefixes("::/0"), {netip.Prefix{}}, prefixes("10.0.0.1/8"), prefixes("::ffff:10.0.0.0/104"),
 	} {
-		if err := NewRouter(k).Set(tun, bad); err == nil {
+		if err := darwin.NewRouter(k).Set(tun, bad); err == nil {
 			t.Errorf("made %v", bad)
 		}
 	}
 	// An interface that doesn't exist, or has no address of the family.
-	if err := NewRouter(k).Set(99, prefixes("100.64.0.2/32")); !errors.Is(err, syscall.ENETUNREACH) {
+	if err := darwin.NewRouter(k).Set(99, prefixes("100.64.0.2/32")); !errors.Is(err, syscall.ENETUNREACH) {
 		t.Errorf("route by nothing: %v", err)
 	}
 	if diff := cmp.Diff(before, observe(t, k).Routes, compareNetip); diff != "" {
@@ -261,23 +265,23 @@ func TestRouterRefuses(t *testing.T) {
 func TestSweepAfterCrash(t *testing.T) {
 	k := newLaptop(t)
 	en0 := observe(t, k).Interface("en0").Index
-	foreign := newRoute(netip.MustParsePrefix("198.51.100.8/32"), en0) // NetBird's
+	foreign := darwin.NewRoute(netip.MustParsePrefix("198.51.100.8/32"), en0) // NetBird's
 	if err := k.AddRoute(foreign); err != nil {
 		t.Fatal(err)
 	}
 	before := observe(t, k).Routes
 	// An endpoint kept on the uplink outlives the tunnel.
 	pin, router := netip.MustParsePrefix("198.51.100.7/32"), netip.MustParseAddr("203.0.113.1")
-	r := NewRouter(k)
+	r := darwin.NewRouter(k)
 	for range 2 {
 		if err := r.Add(pin, router, en0); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := r.Add(pin, netip.MustParseAddr("203.0.113.2"), en0); !errors.Is(err, ErrRouteTaken) {
+	if err := r.Add(pin, netip.MustParseAddr("203.0.113.2"), en0); !errors.Is(err, darwin.ErrRouteTaken) {
 		t.Errorf("by another router: %v", err)
 	}
-	gone, err := NewRouter(k).Sweep([]netip.Prefix{pin, netip.MustParsePrefix("10.9.0.0/16"), netip.MustParsePrefix("0.0.0.0/0")})
+	gone, err := darwin.NewRouter(k).Sweep([]netip.Prefix{pin, netip.MustParsePrefix("10.9.0.0/16"), netip.MustParsePrefix("0.0.0.0/0")})
 	if err != nil || !slices.Equal(gone, []netip.Prefix{pin}) {
 		t.Errorf("swept %v, %v", gone, err)
 	}
@@ -304,11 +308,11 @@ func TestFakeDeletesWhateverHasTheDestination(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	m := appendRoute(nil, rtmDelete, 1, Route{Dst: netip.MustParsePrefix("0.0.0.0/0"), Index: tun, Flags: RouteUp | RouteStatic})
+	m := darwin.AppendRoute(nil, xnu.RTMDelete, 1, darwin.Route{Dst: netip.MustParsePrefix("0.0.0.0/0"), Index: tun, Flags: darwin.RouteUp | darwin.RouteStatic})
 	if _, err := conn.Write(m); err != nil {
 		t.Fatal(err)
 	}
-	if i, _ := observe(t, k).Uplink(IPv4); i != nil {
+	if i, _ := observe(t, k).Uplink(darwin.IPv4); i != nil {
 		t.Errorf("the physical default survived: %+v", i)
 	}
 	if _, err := conn.Write(m); !errors.Is(err, syscall.ESRCH) {
@@ -332,10 +336,10 @@ func BenchmarkParseRoutes10000(b *testing.B) {
 		b.Fatal(err)
 	}
 	for _, p := range want {
-		list = append(list, dumpMessage(newRoute(p, 2))...)
+		list = append(list, dump(darwin.NewRoute(p, 2))...)
 	}
 	for b.Loop() {
-		if got, err := ParseRoutes(list); err != nil || len(got) < len(want) {
+		if got, err := darwin.ParseRoutes(list); err != nil || len(got) < len(want) {
 			b.Fatal(len(got), err)
 		}
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/darwin/darwintest"
 	"github.com/meshhelper/meshhelper/pfconf"
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
@@ -53,7 +54,7 @@ func (e *textEngine) Load(anchor, text string) error {
 		case slices.Contains([]string{"pass", "block", "nat", "anchor", "nat-anchor"}, f[0]):
 			lines = append(lines, line)
 		default:
-			return &darwin.PFSyntaxError{Line: n}
+			return &darwintest.SyntaxError{Line: n}
 		}
 	}
 	e.anchors[anchor], e.tables[anchor] = lines, tables
@@ -151,11 +152,11 @@ func (e *textEngine) Interfaces() map[string]bool { return e.skipped }
 const anchor = "com.apple/org.example.test"
 
 // newPF returns a PF, the fake pfctl and the engine behind it.
-func newPF(t *testing.T) (*darwin.PF, *darwin.FakePF, *textEngine) {
+func newPF(t *testing.T) (*darwin.PF, *darwintest.PF, *textEngine) {
 	t.Helper()
 	e := newTextEngine()
 	next := darwin.Token(11012949885072952620)
-	f := &darwin.FakePF{Engine: e, NextToken: func() darwin.Token { next++; return next }}
+	f := &darwintest.PF{Engine: e, NextToken: func() darwin.Token { next++; return next }}
 	return darwin.NewPF(f), f, e
 }
 

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net/netip"
 	"syscall"
+
+	"github.com/meshhelper/meshhelper/darwin/internal/xnu"
 )
 
 // ErrRouteTaken: a route to the same destination already exists, by another
@@ -55,7 +57,7 @@ func (r *Router) Set(index int, want []netip.Prefix) error {
 		have, ok := table[p]
 		switch {
 		case !ok:
-			changes = append(changes, change{rtmAdd, newRoute(p, index)})
+			changes = append(changes, change{xnu.RTMAdd, newRoute(p, index)})
 		case have.Index != index:
 			taken = append(taken, fmt.Errorf("add route %s: %w", p, ErrRouteTaken))
 		}
@@ -90,7 +92,7 @@ func (r *Router) Add(dst netip.Prefix, gateway netip.Addr, index int) error {
 		}
 		return fmt.Errorf("add route %s: %w", dst, ErrRouteTaken)
 	}
-	return r.apply([]change{{rtmAdd, route}})
+	return r.apply([]change{{xnu.RTMAdd, route}})
 }
 
 // Sweep takes away the routes to the given destinations that carry the mark, on
@@ -132,7 +134,7 @@ func newRoute(p netip.Prefix, index int) Route {
 // flags that only the kernel sets.
 func deletion(r Route) change {
 	r.Flags &= RouteUp | RouteGateway | RouteHost | RouteStatic | RouteProto1
-	return change{rtmDelete, r}
+	return change{xnu.RTMDelete, r}
 }
 
 // table returns the unscoped routes by destination.
@@ -176,9 +178,9 @@ func (r *Router) apply(changes []change) error {
 		_, err := conn.Write(appendRoute(nil, c.typ, r.seq, c.route))
 		switch {
 		case err == nil:
-		case c.typ == rtmAdd && errors.Is(err, syscall.EEXIST):
-		case c.typ == rtmDelete && errors.Is(err, syscall.ESRCH):
-		case c.typ == rtmAdd:
+		case c.typ == xnu.RTMAdd && errors.Is(err, syscall.EEXIST):
+		case c.typ == xnu.RTMDelete && errors.Is(err, syscall.ESRCH):
+		case c.typ == xnu.RTMAdd:
 			return fmt.Errorf("add route %s: %w", c.route.Dst, err)
 		default:
 			return fmt.Errorf("delete route %s: %w", c.route.Dst, err)

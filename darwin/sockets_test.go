@@ -1,24 +1,28 @@
-package darwin
+package darwin_test
 
 import (
 	"encoding/binary"
 	"slices"
 	"testing"
+
+	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/darwin/darwintest"
+	"github.com/meshhelper/meshhelper/darwin/internal/xnu"
 )
 
 func TestEphemeralPorts(t *testing.T) {
-	k := NewFakeKernel()
-	s := NewSysctl(k, k)
-	if got, err := s.EphemeralPorts(); err != nil || !slices.Equal(got, []PortRange{{49152, 65535}, {49152, 65535}}) {
+	k := darwintest.NewKernel()
+	s := darwin.NewSysctl(k, k)
+	if got, err := s.EphemeralPorts(); err != nil || !slices.Equal(got, []darwin.PortRange{{49152, 65535}, {49152, 65535}}) {
 		t.Errorf("%v, %v", got, err)
 	}
-	k.SetVariable(portFirst, "60000") // downwards
-	k.SetVariable(portLast, "30000")
-	if got, err := s.EphemeralPorts(); err != nil || got[0] != (PortRange{30000, 60000}) {
+	k.SetVariable(xnu.PortFirst, "60000") // downwards
+	k.SetVariable(xnu.PortLast, "30000")
+	if got, err := s.EphemeralPorts(); err != nil || got[0] != (darwin.PortRange{30000, 60000}) {
 		t.Errorf("%v, %v", got, err)
 	}
 	for _, bad := range []string{"", "65536", "-1", "x"} {
-		k.SetVariable(portFirst, bad)
+		k.SetVariable(xnu.PortFirst, bad)
 		if got, err := s.EphemeralPorts(); err == nil {
 			t.Errorf("%q: %v", bad, got)
 		}
@@ -26,8 +30,8 @@ func TestEphemeralPorts(t *testing.T) {
 }
 
 func TestReadSockets(t *testing.T) {
-	k := NewFakeKernel()
-	if s, err := ReadSockets(k); err != nil || len(s.TCP) != 0 || !slices.Equal(s.UDP, []uint16{5353}) {
+	k := darwintest.NewKernel()
+	if s, err := darwin.ReadSockets(k); err != nil || len(s.TCP) != 0 || !slices.Equal(s.UDP, []uint16{5353}) {
 		t.Errorf("at first %v, %v", s, err)
 	}
 	k.BindUDP(500)
@@ -36,12 +40,12 @@ func TestReadSockets(t *testing.T) {
 	closed := k.BindUDP(4500)
 	k.BindTCP(22)
 	closed()
-	s, err := ReadSockets(k)
+	s, err := darwin.ReadSockets(k)
 	if err != nil || !slices.Equal(s.UDP, []uint16{500, 5353, 41641}) || !slices.Equal(s.TCP, []uint16{22}) {
 		t.Errorf("%v, %v", s, err)
 	}
 	k.Boot()
-	if s, err := ReadSockets(k); err != nil || len(s.TCP) != 0 || !slices.Equal(s.UDP, []uint16{5353}) {
+	if s, err := darwin.ReadSockets(k); err != nil || len(s.TCP) != 0 || !slices.Equal(s.UDP, []uint16{5353}) {
 		t.Errorf("after a boot %v, %v", s, err)
 	}
 }
@@ -49,37 +53,37 @@ func TestReadSockets(t *testing.T) {
 // TestSocketListsRefused has lists that no kernel gives: a wrong one isn't taken for
 // one without sockets.
 func TestSocketListsRefused(t *testing.T) {
-	k := NewFakeKernel()
+	k := darwintest.NewKernel()
 	k.BindUDP(500)
-	good, err := k.Table(udpSockets)
+	good, err := k.Table(xnu.UDPSockets)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for n := range good[:len(good)-sizeXinpgen+socketAlignment] {
-		if ports, err := parseSockets(good[:n]); err == nil {
+	for n := range good[:len(good)-xnu.SizeXinpgen+xnu.SocketAlignment] {
+		if ports, err := darwin.ParseSockets(good[:n]); err == nil {
 			t.Errorf("%d of %d bytes: %v", n, len(good), ports)
 		}
 	}
 	long := slices.Clone(good)
-	binary.LittleEndian.PutUint32(long[sizeXinpgen:], 1<<31)
-	if ports, err := parseSockets(long); err == nil {
+	binary.LittleEndian.PutUint32(long[xnu.SizeXinpgen:], 1<<31)
+	if ports, err := darwin.ParseSockets(long); err == nil {
 		t.Errorf("a struct beyond the end: %v", ports)
 	}
 }
 
 func FuzzSockets(f *testing.F) {
-	k := NewFakeKernel()
+	k := darwintest.NewKernel()
 	k.BindUDP(500)
 	k.BindUDP(51820)
-	b, err := k.Table(udpSockets)
+	b, err := k.Table(xnu.UDPSockets)
 	if err != nil {
 		f.Fatal(err)
 	}
 	f.Add(b)
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		ports, err := parseSockets(b)
-		if err != nil && ports != nil || slices.Contains(ports, 0) || !slices.IsSorted(ports) || len(ports) > len(b)/minXinpcb {
+		ports, err := darwin.ParseSockets(b)
+		if err != nil && ports != nil || slices.Contains(ports, 0) || !slices.IsSorted(ports) || len(ports) > len(b)/xnu.MinXinpcb {
 			t.Errorf("%v, %v", ports, err)
 		}
 	})

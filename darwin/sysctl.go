@@ -5,26 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+
+	"github.com/meshhelper/meshhelper/darwin/internal/xnu"
 )
 
 // sysctlPath is sysctl(8), which only sets variables here. x/sys only has getters
 // on macOS, and the alternatives to this program are a raw system call, whose
 // numbers Apple doesn't promise, or a linkname into package syscall.
 const sysctlPath = "/usr/sbin/sysctl"
-
-// The kernel variables used here. IPv6 forwarding is set to 1 by anything above
-// 0 (xnu bsd/netinet6/in6_proto.c).
-const (
-	ipv4Forwarding = "net.inet.ip.forwarding"
-	ipv6Forwarding = "net.inet6.ip6.forwarding"
-	bootSession    = "kern.bootsessionuuid"
-	// How the kernel takes packets to an address of another interface than the one
-	// that they came in by: 0 takes them, 1 drops those to tunnels' addresses, 2 drops
-	// all. With forwarding on, all are taken (ip_input_check_interface in xnu
-	// bsd/netinet/ip_input.c, ip6_input_check_interface in bsd/netinet6/ip6_input.c).
-	ipv4CheckInterface = "net.inet.ip.check_interface"
-	ipv6CheckInterface = "net.inet6.ip6.check_interface"
-)
 
 // A Sysctl reads kernel variables by sysctl(3), which costs no process, and writes
 // them through sysctl(8).
@@ -49,9 +37,9 @@ func (f Family) String() string { return "IPv" + strconv.Itoa(int(f)) }
 
 func (f Family) forwarding() string {
 	if f == IPv6 {
-		return ipv6Forwarding
+		return xnu.IPv6Forwarding
 	}
-	return ipv4Forwarding
+	return xnu.IPv4Forwarding
 }
 
 // Forwarding reports whether the kernel forwards packets of the family.
@@ -100,9 +88,9 @@ func (s *Sysctl) SetForwarding(ctx context.Context, f Family, on bool) error {
 // the family to a tunnel's address that arrive on another interface. Macs do, unless
 // told otherwise.
 func (s *Sysctl) ClosesTunnels(f Family) (bool, error) {
-	name := ipv4CheckInterface
+	name := xnu.IPv4CheckInterface
 	if f == IPv6 {
-		name = ipv6CheckInterface
+		name = xnu.IPv6CheckInterface
 	}
 	v, err := s.get(name)
 	return v == "1" || v == "2", err
@@ -111,9 +99,9 @@ func (s *Sysctl) ClosesTunnels(f Family) (bool, error) {
 // BootSession returns the id of this boot of the kernel, a UUID in capitals. What
 // was kept on disk with another id (a packet filter token, a found value) is void.
 func (s *Sysctl) BootSession() (string, error) {
-	v, err := s.get(bootSession)
+	v, err := s.get(xnu.BootSession)
 	if err == nil && v == "" {
-		err = errors.New("read " + bootSession + ": empty")
+		err = errors.New("read " + xnu.BootSession + ": empty")
 	}
 	return v, err
 }

@@ -10,6 +10,8 @@ import (
 
 	"golang.org/x/net/route"
 	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/darwin/internal/xnu"
 )
 
 // A System is this Mac's kernel.
@@ -53,7 +55,7 @@ func (System) OpenRoute() (io.ReadWriteCloser, error) {
 // Sysctl implements Kernel.
 func (System) Sysctl(name string) (string, error) {
 	switch name {
-	case ipv4Forwarding, ipv6Forwarding, ipv4CheckInterface, ipv6CheckInterface, portFirst, portLast, portHiFirst, portHiLast:
+	case xnu.IPv4Forwarding, xnu.IPv6Forwarding, xnu.IPv4CheckInterface, xnu.IPv6CheckInterface, xnu.PortFirst, xnu.PortLast, xnu.PortHiFirst, xnu.PortHiLast:
 		n, err := unix.SysctlUint32(name)
 		return strconv.FormatInt(int64(int32(n)), 10), err
 	}

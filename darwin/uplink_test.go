@@ -1,4 +1,4 @@
-package darwin
+package darwin_test
 
 import (
 	"fmt"
@@ -9,6 +9,9 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/darwin/darwintest"
 )
 
 // captured returns what a Mac printed, without the first line, which names the
@@ -27,20 +30,20 @@ func captured(t testing.TB, name string) string {
 }
 
 // netstatFlags are the letters of netstat(1), of network_cmds netstat.tproj/route.c.
-var netstatFlags = map[rune]RouteFlags{
-	'U': RouteUp, 'G': RouteGateway, 'H': RouteHost, 'S': RouteStatic, 'C': routeCloning, 'L': RouteLLInfo,
-	'I': RouteScoped, 'm': RouteMulticast, 'b': RouteBroadcast, 'B': RouteBlackhole, 'R': RouteReject, 'W': RouteCloned,
+var netstatFlags = map[rune]darwin.RouteFlags{
+	'U': darwin.RouteUp, 'G': darwin.RouteGateway, 'H': darwin.RouteHost, 'S': darwin.RouteStatic, 'C': 0x100 /* RTF_CLONING */, 'L': darwin.RouteLLInfo,
+	'I': darwin.RouteScoped, 'm': darwin.RouteMulticast, 'b': darwin.RouteBroadcast, 'B': darwin.RouteBlackhole, 'R': darwin.RouteReject, 'W': darwin.RouteCloned,
 	'c': 0x10000,    // RTF_PRCLONING
 	'g': 0x40000000, // RTF_GLOBAL
-	'i': 0, '1': RouteProto1,
+	'i': 0, '1': darwin.RouteProto1,
 }
 
 // netstat turns what `netstat -rn` printed into routing messages and reads those.
 // Interfaces appear as they are named, up, the tunnels among them with a
 // link-local IPv6 address only; then further, "name prefix", gives them addresses.
-func netstat(t testing.TB, text string, further ...string) *Network {
+func netstat(t testing.TB, text string, further ...string) *darwin.Network {
 	t.Helper()
-	k := NewFakeKernel()
+	k := darwintest.NewKernel()
 	for line := range strings.Lines(text) {
 		f := strings.Fields(line)
 		if len(f) < 4 || f[0] == "Destination" {
@@ -48,16 +51,16 @@ func netstat(t testing.TB, text string, further ...string) *Network {
 		}
 		name := f[3]
 		if !k.Has(name) {
-			flags := InterfaceUp | InterfaceBroadcast | InterfaceRunning
-			if kind(name) == "utun" {
-				flags = InterfaceUp | InterfacePointToPoint | InterfaceRunning
+			flags := darwin.InterfaceUp | darwin.InterfaceBroadcast | darwin.InterfaceRunning
+			if darwin.KindOf(name) == "utun" {
+				flags = darwin.InterfaceUp | darwin.InterfacePointToPoint | darwin.InterfaceRunning
 			}
 			k.AddInterface(name, flags, 1500)
-			if kind(name) == "utun" {
+			if darwin.KindOf(name) == "utun" {
 				addAddress(t, k, name+" fe80::1/64")
 			}
 		}
-		r := Route{Dst: netstatDestination(t, f[0], strings.Contains(f[1], ":")), Index: observe(t, k).Interface(name).Index}
+		r := darwin.Route{Dst: netstatDestination(t, f[0], strings.Contains(f[1], ":")), Index: observe(t, k).Interface(name).Index}
 		if a, err := netip.ParseAddr(f[1]); err == nil {
 			r.Gateway = a.WithZone("")
 		}
@@ -68,9 +71,7 @@ func netstat(t testing.TB, text string, further ...string) *Network {
 			}
 			r.Flags |= flag
 		}
-		k.mu.Lock()
-		k.install(r)
-		k.mu.Unlock()
+		k.InstallRoute(r)
 	}
 	for _, a := range further {
 		addAddress(t, k, a)
@@ -78,7 +79,7 @@ func netstat(t testing.TB, text string, further ...string) *Network {
 	return observe(t, k)
 }
 
-func addAddress(t testing.TB, k *FakeKernel, nameAndPrefix string) {
+func addAddress(t testing.TB, k *darwintest.Kernel, nameAndPrefix string) {
 	t.Helper()
 	name, prefix, _ := strings.Cut(nameAndPrefix, " ")
 	if err := k.AddAddress(name, netip.MustParsePrefix(prefix)); err != nil {
@@ -115,7 +116,7 @@ func netstatDestination(t testing.TB, s string, six bool) netip.Prefix {
 }
 
 // checkUplink compares the interface and router, "" for none.
-func checkUplink(t *testing.T, n *Network, f Family, want string, except ...string) {
+func checkUplink(t *testing.T, n *darwin.Network, f darwin.Family, want string, except ...string) {
 	t.Helper()
 	i, router := n.Uplink(f, except...)
 	got := ""
@@ -133,18 +134,18 @@ func checkUplink(t *testing.T, n *Network, f Family, want string, except ...stri
 func TestUplinkCaptured(t *testing.T) {
 	four, six := captured(t, "netstat-rn-26.txt"), captured(t, "netstat-rn-inet6.txt")
 	// vmnet's bridge has a default with a scope.
-	checkUplink(t, netstat(t, four), IPv4, "en0 192.168.178.1")
+	checkUplink(t, netstat(t, four), darwin.IPv4, "en0 192.168.178.1")
 	// The system's tunnels have scoped defaults by themselves.
-	checkUplink(t, netstat(t, six), IPv6, "")
-	read := slices.DeleteFunc(netstat(t, four).Routes, func(r Route) bool { return r.Dst.Addr().Is6() })
+	checkUplink(t, netstat(t, six), darwin.IPv6, "")
+	read := slices.DeleteFunc(netstat(t, four).Routes, func(r darwin.Route) bool { return r.Dst.Addr().Is6() })
 	if len(read) != 7 {
 		t.Errorf("%d routes read: %+v", len(read), read)
 	}
 	// Without the scope they still have nothing but a link-local address.
-	checkUplink(t, netstat(t, strings.ReplaceAll(six, "UGcIg", "UGcg")), IPv6, "")
+	checkUplink(t, netstat(t, strings.ReplaceAll(six, "UGcIg", "UGcg")), darwin.IPv6, "")
 	// And a VPN's tunnel, which has another one, takes the family.
 	vpn := six + "default fe80::%utun5 UGcg utun5\n"
-	checkUplink(t, netstat(t, vpn, "utun5 fd6f:74a0:9a49::1/64"), IPv6, "utun5 fe80::")
+	checkUplink(t, netstat(t, vpn, "utun5 fd6f:74a0:9a49::1/64"), darwin.IPv6, "utun5 fe80::")
 }
 
 func TestUplinkByLongerRoutes(t *testing.T) {
@@ -184,32 +185,32 @@ func TestUplinkByLongerRoutes(t *testing.T) {
 			if strings.Contains(tt.text, "utun4") {
 				further = []string{private}
 			}
-			checkUplink(t, netstat(t, tt.text, further...), IPv4, tt.want, tt.except...)
+			checkUplink(t, netstat(t, tt.text, further...), darwin.IPv4, tt.want, tt.except...)
 		})
 	}
-	six := func(dsts ...string) *Network {
+	six := func(dsts ...string) *darwin.Network {
 		text := "default fe80::9%en0 UGcg en0\n"
 		for _, d := range dsts {
 			text += d + " link#9 USc utun4\n"
 		}
 		return netstat(t, text, "utun4 fd00:8::2/128")
 	}
-	checkUplink(t, six("::/1", "8000::/1"), IPv6, "utun4")
-	checkUplink(t, six("2000::/3"), IPv6, "utun4")
-	checkUplink(t, six("2000::/4"+" link#9 USc utun4\n"+"fd00::/8"), IPv6, "en0 fe80::9")
+	checkUplink(t, six("::/1", "8000::/1"), darwin.IPv6, "utun4")
+	checkUplink(t, six("2000::/3"), darwin.IPv6, "utun4")
+	checkUplink(t, six("2000::/4"+" link#9 USc utun4\n"+"fd00::/8"), darwin.IPv6, "en0 fe80::9")
 }
 
 // Parts that lead to different interfaces make none of them the uplink.
 func TestUplinkOfSeveralInterfaces(t *testing.T) {
 	const halves = "default 192.168.178.1 UGScg en0\n0.0.0.0/1 10.8.0.1 UGSc utun4\n128.0.0.0/1 10.9.0.1 UGSc utun5\n"
 	n := netstat(t, halves, "utun4 10.8.0.2/32", "utun5 10.9.0.2/32")
-	checkUplink(t, n, IPv4, "en0 192.168.178.1")
+	checkUplink(t, n, darwin.IPv4, "en0 192.168.178.1")
 	// Of two VPNs that both have all, the longer routes win.
 	both := "0.0.0.0/1 10.8.0.1 UGSc utun4\n128.0.0.0/1 10.8.0.1 UGSc utun4\n" +
 		"0.0.0.0/2 10.9.0.1 UGSc utun5\n64.0.0.0/2 10.9.0.1 UGSc utun5\n128.0.0.0/2 10.9.0.1 UGSc utun5\n192.0.0.0/2 10.9.0.1 UGSc utun5\n"
 	n = netstat(t, both, "utun4 10.8.0.2/32", "utun5 10.9.0.2/32")
-	checkUplink(t, n, IPv4, "utun5 10.9.0.1")
-	checkUplink(t, n, IPv4, "utun4 10.8.0.1", "utun5")
+	checkUplink(t, n, darwin.IPv4, "utun5 10.9.0.1")
+	checkUplink(t, n, darwin.IPv4, "utun4 10.8.0.1", "utun5")
 }
 
 // The table may have any number of routes; covering takes no time with them.
@@ -217,7 +218,7 @@ func TestUplinkOfALargeTable(t *testing.T) {
 	n := netstat(t, "default 192.168.178.1 UGScg en0\n")
 	for i := range 20000 {
 		a := netip.AddrFrom4([4]byte{11, byte(i >> 8), byte(i), 0})
-		n.Routes = append(n.Routes, Route{Dst: netip.PrefixFrom(a, 24), Index: n.Interface("en0").Index, Flags: RouteUp})
+		n.Routes = append(n.Routes, darwin.Route{Dst: netip.PrefixFrom(a, 24), Index: n.Interface("en0").Index, Flags: darwin.RouteUp})
 	}
-	checkUplink(t, n, IPv4, "en0 192.168.178.1")
+	checkUplink(t, n, darwin.IPv4, "en0 192.168.178.1")
 }

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+
+	"github.com/meshhelper/meshhelper/darwin/internal/xnu"
 )
 
 // WatcherOptions of NewWatcher.
@@ -93,7 +95,7 @@ func (w *Watcher) follow(ctx context.Context, seen chan<- struct{}) error {
 // readChanges reads messages until the socket fails, and calls note for those
 // that matter.
 func (w *Watcher) readChanges(conn io.Reader, note func()) error {
-	buf := make([]byte, maxRouteMsg)
+	buf := make([]byte, xnu.MaxRouteMsg)
 	for {
 		n, err := conn.Read(buf)
 		switch {
@@ -115,22 +117,22 @@ func (w *Watcher) readChanges(conn io.Reader, note func()) error {
 // on awdl0, llw0 and the system's tunnels. Scoped routes only serve sockets that are
 // bound to their interface.
 func matters(m []byte) bool {
-	if len(m) < 4 || m[2] != rtmVersion {
+	if len(m) < 4 || m[2] != xnu.RTMVersion {
 		return false
 	}
 	switch m[3] {
-	case rtmIfInfo:
+	case xnu.RTMIfInfo:
 		return true
-	case rtmNewAddr, rtmDelAddr:
+	case xnu.RTMNewAddr, xnu.RTMDelAddr:
 		_, p, _ := parseAddress(m)
 		// What can't be read is looked at: better one look too many.
 		return !p.IsValid() || !p.Addr().IsLinkLocalUnicast()
-	case rtmAdd, rtmDelete, rtmChange:
-		if len(m) < offRtFlags+4 {
+	case xnu.RTMAdd, xnu.RTMDelete, xnu.RTMChange:
+		if len(m) < xnu.OffRtFlags+4 {
 			return true // cut off
 		}
 		const skip = RouteLLInfo | RouteCloned | RouteLocal | RouteScoped | RouteMulticast
-		if RouteFlags(order.Uint32(m[offRtFlags:]))&skip != 0 {
+		if RouteFlags(xnu.Order.Uint32(m[xnu.OffRtFlags:]))&skip != 0 {
 			return false
 		}
 		r, ok := parseRoute(m)
@@ -145,13 +147,13 @@ func matters(m []byte) bool {
 // they get an address, or lose it with themselves, a message of its own tells.
 // The message has only the interface's number (rt_ifmsg of xnu bsd/net/rtsock.c).
 func (w *Watcher) carries(m []byte) bool {
-	if m[3] != rtmIfInfo {
+	if m[3] != xnu.RTMIfInfo {
 		return true
 	}
-	if len(m) < offIfIndex+2 {
+	if len(m) < xnu.OffIfIndex+2 {
 		return true // cut off
 	}
-	index := int(order.Uint16(m[offIfIndex:]))
+	index := int(xnu.Order.Uint16(m[xnu.OffIfIndex:]))
 	b, err := w.o.Kernel.Interfaces()
 	if err != nil {
 		return true

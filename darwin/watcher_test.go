@@ -1,4 +1,4 @@
-package darwin
+package darwin_test
 
 import (
 	"context"
@@ -11,13 +11,17 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/darwin/darwintest"
+	"github.com/meshhelper/meshhelper/darwin/internal/xnu"
 )
 
 // watch runs a watcher over k in a bubble and returns the count of its reports.
-func watch(t *testing.T, k Kernel) *atomic.Int32 {
+func watch(t *testing.T, k darwin.Kernel) *atomic.Int32 {
 	t.Helper()
 	var n atomic.Int32
-	w := NewWatcher(WatcherOptions{Kernel: k, Log: slog.New(slog.DiscardHandler)})
+	w := darwin.NewWatcher(darwin.WatcherOptions{Kernel: k, Log: slog.New(slog.DiscardHandler)})
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error)
 	go func() { done <- w.Run(ctx, func() { n.Add(1) }) }()
@@ -71,7 +75,7 @@ func TestWatcherDoesNotWaitForEver(t *testing.T) {
 		k := newLaptop(t)
 		n := watch(t, k)
 		for range 100 {
-			k.Announce(interfaceMessage(rtmIfInfo, sizeIf, &Interface{Name: "en0", Index: 2}))
+			k.Announce(xnu.InterfaceMessage(xnu.RTMIfInfo, xnu.SizeIf, xnu.Interface{Name: "en0", Index: 2}))
 			time.Sleep(100 * time.Millisecond)
 		}
 		if got := n.Load(); got < 9 || got > 25 {
@@ -84,14 +88,14 @@ func TestWatcherIgnoresTraffic(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := newLaptop(t)
 		n := watch(t, k)
-		route := Route{Dst: netip.MustParsePrefix("192.0.2.7/32"), Index: 2, Flags: RouteUp | RouteHost}
-		for _, f := range []RouteFlags{RouteLLInfo, RouteCloned} {
+		route := darwin.Route{Dst: netip.MustParsePrefix("192.0.2.7/32"), Index: 2, Flags: darwin.RouteUp | darwin.RouteHost}
+		for _, f := range []darwin.RouteFlags{darwin.RouteLLInfo, darwin.RouteCloned} {
 			noise := route
 			noise.Flags |= f
-			k.Announce(appendRoute(nil, rtmAdd, 0, noise))
+			k.Announce(darwin.AppendRoute(nil, xnu.RTMAdd, 0, noise))
 		}
 		for _, odd := range [][]byte{
-			appendRoute(nil, rtmMiss, 0, route), nil, {1}, {4, 0, 5}, {4, 0, rtmVersion, 99}, {4, 0, 4, rtmIfInfo}, make([]byte, 3000),
+			darwin.AppendRoute(nil, xnu.RTMMiss, 0, route), nil, {1}, {4, 0, 5}, {4, 0, xnu.RTMVersion, 99}, {4, 0, 4, xnu.RTMIfInfo}, make([]byte, 3000),
 		} {
 			k.Announce(odd)
 		}
@@ -99,7 +103,7 @@ func TestWatcherIgnoresTraffic(t *testing.T) {
 		if got := n.Load(); got != 0 {
 			t.Errorf("%d reports, want none", got)
 		}
-		k.Announce([]byte{8, 0, rtmVersion, rtmDelete}) // cut off: a look too many
+		k.Announce([]byte{8, 0, xnu.RTMVersion, xnu.RTMDelete}) // cut off: a look too many
 		synctest.Wait()
 		if got := n.Load(); got != 1 {
 			t.Errorf("%d reports of a route that was cut off, want 1", got)
@@ -112,14 +116,14 @@ func TestWatcherIgnoresTraffic(t *testing.T) {
 func TestWatcherIgnoresTheSystem(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := newLaptop(t)
-		awdl := k.AddInterface("awdl1", InterfaceUp|InterfaceBroadcast, 1500)
+		awdl := k.AddInterface("awdl1", darwin.InterfaceUp|darwin.InterfaceBroadcast, 1500)
 		n := watch(t, k)
 		for round := range byte(30) {
 			a := netip.MustParsePrefix("fe80::77/64")
 			if err := k.AddAddress("awdl1", a); err != nil {
 				t.Fatal(err)
 			}
-			k.Announce(interfaceMessage(rtmIfInfo, sizeIf, &Interface{Name: "awdl1", Index: awdl}))
+			k.Announce(xnu.InterfaceMessage(xnu.RTMIfInfo, xnu.SizeIf, xnu.Interface{Name: "awdl1", Index: awdl}))
 			name, err := k.CreateTunnel("utun", 1380)
 			if err != nil {
 				t.Fatal(err)
@@ -127,8 +131,8 @@ func TestWatcherIgnoresTheSystem(t *testing.T) {
 			if err := k.AddAddress(name, a); err != nil {
 				t.Fatal(err)
 			}
-			if err := k.AddRoute(Route{Dst: netip.MustParsePrefix("::/0"), Gateway: netip.MustParseAddr("fe80::"),
-				Index: observe(t, k).Interface(name).Index, Flags: RouteUp | RouteGateway | RouteScoped}); err != nil {
+			if err := k.AddRoute(darwin.Route{Dst: netip.MustParsePrefix("::/0"), Gateway: netip.MustParseAddr("fe80::"),
+				Index: observe(t, k).Interface(name).Index, Flags: darwin.RouteUp | darwin.RouteGateway | darwin.RouteScoped}); err != nil {
 				t.Fatal(err)
 			}
 			for range 20 {
@@ -146,8 +150,8 @@ func TestWatcherIgnoresTheSystem(t *testing.T) {
 		}
 		// An interface that carries something goes down; and a tunnel gets an address.
 		en0 := *observe(t, k).Interface("en0")
-		en0.Flags &^= InterfaceUp
-		k.Announce(interfaceMessage(rtmIfInfo, sizeIf, &en0))
+		en0.Flags &^= darwin.InterfaceUp
+		k.Announce(xnu.InterfaceMessage(xnu.RTMIfInfo, xnu.SizeIf, wire(en0)))
 		time.Sleep(time.Minute)
 		if got := n.Load(); got != 1 {
 			t.Errorf("%d reports of en0 that goes down, want 1", got)
@@ -187,7 +191,7 @@ func TestWatcherSurvivesOverrun(t *testing.T) {
 		k := newLaptop(t)
 		n := watch(t, k)
 		for range 1000 {
-			k.Announce([]byte{4, 0, rtmVersion, 99})
+			k.Announce([]byte{4, 0, xnu.RTMVersion, 99})
 		}
 		time.Sleep(time.Minute)
 		if got := n.Load(); got == 0 {
@@ -198,7 +202,7 @@ func TestWatcherSurvivesOverrun(t *testing.T) {
 
 // noSockets is a kernel that gives none for a while.
 type noSockets struct {
-	*FakeKernel
+	*darwintest.Kernel
 	refuse int
 }
 
@@ -206,7 +210,7 @@ func (k *noSockets) OpenRoute() (io.ReadWriteCloser, error) {
 	if k.refuse--; k.refuse >= 0 {
 		return nil, syscall.EMFILE
 	}
-	return k.FakeKernel.OpenRoute()
+	return k.Kernel.OpenRoute()
 }
 
 func TestWatcherWaitsForASocket(t *testing.T) {
@@ -228,7 +232,7 @@ func TestWatchWake(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
 		go func() {
-			done <- WatchWake(ctx, clock, 5*time.Second, func(d time.Duration) { woke = append(woke, d) })
+			done <- darwin.WatchWake(ctx, clock, 5*time.Second, func(d time.Duration) { woke = append(woke, d) })
 		}()
 		time.Sleep(time.Hour)
 		synctest.Wait()
@@ -252,7 +256,7 @@ func TestWatchWake(t *testing.T) {
 }
 
 func TestSystemClockRuns(t *testing.T) {
-	clock := SystemClock()
+	clock := darwin.SystemClock()
 	w1, a1 := clock()
 	w2, a2 := clock()
 	if w2.Before(w1) || a2 < a1 || a1 < 0 {

@@ -18,5 +18,5 @@
 //     takes three facts from it and survives the loss of each.
 //
 // Nothing here needs a Mac to build or test: commands go through [Runner], and
-// [Fake] is a launchd that refuses what the real one refuses.
+// In tests, package launchdtest stands for launchd and refuses what it refuses.
 package launchd

@@ -17,13 +17,14 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/meshhelper/meshhelper/launchd"
+	"github.com/meshhelper/meshhelper/launchd/launchdtest"
 )
 
 const plistPath = "/Library/LaunchDaemons/" + label + ".plist"
 
 // a mac is a fake launchd with one property list on its disk.
 type mac struct {
-	*launchd.Fake
+	*launchdtest.Launchd
 	ctl  *launchd.Launchctl
 	file launchd.File
 	job  *launchd.Job
@@ -47,7 +48,7 @@ func (m *mac) lives() []string {
 func newMac(t *testing.T) *mac {
 	t.Helper()
 	m := &mac{file: launchd.File{Path: plistPath, Mode: 0o644}, job: daemon()}
-	m.Fake = &launchd.Fake{
+	m.Launchd = &launchdtest.Launchd{
 		Files: func(p string) (launchd.File, []byte, error) {
 			if p != plistPath {
 				return launchd.File{}, nil, fs.ErrNotExist
@@ -58,7 +59,7 @@ func newMac(t *testing.T) *mac {
 		Start: func(*launchd.Job, int) { m.note("start") },
 		Stop:  func(string) { m.note("stop") },
 	}
-	m.ctl = launchd.New(launchd.Options{Runner: m.Fake})
+	m.ctl = launchd.New(launchd.Options{Runner: m.Launchd})
 	return m
 }
 
@@ -349,7 +350,7 @@ func TestBootoutThatIsSlow(t *testing.T) {
 		if _, err := m.ctl.Load(t.Context(), label, plistPath); err != nil {
 			t.Fatal(err)
 		}
-		ctl := launchd.New(launchd.Options{Runner: slowBootout{m.Fake}})
+		ctl := launchd.New(launchd.Options{Runner: slowBootout{m.Launchd}})
 		if err := ctl.Bootout(t.Context(), label); err != nil {
 			t.Error(err)
 		}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/darwin/darwintest"
 	"github.com/meshhelper/meshhelper/pfconf"
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
@@ -16,7 +17,7 @@ import (
 // An engine is pf: pfconf's machine, kept equal to the kernel's interfaces and to
 // the time.
 type engine struct {
-	kernel *darwin.FakeKernel
+	kernel *darwintest.Kernel
 	random *rand.Rand
 
 	mu      sync.Mutex
@@ -27,7 +28,7 @@ type engine struct {
 	changes int // of the kernel when network was read
 }
 
-func newEngine(k *darwin.FakeKernel, r *rand.Rand) *engine {
+func newEngine(k *darwintest.Kernel, r *rand.Rand) *engine {
 	e := &engine{kernel: k, random: r}
 	e.boot()
 	return e
@@ -107,7 +108,7 @@ func (e *engine) observe() *darwin.Network {
 	return e.network
 }
 
-// SetEnabled implements darwin.PFEngine.
+// SetEnabled implements darwintest.Engine.
 func (e *engine) SetEnabled(on bool) {
 	e.do(func(m *pfsim.Machine) {
 		if m.Enabled() == on {
@@ -121,12 +122,12 @@ func (e *engine) SetEnabled(on bool) {
 	})
 }
 
-// Load implements darwin.PFEngine.
+// Load implements darwintest.Engine.
 func (e *engine) Load(anchor, text string) error {
 	rules, err := pfconf.Parse(text)
 	var syntax *pfconf.SyntaxError
 	if errors.As(err, &syntax) {
-		return &darwin.PFSyntaxError{Line: syntax.Line}
+		return &darwintest.SyntaxError{Line: syntax.Line}
 	}
 	if err != nil {
 		return err
@@ -146,7 +147,7 @@ func (e *engine) Load(anchor, text string) error {
 	return err
 }
 
-// Flush implements darwin.PFEngine.
+// Flush implements darwintest.Engine.
 func (e *engine) Flush(anchor string) (ok bool) {
 	e.do(func(m *pfsim.Machine) {
 		if _, err := m.Snapshot(anchor); err == nil {
@@ -157,12 +158,12 @@ func (e *engine) Flush(anchor string) (ok bool) {
 	return ok
 }
 
-// Rules implements darwin.PFEngine.
+// Rules implements darwintest.Engine.
 func (e *engine) Rules(anchor string) ([]pfsim.CountedRule, bool) {
 	return e.counted(anchor, (*pfsim.Machine).CountedRules)
 }
 
-// NAT implements darwin.PFEngine.
+// NAT implements darwintest.Engine.
 func (e *engine) NAT(anchor string) ([]pfsim.CountedRule, bool) {
 	return e.counted(anchor, (*pfsim.Machine).CountedNat)
 }
@@ -176,7 +177,7 @@ func (e *engine) counted(anchor string, show func(*pfsim.Machine, string) ([]pfs
 	return rules, ok
 }
 
-// Anchors implements darwin.PFEngine.
+// Anchors implements darwintest.Engine.
 func (e *engine) Anchors(anchor string) (names []string, ok bool) {
 	e.do(func(m *pfsim.Machine) {
 		_, err := m.Snapshot(anchor)
@@ -185,7 +186,7 @@ func (e *engine) Anchors(anchor string) (names []string, ok bool) {
 	return names, ok
 }
 
-// Tables implements darwin.PFEngine.
+// Tables implements darwintest.Engine.
 func (e *engine) Tables(anchor string) (tables map[string][]string, ok bool) {
 	e.do(func(m *pfsim.Machine) {
 		if _, err := m.Snapshot(anchor); err != nil {
@@ -203,49 +204,49 @@ func (e *engine) Tables(anchor string) (tables map[string][]string, ok bool) {
 	return tables, ok
 }
 
-// AddToTable implements darwin.PFEngine.
+// AddToTable implements darwintest.Engine.
 func (e *engine) AddToTable(anchor, table string, entries []pfconf.Address) (err error) {
 	e.do(func(m *pfsim.Machine) { _, err = m.AddToTable(anchor, table, entries) })
 	return err
 }
 
-// DeleteFromTable implements darwin.PFEngine.
+// DeleteFromTable implements darwintest.Engine.
 func (e *engine) DeleteFromTable(anchor, table string, entries []pfconf.Address) (err error) {
 	e.do(func(m *pfsim.Machine) { _, err = m.DeleteFromTable(anchor, table, entries) })
 	return err
 }
 
-// ReplaceTable implements darwin.PFEngine.
+// ReplaceTable implements darwintest.Engine.
 func (e *engine) ReplaceTable(anchor, table string, entries []pfconf.Address) (err error) {
 	e.do(func(m *pfsim.Machine) { err = m.ReplaceTable(anchor, table, entries) })
 	return err
 }
 
-// TestTable implements darwin.PFEngine.
+// TestTable implements darwintest.Engine.
 func (e *engine) TestTable(anchor, table string, a netip.Addr) (in bool, err error) {
 	e.do(func(m *pfsim.Machine) { in, err = m.TestTable(anchor, table, a) })
 	return in, err
 }
 
-// Kill implements darwin.PFEngine.
+// Kill implements darwintest.Engine.
 func (e *engine) Kill(src, dst netip.Prefix) (n int) {
 	e.do(func(m *pfsim.Machine) { n = m.KillStates(src, dst) })
 	return n
 }
 
-// States implements darwin.PFEngine.
+// States implements darwintest.Engine.
 func (e *engine) States() (states []pfsim.State) {
 	e.do(func(m *pfsim.Machine) { states = m.States() })
 	return states
 }
 
-// Counters implements darwin.PFEngine.
+// Counters implements darwintest.Engine.
 func (e *engine) Counters() (totals map[string]uint64) {
 	e.do(func(m *pfsim.Machine) { totals = m.Counters() })
 	return totals
 }
 
-// Interfaces implements darwin.PFEngine.
+// Interfaces implements darwintest.Engine.
 func (e *engine) Interfaces() map[string]bool {
 	skipped := map[string]bool{"ALL": false}
 	e.do(func(m *pfsim.Machine) {

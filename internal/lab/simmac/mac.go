@@ -19,7 +19,9 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/darwin/darwintest"
 	"github.com/meshhelper/meshhelper/launchd"
+	"github.com/meshhelper/meshhelper/launchd/launchdtest"
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
@@ -49,11 +51,11 @@ type Options struct {
 // A Mac is a simulated Mac. Its methods may be called at the same time.
 type Mac struct {
 	// Kernel has the interfaces, the routing table and the kernel variables.
-	Kernel *darwin.FakeKernel
+	Kernel *darwintest.Kernel
 	// PF is pfctl and the tokens.
-	PF *darwin.FakePF
+	PF *darwintest.PF
 	// Launchd is launchctl and the services.
-	Launchd *launchd.Fake
+	Launchd *launchdtest.Launchd
 
 	options Options
 	engine  *engine
@@ -78,7 +80,7 @@ type Mac struct {
 func New(o Options) *Mac {
 	tokens := rand.New(rand.NewPCG(o.Seed, 1))
 	m := &Mac{
-		Kernel:  darwin.NewFakeKernel(),
+		Kernel:  darwintest.NewKernel(),
 		options: o,
 		booted:  time.Now(),
 		tunnels: map[string]*tunnel{},
@@ -86,11 +88,11 @@ func New(o Options) *Mac {
 		allowed: map[string]bool{},
 	}
 	m.engine = newEngine(m.Kernel, rand.New(rand.NewPCG(o.Seed, 2)))
-	m.PF = &darwin.FakePF{
+	m.PF = &darwintest.PF{
 		Engine:    m.engine,
 		NextToken: func() darwin.Token { return darwin.Token(tokens.Uint64()) },
 	}
-	m.Launchd = &launchd.Fake{Files: m.propertyList, Program: m.program}
+	m.Launchd = &launchdtest.Launchd{Files: m.propertyList, Program: m.program}
 	return m
 }
 

@@ -1,4 +1,4 @@
-package darwin
+package darwintest
 
 import (
 	"fmt"
@@ -26,7 +26,7 @@ func showRules(rules []pfsim.CountedRule, verbose bool) string {
 // rules, states or tables without any has no title. Rules and tables are those of
 // the anchor, states those of the interface; all else is of the whole packet
 // filter.
-func (f *FakePF) showAll(c pfctlCommand) pfctlReply {
+func (f *PF) showAll(c pfctlCommand) pfctlReply {
 	var r pfctlReply
 	nat, hasNAT := f.Engine.NAT(c.anchor)
 	rules, hasRules := f.Engine.Rules(c.anchor)
@@ -55,8 +55,8 @@ func (f *FakePF) showAll(c pfctlCommand) pfctlReply {
 	section("DUMMYNET RULES", showRules(dummynet, c.verbose), false)
 	section("STATES", f.states(c), false)
 	section("INFO", f.info(c.verbose), true)
-	section("TIMEOUTS", fakeTimeouts, true)
-	section("LIMITS", fakeLimits, true)
+	section("TIMEOUTS", timeouts, true)
+	section("LIMITS", limits, true)
 	tables, _ := f.Engine.Tables(c.anchor)
 	var names strings.Builder
 	for _, name := range sortedKeys(tables) {
@@ -82,7 +82,7 @@ func shownTable(name string, c pfctlCommand) string {
 
 // states prints the states, of one interface if -i names it: those that are bound
 // to it, as floating ones have the name ALL.
-func (f *FakePF) states(c pfctlCommand) string {
+func (f *PF) states(c pfctlCommand) string {
 	var b strings.Builder
 	for _, s := range f.Engine.States() {
 		if on := s.Interface; c.iface != "" && on != c.iface && (on != "" || c.iface != "ALL") {
@@ -113,7 +113,7 @@ var infoCounters = []string{"match", "bad-offset", "fragment", "short", "normali
 	"proto-cksum", "state-mismatch", "state-insert", "state-limit", "src-limit", "synproxy", "dummynet", "invalid-port"}
 
 // info prints the status (pfctl_parser.c, print_status).
-func (f *FakePF) info(verbose bool) string {
+func (f *PF) info(verbose bool) string {
 	status, since := "Status: Disabled", time.Since(f.since)
 	if f.enabled {
 		status = "Status: Enabled"
@@ -150,9 +150,9 @@ func (f *FakePF) info(verbose bool) string {
 	return b.String()
 }
 
-// fakeTimeouts and fakeLimits are the defaults, as pfctl prints them.
+// timeouts and limits are the defaults, as pfctl prints them.
 const (
-	fakeTimeouts = `tcp.first                   120s
+	timeouts = `tcp.first                   120s
 tcp.opening                  30s
 tcp.established           86400s
 tcp.closing                 900s
@@ -178,7 +178,7 @@ adaptive.start             6000 states
 adaptive.end              12000 states
 src.track                     0s
 `
-	fakeLimits = `states        hard limit    10000
+	limits = `states        hard limit    10000
 app-states    hard limit    10000
 src-nodes     hard limit    10000
 frags         hard limit     5000

@@ -1,4 +1,7 @@
-package launchd
+// Package launchdtest is a launchd to test with, where there is none: it answers
+// launchctl and `sfltool dumpbtm` as a Mac's does, with its words and its exit status,
+// and refuses what it refuses.
+package launchdtest
 
 import (
 	"bytes"
@@ -12,17 +15,19 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/meshhelper/meshhelper/launchd"
 )
 
-// A Fake is a launchd to test with: a Runner for launchctl and `sfltool dumpbtm`
+// A Launchd is a launchd to test with: a Runner for launchctl and `sfltool dumpbtm`
 // that refuses what launchd refuses, with its words and its exit status. It ends
 // processes by SIGTERM and, ExitTimeOut later, SIGKILL, answers bootstrap with 5
 // for a while after an unload, keeps the disabled marks over a Boot, and looks at
 // a property list's owner, mode and rules. Time is package time's: put it into a
 // synctest bubble.
-type Fake struct {
+type Launchd struct {
 	// Files returns a property list and what lstat says of it. Required.
-	Files func(path string) (File, []byte, error)
+	Files func(path string) (launchd.File, []byte, error)
 	// Program returns what stat says of an executable, and a digest of its bytes. A
 	// file that was written to after a service ran from it is no longer what the
 	// kernel has the signature of, and its next process is killed; one that was
@@ -32,7 +37,7 @@ type Fake struct {
 	// called when the process gets SIGTERM, and returns when it has ended. Kill is
 	// called when it hasn't after the job's ExitTimeOut: SIGKILL, after which it is
 	// gone whether Stop returns or not. No lock is held. Optional.
-	Start func(j *Job, pid int)
+	Start func(j *launchd.Job, pid int)
 	Stop  func(label string)
 	Kill  func(label string)
 	// Draining is how long a service whose process has ended stays SIGTERMed after
@@ -49,17 +54,17 @@ type Fake struct {
 	BareIdentifiers bool
 
 	mu       sync.Mutex
-	services map[string]*fakeService
+	services map[string]*service
 	disabled map[string]bool
-	programs map[string]fakeProgram
+	programs map[string]program
 	unsigned map[string]int // processes that the kernel will kill
 	pid      int
 	calls    []string
 }
 
-// A fakeService is a loaded service, or one that has gone a moment ago.
-type fakeService struct {
-	job  *Job
+// A service is a loaded service, or one that has gone a moment ago.
+type service struct {
+	job  *launchd.Job
 	path string
 	pid  int
 	runs int
@@ -71,14 +76,14 @@ type fakeService struct {
 	quiet   time.Time // until when bootstrap answers 5
 }
 
-// A fakeProgram is the executable that a service ran last.
-type fakeProgram struct {
+// A program is the executable that a service ran last.
+type program struct {
 	info   fs.FileInfo
 	digest string
 }
 
 // Calls returns the commands that were run, one a line, and forgets them.
-func (f *Fake) Calls() []string {
+func (f *Launchd) Calls() []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	c := f.calls
@@ -88,7 +93,7 @@ func (f *Fake) Calls() []string {
 
 // Shutdown ends every service, as a Mac that goes down does, and returns when
 // their processes have ended.
-func (f *Fake) Shutdown() {
+func (f *Launchd) Shutdown() {
 	f.mu.Lock()
 	services := f.services
 	f.services = nil
@@ -107,7 +112,7 @@ func (f *Fake) Shutdown() {
 // Boot starts the Mac after a Shutdown: the property lists load, in the order
 // given, unless their service is disabled or launchd refuses them. It returns the
 // refusals.
-func (f *Fake) Boot(files []string) []error {
+func (f *Launchd) Boot(files []string) []error {
 	var refused []error
 	f.mu.Lock()
 	f.Blocked = append(f.Blocked, f.HeldBack...)
@@ -122,7 +127,7 @@ func (f *Fake) Boot(files []string) []error {
 
 // RefuseSignature has the kernel kill the next n processes of a service for their
 // code signature; a negative number stands for all.
-func (f *Fake) RefuseSignature(label string, n int) {
+func (f *Launchd) RefuseSignature(label string, n int) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.unsigned == nil {
@@ -132,21 +137,21 @@ func (f *Fake) RefuseSignature(label string, n int) {
 }
 
 // Disable marks a service as `launchctl disable` does.
-func (f *Fake) Disable(label string) { f.mark(label, true) }
+func (f *Launchd) Disable(label string) { f.mark(label, true) }
 
 // Run implements Runner.
-func (f *Fake) Run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte, []byte, int, error) {
+func (f *Launchd) Run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte, []byte, int, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, nil, -1, err
 	}
 	f.mu.Lock()
 	f.calls = append(f.calls, strings.Join(append([]string{path}, args...), " "))
 	f.mu.Unlock()
-	var r fakeReply
+	var r reply
 	switch path {
-	case launchctlPath:
+	case "/bin/launchctl":
 		r = f.launchctl(ctx, args)
-	case sfltoolPath:
+	case "/usr/bin/sfltool":
 		r = f.sfltool(args)
 	default:
 		return nil, nil, -1, &exec.Error{Name: path, Err: exec.ErrNotFound}
@@ -154,13 +159,13 @@ func (f *Fake) Run(ctx context.Context, stdin []byte, path string, args ...strin
 	return []byte(r.stdout), []byte(r.stderr), r.status, nil
 }
 
-// A fakeReply is what a command printed and its exit status.
-type fakeReply struct {
+// A reply is what a command printed and its exit status.
+type reply struct {
 	stdout, stderr string
 	status         int
 }
 
-func (f *Fake) launchctl(ctx context.Context, args []string) fakeReply {
+func (f *Launchd) launchctl(ctx context.Context, args []string) reply {
 	verb, rest := "", args
 	if len(args) > 0 {
 		verb, rest = args[0], args[1:]
@@ -176,7 +181,7 @@ func (f *Fake) launchctl(ctx context.Context, args []string) fakeReply {
 	case len(rest) != 1 || !strings.HasPrefix(rest[0], "system/"):
 	case verb == "enable", verb == "disable":
 		f.mark(label, verb == "disable")
-		return fakeReply{}
+		return reply{}
 	case verb == "bootout":
 		return f.bootout(ctx, label)
 	case verb == "print":
@@ -184,10 +189,10 @@ func (f *Fake) launchctl(ctx context.Context, args []string) fakeReply {
 	case verb == "kickstart":
 		return f.kickstart(ctx, label, false)
 	}
-	return fakeReply{stderr: "Unrecognized subcommand or arguments\n", status: int(Usage)}
+	return reply{stderr: "Unrecognized subcommand or arguments\n", status: int(launchd.Usage)}
 }
 
-func (f *Fake) mark(label string, disabled bool) {
+func (f *Launchd) mark(label string, disabled bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.disabled == nil {
@@ -198,7 +203,7 @@ func (f *Fake) mark(label string, disabled bool) {
 
 // loaded returns the service if it is loaded, also while it is leaving. The lock
 // is held.
-func (f *Fake) loaded(label string) *fakeService {
+func (f *Launchd) loaded(label string) *service {
 	s := f.services[label]
 	if s == nil || s.leaving && !s.gone.IsZero() && !time.Now().Before(s.gone) {
 		return nil
@@ -216,14 +221,14 @@ const defaultExitTimeOut = 5
 // background.
 const patience = time.Second
 
-func (f *Fake) bootstrap(p string) fakeReply {
-	refused := fakeReply{stderr: ioError, status: int(InputOutput)}
+func (f *Launchd) bootstrap(p string) reply {
+	refused := reply{stderr: ioError, status: int(launchd.InputOutput)}
 	file, data, err := f.Files(p)
 	if err != nil {
 		return refused
 	}
-	j, err := Parse(data)
-	if err != nil || len(j.Check()) > 0 || len(CheckFile(file, j.Label)) > 0 {
+	j, err := launchd.Parse(data)
+	if err != nil || len(j.Check()) > 0 || len(launchd.CheckFile(file, j.Label)) > 0 {
 		return refused
 	}
 	f.mu.Lock()
@@ -231,15 +236,15 @@ func (f *Fake) bootstrap(p string) fakeReply {
 	switch {
 	case f.disabled[j.Label]:
 		f.mu.Unlock()
-		return fakeReply{stderr: "Bootstrap failed: 119: Service is disabled\nTry re-running the command as root for richer errors.\n", status: int(Disabled)}
+		return reply{stderr: "Bootstrap failed: 119: Service is disabled\nTry re-running the command as root for richer errors.\n", status: int(launchd.Disabled)}
 	case f.loaded(j.Label) != nil, old != nil && time.Now().Before(old.quiet):
 		f.mu.Unlock()
 		return refused
 	}
 	if f.services == nil {
-		f.services = map[string]*fakeService{}
+		f.services = map[string]*service{}
 	}
-	s := &fakeService{job: j, path: p, last: "last exit code = (never exited)"}
+	s := &service{job: j, path: p, last: "last exit code = (never exited)"}
 	f.services[j.Label] = s
 	pid := 0
 	if !slices.Contains(f.Blocked, j.Label) && (j.RunAtLoad || j.KeepAlive != nil) {
@@ -247,15 +252,15 @@ func (f *Fake) bootstrap(p string) fakeReply {
 	}
 	f.mu.Unlock()
 	f.started(j, pid)
-	return fakeReply{}
+	return reply{}
 }
 
 // spawn gives the service a process, unless the kernel kills it at once: then
 // launchd tries again later, if it is to keep the service alive. The lock is held.
-func (f *Fake) spawn(s *fakeService) int {
+func (f *Launchd) spawn(s *service) int {
 	s.runs++
 	if f.killed(s) {
-		s.pid, s.last = 0, "last exit reason = "+reasonCodeSigning
+		s.pid, s.last = 0, killedForSignature
 		if s.job.KeepAlive != nil {
 			time.AfterFunc(seconds(s.job.ThrottleInterval, 10), func() { f.respawn(s) })
 		}
@@ -268,7 +273,7 @@ func (f *Fake) spawn(s *fakeService) int {
 
 // killed reports whether the kernel kills the service's process for its code
 // signature. The lock is held.
-func (f *Fake) killed(s *fakeService) bool {
+func (f *Launchd) killed(s *service) bool {
 	if n := f.unsigned[s.job.Label]; n != 0 {
 		f.unsigned[s.job.Label] = n - 1
 		return true
@@ -286,13 +291,13 @@ func (f *Fake) killed(s *fakeService) bool {
 		return true
 	}
 	if f.programs == nil {
-		f.programs = map[string]fakeProgram{}
+		f.programs = map[string]program{}
 	}
-	f.programs[path] = fakeProgram{info, digest}
+	f.programs[path] = program{info, digest}
 	return false
 }
 
-func (f *Fake) respawn(s *fakeService) {
+func (f *Launchd) respawn(s *service) {
 	f.mu.Lock()
 	pid := 0
 	if f.services[s.job.Label] == s && !s.leaving && s.pid == 0 {
@@ -309,7 +314,7 @@ func seconds(n *int, standard int) time.Duration {
 	return time.Duration(standard) * time.Second
 }
 
-func (f *Fake) started(j *Job, pid int) {
+func (f *Launchd) started(j *launchd.Job, pid int) {
 	if f.Start != nil && pid != 0 {
 		f.Start(j, pid)
 	}
@@ -317,7 +322,7 @@ func (f *Fake) started(j *Job, pid int) {
 
 // end sends SIGTERM to the service's process, and SIGKILL when it is still there
 // after ExitTimeOut. The channel is closed when it has ended. The lock is held.
-func (f *Fake) end(s *fakeService) <-chan struct{} {
+func (f *Launchd) end(s *service) <-chan struct{} {
 	if s.ended != nil {
 		return s.ended
 	}
@@ -355,19 +360,19 @@ func (f *Fake) end(s *fakeService) <-chan struct{} {
 }
 
 // noteExit records that the service has no process any more. The lock is held.
-func (f *Fake) noteExit(s *fakeService) {
+func (f *Launchd) noteExit(s *service) {
 	s.pid = 0
 	s.gone = time.Now().Add(f.Draining)
 	s.quiet = s.gone.Add(f.Settling)
 	close(s.ended)
 }
 
-func (f *Fake) bootout(ctx context.Context, label string) fakeReply {
+func (f *Launchd) bootout(ctx context.Context, label string) reply {
 	f.mu.Lock()
 	s := f.loaded(label)
 	if s == nil {
 		f.mu.Unlock()
-		return fakeReply{stderr: badRequest + "Boot-out failed: 3: No such process\n", status: int(NoSuchProcess)}
+		return reply{stderr: badRequest + "Boot-out failed: 3: No such process\n", status: int(launchd.NoSuchProcess)}
 	}
 	again := s.leaving
 	s.leaving = true
@@ -375,9 +380,9 @@ func (f *Fake) bootout(ctx context.Context, label string) fakeReply {
 	f.mu.Unlock()
 	done := !again && within(ctx, ended, patience) && f.Draining == 0
 	if !done {
-		return fakeReply{stderr: "Boot-out failed: 36: Operation now in progress\n", status: int(InProgress)}
+		return reply{stderr: "Boot-out failed: 36: Operation now in progress\n", status: int(launchd.InProgress)}
 	}
-	return fakeReply{}
+	return reply{}
 }
 
 // within reports whether a process ended in time.
@@ -393,14 +398,18 @@ func within(ctx context.Context, ended <-chan struct{}, limit time.Duration) boo
 	return false
 }
 
+// killedForSignature is the line on a process that the kernel ended for its code
+// signature (<sys/reason.h>).
+const killedForSignature = "last exit reason = OS_REASON_CODESIGNING"
+
 // badRequest stands before the line that says what is wrong (nix#9978).
 const badRequest = "Bad request.\n"
 
-func noService(label string) fakeReply {
-	return fakeReply{stderr: badRequest + fmt.Sprintf("Could not find service %q in domain for system\n", label), status: int(NoSuchService)}
+func noService(label string) reply {
+	return reply{stderr: badRequest + fmt.Sprintf("Could not find service %q in domain for system\n", label), status: int(launchd.NoSuchService)}
 }
 
-func (f *Fake) kickstart(ctx context.Context, label string, kill bool) fakeReply {
+func (f *Launchd) kickstart(ctx context.Context, label string, kill bool) reply {
 	f.mu.Lock()
 	s := f.loaded(label)
 	if s == nil {
@@ -409,19 +418,19 @@ func (f *Fake) kickstart(ctx context.Context, label string, kill bool) fakeReply
 	}
 	if s.leaving {
 		f.mu.Unlock()
-		return fakeReply{stderr: "Operation now in progress\n", status: int(InProgress)}
+		return reply{stderr: "Operation now in progress\n", status: int(launchd.InProgress)}
 	}
 	if s.pid != 0 {
 		if !kill {
 			f.mu.Unlock()
-			return fakeReply{}
+			return reply{}
 		}
 		ended := f.end(s)
 		f.mu.Unlock()
 		select {
 		case <-ended:
 		case <-ctx.Done():
-			return fakeReply{status: int(InProgress)}
+			return reply{status: int(launchd.InProgress)}
 		}
 		f.mu.Lock()
 	}
@@ -429,12 +438,12 @@ func (f *Fake) kickstart(ctx context.Context, label string, kill bool) fakeReply
 	pid := f.spawn(s)
 	f.mu.Unlock()
 	f.started(s.job, pid)
-	return fakeReply{}
+	return reply{}
 }
 
 // print gives what the real one prints of a daemon, abridged. The nested blocks
 // are there because they repeat the outer keys.
-func (f *Fake) print(label string) fakeReply {
+func (f *Launchd) print(label string) reply {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	s := f.loaded(label)
@@ -445,7 +454,7 @@ func (f *Fake) print(label string) fakeReply {
 	switch {
 	case s.ended != nil:
 		state = "SIGTERMed"
-	case s.pid == 0 && strings.HasSuffix(s.last, reasonCodeSigning):
+	case s.pid == 0 && s.last == killedForSignature:
 		state = "spawn scheduled"
 	case s.pid == 0:
 		state = "not running"
@@ -458,10 +467,10 @@ func (f *Fake) print(label string) fakeReply {
 		fmt.Fprintf(&b, "\tpid = %d\n", s.pid)
 	}
 	fmt.Fprintf(&b, "\t%s\n}\n", s.last)
-	return fakeReply{stdout: b.String()}
+	return reply{stdout: b.String()}
 }
 
-func (f *Fake) printDisabled() fakeReply {
+func (f *Launchd) printDisabled() reply {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	var lines []string
@@ -473,14 +482,14 @@ func (f *Fake) printDisabled() fakeReply {
 		lines = append(lines, fmt.Sprintf("\t\t%q => %s\n", label, word))
 	}
 	slices.Sort(lines)
-	return fakeReply{stdout: "\tdisabled services = {\n" + strings.Join(lines, "") + "\t}\n"}
+	return reply{stdout: "\tdisabled services = {\n" + strings.Join(lines, "") + "\t}\n"}
 }
 
 // sfltool lists the services and the blocked ones in the form of `sfltool
 // dumpbtm`.
-func (f *Fake) sfltool(args []string) fakeReply {
+func (f *Launchd) sfltool(args []string) reply {
 	if !slices.Equal(args, []string{"dumpbtm"}) {
-		return fakeReply{stderr: "Usage: sfltool dumpbtm\n", status: 1}
+		return reply{stderr: "Usage: sfltool dumpbtm\n", status: 1}
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -508,5 +517,5 @@ func (f *Fake) sfltool(args []string) fakeReply {
 		fmt.Fprintf(&b, " #%d:\n                 UUID: 5A133E95-92FB-42BA-859C-2A0675FC20AF\n                 Type: legacy daemon (0x10010)\n", i+1)
 		fmt.Fprintf(&b, "          Disposition: %s\n           Identifier: %s\n                  URL: file:///Library/LaunchDaemons/%s.plist\n\n", disposition, identifier, label)
 	}
-	return fakeReply{stdout: b.String()}
+	return reply{stdout: b.String()}
 }

@@ -1,4 +1,4 @@
-package darwin
+package darwintest
 
 import (
 	"context"
@@ -12,11 +12,14 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+
+	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/darwin/internal/xnu"
 )
 
-// A FakeKernel is the part of a Mac's kernel that routes: interfaces, addresses,
-// the routing table, and the kernel variables for forwarding. It is a [Kernel]
-// that speaks real routing messages, and a [Runner] for ifconfig(8), sysctl(8) and
+// A Kernel is the part of a Mac's kernel that routes: interfaces, addresses,
+// the routing table, and the kernel variables for forwarding. It is a [darwin.Kernel]
+// that speaks real routing messages, and a [darwin.Runner] for ifconfig(8), sysctl(8) and
 // the DNS configuration of scutil(8). It refuses what the real one refuses: a
 // second route to the same destination, and the deletion of a route that doesn't
 // exist; and a deletion takes the route to the destination by any interface, as on
@@ -24,17 +27,17 @@ import (
 //
 // The other methods are what happens on a Mac without us: cables, DHCP, commands
 // of other users, reboots.
-type FakeKernel struct {
+type Kernel struct {
 	mu         sync.Mutex
-	interfaces []*Interface
-	routes     []Route
+	interfaces []*darwin.Interface
+	routes     []darwin.Route
 	variables  map[string]string
-	flags      map[ownAddress]AddressFlags
-	resolvers  []Resolver
+	flags      map[ownAddress]darwin.AddressFlags
+	resolvers  []darwin.Resolver
 	boots      int
 	lastIndex  int
 	lastUtun   int
-	sockets    map[*fakeSocket]bool
+	sockets    map[*socket]bool
 	bound      map[boundPort]int
 	changes    int
 }
@@ -53,40 +56,40 @@ type ownAddress struct {
 
 // Changes counts the changes of interfaces, addresses and routes so far: while it
 // stays, so does what Observe returns.
-func (k *FakeKernel) Changes() int {
+func (k *Kernel) Changes() int {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.changes
 }
 
-// NewFakeKernel returns a Mac that was just booted, with a loopback interface and
+// NewKernel returns a Mac that was just booted, with a loopback interface and
 // nothing else.
-func NewFakeKernel() *FakeKernel {
-	k := &FakeKernel{sockets: map[*fakeSocket]bool{}, flags: map[ownAddress]AddressFlags{}}
+func NewKernel() *Kernel {
+	k := &Kernel{sockets: map[*socket]bool{}, flags: map[ownAddress]darwin.AddressFlags{}}
 	k.reset()
-	k.AddInterface("lo0", InterfaceUp|InterfaceLoopback|InterfaceRunning|InterfaceMulticast, 16384)
+	k.AddInterface("lo0", darwin.InterfaceUp|darwin.InterfaceLoopback|darwin.InterfaceRunning|darwin.InterfaceMulticast, 16384)
 	k.AddAddress("lo0", netip.MustParsePrefix("127.0.0.1/8"))
 	k.AddAddress("lo0", netip.MustParsePrefix("::1/128"))
 	return k
 }
 
 // reset sets the variables as a boot does.
-func (k *FakeKernel) reset() {
+func (k *Kernel) reset() {
 	k.boots++
 	// mDNSResponder's port is taken on any Mac.
-	k.bound = map[boundPort]int{{udpSockets, 5353}: 1}
+	k.bound = map[boundPort]int{{xnu.UDPSockets, 5353}: 1}
 	k.variables = map[string]string{
-		ipv4Forwarding: "0",
-		ipv6Forwarding: "0",
-		portFirst:      "49152", portLast: "65535", portHiFirst: "49152", portHiLast: "65535",
-		ipv4CheckInterface: "1", ipv6CheckInterface: "1",
-		bootSession: fmt.Sprintf("4E4A2428-2FBD-4164-B6B6-%012X", k.boots),
+		xnu.IPv4Forwarding: "0",
+		xnu.IPv6Forwarding: "0",
+		xnu.PortFirst:      "49152", xnu.PortLast: "65535", xnu.PortHiFirst: "49152", xnu.PortHiLast: "65535",
+		xnu.IPv4CheckInterface: "1", xnu.IPv6CheckInterface: "1",
+		xnu.BootSession: fmt.Sprintf("4E4A2428-2FBD-4164-B6B6-%012X", k.boots),
 	}
 }
 
 // Boot restarts the kernel: another boot session, no forwarding, no tunnels, and
 // none of the routes that were added by hand.
-func (k *FakeKernel) Boot() {
+func (k *Kernel) Boot() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.reset()
@@ -95,7 +98,7 @@ func (k *FakeKernel) Boot() {
 			k.remove(i)
 		}
 	}
-	k.routes = slices.DeleteFunc(k.routes, func(r Route) bool { return r.Flags&RouteProto1 != 0 })
+	k.routes = slices.DeleteFunc(k.routes, func(r darwin.Route) bool { return r.Flags&darwin.RouteProto1 != 0 })
 	k.changes++
 	k.lastUtun = 0
 	for s := range k.sockets {
@@ -104,11 +107,11 @@ func (k *FakeKernel) Boot() {
 }
 
 // AddInterface adds an interface and returns its number, which isn't used again.
-func (k *FakeKernel) AddInterface(name string, flags InterfaceFlags, mtu int) int {
+func (k *Kernel) AddInterface(name string, flags darwin.InterfaceFlags, mtu int) int {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.lastIndex++
-	i := &Interface{Name: name, Index: k.lastIndex, Flags: flags, MTU: mtu}
+	i := &darwin.Interface{Name: name, Index: k.lastIndex, Flags: flags, MTU: mtu}
 	k.interfaces = append(k.interfaces, i)
 	k.announceInterface(i)
 	return i.Index
@@ -116,7 +119,7 @@ func (k *FakeKernel) AddInterface(name string, flags InterfaceFlags, mtu int) in
 
 // CreateTunnel makes a utun interface. "utun" gives the next number, which climbs;
 // utunN gives that one, or EBUSY when it is taken (netbird#2196).
-func (k *FakeKernel) CreateTunnel(name string, mtu int) (string, error) {
+func (k *Kernel) CreateTunnel(name string, mtu int) (string, error) {
 	number, ok := strings.CutPrefix(name, "utun")
 	n, err := strconv.Atoi(number)
 	switch {
@@ -130,19 +133,19 @@ func (k *FakeKernel) CreateTunnel(name string, mtu int) (string, error) {
 		k.lastUtun = n + 1
 	}
 	name = "utun" + strconv.Itoa(n)
-	k.AddInterface(name, InterfaceUp|InterfacePointToPoint|InterfaceRunning|InterfaceMulticast, mtu)
+	k.AddInterface(name, darwin.InterfaceUp|darwin.InterfacePointToPoint|darwin.InterfaceRunning|darwin.InterfaceMulticast, mtu)
 	return name, nil
 }
 
 // Has reports whether there is an interface of that name.
-func (k *FakeKernel) Has(name string) bool {
+func (k *Kernel) Has(name string) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.find(name) != nil
 }
 
 // RemoveInterface takes an interface away, its addresses and routes with it.
-func (k *FakeKernel) RemoveInterface(name string) {
+func (k *Kernel) RemoveInterface(name string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if i := k.find(name); i != nil {
@@ -150,23 +153,23 @@ func (k *FakeKernel) RemoveInterface(name string) {
 	}
 }
 
-func (k *FakeKernel) remove(i *Interface) {
+func (k *Kernel) remove(i *darwin.Interface) {
 	for _, r := range slices.Clone(k.routes) {
 		if r.Index == i.Index {
 			k.drop(r)
 		}
 	}
-	k.interfaces = slices.DeleteFunc(k.interfaces, func(o *Interface) bool { return o == i })
+	k.interfaces = slices.DeleteFunc(k.interfaces, func(o *darwin.Interface) bool { return o == i })
 	for _, a := range i.Addresses {
 		delete(k.flags, ownAddress{i.Index, a.Prefix.Addr()})
-		k.changed(addressMessage(rtmDelAddr, i, a))
+		k.changed(xnu.AddressMessage(xnu.RTMDelAddr, i.Index, a.Prefix, a.Peer))
 		k.dropOwn(i, a)
 	}
-	i.Flags &^= InterfaceUp | InterfaceRunning
+	i.Flags &^= darwin.InterfaceUp | darwin.InterfaceRunning
 	k.announceInterface(i)
 }
 
-func (k *FakeKernel) find(name string) *Interface {
+func (k *Kernel) find(name string) *darwin.Interface {
 	for _, i := range k.interfaces {
 		if i.Name == name {
 			return i
@@ -175,7 +178,7 @@ func (k *FakeKernel) find(name string) *Interface {
 	return nil
 }
 
-func (k *FakeKernel) index(n int) *Interface {
+func (k *Kernel) index(n int) *darwin.Interface {
 	for _, i := range k.interfaces {
 		if i.Index == n {
 			return i
@@ -194,22 +197,22 @@ func (k *FakeKernel) index(n int) *Interface {
 //
 // IPv6 (in6_ifinit of bsd/netinet6/in6.c:3000, and nd6.c:2990): to the network, and
 // to the address itself by lo0, also on a point-to-point interface.
-func (k *FakeKernel) AddAddress(name string, p netip.Prefix) error {
+func (k *Kernel) AddAddress(name string, p netip.Prefix) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	i := k.find(name)
 	switch {
 	case i == nil:
 		return syscall.ENXIO
-	case slices.ContainsFunc(i.Addresses, func(a Address) bool { return a.Prefix.Addr() == p.Addr() }):
+	case slices.ContainsFunc(i.Addresses, func(a darwin.Address) bool { return a.Prefix.Addr() == p.Addr() }):
 		return syscall.EEXIST
 	}
-	a := Address{Prefix: p}
-	if i.Flags&InterfacePointToPoint != 0 && p.Addr().Is4() {
+	a := darwin.Address{Prefix: p}
+	if i.Flags&darwin.InterfacePointToPoint != 0 && p.Addr().Is4() {
 		a.Peer = p.Addr()
 	}
 	i.Addresses = append(i.Addresses, a)
-	k.changed(addressMessage(rtmNewAddr, i, a))
+	k.changed(xnu.AddressMessage(xnu.RTMNewAddr, i.Index, a.Prefix, a.Peer))
 	for _, r := range k.ownRoutes(i, a) {
 		k.install(r)
 	}
@@ -217,29 +220,29 @@ func (k *FakeKernel) AddAddress(name string, p netip.Prefix) error {
 }
 
 // ownRoutes returns the routes that come and go with an address.
-func (k *FakeKernel) ownRoutes(i *Interface, a Address) (routes []Route) {
+func (k *Kernel) ownRoutes(i *darwin.Interface, a darwin.Address) (routes []darwin.Route) {
 	addr := a.Prefix.Addr()
 	if !a.Prefix.IsSingleIP() {
-		routes = append(routes, Route{Dst: a.Prefix.Masked(), Index: i.Index, Flags: RouteUp | routeCloning})
+		routes = append(routes, darwin.Route{Dst: a.Prefix.Masked(), Index: i.Index, Flags: darwin.RouteUp | routeCloning})
 	}
-	itself := Route{Dst: netip.PrefixFrom(addr, addr.BitLen()), Index: i.Index, Flags: RouteUp | RouteHost | RouteLocal}
+	itself := darwin.Route{Dst: netip.PrefixFrom(addr, addr.BitLen()), Index: i.Index, Flags: darwin.RouteUp | darwin.RouteHost | darwin.RouteLocal}
 	switch lo := k.find("lo0"); {
-	case addr.Is4() && i.Flags&InterfaceLoopback != 0:
+	case addr.Is4() && i.Flags&darwin.InterfaceLoopback != 0:
 		routes = append(routes, itself)
 	case addr.Is4() && a.Peer.IsValid():
 		if a.Peer != addr {
-			itself.Dst, itself.Flags = netip.PrefixFrom(a.Peer, 32), itself.Flags&^RouteLocal
+			itself.Dst, itself.Flags = netip.PrefixFrom(a.Peer, 32), itself.Flags&^darwin.RouteLocal
 		}
 		routes = append(routes, itself)
 	case addr.Is6() && lo != nil:
-		itself.Index, itself.Flags = lo.Index, itself.Flags|RouteLLInfo
+		itself.Index, itself.Flags = lo.Index, itself.Flags|darwin.RouteLLInfo
 		routes = append(routes, itself)
 	}
 	return routes
 }
 
 // AddAddress6 gives an interface an IPv6 address of a kind.
-func (k *FakeKernel) AddAddress6(name string, p netip.Prefix, flags AddressFlags) error {
+func (k *Kernel) AddAddress6(name string, p netip.Prefix, flags darwin.AddressFlags) error {
 	// The flags first: a listener that hears of the address may ask for them.
 	k.mu.Lock()
 	if i := k.find(name); i != nil {
@@ -251,11 +254,11 @@ func (k *FakeKernel) AddAddress6(name string, p netip.Prefix, flags AddressFlags
 
 // SetAddressFlags changes what an IPv6 address is: no longer tentative, or
 // deprecated. The kernel reports that to no listener, neither routing sockets nor pf.
-func (k *FakeKernel) SetAddressFlags(name string, a netip.Addr, flags AddressFlags) error {
+func (k *Kernel) SetAddressFlags(name string, a netip.Addr, flags darwin.AddressFlags) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	i := k.find(name)
-	if i == nil || !slices.ContainsFunc(i.Addresses, func(o Address) bool { return o.Prefix.Addr() == a }) {
+	if i == nil || !slices.ContainsFunc(i.Addresses, func(o darwin.Address) bool { return o.Prefix.Addr() == a }) {
 		return syscall.EADDRNOTAVAIL
 	}
 	k.flags[ownAddress{i.Index, a}] = flags
@@ -263,7 +266,7 @@ func (k *FakeKernel) SetAddressFlags(name string, a netip.Addr, flags AddressFla
 }
 
 // Addresses6 returns the IPv6 addresses of an interface with their kinds.
-func (k *FakeKernel) Addresses6(name string) (out []Address6) {
+func (k *Kernel) Addresses6(name string) (out []darwin.Address6) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	i := k.find(name)
@@ -274,7 +277,7 @@ func (k *FakeKernel) Addresses6(name string) (out []Address6) {
 		if !a.Prefix.Addr().Is6() {
 			continue
 		}
-		one := Address6{Prefix: a.Prefix, Peer: a.Peer, Flags: k.flags[ownAddress{i.Index, a.Prefix.Addr()}]}
+		one := darwin.Address6{Prefix: a.Prefix, Peer: a.Peer, Flags: k.flags[ownAddress{i.Index, a.Prefix.Addr()}]}
 		if a.Prefix.Addr().IsLinkLocalUnicast() {
 			one.Scope = i.Index
 		}
@@ -283,33 +286,33 @@ func (k *FakeKernel) Addresses6(name string) (out []Address6) {
 	return out
 }
 
-const routeCloning RouteFlags = 0x100 // RTF_CLONING
+const routeCloning darwin.RouteFlags = 0x100 // RTF_CLONING
 
 // RemoveAddress takes an address and its routes away.
-func (k *FakeKernel) RemoveAddress(name string, a netip.Addr) error {
+func (k *Kernel) RemoveAddress(name string, a netip.Addr) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	i := k.find(name)
 	if i == nil {
 		return syscall.ENXIO
 	}
-	n := slices.IndexFunc(i.Addresses, func(o Address) bool { return o.Prefix.Addr() == a })
+	n := slices.IndexFunc(i.Addresses, func(o darwin.Address) bool { return o.Prefix.Addr() == a })
 	if n < 0 {
 		return syscall.EADDRNOTAVAIL
 	}
 	gone := i.Addresses[n]
 	delete(k.flags, ownAddress{i.Index, a})
 	i.Addresses = slices.Delete(i.Addresses, n, n+1)
-	k.changed(addressMessage(rtmDelAddr, i, gone))
+	k.changed(xnu.AddressMessage(xnu.RTMDelAddr, i.Index, gone.Prefix, gone.Peer))
 	k.dropOwn(i, gone)
 	return nil
 }
 
 // dropOwn takes the routes of an address away.
-func (k *FakeKernel) dropOwn(i *Interface, a Address) {
+func (k *Kernel) dropOwn(i *darwin.Interface, a darwin.Address) {
 	for _, own := range k.ownRoutes(i, a) {
 		for _, r := range slices.Clone(k.routes) {
-			if r.Dst == own.Dst && r.Index == own.Index && r.Flags&RouteProto1 == 0 {
+			if r.Dst == own.Dst && r.Index == own.Index && r.Flags&darwin.RouteProto1 == 0 {
 				k.drop(r)
 			}
 		}
@@ -317,20 +320,28 @@ func (k *FakeKernel) dropOwn(i *Interface, a Address) {
 }
 
 // AddRoute adds a route, as route(8) does.
-func (k *FakeKernel) AddRoute(r Route) error {
+func (k *Kernel) AddRoute(r darwin.Route) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.add(r)
 }
 
-// DeleteRoute deletes the route to dst, whatever it leads to.
-func (k *FakeKernel) DeleteRoute(dst netip.Prefix) error {
+// InstallRoute puts a route into the table as the kernel itself does, whatever its
+// flags and addresses.
+func (k *Kernel) InstallRoute(r darwin.Route) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.delete(Route{Dst: dst})
+	k.install(r)
 }
 
-func (k *FakeKernel) add(r Route) error {
+// DeleteRoute deletes the route to dst, whatever it leads to.
+func (k *Kernel) DeleteRoute(dst netip.Prefix) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.delete(darwin.Route{Dst: dst})
+}
+
+func (k *Kernel) add(r darwin.Route) error {
 	i := k.index(r.Index)
 	switch {
 	case !r.Dst.IsValid() || r.Dst != r.Dst.Masked():
@@ -345,13 +356,13 @@ func (k *FakeKernel) add(r Route) error {
 	return nil
 }
 
-func hasFamily(i *Interface, a netip.Addr) bool {
-	return slices.ContainsFunc(i.Addresses, func(o Address) bool { return o.Prefix.Addr().Is4() == a.Is4() })
+func hasFamily(i *darwin.Interface, a netip.Addr) bool {
+	return slices.ContainsFunc(i.Addresses, func(o darwin.Address) bool { return o.Prefix.Addr().Is4() == a.Is4() })
 }
 
 // delete takes away the route with the destination and scope, ignoring gateway
 // and interface (xnu bsd/net/route.c, rtrequest_common_locked, RTM_DELETE).
-func (k *FakeKernel) delete(r Route) error {
+func (k *Kernel) delete(r darwin.Route) error {
 	n := k.lookup(r)
 	if n < 0 {
 		return syscall.ESRCH
@@ -361,29 +372,29 @@ func (k *FakeKernel) delete(r Route) error {
 }
 
 // lookup finds the route with the same destination and scope.
-func (k *FakeKernel) lookup(r Route) int {
-	return slices.IndexFunc(k.routes, func(o Route) bool {
-		if o.Dst != r.Dst || o.Flags&RouteScoped != r.Flags&RouteScoped {
+func (k *Kernel) lookup(r darwin.Route) int {
+	return slices.IndexFunc(k.routes, func(o darwin.Route) bool {
+		if o.Dst != r.Dst || o.Flags&darwin.RouteScoped != r.Flags&darwin.RouteScoped {
 			return false
 		}
-		return r.Flags&RouteScoped == 0 || o.Index == r.Index
+		return r.Flags&darwin.RouteScoped == 0 || o.Index == r.Index
 	})
 }
 
-func (k *FakeKernel) install(r Route) {
+func (k *Kernel) install(r darwin.Route) {
 	if k.lookup(r) < 0 {
 		k.routes = append(k.routes, r)
-		k.changed(appendRoute(nil, rtmAdd, 0, r))
+		k.changed(xnu.AppendRoute(nil, xnu.RTMAdd, 0, message(r)))
 	}
 }
 
-func (k *FakeKernel) drop(r Route) {
-	k.routes = slices.DeleteFunc(k.routes, func(o Route) bool { return o == r })
-	k.changed(appendRoute(nil, rtmDelete, 0, r))
+func (k *Kernel) drop(r darwin.Route) {
+	k.routes = slices.DeleteFunc(k.routes, func(o darwin.Route) bool { return o == r })
+	k.changed(xnu.AppendRoute(nil, xnu.RTMDelete, 0, message(r)))
 }
 
-// Sysctl implements Kernel.
-func (k *FakeKernel) Sysctl(name string) (string, error) {
+// Sysctl implements darwin.Kernel.
+func (k *Kernel) Sysctl(name string) (string, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	v, ok := k.variables[name]
@@ -395,12 +406,16 @@ func (k *FakeKernel) Sysctl(name string) (string, error) {
 
 // BindTCP gives a TCP port to a socket of the Mac, BindUDP a UDP port; the function
 // that they return closes it.
-func (k *FakeKernel) BindTCP(port uint16) (unbind func()) { return k.bind(boundPort{tcpSockets, port}) }
+func (k *Kernel) BindTCP(port uint16) (unbind func()) {
+	return k.bind(boundPort{xnu.TCPSockets, port})
+}
 
 // BindUDP is like BindTCP.
-func (k *FakeKernel) BindUDP(port uint16) (unbind func()) { return k.bind(boundPort{udpSockets, port}) }
+func (k *Kernel) BindUDP(port uint16) (unbind func()) {
+	return k.bind(boundPort{xnu.UDPSockets, port})
+}
 
-func (k *FakeKernel) bind(b boundPort) (unbind func()) {
+func (k *Kernel) bind(b boundPort) (unbind func()) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.bound[b]++
@@ -413,15 +428,15 @@ func (k *FakeKernel) bind(b boundPort) (unbind func()) {
 	}
 }
 
-// Table implements Kernel for the lists of sockets.
-func (k *FakeKernel) Table(name string) ([]byte, error) {
+// Table implements darwin.Kernel for the lists of sockets.
+func (k *Kernel) Table(name string) ([]byte, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if name != tcpSockets && name != udpSockets {
+	if name != xnu.TCPSockets && name != xnu.UDPSockets {
 		return nil, syscall.ENOENT
 	}
-	b := order.AppendUint32(nil, sizeXinpgen)
-	b = append(b, make([]byte, sizeXinpgen-4)...)
+	b := xnu.Order.AppendUint32(nil, xnu.SizeXinpgen)
+	b = append(b, make([]byte, xnu.SizeXinpgen-4)...)
 	for at, n := range k.bound {
 		if at.list != name {
 			continue
@@ -430,39 +445,39 @@ func (k *FakeKernel) Table(name string) ([]byte, error) {
 			b = appendSocket(b, at)
 		}
 	}
-	return append(b, b[:sizeXinpgen]...), nil
+	return append(b, b[:xnu.SizeXinpgen]...), nil
 }
 
 // appendSocket adds what the kernel tells of a socket: a struct xinpcb_n, here with
 // its length on arm64, and an xsocket_n, of which only the head matters.
 func appendSocket(b []byte, at boundPort) []byte {
 	const sizeXinpcb, sizeXsocket, kindSocket = 104, 76, 1
-	b = order.AppendUint32(b, sizeXinpcb)
-	b = order.AppendUint32(b, kindInpcb)
-	b = append(b, make([]byte, offXinpLocal-8)...)
+	b = xnu.Order.AppendUint32(b, sizeXinpcb)
+	b = xnu.Order.AppendUint32(b, xnu.KindInpcb)
+	b = append(b, make([]byte, xnu.OffXinpLocal-8)...)
 	b = append(b, byte(at.port>>8), byte(at.port))
-	b = append(b, make([]byte, sizeXinpcb-minXinpcb)...)
-	b = order.AppendUint32(b, sizeXsocket)
-	b = order.AppendUint32(b, kindSocket)
-	return append(b, make([]byte, sizeXsocket-8+socketAlignment-sizeXsocket%socketAlignment)...)
+	b = append(b, make([]byte, sizeXinpcb-xnu.MinXinpcb)...)
+	b = xnu.Order.AppendUint32(b, sizeXsocket)
+	b = xnu.Order.AppendUint32(b, kindSocket)
+	return append(b, make([]byte, sizeXsocket-8+xnu.SocketAlignment-sizeXsocket%xnu.SocketAlignment)...)
 }
 
 // Variable returns a kernel variable, as text; "" is one that there isn't.
-func (k *FakeKernel) Variable(name string) string {
+func (k *Kernel) Variable(name string) string {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.variables[name]
 }
 
 // SetVariable sets a kernel variable, as other software does.
-func (k *FakeKernel) SetVariable(name, value string) {
+func (k *Kernel) SetVariable(name, value string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.variables[name] = value
 }
 
 // BreakSockets makes every open routing socket fail with err.
-func (k *FakeKernel) BreakSockets(err error) {
+func (k *Kernel) BreakSockets(err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for s := range k.sockets {
@@ -472,66 +487,66 @@ func (k *FakeKernel) BreakSockets(err error) {
 
 // Miss tells all routing sockets that a lookup of a failed (RTM_MISS), as happens
 // with every packet to a host that can't be reached.
-func (k *FakeKernel) Miss(a netip.Addr) {
-	k.Announce(appendRoute(nil, rtmMiss, 0, Route{Dst: netip.PrefixFrom(a, a.BitLen()), Flags: RouteUp | RouteHost}))
+func (k *Kernel) Miss(a netip.Addr) {
+	k.Announce(xnu.AppendRoute(nil, xnu.RTMMiss, 0, xnu.Route{Dst: netip.PrefixFrom(a, a.BitLen()), Flags: uint32(darwin.RouteUp | darwin.RouteHost)}))
 }
 
 // Announce sends a message, of any form, to all routing sockets. Nothing changes.
-func (k *FakeKernel) Announce(m []byte) {
+func (k *Kernel) Announce(m []byte) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.announce(m)
 }
 
 // changed counts a change and announces it.
-func (k *FakeKernel) changed(m []byte) {
+func (k *Kernel) changed(m []byte) {
 	k.changes++
 	k.announce(m)
 }
 
-func (k *FakeKernel) announce(m []byte) {
+func (k *Kernel) announce(m []byte) {
 	for s := range k.sockets {
 		s.deliver(m)
 	}
 }
 
-// Interfaces implements Kernel.
-func (k *FakeKernel) Interfaces() ([]byte, error) {
+// Interfaces implements darwin.Kernel.
+func (k *Kernel) Interfaces() ([]byte, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	var b []byte
 	for _, i := range k.interfaces {
-		b = append(b, interfaceMessage(rtmIfInfo2, sizeIf2, i)...)
+		b = append(b, xnu.InterfaceMessage(xnu.RTMIfInfo2, xnu.SizeIf2, wire(i))...)
 		for _, a := range i.Addresses {
-			b = append(b, addressMessage(rtmNewAddr, i, a)...)
+			b = append(b, xnu.AddressMessage(xnu.RTMNewAddr, i.Index, a.Prefix, a.Peer)...)
 		}
 	}
 	return b, nil
 }
 
-// Routes implements Kernel.
-func (k *FakeKernel) Routes() ([]byte, error) {
+// Routes implements darwin.Kernel.
+func (k *Kernel) Routes() ([]byte, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	var b []byte
 	for _, r := range k.routes {
-		b = append(b, dumpMessage(r)...)
+		b = append(b, xnu.DumpMessage(message(r))...)
 	}
 	return b, nil
 }
 
-// OpenRoute implements Kernel.
-func (k *FakeKernel) OpenRoute() (io.ReadWriteCloser, error) {
+// OpenRoute implements darwin.Kernel.
+func (k *Kernel) OpenRoute() (io.ReadWriteCloser, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	s := &fakeSocket{k: k, in: make(chan []byte, 64), failed: make(chan struct{})}
+	s := &socket{k: k, in: make(chan []byte, 64), failed: make(chan struct{})}
 	k.sockets[s] = true
 	return s, nil
 }
 
-// A fakeSocket is a routing socket.
-type fakeSocket struct {
-	k  *FakeKernel
+// A socket is a routing socket.
+type socket struct {
+	k  *Kernel
 	in chan []byte
 
 	mu     sync.Mutex
@@ -540,7 +555,7 @@ type fakeSocket struct {
 	lost   bool // messages didn't fit: the next read says ENOBUFS
 }
 
-func (s *fakeSocket) fail(err error) {
+func (s *socket) fail(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.err == nil {
@@ -549,7 +564,7 @@ func (s *fakeSocket) fail(err error) {
 	}
 }
 
-func (s *fakeSocket) deliver(m []byte) {
+func (s *socket) deliver(m []byte) {
 	select {
 	case s.in <- slices.Clone(m):
 	default:
@@ -559,7 +574,7 @@ func (s *fakeSocket) deliver(m []byte) {
 	}
 }
 
-func (s *fakeSocket) Read(b []byte) (int, error) {
+func (s *socket) Read(b []byte) (int, error) {
 	s.mu.Lock()
 	lost := s.lost
 	s.lost = false
@@ -575,7 +590,7 @@ func (s *fakeSocket) Read(b []byte) (int, error) {
 	}
 }
 
-func (s *fakeSocket) Close() error {
+func (s *socket) Close() error {
 	s.fail(io.ErrClosedPipe)
 	s.k.mu.Lock()
 	defer s.k.mu.Unlock()
@@ -584,27 +599,28 @@ func (s *fakeSocket) Close() error {
 }
 
 // Write takes one message, as route_output of xnu bsd/net/rtsock.c does.
-func (s *fakeSocket) Write(m []byte) (int, error) {
-	if len(m) < sizeRt || int(order.Uint16(m)) != len(m) {
+func (s *socket) Write(m []byte) (int, error) {
+	if len(m) < xnu.SizeRt || int(xnu.Order.Uint16(m)) != len(m) {
 		return 0, syscall.EINVAL
 	}
-	if m[2] != rtmVersion {
+	if m[2] != xnu.RTMVersion {
 		return 0, syscall.EPROTONOSUPPORT
 	}
-	sa, ok := sockaddrs(m, sizeRt, order.Uint32(m[offRtAddrs:]))
-	r, valid := parseRoute(m)
+	sa, ok := xnu.Sockaddrs(m, xnu.SizeRt, xnu.Order.Uint32(m[xnu.OffRtAddrs:]))
+	sent, valid := xnu.ParseRoute(m)
 	if !ok || !valid {
 		return 0, syscall.EINVAL
 	}
+	r := darwin.Route{Dst: sent.Dst, Gateway: sent.Gateway, Index: sent.Index, Flags: darwin.RouteFlags(sent.Flags)}
 	s.k.mu.Lock()
 	defer s.k.mu.Unlock()
 	var err error
 	switch m[3] {
-	case rtmAdd:
-		if r, err = s.k.resolve(r, sa[rtaxGateway]); err == nil {
+	case xnu.RTMAdd:
+		if r, err = s.k.resolve(r, sa[xnu.RTAXGateway]); err == nil {
 			err = s.k.add(r)
 		}
-	case rtmDelete:
+	case xnu.RTMDelete:
 		err = s.k.delete(r)
 	default:
 		err = syscall.EOPNOTSUPP
@@ -616,12 +632,12 @@ func (s *fakeSocket) Write(m []byte) (int, error) {
 }
 
 // resolve finds the interface of a route that is to be added, by its gateway.
-func (k *FakeKernel) resolve(r Route, gateway []byte) (Route, error) {
+func (k *Kernel) resolve(r darwin.Route, gateway []byte) (darwin.Route, error) {
 	switch {
 	case len(gateway) == 0:
 		return r, syscall.EINVAL
-	case gateway[1] == afLink:
-		r.Index = int(order.Uint16(gateway[2:]))
+	case gateway[1] == xnu.AFLink:
+		r.Index = int(xnu.Order.Uint16(gateway[2:]))
 		return r, nil
 	}
 	for _, i := range k.interfaces {
@@ -636,35 +652,35 @@ func (k *FakeKernel) resolve(r Route, gateway []byte) (Route, error) {
 }
 
 // SetResolvers sets the DNS configuration. Routing sockets don't hear of it.
-func (k *FakeKernel) SetResolvers(list []Resolver) {
+func (k *Kernel) SetResolvers(list []darwin.Resolver) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.resolvers = slices.Clone(list)
 }
 
 // DNS returns the DNS configuration.
-func (k *FakeKernel) DNS() []Resolver {
+func (k *Kernel) DNS() []darwin.Resolver {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return slices.Clone(k.resolvers)
 }
 
-// Run implements Runner for ifconfig, sysctl and scutil --dns.
-func (k *FakeKernel) Run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte, []byte, int, error) {
+// Run implements darwin.Runner for ifconfig, sysctl and scutil --dns.
+func (k *Kernel) Run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte, []byte, int, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, nil, -1, err
 	}
 	var out, complaint string
 	switch path {
-	case sysctlPath:
+	case "/usr/sbin/sysctl":
 		out, complaint = k.sysctl(args)
-	case scutilPath:
+	case "/usr/sbin/scutil":
 		if !slices.Equal(args, []string{"--dns"}) {
 			complaint = "usage: scutil --dns"
 			break
 		}
 		out = formatResolvers(k.DNS())
-	case ifconfigPath:
+	case "/sbin/ifconfig":
 		if len(args) == 2 && args[1] == "inet6" && k.Has(args[0]) {
 			out = k.showAddresses6(args[0])
 			break
@@ -679,7 +695,7 @@ func (k *FakeKernel) Run(ctx context.Context, stdin []byte, path string, args ..
 	return []byte(out), nil, 0, nil
 }
 
-func (k *FakeKernel) sysctl(args []string) (out, complaint string) {
+func (k *Kernel) sysctl(args []string) (out, complaint string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if len(args) != 2 {
@@ -692,14 +708,14 @@ func (k *FakeKernel) sysctl(args []string) (out, complaint string) {
 		return "", fmt.Sprintf("sysctl: unknown oid '%s'", name)
 	case args[0] == "-n":
 		return old + "\n", ""
-	case args[0] != "-w" || name == bootSession:
+	case args[0] != "-w" || name == xnu.BootSession:
 		return "", fmt.Sprintf("sysctl: oid '%s' is read only", name)
 	}
 	n, err := strconv.Atoi(value)
-	if err != nil || n < 0 && name == ipv6Forwarding {
+	if err != nil || n < 0 && name == xnu.IPv6Forwarding {
 		return "", fmt.Sprintf("sysctl: %s=%s: Invalid argument", name, value)
 	}
-	if name == ipv6Forwarding {
+	if name == xnu.IPv6Forwarding {
 		n = min(n, 1)
 	}
 	k.variables[name] = strconv.Itoa(n)
@@ -707,7 +723,7 @@ func (k *FakeKernel) sysctl(args []string) (out, complaint string) {
 }
 
 // showAddresses6 prints what `ifconfig NAME inet6` does.
-func (k *FakeKernel) showAddresses6(name string) string {
+func (k *Kernel) showAddresses6(name string) string {
 	var b strings.Builder
 	k.mu.Lock()
 	i := k.find(name)
@@ -732,7 +748,7 @@ func (k *FakeKernel) showAddresses6(name string) string {
 }
 
 // ifconfig knows the forms that Ifconfig uses.
-func (k *FakeKernel) ifconfig(args []string) (complaint string) {
+func (k *Kernel) ifconfig(args []string) (complaint string) {
 	if len(args) < 2 {
 		return "ifconfig: bad value"
 	}
@@ -772,7 +788,7 @@ func isOperand(s string) bool {
 	return s != "" && strings.Contains("0123456789:", s[:1]) || strings.Contains(s, ":")
 }
 
-func (k *FakeKernel) alias(name, address string) error {
+func (k *Kernel) alias(name, address string) error {
 	p, err := netip.ParsePrefix(address)
 	if err != nil {
 		return syscall.EINVAL
@@ -780,7 +796,7 @@ func (k *FakeKernel) alias(name, address string) error {
 	return k.AddAddress(name, p)
 }
 
-func (k *FakeKernel) unalias(name, address string) error {
+func (k *Kernel) unalias(name, address string) error {
 	a, err := netip.ParseAddr(address)
 	if err != nil {
 		return syscall.EINVAL
@@ -788,7 +804,7 @@ func (k *FakeKernel) unalias(name, address string) error {
 	return k.RemoveAddress(name, a)
 }
 
-func (k *FakeKernel) setMTU(name, value string) error {
+func (k *Kernel) setMTU(name, value string) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	n, err := strconv.Atoi(value)
@@ -797,76 +813,67 @@ func (k *FakeKernel) setMTU(name, value string) error {
 	}
 	i := k.find(name)
 	i.MTU = n
-	i.Flags |= InterfaceUp
+	i.Flags |= darwin.InterfaceUp
 	k.announceInterface(i)
 	return nil
 }
 
-func (k *FakeKernel) announceInterface(i *Interface) {
-	k.changed(interfaceMessage(rtmIfInfo, sizeIf, i))
+func (k *Kernel) announceInterface(i *darwin.Interface) {
+	k.changed(xnu.InterfaceMessage(xnu.RTMIfInfo, xnu.SizeIf, wire(i)))
 }
 
-// interfaceMessage writes an if_msghdr or if_msghdr2.
-func interfaceMessage(typ byte, size int, i *Interface) []byte {
-	b := appendSockaddr(make([]byte, size), sockaddrLink(i.Index, i.Name))
-	putHeader(b, typ)
-	order.PutUint32(b[offIfAddrs:], 1<<rtaxIfp)
-	order.PutUint32(b[offIfFlags:], uint32(i.Flags))
-	order.PutUint16(b[offIfIndex:], uint16(i.Index))
-	if size == sizeIf2 {
-		order.PutUint32(b[offIf2Mtu:], uint32(i.MTU))
-	}
-	return b
+// message and wire are a route and an interface as the kernel's messages have them.
+func message(r darwin.Route) xnu.Route {
+	return xnu.Route{Dst: r.Dst, Gateway: r.Gateway, Index: r.Index, Flags: uint32(r.Flags)}
 }
 
-// addressMessage writes an ifa_msghdr.
-func addressMessage(typ byte, i *Interface, a Address) []byte {
-	b := appendSockaddr(make([]byte, sizeIfa), trimmedMask(a.Prefix))
-	b = appendSockaddr(b, sockaddr(a.Prefix.Addr()))
-	mask := uint32(1<<rtaxNetmask | 1<<rtaxIfa)
-	if a.Peer.IsValid() {
-		b = appendSockaddr(b, sockaddr(a.Peer))
-		mask |= 1 << rtaxBrd
-	}
-	putHeader(b, typ)
-	order.PutUint32(b[offIfAddrs:], mask)
-	order.PutUint16(b[offIfIndex:], uint16(i.Index))
-	return b
+func wire(i *darwin.Interface) xnu.Interface {
+	return xnu.Interface{Name: i.Name, Index: i.Index, Flags: uint32(i.Flags), MTU: i.MTU}
 }
 
-// dumpMessage writes an rt_msghdr2, with the mask as short as the kernel's.
-func dumpMessage(r Route) []byte {
-	b := appendSockaddr(make([]byte, sizeRt), sockaddr(r.Dst.Addr()))
-	gateway := sockaddrLink(r.Index, "")
-	if r.Gateway.IsValid() {
-		gateway = sockaddr(r.Gateway)
+// formatResolvers prints what `scutil --dns` does.
+func formatResolvers(list []darwin.Resolver) string {
+	if len(list) == 0 {
+		return "No DNS configuration available\n"
 	}
-	b = appendSockaddr(b, gateway)
-	mask := uint32(1<<rtaxDst | 1<<rtaxGateway)
-	if r.Flags&RouteHost == 0 {
-		b = appendSockaddr(b, trimmedMask(r.Dst))
-		mask |= 1 << rtaxNetmask
+	var b strings.Builder
+	for _, scoped := range []bool{false, true} {
+		title := "DNS configuration\n"
+		if scoped {
+			title = "\nDNS configuration (for scoped queries)\n"
+		}
+		n := 0
+		for _, r := range list {
+			if r.Scoped != scoped {
+				continue
+			}
+			if n++; n == 1 {
+				b.WriteString(title)
+			}
+			fmt.Fprintf(&b, "\nresolver #%d\n", n)
+			if r.Domain != "" {
+				fmt.Fprintf(&b, "  domain   : %s\n", r.Domain)
+			}
+			for i, a := range r.Servers {
+				fmt.Fprintf(&b, "  nameserver[%d] : %s\n", i, a)
+			}
+			if r.Port != 0 {
+				fmt.Fprintf(&b, "  port     : %d\n", r.Port)
+			}
+			if r.Interface != "" {
+				fmt.Fprintf(&b, "  if_index : 7 (%s)\n", r.Interface)
+			}
+			flags := ""
+			if scoped {
+				flags = "Scoped, "
+			} else if r.Domain != "" {
+				flags = "Supplemental, "
+			}
+			fmt.Fprintf(&b, "  flags    : %sRequest A records\n  reach    : 0x00000002 (Reachable)\n", flags)
+		}
+		if !scoped && n == 0 {
+			b.WriteString(title)
+		}
 	}
-	putHeader(b, rtmGet2)
-	order.PutUint16(b[offRtIndex:], uint16(r.Index))
-	order.PutUint32(b[offRtFlags:], uint32(r.Flags))
-	order.PutUint32(b[offRtAddrs:], mask)
-	return b
-}
-
-// trimmedMask writes a netmask as the kernel keeps it: without family and without
-// the zeros at the end; of a default route nothing is left.
-func trimmedMask(p netip.Prefix) []byte {
-	b := sockaddrMask(p)
-	b[1] = 0
-	n := len(b)
-	for n > 1 && b[n-1] == 0 {
-		n--
-	}
-	if n <= 1 {
-		return nil
-	}
-	b = b[:n]
-	b[0] = byte(n)
-	return b
+	return b.String()
 }

@@ -1,4 +1,4 @@
-package darwin
+package darwintest
 
 import (
 	"context"
@@ -12,18 +12,19 @@ import (
 	"sync"
 	"time"
 
+	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/pfconf"
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// A PFEngine is the packet filter behind a [FakePF]: what the kernel does, without
-// pfctl's command line. The main ruleset is the anchor "". pfconf's machine is
+// An Engine is the packet filter behind a [PF]: what the kernel does, without
+// pfctl's command line. The main ruleset is the anchor "". pfsim's machine is
 // one.
-type PFEngine interface {
+type Engine interface {
 	// SetEnabled turns packet filtering on or off.
 	SetEnabled(on bool)
 	// Load replaces the anchor's contents, or changes nothing and returns a
-	// *PFSyntaxError or ErrBusy.
+	// *SyntaxError or darwin.ErrBusy.
 	Load(anchor, text string) error
 	// Flush empties the anchor. It reports false if there is none.
 	Flush(anchor string) bool
@@ -54,20 +55,20 @@ type PFEngine interface {
 	Interfaces() map[string]bool
 }
 
-// A PFSyntaxError is a ruleset that pfctl refuses.
-type PFSyntaxError struct{ Line int }
+// A SyntaxError is a ruleset that pfctl refuses.
+type SyntaxError struct{ Line int }
 
-func (e *PFSyntaxError) Error() string { return fmt.Sprintf("stdin:%d: syntax error", e.Line) }
+func (e *SyntaxError) Error() string { return fmt.Sprintf("stdin:%d: syntax error", e.Line) }
 
-// A FakePF is pfctl(8) in front of an engine: a Runner that takes its command
+// A PF is pfctl(8) in front of an engine: a [darwin.Runner] that takes its command
 // line, keeps the tokens, and prints what pfctl prints, on the output and with
 // the exit status that pfctl uses. That is unlike other programs: noise on every
 // call, the token on stderr, exit status 0 for what doesn't exist.
-type FakePF struct {
+type PF struct {
 	// Engine is what is driven. Required.
-	Engine PFEngine
+	Engine Engine
 	// NextToken gives tokens. Required.
-	NextToken func() Token
+	NextToken func() darwin.Token
 
 	mu      sync.Mutex
 	tokens  []pfconf.Reference
@@ -82,14 +83,14 @@ type FakePF struct {
 
 // Misuse returns the commands that a program which shares the packet filter with
 // others must never run: -d and -e, and -F or -f for the main ruleset.
-func (f *FakePF) Misuse() []string {
+func (f *PF) Misuse() []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return slices.Clone(f.misuse)
 }
 
 // Calls returns the commands that were run, a line each, and forgets them.
-func (f *FakePF) Calls() []string {
+func (f *PF) Calls() []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	c := f.calls
@@ -98,14 +99,14 @@ func (f *FakePF) Calls() []string {
 }
 
 // Enabled reports whether the packet filter is on.
-func (f *FakePF) Enabled() bool {
+func (f *PF) Enabled() bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.enabled
 }
 
 // Tokens returns the tokens that are held, newest first.
-func (f *FakePF) Tokens() []pfconf.Reference {
+func (f *PF) Tokens() []pfconf.Reference {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return slices.Clone(f.tokens)
@@ -113,7 +114,7 @@ func (f *FakePF) Tokens() []pfconf.Reference {
 
 // Boot forgets all tokens and turns the packet filter off, as a reboot does. The
 // engine is the caller's to empty.
-func (f *FakePF) Boot() {
+func (f *PF) Boot() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.tokens, f.untoken = nil, false
@@ -122,7 +123,7 @@ func (f *FakePF) Boot() {
 }
 
 // Disable is a `pfctl -d` of another program: pf is off, and all tokens are void.
-func (f *FakePF) Disable() {
+func (f *PF) Disable() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.tokens, f.untoken = nil, false
@@ -131,7 +132,7 @@ func (f *FakePF) Disable() {
 
 // set switches the packet filter, which notes when (pf_start and pf_stop of xnu
 // bsd/net/pf_ioctl.c).
-func (f *FakePF) set(on bool) {
+func (f *PF) set(on bool) {
 	if on != f.enabled {
 		f.since = time.Now()
 	}
@@ -145,12 +146,12 @@ type pfctlReply struct {
 	status         int
 }
 
-// Run implements Runner.
-func (f *FakePF) Run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte, []byte, int, error) {
+// Run implements darwin.Runner.
+func (f *PF) Run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte, []byte, int, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, nil, -1, err
 	}
-	if path != pfctlPath {
+	if path != "/sbin/pfctl" {
 		return nil, nil, -1, &exec.Error{Name: path, Err: exec.ErrNotFound}
 	}
 	f.mu.Lock()
@@ -165,8 +166,7 @@ func (f *FakePF) Run(ctx context.Context, stdin []byte, path string, args ...str
 	r := pfctlReply{stderr: "usage: pfctl [-AdeEghmNnOqRrvXz]\n", status: 1}
 	if err == nil {
 		r = f.do(c, string(stdin))
-		// Printed by every run that isn't quiet.
-		r.stderr = noise[0] + "\n" + noise[1] + "\n" + r.stderr
+		r.stderr = noise + r.stderr
 	}
 	return []byte(r.stdout), []byte(r.stderr), r.status, nil
 }
@@ -212,7 +212,7 @@ func parsePfctl(args []string) (c pfctlCommand, err error) {
 	return c, nil
 }
 
-func (f *FakePF) do(c pfctlCommand, stdin string) pfctlReply {
+func (f *PF) do(c pfctlCommand, stdin string) pfctlReply {
 	switch {
 	case c.disable:
 		f.tokens, f.untoken = nil, false
@@ -238,7 +238,7 @@ func (f *FakePF) do(c pfctlCommand, stdin string) pfctlReply {
 	return pfctlReply{status: 1}
 }
 
-func (f *FakePF) enable() pfctlReply {
+func (f *PF) enable() pfctlReply {
 	if f.enabled {
 		return pfctlReply{stderr: "pfctl: pf already enabled\n", status: 1}
 	}
@@ -247,18 +247,18 @@ func (f *FakePF) enable() pfctlReply {
 	return pfctlReply{stderr: "pf enabled\n"}
 }
 
-func (f *FakePF) reference() pfctlReply {
+func (f *PF) reference() pfctlReply {
 	return pfctlReply{stderr: fmt.Sprintf("pf enabled\nToken : %d\n", f.hold("pfctl"))}
 }
 
 // Hold takes a token for another process, as one of the system's does without pfctl.
-func (f *FakePF) Hold(process string) Token {
+func (f *PF) Hold(process string) darwin.Token {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.hold(process)
 }
 
-func (f *FakePF) hold(process string) Token {
+func (f *PF) hold(process string) darwin.Token {
 	t := f.NextToken()
 	f.tokens = slices.Insert(f.tokens, 0, pfconf.Reference{PID: 4000 + f.pid, Process: process, Token: uint64(t)})
 	if f.taken == nil {
@@ -269,7 +269,7 @@ func (f *FakePF) hold(process string) Token {
 	return t
 }
 
-func (f *FakePF) release(text string) pfctlReply {
+func (f *PF) release(text string) pfctlReply {
 	if !f.enabled {
 		return pfctlReply{stderr: "pfctl: pf not enabled\n", status: 1}
 	}
@@ -285,7 +285,7 @@ func (f *FakePF) release(text string) pfctlReply {
 	return pfctlReply{stderr: "pf disabled\n"}
 }
 
-func (f *FakePF) show(c pfctlCommand) pfctlReply {
+func (f *PF) show(c pfctlCommand) pfctlReply {
 	missing := pfctlReply{stderr: missingAnchor}
 	switch c.show {
 	case "all":
@@ -328,7 +328,7 @@ func (f *FakePF) show(c pfctlCommand) pfctlReply {
 	return pfctlReply{stderr: fmt.Sprintf("pfctl: Unknown show modifier '%s'\n", c.show), status: 1}
 }
 
-func (f *FakePF) references() string {
+func (f *PF) references() string {
 	if len(f.tokens) == 0 {
 		return "No pf starter references held\n"
 	}
@@ -340,7 +340,7 @@ func (f *FakePF) references() string {
 	return b.String()
 }
 
-func (f *FakePF) interfaces() string {
+func (f *PF) interfaces() string {
 	var b strings.Builder
 	skipped := f.Engine.Interfaces()
 	for _, name := range sortedKeys(skipped) {
@@ -353,7 +353,7 @@ func (f *FakePF) interfaces() string {
 	return b.String()
 }
 
-func (f *FakePF) flush(c pfctlCommand) pfctlReply {
+func (f *PF) flush(c pfctlCommand) pfctlReply {
 	states := len(f.Engine.States())
 	if !f.Engine.Flush(c.anchor) {
 		return pfctlReply{stderr: missingAnchor, status: 1}
@@ -365,7 +365,7 @@ func (f *FakePF) flush(c pfctlCommand) pfctlReply {
 	return r
 }
 
-func (f *FakePF) kill(hosts []string) pfctlReply {
+func (f *PF) kill(hosts []string) pfctlReply {
 	var p [2]netip.Prefix
 	if len(hosts) > 2 {
 		return pfctlReply{status: 1}
@@ -393,7 +393,7 @@ func parseHost(h string) (netip.Prefix, error) {
 }
 
 // table is pfctl -T, with the messages of OpenBSD's pfctl_table.c.
-func (f *FakePF) table(c pfctlCommand, stdin string) pfctlReply {
+func (f *PF) table(c pfctlCommand, stdin string) pfctlReply {
 	words := c.words
 	if c.file == "-" {
 		words = append(words, strings.Fields(stdin)...)
@@ -447,7 +447,7 @@ func (f *FakePF) table(c pfctlCommand, stdin string) pfctlReply {
 	return pfctlReply{stderr: "usage: pfctl -T command\n", status: 1}
 }
 
-func (f *FakePF) testTable(c pfctlCommand, entries []pfconf.Address, failed func(error) pfctlReply) pfctlReply {
+func (f *PF) testTable(c pfctlCommand, entries []pfconf.Address, failed func(error) pfctlReply) pfctlReply {
 	matches := 0
 	for _, e := range entries {
 		in, err := f.Engine.TestTable(c.anchor, c.table, e.Prefix.Addr())
@@ -466,7 +466,7 @@ func (f *FakePF) testTable(c pfctlCommand, entries []pfconf.Address, failed func
 }
 
 // entries returns what is in the table of a command.
-func (f *FakePF) entries(c pfctlCommand) ([]string, bool) {
+func (f *PF) entries(c pfctlCommand) ([]string, bool) {
 	tables, _ := f.Engine.Tables(c.anchor)
 	entries, ok := tables[c.table]
 	return entries, ok
@@ -474,7 +474,7 @@ func (f *FakePF) entries(c pfctlCommand) ([]string, bool) {
 
 // changed counts the entries of a table that came, went, and were negated or the
 // contrary.
-func (f *FakePF) changed(c pfctlCommand, before []string) (added, deleted, turned int) {
+func (f *PF) changed(c pfctlCommand, before []string) (added, deleted, turned int) {
 	now, _ := f.entries(c)
 	was := map[string]bool{}
 	for _, e := range before {
@@ -533,18 +533,22 @@ func parseEntry(s string) (pfconf.Address, error) {
 	return pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: p.Masked(), Not: (len(s)-len(host))%2 == 1}, nil
 }
 
-// loadNoise is printed by every -f.
-var loadNoise = noise[2] + "\n" + noise[3] + "\n" + noise[4] + "\n\n"
+// noise is printed by every run that isn't quiet, loadNoise by every -f.
+const (
+	noise     = "No ALTQ support in kernel\nALTQ related functions disabled\n"
+	loadNoise = "pfctl: Use of -f option, could result in flushing of rules\n" +
+		"present in the main ruleset added by the system at startup.\nSee /etc/pf.conf for further details.\n\n"
+)
 
-func (f *FakePF) load(anchor, text string) pfctlReply {
+func (f *PF) load(anchor, text string) pfctlReply {
 	err := f.Engine.Load(anchor, text)
-	var syntax *PFSyntaxError
+	var syntax *SyntaxError
 	switch {
 	case err == nil:
 		return pfctlReply{stderr: loadNoise}
 	case errors.As(err, &syntax):
 		return pfctlReply{stderr: loadNoise + syntax.Error() + "\npfctl: Syntax error in config file: pf rules not loaded\n", status: 1}
-	case errors.Is(err, ErrBusy):
+	case errors.Is(err, darwin.ErrBusy):
 		return pfctlReply{stderr: loadNoise + "stdin:1: cannot define table t: Resource busy\npfctl: Syntax error in config file: pf rules not loaded\n", status: 1}
 	}
 	return pfctlReply{stderr: loadNoise + "pfctl: " + err.Error() + "\n", status: 1}
