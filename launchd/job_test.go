@@ -236,39 +236,6 @@ func TestChainOfThisBinary(t *testing.T) {
 	}
 }
 
-func TestWriteIgnoresUmask(t *testing.T) {
-	dir := t.TempDir()
-	file := filepath.Join(dir, label+".plist")
-	if err := os.WriteFile(file, []byte("old"), 0o666); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chmod(file, 0o666); err != nil {
-		t.Fatal(err)
-	}
-	if err := daemon().Write(file); err != nil {
-		t.Fatal(err)
-	}
-	f, err := launchd.Lstat(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if f.Mode != 0o644 || f.UID != uint32(os.Geteuid()) {
-		t.Errorf("file is %v of %d", f.Mode, f.UID)
-	}
-	left, err := os.ReadDir(dir)
-	if err != nil || len(left) != 1 {
-		t.Errorf("left in the directory: %v, %v", left, err)
-	}
-	if err := daemon().Write(filepath.Join(dir, "other.plist")); err == nil {
-		t.Error("wrote a file that isn't named after the label")
-	}
-	bad := daemon()
-	bad.ExitTimeOut = new(0)
-	if err := bad.Write(file); err == nil {
-		t.Error("wrote a job that breaks a rule")
-	}
-}
-
 func FuzzParse(f *testing.F) {
 	golden, err := os.ReadFile(filepath.Join("testdata", label+".plist"))
 	if err != nil {

@@ -30,6 +30,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host/macos"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/owned"
 	"github.com/meshhelper/meshhelper/launchd"
 )
 
@@ -539,7 +540,10 @@ func TestUpgradeOfAListWithArguments(t *testing.T) {
 		t.Fatal(err)
 	}
 	job.ProgramArguments = append(job.ProgramArguments, "--listen-port", "0", "--operator", "nobody", "--endpoint", "old.example")
-	if err := job.Write(list); err != nil {
+	if text, err = job.Render(); err != nil {
+		t.Fatal(err)
+	}
+	if err := owned.ReplaceFrom(list, bytes.NewReader(text), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	g.must("install")

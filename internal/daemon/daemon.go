@@ -312,7 +312,7 @@ func (d *Daemon) load() error {
 		return api.Errorf(api.CodeInternal, "the wanted state doesn't fit this mesh: %v", err).
 			WithHint("start with the --mesh-prefix4, --mesh-prefix6 and --address of before")
 	}
-	d.disk.store.tidy()
+	owned.Tidy(d.opts.StateDir) // the lock is held: what is there was left by a killed helper
 	d.disk.kept = doc
 	d.publishWanted(doc)
 	l, err := d.disk.store.readLearned()

@@ -1,8 +1,8 @@
 package daemon
 
 import (
+	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -11,6 +11,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/owned"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -231,19 +232,12 @@ func (d *Daemon) lookForRoom() {
 // tryBytes is more than a file system keeps for what is nearly full.
 const tryBytes = 64 << 10
 
-// trialPattern is how the file is named with which that is tried.
-const trialPattern = ".trial-*"
-
-func tryWrite(dir string) (err error) {
-	f, err := os.CreateTemp(dir, trialPattern)
+func tryWrite(dir string) error {
+	temp, err := owned.WriteTemp(dir, "trial", bytes.NewReader(make([]byte, tryBytes)), 0o600)
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(make([]byte, tryBytes))
-	if err == nil {
-		err = f.Sync()
-	}
-	return errors.Join(err, f.Close(), os.Remove(f.Name()))
+	return os.Remove(temp)
 }
 
 // checkPort wants WireGuard's UDP port to be served.

@@ -31,11 +31,11 @@ type countingDisk struct {
 	bytes int
 }
 
-func (c *countingDisk) WriteTemp(dir, pattern string, content []byte) (string, error) {
+func (c *countingDisk) WriteTemp(dir, name string, content []byte) (string, error) {
 	c.mu.Lock()
 	c.bytes += len(content)
 	c.mu.Unlock()
-	return c.fileSystem.WriteTemp(dir, pattern, content)
+	return c.fileSystem.WriteTemp(dir, name, content)
 }
 
 func (c *countingDisk) Rename(from, to string) error {

@@ -31,9 +31,9 @@ func newFrozenDisk() *frozenDisk {
 	return &frozenDisk{diskFiles{}, make(chan struct{})}
 }
 
-func (f *frozenDisk) WriteTemp(dir, pattern string, content []byte) (string, error) {
+func (f *frozenDisk) WriteTemp(dir, name string, content []byte) (string, error) {
 	<-f.thawed
-	return f.fileSystem.WriteTemp(dir, pattern, content)
+	return f.fileSystem.WriteTemp(dir, name, content)
 }
 
 // passes reports whether a packet of the peer to the internet passes the guard.

@@ -126,11 +126,11 @@ type memoryDisk struct {
 	temps int
 }
 
-func (m *memoryDisk) WriteTemp(dir, pattern string, content []byte) (string, error) {
+func (m *memoryDisk) WriteTemp(dir, name string, content []byte) (string, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.temps++
-	path := filepath.Join(dir, strings.ReplaceAll(pattern, "*", strconv.Itoa(m.temps)))
+	path := filepath.Join(dir, "."+name+"."+strconv.Itoa(m.temps))
 	m.files[path] = string(content)
 	return path, nil
 }

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -19,8 +20,6 @@ const (
 	copyFile  = "state.last.json"
 	keyFile   = "host.key"
 	lockFile  = "lock"
-
-	tempPattern = ".state.*"
 
 	// eventsFile has the journal.
 	eventsFile = "events.jsonl"
@@ -49,7 +48,7 @@ func (s *store) files() fileSystem {
 // fileSystem is what a full or broken disk makes fail; tests replace it.
 type fileSystem interface {
 	// WriteTemp writes a new file that only its owner may read, and syncs it.
-	WriteTemp(dir, pattern string, content []byte) (path string, err error)
+	WriteTemp(dir, name string, content []byte) (path string, err error)
 	Rename(from, to string) error
 	Remove(path string) error
 	SyncDir(dir string) error
@@ -99,17 +98,6 @@ func readDocument(path string) (*document, error) {
 	return doc, nil
 }
 
-// tidy removes the temporary files of a helper that was killed while it saved, or tried
-// whether the disk takes anything.
-func (s *store) tidy() {
-	for _, pattern := range []string{tempPattern, "." + keyFile + ".*", trialPattern} {
-		left, _ := filepath.Glob(filepath.Join(s.dir, pattern)) // the patterns are right
-		for _, path := range left {
-			_ = s.files().Remove(path) // it costs some room, no more
-		}
-	}
-}
-
 // save replaces the document on disk. After an error the old one is still there, or,
 // where errUnsynced is in its chain, the new one is, whole. It gives up between two
 // steps when ctx ends.
@@ -135,8 +123,8 @@ func (s *store) replace(ctx context.Context, text []byte, names ...string) error
 			_ = files.Remove(t)
 		}
 	}()
-	for range names {
-		temp, err := files.WriteTemp(s.dir, tempPattern, text)
+	for _, name := range names {
+		temp, err := files.WriteTemp(s.dir, name, text)
 		if err != nil {
 			return err
 		}
@@ -166,8 +154,8 @@ func unsyncedIf(changed bool, err error) error {
 // diskFiles is the fileSystem of the host.
 type diskFiles struct{}
 
-func (diskFiles) WriteTemp(dir, pattern string, content []byte) (path string, err error) {
-	return owned.WriteTemp(dir, pattern, content)
+func (diskFiles) WriteTemp(dir, name string, content []byte) (path string, err error) {
+	return owned.WriteTemp(dir, name, bytes.NewReader(content), 0o600)
 }
 
 func (diskFiles) Rename(from, to string) error { return os.Rename(from, to) }

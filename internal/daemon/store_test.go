@@ -32,11 +32,11 @@ func (b *brokenDisk) fail() error {
 	return &os.PathError{Op: "write", Path: "disk", Err: syscall.ENOSPC}
 }
 
-func (b *brokenDisk) WriteTemp(dir, pattern string, content []byte) (string, error) {
+func (b *brokenDisk) WriteTemp(dir, name string, content []byte) (string, error) {
 	if err := b.fail(); err != nil {
 		return "", err
 	}
-	return b.fileSystem.WriteTemp(dir, pattern, content)
+	return b.fileSystem.WriteTemp(dir, name, content)
 }
 
 func (b *brokenDisk) Rename(from, to string) error {
@@ -321,9 +321,11 @@ func TestKilledWhileSaving(t *testing.T) {
 				t.Errorf("operation %d: %v", at, err)
 			}
 			r.stop()
-			trial, err := os.CreateTemp(r.dir, trialPattern) // of one that was killed while it tried the disk
-			if err := errors.Join(err, trial.Close()); err != nil {
-				t.Fatal(err)
+			// Of one that was killed while it tried the disk, and while it wrote the journal.
+			for _, name := range []string{"trial", eventsFile} {
+				if _, err := owned.WriteTemp(r.dir, name, strings.NewReader("x"), 0o600); err != nil {
+					t.Fatal(err)
+				}
 			}
 			r.start()
 			switch got := r.d.wanted.Load(); {

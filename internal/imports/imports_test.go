@@ -3,9 +3,11 @@
 package imports
 
 import (
+	"go/ast"
 	"go/parser"
 	"go/token"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -156,6 +158,57 @@ func checkFile(t *testing.T, path string) {
 				t.Errorf("%s imports %s, which only %v may", rel, name, holders)
 			}
 		}
+	}
+}
+
+// renames lists the files of the program, beside internal/owned, that rename one, and why.
+var renames = map[string]string{
+	"internal/api/listen.go":      "a dead socket is put aside before it is removed",
+	"internal/daemon/store.go":    "two files are written before any is renamed; both are owned's",
+	"internal/logfile/logfile.go": "a full log gets an older name",
+}
+
+// TestFilesAreReplacedByOwned finds files that are replaced by hand: what makes that safe
+// after a crash, and among other users, is in internal/owned.
+func TestFilesAreReplacedByOwned(t *testing.T) {
+	left := maps.Clone(renames)
+	err := filepath.WalkDir("../..", func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || filepath.Ext(path) != ".go" || strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		rel, err := filepath.Rel("../..", path)
+		if err != nil {
+			return err
+		}
+		rel = filepath.ToSlash(rel)
+		if room, _, _ := roomOf(filepath.ToSlash(filepath.Dir(rel))); room == "internal/owned" || room == "internal/lab" {
+			return nil
+		}
+		f, err := parser.ParseFile(token.NewFileSet(), path, nil, 0)
+		if err != nil {
+			return err
+		}
+		ast.Inspect(f, func(n ast.Node) bool {
+			call, ok := n.(*ast.SelectorExpr)
+			if !ok {
+				return true
+			}
+			if of, ok := call.X.(*ast.Ident); !ok || of.Name != "os" || call.Sel.Name != "CreateTemp" && call.Sel.Name != "Rename" {
+				return true
+			}
+			if _, known := renames[rel]; !known || call.Sel.Name == "CreateTemp" {
+				t.Errorf("%s calls os.%s: have internal/owned replace the file", rel, call.Sel.Name)
+			}
+			delete(left, rel)
+			return true
+		})
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path := range left {
+		t.Errorf("%s renames nothing any more: take it off the list", path)
 	}
 }
 

@@ -1,6 +1,7 @@
 package install
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/owned"
 	"github.com/meshhelper/meshhelper/launchd"
 )
 
@@ -98,7 +100,9 @@ func (g *rig) disk(path string) string { return filepath.Join(g.root, path) }
 func (g *rig) rewrite(change func(*launchd.Job)) {
 	j := g.o.job()
 	change(j)
-	g.must(j.Write(g.disk(g.o.List())))
+	text, err := j.Render()
+	g.must(err)
+	g.must(owned.ReplaceFrom(g.disk(g.o.List()), bytes.NewReader(text), 0o644))
 }
 
 // nothing is a Mac without programs.

@@ -1,15 +1,18 @@
 package install
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 	"time"
 
+	"github.com/meshhelper/meshhelper/internal/owned"
 	"github.com/meshhelper/meshhelper/launchd"
 )
 
@@ -102,11 +105,11 @@ func (o *Options) makeDir(path string, mode os.FileMode) error {
 	return nil
 }
 
-// copyProgram copies the executable's bytes beside the old one and renames it into
-// place. Not in place: the kernel keeps the signature of a running program's file
-// and kills it when that no longer fits ("Code Signature Invalid"). Only the
-// bytes: a quarantine mark of a browser stays behind.
-func (o *Options) copyProgram(context.Context) (err error) {
+// copyProgram replaces the executable. It isn't written in place: the kernel keeps the
+// signature of a running program's file and kills it when that no longer fits ("Code
+// Signature Invalid"). Only the bytes are copied: a quarantine mark of a browser stays
+// behind.
+func (o *Options) copyProgram(context.Context) error {
 	from, err := os.Open(o.Source)
 	if err != nil {
 		return err
@@ -115,32 +118,14 @@ func (o *Options) copyProgram(context.Context) (err error) {
 	if info, err := from.Stat(); err != nil || !info.Mode().IsRegular() {
 		return errors.Join(fmt.Errorf("%s is not a regular file", o.Source), err)
 	}
-	target := o.disk(o.Program())
-	to, err := os.CreateTemp(filepath.Dir(target), "."+o.Label+".*")
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			to.Close()
-			os.Remove(to.Name())
-		}
-	}()
-	if _, err := io.Copy(to, from); err != nil {
-		return err
-	}
-	if err := to.Chmod(0o755); err != nil {
-		return err
-	}
-	if os.Geteuid() == 0 {
-		if err := to.Chown(0, 0); err != nil { // root:wheel
-			return err
-		}
-	}
-	if err := errors.Join(to.Sync(), to.Close()); err != nil {
-		return err
-	}
-	return os.Rename(to.Name(), target)
+	return replace(o.disk(o.Program()), from, 0o755)
+}
+
+// replace replaces a file of the service, and removes what an install that was killed
+// left beside it.
+func replace(path string, content io.Reader, mode fs.FileMode) error {
+	owned.Tidy(filepath.Dir(path), filepath.Base(path))
+	return owned.ReplaceFrom(path, content, mode)
 }
 
 // checkProgram looks at the executable and every folder above it.
@@ -163,8 +148,13 @@ func (o *Options) checkProgram(context.Context) error {
 }
 
 func (o *Options) writeList(context.Context) error {
-	if err := o.job().Write(o.disk(o.List())); err != nil {
+	text, err := o.job().Render()
+	if err != nil {
 		return err
+	}
+	// Others may read it, as they may every list there.
+	if err := replace(o.disk(o.List()), bytes.NewReader(text), 0o644); err != nil {
+		return fmt.Errorf("write property list: %w", err)
 	}
 	f, err := launchd.Lstat(o.disk(o.List()))
 	if err != nil {

@@ -193,19 +193,8 @@ func (o *Options) checkOwnedProgram(context.Context) error {
 	return f.Close()
 }
 
-// writeUnit replaces the unit. It is written beside and renamed, by a name that systemd
-// doesn't take for a unit.
 func (o *Options) writeUnit(context.Context) error {
-	path := o.disk(o.UnitPath())
-	temp, err := owned.WriteTemp(filepath.Dir(path), "."+o.Label+".*.tmp", []byte(o.unitText()))
-	if err != nil {
-		return err
-	}
-	if err := errors.Join(os.Chmod(temp, 0o644), os.Rename(temp, path)); err != nil {
-		_ = os.Remove(temp)
-		return err
-	}
-	return owned.SyncDir(filepath.Dir(path))
+	return replace(o.disk(o.UnitPath()), strings.NewReader(o.unitText()), 0o644)
 }
 
 // systemctlPaths are where systemctl may be.

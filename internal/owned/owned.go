@@ -2,12 +2,14 @@
 // written, writes such files, and looks at the folders on the way to them: a program that
 // runs as root must not believe what another user put there.
 //
-// Open and Read are for files, CheckAbove is for the folders above, and Replace writes a
-// file that is whole after a crash at any moment. On systems other than Unix nothing is
+// Open and Read are for files, CheckAbove is for the folders above, and Replace and
+// ReplaceFrom write a file that is whole after a crash at any moment: the only way in which
+// the program changes a file that it, launchd or systemd reads later. On systems other than Unix nothing is
 // checked: access lists, which the folder's set, are another matter.
 package owned
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -15,6 +17,8 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strings"
 )
 
 // ModeText returns a mode as ls writes it: the owners' bits and the sticky one in their
@@ -64,13 +68,19 @@ func Read(path string, most int64) ([]byte, error) {
 	return text, nil
 }
 
-// Replace gives the file at path new content, mode 0600 and this process's user as its
-// owner, and returns when it would outlive a loss of power: the file and its name are
-// synced. After a crash at any moment path is the old file or the new one, whole. A link
-// at path is replaced, not followed.
+// Replace gives the file at path new content, as [ReplaceFrom] does, and mode 0600.
 func Replace(path string, content []byte) error {
+	return ReplaceFrom(path, bytes.NewReader(content), 0o600)
+}
+
+// ReplaceFrom gives the file at path new content, this process's user as its owner and
+// exactly mode, whatever the umask is. It returns when the file would outlive a loss of
+// power: the file and its name are synced. After a crash at any moment path is the old
+// file or the new one, whole, and [Tidy] removes what else is left. A link at path is
+// replaced, not followed.
+func ReplaceFrom(path string, content io.Reader, mode fs.FileMode) error {
 	dir := filepath.Dir(path)
-	temp, err := WriteTemp(dir, "."+filepath.Base(path)+".*", content)
+	temp, err := WriteTemp(dir, filepath.Base(path), content, mode)
 	if err != nil {
 		return err
 	}
@@ -81,20 +91,71 @@ func Replace(path string, content []byte) error {
 	return SyncDir(dir)
 }
 
-// WriteTemp writes a new file in dir, which is named by pattern as os.CreateTemp's are
-// and has mode 0600, and syncs it. With an error no file stays.
-func WriteTemp(dir, pattern string, content []byte) (path string, err error) {
+// tempSuffix ends the name of a temporary file. Neither launchd nor systemd loads a file
+// with such a name, as at a boot before the rename.
+const tempSuffix = ".tmp"
+
+// WriteTemp writes a new file in dir that is to replace the one called name, and syncs it.
+// With an error no file stays. Most callers want [Replace]; this is for those that write
+// several files before they rename any.
+func WriteTemp(dir, name string, content io.Reader, mode fs.FileMode) (path string, err error) {
 	// CreateTemp makes it 0600 and exclusively, so no other process has it open.
-	f, err := os.CreateTemp(dir, pattern)
+	f, err := os.CreateTemp(dir, "."+name+".*"+tempSuffix)
 	if err != nil {
 		return "", err
 	}
-	_, err = f.Write(content)
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+	_, err = io.Copy(f, content)
+	if err := errors.Join(err, share(f, mode), f.Sync(), f.Close()); err != nil {
 		_ = os.Remove(f.Name())
 		return "", err
 	}
 	return f.Name(), nil
+}
+
+// share gives a file another mode than 0600. Root's file then is of root's group, too: a
+// folder may hand on its own (BSD's folders all do).
+func share(f *os.File, mode fs.FileMode) error {
+	if mode == 0o600 {
+		return nil
+	}
+	if err := f.Chmod(mode); err != nil {
+		return err
+	}
+	if os.Geteuid() == 0 {
+		return f.Chown(0, 0)
+	}
+	return nil
+}
+
+// Tidy removes from dir the temporary files of a process that was killed while it replaced
+// files of these names, or of any name where none are given. The caller sees to it that no
+// other process is replacing them now. What can't be removed costs some room, no more.
+func Tidy(dir string, names ...string) {
+	entries, _ := os.ReadDir(dir)
+	for _, e := range entries {
+		if of, ok := tempOf(e.Name()); ok && (len(names) == 0 || slices.Contains(names, of)) {
+			_ = os.Remove(filepath.Join(dir, e.Name()))
+		}
+	}
+}
+
+// tempOf returns the name of the file that a temporary one was to replace.
+func tempOf(temp string) (name string, ok bool) {
+	rest, hidden := strings.CutPrefix(temp, ".")
+	rest, suffixed := strings.CutSuffix(rest, tempSuffix)
+	dot := strings.LastIndexByte(rest, '.')
+	if !hidden || !suffixed || dot < 1 || strings.Trim(rest[dot+1:], "0123456789") != "" {
+		return "", false
+	}
+	return rest[:dot], true
+}
+
+// Remove removes a file, if it exists, and returns when that would outlive a loss of power.
+func Remove(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return SyncDir(filepath.Dir(path))
 }
 
 // SyncDir has the names in dir, such as a renamed one, outlive a loss of power.

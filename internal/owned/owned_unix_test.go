@@ -6,8 +6,10 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"testing/iotest"
 
 	"golang.org/x/sys/unix"
 )
@@ -170,6 +172,30 @@ func TestReplace(t *testing.T) {
 			}
 		})
 	}
+	for _, mode := range []os.FileMode{0o644, 0o755} {
+		for _, umask := range []int{0, 0o077} {
+			was := unix.Umask(umask)
+			err := errors.Join(os.Chmod(path, 0o666), ReplaceFrom(path, strings.NewReader("for others too"), mode))
+			unix.Umask(was)
+			must(t, err)
+			var info unix.Stat_t
+			must(t, unix.Lstat(path, &info))
+			if uint32(info.Mode) != unix.S_IFREG|uint32(mode) || int(info.Uid) != os.Geteuid() || os.Geteuid() == 0 && info.Gid != 0 {
+				t.Errorf("under umask %#o it is %#o of user %d and group %d, want %#o of root's", umask, info.Mode, info.Uid, info.Gid, mode)
+			}
+		}
+	}
+	if err := ReplaceFrom(path, iotest.ErrReader(errors.New("half")), 0o644); err == nil {
+		t.Error("half a file took its place")
+	}
+	if text, _ := os.ReadFile(path); string(text) != "for others too" {
+		t.Errorf("after half a file there is %q", text)
+	}
+	gone := filepath.Join(dir, "gone")
+	must(t, Replace(gone, nil), Remove(gone), Remove(gone))
+	if _, err := os.Lstat(gone); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a removed file: %v", err)
+	}
 	must(t, os.Mkdir(filepath.Join(dir, "folder"), 0o700))
 	if err := Replace(filepath.Join(dir, "folder"), nil); err == nil {
 		t.Error("a folder was replaced")
@@ -182,4 +208,55 @@ func TestReplace(t *testing.T) {
 	if len(entries) != 3 {
 		t.Errorf("left %v, want the file, the target and the folder", entries)
 	}
+}
+
+// TestReplaceGivesRootsGroup replaces a file in a folder that hands on its group.
+func TestReplaceGivesRootsGroup(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give a folder to another group")
+	}
+	dir := t.TempDir()
+	must(t, os.Chown(dir, 0, otherUser), os.Chmod(dir, 0o755|os.ModeSetgid))
+	path := filepath.Join(dir, "file")
+	must(t, ReplaceFrom(path, strings.NewReader("x"), 0o644))
+	var info unix.Stat_t
+	must(t, unix.Lstat(path, &info))
+	if info.Gid != 0 {
+		t.Errorf("the file belongs to group %d", info.Gid)
+	}
+}
+
+// TestTidy leaves in a folder what isn't left of a replacement.
+func TestTidy(t *testing.T) {
+	dir := t.TempDir()
+	other := []string{"file", ".hidden", ".file.tmp", ".file.12x.tmp", "file.12.tmp", ".file.12", ".12.tmp"}
+	for _, name := range other {
+		must(t, os.WriteFile(filepath.Join(dir, name), nil, 0o600))
+	}
+	left := func(name string) string {
+		path, err := WriteTemp(dir, name, strings.NewReader("x"), 0o600)
+		must(t, err)
+		return filepath.Base(path)
+	}
+	check := func(want ...string) {
+		t.Helper()
+		entries, err := os.ReadDir(dir)
+		must(t, err)
+		var got []string
+		for _, e := range entries {
+			got = append(got, e.Name())
+		}
+		want = slices.Sorted(slices.Values(append(want, other...)))
+		if !slices.Equal(got, want) {
+			t.Errorf("left %q, want %q", got, want)
+		}
+	}
+	a, longer := left("org.a"), left("org.a.b")
+	check(a, longer)
+	Tidy(dir, "org.a")
+	check(longer)
+	left("org.a")
+	Tidy(dir)
+	check()
+	Tidy(filepath.Join(dir, "none"))
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -100,10 +99,10 @@ func isSmallNumber(s string) bool { return len(s) == 1 && s[0] >= '0' && s[0] <=
 func (j *journal) write(dir string) error {
 	path := filepath.Join(dir, journalName)
 	if len(j.Changed) == 0 {
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := owned.Remove(path); err != nil {
 			return fmt.Errorf("remove journal: %w", err)
 		}
-		return owned.SyncDir(dir)
+		return nil
 	}
 	b, err := json.MarshalIndent(j, "", "\t")
 	if err != nil {

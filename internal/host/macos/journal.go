@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"strings"
 
@@ -91,10 +90,10 @@ func parseJournal(b []byte) (*journal, error) {
 func (j *journal) write(dir string) error {
 	path := filepath.Join(dir, journalName)
 	if j.isEmpty() {
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := owned.Remove(path); err != nil {
 			return fmt.Errorf("remove journal: %w", err)
 		}
-		return owned.SyncDir(dir)
+		return nil
 	}
 	b, err := json.MarshalIndent(j, "", "\t")
 	if err == nil {

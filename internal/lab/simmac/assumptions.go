@@ -1,6 +1,7 @@
 package simmac
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 
 	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/internal/owned"
 	"github.com/meshhelper/meshhelper/launchd"
 	"github.com/meshhelper/meshhelper/pfconf"
 )
@@ -600,11 +602,15 @@ func withList(ctx context.Context, h Host, f func(ctl *launchd.Launchctl, path, 
 	path := "/Library/LaunchDaemons/" + scratchLabel + ".plist"
 	file := filepath.Join(h.Root, path)
 	j := &launchd.Job{Label: scratchLabel, ProgramArguments: []string{"/bin/sleep", "600"}, RunAtLoad: true, ExitTimeOut: new(5)}
-	if err := j.Write(file); err != nil {
+	text, err := j.Render()
+	if err != nil {
+		return err
+	}
+	if err := owned.ReplaceFrom(file, bytes.NewReader(text), 0o644); err != nil { // launchd refuses one that others may write
 		return err
 	}
 	ctl := launchd.New(launchd.Options{Runner: h.Runner})
-	err := f(ctl, path, file)
+	err = f(ctl, path, file)
 	return errors.Join(err, ctl.Bootout(ctx, scratchLabel), os.Remove(file))
 }
 
