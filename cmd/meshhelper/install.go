@@ -86,7 +86,7 @@ shows and changes; without them those of before stay.`,
 	f := c.Flags()
 	f.StringVar(&o.label, "label", a.service.defaultLabel(), "`NAME` of the service, and on a Mac of its anchor in the packet filter")
 	f.StringVar(&o.operator, "operator", "", "`USER` who may change the mesh besides root (who runs sudo)")
-	f.Uint16Var(&o.listenPort, "listen-port", defaultListenPort, "UDP `PORT` of WireGuard")
+	f.Uint16Var(&o.listenPort, "listen-port", daemon.DefaultListenPort, "UDP `PORT` of WireGuard")
 	f.StringVar(&o.endpoint, "endpoint", "", "`HOST[:PORT]` where peers reach this host")
 	f.BoolVar(&o.dryRun, "dry-run", false, "print the steps and do nothing")
 	return c

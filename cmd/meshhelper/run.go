@@ -48,8 +48,6 @@ type runOptions struct {
 	log *slog.Logger // set by openLog
 }
 
-const defaultListenPort = daemon.DefaultListenPort
-
 // A look at the host takes some milliseconds, and an answer on the socket a
 // minute at most.
 const (
@@ -79,7 +77,7 @@ state other than starting.`,
 	f := c.Flags()
 	f.StringVar(&o.stateDir, "state-dir", "", "`DIR` for the key and the wanted state")
 	f.StringVar(&o.platform, "platform", "auto", "auto, darwin or linux")
-	f.Uint16Var(&o.listenPort, "listen-port", defaultListenPort, "UDP `PORT` of WireGuard, 0 for any")
+	f.Uint16Var(&o.listenPort, "listen-port", daemon.DefaultListenPort, "UDP `PORT` of WireGuard, 0 for any")
 	f.StringVar(&o.iface, "interface", "", "`NAME` of the mesh interface")
 	f.StringVar(&o.prefix4, "mesh-prefix4", mesh.DefaultPrefixes().V4.String(), "IPv4 `PREFIX` of the mesh")
 	f.StringVar(&o.prefix6, "mesh-prefix6", mesh.DefaultPrefixes().V6.String(), "IPv6 `PREFIX` of the mesh")
@@ -285,7 +283,7 @@ func (o *runOptions) parse(opts *daemon.Options) (err error) {
 	}
 	fallback := o.listenPort
 	if fallback == 0 {
-		fallback = defaultListenPort
+		fallback = daemon.DefaultListenPort
 	}
 	if opts.Endpoint, err = mesh.ParseEndpoint(o.endpoint, fallback); err != nil {
 		return o.wrongf(daemon.SettingEndpoint, "%q: %v", o.endpoint, errors.Unwrap(err)) // which has it, too
