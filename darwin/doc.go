@@ -1,8 +1,8 @@
 // Package darwin holds the primitives of macOS that a router of packets needs:
 // the packet filter by pfctl(8), kernel variables by sysctl(3) and (8), addresses by
 // ifconfig(8), the DNS configuration by scutil(8), the routing table and its changes
-// by routing messages, wake from sleep, and the process at the other end of a local
-// socket. It knows nothing of any product and works for every root daemon on a Mac.
+// by routing messages. It knows nothing of any product and works for every root daemon on
+// a Mac.
 //
 // Two seams keep it testable where there is no Mac. Commands go through [Runner]
 // (on a Mac an [Exec]); routing messages and the reading of kernel variables go

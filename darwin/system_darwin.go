@@ -2,9 +2,7 @@ package darwin
 
 import (
 	"errors"
-	"fmt"
 	"io"
-	"net"
 	"os"
 	"strconv"
 
@@ -72,26 +70,4 @@ func (System) Table(name string) (b []byte, err error) {
 		}
 	}
 	return b, err
-}
-
-// PeerOf returns the process at the other end of a connection.
-func PeerOf(c *net.UnixConn) (Peer, error) {
-	// Not by File, which would make the socket blocking.
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return Peer{}, fmt.Errorf("read peer credentials: %w", err)
-	}
-	var cred *unix.Xucred
-	var credErr error
-	err = raw.Control(func(fd uintptr) {
-		cred, credErr = unix.GetsockoptXucred(int(fd), unix.SOL_LOCAL, unix.LOCAL_PEERCRED)
-	})
-	if err := errors.Join(err, credErr); err != nil {
-		return Peer{}, fmt.Errorf("read peer credentials: %w", err)
-	}
-	// XUCRED_VERSION is 0 (xnu bsd/sys/ucred.h).
-	if cred.Version != 0 || cred.Ngroups < 1 {
-		return Peer{}, fmt.Errorf("read peer credentials: %w", ErrNoCredentials)
-	}
-	return Peer{UID: cred.Uid, GID: cred.Groups[0]}, nil
 }

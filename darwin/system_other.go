@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 )
 
 // errNotDarwin is what every system call answers here.
@@ -29,8 +28,3 @@ func (System) Sysctl(string) (string, error) { return "", errNotDarwin }
 
 // Table implements Kernel.
 func (System) Table(string) ([]byte, error) { return nil, errNotDarwin }
-
-// PeerOf returns the process at the other end of a connection.
-func PeerOf(*net.UnixConn) (Peer, error) {
-	return Peer{}, fmt.Errorf("read peer credentials: %w", errNotDarwin)
-}

@@ -435,7 +435,7 @@ func checkForwarding(c condition) api.Check {
 func (d *Daemon) checkClock() api.Check {
 	behind := d.clock.now().Sub(d.opts.Wall())
 	return api.Check{
-		Name: "clock", OK: behind < jump,
+		Name: "clock", OK: behind < minSleep,
 		Message: fmt.Sprintf("the wall clock is %v behind the last time that was saved", max(behind, 0).Round(1e9)),
 		Hint:    "set the clock; until it has caught up, timed permissions end by the time that was saved",
 	}

@@ -30,9 +30,6 @@ const (
 	// so that one that used up all of it leaves closing as much as ever.
 	stepLimit = 30 * time.Second
 	lookLimit = 15 * time.Second
-	// jump is the smallest difference of the wall clock and the monotonic clock
-	// within one tick that is taken for a sleep.
-	jump = 5 * time.Second
 	// restFactor is how many times as long as a round took the pause before the next is
 	// that a change of the host asks for, up to restMost.
 	restFactor = 4

@@ -13,8 +13,7 @@ import (
 
 // observed is what the loop saw at its last look at the clocks and the tunnel.
 type observed struct {
-	at         time.Time // with its monotonic part
-	wall       time.Time
+	clocks     sleepWatch
 	handshakes map[mesh.PublicKey]time.Time
 	refused    map[mesh.PublicKey]refusals
 	guard      map[policy.PeerID]guard.PeerStats
@@ -28,16 +27,14 @@ type refusals struct {
 
 // look finds what no event reports: that the host slept, and that peers connected.
 func (l *loop) look() {
-	now, wall := time.Now(), l.d.opts.Wall().Round(0)
-	if !l.seen.at.IsZero() && l.tunnel != nil {
-		if slept := wall.Sub(l.seen.wall) - now.Sub(l.seen.at); slept > jump {
-			l.d.opts.Logger.Info("woke from sleep, or the clock was set", "by", slept)
-			l.wakePeers()
-		}
-	}
-	l.seen.at, l.seen.wall = now, wall
+	now := time.Now()
+	slept := l.seen.clocks.slept(now, l.d.opts.Wall())
 	if l.tunnel == nil {
 		return
+	}
+	if slept > 0 {
+		l.d.opts.Logger.Info("woke from sleep, or the clock was set", "by", slept)
+		l.wakePeers()
 	}
 	if err := l.tunnel.Listening(); err != nil {
 		l.addProblem(err)

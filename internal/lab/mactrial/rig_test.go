@@ -157,7 +157,7 @@ func (g *rig) begin() error {
 	}
 	g.d, err = daemon.New(daemon.Options{
 		Platform: platform, PlatformName: "darwin", StateDir: g.dir, Logger: log, Tick: g.tick,
-		Wall:      func() time.Time { wall, _ := g.mac.Clock()(); return wall },
+		Wall:      func() time.Time { return g.mac.Now() },
 		NewTunnel: g.newTunnel,
 	})
 	return err

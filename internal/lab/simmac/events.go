@@ -22,7 +22,6 @@ func (m *Mac) Boot() []error {
 	m.mu.Lock()
 	tunnels := m.tunnels
 	m.tunnels = map[string]*tunnel{}
-	m.booted = time.Now()
 	m.mu.Unlock()
 	for _, t := range tunnels {
 		t.Close()

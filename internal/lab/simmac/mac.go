@@ -59,7 +59,6 @@ type Mac struct {
 
 	options Options
 	engine  *engine
-	booted  time.Time
 
 	mu      sync.Mutex
 	slept   time.Duration
@@ -82,7 +81,6 @@ func New(o Options) *Mac {
 	m := &Mac{
 		Kernel:  darwintest.NewKernel(),
 		options: o,
-		booted:  time.Now(),
 		tunnels: map[string]*tunnel{},
 		slow:    map[string]time.Duration{},
 		allowed: map[string]bool{},
@@ -286,13 +284,12 @@ func (m *Mac) Sysctl(name string) (string, error) { return m.Kernel.Sysctl(name)
 // Table implements darwin.Kernel.
 func (m *Mac) Table(name string) ([]byte, error) { return m.Kernel.Table(name) }
 
-// Clock is the Mac's: the wall clock runs on through sleep.
-func (m *Mac) Clock() darwin.Clock {
-	return func() (time.Time, time.Duration) {
-		m.mu.Lock()
-		defer m.mu.Unlock()
-		return time.Now().Round(0).Add(m.slept), time.Since(m.booted)
-	}
+// Now is the Mac's wall clock, which runs on through sleep; the monotonic one is the
+// test's own.
+func (m *Mac) Now() time.Time {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return time.Now().Round(0).Add(m.slept)
 }
 
 // propertyList reads a file below Options.Root.
