@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -148,7 +149,7 @@ type asked struct {
 	r *policy.Ruleset
 	q api.Question
 	// forth is the packet that the peer sends, packet the one that is asked about.
-	forth, packet policy.Packet
+	forth, packet host.Packet
 	// answer says that packet answers forth; else it opens a flow.
 	answer bool
 	v      policy.Verdict
@@ -179,7 +180,9 @@ func ask(r *policy.Ruleset, q api.Question) (asked, error) {
 	if err != nil {
 		return a, err
 	}
-	a.forth = policy.Packet{In: r.Host().Interface, Src: own, Dst: target, Proto: proto, SrcPort: 49152, DstPort: q.Port, ICMPType: echo(target)}
+	a.forth = host.Packet{In: r.Host().Interface, Packet: policy.Packet{
+		Src: own, Dst: target, Proto: proto, SrcPort: 49152, DstPort: q.Port, ICMPType: echo(target),
+	}}
 	if q.From == own {
 		return a, api.Errorf(api.CodeBadRequest, "%v is %s itself, and \"from\" is the other end, which sends to %s", own, q.Peer, q.Peer).
 			WithHint("leave it out: what %s sends is what is judged without it", q.Peer)
@@ -187,20 +190,22 @@ func ask(r *policy.Ruleset, q api.Question) (asked, error) {
 	a.packet = a.forth
 	switch {
 	case !q.From.IsValid():
-		a.v = r.Decide(a.forth)
+		a.v = r.FromPeer(a.forth.Packet)
 	case q.To.IsValid() && q.From == target:
 		a.answer, a.packet = true, reverse(a.forth, arrivesBy(r, q.From))
-		a.v = r.DecideReply(a.forth, a.packet.In)
+		a.v = r.Reply(policy.ByPeer, a.forth.Packet, a.packet.In)
 	default:
 		// A host that the peer didn't send to opens a flow of its own.
-		a.packet = policy.Packet{In: arrivesBy(r, q.From), Src: q.From, Dst: own, Proto: proto, SrcPort: q.Port, DstPort: a.forth.SrcPort, ICMPType: a.forth.ICMPType}
-		a.v = r.Decide(a.packet)
+		a.packet = host.Packet{In: arrivesBy(r, q.From), Packet: policy.Packet{
+			Src: q.From, Dst: own, Proto: proto, SrcPort: q.Port, DstPort: a.forth.SrcPort, ICMPType: a.forth.ICMPType,
+		}}
+		a.v = a.packet.Judge(r)
 	}
 	return a, nil
 }
 
 // reverse returns the answer to a packet, as it comes in by an interface.
-func reverse(p policy.Packet, in string) policy.Packet {
+func reverse(p host.Packet, in string) host.Packet {
 	p.In, p.Src, p.Dst, p.SrcPort, p.DstPort = in, p.Dst, p.Src, p.DstPort, p.SrcPort
 	switch p.ICMPType { // an echo's reply (RFC 792, RFC 4443)
 	case 8:
@@ -236,7 +241,7 @@ func (a asked) explain(l Language) (api.Explanation, error) {
 	if err != nil {
 		return out, err
 	}
-	out.Loaded = l.Find(text, a.v.Rule, a.forth)
+	out.Loaded = l.Find(text, a.v.Rule, a.forth.Packet)
 	return out, nil
 }
 

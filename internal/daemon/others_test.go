@@ -48,7 +48,7 @@ func (b *beset) Others(ctx context.Context, r *policy.Ruleset, outer []netip.Add
 	return found, err
 }
 
-func (b *beset) ByOthers(context.Context, policy.Packet, string, bool) (host.ByOthers, error) {
+func (b *beset) ByOthers(context.Context, host.Packet, string, bool) (host.ByOthers, error) {
 	return host.ByOthers{}, nil
 }
 

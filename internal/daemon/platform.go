@@ -73,7 +73,7 @@ type OthersJudge interface {
 	// of which either is empty for this host itself. reply says that it belongs to a flow
 	// that the other end opened; otherwise it is the first of its flow. It may be called by
 	// any goroutine, beside the methods of [Platform], which don't wait for it.
-	ByOthers(ctx context.Context, p policy.Packet, out string, reply bool) (host.ByOthers, error)
+	ByOthers(ctx context.Context, p host.Packet, out string, reply bool) (host.ByOthers, error)
 }
 
 // Limiter tells what the guard has to know of a host's packet filter. Of a host
@@ -90,7 +90,7 @@ type Wayfinder interface {
 	// that other software's rules give it count where they are understood; redirections
 	// aren't known to it. It may be called at any time
 	// and by any goroutine, and waits until what is being enforced has been, or ctx ends.
-	Way(ctx context.Context, p policy.Packet) (host.Way, error)
+	Way(ctx context.Context, p host.Packet) (host.Way, error)
 }
 
 // Renderer is a host that knows more about its rules than the ruleset does, such as

@@ -78,12 +78,12 @@ func TestMeshPrefixChanges(t *testing.T) {
 		keptIn := func(when string, want bool) {
 			t.Helper()
 			for _, p := range plan {
-				v := r.host.Loaded().Decide(policy.Packet{Src: netip.MustParseAddr("192.0.2.1"), Dst: p.Was[0], Proto: policy.ProtoUDP})
+				v := r.host.Loaded().FromHost(policy.Packet{Src: netip.MustParseAddr("192.0.2.1"), Dst: p.Was[0], Proto: policy.ProtoUDP})
 				if (v.Rule == policy.RuleFormer) != want || v.Pass == want {
 					t.Errorf("%s: the host's packet to %v: %v", when, p.Was[0], v.Rule)
 				}
 				from := r.host.Loaded().Peers()[0].Addresses[0]
-				v = r.host.Loaded().Decide(policy.Packet{In: r.host.Loaded().Host().Interface, Src: from, Dst: p.Was[0], Proto: policy.ProtoUDP})
+				v = r.host.Loaded().FromPeer(policy.Packet{Src: from, Dst: p.Was[0], Proto: policy.ProtoUDP})
 				if (v.Rule == policy.RuleMesh) != want {
 					t.Errorf("%s: a peer's packet to %v: %v", when, p.Was[0], v.Rule)
 				}

@@ -34,10 +34,7 @@ func (d *Daemon) stops(ctx context.Context, c condition, a asked) []api.Stop {
 	case a.q.From.IsValid() && !a.answer: // the host's own packet to the peer
 		t.leg(a.packet, mesh, false)
 		t.others(a.packet, mesh, false, false)
-		t.others(policy.Packet{
-			In: mesh, Src: a.packet.Dst, Dst: a.packet.Src, Proto: a.packet.Proto,
-			SrcPort: a.packet.DstPort, DstPort: a.packet.SrcPort, ICMPType: reverse(a.packet, mesh).ICMPType,
-		}, "", true, true)
+		t.others(reverse(a.packet, mesh), "", true, true)
 	default:
 		if t.there(); len(t.stops) > 0 {
 			break
@@ -115,16 +112,16 @@ func (t *trip) tunnel(c condition) {
 		return
 	}
 	s := n.tunnel[mesh.PublicKey(t.a.r.Peers()[t.a.v.Peer].ID)]
-	far, host := s.Endpoint, t.a.r.Host()
+	far, facts := s.Endpoint, t.a.r.Host()
 	if !far.IsValid() {
 		return
 	}
-	by, own := host.Uplink(far.Addr()), host.Source4
+	by, own := facts.Uplink(far.Addr()), facts.Source4
 	if far.Addr().Is6() {
-		own = host.Source6
+		own = facts.Source6
 	}
 	if w, can := t.d.opts.Platform.(Wayfinder); can {
-		if way, err := w.Way(t.ctx, policy.Packet{Dst: far.Addr()}); err == nil && way.Interface != "" && way.Source.IsValid() {
+		if way, err := w.Way(t.ctx, host.Packet{Packet: policy.Packet{Dst: far.Addr()}}); err == nil && way.Interface != "" && way.Source.IsValid() {
 			by, own = way.Interface, way.Source
 		}
 	}
@@ -134,9 +131,9 @@ func (t *trip) tunnel(c condition) {
 	running := !s.LastHandshake.IsZero() && t.d.clock.now().Sub(s.LastHandshake) < runningFor
 	port := t.a.r.Mesh().ListenPort
 	t.carries = "WireGuard's datagrams from the device"
-	t.others(policy.Packet{In: by, Src: far.Addr(), Dst: own, Proto: policy.ProtoUDP, SrcPort: far.Port(), DstPort: port}, "", running, false)
+	t.others(host.Packet{In: by, Packet: policy.Packet{Src: far.Addr(), Dst: own, Proto: policy.ProtoUDP, SrcPort: far.Port(), DstPort: port}}, "", running, false)
 	t.carries = "WireGuard's datagrams to the device"
-	t.others(policy.Packet{Src: own, Dst: far.Addr(), Proto: policy.ProtoUDP, SrcPort: port, DstPort: far.Port()}, by, running, false)
+	t.others(host.Packet{Packet: policy.Packet{Src: own, Dst: far.Addr(), Proto: policy.ProtoUDP, SrcPort: port, DstPort: far.Port()}}, by, running, false)
 	t.carries = ""
 }
 
@@ -156,7 +153,7 @@ func (t *trip) stop(back bool, s api.Stop) {
 func (t *trip) there() {
 	p, exit := t.a.forth, t.a.v.Exit
 	if t.a.answer {
-		exit = t.a.r.Decide(p).Exit
+		exit = t.a.r.FromPeer(p.Packet).Exit
 	}
 	host := t.a.r.Host()
 	switch exit {
@@ -194,7 +191,7 @@ func (t *trip) ends() bool {
 
 // others asks what other software's rules do with a packet, on hosts where they can be
 // judged. reply says that the other end opened its flow.
-func (t *trip) others(p policy.Packet, out string, reply, back bool) {
+func (t *trip) others(p host.Packet, out string, reply, back bool) {
 	n, can := t.d.opts.Platform.(OthersJudge)
 	if !can {
 		return
@@ -243,7 +240,7 @@ func verb(may, plural, singular string) string {
 }
 
 // leg asks for the way of a packet that is to leave by out.
-func (t *trip) leg(p policy.Packet, out string, back bool) {
+func (t *trip) leg(p host.Packet, out string, back bool) {
 	w, ok := t.way(p, back)
 	switch {
 	case !ok:
@@ -255,7 +252,7 @@ func (t *trip) leg(p policy.Packet, out string, back bool) {
 }
 
 // way asks the kernel, where it can be asked.
-func (t *trip) way(p policy.Packet, back bool) (host.Way, bool) {
+func (t *trip) way(p host.Packet, back bool) (host.Way, bool) {
 	f, can := t.d.opts.Platform.(Wayfinder)
 	if !can {
 		return host.Way{}, false

@@ -17,18 +17,18 @@ import (
 // crossing is a host whose kernel sends packets as a test says.
 type crossing struct {
 	*hosttest.Host
-	way func(policy.Packet) (host.Way, error)
-	by  func(p policy.Packet, out string, reply bool) host.ByOthers // nil: all passes
+	way func(host.Packet) (host.Way, error)
+	by  func(p host.Packet, out string, reply bool) host.ByOthers // nil: all passes
 }
 
-func (h *crossing) Way(_ context.Context, p policy.Packet) (host.Way, error) { return h.way(p) }
+func (h *crossing) Way(_ context.Context, p host.Packet) (host.Way, error) { return h.way(p) }
 
 // Others finds nothing.
 func (*crossing) Others(context.Context, *policy.Ruleset, []netip.AddrPort) ([]Problem, error) {
 	return nil, nil
 }
 
-func (h *crossing) ByOthers(_ context.Context, p policy.Packet, out string, reply bool) (host.ByOthers, error) {
+func (h *crossing) ByOthers(_ context.Context, p host.Packet, out string, reply bool) (host.ByOthers, error) {
 	if h.by == nil {
 		return host.ByOthers{}, nil
 	}
@@ -36,7 +36,7 @@ func (h *crossing) ByOthers(_ context.Context, p policy.Packet, out string, repl
 }
 
 // straight sends packets as the facts of [hosttest.New] say.
-func straight(p policy.Packet) (host.Way, error) {
+func straight(p host.Packet) (host.Way, error) {
 	switch a := p.Dst.String(); {
 	case a == "198.51.100.2":
 		return host.Way{Local: true}, nil
@@ -51,22 +51,22 @@ func straight(p policy.Packet) (host.Way, error) {
 // TestExplainTakesAllTogether has the policy let a packet pass that something else stops.
 func TestExplainTakesAllTogether(t *testing.T) {
 	const inside, lan, outside = "198.51.100.2", "192.168.77.5", "192.0.2.1"
-	but := func(when func(policy.Packet) bool, w host.Way) func(policy.Packet) (host.Way, error) {
-		return func(p policy.Packet) (host.Way, error) {
+	but := func(when func(host.Packet) bool, w host.Way) func(host.Packet) (host.Way, error) {
+		return func(p host.Packet) (host.Way, error) {
 			if when(p) {
 				return w, nil
 			}
 			return straight(p)
 		}
 	}
-	to := func(a string) func(policy.Packet) bool {
-		return func(p policy.Packet) bool { return p.Dst.String() == a }
+	to := func(a string) func(host.Packet) bool {
+		return func(p host.Packet) bool { return p.Dst.String() == a }
 	}
-	back := func(p policy.Packet) bool { return policy.DefaultPrefix4.Contains(p.Dst) }
+	back := func(p host.Packet) bool { return policy.DefaultPrefix4.Contains(p.Dst) }
 	for name, c := range map[string]struct {
 		to, from string
-		way      func(policy.Packet) (host.Way, error)
-		by       func(p policy.Packet, out string, reply bool) host.ByOthers
+		way      func(host.Packet) (host.Way, error)
+		by       func(p host.Packet, out string, reply bool) host.ByOthers
 		spoil    func(r *rig)
 		pass     bool
 		unclear  bool
@@ -84,7 +84,7 @@ func TestExplainTakesAllTogether(t *testing.T) {
 		"answers elsewhere":       {to: outside, way: but(back, host.Way{Interface: "tun9"}), pass: true, want: "the kernel sends it by tun9, and not into the tunnel"},
 		"an answer elsewhere":     {to: outside, from: outside, way: but(back, host.Way{Interface: "tun9"}), want: "the kernel sends it by tun9, and not into the tunnel"},
 		"an answer to what isn't": {to: outside, from: outside, way: but(to(outside), host.Way{Refused: host.WayProhibited}), want: "the packet that it answers doesn't pass: "},
-		"a kernel that doesn't tell": {to: outside, way: func(policy.Packet) (host.Way, error) { return host.Way{}, errors.New("no") },
+		"a kernel that doesn't tell": {to: outside, way: func(host.Packet) (host.Way, error) { return host.Way{}, errors.New("no") },
 			unclear: true, want: "the kernel doesn't tell"},
 		"others drop it": {to: outside, by: others(host.OthersDrop, false, false), want: "chain FORWARD of table ip filter drops it"},
 		"others drop the answer": {to: outside, by: others(host.OthersDrop, true, false), pass: true,
@@ -148,8 +148,8 @@ func TestExplainTakesAllTogether(t *testing.T) {
 }
 
 // others does something with answers, or with what they answer.
-func others(does string, answers, unclear bool) func(policy.Packet, string, bool) host.ByOthers {
-	return func(p policy.Packet, out string, reply bool) host.ByOthers {
+func others(does string, answers, unclear bool) func(host.Packet, string, bool) host.ByOthers {
+	return func(p host.Packet, out string, reply bool) host.ByOthers {
 		from, to := p.In, out
 		if reply {
 			from, to = to, from

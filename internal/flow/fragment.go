@@ -282,7 +282,7 @@ func (t *Table) sweepFragments(now Instant) {
 	if int64(now)-last < int64(sweepEvery) || !t.sweptPieces.CompareAndSwap(last, int64(now)) {
 		return
 	}
-	for _, s := range append(slices.Clone(*t.all.Load()), t.viaPeers) {
+	for _, s := range append(slices.Clone(*t.all.Load()), t.throughPeer) {
 		if s.mu.TryLock() {
 			s.expireFragments(now)
 			s.mu.Unlock()

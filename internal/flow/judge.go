@@ -1,9 +1,6 @@
 package flow
 
 import (
-	"net/netip"
-	"slices"
-
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -17,15 +14,15 @@ const (
 	ToPeer
 )
 
+func (d Direction) opposite() Direction { return FromPeer + ToPeer - d }
+
 // View is a Table with the ruleset that is in force. It may be used by many
 // goroutines at once.
 type View struct {
 	table      *Table
 	rules      *policy.Ruleset
 	generation uint32
-	iface      string       // the mesh interface
-	own        []netip.Addr // the host's mesh addresses
-	shares     []*share     // by index of the peer in the ruleset
+	shares     []*share // by index of the peer in the ruleset
 }
 
 // Ruleset returns the ruleset of the view.
@@ -100,132 +97,96 @@ func (v *View) fast(k *key, d Direction, now Instant) (*entry, policy.Class) {
 
 // fromPeer judges a packet out of the tunnel.
 func (v *View) fromPeer(p *packet, now Instant) Verdict {
-	if p.malformed || p.isError || p.fragment == later {
-		return v.oddFromPeer(p, now)
+	var s *share
+	var decided policy.Verdict
+	if p.fragment == later { // its ports are those of the first, which the share knows
+		s = v.shareOf(p.from, p.v6)
+	} else if decided = v.rules.FromPeer(p.asked()); decided.Peer >= 0 {
+		s = v.shares[decided.Peer]
 	}
-	var asked policy.Packet
-	p.ask(v.iface, &asked)
-	decided := v.rules.Decide(asked)
-	if decided.Peer < 0 {
-		return v.throughPeer(p, now)
-	}
-	s := v.shares[decided.Peer]
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return v.far(p, s, decided, now)
-}
-
-// oddFromPeer judges what the policy alone can't read.
-func (v *View) oddFromPeer(p *packet, now Instant) Verdict {
-	s := v.shareOf(p.from, p.v6)
 	switch {
 	case p.malformed:
 		return refuse(s, policy.RuleMalformed, policy.Martian)
 	case s == nil:
 		return v.throughPeer(p, now)
 	case p.isError:
-		return v.errorFromPeer(p, s, now)
+		return v.quoting(p, s, FromPeer, now)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.pieces.complete(p) {
-		return refuse(s, policy.RuleMalformed, policy.Martian)
+	if p.fragment == later {
+		if !s.pieces.complete(p) {
+			return refuse(s, policy.RuleMalformed, policy.Martian)
+		}
+		decided = v.rules.FromPeer(p.asked())
 	}
-	var asked policy.Packet
-	p.ask(v.iface, &asked)
-	return v.far(p, s, v.rules.Decide(asked), now)
-}
-
-// far judges a packet from the far end, which is a peer; decided is what the
-// policy says of the packet by itself. The share's mutex is held.
-func (v *View) far(p *packet, s *share, decided policy.Verdict, now Instant) Verdict {
-	k := keyOf(p.tuple, FromPeer)
-	e := s.find(k, now)
+	f := s.flow(keyOf(p.tuple, FromPeer), now)
 	opener := FromPeer
 	// Whatever the host opened, the peer may do what it may by itself.
-	if e != nil && e.load()&(stateByHost|stateCut) == stateByHost {
-		if byHost := v.mayOpen(k, ToPeer); byHost.Pass {
+	if f.entry != nil && f.entry.load()&(stateByHost|stateCut) == stateByHost {
+		if byHost := v.mayOpen(f.key, ToPeer); byHost.Pass {
 			opener, decided = ToPeer, byHost
 		}
 	}
 	if !decided.Pass {
-		v.cutIfLive(s, e, now)
+		f.cut(now)
 		verdict := refuse(s, decided.Rule, decided.Class)
 		if decided.Answered() && p.fragment != later && s.answers.take(now) {
 			verdict.Action = Answer
 		}
 		return verdict
 	}
-	if rule := v.note(s, e, k, p, FromPeer, opener, decided, now); rule != policy.RuleNone {
+	if rule := v.remember(f, p, FromPeer, opener, decided.Class, now); rule != policy.RuleNone {
 		return refuse(s, rule, decided.Class)
 	}
 	return Verdict{Action: Pass, Class: decided.Class, Rule: decided.Rule, share: s}
 }
 
-// toPeer judges a packet into the tunnel.
+// toPeer judges a packet into the tunnel. One that isn't for a peer's address is sent
+// through a peer; WireGuard's allowed IPs choose which.
 func (v *View) toPeer(p *packet, now Instant) Verdict {
-	s := v.shareOf(p.to, p.v6)
-	if p.malformed {
-		return refuse(s, policy.RuleMalformed, 0)
-	}
-	if s == nil {
-		return v.viaPeer(p, now)
-	}
-	if p.isError {
-		return v.errorToPeer(p, s, now)
+	peer := v.shareOf(p.to, p.v6)
+	s := peer
+	switch {
+	case p.malformed:
+		return refuse(peer, policy.RuleMalformed, 0)
+	case peer == nil && p.isError:
+		return refuse(nil, policy.RuleUnquoted, 0)
+	case p.isError:
+		return v.quoting(p, peer, ToPeer, now)
+	case peer == nil:
+		s = v.table.throughPeer
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return v.near(p, s, now)
-}
-
-// near judges a packet from the near end. The share's mutex is held.
-func (v *View) near(p *packet, s *share, now Instant) Verdict {
 	if p.fragment == later && !s.sent.complete(p, now) {
-		return refuse(s, policy.RuleMalformed, 0)
+		return refuse(peer, policy.RuleMalformed, 0)
 	}
-	k := keyOf(p.tuple, ToPeer)
-	e := s.find(k, now)
+	f := s.flow(keyOf(p.tuple, ToPeer), now)
 	opener := ToPeer
 	var decided policy.Verdict
-	switch {
-	case e == nil:
-		var asked policy.Packet
-		p.ask("", &asked)
-		decided = v.hostMay(&asked)
-	case e.load().is(stateCut) && e.load().opener() == FromPeer:
-		e.touch(now)
-		return refuse(s, policy.RuleToPeer, 0)
-	default:
-		opener = e.load().opener()
-		decided = v.mayOpen(k, opener)
+	if f.entry == nil {
+		decided = v.rules.IntoTunnel(p.asked())
+	} else {
+		st := f.entry.load()
+		if opener = st.opener(); opener == FromPeer && st.is(stateCut) {
+			f.entry.touch(now)
+			return refuse(peer, policy.RuleToPeer, 0)
+		}
+		decided = v.mayOpen(f.key, opener)
 	}
 	if !decided.Pass {
-		v.cutIfLive(s, e, now)
-		return refuse(s, decided.Rule, 0)
+		f.cut(now)
+		return refuse(peer, decided.Rule, 0)
 	}
-	v.note(s, e, k, p, ToPeer, opener, decided, now)
-	return Verdict{Action: Pass, Class: decided.Class, Rule: decided.Rule, share: s}
+	v.remember(f, p, ToPeer, opener, decided.Class, now)
+	return Verdict{Action: Pass, Class: decided.Class, Rule: decided.Rule, share: peer}
 }
 
-// viaPeer judges a packet into the tunnel that isn't for a peer: what the host
-// sends through one. Which, and whether to any, is up to WireGuard's allowed IPs.
-func (v *View) viaPeer(p *packet, now Instant) Verdict {
-	if p.isError {
-		return refuse(nil, policy.RuleUnquoted, 0)
-	}
-	s := v.table.viaPeers
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	verdict := v.near(p, s, now)
-	verdict.share = nil
-	return verdict
-}
-
-// throughPeer judges a packet out of the tunnel whose source isn't a peer's. It
-// passes only as an answer to what the host sent through a peer.
+// throughPeer judges a packet out of the tunnel whose source isn't a peer's address. It
+// passes only as a reply to what the host sent through a peer, or as an error about that.
 func (v *View) throughPeer(p *packet, now Instant) Verdict {
-	s := v.table.viaPeers
+	s := v.table.throughPeer
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	spoofed := refuse(nil, policy.RuleSpoofed, policy.Spoofed)
@@ -234,56 +195,60 @@ func (v *View) throughPeer(p *packet, now Instant) Verdict {
 	}
 	k := keyOf(p.tuple, FromPeer)
 	if p.isError {
-		// A router behind the peer: whatever it quotes was sent by the host.
+		// A router behind the peer sends it, and what it quotes was sent by the host.
 		if !p.quoted || p.quote.from != p.to {
 			return spoofed
 		}
 		k = keyOf(p.quote, ToPeer)
 	}
-	e := s.find(k, now)
-	if e == nil || e.load().is(stateCut) {
+	f := s.flow(k, now)
+	if f.entry == nil || f.entry.load().is(stateCut) {
 		return spoofed
 	}
 	decided := v.mayOpen(k, ToPeer)
 	if !decided.Pass {
 		return spoofed
 	}
-	if !p.isError && v.note(s, e, k, p, FromPeer, ToPeer, decided, now) != policy.RuleNone {
+	if !p.isError && v.remember(f, p, FromPeer, ToPeer, decided.Class, now) != policy.RuleNone {
 		return spoofed
 	}
 	return Verdict{Action: Pass, Rule: decided.Rule}
 }
 
-// mayOpen says whether the flow k may be opened by opener now.
-func (v *View) mayOpen(k key, opener Direction) policy.Verdict {
-	t := k.tuple(opener)
-	var asked policy.Packet
-	if opener == FromPeer {
-		t.ask(v.iface, &asked)
-		return v.rules.Decide(asked)
+// quoting judges an ICMP error from or to a peer, which runs in direction d, by the flow
+// of the packet that it quotes. That packet ran the other way, and its sender is who
+// the error is for. A peer's error quotes a packet to the peer itself, or else its flow
+// isn't in the peer's share; an error to a peer may come from any router.
+func (v *View) quoting(p *packet, s *share, d Direction, now Instant) Verdict {
+	var class policy.Class
+	if d == FromPeer {
+		class = v.rules.Class(p.to.netip(p.v6))
 	}
-	t.ask("", &asked)
-	return v.hostMay(&asked)
+	if !p.quoted || p.quote.v6 != p.v6 || p.quote.from != p.to {
+		return refuse(s, policy.RuleUnquoted, class)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f := s.flow(keyOf(p.quote, d.opposite()), now)
+	if f.entry == nil || f.entry.load().is(stateCut) {
+		return refuse(s, policy.RuleUnquoted, class)
+	}
+	decided := v.mayOpen(f.key, f.entry.load().opener())
+	if !decided.Pass {
+		return refuse(s, policy.RuleUnquoted, class)
+	}
+	return Verdict{Action: Pass, Class: decided.Class, Rule: decided.Rule, share: s}
 }
 
-// hostMay says whether a packet into the tunnel that is in no flow may pass:
-// only the host itself sends one, from its mesh address, to a peer or to what
-// routing leads to through one. Anything else is forwarded for a host that may
-// open nothing here.
-func (v *View) hostMay(asked *policy.Packet) policy.Verdict {
-	decided := v.rules.Decide(*asked)
-	switch {
-	case !decided.Pass || decided.Rule == policy.RuleHostToPeer:
-		return decided
-	case decided.Rule == policy.RuleTunnel:
-		// Through a peer, the tunnel would carry itself, as far as that peer likes.
-		return policy.Verdict{Rule: policy.RuleWireGuard, Peer: -1}
+// mayOpen judges whether the end whose packets run in the direction opener may open the
+// flow k now.
+func (v *View) mayOpen(k key, opener Direction) policy.Verdict {
+	by := policy.ByPeer
+	if opener == ToPeer {
+		by = policy.ByHost
 	}
-	class := v.rules.Class(asked.Dst)
-	if slices.Contains(v.own, asked.Src) && (class == policy.OnLAN || class == policy.Internet) && !asked.IsRedirect() {
-		return decided
-	}
-	return policy.Verdict{Rule: policy.RuleToPeer, Peer: -1}
+	t := k.tuple(opener)
+	return v.rules.MayOpen(by, t.asked())
 }
 
 // shareOf returns the share of the peer with address a, or nil.
@@ -295,11 +260,34 @@ func (v *View) shareOf(a address, v6 bool) *share {
 	return v.shares[i]
 }
 
-// note remembers a packet that the policy lets pass. It returns RuleNone, or the
-// rule that refuses the packet: everything that a peer sends belongs to a flow
-// that is remembered, and so is bounded, for the host's packet filter may keep
-// state of whatever passes. The share's mutex is held.
-func (v *View) note(s *share, e *entry, k key, p *packet, d, opener Direction, decided policy.Verdict, now Instant) policy.Rule {
+// flowOf is a flow's place in a share, for as long as the share's mutex is held.
+type flowOf struct {
+	share *share
+	key   key
+	entry *entry // nil: the flow isn't remembered
+}
+
+// flow returns the flow k of the share. The share's mutex is held.
+func (s *share) flow(k key, now Instant) flowOf { return flowOf{s, k, s.find(k, now)} }
+
+// cut cuts a flow that the policy refuses, if it is remembered. A cut one stays cut for
+// as long as an end sends.
+func (f flowOf) cut(now Instant) {
+	if f.entry == nil {
+		return
+	}
+	f.entry.touch(now)
+	if st := f.entry.load(); !st.is(stateCut) {
+		f.share.set(f.entry, st.cut(), now)
+	}
+}
+
+// remember adds a packet that the policy lets pass to its flow, whose destination has
+// this class. It returns RuleNone, or the rule that refuses the packet: everything that
+// a peer sends belongs to a flow that is remembered, and so is bounded, for the host's
+// packet filter may keep state of whatever passes. The share's mutex is held.
+func (v *View) remember(f flowOf, p *packet, d, opener Direction, class policy.Class, now Instant) policy.Rule {
+	s, e := f.share, f.entry
 	var old state
 	if e != nil {
 		old = e.load()
@@ -318,7 +306,7 @@ func (v *View) note(s *share, e *entry, k key, p *packet, d, opener Direction, d
 		switch {
 		case !p.opens:
 			return policy.RuleUnasked
-		case !s.admit(decided.Class, now):
+		case !s.admit(class, now):
 			s.full.Add(1)
 			return policy.RuleFull
 		}
@@ -334,84 +322,28 @@ func (v *View) note(s *share, e *entry, k key, p *packet, d, opener Direction, d
 		if !p.opens {
 			return policy.RuleNone
 		}
-		e = s.add(k, opener, now)
+		e = s.add(f.key, opener, now)
 	}
-	at, before := firstPhase(k.proto(), p.flags), Instant(0)
-	if runs {
-		at, before = e.advance(k.proto(), p, d, now)
-	} else {
+	proto := f.key.proto()
+	at, atLeast := firstPhase(proto, p.flags), Instant(0) // atLeast bounds the timeout
+	switch {
+	case !runs:
 		e.closed = 0
+	case p.fragment == later: // of a packet that counted already
+		at, atLeast = old.phase(), old.timeout()
+	default:
+		at, atLeast = old.phase().next(proto, d, opener, p.flags, now-e.closed > reborn), old.timeout()
+		if at == closing {
+			atLeast = 0
+			if d == ToPeer && p.flags&(tcpFIN|tcpRST) != 0 {
+				e.closed = now
+			}
+		}
 	}
 	e.touch(now)
-	s.set(e, passing(v.generation, opener, at, decided.Class, k.proto(), before), now)
-	v.table.slot(&k).Store(e)
+	s.set(e, passing(v.generation, opener, at, class, proto, atLeast), now)
+	v.table.slot(&f.key).Store(e)
 	return policy.RuleNone
-}
-
-// advance returns the phase of a running flow after a packet, and the timeout
-// that it must not come below.
-func (e *entry) advance(proto uint8, p *packet, d Direction, now Instant) (at phase, before Instant) {
-	st := e.load()
-	at, before = st.phase(), st.timeout()
-	if p.fragment == later { // of a packet that was noted
-		return at, before
-	}
-	at = at.next(proto, d, st.opener(), p.flags, now-e.closed > reborn)
-	if at != closing {
-		return at, before
-	}
-	if d == ToPeer && p.flags&(tcpFIN|tcpRST) != 0 {
-		e.closed = now
-	}
-	return at, 0
-}
-
-// cutIfLive cuts a flow that was found to be refused. A cut one stays cut for as
-// long as an end sends.
-func (v *View) cutIfLive(s *share, e *entry, now Instant) {
-	if e == nil {
-		return
-	}
-	e.touch(now)
-	if st := e.load(); !st.is(stateCut) {
-		s.set(e, st.cut(), now)
-	}
-}
-
-// errorFromPeer judges an ICMP error that a peer sends: to the sender of the packet
-// that it quotes, which was sent to the peer itself, or else its flow isn't in the
-// peer's share.
-func (v *View) errorFromPeer(p *packet, s *share, now Instant) Verdict {
-	if p.quoted && p.quote.v6 == p.v6 && p.quote.from == p.to {
-		if verdict, ok := v.quoted(s, keyOf(p.quote, ToPeer), now); ok {
-			return verdict
-		}
-	}
-	class := v.rules.Class(p.to.netip(p.v6))
-	return refuse(s, policy.RuleUnquoted, class)
-}
-
-// errorToPeer judges an ICMP error, from whichever router, about a packet that
-// the peer sent.
-func (v *View) errorToPeer(p *packet, s *share, now Instant) Verdict {
-	if p.quoted && p.quote.v6 == p.v6 && p.quote.from == p.to {
-		if verdict, ok := v.quoted(s, keyOf(p.quote, FromPeer), now); ok {
-			return verdict
-		}
-	}
-	return refuse(s, policy.RuleUnquoted, 0)
-}
-
-// quoted judges an ICMP error by the flow that the quoted packet belongs to.
-func (v *View) quoted(s *share, k key, now Instant) (Verdict, bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	e := s.find(k, now)
-	if e == nil || e.load().is(stateCut) {
-		return Verdict{}, false
-	}
-	decided := v.mayOpen(k, e.load().opener())
-	return Verdict{Action: Pass, Class: decided.Class, Rule: decided.Rule, share: s}, decided.Pass
 }
 
 func refuse(s *share, rule policy.Rule, class policy.Class) Verdict {

@@ -42,6 +42,13 @@ func (l *lab) set(r *policy.Ruleset) {
 
 func (l *lab) allow(c policy.Permissions) { l.set(flowtest.Picture(l.t, c)) }
 
+// through is allow on a host that routes its own traffic through a peer.
+func (l *lab) through(c policy.Permissions) {
+	m := flowtest.Mesh(c)
+	m.ThroughPeer = true
+	l.set(flowtest.Compile(l.t, m))
+}
+
 func (l *lab) later(d time.Duration) { l.clock = l.clock.Add(d) }
 
 func (l *lab) judge(p []byte, d Direction) Verdict { return l.view.Judge(p, d, l.table.Now()) }
@@ -244,13 +251,16 @@ func TestOnlyTheHostOpens(t *testing.T) {
 	}
 	// And what isn't for a peer leaves only from the host's mesh address, to
 	// where routing may lead through a peer.
-	for _, c := range conversations(flowtest.LAN4, flowtest.Net4) {
-		l.to(false, c.ask(flowtest.SYN))
-	}
-	for _, dst := range []string{"100.64.9.9", "224.0.0.251", "255.255.255.255", "127.0.0.1"} {
-		for _, c := range conversations(flowtest.HostB4, netip.MustParseAddr(dst)) {
+	for range 2 {
+		for _, c := range conversations(flowtest.LAN4, flowtest.Net4) {
 			l.to(false, c.ask(flowtest.SYN))
 		}
+		for _, dst := range []string{"100.64.9.9", "224.0.0.251", "255.255.255.255", "127.0.0.1"} {
+			for _, c := range conversations(flowtest.HostB4, netip.MustParseAddr(dst)) {
+				l.to(false, c.ask(flowtest.SYN))
+			}
+		}
+		l.through(7)
 	}
 }
 
@@ -273,6 +283,7 @@ func TestThroughPeer(t *testing.T) {
 	for _, c := range conversations(flowtest.HostB4, flowtest.Net4) {
 		t.Run(c.name, func(t *testing.T) {
 			l := newLab(t, 7, Options{})
+			l.through(7)
 			l.from(false, c.answer(flowtest.ACK), c.strayer())
 			l.to(true, c.ask(flowtest.SYN))
 			l.from(true, c.answer(flowtest.SYN|flowtest.ACK))
@@ -283,7 +294,33 @@ func TestThroughPeer(t *testing.T) {
 			l.from(true, flowtest.ICMPMessage(router, flowtest.HostB4, 11, 0, c.ask(flowtest.ACK)))
 			l.from(false, flowtest.ICMPMessage(router, flowtest.PeerA4, 11, 0, c.ask(flowtest.ACK)))
 			l.from(false, flowtest.ICMPMessage(router, flowtest.HostB4, 11, 0, c.answer(flowtest.ACK)))
+
+			l.allow(7) // the host no longer routes through a peer
+			l.from(false, c.answer(flowtest.ACK), flowtest.ICMPMessage(router, flowtest.HostB4, 11, 0, c.ask(flowtest.ACK)))
+			l.to(false, c.ask(flowtest.ACK))
+			l.from(false, c.answer(flowtest.ACK))
 		})
+	}
+}
+
+// TestNothingThroughPeer is the same while the host doesn't route through a peer: in
+// either direction nothing passes that isn't to or from a peer's address.
+func TestNothingThroughPeer(t *testing.T) {
+	for _, ends := range [][2]netip.Addr{
+		{flowtest.HostB4, flowtest.Net4}, {flowtest.HostB6, flowtest.Net6}, {flowtest.HostB4, flowtest.LAN4}, {flowtest.HostB6, flowtest.LAN6},
+	} {
+		l := newLab(t, 7, Options{})
+		for _, c := range conversations(ends[0], ends[1]) {
+			l.from(false, c.answer(flowtest.ACK))
+			l.to(false, c.ask(flowtest.SYN), c.ask(flowtest.ACK))
+			l.to(false, flowtest.Fragments(c.ask(flowtest.SYN), 7, 24)...)
+			l.from(false, c.answer(flowtest.SYN|flowtest.ACK), c.answer(flowtest.ACK), c.strayer())
+			l.from(false, flowtest.Fragments(c.answer(flowtest.ACK), 8, 24)...)
+			for icmpType := range uint8(20) {
+				l.from(false, flowtest.ICMPMessage(ends[1], ends[0], icmpType, 0, c.ask(flowtest.ACK)))
+				l.to(false, flowtest.ICMPMessage(ends[0], ends[1], icmpType, 0, c.answer(flowtest.ACK)))
+			}
+		}
 	}
 }
 
@@ -593,6 +630,8 @@ func TestTunnelInTunnel(t *testing.T) {
 
 	// While the host routes through a peer: its own tunnel doesn't go there, and what
 	// claims to be its answer doesn't pass.
+	m.ThroughPeer = true
+	l.set(flowtest.Compile(t, m))
 	for _, ends := range [][2]netip.Addr{{flowtest.HostB4, flowtest.Net4}, {flowtest.HostB6, flowtest.Net6}} {
 		out, back := flowtest.Datagram(at(ends[0], port), at(ends[1], port), 100), flowtest.Datagram(at(ends[1], port), at(ends[0], port), 100)
 		l.to(false, out)

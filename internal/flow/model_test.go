@@ -45,23 +45,20 @@ func addressOf(a netip.Addr) address {
 	return address6(b[:])
 }
 
-// asked is t as the policy sees it.
-func asked(t tuple, in string) (p policy.Packet) {
-	t.ask(in, &p)
-	return p
-}
-
 func (m *model) hostMay(t tuple) bool {
-	p := asked(t, "")
+	p := t.asked()
 	if p.Src != flowtest.HostB4 && p.Src != flowtest.HostB6 {
 		return false
 	}
-	v := m.rules.Decide(p)
+	v := m.rules.FromHost(p)
+	if v.Rule == policy.RuleHostToPeer || !v.Pass {
+		return v.Pass
+	}
 	class := m.rules.Class(p.Dst)
-	return v.Pass && (v.Rule == policy.RuleHostToPeer || class == policy.Internet || class == policy.OnLAN)
+	return m.rules.Mesh().ThroughPeer && t.proto != 47 && (class == policy.Internet || class == policy.OnLAN)
 }
 
-func (m *model) peerMay(t tuple) bool { return m.rules.Decide(asked(t, flowtest.Interface)).Pass }
+func (m *model) peerMay(t tuple) bool { return m.rules.FromPeer(t.asked()).Pass }
 
 // mayOpen judges the opener of the flow whose far end sends t.
 func (m *model) mayOpen(f *modelFlow, t tuple) bool {
@@ -109,14 +106,14 @@ func (m *model) fromPeer(p packetOf) bool {
 // peerMayPacket judges a packet by itself; an answer to a query has another type
 // than the query that its tuple stands for.
 func (m *model) peerMayPacket(p packetOf) bool {
-	ask := asked(p.tuple, flowtest.Interface)
+	ask := p.tuple.asked()
 	if p.isICMP() && !p.opens {
 		ask.ICMPType = 0
 		if p.v6 {
 			ask.ICMPType = 129
 		}
 	}
-	return m.rules.Decide(ask).Pass
+	return m.rules.FromPeer(ask).Pass
 }
 
 func (m *model) toPeer(p packetOf) bool {
@@ -271,6 +268,7 @@ func drawRuleset(rt *rapid.T, t *testing.T) *policy.Ruleset {
 	mesh := flowtest.Mesh(policy.Permissions(rapid.IntRange(0, 7).Draw(rt, "c")))
 	mesh.Peers[1].Grants = flowtest.Grants(policy.Permissions(rapid.IntRange(0, 7).Draw(rt, "a")))
 	mesh.DNS = rapid.Bool().Draw(rt, "dns")
+	mesh.ThroughPeer = rapid.Bool().Draw(rt, "through a peer")
 	if rapid.IntRange(0, 4).Draw(rt, "remove") == 0 {
 		mesh.Peers = mesh.Peers[1:]
 	}

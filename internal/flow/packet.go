@@ -74,18 +74,18 @@ func (t tuple) reversed() tuple {
 	return t
 }
 
-// ask writes to asked the packet that t describes in the policy's words, arriving
-// by the interface in. Of an ICMP query or answer the ports hold type, code and
-// identifier; see parseICMP.
-func (t *tuple) ask(in string, asked *policy.Packet) {
-	asked.In = in
-	asked.Src, asked.Dst = t.from.netip(t.v6), t.to.netip(t.v6)
-	asked.Proto = t.proto
-	asked.SrcPort, asked.DstPort = t.fromPort, t.toPort
-	if t.isICMP() {
-		asked.ICMPType = uint8(t.toPort >> 8)
-		asked.DstPort = asked.SrcPort
+// asked returns the packet that t describes in the policy's words. Of an ICMP query or
+// answer the ports hold type, code and identifier; see parseICMP.
+func (t *tuple) asked() policy.Packet {
+	p := policy.Packet{
+		Src: t.from.netip(t.v6), Dst: t.to.netip(t.v6),
+		Proto: t.proto, SrcPort: t.fromPort, DstPort: t.toPort,
 	}
+	if t.isICMP() {
+		p.ICMPType = uint8(t.toPort >> 8)
+		p.DstPort = p.SrcPort
+	}
+	return p
 }
 
 func (t *tuple) isICMP() bool {
@@ -438,16 +438,17 @@ func queryOf(icmpType uint8, v6 bool) (query uint8, ok bool) {
 	return 0, false
 }
 
-// ask is tuple.ask for a packet whose ICMP type was read.
-func (p *packet) ask(in string, asked *policy.Packet) {
-	p.tuple.ask(in, asked)
-	asked.Malformed = p.malformed
+// asked is tuple.asked for a packet whose ICMP type was read.
+func (p *packet) asked() policy.Packet {
+	out := p.tuple.asked()
+	out.Malformed = p.malformed
 	if p.isICMP() && p.fragment != later {
-		asked.ICMPType = p.icmpType
+		out.ICMPType = p.icmpType
 		if _, ok := queryOf(p.icmpType, p.v6); ok {
-			asked.SrcPort, asked.DstPort = p.toPort, p.toPort
+			out.SrcPort, out.DstPort = p.toPort, p.toPort
 		}
 	}
+	return out
 }
 
 // parseQuote reads the start of the packet that an ICMP error quotes, which is

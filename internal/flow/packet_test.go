@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
+	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 var (
@@ -328,19 +329,23 @@ func FuzzJudge(f *testing.F) {
 	for i, p := range all {
 		f.Add(p, all[(i+1)%len(all)], i%2 == 0)
 	}
-	r, none := flowtest.Picture(f, 7), flowtest.Picture(f, 0)
+	m := flowtest.Mesh(7)
+	m.ThroughPeer = true
+	direct, through, none := flowtest.Picture(f, 7), flowtest.Compile(f, m), flowtest.Picture(f, 0)
 	f.Fuzz(func(t *testing.T, a, b []byte, from bool) {
-		l := &lab{t: t, table: New(Options{PerPeer: 2})}
-		l.set(r)
 		d := ToPeer
 		if from {
 			d = FromPeer
 		}
-		l.judge(a, d)
-		checkEntitled(t, l, a, b, 1-d)
-		checkEntitled(t, l, a, b, d)
-		l.set(none)
-		l.judge(b, d)
+		for _, r := range []*policy.Ruleset{direct, through} {
+			l := &lab{t: t, table: New(Options{PerPeer: 2})}
+			l.set(r)
+			l.judge(a, d)
+			checkEntitled(t, l, a, b, d.opposite())
+			checkEntitled(t, l, a, b, d)
+			l.set(none)
+			l.judge(b, d)
+		}
 	})
 }
 
@@ -355,8 +360,9 @@ func checkEntitled(t *testing.T, l *lab, a, b []byte, d Direction) {
 	p.parse(b)
 	_, fromPeer := l.view.rules.PeerByAddr(p.from.netip(p.v6))
 	_, toPeer := l.view.rules.PeerByAddr(p.to.netip(p.v6))
-	own := slices.Contains(l.view.own, p.from.netip(p.v6))
-	if p.malformed || fromPeer && toPeer || d == FromPeer && !fromPeer && !slices.Contains(l.view.own, p.to.netip(p.v6)) || d == ToPeer && !toPeer && !own {
+	mesh := l.view.rules.Mesh()
+	through := func(a address) bool { return mesh.ThroughPeer && slices.Contains(mesh.Addresses, a.netip(p.v6)) }
+	if p.malformed || fromPeer && toPeer || d == FromPeer && !fromPeer && !through(p.to) || d == ToPeer && !toPeer && !through(p.from) {
 		t.Errorf("after %x passes %x in direction %d", a, b, d)
 	}
 }

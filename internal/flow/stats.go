@@ -88,13 +88,13 @@ func (s *sample) read() (r Refused) {
 // Stats returns the counts of the peer with an index in the view's ruleset. Flows that
 // timed out are forgotten first, and their memory given back.
 func (v *View) Stats(peer int) Stats {
-	v.table.sweepVia()
+	v.table.sweepThrough()
 	return v.shares[peer].stats()
 }
 
-// sweepVia forgets what timed out of the flows that the host opened through peers.
-func (t *Table) sweepVia() {
-	if s, now := t.viaPeers, t.Now(); s.mu.TryLock() {
+// sweepThrough forgets what timed out of the flows that the host opened through peers.
+func (t *Table) sweepThrough() {
+	if s, now := t.throughPeer, t.Now(); s.mu.TryLock() {
 		if now-s.swept >= sweepEvery {
 			s.sweepAll(now)
 		}

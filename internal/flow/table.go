@@ -55,10 +55,10 @@ type Table struct {
 	cache [cacheSize]atomic.Pointer[entry]
 	seed  uint64
 
-	mu         sync.Mutex // serialises Use
-	generation uint32
-	shares     map[policy.PeerID]*share
-	viaPeers   *share // flows that the host opened through a peer, to elsewhere
+	mu          sync.Mutex // serialises Use
+	generation  uint32
+	shares      map[policy.PeerID]*share
+	throughPeer *share // flows that the host opened through a peer, to elsewhere
 }
 
 const (
@@ -78,7 +78,7 @@ func New(o Options) *Table {
 		shares:  make(map[policy.PeerID]*share),
 	}
 	t.startClock(o.Now)
-	t.viaPeers = newShare(t, policy.PeerID{})
+	t.throughPeer = newShare(t, policy.PeerID{})
 	return t
 }
 
@@ -192,7 +192,7 @@ func (t *Table) Use(r *policy.Ruleset) *View {
 	t.generation++
 	v := &View{
 		table: t, rules: r, generation: t.generation,
-		iface: r.Host().Interface, own: r.Mesh().Addresses, shares: make([]*share, len(r.Peers())),
+		shares: make([]*share, len(r.Peers())),
 	}
 	memory := t.memory(len(v.shares))
 	for i, p := range r.Peers() {
@@ -204,7 +204,7 @@ func (t *Table) Use(r *policy.Ruleset) *View {
 		s.resize(memory)
 		v.shares[i] = s
 	}
-	t.viaPeers.resize(memory)
+	t.throughPeer.resize(memory)
 	t.listShares()
 	return v
 }

@@ -95,6 +95,7 @@ func TestFlood(t *testing.T) {
 func TestMemoryOfAFloodIsGivenBack(t *testing.T) {
 	const flows = 50_000
 	l := newLab(t, routing, Options{PerPeer: flows})
+	l.through(routing)
 	heap := func() int {
 		l.view.Stats(0) // what the helper does each few seconds
 		var m runtime.MemStats

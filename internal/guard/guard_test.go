@@ -636,7 +636,7 @@ func TestTruthTable(t *testing.T) {
 				inner.deaf = true // answers wait behind the packet that is fed below
 				g := New(inner, Options{})
 				g.Set(r)
-				want := r.Decide(policy.Packet{In: flowtest.Interface, Src: src, Dst: dst, Proto: proto, SrcPort: 9, DstPort: 53}).Pass
+				want := r.FromPeer(policy.Packet{Src: src, Dst: dst, Proto: proto, SrcPort: 9, DstPort: 53}).Pass
 				if got := len(write(t, g, inner, packets[0])) == 1; got != want {
 					t.Errorf("%v, protocol %d to %v: passes %v, want %v", c, proto, dst, got, want)
 				}
@@ -689,7 +689,7 @@ func TestMutated(t *testing.T) {
 func checkPassed(t *testing.T, r *policy.Ruleset, p []byte) {
 	t.Helper()
 	// Which protocol it is stands behind the headers; addresses are judged here.
-	in := policy.Packet{In: flowtest.Interface, Proto: policy.ProtoUDP}
+	in := policy.Packet{Proto: policy.ProtoUDP}
 	switch {
 	case len(p) >= 20 && p[0]>>4 == 4 && int(p[2])<<8|int(p[3]) == len(p):
 		in.Src, in.Dst = netip.AddrFrom4([4]byte(p[12:])), netip.AddrFrom4([4]byte(p[16:]))
@@ -698,7 +698,7 @@ func checkPassed(t *testing.T, r *policy.Ruleset, p []byte) {
 	default:
 		t.Fatalf("malformed packet passed: %x", p)
 	}
-	if v := r.Decide(in); !v.Pass {
+	if v := r.FromPeer(in); !v.Pass {
 		t.Fatalf("%x passed, the policy says %+v", p, v)
 	}
 }

@@ -14,11 +14,8 @@ const (
 const portDNS = 53
 
 // Packet is a packet as the policy sees it: as its sender made it, before any
-// translation. It holds no pointers and is cheap to copy.
+// translation. Where it comes from is told by the question that is asked about it.
 type Packet struct {
-	// In is the interface it arrived by; empty for one that the host itself
-	// sends.
-	In       string
 	Src, Dst netip.Addr
 	// Proto is the IP protocol number, for IPv6 that of the upper layer.
 	Proto uint8
@@ -71,21 +68,15 @@ func (p *Packet) isCarried() bool {
 	return false
 }
 
-// Decide judges a packet that belongs to no flow: whether it may pass and so
-// open one. It allocates nothing.
-func (r *Ruleset) Decide(p Packet) Verdict {
+// FromPeer judges a packet that came out of the tunnel and belongs to no flow:
+// whether it may pass and so open one. The sender is the peer that has the packet's
+// source; where none has it the packet is refused as spoofed, and Verdict.Peer is -1.
+// It allocates nothing.
+func (r *Ruleset) FromPeer(p Packet) Verdict {
 	// By pointer from here on: copying the packet costs more than judging it.
-	if p.In == r.host.Interface {
-		return r.fromPeer(&p)
-	}
-	return r.fromElsewhere(&p)
-}
-
-// fromPeer judges what came out of the tunnel.
-func (r *Ruleset) fromPeer(p *Packet) Verdict {
-	v := r.judge(p)
+	v := r.judge(&p)
 	if !v.Pass && v.Peer != noPeer {
-		v.answered = r.isTold(p, v)
+		v.answered = r.isTold(&p, v)
 	}
 	return v
 }
@@ -206,53 +197,61 @@ func (r *Ruleset) isMeshAddress(a netip.Addr) bool {
 	return false
 }
 
-// fromElsewhere judges what the host itself sends and what arrives by other
-// interfaces than the mesh's.
-func (r *Ruleset) fromElsewhere(p *Packet) Verdict {
+// FromHost judges a packet that the host itself sends and that belongs to no flow.
+// What arrives by the loopback interface is such a packet. The verdict holds for
+// whichever interface the packet leaves by, as far as [Verdict].Exit allows that one;
+// an enforcer at the tunnel asks [Ruleset.IntoTunnel]. It allocates nothing.
+func (r *Ruleset) FromHost(p Packet) Verdict { return r.fromHost(&p) }
+
+func (r *Ruleset) fromHost(p *Packet) Verdict {
+	dst := r.classes.of(p.Dst)
+	v := Verdict{Peer: int(dst.peer)}
+	// What WireGuard sends is sealed, and no outer address of a peer keeps it from
+	// leaving, were it a mesh address. A known peer's mesh address is no outer address of
+	// any peer: it is routed into the tunnel, which would carry itself.
+	isTunnel := p.Proto == ProtoUDP && p.SrcPort == r.mesh.ListenPort && p.SrcPort != 0
+	switch {
+	case dst.peer != noPeer && isTunnel:
+		return v.refuse(RuleWireGuard, 0)
+	case dst.peer != noPeer:
+		return r.hostToPeer(v, p)
+	case isTunnel:
+		return v.pass(RuleTunnel, 0, ExitAny)
+	case r.former[p.Dst]:
+		return v.refuse(RuleFormer, 0)
+	case dst.class == InMesh && !r.others.Contains(p.Dst):
+		return v.refuse(RuleUnassigned, 0)
+	}
+	return v.pass(RuleNotOurs, 0, ExitAny)
+}
+
+// FromElsewhere judges a packet that belongs to no flow and arrived by another
+// interface than the mesh's and loopback. It allocates nothing.
+func (r *Ruleset) FromElsewhere(p Packet) Verdict {
 	src, dst := r.classes.of(p.Src), r.classes.of(p.Dst)
 	v := Verdict{Peer: int(dst.peer)}
-	own := p.In == "" || isLoopback(p.In)
 	switch {
-	case !own && r.isMeshAddress(p.Src):
+	case r.isMeshAddress(p.Src):
 		return v.refuse(RuleSpoofed, Spoofed)
-	case !own && r.isMeshAddress(p.Dst):
+	case r.isMeshAddress(p.Dst):
 		return v.refuse(RuleToHost, 0)
-	case !own && src.peer != noPeer:
+	case src.peer != noPeer:
 		v.Peer = int(src.peer)
 		return v.refuse(RuleSpoofed, Spoofed)
-	case r.isTunnel(p, own, dst.class):
-		if dst.peer != noPeer {
-			return v.refuse(RuleWireGuard, 0)
-		}
+	case dst.class == Self && p.Proto == ProtoUDP && p.DstPort == r.mesh.ListenPort && p.DstPort != 0:
 		return v.pass(RuleTunnel, 0, ExitAny)
-	case dst.peer != noPeer && own:
-		return r.hostToPeer(v, p)
 	case dst.peer != noPeer:
 		return v.refuse(RuleToPeer, 0)
 	case r.former[p.Dst]:
 		return v.refuse(RuleFormer, 0)
 	case dst.class == InMesh && !r.others.Contains(p.Dst):
 		return v.refuse(RuleUnassigned, 0)
-	case own, !r.IsForwarded(p.Dst):
+	case !r.IsForwarded(p.Dst):
 		return v.pass(RuleNotOurs, 0, ExitAny)
 	case r.host.FoundForwarding.Of(p.Dst):
 		return v.pass(RuleTransit, 0, ExitAny)
 	}
 	return v.refuse(RuleClosedTransit, 0)
-}
-
-// isTunnel reports whether the packet is one of WireGuard's own: what it carries is
-// sealed, and no outer address of a peer is to keep it from arriving, were it a
-// mesh address. A known peer's mesh address is no outer address of any peer: it is
-// routed into the tunnel, which would carry itself.
-func (r *Ruleset) isTunnel(p *Packet, own bool, to Class) bool {
-	if p.Proto != ProtoUDP || r.mesh.ListenPort == 0 {
-		return false
-	}
-	if own {
-		return p.SrcPort == r.mesh.ListenPort
-	}
-	return p.DstPort == r.mesh.ListenPort && to == Self
 }
 
 // hostToPeer judges what the host itself sends to a peer outside of a flow.
@@ -268,48 +267,88 @@ func (r *Ruleset) hostToPeer(v Verdict, p *Packet) Verdict {
 	return v.pass(RuleHostToPeer, 0, ExitMesh)
 }
 
-// DecideReply judges a packet that runs against the packet opened, which opened
-// its flow: source and destination swapped, arriving by the interface in (empty
-// for one that the host itself sends). It passes when the opener may open the
-// flow now and the packet comes from where the flow went to.
-func (r *Ruleset) DecideReply(opened Packet, in string) Verdict {
-	v := r.Decide(opened)
+// IntoTunnel judges a packet that is about to enter the tunnel and belongs to no
+// flow, for an enforcer that doesn't know whether the host made the packet or forwards
+// it. Only the host itself opens flows there, from its mesh address: to a peer, and
+// through a peer to the classes lan and internet while [Mesh].ThroughPeer says that
+// the host routes so. It allocates nothing.
+func (r *Ruleset) IntoTunnel(p Packet) Verdict {
+	v := r.fromHost(&p)
+	switch {
+	case !v.Pass || v.Exit == ExitMesh:
+		return v
+	case v.Rule == RuleTunnel:
+		return v.refuse(RuleWireGuard, 0)
+	case !r.isMeshAddress(p.Src):
+		return v.refuse(RuleToPeer, 0)
+	case !r.mesh.ThroughPeer:
+		return v.refuse(RuleNotThroughPeer, 0)
+	case p.IsRedirect():
+		return v.refuse(RuleRedirect, 0)
+	case !p.isCarried():
+		return v.refuse(RuleProtocol, 0)
+	}
+	if class := r.classes.of(p.Dst).class; class != OnLAN && class != Internet {
+		return v.refuse(RuleNotThroughPeer, 0)
+	}
+	return v.pass(RuleThroughPeer, 0, ExitMesh)
+}
+
+// Opener is the end that opened a flow through the tunnel: the sender of its first
+// packet.
+type Opener uint8
+
+// The openers. The zero Opener may open nothing.
+const (
+	ByPeer Opener = iota + 1
+	ByHost
+)
+
+// MayOpen judges a running flow by the packet that opened it: the flow passes, in both
+// directions, while its opener may open it. The same verdict holds for an ICMP error
+// that quotes a packet of the flow, of either direction. Which router sent the error,
+// and by which interface it arrived, doesn't matter; that a peer sends errors only from
+// its own address is judged by the caller with [Ruleset.PeerByAddr].
+func (r *Ruleset) MayOpen(by Opener, opened Packet) Verdict {
+	switch by {
+	case ByPeer:
+		return r.FromPeer(opened)
+	case ByHost:
+		return r.IntoTunnel(opened)
+	}
+	return Verdict{Peer: noPeer}.refuse(RuleUnasked, 0)
+}
+
+// Reply judges a packet that answers a flow: opened is the packet by which the opener
+// opened it. The reply has source and destination swapped, and arrives by the
+// interface in: the mesh's out of the tunnel, empty from the host itself. It passes
+// when the opener may open the flow now and the reply comes from where the flow went to,
+// so what a peer sends with a source that isn't its own passes as the reply to a flow
+// that the host opened through that peer, and as nothing else.
+func (r *Ruleset) Reply(by Opener, opened Packet, in string) Verdict {
+	v := r.MayOpen(by, opened)
 	if !v.Pass {
 		return v
 	}
-	if !r.arrives(v, opened, in) {
+	var arrives bool
+	switch v.Exit {
+	case ExitHost:
+		arrives = in == ""
+	case ExitMesh:
+		arrives = in == r.host.Interface
+	case ExitUplink:
+		arrives = r.host.isUplink(in, opened.Dst)
+	case ExitOther:
+		arrives = in != "" && in != r.host.Interface && !IsLoopback(in)
+	}
+	if !arrives {
 		return v.refuse(RuleWrongWay, v.Class)
 	}
-	switch {
-	case opened.In == r.host.Interface:
+	if v.Exit = ExitHost; by == ByPeer {
 		v.Exit = ExitMesh
-	case opened.In == "":
-		v.Exit = ExitHost
 	}
 	return v
 }
-
-// arrives reports whether an answer to opened may arrive by the interface in.
-func (r *Ruleset) arrives(v Verdict, opened Packet, in string) bool {
-	switch v.Exit {
-	case ExitHost:
-		return in == ""
-	case ExitMesh:
-		return in == r.host.Interface
-	case ExitUplink:
-		return r.host.isUplink(in, opened.Dst)
-	case ExitOther:
-		return in != "" && in != r.host.Interface && !isLoopback(in)
-	}
-	return true
-}
-
-// DecideError judges an ICMP error by the packet that it quotes: opened is the
-// packet that opened the flow which the quoted packet belongs to, whichever
-// direction the quoted one ran in. Which router sent the error, and by which
-// interface it arrived, doesn't matter; that a peer sends errors only from its
-// own address is judged by the caller with [Ruleset.PeerByAddr].
-func (r *Ruleset) DecideError(opened Packet) Verdict { return r.Decide(opened) }
 
 func (v Verdict) pass(rule Rule, class Class, exit Exit) Verdict {
 	v.Pass, v.Rule, v.Class, v.Exit, v.Missing = true, rule, class, exit, 0

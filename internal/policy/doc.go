@@ -25,13 +25,25 @@
 //	          by the default route
 //	internet  the rest, by the uplink only
 //
-// # Three questions
+// # The questions
 //
-// [Ruleset.Decide] judges a packet that belongs to no flow: may it pass, and
-// thereby open one? [Ruleset.DecideReply] judges a packet that runs the other
-// way in a flow, given the packet that opened it: a flow passes when its opener
-// may open it now, never because it exists. [Ruleset.DecideError] does the same
-// for an ICMP error, which is judged by the packet it quotes.
+// A packet that belongs to no flow may pass, and thereby open one. Which question is
+// asked about it depends on where it comes from: [Ruleset.FromPeer] out of the tunnel,
+// [Ruleset.FromHost] from the host itself, [Ruleset.FromElsewhere] by any other
+// interface. [Ruleset.IntoTunnel] is for an enforcer at the tunnel, which sees where a
+// packet goes and not where it comes from.
+//
+// A flow passes while its [Opener] may open it, never because it exists.
+// [Ruleset.MayOpen] judges a flow, and an ICMP error that quotes a packet of it, by the
+// packet that opened the flow; [Ruleset.Reply] judges a packet of the opposite
+// direction as well by where it arrives.
+//
+// # Through a peer
+//
+// The host can route its own traffic to other networks through a peer
+// ([Mesh].ThroughPeer). Then its packets to the classes lan and internet enter the
+// tunnel, and what that peer sends with a foreign source passes as the reply to such a
+// flow. While the host doesn't, both are refused.
 //
 // [Diff] names the peers for which a change took something away, so that the
 // enforcers know whose running flows to cut.

@@ -258,16 +258,16 @@ func (h Host) Source(a netip.Addr) netip.Addr {
 	return h.Source6
 }
 
-// isLoopback reports whether this is the loopback interface's name: lo on
+// IsLoopback reports whether this is the loopback interface's name: lo on
 // Linux, lo0 on macOS.
-func isLoopback(name string) bool { return name == "lo" || name == "lo0" }
+func IsLoopback(name string) bool { return name == "lo" || name == "lo0" }
 
 // attached returns the prefixes attached to interfaces other than the mesh's
 // and loopback, masked, without the full-length ones, which attach nothing.
 func (h Host) attached() []netip.Prefix {
 	var out []netip.Prefix
 	for _, i := range h.Interfaces {
-		if i.Name == h.Interface || isLoopback(i.Name) {
+		if i.Name == h.Interface || IsLoopback(i.Name) {
 			continue
 		}
 		for _, p := range i.Addresses {
@@ -333,7 +333,7 @@ func (h Host) uplinkAddresses() []netip.Addr {
 func (h Host) routed() []netip.Prefix {
 	var all []netip.Prefix
 	for _, r := range h.Routes {
-		if r.Interface != h.Interface && !isLoopback(r.Interface) {
+		if r.Interface != h.Interface && !IsLoopback(r.Interface) {
 			all = append(all, r.Prefix.Masked())
 		}
 	}

@@ -142,6 +142,10 @@ type Mesh struct {
 	// known: no peer reaches it through the tunnel, or the tunnel would carry
 	// itself; outside of the tunnel what it sends and gets is never refused.
 	ListenPort uint16
+	// ThroughPeer says that the host routes its own traffic to other networks through a
+	// peer. Without it nothing is open for that: what the host sends into the tunnel is
+	// for a peer, and what comes out of it has a peer's source.
+	ThroughPeer bool
 	// DNS says that the helper serves DNS on the host's mesh addresses, so that
 	// port 53 there is open with routing alone.
 	DNS bool

@@ -32,7 +32,7 @@ func (h Host) NearlyDefault() []Nearly {
 	}
 	by := map[key][]netip.Prefix{}
 	for _, r := range h.Routes {
-		if p := r.Prefix.Masked(); routed[p] && r.Interface != h.Interface && !isLoopback(r.Interface) {
+		if p := r.Prefix.Masked(); routed[p] && r.Interface != h.Interface && !IsLoopback(r.Interface) {
 			k := key{r.Interface, p.Addr().Is4()}
 			by[k] = append(by[k], p)
 		}

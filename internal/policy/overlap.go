@@ -97,7 +97,7 @@ func (r *Ruleset) Overlaps() []Overlap {
 		routed[p] = true
 	}
 	for _, route := range h.Routes {
-		if p := route.Prefix.Masked(); routed[p] && route.Interface != h.Interface && !isLoopback(route.Interface) && !h.attaches(route.Interface, p) {
+		if p := route.Prefix.Masked(); routed[p] && route.Interface != h.Interface && !IsLoopback(route.Interface) && !h.attaches(route.Interface, p) {
 			add(OverlapRoute, route.Interface, p, netip.Addr{})
 		}
 	}

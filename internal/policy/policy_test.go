@@ -63,6 +63,24 @@ func pictureHost() Host {
 	}
 }
 
+// sent is a packet with the interface that it arrives by, empty for one that the host
+// itself sends.
+type sent struct {
+	In string
+	Packet
+}
+
+// decide asks the question that fits where the packet comes from.
+func (r *Ruleset) decide(p sent) Verdict {
+	switch {
+	case p.In == r.host.Interface:
+		return r.FromPeer(p.Packet)
+	case p.In == "", IsLoopback(p.In):
+		return r.FromHost(p.Packet)
+	}
+	return r.FromElsewhere(p.Packet)
+}
+
 func compile(t testing.TB, m Mesh, h Host) *Ruleset {
 	t.Helper()
 	r, err := Compile(m, h, start)
@@ -105,7 +123,7 @@ func TestFromPeer(t *testing.T) {
 				if d.Is6() {
 					src = addr("fd6d:6573:6800::3")
 				}
-				v := r.Decide(Packet{In: "utun7", Src: src, Dst: d, Proto: ProtoUDP, DstPort: 53})
+				v := r.FromPeer(Packet{Src: src, Dst: d, Proto: ProtoUDP, DstPort: 53})
 				if v.Class != tt.class || v.Pass != tt.passes(p) || v.Peer != 0 {
 					t.Errorf("%v with %v: got %+v, want class %v, pass %v", dst, p, v, tt.class, tt.passes(p))
 				}
@@ -133,86 +151,86 @@ func TestMissing(t *testing.T) {
 		{LAN, "8.8.8.8", Routing},
 		{0, "100.64.0.2", 0}, // no permission opens the mesh
 	} {
-		v := compile(t, picture(tt.have), pictureHost()).Decide(Packet{In: "utun7", Src: addr("100.64.0.3"), Dst: addr(tt.dst), Proto: ProtoUDP})
+		v := compile(t, picture(tt.have), pictureHost()).FromPeer(Packet{Src: addr("100.64.0.3"), Dst: addr(tt.dst), Proto: ProtoUDP})
 		if v.Pass || v.Missing != tt.missing || v.Answered() != (tt.missing != 0) {
 			t.Errorf("%v with %v: got %+v, want missing %v", tt.dst, tt.have, v, tt.missing)
 		}
 	}
 }
 
-// TestDecideRules walks the lines that don't depend on the destination's class.
-func TestDecideRules(t *testing.T) {
+// TestRules walks the lines that don't depend on the destination's class.
+func TestRules(t *testing.T) {
 	c4, c6, a4 := addr("100.64.0.3"), addr("fd6d:6573:6800::3"), addr("100.64.0.2")
 	inet, lan := addr("8.8.8.8"), addr("192.168.77.9")
 	for _, tt := range []struct {
 		about string
 		host  func(*Host)
-		p     Packet
+		p     sent
 		rule  Rule
 	}{
-		{"malformed", nil, Packet{In: "utun7", Src: c4, Dst: inet, Malformed: true, Proto: ProtoUDP}, RuleMalformed},
-		{"families mixed", nil, Packet{In: "utun7", Src: c4, Dst: addr("2600::1"), Proto: ProtoUDP}, RuleMalformed},
-		{"source of another", nil, Packet{In: "utun7", Src: inet, Dst: lan, Proto: ProtoUDP}, RuleSpoofed},
-		{"host's own source", nil, Packet{In: "utun7", Src: hostA4, Dst: inet, Proto: ProtoUDP}, RuleSpoofed},
-		{"redirect", nil, Packet{In: "utun7", Src: c4, Dst: inet, Proto: ProtoICMP, ICMPType: 5}, RuleRedirect},
-		{"redirect v6", nil, Packet{In: "utun7", Src: c6, Dst: addr("2600::1"), Proto: ProtoICMPv6, ICMPType: 137}, RuleRedirect},
-		{"error without flow", nil, Packet{In: "utun7", Src: c4, Dst: inet, Proto: ProtoICMP, ICMPType: 3}, RuleUnquoted},
-		{"number 1 in IPv6 is no ICMP", nil, Packet{In: "utun7", Src: c6, Dst: addr("2600::1"), Proto: ProtoICMP, ICMPType: 3}, RuleProtocol},
-		{"another protocol", nil, Packet{In: "utun7", Src: c4, Dst: inet, Proto: 47}, RuleProtocol},
-		{"another protocol to a peer", nil, Packet{Src: hostA4, Dst: c4, Proto: 41}, RuleProtocol},
-		{"IPv6's ICMP in IPv4", nil, Packet{In: "utun7", Src: c4, Dst: inet, Proto: ProtoICMPv6}, RuleProtocol},
-		{"another protocol on the LAN", nil, Packet{Src: addr("192.168.77.1"), Dst: lan, Proto: 47}, RuleNotOurs},
-		{"no forwarding", func(h *Host) { h.Forwarding.IPv6 = false }, Packet{In: "utun7", Src: c6, Dst: addr("2600::1"), Proto: ProtoUDP}, RuleNoForwarding},
-		{"no forwarding, lan", func(h *Host) { h.Forwarding.IPv4 = false }, Packet{In: "utun7", Src: c4, Dst: lan, Proto: ProtoUDP}, RuleNoForwarding},
-		{"no uplink", func(h *Host) { h.Uplink4 = "" }, Packet{In: "utun7", Src: c4, Dst: inet, Proto: ProtoUDP}, RuleNoUplink},
-		{"peer's source elsewhere", nil, Packet{In: "en5", Src: c4, Dst: inet, Proto: ProtoUDP}, RuleSpoofed},
-		{"peer's source to the host elsewhere", nil, Packet{In: "en0", Src: a4, Dst: addr("203.0.113.9"), Proto: ProtoUDP}, RuleSpoofed},
-		{"posing as the host", func(h *Host) { h.FoundForwarding.IPv4 = true }, Packet{In: "en5", Src: hostA4, Dst: inet, Proto: ProtoUDP}, RuleSpoofed},
-		{"to the host's mesh address", nil, Packet{In: "en5", Src: lan, Dst: hostA4, Proto: ProtoUDP}, RuleToHost},
-		{"to it by loopback", nil, Packet{In: "lo0", Src: hostA4, Dst: hostA4, Proto: ProtoUDP}, RuleNotOurs},
-		{"LAN to a peer", nil, Packet{In: "en5", Src: lan, Dst: c4, Proto: ProtoUDP}, RuleToPeer},
-		{"LAN to an unassigned address", nil, Packet{In: "en5", Src: lan, Dst: addr("100.100.1.1"), Proto: ProtoUDP}, RuleUnassigned},
-		{"host to an unassigned address", nil, Packet{Src: hostA4, Dst: addr("100.100.1.1"), Proto: ProtoUDP}, RuleUnassigned},
-		{"host to a peer", nil, Packet{Src: hostA4, Dst: c4, Proto: ProtoUDP}, RuleHostToPeer},
-		{"host to a peer with another source", nil, Packet{Src: addr("192.168.77.1"), Dst: c4, Proto: ProtoUDP}, RuleForeignSource},
-		{"host redirects a peer", nil, Packet{Src: hostA4, Dst: c4, Proto: ProtoICMP, ICMPType: 5}, RuleRedirect},
-		{"host to the internet", nil, Packet{Src: addr("203.0.113.9"), Dst: inet, Proto: ProtoUDP}, RuleNotOurs},
-		{"LAN to the host", nil, Packet{In: "en5", Src: lan, Dst: addr("192.168.77.1"), Proto: ProtoUDP}, RuleNotOurs},
-		{"transit, found off", nil, Packet{In: "en5", Src: lan, Dst: inet, Proto: ProtoUDP}, RuleClosedTransit},
-		{"transit, found on", func(h *Host) { h.FoundForwarding.IPv4 = true }, Packet{In: "en5", Src: lan, Dst: inet, Proto: ProtoUDP}, RuleTransit},
-		{"transit with an unused mesh source", func(h *Host) { h.FoundForwarding.IPv4 = true }, Packet{In: "en0", Src: addr("100.99.0.1"), Dst: lan, Proto: ProtoUDP}, RuleTransit},
+		{"malformed", nil, sent{"utun7", Packet{Src: c4, Dst: inet, Malformed: true, Proto: ProtoUDP}}, RuleMalformed},
+		{"families mixed", nil, sent{"utun7", Packet{Src: c4, Dst: addr("2600::1"), Proto: ProtoUDP}}, RuleMalformed},
+		{"source of another", nil, sent{"utun7", Packet{Src: inet, Dst: lan, Proto: ProtoUDP}}, RuleSpoofed},
+		{"host's own source", nil, sent{"utun7", Packet{Src: hostA4, Dst: inet, Proto: ProtoUDP}}, RuleSpoofed},
+		{"redirect", nil, sent{"utun7", Packet{Src: c4, Dst: inet, Proto: ProtoICMP, ICMPType: 5}}, RuleRedirect},
+		{"redirect v6", nil, sent{"utun7", Packet{Src: c6, Dst: addr("2600::1"), Proto: ProtoICMPv6, ICMPType: 137}}, RuleRedirect},
+		{"error without flow", nil, sent{"utun7", Packet{Src: c4, Dst: inet, Proto: ProtoICMP, ICMPType: 3}}, RuleUnquoted},
+		{"number 1 in IPv6 is no ICMP", nil, sent{"utun7", Packet{Src: c6, Dst: addr("2600::1"), Proto: ProtoICMP, ICMPType: 3}}, RuleProtocol},
+		{"another protocol", nil, sent{"utun7", Packet{Src: c4, Dst: inet, Proto: 47}}, RuleProtocol},
+		{"another protocol to a peer", nil, sent{"", Packet{Src: hostA4, Dst: c4, Proto: 41}}, RuleProtocol},
+		{"IPv6's ICMP in IPv4", nil, sent{"utun7", Packet{Src: c4, Dst: inet, Proto: ProtoICMPv6}}, RuleProtocol},
+		{"another protocol on the LAN", nil, sent{"", Packet{Src: addr("192.168.77.1"), Dst: lan, Proto: 47}}, RuleNotOurs},
+		{"no forwarding", func(h *Host) { h.Forwarding.IPv6 = false }, sent{"utun7", Packet{Src: c6, Dst: addr("2600::1"), Proto: ProtoUDP}}, RuleNoForwarding},
+		{"no forwarding, lan", func(h *Host) { h.Forwarding.IPv4 = false }, sent{"utun7", Packet{Src: c4, Dst: lan, Proto: ProtoUDP}}, RuleNoForwarding},
+		{"no uplink", func(h *Host) { h.Uplink4 = "" }, sent{"utun7", Packet{Src: c4, Dst: inet, Proto: ProtoUDP}}, RuleNoUplink},
+		{"peer's source elsewhere", nil, sent{"en5", Packet{Src: c4, Dst: inet, Proto: ProtoUDP}}, RuleSpoofed},
+		{"peer's source to the host elsewhere", nil, sent{"en0", Packet{Src: a4, Dst: addr("203.0.113.9"), Proto: ProtoUDP}}, RuleSpoofed},
+		{"posing as the host", func(h *Host) { h.FoundForwarding.IPv4 = true }, sent{"en5", Packet{Src: hostA4, Dst: inet, Proto: ProtoUDP}}, RuleSpoofed},
+		{"to the host's mesh address", nil, sent{"en5", Packet{Src: lan, Dst: hostA4, Proto: ProtoUDP}}, RuleToHost},
+		{"to it by loopback", nil, sent{"lo0", Packet{Src: hostA4, Dst: hostA4, Proto: ProtoUDP}}, RuleNotOurs},
+		{"LAN to a peer", nil, sent{"en5", Packet{Src: lan, Dst: c4, Proto: ProtoUDP}}, RuleToPeer},
+		{"LAN to an unassigned address", nil, sent{"en5", Packet{Src: lan, Dst: addr("100.100.1.1"), Proto: ProtoUDP}}, RuleUnassigned},
+		{"host to an unassigned address", nil, sent{"", Packet{Src: hostA4, Dst: addr("100.100.1.1"), Proto: ProtoUDP}}, RuleUnassigned},
+		{"host to a peer", nil, sent{"", Packet{Src: hostA4, Dst: c4, Proto: ProtoUDP}}, RuleHostToPeer},
+		{"host to a peer with another source", nil, sent{"", Packet{Src: addr("192.168.77.1"), Dst: c4, Proto: ProtoUDP}}, RuleForeignSource},
+		{"host redirects a peer", nil, sent{"", Packet{Src: hostA4, Dst: c4, Proto: ProtoICMP, ICMPType: 5}}, RuleRedirect},
+		{"host to the internet", nil, sent{"", Packet{Src: addr("203.0.113.9"), Dst: inet, Proto: ProtoUDP}}, RuleNotOurs},
+		{"LAN to the host", nil, sent{"en5", Packet{Src: lan, Dst: addr("192.168.77.1"), Proto: ProtoUDP}}, RuleNotOurs},
+		{"transit, found off", nil, sent{"en5", Packet{Src: lan, Dst: inet, Proto: ProtoUDP}}, RuleClosedTransit},
+		{"transit, found on", func(h *Host) { h.FoundForwarding.IPv4 = true }, sent{"en5", Packet{Src: lan, Dst: inet, Proto: ProtoUDP}}, RuleTransit},
+		{"transit with an unused mesh source", func(h *Host) { h.FoundForwarding.IPv4 = true }, sent{"en0", Packet{Src: addr("100.99.0.1"), Dst: lan, Proto: ProtoUDP}}, RuleTransit},
 		{"carrier's own prefix", func(h *Host) {
 			h.Interfaces[0].Addresses = append(h.Interfaces[0].Addresses, prefix("100.80.0.7/20"))
-		}, Packet{Src: addr("100.80.0.7"), Dst: addr("100.80.0.1"), Proto: ProtoUDP}, RuleNotOurs},
+		}, sent{"", Packet{Src: addr("100.80.0.7"), Dst: addr("100.80.0.1"), Proto: ProtoUDP}}, RuleNotOurs},
 		{"carrier's router outside its prefix", func(h *Host) {
 			h.Interfaces[0].Addresses = append(h.Interfaces[0].Addresses, prefix("100.80.0.7/20"))
-		}, Packet{Src: addr("100.80.0.7"), Dst: addr("100.127.0.1"), Proto: ProtoUDP}, RuleNotOurs},
+		}, sent{"", Packet{Src: addr("100.80.0.7"), Dst: addr("100.127.0.1"), Proto: ProtoUDP}}, RuleNotOurs},
 		{"peer inside the carrier's prefix", func(h *Host) {
 			h.Interfaces[0].Addresses = append(h.Interfaces[0].Addresses, prefix("100.64.0.7/10"))
-		}, Packet{Src: addr("100.64.0.7"), Dst: c4, Proto: ProtoUDP}, RuleForeignSource},
+		}, sent{"", Packet{Src: addr("100.64.0.7"), Dst: c4, Proto: ProtoUDP}}, RuleForeignSource},
 		{"host's resolver", func(h *Host) { h.Resolvers = []netip.Addr{addr("100.100.2.136")} },
-			Packet{Src: addr("203.0.113.9"), Dst: addr("100.100.2.136"), Proto: ProtoUDP}, RuleNotOurs},
+			sent{"", Packet{Src: addr("203.0.113.9"), Dst: addr("100.100.2.136"), Proto: ProtoUDP}}, RuleNotOurs},
 		{"host's resolver from a peer", func(h *Host) { h.Resolvers = []netip.Addr{addr("100.100.2.136")} },
-			Packet{In: "utun7", Src: c4, Dst: addr("100.100.2.136"), Proto: ProtoUDP}, RuleMesh},
+			sent{"utun7", Packet{Src: c4, Dst: addr("100.100.2.136"), Proto: ProtoUDP}}, RuleMesh},
 		{"loopback alias from a peer", func(h *Host) {
 			h.Interfaces = append(h.Interfaces, Interface{"lo0", prefixes("127.0.0.1/8", "10.254.254.254/8", "::1/128")})
-		}, Packet{In: "utun7", Src: c4, Dst: addr("10.254.254.254"), Proto: ProtoUDP}, RuleIncoming},
+		}, sent{"utun7", Packet{Src: c4, Dst: addr("10.254.254.254"), Proto: ProtoUDP}}, RuleIncoming},
 		{"loopback alias attaches nothing", func(h *Host) {
 			h.Interfaces = append(h.Interfaces, Interface{"lo0", prefixes("9.254.254.254/8")})
-		}, Packet{In: "utun7", Src: c4, Dst: addr("9.1.1.1"), Proto: ProtoUDP}, RuleInternet},
+		}, sent{"utun7", Packet{Src: c4, Dst: addr("9.1.1.1"), Proto: ProtoUDP}}, RuleInternet},
 		{"loopback itself from a peer", func(h *Host) {
 			h.Interfaces = append(h.Interfaces, Interface{"lo0", prefixes("127.0.0.1/8")})
-		}, Packet{In: "utun7", Src: c4, Dst: addr("127.0.0.1"), Proto: ProtoUDP}, RuleMartian},
+		}, sent{"utun7", Packet{Src: c4, Dst: addr("127.0.0.1"), Proto: ProtoUDP}}, RuleMartian},
 		{"carrier's prefix from a peer", func(h *Host) {
 			h.Interfaces[0].Addresses = append(h.Interfaces[0].Addresses, prefix("100.80.0.7/20"))
-		}, Packet{In: "utun7", Src: c4, Dst: addr("100.80.0.1"), Proto: ProtoUDP}, RuleMesh},
+		}, sent{"utun7", Packet{Src: c4, Dst: addr("100.80.0.1"), Proto: ProtoUDP}}, RuleMesh},
 	} {
 		t.Run(tt.about, func(t *testing.T) {
 			h := pictureHost()
 			if tt.host != nil {
 				tt.host(&h)
 			}
-			v := compile(t, picture(Incoming|Routing|LAN), h).Decide(tt.p)
+			v := compile(t, picture(Incoming|Routing|LAN), h).decide(tt.p)
 			if v.Rule != tt.rule {
 				t.Errorf("got %q, want %q", v.Rule, tt.rule)
 			}
@@ -228,8 +246,8 @@ func TestDNS(t *testing.T) {
 		m := picture(p)
 		m.DNS = true
 		r := compile(t, m, pictureHost())
-		dns := Packet{In: "utun7", Src: addr("100.64.0.3"), Dst: hostA4, Proto: ProtoUDP, DstPort: 53}
-		if got, want := r.Decide(dns).Pass, p&(Incoming|Routing) != 0; got != want {
+		dns := Packet{Src: addr("100.64.0.3"), Dst: hostA4, Proto: ProtoUDP, DstPort: 53}
+		if got, want := r.FromPeer(dns).Pass, p&(Incoming|Routing) != 0; got != want {
 			t.Errorf("with %v: pass %v, want %v", p, got, want)
 		}
 		for _, other := range []func(*Packet){
@@ -239,7 +257,7 @@ func TestDNS(t *testing.T) {
 		} {
 			q := dns
 			other(&q)
-			if got, want := r.Decide(q).Pass, p.Has(Incoming); got != want {
+			if got, want := r.FromPeer(q).Pass, p.Has(Incoming); got != want {
 				t.Errorf("%+v with %v: pass %v, want %v", q, p, got, want)
 			}
 		}
@@ -264,7 +282,7 @@ func TestListenPort(t *testing.T) {
 		{addr("8.8.8.8"), ProtoUDP, 51820, RuleInternet},
 		{addr("192.168.77.9"), ProtoUDP, 51820, RuleLAN},
 	} {
-		v := compile(t, m, pictureHost()).Decide(Packet{In: "utun7", Src: addr("100.64.0.3"), Dst: tt.dst, Proto: tt.proto, DstPort: tt.port})
+		v := compile(t, m, pictureHost()).FromPeer(Packet{Src: addr("100.64.0.3"), Dst: tt.dst, Proto: tt.proto, DstPort: tt.port})
 		if v.Rule != tt.rule || v.Answered() {
 			t.Errorf("%v protocol %d port %d: %q, want %q; answered %v", tt.dst, tt.proto, tt.port, v.Rule, tt.rule, v.Answered())
 		}
@@ -300,17 +318,17 @@ func TestHairpin(t *testing.T) {
 		{"203.0.113.9", ProtoUDP, 4500, RuleNoIncoming},
 		{"100.64.0.2", ProtoUDP, 51820, RuleMesh},
 	} {
-		p := Packet{In: "utun7", Src: addr("100.64.0.3"), Dst: addr(tt.dst), Proto: tt.proto, SrcPort: 7, DstPort: tt.port, ICMPType: 8}
+		p := Packet{Src: addr("100.64.0.3"), Dst: addr(tt.dst), Proto: tt.proto, SrcPort: 7, DstPort: tt.port, ICMPType: 8}
 		if p.Dst.Is6() {
 			p.Src = addr("fd6d:6573:6800::3")
 		}
 		r := compile(t, m, h)
-		if v := r.Decide(p); v.Rule != tt.rule || v.Pass != (tt.rule == RuleLAN || tt.rule == RuleInternet) || tt.rule == RuleHairpin && v.Answered() {
+		if v := r.FromPeer(p); v.Rule != tt.rule || v.Pass != (tt.rule == RuleLAN || tt.rule == RuleInternet) || tt.rule == RuleHairpin && v.Answered() {
 			t.Errorf("%v protocol %d port %d: %q, want %q; answered %v", tt.dst, tt.proto, tt.port, v.Rule, tt.rule, v.Answered())
 		}
 		// What the host itself sends there is none of the tunnel's business.
-		p.In, p.Src = "", map[bool]netip.Addr{true: addr("2001:db8:1::9"), false: addr("203.0.113.9")}[p.Dst.Is6()]
-		if v := r.Decide(p); tt.rule == RuleHairpin && !v.Pass {
+		p.Src = map[bool]netip.Addr{true: addr("2001:db8:1::9"), false: addr("203.0.113.9")}[p.Dst.Is6()]
+		if v := r.FromHost(p); tt.rule == RuleHairpin && !v.Pass {
 			t.Errorf("the host to %v port %d: %q", tt.dst, tt.port, v.Rule)
 		}
 	}
@@ -335,58 +353,143 @@ func TestTunnel(t *testing.T) {
 	r := compile(t, m, pictureHost())
 	own, c4 := addr("203.0.113.9"), addr("100.64.0.3")
 	for _, outer := range []netip.Addr{addr("100.90.5.2"), addr("100.70.0.9"), addr("8.8.8.8")} {
-		for _, p := range []Packet{
-			{Src: own, Dst: outer, SrcPort: 51820, DstPort: 7},
-			{In: "en0", Src: outer, Dst: own, SrcPort: 7, DstPort: 51820},
+		for _, p := range []sent{
+			{"", Packet{Src: own, Dst: outer, SrcPort: 51820, DstPort: 7}},
+			{"en0", Packet{Src: outer, Dst: own, SrcPort: 7, DstPort: 51820}},
 		} {
 			p.Proto = ProtoUDP
-			if v := r.Decide(p); v.Rule != RuleTunnel || !v.Pass {
+			if v := r.decide(p); v.Rule != RuleTunnel || !v.Pass {
 				t.Errorf("%+v: %+v", p, v)
 			}
 		}
 	}
 	for _, tt := range []struct {
-		p    Packet
+		p    sent
 		rule Rule
 	}{
-		{Packet{Src: own, Dst: c4, SrcPort: 51820, Proto: ProtoTCP}, RuleForeignSource},
-		{Packet{Src: hostA4, Dst: c4, SrcPort: 51820, Proto: ProtoUDP}, RuleWireGuard},
-		{Packet{In: "en0", Src: c4, Dst: own, DstPort: 51820, Proto: ProtoUDP}, RuleSpoofed},
-		{Packet{Src: own, Dst: addr("100.90.5.2"), SrcPort: 7, DstPort: 51820, Proto: ProtoUDP}, RuleUnassigned},
-		{Packet{In: "en0", Src: c4, Dst: addr("9.9.9.9"), DstPort: 51820, Proto: ProtoUDP}, RuleSpoofed},
-		{Packet{In: "en0", Src: hostA4, Dst: own, DstPort: 51820, Proto: ProtoUDP}, RuleSpoofed},
-		{Packet{In: "en0", Src: addr("8.8.8.8"), Dst: hostA4, DstPort: 51820, Proto: ProtoUDP}, RuleToHost},
+		{sent{"", Packet{Src: own, Dst: c4, SrcPort: 51820, Proto: ProtoTCP}}, RuleForeignSource},
+		{sent{"", Packet{Src: hostA4, Dst: c4, SrcPort: 51820, Proto: ProtoUDP}}, RuleWireGuard},
+		{sent{"en0", Packet{Src: c4, Dst: own, DstPort: 51820, Proto: ProtoUDP}}, RuleSpoofed},
+		{sent{"", Packet{Src: own, Dst: addr("100.90.5.2"), SrcPort: 7, DstPort: 51820, Proto: ProtoUDP}}, RuleUnassigned},
+		{sent{"en0", Packet{Src: c4, Dst: addr("9.9.9.9"), DstPort: 51820, Proto: ProtoUDP}}, RuleSpoofed},
+		{sent{"en0", Packet{Src: hostA4, Dst: own, DstPort: 51820, Proto: ProtoUDP}}, RuleSpoofed},
+		{sent{"en0", Packet{Src: addr("8.8.8.8"), Dst: hostA4, DstPort: 51820, Proto: ProtoUDP}}, RuleToHost},
 	} {
-		if v := r.Decide(tt.p); v.Rule != tt.rule {
+		if v := r.decide(tt.p); v.Rule != tt.rule {
 			t.Errorf("%+v: %q, want %q", tt.p, v.Rule, tt.rule)
 		}
 	}
 }
 
-func TestDecideReply(t *testing.T) {
+func TestReply(t *testing.T) {
 	c4 := addr("100.64.0.3")
 	for _, tt := range []struct {
 		about  string
 		have   Permissions
+		by     Opener
 		opened Packet
 		in     string
 		pass   bool
 	}{
-		{"internet answers by the uplink", Routing, Packet{In: "utun7", Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "en0", true},
-		{"LAN forges the internet's answer", Routing, Packet{In: "utun7", Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "en5", false},
-		{"a peer forges it", Routing, Packet{In: "utun7", Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "utun7", false},
-		{"routing was denied", LAN, Packet{In: "utun7", Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "en0", false},
-		{"LAN answers", Routing | LAN, Packet{In: "utun7", Src: c4, Dst: addr("192.168.77.9"), Proto: ProtoUDP}, "en5", true},
-		{"another peer answers for the LAN", Routing | LAN, Packet{In: "utun7", Src: c4, Dst: addr("192.168.77.9"), Proto: ProtoUDP}, "utun7", false},
-		{"the host answers", Incoming, Packet{In: "utun7", Src: c4, Dst: hostA4, Proto: ProtoUDP}, "", true},
-		{"incoming was denied", Routing, Packet{In: "utun7", Src: c4, Dst: hostA4, Proto: ProtoUDP}, "", false},
-		{"a peer answers the host", 0, Packet{Src: hostA4, Dst: c4, Proto: ProtoUDP}, "utun7", true},
-		{"the LAN answers for a peer", 0, Packet{Src: hostA4, Dst: c4, Proto: ProtoUDP}, "en5", false},
-		{"an answer to what never may be", 7, Packet{In: "utun7", Src: c4, Dst: addr("100.64.0.2"), Proto: ProtoUDP}, "utun7", false},
+		{"internet answers by the uplink", Routing, ByPeer, Packet{Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "en0", true},
+		{"LAN forges the internet's answer", Routing, ByPeer, Packet{Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "en5", false},
+		{"a peer forges it", Routing, ByPeer, Packet{Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "utun7", false},
+		{"routing was denied", LAN, ByPeer, Packet{Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "en0", false},
+		{"LAN answers", Routing | LAN, ByPeer, Packet{Src: c4, Dst: addr("192.168.77.9"), Proto: ProtoUDP}, "en5", true},
+		{"another peer answers for the LAN", Routing | LAN, ByPeer, Packet{Src: c4, Dst: addr("192.168.77.9"), Proto: ProtoUDP}, "utun7", false},
+		{"the host answers", Incoming, ByPeer, Packet{Src: c4, Dst: hostA4, Proto: ProtoUDP}, "", true},
+		{"incoming was denied", Routing, ByPeer, Packet{Src: c4, Dst: hostA4, Proto: ProtoUDP}, "", false},
+		{"a peer answers the host", 0, ByHost, Packet{Src: hostA4, Dst: c4, Proto: ProtoUDP}, "utun7", true},
+		{"the LAN answers for a peer", 0, ByHost, Packet{Src: hostA4, Dst: c4, Proto: ProtoUDP}, "en5", false},
+		{"an answer to what never may be", 7, ByPeer, Packet{Src: c4, Dst: addr("100.64.0.2"), Proto: ProtoUDP}, "utun7", false},
 	} {
-		v := compile(t, picture(tt.have), pictureHost()).DecideReply(tt.opened, tt.in)
+		v := compile(t, picture(tt.have), pictureHost()).Reply(tt.by, tt.opened, tt.in)
 		if v.Pass != tt.pass {
 			t.Errorf("%s: got %+v, want pass %v", tt.about, v, tt.pass)
+		}
+	}
+}
+
+// TestIntoTunnel is what an enforcer at the tunnel lets in outside of flows: the host's
+// own packets to peers, and nothing through one unless the host routes so.
+func TestIntoTunnel(t *testing.T) {
+	m := picture(7)
+	m.ListenPort = 51820
+	closed := compile(t, m, pictureHost())
+	m.ThroughPeer = true
+	through := compile(t, m, pictureHost())
+	hostA6 := addr("fd6d:6573:6800::1")
+	for _, tt := range []struct {
+		about          string
+		p              Packet
+		closed, routes Rule
+	}{
+		{"to a peer", Packet{Src: hostA4, Dst: addr("100.64.0.3"), Proto: ProtoTCP}, RuleHostToPeer, RuleHostToPeer},
+		{"to the internet", Packet{Src: hostA4, Dst: addr("8.8.8.8"), Proto: ProtoTCP}, RuleNotThroughPeer, RuleThroughPeer},
+		{"to the internet, IPv6", Packet{Src: hostA6, Dst: addr("2600::1"), Proto: ProtoUDP}, RuleNotThroughPeer, RuleThroughPeer},
+		{"to a LAN", Packet{Src: hostA4, Dst: addr("10.1.2.3"), Proto: ProtoICMP, ICMPType: 8}, RuleNotThroughPeer, RuleThroughPeer},
+		{"a redirect", Packet{Src: hostA4, Dst: addr("8.8.8.8"), Proto: ProtoICMP, ICMPType: 5}, RuleNotThroughPeer, RuleRedirect},
+		{"another protocol", Packet{Src: hostA4, Dst: addr("8.8.8.8"), Proto: 47}, RuleNotThroughPeer, RuleProtocol},
+		{"multicast", Packet{Src: hostA4, Dst: addr("224.0.0.251"), Proto: ProtoUDP}, RuleNotThroughPeer, RuleNotThroughPeer},
+		{"to the host itself", Packet{Src: hostA4, Dst: addr("192.168.77.1"), Proto: ProtoUDP}, RuleNotThroughPeer, RuleNotThroughPeer},
+		{"the host's other address", Packet{Src: addr("192.168.77.1"), Dst: addr("8.8.8.8"), Proto: ProtoUDP}, RuleToPeer, RuleToPeer},
+		{"forwarded to the internet", Packet{Src: addr("192.168.77.9"), Dst: addr("8.8.8.8"), Proto: ProtoUDP}, RuleToPeer, RuleToPeer},
+		{"forwarded to a peer", Packet{Src: addr("192.168.77.9"), Dst: addr("100.64.0.3"), Proto: ProtoUDP}, RuleForeignSource, RuleForeignSource},
+		{"from peer to peer", Packet{Src: addr("100.64.0.2"), Dst: addr("100.64.0.3"), Proto: ProtoUDP}, RuleForeignSource, RuleForeignSource},
+		{"to an unassigned address", Packet{Src: hostA4, Dst: addr("100.100.1.1"), Proto: ProtoUDP}, RuleUnassigned, RuleUnassigned},
+		{"the tunnel itself", Packet{Src: hostA4, Dst: addr("8.8.8.8"), Proto: ProtoUDP, SrcPort: 51820}, RuleWireGuard, RuleWireGuard},
+		{"the tunnel itself to a peer", Packet{Src: hostA4, Dst: addr("100.64.0.3"), Proto: ProtoUDP, SrcPort: 51820}, RuleWireGuard, RuleWireGuard},
+	} {
+		for r, want := range map[*Ruleset]Rule{closed: tt.closed, through: tt.routes} {
+			v := r.IntoTunnel(tt.p)
+			pass := want == RuleHostToPeer || want == RuleThroughPeer
+			if v.Rule != want || v.Pass != pass || (v.Exit == ExitMesh) != pass {
+				t.Errorf("%s, through a peer %v: %+v, %q; want %q", tt.about, r.mesh.ThroughPeer, v, v.Rule, want)
+			}
+			// What a peer sends as the reply passes as long, and with a source that isn't a
+			// peer's as nothing else.
+			if got := r.Reply(ByHost, tt.p, "utun7").Pass; got != pass {
+				t.Errorf("%s, through a peer %v: the reply passes %v", tt.about, r.mesh.ThroughPeer, got)
+			}
+			if r.Reply(ByHost, tt.p, "en0").Pass {
+				t.Errorf("%s, through a peer %v: the reply passes by the uplink", tt.about, r.mesh.ThroughPeer)
+			}
+			if v := r.FromPeer(Packet{Src: tt.p.Dst, Dst: tt.p.Src, Proto: tt.p.Proto, ICMPType: tt.p.ICMPType}); pass && want == RuleThroughPeer && v.Rule != RuleSpoofed {
+				t.Errorf("%s, through a peer %v: without a flow the other end's packet is %+v", tt.about, r.mesh.ThroughPeer, v)
+			}
+		}
+	}
+	if n := Diff(through, closed); len(n) != 2 {
+		t.Errorf("routing through a peer no longer concerns %d peers of 2", len(n))
+	}
+}
+
+// TestNoPeersPacket asks about packets that come from elsewhere than the question says:
+// none passes for a peer's or into the mesh.
+func TestNoPeersPacket(t *testing.T) {
+	h := pictureHost()
+	h.FoundForwarding = Families{true, true}
+	r := compile(t, picture(7), h)
+	c4, lan := addr("100.64.0.3"), addr("192.168.77.9")
+	for _, src := range []netip.Addr{hostA4, lan, addr("8.8.8.8"), addr("100.100.1.1"), {}} {
+		for _, dst := range []netip.Addr{hostA4, addr("8.8.8.8"), lan, addr("100.64.0.2")} {
+			if v := r.FromPeer(Packet{Src: src, Dst: dst, Proto: ProtoUDP}); v.Pass || v.Peer != -1 || v.Answered() {
+				t.Errorf("from a peer, %v to %v: %+v", src, dst, v)
+			}
+			if v := r.MayOpen(0, Packet{Src: c4, Dst: dst, Proto: ProtoUDP}); v.Pass {
+				t.Errorf("opened by neither end, %v: %+v", dst, v)
+			}
+		}
+	}
+	for _, dst := range []netip.Addr{hostA4, addr("8.8.8.8"), lan, addr("100.64.0.2")} {
+		if v := r.FromElsewhere(Packet{Src: c4, Dst: dst, Proto: ProtoUDP}); v.Pass {
+			t.Errorf("a peer's from elsewhere, to %v: %+v", dst, v)
+		}
+		if v := r.FromHost(Packet{Src: c4, Dst: dst, Proto: ProtoUDP}); v.Pass && v.Exit != ExitAny {
+			t.Errorf("a peer's from the host, to %v: %+v", dst, v)
+		}
+		if v := r.IntoTunnel(Packet{Src: c4, Dst: dst, Proto: ProtoUDP}); v.Pass {
+			t.Errorf("a peer's into the tunnel, to %v: %+v", dst, v)
 		}
 	}
 }
@@ -395,7 +498,7 @@ func TestExpiry(t *testing.T) {
 	m := picture(0)
 	m.Peers[0].Grants.Routing = Grant{Allowed: true, Until: start.Add(2 * time.Hour)}
 	m.Peers[1].Grants.Incoming = Grant{Allowed: true, Until: start.Add(time.Hour)}
-	p := Packet{In: "utun7", Src: addr("100.64.0.3"), Dst: addr("8.8.8.8"), Proto: ProtoUDP}
+	p := Packet{Src: addr("100.64.0.3"), Dst: addr("8.8.8.8"), Proto: ProtoUDP}
 	for _, tt := range []struct {
 		after time.Duration
 		pass  bool
@@ -410,7 +513,7 @@ func TestExpiry(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := r.Decide(p).Pass; got != tt.pass {
+		if got := r.FromPeer(p).Pass; got != tt.pass {
 			t.Errorf("after %v: pass %v", tt.after, got)
 		}
 		var want time.Time
@@ -566,11 +669,11 @@ func TestFormer(t *testing.T) {
 		if tt.in != "en5" {
 			src = m.Addresses[0]
 		}
-		if v := r.Decide(Packet{In: tt.in, Src: src, Dst: addr(gone), Proto: ProtoUDP}); v.Rule != tt.rule {
+		if v := r.decide(sent{tt.in, Packet{Src: src, Dst: addr(gone), Proto: ProtoUDP}}); v.Rule != tt.rule {
 			t.Errorf("%s: %q, want %q", tt.about, v.Rule, tt.rule)
 		}
 		// For a peer it is a mesh address like any other.
-		if v := r.Decide(Packet{In: "utun7", Src: m.Peers[1].Addresses[0], Dst: addr("100.70.0.10"), Proto: ProtoUDP}); v.Rule != RuleMesh {
+		if v := r.FromPeer(Packet{Src: m.Peers[1].Addresses[0], Dst: addr("100.70.0.10"), Proto: ProtoUDP}); v.Rule != RuleMesh {
 			t.Errorf("%s: a peer got %q", tt.about, v.Rule)
 		}
 	}
@@ -671,15 +774,15 @@ func TestTransitToMartians(t *testing.T) {
 	h.Outside = []netip.Addr{addr("203.0.114.7")}
 	r := compile(t, picture(7), h)
 	for _, dst := range strings.Fields("192.0.0.9 2002:cb00:7109::1 64:ff9b::203.0.113.9 64:ff9b::100.64.0.2 2001:0:1::1 100::1 fec0::1") {
-		p := Packet{In: "en0", Src: addr("192.168.77.9"), Dst: addr(dst), Proto: ProtoTCP}
+		p := Packet{Src: addr("192.168.77.9"), Dst: addr(dst), Proto: ProtoTCP}
 		if p.Dst.Is6() {
 			p.Src = addr("2001:db8:77::9")
 		}
-		if v := r.Decide(p); v.Pass || v.Rule != RuleClosedTransit {
+		if v := r.FromElsewhere(p); v.Pass || v.Rule != RuleClosedTransit {
 			t.Errorf("transit to %v: %+v", dst, v)
 		}
-		if p.In = ""; !r.Decide(p).Pass {
-			t.Errorf("the host itself to %v: %+v", dst, r.Decide(p))
+		if v := r.FromHost(p); !v.Pass {
+			t.Errorf("the host itself to %v: %+v", dst, v)
 		}
 	}
 	if got := r.Class(addr("203.0.114.7")); got != OnLAN {

@@ -104,9 +104,9 @@ func drawAddr(t *rapid.T) netip.Addr {
 	return a
 }
 
-func (w world) drawPacket(t *rapid.T) Packet {
+func (w world) drawPacket(t *rapid.T) sent {
+	in := rapid.SampledFrom([]string{"utun7", "utun7", "utun7", "", "en0", "en1", "utun3", "lo0"}).Draw(t, "in")
 	p := Packet{
-		In:      rapid.SampledFrom([]string{"utun7", "utun7", "utun7", "", "en0", "en1", "utun3", "lo0"}).Draw(t, "in"),
 		Src:     drawAddr(t),
 		Dst:     drawAddr(t),
 		Proto:   rapid.SampledFrom([]uint8{ProtoICMP, ProtoTCP, ProtoUDP, ProtoICMPv6, 47}).Draw(t, "proto"),
@@ -122,7 +122,7 @@ func (w world) drawPacket(t *rapid.T) Packet {
 	if n := len(w.mesh.Peers); n > 0 && rapid.IntRange(0, 9).Draw(t, "honest") > 0 {
 		p.Src = w.mesh.Peers[rapid.IntRange(0, n-1).Draw(t, "peer")].Addresses[rapid.IntRange(0, 1).Draw(t, "family")]
 	}
-	return p
+	return sent{in, p}
 }
 
 func mustCompile(t *rapid.T, w world) *Ruleset {
@@ -140,7 +140,7 @@ func TestNoPeerReachesAPeer(t *testing.T) {
 		r := mustCompile(t, w)
 		for range 20 {
 			p := w.drawPacket(t)
-			v := r.Decide(p)
+			v := r.decide(p)
 			if p.In != "" && p.In != "lo0" && v.Pass && v.Exit == ExitMesh {
 				t.Fatalf("%+v leaves by the mesh: %+v", p, v)
 			}
@@ -161,11 +161,8 @@ func TestMeshAddressesStayIn(t *testing.T) {
 			return slices.ContainsFunc(set, func(p netip.Prefix) bool { return p.Contains(a) })
 		}
 		for range 40 {
-			p := Packet{
-				In:  rapid.SampledFrom([]string{"", "en0", "utun3"}).Draw(t, "in"),
-				Src: drawAddr(t), Dst: drawAddr(t), Proto: ProtoUDP, SrcPort: 7, DstPort: 7,
-			}
-			v := r.Decide(p)
+			p := sent{rapid.SampledFrom([]string{"", "en0", "utun3"}).Draw(t, "in"), Packet{Src: drawAddr(t), Dst: drawAddr(t), Proto: ProtoUDP, SrcPort: 7, DstPort: 7}}
+			v := r.decide(p)
 			if _, ok := r.PeerByAddr(p.Dst); ok || in(s.Self, p.Dst) || in(s.Martians, p.Dst) {
 				continue
 			}
@@ -232,12 +229,12 @@ func TestRefusalsTellNothing(t *testing.T) {
 				{Proto: ProtoTCP, DstPort: 443}, {Proto: ProtoUDP, DstPort: 53}, {Proto: ProtoUDP, DstPort: 51820},
 				{Proto: ProtoICMP, ICMPType: 8}, {Proto: ProtoICMP, ICMPType: 3}, {Proto: 47},
 			} {
-				p.In, p.Dst = "utun7", dst
+				p.Dst = dst
 				for _, peer := range a.Peers() {
 					if p.Src = peer.Addresses[0]; dst.Is6() {
 						p.Src = peer.Addresses[1]
 					}
-					looksTheSame(t, peer.Permissions, p, a.Decide(p), b.Decide(p))
+					looksTheSame(t, peer.Permissions, p, a.FromPeer(p), b.FromPeer(p))
 				}
 			}
 		}
@@ -279,11 +276,11 @@ func TestAnswers(t *testing.T) {
 		r := compile(t, picture(tt.have), h)
 		for told, list := range map[bool]string{true: tt.told, false: tt.silent} {
 			for _, dst := range strings.Fields(list) {
-				p := Packet{In: "utun7", Src: addr("100.64.0.3"), Dst: addr(dst), Proto: ProtoTCP, DstPort: 443}
+				p := Packet{Src: addr("100.64.0.3"), Dst: addr(dst), Proto: ProtoTCP, DstPort: 443}
 				if p.Dst.Is6() {
 					p.Src = addr("fd6d:6573:6800::3")
 				}
-				if v := r.Decide(p); v.Pass || v.Answered() != told {
+				if v := r.FromPeer(p); v.Pass || v.Answered() != told {
 					t.Errorf("%v with %v: %+v", dst, tt.have, v)
 				}
 			}
@@ -313,7 +310,7 @@ func TestAtIsCompile(t *testing.T) {
 			got := left.At(now)
 			for range 10 {
 				p := w.drawPacket(t)
-				if a, b := got.Decide(p), want.Decide(p); a != b {
+				if a, b := got.decide(p), want.decide(p); a != b {
 					t.Fatalf("%+v: %+v, want %+v", p, a, b)
 				}
 			}
@@ -362,7 +359,7 @@ func TestLANWithoutRoutingChangesNothing(t *testing.T) {
 		with := mustCompile(t, w)
 		for range 20 {
 			p := w.drawPacket(t)
-			if a, b := without.Decide(p), with.Decide(p); a != b {
+			if a, b := without.decide(p), with.decide(p); a != b {
 				t.Fatalf("%+v: %+v without lan, %+v with", p, a, b)
 			}
 		}
@@ -396,7 +393,7 @@ func diffNames(t *rapid.T, w world, old, next *Ruleset, onlyNarrower bool) {
 	}
 	for range 20 {
 		p := w.drawPacket(t)
-		was, is := old.Decide(p), next.Decide(p)
+		was, is := old.decide(p), next.decide(p)
 		if onlyNarrower && is.Pass && !was.Pass {
 			t.Fatalf("%+v: narrowing opened it: %+v, was %+v", p, is, was)
 		}
@@ -441,28 +438,34 @@ func BenchmarkCompile(b *testing.B) {
 	}
 }
 
-func BenchmarkDecide(b *testing.B) {
+func BenchmarkFromPeer(b *testing.B) {
 	r := compile(b, func() Mesh { m, _ := large(10_000, 0); return m }(), func() Host { _, h := large(0, 1000); return h }())
 	for name, p := range map[string]Packet{
-		"v4": {In: "utun7", Src: addr("100.65.0.7"), Dst: addr("8.8.8.8"), Proto: ProtoTCP},
-		"v6": {In: "utun7", Src: addr("fd6d:6573:6800::1:7"), Dst: addr("2600::1"), Proto: ProtoTCP},
+		"v4": {Src: addr("100.65.0.7"), Dst: addr("8.8.8.8"), Proto: ProtoTCP},
+		"v6": {Src: addr("fd6d:6573:6800::1:7"), Dst: addr("2600::1"), Proto: ProtoTCP},
 	} {
-		if !r.Decide(p).Pass {
+		if !r.FromPeer(p).Pass {
 			b.Fatalf("%+v doesn't pass", p)
 		}
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				r.Decide(p)
+				r.FromPeer(p)
 			}
 		})
 	}
 }
 
-func TestDecideAllocatesNothing(t *testing.T) {
+func TestAllocatesNothing(t *testing.T) {
 	r := compile(t, picture(7), pictureHost())
-	p := Packet{In: "utun7", Src: addr("100.64.0.3"), Dst: addr("8.8.8.8"), Proto: ProtoTCP}
-	if n := testing.AllocsPerRun(100, func() { r.Decide(p); r.DecideReply(p, "en0") }); n != 0 {
+	p := Packet{Src: addr("100.64.0.3"), Dst: addr("8.8.8.8"), Proto: ProtoTCP}
+	if n := testing.AllocsPerRun(100, func() {
+		r.FromPeer(p)
+		r.FromHost(p)
+		r.FromElsewhere(p)
+		r.IntoTunnel(p)
+		r.Reply(ByPeer, p, "en0")
+	}); n != 0 {
 		t.Errorf("%v allocations", n)
 	}
 }

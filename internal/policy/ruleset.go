@@ -150,7 +150,7 @@ func (r *Ruleset) Recompile(mesh Mesh, host Host, now time.Time) (*Ruleset, erro
 // sameButGrants reports whether two meshes differ in nothing but their peers' grants.
 func sameButGrants(a, b Mesh) bool {
 	return slices.Equal(a.Prefixes, b.Prefixes) && slices.Equal(a.Addresses, b.Addresses) &&
-		slices.Equal(a.Former, b.Former) && a.ListenPort == b.ListenPort && a.DNS == b.DNS &&
+		slices.Equal(a.Former, b.Former) && a.ListenPort == b.ListenPort && a.DNS == b.DNS && a.ThroughPeer == b.ThroughPeer &&
 		slices.EqualFunc(a.Peers, b.Peers, func(p, q Peer) bool {
 			return p.ID == q.ID && p.Name == q.Name && slices.Equal(p.Addresses, q.Addresses)
 		})

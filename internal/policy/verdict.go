@@ -12,6 +12,7 @@ const (
 	RuleLAN
 	RuleInternet
 	RuleHostToPeer
+	RuleThroughPeer
 	RuleNotOurs
 	RuleTunnel
 	RuleTransit
@@ -33,6 +34,7 @@ const (
 	RuleNoForwarding
 	RuleNoUplink
 	RuleForeignSource
+	RuleNotThroughPeer
 	RuleToHost
 	RuleToPeer
 	RuleFormer
@@ -42,38 +44,40 @@ const (
 )
 
 var ruleTexts = [...]string{
-	RuleNone:          "no rule",
-	RuleIncoming:      "a peer with incoming may connect to the host",
-	RuleDNS:           "a peer with incoming or routing may ask the host's DNS",
-	RuleLAN:           "a peer with routing and lan may reach the host's other networks",
-	RuleInternet:      "a peer with routing may reach the internet by the uplink",
-	RuleHostToPeer:    "the host may connect to its peers",
-	RuleNotOurs:       "the packet has nothing to do with the mesh",
-	RuleTunnel:        "WireGuard's own packets pass, whatever outer address a peer has",
-	RuleTransit:       "the host forwarded before the helper came, so transit of others is left alone",
-	RuleMalformed:     "the header is malformed, truncated or source-routed",
-	RuleSpoofed:       "the source isn't an address of the sender",
-	RuleProtocol:      "only TCP, UDP and ICMP pass from and to a peer",
-	RuleMartian:       "the destination is never a valid one",
-	RuleRedirect:      "ICMP redirects never pass",
-	RuleUnquoted:      "the ICMP error quotes no flow that may pass",
-	RuleUnasked:       "the packet begins nothing and belongs to no flow",
-	RuleFull:          "the peer, or all peers together, have as many flows or unfinished datagrams as they may, or it opens flows too fast",
-	RuleMesh:          "the host does not forward between peers",
-	RuleWireGuard:     "WireGuard's own packets don't go through the tunnel",
-	RuleHairpin:       "WireGuard's own packets don't go through the tunnel to the host's router, which would turn them back",
-	RuleNoIncoming:    "connecting to the host needs incoming",
-	RuleNoLAN:         "the host's other networks need routing and lan",
-	RuleNoRouting:     "the internet needs routing",
-	RuleNoForwarding:  "the host does not forward this address family",
-	RuleNoUplink:      "the host has no default route for this address family",
-	RuleForeignSource: "the host reaches its peers from its mesh address only",
-	RuleToHost:        "the host's mesh addresses are reached by the mesh only",
-	RuleToPeer:        "no host outside the mesh opens a flow to a peer",
-	RuleFormer:        "the mesh address was a peer's until less than a day ago",
-	RuleUnassigned:    "no peer has this mesh address",
-	RuleClosedTransit: "the host did not forward before the helper came, so it doesn't forward for others",
-	RuleWrongWay:      "the answer arrives by another interface than the flow left by",
+	RuleNone:           "no rule",
+	RuleIncoming:       "a peer with incoming may connect to the host",
+	RuleDNS:            "a peer with incoming or routing may ask the host's DNS",
+	RuleLAN:            "a peer with routing and lan may reach the host's other networks",
+	RuleInternet:       "a peer with routing may reach the internet by the uplink",
+	RuleHostToPeer:     "the host may connect to its peers",
+	RuleThroughPeer:    "the host may send to other networks through the peer that it routes through",
+	RuleNotOurs:        "the packet has nothing to do with the mesh",
+	RuleTunnel:         "WireGuard's own packets pass, whatever outer address a peer has",
+	RuleTransit:        "the host forwarded before the helper came, so transit of others is left alone",
+	RuleMalformed:      "the header is malformed, truncated or source-routed",
+	RuleSpoofed:        "the source isn't an address of the sender",
+	RuleProtocol:       "only TCP, UDP and ICMP pass from and to a peer",
+	RuleMartian:        "the destination is never a valid one",
+	RuleRedirect:       "ICMP redirects never pass",
+	RuleUnquoted:       "the ICMP error quotes no flow that may pass",
+	RuleUnasked:        "the packet begins nothing and belongs to no flow",
+	RuleFull:           "the peer, or all peers together, have as many flows or unfinished datagrams as they may, or it opens flows too fast",
+	RuleMesh:           "the host does not forward between peers",
+	RuleWireGuard:      "WireGuard's own packets don't go through the tunnel",
+	RuleHairpin:        "WireGuard's own packets don't go through the tunnel to the host's router, which would turn them back",
+	RuleNoIncoming:     "connecting to the host needs incoming",
+	RuleNoLAN:          "the host's other networks need routing and lan",
+	RuleNoRouting:      "the internet needs routing",
+	RuleNoForwarding:   "the host does not forward this address family",
+	RuleNoUplink:       "the host has no default route for this address family",
+	RuleForeignSource:  "the host reaches its peers from its mesh address only",
+	RuleNotThroughPeer: "the host sends nothing there through a peer",
+	RuleToHost:         "the host's mesh addresses are reached by the mesh only",
+	RuleToPeer:         "no host outside the mesh opens a flow to a peer",
+	RuleFormer:         "the mesh address was a peer's until less than a day ago",
+	RuleUnassigned:     "no peer has this mesh address",
+	RuleClosedTransit:  "the host did not forward before the helper came, so it doesn't forward for others",
+	RuleWrongWay:       "the answer arrives by another interface than the flow left by",
 }
 
 // String returns the rule as a sentence without a full stop.
@@ -100,7 +104,7 @@ const (
 	// ExitOther: by any interface but the mesh's, with that interface's address
 	// as the source.
 	ExitOther
-	// ExitAny: not the mesh's business.
+	// ExitAny: by any interface but the mesh's. The packet isn't the mesh's business.
 	ExitAny
 )
 

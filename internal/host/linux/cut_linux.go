@@ -127,7 +127,7 @@ func (c *cutter) all(ctx context.Context, theirs map[netip.Addr]bool) error {
 
 // look judges one flow that a peer opened.
 func (c *cutter) look(e *flowEntry) error {
-	pass := c.rules.Decide(opener(c.rules, e)).Pass
+	pass := c.rules.FromPeer(opened(e)).Pass
 	if c.rules.Class(e.orig.dst) != policy.Self {
 		if pass && e.translated() && (!hasPorts(e.orig.proto) || !c.ports.has(e.reply.dport)) {
 			return nil
@@ -162,10 +162,10 @@ func (c *cutter) finish() error {
 // this: conntrack lets no end open a flow with an answer.
 func hasPorts(proto uint8) bool { return proto == unix.IPPROTO_TCP || proto == unix.IPPROTO_UDP }
 
-// opener is the packet that opened a flow.
-func opener(r *policy.Ruleset, e *flowEntry) policy.Packet {
+// opened is the packet that opened a flow.
+func opened(e *flowEntry) policy.Packet {
 	return policy.Packet{
-		In: r.Host().Interface, Src: e.orig.src, Dst: e.orig.dst,
+		Src: e.orig.src, Dst: e.orig.dst,
 		Proto: e.orig.proto, SrcPort: e.orig.sport, DstPort: e.orig.dport, ICMPType: e.orig.kind,
 	}
 }

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -208,8 +209,8 @@ func routerAddresses() []netip.Addr {
 
 // draw makes a random packet that opens a flow: what conntrack takes for one, so
 // that the policy and the kernel can agree.
-func draw(rnd *rand.Rand, n int, src, dst netip.Addr) (policy.Packet, []byte) {
-	p := policy.Packet{Src: src, Dst: dst, SrcPort: uint16(20000 + n%40000), DstPort: uint16(1024 + rnd.IntN(20000))}
+func draw(rnd *rand.Rand, n int, src, dst netip.Addr) (host.Packet, []byte) {
+	p := host.Packet{Packet: policy.Packet{Src: src, Dst: dst, SrcPort: uint16(20000 + n%40000), DstPort: uint16(1024 + rnd.IntN(20000))}}
 	from, to := netip.AddrPortFrom(src, p.SrcPort), netip.AddrPortFrom(dst, p.DstPort)
 	switch rnd.IntN(6) {
 	case 3:
@@ -244,7 +245,7 @@ func draw(rnd *rand.Rand, n int, src, dst netip.Addr) (policy.Packet, []byte) {
 
 // sent is a packet that was sent and what the policy says of it.
 type sent struct {
-	packet  policy.Packet
+	packet  host.Packet
 	word    []byte
 	verdict policy.Verdict
 }
@@ -344,13 +345,13 @@ func TestHairpinOfTheTunnel(t *testing.T) {
 		for _, to := range []uint16{meshPort, portOutside, portOutside + 1} {
 			for _, proto := range []uint8{policy.ProtoUDP, policy.ProtoTCP} {
 				n++
-				p := policy.Packet{In: meshName, Src: src, Dst: dst, Proto: proto, SrcPort: uint16(20000 + n), DstPort: to}
+				p := host.Packet{In: meshName, Packet: policy.Packet{Src: src, Dst: dst, Proto: proto, SrcPort: uint16(20000 + n), DstPort: to}}
 				from, at := netip.AddrPortFrom(src, p.SrcPort), netip.AddrPortFrom(dst, to)
 				raw := netlab.UDPPacket(from, at, word(n))
 				if proto == policy.ProtoTCP {
 					raw = netlab.TCPPacket(from, at, netlab.SYN, 1, 0, word(n))
 				}
-				s := sent{p, word(n), r.Decide(p)}
+				s := sent{p, word(n), p.Judge(r)}
 				switch {
 				case s.verdict.Pass:
 					want = append(want, s.word)
@@ -396,7 +397,7 @@ func (w *world) volley(rnd *rand.Rand, r *policy.Ruleset, n *int, count int) []s
 		}
 		p, raw := draw(rnd, *n, src, dst)
 		p.In = in
-		s := sent{p, word(*n), r.Decide(p)}
+		s := sent{p, word(*n), p.Judge(r)}
 		if in != meshName && s.verdict.Pass && !(plausible(src, in) && deliverable(r, s)) {
 			continue // what the kernel does with it isn't the mesh's business
 		}

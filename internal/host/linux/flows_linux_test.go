@@ -11,13 +11,14 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // runningFlow is a UDP flow that ann opened, or that the host opened to her.
 type runningFlow struct {
-	opened policy.Packet
+	opened host.Packet
 	// link is where it went; "" for the host itself.
 	link string
 	// far and near are the flow's ends as its far end sees them: translated.
@@ -44,10 +45,10 @@ func (w *world) openFlows(n *int) []runningFlow {
 			{netlab.VPN, a.Behind}, {"", a.BLAN}, {"", a.BUplink}, {"", netlab.Pair{V4: own4, V6: own6}},
 		} {
 			*n++
-			f := runningFlow{link: to.link, opened: policy.Packet{
-				In: meshName, Src: ann, Dst: to.at.List()[i], Proto: policy.ProtoUDP,
+			f := runningFlow{link: to.link, opened: host.Packet{In: meshName, Packet: policy.Packet{
+				Src: ann, Dst: to.at.List()[i], Proto: policy.ProtoUDP,
 				SrcPort: uint16(21000 + *n), DstPort: uint16(31000 + *n),
-			}}
+			}}}
 			f.far = netip.AddrPortFrom(f.opened.Dst, f.opened.DstPort)
 			f.near = netip.AddrPortFrom(ann, f.opened.SrcPort)
 			if f.link == "" {
@@ -77,7 +78,7 @@ func (w *world) reopen(r *policy.Ruleset, flows []runningFlow, n *int) {
 	w.t.Helper()
 	for i := range flows {
 		f := &flows[i]
-		if f.link == "" || f.opened.In == "" || !r.Decide(f.opened).Pass {
+		if f.link == "" || f.opened.In == "" || !f.opened.Judge(r).Pass {
 			continue
 		}
 		*n++
@@ -96,8 +97,10 @@ func (w *world) hostFlows(n *int) []runningFlow {
 	var out []runningFlow
 	for i, own := range []netip.Addr{own4, own6} {
 		*n++
-		f := runningFlow{opened: policy.Packet{Src: own, Dst: []netip.Addr{ann4, ann6}[i], Proto: policy.ProtoUDP,
-			SrcPort: uint16(21000 + *n), DstPort: uint16(31000 + *n)}}
+		f := runningFlow{opened: host.Packet{Packet: policy.Packet{
+			Src: own, Dst: []netip.Addr{ann4, ann6}[i], Proto: policy.ProtoUDP,
+			SrcPort: uint16(21000 + *n), DstPort: uint16(31000 + *n),
+		}}}
 		f.near, f.far = netip.AddrPortFrom(f.opened.Dst, f.opened.DstPort), netip.AddrPortFrom(own, f.opened.SrcPort)
 		f.conn = w.socket(f.far)
 		w.hostSends(f, word(*n))
@@ -151,26 +154,26 @@ func (w *world) probes(r *policy.Ruleset, f runningFlow, n *int) []probe {
 	}
 	if f.opened.In == "" {
 		// The host's own flow: ann answers, the host goes on.
-		w.inject(netlab.UDPPacket(f.near, f.far, next("ann's answer", r.DecideReply(f.opened, meshName), "host")))
-		w.hostSends(f, next("the host", r.Decide(f.opened), "mesh"))
+		w.inject(netlab.UDPPacket(f.near, f.far, next("ann's answer", r.Reply(policy.ByHost, f.opened.Packet, meshName), "host")))
+		w.hostSends(f, next("the host", f.opened.Judge(r), "mesh"))
 		return out
 	}
 	src := netip.AddrPortFrom(f.opened.Src, f.opened.SrcPort)
-	w.inject(netlab.UDPPacket(src, f.far, next("ann", r.Decide(f.opened), at)))
+	w.inject(netlab.UDPPacket(src, f.far, next("ann", f.opened.Judge(r), at)))
 	if f.conn != nil {
-		w.hostSends(f, next("the host's answer", r.DecideReply(f.opened, ""), "mesh"))
+		w.hostSends(f, next("the host's answer", r.Reply(policy.ByPeer, f.opened.Packet, ""), "mesh"))
 		return out
 	}
 	for _, in := range []string{netlab.Uplink, netlab.LAN, netlab.Public, netlab.VPN} {
-		raw := netlab.UDPPacket(f.far, f.near, next("an answer by "+in, r.DecideReply(f.opened, in), "mesh"))
+		raw := netlab.UDPPacket(f.far, f.near, next("an answer by "+in, r.Reply(policy.ByPeer, f.opened.Packet, in), "mesh"))
 		out[len(out)-1].mayDrop, out[len(out)-1].strayed = in != f.link, true
 		w.send(in, raw)
-		quoted := netlab.UDPPacket(f.near, f.far, next("an ICMP error by "+in, r.DecideError(f.opened), "mesh error"))
+		quoted := netlab.UDPPacket(f.near, f.far, next("an ICMP error by "+in, r.MayOpen(policy.ByPeer, f.opened.Packet), "mesh error"))
 		out[len(out)-1].strayed = true
 		w.send(in, icmpError(router(f.far.Addr()), f.near.Addr(), quoted))
 	}
 	// What ann received, she may complain about; bob may not.
-	heard := netlab.UDPPacket(f.far, src, next("ann's ICMP error", r.DecideError(f.opened), at+" error"))
+	heard := netlab.UDPPacket(f.far, src, next("ann's ICMP error", r.MayOpen(policy.ByPeer, f.opened.Packet), at+" error"))
 	w.inject(icmpError(src.Addr(), f.far.Addr(), heard))
 	heard = netlab.UDPPacket(f.far, src, next("bob's ICMP error about ann's flow", policy.Verdict{}, ""))
 	w.inject(icmpError(map[bool]netip.Addr{true: bob4, false: bob6}[src.Addr().Is4()], f.far.Addr(), heard))

@@ -170,7 +170,7 @@ func (p *Platform) otherWays(ctx context.Context, r *policy.Ruleset, marks map[b
 }
 
 // ByOthers implements the daemon's contract.
-func (p *Platform) ByOthers(ctx context.Context, packet policy.Packet, out string, reply bool) (host.ByOthers, error) {
+func (p *Platform) ByOthers(ctx context.Context, packet host.Packet, out string, reply bool) (host.ByOthers, error) {
 	var f finding
 	s := sampleOf(packet, out, reply)
 	mesh, _ := p.others.mesh.Load().(string)
@@ -195,7 +195,7 @@ func (p *Platform) ByOthers(ctx context.Context, packet policy.Packet, out strin
 	return by, nil
 }
 
-func sampleOf(packet policy.Packet, out string, reply bool) sample {
+func sampleOf(packet host.Packet, out string, reply bool) sample {
 	return sample{
 		iif: packet.In, oif: out, src: packet.Src, dst: packet.Dst, proto: packet.Proto,
 		sport: packet.SrcPort, dport: packet.DstPort, reply: reply,
@@ -203,7 +203,7 @@ func sampleOf(packet policy.Packet, out string, reply bool) sample {
 }
 
 // markOf returns the mark that other software's rules give a packet before it is routed.
-func (p *Platform) markOf(ctx context.Context, packet policy.Packet) (mark uint32, err error) {
+func (p *Platform) markOf(ctx context.Context, packet host.Packet) (mark uint32, err error) {
 	if !packet.Src.IsValid() {
 		return 0, nil
 	}

@@ -174,7 +174,7 @@ func TestOwners(t *testing.T) {
 					want = append(want, b)
 				}
 				w.hostSendsTo(dst, port, b)
-				if v := r.Decide(policy.Packet{Src: own4, Dst: dst, Proto: policy.ProtoUDP, SrcPort: uint16(port)}); dst.Is4() && routed && v.Pass != (where != "") {
+				if v := r.FromHost(policy.Packet{Src: own4, Dst: dst, Proto: policy.ProtoUDP, SrcPort: uint16(port)}); dst.Is4() && routed && v.Pass != (where != "") {
 					t.Errorf("the policy says of %v: %+v", dst, v)
 				}
 			}

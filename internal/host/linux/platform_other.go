@@ -47,6 +47,6 @@ func (*Platform) Close(context.Context) ([]host.Problem, error) { return nil, er
 func (*Platform) Watch(context.Context, func()) error { return errNotLinux }
 
 // Way returns an error.
-func (*Platform) Way(context.Context, policy.Packet) (host.Way, error) {
+func (*Platform) Way(context.Context, host.Packet) (host.Way, error) {
 	return host.Way{}, errNotLinux
 }

@@ -430,9 +430,9 @@ func (b *neighbourhood) tryRuleset(r rulesets.Ruleset) {
 			} else {
 				at = b.sent(w)
 			}
-			by, err := b.p.ByOthers(b.t.Context(), policy.Packet{
-				In: w.in, Src: w.from, Dst: w.to, Proto: w.proto, SrcPort: at.sport, DstPort: at.dport,
-			}, w.out, w.reply)
+			by, err := b.p.ByOthers(b.t.Context(), host.Packet{In: w.in, Packet: policy.Packet{
+				Src: w.from, Dst: w.to, Proto: w.proto, SrcPort: at.sport, DstPort: at.dport,
+			}}, w.out, w.reply)
 			if err != nil {
 				b.t.Fatal(err)
 			}

@@ -180,7 +180,7 @@ func TestPortsFollowTheHost(t *testing.T) {
 		t.Fatal(err)
 	}
 	r = w.enforce(mesh(grants{ann: policy.Routing}))
-	if r.Decide(policy.Packet{In: meshName, Src: ann4, Dst: far.Addr(), Proto: policy.ProtoUDP, SrcPort: 1, DstPort: 2}).Pass {
+	if r.FromPeer(policy.Packet{Src: ann4, Dst: far.Addr(), Proto: policy.ProtoUDP, SrcPort: 1, DstPort: 2}).Pass {
 		t.Error("without a port that isn't the host's, routing is allowed")
 	}
 	if problems := w.inspect(r).Problems; len(problems) != 1 || !strings.Contains(problems[0].Message, "no 512 ports in a row") || problems[0].Hint == "" {

@@ -27,7 +27,7 @@ const (
 )
 
 // Way implements the daemon's contract.
-func (p *Platform) Way(ctx context.Context, packet policy.Packet) (host.Way, error) {
+func (p *Platform) Way(ctx context.Context, packet host.Packet) (host.Way, error) {
 	if !packet.Dst.IsValid() || packet.Src.IsValid() && packet.Src.Is4() != packet.Dst.Is4() {
 		return host.Way{}, fmt.Errorf("find the way from %v to %v: these aren't addresses of one family", packet.Src, packet.Dst)
 	}
@@ -46,10 +46,10 @@ func (p *Platform) Way(ctx context.Context, packet policy.Packet) (host.Way, err
 	return w, nil
 }
 
-func (p *Platform) way(packet policy.Packet) (host.Way, error) { return p.marked(packet, 0) }
+func (p *Platform) way(packet host.Packet) (host.Way, error) { return p.marked(packet, 0) }
 
 // marked returns the way of a packet with a mark.
-func (p *Platform) marked(packet policy.Packet, mark uint32) (host.Way, error) {
+func (p *Platform) marked(packet host.Packet, mark uint32) (host.Way, error) {
 	q := question{mark: mark, src: packet.Src, dst: packet.Dst, proto: packet.Proto, sport: packet.SrcPort, dport: packet.DstPort}
 	if packet.In != "" {
 		if q.iif = p.indexOf(packet.In); q.iif == 0 {
@@ -278,7 +278,7 @@ func (p *Platform) waysBack(r *policy.Ruleset) (out []host.Problem) {
 
 // toPeers are packets of own's family to peers, of each kind one at most: an answer from the
 // internet to one that routes, and the host's own.
-func toPeers(r *policy.Ruleset, own netip.Addr) (out []policy.Packet) {
+func toPeers(r *policy.Ruleset, own netip.Addr) (out []host.Packet) {
 	h, peers := r.Host(), r.Peers()
 	first := func(may policy.Permissions) (netip.Addr, bool) {
 		for _, p := range peers {
@@ -295,10 +295,10 @@ func toPeers(r *policy.Ruleset, own netip.Addr) (out []policy.Packet) {
 	}
 	far := elsewhere[own.Is4()][0]
 	if a, ok := first(policy.Routing); ok && h.Uplink(own) != "" && h.Forwarding.Of(own) {
-		out = append(out, policy.Packet{In: h.Uplink(own), Src: far, Dst: a})
+		out = append(out, host.Packet{In: h.Uplink(own), Packet: policy.Packet{Src: far, Dst: a}})
 	}
 	if a, ok := first(0); ok {
-		out = append(out, policy.Packet{Src: own, Dst: a})
+		out = append(out, host.Packet{Packet: policy.Packet{Src: own, Dst: a}})
 	}
 	return out
 }
@@ -318,7 +318,7 @@ func (p *Platform) waysOut(r *policy.Ruleset, marks map[bool]uint32) (out []host
 				if from.Is4() != own.Is4() || r.Class(to) != policy.Internet {
 					continue
 				}
-				w, err := p.marked(policy.Packet{In: p.name, Src: from, Dst: to}, marks[own.Is4()])
+				w, err := p.marked(host.Packet{In: p.name, Packet: policy.Packet{Src: from, Dst: to}}, marks[own.Is4()])
 				if err != nil || slices.Contains(uplinks, w.Interface) {
 					continue
 				}

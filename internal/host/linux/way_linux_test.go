@@ -11,7 +11,7 @@ import (
 )
 
 // wayOf asks for the way of a packet.
-func (g *rig) wayOf(p policy.Packet) host.Way {
+func (g *rig) wayOf(p host.Packet) host.Way {
 	g.t.Helper()
 	var w host.Way
 	g.do(func() (err error) {
@@ -33,7 +33,7 @@ func TestWay(t *testing.T) {
 	from := m.Peers[0].Addresses[0]
 	byUplink := host.Way{Interface: netlab.Uplink, Router: a.W.V4, Source: a.BUplink.V4}
 	g.enforce(mesh(grants{}))
-	if got := g.wayOf(policy.Packet{In: meshName, Src: from, Dst: elsewhere}); got != byUplink {
+	if got := g.wayOf(host.Packet{In: meshName, Packet: policy.Packet{Src: from, Dst: elsewhere}}); got != byUplink {
 		t.Errorf("before forwarding is on: %+v", got)
 	}
 	g.enforce(m)
@@ -69,7 +69,7 @@ func TestWay(t *testing.T) {
 		{about: "another peer", to: m.Peers[1].Addresses[0].String(), want: host.Way{Interface: meshName, Source: own4}},
 	} {
 		to := netip.MustParseAddr(tt.to)
-		p := policy.Packet{In: meshName, Src: from, Dst: to, Proto: tt.proto, SrcPort: 50000, DstPort: tt.dport}
+		p := host.Packet{In: meshName, Packet: policy.Packet{Src: from, Dst: to, Proto: tt.proto, SrcPort: 50000, DstPort: tt.dport}}
 		if to.Is6() {
 			p.Src = m.Peers[0].Addresses[1]
 		}
@@ -81,7 +81,7 @@ func TestWay(t *testing.T) {
 		}
 	}
 	g.ip(g.pic.B, "route del default")
-	if got := g.wayOf(policy.Packet{In: meshName, Src: from, Dst: elsewhere}); got.Refused != host.WayNone && got.Refused != host.WayUnreachable {
+	if got := g.wayOf(host.Packet{In: meshName, Packet: policy.Packet{Src: from, Dst: elsewhere}}); got.Refused != host.WayNone && got.Refused != host.WayUnreachable {
 		t.Errorf("without a default route: %+v", got)
 	}
 }

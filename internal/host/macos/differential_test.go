@@ -11,6 +11,7 @@ import (
 
 	"pgregory.net/rapid"
 
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
@@ -148,7 +149,7 @@ func (c *comparison) joinGroups() {
 
 // testFlow is one that the policy and the machine let open.
 type testFlow struct {
-	opened  policy.Packet
+	opened  host.Packet
 	sent    pfsim.Packet // as its sender made it
 	left    pfsim.Packet // as it left the host, or reached it
 	out     string       // "": for the host
@@ -201,7 +202,7 @@ func (c *comparison) judge(got, want bool, what func() string) {
 // open sends a packet that belongs to no flow.
 func (c *comparison) open() (testFlow, bool) {
 	p := c.randomPacket()
-	v := c.r.Decide(p)
+	v := p.Judge(c.r)
 	// The host's own packets turned round are the one exception to the table.
 	turned := p.In == meshInterface && betweenOwn(p)
 	f := testFlow{opened: p, sent: c.toPF(p), verdict: v}
@@ -227,7 +228,7 @@ func (c *comparison) open() (testFlow, bool) {
 		// it goes.
 		redirected := p
 		redirected.Dst = to
-		want = c.r.Decide(redirected).Pass
+		want = redirected.Judge(c.r).Pass
 	}
 	c.judge(pass, want, func() string {
 		return fmt.Sprintf("%+v out %q: %+v %s\n%s", p, f.out, v, v.Rule, explain(j))
@@ -253,13 +254,13 @@ func isFlow(f testFlow) bool {
 
 // isForHost reports whether the kernel keeps a packet: all that isn't unicast to
 // another host.
-func (c *comparison) isForHost(p policy.Packet) bool {
+func (c *comparison) isForHost(p host.Packet) bool {
 	return !c.r.IsForwarded(p.Dst)
 }
 
 // mayLeave reports whether the policy lets a packet leave by an interface. What
 // is to be translated needs an address there.
-func (c *comparison) mayLeave(p policy.Packet, v policy.Verdict, out string) bool {
+func (c *comparison) mayLeave(p host.Packet, v policy.Verdict, out string) bool {
 	switch v.Exit {
 	case policy.ExitMesh:
 		return out == meshInterface
@@ -278,13 +279,13 @@ func (c *comparison) mayLeave(p policy.Packet, v policy.Verdict, out string) boo
 func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 
 // betweenOwn reports whether a packet is from the host's mesh address to itself.
-func betweenOwn(p policy.Packet) bool {
+func betweenOwn(p host.Packet) bool {
 	return slices.Contains(hostAddresses, p.Src) && slices.Contains(hostAddresses, p.Dst)
 }
 
 // canTranslate reports whether an interface has an address to give, and whether
 // the facts told that this family leaves there.
-func (c *comparison) canTranslate(p policy.Packet, v policy.Verdict, out string) bool {
+func (c *comparison) canTranslate(p host.Packet, v policy.Verdict, out string) bool {
 	if c.subset {
 		return true // perhaps by another program's rule
 	}
@@ -340,7 +341,7 @@ func (c *comparison) use(f testFlow) {
 	switch {
 	case f.verdict.Exit == policy.ExitHost:
 		for _, out := range c.allOut() {
-			v := c.r.DecideReply(f.opened, "")
+			v := c.r.Reply(policy.ByPeer, f.opened.Packet, "")
 			got := c.m.Send(answer, out)
 			c.judge(got.Verdict == pfsim.VerdictPass, v.Pass && out == meshInterface, func() string {
 				return fmt.Sprintf("answer by %s to %+v: %+v\n%s", out, f.opened, v, explain(got))
@@ -361,7 +362,7 @@ func (c *comparison) use(f testFlow) {
 
 // judgeAnswerToHost judges an answer to a flow that the host opened to a peer.
 func (c *comparison) judgeAnswerToHost(f testFlow, answer pfsim.Packet, in string) {
-	v := c.r.DecideReply(f.opened, in)
+	v := c.r.Reply(policy.ByHost, f.opened.Packet, in)
 	got := c.m.Receive(answer, in)
 	c.judge(got.Verdict == pfsim.VerdictPass, v.Pass, func() string {
 		return fmt.Sprintf("answer by %s to %+v: %+v\n%s", in, f.opened, v, explain(got))
@@ -373,7 +374,7 @@ func (c *comparison) judgeAnswerToHost(f testFlow, answer pfsim.Packet, in strin
 // host. Of class lan, the policy lets any other interface answer; states are
 // bound to the one that the flow left by.
 func (c *comparison) judgeAnswerToPeer(f testFlow, answer pfsim.Packet, in string) {
-	v := c.r.DecideReply(f.opened, in)
+	v := c.r.Reply(policy.ByPeer, f.opened.Packet, in)
 	got := c.m.Forward(answer, in, meshInterface)
 	reached := got.Verdict == pfsim.VerdictPass
 	if reached && got.Packet().Dst != f.sent.Src {
@@ -387,7 +388,11 @@ func (c *comparison) judgeAnswerToPeer(f testFlow, answer pfsim.Packet, in strin
 // errors sends ICMP errors about a flow's packet, along the flow's way, and about
 // nothing.
 func (c *comparison) errors(f testFlow, peer netip.Addr) {
-	allowed := c.r.DecideError(f.opened).Pass
+	opener := policy.ByPeer
+	if f.opened.In == "" {
+		opener = policy.ByHost
+	}
+	allowed := c.r.MayOpen(opener, f.opened.Packet).Pass
 	// pf files the states of ICMPv6 echoes under ICMP and looks for quoted ones
 	// under ICMPv6 (pf_test_state_icmp in xnu bsd/net/pf.c), so no error about one
 	// is known to it: here it passes less than the policy.
@@ -428,7 +433,7 @@ func (c *comparison) errors(f testFlow, peer netip.Addr) {
 // cut: first whether anything of a flow that is no longer allowed passes, in the
 // order answer, packet; then whether what is allowed still does.
 func (c *comparison) after(f testFlow, narrowed []policy.Narrowed) {
-	v := c.r.Decide(f.opened)
+	v := f.opened.Judge(c.r)
 	byHost := f.opened.In == ""
 	want := v.Pass && (f.out == "" && v.Exit == policy.ExitHost || f.out != "" && c.mayLeave(f.opened, v, f.out))
 	untouched := !slices.ContainsFunc(narrowed, func(n policy.Narrowed) bool {

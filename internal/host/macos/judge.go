@@ -15,7 +15,7 @@ import (
 // ByOthers implements the daemon's contract. It reads what the packet filter holds now,
 // ours included, and sends the packet through a machine with all of it and through one
 // with ours alone; it needs nothing of what the loop uses, which doesn't wait for it.
-func (p *Platform) ByOthers(ctx context.Context, packet policy.Packet, out string, reply bool) (host.ByOthers, error) {
+func (p *Platform) ByOthers(ctx context.Context, packet host.Packet, out string, reply bool) (host.ByOthers, error) {
 	if reply {
 		return host.ByOthers{}, nil // pf lets what answers a packet pass by its state
 	}
@@ -55,7 +55,7 @@ func (p *Platform) ByOthers(ctx context.Context, packet policy.Packet, out strin
 	if err != nil {
 		return host.ByOthers{}, err
 	}
-	one := probe{packet: asShown(packet), in: packet.In, out: out}
+	one := probe{packet: asShown(packet.Packet), in: packet.In, out: out}
 	return byOthers(one.send(m), one.send(alone), p.path, u), ctx.Err()
 }
 

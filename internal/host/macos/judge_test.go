@@ -15,15 +15,15 @@ import (
 // judged is a packet that the policy and our own anchor let pass, and how the Mac sends
 // it.
 type judged struct {
-	policy.Packet
+	host.Packet
 	out string
 }
 
 // packetsToJudge are packets of a peer that may do everything, of the Mac itself, and
 // WireGuard's own.
 func packetsToJudge(mesh string) map[string]judged {
-	packet := func(in, src, dst string, proto uint8, from, to uint16) policy.Packet {
-		return policy.Packet{In: in, Src: addrOf(src), Dst: addrOf(dst), Proto: proto, SrcPort: from, DstPort: to}
+	packet := func(in, src, dst string, proto uint8, from, to uint16) host.Packet {
+		return host.Packet{In: in, Packet: policy.Packet{Src: addrOf(src), Dst: addrOf(dst), Proto: proto, SrcPort: from, DstPort: to}}
 	}
 	echo := packet(mesh, first, "9.9.9.9", policy.ProtoICMP, 7, 7)
 	echo.ICMPType = 8
@@ -44,9 +44,9 @@ func packetsToJudge(mesh string) map[string]judged {
 // fate is what becomes of the packet on the Mac.
 func (g *rig) fate(j judged) simmac.Outcome {
 	if j.In == "" {
-		return g.mac.Send(asShown(j.Packet))
+		return g.mac.Send(asShown(j.Packet.Packet))
 	}
-	return g.mac.Receive(asShown(j.Packet), j.In)
+	return g.mac.Receive(asShown(j.Packet.Packet), j.In)
 }
 
 // TestByOthers compares what is said of other software's rules with what becomes of each
@@ -151,7 +151,7 @@ func TestByOthersUnclear(t *testing.T) {
 		t.Fatal(err)
 	}
 	j := packetsToJudge("utun0")["to the Mac"]
-	one := probe{packet: asShown(j.Packet), in: j.In}
+	one := probe{packet: asShown(j.Packet.Packet), in: j.In}
 	by := byOthers(one.send(m), one.send(alone), "com.apple/ours", u)
 	if !by.Unclear || by.Does != host.OthersDrop || !strings.Contains(by.Where, "by-magic") {
 		t.Errorf("%+v", by)

@@ -3,6 +3,7 @@ package macos
 import (
 	"net/netip"
 
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
@@ -11,10 +12,10 @@ import (
 const protoGRE = 47
 
 // randomPacket returns a packet that opens a flow of its own.
-func (c *comparison) randomPacket() policy.Packet {
+func (c *comparison) randomPacket() host.Packet {
 	for {
 		v4 := c.rng.IntN(2) == 0
-		p := policy.Packet{In: c.randomIn(), Dst: c.w.randomDst(c.rng, v4)}
+		p := host.Packet{In: c.randomIn(), Packet: policy.Packet{Dst: c.w.randomDst(c.rng, v4)}}
 		p.Src = c.randomSrc(p.In, v4)
 		c.fillProto(&p)
 		if p.In == meshInterface {
@@ -66,7 +67,7 @@ func (c *comparison) randomSrc(in string, v4 bool) netip.Addr {
 }
 
 // fillProto gives a packet a protocol, and ports that no other packet has.
-func (c *comparison) fillProto(p *policy.Packet) {
+func (c *comparison) fillProto(p *host.Packet) {
 	c.port++
 	if c.port < 1024 {
 		c.port = 1024
@@ -107,7 +108,7 @@ func (c *comparison) randomICMP(v4 bool) (proto, kind uint8) {
 
 // randomOut returns an interface by which a packet leaves: the one that the facts
 // name, half of the time, or any, for a route may change before they do.
-func (c *comparison) randomOut(p policy.Packet) string {
+func (c *comparison) randomOut(p host.Packet) string {
 	if c.rng.IntN(2) == 0 {
 		return c.route(p.Dst)
 	}
@@ -159,7 +160,7 @@ func (c *comparison) allOut() []string {
 func (c *comparison) allIn() []string { return append(c.w.interfaceNames(), meshInterface) }
 
 // toPF returns a packet in the packet filter's form.
-func (c *comparison) toPF(p policy.Packet) pfsim.Packet {
+func (c *comparison) toPF(p host.Packet) pfsim.Packet {
 	q := pfsim.Packet{Src: p.Src, Dst: p.Dst, Proto: pfconf.Proto(p.Proto), Options: p.Malformed}
 	switch p.Proto {
 	case policy.ProtoTCP:

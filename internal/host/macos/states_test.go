@@ -100,7 +100,7 @@ func (h *happenings) judge(r *policy.Ruleset) {
 			continue // forged: the filter stops it, which the policy doesn't ask for
 		}
 		h.packets++
-		v := r.Decide(p)
+		v := p.Judge(r)
 		o := h.mac.Receive(c.toPF(p), p.In)
 		passed := o.Fate != simmac.Dropped
 		right := passed == v.Pass

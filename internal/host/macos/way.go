@@ -13,7 +13,7 @@ import (
 // Way implements the daemon's contract. macOS has one routing table, which doesn't go by
 // the interface that a packet comes in by, nor by its source or ports; what a rule of pf
 // sends elsewhere (route-to) isn't known to it.
-func (p *Platform) Way(_ context.Context, packet policy.Packet) (host.Way, error) {
+func (p *Platform) Way(_ context.Context, packet host.Packet) (host.Way, error) {
 	if !packet.Dst.IsValid() {
 		return host.Way{}, fmt.Errorf("find the way: there is no destination")
 	}
@@ -24,7 +24,7 @@ func (p *Platform) Way(_ context.Context, packet policy.Packet) (host.Way, error
 	return wayOf(n, packet), nil
 }
 
-func wayOf(n *darwin.Network, packet policy.Packet) host.Way {
+func wayOf(n *darwin.Network, packet host.Packet) host.Way {
 	for _, i := range n.Interfaces {
 		for _, a := range i.Addresses {
 			if a.Prefix.Addr().WithZone("") == packet.Dst.WithZone("") {

@@ -41,7 +41,7 @@ func TestWay(t *testing.T) {
 		{"198.51.100.1", host.Way{Refused: host.WayNone}},
 		{"2001:db8::1", host.Way{Refused: host.WayNone}},
 	} {
-		if got := wayOf(n, policy.Packet{Dst: at(tt.to)}); got != tt.want {
+		if got := wayOf(n, host.Packet{Packet: policy.Packet{Dst: at(tt.to)}}); got != tt.want {
 			t.Errorf("to %s: %+v, want %+v", tt.to, got, tt.want)
 		}
 	}

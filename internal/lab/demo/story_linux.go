@@ -232,7 +232,7 @@ func ask(rules *policy.Ruleset, from, to []place) (probes []netlab.Probe, cells 
 				}
 				for _, proto := range []netlab.Proto{netlab.ICMP, netlab.TCP, netlab.UDP} {
 					p := netlab.Probe{From: f.host, To: addr, Proto: proto, Wait: netlab.RefuseWait}
-					if rules.Decide(trial.Opening(f.in, src, addr, proto)).Pass {
+					if trial.Opening(f.in, src, addr, proto).Judge(rules).Pass {
 						p.Wait = netlab.PassWait
 					}
 					probes = append(probes, p)

@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -14,7 +15,7 @@ import (
 // killed.
 func (g *rig) life(l *leakage, when string) {
 	g.t.Helper()
-	var more []policy.Packet
+	var more []host.Packet
 	g.watchSteps(func() {
 		l.probe(g, when, more...)
 		if g.device() != nil {
@@ -31,7 +32,7 @@ func (g *rig) life(l *leakage, when string) {
 		}
 		g.probing.Lock()
 		if more = nil; change.peer == "C" && change.may == 0 || len(more) > 0 {
-			more = []policy.Packet{g.opening(g.device().name, g.peers["C"][0], server[0], protos[0]), g.opening(g.device().name, g.peers["C"][1], server[1], protos[1])}
+			more = []host.Packet{g.opening(g.device().name, g.peers["C"][0], server[0], protos[0]), g.opening(g.device().name, g.peers["C"][1], server[1], protos[1])}
 		}
 		g.probing.Unlock()
 	}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -84,7 +85,7 @@ type leakage struct{ sent, leaks int }
 
 // never are packets that no state of the permissions here lets pass: to and from
 // other peers, and from elsewhere to them.
-func (g *rig) never() (out []policy.Packet) {
+func (g *rig) never() (out []host.Packet) {
 	for family := range 2 {
 		for _, proto := range protos {
 			o := func(in string, src, dst netip.Addr) { out = append(out, g.opening(in, src, dst, proto)) }
@@ -104,7 +105,7 @@ func (g *rig) never() (out []policy.Packet) {
 }
 
 // mustNotPass sends what must never pass, and more.
-func (l *leakage) mustNotPass(g *rig, when string, more ...policy.Packet) {
+func (l *leakage) mustNotPass(g *rig, when string, more ...host.Packet) {
 	g.t.Helper()
 	g.probing.Lock()
 	defer g.probing.Unlock()
@@ -112,7 +113,7 @@ func (l *leakage) mustNotPass(g *rig, when string, more ...policy.Packet) {
 }
 
 // probe does so while the helper waits.
-func (l *leakage) probe(g *rig, when string, more ...policy.Packet) {
+func (l *leakage) probe(g *rig, when string, more ...host.Packet) {
 	g.t.Helper()
 	if g.device() == nil {
 		return

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"testing"
 
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -13,7 +14,7 @@ import (
 type flow struct {
 	name   string
 	w      way
-	opened policy.Packet
+	opened host.Packet
 	first  arrival
 }
 

@@ -10,6 +10,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -168,7 +169,7 @@ func TestFlood(t *testing.T) {
 		}
 		for family := range 2 {
 			g.run(w, "D", server[family], netlab.TCP, family)
-			own := policy.Packet{Src: netip.MustParseAddr([]string{"203.0.113.1", "2001:db8:1::1"}[family]), Dst: server[family], Proto: policy.ProtoTCP, SrcPort: 7000 + uint16(w), DstPort: 443}
+			own := host.Packet{Packet: policy.Packet{Src: netip.MustParseAddr([]string{"203.0.113.1", "2001:db8:1::1"}[family]), Dst: server[family], Proto: policy.ProtoTCP, SrcPort: 7000 + uint16(w), DstPort: 443}}
 			if a := g.open(w, own); a.at != uplink {
 				t.Errorf("%v: the Mac's own connection got to %q (%s)", w, a.at, a.o.Why)
 			}

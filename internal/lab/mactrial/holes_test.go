@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -294,7 +295,7 @@ func TestUntranslatedStatesEnd(t *testing.T) {
 			for family := range 2 {
 				others = append(others, g.run(guarded, "D", server[family], netlab.TCP, family), g.run(guarded, "D", g.own[family], netlab.TCP, family))
 			}
-			var opened []policy.Packet
+			var opened []host.Packet
 			g.mac.Hang("/sbin/pfctl", true) // so that the helper doesn't see it at once
 			g.must(g.mac.LoadMain("pass out all keep state\npass in all keep state\n"))
 			for family := range 2 {

@@ -91,7 +91,7 @@ func (s *service) closed(l *leakage, when string) {
 	for family := range 2 {
 		for _, proto := range protos {
 			c := s.peers["C"][family]
-			for _, p := range []policy.Packet{
+			for _, p := range []host.Packet{
 				s.opening(lan, printer[family], server[family], proto), // transit
 				s.opening(uplink, server[family], c, proto),
 				s.opening(s.device().name, c, server[family], proto),

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -24,9 +25,9 @@ func (w way) String() string { return [...]string{"guard and pf", "pf alone"}[w]
 var protos = []netlab.Proto{netlab.TCP, netlab.UDP, netlab.ICMP}
 
 // opening is the first packet of a flow of its own.
-func (g *rig) opening(in string, src, dst netip.Addr, proto netlab.Proto) policy.Packet {
+func (g *rig) opening(in string, src, dst netip.Addr, proto netlab.Proto) host.Packet {
 	g.port++
-	p := policy.Packet{In: in, Src: src, Dst: dst, SrcPort: 10000 + g.port%40000, DstPort: 443}
+	p := host.Packet{In: in, Packet: policy.Packet{Src: src, Dst: dst, SrcPort: 10000 + g.port%40000, DstPort: 443}}
 	switch {
 	case proto == netlab.TCP:
 		p.Proto = policy.ProtoTCP
@@ -41,7 +42,7 @@ func (g *rig) opening(in string, src, dst netip.Addr, proto netlab.Proto) policy
 }
 
 // bytesOf builds a packet: of TCP with these flags, of ICMP an echo.
-func bytesOf(p policy.Packet, flags uint8, reply bool) []byte {
+func bytesOf(p host.Packet, flags uint8, reply bool) []byte {
 	src, dst := netip.AddrPortFrom(p.Src, p.SrcPort), netip.AddrPortFrom(p.Dst, p.DstPort)
 	switch p.Proto {
 	case policy.ProtoTCP:
@@ -60,7 +61,7 @@ type arrival struct {
 }
 
 // send lets a packet come to where p says it does, or the Mac send it.
-func (g *rig) send(w way, p policy.Packet, flags uint8, reply bool) arrival {
+func (g *rig) send(w way, p host.Packet, flags uint8, reply bool) arrival {
 	b := bytesOf(p, flags, reply)
 	var o simmac.Outcome
 	switch {
@@ -89,10 +90,10 @@ func (g *rig) send(w way, p policy.Packet, flags uint8, reply bool) arrival {
 }
 
 // open sends a flow's first packet.
-func (g *rig) open(w way, p policy.Packet) arrival { return g.send(w, p, netlab.SYN, false) }
+func (g *rig) open(w way, p host.Packet) arrival { return g.send(w, p, netlab.SYN, false) }
 
 // differs says how an arrival isn't what the policy wants, "" if it is.
-func (g *rig) differs(p policy.Packet, v policy.Verdict, r *policy.Ruleset, a arrival) string {
+func (g *rig) differs(p host.Packet, v policy.Verdict, r *policy.Ruleset, a arrival) string {
 	host := r.Host()
 	bad := func() string {
 		return fmt.Sprintf("%+v: got to %q as %v (%s by pf's %s, %s), policy %+v: %s",
@@ -133,9 +134,9 @@ func ruleOf(h pfsim.Hook) string {
 }
 
 // answerTo is the other end's packet of a flow, coming from where the flow went.
-func (g *rig) answerTo(a arrival) policy.Packet {
+func (g *rig) answerTo(a arrival) host.Packet {
 	o := a.o.Packet
-	p := policy.Packet{Src: o.Dst, Dst: o.Src, SrcPort: o.DstPort, DstPort: o.SrcPort, Proto: uint8(o.Proto)}
+	p := host.Packet{Packet: policy.Packet{Src: o.Dst, Dst: o.Src, SrcPort: o.DstPort, DstPort: o.SrcPort, Proto: uint8(o.Proto)}}
 	switch a.at {
 	case "host":
 	case "peer":

@@ -5,14 +5,15 @@ import (
 	"testing"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // udp is a datagram with these ports.
-func (g *rig) udp(in string, src, dst netip.Addr, sport, dport uint16) policy.Packet {
-	return policy.Packet{In: in, Src: src, Dst: dst, Proto: policy.ProtoUDP, SrcPort: sport, DstPort: dport}
+func (g *rig) udp(in string, src, dst netip.Addr, sport, dport uint16) host.Packet {
+	return host.Packet{In: in, Packet: policy.Packet{Src: src, Dst: dst, Proto: policy.ProtoUDP, SrcPort: sport, DstPort: dport}}
 }
 
 // TestPeersPortsAreNotTheHosts has C, which may route, send from every port that could

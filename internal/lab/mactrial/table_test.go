@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"testing"
 
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -38,14 +39,14 @@ type judge struct {
 }
 
 // ask sends an opening both ways, and whatever answers there may be to it.
-func (j *judge) ask(r *policy.Ruleset, p policy.Packet) {
+func (j *judge) ask(r *policy.Ruleset, p host.Packet) {
 	j.g.t.Helper()
 	for _, w := range []way{guarded, alone} {
 		p.SrcPort++
 		if p.Proto == policy.ProtoICMP || p.Proto == policy.ProtoICMPv6 {
 			p.DstPort = p.SrcPort
 		}
-		v := r.Decide(p)
+		v := p.Judge(r)
 		a := j.g.open(w, p)
 		j.count(w, v.Pass, j.g.differs(p, v, r, a))
 		if a.at != "" && v.Pass && v.Exit != policy.ExitAny {
@@ -68,7 +69,7 @@ func (j *judge) count(w way, pass bool, difference string) {
 }
 
 // reply has the right end answer, and before it one that the flow never went to.
-func (j *judge) reply(w way, r *policy.Ruleset, opened policy.Packet, a arrival) {
+func (j *judge) reply(w way, r *policy.Ruleset, opened host.Packet, a arrival) {
 	j.g.t.Helper()
 	p := j.g.answerTo(a)
 	if p.In != "" && p.In != j.g.device().name && p.Proto != policy.ProtoICMP && p.Proto != policy.ProtoICMPv6 {
@@ -80,7 +81,11 @@ func (j *judge) reply(w way, r *policy.Ruleset, opened policy.Packet, a arrival)
 		}
 		j.count(w, false, difference)
 	}
-	v := r.DecideReply(opened, p.In)
+	opener := policy.ByPeer
+	if opened.In == "" {
+		opener = policy.ByHost
+	}
+	v := r.Reply(opener, opened.Packet, p.In)
 	got, difference := j.g.send(w, p, netlab.SYN|netlab.ACK, true), ""
 	if (got.at != "") != v.Pass || v.Exit == policy.ExitMesh && got.at != "peer" && v.Pass {
 		difference = "the answer to " + j.g.differs(opened, v, r, got) + " got to " + got.at

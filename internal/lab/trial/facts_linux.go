@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -62,8 +63,8 @@ func (m *Mesh) Ruleset(ctx context.Context, may map[string]policy.Permissions) (
 
 // Opening is the first packet of a probe, as the policy sees it arrive by an
 // interface of B ("" for one that B sends).
-func Opening(in string, src, dst netip.Addr, proto netlab.Proto) policy.Packet {
-	p := policy.Packet{In: in, Src: src, Dst: dst, SrcPort: 20000, DstPort: netlab.EchoPort}
+func Opening(in string, src, dst netip.Addr, proto netlab.Proto) host.Packet {
+	p := host.Packet{In: in, Packet: policy.Packet{Src: src, Dst: dst, SrcPort: 20000, DstPort: netlab.EchoPort}}
 	switch {
 	case proto == netlab.TCP:
 		p.Proto = policy.ProtoTCP

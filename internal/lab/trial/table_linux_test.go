@@ -29,7 +29,7 @@ func (j *judge) ask(t *testing.T, rules *policy.Ruleset, questions []question) {
 	probes := make([]netlab.Probe, len(questions))
 	verdicts := make([]policy.Verdict, len(questions))
 	for i, q := range questions {
-		verdicts[i] = rules.Decide(Opening(q.in, q.src, q.To, q.Proto))
+		verdicts[i] = Opening(q.in, q.src, q.To, q.Proto).Judge(rules)
 		q.Wait = netlab.RefuseWait
 		if verdicts[i].Pass {
 			q.Wait = netlab.PassWait
