@@ -269,14 +269,10 @@ func (c *comparison) mayLeave(p host.Packet, v policy.Verdict, out string) bool 
 	case policy.ExitOther:
 		return out != meshInterface && out != loopback && c.canTranslate(p, v, out)
 	case policy.ExitAny:
-		// Through a peer go this host's own packets only.
-		return out != meshInterface || betweenOwn(p) ||
-			p.In == "" && slices.Contains(hostAddresses, p.Src) && !p.IsRedirect() && p.Proto != protoGRE && !contained(single(p.Dst), c.r.Sets().Mesh)
+		return out != meshInterface || betweenOwn(p)
 	}
 	return true
 }
-
-func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 
 // betweenOwn reports whether a packet is from the host's mesh address to itself.
 func betweenOwn(p host.Packet) bool {

@@ -258,7 +258,7 @@ func (b *builder) fromPeers() {
 	}
 	var anyone pfconf.Endpoint
 	b.turnedRound(in)
-	b.block(with(notInTable(tablePeers), anyone), "spoofed", "what comes out of the tunnel has a peer's address; answers to this host from elsewhere, while it routes through a peer, have a state and don't come here")
+	b.block(with(notInTable(tablePeers), anyone), "spoofed", "what comes out of the tunnel has a peer's address")
 	b.block(with(anyone, inTable(tableMartians)), "martian", "class 1, martian: never")
 	for _, t := range icmpTypes {
 		b.block(icmp(in, t.family, t.proto, t.redirect), "redirect", "this host takes no redirects")
@@ -331,13 +331,7 @@ func (b *builder) towardsPeers() {
 	toPeer := out
 	toPeer.From, toPeer.To = inTable(tableHost), inTable(tablePeers)
 	b.passJudged(toPeer, "to-peer", "this host itself opens flows to its peers")
-	unassigned := out
-	unassigned.To = inTable(tableUnassigned)
-	b.block(unassigned, "unassigned", "to a mesh address that no peer has, or from another address of this host than its mesh address")
-	through := out
-	through.From = inTable(tableHost)
-	b.passJudged(through, "through-peer", "while this host routes through a peer, its own packets to anywhere")
-	b.block(out, "to-mesh", "no other host opens a flow to a peer or through one")
+	b.block(out, "to-mesh", "nothing else: neither to a mesh address that no peer has, nor from another address of this host than its mesh address; this host sends nothing through a peer, and no other host opens a flow to a peer")
 }
 
 // keepCut keeps connections dead that peers had opened: of this host's own packets
@@ -376,7 +370,7 @@ func (b *builder) elsewhere() {
 	b.block(spoofed, "elsewhere-spoofed", "a peer's address comes from the tunnel only")
 	forged := in
 	forged.From = inTable(tableHost)
-	b.block(forged, "forged", "this host's mesh address comes from nowhere else: no host on another network poses as this one, and forwarded through a peer such a packet would look like its own")
+	b.block(forged, "forged", "this host's mesh address comes from nowhere else: no host on another network poses as this one, and forwarded to a peer such a packet would look like its own")
 	toHost := in
 	toHost.To = inTable(tableHost)
 	b.block(toHost, "weak-host", "this host's mesh addresses are reached by the tunnel only: a Mac that forwards accepts them on every interface")
