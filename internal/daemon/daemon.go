@@ -131,7 +131,7 @@ func setDefault[T comparable](value *T, standard T) {
 func (d *Daemon) wireguard(dev tun.Device, key mesh.PrivateKey, port uint16) (Tunnel, error) {
 	return tunnel.NewDevice(tunnel.Options{
 		TUN: dev, PrivateKey: key, ListenPort: port, Logger: d.opts.Logger.With("part", "wireguard"),
-		Addresses: d.mesh.own.List(), Sockets: d.sockets,
+		Addresses: d.mesh.own.List(), Bind: d.sockets,
 	})
 }
 

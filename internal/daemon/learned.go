@@ -18,9 +18,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// learned is what a helper found out about peers by itself: where a peer without a
-// configured endpoint was last heard. After a restart the host sends there first, so
-// that such a peer isn't dark until it sends by itself. And what was counted of each peer,
+// learned is what a helper found out about peers by itself: where each was last heard.
+// After a restart the host sends there first, so that a peer that moved, or that no endpoint
+// is configured of, isn't dark until it sends by itself. And what was counted of each peer,
 // and by which addresses others know this host.
 type learned struct {
 	Endpoints map[mesh.PublicKey]netip.AddrPort `json:"endpoints"`
@@ -114,8 +114,7 @@ func (d *Daemon) learn() bool {
 	return d.learnFrom(n)
 }
 
-// learnFrom keeps the endpoints of peers that have no configured one and made a
-// handshake. Of a peer that wasn't heard since the start, what was known before stays;
+// learnFrom keeps where the peers that made a handshake were heard. Of a peer that wasn't heard since the start, what was known before stays;
 // of one that is gone, nothing does.
 func (d *Daemon) learnFrom(n numbers) (news bool) {
 	n.before = d.before
@@ -131,9 +130,6 @@ func (d *Daemon) learnFrom(n numbers) (news bool) {
 		p := &doc.Peers[i]
 		if t := totalsOf(p.PublicKey, n); t != (totals{}) {
 			counts[p.PublicKey] = t
-		}
-		if p.Endpoint != "" {
-			continue
 		}
 		at := before[p.PublicKey]
 		if s := n.tunnel[p.PublicKey]; s.Endpoint.IsValid() && !s.LastHandshake.IsZero() {

@@ -243,9 +243,9 @@ func (l *loop) hold(ctx context.Context, doc *document) error {
 	// A peer more in the tunnel opens nothing before the filter knows it, and one
 	// that the tunnel doesn't take is no reason to close for the others.
 	peers := l.d.tunnelPeers(doc)
-	l.refused = l.tunnel.Sync(l.withoutTakeovers(peers))
 	port := l.tunnel.ListenPort()
 	l.tunnel.SetSelf(placesOf(host, port))
+	l.refused = l.tunnel.Sync(l.withoutTakeovers(peers))
 	if l.held == doc.Generation && reflect.DeepEqual(host, l.host) && port == l.current.Mesh().ListenPort {
 		return l.check(ctx, doc)
 	}
@@ -315,9 +315,9 @@ func (l *loop) withoutTakeovers(peers []tunnel.Peer) []tunnel.Peer {
 		return peers
 	}
 	return slices.DeleteFunc(slices.Clone(peers), func(p tunnel.Peer) bool {
-		return slices.ContainsFunc(p.Addresses.List(), func(a netip.Addr) bool {
-			i, taken := l.current.PeerByAddr(a)
-			return taken && l.current.Peers()[i].ID != policy.PeerID(p.PublicKey)
+		return slices.ContainsFunc(p.AllowedIPs, func(a netip.Prefix) bool {
+			i, taken := l.current.PeerByAddr(a.Addr())
+			return taken && a.IsSingleIP() && l.current.Peers()[i].ID != policy.PeerID(p.PublicKey)
 		})
 	})
 }

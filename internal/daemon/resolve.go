@@ -230,16 +230,17 @@ func (d *Daemon) tunnelPeers(doc *document) []tunnel.Peer {
 	names, learned := d.names, d.learned
 	d.mu.Unlock()
 	out := make([]tunnel.Peer, len(doc.Peers))
+	allowed := make([]netip.Prefix, 0, 2*len(doc.Peers))
 	for i := range doc.Peers {
 		p := &doc.Peers[i]
+		own := p.Addresses.Prefixes()
+		allowed = append(allowed, own[:]...)
 		out[i] = tunnel.Peer{
-			PublicKey: p.PublicKey,
-			Addresses: p.Addresses,
-			Endpoint:  endpointOf(p.Endpoint, names),
-			Keepalive: time.Duration(p.Keepalive) * time.Second,
-		}
-		if p.Endpoint == "" {
-			out[i].Learned = learned[p.PublicKey]
+			PublicKey:  p.PublicKey,
+			AllowedIPs: allowed[2*i : 2*i+2 : 2*i+2],
+			Endpoint:   endpointOf(p.Endpoint, names),
+			Learned:    learned[p.PublicKey],
+			Keepalive:  time.Duration(p.Keepalive) * time.Second,
 		}
 	}
 	return out

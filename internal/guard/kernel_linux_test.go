@@ -462,8 +462,9 @@ func newPipe(b *testing.B, h *kernelHost, guarded bool) *pipe {
 	addresses := []mesh.Addresses{{flowtest.PeerC4, flowtest.PeerC6}, {flowtest.LAN4, flowtest.LAN6}}
 	for i, d := range devices {
 		err := h.Do(func() error {
+			peer := addresses[1-i].Prefixes()
 			return d.Set(tunnel.Peer{
-				PublicKey: keys[1-i].Public(), Addresses: addresses[1-i],
+				PublicKey: keys[1-i].Public(), AllowedIPs: peer[:],
 				Endpoint: netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), devices[1-i].ListenPort()),
 			})
 		})

@@ -80,6 +80,11 @@ type Addresses [2]netip.Addr
 // List returns both addresses, IPv4 first, in a slice of their own.
 func (a Addresses) List() []netip.Addr { return slices.Clone(a[:]) }
 
+// Prefixes returns both addresses as prefixes of one address each, IPv4 first.
+func (a Addresses) Prefixes() [2]netip.Prefix {
+	return [2]netip.Prefix{netip.PrefixFrom(a[0], a[0].BitLen()), netip.PrefixFrom(a[1], a[1].BitLen())}
+}
+
 // Validate reports addresses that aren't one IPv4 and one IPv6, in this order.
 func (a Addresses) Validate() error {
 	if v4, v6 := a[0], a[1]; !v4.Is4() || !v6.Is6() || v6.Is4In6() || v6.Zone() != "" {

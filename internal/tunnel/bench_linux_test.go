@@ -3,17 +3,12 @@ package tunnel
 import (
 	"fmt"
 	"log/slog"
-	"net/netip"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/conn"
-	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun/tuntest"
-
-	"github.com/meshhelper/meshhelper/internal/mesh"
-	"github.com/meshhelper/meshhelper/internal/mesh/meshtest"
 )
 
 // BenchmarkBind carries datagrams over loopback in batches, by the sockets of
@@ -21,10 +16,12 @@ import (
 // wireguard-go.
 func BenchmarkBind(b *testing.B) {
 	ours := func() conn.Bind {
-		s := NewSockets(slog.New(slog.DiscardHandler))
+		var inside places
 		for _, p := range benchPeers(10_000) {
-			s.know(p.Addresses.List()...)
+			inside.addPrefixes(p.AllowedIPs)
 		}
+		s := NewSockets(slog.New(slog.DiscardHandler))
+		s.Attach(inside.loops, func() {})
 		return s
 	}
 	for _, size := range []int{128, 1420} {
@@ -88,9 +85,9 @@ func benchBind(b *testing.B, bind func() conn.Bind, size, batch int) {
 // BenchmarkTunnel carries packets through two devices over loopback, with the
 // sockets of this package and with those of wireguard-go.
 func BenchmarkTunnel(b *testing.B) {
-	for name, bind := range map[string]func(*Sockets) conn.Bind{
-		"ours":  func(s *Sockets) conn.Bind { return s },
-		"stock": func(*Sockets) conn.Bind { return conn.NewDefaultBind() },
+	for name, bind := range map[string]func() conn.Bind{
+		"ours":  func() conn.Bind { return nil },
+		"stock": conn.NewDefaultBind,
 	} {
 		b.Run(name, func(b *testing.B) {
 			a, c := benchPair(b, bind)
@@ -127,25 +124,10 @@ func cpuTime(b *testing.B) time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-// benchPair returns two ends that differ from newPair's in their sockets.
-func benchPair(b *testing.B, bind func(*Sockets) conn.Bind) (x, y *end) {
+// benchPair returns two ends that differ from newPair's in their Binds.
+func benchPair(b *testing.B, bind func() conn.Bind) (x, y *end) {
 	b.Helper()
-	for i, e := range []**end{&x, &y} {
-		fresh := &end{tun: tuntest.NewChannelTUN(), key: meshtest.Key(b, byte(20+i)), log: new(syncBuffer)}
-		fresh.addr, _ = mesh.DefaultPrefixes().Derive(fresh.key.Public())
-		log := &logger{slog: slog.New(slog.DiscardHandler)}
-		sockets := NewSockets(log.slog)
-		fresh.Device = &Device{
-			own: fresh.key.Public(), sockets: sockets, release: sockets.Release,
-			peers: map[mesh.PublicKey]Peer{}, owner: map[netip.Addr]mesh.PublicKey{},
-		}
-		fresh.wg = device.NewDevice(fresh.tun.TUN(), bind(sockets), log.device())
-		if err := fresh.start(Options{PrivateKey: fresh.key}); err != nil {
-			b.Fatal(err)
-		}
-		b.Cleanup(fresh.Close)
-		*e = fresh
-	}
+	x, y = newEndOn(b, 20, bind()), newEndOn(b, 21, bind())
 	if x.Set(y.peer()) != nil || y.Set(x.peer()) != nil {
 		b.Fatal("peers aren't accepted")
 	}

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -14,7 +13,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/gaissmai/bart"
 	"golang.zx2c4.com/wireguard/conn"
 )
 
@@ -25,10 +23,14 @@ import (
 // doesn't end them; one that ended nevertheless is replaced, for ever, by its
 // receiver, and until then Listening says so.
 //
+// Sockets are an Underlay of a Device, which tells them what it takes nothing from and
+// sends nothing to.
+//
 // A datagram whose source is a mesh address of the host or of a known peer came
 // out of the mesh: another host's packet was in a tunnel before. It is discarded,
 // and none is sent to such an address: else one packet of a peer that carries
 // WireGuard inside the tunnel would make the host encrypt to itself, without end.
+// A peer's mesh addresses are the allowed IPs that are a single address each.
 //
 // Nor is one taken from, or sent to, a place where these sockets themselves are reached,
 // which is each address of the host with their port: no other device can be there, and a
@@ -56,22 +58,21 @@ type Sockets struct {
 	// none. Read by each Send.
 	families atomic.Pointer[[2]*family]
 
-	// mesh are the mesh addresses of the host and the known peers. Read for
-	// each datagram, hence a tree that is copied where it is written.
-	mesh atomic.Pointer[bart.Lite]
-	// self is where datagrams reach these sockets. Replaced, never changed.
-	self    atomic.Pointer[map[netip.AddrPort]bool]
-	looped  atomic.Uint64 // datagrams discarded; see loops
-	sources atomic.Uint32 // see endpoint.sources
-	// reopened is told that a socket is back.
-	reopened atomic.Pointer[func()]
+	// attached is what the device was told last; nil before the first.
+	attached atomic.Pointer[attachment]
+	looped   atomic.Uint64 // datagrams discarded; see loops
+	sources  atomic.Uint32 // see endpoint.sources
+}
+
+// attachment is what Attach was called with.
+type attachment struct {
+	loops    func(netip.AddrPort) bool
+	reopened func()
 }
 
 // NewSockets returns sockets that the first device opens. Release closes them.
 func NewSockets(log *slog.Logger) *Sockets {
 	s := &Sockets{log: log, open: openSocket}
-	s.mesh.Store(new(bart.Lite))
-	s.self.Store(new(map[netip.AddrPort]bool))
 	s.families.Store(new([2]*family))
 	return s
 }
@@ -213,9 +214,15 @@ func (s *Sockets) Listening() error {
 	return errors.Join(errs...)
 }
 
-// renew looks whether the sockets are in order, replaces those that aren't, and
-// waits until all are or ctx ends. Sources of before are forgotten.
-func (s *Sockets) renew(ctx context.Context) error {
+// Attach implements Underlay.
+func (s *Sockets) Attach(loops func(netip.AddrPort) bool, reopened func()) {
+	s.attached.Store(&attachment{loops, reopened})
+}
+
+// Renew looks whether the sockets are in order, replaces those that aren't, and
+// waits until all are or ctx ends. It is forgotten which of the host's addresses each peer
+// was answered from.
+func (s *Sockets) Renew(ctx context.Context) error {
 	s.sources.Add(1)
 	for _, f := range s.list() {
 		f.examine()
@@ -384,8 +391,8 @@ func (f *family) replace(old *socket) bool {
 	}
 	old.close()
 	f.s.log.Info("UDP socket opened again", "port", f.port, "network", f.network)
-	if tell := f.s.reopened.Load(); tell != nil {
-		(*tell)()
+	if to := f.s.attached.Load(); to != nil {
+		to.reopened()
 	}
 	return true
 }
@@ -427,53 +434,15 @@ func (s *Sockets) Send(bufs [][]byte, ep conn.Endpoint) error {
 	return err
 }
 
-// loops reports whether what is sent to a place comes back here, or reaches no other device:
-// it is at a mesh address of the host or a known peer, where these sockets are, or nowhere.
+// loops reports whether the device wants nothing from a place, or for it.
 func (s *Sockets) loops(at netip.AddrPort) bool {
-	if at.Addr().IsUnspecified() || at.Port() == 0 {
-		return true
-	}
-	if at.Addr().Zone() != "" {
-		at = netip.AddrPortFrom(at.Addr().WithZone(""), at.Port())
-	}
-	return s.mesh.Load().Contains(at.Addr()) || (*s.self.Load())[at]
+	to := s.attached.Load()
+	return to != nil && to.loops(at)
 }
 
-// setSelf says where these sockets are reached, without zones.
-func (s *Sockets) setSelf(places []netip.AddrPort) {
-	self := make(map[netip.AddrPort]bool, len(places))
-	for _, at := range places {
-		self[at] = true
-	}
-	if !maps.Equal(self, *s.self.Load()) {
-		s.self.Store(&self)
-	}
-}
-
-// serve begins with the addresses of a host without peers.
-func (s *Sockets) serve(own []netip.Addr, reopened func()) {
-	s.mesh.Store(new(bart.Lite))
-	s.know(own...)
-	s.reopened.Store(&reopened)
-}
-
-// know adds mesh addresses, and forget takes them away. The caller serialises
-// them.
-func (s *Sockets) know(addrs ...netip.Addr) {
-	t := s.mesh.Load()
-	for _, a := range addrs {
-		t = t.InsertPersist(netip.PrefixFrom(a, a.BitLen()))
-	}
-	s.mesh.Store(t)
-}
-
-func (s *Sockets) forget(addrs ...netip.Addr) {
-	t := s.mesh.Load()
-	for _, a := range addrs {
-		t = t.DeletePersist(netip.PrefixFrom(a, a.BitLen()))
-	}
-	s.mesh.Store(t)
-}
+// Looped returns how many datagrams were discarded because they came from, or were for, a
+// mesh address or the host's own place.
+func (s *Sockets) Looped() uint64 { return s.looped.Load() }
 
 // SetMark does nothing: the host's WireGuard sockets have no mark.
 func (s *Sockets) SetMark(uint32) error { return nil }

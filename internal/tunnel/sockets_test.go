@@ -184,7 +184,7 @@ func TestPortOutlivesTheDevice(t *testing.T) {
 	for range 2 {
 		a.tun = tuntest.NewChannelTUN()
 		d, err := NewDevice(Options{
-			TUN: a.tun.TUN(), PrivateKey: a.key, Logger: slog.New(slog.DiscardHandler), Sockets: sockets, ListenPort: port,
+			TUN: a.tun.TUN(), PrivateKey: a.key, Logger: slog.New(slog.DiscardHandler), Bind: sockets, ListenPort: port,
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -317,7 +317,7 @@ func TestAttemptsGoOn(t *testing.T) {
 		before := tries.Load()
 		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 		defer cancel()
-		if err := s.renew(ctx); !errors.Is(err, syscall.EADDRINUSE) {
+		if err := s.Renew(ctx); !errors.Is(err, syscall.EADDRINUSE) {
 			t.Errorf("the port is served: %v", err)
 		}
 		if tries.Load() != before+1 {
@@ -481,7 +481,7 @@ func TestMeshSourceDiscarded(t *testing.T) {
 		t.Run(source, func(t *testing.T) {
 			a, b, other := newEnd(t, 20), newEnd(t, 21), newEnd(t, 22)
 			a.addr[0], other.addr[0] = netip.MustParseAddr("127.0.9.2"), netip.MustParseAddr("127.0.9.3")
-			b.sockets.know(netip.MustParseAddr("127.0.9.4"))
+			b.places.add(netip.MustParseAddr("127.0.9.4"))
 			toB := b.peer()
 			toB.Endpoint = relay(t, b.peer().Endpoint, source)
 			fromA := a.peer()
@@ -491,13 +491,13 @@ func TestMeshSourceDiscarded(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			before := b.Looped()
+			before := b.sockets.Looped()
 			a.send(t, tuntest.Ping(b.addr[0], a.addr[0]))
 			if want {
 				b.receive(t)
 				return
 			}
-			until(t, "the handshake is discarded", func() bool { return b.Looped() > before })
+			until(t, "the handshake is discarded", func() bool { return b.sockets.Looped() > before })
 			if s := b.fresh(t)[a.PublicKey()]; s.RxBytes != 0 || s.Endpoint.IsValid() {
 				t.Errorf("a datagram from %s was taken: %+v", source, s)
 			}
@@ -534,15 +534,15 @@ func TestOwnPlaceDiscarded(t *testing.T) {
 	}
 	heard := func() PeerStats { return b.fresh(t)[a.PublicKey()] }
 	b.SetSelf([]netip.AddrPort{netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), b.ListenPort()), place})
-	rx, looped := heard().RxBytes, b.Looped()
+	rx, looped := heard().RxBytes, b.sockets.Looped()
 	a.send(t, tuntest.Ping(b.addr[0], a.addr[0]))
-	until(t, "the datagram is discarded", func() bool { return b.Looped() > looped })
+	until(t, "the datagram is discarded", func() bool { return b.sockets.Looped() > looped })
 	if s := heard(); s.RxBytes != rx {
 		t.Errorf("a datagram from the host's own place was taken: %+v", s)
 	}
-	tx := b.Looped()
+	tx := b.sockets.Looped()
 	b.send(t, tuntest.Ping(a.addr[0], b.addr[0]))
-	until(t, "what is for the host itself is discarded", func() bool { return b.Looped() > tx })
+	until(t, "what is for the host itself is discarded", func() bool { return b.sockets.Looped() > tx })
 	// Set anew, so that no session is left: what comes from another port is taken.
 	toB.Endpoint = relay(t, b.peer().Endpoint, "127.0.9.5")
 	if err := a.Set(toB); err != nil {
@@ -570,7 +570,7 @@ func TestNothingSentToMesh(t *testing.T) {
 	}
 	defer trap.Close()
 	other := newEnd(t, 22).peer()
-	other.Addresses[0] = netip.MustParseAddr("127.0.9.3")
+	other.AllowedIPs[0] = netip.MustParsePrefix("127.0.9.3/32")
 	other.Endpoint = netip.AddrPort{}
 	p := b.peer()
 	p.Endpoint = trap.LocalAddr().(*net.UDPAddr).AddrPort()
@@ -578,7 +578,7 @@ func TestNothingSentToMesh(t *testing.T) {
 		t.Fatal(err)
 	}
 	a.send(t, tuntest.Ping(b.addr[0], a.addr[0]))
-	until(t, "the handshake is discarded", func() bool { return a.Looped() > 0 })
+	until(t, "the handshake is discarded", func() bool { return a.sockets.Looped() > 0 })
 	if err := trap.SetReadDeadline(time.Now().Add(20 * time.Millisecond)); err != nil {
 		t.Fatal(err)
 	}
@@ -592,16 +592,18 @@ func TestNothingSentToMesh(t *testing.T) {
 
 // TestDiscardAllocates holds the look at a datagram's source to no allocation.
 func TestDiscardAllocates(t *testing.T) {
-	s := NewSockets(slog.New(slog.DiscardHandler))
+	var inside places
 	for _, p := range benchPeers(1000) {
-		s.know(p.Addresses.List()...)
+		inside.addPrefixes(p.AllowedIPs)
 	}
-	places := make([]netip.AddrPort, 0, 3)
+	s := NewSockets(slog.New(slog.DiscardHandler))
+	s.Attach(inside.loops, func() {})
+	self := make([]netip.AddrPort, 0, 3)
 	for _, text := range []string{"203.0.113.7:51820", "[fe80::1]:51820", "[2001:db8::7]:51820"} {
-		places = append(places, netip.MustParseAddrPort(text))
+		self = append(self, netip.MustParseAddrPort(text))
 	}
-	s.setSelf(places)
-	known := netip.AddrPortFrom(benchPeers(1)[0].Addresses[0], 9)
+	inside.setSelf(self)
+	known := netip.AddrPortFrom(benchPeers(1)[0].AllowedIPs[0].Addr(), 9)
 	for text, want := range map[string]bool{
 		known.String(): true, "203.0.113.7:51820": true, "[fe80::1%lo]:51820": true, "[2001:db8::7]:51820": true,
 		"203.0.113.7:51821": false, "[::]:7": true, "0.0.0.0:7": true, "203.0.113.8:0": true, "203.0.113.8:51820": false, "[fe80::2%lo]:51820": false,
