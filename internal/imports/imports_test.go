@@ -31,18 +31,19 @@ var rooms = map[string][]string{
 	"internal/flow":       {"internal/policy"},
 	"internal/guard":      {"internal/flow", "internal/policy"},
 	"internal/host":       {"internal/policy"},
-	"internal/host/linux": {"internal/flow", "internal/host", "internal/owned", "internal/policy"},
+	"internal/host/linux": {"internal/flow", "internal/host", "internal/nlconn", "internal/owned", "internal/policy"},
 	"internal/host/macos": {"darwin", "internal/flow", "internal/host", "internal/owned", "internal/policy", "pfconf", "pfconf/pfsim"},
 	"internal/imports":    {},
 	"internal/install":    {"internal/host", "internal/owned", "launchd"},
 	"internal/lab":        {all},
 	"internal/logfile":    {},
 	"internal/mesh":       {},
+	"internal/nlconn":     {},
 	"internal/owned":      {},
 	"internal/policy":     {"internal/mesh"},
 	"internal/stock":      {"internal/mesh"},
 	"internal/systemd":    {},
-	"internal/tunnel":     {"internal/mesh"},
+	"internal/tunnel":     {"internal/mesh", "internal/nlconn"},
 	"darwin":              {"pfconf"},
 	"darwin/darwintest":   {"darwin", "darwin/internal/xnu", "pfconf", "pfconf/pfsim"},
 	"launchd":             {},
@@ -59,8 +60,8 @@ var testsMay = []string{"darwin/darwintest", "launchd/launchdtest", "internal/lo
 var only = map[string][]string{
 	"github.com/spf13/cobra":            {"cmd/meshhelper"},
 	"gvisor.dev/gvisor":                 {"internal/lab"},
-	"github.com/google/nftables":        {"internal/host/linux", "internal/lab"},
-	"github.com/vishvananda/netlink":    {"internal/host/linux", "internal/lab"},
+	"github.com/google/nftables":        {"internal/host/linux", "internal/nlconn", "internal/lab"},
+	"github.com/vishvananda/netlink":    {"internal/host/linux", "internal/nlconn", "internal/lab"},
 	"howett.net/plist":                  {"launchd"},
 	"github.com/piglig/go-qr":           {"internal/stock"},
 	"golang.zx2c4.com/wireguard/device": {"internal/tunnel", "internal/lab"},
@@ -172,21 +173,9 @@ var renames = map[string]string{
 // after a crash, and among other users, is in internal/owned.
 func TestFilesAreReplacedByOwned(t *testing.T) {
 	left := maps.Clone(renames)
-	err := filepath.WalkDir("../..", func(path string, entry fs.DirEntry, err error) error {
-		if err != nil || filepath.Ext(path) != ".go" || strings.HasSuffix(path, "_test.go") {
-			return err
-		}
-		rel, err := filepath.Rel("../..", path)
-		if err != nil {
-			return err
-		}
-		rel = filepath.ToSlash(rel)
-		if room, _, _ := roomOf(filepath.ToSlash(filepath.Dir(rel))); room == "internal/owned" || room == "internal/lab" {
-			return nil
-		}
-		f, err := parser.ParseFile(token.NewFileSet(), path, nil, 0)
-		if err != nil {
-			return err
+	eachFile(t, "../..", func(path string, f *ast.File) {
+		if room, _, _ := roomOf(filepath.ToSlash(filepath.Dir(path))); room == "internal/owned" || room == "internal/lab" {
+			return
 		}
 		ast.Inspect(f, func(n ast.Node) bool {
 			call, ok := n.(*ast.SelectorExpr)
@@ -196,17 +185,13 @@ func TestFilesAreReplacedByOwned(t *testing.T) {
 			if of, ok := call.X.(*ast.Ident); !ok || of.Name != "os" || call.Sel.Name != "CreateTemp" && call.Sel.Name != "Rename" {
 				return true
 			}
-			if _, known := renames[rel]; !known || call.Sel.Name == "CreateTemp" {
-				t.Errorf("%s calls os.%s: have internal/owned replace the file", rel, call.Sel.Name)
+			if _, known := renames[path]; !known || call.Sel.Name == "CreateTemp" {
+				t.Errorf("%s calls os.%s: have internal/owned replace the file", path, call.Sel.Name)
 			}
-			delete(left, rel)
+			delete(left, path)
 			return true
 		})
-		return nil
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
 	for path := range left {
 		t.Errorf("%s renames nothing any more: take it off the list", path)
 	}

@@ -1,13 +1,13 @@
 package tunnel
 
 import (
-	"encoding/binary"
 	"net/netip"
 	"sync/atomic"
 	"time"
 
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
 const (
@@ -26,7 +26,7 @@ type answer struct {
 
 // routeAsker asks the kernel for the routes of answers. The zero value asks nothing.
 type routeAsker struct {
-	conn *netlink.Conn
+	conn *nlconn.Conn
 	port uint16
 	busy atomic.Bool // a question isn't answered yet
 }
@@ -34,7 +34,7 @@ type routeAsker struct {
 // newRouteAsker opens the socket for the questions of a UDP socket with a port. Without
 // one, answers take the way that the routes give them.
 func newRouteAsker(port uint16) *routeAsker {
-	conn, err := netlink.Dial(unix.NETLINK_ROUTE, nil)
+	conn, err := nlconn.Dial(unix.NETLINK_ROUTE)
 	if err != nil {
 		return &routeAsker{}
 	}
@@ -66,7 +66,7 @@ func (r *routeAsker) outOf(own netip.Addr, dst netip.AddrPort, in int) (oif int,
 	done := make(chan int, 1)
 	go func() { // bounded by busy: the kernel may hold it up
 		defer r.busy.Store(false)
-		oif, ok := r.ask(own, dst, 0, 0)
+		oif, ok := r.ask(own, dst, 0, false)
 		// Where it isn't a host elsewhere, but a broadcast address of another network, say,
 		// the kernel is to refuse it as it would without the interface.
 		if !ok || oif == in {
@@ -75,7 +75,7 @@ func (r *routeAsker) outOf(own netip.Addr, dst netip.AddrPort, in int) (oif int,
 		}
 		// A route must fit: without one, the kernel would take the destination for one on
 		// the link (ip_route_output_key_hash_rcu in net/ipv4/route.c).
-		if oif, ok = r.ask(own, dst, in, unix.RTM_F_FIB_MATCH); !ok || oif != in {
+		if oif, ok = r.ask(own, dst, in, true); !ok || oif != in {
 			in = 0
 		}
 		done <- in
@@ -90,47 +90,18 @@ func (r *routeAsker) outOf(own netip.Addr, dst netip.AddrPort, in int) (oif int,
 	}
 }
 
-// ask asks for the route of a datagram (RTM_GETROUTE in rtnetlink(7)), and reports whether
+// ask asks for the route of a datagram, the one in the table with match, and reports whether
 // there is one.
-func (r *routeAsker) ask(own netip.Addr, dst netip.AddrPort, oif int, flags uint32) (by int, ok bool) {
-	const rtmsgSize, rtaIPProto, rtaSport, rtaDport, rtaNexthop = 12, 27, 28, 29, 30 // linux/rtnetlink.h
-	header := make([]byte, rtmsgSize)
-	header[0], header[1], header[2] = unix.AF_INET, 32, 32
-	binary.NativeEndian.PutUint32(header[8:], flags)
-	ae := netlink.NewAttributeEncoder()
-	ae.Bytes(unix.RTA_DST, dst.Addr().AsSlice())
-	ae.Bytes(unix.RTA_SRC, own.AsSlice())
-	ae.Uint8(rtaIPProto, unix.IPPROTO_UDP)
-	ae.Bytes(rtaSport, []byte{byte(r.port >> 8), byte(r.port)})
-	ae.Bytes(rtaDport, []byte{byte(dst.Port() >> 8), byte(dst.Port())})
-	if oif != 0 {
-		ae.Uint32(unix.RTA_OIF, uint32(oif))
-	}
-	attrs, err := ae.Encode()
-	if err != nil {
-		return 0, false
-	}
-	ms, err := r.conn.Execute(netlink.Message{
-		Header: netlink.Header{Type: unix.RTM_GETROUTE, Flags: netlink.Request}, Data: append(header, attrs...),
+func (r *routeAsker) ask(own netip.Addr, dst netip.AddrPort, oif int, match bool) (by int, ok bool) {
+	route, err := r.conn.Route(nlconn.Packet{
+		Src: own, Dst: dst.Addr(), OIF: oif, Match: match,
+		Proto: unix.IPPROTO_UDP, SrcPort: r.port, DstPort: dst.Port(),
 	})
-	if err != nil || len(ms) != 1 || len(ms[0].Data) < rtmsgSize || ms[0].Data[7] != unix.RTN_UNICAST {
+	if err != nil || route.Kind != unix.RTN_UNICAST {
 		return 0, false
 	}
-	ad, err := netlink.NewAttributeDecoder(ms[0].Data[rtmsgSize:])
-	if err != nil {
-		return 0, false
+	if route.OIF == 0 && (route.Multipath || route.Nexthop != 0) {
+		return oif, true // the route with several next hops fits because one of them is by oif
 	}
-	multipath := false
-	for ad.Next() {
-		switch ad.Type() {
-		case unix.RTA_OIF:
-			by = int(ad.Uint32())
-		case unix.RTA_MULTIPATH, rtaNexthop:
-			multipath = true
-		}
-	}
-	if by == 0 && multipath {
-		by = oif // the route with several next hops fits because one of them is by oif
-	}
-	return by, ad.Err() == nil
+	return route.OIF, true
 }

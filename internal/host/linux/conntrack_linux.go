@@ -11,6 +11,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
 // conntrack is the kernel's table of flows. It is read entry by entry and never
@@ -22,6 +24,8 @@ type conntrack struct {
 	seq       uint32
 	in, out   []byte
 	entry     flowEntry // that is looked at
+	// interrupted says that the table changed in a way that may have left entries out.
+	interrupted bool
 }
 
 // Sizes in bytes: what the kernel fills at most for one answer of a dump
@@ -127,9 +131,11 @@ func (e *flowEntry) ended() bool {
 // address themselves; what they do with an IPv6 one is wrong, in 6.18 still: they leave out
 // those that match (ctnetlink_filter_match_tuple in
 // net/netfilter/nf_conntrack_netlink.c). After an error of do, or the end of ctx, no other
-// entry is looked at. The memory that it takes doesn't depend on how many there are.
+// entry is looked at. A look that the kernel calls interrupted, which it doesn't do to this
+// table so far, is an error and is repeated by the caller: do has been called. The memory that it takes doesn't depend on how many there are.
 func (c *conntrack) each(ctx context.Context, family byte, src netip.Addr, do func(*flowEntry) error) error {
 	c.seq++
+	c.interrupted = false
 	if err := c.send(c.dump, c.request(family, src)); err != nil {
 		return fmt.Errorf("list flows: %w", err)
 	}
@@ -170,18 +176,22 @@ func (c *conntrack) answer(b []byte, do func([]byte)) (done bool, err error) {
 		if size < unix.SizeofNlMsghdr || size > len(b) {
 			return true, errors.New("list flows: a message of the kernel is cut off")
 		}
-		kind, seq := binary.NativeEndian.Uint16(b[4:]), binary.NativeEndian.Uint32(b[8:])
+		kind, flags, seq := binary.NativeEndian.Uint16(b[4:]), binary.NativeEndian.Uint16(b[6:]), binary.NativeEndian.Uint32(b[8:])
 		data := b[unix.SizeofNlMsghdr:size]
 		b = b[min((size+3)&^3, len(b)):]
 		if seq != c.seq {
 			continue
 		}
+		c.interrupted = c.interrupted || flags&unix.NLM_F_DUMP_INTR != 0
 		switch kind {
 		case unix.NLMSG_DONE, unix.NLMSG_ERROR:
 			if len(data) >= 4 {
 				if errno := int32(binary.NativeEndian.Uint32(data)); errno < 0 {
 					return true, fmt.Errorf("list flows: %w", syscall.Errno(-errno))
 				}
+			}
+			if c.interrupted {
+				return true, fmt.Errorf("list flows: %w", nlconn.ErrInterrupted)
 			}
 			return true, nil
 		}

@@ -11,6 +11,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
 // Sizes of the netlink socket's buffers: a whole ruleset for 10,000 peers goes
@@ -24,16 +26,14 @@ const (
 // at 64 KiB.
 const chunk = 400
 
-// filter is our table in the kernel, seen through one socket that stays open: a
+// filter is our table in the kernel, seen through two sockets that stay open: a
 // socket per change costs a thousand times the change itself.
 type filter struct {
-	conn *nftables.Conn
-	// sock is conn's socket, for its deadlines.
-	sock *netlink.Conn
+	// lists reads lists through sock.
+	lists *nlconn.Nftables
+	sock  asker
 	// change encodes what is changed, and sends nothing; see transaction.
 	change transaction
-	// dump reads rules as the kernel gives them.
-	dump *netlink.Conn
 	// loaded is what we believe is in the kernel, nil when we don't know.
 	loaded *table
 	// rules are the rules of each chain as the kernel gave them when they had been
@@ -47,37 +47,40 @@ type filter struct {
 	ours uint32
 }
 
-// openNftables opens a lasting connection, and returns its socket, too.
-func openNftables() (conn *nftables.Conn, sock *netlink.Conn, err error) {
-	conn, err = nftables.New(nftables.AsLasting(), nftables.WithSockOptions(
-		func(c *netlink.Conn) error { sock = c; return nil },
-		func(c *netlink.Conn) error { return c.SetReadBuffer(receiveBuffer) },
-	))
-	if err != nil {
+// asker asks the kernel, one question at a time. It is an *nlconn.Conn but in tests.
+type asker interface {
+	Execute(netlink.Message) ([]netlink.Message, error)
+	SetDeadline(time.Time) error
+	Close() error
+}
+
+// openNftables opens a socket for questions, and what reads lists through it.
+func openNftables() (lists *nlconn.Nftables, sock *nlconn.Conn, err error) {
+	if sock, err = nlconn.Dial(unix.NETLINK_NETFILTER); err != nil {
 		return nil, nil, fmt.Errorf("open nftables: %w", err)
 	}
-	return conn, sock, nil
+	if err = sock.SetReadBuffer(receiveBuffer); err == nil {
+		lists, err = sock.Nftables()
+	}
+	if err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("open nftables: %w", err), sock.Close())
+	}
+	return lists, sock, nil
 }
 
 func openFilter() (*filter, error) {
-	conn, sock, err := openNftables()
+	lists, sock, err := openNftables()
 	if err != nil {
 		return nil, err
 	}
-	dump, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("open nftables: %w", err), conn.CloseLasting())
-	}
 	change, err := newTransaction()
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("open nftables: %w", err), dump.Close(), conn.CloseLasting())
+		return nil, errors.Join(fmt.Errorf("open nftables: %w", err), sock.Close())
 	}
-	return &filter{conn: conn, sock: sock, change: change, dump: dump}, nil
+	return &filter{lists: lists, sock: sock, change: change}, nil
 }
 
-func (f *filter) close() error {
-	return errors.Join(f.conn.CloseLasting(), f.change.wire.Close(), f.dump.Close())
-}
+func (f *filter) close() error { return errors.Join(f.change.wire.Close(), f.sock.Close()) }
 
 func ourTable() *nftables.Table {
 	return &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
@@ -203,7 +206,7 @@ func (f *filter) readRules() (map[string][]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read rules: %w", err)
 	}
-	ms, err := f.dump.Execute(netlink.Message{
+	ms, err := f.sock.Execute(netlink.Message{
 		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETRULE, Flags: netlink.Request | netlink.Dump},
 		Data:   append([]byte{unix.NFPROTO_INET, unix.NFNETLINK_V0, 0, 0}, attrs...),
 	})
@@ -448,7 +451,7 @@ func (f *filter) remove() error {
 
 // present reports whether a table of ours is in the kernel.
 func (f *filter) present() (bool, error) {
-	ts, err := f.conn.ListTablesOfFamily(nftables.TableFamilyINet)
+	ts, err := f.lists.ListTables(nftables.TableFamilyINet)
 	if err != nil {
 		return false, fmt.Errorf("list tables: %w", err)
 	}
@@ -465,7 +468,7 @@ func (f *filter) cutElements() (map[string][]nftables.SetElement, error) {
 	}
 	for _, fam := range families {
 		name := "cut" + fam.suffix
-		es, err := f.conn.GetSetElements(&nftables.Set{Table: ourTable(), Name: name})
+		es, err := f.lists.GetSetElements(&nftables.Set{Table: ourTable(), Name: name})
 		if errors.Is(err, os.ErrNotExist) {
 			continue // another version's table
 		}
@@ -504,10 +507,10 @@ func (f *filter) commit() error {
 // generation returns the number of nftables' last transaction in this network
 // namespace; the kernel leaves 0 out.
 func (f *filter) generation() (uint32, error) {
-	return generationOf(f.dump)
+	return generationOf(f.sock)
 }
 
-func generationOf(c *netlink.Conn) (uint32, error) {
+func generationOf(c asker) (uint32, error) {
 	ms, err := c.Execute(netlink.Message{
 		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN, Flags: netlink.Request},
 		Data:   []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, 0},
@@ -523,6 +526,9 @@ func generationOf(c *netlink.Conn) (uint32, error) {
 	return 0, errors.New("read generation of nftables: there is none in the answer")
 }
 
+// compareTries is how often the table is compared while other programs change theirs.
+const compareTries = 20
+
 // drift compares the kernel's table with what was loaded, and names what
 // differs: a set or a chain. Elements of sets that end by themselves are left
 // out.
@@ -535,7 +541,7 @@ func (f *filter) drift() ([]string, error) {
 		return nil, err
 	}
 	differs, err := f.compare()
-	for range lookTries {
+	for range compareTries {
 		if err == nil && len(differs) == 0 {
 			f.checked = now
 			break
@@ -580,7 +586,7 @@ func (f *filter) sameSet(s *set) (bool, error) {
 	if s.timeout || s.size > 0 {
 		return true, nil
 	}
-	got, err := f.conn.GetSetElements(&nftables.Set{Table: ourTable(), Name: s.name})
+	got, err := f.lists.GetSetElements(&nftables.Set{Table: ourTable(), Name: s.name})
 	if errors.Is(err, os.ErrNotExist) {
 		return false, nil
 	}
@@ -605,7 +611,7 @@ func elementKeys(es []nftables.SetElement) []string {
 }
 
 func (f *filter) driftChains() ([]string, error) {
-	all, err := f.conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
+	all, err := f.lists.ListChains(nftables.TableFamilyINet)
 	if err != nil {
 		return nil, fmt.Errorf("list chains: %w", err)
 	}

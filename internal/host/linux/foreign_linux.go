@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -120,13 +119,14 @@ const (
 
 func (o *others) newEvaluator(ctx context.Context) (*evaluator, error) {
 	e := &evaluator{
-		list: o.conn.ListChains, index: indexOf, port: uint16(o.port.Load()),
-		generation: func() (uint32, error) { return generationOf(o.raw) },
+		list:  func() ([]*nftables.Chain, error) { return o.lists.ListChains(nftables.TableFamilyUnspecified) },
+		index: indexOf, port: uint16(o.port.Load()),
+		generation: func() (uint32, error) { return generationOf(o.sock) },
 		ask: func(m mdlayher.Message) ([]mdlayher.Message, error) {
 			if err := ctx.Err(); err != nil {
 				return nil, err
 			}
-			return o.raw.Execute(m)
+			return o.sock.Execute(m)
 		},
 	}
 	return e, e.begin()
@@ -156,11 +156,21 @@ func priorityOf(c *nftables.Chain) nftables.ChainPriority {
 
 // indexOf returns the number of an interface of this thread's network namespace, or 0.
 func indexOf(name string) int {
-	i, err := net.InterfaceByName(name)
+	// Not by net.InterfaceByName, which reads a list of all and takes one that was
+	// interrupted.
+	ifr, err := unix.NewIfreq(name)
 	if err != nil {
 		return 0
 	}
-	return i.Index
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0
+	}
+	defer unix.Close(fd)
+	if unix.IoctlIfreq(fd, unix.SIOCGIFINDEX, ifr) != nil {
+		return 0
+	}
+	return int(ifr.Uint32())
 }
 
 // place is where on its way a packet is.

@@ -14,6 +14,7 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -81,7 +82,7 @@ func quiet(sys sysctls, iface string) error {
 
 // link is the mesh interface in the kernel's routing.
 type link struct {
-	nl    *netlink.Handle
+	nl    *nlconn.Handle
 	index int
 }
 
@@ -108,11 +109,7 @@ func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) 
 
 // addrs returns the interface's addresses, without link-local ones.
 func (l link) addrs() (map[netip.Prefix]bool, error) {
-	var list []netlink.Addr
-	err := whole(func() (err error) {
-		list, err = l.nl.AddrList(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: l.index}}, netlink.FAMILY_ALL)
-		return err
-	})
+	list, err := l.nl.AddrList(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: l.index}}, netlink.FAMILY_ALL)
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}
@@ -210,18 +207,15 @@ func peerRoutes(r *policy.Ruleset, ipv6 bool) map[netip.Addr]hostRoute {
 
 // routes returns the host routes in the main table by the interface.
 func (l link) routes() (map[netip.Addr]hostRoute, error) {
-	var out map[netip.Addr]hostRoute
+	out := map[netip.Addr]hostRoute{}
 	filter := &netlink.Route{LinkIndex: l.index, Table: unix.RT_TABLE_MAIN}
-	err := whole(func() error {
-		out = map[netip.Addr]hostRoute{}
-		return l.nl.RouteListFilteredIter(netlink.FAMILY_ALL, filter, netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE, func(r netlink.Route) bool {
-			p, ok := toPrefix(r.Dst)
-			if ok && p.IsSingleIP() && r.Type == unix.RTN_UNICAST {
-				source, _ := netip.AddrFromSlice(r.Src)
-				out[p.Addr()] = hostRoute{p.Addr(), source.Unmap()}
-			}
-			return true
-		})
+	mask := netlink.RT_FILTER_OIF | netlink.RT_FILTER_TABLE
+	err := l.nl.EachRoute(netlink.FAMILY_ALL, filter, mask, func() { clear(out) }, func(r netlink.Route) {
+		p, ok := toPrefix(r.Dst)
+		if ok && p.IsSingleIP() && r.Type == unix.RTN_UNICAST {
+			source, _ := netip.AddrFromSlice(r.Src)
+			out[p.Addr()] = hostRoute{p.Addr(), source.Unmap()}
+		}
 	})
 	if err != nil {
 		return nil, fmt.Errorf("list routes: %w", err)

@@ -17,6 +17,8 @@ import (
 	"github.com/google/nftables/userdata"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
 // lockTable is the name of the empty table of nftables that is the lock. Tables
@@ -61,7 +63,7 @@ func anotherHelper(process string) error {
 
 // lockByTable makes the table of the lock.
 func lockByTable() (_ io.Closer, err error) {
-	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	c, err := nlconn.Dial(unix.NETLINK_NETFILTER)
 	if err != nil {
 		return nil, fmt.Errorf("make table %s: %w", lockTable, err)
 	}
@@ -121,7 +123,7 @@ func tableMessage(kind int, flags netlink.HeaderFlags, attrs ...netlink.Attribut
 
 // transact sends messages, the last of which asks to be acknowledged, as one
 // transaction of nftables.
-func transact(c *netlink.Conn, ms ...netlink.Message) error {
+func transact(c *nlconn.Conn, ms ...netlink.Message) error {
 	edge := func(kind netlink.HeaderType) netlink.Message {
 		return netlink.Message{
 			Header: netlink.Header{Type: kind, Flags: netlink.Request},
@@ -137,7 +139,7 @@ func transact(c *netlink.Conn, ms ...netlink.Message) error {
 }
 
 // lockHolder says whether a process owns the lock's table, and which.
-func lockHolder(c *netlink.Conn) (held bool, process string, err error) {
+func lockHolder(c *nlconn.Conn) (held bool, process string, err error) {
 	ms, err := c.Execute(tableMessage(unix.NFT_MSG_GETTABLE, 0))
 	if err != nil {
 		return false, "", err

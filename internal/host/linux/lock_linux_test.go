@@ -13,8 +13,9 @@ import (
 	"testing"
 
 	"github.com/google/nftables"
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
 // TestLockBySquatter has a user without rights do what it can to the lock while
@@ -106,7 +107,7 @@ func TestLockSurvivesOthers(t *testing.T) {
 func TestTableWithoutOwnerIsNoLock(t *testing.T) {
 	g := newRig(t)
 	g.do(func() error {
-		c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+		c, err := nlconn.Dial(unix.NETLINK_NETFILTER)
 		if err != nil {
 			return err
 		}

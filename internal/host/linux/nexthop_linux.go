@@ -8,28 +8,13 @@ import (
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
-// Sizes of the headers of routes' and nexthops' messages (struct rtmsg in
-// linux/rtnetlink.h, struct nhmsg in linux/nexthop.h), in bytes.
-const (
-	rtmsgSize = 12
-	nhmsgSize = 8
-)
-
-// Attributes of a nexthop (linux/nexthop.h). A group is a list of 8 bytes each,
-// which begin with the member's number.
-const (
-	nhaID          = 1
-	nhaGroup       = 2
-	nhaBlackhole   = 4
-	nhaOIF         = 5
-	nhaGateway     = 6
-	nhaGroupMember = 8
-)
-
-// rtaNexthop is RTA_NH_ID of linux/rtnetlink.h, a route's nexthop.
-const rtaNexthop = 30
+// nhaGroupMember is the size of a member of a group (struct nexthop_grp in
+// linux/nexthop.h), which begins with the member's number.
+const nhaGroupMember = 8
 
 // nexthop is a nexthop object: a route may name one instead of saying by itself
 // where it leads (ip-nexthop(8)).
@@ -40,36 +25,28 @@ type nexthop struct {
 	blackhole bool
 }
 
-// viaNexthop is a unicast route that names a nexthop and says nothing else of
-// where it leads, as the kernel shows it with net.ipv4.nexthop_compat_mode=0.
-type viaNexthop struct {
-	table, metric, nexthop uint32
-	prefix                 netip.Prefix
-	source                 netip.Addr
-}
-
 var errShort = errors.New("the message is too short")
 
 // parseNexthop reads an answer to RTM_GETNEXTHOP.
 func parseNexthop(b []byte) (n nexthop, err error) {
-	if len(b) < nhmsgSize {
+	if len(b) < unix.SizeofNhmsg {
 		return n, errShort
 	}
-	ad, err := netlink.NewAttributeDecoder(b[nhmsgSize:])
+	ad, err := netlink.NewAttributeDecoder(b[unix.SizeofNhmsg:])
 	if err != nil {
 		return n, err
 	}
 	for ad.Next() {
 		switch ad.Type() {
-		case nhaID:
+		case unix.NHA_ID:
 			n.id = ad.Uint32()
-		case nhaOIF:
+		case unix.NHA_OIF:
 			n.oif = ad.Uint32()
-		case nhaGateway:
+		case unix.NHA_GATEWAY:
 			n.gateway, _ = netip.AddrFromSlice(ad.Bytes())
-		case nhaBlackhole:
+		case unix.NHA_BLACKHOLE:
 			n.blackhole = true
-		case nhaGroup:
+		case unix.NHA_GROUP:
 			for g := ad.Bytes(); len(g) >= nhaGroupMember; g = g[nhaGroupMember:] {
 				n.group = append(n.group, binary.NativeEndian.Uint32(g))
 			}
@@ -78,63 +55,23 @@ func parseNexthop(b []byte) (n nexthop, err error) {
 	return n, ad.Err()
 }
 
-// parseViaNexthop reads an answer to RTM_GETROUTE; ok says that it is a unicast
-// route which names a nexthop alone.
-func parseViaNexthop(b []byte) (r viaNexthop, ok bool, err error) {
-	if len(b) < rtmsgSize {
-		return r, false, errShort
-	}
-	family, bits, kind := b[0], int(b[1]), b[7]
-	dst := netip.IPv4Unspecified()
-	if family == unix.AF_INET6 {
-		dst = netip.IPv6Unspecified()
-	}
-	r.table = uint32(b[4])
-	ad, err := netlink.NewAttributeDecoder(b[rtmsgSize:])
-	if err != nil {
-		return r, false, err
-	}
-	said := false // by the route itself
-	for ad.Next() {
-		switch ad.Type() {
-		case unix.RTA_DST:
-			dst, _ = netip.AddrFromSlice(ad.Bytes())
-		case unix.RTA_TABLE:
-			r.table = ad.Uint32()
-		case unix.RTA_PRIORITY:
-			r.metric = ad.Uint32()
-		case unix.RTA_PREFSRC:
-			r.source, _ = netip.AddrFromSlice(ad.Bytes())
-		case rtaNexthop:
-			r.nexthop = ad.Uint32()
-		case unix.RTA_OIF, unix.RTA_MULTIPATH:
-			said = true
-		}
-	}
-	r.prefix = netip.PrefixFrom(dst, bits)
-	return r, r.nexthop != 0 && !said && kind == unix.RTN_UNICAST && r.prefix.IsValid(), ad.Err()
+// saysNothing reports whether a route names a nexthop and says nothing else of where it
+// leads, as the kernel shows it with net.ipv4.nexthop_compat_mode=0.
+func saysNothing(r nlconn.Route) bool {
+	return r.Kind == unix.RTN_UNICAST && r.Nexthop != 0 && r.OIF == 0 && !r.Multipath && r.Dst.IsValid()
 }
 
 // viaNexthops reads the routes of a family that name a nexthop alone, and asks
 // the kernel for the nexthops: an entry for each way, by table.
-func viaNexthops(conn *netlink.Conn, family int, names map[int]string) (map[int][]routeEntry, error) {
-	header := make([]byte, rtmsgSize)
-	header[0] = byte(family)
-	ms, err := dump(conn, unix.RTM_GETROUTE, header)
+func viaNexthops(conn *nlconn.Conn, family int, names map[int]string) (map[int][]routeEntry, error) {
+	routes, err := conn.Routes(uint8(family), saysNothing)
 	if err != nil {
 		return nil, fmt.Errorf("list routes by nexthops: %w", err)
 	}
-	var routes []viaNexthop
-	for _, m := range ms {
-		r, ok, err := parseViaNexthop(m.Data)
-		if err != nil {
-			return nil, fmt.Errorf("list routes by nexthops: %w", err)
-		}
-		if ok {
-			routes = append(routes, r)
-		}
-	}
-	if ms, err = dump(conn, unix.RTM_GETNEXTHOP, make([]byte, nhmsgSize)); err != nil {
+	ms, err := conn.Execute(netlink.Message{
+		Header: netlink.Header{Type: unix.RTM_GETNEXTHOP, Flags: netlink.Request | netlink.Dump}, Data: make([]byte, unix.SizeofNhmsg),
+	})
+	if err != nil {
 		return nil, fmt.Errorf("list nexthops: %w", err)
 	}
 	hops := map[uint32]nexthop{}
@@ -147,27 +84,16 @@ func viaNexthops(conn *netlink.Conn, family int, names map[int]string) (map[int]
 	}
 	out := map[int][]routeEntry{}
 	for _, r := range routes {
-		ids := hops[r.nexthop].group // whose members are no groups themselves
+		ids := hops[r.Nexthop].group // whose members are no groups themselves
 		if ids == nil {
-			ids = []uint32{r.nexthop}
+			ids = []uint32{r.Nexthop}
 		}
 		for _, id := range ids {
 			hop := hops[id]
 			if name, ok := names[int(hop.oif)]; ok && !hop.blackhole {
-				out[int(r.table)] = append(out[int(r.table)], routeEntry{r.prefix, name, int(r.metric), hop.gateway, r.source})
+				out[int(r.Table)] = append(out[int(r.Table)], routeEntry{r.Dst, name, int(r.Metric), hop.gateway, r.Src})
 			}
 		}
 	}
 	return out, nil
-}
-
-func dump(conn *netlink.Conn, kind uint16, header []byte) ([]netlink.Message, error) {
-	ms, err := conn.Execute(netlink.Message{
-		Header: netlink.Header{Type: netlink.HeaderType(kind), Flags: netlink.Request | netlink.Dump},
-		Data:   header,
-	})
-	if err != nil {
-		return nil, err
-	}
-	return ms, checkWhole(ms)
 }

@@ -10,10 +10,10 @@ import (
 	"strconv"
 	"strings"
 
-	mdlayher "github.com/mdlayher/netlink"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -24,9 +24,9 @@ var resolverFiles = []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.co
 
 // observer reads the host's facts from the kernel.
 type observer struct {
-	nl     *netlink.Handle
-	xfrm   *netlink.Handle // nil where the kernel has no IPsec
-	routes *mdlayher.Conn
+	nl     *nlconn.Handle
+	xfrm   *nlconn.Handle // nil where the kernel has no IPsec
+	routes *nlconn.Conn
 	mesh   string
 	// own are the host's mesh addresses: rules for sources around them are meant
 	// for peers too.
@@ -35,19 +35,10 @@ type observer struct {
 	sources map[bool]netip.Addr
 }
 
-// facts is look, again where the kernel's lists changed while they were read.
-func (o observer) facts() (h policy.Host, err error) {
-	err = whole(func() error {
-		h, err = o.look()
-		return err
-	})
-	return h, err
-}
-
-// look returns interfaces, routes and uplinks. An interface whose name no packet filter's
+// facts returns interfaces, routes and uplinks. An interface whose name no packet filter's
 // language takes has a stand-in for it: its addresses and networks count, but it is no
 // uplink.
-func (o observer) look() (policy.Host, error) {
+func (o observer) facts() (policy.Host, error) {
 	h := policy.Host{Interface: o.mesh}
 	links, err := o.nl.LinkList()
 	if err != nil {
@@ -89,7 +80,7 @@ func (o observer) look() (policy.Host, error) {
 			return h, err
 		}
 		delete(o.sources, family == netlink.FAMILY_V4)
-		if up.source.IsValid() && up.source == source && source != o.masquerades(up) {
+		if up.source.IsValid() && up.source == source && source != masquerades(up, list, names) {
 			o.sources[family == netlink.FAMILY_V4] = source
 		}
 		if family == netlink.FAMILY_V4 {
@@ -140,19 +131,12 @@ func (o observer) source(up routeEntry, v4 bool) (netip.Addr, error) {
 // route of IPv4: the interface's first on the router's network, or else its first
 // (inet_select_addr in net/ipv4/devinet.c). Of IPv6 it asks no route
 // (nf_nat_masquerade_ipv6 in net/netfilter/nf_nat_masquerade.c), and it isn't known.
-func (o observer) masquerades(up routeEntry) netip.Addr {
-	link, err := o.nl.LinkByName(up.iface)
-	if err != nil || !up.prefix.Addr().Is4() {
-		return netip.Addr{}
-	}
-	list, err := o.nl.AddrList(link, netlink.FAMILY_V4)
-	if err != nil {
-		return netip.Addr{}
-	}
+func masquerades(up routeEntry, list []netlink.Addr, names map[int]string) netip.Addr {
 	var first netip.Addr
 	for _, a := range list {
 		p, ok := toPrefix(a.IPNet)
-		if !ok || a.Flags&unix.IFA_F_SECONDARY != 0 || a.Scope > unix.RT_SCOPE_UNIVERSE {
+		if !ok || !p.Addr().Is4() || !up.prefix.Addr().Is4() || names[a.LinkIndex] != up.iface ||
+			a.Flags&unix.IFA_F_SECONDARY != 0 || a.Scope > unix.RT_SCOPE_UNIVERSE {
 			continue
 		}
 		if up.router.IsValid() && p.Contains(up.router) {
@@ -266,16 +250,19 @@ func (o observer) routing(family int, names map[int]string) (hostRouting, error)
 	}
 	slices.SortStableFunc(h.rules, func(a, b routingRule) int { return cmp.Compare(a.priority, b.priority) })
 	filter := &netlink.Route{Table: unix.RT_TABLE_UNSPEC}
-	saysNothing := false
-	err = o.nl.RouteListFilteredIter(family, filter, netlink.RT_FILTER_TABLE, func(r netlink.Route) bool {
+	byNexthop := false
+	begin := func() {
+		clear(h.tables)
+		byNexthop = false
+	}
+	err = o.nl.EachRoute(family, filter, netlink.RT_FILTER_TABLE, begin, func(r netlink.Route) {
 		h.tables[r.Table] = append(h.tables[r.Table], entries(family, r, names)...)
-		saysNothing = saysNothing || r.Type == unix.RTN_UNICAST && r.LinkIndex == 0 && len(r.MultiPath) == 0
-		return true
+		byNexthop = byNexthop || r.Type == unix.RTN_UNICAST && r.LinkIndex == 0 && len(r.MultiPath) == 0
 	})
 	if err != nil {
 		return h, fmt.Errorf("list routes: %w", err)
 	}
-	if !saysNothing {
+	if !byNexthop {
 		return h, nil
 	}
 	more, err := viaNexthops(o.routes, family, names)

@@ -122,13 +122,13 @@ func obstacle(s sample, f finding, protocol string) (host.Problem, bool) {
 // bypasses names flow tables of other software on the uplinks: packets of a
 // running flow that is in one pass around every other rule.
 func (o *others) bypasses(h policy.Host) ([]host.Problem, error) {
-	tables, err := o.conn.ListTables()
+	tables, err := o.lists.ListTables(nftables.TableFamilyUnspecified)
 	if err != nil {
 		return nil, fmt.Errorf("list tables: %w", err)
 	}
 	var out []host.Problem
 	for _, t := range tables {
-		fs, err := o.conn.ListFlowtables(t)
+		fs, err := o.lists.ListFlowtables(t)
 		if err != nil {
 			return nil, fmt.Errorf("list flow tables of %s: %w", t.Name, err)
 		}

@@ -10,11 +10,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/google/nftables"
-	mdlayher "github.com/mdlayher/netlink"
-	"golang.org/x/sys/unix"
-
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -24,11 +21,10 @@ import (
 type others struct {
 	worker *worker
 	sys    sysctls
-	// sock is conn's socket. spent says that an exchange was given up: an answer that
-	// comes late would be taken for the next one's.
-	conn  *nftables.Conn
-	sock  *mdlayher.Conn
-	raw   *mdlayher.Conn
+	// lists reads lists through sock. spent says that an exchange was given up: an answer
+	// that comes late would be taken for the next one's.
+	lists *nlconn.Nftables
+	sock  *nlconn.Conn
 	flows *conntrack
 	spent bool
 	// port is one that peers' flows are translated to, as what enforces chose it.
@@ -76,14 +72,11 @@ func (o *others) reopen() error {
 	if err := o.close(); err != nil {
 		return err
 	}
-	conn, sock, err := openNftables()
+	lists, sock, err := openNftables()
 	if err != nil {
 		return err
 	}
-	o.conn, o.sock = conn, sock
-	if o.raw, err = mdlayher.Dial(unix.NETLINK_NETFILTER, nil); err != nil {
-		return fmt.Errorf("open nftables: %w", err)
-	}
+	o.lists, o.sock = lists, sock
 	if o.flows, err = openConntrack(); err != nil {
 		return err
 	}
@@ -94,16 +87,13 @@ func (o *others) reopen() error {
 // close closes the sockets that are open.
 func (o *others) close() error {
 	var errs []error
-	if o.conn != nil {
-		errs = append(errs, o.conn.CloseLasting())
-	}
-	if o.raw != nil {
-		errs = append(errs, o.raw.Close())
+	if o.sock != nil {
+		errs = append(errs, o.sock.Close())
 	}
 	if o.flows != nil {
 		errs = append(errs, o.flows.close())
 	}
-	o.conn, o.raw, o.flows = nil, nil, nil
+	o.lists, o.sock, o.flows = nil, nil, nil
 	return errors.Join(errs...)
 }
 
@@ -124,7 +114,7 @@ func (o *others) run(ctx context.Context, do func() error) error {
 			o.spent = true
 			return err
 		}
-		conns := []interface{ SetDeadline(time.Time) error }{o.sock, o.raw, o.flows.dump}
+		conns := []interface{ SetDeadline(time.Time) error }{o.sock, o.flows.dump}
 		stop := context.AfterFunc(ctx, func() {
 			for _, c := range conns {
 				_ = c.SetDeadline(time.Unix(1, 0))
@@ -229,7 +219,7 @@ const (
 // lookAtOthers looks at others' rules where they, or what they are asked about, changed
 // since the last look.
 func (o *others) lookAtOthers(ctx context.Context, r *policy.Ruleset, outer []netip.AddrPort) error {
-	now, err := generationOf(o.raw)
+	now, err := generationOf(o.sock)
 	if err != nil {
 		return err
 	}

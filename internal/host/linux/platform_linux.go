@@ -17,12 +17,11 @@ import (
 	"syscall"
 	"time"
 
-	mdlayher "github.com/mdlayher/netlink"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/tun"
 
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -40,9 +39,9 @@ const sysctlRoot = "/proc/sys/net"
 type Platform struct {
 	o      Options
 	worker *worker
-	nl     *netlink.Handle
-	xfrm   *netlink.Handle // nil where the kernel has no IPsec
-	routes *mdlayher.Conn  // for what nl doesn't understand
+	nl     *nlconn.Handle
+	xfrm   *nlconn.Handle // nil where the kernel has no IPsec
+	routes *nlconn.Conn   // for what nl doesn't understand
 	// spent says that an exchange at the sockets was given up; unbind frees them
 	// from the context of the call.
 	spent   bool
@@ -119,10 +118,10 @@ func New(o Options) (*Platform, error) {
 
 // dial opens the sockets.
 func (p *Platform) dial() (err error) {
-	if p.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+	if p.nl, err = nlconn.NewHandle(unix.NETLINK_ROUTE); err != nil {
 		return fmt.Errorf("open netlink: %w", err)
 	}
-	if p.xfrm, err = netlink.NewHandle(unix.NETLINK_XFRM); err != nil {
+	if p.xfrm, err = nlconn.NewHandle(unix.NETLINK_XFRM); err != nil {
 		p.xfrm = nil
 	}
 	if p.filter, err = openFilter(); err != nil {
@@ -134,14 +133,14 @@ func (p *Platform) dial() (err error) {
 	if p.flows, err = openConntrack(); err != nil {
 		return err
 	}
-	if p.ports.diag, err = mdlayher.Dial(unix.NETLINK_SOCK_DIAG, nil); err != nil {
+	if p.ports.diag, err = nlconn.Dial(unix.NETLINK_SOCK_DIAG); err != nil {
 		return fmt.Errorf("open netlink: %w", err)
 	}
 	return nil
 }
 
-func dialRoutes() (*mdlayher.Conn, error) {
-	c, err := mdlayher.Dial(unix.NETLINK_ROUTE, nil)
+func dialRoutes() (*nlconn.Conn, error) {
+	c, err := nlconn.Dial(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, fmt.Errorf("open netlink: %w", err)
 	}
@@ -383,11 +382,7 @@ func (p *Platform) bridges() []string {
 	if !on("iptables") && !on("ip6tables") {
 		return nil
 	}
-	var links []netlink.Link
-	err := whole(func() (err error) {
-		links, err = p.nl.LinkList()
-		return err
-	})
+	links, err := p.nl.LinkList()
 	if err != nil {
 		return nil // then their frames are dropped until the next look
 	}
@@ -672,7 +667,7 @@ func (p *Platform) release() error {
 	if p.others != nil {
 		errs = append(errs, p.others.end())
 	}
-	for _, h := range []*netlink.Handle{p.nl, p.xfrm} {
+	for _, h := range []*nlconn.Handle{p.nl, p.xfrm} {
 		if h != nil {
 			h.Close()
 		}

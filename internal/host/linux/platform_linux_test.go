@@ -24,6 +24,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -284,9 +285,9 @@ func (w *world) takeTable() io.Closer {
 	}
 	take := named(unix.NFT_MSG_NEWTABLE, mdnetlink.Attribute{Type: unix.NFTA_TABLE_FLAGS, Data: binary.BigEndian.AppendUint32(nil, tableFlagOwner)})
 	take.Header.Flags |= mdnetlink.Acknowledge
-	var c *mdnetlink.Conn
+	var c *nlconn.Conn
 	w.do(func() (err error) {
-		if c, err = mdnetlink.Dial(unix.NETLINK_NETFILTER, nil); err != nil {
+		if c, err = nlconn.Dial(unix.NETLINK_NETFILTER); err != nil {
 			return err
 		}
 		return transact(c, named(unix.NFT_MSG_DELTABLE), take)
@@ -401,7 +402,7 @@ func TestFailedStartKeepsPeersIn(t *testing.T) {
 func (g *rig) elements(set string) (es []nftables.SetElement) {
 	g.t.Helper()
 	g.do(func() (err error) {
-		es, err = g.p.filter.conn.GetSetElements(&nftables.Set{Table: ourTable(), Name: set})
+		es, err = g.p.filter.lists.GetSetElements(&nftables.Set{Table: ourTable(), Name: set})
 		return err
 	})
 	return es
@@ -645,7 +646,7 @@ func TestWatchNexthops(t *testing.T) {
 // messages about the address only those count that say something new.
 func TestRenewedAddressIsNoChange(t *testing.T) {
 	g := newRig(t)
-	var c *mdnetlink.Conn
+	var c *nlconn.Conn
 	if err := g.pic.B.Do(func() (err error) {
 		c, err = subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_IPV6_IFADDR)
 		return err

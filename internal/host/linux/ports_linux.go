@@ -6,10 +6,10 @@ import (
 	"net/netip"
 	"time"
 
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -24,7 +24,7 @@ const (
 
 // ports is the range that peers' translated flows leave from.
 type ports struct {
-	diag *netlink.Conn // asks for the host's sockets
+	diag *nlconn.Conn // asks for the host's sockets
 	// now is the range as last observed; without any no flow is translated. Flows
 	// that run may have any port of around, but for those of host.
 	now, around portRange

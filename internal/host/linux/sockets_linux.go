@@ -10,6 +10,8 @@ import (
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
 // States of sockets as the kernel numbers them (include/net/tcp_states.h). A UDP
@@ -50,7 +52,7 @@ type boundPort struct {
 
 // boundPorts returns the ports that sockets of the host are bound to, each with the
 // user of one of its sockets.
-func boundPorts(diag *netlink.Conn) (map[uint16]uint32, error) {
+func boundPorts(diag *nlconn.Conn) (map[uint16]uint32, error) {
 	have := map[uint16]uint32{}
 	for _, s := range sockets {
 		ports, err := diagPorts(diag, s.family, s.proto, s.states)
@@ -71,7 +73,7 @@ func boundPorts(diag *netlink.Conn) (map[uint16]uint32, error) {
 }
 
 // diagPorts asks the kernel for the ports of sockets in some states (sock_diag(7)).
-func diagPorts(diag *netlink.Conn, family, proto uint8, states uint32) ([]boundPort, error) {
+func diagPorts(diag *nlconn.Conn, family, proto uint8, states uint32) ([]boundPort, error) {
 	request := make([]byte, diagRequest)
 	request[0], request[1] = family, proto
 	binary.NativeEndian.PutUint32(request[4:], states)

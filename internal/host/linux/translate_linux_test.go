@@ -11,10 +11,10 @@ import (
 	"testing"
 	"time"
 
-	mdlayher "github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -231,13 +231,13 @@ func TestBoundPorts(t *testing.T) {
 	})
 	w.socket(netip.MustParseAddrPort("127.0.0.1:2347"))
 	w.socket(netip.MustParseAddrPort("[::1]:2348"))
-	dead, err := mdlayher.Dial(unix.NETLINK_SOCK_DIAG, nil)
+	dead, err := nlconn.Dial(unix.NETLINK_SOCK_DIAG)
 	if err != nil {
 		t.Fatal(err)
 	}
 	dead.Close()
 	w.do(func() error {
-		for name, diag := range map[string]*mdlayher.Conn{"netlink": w.p.ports.diag, "/proc/net": dead} {
+		for name, diag := range map[string]*nlconn.Conn{"netlink": w.p.ports.diag, "/proc/net": dead} {
 			bound, err := boundPorts(diag)
 			if err != nil {
 				return fmt.Errorf("%s: %w", name, err)

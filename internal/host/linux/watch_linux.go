@@ -11,12 +11,14 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
 // watchSockets are those of one call of Watch.
 type watchSockets struct {
-	route, rules *netlink.Conn
-	ipsec        *netlink.Conn // nil where the kernel has no IPsec
+	route, rules *nlconn.Conn
+	ipsec        *nlconn.Conn // nil where the kernel has no IPsec
 }
 
 // routeGroups are the kernel's groups of what Observe and Inspect look at: links,
@@ -55,8 +57,8 @@ func (w watchSockets) close() error {
 	return err
 }
 
-func subscribe(family int, groups ...uint32) (*netlink.Conn, error) {
-	c, err := netlink.Dial(family, nil)
+func subscribe(family int, groups ...uint32) (*nlconn.Conn, error) {
+	c, err := nlconn.Dial(family)
 	if err != nil {
 		return nil, fmt.Errorf("watch netlink %d: %w", family, err)
 	}
@@ -108,7 +110,7 @@ const maxOdd = 16
 
 // follow calls changed for messages that matter until ctx ends or the socket fails. After
 // messages were lost it asks about none, once.
-func follow(ctx context.Context, c *netlink.Conn, changed func(), matters func([]netlink.Message) bool) error {
+func follow(ctx context.Context, c *nlconn.Conn, changed func(), matters func([]netlink.Message) bool) error {
 	for odd := 0; ; {
 		ms, err := c.Receive()
 		switch {

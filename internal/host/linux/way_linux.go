@@ -9,22 +9,15 @@ import (
 	"strings"
 	"time"
 
-	mdlayher "github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // wayLimit bounds the question for one way.
 const wayLimit = 5 * time.Second
-
-// Attributes of a question for a route (linux/rtnetlink.h).
-const (
-	rtaIPProto = 27
-	rtaSport   = 28
-	rtaDport   = 29
-)
 
 // Way implements the daemon's contract.
 func (p *Platform) Way(ctx context.Context, packet host.Packet) (host.Way, error) {
@@ -50,20 +43,20 @@ func (p *Platform) way(packet host.Packet) (host.Way, error) { return p.marked(p
 
 // marked returns the way of a packet with a mark.
 func (p *Platform) marked(packet host.Packet, mark uint32) (host.Way, error) {
-	q := question{mark: mark, src: packet.Src, dst: packet.Dst, proto: packet.Proto, sport: packet.SrcPort, dport: packet.DstPort}
+	q := nlconn.Packet{Mark: mark, Src: packet.Src, Dst: packet.Dst, Proto: packet.Proto, SrcPort: packet.SrcPort, DstPort: packet.DstPort}
 	if packet.In != "" {
-		if q.iif = p.indexOf(packet.In); q.iif == 0 {
+		if q.IIF = p.indexOf(packet.In); q.IIF == 0 {
 			return host.Way{}, fmt.Errorf("there is no interface %q", packet.In)
 		}
 	}
 	a, err := askRoute(p.routes, q)
-	if err == nil && a.refused == host.WayUnreachable && q.iif != 0 && q.dst.Is4() && !p.forwards4(packet.In) {
+	if err == nil && a.refused == host.WayUnreachable && q.IIF != 0 && q.Dst.Is4() && !p.forwards4(packet.In) {
 		// Packets from there aren't forwarded now, so the kernel says no more than that
 		// (ip_route_input_slow in net/ipv4/route.c). The host's own take the same way but
 		// for rules that name the interface.
-		q.iif, q.src = 0, netip.Addr{}
+		q.IIF, q.Src = 0, netip.Addr{}
 		if packet.In == p.name {
-			q.src = p.own(true)
+			q.Src = p.own(true)
 		}
 		a, err = askRoute(p.routes, q)
 	}
@@ -82,7 +75,7 @@ func (p *Platform) marked(packet host.Packet, mark uint32) (host.Way, error) {
 		return w, nil
 	}
 	// Of what it forwards the kernel says no source.
-	own, err := askRoute(p.routes, question{dst: q.dst, oif: a.oif})
+	own, err := askRoute(p.routes, nlconn.Packet{Dst: q.Dst, OIF: a.oif})
 	w.Source = own.src
 	return w, err
 }
@@ -103,15 +96,6 @@ func (p *Platform) forwards4(name string) bool {
 	return err == nil && v != "0"
 }
 
-// question is for the route of a packet (RTM_GETROUTE). What is zero isn't said.
-type question struct {
-	src, dst     netip.Addr
-	iif, oif     int
-	mark         uint32
-	proto        uint8
-	sport, dport uint16
-}
-
 // answer is a route of the kernel's.
 type answer struct {
 	oif         int
@@ -120,61 +104,9 @@ type answer struct {
 	refused     string // see host.Way
 }
 
-// encode writes the question; flags as in struct rtmsg.
-func (q question) encode() ([]byte, error) {
-	header := make([]byte, rtmsgSize)
-	header[0] = unix.AF_INET6
-	if q.dst.Is4() {
-		header[0] = unix.AF_INET
-	}
-	header[1] = byte(q.dst.BitLen())
-	ae := mdlayher.NewAttributeEncoder()
-	ae.Bytes(unix.RTA_DST, q.dst.WithZone("").AsSlice())
-	if q.src.IsValid() {
-		header[2] = byte(q.src.BitLen())
-		ae.Bytes(unix.RTA_SRC, q.src.WithZone("").AsSlice())
-	}
-	if q.iif != 0 {
-		ae.Uint32(unix.RTA_IIF, uint32(q.iif))
-	}
-	if q.oif != 0 {
-		ae.Uint32(unix.RTA_OIF, uint32(q.oif))
-	}
-	if q.mark != 0 {
-		ae.Uint32(unix.RTA_MARK, q.mark)
-	}
-	// Others the kernel refuses (rtm_getroute_parse_ip_proto in net/ipv4/netlink.c).
-	switch q.proto {
-	case policy.ProtoTCP, policy.ProtoUDP:
-		ae.Uint8(rtaIPProto, q.proto)
-		if q.sport != 0 {
-			ae.Bytes(rtaSport, port(q.sport))
-		}
-		if q.dport != 0 {
-			ae.Bytes(rtaDport, port(q.dport))
-		}
-	case policy.ProtoICMP, policy.ProtoICMPv6:
-		ae.Uint8(rtaIPProto, q.proto)
-	}
-	attrs, err := ae.Encode()
-	return append(header, attrs...), err
-}
-
 // askRoute asks the kernel for a route. A route that leads nowhere, or none, is an answer.
-func askRoute(conn *mdlayher.Conn, q question) (answer, error) {
-	data, err := q.encode()
-	if err != nil {
-		return answer{}, err
-	}
-	var ms []mdlayher.Message
-	for range lookTries {
-		ms, err = conn.Execute(mdlayher.Message{
-			Header: mdlayher.Header{Type: unix.RTM_GETROUTE, Flags: mdlayher.Request}, Data: data,
-		})
-		if !errors.Is(err, unix.EINTR) {
-			break
-		}
-	}
+func askRoute(conn *nlconn.Conn, p nlconn.Packet) (answer, error) {
+	r, err := conn.Route(p)
 	switch {
 	case errors.Is(err, unix.ENETUNREACH):
 		return answer{refused: host.WayNone}, nil
@@ -186,55 +118,24 @@ func askRoute(conn *mdlayher.Conn, q question) (answer, error) {
 		return answer{refused: host.WayBlackhole}, nil
 	case err != nil:
 		return answer{}, fmt.Errorf("ask for a route: %w", err)
-	case len(ms) != 1:
-		return answer{}, fmt.Errorf("ask for a route: %d answers", len(ms))
 	}
-	a, err := parseRoute(ms[0].Data)
-	if err != nil {
-		return a, fmt.Errorf("ask for a route: %w", err)
-	}
-	return a, nil
+	return answerOf(r), nil
 }
 
-// parseRoute reads the answer to a question for a route. The kernel answers a route that
+// answerOf reads the answer to a question for a route. The kernel answers a route that
 // leads nowhere with an error for IPv4, and of IPv6 with the kind of the route, too
 // (rt6_fill_node in net/ipv6/route.c).
-func parseRoute(b []byte) (a answer, err error) {
-	if len(b) < rtmsgSize {
-		return a, errShort
-	}
-	switch b[7] {
-	case unix.RTN_LOCAL, unix.RTN_ANYCAST, unix.RTN_BROADCAST, unix.RTN_MULTICAST:
-		a.local = true
+func answerOf(r nlconn.Route) answer {
+	switch r.Kind {
 	case unix.RTN_UNREACHABLE:
-		a.refused = host.WayUnreachable
+		return answer{refused: host.WayUnreachable}
 	case unix.RTN_PROHIBIT:
-		a.refused = host.WayProhibited
+		return answer{refused: host.WayProhibited}
 	case unix.RTN_BLACKHOLE:
-		a.refused = host.WayBlackhole
+		return answer{refused: host.WayBlackhole}
 	}
-	ad, err := mdlayher.NewAttributeDecoder(b[rtmsgSize:])
-	if err != nil {
-		return a, err
-	}
-	for ad.Next() {
-		switch ad.Type() {
-		case unix.RTA_OIF:
-			a.oif = int(ad.Uint32())
-		case unix.RTA_GATEWAY:
-			a.router, _ = netip.AddrFromSlice(ad.Bytes())
-		case unix.RTA_VIA: // struct rtvia: a family of 2 bytes, and an address of it
-			if via := ad.Bytes(); len(via) > 2 {
-				a.router, _ = netip.AddrFromSlice(via[2:])
-			}
-		case unix.RTA_PREFSRC:
-			a.src, _ = netip.AddrFromSlice(ad.Bytes())
-		}
-	}
-	if a.refused != "" {
-		a.oif, a.router, a.src = 0, netip.Addr{}, netip.Addr{}
-	}
-	return a, ad.Err()
+	local := slices.Contains([]uint8{unix.RTN_LOCAL, unix.RTN_ANYCAST, unix.RTN_BROADCAST, unix.RTN_MULTICAST}, r.Kind)
+	return answer{oif: r.OIF, router: r.Router, src: r.Src, local: local}
 }
 
 // wayProblems says where the kernel sends packets from peers and to them another way than

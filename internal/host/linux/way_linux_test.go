@@ -3,10 +3,14 @@ package linux
 import (
 	"context"
 	"net/netip"
+	"slices"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -86,13 +90,15 @@ func TestWay(t *testing.T) {
 	}
 }
 
-// FuzzParseRoute has the answer to a question for a route be anything.
-func FuzzParseRoute(f *testing.F) {
-	f.Add([]byte{})
-	f.Add(append(make([]byte, rtmsgSize), 8, 0, 4, 0, 1, 0, 0, 0))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		if a, err := parseRoute(b); err == nil && a.refused != "" && a.oif != 0 {
-			t.Errorf("refused, and by interface %d", a.oif)
+// TestAnswerOf has a route that leads nowhere be by no interface, whatever it says.
+func TestAnswerOf(t *testing.T) {
+	for kind := range uint8(16) {
+		a := answerOf(nlconn.Route{Kind: kind, OIF: 7, Router: netip.MustParseAddr("192.0.2.1"), Src: netip.MustParseAddr("192.0.2.2")})
+		if refused := slices.Contains([]uint8{unix.RTN_BLACKHOLE, unix.RTN_UNREACHABLE, unix.RTN_PROHIBIT}, kind); refused != (a.refused != "") {
+			t.Errorf("kind %d: refused as %q", kind, a.refused)
 		}
-	})
+		if a.refused != "" && a != (answer{refused: a.refused}) {
+			t.Errorf("kind %d: %+v", kind, a)
+		}
+	}
 }

@@ -10,10 +10,10 @@ import (
 	"sync/atomic"
 	"time"
 
-	mdlayher "github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
 const (
@@ -204,7 +204,7 @@ func ask[T any](ctx context.Context, p *Platform, do func() (T, error)) (T, erro
 // bind makes ctx end what waits at the sockets, until unbind is called.
 func (p *Platform) bind(ctx context.Context) {
 	end, bounded := ctx.Deadline()
-	conns := []interface{ SetDeadline(time.Time) error }{p.filter.sock, p.filter.change.wire, p.filter.dump, p.routes, p.ports.diag, p.flows.dump}
+	conns := []interface{ SetDeadline(time.Time) error }{p.filter.sock, p.filter.change.wire, p.routes, p.ports.diag, p.flows.dump}
 	// They have no deadline before ctx has ended: an exchange that was given up is
 	// known by that.
 	for _, c := range conns {
@@ -274,7 +274,7 @@ func (p *Platform) reopen() error {
 	if err != nil {
 		return errors.Join(err, routes.Close(), f.close())
 	}
-	diag, err := mdlayher.Dial(unix.NETLINK_SOCK_DIAG, nil)
+	diag, err := nlconn.Dial(unix.NETLINK_SOCK_DIAG)
 	if err != nil {
 		return errors.Join(err, flows.close(), routes.Close(), f.close())
 	}

@@ -166,8 +166,8 @@ func TestSilentKernel(t *testing.T) {
 			continue // they don't ask at this socket
 		}
 		for _, cancelled := range []bool{false, true} {
-			w.p.filter.dump.Close()
-			w.p.filter.dump = newSilent()
+			w.p.filter.sock.Close()
+			w.p.filter.sock = newSilent()
 			returns(t, name, func() {
 				ctx, cancel := context.WithTimeout(context.Background(), shortly)
 				if cancelled {

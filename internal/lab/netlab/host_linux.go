@@ -8,8 +8,9 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
 // Host is a network namespace with a mount namespace of its own, held by file
@@ -19,7 +20,7 @@ type Host struct {
 
 	lab          *Lab
 	netFD, mntFD int
-	nl           *netlink.Handle
+	nl           *nlconn.Handle
 	// calls are run by the thread that made the namespaces, one at a time. It
 	// lives as long as the host: programs die with the thread that started them.
 	calls chan func()
@@ -94,7 +95,7 @@ func (h *Host) create() (err error) {
 	if h.mntFD, err = openNamespace("mnt"); err != nil {
 		return err
 	}
-	h.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE)
+	h.nl, err = nlconn.NewHandle(unix.NETLINK_ROUTE)
 	return err
 }
 

@@ -8,6 +8,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
 // Port is one end of a link between two hosts.
@@ -62,7 +64,7 @@ func parseMAC(s string) (net.HardwareAddr, error) {
 
 // Netlink is a route netlink handle of the host, for what the methods here don't
 // do. It belongs to the lab.
-func (h *Host) Netlink() *netlink.Handle { return h.nl }
+func (h *Host) Netlink() *nlconn.Handle { return h.nl }
 
 func (h *Host) link(name string) (netlink.Link, error) {
 	link, err := h.nl.LinkByName(name)

@@ -11,6 +11,8 @@ import (
 	"github.com/mdlayher/netlink"
 	rtnl "github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
 // nftables attribute types that a dump has to know (linux/netfilter/nf_tables.h).
@@ -36,9 +38,9 @@ var moving = []string{"counter", "quota", "limit", "last", "connlimit"}
 // one line for each table, chain, set, element, object, flow table and rule: bytes
 // in hexadecimal, counters masked. Two equal rulesets have equal lines.
 func (h *Host) Ruleset() ([]string, error) {
-	var conn *netlink.Conn
+	var conn *nlconn.Conn
 	if err := h.Do(func() (err error) {
-		conn, err = netlink.Dial(unix.NETLINK_NETFILTER, nil)
+		conn, err = nlconn.Dial(unix.NETLINK_NETFILTER)
 		return err
 	}); err != nil {
 		return nil, fmt.Errorf("open nftables of %s: %w", h.Name, err)
@@ -62,7 +64,7 @@ func (h *Host) Ruleset() ([]string, error) {
 
 // dump is a ruleset being read; the first error sticks.
 type dump struct {
-	conn  *netlink.Conn
+	conn  *nlconn.Conn
 	lines []string
 	err   error
 }
@@ -306,7 +308,7 @@ func interfaceName(name string) []byte { return append([]byte(name), make([]byte
 // flood.
 func (h *Host) ForgetFlows() error {
 	err := h.Do(func() error {
-		nl, err := rtnl.NewHandle(unix.NETLINK_NETFILTER)
+		nl, err := nlconn.NewHandle(unix.NETLINK_NETFILTER)
 		if err != nil {
 			return err
 		}

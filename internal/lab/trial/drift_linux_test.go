@@ -15,6 +15,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
 // drift is something that another program does to B, and how B looks when the helper
@@ -98,7 +99,7 @@ func (h *hurt) routed() bool {
 }
 
 // link changes the mesh interface.
-func (h *hurt) link(change func(*netlink.Handle, netlink.Link) error) error {
+func (h *hurt) link(change func(*nlconn.Handle, netlink.Link) error) error {
 	l, err := h.B.Netlink().LinkByName(h.iface)
 	if err != nil {
 		return err
@@ -166,7 +167,7 @@ var drifts = []drift{
 		return err
 	}},
 	{name: "the routes to peers are deleted", well: (*hurt).routed, do: func(h *hurt) error {
-		return h.link(func(nl *netlink.Handle, l netlink.Link) error {
+		return h.link(func(nl *nlconn.Handle, l netlink.Link) error {
 			routes, err := nl.RouteList(l, netlink.FAMILY_V4)
 			for _, r := range routes {
 				err = errors.Join(err, nl.RouteDel(&r))
@@ -208,7 +209,7 @@ var drifts = []drift{
 			return h.B.AddAddr(netlab.LAN, netip.MustParsePrefix("192.168.77.1/24"))
 		}},
 	{name: "the mesh interface is deleted",
-		do:   func(h *hurt) error { return h.link((*netlink.Handle).LinkDel) },
+		do:   func(h *hurt) error { return h.link((*nlconn.Handle).LinkDel) },
 		well: func(h *hurt) bool { return h.addressed() && h.routed() && h.status().State == "enforcing" }},
 	{name: "forwarding is switched on for all", open: true,
 		do: func(h *hurt) error { return h.B.SetSysctl("net.ipv4.ip_forward", "1") },
