@@ -81,7 +81,7 @@ func (f *fullDisk) command(t *testing.T, args ...string) (status int, stdout, st
 // full: the command fails, says what holds and what to do, and shows a new key that
 // is in force, also as JSON.
 func TestInForceButNotSaved(t *testing.T) {
-	old := api.Peer{Name: "phone", PublicKey: "4+kGYe2dVTRjEBG9/eVGCXT1Y2OY5tjp2j3GIYuBrkg=", Kind: api.External,
+	old := api.Peer{Name: "phone", PublicKey: "4+kGYe2dVTRjEBG9/eVGCXT1Y2OY5tjp2j3GIYuBrkg=", Kind: mesh.External,
 		Addresses: []netip.Addr{netip.MustParseAddr("100.64.0.9"), netip.MustParseAddr("fd6d:6573:6800::9")}}
 	const says = "meshhelper: in force now, but not saved: after a restart it is back: no space left on device; make room; it is saved then\n"
 	const saysJSON = `{"error":{"code":"not_saved","message":"in force now, but not saved: after a restart it is back: no space left on device","hint":"make room; it is saved then"}}` + "\n"

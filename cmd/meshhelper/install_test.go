@@ -30,6 +30,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host/macos"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/owned"
 	"github.com/meshhelper/meshhelper/launchd"
 )
@@ -262,7 +263,7 @@ func TestInstallOnTheSimulatedMac(t *testing.T) {
 	}
 
 	g.must("install", "--listen-port", "0") // an upgrade
-	if s := g.status(); len(s.Peers) != 1 || !s.Peers[0].Permissions.Routing.Allowed {
+	if s := g.status(); len(s.Peers) != 1 || !s.Peers[0].Permissions.Of(mesh.Routing).Allowed {
 		t.Errorf("the mesh didn't survive the upgrade: %+v", s.Peers)
 	}
 	if !g.reaches("198.51.100.9") {

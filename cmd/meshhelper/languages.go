@@ -155,7 +155,7 @@ func guardText(r *policy.Ruleset) string {
 	}
 	fmt.Fprintf(&b, "peers:\n")
 	for _, p := range r.Peers() {
-		fmt.Fprintf(&b, "  %s %s: %v\n", p.Name, listAddresses(p.Addresses), p.Permissions)
+		fmt.Fprintf(&b, "  %s %s: %v\n", p.Name, listAddresses(p.Addresses[:]), p.Permissions)
 	}
 	return b.String()
 }

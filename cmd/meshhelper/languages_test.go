@@ -8,6 +8,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -107,16 +108,15 @@ func TestRuleOfTheProtocol(t *testing.T) {
 // explained compiles a mesh of a peer with every permission and one with none.
 func explained(t *testing.T) *policy.Ruleset {
 	t.Helper()
-	yes := policy.Grant{Allowed: true}
 	r, err := policy.Compile(policy.Mesh{
-		Prefixes:   []netip.Prefix{policy.DefaultPrefix4, policy.DefaultPrefix6},
+		Prefixes:   []netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6},
 		Addresses:  []netip.Addr{netip.MustParseAddr("100.64.0.1"), netip.MustParseAddr("fd6d:6573:6800::1")},
 		ListenPort: 51820,
-		Peers: []policy.Peer{
-			{ID: policy.PeerID{1}, Name: "all", Grants: policy.Grants{Incoming: yes, Routing: yes, LAN: yes},
-				Addresses: []netip.Addr{netip.MustParseAddr("100.64.0.2"), netip.MustParseAddr("fd6d:6573:6800::2")}},
-			{ID: policy.PeerID{2}, Name: "none",
-				Addresses: []netip.Addr{netip.MustParseAddr("100.64.0.3"), netip.MustParseAddr("fd6d:6573:6800::3")}},
+		Peers: []mesh.Peer{
+			{PublicKey: mesh.PublicKey{1}, Name: "all", Permissions: mesh.Granted(mesh.All),
+				Addresses: mesh.Addresses{netip.MustParseAddr("100.64.0.2"), netip.MustParseAddr("fd6d:6573:6800::2")}},
+			{PublicKey: mesh.PublicKey{2}, Name: "none",
+				Addresses: mesh.Addresses{netip.MustParseAddr("100.64.0.3"), netip.MustParseAddr("fd6d:6573:6800::3")}},
 		},
 	}, policy.Host{
 		Interface: "utun7", Uplink4: "en0", Uplink6: "en0",

@@ -9,6 +9,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // TestSixtyColumns writes a status, a peer and a list at a terminal of 60 columns: no line
@@ -16,9 +17,9 @@ import (
 func TestSixtyColumns(t *testing.T) {
 	until := time.Now().Add(time.Hour)
 	p := api.Peer{
-		Name: "annas-laptop", Kind: api.External, PublicKey: "4+kGYe2dVTRjEBG9/eVGCXT1Y2OY5tjp2j3GIYuBrkg=",
+		Name: "annas-laptop", Kind: mesh.External, PublicKey: "4+kGYe2dVTRjEBG9/eVGCXT1Y2OY5tjp2j3GIYuBrkg=",
 		Addresses:   []netip.Addr{netip.MustParseAddr("100.126.117.53"), netip.MustParseAddr("fd6d:6573:6800:b7dd:d1ac:5901:fbca:9691")},
-		Permissions: api.Permissions{Incoming: api.Permission{Allowed: true}, Routing: api.Permission{Allowed: true, Until: until}},
+		Permissions: api.Permissions{0: {Allowed: true}, 1: {Allowed: true, Until: until}},
 		Refused:     api.Refused{Martian: 1, Self: 2, Mesh: 3, LAN: 4, Internet: 5, Spoofed: 6},
 	}
 	s := api.Status{

@@ -13,7 +13,6 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/mesh"
-	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 func newPeerCommand(a *app) *cobra.Command {
@@ -127,7 +126,7 @@ func newPeerShowCommand(a *app) *cobra.Command {
 func (a *app) writePeer(p api.Peer) {
 	line := func(name, text string) { a.sayWrapped(name, strings.Repeat(" ", 12), text) }
 	line("name        ", p.Name)
-	line("kind        ", p.Kind)
+	line("kind        ", string(p.Kind))
 	line("public key  ", p.PublicKey)
 	line("addresses   ", listAddresses(p.Addresses))
 	line("may         ", describePermissions(p.Permissions))
@@ -173,14 +172,22 @@ func newToggleCommand(a *app, allow bool) *cobra.Command {
 		c.Use, c.Short = "allow NAME PERMISSION...", "Give permissions to a peer, for good or for a time"
 		c.Flags().Var(durationFlag(&o.limit), "for", "how long, such as 30m, 2h, 1d or 1w; without, for good")
 	}
-	c.Long = c.Short + ".\n\nPERMISSION is one or more of\n" + permissionsHelp
+	c.Long = c.Short + ".\n\nPERMISSION is one or more of\n" + permissionsHelp()
 	return c
 }
 
-// permissionsHelp says what each permission is.
-const permissionsHelp = `  incoming  connect to this host
-  routing   reach the internet through this host
-  lan       reach this host's other networks; needs routing, too`
+// permissionsHelp says what each permission is, a line each.
+func permissionsHelp() string {
+	var lines []string
+	for _, one := range mesh.AllPermissions {
+		line := fmt.Sprintf("  %-8s  %s", one.Name, one.Opens)
+		if one.Needs != 0 {
+			line += fmt.Sprintf("; needs %v, too", one.Needs)
+		}
+		lines = append(lines, line)
+	}
+	return strings.Join(lines, "\n")
+}
 
 func toggle(ctx context.Context, o *toggleOptions, ref string, words []string) error {
 	wanted, err := parsePermissions(words)
@@ -202,7 +209,7 @@ func toggle(ctx context.Context, o *toggleOptions, ref string, words []string) e
 			}
 			c.For = new(shortDuration(o.limit))
 		}
-		change.Permissions[one.String()] = c
+		change.Permissions[one.Name] = c
 	}
 	client := o.app.client()
 	before, err := client.Peer(ctx, ref)
@@ -215,41 +222,34 @@ func toggle(ctx context.Context, o *toggleOptions, ref string, words []string) e
 	}
 	return o.app.print(changed.Peer, func() {
 		for _, one := range wanted {
-			o.app.say("%s", sentence(changed.Peer.Name, one, before.Permissions.Of(one), changed.Peer.Permissions.Of(one)))
+			o.app.say("%s", sentence(changed.Peer.Name, one, before.Permissions.Of(one.Set), changed.Peer.Permissions.Of(one.Set)))
 		}
-		o.app.warnLAN(changed.Peer, o.allow)
+		o.app.warnIdle(changed.Peer, o.allow)
 		o.app.warnTunnel(ctx, before.Tunnel, changed.Peer)
 	})
 }
 
 // parsePermissions reads words that may hold several, separated by commas.
-func parsePermissions(words []string) ([]policy.Permissions, error) {
-	var out []policy.Permissions
-	var all policy.Permissions
+func parsePermissions(words []string) ([]*mesh.Permission, error) {
+	var out []*mesh.Permission
+	var all mesh.Permissions
 	for _, word := range words {
 		for name := range strings.SplitSeq(word, ",") {
 			name = strings.TrimSpace(name)
-			one, err := policy.ParsePermission(name)
+			one, err := mesh.ParsePermission(name)
 			if err != nil {
-				if near := mesh.Closest(name, permissionNames()); near != "" {
+				if near := mesh.Closest(name, mesh.PermissionNames()); near != "" {
 					return nil, usagef("permission %q is unknown; did you mean %q?", name, near)
 				}
 				return nil, &usageError{err}
 			}
-			if !all.Has(one) {
+			if !all.Has(one.Set) {
 				out = append(out, one)
 			}
-			all |= one
+			all |= one.Set
 		}
 	}
 	return out, nil
-}
-
-func permissionNames() (names []string) {
-	for _, one := range policy.AllPermissions {
-		names = append(names, one.String())
-	}
-	return names
 }
 
 // swapped recognises permissions that were given before the peer's name, and returns the
@@ -269,14 +269,8 @@ func swapped(args []string) []string {
 	return append(names, permissions...)
 }
 
-var verbs = map[policy.Permissions]string{
-	policy.Incoming: "connect to this host",
-	policy.Routing:  "route",
-	policy.LAN:      "reach this host's networks",
-}
-
 // sentence says what holds now of one permission.
-func sentence(name string, one policy.Permissions, was, is api.Permission) string {
+func sentence(name string, one *mesh.Permission, was, is api.Permission) string {
 	same := was.Allowed == is.Allowed && was.Until.Equal(is.Until)
 	when := ""
 	if !is.Until.IsZero() {
@@ -285,33 +279,36 @@ func sentence(name string, one policy.Permissions, was, is api.Permission) strin
 	idle := is.Effective != nil && !*is.Effective
 	switch {
 	case idle && same:
-		return fmt.Sprintf("%s already has lan%s, which has no effect without routing", name, when)
+		return fmt.Sprintf("%s already has %s%s, which has no effect without %v", name, one.Name, when, one.Needs)
 	case idle:
-		return fmt.Sprintf("%s has lan now%s, which has no effect until it may route", name, when)
+		return fmt.Sprintf("%s has %s now%s, which has no effect until it may %s", name, one.Name, when, one.Needs.List()[0].Verb)
 	case is.Allowed && same:
-		return fmt.Sprintf("%s may already %s%s", name, verbs[one], when)
+		return fmt.Sprintf("%s may already %s%s", name, one.Verb, when)
 	case is.Allowed && was.Allowed && was.Until.IsZero():
-		return fmt.Sprintf("%s may %s until %s only; before, it had no end", name, verbs[one], formatEnd(is.Until))
+		return fmt.Sprintf("%s may %s until %s only; before, it had no end", name, one.Verb, formatEnd(is.Until))
 	case is.Allowed && was.Allowed && is.Until.IsZero():
-		return fmt.Sprintf("%s may now %s without an end", name, verbs[one])
+		return fmt.Sprintf("%s may now %s without an end", name, one.Verb)
 	case is.Allowed:
-		return fmt.Sprintf("%s may now %s%s", name, verbs[one], when)
+		return fmt.Sprintf("%s may now %s%s", name, one.Verb, when)
 	case same:
-		return fmt.Sprintf("%s already may not %s", name, verbs[one])
+		return fmt.Sprintf("%s already may not %s", name, one.Verb)
 	}
-	return fmt.Sprintf("%s may no longer %s", name, verbs[one])
+	return fmt.Sprintf("%s may no longer %s", name, one.Verb)
 }
 
-// warnLAN says that lan has no effect without routing: after allow with the command that
-// would change it, and after deny, which isn't to be undone, that lan stays.
-func (a *app) warnLAN(p api.Peer, allow bool) {
-	lan := p.Permissions.LAN
-	switch {
-	case lan.Effective == nil || *lan.Effective:
-	case allow:
-		a.say("to let it route, run: meshhelper peer allow %s routing", p.Name)
-	default:
-		a.say("it keeps lan, which has no effect without routing; to take that, too, run: meshhelper peer deny %s lan", p.Name)
+// warnIdle says that a permission has no effect without one that it needs: after allow
+// with the command that would change it, and after deny, which isn't to be undone, that
+// the permission stays.
+func (a *app) warnIdle(p api.Peer, allow bool) {
+	for i, one := range mesh.AllPermissions {
+		switch effective := p.Permissions[i].Effective; {
+		case effective == nil || *effective:
+		case allow:
+			need := one.Needs.List()[0]
+			a.say("to let it %s, run: meshhelper peer allow %s %s", need.Verb, p.Name, need.Name)
+		default:
+			a.say("it keeps %s, which has no effect without %v; to take that, too, run: meshhelper peer deny %s %s", one.Name, one.Needs, p.Name, one.Name)
+		}
 	}
 }
 

@@ -47,7 +47,7 @@ else what is for this host. With --tunnel split it is what is for this host and,
 peer that may route and reach its networks (lan), for these.
 
 PERMISSIONS are, separated by commas,
-` + permissionsHelp,
+` + permissionsHelp(),
 		RunE: func(c *cobra.Command, args []string) error {
 			o.name = args[0]
 			if o.publicKey == "" && c.Flags().Changed("public-key") {
@@ -65,7 +65,7 @@ PERMISSIONS are, separated by commas,
 	f.StringSliceVar(&o.addresses, "address", nil, "mesh `ADDRESS`, one per family (derived from the key)")
 	f.StringVar(&o.endpoint, "endpoint", "", "`HOST:PORT` where the peer is reached")
 	f.DurationVar(&o.keepalive, "keepalive", 0, "send something this often, such as 25s")
-	f.StringSliceVar(&o.allow, "allow", nil, "`PERMISSIONS` besides the kind's: incoming, routing, lan")
+	f.StringSliceVar(&o.allow, "allow", nil, "`PERMISSIONS` besides the kind's: "+strings.Join(mesh.PermissionNames(), ", "))
 	f.Var(durationFlag(&o.limit), "for", "how long the permissions of --allow hold, such as 30m, 2h, 1d or 1w; without, for good")
 	f.StringVar(&o.tunnel, "tunnel", "", "what the configuration sends here: full or split (what the peer may)")
 	f.StringVar(&o.output, "output", "", outputUsage)
@@ -139,7 +139,7 @@ func (o *peerAddOptions) request() (api.NewPeer, error) {
 		Permissions: map[string]api.PermissionChange{}, Tunnel: o.tunnel,
 	}
 	switch {
-	case o.tunnel != "" && o.tunnel != api.TunnelFull && o.tunnel != api.TunnelSplit:
+	case o.tunnel != "" && o.tunnel != mesh.TunnelFull && o.tunnel != mesh.TunnelSplit:
 		return r, usagef("--tunnel %q is unknown: it is full or split", o.tunnel)
 	case o.publicKey != "" && o.qr:
 		return r, usagef("--qr needs the private key, which is with the one that made --public-key; without --public-key a key is made here")
@@ -150,9 +150,9 @@ func (o *peerAddOptions) request() (api.NewPeer, error) {
 	case o.own && o.external:
 		return r, usagef("--own and --external exclude each other")
 	case o.own:
-		r.Kind = api.Own
+		r.Kind = mesh.Own
 	case o.external:
-		r.Kind = api.External
+		r.Kind = mesh.External
 	}
 	if o.pinged {
 		r.Keepalive = o.keepalive.String()
@@ -166,7 +166,7 @@ func (o *peerAddOptions) request() (api.NewPeer, error) {
 		if o.timed {
 			c.For = new(shortDuration(o.limit))
 		}
-		r.Permissions[one.String()] = c
+		r.Permissions[one.Name] = c
 	}
 	return r, nil
 }
@@ -301,7 +301,7 @@ func (o *peerAddOptions) tell(changed api.Changed, config stock.Config, half boo
 	if o.publicKey != "" && !o.shows() {
 		o.app.talk("for its configuration, with a placeholder for its private key, run: meshhelper peer config %s", name)
 	}
-	if end := changed.Peer.Permissions.Routing.Until; changed.Peer.Tunnel == api.TunnelFull && !end.IsZero() {
+	if end := changed.Peer.Permissions.Of(mesh.Routing).Until; changed.Peer.Tunnel == mesh.TunnelFull && !end.IsZero() {
 		o.app.talk("the configuration sends everything; from %s on %s has no internet while it is connected", formatEnd(end), name)
 	}
 	if show {

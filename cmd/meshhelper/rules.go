@@ -76,13 +76,13 @@ func (a *app) compileFor(ctx context.Context, file string) (*policy.Ruleset, err
 	if err != nil {
 		return nil, err
 	}
-	mesh, err := meshOf(s)
+	m, err := meshOf(s)
 	if err != nil {
 		return nil, err
 	}
 	// The helper leaves out what has ended by its own clock; to compile at the
 	// start of time takes the rest as it is.
-	return policy.Compile(mesh, host, time.Time{})
+	return policy.Compile(m, host, time.Time{})
 }
 
 // readHost reads a host's facts from a file, or from standard input for -.
@@ -132,9 +132,12 @@ func meshOf(s api.Status) (policy.Mesh, error) {
 		if err != nil {
 			return m, fmt.Errorf("read the helper's peer %q: %w", p.Name, err)
 		}
-		one := policy.Peer{ID: policy.PeerID(key), Name: p.Name, Addresses: p.Addresses}
-		for _, permission := range policy.AllPermissions {
-			one.Grants.Of(permission).Allowed = p.Permissions.Of(permission).Allowed
+		if len(p.Addresses) != len(mesh.Addresses{}) {
+			return m, fmt.Errorf("read the helper's peer %q: %d addresses, not one IPv4 and one IPv6", p.Name, len(p.Addresses))
+		}
+		one := mesh.Peer{PublicKey: key, Name: p.Name, Addresses: mesh.Addresses(p.Addresses)}
+		for i := range one.Permissions {
+			one.Permissions[i].Allowed = p.Permissions[i].Allowed
 		}
 		m.Peers = append(m.Peers, one)
 	}

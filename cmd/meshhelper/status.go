@@ -14,7 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // statusOptions are the flags of status.
@@ -155,7 +155,7 @@ func orNone(s string) string {
 	return s
 }
 
-func describeFamilies(f policy.Families) string {
+func describeFamilies(f api.Families) string {
 	switch {
 	case f.IPv4 && f.IPv6:
 		return "IPv4 and IPv6"
@@ -214,25 +214,24 @@ func (a *app) writePeers(peers []api.Peer, now time.Time) {
 
 // peerFields are what a table of peers shows of one.
 func peerFields(p api.Peer, now time.Time) []string {
-	return []string{p.Name, p.Kind, p.Addresses[0].String(), describePermissions(p.Permissions),
+	return []string{p.Name, string(p.Kind), p.Addresses[0].String(), describePermissions(p.Permissions),
 		describeHandshake(p.LastHandshake, now), describeRouting(p)}
 }
 
-// describePermissions lists what a peer may, and says of lan without routing
-// that it has no effect.
+// describePermissions lists what a peer may, and which of it has no effect.
 func describePermissions(p api.Permissions) string {
 	var out []string
-	for _, one := range policy.AllPermissions {
-		t := p.Of(one)
+	for i, one := range mesh.AllPermissions {
+		t := p[i]
 		if !t.Allowed {
 			continue
 		}
-		text := one.String()
+		text := one.Name
 		if !t.Until.IsZero() {
 			text += " until " + formatEnd(t.Until)
 		}
 		if t.Effective != nil && !*t.Effective {
-			text += " (no effect without routing)"
+			text += fmt.Sprintf(" (no effect without %v)", one.Needs)
 		}
 		out = append(out, text)
 	}
@@ -262,7 +261,7 @@ func describeRouting(p api.Peer) string {
 	switch {
 	case r.Now:
 		now = "now"
-	case p.Permissions.Routing.Allowed:
+	case p.Permissions.Of(mesh.Routing).Allowed:
 		now = "not now"
 	}
 	if !r.Now && r.RxBytes == 0 && r.TxBytes == 0 {

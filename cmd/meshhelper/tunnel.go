@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/stock"
 )
 
@@ -12,7 +13,7 @@ import (
 // and may not route has no internet, and one that sends only what is for this host
 // doesn't route although it may.
 func (a *app) warnTunnel(ctx context.Context, was string, is api.Peer) {
-	if routing := is.Permissions.Routing; is.Tunnel == api.TunnelFull && !routing.Until.IsZero() {
+	if routing := is.Permissions.Of(mesh.Routing); is.Tunnel == mesh.TunnelFull && !routing.Until.IsZero() {
 		subject := is.Name + "'s configuration sends everything here"
 		if was != is.Tunnel {
 			subject = "with the new one it sends everything here"
@@ -25,9 +26,9 @@ func (a *app) warnTunnel(ctx context.Context, was string, is api.Peer) {
 	}
 	// What the device has isn't known: it may have one of an earlier time.
 	sends := map[string]string{
-		api.TunnelFull:     "sends everything here, so that it has no internet while it is connected",
-		api.TunnelNetworks: "sends what is for this host and its networks",
-		api.TunnelHost:     "sends only this host's addresses",
+		mesh.TunnelFull:     "sends everything here, so that it has no internet while it is connected",
+		mesh.TunnelNetworks: "sends what is for this host and its networks",
+		mesh.TunnelHost:     "sends only this host's addresses",
 	}[was]
 	a.talk("a configuration for what %s might do before %s", is.Name, sends)
 	a.talk("if it has such a one, print a new one with: meshhelper peer config %s", is.Name)
@@ -43,7 +44,7 @@ func (a *app) warnTunnel(ctx context.Context, was string, is api.Peer) {
 	switch {
 	case len(config.DNS) > 0:
 		a.talk("  DNS = %s", joinTexts(config.DNS, ", "))
-	case was == api.TunnelFull:
+	case was == mesh.TunnelFull:
 		a.talk("  (no DNS line)")
 	}
 	a.talk("  AllowedIPs = %s", joinTexts(config.AllowedIPs, ", "))

@@ -13,7 +13,6 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/meshhelper/meshhelper/internal/mesh"
-	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // speak gives every command below c the same voice: arguments are named as the usage
@@ -276,9 +275,9 @@ func completePermissions(before []string, text string) ([]string, cobra.ShellCom
 	}
 	has := strings.Split(strings.Join(append(slices.Clone(before), head), ","), ",")
 	var out []string
-	for _, one := range policy.AllPermissions {
-		if !slices.Contains(has, one.String()) {
-			out = append(out, head+one.String())
+	for _, one := range mesh.AllPermissions {
+		if !slices.Contains(has, one.Name) {
+			out = append(out, head+one.Name)
 		}
 	}
 	return out, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveNoSpace

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"strings"
+
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // WriteMetrics writes s in the text format of Prometheus, version 0.0.4. It is
@@ -43,9 +45,9 @@ func (m metricWriter) perPeer(peers []Peer) {
 	const permission = "meshhelper_peer_permission"
 	m.family(permission, "gauge", "Whether the peer has the permission.")
 	for _, p := range peers {
-		m.value(permission, one(p.Permissions.Incoming.Allowed), "peer", p.Name, "permission", "incoming")
-		m.value(permission, one(p.Permissions.Routing.Allowed), "peer", p.Name, "permission", "routing")
-		m.value(permission, one(p.Permissions.LAN.Allowed), "peer", p.Name, "permission", "lan")
+		for i, it := range mesh.AllPermissions {
+			m.value(permission, one(p.Permissions[i].Allowed), "peer", p.Name, "permission", it.Name)
+		}
 	}
 	const refused = "meshhelper_peer_refused_packets_total"
 	m.family(refused, "counter", "Refused packets of the peer by class.")

@@ -21,6 +21,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // fakeService remembers what it was asked and answers with one peer.
@@ -49,7 +51,7 @@ func (f *fakeService) calls() []string {
 	return f.asked
 }
 
-var phone = Peer{Name: "phone", Kind: External, Addresses: []netip.Addr{netip.MustParseAddr("100.64.0.9")}}
+var phone = Peer{Name: "phone", Kind: mesh.External, Addresses: []netip.Addr{netip.MustParseAddr("100.64.0.9")}}
 
 func (f *fakeService) Status() Status {
 	f.note("status")
@@ -560,7 +562,7 @@ func TestMetrics(t *testing.T) {
 		Version: `1"2\3`, Platform: "linux", State: Enforcing, Generation: 4, Enforced: 3, Repairs: 2, Problems: []Problem{{}},
 		Peers: []Peer{{
 			Name: "phone", RxBytes: 10, TxBytes: 20, LastHandshake: &at,
-			Permissions: Permissions{Routing: Permission{Allowed: true}}, Routing: Routing{Now: true, RxBytes: 5}, Refused: Refused{Mesh: 7},
+			Permissions: Permissions{1: Permission{Allowed: true}}, Routing: Routing{Now: true, RxBytes: 5}, Refused: Refused{Mesh: 7},
 		}},
 	})
 	if err != nil {
@@ -580,7 +582,7 @@ func TestStatusJSON(t *testing.T) {
 	at := time.Date(2026, 1, 2, 15, 4, 5, 0, time.UTC)
 	p := phone
 	p.LastHandshake, p.Endpoint = &at, "198.51.100.3:51820"
-	p.Permissions = Permissions{Incoming: Permission{Allowed: true, Until: at}, LAN: Permission{Allowed: true, Effective: new(bool)}}
+	p.Permissions = Permissions{0: Permission{Allowed: true, Until: at}, 2: Permission{Allowed: true, Effective: new(bool)}}
 	got, err := json.MarshalIndent(Status{State: Starting, Problems: []Problem{{"a", "b", "c"}}, Peers: []Peer{p}}, "", "  ")
 	if err != nil {
 		t.Fatal(err)

@@ -6,7 +6,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // The states of a helper, as Status.State says them.
@@ -18,12 +18,6 @@ const (
 	// Closed: something couldn't be enforced, so nothing of a peer passes;
 	// Problems say why.
 	Closed = "closed"
-)
-
-// The kinds of peer.
-const (
-	Own      = "own"      // the same person's device
-	External = "external" // another person's
 )
 
 // Status is the answer to GET /v1/status.
@@ -48,13 +42,19 @@ type Status struct {
 	// Uplink is the interface of the default route, or "".
 	Uplink string `json:"uplink"`
 	// Forwarding is what the host's sysctls say now.
-	Forwarding policy.Families `json:"forwarding"`
+	Forwarding Families `json:"forwarding"`
 	// RouteVia is the peer that carries this host's own traffic, or "".
 	RouteVia string `json:"routeVia"`
 	// Repairs counts what was found changed on the host and put right.
 	Repairs  uint64    `json:"repairs"`
 	Problems []Problem `json:"problems"`
 	Peers    []Peer    `json:"peers"`
+}
+
+// Families says something of each address family.
+type Families struct {
+	IPv4 bool `json:"ipv4"`
+	IPv6 bool `json:"ipv6"`
 }
 
 // Problem is something that a person should know, and what to do about it.
@@ -66,14 +66,14 @@ type Problem struct {
 
 // Peer is a peer as the socket shows it.
 type Peer struct {
-	Name      string `json:"name"`
-	PublicKey string `json:"publicKey"`
-	Kind      string `json:"kind"`
+	Name      string    `json:"name"`
+	PublicKey string    `json:"publicKey"`
+	Kind      mesh.Kind `json:"kind"`
 	// Addresses are bare, IPv4 first, always both.
 	Addresses   []netip.Addr `json:"addresses"`
 	Permissions Permissions  `json:"permissions"`
 	// Tunnel is what the peer's configuration has to send through the host for what the
-	// peer may do now: TunnelFull, TunnelNetworks or TunnelHost.
+	// peer may do now: mesh.TunnelFull, mesh.TunnelNetworks or mesh.TunnelHost.
 	Tunnel string `json:"tunnel"`
 	// Endpoint is where the peer was last heard, or else where it is expected.
 	Endpoint string `json:"endpoint"`
@@ -86,42 +86,33 @@ type Peer struct {
 	Refused Refused `json:"refused"`
 }
 
-// What a peer's configuration sends through the host.
-const (
-	TunnelFull     = "full"     // everything
-	TunnelNetworks = "networks" // what is for the host and its networks
-	TunnelHost     = "host"     // what is for the host
-	// TunnelSplit asks for TunnelNetworks while the peer may reach them, else TunnelHost.
-	TunnelSplit = "split"
-)
+// Permissions are the toggles of a peer, one for each permission, in the order of
+// [mesh.AllPermissions]. In JSON it is an object with the permissions' names.
+type Permissions [len(mesh.AllPermissions)]Permission
 
-// Permissions are the three toggles of a peer.
-type Permissions struct {
-	Incoming Permission `json:"incoming"`
-	Routing  Permission `json:"routing"`
-	LAN      Permission `json:"lan"`
-}
-
-// Of returns the single permission p, and the zero Permission for any other
-// set.
-func (p Permissions) Of(one policy.Permissions) Permission {
-	switch one {
-	case policy.Incoming:
-		return p.Incoming
-	case policy.Routing:
-		return p.Routing
-	case policy.LAN:
-		return p.LAN
+// Of returns the toggle of a single permission.
+func (p *Permissions) Of(one mesh.Permissions) Permission {
+	for i := range mesh.AllPermissions {
+		if mesh.AllPermissions[i].Set == one {
+			return p[i]
+		}
 	}
 	return Permission{}
 }
+
+// MarshalJSON writes an object with the permissions' names.
+func (p Permissions) MarshalJSON() ([]byte, error) { return mesh.MarshalPermissions(p[:]) }
+
+// UnmarshalJSON reads what MarshalJSON writes.
+func (p *Permissions) UnmarshalJSON(text []byte) error { return mesh.UnmarshalPermissions(text, p[:]) }
 
 // Permission is one toggle.
 type Permission struct {
 	Allowed bool `json:"allowed"`
 	// Until is when it ends by itself; zero means never.
 	Until time.Time `json:"until,omitzero"`
-	// Effective is false for lan without routing, and left out otherwise.
+	// Effective is false where a permission that this one needs isn't there, such as for
+	// lan without routing, and left out otherwise.
 	Effective *bool `json:"effective,omitempty"`
 }
 
@@ -166,7 +157,7 @@ type NewPeer struct {
 	Name      string `json:"name"`      // required
 	PublicKey string `json:"publicKey"` // required: base64
 	// Kind is own or external.
-	Kind string `json:"kind,omitempty"` // optional: external
+	Kind mesh.Kind `json:"kind,omitempty"` // optional: external
 	// Addresses are up to one per family; what is missing is derived from the
 	// key.
 	Addresses []string `json:"addresses,omitempty"` // optional

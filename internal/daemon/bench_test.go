@@ -92,8 +92,8 @@ func benchDaemon(b *testing.B, peers int) *Daemon {
 				return key, err
 			}
 			taken[free[0]] = true
-			doc.Peers = append(doc.Peers, peer{
-				Name: fmt.Sprint("p", i), PublicKey: key, Kind: api.External, Addresses: mesh.Addresses{free[0], free[1]},
+			doc.Peers = append(doc.Peers, mesh.Peer{
+				Name: fmt.Sprint("p", i), PublicKey: key, Kind: mesh.External, Addresses: mesh.Addresses{free[0], free[1]},
 			})
 		}
 		return mesh.PublicKey{}, nil

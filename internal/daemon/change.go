@@ -11,7 +11,6 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/mesh"
-	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // edit changes a copy of the wanted state and returns the public key of the
@@ -163,7 +162,7 @@ func (d *Daemon) notSaved(o outcome, cause, notHeld error) error {
 		back := "as before"
 		switch was, is := o.from.edited(o.doc); {
 		case is != nil:
-			did, name = is.differences(was), was.Name
+			did, name = differences(was, is), was.Name
 		case notHeld != nil:
 			did, name, back = was.Name+" is no peer any more", was.Name, "back"
 		default:
@@ -332,10 +331,9 @@ func (d *Daemon) again(e edit, began, now *document) (widening, error) {
 		if current == nil {
 			continue
 		}
-		for n, one := range policy.AllPermissions {
-			if d.taken[p.PublicKey][n] > began.Generation {
-				has, gets := current.Permissions.of(one), p.Permissions.of(one)
-				*gets = grant(lesser(policy.Grant(*has), policy.Grant(*gets)))
+		for one := range p.Permissions {
+			if d.taken[p.PublicKey][one] > began.Generation {
+				p.Permissions[one] = p.Permissions[one].And(current.Permissions[one])
 			}
 		}
 	}
@@ -356,16 +354,16 @@ func (d *Daemon) noteTaken(doc, left *document, generation uint64) {
 		if p == nil {
 			continue
 		}
-		for n, one := range policy.AllPermissions {
-			if *p.Permissions.of(one) != *was.Permissions.of(one) {
-				of[n] = generation
+		for one := range p.Permissions {
+			if p.Permissions[one] != was.Permissions[one] {
+				of[one] = generation
 			}
 		}
-		if of != [len(policy.AllPermissions)]uint64{} {
+		if of != [len(mesh.AllPermissions)]uint64{} {
 			d.taken[p.PublicKey] = of
 		}
 	}
-	maps.DeleteFunc(d.taken, func(key mesh.PublicKey, _ [len(policy.AllPermissions)]uint64) bool { return is[key] == nil })
+	maps.DeleteFunc(d.taken, func(key mesh.PublicKey, _ [len(mesh.AllPermissions)]uint64) bool { return is[key] == nil })
 }
 
 // nothingChanged is the answer to a change that couldn't be saved, so that the state
@@ -422,7 +420,7 @@ func notInForce(c condition, waited time.Duration) error {
 
 // edited returns the peer that an edit turned doc into next by, before and after, which
 // is nil where the peer was added or removed. Both are nil where the edit changed none.
-func (doc *document) edited(next *document) (was, is *peer) {
+func (doc *document) edited(next *document) (was, is *mesh.Peer) {
 	before := doc.byKeys()
 	for i := range next.Peers {
 		p := &next.Peers[i]
@@ -455,7 +453,7 @@ func changeBy(ctx context.Context, e api.Event) api.Event {
 
 // recordChange writes the one event of an edit, by the peer before and after, and the
 // user who asked for it.
-func (d *Daemon) recordChange(ctx context.Context, was, is *peer) {
+func (d *Daemon) recordChange(ctx context.Context, was, is *mesh.Peer) {
 	e := changeBy(ctx, api.Event{})
 	switch {
 	case was == nil && is == nil:
@@ -463,15 +461,15 @@ func (d *Daemon) recordChange(ctx context.Context, was, is *peer) {
 	case is == nil:
 		e.Peer, e.Message = was.Name, was.Name+" removed"
 	case was == nil:
-		e.Peer, e.Message = is.Name, fmt.Sprintf("%s added: %s", is.Name, is.summary())
+		e.Peer, e.Message = is.Name, fmt.Sprintf("%s added: %s, may %v", is.Name, is.Kind, is.Permissions.Allowed())
 	default:
-		e.Peer, e.Message = is.Name, is.differences(was)
+		e.Peer, e.Message = is.Name, differences(was, is)
 	}
 	d.journal.Record(e)
 }
 
 // differences says what a change of a peer changed, for an event.
-func (p *peer) differences(was *peer) string {
+func differences(was, p *mesh.Peer) string {
 	var out []string
 	say := func(format string, args ...any) { out = append(out, fmt.Sprintf(format, args...)) }
 	if was.Name != p.Name {
@@ -489,38 +487,20 @@ func (p *peer) differences(was *peer) string {
 	if was.Keepalive != p.Keepalive {
 		say("%s is sent something every %d s now", p.Name, p.Keepalive)
 	}
-	for _, one := range policy.AllPermissions {
-		has, had := *p.Permissions.of(one), *was.Permissions.of(one)
+	for i, one := range mesh.AllPermissions {
+		has, had := p.Permissions[i], was.Permissions[i]
 		switch {
 		case has == had:
 		case !has.Allowed:
-			say("%s may no longer %s", p.Name, permissionVerbs[one])
+			say("%s may no longer %s", p.Name, one.Verb)
 		case !has.Until.IsZero():
-			say("%s may %s until %s", p.Name, permissionVerbs[one], has.Until.Local().Format("2006-01-02 15:04:05 MST"))
+			say("%s may %s until %s", p.Name, one.Verb, has.Until.Local().Format("2006-01-02 15:04:05 MST"))
 		default:
-			say("%s may %s", p.Name, permissionVerbs[one])
+			say("%s may %s", p.Name, one.Verb)
 		}
 	}
 	if out == nil {
 		return p.Name + " changed"
 	}
 	return strings.Join(out, "; ")
-}
-
-// permissionVerbs say what a permission lets a peer do.
-var permissionVerbs = map[policy.Permissions]string{
-	policy.Incoming: "connect to this host",
-	policy.Routing:  "route",
-	policy.LAN:      "reach this host's networks",
-}
-
-// summary says what a peer may, for an event.
-func (p *peer) summary() string {
-	var have policy.Permissions
-	for _, one := range policy.AllPermissions {
-		if p.Permissions.of(one).Allowed {
-			have |= one
-		}
-	}
-	return fmt.Sprintf("%s, may %v", p.Kind, have)
 }

@@ -102,14 +102,14 @@ func TestRefusals(t *testing.T) {
 func TestAddAgain(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		whole := api.NewPeer{
-			Name: "mac", PublicKey: keyOf("mac"), Kind: api.Own, Endpoint: "mac.example:51820", Keepalive: "25s",
+			Name: "mac", PublicKey: keyOf("mac"), Kind: mesh.Own, Endpoint: "mac.example:51820", Keepalive: "25s",
 			Permissions: map[string]api.PermissionChange{"routing": {Allowed: true}},
 		}
 		first, err := r.d.AddPeer(t.Context(), whole)
 		if err != nil || first.Already {
 			t.Fatalf("already %v, error %v", first.Already, err)
 		}
-		if p := first.Peer.Permissions; !p.Incoming.Allowed || !p.Routing.Allowed || p.LAN.Allowed {
+		if p := first.Peer.Permissions; !p.Of(mesh.Incoming).Allowed || !p.Of(mesh.Routing).Allowed || p.Of(mesh.LAN).Allowed {
 			t.Errorf("permissions %+v", p)
 		}
 		for _, again := range []api.NewPeer{whole, {Name: "mac", PublicKey: keyOf("mac")}} {
@@ -122,7 +122,7 @@ func TestAddAgain(t *testing.T) {
 			}
 		}
 		for name, change := range map[string]func(*api.NewPeer){
-			"kind":       func(p *api.NewPeer) { p.Kind = api.External },
+			"kind":       func(p *api.NewPeer) { p.Kind = mesh.External },
 			"address":    func(p *api.NewPeer) { p.Addresses = []string{"100.64.9.9"} },
 			"endpoint":   func(p *api.NewPeer) { p.Endpoint = "other.example:1" },
 			"keepalive":  func(p *api.NewPeer) { p.Keepalive = "5s" },

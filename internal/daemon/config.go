@@ -22,15 +22,15 @@ func (d *Daemon) Config(ref string) (api.Config, error) {
 	p := &doc.Peers[i]
 	now, _ := d.condition()
 	endpoint, warnings := d.endpoint(now)
-	sends := p.tunnel(d.clock.now())
+	sends := sends(p, d.clock.now())
 	allowed, more := d.through(sends, now.host, endpoint)
 	warnings = append(warnings, more...)
 	var dns []netip.Addr
-	if sends == api.TunnelFull {
+	if sends == mesh.TunnelFull {
 		// A stock app asks them for everything, so a split tunnel names none.
 		dns, more = d.resolvers(now.host)
 		warnings = append(warnings, more...)
-		if !policy.Grant(p.Permissions.Routing).In(d.clock.now()) {
+		if !p.Permissions.Of(mesh.Routing).In(d.clock.now()) {
 			warnings = append(warnings, fmt.Sprintf("this configuration sends everything, and %s may not route: it has no internet while it is connected; run: meshhelper peer allow %s routing", p.Name, p.Name))
 		}
 	}

@@ -154,8 +154,8 @@ type Daemon struct {
 	changing sync.Mutex
 	wanted   atomic.Pointer[document]
 	// taken has the generations in which edits took permissions away, by the peer's key, in
-	// the order of policy.AllPermissions; see again. Under changing.
-	taken map[mesh.PublicKey][len(policy.AllPermissions)]uint64
+	// the order of mesh.AllPermissions; see again. Under changing.
+	taken map[mesh.PublicKey][len(mesh.AllPermissions)]uint64
 	// widening is held, by a value in it, while what gives something is saved ahead.
 	widening chan struct{}
 
@@ -222,7 +222,7 @@ func New(o Options) (*Daemon, error) {
 		widening: make(chan struct{}, 1),
 		setting:  make(chan struct{}, 1),
 		looking:  make(chan struct{}, 1),
-		taken:    make(map[mesh.PublicKey][len(policy.AllPermissions)]uint64),
+		taken:    make(map[mesh.PublicKey][len(mesh.AllPermissions)]uint64),
 		wake:     make(chan struct{}, 1),
 		moved:    make(chan struct{}, 1),
 		timed:    make(chan struct{}, 1),
@@ -294,7 +294,7 @@ func (d *Daemon) load() error {
 		return err
 	}
 	if doc == nil {
-		doc = &document{Version: documentVersion, Generation: 1, Saved: d.opts.Wall().UTC().Round(0), Peers: []peer{}}
+		doc = &document{Version: documentVersion, Generation: 1, Saved: d.opts.Wall().UTC().Round(0), Peers: []mesh.Peer{}}
 		if err := d.disk.store.save(context.Background(), doc); err != nil {
 			return fmt.Errorf("save wanted state: %w", err)
 		}

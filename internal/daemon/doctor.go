@@ -23,7 +23,7 @@ func checkFlows(c condition) api.Check {
 	}
 	stats, all, most := c.guard.Stats(), 0, -1.0
 	for _, p := range c.ruleset.Peers() {
-		s, ok := stats[p.ID]
+		s, ok := stats[p.PublicKey]
 		if all += s.Held; !ok || s.Limit == 0 || s.Held == 0 {
 			continue
 		}
@@ -273,7 +273,7 @@ func checkUplink(c condition) api.Check {
 
 // mayRoute reports whether a peer may route.
 func mayRoute(c condition) bool {
-	return c.ruleset != nil && slices.ContainsFunc(c.ruleset.Peers(), func(p policy.PeerRules) bool { return p.Permissions.Has(policy.Routing) })
+	return c.ruleset != nil && slices.ContainsFunc(c.ruleset.Peers(), func(p policy.PeerRules) bool { return p.Permissions.Has(mesh.Routing) })
 }
 
 // checkEndpoint looks whether peers can reach this host where their configurations say.

@@ -75,11 +75,11 @@ func TestDoctorSaysTheCauseFirst(t *testing.T) {
 
 // TestChecksWithoutAHelper lists the same ones, and looks for overlaps with the mesh prefixes.
 func TestChecksWithoutAHelper(t *testing.T) {
-	mesh := []netip.Prefix{netip.MustParsePrefix("100.64.0.0/10"), netip.MustParsePrefix("fd6d:6573:6800::/48")}
+	m := []netip.Prefix{netip.MustParsePrefix("100.64.0.0/10"), netip.MustParsePrefix("fd6d:6573:6800::/48")}
 	for address, want := range map[string]string{
 		"192.168.1.7/24": "no interface has an address inside", "100.99.1.1/32": "the interface tailscale0 has 100.99.1.1/32, inside the mesh prefix 100.64.0.0/10",
 	} {
-		checks := ChecksWithout(mesh, []policy.Interface{{Name: "tailscale0", Addresses: []netip.Prefix{netip.MustParsePrefix(address)}}})
+		checks := ChecksWithout(m, []policy.Interface{{Name: "tailscale0", Addresses: []netip.Prefix{netip.MustParsePrefix(address)}}})
 		var names []string
 		for _, c := range checks {
 			names = append(names, c.Name)

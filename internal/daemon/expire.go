@@ -28,7 +28,7 @@ func (d *Daemon) expire() *document {
 	}
 	for i := range doc.Peers {
 		p := &doc.Peers[i] // with what ended now
-		if text := misfit(p.Name, p.tunnelFor(p.Permissions.allowed()), next.Peers[i].tunnel(now)); text != "" {
+		if text := misfit(p.Name, p.Sends(p.Permissions.Allowed()), sends(&next.Peers[i], now)); text != "" {
 			d.journal.Record(api.Event{Kind: api.EventExpired, Peer: p.Name, Message: text})
 		}
 	}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -121,11 +122,11 @@ func (d *Daemon) loadedLanguage(c condition) Language {
 
 // permittedUntil returns when the permissions by which a line of the policy lets a peer's packet
 // pass end, or zero.
-func permittedUntil(p *peer, rule policy.Rule) (end time.Time) {
-	for _, one := range map[policy.Rule][]policy.Permissions{
-		policy.RuleIncoming: {policy.Incoming}, policy.RuleInternet: {policy.Routing}, policy.RuleLAN: {policy.Routing, policy.LAN},
+func permittedUntil(p *mesh.Peer, rule policy.Rule) (end time.Time) {
+	for _, one := range map[policy.Rule][]mesh.Permissions{
+		policy.RuleIncoming: {mesh.Incoming}, policy.RuleInternet: {mesh.Routing}, policy.RuleLAN: {mesh.Routing, mesh.LAN},
 	}[rule] {
-		if until := p.Permissions.of(one).Until; !until.IsZero() && (end.IsZero() || until.Before(end)) {
+		if until := p.Permissions.Of(one).Until; !until.IsZero() && (end.IsZero() || until.Before(end)) {
 			end = until
 		}
 	}

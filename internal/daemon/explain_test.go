@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -16,9 +17,9 @@ import (
 // which is on the mesh interface and not among the other interfaces' addresses.
 func TestAnswersOfTheHostItself(t *testing.T) {
 	own, peer := netip.MustParseAddr("100.64.0.1"), netip.MustParseAddr("100.64.0.2")
-	mesh := policy.Mesh{Prefixes: []netip.Prefix{policy.DefaultPrefix4}, Addresses: []netip.Addr{own}, Peers: []policy.Peer{
-		{Name: "phone", Addresses: []netip.Addr{peer}, Grants: policy.Grants{Incoming: policy.Grant{Allowed: true}}}}}
-	r, err := policy.Compile(mesh, policy.Host{Interface: "utun7", Uplink4: "en0"}, time.Time{})
+	m := policy.Mesh{Prefixes: []netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6}, Addresses: []netip.Addr{own}, Peers: []mesh.Peer{
+		{Name: "phone", Addresses: mesh.Addresses{peer, netip.MustParseAddr("fd6d:6573:6800::2")}, Permissions: mesh.Granted(mesh.Incoming)}}}
+	r, err := policy.Compile(m, policy.Host{Interface: "utun7", Uplink4: "en0"}, time.Time{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -45,15 +45,15 @@ func (doc *document) nowOf(name string) string {
 }
 
 func (doc *document) byName(name string) int {
-	return slices.IndexFunc(doc.Peers, func(p peer) bool { return p.Name == name })
+	return slices.IndexFunc(doc.Peers, func(p mesh.Peer) bool { return p.Name == name })
 }
 
 func (doc *document) byKey(key mesh.PublicKey) int {
-	return slices.IndexFunc(doc.Peers, func(p peer) bool { return p.PublicKey == key })
+	return slices.IndexFunc(doc.Peers, func(p mesh.Peer) bool { return p.PublicKey == key })
 }
 
 func (doc *document) byAddress(a netip.Addr) int {
-	return slices.IndexFunc(doc.Peers, func(p peer) bool { return p.Addresses[0] == a || p.Addresses[1] == a })
+	return slices.IndexFunc(doc.Peers, func(p mesh.Peer) bool { return p.Addresses[0] == a || p.Addresses[1] == a })
 }
 
 // find returns the peer that ref names: by name, mesh address or public key.

@@ -91,12 +91,12 @@ func (g *gate) apply() {
 		g.give(g.rules)
 		return
 	}
-	mesh, less := within(g.rules.Mesh(), g.wanted)
+	m, less := within(g.rules.Mesh(), g.wanted)
 	if !less {
 		g.give(g.rules)
 		return
 	}
-	r, err := g.compile(g.rules, mesh, g.rules.Host())
+	r, err := g.compile(g.rules, m, g.rules.Host())
 	if err != nil {
 		g.failed(err)
 		r = nil
@@ -114,32 +114,19 @@ func within(m policy.Mesh, doc *document) (out policy.Mesh, less bool) {
 	if f := doc.former(); len(f) > len(m.Former) && slices.Equal(f[:len(m.Former)], m.Former) {
 		out.Former = f
 	}
-	out.Peers = make([]policy.Peer, 0, len(m.Peers))
+	out.Peers = make([]mesh.Peer, 0, len(m.Peers))
 	for i, p := range m.Peers {
-		w := find(i, mesh.PublicKey(p.ID))
-		if w == nil || len(p.Addresses) != 2 || p.Addresses[0] != w.Addresses[0] || p.Addresses[1] != w.Addresses[1] {
+		w := find(i, p.PublicKey)
+		if w == nil || p.Addresses != w.Addresses {
 			less = true
 			continue
 		}
-		grants := w.Permissions.policy()
-		for _, one := range policy.AllPermissions {
-			has, may := p.Grants.Of(one), grants.Of(one)
-			if n := lesser(*has, *may); n != *has {
-				*has, less = n, true
+		for one, has := range p.Permissions {
+			if n := has.And(w.Permissions[one]); n != has {
+				p.Permissions[one], less = n, true
 			}
 		}
 		out.Peers = append(out.Peers, p)
 	}
 	return out, less
-}
-
-// lesser returns what both grants allow.
-func lesser(a, b policy.Grant) policy.Grant {
-	switch {
-	case !a.Allowed || !b.Allowed:
-		return policy.Grant{}
-	case a.Until.IsZero() || !b.Until.IsZero() && b.Until.Before(a.Until):
-		return b
-	}
-	return a
 }

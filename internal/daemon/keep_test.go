@@ -19,7 +19,6 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/logfile"
 	"github.com/meshhelper/meshhelper/internal/mesh"
-	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
@@ -95,7 +94,7 @@ func TestMark(t *testing.T) {
 				r.setWall(-100 * time.Hour)
 				r.start()
 				r.after(c.left - 2*clockInterval)
-				r.wantLoaded("phone", policy.Routing)
+				r.wantLoaded("phone", mesh.Routing)
 				r.after(2*clockInterval + DefaultTick)
 				r.wantLoaded("phone", 0)
 			})
@@ -395,7 +394,7 @@ func TestSuspend(t *testing.T) {
 		if r.passes(phone) {
 			t.Error("a packet passes after the end")
 		}
-		r.wantLoaded("phone", policy.Incoming)
+		r.wantLoaded("phone", mesh.Incoming)
 		if r.tunnel.rebinds != 1 {
 			t.Errorf("%d rebinds", r.tunnel.rebinds)
 		}

@@ -15,7 +15,6 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/owned"
-	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // learned is what a helper found out about peers by itself: where each was last heard.
@@ -40,7 +39,7 @@ type totals struct {
 
 // totalsOf adds what tunnel and guard counted of a peer to what was counted before.
 func totalsOf(key mesh.PublicKey, n numbers) totals {
-	t, s, g := n.before[key], n.tunnel[key], n.guard[policy.PeerID(key)]
+	t, s, g := n.before[key], n.tunnel[key], n.guard[key]
 	r := refusedOf(s, g)
 	return totals{
 		Rx: t.Rx + s.RxBytes, Tx: t.Tx + s.TxBytes,

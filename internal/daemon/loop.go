@@ -15,6 +15,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
@@ -317,7 +318,7 @@ func (l *loop) withoutTakeovers(peers []tunnel.Peer) []tunnel.Peer {
 	return slices.DeleteFunc(slices.Clone(peers), func(p tunnel.Peer) bool {
 		return slices.ContainsFunc(p.AllowedIPs, func(a netip.Prefix) bool {
 			i, taken := l.current.PeerByAddr(a.Addr())
-			return taken && a.IsSingleIP() && l.current.Peers()[i].ID != policy.PeerID(p.PublicKey)
+			return taken && a.IsSingleIP() && l.current.Peers()[i].PublicKey != p.PublicKey
 		})
 	})
 }
@@ -403,14 +404,14 @@ func (l *loop) narrow(r *policy.Ruleset) {
 // addNarrowed adds to the narrowed peers, each peer once, so that what can't be cut
 // for long doesn't grow.
 func (l *loop) addNarrowed(more []policy.Narrowed) {
-	at := make(map[policy.PeerID]int, len(l.narrowed))
+	at := make(map[mesh.PublicKey]int, len(l.narrowed))
 	for i, n := range l.narrowed {
-		at[n.ID] = i
+		at[n.PublicKey] = i
 	}
 	for _, n := range more {
-		i, ok := at[n.ID]
+		i, ok := at[n.PublicKey]
 		if !ok {
-			at[n.ID] = len(l.narrowed)
+			at[n.PublicKey] = len(l.narrowed)
 			l.narrowed = append(l.narrowed, n)
 			continue
 		}
@@ -430,8 +431,8 @@ func everyone(r *policy.Ruleset) []policy.Narrowed {
 	var out []policy.Narrowed
 	for _, p := range r.Peers() {
 		out = append(out, policy.Narrowed{
-			ID: p.ID, Name: p.Name, Addresses: p.Addresses,
-			Lost: (policy.Incoming | policy.Routing | policy.LAN) &^ p.Permissions,
+			PublicKey: p.PublicKey, Name: p.Name, Addresses: p.Addresses.List(),
+			Lost: mesh.All &^ p.Permissions,
 		})
 	}
 	return out

@@ -28,22 +28,22 @@ func TestToggle(t *testing.T) {
 		r.add("phone")
 		r.wantLoaded("phone", 0)
 		r.mustAllow("phone", "routing", "")
-		r.wantLoaded("phone", policy.Routing)
+		r.wantLoaded("phone", mesh.Routing)
 		if changed, err := r.allow("phone", "routing", ""); err != nil || !changed.Already {
 			t.Errorf("allow again: already %v, error %v", changed.Already, err)
 		}
 		r.mustAllow("phone", "lan", "")
-		r.wantLoaded("phone", policy.Routing|policy.LAN)
+		r.wantLoaded("phone", mesh.Routing|mesh.LAN)
 		if _, err := r.deny("phone", "routing"); err != nil {
 			t.Fatal(err)
 		}
 		r.wantLoaded("phone", 0) // lan without routing has no effect
-		if p, _ := r.d.Peer("phone"); p.Permissions.LAN.Effective == nil || *p.Permissions.LAN.Effective {
+		if p, _ := r.d.Peer("phone"); p.Permissions.Of(mesh.LAN).Effective == nil || *p.Permissions.Of(mesh.LAN).Effective {
 			t.Error("lan without routing isn't marked as without effect")
 		}
 		cuts := r.host.Cuts()
 		last := cuts[len(cuts)-1]
-		if len(last) != 1 || last[0].Name != "phone" || last[0].Lost != policy.Routing|policy.LAN {
+		if len(last) != 1 || last[0].Name != "phone" || last[0].Lost != mesh.Routing|mesh.LAN {
 			t.Errorf("cut %+v, want phone's routing and lan", last)
 		}
 	})
@@ -148,7 +148,7 @@ func TestExpiry(t *testing.T) {
 		r.add("phone")
 		r.mustAllow("phone", "routing", "2h")
 		r.after(2*time.Hour - time.Second)
-		r.wantLoaded("phone", policy.Routing)
+		r.wantLoaded("phone", mesh.Routing)
 		r.after(time.Second)
 		r.wantLoaded("phone", 0)
 		// The second says that the configuration doesn't fit any more.
@@ -156,7 +156,7 @@ func TestExpiry(t *testing.T) {
 			t.Errorf("events %q", got)
 		}
 		s := r.d.Status()
-		if s.Peers[0].Permissions.Routing.Allowed || s.Enforced != s.Generation {
+		if s.Peers[0].Permissions.Of(mesh.Routing).Allowed || s.Enforced != s.Generation {
 			t.Errorf("status says %+v, enforced %d of %d", s.Peers[0].Permissions, s.Enforced, s.Generation)
 		}
 	})
@@ -170,9 +170,9 @@ func TestExpiryReplaced(t *testing.T) {
 		r.mustAllow("phone", "incoming", "1h")
 		r.mustAllow("phone", "incoming", "")
 		r.after(11 * time.Minute)
-		r.wantLoaded("phone", policy.Incoming)
+		r.wantLoaded("phone", mesh.Incoming)
 		r.after(3 * time.Hour)
-		r.wantLoaded("phone", policy.Incoming)
+		r.wantLoaded("phone", mesh.Incoming)
 	})
 }
 
@@ -197,7 +197,7 @@ func TestExpiryByEitherClock(t *testing.T) {
 				r.setWall(c.jump)
 				if c.after > time.Minute {
 					r.after(c.after - time.Minute)
-					r.wantLoaded("phone", policy.Routing)
+					r.wantLoaded("phone", mesh.Routing)
 					r.after(time.Minute)
 				}
 				r.after(c.within)
@@ -231,7 +231,7 @@ func TestExpiryAcrossRestart(t *testing.T) {
 				r.setWall(c.set)
 				r.start()
 				if c.left > 0 {
-					r.wantLoaded("phone", policy.Routing)
+					r.wantLoaded("phone", mesh.Routing)
 				}
 				r.after(c.left + DefaultTick)
 				r.wantLoaded("phone", 0)
@@ -315,7 +315,7 @@ func TestLookThatFails(t *testing.T) {
 					return nil
 				})
 				r.after(time.Minute)
-				r.wantLoaded("phone", policy.Routing)
+				r.wantLoaded("phone", mesh.Routing)
 				s := r.d.Status()
 				if s.State != api.Enforcing || len(s.Problems) == 0 || !strings.Contains(s.Problems[0].Message, "interrupted") {
 					t.Errorf("state %s, problems %v", s.State, s.Problems)
@@ -341,12 +341,12 @@ func TestNarrowedStaysBounded(t *testing.T) {
 	l := &loop{}
 	for i := range 1000 {
 		l.addNarrowed([]policy.Narrowed{
-			{ID: policy.PeerID{1}, Lost: policy.LAN, Addresses: []netip.Addr{netip.AddrFrom4([4]byte{100, 64, 0, byte(i % 2)})}},
-			{ID: policy.PeerID{2}, Lost: policy.Routing, Removed: i == 500},
-			{ID: policy.PeerID{1}, Lost: policy.Incoming},
+			{PublicKey: mesh.PublicKey{1}, Lost: mesh.LAN, Addresses: []netip.Addr{netip.AddrFrom4([4]byte{100, 64, 0, byte(i % 2)})}},
+			{PublicKey: mesh.PublicKey{2}, Lost: mesh.Routing, Removed: i == 500},
+			{PublicKey: mesh.PublicKey{1}, Lost: mesh.Incoming},
 		})
 	}
-	if len(l.narrowed) != 2 || len(l.narrowed[0].Addresses) != 2 || l.narrowed[0].Lost != policy.LAN|policy.Incoming || !l.narrowed[1].Removed {
+	if len(l.narrowed) != 2 || len(l.narrowed[0].Addresses) != 2 || l.narrowed[0].Lost != mesh.LAN|mesh.Incoming || !l.narrowed[1].Removed {
 		t.Errorf("kept %+v", l.narrowed)
 	}
 }
@@ -366,7 +366,7 @@ func TestReadBackAgain(t *testing.T) {
 			return nil
 		})
 		r.mustAllow("phone", "routing", "")
-		r.wantLoaded("phone", policy.Incoming|policy.Routing)
+		r.wantLoaded("phone", mesh.Incoming|mesh.Routing)
 		if got := r.events(api.EventState); fail != readTries || slices.Contains(got, "enforcing became closed") {
 			t.Errorf("%d reads failed: %q", fail-1, got)
 		}
@@ -389,7 +389,7 @@ func TestCloseOnWidening(t *testing.T) {
 			return nil
 		})
 		r.mustAllow("phone", "routing", "") // succeeds by the second try
-		r.wantLoaded("phone", policy.Incoming|policy.Routing)
+		r.wantLoaded("phone", mesh.Incoming|mesh.Routing)
 		if got := r.events(api.EventState); !slices.Contains(got, "enforcing became closed") {
 			t.Errorf("it never closed: %q", got)
 		}
@@ -561,7 +561,7 @@ func TestRemovedBounded(t *testing.T) {
 	v4, v6 := netip.MustParseAddr("100.64.0.0"), netip.MustParseAddr("fd6d:6573:6800::")
 	for i := range maxRemoved + 10 {
 		v4, v6 = v4.Next(), v6.Next()
-		before := &document{Peers: []peer{{Addresses: mesh.Addresses{v4, v6}}}}
+		before := &document{Peers: []mesh.Peer{{Addresses: mesh.Addresses{v4, v6}}}}
 		doc.retire(before, start.Add(time.Duration(i)*time.Second))
 	}
 	if n := len(doc.Removed); n != maxRemoved || doc.Removed[n-1].Addresses[0] != v4 {
@@ -605,7 +605,7 @@ func TestTunnelDies(t *testing.T) {
 		if r.tunnel == old || len(r.tunnel.peers) != 1 {
 			t.Fatal("no new tunnel with the peer")
 		}
-		r.wantLoaded("phone", policy.Routing)
+		r.wantLoaded("phone", mesh.Routing)
 		if s := r.d.Status(); s.State != api.Enforcing || s.Enforced != s.Generation {
 			t.Errorf("state %s, enforced %d of %d", s.State, s.Enforced, s.Generation)
 		}
@@ -636,7 +636,7 @@ func TestDeadTunnelHangs(t *testing.T) {
 		if r.tunnel == old || len(r.tunnel.peers) != 1 {
 			t.Fatal("no new tunnel with the peer")
 		}
-		r.wantLoaded("phone", policy.Routing)
+		r.wantLoaded("phone", mesh.Routing)
 		if _, err := r.deny("phone", "routing"); err != nil {
 			t.Error(err)
 		}
@@ -726,7 +726,7 @@ func TestTunnelRefuses(t *testing.T) {
 		r.tunnel.mu.Unlock()
 		_, err := r.d.AddPeer(t.Context(), api.NewPeer{Name: "tablet", PublicKey: keyOf("tablet")})
 		wantCode(t, err, api.CodeNotInForce)
-		r.wantLoaded("phone", policy.Routing)
+		r.wantLoaded("phone", mesh.Routing)
 		if s := r.d.Status(); s.State != api.Enforcing || s.Enforced >= s.Generation {
 			t.Errorf("state %s, enforced %d of %d", s.State, s.Enforced, s.Generation)
 		}
@@ -944,8 +944,8 @@ func TestStorm(t *testing.T) {
 			t.Errorf("state %s, enforced %d of %d", s.State, s.Enforced, s.Generation)
 		}
 		for _, p := range s.Peers {
-			if got := r.loaded(p.Name) == policy.Routing; got != p.Permissions.Routing.Allowed {
-				t.Errorf("%s: loaded %v, wanted %v", p.Name, got, p.Permissions.Routing.Allowed)
+			if got := r.loaded(p.Name) == mesh.Routing; got != p.Permissions.Of(mesh.Routing).Allowed {
+				t.Errorf("%s: loaded %v, wanted %v", p.Name, got, p.Permissions.Of(mesh.Routing).Allowed)
 			}
 		}
 	})

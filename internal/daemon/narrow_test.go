@@ -17,6 +17,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -44,7 +45,7 @@ func (r *rig) passes(p api.Peer) bool {
 }
 
 // onDisk returns what a restart would find of a peer.
-func (r *rig) onDisk(name string) (p peer, ok bool) {
+func (r *rig) onDisk(name string) (p mesh.Peer, ok bool) {
 	r.t.Helper()
 	doc, err := readDocument(filepath.Join(r.dir, stateFile))
 	if err != nil {
@@ -53,7 +54,7 @@ func (r *rig) onDisk(name string) (p peer, ok bool) {
 	if i := doc.byName(name); i >= 0 {
 		return doc.Peers[i], true
 	}
-	return peer{}, false
+	return mesh.Peer{}, false
 }
 
 // takings are the ways to take routing away from a peer called phone.
@@ -179,7 +180,7 @@ func TestNarrowingDoesntWait(t *testing.T) {
 					if len(s.Problems) != 0 || s.State != api.Enforcing || s.Enforced != s.Generation {
 						t.Errorf("afterwards: state %s, enforced %d of %d, problems %v", s.State, s.Enforced, s.Generation, s.Problems)
 					}
-					if kept, ok := r.onDisk("phone"); ok && kept.Permissions.Routing.Allowed && kept.PublicKey.String() == phone.PublicKey {
+					if kept, ok := r.onDisk("phone"); ok && kept.Permissions.Of(mesh.Routing).Allowed && kept.PublicKey.String() == phone.PublicKey {
 						t.Error("a restart would bring the permission back")
 					}
 				})
@@ -230,10 +231,10 @@ func TestKeyChangeIsWhole(t *testing.T) {
 						if err != nil || is.PublicKey != keyOf("new phone") || is.Addresses[0] == old.Addresses[0] {
 							t.Fatalf("the peer is %+v, %v", is, err)
 						}
-						if may := is.Permissions; !may.Routing.Allowed || may.Incoming.Allowed || may.LAN.Allowed {
+						if may := is.Permissions; !may.Of(mesh.Routing).Allowed || may.Of(mesh.Incoming).Allowed || may.Of(mesh.LAN).Allowed {
 							t.Errorf("it may %+v", may)
 						}
-						r.wantLoaded(name, policy.Routing)
+						r.wantLoaded(name, mesh.Routing)
 						if !r.passes(is) || r.passes(old) {
 							t.Errorf("a packet passes of the new key: %v, of the old one: %v", r.passes(is), r.passes(old))
 						}
@@ -246,7 +247,7 @@ func TestKeyChangeIsWhole(t *testing.T) {
 						end()
 						r.setDisk(diskFiles{})
 						r.after(2 * time.Minute)
-						if kept, ok := r.onDisk(name); !ok || kept.PublicKey.String() != keyOf("new phone") || !kept.Permissions.Routing.Allowed || kept.Permissions.LAN.Allowed {
+						if kept, ok := r.onDisk(name); !ok || kept.PublicKey.String() != keyOf("new phone") || !kept.Permissions.Of(mesh.Routing).Allowed || kept.Permissions.Of(mesh.LAN).Allowed {
 							t.Errorf("on disk: %+v, %v", kept, ok)
 						}
 						if s := r.d.Status(); len(s.Problems) != 0 || len(s.Peers) != 2 {
@@ -289,14 +290,14 @@ func TestDenyAgainSaves(t *testing.T) {
 			wantCode(t, err, api.CodeNotSaved)
 			r.wantLoaded("phone", 0)
 		}
-		if p, _ := r.onDisk("phone"); !p.Permissions.Routing.Allowed {
+		if p, _ := r.onDisk("phone"); !p.Permissions.Of(mesh.Routing).Allowed {
 			t.Fatal("a full disk took it")
 		}
 		r.setDisk(diskFiles{})
 		if changed, err := r.deny("phone", "routing"); err != nil || !changed.Already {
 			t.Errorf("once more: already %v, error %v", changed.Already, err)
 		}
-		if p, _ := r.onDisk("phone"); p.Permissions.Routing.Allowed {
+		if p, _ := r.onDisk("phone"); p.Permissions.Of(mesh.Routing).Allowed {
 			t.Error("it says done, and a restart would bring the permission back")
 		}
 		if s := r.d.Status(); len(s.Problems) != 0 {
@@ -326,7 +327,7 @@ func TestFullDiskForLong(t *testing.T) {
 		if got := r.d.Status().Problems; len(got) != 0 {
 			t.Errorf("problems that stay: %v", got)
 		}
-		if p, _ := r.onDisk("phone"); p.Permissions.Routing.Allowed || p.Permissions.Incoming.Allowed {
+		if p, _ := r.onDisk("phone"); p.Permissions.Of(mesh.Routing).Allowed || p.Permissions.Of(mesh.Incoming).Allowed {
 			t.Errorf("on disk: %+v", p.Permissions)
 		}
 	})
@@ -358,7 +359,7 @@ func TestWideningWaits(t *testing.T) {
 		}
 		close(disk.thawed)
 		r.after(time.Minute)
-		if p, _ := r.onDisk("phone"); r.passes(phone) || p.Permissions.Routing.Allowed {
+		if p, _ := r.onDisk("phone"); r.passes(phone) || p.Permissions.Of(mesh.Routing).Allowed {
 			t.Error("what was given up came in force, or would by a restart")
 		}
 		r.mustAllow("phone", "routing", "")
@@ -389,7 +390,7 @@ func TestOlderRulesetStaysOut(t *testing.T) {
 							_, err := r.deny("phone", "routing")
 							denied <- err
 						}()
-						for r.d.wanted.Load().Peers[0].Permissions.Routing.Allowed {
+						for r.d.wanted.Load().Peers[0].Permissions.Of(mesh.Routing).Allowed {
 							time.Sleep(time.Millisecond)
 						}
 						r.d.changing.Lock()
@@ -427,7 +428,7 @@ func TestGateIsTheLess(t *testing.T) {
 			r.d.changing.Lock()
 			doc := r.d.wanted.Load().clone()
 			doc.Generation++
-			doc.Peers[0].Permissions.Routing.Allowed = rng.IntN(2) == 0
+			doc.Peers[0].Permissions.Of(mesh.Routing).Allowed = rng.IntN(2) == 0
 			if rng.IntN(5) == 0 {
 				slices.Reverse(doc.Peers)
 			}
@@ -441,9 +442,9 @@ func TestGateIsTheLess(t *testing.T) {
 			i := rng.IntN(len(rules))
 			r.d.gate.set(rules[i], docs[i])
 			at := doc.byName("phone")
-			old := docs[i].Peers[docs[i].byName("phone")].Permissions.Routing.Allowed
-			if want := doc.Peers[at].Permissions.Routing.Allowed && old; r.passes(phone) != want {
-				t.Fatalf("passes %v, wanted %v, enforced %v", !want, doc.Peers[at].Permissions.Routing.Allowed, old)
+			old := docs[i].Peers[docs[i].byName("phone")].Permissions.Of(mesh.Routing).Allowed
+			if want := doc.Peers[at].Permissions.Of(mesh.Routing).Allowed && old; r.passes(phone) != want {
+				t.Fatalf("passes %v, wanted %v, enforced %v", !want, doc.Peers[at].Permissions.Of(mesh.Routing).Allowed, old)
 			}
 		}
 	})
@@ -561,7 +562,7 @@ func TestClosingHasItsOwnTime(t *testing.T) {
 		slow := &obstinate{Platform: r.host}
 		o.Platform = slow
 		r.startWith(o)
-		r.wantLoaded("phone", policy.Incoming)
+		r.wantLoaded("phone", mesh.Incoming)
 		slow.hangs.Store(true)
 		if _, err := r.allow("phone", "routing", ""); err == nil {
 			t.Error("what hangs is said to be in force")
@@ -576,7 +577,7 @@ func TestClosingHasItsOwnTime(t *testing.T) {
 		}
 		slow.hangs.Store(false)
 		r.after(time.Minute)
-		r.wantLoaded("phone", policy.Incoming|policy.Routing)
+		r.wantLoaded("phone", mesh.Incoming|mesh.Routing)
 	})
 }
 
@@ -584,7 +585,7 @@ func TestClosingHasItsOwnTime(t *testing.T) {
 // change is to be enforced and while nothing changes: what is enforced goes on, and
 // the change comes to be in force by what was seen last.
 func TestSlowLookClosesNothing(t *testing.T) {
-	for step, want := range map[string]policy.Permissions{"observe": policy.Routing | policy.LAN, "inspect": policy.Routing} {
+	for step, want := range map[string]mesh.Permissions{"observe": mesh.Routing | mesh.LAN, "inspect": mesh.Routing} {
 		t.Run(step, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, r *rig) {
 				phone := r.add("phone")
@@ -640,7 +641,7 @@ func TestFilterAway(t *testing.T) {
 				defer mu.Unlock()
 				routed, local = append(routed, r.passes(phone)), append(local, toHost())
 				c, _ := r.d.condition()
-				cut = append(cut, c.guard.Stats()[policy.PeerID(r.d.wanted.Load().Peers[0].PublicKey)].Cut > 0)
+				cut = append(cut, c.guard.Stats()[r.d.wanted.Load().Peers[0].PublicKey].Cut > 0)
 			}
 			return nil
 		})

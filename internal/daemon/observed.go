@@ -16,7 +16,7 @@ type observed struct {
 	clocks     sleepWatch
 	handshakes map[mesh.PublicKey]time.Time
 	refused    map[mesh.PublicKey]refusals
-	guard      map[policy.PeerID]guard.PeerStats
+	guard      map[mesh.PublicKey]guard.PeerStats
 }
 
 // refusals are a peer's refused packets as last told.
@@ -54,7 +54,7 @@ func (l *loop) look() {
 // recordHandshakes records the handshakes since the last look: those of peers that weren't
 // heard for a while, not the ones that renew a session every two minutes
 // (REJECT_AFTER_TIME, whitepaper 6.1).
-func (l *loop) recordHandshakes(peers []peer, n numbers) {
+func (l *loop) recordHandshakes(peers []mesh.Peer, n numbers) {
 	const session = 3 * time.Minute
 	next := make(map[mesh.PublicKey]time.Time, len(peers))
 	for i := range peers {
@@ -95,17 +95,17 @@ func example(r guard.Refused) string {
 const refusedInterval = time.Minute
 
 // tellRefused records what was refused since it was last told.
-func (l *loop) tellRefused(peers []peer, n numbers, now time.Time) {
+func (l *loop) tellRefused(peers []mesh.Peer, n numbers, now time.Time) {
 	next := make(map[mesh.PublicKey]refusals, len(peers))
 	for i := range peers {
 		p := &peers[i]
 		was := l.seen.refused[p.PublicKey]
-		counts := refusedOf(n.tunnel[p.PublicKey], n.guard[policy.PeerID(p.PublicKey)])
+		counts := refusedOf(n.tunnel[p.PublicKey], n.guard[p.PublicKey])
 		if counts != was.counts && (was.told.IsZero() || now.Sub(was.told) >= refusedInterval) {
 			l.d.journal.Record(api.Event{
 				Kind: api.EventRefused, Peer: p.Name,
 				Message: fmt.Sprintf("refused of %s so far: %v%s", p.Name, counts,
-					example(n.guard[policy.PeerID(p.PublicKey)].Example)),
+					example(n.guard[p.PublicKey].Example)),
 			})
 			was = refusals{counts, now}
 		}

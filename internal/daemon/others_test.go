@@ -78,7 +78,7 @@ func TestOthersAreWaitedForByNobody(t *testing.T) {
 		}
 		began = time.Now()
 		r.mustAllow("phone", "routing", "")
-		r.wantLoaded("phone", policy.Routing)
+		r.wantLoaded("phone", mesh.Routing)
 		if _, err := r.deny("phone", "routing"); err != nil {
 			t.Fatal(err)
 		}

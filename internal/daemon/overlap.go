@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -93,7 +94,7 @@ func nearlyProblems(h policy.Host) []Problem {
 
 // outerProblems returns a problem for each peer whose outer address is in a mesh prefix.
 // One in a part that another owner has is named with the owner.
-func outerProblems(r *policy.Ruleset, peers []peer, n numbers) []Problem {
+func outerProblems(r *policy.Ruleset, peers []mesh.Peer, n numbers) []Problem {
 	var out []Problem
 	for i := range peers {
 		a := n.tunnel[peers[i].PublicKey].Endpoint.Addr().Unmap().WithZone("")
@@ -145,7 +146,7 @@ func some(texts []string, n int) string {
 
 // lookAtPrefixes finds what overlaps the mesh prefixes, and routes that are nearly a
 // default route, and tells what is new of it.
-func (l *loop) lookAtPrefixes(peers []peer, n numbers) {
+func (l *loop) lookAtPrefixes(peers []mesh.Peer, n numbers) {
 	if l.wanted == nil {
 		return
 	}

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // pairEdit is an edit of a peer, which is found by its first name or its first key.
@@ -99,7 +100,7 @@ type pairResult struct {
 
 // bareState writes down what of a document doesn't depend on when its edits were made.
 func (doc *document) bareState() string {
-	peers := slices.SortedFunc(slices.Values(doc.Peers), func(a, b peer) int { return cmp.Compare(a.Name, b.Name) })
+	peers := slices.SortedFunc(slices.Values(doc.Peers), func(a, b mesh.Peer) int { return cmp.Compare(a.Name, b.Name) })
 	var former, gone []string
 	for _, f := range doc.Former {
 		former = append(former, f.Name+">"+f.Now)
@@ -111,9 +112,9 @@ func (doc *document) bareState() string {
 	slices.Sort(gone)
 	out := ""
 	for _, p := range peers {
-		incoming := p.Permissions.Incoming.Allowed
+		incoming := p.Permissions.Of(mesh.Incoming).Allowed
 		out += fmt.Sprintf("\n\t%s %v %v %v %q %d incoming %v for good %v routing %v lan %v", p.Name, p.PublicKey, p.Kind, p.Addresses, p.Endpoint, p.Keepalive,
-			incoming, incoming && p.Permissions.Incoming.Until.IsZero(), p.Permissions.Routing.Allowed, p.Permissions.LAN.Allowed)
+			incoming, incoming && p.Permissions.Of(mesh.Incoming).Until.IsZero(), p.Permissions.Of(mesh.Routing).Allowed, p.Permissions.Of(mesh.LAN).Allowed)
 	}
 	return out + fmt.Sprintf("\n\tformer %v removed %v", former, gone)
 }
@@ -343,7 +344,7 @@ func TestDeniedBeforeANewKeyStaysAway(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		if p := r.d.wanted.Load().Peers[0]; p.PublicKey.String() != keyOf("new phone") || p.Permissions.Incoming.Allowed || p.Permissions.LAN.Allowed || !p.Permissions.Routing.Allowed {
+		if p := r.d.wanted.Load().Peers[0]; p.PublicKey.String() != keyOf("new phone") || p.Permissions.Of(mesh.Incoming).Allowed || p.Permissions.Of(mesh.LAN).Allowed || !p.Permissions.Of(mesh.Routing).Allowed {
 			t.Errorf("%v may %+v", p.PublicKey, p.Permissions)
 		}
 	})
@@ -358,14 +359,14 @@ func TestOlderDocumentIsNotSaved(t *testing.T) {
 		base := r.d.wanted.Load()
 		next := base.clone()
 		next.Generation++
-		next.Peers[0].Permissions.LAN.Allowed = true
+		next.Peers[0].Permissions.Of(mesh.LAN).Allowed = true
 		if _, err := r.deny("phone", "routing"); err != nil {
 			t.Fatal(err)
 		}
 		if err := r.d.disk.saveAhead(t.Context(), base, next); !errors.Is(err, errOvertaken) {
 			t.Errorf("got %v, want errOvertaken", err)
 		}
-		if p, _ := r.onDisk("phone"); p.Permissions.Routing.Allowed || p.Permissions.LAN.Allowed {
+		if p, _ := r.onDisk("phone"); p.Permissions.Of(mesh.Routing).Allowed || p.Permissions.Of(mesh.LAN).Allowed {
 			t.Errorf("a restart would bring back %+v", p.Permissions)
 		}
 	})

@@ -65,7 +65,7 @@ func TestMeshPrefixChanges(t *testing.T) {
 			if err != nil || !slices.Equal(is.Addresses, p.Is) || is.Permissions != was[p.Name].Permissions {
 				t.Errorf("%s became %+v (%v), want %v", p.Name, is, err, p.Is)
 			}
-			if got := r.loaded(p.Name); !got.Has(policy.Routing) {
+			if got := r.loaded(p.Name); !got.Has(mesh.Routing) {
 				t.Errorf("%s may %v", p.Name, got)
 			}
 		}
@@ -133,7 +133,7 @@ func TestMeshPrefixCollisions(t *testing.T) {
 			t.Fatal(err)
 		}
 		taken[a[0]], taken[a[1]] = true, true
-		doc.Peers = append(doc.Peers, peer{Name: name, PublicKey: key(name), Kind: api.Own, Addresses: mesh.Addresses{a[0], a[1]}})
+		doc.Peers = append(doc.Peers, mesh.Peer{Name: name, PublicKey: key(name), Kind: mesh.Own, Addresses: mesh.Addresses{a[0], a[1]}})
 	}
 	given := netip.MustParseAddr("10.9.8.4")
 	doc.Peers[4].Addresses[0] = given
@@ -169,7 +169,7 @@ func TestMeshPrefixCollisions(t *testing.T) {
 	if err != nil || !slices.Equal(again.Peers, next.Peers) {
 		t.Errorf("a second plan differs: %v, %v", again.Peers, err)
 	}
-	doc.Peers = append(doc.Peers, peer{Name: "peer-f", PublicKey: key("peer-f"), Kind: api.Own, Addresses: mesh.Addresses{netip.MustParseAddr("100.70.1.1"), netip.MustParseAddr("fd6d:6573:6800::77")}})
+	doc.Peers = append(doc.Peers, mesh.Peer{Name: "peer-f", PublicKey: key("peer-f"), Kind: mesh.Own, Addresses: mesh.Addresses{netip.MustParseAddr("100.70.1.1"), netip.MustParseAddr("fd6d:6573:6800::77")}})
 	if _, _, err := move("10.9.8.0/29", 6); err == nil || !strings.Contains(err.Error(), "no room for all 6 peers") {
 		t.Errorf("six peers and the host in six addresses: %v", err)
 	}

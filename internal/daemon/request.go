@@ -9,36 +9,35 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/mesh"
-	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // newPeer reads the body of a POST.
-func (d *Daemon) newPeer(doc *document, p api.NewPeer, now time.Time) (*peer, error) {
-	out := &peer{Name: p.Name, Kind: p.Kind}
+func (d *Daemon) newPeer(doc *document, p api.NewPeer, now time.Time) (*mesh.Peer, error) {
+	out := &mesh.Peer{Name: p.Name, Kind: p.Kind}
 	if err := mesh.CheckName(p.Name); err != nil {
 		return nil, api.Errorf(api.CodeBadName, "%v", err).WithHint("names have 1 to 63 letters, digits, -, _ and .")
 	}
 	if out.Kind == "" {
-		out.Kind = api.External
+		out.Kind = mesh.External
 	}
-	if out.Kind != api.Own && out.Kind != api.External {
+	if out.Kind != mesh.Own && out.Kind != mesh.External {
 		return nil, api.Errorf(api.CodeBadRequest, "kind %q is unknown", p.Kind).WithHint("it is own or external")
 	}
 	var err error
 	if out.PublicKey, err = d.readKey(p.PublicKey); err != nil {
 		return nil, err
 	}
-	if err := out.setEndpoint(p.Endpoint); err != nil {
+	if err := setEndpoint(out, p.Endpoint); err != nil {
 		return nil, err
 	}
-	if err := out.setKeepalive(p.Keepalive); err != nil {
+	if err := setKeepalive(out, p.Keepalive); err != nil {
 		return nil, err
 	}
-	if out.Tunnel = p.Tunnel; p.Tunnel != "" && p.Tunnel != api.TunnelFull && p.Tunnel != api.TunnelSplit {
+	if out.Tunnel = p.Tunnel; p.Tunnel != "" && p.Tunnel != mesh.TunnelFull && p.Tunnel != mesh.TunnelSplit {
 		return nil, api.Errorf(api.CodeBadRequest, "tunnel %q is unknown", p.Tunnel).WithHint("it is full or split")
 	}
-	out.Permissions.Incoming.Allowed = out.Kind == api.Own
-	if err := out.setPermissions(p.Permissions, now); err != nil {
+	out.Permissions = mesh.Granted(mesh.DefaultPermissions(out.Kind))
+	if err := setPermissions(out, p.Permissions, now); err != nil {
 		return nil, err
 	}
 	out.Addresses, err = d.giveAddresses(doc, out, p.Addresses)
@@ -58,7 +57,7 @@ func (d *Daemon) readKey(text string) (mesh.PublicKey, error) {
 	return key, nil
 }
 
-func (p *peer) setEndpoint(text string) error {
+func setEndpoint(p *mesh.Peer, text string) error {
 	p.Endpoint = ""
 	if text == "" {
 		return nil
@@ -71,7 +70,7 @@ func (p *peer) setEndpoint(text string) error {
 	return nil
 }
 
-func (p *peer) setKeepalive(text string) error {
+func setKeepalive(p *mesh.Peer, text string) error {
 	p.Keepalive = 0
 	if text == "" {
 		return nil
@@ -89,17 +88,17 @@ func (p *peer) setKeepalive(text string) error {
 // longer is meant for good.
 const maxTimed = 10 * 365 * 24 * time.Hour
 
-func (p *peer) setPermissions(changes map[string]api.PermissionChange, now time.Time) error {
+func setPermissions(p *mesh.Peer, changes map[string]api.PermissionChange, now time.Time) error {
 	for name, c := range changes {
-		one, err := policy.ParsePermission(name)
+		one, err := mesh.ParsePermission(name)
 		if err != nil {
-			return api.Errorf(api.CodeBadPermission, "permission %q is unknown", name).WithHint("it is one of incoming, routing, lan")
+			return api.Errorf(api.CodeBadPermission, "permission %q is unknown", name).WithHint("it is one of %s", strings.Join(mesh.PermissionNames(), ", "))
 		}
 		until, err := endOf(c, now)
 		if err != nil {
 			return api.Errorf(api.CodeBadPermission, "permission %s: %v", name, err).WithHint("say for how long, such as 30m or 2h")
 		}
-		*p.Permissions.of(one) = grant{Allowed: c.Allowed, Until: until}
+		*p.Permissions.Of(one.Set) = mesh.Grant{Allowed: c.Allowed, Until: until}
 	}
 	return nil
 }
@@ -131,7 +130,7 @@ func endOf(c api.PermissionChange, now time.Time) (time.Time, error) {
 
 // giveAddresses returns the addresses for a peer: those given, else those
 // derived from its key. A peer of that name keeps the ones it has.
-func (d *Daemon) giveAddresses(doc *document, p *peer, given []string) (out mesh.Addresses, err error) {
+func (d *Daemon) giveAddresses(doc *document, p *mesh.Peer, given []string) (out mesh.Addresses, err error) {
 	var have [2]bool
 	for _, text := range given {
 		a, err := netip.ParseAddr(text)
@@ -197,7 +196,7 @@ func (d *Daemon) owner(doc *document, a netip.Addr) string {
 
 // admit refuses a new peer that takes something from another, or for which
 // there is no place.
-func (d *Daemon) admit(doc *document, p *peer, asked api.NewPeer) error {
+func (d *Daemon) admit(doc *document, p *mesh.Peer, asked api.NewPeer) error {
 	if len(doc.Peers) >= maxPeers {
 		return api.Errorf(api.CodeMeshFull, "the mesh has %d peers, and there is no place for more", maxPeers).WithHint("remove a peer")
 	}
@@ -215,14 +214,14 @@ func (d *Daemon) admit(doc *document, p *peer, asked api.NewPeer) error {
 
 // samePeer reports what differs between a peer that exists and one that was
 // asked for by its name; what the request leaves open doesn't.
-func samePeer(is, wanted *peer, asked api.NewPeer, now time.Time) error {
+func samePeer(is, wanted *mesh.Peer, asked api.NewPeer, now time.Time) error {
 	var differs string
 	switch {
 	case is.PublicKey != wanted.PublicKey:
 		return api.Errorf(api.CodeNameTaken, "peer %q already exists, with another key", is.Name).
 			WithHint("choose another name, or run: meshhelper peer remove %s", is.Name)
 	case asked.Kind != "" && is.Kind != wanted.Kind:
-		differs = "as " + is.Kind
+		differs = "as " + string(is.Kind)
 	case len(asked.Addresses) > 0 && is.Addresses != wanted.Addresses:
 		differs = fmt.Sprintf("with the addresses %v and %v", is.Addresses[0], is.Addresses[1])
 	case asked.Endpoint != "" && is.Endpoint != wanted.Endpoint:
@@ -238,21 +237,21 @@ func samePeer(is, wanted *peer, asked api.NewPeer, now time.Time) error {
 		WithHint("run: meshhelper peer remove %s, and add it again", is.Name)
 }
 
-func samePermissions(is *peer, asked api.NewPeer, now time.Time) error {
-	for _, one := range policy.AllPermissions {
-		name := one.String()
+func samePermissions(is *mesh.Peer, asked api.NewPeer, now time.Time) error {
+	for i, one := range mesh.AllPermissions {
+		name := one.Name
 		c, wanted := asked.Permissions[name]
 		if !wanted {
 			continue
 		}
-		has, limit := *is.Permissions.of(one), ""
+		has, limit := is.Permissions[i], ""
 		if c.For != nil {
 			limit = " --for " + *c.For
 		}
 		timed := c.For != nil || c.Until != nil
 		differs := ""
 		switch {
-		case policy.Grant(has).In(now) != c.Allowed:
+		case has.In(now) != c.Allowed:
 			differs = "without " + name
 		case c.Allowed && timed && has.Until.IsZero():
 			differs = "with " + name + " for good"
@@ -276,16 +275,16 @@ func (d *Daemon) apply(doc *document, i int, c api.PeerChange, now time.Time) er
 		}
 	}
 	if c.Endpoint != nil {
-		if err := p.setEndpoint(*c.Endpoint); err != nil {
+		if err := setEndpoint(p, *c.Endpoint); err != nil {
 			return err
 		}
 	}
 	if c.Keepalive != nil {
-		if err := p.setKeepalive(*c.Keepalive); err != nil {
+		if err := setKeepalive(p, *c.Keepalive); err != nil {
 			return err
 		}
 	}
-	if err := p.setPermissions(c.Permissions, now); err != nil {
+	if err := setPermissions(p, c.Permissions, now); err != nil {
 		return err
 	}
 	if c.Name == "" || c.Name == p.Name {

@@ -18,7 +18,6 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/host/hosttest"
 	"github.com/meshhelper/meshhelper/internal/mesh"
-	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
@@ -171,7 +170,7 @@ func (r *rig) deny(name, permission string) (api.Changed, error) {
 }
 
 // loaded returns what the host lets the peer do now.
-func (r *rig) loaded(name string) policy.Permissions {
+func (r *rig) loaded(name string) mesh.Permissions {
 	r.t.Helper()
 	rules := r.host.Loaded()
 	if rules == nil {
@@ -185,7 +184,7 @@ func (r *rig) loaded(name string) policy.Permissions {
 	return 0
 }
 
-func (r *rig) wantLoaded(name string, want policy.Permissions) {
+func (r *rig) wantLoaded(name string, want mesh.Permissions) {
 	r.t.Helper()
 	if got := r.loaded(name); got != want {
 		r.t.Errorf("the host lets %s do %v, want %v", name, got, want)

@@ -11,7 +11,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -40,9 +39,9 @@ type document struct {
 	Version    int    `json:"version"`
 	Generation uint64 `json:"generation"`
 	// Saved is the time when it was written. The clock never goes behind it.
-	Saved  time.Time `json:"saved"`
-	Peers  []peer    `json:"peers"`
-	Former []former  `json:"former,omitempty"`
+	Saved  time.Time   `json:"saved"`
+	Peers  []mesh.Peer `json:"peers"`
+	Former []former    `json:"former,omitempty"`
 	// Removed are the addresses that peers had until less than a day ago, the
 	// oldest first.
 	Removed []removed `json:"removed,omitempty"`
@@ -60,61 +59,6 @@ type removed struct {
 func (r removed) ended(now time.Time) bool {
 	age := now.Sub(r.At)
 	return age < 0 || age >= removedFor
-}
-
-// peer is a peer as wanted.
-type peer struct {
-	Name      string         `json:"name"`
-	PublicKey mesh.PublicKey `json:"publicKey"`
-	Kind      string         `json:"kind"`
-	// Addresses are one IPv4 and one IPv6, in this order.
-	Addresses mesh.Addresses `json:"addresses"`
-	// Endpoint is host:port, or empty.
-	Endpoint string `json:"endpoint,omitempty"`
-	// Keepalive is in seconds, 0 for none.
-	Keepalive uint16 `json:"keepalive,omitempty"`
-	// Tunnel is what its configuration is to send, full or split; empty for what it may.
-	Tunnel      string `json:"tunnel,omitempty"`
-	Permissions grants `json:"permissions"`
-}
-
-// grants are policy.Grants with the names that the document uses.
-type grants struct {
-	Incoming grant `json:"incoming"`
-	Routing  grant `json:"routing"`
-	LAN      grant `json:"lan"`
-}
-
-type grant struct {
-	Allowed bool      `json:"allowed"`
-	Until   time.Time `json:"until,omitzero"`
-}
-
-func (g grants) policy() policy.Grants {
-	return policy.Grants{
-		Incoming: policy.Grant(g.Incoming), Routing: policy.Grant(g.Routing), LAN: policy.Grant(g.LAN),
-	}
-}
-
-// allowed returns what the grants give, whenever they end.
-func (g grants) allowed() (out policy.Permissions) {
-	for _, one := range policy.AllPermissions {
-		if g.of(one).Allowed {
-			out |= one
-		}
-	}
-	return out
-}
-
-// of returns the grant of a single permission, to be changed in place.
-func (g *grants) of(p policy.Permissions) *grant {
-	switch p {
-	case policy.Incoming:
-		return &g.Incoming
-	case policy.Routing:
-		return &g.Routing
-	}
-	return &g.LAN
 }
 
 // former remembers a name that a peer had, so that repeating the command that
@@ -203,7 +147,7 @@ func (doc *document) validateAfter(before *document) error {
 	for i := range doc.Peers {
 		p := &doc.Peers[i]
 		if i >= len(before.Peers) || before.Peers[i] != *p {
-			if err := p.validate(); err != nil {
+			if err := p.Validate(); err != nil {
 				return fmt.Errorf("peer %d, %.70q: %w", i+1, p.Name, err)
 			}
 		}
@@ -214,28 +158,6 @@ func (doc *document) validateAfter(before *document) error {
 		taken[p.Addresses[0]], taken[p.Addresses[1]] = true, true
 	}
 	return nil
-}
-
-func (p *peer) validate() error {
-	if err := mesh.CheckName(p.Name); err != nil {
-		return err
-	}
-	switch {
-	case p.PublicKey.IsZero():
-		return errors.New("no public key")
-	case p.Kind != api.Own && p.Kind != api.External:
-		return fmt.Errorf("kind %.20q is neither own nor external", p.Kind)
-	case p.Tunnel != "" && p.Tunnel != api.TunnelFull && p.Tunnel != api.TunnelSplit:
-		return fmt.Errorf("tunnel %.20q is neither full nor split", p.Tunnel)
-	}
-	if err := p.Addresses.Validate(); err != nil {
-		return err
-	}
-	if p.Endpoint == "" {
-		return nil
-	}
-	_, err := mesh.ParseEndpoint(p.Endpoint, 0)
-	return err
 }
 
 // fits reports the first peer that this mesh has no place for: outside of its
@@ -288,8 +210,8 @@ func (doc *document) retire(before *document, now time.Time) {
 // timed reports whether a grant is to end by itself.
 func (doc *document) timed() bool {
 	for i := range doc.Peers {
-		for _, one := range policy.AllPermissions {
-			if g := doc.Peers[i].Permissions.of(one); g.Allowed && !g.Until.IsZero() {
+		for _, g := range doc.Peers[i].Permissions {
+			if g.Allowed && !g.Until.IsZero() {
 				return true
 			}
 		}
@@ -300,8 +222,7 @@ func (doc *document) timed() bool {
 // nextEnd returns the earliest end of a grant, and whether there is one.
 func (doc *document) nextEnd() (next time.Time, ok bool) {
 	for i := range doc.Peers {
-		for _, one := range policy.AllPermissions {
-			g := doc.Peers[i].Permissions.of(one)
+		for _, g := range doc.Peers[i].Permissions {
 			if g.Allowed && !g.Until.IsZero() && (!ok || g.Until.Before(next)) {
 				next, ok = g.Until, true
 			}
@@ -332,15 +253,15 @@ func (doc *document) less(next *document) (left *document, takes, gives bool) {
 		n, ok := after[p.PublicKey]
 		delete(after, p.PublicKey)
 		if !ok || n.Addresses != p.Addresses {
-			p.Permissions = grants{}
+			p.Permissions = mesh.Grants{}
 			takes, gives = true, gives || ok
 			continue
 		}
-		for _, one := range policy.AllPermissions {
-			has, to := p.Permissions.of(one), n.Permissions.of(one)
-			both := grant(lesser(policy.Grant(*has), policy.Grant(*to)))
-			takes, gives = takes || both != *has, gives || both != *to
-			*has = both
+		for one, has := range p.Permissions {
+			to := n.Permissions[one]
+			both := has.And(to)
+			takes, gives = takes || both != has, gives || both != to
+			p.Permissions[one] = both
 		}
 	}
 	return left, takes, gives || len(after) > 0
@@ -348,12 +269,12 @@ func (doc *document) less(next *document) (left *document, takes, gives bool) {
 
 // rekeyed returns the peers of next that have another key than in doc, by their index,
 // which such an edit leaves as it is.
-func (doc *document) rekeyed(next *document) map[int]*peer {
+func (doc *document) rekeyed(next *document) map[int]*mesh.Peer {
 	if len(doc.Peers) != len(next.Peers) {
 		return nil
 	}
 	was, is := doc.byKeys(), next.byKeys()
-	out := map[int]*peer{}
+	out := map[int]*mesh.Peer{}
 	for i := range doc.Peers {
 		if n := &next.Peers[i]; is[doc.Peers[i].PublicKey] == nil && was[n.PublicKey] == nil {
 			out[i] = n
@@ -365,9 +286,9 @@ func (doc *document) rekeyed(next *document) map[int]*peer {
 // finder returns a function that finds a peer by its key, or nil. It is fastest where the
 // peer has the index i, as it mostly has in two documents of which one was made from the
 // other.
-func (doc *document) finder() func(i int, key mesh.PublicKey) *peer {
+func (doc *document) finder() func(i int, key mesh.PublicKey) *mesh.Peer {
 	byKeys := sync.OnceValue(doc.byKeys)
-	return func(i int, key mesh.PublicKey) *peer {
+	return func(i int, key mesh.PublicKey) *mesh.Peer {
 		if i < len(doc.Peers) && doc.Peers[i].PublicKey == key {
 			return &doc.Peers[i]
 		}
@@ -376,8 +297,8 @@ func (doc *document) finder() func(i int, key mesh.PublicKey) *peer {
 }
 
 // byKeys returns the peers by their keys, to be looked at or changed in place.
-func (doc *document) byKeys() map[mesh.PublicKey]*peer {
-	out := make(map[mesh.PublicKey]*peer, len(doc.Peers))
+func (doc *document) byKeys() map[mesh.PublicKey]*mesh.Peer {
+	out := make(map[mesh.PublicKey]*mesh.Peer, len(doc.Peers))
 	for i := range doc.Peers {
 		out[doc.Peers[i].PublicKey] = &doc.Peers[i]
 	}
@@ -387,7 +308,7 @@ func (doc *document) byKeys() map[mesh.PublicKey]*peer {
 // ended is a grant that ended by itself.
 type ended struct {
 	peer       string
-	permission policy.Permissions
+	permission string
 }
 
 // expire returns the document without the grants and the removed peers' addresses
@@ -397,17 +318,16 @@ func (doc *document) expire(now time.Time) (*document, []ended) {
 	var gone []ended
 	next := doc
 	for i := range doc.Peers {
-		for _, one := range policy.AllPermissions {
-			g := doc.Peers[i].Permissions.of(one)
-			if !g.Allowed || policy.Grant(*g).In(now) {
+		for one, g := range doc.Peers[i].Permissions {
+			if !g.Allowed || g.In(now) {
 				continue
 			}
 			if next == doc {
 				next = doc.clone()
 				next.Generation++
 			}
-			*next.Peers[i].Permissions.of(one) = grant{}
-			gone = append(gone, ended{doc.Peers[i].Name, one})
+			next.Peers[i].Permissions[one] = mesh.Grant{}
+			gone = append(gone, ended{doc.Peers[i].Name, mesh.AllPermissions[one].Name})
 		}
 	}
 	over := func(r removed) bool { return r.ended(now) }
@@ -428,15 +348,13 @@ func (doc *document) policyMesh(m identity, listenPort uint16, withGrants bool) 
 		Prefixes:   m.list(),
 		Addresses:  m.own.List(),
 		Former:     doc.former(),
-		Peers:      make([]policy.Peer, len(doc.Peers)),
+		Peers:      doc.Peers, // never changed once published
 		ListenPort: listenPort,
 	}
-	for i, p := range doc.Peers {
-		out.Peers[i] = policy.Peer{
-			ID: policy.PeerID(p.PublicKey), Name: p.Name, Addresses: p.Addresses[:],
-		}
-		if withGrants {
-			out.Peers[i].Grants = p.Permissions.policy()
+	if !withGrants {
+		out.Peers = slices.Clone(out.Peers)
+		for i := range out.Peers {
+			out.Peers[i].Permissions = mesh.Grants{}
 		}
 	}
 	return out

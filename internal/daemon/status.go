@@ -21,7 +21,7 @@ func (d *Daemon) Status() api.Status {
 		Addresses:    d.mesh.own.List(),
 		MeshPrefixes: d.mesh.list(),
 		Generation:   doc.Generation, Enforced: c.enforced, State: c.state,
-		Uplink: c.host.Uplink4, Forwarding: c.forwarding, Repairs: c.repairs,
+		Uplink: c.host.Uplink4, Forwarding: api.Families(c.forwarding), Repairs: c.repairs,
 		Problems: []api.Problem{},
 	}
 	if e, _ := d.endpoint(c); e.Host != "" && e.Port != 0 {
@@ -69,7 +69,7 @@ func (d *Daemon) views(doc *document, c condition) []api.Peer {
 }
 
 // view returns one peer with its numbers.
-func (d *Daemon) view(p *peer, now time.Time) api.Peer {
+func (d *Daemon) view(p *mesh.Peer, now time.Time) api.Peer {
 	c, _ := d.condition()
 	n := c.numbers()
 	n.before = d.before
@@ -79,7 +79,7 @@ func (d *Daemon) view(p *peer, now time.Time) api.Peer {
 // numbers are what tunnel and guard counted, by peer.
 type numbers struct {
 	tunnel map[mesh.PublicKey]tunnel.PeerStats
-	guard  map[policy.PeerID]guard.PeerStats
+	guard  map[mesh.PublicKey]guard.PeerStats
 	before map[mesh.PublicKey]totals // of helpers before
 }
 
@@ -108,12 +108,12 @@ func (c condition) numbers() numbers {
 // routesFor is how long after its last packet a peer still routes now.
 const routesFor = 10 * time.Second
 
-func viewOf(p *peer, n numbers, now time.Time) api.Peer {
-	s, g := n.tunnel[p.PublicKey], n.guard[policy.PeerID(p.PublicKey)]
+func viewOf(p *mesh.Peer, n numbers, now time.Time) api.Peer {
+	s, g := n.tunnel[p.PublicKey], n.guard[p.PublicKey]
 	t := totalsOf(p.PublicKey, n)
 	out := api.Peer{
 		Name: p.Name, PublicKey: p.PublicKey.String(), Kind: p.Kind, Addresses: p.Addresses[:],
-		Permissions: permissionsOf(p, now), Tunnel: p.tunnel(now), Endpoint: p.Endpoint,
+		Permissions: permissionsOf(p, now), Tunnel: sends(p, now), Endpoint: p.Endpoint,
 		RxBytes: t.Rx, TxBytes: t.Tx,
 		Routing: api.Routing{
 			Now:     !g.Routed.Last.IsZero() && time.Since(g.Routed.Last) < routesFor,
@@ -142,17 +142,16 @@ func refusedOf(s tunnel.PeerStats, g guard.PeerStats) api.Refused {
 }
 
 // permissionsOf shows the grants as of now: one that has ended is none.
-func permissionsOf(p *peer, now time.Time) api.Permissions {
-	show := func(one policy.Permissions) api.Permission {
-		g := *p.Permissions.of(one)
-		if !policy.Grant(g).In(now) {
-			return api.Permission{}
+func permissionsOf(p *mesh.Peer, now time.Time) (out api.Permissions) {
+	have := p.Permissions.At(now)
+	for i, one := range mesh.AllPermissions {
+		if !have.Has(one.Set) {
+			continue
 		}
-		return api.Permission{Allowed: true, Until: g.Until}
-	}
-	out := api.Permissions{Incoming: show(policy.Incoming), Routing: show(policy.Routing), LAN: show(policy.LAN)}
-	if out.LAN.Allowed && !out.Routing.Allowed {
-		out.LAN.Effective = new(bool)
+		out[i] = api.Permission{Allowed: true, Until: p.Permissions[i].Until}
+		if !have.Has(one.Needs) {
+			out[i].Effective = new(bool)
+		}
 	}
 	return out
 }

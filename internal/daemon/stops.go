@@ -26,15 +26,15 @@ func (d *Daemon) stops(ctx context.Context, c condition, a asked) []api.Stop {
 		return []api.Stop{s}
 	}
 	t := &trip{d: d, ctx: ctx, a: a}
-	mesh := a.r.Host().Interface
+	m := a.r.Host().Interface
 	if t.tunnel(c); t.ends() {
 		return t.stops
 	}
 	switch {
 	case a.q.From.IsValid() && !a.answer: // the host's own packet to the peer
-		t.leg(a.packet, mesh, false)
-		t.others(a.packet, mesh, false, false)
-		t.others(reverse(a.packet, mesh), "", true, true)
+		t.leg(a.packet, m, false)
+		t.others(a.packet, m, false, false)
+		t.others(reverse(a.packet, m), "", true, true)
 	default:
 		if t.there(); len(t.stops) > 0 {
 			break
@@ -42,8 +42,8 @@ func (d *Daemon) stops(ctx context.Context, c condition, a asked) []api.Stop {
 		t.others(a.forth, t.by, false, false)
 		if !t.ends() {
 			back := reverse(a.forth, t.by)
-			t.leg(back, mesh, true)
-			t.others(back, mesh, true, true)
+			t.leg(back, m, true)
+			t.others(back, m, true, true)
 		}
 	}
 	return t.stops
@@ -77,7 +77,7 @@ func (d *Daemon) notInForce(c condition, a asked) (api.Stop, bool) {
 		return api.Stop{Message: "the host's forwarding of this address family is off", Hint: see}, true
 	}
 	if a.v.Peer >= 0 && !a.q.From.IsValid() && c.guard != nil {
-		if s := c.guard.Stats()[a.r.Peers()[a.v.Peer].ID]; s.Limit > 0 && s.Held >= s.Limit {
+		if s := c.guard.Stats()[a.r.Peers()[a.v.Peer].PublicKey]; s.Limit > 0 && s.Held >= s.Limit {
 			return api.Stop{
 				Message: fmt.Sprintf("%s has %d flows, as many as it may, and a new one is refused", a.q.Peer, s.Held),
 				Hint:    "wait until others of its flows end",
@@ -111,7 +111,7 @@ func (t *trip) tunnel(c condition) {
 	if t.a.v.Peer < 0 || t.a.v.Peer >= len(t.a.r.Peers()) {
 		return
 	}
-	s := n.tunnel[mesh.PublicKey(t.a.r.Peers()[t.a.v.Peer].ID)]
+	s := n.tunnel[mesh.PublicKey(t.a.r.Peers()[t.a.v.Peer].PublicKey)]
 	far, facts := s.Endpoint, t.a.r.Host()
 	if !far.IsValid() {
 		return

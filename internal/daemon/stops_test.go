@@ -11,6 +11,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/host/hosttest"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -42,7 +43,7 @@ func straight(p host.Packet) (host.Way, error) {
 		return host.Way{Local: true}, nil
 	case strings.HasPrefix(a, "192.168.77."):
 		return host.Way{Interface: "eth1"}, nil
-	case policy.DefaultPrefix4.Contains(p.Dst):
+	case mesh.DefaultPrefixes().V4.Contains(p.Dst):
 		return host.Way{Interface: "wg-test"}, nil
 	}
 	return host.Way{Interface: "eth0"}, nil
@@ -62,7 +63,7 @@ func TestExplainTakesAllTogether(t *testing.T) {
 	to := func(a string) func(host.Packet) bool {
 		return func(p host.Packet) bool { return p.Dst.String() == a }
 	}
-	back := func(p host.Packet) bool { return policy.DefaultPrefix4.Contains(p.Dst) }
+	back := func(p host.Packet) bool { return mesh.DefaultPrefixes().V4.Contains(p.Dst) }
 	for name, c := range map[string]struct {
 		to, from string
 		way      func(host.Packet) (host.Way, error)
@@ -169,7 +170,7 @@ func TestExplainSaysWhenItEnds(t *testing.T) {
 		r.mustAllow("phone", "lan", "1h")
 		e, err := r.d.Explain(t.Context(), api.Question{Peer: "phone", To: netip.MustParseAddr("192.168.77.5"), Proto: "icmp"})
 		p, perr := r.d.Peer("phone")
-		if err != nil || perr != nil || !e.Pass || e.Until.IsZero() || !e.Until.Equal(p.Permissions.LAN.Until) {
+		if err != nil || perr != nil || !e.Pass || e.Until.IsZero() || !e.Until.Equal(p.Permissions.Of(mesh.LAN).Until) {
 			t.Errorf("%+v, %v; %+v, %v", e, err, p.Permissions, perr)
 		}
 	})

@@ -16,7 +16,6 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/owned"
-	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // brokenDisk fails every operation after some.
@@ -66,9 +65,9 @@ func TestDiskFull(t *testing.T) {
 			r.setDisk(&brokenDisk{fileSystem: diskFiles{}, after: after})
 			_, err := r.allow("phone", "routing", "")
 			e := wantCode(t, err, api.CodeNotSaved)
-			wantMessage, want, generation := "nothing was changed", policy.Permissions(0), before.Generation
+			wantMessage, want, generation := "nothing was changed", mesh.Permissions(0), before.Generation
 			if after > renamed {
-				wantMessage, want, generation = "in force now, and saved, but whether it outlasts a loss of power isn't known", policy.Routing, generation+1
+				wantMessage, want, generation = "in force now, and saved, but whether it outlasts a loss of power isn't known", mesh.Routing, generation+1
 			}
 			if !strings.Contains(e.Message, wantMessage) {
 				t.Errorf("after %d operations: message %q, want %q", after, e.Message, wantMessage)
@@ -94,7 +93,7 @@ func TestDiskFull(t *testing.T) {
 			}
 			r.setDisk(diskFiles{})
 			r.mustAllow("phone", "routing", "")
-			r.wantLoaded("phone", policy.Routing)
+			r.wantLoaded("phone", mesh.Routing)
 			if s := r.d.Status(); len(s.Problems) != 0 {
 				t.Errorf("problems that stay: %v", s.Problems)
 			}
@@ -353,7 +352,7 @@ func TestOtherPrefixes(t *testing.T) {
 		r.stop()
 		o := r.options()
 		o.Prefixes = mesh.DefaultPrefixes()
-		o.Prefixes.V4 = policy.DefaultPrefix4
+		o.Prefixes.V4 = mesh.DefaultPrefixes().V4
 		o.Prefixes.V6 = netipPrefix("fd00:1::/48")
 		_, err := New(o)
 		e := wantCode(t, err, api.CodeInternal)

@@ -6,27 +6,13 @@ import (
 	"slices"
 	"time"
 
-	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/stock"
 )
 
-// tunnel says what a peer's configuration has to send through the host, for what the
-// peer may do at now: one that sends everything and may not route has no internet.
-func (p *peer) tunnel(now time.Time) string {
-	return p.tunnelFor(p.Permissions.policy().At(now))
-}
-
-func (p *peer) tunnelFor(may policy.Permissions) string {
-	switch {
-	case p.Tunnel == api.TunnelFull, p.Tunnel == "" && may.Has(policy.Routing):
-		return api.TunnelFull
-	case p.Tunnel == api.TunnelSplit && may.Has(policy.Routing) && may.Has(policy.LAN):
-		return api.TunnelNetworks
-	}
-	return api.TunnelHost
-}
+// sends says what a peer's configuration has to send through the host at now.
+func sends(p *mesh.Peer, now time.Time) string { return p.Sends(p.Permissions.At(now)) }
 
 // maxNetworks bounds how many networks a configuration names: a QR code holds 2953
 // bytes, and a longer list is a router's that has better ways.
@@ -35,14 +21,14 @@ const maxNetworks = 32
 // through returns the allowed IPs of a configuration that sends what tunnel says, and
 // what is to be said of them.
 func (d *Daemon) through(carries string, h policy.Host, endpoint mesh.Endpoint) ([]netip.Prefix, []string) {
-	if carries == api.TunnelFull {
+	if carries == mesh.TunnelFull {
 		return stock.Everything(), nil
 	}
 	var out []netip.Prefix
 	for _, a := range d.mesh.own.List() {
 		out = append(out, netip.PrefixFrom(a, a.BitLen()))
 	}
-	if carries == api.TunnelHost {
+	if carries == mesh.TunnelHost {
 		return out, nil
 	}
 	var says []string
@@ -72,12 +58,12 @@ func (d *Daemon) through(carries string, h policy.Host, endpoint mesh.Endpoint) 
 // could, or returns "".
 func misfit(name, was, is string) string {
 	sent := map[string]string{
-		api.TunnelFull: "everything", api.TunnelNetworks: "this host's networks", api.TunnelHost: "only this host's addresses",
+		mesh.TunnelFull: "everything", mesh.TunnelNetworks: "this host's networks", mesh.TunnelHost: "only this host's addresses",
 	}
 	switch {
 	case was == is:
 		return ""
-	case was == api.TunnelFull:
+	case was == mesh.TunnelFull:
 		return fmt.Sprintf("a configuration for what %s might do before sends everything through this host, so that it has no internet while it is connected: print a new one with: meshhelper peer config %s", name, name)
 	}
 	return fmt.Sprintf("a configuration for what %s might do before sends %s through this host: print a new one with: meshhelper peer config %s", name, sent[was], name)

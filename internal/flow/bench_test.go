@@ -6,7 +6,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // BenchmarkJudge judges single packets with 10,000 peers and 1,000 prefixes.
@@ -90,7 +90,7 @@ func BenchmarkJudge(b *testing.B) {
 // crowd returns a packet to the internet of each peer that may route.
 func crowd(view *View, v6 bool) (ps [][]byte) {
 	for i, p := range view.Ruleset().Peers() {
-		if !p.Permissions.Has(policy.Routing) {
+		if !p.Permissions.Has(mesh.Routing) {
 			continue
 		}
 		src, dst := p.Addresses[0], flowtest.Net4

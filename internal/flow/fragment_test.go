@@ -8,7 +8,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // kernelPieces puts datagrams together as Linux does (inet_frag_queue_insert and
@@ -287,7 +287,7 @@ func fragmentMemory(t *testing.T, o Options, one, all int) {
 	for i := range byte(4) {
 		a := netip.AddrFrom4([4]byte{100, 64, 1, i})
 		peers = append(peers, a)
-		m.Peers = append(m.Peers, policy.Peer{ID: policy.PeerID{1, i}, Name: a.String(), Addresses: []netip.Addr{a}, Grants: flowtest.Grants(7)})
+		m.Peers = append(m.Peers, mesh.Peer{PublicKey: mesh.PublicKey{1, i}, Name: a.String(), Addresses: mesh.Addresses{a, netip.AddrFrom16([16]byte{0: 0xfd, 1: 0x6d, 2: 0x65, 3: 0x73, 4: 0x68, 14: 1, 15: i})}, Permissions: mesh.Granted(7)})
 	}
 	l := newLab(t, 7, o)
 	l.set(flowtest.Compile(t, m))

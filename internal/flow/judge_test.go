@@ -6,13 +6,14 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 const (
-	incoming = policy.Incoming
-	routing  = policy.Routing
-	lan      = policy.LAN
+	incoming = mesh.Incoming
+	routing  = mesh.Routing
+	lan      = mesh.LAN
 )
 
 // lab is a table with the picture's ruleset and a clock that stands still.
@@ -25,7 +26,7 @@ type lab struct {
 	flooded int // flows that flood opened
 }
 
-func newLab(t testing.TB, c policy.Permissions, o Options) *lab {
+func newLab(t testing.TB, c mesh.Permissions, o Options) *lab {
 	l := &lab{t: t, clock: time.Unix(1_700_000_000, 0)}
 	o.Now = func() time.Time { return l.clock }
 	l.table = New(o)
@@ -40,10 +41,10 @@ func (l *lab) set(r *policy.Ruleset) {
 	l.view.Settle(old)
 }
 
-func (l *lab) allow(c policy.Permissions) { l.set(flowtest.Picture(l.t, c)) }
+func (l *lab) allow(c mesh.Permissions) { l.set(flowtest.Picture(l.t, c)) }
 
 // through is allow on a host that routes its own traffic through a peer.
-func (l *lab) through(c policy.Permissions) {
+func (l *lab) through(c mesh.Permissions) {
 	m := flowtest.Mesh(c)
 	m.ThroughPeer = true
 	l.set(flowtest.Compile(l.t, m))
@@ -106,7 +107,7 @@ func conversations(opener, other netip.Addr) []conversation {
 func TestPeerOpens(t *testing.T) {
 	for _, tt := range []struct {
 		about     string
-		needs     policy.Permissions
+		needs     mesh.Permissions
 		peer, dst netip.Addr
 	}{
 		{"internet", routing, flowtest.PeerC4, flowtest.Net4},
@@ -179,10 +180,10 @@ func TestCutStaysDead(t *testing.T) {
 func TestCutAnswersStayDead(t *testing.T) {
 	for _, ends := range [][2]netip.Addr{{flowtest.PeerC4, flowtest.HostB4}, {flowtest.PeerC6, flowtest.HostB6}} {
 		for _, asked := range []int{1, 2} {
-			mesh := flowtest.Mesh(routing)
-			mesh.DNS = true
+			m := flowtest.Mesh(routing)
+			m.DNS = true
 			l := newLab(t, 0, Options{})
-			l.set(flowtest.Compile(t, mesh))
+			l.set(flowtest.Compile(t, m))
 			c := conversations(ends[0], ends[1])[1]
 			timeout := UDPFirst
 			for range asked {
@@ -493,7 +494,7 @@ func TestRemovedPeer(t *testing.T) {
 	l.from(true, byHost.answer(0))
 
 	other := flowtest.Mesh(routing)
-	other.Peers[0].ID = policy.PeerID{'D'}
+	other.Peers[0].PublicKey = mesh.PublicKey{'D'}
 	l.set(flowtest.Compile(t, other))
 	l.to(false, net.answer(flowtest.ACK))
 	l.from(false, host.ask(flowtest.ACK))

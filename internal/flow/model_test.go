@@ -8,6 +8,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -20,7 +21,7 @@ type model struct {
 
 type modelFlow struct {
 	byHost, cut bool
-	peer        policy.PeerID
+	peer        mesh.PublicKey
 }
 
 // packetOf is a packet of the test: what it says, and what it is on the wire.
@@ -31,12 +32,12 @@ type packetOf struct {
 	wire           []byte
 }
 
-func (m *model) peer(a netip.Addr) (policy.PeerID, bool) {
+func (m *model) peer(a netip.Addr) (mesh.PublicKey, bool) {
 	i, ok := m.rules.PeerByAddr(a)
 	if !ok {
-		return policy.PeerID{}, false
+		return mesh.PublicKey{}, false
 	}
-	return m.rules.Peers()[i].ID, true
+	return m.rules.Peers()[i].PublicKey, true
 }
 
 // addressOf returns the words of a.
@@ -147,7 +148,7 @@ func (m *model) set(r *policy.Ruleset) {
 	m.rules = r
 	for _, n := range narrowed {
 		for t, f := range m.flows {
-			if f.peer == n.ID && (n.Removed || !m.mayOpen(f, t)) {
+			if f.peer == n.PublicKey && (n.Removed || !m.mayOpen(f, t)) {
 				f.cut = true
 			}
 		}
@@ -265,14 +266,14 @@ func TestAgainstModel(t *testing.T) {
 }
 
 func drawRuleset(rt *rapid.T, t *testing.T) *policy.Ruleset {
-	mesh := flowtest.Mesh(policy.Permissions(rapid.IntRange(0, 7).Draw(rt, "c")))
-	mesh.Peers[1].Grants = flowtest.Grants(policy.Permissions(rapid.IntRange(0, 7).Draw(rt, "a")))
-	mesh.DNS = rapid.Bool().Draw(rt, "dns")
-	mesh.ThroughPeer = rapid.Bool().Draw(rt, "through a peer")
+	m := flowtest.Mesh(mesh.Permissions(rapid.IntRange(0, 7).Draw(rt, "c")))
+	m.Peers[1].Permissions = mesh.Granted(mesh.Permissions(rapid.IntRange(0, 7).Draw(rt, "a")))
+	m.DNS = rapid.Bool().Draw(rt, "dns")
+	m.ThroughPeer = rapid.Bool().Draw(rt, "through a peer")
 	if rapid.IntRange(0, 4).Draw(rt, "remove") == 0 {
-		mesh.Peers = mesh.Peers[1:]
+		m.Peers = m.Peers[1:]
 	}
-	return flowtest.Compile(t, mesh)
+	return flowtest.Compile(t, m)
 }
 
 func compare(t *rapid.T, l *lab, m *model, sent map[tuple]Direction, p packetOf, d Direction) bool {

@@ -5,13 +5,14 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // share is one peer's part of the memory, with its counters.
 type share struct {
 	table *Table
-	id    policy.PeerID
+	id    mesh.PublicKey
 
 	mu       sync.Mutex
 	limit    int // of held
@@ -41,7 +42,7 @@ type share struct {
 	routed    atomic.Int64 // Instant of the last routed packet, or 0
 }
 
-func newShare(t *Table, id policy.PeerID) *share {
+func newShare(t *Table, id mesh.PublicKey) *share {
 	return &share{
 		table: t, id: id, flows: make(map[key]*entry),
 		answers:  bucket{rate: answerRate, burst: answerBurst},

@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -57,7 +58,7 @@ type Table struct {
 
 	mu          sync.Mutex // serialises Use
 	generation  uint32
-	shares      map[policy.PeerID]*share
+	shares      map[mesh.PublicKey]*share
 	throughPeer *share // flows that the host opened through a peer, to elsewhere
 }
 
@@ -75,10 +76,10 @@ func New(o Options) *Table {
 		forward: max(1, o.PerForwarded),
 		pieces:  cmp.Or(o.Reassembly, defaultReassembly),
 		seed:    rand.Uint64() | 1,
-		shares:  make(map[policy.PeerID]*share),
+		shares:  make(map[mesh.PublicKey]*share),
 	}
 	t.startClock(o.Now)
-	t.throughPeer = newShare(t, policy.PeerID{})
+	t.throughPeer = newShare(t, mesh.PublicKey{})
 	return t
 }
 
@@ -196,10 +197,10 @@ func (t *Table) Use(r *policy.Ruleset) *View {
 	}
 	memory := t.memory(len(v.shares))
 	for i, p := range r.Peers() {
-		s, ok := t.shares[p.ID]
+		s, ok := t.shares[p.PublicKey]
 		if !ok {
-			s = newShare(t, p.ID)
-			t.shares[p.ID] = s
+			s = newShare(t, p.PublicKey)
+			t.shares[p.PublicKey] = s
 		}
 		s.resize(memory)
 		v.shares[i] = s
@@ -232,7 +233,7 @@ func (v *View) Settle(old *View) {
 	now := v.table.Now()
 	for _, n := range policy.Diff(old.rules, v.rules) {
 		v.table.mu.Lock()
-		s := v.table.shares[n.ID]
+		s := v.table.shares[n.PublicKey]
 		v.table.mu.Unlock()
 		if s != nil {
 			v.cutRefused(s, n.Removed, now)
@@ -264,7 +265,7 @@ func (t *Table) prune(v *View, now Instant) {
 	if len(t.shares) == len(v.shares) {
 		return
 	}
-	current := make(map[policy.PeerID]bool, len(v.shares))
+	current := make(map[mesh.PublicKey]bool, len(v.shares))
 	for _, s := range v.shares {
 		current[s.id] = true
 	}

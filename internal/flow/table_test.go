@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -46,9 +47,9 @@ func (l *lab) fill(peer netip.Addr) (opened int) {
 func TestFlood(t *testing.T) {
 	const limit = 1000
 	l := newLab(t, 7, Options{PerPeer: limit})
-	mesh := flowtest.Mesh(7)
-	mesh.Peers[1].Grants = flowtest.Grants(7)
-	l.set(flowtest.Compile(t, mesh))
+	m := flowtest.Mesh(7)
+	m.Peers[1].Permissions = mesh.Granted(7)
+	l.set(flowtest.Compile(t, m))
 	var running []conversation
 	for _, peer := range []netip.Addr{flowtest.PeerC4, flowtest.PeerA4} {
 		for i := range 100 {
@@ -177,16 +178,16 @@ func TestShares(t *testing.T) {
 	} {
 		t.Run(tt.about, func(t *testing.T) {
 			l := newLab(t, 7, tt.o)
-			mesh := flowtest.Mesh(7)
-			mesh.Peers[1].Grants = flowtest.Grants(7)
+			m := flowtest.Mesh(7)
+			m.Peers[1].Permissions = mesh.Granted(7)
 			peers := []netip.Addr{flowtest.PeerC4, flowtest.PeerA4}
 			for i := range byte(2) {
 				a4, a6 := netip.AddrFrom4([4]byte{100, 64, 0, 10 + i}), flowtest.PeerC6.As16()
 				a6[15] = 10 + i
-				mesh.Peers = append(mesh.Peers, policy.Peer{ID: policy.PeerID{i + 1}, Name: a4.String(), Addresses: []netip.Addr{a4, netip.AddrFrom16(a6)}, Grants: flowtest.Grants(7)})
+				m.Peers = append(m.Peers, mesh.Peer{PublicKey: mesh.PublicKey{i + 1}, Name: a4.String(), Addresses: mesh.Addresses{a4, netip.AddrFrom16(a6)}, Permissions: mesh.Granted(7)})
 				peers = append(peers, a4)
 			}
-			l.set(flowtest.Compile(t, mesh))
+			l.set(flowtest.Compile(t, m))
 			for i, want := range []int{tt.each, tt.each, tt.third, tt.last} {
 				// Established, so that they stay while the others are opened.
 				got := 0

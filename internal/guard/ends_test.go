@@ -9,6 +9,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -31,10 +32,10 @@ func (c *twoClocks) set(d time.Duration)   { c.wall = c.wall.Add(d) }
 // timed is the picture with all permissions of C, each until an end after the start;
 // 0 is never.
 func timed(t testing.TB, ends [3]time.Duration) *policy.Ruleset {
-	m := flowtest.Mesh(policy.Incoming | policy.Routing | policy.LAN)
-	for i, one := range policy.AllPermissions {
+	m := flowtest.Mesh(mesh.All)
+	for i, one := range mesh.AllPermissions {
 		if ends[i] > 0 {
-			m.Peers[0].Grants.Of(one).Until = newTwoClocks().wall.Add(ends[i])
+			m.Peers[0].Permissions.Of(one.Set).Until = newTwoClocks().wall.Add(ends[i])
 		}
 	}
 	return flowtest.Compile(t, m)
@@ -42,19 +43,19 @@ func timed(t testing.TB, ends [3]time.Duration) *policy.Ruleset {
 
 // talk is a packet of C to somewhere, and what comes back.
 type talk struct {
-	needs     policy.Permissions
+	needs     mesh.Permissions
 	out, back []byte
 }
 
 func talks() []talk {
 	var out []talk
 	for _, one := range []struct {
-		needs policy.Permissions
+		needs mesh.Permissions
 		dst   netip.Addr
 	}{
-		{policy.Incoming, flowtest.HostB4}, {policy.Incoming, flowtest.HostB6}, {policy.Incoming, flowtest.HostL4},
-		{policy.Routing, flowtest.Net4}, {policy.Routing, flowtest.Net6},
-		{policy.Routing | policy.LAN, flowtest.LAN4}, {policy.Routing | policy.LAN, flowtest.LAN6},
+		{mesh.Incoming, flowtest.HostB4}, {mesh.Incoming, flowtest.HostB6}, {mesh.Incoming, flowtest.HostL4},
+		{mesh.Routing, flowtest.Net4}, {mesh.Routing, flowtest.Net6},
+		{mesh.Routing | mesh.LAN, flowtest.LAN4}, {mesh.Routing | mesh.LAN, flowtest.LAN6},
 	} {
 		src := flowtest.PeerC4
 		if one.dst.Is6() {
@@ -97,37 +98,37 @@ func TestEndsByItself(t *testing.T) {
 			c.pass(end / 2)
 		},
 	} {
-		for i, one := range policy.AllPermissions {
+		for i, one := range mesh.AllPermissions {
 			c := newTwoClocks()
 			g := New(newFakeTUN(t), c.options())
 			var ends [3]time.Duration
 			ends[i] = end
 			g.Set(timed(t, ends))
-			check := func(when string, have policy.Permissions) {
+			check := func(when string, have mesh.Permissions) {
 				for _, first := range []bool{false, true} { // which direction comes first
 					for _, talk := range talks() {
 						for _, toPeer := range []bool{first, !first} {
 							packet := map[bool][]byte{false: talk.out, true: talk.back}[toPeer]
 							if got, want := passes(g, packet, toPeer), have.Has(talk.needs); got != want {
-								t.Errorf("%s, end of %v, %s: towards the peer %v: passes %v, want %v: %x", how, one, when, toPeer, got, want, packet)
+								t.Errorf("%s, end of %s, %s: towards the peer %v: passes %v, want %v: %x", how, one.Name, when, toPeer, got, want, packet)
 							}
 						}
 					}
 				}
 				if !passes(g, hello, true) {
-					t.Errorf("%s, end of %v, %s: the host's own packet doesn't pass", how, one, when)
+					t.Errorf("%s, end of %s, %s: the host's own packet doesn't pass", how, one.Name, when)
 				}
 			}
-			const all = policy.Incoming | policy.Routing | policy.LAN
+			const all = mesh.Incoming | mesh.Routing | mesh.LAN
 			check("before", all)
 			c.pass(-time.Millisecond)
 			move(c, g)
 			c.pass(0)
 			check("a millisecond before the end", all)
 			c.pass(time.Millisecond)
-			check("at the end", all&^one)
+			check("at the end", all&^one.Set)
 			c.set(-10 * end)
-			check("set back afterwards", all&^one)
+			check("set back afterwards", all&^one.Set)
 		}
 	}
 }
@@ -199,7 +200,7 @@ func TestEndsBeforeSet(t *testing.T) {
 	// Where nothing is to end, the clock may be set back and count anew.
 	g.Set(flowtest.Picture(t, 0))
 	c.wall = newTwoClocks().wall
-	g.Set(flowtest.Picture(t, policy.Incoming))
+	g.Set(flowtest.Picture(t, mesh.Incoming))
 	if g.Set(r); !passes(g, ask, false) {
 		t.Fatal("a clock that was put right isn't believed")
 	}
@@ -210,8 +211,8 @@ func TestEndsBeforeSet(t *testing.T) {
 func TestEndsBeside(t *testing.T) {
 	start := time.Now()
 	end := start.Add(200 * time.Millisecond)
-	m := flowtest.Mesh(policy.Incoming | policy.Routing)
-	m.Peers[0].Grants.Routing.Until = end
+	m := flowtest.Mesh(mesh.Incoming | mesh.Routing)
+	m.Peers[0].Permissions.Of(mesh.Routing).Until = end
 	r, err := policy.Compile(m, flowtest.Host(), start)
 	if err != nil {
 		t.Fatal(err)

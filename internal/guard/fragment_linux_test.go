@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // pieces returns how many datagrams the host's kernel is putting together, and how
@@ -64,7 +64,7 @@ func TestKernelPutsTogether(t *testing.T) {
 			{"IPv6", flowtest.PeerC6, flowtest.PeerA6, flowtest.HostB6, "[2001:db8:77::20]:0", "[2001:db8:77::1]:7001"},
 		} {
 			b := newKernelHost(t)
-			b.guard.Set(flowtest.Picture(t, policy.Incoming))
+			b.guard.Set(flowtest.Picture(t, mesh.Incoming))
 			write := func(p []byte) {
 				if guarded {
 					b.write(t, p)

@@ -41,6 +41,7 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 
 	"github.com/meshhelper/meshhelper/internal/flow"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -201,15 +202,15 @@ func (d *Device) settle() {
 
 // Stats returns the counts of every peer in the ruleset in force, by its ID, and
 // nothing while closed.
-func (d *Device) Stats() map[policy.PeerID]PeerStats {
+func (d *Device) Stats() map[mesh.PublicKey]PeerStats {
 	v := d.view.Load()
 	if v == nil {
 		return nil
 	}
-	stats := make(map[policy.PeerID]PeerStats, len(v.Ruleset().Peers()))
+	stats := make(map[mesh.PublicKey]PeerStats, len(v.Ruleset().Peers()))
 	for i, p := range v.Ruleset().Peers() {
 		s := v.Stats(i)
-		stats[p.ID] = PeerStats{
+		stats[p.PublicKey] = PeerStats{
 			Refused: s.Refused, Flows: s.Flows, Cut: s.Cut, Held: s.Held, Limit: s.Limit, Full: s.Full, Example: s.Example,
 			Routed: Traffic{s.RxPackets, s.RxBytes, s.TxPackets, s.TxBytes, s.LastRouted},
 		}

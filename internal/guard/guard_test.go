@@ -14,6 +14,7 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 
 	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -200,7 +201,7 @@ func TestClosedUntilSet(t *testing.T) {
 	inner.feed(hello)
 	equal(t, "read before Set", read(t, g))
 	equal(t, "written before Set", write(t, g, inner, ask))
-	g.Set(flowtest.Picture(t, policy.Routing))
+	g.Set(flowtest.Picture(t, mesh.Routing))
 	inner.feed(hello, answer)
 	equal(t, "read", read(t, g), hello)
 	equal(t, "written", write(t, g, inner, toPeer, ask, ask, nil, ask[:9], toPeer), ask, ask)
@@ -235,7 +236,7 @@ func TestTurnsRound(t *testing.T) {
 		equal(t, what+", back", inner.take(), self4, self6, pieces[0], pieces[1])
 	}
 	round("before a ruleset")
-	g.Set(flowtest.Picture(t, policy.Routing))
+	g.Set(flowtest.Picture(t, mesh.Routing))
 	round("open", hello)
 	before := g.Stats()[flowtest.PeerC]
 	inner.feed(self4, self6)
@@ -348,7 +349,7 @@ func TestTurningBesideWriting(t *testing.T) {
 // round among them.
 func TestReadAllocatesNothing(t *testing.T) {
 	g := New(nullTUN{}, Options{})
-	g.Set(flowtest.Picture(t, policy.Routing))
+	g.Set(flowtest.Picture(t, mesh.Routing))
 	packets := [][]byte{hello, flowtest.Datagram(at(flowtest.HostB4, 1), at(flowtest.HostB4, 2), 20), answer}
 	bufs, sizes := make([][]byte, 128), make([]int, 128)
 	for i := range bufs {
@@ -387,7 +388,7 @@ func TestBounds(t *testing.T) {
 func TestSetAgain(t *testing.T) {
 	inner := newFakeTUN(t)
 	g := New(inner, Options{})
-	r := flowtest.Picture(t, policy.Routing)
+	r := flowtest.Picture(t, mesh.Routing)
 	g.Set(r)
 	before := g.view.Load()
 	if g.Set(r); g.view.Load() != before {
@@ -406,7 +407,7 @@ func TestSetAgain(t *testing.T) {
 func TestConfine(t *testing.T) {
 	inner := newFakeTUN(t)
 	g := New(inner, Options{})
-	g.Set(flowtest.Picture(t, policy.Routing|policy.Incoming))
+	g.Set(flowtest.Picture(t, mesh.Routing|mesh.Incoming))
 	toHost := flowtest.Datagram(at(flowtest.PeerC4, 7), at(flowtest.HostB4, 8), 20)
 	equal(t, "written", write(t, g, inner, ask, toHost), ask, toHost)
 	inner.feed(answer)
@@ -523,7 +524,7 @@ func TestAnswersWithoutDeadlines(t *testing.T) {
 func TestSetIsABarrier(t *testing.T) {
 	inner := newFakeTUN(t)
 	g := New(inner, Options{})
-	open, closed := flowtest.Picture(t, policy.Routing), flowtest.Picture(t, 0)
+	open, closed := flowtest.Picture(t, mesh.Routing), flowtest.Picture(t, 0)
 	stop := make(chan struct{})
 	var writers sync.WaitGroup
 	for w := range 3 {
@@ -567,7 +568,7 @@ func TestSetIsABarrier(t *testing.T) {
 // another peer talks with the host. No packet is lost of what stays permitted.
 func TestToggleLosesNothing(t *testing.T) {
 	g := New(newFakeTUN(t), Options{})
-	rulesets := []*policy.Ruleset{flowtest.Picture(t, 7), flowtest.Picture(t, 0), flowtest.Picture(t, policy.Routing)}
+	rulesets := []*policy.Ruleset{flowtest.Picture(t, 7), flowtest.Picture(t, 0), flowtest.Picture(t, mesh.Routing)}
 	g.Set(rulesets[0])
 	flows := [][2][]byte{ // towards a peer, and back
 		{hello, flowtest.Datagram(at(flowtest.PeerC4, 2), at(flowtest.HostB4, 1), 20)},
@@ -619,7 +620,7 @@ func TestTruthTable(t *testing.T) {
 		"fd6d:6573:6800::1 2001:db8:77::1 2001:db8:77::20 2001:db8:1::1 2606:4700::1111 fd6d:6573:6800::2 fd6d:6573:6800::99 " +
 		"fd00::1 fe80::1 ff02::1 ::1 ::")
 	judged := 0
-	for c := range policy.Permissions(8) {
+	for c := range mesh.Permissions(8) {
 		r := flowtest.Picture(t, c)
 		for _, text := range destinations {
 			dst := netip.MustParseAddr(text)

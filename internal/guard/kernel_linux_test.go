@@ -180,7 +180,7 @@ func (b *kernelHost) readFrom(t testing.TB, want netip.AddrPort) []byte {
 func TestKernelAnswers(t *testing.T) {
 	b := newKernelHost(t)
 	for _, tt := range []struct{ peer, host netip.Addr }{{flowtest.PeerC4, flowtest.HostB4}, {flowtest.PeerC6, flowtest.HostB6}} {
-		b.guard.Set(flowtest.Picture(t, policy.Incoming))
+		b.guard.Set(flowtest.Picture(t, mesh.Incoming))
 		server := b.listen(t, at(tt.host, 7000))
 		question := flowtest.Datagram(at(tt.peer, 9), at(tt.host, 7000), 8)
 		b.write(t, question)
@@ -306,7 +306,7 @@ func TestKernelMutated(t *testing.T) {
 		n = 50_000
 	}
 	b := newKernelHost(t)
-	r := flowtest.Picture(t, policy.Routing)
+	r := flowtest.Picture(t, mesh.Routing)
 	b.guard.Set(r)
 	var left, wrong atomic.Int64
 	watch, err := b.Watch(func(p netlab.Packet) bool {

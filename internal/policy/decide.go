@@ -1,6 +1,10 @@
 package policy
 
-import "net/netip"
+import (
+	"net/netip"
+
+	"github.com/meshhelper/meshhelper/internal/mesh"
+)
 
 // IP protocol numbers that the policy looks into.
 const (
@@ -134,18 +138,18 @@ func (r *Ruleset) byClass(v Verdict, class Class, p *Packet) Verdict {
 	case Self:
 		isTunnel := p.Proto == ProtoUDP && p.DstPort == r.mesh.ListenPort && p.DstPort != 0
 		switch {
-		case have.Has(Incoming) && isTunnel:
+		case have.Has(mesh.Incoming) && isTunnel:
 			return v.refuse(RuleWireGuard, class)
-		case have.Has(Incoming):
+		case have.Has(mesh.Incoming):
 			return v.pass(RuleIncoming, class, ExitHost)
-		case have.Has(Routing) && r.isDNS(p) && !isTunnel:
+		case have.Has(mesh.Routing) && r.isDNS(p) && !isTunnel:
 			return v.pass(RuleDNS, class, ExitHost)
 		}
-		return v.lack(RuleNoIncoming, class, Incoming)
+		return v.lack(RuleNoIncoming, class, mesh.Incoming)
 	case InMesh:
 		return v.refuse(RuleMesh, class)
 	case OnLAN:
-		if missing := (Routing | LAN) &^ have; missing != 0 {
+		if missing := (mesh.Routing | mesh.LAN) &^ have; missing != 0 {
 			return v.lack(RuleNoLAN, class, missing)
 		}
 		if !r.host.Forwarding.Of(p.Dst) {
@@ -159,10 +163,10 @@ func (r *Ruleset) byClass(v Verdict, class Class, p *Packet) Verdict {
 	return r.toInternet(v, have, p)
 }
 
-func (r *Ruleset) toInternet(v Verdict, have Permissions, p *Packet) Verdict {
+func (r *Ruleset) toInternet(v Verdict, have mesh.Permissions, p *Packet) Verdict {
 	switch {
-	case !have.Has(Routing):
-		return v.lack(RuleNoRouting, Internet, Routing)
+	case !have.Has(mesh.Routing):
+		return v.lack(RuleNoRouting, Internet, mesh.Routing)
 	case !r.host.Forwarding.Of(p.Dst):
 		return v.refuse(RuleNoForwarding, Internet)
 	case r.host.Uplink(p.Dst) == "":
@@ -360,7 +364,7 @@ func (v Verdict) refuse(rule Rule, class Class) Verdict {
 	return v
 }
 
-func (v Verdict) lack(rule Rule, class Class, missing Permissions) Verdict {
+func (v Verdict) lack(rule Rule, class Class, missing mesh.Permissions) Verdict {
 	v = v.refuse(rule, class)
 	v.Missing = missing
 	return v

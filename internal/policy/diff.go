@@ -3,17 +3,19 @@ package policy
 import (
 	"net/netip"
 	"slices"
+
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // Narrowed names a peer that lost something by a change.
 type Narrowed struct {
-	ID   PeerID
-	Name string
+	PublicKey mesh.PublicKey
+	Name      string
 	// Addresses are those the peer had before the change; its flows carry them.
 	Addresses []netip.Addr
 	// Lost are the permissions that no longer have an effect. All of what the
 	// peer had when Removed, and none when only the host's facts changed.
-	Lost Permissions
+	Lost mesh.Permissions
 	// Removed says that the peer is gone, or has other addresses now.
 	Removed bool
 }
@@ -32,12 +34,12 @@ func Diff(old, next *Ruleset) []Narrowed {
 	moved := false
 	if old.ground != next.ground {
 		moved = !sameGround(old, next)
-		now := make(map[PeerID]int, len(next.peers))
+		now := make(map[mesh.PublicKey]int, len(next.peers))
 		for i := range next.peers {
-			now[next.peers[i].ID] = i
+			now[next.peers[i].PublicKey] = i
 		}
 		of = func(i int) (PeerRules, bool) {
-			at, kept := now[old.peers[i].ID]
+			at, kept := now[old.peers[i].PublicKey]
 			if !kept {
 				return PeerRules{}, false
 			}
@@ -48,8 +50,8 @@ func Diff(old, next *Ruleset) []Narrowed {
 	for i, was := range old.peers {
 		is, kept := of(i)
 		n := Narrowed{
-			ID: was.ID, Name: was.Name, Addresses: was.Addresses,
-			Removed: !kept || !slices.Equal(was.Addresses, is.Addresses),
+			PublicKey: was.PublicKey, Name: was.Name, Addresses: was.Addresses.List(),
+			Removed: !kept || was.Addresses != is.Addresses,
 			Lost:    was.Permissions &^ is.Permissions,
 		}
 		if n.Removed {

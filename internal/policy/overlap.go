@@ -138,7 +138,7 @@ func (r *Ruleset) fill(o *Overlap) {
 	slices.SortFunc(inside, comparePrefix)
 	inside = outermost(slices.Compact(inside))
 	for _, p := range r.peers {
-		if slices.ContainsFunc(p.Addresses, func(a netip.Addr) bool { return contains(inside, a) }) {
+		if slices.ContainsFunc(p.Addresses[:], func(a netip.Addr) bool { return contains(inside, a) }) {
 			o.Peers = append(o.Peers, p.Name)
 		}
 	}

@@ -9,6 +9,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 var (
@@ -21,23 +23,15 @@ var (
 func addr(s string) netip.Addr     { return netip.MustParseAddr(s) }
 func prefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
 
-func grants(p Permissions) Grants {
-	return Grants{
-		Incoming: Grant{Allowed: p.Has(Incoming)},
-		Routing:  Grant{Allowed: p.Has(Routing)},
-		LAN:      Grant{Allowed: p.Has(LAN)},
-	}
-}
-
 // picture is the host B of docs/policy.md with the external peer C, whose
 // permissions are given, and the own peer A.
-func picture(c Permissions) Mesh {
+func picture(c mesh.Permissions) Mesh {
 	return Mesh{
-		Prefixes:  []netip.Prefix{DefaultPrefix4, DefaultPrefix6},
+		Prefixes:  []netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6},
 		Addresses: []netip.Addr{hostA4, hostA6},
-		Peers: []Peer{
-			{ID: PeerID{'C'}, Name: "c", Addresses: []netip.Addr{addr("100.64.0.3"), addr("fd6d:6573:6800::3")}, Grants: grants(c)},
-			{ID: PeerID{'A'}, Name: "a", Addresses: []netip.Addr{addr("100.64.0.2"), addr("fd6d:6573:6800::2")}, Grants: grants(Incoming)},
+		Peers: []mesh.Peer{
+			{PublicKey: mesh.PublicKey{'C'}, Name: "c", Addresses: mesh.Addresses{addr("100.64.0.3"), addr("fd6d:6573:6800::3")}, Permissions: mesh.Granted(c)},
+			{PublicKey: mesh.PublicKey{'A'}, Name: "a", Addresses: mesh.Addresses{addr("100.64.0.2"), addr("fd6d:6573:6800::2")}, Permissions: mesh.Granted(mesh.Incoming)},
 		},
 	}
 }
@@ -93,13 +87,13 @@ func compile(t testing.TB, m Mesh, h Host) *Ruleset {
 // TestFromPeer is the table "From a peer": for each destination its class, and
 // the verdict under every set of permissions.
 func TestFromPeer(t *testing.T) {
-	never := func(Permissions) bool { return false }
-	incoming := func(p Permissions) bool { return p.Has(Incoming) }
-	both := func(p Permissions) bool { return p.Has(Routing | LAN) }
-	routing := func(p Permissions) bool { return p.Has(Routing) }
+	never := func(mesh.Permissions) bool { return false }
+	incoming := func(p mesh.Permissions) bool { return p.Has(mesh.Incoming) }
+	both := func(p mesh.Permissions) bool { return p.Has(mesh.Routing | mesh.LAN) }
+	routing := func(p mesh.Permissions) bool { return p.Has(mesh.Routing) }
 	for _, tt := range []struct {
 		class  Class
-		passes func(Permissions) bool
+		passes func(mesh.Permissions) bool
 		dsts   string
 	}{
 		{Martian, never, "0.0.0.0 0.1.2.3 127.0.0.1 224.0.0.251 239.255.255.250 240.0.0.1 255.255.255.255"},
@@ -115,7 +109,7 @@ func TestFromPeer(t *testing.T) {
 		{OnLAN, both, "64:ff9b::10.1.2.3 64:ff9b::203.0.113.1 64:ff9b::198.18.7.7 64:ff9b:1::8.8.8.8 64:ff9b:1:ffff::1 2002:a01:203::1 2002:c0a8:4d09:ffff::1"},
 		{Internet, routing, "8.8.8.8 198.51.100.128 198.20.0.1 192.0.1.1 203.0.114.0 2001:db8:19::1 2600::1 64:ff9b::8.8.8.8 64:ff9a::10.0.0.1 2002:808:808::1 2001:1::1 100:0:0:1::1 2003::1"},
 	} {
-		for p := range Permissions(8) {
+		for p := range mesh.Permissions(8) {
 			r := compile(t, picture(p), pictureHost())
 			for _, dst := range strings.Fields(tt.dsts) {
 				d := addr(dst)
@@ -140,15 +134,15 @@ func TestFromPeer(t *testing.T) {
 
 func TestMissing(t *testing.T) {
 	for _, tt := range []struct {
-		have    Permissions
+		have    mesh.Permissions
 		dst     string
-		missing Permissions
+		missing mesh.Permissions
 	}{
-		{0, "203.0.113.9", Incoming},
-		{0, "10.0.0.1", Routing | LAN},
-		{LAN, "10.0.0.1", Routing | LAN}, // lan without routing has no effect
-		{Routing, "10.0.0.1", LAN},
-		{LAN, "8.8.8.8", Routing},
+		{0, "203.0.113.9", mesh.Incoming},
+		{0, "10.0.0.1", mesh.Routing | mesh.LAN},
+		{mesh.LAN, "10.0.0.1", mesh.Routing | mesh.LAN}, // lan without routing has no effect
+		{mesh.Routing, "10.0.0.1", mesh.LAN},
+		{mesh.LAN, "8.8.8.8", mesh.Routing},
 		{0, "100.64.0.2", 0}, // no permission opens the mesh
 	} {
 		v := compile(t, picture(tt.have), pictureHost()).FromPeer(Packet{Src: addr("100.64.0.3"), Dst: addr(tt.dst), Proto: ProtoUDP})
@@ -230,7 +224,7 @@ func TestRules(t *testing.T) {
 			if tt.host != nil {
 				tt.host(&h)
 			}
-			v := compile(t, picture(Incoming|Routing|LAN), h).decide(tt.p)
+			v := compile(t, picture(mesh.Incoming|mesh.Routing|mesh.LAN), h).decide(tt.p)
 			if v.Rule != tt.rule {
 				t.Errorf("got %q, want %q", v.Rule, tt.rule)
 			}
@@ -242,12 +236,12 @@ func TestRules(t *testing.T) {
 }
 
 func TestDNS(t *testing.T) {
-	for p := range Permissions(8) {
+	for p := range mesh.Permissions(8) {
 		m := picture(p)
 		m.DNS = true
 		r := compile(t, m, pictureHost())
 		dns := Packet{Src: addr("100.64.0.3"), Dst: hostA4, Proto: ProtoUDP, DstPort: 53}
-		if got, want := r.FromPeer(dns).Pass, p&(Incoming|Routing) != 0; got != want {
+		if got, want := r.FromPeer(dns).Pass, p&(mesh.Incoming|mesh.Routing) != 0; got != want {
 			t.Errorf("with %v: pass %v, want %v", p, got, want)
 		}
 		for _, other := range []func(*Packet){
@@ -257,7 +251,7 @@ func TestDNS(t *testing.T) {
 		} {
 			q := dns
 			other(&q)
-			if got, want := r.FromPeer(q).Pass, p.Has(Incoming); got != want {
+			if got, want := r.FromPeer(q).Pass, p.Has(mesh.Incoming); got != want {
 				t.Errorf("%+v with %v: pass %v, want %v", q, p, got, want)
 			}
 		}
@@ -293,7 +287,7 @@ func TestListenPort(t *testing.T) {
 // router in front, which turns such packets back, and that all else there is class lan
 // as before.
 func TestHairpin(t *testing.T) {
-	m, h := picture(Routing|LAN), pictureHost()
+	m, h := picture(mesh.Routing|mesh.LAN), pictureHost()
 	m.ListenPort, h.OutsidePort = 51820, 4500
 	h.Outside = []netip.Addr{addr("203.0.114.7"), addr("2001:db8:9::7"), addr("192.168.1.7"), addr("203.0.113.9"), addr("100.64.0.2")}
 	for _, tt := range []struct {
@@ -385,22 +379,22 @@ func TestReply(t *testing.T) {
 	c4 := addr("100.64.0.3")
 	for _, tt := range []struct {
 		about  string
-		have   Permissions
+		have   mesh.Permissions
 		by     Opener
 		opened Packet
 		in     string
 		pass   bool
 	}{
-		{"internet answers by the uplink", Routing, ByPeer, Packet{Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "en0", true},
-		{"LAN forges the internet's answer", Routing, ByPeer, Packet{Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "en5", false},
-		{"a peer forges it", Routing, ByPeer, Packet{Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "utun7", false},
-		{"routing was denied", LAN, ByPeer, Packet{Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "en0", false},
-		{"LAN answers", Routing | LAN, ByPeer, Packet{Src: c4, Dst: addr("192.168.77.9"), Proto: ProtoUDP}, "en5", true},
-		{"another peer answers for the LAN", Routing | LAN, ByPeer, Packet{Src: c4, Dst: addr("192.168.77.9"), Proto: ProtoUDP}, "utun7", false},
-		{"the host answers", Incoming, ByPeer, Packet{Src: c4, Dst: hostA4, Proto: ProtoUDP}, "", true},
-		{"incoming was denied", Routing, ByPeer, Packet{Src: c4, Dst: hostA4, Proto: ProtoUDP}, "", false},
+		{"internet answers by the uplink", mesh.Routing, ByPeer, Packet{Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "en0", true},
+		{"LAN forges the internet's answer", mesh.Routing, ByPeer, Packet{Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "en5", false},
+		{"a peer forges it", mesh.Routing, ByPeer, Packet{Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "utun7", false},
+		{"routing was denied", mesh.LAN, ByPeer, Packet{Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "en0", false},
+		{"LAN answers", mesh.Routing | mesh.LAN, ByPeer, Packet{Src: c4, Dst: addr("192.168.77.9"), Proto: ProtoUDP}, "en5", true},
+		{"another peer answers for the LAN", mesh.Routing | mesh.LAN, ByPeer, Packet{Src: c4, Dst: addr("192.168.77.9"), Proto: ProtoUDP}, "utun7", false},
+		{"the host answers", mesh.Incoming, ByPeer, Packet{Src: c4, Dst: hostA4, Proto: ProtoUDP}, "", true},
+		{"incoming was denied", mesh.Routing, ByPeer, Packet{Src: c4, Dst: hostA4, Proto: ProtoUDP}, "", false},
 		{"a peer answers the host", 0, ByHost, Packet{Src: hostA4, Dst: c4, Proto: ProtoUDP}, "utun7", true},
-		{"the LAN answers for a peer", 0, ByHost, Packet{Src: hostA4, Dst: c4, Proto: ProtoUDP}, "en5", false},
+		{"the mesh.LAN answers for a peer", 0, ByHost, Packet{Src: hostA4, Dst: c4, Proto: ProtoUDP}, "en5", false},
 		{"an answer to what never may be", 7, ByPeer, Packet{Src: c4, Dst: addr("100.64.0.2"), Proto: ProtoUDP}, "utun7", false},
 	} {
 		v := compile(t, picture(tt.have), pictureHost()).Reply(tt.by, tt.opened, tt.in)
@@ -496,8 +490,8 @@ func TestNoPeersPacket(t *testing.T) {
 
 func TestExpiry(t *testing.T) {
 	m := picture(0)
-	m.Peers[0].Grants.Routing = Grant{Allowed: true, Until: start.Add(2 * time.Hour)}
-	m.Peers[1].Grants.Incoming = Grant{Allowed: true, Until: start.Add(time.Hour)}
+	*m.Peers[0].Permissions.Of(mesh.Routing) = mesh.Grant{Allowed: true, Until: start.Add(2 * time.Hour)}
+	*m.Peers[1].Permissions.Of(mesh.Incoming) = mesh.Grant{Allowed: true, Until: start.Add(time.Hour)}
 	p := Packet{Src: addr("100.64.0.3"), Dst: addr("8.8.8.8"), Proto: ProtoUDP}
 	for _, tt := range []struct {
 		after time.Duration
@@ -554,11 +548,11 @@ func TestDefaultRoutes(t *testing.T) {
 func TestCompileRefuses(t *testing.T) {
 	for want, change := range map[string]func(*Mesh, *Host){
 		"listed twice":               func(m *Mesh, _ *Host) { m.Peers[1].Name = "c" },
-		"another peer has its key":   func(m *Mesh, _ *Host) { m.Peers[1].ID = m.Peers[0].ID },
+		"another peer has its key":   func(m *Mesh, _ *Host) { m.Peers[1].PublicKey = m.Peers[0].PublicKey },
 		`taken by peer "c"`:          func(m *Mesh, _ *Host) { m.Peers[1].Addresses = m.Peers[0].Addresses },
-		"taken by the host":          func(m *Mesh, _ *Host) { m.Peers[1].Addresses = m.Addresses },
-		"has no address":             func(m *Mesh, _ *Host) { m.Peers[1].Addresses = nil },
-		"outside the mesh prefixes":  func(m *Mesh, _ *Host) { m.Peers[1].Addresses = []netip.Addr{addr("10.0.0.1")} },
+		"taken by the host":          func(m *Mesh, _ *Host) { m.Peers[1].Addresses = mesh.Addresses(m.Addresses) },
+		"address invalid IP is out":  func(m *Mesh, _ *Host) { m.Peers[1].Addresses = mesh.Addresses{} },
+		"outside the mesh prefixes":  func(m *Mesh, _ *Host) { m.Peers[1].Addresses[0] = addr("10.0.0.1") },
 		"is not valid":               func(m *Mesh, _ *Host) { m.Addresses[0] = addr("::ffff:1.2.3.4") },
 		"want 1 to 15 bytes":         func(_ *Mesh, h *Host) { h.Interface = "" },
 		`unexpected '"'`:             func(_ *Mesh, h *Host) { h.Uplink4 = `en0"` },
@@ -680,7 +674,7 @@ func TestFormer(t *testing.T) {
 }
 
 func TestDiff(t *testing.T) {
-	all := compile(t, picture(Incoming|Routing|LAN), pictureHost())
+	all := compile(t, picture(mesh.Incoming|mesh.Routing|mesh.LAN), pictureHost())
 	names := func(ns []Narrowed) []string {
 		var out []string
 		for _, n := range ns {
@@ -701,10 +695,10 @@ func TestDiff(t *testing.T) {
 	}{
 		{"first", nil, all, nil},
 		{"same", all, compile(t, picture(7), pictureHost()), nil},
-		{"wider", compile(t, picture(Routing), pictureHost()), all, nil},
-		{"narrower", all, compile(t, picture(Routing), pictureHost()), []string{"c incoming, lan"}},
-		{"routing takes lan along", all, compile(t, picture(LAN), pictureHost()), []string{"c incoming, routing, lan"}},
-		{"lan alone was nothing", compile(t, picture(LAN), pictureHost()), compile(t, picture(0), pictureHost()), nil},
+		{"wider", compile(t, picture(mesh.Routing), pictureHost()), all, nil},
+		{"narrower", all, compile(t, picture(mesh.Routing), pictureHost()), []string{"c incoming, lan"}},
+		{"routing takes lan along", all, compile(t, picture(mesh.LAN), pictureHost()), []string{"c incoming, routing, lan"}},
+		{"lan alone was nothing", compile(t, picture(mesh.LAN), pictureHost()), compile(t, picture(0), pictureHost()), nil},
 		{"another source", all, compile(t, picture(7), renumbered), []string{"c none", "a none"}},
 		{"another router", all, compile(t, picture(7), rerouted), nil},
 		{"another owner in the mesh prefix", all, compile(t, picture(7), others), nil},
@@ -717,7 +711,7 @@ func TestDiff(t *testing.T) {
 	gone := picture(7)
 	gone.Peers = gone.Peers[1:]
 	got := Diff(all, compile(t, gone, pictureHost()))
-	if len(got) != 1 || !got[0].Removed || got[0].Lost != 7 || !slices.Contains(got[0].Addresses, addr("100.64.0.3")) {
+	if len(got) != 1 || !got[0].Removed || got[0].Lost != 7 || !slices.Contains(got[0].Addresses[:], addr("100.64.0.3")) {
 		t.Errorf("removed peer: %+v", got)
 	}
 }

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"pgregory.net/rapid"
+
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // world draws a mesh and a host whose addresses are close to each other, so that
@@ -24,7 +26,7 @@ type world struct {
 func drawWorld(t *rapid.T) world {
 	w := world{
 		mesh: Mesh{
-			Prefixes:  []netip.Prefix{DefaultPrefix4, DefaultPrefix6},
+			Prefixes:  []netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6},
 			Addresses: []netip.Addr{hostA4, hostA6},
 			DNS:       rapid.Bool().Draw(t, "dns"),
 
@@ -33,13 +35,13 @@ func drawWorld(t *rapid.T) world {
 		host: Host{Interface: "utun7"},
 	}
 	for i := range rapid.IntRange(0, 6).Draw(t, "peers") {
-		w.mesh.Peers = append(w.mesh.Peers, Peer{
-			ID: PeerID{byte(i + 1)}, Name: fmt.Sprint("p", i),
-			Addresses: []netip.Addr{
+		w.mesh.Peers = append(w.mesh.Peers, mesh.Peer{
+			PublicKey: mesh.PublicKey{byte(i + 1)}, Name: fmt.Sprint("p", i),
+			Addresses: mesh.Addresses{
 				netip.AddrFrom4([4]byte{100, 64, 0, byte(2 + i)}),
 				netip.MustParseAddr(fmt.Sprintf("fd6d:6573:6800::%x", 2+i)),
 			},
-			Grants: grants(Permissions(rapid.IntRange(0, 7).Draw(t, "permissions"))),
+			Permissions: mesh.Granted(mesh.Permissions(rapid.IntRange(0, 7).Draw(t, "permissions"))),
 		})
 	}
 	family := func(label string) Families {
@@ -241,7 +243,7 @@ func TestRefusalsTellNothing(t *testing.T) {
 	})
 }
 
-func looksTheSame(t *rapid.T, have Permissions, p Packet, a, b Verdict) {
+func looksTheSame(t *rapid.T, have mesh.Permissions, p Packet, a, b Verdict) {
 	if a.Peer < 0 || b.Peer < 0 { // an interface's own address is no peer's source
 		return
 	}
@@ -262,16 +264,16 @@ func looksTheSame(t *rapid.T, have Permissions, p Packet, a, b Verdict) {
 func TestAnswers(t *testing.T) {
 	h := pictureHost()
 	for _, tt := range []struct {
-		have         Permissions
+		have         mesh.Permissions
 		told, silent string
 	}{
 		{0, "100.64.0.1 8.8.8.8 10.0.0.1 203.0.113.9 203.0.113.255 203.0.113.7 192.168.77.255 64:ff9b::203.0.113.9 2001:db8:1::9",
 			"127.0.0.1 100.64.0.2 100.64.9.9 192.0.0.8 ::8.8.8.8 64:ff9b::100.64.0.2"},
-		{Incoming, "8.8.8.8 10.0.0.1 203.0.113.255 203.0.113.7 192.168.77.255 64:ff9b::203.0.113.9", "127.0.0.1 100.64.0.2"},
-		{Routing, "100.64.0.1 10.0.0.1 192.168.77.1 192.168.77.255 64:ff9b::10.0.0.1 fd00::1",
+		{mesh.Incoming, "8.8.8.8 10.0.0.1 203.0.113.255 203.0.113.7 192.168.77.255 64:ff9b::203.0.113.9", "127.0.0.1 100.64.0.2"},
+		{mesh.Routing, "100.64.0.1 10.0.0.1 192.168.77.1 192.168.77.255 64:ff9b::10.0.0.1 fd00::1",
 			"203.0.113.9 203.0.113.255 203.0.113.7 64:ff9b::203.0.113.9 64:ff9b::203.0.113.1 2001:db8:1::9 2001:db8:18::5 100.64.0.2"},
-		{Routing | LAN, "100.64.0.1", "203.0.113.9 203.0.113.255 192.168.77.1 192.168.77.255 2001:db8:1::9"},
-		{Routing | LAN | Incoming, "", "203.0.113.255 192.168.77.255 100.64.0.2 127.0.0.1"},
+		{mesh.Routing | mesh.LAN, "100.64.0.1", "203.0.113.9 203.0.113.255 192.168.77.1 192.168.77.255 2001:db8:1::9"},
+		{mesh.Routing | mesh.LAN | mesh.Incoming, "", "203.0.113.255 192.168.77.255 100.64.0.2 127.0.0.1"},
 	} {
 		r := compile(t, picture(tt.have), h)
 		for told, list := range map[bool]string{true: tt.told, false: tt.silent} {
@@ -294,9 +296,9 @@ func TestAtIsCompile(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		w := drawWorld(t)
 		for i := range w.mesh.Peers {
-			for _, one := range AllPermissions {
+			for _, one := range mesh.AllPermissions {
 				if n := rapid.IntRange(0, 5).Draw(t, "ends"); n > 0 {
-					w.mesh.Peers[i].Grants.Of(one).Until = start.Add(time.Duration(n) * time.Second)
+					w.mesh.Peers[i].Permissions.Of(one.Set).Until = start.Add(time.Duration(n) * time.Second)
 				}
 			}
 		}
@@ -349,12 +351,12 @@ func TestLANWithoutRoutingChangesNothing(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		w := drawWorld(t)
 		for i := range w.mesh.Peers {
-			w.mesh.Peers[i].Grants.Routing.Allowed = false
-			w.mesh.Peers[i].Grants.LAN.Allowed = false
+			w.mesh.Peers[i].Permissions.Of(mesh.Routing).Allowed = false
+			w.mesh.Peers[i].Permissions.Of(mesh.LAN).Allowed = false
 		}
 		without := mustCompile(t, w)
 		for i := range w.mesh.Peers {
-			w.mesh.Peers[i].Grants.LAN.Allowed = rapid.Bool().Draw(t, "lan")
+			w.mesh.Peers[i].Permissions.Of(mesh.LAN).Allowed = rapid.Bool().Draw(t, "lan")
 		}
 		with := mustCompile(t, w)
 		for range 20 {
@@ -375,8 +377,8 @@ func TestNarrowing(t *testing.T) {
 		fewer := w
 		fewer.mesh = w.mesh.clone()
 		for i := range fewer.mesh.Peers {
-			keep := Permissions(rapid.IntRange(0, 7).Draw(t, "keep"))
-			fewer.mesh.Peers[i].Grants = grants(w.mesh.Peers[i].Grants.At(start) & keep)
+			keep := mesh.Permissions(rapid.IntRange(0, 7).Draw(t, "keep"))
+			fewer.mesh.Peers[i].Permissions = mesh.Granted(w.mesh.Peers[i].Permissions.At(start) & keep)
 		}
 		next := mustCompile(t, fewer)
 		diffNames(t, w, old, next, true)
@@ -387,9 +389,9 @@ func TestNarrowing(t *testing.T) {
 }
 
 func diffNames(t *rapid.T, w world, old, next *Ruleset, onlyNarrower bool) {
-	narrowed := map[PeerID]bool{}
+	narrowed := map[mesh.PublicKey]bool{}
 	for _, n := range Diff(old, next) {
-		narrowed[n.ID] = true
+		narrowed[n.PublicKey] = true
 	}
 	for range 20 {
 		p := w.drawPacket(t)
@@ -397,7 +399,7 @@ func diffNames(t *rapid.T, w world, old, next *Ruleset, onlyNarrower bool) {
 		if onlyNarrower && is.Pass && !was.Pass {
 			t.Fatalf("%+v: narrowing opened it: %+v, was %+v", p, is, was)
 		}
-		if was.Pass && !is.Pass && was.Peer >= 0 && !narrowed[old.Peers()[was.Peer].ID] {
+		if was.Pass && !is.Pass && was.Peer >= 0 && !narrowed[old.Peers()[was.Peer].PublicKey] {
 			t.Fatalf("%+v: passed and doesn't now (%v), but Diff doesn't name %s", p, is.Rule, old.Peers()[was.Peer].Name)
 		}
 	}
@@ -408,11 +410,11 @@ func large(n, routes int) (Mesh, Host) {
 	m, h := picture(7), pictureHost()
 	rnd := rand.New(rand.NewPCG(1, 2))
 	for i := range n {
-		var id PeerID
+		var id mesh.PublicKey
 		binary.BigEndian.PutUint32(id[1:], uint32(i+1))
-		m.Peers = append(m.Peers, Peer{
-			ID: id, Name: fmt.Sprint("peer", i), Grants: grants(Permissions(i % 8)),
-			Addresses: []netip.Addr{
+		m.Peers = append(m.Peers, mesh.Peer{
+			PublicKey: id, Name: fmt.Sprint("peer", i), Permissions: mesh.Granted(mesh.Permissions(i % 8)),
+			Addresses: mesh.Addresses{
 				netip.AddrFrom4([4]byte{100, 65, byte(i >> 8), byte(i)}),
 				netip.MustParseAddr(fmt.Sprintf("fd6d:6573:6800::1:%x", i)),
 			},
@@ -483,10 +485,14 @@ func everyField(m Mesh, h Host, do func(name string, m Mesh, h Host)) {
 			v.SetUint(v.Uint() + 1)
 		case Families:
 			v.Set(reflect.ValueOf(Families{IPv4: !v.Interface().(Families).IPv4}))
-		case PeerID:
-			v.Set(reflect.ValueOf(PeerID{'X'}))
-		case Grants:
-			v.Set(reflect.ValueOf(grants(Incoming | Routing | LAN)))
+		case mesh.Kind:
+			v.SetString(string(mesh.External))
+		case mesh.Addresses:
+			v.Set(reflect.ValueOf(mesh.Addresses{addr("100.64.9.9"), addr("fd6d:6573:6800::9:9")}))
+		case mesh.PublicKey:
+			v.Set(reflect.ValueOf(mesh.PublicKey{'X'}))
+		case mesh.Grants:
+			v.Set(reflect.ValueOf(mesh.Granted(mesh.All)))
 		case netip.Addr:
 			v.Set(reflect.ValueOf(addr("203.0.113.77")))
 		case []netip.Addr:
@@ -495,8 +501,8 @@ func everyField(m Mesh, h Host, do func(name string, m Mesh, h Host)) {
 			v.Set(reflect.ValueOf(append(v.Interface().([]string), "en5")))
 		case []netip.Prefix:
 			v.Set(reflect.ValueOf(append([]netip.Prefix{prefix("100.64.0.0/9"), prefix("172.30.0.0/16")}, v.Interface().([]netip.Prefix)...)))
-		case []Peer:
-			v.Set(reflect.ValueOf(v.Interface().([]Peer)[1:]))
+		case []mesh.Peer:
+			v.Set(reflect.ValueOf(v.Interface().([]mesh.Peer)[1:]))
 		case []Interface:
 			v.Set(reflect.ValueOf(v.Interface().([]Interface)[:2]))
 		case []Route:
@@ -510,10 +516,10 @@ func everyField(m Mesh, h Host, do func(name string, m Mesh, h Host)) {
 		change(reflect.ValueOf(&other).Elem().Field(i))
 		do("mesh."+reflect.TypeFor[Mesh]().Field(i).Name, other, h)
 	}
-	for i := range reflect.TypeFor[Peer]().NumField() {
+	for i := range reflect.TypeFor[mesh.Peer]().NumField() {
 		other := m.clone()
 		change(reflect.ValueOf(&other.Peers[0]).Elem().Field(i))
-		do("peer."+reflect.TypeFor[Peer]().Field(i).Name, other, h)
+		do("peer."+reflect.TypeFor[mesh.Peer]().Field(i).Name, other, h)
 	}
 	for i := range reflect.TypeFor[Host]().NumField() {
 		other := h
@@ -527,9 +533,9 @@ func everyField(m Mesh, h Host, do func(name string, m Mesh, h Host)) {
 // the ground is shared where grants alone changed.
 func TestRecompileIsCompile(t *testing.T) {
 	start := time.Unix(1_000_000, 0)
-	m, h := picture(Routing|LAN), pictureHost()
-	m.Peers[0].Grants.Routing.Until = start.Add(time.Hour)
-	m.Peers[1].Grants.Incoming.Until = start.Add(2 * time.Hour)
+	m, h := picture(mesh.Routing|mesh.LAN), pictureHost()
+	m.Peers[0].Permissions.Of(mesh.Routing).Until = start.Add(time.Hour)
+	m.Peers[1].Permissions.Of(mesh.Incoming).Until = start.Add(2 * time.Hour)
 	m.Former = []netip.Addr{addr("100.64.7.7")}
 	same := func(name string, got, want *Ruleset) {
 		t.Helper()
@@ -547,6 +553,8 @@ func TestRecompileIsCompile(t *testing.T) {
 			}
 		}
 	}
+	// What of a peer isn't the ground's: its grants, and what the policy doesn't look at.
+	apart := []string{"peer.Permissions", "peer.Kind", "peer.Endpoint", "peer.Keepalive", "peer.Tunnel"}
 	shared := 0
 	for _, at := range []time.Duration{0, time.Hour, 3 * time.Hour} {
 		now := start.Add(at)
@@ -566,7 +574,7 @@ func TestRecompileIsCompile(t *testing.T) {
 			same(fmt.Sprintf("%s changed, %v later", name, at), got, want)
 			if got.ground == r.ground {
 				shared++
-				if name != "peer.Grants" {
+				if !slices.Contains(apart, name) {
 					t.Errorf("%s changed, but the ground is shared", name)
 				}
 			}
@@ -577,8 +585,8 @@ func TestRecompileIsCompile(t *testing.T) {
 			same(name+": the ruleset before", r, again)
 		})
 	}
-	if shared != 3 {
-		t.Errorf("the ground was shared %d times, want 3", shared)
+	if want := 3 * len(apart); shared != want {
+		t.Errorf("the ground was shared %d times, want %d", shared, want)
 	}
 
 	r, err := Compile(m, h, start)

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/gaissmai/bart"
+
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // Ruleset is a compiled policy. It never changes and may be used by many
@@ -35,11 +37,11 @@ type ground struct {
 
 // PeerRules is what a ruleset holds of one peer.
 type PeerRules struct {
-	ID        PeerID
+	PublicKey mesh.PublicKey
 	Name      string
-	Addresses []netip.Addr
+	Addresses mesh.Addresses
 	// Permissions are those that have an effect: never LAN without Routing.
-	Permissions Permissions
+	Permissions mesh.Permissions
 }
 
 // Sets are the prefixes of each class, for the enforcers that express the table
@@ -76,14 +78,14 @@ type Sets struct {
 // end later are reported by [Ruleset.Expires]. It refuses what would make a
 // source ambiguous: an address, name or ID that occurs twice, a peer with the
 // host's address or none, and facts that [Host.Validate] refuses.
-func Compile(mesh Mesh, host Host, now time.Time) (*Ruleset, error) {
+func Compile(m Mesh, host Host, now time.Time) (*Ruleset, error) {
 	if err := host.Validate(); err != nil {
 		return nil, fmt.Errorf("compile ruleset: %w", err)
 	}
-	if err := mesh.validate(); err != nil {
+	if err := m.validate(); err != nil {
 		return nil, fmt.Errorf("compile ruleset: %w", err)
 	}
-	r := &Ruleset{mesh: mesh.clone(), host: host, ground: &ground{}}
+	r := &Ruleset{mesh: m.clone(), host: host, ground: &ground{}}
 	r.grant(now)
 	r.sets = makeSets(r.mesh, host)
 	for _, p := range r.sets.Others {
@@ -107,8 +109,8 @@ func (r *Ruleset) grant(now time.Time) {
 	r.peers = make([]PeerRules, len(r.mesh.Peers))
 	for i, p := range r.mesh.Peers {
 		r.peers[i] = PeerRules{
-			ID: p.ID, Name: p.Name, Addresses: p.Addresses,
-			Permissions: p.Grants.At(now).effective(),
+			PublicKey: p.PublicKey, Name: p.Name, Addresses: p.Addresses,
+			Permissions: p.Permissions.At(now).Effective(),
 		}
 	}
 	r.expires = r.mesh.nextEnd(now)
@@ -130,18 +132,18 @@ func (r *Ruleset) At(now time.Time) *Ruleset {
 // a ruleset of before. Where they are, r is what it returns, or what is left of it at the
 // time now; and where they differ in grants alone, it costs little: what no grant
 // changes is shared.
-func (r *Ruleset) Recompile(mesh Mesh, host Host, now time.Time) (*Ruleset, error) {
-	if r == nil || !sameButGrants(r.mesh, mesh) || !reflect.DeepEqual(r.host, host) {
-		return Compile(mesh, host, now)
+func (r *Ruleset) Recompile(m Mesh, host Host, now time.Time) (*Ruleset, error) {
+	if r == nil || !sameButGrants(r.mesh, m) || !reflect.DeepEqual(r.host, host) {
+		return Compile(m, host, now)
 	}
-	same := func(a, b Peer) bool { return a.Grants == b.Grants }
-	if slices.EqualFunc(r.mesh.Peers, mesh.Peers, same) && (r.expires.IsZero() || now.Before(r.expires)) {
+	same := func(a, b mesh.Peer) bool { return a.Permissions == b.Permissions }
+	if slices.EqualFunc(r.mesh.Peers, m.Peers, same) && (r.expires.IsZero() || now.Before(r.expires)) {
 		return r, nil
 	}
 	other := *r
 	other.mesh.Peers = slices.Clone(r.mesh.Peers)
 	for i := range other.mesh.Peers {
-		other.mesh.Peers[i].Grants = mesh.Peers[i].Grants
+		other.mesh.Peers[i].Permissions = m.Peers[i].Permissions
 	}
 	other.grant(now)
 	return &other, nil
@@ -151,8 +153,8 @@ func (r *Ruleset) Recompile(mesh Mesh, host Host, now time.Time) (*Ruleset, erro
 func sameButGrants(a, b Mesh) bool {
 	return slices.Equal(a.Prefixes, b.Prefixes) && slices.Equal(a.Addresses, b.Addresses) &&
 		slices.Equal(a.Former, b.Former) && a.ListenPort == b.ListenPort && a.DNS == b.DNS && a.ThroughPeer == b.ThroughPeer &&
-		slices.EqualFunc(a.Peers, b.Peers, func(p, q Peer) bool {
-			return p.ID == q.ID && p.Name == q.Name && slices.Equal(p.Addresses, q.Addresses)
+		slices.EqualFunc(a.Peers, b.Peers, func(p, q mesh.Peer) bool {
+			return p.PublicKey == q.PublicKey && p.Name == q.Name && p.Addresses == q.Addresses
 		})
 }
 
@@ -160,7 +162,7 @@ func sameButGrants(a, b Mesh) bool {
 func (r *Ruleset) classify() {
 	c := &r.classes
 	for i, p := range r.peers {
-		c.add(InMesh, int32(i), singles(p.Addresses)...)
+		c.add(InMesh, int32(i), singles(p.Addresses[:])...)
 	}
 	c.add(Martian, noPeer, r.sets.Martians...)
 	c.add(Self, noPeer, r.sets.Self...)
@@ -178,26 +180,26 @@ func (r *Ruleset) classify() {
 	k.settle()
 }
 
-func makeSets(mesh Mesh, host Host) Sets {
+func makeSets(m Mesh, host Host) Sets {
 	attached := host.attached()
 	s := Sets{
 		Local: slices.Clone(local),
-		Self:  singles(slices.Concat(mesh.Addresses, host.addresses())),
+		Self:  singles(slices.Concat(m.Addresses, host.addresses())),
 		LAN:   slices.Concat(private, attached, host.routed(), singles(host.Outside)),
 	}
 	for _, p := range attached {
 		s.Local = append(s.Local, broadcasts(p)...)
 	}
-	for _, p := range mesh.Prefixes {
+	for _, p := range m.Prefixes {
 		s.Mesh = append(s.Mesh, p.Masked())
 	}
-	for _, p := range mesh.Peers {
-		s.Peers = append(s.Peers, singles(p.Addresses)...)
+	for _, p := range m.Peers {
+		s.Peers = append(s.Peers, singles(p.Addresses[:])...)
 	}
 	s.Martians = slices.Concat(martians, s.Local)
-	s.Former = mesh.gone(slices.Concat(s.Self, s.Local))
+	s.Former = m.gone(slices.Concat(s.Self, s.Local))
 	s.carry()
-	s.Others = mesh.others(host)
+	s.Others = m.others(host)
 	s.Outside = singles(host.Outside)
 	for _, p := range carried(s.Outside) {
 		if p.IsSingleIP() {
@@ -264,16 +266,16 @@ func (m Mesh) others(host Host) []netip.Prefix {
 	taken := slices.Concat(host.attached(), host.routed(), singles(host.Resolvers))
 	uplinks := host.uplinkAddresses()
 	var out []netip.Prefix
-	for _, mesh := range m.Prefixes {
-		mesh = mesh.Masked()
-		if slices.ContainsFunc(uplinks, mesh.Contains) {
-			out = append(out, mesh)
+	for _, prefix := range m.Prefixes {
+		prefix = prefix.Masked()
+		if slices.ContainsFunc(uplinks, prefix.Contains) {
+			out = append(out, prefix)
 		}
 		for _, p := range taken {
 			switch {
-			case !mesh.Overlaps(p):
-			case p.Bits() < mesh.Bits():
-				out = append(out, mesh)
+			case !prefix.Overlaps(p):
+			case p.Bits() < prefix.Bits():
+				out = append(out, prefix)
 			default:
 				out = append(out, p)
 			}
@@ -303,13 +305,16 @@ func comparePrefix(a, b netip.Prefix) int {
 	return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
 }
 
+// clone returns a copy that shares nothing with m, without what the policy doesn't look
+// at.
 func (m Mesh) clone() Mesh {
 	m.Prefixes = slices.Clone(m.Prefixes)
 	m.Addresses = slices.Clone(m.Addresses)
 	m.Former = slices.Clone(m.Former)
 	m.Peers = slices.Clone(m.Peers)
 	for i := range m.Peers {
-		m.Peers[i].Addresses = slices.Clone(m.Peers[i].Addresses)
+		p := &m.Peers[i]
+		*p = mesh.Peer{Name: p.Name, PublicKey: p.PublicKey, Addresses: p.Addresses, Permissions: p.Permissions}
 	}
 	return m
 }
@@ -341,23 +346,21 @@ func (m Mesh) validate() error {
 			return fmt.Errorf("a removed peer's address %v is not valid", a)
 		}
 	}
-	names, ids := map[string]bool{}, map[PeerID]bool{}
+	names, keys := map[string]bool{}, map[mesh.PublicKey]bool{}
 	for _, p := range m.Peers {
 		switch {
 		case names[p.Name]:
 			return fmt.Errorf("peer %q is listed twice", p.Name)
-		case ids[p.ID]:
+		case keys[p.PublicKey]:
 			return fmt.Errorf("peer %q: another peer has its key", p.Name)
-		case len(p.Addresses) == 0:
-			return fmt.Errorf("peer %q has no address", p.Name)
 		}
-		names[p.Name], ids[p.ID] = true, true
+		names[p.Name], keys[p.PublicKey] = true, true
 		for _, a := range p.Addresses {
 			if !m.contains(a) {
 				return fmt.Errorf("peer %q: address %v is outside the mesh prefixes", p.Name, a)
 			}
 		}
-		if err := claim(fmt.Sprintf("peer %q", p.Name), p.Addresses); err != nil {
+		if err := claim(fmt.Sprintf("peer %q", p.Name), p.Addresses[:]); err != nil {
 			return err
 		}
 	}
@@ -373,8 +376,7 @@ func (m Mesh) contains(a netip.Addr) bool {
 func (m Mesh) nextEnd(now time.Time) time.Time {
 	var next time.Time
 	for i := range m.Peers {
-		for _, one := range AllPermissions {
-			g := m.Peers[i].Grants.Of(one)
+		for _, g := range m.Peers[i].Permissions {
 			if !g.In(now) || g.Until.IsZero() {
 				continue
 			}

@@ -1,5 +1,7 @@
 package policy
 
+import "github.com/meshhelper/meshhelper/internal/mesh"
+
 // Rule is the line of the policy that decided.
 type Rule uint8
 
@@ -120,7 +122,7 @@ type Verdict struct {
 	Exit Exit
 	// Missing are the permissions without which it was refused, if permissions
 	// would have let it pass.
-	Missing Permissions
+	Missing mesh.Permissions
 	// Peer is the index in [Ruleset.Peers] of the peer that the packet is from or
 	// to, or -1.
 	Peer int

@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -26,8 +27,8 @@ var (
 
 // PeerC and PeerA identify the peers of the picture.
 var (
-	PeerC = policy.PeerID{'C'}
-	PeerA = policy.PeerID{'A'}
+	PeerC = mesh.PublicKey{'C'}
+	PeerA = mesh.PublicKey{'A'}
 )
 
 // Interface is the mesh interface of the picture.
@@ -35,23 +36,14 @@ const Interface = "utun7"
 
 // Mesh returns the picture's mesh, in which C has the permissions c and A has
 // incoming.
-func Mesh(c policy.Permissions) policy.Mesh {
+func Mesh(c mesh.Permissions) policy.Mesh {
 	return policy.Mesh{
-		Prefixes:  []netip.Prefix{policy.DefaultPrefix4, policy.DefaultPrefix6},
+		Prefixes:  []netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6},
 		Addresses: []netip.Addr{HostB4, HostB6},
-		Peers: []policy.Peer{
-			{ID: PeerC, Name: "c", Addresses: []netip.Addr{PeerC4, PeerC6}, Grants: Grants(c)},
-			{ID: PeerA, Name: "a", Addresses: []netip.Addr{PeerA4, PeerA6}, Grants: Grants(policy.Incoming)},
+		Peers: []mesh.Peer{
+			{PublicKey: PeerC, Name: "c", Addresses: mesh.Addresses{PeerC4, PeerC6}, Permissions: mesh.Granted(c)},
+			{PublicKey: PeerA, Name: "a", Addresses: mesh.Addresses{PeerA4, PeerA6}, Permissions: mesh.Granted(mesh.Incoming)},
 		},
-	}
-}
-
-// Grants gives permissions for good.
-func Grants(p policy.Permissions) policy.Grants {
-	return policy.Grants{
-		Incoming: policy.Grant{Allowed: p.Has(policy.Incoming)},
-		Routing:  policy.Grant{Allowed: p.Has(policy.Routing)},
-		LAN:      policy.Grant{Allowed: p.Has(policy.LAN)},
 	}
 }
 
@@ -78,7 +70,7 @@ func Compile(t testing.TB, m policy.Mesh) *policy.Ruleset {
 }
 
 // Picture returns the ruleset of the picture in which C has the permissions c.
-func Picture(t testing.TB, c policy.Permissions) *policy.Ruleset {
+func Picture(t testing.TB, c mesh.Permissions) *policy.Ruleset {
 	t.Helper()
 	return Compile(t, Mesh(c))
 }
@@ -87,14 +79,14 @@ func Picture(t testing.TB, c policy.Permissions) *policy.Ruleset {
 // and the addresses of C, on a host with some more prefixes attached or routed.
 func Large(t testing.TB, n, prefixes int) *policy.Ruleset {
 	t.Helper()
-	m := Mesh(policy.Incoming | policy.Routing | policy.LAN)
+	m := Mesh(mesh.All)
 	for i := len(m.Peers); i < n; i++ {
 		a4 := netip.AddrFrom4([4]byte{100, 65, byte(i >> 8), byte(i)})
 		a6 := PeerC6.As16()
 		a6[8], a6[14], a6[15] = 1, byte(i>>8), byte(i)
-		m.Peers = append(m.Peers, policy.Peer{
-			ID: policy.PeerID{1, byte(i >> 8), byte(i)}, Name: a4.String(),
-			Addresses: []netip.Addr{a4, netip.AddrFrom16(a6)}, Grants: Grants(policy.Permissions(i & 7)),
+		m.Peers = append(m.Peers, mesh.Peer{
+			PublicKey: mesh.PublicKey{1, byte(i >> 8), byte(i)}, Name: a4.String(),
+			Addresses: mesh.Addresses{a4, netip.AddrFrom16(a6)}, Permissions: mesh.Granted(mesh.Permissions(i & 7)),
 		})
 	}
 	h := Host()

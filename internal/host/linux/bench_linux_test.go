@@ -7,6 +7,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -43,7 +44,7 @@ func BenchmarkChange(b *testing.B) {
 	for _, peers := range []int{10, 1000, 10000} {
 		m := crowd(peers)
 		on := compile(ruleset(b, m, someHost()), params{mtu: testMTU})
-		m.Peers[peers/2].Grants = allowed(0)
+		m.Peers[peers/2].Permissions = mesh.Granted(0)
 		denied := ruleset(b, m, someHost())
 		off := compile(denied, params{mtu: testMTU})
 		both := [2]*table{on, off}
@@ -121,8 +122,8 @@ func toggle(b *testing.B, m policy.Mesh) error {
 		return err
 	}
 	var both [2]*policy.Ruleset
-	for i, have := range []policy.Permissions{policy.Routing, 0} {
-		m.Peers[len(m.Peers)/2].Grants = allowed(have)
+	for i, have := range []mesh.Permissions{mesh.Routing, 0} {
+		m.Peers[len(m.Peers)/2].Permissions = mesh.Granted(have)
 		both[i] = ruleset(b, m, facts)
 	}
 	if err := p.Enforce(ctx, both[0]); err != nil {

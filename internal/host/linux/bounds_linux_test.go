@@ -23,6 +23,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -50,7 +51,7 @@ func TestFlowsOfAPeerAreBounded(t *testing.T) {
 	w.open()
 	defer w.close()
 	w.p.maxFlows = 640
-	w.enforce(mesh(grants{ann: all, bob: all}))
+	w.enforce(meshOf(grants{ann: all, bob: all}))
 	a := netlab.Addresses()
 	n := 0
 	came := func(p []byte) bool {
@@ -137,7 +138,7 @@ func TestFlowsEndWhenTheGuardForgetsThem(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	w.enforce(mesh(grants{ann: all}))
+	w.enforce(meshOf(grants{ann: all}))
 	if err := w.pic.I.Serve(); err != nil {
 		t.Fatal(err)
 	}
@@ -178,7 +179,7 @@ func TestKernelThatCantBound(t *testing.T) {
 	w.open()
 	defer w.close()
 	w.p.unbounded = true
-	r := w.enforce(mesh(grants{ann: all}))
+	r := w.enforce(meshOf(grants{ann: all}))
 	report := w.inspect(r)
 	if len(report.Drift) > 0 || len(report.Problems) != 1 || !strings.Contains(report.Problems[0].Message, "can't count") {
 		t.Errorf("%+v", report)
@@ -310,7 +311,7 @@ func TestKernelRefusesToBound(t *testing.T) {
 				}
 				var r *policy.Ruleset
 				w.do(func() error {
-					r, err = w.round(mesh(grants{ann: all}))
+					r, err = w.round(meshOf(grants{ann: all}))
 					return nil
 				})
 				if c.closes {
@@ -336,7 +337,7 @@ func TestKernelRefusesToBound(t *testing.T) {
 					t.Errorf("ann's packet came out at %v", got)
 				}
 				before := refused
-				r = w.enforce(mesh(grants{ann: all, bob: policy.Incoming}))
+				r = w.enforce(meshOf(grants{ann: all, bob: mesh.Incoming}))
 				if drift := w.inspect(r).Drift; len(drift) > 0 || refused != before {
 					t.Errorf("at the next change: drift %v, refused %d times more", drift, refused-before)
 				}
@@ -354,7 +355,7 @@ func TestCutOfManyFlows(t *testing.T) {
 	w.open()
 	defer w.close()
 	w.p.maxFlows = 4 * each
-	wide := w.enforce(mesh(grants{ann: all, bob: all}))
+	wide := w.enforce(meshOf(grants{ann: all, bob: all}))
 	a := netlab.Addresses()
 	for i := range each {
 		from := netip.AddrPortFrom(ann4, uint16(10000+i))
@@ -365,7 +366,7 @@ func TestCutOfManyFlows(t *testing.T) {
 	if have := len(w.conntrackOf(ann4)); have < 2*each {
 		t.Fatalf("ann has %d flows, want %d", have, 2*each)
 	}
-	closed := w.enforce(mesh(grants{bob: all}))
+	closed := w.enforce(meshOf(grants{bob: all}))
 	var before, after runtime.MemStats
 	runtime.GC()
 	runtime.ReadMemStats(&before)
@@ -400,7 +401,7 @@ func TestFlowsRecoverAfterAFlush(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	r := w.enforce(mesh(grants{ann: all, bob: all}))
+	r := w.enforce(meshOf(grants{ann: all, bob: all}))
 	if err := w.pic.B.TrackFlows(); err != nil {
 		t.Fatal(err)
 	}
@@ -424,7 +425,7 @@ func TestFlowsRecoverAfterAFlush(t *testing.T) {
 		}
 		w.do(func() error { return w.p.Enforce(context.Background(), r) })
 		w.cut(r, []policy.Narrowed{
-			{ID: policy.PeerID{1}, Addresses: []netip.Addr{ann4, ann6}}, {ID: policy.PeerID{2}, Addresses: []netip.Addr{bob4, bob6}},
+			{PublicKey: mesh.PublicKey{1}, Addresses: []netip.Addr{ann4, ann6}}, {PublicKey: mesh.PublicKey{2}, Addresses: []netip.Addr{bob4, bob6}},
 		})
 		for _, f := range flows {
 			n++
@@ -467,11 +468,11 @@ func TestHoldersAreNamed(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	m := mesh(grants{ann: all, bob: all})
+	m := meshOf(grants{ann: all, bob: all})
 	cyd, dan := netip.MustParseAddr("100.64.0.12"), netip.MustParseAddr("100.64.0.13")
 	for i, a := range []netip.Addr{cyd, dan} {
-		m.Peers = append(m.Peers, policy.Peer{
-			ID: policy.PeerID{byte(3 + i)}, Name: []string{"cyd", "dan"}[i], Addresses: []netip.Addr{a}, Grants: allowed(all),
+		m.Peers = append(m.Peers, mesh.Peer{
+			PublicKey: mesh.PublicKey{byte(3 + i)}, Name: []string{"cyd", "dan"}[i], Addresses: mesh.Addresses{a, netip.AddrFrom16([16]byte{0: 0xfd, 1: 0x6d, 2: 0x65, 3: 0x73, 4: 0x68, 15: byte(0x12 + i)})}, Permissions: mesh.Granted(all),
 		})
 	}
 	r := w.enforce(m)
@@ -518,7 +519,7 @@ func TestFullTableIsTold(t *testing.T) {
 	w.open()
 	defer w.close()
 	set := w.pretend(map[string]string{flowMax: "1000", flowCount: "10"})
-	r := w.enforce(mesh(grants{ann: all, bob: all}))
+	r := w.enforce(meshOf(grants{ann: all, bob: all}))
 	w.spread(map[netip.Addr]int{ann4: 30})
 	for _, c := range []struct{ count, want string }{
 		{"10", ""},
@@ -605,7 +606,7 @@ func BenchmarkNewFlows(b *testing.B) {
 				g.open()
 				defer g.close()
 				g.p.unbounded, g.p.maxFlows = !counted, 1<<20
-				g.enforce(mesh(grants{ann: all}))
+				g.enforce(meshOf(grants{ann: all}))
 				to := netip.AddrPortFrom(netlab.Addresses().I.V4, 5000)
 				for i := range have {
 					g.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, uint16(1+i)), to, nil))
@@ -703,8 +704,8 @@ func TestCutInFlatMemory(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	wide := w.enforce(mesh(grants{ann: all, bob: all}))
-	closed := w.enforce(mesh(grants{bob: all}))
+	wide := w.enforce(meshOf(grants{ann: all, bob: all}))
+	closed := w.enforce(meshOf(grants{bob: all}))
 	for _, c := range []struct {
 		name     string
 		src, dst netip.Addr
@@ -760,8 +761,8 @@ func BenchmarkCut(b *testing.B) {
 				g := newRig(b)
 				g.open()
 				defer g.close()
-				wide := g.enforce(mesh(grants{ann: all, bob: all}))
-				closed := g.enforce(mesh(grants{bob: all}))
+				wide := g.enforce(meshOf(grants{ann: all, bob: all}))
+				closed := g.enforce(meshOf(grants{bob: all}))
 				narrowed := policy.Diff(wide, closed)
 				for b.Loop() {
 					b.StopTimer()
@@ -813,7 +814,7 @@ func TestFamiliesShareAQuarter(t *testing.T) {
 	w.open()
 	defer w.close()
 	w.pretend(map[string]string{flowMax: strconv.Itoa(states)})
-	w.enforce(mesh(grants{ann: all}))
+	w.enforce(meshOf(grants{ann: all}))
 	if most := w.p.Limits().PerPeer; most != states/4 {
 		t.Fatalf("a peer may have %d entries, want %d", most, states/4)
 	}

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -25,7 +26,7 @@ func (g *rig) life() (err error) {
 		return err
 	}
 	var old *policy.Ruleset
-	for _, m := range []policy.Mesh{mesh(grants{}), mesh(grants{ann: all}), mesh(grants{bob: policy.Routing}), mesh(grants{})} {
+	for _, m := range []policy.Mesh{meshOf(grants{}), meshOf(grants{ann: all}), meshOf(grants{bob: mesh.Routing}), meshOf(grants{})} {
 		r, err := g.round(m)
 		if err != nil {
 			return err

@@ -16,6 +16,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -303,7 +304,7 @@ func TestSameVerdicts(t *testing.T) {
 			}
 			n, passed := 0, 0
 			for round := range rounds {
-				m := mesh(grants{ann: policy.Permissions(round), bob: policy.Permissions(rnd.IntN(8))})
+				m := meshOf(grants{ann: mesh.Permissions(round), bob: mesh.Permissions(rnd.IntN(8))})
 				m.DNS = round%2 == 0
 				m.Former, m.ListenPort = []netip.Addr{gone4, gone6, moved4}, meshPort
 				r := w.enforce(m)
@@ -331,7 +332,7 @@ func TestHairpinOfTheTunnel(t *testing.T) {
 	w.open()
 	defer w.close()
 	w.outside, w.outsidePort = routerAddresses(), portOutside
-	m := mesh(grants{ann: policy.Routing | policy.LAN})
+	m := meshOf(grants{ann: mesh.Routing | mesh.LAN})
 	m.ListenPort = meshPort
 	r := w.enforce(m)
 	var all []sent

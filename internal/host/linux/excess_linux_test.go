@@ -59,7 +59,7 @@ func TestExcessLooksAgain(t *testing.T) {
 	w.open()
 	defer w.close()
 	w.pretend(map[string]string{flowMax: strconv.Itoa(states), flowCount: "300"})
-	r := w.enforce(mesh(grants{ann: all}))
+	r := w.enforce(meshOf(grants{ann: all}))
 	w.others(r)
 	if w.p.others.excess.had != 300 {
 		t.Errorf("a look that found nothing noted %d", w.p.others.excess.had)
@@ -81,7 +81,7 @@ func TestExcessEnds(t *testing.T) {
 	w.open()
 	defer w.close()
 	set := w.pretend(map[string]string{flowMax: strconv.Itoa(states), flowCount: "0"})
-	r := w.enforce(mesh(grants{ann: all, bob: all}))
+	r := w.enforce(meshOf(grants{ann: all, bob: all}))
 	count := func() int {
 		n := len(w.conntrackOf(netip.Addr{}))
 		set(flowCount, strconv.Itoa(n))
@@ -155,7 +155,7 @@ func TestExcessOfBothFamilies(t *testing.T) {
 	w.open()
 	defer w.close()
 	set := w.pretend(map[string]string{flowMax: strconv.Itoa(states), flowCount: "0"})
-	r := w.enforce(mesh(grants{ann: all, bob: all}))
+	r := w.enforce(meshOf(grants{ann: all, bob: all}))
 	far := netlab.Addresses().I
 	each := map[netip.Addr]int{ann4: 500, ann6: 500, bob4: 500, bob6: 500}
 	for src, n := range each {

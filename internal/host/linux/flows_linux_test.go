@@ -13,6 +13,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -205,12 +206,12 @@ func TestFlowsFollowTheirOpener(t *testing.T) {
 	w.open()
 	defer w.close()
 	n := 0
-	old := w.enforce(mesh(grants{ann: all, bob: all}))
+	old := w.enforce(meshOf(grants{ann: all, bob: all}))
 	flows := append(w.openFlows(&n), w.hostFlows(&n)...)
 	judged, passed := 0, 0
-	for _, have := range []policy.Permissions{all, 0, policy.Incoming, policy.Routing, policy.LAN, policy.Routing | policy.LAN,
-		policy.Incoming | policy.Routing, policy.Incoming | policy.LAN, all} {
-		r := w.enforce(mesh(grants{ann: have, bob: all}))
+	for _, have := range []mesh.Permissions{all, 0, mesh.Incoming, mesh.Routing, mesh.LAN, mesh.Routing | mesh.LAN,
+		mesh.Incoming | mesh.Routing, mesh.Incoming | mesh.LAN, all} {
+		r := w.enforce(meshOf(grants{ann: have, bob: all}))
 		w.cut(r, policy.Diff(old, r))
 		old = r
 		w.reopen(r, flows, &n)
@@ -270,9 +271,9 @@ func TestCutFlowsStayDead(t *testing.T) {
 	w.open()
 	defer w.close()
 	n := 0
-	wide := w.enforce(mesh(grants{ann: all}))
+	wide := w.enforce(meshOf(grants{ann: all}))
 	flows := slices.DeleteFunc(w.openFlows(&n), func(f runningFlow) bool { return f.conn == nil })
-	closed := w.enforce(mesh(grants{}))
+	closed := w.enforce(meshOf(grants{}))
 	w.cut(closed, policy.Diff(wide, closed))
 	silent := func(when string) {
 		t.Helper()
@@ -292,10 +293,10 @@ func TestCutFlowsStayDead(t *testing.T) {
 	w.forget()
 	silent("after conntrack forgot")
 	w.do(func() error { w.p.filter.loaded = nil; return nil })
-	w.enforce(mesh(grants{}))
+	w.enforce(meshOf(grants{}))
 	silent("after a reload")
 
-	w.enforce(mesh(grants{ann: policy.Incoming}))
+	w.enforce(meshOf(grants{ann: mesh.Incoming}))
 	for _, f := range flows {
 		n += 2
 		w.inject(netlab.UDPPacket(f.near, f.far, word(n-1)))

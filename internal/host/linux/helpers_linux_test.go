@@ -18,7 +18,7 @@ func TestNoFlowWithAHelper(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	w.enforce(mesh(grants{ann: all}))
+	w.enforce(meshOf(grants{ann: all}))
 	const irc = 6667
 	if err := w.pic.B.Do(func() error {
 		c, err := nftables.New()

@@ -21,7 +21,7 @@ func TestLooksWhileTheHostChanges(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	w.enforce(mesh(grants{ann: all, bob: all}))
+	w.enforce(meshOf(grants{ann: all, bob: all}))
 	const addresses, changes = 1000, 400
 	batch := func(h *netlink.Handle, from, n int, do func(netlink.Link, *netlink.Addr) error) error {
 		link, err := h.LinkByName(netlab.LAN)
@@ -52,7 +52,7 @@ func TestLooksWhileTheHostChanges(t *testing.T) {
 	if err := onB(func(h *netlink.Handle) error { return batch(h, 0, addresses, h.AddrAdd) }); err != nil {
 		t.Fatal(err)
 	}
-	r := w.enforce(mesh(grants{ann: all, bob: all}))
+	r := w.enforce(meshOf(grants{ann: all, bob: all}))
 	done := make(chan struct{})
 	var g errgroup.Group
 	g.Go(func() error {

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -55,7 +56,7 @@ func TestIPsecNetworks(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	w.enforce(mesh(grants{ann: all, bob: policy.Routing}))
+	w.enforce(meshOf(grants{ann: all, bob: mesh.Routing}))
 	var seen atomic.Int64
 	sockets, err := ask(t.Context(), w.p, openWatch)
 	if err != nil {
@@ -87,7 +88,7 @@ func TestIPsecNetworks(t *testing.T) {
 		if seen.Load() == before {
 			t.Error("Watch saw no IPsec policy")
 		}
-		r := w.enforce(mesh(grants{ann: all, bob: policy.Routing}))
+		r := w.enforce(meshOf(grants{ann: all, bob: mesh.Routing}))
 		if !slices.Contains(r.Host().IPsec, secured) || r.Class(secured.Addr().Next()) != policy.OnLAN {
 			t.Errorf("%v is of class %v; the host's IPsec networks are %v", secured, r.Class(secured.Addr().Next()), r.Host().IPsec)
 		}
@@ -122,7 +123,7 @@ func TestIPsecForEverything(t *testing.T) {
 	defer w.close()
 	w.secure(netip.MustParsePrefix("0.0.0.0/0"))
 	w.secure(netip.MustParsePrefix("8.8.4.0/24"))
-	r := w.enforce(mesh(grants{bob: policy.Routing}))
+	r := w.enforce(meshOf(grants{bob: mesh.Routing}))
 	if by := r.Host().InternetByIPsec(); !by.IPv4 || by.IPv6 {
 		t.Errorf("by IPsec: %+v", by)
 	}

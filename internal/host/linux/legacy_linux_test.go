@@ -60,7 +60,7 @@ func TestLegacyTablesAreNamed(t *testing.T) {
 			g.open()
 			defer g.close()
 			var got []string
-			for _, p := range g.others(g.enforce(mesh(grants{ann: all}))) {
+			for _, p := range g.others(g.enforce(meshOf(grants{ann: all}))) {
 				got = append(got, p.Message)
 			}
 			if strings.Join(got, "\n") != strings.Join(tt.want, "\n") {

@@ -45,11 +45,11 @@ func TestLoadIsTriedAgain(t *testing.T) {
 			w := newWorld(t)
 			w.open()
 			defer w.close()
-			w.enforce(mesh(grants{ann: all}))
+			w.enforce(meshOf(grants{ann: all}))
 			times, refused := flushes, 0
 			f := flushed{lacking{Conn: w.p.filter.change.wire, refused: &refused}, &times, func() error { return w.pic.B.DeleteTable(tableName) }}
 			w.p.filter.change.wire = mdlayher.NewConn(f, 0)
-			r, err := w.loadAll(mesh(grants{ann: all, bob: all}))
+			r, err := w.loadAll(meshOf(grants{ann: all, bob: all}))
 			if (err != nil) != closes {
 				t.Fatalf("enforced: %v", err)
 			}
@@ -85,10 +85,10 @@ func TestLoadThatCantBeRead(t *testing.T) {
 			w := newWorld(t)
 			w.open()
 			defer w.close()
-			w.enforce(mesh(grants{ann: all}))
+			w.enforce(meshOf(grants{ann: all}))
 			times := failures
 			w.p.filter.sock = deaf{w.p.filter.sock, &times}
-			r, err := w.loadAll(mesh(grants{ann: all, bob: all}))
+			r, err := w.loadAll(meshOf(grants{ann: all, bob: all}))
 			if (err != nil) != closes {
 				t.Fatalf("enforced: %v", err)
 			}
@@ -97,7 +97,7 @@ func TestLoadThatCantBeRead(t *testing.T) {
 					t.Error("a table that couldn't be read counts as loaded")
 				}
 				times = 0
-				w.do(func() error { _, err := w.round(mesh(grants{})); return err })
+				w.do(func() error { _, err := w.round(meshOf(grants{})); return err })
 			} else if drift := w.inspect(r).Drift; len(drift) > 0 {
 				t.Errorf("drift %v", drift)
 			}
@@ -111,14 +111,14 @@ func TestTableOfAnotherVersion(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	w.enforce(mesh(grants{ann: all}))
+	w.enforce(meshOf(grants{ann: all}))
 	if err := w.change(func(c *nftables.Conn) {
 		c.DelTable(ourTable())
 		c.AddTable(ourTable())
 	})(); err != nil {
 		t.Fatal(err)
 	}
-	r := w.enforce(mesh(grants{ann: all, bob: all}))
+	r := w.enforce(meshOf(grants{ann: all, bob: all}))
 	if drift := w.inspect(r).Drift; len(drift) > 0 {
 		t.Errorf("drift %v", drift)
 	}

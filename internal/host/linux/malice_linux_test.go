@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -138,7 +139,7 @@ func TestMutatedPackets(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	r := w.enforce(mesh(grants{ann: policy.Routing}))
+	r := w.enforce(meshOf(grants{ann: mesh.Routing}))
 	dst4, dst6 := destinations()
 	sent := 0
 	for n := range packets {

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -174,7 +175,7 @@ func samples(r *policy.Ruleset, outer []netip.AddrPort) []sample {
 	for _, a := range r.Mesh().Addresses {
 		near := false
 		for _, p := range r.Peers() {
-			i := slices.IndexFunc(p.Addresses, func(b netip.Addr) bool { return a.Is4() == b.Is4() })
+			i := slices.IndexFunc(p.Addresses[:], func(b netip.Addr) bool { return a.Is4() == b.Is4() })
 			if i < 0 {
 				continue
 			}
@@ -183,7 +184,7 @@ func samples(r *policy.Ruleset, outer []netip.AddrPort) []sample {
 				far = netip.MustParseAddr("2001:db8::1")
 			}
 			for i, up := range h.Uplinks(a) {
-				if !p.Permissions.Has(policy.Routing) || !h.Forwarding.Of(a) {
+				if !p.Permissions.Has(mesh.Routing) || !h.Forwarding.Of(a) {
 					break
 				}
 				by := ""
@@ -193,14 +194,14 @@ func samples(r *policy.Ruleset, outer []netip.AddrPort) []sample {
 				add(sample{what: toInternet + by, iif: h.Interface, oif: up, src: peer, dst: far})
 				add(sample{what: "from the internet to peers" + by, iif: up, oif: h.Interface, src: far, dst: peer, reply: true})
 			}
-			if p.Permissions.Has(policy.Routing|policy.LAN) && h.Forwarding.Of(a) && !near {
+			if p.Permissions.Has(mesh.Routing|mesh.LAN) && h.Forwarding.Of(a) && !near {
 				near = true
 				for _, n := range neighbours(h, a.Is4()) {
 					add(sample{what: "from peers to the network at " + n.iface, iif: h.Interface, oif: n.iface, src: peer, dst: n.addr})
 					add(sample{what: "from the network at " + n.iface + " to peers", iif: n.iface, oif: h.Interface, src: n.addr, dst: peer, reply: true})
 				}
 			}
-			if p.Permissions.Has(policy.Incoming) {
+			if p.Permissions.Has(mesh.Incoming) {
 				add(sample{what: "from peers to this host", iif: h.Interface, src: peer, dst: a})
 				add(sample{what: "from this host to peers", oif: h.Interface, src: a, dst: peer, reply: true})
 			}

@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // foreign is nftables of another program.
@@ -170,7 +170,7 @@ func TestObstaclesAreNamed(t *testing.T) {
 			g.software(tt.family, tt.name, tt.add)
 			g.open()
 			defer g.close()
-			found := g.others(g.enforce(mesh(grants{ann: all})))
+			found := g.others(g.enforce(meshOf(grants{ann: all})))
 			var texts []string
 			for _, p := range found {
 				texts = append(texts, p.Message)
@@ -179,7 +179,7 @@ func TestObstaclesAreNamed(t *testing.T) {
 				t.Errorf("problems are %q, want %q", got, tt.want)
 			}
 			// Without permissions nothing stands in the way of anything.
-			if rest := g.others(g.enforce(mesh(grants{}))); len(rest) > 0 {
+			if rest := g.others(g.enforce(meshOf(grants{}))); len(rest) > 0 {
 				t.Errorf("nothing is allowed, but %v", rest)
 			}
 		})
@@ -193,7 +193,7 @@ func TestObstaclesOfOneKind(t *testing.T) {
 	g := newRig(t)
 	g.open()
 	defer g.close()
-	m := mesh(grants{ann: policy.Routing | policy.Incoming})
+	m := meshOf(grants{ann: mesh.Routing | mesh.Incoming})
 	m.ListenPort = tunnelPort
 	r := g.enforce(m)
 	outer := []netip.AddrPort{netip.MustParseAddrPort("192.168.77.9:4000"), netip.MustParseAddrPort("198.51.100.77:4000"), netip.MustParseAddrPort("[2001:db8:7::7]:4000")}
@@ -245,7 +245,7 @@ func TestObstacleThatExpires(t *testing.T) {
 	g := newRig(t)
 	g.open()
 	defer g.close()
-	r := g.enforce(mesh(grants{ann: policy.Routing}))
+	r := g.enforce(meshOf(grants{ann: mesh.Routing}))
 	g.program(`table ip kind {
 		set going { type ipv4_addr; flags timeout; elements = { `+ann4.String()+` timeout 2s } }
 		chain c {
@@ -287,7 +287,7 @@ func TestOwnTableIsNoObstacle(t *testing.T) {
 	g := newRig(t)
 	g.open()
 	defer g.close()
-	wide := g.enforce(mesh(grants{ann: all}))
+	wide := g.enforce(meshOf(grants{ann: all}))
 	g.do(func() error { return g.p.close(meshName) })
 	report := g.inspect(wide)
 	if len(report.Drift) == 0 || len(report.Problems) > 0 {
@@ -330,7 +330,7 @@ func TestFlowTablesAreLookedFor(t *testing.T) {
 	if err != nil {
 		t.Skipf("this kernel has no flow tables: %v", err)
 	}
-	problems := g.others(g.enforce(mesh(grants{ann: all})))
+	problems := g.others(g.enforce(meshOf(grants{ann: all})))
 	if len(problems) != 1 || !strings.Contains(problems[0].Message, "flow table fast of table inet router") {
 		t.Errorf("problems: %v", problems)
 	}

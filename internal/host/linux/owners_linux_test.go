@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -69,7 +70,7 @@ func (w *world) hostSendsTo(dst netip.Addr, port int, b []byte) {
 
 // ownersMesh is a mesh with two peers and a removed one.
 func ownersMesh() policy.Mesh {
-	m := mesh(grants{ann: all, bob: all})
+	m := meshOf(grants{ann: all, bob: all})
 	m.Former, m.ListenPort = []netip.Addr{gone4, gone6, moved4}, meshPort
 	return m
 }
@@ -309,7 +310,7 @@ func TestLoopbackAliases(t *testing.T) {
 	w.open()
 	defer w.close()
 	w.ip(w.pic.B, "addr add "+alias4+"/32 dev lo\n-6 addr add "+alias6+"/128 dev lo\naddr add 203.0.113.200/32 dev lo")
-	r := w.enforce(mesh(grants{ann: policy.Routing | policy.LAN, bob: policy.Incoming}))
+	r := w.enforce(meshOf(grants{ann: mesh.Routing | mesh.LAN, bob: mesh.Incoming}))
 	n := 0
 	for _, text := range []string{alias4, alias6, "203.0.113.200"} {
 		dst := netip.MustParseAddr(text)
@@ -363,7 +364,7 @@ func TestOddInterfaceNames(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.ip(w.pic.L, "addr add 100.70.0.2/16 dev eth0")
-	r := w.enforce(mesh(grants{ann: policy.Routing, bob: all}))
+	r := w.enforce(meshOf(grants{ann: mesh.Routing, bob: all}))
 	if h := r.Host(); h.Uplink4 != netlab.Uplink {
 		t.Errorf("the uplink is %q", h.Uplink4)
 	}
@@ -386,7 +387,7 @@ func TestOddInterfaceNames(t *testing.T) {
 	if err := nl.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: neighbour.AsSlice()}); err != nil {
 		t.Fatal(err)
 	}
-	if h := w.enforce(mesh(grants{ann: policy.Routing})).Host(); h.Uplink4 != "" {
+	if h := w.enforce(meshOf(grants{ann: mesh.Routing})).Host(); h.Uplink4 != "" {
 		t.Errorf("the uplink is %q", h.Uplink4)
 	}
 }
@@ -397,7 +398,7 @@ func TestOtherProtocols(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	w.enforce(mesh(grants{ann: all, bob: all}))
+	w.enforce(meshOf(grants{ann: all, bob: all}))
 	a := netlab.Addresses()
 	seen := make(chan netlab.Packet, 100)
 	for _, h := range []*netlab.Host{w.pic.W, w.pic.L} {

@@ -8,7 +8,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // toMesh waits until the kernel has sent a packet with this payload to the mesh.
@@ -38,7 +38,7 @@ func udpPacket(src, dst netip.Addr, payload string) []byte {
 func TestRoundTrip(t *testing.T) {
 	g := newRig(t)
 	g.open()
-	g.enforce(mesh(grants{ann: policy.Routing}))
+	g.enforce(meshOf(grants{ann: mesh.Routing}))
 	for i, dst := range netlab.Addresses().I.List() {
 		at, err := g.pic.I.Watch(func(p netlab.Packet) bool { return !p.Out && p.DstPort == 5000 })
 		if err != nil {

@@ -21,6 +21,7 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/nlconn"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -341,7 +342,7 @@ func (p *Platform) close(name string) error {
 		host, mesh.ListenPort = p.last.Host(), p.last.Mesh().ListenPort
 		host.Interface, mesh.Former = name, p.last.Mesh().Former
 		for _, peer := range p.last.Peers() {
-			mesh.Former = append(mesh.Former[:len(mesh.Former):len(mesh.Former)], peer.Addresses...)
+			mesh.Former = append(mesh.Former[:len(mesh.Former):len(mesh.Former)], peer.Addresses[:]...)
 		}
 	}
 	host.FoundForwarding = p.found()
@@ -569,15 +570,15 @@ func (p *Platform) closeUp() error {
 // for. Answers come in by the uplink, or by any interface that leads to the lan.
 func (p *Platform) need(r *policy.Ruleset) need {
 	n := need{mesh: p.name}
-	var have policy.Permissions
+	var have mesh.Permissions
 	for _, peer := range r.Peers() {
 		have |= peer.Permissions
 	}
 	h := r.Host()
-	if !have.Has(policy.Routing) {
+	if !have.Has(mesh.Routing) {
 		return n
 	}
-	lan := have.Has(policy.LAN)
+	lan := have.Has(mesh.LAN)
 	n.ipv6 = h.Forwarding.IPv6 && (h.Uplink6 != "" || lan)
 	if !h.Forwarding.IPv4 || h.Uplink4 == "" && !lan {
 		return n

@@ -24,6 +24,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/nlconn"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -38,7 +39,7 @@ func TestHostIsLeftAsFound(t *testing.T) {
 			w.software(nftables.TableFamilyIPv4, "docker", docker)
 			before := w.snapshot()
 			w.open()
-			for _, m := range []policy.Mesh{mesh(grants{ann: all}), mesh(grants{bob: policy.Routing})} {
+			for _, m := range []policy.Mesh{meshOf(grants{ann: all}), meshOf(grants{bob: mesh.Routing})} {
 				r := w.enforce(m)
 				if report := w.inspect(r); len(report.Drift) > 0 || !report.Forwarding.IPv4 || !report.Forwarding.IPv6 {
 					t.Errorf("after Enforce: %+v", report)
@@ -83,7 +84,7 @@ func TestKilledHelperIsCleanedUp(t *testing.T) {
 	w.findForwarding("0")
 	before := w.snapshot()
 	w.open()
-	w.enforce(mesh(grants{ann: all}))
+	w.enforce(meshOf(grants{ann: all}))
 	w.die()
 
 	n := 0
@@ -96,7 +97,7 @@ func TestKilledHelperIsCleanedUp(t *testing.T) {
 		t.Error("the journal outlived the repair")
 	}
 	w.closedToOutside(&n, "after Open")
-	w.enforce(mesh(grants{ann: all}))
+	w.enforce(meshOf(grants{ann: all}))
 	w.die()
 
 	// A platform that was never opened cleans up as well.
@@ -145,14 +146,14 @@ func TestDeadTunnelIsReplaced(t *testing.T) {
 	w.findForwarding("0")
 	before := w.snapshot()
 	w.open()
-	w.enforce(mesh(grants{ann: all}))
+	w.enforce(meshOf(grants{ann: all}))
 	n := 0
 	// What is narrower holds, although the interface is gone.
 	if err := w.dev.Close(); err != nil {
 		t.Fatal(err)
 	}
 	err := w.pic.B.Do(func() error {
-		_, err := w.round(mesh(grants{}))
+		_, err := w.round(meshOf(grants{}))
 		return err
 	})
 	var step *host.StepError
@@ -169,7 +170,7 @@ func TestDeadTunnelIsReplaced(t *testing.T) {
 		return err
 	})
 	w.closedToOutside(&n, "after it was opened again")
-	r := w.enforce(mesh(grants{ann: all}))
+	r := w.enforce(meshOf(grants{ann: all}))
 	if drift := w.inspect(r).Drift; len(drift) > 0 {
 		t.Errorf("after it was opened again: %v", drift)
 	}
@@ -187,7 +188,7 @@ func TestFailedOpenKeepsPeersIn(t *testing.T) {
 	w.findForwarding("0")
 	before := w.snapshot()
 	w.open()
-	r := w.enforce(mesh(grants{ann: all}))
+	r := w.enforce(meshOf(grants{ann: all}))
 	outer := netlab.Addresses().BUplink
 	var senders []*net.UDPConn
 	for i, to := range []netip.Addr{ann4, unassigned4, ann6, unassigned6} {
@@ -260,7 +261,7 @@ func TestFailedOpenKeepsPeersIn(t *testing.T) {
 			t.Errorf("%d of the host's packets for a peer left, the first to %v by %s", len(got), got[0].packet.Dst, got[0].where)
 		}
 	}
-	if drift := w.inspect(w.enforce(mesh(grants{ann: all}))).Drift; len(drift) > 0 {
+	if drift := w.inspect(w.enforce(meshOf(grants{ann: all}))).Drift; len(drift) > 0 {
 		t.Errorf("after the recovery: %v", drift)
 	}
 	w.close()
@@ -304,14 +305,14 @@ func TestLostTableKeepsPeersIn(t *testing.T) {
 	w.findForwarding("0")
 	before := w.snapshot()
 	w.open()
-	w.enforce(mesh(grants{ann: all}))
+	w.enforce(meshOf(grants{ann: all}))
 	var senders []*net.UDPConn
 	for _, from := range []netip.Addr{own4, netlab.Addresses().BUplink.V4, own6, netlab.Addresses().BUplink.V6} {
 		senders = append(senders, w.socket(netip.AddrPortFrom(from, 0)))
 	}
 	other := w.takeTable()
 	err := w.pic.B.Do(func() error {
-		_, err := w.round(mesh(grants{ann: policy.Incoming}))
+		_, err := w.round(meshOf(grants{ann: mesh.Incoming}))
 		return err
 	})
 	var step *host.StepError
@@ -352,7 +353,7 @@ func TestLostTableKeepsPeersIn(t *testing.T) {
 			t.Fatal("the other program's table stays")
 		}
 	}
-	if drift := w.inspect(w.enforce(mesh(grants{ann: all}))).Drift; len(drift) > 0 {
+	if drift := w.inspect(w.enforce(meshOf(grants{ann: all}))).Drift; len(drift) > 0 {
 		t.Errorf("after the recovery: %v", drift)
 	}
 	w.close()
@@ -367,7 +368,7 @@ func TestFailedStartKeepsPeersIn(t *testing.T) {
 	w.findForwarding("0")
 	before := w.snapshot()
 	w.open()
-	w.enforce(mesh(grants{ann: all}))
+	w.enforce(meshOf(grants{ann: all}))
 	cfg := w.p.cfg
 	w.die()
 	taken := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: meshName}, PeerName: "other1"}
@@ -412,7 +413,7 @@ func TestOnlyOneHelper(t *testing.T) {
 	g := newRig(t)
 	g.open()
 	defer g.close()
-	g.enforce(mesh(grants{ann: all}))
+	g.enforce(meshOf(grants{ann: all}))
 	before := g.snapshot()
 	err := g.pic.B.Do(func() error {
 		p, err := New(Options{StateDir: t.TempDir()})
@@ -486,7 +487,7 @@ func TestDriftIsFoundAndRepaired(t *testing.T) {
 	g := newRig(t)
 	g.open()
 	defer g.close()
-	m := mesh(grants{ann: all})
+	m := meshOf(grants{ann: all})
 	changes, stop := g.watch()
 	defer stop()
 	for _, tt := range []struct {
@@ -730,11 +731,11 @@ func (g *rig) reports(seen *atomic.Int64, change func() error) {
 func TestForwardingThatOthersNeedStays(t *testing.T) {
 	g := newRig(t)
 	g.open()
-	g.enforce(mesh(grants{ann: all}))
+	g.enforce(meshOf(grants{ann: all}))
 	if err := g.pic.B.SetSysctl("net.ipv4.ip_forward", "1"); err != nil {
 		t.Fatal(err)
 	}
-	if r := g.enforce(mesh(grants{ann: all})); !r.Host().FoundForwarding.IPv4 {
+	if r := g.enforce(meshOf(grants{ann: all})); !r.Host().FoundForwarding.IPv4 {
 		t.Error("forwarding that another program switched on isn't found")
 	}
 	left := g.close()
@@ -758,8 +759,8 @@ func TestRedirectsOfOthersDontOpen(t *testing.T) {
 	})
 	w.open()
 	defer w.close()
-	for n, have := range []policy.Permissions{0, policy.Incoming, policy.Routing, all} {
-		w.enforce(mesh(grants{ann: have}))
+	for n, have := range []mesh.Permissions{0, mesh.Incoming, mesh.Routing, all} {
+		w.enforce(meshOf(grants{ann: have}))
 		for i, to := range []netip.Addr{own4, a.BUplink.V4, a.I.V4, bob4} {
 			id := 10*n + i
 			w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, uint16(6000+id)), netip.AddrPortFrom(to, 7000), word(id)))
@@ -788,7 +789,7 @@ func TestRewrittenWithoutFlow(t *testing.T) {
 	})
 	w.open()
 	defer w.close()
-	w.enforce(mesh(grants{ann: all}))
+	w.enforce(meshOf(grants{ann: all}))
 	quoted := netlab.UDPPacket(netip.AddrPortFrom(ann4, 5000), netip.AddrPortFrom(a.I.V4, 4000), word(2))
 	for i, packet := range [][]byte{
 		netlab.UDPPacket(netip.AddrPortFrom(a.I.V4, 4000), netip.AddrPortFrom(a.BUplink.V4, 5000), word(1)),
@@ -811,7 +812,7 @@ func TestNewAddressIsClosed(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	w.enforce(mesh(grants{ann: all}))
+	w.enforce(meshOf(grants{ann: all}))
 	addr := netip.MustParseAddr("198.51.100.200")
 	if err := w.pic.B.AddAddr(netlab.Public, single(addr)); err != nil {
 		t.Fatal(err)
@@ -821,7 +822,7 @@ func TestNewAddressIsClosed(t *testing.T) {
 	if got := w.captures(word(1)); len(got) > 0 {
 		t.Errorf("an address that isn't known yet was reached: %v", got)
 	}
-	w.enforce(mesh(grants{ann: all}))
+	w.enforce(meshOf(grants{ann: all}))
 	w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, 4001), netip.AddrPortFrom(addr, 5000), word(2)))
 	w.settle([][]byte{word(2)})
 	if got := w.captures(word(2)); !once(got, "host") {
@@ -834,7 +835,7 @@ func TestSegmentsFitTheTunnel(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	w.enforce(mesh(grants{ann: all}))
+	w.enforce(meshOf(grants{ann: all}))
 	// No host exists that could answer by itself.
 	for i, far := range []netip.Addr{netip.MustParseAddr("8.8.8.8"), netip.MustParseAddr("2001:4860::8888")} {
 		src := netip.AddrPortFrom([]netip.Addr{ann4, ann6}[i], 4000)
@@ -873,7 +874,7 @@ func TestReplacedTableHolds(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	w.enforce(mesh(grants{ann: policy.Routing}))
+	w.enforce(meshOf(grants{ann: mesh.Routing}))
 	var done atomic.Bool
 	var sent [2]atomic.Int64
 	var sending errgroup.Group

@@ -6,7 +6,7 @@ import (
 	"testing"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // excludePrivate are the routes that WireGuard's apps write for all but private networks.
@@ -44,7 +44,7 @@ func TestRoutesThatExcludePrivateIPs(t *testing.T) {
 		commands += "route add " + p + " via " + a.VPNPeer.V4.String() + " dev vpn0\n"
 	}
 	w.ip(w.pic.B, commands)
-	r := w.enforce(mesh(grants{ann: policy.Routing, bob: policy.Routing | policy.LAN}))
+	r := w.enforce(meshOf(grants{ann: mesh.Routing, bob: mesh.Routing | mesh.LAN}))
 	if h := r.Host(); h.Uplink4 != "vpn0" || h.Uplink6 != "vpn0" || len(h.NearlyDefault()) > 0 {
 		t.Errorf("the uplinks are %q and %q, nearly default is %v", h.Uplink4, h.Uplink6, h.NearlyDefault())
 	}
@@ -54,7 +54,7 @@ func TestRoutesThatExcludePrivateIPs(t *testing.T) {
 	w.peerSends(4, bob4, a.L.V4, netlab.LAN)
 	// With one of them gone the rest is no default route any more, and is named.
 	w.ip(w.pic.B, "route del 208.0.0.0/4 dev vpn0")
-	r = w.enforce(mesh(grants{ann: policy.Routing, bob: policy.Routing | policy.LAN}))
+	r = w.enforce(meshOf(grants{ann: mesh.Routing, bob: mesh.Routing | mesh.LAN}))
 	if near := r.Host().NearlyDefault(); len(near) != 1 || near[0].Interface != "vpn0" {
 		t.Errorf("nearly default is %+v", near)
 	}
@@ -70,7 +70,7 @@ func TestRouterByItsPublicAddress(t *testing.T) {
 	w.open()
 	defer w.close()
 	a := netlab.Addresses()
-	m := mesh(grants{ann: policy.Routing, bob: policy.Routing | policy.LAN})
+	m := meshOf(grants{ann: mesh.Routing, bob: mesh.Routing | mesh.LAN})
 	w.outside = []netip.Addr{a.I.V4, a.I.V6}
 	w.enforce(m)
 	w.peerSends(1, ann4, a.I.V4, "")

@@ -17,6 +17,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/lab/rulesets"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -54,7 +55,7 @@ func newNeighbourhood(t *testing.T) *neighbourhood {
 		-6 neigh replace fd22::2 lladdr 02:00:5e:00:53:22 dev virbr0 nud permanent`)
 	b.open()
 	t.Cleanup(func() { b.close() })
-	m := mesh(grants{ann: all})
+	m := meshOf(grants{ann: all})
 	m.ListenPort = tunnelPort
 	b.enforce(m)
 	b.do(func() error {
@@ -324,7 +325,7 @@ func TestRulesetsThatChange(t *testing.T) {
 	g := newRig(t)
 	g.open()
 	defer g.close()
-	g.enforce(mesh(grants{ann: all}))
+	g.enforce(meshOf(grants{ann: all}))
 	const work, none = "meta mark set 7", "counter"
 	load := func(first, second string) {
 		g.program(`table inet other
@@ -382,15 +383,15 @@ func TestObstaclesOnTheWayToNetworks(t *testing.T) {
 	i := slices.IndexFunc(rulesets.All, func(r rulesets.Ruleset) bool { return r.Name == "libvirt by nft" })
 	b.load(rulesets.All[i])
 	for _, tt := range []struct {
-		permissions policy.Permissions
+		permissions mesh.Permissions
 		want        []string
 	}{
 		{all, []string{
 			"table ip libvirt_network (rule with handle", "table ip6 libvirt_network (rule with handle",
 		}},
-		{policy.Incoming | policy.Routing, nil},
+		{mesh.Incoming | mesh.Routing, nil},
 	} {
-		m := mesh(grants{ann: tt.permissions})
+		m := meshOf(grants{ann: tt.permissions})
 		m.ListenPort = tunnelPort
 		found := b.others(b.enforce(m))
 		if len(found) != len(tt.want) {

@@ -7,7 +7,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // TestSearchingPeer has peers with lan send to thousands of addresses of an attached
@@ -25,7 +25,7 @@ func TestSearchingPeer(t *testing.T) {
 			defer w.close()
 			many := crowd(30)
 			for i := range many.Peers {
-				many.Peers[i].Grants = allowed(policy.Routing | policy.LAN)
+				many.Peers[i].Permissions = mesh.Granted(mesh.Routing | mesh.LAN)
 			}
 			w.enforce(many)
 			to := netip.MustParseAddr([]string{"172.20.1.0", "fd20::1:0"}[family])

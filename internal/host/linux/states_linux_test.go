@@ -10,6 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -46,14 +47,14 @@ func TestStates(t *testing.T) {
 		name string
 		mesh policy.Mesh
 	}{
-		{"two peers, nothing allowed", mesh(grants{})},
-		{"ann may route", mesh(grants{ann: policy.Routing})},
-		{"ann may reach the lan, bob the host", mesh(grants{ann: policy.Routing | policy.LAN, bob: policy.Incoming})},
-		{"ann has lan without routing", mesh(grants{ann: policy.LAN})},
-		{"bob is gone", policy.Mesh{Prefixes: meshPrefixes(), Addresses: mesh(grants{}).Addresses, Peers: mesh(grants{}).Peers[:1]}},
-		{"no peer is left", policy.Mesh{Prefixes: meshPrefixes(), Addresses: mesh(grants{}).Addresses}},
-		{"ann may route", mesh(grants{ann: policy.Routing})},
-		{"two peers, nothing allowed", mesh(grants{})},
+		{"two peers, nothing allowed", meshOf(grants{})},
+		{"ann may route", meshOf(grants{ann: mesh.Routing})},
+		{"ann may reach the lan, bob the host", meshOf(grants{ann: mesh.Routing | mesh.LAN, bob: mesh.Incoming})},
+		{"ann has lan without routing", meshOf(grants{ann: mesh.LAN})},
+		{"bob is gone", policy.Mesh{Prefixes: meshPrefixes(), Addresses: meshOf(grants{}).Addresses, Peers: meshOf(grants{}).Peers[:1]}},
+		{"no peer is left", policy.Mesh{Prefixes: meshPrefixes(), Addresses: meshOf(grants{}).Addresses}},
+		{"ann may route", meshOf(grants{ann: mesh.Routing})},
+		{"two peers, nothing allowed", meshOf(grants{})},
 	} {
 		dump := g.dump(g.enforce(state.mesh), before)
 		if old, ok := seen[state.name]; ok && old != dump {

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/flow"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -217,7 +218,7 @@ func (c *compiler) peerSets(f family) []set {
 		addresses("may_routing"+f.suffix, f.addr, nil),
 		addresses("may_lan"+f.suffix, f.addr, nil),
 	}
-	need := [...]policy.Permissions{policy.Incoming, policy.Routing, policy.Routing | policy.LAN}
+	need := [...]mesh.Permissions{mesh.Incoming, mesh.Routing, mesh.Routing | mesh.LAN}
 	for _, p := range c.r.Peers() {
 		for _, a := range p.Addresses {
 			if !f.belongs(a) {

@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
 
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -38,7 +39,7 @@ func ruleset(t testing.TB, m policy.Mesh, h policy.Host) *policy.Ruleset {
 
 // TestText shows the whole ruleset; read testdata/table.nft to learn it.
 func TestText(t *testing.T) {
-	m := mesh(grants{ann: policy.Routing | policy.LAN, bob: policy.Incoming})
+	m := meshOf(grants{ann: mesh.Routing | mesh.LAN, bob: mesh.Incoming})
 	m.DNS, m.ListenPort = true, 51820
 	m.Former = []netip.Addr{netip.MustParseAddr("100.64.0.12"), netip.MustParseAddr("fd6d:6573:6800::12")}
 	h := someHost()
@@ -72,7 +73,7 @@ func TestWithoutForwardingNothingIsForwarded(t *testing.T) {
 	h := someHost()
 	h.Forwarding.IPv6 = false
 	h.Uplink4 = ""
-	for _, line := range rules(compile(ruleset(t, mesh(grants{ann: all}), h), params{mtu: testMTU})) {
+	for _, line := range rules(compile(ruleset(t, meshOf(grants{ann: all}), h), params{mtu: testMTU})) {
 		if strings.HasPrefix(line, "permitted6: ") && strings.Contains(line, "return") {
 			t.Errorf("IPv6 isn't forwarded, but: %s", line)
 		}
@@ -84,7 +85,7 @@ func TestWithoutForwardingNothingIsForwarded(t *testing.T) {
 
 // TestChainsExist follows every jump.
 func TestChainsExist(t *testing.T) {
-	full := compile(ruleset(t, mesh(grants{ann: all}), someHost()), params{mtu: testMTU})
+	full := compile(ruleset(t, meshOf(grants{ann: all}), someHost()), params{mtu: testMTU})
 	have, sets := map[string]bool{}, map[string]bool{}
 	for _, c := range full.chains {
 		if have[c.name] {

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -36,7 +37,7 @@ func TestStrangersGetNoAnswer(t *testing.T) {
 			w.ip(w.pic.B, "route add unreachable 192.0.2.0/24\n-6 route add unreachable 2001:db8:9::/48")
 			w.open()
 			defer w.close()
-			w.enforce(mesh(grants{ann: all}))
+			w.enforce(meshOf(grants{ann: all}))
 			a := netlab.Addresses()
 			answers := make(chan netlab.Packet, 1000)
 			for _, h := range []*netlab.Host{w.pic.L, w.pic.W} {
@@ -132,7 +133,7 @@ link set lan0 master br7
 link set pub0 master br7`)
 	w.open()
 	defer w.close()
-	w.enforce(mesh(grants{ann: policy.Routing}))
+	w.enforce(meshOf(grants{ann: mesh.Routing}))
 	a := netlab.Addresses()
 	to, err := w.pic.P.Netlink().LinkByName("eth0")
 	if err != nil {

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/nlconn"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -32,7 +33,7 @@ func TestNoFlowTakesWhatIsSentToTheHost(t *testing.T) {
 		for i, host := range a.BUplink.List() {
 			own := netip.AddrPortFrom(host, p)
 			w.socket(own)
-			w.enforce(mesh(grants{ann: policy.Routing}))
+			w.enforce(meshOf(grants{ann: mesh.Routing}))
 			far, peer := netip.AddrPortFrom(a.I.List()[i], 51820), []netip.Addr{ann4, ann6}[i]
 			n++
 			w.inject(netlab.UDPPacket(netip.AddrPortFrom(peer, p), far, word(n)))
@@ -67,7 +68,7 @@ func TestPortsAreDrawn(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	w.enforce(mesh(grants{ann: policy.Routing}))
+	w.enforce(meshOf(grants{ann: mesh.Routing}))
 	ports, n := map[uint16]bool{}, 0
 	for range 40 {
 		n++
@@ -90,7 +91,7 @@ func TestHostKeepsPorts(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	w.enforce(mesh(grants{ann: policy.Routing}))
+	w.enforce(meshOf(grants{ann: mesh.Routing}))
 	far := netlab.Addresses().I.V4
 	if err := w.pic.I.Serve(); err != nil {
 		t.Fatal(err)
@@ -138,7 +139,7 @@ func TestPortsFollowTheHost(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	r := w.enforce(mesh(grants{ann: policy.Routing}))
+	r := w.enforce(meshOf(grants{ann: mesh.Routing}))
 	far := netip.AddrPortFrom(netlab.Addresses().I.V4, 5000)
 	n := 0
 	send := func() (netlab.Packet, bool) {
@@ -179,7 +180,7 @@ func TestPortsFollowTheHost(t *testing.T) {
 	if err := w.pic.B.SetSysctl("net.ipv4.ip_local_port_range", "1024 65535"); err != nil {
 		t.Fatal(err)
 	}
-	r = w.enforce(mesh(grants{ann: policy.Routing}))
+	r = w.enforce(meshOf(grants{ann: mesh.Routing}))
 	if r.FromPeer(policy.Packet{Src: ann4, Dst: far.Addr(), Proto: policy.ProtoUDP, SrcPort: 1, DstPort: 2}).Pass {
 		t.Error("without a port that isn't the host's, routing is allowed")
 	}
@@ -195,7 +196,7 @@ func TestPortsFollowTheHost(t *testing.T) {
 	if err := w.pic.B.SetSysctl("net.ipv4.ip_local_port_range", "32768 60999"); err != nil {
 		t.Fatal(err)
 	}
-	w.enforce(mesh(grants{ann: policy.Routing}))
+	w.enforce(meshOf(grants{ann: mesh.Routing}))
 	if _, ok := send(); !ok {
 		t.Error("with ports again, ann's packet doesn't come out")
 	}
@@ -264,7 +265,7 @@ func TestWireGuardsPortStays(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	m := mesh(grants{ann: policy.Routing})
+	m := meshOf(grants{ann: mesh.Routing})
 	m.ListenPort = 5000
 	w.enforce(m)
 	r := w.enforce(m)
@@ -283,7 +284,7 @@ func TestRunningFlowsKeepTheirPort(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	w.enforce(mesh(grants{ann: policy.Routing}))
+	w.enforce(meshOf(grants{ann: mesh.Routing}))
 	far := netip.AddrPortFrom(netlab.Addresses().I.V4, 5000)
 	n := 0
 	send := func(from uint16) uint16 {
@@ -303,7 +304,7 @@ func TestRunningFlowsKeepTheirPort(t *testing.T) {
 	}
 	w.socket(netip.AddrPortFrom(netlab.Addresses().BUplink.V4, 12000))
 	w.do(func() error { w.p.ports.now = portRange{}; return nil })
-	w.enforce(mesh(grants{ann: policy.Routing}))
+	w.enforce(meshOf(grants{ann: mesh.Routing}))
 	if w.p.ports.now.has(12000) {
 		t.Fatalf("flows are translated to %v, and a program has port 12000", w.p.ports.now)
 	}
@@ -337,7 +338,7 @@ func TestSocketsAmongThePorts(t *testing.T) {
 	}
 	host := netlab.Addresses().BUplink.V4
 	w.socket(netip.AddrPortFrom(host, 30000+minPorts-1))
-	r := w.enforce(mesh(grants{ann: policy.Routing}))
+	r := w.enforce(meshOf(grants{ann: mesh.Routing}))
 	have := w.p.ports.now
 	if have.size() < minPorts {
 		t.Fatalf("the range is %v", have)

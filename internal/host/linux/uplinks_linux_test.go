@@ -9,7 +9,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // far returns addresses of the internet, of which the uplinks' routers know no more than
@@ -71,7 +71,7 @@ func TestEqualUplinks(t *testing.T) {
 	b := w.pic.B
 	w.ip(b, `route replace default nexthop via `+a.W.V4.String()+` dev wan0 nexthop via 203.0.113.130 dev pub0
 		-6 route add default metric 10 nexthop via 2001:db8:1::1 dev wan0 nexthop via 2001:db8:2::2 dev pub0`)
-	r := w.enforce(mesh(grants{ann: policy.Routing}))
+	r := w.enforce(meshOf(grants{ann: mesh.Routing}))
 	if h := r.Host(); len(h.Uplinks(own4)) != 2 || len(h.Uplinks(own6)) != 2 {
 		t.Errorf("uplinks %v and %v", h.Uplinks(own4), h.Uplinks(own6))
 	}
@@ -87,7 +87,7 @@ func TestEqualUplinks(t *testing.T) {
 	}
 	// What isn't of equal cost is no uplink.
 	w.ip(b, "route replace default via "+a.W.V4.String()+" dev wan0\nroute add default via 203.0.113.130 dev pub0 metric 50")
-	if h := w.enforce(mesh(grants{ann: policy.Routing})).Host(); len(h.Uplinks(own4)) != 1 {
+	if h := w.enforce(meshOf(grants{ann: mesh.Routing})).Host(); len(h.Uplinks(own4)) != 1 {
 		t.Errorf("uplinks %v", h.Uplinks(own4))
 	}
 }
@@ -104,7 +104,7 @@ func TestSourceOfTheRoute(t *testing.T) {
 	n := 0
 	check := func(about string, want, want6 netip.Addr) {
 		t.Helper()
-		r := w.enforce(mesh(grants{ann: policy.Routing}))
+		r := w.enforce(meshOf(grants{ann: mesh.Routing}))
 		if drift := w.inspect(r).Drift; len(drift) > 0 {
 			t.Errorf("%s: %v", about, drift)
 		}
@@ -135,7 +135,7 @@ func TestFullTunnelsOfOthers(t *testing.T) {
 	n := 0
 	check := func(about, link string, v4, v6 netip.Addr, takes bool) {
 		t.Helper()
-		r := w.enforce(mesh(grants{ann: policy.Routing}))
+		r := w.enforce(meshOf(grants{ann: mesh.Routing}))
 		h := r.Host()
 		if h.Uplink4 != link || h.Uplink6 != link {
 			t.Errorf("%s: uplinks %q and %q, want %q", about, h.Uplink4, h.Uplink6, link)
@@ -182,7 +182,7 @@ func TestWayIsNamed(t *testing.T) {
 	g := newRig(t)
 	g.open()
 	defer g.close()
-	r := g.enforce(mesh(grants{ann: policy.Routing}))
+	r := g.enforce(meshOf(grants{ann: mesh.Routing}))
 	named := func() int {
 		return len(slices.DeleteFunc(g.others(r), func(p host.Problem) bool { return p.Step != "find the way to the internet" }))
 	}

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/nlconn"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -181,7 +182,7 @@ func (p *Platform) waysBack(r *policy.Ruleset) (out []host.Problem) {
 // internet to one that routes, and the host's own.
 func toPeers(r *policy.Ruleset, own netip.Addr) (out []host.Packet) {
 	h, peers := r.Host(), r.Peers()
-	first := func(may policy.Permissions) (netip.Addr, bool) {
+	first := func(may mesh.Permissions) (netip.Addr, bool) {
 		for _, p := range peers {
 			if !p.Permissions.Has(may) {
 				continue
@@ -195,7 +196,7 @@ func toPeers(r *policy.Ruleset, own netip.Addr) (out []host.Packet) {
 		return netip.Addr{}, false
 	}
 	far := elsewhere[own.Is4()][0]
-	if a, ok := first(policy.Routing); ok && h.Uplink(own) != "" && h.Forwarding.Of(own) {
+	if a, ok := first(mesh.Routing); ok && h.Uplink(own) != "" && h.Forwarding.Of(own) {
 		out = append(out, host.Packet{In: h.Uplink(own), Packet: policy.Packet{Src: far, Dst: a}})
 	}
 	if a, ok := first(0); ok {
@@ -209,7 +210,7 @@ func toPeers(r *policy.Ruleset, own netip.Addr) (out []host.Packet) {
 func (p *Platform) waysOut(r *policy.Ruleset, marks map[bool]uint32) (out []host.Problem) {
 	h := r.Host()
 	for _, own := range r.Mesh().Addresses {
-		i := slices.IndexFunc(r.Peers(), func(p policy.PeerRules) bool { return p.Permissions.Has(policy.Routing) })
+		i := slices.IndexFunc(r.Peers(), func(p policy.PeerRules) bool { return p.Permissions.Has(mesh.Routing) })
 		uplinks := h.Uplinks(own)
 		if i < 0 || len(uplinks) == 0 || !h.Forwarding.Of(own) {
 			continue

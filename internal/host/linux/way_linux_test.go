@@ -33,10 +33,10 @@ func TestWay(t *testing.T) {
 	defer g.close()
 	a := netlab.Addresses()
 	elsewhere := netip.MustParseAddr("198.51.100.1")
-	m := mesh(grants{ann: all, bob: all})
+	m := meshOf(grants{ann: all, bob: all})
 	from := m.Peers[0].Addresses[0]
 	byUplink := host.Way{Interface: netlab.Uplink, Router: a.W.V4, Source: a.BUplink.V4}
-	g.enforce(mesh(grants{}))
+	g.enforce(meshOf(grants{}))
 	if got := g.wayOf(host.Packet{In: meshName, Packet: policy.Packet{Src: from, Dst: elsewhere}}); got != byUplink {
 		t.Errorf("before forwarding is on: %+v", got)
 	}

@@ -12,6 +12,7 @@ import (
 	mdlayher "github.com/mdlayher/netlink"
 
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -39,8 +40,8 @@ func TestStalledStep(t *testing.T) {
 	before := w.snapshot()
 	w.open()
 	w.p.worker.grace = shortly
-	r := w.enforce(mesh(grants{ann: all}))
-	narrower, err := policy.Compile(mesh(grants{ann: all, bob: policy.Routing}), r.Host(), time.Unix(0, 0))
+	r := w.enforce(meshOf(grants{ann: all}))
+	narrower, err := policy.Compile(meshOf(grants{ann: all, bob: mesh.Routing}), r.Host(), time.Unix(0, 0))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -82,7 +83,7 @@ func TestStalledStep(t *testing.T) {
 	if now := w.p.forward.now(meshName); now.IPv4 || now.IPv6 {
 		t.Errorf("after a call whose context has ended the host forwards: %+v", now)
 	}
-	if drift := w.inspect(w.enforce(mesh(grants{ann: all}))).Drift; len(drift) > 0 {
+	if drift := w.inspect(w.enforce(meshOf(grants{ann: all}))).Drift; len(drift) > 0 {
 		t.Errorf("after the recovery: %v", drift)
 	}
 	w.close()
@@ -160,7 +161,7 @@ func TestSilentKernel(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	r := w.enforce(mesh(grants{ann: all}))
+	r := w.enforce(meshOf(grants{ann: all}))
 	for name, call := range w.calls(r) {
 		if name != "Enforce" && name != "Inspect" {
 			continue // they don't ask at this socket
@@ -185,7 +186,7 @@ func TestSilentKernel(t *testing.T) {
 					t.Errorf("after it failed, %v may route", may)
 				}
 			}
-			if drift := w.inspect(w.enforce(mesh(grants{ann: all}))).Drift; len(drift) > 0 {
+			if drift := w.inspect(w.enforce(meshOf(grants{ann: all}))).Drift; len(drift) > 0 {
 				t.Errorf("after %s: %v", name, drift)
 			}
 		}
@@ -197,7 +198,7 @@ func TestCloseAfterTheEnd(t *testing.T) {
 	g := newRig(t)
 	before := g.snapshot()
 	g.open()
-	g.enforce(mesh(grants{ann: all}))
+	g.enforce(meshOf(grants{ann: all}))
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	if _, err := g.p.Close(ctx); err != nil {
@@ -215,14 +216,14 @@ func TestFrozenDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	g.open()
-	g.enforce(mesh(grants{ann: all}))
+	g.enforce(meshOf(grants{ann: all}))
 	thaw := make(chan struct{})
 	freeze(t, g.p.forward.saver)
 	go func() {
 		<-thaw
 		g.p.forward.saver.work()
 	}()
-	returns(t, "Enforce", func() { g.enforce(mesh(grants{ann: policy.Incoming})) })
+	returns(t, "Enforce", func() { g.enforce(meshOf(grants{ann: mesh.Incoming})) })
 	if now := g.p.forward.now(meshName); now.IPv4 || now.IPv6 {
 		t.Errorf("while the disk is frozen the host still forwards: %+v", now)
 	}
@@ -236,7 +237,7 @@ func TestFrozenDisk(t *testing.T) {
 			t.Error(err)
 			return
 		}
-		r, err := policy.Compile(mesh(grants{ann: all}), h, time.Unix(0, 0))
+		r, err := policy.Compile(meshOf(grants{ann: all}), h, time.Unix(0, 0))
 		if err != nil {
 			t.Error(err)
 			return
@@ -249,7 +250,7 @@ func TestFrozenDisk(t *testing.T) {
 		t.Errorf("the host forwards before the disk knows: %+v", now)
 	}
 	close(thaw)
-	g.enforce(mesh(grants{ann: all}))
+	g.enforce(meshOf(grants{ann: all}))
 	g.close()
 	if g.journalExists() {
 		t.Error("the journal is left")

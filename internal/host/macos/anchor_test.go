@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
 )
@@ -40,35 +41,27 @@ func prefixes(texts ...string) []netip.Prefix {
 }
 
 // testMesh is a mesh of n peers that have the permissions in turn.
-func testMesh(n int, have ...policy.Permissions) policy.Mesh {
+func testMesh(n int, have ...mesh.Permissions) policy.Mesh {
 	m := policy.Mesh{
-		Prefixes:  []netip.Prefix{policy.DefaultPrefix4, policy.DefaultPrefix6},
+		Prefixes:  []netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6},
 		Addresses: []netip.Addr{netip.MustParseAddr("100.64.0.1"), netip.MustParseAddr("fd6d:6573:6800::1")},
 		DNS:       true,
 	}
 	for i := range n {
 		k := i + 2
-		m.Peers = append(m.Peers, policy.Peer{
-			ID: policy.PeerID{byte(k), byte(k >> 8), byte(k >> 16)}, Name: fmt.Sprint("p", k),
-			Addresses: []netip.Addr{
+		m.Peers = append(m.Peers, mesh.Peer{
+			PublicKey: mesh.PublicKey{byte(k), byte(k >> 8), byte(k >> 16)}, Name: fmt.Sprint("p", k),
+			Addresses: mesh.Addresses{
 				netip.AddrFrom4([4]byte{100, 64 + byte(k>>16), byte(k >> 8), byte(k)}),
 				netip.AddrFrom16([16]byte{0xfd, 0x6d, 0x65, 0x73, 0x68, 13: byte(k >> 16), 14: byte(k >> 8), 15: byte(k)}),
 			},
-			Grants: grants(have[i%len(have)]),
+			Permissions: mesh.Granted(have[i%len(have)]),
 		})
 	}
 	return m
 }
 
-func grants(p policy.Permissions) policy.Grants {
-	var g policy.Grants
-	for _, one := range policy.AllPermissions {
-		g.Of(one).Allowed = p.Has(one)
-	}
-	return g
-}
-
-const everything = policy.Incoming | policy.Routing | policy.LAN
+const everything = mesh.Incoming | mesh.Routing | mesh.LAN
 
 func mustRuleset(t testing.TB, m policy.Mesh, h policy.Host) *policy.Ruleset {
 	t.Helper()
@@ -100,7 +93,7 @@ func (a *Anchor) rules() []*pfconf.Rule {
 
 func TestRulesDontGrowWithPeers(t *testing.T) {
 	one := mustAnchor(t, mustRuleset(t, testMesh(1, everything), testHost()))
-	many := mustAnchor(t, mustRuleset(t, testMesh(3000, everything, 0, policy.Routing), testHost()))
+	many := mustAnchor(t, mustRuleset(t, testMesh(3000, everything, 0, mesh.Routing), testHost()))
 	if d := cmp.Diff(one.rules(), many.rules(), cmpopts.EquateComparable(netip.Prefix{}, netip.Addr{})); d != "" {
 		t.Error(d)
 	}
@@ -222,12 +215,12 @@ func TestKills(t *testing.T) {
 		want      string
 	}{
 		{"nothing narrower", all, all, ""},
-		{"routing goes, and lan with it", all, mustRuleset(t, testMesh(2, policy.Incoming, everything), testHost()),
+		{"routing goes, and lan with it", all, mustRuleset(t, testMesh(2, mesh.Incoming, everything), testHost()),
 			"100.64.0.2/32>0.0.0.0/0 fd6d:6573:6800::2/128>::/0"},
-		{"incoming goes", all, mustRuleset(t, testMesh(2, everything, policy.Routing|policy.LAN), testHost()),
+		{"incoming goes", all, mustRuleset(t, testMesh(2, everything, mesh.Routing|mesh.LAN), testHost()),
 			"100.64.0.3/32>100.64.0.1/32 100.64.0.3/32>192.168.77.1/32 100.64.0.3/32>203.0.113.1/32 " +
 				"fd6d:6573:6800::3/128>2001:db8:1::1/128 fd6d:6573:6800::3/128>fd6d:6573:6800::1/128"},
-		{"lan goes", all, mustRuleset(t, testMesh(2, everything, policy.Routing|policy.Incoming), testHost()),
+		{"lan goes", all, mustRuleset(t, testMesh(2, everything, mesh.Routing|mesh.Incoming), testHost()),
 			"100.64.0.3/32>10.0.0.0/8 100.64.0.3/32>169.254.0.0/16 100.64.0.3/32>172.16.0.0/12 " +
 				"100.64.0.3/32>192.168.0.0/16 100.64.0.3/32>198.18.0.0/15 100.64.0.3/32>203.0.113.0/24 " +
 				"fd6d:6573:6800::3/128>64:ff9b::a00:0/104 fd6d:6573:6800::3/128>64:ff9b::a9fe:0/112 fd6d:6573:6800::3/128>64:ff9b::ac10:0/108 " +
@@ -257,7 +250,7 @@ func TestKills(t *testing.T) {
 // aren't cut one by one, and that nothing of theirs is left out.
 func TestKillsAreBounded(t *testing.T) {
 	old := mustRuleset(t, testMesh(10_000, everything), testHost())
-	next := mustRuleset(t, testMesh(10_000, policy.Routing), testHost())
+	next := mustRuleset(t, testMesh(10_000, mesh.Routing), testHost())
 	kills := Kills(old, next, policy.Diff(old, next))
 	if len(kills) > maxKills {
 		t.Errorf("%d kills", len(kills))

@@ -6,6 +6,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
@@ -29,7 +30,7 @@ func TestBesideTailscale(t *testing.T) {
 			other, err := g.mac.Tailscale(routes...)
 			g.must(err)
 			g.open()
-			m := testMesh(2, everything, policy.Routing)
+			m := testMesh(2, everything, mesh.Routing)
 			m.Former = []netip.Addr{addrOf("100.64.9.9")}
 			g.enforce(m)
 			g.clean(g.enforce(m))
@@ -107,7 +108,7 @@ func TestVPNWithoutPrivateSpace(t *testing.T) {
 		g.must(g.mac.Kernel.AddRoute(darwin.Route{Dst: p, Index: n.Interface(name).Index, Flags: darwin.RouteUp | darwin.RouteStatic}))
 	}
 	g.open()
-	r := g.enforce(testMesh(2, policy.Routing))
+	r := g.enforce(testMesh(2, mesh.Routing))
 	if c := r.Class(addrOf("9.9.9.9")); r.Host().Uplink4 != name || c != policy.Internet {
 		t.Errorf("uplink %q, 9.9.9.9 is of class %v", r.Host().Uplink4, c)
 	}
@@ -131,7 +132,7 @@ func TestLoopbackAlias(t *testing.T) {
 			g.must(g.mac.SkipLoopback())
 		}
 		g.open()
-		g.enforce(testMesh(2, policy.Routing|policy.LAN, policy.Incoming))
+		g.enforce(testMesh(2, mesh.Routing|mesh.LAN, mesh.Incoming))
 		for _, alias := range []string{"10.254.254.254", "198.51.100.77"} {
 			g.arrives(g.p.name, first, alias, simmac.Dropped)
 			g.arrives(g.p.name, second, alias, simmac.Delivered)
@@ -140,7 +141,7 @@ func TestLoopbackAlias(t *testing.T) {
 		}
 		g.arrives(g.p.name, first, "10.77.1.1", simmac.Dropped) // its route leads back here
 		g.arrives(g.p.name, first, "10.78.1.1", simmac.Forwarded)
-		g.clean(g.enforce(testMesh(2, policy.Routing|policy.LAN, policy.Incoming)))
+		g.clean(g.enforce(testMesh(2, mesh.Routing|mesh.LAN, mesh.Incoming)))
 	}
 }
 

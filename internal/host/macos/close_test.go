@@ -9,7 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/meshhelper/meshhelper/darwin"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // TestClosesWithItsTimeUp ends the time that enforcing has at each of its steps: what
@@ -19,8 +19,8 @@ func TestClosesWithItsTimeUp(t *testing.T) {
 	for _, step := range []string{StepAddresses, StepRoutes, StepAnchor, StepTables, StepEnable} {
 		g := newRig(t)
 		g.open()
-		g.enforce(testMesh(2, everything, everything&^policy.LAN))
-		g.enforce(testMesh(2, everything, everything&^policy.LAN))
+		g.enforce(testMesh(2, everything, everything&^mesh.LAN))
+		g.enforce(testMesh(2, everything, everything&^mesh.LAN))
 		forwards := func() bool {
 			return g.mac.Kernel.Variable("net.inet.ip.forwarding")+g.mac.Kernel.Variable("net.inet6.ip6.forwarding") != "00"
 		}
@@ -35,7 +35,7 @@ func TestClosesWithItsTimeUp(t *testing.T) {
 		case StepEnable:
 			g.mac.PF.Disable()
 		}
-		r := g.compile(testMesh(2, everything&^policy.LAN, everything))
+		r := g.compile(testMesh(2, everything&^mesh.LAN, everything))
 		ctx, cancel := context.WithCancel(t.Context())
 		reached := false
 		g.step = func(name string) {

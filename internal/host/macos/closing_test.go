@@ -14,6 +14,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -87,7 +88,7 @@ func TestForwardingGoesOffWhateverFails(t *testing.T) {
 				if forwards() != "11" {
 					t.Fatalf("before, forwarding is %s", forwards())
 				}
-				less, none := g.compile(testMesh(2, everything, everything&^policy.LAN)), g.compile(testMesh(2, 0, 0))
+				less, none := g.compile(testMesh(2, everything, everything&^mesh.LAN)), g.compile(testMesh(2, 0, 0))
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
 				if fault.timeUp {

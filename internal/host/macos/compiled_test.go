@@ -12,6 +12,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -28,7 +29,7 @@ func compiledTable() map[string]*policy.Ruleset {
 				h := testHost()
 				h.Interface = "utun4095"
 				h.FoundForwarding = policy.Families{IPv4: found, IPv6: found}
-				m := testMesh(peers, have, policy.Incoming)
+				m := testMesh(peers, have, mesh.Incoming)
 				m.ListenPort, m.Former = 51820, []netip.Addr{netip.MustParseAddr("100.64.200.1"), netip.MustParseAddr("fd6d:6573:6800::c801")}
 				r, err := policy.Compile(m, h, start)
 				if err != nil {

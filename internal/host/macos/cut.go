@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/owned"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -297,10 +298,10 @@ func (p *Platform) noteCut(r *policy.Ruleset) {
 	p.cuts.forget(now)
 	for _, peer := range r.Peers() {
 		var may access
-		if peer.Permissions.Has(policy.Incoming) {
+		if peer.Permissions.Has(mesh.Incoming) {
 			may |= accessIncoming
 		}
-		if peer.Permissions.Has(policy.Routing) && r.Mesh().DNS {
+		if peer.Permissions.Has(mesh.Routing) && r.Mesh().DNS {
 			may |= accessDNS
 		}
 		for _, a := range peer.Addresses {
@@ -320,7 +321,7 @@ func (p *Platform) inheritsCut(r *policy.Ruleset) bool {
 	now := p.o.Now()
 	for a := range p.cuts.inherited {
 		i, known := r.PeerByAddr(a)
-		if known && now.Before(p.cuts.until[a]) && !r.Peers()[i].Permissions.Has(policy.Incoming) {
+		if known && now.Before(p.cuts.until[a]) && !r.Peers()[i].Permissions.Has(mesh.Incoming) {
 			return true
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -141,7 +142,7 @@ func testCutWaitsForNoDisk(t *testing.T) {
 	disk := make(chan error)
 	g.p.cuts.write = func(string, []byte) error { return <-disk }
 	g.arrives(g.p.name, first, "100.64.0.1", simmac.Delivered)
-	r := g.enforce(testMesh(2, policy.Routing, everything))
+	r := g.enforce(testMesh(2, mesh.Routing, everything))
 	began := time.Now()
 	g.must(g.p.Cut(t.Context(), r, policy.Diff(old, r)))
 	if took := time.Since(began); took > 2*time.Second {

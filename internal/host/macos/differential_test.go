@@ -12,6 +12,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
@@ -70,7 +71,7 @@ func drawChange(t *rapid.T, w world) world {
 	next := w
 	next.mesh.Peers = slices.Clone(w.mesh.Peers)
 	for i := range next.mesh.Peers {
-		next.mesh.Peers[i].Grants = grants(drawPermissions(t))
+		next.mesh.Peers[i].Permissions = mesh.Granted(drawPermissions(t))
 	}
 	if n := len(next.mesh.Peers); n > 0 && rapid.IntRange(0, 3).Draw(t, "removed") == 0 {
 		next.mesh.Peers = next.mesh.Peers[:n-1]
@@ -433,7 +434,7 @@ func (c *comparison) after(f testFlow, narrowed []policy.Narrowed) {
 	byHost := f.opened.In == ""
 	want := v.Pass && (f.out == "" && v.Exit == policy.ExitHost || f.out != "" && c.mayLeave(f.opened, v, f.out))
 	untouched := !slices.ContainsFunc(narrowed, func(n policy.Narrowed) bool {
-		return slices.Contains(n.Addresses, f.opened.Src) || slices.Contains(n.Addresses, f.opened.Dst)
+		return slices.Contains(n.Addresses[:], f.opened.Src) || slices.Contains(n.Addresses[:], f.opened.Dst)
 	})
 	if v.Pass && !want && f.out != "" && !byHost && !f.routed {
 		return // its opener may open it, but it left by an interface that no route leads to

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -127,8 +128,8 @@ func forwardingFor(r *policy.Ruleset) policy.Families {
 	h := r.Host()
 	var routing, lan bool
 	for _, p := range r.Peers() {
-		routing = routing || p.Permissions.Has(policy.Routing)
-		lan = lan || p.Permissions.Has(policy.Routing|policy.LAN)
+		routing = routing || p.Permissions.Has(mesh.Routing)
+		lan = lan || p.Permissions.Has(mesh.Routing|mesh.LAN)
 	}
 	return policy.Families{
 		IPv4: h.Forwarding.IPv4 && routing && (lan || h.Uplink4 != ""),

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
@@ -210,8 +211,8 @@ func (p probe) String() string {
 
 // isTransit reports whether the probe is forwarded between others than peers.
 func (p probe) isTransit(r *policy.Ruleset) bool {
-	mesh := r.Host().Interface
-	return p.in != "" && p.in != mesh && p.out != "" && p.out != mesh
+	tunnel := r.Host().Interface
+	return p.in != "" && p.in != tunnel && p.out != "" && p.out != tunnel
 }
 
 // afterRedirect returns the probe as it goes on after the redirection.
@@ -255,10 +256,10 @@ type probes struct {
 // newProbes collects the addresses and ports to try.
 func newProbes(m *pfsim.Machine, a *Anchor, r *policy.Ruleset) *probes {
 	p := &probes{r: r, host: r.Host(), interfaces: m.Interfaces(), ports: []uint16{22, 53, 443}}
-	kinds := map[policy.Permissions]int{}
+	kinds := map[mesh.Permissions]int{}
 	for _, peer := range r.Peers() {
 		if kinds[peer.Permissions]++; kinds[peer.Permissions] <= 2 && len(p.peers) < maxProbePeers {
-			p.peers = append(p.peers, peer.Addresses...)
+			p.peers = append(p.peers, peer.Addresses[:]...)
 		}
 	}
 	for _, s := range [][]netip.Prefix{r.Sets().Self, r.Sets().Peers, r.Sets().LAN} {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
@@ -56,10 +57,10 @@ func TestWhatIsHeldIsWhatWasWritten(t *testing.T) {
 	t.Logf("%d meshes and hosts, %d loads, %d changes in place", worlds, loads, inPlace)
 }
 
-func randomPermissions(rng *rand.Rand) []policy.Permissions {
-	out := []policy.Permissions{policy.Routing}
+func randomPermissions(rng *rand.Rand) []mesh.Permissions {
+	out := []mesh.Permissions{mesh.Routing}
 	for range rng.IntN(4) {
-		out = append(out, policy.Permissions(rng.IntN(int(everything)+1)))
+		out = append(out, mesh.Permissions(rng.IntN(int(everything)+1)))
 	}
 	return out
 }
@@ -168,7 +169,7 @@ func changeByAndBy(t *rapid.T, changes, packets *int) {
 	next.mesh.Peers = slices.Clone(w.mesh.Peers)
 	for i := range next.mesh.Peers {
 		if rapid.IntRange(0, 3).Draw(t, "changed") == 0 {
-			next.mesh.Peers[i].Grants = grants(drawPermissions(t))
+			next.mesh.Peers[i].Permissions = mesh.Granted(drawPermissions(t))
 		}
 	}
 	next.drawInterfaces(t)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
@@ -84,7 +85,7 @@ func TestTransitOfAnyKind(t *testing.T) {
 				t.Fatalf("the packet doesn't pass even without us: %v (%s)", o.Fate, o.Why)
 			}
 			g.mac.Kernel.SetVariable("net.inet.ip.forwarding", "0")
-			if err := g.p.Enforce(t.Context(), g.compile(testMesh(1, policy.Routing))); err == nil {
+			if err := g.p.Enforce(t.Context(), g.compile(testMesh(1, mesh.Routing))); err == nil {
 				t.Error("it is enforced")
 			}
 			if o := g.mac.Receive(c.p, link); o.Fate == simmac.Forwarded {
@@ -110,7 +111,7 @@ func TestHarmlessQuickRules(t *testing.T) {
 			g := newRig(t)
 			g.must(g.mac.LoadAnchor("com.apple/100.x", rules))
 			g.open()
-			g.enforce(testMesh(2, policy.Routing))
+			g.enforce(testMesh(2, mesh.Routing))
 			g.arrives(g.p.name, first, "9.9.9.9", simmac.Forwarded)
 		})
 	}
@@ -123,7 +124,7 @@ func TestAnchorsOfAnyName(t *testing.T) {
 		g := newRig(t)
 		g.must(g.mac.LoadAnchor(name, "pass in on lo0 all no state\n"))
 		g.open()
-		g.clean(g.enforce(testMesh(1, policy.Routing)))
+		g.clean(g.enforce(testMesh(1, mesh.Routing)))
 	}
 }
 
@@ -135,7 +136,7 @@ func TestInterfacesWithoutAddresses(t *testing.T) {
 		g.must(g.mac.AddEthernet("en9", nil))
 		g.must(g.mac.LoadMain("set skip on en9\n" + simmac.StockMain))
 		g.open()
-		if err := g.p.Enforce(t.Context(), g.compile(testMesh(1, policy.Routing))); err == nil {
+		if err := g.p.Enforce(t.Context(), g.compile(testMesh(1, mesh.Routing))); err == nil {
 			t.Error("it is enforced")
 		}
 		g.arrives("en9", "198.51.100.66", "9.9.9.9", simmac.Dropped)
@@ -146,7 +147,7 @@ func TestInterfacesWithoutAddresses(t *testing.T) {
 		g.must(g.mac.AddEthernet("awdl0", []string{"fe80::1234/64"}))
 		g.must(g.mac.LoadAnchor("com.apple/200.AirDrop", "pass quick on awdl0 all no state\n"))
 		g.open()
-		if err := g.p.Enforce(t.Context(), g.compile(testMesh(1, policy.Routing))); err == nil {
+		if err := g.p.Enforce(t.Context(), g.compile(testMesh(1, mesh.Routing))); err == nil {
 			t.Error("it is enforced")
 		}
 		g.arrives("awdl0", "2001:db8:66::66", "2001:db8:1::77", simmac.Dropped)
@@ -226,9 +227,9 @@ func TestManyInterfacesCome(t *testing.T) {
 func TestKillsOfARange(t *testing.T) {
 	h := testHost()
 	h.Routes = append(h.Routes, policy.Route{Prefix: netip.MustParsePrefix("8.8.8.0/24"), Interface: "en0"})
-	old := mustRuleset(t, testMesh(1, policy.Routing), h)
+	old := mustRuleset(t, testMesh(1, mesh.Routing), h)
 	h.Routes = append(slices.Clone(h.Routes), policy.Route{Prefix: netip.MustParsePrefix("8.8.8.0/22"), Interface: "en0"})
-	next := mustRuleset(t, testMesh(1, policy.Routing), h)
+	next := mustRuleset(t, testMesh(1, mesh.Routing), h)
 	kills := Kills(old, next, policy.Diff(old, next))
 	if !slices.ContainsFunc(kills, func(k Kill) bool { return k.To.Contains(addrOf("8.8.9.9")) }) {
 		t.Errorf("a flow to 8.8.9.9, which was internet and is lan, lives on: %v", kills)
@@ -241,7 +242,7 @@ func TestLeavingWithManyPeers(t *testing.T) {
 	g := newRig(t)
 	before := g.mac.Dump()
 	g.open()
-	g.enforce(testMesh(60, policy.Routing))
+	g.enforce(testMesh(60, mesh.Routing))
 	g.mac.PF.Calls()
 	g.close()
 	kills := 0
@@ -269,7 +270,7 @@ func TestProbingIsBounded(t *testing.T) {
 	g.must(g.mac.LoadAnchor("com.apple/100.x", b.String()))
 	g.open()
 	start := time.Now()
-	err := g.p.Enforce(t.Context(), g.compile(testMesh(1, policy.Routing)))
+	err := g.p.Enforce(t.Context(), g.compile(testMesh(1, mesh.Routing)))
 	if err == nil || !strings.Contains(err.Error(), errTooMany.Error()) {
 		t.Errorf("got %v after %v", err, time.Since(start))
 	}

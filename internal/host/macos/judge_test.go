@@ -8,6 +8,7 @@ import (
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
 )
@@ -115,7 +116,7 @@ func TestByOthers(t *testing.T) {
 func TestByOthersWithoutFilter(t *testing.T) {
 	g := newRig(t)
 	g.open()
-	g.enforce(testMesh(1, policy.Incoming))
+	g.enforce(testMesh(1, mesh.Incoming))
 	g.must(g.mac.LoadAnchor("com.apple/100.x", "block drop quick proto tcp from any to any port 22\n"))
 	ask := func() string {
 		t.Helper()

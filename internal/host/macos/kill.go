@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
 )
@@ -41,15 +42,15 @@ func Kills(old, next *policy.Ruleset, narrowed []policy.Narrowed) []Kill {
 			case old == nil || n.Removed || !known:
 				out = append(out, killAll(a)...)
 				continue
-			case n.Lost.Has(policy.Routing) || isUprooted(old, next, a):
+			case n.Lost.Has(mesh.Routing) || isUprooted(old, next, a):
 				out = append(out, killOpened(a))
 				continue
 			}
 			to := slices.Clone(moved)
-			if n.Lost.Has(policy.Incoming) {
+			if n.Lost.Has(mesh.Incoming) {
 				to = append(to, next.Sets().Self...)
 			}
-			if n.Lost.Has(policy.LAN) {
+			if n.Lost.Has(mesh.LAN) {
 				to = append(to, lan...)
 			}
 			out = append(out, killTo(a, sorted(to))...)

@@ -9,6 +9,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
 )
@@ -27,7 +28,7 @@ func TestDocumentation(t *testing.T) {
 	if !ok || !ok2 {
 		t.Fatalf("%s lacks %q or %q", file, begin, end)
 	}
-	m := testMesh(3, everything, policy.Incoming, policy.Routing)
+	m := testMesh(3, everything, mesh.Incoming, mesh.Routing)
 	m.ListenPort = 51820
 	m.Former = []netip.Addr{netip.MustParseAddr("100.64.0.9"), netip.MustParseAddr("fd6d:6573:6800::9")}
 	h := testHost()
@@ -79,7 +80,7 @@ func TestLoads(t *testing.T) {
 
 func BenchmarkCompileAndPrint(b *testing.B) {
 	for name, peers := range map[string]int{"60": 60, "10000": 10_000} {
-		r := mustRuleset(b, testMesh(peers, everything, 0, policy.Routing), testHost())
+		r := mustRuleset(b, testMesh(peers, everything, 0, mesh.Routing), testHost())
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {

@@ -4,6 +4,7 @@ import (
 	"slices"
 
 	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -12,7 +13,7 @@ import (
 func isNeeded(r *policy.Ruleset) bool {
 	h := r.Host()
 	return h.FoundForwarding != policy.Families{} || slices.ContainsFunc(r.Peers(), func(peer policy.PeerRules) bool {
-		return peer.Permissions.Has(policy.Routing)
+		return peer.Permissions.Has(mesh.Routing)
 	})
 }
 

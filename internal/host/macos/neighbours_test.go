@@ -7,6 +7,7 @@ import (
 
 	"pgregory.net/rapid"
 
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
@@ -188,7 +189,7 @@ func (n neighbour) foreign(t failer, w world) []Foreign {
 
 // TestFindForeign checks what is said of each neighbour on one host.
 func TestFindForeign(t *testing.T) {
-	w := world{mesh: testMesh(8, everything, 0, policy.Routing, policy.Incoming), host: testHost()}
+	w := world{mesh: testMesh(8, everything, 0, mesh.Routing, mesh.Incoming), host: testHost()}
 	for _, tt := range []struct{ neighbour, want string }{
 		{"Internet Sharing, behind", ""},
 		{"Internet Sharing, before", ""},

@@ -376,7 +376,7 @@ func (p *Platform) endFlows(ctx context.Context) error {
 	}
 	var all []policy.Narrowed
 	for _, peer := range p.enforced.Peers() {
-		all = append(all, policy.Narrowed{Addresses: peer.Addresses, Removed: true})
+		all = append(all, policy.Narrowed{Addresses: peer.Addresses.List(), Removed: true})
 	}
 	kills := Kills(nil, p.enforced, all)
 	if len(kills) > maxKillsAtEnd {

@@ -18,6 +18,7 @@ import (
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
@@ -164,7 +165,7 @@ func TestHostIsLeftAsFound(t *testing.T) {
 			g.must(err)
 			before := g.mac.Dump()
 			g.open()
-			for _, m := range []policy.Mesh{testMesh(2, everything), testMesh(3, policy.Routing), testMesh(1, policy.Incoming)} {
+			for _, m := range []policy.Mesh{testMesh(2, everything), testMesh(3, mesh.Routing), testMesh(1, mesh.Incoming)} {
 				g.clean(g.enforce(m))
 			}
 			r := g.enforce(testMesh(2, everything))
@@ -187,7 +188,7 @@ func TestHostIsLeftAsFound(t *testing.T) {
 func TestPicture(t *testing.T) {
 	g := newRig(t)
 	g.open()
-	g.enforce(testMesh(2, policy.Routing|policy.LAN, everything))
+	g.enforce(testMesh(2, mesh.Routing|mesh.LAN, everything))
 	utun := g.p.name
 	if o := g.arrives(utun, first, "9.9.9.9", simmac.Forwarded); o.Link != "en0" || o.Packet.Src != addrOf("203.0.113.1") {
 		t.Errorf("to the internet by %s from %v", o.Link, o.Packet.Src)
@@ -215,9 +216,9 @@ func TestPicture(t *testing.T) {
 func TestOnlyWhileNeeded(t *testing.T) {
 	g := newRig(t)
 	g.open()
-	for _, have := range []policy.Permissions{policy.Incoming, policy.Routing, policy.Incoming, policy.LAN} {
+	for _, have := range []mesh.Permissions{mesh.Incoming, mesh.Routing, mesh.Incoming, mesh.LAN} {
 		g.clean(g.enforce(testMesh(2, have)))
-		want := have.Has(policy.Routing)
+		want := have.Has(mesh.Routing)
 		forwards := g.mac.Kernel.Variable("net.inet.ip.forwarding") == "1"
 		if on := g.mac.PF.Enabled(); on != want || forwards != want || g.journalExists() != want {
 			t.Errorf("with %v: packet filter %v, forwarding %v, journal %v", have, on, forwards, g.journalExists())
@@ -233,7 +234,7 @@ func TestCutEndsFlows(t *testing.T) {
 	utun := g.p.name
 	out := g.arrives(utun, first, "9.9.9.9", simmac.Forwarded)
 	other := g.arrives(utun, second, "9.9.9.9", simmac.Forwarded)
-	next := g.enforce(testMesh(2, policy.Incoming, everything))
+	next := g.enforce(testMesh(2, mesh.Incoming, everything))
 	g.must(g.p.Cut(t.Context(), next, policy.Diff(old, next)))
 	answer := func(o simmac.Outcome) simmac.Outcome {
 		a := o.Packet
@@ -264,7 +265,7 @@ func TestCutStaysDead(t *testing.T) {
 	if o := g.mac.Send(segment); o.Fate != simmac.Sent {
 		t.Fatalf("the answer: %+v", o)
 	}
-	next := g.enforce(testMesh(2, policy.Routing))
+	next := g.enforce(testMesh(2, mesh.Routing))
 	g.must(g.p.Cut(t.Context(), next, policy.Diff(old, next)))
 	g.clean(next)
 	segment.Flags, segment.Seq, segment.Len = pfconf.FlagPSH|pfconf.FlagACK, 5001, 10
@@ -283,7 +284,7 @@ func TestCutStaysDead(t *testing.T) {
 	}
 	now := time.Now().Add(deadTime + time.Minute)
 	g.p.o.Now = func() time.Time { return now }
-	g.enforce(testMesh(2, policy.Routing))
+	g.enforce(testMesh(2, mesh.Routing))
 	if text := g.p.loaded.anchor.text(); strings.Contains(text, "<cut>") {
 		t.Errorf("still dead after its time:\n%s", text)
 	}
@@ -292,7 +293,7 @@ func TestCutStaysDead(t *testing.T) {
 // TestOwnFlowsGoOn takes everything from a peer while this Mac has a connection of
 // its own to it: both ends go on, for a day and longer.
 func TestOwnFlowsGoOn(t *testing.T) {
-	for what, m := range map[string]policy.Mesh{"nothing left": testMesh(2, 0, everything), "incoming left": testMesh(2, policy.Incoming, everything)} {
+	for what, m := range map[string]policy.Mesh{"nothing left": testMesh(2, 0, everything), "incoming left": testMesh(2, mesh.Incoming, everything)} {
 		t.Run(what, func(t *testing.T) {
 			g := newRig(t)
 			g.open()
@@ -326,7 +327,7 @@ func TestOwnFlowsGoOn(t *testing.T) {
 func TestCutDNSStaysDead(t *testing.T) {
 	g := newRig(t)
 	g.open()
-	old := g.enforce(testMesh(2, policy.Routing, everything))
+	old := g.enforce(testMesh(2, mesh.Routing, everything))
 	g.must(g.p.Cut(t.Context(), old, nil))
 	ask := syn(first, "100.64.0.1")
 	ask.Proto, ask.Flags, ask.Seq, ask.Window, ask.DstPort, ask.Len = pfconf.ProtoUDP, 0, 0, 0, 53, 30
@@ -604,9 +605,9 @@ func (g *rig) life() {
 	old := g.enforce(testMesh(2, everything))
 	g.must(g.p.Cut(g.t.Context(), old, policy.Diff(nil, old)))
 	g.arrives(g.p.name, first, "9.9.9.9", simmac.Forwarded)
-	next := g.enforce(testMesh(2, policy.Incoming, policy.Routing))
+	next := g.enforce(testMesh(2, mesh.Incoming, mesh.Routing))
 	g.must(g.p.Cut(g.t.Context(), next, policy.Diff(old, next)))
-	g.enforce(testMesh(2, policy.Incoming))
+	g.enforce(testMesh(2, mesh.Incoming))
 	g.enforce(testMesh(2, everything))
 	g.close()
 }
@@ -694,7 +695,7 @@ func TestTokenOfARunThatFailed(t *testing.T) {
 	g := newRig(t)
 	g.open()
 	g.mac.PF.Hold("pfctl")
-	r := g.compile(testMesh(1, policy.Routing))
+	r := g.compile(testMesh(1, mesh.Routing))
 	g.lost = "-E"
 	if err := g.p.Enforce(t.Context(), r); err == nil || g.lost != "" {
 		t.Fatalf("it is enforced: %v, lost %q", err, g.lost)

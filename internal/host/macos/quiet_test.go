@@ -13,6 +13,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
@@ -32,7 +33,7 @@ func newQuietMac(t *testing.T) *quietMac {
 	q.ran = func() { q.processes++ }
 	q.open()
 	for range 2 { // the second time with the tunnel's own addresses
-		q.r = q.enforce(testMesh(3, everything, policy.Routing, policy.Incoming))
+		q.r = q.enforce(testMesh(3, everything, mesh.Routing, mesh.Incoming))
 	}
 	for range 3 { // the looks that follow a change
 		q.look()

@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
@@ -30,11 +31,11 @@ type happenings struct {
 var happen = map[string]func(h *happenings){
 	"permissions change": func(h *happenings) {
 		for i := range h.mesh.Peers {
-			h.mesh.Peers[i].Grants = grants(policy.Permissions(h.rng.IntN(int(everything) + 1)))
+			h.mesh.Peers[i].Permissions = mesh.Granted(mesh.Permissions(h.rng.IntN(int(everything) + 1)))
 		}
 	},
 	"peers come and go": func(h *happenings) {
-		h.mesh = testMesh(1+h.rng.IntN(4), policy.Permissions(h.rng.IntN(int(everything)+1)), everything)
+		h.mesh = testMesh(1+h.rng.IntN(4), mesh.Permissions(h.rng.IntN(int(everything)+1)), everything)
 	},
 	"the anchor is flushed": func(h *happenings) { h.mac.FlushAnchor(h.p.path) },
 	"the anchor is overwritten": func(h *happenings) {
@@ -127,7 +128,7 @@ func TestStates(t *testing.T) {
 	rounds, packets := 0, 0
 	for seed := range uint64(12) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			h := &happenings{rig: newRig(t), rng: rand.New(rand.NewPCG(seed, 7)), mesh: testMesh(3, everything, policy.Routing, 0)}
+			h := &happenings{rig: newRig(t), rng: rand.New(rand.NewPCG(seed, 7)), mesh: testMesh(3, everything, mesh.Routing, 0)}
 			h.mac.Kernel.SetVariable("net.inet.ip.forwarding", fmt.Sprint(seed%3/2))
 			found := h.mac.Kernel.Variable("net.inet.ip.forwarding")
 			h.open()

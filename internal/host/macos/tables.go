@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
 )
@@ -93,10 +94,10 @@ func fillSets(r *policy.Ruleset) map[string]set {
 	host := hostPrefixes(r.Mesh().Addresses)
 	return map[string]set{
 		tablePeers:      {in: peersWith(r, 0, anyFamily)},
-		tableIncoming:   {in: peersWith(r, policy.Incoming, anyFamily)},
+		tableIncoming:   {in: peersWith(r, mesh.Incoming, anyFamily)},
 		tableDNS:        {in: dnsPeers(r)},
-		tableRouting:    {in: peersWith(r, policy.Routing, routedFamilies(r.Host()))},
-		tableLAN:        {in: peersWith(r, policy.Routing|policy.LAN, r.Host().Forwarding)},
+		tableRouting:    {in: peersWith(r, mesh.Routing, routedFamilies(r.Host()))},
+		tableLAN:        {in: peersWith(r, mesh.Routing|mesh.LAN, r.Host().Forwarding)},
 		tableMartians:   {in: all.Martians},
 		tableSelf:       {in: all.Self},
 		tableHost:       {in: host},
@@ -140,7 +141,7 @@ func routedFamilies(h policy.Host) policy.Families {
 // peersWith returns the addresses of the peers that have all of these
 // permissions. An address that the policy gives to something else, such as an
 // interface's own address inside the mesh prefix, is no peer's.
-func peersWith(r *policy.Ruleset, want policy.Permissions, families policy.Families) []netip.Prefix {
+func peersWith(r *policy.Ruleset, want mesh.Permissions, families policy.Families) []netip.Prefix {
 	var out []netip.Prefix
 	for _, p := range r.Peers() {
 		if !p.Permissions.Has(want) {
@@ -160,7 +161,7 @@ func dnsPeers(r *policy.Ruleset) []netip.Prefix {
 	if !r.Mesh().DNS {
 		return nil
 	}
-	return peersWith(r, policy.Routing, anyFamily)
+	return peersWith(r, mesh.Routing, anyFamily)
 }
 
 // awaySet is what is reached by the mesh interface only: every address of a peer,

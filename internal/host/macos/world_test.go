@@ -8,6 +8,7 @@ import (
 
 	"pgregory.net/rapid"
 
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
@@ -30,7 +31,7 @@ var hostAddresses = []netip.Addr{netip.MustParseAddr("100.64.0.1"), netip.MustPa
 func drawWorld(t *rapid.T) world {
 	w := world{
 		mesh: policy.Mesh{
-			Prefixes:  []netip.Prefix{policy.DefaultPrefix4, policy.DefaultPrefix6},
+			Prefixes:  []netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6},
 			Addresses: hostAddresses,
 			DNS:       rapid.Bool().Draw(t, "dns"),
 
@@ -39,13 +40,13 @@ func drawWorld(t *rapid.T) world {
 		host: policy.Host{Interface: meshInterface},
 	}
 	for i := range rapid.IntRange(0, 6).Draw(t, "peers") {
-		w.mesh.Peers = append(w.mesh.Peers, policy.Peer{
-			ID: policy.PeerID{byte(i + 1)}, Name: fmt.Sprint("p", i),
-			Addresses: []netip.Addr{
+		w.mesh.Peers = append(w.mesh.Peers, mesh.Peer{
+			PublicKey: mesh.PublicKey{byte(i + 1)}, Name: fmt.Sprint("p", i),
+			Addresses: mesh.Addresses{
 				netip.AddrFrom4([4]byte{100, 64, 0, byte(2 + i)}),
 				netip.MustParseAddr(fmt.Sprintf("fd6d:6573:6800::%x", 2+i)),
 			},
-			Grants: grants(drawPermissions(t)),
+			Permissions: mesh.Granted(drawPermissions(t)),
 		})
 	}
 	w.host.Forwarding, w.host.FoundForwarding = drawFamilies(t, "forwarding"), drawFamilies(t, "found")
@@ -53,8 +54,8 @@ func drawWorld(t *rapid.T) world {
 	return w
 }
 
-func drawPermissions(t *rapid.T) policy.Permissions {
-	return policy.Permissions(rapid.IntRange(0, int(everything)).Draw(t, "permissions"))
+func drawPermissions(t *rapid.T) mesh.Permissions {
+	return mesh.Permissions(rapid.IntRange(0, int(everything)).Draw(t, "permissions"))
 }
 
 // drawFamilies gives both families most of the time.

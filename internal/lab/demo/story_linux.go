@@ -13,6 +13,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/lab/trial"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -55,7 +56,7 @@ func (s *story) do(ctx context.Context, args ...string) error {
 
 func (s *story) nothingAllowed(ctx context.Context) error {
 	s.scene("Nothing is allowed but what an own device may: reach B")
-	return s.table(ctx, map[string]policy.Permissions{"A": policy.Incoming, "D": policy.Incoming})
+	return s.table(ctx, map[string]mesh.Permissions{"A": mesh.Incoming, "D": mesh.Incoming})
 }
 
 func (s *story) routing(ctx context.Context) error {
@@ -63,7 +64,7 @@ func (s *story) routing(ctx context.Context) error {
 	if err := s.do(ctx, "peer", "allow", "C", "routing"); err != nil {
 		return err
 	}
-	return s.table(ctx, map[string]policy.Permissions{"A": policy.Incoming, "C": policy.Routing, "D": policy.Incoming})
+	return s.table(ctx, map[string]mesh.Permissions{"A": mesh.Incoming, "C": mesh.Routing, "D": mesh.Incoming})
 }
 
 func (s *story) lan(ctx context.Context) error {
@@ -71,7 +72,7 @@ func (s *story) lan(ctx context.Context) error {
 	if err := s.do(ctx, "peer", "allow", "C", "lan"); err != nil {
 		return err
 	}
-	return s.table(ctx, map[string]policy.Permissions{"A": policy.Incoming, "C": policy.Routing | policy.LAN, "D": policy.Incoming})
+	return s.table(ctx, map[string]mesh.Permissions{"A": mesh.Incoming, "C": mesh.Routing | mesh.LAN, "D": mesh.Incoming})
 }
 
 func (s *story) peersApart(ctx context.Context) error {
@@ -79,8 +80,8 @@ func (s *story) peersApart(ctx context.Context) error {
 	if err := s.do(ctx, "peer", "allow", "A", "routing", "lan"); err != nil {
 		return err
 	}
-	return s.table(ctx, map[string]policy.Permissions{
-		"A": policy.Incoming | policy.Routing | policy.LAN, "C": policy.Routing | policy.LAN, "D": policy.Incoming})
+	return s.table(ctx, map[string]mesh.Permissions{
+		"A": mesh.Incoming | mesh.Routing | mesh.LAN, "C": mesh.Routing | mesh.LAN, "D": mesh.Incoming})
 }
 
 // download denies routing while C downloads from I, and counts what arrives.
@@ -117,8 +118,8 @@ func (s *story) download(ctx context.Context) error {
 			s.wrong++
 		}
 	}
-	return s.table(ctx, map[string]policy.Permissions{
-		"A": policy.Incoming | policy.Routing | policy.LAN, "C": policy.LAN, "D": policy.Incoming})
+	return s.table(ctx, map[string]mesh.Permissions{
+		"A": mesh.Incoming | mesh.Routing | mesh.LAN, "C": mesh.LAN, "D": mesh.Incoming})
 }
 
 const downloadChunk = 16 << 10 // bytes
@@ -153,7 +154,7 @@ type place struct {
 
 // table probes every host from every host, shows which reaches which and compares it
 // with the policy for the permissions that now hold.
-func (s *story) table(ctx context.Context, may map[string]policy.Permissions) error {
+func (s *story) table(ctx context.Context, may map[string]mesh.Permissions) error {
 	rules, err := s.mesh.Ruleset(ctx, may)
 	if err != nil {
 		return err
@@ -222,12 +223,12 @@ func word(passed, of int) string {
 // each waits tells what the policy says of it. Neighbours whose packets don't cross
 // B aren't asked.
 func ask(rules *policy.Ruleset, from, to []place) (probes []netlab.Probe, cells []cell) {
-	mesh := [2]netip.Prefix{policy.DefaultPrefix4, policy.DefaultPrefix6}
+	m := [2]netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6}
 	for _, f := range from {
 		for _, t := range to {
 			for i, addr := range t.at.List() {
 				src := f.at.List()[i]
-				if addr == src || !mesh[i].Contains(addr) && !mesh[i].Contains(src) {
+				if addr == src || !m[i].Contains(addr) && !m[i].Contains(src) {
 					continue
 				}
 				for _, proto := range []netlab.Proto{netlab.ICMP, netlab.TCP, netlab.UDP} {

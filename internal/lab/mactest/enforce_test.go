@@ -12,46 +12,44 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/host/macos"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // tableMeshes are meshes of every size and with every permission. Their addresses
 // are at the end of the prefixes, where other VPNs rarely give any out.
 func tableMeshes() map[string]policy.Mesh {
-	const all = policy.Incoming | policy.Routing | policy.LAN
-	mesh := func(each ...policy.Permissions) policy.Mesh {
+	const all = mesh.Incoming | mesh.Routing | mesh.LAN
+	m := func(each ...mesh.Permissions) policy.Mesh {
 		m := policy.Mesh{
-			Prefixes:   []netip.Prefix{policy.DefaultPrefix4, policy.DefaultPrefix6},
-			Addresses:  tableAddresses(0),
+			Prefixes:   []netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6},
+			Addresses:  tableAddresses(0).List(),
 			ListenPort: 51820,
 		}
 		for i, may := range each {
-			p := policy.Peer{ID: policy.PeerID{byte(i >> 8), byte(i), 1}, Name: fmt.Sprintf("peer%d", i), Addresses: tableAddresses(i + 1)}
-			for _, one := range policy.AllPermissions {
-				p.Grants.Of(one).Allowed = may.Has(one)
-			}
+			p := mesh.Peer{PublicKey: mesh.PublicKey{byte(i >> 8), byte(i), 1}, Name: fmt.Sprintf("peer%d", i), Addresses: tableAddresses(i + 1), Permissions: mesh.Granted(may)}
 			m.Peers = append(m.Peers, p)
 		}
 		return m
 	}
-	var many []policy.Permissions
+	var many []mesh.Permissions
 	for i := range 300 {
-		many = append(many, policy.Permissions(i)&all)
+		many = append(many, mesh.Permissions(i)&all)
 	}
-	former := mesh(policy.Routing, policy.Incoming)
-	former.Former, former.DNS = tableAddresses(900), true
+	former := m(mesh.Routing, mesh.Incoming)
+	former.Former, former.DNS = tableAddresses(900).List(), true
 	return map[string]policy.Mesh{
-		"routing":       mesh(policy.Routing),
-		"everything":    mesh(all),
-		"incoming":      mesh(policy.Incoming),
-		"one-of-each":   mesh(0, policy.Incoming, policy.Routing, policy.LAN, policy.Routing|policy.LAN, policy.Incoming|policy.Routing, all),
-		"three-hundred": mesh(many...),
+		"routing":       m(mesh.Routing),
+		"everything":    m(all),
+		"incoming":      m(mesh.Incoming),
+		"one-of-each":   m(0, mesh.Incoming, mesh.Routing, mesh.LAN, mesh.Routing|mesh.LAN, mesh.Incoming|mesh.Routing, all),
+		"three-hundred": m(many...),
 		"former-dns":    former,
 	}
 }
 
-func tableAddresses(i int) []netip.Addr {
-	return []netip.Addr{
+func tableAddresses(i int) mesh.Addresses {
+	return mesh.Addresses{
 		netip.AddrFrom4([4]byte{100, 127, 213 + byte(i>>8), byte(i)}),
 		netip.MustParseAddr(fmt.Sprintf("fd6d:6573:6800:ffff::213:%x", i+1)),
 	}
@@ -104,8 +102,8 @@ func enforceTable(t *testing.T, o macos.PlatformOptions, keep func(name, text st
 	if err != nil {
 		t.Fatal(err)
 	}
-	dev, err := p.Open(ctx, host.Interface{MTU: 1420, Addresses: tableAddresses(0),
-		Prefixes: []netip.Prefix{policy.DefaultPrefix4, policy.DefaultPrefix6}})
+	dev, err := p.Open(ctx, host.Interface{MTU: 1420, Addresses: tableAddresses(0).List(),
+		Prefixes: []netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6}})
 	t.Cleanup(func() {
 		left, err := p.Close(context.WithoutCancel(ctx))
 		if err != nil || len(left) > 0 {

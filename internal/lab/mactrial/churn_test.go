@@ -9,7 +9,7 @@ import (
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // churn is what comes and goes on any Mac, many times an hour. Each changes
@@ -87,7 +87,7 @@ func TestChurn(t *testing.T) {
 		f(g, 0)
 	}
 	g.permit("C", everything)
-	g.permit("D", policy.Routing|policy.Incoming)
+	g.permit("D", mesh.Routing|mesh.Incoming)
 	g.settled()
 	for _, f := range churn {
 		f(g, 1)
@@ -144,7 +144,7 @@ func TestOwnMeshAddress(t *testing.T) {
 	g := newRig(t)
 	g.start()
 	g.add("C", "external")
-	for _, may := range []policy.Permissions{policy.Routing, 0} { // with pf and without
+	for _, may := range []mesh.Permissions{mesh.Routing, 0} { // with pf and without
 		g.permit("C", may)
 		for family := range 2 {
 			for _, proto := range protos {

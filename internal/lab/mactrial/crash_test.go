@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -25,8 +26,8 @@ func (g *rig) life(l *leakage, when string) {
 	g.start()
 	for _, change := range []struct {
 		peer string
-		may  policy.Permissions
-	}{{"C", policy.Routing}, {"A", everything}, {"C", 0}, {"A", policy.Incoming | policy.Routing}, {"A", policy.Incoming}} {
+		may  mesh.Permissions
+	}{{"C", mesh.Routing}, {"A", everything}, {"C", 0}, {"A", mesh.Incoming | mesh.Routing}, {"A", mesh.Incoming}} {
 		if g.try(change.peer, change.may) != nil {
 			break
 		}
@@ -49,7 +50,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 	g.start()
 	g.add("A", "own")
 	g.add("C", "external")
-	g.permit("A", policy.Incoming)
+	g.permit("A", mesh.Incoming)
 	g.stop()
 	g.asFound(found)
 
@@ -77,12 +78,12 @@ func TestKilledAtEveryStep(t *testing.T) {
 			g.watchSteps(func() { l.probe(g, when+", starting again") })
 			g.start()
 			g.watchSteps(nil)
-			for peer, may := range map[string]policy.Permissions{"A": everything, "C": policy.Routing} {
+			for peer, may := range map[string]mesh.Permissions{"A": everything, "C": mesh.Routing} {
 				g.permit(peer, may)
 			}
 			j.few(g.rules(g.may, policy.Families{}))
 			g.permit("C", 0)
-			g.permit("A", policy.Incoming)
+			g.permit("A", mesh.Incoming)
 			g.watchSteps(func() { l.probe(g, when+", stopping") })
 			g.stop()
 			g.watchSteps(nil)
@@ -127,7 +128,7 @@ func TestBoot(t *testing.T) {
 	g.add("C", "external")
 	g.add("D", "own")
 	g.permit("A", everything)
-	g.permit("C", policy.Routing)
+	g.permit("C", mesh.Routing)
 	g.proc.Kill()
 	g.stop()
 	for _, err := range g.mac.Boot() {
@@ -170,7 +171,7 @@ func TestInternetSharing(t *testing.T) {
 	g.start()
 	g.watchSteps(nil)
 	j := &judge{g: g}
-	for may := policy.Permissions(0); may <= everything; may++ {
+	for may := mesh.Permissions(0); may <= everything; may++ {
 		g.permit("A", everything&^may)
 		g.permit("C", may)
 		j.all(g.rules(g.may, policy.Families{IPv4: true}))

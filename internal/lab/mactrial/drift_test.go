@@ -11,6 +11,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -177,7 +178,7 @@ func TestDrift(t *testing.T) {
 			g.add("C", "external")
 			g.add("D", "own")
 			g.permit("A", everything)
-			g.permit("C", policy.Routing)
+			g.permit("C", mesh.Routing)
 			h, binds := happenings[name], g.binds.Load()
 			j := &judge{g: g}
 
@@ -214,7 +215,7 @@ func TestLooksSeeALeak(t *testing.T) {
 	g.start()
 	g.add("A", "own")
 	g.add("C", "external")
-	g.permit("C", policy.Routing)
+	g.permit("C", mesh.Routing)
 	g.must(g.mac.LoadAnchor(anchor, "pass quick all\n"))
 	passed := 0
 	for _, p := range g.never() {

@@ -7,6 +7,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -72,28 +73,28 @@ func TestDenyCutsRunningFlows(t *testing.T) {
 	g.add("D", "own")
 	g.permit("D", everything)
 	cut, kept, sent := 0, 0, 0
-	for _, lost := range policy.AllPermissions {
+	for _, lost := range mesh.AllPermissions {
 		for _, how := range []string{"deny", "remove"} {
 			g.permit("C", everything)
 			var ending, staying []flow
 			for _, w := range []way{guarded, alone} {
 				for family := range 2 {
 					for _, proto := range protos {
-						dst := map[policy.Permissions]netip.Addr{
-							policy.Incoming: g.own[family], policy.Routing: server[family], policy.LAN: printer[family]}[lost]
+						dst := map[mesh.Permissions]netip.Addr{
+							mesh.Incoming: g.own[family], mesh.Routing: server[family], mesh.LAN: printer[family]}[lost.Set]
 						ending = append(ending, g.run(w, "C", dst, proto, family))
 						staying = append(staying, g.run(w, "D", dst, proto, family))
-						if lost != policy.Incoming {
+						if lost.Set != mesh.Incoming {
 							staying = append(staying, g.run(w, "C", g.own[family], proto, family))
 						}
-						if lost != policy.Routing {
+						if lost.Set != mesh.Routing {
 							staying = append(staying, g.run(w, "C", server[family], proto, family))
 						}
 					}
 				}
 			}
 			if how == "deny" {
-				g.permit("C", everything&^lost)
+				g.permit("C", everything&^lost.Set)
 			} else {
 				staying = withoutPeer(staying, g.peers["C"])
 				_, err := g.d.RemovePeer(t.Context(), "C")

@@ -13,6 +13,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
@@ -32,7 +33,7 @@ func TestFragments(t *testing.T) {
 	g := newRig(t)
 	g.start()
 	g.add("C", "external")
-	g.permit("C", policy.Routing)
+	g.permit("C", mesh.Routing)
 	payload := bytes.Repeat([]byte("fragment"), 200)
 	const size = 800
 	for family, name := range []string{"IPv4", "IPv6"} {

@@ -13,6 +13,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -32,14 +33,14 @@ func (g *rig) segments(w way, f flow, n int) (arrived int) {
 // by the guard or by pf, whether or not the filter is needed otherwise. After another
 // restart in good order neither.
 func TestCutStaysDeadOverACrash(t *testing.T) {
-	for name, kept := range map[string]policy.Permissions{"with routing": policy.Routing, "without": 0} {
+	for name, kept := range map[string]mesh.Permissions{"with routing": mesh.Routing, "without": 0} {
 		t.Run(name, func(t *testing.T) {
 			g := newRig(t)
 			g.start()
 			g.add("C", "external")
 			g.add("D", "own")
-			g.permit("C", policy.Incoming|policy.Routing)
-			g.permit("D", policy.Incoming)
+			g.permit("C", mesh.Incoming|mesh.Routing)
+			g.permit("D", mesh.Incoming)
 			var cut, kepts []flow
 			for family := range 2 {
 				for _, proto := range []netlab.Proto{netlab.TCP, netlab.ICMP} {
@@ -103,16 +104,16 @@ func TestCutByNoHelper(t *testing.T) {
 		}
 	}
 	for step := 1; ; step++ {
-		g.permit("C", policy.Incoming|policy.Routing)
+		g.permit("C", mesh.Incoming|mesh.Routing)
 		flows := []flow{g.run(guarded, "C", g.own[0], netlab.TCP, 0), g.run(guarded, "C", g.own[1], netlab.TCP, 1)}
 		g.proc.KillAt(len(g.proc.Steps())+step, step%2 == 0)
-		_ = g.try("C", policy.Routing)
+		_ = g.try("C", mesh.Routing)
 		killed := g.proc.Killed()
 		if killed {
 			g.stop()
 			g.start()
 		}
-		if !g.d.Status().Peers[0].Permissions.Incoming.Allowed {
+		if !g.d.Status().Peers[0].Permissions.Of(mesh.Incoming).Allowed {
 			denied++
 			dead(fmt.Sprintf("killed at step %d of a deny", step), flows)
 		}
@@ -129,7 +130,7 @@ func TestCutByNoHelper(t *testing.T) {
 	}
 	hour := "1h"
 	_, err := g.d.ChangePeer(t.Context(), "C", api.PeerChange{Permissions: map[string]api.PermissionChange{
-		policy.Incoming.String(): {Allowed: true, For: &hour}}})
+		mesh.Incoming.String(): {Allowed: true, For: &hour}}})
 	g.must(err)
 	flows := []flow{g.run(guarded, "C", g.own[0], netlab.TCP, 0), g.run(guarded, "C", g.own[1], netlab.TCP, 1)}
 	g.proc.Kill()
@@ -148,7 +149,7 @@ func TestMeshAddressClosedWithoutFilter(t *testing.T) {
 	found := g.mac.Dump()
 	g.start()
 	g.add("A", "own")
-	g.permit("A", policy.Incoming)
+	g.permit("A", mesh.Incoming)
 	closed := func(when string) {
 		t.Helper()
 		for family := range 2 {
@@ -194,7 +195,7 @@ func TestNothingLeavesWhileTheTunnelIsMadeAgain(t *testing.T) {
 	g.add("A", "own")
 	g.add("C", "external")
 	g.permit("A", everything)
-	g.permit("C", policy.Routing)
+	g.permit("C", mesh.Routing)
 	sent := 0
 	probe := func(when string) {
 		t.Helper()
@@ -289,8 +290,8 @@ func TestUntranslatedStatesEnd(t *testing.T) {
 			g.start()
 			g.add("C", "external")
 			g.add("D", "own")
-			g.permit("C", policy.Routing)
-			g.permit("D", policy.Routing|policy.Incoming)
+			g.permit("C", mesh.Routing)
+			g.permit("D", mesh.Routing|mesh.Incoming)
 			var others []flow
 			for family := range 2 {
 				others = append(others, g.run(guarded, "D", server[family], netlab.TCP, family), g.run(guarded, "D", g.own[family], netlab.TCP, family))

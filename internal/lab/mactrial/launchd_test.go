@@ -13,6 +13,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/install"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/launchd"
 )
@@ -145,7 +146,7 @@ func TestLeavingInTime(t *testing.T) {
 				s.add("A", "own")
 				s.add("C", "external")
 				s.permit("A", everything)
-				s.permit("C", policy.Routing)
+				s.permit("C", mesh.Routing)
 				tt.spoil(s)
 				begin := time.Now()
 				if err := s.ctl.Bootout(t.Context(), label); err != nil {

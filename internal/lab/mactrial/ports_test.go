@@ -8,6 +8,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -84,8 +85,8 @@ func TestPort500(t *testing.T) {
 	g.start()
 	g.add("C", "external")
 	g.add("D", "own")
-	g.permit("C", policy.Routing)
-	g.permit("D", policy.Routing)
+	g.permit("C", mesh.Routing)
+	g.permit("D", mesh.Routing)
 	var running, others []flow
 	for family := range 2 {
 		p := g.udp(g.device().name, g.peers["C"][family], server[family], 500, 4500)

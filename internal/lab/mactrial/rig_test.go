@@ -30,7 +30,7 @@ const generous = 30 * time.Second
 const (
 	uplink, lan, vpn = "en0", "en5", "utun9"
 	anchor           = "com.apple/org.meshhelper"
-	everything       = policy.Incoming | policy.Routing | policy.LAN
+	everything       = mesh.Incoming | mesh.Routing | mesh.LAN
 )
 
 // foreignAnchor is another product's; it must not notice us.
@@ -62,7 +62,7 @@ type rig struct {
 	stop func()                       // ends the helper; nil when there is none
 
 	peers map[string][]netip.Addr
-	may   map[string]policy.Permissions
+	may   map[string]mesh.Permissions
 	own   []netip.Addr
 	port  uint16 // of the last flow
 	binds atomic.Int32
@@ -78,7 +78,7 @@ type rig struct {
 func newRig(t testing.TB) *rig {
 	t.Helper()
 	g := &rig{t: t, dir: filepath.Join(t.TempDir(), "state"), tick: 20 * time.Millisecond,
-		mac: simmac.New(simmac.Options{Seed: 5}), peers: map[string][]netip.Addr{}, may: map[string]policy.Permissions{}}
+		mac: simmac.New(simmac.Options{Seed: 5}), peers: map[string][]netip.Addr{}, may: map[string]mesh.Permissions{}}
 	g.must(g.mac.AddEthernet(uplink, []string{"203.0.113.1/24", "2001:db8:1::1/64"}, "203.0.113.254", "2001:db8:1::fe"))
 	g.must(g.mac.AddEthernet(lan, []string{"192.168.77.1/24", "2001:db8:5::1/64"}))
 	g.must(g.mac.LoadAnchor(foreignAnchor, foreignRules))
@@ -210,7 +210,7 @@ func (g *rig) wait(what string, done func() bool) {
 }
 
 // add adds a peer without permissions.
-func (g *rig) add(name, kind string) {
+func (g *rig) add(name string, kind mesh.Kind) {
 	g.t.Helper()
 	var key mesh.PrivateKey
 	copy(key[:], "the key of peer "+name)
@@ -221,16 +221,16 @@ func (g *rig) add(name, kind string) {
 }
 
 // permit makes a peer's permissions be exactly these.
-func (g *rig) permit(name string, may policy.Permissions) {
+func (g *rig) permit(name string, may mesh.Permissions) {
 	g.t.Helper()
 	g.must(g.try(name, may))
 	g.may[name] = may
 }
 
-func (g *rig) try(name string, may policy.Permissions) error {
+func (g *rig) try(name string, may mesh.Permissions) error {
 	c := map[string]api.PermissionChange{}
-	for _, p := range policy.AllPermissions {
-		c[p.String()] = api.PermissionChange{Allowed: may.Has(p)}
+	for _, p := range mesh.AllPermissions {
+		c[p.Name] = api.PermissionChange{Allowed: may.Has(p.Set)}
 	}
 	_, err := g.d.ChangePeer(g.dead, name, api.PeerChange{Permissions: c})
 	return err
@@ -238,7 +238,7 @@ func (g *rig) try(name string, may policy.Permissions) error {
 
 // rules is what the policy makes of the peers on the Mac as the test made it, and
 // not as the helper observed it.
-func (g *rig) rules(may map[string]policy.Permissions, found policy.Families) *policy.Ruleset {
+func (g *rig) rules(may map[string]mesh.Permissions, found policy.Families) *policy.Ruleset {
 	g.t.Helper()
 	host := policy.Host{Interface: g.device().name, Forwarding: policy.Families{IPv4: true, IPv6: true}, FoundForwarding: found,
 		Interfaces: []policy.Interface{{Name: g.device().name}}}
@@ -270,17 +270,16 @@ func (g *rig) rules(may map[string]policy.Permissions, found policy.Families) *p
 			host.Uplink6 = i
 		}
 	}
-	mesh := policy.Mesh{Prefixes: []netip.Prefix{policy.DefaultPrefix4, policy.DefaultPrefix6}, Addresses: g.own}
+	m := policy.Mesh{Prefixes: []netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6}, Addresses: g.own}
 	for i, name := range []string{"A", "C", "D"} {
-		p := policy.Peer{ID: policy.PeerID{byte(i + 1)}, Name: name, Addresses: g.peers[name]}
-		for _, permission := range policy.AllPermissions {
-			p.Grants.Of(permission).Allowed = may[name].Has(permission)
-		}
-		if p.Addresses != nil {
-			mesh.Peers = append(mesh.Peers, p)
+		if g.peers[name] != nil {
+			m.Peers = append(m.Peers, mesh.Peer{
+				PublicKey: mesh.PublicKey{byte(i + 1)}, Name: name,
+				Addresses: mesh.Addresses(g.peers[name]), Permissions: mesh.Granted(may[name]),
+			})
 		}
 	}
-	r, err := policy.Compile(mesh, host, time.Now())
+	r, err := policy.Compile(m, host, time.Now())
 	g.must(err)
 	return r
 }

@@ -6,7 +6,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // TestEndsWhileAsleep gives C routing for an hour and lets the Mac sleep for two, by its
@@ -20,7 +20,7 @@ func TestEndsWhileAsleep(t *testing.T) {
 	g.add("D", "own")
 	for peer, ends := range map[string]string{"C": "1h", "D": "5h"} {
 		_, err := g.d.ChangePeer(t.Context(), peer, api.PeerChange{Permissions: map[string]api.PermissionChange{
-			policy.Routing.String(): {Allowed: true, For: &ends}}})
+			mesh.Routing.String(): {Allowed: true, For: &ends}}})
 		g.must(err)
 	}
 	var ended, kept []flow
@@ -36,7 +36,7 @@ func TestEndsWhileAsleep(t *testing.T) {
 	g.mac.Sleep(2 * time.Hour)
 	g.wait("the helper has looked", func() bool {
 		for _, p := range g.d.Status().Peers {
-			if p.Name == "C" && !p.Permissions.Routing.Allowed {
+			if p.Name == "C" && !p.Permissions.Of(mesh.Routing).Allowed {
 				return g.d.Status().State == api.Enforcing && g.binds.Load() > binds
 			}
 		}

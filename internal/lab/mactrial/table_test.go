@@ -6,6 +6,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -134,7 +135,7 @@ func TestTruthTable(t *testing.T) {
 	g.permit("A", everything)
 	j := &judge{g: g}
 	// Up and down again, so that what a set leaves behind meets every other.
-	for _, may := range []policy.Permissions{0, 1, 2, 3, 4, 5, 6, 7, 6, 5, 4, 3, 2, 1, 0} {
+	for _, may := range []mesh.Permissions{0, 1, 2, 3, 4, 5, 6, 7, 6, 5, 4, 3, 2, 1, 0} {
 		g.permit("C", may)
 		j.all(g.rules(g.may, policy.Families{}))
 	}

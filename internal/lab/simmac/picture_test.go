@@ -9,16 +9,17 @@ import (
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/host/macos"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // The picture that must never leak: A and C are peers of the host, C may route
 // and even reach the LAN. This Mac has the compiled anchor loaded through the
 // commands and judges packets in bytes, without the guard.
-var picture = struct{ host, a, c policy.Peer }{
-	host: policy.Peer{Addresses: addresses("100.64.0.1", "fd6d:6573:6800::1")},
-	a:    policy.Peer{ID: policy.PeerID{1}, Name: "a", Addresses: addresses("100.64.0.2", "fd6d:6573:6800::2")},
-	c:    policy.Peer{ID: policy.PeerID{2}, Name: "c", Addresses: addresses("100.64.0.3", "fd6d:6573:6800::3")},
+var picture = struct{ host, a, c mesh.Peer }{
+	host: mesh.Peer{Addresses: mesh.Addresses(addresses("100.64.0.1", "fd6d:6573:6800::1"))},
+	a:    mesh.Peer{PublicKey: mesh.PublicKey{1}, Name: "a", Addresses: mesh.Addresses(addresses("100.64.0.2", "fd6d:6573:6800::2"))},
+	c:    mesh.Peer{PublicKey: mesh.PublicKey{2}, Name: "c", Addresses: mesh.Addresses(addresses("100.64.0.3", "fd6d:6573:6800::3"))},
 }
 
 func addresses(list ...string) (out []netip.Addr) {
@@ -28,16 +29,8 @@ func addresses(list ...string) (out []netip.Addr) {
 	return out
 }
 
-// grants makes grants of a set of permissions.
-func grants(p policy.Permissions) (g policy.Grants) {
-	for _, one := range policy.AllPermissions {
-		g.Of(one).Allowed = p.Has(one)
-	}
-	return g
-}
-
 // newPicture returns the Mac with the ruleset enforced, and its tunnel's name.
-func newPicture(t *testing.T, forA, forC policy.Permissions) (*Mac, string) {
+func newPicture(t *testing.T, forA, forC mesh.Permissions) (*Mac, string) {
 	t.Helper()
 	m := newMac(t)
 	_, name := newTunnel(t, m)
@@ -55,18 +48,18 @@ func newPicture(t *testing.T, forA, forC policy.Permissions) (*Mac, string) {
 		host.Routes = append(host.Routes, policy.Route{Prefix: r.Prefix, Interface: r.Interface})
 	}
 	a, c := picture.a, picture.c
-	a.Grants, c.Grants = grants(forA), grants(forC)
-	mesh := policy.Mesh{
-		Prefixes:  []netip.Prefix{policy.DefaultPrefix4, policy.DefaultPrefix6},
-		Addresses: picture.host.Addresses,
-		Peers:     []policy.Peer{a, c},
+	a.Permissions, c.Permissions = mesh.Granted(forA), mesh.Granted(forC)
+	wanted := policy.Mesh{
+		Prefixes:  []netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6},
+		Addresses: picture.host.Addresses.List(),
+		Peers:     []mesh.Peer{a, c},
 	}
-	rules, err := policy.Compile(mesh, host, time.Now())
+	rules, err := policy.Compile(wanted, host, time.Now())
 	must(t, err)
 	compiled, err := macos.Compile(rules, macos.Options{})
 	must(t, err)
 	var routes []netip.Prefix
-	for _, p := range []policy.Peer{a, c} {
+	for _, p := range []mesh.Peer{a, c} {
 		for _, addr := range p.Addresses {
 			routes = append(routes, netip.PrefixFrom(addr, addr.BitLen()))
 		}
@@ -88,11 +81,11 @@ func syn(src, dst netip.Addr) []byte {
 }
 
 func TestPicture(t *testing.T) {
-	everything := policy.Incoming | policy.Routing | policy.LAN
+	everything := mesh.Incoming | mesh.Routing | mesh.LAN
 	internet := addresses("198.51.100.9", "2001:db8:99::9")
 	lan := netip.MustParseAddr("192.168.77.7")
-	for _, forA := range []policy.Permissions{0, everything} {
-		for _, forC := range []policy.Permissions{0, policy.Routing, everything} {
+	for _, forA := range []mesh.Permissions{0, everything} {
+		for _, forC := range []mesh.Permissions{0, mesh.Routing, everything} {
 			t.Run(fmt.Sprintf("A %v, C %v", forA, forC), func(t *testing.T) {
 				m, tun := newPicture(t, forA, forC)
 				check := func(what string, want bool, o Outcome) {
@@ -102,15 +95,15 @@ func TestPicture(t *testing.T) {
 					}
 				}
 				for i, c := range picture.c.Addresses {
-					check("C to the internet", forC.Has(policy.Routing), m.Inject(tun, syn(c, internet[i])))
+					check("C to the internet", forC.Has(mesh.Routing), m.Inject(tun, syn(c, internet[i])))
 					check("C to A", false, m.Inject(tun, syn(c, picture.a.Addresses[i])))
 					check("A to C", false, m.Inject(tun, syn(picture.a.Addresses[i], c)))
-					check("C to the host", forC.Has(policy.Incoming), m.Inject(tun, syn(c, picture.host.Addresses[i])))
+					check("C to the host", forC.Has(mesh.Incoming), m.Inject(tun, syn(c, picture.host.Addresses[i])))
 					check("C with A's source from the uplink", false, m.Inject("en0", syn(picture.a.Addresses[i], internet[i])))
 					check("the internet to C", false, m.Inject("en0", syn(internet[i], c)))
 					check("the LAN to the host's mesh address", false, m.Inject("en5", syn(lanOf(i), picture.host.Addresses[i])))
 				}
-				check("C to the LAN", forC.Has(policy.Routing|policy.LAN), m.Inject(tun, syn(picture.c.Addresses[0], lan)))
+				check("C to the LAN", forC.Has(mesh.Routing|mesh.LAN), m.Inject(tun, syn(picture.c.Addresses[0], lan)))
 			})
 		}
 	}
@@ -122,7 +115,7 @@ func lanOf(n int) netip.Addr { return addresses("192.168.77.7", "2001:db8:5::7")
 // A packet goes out with the uplink's address, its answer comes back to the
 // peer's, and the checksums are right on the way.
 func TestPictureTranslates(t *testing.T) {
-	m, tun := newPicture(t, 0, policy.Routing)
+	m, tun := newPicture(t, 0, mesh.Routing)
 	var wire [][]byte
 	m.Wire(func(link string, b []byte) { wire = append(wire, b) })
 	c, server := picture.c.Addresses[0], netip.MustParseAddr("198.51.100.9")

@@ -5,7 +5,7 @@ import (
 	"testing"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // disarmed is a mesh whose helper was built with some of its enforcers switched off.
@@ -20,12 +20,12 @@ func disarmed(t *testing.T, name string, edits []netlab.Edit) *Mesh {
 
 // someSets are the sets of permissions that are tried of each enforcer alone; the
 // long version tries them all.
-func someSets() []policy.Permissions {
+func someSets() []mesh.Permissions {
 	if !*soak {
-		return []policy.Permissions{0, policy.Routing, everything}
+		return []mesh.Permissions{0, mesh.Routing, everything}
 	}
-	var all []policy.Permissions
-	for may := policy.Permissions(0); may <= everything; may++ {
+	var all []mesh.Permissions
+	for may := mesh.Permissions(0); may <= everything; may++ {
 		all = append(all, may)
 	}
 	return all

@@ -11,7 +11,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/lab/rulesets"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // oddRoutes are what a host's routing may be besides, with rules for nft(8). undo takes the
@@ -66,7 +66,7 @@ func TestAnswersAreTrue(t *testing.T) {
 		}
 	}
 	m := newMesh(t)
-	permit(t, m, "C", policy.Routing|policy.Incoming)
+	permit(t, m, "C", mesh.Routing|mesh.Incoming)
 	a := &oracle{Mesh: m, t: t, iface: status(t, m).Interface}
 	a.open()
 	if r := m.Lab.Probe(t.Context(), netlab.Probe{From: m.D, To: status(t, m).Address().V4, Proto: netlab.UDP}); !r[0].OK { // its device is known from now on

@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // BenchmarkForwarding sends one TCP stream from C through B to I, over WireGuard,
@@ -17,7 +17,7 @@ import (
 // machine, so only the ratio of two runs means something.
 func BenchmarkForwarding(b *testing.B) {
 	m := newMesh(b)
-	permit(b, m, "C", policy.Routing)
+	permit(b, m, "C", mesh.Routing)
 	for _, addr := range netlab.Addresses().I.List() {
 		family := "IPv4"
 		if addr.Is6() {

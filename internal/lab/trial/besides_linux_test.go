@@ -13,7 +13,7 @@ import (
 	"github.com/google/nftables/expr"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // blockList is how many addresses a block list of another program has.
@@ -74,7 +74,7 @@ func BenchmarkBesideBlockList(b *testing.B) {
 		key[0] = byte(i + 9)
 		do(b, m, "peer", "add", fmt.Sprintf("p%d", i), "--public-key", base64.StdEncoding.EncodeToString(key))
 	}
-	permit(b, m, "C", policy.Routing)
+	permit(b, m, "C", mesh.Routing)
 	client := m.client(b)
 	for _, with := range []bool{false, true} {
 		name := "alone"
@@ -94,7 +94,7 @@ func BenchmarkBesideBlockList(b *testing.B) {
 				}
 			}
 		})
-		permit(b, m, "C", policy.Routing)
+		permit(b, m, "C", mesh.Routing)
 		b.Run("return/"+name, func(b *testing.B) {
 			h := &hurt{Mesh: m}
 			there := func() bool {

@@ -9,7 +9,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // TestAddressesChange adds and removes addresses of a host that has a thousand, while
@@ -17,7 +17,7 @@ import (
 // flow doesn't pause.
 func TestAddressesChange(t *testing.T) {
 	m := newMesh(t)
-	permit(t, m, "C", policy.Routing)
+	permit(t, m, "C", mesh.Routing)
 	const addresses, changes = 1000, 400
 	address := func(i int) *netlink.Addr {
 		a, err := netlink.ParseAddr(fmt.Sprintf("10.77.%d.%d/32", i>>8, i&255))

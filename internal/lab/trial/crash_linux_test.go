@@ -16,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // stepper is asked by the helper before each of its steps, and lets it go on, but
@@ -274,7 +274,7 @@ func again(t *testing.T, m *Mesh, p *prober) {
 	p.guarded(true)
 	p.rounds(t, 2)
 	permit(t, m, "C", 0)
-	permit(t, m, "D", policy.Incoming)
+	permit(t, m, "D", mesh.Incoming)
 }
 
 // refused is how many of a peer's packets of a class were refused.

@@ -5,7 +5,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // afterwards is how many packets each end goes on to send after a change.
@@ -161,12 +161,12 @@ func TestDenyEndsRunningFlows(t *testing.T) {
 	at := netlab.Addresses()
 	for _, c := range []struct {
 		deny string
-		need policy.Permissions
+		need mesh.Permissions
 		to   func(*Mesh) (*netlab.Host, netlab.Pair)
 	}{
-		{"routing", policy.Routing, func(m *Mesh) (*netlab.Host, netlab.Pair) { return m.I, at.I }},
-		{"lan", policy.Routing | policy.LAN, func(m *Mesh) (*netlab.Host, netlab.Pair) { return m.L, at.L }},
-		{"incoming", policy.Incoming, func(m *Mesh) (*netlab.Host, netlab.Pair) { return m.B, status(t, m).Address() }},
+		{"routing", mesh.Routing, func(m *Mesh) (*netlab.Host, netlab.Pair) { return m.I, at.I }},
+		{"lan", mesh.Routing | mesh.LAN, func(m *Mesh) (*netlab.Host, netlab.Pair) { return m.L, at.L }},
+		{"incoming", mesh.Incoming, func(m *Mesh) (*netlab.Host, netlab.Pair) { return m.B, status(t, m).Address() }},
 	} {
 		t.Run(c.deny, func(t *testing.T) {
 			m := newMesh(t)

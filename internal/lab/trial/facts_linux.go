@@ -10,6 +10,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -37,7 +38,7 @@ func (m *Mesh) Facts(status Status) (policy.Host, error) {
 
 // Ruleset is what the policy makes of the mesh's peers, with the permissions that
 // the caller says they have, on the host as the picture made it.
-func (m *Mesh) Ruleset(ctx context.Context, may map[string]policy.Permissions) (*policy.Ruleset, error) {
+func (m *Mesh) Ruleset(ctx context.Context, may map[string]mesh.Permissions) (*policy.Ruleset, error) {
 	status, err := m.Status(ctx)
 	if err != nil {
 		return nil, err
@@ -46,15 +47,14 @@ func (m *Mesh) Ruleset(ctx context.Context, may map[string]policy.Permissions) (
 	if err != nil {
 		return nil, err
 	}
-	mesh := policy.Mesh{Prefixes: []netip.Prefix{policy.DefaultPrefix4, policy.DefaultPrefix6}, Addresses: status.Addresses}
+	picture := policy.Mesh{Prefixes: []netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6}, Addresses: status.Addresses}
 	for i, name := range slices.Sorted(maps.Keys(m.Peers)) {
-		p := policy.Peer{ID: policy.PeerID{byte(i + 1)}, Name: name, Addresses: m.Peers[name].Addresses.List()}
-		for _, permission := range policy.AllPermissions {
-			p.Grants.Of(permission).Allowed = may[name].Has(permission)
-		}
-		mesh.Peers = append(mesh.Peers, p)
+		picture.Peers = append(picture.Peers, mesh.Peer{
+			PublicKey: mesh.PublicKey{byte(i + 1)}, Name: name,
+			Addresses: mesh.Addresses(m.Peers[name].Addresses.List()), Permissions: mesh.Granted(may[name]),
+		})
 	}
-	r, err := policy.Compile(mesh, host, time.Now())
+	r, err := policy.Compile(picture, host, time.Now())
 	if err != nil {
 		return nil, fmt.Errorf("compile the policy for the picture: %w", err)
 	}

@@ -7,7 +7,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // TestColludingFragments has three peers send datagrams without an end, as many as the
@@ -21,7 +21,7 @@ func TestColludingFragments(t *testing.T) {
 	}
 	colluders := []string{"A", "C", "P"}
 	for _, name := range append(colluders, "D") {
-		permit(t, m, name, policy.Routing)
+		permit(t, m, name, mesh.Routing)
 	}
 	to := netip.AddrPortFrom(netlab.Addresses().I.V4, 9)
 	for i := range 60 {

@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // setForwarding has B forward, or not, before the helper comes.
@@ -104,7 +104,7 @@ func TestKilledHelper(t *testing.T) {
 	before := snapshot(t, m.B)
 	start(t, m)
 	addPeers(t, m)
-	permit(t, m, "C", policy.Routing)
+	permit(t, m, "C", mesh.Routing)
 	at, first := netlab.Addresses(), status(t, m)
 	running := flows(t, m, m.C, m.I, at.I)
 
@@ -135,7 +135,7 @@ func TestKilledHelper(t *testing.T) {
 	if again.PublicKey != first.PublicKey || !slices.Equal(again.Addresses, first.Addresses) {
 		t.Errorf("the host was %s %v and is %s %v", first.PublicKey, first.Addresses, again.PublicKey, again.Addresses)
 	}
-	may := map[string]policy.Permissions{"A": policy.Incoming, "C": policy.Routing, "D": policy.Incoming}
+	may := map[string]mesh.Permissions{"A": mesh.Incoming, "C": mesh.Routing, "D": mesh.Incoming}
 	rules := ruleset(t, m, may)
 	var questions []question
 	for _, to := range destinations(m, again.Address()) {
@@ -163,7 +163,7 @@ func TestDockerIsNamed(t *testing.T) {
 	before := snapshot(t, m.B)
 	start(t, m)
 	addPeers(t, m)
-	permit(t, m, "C", policy.Routing)
+	permit(t, m, "C", mesh.Routing)
 	named := false
 	for end := time.Now().Add(generous); !named && time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		for _, p := range status(t, m).Problems {
@@ -184,7 +184,7 @@ func TestDockerIsNamed(t *testing.T) {
 // B must still listen to the router that advertises it.
 func TestAdvertisedUplinkIsKept(t *testing.T) {
 	m := newMesh(t)
-	permit(t, m, "C", policy.Routing)
+	permit(t, m, "C", mesh.Routing)
 	to := netlab.Addresses().I.V6
 	if !m.reaches(t, m.C, to, true) {
 		t.Fatal("C doesn't reach I over IPv6")

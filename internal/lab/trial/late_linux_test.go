@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // badDay is what goes wrong on B while permissions end.
@@ -162,7 +162,7 @@ func TestNothingIsLate(t *testing.T) {
 			day.prepare(t, m)
 			start(t, m)
 			addPeers(t, m)
-			permit(t, m, "C", policy.Incoming)
+			permit(t, m, "C", mesh.Incoming)
 			permit(t, m, "D", everything)
 			own := status(t, m).Address()
 			do(t, m, "peer", "allow", "C", "routing", "--for", "1h")

@@ -11,7 +11,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 const (
@@ -194,13 +194,13 @@ func (m *Mesh) AddPeer(ctx context.Context, name string, h *netlab.Host, flags .
 
 // Permit makes a peer's permissions be exactly these, by the commands that a
 // person would type.
-func (m *Mesh) Permit(ctx context.Context, name string, may policy.Permissions) error {
+func (m *Mesh) Permit(ctx context.Context, name string, may mesh.Permissions) error {
 	allow, deny := []string{"peer", "allow", name}, []string{"peer", "deny", name}
-	for _, p := range policy.AllPermissions {
-		if may.Has(p) {
-			allow = append(allow, p.String())
+	for _, p := range mesh.AllPermissions {
+		if may.Has(p.Set) {
+			allow = append(allow, p.Name)
 		} else {
-			deny = append(deny, p.String())
+			deny = append(deny, p.Name)
 		}
 	}
 	for _, args := range [][]string{deny, allow} {

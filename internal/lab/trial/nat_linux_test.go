@@ -7,7 +7,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // TestPeerTakesNoHandshakes has C send from WireGuard's port to A's outer address
@@ -15,7 +15,7 @@ import (
 // C, while C may route, after it was denied, and after it was removed.
 func TestPeerTakesNoHandshakes(t *testing.T) {
 	m := newMesh(t)
-	permit(t, m, "C", policy.Routing)
+	permit(t, m, "C", mesh.Routing)
 	at := netlab.Addresses()
 	if !m.reaches(t, m.C, at.I.V4, true) {
 		t.Fatal("C doesn't reach I")
@@ -91,7 +91,7 @@ func TestPeerTakesNoHandshakes(t *testing.T) {
 // that left untranslated meanwhile work when the table is back.
 func TestFlowsRecoverFromFlushes(t *testing.T) {
 	m := newMesh(t)
-	permit(t, m, "C", policy.Routing)
+	permit(t, m, "C", mesh.Routing)
 	at := netlab.Addresses()
 	if err := m.B.TrackFlows(); err != nil {
 		t.Fatal(err)

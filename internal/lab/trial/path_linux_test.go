@@ -6,14 +6,14 @@ import (
 	"testing"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // TestPathMTUIsFound narrows a hop behind B to 1280 bytes. ICMP is the only hint,
 // and has to find its way back through B in both directions.
 func TestPathMTUIsFound(t *testing.T) {
 	m := newMesh(t)
-	permit(t, m, "C", policy.Routing|policy.LAN)
+	permit(t, m, "C", mesh.Routing|mesh.LAN)
 	if err := m.C.SetMTU("wg0", 1420); err != nil {
 		t.Fatal(err)
 	}
@@ -37,7 +37,7 @@ func TestPathMTUIsFound(t *testing.T) {
 // TestTracerouteShowsTheHops follows the way from C to I.
 func TestTracerouteShowsTheHops(t *testing.T) {
 	m := newMesh(t)
-	permit(t, m, "C", policy.Routing)
+	permit(t, m, "C", mesh.Routing)
 	at, own := netlab.Addresses(), status(t, m).Address()
 	for i, want := range [][]netip.Addr{
 		{own.V4, at.W.V4, at.RNear.V4, at.I.V4},
@@ -54,7 +54,7 @@ func TestTracerouteShowsTheHops(t *testing.T) {
 // segments that the ends announce fit into it.
 func TestMSSIsClamped(t *testing.T) {
 	m := newMesh(t)
-	permit(t, m, "C", policy.Routing)
+	permit(t, m, "C", mesh.Routing)
 	at := netlab.Addresses()
 	for i, addr := range at.I.List() {
 		watch, err := m.I.Watch(func(p netlab.Packet) bool { return !p.Out && p.Flags&netlab.SYN != 0 && p.Dst == addr })

@@ -6,7 +6,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // martians are destinations that never are any, and those that only look like one.
@@ -85,7 +85,7 @@ func TestPeerForgesPeer(t *testing.T) {
 // host. Neither is the exact reverse of the flow.
 func TestMappingServesOneFlow(t *testing.T) {
 	m := newMesh(t)
-	permit(t, m, "C", policy.Routing)
+	permit(t, m, "C", mesh.Routing)
 	at := netlab.Addresses()
 	for i, addr := range at.I.List() {
 		seen, err := m.I.Watch(func(p netlab.Packet) bool { return !p.Out && p.Is(netlab.UDP) && p.Dst == addr })

@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // TestLocalUserTakesPorts has a user without rights bind a UDP port in each 512, and then
@@ -18,7 +18,7 @@ import (
 // is repaired.
 func TestLocalUserTakesPorts(t *testing.T) {
 	m := newMesh(t)
-	permit(t, m, "C", policy.Routing)
+	permit(t, m, "C", mesh.Routing)
 	to := netlab.Addresses().I.V4
 	if !m.reaches(t, m.C, to, true) {
 		t.Fatal("C doesn't reach I")

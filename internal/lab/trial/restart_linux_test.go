@@ -6,14 +6,14 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // TestHostReachesPeersAfterRestart restarts the helper while the peers are silent: the
 // host sends to a peer, which no configuration says the endpoint of, at once.
 func TestHostReachesPeersAfterRestart(t *testing.T) {
 	m := newMesh(t)
-	permit(t, m, "C", policy.Incoming)
+	permit(t, m, "C", mesh.Incoming)
 	peer := m.Peers["C"].Addresses.V4
 	// The peer is heard once.
 	probe := netlab.Probe{From: m.C, To: status(t, m).Address().V4, Proto: netlab.ICMP}

@@ -5,13 +5,14 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // generous is how long a test waits for what must happen.
 const generous = 60 * time.Second
 
-const everything = policy.Incoming | policy.Routing | policy.LAN
+const everything = mesh.Incoming | mesh.Routing | mesh.LAN
 
 var protos = []netlab.Proto{netlab.ICMP, netlab.TCP, netlab.UDP}
 
@@ -106,7 +107,7 @@ func stop(t testing.TB, m *Mesh) {
 	}
 }
 
-func permit(t testing.TB, m *Mesh, name string, may policy.Permissions) {
+func permit(t testing.TB, m *Mesh, name string, may mesh.Permissions) {
 	t.Helper()
 	if err := m.Permit(t.Context(), name, may); err != nil {
 		t.Fatal(err)
@@ -132,7 +133,7 @@ func status(t testing.TB, m *Mesh) Status {
 	return s
 }
 
-func ruleset(t testing.TB, m *Mesh, may map[string]policy.Permissions) *policy.Ruleset {
+func ruleset(t testing.TB, m *Mesh, may map[string]mesh.Permissions) *policy.Ruleset {
 	t.Helper()
 	r, err := m.Ruleset(t.Context(), may)
 	if err != nil {

@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // TestSignalsLeaveTheHost ends the helper while it forwards, by each signal that a
@@ -25,7 +25,7 @@ func TestSignalsLeaveTheHost(t *testing.T) {
 		if len(m.Peers) == 0 {
 			addPeers(t, m)
 		}
-		permit(t, m, "C", policy.Routing)
+		permit(t, m, "C", mesh.Routing)
 		if now := status(t, m); !now.Forwarding.IPv4 {
 			t.Fatalf("before %v the host doesn't forward; nothing is proved", s)
 		}

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -112,21 +113,21 @@ func destinations(m *Mesh, own netlab.Pair) map[string]netlab.Pair {
 // may must not matter.
 func TestTruthTable(t *testing.T) {
 	m := newMesh(t)
-	var sets []policy.Permissions
-	for may := policy.Permissions(0); may <= everything; may++ {
+	var sets []mesh.Permissions
+	for may := mesh.Permissions(0); may <= everything; may++ {
 		sets = append(sets, may)
 	}
 	truthTable(t, m, sets)
 }
 
-func truthTable(t *testing.T, m *Mesh, sets []policy.Permissions) {
+func truthTable(t *testing.T, m *Mesh, sets []mesh.Permissions) {
 	t.Helper()
 	permit(t, m, "A", everything)
 	j := &judge{m: m}
 	own := status(t, m).Address()
 	for _, may := range sets {
 		permit(t, m, "C", may)
-		rules := ruleset(t, m, map[string]policy.Permissions{"A": everything, "C": may, "D": policy.Incoming})
+		rules := ruleset(t, m, map[string]mesh.Permissions{"A": everything, "C": may, "D": mesh.Incoming})
 		var questions []question
 		for _, to := range destinations(m, own) {
 			for i, addr := range to.List() {
@@ -146,7 +147,7 @@ func truthTable(t *testing.T, m *Mesh, sets []policy.Permissions) {
 // address, from every side of B, while the peers may do everything. Only B may.
 func TestWaysBack(t *testing.T) {
 	m := newMesh(t)
-	may := map[string]policy.Permissions{}
+	may := map[string]mesh.Permissions{}
 	for name := range m.Peers {
 		permit(t, m, name, everything)
 		may[name] = everything
