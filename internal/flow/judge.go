@@ -98,11 +98,15 @@ func (v *View) fast(k *key, d Direction, now Instant) (*entry, policy.Class) {
 // fromPeer judges a packet out of the tunnel.
 func (v *View) fromPeer(p *packet, now Instant) Verdict {
 	var s *share
+	var asked policy.Packet
 	var decided policy.Verdict
 	if p.fragment == later { // its ports are those of the first, which the share knows
 		s = v.shareOf(p.from, p.v6)
-	} else if decided = v.rules.FromPeer(p.asked()); decided.Peer >= 0 {
-		s = v.shares[decided.Peer]
+	} else {
+		p.describe(&asked)
+		if decided = v.rules.FromPeer(asked); decided.Peer >= 0 {
+			s = v.shares[decided.Peer]
+		}
 	}
 	switch {
 	case p.malformed:
@@ -118,7 +122,8 @@ func (v *View) fromPeer(p *packet, now Instant) Verdict {
 		if !s.pieces.complete(p) {
 			return refuse(s, policy.RuleMalformed, policy.Martian)
 		}
-		decided = v.rules.FromPeer(p.asked())
+		p.describe(&asked)
+		decided = v.rules.FromPeer(asked)
 	}
 	f := s.flow(keyOf(p.tuple, FromPeer), now)
 	opener := FromPeer
@@ -166,7 +171,9 @@ func (v *View) toPeer(p *packet, now Instant) Verdict {
 	opener := ToPeer
 	var decided policy.Verdict
 	if f.entry == nil {
-		decided = v.rules.IntoTunnel(p.asked())
+		var asked policy.Packet
+		p.describe(&asked)
+		decided = v.rules.IntoTunnel(asked)
 	} else {
 		st := f.entry.load()
 		if opener = st.opener(); opener == FromPeer && st.is(stateCut) {
@@ -248,7 +255,9 @@ func (v *View) mayOpen(k key, opener Direction) policy.Verdict {
 		by = policy.ByHost
 	}
 	t := k.tuple(opener)
-	return v.rules.MayOpen(by, t.asked())
+	var opened policy.Packet
+	t.describe(&opened)
+	return v.rules.MayOpen(by, opened)
 }
 
 // shareOf returns the share of the peer with address a, or nil.

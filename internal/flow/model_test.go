@@ -46,8 +46,14 @@ func addressOf(a netip.Addr) address {
 	return address6(b[:])
 }
 
+// described is t as the policy sees it.
+func described(t tuple) (p policy.Packet) {
+	t.describe(&p)
+	return p
+}
+
 func (m *model) hostMay(t tuple) bool {
-	p := t.asked()
+	p := described(t)
 	if p.Src != flowtest.HostB4 && p.Src != flowtest.HostB6 {
 		return false
 	}
@@ -59,7 +65,7 @@ func (m *model) hostMay(t tuple) bool {
 	return m.rules.Mesh().ThroughPeer && t.proto != 47 && (class == policy.Internet || class == policy.OnLAN)
 }
 
-func (m *model) peerMay(t tuple) bool { return m.rules.FromPeer(t.asked()).Pass }
+func (m *model) peerMay(t tuple) bool { return m.rules.FromPeer(described(t)).Pass }
 
 // mayOpen judges the opener of the flow whose far end sends t.
 func (m *model) mayOpen(f *modelFlow, t tuple) bool {
@@ -107,7 +113,7 @@ func (m *model) fromPeer(p packetOf) bool {
 // peerMayPacket judges a packet by itself; an answer to a query has another type
 // than the query that its tuple stands for.
 func (m *model) peerMayPacket(p packetOf) bool {
-	ask := p.tuple.asked()
+	ask := described(p.tuple)
 	if p.isICMP() && !p.opens {
 		ask.ICMPType = 0
 		if p.v6 {

@@ -74,18 +74,16 @@ func (t tuple) reversed() tuple {
 	return t
 }
 
-// asked returns the packet that t describes in the policy's words. Of an ICMP query or
-// answer the ports hold type, code and identifier; see parseICMP.
-func (t *tuple) asked() policy.Packet {
-	p := policy.Packet{
-		Src: t.from.netip(t.v6), Dst: t.to.netip(t.v6),
-		Proto: t.proto, SrcPort: t.fromPort, DstPort: t.toPort,
-	}
+// describe writes the packet that t describes to p, in the policy's words. Of an ICMP
+// query or reply the ports hold type, code and identifier; see parseICMP.
+func (t *tuple) describe(p *policy.Packet) {
+	p.Src, p.Dst = t.from.netip(t.v6), t.to.netip(t.v6)
+	p.Proto = t.proto
+	p.SrcPort, p.DstPort = t.fromPort, t.toPort
 	if t.isICMP() {
 		p.ICMPType = uint8(t.toPort >> 8)
 		p.DstPort = p.SrcPort
 	}
-	return p
 }
 
 func (t *tuple) isICMP() bool {
@@ -438,9 +436,9 @@ func queryOf(icmpType uint8, v6 bool) (query uint8, ok bool) {
 	return 0, false
 }
 
-// asked is tuple.asked for a packet whose ICMP type was read.
-func (p *packet) asked() policy.Packet {
-	out := p.tuple.asked()
+// describe is tuple.describe for a packet whose ICMP type was read.
+func (p *packet) describe(out *policy.Packet) {
+	p.tuple.describe(out)
 	out.Malformed = p.malformed
 	if p.isICMP() && p.fragment != later {
 		out.ICMPType = p.icmpType
@@ -448,7 +446,6 @@ func (p *packet) asked() policy.Packet {
 			out.SrcPort, out.DstPort = p.toPort, p.toPort
 		}
 	}
-	return out
 }
 
 // parseQuote reads the start of the packet that an ICMP error quotes, which is
