@@ -137,7 +137,7 @@ func BenchmarkUse(b *testing.B) {
 	})
 	b.Run("settle", func(b *testing.B) {
 		for b.Loop() {
-			old.Settle(old)
+			old.CutRefused(old)
 		}
 	})
 }

@@ -28,10 +28,9 @@ type entry struct {
 // Instant is a time on a Table's clock, in milliseconds.
 type Instant int64
 
-// state is what there is to know of a flow besides its key, in one word that is
-// read and written at once:
+// state is the state of a flow, in one word that is read and written atomically:
 //
-//	bits  0-31  generation of the View that found it to pass
+//	bits  0-31  generation of the View that last let it pass
 //	bits 32-48  timeout in seconds
 //	bits 49-52  phase
 //	bits 53-55  class of the destination as the opener sees it
@@ -64,7 +63,7 @@ func (s state) opener() Direction {
 
 // passing returns the state of a flow in phase p that opener opened and that
 // passes by the view of a generation. Its timeout is at least that of before:
-// what the filter believes of the flow may lag behind.
+// the filter's idea of the flow may lag behind.
 func passing(generation uint32, opener Direction, p phase, class policy.Class, proto uint8, before Instant) state {
 	timeout := max(before, Instant(p.timeout(proto)/time.Millisecond))
 	s := state(generation) | state(timeout/1000)<<32 | state(p)<<49 | state(class)<<53 | statePasses
@@ -92,7 +91,7 @@ func (e *entry) store(s state) { e.state.Store(uint64(s)) }
 func (e *entry) rename(k key) {
 	e.version.Add(1)
 	for i, word := range k.words() {
-		// A store costs more than a look, and flows have much in common.
+		// A store costs more than a load, and flows have much in common.
 		if e.key[i].Load() != word {
 			e.key[i].Store(word)
 		}
@@ -124,7 +123,7 @@ func (e *entry) expired(s state, now Instant) bool {
 	return now-Instant(e.last.Load()) > s.timeout()
 }
 
-// touch notes a packet at the time now. Written only when it differs, so that
+// touch records a packet at the time now. Written only when it differs, so that
 // cores that share a flow don't fight for its cache line.
 func (e *entry) touch(now Instant) {
 	if e.last.Load() != int64(now) {

@@ -11,7 +11,7 @@ type fragments struct {
 	next int
 }
 
-// fragment is what the later fragments of a datagram are judged by.
+// fragment is the first fragment of a datagram, by which the later ones are judged.
 type fragment struct {
 	from, to         address
 	id               uint32
@@ -52,7 +52,7 @@ const (
 	fragmentTimeout Instant = 30_000
 )
 
-// remember notes a first fragment that passed.
+// remember records a first fragment that passed.
 func (f *fragments) remember(p *packet, now Instant) {
 	piece := fragmentOf(p)
 	piece.expires = now + fragmentTimeout
@@ -85,16 +85,17 @@ func (f *fragments) complete(p *packet, now Instant) bool {
 	return i >= 0 && f.ring[i].complete(p)
 }
 
-// reassembly follows how the host's kernel puts together what a peer sends in
-// fragments, so that a peer never has more there than its share. The memory for it is
-// one for the whole host: 4 MB in Linux for each family (ipfrag_high_thresh in
-// ip-sysctl, net/ipv4/inet_fragment.c), and at that no more datagram is put together,
-// whoever sent it.
+// reassembly follows how the host's kernel reassembles a peer's fragments, so that a
+// peer never has more there than its share. The kernel's memory for that is shared by
+// the whole host: 4 MB in Linux for each family (ipfrag_high_thresh in
+// ip-sysctl, net/ipv4/inet_fragment.c), and at that limit no more datagrams are
+// reassembled, whichever host sent them.
 //
-// The kernel must have no more than what is counted here. So what would let it forget
-// a part that is counted as arrived doesn't pass: parts that overlap or come twice,
-// that it might drop for their header (packet.odd), that come late, or after so many
-// others of the peer that it begins anew (maxDistance).
+// The kernel must hold no more than is counted here. So a fragment doesn't pass that
+// could make the kernel forget a part counted as arrived: one that overlaps another or
+// is a duplicate, that it might drop for its header (packet.odd), that arrives late, or
+// after so many others of the peer that the kernel starts the datagram anew
+// (maxDistance).
 type reassembly struct {
 	open   []datagram // the oldest first
 	held   int        // bytes
@@ -178,8 +179,8 @@ func (d *datagram) fits(p *packet, passed int, now Instant) bool {
 // have are the parts that passed: apart from each other, in order.
 func (d *datagram) have() []span { return d.parts[:d.count] }
 
-// partOf returns what part of its datagram a fragment is. No datagram is longer than
-// 65,535 bytes.
+// partOf returns the part of its datagram that a fragment holds. No datagram is longer
+// than 65,535 bytes.
 func partOf(p *packet) span { return span{uint16(p.offset), uint16(p.end)} }
 
 // gap returns how many parts begin before another.
@@ -191,7 +192,7 @@ func (d *datagram) gap(part span) int {
 	return at
 }
 
-// add notes a part that fits, and reports whether the datagram is whole.
+// add records a part that fits, and reports whether the datagram is complete.
 func (d *datagram) add(p *packet) bool {
 	part := partOf(p)
 	at := d.gap(part)
@@ -237,7 +238,7 @@ func (s *share) hasMemory(more int) bool {
 	return int64(s.pieces.held+more) <= int64(s.table.pieces)*3/4-s.table.inPieces.Load()
 }
 
-// noteFragment notes a fragment of the peer that was admitted and passes.
+// noteFragment records a fragment of the peer that was admitted and passes.
 func (s *share) noteFragment(p *packet, now Instant) {
 	r := &s.pieces
 	r.passed++

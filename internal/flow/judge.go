@@ -4,7 +4,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// Direction says which way a packet goes through the tunnel.
+// Direction is the direction of a packet through the tunnel.
 type Direction uint8
 
 const (
@@ -28,22 +28,22 @@ type View struct {
 // Ruleset returns the ruleset of the view.
 func (v *View) Ruleset() *policy.Ruleset { return v.rules }
 
-// Action is what is to be done with a packet.
+// Action is how the guard treats a packet.
 type Action uint8
 
 const (
 	// Drop it in silence.
 	Drop Action = iota
-	// Answer it with ICMP "administratively prohibited", and drop it. A View says
-	// so at most so often per peer; see answerRate.
+	// Answer it with ICMP "administratively prohibited", and drop it. The rate is
+	// limited per peer; see answerRate.
 	Answer
 	// Pass it on.
 	Pass
 )
 
-// Verdict is what a View says of a packet. Four fields, because the compiler
-// keeps so many in registers.
-type Verdict struct {
+// Decision is a View's judgement of a packet. It has four fields because the compiler
+// keeps that many in registers.
+type Decision struct {
 	Action Action
 	// Class of the flow's destination as its opener sees it; of a refused packet
 	// the class under which it is counted, 0 towards a peer.
@@ -51,23 +51,23 @@ type Verdict struct {
 	// Rule decided; RuleNone for a packet of a flow that was found to pass before.
 	Rule policy.Rule
 
-	share *share // whose packet it is; nil: no peer's
+	share *share // of the peer that the packet is from or to; nil: of none
 }
 
 // Judge decides on one IP packet at the tunnel at the time now, which is
 // Table.Now's. It keeps no reference to b.
-func (v *View) Judge(b []byte, d Direction, now Instant) Verdict {
+func (v *View) Judge(b []byte, d Direction, now Instant) Decision {
 	var k key
 	if plainKey(b, d, &k) {
 		if e, class := v.fast(&k, d, now); e != nil {
-			return Verdict{Action: Pass, Class: class, share: e.share}
+			return Decision{Action: Pass, Class: class, share: e.share}
 		}
 	}
 	return v.slow(b, d, now)
 }
 
 // slow judges any packet.
-func (v *View) slow(b []byte, d Direction, now Instant) Verdict {
+func (v *View) slow(b []byte, d Direction, now Instant) Decision {
 	var p packet
 	p.parse(b)
 	if d == FromPeer {
@@ -96,7 +96,7 @@ func (v *View) fast(k *key, d Direction, now Instant) (*entry, policy.Class) {
 }
 
 // fromPeer judges a packet out of the tunnel.
-func (v *View) fromPeer(p *packet, now Instant) Verdict {
+func (v *View) fromPeer(p *packet, now Instant) Decision {
 	var s *share
 	var asked policy.Packet
 	var decided policy.Verdict
@@ -135,21 +135,21 @@ func (v *View) fromPeer(p *packet, now Instant) Verdict {
 	}
 	if !decided.Pass {
 		f.cut(now)
-		verdict := refuse(s, decided.Rule, decided.Class)
+		decision := refuse(s, decided.Rule, decided.Class)
 		if decided.Answered() && p.fragment != later && s.answers.take(now) {
-			verdict.Action = Answer
+			decision.Action = Answer
 		}
-		return verdict
+		return decision
 	}
 	if rule := v.remember(f, p, FromPeer, opener, decided.Class, now); rule != policy.RuleNone {
 		return refuse(s, rule, decided.Class)
 	}
-	return Verdict{Action: Pass, Class: decided.Class, Rule: decided.Rule, share: s}
+	return Decision{Action: Pass, Class: decided.Class, Rule: decided.Rule, share: s}
 }
 
 // toPeer judges a packet into the tunnel. One that isn't for a peer's address is sent
 // through a peer; WireGuard's allowed IPs choose which.
-func (v *View) toPeer(p *packet, now Instant) Verdict {
+func (v *View) toPeer(p *packet, now Instant) Decision {
 	peer := v.shareOf(p.to, p.v6)
 	s := peer
 	switch {
@@ -187,12 +187,12 @@ func (v *View) toPeer(p *packet, now Instant) Verdict {
 		return refuse(peer, decided.Rule, 0)
 	}
 	v.remember(f, p, ToPeer, opener, decided.Class, now)
-	return Verdict{Action: Pass, Class: decided.Class, Rule: decided.Rule, share: peer}
+	return Decision{Action: Pass, Class: decided.Class, Rule: decided.Rule, share: peer}
 }
 
 // throughPeer judges a packet out of the tunnel whose source isn't a peer's address. It
 // passes only as a reply to what the host sent through a peer, or as an error about that.
-func (v *View) throughPeer(p *packet, now Instant) Verdict {
+func (v *View) throughPeer(p *packet, now Instant) Decision {
 	s := v.table.throughPeer
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -219,14 +219,14 @@ func (v *View) throughPeer(p *packet, now Instant) Verdict {
 	if !p.isError && v.remember(f, p, FromPeer, ToPeer, decided.Class, now) != policy.RuleNone {
 		return spoofed
 	}
-	return Verdict{Action: Pass, Rule: decided.Rule}
+	return Decision{Action: Pass, Rule: decided.Rule}
 }
 
 // quoting judges an ICMP error from or to a peer, which runs in direction d, by the flow
-// of the packet that it quotes. That packet ran the other way, and its sender is who
-// the error is for. A peer's error quotes a packet to the peer itself, or else its flow
-// isn't in the peer's share; an error to a peer may come from any router.
-func (v *View) quoting(p *packet, s *share, d Direction, now Instant) Verdict {
+// of the packet that it quotes. That packet ran in the opposite direction, and the error
+// is addressed to its sender. A peer's error quotes a packet to the peer itself, for any
+// other flow isn't in the peer's share; an error to a peer may come from any router.
+func (v *View) quoting(p *packet, s *share, d Direction, now Instant) Decision {
 	var class policy.Class
 	if d == FromPeer {
 		class = v.rules.Class(p.to.netip(p.v6))
@@ -244,7 +244,7 @@ func (v *View) quoting(p *packet, s *share, d Direction, now Instant) Verdict {
 	if !decided.Pass {
 		return refuse(s, policy.RuleUnquoted, class)
 	}
-	return Verdict{Action: Pass, Class: decided.Class, Rule: decided.Rule, share: s}
+	return Decision{Action: Pass, Class: decided.Class, Rule: decided.Rule, share: s}
 }
 
 // mayOpen judges whether the end whose packets run in the direction opener may open the
@@ -355,6 +355,6 @@ func (v *View) remember(f flowOf, p *packet, d, opener Direction, class policy.C
 	return policy.RuleNone
 }
 
-func refuse(s *share, rule policy.Rule, class policy.Class) Verdict {
-	return Verdict{Rule: rule, Class: class, share: s}
+func refuse(s *share, rule policy.Rule, class policy.Class) Decision {
+	return Decision{Rule: rule, Class: class, share: s}
 }

@@ -38,7 +38,7 @@ func newLab(t testing.TB, c mesh.Permissions, o Options) *lab {
 func (l *lab) set(r *policy.Ruleset) {
 	old := l.view
 	l.view = l.table.Use(r)
-	l.view.Settle(old)
+	l.view.CutRefused(old)
 }
 
 func (l *lab) allow(c mesh.Permissions) { l.set(flowtest.Picture(l.t, c)) }
@@ -52,7 +52,7 @@ func (l *lab) through(c mesh.Permissions) {
 
 func (l *lab) later(d time.Duration) { l.clock = l.clock.Add(d) }
 
-func (l *lab) judge(p []byte, d Direction) Verdict { return l.view.Judge(p, d, l.table.Now()) }
+func (l *lab) judge(p []byte, d Direction) Decision { return l.view.Judge(p, d, l.table.Now()) }
 
 // from and to demand that packets from or to a peer pass, or don't.
 func (l *lab) from(want bool, packets ...[]byte) {
@@ -466,7 +466,7 @@ func TestChangeHoldsAtOnce(t *testing.T) {
 	}
 	l.to(false, c.answer(0))
 	l.from(false, c.ask(0))
-	l.view.Settle(old)
+	l.view.CutRefused(old)
 	l.to(false, c.answer(0))
 }
 

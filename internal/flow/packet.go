@@ -59,7 +59,7 @@ func (a address) netip(v6 bool) netip.Addr {
 	return netip.AddrFrom16(b)
 }
 
-// tuple is what a packet says of its flow, as sent.
+// tuple holds the fields of a packet that identify its flow, as sent.
 type tuple struct {
 	from, to         address
 	fromPort, toPort uint16
@@ -93,8 +93,8 @@ func (t *tuple) isICMP() bool {
 	return t.proto == policy.ProtoICMP
 }
 
-// key names a flow at the tunnel. far is the end beyond the tunnel, which is the
-// peer unless the host routes through one; near is the other end.
+// key identifies a flow at the tunnel. far is the end on the peer's side of the tunnel:
+// the peer, unless the host routes through it; near is the other end.
 type key struct {
 	farHi, farLo, nearHi, nearLo uint64
 	// ports holds version, protocol and ports: v6<<63 | proto<<32 | far<<16 | near.
@@ -130,7 +130,7 @@ func (k key) tuple(d Direction) tuple {
 
 func (k key) proto() uint8 { return uint8(k.ports >> 32) }
 
-// packet is what parse finds in a packet.
+// packet is a parsed packet.
 type packet struct {
 	tuple
 	flags     uint8  // of TCP

@@ -91,7 +91,7 @@ func (s *share) sweepAgain(now Instant) {
 	}
 }
 
-// sweep forgets those of the peer's flows that timed out, which is what makes room.
+// sweep forgets those of the peer's flows that timed out, which makes room.
 func (s *share) sweep(now Instant) {
 	s.swept = now
 	s.sweepList(&s.byPeer, now)
@@ -147,9 +147,9 @@ const (
 	minMap = 256
 )
 
-// shrink makes the map of flows anew when three quarters of what it held at most are gone,
-// for a map of Go gives back no memory when entries are deleted. What it costs is paid by
-// the deletions before.
+// shrink makes the map of flows anew when three quarters of its largest number of flows
+// are gone, for a Go map frees no memory when entries are deleted. Its cost is amortized
+// over the deletions.
 func (s *share) shrink() {
 	if s.most < minMap || len(s.flows) >= s.most/4 {
 		return
@@ -223,9 +223,9 @@ func (s *share) set(e *entry, st state, now Instant) {
 	}
 }
 
-// store stores the state of e and counts what the flow takes in the host's packet
-// filter: nothing where the host opened it, for no peer can keep the host from
-// opening flows, and nothing where it was cut, for then its states are ended.
+// store stores the state of e and counts the entries that the flow takes in the host's
+// packet filter: none where the host opened it, for no peer can keep the host from
+// opening flows, and none where it was cut, for then its states are deleted.
 func (s *share) store(e *entry, st state) {
 	more := s.cost(st) - s.cost(e.load())
 	e.store(st)

@@ -42,7 +42,7 @@ type Refused struct {
 	Port  uint16 // of TCP and UDP, else 0; also 0 where it isn't in the packet
 }
 
-// sample keeps the begin of a refused packet. A peer may have millions refused, so
+// sample keeps the first bytes of a refused packet. A peer may have millions refused, so
 // another one is taken only after Stats asked for the last.
 type sample struct {
 	taken atomic.Bool
@@ -61,7 +61,7 @@ func (s *sample) take(b []byte) {
 	s.mu.Unlock()
 }
 
-// read returns what was taken, and has another one taken.
+// read returns the packet that was sampled, and lets the next one be sampled.
 func (s *sample) read() (r Refused) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -92,7 +92,7 @@ func (v *View) Stats(peer int) Stats {
 	return v.shares[peer].stats()
 }
 
-// sweepThrough forgets what timed out of the flows that the host opened through peers.
+// sweepThrough forgets those of the flows through peers that timed out.
 func (t *Table) sweepThrough() {
 	if s, now := t.throughPeer, t.Now(); s.mu.TryLock() {
 		if now-s.swept >= sweepEvery {
@@ -130,8 +130,8 @@ type Tally struct {
 	packets, bytes uint64
 }
 
-// Add counts a packet with its verdict.
-func (t *Tally) Add(v Verdict, b []byte, d Direction, now Instant) {
+// Add counts a packet by the decision about it.
+func (t *Tally) Add(v Decision, b []byte, d Direction, now Instant) {
 	if v.share == nil {
 		return
 	}
@@ -153,7 +153,7 @@ func (t *Tally) Add(v Verdict, b []byte, d Direction, now Instant) {
 	t.bytes += uint64(len(b))
 }
 
-// Flush adds what was counted to the peer's counters.
+// Flush adds the counts to the peer's counters.
 func (t *Tally) Flush(d Direction, now Instant) {
 	if t.packets == 0 {
 		return

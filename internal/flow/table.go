@@ -13,9 +13,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// Options are what New can be told.
+// Options configure New.
 type Options struct {
-	// Now is the clock, time.Now unless set. Flows time out by what passes on it.
+	// Now is the clock by which flows time out, time.Now unless set.
 	Now func() time.Time // optional
 	// PerPeer bounds the memory for one peer: the flows that it may have opened,
 	// those that the host has opened to it, and the cut ones, each as many. Unless
@@ -30,9 +30,9 @@ type Options struct {
 	// classes lan and internet: 2 for pf, which has a state on each interface, 1
 	// for conntrack. Any other flow takes one.
 	PerForwarded int // optional: 1
-	// Reassembly is the memory, in bytes, in which the host's kernel puts datagrams
-	// together, of each family, its own included. What one peer may have unfinished in
-	// both families is a quarter of it, what all may have three quarters.
+	// Reassembly is the memory, in bytes, in which the host's kernel reassembles
+	// datagrams of each family, its own included. One peer may have a quarter of it
+	// incomplete in both families, all peers together three quarters.
 	Reassembly int // optional: 4 MiB, which is Linux's default
 }
 
@@ -88,7 +88,7 @@ func New(o Options) *Table {
 func (t *Table) startClock(now func() time.Time) {
 	const before = -24 * time.Hour
 	if now == nil {
-		// Reads the monotonic clock alone, which is half of what time.Now reads.
+		// time.Since reads the monotonic clock alone; time.Now reads two clocks.
 		t.start = time.Now().Add(before)
 		t.passed = func() time.Duration { return time.Since(t.start) }
 		return
@@ -186,7 +186,7 @@ func (t *Table) forget(k key, e *entry) {
 }
 
 // Use returns the View of r. It may be called while an older View is in use; call
-// Settle when that has ended.
+// CutRefused when the older one isn't any more.
 func (t *Table) Use(r *policy.Ruleset) *View {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -224,9 +224,9 @@ func (s *share) resize(memory int) {
 	}
 }
 
-// Settle cuts the flows that passed by old (nil at first) and that v refuses. It
+// CutRefused cuts the flows that passed by old (nil at first) and that v refuses. It
 // is called when no packet is judged by old any more.
-func (v *View) Settle(old *View) {
+func (v *View) CutRefused(old *View) {
 	if old == nil {
 		return
 	}
@@ -236,14 +236,14 @@ func (v *View) Settle(old *View) {
 		s := v.table.shares[n.PublicKey]
 		v.table.mu.Unlock()
 		if s != nil {
-			v.cutRefused(s, n.Removed, now)
+			v.cutFlows(s, n.Removed, now)
 		}
 	}
 	v.table.prune(v, now)
 }
 
-// cutRefused cuts those flows of a share that v refuses, or all.
-func (v *View) cutRefused(s *share, all bool, now Instant) {
+// cutFlows cuts those flows of a share that v refuses, or all.
+func (v *View) cutFlows(s *share, all bool, now Instant) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, l := range []*list{&s.byPeer, &s.asked, &s.talks} {
@@ -277,7 +277,7 @@ func (t *Table) prune(v *View, now Instant) {
 	t.listShares()
 }
 
-// idle forgets what timed out and reports whether nothing is left.
+// idle forgets the flows that timed out and reports whether none is left.
 func (s *share) idle(now Instant) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -436,7 +436,7 @@ func TestConcurrent(t *testing.T) {
 		old, _ := views.Load("view")
 		next := l.table.Use(r)
 		views.Store("view", next)
-		next.Settle(old.(*View))
+		next.CutRefused(old.(*View))
 	}
 	close(stop)
 	wg.Wait()

@@ -1,7 +1,7 @@
 // Package guard judges every packet of every peer in our own process, before
 // the kernel or WireGuard sees it: a tun.Device around a tun.Device. No other
-// program can switch it off, and it holds the whole of the policy that
-// can be told at the tunnel, so the packet filter behind it may fail.
+// program can switch it off. It enforces all of the policy that can be decided at the
+// tunnel, so the packet filter behind it may fail.
 //
 // How a daemon uses it:
 //
@@ -15,17 +15,17 @@
 // packet is judged by an older ruleset any more, and the flows that the new one
 // refuses are cut. Closing g closes inner.
 //
-// What a packet is judged by is told in package flow. Here is the rest: batches
-// are judged as they are, in place; a packet that a missing permission stops is
-// answered with an ICMP error, which the peer gets by way of Read.
+// Package flow describes how a packet is judged. This package does the rest: batches
+// are judged in place; a packet refused for a missing permission is answered with an
+// ICMP error, which the peer receives by way of Read.
 //
 // # The host's packets to itself
 //
 // On macOS the IPv4 address of a point-to-point interface has a host route into
-// that interface (in_ifinit in xnu bsd/netinet/in.c), so what the host sends to
-// its own mesh address comes out of the tunnel device instead of going by the
-// loopback interface. WireGuard has no peer for it. The guard turns it round,
-// back into the device, whether open or closed: it concerns no peer, and isn't
+// that interface (in_ifinit in xnu bsd/netinet/in.c), so the host's packets to
+// its own mesh address come out of the tunnel device instead of going by the
+// loopback interface. WireGuard has no peer for them. The guard writes them back
+// into the device, whether open or closed: they concern no peer, and aren't
 // judged or counted.
 package guard
 
@@ -45,7 +45,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// Options are what New can be told.
+// Options configure New.
 type Options struct {
 	// Own are the host's mesh addresses, for as long as no ruleset was in force.
 	Own []netip.Addr     // optional
@@ -78,8 +78,8 @@ type Traffic struct {
 // Refused is a packet that was refused, for people to read.
 type Refused = flow.Refused
 
-// PeerStats counts what the guard did with a peer's packets since the peer was
-// first in a ruleset.
+// PeerStats counts a peer's packets by their treatment, since the peer was first in a
+// ruleset.
 type PeerStats struct {
 	Refused    [policy.NumClasses]uint64 // packets, by class; index 0 counts those towards the peer
 	Routed     Traffic
@@ -94,8 +94,8 @@ type PeerStats struct {
 	Example Refused
 }
 
-// Device is a tun.Device that lets pass what the policy lets pass. All methods
-// may be called concurrently, Read by one goroutine at a time.
+// Device is a tun.Device that enforces the policy. All methods may be called
+// concurrently, Read by one goroutine at a time.
 type Device struct {
 	inner   tun.Device
 	table   *flow.Table
@@ -112,7 +112,7 @@ type Device struct {
 
 	setting sync.Mutex
 	last    *flow.View      // the last view that was in force
-	given   *policy.Ruleset // to Set; the view's may be what is left of it
+	given   *policy.Ruleset // to Set; the view's lacks the grants that have ended since
 }
 
 // deadliner is a device whose blocked Read can be interrupted.
@@ -141,18 +141,18 @@ func New(inner tun.Device, o Options) *Device {
 }
 
 // Set puts r in force; nil lets nothing pass. When it returns, no packet is
-// judged by what was in force before, and the flows of peers that lost something
-// are cut. It doesn't stop packets while it works.
+// judged by the previous ruleset any more, and the flows that r refuses are cut. It
+// doesn't stop packets while it works.
 //
-// Grants that end by themselves do so here, without another Set: the first packet
-// that is judged at the end or later, and all after it, are judged by what is left of
-// r. See [Options] for the clock; what has ended stays so, whatever the clock says.
+// Grants that end by themselves do so here, without another Set: from the end of a grant
+// on, packets are judged by the rest of r. See [Options] for the clock; a grant that has
+// ended stays so, whatever the clock says.
 func (d *Device) Set(r *policy.Ruleset) {
 	d.setting.Lock()
 	defer d.setting.Unlock()
 	if r == nil {
 		d.view.Store(nil)
-		d.settle()
+		d.drain()
 		return
 	}
 	if d.view.Load() != nil && d.given == r {
@@ -164,38 +164,38 @@ func (d *Device) Set(r *policy.Ruleset) {
 	d.force(r.At(d.clock.now()))
 }
 
-// force makes r what packets are judged by. d.setting is held.
+// force has packets judged by r. d.setting is held.
 func (d *Device) force(r *policy.Ruleset) {
 	v := d.table.Use(r)
 	d.own.Store(newOwn(r.Mesh().Addresses))
 	d.view.Store(v)
-	d.settle()
-	v.Settle(d.last)
+	d.drain()
+	v.CutRefused(d.last)
 	d.last = v
 }
 
 // Confine keeps packets of the classes lan and internet from passing, in both
-// directions, for as long as it is on: what a peer sends there needs the packet filter
+// directions, for as long as it is on: a peer's packets there need the packet filter
 // behind the guard. Flows aren't cut, so that they go on afterwards. When it returns,
 // no packet is judged as before any more.
 func (d *Device) Confine(on bool) {
 	d.setting.Lock()
 	defer d.setting.Unlock()
 	if d.confine.Swap(on) != on {
-		d.settle()
+		d.drain()
 	}
 }
 
-// confined turns the verdict on a packet that needs the packet filter into a drop.
-func confined(v flow.Verdict) flow.Verdict {
+// confined turns the decision on a packet that needs the packet filter into a drop.
+func confined(v flow.Decision) flow.Decision {
 	if v.Action == flow.Pass && (v.Class == policy.OnLAN || v.Class == policy.Internet) {
 		v.Action = flow.Drop
 	}
 	return v
 }
 
-// settle returns when every batch that may have begun before is through.
-func (d *Device) settle() {
+// drain returns once every batch that began before the call has been judged and written.
+func (d *Device) drain() {
 	d.batch.Lock()
 	defer d.batch.Unlock()
 }
@@ -240,8 +240,8 @@ func (d *Device) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	}
 }
 
-// judgeRead sets the size of what is refused to 0, and of what the host sends to
-// itself, which it appends to turned.
+// judgeRead sets the size of refused packets to 0, and of the host's packets to itself,
+// which it appends to turned.
 func (d *Device) judgeRead(bufs [][]byte, sizes []int, offset int, turned [][]byte) [][]byte {
 	v := d.begin()
 	defer d.batch.RUnlock()
@@ -261,12 +261,12 @@ func (d *Device) judgeRead(bufs [][]byte, sizes []int, offset int, turned [][]by
 			sizes[i] = 0
 			continue
 		}
-		verdict := v.Judge(packet, flow.ToPeer, now)
+		decision := v.Judge(packet, flow.ToPeer, now)
 		if confine {
-			verdict = confined(verdict)
+			decision = confined(decision)
 		}
-		tally.Add(verdict, packet, flow.ToPeer, now)
-		if verdict.Action != flow.Pass {
+		tally.Add(decision, packet, flow.ToPeer, now)
+		if decision.Action != flow.Pass {
 			sizes[i] = 0
 		}
 	}
@@ -274,20 +274,19 @@ func (d *Device) judgeRead(bufs [][]byte, sizes []int, offset int, turned [][]by
 	return turned
 }
 
-// turnRound writes what the host sends to itself back into the device. The bytes
+// turnRound writes the host's packets to itself back into the device. The bytes
 // before offset are room for the device's own header: 4 bytes of address family on
 // macOS, 10 of virtio on Linux; WireGuard leaves 16.
 func (d *Device) turnRound(offset int) {
 	if len(d.turned) == 0 {
 		return
 	}
-	// What the device doesn't take is lost, as on any link.
+	// Packets that the device doesn't accept are lost, as on any link.
 	_, _ = d.inner.Write(d.turned, offset)
 	clear(d.turned) // WireGuard uses the buffers for other packets
 }
 
-// Write writes those of the peers' packets that pass. What is refused counts as
-// written.
+// Write writes those of the peers' packets that pass. Refused ones count as written.
 func (d *Device) Write(bufs [][]byte, offset int) (int, error) {
 	v := d.begin()
 	defer d.batch.RUnlock()
@@ -299,7 +298,7 @@ func (d *Device) Write(bufs [][]byte, offset int) (int, error) {
 	return len(bufs), err
 }
 
-// judgeWrite moves what passes to the front of bufs and returns it.
+// judgeWrite moves the packets that pass to the front of bufs and returns them.
 func (d *Device) judgeWrite(v *flow.View, bufs [][]byte, offset int) [][]byte {
 	if v == nil {
 		return nil
@@ -308,12 +307,12 @@ func (d *Device) judgeWrite(v *flow.View, bufs [][]byte, offset int) [][]byte {
 	var tally flow.Tally
 	pass := bufs[:0]
 	for _, b := range bufs {
-		verdict := v.Judge(b[offset:], flow.FromPeer, now)
+		decision := v.Judge(b[offset:], flow.FromPeer, now)
 		if confine {
-			verdict = confined(verdict)
+			decision = confined(decision)
 		}
-		tally.Add(verdict, b[offset:], flow.FromPeer, now)
-		switch verdict.Action {
+		tally.Add(decision, b[offset:], flow.FromPeer, now)
+		switch decision.Action {
 		case flow.Pass:
 			if d.clearDF {
 				clearDF(b[offset:])
@@ -327,8 +326,8 @@ func (d *Device) judgeWrite(v *flow.View, bufs [][]byte, offset int) [][]byte {
 	return pass
 }
 
-// clearDF takes Don't Fragment off an IPv4 fragment and mends the header's
-// checksum (RFC 1624). It is in the 16 bits of flags and offset at byte 6.
+// clearDF clears Don't Fragment in an IPv4 fragment and updates the header's checksum
+// (RFC 1624). It is in the 16 bits of flags and offset at byte 6.
 func clearDF(b []byte) {
 	const df, rest = 0x40, 0x3f
 	if len(b) < header4 || b[0]>>4 != 4 || b[6]&df == 0 || b[6]&rest == 0 && b[7] == 0 {

@@ -6,8 +6,8 @@ import (
 	"github.com/gaissmai/bart"
 )
 
-// Class says what a destination is, as seen by a peer. Lower classes come
-// first: the first that fits counts.
+// Class is the kind of a destination as a peer sees it. Lower classes come first: the
+// first that fits counts.
 type Class uint8
 
 // The classes of docs/policy.md in their order.
@@ -17,8 +17,8 @@ const (
 	InMesh
 	OnLAN
 	Internet
-	// Spoofed is no class of destination: the packet's source isn't one of its
-	// sender's addresses. It is here because refusals are counted by class.
+	// Spoofed isn't a class of destination: the packet's source isn't one of its
+	// sender's addresses. It is listed here because refusals are counted by class.
 	Spoofed
 )
 
@@ -52,8 +52,8 @@ func prefixes(texts ...string) []netip.Prefix {
 	return out
 }
 
-// local are destinations of which a host receives packets, or none at all, and that
-// it never forwards: RFC 1122 3.2.1.3 and RFC 6890 for IPv4, RFC 4291 for IPv6
+// local are destinations to which a host never forwards packets; it receives or drops
+// them: RFC 1122 3.2.1.3 and RFC 6890 for IPv4, RFC 4291 for IPv6
 // (unspecified, loopback, mapped, link-local, multicast).
 var local = prefixes(
 	"0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "240.0.0.0/4",
@@ -81,7 +81,7 @@ var private = prefixes(
 	"100.64.0.0/10", "198.18.0.0/15", "fc00::/7", "64:ff9b:1::/48",
 )
 
-// carriers are the IPv6 prefixes behind which an IPv4 address stands at once:
+// carriers are the IPv6 prefixes that an IPv4 address follows immediately:
 // translators (RFC 6052 2.1) and 6to4 (RFC 3056 section 2).
 var carriers = prefixes("64:ff9b::/96", "2002::/16")
 
@@ -106,7 +106,7 @@ func carried(ps []netip.Prefix) []netip.Prefix {
 // noPeer marks a destination that is no peer's address.
 const noPeer = -1
 
-// dest is what is known of a destination address.
+// dest is the class of a destination address, and the peer that has it.
 type dest struct {
 	class Class
 	peer  int32 // index in Ruleset.peers, or noPeer
@@ -130,9 +130,9 @@ func (c *classes) add(class Class, peer int32, ps ...netip.Prefix) {
 	}
 }
 
-// settle makes each entry carry the first class of those that contain it. It is
+// inherit gives each entry the first class of the prefixes that contain it. It is
 // called once, after the last add.
-func (c *classes) settle() {
+func (c *classes) inherit() {
 	type entry struct {
 		p netip.Prefix
 		d dest
@@ -154,7 +154,8 @@ func (c *classes) settle() {
 	}
 }
 
-// of returns what is known of an address; what is in no prefix is internet.
+// of returns the class and the peer of an address. An address in no prefix is of class
+// internet.
 func (c *classes) of(a netip.Addr) dest {
 	if d, ok := c.table.Lookup(a); ok {
 		return d

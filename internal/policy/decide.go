@@ -85,12 +85,12 @@ func (r *Ruleset) FromPeer(p Packet) Verdict {
 	return v
 }
 
-// isTold reports whether a peer is told that its packet was refused with v. The
-// permission is asked first, the address after: a peer that lacks one would otherwise
-// learn, from which addresses are answered and which are silent, what this host's
-// networks and addresses are. So the answer is that of the class which the peer knows
-// the destination to have, whatever it is on this host; and where a packet of that
-// class would have passed, it is silence, as from a host that isn't there.
+// isTold reports whether a peer is told that its packet was refused with v. Permissions
+// are checked before addresses: otherwise a peer without a permission would learn this
+// host's networks and addresses, from which addresses are answered and which are
+// silent. So the answer is the one for the class that the peer knows the destination to
+// have, whatever its class on this host. Where a packet of that class would have passed
+// there is no answer, as from an address that no host has.
 func (r *Ruleset) isTold(p *Packet, v Verdict) bool {
 	switch v.Rule {
 	case RuleMartian, RuleNoIncoming, RuleNoLAN, RuleNoRouting, RuleNoForwarding, RuleNoUplink:
@@ -108,6 +108,7 @@ func (r *Ruleset) isTold(p *Packet, v Verdict) bool {
 	return false
 }
 
+// judge is FromPeer without the question whether the sender is told.
 func (r *Ruleset) judge(p *Packet) Verdict {
 	v := Verdict{Peer: int(r.classes.of(p.Src).peer)}
 	if p.Malformed || !p.Dst.IsValid() || p.Src.Is4() != p.Dst.Is4() {
@@ -129,7 +130,7 @@ func (r *Ruleset) judge(p *Packet) Verdict {
 	return r.byClass(v, class, p)
 }
 
-// byClass is the table "From a peer".
+// byClass is the table "From a peer" of docs/policy.md.
 func (r *Ruleset) byClass(v Verdict, class Class, p *Packet) Verdict {
 	have := r.peers[v.Peer].Permissions
 	switch class {
@@ -258,7 +259,7 @@ func (r *Ruleset) FromElsewhere(p Packet) Verdict {
 	return v.refuse(RuleClosedTransit, 0)
 }
 
-// hostToPeer judges what the host itself sends to a peer outside of a flow.
+// hostToPeer judges a packet from the host itself to a peer.
 func (r *Ruleset) hostToPeer(v Verdict, p *Packet) Verdict {
 	switch {
 	case p.IsRedirect():

@@ -1,17 +1,16 @@
-// Package policy decides what may pass. It is the one truth of the product:
-// every enforcer (the guard at the tunnel, nftables, pf) and every explanation
-// is tested against it, packet by packet.
+// Package policy decides which packets may pass. It is the reference for the whole
+// product: every enforcer (the guard at the tunnel, nftables, pf) and every
+// explanation is tested against it, packet by packet.
 //
-// It is a pure function. [Compile] takes the wanted mesh, what was observed of
-// the host, and a time, and returns a [Ruleset]: immutable, safe for use by many
-// goroutines, and quick to ask. There is no I/O here, no clock and no state;
-// a caller that knows flows asks about the packet that opened the flow.
+// It is a pure function. [Compile] takes the wanted mesh, facts observed about the
+// host, and a time, and returns a [Ruleset]: immutable, safe for concurrent use, and
+// fast to query. There is no I/O here, no clock and no state; a caller that tracks
+// flows asks about the packet that opened the flow.
 //
 // # The model
 //
 // The host runs the helper. A peer is another device with a WireGuard key that
-// the host knows. A permission is what the host lets one peer do: [Incoming]
-// (connect to the host itself), [Routing] (reach the internet through it) and
+// the host knows. A permission lets one peer do one thing: [Incoming] (connect to the host itself), [Routing] (reach the internet through it) and
 // [LAN] (reach the host's other networks; only together with Routing).
 //
 // A packet from a peer is put in a [Class] by its destination as the peer sent
@@ -21,8 +20,8 @@
 //	self      an address of the host
 //	mesh      the mesh prefixes and every peer's address: peers never reach
 //	          each other through the host
-//	lan       private and attached prefixes, and what is routed elsewhere than
-//	          by the default route
+//	lan       private and attached prefixes, and prefixes with a route other than
+//	          the default route
 //	internet  the rest, by the uplink only
 //
 // # The questions

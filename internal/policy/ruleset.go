@@ -169,7 +169,7 @@ func (r *Ruleset) classify() {
 	c.add(InMesh, noPeer, r.sets.Mesh...)
 	c.add(InMesh, noPeer, r.sets.Former...) // which may be outside, where the prefixes were others
 	c.add(OnLAN, noPeer, r.sets.LAN...)
-	c.settle()
+	c.inherit()
 
 	k := &r.known
 	k.add(Martian, noPeer, martians...)
@@ -177,7 +177,7 @@ func (r *Ruleset) classify() {
 	k.add(Self, noPeer, singles(r.mesh.Addresses)...)
 	k.add(InMesh, noPeer, slices.Concat(r.sets.Mesh, r.sets.Peers)...)
 	k.add(OnLAN, noPeer, slices.Concat(private, carried(private))...)
-	k.settle()
+	k.inherit()
 }
 
 func makeSets(m Mesh, host Host) Sets {

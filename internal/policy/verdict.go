@@ -90,7 +90,7 @@ func (r Rule) String() string {
 	return ruleTexts[RuleNone]
 }
 
-// Exit says by which interfaces a packet that passes may leave the host.
+// Exit is the set of interfaces by which a packet that passes may leave the host.
 type Exit uint8
 
 // The exits. The zero Exit is none: the packet doesn't pass.
@@ -110,7 +110,7 @@ const (
 	ExitAny
 )
 
-// Verdict is what the policy says of a packet.
+// Verdict is the policy's judgement of a packet.
 type Verdict struct {
 	Pass bool
 	// Rule is the line of the policy that decided.
@@ -130,10 +130,10 @@ type Verdict struct {
 	answered bool
 }
 
-// Answered reports whether the sender is to be told: what a missing permission
-// (or a family that isn't forwarded) stops is answered by the guard, everything
-// else is dropped in silence. Which it is depends on nothing of the host's networks
-// that the peer may not know.
+// Answered reports whether the guard answers the packet with an ICMP error. It does so
+// where a permission is missing, or the address family isn't forwarded; everything else
+// is dropped in silence. The answer never depends on networks of the host that the peer
+// can't know.
 func (v Verdict) Answered() bool { return v.answered }
 
 // NAT reports whether the packet leaves with the address of the interface that

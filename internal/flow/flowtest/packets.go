@@ -1,5 +1,5 @@
-// Package flowtest makes IP packets for tests of what judges them: whole and
-// right ones, with all checksums, fragments, and broken ones.
+// Package flowtest makes IP packets for tests of the code that judges packets: valid
+// ones with all checksums, fragments, and malformed ones.
 package flowtest
 
 import (
