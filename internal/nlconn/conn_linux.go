@@ -1,7 +1,9 @@
 package nlconn
 
 import (
+	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"syscall"
@@ -15,8 +17,11 @@ import (
 type conn = netlink.Conn
 
 // A Conn is mdlayher/netlink's with lists that are whole. It is for one goroutine at a time.
-// After an Execute that a deadline ended it must be closed: the answer may still come.
-type Conn struct{ *conn }
+// After a question that a deadline ended it must be closed: the answer may still come.
+type Conn struct {
+	*conn
+	part []byte // of a list, listBuffer long
+}
 
 // Dial opens a socket of a netlink family, such as unix.NETLINK_NETFILTER.
 func Dial(family int) (*Conn, error) {
@@ -24,7 +29,7 @@ func Dial(family int) (*Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Conn{c}, nil
+	return &Conn{conn: c}, nil
 }
 
 // Execute sends a request and returns the answer, which is whole where it is a list (Request
@@ -33,12 +38,11 @@ func (c *Conn) Execute(m netlink.Message) ([]netlink.Message, error) {
 	if !isList(m.Header) {
 		return c.conn.Execute(m)
 	}
-	return whole(func() ([]netlink.Message, error) {
-		request, err := c.Send(m)
-		if err != nil {
-			return nil, err
-		}
-		return c.list(request.Header.Sequence)
+	return whole(func() (ms []netlink.Message, err error) {
+		err = c.Each(m, func(h netlink.Header, data []byte) {
+			ms = append(ms, netlink.Message{Header: h, Data: bytes.Clone(data)})
+		})
+		return ms, err
 	})
 }
 
@@ -50,74 +54,94 @@ func isList(h netlink.Header) bool { return h.Flags&netlink.Dump == netlink.Dump
 // net/netlink/af_netlink.c), in bytes.
 const listBuffer = 64 << 10
 
+// Each sends a request for a list and calls do for each entry, whose data is valid until do
+// returns: a list that is long takes no more memory than a short one. A list that was
+// interrupted is ErrInterrupted in the end, and isn't asked for again, for do has seen
+// entries.
+func (c *Conn) Each(m netlink.Message, do func(h netlink.Header, data []byte)) error {
+	request, err := c.Send(m)
+	if err != nil {
+		return err
+	}
+	return c.list(request.Header.Sequence, do)
+}
+
 // list reads the list that was asked for with a sequence number, to its end.
-func (c *Conn) list(sequence uint32) ([]netlink.Message, error) {
+func (c *Conn) list(sequence uint32, do func(netlink.Header, []byte)) error {
 	raw, err := c.SyscallConn()
 	if err != nil {
-		return nil, err
+		return err
 	}
-	var a answer
-	b := make([]byte, listBuffer)
+	if c.part == nil {
+		c.part = make([]byte, listBuffer)
+	}
+	a := answer{sequence: sequence, do: do}
 	for !a.done {
 		var n, flags int
 		var from unix.Sockaddr
 		var errno error
 		if err := raw.Read(func(fd uintptr) bool {
-			n, _, flags, from, errno = unix.Recvmsg(int(fd), b, nil, unix.MSG_DONTWAIT)
+			n, _, flags, from, errno = unix.Recvmsg(int(fd), c.part, nil, unix.MSG_DONTWAIT)
 			return errno != unix.EAGAIN
 		}); err != nil {
-			return nil, err
+			return err
 		}
 		switch kernel, _ := from.(*unix.SockaddrNetlink); {
-		case errno == unix.EINTR:
+		case errno == unix.EINTR, errno == unix.ENOBUFS: // of a list nothing is lost
 		case errno != nil:
-			return nil, os.NewSyscallError("recvmsg", errno)
+			return os.NewSyscallError("recvmsg", errno)
 		case flags&unix.MSG_TRUNC != 0:
-			return nil, fmt.Errorf("a part of the list has more than %d bytes", listBuffer)
+			return fmt.Errorf("a part of a list has more than %d bytes", listBuffer)
 		case kernel == nil || kernel.Pid != 0: // another process may write to the socket, too
 		default:
-			if err := a.read(b[:n], sequence); err != nil {
-				return nil, err
+			if err := a.read(c.part[:n]); err != nil {
+				return err
 			}
 		}
 	}
-	return a.messages, a.err()
+	return a.err()
 }
 
 // answer is a list that is being read.
 type answer struct {
-	messages    []netlink.Message
+	sequence    uint32 // of the request
+	do          func(netlink.Header, []byte)
 	done        bool
 	interrupted bool
 	errno       syscall.Errno
 }
 
-// read takes in a part of the answer to the request with a sequence number.
-func (a *answer) read(b []byte, sequence uint32) error {
-	ms, err := syscall.ParseNetlinkMessage(b)
-	if err != nil {
-		return fmt.Errorf("parse a part of a list: %w", err)
-	}
-	for _, m := range ms {
-		if m.Header.Seq != sequence || a.done {
+var errCut = errors.New("a message of the kernel's is cut off")
+
+// read takes in a part of the answer (struct nlmsghdr in linux/netlink.h).
+func (a *answer) read(b []byte) error {
+	for len(b) > 0 && !a.done {
+		if len(b) < unix.SizeofNlMsghdr {
+			return errCut
+		}
+		order := binary.NativeEndian
+		h := netlink.Header{
+			Length: order.Uint32(b), Type: netlink.HeaderType(order.Uint16(b[4:])), Flags: netlink.HeaderFlags(order.Uint16(b[6:])),
+			Sequence: order.Uint32(b[8:]), PID: order.Uint32(b[12:]),
+		}
+		if h.Length < unix.SizeofNlMsghdr || uint64(h.Length) > uint64(len(b)) {
+			return errCut
+		}
+		data := b[unix.SizeofNlMsghdr:h.Length]
+		b = b[min((int(h.Length)+3)&^3, len(b)):]
+		if h.Sequence != a.sequence {
 			continue // the end of an earlier answer
 		}
-		a.interrupted = a.interrupted || m.Header.Flags&unix.NLM_F_DUMP_INTR != 0
-		switch m.Header.Type {
-		case unix.NLMSG_NOOP:
-		case unix.NLMSG_ERROR, unix.NLMSG_DONE:
+		a.interrupted = a.interrupted || h.Flags&netlink.DumpInterrupted != 0
+		switch h.Type {
+		case netlink.Noop:
+		case netlink.Error, netlink.Done:
 			a.done = true
-			if len(m.Data) >= 4 {
-				a.errno = syscall.Errno(-int32(binary.NativeEndian.Uint32(m.Data)))
+			if len(data) >= 4 {
+				a.errno = syscall.Errno(-int32(order.Uint32(data)))
 			}
 		default:
-			a.messages = append(a.messages, netlink.Message{
-				Header: netlink.Header{
-					Length: m.Header.Len, Type: netlink.HeaderType(m.Header.Type), Flags: netlink.HeaderFlags(m.Header.Flags),
-					Sequence: m.Header.Seq, PID: m.Header.Pid,
-				},
-				Data: append([]byte(nil), m.Data...),
-			})
+			a.do(h, data)
 		}
 	}
 	return nil

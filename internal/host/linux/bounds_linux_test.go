@@ -19,6 +19,7 @@ import (
 	"time"
 
 	mdlayher "github.com/mdlayher/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/host"
@@ -638,16 +639,15 @@ func (g *rig) fill(n int, src, dst netip.Addr) int {
 			if src.Is6() {
 				data[0] = unix.AF_INET6
 			}
-			data = appendAttr(data, unix.NLA_F_NESTED|ctaTupleOrig, tupleAttrs(src, dst, sport, dport))
-			data = appendAttr(data, unix.NLA_F_NESTED|ctaTupleReply, tupleAttrs(dst, src, dport, sport))
-			data = appendAttr(data, ctaTimeout, binary.BigEndian.AppendUint32(nil, 300))
+			data = appendAttr(data, unix.NLA_F_NESTED|nl.CTA_TUPLE_ORIG, tupleAttrs(src, dst, sport, dport))
+			data = appendAttr(data, unix.NLA_F_NESTED|nl.CTA_TUPLE_REPLY, tupleAttrs(dst, src, dport, sport))
+			data = appendAttr(data, nl.CTA_TIMEOUT, binary.BigEndian.AppendUint32(nil, 300))
 			if len(c.out)+unix.SizeofNlMsghdr+len(data) > deleteBatch {
 				if err := c.flush(); err != nil {
 					return err
 				}
 			}
-			// IPCTNL_MSG_CT_NEW is 0.
-			c.out = c.message(c.out, unix.NFNL_SUBSYS_CTNETLINK<<8, unix.NLM_F_REQUEST|unix.NLM_F_CREATE|unix.NLM_F_EXCL, data)
+			c.out = appendMessage(c.out, unix.NFNL_SUBSYS_CTNETLINK<<8|nl.IPCTNL_MSG_CT_NEW, unix.NLM_F_REQUEST|unix.NLM_F_CREATE|unix.NLM_F_EXCL, data)
 		}
 		return c.flush()
 	})
@@ -656,16 +656,16 @@ func (g *rig) fill(n int, src, dst netip.Addr) int {
 
 // tupleAttrs are the attributes of a UDP flow's direction.
 func tupleAttrs(src, dst netip.Addr, sport, dport uint16) []byte {
-	from, to := uint16(ctaIPv4Src), uint16(ctaIPv4Dst)
+	from, to := uint16(nl.CTA_IP_V4_SRC), uint16(nl.CTA_IP_V4_DST)
 	if src.Is6() {
-		from, to = ctaIPv6Src, ctaIPv6Dst
+		from, to = nl.CTA_IP_V6_SRC, nl.CTA_IP_V6_DST
 	}
-	out := appendAttr(nil, unix.NLA_F_NESTED|ctaTupleIP,
+	out := appendAttr(nil, unix.NLA_F_NESTED|nl.CTA_TUPLE_IP,
 		appendAttr(appendAttr(nil, from, src.AsSlice()), to, dst.AsSlice()))
-	proto := appendAttr(nil, ctaProtoNum, []byte{unix.IPPROTO_UDP})
-	proto = appendAttr(proto, ctaProtoSport, binary.BigEndian.AppendUint16(nil, sport))
-	proto = appendAttr(proto, ctaProtoDport, binary.BigEndian.AppendUint16(nil, dport))
-	return appendAttr(out, unix.NLA_F_NESTED|ctaTupleProto, proto)
+	proto := appendAttr(nil, nl.CTA_PROTO_NUM, []byte{unix.IPPROTO_UDP})
+	proto = appendAttr(proto, nl.CTA_PROTO_SRC_PORT, binary.BigEndian.AppendUint16(nil, sport))
+	proto = appendAttr(proto, nl.CTA_PROTO_DST_PORT, binary.BigEndian.AppendUint16(nil, dport))
+	return appendAttr(out, unix.NLA_F_NESTED|nl.CTA_TUPLE_PROTO, proto)
 }
 
 // memory returns how much memory the process has, and how much it had at most since the

@@ -10,6 +10,8 @@ import (
 	"slices"
 	"syscall"
 
+	"github.com/mdlayher/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/nlconn"
@@ -20,79 +22,47 @@ import (
 type conntrack struct {
 	// dump and del are sockets of their own, so that entries are deleted while the
 	// others are still being read.
-	dump, del *os.File
-	seq       uint32
-	in, out   []byte
-	entry     flowEntry // that is looked at
-	// interrupted says that the table changed in a way that may have left entries out.
-	interrupted bool
+	dump  *nlconn.Conn
+	del   *os.File
+	out   []byte    // a batch of deletions
+	entry flowEntry // that is looked at
 }
 
-// Sizes in bytes: what the kernel fills at most for one answer of a dump
-// (netlink_dump in net/netlink/af_netlink.c), and what goes into one batch of
-// deletions, whose errors have to fit in the socket's buffer.
+// deleteBatch is what goes into one batch of deletions, in bytes: their errors have to fit in
+// the socket's buffer.
+const deleteBatch = 16 << 10
+
+// Messages of ctnetlink, and what of linux/netfilter/nfnetlink_conntrack.h and
+// nf_conntrack_common.h the library doesn't have.
 const (
-	dumpBuffer  = 64 << 10
-	deleteBatch = 16 << 10
-)
+	ctGet    = unix.NFNL_SUBSYS_CTNETLINK<<8 | nl.IPCTNL_MSG_CT_GET
+	ctDelete = unix.NFNL_SUBSYS_CTNETLINK<<8 | nl.IPCTNL_MSG_CT_DELETE
 
-// Messages and attributes of ctnetlink (linux/netfilter/nfnetlink_conntrack.h).
-const (
-	ctGet    = unix.NFNL_SUBSYS_CTNETLINK<<8 | 1
-	ctDelete = unix.NFNL_SUBSYS_CTNETLINK<<8 | 2
+	ctaFilter          = 25 // CTA_FILTER
+	ctaFilterOrigFlags = 1  // CTA_FILTER_ORIG_FLAGS
+	filterBySource     = 1  // CTA_FILTER_F_CTA_IP_SRC
 
-	ctaTupleOrig  = 1
-	ctaTupleReply = 2
-	ctaStatus     = 3
-	ctaProtoInfo  = 4
-	ctaTimeout    = 7
-	ctaID         = 12
-	ctaZone       = 18
-	ctaFilter     = 25
+	ctaICMPType   = 5 // CTA_PROTO_ICMP_TYPE
+	ctaICMPv6Type = 8 // CTA_PROTO_ICMPV6_TYPE
 
-	ctaFilterOrigFlags = 1
-	filterBySource     = 1 // CTA_FILTER_F_CTA_IP_SRC
-
-	ctaTupleIP    = 1
-	ctaTupleProto = 2
-	ctaIPv4Src    = 1
-	ctaIPv4Dst    = 2
-	ctaIPv6Src    = 3
-	ctaIPv6Dst    = 4
-
-	ctaProtoNum    = 1
-	ctaProtoSport  = 2
-	ctaProtoDport  = 3
-	ctaICMPType    = 5
-	ctaICMPv6Type  = 8
-	ctaInfoTCP     = 1      // CTA_PROTOINFO_TCP
-	ctaTCPState    = 1      // CTA_PROTOINFO_TCP_STATE
-	ipsSourceNAT   = 1 << 4 // IPS_SRC_NAT (linux/netfilter/nf_conntrack_common.h)
+	ipsSourceNAT   = 1 << 4 // IPS_SRC_NAT
 	attributeFlags = unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER
 )
 
 func openConntrack() (*conntrack, error) {
-	c := &conntrack{in: make([]byte, dumpBuffer), out: make([]byte, 0, deleteBatch)}
-	var err error
-	if c.dump, err = openNetfilter(); err != nil {
-		return nil, err
+	dump, err := nlconn.Dial(unix.NETLINK_NETFILTER)
+	if err != nil {
+		return nil, fmt.Errorf("open conntrack: %w", err)
 	}
-	if c.del, err = openNetfilter(); err != nil {
-		return nil, errors.Join(err, c.dump.Close())
-	}
-	return c, nil
-}
-
-// openNetfilter opens a socket that has deadlines.
-func openNetfilter() (*os.File, error) {
+	// Deletions are sent by the hundred and answered by errors alone, which no library does.
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_NETFILTER)
 	if err == nil {
 		err = unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
 	}
 	if err != nil {
-		return nil, fmt.Errorf("open conntrack: %w", os.NewSyscallError("socket", err))
+		return nil, errors.Join(fmt.Errorf("open conntrack: %w", os.NewSyscallError("socket", err)), dump.Close())
 	}
-	return os.NewFile(uintptr(fd), "conntrack"), nil
+	return &conntrack{dump: dump, del: os.NewFile(uintptr(fd), "conntrack"), out: make([]byte, 0, deleteBatch)}, nil
 }
 
 func (c *conntrack) close() error { return errors.Join(c.dump.Close(), c.del.Close()) }
@@ -131,94 +101,50 @@ func (e *flowEntry) ended() bool {
 // address themselves; what they do with an IPv6 one is wrong, in 6.18 still: they leave out
 // those that match (ctnetlink_filter_match_tuple in
 // net/netfilter/nf_conntrack_netlink.c). After an error of do, or the end of ctx, no other
-// entry is looked at. A look that the kernel calls interrupted, which it doesn't do to this
-// table so far, is an error and is repeated by the caller: do has been called. The memory that it takes doesn't depend on how many there are.
+// entry is looked at. A list that the kernel calls interrupted, which of this table it never
+// does so far, is an error: do has been called. The memory that it takes doesn't depend on
+// how many there are.
 func (c *conntrack) each(ctx context.Context, family byte, src netip.Addr, do func(*flowEntry) error) error {
-	c.seq++
-	c.interrupted = false
-	if err := c.send(c.dump, c.request(family, src)); err != nil {
-		return fmt.Errorf("list flows: %w", err)
-	}
+	// Whatever happens the list is read to its end: the socket is used again.
 	var failed error
-	for {
-		n, err := c.dump.Read(c.in)
-		if err != nil {
-			if errors.Is(err, syscall.EINTR) || errors.Is(err, syscall.ENOBUFS) {
-				continue
-			}
-			return fmt.Errorf("list flows: %w", err)
-		}
-		// Whatever happens the dump is read to its end: the socket is used again.
+	err := c.dump.Each(request(family, src), func(_ netlink.Header, data []byte) {
 		if failed == nil {
 			failed = ctx.Err()
 		}
-		done, err := c.answer(c.in[:n], func(data []byte) {
-			if failed != nil {
-				return
-			}
-			var ok bool
-			e := &c.entry
-			*e, ok = parseFlow(data, e.name[:0])
-			if ok && (family == unix.AF_UNSPEC || e.family == family) && (!src.IsValid() || e.orig.src == src) {
-				failed = do(e)
-			}
-		})
-		if done || err != nil {
-			return errors.Join(failed, err)
+		if failed != nil {
+			return
 		}
+		var ok bool
+		e := &c.entry
+		*e, ok = parseFlow(data, e.name[:0])
+		if ok && (family == unix.AF_UNSPEC || e.family == family) && (!src.IsValid() || e.orig.src == src) {
+			failed = do(e)
+		}
+	})
+	if err != nil {
+		err = fmt.Errorf("list flows: %w", err)
 	}
-}
-
-// answer hands the entries of one answer to do, and reports the end of the dump.
-func (c *conntrack) answer(b []byte, do func([]byte)) (done bool, err error) {
-	for len(b) >= unix.SizeofNlMsghdr {
-		size := int(binary.NativeEndian.Uint32(b))
-		if size < unix.SizeofNlMsghdr || size > len(b) {
-			return true, errors.New("list flows: a message of the kernel is cut off")
-		}
-		kind, flags, seq := binary.NativeEndian.Uint16(b[4:]), binary.NativeEndian.Uint16(b[6:]), binary.NativeEndian.Uint32(b[8:])
-		data := b[unix.SizeofNlMsghdr:size]
-		b = b[min((size+3)&^3, len(b)):]
-		if seq != c.seq {
-			continue
-		}
-		c.interrupted = c.interrupted || flags&unix.NLM_F_DUMP_INTR != 0
-		switch kind {
-		case unix.NLMSG_DONE, unix.NLMSG_ERROR:
-			if len(data) >= 4 {
-				if errno := int32(binary.NativeEndian.Uint32(data)); errno < 0 {
-					return true, fmt.Errorf("list flows: %w", syscall.Errno(-errno))
-				}
-			}
-			if c.interrupted {
-				return true, fmt.Errorf("list flows: %w", nlconn.ErrInterrupted)
-			}
-			return true, nil
-		}
-		do(data)
-	}
-	return false, nil
+	return errors.Join(failed, err)
 }
 
 // request is the message that asks for entries.
-func (c *conntrack) request(family byte, src netip.Addr) []byte {
+func request(family byte, src netip.Addr) netlink.Message {
 	data := []byte{family, unix.NFNETLINK_V0, 0, 0}
 	if src.Is4() {
-		data = appendAttr(data, unix.NLA_F_NESTED|ctaTupleOrig,
-			appendAttr(nil, unix.NLA_F_NESTED|ctaTupleIP, appendAttr(nil, ctaIPv4Src, src.AsSlice())))
+		data = appendAttr(data, unix.NLA_F_NESTED|nl.CTA_TUPLE_ORIG,
+			appendAttr(nil, unix.NLA_F_NESTED|nl.CTA_TUPLE_IP, appendAttr(nil, nl.CTA_IP_V4_SRC, src.AsSlice())))
 		data = appendAttr(data, unix.NLA_F_NESTED|ctaFilter,
 			appendAttr(nil, ctaFilterOrigFlags, binary.NativeEndian.AppendUint32(nil, filterBySource)))
 	}
-	return c.message(nil, ctGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, data)
+	return netlink.Message{Header: netlink.Header{Type: ctGet, Flags: netlink.Request | netlink.Dump}, Data: data}
 }
 
-// message appends a message of netlink.
-func (c *conntrack) message(to []byte, kind, flags uint16, data []byte) []byte {
+// appendMessage appends a message of netlink.
+func appendMessage(to []byte, kind, flags uint16, data []byte) []byte {
 	to = binary.NativeEndian.AppendUint32(to, uint32(unix.SizeofNlMsghdr+len(data)))
 	to = binary.NativeEndian.AppendUint16(to, kind)
 	to = binary.NativeEndian.AppendUint16(to, flags)
-	to = binary.NativeEndian.AppendUint32(to, c.seq)
-	to = binary.NativeEndian.AppendUint32(to, 0)
+	to = append(to, make([]byte, 8)...) // sequence number and sender, which nothing asks for
 	return append(to, data...)
 }
 
@@ -227,11 +153,6 @@ func appendAttr(to []byte, kind uint16, data []byte) []byte {
 	to = binary.NativeEndian.AppendUint16(to, kind)
 	to = append(to, data...)
 	return append(to, make([]byte, -len(data)&3)...)
-}
-
-func (c *conntrack) send(to *os.File, message []byte) error {
-	_, err := to.Write(message)
-	return err
 }
 
 // forget deletes an entry, with others in one batch: flush sends the last one. An
@@ -243,7 +164,7 @@ func (c *conntrack) forget(e *flowEntry) error {
 			return err
 		}
 	}
-	c.out = c.message(c.out, ctDelete, unix.NLM_F_REQUEST, data)
+	c.out = appendMessage(c.out, ctDelete, unix.NLM_F_REQUEST, data)
 	return nil
 }
 
@@ -253,7 +174,7 @@ func (c *conntrack) flush() error {
 	if len(c.out) == 0 {
 		return nil
 	}
-	err := c.send(c.del, c.out)
+	_, err := c.del.Write(c.out)
 	c.out = c.out[:0]
 	if err != nil {
 		return fmt.Errorf("delete flows: %w", err)
@@ -261,13 +182,16 @@ func (c *conntrack) flush() error {
 	return c.errors()
 }
 
+// errorBuffer is more than an error takes that repeats its request, in bytes.
+const errorBuffer = 64 << 10
+
 // errors reads the errors of the last batch.
 func (c *conntrack) errors() error {
 	raw, err := c.del.SyscallConn()
 	if err != nil {
 		return err
 	}
-	b := make([]byte, dumpBuffer)
+	b := make([]byte, errorBuffer)
 	var failed error
 	for {
 		var n int
@@ -334,18 +258,18 @@ func parseFlow(b, name []byte) (flowEntry, bool) {
 	good := true
 	good = attrs(b[nfgenmsg:], func(kind uint16, whole, value []byte) {
 		switch kind {
-		case ctaTupleOrig:
+		case nl.CTA_TUPLE_ORIG:
 			good = parseTuple(value, &e.orig) && good
 			e.name = append(e.name, whole...)
-		case ctaID, ctaZone:
+		case nl.CTA_ID, nl.CTA_ZONE:
 			e.name = append(e.name, whole...)
-		case ctaTupleReply:
+		case nl.CTA_TUPLE_REPLY:
 			good = parseTuple(value, &e.reply) && good
-		case ctaStatus:
+		case nl.CTA_STATUS:
 			e.status = bigEndian(value)
-		case ctaTimeout:
+		case nl.CTA_TIMEOUT:
 			e.timeout = bigEndian(value)
-		case ctaProtoInfo:
+		case nl.CTA_PROTOINFO:
 			good = parseProtoInfo(value, &e.state) && good
 		}
 	}) && good
@@ -356,11 +280,11 @@ func parseFlow(b, name []byte) (flowEntry, bool) {
 func parseProtoInfo(b []byte, state *uint8) bool {
 	good := true
 	return attrs(b, func(kind uint16, _, value []byte) {
-		if kind != ctaInfoTCP {
+		if kind != nl.CTA_PROTOINFO_TCP {
 			return
 		}
 		good = attrs(value, func(kind uint16, _, value []byte) {
-			if kind == ctaTCPState {
+			if kind == nl.CTA_PROTOINFO_TCP_STATE {
 				*state = uint8(bigEndian(value))
 			}
 		}) && good
@@ -379,9 +303,9 @@ func parseTuple(b []byte, t *tuple) bool {
 	good := true
 	return attrs(b, func(kind uint16, _, value []byte) {
 		switch kind {
-		case ctaTupleIP:
+		case nl.CTA_TUPLE_IP:
 			good = parseTupleIP(value, t) && good
-		case ctaTupleProto:
+		case nl.CTA_TUPLE_PROTO:
 			good = parseTupleProto(value, t) && good
 		}
 	}) && good
@@ -391,9 +315,9 @@ func parseTupleIP(b []byte, t *tuple) bool {
 	return attrs(b, func(kind uint16, _, value []byte) {
 		a, _ := netip.AddrFromSlice(value)
 		switch kind {
-		case ctaIPv4Src, ctaIPv6Src:
+		case nl.CTA_IP_V4_SRC, nl.CTA_IP_V6_SRC:
 			t.src = a
-		case ctaIPv4Dst, ctaIPv6Dst:
+		case nl.CTA_IP_V4_DST, nl.CTA_IP_V6_DST:
 			t.dst = a
 		}
 	})
@@ -403,11 +327,11 @@ func parseTupleProto(b []byte, t *tuple) bool {
 	return attrs(b, func(kind uint16, _, value []byte) {
 		n := bigEndian(value)
 		switch kind {
-		case ctaProtoNum:
+		case nl.CTA_PROTO_NUM:
 			t.proto = uint8(n)
-		case ctaProtoSport:
+		case nl.CTA_PROTO_SRC_PORT:
 			t.sport = uint16(n)
-		case ctaProtoDport:
+		case nl.CTA_PROTO_DST_PORT:
 			t.dport = uint16(n)
 		case ctaICMPType, ctaICMPv6Type:
 			t.kind = uint8(n)

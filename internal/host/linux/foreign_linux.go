@@ -1122,18 +1122,12 @@ func compare(v []byte, x *expr.Cmp) (holds, known bool) {
 	return true, false
 }
 
-// Types of routes in fib expressions (linux/rtnetlink.h).
-const (
-	routeUnicast = 1
-	routeLocal   = 2
-)
-
 // routeType returns how the packet's destination, or its source, is routed.
 func (w *walk) routeType(dst bool) int {
 	if dst && (w.s.oif == "" || w.s.reply && w.place.answered()) || !dst && w.s.iif == "" {
-		return routeLocal
+		return unix.RTN_LOCAL
 	}
-	return routeUnicast
+	return unix.RTN_UNICAST
 }
 
 // fib evaluates what the routing tables say of an address. Of a packet that goes on, its

@@ -1,17 +1,14 @@
 package linux
 
 import (
-	"errors"
 	"fmt"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
-	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
 // TestLooksWhileTheHostChanges looks at a host of a thousand addresses while another
@@ -95,28 +92,4 @@ func TestLooksWhileTheHostChanges(t *testing.T) {
 		t.Errorf("only %d looks: nothing is proved", looks)
 	}
 	t.Logf("%d looks during %d changes", looks, 2*changes)
-}
-
-// TestInterruptedFlows reads an answer of conntrack that the kernel calls interrupted: it is
-// an error, wherever in the answer it says so.
-func TestInterruptedFlows(t *testing.T) {
-	const multi, interrupted = unix.NLM_F_MULTI, unix.NLM_F_MULTI | unix.NLM_F_DUMP_INTR
-	for name, c := range map[string]struct {
-		entry, done uint16
-		whole       bool
-	}{
-		"whole":      {multi, multi, true},
-		"within":     {interrupted, multi, false},
-		"at its end": {multi, interrupted, false},
-	} {
-		t.Run(name, func(t *testing.T) {
-			var ct conntrack
-			b := ct.message(ct.message(nil, unix.NFNL_SUBSYS_CTNETLINK<<8, c.entry, make([]byte, nfgenmsg)), unix.NLMSG_DONE, c.done, make([]byte, 4))
-			entries := 0
-			done, err := ct.answer(b, func([]byte) { entries++ })
-			if !done || entries != 1 || (err == nil) != c.whole || err != nil && !errors.Is(err, nlconn.ErrInterrupted) {
-				t.Errorf("%d entries, done %v, %v", entries, done, err)
-			}
-		})
-	}
 }

@@ -8,9 +8,6 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// xfrmPolicyGroup is XFRMNLGRP_POLICY of linux/xfrm.h: changes of IPsec policies.
-const xfrmPolicyGroup = 4
-
 // ipsec returns the destinations that the kernel's IPsec policies take.
 func (o observer) ipsec(family int) ([]netip.Prefix, error) {
 	if o.xfrm == nil {

@@ -23,11 +23,10 @@ const (
 
 // Sizes and offsets of inet_diag_req_v2 and inet_diag_msg (linux/inet_diag.h).
 const (
-	diagRequest  = 56
-	diagMessage  = 72
-	diagPort     = 4  // the socket's own port, behind family, state, timer and retrans
-	diagUser     = 64 // idiag_uid, behind the ends, an expiry and the queues
-	diagByFamily = 20 // SOCK_DIAG_BY_FAMILY (linux/sock_diag.h)
+	diagRequest = 56
+	diagMessage = 72
+	diagPort    = 4  // the socket's own port, behind family, state, timer and retrans
+	diagUser    = 64 // idiag_uid, behind the ends, an expiry and the queues
 )
 
 // sockets are the kinds of sockets that a peer's answer could be meant for: UDP
@@ -78,7 +77,7 @@ func diagPorts(diag *nlconn.Conn, family, proto uint8, states uint32) ([]boundPo
 	request[0], request[1] = family, proto
 	binary.NativeEndian.PutUint32(request[4:], states)
 	ms, err := diag.Execute(netlink.Message{
-		Header: netlink.Header{Type: diagByFamily, Flags: netlink.Request | netlink.Dump},
+		Header: netlink.Header{Type: unix.SOCK_DIAG_BY_FAMILY, Flags: netlink.Request | netlink.Dump},
 		Data:   request,
 	})
 	if err != nil {

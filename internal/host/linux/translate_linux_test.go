@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
@@ -416,12 +417,12 @@ func FuzzParseProcPorts(f *testing.F) {
 }
 
 func FuzzParseFlow(f *testing.F) {
-	ip := appendAttr(appendAttr(nil, ctaIPv4Src, []byte{100, 64, 0, 10}), ctaIPv4Dst, []byte{192, 0, 2, 1})
-	l4 := appendAttr(appendAttr(appendAttr(nil, ctaProtoNum, []byte{17}), ctaProtoSport, []byte{1, 2}), ctaProtoDport, []byte{3, 4})
-	one := append(appendAttr(nil, ctaTupleIP, ip), appendAttr(nil, ctaTupleProto, l4)...)
-	b := append([]byte{2, 0, 0, 0}, appendAttr(nil, ctaTupleOrig, one)...)
-	b = append(b, appendAttr(nil, ctaTupleReply, one)...)
-	b = append(b, appendAttr(nil, ctaStatus, binary.BigEndian.AppendUint32(nil, ipsSourceNAT))...)
+	ip := appendAttr(appendAttr(nil, nl.CTA_IP_V4_SRC, []byte{100, 64, 0, 10}), nl.CTA_IP_V4_DST, []byte{192, 0, 2, 1})
+	l4 := appendAttr(appendAttr(appendAttr(nil, nl.CTA_PROTO_NUM, []byte{17}), nl.CTA_PROTO_SRC_PORT, []byte{1, 2}), nl.CTA_PROTO_DST_PORT, []byte{3, 4})
+	one := append(appendAttr(nil, nl.CTA_TUPLE_IP, ip), appendAttr(nil, nl.CTA_TUPLE_PROTO, l4)...)
+	b := append([]byte{2, 0, 0, 0}, appendAttr(nil, nl.CTA_TUPLE_ORIG, one)...)
+	b = append(b, appendAttr(nil, nl.CTA_TUPLE_REPLY, one)...)
+	b = append(b, appendAttr(nil, nl.CTA_STATUS, binary.BigEndian.AppendUint32(nil, ipsSourceNAT))...)
 	if e, ok := parseFlow(b, nil); !ok || !e.translated() || e.orig.sport != 0x102 || e.reply.dport != 0x304 || e.orig.src != ann4 {
 		f.Fatalf("%+v, %t", e, ok)
 	}

@@ -9,6 +9,7 @@ import (
 	"syscall"
 
 	"github.com/mdlayher/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
@@ -45,7 +46,7 @@ func openWatch() (w watchSockets, err error) {
 		return watchSockets{}, errors.Join(err, w.route.Close())
 	}
 	// Without it a policy is seen at the next look.
-	w.ipsec, _ = subscribe(unix.NETLINK_XFRM, xfrmPolicyGroup)
+	w.ipsec, _ = subscribe(unix.NETLINK_XFRM, nl.XFRMNLGRP_POLICY)
 	return w, nil
 }
 
