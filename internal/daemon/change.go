@@ -256,6 +256,7 @@ func (d *Daemon) edited(doc *document, e edit, now time.Time) (*document, mesh.P
 	next.Generation++
 	next.Saved = now
 	next.retire(doc, now)
+	next.extra = doc.extra.follow(doc, next)
 	return next, key, d.check(doc, next)
 }
 

@@ -1,11 +1,9 @@
 package daemon
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/netip"
 	"slices"
 	"sync"
@@ -15,8 +13,11 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// documentVersion is the version of the document that this helper writes. A
-// newer one may mean more than is understood here, so it isn't read.
+// documentVersion is the version of the document that this helper writes. A newer one
+// isn't read: whatever in a later version narrows what a peer may (an end that isn't a
+// time, a permission for single destinations) raises it, so that no older helper opens
+// what was meant to be narrow. What a later version adds besides raises nothing: fields
+// that aren't known here open nothing, and are kept and written back.
 const documentVersion = 1
 
 // maxPeers bounds a mesh, and maxFormer the names that are remembered after
@@ -45,6 +46,10 @@ type document struct {
 	// Removed are the addresses that peers had until less than a day ago, the
 	// oldest first.
 	Removed []removed `json:"removed,omitempty"`
+
+	// extra is what the document has on disk besides, of a later version. It is written
+	// back.
+	extra *extras
 }
 
 // removed are the addresses of a peer that was removed, or got others.
@@ -101,20 +106,23 @@ func decodeDocument(text []byte) (*document, error) {
 	if head.Version != documentVersion {
 		return nil, fmt.Errorf("version %d is unknown", head.Version)
 	}
-	dec := json.NewDecoder(bytes.NewReader(text))
-	dec.DisallowUnknownFields()
 	var doc document
-	if err := dec.Decode(&doc); err != nil {
+	if err := json.Unmarshal(text, &doc); err != nil {
 		return nil, err
 	}
-	if _, err := dec.Token(); err != io.EOF {
-		return nil, errors.New("something follows the document")
+	if err := doc.validate(); err != nil {
+		return nil, err
 	}
-	return &doc, doc.validate()
+	var err error
+	doc.extra, err = extrasOf(text, &doc)
+	return &doc, err
 }
 
 func (doc *document) encode() ([]byte, error) {
 	text, err := json.Marshal(doc)
+	if err == nil {
+		text, err = doc.extra.addTo(text, doc)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("encode wanted state: %w", err)
 	}
@@ -248,7 +256,7 @@ func (doc *document) less(next *document) (left *document, takes, gives bool) {
 			had := p.Permissions
 			*p, takes = *n, true
 			p.Permissions = had
-			left.Former, left.Removed = slices.Clone(next.Former), slices.Clone(next.Removed)
+			left.Former, left.Removed, left.extra = slices.Clone(next.Former), slices.Clone(next.Removed), next.extra
 		}
 		n, ok := after[p.PublicKey]
 		delete(after, p.PublicKey)

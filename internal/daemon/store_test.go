@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"crypto/rand"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -148,7 +149,7 @@ func TestRefusesToStart(t *testing.T) {
 			{"empty", func() error { return os.Truncate(state, 0) }, "unexpected end", copyFile},
 			{"garbage", write(state, "\x00\xff garbage"), "invalid character", "generation 2, 1 peers"},
 			{"newer", write(state, `{"version":2,"x":1}`), "newer meshhelper", "run the newer meshhelper"},
-			{"unknown field", write(state, `{"version":1,"peers":[],"extra":1}`), "extra", "last good copy"},
+			{"newer in a field of other letters", write(state, `{"Version":2,"peers":[]}`), "newer meshhelper", "run the newer meshhelper"},
 			{"twice", write(state, good[stateFile]+good[stateFile]), "after top-level value", "last good copy"},
 			{"gone", func() error { return os.Remove(state) }, "missing", "last good copy"},
 			{"both bad", both(write(state, "x"), write(filepath.Join(r.dir, copyFile), "y")), "invalid character", "no good copy"},
@@ -389,12 +390,93 @@ func TestKeysStayPrivate(t *testing.T) {
 	})
 }
 
+// TestUnknownFieldsAreKept starts on a document of a later version that has fields which
+// aren't known here: they open nothing, and are in the document after a change, after
+// another name and key of their peer, and no more once the peer is removed.
+func TestUnknownFieldsAreKept(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.add("laptop")
+		r.stop()
+		path := filepath.Join(r.dir, stateFile)
+		edit := func(f func(doc map[string]any)) {
+			text, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var doc map[string]any
+			if err := json.Unmarshal(text, &doc); err != nil {
+				t.Fatal(err)
+			}
+			f(doc)
+			if text, err = json.Marshal(doc); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(path, text, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		edit(func(doc map[string]any) {
+			doc["invites"] = []any{map[string]any{"for": "ann"}}
+			phone := doc["peers"].([]any)[0].(map[string]any)
+			phone["note"] = "Ann's"
+			may := phone["permissions"].(map[string]any)
+			may["send"] = map[string]any{"allowed": true}
+			may["incoming"].(map[string]any)["by"] = "root"
+		})
+		found := func() (doc, phone map[string]any) {
+			r.after(0)
+			edit(func(m map[string]any) { doc = m })
+			for _, p := range doc["peers"].([]any) {
+				if p := p.(map[string]any); p["note"] != nil {
+					phone = p
+				}
+			}
+			return doc, phone
+		}
+		want := func(when, name string) {
+			t.Helper()
+			doc, phone := found()
+			if doc["invites"] == nil || phone == nil || phone["name"] != name {
+				t.Fatalf("%s: the document is %v", when, doc)
+			}
+			may := phone["permissions"].(map[string]any)
+			if may["send"] == nil || may["incoming"].(map[string]any)["by"] != "root" {
+				t.Errorf("%s: the phone's permissions are %v", when, may)
+			}
+		}
+		r.start()
+		change := func(ref string, c api.PeerChange) {
+			t.Helper()
+			if _, err := r.d.ChangePeer(t.Context(), ref, c); err != nil {
+				t.Fatal(err)
+			}
+		}
+		on := map[string]api.PermissionChange{"routing": {Allowed: true}}
+		change("laptop", api.PeerChange{Permissions: on})
+		want("another peer changed", "phone")
+		change("phone", api.PeerChange{Permissions: on, Name: "pad"})
+		want("the peer changed", "pad")
+		change("pad", api.PeerChange{PublicKey: keyOf("another")})
+		want("another key", "pad")
+		if _, err := r.d.RemovePeer(t.Context(), "pad"); err != nil {
+			t.Fatal(err)
+		}
+		r.add("another")
+		if doc, phone := found(); phone != nil || doc["invites"] == nil {
+			t.Errorf("with the peer's key again: %v", doc)
+		}
+	})
+}
+
 func FuzzDocument(f *testing.F) {
 	f.Add([]byte(`{"version":1,"generation":3,"saved":"2026-01-02T15:04:05Z","peers":[]}`))
 	f.Add([]byte(`{"version":1,"peers":[{"name":"phone","publicKey":"` + keyOf("phone") +
 		`","kind":"own","addresses":["100.64.0.1","fd6d:6573:6800::1"],"endpoint":"a.example:1","keepalive":25,` +
 		`"permissions":{"incoming":{"allowed":true},"routing":{"allowed":true,"until":"2026-01-02T15:04:05Z"},"lan":{"allowed":false}}}],` +
 		`"former":[{"name":"x","now":"phone"}],"removed":[{"addresses":["100.64.0.2","fd6d:6573:6800::2"],"at":"2026-01-02T15:04:05Z"}]}`))
+	f.Add([]byte(`{"version":1,"mesh":{"a":1},"peers":[{"name":"phone","publicKey":"` + keyOf("phone") +
+		`","kind":"own","addresses":["100.64.0.1","fd6d:6573:6800::1"],"note":"x","permissions":{"incoming":{"allowed":true,"by":"me"},"send":{"allowed":true}}}]}`))
 	f.Add([]byte(`{"version":2}`))
 	f.Add([]byte(`{"version":1,"peers":[{}]}`))
 	f.Fuzz(func(t *testing.T, text []byte) {

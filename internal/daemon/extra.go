@@ -1,0 +1,204 @@
+package daemon
+
+import (
+	"bytes"
+	"encoding"
+	"encoding/json"
+	"fmt"
+	"reflect"
+	"strings"
+
+	"github.com/meshhelper/meshhelper/internal/mesh"
+)
+
+// unknown is what a JSON object on disk has besides the fields that this version knows:
+// fields of its own, and those of the objects inside it. A nil *unknown is nothing. One
+// that was read is never changed.
+type unknown struct {
+	fields map[string]json.RawMessage
+	inside map[string]*unknown
+}
+
+// unknownOf returns what the JSON object text has besides the fields of the type t: a
+// struct with json tags, or mesh.Grants. Objects in lists aren't looked at.
+func unknownOf(text []byte, t reflect.Type) (*unknown, error) {
+	var object map[string]json.RawMessage
+	if err := json.Unmarshal(text, &object); err != nil {
+		return nil, err
+	}
+	known := fieldsOf(t)
+	u := &unknown{fields: map[string]json.RawMessage{}, inside: map[string]*unknown{}}
+	for name, value := range object {
+		field, ok := known.find(name)
+		if !ok {
+			u.fields[name] = value
+			continue
+		}
+		if fieldsOf(field.typ) == nil || bytes.Equal(bytes.TrimSpace(value), []byte("null")) {
+			continue
+		}
+		inside, err := unknownOf(value, field.typ)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+		if inside != nil {
+			u.inside[field.name] = inside
+		}
+	}
+	if len(u.fields) == 0 && len(u.inside) == 0 {
+		return nil, nil
+	}
+	return u, nil
+}
+
+// addTo returns the JSON object text with what is in u.
+func (u *unknown) addTo(text []byte) ([]byte, error) {
+	if u == nil {
+		return text, nil
+	}
+	var object map[string]json.RawMessage
+	if err := json.Unmarshal(text, &object); err != nil {
+		return nil, err
+	}
+	for name, value := range u.fields {
+		object[name] = value
+	}
+	for name, inside := range u.inside {
+		value, ok := object[name]
+		if !ok {
+			continue // left out because it is empty now, and what was unknown in it with it
+		}
+		with, err := inside.addTo(value)
+		if err != nil {
+			return nil, err
+		}
+		object[name] = with
+	}
+	return json.Marshal(object)
+}
+
+// field is a field of a JSON object.
+type field struct {
+	name string
+	typ  reflect.Type
+}
+
+type fields []field
+
+// find returns the field that encoding/json reads a name into: case doesn't matter to
+// it, so a name in other letters isn't unknown.
+func (fs fields) find(name string) (field, bool) {
+	for _, f := range fs {
+		if strings.EqualFold(f.name, name) {
+			return f, true
+		}
+	}
+	return field{}, false
+}
+
+// fieldsOf returns the fields of a type that is written as a JSON object, and nil for one
+// that isn't.
+func fieldsOf(t reflect.Type) fields {
+	var out fields
+	switch {
+	case t == reflect.TypeFor[mesh.Grants]():
+		for _, p := range mesh.AllPermissions {
+			out = append(out, field{p.Name, t.Elem()})
+		}
+	case t.Kind() == reflect.Struct && !t.Implements(reflect.TypeFor[encoding.TextMarshaler]()):
+		for i := range t.NumField() {
+			if name, _, _ := strings.Cut(t.Field(i).Tag.Get("json"), ","); name != "" && name != "-" {
+				out = append(out, field{name, t.Field(i).Type})
+			}
+		}
+	}
+	return out
+}
+
+// extras are what a document has besides what this version knows: in itself, and in its
+// peers by their keys. What is unknown in the lists of former names and removed peers,
+// which are remembered for a time only, is forgotten.
+type extras struct {
+	top   *unknown
+	peers map[mesh.PublicKey]*unknown
+}
+
+// extrasOf returns what of text, which is doc, isn't in doc.
+func extrasOf(text []byte, doc *document) (*extras, error) {
+	top, err := unknownOf(text, reflect.TypeFor[document]())
+	if err != nil {
+		return nil, err
+	}
+	var lists struct {
+		Peers []json.RawMessage `json:"peers"`
+	}
+	if err := json.Unmarshal(text, &lists); err != nil {
+		return nil, err
+	}
+	out := &extras{top: top, peers: map[mesh.PublicKey]*unknown{}}
+	for i, raw := range lists.Peers {
+		u, err := unknownOf(raw, reflect.TypeFor[mesh.Peer]())
+		if err != nil {
+			return nil, fmt.Errorf("peer %d: %w", i+1, err)
+		}
+		if u != nil {
+			out.peers[doc.Peers[i].PublicKey] = u
+		}
+	}
+	if out.top == nil && len(out.peers) == 0 {
+		return nil, nil
+	}
+	return out, nil
+}
+
+// addTo returns text, which is doc, with what is unknown.
+func (u *extras) addTo(text []byte, doc *document) ([]byte, error) {
+	if u == nil {
+		return text, nil
+	}
+	var object map[string]json.RawMessage
+	var peers []json.RawMessage
+	if err := json.Unmarshal(text, &object); err != nil {
+		return nil, err
+	}
+	if err := json.Unmarshal(object["peers"], &peers); err != nil {
+		return nil, err
+	}
+	for i := range doc.Peers {
+		with, err := u.peers[doc.Peers[i].PublicKey].addTo(peers[i])
+		if err != nil {
+			return nil, err
+		}
+		peers[i] = with
+	}
+	list, err := json.Marshal(peers)
+	if err != nil {
+		return nil, err
+	}
+	object["peers"] = list
+	if text, err = json.Marshal(object); err != nil {
+		return nil, err
+	}
+	return u.top.addTo(text)
+}
+
+// follow returns what is unknown of the document before, in the document after an edit: a
+// peer with another key keeps what is unknown of it, and one that is gone doesn't, so that
+// it isn't there when the peer comes back.
+func (u *extras) follow(before, after *document) *extras {
+	if u == nil || len(u.peers) == 0 {
+		return u
+	}
+	out := &extras{top: u.top, peers: map[mesh.PublicKey]*unknown{}}
+	for i := range after.Peers {
+		if key := after.Peers[i].PublicKey; u.peers[key] != nil {
+			out.peers[key] = u.peers[key]
+		}
+	}
+	for i, p := range before.rekeyed(after) {
+		if rest := u.peers[before.Peers[i].PublicKey]; rest != nil {
+			out.peers[p.PublicKey] = rest
+		}
+	}
+	return out
+}
