@@ -7,6 +7,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -76,6 +79,7 @@ func scripts(dir string) testscript.Params {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"exits": exits,
 			"as":    runAs,
+			"get":   get,
 			"ready": ready,
 			"until": until,
 		},
@@ -141,6 +145,21 @@ func ready(ts *testscript.TestScript, _ bool, _ []string) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	_, err := api.NewClient(ts.Getenv("MESHHELPER_SOCKET")).WaitReady(ctx)
+	ts.Check(err)
+}
+
+// get prints the answer of the socket to a GET: get PATH
+func get(ts *testscript.TestScript, _ bool, args []string) {
+	c := &http.Client{Timeout: time.Minute, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", ts.Getenv("MESHHELPER_SOCKET"))
+		},
+	}}
+	answer, err := c.Get("http://helper" + args[0])
+	ts.Check(err)
+	defer answer.Body.Close()
+	_, err = io.Copy(ts.Stdout(), answer.Body)
 	ts.Check(err)
 }
 
