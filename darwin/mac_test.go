@@ -101,6 +101,7 @@ type idleEngine struct{ darwintest.Engine }
 func (idleEngine) SetEnabled(bool)             {}
 func (idleEngine) Flush(string) bool           { return true }
 func (idleEngine) States() []pfsim.State       { return nil }
+func (idleEngine) Checksum() string            { return strings.Repeat("0", 32) }
 func (idleEngine) Counters() map[string]uint64 { return nil }
 
 // The fakes print what the captures have.

@@ -131,6 +131,19 @@ func (p *PF) Anchors(ctx context.Context, anchor string) ([]string, error) {
 	return pfconf.ParseAnchors(out), err
 }
 
+// AllAnchors returns the full names of all anchors, by one process: pfctl -v -s
+// Anchors descends. The nameless inline ones are among them, as com.apple/x/_1.
+func (p *PF) AllAnchors(ctx context.Context) ([]string, error) {
+	stdout, stderr, err := p.run(ctx, nil, "-v", "-s", "Anchors")
+	if err == nil {
+		err = complaint(stderr)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("show all anchors: %w", err)
+	}
+	return pfconf.ParseAnchors(string(stdout)), nil
+}
+
 // Tables returns the names of the anchor's tables.
 func (p *PF) Tables(ctx context.Context, anchor string) ([]string, error) {
 	out, err := p.show(ctx, anchor, "Tables")
@@ -216,8 +229,27 @@ func (p *PF) All(ctx context.Context, anchor string) (*pfconf.All, error) {
 	if err := checkAnchor(anchor); err != nil {
 		return nil, fmt.Errorf("show all of anchor %q: %w", anchor, err)
 	}
+	return p.all(ctx, anchor)
+}
+
+// AllOfAny is All for what any program loaded: anchors of any name that can be asked
+// for, and the main ruleset, "". The section TABLES has the tables' names.
+func (p *PF) AllOfAny(ctx context.Context, anchor string) (*pfconf.All, error) {
+	if anchor != "" {
+		if err := checkReadable(anchor); err != nil {
+			return nil, fmt.Errorf("show all of anchor %q: %w", anchor, err)
+		}
+	}
+	return p.all(ctx, anchor)
+}
+
+func (p *PF) all(ctx context.Context, anchor string) (*pfconf.All, error) {
 	// No interface has this name, and so no state shows: there may be thousands.
-	stdout, stderr, err := p.run(ctx, nil, "-a", anchor, "-i", "none", "-v", "-s", "all")
+	args := []string{"-i", "none", "-v", "-s", "all"}
+	if anchor != "" {
+		args = append([]string{"-a", anchor}, args...)
+	}
+	stdout, stderr, err := p.run(ctx, nil, args...)
 	if err == nil && !saysMissing(stderr) {
 		err = complaint(stderr)
 	}

@@ -83,6 +83,7 @@ func (e *textEngine) Rules(anchor string) ([]pfsim.CountedRule, bool) { return e
 func (e *textEngine) NAT(anchor string) ([]pfsim.CountedRule, bool)   { return e.lines(anchor, true) }
 
 func (e *textEngine) States() []pfsim.State { return e.states }
+func (e *textEngine) Checksum() string      { return strings.Repeat("0", 32) }
 func (e *textEngine) Counters() map[string]uint64 {
 	return map[string]uint64{"match": 988220, "searches": 21967266}
 }

@@ -44,6 +44,9 @@ type UnknownLine struct {
 	Line int // from 1
 	Text string
 	Err  error
+	// StandIn is the rule in the place of the line, in Rules or in a Body; nil: there
+	// is none.
+	StandIn *Rule
 }
 
 // ParseShown reads what pfctl -sr or -sn prints, with -v or -vv too. It has no
@@ -125,8 +128,10 @@ func (r *shownReader) rule(nr int, line string) {
 	number, text, verbose := shownNumber(line)
 	rule, err := r.names.parseShownRule(text, verbose)
 	if err != nil {
+		rule = standIn(text)
 		r.unknown(nr, line, err)
-		if rule = standIn(text); rule == nil {
+		r.shown.Unknown[len(r.shown.Unknown)-1].StandIn = rule
+		if rule == nil {
 			return
 		}
 	}
@@ -379,12 +384,25 @@ func ParseTableEntries(text string) ([]Address, error) {
 		}
 		a, err := parseEntry(entry)
 		if err != nil {
-			return nil, fmt.Errorf("read table entry on line %d: %w", i+1, err)
+			return nil, &EntryError{Line: i + 1, Err: err}
 		}
 		all = append(all, a)
 	}
 	return all, nil
 }
+
+// An EntryError is a table's entry that can't be read.
+type EntryError struct {
+	Line int // from 1
+	Err  error
+}
+
+func (e *EntryError) Error() string {
+	return fmt.Sprintf("read table entry on line %d: %v", e.Line, e.Err)
+}
+
+// Unwrap returns what is wrong with the entry.
+func (e *EntryError) Unwrap() error { return e.Err }
 
 // parseEntry reads an address or network of a table.
 func parseEntry(entry string) (Address, error) {

@@ -15,6 +15,10 @@ type Info struct {
 	For     time.Duration // since it was enabled or disabled; 0 if not told
 	Debug   string        // Urgent, Misc and so on
 	HostID  string        // with -v
+	// Checksum is a digest of the main ruleset as it was last loaded, with -v.
+	// Anchors aren't in it, nor what is inserted into the main ruleset without a
+	// load (pf_commit_rules in xnu bsd/net/pf_ioctl.c).
+	Checksum string
 	// States is the number of states.
 	States uint64
 	// Counters are the totals by section and name: Counters["Counters"]["match"].
@@ -43,6 +47,8 @@ func ParseInfo(text string) (*Info, error) {
 			found = true
 		case strings.HasPrefix(line, "Hostid:"):
 			info.HostID = strings.TrimSpace(strings.TrimPrefix(line, "Hostid:"))
+		case strings.HasPrefix(line, "Checksum:"):
+			info.Checksum = strings.TrimSpace(strings.TrimPrefix(line, "Checksum:"))
 		case trimmed == "" || strings.Contains(trimmed, ":"):
 		case line[0] != ' ':
 			section, _, _ = strings.Cut(trimmed, "  ")

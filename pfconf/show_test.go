@@ -285,7 +285,7 @@ func TestParseInfo(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := &Info{Enabled: true, For: 26*time.Hour + 3*time.Minute + 4*time.Second, Debug: "Urgent",
-		HostID: "0x12345678", States: 17, Counters: map[string]map[string]uint64{
+		HostID: "0x12345678", Checksum: "0x00", States: 17, Counters: map[string]map[string]uint64{
 			"State Table": {"current entries": 17, "searches": 123456},
 			"Counters":    {"match": 4711, "bad-offset": 0},
 		}}

@@ -49,6 +49,8 @@ type Engine interface {
 	Kill(src, dst netip.Prefix) int
 	// States returns the states.
 	States() []pfsim.State
+	// Checksum returns the digest of the main ruleset as it was last loaded.
+	Checksum() string
 	// Counters returns the totals of `pfctl -s info` by their names.
 	Counters() map[string]uint64
 	// Interfaces returns the interfaces' names, true for those that are skipped.
@@ -310,8 +312,11 @@ func (f *PF) show(c pfctlCommand) pfctlReply {
 		return missing
 	case "Anchors":
 		names, ok := f.Engine.Anchors(c.anchor)
-		if !ok {
+		switch {
+		case !ok:
 			return pfctlReply{stderr: fmt.Sprintf("Anchor '%s' not found.\n", c.anchor)}
+		case c.verbose:
+			names = f.descend(names)
 		}
 		return pfctlReply{stdout: indented(names)}
 	case "Tables":
@@ -326,6 +331,17 @@ func (f *PF) show(c pfctlCommand) pfctlReply {
 		return pfctlReply{stdout: out.String()}
 	}
 	return pfctlReply{stderr: fmt.Sprintf("pfctl: Unknown show modifier '%s'\n", c.show), status: 1}
+}
+
+// descend puts behind each anchor those below it, as -v does (pfctl_show_anchors of
+// pfctl.c).
+func (f *PF) descend(names []string) []string {
+	var all []string
+	for _, name := range names {
+		below, _ := f.Engine.Anchors(name)
+		all = append(append(all, name), f.descend(below)...)
+	}
+	return all
 }
 
 func (f *PF) references() string {

@@ -124,7 +124,7 @@ func (f *PF) info(verbose bool) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%-44s%15s\n\n", status, "Debug: Urgent")
 	if verbose {
-		b.WriteString("Hostid:   0x00000000\nChecksum: 0x00000000000000000000000000000000\n\n")
+		fmt.Fprintf(&b, "Hostid:   0x00000000\nChecksum: 0x%s\n\n", f.Engine.Checksum())
 	}
 	counters := f.Engine.Counters()
 	row := func(name string, n uint64) {

@@ -82,20 +82,7 @@ func (f Foreign) where() string {
 // gone afterwards. The result holds each rule once or, if it does both, twice:
 // first what is wider. It ends with ctx's error when that is done.
 func FindForeign(ctx context.Context, m *pfsim.Machine, a *Anchor, r *policy.Ruleset) ([]Foreign, error) {
-	alone := pfsim.New(pfsim.Options{})
-	for _, i := range m.Interfaces() {
-		alone.AddInterface(i)
-	}
-	main, err := pfconf.Parse(appleMain)
-	if err == nil {
-		err = alone.LoadMain(main)
-	}
-	if err == nil {
-		err = alone.LoadAnchor(a.Path, a.Ruleset())
-	}
-	if err == nil {
-		err = alone.Enable()
-	}
+	alone, err := oursAlone(m.Interfaces(), a.Path, a.Ruleset())
 	if err != nil {
 		return nil, fmt.Errorf("find foreign rules: %w", err)
 	}
@@ -121,16 +108,39 @@ func FindForeign(ctx context.Context, m *pfsim.Machine, a *Anchor, r *policy.Rul
 	return sortForeign(found), nil
 }
 
+// oursAlone returns a machine with those interfaces that holds our anchor, if ours
+// isn't nil, and nothing else but Apple's main ruleset.
+func oursAlone(interfaces []pfconf.Interface, path string, ours *pfconf.Ruleset) (*pfsim.Machine, error) {
+	m := pfsim.New(pfsim.Options{})
+	for _, i := range interfaces {
+		m.AddInterface(i)
+	}
+	main, err := pfconf.Parse(appleMain)
+	if err == nil {
+		err = m.LoadMain(main)
+	}
+	if err == nil && ours != nil {
+		err = m.LoadAnchor(path, ours)
+	}
+	if err == nil {
+		err = m.Enable()
+	}
+	return m, err
+}
+
 func sortForeign(found map[Foreign]string) []Foreign {
 	var out []Foreign
 	for f, example := range found {
 		f.Example = example
 		out = append(out, f)
 	}
-	slices.SortFunc(out, func(x, y Foreign) int {
-		return cmp.Or(trueFirst(x.Transit, y.Transit), trueFirst(x.Wider, y.Wider), cmp.Compare(x.Anchor, y.Anchor), cmp.Compare(x.Rule, y.Rule))
-	})
+	slices.SortFunc(out, compareForeign)
 	return out
+}
+
+// compareForeign orders by weight: what lets transit through first.
+func compareForeign(x, y Foreign) int {
+	return cmp.Or(trueFirst(x.Transit, y.Transit), trueFirst(x.Wider, y.Wider), cmp.Compare(x.Anchor, y.Anchor), cmp.Compare(x.Rule, y.Rule))
 }
 
 // trueFirst orders true before false.

@@ -156,9 +156,13 @@ func (p *Platform) obstacles(ctx context.Context) ([]host.Problem, error) {
 		text   string
 		action pfconf.Action
 	}{{rules, pfconf.Anchor}, {nat, pfconf.NatAnchor}} {
-		if !calls(hook.text, hook.action) {
+		called, message := false, fmt.Sprintf("the main ruleset doesn't call %s \"com.apple/*\"", hook.action)
+		if err := p.guarded(func() error { called = calls(hook.text, hook.action); return nil }); err != nil {
+			message = fmt.Sprintf("whether the main ruleset calls %s \"com.apple/*\" isn't known: %v", hook.action, err)
+		}
+		if !called {
 			out = append(out, host.Problem{
-				Step: StepAnchor, Message: fmt.Sprintf("the main ruleset doesn't call %s \"com.apple/*\"", hook.action),
+				Step: StepAnchor, Message: message,
 				Hint: "restore /etc/pf.conf as Apple ships it and run: sudo pfctl -f /etc/pf.conf",
 			})
 		}

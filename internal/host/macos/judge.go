@@ -1,6 +1,7 @@
 package macos
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strings"
@@ -27,16 +28,11 @@ func (p *Platform) ByOthers(ctx context.Context, packet host.Packet, out string,
 	if err != nil {
 		return host.ByOthers{}, err
 	}
-	u := unread{}
-	all, err := p.readOthers(ctx, u, new(strings.Builder))
+	all, err := p.readOthers(ctx)
 	if err != nil {
 		return host.ByOthers{}, err
 	}
-	ours, err := p.readOurs(ctx)
-	if err != nil {
-		return host.ByOthers{}, err
-	}
-	main, err := pfconf.Parse(appleMain)
+	ours, err := p.readAnchor(ctx, p.path)
 	if err != nil {
 		return host.ByOthers{}, err
 	}
@@ -44,38 +40,40 @@ func (p *Platform) ByOthers(ctx context.Context, packet host.Packet, out string,
 	if err != nil {
 		return host.ByOthers{}, err
 	}
-	if len(skipped) > 0 { // the main ruleset is the first that is read
-		all[0].rules.Statements = append([]pfconf.Statement{&pfconf.Option{Name: "skip", Values: skipped}}, all[0].rules.Statements...)
-	}
-	m, err := machineWith(n, append(all, ours...), u)
-	if err != nil {
-		return host.ByOthers{}, err
-	}
-	alone, err := machineWith(n, append([]foreignRuleset{{rules: main}}, ours...), unread{})
-	if err != nil {
-		return host.ByOthers{}, err
-	}
-	one := probe{packet: asShown(packet.Packet), in: packet.In, out: out}
-	return byOthers(one.send(m), one.send(alone), p.path, u), ctx.Err()
+	var by host.ByOthers
+	err = p.guarded(func() (err error) {
+		by, err = judgeOne(n, all, ours, skipped, probe{packet: asShown(packet.Packet), in: packet.In, out: out})
+		return err
+	})
+	return by, cmp.Or(err, ctx.Err())
 }
 
-// readOurs reads our anchor as it is loaded; none where it is empty.
-func (p *Platform) readOurs(ctx context.Context) ([]foreignRuleset, error) {
-	rules, nat, err := p.show(ctx, p.path)
-	if err != nil || strings.TrimSpace(rules+nat) == "" {
-		return nil, err
+// judgeOne sends a packet through all that the packet filter holds, and through our
+// anchor alone. skipped are the interfaces that the packet filter skips.
+func judgeOne(n *darwin.Network, all []shownAnchor, ours shownAnchor, skipped []string, one probe) (host.ByOthers, error) {
+	u, known := unread{}, unread{}
+	rulesets := u.rulesets(all)
+	if len(skipped) > 0 { // the main ruleset is the first that is read
+		main := rulesets[0].rules
+		main.Statements = append([]pfconf.Statement{&pfconf.Option{Name: "skip", Values: skipped}}, main.Statements...)
 	}
-	u := unread{}
-	rs := u.readable(p.path, rules).Ruleset(u.readable(p.path, nat))
-	if len(u) > 0 {
-		return nil, fmt.Errorf("our own anchor %s isn't as it was loaded", p.path)
+	var own *pfconf.Ruleset // nil where our anchor is empty
+	if strings.TrimSpace(ours.rules+ours.nat) != "" {
+		rs := known.rulesets([]shownAnchor{ours})
+		if len(known) > 0 {
+			return host.ByOthers{}, fmt.Errorf("our own anchor %s isn't as it was loaded", ours.path)
+		}
+		rulesets, own = append(rulesets, rs...), rs[0].rules
 	}
-	tables, err := p.readTables(ctx, p.path)
+	m, err := machineWith(n, rulesets, u)
 	if err != nil {
-		return nil, err
+		return host.ByOthers{}, err
 	}
-	rs.Statements = append(tables, rs.Statements...)
-	return []foreignRuleset{{p.path, rs}}, nil
+	alone, err := oursAlone(m.Interfaces(), ours.path, own)
+	if err != nil {
+		return host.ByOthers{}, err
+	}
+	return byOthers(one.send(m), one.send(alone), ours.path, u), nil
 }
 
 // asShown returns the first packet of a flow as pf looks at it.
@@ -115,8 +113,11 @@ func byOthers(got, alone pfsim.Judgement, ours string, u unread) host.ByOthers {
 		by.Unclear = by.Unclear || f.Unread
 		if by.Does != "" || by.Unclear {
 			by.Where = f.where()
-			break
+			return by
 		}
+	}
+	if f, ok := u.translation(); ok {
+		by.Unclear, by.Where = true, f.where()
 	}
 	return by
 }

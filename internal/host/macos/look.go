@@ -62,6 +62,7 @@ type sign struct {
 	// them came to our anchor's first rule.
 	matched, evaluated uint64
 	since              time.Time // when the packet filter was switched on
+	main               string    // digest of the main ruleset as it was last loaded
 }
 
 // Watch implements the daemon's watcher.
@@ -220,7 +221,7 @@ func (p *Platform) changed(ctx context.Context) bool {
 	if !counted {
 		return true
 	}
-	now := sign{known: true, since: p.o.Now().Add(-all.Info.For), matched: matched, evaluated: firstEvaluated(all.Rules)}
+	now := sign{known: true, since: p.o.Now().Add(-all.Info.For), matched: matched, evaluated: firstEvaluated(all.Rules), main: all.Info.Checksum}
 	was := p.sign
 	p.sign = now
 	switch {
@@ -228,6 +229,8 @@ func (p *Platform) changed(ctx context.Context) bool {
 		return false
 	case now.since.Sub(was.since).Abs() > maxSkew:
 		return true // switched off and on: all tokens are void
+	case now.main != was.main:
+		return true // another main ruleset was loaded, and maybe with it other rules that come before ours
 	case now.matched < was.matched || now.evaluated < was.evaluated:
 		return true
 	}

@@ -99,9 +99,15 @@ func (p *Platform) shared(ctx context.Context) (policy.Families, error) {
 		if err != nil {
 			return policy.Families{}, err
 		}
-		for _, rule := range pfconf.ParseShown(text).Rules {
-			out.IPv4 = out.IPv4 || rule.Action == pfconf.Nat && rule.Family != pfconf.Inet6
-			out.IPv6 = out.IPv6 || rule.Action == pfconf.Nat && rule.Family != pfconf.Inet
+		err = p.guarded(func() error {
+			for _, rule := range pfconf.ParseShown(text).Rules {
+				out.IPv4 = out.IPv4 || rule.Action == pfconf.Nat && rule.Family != pfconf.Inet6
+				out.IPv6 = out.IPv6 || rule.Action == pfconf.Nat && rule.Family != pfconf.Inet
+			}
+			return nil
+		})
+		if err != nil {
+			return policy.Families{}, err
 		}
 	}
 	return out, nil

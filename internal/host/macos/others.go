@@ -4,7 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
+	"runtime/debug"
 	"slices"
 	"strings"
 
@@ -12,7 +12,6 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/pfconf"
-	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // othersRules is what the others had loaded when it was last looked at.
@@ -20,12 +19,15 @@ type othersRules struct {
 	key   string
 	found []Foreign
 	// problems and open are what [Platform.Inspect] says of it: open is what lets
-	// transit through, for which forwarding closes.
+	// transit through, or may do so for all that is known, for which forwarding closes.
 	problems, open []host.Problem
 }
 
 // maxForeign is how many foreign rules are told of at a time.
 const maxForeign = 8
+
+// errNotJudged is the cause when what others have loaded was read and can't be judged.
+var errNotJudged = errors.New("they can't be evaluated")
 
 // inspectOthers looks at what others have in the packet filter.
 func (p *Platform) inspectOthers(ctx context.Context, n *darwin.Network, r *policy.Ruleset) {
@@ -35,12 +37,12 @@ func (p *Platform) inspectOthers(ctx context.Context, n *darwin.Network, r *poli
 		return
 	}
 	if err := p.readForeign(ctx, n, r); err != nil {
-		// Ours is in force all the same, and what was found last counts, unless there
-		// is more than can be judged.
+		// Ours is in force all the same, and what was found last counts, unless the
+		// rules were read and it isn't known what they let through.
 		problem := host.Problem{Step: StepAnchor, Message: "the rules of other software can't be judged: " + err.Error(),
 			Hint: "look at them: sudo pfctl -s rules; sudo pfctl -s nat"}
 		p.others.problems = []host.Problem{problem}
-		if errors.Is(err, errTooMany) {
+		if errors.Is(err, errTooMany) || errors.Is(err, errNotJudged) {
 			p.others.open = p.others.problems
 		}
 	}
@@ -88,184 +90,184 @@ func (p *Platform) checkTransit(ctx context.Context, n *darwin.Network, r *polic
 	return nil
 }
 
-// foreign says which rules of others win over ours. All that they have loaded is
-// read; the probing is done again only if it changed, or our anchor did.
+// foreign says which rules of others win over ours. What they have loaded is read,
+// and judged only if it changed, or our anchor did.
 func (p *Platform) foreign(ctx context.Context, n *darwin.Network, r *policy.Ruleset) ([]Foreign, error) {
-	var key strings.Builder
-	u := unread{}
-	rulesets, err := p.readOthers(ctx, u, &key)
+	all, err := p.readOthers(ctx)
 	if err != nil {
 		return nil, err
 	}
-	key.WriteString(p.loaded.anchor.text())
-	if p.others.key == key.String() {
+	key := fmt.Sprint(all, p.loaded.anchor.text())
+	if p.others.key == key {
 		return p.others.found, nil
 	}
-	m, err := machineWith(n, rulesets, u)
-	if err != nil {
-		return nil, err
-	}
-	if err := m.LoadAnchor(p.path, p.loaded.anchor.Ruleset()); err != nil {
-		return nil, err
-	}
-	found, err := FindForeign(ctx, m, p.loaded.anchor, r)
-	if err != nil {
-		return nil, err
-	}
-	p.others.key, p.others.found = key.String(), u.name(found)
-	return p.others.found, nil
+	err = p.guarded(func() error {
+		found, err := p.judge(ctx, n, r, all)
+		if err == nil {
+			p.others.key, p.others.found = key, found
+		}
+		return err
+	})
+	return p.others.found, err
 }
 
-// maxOthers bounds how many anchors of others are read: each takes some runs of
-// pfctl.
+// guarded runs do, which parses and evaluates rules that other software has loaded. They may
+// be anything, and a panic on them mustn't end the helper.
+func (p *Platform) guarded(do func() error) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			p.o.Log.Error("judge the rules of other software", "panic", r, "stack", string(debug.Stack()))
+			err = fmt.Errorf("%w: %v", errNotJudged, r)
+		}
+	}()
+	return do()
+}
+
+// judge says which rules of all win over ours.
+func (p *Platform) judge(ctx context.Context, n *darwin.Network, r *policy.Ruleset, all []shownAnchor) ([]Foreign, error) {
+	u := unread{}
+	rulesets := u.rulesets(all)
+	find := func() ([]Foreign, error) {
+		m, err := machineWith(n, rulesets, u)
+		if err == nil {
+			err = m.LoadAnchor(p.path, p.loaded.anchor.Ruleset())
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%w: %w", errNotJudged, err)
+		}
+		return p.findForeign(ctx, m, p.loaded.anchor, r)
+	}
+	found, err := find()
+	if err != nil {
+		return nil, err
+	}
+	// A block rule that isn't understood may match everything, or so little that it
+	// stops none of what a later rule lets through.
+	if dropDoubtfulBlocks(rulesets) {
+		more, err := find()
+		if err != nil {
+			return nil, err
+		}
+		for _, f := range more {
+			known := slices.ContainsFunc(found, func(o Foreign) bool { o.Example = f.Example; return o == f })
+			if f.Wider && !known {
+				found = append(found, f)
+			}
+		}
+		slices.SortFunc(found, compareForeign)
+	}
+	return u.name(found), nil
+}
+
+// maxOthers bounds how many anchors of others are read: each takes a run of pfctl.
 const maxOthers = 64
 
-// a foreignRuleset is an anchor of others, or the main ruleset.
-type foreignRuleset struct {
-	path  string
-	rules *pfconf.Ruleset
+// A shownAnchor is what pfctl shows of an anchor of others, or of the main ruleset.
+type shownAnchor struct {
+	path       string
+	rules, nat string // without counters
+	tables     []shownTable
 }
 
-// readOthers reads the main ruleset and the anchors below it, ours excepted.
-func (p *Platform) readOthers(ctx context.Context, u unread, key *strings.Builder) (out []foreignRuleset, err error) {
-	next := []string{""}
-	for len(next) > 0 {
+// A shownTable is a table of others.
+type shownTable struct {
+	name    string
+	entries string // as [pfconf.Table.Entries] has them; what is wrong with them if unread
+	unread  bool   // an entry isn't understood
+}
+
+// readOthers reads the main ruleset, which is the first, and the anchors of others.
+func (p *Platform) readOthers(ctx context.Context) ([]shownAnchor, error) {
+	paths, err := p.anchorsOfOthers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var out []shownAnchor
+	for _, path := range append([]string{""}, paths...) {
 		if len(out) == maxOthers {
 			return nil, fmt.Errorf("%w: more than %d anchors", errTooMany, maxOthers)
 		}
-		path := next[0]
-		next = next[1:]
-		rules, nat, err := p.show(ctx, path)
+		one, err := p.readAnchor(ctx, path)
 		if err != nil {
 			return nil, err
 		}
-		rs := u.readable(path, rules).Ruleset(u.readable(path, nat))
-		tables, err := p.readTables(ctx, path)
-		if err != nil {
-			return nil, err
-		}
-		rs.Statements = append(tables, rs.Statements...)
-		out = append(out, foreignRuleset{path, rs})
-		fmt.Fprintf(key, "%s\n%s\n%s%s\n", path, rs, rules, nat)
-		children, err := p.pf.Anchors(ctx, path)
-		if err != nil {
-			return nil, err
-		}
-		next = append(next, slices.DeleteFunc(children, func(child string) bool { return child == p.path })...)
+		out = append(out, one)
 	}
 	return out, nil
 }
 
-func (p *Platform) readTables(ctx context.Context, anchor string) ([]pfconf.Statement, error) {
-	names, err := p.pf.Tables(ctx, anchor)
+// readAnchor reads an anchor by one process, and one more for each of its tables.
+func (p *Platform) readAnchor(ctx context.Context, path string) (shownAnchor, error) {
+	all, err := p.pf.AllOfAny(ctx, path)
 	if err != nil {
-		return nil, err
+		return shownAnchor{}, err
 	}
-	var out []pfconf.Statement
-	for _, name := range names {
-		t := &pfconf.Table{Name: name, Persist: true, HasAddrs: true}
-		t.Addrs, err = p.pf.Table(ctx, anchor, name)
+	out := shownAnchor{path: path, rules: withoutCounters(all.Rules), nat: withoutCounters(all.NAT)}
+	for _, t := range pfconf.ParseTables(all.Sections["TABLES"]) {
+		table, err := p.readTable(ctx, path, t.Name)
 		if errors.Is(err, darwin.ErrNoTable) {
 			continue // gone meanwhile
 		}
 		if err != nil {
-			return nil, err
+			return shownAnchor{}, err
 		}
-		out = append(out, t)
+		out.tables = append(out.tables, table)
 	}
 	return out, nil
 }
 
-// unreadLabel begins the label of a rule that stands for one that isn't
-// understood.
-const unreadLabel = "unread-"
-
-// unread are rules of others that aren't understood, by the labels of those that
-// stand for them.
-type unread map[string]Foreign
-
-// readable reads what pfctl printed of an anchor. For a filter rule that isn't
-// understood stands one that matches everything, with the same action: what isn't
-// known to be narrow must be taken for wide.
-func (u unread) readable(path, text string) *pfconf.Shown {
-	shown := pfconf.ParseShown(text)
-	named := map[string]bool{}
-	for _, r := range shown.Rules {
-		if r.Err == nil {
-			continue
-		}
-		named[r.Text] = true
-		if label := u.note(path, r.Text); r.Action == pfconf.Pass || r.Action == pfconf.Block {
-			r.Label = label
-		}
+// anchorsOfOthers returns the anchors but ours. Inline ones without a name are left
+// out: pfctl shows their rules where they are called. One process lists all, and where
+// our own isn't among them that list isn't what it is taken for.
+func (p *Platform) anchorsOfOthers(ctx context.Context) ([]string, error) {
+	all, err := p.pf.AllAnchors(ctx)
+	if err != nil {
+		return nil, err
 	}
-	for _, line := range shown.Unknown { // those in inline anchors have stand-ins there
-		if !named[line.Text] {
-			u.note(path, line.Text)
-		}
-	}
-	return shown
-}
-
-// note remembers a rule that isn't understood and returns the label of the one that
-// stands for it.
-func (u unread) note(path, rule string) string {
-	label := fmt.Sprint(unreadLabel, len(u))
-	u[label] = Foreign{Anchor: path, Rule: strings.TrimSpace(rule), Unread: true}
-	return label
-}
-
-// name puts the rules that aren't understood in the place of those that stood for
-// them, and adds those that decided nothing.
-func (u unread) name(found []Foreign) []Foreign {
-	seen := map[string]bool{}
-	for i, f := range found {
-		for label, original := range u {
-			if strings.Contains(f.Rule, fmt.Sprintf("label %q", label)) {
-				found[i].Rule, found[i].Unread, seen[label] = original.Rule, true, true
+	if !slices.Contains(all, p.path) {
+		all = nil
+		for next := []string{""}; len(next) > 0; next = next[1:] {
+			below, err := p.pf.Anchors(ctx, next[0])
+			if err != nil {
+				return nil, err
+			}
+			if next, all = append(next, below...), append(all, below...); len(all) > 2*maxOthers {
+				return nil, fmt.Errorf("%w: more than %d anchors", errTooMany, maxOthers)
 			}
 		}
 	}
-	for _, label := range slices.Sorted(maps.Keys(u)) {
-		if !seen[label] {
-			found = append(found, u[label])
-		}
-	}
-	return found
+	return slices.DeleteFunc(all, func(path string) bool {
+		return path == p.path || strings.HasPrefix(path, p.path+"/") || path[0] == '_' || strings.Contains(path, "/_")
+	}), nil
 }
 
-// machineWith returns a machine with this host's interfaces that holds the
-// rulesets. One that it refuses counts as passing everything.
-func machineWith(n *darwin.Network, rulesets []foreignRuleset, u unread) (*pfsim.Machine, error) {
-	m := newMachine(n)
-	for _, rs := range rulesets {
-		load := func(r *pfconf.Ruleset) error {
-			if rs.path == "" {
-				return m.LoadMain(r)
-			}
-			return m.LoadAnchor(rs.path, r)
-		}
-		err := load(rs.rules)
-		if err == nil {
-			continue
-		}
-		wide := &pfconf.Rule{Action: pfconf.Pass, Quick: true, State: pfconf.NoState, Flags: &pfconf.Flags{}}
-		wide.Label = u.note(rs.path, err.Error())
-		if err := load(&pfconf.Ruleset{Statements: []pfconf.Statement{wide}}); err != nil {
-			return nil, fmt.Errorf("understand the rules of others: %w", err)
-		}
+// readTable reads a table of others.
+func (p *Platform) readTable(ctx context.Context, anchor, name string) (shownTable, error) {
+	entries, err := p.pf.Table(ctx, anchor, name)
+	var notUnderstood *pfconf.EntryError
+	if errors.As(err, &notUnderstood) {
+		return shownTable{name, err.Error(), true}, nil
 	}
-	return m, m.Enable()
+	return shownTable{name, strings.Join((&pfconf.Table{Addrs: entries}).Entries(), "\n"), false}, err
 }
 
-func newMachine(n *darwin.Network) *pfsim.Machine {
-	m := pfsim.New(pfsim.Options{})
-	for _, i := range n.Interfaces {
-		one := pfconf.Interface{Name: i.Name}
-		for _, a := range i.Addresses {
-			one.Addresses = append(one.Addresses, a.Prefix)
-		}
-		m.AddInterface(one)
+// statement returns the table as it is loaded; one whose entries aren't understood is
+// empty.
+func (t shownTable) statement() *pfconf.Table {
+	out := &pfconf.Table{Name: t.name, Persist: true, HasAddrs: true}
+	if !t.unread {
+		out.Addrs, _ = pfconf.ParseTableEntries(t.entries) // which were read before
 	}
-	return m
+	return out
+}
+
+// withoutCounters returns rules without the lines that pfctl -v has below each.
+func withoutCounters(text string) string {
+	var b strings.Builder
+	for line := range strings.Lines(text) {
+		if !strings.HasPrefix(strings.TrimSpace(line), "[ ") {
+			b.WriteString(line)
+		}
+	}
+	return b.String()
 }

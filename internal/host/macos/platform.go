@@ -14,6 +14,7 @@ import (
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
 // Platform makes this Mac enforce rulesets. Its methods but Watch are called from
@@ -52,6 +53,8 @@ type Platform struct {
 	strays bool
 	// unseenStates is why the last look for them failed; nil: it didn't.
 	unseenStates error
+	// findForeign is [FindForeign].
+	findForeign func(context.Context, *pfsim.Machine, *Anchor, *policy.Ruleset) ([]Foreign, error)
 	// astray says that a token which may be ours can't be told from others.
 	astray bool
 
@@ -80,7 +83,8 @@ func NewPlatform(o PlatformOptions) (*Platform, error) {
 		return nil, err
 	}
 	return &Platform{
-		o: o, path: path, j: &journal{}, cuts: cutBook{until: map[netip.Addr]time.Time{}}, pf: darwin.NewPF(o.Runner), sysctl: darwin.NewSysctl(o.Runner, o.Kernel),
+		findForeign: FindForeign,
+		o:           o, path: path, j: &journal{}, cuts: cutBook{until: map[netip.Addr]time.Time{}}, pf: darwin.NewPF(o.Runner), sysctl: darwin.NewSysctl(o.Runner, o.Kernel),
 		ifconfig: darwin.NewIfconfig(o.Runner), router: darwin.NewRouter(o.Kernel),
 	}, nil
 }

@@ -751,6 +751,7 @@ func TestFailuresClose(t *testing.T) {
 			var err error
 			g.p, err = NewPlatform(PlatformOptions{StateDir: g.dir, Runner: failing{g.mac, arg}, Kernel: g.mac, CreateTUN: g.mac.CreateTUN})
 			g.must(err)
+			t.Cleanup(func() { g.p.cuts.save(time.Minute) }) // before the folder goes
 			g.open()
 			err = g.p.Enforce(t.Context(), g.compile(testMesh(2, everything)))
 			var named *host.StepError

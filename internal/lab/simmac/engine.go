@@ -1,7 +1,9 @@
 package simmac
 
 import (
+	"crypto/md5"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"net/netip"
 	"strings"
@@ -23,7 +25,8 @@ type engine struct {
 	mu      sync.Mutex
 	machine *pfsim.Machine
 	last    time.Time
-	busy    int // loads that fail
+	busy    int    // loads that fail
+	loaded  string // the main ruleset as it was last loaded
 	network *darwin.Network
 	changes int // of the kernel when network was read
 }
@@ -139,12 +142,21 @@ func (e *engine) Load(anchor, text string) error {
 			e.busy--
 			err = darwin.ErrBusy
 		case anchor == "":
-			err = m.LoadMain(rules)
+			if err = m.LoadMain(rules); err == nil {
+				e.loaded = rules.String()
+			}
 		default:
 			err = m.LoadAnchor(anchor, rules)
 		}
 	})
 	return err
+}
+
+// Checksum implements darwintest.Engine.
+func (e *engine) Checksum() string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return fmt.Sprintf("%x", md5.Sum([]byte(e.loaded)))
 }
 
 // Flush implements darwintest.Engine.
@@ -153,6 +165,9 @@ func (e *engine) Flush(anchor string) (ok bool) {
 		if _, err := m.Snapshot(anchor); err == nil {
 			m.FlushAll(anchor)
 			ok = true
+			if anchor == "" {
+				e.loaded = ""
+			}
 		}
 	})
 	return ok
