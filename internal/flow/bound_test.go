@@ -19,7 +19,7 @@ import (
 // is on its side.
 type pfHost struct {
 	*lab
-	machine *pfsim.Machine
+	machine *pfsim.PF
 	random  *rand.Rand
 	ends    []*end
 }
@@ -37,7 +37,7 @@ type end struct {
 
 func newPFHost(t testing.TB, seed uint64, o Options) *pfHost {
 	h := &pfHost{lab: newLab(t, 7, o), random: rand.New(rand.NewPCG(seed, 1))}
-	h.machine = pfsim.New(pfsim.Options{Rand: rand.New(rand.NewPCG(seed, 2)), StateLimit: 1 << 20})
+	h.machine = pfsim.NewPF(pfsim.Options{Rand: rand.New(rand.NewPCG(seed, 2)), StateLimit: 1 << 20})
 	for name, address := range map[string]string{"utun7": "100.64.0.1/32", "en0": "203.0.113.9/24"} {
 		h.machine.AddInterface(pfconf.Interface{Name: name, Addresses: []netip.Prefix{netip.MustParsePrefix(address)}})
 	}

@@ -124,6 +124,53 @@ func TestProgramHasNoTests(t *testing.T) {
 	}
 }
 
+// forTests are what only tests need: no symbol of it is in the program. Of pfsim the
+// helper on a Mac judges with Machine; what runs a packet filter on is PF's.
+var forTests = []string{"darwin/darwintest.", "launchd/launchdtest.", "pfconf/internal/vectors.", "pfconf/pfsim.(*PF).", "pfconf/pfsim.NewPF",
+	"pfconf/pfsim.State.", "pfconf/pfsim.RuleCounters.", "internal/lab/"}
+
+// TestProgramLinksNoTests builds the program as a release does, looks for what only
+// tests need, and says how big it is. Where the host isn't a Mac, pf's evaluator isn't
+// linked either.
+func TestProgramLinksNoTests(t *testing.T) {
+	for _, system := range []string{"darwin/arm64", "linux/amd64", "windows/amd64"} {
+		t.Run(system, func(t *testing.T) {
+			goos, arch, _ := strings.Cut(system, "/")
+			program := filepath.Join(t.TempDir(), "meshhelper")
+			cmd := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-o", program, module+"cmd/meshhelper")
+			cmd.Env = append(os.Environ(), "GOOS="+goos, "GOARCH="+arch, "CGO_ENABLED=0")
+			if out, err := cmd.CombinedOutput(); err != nil {
+				t.Fatalf("build: %v\n%s", err, out)
+			}
+			info, err := os.Stat(program)
+			if err != nil {
+				t.Fatal(err)
+			}
+			symbols, err := exec.CommandContext(t.Context(), "go", "tool", "nm", program).Output()
+			if err != nil {
+				t.Fatalf("list symbols: %v", err)
+			}
+			if !strings.Contains(string(symbols), module+"internal/daemon.") {
+				t.Fatal("the program has no symbols of its own")
+			}
+			unwanted := forTests
+			if judges := strings.Contains(string(symbols), " "+module+"pfconf/pfsim.(*Machine).Forward"); goos != "darwin" {
+				unwanted = append(slices.Clone(unwanted), "pfconf/pfsim.(*Machine).")
+			} else if !judges {
+				t.Error("the program doesn't judge other software's rules, or its symbols have other names")
+			}
+			for symbol := range strings.Lines(string(symbols)) {
+				for _, u := range unwanted {
+					if strings.Contains(symbol, " "+module+u) {
+						t.Errorf("linked: %s", strings.TrimSpace(symbol))
+					}
+				}
+			}
+			t.Logf("%d bytes", info.Size())
+		})
+	}
+}
+
 func checkFile(t *testing.T, path string) {
 	t.Helper()
 	f, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.ImportsOnly)

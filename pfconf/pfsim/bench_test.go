@@ -55,9 +55,9 @@ func meshPeer6(i int) netip.Addr {
 }
 
 // meshHost returns a Mac with the stock main ruleset and a mesh's anchor.
-func meshHost(tb testing.TB, peers int) *Machine {
+func meshHost(tb testing.TB, peers int) *PF {
 	tb.Helper()
-	m := New(Options{StateLimit: 100000})
+	m := NewPF(Options{StateLimit: 100000})
 	for name, addrs := range map[string][]string{
 		"lo0":   {"127.0.0.1/8", "::1/128"},
 		"en0":   {"192.168.7.20/24", "2001:db8:7::20/64"},
@@ -78,7 +78,7 @@ func meshHost(tb testing.TB, peers int) *Machine {
 }
 
 // mustLoad loads a text into an anchor, "" being the main ruleset.
-func mustLoad(tb testing.TB, m *Machine, anchor, text string) {
+func mustLoad(tb testing.TB, m *PF, anchor, text string) {
 	tb.Helper()
 	rs, err := pfconf.Parse(text)
 	if err != nil {

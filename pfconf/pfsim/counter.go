@@ -36,12 +36,12 @@ type CountedRule struct {
 
 // CountedRules returns what pfctl -v -sr shows of an anchor, "" being the main
 // ruleset: scrub and filter rules. The error is ErrNoAnchor.
-func (m *Machine) CountedRules(anchor string) ([]CountedRule, error) {
+func (m *PF) CountedRules(anchor string) ([]CountedRule, error) {
 	return m.counted(anchor, scrubList, filterList)
 }
 
 // CountedNat returns what pfctl -v -sn shows: nat, then rdr, then binat rules.
-func (m *Machine) CountedNat(anchor string) ([]CountedRule, error) {
+func (m *PF) CountedNat(anchor string) ([]CountedRule, error) {
 	return m.counted(anchor, natList, rdrList, binatList)
 }
 
@@ -101,7 +101,7 @@ var counterNames = [counterMax]string{"match", "fragment", "normalize", "memory"
 // searches, inserts and removals are those of the state table, and the rest are
 // reasons for which packets were dropped. Those that are never counted here are
 // missing.
-func (m *Machine) Counters() map[string]uint64 {
+func (m *PF) Counters() map[string]uint64 {
 	out := make(map[string]uint64, counterMax)
 	for i, name := range counterNames {
 		out[name] = m.totals[i]

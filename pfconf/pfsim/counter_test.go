@@ -9,7 +9,7 @@ import (
 )
 
 // countedHost is a host with rules that skip others, an anchor and nat.
-func countedHost(t *testing.T) *Machine {
+func countedHost(t *testing.T) *PF {
 	t.Helper()
 	m := machineHost(t, `nat on en0 inet from 100.64.0.0/10 to any -> (en0)
 block in on utun7 label "a"
@@ -22,7 +22,7 @@ pass out on en0 keep state label "d"
 	return m
 }
 
-func wantCounters(t *testing.T, m *Machine, anchor string, want map[string]RuleCounters) {
+func wantCounters(t *testing.T, m *PF, anchor string, want map[string]RuleCounters) {
 	t.Helper()
 	rules, err := m.CountedRules(anchor)
 	if err != nil {

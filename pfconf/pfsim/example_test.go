@@ -12,8 +12,8 @@ import (
 
 // A host with an uplink and a tunnel translates one peer and keeps the others
 // in.
-func ExampleMachine() {
-	m := pfsim.New(pfsim.Options{})
+func ExamplePF() {
+	m := pfsim.NewPF(pfsim.Options{})
 	m.AddInterface(pfconf.Interface{Name: "en0", Addresses: []netip.Prefix{netip.MustParsePrefix("192.0.2.10/24")}})
 	m.AddInterface(pfconf.Interface{Name: "utun7", Addresses: []netip.Prefix{netip.MustParsePrefix("100.64.0.1/32")}})
 
@@ -61,8 +61,8 @@ pass in on utun7 from <routing> to any label "routing"
 
 // States outlive the rule that made them. To cut a flow, kill both directions
 // after the new rules are in force.
-func ExampleMachine_KillStates() {
-	m := pfsim.New(pfsim.Options{})
+func ExamplePF_KillStates() {
+	m := pfsim.NewPF(pfsim.Options{})
 	m.AddInterface(pfconf.Interface{Name: "utun7"})
 	open, err := pfconf.Parse("pass all\n")
 	if err != nil {

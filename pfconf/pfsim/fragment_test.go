@@ -30,7 +30,7 @@ func cut(r *rand.Rand, src, dst string, id uint32, total int) []Packet {
 
 // put sends pieces to the host and returns which of them passed, and how many bytes
 // were put together last.
-func put(t *testing.T, m *Machine, pieces []Packet) (passed []int, bytes int) {
+func put(t *testing.T, m *PF, pieces []Packet) (passed []int, bytes int) {
 	t.Helper()
 	for i, p := range pieces {
 		j := m.Receive(p, "en0")

@@ -79,7 +79,7 @@ func (r *byteReader) packet(last Packet) Packet {
 }
 
 // runFuzzed does to a machine what the bytes say.
-func runFuzzed(t testing.TB, m *Machine, r *byteReader) {
+func runFuzzed(t testing.TB, m *PF, r *byteReader) {
 	var last Packet
 	for steps := 0; len(r.b) > 0 && steps < 200; steps++ {
 		in, out := fuzzInterfaces[r.pick(len(fuzzInterfaces))], fuzzInterfaces[r.pick(len(fuzzInterfaces))]
@@ -138,7 +138,7 @@ func checkJudgement(t testing.TB, p Packet, j Judgement) Packet {
 }
 
 // checkMachine holds a machine against what must be so at any time.
-func checkMachine(t testing.TB, m *Machine) {
+func checkMachine(t testing.TB, m *PF) {
 	n, used := 0, map[*crule]int{}
 	for s := m.states.first; s != nil; s = s.next {
 		n++
@@ -184,7 +184,7 @@ func checkMachine(t testing.TB, m *Machine) {
 }
 
 // checkSources counts what is counted by source.
-func checkSources(t testing.TB, m *Machine) {
+func checkSources(t testing.TB, m *PF) {
 	states, conns := map[*sourceNode]int{}, map[*sourceNode]int{}
 	for s := m.states.first; s != nil; s = s.next {
 		if s.source == nil {
@@ -206,7 +206,7 @@ func checkSources(t testing.TB, m *Machine) {
 }
 
 // checkEmptied takes everything out of a machine and looks for what is left.
-func checkEmptied(t testing.TB, m *Machine) {
+func checkEmptied(t testing.TB, m *PF) {
 	m.FlushStates()
 	for _, a := range []string{"", "a", "a/b"} {
 		m.FlushAll(a)

@@ -177,20 +177,20 @@ func (m *Machine) setSkip(opts []*pfconf.Option) {
 
 // FlushRules removes the filter and scrub rules of an anchor, "" being the main
 // ruleset, as pfctl -F rules does. States stay.
-func (m *Machine) FlushRules(anchor string) { m.flushLists(anchor, scrubList, filterList) }
+func (m *PF) FlushRules(anchor string) { m.flushLists(anchor, scrubList, filterList) }
 
 // FlushNat removes the translation rules of an anchor, as pfctl -F nat does.
 // States stay, and keep translating.
-func (m *Machine) FlushNat(anchor string) { m.flushLists(anchor, natList, binatList, rdrList) }
+func (m *PF) FlushNat(anchor string) { m.flushLists(anchor, natList, binatList, rdrList) }
 
 // FlushTables removes the tables of an anchor, as pfctl -F Tables does, and
 // returns how many. Rules that use them match nothing by them any more.
-func (m *Machine) FlushTables(anchor string) int { return m.flushTables(anchor) }
+func (m *PF) FlushTables(anchor string) int { return m.flushTables(anchor) }
 
 // FlushAll is pfctl -F all: rules, translation and tables of an anchor. Of the
 // main ruleset also all states, what is known of sources and the skipping of
 // interfaces.
-func (m *Machine) FlushAll(anchor string) {
+func (m *PF) FlushAll(anchor string) {
 	m.FlushRules(anchor)
 	m.FlushNat(anchor)
 	m.FlushTables(anchor)

@@ -55,7 +55,7 @@ type Options struct {
 // A new machine has no interfaces and no rules and is disabled. Packets are
 // handed in by [Machine.Forward], [Machine.Receive] and [Machine.Send]; routing
 // isn't modelled, the caller says which interfaces a packet uses. Time stands
-// still except for [Machine.Advance].
+// still except for [PF.Advance].
 //
 // # What happens to a packet
 //
@@ -140,7 +140,13 @@ type capacity struct{ states, sources, fragments int }
 
 // New returns an empty, disabled machine.
 func New(o Options) *Machine {
-	m := &Machine{
+	m := new(Machine)
+	m.setUp(o)
+	return m
+}
+
+func (m *Machine) setUp(o Options) {
+	*m = Machine{
 		rand:      o.Rand,
 		kifs:      map[string]*kif{},
 		tables:    map[tableName]*ktable{},
@@ -161,7 +167,6 @@ func New(o Options) *Machine {
 	m.main = newAnchorNode(nil, "")
 	m.states.init()
 	m.fallback.loaded = true
-	return m
 }
 
 // Enable turns pf on, as pfctl -e does. The error is ErrEnabled.
@@ -175,7 +180,7 @@ func (m *Machine) Enable() error {
 
 // Disable turns pf off: packets pass unjudged and untranslated. Rules, tables
 // and states stay. The error is ErrDisabled.
-func (m *Machine) Disable() error {
+func (m *PF) Disable() error {
 	if !m.enabled {
 		return ErrDisabled
 	}
@@ -184,7 +189,7 @@ func (m *Machine) Disable() error {
 }
 
 // Enabled reports whether pf is on.
-func (m *Machine) Enabled() bool { return m.enabled }
+func (m *PF) Enabled() bool { return m.enabled }
 
 // kif returns the interface of that name, which need not exist.
 func (m *Machine) kif(name string) *kif {
@@ -210,7 +215,7 @@ func (m *Machine) AddInterface(i pfconf.Interface) {
 
 // RemoveInterface lets an interface go. Rules keep its name, states bound to it
 // stay.
-func (m *Machine) RemoveInterface(name string) error {
+func (m *PF) RemoveInterface(name string) error {
 	k := m.kifs[name]
 	if k == nil || !k.exists {
 		return fmt.Errorf("remove interface %s: %w", name, ErrNoInterface)
@@ -223,7 +228,7 @@ func (m *Machine) RemoveInterface(name string) error {
 
 // AddAddress gives an interface a further address, with the length of its
 // network.
-func (m *Machine) AddAddress(name string, a netip.Prefix) error {
+func (m *PF) AddAddress(name string, a netip.Prefix) error {
 	k := m.kifs[name]
 	if k == nil || !k.exists {
 		return fmt.Errorf("add address %s to %s: %w", a, name, ErrNoInterface)
@@ -235,7 +240,7 @@ func (m *Machine) AddAddress(name string, a netip.Prefix) error {
 
 // DeleteAddress takes an address from an interface; one that it doesn't have is
 // no error.
-func (m *Machine) DeleteAddress(name string, a netip.Addr) error {
+func (m *PF) DeleteAddress(name string, a netip.Addr) error {
 	k := m.kifs[name]
 	if k == nil || !k.exists {
 		return fmt.Errorf("delete address %s of %s: %w", a, name, ErrNoInterface)
@@ -256,7 +261,7 @@ func (m *Machine) Interfaces() []pfconf.Interface {
 }
 
 // Skipped returns the names of the interfaces on which pf does nothing.
-func (m *Machine) Skipped() []string {
+func (m *PF) Skipped() []string {
 	var out []string
 	for _, k := range m.kifs {
 		if k.skip {
@@ -270,7 +275,7 @@ func (m *Machine) Skipped() []string {
 // Advance lets time pass and removes the states whose time is up. It returns
 // how many are left. pf counts in whole seconds, so within one nothing ends and
 // the call is cheap.
-func (m *Machine) Advance(d time.Duration) int {
+func (m *PF) Advance(d time.Duration) int {
 	before := m.seconds()
 	if d > 0 {
 		m.now += d

@@ -17,9 +17,9 @@ import (
 
 // machineHost returns an enabled machine with an uplink en0, a LAN en1 and a tunnel
 // utun7, and a main ruleset.
-func machineHost(t testing.TB, main string) *Machine {
+func machineHost(t testing.TB, main string) *PF {
 	t.Helper()
-	m := New(Options{})
+	m := NewPF(Options{})
 	for _, i := range []struct{ name, v4, v6 string }{
 		{"lo0", "127.0.0.1/8", "::1/128"},
 		{"en0", "192.0.2.10/24", "2001:db8:2::10/64"},
@@ -71,7 +71,7 @@ func wantVerdict(t *testing.T, what string, j Judgement, want Verdict, use State
 }
 
 func TestNewMachineIsOff(t *testing.T) {
-	m := New(Options{})
+	m := NewPF(Options{})
 	p := udp("192.0.2.1", 1, "192.0.2.2", 2)
 	if j := m.Receive(p, "en0"); j.Verdict != VerdictPass || j.In.Decider != DecidedBySkip {
 		t.Errorf("off: %+v", j)
@@ -814,7 +814,7 @@ func TestSnapshotReadsBack(t *testing.T) {
 	if n == 0 {
 		t.Error("no parse vectors")
 	}
-	if _, err := New(Options{}).Snapshot("none"); !errors.Is(err, ErrNoAnchor) {
+	if _, err := NewPF(Options{}).Snapshot("none"); !errors.Is(err, ErrNoAnchor) {
 		t.Errorf("snapshot of nothing: %v", err)
 	}
 }
@@ -826,7 +826,7 @@ func checkSnapshot(t *testing.T, s *vectors.Scenario) bool {
 	if err := json.Unmarshal(s.Want, &want); err != nil {
 		t.Fatal(err)
 	}
-	r := packetRun{m: New(Options{})}
+	r := packetRun{m: NewPF(Options{})}
 	for _, i := range hostInterfaces(s) {
 		r.m.AddInterface(i)
 	}
@@ -880,7 +880,7 @@ func TestSteadyPathAllocatesNothing(t *testing.T) {
 // TestRandComesFromOutside: the same source of randomness gives the same ports.
 func TestRandComesFromOutside(t *testing.T) {
 	port := func(seed uint64) uint16 {
-		m := New(Options{Rand: rand.New(rand.NewPCG(seed, 0))})
+		m := NewPF(Options{Rand: rand.New(rand.NewPCG(seed, 0))})
 		m.AddInterface(pfconf.Interface{Name: "en0", Addresses: []netip.Prefix{netip.MustParsePrefix("192.0.2.10/24")}})
 		mustLoad(t, m, "", "nat on en0 inet from any to any -> (en0)\n")
 		_ = m.Enable()

@@ -38,8 +38,8 @@ func setsOptions(s *vectors.Scenario) bool {
 // made from what that shows, until an event changes it.
 func compareShown(t *testing.T, s *vectors.Scenario) int {
 	quiet := &judge{t: t, scenario: s.Name}
-	a := &packetRun{j: quiet, m: New(Options{}), sent: map[string]sentPacket{}}
-	b := &packetRun{j: quiet, m: New(Options{}), sent: map[string]sentPacket{}}
+	a := &packetRun{j: quiet, m: NewPF(Options{}), sent: map[string]sentPacket{}}
+	b := &packetRun{j: quiet, m: NewPF(Options{}), sent: map[string]sentPacket{}}
 	for _, i := range hostInterfaces(s) {
 		a.m.AddInterface(i)
 		b.m.AddInterface(i)
@@ -74,7 +74,7 @@ func compareShown(t *testing.T, s *vectors.Scenario) int {
 }
 
 // rebuild loads into b what a shows of an anchor and of those below.
-func rebuild(t *testing.T, name string, a, b *Machine, path string) {
+func rebuild(t *testing.T, name string, a, b *PF, path string) {
 	l, err := a.Snapshot(path)
 	if err != nil {
 		t.Fatal(err)

@@ -142,7 +142,7 @@ func (m *Machine) clearSources() {
 }
 
 // SourceCount returns how many sources are tracked, by rules and globally.
-func (m *Machine) SourceCount() int { return len(m.sources) }
+func (m *PF) SourceCount() int { return len(m.sources) }
 
 // connected counts a finished handshake for the state's source and reports
 // whether that is one too many (pf_src_connlimit). If so, the state ends, the

@@ -411,7 +411,7 @@ func phase(proto pfconf.Proto, state uint8) string {
 }
 
 // States returns all states, the oldest first.
-func (m *Machine) States() []State {
+func (m *PF) States() []State {
 	out := make([]State, 0, m.states.n)
 	for s := m.states.first; s != nil; s = s.next {
 		out = append(out, m.describe(s))
@@ -420,7 +420,7 @@ func (m *Machine) States() []State {
 }
 
 // StateCount returns how many states there are.
-func (m *Machine) StateCount() int { return m.states.n }
+func (m *PF) StateCount() int { return m.states.n }
 
 func (m *Machine) describe(s *state) State {
 	k := s.key
@@ -450,7 +450,7 @@ func (h stateHost) addrPort() netip.AddrPort { return netip.AddrPortFrom(h.addr,
 //
 // pfctl itself prints the number modulo 256, because the kernel returns it in
 // one byte.
-func (m *Machine) KillStates(src, dst netip.Prefix) int {
+func (m *PF) KillStates(src, dst netip.Prefix) int {
 	killed := 0
 	for s := m.states.first; s != nil; {
 		next := s.next

@@ -222,7 +222,7 @@ func (m *Machine) makeTable(anchor, name string) (*ktable, error) {
 // exist, as pfctl -T add does. An entry that exists stays as it is, also when
 // it is negated otherwise. It returns how many were added. Addresses must be of
 // the kind AddrPrefix. The all-zero host isn't added, without an error.
-func (m *Machine) AddToTable(anchor, table string, addrs []pfconf.Address) (int, error) {
+func (m *PF) AddToTable(anchor, table string, addrs []pfconf.Address) (int, error) {
 	ps, err := pfconf.Stored(addrs)
 	if err != nil {
 		return 0, fmt.Errorf("add to table %q: %w", table, err)
@@ -245,7 +245,7 @@ func (m *Machine) AddToTable(anchor, table string, addrs []pfconf.Address) (int,
 
 // DeleteFromTable removes entries and returns how many were there. A negated
 // entry is removed only as such. The table must exist.
-func (m *Machine) DeleteFromTable(anchor, table string, addrs []pfconf.Address) (int, error) {
+func (m *PF) DeleteFromTable(anchor, table string, addrs []pfconf.Address) (int, error) {
 	if _, err := pfconf.Stored(addrs); err != nil {
 		return 0, fmt.Errorf("delete from table %q: %w", table, err)
 	}
@@ -265,7 +265,7 @@ func (m *Machine) DeleteFromTable(anchor, table string, addrs []pfconf.Address) 
 
 // ReplaceTable makes addrs the whole contents of a table, which it makes if
 // need be.
-func (m *Machine) ReplaceTable(anchor, table string, addrs []pfconf.Address) error {
+func (m *PF) ReplaceTable(anchor, table string, addrs []pfconf.Address) error {
 	ps, err := pfconf.Stored(addrs)
 	if err != nil {
 		return fmt.Errorf("replace table %q: %w", table, err)
@@ -287,7 +287,7 @@ func (m *Machine) ReplaceTable(anchor, table string, addrs []pfconf.Address) err
 
 // FlushTable removes all entries of a table, which must exist, and returns how
 // many there were.
-func (m *Machine) FlushTable(anchor, table string) (int, error) {
+func (m *PF) FlushTable(anchor, table string) (int, error) {
 	t, err := m.changeableTable(anchor, table)
 	if err != nil {
 		return 0, fmt.Errorf("flush table %q: %w", table, err)
@@ -299,7 +299,7 @@ func (m *Machine) FlushTable(anchor, table string) (int, error) {
 
 // TestTable reports whether an address is in a table, as pfctl -T test does. A
 // table of an anchor doesn't fall back to the main one here.
-func (m *Machine) TestTable(anchor, table string, a netip.Addr) (bool, error) {
+func (m *PF) TestTable(anchor, table string, a netip.Addr) (bool, error) {
 	t, err := m.activeTable(anchor, table)
 	if err != nil {
 		return false, fmt.Errorf("test table %q: %w", table, err)

@@ -34,7 +34,7 @@ func TestTablesHoldWhatIsStored(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		m := New(Options{})
+		m := NewPF(Options{})
 		table := &pfconf.Table{Name: "t", Addrs: addrs, HasAddrs: true, Persist: true}
 		if err := m.LoadAnchor("a", &pfconf.Ruleset{Statements: []pfconf.Statement{table}}); err != nil {
 			t.Fatal(err)
@@ -70,7 +70,7 @@ func TestTableReadBack(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		m := New(Options{})
+		m := NewPF(Options{})
 		if err := m.LoadAnchor("a", again); err != nil {
 			t.Fatal(err)
 		}

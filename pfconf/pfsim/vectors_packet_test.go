@@ -94,14 +94,14 @@ type sentPacket struct {
 // A packetRun is one packet scenario on its machine.
 type packetRun struct {
 	j    *judge
-	m    *Machine
+	m    *PF
 	sent map[string]sentPacket
 	at   string // the event, for messages
 }
 
 // judgePackets runs a scenario with events.
 func judgePackets(j *judge, s *vectors.Scenario) {
-	r := &packetRun{j: j, m: New(Options{}), sent: map[string]sentPacket{}}
+	r := &packetRun{j: j, m: NewPF(Options{}), sent: map[string]sentPacket{}}
 	if err := r.m.Enable(); err != nil {
 		j.t.Fatal(err)
 	}
@@ -354,7 +354,7 @@ func (r *packetRun) complete(e *vectorEvent, p *Packet, opener bool) {
 }
 
 // pass lets a packet take its way.
-func pass(m *Machine, p Packet, in, out string) Judgement {
+func pass(m *PF, p Packet, in, out string) Judgement {
 	switch {
 	case in != "" && out != "":
 		return m.Forward(p, in, out)

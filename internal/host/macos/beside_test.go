@@ -153,7 +153,7 @@ func TestMulticastGroups(t *testing.T) {
 	g.enforce(testMesh(2, everything))
 	report := pfsim.Packet{Src: addrOf("203.0.113.1"), Dst: addrOf("224.0.0.22"), Proto: 2, Options: true}
 	var out, in, peer pfsim.Judgement
-	g.mac.Judge(func(m *pfsim.Machine) {
+	g.mac.Judge(func(m *pfsim.PF) {
 		out = m.Send(report, "en0")
 		report.Src = addrOf("203.0.113.9")
 		in = m.Receive(report, "en0")

@@ -40,7 +40,7 @@ func TestNoPeerUsesUpTheStates(t *testing.T) {
 			t.Fatalf("round %d: this Mac gets no flow: %s", round, o.Why)
 		}
 	}
-	g.mac.Judge(func(m *pfsim.Machine) {
+	g.mac.Judge(func(m *pfsim.PF) {
 		if n := m.StateCount(); n > MaxStates*3/4 {
 			t.Errorf("%d states", n)
 		} else {

@@ -88,7 +88,7 @@ type comparison struct {
 	rng   *rand.Rand
 	w     world
 	r     *policy.Ruleset
-	m     *pfsim.Machine
+	m     *pfsim.PF
 	tally *tally
 	port  uint16
 	// portless are the addresses of this round's flows without ports.

@@ -207,10 +207,10 @@ func changeByAndBy(t *rapid.T, changes, packets *int) {
 			probes = append(probes, probe{packet: c.toPF(p), in: p.In, out: c.randomOut(p)})
 		}
 	}
-	passes := func(m *pfsim.Machine) (out []bool) {
+	passes := func(m *pfsim.PF) (out []bool) {
 		for _, p := range probes {
 			m.FlushStates()
-			out = append(out, p.send(m).Verdict == pfsim.VerdictPass)
+			out = append(out, p.send(&m.Machine).Verdict == pfsim.VerdictPass)
 		}
 		return out
 	}
@@ -233,7 +233,7 @@ func changeByAndBy(t *rapid.T, changes, packets *int) {
 			if pass && !before[i] && !last[i] {
 				c.m.FlushStates()
 				after.m.FlushStates()
-				t.Fatalf("after <%s> became %v: %v passes\n%s\nat last\n%s\n%s", step.Name, step.Entries(), probes[i], explain(probes[i].send(c.m)), explain(probes[i].send(after.m)), a.Ruleset())
+				t.Fatalf("after <%s> became %v: %v passes\n%s\nat last\n%s\n%s", step.Name, step.Entries(), probes[i], explain(probes[i].send(&c.m.Machine)), explain(probes[i].send(&after.m.Machine)), a.Ruleset())
 			}
 		}
 	}

@@ -103,7 +103,7 @@ pass out on en0
 }
 
 // load loads a neighbour's anchors.
-func (n neighbour) load(t failer, m *pfsim.Machine) {
+func (n neighbour) load(t failer, m *pfsim.PF) {
 	for path, text := range n.anchors {
 		rs, err := pfconf.Parse(text)
 		if err == nil {
@@ -180,7 +180,7 @@ func (n neighbour) foreign(t failer, w world) []Foreign {
 	if err := m.LoadAnchor(a.Path, a.Ruleset()); err != nil {
 		t.Fatal(err)
 	}
-	found, err := FindForeign(context.Background(), m, a, r)
+	found, err := FindForeign(context.Background(), &m.Machine, a, r)
 	if err != nil {
 		t.Fatal(err)
 	}

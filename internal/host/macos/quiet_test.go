@@ -247,7 +247,7 @@ func TestSourceOfIPv6(t *testing.T) {
 		g.clean(r)
 		o := g.arrives(g.p.name, first6, "2620:fe::fe", simmac.Forwarded)
 		g.must(g.p.Cut(t.Context(), r, policy.Diff(nil, r)))
-		g.mac.Judge(func(m *pfsim.Machine) { m.FlushStates() })
+		g.mac.Judge(func(m *pfsim.PF) { m.FlushStates() })
 		return o.Packet.Src
 	}
 	if got := look(); got != addrOf("fd00:1::1") {

@@ -249,8 +249,8 @@ var utun3Addresses = prefixes("172.31.9.9/32", "fd00:9::9/128")
 
 // newMachine returns a packet filter on the host's interfaces with a main
 // ruleset.
-func (w *world) newMachine(seed uint64, main string) (*pfsim.Machine, error) {
-	m := pfsim.New(pfsim.Options{Rand: rand.New(rand.NewPCG(seed, 2)), StateLimit: 1 << 20})
+func (w *world) newMachine(seed uint64, main string) (*pfsim.PF, error) {
+	m := pfsim.NewPF(pfsim.Options{Rand: rand.New(rand.NewPCG(seed, 2)), StateLimit: 1 << 20})
 	m.AddInterface(pfconf.Interface{Name: loopback, Addresses: prefixes("127.0.0.1/8", "::1/128")})
 	w.addInterfaces(m)
 	rs, err := pfconf.Parse(main)
@@ -264,7 +264,7 @@ func (w *world) newMachine(seed uint64, main string) (*pfsim.Machine, error) {
 }
 
 // addInterfaces gives the machine the world's interfaces, or their new addresses.
-func (w *world) addInterfaces(m *pfsim.Machine) {
+func (w *world) addInterfaces(m *pfsim.PF) {
 	for _, name := range w.interfaceNames() {
 		i := pfconf.Interface{Name: name}
 		if name == "utun3" {

@@ -127,7 +127,7 @@ func TestFlood(t *testing.T) {
 	}
 	states := func() int {
 		n := 0
-		g.mac.Judge(func(m *pfsim.Machine) { n = m.StateCount() })
+		g.mac.Judge(func(m *pfsim.PF) { n = m.StateCount() })
 		return n
 	}
 	checks, err := g.d.Doctor(t.Context())

@@ -86,7 +86,7 @@ func TestTranslationAddresses(t *testing.T) {
 	must(t, pf.Load(t.Context(), anchor, rules))
 	source := func(port uint16) netip.Addr {
 		var out pfsim.Hook
-		m.Judge(func(pf *pfsim.Machine) {
+		m.Judge(func(pf *pfsim.PF) {
 			out = pf.Send(pfsim.Packet{Src: netip.MustParseAddr("fd00::2"), Dst: b6, Proto: pfconf.ProtoUDP, SrcPort: port, DstPort: 53}, "en0").Out
 		})
 		return out.Packet.Src

@@ -23,7 +23,7 @@ type engine struct {
 	random *rand.Rand
 
 	mu      sync.Mutex
-	machine *pfsim.Machine
+	machine *pfsim.PF
 	last    time.Time
 	busy    int    // loads that fail
 	loaded  string // the main ruleset as it was last loaded
@@ -40,7 +40,7 @@ func newEngine(k *darwintest.Kernel, r *rand.Rand) *engine {
 // boot makes pf anew and loads the stock rulesets.
 func (e *engine) boot() {
 	e.mu.Lock()
-	e.machine = pfsim.New(pfsim.Options{Rand: e.random})
+	e.machine = pfsim.NewPF(pfsim.Options{Rand: e.random})
 	e.network = nil
 	e.last = time.Now()
 	e.mu.Unlock()
@@ -52,7 +52,7 @@ func (e *engine) boot() {
 }
 
 // do runs f while no other goroutine uses the machine.
-func (e *engine) do(f func(*pfsim.Machine)) {
+func (e *engine) do(f func(*pfsim.PF)) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.update()
@@ -113,7 +113,7 @@ func (e *engine) observe() *darwin.Network {
 
 // SetEnabled implements darwintest.Engine.
 func (e *engine) SetEnabled(on bool) {
-	e.do(func(m *pfsim.Machine) {
+	e.do(func(m *pfsim.PF) {
 		if m.Enabled() == on {
 			return
 		}
@@ -135,7 +135,7 @@ func (e *engine) Load(anchor, text string) error {
 	if err != nil {
 		return err
 	}
-	e.do(func(m *pfsim.Machine) {
+	e.do(func(m *pfsim.PF) {
 		e.mirror(e.network) // a load looks at the addresses anew
 		switch {
 		case e.busy > 0:
@@ -161,7 +161,7 @@ func (e *engine) Checksum() string {
 
 // Flush implements darwintest.Engine.
 func (e *engine) Flush(anchor string) (ok bool) {
-	e.do(func(m *pfsim.Machine) {
+	e.do(func(m *pfsim.PF) {
 		if _, err := m.Snapshot(anchor); err == nil {
 			m.FlushAll(anchor)
 			ok = true
@@ -175,16 +175,16 @@ func (e *engine) Flush(anchor string) (ok bool) {
 
 // Rules implements darwintest.Engine.
 func (e *engine) Rules(anchor string) ([]pfsim.CountedRule, bool) {
-	return e.counted(anchor, (*pfsim.Machine).CountedRules)
+	return e.counted(anchor, (*pfsim.PF).CountedRules)
 }
 
 // NAT implements darwintest.Engine.
 func (e *engine) NAT(anchor string) ([]pfsim.CountedRule, bool) {
-	return e.counted(anchor, (*pfsim.Machine).CountedNat)
+	return e.counted(anchor, (*pfsim.PF).CountedNat)
 }
 
-func (e *engine) counted(anchor string, show func(*pfsim.Machine, string) ([]pfsim.CountedRule, error)) (rules []pfsim.CountedRule, ok bool) {
-	e.do(func(m *pfsim.Machine) {
+func (e *engine) counted(anchor string, show func(*pfsim.PF, string) ([]pfsim.CountedRule, error)) (rules []pfsim.CountedRule, ok bool) {
+	e.do(func(m *pfsim.PF) {
 		var err error
 		rules, err = show(m, anchor)
 		ok = err == nil
@@ -194,7 +194,7 @@ func (e *engine) counted(anchor string, show func(*pfsim.Machine, string) ([]pfs
 
 // Anchors implements darwintest.Engine.
 func (e *engine) Anchors(anchor string) (names []string, ok bool) {
-	e.do(func(m *pfsim.Machine) {
+	e.do(func(m *pfsim.PF) {
 		_, err := m.Snapshot(anchor)
 		names, ok = m.Anchors(anchor), err == nil
 	})
@@ -203,7 +203,7 @@ func (e *engine) Anchors(anchor string) (names []string, ok bool) {
 
 // Tables implements darwintest.Engine.
 func (e *engine) Tables(anchor string) (tables map[string][]string, ok bool) {
-	e.do(func(m *pfsim.Machine) {
+	e.do(func(m *pfsim.PF) {
 		if _, err := m.Snapshot(anchor); err != nil {
 			return
 		}
@@ -221,50 +221,50 @@ func (e *engine) Tables(anchor string) (tables map[string][]string, ok bool) {
 
 // AddToTable implements darwintest.Engine.
 func (e *engine) AddToTable(anchor, table string, entries []pfconf.Address) (err error) {
-	e.do(func(m *pfsim.Machine) { _, err = m.AddToTable(anchor, table, entries) })
+	e.do(func(m *pfsim.PF) { _, err = m.AddToTable(anchor, table, entries) })
 	return err
 }
 
 // DeleteFromTable implements darwintest.Engine.
 func (e *engine) DeleteFromTable(anchor, table string, entries []pfconf.Address) (err error) {
-	e.do(func(m *pfsim.Machine) { _, err = m.DeleteFromTable(anchor, table, entries) })
+	e.do(func(m *pfsim.PF) { _, err = m.DeleteFromTable(anchor, table, entries) })
 	return err
 }
 
 // ReplaceTable implements darwintest.Engine.
 func (e *engine) ReplaceTable(anchor, table string, entries []pfconf.Address) (err error) {
-	e.do(func(m *pfsim.Machine) { err = m.ReplaceTable(anchor, table, entries) })
+	e.do(func(m *pfsim.PF) { err = m.ReplaceTable(anchor, table, entries) })
 	return err
 }
 
 // TestTable implements darwintest.Engine.
 func (e *engine) TestTable(anchor, table string, a netip.Addr) (in bool, err error) {
-	e.do(func(m *pfsim.Machine) { in, err = m.TestTable(anchor, table, a) })
+	e.do(func(m *pfsim.PF) { in, err = m.TestTable(anchor, table, a) })
 	return in, err
 }
 
 // Kill implements darwintest.Engine.
 func (e *engine) Kill(src, dst netip.Prefix) (n int) {
-	e.do(func(m *pfsim.Machine) { n = m.KillStates(src, dst) })
+	e.do(func(m *pfsim.PF) { n = m.KillStates(src, dst) })
 	return n
 }
 
 // States implements darwintest.Engine.
 func (e *engine) States() (states []pfsim.State) {
-	e.do(func(m *pfsim.Machine) { states = m.States() })
+	e.do(func(m *pfsim.PF) { states = m.States() })
 	return states
 }
 
 // Counters implements darwintest.Engine.
 func (e *engine) Counters() (totals map[string]uint64) {
-	e.do(func(m *pfsim.Machine) { totals = m.Counters() })
+	e.do(func(m *pfsim.PF) { totals = m.Counters() })
 	return totals
 }
 
 // Interfaces implements darwintest.Engine.
 func (e *engine) Interfaces() map[string]bool {
 	skipped := map[string]bool{"ALL": false}
-	e.do(func(m *pfsim.Machine) {
+	e.do(func(m *pfsim.PF) {
 		for _, i := range m.Interfaces() {
 			skipped[i.Name] = false
 		}
@@ -278,11 +278,11 @@ func (e *engine) Interfaces() map[string]bool {
 // dump prints everything that is loaded.
 func (e *engine) dump() string {
 	var b strings.Builder
-	e.do(func(m *pfsim.Machine) { dumpAnchor(&b, m, "") })
+	e.do(func(m *pfsim.PF) { dumpAnchor(&b, m, "") })
 	return b.String()
 }
 
-func dumpAnchor(b *strings.Builder, m *pfsim.Machine, anchor string) {
+func dumpAnchor(b *strings.Builder, m *pfsim.PF, anchor string) {
 	l, err := m.Snapshot(anchor)
 	if err != nil {
 		return

@@ -55,6 +55,6 @@ func TestIGMP(t *testing.T) {
 	// It left a state behind, which decides until its time is up.
 	must(t, pf.Load(t.Context(), anchor, allow))
 	check("after a rule without allow-opts", false)
-	m.Judge(func(pf *pfsim.Machine) { pf.FlushStates() })
+	m.Judge(func(pf *pfsim.PF) { pf.FlushStates() })
 	check("without its state", true)
 }

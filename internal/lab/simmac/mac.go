@@ -371,4 +371,4 @@ func (m *Mac) addDefault(index int, router string) error {
 
 // Judge runs f with pf's machine, whose interfaces and clock are up to date, for
 // what isn't offered here. f must not keep it.
-func (m *Mac) Judge(f func(*pfsim.Machine)) { m.engine.do(f) }
+func (m *Mac) Judge(f func(*pfsim.PF)) { m.engine.do(f) }

@@ -286,7 +286,7 @@ func TestStatesEndWithTime(t *testing.T) {
 			t.Fatalf("%+v", o)
 		}
 		states := func() (n int) {
-			m.Judge(func(pf *pfsim.Machine) { n = pf.StateCount() })
+			m.Judge(func(pf *pfsim.PF) { n = pf.StateCount() })
 			return n
 		}
 		if states() != 1 {

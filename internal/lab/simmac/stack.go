@@ -45,7 +45,7 @@ func (m *Mac) Receive(p pfsim.Packet, link string) Outcome {
 		return Outcome{Packet: p, Why: "no such interface"}
 	}
 	o := Outcome{Packet: p}
-	m.Judge(func(pf *pfsim.Machine) { o.In = pf.Receive(p, link).In })
+	m.Judge(func(pf *pfsim.PF) { o.In = pf.Receive(p, link).In })
 	if !o.In.Pass() {
 		o.Why = "pf"
 		return o
@@ -86,7 +86,7 @@ func (m *Mac) Send(p pfsim.Packet) Outcome {
 		return m.output(n, Outcome{Packet: p}, Sent)
 	}
 	o := Outcome{Packet: p, Why: "pf"}
-	m.Judge(func(pf *pfsim.Machine) {
+	m.Judge(func(pf *pfsim.PF) {
 		if o.Out = pf.Send(p, "lo0").Out; o.Out.Pass() {
 			o.In = pf.Receive(o.Out.Packet, "lo0").In
 		}
@@ -115,7 +115,7 @@ func (m *Mac) output(n *darwin.Network, o Outcome, fate Fate) Outcome {
 		o.Why = "no route"
 		return o
 	}
-	m.Judge(func(pf *pfsim.Machine) { o.Out = pf.Send(o.Packet, link).Out })
+	m.Judge(func(pf *pfsim.PF) { o.Out = pf.Send(o.Packet, link).Out })
 	if !o.Out.Pass() {
 		o.Why = "pf"
 		return o
