@@ -78,6 +78,9 @@ func TestCapturedByMacs(t *testing.T) {
 		t.Errorf("a missing anchor: %q, %v", rules, err)
 	}
 	want := []string{"com.apple", "com.apple/200.AirDrop", "com.apple/200.AirDrop/Bonjour", "com.apple/250.ApplicationFirewall"}
+	if names, err := darwin.NewPF(answers{stdout: captured(t, "pfctl-v-s-anchors-10.txt")}).AllAnchors(ctx); err != nil || !slices.Equal(names, want) {
+		t.Errorf("all anchors %q, %v", names, err)
+	}
 	if names, err := darwin.NewPF(answers{stdout: captured(t, "pfctl-v-s-anchors-10.txt")}).Anchors(ctx, "com.apple"); err != nil || !slices.Equal(names, want) {
 		t.Errorf("anchors %q, %v", names, err)
 	}

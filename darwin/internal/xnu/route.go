@@ -36,9 +36,7 @@ const (
 	OffRtIndex  = 4
 	OffRtFlags  = 8
 	OffRtAddrs  = 12
-	OffRtPID    = 16
 	OffRtSeq    = 20
-	OffRtErrno  = 24
 	OffIfAddrs  = 4
 	OffIfFlags  = 8
 	OffIfIndex  = 12

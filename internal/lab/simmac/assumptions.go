@@ -86,6 +86,7 @@ func Assumptions() []Assumption {
 		{"ifconfig-tells-kinds-of-addresses", "network_cmds ifconfig.tproj/af_inet6.c, in6_status", checkAddressKinds},
 		{"scutil-shows-resolvers", "configd scutil.tproj/tests.c, dnsinfo/dnsinfo_logging.h", checkResolvers},
 		{"pfctl-shows-all-in-one-process", "OpenBSD pfctl.c; captured pfctl -sa of a Mac with Internet Sharing", checkShowAll},
+		{"pfctl-lists-all-anchors", "OpenBSD pfctl.c, pfctl_show_anchors; captured pfctl -v -s Anchors", checkAllAnchors},
 		{"utun-takes-addresses-with-it", "xnu bsd/net/if_utun.c", checkTunnelGoes},
 		{"routing-socket-tells-of-addresses", "xnu bsd/net/rtsock.c, rt_newaddrmsg; netbird, tailscale", checkRoutingSocket},
 		{"own-address-leaves-by-utun", "xnu bsd/netinet/in.c, in_ifinit; bsd/netinet/in_rmx.c:168; nebula#38, tailscale#443, netbird#2365", checkOwnAddress(scratchAddr)},
@@ -424,6 +425,29 @@ func checkShowAll(ctx context.Context, h Host) error {
 			if len(rules.Rules) != 1 || len(rules.Unknown) != 0 || line == "" || !strings.HasPrefix(counted, line+"\n") || !strings.Contains(counted, "[ Evaluations: ") {
 				return fmt.Errorf("%q is shown as %q", text, counted)
 			}
+		}
+		return nil
+	})
+}
+
+// checkAllAnchors looks for an anchor below another in the list of all, and for its
+// table in what one process shows of it.
+func checkAllAnchors(ctx context.Context, h Host) error {
+	return withAnchor(ctx, h, "table <scratch> persist { 203.0.113.213 }\npass in on utun4095 from <scratch>\n", func(pf *darwin.PF, _ string) error {
+		anchors, err := pf.AllAnchors(ctx)
+		if err != nil {
+			return err
+		}
+		if !slices.Contains(anchors, scratchAnchor) {
+			return fmt.Errorf("%s isn't among the anchors %q", scratchAnchor, anchors)
+		}
+		all, err := pf.AllOfAny(ctx, scratchAnchor)
+		if err != nil {
+			return err
+		}
+		tables := pfconf.ParseTables(all.Sections["TABLES"])
+		if len(tables) != 1 || tables[0].Name != "scratch" {
+			return fmt.Errorf("the tables are shown as %q", all.Sections["TABLES"])
 		}
 		return nil
 	})
