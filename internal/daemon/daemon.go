@@ -21,6 +21,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/learned"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/owned"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -146,6 +147,7 @@ type Daemon struct {
 	clock   *clock
 	journal *journal
 	release func() error // of the state directory
+	learned *learned.Book
 	// sockets keep the UDP port from one tunnel to the next.
 	sockets *tunnel.Sockets
 
@@ -174,17 +176,9 @@ type Daemon struct {
 	mu  sync.Mutex
 	now condition // what the loop found last
 	// byOthers is what other software was found to stand in the way with.
-	byOthers []Problem
-	changed  chan struct{} // closed when now is replaced
-	// names, learned and outside are replaced, never changed.
-	names          map[string]netip.Addr
-	counts         map[mesh.PublicKey]totals // as last learned; replaced, never changed
-	before         map[mesh.PublicKey]totals // what was counted before the start; never changed
-	learned        map[mesh.PublicKey]netip.AddrPort
-	outside        outside          // of the name in this host's own endpoint
-	unresolved     map[string]error // why names of endpoints weren't found last time
-	learnedUnsaved bool             // whether the last attempt to save learned failed
-	learning       sync.Mutex       // held while learned is made anew
+	byOthers   []Problem
+	changed    chan struct{}    // closed when now is replaced
+	unresolved map[string]error // why names of endpoints weren't found last time
 }
 
 // condition is what the loop publishes after each round.
@@ -229,7 +223,6 @@ func New(o Options) (*Daemon, error) {
 		renamed:  make(chan struct{}, 1),
 		changed:  make(chan struct{}),
 		now:      condition{state: api.Starting},
-		names:    map[string]netip.Addr{},
 
 		unresolved: map[string]error{},
 	}
@@ -315,14 +308,7 @@ func (d *Daemon) load() error {
 	owned.Tidy(d.opts.StateDir) // the lock is held: what is there was left by a killed helper
 	d.disk.kept = doc
 	d.publishWanted(doc)
-	l, err := d.disk.store.readLearned()
-	if err != nil {
-		d.opts.Logger.Warn(err.Error()) // peers are found by what they send
-	}
-	d.learned, d.counts, d.before = l.Endpoints, l.Counts, l.Counts
-	if own := d.ownName(); len(own) > 0 && own[0] == l.Outside.Name {
-		d.outside = l.Outside
-	}
+	d.openLearned()
 	return nil
 }
 

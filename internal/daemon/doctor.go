@@ -297,8 +297,9 @@ func (d *Daemon) checkEndpoint(c condition, doc *document) api.Check {
 	addresses := []netip.Addr{at.Unmap()}
 	if err != nil {
 		d.mu.Lock()
-		o, err := d.outside, d.unresolved[e.Host]
+		err := d.unresolved[e.Host]
 		d.mu.Unlock()
+		o := d.learned.Outside()
 		addresses = o.Addresses
 		switch {
 		case err != nil:
@@ -308,8 +309,8 @@ func (d *Daemon) checkEndpoint(c condition, doc *document) api.Check {
 			}
 			out.Hint = "correct the name, or the host's DNS; peers look it up, too"
 			return out
-		case o.left > 0:
-			out.OK, out.Message = false, fmt.Sprintf("%q has more addresses than count as this host's: %d don't, and peers with routing reach them without lan", e.Host, o.left)
+		case o.Left > 0:
+			out.OK, out.Message = false, fmt.Sprintf("%q has more addresses than count as this host's: %d don't, and peers with routing reach them without lan", e.Host, o.Left)
 			out.Hint = "give the endpoint a name that is this host's alone: meshhelper settings endpoint HOST"
 			return out
 		}

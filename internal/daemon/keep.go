@@ -26,8 +26,7 @@ type keeper struct {
 	again    backoff   // between attempts to save
 	due      time.Time // when to save again
 	marked   time.Time // when the mark was written last, or tried
-	learning time.Time // when learned endpoints were last put in the queue to be saved
-	asked    time.Time // when the tunnel was last asked for them
+	learning time.Time // when what was learned was last put in the queue to be saved
 }
 
 // look does what is due, and returns when to look again.
@@ -44,11 +43,9 @@ func (k *keeper) look() time.Duration {
 		k.marked = now
 		d.disk.saveMark(d.clock.now(), d.clock)
 	}
-	if now.Sub(k.learning) >= learnInterval && now.Sub(k.asked) >= learnAsk {
-		k.asked = now
-		if d.learn() {
-			k.learning = now
-		}
+	if now.Sub(k.learning) >= learnInterval && d.learned.Changed() {
+		k.learning = now
+		d.saveLearned()
 	}
 	wait := d.opts.Tick
 	if end, ok := doc.nextEnd(); ok {
@@ -83,6 +80,9 @@ func (d *Daemon) finish() {
 	defer cancel()
 	if j := d.saveUnlessKept(); j != nil {
 		_ = d.disk.wait(limit, j) // it was said while the helper ran
+	}
+	if d.learned.Changed() {
+		d.saveLearned()
 	}
 	_ = d.disk.wait(limit, d.disk.submit("", func() error { return nil })) // the last in the queue
 	d.journal.flush(limit.Done())

@@ -113,23 +113,6 @@ func FuzzMark(f *testing.F) {
 	})
 }
 
-func FuzzLearned(f *testing.F) {
-	f.Add([]byte(`{"endpoints":{"` + keyOf("phone") + `":"203.0.113.9:51820"}}`))
-	f.Add([]byte(`{"endpoints":{"x":"[fe80::1%en0]:1"}}`))
-	f.Add([]byte(`{"endpoints":null}`))
-	f.Fuzz(func(t *testing.T, text []byte) {
-		l, err := decodeLearned(text)
-		if err != nil {
-			return
-		}
-		for key, at := range l.Endpoints {
-			if !at.IsValid() || at.Port() == 0 {
-				t.Errorf("%v is at %v", key, at)
-			}
-		}
-	})
-}
-
 // TestLearned restarts the helper: the tunnel gets a peer with the endpoint where it
 // was last heard, whatever is configured; of a peer that is gone, nothing stays.
 func TestLearned(t *testing.T) {
@@ -201,9 +184,9 @@ func TestLearned(t *testing.T) {
 	})
 }
 
-// TestKeeperAsksSeldom has many changes wake the keeper: the tunnel isn't asked each time
-// where peers were heard.
-func TestKeeperAsksSeldom(t *testing.T) {
+// TestKeeperAsksNothing has many changes wake the keeper: the tunnel isn't asked each time
+// where peers were heard, for the loop notes that.
+func TestKeeperAsksNothing(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
 		k := keeper{d: r.d, again: newBackoff()}
@@ -211,8 +194,8 @@ func TestKeeperAsksSeldom(t *testing.T) {
 		for range 10 {
 			k.look()
 		}
-		if got := r.tunnel.asked - before; got != 1 {
-			t.Errorf("asked %d times, want once", got)
+		if got := r.tunnel.asked - before; got != 0 {
+			t.Errorf("asked %d times", got)
 		}
 	})
 }

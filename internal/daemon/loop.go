@@ -277,9 +277,7 @@ func (l *loop) observe(ctx context.Context) (policy.Host, error) {
 		host.Outside = append(host.Outside, a.Unmap())
 		return host, err
 	}
-	l.d.mu.Lock()
-	defer l.d.mu.Unlock()
-	host.Outside = append(host.Outside, l.d.outside.Addresses...)
+	host.Outside = append(host.Outside, l.d.learned.Outside().Addresses...)
 	return host, err
 }
 
@@ -634,7 +632,7 @@ func (l *loop) endTunnel() {
 	if !inTime(func() {
 		l.d.gate.set(nil, nil)
 		if stats, err := l.tunnel.Stats(); err == nil {
-			l.d.learnFrom(numbers{tunnel: stats, guard: l.seen.guard})
+			l.d.note(numbers{tunnel: stats, guard: l.seen.guard})
 		}
 		l.tunnel.Close()
 	}) {

@@ -45,6 +45,7 @@ func (l *loop) look() {
 		return
 	}
 	l.seen.guard = n.guard
+	l.d.note(n)
 	peers := l.d.wanted.Load().Peers
 	l.lookAtPrefixes(peers, n)
 	l.recordHandshakes(peers, n)

@@ -11,6 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/meshhelper/meshhelper/internal/learned"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -61,7 +62,7 @@ func TestOwnAddressFromOutside(t *testing.T) {
 			now.Store(&[]netip.Addr{six, moved})
 			r.after(resolveInterval + time.Second)
 			check("moved", map[netip.Addr]policy.Class{first: policy.OnLAN, six: policy.OnLAN, moved: policy.OnLAN})
-			r.after(outsideFor)
+			r.after(learned.OutsideFor)
 			check("moved a day ago", map[netip.Addr]policy.Class{first: policy.Internet, six: policy.OnLAN, moved: policy.OnLAN})
 			now.Store(nil)
 			r.after(10 * time.Minute)
@@ -116,17 +117,17 @@ func TestOutsideOutlastsSilence(t *testing.T) {
 		r.resolveTo("203.0.113.11")
 		r.after(10 * resolveInterval)
 		r.wantOutside("another, soon after", "203.0.113.10 203.0.113.11")
-		r.after(outsideFor)
+		r.after(learned.OutsideFor)
 		r.wantOutside("a day later", "203.0.113.11")
 
 		// More than count: those that do already stay.
 		all := []string{"203.0.113.11"}
-		for i := range maxOutside + 4 {
+		for i := range learned.MaxOutside + 4 {
 			all = append(all, fmt.Sprintf("1.0.0.%d", i))
 		}
 		r.resolveTo(strings.Join(all, ","))
 		r.after(10 * resolveInterval)
-		if got := r.outside(); len(strings.Fields(got)) != maxOutside || !strings.Contains(got, "203.0.113.11") {
+		if got := r.outside(); len(strings.Fields(got)) != learned.MaxOutside || !strings.Contains(got, "203.0.113.11") {
 			t.Errorf("of many: %s", got)
 		}
 		if by, _ := r.doctor(); by["endpoint"].OK || !strings.Contains(by["endpoint"].Message, "5 don't") {

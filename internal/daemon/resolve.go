@@ -10,6 +10,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/meshhelper/meshhelper/internal/learned"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
@@ -59,6 +60,7 @@ type resolver struct {
 	d       *Daemon
 	names   map[string]*named
 	own     []string // this host's own name, as it was published
+	begun   bool     // something was published
 	answers chan answer
 	running [2]int // look-ups, by whether the name failed last time
 }
@@ -66,8 +68,8 @@ type resolver struct {
 // named is a name that is looked up.
 type named struct {
 	addr    netip.Addr
-	all     found // of an own name
-	left    int   // how many of the last answer have no room in it
+	all     learned.Answers // of an own name
+	left    int             // how many of the last answer have no room in it
 	due     time.Time
 	again   backoff // of a name that isn't found
 	asked   bool    // a look-up runs
@@ -91,7 +93,10 @@ func (r *resolver) ask(ctx context.Context) time.Duration {
 		wanted[host] = true
 		n := r.names[host]
 		if n == nil {
-			n = &named{again: backoff{min: resolveTimeout, max: 5 * resolveInterval}, all: r.d.keptOutside(host, now)}
+			n = &named{
+				addr: r.d.learned.Names()[host], all: r.d.learned.Outside().Answers(host, now),
+				again: backoff{min: resolveTimeout, max: 5 * resolveInterval},
+			}
 			r.names[host] = n
 		}
 		in := 0
@@ -110,9 +115,13 @@ func (r *resolver) ask(ctx context.Context) time.Duration {
 	}
 	gone := len(r.names)
 	maps.DeleteFunc(r.names, func(host string, n *named) bool { return !wanted[host] && !n.asked })
-	if len(r.names) != gone || !slices.Equal(r.own, own) {
-		r.own = own
+	changed := len(r.names) != gone || !slices.Equal(r.own, own)
+	r.own = own
+	if changed || !r.begun { // at first for the names of before that no peer has
 		r.publish()
+	}
+	r.begun = true
+	if changed {
 		poke(r.d.moved)
 	}
 	return wait
@@ -159,9 +168,9 @@ func (r *resolver) take(a answer) {
 	}
 	if slices.Contains(r.d.ownName(), a.name) {
 		slices.SortFunc(found, netip.Addr.Compare)
-		before, left := n.all.sorted(), n.left
-		n.left = n.all.add(slices.Compact(found), time.Now())
-		changed = changed || n.left != left || !slices.Equal(n.all.sorted(), before)
+		before, left := n.all.Sorted(), n.left
+		n.left = n.all.Add(slices.Compact(found), time.Now())
+		changed = changed || n.left != left || !slices.Equal(n.all.Sorted(), before)
 	}
 	if changed {
 		r.publish()
@@ -187,17 +196,19 @@ func (r *resolver) publish() {
 			names[host] = n.addr
 		}
 	}
+	r.d.learned.SetNames(names)
 	r.d.mu.Lock()
-	r.d.names = names
 	maps.DeleteFunc(r.d.unresolved, func(host string, _ error) bool { return r.names[host] == nil })
 	r.d.mu.Unlock()
-	o := outside{}
+	o := learned.Outside{}
 	for _, host := range r.own {
 		if n := r.names[host]; n != nil {
-			o = outside{host, n.all.sorted(), n.left}
+			o = learned.Outside{Name: host, Addresses: n.all.Sorted(), Left: n.left}
 		}
 	}
-	r.d.setOutside(o)
+	if r.d.learned.SetOutside(o) {
+		r.d.saveLearned() // before it is forgotten by a crash: it keeps peers from the router
+	}
 }
 
 // namesChanged reports whether the second document has endpoints by name that the first
@@ -226,9 +237,7 @@ func endpointNames(doc *document) []string {
 
 // tunnelPeers returns doc's peers as the tunnel takes them.
 func (d *Daemon) tunnelPeers(doc *document) []tunnel.Peer {
-	d.mu.Lock()
-	names, learned := d.names, d.learned
-	d.mu.Unlock()
+	names, now := d.learned.Names(), d.opts.Wall()
 	out := make([]tunnel.Peer, len(doc.Peers))
 	allowed := make([]netip.Prefix, 0, 2*len(doc.Peers))
 	for i := range doc.Peers {
@@ -239,16 +248,19 @@ func (d *Daemon) tunnelPeers(doc *document) []tunnel.Peer {
 			PublicKey:  p.PublicKey,
 			AllowedIPs: allowed[2*i : 2*i+2 : 2*i+2],
 			Endpoint:   endpointOf(p.Endpoint, names),
-			Learned:    learned[p.PublicKey],
+			Learned:    d.learned.Endpoint(p.PublicKey, p.Endpoint != "", now),
 			Keepalive:  time.Duration(p.Keepalive) * time.Second,
 		}
 	}
 	return out
 }
 
-// endpointOf returns where to reach an endpoint, or zero where its name isn't
-// resolved.
+// endpointOf returns where to reach an endpoint, or zero where there is none, or its name
+// isn't resolved.
 func endpointOf(text string, names map[string]netip.Addr) netip.AddrPort {
+	if text == "" {
+		return netip.AddrPort{}
+	}
 	e, err := mesh.ParseEndpoint(text, 0)
 	if err != nil {
 		return netip.AddrPort{}

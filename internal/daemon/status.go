@@ -60,10 +60,9 @@ func (d *Daemon) Peer(ref string) (api.Peer, error) {
 // views returns all peers of doc.
 func (d *Daemon) views(doc *document, c condition) []api.Peer {
 	now, numbers := d.clock.now(), c.numbers()
-	numbers.before = d.before
 	out := make([]api.Peer, len(doc.Peers))
 	for i := range doc.Peers {
-		out[i] = viewOf(&doc.Peers[i], numbers, now)
+		out[i] = d.viewOf(&doc.Peers[i], numbers, now)
 	}
 	return out
 }
@@ -71,16 +70,13 @@ func (d *Daemon) views(doc *document, c condition) []api.Peer {
 // view returns one peer with its numbers.
 func (d *Daemon) view(p *mesh.Peer, now time.Time) api.Peer {
 	c, _ := d.condition()
-	n := c.numbers()
-	n.before = d.before
-	return viewOf(p, n, now)
+	return d.viewOf(p, c.numbers(), now)
 }
 
 // numbers are what tunnel and guard counted, by peer.
 type numbers struct {
 	tunnel map[mesh.PublicKey]tunnel.PeerStats
 	guard  map[mesh.PublicKey]guard.PeerStats
-	before map[mesh.PublicKey]totals // of helpers before
 }
 
 // shown is a problem as the socket shows it.
@@ -108,9 +104,9 @@ func (c condition) numbers() numbers {
 // routesFor is how long after its last packet a peer still routes now.
 const routesFor = 10 * time.Second
 
-func viewOf(p *mesh.Peer, n numbers, now time.Time) api.Peer {
+func (d *Daemon) viewOf(p *mesh.Peer, n numbers, now time.Time) api.Peer {
 	s, g := n.tunnel[p.PublicKey], n.guard[p.PublicKey]
-	t := totalsOf(p.PublicKey, n)
+	t := d.learned.Totals(p.PublicKey, countedOf(s, g))
 	out := api.Peer{
 		Name: p.Name, PublicKey: p.PublicKey.String(), Kind: p.Kind, Addresses: p.Addresses[:],
 		Permissions: permissionsOf(p, now), Tunnel: sends(p, now), Endpoint: p.Endpoint,
@@ -119,7 +115,7 @@ func viewOf(p *mesh.Peer, n numbers, now time.Time) api.Peer {
 			Now:     !g.Routed.Last.IsZero() && time.Since(g.Routed.Last) < routesFor,
 			RxBytes: t.RoutedRx, TxBytes: t.RoutedTx,
 		},
-		Refused: t.Refused,
+		Refused: api.Refused(t.Refused),
 	}
 	if s.Endpoint.IsValid() {
 		out.Endpoint = s.Endpoint.String()

@@ -25,7 +25,7 @@ const (
 	eventsFile = "events.jsonl"
 
 	// clockFile has the clock's mark, and learnedFile what was learned of peers; see
-	// mark and learned.
+	// mark and package learned.
 	clockFile   = "clock.json"
 	learnedFile = "learned.json"
 )

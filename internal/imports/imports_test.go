@@ -27,7 +27,7 @@ const all = "*"
 var rooms = map[string][]string{
 	"cmd/meshhelper":      {all},
 	"internal/api":        {"internal/mesh", "internal/owned"},
-	"internal/daemon":     {"internal/api", "internal/guard", "internal/host", "internal/mesh", "internal/owned", "internal/policy", "internal/stock", "internal/tunnel"},
+	"internal/daemon":     {"internal/api", "internal/guard", "internal/host", "internal/learned", "internal/mesh", "internal/owned", "internal/policy", "internal/stock", "internal/tunnel"},
 	"internal/flow":       {"internal/mesh", "internal/policy"},
 	"internal/guard":      {"internal/flow", "internal/mesh", "internal/policy"},
 	"internal/host":       {"internal/mesh", "internal/policy"},
@@ -36,6 +36,7 @@ var rooms = map[string][]string{
 	"internal/imports":    {},
 	"internal/install":    {"internal/host", "internal/owned", "launchd"},
 	"internal/lab":        {all},
+	"internal/learned":    {"internal/mesh", "internal/owned"},
 	"internal/logfile":    {},
 	"internal/mesh":       {},
 	"internal/nlconn":     {},

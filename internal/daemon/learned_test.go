@@ -1,0 +1,120 @@
+package daemon
+
+import (
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/learned"
+	"github.com/meshhelper/meshhelper/internal/tunnel"
+)
+
+// wantTunnelPeer compares the endpoints that the tunnel has of its only peer.
+func (r *rig) wantTunnelPeer(about, endpoint, learned string) {
+	r.t.Helper()
+	r.tunnel.mu.Lock()
+	defer r.tunnel.mu.Unlock()
+	text := func(at netip.AddrPort) string {
+		if !at.IsValid() {
+			return ""
+		}
+		return at.String()
+	}
+	if p := r.tunnel.peers[0]; text(p.Endpoint) != endpoint || text(p.Learned) != learned {
+		r.t.Errorf("%s: endpoint %v, learned %v; want %q and %q", about, p.Endpoint, p.Learned, endpoint, learned)
+	}
+}
+
+// TestLearnedComesBeforeConfigured hears a peer elsewhere than it is configured: the next
+// tunnel, of the same helper or of another one within a day, gets both endpoints, and a later
+// one only the configured.
+func TestLearnedComesBeforeConfigured(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		const configured, heard = "203.0.113.1:7", "198.51.100.7:8"
+		if _, err := r.d.AddPeer(t.Context(), api.NewPeer{Name: "phone", PublicKey: keyOf("phone"), Endpoint: configured}); err != nil {
+			t.Fatal(err)
+		}
+		r.wantTunnelPeer("at first", configured, "")
+		r.tunnel.setStats(keyOf("phone"), tunnel.PeerStats{LastHandshake: r.wall(), Endpoint: netip.MustParseAddrPort(heard)})
+		r.after(2 * DefaultTick)
+		old := r.tunnel
+		old.Close() // another program took the interface away
+		r.after(time.Minute)
+		if r.tunnel == old {
+			t.Fatal("no new tunnel")
+		}
+		r.wantTunnelPeer("of the next tunnel", configured, heard)
+		r.stop()
+		r.start()
+		r.wantTunnelPeer("after a restart", configured, heard)
+		r.stop()
+		time.Sleep(learned.Age)
+		r.start()
+		r.wantTunnelPeer("a day later", configured, "")
+	})
+}
+
+// TestNamesOutlastSilence restarts the helper while the resolver is silent: the tunnel gets a
+// peer's endpoint by name from the first moment on, and a name that nobody has is forgotten.
+func TestNamesOutlastSilence(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		if _, err := r.d.AddPeer(t.Context(), api.NewPeer{Name: "mac", PublicKey: keyOf("mac"), Endpoint: "mac.example:7"}); err != nil {
+			t.Fatal(err)
+		}
+		r.resolveTo("203.0.113.7")
+		r.after(resolveInterval + time.Second)
+		r.resolveTo("")
+		r.stop()
+		r.start()
+		r.wantTunnelPeer("after a restart", "203.0.113.7:7", "")
+		r.after(10 * resolveInterval)
+		r.wantTunnelPeer("without a resolver", "203.0.113.7:7", "")
+		r.resolveTo("203.0.113.8")
+		r.after(10 * resolveInterval)
+		r.wantTunnelPeer("looked up again", "203.0.113.8:7", "")
+		if _, err := r.d.RemovePeer(t.Context(), "mac"); err != nil {
+			t.Fatal(err)
+		}
+		r.after(2 * resolveInterval)
+		if names := r.d.learned.Names(); len(names) != 0 {
+			t.Errorf("names of no peer: %v", names)
+		}
+	})
+}
+
+// TestCountsOutlastTheTunnel has the tunnel die: what is shown of a peer doesn't go back.
+func TestCountsOutlastTheTunnel(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		want := func(about string, bytes uint64) {
+			t.Helper()
+			p, err := r.d.Peer("phone")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if p.RxBytes != bytes {
+				t.Errorf("%s: %d bytes received, want %d", about, p.RxBytes, bytes)
+			}
+		}
+		r.tunnel.setStats(keyOf("phone"), tunnel.PeerStats{RxBytes: 1000})
+		r.after(2 * DefaultTick)
+		old := r.tunnel
+		r.portTaken.Store(true)
+		old.Close()
+		r.after(time.Minute)
+		want("without a tunnel", 1000)
+		r.portTaken.Store(false)
+		r.after(newBackoff().max)
+		if r.tunnel == old {
+			t.Fatal("no new tunnel")
+		}
+		want("of the next tunnel", 1000)
+		r.tunnel.setStats(keyOf("phone"), tunnel.PeerStats{RxBytes: 30})
+		r.after(2 * DefaultTick)
+		want("counted on", 1030)
+		r.stop()
+		r.start()
+		want("after a restart", 1030)
+	})
+}

@@ -1,0 +1,322 @@
+package learned
+
+import (
+	"errors"
+	"maps"
+	"math"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/owned"
+)
+
+var (
+	phone  = mesh.PublicKey{1: 9, 2: 1}
+	tablet = mesh.PublicKey{1: 9, 2: 2}
+	home   = netip.MustParseAddrPort("203.0.113.9:51820")
+	cafe   = netip.MustParseAddrPort("[2001:db8::7]:1")
+	noon   = time.Date(2026, 6, 1, 12, 0, 0, 0, time.UTC)
+)
+
+// note notes peers, and forgets all others.
+func (b *Book) note(now map[mesh.PublicKey]Peer) {
+	var keys []mesh.PublicKey
+	for key := range now {
+		keys = append(keys, key)
+	}
+	b.Note(keys, func(key mesh.PublicKey) Peer { return now[key] })
+}
+
+// reopened returns what the next start of the host reads.
+func reopened(t *testing.T, b *Book) *Book {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "learned.json")
+	if err := b.Save(func(content []byte) error { return owned.Replace(path, content) }); err != nil {
+		t.Fatal(err)
+	}
+	if b.Changed() {
+		t.Error("something isn't saved")
+	}
+	next, err := Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return next
+}
+
+// TestEndpoint hears peers, and asks where to look for them, before and after a restart.
+func TestEndpoint(t *testing.T) {
+	b := newBook()
+	want := func(about string, key mesh.PublicKey, configured bool, after time.Duration, at netip.AddrPort) {
+		t.Helper()
+		for _, b := range []*Book{b, reopened(t, b)} {
+			if got := b.Endpoint(key, configured, noon.Add(after)); got != at {
+				t.Errorf("%s: %v, want %v", about, got, at)
+			}
+		}
+	}
+	none := netip.AddrPort{}
+	want("never heard", phone, false, 0, none)
+	b.note(map[mesh.PublicKey]Peer{phone: {Endpoint: home}, tablet: {Endpoint: cafe, Seen: noon.Add(time.Second / 2)}})
+	want("tried, not heard", phone, false, 0, none)
+	want("heard", tablet, false, 0, cafe)
+	b.note(map[mesh.PublicKey]Peer{phone: {Endpoint: home, Seen: noon}, tablet: {Endpoint: home}})
+	want("not heard since", tablet, true, 0, cafe)
+	want("heard for the first time", phone, true, 0, home)
+	want("a day ago", phone, true, Age-time.Second, home)
+	want("longer ago than a configured endpoint is old", phone, true, Age, none)
+	want("long ago, and none is configured", phone, false, 1000*Age, home)
+	want("the clock was set back", phone, true, -1000*Age, home)
+	b.note(map[mesh.PublicKey]Peer{phone: {}})
+	want("gone", tablet, false, 0, none)
+	want("not gone", phone, false, 0, home)
+}
+
+// TestTotals counts over tunnels and restarts of the host: what is shown never goes back, also
+// with numbers that were read before the last ones that were noted.
+func TestTotals(t *testing.T) {
+	b := newBook()
+	counters := Totals{}
+	want := func(about string, rx, spoofed uint64) {
+		t.Helper()
+		if got := b.Totals(phone, counters); got.Rx != rx || got.Refused.Spoofed != spoofed || got.Tx != 0 || got.Refused.LAN != 0 {
+			t.Errorf("%s: %+v, want %d received and %d spoofed", about, got, rx, spoofed)
+		}
+	}
+	note := func() { b.note(map[mesh.PublicKey]Peer{phone: {Totals: counters}}) }
+	count := func(rx, spoofed uint64) { counters = Totals{Rx: rx, Refused: Refused{Spoofed: spoofed}} }
+	count(100, 3)
+	want("not noted yet", 100, 3)
+	note()
+	want("noted", 100, 3)
+	count(150, 3)
+	note()
+	count(120, 3)
+	want("read before the last", 150, 3)
+	count(0, 0) // the tunnel is gone
+	want("of no tunnel", 150, 3)
+	note()
+	want("and noted", 150, 3)
+	count(30, 1)
+	want("of the next tunnel", 180, 4)
+	note()
+	count(20, 2) // two tunnels later
+	note()
+	want("of the one after it", 200, 5)
+	b, counters = reopened(t, b), Totals{}
+	want("after a restart", 200, 5)
+	count(7, 0)
+	note()
+	note()
+	want("and counted on", 207, 5)
+	b.note(nil)
+	want("of a peer that was gone", 7, 0)
+}
+
+// TestTotalsHasAllNumbers counts one of each.
+func TestTotalsHasAllNumbers(t *testing.T) {
+	b, one := newBook(), Totals{1, 2, 3, 4, Refused{5, 6, 7, 8, 9, 10}}
+	b.note(map[mesh.PublicKey]Peer{phone: {Totals: one}})
+	b.note(map[mesh.PublicKey]Peer{phone: {}})
+	want := Totals{2, 4, 6, 8, Refused{10, 12, 14, 16, 18, 20}}
+	if diff := cmp.Diff(want, reopened(t, b).Totals(phone, one)); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// TestChanged has only what differs from what is on disk ask to be saved.
+func TestChanged(t *testing.T) {
+	b := newBook()
+	peer := Peer{Endpoint: home, Seen: noon, Totals: Totals{Rx: 1}}
+	names := map[string]netip.Addr{"home.example": home.Addr()}
+	outside := Outside{Name: "home.example", Addresses: []netip.Addr{home.Addr()}}
+	for _, step := range []struct {
+		name string
+		do   func()
+		want bool
+	}{
+		{"nothing", func() { b.note(nil) }, false},
+		{"a peer of which nothing is known", func() { b.note(map[mesh.PublicKey]Peer{phone: {}}) }, false},
+		{"heard", func() { b.note(map[mesh.PublicKey]Peer{phone: peer}) }, true},
+		{"the same", func() { b.note(map[mesh.PublicKey]Peer{phone: peer}) }, false},
+		{"a part of a second later", func() {
+			peer.Seen = peer.Seen.Add(time.Second / 2)
+			b.note(map[mesh.PublicKey]Peer{phone: peer})
+		}, false},
+		{"later", func() { peer.Seen = peer.Seen.Add(time.Minute); b.note(map[mesh.PublicKey]Peer{phone: peer}) }, true},
+		{"counted", func() { peer.Totals.Tx++; b.note(map[mesh.PublicKey]Peer{phone: peer}) }, true},
+		{"the tunnel is gone", func() { b.note(map[mesh.PublicKey]Peer{phone: {}}) }, false},
+		{"gone", func() { b.note(map[mesh.PublicKey]Peer{tablet: {}}) }, true},
+		{"a name", func() { b.SetNames(names) }, true},
+		{"the same name", func() { b.SetNames(maps.Clone(names)) }, false},
+		{"outside", func() {
+			if !b.SetOutside(outside) {
+				t.Error("nothing new of the outside")
+			}
+		}, true},
+		{"the same, but more that has no room", func() {
+			outside.Left = 3
+			if b.SetOutside(outside) || b.Outside().Left != 3 {
+				t.Error("something new of the outside")
+			}
+		}, false},
+	} {
+		step.do()
+		if got := b.Changed(); got != step.want {
+			t.Errorf("%s: changed %v", step.name, got)
+		}
+		_ = b.Save(func([]byte) error { return nil })
+	}
+	full := errors.New("full")
+	b.SetNames(nil)
+	if err := b.Save(func([]byte) error { return full }); !errors.Is(err, full) || !b.Changed() {
+		t.Errorf("a full disk: %v, changed %v", err, b.Changed())
+	}
+}
+
+// TestFormerFile reads files as former versions wrote them, and such as nobody wrote.
+func TestFormerFile(t *testing.T) {
+	dir := t.TempDir()
+	read := func(text string) (*Book, error) {
+		path := filepath.Join(dir, "learned.json")
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return Open(path)
+	}
+	b, err := read(`{"endpoints":{"` + phone.String() + `":"203.0.113.9:51820","` + tablet.String() + `":"203.0.113.9:0"},` +
+		`"counts":{"` + tablet.String() + `":{"rx":1,"tx":2,"routedRx":3,"routedTx":4,"refused":{"martian":5,"self":6,"mesh":7,"lan":8,"internet":9,"spoofed":10}}},` +
+		`"outside":{"name":"home.example","addresses":["203.0.113.9","fe80::1%en0"]},"later":{"a":1}}`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := b.Endpoint(phone, false, noon); got != home {
+		t.Errorf("phone is at %v", got)
+	}
+	if got := b.Endpoint(phone, true, noon); got.IsValid() {
+		t.Errorf("heard nobody knows when, phone is at %v", got)
+	}
+	if got := b.Endpoint(tablet, false, noon); got.IsValid() {
+		t.Errorf("tablet is at %v", got)
+	}
+	if diff := cmp.Diff(Totals{1, 2, 3, 4, Refused{5, 6, 7, 8, 9, 10}}, b.Totals(tablet, Totals{})); diff != "" {
+		t.Error(diff)
+	}
+	if o := b.Outside(); o.Name != "home.example" || len(o.Addresses) != 1 || o.Addresses[0] != home.Addr() {
+		t.Errorf("outside %+v", o)
+	}
+	if b.Changed() {
+		t.Error("what was read isn't saved")
+	}
+	for _, text := range []string{"", "}", `{"endpoints":3}`, `{"endpoints":{"x":"203.0.113.9:1"}}`, strings.Repeat(" ", maxFile+1)} {
+		b, err := read(text)
+		if err == nil || !strings.HasPrefix(err.Error(), "read learned endpoints: ") {
+			t.Errorf("%.20q: %v", text, err)
+		}
+		b.note(map[mesh.PublicKey]Peer{phone: {Endpoint: home, Seen: noon}}) // it is of use nevertheless
+		if got := b.Endpoint(phone, false, noon); got != home {
+			t.Errorf("%.20q: %v", text, got)
+		}
+	}
+	if err := os.Remove(filepath.Join(dir, "learned.json")); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := Open(filepath.Join(dir, "learned.json")); err != nil || b.Changed() || len(b.Names()) != 0 {
+		t.Errorf("no file: %v", err)
+	}
+}
+
+// TestFullBook has as much to keep as a mesh can have, each entry as long as it gets: it
+// fits the bound that the file is read with.
+func TestFullBook(t *testing.T) {
+	const peers = 1 << 14
+	all := Totals{}.merge(Totals{}, func(uint64, uint64) uint64 { return math.MaxUint64 })
+	now, names := map[mesh.PublicKey]Peer{}, map[string]netip.Addr{}
+	label := strings.Repeat("a", 60)
+	for i := range peers {
+		a := netip.AddrFrom16([16]byte{0x20, 1, 0xd, 0xb8, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, byte(i>>8) | 0x80, byte(i)})
+		now[mesh.PublicKey{1: 9, 2: byte(i), 3: byte(i >> 8)}] = Peer{Endpoint: netip.AddrPortFrom(a, 65535), Seen: noon, Totals: all}
+		name := strings.Repeat(label+".", 4)[:236] + strings.Repeat("b", 6) + string([]byte{'a' + byte(i&15), 'a' + byte(i>>4&15), 'a' + byte(i>>8&15), 'a' + byte(i>>12&15)})
+		names[name] = a
+	}
+	b := newBook()
+	b.note(now)
+	b.SetNames(names)
+	next := reopened(t, b)
+	if len(next.Names()) != peers || len(next.peers) != peers {
+		t.Errorf("%d names and %d peers are left of %d", len(next.Names()), len(next.peers), peers)
+	}
+}
+
+// TestConcurrently uses a Book as a daemon does, for the race detector.
+func TestConcurrently(t *testing.T) {
+	b := newBook()
+	var wg sync.WaitGroup
+	for _, do := range []func(i int){
+		func(i int) {
+			b.note(map[mesh.PublicKey]Peer{phone: {Endpoint: home, Seen: noon.Add(time.Duration(i) * time.Second)}})
+		},
+		func(int) { b.Endpoint(phone, true, noon) },
+		func(int) { b.Totals(phone, Totals{Rx: 1}) },
+		func(int) { _ = b.Save(func([]byte) error { return nil }) },
+		func(int) { b.SetNames(map[string]netip.Addr{"home.example": home.Addr()}); _ = maps.Clone(b.Names()) },
+		func(i int) { b.SetOutside(Outside{Left: i}); b.Outside(); b.Changed() },
+	} {
+		wg.Go(func() {
+			for i := range 200 {
+				do(i)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func FuzzLearned(f *testing.F) {
+	f.Add([]byte(`{"endpoints":{"` + phone.String() + `":"203.0.113.9:51820"},"seen":{"` + phone.String() + `":"2026-06-01T12:00:00Z"}}`))
+	f.Add([]byte(`{"endpoints":{"x":"[fe80::1%en0]:1"}}`))
+	f.Add([]byte(`{"endpoints":null}`))
+	f.Add([]byte(`{"endpoints":{"` + phone.String() + `":"203.0.113.9:1"},"seen":{"` + phone.String() + `":"9999-12-31T23:59:59-23:00"}}`))
+	f.Add([]byte(`{"names":{"home.example":"203.0.113.9","a b":"203.0.113.9","c":"fe80::1%en0"},"outside":{"name":"x","addresses":["::1"]}}`))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		b, err := decode(text)
+		if err != nil {
+			return
+		}
+		for key, e := range b.peers {
+			if at := e.endpoint; at != (netip.AddrPort{}) && (!at.IsValid() || at.Port() == 0) {
+				t.Errorf("%v is at %v", key, at)
+			}
+		}
+		for name, a := range b.Names() {
+			if !a.IsValid() || a.Zone() != "" {
+				t.Errorf("%q is %v", name, a)
+			}
+		}
+		if o := b.Outside(); len(o.Addresses) > MaxOutside {
+			t.Errorf("%d addresses", len(o.Addresses))
+		}
+		// What was read can be saved, and is the same when it is read again.
+		var first, second []byte
+		if err := b.Save(func(content []byte) error { first = content; return nil }); err != nil {
+			t.Fatal(err)
+		}
+		again, err := decode(first)
+		if err != nil {
+			t.Fatalf("%q can't be read: %v", first, err)
+		}
+		if err := again.Save(func(content []byte) error { second = content; return nil }); err != nil {
+			t.Fatal(err)
+		}
+		if string(first) != string(second) {
+			t.Errorf("%q\nis read and written as\n%q", first, second)
+		}
+	})
+}
