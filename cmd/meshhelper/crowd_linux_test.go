@@ -12,7 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 )
 
 // dialAs connects as another user, on a thread that ends with it.
@@ -119,9 +119,9 @@ func TestEventsSurviveACrowd(t *testing.T) {
 }
 
 // events counts the remembered events of a kind.
-func (p *process) events(kind string) (n int) {
+func (p *process) events(kind events.Kind) (n int) {
 	p.t.Helper()
-	err := p.client.Events(p.t.Context(), 0, false, func(e api.Event) error {
+	err := p.client.Events(p.t.Context(), 0, false, func(e events.Event) error {
 		if e.Kind == kind {
 			n++
 		}

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 )
 
 // newEventsCommand returns `events`.
@@ -30,7 +31,7 @@ start. With --follow go on with what happens; a helper that starts again is wait
 func showEvents(ctx context.Context, a *app, follow bool) error {
 	var last uint64
 	out := eventWriter{app: a, users: map[uint32]string{}}
-	each := func(e api.Event) error {
+	each := func(e events.Event) error {
 		last = e.Seq
 		return out.write(e)
 	}
@@ -39,7 +40,7 @@ func showEvents(ctx context.Context, a *app, follow bool) error {
 	}
 	return a.outlast(ctx, func(answered func()) error {
 		// Each helper has recorded something by the time it answers.
-		return a.client().Events(ctx, last, true, func(e api.Event) error {
+		return a.client().Events(ctx, last, true, func(e events.Event) error {
 			answered()
 			return each(e)
 		})
@@ -90,11 +91,11 @@ type eventWriter struct {
 // userEvent is an event with its user's name, as this command knows it: the helper
 // looks up none, for a user database may not answer.
 type userEvent struct {
-	api.Event
+	events.Event
 	User string `json:"user,omitempty"`
 }
 
-func (w *eventWriter) write(e api.Event) error {
+func (w *eventWriter) write(e events.Event) error {
 	who := userEvent{Event: e}
 	if e.UID != nil {
 		who.User = w.name(*e.UID)
@@ -106,7 +107,7 @@ func (w *eventWriter) write(e api.Event) error {
 		}
 		at := e.Time.Local().Format("2006-01-02 15:04:05")
 		if w.app.columns > 0 && w.app.columns < 80 {
-			w.app.sayWrapped(e.Time.Local().Format("01-02 15:04 ")+e.Kind+": ", "    ", text)
+			w.app.sayWrapped(e.Time.Local().Format("01-02 15:04 ")+string(e.Kind)+": ", "    ", text)
 			return
 		}
 		head := fmt.Sprintf("%s  %-9s  ", at, e.Kind)

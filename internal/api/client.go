@@ -14,6 +14,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/meshhelper/meshhelper/internal/events"
 )
 
 // ErrUnreachable is in the chain of a Client's error when no helper answers on
@@ -124,14 +126,14 @@ func (c *Client) RemovePeer(ctx context.Context, ref string) (Changed, error) {
 // Events calls each with every remembered event whose Seq is over since, and with those to
 // come if follow is set, until each returns an error, ctx ends or the helper goes away,
 // which is ErrUnreachable.
-func (c *Client) Events(ctx context.Context, since uint64, follow bool, each func(Event) error) error {
+func (c *Client) Events(ctx context.Context, since uint64, follow bool, each func(events.Event) error) error {
 	response, err := c.send(ctx, "GET", fmt.Sprintf("/v1/events?since=%d&follow=%t", since, follow), nil)
 	if err != nil {
 		return err
 	}
 	defer response.Body.Close()
 	for dec := json.NewDecoder(response.Body); ; {
-		var e Event
+		var e events.Event
 		err := dec.Decode(&e)
 		switch {
 		case err == io.EOF && !follow, ctx.Err() != nil:

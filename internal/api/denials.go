@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"sync"
 	"time"
+
+	"github.com/meshhelper/meshhelper/internal/events"
 )
 
 // The rate of events about refused requests: some at once, then one each ten minutes,
@@ -112,7 +114,7 @@ func (d *denials) rest() string {
 }
 
 // run records the sums until ctx ends.
-func (d *denials) run(ctx context.Context, record func(Event)) error {
+func (d *denials) run(ctx context.Context, record func(events.Event)) error {
 	for {
 		select {
 		case <-ctx.Done():
@@ -127,7 +129,7 @@ func (d *denials) run(ctx context.Context, record func(Event)) error {
 			}
 			var text string
 			if text, done = d.sum(time.Now()); text != "" {
-				record(Event{Kind: EventDenied, Message: text})
+				record(events.Event{Kind: events.Denied, Message: text})
 			}
 		}
 	}

@@ -6,6 +6,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/meshhelper/meshhelper/internal/events"
 )
 
 // TestDenialsAreBounded has 1,100 users ask at once and go on for a day: the events
@@ -13,10 +15,10 @@ import (
 func TestDenialsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := newDenials()
-		var events []Event
+		var sums []events.Event
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan error)
-		go func() { ended <- d.run(ctx, func(e Event) { events = append(events, e) }) }()
+		go func() { ended <- d.run(ctx, func(e events.Event) { sums = append(sums, e) }) }()
 		told, asked := 0, 0
 		flood := func() {
 			for uid := range uint32(1100) {
@@ -33,8 +35,8 @@ func TestDenialsAreBounded(t *testing.T) {
 			t.Errorf("%d events at once, want %d", told, denialBurst)
 		}
 		synctest.Wait()
-		if len(events) != 0 {
-			t.Errorf("summed up at once: %v", events)
+		if len(sums) != 0 {
+			t.Errorf("summed up at once: %v", sums)
 		}
 		const day = 24 * time.Hour
 		for start := time.Now(); time.Since(start) < day; time.Sleep(2 * time.Minute) {
@@ -42,13 +44,13 @@ func TestDenialsAreBounded(t *testing.T) {
 		}
 		time.Sleep(2 * denialInterval)
 		synctest.Wait()
-		if most := denialBurst + int(day/denialInterval) + 3; told+len(events) > most {
-			t.Errorf("%d events in a day, at most %d", told+len(events), most)
+		if most := denialBurst + int(day/denialInterval) + 3; told+len(sums) > most {
+			t.Errorf("%d events in a day, at most %d", told+len(sums), most)
 		}
 		summed := 0
-		for _, e := range events {
+		for _, e := range sums {
 			n := 0
-			if _, err := fmt.Sscanf(e.Message, "%d more requests were refused, of 1024 users or more", &n); err != nil || e.Kind != EventDenied {
+			if _, err := fmt.Sscanf(e.Message, "%d more requests were refused, of 1024 users or more", &n); err != nil || e.Kind != events.Denied {
 				t.Fatalf("%+v: %v", e, err)
 			}
 			summed += n
@@ -68,10 +70,10 @@ func TestDenialsAreBounded(t *testing.T) {
 func TestDenialsOfOneUser(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := newDenials()
-		var events []string
+		var sums []string
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan error)
-		go func() { ended <- d.run(ctx, func(e Event) { events = append(events, e.Message) }) }()
+		go func() { ended <- d.run(ctx, func(e events.Event) { sums = append(sums, e.Message) }) }()
 		told := 0
 		for range 6 {
 			for _, needs := range []right{toRead, toChange} {
@@ -82,8 +84,8 @@ func TestDenialsOfOneUser(t *testing.T) {
 		}
 		time.Sleep(denialGather)
 		synctest.Wait()
-		if told != 2 || len(events) != 1 || events[0] != "10 more requests of user 7 were refused" {
-			t.Errorf("%d told, then %q", told, events)
+		if told != 2 || len(sums) != 1 || sums[0] != "10 more requests of user 7 were refused" {
+			t.Errorf("%d told, then %q", told, sums)
 		}
 		time.Sleep(denialInterval)
 		if !d.worthTelling(denial{7, toRead}, time.Now()) {

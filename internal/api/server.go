@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+
+	"github.com/meshhelper/meshhelper/internal/events"
 )
 
 // Reader answers questions about the mesh and the host. A ref names a peer by
@@ -45,10 +47,10 @@ type Changer interface {
 // Journal remembers the last events.
 type Journal interface {
 	// Record adds an event; its Seq and Time are set by the journal.
-	Record(e Event)
+	Record(e events.Event)
 	// Since returns the events after seq that are still remembered, and a
 	// channel that is closed when there are newer ones.
-	Since(seq uint64) ([]Event, <-chan struct{})
+	Since(seq uint64) ([]events.Event, <-chan struct{})
 }
 
 // Service is all that a Server needs.
@@ -248,7 +250,7 @@ func (s *Server) admit(r *http.Request, needs right) error {
 		needs, verb = toChange, "change"
 	}
 	if s.denials.worthTelling(denial{c.who.UID, needs}, time.Now()) {
-		s.opts.Service.Record(Event{Kind: EventDenied, Message: fmt.Sprintf(
+		s.opts.Service.Record(events.Event{Kind: events.Denied, Message: fmt.Sprintf(
 			"user %d may not %s: %.20s %.100q", c.who.UID, verb, r.Method, r.URL.Path)})
 	}
 	return Errorf(CodeForbidden, "user %d may not %s the mesh", c.who.UID, verb).

@@ -22,6 +22,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
@@ -29,7 +30,7 @@ import (
 type fakeService struct {
 	mu     sync.Mutex
 	asked  []string
-	events []Event
+	events []events.Event
 	newer  chan struct{}
 	fail   error
 	added  NewPeer
@@ -85,7 +86,7 @@ func (f *fakeService) ChangePeer(_ context.Context, ref string, c PeerChange) (C
 func (f *fakeService) RemovePeer(_ context.Context, ref string) (Changed, error) {
 	return Changed{Peer: phone}, f.note("remove %s", ref)
 }
-func (f *fakeService) Record(e Event) {
+func (f *fakeService) Record(e events.Event) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	e.Seq = uint64(len(f.events) + 1)
@@ -93,7 +94,7 @@ func (f *fakeService) Record(e Event) {
 	close(f.newer)
 	f.newer = make(chan struct{})
 }
-func (f *fakeService) Since(seq uint64) ([]Event, <-chan struct{}) {
+func (f *fakeService) Since(seq uint64) ([]events.Event, <-chan struct{}) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.events[min(int(seq), len(f.events)):], f.newer
@@ -301,7 +302,7 @@ func TestRights(t *testing.T) {
 	}
 	denied := map[string]int{}
 	for _, e := range f.events {
-		if e.Kind == EventDenied {
+		if e.Kind == events.Denied {
 			who, _, _ := strings.Cut(e.Message, ":")
 			denied[who]++
 		}
@@ -336,10 +337,10 @@ func (deadlineRecorder) SetWriteDeadline(time.Time) error { return nil }
 func TestEvents(t *testing.T) {
 	f := newFakeService()
 	c := NewClient(serve(t, f))
-	f.Record(Event{Kind: EventState, Message: "one"})
-	f.Record(Event{Kind: EventState, Message: "two"})
+	f.Record(events.Event{Kind: events.State, Message: "one"})
+	f.Record(events.Event{Kind: events.State, Message: "two"})
 	collect := func(ctx context.Context, follow bool, stop int) (got []string, err error) {
-		err = c.Events(ctx, 0, follow, func(e Event) error {
+		err = c.Events(ctx, 0, follow, func(e events.Event) error {
 			if got = append(got, e.Message); len(got) == stop {
 				return io.EOF
 			}
@@ -355,7 +356,7 @@ func TestEvents(t *testing.T) {
 		got, _ := collect(t.Context(), true, 3)
 		done <- got
 	}()
-	f.Record(Event{Kind: EventState, Message: "three"})
+	f.Record(events.Event{Kind: events.State, Message: "three"})
 	if got := <-done; !cmp.Equal(got, []string{"one", "two", "three"}) {
 		t.Errorf("with follow: %q", got)
 	}

@@ -357,28 +357,3 @@ type Check struct {
 	// nothing to do about it by itself; "" for a problem of its own.
 	Follows string `json:"follows,omitempty"`
 }
-
-// Event is something that happened; a line of GET /v1/events.
-type Event struct {
-	// Seq counts the events from 1, and goes on, with a gap, where the helper starts again
-	// on the same state. Another gap means that the reader was too slow.
-	Seq     uint64    `json:"seq"`
-	Time    time.Time `json:"time"`
-	Kind    string    `json:"kind"`
-	Peer    string    `json:"peer,omitempty"`
-	Message string    `json:"message"`
-	// UID is the user who asked for a change; nil where no user did.
-	UID *uint32 `json:"uid,omitempty"`
-}
-
-// The kinds of event.
-const (
-	EventState     = "state"     // the helper started, stopped, closed, enforces again
-	EventChange    = "change"    // the wanted state changed
-	EventExpired   = "expired"   // a permission ended by itself
-	EventHandshake = "handshake" // a peer connected
-	EventRefused   = "refused"   // packets of a peer were refused
-	EventDenied    = "denied"    // a local user asked for what it may not
-	EventRepair    = "repair"    // something on the host was put right
-	EventProblem   = "problem"   // something doesn't work
-)

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
@@ -444,8 +445,8 @@ func (d *Daemon) recordEdit(ctx context.Context, doc, next *document) {
 }
 
 // changeBy returns the event of a change, with the user who asked for it.
-func changeBy(ctx context.Context, e api.Event) api.Event {
-	e.Kind = api.EventChange
+func changeBy(ctx context.Context, e events.Event) events.Event {
+	e.Kind = events.Change
 	if uid, ok := api.Caller(ctx); ok {
 		e.UID = &uid
 	}
@@ -455,7 +456,7 @@ func changeBy(ctx context.Context, e api.Event) api.Event {
 // recordChange writes the one event of an edit, by the peer before and after, and the
 // user who asked for it.
 func (d *Daemon) recordChange(ctx context.Context, was, is *mesh.Peer) {
-	e := changeBy(ctx, api.Event{})
+	e := changeBy(ctx, events.Event{})
 	switch {
 	case was == nil && is == nil:
 		return

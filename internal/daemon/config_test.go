@@ -10,6 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/stock"
 )
@@ -184,7 +185,7 @@ func TestEndSaysThatAConfigurationDoesntFit(t *testing.T) {
 		r.after(2 * time.Hour)
 		want := []string{"routing of phone ended", "incoming of nas ended",
 			"a configuration for what phone might do before sends everything through this host, so that it has no internet while it is connected: print a new one with: meshhelper peer config phone"}
-		got := r.events(api.EventExpired)
+		got := r.events(events.Expired)
 		slices.Sort(got)
 		slices.Sort(want)
 		if diff := cmp.Diff(want, got); diff != "" {

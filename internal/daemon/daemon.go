@@ -19,6 +19,7 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/learned"
@@ -145,7 +146,7 @@ type Daemon struct {
 	disk    disk
 	gate    gate
 	clock   *clock
-	journal *journal
+	journal *events.Journal
 	release func() error // of the state directory
 	learned *learned.Book
 	// sockets keep the UDP port from one tunnel to the next.
@@ -226,7 +227,7 @@ func New(o Options) (*Daemon, error) {
 
 		unresolved: map[string]error{},
 	}
-	d.journal = newJournal(o.Wall, d.logEvent)
+	d.journal = events.NewJournal(o.Wall, d.logEvent)
 	d.disk.store.dir = o.StateDir
 	d.disk.wanted = d.wanted.Load
 	d.disk.saved = func(doc *document) { d.clock.keep(doc.Saved) }
@@ -234,7 +235,7 @@ func New(o Options) (*Daemon, error) {
 	d.disk.limit = d.saveWithin()
 	d.gate.compile = d.compile
 	d.gate.failed = func(err error) {
-		d.journal.Record(api.Event{Kind: api.EventProblem, Message: fmt.Sprintf("narrow at the guard, which is closed now: %v", err)})
+		d.journal.Record(events.Event{Kind: events.Problem, Message: fmt.Sprintf("narrow at the guard, which is closed now: %v", err)})
 	}
 	d.sockets = tunnel.NewSockets(o.Logger.With("part", "wireguard"))
 	if d.opts.NewTunnel == nil {
@@ -257,7 +258,7 @@ func New(o Options) (*Daemon, error) {
 		return nil, err
 	}
 	d.release = release
-	d.journal.open(o.StateDir, o.Logger)
+	d.journal.Open(filepath.Join(o.StateDir, eventsFile), o.Logger)
 	if err := d.load(); err != nil {
 		return nil, errors.Join(err, release())
 	}
@@ -270,7 +271,7 @@ const flushLimit = time.Second
 // Close gives the UDP port and the state directory back. Call it after Run.
 func (d *Daemon) Close() error {
 	d.sockets.Release()
-	d.journal.close()
+	d.journal.Close(flushLimit)
 	return d.release()
 }
 
@@ -435,23 +436,23 @@ func (d *Daemon) publish(c condition) {
 	d.changed = make(chan struct{})
 	d.mu.Unlock()
 	if before != c.state {
-		d.journal.Record(api.Event{Kind: api.EventState, Message: before + " became " + c.state})
+		d.journal.Record(events.Event{Kind: events.State, Message: before + " became " + c.state})
 	}
 }
 
 // logEvent writes an event to the log; what needs a person is a warning.
-func (d *Daemon) logEvent(e api.Event) {
+func (d *Daemon) logEvent(e events.Event) {
 	level := slog.LevelInfo
 	switch e.Kind {
-	case api.EventProblem, api.EventDenied, api.EventRepair:
+	case events.Problem, events.Denied, events.Repair:
 		level = slog.LevelWarn
 	}
 	d.opts.Logger.Log(context.Background(), level, e.Message, "event", e.Kind)
 }
 
 // Record adds an event to the journal.
-func (d *Daemon) Record(e api.Event) { d.journal.Record(e) }
+func (d *Daemon) Record(e events.Event) { d.journal.Record(e) }
 
 // Since returns the remembered events after seq, and a channel that is closed
 // when there are newer ones.
-func (d *Daemon) Since(seq uint64) ([]api.Event, <-chan struct{}) { return d.journal.Since(seq) }
+func (d *Daemon) Since(seq uint64) ([]events.Event, <-chan struct{}) { return d.journal.Since(seq) }

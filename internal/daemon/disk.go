@@ -8,7 +8,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 )
 
 // disk writes the files of the state directory, one after the other, in a goroutine
@@ -20,7 +20,7 @@ type disk struct {
 	// wanted returns what is to be on disk, and saved hears of what was saved.
 	wanted func() *document
 	saved  func(*document)
-	record func(api.Event)
+	record func(events.Event)
 	limit  time.Duration // after which a disk that doesn't answer is a problem
 
 	mu      sync.Mutex
@@ -256,8 +256,8 @@ func (d *disk) tell() {
 	d.mu.Unlock()
 	switch {
 	case bad && !was:
-		d.record(api.Event{Kind: api.EventProblem, Message: p.Step + ": " + p.Message})
+		d.record(events.Event{Kind: events.Problem, Message: p.Step + ": " + p.Message})
 	case was && !bad:
-		d.record(api.Event{Kind: api.EventRepair, Message: "the wanted state is saved"})
+		d.record(events.Event{Kind: events.Repair, Message: "the wanted state is saved"})
 	}
 }

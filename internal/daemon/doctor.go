@@ -12,6 +12,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/owned"
+	"github.com/meshhelper/meshhelper/internal/plain"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -58,7 +59,7 @@ func (d *Daemon) Doctor(ctx context.Context) ([]api.Check, error) {
 	}
 	checks := d.checks(c, d.problems(c), d.tryFolder(ctx))
 	for i := range checks {
-		checks[i].Message, checks[i].Hint = plain(checks[i].Message), plain(checks[i].Hint)
+		checks[i].Message, checks[i].Hint = plain.Text(checks[i].Message), plain.Text(checks[i].Hint)
 	}
 	return checks, nil
 }

@@ -3,7 +3,7 @@ package daemon
 import (
 	"fmt"
 
-	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 )
 
 // expire takes the grants and removed peers' addresses that ended out of the wanted
@@ -24,12 +24,12 @@ func (d *Daemon) expire() *document {
 		return doc
 	}
 	for _, e := range gone {
-		d.journal.Record(api.Event{Kind: api.EventExpired, Peer: e.peer, Message: fmt.Sprintf("%s of %s ended", e.permission, e.peer)})
+		d.journal.Record(events.Event{Kind: events.Expired, Peer: e.peer, Message: fmt.Sprintf("%s of %s ended", e.permission, e.peer)})
 	}
 	for i := range doc.Peers {
 		p := &doc.Peers[i] // with what ended now
 		if text := misfit(p.Name, p.Sends(p.Permissions.Allowed()), sends(&next.Peers[i], now)); text != "" {
-			d.journal.Record(api.Event{Kind: api.EventExpired, Peer: p.Name, Message: text})
+			d.journal.Record(events.Event{Kind: events.Expired, Peer: p.Name, Message: text})
 		}
 	}
 	d.disk.saveWanted()

@@ -10,6 +10,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/plain"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -96,7 +97,7 @@ func (d *Daemon) Explain(ctx context.Context, q api.Question) (api.Explanation, 
 	e.Stops = d.stops(ctx, c, a)
 	e.Unclear = true
 	for i, s := range e.Stops {
-		e.Stops[i].Message, e.Stops[i].Hint = plain(s.Message), plain(s.Hint)
+		e.Stops[i].Message, e.Stops[i].Hint = plain.Text(s.Message), plain.Text(s.Hint)
 		if !s.Answer {
 			e.Pass, e.Unclear = false, e.Unclear && s.Unclear
 		}

@@ -85,5 +85,5 @@ func (d *Daemon) finish() {
 		d.saveLearned()
 	}
 	_ = d.disk.wait(limit, d.disk.submit("", func() error { return nil })) // the last in the queue
-	d.journal.flush(limit.Done())
+	d.journal.Flush(limit.Done())
 }

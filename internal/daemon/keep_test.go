@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/logfile"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
@@ -226,7 +227,7 @@ func TestStuckLog(t *testing.T) {
 		phone := r.add("phone")
 		r.mustAllow("phone", "routing", "1m")
 		for range 3 << 10 { // three times what waits at most
-			r.d.Record(api.Event{Kind: api.EventDenied, Message: strings.Repeat("no", 512)})
+			r.d.Record(events.Event{Kind: events.Denied, Message: strings.Repeat("no", 512)})
 		}
 		if !r.passes(phone) {
 			t.Error("no packet passes")
@@ -400,7 +401,7 @@ func TestEachFullDiskIsTold(t *testing.T) {
 			r.setDisk(diskFiles{})
 			r.mustAllow("phone", "lan", "")
 			r.after(time.Minute)
-			if p, f := r.events(api.EventProblem), r.events(api.EventRepair); len(p) != n+1 || len(f) != n+1 {
+			if p, f := r.events(events.Problem), r.events(events.Repair); len(p) != n+1 || len(f) != n+1 {
 				t.Errorf("after full disk %d: problems %q, repairs %q", n+1, p, f)
 			}
 		}

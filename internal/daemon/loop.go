@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/mesh"
@@ -200,9 +201,9 @@ func (l *loop) port() uint16 {
 // and waits tunnelLimit at most for what is left of the tunnel.
 func (l *loop) dropTunnel() {
 	l.d.gate.set(nil, nil)
-	l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: fmt.Sprintf("the mesh interface %s is gone; making it again", l.iface)})
+	l.d.journal.Record(events.Event{Kind: events.Problem, Message: fmt.Sprintf("the mesh interface %s is gone; making it again", l.iface)})
 	if !inTime(l.tunnel.Close) {
-		l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: fmt.Sprintf("the tunnel that was on it didn't end in %v; going on without it", tunnelLimit)})
+		l.d.journal.Record(events.Event{Kind: events.Problem, Message: fmt.Sprintf("the tunnel that was on it didn't end in %v; going on without it", tunnelLimit)})
 	}
 	l.tunnel, l.held = nil, 0
 	l.repairs++
@@ -492,7 +493,7 @@ func (l *loop) recordRepairs(drift []Problem) {
 			message += fmt.Sprintf(", and %d more", n-1)
 		}
 		l.repairs++
-		l.d.journal.Record(api.Event{Kind: api.EventRepair, Message: message})
+		l.d.journal.Record(events.Event{Kind: events.Repair, Message: message})
 	}
 }
 
@@ -524,7 +525,7 @@ func (l *loop) addProblem(err error) {
 	}
 	l.problems = append(l.problems, p)
 	if l.isNews(p) {
-		l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: p.Step + ": " + p.Message})
+		l.d.journal.Record(events.Event{Kind: events.Problem, Message: p.Step + ": " + p.Message})
 	}
 }
 
@@ -614,7 +615,7 @@ func (l *loop) leave(ctx context.Context) error {
 	defer l.d.finish()
 	left, err := l.d.opts.Platform.Close(limit)
 	for _, p := range left {
-		l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: p.Step + ": " + p.Message})
+		l.d.journal.Record(events.Event{Kind: events.Problem, Message: p.Step + ": " + p.Message})
 	}
 	if err != nil {
 		return fmt.Errorf("leave the host as it was: %w", err)
@@ -636,7 +637,7 @@ func (l *loop) endTunnel() {
 		}
 		l.tunnel.Close()
 	}) {
-		l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: fmt.Sprintf("the tunnel didn't end in %v; leaving the host without it", tunnelLimit)})
+		l.d.journal.Record(events.Event{Kind: events.Problem, Message: fmt.Sprintf("the tunnel didn't end in %v; leaving the host without it", tunnelLimit)})
 	}
 }
 
@@ -681,7 +682,7 @@ func (l *loop) rebinds(ctx context.Context) error {
 			default:
 			}
 			if err != nil && ctx.Err() == nil {
-				l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: err.Error()})
+				l.d.journal.Record(events.Event{Kind: events.Problem, Message: err.Error()})
 			}
 		}
 	}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -152,7 +153,7 @@ func TestExpiry(t *testing.T) {
 		r.after(time.Second)
 		r.wantLoaded("phone", 0)
 		// The second says that the configuration doesn't fit any more.
-		if got := r.events(api.EventExpired); len(got) != 2 || got[0] != "routing of phone ended" {
+		if got := r.events(events.Expired); len(got) != 2 || got[0] != "routing of phone ended" {
 			t.Errorf("events %q", got)
 		}
 		s := r.d.Status()
@@ -248,7 +249,7 @@ func TestExpiryWithoutDisk(t *testing.T) {
 		r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
 		r.after(2*time.Hour + DefaultTick)
 		r.wantLoaded("phone", 0)
-		if len(r.events(api.EventProblem)) == 0 {
+		if len(r.events(events.Problem)) == 0 {
 			t.Error("no event says that nothing could be saved")
 		}
 	})
@@ -367,7 +368,7 @@ func TestReadBackAgain(t *testing.T) {
 		})
 		r.mustAllow("phone", "routing", "")
 		r.wantLoaded("phone", mesh.Incoming|mesh.Routing)
-		if got := r.events(api.EventState); fail != readTries || slices.Contains(got, "enforcing became closed") {
+		if got := r.events(events.State); fail != readTries || slices.Contains(got, "enforcing became closed") {
 			t.Errorf("%d reads failed: %q", fail-1, got)
 		}
 	})
@@ -390,7 +391,7 @@ func TestCloseOnWidening(t *testing.T) {
 		})
 		r.mustAllow("phone", "routing", "") // succeeds by the second try
 		r.wantLoaded("phone", mesh.Incoming|mesh.Routing)
-		if got := r.events(api.EventState); !slices.Contains(got, "enforcing became closed") {
+		if got := r.events(events.State); !slices.Contains(got, "enforcing became closed") {
 			t.Errorf("it never closed: %q", got)
 		}
 	})
@@ -407,7 +408,7 @@ func TestRepair(t *testing.T) {
 		if took := time.Since(start); took >= time.Second {
 			t.Errorf("repaired after %v, want under a second", took)
 		}
-		if got := r.events(api.EventRepair); len(got) != 1 || got[0] != "load filter: the table was flushed" {
+		if got := r.events(events.Repair); len(got) != 1 || got[0] != "load filter: the table was flushed" {
 			t.Errorf("events %q", got)
 		}
 		cuts := r.host.Cuts()
@@ -661,7 +662,7 @@ func TestTunnelEndsDuringRebind(t *testing.T) {
 		move() // waits, for the old tunnel
 		old.Close()
 		r.after(DefaultTick)
-		for _, m := range r.events(api.EventProblem) {
+		for _, m := range r.events(events.Problem) {
 			if strings.Contains(m, context.Canceled.Error()) {
 				t.Errorf("a problem: %q", m)
 			}
@@ -745,10 +746,10 @@ func TestHandshakeEvents(t *testing.T) {
 		r.after(time.Hour)
 		r.tunnel.setStats(keyOf("phone"), tunnel.PeerStats{LastHandshake: time.Now(), Spoofed: 3})
 		r.after(DefaultTick)
-		if got := r.events(api.EventHandshake); len(got) != 2 || got[0] != "phone connected from 203.0.113.9:1" {
+		if got := r.events(events.Handshake); len(got) != 2 || got[0] != "phone connected from 203.0.113.9:1" {
 			t.Errorf("events %q", got)
 		}
-		if got := r.events(api.EventRefused); len(got) != 1 || got[0] != "refused of phone so far: 3 from other addresses than its own" {
+		if got := r.events(events.Refused); len(got) != 1 || got[0] != "refused of phone so far: 3 from other addresses than its own" {
 			t.Errorf("events %q", got)
 		}
 	})
@@ -908,7 +909,7 @@ func TestLeaveInTime(t *testing.T) {
 				if failed := err != nil; failed != tt.platformHangs || !failed && r.host.Loaded() != nil {
 					t.Errorf("error %v, loaded %v", err, r.host.Loaded())
 				}
-				if got := r.events(api.EventProblem); len(got) == 0 || !strings.Contains(got[0], "the tunnel didn't end") {
+				if got := r.events(events.Problem); len(got) == 0 || !strings.Contains(got[0], "the tunnel didn't end") {
 					t.Errorf("problems %q", got)
 				}
 			})
@@ -1076,7 +1077,7 @@ func TestOpenThatHangs(t *testing.T) {
 		r.host.HangAt("open")
 		r.tunnel.Close()
 		r.after(stepLimit)
-		if got := r.events(api.EventProblem); len(got) == 0 || !strings.HasPrefix(got[len(got)-1], "open mesh interface: ") {
+		if got := r.events(events.Problem); len(got) == 0 || !strings.HasPrefix(got[len(got)-1], "open mesh interface: ") {
 			t.Errorf("problems %q", got)
 		}
 		r.host.HangAt("")

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -166,8 +167,8 @@ func TestNarrowingDoesntWait(t *testing.T) {
 						if p := r.d.Status().Problems; len(p) == 0 || p[0].Step != "save wanted state" || strings.Contains(p[0].Message, p[0].Step) {
 							t.Errorf("problems %v don't say what isn't saved", p)
 						}
-						if n := len(r.events(api.EventProblem)); n > 3 {
-							t.Errorf("%d events of problems: %q", n, r.events(api.EventProblem))
+						if n := len(r.events(events.Problem)); n > 3 {
+							t.Errorf("%d events of problems: %q", n, r.events(events.Problem))
 						}
 					}
 					end()
@@ -316,7 +317,7 @@ func TestFullDiskForLong(t *testing.T) {
 		r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
 		r.after(time.Hour)
 		r.wantLoaded("phone", 0)
-		if got := r.events(api.EventProblem); len(got) > 2 {
+		if got := r.events(events.Problem); len(got) > 2 {
 			t.Errorf("%d events: %q", len(got), got)
 		}
 		if got := r.d.Status().Problems; len(got) != 1 {
@@ -609,7 +610,7 @@ func TestSlowLookClosesNothing(t *testing.T) {
 				if s := r.d.Status(); s.State != api.Enforcing || len(s.Problems) > 0 {
 					t.Errorf("after it: state %s, problems %v", s.State, s.Problems)
 				}
-				if got := r.events(api.EventState); slices.Contains(got, "enforcing became closed") {
+				if got := r.events(events.State); slices.Contains(got, "enforcing became closed") {
 					t.Errorf("it closed: %q", got)
 				}
 			})
@@ -672,7 +673,7 @@ func TestProblemThatComesAndGoes(t *testing.T) {
 			return nil
 		})
 		r.after(5 * time.Minute)
-		if got := r.events(api.EventProblem); len(got) != 1 {
+		if got := r.events(events.Problem); len(got) != 1 {
 			t.Errorf("%d events, want 1", len(got))
 		}
 	})
@@ -686,7 +687,7 @@ func TestProblemsOfManyTexts(t *testing.T) {
 			l.problems = nil
 			l.addProblem(fmt.Errorf("interrupted at %d", i))
 		}
-		if n := len(r.events(api.EventProblem)); n > maxTold || len(l.told) > maxTold {
+		if n := len(r.events(events.Problem)); n > maxTold || len(l.told) > maxTold {
 			t.Errorf("%d events, %d kept", n, len(l.told))
 		}
 	})

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -68,8 +69,8 @@ func (l *loop) recordHandshakes(peers []mesh.Peer, n numbers) {
 		if before, ok := l.seen.handshakes[p.PublicKey]; ok && last.Sub(before) < session {
 			continue
 		}
-		l.d.journal.Record(api.Event{
-			Kind: api.EventHandshake, Peer: p.Name,
+		l.d.journal.Record(events.Event{
+			Kind: events.Handshake, Peer: p.Name,
 			Message: fmt.Sprintf("%s connected from %v", p.Name, n.tunnel[p.PublicKey].Endpoint),
 		})
 	}
@@ -103,8 +104,8 @@ func (l *loop) tellRefused(peers []mesh.Peer, n numbers, now time.Time) {
 		was := l.seen.refused[p.PublicKey]
 		counts := refusedOf(n.tunnel[p.PublicKey], n.guard[p.PublicKey])
 		if counts != was.counts && (was.told.IsZero() || now.Sub(was.told) >= refusedInterval) {
-			l.d.journal.Record(api.Event{
-				Kind: api.EventRefused, Peer: p.Name,
+			l.d.journal.Record(events.Event{
+				Kind: events.Refused, Peer: p.Name,
 				Message: fmt.Sprintf("refused of %s so far: %v%s", p.Name, counts,
 					example(n.guard[p.PublicKey].Example)),
 			})

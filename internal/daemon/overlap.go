@@ -5,7 +5,7 @@ import (
 	"net/netip"
 	"strings"
 
-	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -157,7 +157,7 @@ func (l *loop) lookAtPrefixes(peers []mesh.Peer, n numbers) {
 	l.overlaps = append(l.byPrefix[:len(l.byPrefix):len(l.byPrefix)], outerProblems(l.wanted, peers, n)...)
 	for _, p := range l.overlaps {
 		if l.isNews(p) {
-			l.d.journal.Record(api.Event{Kind: api.EventProblem, Message: p.Step + ": " + p.Message})
+			l.d.journal.Record(events.Event{Kind: events.Problem, Message: p.Step + ": " + p.Message})
 		}
 	}
 }

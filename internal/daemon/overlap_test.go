@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
@@ -70,14 +71,14 @@ func TestOverlapsAreNamed(t *testing.T) {
 		if n := len(named()); n != 5 {
 			t.Errorf("%d overlaps are named, want 5:\n%s", n, all)
 		}
-		events := 0
-		for _, message := range r.events(api.EventProblem) {
+		told := 0
+		for _, message := range r.events(events.Problem) {
 			if strings.HasPrefix(message, stepPrefix+": ") {
-				events++
+				told++
 			}
 		}
-		if events != 5 {
-			t.Errorf("%d events tell of them, want 5", events)
+		if told != 5 {
+			t.Errorf("%d events tell of them, want 5", told)
 		}
 		// The peer's own mesh address as its outer one is a loop.
 		r.tunnel.setStats(keyOf("phone"), tunnel.PeerStats{Endpoint: netip.AddrPortFrom(phone.Addresses[0], 51820)})

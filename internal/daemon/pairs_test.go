@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
@@ -200,7 +201,7 @@ func doPair(t *testing.T, files map[string]string, first, second string, atOnce,
 		defer r.end()
 		memory := &memoryDisk{files: map[string]string{filepath.Join(r.dir, stateFile): files[stateFile]}}
 		r.setDisk(memory)
-		before := len(r.events(api.EventChange))
+		before := len(r.events(events.Change))
 		code := func(err error) string {
 			var e *api.Error
 			switch {
@@ -225,13 +226,13 @@ func doPair(t *testing.T, files map[string]string, first, second string, atOnce,
 			out.answers = [2]string{code(<-done[0]), code(<-done[1])}
 		} else {
 			for i, name := range []string{first, second} {
-				had, was := len(r.events(api.EventChange)), r.d.wanted.Load()
+				had, was := len(r.events(events.Change)), r.d.wanted.Load()
 				out.answers[i] = code(pairEdits[name](r, byKey && i == 1))
 				want := 1
 				if name == "end of incoming" || r.d.wanted.Load() == was {
 					want = 0
 				}
-				if got := len(r.events(api.EventChange)) - had; got != want {
+				if got := len(r.events(events.Change)) - had; got != want {
 					t.Errorf("%s: %d events of changes, want %d", name, got, want)
 				}
 			}
@@ -248,7 +249,7 @@ func doPair(t *testing.T, files map[string]string, first, second string, atOnce,
 		if string(mine) != string(disks) {
 			t.Errorf("in memory %s\non disk %s", mine, disks)
 		}
-		out.events = len(r.events(api.EventChange)) - before
+		out.events = len(r.events(events.Change)) - before
 	})
 	return out
 }

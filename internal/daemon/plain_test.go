@@ -4,33 +4,21 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 )
-
-func TestPlain(t *testing.T) {
-	for text, want := range map[string]string{
-		"chain «für» of table ip t": "chain «für» of table ip t",
-		"a\x1b[2J\nok all is fine":  `a\x1b[2J\nok all is fine`,
-		"\u202e\u009b\x7f\xff":      `\u202e\u009b\x7f\ufffd`,
-	} {
-		if got := plain(text); got != want {
-			t.Errorf("%q: %q, want %q", text, got, want)
-		}
-	}
-}
 
 // TestNamesForgeNothing has another program's table be named to forge lines.
 func TestNamesForgeNothing(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		const forged = "table x\x1b]0;y\a\nok       all is fine drops it"
 		r.host.Foreign(Problem{Step: "look", Message: forged, Hint: "see\x1b[2J"})
-		r.d.journal.Record(api.Event{Kind: api.EventProblem, Message: forged})
+		r.d.journal.Record(events.Event{Kind: events.Problem, Message: forged})
 		r.after(DefaultTick)
 		checks, err := r.d.Doctor(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
-		events, _ := r.d.journal.Since(0)
+		told, _ := r.d.journal.Since(0)
 		said := map[string]string{}
 		for _, p := range r.d.Status().Problems {
 			said["status"] += p.Message + p.Hint
@@ -38,7 +26,7 @@ func TestNamesForgeNothing(t *testing.T) {
 		for _, c := range checks {
 			said["doctor"] += c.Message + c.Hint
 		}
-		for _, e := range events {
+		for _, e := range told {
 			said["events"] += e.Message
 		}
 		for who, text := range said {

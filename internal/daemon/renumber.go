@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
@@ -145,7 +146,7 @@ func (d *Daemon) renumber(doc *document) (*document, error) {
 	}
 	for i := range next.Peers {
 		if was, is := &doc.Peers[i], &next.Peers[i]; was.Addresses != is.Addresses {
-			d.journal.Record(api.Event{Kind: api.EventChange, Peer: is.Name, Message: fmt.Sprintf(
+			d.journal.Record(events.Event{Kind: events.Change, Peer: is.Name, Message: fmt.Sprintf(
 				"%s changed with the mesh prefixes: it has %v and %v, and had %v and %v; its configuration has to change, too: meshhelper peer config %s",
 				is.Name, is.Addresses[0], is.Addresses[1], was.Addresses[0], was.Addresses[1], is.Name)})
 		}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -58,7 +59,7 @@ func TestMeshPrefixChanges(t *testing.T) {
 			t.Fatalf("without Renumber: %v", err)
 		}
 		o.Renumber = true
-		told := len(r.events(api.EventChange)) // which outlasts a restart
+		told := len(r.events(events.Change)) // which outlasts a restart
 		r.startWith(o)
 		for _, p := range plan {
 			is, err := r.d.Peer(p.Name)
@@ -72,7 +73,7 @@ func TestMeshPrefixChanges(t *testing.T) {
 		if got := r.d.Status().Addresses; !next.V4.Contains(got[0]) || got[1] != own[1] {
 			t.Errorf("the host has %v", got)
 		}
-		if got := r.events(api.EventChange)[told:]; len(got) != 3 || !strings.Contains(got[0], "meshhelper peer config ") {
+		if got := r.events(events.Change)[told:]; len(got) != 3 || !strings.Contains(got[0], "meshhelper peer config ") {
 			t.Errorf("events: %q", got)
 		}
 		keptIn := func(when string, want bool) {
@@ -92,9 +93,9 @@ func TestMeshPrefixChanges(t *testing.T) {
 		keptIn("at first", true)
 		// Starting again changes nothing more.
 		r.stop()
-		told = len(r.events(api.EventChange))
+		told = len(r.events(events.Change))
 		r.startWith(o)
-		if got := r.events(api.EventChange)[told:]; len(got) > 0 {
+		if got := r.events(events.Change)[told:]; len(got) > 0 {
 			t.Errorf("events after another start: %q", got)
 		}
 		keptIn("after another start", true)

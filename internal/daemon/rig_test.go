@@ -16,6 +16,7 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/host/hosttest"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
@@ -203,7 +204,7 @@ func (r *rig) setDisk(fs fileSystem) {
 }
 
 // events returns the messages of one kind.
-func (r *rig) events(kind string) []string {
+func (r *rig) events(kind events.Kind) []string {
 	all, _ := r.d.Since(0)
 	var out []string
 	for _, e := range all {

@@ -19,6 +19,7 @@ import (
 	"strings"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/owned"
@@ -480,7 +481,7 @@ func (d *Daemon) keepSettings(ctx context.Context, was, next *settings) error {
 	d.settings.Store(next)
 	for _, key := range SettingKeys() {
 		if was.kept[key] != next.kept[key] {
-			d.journal.Record(changeBy(ctx, api.Event{Message: describeSetting(key, next.kept[key])}))
+			d.journal.Record(changeBy(ctx, events.Event{Message: describeSetting(key, next.kept[key])}))
 		}
 	}
 	poke(d.renamed)

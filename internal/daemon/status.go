@@ -7,6 +7,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/plain"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
@@ -81,7 +82,7 @@ type numbers struct {
 
 // shown is a problem as the socket shows it.
 func shown(p Problem) api.Problem {
-	return api.Problem{Step: p.Step, Message: plain(p.Message), Hint: plain(p.Hint)}
+	return api.Problem{Step: p.Step, Message: plain.Text(p.Message), Hint: plain.Text(p.Hint)}
 }
 
 // readNumbers returns nothing of a tunnel that is closed, and with an error nothing of

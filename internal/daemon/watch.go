@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
 )
 
 // watch pokes the loop after each change of the host. A watcher that fails is
@@ -20,7 +20,7 @@ func (d *Daemon) watch(ctx context.Context, w Watcher) error {
 		if time.Since(began) > wait.max {
 			wait.reset()
 		}
-		d.journal.Record(api.Event{Kind: api.EventProblem, Message: fmt.Sprintf("watch the host: %v", err)})
+		d.journal.Record(events.Event{Kind: events.Problem, Message: fmt.Sprintf("watch the host: %v", err)})
 		if !sleep(ctx, wait.next()) {
 			return nil
 		}

@@ -26,8 +26,9 @@ const all = "*"
 // itself. docs/architecture.md explains it.
 var rooms = map[string][]string{
 	"cmd/meshhelper":      {all},
-	"internal/api":        {"internal/mesh", "internal/owned"},
-	"internal/daemon":     {"internal/api", "internal/guard", "internal/host", "internal/learned", "internal/mesh", "internal/owned", "internal/policy", "internal/stock", "internal/tunnel"},
+	"internal/api":        {"internal/events", "internal/mesh", "internal/owned"},
+	"internal/daemon":     {"internal/api", "internal/events", "internal/guard", "internal/host", "internal/learned", "internal/mesh", "internal/owned", "internal/plain", "internal/policy", "internal/stock", "internal/tunnel"},
+	"internal/events":     {"internal/owned", "internal/plain"},
 	"internal/flow":       {"internal/mesh", "internal/policy"},
 	"internal/guard":      {"internal/flow", "internal/mesh", "internal/policy"},
 	"internal/host":       {"internal/mesh", "internal/policy"},
@@ -41,6 +42,7 @@ var rooms = map[string][]string{
 	"internal/mesh":       {},
 	"internal/nlconn":     {},
 	"internal/owned":      {},
+	"internal/plain":      {},
 	"internal/policy":     {"internal/mesh"},
 	"internal/stock":      {"internal/mesh"},
 	"internal/systemd":    {},

@@ -1,4 +1,4 @@
-package daemon
+package events
 
 import (
 	"bytes"
@@ -15,8 +15,8 @@ import (
 	"sync"
 	"time"
 
-	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/owned"
+	"github.com/meshhelper/meshhelper/internal/plain"
 )
 
 const (
@@ -31,18 +31,18 @@ const (
 	seqStep = 10000
 )
 
-// journal has the last events. Readers take from it at their own pace; one that is too
+// Journal has the last events. Readers take from it at their own pace; one that is too
 // slow misses some, and doesn't slow down the others. They are kept in a file, too, by a
 // goroutine of its own that exists while there is something to write: nothing waits for
 // it, and what it couldn't write is lost without harm.
-type journal struct {
+type Journal struct {
 	wall func() time.Time
 
 	mu     sync.Mutex
-	last   uint64      // the newest event's Seq
-	events []api.Event // by Seq, maxEvents or some more
+	last   uint64  // the newest event's Seq
+	events []Event // by Seq, maxEvents or some more
 	newer  chan struct{}
-	listen func(api.Event) // logs, and never blocks: see Options.Logger
+	listen func(Event) // logs, and never blocks
 
 	path    string // "": kept nowhere
 	log     *slog.Logger
@@ -51,22 +51,24 @@ type journal struct {
 	failed  bool // the last attempt to write
 }
 
-func newJournal(wall func() time.Time, listen func(api.Event)) *journal {
-	return &journal{wall: wall, newer: make(chan struct{}), listen: listen}
+// NewJournal returns an empty journal that is kept nowhere; see Open. listen hears of each
+// event, in any goroutine that records one, and must not block.
+func NewJournal(wall func() time.Time, listen func(Event)) *Journal {
+	return &Journal{wall: wall, newer: make(chan struct{}), listen: listen}
 }
 
 // Record adds an event and wakes the readers that wait for one. The log hears of it
 // when the lock is free again: readers of the status, too, may need that.
-func (j *journal) Record(e api.Event) {
+func (j *Journal) Record(e Event) {
 	j.listen(j.add(e))
 }
 
-func (j *journal) add(e api.Event) api.Event {
+func (j *Journal) add(e Event) Event {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.last++
 	e.Seq, e.Time = j.last, j.wall().UTC().Round(0)
-	e.Message = plain(e.Message)
+	e.Message = plain.Text(e.Message)
 	j.events = append(j.events, e)
 	if len(j.events) >= 2*maxEvents {
 		j.events = slices.Clone(j.events[len(j.events)-maxEvents:])
@@ -82,7 +84,7 @@ func (j *journal) add(e api.Event) api.Event {
 
 // Since returns the remembered events after seq. Where no event has that Seq yet, the
 // reader knows another journal, and gets all.
-func (j *journal) Since(seq uint64) ([]api.Event, <-chan struct{}) {
+func (j *Journal) Since(seq uint64) ([]Event, <-chan struct{}) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if seq > j.last {
@@ -92,15 +94,16 @@ func (j *journal) Since(seq uint64) ([]api.Event, <-chan struct{}) {
 }
 
 // after returns the events with a Seq over seq.
-func after(events []api.Event, seq uint64) []api.Event {
+func after(events []Event, seq uint64) []Event {
 	return events[sort.Search(len(events), func(i int) bool { return events[i].Seq > seq }):]
 }
 
-// open reads the events of the helpers before from dir, and has new ones kept there.
-func (j *journal) open(dir string, log *slog.Logger) {
-	path := filepath.Join(dir, eventsFile)
+// Open reads the events of the helpers before from the file at path, and has new ones kept
+// there. What can't be read is said to log, and is as if it were empty.
+func (j *Journal) Open(path string, log *slog.Logger) {
+	dir, file := filepath.Split(path)
 	// What a helper that was killed while it replaced the file has left.
-	temps, _ := filepath.Glob(filepath.Join(dir, "."+eventsFile+".*")) // no folder, no temps
+	temps, _ := filepath.Glob(filepath.Join(dir, "."+file+".*")) // no folder, no temps
 	for _, t := range temps {
 		_ = os.Remove(t)
 	}
@@ -124,10 +127,10 @@ func (j *journal) open(dir string, log *slog.Logger) {
 
 // decodeEvents reads a journal's file: the last events in it, by Seq. What is no event,
 // such as a line that a loss of power cut, is left out.
-func decodeEvents(text []byte) []api.Event {
-	var out []api.Event
+func decodeEvents(text []byte) []Event {
+	var out []Event
 	for line := range bytes.Lines(text) {
-		var e api.Event
+		var e Event
 		if json.Unmarshal(line, &e) != nil || e.Seq == 0 || e.Seq >= 1<<62 || e.Kind == "" {
 			continue
 		}
@@ -140,7 +143,7 @@ func decodeEvents(text []byte) []api.Event {
 }
 
 // write writes what isn't in the file yet, until nothing is.
-func (j *journal) write(idle chan struct{}) {
+func (j *Journal) write(idle chan struct{}) {
 	for {
 		j.mu.Lock()
 		news := slices.Clone(after(j.events, j.written))
@@ -166,7 +169,7 @@ func (j *journal) write(idle chan struct{}) {
 
 // keepEvents adds news to the file, or makes it anew of all where it is too large, or
 // where the attempt before failed.
-func keepEvents(path string, all, news []api.Event, anew bool) error {
+func keepEvents(path string, all, news []Event, anew bool) error {
 	info, err := os.Lstat(path)
 	if anew || err != nil || !info.Mode().IsRegular() || info.Size() > maxJournal {
 		return owned.Replace(path, encodeEvents(all))
@@ -179,7 +182,7 @@ func keepEvents(path string, all, news []api.Event, anew bool) error {
 	return errors.Join(err, f.Close())
 }
 
-func encodeEvents(events []api.Event) []byte {
+func encodeEvents(events []Event) []byte {
 	var b bytes.Buffer
 	enc := json.NewEncoder(&b)
 	enc.SetEscapeHTML(false)
@@ -190,19 +193,19 @@ func encodeEvents(events []api.Event) []byte {
 	return b.Bytes()
 }
 
-// close keeps no more events, after it has waited for a moment until those that were
+// Close keeps no more events, after it has waited for limit at most until those that were
 // recorded are written: the folder may be another helper's from then on.
-func (j *journal) close() {
-	limit, cancel := context.WithTimeout(context.Background(), flushLimit)
+func (j *Journal) Close(limit time.Duration) {
+	wait, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
-	j.flush(limit.Done())
+	j.Flush(wait.Done())
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.path = ""
 }
 
-// flush waits until what was recorded is written, or stop is closed.
-func (j *journal) flush(stop <-chan struct{}) {
+// Flush waits until what was recorded is written, or stop is closed.
+func (j *Journal) Flush(stop <-chan struct{}) {
 	j.mu.Lock()
 	idle := j.idle
 	j.mu.Unlock()

@@ -1,4 +1,4 @@
-package daemon
+package events
 
 import (
 	"encoding/json"
@@ -11,24 +11,24 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"github.com/meshhelper/meshhelper/internal/api"
 )
 
+const eventsFile = "events.jsonl"
+
 // openJournal opens the journal of a folder.
-func openJournal(dir string) *journal {
-	j := newJournal(time.Now, func(api.Event) {})
-	j.open(dir, slog.New(slog.DiscardHandler))
+func openJournal(dir string) *Journal {
+	j := NewJournal(time.Now, func(Event) {})
+	j.Open(filepath.Join(dir, eventsFile), slog.New(slog.DiscardHandler))
 	return j
 }
 
 // flushed waits until all is written.
-func flushed(t *testing.T, j *journal) {
+func flushed(t *testing.T, j *Journal) {
 	t.Helper()
 	stop := make(chan struct{})
 	timer := time.AfterFunc(time.Minute, func() { close(stop) })
 	defer timer.Stop()
-	j.flush(stop)
+	j.Flush(stop)
 }
 
 // TestEventsOutlastARestart records in one journal, and reads from the next: a reader
@@ -37,7 +37,7 @@ func TestEventsOutlastARestart(t *testing.T) {
 	dir := t.TempDir()
 	first := openJournal(dir)
 	for i := range 5 {
-		first.Record(api.Event{Kind: api.EventChange, Message: fmt.Sprint(i)})
+		first.Record(Event{Kind: Change, Message: fmt.Sprint(i)})
 	}
 	flushed(t, first)
 	seen, _ := first.Since(0)
@@ -46,7 +46,7 @@ func TestEventsOutlastARestart(t *testing.T) {
 		t.Fatalf("the last of 5 events has Seq %d", last)
 	}
 	second := openJournal(dir)
-	second.Record(api.Event{Kind: api.EventChange, Message: "5"})
+	second.Record(Event{Kind: Change, Message: "5"})
 	all, _ := second.Since(0)
 	for i, e := range all {
 		if e.Message != fmt.Sprint(i) {
@@ -77,7 +77,7 @@ func TestJournalIsBounded(t *testing.T) {
 	path := filepath.Join(dir, eventsFile)
 	j := openJournal(dir)
 	for i := range 3 * maxEvents {
-		j.Record(api.Event{Kind: api.EventChange, Message: fmt.Sprintf("%d %s", i, strings.Repeat("x", 800))})
+		j.Record(Event{Kind: Change, Message: fmt.Sprintf("%d %s", i, strings.Repeat("x", 800))})
 		if i%100 == 0 {
 			flushed(t, j)
 		}
@@ -103,7 +103,7 @@ func TestJournalIsBounded(t *testing.T) {
 		t.Errorf("%d events are remembered, the last %.10q", len(all), all[len(all)-1].Message)
 	}
 	// The first event after the broken line isn't part of it.
-	next.Record(api.Event{Kind: api.EventChange, Message: "after"})
+	next.Record(Event{Kind: Change, Message: "after"})
 	flushed(t, next)
 	if all, _ := openJournal(dir).Since(0); all[len(all)-1].Message != "after" {
 		t.Errorf("the last event is %.10q", all[len(all)-1].Message)
@@ -125,7 +125,7 @@ func TestForeignJournal(t *testing.T) {
 				t.Fatal(err)
 			}
 			j := openJournal(dir)
-			j.Record(api.Event{Kind: api.EventChange, Message: "x"})
+			j.Record(Event{Kind: Change, Message: "x"})
 			flushed(t, j)
 			info, err := os.Lstat(path)
 			if err != nil || !info.Mode().IsRegular() || info.Mode().Perm() != 0o600 || info.Size() > 1000 {
@@ -143,7 +143,7 @@ func TestForeignJournal(t *testing.T) {
 func TestClosedJournalWritesNothing(t *testing.T) {
 	j := openJournal(t.TempDir())
 	j.idle = make(chan struct{}) // a writer that is still busy
-	j.events, j.last = []api.Event{{Seq: 1, Kind: api.EventChange}}, 1
+	j.events, j.last = []Event{{Seq: 1, Kind: Change}}, 1
 	j.path = ""
 	j.write(j.idle)
 	if j.failed {
@@ -157,7 +157,7 @@ func TestJournalThatCannotBeWritten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		j := openJournal(filepath.Join(t.TempDir(), "missing"))
 		for range 10 {
-			j.Record(api.Event{Kind: api.EventChange, Message: "x"})
+			j.Record(Event{Kind: Change, Message: "x"})
 		}
 		synctest.Wait()
 		if all, _ := j.Since(0); len(all) != 10 {

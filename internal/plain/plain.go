@@ -1,4 +1,5 @@
-package daemon
+// Package plain makes texts of others safe to print.
+package plain
 
 import (
 	"strconv"
@@ -6,10 +7,10 @@ import (
 	"unicode"
 )
 
-// plain returns a text with what a terminal doesn't print escaped, such as \x1b: names of
+// Text returns a text with what a terminal doesn't print escaped, such as \x1b: names of
 // interfaces, tables and chains, and what other programs say, may have any bytes, and
 // could else forge lines or change the terminal.
-func plain(s string) string {
+func Text(s string) string {
 	odd := func(r rune) bool { return !unicode.IsPrint(r) || r == unicode.ReplacementChar }
 	if strings.IndexFunc(s, odd) < 0 {
 		return s
