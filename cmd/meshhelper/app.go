@@ -19,7 +19,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/host"
 )
 
 // version is set by the linker; without, the module's version is used.
@@ -34,11 +34,11 @@ const (
 	exitNotPermitted = 4
 )
 
-// newPlatform makes the platform of a helper.
-type newPlatform func(platformOptions) (daemon.Platform, error)
+// newHost makes the host of a helper.
+type newHost func(hostOptions) (host.Host, error)
 
-// platformOptions are what a platform is told.
-type platformOptions struct {
+// hostOptions are what a host is told.
+type hostOptions struct {
 	stateDir string // where its files are
 	label    string // of the service, on a Mac; "" for the usual one
 	log      *slog.Logger
@@ -56,8 +56,8 @@ type app struct {
 	talkColumns    int  // of the terminal that stderr is; 0: it is none
 	size           func() (columns, rows int)
 	talkSize       func() (columns, rows int)
-	platforms      map[string]newPlatform
-	service        *serviceHost // nil where there is no launchd
+	hosts          map[string]newHost // by the name that --platform takes
+	service        *serviceHost       // nil where there is no launchd
 
 	// resolve looks a name up; nil: as this computer does.
 	resolve func(context.Context, string) ([]netip.Addr, error)

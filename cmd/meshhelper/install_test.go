@@ -26,7 +26,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/host/macos"
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
@@ -81,23 +81,27 @@ func newMacRig(t *testing.T) *macRig {
 
 // app returns the command as process p of the Mac would have it.
 func (g *macRig) app(p *simmac.Process) *app {
-	platform := func(o platformOptions) (daemon.Platform, error) {
-		return macos.NewPlatform(macos.PlatformOptions{StateDir: o.stateDir, Label: o.label, Runner: refusing{p, &g.refuse}, Kernel: p, CreateTUN: p.CreateTUN, Log: o.log})
+	platform := func(o hostOptions) (host.Host, error) {
+		made, err := macos.NewPlatform(macos.PlatformOptions{StateDir: o.stateDir, Label: o.label, Runner: refusing{p, &g.refuse}, Kernel: p, CreateTUN: p.CreateTUN, Log: o.log})
+		if err != nil {
+			return host.Host{}, err
+		}
+		return made.Host(), nil
 	}
 	return &app{
 		stdin: strings.NewReader(""), stdout: &g.stdout, stderr: &g.stderr, random: rand.Reader, size: func() (int, int) { return g.columns, 0 }, talkSize: func() (int, int) { return g.columns, 0 },
 		getenv: func(name string) string {
 			return map[string]string{"MESHHELPER_SOCKET": g.socket, "SUDO_UID": g.caller}[name]
 		},
-		platforms: map[string]newPlatform{"darwin": platform},
+		hosts: map[string]newHost{"darwin": platform},
 		service: &serviceHost{
 			runner: p, root: g.root, executable: os.Executable, settle: time.Second,
 			restore: func(ctx context.Context, stateDir string) error {
-				made, err := platform(platformOptions{stateDir: filepath.Join(g.root, stateDir), log: slog.New(slog.DiscardHandler)})
+				made, err := platform(hostOptions{stateDir: filepath.Join(g.root, stateDir), log: slog.New(slog.DiscardHandler)})
 				if err != nil {
 					return err
 				}
-				_, err = made.Close(ctx)
+				_, err = made.Link.Close(ctx)
 				return err
 			},
 		},

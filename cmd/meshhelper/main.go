@@ -10,14 +10,14 @@ import (
 )
 
 func main() {
-	os.Exit(newApp(platforms()).main(os.Args[1:]))
+	os.Exit(newApp(hosts()).main(os.Args[1:]))
 }
 
 // newApp returns the app of this process.
-func newApp(p map[string]newPlatform) *app {
+func newApp(p map[string]newHost) *app {
 	return &app{
 		stdout: os.Stdout, stderr: os.Stderr, stdin: os.Stdin,
-		getenv: os.Getenv, random: rand.Reader, platforms: p, service: thisService(),
+		getenv: os.Getenv, random: rand.Reader, hosts: p, service: thisService(),
 		terminal: isTerminal(os.Stdout), size: func() (int, int) { return sizeOf(os.Stdout) },
 		talkSize: func() (int, int) { return sizeOf(os.Stderr) }, lookPath: exec.LookPath,
 	}

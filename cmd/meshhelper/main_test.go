@@ -21,22 +21,21 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/daemon"
 	"github.com/meshhelper/meshhelper/internal/host"
-	"github.com/meshhelper/meshhelper/internal/host/hosttest"
+	"github.com/meshhelper/meshhelper/internal/host/hostfake"
 )
 
 // TestMain lets the scripts run the real main, with a host that enforces
 // nothing as one more platform.
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
-		"meshhelper": func() { os.Exit(newApp(withFake(platforms())).main(os.Args[1:])) },
+		"meshhelper": func() { os.Exit(newApp(withFake(hosts())).main(os.Args[1:])) },
 		"netns":      inNamespace,
 	})
 }
 
-func withFake(p map[string]newPlatform) map[string]newPlatform {
-	out := map[string]newPlatform{"fake": newFake}
+func withFake(p map[string]newHost) map[string]newHost {
+	out := map[string]newHost{"fake": newFake}
 	for name, make := range p {
 		out[name] = make
 	}
@@ -45,8 +44,8 @@ func withFake(p map[string]newPlatform) map[string]newPlatform {
 
 // newFake returns a host that fails a step while the file FAULTS/step is there,
 // with the text of the file.
-func newFake(platformOptions) (daemon.Platform, error) {
-	h := hosttest.New()
+func newFake(hostOptions) (host.Host, error) {
+	h := hostfake.New()
 	dir := os.Getenv("FAULTS")
 	h.SetFault(func(step string) error {
 		text, err := os.ReadFile(filepath.Join(dir, step))
@@ -55,7 +54,7 @@ func newFake(platformOptions) (daemon.Platform, error) {
 		}
 		return &host.StepError{Step: step, Err: errors.New(string(bytes.TrimSpace(text))), Hint: "take the fault away"}
 	})
-	return h, nil
+	return h.Host(), nil
 }
 
 func TestScripts(t *testing.T) { testscript.Run(t, scripts("testdata/script")) }

@@ -191,7 +191,7 @@ func (o *runOptions) sayReady(ctx context.Context, d *daemon.Daemon) {
 	})
 }
 
-// withHint says what to do about an error of the platform or the tunnel.
+// withHint says what to do about an error of the host or the tunnel.
 func (o *runOptions) withHint(err error) error {
 	var step *host.StepError
 	switch {
@@ -207,13 +207,13 @@ func (o *runOptions) withHint(err error) error {
 	return err
 }
 
-// choose returns the name and the maker of the platform.
-func (o *runOptions) choose() (string, newPlatform, error) {
+// choose returns the name and the maker of the host.
+func (o *runOptions) choose() (string, newHost, error) {
 	name := o.platform
 	if name == "auto" {
 		name = runtime.GOOS
 	}
-	if make, ok := o.app.platforms[name]; ok {
+	if make, ok := o.app.hosts[name]; ok {
 		return name, make, nil
 	}
 	known := name == "linux" || name == "darwin" || name == "userspace"
@@ -225,12 +225,12 @@ func (o *runOptions) choose() (string, newPlatform, error) {
 
 // daemon reads the flags and makes the daemon, which touches nothing of the
 // host yet.
-func (o *runOptions) daemon(name string, make newPlatform, start daemon.StartSettings) (*daemon.Daemon, error) {
+func (o *runOptions) daemon(name string, make newHost, start daemon.StartSettings) (*daemon.Daemon, error) {
 	if err := api.CheckSocketPath(o.app.socket); err != nil {
 		return nil, &usageError{err}
 	}
 	opts := daemon.Options{
-		PlatformName: name, StateDir: o.stateDir, Logger: o.log, Version: versionText(),
+		StateDir: o.stateDir, Logger: o.log, Version: versionText(),
 		Interface: o.iface, ListenPort: o.listenPort, Languages: languages,
 		Tick: o.tick, Wait: o.wait, Settings: start,
 		// A prefix that was set is meant; one of a flag may be a mistake.
@@ -242,7 +242,7 @@ func (o *runOptions) daemon(name string, make newPlatform, start daemon.StartSet
 		return nil, err
 	}
 	var err error
-	if opts.Platform, err = make(platformOptions{stateDir: o.stateDir, label: o.label, log: o.log.With("part", name)}); err != nil {
+	if opts.Host, err = make(hostOptions{stateDir: o.stateDir, label: o.label, log: o.log.With("part", name)}); err != nil {
 		return nil, o.withHint(err)
 	}
 	d, err := daemon.New(opts)

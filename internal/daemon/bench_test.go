@@ -12,7 +12,7 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/host/hosttest"
+	"github.com/meshhelper/meshhelper/internal/host/hostfake"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
@@ -74,7 +74,7 @@ func BenchmarkStatus(b *testing.B) {
 // benchDaemon runs a daemon with some peers.
 func benchDaemon(b *testing.B, peers int) *Daemon {
 	d, err := New(Options{
-		Platform: hosttest.New(), PlatformName: "fake", StateDir: b.TempDir(), Logger: slog.New(slog.DiscardHandler),
+		Host: hostfake.New().Host(), StateDir: b.TempDir(), Logger: slog.New(slog.DiscardHandler),
 		NewTunnel: func(dev tun.Device, _ mesh.PrivateKey, _ uint16) (Tunnel, error) {
 			return &fakeTunnel{dev: dev, done: make(chan struct{})}, nil
 		},

@@ -53,15 +53,14 @@ var errHeld = errors.New("another helper holds it")
 
 // Options are what New needs.
 type Options struct {
-	Platform     Platform // required
-	PlatformName string   // required: "darwin", "linux" or "userspace", for status
-	StateDir     string   // required: made when missing, with mode 0700
+	Host     host.Host // required
+	StateDir string    // required: made when missing, with mode 0700
 	// Logger must not block, for the guard and the loop write to it: before a file, a
 	// pipe or a terminal stands a logfile.Queue.
 	Logger *slog.Logger // required
 
 	Version    string        // optional: for status
-	Interface  string        // optional: the platform chooses
+	Interface  string        // optional: the host chooses
 	MTU        int           // optional: DefaultMTU
 	ListenPort uint16        // optional: UDP, 0 lets the system choose
 	Prefixes   mesh.Prefixes // optional: mesh.DefaultPrefixes
@@ -79,10 +78,11 @@ type Options struct {
 	// Settings say where what above can be set with `settings` came from.
 	Settings StartSettings // optional: nothing was set
 
-	// Languages are those that rulesets are enforced in: nft, pf and guard.
+	// Languages are those that rulesets are enforced in, by name; the host's own is among
+	// them.
 	Languages map[string]Language // optional
 
-	// NewTunnel starts the WireGuard device around the platform's tunnel device.
+	// NewTunnel starts the WireGuard device around the host's tunnel device.
 	NewTunnel func(tun.Device, mesh.PrivateKey, uint16) (Tunnel, error) // optional: tunnel.NewDevice
 	Tick      time.Duration                                             // optional: between looks at the host, DefaultTick
 	Wait      time.Duration                                             // optional: a command's time limit, DefaultWait
@@ -104,8 +104,9 @@ const (
 )
 
 func (o *Options) complete() error {
-	if o.Platform == nil || o.PlatformName == "" || o.StateDir == "" || o.Logger == nil {
-		return errors.New("platform, its name, state directory and logger are required")
+	h := &o.Host
+	if h.Link == nil || h.Observer == nil || h.Enforcer == nil || h.Name == "" || h.Language == "" || o.StateDir == "" || o.Logger == nil {
+		return errors.New("host, its name and language, state directory and logger are required")
 	}
 	setDefault(&o.MTU, DefaultMTU)
 	setDefault(&o.Tick, DefaultTick)
@@ -166,7 +167,7 @@ type Daemon struct {
 	settings atomic.Pointer[settings]
 	setting  chan struct{}
 	// full says that the state folder takes nothing, or is nil.
-	full atomic.Pointer[Problem]
+	full atomic.Pointer[host.Problem]
 	// looking is held, by a value in it, during a look at other software.
 	looking chan struct{}
 
@@ -177,7 +178,7 @@ type Daemon struct {
 	mu  sync.Mutex
 	now condition // what the loop found last
 	// byOthers is what other software was found to stand in the way with.
-	byOthers   []Problem
+	byOthers   []host.Problem
 	changed    chan struct{}    // closed when now is replaced
 	unresolved map[string]error // why names of endpoints weren't found last time
 }
@@ -199,8 +200,8 @@ type condition struct {
 	render     func(*policy.Ruleset) (anchor, text string, err error)
 	forwarding policy.Families
 	repairs    uint64
-	// problems are our own, foreign what else the platform said of itself.
-	problems, foreign []Problem
+	// problems are our own, foreign what else the host said of itself.
+	problems, foreign []host.Problem
 	tunnel            Tunnel
 	guard             *guard.Device
 	limits            host.Limits // of the host's packet filter, when the guard was made
@@ -406,11 +407,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g.Go(func() error { return l.rebinds(ctx) })
 	g.Go(func() error { return d.keep(ctx) })
 	g.Go(func() error { return d.resolve(ctx) })
-	if n, ok := d.opts.Platform.(Neighbours); ok {
-		g.Go(func() error { return d.lookAtOthers(ctx, n) })
-	}
-	if w, ok := d.opts.Platform.(Watcher); ok {
-		g.Go(func() error { return d.watch(ctx, w) })
+	g.Go(func() error { return d.watch(ctx, d.opts.Host.Observer) })
+	if d.opts.Host.Others != nil {
+		g.Go(func() error { return d.lookAtOthers(ctx) })
 	}
 	return g.Wait()
 }

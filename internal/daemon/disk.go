@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/events"
+	"github.com/meshhelper/meshhelper/internal/host"
 )
 
 // disk writes the files of the state directory, one after the other, in a goroutine
@@ -200,31 +201,31 @@ func (d *disk) late(err error) {
 
 // problem returns what is wrong with what is on disk: what is wanted isn't there, and
 // not only because it is being saved just now.
-func (d *disk) problem() (Problem, bool) {
+func (d *disk) problem() (host.Problem, bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.problemLocked()
 }
 
 // problemLocked is problem. d.mu is held.
-func (d *disk) problemLocked() (Problem, bool) {
+func (d *disk) problemLocked() (host.Problem, bool) {
 	if d.kept == d.wanted() {
 		if d.mark != nil {
-			return Problem{
+			return host.Problem{
 				Step: "save the clock's mark", Message: d.mark.Error(),
 				Hint: "a clock that is set back while the helper is down may give timed permissions more time",
 			}, true
 		}
-		return Problem{}, false
+		return host.Problem{}, false
 	}
 	cause := d.failure
 	if cause == nil {
 		if d.since.IsZero() || time.Since(d.since) < d.limit {
-			return Problem{}, false
+			return host.Problem{}, false
 		}
 		cause = fmt.Errorf("the disk of %q doesn't answer", d.store.dir)
 	}
-	return Problem{Step: "save wanted state", Message: notSaved(cause), Hint: d.hint()}, true
+	return host.Problem{Step: "save wanted state", Message: notSaved(cause), Hint: d.hint()}, true
 }
 
 // hint says what to do about a disk that takes nothing.

@@ -2,10 +2,10 @@
 //
 // What is wanted is one versioned document on disk (state.go, store.go), of which
 // every change makes a new generation. What is done about it is one loop (loop.go):
-// it observes the host, compiles the policy, and has the guard and a [Platform]
+// it observes the host, compiles the policy, and has the guard and a [host.Host]
 // enforce it; reads back what is enforced; and cuts the flows of peers that lost a
-// permission. The loop is woken by changes of the document, by the platform's
-// [Watcher], by grants that end (clock.go), and by a tick that finds what no event
+// permission. The loop is woken by changes of the document, by the host's
+// watcher, by grants that end (clock.go), and by a tick that finds what no event
 // reports.
 //
 // A command's way: [Daemon.ChangePeer] checks what is asked for (request.go). What it
@@ -17,7 +17,7 @@
 // says why in the status, and tries again with growing pauses. A command that waits
 // longer than its limit is answered "saved, not in force".
 //
-// The rule for changes here: the loop alone talks to the platform and
+// The rule for changes here: the loop alone talks to the host's link and enforcer, and
 // is the only writer of what it publishes; a published document or condition is
 // never changed. The gate alone talks to the guard.
 package daemon

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/owned"
 	"github.com/meshhelper/meshhelper/internal/plain"
@@ -52,9 +53,9 @@ const doctorLook = 5 * time.Second
 // follow from is said first, and once.
 func (d *Daemon) Doctor(ctx context.Context) ([]api.Check, error) {
 	c, _ := d.condition()
-	if n, can := d.opts.Platform.(Neighbours); can {
+	if d.opts.Host.Others != nil {
 		limit, cancel := context.WithTimeout(ctx, doctorLook)
-		d.lookOnce(limit, n, c)
+		d.lookOnce(limit, c)
 		cancel()
 	}
 	checks := d.checks(c, d.problems(c), d.tryFolder(ctx))
@@ -74,10 +75,10 @@ const (
 
 // checks returns all checks. found are the problems that were found already, each of which
 // is in one check.
-func (d *Daemon) checks(c condition, found []Problem, folder api.Check) []api.Check {
+func (d *Daemon) checks(c condition, found []host.Problem, folder api.Check) []api.Check {
 	doc := d.wanted.Load()
-	wrong := func(name, otherwise string, is func(Problem) bool) (out []api.Check) {
-		found = slices.DeleteFunc(slices.Clone(found), func(p Problem) bool {
+	wrong := func(name, otherwise string, is func(host.Problem) bool) (out []api.Check) {
+		found = slices.DeleteFunc(slices.Clone(found), func(p host.Problem) bool {
 			if is(p) {
 				out = append(out, api.Check{Name: name, Message: p.Message, Hint: p.Hint})
 				return true
@@ -100,7 +101,7 @@ func (d *Daemon) checks(c condition, found []Problem, folder api.Check) []api.Ch
 	helper := api.Check{Name: checkHelper, OK: enforcing, Message: "the state is " + c.state, Hint: "wait, or see: meshhelper events"}
 	if !enforcing && len(c.problems) > 0 {
 		cause := c.problems[0]
-		found = slices.DeleteFunc(slices.Clone(found), func(p Problem) bool { return p == cause })
+		found = slices.DeleteFunc(slices.Clone(found), func(p host.Problem) bool { return p == cause })
 		helper.Message += ": " + cause.Step + ": " + cause.Message
 		if cause.Hint != "" {
 			helper.Hint = cause.Hint
@@ -115,9 +116,9 @@ func (d *Daemon) checks(c condition, found []Problem, folder api.Check) []api.Ch
 		follows(checkPort(c)),
 		follows(api.Check{Name: "packet filter", OK: enforcing, Message: "our rules are read back and compared", Hint: "they aren't loaded as they should be"}),
 	}
-	checks = append(checks, wrong("host firewall", "no rule of other software's is known to stop WireGuard's own packets", func(p Problem) bool { return p.Tunnel })...)
-	checks = append(checks, wrong("other packet filters", "no rule of other software's is known to stop what peers may do", func(p Problem) bool { return p.Step == othersStep })...)
-	checks = append(checks, wrong(stepPrefix, "nothing else on this host is known to have a part of it", func(p Problem) bool { return p.Step == stepPrefix })...)
+	checks = append(checks, wrong("host firewall", "no rule of other software's is known to stop WireGuard's own packets", func(p host.Problem) bool { return p.Tunnel })...)
+	checks = append(checks, wrong("other packet filters", "no rule of other software's is known to stop what peers may do", func(p host.Problem) bool { return p.Step == othersStep })...)
+	checks = append(checks, wrong(stepPrefix, "nothing else on this host is known to have a part of it", func(p host.Problem) bool { return p.Step == stepPrefix })...)
 	checks = append(checks, checkUplink(c), checkForwarding(c), d.checkEndpoint(c, doc), d.checkNames(doc), d.checkClock(), checkFlows(c))
 	for _, p := range found {
 		check := api.Check{Name: p.Step, Message: p.Message, Hint: p.Hint}
@@ -173,7 +174,7 @@ func ChecksWithout(prefixes []netip.Prefix, interfaces []policy.Interface) (out 
 }
 
 // more returns what the checks find that isn't among the problems yet, for status.
-func (d *Daemon) more(c condition, found []Problem) (out []Problem) {
+func (d *Daemon) more(c condition, found []host.Problem) (out []host.Problem) {
 	if c.state != api.Enforcing {
 		return nil // it would follow from that
 	}
@@ -182,8 +183,8 @@ func (d *Daemon) more(c condition, found []Problem) (out []Problem) {
 	}
 	doc := d.wanted.Load()
 	for _, check := range []api.Check{checkUplink(c), d.checkEndpoint(c, doc), d.checkNames(doc), d.checkClock(), checkFlows(c)} {
-		if !check.OK && !slices.ContainsFunc(found, func(p Problem) bool { return p.Message == check.Message }) {
-			out = append(out, Problem{Step: check.Name, Message: check.Message, Hint: check.Hint})
+		if !check.OK && !slices.ContainsFunc(found, func(p host.Problem) bool { return p.Message == check.Message }) {
+			out = append(out, host.Problem{Step: check.Name, Message: check.Message, Hint: check.Hint})
 		}
 	}
 	return out
@@ -224,7 +225,7 @@ func (d *Daemon) lookForRoom() {
 	d.disk.submit("room", func() error {
 		err := roomIn(dir)
 		if d.full.Store(nil); err != nil {
-			d.full.Store(&Problem{Step: checkFolder, Message: fmt.Sprintf("nothing can be written into %q: %v", dir, err), Hint: folderHint(dir)})
+			d.full.Store(&host.Problem{Step: checkFolder, Message: fmt.Sprintf("nothing can be written into %q: %v", dir, err), Hint: folderHint(dir)})
 		}
 		return err
 	})

@@ -244,7 +244,7 @@ func TestDoctorAboutPeersNames(t *testing.T) {
 func TestDoctorTellsTheHostFirewallApart(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.d.mu.Lock()
-		r.d.byOthers = []Problem{
+		r.d.byOthers = []host.Problem{
 			{Step: othersStep, Message: "chain input of table inet filter drops packets of a tunnel", Hint: "open it", Tunnel: true},
 			{Step: othersStep, Message: "chain FORWARD of table ip filter drops packets from peers to the internet", Hint: "let it"},
 		}

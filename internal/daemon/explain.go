@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -24,9 +25,6 @@ type Language struct {
 	Find func(text string, rule policy.Rule, p policy.Packet) string
 }
 
-// languageOf names the language that a platform's rules are loaded in.
-var languageOf = map[string]string{"linux": "nft", "darwin": "pf", "userspace": "guard"}
-
 // Rules returns the rules as loaded, which the loop reads back and compares at
 // every tick; or, where a language is named, as they would be loaded in that: in the
 // host's own by what is known of it, and in others by defaults.
@@ -35,7 +33,7 @@ func (d *Daemon) Rules(_ context.Context, language string) (api.Rules, error) {
 	r := c.read
 	out := api.Rules{Platform: language}
 	if language == "" {
-		out.Platform = languageOf[d.opts.PlatformName]
+		out.Platform = d.opts.Host.Language
 	} else {
 		r = c.ruleset
 	}
@@ -49,12 +47,12 @@ func (d *Daemon) Rules(_ context.Context, language string) (api.Rules, error) {
 	rules, ok := d.opts.Languages[out.Platform]
 	switch {
 	case !ok:
-		return out, api.Errorf(api.CodeUnsupported, "rules can't be shown for platform %.20q", out.Platform).WithHint("it is pf, nft or guard")
+		return out, api.Errorf(api.CodeUnsupported, "rules can't be shown for platform %.20q", out.Platform).WithHint("it is %s", d.languages())
 	case r == nil:
 		return out, api.Errorf(api.CodeNotReady, "nothing is loaded yet").WithHint("see `meshhelper status`")
 	}
 	render := rules.Render
-	if _, renders := d.opts.Platform.(Renderer); renders && out.Platform == languageOf[d.opts.PlatformName] {
+	if d.opts.Host.Renderer != nil && out.Platform == d.opts.Host.Language {
 		switch {
 		case c.render != nil:
 			render = c.render
@@ -66,6 +64,17 @@ func (d *Daemon) Rules(_ context.Context, language string) (api.Rules, error) {
 	var err error
 	out.Anchor, out.Text, err = render(r)
 	return out, err
+}
+
+// languages lists the names of the languages that rules can be shown in.
+func (d *Daemon) languages() string {
+	names := slices.Sorted(maps.Keys(d.opts.Languages))
+	slices.Reverse(names)
+	last := len(names) - 1
+	if last < 1 {
+		return strings.Join(names, "")
+	}
+	return strings.Join(names[:last], ", ") + " or " + names[last]
 }
 
 // Explain says what happens to a packet on this host, all things taken together: the
@@ -109,8 +118,8 @@ func (d *Daemon) Explain(ctx context.Context, q api.Question) (api.Explanation, 
 // loadedLanguage is the host's own, of the rules that it was found to have loaded; zero
 // where it isn't known to have any.
 func (d *Daemon) loadedLanguage(c condition) Language {
-	l := d.opts.Languages[languageOf[d.opts.PlatformName]]
-	if _, renders := d.opts.Platform.(Renderer); renders {
+	l := d.opts.Languages[d.opts.Host.Language]
+	if d.opts.Host.Renderer != nil {
 		l.Render = c.render
 	}
 	if c.read == nil || l.Render == nil || l.Find == nil {

@@ -39,7 +39,7 @@ func TestRuleIsOneThatIsLoaded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
 		o := r.options()
-		o.Languages = map[string]Language{languageOf[o.PlatformName]: {
+		o.Languages = map[string]Language{o.Host.Language: {
 			Render: func(*policy.Ruleset) (anchor, text string, err error) { return "", "accept", nil },
 			Find:   func(text string, _ policy.Rule, _ policy.Packet) string { return text },
 		}}

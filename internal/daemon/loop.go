@@ -27,7 +27,7 @@ const (
 	// tunnelLimit bounds the end of the tunnel, so that one that hangs leaves time to
 	// put the host back.
 	tunnelLimit = 3 * time.Second
-	// stepLimit bounds making the interface and each enforcing step, and lookLimit a look at the host: a platform
+	// stepLimit bounds making the interface and each enforcing step, and lookLimit a look at the host: a host
 	// that hangs must not keep what was narrowed open for longer. Each has its own time,
 	// so that one that used up all of it leaves closing as much as ever.
 	stepLimit = 30 * time.Second
@@ -44,7 +44,7 @@ const (
 // loading nearly hangs each time.
 const RoundLimit = stepLimit + lookLimit + 2*(stepLimit+lookLimit+stepLimit)
 
-// loop is the reconcile loop: it alone talks to the platform, and its fields
+// loop is the reconcile loop: it alone talks to the host, and its fields
 // are its own.
 type loop struct {
 	d      *Daemon
@@ -52,7 +52,7 @@ type loop struct {
 	guard  *guard.Device
 	limits host.Limits // of the host's packet filter, when the guard was made
 	iface  string
-	// opened says that the platform made an interface, so that there is a host to
+	// opened says that the host made an interface, so that there is a host to
 	// leave as it was found.
 	opened bool
 
@@ -74,7 +74,7 @@ type loop struct {
 	blind    bool // a look at the host failed in this round
 	refused  error
 	report   host.Report
-	problems []Problem
+	problems []host.Problem
 	repairs  uint64
 	wait     backoff
 	due      time.Time
@@ -84,15 +84,15 @@ type loop struct {
 	seen   observed
 	// overlaps are what is to be said of the mesh prefixes: byPrefix, which is of the
 	// ruleset overlapsOf and the settings overlapsBy, and what peers' outer addresses add.
-	overlaps, byPrefix []Problem
+	overlaps, byPrefix []host.Problem
 	overlapsOf         *policy.Ruleset
 	overlapsBy         *settings
 	// told are the problems that an event told of, and when they were last found.
-	told map[Problem]time.Time
+	told map[host.Problem]time.Time
 }
 
 func newLoop(d *Daemon) *loop {
-	return &loop{d: d, wait: newBackoff(), rebind: make(chan Tunnel, 1), told: map[Problem]time.Time{}}
+	return &loop{d: d, wait: newBackoff(), rebind: make(chan Tunnel, 1), told: map[host.Problem]time.Time{}}
 }
 
 // run is the loop. The first round must make the mesh interface: a host where
@@ -157,7 +157,7 @@ func (l *loop) open(ctx context.Context) error {
 	o := &l.d.opts
 	limit, cancel := context.WithTimeout(ctx, stepLimit)
 	defer cancel()
-	dev, err := o.Platform.Open(limit, Interface{
+	dev, err := o.Host.Link.Open(limit, host.Interface{
 		Name: o.Interface, MTU: o.MTU, Addresses: l.d.mesh.own.List(), Prefixes: l.d.mesh.list(),
 	})
 	if err != nil {
@@ -168,10 +168,7 @@ func (l *loop) open(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(fmt.Errorf("open mesh interface: %w", err), dev.Close())
 	}
-	l.limits = host.Limits{}
-	if p, ok := o.Platform.(Limiter); ok {
-		l.limits = p.Limits()
-	}
+	l.limits = o.Host.Enforcer.Limits()
 	l.guard = guard.New(dev, guard.Options{ // nothing passes yet
 		Own: l.d.mesh.own.List(), States: l.limits.States, PerForwarded: l.limits.PerForwarded,
 		Reassembly: l.limits.Reassembly, ClearDF: l.limits.DropsDF,
@@ -270,7 +267,7 @@ func (l *loop) hold(ctx context.Context, doc *document) error {
 func (l *loop) observe(ctx context.Context) (policy.Host, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookLimit)
 	defer cancel()
-	host, err := l.d.opts.Platform.Observe(ctx)
+	host, err := l.d.opts.Host.Observer.Observe(ctx)
 	// Where peers are told to reach this host are its addresses from outside.
 	endpoint := l.d.settings.Load().endpoint
 	host.OutsidePort = endpoint.Port
@@ -374,13 +371,13 @@ func (l *loop) loadAndRead(ctx context.Context, r *policy.Ruleset) error {
 func (l *loop) load(ctx context.Context, r *policy.Ruleset) error {
 	ctx, cancel := context.WithTimeout(ctx, stepLimit)
 	defer cancel()
-	return l.d.opts.Platform.Enforce(ctx, r)
+	return l.d.opts.Host.Enforcer.Enforce(ctx, r)
 }
 
 func (l *loop) inspect(ctx context.Context, r *policy.Ruleset) error {
 	ctx, cancel := context.WithTimeout(ctx, lookLimit)
 	defer cancel()
-	report, err := l.d.opts.Platform.Inspect(ctx, r)
+	report, err := l.d.opts.Host.Enforcer.Inspect(ctx, r)
 	if err != nil {
 		return fmt.Errorf("inspect: %w", err)
 	}
@@ -445,7 +442,7 @@ func (l *loop) cut(ctx context.Context, r *policy.Ruleset) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, stepLimit)
 	defer cancel()
-	if err := l.d.opts.Platform.Cut(ctx, r, l.narrowed); err != nil {
+	if err := l.d.opts.Host.Enforcer.Cut(ctx, r, l.narrowed); err != nil {
 		return fmt.Errorf("cut flows: %w", err)
 	}
 	l.narrowed = nil
@@ -477,7 +474,7 @@ func (l *loop) check(ctx context.Context, doc *document) error {
 
 // recordRepairs counts what was put right once per step: a flushed table is one
 // change by another program, however many chains it had.
-func (l *loop) recordRepairs(drift []Problem) {
+func (l *loop) recordRepairs(drift []host.Problem) {
 	more := map[string]int{}
 	for _, p := range drift {
 		more[p.Step]++
@@ -530,11 +527,11 @@ func (l *loop) addProblem(err error) {
 }
 
 // isNews reports whether no event told of a problem lately.
-func (l *loop) isNews(p Problem) bool {
+func (l *loop) isNews(p host.Problem) bool {
 	now := time.Now()
 	last, known := l.told[p]
 	if !known && len(l.told) >= maxTold {
-		maps.DeleteFunc(l.told, func(_ Problem, at time.Time) bool { return now.Sub(at) >= toldFor })
+		maps.DeleteFunc(l.told, func(_ host.Problem, at time.Time) bool { return now.Sub(at) >= toldFor })
 		if len(l.told) >= maxTold {
 			return false // status has it
 		}
@@ -551,16 +548,16 @@ const (
 )
 
 // problemOf returns an error in the words of status.
-func problemOf(err error) Problem {
+func problemOf(err error) host.Problem {
 	var step *host.StepError
 	if errors.As(err, &step) {
-		return Problem{Step: step.Step, Message: step.Err.Error(), Hint: step.Hint}
+		return host.Problem{Step: step.Step, Message: step.Err.Error(), Hint: step.Hint}
 	}
 	name, message, found := strings.Cut(err.Error(), ": ")
 	if !found {
 		name, message = "reconcile", err.Error()
 	}
-	return Problem{Step: name, Message: message}
+	return host.Problem{Step: name, Message: message}
 }
 
 // schedule sets when to look again: at the next tick or end of a grant, or
@@ -590,8 +587,8 @@ func (l *loop) publish() {
 	if l.held != 0 {
 		c.state = api.Enforcing
 	}
-	if p, ok := l.d.opts.Platform.(Renderer); ok {
-		c.render = p.Renderer()
+	if renderer := l.d.opts.Host.Renderer; renderer != nil {
+		c.render = renderer.Renderer()
 	}
 	if l.refused == nil {
 		c.enforced = l.held
@@ -606,14 +603,14 @@ func (l *loop) publish() {
 }
 
 // leave ends the tunnel first, so that nothing of a peer arrives while the
-// filter is taken away, and then leaves the host as it was found. The platform
+// filter is taken away, and then leaves the host as it was found. The host
 // begins with forwarding, so that a kill at any moment leaves it closed.
 func (l *loop) leave(ctx context.Context) error {
 	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), host.LeaveLimit)
 	defer cancel()
 	l.endTunnel()
 	defer l.d.finish()
-	left, err := l.d.opts.Platform.Close(limit)
+	left, err := l.d.opts.Host.Link.Close(limit)
 	for _, p := range left {
 		l.d.journal.Record(events.Event{Kind: events.Problem, Message: p.Step + ": " + p.Message})
 	}
@@ -624,7 +621,7 @@ func (l *loop) leave(ctx context.Context) error {
 }
 
 // endTunnel closes the guard, so that nothing passes, and then the tunnel. It waits
-// tunnelLimit at most: a tunnel that hangs ends when the platform removes its
+// tunnelLimit at most: a tunnel that hangs ends when the host removes its
 // interface, or with this process.
 func (l *loop) endTunnel() {
 	if l.tunnel == nil {

@@ -535,7 +535,7 @@ func TestExpiryOnFrozenDisk(t *testing.T) {
 
 // obstinate is a host whose filter doesn't take permissions, and hangs over it.
 type obstinate struct {
-	Platform
+	host.Enforcer
 	closing atomic.Int64 // the time that closing was given, in ns
 	hangs   atomic.Bool
 }
@@ -549,7 +549,7 @@ func (o *obstinate) Enforce(ctx context.Context, r *policy.Ruleset) error {
 	if until, ok := ctx.Deadline(); ok && !gives {
 		o.closing.Store(int64(time.Until(until)))
 	}
-	return o.Platform.Enforce(ctx, r)
+	return o.Enforcer.Enforce(ctx, r)
 }
 
 // TestClosingHasItsOwnTime has enforcing use up all of its time: closing, which comes
@@ -560,8 +560,8 @@ func TestClosingHasItsOwnTime(t *testing.T) {
 		r.mustAllow("phone", "incoming", "")
 		r.stop()
 		o := r.options()
-		slow := &obstinate{Platform: r.host}
-		o.Platform = slow
+		slow := &obstinate{Enforcer: r.host}
+		o.Host.Enforcer = slow
 		r.startWith(o)
 		r.wantLoaded("phone", mesh.Incoming)
 		slow.hangs.Store(true)

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
@@ -39,14 +40,14 @@ func outerOf(n numbers) (out []netip.AddrPort) {
 	return slices.Compact(out)
 }
 
-// lookAtOthers asks n what of other software stands in the way of what is in force, each
+// lookAtOthers asks the host what of other software stands in the way of what is in force, each
 // time that the loop found or changed something. The loop doesn't wait for it: it only
 // informs.
-func (d *Daemon) lookAtOthers(ctx context.Context, n Neighbours) error {
+func (d *Daemon) lookAtOthers(ctx context.Context) error {
 	for {
 		c, changed := d.condition()
 		began := time.Now()
-		d.lookOnce(ctx, n, c)
+		d.lookOnce(ctx, c)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -63,7 +64,7 @@ func (d *Daemon) lookAtOthers(ctx context.Context, n Neighbours) error {
 
 // lookOnce has a look at others, and keeps what it finds unless ctx ends. Another look that
 // runs is waited for, so that what is kept is of the last one that began.
-func (d *Daemon) lookOnce(ctx context.Context, n Neighbours, c condition) {
+func (d *Daemon) lookOnce(ctx context.Context, c condition) {
 	if c.loaded == nil {
 		return
 	}
@@ -75,13 +76,13 @@ func (d *Daemon) lookOnce(ctx context.Context, n Neighbours, c condition) {
 	case <-limit.Done():
 		return
 	}
-	found, err := n.Others(limit, c.loaded, outerOf(c.numbers()))
+	found, err := d.opts.Host.Others.Others(limit, c.loaded, outerOf(c.numbers()))
 	if ctx.Err() != nil {
 		return
 	}
 	if err != nil {
 		// What can't be read is said, and is no reason to doubt what is enforced.
-		found = append(found, Problem{
+		found = append(found, host.Problem{
 			Step: "look at other software", Message: "not all of it can be read: " + err.Error(), Hint: "the helper tries again",
 		})
 	}
@@ -91,7 +92,7 @@ func (d *Daemon) lookOnce(ctx context.Context, n Neighbours, c condition) {
 }
 
 // obstacles returns what lookAtOthers found last.
-func (d *Daemon) obstacles() []Problem {
+func (d *Daemon) obstacles() []host.Problem {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.byOthers

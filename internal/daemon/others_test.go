@@ -13,7 +13,6 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/host"
-	"github.com/meshhelper/meshhelper/internal/host/hosttest"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
@@ -21,23 +20,21 @@ import (
 
 // beset is a host beside other software, which takes long to look at.
 type beset struct {
-	*hosttest.Host
-
 	mu    sync.Mutex
 	takes time.Duration
-	found []Problem
+	found []host.Problem
 	err   error
 	asked []*policy.Ruleset
 	outer []netip.AddrPort
 }
 
-func (b *beset) set(takes time.Duration, found []Problem, err error) {
+func (b *beset) set(takes time.Duration, found []host.Problem, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.takes, b.found, b.err = takes, found, err
 }
 
-func (b *beset) Others(ctx context.Context, r *policy.Ruleset, outer []netip.AddrPort) ([]Problem, error) {
+func (b *beset) Others(ctx context.Context, r *policy.Ruleset, outer []netip.AddrPort) ([]host.Problem, error) {
 	b.mu.Lock()
 	b.asked, b.outer = append(b.asked, r), outer
 	takes, found, err := b.takes, b.found, b.err
@@ -57,11 +54,11 @@ func (b *beset) ByOthers(context.Context, host.Packet, string, bool) (host.ByOth
 func TestOthersAreWaitedForByNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
-		b := &beset{Host: r.host}
-		chain := Problem{Step: "look at other packet filters", Message: "chain FORWARD drops it", Hint: "let it"}
-		b.set(0, []Problem{chain}, nil)
+		b := &beset{}
+		chain := host.Problem{Step: "look at other packet filters", Message: "chain FORWARD drops it", Hint: "let it"}
+		b.set(0, []host.Problem{chain}, nil)
 		o := r.options()
-		o.Platform = b
+		o.Host.Others, o.Host.Judge = b, b
 		r.startWith(o)
 		defer r.end()
 		problems := func() []api.Problem { return r.d.Status().Problems }
@@ -100,7 +97,7 @@ func TestOthersAreWaitedForByNobody(t *testing.T) {
 		if got := problems(); len(got) > 0 {
 			t.Errorf("problems afterwards: %v", got)
 		}
-		b.set(0, []Problem{chain}, nil)
+		b.set(0, []host.Problem{chain}, nil)
 		if by, _ := r.doctor(); by["other packet filters"].Message != chain.Message {
 			t.Errorf("doctor doesn't look by itself: %+v", by["other packet filters"])
 		}
@@ -112,9 +109,9 @@ func TestOthersAreWaitedForByNobody(t *testing.T) {
 func TestOthersAreAskedForKnownDevices(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
-		b := &beset{Host: r.host}
+		b := &beset{}
 		o := r.options()
-		o.Platform = b
+		o.Host.Others, o.Host.Judge = b, b
 		r.startWith(o)
 		defer r.end()
 		var want []netip.AddrPort
@@ -150,10 +147,10 @@ func TestOthersAreAskedForKnownDevices(t *testing.T) {
 func TestLongLooksArePaced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
-		b := &beset{Host: r.host}
+		b := &beset{}
 		b.set(time.Second, nil, nil)
 		o := r.options()
-		o.Platform = b
+		o.Host.Others, o.Host.Judge = b, b
 		r.startWith(o)
 		defer r.end()
 		r.after(time.Hour)

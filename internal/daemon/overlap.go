@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"github.com/meshhelper/meshhelper/internal/events"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -21,8 +22,8 @@ const (
 
 // overlapProblems returns a problem for each other owner of a part of the mesh prefixes,
 // with the way out: a restart, where another prefix was set already.
-func overlapProblems(r *policy.Ruleset, s *settings) []Problem {
-	var out []Problem
+func overlapProblems(r *policy.Ruleset, s *settings) []host.Problem {
+	var out []host.Problem
 	for _, o := range r.Overlaps() {
 		p := overlapProblem(r, o)
 		next, known := s.prefixesAfter()
@@ -34,7 +35,7 @@ func overlapProblems(r *policy.Ruleset, s *settings) []Problem {
 	return out
 }
 
-func overlapProblem(r *policy.Ruleset, o policy.Overlap) Problem {
+func overlapProblem(r *policy.Ruleset, o policy.Overlap) host.Problem {
 	texts := make([]string, len(o.Prefixes))
 	for i, p := range o.Prefixes {
 		if texts[i] = p.String(); o.Kind == policy.OverlapUplink || o.Kind == policy.OverlapResolver {
@@ -42,7 +43,7 @@ func overlapProblem(r *policy.Ruleset, o policy.Overlap) Problem {
 		}
 	}
 	list := some(texts, shownPrefixes)
-	p := Problem{Step: stepPrefix, Hint: "this host reaches them as before, peers don't; " + wayOut(r, o.Mesh)}
+	p := host.Problem{Step: stepPrefix, Hint: "this host reaches them as before, peers don't; " + wayOut(r, o.Mesh)}
 	in := fmt.Sprintf("inside the mesh prefix %v", o.Mesh)
 	if o.Prefixes[0].Bits() < o.Mesh.Bits() {
 		in = fmt.Sprintf("around the mesh prefix %v", o.Mesh)
@@ -75,14 +76,14 @@ func overlapProblem(r *policy.Ruleset, o policy.Overlap) Problem {
 
 // nearlyProblems returns a problem for each interface whose routes are nearly a default
 // route.
-func nearlyProblems(h policy.Host) []Problem {
-	var out []Problem
+func nearlyProblems(h policy.Host) []host.Problem {
+	var out []host.Problem
 	for _, n := range h.NearlyDefault() {
 		missing := make([]string, len(n.Missing))
 		for i, p := range n.Missing {
 			missing[i] = p.String()
 		}
-		out = append(out, Problem{
+		out = append(out, host.Problem{
 			Step: "default route",
 			Message: fmt.Sprintf("routes by %s lead to most of the internet, but not to %s: they are no default route, so what they lead to is class lan, which peers reach with routing and lan only",
 				n.Interface, some(missing, shownPrefixes)),
@@ -94,8 +95,8 @@ func nearlyProblems(h policy.Host) []Problem {
 
 // outerProblems returns a problem for each peer whose outer address is in a mesh prefix.
 // One in a part that another owner has is named with the owner.
-func outerProblems(r *policy.Ruleset, peers []mesh.Peer, n numbers) []Problem {
-	var out []Problem
+func outerProblems(r *policy.Ruleset, peers []mesh.Peer, n numbers) []host.Problem {
+	var out []host.Problem
 	for i := range peers {
 		a := n.tunnel[peers[i].PublicKey].Endpoint.Addr().Unmap().WithZone("")
 		mesh, inside := r.MeshOf(a)
@@ -103,7 +104,7 @@ func outerProblems(r *policy.Ruleset, peers []mesh.Peer, n numbers) []Problem {
 			continue
 		}
 		at, known := r.PeerByAddr(a)
-		p := Problem{Step: stepPrefix}
+		p := host.Problem{Step: stepPrefix}
 		switch {
 		case known:
 			p.Message = fmt.Sprintf("%s is to be reached at %v, which is the mesh address of %s: the tunnel doesn't carry itself", peers[i].Name, a, r.Peers()[at].Name)

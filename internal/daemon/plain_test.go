@@ -5,13 +5,14 @@ import (
 	"testing"
 
 	"github.com/meshhelper/meshhelper/internal/events"
+	"github.com/meshhelper/meshhelper/internal/host"
 )
 
 // TestNamesForgeNothing has another program's table be named to forge lines.
 func TestNamesForgeNothing(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		const forged = "table x\x1b]0;y\a\nok       all is fine drops it"
-		r.host.Foreign(Problem{Step: "look", Message: forged, Hint: "see\x1b[2J"})
+		r.host.Foreign(host.Problem{Step: "look", Message: forged, Hint: "see\x1b[2J"})
 		r.d.journal.Record(events.Event{Kind: events.Problem, Message: forged})
 		r.after(DefaultTick)
 		checks, err := r.d.Doctor(t.Context())

@@ -17,7 +17,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/events"
-	"github.com/meshhelper/meshhelper/internal/host/hosttest"
+	"github.com/meshhelper/meshhelper/internal/host/hostfake"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
@@ -27,7 +27,7 @@ import (
 type rig struct {
 	t      *testing.T
 	dir    string
-	host   *hosttest.Host
+	host   *hostfake.Host
 	tunnel *fakeTunnel // the newest
 	d      *Daemon
 	stop   func() // ends it, and wants no error
@@ -53,12 +53,12 @@ func inBubble(t *testing.T, test func(t *testing.T, r *rig)) {
 }
 
 func newRig(t *testing.T) *rig {
-	return &rig{t: t, dir: filepath.Join(t.TempDir(), "state"), host: hosttest.New()}
+	return &rig{t: t, dir: filepath.Join(t.TempDir(), "state"), host: hostfake.New()}
 }
 
 func (r *rig) options() Options {
 	return Options{
-		Platform: r.host, PlatformName: "fake", StateDir: r.dir, Logger: slog.New(slog.DiscardHandler),
+		Host: r.host.Host(), StateDir: r.dir, Logger: slog.New(slog.DiscardHandler),
 		Wall: r.wall,
 		NewTunnel: func(dev tun.Device, _ mesh.PrivateKey, _ uint16) (Tunnel, error) {
 			if r.portTaken.Load() {

@@ -6,6 +6,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/guard"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/plain"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -17,7 +18,7 @@ func (d *Daemon) Status() api.Status {
 	c, _ := d.condition()
 	doc := d.wanted.Load()
 	s := api.Status{
-		Version: d.opts.Version, Name: d.settings.Load().name, Platform: d.opts.PlatformName,
+		Version: d.opts.Version, Name: d.settings.Load().name, Platform: d.opts.Host.Name,
 		Interface: c.iface, PublicKey: d.mesh.key.String(), ListenPort: c.listenPort,
 		Addresses:    d.mesh.own.List(),
 		MeshPrefixes: d.mesh.list(),
@@ -40,7 +41,7 @@ func (d *Daemon) Status() api.Status {
 }
 
 // problems returns what was found wrong: what keeps the policy from being in force first.
-func (d *Daemon) problems(c condition) []Problem {
+func (d *Daemon) problems(c condition) []host.Problem {
 	out := slices.Clone(c.problems)
 	if p, bad := d.disk.problem(); bad {
 		out = append(out, p)
@@ -81,7 +82,7 @@ type numbers struct {
 }
 
 // shown is a problem as the socket shows it.
-func shown(p Problem) api.Problem {
+func shown(p host.Problem) api.Problem {
 	return api.Problem{Step: p.Step, Message: plain.Text(p.Message), Hint: plain.Text(p.Hint)}
 }
 

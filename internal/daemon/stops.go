@@ -120,8 +120,8 @@ func (t *trip) tunnel(c condition) {
 	if far.Addr().Is6() {
 		own = facts.Source6
 	}
-	if w, can := t.d.opts.Platform.(Wayfinder); can {
-		if way, err := w.Way(t.ctx, host.Packet{Packet: policy.Packet{Dst: far.Addr()}}); err == nil && way.Interface != "" && way.Source.IsValid() {
+	if ways := t.d.opts.Host.Ways; ways != nil {
+		if way, err := ways.Way(t.ctx, host.Packet{Packet: policy.Packet{Dst: far.Addr()}}); err == nil && way.Interface != "" && way.Source.IsValid() {
 			by, own = way.Interface, way.Source
 		}
 	}
@@ -192,11 +192,11 @@ func (t *trip) ends() bool {
 // others asks what other software's rules do with a packet, on hosts where they can be
 // judged. reply says that the other end opened its flow.
 func (t *trip) others(p host.Packet, out string, reply, back bool) {
-	n, can := t.d.opts.Platform.(OthersJudge)
-	if !can {
+	judge := t.d.opts.Host.Judge
+	if judge == nil {
 		return
 	}
-	by, err := n.ByOthers(t.ctx, p, out, reply)
+	by, err := judge.ByOthers(t.ctx, p, out, reply)
 	if err != nil {
 		t.stop(back, api.Stop{Message: "other software's rules can't be read: " + err.Error(), Hint: "ask again", Unclear: true})
 		return
@@ -253,13 +253,13 @@ func (t *trip) leg(p host.Packet, out string, back bool) {
 
 // way asks the kernel, where it can be asked.
 func (t *trip) way(p host.Packet, back bool) (host.Way, bool) {
-	f, can := t.d.opts.Platform.(Wayfinder)
-	if !can {
+	ways := t.d.opts.Host.Ways
+	if ways == nil {
 		return host.Way{}, false
 	}
 	w, err := host.Way{}, t.ctx.Err()
 	if err == nil {
-		w, err = f.Way(t.ctx, p)
+		w, err = ways.Way(t.ctx, p)
 	}
 	if err != nil {
 		t.stop(back, api.Stop{Message: "the kernel doesn't tell which way it would send it: " + err.Error(), Hint: "ask again", Unclear: true})

@@ -10,14 +10,12 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/host"
-	"github.com/meshhelper/meshhelper/internal/host/hosttest"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // crossing is a host whose kernel sends packets as a test says.
 type crossing struct {
-	*hosttest.Host
 	way func(host.Packet) (host.Way, error)
 	by  func(p host.Packet, out string, reply bool) host.ByOthers // nil: all passes
 }
@@ -25,7 +23,7 @@ type crossing struct {
 func (h *crossing) Way(_ context.Context, p host.Packet) (host.Way, error) { return h.way(p) }
 
 // Others finds nothing.
-func (*crossing) Others(context.Context, *policy.Ruleset, []netip.AddrPort) ([]Problem, error) {
+func (*crossing) Others(context.Context, *policy.Ruleset, []netip.AddrPort) ([]host.Problem, error) {
 	return nil, nil
 }
 
@@ -36,7 +34,7 @@ func (h *crossing) ByOthers(_ context.Context, p host.Packet, out string, reply 
 	return h.by(p, out, reply), nil
 }
 
-// straight sends packets as the facts of [hosttest.New] say.
+// straight sends packets as the facts of [hostfake.New] say.
 func straight(p host.Packet) (host.Way, error) {
 	switch a := p.Dst.String(); {
 	case a == "198.51.100.2":
@@ -111,7 +109,10 @@ func TestExplainTakesAllTogether(t *testing.T) {
 			if c.way == nil {
 				c.way = straight
 			}
-			inRig(t, func(r *rig) Platform { return &crossing{r.host, c.way, c.by} }, func(t *testing.T, r *rig) {
+			inRig(t, func(o *Options) {
+				h := &crossing{c.way, c.by}
+				o.Host.Others, o.Host.Judge, o.Host.Ways = h, h, h
+			}, func(t *testing.T, r *rig) {
 				r.add("phone")
 				for _, p := range []string{"incoming", "routing", "lan"} {
 					r.mustAllow("phone", p, "")
@@ -194,13 +195,13 @@ func TestQuestionsThatMakeNoSense(t *testing.T) {
 	})
 }
 
-// inRig runs test with a running daemon on a platform that is made of a rig's host.
-func inRig(t *testing.T, on func(*rig) Platform, test func(*testing.T, *rig)) {
+// inRig runs test with a running daemon whose options a test has changed.
+func inRig(t *testing.T, change func(*Options), test func(*testing.T, *rig)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
 		o := r.options()
-		o.Platform = on(r)
+		change(&o)
 		r.startWith(o)
 		defer r.end()
 		test(t, r)

@@ -14,7 +14,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/owned"
 )
 
-// The files in the state directory. The platform's journal stands beside them.
+// The files in the state directory. The host's journal stands beside them.
 const (
 	stateFile = "state.json"
 	copyFile  = "state.last.json"

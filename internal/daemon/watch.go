@@ -6,14 +6,15 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/events"
+	"github.com/meshhelper/meshhelper/internal/host"
 )
 
 // watch pokes the loop after each change of the host. A watcher that fails is
 // started again; meanwhile the tick finds what it would have reported.
-func (d *Daemon) watch(ctx context.Context, w Watcher) error {
+func (d *Daemon) watch(ctx context.Context, o host.Observer) error {
 	for wait := newBackoff(); ; {
 		began := time.Now()
-		err := w.Watch(ctx, func() { poke(d.moved) })
+		err := o.Watch(ctx, func() { poke(d.moved) })
 		if ctx.Err() != nil {
 			return nil
 		}

@@ -6,10 +6,13 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/meshhelper/meshhelper/internal/host"
 )
 
 // fickle is a watcher that fails after a while each time.
 type fickle struct {
+	host.Observer
 	lasts func(call int) time.Duration
 	began []time.Time
 }

@@ -14,7 +14,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// Cut implements the daemon's contract. The table already judges each packet by
+// Cut implements [host.Enforcer]. The table already judges each packet by
 // the opener of its flow, so that flows through the host are dead since Enforce.
 // What is left:
 //

@@ -1,7 +1,7 @@
 // Package linux makes a Linux host enforce a ruleset with nftables and netlink;
 // it runs no programs.
 //
-// [New] makes a platform; its methods are the daemon's platform contract. What it
+// [New] makes a platform; its methods are the parts of a [host.Host]. What it
 // puts on the host is little: a TUN device with the host's mesh addresses, a host
 // route per peer, one nftables table named meshhelper, and forwarding on the
 // interfaces that need it. What forwarding was before is in a journal on disk

@@ -8,7 +8,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// Inspect implements the daemon's contract: it reads the table, the addresses,
+// Inspect implements [host.Enforcer]: it reads the table, the addresses,
 // the routes and the forwarding flags back.
 func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, error) {
 	return ask(ctx, p, func() (host.Report, error) { return p.inspect(r) })

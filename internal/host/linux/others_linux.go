@@ -126,7 +126,7 @@ func (o *others) run(ctx context.Context, do func() error) error {
 	})
 }
 
-// Others implements the daemon's contract. It also ends what peers hold in conntrack
+// Others implements [host.Others]. It also ends what peers hold in conntrack
 // beyond their shares.
 func (p *Platform) Others(ctx context.Context, r *policy.Ruleset, outer []netip.AddrPort) ([]host.Problem, error) {
 	var out []host.Problem
@@ -159,7 +159,7 @@ func (p *Platform) otherWays(ctx context.Context, r *policy.Ruleset, marks map[b
 	return ask(limited, p, func() ([]host.Problem, error) { return p.wayProblems(r, marks), nil })
 }
 
-// ByOthers implements the daemon's contract.
+// ByOthers implements [host.Judge].
 func (p *Platform) ByOthers(ctx context.Context, packet host.Packet, out string, reply bool) (host.ByOthers, error) {
 	var f finding
 	s := sampleOf(packet, out, reply)

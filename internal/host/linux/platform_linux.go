@@ -148,7 +148,15 @@ func dialRoutes() (*nlconn.Conn, error) {
 	return c, nil
 }
 
-// Limits implements the daemon's limiter: conntrack has one entry for a flow.
+// Host returns the parts of this host.
+func (p *Platform) Host() host.Host {
+	return host.Host{
+		Name: "linux", Language: "nft", Link: p, Observer: p, Enforcer: p,
+		Others: p, Judge: p, Ways: p, Renderer: p,
+	}
+}
+
+// Limits implements [host.Enforcer]: conntrack has one entry for a flow.
 // Before its module is loaded there is no limit to read, and memory alone bounds.
 func (p *Platform) Limits() host.Limits {
 	l := host.Limits{States: p.states(), PerForwarded: 1, Reassembly: p.reassembly()}
@@ -248,7 +256,7 @@ func named(step string, err error) error {
 	return e
 }
 
-// Open implements the daemon's contract: it takes the lock, restores what a
+// Open implements [host.Link]: it takes the lock, restores what a
 // killed helper left, loads a table that lets nothing of a peer through, and
 // makes the mesh interface. It may be called again when the interface is gone.
 // After an error forwarding is as it was found; the table stays, unless this was
@@ -415,7 +423,7 @@ func (p *Platform) makeInterface(cfg host.Interface) (err error) {
 	return p.close(p.name)
 }
 
-// Observe implements the daemon's contract.
+// Observe implements [host.Observer].
 func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
 	return ask(ctx, p, func() (policy.Host, error) {
 		h, err := p.observe()
@@ -452,7 +460,7 @@ func (p *Platform) hasIPv6() bool {
 	return err == nil && v == "0"
 }
 
-// Enforce implements the daemon's contract.
+// Enforce implements [host.Enforcer].
 func (p *Platform) Enforce(ctx context.Context, r *policy.Ruleset) error {
 	return p.run(ctx, func() error {
 		if p.dev == nil {
@@ -555,7 +563,7 @@ func (p *Platform) renderWith(with params) {
 	p.render = func(r *policy.Ruleset) (anchor, text string, err error) { return "", compile(r, with).String(), nil }
 }
 
-// Renderer implements the daemon's contract.
+// Renderer implements [host.Renderer].
 func (p *Platform) Renderer() func(*policy.Ruleset) (anchor, text string, err error) { return p.render }
 
 // closeUp stops what is of peers by what is left when the table can't be loaded: the
@@ -612,7 +620,7 @@ func behind(h policy.Host) []string {
 	return out
 }
 
-// Close implements the daemon's contract. The platform can't be used afterwards.
+// Close implements [host.Link]. The platform can't be used afterwards.
 // When ctx has ended, it has closeLimit for what closes.
 func (p *Platform) Close(ctx context.Context) ([]host.Problem, error) {
 	if end, ok := ctx.Deadline(); ctx.Err() != nil || ok && time.Until(end) < closeLimit {

@@ -74,7 +74,7 @@ func subscribe(family int, groups ...uint32) (*nlconn.Conn, error) {
 	return c, nil
 }
 
-// Watch implements the daemon's contract. What this process itself does to
+// Watch implements [host.Observer]. What this process itself does to
 // nftables isn't a change. Sockets of its own are opened in the network namespace of
 // the platform, so that it can be called again after an error.
 func (p *Platform) Watch(ctx context.Context, changed func()) error {

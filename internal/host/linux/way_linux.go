@@ -20,7 +20,7 @@ import (
 // wayLimit bounds the question for one way.
 const wayLimit = 5 * time.Second
 
-// Way implements the daemon's contract.
+// Way implements [host.Ways].
 func (p *Platform) Way(ctx context.Context, packet host.Packet) (host.Way, error) {
 	if !packet.Dst.IsValid() || packet.Src.IsValid() && packet.Src.Is4() != packet.Dst.Is4() {
 		return host.Way{}, fmt.Errorf("find the way from %v to %v: these aren't addresses of one family", packet.Src, packet.Dst)

@@ -13,7 +13,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// Enforce implements the daemon's contract.
+// Enforce implements [host.Enforcer].
 func (p *Platform) Enforce(ctx context.Context, r *policy.Ruleset) error {
 	if p.dev == nil {
 		return errors.New("enforce ruleset: the mesh interface isn't open")

@@ -11,7 +11,7 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// Inspect implements the daemon's contract. What the kernel tells without a
+// Inspect implements [host.Enforcer]. What the kernel tells without a
 // process is compared each time; what pf holds is read whole when there is a reason
 // to (see [look]), and otherwise watched for signs by one process.
 func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, error) {

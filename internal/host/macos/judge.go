@@ -13,7 +13,7 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// ByOthers implements the daemon's contract. It reads what the packet filter holds now,
+// ByOthers implements [host.Judge]. It reads what the packet filter holds now,
 // ours included, and sends the packet through a machine with all of it and through one
 // with ours alone; it needs nothing of what the loop uses, which doesn't wait for it.
 func (p *Platform) ByOthers(ctx context.Context, packet host.Packet, out string, reply bool) (host.ByOthers, error) {

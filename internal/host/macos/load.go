@@ -107,7 +107,7 @@ func (p *Platform) compile(r *policy.Ruleset) (*Anchor, error) {
 	return Compile(r, p.options())
 }
 
-// Renderer implements the daemon's contract.
+// Renderer implements [host.Renderer].
 func (p *Platform) Renderer() func(*policy.Ruleset) (anchor, text string, err error) {
 	if p.loaded == nil {
 		return nil

@@ -65,7 +65,7 @@ type sign struct {
 	main               string    // digest of the main ruleset as it was last loaded
 }
 
-// Watch implements the daemon's watcher.
+// Watch implements [host.Observer].
 func (p *Platform) Watch(ctx context.Context, changed func()) error {
 	return darwin.NewWatcher(darwin.WatcherOptions{Kernel: p.o.Kernel, Log: p.o.Log}).Run(ctx, func() {
 		p.moved.Store(true)
@@ -73,7 +73,7 @@ func (p *Platform) Watch(ctx context.Context, changed func()) error {
 	})
 }
 
-// Observe implements the daemon's contract.
+// Observe implements [host.Observer].
 func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
 	n, err := darwin.Observe(p.o.Kernel)
 	if err != nil {

@@ -110,7 +110,7 @@ func named(step string, err error) error {
 	return e
 }
 
-// Open implements the daemon's contract.
+// Open implements [host.Link].
 func (p *Platform) Open(ctx context.Context, cfg host.Interface) (tun.Device, error) {
 	if cfg.MTU < 1280 || cfg.MTU > 65535 {
 		return nil, fmt.Errorf("open mesh interface: MTU %d: want 1280 to 65535", cfg.MTU)
@@ -338,12 +338,20 @@ func (p *Platform) forwarding() (now policy.Families, err error) {
 	return now, err
 }
 
-// Limits implements the daemon's limiter.
+// Host returns the parts of this host.
+func (p *Platform) Host() host.Host {
+	return host.Host{
+		Name: "darwin", Language: "pf", Link: p, Observer: p, Enforcer: p,
+		Judge: p, Ways: p, Renderer: p,
+	}
+}
+
+// Limits implements [host.Enforcer].
 func (p *Platform) Limits() host.Limits {
 	return host.Limits{States: MaxStates, PerForwarded: StatesPerForwarded, DropsDF: true}
 }
 
-// Cut implements the daemon's contract.
+// Cut implements [host.Enforcer].
 func (p *Platform) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
 	p.cuts.save(saveBeforeCut)
 	if err := errors.Join(p.kill(ctx, Kills(p.cut, r, narrowed)), p.endStrays(ctx, r)); err != nil {
@@ -354,7 +362,7 @@ func (p *Platform) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy
 	return nil
 }
 
-// Close implements the daemon's contract. It goes back in the order opposite to
+// Close implements [host.Link]. It goes back in the order opposite to
 // Enforce's: forwarding, the interface with its addresses and routes, flows, the
 // anchor, the token.
 func (p *Platform) Close(ctx context.Context) ([]host.Problem, error) {

@@ -10,7 +10,7 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// Way implements the daemon's contract. macOS has one routing table, which doesn't go by
+// Way implements [host.Ways]. macOS has one routing table, which doesn't go by
 // the interface that a packet comes in by, nor by its source or ports; what a rule of pf
 // sends elsewhere (route-to) isn't known to it.
 func (p *Platform) Way(_ context.Context, packet host.Packet) (host.Way, error) {

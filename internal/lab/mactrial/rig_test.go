@@ -156,7 +156,7 @@ func (g *rig) begin() error {
 		return err
 	}
 	g.d, err = daemon.New(daemon.Options{
-		Platform: platform, PlatformName: "darwin", StateDir: g.dir, Logger: log, Tick: g.tick,
+		Host: platform.Host(), StateDir: g.dir, Logger: log, Tick: g.tick,
 		Wall:      func() time.Time { return g.mac.Now() },
 		NewTunnel: g.newTunnel,
 	})

@@ -1,8 +1,3 @@
-// Package host holds the words that the daemon and the kinds of host it runs
-// on (linux, macos, netstack) have in common: how the mesh interface is to be
-// made, what was found wrong, and errors that name the enforcing step. The
-// interface itself is the daemon's, which consumes it; the hosts don't import
-// the daemon.
 package host
 
 import (
@@ -19,7 +14,7 @@ const LeaveLimit = 15 * time.Second
 
 // Interface is how the mesh interface is to be made.
 type Interface struct {
-	// Name is the wanted name, or empty for one that the platform chooses.
+	// Name is the wanted name, or empty for one that the host chooses.
 	Name string // optional
 	// MTU in bytes, between 1280 (IPv6 needs it, RFC 8200 5) and 65535.
 	MTU int // required

@@ -1,7 +1,7 @@
-// Package hosttest is a host that enforces nothing: it keeps what it was
+// Package hostfake is a host that enforces nothing: it keeps what it was
 // told, and refuses what a real host refuses, so that everything above the
-// platform can be tried on any machine and without rights.
-package hosttest
+// contract of package host can be tried on any machine and without rights.
+package hostfake
 
 import (
 	"context"
@@ -53,6 +53,11 @@ func New() *Host {
 			Routes:  []policy.Route{{Prefix: netip.MustParsePrefix("0.0.0.0/0"), Interface: "eth0"}},
 		},
 	}
+}
+
+// Host returns the parts that h has of a host. Its language is one that no program writes.
+func (h *Host) Host() host.Host {
+	return host.Host{Name: "fake", Language: "fake", Link: h, Observer: h, Enforcer: h}
 }
 
 // step notes a call and returns its fault.
@@ -181,6 +186,9 @@ func (h *Host) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Nar
 	h.cuts = append(h.cuts, slices.Clone(narrowed))
 	return nil
 }
+
+// Limits says that memory alone bounds peers' flows: there is no packet filter.
+func (h *Host) Limits() host.Limits { return host.Limits{} }
 
 // Close takes everything away. It works without Open.
 func (h *Host) Close(ctx context.Context) ([]host.Problem, error) {

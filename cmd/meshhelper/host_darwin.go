@@ -6,18 +6,22 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/darwin"
-	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/host/macos"
 	"github.com/meshhelper/meshhelper/internal/install"
 )
 
-// platforms returns the platforms of this build.
-func platforms() map[string]newPlatform {
-	return map[string]newPlatform{
-		"darwin": func(o platformOptions) (daemon.Platform, error) {
-			return macos.NewPlatform(macos.PlatformOptions{
+// hosts returns the hosts that this build can run on.
+func hosts() map[string]newHost {
+	return map[string]newHost{
+		"darwin": func(o hostOptions) (host.Host, error) {
+			p, err := macos.NewPlatform(macos.PlatformOptions{
 				StateDir: o.stateDir, Label: o.label, Runner: darwin.Exec{}, Kernel: darwin.System{}, Log: o.log,
 			})
+			if err != nil {
+				return host.Host{}, err
+			}
+			return p.Host(), nil
 		},
 	}
 }

@@ -7,15 +7,19 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/darwin"
-	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/host/linux"
 )
 
-// platforms returns the platforms of this build.
-func platforms() map[string]newPlatform {
-	return map[string]newPlatform{
-		"linux": func(o platformOptions) (daemon.Platform, error) {
-			return linux.New(linux.Options{StateDir: o.stateDir, Log: o.log})
+// hosts returns the hosts that this build can run on.
+func hosts() map[string]newHost {
+	return map[string]newHost{
+		"linux": func(o hostOptions) (host.Host, error) {
+			p, err := linux.New(linux.Options{StateDir: o.stateDir, Log: o.log})
+			if err != nil {
+				return host.Host{}, err
+			}
+			return p.Host(), nil
 		},
 	}
 }
