@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/bits"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -204,8 +205,27 @@ func (g Grants) Allowed() Permissions {
 	return set
 }
 
-// MarshalJSON writes an object with the permissions' names.
-func (g Grants) MarshalJSON() ([]byte, error) { return MarshalPermissions(g[:]) }
+// MarshalJSON writes an object with the permissions' names. It is written by hand because
+// the whole document is, for each change, and a mesh may have thousands of peers.
+func (g Grants) MarshalJSON() ([]byte, error) {
+	out := make([]byte, 0, 160)
+	for i, one := range AllPermissions {
+		out = append(out, "{,"[min(i, 1)], '"')
+		out = append(out, one.Name...)
+		out = append(out, `":{"allowed":`...)
+		out = strconv.AppendBool(out, g[i].Allowed)
+		if !g[i].Until.IsZero() {
+			until, err := g[i].Until.MarshalJSON()
+			if err != nil {
+				return nil, fmt.Errorf("permission %s: %w", one.Name, err)
+			}
+			out = append(out, `,"until":`...)
+			out = append(out, until...)
+		}
+		out = append(out, '}')
+	}
+	return append(out, '}'), nil
+}
 
 // UnmarshalJSON reads what MarshalJSON writes.
 func (g *Grants) UnmarshalJSON(text []byte) error { return UnmarshalPermissions(text, g[:]) }
