@@ -414,7 +414,7 @@ func TestDoctorOnTheSimulatedMac(t *testing.T) {
 	if _, _, _, err := g.mac.Run(t.Context(), nil, "/bin/launchctl", "kickstart", "-k", "system/org.meshhelper"); err != nil {
 		t.Fatal(err)
 	}
-	doctor(exitFailed, "problem  service: macOS ends the program at its start", "OS_REASON_CODESIGNING", "-> install it again",
+	doctor(exitFailed, "problem  service: macOS kills the program when it starts", "OS_REASON_CODESIGNING", "-> install it again",
 		"problem  helper: none answers on ", "-> see the checks of the service above",
 		"log      /var/log/meshhelper/helper.log ends with\n", "starting became enforcing")
 	g.mac.Launchd.RefuseSignature("org.meshhelper", 0)
@@ -457,7 +457,7 @@ func TestUninstallBesideAHelper(t *testing.T) {
 	g := newMacRig(t)
 	g.start(&launchd.Job{ProgramArguments: []string{"meshhelper", "run", "--listen-port", "0", "--platform", "darwin"}})
 	g.status()
-	if status := g.run("uninstall"); status != exitFailed || !strings.Contains(g.stderr.String(), "a helper that isn't this service runs") ||
+	if status := g.run("uninstall"); status != exitFailed || !strings.Contains(g.stderr.String(), "a helper that isn't this service is running") ||
 		strings.Contains(g.stdout.String(), "Nothing") {
 		t.Errorf("exit status %d\n%s%s", status, g.stdout.String(), g.stderr.String())
 	}

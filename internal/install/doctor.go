@@ -14,12 +14,11 @@ import (
 	"github.com/meshhelper/meshhelper/launchd"
 )
 
-// A Check is one thing about the installed service that was looked at.
+// A Check is the result of one check of the installed service.
 type Check struct {
 	Name string
 	OK   bool
-	// Message says what was found, Hint what to do about it; a check that is well has
-	// no hint.
+	// Message says what was found, Hint what to do about it. Hint is empty if OK.
 	Message, Hint string
 }
 
@@ -33,18 +32,20 @@ func (c Check) wrong(message, hint string) Check {
 	return c
 }
 
-// unknown is what can't be told, which is no problem by itself.
+// unknown is for a check that couldn't be made, which is no problem by itself.
 func (c Check) unknown(err error) Check { return c.fine("not known: %v", err) }
 
 // checkLimit bounds each check.
 const checkLimit = 10 * time.Second
 
-// again is the hint where installing once more puts it right.
-const again = "sudo meshhelper install puts it right; the mesh stays"
+// again is the hint for a problem that another install fixes.
+const again = "sudo meshhelper install fixes it; the mesh stays"
 
-// Checks looks at the service as it is installed, without the helper: the property
-// list, the program, what launchd and macOS say of it, and the Application
-// Firewall; on Linux the unit, the program, and what systemd says. It changes nothing. Where nothing is installed it says only that.
+// Checks checks the installed service without asking the helper: on a Mac the property
+// list, the program, its state in launchd and in Login Items, and the Application
+// Firewall; on Linux the unit, the program, and its state in systemd. It changes nothing.
+// If nothing is installed it returns one check that says so. Each check takes at most
+// 10 s.
 func Checks(ctx context.Context, o *Options) []Check {
 	if o.Systemd {
 		return o.systemdChecks(ctx)
@@ -64,7 +65,7 @@ func runChecks(ctx context.Context, checks ...func(context.Context) Check) (out 
 	return out
 }
 
-// checkWrittenList reads the property list as launchd does.
+// checkWrittenList checks the property list by launchd's rules and by what Install writes.
 func (o *Options) checkWrittenList(context.Context) Check {
 	c := Check{Name: "property list"}
 	f, err := launchd.Lstat(o.disk(o.List()))
@@ -88,12 +89,12 @@ func (o *Options) checkWrittenList(context.Context) Check {
 	case j.ProgramArguments[0] != o.Program() || j.Program != "" && j.Program != o.Program():
 		return c.wrong(fmt.Sprintf("%s runs %q, not %q", o.List(), j.ProgramArguments[0], o.Program()), again)
 	case j.ExitTimeOut == nil || *j.ExitTimeOut < ExitTimeOut:
-		return c.wrong(fmt.Sprintf("%s lets launchd kill the helper before it has put the host back (ExitTimeOut under %d)", o.List(), ExitTimeOut), again)
+		return c.wrong(fmt.Sprintf("%s lets launchd kill the helper before it has restored the host (ExitTimeOut under %d)", o.List(), ExitTimeOut), again)
 	}
 	return c.fine("%s", o.List())
 }
 
-// readJob reads a property list, bounded.
+// readJob reads a property list of at most launchd.MaxPlist bytes.
 func readJob(path string) (*launchd.Job, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -110,12 +111,12 @@ func readJob(path string) (*launchd.Job, error) {
 func (o *Options) checkInstalled(ctx context.Context) Check {
 	c := Check{Name: "program"}
 	if err := o.checkProgram(ctx); err != nil {
-		return c.wrong(err.Error(), "chown root and chmod go-w what is named, then: sudo meshhelper install")
+		return c.wrong(err.Error(), "chown root and chmod go-w that path, then: sudo meshhelper install")
 	}
 	return c.fine("%s, which only root can change", o.Program())
 }
 
-// checkService asks launchd how the service is.
+// checkService asks launchd for the state of the service.
 func (o *Options) checkService(ctx context.Context) Check {
 	c := Check{Name: "service"}
 	s, err := o.launchctl().Print(ctx, o.Label)
@@ -125,15 +126,16 @@ func (o *Options) checkService(ctx context.Context) Check {
 	case s.Running():
 		return c.fine("%s runs, process %d", o.Label, s.PID)
 	case s.BadSignature():
-		return c.wrong(fmt.Sprintf("macOS ends the program at its start, for its code signature: %v", s),
+		return c.wrong(fmt.Sprintf("macOS kills the program when it starts, because of its code signature: %v", s),
 			(&launchd.Error{Code: launchd.CodeSigning}).Hint())
 	case !s.Loaded:
-		return c.wrong("launchd hasn't loaded it", "sudo meshhelper install, once the checks below are well")
+		return c.wrong("launchd hasn't loaded it", "sudo meshhelper install, once the checks below pass")
 	}
 	return c.wrong("it doesn't run: "+s.String(), "see the log below; launchd tries again by itself")
 }
 
-// checkEnabled looks for the mark of `launchctl disable`, which outlives installs.
+// checkEnabled looks for the mark of `launchctl disable`, which a reinstallation doesn't
+// remove.
 func (o *Options) checkEnabled(ctx context.Context) Check {
 	c := Check{Name: "launchd"}
 	disabled, err := o.launchctl().Disabled(ctx, o.Label)
@@ -146,15 +148,15 @@ func (o *Options) checkEnabled(ctx context.Context) Check {
 	return c.fine("the service isn't disabled")
 }
 
-// switchOn is where the user's switch is.
+// switchOn is the hint for a service that is switched off in Login Items.
 const switchOn = "switch meshhelper on in System Settings > General > Login Items & Extensions"
 
-// checkLoginItem looks how the service stands in Login Items & Extensions.
+// checkLoginItem checks that the service isn't switched off in Login Items & Extensions.
 func (o *Options) checkLoginItem(ctx context.Context) Check {
 	c := Check{Name: "login item"}
-	if o.isRoot() != nil {
-		// sfltool would ask for a password in a window.
-		return c.fine("not asked, since only root may: sudo meshhelper doctor")
+	if o.needRoot() != nil {
+		// sfltool would open a window that asks for a password.
+		return c.fine("not checked, because that needs root: sudo meshhelper doctor")
 	}
 	item, err := o.launchctl().LoginItem(ctx, o.Label)
 	switch {
@@ -168,25 +170,25 @@ func (o *Options) checkLoginItem(ctx context.Context) Check {
 	return c.fine("%s", item.Disposition)
 }
 
-// startsAtBoot asks again, after the start, whether macOS lets the service start
-// with the next boot: it decides that when it sees a new service.
+// startsAtBoot checks, after the start, that macOS will start the service at the next
+// boot: macOS decides that when it first sees a service.
 func (o *Options) startsAtBoot(ctx context.Context) error {
 	item, err := o.launchctl().LoginItem(ctx, o.Label)
 	if err == nil && item.Blocked() {
-		err = fmt.Errorf("it runs now, and Login Items & Extensions holds it back from the next boot on (%s); %s", item.Disposition, switchOn)
+		err = fmt.Errorf("it runs now, but Login Items & Extensions holds it back from the next boot on (%s); %s", item.Disposition, switchOn)
 	}
 	return err
 }
 
-// Bounds of what is shown of a log.
+// Limits of the part of a log that LastLines shows.
 const (
 	logLines  = 5
 	logBytes  = 16 << 10
 	lineRunes = 300
 )
 
-// LastLines returns the last lines of what the helper logged and of what it said
-// when it crashed, as a check that is always well.
+// LastLines returns the last lines of the helper's log and of its standard error, which
+// a crash writes to, as a check that is always OK.
 func LastLines(o *Options) Check {
 	c := Check{Name: "log"}
 	var parts []string
@@ -194,7 +196,7 @@ func LastLines(o *Options) Check {
 		lines, err := lastLines(o.disk(o.LogDir + "/" + name))
 		switch {
 		case errors.Is(err, fs.ErrPermission):
-			parts = append(parts, o.LogDir+"/"+name+" is for root's eyes: sudo meshhelper doctor")
+			parts = append(parts, o.LogDir+"/"+name+" is readable by root only: sudo meshhelper doctor")
 		case err == nil && len(lines) > 0:
 			parts = append(parts, o.LogDir+"/"+name+" ends with")
 			for _, l := range lines {
@@ -203,12 +205,12 @@ func LastLines(o *Options) Check {
 		}
 	}
 	if parts == nil {
-		return c.fine("nothing is in %s", o.LogDir)
+		return c.fine("%s has no log", o.LogDir)
 	}
 	return c.fine("%s", strings.Join(parts, "\n"))
 }
 
-// lastLines returns the last lines of a file that may be large, or be anything.
+// lastLines returns the last lines of a file, which may be large or hold anything.
 func lastLines(path string) ([]string, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -226,7 +228,7 @@ func lastLines(path string) ([]string, error) {
 	}
 	all := strings.Split(strings.TrimRight(string(data), "\n"), "\n")
 	if from > 0 && len(all) > 1 {
-		all = all[1:] // its beginning is missing
+		all = all[1:] // the first line's beginning is missing
 	}
 	var out []string
 	for _, line := range all[max(len(all)-logLines, 0):] {
@@ -237,7 +239,7 @@ func lastLines(path string) ([]string, error) {
 	return out, nil
 }
 
-// printable cuts a line, and takes out what would move a terminal's cursor.
+// printable cuts a line to lineRunes, and replaces what could move a terminal's cursor.
 func printable(line string) string {
 	runes := []rune(strings.Map(func(r rune) rune {
 		if !unicode.IsPrint(r) {

@@ -155,14 +155,14 @@ func TestInstallAsksAgainAfterTheStart(t *testing.T) {
 	g.mac.Launchd.HeldBack = []string{label}
 	g.must(g.install())
 	last := g.steps[len(g.steps)-1]
-	if !strings.HasPrefix(last, StepBoot+": it runs now, and Login Items & Extensions holds it back") || !g.alive {
+	if !strings.HasPrefix(last, StepBoot+": it runs now, but Login Items & Extensions holds it back") || !g.alive {
 		t.Errorf("the last step is %q", last)
 	}
 }
 
 func TestLastLines(t *testing.T) {
 	g := newRig(t)
-	if c := LastLines(g.o); !c.OK || c.Message != "nothing is in /var/log/meshhelper" {
+	if c := LastLines(g.o); !c.OK || c.Message != "/var/log/meshhelper has no log" {
 		t.Errorf("%+v", c)
 	}
 	g.must(os.MkdirAll(g.disk(g.o.LogDir), 0o755))

@@ -8,23 +8,23 @@ import (
 	"strings"
 )
 
-// firewall is the program that the Application Firewall is asked and told by. It
-// exits 0 when it fails, too, and says why on stdout (socket_vmnet PR#51), so
-// whatever was told is read back.
+// firewall is the command that queries and configures the Application Firewall. It exits
+// 0 even when it fails, and prints the reason on stdout (socket_vmnet PR#51), so every
+// change is read back.
 const firewall = "/usr/libexec/ApplicationFirewall/socketfilterfw"
 
-// An appRule is how the Application Firewall has a program.
+// An appRule is the Application Firewall's rule for a program, as messages name it.
 type appRule string
 
 const (
-	appUnknown appRule = "can't be told" // no answer that is known here
+	appUnknown appRule = "in an unknown state" // socketfilterfw printed something new
 	appAbsent  appRule = "not registered"
 	appBlocked appRule = "blocked"
 	appAllowed appRule = "allowed"
 )
 
-// allow registers the program with the Application Firewall, which otherwise may
-// drop packets to it without a word.
+// allow registers the program with the Application Firewall, which otherwise may drop
+// the packets that the program listens for, without notice.
 func (o *Options) allow(ctx context.Context) error {
 	said, err := o.tellFirewall(ctx, "--add", "--unblockapp")
 	if err != nil {
@@ -37,7 +37,7 @@ func (o *Options) allow(ctx context.Context) error {
 	return err
 }
 
-// disallow takes the program out of the Application Firewall.
+// disallow removes the program from the Application Firewall's list.
 func (o *Options) disallow(ctx context.Context) error {
 	if rule, err := o.appRule(ctx); err == nil && rule == appAbsent {
 		return errNothing
@@ -53,8 +53,8 @@ func (o *Options) disallow(ctx context.Context) error {
 	return err
 }
 
-// tellFirewall gives the firewall some verbs for the program, and returns the last
-// that it said.
+// tellFirewall runs socketfilterfw with each verb for the program, and returns the first
+// line of the last answer, at most 200 bytes.
 func (o *Options) tellFirewall(ctx context.Context, verbs ...string) (said string, err error) {
 	for _, verb := range verbs {
 		out, err := o.askFirewall(ctx, verb, o.Program())
@@ -67,7 +67,8 @@ func (o *Options) tellFirewall(ctx context.Context, verbs ...string) (said strin
 	return said, nil
 }
 
-// askFirewall runs socketfilterfw. An exit status other than 0 is an error.
+// askFirewall runs socketfilterfw and returns its stdout. An exit status other than 0 is
+// an error.
 func (o *Options) askFirewall(ctx context.Context, args ...string) (string, error) {
 	stdout, stderr, status, err := o.Runner.Run(ctx, nil, firewall, args...)
 	if err == nil && status != 0 {
@@ -79,8 +80,8 @@ func (o *Options) askFirewall(ctx context.Context, args ...string) (string, erro
 	return string(stdout), nil
 }
 
-// appRule asks how the program is registered. Of a program that isn't, newer
-// releases say that connections to it are permitted, so the list decides.
+// appRule asks how the program is registered. For an unregistered program newer releases
+// answer --getappblocked with "permitted", so --listapps decides.
 func (o *Options) appRule(ctx context.Context) (appRule, error) {
 	list, err := o.askFirewall(ctx, "--listapps")
 	if err != nil {
@@ -107,7 +108,7 @@ func (o *Options) appRule(ctx context.Context) (appRule, error) {
 //	1 :  /usr/libexec/bootpd
 //	 	 ( Allow incoming connections )
 //
-// or, newer, without "ALF:" and with the words close to their parentheses.
+// Newer releases print no "ALF:" and no spaces inside the parentheses.
 func parseApps(out, program string) appRule {
 	if !strings.Contains(strings.ToLower(out), "total number of apps") {
 		return appUnknown
@@ -120,7 +121,7 @@ func parseApps(out, program string) appRule {
 			if ours = path == program; ours {
 				continue
 			}
-			// Both on one line.
+			// The path and the verdict are on one line.
 			rest, found := strings.CutPrefix(path, program)
 			if rest = strings.TrimSpace(rest); !found || !strings.HasPrefix(rest, "(") {
 				continue
@@ -163,7 +164,8 @@ func parseAppBlocked(out, program string) appRule {
 	return appUnknown
 }
 
-// checkFirewall says whether the Application Firewall lets packets to the helper.
+// checkFirewall checks whether the Application Firewall lets packets through to the
+// helper.
 func (o *Options) checkFirewall(ctx context.Context) Check {
 	c := Check{Name: "application firewall"}
 	state, err := o.askFirewall(ctx, "--getglobalstate")
@@ -181,11 +183,11 @@ func (o *Options) checkFirewall(ctx context.Context) Check {
 	on, blockAll := parseFirewall(state, all)
 	switch {
 	case on == nil:
-		return c.unknown(errors.New("socketfilterfw gives no state that is known here"))
+		return c.unknown(errors.New("socketfilterfw printed a state that isn't known"))
 	case !*on:
 		return c.fine("off; the program is %s", rule)
 	case blockAll:
-		return c.wrong("it blocks all incoming connections, those of peers too",
+		return c.wrong("it blocks all incoming connections, those of peers included",
 			`System Settings > Network > Firewall > Options: switch off "Block all incoming connections"`)
 	case rule == appAbsent, rule == appBlocked:
 		return c.wrong("it is on, and the program is "+string(rule)+": packets of peers may be dropped",
@@ -194,10 +196,10 @@ func (o *Options) checkFirewall(ctx context.Context) Check {
 	return c.fine("on; the program is %s", rule)
 }
 
-// parseFirewall reads `socketfilterfw --getglobalstate`, "Firewall is enabled.
-// (State = 1)" where 2 stands for "block all" as well, and --getblockall, "Firewall
-// has block all state set to disabled." or "Block all DISABLED!". on is nil where
-// it can't be told.
+// parseFirewall reads `socketfilterfw --getglobalstate`, which prints "Firewall is
+// enabled. (State = 1)", or State = 2 for "block all", and --getblockall, which prints
+// "Firewall has block all state set to disabled." or "Block all DISABLED!". on is nil if
+// the state isn't known.
 func parseFirewall(state, all string) (on *bool, blockAll bool) {
 	state, all = strings.ToLower(state), strings.ToLower(all)
 	switch {

@@ -16,24 +16,24 @@ import (
 	"github.com/meshhelper/meshhelper/launchd"
 )
 
-// StepBoot is the text of the step whose failure means that the helper runs, and
-// doesn't start with the next boot.
-const StepBoot = "ask whether macOS starts it with the next boot"
+// StepBoot is the text of the step whose failure means that the helper runs now but
+// won't start at the next boot.
+const StepBoot = "check that macOS will start it at the next boot"
 
-// InstallSteps returns what Install does, in order. Running them again upgrades:
-// the state isn't touched.
+// InstallSteps returns the steps of Install, in order. Running them again upgrades the
+// program; StateDir keeps its content.
 func InstallSteps(o *Options) []Step {
 	if o.Systemd {
 		return o.systemdInstallSteps()
 	}
 	return []Step{
-		{"check that this is root and that launchd will take the service", false, o.checkJob},
+		{"check that this runs as root and that launchd will accept the service", false, o.checkJob},
 		{fmt.Sprintf("make the folders %s, %s and %s", programDir, o.LogDir, o.StateDir), false, o.makeDirs},
 		{fmt.Sprintf("copy %s to %s", o.Source, o.Program()), false, o.copyProgram},
 		{fmt.Sprintf("check that only root can change %s", o.Program()), false, o.checkProgram},
 		{"allow its packets in the Application Firewall", true, o.allow},
 		{fmt.Sprintf("stop the service %s, if it runs", o.Label), false, o.stopJob},
-		// Before the list of before is replaced: it may have what is to be kept.
+		// Before the old property list is replaced, which may hold the settings.
 		{"keep the settings in " + o.StateDir, false, o.keep},
 		{fmt.Sprintf("write %s", o.List()), false, o.writeList},
 		{fmt.Sprintf("start the service %s", o.Label), false, o.start},
@@ -42,15 +42,16 @@ func InstallSteps(o *Options) []Step {
 	}
 }
 
-// Refusal does the first step alone, which looks and changes nothing: it returns why Install
-// would refuse, and that it needs root last (os.ErrPermission).
+// Refusal runs only the first step, which changes nothing, and returns the reason why
+// Install would refuse. Only if nothing else is wrong is that the lack of root
+// (os.ErrPermission).
 func Refusal(ctx context.Context, o *Options) error { return InstallSteps(o)[0].do(ctx) }
 
-// againLimit bounds starting a service that an install stopped and couldn't upgrade.
+// againLimit bounds the restart of a service that Install stopped and failed to upgrade.
 const againLimit = 2 * time.Minute
 
-// Install installs or upgrades the helper and returns when it answers. A service that ran
-// isn't left stopped where it fails, also because ctx ends.
+// Install installs or upgrades the helper and returns when the helper answers. If it
+// fails, or ctx ends, a service that ran before is started again.
 func Install(ctx context.Context, o *Options, report Report) error {
 	err := until(ctx, InstallSteps(o), report)
 	if err == nil || !o.stopped {
@@ -58,7 +59,7 @@ func Install(ctx context.Context, o *Options, report Report) error {
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), againLimit)
 	defer cancel()
-	again := Step{fmt.Sprintf("start the service %s again, for it ran before", o.Label), false, o.start}
+	again := Step{fmt.Sprintf("start the service %s again, because it ran before", o.Label), false, o.start}
 	return errors.Join(err, run(ctx, again, report))
 }
 
@@ -69,12 +70,12 @@ func (o *Options) checkJob(context.Context) error {
 	if !filepath.IsAbs(o.Source) {
 		return fmt.Errorf("source %q: not an absolute path", o.Source)
 	}
-	return o.isRoot()
+	return o.needRoot()
 }
 
-// makeDirs makes the folders that don't exist, and checks those that do: what
-// another user could write there would be read by root. The state is for root's
-// eyes: it has the key.
+// makeDirs creates the folders that don't exist, and checks those that do: root would
+// read what another user can write there. Only root may read the state, which includes
+// the private key.
 func (o *Options) makeDirs(context.Context) error {
 	for _, d := range []struct {
 		path string
@@ -93,22 +94,22 @@ func (o *Options) makeDir(path string, mode os.FileMode) error {
 		if err := os.MkdirAll(o.disk(path), 0o755); err != nil {
 			return err
 		}
-		// By itself, since the umask takes bits away or, as 0, leaves too many.
+		// Separately, because MkdirAll applies the umask and gives all folders one mode.
 		return os.Chmod(o.disk(path), mode)
 	}
 	if err != nil {
 		return err
 	}
 	if !f.Mode.IsDir() || o.adopt(f).UID != 0 || f.Mode.Perm()&0o022 != 0 {
-		return fmt.Errorf("%s must be a folder that belongs to root and that no other user can write (it is %v of user %d); run: chown -R 0 %q && chmod go-w %q, after a look at what is in it", path, f.Mode, f.UID, path, path)
+		return fmt.Errorf("%s must be a folder that belongs to root and that no other user can write to (it has mode %v and belongs to user %d); look at what is in it, then run: chown -R 0 %q && chmod go-w %q", path, f.Mode, f.UID, path, path)
 	}
 	return nil
 }
 
-// copyProgram replaces the executable. It isn't written in place: the kernel keeps the
-// signature of a running program's file and kills it when that no longer fits ("Code
-// Signature Invalid"). Only the bytes are copied: a quarantine mark of a browser stays
-// behind.
+// copyProgram replaces the executable. It doesn't overwrite the file in place: xnu caches
+// the code signature of a running program's file and kills the program when the content
+// no longer matches ("Code Signature Invalid"). Only the content is copied, so that a
+// browser's quarantine attribute isn't.
 func (o *Options) copyProgram(context.Context) error {
 	from, err := os.Open(o.Source)
 	if err != nil {
@@ -121,14 +122,15 @@ func (o *Options) copyProgram(context.Context) error {
 	return replace(o.disk(o.Program()), from, 0o755)
 }
 
-// replace replaces a file of the service, and removes what an install that was killed
-// left beside it.
+// replace replaces a file of the service, and removes the temporary files of an install
+// that was killed.
 func replace(path string, content io.Reader, mode fs.FileMode) error {
 	owned.Tidy(filepath.Dir(path), filepath.Base(path))
 	return owned.ReplaceFrom(path, content, mode)
 }
 
-// checkProgram looks at the executable and every folder above it.
+// checkProgram checks that only root can replace the executable, by the mode and owner
+// of it and of every folder above it.
 func (o *Options) checkProgram(context.Context) error {
 	chain, err := launchd.Chain(o.disk(o.Program()))
 	if err != nil {
@@ -137,7 +139,7 @@ func (o *Options) checkProgram(context.Context) error {
 	var own []launchd.File
 	for _, f := range chain {
 		if o.Root != "" && !strings.HasPrefix(f.Path, filepath.Clean(o.Root)+"/") {
-			break // above what stands for /
+			break // above Root
 		}
 		own = append(own, o.adopt(f))
 	}
@@ -152,7 +154,7 @@ func (o *Options) writeList(context.Context) error {
 	if err != nil {
 		return err
 	}
-	// Others may read it, as they may every list there.
+	// Every user may read it, as all property lists there.
 	if err := replace(o.disk(o.List()), bytes.NewReader(text), 0o644); err != nil {
 		return fmt.Errorf("write property list: %w", err)
 	}
@@ -174,7 +176,7 @@ func (o *Options) keep(context.Context) error {
 	return o.Keep()
 }
 
-// stopJob unloads the service, unless launchd wouldn't start it again.
+// stopJob unloads the service, unless launchd would refuse to start it again.
 func (o *Options) stopJob(ctx context.Context) error {
 	l := o.launchctl()
 	if s, err := l.Print(ctx, o.Label); err == nil && !s.Loaded {

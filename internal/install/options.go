@@ -14,52 +14,52 @@ import (
 	"github.com/meshhelper/meshhelper/launchd"
 )
 
-// Options say what is installed, and how this host is reached.
+// Options say what is installed, and give access to the host.
 type Options struct {
-	// Systemd says that systemd is to run the helper; else launchd is.
+	// Systemd selects systemd as the service manager; the default is launchd.
 	Systemd bool
 	// Label names the service and its files.
 	Label string // required
 	// Source is the executable to copy, by an absolute path.
 	Source string // required for Install
-	// Arguments of the helper after `run`.
+	// Arguments follow `run` on the helper's command line.
 	Arguments []string // optional
-	// StateDir has the key, the wanted state and the journal; LogDir what the
-	// helper logs, where systemd's journal doesn't; Socket is where it answers.
+	// StateDir holds the key, the wanted state and the journal, LogDir the log (under
+	// systemd its journal does). Socket is the path of the helper's socket.
 	StateDir, LogDir, Socket string // required
-	// Keep writes what the helper is told to be, while it doesn't run.
+	// Keep writes the helper's settings to StateDir while the helper is stopped.
 	Keep func() error // optional
 	// Runner runs launchctl and the Application Firewall's program, or systemctl.
 	Runner launchd.Runner // required
-	// Ready returns when the helper answers, or why it doesn't.
+	// Ready returns nil once the helper answers, or the reason why it doesn't.
 	Ready func(ctx context.Context) error // required for Install
-	// Restore puts the host back as a helper that died left it: packet filter,
-	// forwarding, routes. It finds what to do in StateDir.
+	// Restore undoes what a helper that died left on the host: packet filter,
+	// forwarding, routes. It reads the journal in StateDir.
 	Restore func(ctx context.Context) error // required for Uninstall
-	// Held returns an error while a helper has StateDir, the service or another.
+	// Held returns an error while any helper, the service or another, uses StateDir.
 	Held func() error // optional; for Uninstall
 	// Purge also removes StateDir and LogDir.
 	Purge bool // optional
-	// Root is a folder that stands for /. What belongs to this process's user there
-	// counts as root's.
+	// Root is a folder that takes the place of /, for tests. Files in it that belong to
+	// this process's user count as root's.
 	Root string // optional
 
-	// stopped says that the service ran until an install stopped it.
+	// stopped is true while the service is stopped by this install and ran before.
 	stopped bool
 }
 
-// Where the parts are. /Library/PrivilegedHelperTools is Apple's place for
-// programs that launchd runs as root; Homebrew's prefix and /usr/local belong to an
-// admin and so to whatever he runs.
+// The installed paths on a Mac. /Library/PrivilegedHelperTools is Apple's folder for
+// programs that launchd runs as root. Homebrew's prefix and /usr/local may belong to an
+// admin user, and so any program of that user could replace what is in them.
 const (
 	programDir = "/Library/PrivilegedHelperTools"
 	listDir    = "/Library/LaunchDaemons"
 	linkPath   = "/usr/local/bin/meshhelper"
 )
 
-// ExitTimeOut is how long launchd waits between SIGTERM and SIGKILL, in seconds:
-// what the helper takes to leave the host as it was found, and a rest for a command
-// that has to be killed first and for the socket's clients.
+// ExitTimeOut is how long launchd waits between SIGTERM and SIGKILL, in seconds: the
+// limit for restoring the host, and 5 s for a command that has to be killed first and
+// for the socket's clients.
 const ExitTimeOut = int(host.LeaveLimit/time.Second) + 5
 
 // Program returns where the executable is installed.
@@ -73,13 +73,13 @@ func (o *Options) Program() string {
 // List returns where the property list is installed.
 func (o *Options) List() string { return listDir + "/" + o.Label + ".plist" }
 
-// Link returns the command line that puts the command into every user's path. It
-// isn't needed: the source runs as well.
+// Link returns the shell command that puts meshhelper into every user's PATH. It is
+// optional: the executable that was copied runs as well.
 func (o *Options) Link() string {
 	return fmt.Sprintf("sudo ln -sf %s %s", o.Program(), linkPath)
 }
 
-// disk returns where a path is on this disk.
+// disk returns path below Root.
 func (o *Options) disk(path string) string {
 	if o.Root == "" {
 		return path
@@ -87,7 +87,7 @@ func (o *Options) disk(path string) string {
 	return filepath.Join(o.Root, path)
 }
 
-// job is what launchd is told.
+// job returns the helper's property list.
 func (o *Options) job() *launchd.Job {
 	return &launchd.Job{
 		Label:            o.Label,
@@ -96,23 +96,24 @@ func (o *Options) job() *launchd.Job {
 		KeepAlive:        &launchd.KeepAlive{Always: true},
 		// The default differs by release.
 		ExitTimeOut: new(ExitTimeOut),
-		// Unset, launchd throttles CPU and I/O of what forwards all peers' packets.
+		// By default launchd throttles CPU and I/O, and the helper forwards all peers'
+		// packets.
 		ProcessType: launchd.Interactive,
 		Umask:       new(launchd.Umask(0o077)),
-		// The helper logs by itself; what lands here is a crash.
+		// The helper writes its own log; only a crash is written here.
 		StandardErrorPath: o.LogDir + "/stderr.log",
 	}
 }
 
-// isRoot gives an error where root is needed and this isn't.
-func (o *Options) isRoot() error {
+// needRoot returns an error unless this process may change the host.
+func (o *Options) needRoot() error {
 	if o.Root == "" && os.Geteuid() != 0 {
 		return fmt.Errorf("needs root: %w", os.ErrPermission)
 	}
 	return nil
 }
 
-// adopt makes the files of this user root's where Root says so.
+// adopt returns f as root's if Root is set and f belongs to this process's user.
 func (o *Options) adopt(f launchd.File) launchd.File {
 	if o.Root != "" && f.UID == uint32(os.Geteuid()) {
 		f.UID = 0
@@ -120,8 +121,8 @@ func (o *Options) adopt(f launchd.File) launchd.File {
 	return f
 }
 
-// Operator returns the user who may change the mesh besides root: the one who ran
-// sudo, by SUDO_UID; "" if there is none. getenv is os.Getenv.
+// Operator returns the name of the user that may change the mesh besides root: the one
+// that ran sudo, from SUDO_UID, or "" without sudo. getenv is os.Getenv.
 func Operator(getenv func(string) string) (string, error) {
 	text := getenv("SUDO_UID")
 	uid, err := strconv.ParseUint(text, 10, 32)
@@ -129,7 +130,7 @@ func Operator(getenv func(string) string) (string, error) {
 		return "", nil
 	}
 	if err != nil {
-		return "", fmt.Errorf("read SUDO_UID %q: not a user's number", text)
+		return "", fmt.Errorf("read SUDO_UID %q: not a user ID", text)
 	}
 	u, err := user.LookupId(strconv.FormatUint(uid, 10))
 	var unknown user.UnknownUserIdError
@@ -137,7 +138,7 @@ func Operator(getenv func(string) string) (string, error) {
 		return "", fmt.Errorf("read SUDO_UID: there is no user %d", uid)
 	}
 	if err != nil {
-		return "", fmt.Errorf("look up the user who ran sudo: %w", err)
+		return "", fmt.Errorf("look up the user that ran sudo: %w", err)
 	}
 	return u.Username, nil
 }

@@ -6,24 +6,24 @@ import (
 	"fmt"
 )
 
-// A Step is one thing that is done.
+// A Step is one action of Install or Uninstall.
 type Step struct {
-	// Text says what, without a full stop.
+	// Text describes the action, without a full stop.
 	Text string
-	// Optional steps may fail: what they return is told and the rest goes on.
+	// Optional says that a failure is reported and the following steps still run.
 	Optional bool
 
 	do func(ctx context.Context) error
 }
 
-// errNothing is what a step gives that found nothing to do.
+// errNothing is returned by a step that found nothing to do.
 var errNothing = errors.New("nothing to do")
 
-// Report is told of each step after it was tried, with its error. A step that found
-// nothing to do isn't told of.
+// A Report function is called after each step that did something, with the step's error
+// or nil.
 type Report func(s Step, err error)
 
-// until runs the steps up to the first failure.
+// until runs the steps up to the first one that fails and isn't optional.
 func until(ctx context.Context, steps []Step, report Report) error {
 	for _, s := range steps {
 		err := run(ctx, s, report)
@@ -34,7 +34,8 @@ func until(ctx context.Context, steps []Step, report Report) error {
 	return nil
 }
 
-// through runs all steps and returns what failed. Beside another helper it ends.
+// through runs all steps and returns the errors of those that aren't optional. It stops
+// early only at errAnother.
 func through(ctx context.Context, steps []Step, report Report) error {
 	var failed []error
 	for _, s := range steps {

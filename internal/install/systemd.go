@@ -14,21 +14,21 @@ import (
 	"github.com/meshhelper/meshhelper/internal/owned"
 )
 
-// Where the parts are on Linux. What an administrator installs is below /usr/local
-// (hier(7)); units of the administrator's are in /etc/systemd/system (systemd.unit(5)).
+// The installed paths on Linux: programs that an administrator installs are below
+// /usr/local (hier(7)), an administrator's units in /etc/systemd/system (systemd.unit(5)).
 const (
 	libexecDir = "/usr/local/libexec"
 	unitDir    = "/etc/systemd/system"
-	// wantsDir has a link to each unit that `systemctl enable` has started with the host,
-	// by the unit's WantedBy=multi-user.target.
+	// wantsDir holds the links by which systemd starts units at boot; `systemctl enable`
+	// makes them for a unit's WantedBy=multi-user.target.
 	wantsDir = unitDir + "/multi-user.target.wants"
 	// runDir exists while systemd is the service manager (sd_booted(3)).
 	runDir = "/run/systemd/system"
 )
 
-// WatchdogTime is how long the loop of an installed helper may take for a turn before
-// systemd ends it: more than the steps of a round may take together, each with its own
-// limit (daemon.RoundLimit), the wait between two rounds, and a slow host's rest.
+// WatchdogTime is how long an installed helper may go without a sign of life from its
+// loop before systemd kills it. It exceeds daemon.RoundLimit, which bounds the steps of
+// one round together, by the wait between two rounds and a margin for a slow host.
 const WatchdogTime = 4 * time.Minute
 
 // Unit returns the name of the service's unit.
@@ -39,7 +39,8 @@ func (o *Options) UnitPath() string { return unitDir + "/" + o.Unit() }
 
 func (o *Options) wantsPath() string { return wantsDir + "/" + o.Unit() }
 
-// unitText is the unit. Each protection that is left out says why.
+// unitText returns the unit file. A comment in it explains each protection of
+// systemd.exec(5) that is left out.
 func (o *Options) unitText() string {
 	words := append([]string{o.Program(), "run"}, o.Arguments...)
 	for i, w := range words {
@@ -109,29 +110,29 @@ WantedBy=multi-user.target
 `, o.Label, strings.Join(words, " "), int(WatchdogTime/time.Second), int(host.LeaveLimit/time.Second)+5, filepath.Base(o.StateDir))
 }
 
-// quoteUnit writes a word of ExecStart: in quotes, with what systemd would expand
-// doubled or escaped (systemd.service(5), "Command lines").
+// quoteUnit returns a word of ExecStart in quotes, with the characters that systemd would
+// expand doubled or escaped (systemd.service(5), "Command lines").
 func quoteUnit(word string) string {
 	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`, `%`, `%%`, `$`, `$$`, "\n", `\n`).Replace(word) + `"`
 }
 
 func (o *Options) systemdInstallSteps() []Step {
 	return []Step{
-		{"check that this is root and that systemd runs", false, o.checkUnit},
+		{"check that this runs as root and that systemd is running", false, o.checkUnit},
 		{fmt.Sprintf("make the folders %s and %s", libexecDir, o.StateDir), false, o.makeUnitDirs},
 		{fmt.Sprintf("copy %s to %s", o.Source, o.Program()), false, o.copyProgram},
 		{fmt.Sprintf("check that only root can change %s", o.Program()), false, o.checkOwnedProgram},
 		{fmt.Sprintf("write %s", o.UnitPath()), false, o.writeUnit},
-		{"have systemd read its units anew", false, func(ctx context.Context) error { return o.systemctl(ctx, "daemon-reload") }},
+		{"have systemd reload its units", false, func(ctx context.Context) error { return o.systemctl(ctx, "daemon-reload") }},
 		{fmt.Sprintf("stop the service %s, if it runs", o.Label), false, o.stopUnit},
 		{"keep the settings in " + o.StateDir, false, o.keep},
-		{fmt.Sprintf("start the service %s with each boot", o.Label), false, func(ctx context.Context) error { return o.systemctl(ctx, "enable", o.Unit()) }},
+		{fmt.Sprintf("enable the service %s, so that it starts at boot", o.Label), false, func(ctx context.Context) error { return o.systemctl(ctx, "enable", o.Unit()) }},
 		{fmt.Sprintf("start the service %s", o.Label), false, o.start},
 		{"wait until the helper answers", false, o.Ready},
 	}
 }
 
-// ErrNoSystemd is in the chain of Install's error where systemd isn't the service manager.
+// ErrNoSystemd is wrapped by Install's error if systemd isn't the service manager.
 var ErrNoSystemd = errors.New("systemd isn't this host's service manager")
 
 func (o *Options) checkUnit(context.Context) error {
@@ -144,8 +145,8 @@ func (o *Options) checkUnit(context.Context) error {
 	if !filepath.IsAbs(o.Source) {
 		return fmt.Errorf("source %q: not an absolute path", o.Source)
 	}
-	// A masked unit is a link to /dev/null (systemctl(1), mask), which its owner made on
-	// purpose; another link leads to a unit that isn't ours.
+	// A masked unit is a link to /dev/null (systemctl(1), mask), made on purpose by the
+	// administrator. Any other link leads to a unit that isn't ours.
 	if to, err := os.Readlink(o.disk(o.UnitPath())); err == nil {
 		if to == "/dev/null" {
 			return fmt.Errorf("%s is masked; to let it start: systemctl unmask %s", o.Unit(), o.Unit())
@@ -157,10 +158,10 @@ func (o *Options) checkUnit(context.Context) error {
 			return err
 		}
 	}
-	return o.isRoot()
+	return o.needRoot()
 }
 
-// HasSystemd reports whether systemd is the service manager here.
+// HasSystemd reports whether systemd is this host's service manager.
 func (o *Options) HasSystemd() bool {
 	info, err := os.Stat(o.disk(runDir))
 	return err == nil && info.IsDir()
@@ -170,7 +171,7 @@ func (o *Options) makeUnitDirs(context.Context) error {
 	return errors.Join(o.makeDir(libexecDir, 0o755), o.makeDir(unitDir, 0o755), o.makeDir(o.StateDir, 0o700))
 }
 
-// checkAbove refuses a folder in whose place another user could put another one.
+// checkAbove fails if another user could replace dir, or a folder above it.
 func (o *Options) checkAbove(dir string) error {
 	err := owned.CheckAbove(o.disk(dir))
 	var above *owned.AboveError
@@ -180,8 +181,9 @@ func (o *Options) checkAbove(dir string) error {
 	return err
 }
 
-// checkOwnedProgram looks at the executable, its folder, and the way to it. Where /usr/local
-// is a link, as on hosts whose /usr is read-only, the link is followed.
+// checkOwnedProgram checks that only root can replace the executable, its folder and the
+// folders above. If /usr/local is a link, as on hosts whose /usr is read-only, it follows
+// the link.
 func (o *Options) checkOwnedProgram(context.Context) error {
 	if err := o.checkAbove(libexecDir); err != nil {
 		return fmt.Errorf("it would run as root: %w", err)
@@ -197,10 +199,10 @@ func (o *Options) writeUnit(context.Context) error {
 	return replace(o.disk(o.UnitPath()), strings.NewReader(o.unitText()), 0o644)
 }
 
-// systemctlPaths are where systemctl may be.
+// systemctlPaths are the paths that distributions install systemctl at.
 var systemctlPaths = []string{"/usr/bin/systemctl", "/bin/systemctl"}
 
-// systemctl runs `systemctl` and gives its words as the error.
+// systemctl runs `systemctl`. Its error quotes what systemctl printed on stderr.
 func (o *Options) systemctl(ctx context.Context, args ...string) error {
 	_, err := o.askSystemctl(ctx, args...)
 	return err
@@ -236,8 +238,8 @@ func (o *Options) askSystemctl(ctx context.Context, args ...string) (string, err
 	return "", fmt.Errorf("%s: %s%s", command, said, hint)
 }
 
-// unitState returns what systemd knows of the unit: LoadState and ActiveState, in their
-// words (systemctl(1), show, which also answers for units that don't exist).
+// unitState returns the unit's LoadState and ActiveState, as `systemctl show` prints them,
+// also for a unit that doesn't exist (systemctl(1)).
 func (o *Options) unitState(ctx context.Context) (load, active string, err error) {
 	text, err := o.askSystemctl(ctx, "show", "--property=LoadState,ActiveState", o.Unit())
 	for line := range strings.Lines(text) {
@@ -260,7 +262,7 @@ func (o *Options) systemdChecks(ctx context.Context) []Check {
 	if _, err := os.Lstat(o.disk(o.UnitPath())); errors.Is(err, fs.ErrNotExist) {
 		c := Check{Name: "service"}
 		if !o.HasSystemd() {
-			return []Check{c.wrong("not installed, and "+ErrNoSystemd.Error(), "run the helper in the foreground, or by this host's service manager: meshhelper run")}
+			return []Check{c.wrong("not installed, and "+ErrNoSystemd.Error(), "run the helper in the foreground, or from this host's service manager: meshhelper run")}
 		}
 		return []Check{c.wrong("not installed: there is no "+o.UnitPath(), "sudo meshhelper install")}
 	}
@@ -272,7 +274,7 @@ func (o *Options) checkUnitFile(context.Context) Check {
 	c := Check{Name: "unit"}
 	if to, err := os.Readlink(o.disk(o.UnitPath())); err == nil {
 		if to == "/dev/null" {
-			return c.wrong(o.Unit()+" is masked, so that it doesn't start", fmt.Sprintf("sudo systemctl unmask %s, then: sudo meshhelper install", o.Unit()))
+			return c.wrong(o.Unit()+" is masked, so it doesn't start", fmt.Sprintf("sudo systemctl unmask %s, then: sudo meshhelper install", o.Unit()))
 		}
 		return c.wrong(fmt.Sprintf("%s is a link to %s, which isn't meshhelper's", o.UnitPath(), to), "remove the link, then: sudo meshhelper install")
 	}
@@ -281,7 +283,7 @@ func (o *Options) checkUnitFile(context.Context) Check {
 	case err != nil:
 		return c.unknown(err)
 	case string(text) != o.unitText():
-		return c.wrong(o.UnitPath()+" isn't what this version installs: it was edited, or is another version's", again+"; own changes belong in a drop-in: sudo systemctl edit "+o.Unit())
+		return c.wrong(o.UnitPath()+" isn't the unit that this version installs: it was edited, or another version wrote it", again+"; changes belong in a drop-in: sudo systemctl edit "+o.Unit())
 	}
 	return c.fine("%s", o.UnitPath())
 }
@@ -289,18 +291,18 @@ func (o *Options) checkUnitFile(context.Context) Check {
 func (o *Options) checkUnitProgram(ctx context.Context) Check {
 	c := Check{Name: "program"}
 	if err := o.checkOwnedProgram(ctx); err != nil && !errors.Is(err, fs.ErrPermission) {
-		return c.wrong(err.Error(), "chown root and chmod go-w what is named, then: sudo meshhelper install")
+		return c.wrong(err.Error(), "chown root and chmod go-w that path, then: sudo meshhelper install")
 	} else if err != nil {
 		return c.unknown(err)
 	}
 	return c.fine("%s, which only root can change", o.Program())
 }
 
-// checkUnitRuns asks systemd how the service is.
+// checkUnitRuns asks systemd for the state of the service.
 func (o *Options) checkUnitRuns(ctx context.Context) Check {
 	c := Check{Name: "service"}
 	if !o.HasSystemd() {
-		return c.wrong(ErrNoSystemd.Error()+", so that nothing starts the unit", "run the helper by this host's service manager: meshhelper run")
+		return c.wrong(ErrNoSystemd.Error()+", so nothing starts the unit", "run the helper from this host's service manager: meshhelper run")
 	}
 	switch load, active, err := o.unitState(ctx); {
 	case err != nil:
@@ -316,19 +318,19 @@ func (o *Options) checkUnitRuns(ctx context.Context) Check {
 	}
 }
 
-// checkUnitEnabled looks for the link by which systemd starts the unit with the host.
+// checkUnitEnabled looks for the link by which systemd starts the unit at boot.
 func (o *Options) checkUnitEnabled(context.Context) Check {
 	c := Check{Name: "start with the host"}
 	switch _, err := os.Lstat(o.disk(o.wantsPath())); {
 	case errors.Is(err, fs.ErrNotExist):
-		return c.wrong(o.Unit()+" isn't enabled, so that it doesn't start with the host", "sudo systemctl enable "+o.Unit())
+		return c.wrong(o.Unit()+" isn't enabled, so it doesn't start with the host", "sudo systemctl enable "+o.Unit())
 	case err != nil:
 		return c.unknown(err)
 	}
 	return c.fine("%s is enabled", o.Unit())
 }
 
-// stopUnit stops the service and returns when it has ended.
+// stopUnit stops the service and waits until it has ended.
 func (o *Options) stopUnit(ctx context.Context) error {
 	_, active, err := o.unitState(ctx)
 	switch {
@@ -338,7 +340,7 @@ func (o *Options) stopUnit(ctx context.Context) error {
 		return errNothing
 	}
 	o.stopped = active != "failed"
-	// A failed unit may wait for its next start.
+	// A unit in the state failed may still be waiting for its next start.
 	if err := o.systemctl(ctx, "stop", o.Unit()); err != nil {
 		return err
 	}
@@ -353,11 +355,11 @@ func (o *Options) systemdUninstallSteps() []Step {
 	u := &uninstaller{Options: o}
 	steps := []Step{
 		{fmt.Sprintf("stop the service %s", o.Label), false, u.stopSystemd},
-		{"check that no other helper has " + o.StateDir, false, u.alone},
+		{"check that no other helper uses " + o.StateDir, false, u.alone},
 		{"put the host back as it was found", false, u.restore},
 		{"remove " + o.wantsPath(), false, o.remover(o.wantsPath())},
 		{"remove " + o.UnitPath(), false, u.removeUnit},
-		{"have systemd read its units anew", false, u.reload},
+		{"have systemd reload its units", false, u.reload},
 		{"remove " + o.Program(), false, o.remover(o.Program())},
 		{"remove " + o.Socket, false, u.removeSocket},
 		{"remove the link " + linkPath, false, u.removeLink},
@@ -368,7 +370,7 @@ func (o *Options) systemdUninstallSteps() []Step {
 	return steps
 }
 
-// stopSystemd ends the helper. Where systemd doesn't run no service does.
+// stopSystemd stops the service. If systemd isn't running, the service isn't either.
 func (u *uninstaller) stopSystemd(ctx context.Context) error {
 	if !u.HasSystemd() {
 		u.stopped = true
@@ -379,7 +381,7 @@ func (u *uninstaller) stopSystemd(ctx context.Context) error {
 	return err
 }
 
-// removeUnit removes the unit, unless it is a link: then it isn't ours.
+// removeUnit removes the unit, unless it is a link, which Install never makes.
 func (u *uninstaller) removeUnit(ctx context.Context) error {
 	if _, err := os.Readlink(u.disk(u.UnitPath())); err == nil {
 		return errNothing
@@ -394,7 +396,7 @@ func (u *uninstaller) reload(ctx context.Context) error {
 	return u.systemctl(ctx, "daemon-reload")
 }
 
-// installedOnLinux returns which parts are still there.
+// installedOnLinux returns the installed paths that still exist.
 func (o *Options) installedOnLinux() (left []string) {
 	for _, path := range []string{o.wantsPath(), o.UnitPath(), o.Program(), o.Socket, o.StateDir} {
 		if _, err := os.Lstat(o.disk(path)); !errors.Is(err, fs.ErrNotExist) {

@@ -301,7 +301,7 @@ func TestFailedUpgradeStartsAgain(t *testing.T) {
 			if err := Install(ctx, g.o, g.report); !errors.Is(err, full) {
 				t.Errorf("got %v", err)
 			}
-			said := slices.Contains(g.steps, "start the service meshhelper again, for it ran before")
+			said := slices.Contains(g.steps, "start the service meshhelper again, because it ran before")
 			if g.systemd.active["meshhelper.service"] != ran || said != ran {
 				t.Errorf("it runs: %v, and that is said: %v", g.systemd.active, said)
 			}
@@ -397,8 +397,8 @@ func TestChecksOnLinux(t *testing.T) {
 		"no systemd": {func(g *linuxRig) { g.must(os.Remove(filepath.Join(g.root, runDir))) }, "service", "nothing starts the unit", "meshhelper run"},
 		"an edited unit": {func(g *linuxRig) {
 			g.must(os.WriteFile(unit(g), []byte(strings.Replace(g.o.unitText(), "Restart=always", "Restart=no", 1)), 0o644))
-		}, "unit", "isn't what this version installs", "sudo meshhelper install"},
-		"another version's unit": {func(g *linuxRig) { g.o.Arguments = append(g.o.Arguments, "--new") }, "unit", "another version's", "sudo meshhelper install"},
+		}, "unit", "isn't the unit that this version installs", "sudo meshhelper install"},
+		"another version's unit": {func(g *linuxRig) { g.o.Arguments = append(g.o.Arguments, "--new") }, "unit", "another version wrote it", "sudo meshhelper install"},
 		"masked": {func(g *linuxRig) { g.must(errors.Join(os.Remove(unit(g)), os.Symlink("/dev/null", unit(g)))) },
 			"unit", "is masked", "systemctl unmask meshhelper.service"},
 		"another's unit": {func(g *linuxRig) { g.must(errors.Join(os.Remove(unit(g)), os.Symlink("/opt/x.service", unit(g)))) },

@@ -11,8 +11,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 )
 
-// UninstallSteps returns what Uninstall does, in order. Each finds for itself
-// whether there is anything to do.
+// UninstallSteps returns the steps of Uninstall, in order. Each step finds out by itself
+// whether it has anything to do.
 func UninstallSteps(o *Options) []Step {
 	if o.Systemd {
 		return o.systemdUninstallSteps()
@@ -20,9 +20,9 @@ func UninstallSteps(o *Options) []Step {
 	u := &uninstaller{Options: o}
 	steps := []Step{
 		{fmt.Sprintf("stop the service %s", o.Label), false, u.stop},
-		{"check that no other helper has " + o.StateDir, false, u.alone},
+		{"check that no other helper uses " + o.StateDir, false, u.alone},
 		{"put the host back as it was found", false, u.restore},
-		{"take it out of the Application Firewall", true, o.disallow},
+		{"remove it from the Application Firewall", true, o.disallow},
 		{"remove " + o.List(), false, o.remover(o.List())},
 		{"remove " + o.Program(), false, o.remover(o.Program())},
 		{"remove " + o.Socket, false, u.removeSocket},
@@ -36,10 +36,10 @@ func UninstallSteps(o *Options) []Step {
 	return steps
 }
 
-// Uninstall stops the helper, puts the host back, removes what Install made, and
-// returns what of it is left. It can be repeated.
+// Uninstall stops the helper, restores the host, removes what Install created, and
+// returns the paths that still exist. It can be repeated.
 func Uninstall(ctx context.Context, o *Options, report Report) (left []string, err error) {
-	if err := errors.Join(host.CheckLabel(o.Label), o.isRoot()); err != nil {
+	if err := errors.Join(host.CheckLabel(o.Label), o.needRoot()); err != nil {
 		return nil, fmt.Errorf("uninstall: %w", err)
 	}
 	err = through(ctx, UninstallSteps(o), report)
@@ -54,34 +54,36 @@ func Uninstall(ctx context.Context, o *Options, report Report) (left []string, e
 	return left, err
 }
 
-// An uninstaller remembers whether the journal is still needed.
+// An uninstaller remembers which steps succeeded, for those that depend on them.
 type uninstaller struct {
 	*Options
-	stopped, restored bool
+	stopped  bool // the service doesn't run
+	restored bool // the journal in StateDir isn't needed any more
 }
 
-// stop ends the helper, which puts the host back itself if it is alive.
+// stop unloads the service. A helper that is alive restores the host as it exits.
 func (u *uninstaller) stop(ctx context.Context) error {
 	err := u.launchctl().Bootout(ctx, u.Label)
 	u.stopped = err == nil
 	return err
 }
 
-// errAnother ends an uninstall: what it would remove or put back is another helper's.
-var errAnother = errors.New("a helper that isn't this service runs")
+// errAnother ends an uninstall: the files and the host's state belong to another helper.
+var errAnother = errors.New("a helper that isn't this service is running")
 
-// alone refuses to go on beside a helper that the label isn't that of.
+// alone fails if another helper than the service of this label uses StateDir.
 func (u *uninstaller) alone(context.Context) error {
 	if !u.stopped || u.Held == nil {
-		return errNothing // what comes says that the service still runs
+		return errNothing // restore reports that the service still runs
 	}
 	if err := u.Held(); err != nil {
-		return fmt.Errorf("%w: %w; where it is a service, give its name with --label, else end it, and repeat this", errAnother, err)
+		return fmt.Errorf("%w: %w; if it is a service, give its name with --label, else stop it, and repeat this", errAnother, err)
 	}
 	return errNothing
 }
 
-// restore does what a dead helper didn't. Not beside a living one.
+// restore undoes what a helper that died left on the host. It refuses while a helper
+// runs, whose state that is.
 func (u *uninstaller) restore(ctx context.Context) error {
 	if !u.stopped {
 		return errors.New("the helper still runs")
@@ -105,20 +107,20 @@ func (o *Options) remover(path string) func(context.Context) error {
 	}
 }
 
-// removeSocket removes what a helper that was killed left. One that still runs keeps it: the
-// service, or a helper that was started by hand.
+// removeSocket removes the socket that a killed helper left. It refuses while a helper
+// runs: the service, or one that was started by hand.
 func (u *uninstaller) removeSocket(ctx context.Context) error {
 	if !u.stopped {
 		return errors.New("the helper still runs")
 	}
 	if c, err := net.Dial("unix", u.disk(u.Socket)); err == nil {
 		c.Close()
-		return errors.New("a helper that isn't the service answers there: end it, and repeat this")
+		return errors.New("a helper that isn't this service answers there: stop it, and repeat this")
 	}
 	return u.remover(u.Socket)(ctx)
 }
 
-// removeLink removes the link in every user's path if it is ours.
+// removeLink removes the link of [Options.Link] if it leads to the installed program.
 func (u *uninstaller) removeLink(ctx context.Context) error {
 	if to, err := os.Readlink(u.disk(linkPath)); err != nil || to != u.Program() {
 		return errNothing
@@ -126,11 +128,12 @@ func (u *uninstaller) removeLink(ctx context.Context) error {
 	return u.remover(linkPath)(ctx)
 }
 
-// purger removes a folder of ours, unless the journal in it is still needed.
+// purger returns a step that removes a folder with all its content, unless the journal
+// is still needed.
 func (u *uninstaller) purger(path string) func(context.Context) error {
 	return func(context.Context) error {
 		if !u.restored {
-			return errors.New("kept: the host couldn't be put back, and what to put back is noted there")
+			return errors.New("kept, because the host couldn't be restored and the journal there says how")
 		}
 		if _, err := os.Lstat(u.disk(path)); errors.Is(err, fs.ErrNotExist) {
 			return errNothing
