@@ -158,8 +158,8 @@ func hold(t *testing.T, faults, step string) (waitFor func() (letGo func())) {
 // says so and doesn't start, for nothing would end it when it hangs.
 func TestBadServiceManager(t *testing.T) {
 	for address, want := range map[string]string{
-		"relative":      "neither a path from the root nor an abstract name",
-		"/nonexistent/": "reach the service manager",
+		"relative":      "neither an absolute path nor an abstract name",
+		"/nonexistent/": "connect to the service manager",
 	} {
 		name := link(t)
 		dir := filepath.Dir(name)

@@ -1,15 +1,14 @@
 // Package logfile writes a program's log to a file that stays small.
 //
-// launchd gives a daemon a file for its standard error and never looks at it
-// again, and newsyslog renames a file while the daemon goes on writing to the
-// renamed one. So the helper keeps its own file, and puts it away by itself when
-// it is full: helper.log, helper.log.1, up to Keep old ones, each of at most
-// MaxSize bytes.
+// launchd opens a file for a daemon's standard error and never bounds it, and
+// newsyslog(8) renames a file while the daemon goes on writing to the renamed one. So
+// the helper writes its own file and rotates it when it is full: helper.log,
+// helper.log.1 and so on, up to Keep old files, each of at most MaxSize bytes.
 //
-// A log must never stop what it tells about. When the disk is full, lines are
-// lost and counted, and the next line that fits says how many. What writes to a
-// disk, pipe or terminal can also block for good, so the program writes to a
-// [Queue], which doesn't.
+// A log must never stop the program that writes it. While the disk is full, lines are
+// lost and counted, and the next line that fits is preceded by one with their number. A
+// write to a disk, pipe or terminal can also block forever, so the program writes to a
+// [Queue], which doesn't block.
 package logfile
 
 import (
@@ -23,28 +22,27 @@ import (
 	"sync"
 )
 
-// Options say where the log is and how much of it is kept.
+// Options are the log's path and its limits.
 type Options struct {
-	// Path of the file, absolute. Its folder exists.
+	// Path of the file, absolute. Its folder must exist.
 	Path string // required
 	// MaxSize of each file in bytes, at least MaxLine.
 	MaxSize int64 // optional; DefaultMaxSize
-	// Keep is how many old files there are, 0 to 9.
+	// Keep is the number of old files that are kept, 0 to 9.
 	Keep int // optional; none
-	// Failed is told once when lines begin to be lost, and again only after a line
-	// was written in between.
+	// Failed is called when lines begin to be lost, once until a line is written again.
 	Failed func(error) // optional
 }
 
 const (
-	// MaxLine is the most of one Write that is kept, in bytes.
+	// MaxLine is the length in bytes to which the line of one Write is cut.
 	MaxLine = 16 << 10
-	// DefaultMaxSize holds some weeks of a helper that has little to tell.
+	// DefaultMaxSize, in bytes, holds some weeks of a quiet helper's log.
 	DefaultMaxSize = 4 << 20
 
 	maxKeep = 9
-	// mode lets root's group read. What is logged has no keys in it, but it says
-	// which peers the mesh has.
+	// mode lets root's group read. The log has no keys in it, but it names the mesh's
+	// peers.
 	mode = 0o640
 )
 
@@ -54,21 +52,21 @@ type File struct {
 	open func(path string) (handle, error)
 
 	mu     sync.Mutex
-	h      handle // nil: to be opened by the next line
-	size   int64  // of what h is
-	lost   int    // lines since the last that was written
+	h      handle // nil: the next Write opens it
+	size   int64  // of the file that h is, in bytes
+	lost   int    // lines since the last one that was written
 	closed bool
 }
 
-// A handle is an open file: an *os.File, or in tests a disk that is full.
+// A handle is an open file: an *os.File, or in tests a file on a full disk.
 type handle interface {
 	io.WriteCloser
 	Stat() (fs.FileInfo, error)
 	Truncate(size int64) error
 }
 
-// New checks the options. It doesn't touch the disk: a helper starts also where
-// its log can't be written.
+// New checks the options. It doesn't touch the disk, since a helper must also start
+// where its log can't be written.
 func New(o Options) (*File, error) {
 	if o.MaxSize == 0 {
 		o.MaxSize = DefaultMaxSize
@@ -82,7 +80,8 @@ func New(o Options) (*File, error) {
 	return &File{o: o, open: openFile}, nil
 }
 
-// Write adds one line, whole or not at all. An error means that the line is lost.
+// Write appends one line, cut to MaxLine, whole or not at all. An error means that the
+// line is lost.
 func (f *File) Write(line []byte) (int, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -99,7 +98,7 @@ func (f *File) Write(line []byte) (int, error) {
 	return 0, err
 }
 
-// cut bounds a line.
+// cut bounds a line to MaxLine bytes and marks it as cut.
 func cut(line []byte) []byte {
 	if len(line) <= MaxLine {
 		return line
@@ -117,7 +116,7 @@ func (f *File) write(line []byte) error {
 	}
 	n, err := f.h.Write(line)
 	if err != nil {
-		// The part that fitted would run into the next line.
+		// Else the next line would continue the part that was written.
 		if f.h.Truncate(f.size) != nil {
 			f.size += int64(n)
 		}
@@ -128,7 +127,7 @@ func (f *File) write(line []byte) error {
 	return nil
 }
 
-// ready makes sure that n bytes go into the file that is open.
+// ready opens the file if necessary, and rotates it if n more bytes exceed MaxSize.
 func (f *File) ready(n int64) error {
 	if err := f.reopen(); err != nil {
 		return err
@@ -136,8 +135,8 @@ func (f *File) ready(n int64) error {
 	if f.size == 0 || f.size+n <= f.o.MaxSize {
 		return nil
 	}
-	// Without a place for the old file nothing more is written: bounded comes
-	// before complete.
+	// If the old file can't be moved, nothing more is written: the bound matters more than
+	// the lines.
 	if err := f.shift(); err != nil {
 		return err
 	}
@@ -163,8 +162,8 @@ func (f *File) reopen() error {
 	return nil
 }
 
-// shift renames each file to the next older name; the oldest is replaced. Names
-// are replaced, never followed.
+// shift renames each file to the next older name, replacing the oldest. It replaces
+// symbolic links too, and never follows one.
 func (f *File) shift() error {
 	if f.o.Keep == 0 {
 		return os.Remove(f.o.Path)
@@ -177,7 +176,7 @@ func (f *File) shift() error {
 	return nil
 }
 
-// name returns the path of the i-th old file; 0 is the present one.
+// name returns the path of the i-th old file; 0 is the current one.
 func (f *File) name(i int) string {
 	if i == 0 {
 		return f.o.Path
@@ -185,7 +184,7 @@ func (f *File) name(i int) string {
 	return f.o.Path + "." + strconv.Itoa(i)
 }
 
-// Close ends the log. Lines after it are lost.
+// Close closes the file. Lines written afterwards are lost.
 func (f *File) Close() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -198,9 +197,8 @@ func (f *File) Close() error {
 	return err
 }
 
-// openFile opens the log to append to, or makes it. A symbolic link, a pipe or a
-// device in its place is refused: root would write to, or wait for, a file that
-// another user chose.
+// openFile opens the log for appending, or creates it. It refuses a symbolic link, a
+// pipe or a device: root would write to, or wait for, a file that another user chose.
 func openFile(path string) (handle, error) {
 	if dir, err := os.Lstat(filepath.Dir(path)); err != nil {
 		return nil, err
@@ -223,7 +221,7 @@ func openFile(path string) (handle, error) {
 	return h, nil
 }
 
-// same makes sure that no link was put there in the meantime.
+// same fails if path was replaced, say by a link, between the check and the opening.
 func same(h *os.File, path string) error {
 	opened, err := h.Stat()
 	if err != nil {
@@ -239,9 +237,9 @@ func same(h *os.File, path string) error {
 	return nil
 }
 
-// Bound empties a file that is open for appending and that no other program bounds,
-// such as the one that launchd makes of standard error, when it has more than
-// max bytes. What isn't a regular file is left alone.
+// Bound empties a file that is open for appending if it has more than max bytes. It is
+// for files that no other program bounds, such as the one that launchd opens for standard
+// error. Anything but a regular file is left alone.
 func Bound(h *os.File, max int64) error {
 	info, err := h.Stat()
 	if err != nil || !info.Mode().IsRegular() || info.Size() <= max {

@@ -7,17 +7,17 @@ import (
 	"time"
 )
 
-// queueSize bounds the lines that wait in a Queue, in bytes: some thousand lines.
+// queueSize bounds the lines waiting in a Queue, in bytes: some thousand lines.
 const queueSize = 1 << 20
 
-// A Queue stands between a program and a writer that may block for good: a pipe
-// that isn't read, a stopped terminal, a file on a disk that hangs. Write only
-// notes the line, and a goroutine that exists while lines wait hands them on, one
-// by one. Where the writer doesn't keep up, new lines are dropped and counted, and
-// a line that says how many stands where they are missing.
+// A Queue stands between a program and a writer that may block forever: a pipe that
+// isn't read, a stopped terminal, a file on a disk that hangs. Write only queues the
+// line, and a goroutine that exists while lines wait writes them one by one. If the
+// writer doesn't keep up, new lines are dropped, and a line with their number takes
+// their place.
 //
-// An error of the writer loses its line, and is for the writer to tell. The methods
-// may be called by several goroutines.
+// If the writer returns an error, its line is lost; reporting that is up to the writer.
+// The methods may be called by several goroutines.
 type Queue struct {
 	to  io.Writer
 	max int
@@ -25,14 +25,14 @@ type Queue struct {
 	mu      sync.Mutex
 	lines   [][]byte
 	size    int           // of lines, in bytes
-	dropped int           // lines since the last that was kept
-	idle    chan struct{} // closed when nothing waits; nil while nothing does
+	dropped int           // lines since the last one that was queued
+	idle    chan struct{} // closed once no line waits; nil while none does
 }
 
-// NewQueue returns an empty queue of at most 1 MiB.
+// NewQueue returns a queue of at most 1 MiB of lines for the writer to.
 func NewQueue(to io.Writer) *Queue { return &Queue{to: to, max: queueSize} }
 
-// Write notes a line, or drops it. It never waits and never fails.
+// Write queues a line, cut to MaxLine, or drops it. It never blocks and never fails.
 func (q *Queue) Write(line []byte) (int, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -48,19 +48,19 @@ func (q *Queue) Write(line []byte) (int, error) {
 	}
 	if q.idle == nil {
 		q.idle = make(chan struct{})
-		// It ends when nothing waits. One that is stuck in a write is left behind by the
-		// end of the program, which must not wait for it.
+		// The goroutine ends once no line waits. The program doesn't wait for one that is
+		// stuck in a write when it exits.
 		go q.drain()
 	}
 	return len(line), nil
 }
 
-// note says how many lines were dropped, or is nil.
+// note returns the line that says how many lines were dropped, or nil.
 func (q *Queue) note() []byte {
 	if q.dropped == 0 {
 		return nil
 	}
-	return fmt.Appendf(nil, "level=WARN msg=\"lines were dropped: the log isn't taken fast enough\" lines=%d\n", q.dropped)
+	return fmt.Appendf(nil, "level=WARN msg=\"lines were dropped: the log's writer is too slow\" lines=%d\n", q.dropped)
 }
 
 func (q *Queue) push(line []byte) {
@@ -68,14 +68,15 @@ func (q *Queue) push(line []byte) {
 	q.size += len(line)
 }
 
-// drain writes until nothing waits.
+// drain writes lines until none waits.
 func (q *Queue) drain() {
 	for line := q.next(); line != nil; line = q.next() {
 		_, _ = q.to.Write(line)
 	}
 }
 
-// next takes the oldest line, or returns nil and ends the draining.
+// next removes and returns the oldest line. If there is none, it marks the queue as idle
+// and returns nil.
 func (q *Queue) next() []byte {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -97,8 +98,8 @@ func (q *Queue) next() []byte {
 	return nil
 }
 
-// Flush waits until what was noted is written, at most for limit, and reports
-// whether it is.
+// Flush waits at most for limit until all queued lines are written, and reports whether
+// they are.
 func (q *Queue) Flush(limit time.Duration) bool {
 	q.mu.Lock()
 	idle := q.idle

@@ -12,15 +12,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// conn has the embedded field without a name that other packages could use to go around
-// Execute.
+// conn makes the embedded field unexported, so that other packages can't bypass Execute.
 type conn = netlink.Conn
 
-// A Conn is mdlayher/netlink's with lists that are whole. It is for one goroutine at a time.
-// After a question that a deadline ended it must be closed: the answer may still come.
+// A Conn is a netlink.Conn of mdlayher/netlink whose dumps are complete. Only one goroutine
+// at a time may use it. After a request that a deadline ended, the caller must close it: the
+// answer may still arrive.
 type Conn struct {
 	*conn
-	part []byte // of a list, listBuffer long
+	part []byte // buffer for one part of a dump, of listBuffer bytes
 }
 
 // Dial opens a socket of a netlink family, such as unix.NETLINK_NETFILTER.
@@ -32,8 +32,8 @@ func Dial(family int) (*Conn, error) {
 	return &Conn{conn: c}, nil
 }
 
-// Execute sends a request and returns the answer, which is whole where it is a list (Request
-// and Dump in the flags).
+// Execute sends a request and returns the answer. It repeats an interrupted dump (a request
+// with netlink.Dump in its flags) as [ErrInterrupted] says.
 func (c *Conn) Execute(m netlink.Message) ([]netlink.Message, error) {
 	if !isList(m.Header) {
 		return c.conn.Execute(m)
@@ -46,18 +46,17 @@ func (c *Conn) Execute(m netlink.Message) ([]netlink.Message, error) {
 	})
 }
 
-// isList reports whether a request is for a list. Requests for changes have other meanings
-// for the two bits of Dump, and never both.
+// isList reports whether a request is for a dump. In a request for a change the two bits of
+// netlink.Dump have other meanings and are never both set.
 func isList(h netlink.Header) bool { return h.Flags&netlink.Dump == netlink.Dump }
 
-// listBuffer is the most that the kernel fills of one part of a list (netlink_dump in
-// net/netlink/af_netlink.c), in bytes.
+// listBuffer is the largest part of a dump that the kernel sends, in bytes (netlink_dump in
+// net/netlink/af_netlink.c).
 const listBuffer = 64 << 10
 
-// Each sends a request for a list and calls do for each entry, whose data is valid until do
-// returns: a list that is long takes no more memory than a short one. A list that was
-// interrupted is ErrInterrupted in the end, and isn't asked for again, for do has seen
-// entries.
+// Each sends a request for a dump and calls do for each entry, so that a long dump takes no
+// more memory than a short one. data is valid until do returns. If the dump was interrupted,
+// Each returns ErrInterrupted at the end and doesn't retry, since do has seen entries.
 func (c *Conn) Each(m netlink.Message, do func(h netlink.Header, data []byte)) error {
 	request, err := c.Send(m)
 	if err != nil {
@@ -66,7 +65,7 @@ func (c *Conn) Each(m netlink.Message, do func(h netlink.Header, data []byte)) e
 	return c.list(request.Header.Sequence, do)
 }
 
-// list reads the list that was asked for with a sequence number, to its end.
+// list reads the dump that answers the request with the sequence number, to its end.
 func (c *Conn) list(sequence uint32, do func(netlink.Header, []byte)) error {
 	raw, err := c.SyscallConn()
 	if err != nil {
@@ -87,11 +86,11 @@ func (c *Conn) list(sequence uint32, do func(netlink.Header, []byte)) error {
 			return err
 		}
 		switch kernel, _ := from.(*unix.SockaddrNetlink); {
-		case errno == unix.EINTR, errno == unix.ENOBUFS: // of a list nothing is lost
+		case errno == unix.EINTR, errno == unix.ENOBUFS: // the kernel goes on with the dump
 		case errno != nil:
 			return os.NewSyscallError("recvmsg", errno)
 		case flags&unix.MSG_TRUNC != 0:
-			return fmt.Errorf("a part of a list has more than %d bytes", listBuffer)
+			return fmt.Errorf("read dump: a part has more than %d bytes", listBuffer)
 		case kernel == nil || kernel.Pid != 0: // another process may write to the socket, too
 		default:
 			if err := a.read(c.part[:n]); err != nil {
@@ -102,7 +101,7 @@ func (c *Conn) list(sequence uint32, do func(netlink.Header, []byte)) error {
 	return a.err()
 }
 
-// answer is a list that is being read.
+// An answer is the dump that is being read.
 type answer struct {
 	sequence    uint32 // of the request
 	do          func(netlink.Header, []byte)
@@ -111,9 +110,9 @@ type answer struct {
 	errno       syscall.Errno
 }
 
-var errCut = errors.New("a message of the kernel's is cut off")
+var errCut = errors.New("read dump: message is truncated")
 
-// read takes in a part of the answer (struct nlmsghdr in linux/netlink.h).
+// read parses one part of the dump: messages with a struct nlmsghdr (linux/netlink.h).
 func (a *answer) read(b []byte) error {
 	for len(b) > 0 && !a.done {
 		if len(b) < unix.SizeofNlMsghdr {
@@ -130,7 +129,7 @@ func (a *answer) read(b []byte) error {
 		data := b[unix.SizeofNlMsghdr:h.Length]
 		b = b[min((int(h.Length)+3)&^3, len(b)):]
 		if h.Sequence != a.sequence {
-			continue // the end of an earlier answer
+			continue // of an earlier request
 		}
 		a.interrupted = a.interrupted || h.Flags&netlink.DumpInterrupted != 0
 		switch h.Type {

@@ -1,20 +1,20 @@
-// Package nlconn asks the Linux kernel over netlink, and gets lists that are whole.
+// Package nlconn talks to the Linux kernel over netlink and retries a dump that was
+// interrupted.
 //
-// The kernel fills a list (a dump) in parts, and between two parts another program may add
-// or delete an entry: then one may be missing from the list, or be in it twice, and some
-// message of the answer has the flag NLM_F_DUMP_INTR (linux/netlink.h, and
-// nl_dump_check_consistent in include/net/netlink.h). A route that is missing for one look
-// is a peer that loses its connection, so such a list is asked for again, here and nowhere
-// else:
+// The kernel answers a dump, a request for a list, in parts. If another program adds or
+// deletes an entry between two parts, an entry may be missing from the dump, or be in it
+// twice; some message of the answer then has the flag NLM_F_DUMP_INTR (linux/netlink.h, and
+// nl_dump_check_consistent in include/net/netlink.h). A route that is missing from one dump
+// would cost a peer its connection, so such a dump is repeated, here and nowhere else:
 //
-//   - [Handle] is vishvananda/netlink's, for links, addresses, routes, policy rules and IPsec.
-//     The library reports the flag, and leaves asking again to its caller.
-//   - [Conn] is mdlayher/netlink's, for everything else. That library drops the message that
-//     ends a list, which may be the only one with the flag, so that Conn reads lists by itself.
-//   - [Nftables] is google/nftables, which doesn't look at the flag, over a Conn.
+//   - [Handle] wraps vishvananda/netlink, for links, addresses, routes, policy rules and
+//     IPsec. That library reports the flag and leaves the retry to its caller.
+//   - [Conn] wraps mdlayher/netlink, for everything else. That library drops the message that
+//     ends a dump, which may be the only one with the flag, so Conn reads dumps itself.
+//   - [Nftables] runs google/nftables, which ignores the flag, over a Conn.
 //
-// [Conn.Route] asks for the route of one packet. No library knows all that such a question
-// can say.
+// [Conn.Route] asks for the route of one packet; none of the libraries can put all of a
+// [Packet] into such a request.
 //
-// All of it works in the network namespace of the thread that opens it.
+// A socket belongs to the network namespace of the thread that opens it.
 package nlconn

@@ -7,14 +7,14 @@ import (
 	"github.com/mdlayher/netlink"
 )
 
-// Nftables lists what nftables holds: google/nftables, which understands the answers, over a
-// Conn, which gets them whole.
+// Nftables lists the objects of nftables. google/nftables encodes the requests and parses
+// the answers, and a Conn makes sure that they are complete.
 type Nftables struct {
 	library *nftables.Conn
-	failed  error // of the last list, with its errno
+	failed  error // Conn's error of the last request, with its errno
 }
 
-// Nftables lists through c, which is of the family unix.NETLINK_NETFILTER.
+// Nftables returns an Nftables that uses c, a Conn of the family unix.NETLINK_NETFILTER.
 func (c *Conn) Nftables() (*Nftables, error) {
 	n := &Nftables{}
 	var err error
@@ -32,14 +32,15 @@ func (c *Conn) Nftables() (*Nftables, error) {
 			ms[i].Header.Flags &^= netlink.Multi // nothing follows
 		}
 		if len(ms) == 0 {
-			return nil, io.EOF // how an empty list is said here
+			return nil, io.EOF // the library's test dialer signals an empty list so
 		}
 		return ms, nil
 	}))
 	return n, err
 }
 
-// list returns the error of the socket: the library keeps its text alone.
+// list calls do and returns the Conn's error if it has one: the library's error keeps only
+// its text.
 func list[T any](n *Nftables, do func() (T, error)) (T, error) {
 	n.failed = nil
 	got, err := do()
@@ -66,8 +67,8 @@ func (n *Nftables) ListFlowtables(t *nftables.Table) ([]*nftables.Flowtable, err
 	return list(n, func() ([]*nftables.Flowtable, error) { return n.library.ListFlowtables(t) })
 }
 
-// GetSetElements returns the elements of a set. Where there is no such set, os.ErrNotExist is
-// in the error's chain.
+// GetSetElements returns the elements of a set. If the set doesn't exist, the error wraps
+// os.ErrNotExist.
 func (n *Nftables) GetSetElements(s *nftables.Set) ([]nftables.SetElement, error) {
 	return list(n, func() ([]nftables.SetElement, error) { return n.library.GetSetElements(s) })
 }

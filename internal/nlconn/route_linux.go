@@ -10,41 +10,43 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// rtaNexthop is RTA_NH_ID of linux/rtnetlink.h, a route's nexthop.
+// rtaNexthop is RTA_NH_ID of linux/rtnetlink.h, which x/sys lacks: a route's nexthop object.
 const rtaNexthop = 30
 
-// A Packet is what the kernel is asked the route of. What is zero isn't said.
+// A Packet describes a packet whose route the kernel looks up. Zero fields are left out of
+// the request.
 type Packet struct {
 	Src, Dst netip.Addr // Dst is required
-	// IIF is the number of the interface that the packet comes in by, 0 for a packet of the
-	// host's own, and OIF the one that it is to leave by.
+	// IIF is the index of the interface on which the packet arrives, 0 for a packet that the
+	// host itself sends. OIF is the index of the interface by which it must leave.
 	IIF, OIF int
 	Mark     uint32
 	Proto    uint8
-	// The ports count for TCP and UDP alone: with others the kernel refuses them
+	// The ports are sent for TCP and UDP only: with other protocols the kernel refuses them
 	// (rtm_getroute_parse_ip_proto in net/ipv4/netlink.c).
 	SrcPort, DstPort uint16
-	// Match asks for the route in the table instead of what it comes to (RTM_F_FIB_MATCH).
+	// Match asks for the matching route as the table has it, instead of the result of the
+	// lookup (RTM_F_FIB_MATCH).
 	Match bool
 }
 
-// A Route is one of the kernel's, or the answer to a question for a packet's.
+// A Route is an entry of a routing table, or the result of a lookup.
 type Route struct {
 	Kind   uint8 // unix.RTN_UNICAST and so on
 	Table  uint32
 	Dst    netip.Prefix
 	Metric uint32
-	OIF    int        // 0 where the route doesn't say it by itself
-	Router netip.Addr // not valid for what is on the link
-	Src    netip.Addr // that the host's own packets have
-	// Nexthop is the number of the nexthop object that says where the route leads.
+	OIF    int        // index of the interface; 0 if a nexthop object or several hops name it
+	Router netip.Addr // the gateway; not valid if the destination is on the link
+	Src    netip.Addr // preferred source address of the host's own packets
+	// Nexthop is the ID of the nexthop object that says where the route leads; 0: none.
 	Nexthop uint32
-	// Multipath says that the route has several ways.
+	// Multipath says that the route has several next hops (RTA_MULTIPATH).
 	Multipath bool
 }
 
-// Route asks which route a packet takes (RTM_GETROUTE in rtnetlink(7)). Where there is none,
-// or one that leads nowhere, the kernel's error is returned: ENETUNREACH, EHOSTUNREACH,
+// Route looks up the route of a packet (RTM_GETROUTE in rtnetlink(7)). If there is none, or
+// one that drops the packet, it returns the kernel's error: ENETUNREACH, EHOSTUNREACH,
 // EACCES or EINVAL (fib_props in net/ipv4/fib_semantics.c).
 func (c *Conn) Route(p Packet) (Route, error) {
 	data, err := p.encode()
@@ -58,7 +60,7 @@ func (c *Conn) Route(p Packet) (Route, error) {
 		return Route{}, err
 	}
 	if len(ms) != 1 {
-		return Route{}, fmt.Errorf("%d routes instead of one", len(ms))
+		return Route{}, fmt.Errorf("look up route: %d answers instead of one", len(ms))
 	}
 	return parseRoute(ms[0].Data)
 }
@@ -86,7 +88,7 @@ func (c *Conn) Routes(family uint8, keep func(Route) bool) ([]Route, error) {
 	return out, nil
 }
 
-// encode writes the question behind a struct rtmsg.
+// encode returns the request: a struct rtmsg and its attributes.
 func (p Packet) encode() ([]byte, error) {
 	header := make([]byte, unix.SizeofRtMsg)
 	header[0], header[1] = unix.AF_INET6, byte(p.Dst.BitLen())
@@ -127,7 +129,7 @@ func (p Packet) encode() ([]byte, error) {
 	return append(header, attributes...), err
 }
 
-var errShort = errors.New("a route's message is too short")
+var errShort = errors.New("parse route: message is too short")
 
 // parseRoute reads a struct rtmsg and its attributes.
 func parseRoute(b []byte) (r Route, err error) {

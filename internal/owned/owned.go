@@ -1,11 +1,13 @@
-// Package owned reads files that only root or the user that runs this process can have
-// written, writes such files, and looks at the folders on the way to them: a program that
-// runs as root must not believe what another user put there.
+// Package owned reads and writes files that only root, or the user that runs this process,
+// can have written, and checks the folders above them: a program that runs as root must not
+// trust a file that another user put there.
 //
-// Open and Read are for files, CheckAbove is for the folders above, and Replace and
-// ReplaceFrom write a file that is whole after a crash at any moment: the only way in which
-// the program changes a file that it, launchd or systemd reads later. On systems other than Unix nothing is
-// checked: access lists, which the folder's set, are another matter.
+// [Open] and [Read] check the file itself, [CheckAbove] the folders on the way to it.
+// [Replace] and [ReplaceFrom] write a file that is whole after a crash at any moment; the
+// program changes no file that it, launchd or systemd reads later in any other way.
+//
+// On systems other than Unix nothing is checked: there access control lists, which a file
+// inherits from its folder, decide.
 package owned
 
 import (
@@ -21,8 +23,8 @@ import (
 	"strings"
 )
 
-// ModeText returns a mode as ls writes it: the owners' bits and the sticky one in their
-// places.
+// ModeText returns a mode as ls(1) prints it, with the setuid, setgid and sticky bits in
+// the places of x. Of the file types it knows only a directory.
 func ModeText(mode fs.FileMode) string {
 	text := []byte(mode.Perm().String())
 	if mode.IsDir() {
@@ -41,8 +43,8 @@ func ModeText(mode fs.FileMode) string {
 	return string(text)
 }
 
-// ToClose says what to do about a folder that others may write to, which flag names. One
-// for temporary files, which is sticky, has to stay as it is.
+// ToClose returns the hint for a folder that other users may write to and that flag names.
+// It doesn't advise to change a sticky folder, such as /tmp, which has to stay writable.
 func ToClose(folder string, mode fs.FileMode, flag string) string {
 	other := "name another folder with " + flag
 	if mode&fs.ModeSticky != 0 {
@@ -51,7 +53,8 @@ func ToClose(folder string, mode fs.FileMode, flag string) string {
 	return fmt.Sprintf("run: chmod go-w %q, or %s", folder, other)
 }
 
-// Read reads a file, which Open opens, of at most so many bytes.
+// Read opens a file as [Open] does and returns its content, which may have at most most
+// bytes.
 func Read(path string, most int64) ([]byte, error) {
 	f, err := Open(path)
 	if err != nil {
@@ -68,16 +71,16 @@ func Read(path string, most int64) ([]byte, error) {
 	return text, nil
 }
 
-// Replace gives the file at path new content, as [ReplaceFrom] does, and mode 0600.
+// Replace replaces the file at path by content, as [ReplaceFrom] does, with mode 0600.
 func Replace(path string, content []byte) error {
 	return ReplaceFrom(path, bytes.NewReader(content), 0o600)
 }
 
-// ReplaceFrom gives the file at path new content, this process's user as its owner and
-// exactly mode, whatever the umask is. It returns when the file would outlive a loss of
-// power: the file and its name are synced. After a crash at any moment path is the old
-// file or the new one, whole, and [Tidy] removes what else is left. A link at path is
-// replaced, not followed.
+// ReplaceFrom replaces the file at path, or creates it, with this process's user as its
+// owner and exactly mode, whatever the umask is. It returns once the content and the name
+// are synced, so that they survive a loss of power. After a crash at any moment path is
+// either the old file or the new one, whole; [Tidy] removes a temporary file that is left.
+// A symbolic link at path is replaced, not followed.
 func ReplaceFrom(path string, content io.Reader, mode fs.FileMode) error {
 	dir := filepath.Dir(path)
 	temp, err := WriteTemp(dir, filepath.Base(path), content, mode)
@@ -92,14 +95,14 @@ func ReplaceFrom(path string, content io.Reader, mode fs.FileMode) error {
 }
 
 // tempSuffix ends the name of a temporary file. Neither launchd nor systemd loads a file
-// with such a name, as at a boot before the rename.
+// with such a name at boot, if a crash left one.
 const tempSuffix = ".tmp"
 
-// WriteTemp writes a new file in dir that is to replace the one called name, and syncs it.
-// With an error no file stays. Most callers want [Replace]; this is for those that write
-// several files before they rename any.
+// WriteTemp writes and syncs a new file in dir, which the caller then renames to name, and
+// returns its path. After an error no file is left. Most callers want [Replace]; WriteTemp
+// is for those that write several files before they rename any.
 func WriteTemp(dir, name string, content io.Reader, mode fs.FileMode) (path string, err error) {
-	// CreateTemp makes it 0600 and exclusively, so no other process has it open.
+	// CreateTemp uses mode 0600 and O_EXCL, so no other process has the file open.
 	f, err := os.CreateTemp(dir, "."+name+".*"+tempSuffix)
 	if err != nil {
 		return "", err
@@ -112,8 +115,8 @@ func WriteTemp(dir, name string, content io.Reader, mode fs.FileMode) (path stri
 	return f.Name(), nil
 }
 
-// share gives a file another mode than 0600. Root's file then is of root's group, too: a
-// folder may hand on its own (BSD's folders all do).
+// share sets a file's mode. A file of root's that others may read also gets root's group:
+// a new file may have its folder's group (on BSD it always does, open(2)).
 func share(f *os.File, mode fs.FileMode) error {
 	if mode == 0o600 {
 		return nil
@@ -128,8 +131,9 @@ func share(f *os.File, mode fs.FileMode) error {
 }
 
 // Tidy removes from dir the temporary files of a process that was killed while it replaced
-// files of these names, or of any name where none are given. The caller sees to it that no
-// other process is replacing them now. What can't be removed costs some room, no more.
+// a file with one of the names, or any file if there are no names. The caller must ensure
+// that no other process is replacing them at the same time. Errors are ignored: a file that
+// stays only takes space.
 func Tidy(dir string, names ...string) {
 	entries, _ := os.ReadDir(dir)
 	for _, e := range entries {
@@ -139,7 +143,7 @@ func Tidy(dir string, names ...string) {
 	}
 }
 
-// tempOf returns the name of the file that a temporary one was to replace.
+// tempOf returns the name that WriteTemp was called with for a temporary file.
 func tempOf(temp string) (name string, ok bool) {
 	rest, hidden := strings.CutPrefix(temp, ".")
 	rest, suffixed := strings.CutSuffix(rest, tempSuffix)
@@ -150,7 +154,8 @@ func tempOf(temp string) (name string, ok bool) {
 	return rest[:dot], true
 }
 
-// Remove removes a file, if it exists, and returns when that would outlive a loss of power.
+// Remove removes a file, if it exists, and syncs its folder, so that the removal survives a
+// loss of power.
 func Remove(path string) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -158,10 +163,10 @@ func Remove(path string) error {
 	return SyncDir(filepath.Dir(path))
 }
 
-// SyncDir has the names in dir, such as a renamed one, outlive a loss of power.
+// SyncDir syncs the names in dir, so that a rename survives a loss of power.
 func SyncDir(dir string) error {
 	if runtime.GOOS == "windows" {
-		return nil // it has no such operation
+		return nil // Windows can't sync a folder
 	}
 	d, err := os.Open(dir)
 	if err != nil {
@@ -170,8 +175,8 @@ func SyncDir(dir string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-// AboveError says of a folder, or of a link, on the way to another that a user who isn't
-// trusted could put another in its place.
+// An AboveError is a folder or a link on the way to a path that a user who isn't trusted
+// could replace, or whose entries such a user could.
 type AboveError struct {
 	Path    string // the folder or the link
 	Problem string // what is wrong with it

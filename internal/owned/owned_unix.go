@@ -14,23 +14,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxLinks bounds the links on the way to a folder, as the kernel does (MAXSYMLINKS in
+// maxLinks bounds the links on the way to a folder, as the kernels do (MAXSYMLINKS in
 // Linux's include/linux/namei.h; xnu allows 32).
 const maxLinks = 40
 
-// systemGroup is the highest number of the groups that no person is in: 0, root or
-// wheel, and 1, daemon or bin.
+// systemGroup is the highest ID of the groups without human members: 0 is root or wheel,
+// 1 is daemon or bin.
 const systemGroup = 1
 
-// CheckAbove follows the way to a folder from the root on, through each link, and returns
-// an *AboveError for a folder on it, or a link, that another user than root and the one
-// that runs this process owns, or whose entries such a user may rename: then that user
-// could put another folder in place of the one that is looked for. The last folder itself
-// is the caller's to check. The way may end early, where a folder doesn't exist yet.
+// CheckAbove walks from the root to dir, following each link, and returns an *AboveError
+// for the first folder or link that a user other than root and the one that runs this
+// process owns, or whose entries such a user may rename: that user could replace dir. It
+// doesn't check dir itself, and stops at the first folder that doesn't exist.
 //
-// The entries of a folder with the sticky bit are renamed by their owner and the folder's
-// only (rename(2), unlink(2)), and their owners are checked, so that such a folder may be
-// one that all may write to.
+// Only the owner of an entry or of the folder may rename an entry of a folder with the
+// sticky bit (rename(2), unlink(2)). Since the owners of both are checked, such a folder
+// may be writable by all, as /tmp is.
 func CheckAbove(dir string) error {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
@@ -43,7 +42,7 @@ func CheckAbove(dir string) error {
 		}
 		name := left[0]
 		left = left[1:]
-		if name == ".." { // of a link; the folder above was checked on the way here
+		if name == ".." { // in a link's target; the parent was checked on the way here
 			at = filepath.Dir(at)
 			continue
 		}
@@ -77,7 +76,8 @@ func CheckAbove(dir string) error {
 	return nil
 }
 
-// names returns the names in a path, with each "..", which may follow a link.
+// names returns the elements of a path. It keeps "..", which can't be resolved without
+// following the links before it.
 func names(path string) (out []string) {
 	for name := range strings.SplitSeq(path, "/") {
 		if name != "" && name != "." {
@@ -87,7 +87,7 @@ func names(path string) (out []string) {
 	return out
 }
 
-// checkFolder refuses a folder whose entries another user may rename.
+// checkFolder fails for a folder whose entries another user may rename.
 func checkFolder(path string) error {
 	info, err := os.Lstat(path)
 	if err != nil {
@@ -105,9 +105,9 @@ func checkFolder(path string) error {
 	mode := info.Mode()
 	switch gid := info.Sys().(*syscall.Stat_t).Gid; {
 	case mode.Perm()&0o002 != 0:
-		return &AboveError{path, fmt.Sprintf("has mode %s: any user may replace what is in it", ModeText(mode)), fmt.Sprintf("run: chmod o-w %q", path)}
+		return &AboveError{path, fmt.Sprintf("has mode %s: any user may replace files in it", ModeText(mode)), fmt.Sprintf("run: chmod o-w %q", path)}
 	case mode.Perm()&0o020 != 0 && gid > systemGroup && (os.Geteuid() == 0 || int(gid) != os.Getegid()):
-		return &AboveError{path, fmt.Sprintf("has mode %s: group %d may replace what is in it", ModeText(mode), gid), fmt.Sprintf("run: chmod g-w %q", path)}
+		return &AboveError{path, fmt.Sprintf("has mode %s: group %d may replace files in it", ModeText(mode), gid), fmt.Sprintf("run: chmod g-w %q", path)}
 	}
 	return nil
 }
@@ -130,9 +130,9 @@ func Trusted(info fs.FileInfo) (uid uint32, ok bool) {
 	return st.Uid, st.Uid == 0 || int(st.Uid) == os.Geteuid()
 }
 
-// Open opens a file for reading. It refuses a link, what isn't a regular file, and
-// one that belongs to another user or that others may write to. Opening doesn't wait,
-// as it would for the writer of a FIFO.
+// Open opens a file for reading. It fails for a symbolic link, for anything but a regular
+// file, and for a file that belongs to another user or that other users may write to. It
+// doesn't block on a FIFO without a writer.
 func Open(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -145,7 +145,7 @@ func Open(path string) (*os.File, error) {
 	return f, nil
 }
 
-// Check refuses an open file that another user could have written.
+// Check fails for an open file that another user could have written.
 func Check(f *os.File) error {
 	info, err := f.Stat()
 	if err != nil {
@@ -162,7 +162,8 @@ func Check(f *os.File) error {
 	return nil
 }
 
-// NoLink says in plain words that a file is a link: ELOOP of open(2) doesn't.
+// NoLink returns err, the error of opening path with O_NOFOLLOW, with a plain message if
+// path is a link: the text of ELOOP doesn't say so (open(2)).
 func NoLink(path string, err error) error {
 	if info, e := os.Lstat(path); e == nil && info.Mode()&fs.ModeSymlink != 0 {
 		return fmt.Errorf("%q is a link, which isn't followed: %w", path, err)

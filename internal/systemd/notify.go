@@ -1,7 +1,6 @@
-// Package systemd is what a service says to systemd, and the unit that systemd is given.
-//
-// It has its own few lines for sd_notify(3), of which only datagrams to a unix socket are
-// needed.
+// Package systemd tells systemd that a service has started, is alive or is stopping, by
+// the protocol of sd_notify(3): datagrams to the Unix socket that the environment variable
+// NOTIFY_SOCKET names. [Notifications] reads the environment, [Notifier.Tell] sends.
 package systemd
 
 import (
@@ -14,48 +13,48 @@ import (
 	"time"
 )
 
-// What a service tells, sd_notify(3). Each is one datagram.
+// The notifications of sd_notify(3) that the helper sends.
 const (
-	// Ready: the start is complete.
+	// Ready says that the service has started.
 	Ready = "READY=1"
-	// Stopping: the service begins to end.
+	// Stopping says that the service has begun to stop.
 	Stopping = "STOPPING=1"
-	// Alive keeps the watchdog from ending the service.
+	// Alive is the sign of life that the watchdog waits for.
 	Alive = "WATCHDOG=1"
 )
 
 // sendLimit bounds how long a datagram waits for room in the socket's queue.
 const sendLimit = time.Second
 
-// A Notifier tells the service manager how the service is. A nil *Notifier tells nothing,
-// for where there is no service manager.
+// A Notifier sends notifications to the service manager. The methods of a nil *Notifier
+// do nothing; it stands for a host without a service manager.
 type Notifier struct {
 	conn *net.UnixConn
-	// watchdog is the time within which Alive is to be sent again; 0: never.
+	// watchdog is the time within which Alive must be sent again; 0: no watchdog.
 	watchdog time.Duration
 }
 
-// Notifications returns the Notifier for what the environment says: NOTIFY_SOCKET is a
-// path from the root, or after an @ a name in Linux's abstract space (sd_notify(3));
-// WATCHDOG_USEC are microseconds, which count for the process that WATCHDOG_PID names,
-// where it names one (sd_watchdog_enabled(3)). It is nil without NOTIFY_SOCKET. pid is
-// this process's.
+// Notifications returns the Notifier that the environment describes, or nil if
+// NOTIFY_SOCKET isn't set. NOTIFY_SOCKET is an absolute path, or a name in Linux's
+// abstract namespace after an @ (sd_notify(3)). WATCHDOG_USEC is in microseconds and
+// applies to the process WATCHDOG_PID, or to any if that isn't set
+// (sd_watchdog_enabled(3)). pid is this process's ID.
 func Notifications(getenv func(string) string, pid int) (*Notifier, error) {
 	address := getenv("NOTIFY_SOCKET")
 	if address == "" {
 		return nil, nil
 	}
 	if !filepath.IsAbs(address) && (!strings.HasPrefix(address, "@") || len(address) == 1) {
-		return nil, fmt.Errorf("NOTIFY_SOCKET %q is neither a path from the root nor an abstract name", address)
+		return nil, fmt.Errorf("NOTIFY_SOCKET %q is neither an absolute path nor an abstract name", address)
 	}
 	watchdog, err := watchdogTime(getenv, pid)
 	if err != nil {
 		return nil, err
 	}
-	// net takes the @ for the abstract space, too (syscall.SockaddrUnix).
+	// Package net reads a leading @ as the abstract namespace, too (syscall.SockaddrUnix).
 	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: address, Net: "unixgram"})
 	if err != nil {
-		return nil, fmt.Errorf("reach the service manager at NOTIFY_SOCKET: %w", err)
+		return nil, fmt.Errorf("connect to the service manager at NOTIFY_SOCKET: %w", err)
 	}
 	return &Notifier{conn: conn, watchdog: watchdog}, nil
 }
@@ -72,10 +71,10 @@ func watchdogTime(getenv func(string) string, pid int) (time.Duration, error) {
 	return time.Duration(us) * time.Microsecond, nil
 }
 
-// maxWatchdog is longer than any sensible time between two signs of life.
+// maxWatchdog exceeds any sensible time between two signs of life.
 const maxWatchdog = 365 * 24 * time.Hour
 
-// Watchdog returns the time within which Alive is to be sent again; 0: it needn't be.
+// Watchdog returns the time within which Alive must be sent again, or 0 without a watchdog.
 func (n *Notifier) Watchdog() time.Duration {
 	if n == nil {
 		return 0
@@ -83,7 +82,7 @@ func (n *Notifier) Watchdog() time.Duration {
 	return n.watchdog
 }
 
-// Tell sends lines of what holds, such as Ready. It takes sendLimit at most.
+// Tell sends notifications, such as Ready, in one datagram. It takes at most a second.
 func (n *Notifier) Tell(lines ...string) error {
 	if n == nil {
 		return nil
@@ -98,7 +97,7 @@ func (n *Notifier) Tell(lines ...string) error {
 	return nil
 }
 
-// Close closes the way to the service manager. It may be called after the last Tell.
+// Close closes the socket. No Tell may follow; a second Close does nothing.
 func (n *Notifier) Close() error {
 	if n == nil {
 		return nil
