@@ -12,23 +12,23 @@ import (
 	"unicode/utf8"
 )
 
-// Bounds of what launchd and launchctl take. The label becomes part of a path
+// Limits of what launchd and launchctl accept. The label becomes part of a path
 // and of a service target; 1024 is PATH_MAX of <sys/syslimits.h>.
 const (
 	maxLabel = 128
 	maxPath  = 1024
 )
 
-// A Violation is one broken rule.
+// A Violation is a rule that a job or a file breaks.
 type Violation struct {
-	Rule string // its name in the table below
-	Text string // what is wrong, with the value quoted
+	Rule string // the rule's name, such as "label" or "owner"
+	Text string // the problem, with the value quoted
 }
 
 func (v Violation) Error() string { return v.Text }
 
-// jobRules is launchd.plist(5) and the experience of projects that shipped daemons,
-// as a table. A rule returns what is wrong, or "".
+// jobRules is the table of rules for a job, from launchd.plist(5) and the experience of
+// projects that shipped daemons. A rule returns the problem, or "".
 var jobRules = []struct {
 	name  string
 	check func(*Job) string
@@ -44,7 +44,7 @@ var jobRules = []struct {
 	// always: execvp(3) takes the vector, and argv[0] should name the program.
 	{"arguments", func(j *Job) string {
 		if len(j.ProgramArguments) == 0 {
-			return "ProgramArguments must have at least the program"
+			return "ProgramArguments must at least name the program"
 		}
 		return absolute("ProgramArguments[0]", j.ProgramArguments[0])
 	}},
@@ -89,17 +89,16 @@ var jobRules = []struct {
 	{"environment", func(j *Job) string {
 		for k := range j.EnvironmentVariables {
 			if k == "" || strings.ContainsRune(k, '=') {
-				return fmt.Sprintf("environment variable %q has no usable name", k)
+				return fmt.Sprintf("environment variable %q has an invalid name", k)
 			}
 		}
 		return ""
 	}},
-	// XML 1.0 has no way to write most control characters, and argv none to carry
-	// a NUL.
+	// XML 1.0 can't represent most control characters, and an argument can't contain NUL.
 	{"text", func(j *Job) string { return j.badText() }},
 	{"unknown keys", func(j *Job) string {
 		if len(j.Unknown) > 0 {
-			return fmt.Sprintf("key %q isn't known here and would be lost", j.Unknown[0])
+			return fmt.Sprintf("key %q is unknown and would be lost", j.Unknown[0])
 		}
 		return ""
 	}},
@@ -153,11 +152,11 @@ func between(key string, n *int, low, high int) string {
 	return ""
 }
 
-// badText returns what is wrong with the first string that can't be written.
+// badText returns the problem of the first string that XML can't represent, or "".
 func (j *Job) badText() string {
 	for _, s := range j.texts() {
 		if !utf8.ValidString(s) || strings.ContainsFunc(s, unwritable) {
-			return fmt.Sprintf("%q has characters that a property list can't carry", s)
+			return fmt.Sprintf("%q has characters that a property list can't contain", s)
 		}
 	}
 	return ""
@@ -197,17 +196,18 @@ func jobKeys() []string {
 	return keys
 }
 
-// A File is what launchd looks at before it trusts one. Mode has the type bits.
+// A File holds the facts about a file by which launchd decides whether to trust it. Mode
+// includes the type bits.
 type File struct {
 	Path     string
 	UID, GID uint32
 	Mode     fs.FileMode
 }
 
-// fileRules are launchd's for a property list. Its refusals were "Dubious
-// ownership on file (skipping)" and "Dubious permissions on file (skipping)" in
-// the last open source (launchd-842, path_check of launchctl.c), are "Path had
-// bad ownership/permissions" now, and reach the caller as 5.
+// fileRules are launchd's rules for the file of a property list. The last open-source
+// release (launchd-842, path_check of launchctl.c) refused with "Dubious ownership on file
+// (skipping)" or "Dubious permissions on file (skipping)"; current ones say "Path had bad
+// ownership/permissions", and launchctl exits with 5.
 var fileRules = []struct {
 	name  string
 	check func(File) string
@@ -238,8 +238,8 @@ var fileRules = []struct {
 	}},
 }
 
-// CheckFile returns every rule that the property list's file breaks: its place,
-// its name (the label with .plist), its owner and its mode.
+// CheckFile returns every rule that the property list's file breaks by its directory, its
+// name (the label with .plist), its type, its owner or its mode.
 func CheckFile(f File, label string) []Violation {
 	var v []Violation
 	for _, r := range fileRules {
@@ -253,12 +253,11 @@ func CheckFile(f File, label string) []Violation {
 	return v
 }
 
-// CheckProgram returns why a file shouldn't run as root: it, or a directory
-// above it, can be changed by a user other than root, or is a link that leads
-// elsewhere. chain is the program first and then each directory up to the root,
-// by lstat(2). A user who may write one of them becomes root at the next start
-// (CVE-2025-46351 is a daemon whose program could be replaced; Homebrew's prefix
-// belongs to an admin).
+// CheckProgram returns the reasons why a program shouldn't run as root: a user other than
+// root can change it or a directory above it, or one of them is a symbolic link. chain is
+// the program and then each directory up to the root, as [Chain] returns them. A user that
+// may write to one of them becomes root at the next start (CVE-2025-46351 is a daemon whose
+// program could be replaced; Homebrew's prefix belongs to an admin user).
 func CheckProgram(chain []File) []Violation {
 	var v []Violation
 	for i, f := range chain {
@@ -273,9 +272,8 @@ func CheckProgram(chain []File) []Violation {
 		if f.UID != 0 {
 			v = append(v, Violation{"owner", fmt.Sprintf("%q belongs to user %d, not to root", f.Path, f.UID)})
 		}
-		// A sticky directory doesn't help: its owner still is not the only one who
-		// can make entries in it. The admin group is no better than all users:
-		// malware of an admin user has it.
+		// The sticky bit doesn't help: other users can still create entries. Nor is the
+		// admin group better than all users: any program of an admin user has it.
 		if f.Mode.Perm()&0o022 != 0 {
 			v = append(v, Violation{"mode", fmt.Sprintf("%q is writable by others than root (mode %#o)", f.Path, f.Mode.Perm())})
 		}

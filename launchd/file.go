@@ -8,7 +8,7 @@ import (
 // Chain describes program and each directory above it, for CheckProgram.
 func Chain(program string) ([]File, error) {
 	if bad := absolute("program", program); bad != "" {
-		return nil, fmt.Errorf("look at program: %s", bad)
+		return nil, fmt.Errorf("stat program: %s", bad)
 	}
 	var chain []File
 	for p := program; ; p = path.Dir(p) {

@@ -4,7 +4,7 @@ package launchd
 
 import "errors"
 
-// Lstat isn't available: this system's files have no owner by number.
+// Lstat always fails: files on this system have no numeric owner.
 func Lstat(string) (File, error) {
-	return File{}, errors.New("look at file: not supported on this system")
+	return File{}, errors.New("stat file: not supported on this platform")
 }

@@ -9,11 +9,11 @@ import (
 	"syscall"
 )
 
-// Lstat describes the file at path, without following a link.
+// Lstat returns the owner and mode of the file at path, without following a symbolic link.
 func Lstat(path string) (File, error) {
 	fi, err := os.Lstat(path)
 	if err != nil {
-		return File{}, fmt.Errorf("look at file: %w", err)
+		return File{}, fmt.Errorf("stat file: %w", err)
 	}
 	st, ok := fi.Sys().(*syscall.Stat_t)
 	if !ok {

@@ -19,8 +19,8 @@ const MaxPlist = 64 << 10
 // maxDepth of elements in a property list; a job's has four or five.
 const maxDepth = 32
 
-// Process types of launchd.plist(5). The unset type is Standard, which throttles
-// CPU and I/O lightly: a daemon that forwards packets wants Interactive.
+// Process types of launchd.plist(5). The default is Standard, which throttles CPU and I/O
+// lightly; a daemon that forwards packets wants Interactive.
 const (
 	Background  = "Background"
 	Standard    = "Standard"
@@ -28,9 +28,9 @@ const (
 	Interactive = "Interactive"
 )
 
-// A Job is the property list of one daemon, with the keys of launchd.plist(5)
-// that a daemon without sockets, timers or Mach services needs. Zero values are
-// not written. Seconds are whole seconds, paths absolute.
+// A Job is the property list of one daemon, with the keys of launchd.plist(5) that a
+// daemon without sockets, timers or Mach services needs. Zero values aren't written.
+// Times are in whole seconds, paths are absolute.
 type Job struct {
 	// Label names the job; its file is Label + ".plist". Required.
 	Label string `plist:"Label"`
@@ -43,45 +43,46 @@ type Job struct {
 	RunAtLoad bool `plist:"RunAtLoad,omitempty"`
 	// KeepAlive says when launchd starts the job again.
 	KeepAlive *KeepAlive `plist:"KeepAlive,omitempty"`
-	// ThrottleInterval is the least time between two starts, 10 by default: a
-	// crash loop restarts once in that time.
+	// ThrottleInterval is the shortest time between two starts, 10 s by default: a
+	// program that crashes at once is restarted that often.
 	ThrottleInterval *int `plist:"ThrottleInterval,omitempty"`
-	// ExitTimeOut is the time from SIGTERM to SIGKILL. The default is the
-	// system's and differs by release, 0 means for ever: set it.
+	// ExitTimeOut is the time from SIGTERM to SIGKILL. The default differs by release,
+	// and 0 means forever, so set it.
 	ExitTimeOut *int `plist:"ExitTimeOut,omitempty"`
 	// ProcessType is Background, Standard, Adaptive or Interactive.
 	ProcessType string `plist:"ProcessType,omitempty"`
-	// UserName and GroupName are whom the job runs as; root and wheel by default.
+	// UserName and GroupName are the user and group that the job runs as; root and wheel
+	// by default.
 	UserName  string `plist:"UserName,omitempty"`
 	GroupName string `plist:"GroupName,omitempty"`
-	// Umask of the job, also for the two files below.
+	// Umask is the job's umask, which also applies to the two files below.
 	Umask *Umask `plist:"Umask,omitempty"`
 	// WorkingDirectory is / by default.
 	WorkingDirectory string `plist:"WorkingDirectory,omitempty"`
-	// EnvironmentVariables are added to launchd's few. They show in `launchctl
-	// print` to every user: no secrets.
+	// EnvironmentVariables are added to launchd's minimal environment. `launchctl print`
+	// shows them to every user, so they must hold no secrets.
 	EnvironmentVariables map[string]string `plist:"EnvironmentVariables,omitempty"`
-	// StandardOutPath and StandardErrorPath are files that launchd makes; their
+	// StandardOutPath and StandardErrorPath are files that launchd creates; their
 	// directory must exist.
 	StandardOutPath   string `plist:"StandardOutPath,omitempty"`
 	StandardErrorPath string `plist:"StandardErrorPath,omitempty"`
-	// SoftResourceLimits and HardResourceLimits are setrlimit(2) by launchd's
-	// names. NumberOfFiles is refused, see Check.
+	// SoftResourceLimits and HardResourceLimits are limits of setrlimit(2), by launchd's
+	// names for them. Check refuses NumberOfFiles.
 	SoftResourceLimits map[string]int `plist:"SoftResourceLimits,omitempty"`
 	HardResourceLimits map[string]int `plist:"HardResourceLimits,omitempty"`
 	// AssociatedBundleIdentifiers ties the job to a signed app in Login Items; of
 	// no use to a bare executable.
 	AssociatedBundleIdentifiers []string `plist:"AssociatedBundleIdentifiers,omitempty"`
 
-	// Unknown are the keys that Parse met and that have no field here, sorted.
-	// They would be lost by Render, so Check reports them.
+	// Unknown are the keys that Parse found and that have no field here, sorted. Render
+	// would lose them, so Check reports them.
 	Unknown []string `plist:"-"`
 }
 
 // A KeepAlive says when launchd starts a job again: always, or while one of the
 // conditions holds. Any KeepAlive also starts the job when it is loaded.
 type KeepAlive struct {
-	// Always stands alone: with it the conditions are not written.
+	// Always excludes the conditions: if it is set, they aren't written.
 	Always bool
 	// SuccessfulExit: after exit status 0 (true) or any other (false).
 	SuccessfulExit *bool
@@ -91,12 +92,12 @@ type KeepAlive struct {
 	PathState map[string]bool
 	// OtherJobEnabled: while each label is loaded (true) or not (false).
 	OtherJobEnabled map[string]bool
-	// Ignored are condition keys that launchd no longer implements (NetworkState)
-	// or that aren't known here. Only Parse sets it; Check reports it.
+	// Ignored are conditions that launchd no longer implements (NetworkState) or that this
+	// package doesn't know. Only Parse sets it; Check reports it.
 	Ignored []string
 }
 
-// MarshalPlist gives the boolean or the dictionary of launchd.plist(5).
+// MarshalPlist returns a boolean or a dictionary, as launchd.plist(5) defines KeepAlive.
 func (k *KeepAlive) MarshalPlist() (any, error) {
 	if k.Always {
 		return true, nil
@@ -146,11 +147,11 @@ func (k *KeepAlive) UnmarshalPlist(unmarshal func(any) error) error {
 	return nil
 }
 
-// A Umask is the permission bits that a job's new files don't get.
+// A Umask is the set of permission bits that a job's new files don't get.
 type Umask uint32
 
-// MarshalPlist gives a decimal integer: launchd reads a string with a leading 0
-// as octal, an integer as itself.
+// MarshalPlist returns an integer, written in decimal. launchd reads only a string with a
+// leading 0 as octal.
 func (u Umask) MarshalPlist() (any, error) { return uint64(u), nil }
 
 // UnmarshalPlist reads an integer, or a string in C's notation.
@@ -176,7 +177,8 @@ func (u *Umask) UnmarshalPlist(unmarshal func(any) error) error {
 	return nil
 }
 
-// Render validates the job and gives its property list as XML.
+// Render checks the job and returns its property list as XML. The error of a job that
+// breaks a rule wraps the first [Violation].
 func (j *Job) Render() ([]byte, error) {
 	if problems := j.Check(); len(problems) > 0 {
 		return nil, fmt.Errorf("render property list of %q: %w", j.Label, problems[0])
@@ -191,10 +193,9 @@ func (j *Job) Render() ([]byte, error) {
 	return b.Bytes(), nil
 }
 
-// Parse reads an XML property list of at most MaxPlist bytes. It doesn't check
-// the job; what it can't keep is in Unknown. The binary format, which launchd
-// also reads, is refused: it can describe an exponentially large tree, and
-// no daemon is installed with it.
+// Parse reads an XML property list of at most MaxPlist bytes. It doesn't check the job;
+// keys without a field go to Unknown. It refuses the binary format, which launchd also
+// reads: that can describe an exponentially large tree, and no daemon is installed with it.
 func Parse(data []byte) (*Job, error) {
 	if len(data) > MaxPlist {
 		return nil, fmt.Errorf("parse property list: %d bytes, at most %d allowed", len(data), MaxPlist)
@@ -218,9 +219,9 @@ func Parse(data []byte) (*Job, error) {
 	return &j, nil
 }
 
-// wellFormed makes sure that data is one XML element, not too deep, with nothing
-// but space around it. The library would try anything else as NeXTSTEP's text
-// formats, which launchd doesn't read.
+// wellFormed fails unless data is one XML element, at most maxDepth deep, with only space
+// around it. The library would parse anything else as one of NeXTSTEP's text formats,
+// which launchd doesn't read.
 func wellFormed(data []byte) error {
 	d := xml.NewDecoder(bytes.NewReader(data))
 	depth, elements := 0, 0

@@ -8,41 +8,41 @@ import (
 	"time"
 )
 
-// Absolute paths: a daemon's PATH is minimal, and root runs nothing by a name
-// that a program elsewhere in it could shadow.
+// The paths are absolute, so that no program elsewhere in PATH is run as root instead.
 const (
 	launchctlPath = "/bin/launchctl"
 	sfltoolPath   = "/usr/bin/sfltool"
 )
 
-// A Runner runs one command to its end and returns what it wrote and its exit
-// status. An error means that it couldn't be run or didn't end by itself; an
-// exit status other than 0 isn't one. Both outputs are read to their end, path
-// is absolute, and the messages are English (LC_ALL=C).
+// A Runner runs one command, waits for its end, and returns its output and exit status.
+// err means that the command couldn't be run or was killed; an exit status other than 0
+// isn't an error. path is absolute. The Runner must read both outputs to their end, and
+// must set LC_ALL=C, since the messages are parsed.
 type Runner interface {
 	Run(ctx context.Context, stdin []byte, path string, args ...string) (stdout, stderr []byte, status int, err error)
 }
 
-// Options of New.
+// Options are the dependencies and time limits of a [Launchctl].
 type Options struct {
 	// Runner runs launchctl. Required.
 	Runner Runner
-	// Poll is the time between two looks at a service that is going or coming,
-	// 200 ms by default. Optional.
+	// Poll is the interval at which a service that starts or stops is polled, 200 ms by
+	// default. Optional.
 	Poll time.Duration
-	// Drain is how long Bootout waits for a service to go: its ExitTimeOut and some
-	// seconds. 25 s by default. Optional.
+	// Drain is how long Bootout waits until a service is unloaded. It should exceed the
+	// job's ExitTimeOut by some seconds. 25 s by default. Optional.
 	Drain time.Duration
-	// Retry is how long Bootstrap is tried while launchd answers that it can't yet,
-	// 15 s by default; 3 to 5 s were measured. Optional.
+	// Retry is how long Bootstrap is retried while launchd can't load the service yet,
+	// and how long Load waits for a process; 15 s by default. launchd was measured to
+	// need 3 to 5 s. Optional.
 	Retry time.Duration
 }
 
-// Launchctl drives the system domain through launchctl(1). Its methods need
-// root, take a label, and may be repeated: what already holds is success.
+// A Launchctl controls services of the system domain through launchctl(1). Its methods
+// need root, take a service's label, and are idempotent.
 type Launchctl struct{ o Options }
 
-// New returns a Launchctl.
+// New returns a Launchctl with o and its defaults.
 func New(o Options) *Launchctl {
 	if o.Poll <= 0 {
 		o.Poll = 200 * time.Millisecond
@@ -56,21 +56,20 @@ func New(o Options) *Launchctl {
 	return &Launchctl{o}
 }
 
-// Load puts the property list into force, also in the place of an older one with
-// the same label, and returns when the service runs. That is the upgrade as
-// well: `launchctl kickstart` would go on with the list that is loaded, and with
-// what launchd noted of the old program's signature, so that the new program is
-// killed at its start (mache#641).
+// Load loads the property list file, replacing one with the same label that is loaded,
+// and returns once the service runs. An upgrade must call it, too: `launchctl kickstart`
+// would use the property list that is loaded and what launchd recorded of the old
+// program's signature, so that the new program is killed when it starts (mache#641).
 func (l *Launchctl) Load(ctx context.Context, label, file string) (Status, error) {
-	// First, so that an instance that runs isn't taken away for one that can't.
+	// Checked first, so that a running service isn't stopped for one that can't start.
 	if err := l.CheckSwitch(ctx, label); err != nil {
 		return Status{}, err
 	}
 	if err := l.Bootout(ctx, label); err != nil {
 		return Status{}, err
 	}
-	// A service that was disabled once stays so through reinstallation, and
-	// bootstrap then answers 119, or 5 in older releases.
+	// A disabled service stays disabled when it is reinstalled, and bootstrap then
+	// answers 119, or 5 in older releases.
 	if err := l.Enable(ctx, label); err != nil {
 		return Status{}, err
 	}
@@ -79,7 +78,7 @@ func (l *Launchctl) Load(ctx context.Context, label, file string) (Status, error
 		s, err = l.awaitRunning(ctx, label)
 	}
 	if err != nil {
-		// Whatever launchd answered, the user's own switch explains it best.
+		// Whatever launchd answered, the user's switch explains it best.
 		if off := l.CheckSwitch(ctx, label); off != nil {
 			err = off
 		}
@@ -87,8 +86,8 @@ func (l *Launchctl) Load(ctx context.Context, label, file string) (Status, error
 	return s, err
 }
 
-// CheckSwitch gives an error if the user, or a profile, has switched the service
-// off. Where that can't be told (before macOS 13), it isn't.
+// CheckSwitch returns an error with the code SwitchedOff if the user, or a profile, has
+// switched the service off. It returns nil if that isn't known, as before macOS 13.
 func (l *Launchctl) CheckSwitch(ctx context.Context, label string) error {
 	if _, err := serviceTarget("load", label); err != nil {
 		return err
@@ -99,7 +98,7 @@ func (l *Launchctl) CheckSwitch(ctx context.Context, label string) error {
 	return nil
 }
 
-// Enable takes away the disabled mark, which outlives reboots.
+// Enable removes the mark of `launchctl disable`, which persists across reboots.
 func (l *Launchctl) Enable(ctx context.Context, label string) error {
 	target, err := serviceTarget("enable", label)
 	if err != nil {
@@ -109,9 +108,9 @@ func (l *Launchctl) Enable(ctx context.Context, label string) error {
 	return err
 }
 
-// Bootstrap loads the property list. launchd answers 5 for some seconds after
-// the previous instance has gone, so that answer is tried again for
-// Options.Retry; then it means something else, and the error says what to check.
+// Bootstrap loads the property list file. launchd answers 5 for some seconds after a
+// service of that label was unloaded, so Bootstrap retries for Options.Retry. After that
+// 5 has another cause, and the error's hint says what to check.
 func (l *Launchctl) Bootstrap(ctx context.Context, label, file string) error {
 	target, err := serviceTarget("bootstrap", label)
 	if err != nil {
@@ -132,23 +131,23 @@ func (l *Launchctl) Bootstrap(ctx context.Context, label, file string) error {
 	if err == nil || ctx.Err() != nil {
 		return err
 	}
-	// 5 and 37 are also the answers for what is loaded already, and 5 was seen for
-	// a load that went through: what print says decides.
+	// 5 and 37 also mean that the service is already loaded, and 5 was seen after a load
+	// that succeeded, so print decides.
 	if s, printErr := l.Print(ctx, label); printErr == nil && s.Loaded && !s.Leaving() {
 		return nil
 	}
 	return err
 }
 
-// Bootout unloads the service and waits until it has gone. One that isn't loaded
-// is success.
+// Bootout unloads the service and waits until it is gone, at most Options.Drain. It
+// succeeds if the service isn't loaded.
 func (l *Launchctl) Bootout(ctx context.Context, label string) error {
 	target, err := serviceTarget("bootout", label)
 	if err != nil {
 		return err
 	}
-	// `bootout --wait` isn't available on macOS 15, so print is asked until it
-	// fails, also where launchctl waits itself and longer than its runner does.
+	// `bootout --wait` isn't available on macOS 15, so print is polled until it fails,
+	// also if launchctl itself waits and exceeds the Runner's time limit.
 	_, err = l.run(ctx, "bootout", target, target)
 	switch {
 	case errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil:
@@ -166,9 +165,8 @@ func (l *Launchctl) Bootout(ctx context.Context, label string) error {
 	})
 }
 
-// Kickstart starts the service now; with kill, a running instance is ended
-// first. It runs what is loaded: a changed property list needs Load, and so does a
-// changed program.
+// Kickstart starts the service now; with kill, it ends a running process first. It uses
+// what is loaded: after a change of the property list or the program call Load instead.
 func (l *Launchctl) Kickstart(ctx context.Context, label string, kill bool) error {
 	target, err := serviceTarget("kickstart", label)
 	if err != nil {
@@ -182,8 +180,8 @@ func (l *Launchctl) Kickstart(ctx context.Context, label string, kill bool) erro
 	return err
 }
 
-// Print returns what launchd says of the service. One that isn't loaded is no
-// error: Status.Loaded is false.
+// Print returns the service's status. If the service isn't loaded, Status.Loaded is false
+// and the error is nil.
 func (l *Launchctl) Print(ctx context.Context, label string) (Status, error) {
 	target, err := serviceTarget("print", label)
 	if err != nil {
@@ -199,7 +197,7 @@ func (l *Launchctl) Print(ctx context.Context, label string) (Status, error) {
 	return ParsePrint(out), nil
 }
 
-// Disabled reports whether the service carries the disabled mark.
+// Disabled reports whether the service has the mark of `launchctl disable`.
 func (l *Launchctl) Disabled(ctx context.Context, label string) (bool, error) {
 	out, err := l.run(ctx, "print-disabled", "system", "system")
 	if err != nil {
@@ -208,9 +206,9 @@ func (l *Launchctl) Disabled(ctx context.Context, label string) (bool, error) {
 	return ParseDisabled(out, label), nil
 }
 
-// LoginItem returns how the service stands in Login Items & Extensions, where
-// the user can switch it off (macOS 13 and later). It changes with the start of a
-// service: macOS may let a new one run and hold it back from the next boot on.
+// LoginItem returns the service's record in Login Items & Extensions, where the user can
+// switch it off (macOS 13 and later). Starting a service may change it: macOS may let a new
+// one run and disallow it from the next boot on.
 func (l *Launchctl) LoginItem(ctx context.Context, label string) (LoginItem, error) {
 	stdout, stderr, status, err := l.o.Runner.Run(ctx, nil, sfltoolPath, "dumpbtm")
 	if err != nil {
@@ -222,16 +220,16 @@ func (l *Launchctl) LoginItem(ctx context.Context, label string) (LoginItem, err
 	return ParseLoginItem(stdout, label), nil
 }
 
-// awaitRunning waits until the service has a process. launchd spawns it after
+// awaitRunning waits until the service has a process, which launchd spawns only after
 // bootstrap has returned.
 func (l *Launchctl) awaitRunning(ctx context.Context, label string) (Status, error) {
 	s, err := l.awaitProcess(ctx, label)
 	if err == nil || !s.BadSignature() {
 		return s, err
 	}
-	// The first spawn of a program that isn't signed by a developer may be refused
-	// by what launchd noted of the one before it, and the next one isn't; it comes
-	// after ThrottleInterval.
+	// The first process of a program without a developer's signature may be killed because
+	// of what launchd recorded of the old program. The next one, after ThrottleInterval,
+	// isn't.
 	if s, err = l.awaitProcess(ctx, label); err != nil && s.BadSignature() {
 		return s, &Error{Verb: "start", Target: "system/" + label, Code: CodeSigning, Message: s.String()}
 	}
@@ -252,8 +250,8 @@ func (l *Launchctl) awaitProcess(ctx context.Context, label string) (s Status, e
 	return s, err
 }
 
-// poll calls try until it is done, at most for the given time, and returns its
-// last error.
+// poll calls try until it is done or succeeds, at most for limit, and returns its last
+// error.
 func (l *Launchctl) poll(ctx context.Context, limit time.Duration, try func() (done bool, err error)) error {
 	deadline := time.Now().Add(limit)
 	for {
@@ -269,7 +267,7 @@ func (l *Launchctl) poll(ctx context.Context, limit time.Duration, try func() (d
 	}
 }
 
-// run runs one launchctl verb and translates its failure.
+// run runs one launchctl verb and turns an exit status other than 0 into an *Error.
 func (l *Launchctl) run(ctx context.Context, verb, target string, args ...string) ([]byte, error) {
 	stdout, stderr, status, err := l.o.Runner.Run(ctx, nil, launchctlPath, append([]string{verb}, args...)...)
 	if err != nil {
@@ -283,7 +281,7 @@ func (l *Launchctl) run(ctx context.Context, verb, target string, args ...string
 
 func serviceTarget(verb, label string) (string, error) {
 	if !validLabel(label) {
-		return "", fmt.Errorf("%s service: label %q is not valid", verb, label)
+		return "", fmt.Errorf("%s service: invalid label %q", verb, label)
 	}
 	return "system/" + label, nil
 }

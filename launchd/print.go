@@ -7,40 +7,40 @@ import (
 	"strings"
 )
 
-// A Status is the little of `launchctl print system/LABEL` that is used.
+// A Status is a service's state in launchd, from `launchctl print system/LABEL`.
 type Status struct {
+	// Loaded says that launchd has the service; if it is false, all else is zero.
 	Loaded bool
 	// State is launchd's word: running, not running, waiting, spawn scheduled,
-	// SIGTERMed. "" when it wasn't found.
+	// SIGTERMed; "" if launchctl printed none.
 	State string
-	// PID is 0 when there is no process.
+	// PID is the process ID, 0 if the service has no process.
 	PID int
-	// LastExit is the exit status of the previous instance; nil when there was none
-	// or it wasn't found. LastSignal, as "Killed: 9", and LastReason, as
-	// "OS_REASON_CODESIGNING", stand in its place when the instance was ended from
-	// outside.
+	// LastExit is the exit status of the previous process; nil if there was none or
+	// launchctl didn't print it. If the previous process was killed, LastSignal, such as
+	// "Killed: 9", or LastReason, such as "OS_REASON_CODESIGNING", is set instead.
 	LastExit               *int
 	LastSignal, LastReason string
-	// Runs is how often the service was started since it was loaded, ExitTimeOut the
-	// seconds from SIGTERM to SIGKILL; 0 when not found.
+	// Runs is the number of starts since the service was loaded, ExitTimeOut the time
+	// from SIGTERM to SIGKILL in seconds; 0 if launchctl didn't print them.
 	Runs, ExitTimeOut int
-	// Path is the property list that is loaded, Program what it runs.
+	// Path is the property list that was loaded, Program the executable that it names.
 	Path, Program string
 }
 
 // Running reports whether the service has a process and isn't being ended.
 func (s Status) Running() bool { return s.Loaded && s.PID > 0 && !s.Leaving() }
 
-// Leaving reports whether the service is being ended: bootout shows so.
+// Leaving reports whether launchd is stopping the service, as after a bootout.
 func (s Status) Leaving() bool { return strings.HasPrefix(s.State, "SIG") }
 
-// BadSignature reports whether the last instance was ended by the kernel for its
-// code signature and none runs.
+// BadSignature reports whether the service has no process because the kernel killed the
+// last one for its code signature.
 func (s Status) BadSignature() bool {
 	return !s.Running() && strings.HasPrefix(s.LastReason, reasonCodeSigning)
 }
 
-// String says in a few words how the service is.
+// String describes the status in a few words.
 func (s Status) String() string {
 	if !s.Loaded {
 		return "not loaded"
@@ -63,10 +63,9 @@ func (s Status) String() string {
 	return text
 }
 
-// ParsePrint reads the output of a `launchctl print` that succeeded. The manual
-// says not to rely on it, so each field may be missing. Only the outermost block
-// counts: endpoints and coalitions have a state, and the environment can have any
-// name.
+// ParsePrint reads the output of a `launchctl print` that succeeded. launchctl(1) says that
+// the output isn't API, so each field may be missing. Only the outermost block is read:
+// endpoints and coalitions have a state of their own, and the environment any name.
 func ParsePrint(out []byte) Status {
 	s := Status{Loaded: true}
 	depth := 0
@@ -115,7 +114,7 @@ func (s *Status) set(key, value string) {
 	}
 }
 
-// count reads a number that can't be negative; 0 for anything else.
+// count reads a non-negative number; it returns 0 for anything else.
 func count(s string) int {
 	n, err := strconv.ParseInt(s, 10, 32)
 	if err != nil || n < 0 {
@@ -124,7 +123,7 @@ func count(s string) int {
 	return int(n)
 }
 
-// text cuts what is shown to people.
+// text bounds a value that messages quote.
 func text(s string) string { return strings.ToValidUTF8(s[:min(len(s), 100)], "") }
 
 // ParseDisabled reads `launchctl print-disabled system`: a line `"LABEL" =>
@@ -140,23 +139,23 @@ func ParseDisabled(out []byte, label string) bool {
 	return false
 }
 
-// A LoginItem is how macOS's background task management has a daemon.
+// A LoginItem is the record of a daemon in macOS's background task management.
 type LoginItem struct {
-	// Found is false when it doesn't know the daemon (yet).
+	// Found is false if there is no record (yet).
 	Found bool
-	// Enabled is launchd's side. Disallowed says that the user's switch in System
-	// Settings, a profile, or macOS itself holds the daemon back.
+	// Enabled is launchd's own setting. Disallowed says that the user's switch in System
+	// Settings, a profile, or macOS itself keeps the daemon from starting.
 	Enabled, Disallowed bool
-	// Disposition is all that was said, such as "enabled, allowed, notified".
+	// Disposition is the whole disposition, such as "enabled, allowed, notified".
 	Disposition string
 }
 
-// Blocked reports whether the daemon is held back. macOS then doesn't start it at
-// boot, though it may run until then.
+// Blocked reports whether macOS won't start the daemon at boot. It may still be running
+// until then.
 func (i LoginItem) Blocked() bool { return i.Found && i.Disallowed }
 
 // ParseLoginItem reads `sfltool dumpbtm`, a list of records for each user and, as
-// user -2, for all of them:
+// user -2, for all users:
 //
 //	Records for UID -2 : FFFFEEEE-DDDD-CCCC-BBBB-AAAAFFFFFFFE
 //
@@ -166,10 +165,10 @@ func (i LoginItem) Blocked() bool { return i.Found && i.Disallowed }
 //	         Identifier: 16.org.example.daemon
 //	                URL: file:///Library/LaunchDaemons/org.example.daemon.plist
 //
-// A daemon's record is found by its identifier, with or without the 16 that stands
-// for one with a property list of its own, or by the property list's path. Only
-// the records of all users and of root count, and those before any heading; the
-// daemon is blocked if any of them blocks it.
+// A daemon's record is found by its identifier, with or without the prefix 16 of a daemon
+// with a property list of its own, or by the property list's path. Only the records of all
+// users and of root count, and those before any heading; the daemon is blocked if any of
+// these blocks it.
 func ParseLoginItem(out []byte, label string) LoginItem {
 	var found LoginItem
 	var record btmRecord
@@ -229,8 +228,8 @@ func (r *btmRecord) names(label string) bool {
 	if r.kind != "" && !strings.Contains(r.kind, "daemon") {
 		return false
 	}
-	// A path alone since macOS 27, a file URL before; none of a label's characters
-	// is escaped in one.
+	// The URL is a plain path since macOS 27, a file URL before; a URL escapes none of
+	// the characters of a label.
 	return r.identifier == label || r.identifier == "16."+label ||
 		strings.TrimPrefix(r.url, "file://") == "/Library/LaunchDaemons/"+label+".plist"
 }

@@ -1,6 +1,6 @@
-// Package launchdtest is a launchd to test with, where there is none: it answers
-// launchctl and `sfltool dumpbtm` as a Mac's does, with its words and its exit status,
-// and refuses what it refuses.
+// Package launchdtest simulates launchd for tests on any system. [Launchd] answers
+// launchctl and `sfltool dumpbtm` with the output and exit status that a Mac's gives, and
+// refuses what a Mac's refuses.
 package launchdtest
 
 import (
@@ -19,24 +19,23 @@ import (
 	"github.com/meshhelper/meshhelper/launchd"
 )
 
-// A Launchd is a launchd to test with: a Runner for launchctl and `sfltool dumpbtm`
-// that refuses what launchd refuses, with its words and its exit status. It ends
-// processes by SIGTERM and, ExitTimeOut later, SIGKILL, answers bootstrap with 5
-// for a while after an unload, keeps the disabled marks over a Boot, and looks at
-// a property list's owner, mode and rules. Time is package time's: put it into a
-// synctest bubble.
+// A Launchd simulates launchd behind a launchd.Runner for launchctl and `sfltool dumpbtm`.
+// It ends processes by SIGTERM and, ExitTimeOut later, by SIGKILL; answers bootstrap with 5
+// for a while after an unload; keeps the marks of `launchctl disable` across a Boot; and
+// checks a property list's owner, mode and content. It uses package time, so run it in a
+// testing/synctest bubble.
 type Launchd struct {
-	// Files returns a property list and what lstat says of it. Required.
+	// Files returns a property list's content, and its owner and mode by lstat(2). Required.
 	Files func(path string) (launchd.File, []byte, error)
-	// Program returns what stat says of an executable, and a digest of its bytes. A
-	// file that was written to after a service ran from it is no longer what the
-	// kernel has the signature of, and its next process is killed; one that was
-	// renamed into its place isn't. Optional.
+	// Program returns an executable's owner and mode, and a digest of its content. If a file was
+	// overwritten in place after a service ran from it, the signature that the kernel cached
+	// no longer matches, and the next process is killed; a file that was renamed into its
+	// place runs. Optional.
 	Program func(path string) (info fs.FileInfo, digest string, err error)
-	// Start is called when a job gets its process, and mustn't wait for that. Stop is
-	// called when the process gets SIGTERM, and returns when it has ended. Kill is
-	// called when it hasn't after the job's ExitTimeOut: SIGKILL, after which it is
-	// gone whether Stop returns or not. No lock is held. Optional.
+	// Start is called when a job gets its process, and must not block until it ends. Stop is
+	// called when the process gets SIGTERM, and returns when the process has ended. Kill is
+	// called if Stop hasn't returned after the job's ExitTimeOut: SIGKILL, after which the
+	// process is gone whether Stop returns or not. They are called without a lock. Optional.
 	Start func(j *launchd.Job, pid int)
 	Stop  func(label string)
 	Kill  func(label string)
@@ -46,8 +45,8 @@ type Launchd struct {
 	// Blocked are labels that the user switched off in Login Items. They load but
 	// get no process. Optional.
 	Blocked []string
-	// HeldBack are labels that macOS disallows as soon as they are loaded: they run,
-	// and with the next boot they don't. Optional.
+	// HeldBack are labels that macOS disallows once they are loaded: they run, but not any
+	// more after the next boot. Optional.
 	HeldBack []string
 	// BareIdentifiers has dumpbtm leave out the 16 before identifiers, as macOS 26
 	// does. Optional.
@@ -62,7 +61,7 @@ type Launchd struct {
 	calls    []string
 }
 
-// A service is a loaded service, or one that has gone a moment ago.
+// A service is a loaded service, or one that was unloaded a moment ago.
 type service struct {
 	job  *launchd.Job
 	path string
@@ -82,7 +81,7 @@ type program struct {
 	digest string
 }
 
-// Calls returns the commands that were run, one a line, and forgets them.
+// Calls returns the commands that were run since the last call, each as one string.
 func (f *Launchd) Calls() []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -91,8 +90,8 @@ func (f *Launchd) Calls() []string {
 	return c
 }
 
-// Shutdown ends every service, as a Mac that goes down does, and returns when
-// their processes have ended.
+// Shutdown stops every service, as a Mac that shuts down does, and returns when their
+// processes have ended.
 func (f *Launchd) Shutdown() {
 	f.mu.Lock()
 	services := f.services
@@ -125,8 +124,8 @@ func (f *Launchd) Boot(files []string) []error {
 	return refused
 }
 
-// RefuseSignature has the kernel kill the next n processes of a service for their
-// code signature; a negative number stands for all.
+// RefuseSignature makes the kernel kill the next n processes of a service because of their
+// code signature, or all if n is negative.
 func (f *Launchd) RefuseSignature(label string, n int) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -320,8 +319,8 @@ func (f *Launchd) started(j *launchd.Job, pid int) {
 	}
 }
 
-// end sends SIGTERM to the service's process, and SIGKILL when it is still there
-// after ExitTimeOut. The channel is closed when it has ended. The lock is held.
+// end sends SIGTERM to the service's process, and SIGKILL if it still runs after
+// ExitTimeOut. The channel is closed once it has ended. The lock is held.
 func (f *Launchd) end(s *service) <-chan struct{} {
 	if s.ended != nil {
 		return s.ended
@@ -441,8 +440,8 @@ func (f *Launchd) kickstart(ctx context.Context, label string, kill bool) reply 
 	return reply{}
 }
 
-// print gives what the real one prints of a daemon, abridged. The nested blocks
-// are there because they repeat the outer keys.
+// print returns an abridged `launchctl print` of a daemon. It has the nested blocks because
+// their keys repeat the outer ones.
 func (f *Launchd) print(label string) reply {
 	f.mu.Lock()
 	defer f.mu.Unlock()
