@@ -1,15 +1,14 @@
-// Package darwin holds the primitives of macOS that a router of packets needs:
-// the packet filter by pfctl(8), kernel variables by sysctl(3) and (8), addresses by
-// ifconfig(8), the DNS configuration by scutil(8), the routing table and its changes
-// by routing messages. It knows nothing of any product and works for every root daemon on
-// a Mac.
+// Package darwin holds the primitives of macOS that a router needs: the packet filter
+// through pfctl(8), kernel variables through sysctl(3) and sysctl(8), addresses through
+// ifconfig(8), the DNS configuration through scutil(8), and the routing table and its
+// changes through routing messages. It knows nothing of any product; any root daemon on a
+// Mac can use it.
 //
-// Two seams keep it testable where there is no Mac. Commands go through [Runner]
-// (on a Mac an [Exec]); routing messages and the reading of kernel variables go
-// through [Kernel] (on a Mac a [System], the only thing here with a build tag).
-// Everything in between, that is the rendering, the parsing and the order of steps,
-// is portable. In tests, package darwintest stands behind the seams and refuses
-// what a Mac refuses.
+// Two interfaces make it testable on any system. Commands go through [Runner] (on a Mac
+// an [Exec]); routing messages and the reading of kernel variables go through [Kernel]
+// (on a Mac a [System], the only code here with a build tag). All else, that is the
+// rendering, the parsing and the order of steps, is portable. In tests, package
+// darwintest implements both and refuses what a Mac refuses.
 //
 // What macOS does here is mostly undocumented. Each fact in this package names
 // where it comes from: a manual page, a file of Apple's xnu or network_cmds, or a

@@ -12,18 +12,17 @@ import (
 // every VPN for macOS runs this program.
 const ifconfigPath = "/sbin/ifconfig"
 
-// An Ifconfig changes interfaces through ifconfig(8). To look at them, use
-// [Observe].
+// An Ifconfig changes interfaces with ifconfig(8). [Observe] reads them.
 type Ifconfig struct{ r Runner }
 
-// NewIfconfig returns an Ifconfig.
+// NewIfconfig returns an Ifconfig that runs its commands by r.
 func NewIfconfig(r Runner) *Ifconfig { return &Ifconfig{r} }
 
-// AddAddress gives a point-to-point interface an address, with a host mask: with
-// a wider one the kernel would answer a packet between two hosts behind the
-// interface with an ICMP redirect (xnu bsd/netinet/ip_input.c, ip_forward). The
-// other end is the address itself, as a tunnel with many peers has no other end.
-// Look first whether [Observe] shows the address: adding it twice may fail.
+// AddAddress adds an address to a point-to-point interface, with a host mask: with a
+// wider one the kernel would answer a packet between two hosts behind the interface with
+// an ICMP redirect (ip_forward in xnu bsd/netinet/ip_input.c). The destination address is
+// the address itself, since a tunnel with many peers has no single other end. The caller
+// should check first that [Observe] doesn't show the address: adding it twice may fail.
 func (c *Ifconfig) AddAddress(ctx context.Context, iface string, a netip.Addr) error {
 	text := a.String()
 	args := []string{iface, "inet", text + "/32", text, "alias"}
@@ -35,7 +34,7 @@ func (c *Ifconfig) AddAddress(ctx context.Context, iface string, a netip.Addr) e
 	return c.run(ctx, "add address "+text, iface, a, args)
 }
 
-// RemoveAddress takes an address away.
+// RemoveAddress removes an address from an interface.
 func (c *Ifconfig) RemoveAddress(ctx context.Context, iface string, a netip.Addr) error {
 	family := "inet"
 	if a.Is6() {
@@ -44,7 +43,7 @@ func (c *Ifconfig) RemoveAddress(ctx context.Context, iface string, a netip.Addr
 	return c.run(ctx, "remove address "+a.String(), iface, a, []string{iface, family, a.String(), "-alias"})
 }
 
-// SetMTU sets the largest packet of the interface, in bytes, and brings it up.
+// SetMTU sets the interface's MTU, in bytes, and brings the interface up.
 func (c *Ifconfig) SetMTU(ctx context.Context, iface string, mtu int) error {
 	args := []string{iface, "mtu", strconv.Itoa(mtu), "up"}
 	return c.run(ctx, fmt.Sprintf("set mtu %d", mtu), iface, netip.IPv4Unspecified(), args)
@@ -76,8 +75,8 @@ func (c *Ifconfig) ifconfig(ctx context.Context, args []string) error {
 	return nil
 }
 
-// checkInterface refuses what can't be an interface's name (IFNAMSIZ is 16 with
-// the NUL, xnu bsd/net/if.h) or would be read as an option.
+// checkInterface fails for a string that can't be an interface's name (IFNAMSIZ is 16 with
+// the NUL, xnu bsd/net/if.h) or that ifconfig would read as an option.
 func checkInterface(name string) error {
 	if !isName(name, 15) {
 		return fmt.Errorf("interface name %q is not valid", name)

@@ -14,12 +14,12 @@ type Kernel interface {
 	Interfaces() ([]byte, error)
 	// Routes returns the routing tables of both families, as NET_RT_DUMP2 does.
 	Routes() ([]byte, error)
-	// OpenRoute opens a routing socket (AF_ROUTE, SOCK_RAW). A Read gives one
-	// message and ends with an error when the socket is closed; a Write takes one
-	// message and gives the kernel's error.
+	// OpenRoute opens a routing socket (AF_ROUTE, SOCK_RAW). Read returns one message, and
+	// fails once the socket is closed; Write sends one message and returns the kernel's
+	// error.
 	OpenRoute() (io.ReadWriteCloser, error)
-	// Sysctl returns a kernel variable as text, as sysctl(3) does. The error of an
-	// unknown one is ENOENT.
+	// Sysctl returns a kernel variable as text, as sysctl(3) does. The error for an unknown
+	// variable is ENOENT.
 	Sysctl(name string) (string, error)
 	// Table returns a kernel variable that is a list of structs, as sysctl(3) does.
 	Table(name string) ([]byte, error)
@@ -44,13 +44,13 @@ type Address struct {
 	Peer netip.Addr
 }
 
-// A Network is what the kernel says of interfaces and routes at one moment.
+// A Network is a snapshot of the kernel's interfaces and routes.
 type Network struct {
 	Interfaces []Interface
 	Routes     []Route
 }
 
-// Observe reads interfaces and routes.
+// Observe reads the interfaces and the routing table.
 func Observe(k Kernel) (*Network, error) {
 	b, err := k.Interfaces()
 	if err != nil {
@@ -70,7 +70,7 @@ func Observe(k Kernel) (*Network, error) {
 	return &Network{Interfaces: list, Routes: routes}, nil
 }
 
-// Interface returns the interface of that name, or nil.
+// Interface returns the interface with the name, or nil.
 func (n *Network) Interface(name string) *Interface {
 	for i := range n.Interfaces {
 		if n.Interfaces[i].Name == name {
@@ -80,7 +80,7 @@ func (n *Network) Interface(name string) *Interface {
 	return nil
 }
 
-// byIndex returns the interface of that number, or nil.
+// byIndex returns the interface with the index, or nil.
 func (n *Network) byIndex(index int) *Interface {
 	for i := range n.Interfaces {
 		if n.Interfaces[i].Index == index {
@@ -90,17 +90,17 @@ func (n *Network) byIndex(index int) *Interface {
 	return nil
 }
 
-// serves reports whether the route forwards packets of any source.
+// serves reports whether the route applies to packets of any source.
 func (r Route) serves() bool {
 	return r.Flags&RouteUp != 0 && r.Flags&(RouteScoped|RouteReject|RouteBlackhole) == 0
 }
 
-// Way returns the route by which the kernel sends a packet of any source to a: the
-// longest of those that fit, of several the first, as rtalloc1 looks it up in the radix
-// tree (bsd/net/route.c of xnu). Routes with a scope only serve sockets bound to their
-// interface, and don't count. It reports false where there is none. Whether the route
-// leads nowhere (RouteReject, RouteBlackhole) is the caller's to see. The interface is nil
-// where it is gone.
+// Way returns the route by which the kernel sends a packet to a: the one with the longest
+// prefix that contains a, of several the first, as rtalloc1 looks it up in the radix tree
+// (xnu bsd/net/route.c). Scoped routes don't count, since they only serve sockets bound to
+// their interface. ok is false if there is no route. The caller must check whether the
+// route drops the packet (RouteReject, RouteBlackhole). The interface is nil if it no longer
+// exists.
 func (n *Network) Way(a netip.Addr) (r Route, i *Interface, ok bool) {
 	a = a.WithZone("")
 	for _, each := range n.Routes {
@@ -114,15 +114,15 @@ func (n *Network) Way(a netip.Addr) (r Route, i *Interface, ok bool) {
 	return r, n.byIndex(r.Index), ok
 }
 
-// A Routed is a prefix that the host reaches by an interface.
+// A Routed is a prefix that the host reaches through an interface.
 type Routed struct {
 	Prefix    netip.Prefix
 	Interface string
 }
 
-// Routed returns what the routing table reaches, default routes included, without
-// loopback, multicast, broadcast, link-local and neighbours' entries. A
-// blackholed or rejected prefix counts: it isn't reached by the default route.
+// Routed returns the prefixes in the routing table, default routes included, without
+// entries for loopback, multicast, broadcast, link-local addresses and neighbours.
+// Blackholed and rejected prefixes are included: the default route doesn't reach them.
 func (n *Network) Routed() []Routed {
 	const skip = RouteScoped | RouteLLInfo | RouteCloned | RouteLocal | RouteBroadcast | RouteMulticast
 	var out []Routed

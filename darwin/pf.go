@@ -18,35 +18,35 @@ const pfctlPath = "/sbin/pfctl"
 
 // Errors of PF, for errors.Is.
 var (
-	// ErrNotEnabled: a token was given back while the packet filter is off. All
-	// tokens are void then: after a reboot, or after a `pfctl -d`.
+	// ErrNotEnabled says that a token was released while the packet filter is off. All
+	// tokens are void then, as after a reboot or a `pfctl -d`.
 	ErrNotEnabled = errors.New("packet filter is not enabled")
-	// ErrTokenInvalid: the token isn't held (any more).
+	// ErrTokenInvalid says that the token isn't held (any more).
 	ErrTokenInvalid = errors.New("token is not held")
-	// ErrBusy: a table that the text declares is in use (tuist#11425); nothing
-	// changed. Loading once more, or replacing the table's addresses, helps.
+	// ErrBusy says that a table that the rules declare is in use (tuist#11425), and that
+	// nothing changed. Loading again, or replacing the table's addresses, helps.
 	ErrBusy = errors.New("resource busy")
-	// ErrNoTable: there is no such table, or no such anchor.
+	// ErrNoTable says that the table, or its anchor, doesn't exist.
 	ErrNoTable = errors.New("table does not exist")
 )
 
-// A PF drives the packet filter through pfctl(8), one command at a time. It works
-// on anchors below the main ruleset only. What it never runs: anything that reads
-// or writes /etc/pf.conf or loads the main ruleset, which drops the anchor calls
-// that Internet Sharing and other software have inserted; -F without -a; -d,
-// which turns the packet filter off for all programs and voids all tokens; -e.
+// A PF controls the packet filter through pfctl(8), one command at a time. It changes only
+// anchors below the main ruleset. It never reads /etc/pf.conf or loads the main ruleset,
+// which would drop the anchor calls that Internet Sharing and other software have
+// inserted; it never flushes without an anchor, and never runs -e, or -d, which would turn
+// the packet filter off for all programs and void all tokens.
 type PF struct{ r Runner }
 
-// NewPF returns a PF.
+// NewPF returns a PF that runs pfctl by r.
 func NewPF(r Runner) *PF { return &PF{&serial{r: r}} }
 
-// A Token is one reference that keeps the packet filter on (DIOCSTARTREF, xnu
-// bsd/net/pf_ioctl.c). It outlives the process and dies at reboot, so keep it on
-// disk with the boot session's id.
+// A Token is a reference that keeps the packet filter on (DIOCSTARTREF, xnu
+// bsd/net/pf_ioctl.c). It outlives the process but not the boot, so the caller should save
+// it together with the boot session's ID.
 type Token uint64
 
-// Enable turns the packet filter on, if it is off, and returns a token that keeps
-// it on until Release. Each call takes another token.
+// Enable turns the packet filter on, if it is off, and returns a token that keeps it on
+// until Release. Each call returns another token.
 func (p *PF) Enable(ctx context.Context) (Token, error) {
 	// Not with -q, which suppresses the token and so leaks it.
 	_, stderr, err := p.run(ctx, nil, "-E")
@@ -60,9 +60,9 @@ func (p *PF) Enable(ctx context.Context) (Token, error) {
 	return Token(t), nil
 }
 
-// Release gives a token back; the packet filter goes off with the last one. The
-// error of a token that isn't held is ErrTokenInvalid, or ErrNotEnabled while the
-// packet filter is off.
+// Release releases a token; the packet filter goes off with the last one. The error for a
+// token that isn't held wraps ErrTokenInvalid, or ErrNotEnabled while the packet filter is
+// off.
 func (p *PF) Release(ctx context.Context, t Token) error {
 	_, _, err := p.run(ctx, nil, "-X", strconv.FormatUint(uint64(t), 10))
 	var ce *CommandError
@@ -81,9 +81,9 @@ func (p *PF) Release(ctx context.Context, t Token) error {
 }
 
 // Load replaces everything in the anchor (translation, filter, scrub and the
-// tables that rules declares) by one transaction: either all of rules is in
-// force, or nothing changed. `set` lines are ignored by pfctl in an anchor.
-// Running states go on, see Kill.
+// tables that rules declares) in one transaction: either all of rules is in force, or
+// nothing changed. pfctl ignores `set` lines in an anchor. Existing states keep passing
+// packets, see Kill.
 func (p *PF) Load(ctx context.Context, anchor, rules string) error {
 	if err := checkAnchor(anchor); err != nil {
 		return fmt.Errorf("load anchor %q: %w", anchor, err)
@@ -98,8 +98,8 @@ func (p *PF) Load(ctx context.Context, anchor, rules string) error {
 	return fmt.Errorf("load anchor %q: %w", anchor, err)
 }
 
-// Flush empties the anchor: rules, translation, tables. Its running states go on.
-// xnu keeps an empty anchor until reboot.
+// Flush removes the anchor's rules, translation rules and tables. Its states keep passing
+// packets. xnu keeps the empty anchor until reboot.
 func (p *PF) Flush(ctx context.Context, anchor string) error {
 	if err := checkAnchor(anchor); err != nil {
 		return fmt.Errorf("flush anchor %q: %w", anchor, err)
@@ -111,28 +111,28 @@ func (p *PF) Flush(ctx context.Context, anchor string) error {
 	return nil
 }
 
-// Rules returns what pfctl prints of the anchor's scrub and filter rules and anchor
-// calls (`-s rules`), of the main ruleset with "" for the anchor. The text differs
-// from what was loaded: pfctl prints each rule in full. [pfconf.EqualShown] compares
-// the two. A missing anchor has no rules.
+// Rules returns the anchor's scrub and filter rules and anchor calls as `pfctl -s rules`
+// prints them; the anchor "" is the main ruleset. The text differs from the rules that were
+// loaded, since pfctl prints each rule in full; [pfconf.EqualShown] compares the two. It is
+// empty for an anchor that doesn't exist.
 func (p *PF) Rules(ctx context.Context, anchor string) (string, error) {
 	return p.show(ctx, anchor, "rules")
 }
 
-// NAT returns what pfctl prints of the anchor's translation rules (`-s nat`).
+// NAT returns the anchor's translation rules as `pfctl -s nat` prints them.
 func (p *PF) NAT(ctx context.Context, anchor string) (string, error) {
 	return p.show(ctx, anchor, "nat")
 }
 
-// Anchors returns the names of the anchors directly below anchor, in full. An
-// anchor stays listed after it was flushed: being there is no proof of rules.
+// Anchors returns the full paths of the anchors directly below anchor. An anchor stays
+// listed after it was flushed, so a listed anchor may have no rules.
 func (p *PF) Anchors(ctx context.Context, anchor string) ([]string, error) {
 	out, err := p.show(ctx, anchor, "Anchors")
 	return pfconf.ParseAnchors(out), err
 }
 
-// AllAnchors returns the full names of all anchors, by one process: pfctl -v -s
-// Anchors descends. The nameless inline ones are among them, as com.apple/x/_1.
+// AllAnchors returns the full paths of all anchors with one process, since `pfctl -v -s
+// Anchors` descends. It includes nameless inline anchors, such as com.apple/x/_1.
 func (p *PF) AllAnchors(ctx context.Context) ([]string, error) {
 	stdout, stderr, err := p.run(ctx, nil, "-v", "-s", "Anchors")
 	if err == nil {
@@ -154,8 +154,8 @@ func (p *PF) Tables(ctx context.Context, anchor string) ([]string, error) {
 	return names, err
 }
 
-// Table returns the entries of a table, of the main ruleset with "" for the anchor.
-// The error of one that doesn't exist is ErrNoTable.
+// Table returns the entries of a table in an anchor; the anchor "" is the main ruleset. The
+// error for a table that doesn't exist wraps ErrNoTable.
 func (p *PF) Table(ctx context.Context, anchor, table string) ([]pfconf.Address, error) {
 	args, err := tableArgs(anchor, table, "show")
 	if err != nil {
@@ -174,24 +174,24 @@ func (p *PF) Table(ctx context.Context, anchor, table string) ([]pfconf.Address,
 	return pfconf.ParseTableEntries(string(stdout))
 }
 
-// ReplaceTable makes entries the whole contents of a table, in one step. pfctl
-// makes a table that doesn't exist, persistent. The entries are of the kind
-// pfconf.AddrPrefix, and may be negated. States that the table let be made go on.
+// ReplaceTable makes entries the whole content of a table, in one step. pfctl creates a
+// table that doesn't exist, as a persistent one. The entries must be of the kind
+// pfconf.AddrPrefix, and may be negated. States of flows that the table let pass go on.
 //
-// pf never stores the all-zero host, 0.0.0.0 or :: (its radix tree has that node
-// already, xnu bsd/net/radix.c), and says nothing of it.
+// pf silently doesn't store the all-zero host, 0.0.0.0 or ::, since its radix tree already
+// has that node (xnu bsd/net/radix.c).
 func (p *PF) ReplaceTable(ctx context.Context, anchor, table string, entries []pfconf.Address) error {
 	return p.changeTable(ctx, anchor, table, "replace", entries)
 }
 
-// AddToTable adds entries to a table, which pfctl makes, persistent, if it doesn't
-// exist. An entry that is in it already stays as it is, negated or not.
+// AddToTable adds entries to a table, which pfctl creates as a persistent one if it doesn't
+// exist. An entry that already exists stays as it is, negated or not.
 func (p *PF) AddToTable(ctx context.Context, anchor, table string, entries []pfconf.Address) error {
 	return p.changeTable(ctx, anchor, table, "add", entries)
 }
 
-// DeleteFromTable removes entries from a table, a negated one only as such. Those
-// that aren't in it are no error; a missing table is one.
+// DeleteFromTable removes entries from a table. A negated entry must be given as such.
+// Entries that aren't in the table are ignored; a table that doesn't exist is an error.
 func (p *PF) DeleteFromTable(ctx context.Context, anchor, table string, entries []pfconf.Address) error {
 	return p.changeTable(ctx, anchor, table, "delete", entries)
 }
@@ -203,18 +203,18 @@ func (p *PF) changeTable(ctx context.Context, anchor, table, command string, ent
 	}
 	for _, e := range entries {
 		if e.Kind != pfconf.AddrPrefix || !e.Prefix.IsValid() {
-			return fmt.Errorf("%s table %q of anchor %q: entry %+v is no address", command, table, anchor, e)
+			return fmt.Errorf("%s table %q of anchor %q: entry %+v isn't an address", command, table, anchor, e)
 		}
 	}
 	text := strings.Join((&pfconf.Table{Addrs: entries}).Entries(), "\n") + "\n"
-	// On stdin, since ten thousand addresses don't fit into the arguments.
+	// On stdin, since ten thousand addresses don't fit on a command line.
 	if _, _, err := p.run(ctx, []byte(text), append(args, "-f", "-")...); err != nil {
 		return fmt.Errorf("%s table %q of anchor %q: %w", command, table, anchor, err)
 	}
 	return nil
 }
 
-// Info tells whether the packet filter is on, and its counters.
+// Info returns whether the packet filter is on, and its counters.
 func (p *PF) Info(ctx context.Context) (*pfconf.Info, error) {
 	out, err := p.show(ctx, "", "info")
 	if err != nil {
@@ -223,8 +223,8 @@ func (p *PF) Info(ctx context.Context) (*pfconf.Info, error) {
 	return pfconf.ParseInfo(out)
 }
 
-// All returns the anchor's rules and translation rules, with their counters, and the
-// packet filter's state, all by one process. A missing anchor has no rules.
+// All returns the anchor's rules and translation rules with their counters, and the packet
+// filter's status, with one process. An anchor that doesn't exist has no rules.
 func (p *PF) All(ctx context.Context, anchor string) (*pfconf.All, error) {
 	if err := checkAnchor(anchor); err != nil {
 		return nil, fmt.Errorf("show all of anchor %q: %w", anchor, err)
@@ -232,8 +232,8 @@ func (p *PF) All(ctx context.Context, anchor string) (*pfconf.All, error) {
 	return p.all(ctx, anchor)
 }
 
-// AllOfAny is All for what any program loaded: anchors of any name that can be asked
-// for, and the main ruleset, "". The section TABLES has the tables' names.
+// AllOfAny is All for anchors of any program, whose names may be ones that Load refuses,
+// and for the main ruleset, "". The section TABLES lists the tables' names.
 func (p *PF) AllOfAny(ctx context.Context, anchor string) (*pfconf.All, error) {
 	if anchor != "" {
 		if err := checkReadable(anchor); err != nil {
@@ -244,7 +244,8 @@ func (p *PF) AllOfAny(ctx context.Context, anchor string) (*pfconf.All, error) {
 }
 
 func (p *PF) all(ctx context.Context, anchor string) (*pfconf.All, error) {
-	// No interface has this name, and so no state shows: there may be thousands.
+	// No interface is called none, so pfctl prints no states, of which there may be
+	// thousands.
 	args := []string{"-i", "none", "-v", "-s", "all"}
 	if anchor != "" {
 		args = append([]string{"-a", anchor}, args...)
@@ -263,24 +264,24 @@ func (p *PF) all(ctx context.Context, anchor string) (*pfconf.All, error) {
 	return all, nil
 }
 
-// References returns the references that keep the packet filter on. Each has the
-// name of the program that asked, which is `pfctl` for every user of it, and whose
-// process has mostly ended: only the token tells whose it is.
+// References returns the references that keep the packet filter on. Each names the process
+// that took it, which is `pfctl` for every program that runs pfctl, and has usually ended:
+// only the token identifies a reference.
 func (p *PF) References(ctx context.Context) ([]pfconf.Reference, error) {
 	out, err := p.show(ctx, "", "References")
 	if err != nil {
 		return nil, err
 	}
-	// One of the two is always there: text without them mustn't pass for "none",
-	// which would be acted on.
+	// pfctl always prints one of the two. A text without either must not be taken for "no
+	// references", which callers would act on.
 	if !strings.Contains(out, "TOKENS:") && !strings.Contains(out, "No pf starter references held") {
 		return nil, fmt.Errorf("show References: unexpected text %q", firstLine([]byte(out)))
 	}
 	return pfconf.ParseReferences(out)
 }
 
-// Skipped returns the interfaces that the packet filter ignores because of a `set
-// skip on` in the main ruleset: no rule and no translation works there.
+// Skipped returns the interfaces that the packet filter ignores because of `set skip on` in
+// the main ruleset: no filter or translation rule applies to their packets.
 func (p *PF) Skipped(ctx context.Context) ([]string, error) {
 	stdout, stderr, err := p.run(ctx, nil, "-v", "-s", "Interfaces")
 	if err == nil {
@@ -316,10 +317,9 @@ func (p *PF) States(ctx context.Context) ([]pfconf.ShownState, error) {
 	return pfconf.ParseStates(out)
 }
 
-// Kill ends the states of the given hosts or prefixes: those that they opened and
-// those that others opened to them. A state outlives the rule that made it, for
-// a day if it is a TCP connection, and keeps being translated. Load the new rules
-// first.
+// Kill removes the states of flows from or to the given hosts or prefixes. A state outlives
+// the rule that created it, by a day if it is of a TCP connection, and keeps being
+// translated. The caller must load the new rules first.
 //
 // The kernel compares -k with the source only, before translation for outgoing
 // states (DIOCKILLSTATES, xnu bsd/net/pf_ioctl.c), hence two commands each. The
@@ -343,10 +343,10 @@ func (p *PF) Kill(ctx context.Context, hosts ...netip.Prefix) error {
 	return nil
 }
 
-// KillFromTo ends the states that hosts in from opened to hosts in to.
+// KillFromTo removes the states of flows that hosts in from opened to hosts in to.
 func (p *PF) KillFromTo(ctx context.Context, from, to netip.Prefix) error {
 	if !from.IsValid() || !to.IsValid() || from.Addr().Is4() != to.Addr().Is4() {
-		return fmt.Errorf("kill states from %v to %v: not valid", from, to)
+		return fmt.Errorf("kill states from %v to %v: invalid prefix", from, to)
 	}
 	if _, _, err := p.run(ctx, nil, "-k", hostText(from), "-k", hostText(to)); err != nil {
 		return fmt.Errorf("kill states from %v to %v: %w", from, to, err)
@@ -354,7 +354,7 @@ func (p *PF) KillFromTo(ctx context.Context, from, to netip.Prefix) error {
 	return nil
 }
 
-// hostText is how pfctl takes a host or a network.
+// hostText returns a host or a network in pfctl's notation.
 func hostText(p netip.Prefix) string {
 	if p.IsSingleIP() {
 		return p.Addr().String()
@@ -362,8 +362,8 @@ func hostText(p netip.Prefix) string {
 	return p.Masked().String()
 }
 
-// show runs `pfctl [-a anchor] -s what`. Its exit status is 0 whatever happens:
-// what it complains about on stderr decides.
+// show runs `pfctl [-a anchor] -s what`. pfctl exits 0 even if that fails, so its stderr
+// decides.
 func (p *PF) show(ctx context.Context, anchor, what string) (string, error) {
 	args := []string{"-s", what}
 	if anchor != "" {
@@ -385,7 +385,7 @@ func (p *PF) show(ctx context.Context, anchor, what string) (string, error) {
 	return string(stdout), nil
 }
 
-// run runs pfctl and makes a failure of an exit status other than 0.
+// run runs pfctl and turns an exit status other than 0 into a *CommandError.
 func (p *PF) run(ctx context.Context, stdin []byte, args ...string) (stdout, stderr []byte, err error) {
 	stdout, stderr, status, err := p.r.Run(ctx, stdin, pfctlPath, args...)
 	if err == nil && status != 0 {
@@ -394,8 +394,8 @@ func (p *PF) run(ctx context.Context, stdin []byte, args ...string) (stdout, std
 	return stdout, stderr, err
 }
 
-// noise is what pfctl prints on stderr while all is well: the kernel has no ALTQ,
-// and -f warns of the main ruleset even when it loads an anchor.
+// noise holds the lines that pfctl prints on stderr when it succeeds: the kernel has no
+// ALTQ, and -f warns about the main ruleset even when it loads an anchor.
 var noise = []string{
 	"No ALTQ support in kernel",
 	"ALTQ related functions disabled",
@@ -413,7 +413,7 @@ func isNoise(line string) bool {
 	return false
 }
 
-// complaint returns what stderr says besides noise, as an error.
+// complaint returns the first line of stderr that isn't noise, as an error, or nil.
 func complaint(stderr []byte) error {
 	if line := firstLine(stderr); line != "" {
 		return &CommandError{Command: "pfctl", Message: line}
@@ -422,8 +422,8 @@ func complaint(stderr []byte) error {
 }
 
 // saysMissing reports whether pfctl complained about an anchor that doesn't exist.
-// The words differ by what was asked for: rules and translation rules, the anchor's
-// tables or their entries (pfr_strerror of OpenBSD's pfctl), or the anchors below.
+// The message depends on the request: for rules and translation rules, for tables or their
+// entries (pfr_strerror of OpenBSD's pfctl), or for the anchors below.
 func saysMissing(stderr []byte) bool {
 	for line := range strings.Lines(string(stderr)) {
 		line = strings.TrimSpace(line)
@@ -444,13 +444,13 @@ const (
 	maxTableName  = 31
 )
 
-// checkAnchor refuses a name that pfctl would refuse or read as something else.
+// checkAnchor fails for a name that pfctl would refuse or misread.
 func checkAnchor(anchor string) error {
 	if len(anchor) > maxAnchorPath {
 		return errors.New("anchor path is too long")
 	}
 	for part := range strings.SplitSeq(anchor, "/") {
-		// A leading _ is reserved (pfctl(8)), * would mean every anchor.
+		// A leading _ is reserved (pfctl(8)), and * means every anchor.
 		if !isName(part, maxAnchorName) || part[0] == '_' {
 			return fmt.Errorf("anchor name %q is not valid", part)
 		}
@@ -458,12 +458,12 @@ func checkAnchor(anchor string) error {
 	return nil
 }
 
-// checkReadable refuses what can't be asked for. Other programs load anchors by
-// ioctl, with any name: what pfctl listed may be asked for as one argument, unless
-// it would be taken for an option or for every anchor.
+// checkReadable fails for a name that pfctl can't show. Other programs load anchors by
+// ioctl under any name; any that pfctl lists can be passed as one argument, unless pfctl
+// would read it as an option or as every anchor.
 func checkReadable(anchor string) error {
 	if len(anchor) > maxAnchorPath || strings.ContainsAny(anchor, "\x00\n*") || strings.HasPrefix(anchor, "-") {
-		return fmt.Errorf("anchor name %q can't be asked for", anchor)
+		return fmt.Errorf("anchor name %q can't be passed to pfctl", anchor)
 	}
 	for part := range strings.SplitSeq(anchor, "/") {
 		if part == "" || len(part) > maxAnchorName {

@@ -10,29 +10,29 @@ import (
 	"strings"
 )
 
-// scutilPath shows the DNS configuration. /etc/resolv.conf, which would cost no
-// process, has the default resolvers only: neither those of single domains nor
-// those of other interfaces, as its header says.
+// scutilPath is scutil(8), which prints the DNS configuration. /etc/resolv.conf could be
+// read without a process, but has only the default resolvers, not those of single domains
+// or of other interfaces, as its header says.
 const scutilPath = "/usr/sbin/scutil"
 
-// A Resolver is one entry of the DNS configuration: servers, and what they are
-// asked for.
+// A Resolver is one entry of the DNS configuration: servers, and the domain and interface
+// that they are used for.
 type Resolver struct {
-	// Servers in the order in which they are asked; link-local ones with a zone.
+	// Servers are in the order in which they are asked; link-local ones have a zone.
 	Servers []netip.Addr
-	// Port is that of the servers; 0 for the usual one.
+	// Port is the servers' port; 0 means 53.
 	Port uint16
-	// Domain is what they are asked for; "" for everything.
+	// Domain is the domain that they are asked about; "" means every name.
 	Domain string
-	// Interface is the one that they belong to; "" when that isn't told.
+	// Interface is the interface that they belong to; "" if scutil doesn't print it.
 	Interface string
 	// Scoped resolvers are asked only for sockets that are bound to Interface.
 	Scoped bool
 }
 
-// Resolvers returns the addresses of all DNS servers that this Mac is configured to
-// ask, sorted, without zones. It starts a process: ask when the network has
-// changed, and now and then, since the configuration may change without it.
+// Resolvers returns the addresses of all DNS servers in this Mac's configuration, sorted,
+// without zones. It starts a process, so call it when the network has changed, and now and
+// then, since the configuration may also change by itself.
 func Resolvers(ctx context.Context, r Runner) ([]netip.Addr, error) {
 	args := []string{"--dns"}
 	stdout, stderr, status, err := r.Run(ctx, nil, scutilPath, args...)
@@ -49,8 +49,8 @@ func Resolvers(ctx context.Context, r Runner) ([]netip.Addr, error) {
 	var all []netip.Addr
 	for _, one := range list {
 		for _, a := range one.Servers {
-			// One on this Mac itself is on no network, and a mapped one is an IPv4
-			// address in other clothes.
+			// A server on this Mac itself is on no network. An IPv4-mapped address is the
+			// IPv4 address.
 			if a = a.Unmap().WithZone(""); !a.IsLoopback() && !a.IsUnspecified() && !a.IsMulticast() {
 				all = append(all, a)
 			}
@@ -62,8 +62,8 @@ func Resolvers(ctx context.Context, r Runner) ([]netip.Addr, error) {
 
 // ParseResolvers reads what `scutil --dns` prints (configd scutil.tproj/tests.c and
 // dnsinfo/dnsinfo_logging.h). Resolvers without servers, as those of multicast DNS,
-// are left out. Text that is no DNS configuration is an error: it mustn't pass for
-// one without servers.
+// are left out. It fails for a text that isn't a DNS configuration, which must not be taken
+// for one without servers.
 func ParseResolvers(text string) ([]Resolver, error) {
 	var list []Resolver
 	known, open := false, false
@@ -83,13 +83,12 @@ func ParseResolvers(text string) ([]Resolver, error) {
 		}
 	}
 	if !known {
-		return nil, errors.New("no DNS configuration in the text")
+		return nil, errors.New("the text has no DNS configuration")
 	}
 	return slices.DeleteFunc(list, func(r Resolver) bool { return len(r.Servers) == 0 }), nil
 }
 
-// read reads a line `name : value`. Of names that it doesn't know, and there are
-// some, it takes nothing.
+// read reads a line `name : value`. It ignores names that it doesn't know.
 func (r *Resolver) read(line string) error {
 	name, value, ok := strings.Cut(line, " : ")
 	if !ok {

@@ -16,11 +16,11 @@ const (
 	RouteGateway   RouteFlags = 0x2
 	RouteHost      RouteFlags = 0x4
 	RouteReject    RouteFlags = 0x8
-	RouteLLInfo    RouteFlags = 0x400 // a neighbour's entry
+	RouteLLInfo    RouteFlags = 0x400 // a neighbour's link-layer address
 	RouteStatic    RouteFlags = 0x800
 	RouteBlackhole RouteFlags = 0x1000
-	// RouteProto1 is for routing daemons' own use. Here it marks the routes that a
-	// [Router] made, so that they are known after a crash.
+	// RouteProto1 is for the use of routing daemons (route(4)). A [Router] marks its routes
+	// with it, to recognise them after a crash.
 	RouteProto1    RouteFlags = 0x8000
 	RouteCloned    RouteFlags = 0x20000
 	RouteLocal     RouteFlags = 0x200000
@@ -46,15 +46,15 @@ const (
 // A Route is one entry of the routing table.
 type Route struct {
 	Dst netip.Prefix
-	// Gateway is the next router. Invalid when the destination is on the link.
+	// Gateway is the next router; invalid if the destination is on the link.
 	Gateway netip.Addr
-	// Index is the number of the interface.
+	// Index is the interface's index.
 	Index int
 	Flags RouteFlags
 }
 
-// parseRoute reads one route. It reports false for what isn't an IPv4 or IPv6
-// route, or is damaged.
+// parseRoute reads one route. It reports false for a message that isn't about an IPv4 or
+// IPv6 route, or is malformed.
 func parseRoute(m []byte) (Route, bool) {
 	r, ok := xnu.ParseRoute(m)
 	return Route{Dst: r.Dst, Gateway: r.Gateway, Index: r.Index, Flags: RouteFlags(r.Flags)}, ok
@@ -65,8 +65,8 @@ func appendRoute(b []byte, typ byte, seq int, r Route) []byte {
 	return xnu.AppendRoute(b, typ, seq, xnu.Route{Dst: r.Dst, Gateway: r.Gateway, Index: r.Index, Flags: uint32(r.Flags)})
 }
 
-// ParseRoutes reads the routing table as sysctl NET_RT_DUMP2 gives it. Messages
-// that aren't routes of IPv4 or IPv6 are left out. It fails where the list is cut off.
+// ParseRoutes reads the routing table in the format of sysctl NET_RT_DUMP2. It leaves out
+// messages that aren't about IPv4 or IPv6 routes, and fails if the list is truncated.
 func ParseRoutes(rib []byte) ([]Route, error) {
 	var routes []Route
 	err := xnu.EachMessage(rib, func(typ byte, m []byte) error {
@@ -81,9 +81,8 @@ func ParseRoutes(rib []byte) ([]Route, error) {
 	return routes, nil
 }
 
-// ParseInterfaces reads the interfaces and their addresses as sysctl
-// NET_RT_IFLIST2 gives them. It fails where an interface can't be read or the list is
-// cut off.
+// ParseInterfaces reads the interfaces and their addresses in the format of sysctl
+// NET_RT_IFLIST2. It fails if an interface is malformed or the list is truncated.
 func ParseInterfaces(rib []byte) ([]Interface, error) {
 	var list []Interface
 	err := xnu.EachMessage(rib, func(typ byte, m []byte) error {
@@ -91,7 +90,7 @@ func ParseInterfaces(rib []byte) ([]Interface, error) {
 		case xnu.RTMIfInfo2:
 			i, ok := parseInterface(m)
 			if !ok {
-				return fmt.Errorf("interface %d is damaged", len(list))
+				return fmt.Errorf("message of interface %d is malformed", len(list))
 			}
 			list = append(list, i)
 		case xnu.RTMNewAddr:
@@ -123,7 +122,7 @@ func parseInterface(m []byte) (Interface, bool) {
 	return i, ok && checkInterface(i.Name) == nil && i.Index > 0
 }
 
-// parseAddress returns the interface's number, an address with its prefix length,
+// parseAddress returns the interface's index, an address with its prefix length,
 // and the other end of a point-to-point link. The prefix is invalid when the
 // message isn't about an IPv4 or IPv6 address.
 func parseAddress(m []byte) (index int, p netip.Prefix, peer netip.Addr) {

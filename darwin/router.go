@@ -9,33 +9,32 @@ import (
 	"github.com/meshhelper/meshhelper/darwin/internal/xnu"
 )
 
-// ErrRouteTaken: a route to the same destination already exists, by another
+// ErrRouteTaken says that a route to the same destination already exists, through another
 // interface.
 var ErrRouteTaken = errors.New("the destination has another route")
 
-// A Router makes routes by interfaces and takes them away again. Its routes carry
-// RouteProto1, so that they are told from others' after a crash. It makes no
-// default route: RTM_DELETE looks at destination and mask only (xnu
-// bsd/net/route.c), so that taking one away again takes the physical one
-// (tailscale#21395). Halves of a family (0.0.0.0/1 and 128.0.0.0/1) win over the
-// default and leave it alone.
+// A Router adds routes through interfaces and deletes them again. Its routes carry the
+// flag RouteProto1, which marks them after a crash. It adds no default route: RTM_DELETE
+// looks only at destination and mask (xnu bsd/net/route.c), so deleting its own default
+// route would delete the physical one (tailscale#21395). The two halves of a family
+// (0.0.0.0/1 and 128.0.0.0/1) win over the default route and leave it in place.
 type Router struct {
 	k   Kernel
 	seq int
 }
 
-// NewRouter returns a Router.
+// NewRouter returns a Router that changes k's routing table.
 func NewRouter(k Kernel) *Router { return &Router{k: k} }
 
-// Set makes the marked routes by an interface of ours, a tunnel, exactly those
-// given: missing ones are added, surplus ones taken away, and the table is read
-// again. Where a route by another interface stands in the way, the error is
-// ErrRouteTaken and the rest is made all the same. The kernel takes the routes
-// away with the tunnel.
+// Set makes the marked routes through the caller's tunnel, the interface with the index,
+// exactly want: it adds missing ones, deletes surplus ones, and reads the table again. If
+// another interface already has a route to one of the destinations, the error wraps
+// ErrRouteTaken, and the other routes are set all the same. The kernel deletes the routes
+// when the tunnel goes.
 func (r *Router) Set(index int, want []netip.Prefix) error {
 	for _, p := range want {
 		if !usable(p) {
-			return fmt.Errorf("set routes: prefix %v is not valid here", p)
+			return fmt.Errorf("set routes: prefix %v can't be routed", p)
 		}
 	}
 	table, err := r.table()
@@ -73,12 +72,12 @@ func (r *Router) Set(index int, want []netip.Prefix) error {
 	return errors.Join(taken...)
 }
 
-// Add adds one route by a router, such as the one that keeps an endpoint's packets
-// out of the tunnel that goes to it. It outlives the tunnel and this process: note
-// its destination on disk first, and see Sweep.
+// Add adds one route through a gateway, such as the route that keeps packets to a tunnel's
+// endpoint out of that tunnel. The route outlives the tunnel and this process, so the
+// caller must save its destination first, for Sweep.
 func (r *Router) Add(dst netip.Prefix, gateway netip.Addr, index int) error {
 	if !usable(dst) || !gateway.IsValid() || gateway.Is4() != dst.Addr().Is4() {
-		return fmt.Errorf("add route %v by %v: not valid here", dst, gateway)
+		return fmt.Errorf("add route %v through %v: can't be routed", dst, gateway)
 	}
 	table, err := r.table()
 	if err != nil {
@@ -95,10 +94,9 @@ func (r *Router) Add(dst netip.Prefix, gateway netip.Addr, index int) error {
 	return r.apply([]change{{xnu.RTMAdd, route}})
 }
 
-// Sweep takes away the routes to the given destinations that carry the mark, on
-// whatever interface, and returns which there were. Those that don't carry it, and
-// marked ones to other destinations, are another program's (NetBird uses the same
-// mark).
+// Sweep deletes the marked routes to the given destinations, through any interface, and
+// returns the destinations of those it deleted. Unmarked routes, and marked ones to other
+// destinations, belong to other programs (NetBird uses the same mark).
 func (r *Router) Sweep(dsts []netip.Prefix) ([]netip.Prefix, error) {
 	table, err := r.table()
 	if err != nil {
@@ -115,7 +113,7 @@ func (r *Router) Sweep(dsts []netip.Prefix) ([]netip.Prefix, error) {
 	return gone, r.apply(changes)
 }
 
-// usable reports whether a destination may be routed here.
+// usable reports whether a Router may add a route to the destination.
 func usable(p netip.Prefix) bool {
 	return p.IsValid() && p.Bits() > 0 && p == p.Masked() && !p.Addr().Is4In6()
 }
@@ -130,8 +128,8 @@ func newRoute(p netip.Prefix, index int) Route {
 	return Route{Dst: p, Index: index, Flags: flags}
 }
 
-// deletion makes the change that takes a route of the table away, without the
-// flags that only the kernel sets.
+// deletion returns the change that deletes a route of the table, without the flags that
+// only the kernel sets.
 func deletion(r Route) change {
 	r.Flags &= RouteUp | RouteGateway | RouteHost | RouteStatic | RouteProto1
 	return change{xnu.RTMDelete, r}
@@ -156,14 +154,14 @@ func (r *Router) table() (map[netip.Prefix]Route, error) {
 	return table, nil
 }
 
-// A change is one message to send.
+// A change is one routing message to send.
 type change struct {
 	typ   byte
 	route Route
 }
 
-// apply sends the changes, deletions first as they come. A route that exists,
-// or gone, already is what was wanted.
+// apply sends the changes in their order, in which deletions come first. Adding a route
+// that already exists and deleting one that doesn't are successes.
 func (r *Router) apply(changes []change) error {
 	if len(changes) == 0 {
 		return nil
@@ -189,7 +187,8 @@ func (r *Router) apply(changes []change) error {
 	return nil
 }
 
-// verify reads the table again. taken routes may be missing.
+// verify reads the table again and fails unless it has the wanted routes. Only as many as
+// taken may be missing.
 func (r *Router) verify(index int, want []netip.Prefix, taken int) error {
 	table, err := r.table()
 	if err != nil {

@@ -12,22 +12,22 @@ import (
 	"time"
 )
 
-// A Runner runs one command to its end and returns what it wrote and its exit
-// status. An error means that it couldn't be run or didn't end by itself; an
-// exit status other than 0 isn't one. Both outputs are read to their end, path
-// is absolute, and the messages are English (LC_ALL=C).
+// A Runner runs one command, waits for its end, and returns its output and exit status.
+// err means that the command couldn't be run or was killed; an exit status other than 0
+// isn't an error. path is absolute. The Runner must read both outputs to their end, and
+// must set LC_ALL=C, since the messages are parsed.
 type Runner interface {
 	Run(ctx context.Context, stdin []byte, path string, args ...string) (stdout, stderr []byte, status int, err error)
 }
 
-// DefaultTimeout ends a command that hangs. pfctl takes milliseconds, with ten
-// thousand rules a second or two; a program that has to end in a given time runs
-// several commands in it, and one that has more may try again.
+// DefaultTimeout is the time after which a command that hangs is killed. pfctl takes
+// milliseconds, or a second or two for ten thousand rules. It is short, so that a caller
+// with a deadline of its own can still run further commands.
 const DefaultTimeout = 5 * time.Second
 
-// MaxOutput is how much of each output an Exec keeps, in bytes: a hundred
-// thousand rules. The rest is read and dropped, and Run returns an error, since
-// half a ruleset is worse than none.
+// MaxOutput is how much of each output an Exec keeps, in bytes: about a hundred thousand
+// rules. It reads and drops the rest, and Run returns an error, since half a ruleset is
+// worse than none.
 const MaxOutput = 32 << 20
 
 // An Exec runs commands on this host. The zero value is ready to use.
@@ -36,8 +36,8 @@ type Exec struct {
 	Timeout time.Duration
 }
 
-// Run implements Runner. The command gets an environment of its own, so nothing
-// that the caller's holds reaches it or decides what it does.
+// Run implements Runner. The command gets a fixed environment, so the caller's doesn't
+// influence it.
 func (e Exec) Run(ctx context.Context, stdin []byte, file string, args ...string) ([]byte, []byte, int, error) {
 	if !path.IsAbs(file) {
 		return nil, nil, -1, fmt.Errorf("run %q: not an absolute path", file)
@@ -59,7 +59,7 @@ func (e Exec) Run(ctx context.Context, stdin []byte, file string, args ...string
 	// dies by SIGPIPE when the reader leaves (wazuh#39189).
 	var stdout, stderr limited
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	// A grandchild that keeps the pipes open doesn't keep us.
+	// Run doesn't wait for a grandchild that keeps the pipes open.
 	cmd.WaitDelay = time.Second
 
 	err := cmd.Run()
@@ -78,7 +78,7 @@ func (e Exec) Run(ctx context.Context, stdin []byte, file string, args ...string
 	return stdout.kept, stderr.kept, cmd.ProcessState.ExitCode(), err
 }
 
-// limited takes everything and keeps MaxOutput bytes.
+// limited is an io.Writer that accepts everything and keeps the first MaxOutput bytes.
 type limited struct {
 	kept []byte
 	over bool
@@ -91,7 +91,7 @@ func (l *limited) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// A CommandError is a command that ended with a failure.
+// A CommandError is the error of a command that failed.
 type CommandError struct {
 	Command string // as typed, without its standard input
 	Status  int
@@ -114,7 +114,7 @@ func failure(stderr []byte, status int, file string, args []string) *CommandErro
 	}
 }
 
-// firstLine returns the first line that says something, cut to 200 bytes.
+// firstLine returns the first line that isn't noise, cut to 200 bytes.
 func firstLine(b []byte) string {
 	for line := range bytes.Lines(b) {
 		line = bytes.TrimSpace(line)

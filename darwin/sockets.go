@@ -16,7 +16,7 @@ type PortRange struct{ First, Last uint16 }
 // Contains reports whether a port is in the range.
 func (r PortRange) Contains(port uint16) bool { return r.First <= port && port <= r.Last }
 
-// Ports returns how many ports are in the range; of the zero value none.
+// Ports returns the number of ports in the range, 0 for the zero value.
 func (r PortRange) Ports() int {
 	if r == (PortRange{}) {
 		return 0
@@ -24,11 +24,11 @@ func (r PortRange) Ports() int {
 	return int(r.Last) - int(r.First) + 1
 }
 
-// String returns the range as pf.conf(5) has it.
+// String returns the range in the notation of pf.conf(5), such as 1024:65535.
 func (r PortRange) String() string { return fmt.Sprintf("%d:%d", r.First, r.Last) }
 
-// EphemeralPorts returns the ranges from which the kernel gives ports to sockets that
-// don't name one, privileged ones left out.
+// EphemeralPorts returns the ranges from which the kernel assigns ports to sockets that
+// don't ask for a certain one, without the range of privileged ports.
 func (s *Sysctl) EphemeralPorts() ([]PortRange, error) {
 	var out []PortRange
 	for _, ends := range [][2]string{{xnu.PortFirst, xnu.PortLast}, {xnu.PortHiFirst, xnu.PortHiLast}} {
@@ -40,7 +40,7 @@ func (s *Sysctl) EphemeralPorts() ([]PortRange, error) {
 		if err != nil {
 			return nil, err
 		}
-		// The kernel counts downwards from a first that is above the last.
+		// If first is above last, the kernel counts downwards.
 		out = append(out, PortRange{min(first, last), max(first, last)})
 	}
 	return out, nil
@@ -58,12 +58,12 @@ func (s *Sysctl) port(name string) (uint16, error) {
 	return uint16(n), nil
 }
 
-// Sockets are the local ports that the sockets of this Mac have, those of both
-// families together, sorted. User-space flows (the kernel's Skywalk) are among them.
+// Sockets holds the local ports of all sockets of this Mac, both address families together,
+// sorted and without duplicates. Flows of user-space stacks (Skywalk) are included.
 type Sockets struct{ TCP, UDP []uint16 }
 
-// ReadSockets asks the kernel for its sockets, without a process: what netstat(1)
-// does (network_cmds netstat.tproj/inet.c, protopr).
+// ReadSockets reads the kernel's list of sockets without starting a process, as netstat(1)
+// does (protopr in network_cmds netstat.tproj/inet.c).
 func ReadSockets(k Kernel) (Sockets, error) {
 	var s Sockets
 	for _, one := range []struct {
@@ -81,7 +81,7 @@ func ReadSockets(k Kernel) (Sockets, error) {
 	return s, nil
 }
 
-var errSocketList = errors.New("the list of sockets isn't understood")
+var errSocketList = errors.New("the list of sockets has an unknown format")
 
 // parseSockets returns the local ports in a list of sockets, sorted, each once.
 func parseSockets(b []byte) ([]uint16, error) {
@@ -101,7 +101,7 @@ func parseSockets(b []byte) ([]uint16, error) {
 			return nil, fmt.Errorf("%w: %d bytes at %d of %d", errSocketList, size, at, len(b))
 		}
 		if kind == xnu.KindInpcb && size >= xnu.MinXinpcb {
-			// 0 is a socket that isn't bound.
+			// A socket that isn't bound has port 0.
 			if port := binary.BigEndian.Uint16(b[at+xnu.OffXinpLocal:]); port != 0 {
 				ports = append(ports, port)
 			}

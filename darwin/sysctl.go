@@ -14,14 +14,14 @@ import (
 // numbers Apple doesn't promise, or a linkname into package syscall.
 const sysctlPath = "/usr/sbin/sysctl"
 
-// A Sysctl reads kernel variables by sysctl(3), which costs no process, and writes
-// them through sysctl(8).
+// A Sysctl reads kernel variables with sysctl(3), which starts no process, and writes them
+// with sysctl(8).
 type Sysctl struct {
 	r Runner
 	k Kernel
 }
 
-// NewSysctl returns a Sysctl.
+// NewSysctl returns a Sysctl that writes through r and reads through k.
 func NewSysctl(r Runner, k Kernel) *Sysctl { return &Sysctl{r, k} }
 
 // A Family is an address family of the internet.
@@ -55,8 +55,8 @@ func (s *Sysctl) Forwarding(f Family) (bool, error) {
 	return n != 0, nil
 }
 
-// SetForwarding turns forwarding of the family on or off and reads it back:
-// compliance agents and other software flip it, too.
+// SetForwarding turns forwarding of the family on or off, and reads it back, since
+// compliance agents and other software change it, too.
 //
 // While it is on, macOS also accepts packets to a tunnel's address that arrive on
 // other interfaces (xnu bsd/netinet/ip_input.c: the weak end system model): pair
@@ -79,7 +79,7 @@ func (s *Sysctl) SetForwarding(ctx context.Context, f Family, on bool) error {
 		return err
 	}
 	if now != on {
-		return fmt.Errorf("set %s: it reads %v afterwards", assign, now)
+		return fmt.Errorf("set %s: still %v afterwards", assign, now)
 	}
 	return nil
 }
@@ -96,8 +96,8 @@ func (s *Sysctl) ClosesTunnels(f Family) (bool, error) {
 	return v == "1" || v == "2", err
 }
 
-// BootSession returns the id of this boot of the kernel, a UUID in capitals. What
-// was kept on disk with another id (a packet filter token, a found value) is void.
+// BootSession returns the ID of this boot of the kernel, a UUID in capitals. Values that
+// were saved under another ID, such as a packet filter token, are void.
 func (s *Sysctl) BootSession() (string, error) {
 	v, err := s.get(xnu.BootSession)
 	if err == nil && v == "" {

@@ -21,8 +21,8 @@ func (System) Interfaces() ([]byte, error) { return fetch(unix.NET_RT_IFLIST2) }
 // Routes implements Kernel.
 func (System) Routes() ([]byte, error) { return fetch(unix.NET_RT_DUMP2) }
 
-// fetch reads a table. The size is asked first, and the table may have grown by
-// the time it is read: then the kernel answers ENOMEM.
+// fetch reads a table, again if the kernel answers ENOMEM: the size is asked first, and the
+// table may grow before it is read.
 func fetch(kind route.RIBType) (b []byte, err error) {
 	for range 10 {
 		b, err = route.FetchRIB(unix.AF_UNSPEC, kind, 0)
@@ -35,8 +35,8 @@ func fetch(kind route.RIBType) (b []byte, err error) {
 
 // OpenRoute implements Kernel. Closing the socket ends a Read.
 func (System) OpenRoute() (io.ReadWriteCloser, error) {
-	// ForkLock isn't needed for correctness: at worst a child that is started in
-	// between inherits a socket that tells nothing secret.
+	// ForkLock isn't taken: at worst a child that is started in between inherits the socket,
+	// which reveals nothing secret.
 	fd, err := unix.Socket(unix.AF_ROUTE, unix.SOCK_RAW, unix.AF_UNSPEC)
 	if err != nil {
 		return nil, os.NewSyscallError("socket", err)
@@ -60,8 +60,7 @@ func (System) Sysctl(name string) (string, error) {
 	return unix.Sysctl(name)
 }
 
-// Table implements Kernel. As with fetch, the list may grow between its size and
-// itself.
+// Table implements Kernel. As in fetch, the list may grow between the two calls.
 func (System) Table(name string) (b []byte, err error) {
 	for range 10 {
 		b, err = unix.SysctlRaw(name)

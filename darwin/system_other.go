@@ -8,10 +8,11 @@ import (
 	"io"
 )
 
-// errNotDarwin is what every system call answers here.
-var errNotDarwin = fmt.Errorf("this is not macOS: %w", errors.ErrUnsupported)
+// errNotDarwin is the error of every method of System on this platform.
+var errNotDarwin = fmt.Errorf("not macOS: %w", errors.ErrUnsupported)
 
-// A System is a Mac's kernel; on this system it only gives errors.
+// A System is a Mac's kernel. On this platform all of its methods fail with
+// errors.ErrUnsupported.
 type System struct{}
 
 // Interfaces implements Kernel.

@@ -6,11 +6,10 @@ import (
 	"strings"
 )
 
-// never are interfaces that don't lead to the internet by themselves, whatever
-// routes they carry: peer-to-peer Wi-Fi, coprocessors, and Apple's tunnels for
-// its own use. VPNs' utun and ipsec interfaces do lead there, and so do bridges:
-// bridge0 of Thunderbolt, or one that was made in System Settings
-// (Tunnelblick#799).
+// never are the kinds of interfaces that don't lead to the internet by themselves,
+// whatever routes they carry: peer-to-peer Wi-Fi, coprocessors, and tunnels that Apple
+// uses itself. utun and ipsec interfaces of VPNs do lead there, and so do bridges:
+// bridge0 of Thunderbolt, or one that was created in System Settings (Tunnelblick#799).
 var never = []string{"gif", "stf", "awdl", "llw", "XHC", "anpi", "lo", "ap"}
 
 func leadsOut(i *Interface) bool {
@@ -20,12 +19,12 @@ func leadsOut(i *Interface) bool {
 	return !slices.Contains(never, kind(i.Name))
 }
 
-// kind returns an interface's name without its number.
+// kind returns an interface's name without its unit number.
 func kind(name string) string { return strings.TrimRight(name, "0123456789") }
 
 // canCarry reports whether packets of the family can leave by an interface with an
-// address of its own. macOS keeps tunnels of its own that have nothing but a
-// link-local IPv6 address.
+// address of its own. macOS has tunnels for its own use with only a link-local IPv6
+// address.
 func (i *Interface) canCarry(f Family) bool {
 	if k := kind(i.Name); k != "utun" && k != "ipsec" {
 		return true
@@ -35,21 +34,21 @@ func (i *Interface) canCarry(f Family) bool {
 	})
 }
 
-// Uplink returns the interface by which the kernel reaches the internet, and the
-// router there, which is invalid if the route has none. Both are empty when there
-// is no such interface. except names interfaces that don't count: the caller's own
-// tunnel, with its routes to the internet through a peer.
+// Uplink returns the interface by which the kernel reaches the internet, and the router
+// there, which is invalid if the route has no gateway. It returns nil and an invalid
+// address if there is no such interface. except names interfaces that don't count, such as
+// the caller's own tunnel, which may have routes to the internet through a peer.
 //
-// An interface is the uplink if its routes cover the family: by the default route,
-// or by longer ones, which win over it: 0.0.0.0/1 and 128.0.0.0/1, ::/1 and
-// 8000::/1, or 2000::/3, as VPNs make them (DefGuard/client#780), with or without
-// the private and special-purpose space between them. Of several that cover it by
-// longer routes, the one with the longest wins, as in the kernel. Routes with a
-// scope only serve sockets bound to their interface (RTF_IFSCOPE), and don't count.
+// An interface is the uplink if its routes cover the family: by a default route, or by
+// longer ones, which win over it: 0.0.0.0/1 and 128.0.0.0/1, ::/1 and 8000::/1, or
+// 2000::/3, as VPNs make them (DefGuard/client#780), with or without the private and
+// special-purpose prefixes. If several interfaces cover it by longer routes, the one with
+// the longest wins, as in the kernel. Scoped routes (RTF_IFSCOPE) don't count, since they
+// only serve sockets bound to their interface.
 //
-// Where parts of the family lead to different interfaces and none has all, the
-// default route's remains the uplink, if there is one. What
-// another interface has a longer route for isn't reached by it.
+// If parts of the family lead to different interfaces and none covers all of it, the
+// uplink is the default route's interface, if there is one. It doesn't reach destinations
+// for which another interface has a longer route.
 func (n *Network) Uplink(f Family, except ...string) (*Interface, netip.Addr) {
 	var best *Interface
 	var router netip.Addr
@@ -69,7 +68,7 @@ func (n *Network) Uplink(f Family, except ...string) (*Interface, netip.Addr) {
 	return best, router
 }
 
-// leading returns the routes that may lead to the internet, by interface number.
+// leading returns the routes that may lead to the internet, by interface index.
 func (n *Network) leading(f Family, except []string) map[int][]Route {
 	out := map[int][]Route{}
 	for _, r := range n.Routes {
@@ -83,10 +82,9 @@ func (n *Network) leading(f Family, except []string) map[int][]Route {
 	return out
 }
 
-// special is the space that a default route may leave out: private addresses, and
-// those of the registries of special-purpose addresses that aren't reachable by
-// everybody (RFC 6890 and IANA's lists). Of IPv6 it is all but 2000::/3, which is
-// all that was given out.
+// special holds the prefixes that routes to the internet may leave out: private addresses
+// and the special-purpose ones that aren't globally reachable (RFC 6890 and IANA's
+// registries). For IPv6 it is all but 2000::/3, the only prefix that IANA allocates from.
 var special = map[Family][]netip.Prefix{
 	IPv4: parsePrefixes("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
 		"192.0.0.0/24", "192.0.2.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/3"),
@@ -126,9 +124,9 @@ func coverFamily(f Family, routes []Route) ([]Route, bool) {
 	return nil, false
 }
 
-// cover returns those of routes, which are sorted and longer than p, that make up p
-// together with the holes. It goes no deeper than the next route or hole, so that
-// the work is bounded by their number.
+// cover returns those of routes that together with the holes make up p. routes are sorted
+// and longer than p. The recursion goes no deeper than the next route or hole, so their
+// number bounds the work.
 func cover(p netip.Prefix, routes []Route, holes []netip.Prefix) ([]Route, bool) {
 	for _, r := range routes {
 		if r.Dst == p {
@@ -154,7 +152,7 @@ func cover(p netip.Prefix, routes []Route, holes []netip.Prefix) ([]Route, bool)
 	return append(a, b...), ok
 }
 
-// halves splits a prefix in two of one bit more.
+// halves splits a prefix into the two that are one bit longer.
 func halves(p netip.Prefix) (low, high netip.Prefix) {
 	b := p.Addr().AsSlice()
 	b[p.Bits()/8] |= 0x80 >> (p.Bits() % 8)

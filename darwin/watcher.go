@@ -15,24 +15,25 @@ import (
 	"github.com/meshhelper/meshhelper/darwin/internal/xnu"
 )
 
-// WatcherOptions of NewWatcher.
+// WatcherOptions are the dependencies and times of a [Watcher].
 type WatcherOptions struct {
 	// Kernel opens the routing socket. Required.
 	Kernel Kernel
-	// Log gets what went wrong with the socket. Required.
+	// Log receives the routing socket's errors. Required.
 	Log *slog.Logger
-	// Settle is the quiet that ends a burst of changes, 200 ms by default. Optional.
+	// Settle is how long no change may come for a burst to be over, 200 ms by default.
+	// Optional.
 	Settle time.Duration
-	// Limit is the longest that a burst is held back, 1 s by default. Optional.
+	// Limit is the longest time until a burst is reported, 1 s by default. Optional.
 	Limit time.Duration
 	// Reopen is the time between attempts to open a socket, 1 s by default.
 	// Optional.
 	Reopen time.Duration
 }
 
-// A Watcher follows changes of interfaces, addresses and routes. A VPN that
-// connects or a Wi-Fi that changes gives dozens of messages: the first is
-// reported at once, those that follow it together, when they end.
+// A Watcher reports changes of interfaces, addresses and routes. When a VPN connects or
+// the Wi-Fi changes, dozens of messages arrive in a burst: the Watcher reports the first
+// at once and the rest together, at the burst's end.
 type Watcher struct{ o WatcherOptions }
 
 // NewWatcher returns a Watcher.
@@ -49,12 +50,11 @@ func NewWatcher(o WatcherOptions) *Watcher {
 	return &Watcher{o}
 }
 
-// Run calls changed, which must not block, once it listens and after every change
-// until ctx ends. It
-// survives messages that it doesn't know, an overrun of the socket's buffer, and
-// a socket that the system closed: at some sleeps and logouts macOS shuts
-// processes' sockets (pid_shutdown_sockets, seen by Mullvad as ENOTCONN). What
-// may have been missed meanwhile counts as a change.
+// Run calls changed, which must not block, once it listens and after every change, until
+// ctx ends. It survives messages that it doesn't know, an overrun of the socket's buffer,
+// and a socket that the system closed: at some sleeps and logouts macOS shuts down
+// processes' sockets (pid_shutdown_sockets, seen by Mullvad as ENOTCONN). Since it may
+// have missed a change then, it reports one.
 func (w *Watcher) Run(ctx context.Context, changed func()) error {
 	g, ctx := errgroup.WithContext(ctx)
 	seen := make(chan struct{}, 1)
@@ -74,7 +74,7 @@ func (w *Watcher) follow(ctx context.Context, seen chan<- struct{}) error {
 	for {
 		conn, err := w.o.Kernel.OpenRoute()
 		if err == nil {
-			note() // for what happened while there was no socket
+			note() // changes may have been missed without a socket
 			stop := context.AfterFunc(ctx, func() { conn.Close() })
 			err = w.readChanges(conn, note)
 			stop()
@@ -110,12 +110,11 @@ func (w *Watcher) readChanges(conn io.Reader, note func()) error {
 	}
 }
 
-// matters reports whether a message may change what [Network] says to its callers.
-// Neighbours' entries and cloned routes come and go with traffic, lookups that
-// failed (RTM_MISS) with every unreachable host, in storms on macOS 26.4
-// (tailscale#19324), and link-local addresses with their routes many times an hour,
-// on awdl0, llw0 and the system's tunnels. Scoped routes only serve sockets that are
-// bound to their interface.
+// matters reports whether a message may change the answers of a [Network]. These don't:
+// neighbours' entries and cloned routes come and go with traffic; failed lookups (RTM_MISS)
+// come with every unreachable host, in storms on macOS 26.4 (tailscale#19324); link-local
+// addresses and their routes change many times an hour on awdl0, llw0 and the system's
+// tunnels; and scoped routes only serve sockets that are bound to their interface.
 func matters(m []byte) bool {
 	if len(m) < 4 || m[2] != xnu.RTMVersion {
 		return false
@@ -125,7 +124,8 @@ func matters(m []byte) bool {
 		return true
 	case xnu.RTMNewAddr, xnu.RTMDelAddr:
 		_, p, _ := parseAddress(m)
-		// What can't be read is looked at: better one look too many.
+		// A message that can't be parsed counts: a needless Observe is better than a
+		// missed change.
 		return !p.IsValid() || !p.Addr().IsLinkLocalUnicast()
 	case xnu.RTMAdd, xnu.RTMDelete, xnu.RTMChange:
 		if len(m) < xnu.OffRtFlags+4 {
@@ -142,10 +142,10 @@ func matters(m []byte) bool {
 	return false
 }
 
-// carries reports whether a message, if it is about an interface itself, is about
-// one that has an address besides link-local ones. Others carry nothing yet: when
-// they get an address, or lose it with themselves, a message of its own tells.
-// The message has only the interface's number (rt_ifmsg of xnu bsd/net/rtsock.c).
+// carries reports whether a message about an interface is about one with an address that
+// isn't link-local; it is true for any other message. An interface without such an address
+// carries no traffic yet, and a message of its own reports when it gets or loses one. The
+// message holds only the interface's index (rt_ifmsg in xnu bsd/net/rtsock.c).
 func (w *Watcher) carries(m []byte) bool {
 	if m[3] != xnu.RTMIfInfo {
 		return true
@@ -167,7 +167,7 @@ func (w *Watcher) carries(m []byte) bool {
 	})
 }
 
-// settle reports the first change at once and then at most one for each burst.
+// settle calls changed for the first change at once, and then at most once for each burst.
 func (w *Watcher) settle(ctx context.Context, seen <-chan struct{}, changed func()) error {
 	for {
 		select {
@@ -186,8 +186,8 @@ func (w *Watcher) settle(ctx context.Context, seen <-chan struct{}, changed func
 	}
 }
 
-// drain waits for Settle without a change, or until Limit, and reports whether
-// there were any.
+// drain waits until no change has come for Settle, at most for Limit, and reports whether
+// there were any changes.
 func (w *Watcher) drain(ctx context.Context, seen <-chan struct{}) (more bool, err error) {
 	limit := time.After(w.o.Limit)
 	for {

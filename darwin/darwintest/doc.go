@@ -1,10 +1,10 @@
-// Package darwintest is a Mac to test with, where there is none: what stands behind
-// the seams of package darwin, refuses what a Mac refuses, and prints what its
+// Package darwintest simulates a Mac for tests on any system: it implements the interfaces
+// that package darwin works through, refuses what a Mac refuses, and prints what a Mac's
 // programs print.
 //
-// [Kernel] routes: interfaces, addresses, the routing table and kernel variables, by
-// routing messages and by ifconfig, sysctl and scutil. [PF] is the command line of
-// pfctl in front of an [Engine], such as pfsim's machine. Their other methods are what
-// happens on a Mac without the program under test: cables, DHCP, other software,
+// [Kernel] has interfaces, addresses, the routing table and kernel variables; it speaks
+// routing messages and answers ifconfig, sysctl and scutil. [PF] is the command line of
+// pfctl in front of an [Engine], such as pfsim's machine. Their other methods do what
+// happens on a Mac independently of the program under test: cables, DHCP, other software,
 // reboots.
 package darwintest

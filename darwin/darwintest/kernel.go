@@ -25,8 +25,8 @@ import (
 // exist; and a deletion takes the route to the destination by any interface, as on
 // a real Mac.
 //
-// The other methods are what happens on a Mac without us: cables, DHCP, commands
-// of other users, reboots.
+// The other methods do what happens on a Mac independently of the program under test:
+// cables, DHCP, commands of other users, reboots.
 type Kernel struct {
 	mu         sync.Mutex
 	interfaces []*darwin.Interface
@@ -42,7 +42,7 @@ type Kernel struct {
 	changes    int
 }
 
-// boundPort is a port that sockets have, in the list of that name.
+// A boundPort is a port that a socket is bound to, in the kernel's list of that name.
 type boundPort struct {
 	list string
 	port uint16
@@ -54,8 +54,8 @@ type ownAddress struct {
 	addr  netip.Addr
 }
 
-// Changes counts the changes of interfaces, addresses and routes so far: while it
-// stays, so does what Observe returns.
+// Changes returns the number of changes of interfaces, addresses and routes so far. While
+// it stays the same, darwin.Observe returns the same.
 func (k *Kernel) Changes() int {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -106,7 +106,7 @@ func (k *Kernel) Boot() {
 	}
 }
 
-// AddInterface adds an interface and returns its number, which isn't used again.
+// AddInterface adds an interface and returns its index, which isn't used again.
 func (k *Kernel) AddInterface(name string, flags darwin.InterfaceFlags, mtu int) int {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -117,8 +117,9 @@ func (k *Kernel) AddInterface(name string, flags darwin.InterfaceFlags, mtu int)
 	return i.Index
 }
 
-// CreateTunnel makes a utun interface. "utun" gives the next number, which climbs;
-// utunN gives that one, or EBUSY when it is taken (netbird#2196).
+// CreateTunnel creates a utun interface and returns its name. For "utun" the name has the
+// next unit number, which only grows; for utunN it is that name, or the error is EBUSY if
+// it exists (netbird#2196).
 func (k *Kernel) CreateTunnel(name string, mtu int) (string, error) {
 	number, ok := strings.CutPrefix(name, "utun")
 	n, err := strconv.Atoi(number)
@@ -137,14 +138,14 @@ func (k *Kernel) CreateTunnel(name string, mtu int) (string, error) {
 	return name, nil
 }
 
-// Has reports whether there is an interface of that name.
+// Has reports whether an interface of that name exists.
 func (k *Kernel) Has(name string) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.find(name) != nil
 }
 
-// RemoveInterface takes an interface away, its addresses and routes with it.
+// RemoveInterface removes an interface with its addresses and routes.
 func (k *Kernel) RemoveInterface(name string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -187,7 +188,7 @@ func (k *Kernel) index(n int) *darwin.Interface {
 	return nil
 }
 
-// AddAddress gives an interface an address, and the routes that come with it.
+// AddAddress adds an address to an interface, and the routes that come with it.
 //
 // IPv4 (in_ifinit of xnu bsd/netinet/in.c): to the network on a broadcast
 // interface; to the address itself on a loopback one; to the other end on a
@@ -241,9 +242,9 @@ func (k *Kernel) ownRoutes(i *darwin.Interface, a darwin.Address) (routes []darw
 	return routes
 }
 
-// AddAddress6 gives an interface an IPv6 address of a kind.
+// AddAddress6 adds an IPv6 address with flags to an interface.
 func (k *Kernel) AddAddress6(name string, p netip.Prefix, flags darwin.AddressFlags) error {
-	// The flags first: a listener that hears of the address may ask for them.
+	// The flags first: a program that hears of the address may ask for them.
 	k.mu.Lock()
 	if i := k.find(name); i != nil {
 		k.flags[ownAddress{i.Index, p.Addr()}] = flags
@@ -252,8 +253,8 @@ func (k *Kernel) AddAddress6(name string, p netip.Prefix, flags darwin.AddressFl
 	return k.AddAddress(name, p)
 }
 
-// SetAddressFlags changes what an IPv6 address is: no longer tentative, or
-// deprecated. The kernel reports that to no listener, neither routing sockets nor pf.
+// SetAddressFlags changes the flags of an IPv6 address: it is no longer tentative, or is
+// deprecated. The kernel reports that neither to routing sockets nor to pf.
 func (k *Kernel) SetAddressFlags(name string, a netip.Addr, flags darwin.AddressFlags) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -265,7 +266,7 @@ func (k *Kernel) SetAddressFlags(name string, a netip.Addr, flags darwin.Address
 	return nil
 }
 
-// Addresses6 returns the IPv6 addresses of an interface with their kinds.
+// Addresses6 returns the IPv6 addresses of an interface with their flags.
 func (k *Kernel) Addresses6(name string) (out []darwin.Address6) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -288,7 +289,7 @@ func (k *Kernel) Addresses6(name string) (out []darwin.Address6) {
 
 const routeCloning darwin.RouteFlags = 0x100 // RTF_CLONING
 
-// RemoveAddress takes an address and its routes away.
+// RemoveAddress removes an address and its routes.
 func (k *Kernel) RemoveAddress(name string, a netip.Addr) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -308,7 +309,7 @@ func (k *Kernel) RemoveAddress(name string, a netip.Addr) error {
 	return nil
 }
 
-// dropOwn takes the routes of an address away.
+// dropOwn removes the routes that came with an address.
 func (k *Kernel) dropOwn(i *darwin.Interface, a darwin.Address) {
 	for _, own := range k.ownRoutes(i, a) {
 		for _, r := range slices.Clone(k.routes) {
@@ -326,15 +327,15 @@ func (k *Kernel) AddRoute(r darwin.Route) error {
 	return k.add(r)
 }
 
-// InstallRoute puts a route into the table as the kernel itself does, whatever its
-// flags and addresses.
+// InstallRoute puts a route with any flags and addresses into the table, as the kernel
+// itself does.
 func (k *Kernel) InstallRoute(r darwin.Route) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.install(r)
 }
 
-// DeleteRoute deletes the route to dst, whatever it leads to.
+// DeleteRoute deletes the route to dst through any interface.
 func (k *Kernel) DeleteRoute(dst netip.Prefix) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -360,8 +361,8 @@ func hasFamily(i *darwin.Interface, a netip.Addr) bool {
 	return slices.ContainsFunc(i.Addresses, func(o darwin.Address) bool { return o.Prefix.Addr().Is4() == a.Is4() })
 }
 
-// delete takes away the route with the destination and scope, ignoring gateway
-// and interface (xnu bsd/net/route.c, rtrequest_common_locked, RTM_DELETE).
+// delete deletes the route with the destination and scope, ignoring gateway and interface
+// (RTM_DELETE in rtrequest_common_locked, xnu bsd/net/route.c).
 func (k *Kernel) delete(r darwin.Route) error {
 	n := k.lookup(r)
 	if n < 0 {
@@ -404,13 +405,13 @@ func (k *Kernel) Sysctl(name string) (string, error) {
 	return v, nil
 }
 
-// BindTCP gives a TCP port to a socket of the Mac, BindUDP a UDP port; the function
-// that they return closes it.
+// BindTCP binds a socket of the Mac to a TCP port; the function that it returns closes the
+// socket.
 func (k *Kernel) BindTCP(port uint16) (unbind func()) {
 	return k.bind(boundPort{xnu.TCPSockets, port})
 }
 
-// BindUDP is like BindTCP.
+// BindUDP is BindTCP for a UDP port.
 func (k *Kernel) BindUDP(port uint16) (unbind func()) {
 	return k.bind(boundPort{xnu.UDPSockets, port})
 }
@@ -448,8 +449,8 @@ func (k *Kernel) Table(name string) ([]byte, error) {
 	return append(b, b[:xnu.SizeXinpgen]...), nil
 }
 
-// appendSocket adds what the kernel tells of a socket: a struct xinpcb_n, here with
-// its length on arm64, and an xsocket_n, of which only the head matters.
+// appendSocket appends the kernel's description of a socket: a struct xinpcb_n, with its
+// length on arm64, and an xsocket_n, of which only the header matters.
 func appendSocket(b []byte, at boundPort) []byte {
 	const sizeXinpcb, sizeXsocket, kindSocket = 104, 76, 1
 	b = xnu.Order.AppendUint32(b, sizeXinpcb)
@@ -462,7 +463,7 @@ func appendSocket(b []byte, at boundPort) []byte {
 	return append(b, make([]byte, sizeXsocket-8+xnu.SocketAlignment-sizeXsocket%xnu.SocketAlignment)...)
 }
 
-// Variable returns a kernel variable, as text; "" is one that there isn't.
+// Variable returns a kernel variable as text, or "" if it doesn't exist.
 func (k *Kernel) Variable(name string) string {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -485,13 +486,14 @@ func (k *Kernel) BreakSockets(err error) {
 	}
 }
 
-// Miss tells all routing sockets that a lookup of a failed (RTM_MISS), as happens
-// with every packet to a host that can't be reached.
+// Miss tells all routing sockets that a lookup of a failed (RTM_MISS), as the kernel does
+// for every packet to an unreachable host.
 func (k *Kernel) Miss(a netip.Addr) {
 	k.Announce(xnu.AppendRoute(nil, xnu.RTMMiss, 0, xnu.Route{Dst: netip.PrefixFrom(a, a.BitLen()), Flags: uint32(darwin.RouteUp | darwin.RouteHost)}))
 }
 
-// Announce sends a message, of any form, to all routing sockets. Nothing changes.
+// Announce sends a message, which may be malformed, to all routing sockets, without a
+// change.
 func (k *Kernel) Announce(m []byte) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -552,7 +554,7 @@ type socket struct {
 	mu     sync.Mutex
 	err    error
 	failed chan struct{}
-	lost   bool // messages didn't fit: the next read says ENOBUFS
+	lost   bool // messages didn't fit: the next Read fails with ENOBUFS
 }
 
 func (s *socket) fail(err error) {
@@ -598,7 +600,7 @@ func (s *socket) Close() error {
 	return nil
 }
 
-// Write takes one message, as route_output of xnu bsd/net/rtsock.c does.
+// Write handles one message as route_output of xnu bsd/net/rtsock.c does.
 func (s *socket) Write(m []byte) (int, error) {
 	if len(m) < xnu.SizeRt || int(xnu.Order.Uint16(m)) != len(m) {
 		return 0, syscall.EINVAL
@@ -651,7 +653,7 @@ func (k *Kernel) resolve(r darwin.Route, gateway []byte) (darwin.Route, error) {
 	return r, syscall.ENETUNREACH
 }
 
-// SetResolvers sets the DNS configuration. Routing sockets don't hear of it.
+// SetResolvers sets the DNS configuration. Routing sockets don't report that.
 func (k *Kernel) SetResolvers(list []darwin.Resolver) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -747,7 +749,7 @@ func (k *Kernel) showAddresses6(name string) string {
 	return b.String()
 }
 
-// ifconfig knows the forms that Ifconfig uses.
+// ifconfig handles the forms that darwin.Ifconfig uses.
 func (k *Kernel) ifconfig(args []string) (complaint string) {
 	if len(args) < 2 {
 		return "ifconfig: bad value"
@@ -822,7 +824,7 @@ func (k *Kernel) announceInterface(i *darwin.Interface) {
 	k.changed(xnu.InterfaceMessage(xnu.RTMIfInfo, xnu.SizeIf, wire(i)))
 }
 
-// message and wire are a route and an interface as the kernel's messages have them.
+// message and wire convert a route and an interface to their form in routing messages.
 func message(r darwin.Route) xnu.Route {
 	return xnu.Route{Dst: r.Dst, Gateway: r.Gateway, Index: r.Index, Flags: uint32(r.Flags)}
 }
