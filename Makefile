@@ -11,11 +11,10 @@ test:
 	$(GO) test ./...
 	@$(GO) test -count=1 -v -run '^TestVectors$$' ./pfconf/pfsim | grep '^pf vectors:'
 
-# The long proofs: 200 kills, 30 s of toggles, a million packets of a hostile peer,
-# a simulated Mac that is killed after each command, and 10,000 meshes read back.
+# The long proofs: 200 kills, 30 s of toggles, a million packets of a hostile peer, and
+# 10,000 meshes read back.
 soak:
 	$(GO) test ./internal/lab/trial -count=1 -v -timeout 120m -soak
-	$(GO) test ./internal/host/macos -count=1 -v -run Kill -timeout 60m -everykill
 	$(GO) test ./internal/host/macos -count=1 -v -run TestWhatIsHeldIsWhatWasWritten -timeout 60m -worlds 10000
 
 # Every fuzz target for FUZZTIME, and ten million packets through pf as a Mac has

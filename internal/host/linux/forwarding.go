@@ -108,6 +108,7 @@ func (f *forwarding) apply(n need) error {
 		if err := f.save(); err != nil {
 			return err
 		}
+		f.step(StepJournal)
 	}
 	for _, key := range []string{"accept_ra", "forwarding"} {
 		for _, s := range f.j.Changed {
@@ -140,12 +141,14 @@ func (f *forwarding) ensure(s saved) error {
 		return err
 	}
 	_, key, _ := splitSysctl(s.Name)
+	step := StepForwarding
 	if key == "accept_ra" {
-		f.step(StepAcceptRA)
-	} else {
-		f.step(StepForwarding)
+		step = StepAcceptRA
 	}
-	return f.sys.write(s.Name, s.Set)
+	f.step(step)
+	err = f.sys.write(s.Name, s.Set)
+	f.step(step)
+	return err
 }
 
 // wanted reports whether a changed sysctl still has to be as we set it.
@@ -302,7 +305,9 @@ func (f *forwarding) restore(s saved) error {
 		return nil // another program's choice
 	}
 	f.step(StepRestore)
-	if err := f.sys.write(s.Name, s.Found); err != nil {
+	err = f.sys.write(s.Name, s.Found)
+	f.step(StepRestore)
+	if err != nil {
 		return fmt.Errorf("restore %s to %s: %w", s.Name, s.Found, err)
 	}
 	return nil

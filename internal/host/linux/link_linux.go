@@ -127,7 +127,7 @@ func (l link) addr(a netip.Addr) *netlink.Addr {
 }
 
 // setAddrs gives the interface exactly these addresses.
-func (l link) setAddrs(want []netip.Addr, before func()) error {
+func (l link) setAddrs(want []netip.Addr, begin func()) error {
 	have, err := l.addrs()
 	if err != nil {
 		return err
@@ -139,7 +139,7 @@ func (l link) setAddrs(want []netip.Addr, before func()) error {
 		if have[single(a)] {
 			continue
 		}
-		before()
+		begin()
 		if err := l.nl.AddrReplace(dev, l.addr(a)); err != nil {
 			return fmt.Errorf("add address %v: %w", a, err)
 		}
@@ -148,7 +148,7 @@ func (l link) setAddrs(want []netip.Addr, before func()) error {
 		if keep[p] {
 			continue
 		}
-		before()
+		begin()
 		if err := l.nl.AddrDel(dev, &netlink.Addr{IPNet: ipNet(p)}); err != nil {
 			return fmt.Errorf("delete address %v: %w", p, err)
 		}
@@ -240,12 +240,12 @@ func (l link) route(r hostRoute) *netlink.Route {
 }
 
 // addRoutes adds what is missing or differs.
-func (l link) addRoutes(have, want map[netip.Addr]hostRoute, before func()) error {
+func (l link) addRoutes(have, want map[netip.Addr]hostRoute, begin func()) error {
 	for to, r := range want {
 		if have[to] == r {
 			continue
 		}
-		before()
+		begin()
 		if err := l.nl.RouteReplace(l.route(r)); err != nil {
 			return fmt.Errorf("add route to %v: %w", to, err)
 		}
@@ -254,12 +254,12 @@ func (l link) addRoutes(have, want map[netip.Addr]hostRoute, before func()) erro
 }
 
 // delRoutes deletes what isn't wanted.
-func (l link) delRoutes(have, want map[netip.Addr]hostRoute, before func()) error {
+func (l link) delRoutes(have, want map[netip.Addr]hostRoute, begin func()) error {
 	for to, r := range have {
 		if _, ok := want[to]; ok {
 			continue
 		}
-		before()
+		begin()
 		if err := l.nl.RouteDel(l.route(r)); err != nil && !errors.Is(err, syscall.ESRCH) {
 			return fmt.Errorf("delete route to %v: %w", to, err)
 		}

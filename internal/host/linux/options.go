@@ -12,7 +12,7 @@ type Options struct {
 	// ResolverFiles are the files in the form of resolv.conf(5) that name the
 	// host's DNS servers; nil means the system's.
 	ResolverFiles []string // optional
-	// Step is called before each enforcing step, with one of [Steps], so that
-	// tests can end the process there.
+	// Step is called before and after each enforcing step, with one of [Steps], so
+	// that tests can end the process there.
 	Step func(name string) // optional
 }

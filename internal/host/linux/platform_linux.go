@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -231,10 +230,28 @@ func (p *Platform) indexOf(name string) int {
 // begun when ctx has ended; what closes is given a context that hasn't.
 func (p *Platform) step(ctx context.Context, name string, do func() error) error {
 	p.o.Step(name)
-	if err := ctx.Err(); err != nil {
+	if ctx.Err() != nil {
 		return named(name, context.Cause(ctx))
 	}
-	return named(name, do())
+	err := do()
+	p.o.Step(name)
+	return named(name, err)
+}
+
+// stepIfNeeded runs an enforcing step that begins when do calls begin for the first
+// time, which it does before each change.
+func (p *Platform) stepIfNeeded(name string, do func(begin func()) error) error {
+	begun := false
+	err := do(func() {
+		if !begun {
+			begun = true
+			p.o.Step(name)
+		}
+	})
+	if begun {
+		p.o.Step(name)
+	}
+	return named(name, err)
 }
 
 func named(step string, err error) error {
@@ -486,7 +503,7 @@ func (p *Platform) enforce(ctx context.Context, r *policy.Ruleset) error {
 		return err
 	}
 	if err := stale(); err != nil {
-		return named(StepDelRoutes, err)
+		return err
 	}
 	if err := ctx.Err(); err != nil {
 		return named(StepForwarding, err)
@@ -508,14 +525,11 @@ func (p *Platform) enforceLink(r *policy.Ruleset) (stale func() error, err error
 	want := peerRoutes(r, ipv6)
 	have, err := p.link.routes()
 	if err == nil {
-		err = p.link.addRoutes(have, want, p.once(StepAddRoutes))
+		err = p.stepIfNeeded(StepAddRoutes, func(begin func()) error { return p.link.addRoutes(have, want, begin) })
 	}
-	return func() error { return p.link.delRoutes(have, want, p.once(StepDelRoutes)) }, named(StepAddRoutes, err)
-}
-
-// once returns a function that announces a step the first time it is called.
-func (p *Platform) once(step string) func() {
-	return sync.OnceFunc(func() { p.o.Step(step) })
+	return func() error {
+		return p.stepIfNeeded(StepDelRoutes, func(begin func()) error { return p.link.delRoutes(have, want, begin) })
+	}, named(StepAddRoutes, err)
 }
 
 func (p *Platform) setAddresses(r *policy.Ruleset, ipv6 bool) error {
@@ -523,7 +537,7 @@ func (p *Platform) setAddresses(r *policy.Ruleset, ipv6 bool) error {
 	if !ipv6 {
 		want = slices.DeleteFunc(slices.Clone(want), netip.Addr.Is6)
 	}
-	err := p.link.setAddrs(want, p.once(StepAddresses))
+	err := p.stepIfNeeded(StepAddresses, func(begin func()) error { return p.link.setAddrs(want, begin) })
 	if err == nil {
 		err = p.link.up()
 	}

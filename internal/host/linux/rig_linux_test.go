@@ -39,7 +39,7 @@ type rig struct {
 	// What the helper is told of the router in front.
 	outside     []netip.Addr
 	outsidePort uint16
-	killAt      int // the number of the step to die before; 0: never
+	killAt      int // the call of Options.Step to die in, from 1; 0: never
 
 	mu     sync.Mutex
 	out    [][]byte
@@ -90,7 +90,7 @@ func (g *rig) start() (err error) {
 // resolvers is the host's resolv.conf, which doesn't exist unless a test writes it.
 func (g *rig) resolvers() string { return filepath.Join(g.state, "resolv.conf") }
 
-// step notes a step, and is where a test kills the platform.
+// step is Options.Step: it records the call, and kills the platform in one of them.
 func (g *rig) step(name string) {
 	g.steps = append(g.steps, name)
 	if len(g.steps) == g.killAt {

@@ -1,8 +1,7 @@
 package linux
 
 // The enforcing steps, in the order in which Open and Enforce take them; Close
-// goes back. Options.Step is called with one of them before it is taken, so that
-// tests can end the process there; a step with nothing to do isn't called.
+// goes back. A step that has nothing to change isn't taken.
 const (
 	StepLock       = "lock the host"
 	StepRepair     = "repair what a killed helper left"

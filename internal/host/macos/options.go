@@ -26,13 +26,14 @@ type PlatformOptions struct {
 	Now func() time.Time // optional; time.Now
 	// Log gets what the platform does; nil discards it.
 	Log *slog.Logger // optional
-	// Step is called before each enforcing step, with one of [Steps], so that
-	// tests can end the process there.
+	// Step is called before and after each enforcing step, with one of [Steps], and
+	// after each command and routing message of it, so that tests can end the process
+	// there.
 	Step func(name string) // optional
 }
 
 // The enforcing steps, in the order in which Open and Enforce take them; Close
-// goes back. A step with nothing to do isn't called.
+// goes back. A step that has nothing to change isn't taken.
 const (
 	StepRepair     = "repair what a killed helper left"
 	StepInterface  = "make the mesh interface"

@@ -31,6 +31,7 @@ type Platform struct {
 	sysctl   *darwin.Sysctl
 	ifconfig *darwin.Ifconfig
 	router   *darwin.Router
+	taking   string // the step that is being taken
 
 	j    *journal
 	cfg  host.Interface
@@ -82,17 +83,30 @@ func NewPlatform(o PlatformOptions) (*Platform, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Platform{
-		findForeign: FindForeign,
-		o:           o, path: path, j: &journal{}, cuts: cutBook{until: map[netip.Addr]time.Time{}}, pf: darwin.NewPF(o.Runner), sysctl: darwin.NewSysctl(o.Runner, o.Kernel),
-		ifconfig: darwin.NewIfconfig(o.Runner), router: darwin.NewRouter(o.Kernel),
-	}, nil
+	p := &Platform{findForeign: FindForeign, path: path, j: &journal{}, cuts: cutBook{until: map[netip.Addr]time.Time{}}}
+	o.Runner, o.Kernel = steppedRunner{o.Runner, p.stepped}, steppedKernel{o.Kernel, p.stepped}
+	p.o = o
+	p.pf, p.sysctl = darwin.NewPF(o.Runner), darwin.NewSysctl(o.Runner, o.Kernel)
+	p.ifconfig, p.router = darwin.NewIfconfig(o.Runner), darwin.NewRouter(o.Kernel)
+	return p, nil
 }
 
 // step runs one enforcing step and names it in its error.
 func (p *Platform) step(name string, do func() error) error {
+	outer := p.taking
+	p.taking = name
 	p.o.Step(name)
-	return named(name, do())
+	err := do()
+	p.o.Step(name)
+	p.taking = outer
+	return named(name, err)
+}
+
+// stepped calls Options.Step within a step, after what may have changed the Mac.
+func (p *Platform) stepped() {
+	if p.taking != "" {
+		p.o.Step(p.taking)
+	}
 }
 
 func named(step string, err error) error {

@@ -3,7 +3,6 @@ package macos
 import (
 	"context"
 	"errors"
-	"flag"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -563,31 +562,27 @@ func TestBusyTableIsTriedAgain(t *testing.T) {
 	g.clean(g.enforce(testMesh(2, everything)))
 }
 
-// killed is what a step panics with, for a SIGKILL.
+// killed is what Options.Step panics with, in place of a SIGKILL.
 type killed struct{}
 
-// until runs do and kills the platform before the nth step or, with commands,
-// after the nth command. The kernel closes the device; nothing cleans up.
-func (g *rig) until(nth int, commands bool, do func()) (step string, died bool) {
+// until runs do and kills the platform in the nth call of Options.Step. The kernel
+// closes the device; nothing cleans up.
+func (g *rig) until(nth int, do func()) (step string, died bool) {
 	n := 0
-	count := func() {
+	g.step = func(name string) {
+		step = name
 		if n++; n == nth {
 			panic(killed{})
 		}
 	}
-	if commands {
-		g.ran, g.step = count, func(name string) { step = name }
-	} else {
-		g.step = func(name string) { step = name; count() }
-	}
 	defer func() {
-		g.step, g.ran = nil, nil
+		g.step = nil
 		if r := recover(); r != nil {
 			if _, died = r.(killed); !died {
 				panic(r)
 			}
-			if g.dev != nil {
-				g.dev.Close()
+			if g.p.dev != nil {
+				g.p.dev.Close()
 			}
 			g.dev = nil
 		}
@@ -612,40 +607,32 @@ func (g *rig) life() {
 	g.close()
 }
 
-var everyKill = flag.Bool("everykill", false, "kill the helper after each command, not each third")
-
-// TestKilledAtEachStep kills the helper before each step that it takes, and after
-// each third command that it runs. While it is dead nothing is forwarded that wasn't
-// before, and the next start or uninstall puts the host back.
+// TestKilledAtEachStep kills the helper before and after each step that it takes, and
+// after each command and routing message of it. While it is dead nothing is forwarded
+// that wasn't before, and the next start or uninstall puts the host back.
 func TestKilledAtEachStep(t *testing.T) {
 	kills, steps := 0, map[string]bool{}
-	for _, commands := range []bool{false, true} {
-		stride := 1
-		if commands && !*everyKill {
-			stride = 3
+	for nth := 1; ; nth++ {
+		g := newRig(t)
+		before := g.mac.Dump()
+		step, died := g.until(nth, g.life)
+		if !died {
+			break
 		}
-		for nth := 1; ; nth += stride {
-			g := newRig(t)
-			before := g.mac.Dump()
-			step, died := g.until(nth, commands, g.life)
-			if !died {
-				break
-			}
-			kills++
-			steps[step] = true
-			g.closedWhileDead(step)
-			g.renew()
-			if nth%2 == 0 {
-				g.open()
-				g.clean(g.enforce(testMesh(2, everything)))
-			}
-			g.close()
-			if d := cmp.Diff(before, g.mac.Dump()); d != "" {
-				t.Errorf("killed at %q (%d): the host isn't as it was: %s", step, nth, d)
-			}
-			if g.journalExists() {
-				t.Errorf("killed at %q (%d): the journal is still there", step, nth)
-			}
+		kills++
+		steps[step] = true
+		g.closedWhileDead(step)
+		g.renew()
+		if nth%2 == 0 {
+			g.open()
+			g.clean(g.enforce(testMesh(2, everything)))
+		}
+		g.close()
+		if d := cmp.Diff(before, g.mac.Dump()); d != "" {
+			t.Errorf("killed at %q (%d): the host isn't as it was: %s", step, nth, d)
+		}
+		if g.journalExists() {
+			t.Errorf("killed at %q (%d): the journal is still there", step, nth)
 		}
 	}
 	for _, s := range Steps {
@@ -654,6 +641,34 @@ func TestKilledAtEachStep(t *testing.T) {
 		}
 	}
 	t.Logf("killed %d times", kills)
+}
+
+// TestEachChangeIsSeen checks that a test can kill the helper between any two changes
+// of the Mac: at most one comes between two calls of Options.Step, and none before the
+// first or after the last.
+func TestEachChangeIsSeen(t *testing.T) {
+	g := newRig(t)
+	last, changes, unseen := g.mac.Dump(), 0, ""
+	g.ran = func() {
+		now := g.mac.Dump()
+		if now == last {
+			return
+		}
+		if changes++; unseen != "" {
+			t.Errorf("no call of Step between this change and the next: %s", unseen)
+		}
+		last, unseen = now, cmp.Diff(last, now)
+	}
+	calls := 0
+	g.step = func(string) {
+		calls++
+		g.ran()
+		unseen = ""
+	}
+	g.life()
+	if g.ran(); unseen != "" || changes < 10 || calls < changes {
+		t.Errorf("%d changes, %d calls of Step; not seen: %s", changes, calls, unseen)
+	}
 }
 
 // closedWhileDead sends what must not pass.

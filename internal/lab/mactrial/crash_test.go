@@ -12,8 +12,7 @@ import (
 )
 
 // life starts a helper, widens, narrows and stops it, while everything that must not
-// pass is sent between its steps. It ends early where the helper is
-// killed.
+// pass is sent between its steps. It ends early where the helper is killed.
 func (g *rig) life(l *leakage, when string) {
 	g.t.Helper()
 	var more []host.Packet
@@ -41,7 +40,7 @@ func (g *rig) life(l *leakage, when string) {
 }
 
 // TestKilledAtEveryStep kills the helper before and after each of its steps of start,
-// change and stop. Nothing leaks before, while it is dead, or when the next one
+// change and stop, and after each command of them. Nothing leaks before, while it is dead, or when the next one
 // starts; that one enforces the table, and leaves the Mac as it was found.
 func TestKilledAtEveryStep(t *testing.T) {
 	g := newRig(t)
@@ -55,49 +54,45 @@ func TestKilledAtEveryStep(t *testing.T) {
 	g.asFound(found)
 
 	l, j := &leakage{}, &judge{g: g}
-	g.must(g.begin())
-	p := g.proc
 	g.life(l, "a life without a kill")
-	steps := len(p.Steps())
+	calls := g.killIn(0)
 	g.asFound(found)
 	kills, missed := 0, 0
-	for n := 1; n <= steps; n++ {
-		for _, after := range []bool{false, true} {
-			g.must(g.begin())
-			p = g.proc
-			p.KillAt(n, after)
-			when := fmt.Sprintf("killed at step %d of %d (after it: %v)", n, steps, after)
-			g.life(l, when)
-			if !p.Killed() {
-				missed++
-				continue
-			}
-			kills++
-			g.watchSteps(nil)
-			l.mustNotPass(g, when+", dead")
-			g.watchSteps(func() { l.probe(g, when+", starting again") })
-			g.start()
-			g.watchSteps(nil)
-			for peer, may := range map[string]mesh.Permissions{"A": everything, "C": mesh.Routing} {
-				g.permit(peer, may)
-			}
-			j.few(g.rules(g.may, policy.Families{}))
-			g.permit("C", 0)
-			g.permit("A", mesh.Incoming)
-			g.watchSteps(func() { l.probe(g, when+", stopping") })
-			g.stop()
-			g.watchSteps(nil)
-			g.asFound(found)
-			if t.Failed() {
-				t.Fatalf("%s: %v", when, p.Steps())
-			}
+	for n := 1; n <= calls; n++ {
+		g.must(g.begin())
+		p := g.proc
+		g.killIn(n)
+		when := fmt.Sprintf("killed in call %d of %d of Step", n, calls)
+		g.life(l, when)
+		if !p.Killed() {
+			missed++
+			continue
+		}
+		kills++
+		g.watchSteps(nil)
+		l.mustNotPass(g, when+", dead")
+		g.watchSteps(func() { l.probe(g, when+", starting again") })
+		g.start()
+		g.watchSteps(nil)
+		for peer, may := range map[string]mesh.Permissions{"A": everything, "C": mesh.Routing} {
+			g.permit(peer, may)
+		}
+		j.few(g.rules(g.may, policy.Families{}))
+		g.permit("C", 0)
+		g.permit("A", mesh.Incoming)
+		g.watchSteps(func() { l.probe(g, when+", stopping") })
+		g.stop()
+		g.watchSteps(nil)
+		g.asFound(found)
+		if t.Failed() {
+			t.Fatal(when)
 		}
 	}
 	if kills < 40 {
 		t.Errorf("only %d kills", kills)
 	}
-	t.Logf("killed %d times at %d steps (%d not reached), %d packets that must not pass: %d leaks; %d verdicts after it, %d differences",
-		kills, steps, missed, l.sent, l.leaks, j.verdicts, j.differences)
+	t.Logf("killed %d times in %d calls of Step (%d not reached), %d packets that must not pass: %d leaks; %d verdicts after it, %d differences",
+		kills, calls, missed, l.sent, l.leaks, j.verdicts, j.differences)
 }
 
 // few asks some of all.

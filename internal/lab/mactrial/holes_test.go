@@ -106,7 +106,7 @@ func TestCutByNoHelper(t *testing.T) {
 	for step := 1; ; step++ {
 		g.permit("C", mesh.Incoming|mesh.Routing)
 		flows := []flow{g.run(guarded, "C", g.own[0], netlab.TCP, 0), g.run(guarded, "C", g.own[1], netlab.TCP, 1)}
-		g.proc.KillAt(len(g.proc.Steps())+step, step%2 == 0)
+		g.killIn(step)
 		_ = g.try("C", mesh.Routing)
 		killed := g.proc.Killed()
 		if killed {
@@ -115,10 +115,10 @@ func TestCutByNoHelper(t *testing.T) {
 		}
 		if !g.d.Status().Peers[0].Permissions.Of(mesh.Incoming).Allowed {
 			denied++
-			dead(fmt.Sprintf("killed at step %d of a deny", step), flows)
+			dead(fmt.Sprintf("killed in call %d of Step of a deny", step), flows)
 		}
 		if !killed {
-			g.proc.KillAt(0, false)
+			g.killIn(0)
 			break
 		}
 		if step > 50 {

@@ -3,7 +3,6 @@ package mactrial
 import (
 	"context"
 	"errors"
-	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -125,7 +124,7 @@ func TestLeavingInTime(t *testing.T) {
 		"both hang":                {func(s *service) { s.mac.Hang(pfctl, true); s.mac.Hang(sysctl, true) }, 0, false},
 		"pfctl hangs from forwarding on": {func(s *service) {
 			s.watchSteps(func() {
-				if steps := s.proc.Steps(); slices.Contains(steps, "sysctl -w net.inet.ip.forwarding=0") {
+				if s.mac.Kernel.Variable("net.inet.ip.forwarding") == "0" {
 					s.mac.Hang(pfctl, true)
 				}
 			})

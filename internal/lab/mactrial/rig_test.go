@@ -42,11 +42,13 @@ type rig struct {
 	mac *simmac.Mac
 	dir string
 
-	// onStep is called after each step of the helper, which waits; steps is how many
-	// there were then.
+	// onStep is called in each call of the host's Options.Step, so that the helper waits
+	// for it; steps are the names that were passed by the helper's process, and killAt
+	// is the number of the call in which it is killed.
 	onStep func()
-	steps  int
-	// probing is held while packets are sent and onStep changes.
+	steps  []string
+	killAt int
+	// probing is held while packets are sent, and guards the three above.
 	probing sync.Mutex
 	// dead ends what waits for a helper that was killed.
 	dead   context.Context
@@ -117,25 +119,29 @@ func (g *rig) must(err error) {
 	}
 }
 
-// a stepping runner tells of each command that a process ran.
-type stepping struct {
-	*simmac.Process
-	after func()
-}
-
-func (s stepping) Run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte, []byte, int, error) {
-	out, errs, status, err := s.Process.Run(ctx, stdin, path, args...)
-	s.after()
-	return out, errs, status, err
-}
-
-func (g *rig) step() {
+// step is the host's Options.Step: it kills the helper in the call that killAt names,
+// and then calls onStep.
+func (g *rig) step(name string) {
 	g.probing.Lock()
 	defer g.probing.Unlock()
-	if steps := len(g.proc.Steps()); g.onStep != nil && steps != g.steps {
-		g.steps = steps
+	g.steps = append(g.steps, name)
+	if len(g.steps) == g.killAt {
+		g.proc.Kill()
+	}
+	if g.onStep != nil {
 		g.onStep()
 	}
+}
+
+// killIn has the helper be killed in the nth call of Options.Step from now on, and
+// never for 0. It returns how many calls there were.
+func (g *rig) killIn(n int) int {
+	g.probing.Lock()
+	defer g.probing.Unlock()
+	if g.killAt = 0; n > 0 {
+		g.killAt = len(g.steps) + n
+	}
+	return len(g.steps)
 }
 
 // watchSteps sets onStep.
@@ -148,10 +154,13 @@ func (g *rig) watchSteps(f func()) {
 // begin makes a process whose daemon isn't running yet.
 func (g *rig) begin() error {
 	g.proc = g.mac.Process()
+	g.probing.Lock()
+	g.steps, g.killAt = nil, 0
+	g.probing.Unlock()
 	g.dead, g.buried = context.WithCancel(context.Background())
 	log := slog.New(slog.DiscardHandler)
 	platform, err := macos.NewPlatform(macos.PlatformOptions{
-		StateDir: g.dir, Runner: stepping{g.proc, g.step}, Kernel: g.proc, CreateTUN: g.createTUN, Log: log})
+		StateDir: g.dir, Runner: g.proc, Kernel: g.proc, CreateTUN: g.createTUN, Log: log, Step: g.step})
 	if err != nil {
 		return err
 	}

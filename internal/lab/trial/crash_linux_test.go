@@ -19,20 +19,20 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// stepper is asked by the helper before each of its steps, and lets it go on, but
-// for one step.
+// stepper is asked by the helper in each call of the host's Options.Step, before and
+// after each step, and lets it go on, but for one call.
 type stepper struct {
 	listener *net.UnixListener
 	stopped  chan halt
 
 	mu     sync.Mutex
-	names  []string      // of the steps of this life
-	stopAt int           // which one isn't answered; -1 for none
+	names  []string      // of the steps, one for each call of this life
+	stopAt int           // which call isn't answered; -1 for none
 	conn   *net.UnixConn // to the helper of now
 	closed bool
 }
 
-// halt is a helper that waits before a step.
+// halt is a helper that waits in a call of Options.Step.
 type halt struct {
 	name   string
 	pid    int
@@ -120,7 +120,7 @@ func peerOf(conn *net.UnixConn) (pid int) {
 	return pid
 }
 
-// begin starts a new count, and chooses the step to stop at.
+// begin starts a new count, and chooses the call to stop in.
 func (s *stepper) begin(at int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -195,13 +195,13 @@ func TestKilledAtEveryStep(t *testing.T) {
 		select {
 		case here = <-s.stopped:
 		case <-time.After(generous):
-			t.Fatalf("kill %d: step %d of %d wasn't reached", n, at, len(steps))
+			t.Fatalf("kill %d: call %d of %d of Step wasn't reached", n, at, len(steps))
 		}
 		p.rounds(t, 1)
-		where := fmt.Sprintf("killed before step %d, %q", at, here.name)
+		where := fmt.Sprintf("killed in call %d of Step, %q", at, here.name)
 		if n%3 == 2 {
 			delay := time.Duration(random.IntN(3000)) * time.Microsecond
-			where = fmt.Sprintf("killed %s after the beginning of step %d, %q", delay, at, here.name)
+			where = fmt.Sprintf("killed %s after call %d of Step, %q", delay, at, here.name)
 			here.resume()
 			time.Sleep(delay)
 		}
@@ -234,7 +234,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 	}
 	p.rounds(t, 1)
 	p.mustHold(t, "at the end")
-	t.Logf("killed %d times at %d of %d kinds of step, in lives of %d steps; sent %d packets that must not pass: 0 passed",
+	t.Logf("killed %d times at %d of %d kinds of step, in lives of %d calls of Step; sent %d packets that must not pass: 0 passed",
 		kills, len(died), len(slices.Compact(slices.Sorted(slices.Values(steps)))), len(steps), p.sent.Load())
 }
 

@@ -14,11 +14,11 @@ var soak = flag.Bool("soak", false, "run the long versions of the proofs")
 //go:embed testdata/stepped.go
 var steppedSource string
 
-const platformFile, guardFile, nftFile = "cmd/meshhelper/platform_linux.go", "internal/guard/guard.go", "internal/host/linux/nft.go"
+const hostFile, guardFile, nftFile = "cmd/meshhelper/host_linux.go", "internal/guard/guard.go", "internal/host/linux/nft.go"
 
-// stepped is the helper that asks before each enforcing step; see stepper.
+// stepped is the helper that asks in each call of Options.Step; see stepper.
 var stepped = []netlab.Edit{
-	{File: platformFile, Old: "linux.Options{StateDir: o.stateDir", New: "linux.Options{Step: awaitStep(), StateDir: o.stateDir"},
+	{File: hostFile, Old: "linux.Options{StateDir: o.stateDir", New: "linux.Options{Step: awaitStep(), StateDir: o.stateDir"},
 	{File: "cmd/meshhelper/stepped.go", New: steppedSource},
 }
 

@@ -7,7 +7,7 @@ import (
 	"os"
 )
 
-// awaitStep returns a step hook that tells the name of each step on the socket
+// awaitStep returns an Options.Step that tells the name of each step on the socket
 // TRIAL_STEPS and goes on when a byte comes back. Only the helper that the trial
 // builds for itself has it.
 func awaitStep() func(string) {

@@ -1,0 +1,47 @@
+package macos
+
+import (
+	"context"
+	"io"
+
+	"github.com/meshhelper/meshhelper/darwin"
+)
+
+// A steppedRunner calls ran after each command.
+type steppedRunner struct {
+	darwin.Runner
+	ran func()
+}
+
+// Run implements darwin.Runner.
+func (r steppedRunner) Run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte, []byte, int, error) {
+	stdout, stderr, status, err := r.Runner.Run(ctx, stdin, path, args...)
+	r.ran()
+	return stdout, stderr, status, err
+}
+
+// A steppedKernel calls wrote after each routing message that is written.
+type steppedKernel struct {
+	darwin.Kernel
+	wrote func()
+}
+
+// OpenRoute implements darwin.Kernel.
+func (k steppedKernel) OpenRoute() (io.ReadWriteCloser, error) {
+	s, err := k.Kernel.OpenRoute()
+	if err != nil {
+		return nil, err
+	}
+	return steppedSocket{s, k.wrote}, nil
+}
+
+type steppedSocket struct {
+	io.ReadWriteCloser
+	wrote func()
+}
+
+func (s steppedSocket) Write(b []byte) (int, error) {
+	n, err := s.ReadWriteCloser.Write(b)
+	s.wrote()
+	return n, err
+}
