@@ -1,5 +1,7 @@
 package main
 
+// The story: what is typed, and what must be reached after it.
+
 import (
 	"context"
 	"fmt"

@@ -1,5 +1,7 @@
 package mactest
 
+// The comparison of what a Mac printed before the helper came and after it went.
+
 import (
 	"fmt"
 	"regexp"

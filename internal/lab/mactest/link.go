@@ -1,5 +1,7 @@
 package mactest
 
+// The cable between a peer's WireGuard device and its TCP/IP stack.
+
 import (
 	"context"
 	"net/netip"

@@ -2,6 +2,8 @@
 
 package mactest
 
+// The script on a real Mac, with what it needs from its environment.
+
 import (
 	"bytes"
 	"context"

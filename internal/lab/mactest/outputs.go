@@ -1,5 +1,7 @@
 package mactest
 
+// The commands whose outputs are kept, and what of them is compared.
+
 import (
 	"bytes"
 	"context"

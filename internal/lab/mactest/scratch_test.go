@@ -1,5 +1,7 @@
 package mactest
 
+// Addresses and names that nothing else on a Mac has.
+
 import "net/netip"
 
 // scratchOwn and scratchFar are of TEST-NET-3 (RFC 5737), which no network has.

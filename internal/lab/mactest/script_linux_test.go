@@ -1,5 +1,7 @@
 package mactest
 
+// The script on Linux: the same checks, with the helper on a host of netlab.
+
 import (
 	"context"
 	"errors"

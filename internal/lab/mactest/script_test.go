@@ -1,5 +1,7 @@
 package mactest
 
+// The script that both a real Mac and Linux run.
+
 import (
 	"context"
 	"encoding/json"

@@ -95,7 +95,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 		kills, calls, missed, l.sent, l.leaks, j.verdicts, j.differences)
 }
 
-// few asks some of all.
+// few asks about some of the packets that all asks about.
 func (j *judge) few(r *policy.Ruleset) {
 	j.g.t.Helper()
 	g := j.g

@@ -1,5 +1,7 @@
 package mactrial
 
+// What other software does to the Mac while the helper runs, and its repair.
+
 import (
 	"maps"
 	"net/netip"

@@ -1,5 +1,7 @@
 package mactrial
 
+// Flows that run, and which of them a change of permissions has to end.
+
 import (
 	"fmt"
 	"net/netip"

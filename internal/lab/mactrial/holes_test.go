@@ -1,5 +1,8 @@
 package mactrial
 
+// Situations in which packets could leak: no helper runs, no tunnel exists, or pf
+// doesn't translate.
+
 import (
 	"errors"
 	"fmt"

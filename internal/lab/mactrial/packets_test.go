@@ -1,5 +1,7 @@
 package mactrial
 
+// Sending packets by the guard or past it, and recording where each got.
+
 import (
 	"fmt"
 	"net/netip"

@@ -1,5 +1,7 @@
 package mactrial
 
+// The rig that all tests here use: a Mac, and the helper that runs on it.
+
 import (
 	"bytes"
 	"context"
@@ -182,7 +184,7 @@ func (g *rig) start() {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- d.Run(ctx) }()
-	go bury(g.dead, proc, g.buried)
+	go endWaits(g.dead, proc, g.buried)
 	g.stop = func() {
 		cancel()
 		err := errors.Join(<-ended, d.Close())
@@ -199,11 +201,11 @@ func (g *rig) start() {
 	g.own = own
 }
 
-// bury calls off what waits for a process once it was killed.
-func bury(ctx context.Context, proc *simmac.Process, buried func()) {
+// endWaits ends what waits for a process once it was killed.
+func endWaits(ctx context.Context, proc *simmac.Process, ended func()) {
 	for ctx.Err() == nil {
 		if time.Sleep(time.Millisecond); proc.Killed() {
-			buried()
+			ended()
 		}
 	}
 }
@@ -336,8 +338,8 @@ func (t *tap) Write(bufs [][]byte, offset int) (int, error) {
 	return len(bufs), nil
 }
 
-// a tunnel stands for the WireGuard device: what peers send is written to the
-// guard, and what they get is read from it, when the test says so.
+// a tunnelDevice stands for the WireGuard device: what peers send is written to the
+// guard, and what is sent to them is read from it, when the test says so.
 type tunnelDevice struct {
 	dev  tun.Device
 	rig  *rig

@@ -1,5 +1,7 @@
 package mactrial
 
+// The truth table: each set of permissions against the policy.
+
 import (
 	"net/netip"
 	"testing"
@@ -94,7 +96,7 @@ func (j *judge) reply(w way, r *policy.Ruleset, opened host.Packet, a arrival) {
 	j.count(w, v.Pass, difference)
 }
 
-// all asks everything: a peer's, and everybody's towards the peers.
+// all asks about each packet: those of a peer, and those of all hosts towards the peers.
 func (j *judge) all(r *policy.Ruleset) {
 	j.g.t.Helper()
 	g := j.g

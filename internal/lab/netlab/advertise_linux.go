@@ -1,5 +1,8 @@
 package netlab
 
+// Router advertisements of the picture's routers, by which hosts learn an IPv6 default
+// route.
+
 import (
 	"encoding/binary"
 	"fmt"

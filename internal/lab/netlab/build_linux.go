@@ -1,5 +1,8 @@
 package netlab
 
+// Building programs for hosts to run, as they are or with lines of the source
+// replaced.
+
 import (
 	"encoding/json"
 	"fmt"

@@ -1,5 +1,8 @@
 package netlab
 
+// The process before its first host: a user namespace where it isn't root, and a root
+// folder of its own.
+
 import (
 	"errors"
 	"fmt"

@@ -2,6 +2,8 @@
 
 package netlab
 
+// What is left of the package where there are no network namespaces.
+
 import (
 	"fmt"
 	"runtime"

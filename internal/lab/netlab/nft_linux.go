@@ -1,5 +1,7 @@
 package netlab
 
+// nftables on a host: what it holds, for snapshots, and the tables of other programs.
+
 import (
 	"bytes"
 	"fmt"

@@ -1,5 +1,7 @@
 package netlab
 
+// Packets in bytes: built for probes and forgeries, and read from captures.
+
 import (
 	"encoding/binary"
 	"fmt"

@@ -1,5 +1,7 @@
 package netlab
 
+// The path MTU between two hosts.
+
 import (
 	"context"
 	"errors"

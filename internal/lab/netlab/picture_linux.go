@@ -1,5 +1,7 @@
 package netlab
 
+// The network that most tests run on, and the addresses of its hosts.
+
 import (
 	"fmt"
 	"net/netip"
@@ -7,7 +9,7 @@ import (
 
 // Picture is the network that the product is made for. B is the host that the
 // product runs on; it has an uplink, a LAN, a second network with public
-// addresses, and another VPN. Everybody has a route to the mesh prefixes by way
+// addresses, and another VPN. Every host has a route to the mesh prefixes by way
 // of B, as a hostile neighbour would: what doesn't reach a peer was stopped by B.
 //
 //	A ──┐                                 ┌── lan0 ── L   192.168.77.0/24

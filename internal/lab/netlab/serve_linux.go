@@ -1,5 +1,7 @@
 package netlab
 
+// Echo servers, and the record of which probes came by at a host.
+
 import (
 	"bufio"
 	"bytes"

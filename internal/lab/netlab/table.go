@@ -1,5 +1,7 @@
 package netlab
 
+// The table of what reaches what, as the demo prints it.
+
 import (
 	"fmt"
 	"io"

@@ -1,5 +1,7 @@
 package netlab
 
+// Captures of the packets at a host's interfaces.
+
 import (
 	"bytes"
 	"encoding/binary"

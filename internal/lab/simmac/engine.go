@@ -1,5 +1,7 @@
 package simmac
 
+// The connection between pf's evaluator and the simulated kernel.
+
 import (
 	"crypto/md5"
 	"errors"

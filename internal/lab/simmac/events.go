@@ -1,5 +1,8 @@
 package simmac
 
+// What happens to a Mac as a whole: boot, sleep, Internet Sharing, rules that other
+// software loads.
+
 import (
 	"context"
 	"fmt"

@@ -1,5 +1,8 @@
 package simmac
 
+// Changes that macOS and other programs make to interfaces, addresses and routes while
+// nothing uses the Mac.
+
 import (
 	"encoding/binary"
 	"fmt"
@@ -10,7 +13,7 @@ import (
 	"github.com/meshhelper/meshhelper/darwin"
 )
 
-// churn is what the system's own interfaces are at.
+// churn is the state of the interfaces and addresses that Churn changes.
 type churn struct {
 	round     int
 	tunnel    string       // the system's

@@ -1,5 +1,7 @@
 package simmac
 
+// The list of assumptions in the documentation.
+
 import (
 	"fmt"
 	"os"

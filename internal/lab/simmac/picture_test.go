@@ -1,5 +1,8 @@
 package simmac
 
+// The compiled anchor on the simulated Mac alone, by bytes and without the product's
+// guard.
+
 import (
 	"fmt"
 	"net/netip"

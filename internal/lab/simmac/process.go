@@ -9,7 +9,7 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 )
 
-// ErrKilled is what a killed process's calls give: it doesn't live to see them.
+// ErrKilled is the error of each call of a killed process.
 var ErrKilled = errors.New("the process was killed")
 
 // A Process is a program that runs on the Mac as root, with the same seams as the

@@ -2,6 +2,8 @@
 
 package simmac
 
+// The assumptions, checked on a real Mac.
+
 import (
 	"os"
 	"testing"

@@ -1,5 +1,7 @@
 package simmac
 
+// The way of one packet through the Mac: pf, the routing table, an interface.
+
 import (
 	"net/netip"
 	"strings"

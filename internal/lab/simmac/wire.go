@@ -1,5 +1,7 @@
 package simmac
 
+// Packets in bytes: decoded for pf, and written back after translation.
+
 import (
 	"encoding/binary"
 	"net/netip"

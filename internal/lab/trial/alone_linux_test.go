@@ -1,5 +1,7 @@
 package trial
 
+// Each enforcer alone, with the other one switched off.
+
 import (
 	"slices"
 	"testing"

@@ -1,5 +1,8 @@
 package trial
 
+// What explain and doctor answer, held against real packets beside other software's
+// rules.
+
 import (
 	"encoding/json"
 	"fmt"

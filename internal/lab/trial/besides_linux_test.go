@@ -1,5 +1,7 @@
 package trial
 
+// What forwarding and the helper cost beside another program's large block list.
+
 import (
 	"encoding/base64"
 	"fmt"

@@ -1,5 +1,7 @@
 package trial
 
+// Kills of the helper at its steps.
+
 import (
 	"bufio"
 	"context"
@@ -28,7 +30,7 @@ type stepper struct {
 	mu     sync.Mutex
 	names  []string      // of the steps, one for each call of this life
 	stopAt int           // which call isn't answered; -1 for none
-	conn   *net.UnixConn // to the helper of now
+	conn   *net.UnixConn // to the helper that runs now
 	closed bool
 }
 
@@ -39,7 +41,7 @@ type halt struct {
 	resume func()
 }
 
-// newStepper makes the mesh's helper one that asks.
+// newStepper has the mesh run a helper that asks it.
 func newStepper(t *testing.T, m *Mesh) *stepper {
 	t.Helper()
 	path := filepath.Join(m.Lab.Dir(), "steps")
@@ -59,7 +61,7 @@ func newStepper(t *testing.T, m *Mesh) *stepper {
 	return s
 }
 
-// serve answers one helper after the other; the death of one is its end.
+// serve answers one helper after the other; a connection ends when its helper dies.
 func (s *stepper) serve() error {
 	for {
 		conn, err := s.listener.AcceptUnix()
@@ -76,7 +78,7 @@ func (s *stepper) serve() error {
 	}
 }
 
-// serves takes note of the helper of now, and reports false after the end.
+// serves records the connection of the helper that runs now, and reports false after close.
 func (s *stepper) serves(conn *net.UnixConn) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -84,7 +86,7 @@ func (s *stepper) serves(conn *net.UnixConn) bool {
 	return !s.closed
 }
 
-// close lets go of the helper, which may be waiting.
+// close ends the listener and the connection of the helper, which may be waiting.
 func (s *stepper) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -127,9 +129,9 @@ func (s *stepper) begin(at int) {
 	s.names, s.stopAt = nil, at
 }
 
-// life is a helper's: it starts, widens, narrows and stops. It ends with an error
-// where the helper is killed. What has to be stopped from then on is added to the
-// prober.
+// life starts a helper, widens and narrows permissions, and stops it. It returns an error
+// where the helper is killed. Packets that must not pass after a change are added to
+// the prober.
 func life(ctx context.Context, m *Mesh, p *prober) error {
 	if err := m.Start(ctx); err != nil {
 		return err

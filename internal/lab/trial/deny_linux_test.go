@@ -1,5 +1,7 @@
 package trial
 
+// The end of flows that run when their permission ends.
+
 import (
 	"testing"
 	"time"

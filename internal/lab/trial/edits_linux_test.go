@@ -1,5 +1,7 @@
 package trial
 
+// Helpers that are built with some lines of the source replaced.
+
 import (
 	_ "embed"
 	"flag"

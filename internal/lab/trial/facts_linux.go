@@ -1,5 +1,7 @@
 package trial
 
+// What the policy should say, from the picture and not from the helper.
+
 import (
 	"context"
 	"fmt"

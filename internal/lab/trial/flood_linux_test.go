@@ -112,7 +112,7 @@ func oneFlow(from, to netlab.Pair) func(uint64) []byte {
 }
 
 // serveBoth answers connections and datagrams on a host's echo port, and keeps
-// nothing: the colluding server, and everybody's.
+// nothing: those of the colluding server, and those of all other hosts.
 func serveBoth(t *testing.T, h *netlab.Host) {
 	t.Helper()
 	var l net.Listener

@@ -1,5 +1,7 @@
 package trial
 
+// The host as it was found, and other programs' tables on it.
+
 import (
 	"fmt"
 	"net/netip"

@@ -1,5 +1,7 @@
 package trial
 
+// Ends of permissions while the host is slow, full or without a helper.
+
 import (
 	"context"
 	"errors"

@@ -1,5 +1,7 @@
 package trial
 
+// Hostile packets of a peer with every permission.
+
 import (
 	"encoding/binary"
 	"fmt"

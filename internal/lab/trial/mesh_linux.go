@@ -1,5 +1,7 @@
 package trial
 
+// The helper on B, its peers, and its commands.
+
 import (
 	"context"
 	"encoding/json"

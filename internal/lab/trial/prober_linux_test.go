@@ -1,5 +1,7 @@
 package trial
 
+// Packets that must never pass, sent all the time during another test.
+
 import (
 	"context"
 	"fmt"

@@ -1,5 +1,7 @@
 package trial
 
+// The tests that docs/security.md names.
+
 import (
 	"os"
 	"path/filepath"

@@ -1,5 +1,7 @@
 package trial
 
+// What tests begin with: a mesh, its peers and their permissions.
+
 import (
 	"testing"
 	"time"

@@ -1,5 +1,7 @@
 package trial
 
+// Many clients that change permissions at once while flows run.
+
 import (
 	"fmt"
 	"math/rand/v2"

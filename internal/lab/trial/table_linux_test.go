@@ -1,5 +1,7 @@
 package trial
 
+// The truth table: each set of permissions to each kind of destination.
+
 import (
 	"net/netip"
 	"slices"

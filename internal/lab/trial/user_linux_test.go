@@ -1,5 +1,7 @@
 package trial
 
+// Other users of the host, and an operator's careless programs.
+
 import (
 	"bufio"
 	"fmt"
@@ -18,8 +20,8 @@ import (
 // nobody is the number of the user of that name: neither root nor the operator.
 const nobody = 65534
 
-// dialAs opens a connection to the helper on B as another user. The kernel notes
-// who connects; the thread that was that user for it ends afterwards.
+// dialAs opens a connection to the helper on B as another user. The kernel records
+// the user that connects; the thread that was that user for it ends afterwards.
 func (m *Mesh) dialAs(uid uintptr) (conn net.Conn, err error) {
 	err = m.B.Do(func() (err error) {
 		// By the raw call, because the C library's and Go's change all threads.

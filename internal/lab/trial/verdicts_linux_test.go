@@ -1,5 +1,7 @@
 package trial
 
+// The comparison that the tests of answers make.
+
 import (
 	"bytes"
 	"encoding/json"
