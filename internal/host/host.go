@@ -2,13 +2,13 @@
 //
 // A host makes the mesh interface, tells the facts about itself, and enforces rulesets:
 // [Link], [Observer] and [Enforcer]. It may also be able to answer questions about other
-// software's rules and about routes, and to show its own rules. [Host] holds all of these
-// as one value, with nil for what a host can't do, so that a consumer takes the parts it
-// needs and never asks which host it has.
+// software's rules and about routes, to show its own rules, and to open sockets on the
+// mesh addresses. [Host] holds all of these as one value, with nil for what a host can't
+// do, so that a consumer takes the parts it needs and never asks which host it has.
 //
 // The hosts are in rooms below this one: linux enforces by nftables, macos by pf. Neither
-// imports the daemon, and only cmd/meshhelper chooses between them. Package hostfake
-// is a host in memory.
+// imports the daemon, and only cmd/meshhelper chooses between them. Package hosttest
+// has the tests that each host must pass; package hostfake is a host in memory.
 //
 // # The promise
 //
@@ -45,6 +45,7 @@ type Host struct {
 	Judge    Judge    // optional
 	Ways     Ways     // optional
 	Renderer Renderer // optional
+	Network  Network  // optional
 }
 
 // Link makes the mesh interface and takes it away.

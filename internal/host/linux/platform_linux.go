@@ -56,6 +56,8 @@ type Platform struct {
 	name string
 	dev  tun.Device
 	link link
+	// network has the sockets on the mesh addresses.
+	network host.KernelNetwork
 
 	enforced *policy.Ruleset
 	// last is the ruleset that was last in force, the closed one included.
@@ -151,7 +153,7 @@ func dialRoutes() (*nlconn.Conn, error) {
 func (p *Platform) Host() host.Host {
 	return host.Host{
 		Name: "linux", Language: "nft", Link: p, Observer: p, Enforcer: p,
-		Others: p, Judge: p, Ways: p, Renderer: p,
+		Others: p, Judge: p, Ways: p, Renderer: p, Network: &p.network,
 	}
 }
 
@@ -437,7 +439,11 @@ func (p *Platform) makeInterface(cfg host.Interface) (err error) {
 	}
 	// Now the name is known, and the closed table holds for it before the
 	// interface is up.
-	return p.close(p.name)
+	if err := p.close(p.name); err != nil {
+		return err
+	}
+	p.network.Opened(p.name, cfg)
+	return nil
 }
 
 // Observe implements [host.Observer].
@@ -726,6 +732,7 @@ func (p *Platform) left() []host.Problem {
 // removeInterface closes the TUN device; the kernel takes the interface away
 // with its addresses and routes.
 func (p *Platform) removeInterface() error {
+	p.network.Closed()
 	err := p.dev.Close()
 	if errors.Is(err, os.ErrClosed) {
 		err = nil

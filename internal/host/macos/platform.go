@@ -37,6 +37,8 @@ type Platform struct {
 	cfg  host.Interface
 	name string
 	dev  tun.Device
+	// network has the sockets on the mesh addresses.
+	network host.KernelNetwork
 
 	loaded *loadedAnchor // nil: nothing of ours is in force
 	// render is what Renderer returns while something is.
@@ -150,6 +152,7 @@ func (p *Platform) Open(ctx context.Context, cfg host.Interface) (tun.Device, er
 	if err != nil {
 		return nil, errors.Join(err, p.removeInterface(), p.keepIn(ctx))
 	}
+	p.network.Opened(p.name, cfg)
 	return p.dev, nil
 }
 
@@ -356,7 +359,7 @@ func (p *Platform) forwarding() (now policy.Families, err error) {
 func (p *Platform) Host() host.Host {
 	return host.Host{
 		Name: "darwin", Language: "pf", Link: p, Observer: p, Enforcer: p,
-		Judge: p, Ways: p, Renderer: p,
+		Judge: p, Ways: p, Renderer: p, Network: &p.network,
 	}
 }
 
@@ -460,6 +463,7 @@ func (p *Platform) left(shared policy.Families) []host.Problem {
 // removeInterface closes the device; the kernel takes the interface away with its
 // addresses and routes.
 func (p *Platform) removeInterface() error {
+	p.network.Closed()
 	if p.dev == nil {
 		return nil
 	}
