@@ -1,0 +1,435 @@
+// Package hosttest holds the tests that every host of package host must pass, whatever it
+// enforces with. A host's own tests give a [Harness]: how to make a computer with the host
+// on it, and how to send packets there. What only one kind of host can get wrong is tested
+// beside that host.
+package hosttest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// Harness makes computers to try a host on.
+type Harness struct {
+	// New returns a computer on which no host has been yet, and which doesn't forward.
+	New func(t *testing.T) *Computer
+	// Steps are all steps that a host may take, of which each must be died at.
+	Steps []string
+}
+
+// Computer is a computer with an uplink and a LAN.
+type Computer struct {
+	// Start makes a host as a new process of the helper does. step is called before each
+	// enforcing step, and may panic.
+	Start func(step func(name string)) (host.Host, error) // required
+	// Kill does what a kernel does when the process of the last host ends.
+	Kill func() // required
+
+	// Interface is how the mesh interface is made; two peers have the addresses in Peers.
+	Interface host.Interface    // required
+	Peers     [2]mesh.Addresses // required
+
+	// Neighbours are the addresses of others, by the interface that they send by. From them
+	// and from peers, packets are sent to each other, to Interface's addresses and to
+	// Destinations.
+	Neighbours   map[string][]netip.Addr // required
+	Destinations []netip.Addr            // required
+
+	// Send sends packets, each the first of a TCP connection or a datagram, and returns which
+	// of them arrived: on the computer itself, or beyond it. Those that want names must be
+	// waited for.
+	Send func(packets []host.Packet, want []bool) []bool // required
+	// State describes all that a host changes on the computer.
+	State func() string // required
+	// Blind has the next look at what is enforced hang until its context ends, until see is
+	// called.
+	Blind func() (see func()) // required
+	// Changes are what other programs undo of what is enforced.
+	Changes map[string]func() error // required
+
+	// Sockets runs a function that opens sockets on the computer; nil where its kernel has
+	// none, as on a simulated one.
+	Sockets func(func() error) error // optional
+}
+
+const everything = mesh.Incoming | mesh.Routing | mesh.LAN
+
+// Run runs the tests.
+func Run(t *testing.T, h Harness) {
+	t.Run("truth table", func(t *testing.T) { truthTable(start(t, h)) })
+	t.Run("killed at each step", func(t *testing.T) { killed(t, h) })
+	t.Run("drift", func(t *testing.T) { drift(t, h) })
+	t.Run("looks that fail", func(t *testing.T) { looks(start(t, h)) })
+	t.Run("steps that take too long", func(t *testing.T) { slow(t, h) })
+	t.Run("network", func(t *testing.T) { network(start(t, h)) })
+}
+
+// trial is a host on trial.
+type trial struct {
+	*testing.T
+	*Computer
+	host  host.Host
+	step  func(string) // nil: none
+	found string       // State before there was a host
+	ports uint16       // that were used
+}
+
+func start(t *testing.T, h Harness) *trial {
+	t.Helper()
+	c := &trial{T: t, Computer: h.New(t)}
+	c.found = c.State()
+	c.begin()
+	return c
+}
+
+func (c *trial) must(err error) {
+	c.Helper()
+	if err != nil {
+		c.Fatal(err)
+	}
+}
+
+// begin makes the next host.
+func (c *trial) begin() {
+	c.Helper()
+	var err error
+	c.host, err = c.Start(func(name string) {
+		if c.step != nil {
+			c.step(name)
+		}
+	})
+	c.must(err)
+}
+
+func (c *trial) open() {
+	c.Helper()
+	_, err := c.host.Link.Open(context.Background(), c.Interface)
+	c.must(err)
+}
+
+// leave closes the host, and wants the computer to be as it was found.
+func (c *trial) leave(when string) {
+	c.Helper()
+	left, err := c.host.Link.Close(context.Background())
+	if err != nil || len(left) > 0 {
+		c.Errorf("%s: close: left %v, %v", when, left, err)
+	}
+	if now := c.State(); now != c.found {
+		c.Fatalf("%s: the computer isn't as it was found:\n%s\nwas:\n%s", when, now, c.found)
+	}
+}
+
+// compile compiles a mesh whose two peers have permissions.
+func (c *trial) compile(first, second mesh.Permissions) *policy.Ruleset {
+	c.Helper()
+	facts, err := c.host.Observer.Observe(context.Background())
+	c.must(err)
+	m := policy.Mesh{Prefixes: c.Interface.Prefixes, Addresses: c.Interface.Addresses}
+	for i, have := range []mesh.Permissions{first, second} {
+		m.Peers = append(m.Peers, mesh.Peer{
+			PublicKey: mesh.PublicKey{byte(i + 1)}, Name: fmt.Sprint("peer", i), Addresses: c.Peers[i], Permissions: mesh.Granted(have),
+		})
+	}
+	r, err := policy.Compile(m, facts, time.Unix(0, 0))
+	c.must(err)
+	return r
+}
+
+// enforce enforces, and wants the host to hold it.
+func (c *trial) enforce(first, second mesh.Permissions) *policy.Ruleset {
+	c.Helper()
+	r := c.compile(first, second)
+	c.must(c.host.Enforcer.Enforce(context.Background(), r))
+	c.clean(r)
+	return r
+}
+
+// clean wants the host to hold r.
+func (c *trial) clean(r *policy.Ruleset) {
+	c.Helper()
+	report, err := c.host.Enforcer.Inspect(context.Background(), r)
+	if err != nil || len(report.Drift) > 0 {
+		c.Errorf("what is enforced isn't: %v, %v", report.Drift, err)
+	}
+}
+
+// port returns one that no packet came from: to one that did, there may be a known flow.
+func (c *trial) port() uint16 {
+	c.ports = (c.ports + 1) % 40000
+	return 20000 + c.ports
+}
+
+// everySource is a packet from each source to each destination.
+func (c *trial) everySource(iface string) (out []host.Packet) {
+	to := slices.Concat(c.Destinations, c.Interface.Addresses, c.Peers[0].List(), c.Peers[1].List())
+	add := func(in string, from []netip.Addr) {
+		for _, src := range from {
+			for _, dst := range to {
+				if src.Is4() == dst.Is4() && src != dst {
+					p := policy.Packet{Src: src, Dst: dst, Proto: policy.ProtoTCP, SrcPort: c.port(), DstPort: 4443}
+					out = append(out, host.Packet{In: in, Packet: p})
+				}
+			}
+		}
+	}
+	if iface != "" {
+		add(iface, slices.Concat(c.Peers[0].List(), c.Peers[1].List()))
+	}
+	for in, from := range c.Neighbours {
+		add(in, slices.Concat(from, c.Peers[0].List())) // a peer's address, too, by somebody else
+	}
+	return out
+}
+
+// judge sends packets from everywhere, and compares what arrives with the rulesets: a
+// packet may arrive if all of them let it pass. With exactly, a peer's also has to. Otherwise
+// packets to the computer's own addresses of other networks are left out, and peers' to
+// itself: where nothing is forwarded a host may leave those to the guard.
+func (c *trial) judge(when string, exactly bool, iface string, rulesets ...*policy.Ruleset) {
+	c.Helper()
+	packets := c.everySource(iface)
+	if !exactly {
+		packets = slices.DeleteFunc(packets, func(p host.Packet) bool {
+			toMesh := slices.Contains(c.Interface.Addresses, p.Dst)
+			return rulesets[0].Class(p.Dst) == policy.Self && (p.In == iface || !toMesh)
+		})
+	}
+	may, want := make([]bool, len(packets)), make([]bool, len(packets))
+	for i, p := range packets {
+		may[i] = !slices.ContainsFunc(rulesets, func(r *policy.Ruleset) bool { return !p.Judge(r).Pass })
+		want[i] = exactly && may[i] && p.In == iface
+	}
+	passed := 0
+	for i, arrived := range c.Send(packets, want) {
+		p := packets[i]
+		switch {
+		case arrived && !may[i]:
+			c.Errorf("%s: %v by %q arrived, which is refused (%s)", when, p.Packet, p.In, p.Judge(rulesets[0]).Rule)
+		case !arrived && want[i]:
+			c.Errorf("%s: %v by %q didn't arrive, which passes (%s)", when, p.Packet, p.In, p.Judge(rulesets[0]).Rule)
+		case arrived:
+			passed++
+		}
+	}
+	c.Logf("%s: %d packets, %d arrived", when, len(packets), passed)
+}
+
+// truthTable gives two peers permissions of all kinds: what a peer's packets reach is what
+// the policy says, and of others' packets none arrives that it refuses.
+func truthTable(c *trial) {
+	c.open()
+	for have := mesh.Permissions(0); have <= everything; have++ {
+		r := c.enforce(have, everything&^have)
+		c.judge(fmt.Sprintf("%v and %v", have, everything&^have), true, r.Host().Interface, r)
+	}
+	c.leave("at the end")
+}
+
+// death is what a step panics with, for a SIGKILL.
+type death struct{}
+
+// life is all that a host does, from start to end. It reports whether it got there.
+func (c *trial) life() (lived bool) {
+	defer func() {
+		if r := recover(); r != nil {
+			if _, died := r.(death); !died {
+				panic(r)
+			}
+			c.Kill()
+		}
+	}()
+	ctx := context.Background()
+	c.open()
+	var old *policy.Ruleset
+	for _, have := range [][2]mesh.Permissions{{}, {everything}, {everything, mesh.Routing}, {mesh.Incoming, mesh.Routing}, {}} {
+		r := c.enforce(have[0], have[1])
+		c.must(c.host.Enforcer.Cut(ctx, r, policy.Diff(old, r)))
+		old = r
+	}
+	c.enforce(everything, 0)
+	_, err := c.host.Link.Close(ctx)
+	c.must(err)
+	return true
+}
+
+// killed ends the helper's process before each of its steps. While it is dead nothing
+// arrives that no ruleset lets pass; the next host takes over, and leaves the computer as
+// the first one found it.
+func killed(t *testing.T, h Harness) {
+	c := start(t, h)
+	c.open()
+	closed := c.compile(0, 0)
+	c.leave("before the first kill")
+	met := map[string]bool{}
+	at := 1
+	for ; ; at++ {
+		n, last := 0, ""
+		c.step = func(name string) {
+			if n++; n == at {
+				last = name
+				panic(death{})
+			}
+		}
+		c.begin()
+		lived := c.life()
+		c.step = nil
+		if lived {
+			break
+		}
+		met[last] = true
+		when := fmt.Sprintf("killed before step %d, %q", at, last)
+		c.judge(when, false, "", closed)
+		c.begin()
+		if at%2 == 0 {
+			c.open()
+			c.enforce(everything, 0)
+		}
+		c.leave(when)
+	}
+	for _, s := range h.Steps {
+		if !met[s] {
+			t.Errorf("nothing was killed at %q", s)
+		}
+	}
+	t.Logf("%d kills", at-1)
+}
+
+// drift has other programs undo what is enforced: it is found, and repaired by enforcing.
+func drift(t *testing.T, h Harness) {
+	c := start(t, h)
+	c.open()
+	for what := range c.Changes {
+		r := c.enforce(everything, mesh.Routing)
+		c.must(c.Changes[what]())
+		report, err := c.host.Enforcer.Inspect(context.Background(), r)
+		if err != nil || len(report.Drift) == 0 {
+			t.Errorf("%s: found %v, %v", what, report.Drift, err)
+		}
+		r = c.enforce(everything, mesh.Routing)
+		c.judge(what, true, r.Host().Interface, r)
+	}
+	c.leave("at the end")
+}
+
+// looks has looks at what is enforced hang until their time is up: they fail, and nothing
+// closes.
+func looks(c *trial) {
+	c.open()
+	r := c.enforce(everything, mesh.Incoming)
+	see := c.Blind()
+	limit, cancel := context.WithTimeout(context.Background(), stepTime)
+	defer cancel()
+	if report, err := c.host.Enforcer.Inspect(limit, r); err == nil {
+		c.Errorf("a look that hangs doesn't fail, and finds %+v", report)
+	}
+	c.judge("after a look that failed", true, r.Host().Interface, r)
+	see()
+	r = c.enforce(everything, mesh.Incoming) // what it has loaded, a host may have to find out anew
+	c.judge("after a look again", true, r.Host().Interface, r)
+	c.leave("at the end")
+}
+
+// stepTime is how long a step may take in [slow], and returned bounds the whole call.
+const (
+	stepTime = 200 * time.Millisecond
+	returned = time.Minute
+)
+
+// slow has each step of a change take all the time there is. The call returns; then the new
+// ruleset holds or, after an error, what passes is in the old and the new one. The next call
+// puts it right.
+func slow(t *testing.T, h Harness) {
+	c := start(t, h)
+	c.open()
+	for at, more := 1, true; more; at++ {
+		old := c.enforce(everything, 0)
+		next := c.compile(mesh.Routing, mesh.Routing|mesh.LAN)
+		ctx, cancel := context.WithTimeout(context.Background(), stepTime)
+		n, last := 0, ""
+		c.step = func(name string) {
+			if n++; n == at {
+				last = name
+				<-ctx.Done()
+			}
+		}
+		began := time.Now()
+		err := c.host.Enforcer.Enforce(ctx, next)
+		// Waits for what the call has left running.
+		if _, waiting := c.host.Observer.Observe(context.Background()); waiting != nil {
+			t.Errorf("%q: %v", last, waiting)
+		}
+		if took := time.Since(began); took > returned {
+			t.Errorf("%q: the call took %v", last, took)
+		}
+		cancel()
+		c.step = nil
+		when := fmt.Sprintf("after step %d, %q, took too long", at, last)
+		var named *host.StepError
+		switch more = last != ""; {
+		case !more && err != nil && !errors.Is(err, context.DeadlineExceeded):
+			t.Error(err)
+		case err == nil:
+			c.judge(when, true, next.Host().Interface, next)
+		case !errors.As(err, &named):
+			t.Errorf("%s: the error names no step: %v", when, err)
+			fallthrough
+		default:
+			c.judge(when, false, next.Host().Interface, old, next)
+		}
+	}
+	c.leave("at the end")
+}
+
+// network opens sockets on mesh addresses.
+func network(c *trial) {
+	ctx := context.Background()
+	n := c.host.Network
+	if n == nil {
+		c.Fatal("the host has no network")
+	}
+	own, peer, elsewhere := c.Interface.Addresses[0], c.Peers[0][0], c.Destinations[0]
+	refuses := func(when string, want error, addrs ...netip.Addr) {
+		c.Helper()
+		for _, a := range addrs {
+			at := netip.AddrPortFrom(a, 4443)
+			_, err1 := n.Listen(ctx, at)
+			_, err2 := n.ListenPacket(ctx, at)
+			if !errors.Is(err1, want) || !errors.Is(err2, want) {
+				c.Errorf("%s, at %v: %v, %v; want %v", when, a, err1, err2, want)
+			}
+		}
+	}
+	dial := func(when string, want error, addrs ...netip.Addr) {
+		c.Helper()
+		for _, a := range addrs {
+			for _, protocol := range []string{"tcp", "udp"} {
+				if _, err := n.Dial(ctx, protocol, netip.AddrPortFrom(a, 4443)); !errors.Is(err, want) {
+					c.Errorf("%s, to %v: %v; want %v", when, a, err, want)
+				}
+			}
+		}
+	}
+	refuses("before Open", host.ErrNotOpen, own)
+	dial("before Open", host.ErrNotOpen, peer)
+	c.open()
+	r := c.enforce(mesh.Incoming, 0)
+	refuses("elsewhere", host.ErrNotMesh, peer, elsewhere, netip.IPv4Unspecified(), netip.IPv6Unspecified())
+	dial("elsewhere", host.ErrNotMesh, own, elsewhere)
+	ended := func() {}
+	if c.Sockets != nil {
+		ended = sockets(c, r)
+	}
+	c.leave("at the end")
+	ended()
+	refuses("after Close", host.ErrNotOpen, own)
+	dial("after Close", host.ErrNotOpen, peer)
+}
