@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// A file of an archive.
+// A file is one file of an archive.
 type file struct {
 	name string
 	mode fs.FileMode
@@ -21,7 +21,7 @@ type file struct {
 }
 
 // pack returns a tar.gz of one folder with the files and their checksums, in the
-// form of sha256sum(1). What it depends on is in the arguments.
+// form of sha256sum(1). The result depends only on the arguments.
 func pack(folder string, files []file, modified time.Time) ([]byte, error) {
 	files = slices.Clone(files)
 	slices.SortFunc(files, func(a, b file) int { return cmp.Compare(a.name, b.name) })
@@ -48,7 +48,7 @@ func pack(folder string, files []file, modified time.Time) ([]byte, error) {
 	return out.Bytes(), nil
 }
 
-// addFile writes one file. Owner 0 without a name is root everywhere.
+// addFile writes one file. Its owner is 0 without a name, which is root on every system.
 func addFile(t *tar.Writer, name string, f file, modified time.Time) error {
 	h := &tar.Header{
 		Typeflag: tar.TypeReg, Format: tar.FormatUSTAR,

@@ -13,10 +13,10 @@ import (
 	"time"
 )
 
-// A platform is a system and a processor by Go's names.
+// A platform is an operating system and a processor, by Go's names.
 type platform struct{ os, arch string }
 
-// packages are what is released. Those of several platforms are joined.
+// packages are the archives of a release. Executables of several platforms are joined.
 var packages = []pkg{
 	{"darwin-universal", []platform{{"darwin", "amd64"}, {"darwin", "arm64"}}},
 	{"linux-amd64", []platform{{"linux", "amd64"}}},
@@ -34,8 +34,8 @@ type builder struct {
 	time    time.Time // of the commit
 }
 
-// common returns what all archives have. It builds the command for this machine,
-// whose completions are those of every platform.
+// common returns the files that all archives have. It builds the command for this machine,
+// since the completions are the same on every platform.
 func (b *builder) common(ctx context.Context) ([]file, error) {
 	dir, err := os.MkdirTemp("", "dist")
 	if err != nil {
@@ -57,7 +57,7 @@ func (b *builder) common(ctx context.Context) ([]file, error) {
 	return append(files, text...), err
 }
 
-// identify finds what was built, and when it was committed.
+// identify finds the version that was built, and the time of its commit.
 func (b *builder) identify(ctx context.Context, program string) error {
 	if b.version == "" {
 		out, err := exec.CommandContext(ctx, program, "version").Output()
@@ -98,7 +98,7 @@ func releaseTime(epoch, commit string) (time.Time, error) {
 	return time.Parse(time.RFC3339, commit)
 }
 
-// completions asks the command for them. The names are those that shells look for.
+// completions has the command write its completions, under the names that shells look for.
 func completions(ctx context.Context, program string) (files []file, err error) {
 	for _, c := range []struct{ shell, name string }{{"bash", "meshhelper.bash"}, {"zsh", "_meshhelper"}, {"fish", "meshhelper.fish"}} {
 		text, err := exec.CommandContext(ctx, program, "completion", c.shell).Output()
@@ -126,8 +126,8 @@ func (b *builder) program(ctx context.Context, p pkg) ([]byte, error) {
 	return join(slices)
 }
 
-// slice builds the executable of one platform and checks the signature that it
-// must have.
+// slice builds the executable of one platform, and checks its signature if macOS requires
+// one.
 func (b *builder) slice(ctx context.Context, p platform) ([]byte, error) {
 	dir, err := os.MkdirTemp("", "dist")
 	if err != nil {

@@ -16,8 +16,8 @@ const (
 	fatArchSize   = 20
 )
 
-// alignments are powers of two: the page size of each processor, so that the
-// kernel can map a slice where it is.
+// alignments are the page sizes of the processors, as exponents of two: the kernel maps a
+// slice in place.
 var alignments = map[macho.Cpu]uint32{macho.CpuAmd64: 12, macho.CpuArm64: 14}
 
 // fatArch is struct fat_arch.
@@ -25,8 +25,8 @@ type fatArch struct {
 	CPU, SubCPU, Offset, Size, Align uint32
 }
 
-// join puts executables for different processors into one file. Not a byte of
-// them changes, so a signature stays good.
+// join puts executables for different processors into one file. It changes none of their
+// bytes, so their signatures stay valid.
 func join(slices [][]byte) ([]byte, error) {
 	archs, size, err := layOut(slices)
 	if err != nil {
@@ -44,7 +44,7 @@ func join(slices [][]byte) ([]byte, error) {
 	return out, nil
 }
 
-// layOut says where each slice goes and how long the file is.
+// layOut returns the headers of the slices, with their offsets, and the file's size.
 func layOut(slices [][]byte) ([]fatArch, uint64, error) {
 	seen := map[macho.Cpu]bool{}
 	end := uint64(fatHeaderSize + fatArchSize*len(slices))

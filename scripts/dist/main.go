@@ -1,18 +1,18 @@
-// Command dist builds what a release consists of, on any system that has Go:
+// Command dist builds the archives of a release, on any system that has Go:
 //
 //	go run ./scripts/dist -version v1.2.3
 //
-// For macOS it makes one universal executable, a Mach-O of two slices, since
-// no user should have to know what processor a Mac has. The slice for arm64 must
-// be signed, if only ad hoc, or the kernel kills it; Go's linker does that, and
-// nothing may touch a byte afterwards. So the slices are put side by side as they
-// are, and the signature is checked, page by page, before anything is packed.
-// For Linux there is one archive for each processor.
+// For macOS it makes one universal executable, a Mach-O of two slices, so that users
+// needn't know which processor their Mac has. The arm64 slice must be signed, if only ad
+// hoc, or the kernel kills it. Go's linker signs it, and a change of any byte afterwards
+// would invalidate the signature. So the slices are joined unchanged, and the signature is
+// checked, page by page, before packing. For Linux there is one archive for each processor.
 //
-// Each archive has the executable, the completions, licence, README without what is
-// about the source, the pages that it links to, and the checksums of these; beside the archives are their own. The same commit built
-// by the same release of Go gives the same bytes: names, times and owners don't
-// come from this machine.
+// Each archive contains the executable, the completions, the licence, README without its
+// parts about the source, the pages that README links to, and their checksums. The
+// checksums of the archives are in a file beside them. Builds are reproducible: the same
+// commit and the same release of Go give the same bytes, since names, times and owners
+// don't come from the machine that builds.
 package main
 
 import (
@@ -70,7 +70,7 @@ func run(ctx context.Context, out, version string) error {
 	return os.WriteFile(filepath.Join(out, "SHA256SUMS"), sums.Bytes(), 0o644)
 }
 
-// checkVersion keeps a version from being a path.
+// checkVersion fails for a version that can't be part of a file's name.
 func checkVersion(v string) error {
 	if v == "" || strings.ContainsAny(v, `/\ `) || strings.HasPrefix(v, ".") {
 		return fmt.Errorf("version %q can't be part of a file's name", v)

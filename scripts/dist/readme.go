@@ -9,8 +9,8 @@ import (
 	"path/filepath"
 )
 
-// README has parts that only a clone of the repository has a use for, between these
-// two lines. Archives have it without them, and name the executable where they have it.
+// Parts of README that only apply to a clone of the repository are between these two lines.
+// In an archive README is without them, and names the executable by its path there.
 const (
 	sourceBegin = "<!-- source -->\n"
 	sourceEnd   = "<!-- /source -->\n"
@@ -27,7 +27,7 @@ func pages() ([]file, error) {
 	for _, name := range append(names, "LICENSE", "README.md") {
 		data, err := os.ReadFile(name)
 		if err != nil {
-			return nil, fmt.Errorf("run this where the module is: %w", err)
+			return nil, fmt.Errorf("run this in the module's root: %w", err)
 		}
 		if name == "README.md" {
 			if data, err = archiveReadme(data); err != nil {
@@ -39,13 +39,13 @@ func pages() ([]file, error) {
 	return files, nil
 }
 
-// archiveReadme takes what is about the source out of README.
+// archiveReadme removes the parts about the source from README.
 func archiveReadme(text []byte) ([]byte, error) {
 	var out []byte
 	for {
 		before, rest, found := bytes.Cut(text, []byte(sourceBegin))
 		if bytes.Contains(before, []byte(sourceEnd)) {
-			return nil, errors.New("a part about the source ends that didn't begin")
+			return nil, errors.New("the end of a part about the source has no beginning")
 		}
 		out = append(out, before...)
 		if !found {
@@ -53,7 +53,7 @@ func archiveReadme(text []byte) ([]byte, error) {
 		}
 		_, after, found := bytes.Cut(rest, []byte(sourceEnd))
 		if !found {
-			return nil, errors.New("a part about the source doesn't end")
+			return nil, errors.New("the beginning of a part about the source has no end")
 		}
 		text = after
 	}

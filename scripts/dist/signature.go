@@ -20,8 +20,7 @@ const (
 	maxSlots          = 16         // of a signature; Go's linker writes one
 )
 
-// directory is the beginning of struct __CodeDirectory, as far as every version
-// has it.
+// directory is the part of struct __CodeDirectory that every version has.
 type directory struct {
 	Magic, Length, Version, Flags       uint32
 	HashOffset, IdentOffset             uint32
@@ -61,8 +60,8 @@ func checkSignature(program []byte) error {
 	return checkPages(program[:start], data[:d.Length], d)
 }
 
-// signature returns the part of a Mach-O that its load command names, which is
-// the last, and where it begins.
+// signature returns the signature of a Mach-O, which its load command locates at the end of
+// the file, and its offset.
 func signature(program []byte) ([]byte, uint32, error) {
 	f, err := macho.NewFile(bytes.NewReader(program))
 	if err != nil {
@@ -121,7 +120,7 @@ func checkPages(code, data []byte, d directory) error {
 	for i := range int(d.CodeSlots) {
 		got := sha256.Sum256(code[i*page : min((i+1)*page, len(code))])
 		if !bytes.Equal(got[:], hashes[i*sha256.Size:(i+1)*sha256.Size]) {
-			return fmt.Errorf("page %d has another hash than its signature says", i)
+			return fmt.Errorf("page %d doesn't have the hash in its signature", i)
 		}
 	}
 	return nil
