@@ -11,8 +11,8 @@ import (
 // it for an anchor ("" is the main ruleset) on a host with these interfaces. The
 // result shares memory with the ruleset; neither may be changed afterwards.
 //
-// It fails where pfctl does: see [Ruleset.Validate], and for what only the host
-// can tell: a name that is no interface, an interface without an address of the
+// It fails if pfctl would: for the reasons of [Ruleset.Validate], and for those that depend
+// on the host: a name that isn't an interface's, or an interface without an address of the
 // family.
 func (rs *Ruleset) Expand(anchor string, interfaces []Interface) (*Loaded, error) {
 	l := &loader{path: anchor, hold: anchor, out: &Loaded{Path: anchor}, main: anchor == "",
@@ -45,7 +45,7 @@ func (rs *Ruleset) validate() *ruleError {
 	return l.load(rs)
 }
 
-// Unknown returns the statements that are kept but not understood.
+// Unknown returns the statements that this package keeps as text, without their meaning.
 func (rs *Ruleset) Unknown() []*Text {
 	var all []*Text
 	for _, s := range rs.Statements {
@@ -82,7 +82,7 @@ type loader struct {
 	shared *loaderShared
 }
 
-// loaderShared is what an inline anchor has in common with what is around it.
+// loaderShared is the state that the loaders of a ruleset and its inline anchors share.
 type loaderShared struct {
 	order    bool // require-order
 	stage    stage

@@ -6,8 +6,8 @@ import (
 	"strings"
 )
 
-// Bounds on what a text may make of itself. Macros are pasted as text, so a few
-// lines of them could otherwise grow without end.
+// Limits on the expansion of macros. They are pasted as text, so without a limit a few
+// lines of them could expand without end.
 const (
 	maxToken  = 8095    // bytes of one word, as pfctl's buffer
 	maxMacro  = 1 << 18 // bytes of one macro

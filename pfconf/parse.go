@@ -5,8 +5,8 @@ import (
 	"strings"
 )
 
-// Names resolve the words of a host's own databases, which differ between
-// hosts. The zero value knows the usual ones only.
+// Names resolves service and protocol names by a host's own databases, which differ
+// between hosts. The zero value resolves only the built-in names.
 type Names struct {
 	// Service returns the port of a service that isn't built in. On a Mac it
 	// should ask net.LookupPort: pfctl shows ports by the thousands of names in
@@ -40,8 +40,8 @@ func (n Names) Parse(text string) (*Ruleset, error) {
 	return rs, nil
 }
 
-// A parser reads by recursive descent with one token of lookahead. Its first
-// error sticks: tok is then the end of the text, at which everything stops.
+// A parser is a recursive-descent parser with one token of lookahead. The first error
+// sticks: tok is then the end of the text, at which every rule of the grammar stops.
 type parser struct {
 	lex   *lexer
 	names Names
@@ -50,7 +50,7 @@ type parser struct {
 	depth int
 	pos   map[Statement]position
 
-	// shown is set for what pfctl shows, which isn't quite what it reads.
+	// shown selects the language that pfctl prints, which differs from the one that it reads.
 	shown  bool
 	counts bool // names are followed by a count: <t:2>, (en0:1)
 }
@@ -69,7 +69,7 @@ func (p *parser) advance() {
 // expected fails with the current token as the one that was found.
 func (p *parser) expected(what string) { p.found(p.tok, what) }
 
-// found fails with a token and what should be in its place.
+// found fails with the token that was found and a description of what was expected.
 func (p *parser) found(t token, what string) {
 	p.fail(&SyntaxError{Line: t.pos.line, Column: t.pos.col, Found: t.describe(), Expected: what})
 }
@@ -87,7 +87,7 @@ func (p *parser) fail(err error) {
 	p.tok = token{kind: tokEOF}
 }
 
-// is tells whether the token is a keyword; a quoted one is none.
+// is reports whether the token is the keyword; a quoted word isn't one.
 func (p *parser) is(keyword string) bool {
 	return p.tok.kind == tokKeyword && p.tok.text == keyword
 }
@@ -326,7 +326,7 @@ func canonicalNumber(t token) string {
 	return t.text
 }
 
-// text keeps a statement that isn't understood: its tokens, up to the end of
+// text keeps an unknown statement as text: its tokens, up to the end of
 // the line that is outside all braces.
 func (p *parser) text(first string) *Text {
 	var words []string

@@ -1,5 +1,5 @@
-// Package pfsim is the packet filter of macOS in memory: it judges packets by
-// rulesets as the kernel does, on any machine and without one packet on a wire. It
+// Package pfsim simulates macOS's packet filter: it evaluates packets against rulesets as
+// the kernel does, on any machine and without sending a packet. It
 // answers what a rule of another product would do to a packet, and stands for pf in
 // tests.
 //
