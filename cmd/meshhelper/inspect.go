@@ -23,6 +23,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/install"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // newExplainCommand returns `explain`.
@@ -406,8 +407,8 @@ func (a *app) checksWithout() []api.Check {
 	mesh := []netip.Prefix{prefixes.V4, prefixes.V6}
 	if a.service != nil {
 		// Only root may read them; others have the defaults judged.
-		kept, err := daemon.ReadSettings(filepath.Join(a.service.root, a.installed("").StateDir))
-		for i, key := range []string{daemon.SettingMeshPrefix4, daemon.SettingMeshPrefix6} {
+		kept, err := wanted.ReadSettings(filepath.Join(a.service.root, a.installed("").StateDir))
+		for i, key := range []string{wanted.SettingMeshPrefix4, wanted.SettingMeshPrefix6} {
 			if p, bad := netip.ParsePrefix(kept[key]); err == nil && bad == nil {
 				mesh[i] = p
 			}

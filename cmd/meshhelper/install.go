@@ -13,10 +13,10 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/daemon"
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/host/macos"
 	"github.com/meshhelper/meshhelper/internal/install"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 	"github.com/meshhelper/meshhelper/launchd"
 )
 
@@ -86,7 +86,7 @@ shows and changes; without them those of before stay.`,
 	f := c.Flags()
 	f.StringVar(&o.label, "label", a.service.defaultLabel(), "`NAME` of the service, and on a Mac of its anchor in the packet filter")
 	f.StringVar(&o.operator, "operator", "", "`USER` who may change the mesh besides root (who runs sudo)")
-	f.Uint16Var(&o.listenPort, "listen-port", daemon.DefaultListenPort, "UDP `PORT` of WireGuard")
+	f.Uint16Var(&o.listenPort, "listen-port", wanted.DefaultListenPort, "UDP `PORT` of WireGuard")
 	f.StringVar(&o.endpoint, "endpoint", "", "`HOST[:PORT]` where peers reach this host")
 	f.BoolVar(&o.dryRun, "dry-run", false, "print the steps and do nothing")
 	return c
@@ -207,7 +207,7 @@ func closedError(s api.Status) error {
 // options turns the flags into what is installed.
 func (o *installOptions) options() (*install.Options, error) {
 	if o.given("operator") {
-		if err := daemon.CheckOperator(o.operator); err != nil {
+		if err := wanted.CheckOperator(o.operator); err != nil {
 			return nil, err
 		}
 	}
@@ -225,17 +225,17 @@ func (o *installOptions) options() (*install.Options, error) {
 	changes := map[string]*string{}
 	port := strconv.Itoa(int(o.listenPort))
 	for key, value := range map[string]*string{
-		daemon.SettingLabel: &o.label, daemon.SettingOperator: &o.operator, daemon.SettingListenPort: &port, daemon.SettingEndpoint: &o.endpoint,
+		wanted.SettingLabel: &o.label, wanted.SettingOperator: &o.operator, wanted.SettingListenPort: &port, wanted.SettingEndpoint: &o.endpoint,
 	} {
-		if key != daemon.SettingLabel && (*value == "" || !o.given(key) && key != daemon.SettingOperator) {
+		if key != wanted.SettingLabel && (*value == "" || !o.given(key) && key != wanted.SettingOperator) {
 			continue
 		}
-		if _, err := daemon.CheckSetting(key, *value); err != nil {
+		if _, err := wanted.CheckSetting(key, *value); err != nil {
 			return nil, usagef("--%s: %v", key, err)
 		}
 		changes[key] = value
 	}
-	delete(changes, daemon.SettingLabel) // the service's name, and so an argument of its
+	delete(changes, wanted.SettingLabel) // the service's name, and so an argument of its
 	what := o.app.installed(o.label)
 	what.Source, what.Ready = source, o.ready
 	what.Keep = func() error { return o.keep(what, changes) }
@@ -245,23 +245,23 @@ func (o *installOptions) options() (*install.Options, error) {
 // keep writes what was given to the settings, and with it what counted before.
 func (o *installOptions) keep(what *install.Options, given map[string]*string) error {
 	dir := filepath.Join(o.app.service.root, what.StateDir)
-	kept, err := daemon.ReadSettings(dir)
+	kept, err := wanted.ReadSettings(dir)
 	if err != nil {
 		return err
 	}
 	changes := o.app.listed(what)
-	before := changes[daemon.SettingOperator] != nil || kept[daemon.SettingOperator] != ""
+	before := changes[wanted.SettingOperator] != nil || kept[wanted.SettingOperator] != ""
 	for key, value := range given {
-		if key == daemon.SettingOperator && before && !o.given(key) {
+		if key == wanted.SettingOperator && before && !o.given(key) {
 			continue // another administrator upgrades
 		}
 		changes[key] = value
 	}
-	if err := daemon.WriteSettings(dir, changes); err != nil {
+	if err := wanted.WriteSettings(dir, changes); err != nil {
 		return err
 	}
-	if kept, err = daemon.ReadSettings(dir); err == nil {
-		o.operator = kept[daemon.SettingOperator]
+	if kept, err = wanted.ReadSettings(dir); err == nil {
+		o.operator = kept[wanted.SettingOperator]
 	}
 	return err
 }
@@ -280,10 +280,10 @@ func (a *app) listed(what *install.Options) map[string]*string {
 	}
 	for i, word := range job.ProgramArguments[:max(0, len(job.ProgramArguments)-1)] {
 		key, value := strings.TrimPrefix(word, "--"), job.ProgramArguments[i+1]
-		if key == word || key != daemon.SettingOperator && key != daemon.SettingListenPort && key != daemon.SettingEndpoint {
+		if key == word || key != wanted.SettingOperator && key != wanted.SettingListenPort && key != wanted.SettingEndpoint {
 			continue
 		}
-		if _, err := daemon.CheckSetting(key, value); err != nil {
+		if _, err := wanted.CheckSetting(key, value); err != nil {
 			a.talk("%s isn't kept: %v", key, err)
 			continue
 		}
@@ -314,7 +314,7 @@ func (a *app) installed(label string) *install.Options {
 		what.Arguments = []string{"--platform", "darwin", "--label", label, "--log-file", logDir + "/helper.log"}
 	}
 	what.Restore = func(ctx context.Context) error { return a.service.restore(ctx, what.StateDir) }
-	what.Held = func() error { return daemon.Held(filepath.Join(a.service.root, what.StateDir)) }
+	what.Held = func() error { return wanted.Held(filepath.Join(a.service.root, what.StateDir)) }
 	return what
 }
 

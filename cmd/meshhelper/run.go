@@ -26,6 +26,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/logfile"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/systemd"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // runOptions are the flags of run.
@@ -77,7 +78,7 @@ state other than starting.`,
 	f := c.Flags()
 	f.StringVar(&o.stateDir, "state-dir", "", "`DIR` for the key and the wanted state")
 	f.StringVar(&o.platform, "platform", "auto", "auto, darwin or linux")
-	f.Uint16Var(&o.listenPort, "listen-port", daemon.DefaultListenPort, "UDP `PORT` of WireGuard, 0 for any")
+	f.Uint16Var(&o.listenPort, "listen-port", wanted.DefaultListenPort, "UDP `PORT` of WireGuard, 0 for any")
 	f.StringVar(&o.iface, "interface", "", "`NAME` of the mesh interface")
 	f.StringVar(&o.prefix4, "mesh-prefix4", mesh.DefaultPrefixes().V4.String(), "IPv4 `PREFIX` of the mesh")
 	f.StringVar(&o.prefix6, "mesh-prefix6", mesh.DefaultPrefixes().V6.String(), "IPv6 `PREFIX` of the mesh")
@@ -225,7 +226,7 @@ func (o *runOptions) choose() (string, newHost, error) {
 
 // daemon reads the flags and makes the daemon, which touches nothing of the
 // host yet.
-func (o *runOptions) daemon(name string, make newHost, start daemon.StartSettings) (*daemon.Daemon, error) {
+func (o *runOptions) daemon(name string, make newHost, start wanted.StartSettings) (*daemon.Daemon, error) {
 	if err := api.CheckSocketPath(o.app.socket); err != nil {
 		return nil, &usageError{err}
 	}
@@ -235,7 +236,7 @@ func (o *runOptions) daemon(name string, make newHost, start daemon.StartSetting
 		Tick: o.tick, Wait: o.wait, Settings: start,
 		// A prefix that was set is meant; one of a flag may be a mistake.
 		Renumber: slices.ContainsFunc(o.kept, func(key string) bool {
-			return key == daemon.SettingMeshPrefix4 || key == daemon.SettingMeshPrefix6
+			return key == wanted.SettingMeshPrefix4 || key == wanted.SettingMeshPrefix6
 		}),
 	}
 	if err := o.parse(&opts); err != nil {
@@ -252,10 +253,10 @@ func (o *runOptions) daemon(name string, make newHost, start daemon.StartSetting
 // parse reads the flags that are more than text.
 func (o *runOptions) parse(opts *daemon.Options) (err error) {
 	if opts.Prefixes.V4, err = netip.ParsePrefix(o.prefix4); err != nil {
-		return o.wrongf(daemon.SettingMeshPrefix4, "%q is not a prefix", o.prefix4)
+		return o.wrongf(wanted.SettingMeshPrefix4, "%q is not a prefix", o.prefix4)
 	}
 	if opts.Prefixes.V6, err = netip.ParsePrefix(o.prefix6); err != nil {
-		return o.wrongf(daemon.SettingMeshPrefix6, "%q is not a prefix", o.prefix6)
+		return o.wrongf(wanted.SettingMeshPrefix6, "%q is not a prefix", o.prefix6)
 	}
 	if err := opts.Prefixes.Validate(); err != nil {
 		return &usageError{err}
@@ -269,10 +270,10 @@ func (o *runOptions) parse(opts *daemon.Options) (err error) {
 	if opts.DNS, err = parseAddresses("--dns", o.dns); err != nil {
 		return err
 	}
-	if len(o.dns) > 0 && !slices.Contains(o.kept, daemon.SettingDNS) {
-		checked, err := daemon.CheckSetting(daemon.SettingDNS, strings.Join(o.dns, ","))
+	if len(o.dns) > 0 && !slices.Contains(o.kept, wanted.SettingDNS) {
+		checked, err := wanted.CheckSetting(wanted.SettingDNS, strings.Join(o.dns, ","))
 		if err != nil {
-			return o.wrongf(daemon.SettingDNS, "%s", strings.TrimPrefix(err.Error(), daemon.SettingDNS+" "))
+			return o.wrongf(wanted.SettingDNS, "%s", strings.TrimPrefix(err.Error(), wanted.SettingDNS+" "))
 		}
 		if opts.DNS, err = parseAddresses("--dns", strings.Split(checked, ",")); err != nil {
 			return err
@@ -283,10 +284,10 @@ func (o *runOptions) parse(opts *daemon.Options) (err error) {
 	}
 	fallback := o.listenPort
 	if fallback == 0 {
-		fallback = daemon.DefaultListenPort
+		fallback = wanted.DefaultListenPort
 	}
 	if opts.Endpoint, err = mesh.ParseEndpoint(o.endpoint, fallback); err != nil {
-		return o.wrongf(daemon.SettingEndpoint, "%q: %v", o.endpoint, errors.Unwrap(err)) // which has it, too
+		return o.wrongf(wanted.SettingEndpoint, "%q: %v", o.endpoint, errors.Unwrap(err)) // which has it, too
 	}
 	return nil
 }
@@ -321,8 +322,8 @@ func (o *runOptions) access() (api.Access, error) {
 	}
 	uid, err := strconv.ParseUint(id, 10, 32)
 	if err != nil || uint32(uid) == api.NoOperator {
-		if slices.Contains(o.kept, daemon.SettingOperator) {
-			return a, o.wrongf(daemon.SettingOperator, "there is no user %q", o.operator)
+		if slices.Contains(o.kept, wanted.SettingOperator) {
+			return a, o.wrongf(wanted.SettingOperator, "there is no user %q", o.operator)
 		}
 		// It may be a user elsewhere, so it isn't wrong by itself.
 		return a, api.Errorf(api.CodeBadSetting, "--operator: there is no user %q", o.operator).WithHint("give a user of this host")

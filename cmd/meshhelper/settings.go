@@ -14,7 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 func newSettingsCommand(a *app) *cobra.Command {
@@ -26,13 +26,13 @@ flag of "run" overrides it, and the answer says so. The answer also says which
 changes need a restart of the helper.
 
 KEY is one of
-` + daemon.SettingsHelp(),
+` + wanted.SettingsHelp(),
 		Example: `  meshhelper settings endpoint home.example
   meshhelper settings mesh-prefix4 10.99.0.0/16
   meshhelper settings --unset endpoint`,
 		ValidArgsFunction: func(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
 			if len(args) == 0 {
-				return daemon.SettingKeys(), cobra.ShellCompDirectiveNoFileComp
+				return wanted.SettingKeys(), cobra.ShellCompDirectiveNoFileComp
 			}
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		},
@@ -49,7 +49,7 @@ KEY is one of
 		},
 	}
 	c.Flags().StringVar(&unset, "unset", "", "have `KEY` as if it was never set")
-	if err := c.RegisterFlagCompletionFunc("unset", cobra.FixedCompletions(daemon.SettingKeys(), cobra.ShellCompDirectiveNoFileComp)); err != nil {
+	if err := c.RegisterFlagCompletionFunc("unset", cobra.FixedCompletions(wanted.SettingKeys(), cobra.ShellCompDirectiveNoFileComp)); err != nil {
 		panic(err) // the flag is there
 	}
 	return c
@@ -94,9 +94,9 @@ func (a *app) showSettings(ctx context.Context, args []string) error {
 // unset says what counts where a setting has no value.
 func unset(key string) string {
 	switch key {
-	case daemon.SettingEndpoint:
+	case wanted.SettingEndpoint:
 		return "an address of the uplink"
-	case daemon.SettingDNS:
+	case wanted.SettingDNS:
 		return "public resolvers (Quad9)"
 	}
 	return "none"
@@ -118,12 +118,12 @@ func sourceOf(s api.Setting) string {
 
 // checkSettingKey refuses a key that doesn't exist.
 func checkSettingKey(key string) error {
-	for _, known := range daemon.SettingKeys() {
+	for _, known := range wanted.SettingKeys() {
 		if key == known {
 			return nil
 		}
 	}
-	_, err := daemon.CheckSetting(key, "")
+	_, err := wanted.CheckSetting(key, "")
 	return &usageError{err}
 }
 
@@ -133,7 +133,7 @@ func (a *app) changeSetting(ctx context.Context, key string, value *string) erro
 		return err
 	}
 	if value != nil {
-		if _, err := daemon.CheckSetting(key, *value); err != nil {
+		if _, err := wanted.CheckSetting(key, *value); err != nil {
 			return &usageError{err}
 		}
 	}
@@ -162,7 +162,7 @@ func (a *app) changeSetting(ctx context.Context, key string, value *string) erro
 		}
 		a.sayRenumbered(s.Renumbered)
 		if len(s.Outdated) > 0 {
-			if key == daemon.SettingListenPort {
+			if key == wanted.SettingListenPort {
 				a.say("A router in front has to forward that UDP port to this host.")
 			}
 			a.say("A device whose configuration has another Endpoint needs a new one: %s", strings.Join(s.Outdated, ", "))
@@ -187,7 +187,7 @@ func (a *app) talkOfSetting(s api.Settings, one api.Setting) {
 
 // restartCommand restarts an installed helper.
 func restartCommand(s api.Settings) string {
-	label, _ := s.Of(daemon.SettingLabel)
+	label, _ := s.Of(wanted.SettingLabel)
 	switch {
 	case runtime.GOOS == "darwin" && label.Value != "":
 		return "sudo launchctl kickstart -k system/" + label.Value
@@ -218,16 +218,16 @@ func (a *app) sayRenumbered(peers []api.Renumbered) {
 
 // takeSettings has what is kept in the state directory count where no flag was given, and
 // notes which were.
-func (o *runOptions) takeSettings(dir string) (start daemon.StartSettings, err error) {
-	if start.Kept, err = daemon.ReadSettings(dir); err != nil {
+func (o *runOptions) takeSettings(dir string) (start wanted.StartSettings, err error) {
+	if start.Kept, err = wanted.ReadSettings(dir); err != nil {
 		return start, err
 	}
-	start.Given, start.Defaults = map[string]string{}, map[string]string{daemon.SettingName: hostName()}
+	start.Given, start.Defaults = map[string]string{}, map[string]string{wanted.SettingName: hostName()}
 	port, dns := strconv.Itoa(int(o.listenPort)), strings.Join(o.dns, ",")
 	for key, value := range map[string]*string{
-		daemon.SettingLabel: &o.label, daemon.SettingEndpoint: &o.endpoint, daemon.SettingOperator: &o.operator,
-		daemon.SettingDNS: &dns, daemon.SettingListenPort: &port,
-		daemon.SettingMeshPrefix4: &o.prefix4, daemon.SettingMeshPrefix6: &o.prefix6,
+		wanted.SettingLabel: &o.label, wanted.SettingEndpoint: &o.endpoint, wanted.SettingOperator: &o.operator,
+		wanted.SettingDNS: &dns, wanted.SettingListenPort: &port,
+		wanted.SettingMeshPrefix4: &o.prefix4, wanted.SettingMeshPrefix6: &o.prefix6,
 	} {
 		kept, ok := start.Kept[key]
 		switch {
@@ -267,7 +267,7 @@ func hostName() string {
 		return ""
 	}
 	name, _, _ = strings.Cut(name, ".")
-	if _, err := daemon.CheckSetting(daemon.SettingName, name); err != nil {
+	if _, err := wanted.CheckSetting(wanted.SettingName, name); err != nil {
 		return ""
 	}
 	return name

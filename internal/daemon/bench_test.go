@@ -14,6 +14,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/host/hostfake"
 	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // BenchmarkToggle measures one permission of one peer from the change to its
@@ -82,12 +83,12 @@ func benchDaemon(b *testing.B, peers int) *Daemon {
 	if err != nil {
 		b.Fatal(err)
 	}
-	_, err = d.decide(b.Context(), func(doc *document, _ time.Time) (mesh.PublicKey, error) {
+	_, err = d.wanted.Edit(b.Context(), func(doc *wanted.Document, _ time.Time) (mesh.PublicKey, error) {
 		taken := map[netip.Addr]bool{}
 		for i := range peers {
 			key := mesh.PublicKey{1: 1}
 			binary.BigEndian.PutUint32(key[4:], uint32(i))
-			free, err := d.mesh.prefixes.Propose(key, func(a netip.Addr) bool { return a == d.mesh.own[0] || taken[a] })
+			free, err := d.id.Prefixes.Propose(key, func(a netip.Addr) bool { return a == d.id.Own[0] || taken[a] })
 			if err != nil {
 				return key, err
 			}
@@ -111,7 +112,7 @@ func benchDaemon(b *testing.B, peers int) *Daemon {
 		}
 		d.Close()
 	})
-	if err := d.await(ctx, d.wanted.Load().Generation, time.Now().Add(time.Minute)); err != nil {
+	if err := d.await(ctx, d.wanted.Document().Generation, time.Now().Add(time.Minute)); err != nil {
 		b.Fatal(err)
 	}
 	return d

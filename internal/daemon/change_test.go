@@ -22,7 +22,7 @@ func TestRefusals(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		phone := r.add("phone")
 		r.add("tablet")
-		own := r.d.mesh
+		own := r.d.id
 		text := func(s string) *string { return &s }
 		add := func(change func(*api.NewPeer)) func() error {
 			return func() error {
@@ -57,14 +57,14 @@ func TestRefusals(t *testing.T) {
 			{"no key", add(func(p *api.NewPeer) { p.PublicKey = "" }), api.CodeBadKey, "not valid"},
 			{"short key", add(func(p *api.NewPeer) { p.PublicKey = "AAAA" }), api.CodeBadKey, "44 characters"},
 			{"key taken", add(func(p *api.NewPeer) { p.PublicKey = keyOf("phone") }), api.CodeKeyTaken, `"phone"`},
-			{"own key", add(func(p *api.NewPeer) { p.PublicKey = own.key.String() }), api.CodeKeyTaken, "own"},
+			{"own key", add(func(p *api.NewPeer) { p.PublicKey = own.Key.String() }), api.CodeKeyTaken, "own"},
 			{"kind", add(func(p *api.NewPeer) { p.Kind = "friend" }), api.CodeBadRequest, `"friend"`},
 			{"not an address", add(func(p *api.NewPeer) { p.Addresses = []string{"x"} }), api.CodeBadRequest, `"x"`},
 			{"address outside", add(func(p *api.NewPeer) { p.Addresses = []string{"10.0.0.1"} }), api.CodeBadAddress, "--address"},
 			{"address reserved", add(func(p *api.NewPeer) { p.Addresses = []string{"100.100.100.100"} }), api.CodeBadAddress, "--address"},
 			{"two of a family", add(func(p *api.NewPeer) { p.Addresses = []string{"100.64.1.1", "100.64.1.2"} }), api.CodeBadAddress, "second"},
 			{"address taken", add(func(p *api.NewPeer) { p.Addresses = []string{phone.Addresses[0].String()} }), api.CodeAddressTaken, `"phone"`},
-			{"host's address", add(func(p *api.NewPeer) { p.Addresses = []string{own.own[1].String()} }), api.CodeAddressTaken, "this host"},
+			{"host's address", add(func(p *api.NewPeer) { p.Addresses = []string{own.Own[1].String()} }), api.CodeAddressTaken, "this host"},
 			{"endpoint", add(func(p *api.NewPeer) { p.Endpoint = "host" }), api.CodeBadEndpoint, "HOST:PORT"},
 			{"keepalive", add(func(p *api.NewPeer) { p.Keepalive = "soon" }), api.CodeBadRequest, "25s"},
 			{"half a second", add(func(p *api.NewPeer) { p.Keepalive = "1500ms" }), api.CodeBadRequest, "whole seconds"},
@@ -83,16 +83,16 @@ func TestRefusals(t *testing.T) {
 			{"rename to taken", patch("phone", api.PeerChange{Name: "tablet"}), api.CodeNameTaken, `"tablet"`},
 			{"rename to odd", patch("phone", api.PeerChange{Name: "a/b"}), api.CodeBadName, `"a/b"`},
 			{"rekey to taken", patch("phone", api.PeerChange{PublicKey: keyOf("tablet")}), api.CodeKeyTaken, `"tablet"`},
-			{"rekey to host", patch("phone", api.PeerChange{PublicKey: own.key.String()}), api.CodeKeyTaken, "own"},
+			{"rekey to host", patch("phone", api.PeerChange{PublicKey: own.Key.String()}), api.CodeKeyTaken, "own"},
 			{"endpoint later", patch("phone", api.PeerChange{Endpoint: text("x")}), api.CodeBadEndpoint, "HOST:PORT"},
 		} {
-			before := r.d.wanted.Load()
+			before := r.d.wanted.Document()
 			err := c.do()
 			e := wantCode(t, err, c.code)
 			if !strings.Contains(e.Error(), c.says) {
 				t.Errorf("%s: %q doesn't say %q", c.name, e, c.says)
 			}
-			if r.d.wanted.Load() != before {
+			if r.d.wanted.Document() != before {
 				t.Errorf("%s: the wanted state changed", c.name)
 			}
 		}
@@ -191,7 +191,7 @@ func TestRekey(t *testing.T) {
 				t.Fatal(err)
 			}
 			key, _ := mesh.ParsePublicKey(got.Peer.PublicKey)
-			derived, _ := r.d.mesh.prefixes.Derive(key)
+			derived, _ := r.d.id.Prefixes.Derive(key)
 			want := derived.List()
 			if p.Name == "fixed" {
 				want[0] = p.Addresses[0]
@@ -217,17 +217,7 @@ func TestFullMesh(t *testing.T) {
 		defer d.Close()
 		free := 5 // of 8: not .0, not .7, not the host's own
 		for i := 0; free > 0 && i < 1000; i++ {
-			_, err := d.decide(t.Context(), func(doc *document, now time.Time) (mesh.PublicKey, error) {
-				p, err := d.newPeer(doc, api.NewPeer{Name: fmt.Sprint("p", i), PublicKey: keyOf(fmt.Sprint("p", i))}, now)
-				if err == nil {
-					err = d.admit(doc, p, api.NewPeer{})
-				}
-				if err != nil {
-					return mesh.PublicKey{}, err
-				}
-				doc.Peers = append(doc.Peers, *p)
-				return p.PublicKey, nil
-			})
+			_, err := d.wanted.AddPeer(t.Context(), api.NewPeer{Name: fmt.Sprint("p", i), PublicKey: keyOf(fmt.Sprint("p", i))})
 			if err == nil {
 				free--
 			} else if !strings.Contains(err.Error(), "--address 10.9.8.") {

@@ -9,20 +9,21 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/stock"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // Config returns the configuration for a peer's WireGuard app. Its private key
 // is a placeholder: the helper never learns it.
 func (d *Daemon) Config(ref string) (api.Config, error) {
-	doc := d.wanted.Load()
-	i, err := doc.find(ref)
+	doc := d.wanted.Document()
+	i, err := doc.Find(ref)
 	if err != nil {
 		return api.Config{}, err
 	}
 	p := &doc.Peers[i]
 	now, _ := d.condition()
 	endpoint, warnings := d.endpoint(now)
-	sends := sends(p, d.clock.now())
+	sends := wanted.Sends(p, d.wanted.Now())
 	allowed, more := d.through(sends, now.host, endpoint)
 	warnings = append(warnings, more...)
 	var dns []netip.Addr
@@ -30,12 +31,12 @@ func (d *Daemon) Config(ref string) (api.Config, error) {
 		// A stock app asks them for everything, so a split tunnel names none.
 		dns, more = d.resolvers(now.host)
 		warnings = append(warnings, more...)
-		if !p.Permissions.Of(mesh.Routing).In(d.clock.now()) {
+		if !p.Permissions.Of(mesh.Routing).In(d.wanted.Now()) {
 			warnings = append(warnings, fmt.Sprintf("this configuration sends everything, and %s may not route: it has no internet while it is connected; run: meshhelper peer allow %s routing", p.Name, p.Name))
 		}
 	}
 	config := stock.ForPeer(mesh.PrivateKey{},
-		p.Addresses, d.mesh.key, endpoint, allowed, dns)
+		p.Addresses, d.id.Key, endpoint, allowed, dns)
 	if err := config.Validate(); err != nil {
 		return api.Config{}, err
 	}
@@ -44,7 +45,7 @@ func (d *Daemon) Config(ref string) (api.Config, error) {
 
 // endpoint returns where peers reach this host, and what is to be said of it.
 func (d *Daemon) endpoint(c condition) (mesh.Endpoint, []string) {
-	if e := d.settings.Load().endpoint; e.Host != "" {
+	if e := d.wanted.Settings().Endpoint; e.Host != "" {
 		if e.Port == 0 {
 			e.Port = c.listenPort
 		}
@@ -115,16 +116,16 @@ func rankOf(a netip.Addr, h policy.Host) int {
 func (d *Daemon) resolvers(h policy.Host) ([]netip.Addr, []string) {
 	only6 := h.Uplink4 == "" && h.Uplink6 != ""
 	switch {
-	case len(d.settings.Load().dns) == 0 && only6:
+	case len(d.wanted.Settings().DNS) == 0 && only6:
 		return defaultDNS6, nil
-	case len(d.settings.Load().dns) == 0:
+	case len(d.wanted.Settings().DNS) == 0:
 		return defaultDNS, nil
-	case only6 && !slices.ContainsFunc(d.settings.Load().dns, netip.Addr.Is6):
-		return d.settings.Load().dns, []string{"this host has no IPv4 uplink, and no resolver of the setting dns has an IPv6 address: devices that route everything resolve no names"}
-	case h.Uplink6 == "" && h.Uplink4 != "" && !slices.ContainsFunc(d.settings.Load().dns, netip.Addr.Is4):
-		return d.settings.Load().dns, []string{"this host has no IPv6 uplink, and no resolver of the setting dns has an IPv4 address: devices that route everything resolve no names"}
+	case only6 && !slices.ContainsFunc(d.wanted.Settings().DNS, netip.Addr.Is6):
+		return d.wanted.Settings().DNS, []string{"this host has no IPv4 uplink, and no resolver of the setting dns has an IPv6 address: devices that route everything resolve no names"}
+	case h.Uplink6 == "" && h.Uplink4 != "" && !slices.ContainsFunc(d.wanted.Settings().DNS, netip.Addr.Is4):
+		return d.wanted.Settings().DNS, []string{"this host has no IPv6 uplink, and no resolver of the setting dns has an IPv4 address: devices that route everything resolve no names"}
 	}
-	return d.settings.Load().dns, nil
+	return d.wanted.Settings().DNS, nil
 }
 
 // The public resolvers of Quad9 (quad9.net, "Service Addresses & Features"), which

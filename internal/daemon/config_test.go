@@ -161,7 +161,7 @@ func TestConfigurationSendsWhatThePeerMay(t *testing.T) {
 				for _, p := range config.AllowedIPs {
 					got = append(got, p.String())
 				}
-				own := r.d.mesh.own
+				own := r.d.id.Own
 				want := strings.ReplaceAll(c.want, "HOST", own[0].String()+"/32 "+own[1].String()+"/128")
 				if strings.Join(got, " ") != want {
 					t.Errorf("sends %v, want %s", got, want)

@@ -6,9 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
-	"maps"
 	"net/netip"
 	"path/filepath"
 	"sync"
@@ -24,9 +22,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/learned"
 	"github.com/meshhelper/meshhelper/internal/mesh"
-	"github.com/meshhelper/meshhelper/internal/owned"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // Tunnel is the WireGuard device as the daemon drives it; *tunnel.Device is
@@ -47,9 +45,6 @@ type Tunnel interface {
 	Done() <-chan struct{}
 	Close()
 }
-
-// errHeld is the cause when another helper has the state directory.
-var errHeld = errors.New("another helper holds it")
 
 // Options are what New needs.
 type Options struct {
@@ -76,7 +71,7 @@ type Options struct {
 	DNS []netip.Addr // optional: public ones of a family that the host reaches
 
 	// Settings say where what above can be set with `settings` came from.
-	Settings StartSettings // optional: nothing was set
+	Settings wanted.StartSettings // optional: nothing was set
 
 	// Languages are those that rulesets are enforced in, by name; the host's own is among
 	// them.
@@ -134,7 +129,7 @@ func setDefault[T comparable](value *T, standard T) {
 func (d *Daemon) wireguard(dev tun.Device, key mesh.PrivateKey, port uint16) (Tunnel, error) {
 	return tunnel.NewDevice(tunnel.Options{
 		TUN: dev, PrivateKey: key, ListenPort: port, Logger: d.opts.Logger.With("part", "wireguard"),
-		Addresses: d.mesh.own.List(), Bind: d.sockets,
+		Addresses: d.id.Own.List(), Bind: d.sockets,
 	})
 }
 
@@ -142,38 +137,23 @@ func (d *Daemon) wireguard(dev tun.Device, key mesh.PrivateKey, port uint16) (Tu
 // socket.
 type Daemon struct {
 	opts    Options
-	key     mesh.PrivateKey
-	mesh    identity
-	disk    disk
+	dir     *wanted.Dir
+	wanted  *wanted.State
+	id      wanted.Identity
 	gate    gate
-	clock   *clock
 	journal *events.Journal
-	release func() error // of the state directory
 	learned *learned.Book
 	// sockets keep the UDP port from one tunnel to the next.
 	sockets *tunnel.Sockets
 
-	// changing serialises changes of the wanted state; nothing is waited for while it is
-	// held, the guard excepted. Reading needs no lock: a published document never changes.
-	changing sync.Mutex
-	wanted   atomic.Pointer[document]
-	// taken has the generations in which edits took permissions away, by the peer's key, in
-	// the order of mesh.AllPermissions; see again. Under changing.
-	taken map[mesh.PublicKey][len(mesh.AllPermissions)]uint64
-	// widening is held, by a value in it, while what gives something is saved ahead.
-	widening chan struct{}
-
-	// settings count now; setting is held, by a value in it, while they are changed.
-	settings atomic.Pointer[settings]
-	setting  chan struct{}
 	// full says that the state folder takes nothing, or is nil.
 	full atomic.Pointer[host.Problem]
 	// looking is held, by a value in it, during a look at other software.
 	looking chan struct{}
 
-	// wake wakes the loop for a change, moved for something on the host, timed the keeper
-	// for an end of a permission, and renamed the resolver for endpoints given by name.
-	wake, moved, timed, renamed chan struct{}
+	// wake wakes the loop for a change, moved for something on the host, and renamed the
+	// resolver for endpoints given by name.
+	wake, moved, renamed chan struct{}
 
 	mu  sync.Mutex
 	now condition // what the loop found last
@@ -214,26 +194,17 @@ func New(o Options) (*Daemon, error) {
 		return nil, fmt.Errorf("start daemon: %w", err)
 	}
 	d := &Daemon{
-		opts:     o,
-		widening: make(chan struct{}, 1),
-		setting:  make(chan struct{}, 1),
-		looking:  make(chan struct{}, 1),
-		taken:    make(map[mesh.PublicKey][len(mesh.AllPermissions)]uint64),
-		wake:     make(chan struct{}, 1),
-		moved:    make(chan struct{}, 1),
-		timed:    make(chan struct{}, 1),
-		renamed:  make(chan struct{}, 1),
-		changed:  make(chan struct{}),
-		now:      condition{state: api.Starting},
+		opts:    o,
+		looking: make(chan struct{}, 1),
+		wake:    make(chan struct{}, 1),
+		moved:   make(chan struct{}, 1),
+		renamed: make(chan struct{}, 1),
+		changed: make(chan struct{}),
+		now:     condition{state: api.Starting},
 
 		unresolved: map[string]error{},
 	}
 	d.journal = events.NewJournal(o.Wall, d.logEvent)
-	d.disk.store.dir = o.StateDir
-	d.disk.wanted = d.wanted.Load
-	d.disk.saved = func(doc *document) { d.clock.keep(doc.Saved) }
-	d.disk.record = d.journal.Record
-	d.disk.limit = d.saveWithin()
 	d.gate.compile = d.compile
 	d.gate.failed = func(err error) {
 		d.journal.Record(events.Event{Kind: events.Problem, Message: fmt.Sprintf("narrow at the guard, which is closed now: %v", err)})
@@ -242,29 +213,42 @@ func New(o Options) (*Daemon, error) {
 	if d.opts.NewTunnel == nil {
 		d.opts.NewTunnel = d.wireguard
 	}
-	first := &settings{start: o.Settings, kept: maps.Clone(o.Settings.Kept)}
-	if err := d.settle(first); err != nil {
-		return nil, err
-	}
-	d.settings.Store(first)
-	if err := openDir(o.StateDir); err != nil {
-		return nil, err
-	}
-	release, err := lockDir(o.StateDir)
-	if errors.Is(err, errHeld) {
-		return nil, api.Errorf(api.CodeInternal, "state directory %q: %v", o.StateDir, err).
-			WithHint("see `meshhelper status`; there is one helper per host")
-	}
+	dir, err := wanted.Take(o.StateDir)
 	if err != nil {
 		return nil, err
 	}
-	d.release = release
+	d.dir = dir
 	d.journal.Open(filepath.Join(o.StateDir, eventsFile), o.Logger)
-	if err := d.load(); err != nil {
-		return nil, errors.Join(err, release())
+	d.wanted, err = wanted.Open(wanted.Options{
+		Dir: dir, Logger: o.Logger, Record: d.journal.Record,
+		Narrow: d.gate.limit,
+		Changed: func(before, doc *wanted.Document) {
+			if before != nil && namesChanged(before, doc) {
+				poke(d.renamed)
+			}
+		},
+		SettingsChanged: func() {
+			poke(d.renamed)
+			poke(d.wake)
+		},
+		Prefixes: o.Prefixes, Addresses: o.Addresses, Renumber: o.Renumber,
+		Settings: o.Settings, Endpoint: o.Endpoint, DNS: o.DNS, ListenPort: o.ListenPort,
+		Wait: d.saveWithin(), Tick: o.Tick, Wall: o.Wall, Random: o.Random,
+	})
+	if err != nil {
+		return nil, errors.Join(err, dir.Release())
 	}
+	d.id = d.wanted.Identity()
+	d.openLearned()
 	return d, nil
 }
+
+// The daemon's files in the state directory, beside what is wanted: the journal, and what
+// was learned of peers.
+const (
+	eventsFile  = "events.jsonl"
+	learnedFile = "learned.json"
+)
 
 // flushLimit is how long the end waits for a disk that hangs.
 const flushLimit = time.Second
@@ -273,128 +257,7 @@ const flushLimit = time.Second
 func (d *Daemon) Close() error {
 	d.sockets.Release()
 	d.journal.Close(flushLimit)
-	return d.release()
-}
-
-// load reads or makes the host's key and the document.
-func (d *Daemon) load() error {
-	doc, err := d.disk.store.load()
-	if err != nil {
-		return err
-	}
-	if err := d.loadKey(doc == nil); err != nil {
-		return err
-	}
-	if err := d.place(); err != nil {
-		return err
-	}
-	if doc == nil {
-		doc = &document{Version: documentVersion, Generation: 1, Saved: d.opts.Wall().UTC().Round(0), Peers: []mesh.Peer{}}
-		if err := d.disk.store.save(context.Background(), doc); err != nil {
-			return fmt.Errorf("save wanted state: %w", err)
-		}
-	}
-	d.clock = newClock(d.opts.Wall, d.savedTime(doc))
-	if d.opts.Renumber && doc.fits(d.mesh) != nil {
-		if doc, err = d.renumber(doc); err != nil {
-			return err
-		}
-		if err := d.disk.store.save(context.Background(), doc); err != nil {
-			return fmt.Errorf("save wanted state: %w", err)
-		}
-	}
-	if err := doc.fits(d.mesh); err != nil {
-		return api.Errorf(api.CodeInternal, "the wanted state doesn't fit this mesh: %v", err).
-			WithHint("start with the --mesh-prefix4, --mesh-prefix6 and --address of before")
-	}
-	owned.Tidy(d.opts.StateDir) // the lock is held: what is there was left by a killed helper
-	d.disk.kept = doc
-	d.publishWanted(doc)
-	d.openLearned()
-	return nil
-}
-
-// savedTime returns the last time that was saved: the document's or the mark's. A mark
-// that can't be read is no reason not to start, since the document has a time, too.
-func (d *Daemon) savedTime(doc *document) time.Time {
-	at, err := d.disk.store.readMark()
-	if err != nil {
-		d.opts.Logger.Warn(err.Error())
-	}
-	if at.After(doc.Saved) {
-		return at
-	}
-	return doc.Saved
-}
-
-// loadKey reads the host's key. A new one is a new host to every peer, so it is
-// made for a new mesh only.
-func (d *Daemon) loadKey(fresh bool) error {
-	path := filepath.Join(d.opts.StateDir, keyFile)
-	var key mesh.PrivateKey
-	f, err := owned.Open(path)
-	switch {
-	case err == nil:
-		key, err = ReadKey(f) // of the file that was checked, whatever has its name by now
-		f.Close()
-	case !errors.Is(err, fs.ErrNotExist):
-		return api.Errorf(api.CodeInternal, "read key file: %v", err).WithHint("nothing was touched; a key that another user wrote isn't used, nor one that others may replace")
-	}
-	switch {
-	case errors.Is(err, fs.ErrNotExist) && fresh:
-		key, _, err = d.opts.Prefixes.GenerateFree(d.opts.Random, func(netip.Addr) bool { return false })
-		if err == nil {
-			err = writeKey(path, key)
-		}
-	case errors.Is(err, fs.ErrNotExist):
-		err = api.Errorf(api.CodeInternal, "the host's key %q is missing, but there is a wanted state", path).
-			WithHint("put the key back, or move %q and %q away to start anew", stateFile, copyFile)
-	case errors.Is(err, mesh.ErrBadKey):
-		err = api.Errorf(api.CodeInternal, "%v", err).WithHint("nothing was touched; put the key back, for the peers know this host by it")
-	case errors.Is(err, ErrExposedKey):
-		err = api.Errorf(api.CodeInternal, "%v", err).WithHint("a program that read it can pose as this host; run: chmod 600 %q", path)
-	}
-	d.key = key
-	return err
-}
-
-func writeKey(path string, key mesh.PrivateKey) error {
-	if err := owned.Replace(path, []byte(key.Reveal()+"\n")); err != nil {
-		return fmt.Errorf("write key file: %w", err)
-	}
-	return nil
-}
-
-// place finds the host's own addresses: those given, else derived from its key.
-func (d *Daemon) place() (err error) {
-	d.mesh, err = d.placed(d.opts.Prefixes)
-	return err
-}
-
-// placed is the mesh with these prefixes.
-func (d *Daemon) placed(prefixes mesh.Prefixes) (m identity, err error) {
-	m = identity{prefixes: prefixes, key: d.key.Public()}
-	free := func(netip.Addr) bool { return false }
-	if m.own, err = m.prefixes.Propose(m.key, free); err != nil {
-		return m, err
-	}
-	given := map[*netip.Addr]bool{}
-	for _, a := range d.opts.Addresses {
-		if err := m.prefixes.Check(a); err != nil {
-			return m, api.Errorf(api.CodeBadAddress, "the host's own address: %v", err).
-				WithHint("leave --address out, or take %v and %v", m.own[0], m.own[1])
-		}
-		place := &m.own[0]
-		if a.Is6() {
-			place = &m.own[1]
-		}
-		if given[place] {
-			return m, api.Errorf(api.CodeBadAddress, "the host's own address %v is a second of its family", a).
-				WithHint("give one --address per family")
-		}
-		*place, given[place] = a, true
-	}
-	return m, nil
+	return d.dir.Release()
 }
 
 // Run keeps the host equal to the wanted state until ctx ends, and then leaves
@@ -405,7 +268,8 @@ func (d *Daemon) Run(ctx context.Context) error {
 	l := newLoop(d)
 	g.Go(func() error { return l.run(ctx) })
 	g.Go(func() error { return l.rebinds(ctx) })
-	g.Go(func() error { return d.keep(ctx) })
+	g.Go(func() error { return d.wanted.Keep(ctx, func() { poke(d.wake) }) })
+	g.Go(func() error { return d.keepLearned(ctx) })
 	g.Go(func() error { return d.resolve(ctx) })
 	g.Go(func() error { return d.watch(ctx, d.opts.Host.Observer) })
 	if d.opts.Host.Others != nil {
@@ -416,7 +280,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 
 // compile compiles for the time now, and at less cost what before was compiled of, too.
 func (d *Daemon) compile(before *policy.Ruleset, m policy.Mesh, h policy.Host) (*policy.Ruleset, error) {
-	return before.Recompile(m, h, d.clock.now())
+	return before.Recompile(m, h, d.wanted.Now())
 }
 
 // condition returns what the loop found last, and a channel that is closed when

@@ -15,6 +15,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/owned"
 	"github.com/meshhelper/meshhelper/internal/plain"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // checkFlows tells which peer has come nearest to the bound of its flows.
@@ -76,7 +77,7 @@ const (
 // checks returns all checks. found are the problems that were found already, each of which
 // is in one check.
 func (d *Daemon) checks(c condition, found []host.Problem, folder api.Check) []api.Check {
-	doc := d.wanted.Load()
+	doc := d.wanted.Document()
 	wrong := func(name, otherwise string, is func(host.Problem) bool) (out []api.Check) {
 		found = slices.DeleteFunc(slices.Clone(found), func(p host.Problem) bool {
 			if is(p) {
@@ -162,7 +163,7 @@ func ChecksWithout(prefixes []netip.Prefix, interfaces []policy.Interface) (out 
 			out = append(out, c)
 			continue
 		}
-		overlaps := overlapProblems(r, &settings{})
+		overlaps := overlapProblems(r, &wanted.Settings{})
 		for _, p := range overlaps {
 			out = append(out, api.Check{Name: name, Message: p.Message, Hint: p.Hint})
 		}
@@ -181,7 +182,7 @@ func (d *Daemon) more(c condition, found []host.Problem) (out []host.Problem) {
 	if p := d.full.Load(); p != nil {
 		out = append(out, *p)
 	}
-	doc := d.wanted.Load()
+	doc := d.wanted.Document()
 	for _, check := range []api.Check{checkUplink(c), d.checkEndpoint(c, doc), d.checkNames(doc), d.checkClock(), checkFlows(c)} {
 		if !check.OK && !slices.ContainsFunc(found, func(p host.Problem) bool { return p.Message == check.Message }) {
 			out = append(out, host.Problem{Step: check.Name, Message: check.Message, Hint: check.Hint})
@@ -196,17 +197,17 @@ const tryLimit = 2 * time.Second
 // tryFolder writes a file into the state folder and removes it again, so that a disk that
 // is full or read-only is known before a change can't be saved.
 func (d *Daemon) tryFolder(ctx context.Context) api.Check {
-	dir := d.disk.store.dir
+	dir := d.opts.StateDir
 	check := api.Check{Name: checkFolder, Hint: folderHint(dir)}
 	limit, cancel := context.WithTimeout(ctx, tryLimit)
 	defer cancel()
-	j := d.disk.submit("try", func() error { return tryWrite(dir) })
+	j := d.wanted.Queue("try", func() error { return tryWrite(dir) })
 	select {
-	case <-j.done:
-		if check.OK = j.err == nil; check.OK {
+	case <-j.Done():
+		if check.OK = j.Err() == nil; check.OK {
 			check.Message = fmt.Sprintf("%s takes what is written", dir)
 		} else {
-			check.Message = fmt.Sprintf("nothing can be written into %q: %v", dir, j.err)
+			check.Message = fmt.Sprintf("nothing can be written into %q: %v", dir, j.Err())
 		}
 	case <-limit.Done():
 		check.Message = fmt.Sprintf("the disk of %q doesn't answer", dir)
@@ -221,8 +222,8 @@ func folderHint(dir string) string {
 // lookForRoom has the state folder's file system asked, without a write, whether it takes
 // anything, for status. The caller doesn't wait for the disk.
 func (d *Daemon) lookForRoom() {
-	dir := d.disk.store.dir
-	d.disk.submit("room", func() error {
+	dir := d.opts.StateDir
+	d.wanted.Queue("room", func() error {
 		err := roomIn(dir)
 		if d.full.Store(nil); err != nil {
 			d.full.Store(&host.Problem{Step: checkFolder, Message: fmt.Sprintf("nothing can be written into %q: %v", dir, err), Hint: folderHint(dir)})
@@ -279,9 +280,9 @@ func mayRoute(c condition) bool {
 }
 
 // checkEndpoint looks whether peers can reach this host where their configurations say.
-func (d *Daemon) checkEndpoint(c condition, doc *document) api.Check {
+func (d *Daemon) checkEndpoint(c condition, doc *wanted.Document) api.Check {
 	out := api.Check{Name: "endpoint", OK: true}
-	e := d.settings.Load().endpoint
+	e := d.wanted.Settings().Endpoint
 	own := hostAddresses(c.host)
 	if e.Host == "" {
 		a, ok := uplinkAddress(c.host)
@@ -345,7 +346,7 @@ func (d *Daemon) checkEndpoint(c condition, doc *document) api.Check {
 
 // aboutPrivate says of an endpoint at the host's private address a that devices elsewhere
 // don't reach it. Without a peer, nothing has to be reached yet.
-func (d *Daemon) aboutPrivate(out *api.Check, c condition, doc *document, what string, a netip.Addr) {
+func (d *Daemon) aboutPrivate(out *api.Check, c condition, doc *wanted.Document, what string, a netip.Addr) {
 	out.OK = len(doc.Peers) == 0
 	out.Message = what + " is private, and nothing is known to be forwarded to it: peers elsewhere don't reach this host"
 	out.Hint = fmt.Sprintf("forward UDP port %d on the router to %v, and tell the helper the router's name or public address: meshhelper settings endpoint HOST", c.listenPort, a)
@@ -389,7 +390,7 @@ func isPublic(a netip.Addr) bool {
 
 // heardFromOutside returns the public address of a peer that began to speak to this host,
 // which didn't know where the peer was.
-func (d *Daemon) heardFromOutside(c condition, doc *document) (netip.Addr, bool) {
+func (d *Daemon) heardFromOutside(c condition, doc *wanted.Document) (netip.Addr, bool) {
 	stats := c.numbers().tunnel
 	for i := range doc.Peers {
 		p := &doc.Peers[i]
@@ -401,7 +402,7 @@ func (d *Daemon) heardFromOutside(c condition, doc *document) (netip.Addr, bool)
 }
 
 // checkNames wants the names in peers' endpoints to resolve.
-func (d *Daemon) checkNames(doc *document) api.Check {
+func (d *Daemon) checkNames(doc *wanted.Document) api.Check {
 	out := api.Check{Name: "peers' endpoints", OK: true, Message: "none is a name that doesn't resolve"}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -436,7 +437,7 @@ func checkForwarding(c condition) api.Check {
 
 // checkClock compares the wall clock with the one that grants end by.
 func (d *Daemon) checkClock() api.Check {
-	behind := d.clock.now().Sub(d.opts.Wall())
+	behind := d.wanted.Now().Sub(d.opts.Wall())
 	return api.Check{
 		Name: "clock", OK: behind < minSleep,
 		Message: fmt.Sprintf("the wall clock is %v behind the last time that was saved", max(behind, 0).Round(1e9)),

@@ -16,6 +16,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // doctor returns the checks by name, and their names in order.
@@ -198,7 +199,7 @@ func TestDoctorFollowsTheEndpointSetting(t *testing.T) {
 			{"", "", "the uplink's address 192.168.1.7 is private", nil},
 		} {
 			r.resolveTo(c.resolved)
-			s := r.mustSet(SettingEndpoint, c.value)
+			s := r.mustSet(wanted.SettingEndpoint, c.value)
 			if !s.Already && !slices.Equal(s.Outdated, []string{"phone", "nas"}) {
 				t.Errorf("%q: outdated %q", c.value, s.Outdated)
 			}
@@ -216,7 +217,7 @@ func TestDoctorFollowsTheEndpointSetting(t *testing.T) {
 				t.Errorf("%q: outside %v", c.value, outside)
 			}
 		}
-		if s := r.mustSet(SettingName, "home"); s.Outdated != nil {
+		if s := r.mustSet(wanted.SettingName, "home"); s.Outdated != nil {
 			t.Errorf("the name makes configurations outdated: %q", s.Outdated)
 		}
 	})

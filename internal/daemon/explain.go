@@ -85,13 +85,13 @@ func (d *Daemon) Explain(ctx context.Context, q api.Question) (api.Explanation, 
 	if c.ruleset == nil {
 		return api.Explanation{}, api.Errorf(api.CodeNotReady, "the host wasn't observed yet").WithHint("see `meshhelper status`")
 	}
-	doc := d.wanted.Load()
-	i, err := doc.find(q.Peer)
+	doc := d.wanted.Document()
+	i, err := doc.Find(q.Peer)
 	if err != nil {
 		return api.Explanation{}, err
 	}
 	q.Peer = doc.Peers[i].Name
-	a, err := ask(c.ruleset.At(d.clock.now()), q)
+	a, err := ask(c.ruleset.At(d.wanted.Now()), q)
 	if err != nil {
 		return api.Explanation{}, err
 	}

@@ -7,6 +7,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // gate owns the guard. What the guard judges by is the less of two: what the loop
@@ -24,8 +25,8 @@ type gate struct {
 	mu     sync.Mutex
 	guard  *guard.Device // nil before there is a mesh interface
 	rules  *policy.Ruleset
-	of     *document // that rules are of
-	wanted *document
+	of     *wanted.Document // that rules are of
+	wanted *wanted.Document
 	// judged is what the guard was given last; nil while nothing passes.
 	judged *policy.Ruleset
 }
@@ -40,7 +41,7 @@ func (g *gate) use(d *guard.Device) {
 
 // set is for the loop: r, of the wanted state doc, is enforced, as far as it is still
 // wanted; nil lets nothing pass.
-func (g *gate) set(r *policy.Ruleset, doc *document) {
+func (g *gate) set(r *policy.Ruleset, doc *wanted.Document) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.rules, g.of = r, doc
@@ -63,7 +64,7 @@ func (g *gate) give(r *policy.Ruleset) {
 
 // limit takes what is wanted now. When it returns, the guard lets nothing pass that
 // doc doesn't allow.
-func (g *gate) limit(doc *document) {
+func (g *gate) limit(doc *wanted.Document) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.wanted = doc
@@ -108,10 +109,10 @@ func (g *gate) apply() {
 // peers that doc has no more, or with other addresses, are left out, and of two ends
 // of a permission the earlier counts. What is kept from leaving to removed peers is doc's,
 // where that is all of m's and more: then the loop compiles the same mesh next.
-func within(m policy.Mesh, doc *document) (out policy.Mesh, less bool) {
-	find := doc.finder()
+func within(m policy.Mesh, doc *wanted.Document) (out policy.Mesh, less bool) {
+	find := doc.Finder()
 	out = m
-	if f := doc.former(); len(f) > len(m.Former) && slices.Equal(f[:len(m.Former)], m.Former) {
+	if f := doc.FormerAddresses(); len(f) > len(m.Former) && slices.Equal(f[:len(m.Former)], m.Former) {
 		out.Former = f
 	}
 	out.Peers = make([]mesh.Peer, 0, len(m.Peers))

@@ -21,11 +21,12 @@ import (
 	"github.com/meshhelper/meshhelper/internal/logfile"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // countingDisk counts what is written, by the files' names.
 type countingDisk struct {
-	fileSystem
+	wanted.FileSystem
 	mu    sync.Mutex
 	files map[string]int
 	bytes int
@@ -35,14 +36,14 @@ func (c *countingDisk) WriteTemp(dir, name string, content []byte) (string, erro
 	c.mu.Lock()
 	c.bytes += len(content)
 	c.mu.Unlock()
-	return c.fileSystem.WriteTemp(dir, name, content)
+	return c.FileSystem.WriteTemp(dir, name, content)
 }
 
 func (c *countingDisk) Rename(from, to string) error {
 	c.mu.Lock()
 	c.files[filepath.Base(to)]++
 	c.mu.Unlock()
-	return c.fileSystem.Rename(from, to)
+	return c.FileSystem.Rename(from, to)
 }
 
 // TestOneTimedGrantWritesLittle lets a permission of one peer among many run for an
@@ -53,15 +54,15 @@ func TestOneTimedGrantWritesLittle(t *testing.T) {
 			r.add(fmt.Sprint("p", i))
 		}
 		r.mustAllow("p1", "routing", "2h")
-		disk := &countingDisk{fileSystem: diskFiles{}, files: map[string]int{}}
+		disk := &countingDisk{FileSystem: wanted.DiskFiles{}, files: map[string]int{}}
 		r.setDisk(disk)
 		r.after(time.Hour)
 		disk.mu.Lock()
 		defer disk.mu.Unlock()
-		if n := disk.files[clockFile]; n < 50 || n > 61 || len(disk.files) != 1 {
+		if n := disk.files[wanted.ClockFile]; n < 50 || n > 61 || len(disk.files) != 1 {
 			t.Errorf("written in an hour: %v", disk.files)
 		}
-		if disk.bytes > 61*maxMark {
+		if disk.bytes > 61*256 {
 			t.Errorf("%d bytes in an hour", disk.bytes)
 		}
 	})
@@ -74,7 +75,7 @@ func TestMark(t *testing.T) {
 		do   func(path string) error
 		left time.Duration // of 2h, after 1h
 	}{
-		"as written":  {func(string) error { return nil }, time.Hour + clockInterval},
+		"as written":  {func(string) error { return nil }, time.Hour + wanted.ClockInterval},
 		"gone":        {os.Remove, 2 * time.Hour},
 		"garbage":     {func(p string) error { return os.WriteFile(p, []byte("{"), 0o600) }, 2 * time.Hour},
 		"too long":    {func(p string) error { return os.WriteFile(p, make([]byte, 1<<20), 0o600) }, 2 * time.Hour},
@@ -89,29 +90,18 @@ func TestMark(t *testing.T) {
 				r.mustAllow("phone", "routing", "2h")
 				r.after(time.Hour)
 				r.stop()
-				if err := c.do(filepath.Join(r.dir, clockFile)); err != nil {
+				if err := c.do(filepath.Join(r.dir, wanted.ClockFile)); err != nil {
 					t.Fatal(err)
 				}
 				r.setWall(-100 * time.Hour)
 				r.start()
-				r.after(c.left - 2*clockInterval)
+				r.after(c.left - 2*wanted.ClockInterval)
 				r.wantLoaded("phone", mesh.Routing)
-				r.after(2*clockInterval + DefaultTick)
+				r.after(2*wanted.ClockInterval + DefaultTick)
 				r.wantLoaded("phone", 0)
 			})
 		})
 	}
-}
-
-func FuzzMark(f *testing.F) {
-	f.Add([]byte(`{"saved":"2026-01-02T15:04:05Z"}`))
-	f.Add([]byte(`{"saved":1}`))
-	f.Fuzz(func(t *testing.T, text []byte) {
-		at, err := decodeMark(text)
-		if err != nil && !at.IsZero() {
-			t.Errorf("%v with an error", at)
-		}
-	})
 }
 
 // TestLearned restarts the helper: the tunnel gets a peer with the endpoint where it
@@ -135,10 +125,10 @@ func TestLearned(t *testing.T) {
 			r.tunnel.mu.Lock()
 			defer r.tunnel.mu.Unlock()
 			out := map[string]string{}
-			doc := r.d.wanted.Load()
+			doc := r.d.wanted.Document()
 			for _, p := range r.tunnel.peers {
 				if p.Learned.IsValid() {
-					out[doc.Peers[doc.byKey(p.PublicKey)].Name] = p.Learned.String()
+					out[doc.Peers[doc.ByKey(p.PublicKey)].Name] = p.Learned.String()
 				}
 			}
 			return out
@@ -181,22 +171,6 @@ func TestLearned(t *testing.T) {
 		r.start() // it is never needed
 		if got := learned(); len(got) != 0 {
 			t.Errorf("learned %v of garbage", got)
-		}
-	})
-}
-
-// TestKeeperAsksNothing has many changes wake the keeper: the tunnel isn't asked each time
-// where peers were heard, for the loop notes that.
-func TestKeeperAsksNothing(t *testing.T) {
-	inBubble(t, func(t *testing.T, r *rig) {
-		r.add("phone")
-		k := keeper{d: r.d, again: newBackoff()}
-		before := r.tunnel.asked
-		for range 10 {
-			k.look()
-		}
-		if got := r.tunnel.asked - before; got != 0 {
-			t.Errorf("asked %d times", got)
 		}
 	})
 }
@@ -305,18 +279,12 @@ func TestResolverOneNameStuck(t *testing.T) {
 		o.Logger = slog.New(slog.NewTextHandler(logged, nil))
 		r.startWith(o)
 		defer r.end()
-		_, err := r.d.decide(t.Context(), func(doc *document, now time.Time) (mesh.PublicKey, error) {
-			for i := range 300 {
-				p, err := r.d.newPeer(doc, api.NewPeer{Name: fmt.Sprint("s", i), PublicKey: keyOf(fmt.Sprint("s", i)), Endpoint: fmt.Sprintf("stuck%d.example:1", i)}, now)
-				if err != nil || doc.byAddress(p.Addresses[0]) >= 0 {
-					continue // a derived address that is taken or reserved
-				}
-				doc.Peers = append(doc.Peers, *p)
-			}
-			return doc.Peers[0].PublicKey, nil
-		})
-		if err != nil {
-			t.Fatal(err)
+		for i := range 300 { // but for those whose derived address is taken or reserved
+			name := fmt.Sprint("s", i)
+			_, _ = r.d.wanted.AddPeer(t.Context(), api.NewPeer{Name: name, PublicKey: keyOf(name), Endpoint: fmt.Sprintf("stuck%d.example:1", i)})
+		}
+		if n := len(r.d.wanted.Document().Peers); n < 250 {
+			t.Fatalf("only %d peers", n)
 		}
 		r.after(time.Minute + time.Second) // all have failed once, and are tried again
 		if _, err := r.d.AddPeer(t.Context(), api.NewPeer{Name: "mac", PublicKey: keyOf("mac"), Endpoint: "good.example:7"}); err != nil {
@@ -395,10 +363,10 @@ func TestEachFullDiskIsTold(t *testing.T) {
 		r.add("phone")
 		r.mustAllow("phone", "routing", "")
 		for n, permission := range []string{"routing", "lan"} {
-			r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
+			r.setDisk(&brokenDisk{FileSystem: wanted.DiskFiles{}})
 			_, err := r.deny("phone", permission)
 			wantCode(t, err, api.CodeNotSaved)
-			r.setDisk(diskFiles{})
+			r.setDisk(wanted.DiskFiles{})
 			r.mustAllow("phone", "lan", "")
 			r.after(time.Minute)
 			if p, f := r.events(events.Problem), r.events(events.Repair); len(p) != n+1 || len(f) != n+1 {
@@ -412,10 +380,10 @@ func TestEachFullDiskIsTold(t *testing.T) {
 func TestLearnedIsSavedAgain(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
-		r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
+		r.setDisk(&brokenDisk{FileSystem: wanted.DiskFiles{}})
 		r.tunnel.setStats(keyOf("phone"), tunnel.PeerStats{LastHandshake: time.Now(), Endpoint: netip.MustParseAddrPort("203.0.113.9:1")})
 		r.after(learnInterval + DefaultTick)
-		r.setDisk(diskFiles{})
+		r.setDisk(wanted.DiskFiles{})
 		r.after(2 * (learnInterval + DefaultTick))
 		r.stop()
 		if text := contents(t, r.dir)[learnedFile]; !strings.Contains(text, "203.0.113.9:1") {

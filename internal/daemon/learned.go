@@ -28,7 +28,7 @@ func (d *Daemon) openLearned() {
 
 // note notes where peers were heard, and what was counted of them.
 func (d *Daemon) note(n numbers) {
-	doc := d.wanted.Load()
+	doc := d.wanted.Document()
 	keys := make([]mesh.PublicKey, len(doc.Peers))
 	for i := range doc.Peers {
 		keys[i] = doc.Peers[i].PublicKey
@@ -49,13 +49,34 @@ func countedOf(s tunnel.PeerStats, g guard.PeerStats) learned.Totals {
 
 // saveLearned has what was learned saved.
 func (d *Daemon) saveLearned() {
-	d.disk.submit("learned", func() error {
+	d.wanted.Queue("learned", func() error {
 		err := d.learned.Save(func(content []byte) error {
-			return d.disk.store.replace(context.Background(), content, learnedFile)
+			return d.wanted.Write(content, learnedFile)
 		})
 		if err != nil {
 			d.opts.Logger.Info(err.Error())
 		}
 		return err
 	})
+}
+
+// keepLearned has what was learned saved now and then, where it changed.
+func (d *Daemon) keepLearned(ctx context.Context) error {
+	for sleep(ctx, learnInterval) {
+		if d.learned.Changed() {
+			d.saveLearned()
+		}
+	}
+	return nil
+}
+
+// finish waits, for a moment, until what isn't on disk is.
+func (d *Daemon) finish() {
+	limit, cancel := context.WithTimeout(context.Background(), flushLimit)
+	defer cancel()
+	if d.learned.Changed() {
+		d.saveLearned()
+	}
+	d.wanted.Flush(limit)
+	d.journal.Flush(limit.Done())
 }

@@ -7,6 +7,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/learned"
+	"github.com/meshhelper/meshhelper/internal/retry"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
@@ -105,7 +106,7 @@ func TestCountsOutlastTheTunnel(t *testing.T) {
 		r.after(time.Minute)
 		want("without a tunnel", 1000)
 		r.portTaken.Store(false)
-		r.after(newBackoff().max)
+		r.after(retry.New().Max)
 		if r.tunnel == old {
 			t.Fatal("no new tunnel")
 		}

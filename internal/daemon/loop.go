@@ -18,7 +18,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/retry"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 const (
@@ -76,7 +78,7 @@ type loop struct {
 	report   host.Report
 	problems []host.Problem
 	repairs  uint64
-	wait     backoff
+	wait     retry.Backoff
 	due      time.Time
 	took     time.Duration // by the last round
 
@@ -86,13 +88,13 @@ type loop struct {
 	// ruleset overlapsOf and the settings overlapsBy, and what peers' outer addresses add.
 	overlaps, byPrefix []host.Problem
 	overlapsOf         *policy.Ruleset
-	overlapsBy         *settings
+	overlapsBy         *wanted.Settings
 	// told are the problems that an event told of, and when they were last found.
 	told map[host.Problem]time.Time
 }
 
 func newLoop(d *Daemon) *loop {
-	return &loop{d: d, wait: newBackoff(), rebind: make(chan Tunnel, 1), told: map[host.Problem]time.Time{}}
+	return &loop{d: d, wait: retry.New(), rebind: make(chan Tunnel, 1), told: map[host.Problem]time.Time{}}
 }
 
 // run is the loop. The first round must make the mesh interface: a host where
@@ -142,7 +144,7 @@ func (l *loop) next(ctx context.Context) bool {
 func (l *loop) expedite() {
 	soon := max(settle, min(restFactor*l.took, restMost))
 	if l.held == 0 {
-		soon = l.wait.min
+		soon = l.wait.Min
 	}
 	if due := time.Now().Add(soon); due.Before(l.due) {
 		l.due = due
@@ -158,7 +160,7 @@ func (l *loop) open(ctx context.Context) error {
 	limit, cancel := context.WithTimeout(ctx, stepLimit)
 	defer cancel()
 	dev, err := o.Host.Link.Open(limit, host.Interface{
-		Name: o.Interface, MTU: o.MTU, Addresses: l.d.mesh.own.List(), Prefixes: l.d.mesh.list(),
+		Name: o.Interface, MTU: o.MTU, Addresses: l.d.id.Own.List(), Prefixes: l.d.id.List(),
 	})
 	if err != nil {
 		return fmt.Errorf("open mesh interface: %w", err)
@@ -170,12 +172,12 @@ func (l *loop) open(ctx context.Context) error {
 	}
 	l.limits = o.Host.Enforcer.Limits()
 	l.guard = guard.New(dev, guard.Options{ // nothing passes yet
-		Own: l.d.mesh.own.List(), States: l.limits.States, PerForwarded: l.limits.PerForwarded,
+		Own: l.d.id.Own.List(), States: l.limits.States, PerForwarded: l.limits.PerForwarded,
 		Reassembly: l.limits.Reassembly, ClearDF: l.limits.DropsDF,
-		Clock: l.d.clock.now,
+		Clock: l.d.wanted.Now,
 	})
 	l.d.gate.use(l.guard)
-	tunnel, err := l.d.opts.NewTunnel(l.guard, l.d.key, l.port())
+	tunnel, err := l.d.opts.NewTunnel(l.guard, l.d.wanted.Key(), l.port())
 	if err != nil {
 		return err // NewTunnel closed dev
 	}
@@ -210,7 +212,7 @@ func (l *loop) dropTunnel() {
 func (l *loop) round(ctx context.Context) {
 	began := time.Now()
 	defer func() { l.took = time.Since(began) }()
-	doc := l.d.expire()
+	doc := l.d.wanted.Expire()
 	l.problems, l.blind = nil, false
 	err := l.hold(ctx, doc)
 	switch {
@@ -225,7 +227,7 @@ func (l *loop) round(ctx context.Context) {
 }
 
 // hold enforces doc, or checks that it still is.
-func (l *loop) hold(ctx context.Context, doc *document) error {
+func (l *loop) hold(ctx context.Context, doc *wanted.Document) error {
 	if err := l.open(ctx); err != nil {
 		return err
 	}
@@ -251,7 +253,7 @@ func (l *loop) hold(ctx context.Context, doc *document) error {
 	if l.current != nil && pathOf(host) != pathOf(l.host) {
 		l.wakePeers()
 	}
-	r, err := l.d.compile(cmp.Or(l.d.gate.inForce(), l.current), doc.policyMesh(l.d.mesh, port, true), host)
+	r, err := l.d.compile(cmp.Or(l.d.gate.inForce(), l.current), policyMesh(doc, l.d.id, port, true), host)
 	if err != nil {
 		return err
 	}
@@ -269,7 +271,7 @@ func (l *loop) observe(ctx context.Context) (policy.Host, error) {
 	defer cancel()
 	host, err := l.d.opts.Host.Observer.Observe(ctx)
 	// Where peers are told to reach this host are its addresses from outside.
-	endpoint := l.d.settings.Load().endpoint
+	endpoint := l.d.wanted.Settings().Endpoint
 	host.OutsidePort = endpoint.Port
 	if a, notAddr := netip.ParseAddr(endpoint.Host); notAddr == nil {
 		host.Outside = append(host.Outside, a.Unmap())
@@ -323,7 +325,7 @@ func (l *loop) withoutTakeovers(peers []tunnel.Peer) []tunnel.Peer {
 // old policy while the packet filter is changed; then the filter, read back;
 // then the running flows that r refuses. While the host is closed the guard is
 // last, so that it stays closed until the filter is known to hold.
-func (l *loop) enforce(ctx context.Context, r *policy.Ruleset, doc *document) error {
+func (l *loop) enforce(ctx context.Context, r *policy.Ruleset, doc *wanted.Document) error {
 	l.narrow(r)
 	if l.held != 0 {
 		l.d.gate.set(r, doc)
@@ -450,7 +452,7 @@ func (l *loop) cut(ctx context.Context, r *policy.Ruleset) error {
 }
 
 // check looks whether what is enforced still is, and puts it right.
-func (l *loop) check(ctx context.Context, doc *document) error {
+func (l *loop) check(ctx context.Context, doc *wanted.Document) error {
 	if err := l.inspect(ctx, l.current); err != nil {
 		// As in hold: a look that fails closes nothing.
 		l.addProblem(err)
@@ -497,14 +499,14 @@ func (l *loop) recordRepairs(drift []host.Problem) {
 // fail closes: what can't be held as wanted is held without permissions, which
 // any filter that works at all can do. What failed may have used up its time; closing
 // has its own.
-func (l *loop) fail(ctx context.Context, doc *document, cause error) {
+func (l *loop) fail(ctx context.Context, doc *wanted.Document, cause error) {
 	l.held = 0
 	l.addProblem(cause)
 	l.d.gate.set(nil, doc)
 	if l.current == nil || l.tunnel == nil {
 		return // nothing was opened, or there is nothing to come from
 	}
-	closed, err := l.d.compile(l.current, doc.policyMesh(l.d.mesh, l.tunnel.ListenPort(), false), l.host)
+	closed, err := l.d.compile(l.current, policyMesh(doc, l.d.id, l.tunnel.ListenPort(), false), l.host)
 	if err == nil {
 		err = l.enforce(ctx, closed, doc)
 	}
@@ -565,13 +567,13 @@ func problemOf(err error) host.Problem {
 func (l *loop) schedule(well bool) {
 	wait := l.d.opts.Tick
 	if well {
-		l.wait.reset()
+		l.wait.Reset()
 	} else {
-		wait = l.wait.next()
+		wait = l.wait.Next()
 	}
 	if l.wanted != nil {
 		// An end in the past is of a ruleset that couldn't be compiled anew.
-		if left := l.wanted.Expires().Sub(l.d.clock.now()); left > 0 {
+		if left := l.wanted.Expires().Sub(l.d.wanted.Now()); left > 0 {
 			wait = min(wait, left)
 		}
 	}
@@ -683,4 +685,23 @@ func (l *loop) rebinds(ctx context.Context) error {
 			}
 		}
 	}
+}
+
+// policyMesh returns the mesh to compile, for WireGuard at a UDP port. Without
+// grants, nothing opens.
+func policyMesh(doc *wanted.Document, m wanted.Identity, listenPort uint16, withGrants bool) policy.Mesh {
+	out := policy.Mesh{
+		Prefixes:   m.List(),
+		Addresses:  m.Own.List(),
+		Former:     doc.FormerAddresses(),
+		Peers:      doc.Peers, // never changed once published
+		ListenPort: listenPort,
+	}
+	if !withGrants {
+		out.Peers = slices.Clone(out.Peers)
+		for i := range out.Peers {
+			out.Peers[i].Permissions = mesh.Grants{}
+		}
+	}
+	return out
 }

@@ -18,7 +18,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/retry"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 func TestToggle(t *testing.T) {
@@ -124,7 +126,7 @@ func TestGuard(t *testing.T) {
 			t.Errorf("a packet passes while the host is closed: %v", got)
 		}
 		broken.Store(false)
-		r.after(newBackoff().max)
+		r.after(retry.New().Max)
 		if !passes() {
 			t.Error("no packet passes after the host recovered")
 		}
@@ -220,7 +222,7 @@ func TestExpiryAcrossRestart(t *testing.T) {
 		{"half an hour later", 30 * time.Minute, 0, 30 * time.Minute},
 		{"after the end", 2 * time.Hour, 0, 0},
 		// Behind the last time saved counts as that: what ran by then is over.
-		{"clock set back", 0, -100 * time.Hour, time.Hour + clockInterval},
+		{"clock set back", 0, -100 * time.Hour, time.Hour + wanted.ClockInterval},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, r *rig) {
@@ -246,7 +248,7 @@ func TestExpiryWithoutDisk(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
 		r.mustAllow("phone", "routing", "2h")
-		r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
+		r.setDisk(&brokenDisk{FileSystem: wanted.DiskFiles{}})
 		r.after(2*time.Hour + DefaultTick)
 		r.wantLoaded("phone", 0)
 		if len(r.events(events.Problem)) == 0 {
@@ -291,7 +293,7 @@ func TestClosed(t *testing.T) {
 					t.Errorf("tried %d times in two minutes", n)
 				}
 				broken.Store(false)
-				r.after(newBackoff().max)
+				r.after(retry.New().Max)
 				if s := r.d.Status(); s.State != api.Enforcing || s.Enforced != s.Generation || len(s.Problems) != 0 {
 					t.Errorf("afterwards: state %s, enforced %d of %d, problems %v", s.State, s.Enforced, s.Generation, s.Problems)
 				}
@@ -328,7 +330,7 @@ func TestLookThatFails(t *testing.T) {
 					r.wantLoaded("phone", 0)
 				}
 				r.host.SetFault(nil)
-				r.after(newBackoff().max)
+				r.after(retry.New().Max)
 				if s := r.d.Status(); s.State != api.Enforcing || len(s.Problems) != 0 {
 					t.Errorf("afterwards: state %s, problems %v", s.State, s.Problems)
 				}
@@ -383,7 +385,7 @@ func TestCloseOnWidening(t *testing.T) {
 		fail := readTries
 		r.host.SetFault(func(step string) error {
 			// Only what has permissions is refused, as by a full set.
-			if fail > 0 && step == "inspect" && r.d.wanted.Load().Generation == 4 {
+			if fail > 0 && step == "inspect" && r.d.wanted.Document().Generation == 4 {
 				fail--
 				return errors.New("not as enforced")
 			}
@@ -555,28 +557,6 @@ func TestRemovedStaysIn(t *testing.T) {
 	})
 }
 
-// TestRemovedBounded removes more peers than are remembered: the oldest go.
-func TestRemovedBounded(t *testing.T) {
-	doc := &document{Version: documentVersion}
-	start := time.Unix(1e9, 0)
-	v4, v6 := netip.MustParseAddr("100.64.0.0"), netip.MustParseAddr("fd6d:6573:6800::")
-	for i := range maxRemoved + 10 {
-		v4, v6 = v4.Next(), v6.Next()
-		before := &document{Peers: []mesh.Peer{{Addresses: mesh.Addresses{v4, v6}}}}
-		doc.retire(before, start.Add(time.Duration(i)*time.Second))
-	}
-	if n := len(doc.Removed); n != maxRemoved || doc.Removed[n-1].Addresses[0] != v4 {
-		t.Errorf("%d removed, the last is %v", n, doc.Removed[n-1])
-	}
-	if err := doc.validate(); err != nil {
-		t.Error(err)
-	}
-	doc.retire(&document{}, start.Add(removedFor+time.Hour))
-	if n := len(doc.Removed); n != maxRemoved+10-3601 {
-		t.Errorf("%d left a day and an hour after the first", n)
-	}
-}
-
 // TestForeign shows what stands in the way and isn't ours.
 func TestForeign(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
@@ -602,7 +582,7 @@ func TestTunnelDies(t *testing.T) {
 			t.Errorf("state %s, problems %v", s.State, s.Problems)
 		}
 		r.portTaken.Store(false)
-		r.after(newBackoff().max)
+		r.after(retry.New().Max)
 		if r.tunnel == old || len(r.tunnel.peers) != 1 {
 			t.Fatal("no new tunnel with the peer")
 		}

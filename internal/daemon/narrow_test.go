@@ -20,22 +20,23 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // frozenDisk is a disk that doesn't answer, as a file system does after fsfreeze(8),
 // until it thaws.
 type frozenDisk struct {
-	fileSystem
+	wanted.FileSystem
 	thawed chan struct{}
 }
 
 func newFrozenDisk() *frozenDisk {
-	return &frozenDisk{diskFiles{}, make(chan struct{})}
+	return &frozenDisk{wanted.DiskFiles{}, make(chan struct{})}
 }
 
 func (f *frozenDisk) WriteTemp(dir, name string, content []byte) (string, error) {
 	<-f.thawed
-	return f.fileSystem.WriteTemp(dir, name, content)
+	return f.FileSystem.WriteTemp(dir, name, content)
 }
 
 // passes reports whether a packet of the peer to the internet passes the guard.
@@ -48,11 +49,11 @@ func (r *rig) passes(p api.Peer) bool {
 // onDisk returns what a restart would find of a peer.
 func (r *rig) onDisk(name string) (p mesh.Peer, ok bool) {
 	r.t.Helper()
-	doc, err := readDocument(filepath.Join(r.dir, stateFile))
+	doc, err := wanted.ReadDocument(filepath.Join(r.dir, wanted.StateFile))
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	if i := doc.byName(name); i >= 0 {
+	if i := doc.ByName(name); i >= 0 {
 		return doc.Peers[i], true
 	}
 	return mesh.Peer{}, false
@@ -91,7 +92,7 @@ var takings = map[string]func(*rig) error{
 // is answered in time, and it says what doesn't hold.
 func TestNarrowingDoesntWait(t *testing.T) {
 	full := func(r *rig) func() {
-		r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
+		r.setDisk(&brokenDisk{FileSystem: wanted.DiskFiles{}})
 		return func() {}
 	}
 	frozen := func(r *rig) func() {
@@ -172,7 +173,7 @@ func TestNarrowingDoesntWait(t *testing.T) {
 						}
 					}
 					end()
-					r.setDisk(diskFiles{})
+					r.setDisk(wanted.DiskFiles{})
 					r.after(2 * time.Minute)
 					if r.passes(phone) {
 						t.Error("a packet passes after everything is well again")
@@ -197,7 +198,7 @@ func TestNarrowingDoesntWait(t *testing.T) {
 func TestKeyChangeIsWhole(t *testing.T) {
 	for name, stick := range map[string]func(*rig) (end func()){
 		"full disk": func(r *rig) func() {
-			r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
+			r.setDisk(&brokenDisk{FileSystem: wanted.DiskFiles{}})
 			return func() {}
 		},
 		"frozen disk": func(r *rig) func() {
@@ -246,7 +247,7 @@ func TestKeyChangeIsWhole(t *testing.T) {
 							t.Errorf("state %s, enforced %d of %d", s.State, s.Enforced, s.Generation)
 						}
 						end()
-						r.setDisk(diskFiles{})
+						r.setDisk(wanted.DiskFiles{})
 						r.after(2 * time.Minute)
 						if kept, ok := r.onDisk(name); !ok || kept.PublicKey.String() != keyOf("new phone") || !kept.Permissions.Of(mesh.Routing).Allowed || kept.Permissions.Of(mesh.LAN).Allowed {
 							t.Errorf("on disk: %+v, %v", kept, ok)
@@ -266,12 +267,12 @@ func TestRemoveAgainSaves(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
 		r.mustAllow("phone", "routing", "")
-		r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
+		r.setDisk(&brokenDisk{FileSystem: wanted.DiskFiles{}})
 		for range 3 {
 			_, err := r.d.RemovePeer(t.Context(), "phone")
 			wantCode(t, err, api.CodeNotSaved)
 		}
-		r.setDisk(diskFiles{})
+		r.setDisk(wanted.DiskFiles{})
 		_, err := r.d.RemovePeer(t.Context(), "phone")
 		wantCode(t, err, api.CodeAlreadyRemoved)
 		if _, found := r.onDisk("phone"); found {
@@ -285,7 +286,7 @@ func TestDenyAgainSaves(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
 		r.mustAllow("phone", "routing", "")
-		r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
+		r.setDisk(&brokenDisk{FileSystem: wanted.DiskFiles{}})
 		for range 3 {
 			_, err := r.deny("phone", "routing")
 			wantCode(t, err, api.CodeNotSaved)
@@ -294,7 +295,7 @@ func TestDenyAgainSaves(t *testing.T) {
 		if p, _ := r.onDisk("phone"); !p.Permissions.Of(mesh.Routing).Allowed {
 			t.Fatal("a full disk took it")
 		}
-		r.setDisk(diskFiles{})
+		r.setDisk(wanted.DiskFiles{})
 		if changed, err := r.deny("phone", "routing"); err != nil || !changed.Already {
 			t.Errorf("once more: already %v, error %v", changed.Already, err)
 		}
@@ -314,7 +315,7 @@ func TestFullDiskForLong(t *testing.T) {
 		r.add("phone")
 		r.mustAllow("phone", "routing", "10m")
 		r.mustAllow("phone", "incoming", "50m")
-		r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
+		r.setDisk(&brokenDisk{FileSystem: wanted.DiskFiles{}})
 		r.after(time.Hour)
 		r.wantLoaded("phone", 0)
 		if got := r.events(events.Problem); len(got) > 2 {
@@ -323,7 +324,7 @@ func TestFullDiskForLong(t *testing.T) {
 		if got := r.d.Status().Problems; len(got) != 1 {
 			t.Errorf("problems %v", got)
 		}
-		r.setDisk(diskFiles{})
+		r.setDisk(wanted.DiskFiles{})
 		r.after(time.Minute)
 		if got := r.d.Status().Problems; len(got) != 0 {
 			t.Errorf("problems that stay: %v", got)
@@ -391,11 +392,10 @@ func TestOlderRulesetStaysOut(t *testing.T) {
 							_, err := r.deny("phone", "routing")
 							denied <- err
 						}()
-						for r.d.wanted.Load().Peers[0].Permissions.Of(mesh.Routing).Allowed {
+						for r.d.wanted.Document().Peers[0].Permissions.Of(mesh.Routing).Allowed {
 							time.Sleep(time.Millisecond)
 						}
-						r.d.changing.Lock()
-						r.d.changing.Unlock() //lint:ignore SA2001 the guard is narrow when it is free again
+						r.d.wanted.Expire() // waits for the change: the guard is narrow then
 						begun.Store(true)
 						if r.passes(phone) {
 							late.Add(1)
@@ -424,26 +424,26 @@ func TestGateIsTheLess(t *testing.T) {
 		r.mustAllow("phone", "routing", "")
 		rng := rand.New(rand.NewPCG(1, 2))
 		var rules []*policy.Ruleset
-		var docs []*document
+		var docs []*wanted.Document
+		last := r.d.wanted.Document()
 		for range 500 {
-			r.d.changing.Lock()
-			doc := r.d.wanted.Load().clone()
+			doc := last.Clone()
 			doc.Generation++
 			doc.Peers[0].Permissions.Of(mesh.Routing).Allowed = rng.IntN(2) == 0
 			if rng.IntN(5) == 0 {
 				slices.Reverse(doc.Peers)
 			}
-			r.d.publishWanted(doc)
-			r.d.changing.Unlock()
-			compiled, err := policy.Compile(doc.policyMesh(r.d.mesh, 51820, true), r.host.Loaded().Host(), r.d.clock.now())
+			r.d.gate.limit(doc)
+			last = doc
+			compiled, err := policy.Compile(policyMesh(doc, r.d.id, 51820, true), r.host.Loaded().Host(), r.d.wanted.Now())
 			if err != nil {
 				t.Fatal(err)
 			}
 			rules, docs = append(rules, compiled), append(docs, doc)
 			i := rng.IntN(len(rules))
 			r.d.gate.set(rules[i], docs[i])
-			at := doc.byName("phone")
-			old := docs[i].Peers[docs[i].byName("phone")].Permissions.Of(mesh.Routing).Allowed
+			at := doc.ByName("phone")
+			old := docs[i].Peers[docs[i].ByName("phone")].Permissions.Of(mesh.Routing).Allowed
 			if want := doc.Peers[at].Permissions.Of(mesh.Routing).Allowed && old; r.passes(phone) != want {
 				t.Fatalf("passes %v, wanted %v, enforced %v", !want, doc.Peers[at].Permissions.Of(mesh.Routing).Allowed, old)
 			}
@@ -625,7 +625,7 @@ func TestFilterAway(t *testing.T) {
 		phone := r.add("phone")
 		r.mustAllow("phone", "routing", "")
 		r.mustAllow("phone", "incoming", "")
-		own := r.d.mesh.own[0]
+		own := r.d.id.Own[0]
 		toHost := func() bool {
 			before := r.host.Delivered()
 			r.tunnel.dev.Write([][]byte{packetTo(phone.Addresses[0], own)}, 0)
@@ -642,7 +642,7 @@ func TestFilterAway(t *testing.T) {
 				defer mu.Unlock()
 				routed, local = append(routed, r.passes(phone)), append(local, toHost())
 				c, _ := r.d.condition()
-				cut = append(cut, c.guard.Stats()[r.d.wanted.Load().Peers[0].PublicKey].Cut > 0)
+				cut = append(cut, c.guard.Stats()[r.d.wanted.Document().Peers[0].PublicKey].Cut > 0)
 			}
 			return nil
 		})

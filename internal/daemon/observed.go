@@ -47,7 +47,7 @@ func (l *loop) look() {
 	}
 	l.seen.guard = n.guard
 	l.d.note(n)
-	peers := l.d.wanted.Load().Peers
+	peers := l.d.wanted.Document().Peers
 	l.lookAtPrefixes(peers, n)
 	l.recordHandshakes(peers, n)
 	l.tellRefused(peers, n, now)

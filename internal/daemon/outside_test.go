@@ -14,6 +14,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/learned"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // TestOwnAddressFromOutside tells the helper where peers reach this host, by address and
@@ -89,11 +90,11 @@ func (r *rig) wantOutside(about, want string) {
 func TestOutsideOutlastsSilence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
-		named := map[string]string{SettingEndpoint: "home.example"}
+		named := map[string]string{wanted.SettingEndpoint: "home.example"}
 		begin := func() {
 			o := r.options()
 			o.Endpoint.Host = "home.example"
-			o.Settings = StartSettings{Given: named}
+			o.Settings = wanted.StartSettings{Given: named}
 			r.startWith(o)
 		}
 		begin()
@@ -135,11 +136,11 @@ func TestOutsideOutlastsSilence(t *testing.T) {
 		}
 		r.end()
 		// Another name's addresses don't count.
-		named[SettingEndpoint] = "other.example"
+		named[wanted.SettingEndpoint] = "other.example"
 		r.resolveTo("")
 		o := r.options()
 		o.Endpoint.Host = "other.example"
-		o.Settings = StartSettings{Given: named}
+		o.Settings = wanted.StartSettings{Given: named}
 		r.startWith(o)
 		r.wantOutside("another name", "")
 		r.end()

@@ -9,6 +9,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // stepPrefix names the problems about the mesh prefixes.
@@ -22,11 +23,11 @@ const (
 
 // overlapProblems returns a problem for each other owner of a part of the mesh prefixes,
 // with the way out: a restart, where another prefix was set already.
-func overlapProblems(r *policy.Ruleset, s *settings) []host.Problem {
+func overlapProblems(r *policy.Ruleset, s *wanted.Settings) []host.Problem {
 	var out []host.Problem
 	for _, o := range r.Overlaps() {
 		p := overlapProblem(r, o)
-		next, known := s.prefixesAfter()
+		next, known := s.PrefixesAfter()
 		if after := next.Of(o.Mesh.Addr()); known && after != o.Mesh {
 			p.Hint = fmt.Sprintf("restart the helper: the mesh prefix is %v then, as it was set", after)
 		}
@@ -127,9 +128,9 @@ func wayOut(r *policy.Ruleset, mesh netip.Prefix) string {
 
 // changePrefix is the command that gives the mesh another prefix of like's family.
 func changePrefix(r *policy.Ruleset, like netip.Addr) string {
-	key, prefix := SettingMeshPrefix6, "PREFIX"
+	key, prefix := wanted.SettingMeshPrefix6, "PREFIX"
 	if like.Is4() {
-		key = SettingMeshPrefix4
+		key = wanted.SettingMeshPrefix4
 	}
 	if free, ok := r.Free(like); ok {
 		prefix = free.String()
@@ -151,7 +152,7 @@ func (l *loop) lookAtPrefixes(peers []mesh.Peer, n numbers) {
 	if l.wanted == nil {
 		return
 	}
-	if s := l.d.settings.Load(); l.wanted != l.overlapsOf || s != l.overlapsBy {
+	if s := l.d.wanted.Settings(); l.wanted != l.overlapsOf || s != l.overlapsBy {
 		l.overlapsOf, l.overlapsBy = l.wanted, s
 		l.byPrefix = append(overlapProblems(l.wanted, s), nearlyProblems(l.wanted.Host())...)
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // pairEdit is an edit of a peer, which is found by its first name or its first key.
@@ -100,7 +101,7 @@ type pairResult struct {
 }
 
 // bareState writes down what of a document doesn't depend on when its edits were made.
-func (doc *document) bareState() string {
+func bareState(doc *wanted.Document) string {
 	peers := slices.SortedFunc(slices.Values(doc.Peers), func(a, b mesh.Peer) int { return cmp.Compare(a.Name, b.Name) })
 	var former, gone []string
 	for _, f := range doc.Former {
@@ -199,7 +200,7 @@ func doPair(t *testing.T, files map[string]string, first, second string, atOnce,
 		}
 		r.start()
 		defer r.end()
-		memory := &memoryDisk{files: map[string]string{filepath.Join(r.dir, stateFile): files[stateFile]}}
+		memory := &memoryDisk{files: map[string]string{filepath.Join(r.dir, wanted.StateFile): files[wanted.StateFile]}}
 		r.setDisk(memory)
 		before := len(r.events(events.Change))
 		code := func(err error) string {
@@ -214,7 +215,7 @@ func doPair(t *testing.T, files map[string]string, first, second string, atOnce,
 		}
 		if atOnce {
 			disk := newFrozenDisk()
-			disk.fileSystem = memory
+			disk.FileSystem = memory
 			r.setDisk(disk)
 			done := [2]chan error{make(chan error, 1), make(chan error, 1)}
 			for i, name := range []string{first, second} {
@@ -226,10 +227,10 @@ func doPair(t *testing.T, files map[string]string, first, second string, atOnce,
 			out.answers = [2]string{code(<-done[0]), code(<-done[1])}
 		} else {
 			for i, name := range []string{first, second} {
-				had, was := len(r.events(events.Change)), r.d.wanted.Load()
+				had, was := len(r.events(events.Change)), r.d.wanted.Document()
 				out.answers[i] = code(pairEdits[name](r, byKey && i == 1))
 				want := 1
-				if name == "end of incoming" || r.d.wanted.Load() == was {
+				if name == "end of incoming" || r.d.wanted.Document() == was {
 					want = 0
 				}
 				if got := len(r.events(events.Change)) - had; got != want {
@@ -238,14 +239,14 @@ func doPair(t *testing.T, files map[string]string, first, second string, atOnce,
 			}
 		}
 		r.after(15 * time.Second)
-		doc := r.d.wanted.Load()
-		out.state = doc.bareState()
-		kept, err := decodeDocument([]byte(memory.read(filepath.Join(r.dir, stateFile))))
+		doc := r.d.wanted.Document()
+		out.state = bareState(doc)
+		kept, err := wanted.Decode([]byte(memory.read(filepath.Join(r.dir, wanted.StateFile))))
 		if err != nil {
 			t.Fatal(err)
 		}
-		mine, _ := doc.encode()
-		disks, _ := kept.encode()
+		mine, _ := doc.Encode()
+		disks, _ := kept.Encode()
 		if string(mine) != string(disks) {
 			t.Errorf("in memory %s\non disk %s", mine, disks)
 		}
@@ -345,30 +346,8 @@ func TestDeniedBeforeANewKeyStaysAway(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		if p := r.d.wanted.Load().Peers[0]; p.PublicKey.String() != keyOf("new phone") || p.Permissions.Of(mesh.Incoming).Allowed || p.Permissions.Of(mesh.LAN).Allowed || !p.Permissions.Of(mesh.Routing).Allowed {
+		if p := r.d.wanted.Document().Peers[0]; p.PublicKey.String() != keyOf("new phone") || p.Permissions.Of(mesh.Incoming).Allowed || p.Permissions.Of(mesh.LAN).Allowed || !p.Permissions.Of(mesh.Routing).Allowed {
 			t.Errorf("%v may %+v", p.PublicKey, p.Permissions)
-		}
-	})
-}
-
-// TestOlderDocumentIsNotSaved saves ahead a document that was made before a deny which is
-// on disk by now: it doesn't replace that.
-func TestOlderDocumentIsNotSaved(t *testing.T) {
-	inBubble(t, func(t *testing.T, r *rig) {
-		r.add("phone")
-		r.mustAllow("phone", "routing", "")
-		base := r.d.wanted.Load()
-		next := base.clone()
-		next.Generation++
-		next.Peers[0].Permissions.Of(mesh.LAN).Allowed = true
-		if _, err := r.deny("phone", "routing"); err != nil {
-			t.Fatal(err)
-		}
-		if err := r.d.disk.saveAhead(t.Context(), base, next); !errors.Is(err, errOvertaken) {
-			t.Errorf("got %v, want errOvertaken", err)
-		}
-		if p, _ := r.onDisk("phone"); p.Permissions.Of(mesh.Routing).Allowed || p.Permissions.Of(mesh.LAN).Allowed {
-			t.Errorf("a restart would bring back %+v", p.Permissions)
 		}
 	})
 }

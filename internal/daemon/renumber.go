@@ -1,14 +1,11 @@
 package daemon
 
 import (
-	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
@@ -21,12 +18,12 @@ func (d *Daemon) PlanPrefixes(prefixes mesh.Prefixes) ([]api.Renumbered, error) 
 	if err := prefixes.Validate(); err != nil {
 		return nil, api.Errorf(api.CodeBadAddress, "%v", err).WithHint("take a private prefix that isn't in use here")
 	}
-	m, err := d.placed(prefixes)
+	m, err := d.wanted.Placed(prefixes)
 	if err != nil {
 		return nil, err
 	}
-	doc := d.wanted.Load()
-	next, err := doc.renumbered(m, d.clock.now())
+	doc := d.wanted.Document()
+	next, err := doc.Renumbered(m, d.wanted.Now())
 	if err != nil {
 		return nil, err
 	}
@@ -34,14 +31,14 @@ func (d *Daemon) PlanPrefixes(prefixes mesh.Prefixes) ([]api.Renumbered, error) 
 	for i := range doc.Peers {
 		was, is := &doc.Peers[i], &next.Peers[i]
 		moved := map[netip.Addr]netip.Addr{
-			d.mesh.own[0]: m.own[0], d.mesh.own[1]: m.own[1],
+			d.id.Own[0]: m.Own[0], d.id.Own[1]: m.Own[1],
 			was.Addresses[0]: is.Addresses[0], was.Addresses[1]: is.Addresses[1],
 		}
 		config, err := d.Config(was.Name)
 		if err != nil {
 			return nil, err
 		}
-		lines := changedLines(config.Text, moved, map[netip.Prefix]netip.Prefix{d.mesh.prefixes.V4: m.prefixes.V4, d.mesh.prefixes.V6: m.prefixes.V6})
+		lines := changedLines(config.Text, moved, map[netip.Prefix]netip.Prefix{d.id.Prefixes.V4: m.Prefixes.V4, d.id.Prefixes.V6: m.Prefixes.V6})
 		if was.Addresses == is.Addresses && len(lines) == 0 {
 			continue
 		}
@@ -96,60 +93,4 @@ func changedLines(text string, moved map[netip.Addr]netip.Addr, prefixes map[net
 		}
 	}
 	return out
-}
-
-// renumbered returns the document with peers' addresses that this mesh has a place for, as
-// the next generation: an address that fits stays, and another is derived anew from the
-// peer's key. Where that one is taken, the next attempt of the derivation counts, in the
-// order of the peers, so that the outcome is the same each time. The addresses of before
-// are kept in for a day, as a removed peer's are.
-func (doc *document) renumbered(m identity, now time.Time) (*document, error) {
-	next := doc.clone()
-	taken := map[netip.Addr]bool{m.own[0]: true, m.own[1]: true}
-	stays := make([][2]bool, len(next.Peers))
-	for i := range next.Peers {
-		for n, a := range next.Peers[i].Addresses {
-			// Check of the family's own prefix: an address in the other one doesn't exist.
-			if m.prefixes.Check(a) == nil && !taken[a] {
-				stays[i][n], taken[a] = true, true
-			}
-		}
-	}
-	for i := range next.Peers {
-		p := &next.Peers[i]
-		if stays[i] == [2]bool{true, true} {
-			continue
-		}
-		a, err := m.prefixes.Propose(p.PublicKey, func(a netip.Addr) bool { return taken[a] })
-		if err != nil {
-			return nil, api.Errorf(api.CodeBadAddress, "%v and %v have no room for all %d peers: %v", m.prefixes.V4, m.prefixes.V6, len(next.Peers), err).
-				WithHint("take a shorter prefix, such as a /16")
-		}
-		for n, addr := range a.List() {
-			if !stays[i][n] {
-				p.Addresses[n], taken[addr] = addr, true
-			}
-		}
-	}
-	next.Generation++
-	next.Saved = now
-	next.retire(doc, now)
-	return next, nil
-}
-
-// renumber gives the peers of a document that was read addresses that fit this mesh, and
-// says which.
-func (d *Daemon) renumber(doc *document) (*document, error) {
-	next, err := doc.renumbered(d.mesh, d.clock.now())
-	if err != nil {
-		return nil, err
-	}
-	for i := range next.Peers {
-		if was, is := &doc.Peers[i], &next.Peers[i]; was.Addresses != is.Addresses {
-			d.journal.Record(events.Event{Kind: events.Change, Peer: is.Name, Message: fmt.Sprintf(
-				"%s changed with the mesh prefixes: it has %v and %v, and had %v and %v; its configuration has to change, too: meshhelper peer config %s",
-				is.Name, is.Addresses[0], is.Addresses[1], was.Addresses[0], was.Addresses[1], is.Name)})
-		}
-	}
-	return next, nil
 }

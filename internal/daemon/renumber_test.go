@@ -12,6 +12,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // TestMeshPrefixChanges changes the IPv4 prefix of a mesh with peers: the plan is what the
@@ -99,7 +100,7 @@ func TestMeshPrefixChanges(t *testing.T) {
 			t.Errorf("events after another start: %q", got)
 		}
 		keptIn("after another start", true)
-		r.after(removedFor + time.Minute)
+		r.after(wanted.RemovedFor + time.Minute)
 		keptIn("a day later", false)
 		// And back.
 		plan, err = r.d.PlanPrefixes(mesh.DefaultPrefixes())
@@ -112,68 +113,6 @@ func TestMeshPrefixChanges(t *testing.T) {
 			}
 		}
 	})
-}
-
-// TestMeshPrefixCollisions moves peers where their derived addresses collide, where an
-// address that was given fits, and where there is no room.
-func TestMeshPrefixCollisions(t *testing.T) {
-	key := func(name string) mesh.PublicKey {
-		k, err := mesh.ParsePublicKey(keyOf(name))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return k
-	}
-	doc := &document{Version: documentVersion}
-	old := mesh.DefaultPrefixes()
-	taken := map[netip.Addr]bool{}
-	names := []string{"peer-a", "peer-b", "peer-c", "peer-d", "peer-e"}
-	for _, name := range names {
-		a, err := old.Propose(key(name), func(a netip.Addr) bool { return taken[a] })
-		if err != nil {
-			t.Fatal(err)
-		}
-		taken[a[0]], taken[a[1]] = true, true
-		doc.Peers = append(doc.Peers, mesh.Peer{Name: name, PublicKey: key(name), Kind: mesh.Own, Addresses: mesh.Addresses{a[0], a[1]}})
-	}
-	given := netip.MustParseAddr("10.9.8.4")
-	doc.Peers[4].Addresses[0] = given
-	move := func(prefix string, peers int) (*document, identity, error) {
-		m := identity{prefixes: mesh.Prefixes{V4: netip.MustParsePrefix(prefix), V6: old.V6}, key: key("host")}
-		var err error
-		if m.own, err = m.prefixes.Propose(m.key, func(a netip.Addr) bool { return a == given }); err != nil {
-			t.Fatal(err)
-		}
-		d := doc.clone()
-		d.Peers = d.Peers[len(d.Peers)-peers:]
-		next, err := d.renumbered(m, time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC))
-		return next, m, err
-	}
-	// /29 has six addresses, all of which are taken now.
-	next, m, err := move("10.9.8.0/29", 5)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := next.validate(); err != nil {
-		t.Error(err)
-	}
-	if err := next.fits(m); err != nil {
-		t.Error(err)
-	}
-	if got := next.Peers[4].Addresses[0]; got != given {
-		t.Errorf("the address that fits became %v", got)
-	}
-	if len(next.Removed) != 4 {
-		t.Errorf("%d former pairs, want those of the 4 peers that moved", len(next.Removed))
-	}
-	again, _, err := move("10.9.8.0/29", 5)
-	if err != nil || !slices.Equal(again.Peers, next.Peers) {
-		t.Errorf("a second plan differs: %v, %v", again.Peers, err)
-	}
-	doc.Peers = append(doc.Peers, mesh.Peer{Name: "peer-f", PublicKey: key("peer-f"), Kind: mesh.Own, Addresses: mesh.Addresses{netip.MustParseAddr("100.70.1.1"), netip.MustParseAddr("fd6d:6573:6800::77")}})
-	if _, _, err := move("10.9.8.0/29", 6); err == nil || !strings.Contains(err.Error(), "no room for all 6 peers") {
-		t.Errorf("six peers and the host in six addresses: %v", err)
-	}
 }
 
 // TestChangedLines checks which lines of a configuration change.

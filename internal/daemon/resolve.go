@@ -12,7 +12,9 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/learned"
 	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/retry"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // resolveInterval is how long a peer that moved to another address may be
@@ -71,8 +73,8 @@ type named struct {
 	all     learned.Answers // of an own name
 	left    int             // how many of the last answer have no room in it
 	due     time.Time
-	again   backoff // of a name that isn't found
-	asked   bool    // a look-up runs
+	again   retry.Backoff // of a name that isn't found
+	asked   bool          // a look-up runs
 	failing bool
 }
 
@@ -89,13 +91,13 @@ func (r *resolver) ask(ctx context.Context) time.Duration {
 	now, wait := time.Now(), resolveInterval
 	wanted := map[string]bool{}
 	own := r.d.ownName()
-	for _, host := range append(endpointNames(r.d.wanted.Load()), own...) {
+	for _, host := range append(endpointNames(r.d.wanted.Document()), own...) {
 		wanted[host] = true
 		n := r.names[host]
 		if n == nil {
 			n = &named{
 				addr: r.d.learned.Names()[host], all: r.d.learned.Outside().Answers(host, now),
-				again: backoff{min: resolveTimeout, max: 5 * resolveInterval},
+				again: retry.Backoff{Min: resolveTimeout, Max: 5 * resolveInterval},
 			}
 			r.names[host] = n
 		}
@@ -153,11 +155,11 @@ func (r *resolver) take(a answer) {
 		if !n.failing {
 			r.d.opts.Logger.Warn(fmt.Sprintf("resolve endpoint %q: %v", a.name, a.failure))
 		}
-		n.failing, n.due = true, time.Now().Add(n.again.next())
+		n.failing, n.due = true, time.Now().Add(n.again.Next())
 		return
 	}
 	n.failing, n.due = false, time.Now().Add(resolveInterval)
-	n.again.reset()
+	n.again.Reset()
 	found := make([]netip.Addr, 0, len(a.found))
 	for _, addr := range a.found {
 		found = append(found, addr.Unmap().WithZone(""))
@@ -181,7 +183,7 @@ func (r *resolver) take(a answer) {
 // ownName returns the name in this host's own endpoint, or none where that is an
 // address, or not given.
 func (d *Daemon) ownName() []string {
-	host := d.settings.Load().endpoint.Host
+	host := d.wanted.Settings().Endpoint.Host
 	if _, err := netip.ParseAddr(host); err == nil || host == "" {
 		return nil
 	}
@@ -213,12 +215,12 @@ func (r *resolver) publish() {
 
 // namesChanged reports whether the second document has endpoints by name that the first
 // one hasn't, or the other way round.
-func namesChanged(a, b *document) bool {
+func namesChanged(a, b *wanted.Document) bool {
 	return !slices.Equal(endpointNames(a), endpointNames(b))
 }
 
 // endpointNames returns the hosts of endpoints that aren't addresses.
-func endpointNames(doc *document) []string {
+func endpointNames(doc *wanted.Document) []string {
 	var out []string
 	for i := range doc.Peers {
 		if doc.Peers[i].Endpoint == "" {
@@ -236,7 +238,7 @@ func endpointNames(doc *document) []string {
 }
 
 // tunnelPeers returns doc's peers as the tunnel takes them.
-func (d *Daemon) tunnelPeers(doc *document) []tunnel.Peer {
+func (d *Daemon) tunnelPeers(doc *wanted.Document) []tunnel.Peer {
 	names, now := d.learned.Names(), d.opts.Wall()
 	out := make([]tunnel.Peer, len(doc.Peers))
 	allowed := make([]netip.Prefix, 0, 2*len(doc.Peers))

@@ -20,6 +20,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host/hostfake"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // rig is a daemon on a host that enforces nothing, with clocks that a test
@@ -199,8 +200,8 @@ func (r *rig) after(d time.Duration) {
 }
 
 // setDisk replaces the disk under a running daemon.
-func (r *rig) setDisk(fs fileSystem) {
-	r.d.disk.store.fs.Store(&fs)
+func (r *rig) setDisk(fs wanted.FileSystem) {
+	r.d.wanted.SetFiles(fs)
 }
 
 // events returns the messages of one kind.

@@ -14,6 +14,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // set changes one setting; "" takes it away.
@@ -37,13 +38,13 @@ func (r *rig) mustSet(key, value string) api.Settings {
 // startAs starts the helper with flags, and the settings that are kept.
 func (r *rig) startAs(given map[string]string) {
 	r.t.Helper()
-	kept, err := ReadSettings(r.dir)
+	kept, err := wanted.ReadSettings(r.dir)
 	if err != nil {
 		r.t.Fatal(err)
 	}
 	o := r.options()
-	o.Settings = StartSettings{Given: given, Kept: kept, Defaults: map[string]string{
-		SettingName: "host", SettingListenPort: "51820", SettingMeshPrefix4: "100.64.0.0/10", SettingMeshPrefix6: "fd6d:6573:6800::/48",
+	o.Settings = wanted.StartSettings{Given: given, Kept: kept, Defaults: map[string]string{
+		wanted.SettingName: "host", wanted.SettingListenPort: "51820", wanted.SettingMeshPrefix4: "100.64.0.0/10", wanted.SettingMeshPrefix6: "fd6d:6573:6800::/48",
 	}}
 	r.startWith(o)
 }
@@ -51,55 +52,55 @@ func (r *rig) startAs(given map[string]string) {
 func TestSettings(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
-		r.startAs(map[string]string{SettingOperator: "root"})
+		r.startAs(map[string]string{wanted.SettingOperator: "root"})
 		r.add("phone")
 
 		// What counts at once.
-		s := r.mustSet(SettingEndpoint, "home.example")
-		if one, _ := s.Of(SettingEndpoint); one.Value != "home.example" || one.Source != api.SettingKept || len(s.Restart) > 0 || s.Already {
+		s := r.mustSet(wanted.SettingEndpoint, "home.example")
+		if one, _ := s.Of(wanted.SettingEndpoint); one.Value != "home.example" || one.Source != api.SettingKept || len(s.Restart) > 0 || s.Already {
 			t.Errorf("endpoint: %+v", s)
 		}
 		if c, err := r.d.Config("phone"); err != nil || !strings.Contains(c.Text, "Endpoint = home.example:51820") {
 			t.Errorf("a configuration has another endpoint, %v:\n%s", err, c.Text)
 		}
-		if s := r.mustSet(SettingEndpoint, " home.example "); !s.Already {
+		if s := r.mustSet(wanted.SettingEndpoint, " home.example "); !s.Already {
 			t.Error("the same again isn't told as such")
 		}
-		r.mustSet(SettingName, "home")
+		r.mustSet(wanted.SettingName, "home")
 		if s := r.d.Status(); s.Name != "home" {
 			t.Errorf("name %q", s.Name)
 		}
 
 		// What counts after a restart, and what a flag overrides.
-		s = r.mustSet(SettingListenPort, "4000")
-		if one, _ := s.Of(SettingListenPort); one.Value != "51820" || one.Kept != "4000" || !slices.Equal(s.Restart, []string{SettingListenPort}) || !slices.Equal(s.Outdated, []string{"phone"}) {
+		s = r.mustSet(wanted.SettingListenPort, "4000")
+		if one, _ := s.Of(wanted.SettingListenPort); one.Value != "51820" || one.Kept != "4000" || !slices.Equal(s.Restart, []string{wanted.SettingListenPort}) || !slices.Equal(s.Outdated, []string{"phone"}) {
 			t.Errorf("listen-port: %+v", s)
 		}
-		s = r.mustSet(SettingOperator, "0")
-		if one, _ := s.Of(SettingOperator); one.Value != "root" || one.Source != api.SettingFlag || !slices.Contains(s.Overridden, SettingOperator) {
+		s = r.mustSet(wanted.SettingOperator, "0")
+		if one, _ := s.Of(wanted.SettingOperator); one.Value != "root" || one.Source != api.SettingFlag || !slices.Contains(s.Overridden, wanted.SettingOperator) {
 			t.Errorf("operator: %+v", s)
 		}
 		r.end()
 		r.startAs(nil)
-		for key, want := range map[string]string{SettingName: "home", SettingEndpoint: "home.example", SettingListenPort: "4000", SettingOperator: "0"} {
+		for key, want := range map[string]string{wanted.SettingName: "home", wanted.SettingEndpoint: "home.example", wanted.SettingListenPort: "4000", wanted.SettingOperator: "0"} {
 			if one, _ := r.d.Settings().Of(key); one.Value != want || one.Source != api.SettingKept {
 				t.Errorf("after the restart: %+v, want %s", one, want)
 			}
 		}
-		if s := r.mustSet(SettingListenPort, ""); !slices.Equal(s.Restart, []string{SettingListenPort}) {
+		if s := r.mustSet(wanted.SettingListenPort, ""); !slices.Equal(s.Restart, []string{wanted.SettingListenPort}) {
 			t.Errorf("listen-port taken away: %+v", s)
 		}
-		if s := r.mustSet(SettingName, ""); s.Settings[0].Value != "host" || s.Settings[0].Source != api.SettingDefault {
+		if s := r.mustSet(wanted.SettingName, ""); s.Settings[0].Value != "host" || s.Settings[0].Source != api.SettingDefault {
 			t.Errorf("name taken away: %+v", s)
 		}
-		s = r.mustSet(SettingMeshPrefix4, "10.99.0.0/16")
+		s = r.mustSet(wanted.SettingMeshPrefix4, "10.99.0.0/16")
 		if len(s.Renumbered) != 1 || s.Renumbered[0].Name != "phone" || !netip.MustParsePrefix("10.99.0.0/16").Contains(s.Renumbered[0].Is[0]) {
 			t.Errorf("another mesh prefix changes %+v, want phone", s.Renumbered)
 		}
-		if s := r.mustSet(SettingMeshPrefix4, ""); len(s.Restart) > 1 {
+		if s := r.mustSet(wanted.SettingMeshPrefix4, ""); len(s.Restart) > 1 {
 			t.Errorf("mesh-prefix4 taken away: %+v", s)
 		}
-		if one, _ := r.d.Settings().Of(SettingMeshPrefix4); one.Kept != "100.64.0.0/10" {
+		if one, _ := r.d.Settings().Of(wanted.SettingMeshPrefix4); one.Kept != "100.64.0.0/10" {
 			t.Errorf("mesh-prefix4 taken away: %+v; peers with addresses of it would have no place", one)
 		}
 		r.end()
@@ -113,7 +114,7 @@ func TestEndpointSettingIsOutside(t *testing.T) {
 		r := newRig(t)
 		r.startAs(nil)
 		defer r.end()
-		r.mustSet(SettingEndpoint, "198.51.100.7:4500")
+		r.mustSet(wanted.SettingEndpoint, "198.51.100.7:4500")
 		synctest.Wait()
 		c, _ := r.d.condition()
 		for range 100 {
@@ -135,8 +136,8 @@ func TestSettingsRefused(t *testing.T) {
 		r := newRig(t)
 		r.startAs(nil)
 		for key, value := range map[string]string{
-			"colour": "red", SettingListenPort: "65536", SettingMeshPrefix4: "8.0.0.0/8", SettingMeshPrefix6: "100.64.0.0/10",
-			SettingEndpoint: "https://x/", SettingOperator: "no-such-user-here", SettingDNS: "9.9.9.9,x", SettingName: "a b", SettingLabel: "../x",
+			"colour": "red", wanted.SettingListenPort: "65536", wanted.SettingMeshPrefix4: "8.0.0.0/8", wanted.SettingMeshPrefix6: "100.64.0.0/10",
+			wanted.SettingEndpoint: "https://x/", wanted.SettingOperator: "no-such-user-here", wanted.SettingDNS: "9.9.9.9,x", wanted.SettingName: "a b", wanted.SettingLabel: "../x",
 		} {
 			_, err := r.set(key, value)
 			var e *api.Error
@@ -146,34 +147,38 @@ func TestSettingsRefused(t *testing.T) {
 		}
 		own := r.d.Status().Addresses
 		for _, value := range []string{"255.255.255.255", "127.0.0.1:1", "[fe80::1]:51820", "0.0.0.0", own[0].String(), "[" + own[1].String() + "]:51820"} {
-			if _, err := r.set(SettingEndpoint, value); err == nil {
+			if _, err := r.set(wanted.SettingEndpoint, value); err == nil {
 				t.Errorf("the endpoint %s is taken", value)
 			}
 		}
-		if kept, err := decodeSettings([]byte(`{"version":1,"settings":{"endpoint":"127.0.0.1","dns":"127.0.0.53"}}`)); err != nil || len(kept) != 2 {
+		before := t.TempDir()
+		if err := os.WriteFile(filepath.Join(before, wanted.SettingsFile), []byte(`{"version":1,"settings":{"endpoint":"127.0.0.1","dns":"127.0.0.53"}}`), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if kept, err := wanted.ReadSettings(before); err != nil || len(kept) != 2 {
 			t.Errorf("what was kept before isn't read: %v, %v", kept, err)
 		}
 		for _, value := range []string{"127.0.0.53", "::1", "fe80::1"} {
-			if _, err := r.set(SettingDNS, value); err == nil {
+			if _, err := r.set(wanted.SettingDNS, value); err == nil {
 				t.Errorf("the resolver %s is taken", value)
 			}
 		}
-		r.setDisk(&brokenDisk{fileSystem: diskFiles{}})
-		_, err := r.set(SettingName, "home")
+		r.setDisk(&brokenDisk{FileSystem: wanted.DiskFiles{}})
+		_, err := r.set(wanted.SettingName, "home")
 		var e *api.Error
 		if !errors.As(err, &e) || e.Code != api.CodeNotSaved || r.d.Status().Name != "host" {
 			t.Errorf("on a full disk: %v, name %q", err, r.d.Status().Name)
 		}
 		// After the rename the new value is there, and counts.
-		r.setDisk(&brokenDisk{fileSystem: diskFiles{}, after: 2})
-		if _, err = r.set(SettingName, "home"); !errors.As(err, &e) || !strings.Contains(e.Message, "changed and saved, but") {
+		r.setDisk(&brokenDisk{FileSystem: wanted.DiskFiles{}, after: 2})
+		if _, err = r.set(wanted.SettingName, "home"); !errors.As(err, &e) || !strings.Contains(e.Message, "changed and saved, but") {
 			t.Errorf("without a sync: %v", err)
 		}
-		if kept, err := ReadSettings(r.dir); err != nil || kept[SettingName] != "home" || r.d.Status().Name != "home" {
+		if kept, err := wanted.ReadSettings(r.dir); err != nil || kept[wanted.SettingName] != "home" || r.d.Status().Name != "home" {
 			t.Errorf("on disk %v, %v, and it is %q", kept, err, r.d.Status().Name)
 		}
-		r.setDisk(diskFiles{})
-		if s := r.mustSet(SettingName, "home"); !s.Already {
+		r.setDisk(wanted.DiskFiles{})
+		if s := r.mustSet(wanted.SettingName, "home"); !s.Already {
 			t.Errorf("again: %+v", s)
 		}
 		// A caller that leaves in the middle isn't told that nothing was changed.
@@ -182,7 +187,7 @@ func TestSettingsRefused(t *testing.T) {
 		r.setDisk(slow)
 		go func() { synctest.Wait(); cancel() }()
 		name := "other"
-		if _, err = r.d.ChangeSettings(ctx, map[string]*string{SettingName: &name}); !errors.As(err, &e) || !strings.Contains(e.Message, "isn't known") {
+		if _, err = r.d.ChangeSettings(ctx, map[string]*string{wanted.SettingName: &name}); !errors.As(err, &e) || !strings.Contains(e.Message, "isn't known") {
 			t.Errorf("while it is saved: %v", err)
 		}
 		close(slow.thawed)
@@ -204,15 +209,15 @@ func TestPrefixInUse(t *testing.T) {
 		r.startAs(nil)
 		defer r.end()
 		r.add("phone")
-		_, err := r.set(SettingMeshPrefix4, "10.50.0.0/16")
+		_, err := r.set(wanted.SettingMeshPrefix4, "10.50.0.0/16")
 		var e *api.Error
 		if !errors.As(err, &e) || e.Code != api.CodeBadSetting || !strings.Contains(e.Message, "eth7 has 10.50.1.2/24") || !strings.Contains(e.Hint, "settings mesh-prefix4 10.") {
 			t.Errorf("a network that is attached: %v", err)
 		}
-		if one, _ := r.d.Settings().Of(SettingMeshPrefix4); one.Kept != "" {
+		if one, _ := r.d.Settings().Of(wanted.SettingMeshPrefix4); one.Kept != "" {
 			t.Errorf("it is kept all the same: %+v", one)
 		}
-		s := r.mustSet(SettingMeshPrefix4, "10.60.7.0/24")
+		s := r.mustSet(wanted.SettingMeshPrefix4, "10.60.7.0/24")
 		if len(s.Problems) != 1 || !strings.Contains(s.Problems[0].Message, "10.60.0.0/16") || len(s.Renumbered) != 1 {
 			t.Errorf("a network that is routed: %+v", s)
 		}
@@ -220,11 +225,11 @@ func TestPrefixInUse(t *testing.T) {
 		if p := r.d.Status().Problems; len(p) != 1 || p[0].Hint != "restart the helper: the mesh prefix is 10.60.7.0/24 then, as it was set" {
 			t.Errorf("until the restart: %+v", p)
 		}
-		if s := r.mustSet(SettingName, "home"); len(s.Problems)+len(s.Renumbered) > 0 {
+		if s := r.mustSet(wanted.SettingName, "home"); len(s.Problems)+len(s.Renumbered) > 0 {
 			t.Errorf("the name has to do with %+v", s)
 		}
 		// The default is never refused, although eth7 has an address in it.
-		if s := r.mustSet(SettingMeshPrefix4, ""); len(s.Problems) != 1 || len(s.Renumbered) > 0 {
+		if s := r.mustSet(wanted.SettingMeshPrefix4, ""); len(s.Problems) != 1 || len(s.Renumbered) > 0 {
 			t.Errorf("back to the default: %+v", s)
 		}
 	})
@@ -235,44 +240,26 @@ func TestWriteSettings(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
 		port, name := "4000", "home"
-		if err := WriteSettings(r.dir, map[string]*string{SettingListenPort: &port}); err != nil {
+		if err := wanted.WriteSettings(r.dir, map[string]*string{wanted.SettingListenPort: &port}); err != nil {
 			t.Fatal(err)
 		}
-		if err := WriteSettings(r.dir, map[string]*string{SettingName: &name}); err != nil {
+		if err := wanted.WriteSettings(r.dir, map[string]*string{wanted.SettingName: &name}); err != nil {
 			t.Fatal(err)
 		}
-		got, err := ReadSettings(r.dir)
-		if want := map[string]string{SettingListenPort: "4000", SettingName: "home"}; err != nil || !maps.Equal(got, want) {
+		got, err := wanted.ReadSettings(r.dir)
+		if want := map[string]string{wanted.SettingListenPort: "4000", wanted.SettingName: "home"}; err != nil || !maps.Equal(got, want) {
 			t.Errorf("read %v, %v, want %v", got, err, want)
 		}
 		r.startAs(nil) // a new mesh, in a folder that has settings only
-		if err := WriteSettings(r.dir, map[string]*string{SettingName: nil}); err == nil {
+		if err := wanted.WriteSettings(r.dir, map[string]*string{wanted.SettingName: nil}); err == nil {
 			t.Error("they were written beside a helper")
 		}
 		r.end()
-		if err := os.WriteFile(filepath.Join(r.dir, settingsFile), []byte(`{"version":1,"settings":{"colour":"red"}}`), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(r.dir, wanted.SettingsFile), []byte(`{"version":1,"settings":{"colour":"red"}}`), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := ReadSettings(r.dir); err == nil || !strings.Contains(err.Error(), "colour") {
+		if _, err := wanted.ReadSettings(r.dir); err == nil || !strings.Contains(err.Error(), "colour") {
 			t.Errorf("an unknown key: %v", err)
-		}
-	})
-}
-
-func FuzzSettings(f *testing.F) {
-	f.Add([]byte(`{"version":1,"settings":{"endpoint":"home.example:51820","dns":"9.9.9.9,2620:fe::9"}}`))
-	f.Add([]byte(`{"version":2}`))
-	f.Fuzz(func(t *testing.T, text []byte) {
-		kept, err := decodeSettings(text)
-		if err != nil {
-			return
-		}
-		again, err := encodeSettings(kept)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if back, err := decodeSettings(again); err != nil || !maps.Equal(back, kept) {
-			t.Errorf("%v became %v, %v", kept, back, err)
 		}
 	})
 }

@@ -11,17 +11,18 @@ import (
 	"github.com/meshhelper/meshhelper/internal/plain"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // Status returns what holds now.
 func (d *Daemon) Status() api.Status {
 	c, _ := d.condition()
-	doc := d.wanted.Load()
+	doc := d.wanted.Document()
 	s := api.Status{
-		Version: d.opts.Version, Name: d.settings.Load().name, Platform: d.opts.Host.Name,
-		Interface: c.iface, PublicKey: d.mesh.key.String(), ListenPort: c.listenPort,
-		Addresses:    d.mesh.own.List(),
-		MeshPrefixes: d.mesh.list(),
+		Version: d.opts.Version, Name: d.wanted.Settings().Name, Platform: d.opts.Host.Name,
+		Interface: c.iface, PublicKey: d.id.Key.String(), ListenPort: c.listenPort,
+		Addresses:    d.id.Own.List(),
+		MeshPrefixes: d.id.List(),
 		Generation:   doc.Generation, Enforced: c.enforced, State: c.state,
 		Uplink: c.host.Uplink4, Forwarding: api.Families(c.forwarding), Repairs: c.repairs,
 		Problems: []api.Problem{},
@@ -43,25 +44,25 @@ func (d *Daemon) Status() api.Status {
 // problems returns what was found wrong: what keeps the policy from being in force first.
 func (d *Daemon) problems(c condition) []host.Problem {
 	out := slices.Clone(c.problems)
-	if p, bad := d.disk.problem(); bad {
-		out = append(out, p)
+	if p, bad := d.wanted.Problem(); bad {
+		out = append(out, host.Problem{Step: p.Step, Message: p.Message, Hint: p.Hint})
 	}
 	return slices.Concat(out, c.foreign, d.obstacles())
 }
 
 // Peer returns the peer that ref names.
 func (d *Daemon) Peer(ref string) (api.Peer, error) {
-	doc := d.wanted.Load()
-	i, err := doc.find(ref)
+	doc := d.wanted.Document()
+	i, err := doc.Find(ref)
 	if err != nil {
 		return api.Peer{}, err
 	}
-	return d.view(&doc.Peers[i], d.clock.now()), nil
+	return d.view(&doc.Peers[i], d.wanted.Now()), nil
 }
 
 // views returns all peers of doc.
-func (d *Daemon) views(doc *document, c condition) []api.Peer {
-	now, numbers := d.clock.now(), c.numbers()
+func (d *Daemon) views(doc *wanted.Document, c condition) []api.Peer {
+	now, numbers := d.wanted.Now(), c.numbers()
 	out := make([]api.Peer, len(doc.Peers))
 	for i := range doc.Peers {
 		out[i] = d.viewOf(&doc.Peers[i], numbers, now)
@@ -111,7 +112,7 @@ func (d *Daemon) viewOf(p *mesh.Peer, n numbers, now time.Time) api.Peer {
 	t := d.learned.Totals(p.PublicKey, countedOf(s, g))
 	out := api.Peer{
 		Name: p.Name, PublicKey: p.PublicKey.String(), Kind: p.Kind, Addresses: p.Addresses[:],
-		Permissions: permissionsOf(p, now), Tunnel: sends(p, now), Endpoint: p.Endpoint,
+		Permissions: permissionsOf(p, now), Tunnel: wanted.Sends(p, now), Endpoint: p.Endpoint,
 		RxBytes: t.Rx, TxBytes: t.Tx,
 		Routing: api.Routing{
 			Now:     !g.Routed.Last.IsZero() && time.Since(g.Routed.Last) < routesFor,

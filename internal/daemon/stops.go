@@ -70,7 +70,7 @@ func (d *Daemon) notInForce(c condition, a asked) (api.Stop, bool) {
 	if err := c.tunnel.Listening(); err != nil {
 		return api.Stop{Message: "WireGuard's UDP port isn't served, and nothing of a peer arrives: " + err.Error(), Hint: see}, true
 	}
-	if now, err := ask(judged.At(d.clock.now()), a.q); err != nil || !now.v.Pass {
+	if now, err := ask(judged.At(d.wanted.Now()), a.q); err != nil || !now.v.Pass {
 		return api.Stop{Message: "the last change isn't in force yet", Hint: see}, true
 	}
 	if v := a.v; v.NAT() && !c.forwarding.Of(a.forth.Dst) {
@@ -128,7 +128,7 @@ func (t *trip) tunnel(c condition) {
 	if by == "" || !own.IsValid() {
 		return
 	}
-	running := !s.LastHandshake.IsZero() && t.d.clock.now().Sub(s.LastHandshake) < runningFor
+	running := !s.LastHandshake.IsZero() && t.d.wanted.Now().Sub(s.LastHandshake) < runningFor
 	port := t.a.r.Mesh().ListenPort
 	t.carries = "WireGuard's datagrams from the device"
 	t.others(host.Packet{In: by, Packet: policy.Packet{Src: far.Addr(), Dst: own, Proto: policy.ProtoUDP, SrcPort: far.Port(), DstPort: port}}, "", running, false)

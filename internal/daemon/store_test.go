@@ -1,7 +1,6 @@
 package daemon
 
 import (
-	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,11 +16,12 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/owned"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // brokenDisk fails every operation after some.
 type brokenDisk struct {
-	fileSystem
+	wanted.FileSystem
 	after int
 }
 
@@ -36,21 +36,21 @@ func (b *brokenDisk) WriteTemp(dir, name string, content []byte) (string, error)
 	if err := b.fail(); err != nil {
 		return "", err
 	}
-	return b.fileSystem.WriteTemp(dir, name, content)
+	return b.FileSystem.WriteTemp(dir, name, content)
 }
 
 func (b *brokenDisk) Rename(from, to string) error {
 	if err := b.fail(); err != nil {
 		return err
 	}
-	return b.fileSystem.Rename(from, to)
+	return b.FileSystem.Rename(from, to)
 }
 
 func (b *brokenDisk) SyncDir(dir string) error {
 	if err := b.fail(); err != nil {
 		return err
 	}
-	return b.fileSystem.SyncDir(dir)
+	return b.FileSystem.SyncDir(dir)
 }
 
 // TestDiskFull breaks the disk at each operation of a change that gives something: up
@@ -63,7 +63,7 @@ func TestDiskFull(t *testing.T) {
 		inBubble(t, func(t *testing.T, r *rig) {
 			r.add("phone")
 			before := r.d.Status()
-			r.setDisk(&brokenDisk{fileSystem: diskFiles{}, after: after})
+			r.setDisk(&brokenDisk{FileSystem: wanted.DiskFiles{}, after: after})
 			_, err := r.allow("phone", "routing", "")
 			e := wantCode(t, err, api.CodeNotSaved)
 			wantMessage, want, generation := "nothing was changed", mesh.Permissions(0), before.Generation
@@ -81,18 +81,18 @@ func TestDiskFull(t *testing.T) {
 			if said := len(s.Problems) == 1 && strings.Contains(s.Problems[0].Message, wantMessage); said != (after > renamed) {
 				t.Errorf("after %d operations: problems %v", after, s.Problems)
 			}
-			if got := names(t, r.dir); !cmp.Equal(got, []string{keyFile, lockFile, stateFile, copyFile}) {
+			if got := names(t, r.dir); !cmp.Equal(got, []string{wanted.KeyFile, wanted.LockFile, wanted.StateFile, wanted.CopyFile}) {
 				t.Errorf("files %q", got)
 			}
-			for _, f := range []string{stateFile, copyFile} {
-				if _, err := readDocument(filepath.Join(r.dir, f)); err != nil {
+			for _, f := range []string{wanted.StateFile, wanted.CopyFile} {
+				if _, err := wanted.ReadDocument(filepath.Join(r.dir, f)); err != nil {
 					t.Error(err)
 				}
 			}
-			if doc, err := readDocument(filepath.Join(r.dir, stateFile)); err != nil || doc.Generation != generation {
+			if doc, err := wanted.ReadDocument(filepath.Join(r.dir, wanted.StateFile)); err != nil || doc.Generation != generation {
 				t.Errorf("on disk: generation %d, want %d; %v", doc.Generation, generation, err)
 			}
-			r.setDisk(diskFiles{})
+			r.setDisk(wanted.DiskFiles{})
 			r.mustAllow("phone", "routing", "")
 			r.wantLoaded("phone", mesh.Routing)
 			if s := r.d.Status(); len(s.Problems) != 0 {
@@ -137,7 +137,7 @@ func TestRefusesToStart(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
 		r.stop()
-		state := filepath.Join(r.dir, stateFile)
+		state := filepath.Join(r.dir, wanted.StateFile)
 		good := contents(t, r.dir)
 		for _, c := range []struct {
 			name   string
@@ -146,16 +146,16 @@ func TestRefusesToStart(t *testing.T) {
 			hint   string
 		}{
 			{"cut off", func() error { return os.Truncate(state, 40) }, "unexpected end", "last good copy is"},
-			{"empty", func() error { return os.Truncate(state, 0) }, "unexpected end", copyFile},
+			{"empty", func() error { return os.Truncate(state, 0) }, "unexpected end", wanted.CopyFile},
 			{"garbage", write(state, "\x00\xff garbage"), "invalid character", "generation 2, 1 peers"},
 			{"newer", write(state, `{"version":2,"x":1}`), "newer meshhelper", "run the newer meshhelper"},
 			{"newer in a field of other letters", write(state, `{"Version":2,"peers":[]}`), "newer meshhelper", "run the newer meshhelper"},
-			{"twice", write(state, good[stateFile]+good[stateFile]), "after top-level value", "last good copy"},
+			{"twice", write(state, good[wanted.StateFile]+good[wanted.StateFile]), "after top-level value", "last good copy"},
 			{"gone", func() error { return os.Remove(state) }, "missing", "last good copy"},
-			{"both bad", both(write(state, "x"), write(filepath.Join(r.dir, copyFile), "y")), "invalid character", "no good copy"},
-			{"key gone", func() error { return os.Remove(filepath.Join(r.dir, keyFile)) }, "host's key", "put the key back"},
-			{"key exposed", func() error { return os.Chmod(filepath.Join(r.dir, keyFile), 0o644) }, "access", "chmod 600"},
-			{"key damaged", write(filepath.Join(r.dir, keyFile), "short"), "not a WireGuard key", "put the key back"},
+			{"both bad", both(write(state, "x"), write(filepath.Join(r.dir, wanted.CopyFile), "y")), "invalid character", "no good copy"},
+			{"key gone", func() error { return os.Remove(filepath.Join(r.dir, wanted.KeyFile)) }, "host's key", "put the key back"},
+			{"key exposed", func() error { return os.Chmod(filepath.Join(r.dir, wanted.KeyFile), 0o644) }, "access", "chmod 600"},
+			{"key damaged", write(filepath.Join(r.dir, wanted.KeyFile), "short"), "not a WireGuard key", "put the key back"},
 			{"folder open", func() error { return os.Chmod(r.dir, 0o777) }, "others may write", "chmod"},
 			{"folder open to its group", func() error { return os.Chmod(r.dir, 0o770) }, "others may write", "chmod"},
 			{"folder another user's", own(r.dir, 12345), "belongs to user 12345", "chown"},
@@ -163,13 +163,13 @@ func TestRefusesToStart(t *testing.T) {
 			{"parent open", func() error { return os.Chmod(filepath.Dir(r.dir), 0o777) }, "any user may replace", "chmod o-w"},
 			{"state another user's", own(state, 12345), "belongs to user 12345", "last good copy"},
 			{"state open to its group", func() error { return os.Chmod(state, 0o660) }, "others may write", "last good copy"},
-			{"state a link", link(state, filepath.Join(r.dir, copyFile)), "is a link", "last good copy"},
+			{"state a link", link(state, filepath.Join(r.dir, wanted.CopyFile)), "is a link", "last good copy"},
 			{"state a FIFO", both(remove(state), func() error { return mkfifo(state) }), "not a regular file", "last good copy"},
 			{"state a device", link(state, "/dev/zero"), "is a link", "last good copy"},
-			{"key another user's", own(filepath.Join(r.dir, keyFile), 12345), "belongs to user 12345", "nothing was touched"},
-			{"key a link", link(filepath.Join(r.dir, keyFile), state), "is a link", "nothing was touched"},
-			{"lock a link", link(filepath.Join(r.dir, lockFile), "/etc/passwd"), "is a link", ""},
-			{"lock another user's", own(filepath.Join(r.dir, lockFile), 12345), "belongs to user 12345", ""},
+			{"key another user's", own(filepath.Join(r.dir, wanted.KeyFile), 12345), "belongs to user 12345", "nothing was touched"},
+			{"key a link", link(filepath.Join(r.dir, wanted.KeyFile), state), "is a link", "nothing was touched"},
+			{"lock a link", link(filepath.Join(r.dir, wanted.LockFile), "/etc/passwd"), "is a link", ""},
+			{"lock another user's", own(filepath.Join(r.dir, wanted.LockFile), 12345), "belongs to user 12345", ""},
 		} {
 			if strings.Contains(c.name, "another user's") && os.Geteuid() != 0 {
 				t.Logf("%s: not tried: only root gives a file to another user", c.name)
@@ -197,61 +197,6 @@ func TestRefusesToStart(t *testing.T) {
 			t.Error(err)
 		}
 	})
-}
-
-// TestKeyIsOfTheFileThatWasChecked has the key file change all the time between root's and
-// another user's: that one's key is never taken.
-func TestKeyIsOfTheFileThatWasChecked(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can give a file to another user")
-	}
-	dir := t.TempDir()
-	path := filepath.Join(dir, keyFile)
-	var keys [2]mesh.PrivateKey
-	for i := range keys {
-		var err error
-		if keys[i], err = mesh.GeneratePrivateKey(rand.Reader); err != nil {
-			t.Fatal(err)
-		}
-	}
-	stop, ended := make(chan struct{}), make(chan error, 1)
-	put := func(i int) error {
-		err := owned.Replace(path+".new", []byte(keys[i].Reveal()))
-		return errors.Join(err, os.Chown(path+".new", 12345*i, 0), os.Rename(path+".new", path))
-	}
-	if err := put(0); err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		var err error
-		for i := 1; err == nil; i = 1 - i {
-			select {
-			case <-stop:
-				ended <- nil
-				return
-			default:
-				err = put(i)
-			}
-		}
-		ended <- err
-	}()
-	taken, refused := 0, 0
-	for n := 0; !t.Failed() && n < 60000 && (taken < 3000 || refused < 3000); n++ {
-		d := &Daemon{opts: Options{StateDir: dir}}
-		switch err := d.loadKey(false); {
-		case err == nil && d.key.Equal(keys[1]):
-			t.Error("another user's key is taken")
-		case err == nil:
-			taken++
-		default:
-			refused++
-		}
-	}
-	close(stop)
-	if err := <-ended; err != nil {
-		t.Fatal(err)
-	}
-	t.Logf("root's key taken %d times, another user's file refused %d times", taken, refused)
 }
 
 // listing returns each file's mode and size, and its content where it has one to read.
@@ -314,8 +259,8 @@ func TestKilledWhileSaving(t *testing.T) {
 	for at := range 6 {
 		inBubble(t, func(t *testing.T, r *rig) {
 			r.add("phone")
-			before := r.d.wanted.Load().Generation
-			r.setDisk(&killedDisk{brokenDisk{fileSystem: diskFiles{}, after: at}})
+			before := r.d.wanted.Document().Generation
+			r.setDisk(&killedDisk{brokenDisk{FileSystem: wanted.DiskFiles{}, after: at}})
 			_, err := r.allow("phone", "routing", "")
 			if killed := at < 5; killed != (err != nil) {
 				t.Errorf("operation %d: %v", at, err)
@@ -328,13 +273,13 @@ func TestKilledWhileSaving(t *testing.T) {
 				}
 			}
 			r.start()
-			switch got := r.d.wanted.Load(); {
+			switch got := r.d.wanted.Document(); {
 			case got.Generation != before && got.Generation != before+1:
 				t.Errorf("operation %d: generation %d after %d", at, got.Generation, before)
 			case len(got.Peers) != 1:
 				t.Errorf("operation %d: %d peers", at, len(got.Peers))
 			}
-			if got := names(t, r.dir); !cmp.Equal(got, []string{keyFile, lockFile, stateFile, copyFile}) {
+			if got := names(t, r.dir); !cmp.Equal(got, []string{wanted.KeyFile, wanted.LockFile, wanted.StateFile, wanted.CopyFile}) {
 				t.Errorf("operation %d: files %q", at, got)
 			}
 		})
@@ -376,7 +321,7 @@ func TestKeysStayPrivate(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
 		for name, text := range contents(t, r.dir) {
-			if name != keyFile && strings.Contains(text, r.d.key.Reveal()) {
+			if name != wanted.KeyFile && strings.Contains(text, r.d.wanted.Key().Reveal()) {
 				t.Errorf("%s has the host's private key", name)
 			}
 			info, err := os.Stat(filepath.Join(r.dir, name))
@@ -398,7 +343,7 @@ func TestUnknownFieldsAreKept(t *testing.T) {
 		r.add("phone")
 		r.add("laptop")
 		r.stop()
-		path := filepath.Join(r.dir, stateFile)
+		path := filepath.Join(r.dir, wanted.StateFile)
 		edit := func(f func(doc map[string]any)) {
 			text, err := os.ReadFile(path)
 			if err != nil {
@@ -465,36 +410,6 @@ func TestUnknownFieldsAreKept(t *testing.T) {
 		r.add("another")
 		if doc, phone := found(); phone != nil || doc["invites"] == nil {
 			t.Errorf("with the peer's key again: %v", doc)
-		}
-	})
-}
-
-func FuzzDocument(f *testing.F) {
-	f.Add([]byte(`{"version":1,"generation":3,"saved":"2026-01-02T15:04:05Z","peers":[]}`))
-	f.Add([]byte(`{"version":1,"peers":[{"name":"phone","publicKey":"` + keyOf("phone") +
-		`","kind":"own","addresses":["100.64.0.1","fd6d:6573:6800::1"],"endpoint":"a.example:1","keepalive":25,` +
-		`"permissions":{"incoming":{"allowed":true},"routing":{"allowed":true,"until":"2026-01-02T15:04:05Z"},"lan":{"allowed":false}}}],` +
-		`"former":[{"name":"x","now":"phone"}],"removed":[{"addresses":["100.64.0.2","fd6d:6573:6800::2"],"at":"2026-01-02T15:04:05Z"}]}`))
-	f.Add([]byte(`{"version":1,"mesh":{"a":1},"peers":[{"name":"phone","publicKey":"` + keyOf("phone") +
-		`","kind":"own","addresses":["100.64.0.1","fd6d:6573:6800::1"],"note":"x","permissions":{"incoming":{"allowed":true,"by":"me"},"send":{"allowed":true}}}]}`))
-	f.Add([]byte(`{"version":2}`))
-	f.Add([]byte(`{"version":1,"peers":[{}]}`))
-	f.Fuzz(func(t *testing.T, text []byte) {
-		doc, err := decodeDocument(text)
-		if err != nil {
-			return
-		}
-		again, err := doc.encode()
-		if err != nil {
-			t.Fatalf("encode what was decoded: %v", err)
-		}
-		same, err := decodeDocument(again)
-		if err != nil {
-			t.Fatalf("decode what was encoded: %v\n%s", err, again)
-		}
-		twice, err := same.encode()
-		if err != nil || string(twice) != string(again) {
-			t.Fatalf("encoding isn't stable: %v\n%s\n%s", err, again, twice)
 		}
 	})
 }

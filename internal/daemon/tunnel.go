@@ -4,15 +4,11 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"time"
 
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/stock"
 )
-
-// sends says what a peer's configuration has to send through the host at now.
-func sends(p *mesh.Peer, now time.Time) string { return p.Sends(p.Permissions.At(now)) }
 
 // maxNetworks bounds how many networks a configuration names: a QR code holds 2953
 // bytes, and a longer list is a router's that has better ways.
@@ -25,7 +21,7 @@ func (d *Daemon) through(carries string, h policy.Host, endpoint mesh.Endpoint) 
 		return stock.Everything(), nil
 	}
 	var out []netip.Prefix
-	for _, a := range d.mesh.own.List() {
+	for _, a := range d.id.Own.List() {
 		out = append(out, netip.PrefixFrom(a, a.BitLen()))
 	}
 	if carries == mesh.TunnelHost {
@@ -35,7 +31,7 @@ func (d *Daemon) through(carries string, h policy.Host, endpoint mesh.Endpoint) 
 	at, _ := netip.ParseAddr(endpoint.Host)
 	networks := h.Networks()
 	networks = slices.DeleteFunc(networks, func(n netip.Prefix) bool {
-		if slices.ContainsFunc(d.mesh.list(), n.Overlaps) {
+		if slices.ContainsFunc(d.id.List(), n.Overlaps) {
 			return true // peers aren't reached, whatever is in their prefix besides
 		}
 		// A device that isn't in that network would send WireGuard's own packets into the
@@ -51,20 +47,4 @@ func (d *Daemon) through(carries string, h policy.Host, endpoint mesh.Endpoint) 
 		says = append(says, fmt.Sprintf("the configuration names the first %d networks of this host, and not the other %d: add those that are needed to AllowedIPs", maxNetworks, more))
 	}
 	return append(out, networks...), says
-}
-
-// misfit says that a configuration for what a peer might do before, which its device may have
-// or not, sends what is of no use now, or not what it
-// could, or returns "".
-func misfit(name, was, is string) string {
-	sent := map[string]string{
-		mesh.TunnelFull: "everything", mesh.TunnelNetworks: "this host's networks", mesh.TunnelHost: "only this host's addresses",
-	}
-	switch {
-	case was == is:
-		return ""
-	case was == mesh.TunnelFull:
-		return fmt.Sprintf("a configuration for what %s might do before sends everything through this host, so that it has no internet while it is connected: print a new one with: meshhelper peer config %s", name, name)
-	}
-	return fmt.Sprintf("a configuration for what %s might do before sends %s through this host: print a new one with: meshhelper peer config %s", name, sent[was], name)
 }

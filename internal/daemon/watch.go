@@ -7,22 +7,23 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/retry"
 )
 
 // watch pokes the loop after each change of the host. A watcher that fails is
 // started again; meanwhile the tick finds what it would have reported.
 func (d *Daemon) watch(ctx context.Context, o host.Observer) error {
-	for wait := newBackoff(); ; {
+	for wait := retry.New(); ; {
 		began := time.Now()
 		err := o.Watch(ctx, func() { poke(d.moved) })
 		if ctx.Err() != nil {
 			return nil
 		}
-		if time.Since(began) > wait.max {
-			wait.reset()
+		if time.Since(began) > wait.Max {
+			wait.Reset()
 		}
 		d.journal.Record(events.Event{Kind: events.Problem, Message: fmt.Sprintf("watch the host: %v", err)})
-		if !sleep(ctx, wait.next()) {
+		if !sleep(ctx, wait.Next()) {
 			return nil
 		}
 		poke(d.moved)
@@ -48,17 +49,3 @@ func sleep(ctx context.Context, wait time.Duration) bool {
 		return true
 	}
 }
-
-// backoff doubles from min to max.
-type backoff struct{ min, max, now time.Duration }
-
-func newBackoff() backoff {
-	return backoff{min: 250 * time.Millisecond, max: 30 * time.Second}
-}
-
-func (b *backoff) next() time.Duration {
-	b.now = min(max(b.min, 2*b.now), b.max)
-	return b.now
-}
-
-func (b *backoff) reset() { b.now = 0 }

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/retry"
 )
 
 // fickle is a watcher that fails after a while each time.
@@ -48,9 +49,9 @@ func TestWatchersRestart(t *testing.T) {
 			t.Fatalf("started %d times in three hours", len(f.began))
 		}
 		pause := func(i int) time.Duration { return f.began[i].Sub(f.began[i-1]) }
-		b := newBackoff()
-		if first, later, after := pause(1), pause(18), pause(20)-time.Hour; first != b.min || later != b.max || after != b.min {
-			t.Errorf("pauses %v, %v, and %v after it worked for an hour; want %v, %v, %v", first, later, after, b.min, b.max, b.min)
+		b := retry.New()
+		if first, later, after := pause(1), pause(18), pause(20)-time.Hour; first != b.Min || later != b.Max || after != b.Min {
+			t.Errorf("pauses %v, %v, and %v after it worked for an hour; want %v, %v, %v", first, later, after, b.Min, b.Max, b.Min)
 		}
 	})
 }

@@ -27,7 +27,7 @@ const all = "*"
 var rooms = map[string][]string{
 	"cmd/meshhelper":      {all},
 	"internal/api":        {"internal/events", "internal/mesh", "internal/owned"},
-	"internal/daemon":     {"internal/api", "internal/events", "internal/guard", "internal/host", "internal/learned", "internal/mesh", "internal/owned", "internal/plain", "internal/policy", "internal/stock", "internal/tunnel"},
+	"internal/daemon":     {"internal/api", "internal/events", "internal/guard", "internal/host", "internal/learned", "internal/mesh", "internal/owned", "internal/plain", "internal/policy", "internal/retry", "internal/stock", "internal/tunnel", "internal/wanted"},
 	"internal/events":     {"internal/owned", "internal/plain"},
 	"internal/flow":       {"internal/mesh", "internal/policy"},
 	"internal/guard":      {"internal/flow", "internal/mesh", "internal/policy"},
@@ -44,9 +44,11 @@ var rooms = map[string][]string{
 	"internal/owned":      {},
 	"internal/plain":      {},
 	"internal/policy":     {"internal/mesh"},
+	"internal/retry":      {},
 	"internal/stock":      {"internal/mesh"},
 	"internal/systemd":    {},
 	"internal/tunnel":     {"internal/mesh", "internal/nlconn"},
+	"internal/wanted":     {"internal/api", "internal/events", "internal/host", "internal/mesh", "internal/owned", "internal/retry"},
 	"darwin":              {"pfconf"},
 	"darwin/darwintest":   {"darwin", "darwin/internal/xnu", "pfconf", "pfconf/pfsim"},
 	"launchd":             {},
@@ -215,7 +217,7 @@ func checkFile(t *testing.T, path string) {
 // renames lists the files of the program, beside internal/owned, that rename one, and why.
 var renames = map[string]string{
 	"internal/api/listen.go":      "a dead socket is put aside before it is removed",
-	"internal/daemon/store.go":    "two files are written before any is renamed; both are owned's",
+	"internal/wanted/store.go":    "two files are written before any is renamed; both are owned's",
 	"internal/logfile/logfile.go": "a full log gets an older name",
 }
 

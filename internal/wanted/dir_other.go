@@ -1,6 +1,6 @@
 //go:build !unix
 
-package daemon
+package wanted
 
 // checkDir checks nothing: access lists, which the parent's set, are another matter.
 func checkDir(string) error { return nil }

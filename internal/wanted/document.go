@@ -1,4 +1,4 @@
-package daemon
+package wanted
 
 import (
 	"encoding/json"
@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/mesh"
-	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
 // documentVersion is the version of the document that this helper writes. A newer one
@@ -29,23 +28,23 @@ const (
 	maxRemoved = 4096
 )
 
-// removedFor is for how long nothing is sent to a removed peer's addresses: what
+// RemovedFor is for how long nothing is sent to a removed peer's addresses: what
 // still sends there, an application or a resolver's answer in a cache, is thought
 // to have forgotten them by then.
-const removedFor = 24 * time.Hour
+const RemovedFor = 24 * time.Hour
 
 // document is the wanted state. One that was published is never changed; a
 // change makes a new one.
-type document struct {
+type Document struct {
 	Version    int    `json:"version"`
 	Generation uint64 `json:"generation"`
 	// Saved is the time when it was written. The clock never goes behind it.
 	Saved  time.Time   `json:"saved"`
 	Peers  []mesh.Peer `json:"peers"`
-	Former []former    `json:"former,omitempty"`
+	Former []Former    `json:"former,omitempty"`
 	// Removed are the addresses that peers had until less than a day ago, the
 	// oldest first.
-	Removed []removed `json:"removed,omitempty"`
+	Removed []Removed `json:"removed,omitempty"`
 
 	// extra is what the document has on disk besides, of a later version. It is written
 	// back.
@@ -53,7 +52,7 @@ type document struct {
 }
 
 // removed are the addresses of a peer that was removed, or got others.
-type removed struct {
+type Removed struct {
 	Addresses mesh.Addresses `json:"addresses"`
 	// At is when, by the clock that permissions end by.
 	At time.Time `json:"at"`
@@ -61,39 +60,39 @@ type removed struct {
 
 // ended reports whether the addresses are free again. A time that is ahead of the
 // clock, which no clock of ours gave, counts as ended.
-func (r removed) ended(now time.Time) bool {
+func (r Removed) ended(now time.Time) bool {
 	age := now.Sub(r.At)
-	return age < 0 || age >= removedFor
+	return age < 0 || age >= RemovedFor
 }
 
 // former remembers a name that a peer had, so that repeating the command that
 // took it away is told from a typing error.
-type former struct {
+type Former struct {
 	Name string `json:"name"`
 	// Now is the peer's new name, or empty when it was removed.
 	Now string `json:"now,omitempty"`
 }
 
 // identity is the fixed part of the wanted state: what the helper was started with.
-type identity struct {
-	prefixes mesh.Prefixes
-	key      mesh.PublicKey
-	own      mesh.Addresses
+type Identity struct {
+	Prefixes mesh.Prefixes
+	Key      mesh.PublicKey
+	Own      mesh.Addresses
 }
 
-// list returns the prefixes, IPv4 first.
-func (m identity) list() []netip.Prefix { return []netip.Prefix{m.prefixes.V4, m.prefixes.V6} }
+// List returns the mesh prefixes, IPv4 first.
+func (m Identity) List() []netip.Prefix { return []netip.Prefix{m.Prefixes.V4, m.Prefixes.V6} }
 
 // maxDocument bounds what is read from disk, in bytes; a peer has some 400.
 const maxDocument = 32 << 20
 
-// errNewer is in the chain of decodeDocument's error about a document of a
+// errNewer is in the chain of Decode's error about a document of a
 // newer version.
 var errNewer = errors.New("it was written by a newer meshhelper")
 
-// decodeDocument reads a document and refuses what doesn't make sense by
+// Decode reads a document and refuses what doesn't make sense by
 // itself: it must be whole, of a known version and unambiguous.
-func decodeDocument(text []byte) (*document, error) {
+func Decode(text []byte) (*Document, error) {
 	var head struct {
 		Version int `json:"version"`
 	}
@@ -106,7 +105,7 @@ func decodeDocument(text []byte) (*document, error) {
 	if head.Version != documentVersion {
 		return nil, fmt.Errorf("version %d is unknown", head.Version)
 	}
-	var doc document
+	var doc Document
 	if err := json.Unmarshal(text, &doc); err != nil {
 		return nil, err
 	}
@@ -118,7 +117,7 @@ func decodeDocument(text []byte) (*document, error) {
 	return &doc, err
 }
 
-func (doc *document) encode() ([]byte, error) {
+func (doc *Document) Encode() ([]byte, error) {
 	text, err := json.Marshal(doc)
 	if err == nil {
 		text, err = doc.extra.addTo(text, doc)
@@ -130,11 +129,11 @@ func (doc *document) encode() ([]byte, error) {
 }
 
 // validate checks each peer alone and all of them against each other.
-func (doc *document) validate() error { return doc.validateAfter(&document{}) }
+func (doc *Document) validate() error { return doc.validateAfter(&Document{}) }
 
 // validateAfter is validate after a change of a document that was valid: a peer that is
 // as it was then needs no look by itself.
-func (doc *document) validateAfter(before *document) error {
+func (doc *Document) validateAfter(before *Document) error {
 	if len(doc.Peers) > maxPeers {
 		return fmt.Errorf("%d peers, at most %d", len(doc.Peers), maxPeers)
 	}
@@ -170,17 +169,17 @@ func (doc *document) validateAfter(before *document) error {
 
 // fits reports the first peer that this mesh has no place for: outside of its
 // prefixes, or with the host's own key or address.
-func (doc *document) fits(m identity) error {
+func (doc *Document) fits(m Identity) error {
 	for i := range doc.Peers {
 		p := &doc.Peers[i]
-		if p.PublicKey == m.key {
+		if p.PublicKey == m.Key {
 			return fmt.Errorf("peer %q has the host's own key", p.Name)
 		}
 		for _, a := range p.Addresses {
-			if !m.prefixes.V4.Contains(a) && !m.prefixes.V6.Contains(a) {
-				return fmt.Errorf("peer %q has address %v, which is outside %v and %v", p.Name, a, m.prefixes.V4, m.prefixes.V6)
+			if !m.Prefixes.V4.Contains(a) && !m.Prefixes.V6.Contains(a) {
+				return fmt.Errorf("peer %q has address %v, which is outside %v and %v", p.Name, a, m.Prefixes.V4, m.Prefixes.V6)
 			}
-			if a == m.own[0] || a == m.own[1] {
+			if a == m.Own[0] || a == m.Own[1] {
 				return fmt.Errorf("peer %q has the host's own address %v", p.Name, a)
 			}
 		}
@@ -188,8 +187,8 @@ func (doc *document) fits(m identity) error {
 	return nil
 }
 
-// clone returns a copy whose peers may be changed.
-func (doc *document) clone() *document {
+// Clone returns a copy whose peers may be changed.
+func (doc *Document) Clone() *Document {
 	c := *doc
 	c.Peers = slices.Clone(doc.Peers)
 	c.Former = slices.Clone(doc.Former)
@@ -199,24 +198,24 @@ func (doc *document) clone() *document {
 
 // retire remembers the addresses that peers of the document before had and none
 // has now, and forgets those that a peer has again or whose day is over.
-func (doc *document) retire(before *document, now time.Time) {
+func (doc *Document) retire(before *Document, now time.Time) {
 	has := map[mesh.Addresses]bool{}
 	for i := range doc.Peers {
 		has[doc.Peers[i].Addresses] = true
 	}
 	for i := range before.Peers {
 		if a := before.Peers[i].Addresses; !has[a] {
-			doc.Removed = append(doc.Removed, removed{a, now})
+			doc.Removed = append(doc.Removed, Removed{a, now})
 		}
 	}
-	doc.Removed = slices.DeleteFunc(doc.Removed, func(r removed) bool { return has[r.Addresses] || r.ended(now) })
+	doc.Removed = slices.DeleteFunc(doc.Removed, func(r Removed) bool { return has[r.Addresses] || r.ended(now) })
 	if over := len(doc.Removed) - maxRemoved; over > 0 {
 		doc.Removed = slices.Delete(doc.Removed, 0, over)
 	}
 }
 
 // timed reports whether a grant is to end by itself.
-func (doc *document) timed() bool {
+func (doc *Document) timed() bool {
 	for i := range doc.Peers {
 		for _, g := range doc.Peers[i].Permissions {
 			if g.Allowed && !g.Until.IsZero() {
@@ -228,7 +227,7 @@ func (doc *document) timed() bool {
 }
 
 // nextEnd returns the earliest end of a grant, and whether there is one.
-func (doc *document) nextEnd() (next time.Time, ok bool) {
+func (doc *Document) nextEnd() (next time.Time, ok bool) {
 	for i := range doc.Peers {
 		for _, g := range doc.Peers[i].Permissions {
 			if g.Allowed && !g.Until.IsZero() && (!ok || g.Until.Before(next)) {
@@ -246,9 +245,9 @@ func (doc *document) nextEnd() (next time.Time, ok bool) {
 // Another key takes everything from the old one, and gives the new one nothing that
 // the peer didn't have: what is left has the new key, with what both peers may.
 // Else a peer whose change can't be saved would have neither.
-func (doc *document) less(next *document) (left *document, takes, gives bool) {
+func (doc *Document) less(next *Document) (left *Document, takes, gives bool) {
 	after := next.byKeys()
-	left = doc.clone()
+	left = doc.Clone()
 	rekeyed := doc.rekeyed(next)
 	for i := range left.Peers {
 		p := &left.Peers[i]
@@ -277,7 +276,7 @@ func (doc *document) less(next *document) (left *document, takes, gives bool) {
 
 // rekeyed returns the peers of next that have another key than in doc, by their index,
 // which such an edit leaves as it is.
-func (doc *document) rekeyed(next *document) map[int]*mesh.Peer {
+func (doc *Document) rekeyed(next *Document) map[int]*mesh.Peer {
 	if len(doc.Peers) != len(next.Peers) {
 		return nil
 	}
@@ -291,10 +290,10 @@ func (doc *document) rekeyed(next *document) map[int]*mesh.Peer {
 	return out
 }
 
-// finder returns a function that finds a peer by its key, or nil. It is fastest where the
+// Finder returns a function that finds a peer by its key, or nil. It is fastest where the
 // peer has the index i, as it mostly has in two documents of which one was made from the
 // other.
-func (doc *document) finder() func(i int, key mesh.PublicKey) *mesh.Peer {
+func (doc *Document) Finder() func(i int, key mesh.PublicKey) *mesh.Peer {
 	byKeys := sync.OnceValue(doc.byKeys)
 	return func(i int, key mesh.PublicKey) *mesh.Peer {
 		if i < len(doc.Peers) && doc.Peers[i].PublicKey == key {
@@ -305,7 +304,7 @@ func (doc *document) finder() func(i int, key mesh.PublicKey) *mesh.Peer {
 }
 
 // byKeys returns the peers by their keys, to be looked at or changed in place.
-func (doc *document) byKeys() map[mesh.PublicKey]*mesh.Peer {
+func (doc *Document) byKeys() map[mesh.PublicKey]*mesh.Peer {
 	out := make(map[mesh.PublicKey]*mesh.Peer, len(doc.Peers))
 	for i := range doc.Peers {
 		out[doc.Peers[i].PublicKey] = &doc.Peers[i]
@@ -322,7 +321,7 @@ type ended struct {
 // expire returns the document without the grants and the removed peers' addresses
 // that have ended, as the next generation, and which grants those were; the
 // document itself where nothing has.
-func (doc *document) expire(now time.Time) (*document, []ended) {
+func (doc *Document) expire(now time.Time) (*Document, []ended) {
 	var gone []ended
 	next := doc
 	for i := range doc.Peers {
@@ -331,17 +330,17 @@ func (doc *document) expire(now time.Time) (*document, []ended) {
 				continue
 			}
 			if next == doc {
-				next = doc.clone()
+				next = doc.Clone()
 				next.Generation++
 			}
 			next.Peers[i].Permissions[one] = mesh.Grant{}
 			gone = append(gone, ended{doc.Peers[i].Name, mesh.AllPermissions[one].Name})
 		}
 	}
-	over := func(r removed) bool { return r.ended(now) }
+	over := func(r Removed) bool { return r.ended(now) }
 	if slices.ContainsFunc(doc.Removed, over) {
 		if next == doc {
-			next = doc.clone()
+			next = doc.Clone()
 			next.Generation++
 		}
 		next.Removed = slices.DeleteFunc(next.Removed, over)
@@ -349,28 +348,9 @@ func (doc *document) expire(now time.Time) (*document, []ended) {
 	return next, gone
 }
 
-// policyMesh returns the mesh to compile, for WireGuard at a UDP port. Without
-// grants, nothing opens.
-func (doc *document) policyMesh(m identity, listenPort uint16, withGrants bool) policy.Mesh {
-	out := policy.Mesh{
-		Prefixes:   m.list(),
-		Addresses:  m.own.List(),
-		Former:     doc.former(),
-		Peers:      doc.Peers, // never changed once published
-		ListenPort: listenPort,
-	}
-	if !withGrants {
-		out.Peers = slices.Clone(out.Peers)
-		for i := range out.Peers {
-			out.Peers[i].Permissions = mesh.Grants{}
-		}
-	}
-	return out
-}
-
-// former returns the addresses of removed peers. The mesh prefixes may have been others
+// FormerAddresses returns the addresses of removed peers. The mesh prefixes may have been others
 // then.
-func (doc *document) former() (out []netip.Addr) {
+func (doc *Document) FormerAddresses() (out []netip.Addr) {
 	for _, r := range doc.Removed {
 		for _, a := range r.Addresses {
 			if a.IsGlobalUnicast() {

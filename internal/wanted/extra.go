@@ -1,4 +1,4 @@
-package daemon
+package wanted
 
 import (
 	"bytes"
@@ -124,8 +124,8 @@ type extras struct {
 }
 
 // extrasOf returns what of text, which is doc, isn't in doc.
-func extrasOf(text []byte, doc *document) (*extras, error) {
-	top, err := unknownOf(text, reflect.TypeFor[document]())
+func extrasOf(text []byte, doc *Document) (*extras, error) {
+	top, err := unknownOf(text, reflect.TypeFor[Document]())
 	if err != nil {
 		return nil, err
 	}
@@ -152,7 +152,7 @@ func extrasOf(text []byte, doc *document) (*extras, error) {
 }
 
 // addTo returns text, which is doc, with what is unknown.
-func (u *extras) addTo(text []byte, doc *document) ([]byte, error) {
+func (u *extras) addTo(text []byte, doc *Document) ([]byte, error) {
 	if u == nil {
 		return text, nil
 	}
@@ -185,7 +185,7 @@ func (u *extras) addTo(text []byte, doc *document) ([]byte, error) {
 // follow returns what is unknown of the document before, in the document after an edit: a
 // peer with another key keeps what is unknown of it, and one that is gone doesn't, so that
 // it isn't there when the peer comes back.
-func (u *extras) follow(before, after *document) *extras {
+func (u *extras) follow(before, after *Document) *extras {
 	if u == nil || len(u.peers) == 0 {
 		return u
 	}

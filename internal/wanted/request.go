@@ -1,4 +1,4 @@
-package daemon
+package wanted
 
 import (
 	"errors"
@@ -12,7 +12,7 @@ import (
 )
 
 // newPeer reads the body of a POST.
-func (d *Daemon) newPeer(doc *document, p api.NewPeer, now time.Time) (*mesh.Peer, error) {
+func (s *State) newPeer(doc *Document, p api.NewPeer, now time.Time) (*mesh.Peer, error) {
 	out := &mesh.Peer{Name: p.Name, Kind: p.Kind}
 	if err := mesh.CheckName(p.Name); err != nil {
 		return nil, api.Errorf(api.CodeBadName, "%v", err).WithHint("names have 1 to 63 letters, digits, -, _ and .")
@@ -24,7 +24,7 @@ func (d *Daemon) newPeer(doc *document, p api.NewPeer, now time.Time) (*mesh.Pee
 		return nil, api.Errorf(api.CodeBadRequest, "kind %q is unknown", p.Kind).WithHint("it is own or external")
 	}
 	var err error
-	if out.PublicKey, err = d.readKey(p.PublicKey); err != nil {
+	if out.PublicKey, err = s.readKey(p.PublicKey); err != nil {
 		return nil, err
 	}
 	if err := setEndpoint(out, p.Endpoint); err != nil {
@@ -40,17 +40,17 @@ func (d *Daemon) newPeer(doc *document, p api.NewPeer, now time.Time) (*mesh.Pee
 	if err := setPermissions(out, p.Permissions, now); err != nil {
 		return nil, err
 	}
-	out.Addresses, err = d.giveAddresses(doc, out, p.Addresses)
+	out.Addresses, err = s.giveAddresses(doc, out, p.Addresses)
 	return out, err
 }
 
-func (d *Daemon) readKey(text string) (mesh.PublicKey, error) {
+func (s *State) readKey(text string) (mesh.PublicKey, error) {
 	key, err := mesh.ParsePublicKey(text)
 	if err != nil {
 		return key, api.Errorf(api.CodeBadKey, "the public key is not valid: %s", strings.TrimPrefix(err.Error(), "parse public key: ")).
 			WithHint("it has 44 characters, as `wg pubkey` prints it")
 	}
-	if key == d.mesh.key {
+	if key == s.id.Key {
 		return key, api.Errorf(api.CodeKeyTaken, "public key %v is this host's own", key).
 			WithHint("give the other device's key")
 	}
@@ -130,15 +130,15 @@ func endOf(c api.PermissionChange, now time.Time) (time.Time, error) {
 
 // giveAddresses returns the addresses for a peer: those given, else those
 // derived from its key. A peer of that name keeps the ones it has.
-func (d *Daemon) giveAddresses(doc *document, p *mesh.Peer, given []string) (out mesh.Addresses, err error) {
+func (s *State) giveAddresses(doc *Document, p *mesh.Peer, given []string) (out mesh.Addresses, err error) {
 	var have [2]bool
 	for _, text := range given {
 		a, err := netip.ParseAddr(text)
 		if err != nil {
 			return out, api.Errorf(api.CodeBadRequest, "address %q is not valid", text).WithHint("give a bare IPv4 or IPv6 address")
 		}
-		if err := d.mesh.prefixes.Check(a); err != nil {
-			return out, api.Errorf(api.CodeBadAddress, "%v", err).WithHint("%s", d.freeHint(doc, p.PublicKey))
+		if err := s.id.Prefixes.Check(a); err != nil {
+			return out, api.Errorf(api.CodeBadAddress, "%v", err).WithHint("%s", s.freeHint(doc, p.PublicKey))
 		}
 		family := familyOf(a)
 		if have[family] {
@@ -149,12 +149,12 @@ func (d *Daemon) giveAddresses(doc *document, p *mesh.Peer, given []string) (out
 	if have[0] && have[1] {
 		return out, nil
 	}
-	if i := doc.byKey(p.PublicKey); i >= 0 && len(given) == 0 {
+	if i := doc.ByKey(p.PublicKey); i >= 0 && len(given) == 0 {
 		return doc.Peers[i].Addresses, nil
 	}
-	derived, err := d.mesh.prefixes.Derive(p.PublicKey)
+	derived, err := s.id.Prefixes.Derive(p.PublicKey)
 	if err != nil {
-		return out, d.fullOr(doc, p.PublicKey, api.Errorf(api.CodeAddressTaken, "%v", err))
+		return out, s.fullOr(doc, p.PublicKey, api.Errorf(api.CodeAddressTaken, "%v", err))
 	}
 	for family, a := range derived.List() {
 		if !have[family] {
@@ -165,8 +165,8 @@ func (d *Daemon) giveAddresses(doc *document, p *mesh.Peer, given []string) (out
 }
 
 // freeHint proposes addresses that are free.
-func (d *Daemon) freeHint(doc *document, key mesh.PublicKey) string {
-	free, err := d.mesh.prefixes.Propose(key, func(a netip.Addr) bool { return d.owner(doc, a) != "" })
+func (s *State) freeHint(doc *Document, key mesh.PublicKey) string {
+	free, err := s.id.Prefixes.Propose(key, func(a netip.Addr) bool { return s.owner(doc, a) != "" })
 	if err != nil {
 		return "remove a peer, or take larger mesh prefixes: meshhelper settings mesh-prefix4 PREFIX"
 	}
@@ -175,17 +175,17 @@ func (d *Daemon) freeHint(doc *document, key mesh.PublicKey) string {
 
 // fullOr says that the mesh is full if it is, and else refuses with a free
 // address as the hint.
-func (d *Daemon) fullOr(doc *document, key mesh.PublicKey, refusal *api.Error) error {
-	_, err := d.mesh.prefixes.Propose(key, func(a netip.Addr) bool { return d.owner(doc, a) != "" })
+func (s *State) fullOr(doc *Document, key mesh.PublicKey, refusal *api.Error) error {
+	_, err := s.id.Prefixes.Propose(key, func(a netip.Addr) bool { return s.owner(doc, a) != "" })
 	if errors.Is(err, mesh.ErrMeshFull) {
 		refusal = api.Errorf(api.CodeMeshFull, "the mesh is full: %v", err)
 	}
-	return refusal.WithHint("%s", d.freeHint(doc, key))
+	return refusal.WithHint("%s", s.freeHint(doc, key))
 }
 
 // owner returns whose address a is, or "".
-func (d *Daemon) owner(doc *document, a netip.Addr) string {
-	if a == d.mesh.own[0] || a == d.mesh.own[1] {
+func (s *State) owner(doc *Document, a netip.Addr) string {
+	if a == s.id.Own[0] || a == s.id.Own[1] {
 		return "this host"
 	}
 	if i := doc.byAddress(a); i >= 0 {
@@ -196,17 +196,17 @@ func (d *Daemon) owner(doc *document, a netip.Addr) string {
 
 // admit refuses a new peer that takes something from another, or for which
 // there is no place.
-func (d *Daemon) admit(doc *document, p *mesh.Peer, asked api.NewPeer) error {
+func (s *State) admit(doc *Document, p *mesh.Peer, asked api.NewPeer) error {
 	if len(doc.Peers) >= maxPeers {
 		return api.Errorf(api.CodeMeshFull, "the mesh has %d peers, and there is no place for more", maxPeers).WithHint("remove a peer")
 	}
-	if i := doc.byKey(p.PublicKey); i >= 0 {
+	if i := doc.ByKey(p.PublicKey); i >= 0 {
 		return api.Errorf(api.CodeKeyTaken, "peer %q has the key %v already", doc.Peers[i].Name, p.PublicKey).
 			WithHint("run: meshhelper peer rename %s %s", doc.Peers[i].Name, p.Name)
 	}
 	for _, a := range p.Addresses {
-		if owner := d.owner(doc, a); owner != "" {
-			return d.fullOr(doc, p.PublicKey, api.Errorf(api.CodeAddressTaken, "address %v belongs to %s", a, owner))
+		if owner := s.owner(doc, a); owner != "" {
+			return s.fullOr(doc, p.PublicKey, api.Errorf(api.CodeAddressTaken, "address %v belongs to %s", a, owner))
 		}
 	}
 	return nil
@@ -267,10 +267,10 @@ func samePermissions(is *mesh.Peer, asked api.NewPeer, now time.Time) error {
 }
 
 // apply changes doc's peer i.
-func (d *Daemon) apply(doc *document, i int, c api.PeerChange, now time.Time) error {
+func (s *State) apply(doc *Document, i int, c api.PeerChange, now time.Time) error {
 	p := &doc.Peers[i]
 	if c.PublicKey != "" {
-		if err := d.rekey(doc, i, c.PublicKey); err != nil {
+		if err := s.rekey(doc, i, c.PublicKey); err != nil {
 			return err
 		}
 	}
@@ -295,17 +295,17 @@ func (d *Daemon) apply(doc *document, i int, c api.PeerChange, now time.Time) er
 
 // rekey gives a peer another key. Addresses that were derived from the old one
 // follow, since others derive them, too; chosen ones stay.
-func (d *Daemon) rekey(doc *document, i int, text string) error {
+func (s *State) rekey(doc *Document, i int, text string) error {
 	p := &doc.Peers[i]
-	key, err := d.readKey(text)
+	key, err := s.readKey(text)
 	if err != nil || key == p.PublicKey {
 		return err
 	}
-	if other := doc.byKey(key); other >= 0 {
+	if other := doc.ByKey(key); other >= 0 {
 		return api.Errorf(api.CodeKeyTaken, "peer %q has the key %v already", doc.Peers[other].Name, key).WithHint("make a new key")
 	}
-	old, oldErr := d.mesh.prefixes.Derive(p.PublicKey)
-	next, err := d.mesh.prefixes.Derive(key)
+	old, oldErr := s.id.Prefixes.Derive(p.PublicKey)
+	next, err := s.id.Prefixes.Derive(key)
 	for family, a := range old.List() {
 		if oldErr != nil || a != p.Addresses[family] {
 			continue
@@ -314,7 +314,7 @@ func (d *Daemon) rekey(doc *document, i int, text string) error {
 			return api.Errorf(api.CodeAddressTaken, "%v", err).WithHint("make another key")
 		}
 		moved := next.List()[family]
-		if owner := d.owner(doc, moved); owner != "" && moved != a {
+		if owner := s.owner(doc, moved); owner != "" && moved != a {
 			return api.Errorf(api.CodeAddressTaken, "address %v belongs to %s", moved, owner).WithHint("make another key")
 		}
 		p.Addresses[family] = moved

@@ -1,4 +1,4 @@
-package daemon
+package wanted
 
 import (
 	"context"
@@ -8,8 +8,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/events"
-	"github.com/meshhelper/meshhelper/internal/host"
 )
 
 // disk writes the files of the state directory, one after the other, in a goroutine
@@ -19,17 +19,17 @@ import (
 type disk struct {
 	store store
 	// wanted returns what is to be on disk, and saved hears of what was saved.
-	wanted func() *document
-	saved  func(*document)
+	wanted func() *Document
+	saved  func(*Document)
 	record func(events.Event)
 	limit  time.Duration // after which a disk that doesn't answer is a problem
 
 	mu      sync.Mutex
-	queue   []*job
+	queue   []*Job
 	running bool
 	// kept is the document that is on disk, whole and synced; nil where that isn't known.
 	// placed is the one that took the place of the one before, synced or not.
-	kept, placed *document
+	kept, placed *Document
 	// failure is why the last attempt to save what is wanted failed, and since when
 	// something else than what is wanted is on disk; zero while it isn't.
 	failure error
@@ -38,8 +38,8 @@ type disk struct {
 	mark    error // why the clock's mark couldn't be written
 }
 
-// job is something to write. err is to be read when done is closed.
-type job struct {
+// Job is something to write. err is to be read when done is closed.
+type Job struct {
 	name string
 	run  func() error
 	done chan struct{}
@@ -51,15 +51,21 @@ type job struct {
 // known.
 var errUnsynced = errors.New("whether it outlasts a loss of power isn't known")
 
+// Done is closed when the job has run.
+func (j *Job) Done() <-chan struct{} { return j.done }
+
+// Err returns what a job that is done came to.
+func (j *Job) Err() error { return j.err }
+
 // submit has run called. A job of that name that hasn't begun yet stands for the new
 // one, too; a job without a name stands for itself alone.
-func (d *disk) submit(name string, run func() error) *job {
+func (d *disk) submit(name string, run func() error) *Job {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if i := slices.IndexFunc(d.queue, func(j *job) bool { return name != "" && j.name == name }); i >= 0 {
+	if i := slices.IndexFunc(d.queue, func(j *Job) bool { return name != "" && j.name == name }); i >= 0 {
 		return d.queue[i]
 	}
-	j := &job{name: name, run: run, done: make(chan struct{})}
+	j := &Job{name: name, run: run, done: make(chan struct{})}
 	d.queue = append(d.queue, j)
 	if !d.running {
 		d.running = true
@@ -86,15 +92,15 @@ func (d *disk) work() {
 }
 
 // forget takes a job out of the queue that its caller gave up; one that runs goes on.
-func (d *disk) forget(j *job) {
+func (d *disk) forget(j *Job) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.queue = slices.DeleteFunc(d.queue, func(q *job) bool { return q == j })
+	d.queue = slices.DeleteFunc(d.queue, func(q *Job) bool { return q == j })
 }
 
 // wait waits for a job, and returns its error, or that the disk didn't answer while the
 // caller waited.
-func (d *disk) wait(ctx context.Context, j *job) error {
+func (d *disk) wait(ctx context.Context, j *Job) error {
 	select {
 	case <-j.done:
 		return j.err
@@ -112,7 +118,7 @@ func (d *disk) wait(ctx context.Context, j *job) error {
 }
 
 // saveWanted has what is wanted then saved.
-func (d *disk) saveWanted() *job {
+func (d *disk) saveWanted() *Job {
 	return d.submit("wanted", func() error {
 		doc := d.wanted()
 		if d.holds(doc) {
@@ -126,7 +132,7 @@ func (d *disk) saveWanted() *job {
 // wanted when its turn comes: what was put in force since may be on disk already, and
 // said to be, and must not be replaced by a document without it (errOvertaken). An error
 // that isn't errUnsynced says that the one before is still there, or will be again.
-func (d *disk) saveAhead(ctx context.Context, base, doc *document) error {
+func (d *disk) saveAhead(ctx context.Context, base, doc *Document) error {
 	j := d.submit("", func() error {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -145,7 +151,7 @@ func (d *disk) saveAhead(ctx context.Context, base, doc *document) error {
 
 // note keeps what an attempt to save came to, and returns the error: of a document that
 // is in its place already and couldn't be written once more, with errUnsynced.
-func (d *disk) note(doc *document, err error, wanted bool) error {
+func (d *disk) note(doc *Document, err error, wanted bool) error {
 	d.mu.Lock()
 	switch {
 	case err == nil:
@@ -168,7 +174,7 @@ func (d *disk) note(doc *document, err error, wanted bool) error {
 }
 
 // saveMark has the clock's mark saved.
-func (d *disk) saveMark(at time.Time, c *clock) {
+func (d *disk) saveMark(at time.Time, c *Clock) {
 	d.submit("mark", func() error {
 		err := d.store.writeMark(at)
 		if err == nil {
@@ -183,7 +189,7 @@ func (d *disk) saveMark(at time.Time, c *clock) {
 }
 
 // holds reports whether doc is on disk.
-func (d *disk) holds(doc *document) bool {
+func (d *disk) holds(doc *Document) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.kept == doc
@@ -201,31 +207,31 @@ func (d *disk) late(err error) {
 
 // problem returns what is wrong with what is on disk: what is wanted isn't there, and
 // not only because it is being saved just now.
-func (d *disk) problem() (host.Problem, bool) {
+func (d *disk) problem() (api.Problem, bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.problemLocked()
 }
 
 // problemLocked is problem. d.mu is held.
-func (d *disk) problemLocked() (host.Problem, bool) {
+func (d *disk) problemLocked() (api.Problem, bool) {
 	if d.kept == d.wanted() {
 		if d.mark != nil {
-			return host.Problem{
+			return api.Problem{
 				Step: "save the clock's mark", Message: d.mark.Error(),
 				Hint: "a clock that is set back while the helper is down may give timed permissions more time",
 			}, true
 		}
-		return host.Problem{}, false
+		return api.Problem{}, false
 	}
 	cause := d.failure
 	if cause == nil {
 		if d.since.IsZero() || time.Since(d.since) < d.limit {
-			return host.Problem{}, false
+			return api.Problem{}, false
 		}
 		cause = fmt.Errorf("the disk of %q doesn't answer", d.store.dir)
 	}
-	return host.Problem{Step: "save wanted state", Message: notSaved(cause), Hint: d.hint()}, true
+	return api.Problem{Step: "save wanted state", Message: notSaved(cause), Hint: d.hint()}, true
 }
 
 // hint says what to do about a disk that takes nothing.

@@ -1,4 +1,4 @@
-package daemon
+package wanted
 
 import (
 	"net/netip"
@@ -8,21 +8,21 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-func (doc *document) rename(i int, name string) error {
+func (doc *Document) rename(i int, name string) error {
 	if err := mesh.CheckName(name); err != nil {
 		return api.Errorf(api.CodeBadName, "%v", err).WithHint("names have 1 to 63 letters, digits, -, _ and .")
 	}
-	if doc.byName(name) >= 0 {
+	if doc.ByName(name) >= 0 {
 		return api.Errorf(api.CodeNameTaken, "another peer has the name %q", name).WithHint("choose another name")
 	}
-	doc.remember(former{Name: doc.Peers[i].Name, Now: name})
+	doc.remember(Former{Name: doc.Peers[i].Name, Now: name})
 	doc.forget(name)
 	doc.Peers[i].Name = name
 	return nil
 }
 
 // remember notes a name that is no more; the oldest is forgotten.
-func (doc *document) remember(f former) {
+func (doc *Document) remember(f Former) {
 	doc.forget(f.Name)
 	doc.Former = append(doc.Former, f)
 	if len(doc.Former) > maxFormer {
@@ -30,35 +30,35 @@ func (doc *document) remember(f former) {
 	}
 }
 
-func (doc *document) forget(name string) {
-	doc.Former = slices.DeleteFunc(doc.Former, func(f former) bool { return f.Name == name })
+func (doc *Document) forget(name string) {
+	doc.Former = slices.DeleteFunc(doc.Former, func(f Former) bool { return f.Name == name })
 }
 
 // nowOf returns what a former name became, or "".
-func (doc *document) nowOf(name string) string {
+func (doc *Document) nowOf(name string) string {
 	for _, f := range doc.Former {
-		if f.Name == name && doc.byName(f.Now) >= 0 {
+		if f.Name == name && doc.ByName(f.Now) >= 0 {
 			return f.Now
 		}
 	}
 	return ""
 }
 
-func (doc *document) byName(name string) int {
+func (doc *Document) ByName(name string) int {
 	return slices.IndexFunc(doc.Peers, func(p mesh.Peer) bool { return p.Name == name })
 }
 
-func (doc *document) byKey(key mesh.PublicKey) int {
+func (doc *Document) ByKey(key mesh.PublicKey) int {
 	return slices.IndexFunc(doc.Peers, func(p mesh.Peer) bool { return p.PublicKey == key })
 }
 
-func (doc *document) byAddress(a netip.Addr) int {
+func (doc *Document) byAddress(a netip.Addr) int {
 	return slices.IndexFunc(doc.Peers, func(p mesh.Peer) bool { return p.Addresses[0] == a || p.Addresses[1] == a })
 }
 
 // find returns the peer that ref names: by name, mesh address or public key.
-func (doc *document) find(ref string) (int, error) {
-	if i := doc.byName(ref); i >= 0 {
+func (doc *Document) Find(ref string) (int, error) {
+	if i := doc.ByName(ref); i >= 0 {
 		return i, nil
 	}
 	if a, err := netip.ParseAddr(ref); err == nil {
@@ -67,7 +67,7 @@ func (doc *document) find(ref string) (int, error) {
 		}
 	}
 	if key, err := mesh.ParsePublicKey(ref); err == nil {
-		if i := doc.byKey(key); i >= 0 {
+		if i := doc.ByKey(key); i >= 0 {
 			return i, nil
 		}
 	}
@@ -75,8 +75,8 @@ func (doc *document) find(ref string) (int, error) {
 }
 
 // unknown says that there is no such peer, and which was probably meant.
-func (doc *document) unknown(ref string) error {
-	if slices.ContainsFunc(doc.Former, func(f former) bool { return f.Name == ref && f.Now == "" }) {
+func (doc *Document) unknown(ref string) error {
+	if slices.ContainsFunc(doc.Former, func(f Former) bool { return f.Name == ref && f.Now == "" }) {
 		return api.Errorf(api.CodeAlreadyRemoved, "peer %q is no more", ref).WithHint("see `meshhelper peer list`")
 	}
 	e := api.Errorf(api.CodeUnknownPeer, "peer %.100q is unknown", ref)

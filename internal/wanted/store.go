@@ -1,4 +1,4 @@
-package daemon
+package wanted
 
 import (
 	"bytes"
@@ -16,17 +16,14 @@ import (
 
 // The files in the state directory. The host's journal stands beside them.
 const (
-	stateFile = "state.json"
-	copyFile  = "state.last.json"
-	keyFile   = "host.key"
-	lockFile  = "lock"
+	StateFile = "state.json"
+	CopyFile  = "state.last.json"
+	KeyFile   = "host.key"
+	LockFile  = "lock"
 
-	// eventsFile has the journal.
-	eventsFile = "events.jsonl"
-
-	// clockFile has the clock's mark, and learnedFile what was learned of peers; see
+	// ClockFile has the clock's mark, and learnedFile what was learned of peers; see
 	// mark and package learned.
-	clockFile   = "clock.json"
+	ClockFile   = "clock.json"
 	learnedFile = "learned.json"
 )
 
@@ -35,18 +32,18 @@ const (
 // written into, so that each is whole after a crash at any moment.
 type store struct {
 	dir string
-	fs  atomic.Pointer[fileSystem] // nil: the host's
+	fs  atomic.Pointer[FileSystem] // nil: the host's
 }
 
-func (s *store) files() fileSystem {
+func (s *store) files() FileSystem {
 	if fs := s.fs.Load(); fs != nil {
 		return *fs
 	}
-	return diskFiles{}
+	return DiskFiles{}
 }
 
-// fileSystem is what a full or broken disk makes fail; tests replace it.
-type fileSystem interface {
+// FileSystem is what a full or broken disk makes fail; tests replace it.
+type FileSystem interface {
 	// WriteTemp writes a new file that only its owner may read, and syncs it.
 	WriteTemp(dir, name string, content []byte) (path string, err error)
 	Rename(from, to string) error
@@ -57,11 +54,11 @@ type fileSystem interface {
 // load returns the document, or nil where there never was one. A document that
 // can't be used is an error, and nothing is touched: what its owner wanted is
 // better mended by a person than forgotten by a program.
-func (s *store) load() (*document, error) {
-	path := filepath.Join(s.dir, stateFile)
-	doc, err := readDocument(path)
+func (s *store) load() (*Document, error) {
+	path := filepath.Join(s.dir, StateFile)
+	doc, err := ReadDocument(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		if _, kept := os.Lstat(filepath.Join(s.dir, copyFile)); errors.Is(kept, fs.ErrNotExist) {
+		if _, kept := os.Lstat(filepath.Join(s.dir, CopyFile)); errors.Is(kept, fs.ErrNotExist) {
 			return nil, nil
 		}
 		err = fmt.Errorf("read wanted state %q: it is missing", path)
@@ -77,21 +74,21 @@ func (s *store) advice(err error) string {
 	if errors.Is(err, errNewer) {
 		return "nothing was touched; run the newer meshhelper again"
 	}
-	path := filepath.Join(s.dir, copyFile)
-	good, err := readDocument(path)
+	path := filepath.Join(s.dir, CopyFile)
+	good, err := ReadDocument(path)
 	if err != nil {
 		return fmt.Sprintf("nothing was touched; there is no good copy either (%v): move both files away to start anew with the same key", err)
 	}
 	return fmt.Sprintf("nothing was touched; the last good copy is %q (generation %d, %d peers): copy it over %q",
-		path, good.Generation, len(good.Peers), filepath.Join(s.dir, stateFile))
+		path, good.Generation, len(good.Peers), filepath.Join(s.dir, StateFile))
 }
 
-func readDocument(path string) (*document, error) {
+func ReadDocument(path string) (*Document, error) {
 	text, err := owned.Read(path, maxDocument)
 	if err != nil {
 		return nil, fmt.Errorf("read wanted state: %w", err)
 	}
-	doc, err := decodeDocument(text)
+	doc, err := Decode(text)
 	if err != nil {
 		return nil, fmt.Errorf("read wanted state %q: %w", path, err)
 	}
@@ -101,15 +98,15 @@ func readDocument(path string) (*document, error) {
 // save replaces the document on disk. After an error the old one is still there, or,
 // where errUnsynced is in its chain, the new one is, whole. It gives up between two
 // steps when ctx ends.
-func (s *store) save(ctx context.Context, doc *document) error {
-	text, err := doc.encode()
+func (s *store) save(ctx context.Context, doc *Document) error {
+	text, err := doc.Encode()
 	if err != nil {
 		return err
 	}
 	if len(text) > maxDocument {
 		return fmt.Errorf("the wanted state has %d bytes, at most %d", len(text), maxDocument)
 	}
-	return s.replace(ctx, text, stateFile, copyFile)
+	return s.replace(ctx, text, StateFile, CopyFile)
 }
 
 // replace gives files the same new content, and writes it for each before it renames
@@ -151,18 +148,18 @@ func unsyncedIf(changed bool, err error) error {
 	return fmt.Errorf("%w: %w", errUnsynced, err)
 }
 
-// diskFiles is the fileSystem of the host.
-type diskFiles struct{}
+// DiskFiles is the FileSystem of the host.
+type DiskFiles struct{}
 
-func (diskFiles) WriteTemp(dir, name string, content []byte) (path string, err error) {
+func (DiskFiles) WriteTemp(dir, name string, content []byte) (path string, err error) {
 	return owned.WriteTemp(dir, name, bytes.NewReader(content), 0o600)
 }
 
-func (diskFiles) Rename(from, to string) error { return os.Rename(from, to) }
+func (DiskFiles) Rename(from, to string) error { return os.Rename(from, to) }
 
-func (diskFiles) Remove(path string) error { return os.Remove(path) }
+func (DiskFiles) Remove(path string) error { return os.Remove(path) }
 
-func (diskFiles) SyncDir(dir string) error { return owned.SyncDir(dir) }
+func (DiskFiles) SyncDir(dir string) error { return owned.SyncDir(dir) }
 
 // openDir makes the state directory if it doesn't exist, and refuses one in which
 // others could replace the files, or that they could replace itself.

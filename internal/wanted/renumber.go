@@ -1,0 +1,66 @@
+package wanted
+
+import (
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/events"
+)
+
+// Renumbered returns the document with peers' addresses that this mesh has a place for, as
+// the next generation: an address that fits stays, and another is derived anew from the
+// peer's key. Where that one is taken, the next attempt of the derivation counts, in the
+// order of the peers, so that the outcome is the same each time. The addresses of before
+// are kept in for a day, as a removed peer's are.
+func (doc *Document) Renumbered(m Identity, now time.Time) (*Document, error) {
+	next := doc.Clone()
+	taken := map[netip.Addr]bool{m.Own[0]: true, m.Own[1]: true}
+	stays := make([][2]bool, len(next.Peers))
+	for i := range next.Peers {
+		for n, a := range next.Peers[i].Addresses {
+			// Check of the family's own prefix: an address in the other one doesn't exist.
+			if m.Prefixes.Check(a) == nil && !taken[a] {
+				stays[i][n], taken[a] = true, true
+			}
+		}
+	}
+	for i := range next.Peers {
+		p := &next.Peers[i]
+		if stays[i] == [2]bool{true, true} {
+			continue
+		}
+		a, err := m.Prefixes.Propose(p.PublicKey, func(a netip.Addr) bool { return taken[a] })
+		if err != nil {
+			return nil, api.Errorf(api.CodeBadAddress, "%v and %v have no room for all %d peers: %v", m.Prefixes.V4, m.Prefixes.V6, len(next.Peers), err).
+				WithHint("take a shorter prefix, such as a /16")
+		}
+		for n, addr := range a.List() {
+			if !stays[i][n] {
+				p.Addresses[n], taken[addr] = addr, true
+			}
+		}
+	}
+	next.Generation++
+	next.Saved = now
+	next.retire(doc, now)
+	return next, nil
+}
+
+// renumber gives the peers of a document that was read addresses that fit this mesh, and
+// says which.
+func (s *State) renumber(doc *Document) (*Document, error) {
+	next, err := doc.Renumbered(s.id, s.clock.Now())
+	if err != nil {
+		return nil, err
+	}
+	for i := range next.Peers {
+		if was, is := &doc.Peers[i], &next.Peers[i]; was.Addresses != is.Addresses {
+			s.opts.Record(events.Event{Kind: events.Change, Peer: is.Name, Message: fmt.Sprintf(
+				"%s changed with the mesh prefixes: it has %v and %v, and had %v and %v; its configuration has to change, too: meshhelper peer config %s",
+				is.Name, is.Addresses[0], is.Addresses[1], was.Addresses[0], was.Addresses[1], is.Name)})
+		}
+	}
+	return next, nil
+}
