@@ -8,8 +8,6 @@ import (
 	"pgregory.net/rapid"
 )
 
-func free(netip.Addr) bool { return false }
-
 // TestDeriveVectors pins the derivation: another result would renumber every
 // mesh that exists. Computed by another program from the formula at Derive.
 func TestDeriveVectors(t *testing.T) {

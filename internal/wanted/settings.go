@@ -490,12 +490,6 @@ func describeSetting(key, value string) string {
 	return fmt.Sprintf("setting %s became %q", key, value)
 }
 
-func touchesPrefixes(changes map[string]*string) bool {
-	_, v4 := changes[SettingMeshPrefix4]
-	_, v6 := changes[SettingMeshPrefix6]
-	return v4 || v6
-}
-
 // PrefixesAfter returns the mesh prefixes that count after a restart, and whether there
 // are: a helper in a test may have been told of none.
 func (s *Settings) PrefixesAfter() (p mesh.Prefixes, ok bool) {
