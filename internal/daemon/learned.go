@@ -60,10 +60,12 @@ func (d *Daemon) saveLearned() {
 	})
 }
 
-// keepLearned has what was learned saved now and then, where it changed.
+// keepLearned has what was learned saved where it changed, every learnInterval at most.
 func (d *Daemon) keepLearned(ctx context.Context) error {
-	for sleep(ctx, learnInterval) {
-		if d.learned.Changed() {
+	var saved time.Time
+	for sleep(ctx, d.opts.Tick) {
+		if time.Since(saved) >= learnInterval && d.learned.Changed() {
+			saved = time.Now()
 			d.saveLearned()
 		}
 	}
