@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
@@ -21,7 +22,18 @@ func (d *Daemon) ChangePeer(ctx context.Context, ref string, c api.PeerChange) (
 
 // RemovePeer removes a peer, and answers with what it was.
 func (d *Daemon) RemovePeer(ctx context.Context, ref string) (api.Changed, error) {
-	return d.change(ctx, func(ctx context.Context) (wanted.Outcome, error) { return d.wanted.RemovePeer(ctx, ref) })
+	c, _ := d.condition()
+	was := c.numbers() // before the guard and the tunnel forget the peer
+	var gone *mesh.Peer
+	out, err := d.change(ctx, func(ctx context.Context) (wanted.Outcome, error) {
+		o, err := d.wanted.RemovePeer(ctx, ref)
+		gone = o.Gone
+		return o, err
+	})
+	if err == nil && gone != nil {
+		out.Peer = d.viewOf(gone, was, d.wanted.Now())
+	}
+	return out, err
 }
 
 // answerWithin returns how long a change may take to be answered: a little less than
@@ -42,9 +54,6 @@ func (d *Daemon) change(ctx context.Context, make func(context.Context) (wanted.
 		return api.Changed{}, refused
 	}
 	var out api.Changed
-	if o.Gone != nil {
-		out.Peer = d.view(o.Gone, d.wanted.Now()) // with what was counted of it so far
-	}
 	poke(d.wake)
 	// The loop works while the disk does.
 	notHeld := d.await(ctx, o.Document.Generation, began.Add(d.answerWithin()))
