@@ -15,7 +15,7 @@ import (
 func hosts() map[string]newHost {
 	return map[string]newHost{
 		"darwin": func(o hostOptions) (host.Host, error) {
-			p, err := macos.NewPlatform(macos.PlatformOptions{
+			p, err := macos.New(macos.Options{
 				StateDir: o.stateDir, Label: o.label, Runner: darwin.Exec{}, Kernel: darwin.System{}, Log: o.log,
 			})
 			if err != nil {
@@ -36,7 +36,7 @@ func thisService() *serviceHost {
 		runner:     darwin.Exec{Timeout: serviceTimeout},
 		executable: os.Executable,
 		restore: func(ctx context.Context, stateDir string) error {
-			p, err := macos.NewPlatform(macos.PlatformOptions{StateDir: stateDir, Runner: darwin.Exec{}, Kernel: darwin.System{}})
+			p, err := macos.New(macos.Options{StateDir: stateDir, Runner: darwin.Exec{}, Kernel: darwin.System{}})
 			if err != nil {
 				return err
 			}

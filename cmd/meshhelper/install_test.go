@@ -82,7 +82,7 @@ func newMacRig(t *testing.T) *macRig {
 // app returns the command as process p of the Mac would have it.
 func (g *macRig) app(p *simmac.Process) *app {
 	platform := func(o hostOptions) (host.Host, error) {
-		made, err := macos.NewPlatform(macos.PlatformOptions{StateDir: o.stateDir, Label: o.label, Runner: refusing{p, &g.refuse}, Kernel: p, CreateTUN: p.CreateTUN, Log: o.log})
+		made, err := macos.New(macos.Options{StateDir: o.stateDir, Label: o.label, Runner: refusing{p, &g.refuse}, Kernel: p, CreateTUN: p.CreateTUN, Log: o.log})
 		if err != nil {
 			return host.Host{}, err
 		}

@@ -23,7 +23,7 @@ var languages = map[string]daemon.Language{
 	},
 	"pf": {
 		Render: func(r *policy.Ruleset) (string, string, error) {
-			return macos.Text(r, macos.Options{MTU: daemon.DefaultMTU})
+			return macos.Text(r, macos.AnchorOptions{MTU: daemon.DefaultMTU})
 		},
 		Find: findPf,
 	},

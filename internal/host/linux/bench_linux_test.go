@@ -83,7 +83,7 @@ func BenchmarkChange(b *testing.B) {
 	}
 }
 
-// BenchmarkToggle is the whole way of a toggle through the platform: enforce,
+// BenchmarkToggle is the whole way of a toggle through the backend: enforce,
 // read back, cut.
 func BenchmarkToggle(b *testing.B) {
 	for _, peers := range []int{10, 1000, 10000} {

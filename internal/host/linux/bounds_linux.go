@@ -14,11 +14,11 @@ import (
 
 // flowsPerPeer is how many flows of one peer conntrack may have in each family: an
 // eighth of what it holds, but no more than maxFlowsPerPeer.
-func (p *Platform) flowsPerPeer() uint32 {
+func (p *Backend) flowsPerPeer() uint32 {
 	return p.flowsOf(p.states())
 }
 
-func (p *Platform) flowsOf(states int) uint32 {
+func (p *Backend) flowsOf(states int) uint32 {
 	if p.unbounded {
 		return 0
 	}
@@ -35,7 +35,7 @@ func (p *Platform) flowsOf(states int) uint32 {
 // bound flows enforces all the rest: counting and timeouts are modules of their own,
 // which not every system has (CONFIG_NFT_CONNLIMIT, CONFIG_NF_CONNTRACK_TIMEOUT). The
 // guard's bounds hold there, too.
-func (p *Platform) applyBounded(t *table, r *policy.Ruleset, with params) error {
+func (p *Backend) applyBounded(t *table, r *policy.Ruleset, with params) error {
 	err := p.filter.apply(t)
 	if err == nil || p.unbounded || !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.ENOENT) {
 		return err
@@ -50,7 +50,7 @@ func (p *Platform) applyBounded(t *table, r *policy.Ruleset, with params) error 
 }
 
 // boundProblems says that the kernel bounds no flows.
-func (p *Platform) boundProblems() []host.Problem {
+func (p *Backend) boundProblems() []host.Problem {
 	if !p.unbounded {
 		return nil
 	}
@@ -63,7 +63,7 @@ func (p *Platform) boundProblems() []host.Problem {
 
 // established is how long the host lets a TCP connection be silent: five days by
 // default.
-func (p *Platform) established() time.Duration {
+func (p *Backend) established() time.Duration {
 	text, err := p.forward.sys.read("netfilter/nf_conntrack_tcp_timeout_established")
 	if err != nil {
 		return flow.TCPEstablished

@@ -556,7 +556,7 @@ func TestFullTableIsTold(t *testing.T) {
 	}
 }
 
-// pretend has the platform read some sysctls from files, the others from the kernel,
+// pretend has the backend read some sysctls from files, the others from the kernel,
 // and returns what changes one of them.
 func (g *rig) pretend(values map[string]string) (set func(name, value string)) {
 	g.t.Helper()
@@ -587,7 +587,7 @@ func TestBoundOfFlows(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(dir, "netfilter"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	p := &Platform{forward: &forwarding{sys: sysctls{dir}}}
+	p := &Backend{forward: &forwarding{sys: sysctls{dir}}}
 	for states, want := range map[int]uint32{262144: maxFlowsPerPeer, 16384: 2048, 8: 1, 1: 1} {
 		if err := os.WriteFile(filepath.Join(dir, "netfilter", "nf_conntrack_max"), []byte(strconv.Itoa(states)), 0o600); err != nil {
 			t.Fatal(err)
@@ -797,7 +797,7 @@ func TestReassembly(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		p := &Platform{forward: &forwarding{sys: sysctls{dir}}}
+		p := &Backend{forward: &forwarding{sys: sysctls{dir}}}
 		if got := p.Limits().Reassembly; got != c.want {
 			t.Errorf("%s: %d bytes, want %d", name, got, c.want)
 		}

@@ -13,7 +13,7 @@ import (
 // killed is what Options.Step panics with, in place of a SIGKILL.
 type killed struct{ at int }
 
-// life is a whole run of the platform: start, changes, stop. It ends early where
+// life is a whole run of the backend: start, changes, stop. It ends early where
 // Options.Step panics.
 func (g *rig) life() (err error) {
 	defer func() {
@@ -41,7 +41,7 @@ func (g *rig) life() (err error) {
 	return err
 }
 
-// TestKilledAtEveryStep ends the platform before and after each of its steps. While
+// TestKilledAtEveryStep ends the backend before and after each of its steps. While
 // it is dead nothing leaks, and the next one leaves the host as the first found it.
 func TestKilledAtEveryStep(t *testing.T) {
 	w := newWorld(t)

@@ -28,7 +28,7 @@ import (
 // would never work: flows that were opened while another program had removed the
 // table, and so aren't translated, and those with a port that may be the host's by
 // now.
-func (p *Platform) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
+func (p *Backend) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
 	if len(narrowed) == 0 {
 		return nil
 	}
@@ -37,7 +37,7 @@ func (p *Platform) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy
 	})
 }
 
-func (p *Platform) cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
+func (p *Backend) cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
 	theirs := map[netip.Addr]bool{}
 	for _, n := range narrowed {
 		for _, a := range n.Addresses {
@@ -89,7 +89,7 @@ const (
 )
 
 // hasFewFlows reports whether conntrack has no more than fewFlows entries.
-func (p *Platform) hasFewFlows() bool {
+func (p *Backend) hasFewFlows() bool {
 	text, err := p.forward.sys.read(flowCount)
 	if err != nil {
 		return false

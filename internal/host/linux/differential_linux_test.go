@@ -412,7 +412,7 @@ func (w *world) volley(rnd *rand.Rand, r *policy.Ruleset, n *int, count int) []s
 	return all
 }
 
-// findForwarding sets what the platform is to find.
+// findForwarding sets what the backend is to find.
 func (w *world) findForwarding(value string) {
 	w.t.Helper()
 	for _, s := range [][2]string{

@@ -1,7 +1,7 @@
 // Package linux makes a Linux host enforce a ruleset with nftables and netlink;
 // it runs no programs.
 //
-// [New] makes a platform; its methods are the parts of a [host.Host]. What it
+// [New] makes a backend; its methods are the parts of a [host.Host]. What it
 // puts on the host is little: a TUN device with the host's mesh addresses, a host
 // route per peer, one nftables table named meshhelper, and forwarding on the
 // interfaces that need it. What forwarding was before is in a journal on disk
@@ -27,7 +27,7 @@
 // that up in the permission sets as they are now. So a permission that is taken
 // away stops running flows in both directions with one set element. Afterwards the
 // conntrack entries of what was translated through the host are deleted, so that no
-// answer finds its way on ([Platform.Cut]). Entries of cut flows to the host itself
+// answer finds its way on ([Backend.Cut]). Entries of cut flows to the host itself
 // stay on purpose: while an end keeps sending, the entry remembers the opener of the
 // flow, so that it can't be opened anew the other way round.
 package linux

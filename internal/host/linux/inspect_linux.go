@@ -10,11 +10,11 @@ import (
 
 // Inspect implements [host.Enforcer]: it reads the table, the addresses,
 // the routes and the forwarding flags back.
-func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, error) {
+func (p *Backend) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, error) {
 	return ask(ctx, p, func() (host.Report, error) { return p.inspect(r) })
 }
 
-func (p *Platform) inspect(r *policy.Ruleset) (host.Report, error) {
+func (p *Backend) inspect(r *policy.Ruleset) (host.Report, error) {
 	report := host.Report{Forwarding: p.forward.now(p.name)}
 	add := func(step string, differs []string) {
 		for _, d := range differs {
@@ -46,7 +46,7 @@ func (p *Platform) inspect(r *policy.Ruleset) (host.Report, error) {
 	return report, nil
 }
 
-func (p *Platform) driftTable(r *policy.Ruleset) ([]string, error) {
+func (p *Backend) driftTable(r *policy.Ruleset) ([]string, error) {
 	if p.filter.loaded == nil || p.enforced != r {
 		changes, ok := []change(nil), false
 		if p.filter.loaded != nil {
@@ -60,7 +60,7 @@ func (p *Platform) driftTable(r *policy.Ruleset) ([]string, error) {
 	return append(differs, p.driftPorts()...), err
 }
 
-func (p *Platform) driftLink(r *policy.Ruleset) ([]string, error) {
+func (p *Backend) driftLink(r *policy.Ruleset) ([]string, error) {
 	if index := p.indexOf(p.name); index != p.link.index || index == 0 {
 		return []string{fmt.Sprintf("interface %s is gone", p.name)}, nil
 	}

@@ -128,7 +128,7 @@ func (o *others) run(ctx context.Context, do func() error) error {
 
 // Others implements [host.Others]. It also ends what peers hold in conntrack
 // beyond their shares.
-func (p *Platform) Others(ctx context.Context, r *policy.Ruleset, outer []netip.AddrPort) ([]host.Problem, error) {
+func (p *Backend) Others(ctx context.Context, r *policy.Ruleset, outer []netip.AddrPort) ([]host.Problem, error) {
 	var out []host.Problem
 	var marks map[bool]uint32
 	o := p.others
@@ -152,7 +152,7 @@ func (p *Platform) Others(ctx context.Context, r *policy.Ruleset, outer []netip.
 
 // otherWays has the kernel asked where it sends peers' packets, when nothing is being
 // enforced.
-func (p *Platform) otherWays(ctx context.Context, r *policy.Ruleset, marks map[bool]uint32) ([]host.Problem, error) {
+func (p *Backend) otherWays(ctx context.Context, r *policy.Ruleset, marks map[bool]uint32) ([]host.Problem, error) {
 	// As in Way, the end of the caller's patience isn't handed to the sockets.
 	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), wayLimit)
 	defer cancel()
@@ -160,7 +160,7 @@ func (p *Platform) otherWays(ctx context.Context, r *policy.Ruleset, marks map[b
 }
 
 // ByOthers implements [host.Judge].
-func (p *Platform) ByOthers(ctx context.Context, packet host.Packet, out string, reply bool) (host.ByOthers, error) {
+func (p *Backend) ByOthers(ctx context.Context, packet host.Packet, out string, reply bool) (host.ByOthers, error) {
 	var f finding
 	s := sampleOf(packet, out, reply)
 	mesh, _ := p.others.mesh.Load().(string)
@@ -193,7 +193,7 @@ func sampleOf(packet host.Packet, out string, reply bool) sample {
 }
 
 // markOf returns the mark that other software's rules give a packet before it is routed.
-func (p *Platform) markOf(ctx context.Context, packet host.Packet) (mark uint32, err error) {
+func (p *Backend) markOf(ctx context.Context, packet host.Packet) (mark uint32, err error) {
 	if !packet.Src.IsValid() {
 		return 0, nil
 	}

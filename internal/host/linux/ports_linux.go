@@ -41,7 +41,7 @@ type ports struct {
 // settings leave none, the host forwards nothing for peers. A program that begins to
 // listen in the range, or a changed sysctl, is noticed at the next look, of which the
 // kernel doesn't tell: until then a flow of a peer may have that port.
-func (p *Platform) observePorts(h *policy.Host) error {
+func (p *Backend) observePorts(h *policy.Host) error {
 	host, err := readHostPorts(p.forward.sys)
 	if err != nil {
 		return err
@@ -80,7 +80,7 @@ func (p *Platform) observePorts(h *policy.Host) error {
 // leaveBound leaves out the ports of the range that sockets of the host have by now,
 // and deletes the flows that have them. It changes elements of a set: to choose another
 // range would load the table, which any user could bring about at each look.
-func (p *Platform) leaveBound(ctx context.Context) {
+func (p *Backend) leaveBound(ctx context.Context) {
 	if p.filter.loaded == nil || p.ports.now != p.loadedPorts || p.enforced == nil {
 		return // the next load has them
 	}
@@ -113,7 +113,7 @@ func (p *Platform) leaveBound(ctx context.Context) {
 }
 
 // driftPorts says whether the table translates to another range than was observed.
-func (p *Platform) driftPorts() []string {
+func (p *Backend) driftPorts() []string {
 	if p.loadedPorts == p.ports.now || p.ports.now.size() == 0 {
 		return nil
 	}
@@ -122,7 +122,7 @@ func (p *Platform) driftPorts() []string {
 }
 
 // portProblems says that no range is left, or that sockets have much of it.
-func (p *Platform) portProblems() (out []host.Problem) {
+func (p *Backend) portProblems() (out []host.Problem) {
 	if p.ports.failed != nil {
 		out = append(out, host.Problem{
 			Step: lookAround, Message: "flows of peers may have ports that sockets of this host have: " + p.ports.failed.Error(),

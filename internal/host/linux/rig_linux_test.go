@@ -27,12 +27,12 @@ func TestMain(m *testing.M) { os.Exit(netlab.Main(m.Run)) }
 
 const meshName = "wgtest0"
 
-// rig is a host with the platform under test on it. The test is WireGuard: it
+// rig is a host with the backend under test on it. The test is WireGuard: it
 // puts peers' packets into the TUN device and reads what comes out.
 type rig struct {
 	t     testing.TB
 	pic   *netlab.Picture
-	p     *Platform
+	p     *Backend
 	dev   tun.Device
 	state string
 	steps []string
@@ -76,7 +76,7 @@ func (g *rig) do(f func() error) {
 	}
 }
 
-// start makes a new platform and its interface, on the host.
+// start makes a new backend and its interface, on the host.
 func (g *rig) start() (err error) {
 	if g.p, err = New(Options{StateDir: g.state, Step: g.step, ResolverFiles: []string{g.resolvers()}}); err != nil {
 		return err
@@ -90,7 +90,7 @@ func (g *rig) start() (err error) {
 // resolvers is the host's resolv.conf, which doesn't exist unless a test writes it.
 func (g *rig) resolvers() string { return filepath.Join(g.state, "resolv.conf") }
 
-// step is Options.Step: it records the call, and kills the platform in one of them.
+// step is Options.Step: it records the call, and kills the backend in one of them.
 func (g *rig) step(name string) {
 	g.steps = append(g.steps, name)
 	if len(g.steps) == g.killAt {
@@ -98,7 +98,7 @@ func (g *rig) step(name string) {
 	}
 }
 
-// open starts the platform and reads what comes out of its device.
+// open starts the backend and reads what comes out of its device.
 func (g *rig) open() {
 	g.t.Helper()
 	g.do(g.start)
@@ -144,7 +144,7 @@ func (g *rig) inject(packet []byte) {
 	}
 }
 
-// close takes the platform away.
+// close takes the backend away.
 func (g *rig) close() []host.Problem {
 	g.t.Helper()
 	var left []host.Problem

@@ -35,7 +35,7 @@ func (g *rig) dump(r *policy.Ruleset, before netlab.Snapshot) string {
 	return strings.Join(lines, "\n") + "\n"
 }
 
-// TestStates drives one platform through a list of rulesets and compares the
+// TestStates drives one backend through a list of rulesets and compares the
 // whole host after each: what an earlier one leaves behind shows.
 func TestStates(t *testing.T) {
 	g := newRig(t)

@@ -76,8 +76,8 @@ func subscribe(family int, groups ...uint32) (*nlconn.Conn, error) {
 
 // Watch implements [host.Observer]. What this process itself does to
 // nftables isn't a change. Sockets of its own are opened in the network namespace of
-// the platform, so that it can be called again after an error.
-func (p *Platform) Watch(ctx context.Context, changed func()) error {
+// the backend, so that it can be called again after an error.
+func (p *Backend) Watch(ctx context.Context, changed func()) error {
 	w, err := ask(ctx, p, openWatch)
 	if err != nil {
 		return err

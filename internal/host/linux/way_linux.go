@@ -21,7 +21,7 @@ import (
 const wayLimit = 5 * time.Second
 
 // Way implements [host.Ways].
-func (p *Platform) Way(ctx context.Context, packet host.Packet) (host.Way, error) {
+func (p *Backend) Way(ctx context.Context, packet host.Packet) (host.Way, error) {
 	if !packet.Dst.IsValid() || packet.Src.IsValid() && packet.Src.Is4() != packet.Dst.Is4() {
 		return host.Way{}, fmt.Errorf("find the way from %v to %v: these aren't addresses of one family", packet.Src, packet.Dst)
 	}
@@ -40,10 +40,10 @@ func (p *Platform) Way(ctx context.Context, packet host.Packet) (host.Way, error
 	return w, nil
 }
 
-func (p *Platform) way(packet host.Packet) (host.Way, error) { return p.marked(packet, 0) }
+func (p *Backend) way(packet host.Packet) (host.Way, error) { return p.marked(packet, 0) }
 
 // marked returns the way of a packet with a mark.
-func (p *Platform) marked(packet host.Packet, mark uint32) (host.Way, error) {
+func (p *Backend) marked(packet host.Packet, mark uint32) (host.Way, error) {
 	q := nlconn.Packet{Mark: mark, Src: packet.Src, Dst: packet.Dst, Proto: packet.Proto, SrcPort: packet.SrcPort, DstPort: packet.DstPort}
 	if packet.In != "" {
 		if q.IIF = p.indexOf(packet.In); q.IIF == 0 {
@@ -82,7 +82,7 @@ func (p *Platform) marked(packet host.Packet, mark uint32) (host.Way, error) {
 }
 
 // own returns the host's mesh address of a family.
-func (p *Platform) own(v4 bool) netip.Addr {
+func (p *Backend) own(v4 bool) netip.Addr {
 	for _, a := range p.cfg.Addresses {
 		if a.Is4() == v4 {
 			return a
@@ -92,7 +92,7 @@ func (p *Platform) own(v4 bool) netip.Addr {
 }
 
 // forwards4 reports whether IPv4 packets that come in by an interface are forwarded.
-func (p *Platform) forwards4(name string) bool {
+func (p *Backend) forwards4(name string) bool {
 	v, err := p.forward.sys.read(conf("ipv4", name, "forwarding"))
 	return err == nil && v != "0"
 }
@@ -142,14 +142,14 @@ func answerOf(r nlconn.Route) answer {
 // wayProblems says where the kernel sends packets from peers and to them another way than
 // theirs. marks are those that other software's rules give what peers send to the internet.
 // Policy rules that go by a port aren't found so, nor those that go by a mark of answers.
-func (p *Platform) wayProblems(r *policy.Ruleset, marks map[bool]uint32) []host.Problem {
+func (p *Backend) wayProblems(r *policy.Ruleset, marks map[bool]uint32) []host.Problem {
 	return append(p.waysOut(r, marks), p.waysBack(r)...)
 }
 
 // waysBack says where the kernel sends what is for peers, where that isn't into the tunnel:
 // a policy rule that takes everything before the main table is asked, which has the peers'
 // routes.
-func (p *Platform) waysBack(r *policy.Ruleset) (out []host.Problem) {
+func (p *Backend) waysBack(r *policy.Ruleset) (out []host.Problem) {
 	for _, own := range r.Mesh().Addresses {
 		for _, packet := range toPeers(r, own) {
 			w, err := p.way(packet)
@@ -207,7 +207,7 @@ func toPeers(r *policy.Ruleset, own netip.Addr) (out []host.Packet) {
 
 // waysOut says where the kernel sends peers' packets to the internet, where that isn't by
 // the uplink: they are refused then.
-func (p *Platform) waysOut(r *policy.Ruleset, marks map[bool]uint32) (out []host.Problem) {
+func (p *Backend) waysOut(r *policy.Ruleset, marks map[bool]uint32) (out []host.Problem) {
 	h := r.Host()
 	for _, own := range r.Mesh().Addresses {
 		i := slices.IndexFunc(r.Peers(), func(p policy.PeerRules) bool { return p.Permissions.Has(mesh.Routing) })

@@ -171,7 +171,7 @@ func (w *worker) hangs(ctx context.Context, what string) error {
 
 // run does a call of the daemon's on the worker, with the end of ctx as the
 // sockets' deadline.
-func (p *Platform) run(ctx context.Context, do func() error) error {
+func (p *Backend) run(ctx context.Context, do func() error) error {
 	return p.worker.run(ctx, func() error {
 		defer p.worker.step.Store("")
 		if err := p.reopen(); err != nil {
@@ -188,7 +188,7 @@ func (p *Platform) run(ctx context.Context, do func() error) error {
 }
 
 // ask is run for what has an answer.
-func ask[T any](ctx context.Context, p *Platform, do func() (T, error)) (T, error) {
+func ask[T any](ctx context.Context, p *Backend, do func() (T, error)) (T, error) {
 	var answer T
 	err := p.run(ctx, func() (err error) {
 		answer, err = do()
@@ -202,7 +202,7 @@ func ask[T any](ctx context.Context, p *Platform, do func() (T, error)) (T, erro
 }
 
 // bind makes ctx end what waits at the sockets, until unbind is called.
-func (p *Platform) bind(ctx context.Context) {
+func (p *Backend) bind(ctx context.Context) {
 	end, bounded := ctx.Deadline()
 	conns := []interface{ SetDeadline(time.Time) error }{p.filter.sock, p.filter.change.wire, p.routes, p.ports.diag, p.flows.dump}
 	// They have no deadline before ctx has ended: an exchange that was given up is
@@ -239,7 +239,7 @@ func (p *Platform) bind(ctx context.Context) {
 const socketLimit = time.Minute
 
 // closing does what closes, also after ctx has ended.
-func (p *Platform) closing(ctx context.Context, do func() error) error {
+func (p *Backend) closing(ctx context.Context, do func() error) error {
 	p.unbind()
 	fresh, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeLimit)
 	defer cancel()
@@ -258,7 +258,7 @@ func (p *Platform) closing(ctx context.Context, do func() error) error {
 // given up: an answer that comes late would be taken for the next one's. (nl leaves
 // out answers to other questions by itself.) Whether a transaction that was given up
 // has been done isn't known.
-func (p *Platform) reopen() error {
+func (p *Backend) reopen() error {
 	if !p.spent {
 		return nil
 	}

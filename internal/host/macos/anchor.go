@@ -19,8 +19,8 @@ const DefaultLabel = "org.meshhelper"
 // /etc/pf.conf.
 const anchorParent = "com.apple/"
 
-// Options are what the anchor depends on besides the policy.
-type Options struct {
+// AnchorOptions are what the anchor depends on besides the policy.
+type AnchorOptions struct {
 	// Label names the service: a reverse domain name of at most 63 bytes.
 	Label string // optional; DefaultLabel
 	// Interface is the mesh interface, if it isn't the one that the ruleset was
@@ -86,7 +86,7 @@ func AnchorPath(label string) (string, error) {
 }
 
 // Compile makes the anchor that holds the policy on a Mac.
-func Compile(r *policy.Ruleset, o Options) (*Anchor, error) {
+func Compile(r *policy.Ruleset, o AnchorOptions) (*Anchor, error) {
 	if o.Label == "" {
 		o.Label = DefaultLabel
 	}

@@ -74,7 +74,7 @@ func mustRuleset(t testing.TB, m policy.Mesh, h policy.Host) *policy.Ruleset {
 
 func mustAnchor(t testing.TB, r *policy.Ruleset) *Anchor {
 	t.Helper()
-	a, err := Compile(r, Options{})
+	a, err := Compile(r, AnchorOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -169,7 +169,7 @@ func TestAnchorPath(t *testing.T) {
 
 func TestCompileRefuses(t *testing.T) {
 	r := mustRuleset(t, testMesh(1, everything), testHost())
-	for _, o := range []Options{{MTU: 1279}, {MTU: 65536}, {MTU: -1}, {Label: "com.apple/x"}} {
+	for _, o := range []AnchorOptions{{MTU: 1279}, {MTU: 65536}, {MTU: -1}, {Label: "com.apple/x"}} {
 		if _, err := Compile(r, o); err == nil {
 			t.Errorf("%+v: no error", o)
 		}

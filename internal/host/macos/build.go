@@ -16,10 +16,10 @@ type builder struct {
 	sets    map[string]set
 	used    map[string]bool // tables that a rule refers to
 	lines   []Line
-	options Options
+	options AnchorOptions
 }
 
-func newBuilder(r *policy.Ruleset, o Options) *builder {
+func newBuilder(r *policy.Ruleset, o AnchorOptions) *builder {
 	b := &builder{ruleset: r, host: r.Host(), sets: fillSets(r), used: map[string]bool{}, options: o}
 	if o.Interface != "" {
 		b.host.Interface = o.Interface

@@ -73,7 +73,7 @@ func TestFillProblems(t *testing.T) {
 			t.Errorf("%q: %d, want %d", limits, got, want)
 		}
 	}
-	p := &Platform{}
+	p := &Backend{}
 	for states, says := range map[uint64]bool{0: false, 8_999: false, 9_000: true, 10_001: true} {
 		p.states, p.most = states, MaxStates
 		if ps := p.fillProblems(); len(ps) > 0 != says || says && !strings.Contains(ps[0].Message, "of 10000 at most") {
@@ -102,7 +102,7 @@ func TestClosesUnseen(t *testing.T) {
 	g := newRig(t)
 	before := g.mac.Dump()
 	var on bool
-	p, err := NewPlatform(PlatformOptions{StateDir: g.dir, Runner: g, Kernel: blind{g.mac, &on}, CreateTUN: g.mac.CreateTUN})
+	p, err := New(Options{StateDir: g.dir, Runner: g, Kernel: blind{g.mac, &on}, CreateTUN: g.mac.CreateTUN})
 	g.must(err)
 	g.p = p
 	g.open()

@@ -46,7 +46,7 @@ func compiledTable() map[string]*policy.Ruleset {
 // in place, and has the product read back what pf holds. It keeps what pfctl
 // printed.
 func checkCompiled(t *testing.T, runner darwin.Runner, kernel darwin.Kernel, artifacts string) {
-	p, err := NewPlatform(PlatformOptions{StateDir: t.TempDir(), Label: scratchLabel, Runner: runner, Kernel: kernel})
+	p, err := New(Options{StateDir: t.TempDir(), Label: scratchLabel, Runner: runner, Kernel: kernel})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -62,7 +62,7 @@ func checkCompiled(t *testing.T, runner darwin.Runner, kernel darwin.Kernel, art
 	}
 	for name, r := range compiledTable() {
 		t.Run(name, func(t *testing.T) {
-			a, err := Compile(r, Options{Label: scratchLabel, Cut: r.Mesh().Former})
+			a, err := Compile(r, AnchorOptions{Label: scratchLabel, Cut: r.Mesh().Former})
 			if err != nil {
 				t.Fatal(err)
 			}

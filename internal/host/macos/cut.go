@@ -293,7 +293,7 @@ const (
 // incoming or by its DNS. Before the first ruleset of this helper that is one of an
 // earlier helper's time: what ended while there was none, or between its saving and its
 // being enforced, is cut now. It forgets those whose time is up.
-func (p *Platform) noteCut(r *policy.Ruleset) {
+func (p *Backend) noteCut(r *policy.Ruleset) {
 	now, open := p.o.Now(), map[netip.Addr]access{}
 	p.cuts.forget(now)
 	for _, peer := range r.Peers() {
@@ -317,7 +317,7 @@ func (p *Platform) noteCut(r *policy.Ruleset) {
 
 // inheritsCut reports whether connections that were cut by an earlier helper have to
 // be kept dead, those of peers that still may not connect to this host.
-func (p *Platform) inheritsCut(r *policy.Ruleset) bool {
+func (p *Backend) inheritsCut(r *policy.Ruleset) bool {
 	now := p.o.Now()
 	for a := range p.cuts.inherited {
 		i, known := r.PeerByAddr(a)
@@ -329,7 +329,7 @@ func (p *Platform) inheritsCut(r *policy.Ruleset) bool {
 }
 
 // cutProblems says what of the book isn't on disk.
-func (p *Platform) cutProblems() []host.Problem {
+func (p *Backend) cutProblems() []host.Problem {
 	if p.cuts.problem == nil {
 		return nil
 	}

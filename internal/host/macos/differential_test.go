@@ -119,7 +119,7 @@ func (c *comparison) load(w world) {
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	a, err := Compile(r, Options{})
+	a, err := Compile(r, AnchorOptions{})
 	if err != nil {
 		c.t.Fatal(err)
 	}

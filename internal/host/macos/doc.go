@@ -14,7 +14,7 @@
 // that the first one made. So a change that takes something away isn't in force
 // before the states of what it narrows are gone: [Kills] names them.
 //
-// [Platform] puts it in force, step by step ([Steps]), and takes it back: the
+// [Backend] puts it in force, step by step ([Steps]), and takes it back: the
 // mesh interface, addresses and routes, the anchor, a token that keeps pf on, and
 // forwarding. What it changes is in a journal before. It is made of the
 // primitives of package darwin, so it runs on the simulated Mac as on a real one.

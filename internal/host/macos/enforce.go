@@ -14,7 +14,7 @@ import (
 )
 
 // Enforce implements [host.Enforcer].
-func (p *Platform) Enforce(ctx context.Context, r *policy.Ruleset) error {
+func (p *Backend) Enforce(ctx context.Context, r *policy.Ruleset) error {
 	if p.dev == nil {
 		return errors.New("enforce ruleset: the mesh interface isn't open")
 	}
@@ -49,7 +49,7 @@ func (p *Platform) Enforce(ctx context.Context, r *policy.Ruleset) error {
 const closeLimit = 2 * time.Second
 
 // setAddresses gives the mesh interface exactly the host's mesh addresses.
-func (p *Platform) setAddresses(ctx context.Context, n *darwin.Network, r *policy.Ruleset) error {
+func (p *Backend) setAddresses(ctx context.Context, n *darwin.Network, r *policy.Ruleset) error {
 	i := n.Interface(p.name)
 	if i == nil {
 		return named(StepAddresses, fmt.Errorf("interface %s is gone", p.name))
@@ -81,7 +81,7 @@ func (p *Platform) setAddresses(ctx context.Context, n *darwin.Network, r *polic
 }
 
 // setRoutes makes a host route per peer, and no other, by the mesh interface.
-func (p *Platform) setRoutes(n *darwin.Network, r *policy.Ruleset) error {
+func (p *Backend) setRoutes(n *darwin.Network, r *policy.Ruleset) error {
 	want, index := peersWith(r, 0, anyFamily), n.Interface(p.name).Index
 	if hasRoutes(n, index, want) {
 		return nil
@@ -140,7 +140,7 @@ func forwardingFor(r *policy.Ruleset) policy.Families {
 // setForwarding switches forwarding on where a ruleset needs it, and off again
 // where we switched it on and it no longer is needed. Before it opens anything, it
 // looks whether another product's rules let transit through in our anchor's place.
-func (p *Platform) setForwarding(ctx context.Context, n *darwin.Network, r *policy.Ruleset) error {
+func (p *Backend) setForwarding(ctx context.Context, n *darwin.Network, r *policy.Ruleset) error {
 	need := forwardingFor(r)
 	now, err := p.forwarding()
 	if err != nil {
@@ -156,14 +156,14 @@ func (p *Platform) setForwarding(ctx context.Context, n *darwin.Network, r *poli
 
 // closeForwarding switches forwarding off where we switched it on, and what others
 // came to need stays.
-func (p *Platform) closeForwarding(ctx context.Context) error {
+func (p *Backend) closeForwarding(ctx context.Context) error {
 	return p.switchForwarding(ctx, policy.Families{}, policy.Families{})
 }
 
 // switchForwarding makes forwarding, which is as in now, what is needed. What was
 // found on stays on, and what others came to need. Nothing is switched on where
 // something couldn't be switched off.
-func (p *Platform) switchForwarding(ctx context.Context, need, now policy.Families) error {
+func (p *Backend) switchForwarding(ctx context.Context, need, now policy.Families) error {
 	ours := p.j.Forwarding
 	off := policy.Families{IPv4: ours.IPv4 && !need.IPv4, IPv6: ours.IPv6 && !need.IPv6}
 	if off != (policy.Families{}) {
@@ -184,7 +184,7 @@ func (p *Platform) switchForwarding(ctx context.Context, need, now policy.Famili
 	return nil
 }
 
-func (p *Platform) switchOn(ctx context.Context, f darwin.Family, ours *bool) error {
+func (p *Backend) switchOn(ctx context.Context, f darwin.Family, ours *bool) error {
 	if !*ours {
 		err := p.step(StepJournal, func() error {
 			*ours = true

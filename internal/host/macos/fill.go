@@ -24,7 +24,7 @@ func statesLimit(limits string) uint64 {
 // fillProblems warns before pf's states are used up: then no program of this Mac gets
 // a connection that a rule with a state is for. Peers get three quarters at most, so
 // more than nine tenths are not theirs alone.
-func (p *Platform) fillProblems() []host.Problem {
+func (p *Backend) fillProblems() []host.Problem {
 	if p.most == 0 || p.states*10 < p.most*9 {
 		return nil
 	}

@@ -181,14 +181,14 @@ func changeByAndBy(t *rapid.T, changes, packets *int) {
 	seed := rapid.Uint64().Draw(t, "packets")
 	c := newComparison(t, w, seed, appleMain, nil)
 	after := newComparison(t, next, seed, appleMain, nil)
-	old, err := Compile(c.r, Options{Before: egressOf(next.host)})
+	old, err := Compile(c.r, AnchorOptions{Before: egressOf(next.host)})
 	if err == nil {
 		err = c.m.LoadAnchor(old.Path, old.Ruleset())
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	a, err := Compile(after.r, Options{Before: egressOf(w.host)})
+	a, err := Compile(after.r, AnchorOptions{Before: egressOf(w.host)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -14,7 +14,7 @@ import (
 // Inspect implements [host.Enforcer]. What the kernel tells without a
 // process is compared each time; what pf holds is read whole when there is a reason
 // to (see [look]), and otherwise watched for signs by one process.
-func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, error) {
+func (p *Backend) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, error) {
 	var report host.Report
 	now, err := p.forwarding()
 	if err != nil {
@@ -81,7 +81,7 @@ func (p *Platform) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report,
 
 // takenRoutes are the peers that can't be reached because another program has a
 // route to their address.
-func (p *Platform) takenRoutes(n *darwin.Network, r *policy.Ruleset) []host.Problem {
+func (p *Backend) takenRoutes(n *darwin.Network, r *policy.Ruleset) []host.Problem {
 	i := n.Interface(p.name)
 	if i == nil {
 		return nil
@@ -96,7 +96,7 @@ func (p *Platform) takenRoutes(n *darwin.Network, r *policy.Ruleset) []host.Prob
 	return out
 }
 
-func (p *Platform) inspectInterface(n *darwin.Network, r *policy.Ruleset, drift func(step, message string)) {
+func (p *Backend) inspectInterface(n *darwin.Network, r *policy.Ruleset, drift func(step, message string)) {
 	i := n.Interface(p.name)
 	if i == nil {
 		drift(StepInterface, fmt.Sprintf("interface %s is gone", p.name))
@@ -113,7 +113,7 @@ func (p *Platform) inspectInterface(n *darwin.Network, r *policy.Ruleset, drift 
 }
 
 // inspectFilter reads back all that pf holds of ours, and whether it is in force.
-func (p *Platform) inspectFilter(ctx context.Context, r *policy.Ruleset) error {
+func (p *Backend) inspectFilter(ctx context.Context, r *policy.Ruleset) error {
 	p.holds, p.found = false, host.Report{}
 	drift := func(step, message string) {
 		p.found.Drift = append(p.found.Drift, host.Problem{Step: step, Message: message, Hint: "the helper repairs it"})
@@ -146,7 +146,7 @@ func (p *Platform) inspectFilter(ctx context.Context, r *policy.Ruleset) error {
 // obstacles are why the anchor can't be in force, although it is loaded: the main
 // ruleset doesn't call it, or an interface is skipped. Forwarding must not be on
 // then.
-func (p *Platform) obstacles(ctx context.Context) ([]host.Problem, error) {
+func (p *Backend) obstacles(ctx context.Context) ([]host.Problem, error) {
 	rules, nat, err := p.show(ctx, "")
 	if err != nil {
 		return nil, err
@@ -193,7 +193,7 @@ func calls(shown string, action pfconf.Action) bool {
 }
 
 // Rules returns the text of the loaded rules and the anchor they are in.
-func (p *Platform) Rules(ctx context.Context) (anchor, text string, err error) {
+func (p *Backend) Rules(ctx context.Context) (anchor, text string, err error) {
 	rules, nat, err := p.show(ctx, p.path)
 	return p.path, nat + rules, err
 }

@@ -16,7 +16,7 @@ import (
 // ByOthers implements [host.Judge]. It reads what the packet filter holds now,
 // ours included, and sends the packet through a machine with all of it and through one
 // with ours alone; it needs nothing of what the loop uses, which doesn't wait for it.
-func (p *Platform) ByOthers(ctx context.Context, packet host.Packet, out string, reply bool) (host.ByOthers, error) {
+func (p *Backend) ByOthers(ctx context.Context, packet host.Packet, out string, reply bool) (host.ByOthers, error) {
 	if reply {
 		return host.ByOthers{}, nil // pf lets what answers a packet pass by its state
 	}

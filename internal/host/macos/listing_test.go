@@ -34,7 +34,7 @@ func TestDocumentation(t *testing.T) {
 	h := testHost()
 	h.Source6 = netip.MustParseAddr("2001:db8:1::1")
 	h.Routes = append(h.Routes, policy.Route{Prefix: netip.MustParsePrefix("10.77.0.0/16"), Interface: loopback})
-	a, err := Compile(mustRuleset(t, m, h), Options{Cut: []netip.Addr{netip.MustParseAddr("100.64.0.4")}})
+	a, err := Compile(mustRuleset(t, m, h), AnchorOptions{Cut: []netip.Addr{netip.MustParseAddr("100.64.0.4")}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,7 +84,7 @@ func BenchmarkCompileAndPrint(b *testing.B) {
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				a, err := Compile(r, Options{})
+				a, err := Compile(r, AnchorOptions{})
 				if err != nil {
 					b.Fatal(err)
 				}

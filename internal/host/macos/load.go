@@ -46,7 +46,7 @@ func (a *Anchor) rulesText() string {
 
 // enforceFilter puts the anchor in force: loaded or, where only tables differ,
 // changed in place, the packet filter on, and called by the main ruleset.
-func (p *Platform) enforceFilter(ctx context.Context, r *policy.Ruleset) error {
+func (p *Backend) enforceFilter(ctx context.Context, r *policy.Ruleset) error {
 	p.noteEgress(r)
 	with := p.options()
 	a, err := Compile(r, with)
@@ -84,7 +84,7 @@ const maxBefore = 64
 
 // noteEgress remembers by which interfaces peers' packets can leave, and forgets
 // those that went first of those that are gone.
-func (p *Platform) noteEgress(r *policy.Ruleset) {
+func (p *Backend) noteEgress(r *policy.Ruleset) {
 	h, now := r.Host(), egressOf(r.Host())
 	for _, e := range now {
 		if e.name != h.Uplink4 && e.name != h.Uplink6 && !slices.Contains(p.before, e) {
@@ -103,12 +103,12 @@ func (p *Platform) noteEgress(r *policy.Ruleset) {
 
 // compile makes the anchor for r, with the rules for interfaces that were there
 // before.
-func (p *Platform) compile(r *policy.Ruleset) (*Anchor, error) {
+func (p *Backend) compile(r *policy.Ruleset) (*Anchor, error) {
 	return Compile(r, p.options())
 }
 
 // Renderer implements [host.Renderer].
-func (p *Platform) Renderer() func(*policy.Ruleset) (anchor, text string, err error) {
+func (p *Backend) Renderer() func(*policy.Ruleset) (anchor, text string, err error) {
 	if p.loaded == nil {
 		return nil
 	}
@@ -116,7 +116,7 @@ func (p *Platform) Renderer() func(*policy.Ruleset) (anchor, text string, err er
 }
 
 // render returns the path and the text of the anchor for r.
-func render(r *policy.Ruleset, o Options) (anchor, text string, err error) {
+func render(r *policy.Ruleset, o AnchorOptions) (anchor, text string, err error) {
 	a, err := Compile(r, o)
 	if err != nil {
 		return "", "", err
@@ -127,7 +127,7 @@ func render(r *policy.Ruleset, o Options) (anchor, text string, err error) {
 // Text returns the path of the anchor that enforces r and its text, in pf's language,
 // for reading on any machine: o.Ports is that of a Mac with macOS's defaults where it
 // isn't given, and a comment says so.
-func Text(r *policy.Ruleset, o Options) (anchor, text string, err error) {
+func Text(r *policy.Ruleset, o AnchorOptions) (anchor, text string, err error) {
 	anchor, text, err = render(r, o)
 	if err == nil && o.Ports == (darwin.PortRange{}) {
 		text = fmt.Sprintf("# Peers' flows are translated to ports %d:%d by default; a helper on a Mac chooses those that its sockets leave.\n", defaultPorts.First, defaultPorts.Last) + text
@@ -136,8 +136,8 @@ func Text(r *policy.Ruleset, o Options) (anchor, text string, err error) {
 }
 
 // options are what the anchor depends on now, besides the ruleset.
-func (p *Platform) options() Options {
-	return Options{
+func (p *Backend) options() AnchorOptions {
+	return AnchorOptions{
 		Label: p.o.Label, MTU: p.cfg.MTU, Cut: p.cuts.addresses(), Before: p.before,
 		Ports: p.ports.nat, NoPorts: p.ports.none, IKE: p.ports.ike(p.o.Now()),
 	}
@@ -145,7 +145,7 @@ func (p *Platform) options() Options {
 
 // putAnchor makes a what is loaded, in the gentlest way: nothing, where it is
 // loaded already; by changing tables, where only they differ; else by loading it.
-func (p *Platform) putAnchor(ctx context.Context, a *Anchor) error {
+func (p *Backend) putAnchor(ctx context.Context, a *Anchor) error {
 	l := p.loaded
 	if l == nil || p.drifted || l.rules != a.rulesText() || !slices.Equal(slices.Sorted(maps.Keys(l.anchor.tables())), slices.Sorted(maps.Keys(a.tables()))) {
 		return p.load(ctx, a)
@@ -245,7 +245,7 @@ const maxBusy = 5
 
 // load loads the anchor in one transaction, reads it back, and checks that it is
 // all there.
-func (p *Platform) load(ctx context.Context, a *Anchor) error {
+func (p *Backend) load(ctx context.Context, a *Anchor) error {
 	if p.j.Anchor != a.Path {
 		err := p.step(StepJournal, func() error {
 			p.j.Anchor = a.Path
@@ -282,7 +282,7 @@ func (p *Platform) load(ctx context.Context, a *Anchor) error {
 	})
 }
 
-func (p *Platform) show(ctx context.Context, anchor string) (rules, nat string, err error) {
+func (p *Backend) show(ctx context.Context, anchor string) (rules, nat string, err error) {
 	if rules, err = p.pf.Rules(ctx, anchor); err == nil {
 		nat, err = p.pf.NAT(ctx, anchor)
 	}
@@ -290,7 +290,7 @@ func (p *Platform) show(ctx context.Context, anchor string) (rules, nat string, 
 }
 
 // driftAnchor says how what pf holds differs from what we loaded; nil: not at all.
-func (p *Platform) driftAnchor(ctx context.Context) error {
+func (p *Backend) driftAnchor(ctx context.Context) error {
 	rules, nat, err := p.show(ctx, p.path)
 	if err != nil {
 		return err
@@ -304,7 +304,7 @@ func (p *Platform) driftAnchor(ctx context.Context) error {
 // driftRules compares what pfctl prints of the anchor with what it has to print.
 // A Mac's pfctl may print more than is written, and in another order, so both are
 // compared as read.
-func (p *Platform) driftRules(rules, nat string) error {
+func (p *Backend) driftRules(rules, nat string) error {
 	if strings.TrimSpace(rules+nat) == "" {
 		return errors.New("the anchor is empty")
 	}
@@ -319,7 +319,7 @@ func (p *Platform) driftRules(rules, nat string) error {
 
 // driftTables compares tables' contents, which rules don't show. Of several of one
 // name the last counts.
-func (p *Platform) driftTables(ctx context.Context, tables ...*pfconf.Table) error {
+func (p *Backend) driftTables(ctx context.Context, tables ...*pfconf.Table) error {
 	last := map[string]*pfconf.Table{}
 	for _, t := range tables {
 		last[t.Name] = t
@@ -337,7 +337,7 @@ func (p *Platform) driftTables(ctx context.Context, tables ...*pfconf.Table) err
 }
 
 // isOn reports whether the packet filter is on and our token keeps it so.
-func (p *Platform) isOn(ctx context.Context) (bool, error) {
+func (p *Backend) isOn(ctx context.Context) (bool, error) {
 	info, err := p.pf.Info(ctx)
 	if err != nil {
 		return false, err
@@ -348,7 +348,7 @@ func (p *Platform) isOn(ctx context.Context) (bool, error) {
 
 // enable takes a token. Which others there are is written down first, so that one
 // that we don't live to write down can be told.
-func (p *Platform) enable(ctx context.Context) error {
+func (p *Backend) enable(ctx context.Context) error {
 	return p.step(StepEnable, func() (err error) {
 		p.strays = true
 		if p.j.Enabling {

@@ -16,11 +16,11 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// wholeEvery is how long the platform goes without reading back all that it has
+// wholeEvery is how long the backend goes without reading back all that it has
 // in force, when there is no sign that something of it changed.
 const wholeEvery = 3 * time.Minute
 
-// look is what the platform knows from its last looks at the host. Reading all
+// look is what the backend knows from its last looks at the host. Reading all
 // that pf holds takes dozens of processes, so that is done after a change of ours,
 // after an event of the routing socket, on a sign, and every [wholeEvery]. In
 // between, one process at most gives the signs.
@@ -66,7 +66,7 @@ type sign struct {
 }
 
 // Watch implements [host.Observer].
-func (p *Platform) Watch(ctx context.Context, changed func()) error {
+func (p *Backend) Watch(ctx context.Context, changed func()) error {
 	return darwin.NewWatcher(darwin.WatcherOptions{Kernel: p.o.Kernel, Log: p.o.Log}).Run(ctx, func() {
 		p.moved.Store(true)
 		changed()
@@ -74,7 +74,7 @@ func (p *Platform) Watch(ctx context.Context, changed func()) error {
 }
 
 // Observe implements [host.Observer].
-func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
+func (p *Backend) Observe(ctx context.Context) (policy.Host, error) {
 	n, err := darwin.Observe(p.o.Kernel)
 	if err != nil {
 		return policy.Host{}, observing(err)
@@ -115,7 +115,7 @@ func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
 func observing(err error) error { return fmt.Errorf("observe host: %w", err) }
 
 // readFacts reads what takes a process.
-func (p *Platform) readFacts(ctx context.Context, n *darwin.Network) error {
+func (p *Backend) readFacts(ctx context.Context, n *darwin.Network) error {
 	resolvers, err := darwin.Resolvers(ctx, p.o.Runner)
 	if err == nil {
 		p.resolvers = resolvers
@@ -142,7 +142,7 @@ func (p *Platform) readFacts(ctx context.Context, n *darwin.Network) error {
 // preferred, global ones before unique local ones: temporary and deprecated ones go
 // away by themselves. With the first, peers' IPv6 packets leave, and others may be told
 // to reach this host by any of them.
-func (p *Platform) readLasting6(ctx context.Context, n *darwin.Network) ([]netip.Addr, error) {
+func (p *Backend) readLasting6(ctx context.Context, n *darwin.Network) ([]netip.Addr, error) {
 	p.tentative = false
 	uplink, _ := n.Uplink(darwin.IPv6, p.name)
 	if uplink == nil {
@@ -172,7 +172,7 @@ func uniqueLocal(a darwin.Address6) int {
 
 // foundForwarding says for which families the host forwards without us: the
 // journal tells which we switched on.
-func (p *Platform) foundForwarding() (policy.Families, error) {
+func (p *Backend) foundForwarding() (policy.Families, error) {
 	now, err := p.forwarding()
 	ours := p.j.Forwarding
 	return policy.Families{
@@ -187,7 +187,7 @@ const sharingLimit = 2 * time.Second
 
 // sharedAtEnd says for which families others translate. Closing and leaving don't depend on
 // it: where pf doesn't tell in time, what was seen last counts.
-func (p *Platform) sharedAtEnd(ctx context.Context) policy.Families {
+func (p *Backend) sharedAtEnd(ctx context.Context) policy.Families {
 	if p.j.Forwarding == (policy.Families{}) {
 		return policy.Families{}
 	}
@@ -209,7 +209,7 @@ func (p *Platform) sharedAtEnd(ctx context.Context) policy.Families {
 // bsd/net/pf.c). When there were some and none came to ours, it is called no more,
 // or another product's quick rule ahead of it decides about all. While there were none,
 // none passed.
-func (p *Platform) changed(ctx context.Context) bool {
+func (p *Backend) changed(ctx context.Context) bool {
 	all, err := p.pf.All(ctx, p.path)
 	if err == nil {
 		p.states, p.most = all.Info.States, statesLimit(all.Sections["LIMITS"])
@@ -242,7 +242,7 @@ func (p *Platform) changed(ctx context.Context) bool {
 const maxSkew = 3 * time.Second
 
 // driftShown compares the anchor as one look showed it.
-func (p *Platform) driftShown(all *pfconf.All) error {
+func (p *Backend) driftShown(all *pfconf.All) error {
 	if p.loaded == nil {
 		return errors.New("the anchor isn't loaded")
 	}

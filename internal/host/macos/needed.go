@@ -20,14 +20,14 @@ func isNeeded(r *policy.Ruleset) bool {
 // needed is isNeeded, or that something else asks for the filter: connections that
 // were cut before this helper started, which its guard knows nothing of, or a Mac that
 // was told to take packets to a tunnel's address from any interface.
-func (p *Platform) needed(r *policy.Ruleset) bool {
+func (p *Backend) needed(r *policy.Ruleset) bool {
 	return isNeeded(r) || p.inheritsCut(r) || !p.closesTunnels()
 }
 
 // closesTunnels reports whether the kernel drops packets to the mesh addresses that
 // arrive on other interfaces, while it doesn't forward. What can't be read counts as
 // no.
-func (p *Platform) closesTunnels() bool {
+func (p *Backend) closesTunnels() bool {
 	for _, f := range []darwin.Family{darwin.IPv4, darwin.IPv6} {
 		if closes, err := p.sysctl.ClosesTunnels(f); err != nil || !closes {
 			return false

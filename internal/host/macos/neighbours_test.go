@@ -173,7 +173,7 @@ func (n neighbour) foreign(t failer, w world) []Foreign {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a, err := Compile(r, Options{})
+	a, err := Compile(r, AnchorOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}

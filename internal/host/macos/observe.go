@@ -88,7 +88,7 @@ const sharingAnchor = "com.apple.internet-sharing"
 // shared says for which families other software translates, and so forwards:
 // Internet Sharing switches on what is on already, so its rules have to tell. A
 // virtual machine's network that isn't translated isn't shared.
-func (p *Platform) shared(ctx context.Context) (policy.Families, error) {
+func (p *Backend) shared(ctx context.Context) (policy.Families, error) {
 	children, err := p.pf.Anchors(ctx, sharingAnchor)
 	if err != nil {
 		return policy.Families{}, err

@@ -9,8 +9,8 @@ import (
 	"github.com/meshhelper/meshhelper/darwin"
 )
 
-// PlatformOptions say how a platform works.
-type PlatformOptions struct {
+// Options say how a backend works.
+type Options struct {
 	// StateDir is the directory of the journal; it exists and only root writes
 	// there.
 	StateDir string // required
@@ -24,7 +24,7 @@ type PlatformOptions struct {
 	CreateTUN func(name string, mtu int) (tun.Device, error) // optional; wireguard-go's
 	// Now is the time of day.
 	Now func() time.Time // optional; time.Now
-	// Log gets what the platform does; nil discards it.
+	// Log gets what the backend does; nil discards it.
 	Log *slog.Logger // optional
 	// Step is called before and after each enforcing step, with one of [Steps], and
 	// after each command and routing message of it, so that tests can end the process

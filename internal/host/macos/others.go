@@ -18,7 +18,7 @@ import (
 type othersRules struct {
 	key   string
 	found []Foreign
-	// problems and open are what [Platform.Inspect] says of it: open is what lets
+	// problems and open are what [Backend.Inspect] says of it: open is what lets
 	// transit through, or may do so for all that is known, for which forwarding closes.
 	problems, open []host.Problem
 }
@@ -30,7 +30,7 @@ const maxForeign = 8
 var errNotJudged = errors.New("they can't be evaluated")
 
 // inspectOthers looks at what others have in the packet filter.
-func (p *Platform) inspectOthers(ctx context.Context, n *darwin.Network, r *policy.Ruleset) {
+func (p *Backend) inspectOthers(ctx context.Context, n *darwin.Network, r *policy.Ruleset) {
 	p.othersDue = false
 	if p.loaded == nil {
 		p.others.problems, p.others.open = nil, nil
@@ -50,7 +50,7 @@ func (p *Platform) inspectOthers(ctx context.Context, n *darwin.Network, r *poli
 
 // readForeign reads what others have loaded and notes what of it stands in our
 // way.
-func (p *Platform) readForeign(ctx context.Context, n *darwin.Network, r *policy.Ruleset) error {
+func (p *Backend) readForeign(ctx context.Context, n *darwin.Network, r *policy.Ruleset) error {
 	found, err := p.foreign(ctx, n, r)
 	if err != nil {
 		return err
@@ -80,7 +80,7 @@ func (f Foreign) problem() host.Problem {
 
 // checkTransit fails where another product's rule would let transit through in
 // our anchor's place once forwarding is on.
-func (p *Platform) checkTransit(ctx context.Context, n *darwin.Network, r *policy.Ruleset) error {
+func (p *Backend) checkTransit(ctx context.Context, n *darwin.Network, r *policy.Ruleset) error {
 	if err := p.readForeign(ctx, n, r); err != nil {
 		return named(StepForwarding, fmt.Errorf("the rules of other software can't be judged: %w", err))
 	}
@@ -92,7 +92,7 @@ func (p *Platform) checkTransit(ctx context.Context, n *darwin.Network, r *polic
 
 // foreign says which rules of others win over ours. What they have loaded is read,
 // and judged only if it changed, or our anchor did.
-func (p *Platform) foreign(ctx context.Context, n *darwin.Network, r *policy.Ruleset) ([]Foreign, error) {
+func (p *Backend) foreign(ctx context.Context, n *darwin.Network, r *policy.Ruleset) ([]Foreign, error) {
 	all, err := p.readOthers(ctx)
 	if err != nil {
 		return nil, err
@@ -113,7 +113,7 @@ func (p *Platform) foreign(ctx context.Context, n *darwin.Network, r *policy.Rul
 
 // guarded runs do, which parses and evaluates rules that other software has loaded. They may
 // be anything, and a panic on them mustn't end the helper.
-func (p *Platform) guarded(do func() error) (err error) {
+func (p *Backend) guarded(do func() error) (err error) {
 	defer func() {
 		if r := recover(); r != nil {
 			p.o.Log.Error("judge the rules of other software", "panic", r, "stack", string(debug.Stack()))
@@ -124,7 +124,7 @@ func (p *Platform) guarded(do func() error) (err error) {
 }
 
 // judge says which rules of all win over ours.
-func (p *Platform) judge(ctx context.Context, n *darwin.Network, r *policy.Ruleset, all []shownAnchor) ([]Foreign, error) {
+func (p *Backend) judge(ctx context.Context, n *darwin.Network, r *policy.Ruleset, all []shownAnchor) ([]Foreign, error) {
 	u := unread{}
 	rulesets := u.rulesets(all)
 	find := func() ([]Foreign, error) {
@@ -177,7 +177,7 @@ type shownTable struct {
 }
 
 // readOthers reads the main ruleset, which is the first, and the anchors of others.
-func (p *Platform) readOthers(ctx context.Context) ([]shownAnchor, error) {
+func (p *Backend) readOthers(ctx context.Context) ([]shownAnchor, error) {
 	paths, err := p.anchorsOfOthers(ctx)
 	if err != nil {
 		return nil, err
@@ -197,7 +197,7 @@ func (p *Platform) readOthers(ctx context.Context) ([]shownAnchor, error) {
 }
 
 // readAnchor reads an anchor by one process, and one more for each of its tables.
-func (p *Platform) readAnchor(ctx context.Context, path string) (shownAnchor, error) {
+func (p *Backend) readAnchor(ctx context.Context, path string) (shownAnchor, error) {
 	all, err := p.pf.AllOfAny(ctx, path)
 	if err != nil {
 		return shownAnchor{}, err
@@ -219,7 +219,7 @@ func (p *Platform) readAnchor(ctx context.Context, path string) (shownAnchor, er
 // anchorsOfOthers returns the anchors but ours. Inline ones without a name are left
 // out: pfctl shows their rules where they are called. One process lists all, and where
 // our own isn't among them that list isn't what it is taken for.
-func (p *Platform) anchorsOfOthers(ctx context.Context) ([]string, error) {
+func (p *Backend) anchorsOfOthers(ctx context.Context) ([]string, error) {
 	all, err := p.pf.AllAnchors(ctx)
 	if err != nil {
 		return nil, err
@@ -242,7 +242,7 @@ func (p *Platform) anchorsOfOthers(ctx context.Context) ([]string, error) {
 }
 
 // readTable reads a table of others.
-func (p *Platform) readTable(ctx context.Context, anchor, name string) (shownTable, error) {
+func (p *Backend) readTable(ctx context.Context, anchor, name string) (shownTable, error) {
 	entries, err := p.pf.Table(ctx, anchor, name)
 	var notUnderstood *pfconf.EntryError
 	if errors.As(err, &notUnderstood) {

@@ -96,7 +96,7 @@ func freeRanges(ephemeral []darwin.PortRange, taken []uint16) []darwin.PortRange
 	return out
 }
 
-// ports is what the platform knows of this host's sockets.
+// ports is what the backend knows of this host's sockets.
 type ports struct {
 	// nat is the range for peers' packets, since at; none says that there is none,
 	// and crowded that sockets of this host are in each that could be.
@@ -139,7 +139,7 @@ func (p *ports) has(proto string, port uint16) bool {
 // observePorts looks at this host's sockets, which takes no process. A look that
 // fails changes nothing, but for the first: then the usual range counts, and port 500 as
 // taken.
-func (p *Platform) observePorts() {
+func (p *Backend) observePorts() {
 	sockets, err := darwin.ReadSockets(p.o.Kernel)
 	var ephemeral []darwin.PortRange
 	if err == nil {
@@ -175,7 +175,7 @@ func (p *Platform) observePorts() {
 }
 
 // portProblems says what of this host's ports stands in the way.
-func (p *Platform) portProblems() (out []host.Problem) {
+func (p *Backend) portProblems() (out []host.Problem) {
 	add := func(message, hint string) {
 		out = append(out, host.Problem{Step: StepPorts, Message: message, Hint: hint})
 	}

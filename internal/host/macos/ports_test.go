@@ -185,7 +185,7 @@ func testFlowsLeaveTakenPorts(t *testing.T) {
 // counts, or what was known, and it is said.
 func TestUnknownSockets(t *testing.T) {
 	g := newRig(t)
-	p := &Platform{o: PlatformOptions{Kernel: noTables{g.mac}, Now: time.Now}}
+	p := &Backend{o: Options{Kernel: noTables{g.mac}, Now: time.Now}}
 	p.sysctl = darwin.NewSysctl(g, p.o.Kernel)
 	p.observePorts()
 	if p.ports.nat != defaultPorts || len(p.portProblems()) != 1 || !p.ports.ike(time.Now()) {

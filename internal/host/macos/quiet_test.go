@@ -186,7 +186,7 @@ func (q *quietMac) enableByOthers() {
 	q.must(err)
 }
 
-// TestWholeLooks checks what makes the platform read back all that pf holds: an
+// TestWholeLooks checks what makes the backend read back all that pf holds: an
 // event of the routing socket, a change of ours, and three minutes.
 func TestWholeLooks(t *testing.T) { synctest.Test(t, testWholeLooks) }
 

@@ -17,7 +17,7 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// happenings are a platform on a simulated Mac on which things happen.
+// happenings are a backend on a simulated Mac on which things happen.
 type happenings struct {
 	*rig
 	rng     *rand.Rand
@@ -121,7 +121,7 @@ func (h *happenings) judge(r *policy.Ruleset) {
 	}
 }
 
-// TestStates drives one platform through random happenings. After each the Mac
+// TestStates drives one backend through random happenings. After each the Mac
 // enforces the policy, and at the end it is as it was found.
 func TestStates(t *testing.T) {
 	names := slices.Sorted(maps.Keys(happen))
@@ -179,7 +179,7 @@ func TestStatesThatCannotBeRead(t *testing.T) {
 // TestJudgingEndsWithItsContext has others' rules judged when there is no time left.
 func TestJudgingEndsWithItsContext(t *testing.T) {
 	r := mustRuleset(t, testMesh(2, everything), testHost())
-	a, err := Compile(r, Options{})
+	a, err := Compile(r, AnchorOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}

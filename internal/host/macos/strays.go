@@ -16,7 +16,7 @@ import (
 // another product's rule made for a peer's untranslated packet, all that follow leave
 // untranslated, and one on every interface lets in by the LAN what comes by the
 // tunnel only. Where states can't be read, all that have to do with peers end.
-func (p *Platform) endStrays(ctx context.Context, r *policy.Ruleset) error {
+func (p *Backend) endStrays(ctx context.Context, r *policy.Ruleset) error {
 	if !p.strays {
 		return nil
 	}
@@ -41,7 +41,7 @@ func (p *Platform) endStrays(ctx context.Context, r *policy.Ruleset) error {
 
 // taken returns what says whether a socket of this host has a port. A state keeps its
 // port when the rules come to name another range, for as long as its ends send.
-func (p *Platform) taken() func(proto string, port uint16) bool {
+func (p *Backend) taken() func(proto string, port uint16) bool {
 	ike := p.ports.ike(p.o.Now())
 	return func(proto string, port uint16) bool {
 		return proto == "udp" && port == ikePort && ike || p.ports.has(proto, port)
@@ -50,7 +50,7 @@ func (p *Platform) taken() func(proto string, port uint16) bool {
 
 // inspectStrays looks for such states, which also come to be, and stay, between two
 // looks that find all else as it was. What it finds is ended when flows are cut.
-func (p *Platform) inspectStrays(ctx context.Context, r *policy.Ruleset, drift func(step, message string)) {
+func (p *Backend) inspectStrays(ctx context.Context, r *policy.Ruleset, drift func(step, message string)) {
 	states, err := p.pf.States(ctx)
 	if p.unseenStates = err; err != nil {
 		return
@@ -62,7 +62,7 @@ func (p *Platform) inspectStrays(ctx context.Context, r *policy.Ruleset, drift f
 }
 
 // strayProblems says that such states can't be looked for.
-func (p *Platform) strayProblems() []host.Problem {
+func (p *Backend) strayProblems() []host.Problem {
 	if p.unseenStates == nil {
 		return nil
 	}

@@ -30,7 +30,7 @@ func newComputer(t *testing.T) *hosttest.Computer {
 	var dev tun.Device
 	return &hosttest.Computer{
 		Start: func(step func(string)) (host.Host, error) {
-			p, err := NewPlatform(PlatformOptions{StateDir: g.dir, Runner: g, Kernel: g.mac, Step: step, CreateTUN: func(name string, mtu int) (tun.Device, error) {
+			p, err := New(Options{StateDir: g.dir, Runner: g, Kernel: g.mac, Step: step, CreateTUN: func(name string, mtu int) (tun.Device, error) {
 				var err error
 				dev, err = g.mac.CreateTUN(name, mtu)
 				return dev, err

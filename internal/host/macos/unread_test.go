@@ -19,7 +19,7 @@ var stock = shownAnchor{
 	nat:   "nat-anchor \"com.apple/*\" all\nrdr-anchor \"com.apple/*\" all\n",
 }
 
-// TestUnreadMatchesEverything shows the platform rules of others that can't be read, of
+// TestUnreadMatchesEverything shows the backend rules of others that can't be read, of
 // each kind and in each place: what may let transit through counts as doing so.
 func TestUnreadMatchesEverything(t *testing.T) {
 	x := func(rules, nat string, tables ...shownTable) []shownAnchor {

@@ -96,9 +96,9 @@ func tableHosts(h policy.Host) map[string]policy.Host {
 
 // enforceTable has the product's own platform enforce each mesh on each host, and
 // look at it afterwards: what pfctl shows must be what was loaded.
-func enforceTable(t *testing.T, o macos.PlatformOptions, keep func(name, text string)) {
+func enforceTable(t *testing.T, o macos.Options, keep func(name, text string)) {
 	ctx := t.Context()
-	p, err := macos.NewPlatform(o)
+	p, err := macos.New(o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -171,7 +171,7 @@ func TestEnforceTable(t *testing.T) {
 		}
 	}
 	kept := 0
-	enforceTable(t, macos.PlatformOptions{
+	enforceTable(t, macos.Options{
 		StateDir: t.TempDir(), Label: scratchLabel, Runner: mac, Kernel: mac, CreateTUN: mac.CreateTUN,
 	}, func(_, text string) {
 		if text != "" {

@@ -90,7 +90,7 @@ func TestThisMac(t *testing.T) {
 	restless := Restless(first, m.take(t, "before-again"))
 	t.Run("child-anchor-is-evaluated", m.children)
 	t.Run("enforced-rules-are-shown", func(t *testing.T) {
-		enforceTable(t, macos.PlatformOptions{StateDir: t.TempDir(), Label: scratchLabel + ".table",
+		enforceTable(t, macos.Options{StateDir: t.TempDir(), Label: scratchLabel + ".table",
 			Runner: m.runner, Kernel: darwin.System{}}, func(name, text string) { m.keep(t, name, text) })
 	})
 	t.Run("helper", m.helper)

@@ -1,5 +1,5 @@
 // Package mactrial puts the product on trial on the simulated Mac: the real
-// daemon, guard, platform and darwin primitives run on simmac, and what its pf and
+// daemon, guard, backend and darwin primitives run on simmac, and what its pf and
 // its IP stack let through, packet by packet, is held against the policy. It is to
 // macOS what package trial is to Linux.
 //

@@ -161,7 +161,7 @@ func (g *rig) begin() error {
 	g.probing.Unlock()
 	g.dead, g.buried = context.WithCancel(context.Background())
 	log := slog.New(slog.DiscardHandler)
-	platform, err := macos.NewPlatform(macos.PlatformOptions{
+	platform, err := macos.New(macos.Options{
 		StateDir: g.dir, Runner: g.proc, Kernel: g.proc, CreateTUN: g.createTUN, Log: log, Step: g.step})
 	if err != nil {
 		return err

@@ -59,7 +59,7 @@ func newPicture(t *testing.T, forA, forC mesh.Permissions) (*Mac, string) {
 	}
 	rules, err := policy.Compile(wanted, host, time.Now())
 	must(t, err)
-	compiled, err := macos.Compile(rules, macos.Options{})
+	compiled, err := macos.Compile(rules, macos.AnchorOptions{})
 	must(t, err)
 	var routes []netip.Prefix
 	for _, p := range []mesh.Peer{a, c} {

@@ -77,7 +77,7 @@ func (g *rig) die() {
 	g.p, g.dev = nil, nil
 }
 
-// TestKilledHelperIsCleanedUp kills the platform while all is open. Until the
+// TestKilledHelperIsCleanedUp kills the backend while all is open. Until the
 // next one cleans up, nothing for a peer leaves in clear and nothing is forwarded.
 func TestKilledHelperIsCleanedUp(t *testing.T) {
 	w := newWorld(t)
@@ -100,7 +100,7 @@ func TestKilledHelperIsCleanedUp(t *testing.T) {
 	w.enforce(meshOf(grants{ann: all}))
 	w.die()
 
-	// A platform that was never opened cleans up as well.
+	// A backend that was never opened cleans up as well.
 	w.do(func() error {
 		p, err := New(Options{StateDir: w.state})
 		if err != nil {
@@ -139,7 +139,7 @@ func (w *world) closedToOutside(n *int, when string) {
 	}
 }
 
-// TestDeadTunnelIsReplaced takes the device away under the platform, as a
+// TestDeadTunnelIsReplaced takes the device away under the backend, as a
 // program does that deletes the interface, and opens it again.
 func TestDeadTunnelIsReplaced(t *testing.T) {
 	w := newWorld(t)
@@ -806,7 +806,7 @@ func TestRewrittenWithoutFlow(t *testing.T) {
 	}
 }
 
-// TestNewAddressIsClosed gives the host an address that the platform hasn't
+// TestNewAddressIsClosed gives the host an address that the backend hasn't
 // observed: the kernel's own hooks know it.
 func TestNewAddressIsClosed(t *testing.T) {
 	w := newWorld(t)

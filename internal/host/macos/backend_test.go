@@ -23,12 +23,12 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// rig is a platform on a simulated Mac with an uplink, a LAN and, perhaps, other
+// rig is a backend on a simulated Mac with an uplink, a LAN and, perhaps, other
 // software.
 type rig struct {
 	t    *testing.T
 	mac  *simmac.Mac
-	p    *Platform
+	p    *Backend
 	dir  string
 	dev  tun.Device
 	step func(string)
@@ -59,11 +59,11 @@ func newRig(t *testing.T) *rig {
 	return g
 }
 
-// renew makes another platform, as another start of the helper does.
+// renew makes another backend, as another start of the helper does.
 func (g *rig) renew() {
 	g.t.Helper()
 	var err error
-	g.p, err = NewPlatform(PlatformOptions{
+	g.p, err = New(Options{
 		StateDir: g.dir, Runner: g, Kernel: g.mac, CreateTUN: g.mac.CreateTUN,
 		Step: func(name string) {
 			if g.step != nil {
@@ -565,7 +565,7 @@ func TestBusyTableIsTriedAgain(t *testing.T) {
 // killed is what Options.Step panics with, in place of a SIGKILL.
 type killed struct{}
 
-// until runs do and kills the platform in the nth call of Options.Step. The kernel
+// until runs do and kills the backend in the nth call of Options.Step. The kernel
 // closes the device; nothing cleans up.
 func (g *rig) until(nth int, do func()) (step string, died bool) {
 	n := 0
@@ -764,7 +764,7 @@ func TestFailuresClose(t *testing.T) {
 		t.Run(arg, func(t *testing.T) {
 			g := newRig(t)
 			var err error
-			g.p, err = NewPlatform(PlatformOptions{StateDir: g.dir, Runner: failing{g.mac, arg}, Kernel: g.mac, CreateTUN: g.mac.CreateTUN})
+			g.p, err = New(Options{StateDir: g.dir, Runner: failing{g.mac, arg}, Kernel: g.mac, CreateTUN: g.mac.CreateTUN})
 			g.must(err)
 			t.Cleanup(func() { g.p.cuts.save(time.Minute) }) // before the folder goes
 			g.open()

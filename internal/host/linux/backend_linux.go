@@ -29,14 +29,14 @@ import (
 // namespace of the process that looks.
 const sysctlRoot = "/proc/sys/net"
 
-// Platform makes this Linux host enforce rulesets. Its methods but Watch are
+// Backend makes this Linux host enforce rulesets. Its methods but Watch are
 // called from one goroutine at a time. It belongs to the network namespace of the
 // thread that called [New].
 //
 // A call whose context ends stops before its next step and then closes what it has
 // opened, for which it has a limit of its own; one that hangs in the kernel is left
 // behind, and the next call begins when it has ended.
-type Platform struct {
+type Backend struct {
 	o      Options
 	worker *worker
 	nl     *nlconn.Handle
@@ -79,11 +79,11 @@ type Platform struct {
 	others   *others
 }
 
-// New returns a platform; it changes nothing yet. It fails where the kernel's
+// New returns a backend; it changes nothing yet. It fails where the kernel's
 // netlink can't be opened.
-func New(o Options) (*Platform, error) {
+func New(o Options) (*Backend, error) {
 	if o.StateDir == "" {
-		return nil, errors.New("open platform: there is no state directory for the journal")
+		return nil, errors.New("open the host: no state directory is given for the journal")
 	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
@@ -96,7 +96,7 @@ func New(o Options) (*Platform, error) {
 	}
 	worker, err := newWorker()
 	if err != nil {
-		return nil, fmt.Errorf("open platform: %w", err)
+		return nil, fmt.Errorf("open the host: %w", err)
 	}
 	announce := o.Step
 	o.Step = func(name string) {
@@ -104,7 +104,7 @@ func New(o Options) (*Platform, error) {
 		o.Log.Debug("enforcing step", "step", name)
 		announce(name)
 	}
-	p := &Platform{o: o, worker: worker, unbind: func() {}, sources: map[bool]netip.Addr{}}
+	p := &Backend{o: o, worker: worker, unbind: func() {}, sources: map[bool]netip.Addr{}}
 	if err := p.dial(); err != nil {
 		return nil, errors.Join(err, p.release())
 	}
@@ -119,7 +119,7 @@ func New(o Options) (*Platform, error) {
 }
 
 // dial opens the sockets.
-func (p *Platform) dial() (err error) {
+func (p *Backend) dial() (err error) {
 	if p.nl, err = nlconn.NewHandle(unix.NETLINK_ROUTE); err != nil {
 		return fmt.Errorf("open netlink: %w", err)
 	}
@@ -150,7 +150,7 @@ func dialRoutes() (*nlconn.Conn, error) {
 }
 
 // Host returns the parts of this host.
-func (p *Platform) Host() host.Host {
+func (p *Backend) Host() host.Host {
 	return host.Host{
 		Name: "linux", Language: "nft", Link: p, Observer: p, Enforcer: p,
 		Others: p, Judge: p, Ways: p, Renderer: p, Network: &p.network,
@@ -159,7 +159,7 @@ func (p *Platform) Host() host.Host {
 
 // Limits implements [host.Enforcer]: conntrack has one entry for a flow.
 // Before its module is loaded there is no limit to read, and memory alone bounds.
-func (p *Platform) Limits() host.Limits {
+func (p *Backend) Limits() host.Limits {
 	l := host.Limits{States: p.states(), PerForwarded: 1, Reassembly: p.reassembly()}
 	if l.States > 0 {
 		l.PerPeer = len(families) * int(p.flowsOf(l.States))
@@ -168,7 +168,7 @@ func (p *Platform) Limits() host.Limits {
 }
 
 // states is how many entries conntrack holds; 0 where that can't be read.
-func (p *Platform) states() int {
+func (p *Backend) states() int {
 	text, err := p.forward.sys.read(flowMax)
 	if err != nil {
 		return 0
@@ -184,7 +184,7 @@ func (p *Platform) states() int {
 // of what it has of each family; 0 where that can't be read. What conntrack looks at, as all
 // that a peer sends through the host, has of IPv6 a memory of its own
 // (net/ipv6/netfilter/nf_conntrack_reasm.c).
-func (p *Platform) reassembly() int {
+func (p *Backend) reassembly() int {
 	least := 0
 	for _, name := range []string{"ipv4/ipfrag_high_thresh", "ipv6/ip6frag_high_thresh", "netfilter/nf_conntrack_frag6_high_thresh"} {
 		text, err := p.forward.sys.read(name)
@@ -212,7 +212,7 @@ func bootID() string {
 	return strings.TrimSpace(string(b))
 }
 
-func (p *Platform) nameOf(index int) (string, bool) {
+func (p *Backend) nameOf(index int) (string, bool) {
 	l, err := p.nl.LinkByIndex(index)
 	if err != nil {
 		return "", false
@@ -220,7 +220,7 @@ func (p *Platform) nameOf(index int) (string, bool) {
 	return l.Attrs().Name, true
 }
 
-func (p *Platform) indexOf(name string) int {
+func (p *Backend) indexOf(name string) int {
 	l, err := p.nl.LinkByName(name)
 	if err != nil {
 		return 0
@@ -230,7 +230,7 @@ func (p *Platform) indexOf(name string) int {
 
 // step runs one enforcing step and names it in its error. One that opens isn't
 // begun when ctx has ended; what closes is given a context that hasn't.
-func (p *Platform) step(ctx context.Context, name string, do func() error) error {
+func (p *Backend) step(ctx context.Context, name string, do func() error) error {
 	p.o.Step(name)
 	if ctx.Err() != nil {
 		return named(name, context.Cause(ctx))
@@ -242,7 +242,7 @@ func (p *Platform) step(ctx context.Context, name string, do func() error) error
 
 // stepIfNeeded runs an enforcing step that begins when do calls begin for the first
 // time, which it does before each change.
-func (p *Platform) stepIfNeeded(name string, do func(begin func()) error) error {
+func (p *Backend) stepIfNeeded(name string, do func(begin func()) error) error {
 	begun := false
 	err := do(func() {
 		if !begun {
@@ -280,7 +280,7 @@ func named(step string, err error) error {
 // makes the mesh interface. It may be called again when the interface is gone.
 // After an error forwarding is as it was found; the table stays, unless this was
 // the first call and there was none before.
-func (p *Platform) Open(ctx context.Context, cfg host.Interface) (tun.Device, error) {
+func (p *Backend) Open(ctx context.Context, cfg host.Interface) (tun.Device, error) {
 	if cfg.MTU < 1280 || cfg.MTU > 65535 {
 		return nil, fmt.Errorf("open mesh interface: MTU %d: want 1280 to 65535", cfg.MTU)
 	}
@@ -290,7 +290,7 @@ func (p *Platform) Open(ctx context.Context, cfg host.Interface) (tun.Device, er
 	return ask(ctx, p, func() (tun.Device, error) { return p.open(ctx, cfg) })
 }
 
-func (p *Platform) open(ctx context.Context, cfg host.Interface) (tun.Device, error) {
+func (p *Backend) open(ctx context.Context, cfg host.Interface) (tun.Device, error) {
 	fresh, err := p.takeOver(ctx)
 	if err != nil {
 		return nil, err
@@ -321,7 +321,7 @@ const noInterface = ":none:"
 // that was killed. That helper's table stays until ours replaces it: it keeps
 // what was meant for peers from leaving in clear. fresh says that the lock was
 // taken now, on a host without such a table.
-func (p *Platform) takeOver(ctx context.Context) (fresh bool, err error) {
+func (p *Backend) takeOver(ctx context.Context) (fresh bool, err error) {
 	if p.lock != nil {
 		return false, nil
 	}
@@ -350,7 +350,7 @@ func (p *Platform) takeOver(ctx context.Context) (fresh bool, err error) {
 	return fresh, err
 }
 
-func (p *Platform) unlock() {
+func (p *Backend) unlock() {
 	if p.lock != nil {
 		p.lock.Close()
 		p.lock = nil
@@ -360,7 +360,7 @@ func (p *Platform) unlock() {
 // close loads the table that holds while there is no wanted ruleset: a mesh
 // without peers on an interface of this name. Forwarding may still be open when a
 // dead tunnel is replaced.
-func (p *Platform) close(name string) error {
+func (p *Backend) close(name string) error {
 	mesh := policy.Mesh{Prefixes: p.cfg.Prefixes, Addresses: p.cfg.Addresses}
 	host := policy.Host{Interface: name}
 	if p.last != nil {
@@ -387,11 +387,11 @@ func (p *Platform) close(name string) error {
 }
 
 // found says for which families the host forwarded before we did.
-func (p *Platform) found() policy.Families {
+func (p *Backend) found() policy.Families {
 	return policy.Families{IPv4: p.forward.found4(), IPv6: p.forward.found6()}
 }
 
-func (p *Platform) params() params {
+func (p *Backend) params() params {
 	return params{
 		mtu: p.cfg.MTU, transit4: p.forward.transit4(p.name), bridges: p.bridges(),
 		ipsec: p.xfrm != nil, uid: uint32(os.Geteuid()),
@@ -402,7 +402,7 @@ func (p *Platform) params() params {
 
 // bridges lists the bridges whose frames the packet filter sees as if this host
 // forwarded them (br_netfilter, net.bridge.bridge-nf-call-iptables and -ip6tables).
-func (p *Platform) bridges() []string {
+func (p *Backend) bridges() []string {
 	on := func(name string) bool {
 		v, err := p.forward.sys.read("bridge/bridge-nf-call-" + name)
 		return err == nil && v != "0"
@@ -424,7 +424,7 @@ func (p *Platform) bridges() []string {
 	return out
 }
 
-func (p *Platform) makeInterface(cfg host.Interface) (err error) {
+func (p *Backend) makeInterface(cfg host.Interface) (err error) {
 	if p.dev != nil { // the dead one
 		if err := p.removeInterface(); err != nil {
 			return err
@@ -447,7 +447,7 @@ func (p *Platform) makeInterface(cfg host.Interface) (err error) {
 }
 
 // Observe implements [host.Observer].
-func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
+func (p *Backend) Observe(ctx context.Context) (policy.Host, error) {
 	return ask(ctx, p, func() (policy.Host, error) {
 		h, err := p.observe()
 		if err == nil {
@@ -457,7 +457,7 @@ func (p *Platform) Observe(ctx context.Context) (policy.Host, error) {
 	})
 }
 
-func (p *Platform) observe() (policy.Host, error) {
+func (p *Backend) observe() (policy.Host, error) {
 	p.forward.refresh()
 	h, err := observer{p.nl, p.xfrm, p.routes, p.name, p.cfg.Addresses, p.sources}.facts()
 	if err != nil {
@@ -474,7 +474,7 @@ func (p *Platform) observe() (policy.Host, error) {
 
 // hasIPv6 reports whether the kernel speaks IPv6 on the mesh interface, whatever
 // its name is now.
-func (p *Platform) hasIPv6() bool {
+func (p *Backend) hasIPv6() bool {
 	now, ok := p.nameOf(p.link.index)
 	if !ok {
 		return false
@@ -484,7 +484,7 @@ func (p *Platform) hasIPv6() bool {
 }
 
 // Enforce implements [host.Enforcer].
-func (p *Platform) Enforce(ctx context.Context, r *policy.Ruleset) error {
+func (p *Backend) Enforce(ctx context.Context, r *policy.Ruleset) error {
 	return p.run(ctx, func() error {
 		if p.dev == nil {
 			return errors.New("enforce ruleset: the mesh interface isn't open")
@@ -501,7 +501,7 @@ func (p *Platform) Enforce(ctx context.Context, r *policy.Ruleset) error {
 	})
 }
 
-func (p *Platform) enforce(ctx context.Context, r *policy.Ruleset) error {
+func (p *Backend) enforce(ctx context.Context, r *policy.Ruleset) error {
 	// Whatever goes wrong with the interface, the table is loaded: it may be
 	// narrower than the one that holds.
 	stale, linkErr := p.enforceLink(r)
@@ -520,7 +520,7 @@ func (p *Platform) enforce(ctx context.Context, r *policy.Ruleset) error {
 // enforceLink gives the mesh interface its name, its addresses and the peers'
 // routes. It returns how to delete the routes of peers that are gone, which is
 // done when the table doesn't know them any more.
-func (p *Platform) enforceLink(r *policy.Ruleset) (stale func() error, err error) {
+func (p *Backend) enforceLink(r *policy.Ruleset) (stale func() error, err error) {
 	if err := p.link.rename(p.name); err != nil {
 		return nil, named(StepAddresses, err)
 	}
@@ -538,7 +538,7 @@ func (p *Platform) enforceLink(r *policy.Ruleset) (stale func() error, err error
 	}, named(StepAddRoutes, err)
 }
 
-func (p *Platform) setAddresses(r *policy.Ruleset, ipv6 bool) error {
+func (p *Backend) setAddresses(r *policy.Ruleset, ipv6 bool) error {
 	want := r.Mesh().Addresses
 	if !ipv6 {
 		want = slices.DeleteFunc(slices.Clone(want), netip.Addr.Is6)
@@ -552,7 +552,7 @@ func (p *Platform) setAddresses(r *policy.Ruleset, ipv6 bool) error {
 
 // enforceTable makes the kernel hold the table, also when another program has
 // changed it. Where it can't be had, nothing of a peer is to pass.
-func (p *Platform) enforceTable(ctx context.Context, r *policy.Ruleset) error {
+func (p *Backend) enforceTable(ctx context.Context, r *policy.Ruleset) error {
 	with := p.params()
 	t := compile(r, with)
 	loaded := func() {
@@ -578,25 +578,25 @@ func (p *Platform) enforceTable(ctx context.Context, r *policy.Ruleset) error {
 }
 
 // renderWith has Renderer render with these parameters.
-func (p *Platform) renderWith(with params) {
+func (p *Backend) renderWith(with params) {
 	p.loadedParams = with
 	p.render = func(r *policy.Ruleset) (anchor, text string, err error) { return "", compile(r, with).String(), nil }
 }
 
 // Renderer implements [host.Renderer].
-func (p *Platform) Renderer() func(*policy.Ruleset) (anchor, text string, err error) { return p.render }
+func (p *Backend) Renderer() func(*policy.Ruleset) (anchor, text string, err error) { return p.render }
 
 // closeUp stops what is of peers by what is left when the table can't be loaded: the
 // closed table, and forwarding. The interface stays up without any table, too: the guard
 // is closed by the caller that is told, and the interface's routes are then all that keeps
 // the host's own packets to peers from leaving by the uplink.
-func (p *Platform) closeUp() error {
+func (p *Backend) closeUp() error {
 	return errors.Join(named(StepTable, p.close(p.name)), named(StepRestore, p.forward.apply(need{mesh: p.name})))
 }
 
 // need says what a ruleset needs forwarded: as little as its permissions ask
 // for. Answers come in by the uplink, or by any interface that leads to the lan.
-func (p *Platform) need(r *policy.Ruleset) need {
+func (p *Backend) need(r *policy.Ruleset) need {
 	n := need{mesh: p.name}
 	var have mesh.Permissions
 	for _, peer := range r.Peers() {
@@ -640,9 +640,9 @@ func behind(h policy.Host) []string {
 	return out
 }
 
-// Close implements [host.Link]. The platform can't be used afterwards.
+// Close implements [host.Link]. The backend can't be used afterwards.
 // When ctx has ended, it has closeLimit for what closes.
-func (p *Platform) Close(ctx context.Context) ([]host.Problem, error) {
+func (p *Backend) Close(ctx context.Context) ([]host.Problem, error) {
 	if end, ok := ctx.Deadline(); ctx.Err() != nil || ok && time.Until(end) < closeLimit {
 		fresh, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeLimit)
 		defer cancel()
@@ -663,14 +663,14 @@ func (p *Platform) Close(ctx context.Context) ([]host.Problem, error) {
 
 // retreat is what is left of an Open that failed: forwarding as it was found, no
 // interface, and the table, which keeps peers' packets in.
-func (p *Platform) retreat() error {
+func (p *Backend) retreat() error {
 	forgotten, err := p.withdraw()
 	return errors.Join(err, named(StepRestore, <-forgotten))
 }
 
 // withdraw restores forwarding and removes the interface; forgotten tells when the disk
 // knows, which what closes doesn't wait for.
-func (p *Platform) withdraw() (forgotten <-chan error, err error) {
+func (p *Backend) withdraw() (forgotten <-chan error, err error) {
 	forgotten, err = p.forward.giveBackAll()
 	err = named(StepRestore, err)
 	if p.dev != nil {
@@ -681,7 +681,7 @@ func (p *Platform) withdraw() (forgotten <-chan error, err error) {
 
 // leave takes everything away in the reverse order, the table last: until the
 // interface is gone, nothing of a peer passes.
-func (p *Platform) leave() error {
+func (p *Backend) leave() error {
 	defer p.unlock()
 	p.enforced, p.last = nil, nil
 	forgotten, err := p.withdraw()
@@ -690,7 +690,7 @@ func (p *Platform) leave() error {
 }
 
 // release closes the sockets and ends the worker.
-func (p *Platform) release() error {
+func (p *Backend) release() error {
 	p.worker.stop()
 	var errs []error
 	if p.others != nil {
@@ -717,7 +717,7 @@ func (p *Platform) release() error {
 }
 
 // left says what of our doing stays because another program came to need it.
-func (p *Platform) left() []host.Problem {
+func (p *Backend) left() []host.Problem {
 	ours := slices.ContainsFunc(p.forward.j.Changed, func(s saved) bool { return strings.HasPrefix(s.Name, "ipv4/") })
 	if !ours || !p.forward.found4() {
 		return nil
@@ -731,7 +731,7 @@ func (p *Platform) left() []host.Problem {
 
 // removeInterface closes the TUN device; the kernel takes the interface away
 // with its addresses and routes.
-func (p *Platform) removeInterface() error {
+func (p *Backend) removeInterface() error {
 	p.network.Closed()
 	err := p.dev.Close()
 	if errors.Is(err, os.ErrClosed) {

@@ -17,15 +17,15 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// Platform makes this Mac enforce rulesets. Its methods but Watch are called from
+// Backend makes this Mac enforce rulesets. Its methods but Watch are called from
 // one goroutine at a time.
 //
 // The packet filter is used only while it is needed: while a peer may route, or
 // this Mac forwards anyway. Otherwise there is no anchor and no token, and
 // forwarding is as it was found: iCloud Private Relay works, and the guard at the
 // tunnel holds the policy.
-type Platform struct {
-	o        PlatformOptions
+type Backend struct {
+	o        Options
 	path     string // of the anchor
 	pf       *darwin.PF
 	sysctl   *darwin.Sysctl
@@ -64,8 +64,8 @@ type Platform struct {
 	look
 }
 
-// NewPlatform returns a platform; it changes nothing yet.
-func NewPlatform(o PlatformOptions) (*Platform, error) {
+// New returns a backend; it changes nothing yet.
+func New(o Options) (*Backend, error) {
 	if o.Label == "" {
 		o.Label = DefaultLabel
 	}
@@ -85,7 +85,7 @@ func NewPlatform(o PlatformOptions) (*Platform, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Platform{findForeign: FindForeign, path: path, j: &journal{}, cuts: cutBook{until: map[netip.Addr]time.Time{}}}
+	p := &Backend{findForeign: FindForeign, path: path, j: &journal{}, cuts: cutBook{until: map[netip.Addr]time.Time{}}}
 	o.Runner, o.Kernel = steppedRunner{o.Runner, p.stepped}, steppedKernel{o.Kernel, p.stepped}
 	p.o = o
 	p.pf, p.sysctl = darwin.NewPF(o.Runner), darwin.NewSysctl(o.Runner, o.Kernel)
@@ -94,7 +94,7 @@ func NewPlatform(o PlatformOptions) (*Platform, error) {
 }
 
 // step runs one enforcing step and names it in its error.
-func (p *Platform) step(name string, do func() error) error {
+func (p *Backend) step(name string, do func() error) error {
 	outer := p.taking
 	p.taking = name
 	p.o.Step(name)
@@ -105,7 +105,7 @@ func (p *Platform) step(name string, do func() error) error {
 }
 
 // stepped calls Options.Step within a step, after what may have changed the Mac.
-func (p *Platform) stepped() {
+func (p *Backend) stepped() {
 	if p.taking != "" {
 		p.o.Step(p.taking)
 	}
@@ -127,7 +127,7 @@ func named(step string, err error) error {
 }
 
 // Open implements [host.Link].
-func (p *Platform) Open(ctx context.Context, cfg host.Interface) (tun.Device, error) {
+func (p *Backend) Open(ctx context.Context, cfg host.Interface) (tun.Device, error) {
 	if cfg.MTU < 1280 || cfg.MTU > 65535 {
 		return nil, fmt.Errorf("open mesh interface: MTU %d: want 1280 to 65535", cfg.MTU)
 	}
@@ -160,7 +160,7 @@ func (p *Platform) Open(ctx context.Context, cfg host.Interface) (tun.Device, er
 // is gone now, had switched it on, and leaves the anchor and its token: with the
 // interface its routes went, and without the anchor packets to peers would leave in
 // clear by the uplink. The next Enforce loads another, or lets the filter go.
-func (p *Platform) keep(ctx context.Context) error {
+func (p *Backend) keep(ctx context.Context) error {
 	p.drifted, p.holds = true, false
 	if err := p.restoreForwarding(ctx, p.j.Forwarding, p.sharedAtEnd(ctx)); err != nil {
 		return err
@@ -183,7 +183,7 @@ const goneInterface = "mesh-gone"
 
 // keepIn is for when the mesh interface can't be made again: another program may get
 // its name, and so be passed what the rules pass by it. Then they name none.
-func (p *Platform) keepIn(ctx context.Context) error {
+func (p *Backend) keepIn(ctx context.Context) error {
 	if p.loaded == nil || p.enforced == nil {
 		return nil
 	}
@@ -200,7 +200,7 @@ func (p *Platform) keepIn(ctx context.Context) error {
 
 // takeOver reads the journal and has what a killed helper changed put back, all of
 // it or what do does. Its interface went with it.
-func (p *Platform) takeOver(ctx context.Context, do func(context.Context) error) error {
+func (p *Backend) takeOver(ctx context.Context, do func(context.Context) error) error {
 	return p.step(StepRepair, func() error {
 		boot, err := p.sysctl.BootSession()
 		if err != nil {
@@ -220,7 +220,7 @@ func (p *Platform) takeOver(ctx context.Context, do func(context.Context) error)
 // in this order, and notes each in the journal. What fails is tried again the next
 // time; the rest is done all the same, but the filter never goes before
 // forwarding does.
-func (p *Platform) giveBack(ctx context.Context) error {
+func (p *Backend) giveBack(ctx context.Context) error {
 	p.loaded, p.holds = nil, false
 	if err := p.restoreForwarding(ctx, p.j.Forwarding, p.sharedAtEnd(ctx)); err != nil {
 		return err
@@ -233,7 +233,7 @@ func (p *Platform) giveBack(ctx context.Context) error {
 // failed before, it has [closeLimit] for each; one that fails leaves the other as much;
 // and the journal, whose disk may be full or hang, is written when they are off: one
 // that says too much has the next helper switch off what is off.
-func (p *Platform) restoreForwarding(ctx context.Context, families, shared policy.Families) error {
+func (p *Backend) restoreForwarding(ctx context.Context, families, shared policy.Families) error {
 	off := policy.Families{IPv4: families.IPv4 && p.j.Forwarding.IPv4, IPv6: families.IPv6 && p.j.Forwarding.IPv6}
 	if off == (policy.Families{}) {
 		return nil
@@ -264,13 +264,13 @@ func (p *Platform) restoreForwarding(ctx context.Context, families, shared polic
 }
 
 // stopForwarding switches forwarding of a family off, also when ctx has ended.
-func (p *Platform) stopForwarding(ctx context.Context, f darwin.Family) error {
+func (p *Backend) stopForwarding(ctx context.Context, f darwin.Family) error {
 	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeLimit)
 	defer cancel()
 	return p.sysctl.SetForwarding(limit, f, false)
 }
 
-func (p *Platform) flush(ctx context.Context) error {
+func (p *Backend) flush(ctx context.Context) error {
 	if p.j.Anchor == "" {
 		return nil
 	}
@@ -285,7 +285,7 @@ func (p *Platform) flush(ctx context.Context) error {
 
 // release gives the token back, and the one that a killed helper asked for but
 // didn't live to write down, if it can be told.
-func (p *Platform) release(ctx context.Context) error {
+func (p *Backend) release(ctx context.Context) error {
 	if p.j.Token == 0 && !p.j.Enabling {
 		return nil
 	}
@@ -311,7 +311,7 @@ func (p *Platform) release(ctx context.Context) error {
 
 // unwrittenToken returns the only token that came since ours was asked for, or 0: of
 // several, another program's might be given back. Then it is said that ours stays.
-func (p *Platform) unwrittenToken(ctx context.Context) (uint64, error) {
+func (p *Backend) unwrittenToken(ctx context.Context) (uint64, error) {
 	now, err := p.tokens(ctx)
 	if err != nil {
 		return 0, err
@@ -325,7 +325,7 @@ func (p *Platform) unwrittenToken(ctx context.Context) (uint64, error) {
 }
 
 // tokenProblems says that a token of ours can't be told from other programs'.
-func (p *Platform) tokenProblems() []host.Problem {
+func (p *Backend) tokenProblems() []host.Problem {
 	if !p.astray {
 		return nil
 	}
@@ -337,7 +337,7 @@ func (p *Platform) tokenProblems() []host.Problem {
 	}}
 }
 
-func (p *Platform) tokens(ctx context.Context) ([]uint64, error) {
+func (p *Backend) tokens(ctx context.Context) ([]uint64, error) {
 	refs, err := p.pf.References(ctx)
 	var out []uint64
 	for _, r := range refs {
@@ -348,7 +348,7 @@ func (p *Platform) tokens(ctx context.Context) ([]uint64, error) {
 	return out, err
 }
 
-func (p *Platform) forwarding() (now policy.Families, err error) {
+func (p *Backend) forwarding() (now policy.Families, err error) {
 	if now.IPv4, err = p.sysctl.Forwarding(darwin.IPv4); err == nil {
 		now.IPv6, err = p.sysctl.Forwarding(darwin.IPv6)
 	}
@@ -356,7 +356,7 @@ func (p *Platform) forwarding() (now policy.Families, err error) {
 }
 
 // Host returns the parts of this host.
-func (p *Platform) Host() host.Host {
+func (p *Backend) Host() host.Host {
 	return host.Host{
 		Name: "darwin", Language: "pf", Link: p, Observer: p, Enforcer: p,
 		Judge: p, Ways: p, Renderer: p, Network: &p.network,
@@ -364,12 +364,12 @@ func (p *Platform) Host() host.Host {
 }
 
 // Limits implements [host.Enforcer].
-func (p *Platform) Limits() host.Limits {
+func (p *Backend) Limits() host.Limits {
 	return host.Limits{States: MaxStates, PerForwarded: StatesPerForwarded, DropsDF: true}
 }
 
 // Cut implements [host.Enforcer].
-func (p *Platform) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
+func (p *Backend) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
 	p.cuts.save(saveBeforeCut)
 	if err := errors.Join(p.kill(ctx, Kills(p.cut, r, narrowed)), p.endStrays(ctx, r)); err != nil {
 		return err
@@ -382,7 +382,7 @@ func (p *Platform) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy
 // Close implements [host.Link]. It goes back in the order opposite to
 // Enforce's: forwarding, the interface with its addresses and routes, flows, the
 // anchor, the token.
-func (p *Platform) Close(ctx context.Context) ([]host.Problem, error) {
+func (p *Backend) Close(ctx context.Context) ([]host.Problem, error) {
 	if p.dev == nil {
 		return nil, p.takeOver(ctx, p.giveBack)
 	}
@@ -399,7 +399,7 @@ func (p *Platform) Close(ctx context.Context) ([]host.Problem, error) {
 }
 
 // endFlows ends what peers still have running.
-func (p *Platform) endFlows(ctx context.Context) error {
+func (p *Backend) endFlows(ctx context.Context) error {
 	if p.enforced == nil || p.j.Anchor == "" {
 		return nil
 	}
@@ -420,7 +420,7 @@ const maxKillsAtEnd = 16
 
 // kill ends states. One that fails holds up none of the others; the first error is
 // returned, for each of thousands may be the same.
-func (p *Platform) kill(ctx context.Context, kills []Kill) error {
+func (p *Backend) kill(ctx context.Context, kills []Kill) error {
 	if len(kills) == 0 {
 		return nil
 	}
@@ -440,7 +440,7 @@ func (p *Platform) kill(ctx context.Context, kills []Kill) error {
 }
 
 // left says what of our doing stays because other software came to need it.
-func (p *Platform) left(shared policy.Families) []host.Problem {
+func (p *Backend) left(shared policy.Families) []host.Problem {
 	var out []host.Problem
 	for _, f := range []struct {
 		stays          bool
@@ -462,7 +462,7 @@ func (p *Platform) left(shared policy.Families) []host.Problem {
 
 // removeInterface closes the device; the kernel takes the interface away with its
 // addresses and routes.
-func (p *Platform) removeInterface() error {
+func (p *Backend) removeInterface() error {
 	p.network.Closed()
 	if p.dev == nil {
 		return nil
