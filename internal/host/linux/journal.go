@@ -2,25 +2,19 @@ package linux
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
 	"path/filepath"
 	"slices"
 	"sync"
 
-	"github.com/meshhelper/meshhelper/internal/owned"
+	"github.com/meshhelper/meshhelper/internal/host"
 )
 
 // journalName is the journal's file in the state directory.
 const journalName = "linux-journal.json"
 
-// journalVersion is written into the journal; another one isn't understood.
+// journalVersion is the version of the format. A journal of another one is refused.
 const journalVersion = 1
-
-// maxJournal bounds what is read back, in bytes; a host with a thousand
-// interfaces needs a tenth.
-const maxJournal = 4 << 20
 
 // journal is what the host looked like before it was changed. It is on disk
 // before the change, and gone when everything is as it was.
@@ -50,26 +44,21 @@ func (j *journal) find(name string) *saved {
 	return &j.Changed[i]
 }
 
-// readJournal returns the journal of this boot. It is empty when there is none
-// or when it is from another boot, whose sysctls are gone.
+// OfBoot implements [host.Journal].
+func (j *journal) OfBoot() string { return j.Boot }
+
+// IsEmpty implements [host.Journal].
+func (j *journal) IsEmpty() bool { return len(j.Changed) == 0 }
+
+// readJournal returns the journal of this boot, which is empty if there is none.
 func readJournal(dir, boot string) (*journal, error) {
 	empty := &journal{Version: journalVersion, Boot: boot}
-	path := filepath.Join(dir, journalName)
-	b, err := owned.Read(path, maxJournal)
-	if errors.Is(err, fs.ErrNotExist) {
-		return empty, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read journal: %w", err)
-	}
-	j, err := parseJournal(b)
-	if err != nil {
-		return nil, fmt.Errorf("read journal %s: %w", path, err)
-	}
-	if j.Boot != boot {
-		return empty, nil
-	}
-	return j, nil
+	return host.ReadJournal(filepath.Join(dir, journalName), empty, parseJournal)
+}
+
+// write replaces the journal on disk, or removes an empty one, and returns once that is synced.
+func (j *journal) write(dir string) error {
+	return host.WriteJournal(filepath.Join(dir, journalName), j)
 }
 
 // parseJournal refuses what would have us write anything but a small number to
@@ -93,26 +82,6 @@ func parseJournal(b []byte) (*journal, error) {
 // isSmallNumber reports whether a sysctl's value is one that forwarding and
 // accept_ra take.
 func isSmallNumber(s string) bool { return len(s) == 1 && s[0] >= '0' && s[0] <= '9' }
-
-// write replaces the journal on disk and returns when it would outlive a crash: the
-// file and its name are synced. An empty journal is removed.
-func (j *journal) write(dir string) error {
-	path := filepath.Join(dir, journalName)
-	if len(j.Changed) == 0 {
-		if err := owned.Remove(path); err != nil {
-			return fmt.Errorf("remove journal: %w", err)
-		}
-		return nil
-	}
-	b, err := json.MarshalIndent(j, "", "\t")
-	if err != nil {
-		return fmt.Errorf("write journal: %w", err)
-	}
-	if err := owned.Replace(path, append(b, '\n')); err != nil {
-		return fmt.Errorf("write journal: %w", err)
-	}
-	return nil
-}
 
 // saver writes the journal from a task of its own, one write after the other and of
 // several that wait only the last, so that a change which closes needn't wait for a

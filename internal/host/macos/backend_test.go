@@ -791,7 +791,7 @@ func TestJournal(t *testing.T) {
 	if err != nil || cmp.Diff(j, got) != "" {
 		t.Errorf("%v %s", err, cmp.Diff(j, got))
 	}
-	if got, err = readJournal(dir, "B"); err != nil || !got.isEmpty() {
+	if got, err = readJournal(dir, "B"); err != nil || !got.IsEmpty() {
 		t.Errorf("of another boot: %+v %v", got, err)
 	}
 	info, err := os.Stat(filepath.Join(dir, journalName))

@@ -41,7 +41,7 @@ func (p *Backend) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, 
 	report.Problems = append(report.Problems, p.cutProblems()...)
 	if !p.needed(r) {
 		p.unchecked, p.due, p.whole = false, false, p.o.Now()
-		if !p.j.isEmpty() {
+		if !p.j.IsEmpty() {
 			drift(StepRestore, "the packet filter or forwarding is still in use")
 		}
 		return report, nil

@@ -2,13 +2,11 @@ package macos
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
 	"path/filepath"
 	"strings"
 
-	"github.com/meshhelper/meshhelper/internal/owned"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
@@ -17,9 +15,6 @@ const journalName = "macos-journal.json"
 
 // journalVersion is written into the journal; another one isn't understood.
 const journalVersion = 1
-
-// maxJournal bounds what is read back, in bytes.
-const maxJournal = 1 << 20
 
 // journal is what we changed of the host, with what was found. It is on disk
 // before the change, and gone when everything is as it was.
@@ -40,31 +35,23 @@ type journal struct {
 	Others   []uint64 `json:"others,omitempty"`
 }
 
-// isEmpty reports whether everything is as it was found.
-func (j *journal) isEmpty() bool {
+// OfBoot implements [host.Journal].
+func (j *journal) OfBoot() string { return j.Boot }
+
+// IsEmpty implements [host.Journal].
+func (j *journal) IsEmpty() bool {
 	return j.Forwarding == policy.Families{} && j.Anchor == "" && j.Token == 0 && !j.Enabling
 }
 
-// readJournal returns the journal of this boot. It is empty when there is none,
-// or one from another boot.
+// readJournal returns the journal of this boot, which is empty if there is none.
 func readJournal(dir, boot string) (*journal, error) {
 	empty := &journal{Version: journalVersion, Boot: boot}
-	path := filepath.Join(dir, journalName)
-	b, err := owned.Read(path, maxJournal)
-	if errors.Is(err, fs.ErrNotExist) {
-		return empty, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read journal: %w", err)
-	}
-	j, err := parseJournal(b)
-	if err != nil {
-		return nil, fmt.Errorf("read journal %s: %w", path, err)
-	}
-	if j.Boot != boot {
-		return empty, nil
-	}
-	return j, nil
+	return host.ReadJournal(filepath.Join(dir, journalName), empty, parseJournal)
+}
+
+// write replaces the journal on disk, or removes an empty one, and returns once that is synced.
+func (j *journal) write(dir string) error {
+	return host.WriteJournal(filepath.Join(dir, journalName), j)
 }
 
 // parseJournal refuses what would have us flush an anchor that isn't ours.
@@ -83,24 +70,4 @@ func parseJournal(b []byte) (*journal, error) {
 		}
 	}
 	return &j, nil
-}
-
-// write replaces the journal on disk and returns when it would outlive a crash: the
-// file and its name are synced. An empty journal is removed.
-func (j *journal) write(dir string) error {
-	path := filepath.Join(dir, journalName)
-	if j.isEmpty() {
-		if err := owned.Remove(path); err != nil {
-			return fmt.Errorf("remove journal: %w", err)
-		}
-		return nil
-	}
-	b, err := json.MarshalIndent(j, "", "\t")
-	if err == nil {
-		err = owned.Replace(path, append(b, '\n'))
-	}
-	if err != nil {
-		return fmt.Errorf("write journal: %w", err)
-	}
-	return nil
 }
