@@ -314,7 +314,7 @@ func (a *app) installed(label string) *install.Options {
 		what.Arguments = []string{"--platform", "darwin", "--label", label, "--log-file", logDir + "/helper.log"}
 	}
 	what.Restore = func(ctx context.Context) error { return a.service.restore(ctx, what.StateDir) }
-	what.Held = func() error { return wanted.Held(filepath.Join(a.service.root, what.StateDir)) }
+	what.Held = func() error { return wanted.InUse(filepath.Join(a.service.root, what.StateDir)) }
 	return what
 }
 

@@ -213,7 +213,7 @@ func New(o Options) (*Daemon, error) {
 	if d.opts.NewTunnel == nil {
 		d.opts.NewTunnel = d.wireguard
 	}
-	dir, err := wanted.Take(o.StateDir)
+	dir, err := wanted.Lock(o.StateDir)
 	if err != nil {
 		return nil, err
 	}
@@ -268,7 +268,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	l := newLoop(d)
 	g.Go(func() error { return l.run(ctx) })
 	g.Go(func() error { return l.rebinds(ctx) })
-	g.Go(func() error { return d.wanted.Keep(ctx, func() { poke(d.wake) }) })
+	g.Go(func() error { return d.wanted.Run(ctx, func() { poke(d.wake) }) })
 	g.Go(func() error { return d.keepLearned(ctx) })
 	g.Go(func() error { return d.resolve(ctx) })
 	g.Go(func() error { return d.watch(ctx, d.opts.Host.Observer) })

@@ -59,7 +59,7 @@ func TestOneTimedGrantWritesLittle(t *testing.T) {
 		r.after(time.Hour)
 		disk.mu.Lock()
 		defer disk.mu.Unlock()
-		if n := disk.files[wanted.ClockFile]; n < 50 || n > 61 || len(disk.files) != 1 {
+		if n := disk.files["clock.json"]; n < 50 || n > 61 || len(disk.files) != 1 {
 			t.Errorf("written in an hour: %v", disk.files)
 		}
 		if disk.bytes > 61*256 {
@@ -75,7 +75,7 @@ func TestMark(t *testing.T) {
 		do   func(path string) error
 		left time.Duration // of 2h, after 1h
 	}{
-		"as written":  {func(string) error { return nil }, time.Hour + wanted.ClockInterval},
+		"as written":  {func(string) error { return nil }, time.Hour + clockInterval},
 		"gone":        {os.Remove, 2 * time.Hour},
 		"garbage":     {func(p string) error { return os.WriteFile(p, []byte("{"), 0o600) }, 2 * time.Hour},
 		"too long":    {func(p string) error { return os.WriteFile(p, make([]byte, 1<<20), 0o600) }, 2 * time.Hour},
@@ -90,14 +90,14 @@ func TestMark(t *testing.T) {
 				r.mustAllow("phone", "routing", "2h")
 				r.after(time.Hour)
 				r.stop()
-				if err := c.do(filepath.Join(r.dir, wanted.ClockFile)); err != nil {
+				if err := c.do(filepath.Join(r.dir, "clock.json")); err != nil {
 					t.Fatal(err)
 				}
 				r.setWall(-100 * time.Hour)
 				r.start()
-				r.after(c.left - 2*wanted.ClockInterval)
+				r.after(c.left - 2*clockInterval)
 				r.wantLoaded("phone", mesh.Routing)
-				r.after(2*wanted.ClockInterval + DefaultTick)
+				r.after(2*clockInterval + DefaultTick)
 				r.wantLoaded("phone", 0)
 			})
 		})

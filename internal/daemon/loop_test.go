@@ -222,7 +222,7 @@ func TestExpiryAcrossRestart(t *testing.T) {
 		{"half an hour later", 30 * time.Minute, 0, 30 * time.Minute},
 		{"after the end", 2 * time.Hour, 0, 0},
 		// Behind the last time saved counts as that: what ran by then is over.
-		{"clock set back", 0, -100 * time.Hour, time.Hour + wanted.ClockInterval},
+		{"clock set back", 0, -100 * time.Hour, time.Hour + clockInterval},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, r *rig) {

@@ -49,11 +49,11 @@ func (r *rig) passes(p api.Peer) bool {
 // onDisk returns what a restart would find of a peer.
 func (r *rig) onDisk(name string) (p mesh.Peer, ok bool) {
 	r.t.Helper()
-	doc, err := wanted.ReadDocument(filepath.Join(r.dir, wanted.StateFile))
+	doc, err := readDocument(filepath.Join(r.dir, "state.json"))
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	if i := doc.ByName(name); i >= 0 {
+	if i, err := doc.Find(name); err == nil {
 		return doc.Peers[i], true
 	}
 	return mesh.Peer{}, false
@@ -442,8 +442,9 @@ func TestGateIsTheLess(t *testing.T) {
 			rules, docs = append(rules, compiled), append(docs, doc)
 			i := rng.IntN(len(rules))
 			r.d.gate.set(rules[i], docs[i])
-			at := doc.ByName("phone")
-			old := docs[i].Peers[docs[i].ByName("phone")].Permissions.Of(mesh.Routing).Allowed
+			at, _ := doc.Find("phone")
+			was, _ := docs[i].Find("phone")
+			old := docs[i].Peers[was].Permissions.Of(mesh.Routing).Allowed
 			if want := doc.Peers[at].Permissions.Of(mesh.Routing).Allowed && old; r.passes(phone) != want {
 				t.Fatalf("passes %v, wanted %v, enforced %v", !want, doc.Peers[at].Permissions.Of(mesh.Routing).Allowed, old)
 			}

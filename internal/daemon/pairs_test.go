@@ -200,7 +200,7 @@ func doPair(t *testing.T, files map[string]string, first, second string, atOnce,
 		}
 		r.start()
 		defer r.end()
-		memory := &memoryDisk{files: map[string]string{filepath.Join(r.dir, wanted.StateFile): files[wanted.StateFile]}}
+		memory := &memoryDisk{files: map[string]string{filepath.Join(r.dir, "state.json"): files["state.json"]}}
 		r.setDisk(memory)
 		before := len(r.events(events.Change))
 		code := func(err error) string {
@@ -241,7 +241,7 @@ func doPair(t *testing.T, files map[string]string, first, second string, atOnce,
 		r.after(15 * time.Second)
 		doc := r.d.wanted.Document()
 		out.state = bareState(doc)
-		kept, err := wanted.Decode([]byte(memory.read(filepath.Join(r.dir, wanted.StateFile))))
+		kept, err := wanted.Decode([]byte(memory.read(filepath.Join(r.dir, "state.json"))))
 		if err != nil {
 			t.Fatal(err)
 		}

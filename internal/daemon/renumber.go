@@ -18,7 +18,7 @@ func (d *Daemon) PlanPrefixes(prefixes mesh.Prefixes) ([]api.Renumbered, error) 
 	if err := prefixes.Validate(); err != nil {
 		return nil, api.Errorf(api.CodeBadAddress, "%v", err).WithHint("take a private prefix that isn't in use here")
 	}
-	m, err := d.wanted.Placed(prefixes)
+	m, err := d.wanted.IdentityIn(prefixes)
 	if err != nil {
 		return nil, err
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -202,6 +203,18 @@ func (r *rig) after(d time.Duration) {
 // setDisk replaces the disk under a running daemon.
 func (r *rig) setDisk(fs wanted.FileSystem) {
 	r.d.wanted.SetFiles(fs)
+}
+
+// clockInterval is how often the time is saved while a permission has an end.
+const clockInterval = time.Minute
+
+// readDocument reads a document that the daemon saved.
+func readDocument(path string) (*wanted.Document, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	return wanted.Decode(text)
 }
 
 // events returns the messages of one kind.

@@ -152,7 +152,7 @@ func TestSettingsRefused(t *testing.T) {
 			}
 		}
 		before := t.TempDir()
-		if err := os.WriteFile(filepath.Join(before, wanted.SettingsFile), []byte(`{"version":1,"settings":{"endpoint":"127.0.0.1","dns":"127.0.0.53"}}`), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(before, "settings.json"), []byte(`{"version":1,"settings":{"endpoint":"127.0.0.1","dns":"127.0.0.53"}}`), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		if kept, err := wanted.ReadSettings(before); err != nil || len(kept) != 2 {
@@ -255,7 +255,7 @@ func TestWriteSettings(t *testing.T) {
 			t.Error("they were written beside a helper")
 		}
 		r.end()
-		if err := os.WriteFile(filepath.Join(r.dir, wanted.SettingsFile), []byte(`{"version":1,"settings":{"colour":"red"}}`), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(r.dir, "settings.json"), []byte(`{"version":1,"settings":{"colour":"red"}}`), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := wanted.ReadSettings(r.dir); err == nil || !strings.Contains(err.Error(), "colour") {

@@ -81,15 +81,15 @@ func TestDiskFull(t *testing.T) {
 			if said := len(s.Problems) == 1 && strings.Contains(s.Problems[0].Message, wantMessage); said != (after > renamed) {
 				t.Errorf("after %d operations: problems %v", after, s.Problems)
 			}
-			if got := names(t, r.dir); !cmp.Equal(got, []string{wanted.KeyFile, wanted.LockFile, wanted.StateFile, wanted.CopyFile}) {
+			if got := names(t, r.dir); !cmp.Equal(got, []string{"host.key", "lock", "state.json", "state.last.json"}) {
 				t.Errorf("files %q", got)
 			}
-			for _, f := range []string{wanted.StateFile, wanted.CopyFile} {
-				if _, err := wanted.ReadDocument(filepath.Join(r.dir, f)); err != nil {
+			for _, f := range []string{"state.json", "state.last.json"} {
+				if _, err := readDocument(filepath.Join(r.dir, f)); err != nil {
 					t.Error(err)
 				}
 			}
-			if doc, err := wanted.ReadDocument(filepath.Join(r.dir, wanted.StateFile)); err != nil || doc.Generation != generation {
+			if doc, err := readDocument(filepath.Join(r.dir, "state.json")); err != nil || doc.Generation != generation {
 				t.Errorf("on disk: generation %d, want %d; %v", doc.Generation, generation, err)
 			}
 			r.setDisk(wanted.DiskFiles{})
@@ -137,7 +137,7 @@ func TestRefusesToStart(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
 		r.stop()
-		state := filepath.Join(r.dir, wanted.StateFile)
+		state := filepath.Join(r.dir, "state.json")
 		good := contents(t, r.dir)
 		for _, c := range []struct {
 			name   string
@@ -146,16 +146,16 @@ func TestRefusesToStart(t *testing.T) {
 			hint   string
 		}{
 			{"cut off", func() error { return os.Truncate(state, 40) }, "unexpected end", "last good copy is"},
-			{"empty", func() error { return os.Truncate(state, 0) }, "unexpected end", wanted.CopyFile},
+			{"empty", func() error { return os.Truncate(state, 0) }, "unexpected end", "state.last.json"},
 			{"garbage", write(state, "\x00\xff garbage"), "invalid character", "generation 2, 1 peers"},
 			{"newer", write(state, `{"version":2,"x":1}`), "newer meshhelper", "run the newer meshhelper"},
 			{"newer in a field of other letters", write(state, `{"Version":2,"peers":[]}`), "newer meshhelper", "run the newer meshhelper"},
-			{"twice", write(state, good[wanted.StateFile]+good[wanted.StateFile]), "after top-level value", "last good copy"},
+			{"twice", write(state, good["state.json"]+good["state.json"]), "after top-level value", "last good copy"},
 			{"gone", func() error { return os.Remove(state) }, "missing", "last good copy"},
-			{"both bad", both(write(state, "x"), write(filepath.Join(r.dir, wanted.CopyFile), "y")), "invalid character", "no good copy"},
-			{"key gone", func() error { return os.Remove(filepath.Join(r.dir, wanted.KeyFile)) }, "host's key", "put the key back"},
-			{"key exposed", func() error { return os.Chmod(filepath.Join(r.dir, wanted.KeyFile), 0o644) }, "access", "chmod 600"},
-			{"key damaged", write(filepath.Join(r.dir, wanted.KeyFile), "short"), "not a WireGuard key", "put the key back"},
+			{"both bad", both(write(state, "x"), write(filepath.Join(r.dir, "state.last.json"), "y")), "invalid character", "no good copy"},
+			{"key gone", func() error { return os.Remove(filepath.Join(r.dir, "host.key")) }, "host's key", "put the key back"},
+			{"key exposed", func() error { return os.Chmod(filepath.Join(r.dir, "host.key"), 0o644) }, "access", "chmod 600"},
+			{"key damaged", write(filepath.Join(r.dir, "host.key"), "short"), "not a WireGuard key", "put the key back"},
 			{"folder open", func() error { return os.Chmod(r.dir, 0o777) }, "others may write", "chmod"},
 			{"folder open to its group", func() error { return os.Chmod(r.dir, 0o770) }, "others may write", "chmod"},
 			{"folder another user's", own(r.dir, 12345), "belongs to user 12345", "chown"},
@@ -163,13 +163,13 @@ func TestRefusesToStart(t *testing.T) {
 			{"parent open", func() error { return os.Chmod(filepath.Dir(r.dir), 0o777) }, "any user may replace", "chmod o-w"},
 			{"state another user's", own(state, 12345), "belongs to user 12345", "last good copy"},
 			{"state open to its group", func() error { return os.Chmod(state, 0o660) }, "others may write", "last good copy"},
-			{"state a link", link(state, filepath.Join(r.dir, wanted.CopyFile)), "is a link", "last good copy"},
+			{"state a link", link(state, filepath.Join(r.dir, "state.last.json")), "is a link", "last good copy"},
 			{"state a FIFO", both(remove(state), func() error { return mkfifo(state) }), "not a regular file", "last good copy"},
 			{"state a device", link(state, "/dev/zero"), "is a link", "last good copy"},
-			{"key another user's", own(filepath.Join(r.dir, wanted.KeyFile), 12345), "belongs to user 12345", "nothing was touched"},
-			{"key a link", link(filepath.Join(r.dir, wanted.KeyFile), state), "is a link", "nothing was touched"},
-			{"lock a link", link(filepath.Join(r.dir, wanted.LockFile), "/etc/passwd"), "is a link", ""},
-			{"lock another user's", own(filepath.Join(r.dir, wanted.LockFile), 12345), "belongs to user 12345", ""},
+			{"key another user's", own(filepath.Join(r.dir, "host.key"), 12345), "belongs to user 12345", "nothing was touched"},
+			{"key a link", link(filepath.Join(r.dir, "host.key"), state), "is a link", "nothing was touched"},
+			{"lock a link", link(filepath.Join(r.dir, "lock"), "/etc/passwd"), "is a link", ""},
+			{"lock another user's", own(filepath.Join(r.dir, "lock"), 12345), "belongs to user 12345", ""},
 		} {
 			if strings.Contains(c.name, "another user's") && os.Geteuid() != 0 {
 				t.Logf("%s: not tried: only root gives a file to another user", c.name)
@@ -279,7 +279,7 @@ func TestKilledWhileSaving(t *testing.T) {
 			case len(got.Peers) != 1:
 				t.Errorf("operation %d: %d peers", at, len(got.Peers))
 			}
-			if got := names(t, r.dir); !cmp.Equal(got, []string{wanted.KeyFile, wanted.LockFile, wanted.StateFile, wanted.CopyFile}) {
+			if got := names(t, r.dir); !cmp.Equal(got, []string{"host.key", "lock", "state.json", "state.last.json"}) {
 				t.Errorf("operation %d: files %q", at, got)
 			}
 		})
@@ -321,7 +321,7 @@ func TestKeysStayPrivate(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
 		for name, text := range contents(t, r.dir) {
-			if name != wanted.KeyFile && strings.Contains(text, r.d.wanted.Key().Reveal()) {
+			if name != "host.key" && strings.Contains(text, r.d.wanted.Key().Reveal()) {
 				t.Errorf("%s has the host's private key", name)
 			}
 			info, err := os.Stat(filepath.Join(r.dir, name))
@@ -343,7 +343,7 @@ func TestUnknownFieldsAreKept(t *testing.T) {
 		r.add("phone")
 		r.add("laptop")
 		r.stop()
-		path := filepath.Join(r.dir, wanted.StateFile)
+		path := filepath.Join(r.dir, "state.json")
 		edit := func(f func(doc map[string]any)) {
 			text, err := os.ReadFile(path)
 			if err != nil {

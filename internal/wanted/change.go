@@ -26,7 +26,7 @@ func (s *State) AddPeer(ctx context.Context, p api.NewPeer) (Outcome, error) {
 		if err != nil {
 			return mesh.PublicKey{}, err
 		}
-		if i := doc.ByName(wanted.Name); i >= 0 {
+		if i := doc.byName(wanted.Name); i >= 0 {
 			return wanted.PublicKey, samePeer(&doc.Peers[i], wanted, p, now)
 		}
 		if err := s.admit(doc, wanted, p); err != nil {
@@ -52,7 +52,7 @@ func (s *State) ChangePeer(ctx context.Context, ref string, c api.PeerChange) (O
 				if c.Name == "" || doc.nowOf(ref) != c.Name {
 					return mesh.PublicKey{}, err
 				}
-				i = doc.ByName(c.Name) // renamed so before
+				i = doc.byName(c.Name) // renamed so before
 			}
 		}
 		if err := s.apply(doc, i, c, now); err != nil {

@@ -13,12 +13,12 @@ import (
 	"github.com/meshhelper/meshhelper/internal/owned"
 )
 
-// Clock tells the time that grants end by. While one is pending it is the later
+// clock tells the time that grants end by. While one is pending it is the later
 // of the wall clock and of what the monotonic clock makes of its last answer,
 // so that a grant ends at the earlier of both: setting the wall clock back gains
 // nothing, and sleep, which stops the monotonic clock, counts. It never answers
 // less than before, nor than what was saved last.
-type Clock struct {
+type clock struct {
 	wall func() time.Time
 
 	mu      sync.Mutex
@@ -30,11 +30,11 @@ type Clock struct {
 }
 
 // newClock returns a clock that isn't behind saved.
-func newClock(wall func() time.Time, saved time.Time) *Clock {
-	return &Clock{wall: wall, started: time.Now(), last: saved, saved: saved}
+func newClock(wall func() time.Time, saved time.Time) *clock {
+	return &clock{wall: wall, started: time.Now(), last: saved, saved: saved}
 }
 
-func (c *Clock) Now() time.Time {
+func (c *clock) Now() time.Time {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	elapsed := time.Since(c.started)
@@ -52,14 +52,14 @@ func (c *Clock) Now() time.Time {
 
 // pend notes whether a grant is to end by itself. While none is, the clock may follow
 // the wall clock back to what was saved.
-func (c *Clock) pend(pending bool) {
+func (c *clock) pend(pending bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.pending = pending
 }
 
 // keep notes a time that was saved.
-func (c *Clock) keep(saved time.Time) {
+func (c *clock) keep(saved time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if saved.After(c.saved) {
@@ -68,16 +68,16 @@ func (c *Clock) keep(saved time.Time) {
 }
 
 // unsaved returns how long ago, by the clock, a time was saved.
-func (c *Clock) unsaved() time.Duration {
+func (c *clock) unsaved() time.Duration {
 	now := c.Now()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return now.Sub(c.saved)
 }
 
-// ClockInterval is how often the time is saved while a grant is to end by
+// clockInterval is how often the time is saved while a grant is to end by
 // itself: what setting the clock back across a restart could gain at most.
-const ClockInterval = time.Minute
+const clockInterval = time.Minute
 
 // mark is the clock's, in a file of its own: it is written each minute while a grant
 // is to end by itself, and the document may have thousands of peers. The later of it
@@ -91,7 +91,7 @@ const maxMark = 256
 
 // readMark returns the mark, or zero where there is none.
 func (s *store) readMark() (time.Time, error) {
-	text, err := owned.Read(filepath.Join(s.dir, ClockFile), maxMark)
+	text, err := owned.Read(filepath.Join(s.dir, clockFile), maxMark)
 	if errors.Is(err, fs.ErrNotExist) {
 		return time.Time{}, nil
 	}
@@ -114,5 +114,5 @@ func (s *store) writeMark(at time.Time) error {
 	if err != nil {
 		return err
 	}
-	return s.replace(context.Background(), append(text, '\n'), ClockFile)
+	return s.replace(context.Background(), append(text, '\n'), clockFile)
 }

@@ -174,7 +174,7 @@ func (d *disk) note(doc *Document, err error, wanted bool) error {
 }
 
 // saveMark has the clock's mark saved.
-func (d *disk) saveMark(at time.Time, c *Clock) {
+func (d *disk) saveMark(at time.Time, c *clock) {
 	d.submit("mark", func() error {
 		err := d.store.writeMark(at)
 		if err == nil {

@@ -28,10 +28,10 @@ const (
 	maxRemoved = 4096
 )
 
-// RemovedFor is for how long nothing is sent to a removed peer's addresses: what
+// removedFor is for how long nothing is sent to a removed peer's addresses: what
 // still sends there, an application or a resolver's answer in a cache, is thought
 // to have forgotten them by then.
-const RemovedFor = 24 * time.Hour
+const removedFor = 24 * time.Hour
 
 // document is the wanted state. One that was published is never changed; a
 // change makes a new one.
@@ -62,7 +62,7 @@ type Removed struct {
 // clock, which no clock of ours gave, counts as ended.
 func (r Removed) ended(now time.Time) bool {
 	age := now.Sub(r.At)
-	return age < 0 || age >= RemovedFor
+	return age < 0 || age >= removedFor
 }
 
 // former remembers a name that a peer had, so that repeating the command that

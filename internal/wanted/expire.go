@@ -28,7 +28,7 @@ func (s *State) Expire() *Document {
 	}
 	for i := range doc.Peers {
 		p := &doc.Peers[i] // with what ended now
-		if text := Misfit(p.Name, p.Sends(p.Permissions.Allowed()), Sends(&next.Peers[i], now)); text != "" {
+		if text := outdatedConfig(p.Name, p.Sends(p.Permissions.Allowed()), Sends(&next.Peers[i], now)); text != "" {
 			s.opts.Record(events.Event{Kind: events.Expired, Peer: p.Name, Message: text})
 		}
 	}

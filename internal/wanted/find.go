@@ -12,7 +12,7 @@ func (doc *Document) rename(i int, name string) error {
 	if err := mesh.CheckName(name); err != nil {
 		return api.Errorf(api.CodeBadName, "%v", err).WithHint("names have 1 to 63 letters, digits, -, _ and .")
 	}
-	if doc.ByName(name) >= 0 {
+	if doc.byName(name) >= 0 {
 		return api.Errorf(api.CodeNameTaken, "another peer has the name %q", name).WithHint("choose another name")
 	}
 	doc.remember(Former{Name: doc.Peers[i].Name, Now: name})
@@ -37,14 +37,14 @@ func (doc *Document) forget(name string) {
 // nowOf returns what a former name became, or "".
 func (doc *Document) nowOf(name string) string {
 	for _, f := range doc.Former {
-		if f.Name == name && doc.ByName(f.Now) >= 0 {
+		if f.Name == name && doc.byName(f.Now) >= 0 {
 			return f.Now
 		}
 	}
 	return ""
 }
 
-func (doc *Document) ByName(name string) int {
+func (doc *Document) byName(name string) int {
 	return slices.IndexFunc(doc.Peers, func(p mesh.Peer) bool { return p.Name == name })
 }
 
@@ -58,7 +58,7 @@ func (doc *Document) byAddress(a netip.Addr) int {
 
 // find returns the peer that ref names: by name, mesh address or public key.
 func (doc *Document) Find(ref string) (int, error) {
-	if i := doc.ByName(ref); i >= 0 {
+	if i := doc.byName(ref); i >= 0 {
 		return i, nil
 	}
 	if a, err := netip.ParseAddr(ref); err == nil {

@@ -7,10 +7,10 @@ import (
 	"github.com/meshhelper/meshhelper/internal/retry"
 )
 
-// Keep has permissions end in time, whatever else waits for the host, and has saved what
+// Run has permissions end in time, whatever else waits for the host, and has saved what
 // isn't, until ctx ends. It never waits for the disk itself. After what ended it calls
 // ended, which must not wait for anything.
-func (s *State) Keep(ctx context.Context, ended func()) error {
+func (s *State) Run(ctx context.Context, ended func()) error {
 	k := keeper{s: s, ended: ended, again: retry.New()}
 	for {
 		wait := k.look()
@@ -42,7 +42,7 @@ func (k *keeper) look() time.Duration {
 	}
 	now := time.Now()
 	k.save(doc, now)
-	if doc.timed() && s.clock.unsaved() >= ClockInterval && now.Sub(k.marked) >= ClockInterval {
+	if doc.timed() && s.clock.unsaved() >= clockInterval && now.Sub(k.marked) >= clockInterval {
 		k.marked = now
 		s.disk.saveMark(s.clock.Now(), s.clock)
 	}

@@ -15,15 +15,15 @@ import (
 // some white space.
 const keyFileLimit = 256
 
-// ErrExposedKey is in the chain of ReadKey's error when others than the owner
+// errExposedKey is in the chain of readPrivateKey's error when others than the owner
 // may read or write the file.
-var ErrExposedKey = errors.New("others than the owner have access")
+var errExposedKey = errors.New("others than the owner have access")
 
-// ReadKey reads a private key, in base64 and with white space around it, from an
+// readPrivateKey reads a private key, in base64 and with white space around it, from an
 // open file, and refuses what isn't a regular file and a file that group or others may
 // access. Whose file it is, the caller has to check, and on f, for another one may have
 // the name by then.
-func ReadKey(f *os.File) (mesh.PrivateKey, error) {
+func readPrivateKey(f *os.File) (mesh.PrivateKey, error) {
 	text, err := readPrivate(f)
 	if err != nil {
 		return mesh.PrivateKey{}, fmt.Errorf("read key file: %w", err)
@@ -45,7 +45,7 @@ func readPrivate(f *os.File) (string, error) {
 	}
 	// Windows has no such mode bits; Go makes them up there.
 	if exposed := info.Mode().Perm() & 0o077; exposed != 0 && runtime.GOOS != "windows" {
-		return "", fmt.Errorf("%q has mode %v: %w", f.Name(), info.Mode().Perm(), ErrExposedKey)
+		return "", fmt.Errorf("%q has mode %v: %w", f.Name(), info.Mode().Perm(), errExposedKey)
 	}
 	text, err := io.ReadAll(io.LimitReader(f, keyFileLimit))
 	return string(text), err

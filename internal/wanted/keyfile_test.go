@@ -30,7 +30,7 @@ func TestKeyFile(t *testing.T) {
 		if err := os.Remove(path); err != nil {
 			t.Fatal(err)
 		}
-		if got, err := ReadKey(f); err != nil || !got.Equal(k) {
+		if got, err := readPrivateKey(f); err != nil || !got.Equal(k) {
 			t.Errorf("the key isn't read back, error %v", err)
 		}
 	}
@@ -65,7 +65,7 @@ func TestKeyFileRefused(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer f.Close()
-			_, err = ReadKey(f)
+			_, err = readPrivateKey(f)
 			if name == "long" {
 				// White space behind the key is cut with the rest.
 				if err != nil {

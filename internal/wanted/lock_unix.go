@@ -16,7 +16,7 @@ import (
 // lockDir takes the state directory for this process. The kernel gives it back
 // when the process ends, however it ends.
 func lockDir(dir string) (release func() error, err error) {
-	path := filepath.Join(dir, LockFile)
+	path := filepath.Join(dir, lockFile)
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("lock state directory: %w", owned.NoLink(path, err))

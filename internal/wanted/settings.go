@@ -25,9 +25,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/owned"
 )
 
-// SettingsFile has the settings, beside the wanted state: what a helper needs before it
+// settingsFile has the settings, beside the wanted state: what a helper needs before it
 // can read that. A state directory without it is one where nothing was set.
-const SettingsFile = "settings.json"
+const settingsFile = "settings.json"
 
 // settingsVersion is the version of the file that this helper writes.
 const settingsVersion = 1
@@ -217,7 +217,7 @@ func checkPrefix(key, value string) (string, error) {
 // ReadSettings returns the settings that are kept in a state directory, by key. It needs
 // no helper, and none where the directory doesn't exist.
 func ReadSettings(dir string) (map[string]string, error) {
-	path := filepath.Join(dir, SettingsFile)
+	path := filepath.Join(dir, settingsFile)
 	text, err := owned.Read(path, maxSettings)
 	if errors.Is(err, fs.ErrNotExist) {
 		return map[string]string{}, nil
@@ -294,15 +294,15 @@ func WriteSettings(dir string, changes map[string]*string) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := owned.Replace(filepath.Join(dir, SettingsFile), text); err != nil {
+	if err := owned.Replace(filepath.Join(dir, settingsFile), text); err != nil {
 		return fmt.Errorf("write settings: %w", err)
 	}
 	return nil
 }
 
-// Held returns an error while a helper holds a state directory. It makes nothing there.
-func Held(dir string) error {
-	if _, err := os.Lstat(filepath.Join(dir, LockFile)); err != nil {
+// InUse returns an error while a helper holds a state directory. It makes nothing there.
+func InUse(dir string) error {
+	if _, err := os.Lstat(filepath.Join(dir, lockFile)); err != nil {
 		return nil // no helper was ever there, or none can be
 	}
 	release, err := lockDir(dir)
@@ -540,7 +540,7 @@ func (s *State) saveSettings(ctx context.Context, kept map[string]string) error 
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		return s.disk.store.replace(ctx, text, SettingsFile)
+		return s.disk.store.replace(ctx, text, settingsFile)
 	})
 	err = s.disk.wait(ctx, j)
 	if err != nil && ctx.Err() != nil { // it may be in the middle of it

@@ -69,7 +69,7 @@ type State struct {
 	key   mesh.PrivateKey
 	id    Identity
 	disk  disk
-	clock *Clock
+	clock *clock
 
 	// changing serialises changes; nothing is waited for while it is held, the guard
 	// excepted. Reading needs no lock: a published document never changes.
@@ -94,9 +94,9 @@ type Dir struct {
 	release func() error
 }
 
-// Take takes the state directory at path for this process, until Release or its end. It is
+// Lock locks the state directory at path for this process, until Release or its end. It is
 // made when missing, with mode 0700, and refused where others may write to it.
-func Take(path string) (*Dir, error) {
+func Lock(path string) (*Dir, error) {
 	if err := openDir(path); err != nil {
 		return nil, err
 	}
@@ -156,9 +156,6 @@ func (s *State) Now() time.Time { return s.clock.Now() }
 // state directory. A job of that name that hasn't begun yet stands for the new one, too.
 func (s *State) Queue(name string, run func() error) *Job { return s.disk.submit(name, run) }
 
-// Wait waits for a job, and returns its error, or that the disk didn't answer in time.
-func (s *State) Wait(ctx context.Context, j *Job) error { return s.disk.wait(ctx, j) }
-
 // Write replaces a file in the state directory. It waits for the disk: call it in a job.
 func (s *State) Write(content []byte, name string) error {
 	return s.disk.store.replace(context.Background(), content, name)
@@ -176,7 +173,7 @@ func (s *State) load() error {
 	if err := s.loadKey(doc == nil); err != nil {
 		return err
 	}
-	if err := s.place(); err != nil {
+	if s.id, err = s.IdentityIn(s.opts.Prefixes); err != nil {
 		return err
 	}
 	if doc == nil {
@@ -220,12 +217,12 @@ func (s *State) savedTime(doc *Document) time.Time {
 // loadKey reads the host's key. A new one is a new host to every peer, so it is
 // made for a new mesh only.
 func (s *State) loadKey(fresh bool) error {
-	path := filepath.Join(s.disk.store.dir, KeyFile)
+	path := filepath.Join(s.disk.store.dir, keyFile)
 	var key mesh.PrivateKey
 	f, err := owned.Open(path)
 	switch {
 	case err == nil:
-		key, err = ReadKey(f) // of the file that was checked, whatever has its name by now
+		key, err = readPrivateKey(f) // of the file that was checked, whatever has its name by now
 		f.Close()
 	case !errors.Is(err, fs.ErrNotExist):
 		return api.Errorf(api.CodeInternal, "read key file: %v", err).WithHint("nothing was touched; a key that another user wrote isn't used, nor one that others may replace")
@@ -238,10 +235,10 @@ func (s *State) loadKey(fresh bool) error {
 		}
 	case errors.Is(err, fs.ErrNotExist):
 		err = api.Errorf(api.CodeInternal, "the host's key %q is missing, but there is a wanted state", path).
-			WithHint("put the key back, or move %q and %q away to start anew", StateFile, CopyFile)
+			WithHint("put the key back, or move %q and %q away to start anew", stateFile, copyFile)
 	case errors.Is(err, mesh.ErrBadKey):
 		err = api.Errorf(api.CodeInternal, "%v", err).WithHint("nothing was touched; put the key back, for the peers know this host by it")
-	case errors.Is(err, ErrExposedKey):
+	case errors.Is(err, errExposedKey):
 		err = api.Errorf(api.CodeInternal, "%v", err).WithHint("a program that read it can pose as this host; run: chmod 600 %q", path)
 	}
 	s.key = key
@@ -255,14 +252,8 @@ func writeKey(path string, key mesh.PrivateKey) error {
 	return nil
 }
 
-// place finds the host's own addresses: those given, else derived from its key.
-func (s *State) place() (err error) {
-	s.id, err = s.Placed(s.opts.Prefixes)
-	return err
-}
-
-// Placed is the host's identity with these prefixes.
-func (s *State) Placed(prefixes mesh.Prefixes) (m Identity, err error) {
+// IdentityIn is the host's identity with these prefixes.
+func (s *State) IdentityIn(prefixes mesh.Prefixes) (m Identity, err error) {
 	m = Identity{Prefixes: prefixes, Key: s.key.Public()}
 	free := func(netip.Addr) bool { return false }
 	if m.Own, err = m.Prefixes.Propose(m.Key, free); err != nil {

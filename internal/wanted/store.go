@@ -14,17 +14,14 @@ import (
 	"github.com/meshhelper/meshhelper/internal/owned"
 )
 
-// The files in the state directory. The host's journal stands beside them.
+// The files in the state directory that this package writes, settingsFile excepted. The
+// host's journal and what was learned about peers stand beside them.
 const (
-	StateFile = "state.json"
-	CopyFile  = "state.last.json"
-	KeyFile   = "host.key"
-	LockFile  = "lock"
-
-	// ClockFile has the clock's mark, and learnedFile what was learned of peers; see
-	// mark and package learned.
-	ClockFile   = "clock.json"
-	learnedFile = "learned.json"
+	stateFile = "state.json"
+	copyFile  = "state.last.json"
+	keyFile   = "host.key"
+	lockFile  = "lock"
+	clockFile = "clock.json" // see mark
 )
 
 // store keeps the document on disk twice: in state.json, and as the last good
@@ -55,10 +52,10 @@ type FileSystem interface {
 // can't be used is an error, and nothing is touched: what its owner wanted is
 // better mended by a person than forgotten by a program.
 func (s *store) load() (*Document, error) {
-	path := filepath.Join(s.dir, StateFile)
-	doc, err := ReadDocument(path)
+	path := filepath.Join(s.dir, stateFile)
+	doc, err := readDocument(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		if _, kept := os.Lstat(filepath.Join(s.dir, CopyFile)); errors.Is(kept, fs.ErrNotExist) {
+		if _, kept := os.Lstat(filepath.Join(s.dir, copyFile)); errors.Is(kept, fs.ErrNotExist) {
 			return nil, nil
 		}
 		err = fmt.Errorf("read wanted state %q: it is missing", path)
@@ -74,16 +71,16 @@ func (s *store) advice(err error) string {
 	if errors.Is(err, errNewer) {
 		return "nothing was touched; run the newer meshhelper again"
 	}
-	path := filepath.Join(s.dir, CopyFile)
-	good, err := ReadDocument(path)
+	path := filepath.Join(s.dir, copyFile)
+	good, err := readDocument(path)
 	if err != nil {
 		return fmt.Sprintf("nothing was touched; there is no good copy either (%v): move both files away to start anew with the same key", err)
 	}
 	return fmt.Sprintf("nothing was touched; the last good copy is %q (generation %d, %d peers): copy it over %q",
-		path, good.Generation, len(good.Peers), filepath.Join(s.dir, StateFile))
+		path, good.Generation, len(good.Peers), filepath.Join(s.dir, stateFile))
 }
 
-func ReadDocument(path string) (*Document, error) {
+func readDocument(path string) (*Document, error) {
 	text, err := owned.Read(path, maxDocument)
 	if err != nil {
 		return nil, fmt.Errorf("read wanted state: %w", err)
@@ -106,7 +103,7 @@ func (s *store) save(ctx context.Context, doc *Document) error {
 	if len(text) > maxDocument {
 		return fmt.Errorf("the wanted state has %d bytes, at most %d", len(text), maxDocument)
 	}
-	return s.replace(ctx, text, StateFile, CopyFile)
+	return s.replace(ctx, text, stateFile, copyFile)
 }
 
 // replace gives files the same new content, and writes it for each before it renames

@@ -76,7 +76,7 @@ func TestRemovedBounded(t *testing.T) {
 	if err := doc.validate(); err != nil {
 		t.Error(err)
 	}
-	doc.retire(&Document{}, start.Add(RemovedFor+time.Hour))
+	doc.retire(&Document{}, start.Add(removedFor+time.Hour))
 	if n := len(doc.Removed); n != maxRemoved+10-3601 {
 		t.Errorf("%d left a day and an hour after the first", n)
 	}
@@ -169,7 +169,7 @@ func TestKeyIsOfTheFileThatWasChecked(t *testing.T) {
 		t.Skip("only root can give a file to another user")
 	}
 	dir := t.TempDir()
-	path := filepath.Join(dir, KeyFile)
+	path := filepath.Join(dir, keyFile)
 	var keys [2]mesh.PrivateKey
 	for i := range keys {
 		var err error
@@ -228,7 +228,7 @@ func keyOf(text string) string {
 // open opens a state directory whose changes nothing listens to.
 func open(t *testing.T, dir string) *State {
 	t.Helper()
-	taken, err := Take(dir)
+	taken, err := Lock(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -271,7 +271,7 @@ func TestOlderDocumentIsNotSaved(t *testing.T) {
 	if err := s.disk.saveAhead(t.Context(), base, next); !errors.Is(err, errOvertaken) {
 		t.Errorf("got %v, want errOvertaken", err)
 	}
-	doc, err := ReadDocument(filepath.Join(dir, StateFile))
+	doc, err := readDocument(filepath.Join(dir, stateFile))
 	if err != nil {
 		t.Fatal(err)
 	}

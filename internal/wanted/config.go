@@ -10,10 +10,10 @@ import (
 // Sends says what a peer's configuration has to send through the host at now.
 func Sends(p *mesh.Peer, now time.Time) string { return p.Sends(p.Permissions.At(now)) }
 
-// Misfit says that a configuration for what a peer might do before, which its device may have
+// outdatedConfig says that a configuration for what a peer might do before, which its device may have
 // or not, sends what is of no use now, or not what it
 // could, or returns "".
-func Misfit(name, was, is string) string {
+func outdatedConfig(name, was, is string) string {
 	sent := map[string]string{
 		mesh.TunnelFull: "everything", mesh.TunnelNetworks: "this host's networks", mesh.TunnelHost: "only this host's addresses",
 	}
