@@ -44,13 +44,13 @@ type Backend struct {
 	routes *nlconn.Conn   // for what nl doesn't understand
 	// spent says that an exchange at the sockets was given up; unbind frees them
 	// from the context of the call.
-	spent   bool
-	unbind  func()
-	filter  *filter
-	flows   *conntrack
-	ports   ports
-	forward *forwarding
-	lock    io.Closer // nil while this isn't the host's helper
+	outOfSync bool
+	unbind    func()
+	filter    *filter
+	flows     *conntrack
+	ports     ports
+	forward   *forwarding
+	lock      io.Closer // nil while this isn't the host's helper
 
 	cfg  host.Interface
 	name string
@@ -112,7 +112,7 @@ func New(o Options) (*Backend, error) {
 		return nil, errors.Join(err, p.release())
 	}
 	p.forward = &forwarding{
-		sys: sysctls{sysctlRoot}, dir: o.StateDir, saver: &saver{dir: o.StateDir}, boot: bootID(), step: o.Step,
+		sys: sysctls{sysctlRoot}, dir: o.StateDir, writer: &journalWriter{dir: o.StateDir}, boot: bootID(), step: o.Step,
 		byIndex: p.nameOf, index: p.indexOf,
 	}
 	return p, nil
@@ -233,11 +233,11 @@ func (p *Backend) indexOf(name string) int {
 func (p *Backend) step(ctx context.Context, name string, do func() error) error {
 	p.o.Step(name)
 	if ctx.Err() != nil {
-		return named(name, context.Cause(ctx))
+		return stepError(name, context.Cause(ctx))
 	}
 	err := do()
 	p.o.Step(name)
-	return named(name, err)
+	return stepError(name, err)
 }
 
 // stepIfNeeded runs an enforcing step that begins when do calls begin for the first
@@ -253,10 +253,10 @@ func (p *Backend) stepIfNeeded(name string, do func(begin func()) error) error {
 	if begun {
 		p.o.Step(name)
 	}
-	return named(name, err)
+	return stepError(name, err)
 }
 
-func named(step string, err error) error {
+func stepError(step string, err error) error {
 	var already *host.StepError
 	if err == nil || errors.As(err, &already) {
 		return err
@@ -296,7 +296,7 @@ func (p *Backend) open(ctx context.Context, cfg host.Interface) (tun.Device, err
 		return nil, err
 	}
 	p.cfg = cfg
-	err = p.step(ctx, StepClosed, func() error { return p.close(noInterface) })
+	err = p.step(ctx, StepClosed, func() error { return p.loadClosed(noInterface) })
 	if err == nil {
 		err = p.step(ctx, StepInterface, func() error { return p.makeInterface(cfg) })
 	}
@@ -305,11 +305,11 @@ func (p *Backend) open(ctx context.Context, cfg host.Interface) (tun.Device, err
 	}
 	// A host that had no table before is as it was found. On any other one,
 	// peers' packets stay in: only Close takes the table away.
-	back := p.retreat
+	back := p.undoOpen
 	if fresh {
-		back = p.leave
+		back = p.removeAll
 	}
-	return nil, errors.Join(err, p.closing(ctx, back))
+	return nil, errors.Join(err, p.withCloseLimit(ctx, back))
 }
 
 // noInterface stands for the mesh interface while there is none. No interface has
@@ -341,7 +341,7 @@ func (p *Backend) takeOver(ctx context.Context) (fresh bool, err error) {
 		if err := p.forward.open(); err != nil {
 			return err
 		}
-		forgotten, err := p.forward.giveBackAll()
+		forgotten, err := p.forward.revertAll()
 		return errors.Join(err, <-forgotten) // the journal of another boot is removed, too
 	})
 	if err != nil {
@@ -360,7 +360,7 @@ func (p *Backend) unlock() {
 // close loads the table that holds while there is no wanted ruleset: a mesh
 // without peers on an interface of this name. Forwarding may still be open when a
 // dead tunnel is replaced.
-func (p *Backend) close(name string) error {
+func (p *Backend) loadClosed(name string) error {
 	mesh := policy.Mesh{Prefixes: p.cfg.Prefixes, Addresses: p.cfg.Addresses}
 	host := policy.Host{Interface: name}
 	if p.last != nil {
@@ -434,12 +434,12 @@ func (p *Backend) makeInterface(cfg host.Interface) (err error) {
 		return err
 	}
 	p.link = link{p.nl, p.indexOf(p.name)}
-	if err := quiet(p.forward.sys, p.name); err != nil {
+	if err := restrictInterface(p.forward.sys, p.name); err != nil {
 		return err
 	}
 	// Now the name is known, and the closed table holds for it before the
 	// interface is up.
-	if err := p.close(p.name); err != nil {
+	if err := p.loadClosed(p.name); err != nil {
 		return err
 	}
 	p.network.Opened(p.name, cfg)
@@ -451,7 +451,7 @@ func (p *Backend) Observe(ctx context.Context) (policy.Host, error) {
 	return ask(ctx, p, func() (policy.Host, error) {
 		h, err := p.observe()
 		if err == nil {
-			p.leaveBound(ctx)
+			p.excludeBound(ctx)
 		}
 		return h, err
 	})
@@ -495,7 +495,7 @@ func (p *Backend) Enforce(ctx context.Context, r *policy.Ruleset) error {
 		err := p.enforce(ctx, r)
 		if ctx.Err() != nil {
 			// The caller is told that it failed, so r mustn't hold.
-			return errors.Join(err, context.Cause(ctx), p.closing(ctx, p.closeUp))
+			return errors.Join(err, context.Cause(ctx), p.withCloseLimit(ctx, p.failClosed))
 		}
 		return err
 	})
@@ -512,9 +512,9 @@ func (p *Backend) enforce(ctx context.Context, r *policy.Ruleset) error {
 		return err
 	}
 	if err := ctx.Err(); err != nil {
-		return named(StepForwarding, err)
+		return stepError(StepForwarding, err)
 	}
-	return named(StepForwarding, p.forward.apply(p.need(r)))
+	return stepError(StepForwarding, p.forward.apply(p.need(r)))
 }
 
 // enforceLink gives the mesh interface its name, its addresses and the peers'
@@ -522,10 +522,10 @@ func (p *Backend) enforce(ctx context.Context, r *policy.Ruleset) error {
 // done when the table doesn't know them any more.
 func (p *Backend) enforceLink(r *policy.Ruleset) (stale func() error, err error) {
 	if err := p.link.rename(p.name); err != nil {
-		return nil, named(StepAddresses, err)
+		return nil, stepError(StepAddresses, err)
 	}
 	ipv6 := p.hasIPv6()
-	if err := p.setAddresses(r, ipv6); err != nil {
+	if err := p.enforceAddresses(r, ipv6); err != nil {
 		return nil, err
 	}
 	want := peerRoutes(r, ipv6)
@@ -535,10 +535,10 @@ func (p *Backend) enforceLink(r *policy.Ruleset) (stale func() error, err error)
 	}
 	return func() error {
 		return p.stepIfNeeded(StepDelRoutes, func(begin func()) error { return p.link.delRoutes(have, want, begin) })
-	}, named(StepAddRoutes, err)
+	}, stepError(StepAddRoutes, err)
 }
 
-func (p *Backend) setAddresses(r *policy.Ruleset, ipv6 bool) error {
+func (p *Backend) enforceAddresses(r *policy.Ruleset, ipv6 bool) error {
 	want := r.Mesh().Addresses
 	if !ipv6 {
 		want = slices.DeleteFunc(slices.Clone(want), netip.Addr.Is6)
@@ -547,7 +547,7 @@ func (p *Backend) setAddresses(r *policy.Ruleset, ipv6 bool) error {
 	if err == nil {
 		err = p.link.up()
 	}
-	return named(StepAddresses, err)
+	return stepError(StepAddresses, err)
 }
 
 // enforceTable makes the kernel hold the table, also when another program has
@@ -562,7 +562,7 @@ func (p *Backend) enforceTable(ctx context.Context, r *policy.Ruleset) error {
 		p.enforced, p.last, p.loadedPorts = r, r, p.ports.now
 		p.renderWith(with)
 	}
-	if p.filter.holds(t) {
+	if p.filter.isLoaded(t) {
 		loaded()
 		return nil
 	}
@@ -574,7 +574,7 @@ func (p *Backend) enforceTable(ctx context.Context, r *policy.Ruleset) error {
 	case ctx.Err() != nil:
 		return err // Enforce closes
 	}
-	return errors.Join(err, p.closing(ctx, p.closeUp))
+	return errors.Join(err, p.withCloseLimit(ctx, p.failClosed))
 }
 
 // renderWith has Renderer render with these parameters.
@@ -590,8 +590,8 @@ func (p *Backend) Renderer() func(*policy.Ruleset) (anchor, text string, err err
 // closed table, and forwarding. The interface stays up without any table, too: the guard
 // is closed by the caller that is told, and the interface's routes are then all that keeps
 // the host's own packets to peers from leaving by the uplink.
-func (p *Backend) closeUp() error {
-	return errors.Join(named(StepTable, p.close(p.name)), named(StepRestore, p.forward.apply(need{mesh: p.name})))
+func (p *Backend) failClosed() error {
+	return errors.Join(stepError(StepTable, p.loadClosed(p.name)), stepError(StepRestore, p.forward.apply(need{mesh: p.name})))
 }
 
 // need says what a ruleset needs forwarded: as little as its permissions ask
@@ -614,7 +614,7 @@ func (p *Backend) need(r *policy.Ruleset) need {
 	n.ipv4 = append(n.ipv4, p.name)
 	n.ipv4 = append(n.ipv4, h.Uplinks(netip.IPv4Unspecified())...)
 	if lan {
-		n.ipv4 = append(n.ipv4, behind(h)...)
+		n.ipv4 = append(n.ipv4, ipv4Interfaces(h)...)
 	}
 	slices.Sort(n.ipv4)
 	n.ipv4 = slices.Compact(n.ipv4)
@@ -622,7 +622,7 @@ func (p *Backend) need(r *policy.Ruleset) need {
 }
 
 // behind lists the interfaces by which a host reaches something over IPv4.
-func behind(h policy.Host) []string {
+func ipv4Interfaces(h policy.Host) []string {
 	var out []string
 	add := func(iface string, a netip.Addr) {
 		if iface != h.Interface && iface != "lo" && a.Is4() {
@@ -652,10 +652,10 @@ func (p *Backend) Close(ctx context.Context) ([]host.Problem, error) {
 		if _, err := p.takeOver(ctx); err != nil {
 			return nil, err
 		}
-		left := p.left()
-		return left, p.closing(ctx, p.leave)
+		left := p.leftOn()
+		return left, p.withCloseLimit(ctx, p.removeAll)
 	})
-	if errors.Is(err, errHangs) {
+	if errors.Is(err, errHung) {
 		return nil, err // the sockets are in use until the process ends
 	}
 	return left, errors.Join(err, p.release())
@@ -663,16 +663,16 @@ func (p *Backend) Close(ctx context.Context) ([]host.Problem, error) {
 
 // retreat is what is left of an Open that failed: forwarding as it was found, no
 // interface, and the table, which keeps peers' packets in.
-func (p *Backend) retreat() error {
-	forgotten, err := p.withdraw()
-	return errors.Join(err, named(StepRestore, <-forgotten))
+func (p *Backend) undoOpen() error {
+	forgotten, err := p.restoreAndRemove()
+	return errors.Join(err, stepError(StepRestore, <-forgotten))
 }
 
 // withdraw restores forwarding and removes the interface; forgotten tells when the disk
 // knows, which what closes doesn't wait for.
-func (p *Backend) withdraw() (forgotten <-chan error, err error) {
-	forgotten, err = p.forward.giveBackAll()
-	err = named(StepRestore, err)
+func (p *Backend) restoreAndRemove() (forgotten <-chan error, err error) {
+	forgotten, err = p.forward.revertAll()
+	err = stepError(StepRestore, err)
 	if p.dev != nil {
 		err = errors.Join(err, p.step(context.Background(), StepRemoveInterface, p.removeInterface))
 	}
@@ -681,12 +681,12 @@ func (p *Backend) withdraw() (forgotten <-chan error, err error) {
 
 // leave takes everything away in the reverse order, the table last: until the
 // interface is gone, nothing of a peer passes.
-func (p *Backend) leave() error {
+func (p *Backend) removeAll() error {
 	defer p.unlock()
 	p.enforced, p.last = nil, nil
-	forgotten, err := p.withdraw()
+	forgotten, err := p.restoreAndRemove()
 	err = errors.Join(err, p.step(context.Background(), StepRemoveTable, p.filter.remove))
-	return errors.Join(err, named(StepRestore, <-forgotten))
+	return errors.Join(err, stepError(StepRestore, <-forgotten))
 }
 
 // release closes the sockets and ends the worker.
@@ -694,7 +694,7 @@ func (p *Backend) release() error {
 	p.worker.stop()
 	var errs []error
 	if p.others != nil {
-		errs = append(errs, p.others.end())
+		errs = append(errs, p.others.release())
 	}
 	for _, h := range []*nlconn.Handle{p.nl, p.xfrm} {
 		if h != nil {
@@ -717,8 +717,8 @@ func (p *Backend) release() error {
 }
 
 // left says what of our doing stays because another program came to need it.
-func (p *Backend) left() []host.Problem {
-	ours := slices.ContainsFunc(p.forward.j.Changed, func(s saved) bool { return strings.HasPrefix(s.Name, "ipv4/") })
+func (p *Backend) leftOn() []host.Problem {
+	ours := slices.ContainsFunc(p.forward.j.Changed, func(s sysctlChange) bool { return strings.HasPrefix(s.Name, "ipv4/") })
 	if !ours || !p.forward.found4() {
 		return nil
 	}
@@ -764,7 +764,7 @@ func (f *forwarding) transit4(mesh string) []string {
 
 // giveBackAll restores all that was changed. forgotten tells when the journal on disk
 // has forgotten it.
-func (f *forwarding) giveBackAll() (forgotten <-chan error, err error) {
-	_, err = f.restoreThose(func(saved) bool { return true })
-	return f.saver.put(f.j), err
+func (f *forwarding) revertAll() (forgotten <-chan error, err error) {
+	_, err = f.restoreMatching(func(sysctlChange) bool { return true })
+	return f.writer.write(f.j), err
 }

@@ -613,7 +613,7 @@ func TestWatchAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	failed := make(chan error, 1)
-	go func() { failed <- sockets.follow(t.Context(), func() {}) }()
+	go func() { failed <- sockets.watch(t.Context(), func() {}) }()
 	if err := sockets.rules.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -658,20 +658,20 @@ func TestRenewedAddressIsNoChange(t *testing.T) {
 	if err := c.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
 		t.Fatal(err)
 	}
-	news := &addressNews{}
+	news := &addressTracker{}
 	matters := func() bool {
 		t.Helper()
 		ms, err := c.Receive()
 		if err != nil {
 			t.Fatal(err)
 		}
-		return news.matter(ms)
+		return news.anyChange(ms)
 	}
 	for range 2 {
 		if !matters() || matters() || matters() {
 			t.Error("of three advertisements not just the first is news")
 		}
-		if !news.matter(nil) {
+		if !news.anyChange(nil) {
 			t.Error("that messages were lost is no news")
 		}
 	}

@@ -11,8 +11,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// onHost opens our table on a host of its own.
-func onHost(b *testing.B, f func(*filter) error) {
+// onHost runs f on a host of its own, in a network namespace.
+func onHost(b *testing.B, f func() error) {
 	b.Helper()
 	if err := netlab.Unavailable(); err != nil {
 		b.Skip("no hosts to try things on:", err)
@@ -26,16 +26,22 @@ func onHost(b *testing.B, f func(*filter) error) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	if err := h.Do(func() error {
+	if err := h.Do(f); err != nil {
+		b.Fatal(err)
+	}
+}
+
+// withFilter runs f with nftables open on a host of its own.
+func withFilter(b *testing.B, f func(*filter) error) {
+	b.Helper()
+	onHost(b, func() error {
 		flt, err := openFilter()
 		if err != nil {
 			return err
 		}
 		defer flt.close()
 		return f(flt)
-	}); err != nil {
-		b.Fatal(err)
-	}
+	})
 }
 
 // BenchmarkChange compares a toggle of one peer's permission, done as a change of
@@ -66,7 +72,7 @@ func BenchmarkChange(b *testing.B) {
 			},
 		} {
 			b.Run(fmt.Sprintf("%s/%d", name, peers), func(b *testing.B) {
-				onHost(b, func(f *filter) error {
+				withFilter(b, func(f *filter) error {
 					if err := f.load(on); err != nil {
 						return err
 					}
@@ -88,21 +94,7 @@ func BenchmarkChange(b *testing.B) {
 func BenchmarkToggle(b *testing.B) {
 	for _, peers := range []int{10, 1000, 10000} {
 		b.Run(fmt.Sprint(peers), func(b *testing.B) {
-			if err := netlab.Unavailable(); err != nil {
-				b.Skip("no hosts to try things on:", err)
-			}
-			lab, err := netlab.New()
-			if err != nil {
-				b.Fatal(err)
-			}
-			defer lab.Close()
-			h, err := lab.Host("host")
-			if err != nil {
-				b.Fatal(err)
-			}
-			if err := h.Do(func() error { return toggle(b, crowd(peers)) }); err != nil {
-				b.Fatal(err)
-			}
+			onHost(b, func() error { return toggle(b, crowd(peers)) })
 		})
 	}
 }

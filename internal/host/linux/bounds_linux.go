@@ -55,7 +55,7 @@ func (p *Backend) boundProblems() []host.Problem {
 		return nil
 	}
 	return []host.Problem{{
-		Step:    lookAround,
+		Step:    stepOthers,
 		Message: "the kernel can't count the flows of a peer or end them early, so that the helper alone bounds them, and what a peer left behind stays for as long as the host's own flows",
 		Hint:    "a kernel with nft_connlimit and CONFIG_NF_CONNTRACK_TIMEOUT can",
 	}}

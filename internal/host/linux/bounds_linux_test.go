@@ -491,11 +491,11 @@ func TestHoldersAreNamed(t *testing.T) {
 			t.Errorf("%s has %d %% of the flows, want %d: %q", peer, got[peer], want, first)
 		}
 	}
-	if !strings.HasPrefix(first, "full; of peers: ann ") || len(got) != holdersNamed {
+	if !strings.HasPrefix(first, "full; of peers: ann ") || len(got) != maxHolders {
 		t.Errorf("named are %q", first)
 	}
 	w.forget()
-	for range holdersEvery - 1 {
+	for range countEvery - 1 {
 		if got := name(); got != first {
 			t.Errorf("counted anew at the next look: %q", got)
 		}
@@ -712,7 +712,7 @@ func TestCutInFlatMemory(t *testing.T) {
 		others   int // that are cut at once
 	}{
 		{"to the host, IPv4", ann4, own4, 0}, {"to the host, IPv6", ann6, own6, 0},
-		{"through it, IPv6", ann6, a.I.V6, 0}, {"to the host, IPv4, with others", ann4, own4, searchesApart},
+		{"through it, IPv6", ann6, a.I.V6, 0}, {"to the host, IPv4, with others", ann4, own4, maxFilteredDumps},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			narrowed := policy.Diff(wide, closed)

@@ -157,7 +157,7 @@ func appendAttr(to []byte, kind uint16, data []byte) []byte {
 
 // forget deletes an entry, with others in one batch: flush sends the last one. An
 // entry that has ended by itself is no error.
-func (c *conntrack) forget(e *flowEntry) error {
+func (c *conntrack) queueDelete(e *flowEntry) error {
 	data := slices.Concat([]byte{e.family, unix.NFNETLINK_V0, 0, 0}, e.name)
 	if len(c.out)+unix.SizeofNlMsghdr+len(data) > deleteBatch {
 		if err := c.flush(); err != nil {

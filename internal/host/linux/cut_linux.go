@@ -51,7 +51,7 @@ func (p *Backend) cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.
 		}
 	}
 	c := cutter{filter: p.filter, flows: p.flows, rules: r, ports: p.ports.host, few: p.hasFewFlows()}
-	if err := c.all(ctx, theirs); err != nil {
+	if err := c.cutAll(ctx, theirs); err != nil {
 		return err
 	}
 	p.cutOnce = true
@@ -78,10 +78,10 @@ type deadFlow struct {
 
 const (
 	// deadAtOnce is how many flows to the host are closed in one transaction.
-	deadAtOnce = 4096
+	deadBatch = 4096
 	// searchesApart is for how many addresses the kernel is asked for IPv4 flows one
 	// by one; for more, the whole table is read once.
-	searchesApart = 16
+	maxFilteredDumps = 16
 	// fewFlows is up to how many flows the whole table is read at once also for fewer
 	// addresses: going once more through the kernel's hash table, of 262,144 buckets where
 	// there is much memory, takes as long as reading some 2,500 entries.
@@ -100,15 +100,15 @@ func (p *Backend) hasFewFlows() bool {
 
 // all cuts the flows of all these addresses. Each reading goes through the whole of the
 // kernel's hash table, so there are as few as possible.
-func (c *cutter) all(ctx context.Context, theirs map[netip.Addr]bool) error {
+func (c *cutter) cutAll(ctx context.Context, theirs map[netip.Addr]bool) error {
 	whole := byte(unix.AF_UNSPEC)
-	if !c.few && len(theirs) <= searchesApart {
+	if !c.few && len(theirs) <= maxFilteredDumps {
 		whole = unix.AF_INET6
 		for a := range theirs {
 			if !a.Is4() {
 				continue
 			}
-			if err := c.flows.each(ctx, unix.AF_INET, a, c.look); err != nil {
+			if err := c.flows.each(ctx, unix.AF_INET, a, c.judge); err != nil {
 				return err
 			}
 		}
@@ -117,22 +117,22 @@ func (c *cutter) all(ctx context.Context, theirs map[netip.Addr]bool) error {
 		if !theirs[e.orig.src] {
 			return nil
 		}
-		return c.look(e)
+		return c.judge(e)
 	})
 	if err != nil {
 		return err
 	}
-	return c.finish()
+	return c.flush()
 }
 
 // look judges one flow that a peer opened.
-func (c *cutter) look(e *flowEntry) error {
+func (c *cutter) judge(e *flowEntry) error {
 	pass := c.rules.FromPeer(opened(e)).Pass
 	if c.rules.Class(e.orig.dst) != policy.Self {
 		if pass && e.translated() && (!hasPorts(e.orig.proto) || !c.ports.has(e.reply.dport)) {
 			return nil
 		}
-		return c.flows.forget(e)
+		return c.flows.queueDelete(e)
 	}
 	if pass || !hasPorts(e.orig.proto) {
 		return nil
@@ -142,14 +142,14 @@ func (c *cutter) look(e *flowEntry) error {
 		f = families[1]
 	}
 	c.dead = append(c.dead, deadFlow{f, deadKey(e), lifetime(e)})
-	if len(c.dead) < deadAtOnce {
+	if len(c.dead) < deadBatch {
 		return nil
 	}
-	return c.finish()
+	return c.flush()
 }
 
 // finish takes the rest into force.
-func (c *cutter) finish() error {
+func (c *cutter) flush() error {
 	if err := c.flows.flush(); err != nil {
 		return err
 	}

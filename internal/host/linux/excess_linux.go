@@ -26,8 +26,8 @@ import (
 type excess struct {
 	looked time.Time
 	// had is how many entries conntrack had at a look that found nothing.
-	had   uint64
-	found []host.Problem
+	countAtRest uint64
+	found       []host.Problem
 }
 
 // Shares of conntrack, in entries of what it may hold.
@@ -40,17 +40,17 @@ const (
 // second of a core where there are 262,144 entries. In that time ten peers that each
 // open what the guard lets them, 1,000 at once and 200 a second, open 30,000: where
 // conntrack holds 65,536, that can fill it from three quarters until the next look.
-const betweenExcess = 10 * time.Second
+const excessInterval = 10 * time.Second
 
 // Where a look found nothing, as on a host whose own flows are more than a quarter, the
 // next waits until conntrack has more by one part in excessSteps, at most quietExcess.
 const (
-	excessSteps = 16
-	quietExcess = time.Minute
+	excessSteps       = 16
+	excessMaxInterval = time.Minute
 )
 
 // excessStays is for how long it is said at least that flows were ended.
-const excessStays = time.Minute
+const excessShownFor = time.Minute
 
 // endExcess ends entries of peers' flows through the host, of peers that have more than
 // their shares, until they have no more. Those of connections that ended go first. Flows
@@ -66,7 +66,7 @@ func (o *others) endExcess(ctx context.Context, r *policy.Ruleset) error {
 		return nil
 	}
 	if have*peerShare <= most {
-		if since > excessStays {
+		if since > excessShownFor {
 			o.excess.found = nil
 		}
 		return nil
@@ -78,18 +78,18 @@ func (o *others) endExcess(ctx context.Context, r *policy.Ruleset) error {
 		return err
 	}
 	share := min(most/peerShare, uint64(len(families))*maxFlowsPerPeer)
-	share = level(held, most-most/restShare, max(1, share))
-	over := slices.DeleteFunc(mostFirst(held), func(peer int) bool { return held[peer] <= share })
+	share = fairShare(held, most-most/restShare, max(1, share))
+	over := slices.DeleteFunc(byCount(held), func(peer int) bool { return held[peer] <= share })
 	if len(over) == 0 {
-		o.excess.had = have
+		o.excess.countAtRest = have
 		return nil
 	}
 	var names []string
-	for _, peer := range over[:min(len(over), holdersNamed)] {
+	for _, peer := range over[:min(len(over), maxHolders)] {
 		names = append(names, fmt.Sprintf("%s (%d)", r.Peers()[peer].Name, held[peer]))
 	}
 	o.excess.found = []host.Problem{{
-		Step: lookAround,
+		Step: stepOthers,
 		Message: fmt.Sprintf("%d of the peers had more flows in the kernel's table than their share of %d, and the helper ended those that were too many: %s",
 			len(over), share, strings.Join(names, ", ")),
 		Hint: "a server that answers so that its answers don't reach the peer can bring this about: take routing from a peer that you don't trust",
@@ -104,8 +104,8 @@ func (o *others) endExcess(ctx context.Context, r *policy.Ruleset) error {
 // due reports whether to look again, since the last look, where conntrack has so many
 // entries of most.
 func (e *excess) due(since time.Duration, have, most uint64) bool {
-	quiet := e.had > 0 && have < e.had+most/excessSteps
-	return since >= quietExcess || since >= betweenExcess && !quiet
+	quiet := e.countAtRest > 0 && have < e.countAtRest+most/excessSteps
+	return since >= excessMaxInterval || since >= excessInterval && !quiet
 }
 
 // keepFlows ends the entries of peers' flows that which picks, but so many of each peer in
@@ -125,7 +125,7 @@ func (o *others) keepFlows(ctx context.Context, r *policy.Ruleset, left map[int]
 				left[peer]--
 				return nil
 			}
-			return o.flows.forget(e)
+			return o.flows.queueDelete(e)
 		})
 		if err != nil {
 			return err
@@ -136,7 +136,7 @@ func (o *others) keepFlows(ctx context.Context, r *policy.Ruleset, left map[int]
 
 // level returns the largest bound, most at most, with which all of held together are no
 // more than room when none is more than it.
-func level(held []uint64, room, most uint64) uint64 {
+func fairShare(held []uint64, room, most uint64) uint64 {
 	held = slices.Clone(held)
 	slices.Sort(held)
 	for i, n := range held {

@@ -26,7 +26,7 @@ func TestLevel(t *testing.T) {
 		{[]uint64{10, 10, 10}, 3, 25, 1},
 		{[]uint64{1, 1, 1}, 0, 25, 0},
 	} {
-		got := level(c.held, c.room, c.most)
+		got := fairShare(c.held, c.room, c.most)
 		if got != c.want {
 			t.Errorf("level(%v, %d, %d) = %d, want %d", c.held, c.room, c.most, got, c.want)
 		}
@@ -47,9 +47,9 @@ func TestExcessLooksAgain(t *testing.T) {
 		had, have uint64
 		want      time.Duration
 	}{
-		{0, 300, betweenExcess}, {300, 300, quietExcess}, {300, 361, quietExcess}, {300, 200, quietExcess}, {300, 362, betweenExcess},
+		{0, 300, excessInterval}, {300, 300, excessMaxInterval}, {300, 361, excessMaxInterval}, {300, 200, excessMaxInterval}, {300, 362, excessInterval},
 	} {
-		e := excess{had: c.had}
+		e := excess{countAtRest: c.had}
 		if e.due(c.want-1, c.have, 1000) || !e.due(c.want, c.have, 1000) {
 			t.Errorf("had %d, has %d: not due after exactly %v", c.had, c.have, c.want)
 		}
@@ -61,14 +61,14 @@ func TestExcessLooksAgain(t *testing.T) {
 	w.pretend(map[string]string{flowMax: strconv.Itoa(states), flowCount: "300"})
 	r := w.enforce(meshOf(grants{ann: all}))
 	w.others(r)
-	if w.p.others.excess.had != 300 {
-		t.Errorf("a look that found nothing noted %d", w.p.others.excess.had)
+	if w.p.others.excess.countAtRest != 300 {
+		t.Errorf("a look that found nothing noted %d", w.p.others.excess.countAtRest)
 	}
 	w.fill(300, ann4, netlab.Addresses().I.V4)
-	w.p.others.excess = excess{looked: time.Now().Add(-betweenExcess), had: 200}
+	w.p.others.excess = excess{looked: time.Now().Add(-excessInterval), countAtRest: 200}
 	w.others(r)
-	if w.p.others.excess.had != 0 || len(w.conntrackOf(ann4)) > states/peerShare {
-		t.Errorf("a look that found something noted %d and left %d", w.p.others.excess.had, len(w.conntrackOf(ann4)))
+	if w.p.others.excess.countAtRest != 0 || len(w.conntrackOf(ann4)) > states/peerShare {
+		t.Errorf("a look that found something noted %d and left %d", w.p.others.excess.countAtRest, len(w.conntrackOf(ann4)))
 	}
 }
 
@@ -142,7 +142,7 @@ func TestExcessEnds(t *testing.T) {
 	if n := len(w.others(r)); n != 1 {
 		t.Errorf("%d problems at the next look", n)
 	}
-	w.p.others.excess.looked = time.Now().Add(-excessStays - time.Second)
+	w.p.others.excess.looked = time.Now().Add(-excessShownFor - time.Second)
 	if got := w.others(r); len(got) != 0 {
 		t.Errorf("problems a minute later: %+v", got)
 	}

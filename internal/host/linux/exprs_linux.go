@@ -181,9 +181,9 @@ func (x *ruleExprs) match(m match) error {
 		x.masked(l, m.value, expr.CmpOpNeq, make([]byte, l.size))
 	case noBits:
 		x.masked(l, m.value, expr.CmpOpEq, make([]byte, l.size))
-	case inside:
+	case inPrefix:
 		x.masked(l, m.mask, expr.CmpOpEq, m.value)
-	case outside:
+	case notInRange:
 		x.add(l.into(unix.NFT_REG_1),
 			&expr.Range{Op: expr.CmpOpNeq, Register: unix.NFT_REG_1, FromData: m.value, ToData: m.mask})
 	case present:
@@ -192,18 +192,18 @@ func (x *ruleExprs) match(m match) error {
 		x.compare(l, expr.CmpOpNeq, make([]byte, l.size))
 	case inSet, notInSet:
 		x.lookup(m)
-	case noted:
+	case addToSet:
 		x.add(&expr.Dynset{
 			SrcRegKey: x.key(m.fields), SetName: m.text, Operation: unix.NFT_DYNSET_OP_ADD, Timeout: m.limit.lasts,
 		})
-	case tooFast:
+	case overRate:
 		x.add(&expr.Dynset{
 			SrcRegKey: x.key(m.fields), SetName: m.text, Operation: unix.NFT_DYNSET_OP_UPDATE, Timeout: m.limit.lasts,
 			Exprs: []expr.Any{&expr.Limit{
 				Type: expr.LimitTypePkts, Rate: uint64(m.limit.rate), Unit: expr.LimitTimeSecond, Burst: m.limit.burst, Over: true,
 			}},
 		})
-	case over:
+	case overCount:
 		// Behind the source stands the part, drawn by what lies from word 8 on.
 		const drawn, portsSize = unix.NFT_REG32_08, 4
 		behind, dst := firstWord+l.size/4, loads[m.fields[1]]
@@ -247,7 +247,7 @@ func (x *ruleExprs) lookup(m match) {
 const tcpMSS = 2
 
 var verdicts = map[verb]expr.VerdictKind{
-	accept: expr.VerdictAccept, drop: expr.VerdictDrop, back: expr.VerdictReturn,
+	accept: expr.VerdictAccept, drop: expr.VerdictDrop, ret: expr.VerdictReturn,
 	jump: expr.VerdictJump, branch: expr.VerdictGoto,
 }
 

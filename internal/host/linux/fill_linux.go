@@ -20,7 +20,7 @@ import (
 // fullFlows is the share of the kernel's table of flows, in percent, from which on
 // its fill is a problem. The kernel drops the first packet of every new flow, also
 // of the host's own, while the table is full.
-const fullFlows = 90
+const fullPercent = 90
 
 // The sysctls of conntrack: how many entries this network namespace has, and how
 // many it may have (Documentation/networking/nf_conntrack-sysctl.rst).
@@ -55,11 +55,11 @@ func conntrackFill(sys sysctls) (have, most uint64, err error) {
 // without the sysctls, or with no bound (a maximum of 0), has no such problem.
 func fillProblems(sys sysctls) ([]host.Problem, error) {
 	have, most, err := conntrackFill(sys)
-	if err != nil || most == 0 || have*100 < most*fullFlows {
+	if err != nil || most == 0 || have*100 < most*fullPercent {
 		return nil, err
 	}
 	return []host.Problem{{
-		Step: lookAround,
+		Step: stepOthers,
 		Message: fmt.Sprintf("the kernel's table of flows holds %d of at most %d (net.netfilter.nf_conntrack_max): "+
 			"when it is full, no new connection of the host or a peer gets through", have, most),
 		Hint: "`conntrack -L` lists the flows and their sources; `sysctl -w net.netfilter.nf_conntrack_max=N` allows more",
@@ -75,11 +75,11 @@ type holders struct {
 const (
 	// holdersEvery is in how many looks at a full table its flows are counted once:
 	// that takes half a second of a core where there are 262,144.
-	holdersEvery = 10
+	countEvery = 10
 	// holdersNamed is how many peers are named, and holdersLeast how many percent of
 	// the flows each of them has at least.
-	holdersNamed = 3
-	holdersLeast = 1
+	maxHolders       = 3
+	minHolderPercent = 1
 )
 
 // nameHolders adds to the problem of a full table which peers its flows are of. A
@@ -89,7 +89,7 @@ func (o *others) nameHolders(ctx context.Context, full []host.Problem, r *policy
 		o.holders = holders{}
 		return
 	}
-	if o.holders.looks%holdersEvery == 0 {
+	if o.holders.looks%countEvery == 0 {
 		if text, err := o.countHolders(ctx, r); err == nil {
 			o.holders.text = text
 		}
@@ -104,10 +104,10 @@ func (o *others) countHolders(ctx context.Context, r *policy.Ruleset) (string, e
 	if err != nil {
 		return "", err
 	}
-	peers := mostFirst(of)
+	peers := byCount(of)
 	var parts []string
-	for _, i := range peers[:min(len(peers), holdersNamed)] {
-		if percent := of[i] * 100 / all; percent >= holdersLeast {
+	for _, i := range peers[:min(len(peers), maxHolders)] {
+		if percent := of[i] * 100 / all; percent >= minHolderPercent {
 			parts = append(parts, fmt.Sprintf("%s %d %%", r.Peers()[i].Name, percent))
 		}
 	}
@@ -132,7 +132,7 @@ func (o *others) countFlows(ctx context.Context, r *policy.Ruleset, which func(*
 }
 
 // mostFirst returns the indexes of the peers that have any, the one that has most first.
-func mostFirst(of []uint64) (peers []int) {
+func byCount(of []uint64) (peers []int) {
 	for i, n := range of {
 		if n > 0 {
 			peers = append(peers, i)

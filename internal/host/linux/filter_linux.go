@@ -31,7 +31,7 @@ const chunk = 400
 type filter struct {
 	// lists reads lists through sock.
 	lists *nlconn.Nftables
-	sock  asker
+	sock  netlinkConn
 	// change encodes what is changed, and sends nothing; see transaction.
 	change transaction
 	// loaded is what we believe is in the kernel, nil when we don't know.
@@ -48,7 +48,7 @@ type filter struct {
 }
 
 // asker asks the kernel, one question at a time. It is an *nlconn.Conn but in tests.
-type asker interface {
+type netlinkConn interface {
 	Execute(netlink.Message) ([]netlink.Message, error)
 	SetDeadline(time.Time) error
 	Close() error
@@ -98,7 +98,7 @@ func (f *filter) apply(t *table) error {
 }
 
 // holds reports whether t is what the kernel holds, which is read back.
-func (f *filter) holds(t *table) bool {
+func (f *filter) isLoaded(t *table) bool {
 	if f.loaded == nil {
 		return false
 	}
@@ -110,7 +110,7 @@ func (f *filter) holds(t *table) bool {
 }
 
 // loadTries is how often a load is tried while others change nftables too.
-const loadTries = 5
+const maxLoads = 5
 
 // readError is that something couldn't be read, so that it isn't known what the kernel
 // holds.
@@ -125,7 +125,7 @@ func (f *filter) load(t *table) error {
 	f.loaded = nil
 	var unread readError
 	var err error
-	for range loadTries {
+	for range maxLoads {
 		if err = f.replace(t); err == nil {
 			err = f.readBack(t)
 		}
@@ -165,7 +165,7 @@ func (f *filter) readBack(t *table) error {
 
 // replace sends the whole table in one transaction. What was cut stays cut.
 func (f *filter) replace(t *table) error {
-	cut, err := f.cutElements()
+	cut, err := f.readCut()
 	if err != nil {
 		return readError{err}
 	}
@@ -329,7 +329,7 @@ func nftElements(es []element) []nftables.SetElement {
 }
 
 // change is which elements of one set are added and removed.
-type change struct {
+type setChange struct {
 	set         *set
 	add, remove []element
 }
@@ -337,11 +337,11 @@ type change struct {
 // difference returns what has to change in the sets to make b out of a, and
 // whether that is all that differs. Interval sets are small and seldom change:
 // for them everything is loaded anew.
-func difference(a, b *table) ([]change, bool) {
+func difference(a, b *table) ([]setChange, bool) {
 	if len(a.sets) != len(b.sets) || !slices.EqualFunc(a.timeouts, b.timeouts, sameTimeouts) || !slices.EqualFunc(a.chains, b.chains, sameChain) {
 		return nil, false
 	}
-	var out []change
+	var out []setChange
 	for i := range b.sets {
 		old, next := &a.sets[i], &b.sets[i]
 		if old.name != next.name {
@@ -354,7 +354,7 @@ func difference(a, b *table) ([]change, bool) {
 		if next.interval {
 			return nil, false
 		}
-		out = append(out, change{set: next, add: add, remove: remove})
+		out = append(out, setChange{set: next, add: add, remove: remove})
 	}
 	return out, true
 }
@@ -396,7 +396,7 @@ func changedElements(a, b []element) (remove, add []element) {
 }
 
 // update changes elements of sets in one transaction.
-func (f *filter) update(t *table, changes []change) error {
+func (f *filter) update(t *table, changes []setChange) error {
 	ours := ourTable()
 	for _, c := range changes {
 		ns, err := nftSet(ours, c.set)
@@ -460,7 +460,7 @@ func (f *filter) present() (bool, error) {
 
 // cutElements reads the flows that were cut, with the time that they still have,
 // by the name of their set.
-func (f *filter) cutElements() (map[string][]nftables.SetElement, error) {
+func (f *filter) readCut() (map[string][]nftables.SetElement, error) {
 	out := map[string][]nftables.SetElement{}
 	there, err := f.present()
 	if err != nil || !there {
@@ -510,7 +510,7 @@ func (f *filter) generation() (uint32, error) {
 	return generationOf(f.sock)
 }
 
-func generationOf(c asker) (uint32, error) {
+func generationOf(c netlinkConn) (uint32, error) {
 	ms, err := c.Execute(netlink.Message{
 		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN, Flags: netlink.Request},
 		Data:   []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, 0},
@@ -527,7 +527,7 @@ func generationOf(c asker) (uint32, error) {
 }
 
 // compareTries is how often the table is compared while other programs change theirs.
-const compareTries = 20
+const maxCompares = 20
 
 // drift compares the kernel's table with what was loaded, and names what
 // differs: a set or a chain. Elements of sets that end by themselves are left
@@ -541,7 +541,7 @@ func (f *filter) drift() ([]string, error) {
 		return nil, err
 	}
 	differs, err := f.compare()
-	for range compareTries {
+	for range maxCompares {
 		if err == nil && len(differs) == 0 {
 			f.checked = now
 			break

@@ -174,14 +174,14 @@ func indexOf(name string) int {
 }
 
 // place is where on its way a packet is.
-type place struct {
+type position struct {
 	hook     nftables.ChainHook
 	priority nftables.ChainPriority
 	device   bool // at a hook of a device, before or after all others
 }
 
-func placeOf(c *nftables.Chain) place {
-	return place{*c.Hooknum, priorityOf(c), atDevice(c)}
+func positionOf(c *nftables.Chain) position {
+	return position{*c.Hooknum, priorityOf(c), atDevice(c)}
 }
 
 // Hooks of devices (enum nf_dev_hooks of linux/netfilter.h, and NF_INET_INGRESS).
@@ -198,29 +198,29 @@ func atDevice(c *nftables.Chain) bool {
 
 // arriving and leaving say that a packet is at a hook of the device that it came in, or
 // leaves, by.
-func (p place) arriving() bool { return p.device && p.hook != deviceEgress }
-func (p place) leaving() bool  { return p.device && p.hook == deviceEgress }
+func (p position) arriving() bool { return p.device && p.hook != deviceEgress }
+func (p position) leaving() bool  { return p.device && p.hook == deviceEgress }
 
 // tracked reports whether conntrack has seen the packet (NF_IP_PRI_CONNTRACK).
-func (p place) tracked() bool {
+func (p position) tracked() bool {
 	early := p.hook == *nftables.ChainHookPrerouting || p.hook == *nftables.ChainHookOutput
 	return !p.arriving() && !(!p.device && early && p.priority < *nftables.ChainPriorityConntrack)
 }
 
 // routed reports whether it is known by which interface the packet leaves.
-func (p place) routed() bool {
+func (p position) routed() bool {
 	return !p.arriving() && (p.device || p.hook != *nftables.ChainHookPrerouting && p.hook != *nftables.ChainHookInput)
 }
 
 // answered reports whether answers to what was translated have the address that they had
 // on the wire (before NF_IP_PRI_NAT_DST).
-func (p place) answered() bool {
+func (p position) answered() bool {
 	return p.arriving() || !p.device && p.hook == *nftables.ChainHookPrerouting && p.priority < *nftables.ChainPriorityNATDest
 }
 
 // translated reports whether a source may have been translated (our chain is before
 // NF_IP_PRI_NAT_SRC).
-func (p place) translated() bool {
+func (p position) translated() bool {
 	return p.leaving() || !p.device && p.hook == *nftables.ChainHookPostrouting && p.priority > sourceNAT
 }
 
@@ -248,7 +248,7 @@ const maxReads = 4
 // steady evaluates until nothing changed meanwhile, and reports whether it came to that:
 // parts of two generations may say what neither does, and a list that is interrupted is of
 // two.
-func (e *evaluator) steady(evaluate func()) bool {
+func (e *evaluator) consistent(evaluate func()) bool {
 	for range maxReads {
 		evaluate()
 		if now, err := e.generation(); err == nil && now == e.read {
@@ -263,7 +263,7 @@ func (e *evaluator) steady(evaluate func()) bool {
 
 // run returns what becomes of a packet on its way through others' chains.
 func (e *evaluator) run(s sample) (f finding) {
-	if !e.steady(func() { f = e.evaluate(s) }) {
+	if !e.consistent(func() { f = e.evaluate(s) }) {
 		return finding{outcome: passes, unclear: true}
 	}
 	return f
@@ -276,7 +276,7 @@ func (e *evaluator) evaluate(s sample) finding {
 	for _, chains := range e.passed(s) {
 		for _, c := range chains {
 			// Conntrack asks for a flow's first packet, until something has translated it.
-			if c.Type == nftables.ChainTypeNAT && (s.reply || s.iif != "" && placeOf(c).translated() || w.state.untracked != nil && !w.state.kept) {
+			if c.Type == nftables.ChainTypeNAT && (s.reply || s.iif != "" && positionOf(c).translated() || w.state.untracked != nil && !w.state.kept) {
 				continue
 			}
 			f := w.base(c)
@@ -311,7 +311,7 @@ func (e *evaluator) evaluate(s sample) finding {
 // one that comes in, from the chains before; the host's own is routed anew where a chain of
 // the type route marks it.
 func (e *evaluator) markOf(s sample) (mark uint32) {
-	if !e.steady(func() { mark = e.evaluateMark(s) }) {
+	if !e.consistent(func() { mark = e.evaluateMark(s) }) {
 		return 0
 	}
 	return mark
@@ -347,7 +347,7 @@ func (e *evaluator) passed(s sample) [][]*nftables.Chain {
 			continue
 		}
 		name, list := s.iif, &in
-		if placeOf(c).leaving() {
+		if positionOf(c).leaving() {
 			name, list = s.oif, &out
 		}
 		if name != "" && (s.family(c.Table.Family) || c.Table.Family == nftables.TableFamilyNetdev) && e.isAt(c, name) {
@@ -372,7 +372,7 @@ type walk struct {
 	e     *evaluator
 	s     sample
 	state flowState
-	place place
+	pos   position
 	// sure says that the packet gets to the chain that is evaluated, and here is the rule.
 	sure bool
 	here finding
@@ -393,7 +393,7 @@ func newWalk(e *evaluator, s sample) *walk {
 
 // base evaluates a base chain.
 func (w *walk) base(c *nftables.Chain) finding {
-	w.unclear, w.place = false, placeOf(c)
+	w.unclear, w.pos = false, positionOf(c)
 	here := finding{family: c.Table.Family, table: c.Table.Name, chain: c.Name}
 	f := w.chain(c.Table, c.Name, 0)
 	if f.outcome == goesOn && c.Policy != nil && *c.Policy == nftables.ChainPolicyDrop {
@@ -586,7 +586,7 @@ func (w *walk) target(x *expr.Target) (v *expr.Verdict, ends bool) {
 	case "DNAT", "REDIRECT":
 		return &expr.Verdict{Kind: verdictRedirected}, true
 	case "NETMAP": // of the destination, or of the source
-		if h := w.place.hook; h == *nftables.ChainHookPrerouting || h == *nftables.ChainHookOutput {
+		if h := w.pos.hook; h == *nftables.ChainHookPrerouting || h == *nftables.ChainHookOutput {
 			return &expr.Verdict{Kind: verdictRedirected}, true
 		}
 		return &expr.Verdict{Kind: expr.VerdictAccept}, true
@@ -622,18 +622,18 @@ func (w *walk) change(x *expr.Target, sure bool) {
 		}
 	case "TTL", "HL": // struct ipt_TTL_info, ip6t_HL_info: a mode, and hops
 		const set, add = 0, 1
-		w.state.rewritten = append(w.state.rewritten, w.hops())
+		w.state.rewritten = append(w.state.rewritten, w.hopLimit())
 		if len(b) < 2 || b[0] != add && (b[0] != set || w.expires(b[1])) {
 			w.doubt(w.here)
 		}
 	case "DSCP", "TOS":
-		w.state.rewritten = append(w.state.rewritten, w.service())
+		w.state.rewritten = append(w.state.rewritten, w.trafficClass())
 	}
 }
 
 // untrack takes the packet out of connection tracking, where that hasn't seen it yet.
 func (w *walk) untrack(sure bool) {
-	if w.place.tracked() {
+	if w.pos.tracked() {
 		return
 	}
 	if here := w.here; w.state.untracked == nil {
@@ -690,7 +690,7 @@ func (w *walk) condition(t *nftables.Table, regs *registers, x any, sure bool) (
 		}
 		return true, true // it writes
 	case *expr.Quota:
-		return used(*x)
+		return quotaHolds(*x)
 	case *expr.Objref:
 		return w.object(t, x)
 	case *expr.Dynset:
@@ -728,7 +728,7 @@ var plainExprs = map[string]bool{
 }
 
 // used evaluates a quota: the packet counts, too, and how long it is isn't known.
-func used(q expr.Quota) (holds, known bool) {
+func quotaHolds(q expr.Quota) (holds, known bool) {
 	const longest = 1 << 16
 	over := q.Consumed >= q.Bytes
 	return over == q.Over, over || q.Bytes-q.Consumed > longest
@@ -825,7 +825,7 @@ func (w *walk) metaExpr(regs *registers, x *expr.Meta, sure bool) (holds, known 
 
 // oif is the interface that the packet leaves by, once that is known.
 func (w *walk) oif() string {
-	if w.place.routed() {
+	if w.pos.routed() {
 		return w.s.oif
 	}
 	return ""
@@ -863,7 +863,7 @@ func (w *walk) payload(regs *registers, x *expr.Payload) (holds, known bool) {
 		return true, false
 	}
 	regs.set(x.DestRegister, h[x.Offset:x.Offset+x.Len], 0)
-	if part := (span{x.Base, x.Offset, x.Len}); w.hidden(part) || slices.ContainsFunc(append(w.unstated(), w.state.rewritten...), part.touches) {
+	if part := (span{x.Base, x.Offset, x.Len}); w.isTranslated(part) || slices.ContainsFunc(append(w.unstated(), w.state.rewritten...), part.touches) {
 		regs.set(x.DestRegister, nil, int(x.Len))
 	}
 	return true, true
@@ -904,18 +904,18 @@ func (w *walk) write(regs *registers, x *expr.Payload) (redirects bool) {
 		h = w.s.transport()
 	}
 	if v == nil || x.Base != expr.PayloadBaseNetworkHeader && x.Base != expr.PayloadBaseTransportHeader || uint64(x.Offset)+uint64(x.Len) > uint64(len(h)) {
-		if !w.service().holds(part) {
+		if !w.trafficClass().holds(part) {
 			w.doubt(w.here)
 		}
 		return false
 	}
-	_, to := w.ends(x.Base)
+	_, to := w.endpoints(x.Base)
 	for i, b := range v {
 		at := span{x.Base, x.Offset + uint32(i), 1}
 		switch {
-		case w.hidden(at): // it may have that already
+		case w.isTranslated(at): // it may have that already
 			w.doubt(w.here)
-		case b == h[at.offset], w.service().holds(at), w.hops().holds(at) && !w.expires(b):
+		case b == h[at.offset], w.trafficClass().holds(at), w.hopLimit().holds(at) && !w.expires(b):
 		case at.touches(to):
 			return true
 		default:
@@ -927,7 +927,7 @@ func (w *walk) write(regs *registers, x *expr.Payload) (redirects bool) {
 
 // service is where the packet has its type of service, and in IPv6 a label: what these are
 // stops none.
-func (w *walk) service() span {
+func (w *walk) trafficClass() span {
 	if w.s.src.Is4() {
 		return span{expr.PayloadBaseNetworkHeader, 1, 1}
 	}
@@ -935,7 +935,7 @@ func (w *walk) service() span {
 }
 
 // hops is where the packet has how many hosts may forward it yet.
-func (w *walk) hops() span {
+func (w *walk) hopLimit() span {
 	if w.s.src.Is4() {
 		return span{expr.PayloadBaseNetworkHeader, 8, 1}
 	}
@@ -947,7 +947,7 @@ func (w *walk) expires(hops byte) bool { return hops <= 1 && w.s.oif != "" }
 
 // ends returns where the packet has its two addresses, or ports; an echo has one number
 // in place of these.
-func (w *walk) ends(base expr.PayloadBase) (src, dst span) {
+func (w *walk) endpoints(base expr.PayloadBase) (src, dst span) {
 	switch {
 	case base == expr.PayloadBaseTransportHeader && (w.s.proto == unix.IPPROTO_TCP || w.s.proto == unix.IPPROTO_UDP):
 		return span{base, 0, 2}, span{base, 2, 2}
@@ -961,12 +961,12 @@ func (w *walk) ends(base expr.PayloadBase) (src, dst span) {
 
 // hidden reports whether a part of the packet is an address that translation has changed,
 // or hasn't yet: a sample has those that the policy is about.
-func (w *walk) hidden(x span) bool {
+func (w *walk) isTranslated(x span) bool {
 	ports := x.base == expr.PayloadBaseTransportHeader && (w.s.proto == unix.IPPROTO_TCP || w.s.proto == unix.IPPROTO_UDP)
 	if ports && w.e.port != 0 {
 		return false
 	}
-	src, dst := w.ends(x.base)
+	src, dst := w.endpoints(x.base)
 	return w.onWire(true) && x.touches(dst) || w.onWire(false) && x.touches(src)
 }
 
@@ -976,7 +976,7 @@ func (w *walk) onWire(reply bool) bool {
 	if w.s.iif == "" || w.s.oif == "" || w.s.reply != reply {
 		return false
 	}
-	return reply && w.place.answered() || !reply && w.place.translated()
+	return reply && w.pos.answered() || !reply && w.pos.translated()
 }
 
 // transport returns the header behind IP's, with a port of those that peers' flows are
@@ -1027,7 +1027,7 @@ func (s *sample) transport() []byte {
 }
 
 // hasFlow reports whether conntrack has a flow for the packet by now.
-func (w *walk) hasFlow() bool { return w.place.tracked() && w.state.untracked == nil }
+func (w *walk) hasFlow() bool { return w.pos.tracked() && w.state.untracked == nil }
 
 // stateBit returns the bit of conntrack's state (nft_ct_get_eval, and conntrack_mt of
 // net/netfilter/xt_conntrack.c).
@@ -1035,7 +1035,7 @@ func (w *walk) stateBit() (bit uint32, known bool) {
 	switch {
 	case w.state.untracked != nil:
 		return expr.CtStateBitUNTRACKED, !w.state.kept
-	case !w.place.tracked():
+	case !w.pos.tracked():
 		return expr.CtStateBitINVALID, true
 	case w.s.reply:
 		return expr.CtStateBitESTABLISHED, true
@@ -1044,14 +1044,14 @@ func (w *walk) stateBit() (bit uint32, known bool) {
 }
 
 // natted reports whether the packet's flow may have been translated by now.
-func (w *walk) natted() bool { return w.hasFlow() && (w.s.reply || w.place.translated()) }
+func (w *walk) maybeTranslated() bool { return w.hasFlow() && (w.s.reply || w.pos.translated()) }
 
 // setCt sets something of the packet's flow, where it has one.
 func (w *walk) setCt(key expr.CtKey, v []byte, sure bool) {
 	switch {
-	case key == expr.CtKeyZONE && !w.place.tracked() && !w.s.tunnel:
+	case key == expr.CtKeyZONE && !w.pos.tracked() && !w.s.tunnel:
 		w.doubt(w.here) // whether an answer finds its flow depends on what zone that gets
-	case key == expr.CtKeyMARK && w.place.tracked():
+	case key == expr.CtKeyMARK && w.pos.tracked():
 		w.state.ctMark = assigned(v, w.state.ctMark, sure && w.state.untracked == nil)
 	}
 }
@@ -1076,7 +1076,7 @@ func (w *walk) ct(key expr.CtKey) []byte {
 	case expr.CtKeyMARK:
 		return w.state.ctMark
 	case expr.CtKeySTATUS:
-		if !w.natted() {
+		if !w.maybeTranslated() {
 			return native(0)
 		}
 	case expr.CtKeyL3PROTOCOL:
@@ -1124,7 +1124,7 @@ func compare(v []byte, x *expr.Cmp) (holds, known bool) {
 
 // routeType returns how the packet's destination, or its source, is routed.
 func (w *walk) routeType(dst bool) int {
-	if dst && (w.s.oif == "" || w.s.reply && w.place.answered()) || !dst && w.s.iif == "" {
+	if dst && (w.s.oif == "" || w.s.reply && w.pos.answered()) || !dst && w.s.iif == "" {
 		return unix.RTN_LOCAL
 	}
 	return unix.RTN_UNICAST
@@ -1183,7 +1183,7 @@ func (w *walk) object(t *nftables.Table, x *expr.Objref) (holds, known bool) {
 		return true, true
 	case objectQuota:
 		q, ok := w.e.quota(t, x.Name)
-		holds, known = used(q)
+		holds, known = quotaHolds(q)
 		return holds, known && ok
 	case objectLimit, objectConnections:
 		return true, false
@@ -1216,7 +1216,7 @@ func (w *walk) match(x *expr.Match) (holds, known bool) {
 		}
 		inverted := info.InvertFlags&uint16(xt.ConntrackState) != 0
 		found := uint32(info.StateMask)&bit != 0
-		return found != inverted, known && (found || info.StateMask&translated == 0 || !w.natted())
+		return found != inverted, known && (found || info.StateMask&translated == 0 || !w.maybeTranslated())
 	case *xt.Udp:
 		if s.proto != unix.IPPROTO_UDP {
 			return false, true
@@ -1305,7 +1305,7 @@ func (w *walk) multiport(rev uint32, b []byte) (holds, known bool) {
 // ports returns the ports that the packet has by now, of TCP or UDP.
 func (w *walk) ports() (from, to uint16, known bool) {
 	h := w.transport()
-	return binary.BigEndian.Uint16(h), binary.BigEndian.Uint16(h[2:]), !w.hidden(span{expr.PayloadBaseTransportHeader, 0, 4})
+	return binary.BigEndian.Uint16(h), binary.BigEndian.Uint16(h[2:]), !w.isTranslated(span{expr.PayloadBaseTransportHeader, 0, 4})
 }
 
 func within16(p uint16, r [2]uint16) bool { return p >= r[0] && p <= r[1] }

@@ -14,11 +14,11 @@ import (
 // interfaces that need it are opened and the host's global flag is never
 // touched. IPv6 has one flag for the host.
 type forwarding struct {
-	sys   sysctls
-	dir   string // of the journal
-	saver *saver
-	boot  string
-	j     *journal
+	sys    sysctls
+	dir    string // of the journal
+	writer *journalWriter
+	boot   string
+	j      *journal
 	// byIndex names an interface by its index, which survives a renaming.
 	byIndex func(index int) (name string, ok bool)
 	index   func(name string) int
@@ -57,7 +57,7 @@ func (f *forwarding) open() error {
 // away with their settings. It reports whether something has changed.
 func (f *forwarding) refresh() (moved bool) {
 	before := len(f.j.Changed)
-	f.j.Changed = slices.DeleteFunc(f.j.Changed, func(s saved) bool {
+	f.j.Changed = slices.DeleteFunc(f.j.Changed, func(s sysctlChange) bool {
 		_, ok := f.byIndex(s.Index)
 		return s.Index != 0 && !ok
 	})
@@ -119,13 +119,13 @@ func (f *forwarding) apply(n need) error {
 			}
 		}
 	}
-	if err := f.set(saved{Name: conf("ipv4", n.mesh, "forwarding"), Set: n.meshFlag()}); err != nil {
+	if err := f.set(sysctlChange{Name: conf("ipv4", n.mesh, "forwarding"), Set: n.meshFlag()}); err != nil {
 		return err
 	}
-	return f.giveBack(func(s saved) bool { return !f.wanted(n, s.Name) })
+	return f.revert(func(s sysctlChange) bool { return !f.wanted(n, s.Name) })
 }
 
-func (f *forwarding) set(s saved) error {
+func (f *forwarding) set(s sysctlChange) error {
 	err := f.ensure(s)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // the interface is gone
@@ -135,7 +135,7 @@ func (f *forwarding) set(s saved) error {
 
 // ensure writes a sysctl unless it is so: writing a forwarding flag has effects
 // even where the value stays the same.
-func (f *forwarding) ensure(s saved) error {
+func (f *forwarding) ensure(s sysctlChange) error {
 	now, err := f.sys.read(s.Name)
 	if err != nil || now == s.Set {
 		return err
@@ -161,8 +161,8 @@ func (f *forwarding) wanted(n need, name string) bool {
 }
 
 // changes lists what has to be changed and isn't in the journal yet.
-func (f *forwarding) changes(n need) ([]saved, error) {
-	var out []saved
+func (f *forwarding) changes(n need) ([]sysctlChange, error) {
+	var out []sysctlChange
 	for _, iface := range n.ipv4 {
 		name := conf("ipv4", iface, "forwarding")
 		if iface == n.mesh || f.j.find(name) != nil {
@@ -176,7 +176,7 @@ func (f *forwarding) changes(n need) ([]saved, error) {
 			return nil, err
 		}
 		if now == "0" {
-			out = append(out, saved{name, f.index(iface), now, "1"})
+			out = append(out, sysctlChange{name, f.index(iface), now, "1"})
 		}
 	}
 	if !n.ipv6 || f.found6() {
@@ -190,15 +190,15 @@ func (f *forwarding) changes(n need) ([]saved, error) {
 // flag of the host writes them all, to and fro. Where router advertisements are believed (1), they have to be
 // believed although the host forwards (2); interfaces that come later are seen
 // to when they come.
-func (f *forwarding) changes6() ([]saved, error) {
+func (f *forwarding) changes6() ([]sysctlChange, error) {
 	names, err := f.sys.interfaces("ipv6")
 	if err != nil {
 		return nil, err
 	}
 	// The host's flag comes last, when all that it writes is known.
-	slices.SortFunc(names, func(a, b string) int { return rank(a) - rank(b) })
+	slices.SortFunc(names, func(a, b string) int { return hostFlagLast(a) - hostFlagLast(b) })
 	open := f.j.find(allForwarding6) != nil
-	var out []saved
+	var out []sysctlChange
 	for _, iface := range names {
 		for _, want := range [...]struct{ key, to string }{{"accept_ra", "2"}, {"forwarding", "1"}} {
 			key, to := want.key, want.to
@@ -211,14 +211,14 @@ func (f *forwarding) changes6() ([]saved, error) {
 				continue // gone, or without IPv6
 			}
 			if key == "forwarding" && !open || key == "accept_ra" && now == "1" && f.index(iface) != 0 && iface != "lo" {
-				out = append(out, saved{name, f.index(iface), now, to})
+				out = append(out, sysctlChange{name, f.index(iface), now, to})
 			}
 		}
 	}
 	return out, nil
 }
 
-func rank(iface string) int {
+func hostFlagLast(iface string) int {
 	if iface == "all" {
 		return 1
 	}
@@ -226,23 +226,23 @@ func rank(iface string) int {
 }
 
 // save writes the journal and returns when it is on disk.
-func (f *forwarding) save() error { return <-f.saver.put(f.j) }
+func (f *forwarding) save() error { return <-f.writer.write(f.j) }
 
 // forgetLimit is how long a change that closes waits for the disk.
-const forgetLimit = 2 * time.Second
+const revertSaveLimit = 2 * time.Second
 
 // giveBack restores the changed sysctls that which picks and forgets them. The disk
 // may take its time: an entry of what has been restored does no harm, so that what
 // narrows doesn't wait for it.
-func (f *forwarding) giveBack(which func(saved) bool) error {
-	moved, err := f.restoreThose(which)
+func (f *forwarding) revert(which func(sysctlChange) bool) error {
+	moved, err := f.restoreMatching(which)
 	if !moved {
 		return err
 	}
-	t := time.NewTimer(forgetLimit)
+	t := time.NewTimer(revertSaveLimit)
 	defer t.Stop()
 	select {
-	case failed := <-f.saver.put(f.j):
+	case failed := <-f.writer.write(f.j):
 		return errors.Join(err, failed)
 	case <-t.C:
 		return err
@@ -252,14 +252,14 @@ func (f *forwarding) giveBack(which func(saved) bool) error {
 // restoreThose restores the changed sysctls that which picks, last change first, and
 // reports whether the journal has changed. What another program has changed
 // meanwhile stays as it is.
-func (f *forwarding) restoreThose(which func(saved) bool) (changed bool, err error) {
+func (f *forwarding) restoreMatching(which func(sysctlChange) bool) (changed bool, err error) {
 	moved := f.refresh()
 	var errs []error
-	var kept []saved
+	var kept []sysctlChange
 	// The host's IPv6 flag goes first: it writes the others. Then forwarding,
 	// then accept_ra, or the advertised route would be lost.
 	order := slices.Clone(f.j.Changed)
-	slices.SortStableFunc(order, func(a, b saved) int { return returnRank(a) - returnRank(b) })
+	slices.SortStableFunc(order, func(a, b sysctlChange) int { return restoreRank(a) - restoreRank(b) })
 	for _, s := range order {
 		if !which(s) {
 			kept = append(kept, s)
@@ -276,7 +276,7 @@ func (f *forwarding) restoreThose(which func(saved) bool) (changed bool, err err
 	return changed, errors.Join(errs...)
 }
 
-func returnRank(s saved) int {
+func restoreRank(s sysctlChange) int {
 	iface, key, _ := splitSysctl(s.Name)
 	switch {
 	case key == "accept_ra":
@@ -289,7 +289,7 @@ func returnRank(s saved) int {
 
 // restore writes what was found, where what we wrote, or what the host's flag
 // made of it, is still there.
-func (f *forwarding) restore(s saved) error {
+func (f *forwarding) restore(s sysctlChange) error {
 	if strings.HasPrefix(s.Name, "ipv4/") && f.found4() {
 		return nil // another program switched the whole host on: it stays so
 	}

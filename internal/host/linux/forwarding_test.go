@@ -36,7 +36,7 @@ func fakeSysctls(t *testing.T) (*forwarding, map[string]string) {
 	index := map[string]int{"eth0": 2, "eth1": 3, "mesh0": 4}
 	dir := t.TempDir()
 	f := &forwarding{
-		sys: sysctls{root}, dir: dir, saver: &saver{dir: dir}, boot: "this", step: func(string) {},
+		sys: sysctls{root}, dir: dir, writer: &journalWriter{dir: dir}, boot: "this", step: func(string) {},
 		index: func(name string) int { return index[name] },
 		byIndex: func(i int) (string, bool) {
 			for name, n := range index {
@@ -121,7 +121,7 @@ func TestJournalIsThereBeforeTheChange(t *testing.T) {
 	if err := f.open(); err != nil {
 		t.Fatal(err)
 	}
-	if err := f.giveBack(func(saved) bool { return true }); err != nil {
+	if err := f.revert(func(sysctlChange) bool { return true }); err != nil {
 		t.Fatal(err)
 	}
 	if d := f.differs(t, found); len(d) > 0 {
@@ -145,7 +145,7 @@ func TestHostFlagIsGivenBackWithTheOthers(t *testing.T) {
 			f.sys.write("ipv6/conf/eth1/forwarding", "0")
 		}
 	}
-	if err := f.giveBack(func(saved) bool { return true }); err != nil {
+	if err := f.revert(func(sysctlChange) bool { return true }); err != nil {
 		t.Fatal(err)
 	}
 	f.step = func(string) {}
@@ -165,7 +165,7 @@ func TestOthersChoicesStay(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := f.giveBack(func(saved) bool { return true }); err != nil {
+	if err := f.revert(func(sysctlChange) bool { return true }); err != nil {
 		t.Fatal(err)
 	}
 	want := map[string]string{"ipv6/conf/eth0/accept_ra": "0", "ipv4/conf/eth0/forwarding": "1", "ipv6/conf/eth0/forwarding": "0"}

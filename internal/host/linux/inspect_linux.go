@@ -23,17 +23,17 @@ func (p *Backend) inspect(r *policy.Ruleset) (host.Report, error) {
 	}
 	differs, err := p.driftTable(r)
 	if err != nil {
-		return report, named(StepTable, err)
+		return report, stepError(StepTable, err)
 	}
 	add(StepTable, differs)
 	if differs, err = p.driftLink(r); err != nil {
-		return report, named(StepAddresses, err)
+		return report, stepError(StepAddresses, err)
 	}
 	add(StepAddresses, differs)
 	n := p.need(r)
 	changes, err := p.forward.changes(n)
 	if err != nil {
-		return report, named(StepForwarding, err)
+		return report, stepError(StepForwarding, err)
 	}
 	for _, c := range changes {
 		if c.Found == c.Set {
@@ -48,7 +48,7 @@ func (p *Backend) inspect(r *policy.Ruleset) (host.Report, error) {
 
 func (p *Backend) driftTable(r *policy.Ruleset) ([]string, error) {
 	if p.filter.loaded == nil || p.enforced != r {
-		changes, ok := []change(nil), false
+		changes, ok := []setChange(nil), false
 		if p.filter.loaded != nil {
 			changes, ok = difference(p.filter.loaded, compile(r, p.params()))
 		}

@@ -17,7 +17,7 @@ func (o observer) ipsec(family int) ([]netip.Prefix, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list IPsec policies: %w", err)
 	}
-	return securedNetworks(ps), nil
+	return ipsecDestinations(ps), nil
 }
 
 // securedNetworks returns the destinations of the policies by which packets that
@@ -25,7 +25,7 @@ func (o observer) ipsec(family int) ([]netip.Prefix, error) {
 // (ip-xfrm(8)). Those of an XFRM interface apply to what routes lead there, and so
 // the routes say what they take; one for all packets with a mark isn't how the host
 // reaches everything.
-func securedNetworks(ps []netlink.XfrmPolicy) []netip.Prefix {
+func ipsecDestinations(ps []netlink.XfrmPolicy) []netip.Prefix {
 	var out []netip.Prefix
 	for _, p := range ps {
 		to, ok := toPrefix(p.Dst)

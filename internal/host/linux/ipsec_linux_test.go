@@ -143,7 +143,7 @@ func TestIPsecForEverything(t *testing.T) {
 func TestSecuredNetworks(t *testing.T) {
 	tmpl := []netlink.XfrmPolicyTmpl{{Proto: netlink.XFRM_PROTO_ESP}}
 	to := func(s string) *net.IPNet { return ipNet(netip.MustParsePrefix(s)) }
-	got := securedNetworks([]netlink.XfrmPolicy{
+	got := ipsecDestinations([]netlink.XfrmPolicy{
 		{Dst: to("192.0.2.0/24"), Dir: netlink.XFRM_DIR_OUT, Tmpls: tmpl},
 		{Dst: to("192.0.2.0/24"), Dir: netlink.XFRM_DIR_OUT, Tmpls: tmpl, Priority: 1}, // twice
 		{Dst: to("198.51.100.0/24"), Dir: netlink.XFRM_DIR_FWD, Tmpls: tmpl},

@@ -21,12 +21,12 @@ const journalVersion = 1
 type journal struct {
 	Version int `json:"version"`
 	// Boot is the kernel's boot id: sysctls don't outlive a boot.
-	Boot    string  `json:"boot"`
-	Changed []saved `json:"changed"`
+	Boot    string         `json:"boot"`
+	Changed []sysctlChange `json:"changed"`
 }
 
 // saved is one changed sysctl.
-type saved struct {
+type sysctlChange struct {
 	// Name is the path below /proc/sys/net, such as ipv4/conf/eth0/forwarding.
 	Name string `json:"name"`
 	// Index is the interface's, which outlives its name; 0 for all and default.
@@ -36,8 +36,8 @@ type saved struct {
 }
 
 // find returns the entry of a sysctl, or nil.
-func (j *journal) find(name string) *saved {
-	i := slices.IndexFunc(j.Changed, func(s saved) bool { return s.Name == name })
+func (j *journal) find(name string) *sysctlChange {
+	i := slices.IndexFunc(j.Changed, func(s sysctlChange) bool { return s.Name == name })
 	if i < 0 {
 		return nil
 	}
@@ -86,7 +86,7 @@ func isSmallNumber(s string) bool { return len(s) == 1 && s[0] >= '0' && s[0] <=
 // saver writes the journal from a task of its own, one write after the other and of
 // several that wait only the last, so that a change which closes needn't wait for a
 // frozen disk.
-type saver struct {
+type journalWriter struct {
 	dir string
 
 	mu      sync.Mutex
@@ -97,7 +97,7 @@ type saver struct {
 
 // put has the journal as it is now written. What it returns gets the error of the
 // write that it, or a later one, is in.
-func (s *saver) put(j *journal) <-chan error {
+func (s *journalWriter) write(j *journal) <-chan error {
 	done := make(chan error, 1)
 	copied := *j
 	copied.Changed = slices.Clone(j.Changed)
@@ -107,13 +107,13 @@ func (s *saver) put(j *journal) <-chan error {
 	s.waiting = append(s.waiting, done)
 	if !s.busy {
 		s.busy = true
-		go s.work()
+		go s.run()
 	}
 	return done
 }
 
 // work writes until nothing waits.
-func (s *saver) work() {
+func (s *journalWriter) run() {
 	for {
 		s.mu.Lock()
 		next, waiting := s.next, s.waiting

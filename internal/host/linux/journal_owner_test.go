@@ -13,7 +13,7 @@ func TestJournalOfAnotherUser(t *testing.T) {
 		t.Skip("only root can give a file to another user")
 	}
 	dir := t.TempDir()
-	j := &journal{Version: journalVersion, Boot: "boot", Changed: []saved{{Name: "ipv4/conf/all/forwarding", Found: "0", Set: "1"}}}
+	j := &journal{Version: journalVersion, Boot: "boot", Changed: []sysctlChange{{Name: "ipv4/conf/all/forwarding", Found: "0", Set: "1"}}}
 	if err := j.write(dir); err != nil {
 		t.Fatal(err)
 	}

@@ -11,7 +11,7 @@ import (
 
 func TestJournalSurvives(t *testing.T) {
 	dir := t.TempDir()
-	j := &journal{Version: journalVersion, Boot: "this", Changed: []saved{{"ipv4/conf/eth0/forwarding", 2, "0", "1"}}}
+	j := &journal{Version: journalVersion, Boot: "this", Changed: []sysctlChange{{"ipv4/conf/eth0/forwarding", 2, "0", "1"}}}
 	for range 2 {
 		if err := j.write(dir); err != nil {
 			t.Fatal(err)
@@ -39,7 +39,7 @@ func TestJournalSurvives(t *testing.T) {
 
 func TestJournalThatCantBeWritten(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "gone")
-	j := &journal{Version: journalVersion, Changed: []saved{{"ipv4/conf/eth0/forwarding", 2, "0", "1"}}}
+	j := &journal{Version: journalVersion, Changed: []sysctlChange{{"ipv4/conf/eth0/forwarding", 2, "0", "1"}}}
 	if err := j.write(dir); err == nil {
 		t.Error("a journal was written to a directory that doesn't exist")
 	}

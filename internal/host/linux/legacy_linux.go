@@ -78,7 +78,7 @@ func (k legacyKind) problem(tables []legacyTable) (host.Problem, bool) {
 		noun = "tables "
 	}
 	return host.Problem{
-		Step:    lookAround,
+		Step:    stepOthers,
 		Message: fmt.Sprintf("rules of %s in %s%s may drop peers' packets: what they do isn't evaluated", k.program, noun, strings.Join(used, ", ")),
 		Hint:    fmt.Sprintf("look at %s-save, or have the software that they belong to use iptables-nft, which is evaluated", k.program),
 	}, true
@@ -113,14 +113,14 @@ func (k legacyKind) tables() ([]legacyTable, error) {
 }
 
 // legacyTries is how often a table is read that changes meanwhile.
-const legacyTries = 10
+const maxTableReads = 10
 
 // table looks at a table. ask has the kernel answer an option's value.
 func (k legacyKind) table(name string, ask func(option int, value []byte) error) (t legacyTable, err error) {
 	if len(name) >= legacyNameSize {
 		return legacyTable{}, errors.New("its name is too long")
 	}
-	for range legacyTries {
+	for range maxTableReads {
 		if t, err = k.read(name, ask); !errors.Is(err, unix.EAGAIN) {
 			break
 		}

@@ -85,7 +85,7 @@ func TestLegacyTableIsRead(t *testing.T) {
 		{name: "rules", entries: 11, want: legacyTable{name: "filter", rules: 10}},
 		{name: "no rules", entries: 1, asked: 1, want: legacyTable{name: "filter"}},
 		{name: "one that changes", entries: 1, changes: 2, asked: 3, want: legacyTable{name: "filter"}},
-		{name: "one that always changes", entries: 1, changes: 100, asked: legacyTries, err: unix.EAGAIN},
+		{name: "one that always changes", entries: 1, changes: 100, asked: maxTableReads, err: unix.EAGAIN},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			asked := 0

@@ -33,7 +33,7 @@ func createTUN(cfg host.Interface) (tun.Device, string, error) {
 	}
 	dev, err := tun.CreateTUN(want, cfg.MTU)
 	if err != nil {
-		return nil, "", explainTUN(want, err)
+		return nil, "", tunError(want, err)
 	}
 	got, err := dev.Name()
 	if err != nil {
@@ -44,7 +44,7 @@ func createTUN(cfg host.Interface) (tun.Device, string, error) {
 }
 
 // explainTUN says in a person's words why there is no TUN device.
-func explainTUN(name string, err error) error {
+func tunError(name string, err error) error {
 	e := &host.StepError{Step: StepInterface, Err: fmt.Errorf("create interface %q: %w", name, err)}
 	_, missing := os.Stat("/dev/net/tun")
 	switch {
@@ -63,7 +63,7 @@ func explainTUN(name string, err error) error {
 // quiet keeps the kernel from talking on the mesh interface by itself (router
 // solicitations, link-local addresses, redirects) and from believing redirects
 // that come in by it. The settings go away with the interface.
-func quiet(sys sysctls, iface string) error {
+func restrictInterface(sys sysctls, iface string) error {
 	for _, s := range [...]struct{ family, key, value string }{
 		{"ipv4", "accept_redirects", "0"}, {"ipv4", "send_redirects", "0"}, {"ipv4", "accept_source_route", "0"},
 		{"ipv6", "disable_ipv6", "0"}, {"ipv6", "accept_redirects", "0"},

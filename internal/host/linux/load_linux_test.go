@@ -40,7 +40,7 @@ func (w *world) loadAll(m policy.Mesh) (r *policy.Ruleset, err error) {
 // TestLoadIsTriedAgain has another program flush nftables while a table is loaded, before
 // it is read back: it is loaded again, and nothing closes, unless that never ends.
 func TestLoadIsTriedAgain(t *testing.T) {
-	for flushes, closes := range map[int]bool{1: false, loadTries - 1: false, loadTries: true} {
+	for flushes, closes := range map[int]bool{1: false, maxLoads - 1: false, maxLoads: true} {
 		t.Run(strconv.Itoa(flushes), func(t *testing.T) {
 			w := newWorld(t)
 			w.open()
@@ -65,7 +65,7 @@ func TestLoadIsTriedAgain(t *testing.T) {
 
 // deaf asks nothing as often as times says.
 type deaf struct {
-	asker
+	netlinkConn
 	times *int
 }
 
@@ -74,13 +74,13 @@ func (d deaf) Execute(m mdlayher.Message) ([]mdlayher.Message, error) {
 		*d.times--
 		return nil, unix.ENOBUFS
 	}
-	return d.asker.Execute(m)
+	return d.netlinkConn.Execute(m)
 }
 
 // TestLoadThatCantBeRead has reading the kernel's rules back fail after a load: it is tried
 // again, and what wasn't read doesn't count as loaded.
 func TestLoadThatCantBeRead(t *testing.T) {
-	for failures, closes := range map[int]bool{1: false, loadTries - 1: false, 3 * loadTries: true} {
+	for failures, closes := range map[int]bool{1: false, maxLoads - 1: false, 3 * maxLoads: true} {
 		t.Run(strconv.Itoa(failures), func(t *testing.T) {
 			w := newWorld(t)
 			w.open()

@@ -215,7 +215,7 @@ func (l fileLock) Close() error {
 }
 
 // lockTries bounds how often a lock is tried that others remove meanwhile.
-const lockTries = 100
+const maxLockTries = 100
 
 // lockByFile locks a file in a folder that only this user can open, named by the
 // network namespace. Helpers in two mount namespaces that share their network
@@ -225,15 +225,15 @@ func lockByFile(dir, netns string) (io.Closer, error) {
 	if err := unix.Stat(netns, &ns); err != nil {
 		return nil, fmt.Errorf("find the network namespace %s: %w", netns, err)
 	}
-	if err := closedParent(filepath.Dir(dir)); err != nil {
+	if err := checkParent(filepath.Dir(dir)); err != nil {
 		return nil, err
 	}
 	l := fileLock{dir: dir, path: filepath.Join(dir, fmt.Sprintf("netns-%d.lock", ns.Ino))}
-	for range lockTries {
+	for range maxLockTries {
 		if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 			return nil, fmt.Errorf("make the lock's folder: %w", err)
 		}
-		if err := ownFolder(dir); errors.Is(err, fs.ErrNotExist) {
+		if err := checkFolder(dir); errors.Is(err, fs.ErrNotExist) {
 			continue
 		} else if err != nil {
 			return nil, err
@@ -255,7 +255,7 @@ func lockByFile(dir, netns string) (io.Closer, error) {
 			}
 			return nil, fmt.Errorf("lock %s: %w", l.path, err)
 		}
-		if isAt(f, l.path) {
+		if isFileAt(f, l.path) {
 			if err := errors.Join(f.Truncate(0), writeAt(f, strconv.Itoa(os.Getpid()))); err != nil {
 				return nil, errors.Join(fmt.Errorf("write %s: %w", l.path, err), l.Close())
 			}
@@ -272,7 +272,7 @@ func writeAt(f *os.File, s string) error {
 }
 
 // isAt reports whether an open file is the one that has this path.
-func isAt(f *os.File, path string) bool {
+func isFileAt(f *os.File, path string) bool {
 	a, err := f.Stat()
 	if err != nil {
 		return false
@@ -282,7 +282,7 @@ func isAt(f *os.File, path string) bool {
 }
 
 // closedParent refuses a folder in which other users could make the lock's folder.
-func closedParent(dir string) error {
+func checkParent(dir string) error {
 	info, err := os.Stat(dir)
 	if err != nil {
 		return fmt.Errorf("find the lock's folder: %w", err)
@@ -294,7 +294,7 @@ func closedParent(dir string) error {
 }
 
 // ownFolder refuses a folder that another user could have made or can open.
-func ownFolder(dir string) error {
+func checkFolder(dir string) error {
 	info, err := os.Lstat(dir)
 	if err != nil {
 		return fmt.Errorf("find the lock's folder: %w", err)

@@ -57,14 +57,14 @@ func parseNexthop(b []byte) (n nexthop, err error) {
 
 // saysNothing reports whether a route names a nexthop and says nothing else of where it
 // leads, as the kernel shows it with net.ipv4.nexthop_compat_mode=0.
-func saysNothing(r nlconn.Route) bool {
+func namesNexthopOnly(r nlconn.Route) bool {
 	return r.Kind == unix.RTN_UNICAST && r.Nexthop != 0 && r.OIF == 0 && !r.Multipath && r.Dst.IsValid()
 }
 
 // viaNexthops reads the routes of a family that name a nexthop alone, and asks
 // the kernel for the nexthops: an entry for each way, by table.
 func viaNexthops(conn *nlconn.Conn, family int, names map[int]string) (map[int][]routeEntry, error) {
-	routes, err := conn.Routes(uint8(family), saysNothing)
+	routes, err := conn.Routes(uint8(family), namesNexthopOnly)
 	if err != nil {
 		return nil, fmt.Errorf("list routes by nexthops: %w", err)
 	}

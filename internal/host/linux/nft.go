@@ -79,15 +79,15 @@ const (
 	unequal
 	inSet
 	notInSet
-	hasBits // one of the value's bits is set
-	noBits  // none of them is
-	inside  // the value is an address, and the mask's bits of it are the same
-	outside // not from the value to the mask, both included
-	over    // more flows than count are counted in the set, by the field and flowPart
-	present // the header or option is in the packet
-	found   // for returnPath: there is one
-	noted   // the fields are in the set, or are added to it for a while: not when it is full
-	tooFast // the set counts the fields, and they came more often than its limit says
+	hasBits    // one of the value's bits is set
+	noBits     // none of them is
+	inPrefix   // the value is an address, and the mask's bits of it are the same
+	notInRange // not from the value to the mask, both included
+	overCount  // more flows than count are counted in the set, by the field and flowPart
+	present    // the header or option is in the packet
+	found      // for returnPath: there is one
+	addToSet   // the fields are in the set, or are added to it for a while: not when it is full
+	overRate   // the set counts the fields, and they came more often than its limit says
 )
 
 // match is one condition of a rule. A match whose field can't be read (an IPv6
@@ -116,23 +116,23 @@ func (m match) String() string {
 	}
 	left := strings.Join(texts, " . ")
 	switch m.op {
-	case equal, hasBits, inside:
+	case equal, hasBits, inPrefix:
 		return left + " " + m.text
 	case noBits:
 		return left + " ! " + m.text
-	case unequal, outside:
+	case unequal, notInRange:
 		return left + " != " + m.text
 	case inSet:
 		return left + " @" + m.text
 	case notInSet:
 		return left + " != @" + m.text
-	case over:
+	case overCount:
 		return fmt.Sprintf("add @%s { %s . jhash %s . @th,0,32 mod %d ct count over %d }", m.text, texts[0], texts[1], flowParts, m.count)
 	case present, found:
 		return left + " exists"
-	case noted:
+	case addToSet:
 		return fmt.Sprintf("add @%s { %s timeout %v }", m.text, left, m.limit.lasts)
-	case tooFast:
+	case overRate:
 		return fmt.Sprintf("update @%s { %s timeout %v limit rate over %d/second burst %d packets }",
 			m.text, left, m.limit.lasts, m.limit.rate, m.limit.burst)
 	}
@@ -157,10 +157,10 @@ func within(f field, p netip.Prefix) match {
 	for bit := range p.Bits() {
 		mask[bit/8] |= 0x80 >> (bit % 8)
 	}
-	return match{fields: []field{f}, op: inside, value: p.Addr().AsSlice(), mask: mask, text: p.String()}
+	return match{fields: []field{f}, op: inPrefix, value: p.Addr().AsSlice(), mask: mask, text: p.String()}
 }
-func beside(f field, r portRange) match {
-	return match{fields: []field{f}, op: outside, value: port(r.first), mask: port(r.last), text: r.String()}
+func notInPorts(f field, r portRange) match {
+	return match{fields: []field{f}, op: notInRange, value: port(r.first), mask: port(r.last), text: r.String()}
 }
 
 // flowParts is in how many parts the flows of a peer are counted, drawn by their
@@ -171,18 +171,18 @@ const flowParts = 16
 // more counts a new flow in a set of counters, by its source and its part, and
 // matches where the part has as many flows as it may: than, divided by the parts. It
 // is the last match of a rule: what it counts is what the others let through to it.
-func more(counters string, src, dst field, than uint32) match {
-	return match{fields: []field{src, dst}, op: over, count: max(1, than/flowParts), text: counters}
+func exceeds(counters string, src, dst field, than uint32) match {
+	return match{fields: []field{src, dst}, op: overCount, count: max(1, than/flowParts), text: counters}
 }
 
 // port is a port as packets have it.
 func port(p uint16) []byte { return []byte{byte(p >> 8), byte(p)} }
 
-func note(set string, l limit, fs ...field) match {
-	return match{fields: fs, op: noted, text: set, limit: l}
+func addTo(set string, l limit, fs ...field) match {
+	return match{fields: fs, op: addToSet, text: set, limit: l}
 }
-func faster(set string, l limit, f field) match {
-	return match{fields: []field{f}, op: tooFast, text: set, limit: l}
+func fasterThan(set string, l limit, f field) match {
+	return match{fields: []field{f}, op: overRate, text: set, limit: l}
 }
 func exists(f field) match { return match{fields: []field{f}, op: present} }
 func in(set string, fs ...field) match {
@@ -229,7 +229,7 @@ type verb uint8
 const (
 	accept verb = iota
 	drop
-	back
+	ret
 	jump
 	branch
 	masquerade
@@ -297,7 +297,7 @@ func (c *chain) add(a action, comment string, ms ...match) {
 
 func (c *chain) accept(comment string, ms ...match) { c.add(action{verb: accept}, comment, ms...) }
 func (c *chain) drop(comment string, ms ...match)   { c.add(action{verb: drop}, comment, ms...) }
-func (c *chain) back(comment string, ms ...match)   { c.add(action{verb: back}, comment, ms...) }
+func (c *chain) ret(comment string, ms ...match)    { c.add(action{verb: ret}, comment, ms...) }
 func (c *chain) jump(to string, ms ...match)        { c.add(action{verb: jump, chain: to}, "", ms...) }
 func (c *chain) branch(to string, ms ...match)      { c.add(action{verb: branch, chain: to}, "", ms...) }
 

@@ -96,7 +96,7 @@ func (o observer) facts() (policy.Host, error) {
 // elsewhere are addresses of the internet that no host has (RFC 5737, RFC 3849),
 // and of the space that IANA gives out, by family: what the kernel would do with
 // packets to them is what it does by the default route.
-var elsewhere = map[bool][]netip.Addr{
+var probes = map[bool][]netip.Addr{
 	true:  {netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("203.0.113.1")},
 	false: {netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2000::1")},
 }
@@ -113,7 +113,7 @@ func (o observer) source(up routeEntry, v4 bool) (netip.Addr, error) {
 	if up.iface == "" {
 		return netip.Addr{}, nil
 	}
-	for _, dst := range elsewhere[v4] {
+	for _, dst := range probes[v4] {
 		routes, err := o.nl.RouteGetWithOptions(dst.AsSlice(), &netlink.RouteGetOptions{Oif: up.iface})
 		if err != nil && !slices.ContainsFunc(noRoute, func(e error) bool { return errors.Is(err, e) }) {
 			return netip.Addr{}, fmt.Errorf("route to %v by %s: %w", dst, up.iface, err)
@@ -167,7 +167,7 @@ func usableName(n string) bool {
 // passing are the flags of addresses that aren't settled or go away by themselves
 // (rtnetlink(7), Linux include/uapi/linux/if_addr.h): tentative ones, those whose
 // check for duplicates failed or hasn't ended, and deprecated ones.
-const passing = unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED | unix.IFA_F_OPTIMISTIC | unix.IFA_F_DEPRECATED
+const unstable = unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED | unix.IFA_F_OPTIMISTIC | unix.IFA_F_DEPRECATED
 
 // lasting returns the addresses of the uplinks that others may be told. Of an IPv6
 // address IFA_F_SECONDARY means that it is temporary (if_addr.h: IFA_F_TEMPORARY).
@@ -179,7 +179,7 @@ func lasting(h policy.Host, list []netlink.Addr, names map[int]string) []netip.A
 		local, ok := toPrefix(a.IPNet)
 		at := local.Addr()
 		if !ok || names[a.LinkIndex] == "" || names[a.LinkIndex] != h.Uplink(at) || at.IsLinkLocalUnicast() ||
-			a.Scope >= unix.RT_SCOPE_LINK || a.Flags&passing != 0 || at.Is6() && a.Flags&unix.IFA_F_TEMPORARY != 0 {
+			a.Scope >= unix.RT_SCOPE_LINK || a.Flags&unstable != 0 || at.Is6() && a.Flags&unix.IFA_F_TEMPORARY != 0 {
 			continue
 		}
 		out = append(out, at)

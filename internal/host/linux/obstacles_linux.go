@@ -106,14 +106,14 @@ func obstacle(s sample, f finding, protocol string) (host.Problem, bool) {
 	}
 	if !f.stops() {
 		return host.Problem{
-			Step:    lookAround,
+			Step:    stepOthers,
 			Message: fmt.Sprintf("what %s does with %spackets %s isn't known", f.where(), protocol, s.what),
 			Hint:    fmt.Sprintf("see that it lets %s through, in the software that the table belongs to", let),
 			Tunnel:  s.tunnel,
 		}, true
 	}
 	return host.Problem{
-		Step:    lookAround,
+		Step:    stepOthers,
 		Message: fmt.Sprintf("%s %s %spackets %s", f.where(), verb, protocol, s.what),
 		Hint:    fmt.Sprintf("let %s through there, in the software that the table belongs to", let),
 		Tunnel:  s.tunnel,
@@ -144,7 +144,7 @@ func bypass(h policy.Host, t *nftables.Table, f *nftables.Flowtable) []host.Prob
 	for _, up := range slices.Concat([]string{h.Uplink4, h.Uplink6}, h.Equal4, h.Equal6) {
 		if slices.Contains(f.Devices, up) {
 			return []host.Problem{{
-				Step: lookAround,
+				Step: stepOthers,
 				Message: fmt.Sprintf("flow table %s of table %s %s takes running flows on %s past every packet filter",
 					f.Name, familyName(t.Family), t.Name, up),
 				Hint: "keep interface " + h.Interface + " out of the rules that add flows there",
@@ -155,7 +155,7 @@ func bypass(h policy.Host, t *nftables.Table, f *nftables.Flowtable) []host.Prob
 }
 
 // lookAround is the step under which others' rules are reported.
-const lookAround = "look at other packet filters"
+const stepOthers = "look at other packet filters"
 
 // toInternet is what peers send to the internet, among the samples.
 const toInternet = "from peers to the internet"
@@ -274,7 +274,7 @@ func tunnelSamples(r *policy.Ruleset, outer []netip.AddrPort) []sample {
 		add(netip.AddrPortFrom(a, 40_000), h.Uplink(a), h.Source(a), "from devices", "to devices")
 	}
 	for _, far := range outer {
-		by, own := nextTo(h, far.Addr())
+		by, own := sourceTowards(h, far.Addr())
 		add(far, by, own, fmt.Sprintf("from the device at %v", far.Addr()), fmt.Sprintf("to the device at %v", far.Addr()))
 	}
 	return out
@@ -282,7 +282,7 @@ func tunnelSamples(r *policy.Ruleset, outer []netip.AddrPort) []sample {
 
 // nextTo returns the interface by which the host reaches a, as its longest prefix says, and
 // the host's address there.
-func nextTo(h policy.Host, a netip.Addr) (by string, own netip.Addr) {
+func sourceTowards(h policy.Host, a netip.Addr) (by string, own netip.Addr) {
 	by, own = h.Uplink(a), h.Source(a)
 	bits := 0
 	longer := func(name string, p netip.Prefix) bool {

@@ -76,8 +76,8 @@ func sourceIn(p netip.Prefix) []expr.Any {
 	}
 }
 
-// established matches as iptables does.
-func established() []expr.Any {
+// isEstablished matches as iptables does.
+func isEstablished() []expr.Any {
 	base := xt.ConntrackMtinfoBase{MatchFlags: uint16(xt.ConntrackState | xt.ConntrackStateAlias)}
 	for _, a := range []*[]byte{(*[]byte)(&base.OrigSrcAddr), (*[]byte)(&base.OrigDstAddr), (*[]byte)(&base.ReplSrcAddr), (*[]byte)(&base.ReplDstAddr),
 		(*[]byte)(&base.OrigSrcMask), (*[]byte)(&base.OrigDstMask), (*[]byte)(&base.ReplSrcMask), (*[]byte)(&base.ReplDstMask)} {
@@ -95,7 +95,7 @@ func docker(f foreign) {
 	f.rule(top, does(expr.VerdictJump, user.Name))
 	f.rule(top, does(expr.VerdictJump, own.Name))
 	f.rule(user, does(expr.VerdictReturn, ""))
-	f.rule(own, ifaceIs(expr.MetaKeyOIFNAME, expr.CmpOpEq, "docker0"), established(), does(expr.VerdictAccept, ""))
+	f.rule(own, ifaceIs(expr.MetaKeyOIFNAME, expr.CmpOpEq, "docker0"), isEstablished(), does(expr.VerdictAccept, ""))
 	f.rule(own, ifaceIs(expr.MetaKeyIIFNAME, expr.CmpOpEq, "docker0"), does(expr.VerdictAccept, ""))
 }
 
@@ -104,7 +104,7 @@ func ufw(f foreign) {
 	top := f.hook("FORWARD", nftables.ChainHookForward, nftables.ChainPolicyDrop)
 	before := f.chain("ufw-before-forward")
 	f.rule(top, does(expr.VerdictJump, before.Name))
-	f.rule(before, established(), does(expr.VerdictAccept, ""))
+	f.rule(before, isEstablished(), does(expr.VerdictAccept, ""))
 	f.rule(before, []expr.Any{&expr.Meta{Key: expr.MetaKeyPRANDOM, Register: 1},
 		&expr.Cmp{Op: expr.CmpOpGt, Register: 1, Data: binaryutil.NativeEndian.PutUint32(1 << 31)}}, does(expr.VerdictAccept, ""))
 }
@@ -257,7 +257,7 @@ func TestObstacleThatExpires(t *testing.T) {
 		t.Fatalf("before it expires: %+v", found)
 	}
 	for end := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-		g.p.others.again = time.Now() // it is time
+		g.p.others.recheckAt = time.Now() // it is time
 		found := g.others(r)
 		if len(found) == 0 {
 			break
@@ -288,7 +288,7 @@ func TestOwnTableIsNoObstacle(t *testing.T) {
 	g.open()
 	defer g.close()
 	wide := g.enforce(meshOf(grants{ann: all}))
-	g.do(func() error { return g.p.close(meshName) })
+	g.do(func() error { return g.p.loadClosed(meshName) })
 	report := g.inspect(wide)
 	if len(report.Drift) == 0 || len(report.Problems) > 0 {
 		t.Errorf("drift %v, problems %v", report.Drift, report.Problems)

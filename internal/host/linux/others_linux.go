@@ -23,10 +23,10 @@ type others struct {
 	sys    sysctls
 	// lists reads lists through sock. spent says that an exchange was given up: an answer
 	// that comes late would be taken for the next one's.
-	lists *nlconn.Nftables
-	sock  *nlconn.Conn
-	flows *conntrack
-	spent bool
+	lists     *nlconn.Nftables
+	sock      *nlconn.Conn
+	flows     *conntrack
+	outOfSync bool
 	// port is one that peers' flows are translated to, as what enforces chose it.
 	port atomic.Uint32
 	// mesh is the name of the mesh's interface.
@@ -35,9 +35,9 @@ type others struct {
 	holders holders
 	excess  excess
 	// looked is what others were last looked at for, and obstacles what was found then.
-	looked    occasion
-	again     time.Time // when it is looked at again all the same
-	obstacles []host.Problem
+	lastInputs lookInputs
+	recheckAt  time.Time // when it is looked at again all the same
+	obstacles  []host.Problem
 	// marks are those that peers' packets to the internet get before they are routed, by
 	// whether they are of IPv4, as of the last look.
 	marks map[bool]uint32
@@ -45,7 +45,7 @@ type others struct {
 
 // occasion is what the answer to a look at others depends on. It is compared, so
 // that nothing is read while all is as it was.
-type occasion struct {
+type lookInputs struct {
 	generation uint32 // of nftables
 	samples    string
 }
@@ -56,7 +56,7 @@ func newOthers(sys sysctls) (*others, error) {
 	if err != nil {
 		return nil, err
 	}
-	o := &others{worker: w, sys: sys, spent: true}
+	o := &others{worker: w, sys: sys, outOfSync: true}
 	if err := w.run(context.Background(), o.reopen); err != nil {
 		w.stop()
 		return nil, err
@@ -66,7 +66,7 @@ func newOthers(sys sysctls) (*others, error) {
 
 // reopen opens the sockets where they aren't, or mustn't be used any more.
 func (o *others) reopen() error {
-	if !o.spent {
+	if !o.outOfSync {
 		return nil
 	}
 	if err := o.close(); err != nil {
@@ -80,7 +80,7 @@ func (o *others) reopen() error {
 	if o.flows, err = openConntrack(); err != nil {
 		return err
 	}
-	o.spent = false
+	o.outOfSync = false
 	return nil
 }
 
@@ -98,7 +98,7 @@ func (o *others) close() error {
 }
 
 // end ends the worker when it has nothing to do, and closes the sockets then.
-func (o *others) end() error {
+func (o *others) release() error {
 	limit, cancel := context.WithTimeout(context.Background(), closeLimit)
 	defer cancel()
 	err := o.worker.run(limit, o.close)
@@ -109,9 +109,9 @@ func (o *others) end() error {
 // run does a look on the worker. The end of ctx ends what waits at the sockets.
 func (o *others) run(ctx context.Context, do func() error) error {
 	return o.worker.run(ctx, func() error {
-		o.worker.step.Store(lookAround)
+		o.worker.step.Store(stepOthers)
 		if err := o.reopen(); err != nil {
-			o.spent = true
+			o.outOfSync = true
 			return err
 		}
 		conns := []interface{ SetDeadline(time.Time) error }{o.sock, o.flows.dump}
@@ -121,7 +121,7 @@ func (o *others) run(ctx context.Context, do func() error) error {
 			}
 		})
 		err := do()
-		o.spent = !stop()
+		o.outOfSync = !stop()
 		return err
 	})
 }
@@ -143,7 +143,7 @@ func (p *Backend) Others(ctx context.Context, r *policy.Ruleset, outer []netip.A
 		out = slices.Concat(o.excess.found, o.obstacles, legacy, full)
 		return errors.Join(eerr, ferr, oerr, lerr)
 	})
-	if errors.Is(err, errHangs) {
+	if errors.Is(err, errHung) {
 		return nil, err // the look that was left behind may still write
 	}
 	ways, werr := p.otherWays(ctx, r, marks)
@@ -212,8 +212,8 @@ func (p *Backend) markOf(ctx context.Context, packet host.Packet) (mark uint32, 
 // of sets expire and quotas run out without a change of the ruleset. It is lookFactor
 // times as long as a look takes at least, which keeps that below 0.5 % of a core.
 const (
-	lookAgain  = time.Minute
-	lookFactor = 200
+	recheckAfter  = time.Minute
+	recheckFactor = 200
 )
 
 // lookAtOthers looks at others' rules where they, or what they are asked about, changed
@@ -224,17 +224,17 @@ func (o *others) lookAtOthers(ctx context.Context, r *policy.Ruleset, outer []ne
 		return err
 	}
 	all := samples(r, outer)
-	asked := occasion{now, fmt.Sprint(all)}
+	asked := lookInputs{now, fmt.Sprint(all)}
 	began := time.Now()
-	if asked == o.looked && began.Before(o.again) {
+	if asked == o.lastInputs && began.Before(o.recheckAt) {
 		return nil
 	}
 	found, err := o.findObstacles(ctx, r.Host(), all)
 	if err != nil {
-		o.looked = occasion{}
+		o.lastInputs = lookInputs{}
 		return err
 	}
-	o.looked, o.obstacles = asked, found
-	o.again = time.Now().Add(max(lookAgain, lookFactor*time.Since(began)))
+	o.lastInputs, o.obstacles = asked, found
+	o.recheckAt = time.Now().Add(max(recheckAfter, recheckFactor*time.Since(began)))
 	return nil
 }

@@ -16,10 +16,10 @@ import (
 const (
 	// crowdedShare is the part of the range, one in so many ports, from which on it is
 	// said that sockets have it: so many of peers' first packets are lost.
-	crowdedShare = 64
+	boundShare = 64
 	// betweenCuts is how long after flows were deleted for a port that a program took
 	// the next are, at least: any user takes ports, and all flows are read for it.
-	betweenCuts = time.Minute
+	cutInterval = time.Minute
 )
 
 // ports is the range that peers' translated flows leave from.
@@ -31,8 +31,8 @@ type ports struct {
 	host        hostPorts
 	// strays says that flows of peers may have ports that sockets have by now; they
 	// were last deleted at cutAt.
-	strays bool
-	cutAt  time.Time
+	collisions bool
+	cutAt      time.Time
 	// failed is why ports of sockets couldn't be left out.
 	failed error
 }
@@ -71,7 +71,7 @@ func (p *Backend) observePorts(h *policy.Host) error {
 	p.ports.around = settled.around(p.ports.now)
 	for _, port := range host.boundIn(p.ports.around) {
 		if _, ok := had[port]; !ok {
-			p.ports.strays = true
+			p.ports.collisions = true
 		}
 	}
 	return nil
@@ -80,7 +80,7 @@ func (p *Backend) observePorts(h *policy.Host) error {
 // leaveBound leaves out the ports of the range that sockets of the host have by now,
 // and deletes the flows that have them. It changes elements of a set: to choose another
 // range would load the table, which any user could bring about at each look.
-func (p *Backend) leaveBound(ctx context.Context) {
+func (p *Backend) excludeBound(ctx context.Context) {
 	if p.filter.loaded == nil || p.ports.now != p.loadedPorts || p.enforced == nil {
 		return // the next load has them
 	}
@@ -90,7 +90,7 @@ func (p *Backend) leaveBound(ctx context.Context) {
 	if p.ports.failed = p.filter.replaceSet(boundSet(with.sockets)); p.ports.failed == nil {
 		p.renderWith(with)
 	}
-	if p.ports.failed != nil || !p.ports.strays || !p.ports.cutAt.IsZero() && time.Since(p.ports.cutAt) < betweenCuts {
+	if p.ports.failed != nil || !p.ports.collisions || !p.ports.cutAt.IsZero() && time.Since(p.ports.cutAt) < cutInterval {
 		return
 	}
 	r, host := p.enforced, p.ports.host
@@ -104,12 +104,12 @@ func (p *Backend) leaveBound(ctx context.Context) {
 		if _, ok := r.PeerByAddr(e.orig.src); !ok {
 			return nil
 		}
-		return p.flows.forget(e)
+		return p.flows.queueDelete(e)
 	})
 	if err == nil {
 		err = p.flows.flush()
 	}
-	p.ports.strays, p.ports.cutAt, p.ports.failed = err != nil, time.Now(), err
+	p.ports.collisions, p.ports.cutAt, p.ports.failed = err != nil, time.Now(), err
 }
 
 // driftPorts says whether the table translates to another range than was observed.
@@ -125,22 +125,22 @@ func (p *Backend) driftPorts() []string {
 func (p *Backend) portProblems() (out []host.Problem) {
 	if p.ports.failed != nil {
 		out = append(out, host.Problem{
-			Step: lookAround, Message: "flows of peers may have ports that sockets of this host have: " + p.ports.failed.Error(),
+			Step: stepOthers, Message: "flows of peers may have ports that sockets of this host have: " + p.ports.failed.Error(),
 			Hint: "the helper tries again",
 		})
 	}
 	if p.ports.now.size() == 0 {
 		return append(out, host.Problem{
-			Step: lookAround,
+			Step: stepOthers,
 			Message: fmt.Sprintf("no %d ports in a row are left for peers' flows to the internet and the lan, so that these are refused: "+
 				"the others are privileged, local (net.ipv4.ip_local_port_range), reserved (net.ipv4.ip_local_reserved_ports) or WireGuard's", minPorts),
 			Hint: "narrow net.ipv4.ip_local_port_range, to 32768 60999 as by default",
 		})
 	}
-	if n := len(p.ports.host.boundIn(p.ports.now)); n*crowdedShare > p.ports.now.size() {
+	if n := len(p.ports.host.boundIn(p.ports.now)); n*boundShare > p.ports.now.size() {
 		uid, most := p.ports.host.most(p.ports.now)
 		out = append(out, host.Problem{
-			Step: lookAround,
+			Step: stepOthers,
 			Message: fmt.Sprintf("sockets of this host have %d of the %d ports that peers' flows leave from, %d of them those of the user with the id %d: "+
 				"as large a part of the first packets of peers' flows is lost", n, p.ports.now.size(), most, uid),
 			Hint: "end the programs that have so many ports: `ss -lntup` lists them",

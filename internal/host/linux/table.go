@@ -47,16 +47,16 @@ var (
 
 	// Bits of NFT_CT_STATE: invalid 1, established 2, related 4, new 8,
 	// untracked 64.
-	running   = bits("established", 2)
-	related   = bits("related", 4)
-	nameless  = bits("invalid,untracked", 1|64)
-	dnat      = bits("dnat", 1<<5)      // IPS_DST_NAT
-	confirmed = bits("confirmed", 1<<3) // IPS_CONFIRMED: not a flow's first packet
+	established = bits("established", 2)
+	related     = bits("related", 4)
+	noFlow      = bits("invalid,untracked", 1|64)
+	dnat        = bits("dnat", 1<<5)      // IPS_DST_NAT
+	confirmed   = bits("confirmed", 1<<3) // IPS_CONFIRMED: not a flow's first packet
 	// helped is IPS_HELPER: a rule assigned a helper to the flow, such as FTP's, which
 	// has the kernel expect flows that a packet announces (nft_ct.c, xt_CT.c and
 	// nf_conntrack_helper.c in net/netfilter). nft has no name for it, and its "ct
 	// helper" is the helper of an expected flow's parent.
-	helped    = bits("0x2000", 1<<13)
+	hasHelper = bits("0x2000", 1<<13)
 	syn       = number("syn", 2)
 	dnsPort   = number("53", 0, 53)
 	icmp4     = number("icmp", policy.ProtoICMP)
@@ -144,12 +144,12 @@ func compile(r *policy.Ruleset, p params) *table {
 	for _, f := range families {
 		c.sets = append(c.sets, c.classSets(f)...)
 		c.sets = append(c.sets, c.peerSets(f)...)
-		c.sets = append(c.sets, searchSets(f)...)
+		c.sets = append(c.sets, lanSets(f)...)
 	}
 	c.sets = append(c.sets, icmpErrors()...)
 	c.sets = append(c.sets, boundSet(c.sockets))
 	c.ingress()
-	c.carried()
+	c.protocols()
 	for _, f := range families {
 		c.unclaimed(f)
 	}
@@ -158,7 +158,7 @@ func compile(r *policy.Ruleset, p params) *table {
 	c.input()
 	c.forward()
 	c.output()
-	c.leave()
+	c.egress()
 	return c.table
 }
 
@@ -295,7 +295,7 @@ func (c *compiler) ingress() {
 		out.drop("the host's mesh address, not from the mesh", in("own"+f.suffix, f.dst))
 		out.drop("a peer's source, not from the mesh", in("peers"+f.suffix, f.src))
 		out.drop("no other host reaches a peer", in("peers"+f.suffix, f.dst))
-		c.unassigned(out, f)
+		c.dropUnassigned(out, f)
 	}
 }
 
@@ -310,12 +310,12 @@ func portValue(p uint16) value { return number(strconv.Itoa(int(p)), port(p)...)
 // carried returns for the protocols that peers may use, and drops the others: a
 // NAT tells their flows apart by addresses alone. It names those that pass, since
 // a header that the kernel can't read has no protocol.
-func (c *compiler) carried() {
+func (c *compiler) protocols() {
 	p := c.chain("carried")
-	p.back("", is(l4proto, tcp))
-	p.back("", is(l4proto, udp))
+	p.ret("", is(l4proto, tcp))
+	p.ret("", is(l4proto, udp))
 	for _, f := range families {
-		p.back("", is(nfproto, f.proto), is(l4proto, f.icmpProto))
+		p.ret("", is(nfproto, f.proto), is(l4proto, f.icmpProto))
 	}
 	p.drop("only TCP, UDP and ICMP")
 }
@@ -326,7 +326,7 @@ func (c *compiler) carried() {
 func (c *compiler) judge() {
 	j := c.hook("judge", "filter", "prerouting", afterConntrack)
 	j.accept("", isNot(iifname, c.mesh))
-	j.drop("no flow: malformed or out of place", has(ctState, nameless))
+	j.drop("no flow: malformed or out of place", has(ctState, noFlow))
 	for _, f := range families {
 		j.branch("quoted", in(f.icmpErrors, f.icmp))
 	}
@@ -338,7 +338,7 @@ func (c *compiler) judge() {
 	}
 	j.drop("no other host opens a flow to a peer", is(ctDirection, reply))
 	j.jump(asSent.name)
-	c.bound(j)
+	c.limitFlows(j)
 
 	q := c.chain("quoted")
 	for _, f := range families {
@@ -398,7 +398,7 @@ func (c *compiler) timeLimits() {
 
 // bound is for the first packet of a flow, where it may be opened. Later ones aren't
 // counted: one flow takes one place, also one that is never answered.
-func (c *compiler) bound(j *chain) {
+func (c *compiler) limitFlows(j *chain) {
 	if c.flowsPerPeer == 0 {
 		return
 	}
@@ -406,7 +406,7 @@ func (c *compiler) bound(j *chain) {
 		for _, proto := range [...]value{tcp, udp} {
 			j.add(action{verb: expire, timeout: "peer_" + proto.text + f.suffix}, "", lacks(ctStatus, confirmed), is(nfproto, f.proto), is(l4proto, proto))
 		}
-		j.drop("the peer has too many flows", lacks(ctStatus, confirmed), more("flows"+f.suffix, f.src, f.dst, c.flowsPerPeer))
+		j.drop("the peer has too many flows", lacks(ctStatus, confirmed), exceeds("flows"+f.suffix, f.src, f.dst, c.flowsPerPeer))
 	}
 }
 
@@ -451,7 +451,7 @@ func (c *compiler) permittedFamily(v view, f family) {
 	p := c.chain(v.name + f.suffix)
 	p.drop("martian", in("martian"+f.suffix, dst))
 	p.branch(v.name+"_self"+f.suffix, in("self"+f.suffix, dst))
-	c.eachMesh(f, func(m netip.Prefix) { p.drop("mesh: the host does not forward between peers", within(dst, m)) })
+	c.eachMeshPrefix(f, func(m netip.Prefix) { p.drop("mesh: the host does not forward between peers", within(dst, m)) })
 	if c.formerOutside(f) {
 		p.drop("mesh: a removed peer's address", in("former"+f.suffix, dst))
 	}
@@ -459,11 +459,11 @@ func (c *compiler) permittedFamily(v view, f family) {
 		for _, to := range c.r.OutsidePorts() {
 			p.drop("WireGuard's port, by way of the router", in("outside"+f.suffix, dst), is(ctProtocol, udp), is(ctOrigDport, portValue(to)))
 		}
-		p.back("lan", in("lan"+f.suffix, dst), in("may_lan"+f.suffix, src))
+		p.ret("lan", in("lan"+f.suffix, dst), in("may_lan"+f.suffix, src))
 	}
 	p.drop("lan needs routing and lan", in("lan"+f.suffix, dst))
 	if c.forwards(f) && len(c.uplinks(f)) > 0 {
-		p.back("internet", in("internet"+f.suffix, dst), in("may_routing"+f.suffix, src))
+		p.ret("internet", in("internet"+f.suffix, dst), in("may_routing"+f.suffix, src))
 	}
 	p.drop("")
 }
@@ -473,10 +473,10 @@ func (c *compiler) permittedHost(v view, f family) {
 	if port, ok := c.listenPort(); ok {
 		s.drop("WireGuard's port, through the tunnel", is(ctProtocol, udp), is(ctOrigDport, port))
 	}
-	s.back("incoming", in("may_incoming"+f.suffix, v.src(f)))
+	s.ret("incoming", in("may_incoming"+f.suffix, v.src(f)))
 	if c.r.Mesh().DNS {
 		for _, proto := range [...]value{tcp, udp} {
-			s.back("the host's DNS", in("own"+f.suffix, v.dst(f)), is(ctProtocol, proto),
+			s.ret("the host's DNS", in("own"+f.suffix, v.dst(f)), is(ctProtocol, proto),
 				is(ctOrigDport, dnsPort), in("may_routing"+f.suffix, v.src(f)))
 		}
 	}
@@ -492,7 +492,7 @@ func (c *compiler) formerOutside(f family) bool {
 }
 
 // eachMesh calls do for each mesh prefix of a family.
-func (c *compiler) eachMesh(f family, do func(netip.Prefix)) {
+func (c *compiler) eachMeshPrefix(f family, do func(netip.Prefix)) {
 	for _, p := range c.r.Sets().Mesh {
 		if f.belongs(p.Addr()) {
 			do(p)
@@ -554,7 +554,7 @@ func (c *compiler) fromMesh() {
 	m := c.chain("from_mesh")
 	m.drop("from peer to peer", is(oifname, c.mesh))
 	m.drop("", is(ctDirection, reply))
-	m.drop("a helper would let others open flows to it", has(ctStatus, helped))
+	m.drop("a helper would let others open flows to it", has(ctStatus, hasHelper))
 	m.drop("redirected from where it was sent to", has(ctStatus, dnat))
 	m.jump(asSent.name)
 	c.clamp(m)
@@ -575,7 +575,7 @@ func (c *compiler) toMesh() {
 	m := c.chain("to_mesh")
 	// Everything below goes by the packet's own addresses, which tell the
 	// opener only where conntrack knows the flow.
-	m.drop("no flow, so it has no opener", has(ctState, nameless))
+	m.drop("no flow, so it has no opener", has(ctState, noFlow))
 	m.drop("no host opens a flow to a peer", is(ctDirection, original))
 	m.drop("redirected from where it was sent to", has(ctStatus, dnat))
 	m.jump("carried")
@@ -619,9 +619,9 @@ func (c *compiler) output() {
 	for _, f := range families {
 		o.branch("to_peer", in("peers"+f.suffix, f.dst))
 	}
-	c.tunnel(o)
+	c.acceptTunnel(o)
 	for _, f := range families {
-		c.unassigned(o, f)
+		c.dropUnassigned(o, f)
 	}
 
 	p := c.chain("to_peer")
@@ -655,7 +655,7 @@ func (c *compiler) output() {
 // peers and unassigned mesh addresses included, but not those of peers, which the
 // rules before it judge. They leave from its port, by a socket of this process's
 // user: a forwarded packet may have the same port.
-func (c *compiler) tunnel(to *chain) {
+func (c *compiler) acceptTunnel(to *chain) {
 	if port, ok := c.listenPort(); ok {
 		to.accept("WireGuard's own", isNot(oifname, c.mesh), is(l4proto, udp), is(sport, port),
 			is(skuid, bits(strconv.Itoa(int(c.uid)), c.uid)))
@@ -663,10 +663,10 @@ func (c *compiler) tunnel(to *chain) {
 }
 
 // unassigned drops what goes to a mesh address that no peer has.
-func (c *compiler) unassigned(to *chain, f family) {
+func (c *compiler) dropUnassigned(to *chain, f family) {
 	to.accept("", in("self"+f.suffix, f.dst))
 	to.drop("a removed peer's address", in("former"+f.suffix, f.dst))
-	c.eachMesh(f, func(p netip.Prefix) { to.branch("unclaimed"+f.suffix, within(f.dst, p)) })
+	c.eachMeshPrefix(f, func(p netip.Prefix) { to.branch("unclaimed"+f.suffix, within(f.dst, p)) })
 }
 
 // unclaimed judges the mesh addresses that are neither a peer's nor the host's:
@@ -685,7 +685,7 @@ func (c *compiler) unclaimed(f family) {
 // leave translates peers' packets and takes the last look at what leaves, also
 // when another interface was chosen after the other hooks, and when this process
 // is no longer alive.
-func (c *compiler) leave() {
+func (c *compiler) egress() {
 	n := c.hook("source_nat", "nat", "postrouting", sourceNAT)
 	for _, f := range families {
 		n.branch("translate", isNot(oifname, c.mesh), in("peers"+f.suffix, f.src))
@@ -695,28 +695,28 @@ func (c *compiler) leave() {
 	e := c.hook("egress", "filter", "postrouting", afterNAT)
 	e.accept("", is(oifname, c.mesh))
 	e.accept("", is(oifname, name("lo")))
-	c.secured(e)
+	c.dropIPsec(e)
 	for _, f := range families {
 		e.drop("untranslated", in("peers"+f.suffix, f.src))
 		e.drop("in clear", in("peers"+f.suffix, f.dst))
 	}
 	// A rule behind the forward chain may have assigned one.
-	e.drop("a helper would let others open flows to it", is(iifname, c.mesh), has(ctStatus, helped))
+	e.drop("a helper would let others open flows to it", is(iifname, c.mesh), has(ctStatus, hasHelper))
 	// Another program's translation may have been first, and an older flow may be
 	// from a time when the host had other ports. Kernels before 5.7 don't know here where a
 	// packet came in.
 	for _, proto := range [...]value{tcp, udp} {
 		if c.ports.size() > 0 {
-			e.drop("a peer's, from a port that may be the host's", is(iifname, c.mesh), is(l4proto, proto), beside(sport, c.around))
+			e.drop("a peer's, from a port that may be the host's", is(iifname, c.mesh), is(l4proto, proto), notInPorts(sport, c.around))
 			// A new flow that drew such a port isn't in conntrack yet (nf_confirm is last
 			// at this hook, NF_IP_PRI_CONNTRACK_CONFIRM), so that the packet that is sent
 			// again draws another.
 			e.drop("a peer's, from the port of a socket of the host", is(iifname, c.mesh), is(l4proto, proto), in(boundName, sport))
 		}
 	}
-	c.tunnel(e)
+	c.acceptTunnel(e)
 	for _, f := range families {
-		c.unassigned(e, f)
+		c.dropUnassigned(e, f)
 	}
 }
 

@@ -19,23 +19,23 @@ import (
 type transaction struct {
 	// Conn encodes and sends nothing: whatever it would send is caught.
 	*nftables.Conn
-	caught *[]netlink.Message
-	wire   *netlink.Conn
+	captured *[]netlink.Message
+	wire     *netlink.Conn
 }
 
 // errCaught ends the library's own sending.
-var errCaught = errors.New("caught")
+var errCaptured = errors.New("caught")
 
 func newTransaction() (transaction, error) {
-	t := transaction{caught: new([]netlink.Message)}
+	t := transaction{captured: new([]netlink.Message)}
 	var err error
 	t.Conn, err = nftables.New(nftables.WithTestDial(func(ms []netlink.Message) ([]netlink.Message, error) {
 		for _, m := range ms {
 			if m.Header.Type != unix.NFNL_MSG_BATCH_BEGIN && m.Header.Type != unix.NFNL_MSG_BATCH_END {
-				*t.caught = append(*t.caught, m)
+				*t.captured = append(*t.captured, m)
 			}
 		}
-		return nil, errCaught
+		return nil, errCaptured
 	}))
 	if err != nil {
 		return t, err
@@ -50,8 +50,8 @@ func newTransaction() (transaction, error) {
 }
 
 // catch takes over what the library has encoded so far, so that order is kept.
-func (t *transaction) catch() error {
-	if err := t.Conn.Flush(); err != nil && !errors.Is(err, errCaught) {
+func (t *transaction) capture() error {
+	if err := t.Conn.Flush(); err != nil && !errors.Is(err, errCaptured) {
 		return err
 	}
 	return nil
@@ -59,21 +59,21 @@ func (t *transaction) catch() error {
 
 // discard forgets what was collected.
 func (t *transaction) discard() error {
-	err := t.catch()
-	*t.caught = nil
+	err := t.capture()
+	*t.captured = nil
 	return err
 }
 
 // addRule appends a rule to a chain of our table.
 func (t *transaction) addRule(r rule, chain string) error {
-	if err := t.catch(); err != nil {
+	if err := t.capture(); err != nil {
 		return err
 	}
 	m, err := ruleMessage(r, chain)
 	if err != nil {
 		return fmt.Errorf("rule %q: %w", r, err)
 	}
-	*t.caught = append(*t.caught, m)
+	*t.captured = append(*t.captured, m)
 	return nil
 }
 
@@ -119,14 +119,14 @@ func ruleMessage(r rule, chain string) (netlink.Message, error) {
 
 // addTimeouts adds timeouts to our table (NFT_MSG_NEWOBJ).
 func (t *transaction) addTimeouts(o timeouts) error {
-	if err := t.catch(); err != nil {
+	if err := t.capture(); err != nil {
 		return err
 	}
 	m, err := timeoutsMessage(o)
 	if err != nil {
 		return fmt.Errorf("timeouts %s: %w", o.name, err)
 	}
-	*t.caught = append(*t.caught, m)
+	*t.captured = append(*t.captured, m)
 	return nil
 }
 
@@ -175,9 +175,9 @@ func timeoutsMessage(o timeouts) (netlink.Message, error) {
 // send sends all that was collected as one transaction, and returns the kernel's
 // errors about it.
 func (t *transaction) send() error {
-	err := t.catch()
-	ms := *t.caught
-	*t.caught = nil
+	err := t.capture()
+	ms := *t.captured
+	*t.captured = nil
 	if err != nil || len(ms) == 0 {
 		return err
 	}

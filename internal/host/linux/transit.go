@@ -56,7 +56,7 @@ func (c *compiler) bridged(f *chain) {
 // before it is among the host's facts. It is asked after translation, whose source is
 // what policies select by. Before Linux 5.7 a packet that leaves has no input
 // interface here, and the facts alone hold.
-func (c *compiler) secured(to *chain) {
+func (c *compiler) dropIPsec(to *chain) {
 	if !c.ipsec {
 		return
 	}

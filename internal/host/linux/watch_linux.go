@@ -83,17 +83,17 @@ func (p *Backend) Watch(ctx context.Context, changed func()) error {
 		return err
 	}
 	changed() // for what happened while there were no sockets
-	return w.follow(ctx, changed)
+	return w.watch(ctx, changed)
 }
 
 // follow calls changed for messages that matter until ctx ends or a socket fails, and
 // closes the sockets.
-func (w watchSockets) follow(ctx context.Context, changed func()) error {
+func (w watchSockets) watch(ctx context.Context, changed func()) error {
 	g, ctx := errgroup.WithContext(ctx)
 	closed := make(chan error, 1)
 	stop := context.AfterFunc(ctx, func() { closed <- w.close() })
 	all := func([]netlink.Message) bool { return true }
-	g.Go(func() error { return follow(ctx, w.route, changed, (&addressNews{}).matter) })
+	g.Go(func() error { return follow(ctx, w.route, changed, (&addressTracker{}).anyChange) })
 	if w.ipsec != nil {
 		g.Go(func() error { return follow(ctx, w.ipsec, changed, all) })
 	}
@@ -107,7 +107,7 @@ func (w watchSockets) follow(ctx context.Context, changed func()) error {
 }
 
 // maxOdd is how many messages in a row may be odd before the socket counts as failed.
-const maxOdd = 16
+const maxBadMessages = 16
 
 // follow calls changed for messages that matter until ctx ends or the socket fails. After
 // messages were lost it asks about none, once.
@@ -120,7 +120,7 @@ func follow(ctx context.Context, c *nlconn.Conn, changed func(), matters func([]
 		case errors.Is(err, syscall.ENOBUFS), errors.Is(err, syscall.EINTR):
 			matters(nil)
 			changed()
-		case errors.Is(err, os.ErrClosed), errors.Is(err, syscall.EBADF), err != nil && odd >= maxOdd:
+		case errors.Is(err, os.ErrClosed), errors.Is(err, syscall.EBADF), err != nil && odd >= maxBadMessages:
 			return fmt.Errorf("watch host: %w", err)
 		case err != nil:
 			// An odd message: whatever it was, look.
@@ -138,7 +138,7 @@ func follow(ctx context.Context, c *nlconn.Conn, changed func(), matters func([]
 // addressNews tells messages that change an address from those that only renew its
 // lifetimes: the kernel sends one for each router advertisement and address (RFC 4862
 // 5.5.3), so that any neighbour could have the host looked at as often as it likes.
-type addressNews struct {
+type addressTracker struct {
 	known map[string]string // what was last told of an address, by what makes it one
 }
 
@@ -147,19 +147,19 @@ const maxKnownAddresses = 4096
 
 // matter reports whether some message is more than a renewal; none says that messages
 // were lost.
-func (n *addressNews) matter(ms []netlink.Message) bool {
+func (n *addressTracker) anyChange(ms []netlink.Message) bool {
 	if len(ms) == 0 || len(n.known) > maxKnownAddresses {
 		n.known = nil
 	}
 	news := len(ms) == 0
 	for _, m := range ms {
-		news = !n.renews(m) || news
+		news = !n.isRenewal(m) || news
 	}
 	return news
 }
 
 // renews reports whether a message says of an address what was known, lifetimes aside.
-func (n *addressNews) renews(m netlink.Message) bool {
+func (n *addressTracker) isRenewal(m netlink.Message) bool {
 	if m.Header.Type != unix.RTM_NEWADDR && m.Header.Type != unix.RTM_DELADDR || len(m.Data) < unix.SizeofIfAddrmsg {
 		return false
 	}

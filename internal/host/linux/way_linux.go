@@ -195,7 +195,7 @@ func toPeers(r *policy.Ruleset, own netip.Addr) (out []host.Packet) {
 		}
 		return netip.Addr{}, false
 	}
-	far := elsewhere[own.Is4()][0]
+	far := probes[own.Is4()][0]
 	if a, ok := first(mesh.Routing); ok && h.Uplink(own) != "" && h.Forwarding.Of(own) {
 		out = append(out, host.Packet{In: h.Uplink(own), Packet: policy.Packet{Src: far, Dst: a}})
 	}
@@ -216,7 +216,7 @@ func (p *Backend) waysOut(r *policy.Ruleset, marks map[bool]uint32) (out []host.
 			continue
 		}
 		for _, from := range r.Peers()[i].Addresses {
-			for _, to := range elsewhere[own.Is4()] {
+			for _, to := range probes[own.Is4()] {
 				if from.Is4() != own.Is4() || r.Class(to) != policy.Internet {
 					continue
 				}

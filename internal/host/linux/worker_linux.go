@@ -27,7 +27,7 @@ const (
 
 // errHangs is the error of a call that was left behind while it hangs, and of one
 // that can't begin because of it.
-var errHangs = errors.New("the kernel or the disk doesn't answer")
+var errHung = errors.New("the kernel or the disk doesn't answer")
 
 // worker runs calls one after the other on a thread in one network namespace. A
 // caller waits no longer than its context: most of netlink works inside sendmsg(2),
@@ -42,12 +42,12 @@ type worker struct {
 }
 
 type job struct {
-	do   func() error
-	done chan ending
-	left chan struct{} // closed when the caller has gone
+	do        func() error
+	done      chan result
+	abandoned chan struct{} // closed when the caller has gone
 }
 
-type ending struct {
+type result struct {
 	err      error
 	panicked any
 }
@@ -101,7 +101,7 @@ func (w *worker) work() {
 			o := j.run()
 			select {
 			case j.done <- o:
-			case <-j.left:
+			case <-j.abandoned:
 				if o.panicked != nil {
 					panic(o.panicked)
 				}
@@ -113,27 +113,27 @@ func (w *worker) work() {
 }
 
 // run hands a panic on to the caller, on whose goroutine it belongs.
-func (j job) run() (o ending) {
+func (j job) run() (o result) {
 	defer func() {
 		if v := recover(); v != nil {
 			o.panicked = v
 		}
 	}()
-	return ending{err: j.do()}
+	return result{err: j.do()}
 }
 
 // run has do done and returns its error. When ctx ends it waits for graceLimit and
 // then leaves the call behind; the next one begins when that has ended.
 func (w *worker) run(ctx context.Context, do func() error) error {
-	j := job{do: do, done: make(chan ending), left: make(chan struct{})}
-	defer close(j.left)
+	j := job{do: do, done: make(chan result), abandoned: make(chan struct{})}
+	defer close(j.abandoned)
 	select {
 	case w.jobs <- j:
 	default:
 		select {
 		case w.jobs <- j:
 		case <-ctx.Done():
-			return w.hangs(ctx, "an earlier call hasn't ended: ")
+			return w.hung(ctx, "an earlier call hasn't ended: ")
 		}
 	}
 	select {
@@ -147,24 +147,24 @@ func (w *worker) run(ctx context.Context, do func() error) error {
 	case o := <-j.done:
 		return o.unpack()
 	case <-grace.C:
-		return w.hangs(ctx, "")
+		return w.hung(ctx, "")
 	}
 }
 
-func (o ending) unpack() error {
+func (o result) unpack() error {
 	if o.panicked != nil {
 		panic(o.panicked)
 	}
 	return o.err
 }
 
-func (w *worker) hangs(ctx context.Context, what string) error {
+func (w *worker) hung(ctx context.Context, what string) error {
 	step, _ := w.step.Load().(string)
 	if step == "" {
 		step = "look at the host"
 	}
 	return &host.StepError{
-		Step: step, Err: fmt.Errorf("%s%w: %w", what, errHangs, context.Cause(ctx)),
+		Step: step, Err: fmt.Errorf("%s%w: %w", what, errHung, context.Cause(ctx)),
 		Hint: "see the kernel's log (dmesg); it may be that a disk is frozen or another program holds a lock of the kernel's",
 	}
 }
@@ -181,7 +181,7 @@ func (p *Backend) run(ctx context.Context, do func() error) error {
 		defer func() { p.unbind() }()
 		err := do()
 		if ctx.Err() != nil {
-			p.spent = true
+			p.outOfSync = true
 		}
 		return err
 	})
@@ -194,7 +194,7 @@ func ask[T any](ctx context.Context, p *Backend, do func() (T, error)) (T, error
 		answer, err = do()
 		return err
 	})
-	if errors.Is(err, errHangs) {
+	if errors.Is(err, errHung) {
 		var none T // a call that was left behind may still write its answer
 		return none, err
 	}
@@ -226,7 +226,7 @@ func (p *Backend) bind(ctx context.Context) {
 	p.unbind = func() {
 		p.unbind = func() {}
 		if !stop() {
-			p.spent = true // ctx has ended, and may be at the sockets only now
+			p.outOfSync = true // ctx has ended, and may be at the sockets only now
 			return
 		}
 		for _, c := range conns {
@@ -239,13 +239,13 @@ func (p *Backend) bind(ctx context.Context) {
 const socketLimit = time.Minute
 
 // closing does what closes, also after ctx has ended.
-func (p *Backend) closing(ctx context.Context, do func() error) error {
+func (p *Backend) withCloseLimit(ctx context.Context, do func() error) error {
 	p.unbind()
 	fresh, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeLimit)
 	defer cancel()
 	defer func() { p.unbind() }()
 	if ctx.Err() != nil {
-		p.spent = true
+		p.outOfSync = true
 	}
 	if err := p.reopen(); err != nil {
 		return errors.Join(err, do())
@@ -259,7 +259,7 @@ func (p *Backend) closing(ctx context.Context, do func() error) error {
 // out answers to other questions by itself.) Whether a transaction that was given up
 // has been done isn't known.
 func (p *Backend) reopen() error {
-	if !p.spent {
+	if !p.outOfSync {
 		return nil
 	}
 	f, err := openFilter()
@@ -282,7 +282,7 @@ func (p *Backend) reopen() error {
 	_ = p.routes.Close()
 	_ = p.flows.close()
 	_ = p.ports.diag.Close()
-	*p.filter, p.routes, p.spent = *f, routes, false
+	*p.filter, p.routes, p.outOfSync = *f, routes, false
 	p.flows, p.ports.diag = flows, diag
 	return nil
 }

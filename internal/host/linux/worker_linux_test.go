@@ -67,7 +67,7 @@ func TestStalledStep(t *testing.T) {
 				defer cancel()
 				err := call(ctx)
 				var step *host.StepError
-				if !errors.Is(err, errHangs) || !errors.As(err, &step) || step.Step != StepTable {
+				if !errors.Is(err, errHung) || !errors.As(err, &step) || step.Step != StepTable {
 					t.Errorf("%s, %s: %v", name, end.name, err)
 				}
 			})
@@ -177,7 +177,7 @@ func TestSilentKernel(t *testing.T) {
 					time.AfterFunc(shortly, cancel)
 				}
 				defer cancel()
-				if err := call(ctx); err == nil || errors.Is(err, errHangs) {
+				if err := call(ctx); err == nil || errors.Is(err, errHung) {
 					t.Errorf("%s of a silent kernel: %v", name, err)
 				}
 			})
@@ -218,10 +218,10 @@ func TestFrozenDisk(t *testing.T) {
 	g.open()
 	g.enforce(meshOf(grants{ann: all}))
 	thaw := make(chan struct{})
-	freeze(t, g.p.forward.saver)
+	freeze(t, g.p.forward.writer)
 	go func() {
 		<-thaw
-		g.p.forward.saver.work()
+		g.p.forward.writer.run()
 	}()
 	returns(t, "Enforce", func() { g.enforce(meshOf(grants{ann: mesh.Incoming})) })
 	if now := g.p.forward.now(meshName); now.IPv4 || now.IPv6 {
@@ -242,7 +242,7 @@ func TestFrozenDisk(t *testing.T) {
 			t.Error(err)
 			return
 		}
-		if err := g.p.Enforce(ctx, r); !errors.Is(err, errHangs) {
+		if err := g.p.Enforce(ctx, r); !errors.Is(err, errHung) {
 			t.Errorf("Enforce of what widens: %v", err)
 		}
 	})
@@ -258,7 +258,7 @@ func TestFrozenDisk(t *testing.T) {
 }
 
 // freeze has a write of the journal begin that doesn't end by itself.
-func freeze(t *testing.T, s *saver) {
+func freeze(t *testing.T, s *journalWriter) {
 	t.Helper()
 	for range 10000 {
 		s.mu.Lock()
