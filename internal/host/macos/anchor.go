@@ -35,7 +35,7 @@ type AnchorOptions struct {
 	// Before are other interfaces that peers' packets could leave by at some time.
 	// Rules for one that comes and goes stay, so that the anchor needn't be loaded
 	// each time.
-	Before []Egress // optional
+	PastEgress []Egress // optional
 	// Ports is the range that peers' packets leave with, in which this host has no
 	// socket and gives none a port. NoPorts says that there is none: then nothing is
 	// translated, and so none of them leaves.
@@ -106,8 +106,8 @@ func Compile(r *policy.Ruleset, o AnchorOptions) (*Anchor, error) {
 	b.translate()
 	b.fromPeers()
 	b.towardsPeers()
-	b.elsewhere()
-	b.leaving()
-	b.closeTransit()
+	b.otherInterfaces()
+	b.leavingPackets()
+	b.blockTransit()
 	return &Anchor{Path: path, Lines: append(b.tableLines(), b.lines...)}, nil
 }

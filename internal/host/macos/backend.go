@@ -31,7 +31,7 @@ type Backend struct {
 	sysctl   *darwin.Sysctl
 	ifconfig *darwin.Ifconfig
 	router   *darwin.Router
-	taking   string // the step that is being taken
+	currentStep   string // the step that is being taken
 
 	j    *journal
 	cfg  host.Interface
@@ -46,22 +46,22 @@ type Backend struct {
 	// drifted says that what pf holds isn't known to be what is in loaded.
 	drifted bool
 	// before are the interfaces that peers' packets could leave by so far.
-	before []Egress
-	cut    *policy.Ruleset // for which flows were cut last
+	pastEgress []Egress
+	cutFor    *policy.Ruleset // for which flows were cut last
 	// enforced is what Enforce was called for last. No flows are cut for a
 	// ruleset that only widens, so it may be newer than cut.
 	enforced *policy.Ruleset
-	cuts     cutBook
+	cuts     cutRecord
 	// strays says that states of other rules than ours may be of peers' packets.
-	strays bool
+	unwantedStates bool
 	// unseenStates is why the last look for them failed; nil: it didn't.
-	unseenStates error
+	statesErr error
 	// findForeign is [FindForeign].
 	findForeign func(context.Context, *pfsim.Machine, *Anchor, *policy.Ruleset) ([]Foreign, error)
 	// astray says that a token which may be ours can't be told from others.
-	astray bool
+	tokenAmbiguous bool
 
-	look
+	observations
 }
 
 // New returns a backend; it changes nothing yet.
@@ -85,8 +85,8 @@ func New(o Options) (*Backend, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Backend{findForeign: FindForeign, path: path, j: &journal{}, cuts: cutBook{until: map[netip.Addr]time.Time{}}}
-	o.Runner, o.Kernel = steppedRunner{o.Runner, p.stepped}, steppedKernel{o.Kernel, p.stepped}
+	p := &Backend{findForeign: FindForeign, path: path, j: &journal{}, cuts: cutRecord{until: map[netip.Addr]time.Time{}}}
+	o.Runner, o.Kernel = steppedRunner{o.Runner, p.afterChange}, steppedKernel{o.Kernel, p.afterChange}
 	p.o = o
 	p.pf, p.sysctl = darwin.NewPF(o.Runner), darwin.NewSysctl(o.Runner, o.Kernel)
 	p.ifconfig, p.router = darwin.NewIfconfig(o.Runner), darwin.NewRouter(o.Kernel)
@@ -94,24 +94,24 @@ func New(o Options) (*Backend, error) {
 }
 
 // step runs one enforcing step and names it in its error.
-func (p *Backend) step(name string, do func() error) error {
-	outer := p.taking
-	p.taking = name
-	p.o.Step(name)
+func (b *Backend) step(name string, do func() error) error {
+	outer := b.currentStep
+	b.currentStep = name
+	b.o.Step(name)
 	err := do()
-	p.o.Step(name)
-	p.taking = outer
-	return named(name, err)
+	b.o.Step(name)
+	b.currentStep = outer
+	return asStepError(name, err)
 }
 
 // stepped calls Options.Step within a step, after what may have changed the Mac.
-func (p *Backend) stepped() {
-	if p.taking != "" {
-		p.o.Step(p.taking)
+func (b *Backend) afterChange() {
+	if b.currentStep != "" {
+		b.o.Step(b.currentStep)
 	}
 }
 
-func named(step string, err error) error {
+func asStepError(step string, err error) error {
 	var already *host.StepError
 	if err == nil || errors.As(err, &already) {
 		return err
@@ -127,90 +127,90 @@ func named(step string, err error) error {
 }
 
 // Open implements [host.Link].
-func (p *Backend) Open(ctx context.Context, cfg host.Interface) (tun.Device, error) {
+func (b *Backend) Open(ctx context.Context, cfg host.Interface) (tun.Device, error) {
 	if cfg.MTU < 1280 || cfg.MTU > 65535 {
 		return nil, fmt.Errorf("open mesh interface: MTU %d: want 1280 to 65535", cfg.MTU)
 	}
 	// The device may have died under us, and its interface with it.
-	if err := p.removeInterface(); err != nil {
+	if err := b.removeInterface(); err != nil {
 		return nil, err
 	}
-	if err := p.takeOver(ctx, p.keep); err != nil {
+	if err := b.repair(ctx, b.keepFilter); err != nil {
 		return nil, err
 	}
-	p.cfg = cfg
+	b.cfg = cfg
 	if cfg.Name == "" {
 		cfg.Name = "utun"
 	}
-	err := p.step(StepInterface, func() (err error) {
-		if p.dev, err = p.o.CreateTUN(cfg.Name, cfg.MTU); err != nil {
+	err := b.step(StepInterface, func() (err error) {
+		if b.dev, err = b.o.CreateTUN(cfg.Name, cfg.MTU); err != nil {
 			return err
 		}
-		p.name, err = p.dev.Name()
+		b.name, err = b.dev.Name()
 		return err
 	})
 	if err != nil {
-		return nil, errors.Join(err, p.removeInterface(), p.keepIn(ctx))
+		return nil, errors.Join(err, b.removeInterface(), b.loadWithoutInterface(ctx))
 	}
-	p.network.Opened(p.name, cfg)
-	return p.dev, nil
+	b.network.Opened(b.name, cfg)
+	return b.dev, nil
 }
 
 // keep closes forwarding where an earlier helper, or this one with an interface that
 // is gone now, had switched it on, and leaves the anchor and its token: with the
 // interface its routes went, and without the anchor packets to peers would leave in
 // clear by the uplink. The next Enforce loads another, or lets the filter go.
-func (p *Backend) keep(ctx context.Context) error {
-	p.drifted, p.holds = true, false
-	if err := p.restoreForwarding(ctx, p.j.Forwarding, p.sharedAtEnd(ctx)); err != nil {
+func (b *Backend) keepFilter(ctx context.Context) error {
+	b.drifted, b.inForce = true, false
+	if err := b.restoreForwarding(ctx, b.j.Forwarding, b.sharedAtEnd(ctx)); err != nil {
 		return err
 	}
-	if !p.j.Enabling {
+	if !b.j.Enabling {
 		return nil
 	}
-	return p.step(StepRelease, func() (err error) {
-		if p.j.Token, err = p.unwrittenToken(ctx); err != nil {
+	return b.step(StepRelease, func() (err error) {
+		if b.j.Token, err = b.unrecordedToken(ctx); err != nil {
 			return err
 		}
-		p.j.Enabling, p.j.Others = false, nil
-		return p.j.write(p.o.StateDir)
+		b.j.Enabling, b.j.Others = false, nil
+		return b.j.write(b.o.StateDir)
 	})
 }
 
 // goneInterface stands in rules for the mesh interface while there is none. No
 // interface has this name, and pf takes it all the same: each is another one.
-const goneInterface = "mesh-gone"
+const noInterface = "mesh-gone"
 
 // keepIn is for when the mesh interface can't be made again: another program may get
 // its name, and so be passed what the rules pass by it. Then they name none.
-func (p *Backend) keepIn(ctx context.Context) error {
-	if p.loaded == nil || p.enforced == nil {
+func (b *Backend) loadWithoutInterface(ctx context.Context) error {
+	if b.loaded == nil || b.enforced == nil {
 		return nil
 	}
-	o := p.options()
-	o.Interface = goneInterface
-	a, err := Compile(p.enforced, o)
+	o := b.options()
+	o.Interface = noInterface
+	a, err := Compile(b.enforced, o)
 	if err != nil {
 		return err
 	}
 	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeLimit)
 	defer cancel()
-	return p.putAnchor(limit, a)
+	return b.ensureAnchor(limit, a)
 }
 
 // takeOver reads the journal and has what a killed helper changed put back, all of
 // it or what do does. Its interface went with it.
-func (p *Backend) takeOver(ctx context.Context, do func(context.Context) error) error {
-	return p.step(StepRepair, func() error {
-		boot, err := p.sysctl.BootSession()
+func (b *Backend) repair(ctx context.Context, do func(context.Context) error) error {
+	return b.step(StepRepair, func() error {
+		boot, err := b.sysctl.BootSession()
 		if err != nil {
 			return err
 		}
-		if p.j, err = readJournal(p.o.StateDir, boot); err != nil {
+		if b.j, err = readJournal(b.o.StateDir, boot); err != nil {
 			return err
 		}
-		if p.cuts.dir == "" {
-			p.cuts.load(p.o.StateDir, boot, p.o.Now())
+		if b.cuts.dir == "" {
+			b.cuts.load(b.o.StateDir, boot, b.o.Now())
 		}
 		return do(ctx)
 	})
@@ -220,12 +220,12 @@ func (p *Backend) takeOver(ctx context.Context, do func(context.Context) error) 
 // in this order, and notes each in the journal. What fails is tried again the next
 // time; the rest is done all the same, but the filter never goes before
 // forwarding does.
-func (p *Backend) giveBack(ctx context.Context) error {
-	p.loaded, p.holds = nil, false
-	if err := p.restoreForwarding(ctx, p.j.Forwarding, p.sharedAtEnd(ctx)); err != nil {
+func (b *Backend) restore(ctx context.Context) error {
+	b.loaded, b.inForce = nil, false
+	if err := b.restoreForwarding(ctx, b.j.Forwarding, b.sharedAtEnd(ctx)); err != nil {
 		return err
 	}
-	return errors.Join(p.flush(ctx), p.release(ctx))
+	return errors.Join(b.flushAnchor(ctx), b.releaseToken(ctx))
 }
 
 // restoreForwarding switches forwarding off in those of the families in which we
@@ -233,100 +233,100 @@ func (p *Backend) giveBack(ctx context.Context) error {
 // failed before, it has [closeLimit] for each; one that fails leaves the other as much;
 // and the journal, whose disk may be full or hang, is written when they are off: one
 // that says too much has the next helper switch off what is off.
-func (p *Backend) restoreForwarding(ctx context.Context, families, shared policy.Families) error {
-	off := policy.Families{IPv4: families.IPv4 && p.j.Forwarding.IPv4, IPv6: families.IPv6 && p.j.Forwarding.IPv6}
+func (b *Backend) restoreForwarding(ctx context.Context, families, shared policy.Families) error {
+	off := policy.Families{IPv4: families.IPv4 && b.j.Forwarding.IPv4, IPv6: families.IPv6 && b.j.Forwarding.IPv6}
 	if off == (policy.Families{}) {
 		return nil
 	}
-	return p.step(StepRestore, func() error {
+	return b.step(StepRestore, func() error {
 		var failed []error
 		for _, f := range []struct {
 			family      darwin.Family
 			off, needed bool
 			ours        *bool
 		}{
-			{darwin.IPv6, off.IPv6, shared.IPv6, &p.j.Forwarding.IPv6},
-			{darwin.IPv4, off.IPv4, shared.IPv4, &p.j.Forwarding.IPv4},
+			{darwin.IPv6, off.IPv6, shared.IPv6, &b.j.Forwarding.IPv6},
+			{darwin.IPv4, off.IPv4, shared.IPv4, &b.j.Forwarding.IPv4},
 		} {
 			if !f.off {
 				continue
 			}
 			if !f.needed {
-				if err := p.stopForwarding(ctx, f.family); err != nil {
+				if err := b.stopForwarding(ctx, f.family); err != nil {
 					failed = append(failed, err)
 					continue
 				}
 			}
 			*f.ours = false
 		}
-		return errors.Join(append(failed, p.j.write(p.o.StateDir))...)
+		return errors.Join(append(failed, b.j.write(b.o.StateDir))...)
 	})
 }
 
 // stopForwarding switches forwarding of a family off, also when ctx has ended.
-func (p *Backend) stopForwarding(ctx context.Context, f darwin.Family) error {
+func (b *Backend) stopForwarding(ctx context.Context, f darwin.Family) error {
 	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeLimit)
 	defer cancel()
-	return p.sysctl.SetForwarding(limit, f, false)
+	return b.sysctl.SetForwarding(limit, f, false)
 }
 
-func (p *Backend) flush(ctx context.Context) error {
-	if p.j.Anchor == "" {
+func (b *Backend) flushAnchor(ctx context.Context) error {
+	if b.j.Anchor == "" {
 		return nil
 	}
-	return p.step(StepFlush, func() error {
-		if err := p.pf.Flush(ctx, p.j.Anchor); err != nil {
+	return b.step(StepFlush, func() error {
+		if err := b.pf.Flush(ctx, b.j.Anchor); err != nil {
 			return err
 		}
-		p.j.Anchor = ""
-		return p.j.write(p.o.StateDir)
+		b.j.Anchor = ""
+		return b.j.write(b.o.StateDir)
 	})
 }
 
 // release gives the token back, and the one that a killed helper asked for but
 // didn't live to write down, if it can be told.
-func (p *Backend) release(ctx context.Context) error {
-	if p.j.Token == 0 && !p.j.Enabling {
+func (b *Backend) releaseToken(ctx context.Context) error {
+	if b.j.Token == 0 && !b.j.Enabling {
 		return nil
 	}
-	return p.step(StepRelease, func() error {
-		if p.j.Enabling && p.j.Token == 0 {
-			token, err := p.unwrittenToken(ctx)
+	return b.step(StepRelease, func() error {
+		if b.j.Enabling && b.j.Token == 0 {
+			token, err := b.unrecordedToken(ctx)
 			if err != nil {
 				return err
 			}
-			p.j.Token = token
+			b.j.Token = token
 		}
-		if p.j.Token != 0 {
-			err := p.pf.Release(ctx, darwin.Token(p.j.Token))
+		if b.j.Token != 0 {
+			err := b.pf.Release(ctx, darwin.Token(b.j.Token))
 			// A pfctl -d voids all tokens.
 			if err != nil && !errors.Is(err, darwin.ErrTokenInvalid) && !errors.Is(err, darwin.ErrNotEnabled) {
 				return err
 			}
 		}
-		p.j.Token, p.j.Enabling, p.j.Others = 0, false, nil
-		return p.j.write(p.o.StateDir)
+		b.j.Token, b.j.Enabling, b.j.Others = 0, false, nil
+		return b.j.write(b.o.StateDir)
 	})
 }
 
 // unwrittenToken returns the only token that came since ours was asked for, or 0: of
 // several, another program's might be given back. Then it is said that ours stays.
-func (p *Backend) unwrittenToken(ctx context.Context) (uint64, error) {
-	now, err := p.tokens(ctx)
+func (b *Backend) unrecordedToken(ctx context.Context) (uint64, error) {
+	now, err := b.tokens(ctx)
 	if err != nil {
 		return 0, err
 	}
-	came := missing(now, p.j.Others)
+	came := subtract(now, b.j.Others)
 	if len(came) == 1 {
 		return came[0], nil
 	}
-	p.astray = p.astray || len(came) > 1
+	b.tokenAmbiguous = b.tokenAmbiguous || len(came) > 1
 	return 0, nil
 }
 
 // tokenProblems says that a token of ours can't be told from other programs'.
-func (p *Backend) tokenProblems() []host.Problem {
-	if !p.astray {
+func (b *Backend) tokenProblems() []host.Problem {
+	if !b.tokenAmbiguous {
 		return nil
 	}
 	return []host.Problem{{
@@ -337,8 +337,8 @@ func (p *Backend) tokenProblems() []host.Problem {
 	}}
 }
 
-func (p *Backend) tokens(ctx context.Context) ([]uint64, error) {
-	refs, err := p.pf.References(ctx)
+func (b *Backend) tokens(ctx context.Context) ([]uint64, error) {
+	refs, err := b.pf.References(ctx)
 	var out []uint64
 	for _, r := range refs {
 		if r.Process == "pfctl" {
@@ -348,70 +348,70 @@ func (p *Backend) tokens(ctx context.Context) ([]uint64, error) {
 	return out, err
 }
 
-func (p *Backend) forwarding() (now policy.Families, err error) {
-	if now.IPv4, err = p.sysctl.Forwarding(darwin.IPv4); err == nil {
-		now.IPv6, err = p.sysctl.Forwarding(darwin.IPv6)
+func (b *Backend) forwarding() (now policy.Families, err error) {
+	if now.IPv4, err = b.sysctl.Forwarding(darwin.IPv4); err == nil {
+		now.IPv6, err = b.sysctl.Forwarding(darwin.IPv6)
 	}
 	return now, err
 }
 
 // Host returns the parts of this host.
-func (p *Backend) Host() host.Host {
+func (b *Backend) Host() host.Host {
 	return host.Host{
-		Name: "darwin", Language: "pf", Link: p, Observer: p, Enforcer: p,
-		Judge: p, Ways: p, Renderer: p, Network: &p.network,
+		Name: "darwin", Language: "pf", Link: b, Observer: b, Enforcer: b,
+		Judge: b, Ways: b, Renderer: b, Network: &b.network,
 	}
 }
 
 // Limits implements [host.Enforcer].
-func (p *Backend) Limits() host.Limits {
+func (b *Backend) Limits() host.Limits {
 	return host.Limits{States: MaxStates, PerForwarded: StatesPerForwarded, DropsDF: true}
 }
 
 // Cut implements [host.Enforcer].
-func (p *Backend) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
-	p.cuts.save(saveBeforeCut)
-	if err := errors.Join(p.kill(ctx, Kills(p.cut, r, narrowed)), p.endStrays(ctx, r)); err != nil {
+func (b *Backend) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
+	b.cuts.save(saveBeforeCut)
+	if err := errors.Join(b.kill(ctx, Kills(b.cutFor, r, narrowed)), b.killUnwantedStates(ctx, r)); err != nil {
 		return err
 	}
-	p.cut = r
-	p.cuts.save(saveLimit)
+	b.cutFor = r
+	b.cuts.save(saveLimit)
 	return nil
 }
 
 // Close implements [host.Link]. It goes back in the order opposite to
 // Enforce's: forwarding, the interface with its addresses and routes, flows, the
 // anchor, the token.
-func (p *Backend) Close(ctx context.Context) ([]host.Problem, error) {
-	if p.dev == nil {
-		return nil, p.takeOver(ctx, p.giveBack)
+func (b *Backend) Close(ctx context.Context) ([]host.Problem, error) {
+	if b.dev == nil {
+		return nil, b.repair(ctx, b.restore)
 	}
-	defer p.cuts.save(saveLimit)
-	shared := p.sharedAtEnd(ctx)
-	left := p.left(shared)
-	if err := p.restoreForwarding(ctx, p.j.Forwarding, shared); err != nil {
+	defer b.cuts.save(saveLimit)
+	shared := b.sharedAtEnd(ctx)
+	left := b.keptForwarding(shared)
+	if err := b.restoreForwarding(ctx, b.j.Forwarding, shared); err != nil {
 		// The anchor stays: without it, forwarding would be open.
-		return left, errors.Join(err, p.removeInterface())
+		return left, errors.Join(err, b.removeInterface())
 	}
-	err := errors.Join(p.removeInterface(), p.endFlows(ctx), p.flush(ctx), p.release(ctx))
-	p.loaded = nil
-	return append(left, p.tokenProblems()...), err
+	err := errors.Join(b.removeInterface(), b.killAllFlows(ctx), b.flushAnchor(ctx), b.releaseToken(ctx))
+	b.loaded = nil
+	return append(left, b.tokenProblems()...), err
 }
 
 // endFlows ends what peers still have running.
-func (p *Backend) endFlows(ctx context.Context) error {
-	if p.enforced == nil || p.j.Anchor == "" {
+func (b *Backend) killAllFlows(ctx context.Context) error {
+	if b.enforced == nil || b.j.Anchor == "" {
 		return nil
 	}
 	var all []policy.Narrowed
-	for _, peer := range p.enforced.Peers() {
+	for _, peer := range b.enforced.Peers() {
 		all = append(all, policy.Narrowed{Addresses: peer.Addresses.List(), Removed: true})
 	}
-	kills := Kills(nil, p.enforced, all)
+	kills := Kills(nil, b.enforced, all)
 	if len(kills) > maxKillsAtEnd {
-		kills = coarse(kills, p.enforced.Sets().Mesh)
+		kills = widenKills(kills, b.enforced.Sets().Mesh)
 	}
-	return p.kill(ctx, kills)
+	return b.kill(ctx, kills)
 }
 
 // maxKillsAtEnd bounds how many peers' flows are ended one by one when leaving,
@@ -420,14 +420,14 @@ const maxKillsAtEnd = 16
 
 // kill ends states. One that fails holds up none of the others; the first error is
 // returned, for each of thousands may be the same.
-func (p *Backend) kill(ctx context.Context, kills []Kill) error {
+func (b *Backend) kill(ctx context.Context, kills []Kill) error {
 	if len(kills) == 0 {
 		return nil
 	}
-	return p.step(StepCut, func() error {
+	return b.step(StepCut, func() error {
 		var first error
 		for _, k := range kills {
-			err := p.pf.KillFromTo(ctx, k.From, k.To)
+			err := b.pf.KillFromTo(ctx, k.From, k.To)
 			if first == nil {
 				first = err
 			}
@@ -440,14 +440,14 @@ func (p *Backend) kill(ctx context.Context, kills []Kill) error {
 }
 
 // left says what of our doing stays because other software came to need it.
-func (p *Backend) left(shared policy.Families) []host.Problem {
+func (b *Backend) keptForwarding(shared policy.Families) []host.Problem {
 	var out []host.Problem
 	for _, f := range []struct {
 		stays          bool
 		name, variable string
 	}{
-		{p.j.Forwarding.IPv4 && shared.IPv4, "IPv4", "net.inet.ip.forwarding"},
-		{p.j.Forwarding.IPv6 && shared.IPv6, "IPv6", "net.inet6.ip6.forwarding"},
+		{b.j.Forwarding.IPv4 && shared.IPv4, "IPv4", "net.inet.ip.forwarding"},
+		{b.j.Forwarding.IPv6 && shared.IPv6, "IPv6", "net.inet6.ip6.forwarding"},
 	} {
 		if f.stays {
 			out = append(out, host.Problem{
@@ -462,17 +462,17 @@ func (p *Backend) left(shared policy.Families) []host.Problem {
 
 // removeInterface closes the device; the kernel takes the interface away with its
 // addresses and routes.
-func (p *Backend) removeInterface() error {
-	p.network.Closed()
-	if p.dev == nil {
+func (b *Backend) removeInterface() error {
+	b.network.Closed()
+	if b.dev == nil {
 		return nil
 	}
-	return p.step(StepRemoveInterface, func() error {
-		err := p.dev.Close()
+	return b.step(StepRemoveInterface, func() error {
+		err := b.dev.Close()
 		if errors.Is(err, fs.ErrClosed) {
 			err = nil
 		}
-		p.dev = nil
+		b.dev = nil
 		return err
 	})
 }

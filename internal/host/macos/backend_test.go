@@ -281,7 +281,7 @@ func TestCutStaysDead(t *testing.T) {
 	if o := g.mac.Send(own); o.Fate != simmac.Sent {
 		t.Errorf("a connection of this Mac's: %+v", o)
 	}
-	now := time.Now().Add(deadTime + time.Minute)
+	now := time.Now().Add(cutLifetime + time.Minute)
 	g.p.o.Now = func() time.Time { return now }
 	g.enforce(testMesh(2, mesh.Routing))
 	if text := g.p.loaded.anchor.text(); strings.Contains(text, "<cut>") {
@@ -435,7 +435,7 @@ func TestForeignRuleIsReported(t *testing.T) {
 // what others have.
 func (g *rig) lookAtAll() host.Report {
 	g.t.Helper()
-	g.p.moved.Store(true)
+	g.p.hostChanged.Store(true)
 	r := g.compile(testMesh(2, everything))
 	g.inspect(r)
 	return g.inspect(r)
@@ -478,16 +478,16 @@ func TestTransitByOthersCloses(t *testing.T) {
 // doesn't hide the rest, is named, and counts as matching everything.
 func TestRuleThatIsNotUnderstood(t *testing.T) {
 	shown := "pass in quick on en5 by-magic all\npass in on en5 all no state\n"
-	u := unread{}
-	read := u.readable("com.apple/100.other", shown)
+	u := unparsed{}
+	read := u.parse("com.apple/100.other", shown)
 	if len(read.Rules) != 2 || !read.Rules[0].Quick || read.Rules[0].Interfaces != nil {
 		t.Fatalf("read as %+v", read.Rules)
 	}
-	found := u.name([]Foreign{{Anchor: "com.apple/100.other", Rule: read.Rules[0].String(), Wider: true, Transit: true, Example: "a packet"}})
+	found := u.resolve([]Foreign{{Anchor: "com.apple/100.other", Rule: read.Rules[0].String(), Wider: true, Transit: true, Example: "a packet"}})
 	if len(found) != 1 || !strings.Contains(found[0].String(), "by-magic") || !strings.Contains(found[0].String(), "isn't understood") {
 		t.Errorf("named as %q", found)
 	}
-	if found = u.name(nil); len(found) != 1 || !strings.Contains(found[0].String(), "by-magic") {
+	if found = u.resolve(nil); len(found) != 1 || !strings.Contains(found[0].String(), "by-magic") {
 		t.Errorf("not named: %q", found)
 	}
 	for rule, want := range map[string]string{
@@ -496,8 +496,8 @@ func TestRuleThatIsNotUnderstood(t *testing.T) {
 		"pass in log (all, user) quick all by-magic":  `pass quick all flags any keep state (floating) allow-opts label "unread-0"`,
 		"anchor \"vpn\" all by-magic":                 `anchor "vpn" all`,
 	} {
-		u := unread{}
-		read := u.readable("x", rule)
+		u := unparsed{}
+		read := u.parse("x", rule)
 		if len(read.Rules) != 1 || read.Rules[0].Rule.String() != want || len(u) != 1 {
 			t.Errorf("%q: %+v, want %q", rule, read.Rules, want)
 		}
@@ -507,8 +507,8 @@ func TestRuleThatIsNotUnderstood(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, text, _ := strings.Cut(string(mullvad), "\n")
-	u = unread{}
-	if read := u.readable("mullvad", text); len(u) > 0 || len(read.Rules) != 4 {
+	u = unparsed{}
+	if read := u.parse("mullvad", text); len(u) > 0 || len(read.Rules) != 4 {
 		t.Errorf("Mullvad's rules: %d, not understood: %v", len(read.Rules), u)
 	}
 }

@@ -20,7 +20,7 @@ type builder struct {
 }
 
 func newBuilder(r *policy.Ruleset, o AnchorOptions) *builder {
-	b := &builder{ruleset: r, host: r.Host(), sets: fillSets(r), used: map[string]bool{}, options: o}
+	b := &builder{ruleset: r, host: r.Host(), sets: tableContents(r), used: map[string]bool{}, options: o}
 	if o.Interface != "" {
 		b.host.Interface = o.Interface
 	}

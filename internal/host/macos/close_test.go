@@ -76,7 +76,7 @@ func TestFillProblems(t *testing.T) {
 	p := &Backend{}
 	for states, says := range map[uint64]bool{0: false, 8_999: false, 9_000: true, 10_001: true} {
 		p.states, p.most = states, MaxStates
-		if ps := p.fillProblems(); len(ps) > 0 != says || says && !strings.Contains(ps[0].Message, "of 10000 at most") {
+		if ps := p.stateLimitProblems(); len(ps) > 0 != says || says && !strings.Contains(ps[0].Message, "of 10000 at most") {
 			t.Errorf("%d states: %v", states, ps)
 		}
 	}

@@ -71,7 +71,7 @@ func TestForwardingGoesOffWhateverFails(t *testing.T) {
 			"nothing routes": func(ctx context.Context, g *rig, less, none *policy.Ruleset) error {
 				return g.p.Enforce(ctx, none)
 			},
-			"it is taken over": func(ctx context.Context, g *rig, less, none *policy.Ruleset) error { return g.p.keep(ctx) },
+			"it is taken over": func(ctx context.Context, g *rig, less, none *policy.Ruleset) error { return g.p.keepFilter(ctx) },
 			"the end": func(ctx context.Context, g *rig, less, none *policy.Ruleset) error {
 				_, err := g.p.Close(ctx)
 				return err
@@ -162,7 +162,7 @@ func TestInterfaceThatTakesTooLong(t *testing.T) {
 	if _, err := g.p.Open(ctx, host.Interface{MTU: 1420, Addresses: m.Addresses, Prefixes: m.Prefixes}); err == nil {
 		t.Error("there is an interface")
 	}
-	if dump := g.mac.Dump(); !strings.Contains(dump, goneInterface) {
+	if dump := g.mac.Dump(); !strings.Contains(dump, noInterface) {
 		t.Errorf("the rules are still those of the interface that is gone:\n%s", dump)
 	}
 }

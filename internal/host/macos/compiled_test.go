@@ -66,8 +66,8 @@ func checkCompiled(t *testing.T, runner darwin.Runner, kernel darwin.Kernel, art
 			if err != nil {
 				t.Fatal(err)
 			}
-			err = p.load(t.Context(), a)
-			rules, nat, showErr := p.show(t.Context(), p.path)
+			err = p.loadAnchor(t.Context(), a)
+			rules, nat, showErr := p.showAnchor(t.Context(), p.path)
 			if artifacts != "" {
 				text := fmt.Sprintf("# loaded\n%s\n# pfctl -s nat\n%s\n# pfctl -s rules\n%s", a.text(), nat, rules)
 				if err := os.WriteFile(filepath.Join(artifacts, "compiled-"+strings.NewReplacer(" ", "-", ",", "").Replace(name)+".txt"), []byte(text), 0o644); err != nil {
@@ -88,7 +88,7 @@ func checkCompiled(t *testing.T, runner darwin.Runner, kernel darwin.Kernel, art
 				}
 				var steps []string
 				p.o.Step = func(step string) { steps = append(steps, step) }
-				if err := p.putAnchor(t.Context(), &fewer); err != nil || !slices.Equal(slices.Compact(steps), []string{StepTables}) {
+				if err := p.ensureAnchor(t.Context(), &fewer); err != nil || !slices.Equal(slices.Compact(steps), []string{StepTables}) {
 					t.Errorf("in place, by %q: %v", steps, err)
 				}
 				p.o.Step = func(string) {}

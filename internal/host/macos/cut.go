@@ -21,7 +21,7 @@ import (
 
 // deadTime is how long a cut connection stays dead: longer than pf keeps any
 // (tcp.established of [timeouts]), and than a host goes on trying.
-const deadTime = 24 * time.Hour
+const cutLifetime = 24 * time.Hour
 
 // cutName is the file in the state directory with the peers that have access to this
 // host, and those that lost it: a helper that starts after a crash, or later, knows
@@ -63,12 +63,12 @@ type cutEntry struct {
 
 // A cutBook remembers which peers' addresses lost access to this host, here and on
 // disk. What is noted holds at once; writing it down is waited for a short time only.
-type cutBook struct {
+type cutRecord struct {
 	dir, boot string
 	until     map[netip.Addr]time.Time
 	// open is what the addresses could open under the last ruleset, this helper's or
 	// an earlier one's.
-	open map[netip.Addr]access
+	granted map[netip.Addr]access
 	// inherited are those that an earlier helper wrote down, so that this one's guard
 	// doesn't know which connections were cut.
 	inherited map[netip.Addr]bool
@@ -83,24 +83,24 @@ type cutBook struct {
 
 // load takes over what an earlier helper of this boot wrote down. What can't be read
 // is left alone, and said.
-func (c *cutBook) load(dir, boot string, now time.Time) {
+func (c *cutRecord) load(dir, boot string, now time.Time) {
 	c.dir, c.boot = dir, boot
-	c.until, c.open, c.inherited = map[netip.Addr]time.Time{}, map[netip.Addr]access{}, map[netip.Addr]bool{}
+	c.until, c.granted, c.inherited = map[netip.Addr]time.Time{}, map[netip.Addr]access{}, map[netip.Addr]bool{}
 	f, err := readCut(dir)
 	if c.problem = err; err != nil || f.Boot != boot {
 		return
 	}
 	for _, e := range f.Cut {
 		// The wall clock may have been set back since.
-		if until := minTime(e.Until, now.Add(deadTime)); now.Before(until) {
+		if until := minTime(e.Until, now.Add(cutLifetime)); now.Before(until) {
 			c.until[e.Address], c.inherited[e.Address] = until, true
 		}
 	}
 	for _, a := range f.Incoming {
-		c.open[a] |= accessIncoming
+		c.granted[a] |= accessIncoming
 	}
 	for _, a := range f.DNS {
-		c.open[a] |= accessDNS
+		c.granted[a] |= accessDNS
 	}
 }
 
@@ -153,7 +153,7 @@ func parseCut(b []byte) (*cutFile, error) {
 }
 
 // forget drops those whose time is up.
-func (c *cutBook) forget(now time.Time) {
+func (c *cutRecord) expire(now time.Time) {
 	maps.DeleteFunc(c.until, func(a netip.Addr, until time.Time) bool {
 		if now.Before(until) {
 			return false
@@ -167,10 +167,10 @@ func (c *cutBook) forget(now time.Time) {
 // take makes open what addresses may open now. Those that lost something are to be
 // kept dead, with earlier also for this helper's guard; those that may connect to this
 // host are no longer.
-func (c *cutBook) take(open map[netip.Addr]access, now time.Time, earlier bool) {
-	for a, had := range c.open {
+func (c *cutRecord) update(open map[netip.Addr]access, now time.Time, earlier bool) {
+	for a, had := range c.granted {
 		if had&^open[a] != 0 {
-			c.until[a] = now.Add(deadTime)
+			c.until[a] = now.Add(cutLifetime)
 			if delete(c.inherited, a); earlier {
 				c.inherited[a] = true
 			}
@@ -182,8 +182,8 @@ func (c *cutBook) take(open map[netip.Addr]access, now time.Time, earlier bool) 
 			delete(c.inherited, a)
 		}
 	}
-	c.unsaved = c.unsaved || !maps.Equal(c.open, open)
-	c.open = open
+	c.unsaved = c.unsaved || !maps.Equal(c.granted, open)
+	c.granted = open
 	if surplus := len(c.until) - maxCut; surplus > 0 {
 		for _, a := range slices.SortedFunc(maps.Keys(c.until), func(a, b netip.Addr) int {
 			return cmp.Or(c.until[a].Compare(c.until[b]), a.Compare(b))
@@ -195,12 +195,12 @@ func (c *cutBook) take(open map[netip.Addr]access, now time.Time, earlier bool) 
 }
 
 // addresses returns those that are to be kept dead, sorted.
-func (c *cutBook) addresses() []netip.Addr {
+func (c *cutRecord) addresses() []netip.Addr {
 	return slices.SortedFunc(maps.Keys(c.until), netip.Addr.Compare)
 }
 
 // begin starts to write down what isn't on disk yet, and doesn't wait.
-func (c *cutBook) begin() {
+func (c *cutRecord) startSave() {
 	if c.dir == "" || c.saving != nil || !c.unsaved {
 		return
 	}
@@ -220,12 +220,12 @@ func (c *cutBook) begin() {
 // save writes it down and waits for that, for a time at most: a disk that hangs holds
 // up nothing. What couldn't be written is tried again by the next call, and is in
 // problem.
-func (c *cutBook) save(limit time.Duration) {
+func (c *cutRecord) save(limit time.Duration) {
 	t := time.NewTimer(limit)
 	defer t.Stop()
 	// Twice, where an older content was being written.
 	for range 2 {
-		if c.begin(); c.saving == nil {
+		if c.startSave(); c.saving == nil {
 			return
 		}
 		select {
@@ -242,8 +242,8 @@ func (c *cutBook) save(limit time.Duration) {
 }
 
 // encode returns the content of the file, nil for none.
-func (c *cutBook) encode() ([]byte, error) {
-	if len(c.until)+len(c.open) == 0 {
+func (c *cutRecord) encode() ([]byte, error) {
+	if len(c.until)+len(c.granted) == 0 {
 		return nil, nil
 	}
 	f := cutFile{Version: journalVersion, Boot: c.boot}
@@ -253,11 +253,11 @@ func (c *cutBook) encode() ([]byte, error) {
 	slices.SortFunc(f.Cut, func(a, b cutEntry) int {
 		return cmp.Or(b.Until.Compare(a.Until), a.Address.Compare(b.Address))
 	})
-	for _, a := range slices.SortedFunc(maps.Keys(c.open), netip.Addr.Compare) {
-		if c.open[a]&accessIncoming != 0 {
+	for _, a := range slices.SortedFunc(maps.Keys(c.granted), netip.Addr.Compare) {
+		if c.granted[a]&accessIncoming != 0 {
 			f.Incoming = append(f.Incoming, a)
 		}
-		if c.open[a]&accessDNS != 0 {
+		if c.granted[a]&accessDNS != 0 {
 			f.DNS = append(f.DNS, a)
 		}
 	}
@@ -293,9 +293,9 @@ const (
 // incoming or by its DNS. Before the first ruleset of this helper that is one of an
 // earlier helper's time: what ended while there was none, or between its saving and its
 // being enforced, is cut now. It forgets those whose time is up.
-func (p *Backend) noteCut(r *policy.Ruleset) {
-	now, open := p.o.Now(), map[netip.Addr]access{}
-	p.cuts.forget(now)
+func (b *Backend) recordCuts(r *policy.Ruleset) {
+	now, open := b.o.Now(), map[netip.Addr]access{}
+	b.cuts.expire(now)
 	for _, peer := range r.Peers() {
 		var may access
 		if peer.Permissions.Has(mesh.Incoming) {
@@ -310,18 +310,18 @@ func (p *Backend) noteCut(r *policy.Ruleset) {
 			}
 		}
 	}
-	p.cuts.take(open, now, p.enforced == nil)
-	p.cuts.begin()
-	p.enforced = r
+	b.cuts.update(open, now, b.enforced == nil)
+	b.cuts.startSave()
+	b.enforced = r
 }
 
 // inheritsCut reports whether connections that were cut by an earlier helper have to
 // be kept dead, those of peers that still may not connect to this host.
-func (p *Backend) inheritsCut(r *policy.Ruleset) bool {
-	now := p.o.Now()
-	for a := range p.cuts.inherited {
+func (b *Backend) hasInheritedCuts(r *policy.Ruleset) bool {
+	now := b.o.Now()
+	for a := range b.cuts.inherited {
 		i, known := r.PeerByAddr(a)
-		if known && now.Before(p.cuts.until[a]) && !r.Peers()[i].Permissions.Has(mesh.Incoming) {
+		if known && now.Before(b.cuts.until[a]) && !r.Peers()[i].Permissions.Has(mesh.Incoming) {
 			return true
 		}
 	}
@@ -329,12 +329,12 @@ func (p *Backend) inheritsCut(r *policy.Ruleset) bool {
 }
 
 // cutProblems says what of the book isn't on disk.
-func (p *Backend) cutProblems() []host.Problem {
-	if p.cuts.problem == nil {
+func (b *Backend) cutProblems() []host.Problem {
+	if b.cuts.problem == nil {
 		return nil
 	}
 	return []host.Problem{{
-		Step: StepCut, Message: "which connections were cut isn't on disk: " + p.cuts.problem.Error(),
+		Step: StepCut, Message: "which connections were cut isn't on disk: " + b.cuts.problem.Error(),
 		Hint: "they are dead; after a crash of the helper this host's own packets may revive them. The state directory has to be writable and not full",
 	}}
 }

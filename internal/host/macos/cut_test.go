@@ -34,22 +34,22 @@ func mayConnect(n int) map[netip.Addr]access {
 // before it cuts: the next one takes it for cut. What still is open isn't.
 func TestCutBookKnowsWhatWasOpen(t *testing.T) {
 	dir, now := t.TempDir(), time.Date(2026, 11, 26, 8, 0, 0, 0, time.UTC)
-	c := &cutBook{}
+	c := &cutRecord{}
 	c.load(dir, "A", now)
 	open := mayConnect(3)
 	dns := addresses100(4)[3]
 	open[dns] = accessDNS
-	c.take(open, now, true)
+	c.update(open, now, true)
 	if c.save(time.Minute); c.problem != nil || len(c.until) != 0 {
 		t.Fatalf("%+v", c)
 	}
-	c = &cutBook{}
+	c = &cutRecord{}
 	c.load(dir, "A", now.Add(48*time.Hour))
-	c.take(mayConnect(2), now.Add(48*time.Hour), true)
+	c.update(mayConnect(2), now.Add(48*time.Hour), true)
 	if got := c.addresses(); len(got) != 2 || got[0] != addresses100(3)[2] || got[1] != dns || !c.inherited[dns] {
 		t.Errorf("%v, inherited %v", got, c.inherited)
 	}
-	c.take(mayConnect(3), now.Add(49*time.Hour), false)
+	c.update(mayConnect(3), now.Add(49*time.Hour), false)
 	if got := c.addresses(); len(got) != 1 || got[0] != dns {
 		t.Errorf("after it may connect again: %v", got)
 	}
@@ -59,9 +59,9 @@ func TestCutBookKnowsWhatWasOpen(t *testing.T) {
 // for the helpers of this boot.
 func TestCutBook(t *testing.T) {
 	dir, now := t.TempDir(), time.Date(2026, 11, 26, 8, 0, 0, 0, time.UTC)
-	fresh := func(boot string, now time.Time) *cutBook {
+	fresh := func(boot string, now time.Time) *cutRecord {
 		t.Helper()
-		c := &cutBook{}
+		c := &cutRecord{}
 		c.load(dir, boot, now)
 		if c.problem != nil {
 			t.Fatal(c.problem)
@@ -69,9 +69,9 @@ func TestCutBook(t *testing.T) {
 		return c
 	}
 	c := fresh("A", now)
-	lose := func(c *cutBook, n int, now time.Time) {
-		c.take(mayConnect(n), now, false)
-		c.take(nil, now, false)
+	lose := func(c *cutRecord, n int, now time.Time) {
+		c.update(mayConnect(n), now, false)
+		c.update(nil, now, false)
 		c.save(time.Minute)
 	}
 	lose(c, 3, now)
@@ -86,14 +86,14 @@ func TestCutBook(t *testing.T) {
 	if len(got.until) != 3 || len(got.inherited) != 3 || got.addresses()[0] != addresses100(1)[0] {
 		t.Errorf("read back %v", got.until)
 	}
-	got = fresh("A", now.Add(deadTime))
+	got = fresh("A", now.Add(cutLifetime))
 	if len(got.until) != 1 {
 		t.Errorf("after a day: %v", got.until)
 	}
-	if got = fresh("A", now.Add(-100*time.Hour)); !got.until[addresses100(1)[0]].Equal(now.Add(deadTime - 100*time.Hour)) {
+	if got = fresh("A", now.Add(-100*time.Hour)); !got.until[addresses100(1)[0]].Equal(now.Add(cutLifetime - 100*time.Hour)) {
 		t.Errorf("with the clock set back: %v", got.until)
 	}
-	got.forget(now.Add(48 * time.Hour))
+	got.expire(now.Add(48 * time.Hour))
 	got.save(time.Minute)
 	if _, err := os.Stat(filepath.Join(dir, cutName)); !os.IsNotExist(err) {
 		t.Errorf("nothing is cut, and there is a file: %v", err)
@@ -118,11 +118,11 @@ func TestCutBookOddFiles(t *testing.T) {
 		if err := os.WriteFile(filepath.Join(dir, cutName), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		c := &cutBook{}
+		c := &cutRecord{}
 		if c.load(dir, "A", time.Now()); c.problem == nil || len(c.until) != 0 {
 			t.Errorf("%s: %+v", name, c)
 		}
-		c.take(mayConnect(1), time.Now(), false)
+		c.update(mayConnect(1), time.Now(), false)
 		if c.save(time.Minute); c.problem != nil {
 			t.Errorf("%s: %v", name, c.problem)
 		}

@@ -41,7 +41,7 @@ type Foreign struct {
 	Transit bool
 	// Unread says that the rule isn't understood, and counts as one that matches
 	// everything. Without an example it decided nothing.
-	Unread bool
+	Unparsed bool
 }
 
 // String says it in a sentence without a full stop.
@@ -51,9 +51,9 @@ func (f Foreign) String() string {
 		verb = "lets through"
 	}
 	switch {
-	case f.Unread && f.Example == "":
+	case f.Unparsed && f.Example == "":
 		return f.where() + " isn't understood, so it can't be said what it decides"
-	case f.Unread:
+	case f.Unparsed:
 		return fmt.Sprintf("%s isn't understood; if it matches everything, it %s %s", f.where(), verb, f.Example)
 	case f.Rule == "":
 		return f.where() + ", which " + verb + " " + f.Example
@@ -166,28 +166,28 @@ func compareProbe(got, alone pfsim.Judgement, ours string) (Foreign, bool) {
 		foreignNAT := h.got.Translation != nil && h.got.TranslationAnchor != ours
 		switch {
 		case passes && !should && !h.alone.Pass(), !passes && should && !h.got.Pass() && isOurs:
-			return decidedBy(h.got, ours, passes), true
+			return deciderAt(h.got, ours, passes), true
 		case passes != should || h.alone.Anchor != ours:
 			// The other hook tells, or others may do as they like.
 		case foreignNAT:
 			return Foreign{Anchor: h.got.TranslationAnchor, Rule: h.got.Translation.String()}, true
-		case passes && isLoose(h.got):
-			return decidedBy(h.got, ours, true), true
+		case passes && isFloating(h.got):
+			return deciderAt(h.got, ours, true), true
 		case passes && h.got.State != h.alone.State:
-			return decidedBy(h.got, ours, false), true // answers will be stopped
+			return deciderAt(h.got, ours, false), true // answers will be stopped
 		}
 	}
 	return Foreign{}, false
 }
 
 // isLoose reports whether a packet made a state that isn't bound to an interface.
-func isLoose(h *pfsim.Hook) bool {
+func isFloating(h *pfsim.Hook) bool {
 	return h.State == pfsim.StateCreated && (h.Rule == nil || h.Rule.StateOptions.Policy != pfconf.IfBound)
 }
 
 // decidedBy names what decided at a hook. Where our own anchor stops what it lets
 // through when it is alone, a part of it isn't called.
-func decidedBy(h *pfsim.Hook, ours string, wider bool) Foreign {
+func deciderAt(h *pfsim.Hook, ours string, wider bool) Foreign {
 	f := Foreign{Wider: wider, Skipped: h.Decider == pfsim.DecidedBySkip}
 	switch {
 	case h.Translation != nil && h.TranslationAnchor != ours:
@@ -280,7 +280,7 @@ func newProbes(m *pfsim.Machine, a *Anchor, r *policy.Ruleset) *probes {
 	// Addresses in the middle of the internet, and an unused mesh address.
 	p.dsts = append(p.dsts, netip.MustParseAddr("9.9.9.9"), netip.MustParseAddr("2620:fe::fe"),
 		netip.MustParseAddr("100.127.255.254"), netip.MustParseAddr("224.0.0.251"))
-	p.addMentioned(m, "", a.Path, new(int))
+	p.addFromRules(m, "", a.Path, new(int))
 	return p
 }
 
@@ -295,7 +295,7 @@ func (p *probes) addDst(prefix netip.Prefix) {
 }
 
 // addMentioned collects what the rules below an anchor mention, ours excepted.
-func (p *probes) addMentioned(m *pfsim.Machine, anchor, ours string, seen *int) {
+func (p *probes) addFromRules(m *pfsim.Machine, anchor, ours string, seen *int) {
 	if *seen++; anchor == ours || *seen > maxProbeAnchor {
 		return
 	}
@@ -318,7 +318,7 @@ func (p *probes) addMentioned(m *pfsim.Machine, anchor, ours string, seen *int) 
 		}
 	}
 	for _, child := range m.Anchors(anchor) {
-		p.addMentioned(m, child, ours, seen)
+		p.addFromRules(m, child, ours, seen)
 	}
 }
 
@@ -337,9 +337,9 @@ func (p *probes) all() []probe {
 			if i.Name == p.host.Interface || i.Name == loopback {
 				continue
 			}
-			out = p.add(out, stranger(dst), dst, i.Name)
+			out = p.add(out, documentationAddr(dst), dst, i.Name)
 			for _, attached := range i.Addresses {
-				out = p.add(out, besideOwn(attached), dst, i.Name)
+				out = p.add(out, neighborAddr(attached), dst, i.Name)
 			}
 		}
 	}
@@ -348,7 +348,7 @@ func (p *probes) all() []probe {
 
 // stranger is an address that no host has here, for documentation (RFC 5737,
 // RFC 3849).
-func stranger(dst netip.Addr) netip.Addr {
+func documentationAddr(dst netip.Addr) netip.Addr {
 	if dst.Is4() {
 		return netip.MustParseAddr("192.0.2.77")
 	}
@@ -357,7 +357,7 @@ func stranger(dst netip.Addr) netip.Addr {
 
 // besideOwn is an address of the network that an interface is attached to, not the
 // interface's own.
-func besideOwn(attached netip.Prefix) netip.Addr {
+func neighborAddr(attached netip.Prefix) netip.Addr {
 	a := attached.Masked().Addr().Next()
 	if a == attached.Addr() {
 		a = a.Next()
@@ -369,7 +369,7 @@ func (p *probes) add(out []probe, src, dst netip.Addr, in string) []probe {
 	if src.Is4() != dst.Is4() || src == dst {
 		return out
 	}
-	to, ok := p.way(dst, in)
+	to, ok := p.routeTo(dst, in)
 	if !ok {
 		return out
 	}
@@ -391,7 +391,7 @@ func (p *probes) add(out []probe, src, dst netip.Addr, in string) []probe {
 
 // way returns the interface by which a packet leaves, "" when this host keeps it,
 // and whether there is one.
-func (p *probes) way(dst netip.Addr, in string) (out string, ok bool) {
+func (p *probes) routeTo(dst netip.Addr, in string) (out string, ok bool) {
 	switch {
 	case !p.r.IsForwarded(dst):
 		return "", in != "" // others may do on loopback as they like

@@ -49,7 +49,7 @@ func TestWhatIsHeldIsWhatWasWritten(t *testing.T) {
 			if report := g.inspect(r); len(report.Drift) > 0 {
 				t.Fatalf("seed %d: enforced, and then %v\nhost %+v\nmesh %+v", seed, report.Drift, r.Host(), r.Mesh())
 			}
-			g.p.unchecked = true // and once more, with nothing changed
+			g.p.enforcedSince = true // and once more, with nothing changed
 			if report := g.inspect(r); len(report.Drift) > 0 {
 				t.Fatalf("seed %d: enforced, and later %v", seed, report.Drift)
 			}
@@ -90,7 +90,7 @@ func randomMac(t *testing.T, rng *rand.Rand) *rig {
 			a := usableNetwork(rng, v4)
 			addresses = append(addresses, a.String())
 			if rng.IntN(2) == 0 {
-				routers = append(routers, besideOwn(a).String())
+				routers = append(routers, neighborAddr(a).String())
 			}
 		}
 		g.must(g.mac.AddEthernet(fmt.Sprint("en", i), addresses, routers...))
@@ -144,7 +144,7 @@ func TestTableHoldsNoZeroHost(t *testing.T) {
 		{prefixes("10.0.0.0/8", "10.1.0.0/16"), prefixes("10.0.0.0/8", "10.1.0.0/16")},
 		{prefixes("::ffff:0:0/96"), prefixes("::ffff:0:0/96")},
 	} {
-		if got := holdable(tt.in); !slices.Equal(got, tt.want) {
+		if got := storable(tt.in); !slices.Equal(got, tt.want) {
 			t.Errorf("%v: %v, want %v", tt.in, got, tt.want)
 		}
 	}
@@ -181,14 +181,14 @@ func changeByAndBy(t *rapid.T, changes, packets *int) {
 	seed := rapid.Uint64().Draw(t, "packets")
 	c := newComparison(t, w, seed, appleMain, nil)
 	after := newComparison(t, next, seed, appleMain, nil)
-	old, err := Compile(c.r, AnchorOptions{Before: egressOf(next.host)})
+	old, err := Compile(c.r, AnchorOptions{PastEgress: egressOf(next.host)})
 	if err == nil {
 		err = c.m.LoadAnchor(old.Path, old.Ruleset())
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	a, err := Compile(after.r, AnchorOptions{Before: egressOf(w.host)})
+	a, err := Compile(after.r, AnchorOptions{PastEgress: egressOf(w.host)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -33,7 +33,7 @@ func TestTransitOfAnyKind(t *testing.T) {
 	}
 	udp := func(from, to uint16) pfsim.Packet { return packet(stranger, "9.9.9.9", pfconf.ProtoUDP, from, to, 0) }
 	many := map[string]string{"com.apple/1999.z": "pass quick all no state\n"}
-	for i := range maxOthers {
+	for i := range maxForeignAnchors {
 		many[fmt.Sprintf("com.apple/10%02d.x", i)] = "pass in quick on lo9 all no state\n"
 	}
 	x := func(rules string) map[string]string { return map[string]string{"com.apple/100.x": rules} }
@@ -167,7 +167,7 @@ func TestFactsThatCannotBe(t *testing.T) {
 	g.mac.Kernel.SetResolvers([]darwin.Resolver{{Servers: []netip.Addr{addrOf("::ffff:100.100.2.136"), addrOf("127.0.0.1")}}})
 	g.must(g.mac.Kernel.AddRoute(darwin.Route{Dst: mapped, Index: n.Interface("lo0").Index, Flags: darwin.RouteUp | darwin.RouteStatic | darwin.RouteReject}))
 	g.must(g.mac.Kernel.AddAddress("en5", netip.MustParsePrefix("::ffff:10.1.1.1/128")))
-	g.p.moved.Store(true)
+	g.p.hostChanged.Store(true)
 	r := g.enforce(testMesh(1, everything))
 	if want := []netip.Addr{addrOf("100.100.2.136")}; !slices.Equal(r.Host().Resolvers, want) {
 		t.Errorf("resolvers %v, want %v", r.Host().Resolvers, want)
@@ -186,7 +186,7 @@ func TestLookThatFailsClosesNothing(t *testing.T) {
 			}
 			before := g.compile(testMesh(1, everything)).Host()
 			g.mac.Slow(program, 2*darwin.DefaultTimeout)
-			g.p.moved.Store(true)
+			g.p.hostChanged.Store(true)
 			after, err := g.p.Observe(t.Context())
 			g.must(err)
 			if !sameHost(before, after) {
@@ -204,7 +204,7 @@ func TestLookThatFailsClosesNothing(t *testing.T) {
 func TestManyInterfacesCome(t *testing.T) {
 	g := newRig(t)
 	g.open()
-	for i := range maxBefore * 2 {
+	for i := range maxPastEgress * 2 {
 		name := fmt.Sprint("vlan", i)
 		g.must(g.mac.AddEthernet(name, []string{fmt.Sprintf("10.9.%d.1/24", i), fmt.Sprintf("fd00:9:%d::1/64", i)}))
 		if i%3 == 0 {
@@ -216,7 +216,7 @@ func TestManyInterfacesCome(t *testing.T) {
 	}
 	now := egressOf(g.p.enforced.Host())
 	for _, e := range now {
-		if e.name != "en0" && !slices.Contains(g.p.before, e) {
+		if e.name != "en0" && !slices.Contains(g.p.pastEgress, e) {
 			t.Errorf("%v exists and isn't remembered", e)
 		}
 	}
@@ -271,7 +271,7 @@ func TestProbingIsBounded(t *testing.T) {
 	g.open()
 	start := time.Now()
 	err := g.p.Enforce(t.Context(), g.compile(testMesh(1, mesh.Routing)))
-	if err == nil || !strings.Contains(err.Error(), errTooMany.Error()) {
+	if err == nil || !strings.Contains(err.Error(), errTooManyRules.Error()) {
 		t.Errorf("got %v after %v", err, time.Since(start))
 	}
 	g.arrives("en5", "192.168.77.9", "9.9.9.9", simmac.Dropped)

@@ -14,43 +14,43 @@ import (
 // Inspect implements [host.Enforcer]. What the kernel tells without a
 // process is compared each time; what pf holds is read whole when there is a reason
 // to (see [look]), and otherwise watched for signs by one process.
-func (p *Backend) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, error) {
+func (b *Backend) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, error) {
 	var report host.Report
-	now, err := p.forwarding()
+	now, err := b.forwarding()
 	if err != nil {
-		return report, named(StepForwarding, err)
+		return report, asStepError(StepForwarding, err)
 	}
 	report.Forwarding = now
-	n, err := darwin.Observe(p.o.Kernel)
+	n, err := darwin.Observe(b.o.Kernel)
 	if err != nil {
-		return report, named(StepAddresses, err)
+		return report, asStepError(StepAddresses, err)
 	}
 	drift := func(step, message string) {
 		report.Drift = append(report.Drift, host.Problem{Step: step, Message: message, Hint: "the helper repairs it"})
 	}
-	p.inspectInterface(n, r, drift)
-	report.Problems = p.takenRoutes(n, r)
-	if p.unseen != nil {
+	b.inspectInterface(n, r, drift)
+	report.Problems = b.routeProblems(n, r)
+	if b.observeErr != nil {
 		report.Problems = append(report.Problems, host.Problem{
-			Step: "observe host", Message: "not all of it can be read: " + p.unseen.Error(), Hint: "what was read last counts; the helper tries again",
+			Step: "observe host", Message: "not all of it can be read: " + b.observeErr.Error(), Hint: "what was read last counts; the helper tries again",
 		})
 	}
-	if !p.unchecked {
-		p.cuts.save(saveLimit)
+	if !b.enforcedSince {
+		b.cuts.save(saveLimit)
 	}
-	report.Problems = append(report.Problems, p.cutProblems()...)
-	if !p.needed(r) {
-		p.unchecked, p.due, p.whole = false, false, p.o.Now()
-		if !p.j.IsEmpty() {
+	report.Problems = append(report.Problems, b.cutProblems()...)
+	if !b.needed(r) {
+		b.enforcedSince, b.fullDue, b.lastFull = false, false, b.o.Now()
+		if !b.j.IsEmpty() {
 			drift(StepRestore, "the packet filter or forwarding is still in use")
 		}
 		return report, nil
 	}
-	a, err := p.compile(r)
+	a, err := b.compile(r)
 	if err != nil {
 		return report, err
 	}
-	if p.loaded == nil || p.loaded.anchor.text() != a.text() {
+	if b.loaded == nil || b.loaded.anchor.text() != a.text() {
 		drift(StepAnchor, "another ruleset is loaded")
 	}
 	need := forwardingFor(r)
@@ -62,32 +62,32 @@ func (p *Backend) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, 
 			drift(StepForwarding, fmt.Sprintf("forwarding of %v is off", f.family))
 		}
 	}
-	ours, whole := p.unchecked, p.unchecked || p.due || !p.holds || p.changed(ctx)
+	ours, whole := b.enforcedSince, b.enforcedSince || b.fullDue || !b.inForce || b.changed(ctx)
 	if whole {
-		if err := p.inspectFilter(ctx, r); err != nil {
+		if err := b.inspectFilter(ctx, r); err != nil {
 			return report, err
 		}
 	}
-	if !ours && (whole || p.othersDue) {
+	if !ours && (whole || b.foreignDue) {
 		// Not right after a change of ours: what narrows doesn't wait for what others
 		// have loaded.
-		p.inspectStrays(ctx, r, drift)
-		p.inspectOthers(ctx, n, r)
+		b.inspectUnwantedStates(ctx, r, drift)
+		b.inspectForeign(ctx, n, r)
 	}
-	report.Drift = append(append(report.Drift, p.found.Drift...), p.others.open...)
-	report.Problems = slices.Concat(report.Problems, p.portProblems(), p.tokenProblems(), p.strayProblems(), p.fillProblems(), p.found.Problems, p.others.problems)
+	report.Drift = append(append(report.Drift, b.lastReport.Drift...), b.foreign.open...)
+	report.Problems = slices.Concat(report.Problems, b.portProblems(), b.tokenProblems(), b.stateProblems(), b.stateLimitProblems(), b.lastReport.Problems, b.foreign.problems)
 	return report, nil
 }
 
 // takenRoutes are the peers that can't be reached because another program has a
 // route to their address.
-func (p *Backend) takenRoutes(n *darwin.Network, r *policy.Ruleset) []host.Problem {
-	i := n.Interface(p.name)
+func (b *Backend) routeProblems(n *darwin.Network, r *policy.Ruleset) []host.Problem {
+	i := n.Interface(b.name)
 	if i == nil {
 		return nil
 	}
 	var out []host.Problem
-	for _, dst := range taken(n, i.Index, peersWith(r, 0, anyFamily)) {
+	for _, dst := range routesOfOthers(n, i.Index, peersWith(r, 0, anyFamily)) {
 		out = append(out, host.Problem{
 			Step: StepRoutes, Message: fmt.Sprintf("%v, a peer's address, has another route", dst.Addr()),
 			Hint: fmt.Sprintf("see what made it: route -n get %v", dst.Addr()),
@@ -96,10 +96,10 @@ func (p *Backend) takenRoutes(n *darwin.Network, r *policy.Ruleset) []host.Probl
 	return out
 }
 
-func (p *Backend) inspectInterface(n *darwin.Network, r *policy.Ruleset, drift func(step, message string)) {
-	i := n.Interface(p.name)
+func (b *Backend) inspectInterface(n *darwin.Network, r *policy.Ruleset, drift func(step, message string)) {
+	i := n.Interface(b.name)
 	if i == nil {
-		drift(StepInterface, fmt.Sprintf("interface %s is gone", p.name))
+		drift(StepInterface, fmt.Sprintf("interface %s is gone", b.name))
 		return
 	}
 	for _, want := range hostPrefixes(r.Mesh().Addresses) {
@@ -113,41 +113,41 @@ func (p *Backend) inspectInterface(n *darwin.Network, r *policy.Ruleset, drift f
 }
 
 // inspectFilter reads back all that pf holds of ours, and whether it is in force.
-func (p *Backend) inspectFilter(ctx context.Context, r *policy.Ruleset) error {
-	p.holds, p.found = false, host.Report{}
+func (b *Backend) inspectFilter(ctx context.Context, r *policy.Ruleset) error {
+	b.inForce, b.lastReport = false, host.Report{}
 	drift := func(step, message string) {
-		p.found.Drift = append(p.found.Drift, host.Problem{Step: step, Message: message, Hint: "the helper repairs it"})
+		b.lastReport.Drift = append(b.lastReport.Drift, host.Problem{Step: step, Message: message, Hint: "the helper repairs it"})
 	}
-	if p.loaded != nil {
-		if err := p.driftAnchor(ctx); err != nil {
-			p.drifted = true
+	if b.loaded != nil {
+		if err := b.driftAnchor(ctx); err != nil {
+			b.drifted = true
 			drift(StepAnchor, err.Error())
 		}
 	}
-	on, err := p.isOn(ctx)
+	on, err := b.isOn(ctx)
 	if err != nil {
-		return named(StepEnable, err)
+		return asStepError(StepEnable, err)
 	}
 	if !on {
 		drift(StepEnable, "the packet filter is off, or our token for it is void")
 	}
-	obstacles, err := p.obstacles(ctx)
+	obstacles, err := b.obstacles(ctx)
 	if err != nil {
-		return named(StepAnchor, err)
+		return asStepError(StepAnchor, err)
 	}
 	// Enforcing again repairs them only by closing, which is what must happen.
-	p.found.Drift = append(p.found.Drift, obstacles...)
-	p.found.Problems = obstacles
-	p.holds = len(p.found.Drift) == 0
-	p.unchecked, p.due, p.whole, p.sign = false, false, p.o.Now(), sign{}
+	b.lastReport.Drift = append(b.lastReport.Drift, obstacles...)
+	b.lastReport.Problems = obstacles
+	b.inForce = len(b.lastReport.Drift) == 0
+	b.enforcedSince, b.fullDue, b.lastFull, b.fingerprint = false, false, b.o.Now(), fingerprint{}
 	return nil
 }
 
 // obstacles are why the anchor can't be in force, although it is loaded: the main
 // ruleset doesn't call it, or an interface is skipped. Forwarding must not be on
 // then.
-func (p *Backend) obstacles(ctx context.Context) ([]host.Problem, error) {
-	rules, nat, err := p.show(ctx, "")
+func (b *Backend) obstacles(ctx context.Context) ([]host.Problem, error) {
+	rules, nat, err := b.showAnchor(ctx, "")
 	if err != nil {
 		return nil, err
 	}
@@ -157,7 +157,7 @@ func (p *Backend) obstacles(ctx context.Context) ([]host.Problem, error) {
 		action pfconf.Action
 	}{{rules, pfconf.Anchor}, {nat, pfconf.NatAnchor}} {
 		called, message := false, fmt.Sprintf("the main ruleset doesn't call %s \"com.apple/*\"", hook.action)
-		if err := p.guarded(func() error { called = calls(hook.text, hook.action); return nil }); err != nil {
+		if err := b.withRecover(func() error { called = calls(hook.text, hook.action); return nil }); err != nil {
 			message = fmt.Sprintf("whether the main ruleset calls %s \"com.apple/*\" isn't known: %v", hook.action, err)
 		}
 		if !called {
@@ -167,7 +167,7 @@ func (p *Backend) obstacles(ctx context.Context) ([]host.Problem, error) {
 			})
 		}
 	}
-	skipped, err := p.pf.Skipped(ctx)
+	skipped, err := b.pf.Skipped(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -193,7 +193,7 @@ func calls(shown string, action pfconf.Action) bool {
 }
 
 // Rules returns the text of the loaded rules and the anchor they are in.
-func (p *Backend) Rules(ctx context.Context) (anchor, text string, err error) {
-	rules, nat, err := p.show(ctx, p.path)
-	return p.path, nat + rules, err
+func (b *Backend) Rules(ctx context.Context) (anchor, text string, err error) {
+	rules, nat, err := b.showAnchor(ctx, b.path)
+	return b.path, nat + rules, err
 }

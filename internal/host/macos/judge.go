@@ -16,32 +16,32 @@ import (
 // ByOthers implements [host.Judge]. It reads what the packet filter holds now,
 // ours included, and sends the packet through a machine with all of it and through one
 // with ours alone; it needs nothing of what the loop uses, which doesn't wait for it.
-func (p *Backend) ByOthers(ctx context.Context, packet host.Packet, out string, reply bool) (host.ByOthers, error) {
+func (b *Backend) ByOthers(ctx context.Context, packet host.Packet, out string, reply bool) (host.ByOthers, error) {
 	if reply {
 		return host.ByOthers{}, nil // pf lets what answers a packet pass by its state
 	}
-	info, err := p.pf.Info(ctx)
+	info, err := b.pf.Info(ctx)
 	if err != nil || !info.Enabled {
 		return host.ByOthers{}, err
 	}
-	n, err := darwin.Observe(p.o.Kernel)
+	n, err := darwin.Observe(b.o.Kernel)
 	if err != nil {
 		return host.ByOthers{}, err
 	}
-	all, err := p.readOthers(ctx)
+	all, err := b.readForeignAnchors(ctx)
 	if err != nil {
 		return host.ByOthers{}, err
 	}
-	ours, err := p.readAnchor(ctx, p.path)
+	ours, err := b.readAnchor(ctx, b.path)
 	if err != nil {
 		return host.ByOthers{}, err
 	}
-	skipped, err := p.pf.Skipped(ctx)
+	skipped, err := b.pf.Skipped(ctx)
 	if err != nil {
 		return host.ByOthers{}, err
 	}
 	var by host.ByOthers
-	err = p.guarded(func() (err error) {
+	err = b.withRecover(func() (err error) {
 		by, err = judgeOne(n, all, ours, skipped, probe{packet: asShown(packet.Packet), in: packet.In, out: out})
 		return err
 	})
@@ -51,7 +51,7 @@ func (p *Backend) ByOthers(ctx context.Context, packet host.Packet, out string, 
 // judgeOne sends a packet through all that the packet filter holds, and through our
 // anchor alone. skipped are the interfaces that the packet filter skips.
 func judgeOne(n *darwin.Network, all []shownAnchor, ours shownAnchor, skipped []string, one probe) (host.ByOthers, error) {
-	u, known := unread{}, unread{}
+	u, known := unparsed{}, unparsed{}
 	rulesets := u.rulesets(all)
 	if len(skipped) > 0 { // the main ruleset is the first that is read
 		main := rulesets[0].rules
@@ -91,7 +91,7 @@ func asShown(p policy.Packet) pfsim.Packet {
 }
 
 // byOthers says what others did with a packet that passes where our anchor is alone.
-func byOthers(got, alone pfsim.Judgement, ours string, u unread) host.ByOthers {
+func byOthers(got, alone pfsim.Judgement, ours string, u unparsed) host.ByOthers {
 	if alone.Verdict != pfsim.VerdictPass {
 		return host.ByOthers{} // ours doesn't let it pass, whatever they do
 	}
@@ -100,7 +100,7 @@ func byOthers(got, alone pfsim.Judgement, ours string, u unread) host.ByOthers {
 		if !h.got.Seen {
 			continue
 		}
-		f := u.name([]Foreign{decidedBy(h.got, ours, false)})[0]
+		f := u.resolve([]Foreign{deciderAt(h.got, ours, false)})[0]
 		redirects := h.got.Translation != nil && h.got.TranslationAnchor != ours && h.got.Translation.Action == pfconf.Rdr
 		switch {
 		case !h.got.Pass():
@@ -110,7 +110,7 @@ func byOthers(got, alone pfsim.Judgement, ours string, u unread) host.ByOthers {
 		case h.got.State != h.alone.State:
 			by.Unclear = true // its answers meet other rules
 		}
-		by.Unclear = by.Unclear || f.Unread
+		by.Unclear = by.Unclear || f.Unparsed
 		if by.Does != "" || by.Unclear {
 			by.Where = f.where()
 			return by

@@ -141,13 +141,13 @@ func TestByOthersWithoutFilter(t *testing.T) {
 // TestByOthersUnclear has a rule decide that isn't understood.
 func TestByOthersUnclear(t *testing.T) {
 	n := &darwin.Network{Interfaces: []darwin.Interface{{Name: "en0"}, {Name: "utun0"}}}
-	u := unread{}
-	shown := u.readable("", "block drop in quick on utun0 all by-magic\npass all flags S/SA keep state\n")
+	u := unparsed{}
+	shown := u.parse("", "block drop in quick on utun0 all by-magic\npass all flags S/SA keep state\n")
 	m, err := machineWith(n, []foreignRuleset{{"", shown.Ruleset(&pfconf.Shown{})}}, u)
 	if err != nil {
 		t.Fatal(err)
 	}
-	alone, err := machineWith(n, nil, unread{})
+	alone, err := machineWith(n, nil, unparsed{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -31,9 +31,9 @@ type Kill struct {
 func Kills(old, next *policy.Ruleset, narrowed []policy.Narrowed) []Kill {
 	var moved []netip.Prefix
 	if old != nil {
-		moved = movedPrefixes(old, next)
+		moved = changedPrefixes(old, next)
 	}
-	lan := widest(next.Sets().LANOutsideMesh())
+	lan := dropContained(next.Sets().LANOutsideMesh())
 	var out []Kill
 	for _, n := range narrowed {
 		for _, a := range n.Addresses {
@@ -57,13 +57,13 @@ func Kills(old, next *policy.Ruleset, narrowed []policy.Narrowed) []Kill {
 		}
 	}
 	if len(out) > maxKills {
-		return coarse(out, next.Sets().Mesh)
+		return widenKills(out, next.Sets().Mesh)
 	}
 	return out
 }
 
 // widest returns the prefixes, sorted, without those that are inside another.
-func widest(ps []netip.Prefix) []netip.Prefix {
+func dropContained(ps []netip.Prefix) []netip.Prefix {
 	var out []netip.Prefix
 	for _, p := range sorted(slices.Clone(ps)) {
 		if n := len(out); n == 0 || !out[n-1].Contains(p.Addr()) {
@@ -80,7 +80,7 @@ const maxKills = 256
 // coarse names whole mesh prefixes instead of single peers. Peers that lost
 // nothing then have flows ended, too; that many lose something at once only when
 // the host moves, or at the start.
-func coarse(kills []Kill, mesh []netip.Prefix) []Kill {
+func widenKills(kills []Kill, mesh []netip.Prefix) []Kill {
 	widen := func(p netip.Prefix) netip.Prefix {
 		for _, m := range mesh {
 			if p.IsSingleIP() && m.Contains(p.Addr()) {
@@ -131,27 +131,27 @@ func killTo(a netip.Addr, to []netip.Prefix) []Kill {
 // reached another way: a network that went, for one. An address or a network that
 // only came where the same class and way held is none. Addresses of the router in front
 // that are known only now, and all where WireGuard has another port there, are among them.
-func movedPrefixes(old, next *policy.Ruleset) []netip.Prefix {
+func changedPrefixes(old, next *policy.Ruleset) []netip.Prefix {
 	a, b := old.Sets(), next.Sets()
 	var changed []netip.Prefix
 	for _, s := range [][2][]netip.Prefix{{a.Martians, b.Martians}, {a.Self, b.Self}, {a.Mesh, b.Mesh}, {a.LAN, b.LAN}} {
-		changed = append(append(changed, missing(s[0], s[1])...), missing(s[1], s[0])...)
+		changed = append(append(changed, subtract(s[0], s[1])...), subtract(s[1], s[0])...)
 	}
-	before, now := ways(old.Host()), ways(next.Host())
+	before, now := egressPaths(old.Host()), egressPaths(next.Host())
 	for p, way := range before {
 		if now[p] != way {
 			changed = append(changed, p)
 		}
 	}
 	var out []netip.Prefix
-	edges := edgesOf(slices.Concat(a.Martians, a.Self, a.Mesh, a.LAN, b.Martians, b.Self, b.Mesh, b.LAN))
+	edges := classBoundaries(slices.Concat(a.Martians, a.Self, a.Mesh, a.LAN, b.Martians, b.Self, b.Mesh, b.LAN))
 	for _, p := range sorted(changed) {
 		if _, went := before[p]; !sameClass(old, next, p, edges) || went && before[p] != now[p] {
 			out = append(out, p)
 		}
 	}
 	if slices.Equal(old.OutsidePorts(), next.OutsidePorts()) {
-		out = append(out, missing(b.Outside, a.Outside)...)
+		out = append(out, subtract(b.Outside, a.Outside)...)
 	} else {
 		out = append(out, b.Outside...)
 	}
@@ -163,7 +163,7 @@ func movedPrefixes(old, next *policy.Ruleset) []netip.Prefix {
 
 // edgesOf returns, sorted, the addresses at which a class may begin: the first of
 // each prefix, and the one behind it.
-func edgesOf(ps []netip.Prefix) []netip.Addr {
+func classBoundaries(ps []netip.Prefix) []netip.Addr {
 	var out []netip.Addr
 	for _, p := range ps {
 		b := p.Addr().AsSlice()
@@ -197,20 +197,20 @@ func sameClass(old, next *policy.Ruleset, p netip.Prefix, edges []netip.Addr) bo
 
 // way is by which interface a network is reached, and what packets there leave
 // with: the interface's first address, unless it is the uplink's, which has its own.
-type way struct {
+type egressPath struct {
 	name   string
 	source netip.Addr
 }
 
 // ways returns how the host reaches each network, default routes left out.
-func ways(h policy.Host) map[netip.Prefix]way {
-	out := map[netip.Prefix]way{}
+func egressPaths(h policy.Host) map[netip.Prefix]egressPath {
+	out := map[netip.Prefix]egressPath{}
 	add := func(p netip.Prefix, name string) {
 		family := pfconf.Inet6
 		if p.Addr().Is4() {
 			family = pfconf.Inet
 		}
-		w := way{name: name}
+		w := egressPath{name: name}
 		if as := addresses(h, name, family); name != h.Uplink(p.Addr()) && len(as) > 0 {
 			w.source = as[0]
 		}
@@ -231,8 +231,8 @@ func ways(h policy.Host) map[netip.Prefix]way {
 	return out
 }
 
-// missing returns what is in a and not in b.
-func missing[T comparable](a, b []T) []T {
+// subtract returns what is in a and not in b.
+func subtract[T comparable](a, b []T) []T {
 	in := map[T]bool{}
 	for _, one := range b {
 		in[one] = true

@@ -46,53 +46,53 @@ func (a *Anchor) rulesText() string {
 
 // enforceFilter puts the anchor in force: loaded or, where only tables differ,
 // changed in place, the packet filter on, and called by the main ruleset.
-func (p *Backend) enforceFilter(ctx context.Context, r *policy.Ruleset) error {
-	p.noteEgress(r)
-	with := p.options()
+func (b *Backend) enforceFilter(ctx context.Context, r *policy.Ruleset) error {
+	b.recordEgress(r)
+	with := b.options()
 	a, err := Compile(r, with)
 	if err != nil {
 		return err
 	}
-	if err := p.putAnchor(ctx, a); err != nil {
+	if err := b.ensureAnchor(ctx, a); err != nil {
 		return err
 	}
-	p.render = func(r *policy.Ruleset) (anchor, text string, err error) { return render(r, with) }
-	on, err := p.isOn(ctx)
+	b.render = func(r *policy.Ruleset) (anchor, text string, err error) { return render(r, with) }
+	on, err := b.isOn(ctx)
 	if err == nil && !on {
-		err = p.enable(ctx)
+		err = b.enable(ctx)
 	}
 	if err != nil {
-		return named(StepEnable, err)
+		return asStepError(StepEnable, err)
 	}
-	obstacles, err := p.obstacles(ctx)
+	obstacles, err := b.obstacles(ctx)
 	if err != nil {
-		return named(StepAnchor, err)
+		return asStepError(StepAnchor, err)
 	}
 	if len(obstacles) > 0 {
-		return asError(obstacles[0])
+		return problemError(obstacles[0])
 	}
 	return nil
 }
 
 // asError makes an error of a problem.
-func asError(o host.Problem) error {
+func problemError(o host.Problem) error {
 	return &host.StepError{Step: o.Step, Hint: o.Hint, Err: errors.New(o.Message)}
 }
 
 // maxBefore bounds for how many interfaces that are gone rules are kept.
-const maxBefore = 64
+const maxPastEgress = 64
 
 // noteEgress remembers by which interfaces peers' packets can leave, and forgets
 // those that went first of those that are gone.
-func (p *Backend) noteEgress(r *policy.Ruleset) {
+func (b *Backend) recordEgress(r *policy.Ruleset) {
 	h, now := r.Host(), egressOf(r.Host())
 	for _, e := range now {
-		if e.name != h.Uplink4 && e.name != h.Uplink6 && !slices.Contains(p.before, e) {
-			p.before = append(p.before, e)
+		if e.name != h.Uplink4 && e.name != h.Uplink6 && !slices.Contains(b.pastEgress, e) {
+			b.pastEgress = append(b.pastEgress, e)
 		}
 	}
-	surplus := len(p.before) - maxBefore
-	p.before = slices.DeleteFunc(p.before, func(e Egress) bool {
+	surplus := len(b.pastEgress) - maxPastEgress
+	b.pastEgress = slices.DeleteFunc(b.pastEgress, func(e Egress) bool {
 		if surplus <= 0 || slices.Contains(now, e) {
 			return false
 		}
@@ -103,16 +103,16 @@ func (p *Backend) noteEgress(r *policy.Ruleset) {
 
 // compile makes the anchor for r, with the rules for interfaces that were there
 // before.
-func (p *Backend) compile(r *policy.Ruleset) (*Anchor, error) {
-	return Compile(r, p.options())
+func (b *Backend) compile(r *policy.Ruleset) (*Anchor, error) {
+	return Compile(r, b.options())
 }
 
 // Renderer implements [host.Renderer].
-func (p *Backend) Renderer() func(*policy.Ruleset) (anchor, text string, err error) {
-	if p.loaded == nil {
+func (b *Backend) Renderer() func(*policy.Ruleset) (anchor, text string, err error) {
+	if b.loaded == nil {
 		return nil
 	}
-	return p.render
+	return b.render
 }
 
 // render returns the path and the text of the anchor for r.
@@ -136,39 +136,39 @@ func Text(r *policy.Ruleset, o AnchorOptions) (anchor, text string, err error) {
 }
 
 // options are what the anchor depends on now, besides the ruleset.
-func (p *Backend) options() AnchorOptions {
+func (b *Backend) options() AnchorOptions {
 	return AnchorOptions{
-		Label: p.o.Label, MTU: p.cfg.MTU, Cut: p.cuts.addresses(), Before: p.before,
-		Ports: p.ports.nat, NoPorts: p.ports.none, IKE: p.ports.ike(p.o.Now()),
+		Label: b.o.Label, MTU: b.cfg.MTU, Cut: b.cuts.addresses(), PastEgress: b.pastEgress,
+		Ports: b.ports.nat, NoPorts: b.ports.none, IKE: b.ports.ike(b.o.Now()),
 	}
 }
 
 // putAnchor makes a what is loaded, in the gentlest way: nothing, where it is
 // loaded already; by changing tables, where only they differ; else by loading it.
-func (p *Backend) putAnchor(ctx context.Context, a *Anchor) error {
-	l := p.loaded
-	if l == nil || p.drifted || l.rules != a.rulesText() || !slices.Equal(slices.Sorted(maps.Keys(l.anchor.tables())), slices.Sorted(maps.Keys(a.tables()))) {
-		return p.load(ctx, a)
+func (b *Backend) ensureAnchor(ctx context.Context, a *Anchor) error {
+	l := b.loaded
+	if l == nil || b.drifted || l.rules != a.rulesText() || !slices.Equal(slices.Sorted(maps.Keys(l.anchor.tables())), slices.Sorted(maps.Keys(a.tables()))) {
+		return b.loadAnchor(ctx, a)
 	}
 	changed := changedTables(l.anchor.tables(), a.tables())
 	if len(changed) == 0 {
-		if p.driftAnchor(ctx) == nil {
+		if b.driftAnchor(ctx) == nil {
 			return nil
 		}
-		return p.load(ctx, a)
+		return b.loadAnchor(ctx, a)
 	}
-	return p.step(StepTables, func() error {
-		p.drifted = true // until all of it is changed
+	return b.step(StepTables, func() error {
+		b.drifted = true // until all of it is changed
 		for _, c := range changed {
-			if err := p.pf.ReplaceTable(ctx, a.Path, c.Name, c.Addrs); err != nil {
+			if err := b.pf.ReplaceTable(ctx, a.Path, c.Name, c.Addrs); err != nil {
 				return err
 			}
 		}
 		l.anchor = a
-		if err := p.driftTables(ctx, changed...); err != nil {
+		if err := b.driftTables(ctx, changed...); err != nil {
 			return err
 		}
-		p.drifted = false
+		b.drifted = false
 		return nil
 	})
 }
@@ -245,73 +245,73 @@ const maxBusy = 5
 
 // load loads the anchor in one transaction, reads it back, and checks that it is
 // all there.
-func (p *Backend) load(ctx context.Context, a *Anchor) error {
-	if p.j.Anchor != a.Path {
-		err := p.step(StepJournal, func() error {
-			p.j.Anchor = a.Path
-			return p.j.write(p.o.StateDir)
+func (b *Backend) loadAnchor(ctx context.Context, a *Anchor) error {
+	if b.j.Anchor != a.Path {
+		err := b.step(StepJournal, func() error {
+			b.j.Anchor = a.Path
+			return b.j.write(b.o.StateDir)
 		})
 		if err != nil {
 			return err
 		}
 	}
-	return p.step(StepAnchor, func() error {
-		p.loaded = nil
+	return b.step(StepAnchor, func() error {
+		b.loaded = nil
 		want, err := a.Ruleset().Expand(a.Path, nil)
 		if err != nil {
 			return err
 		}
 		text := a.text()
-		err = p.pf.Load(ctx, a.Path, text)
+		err = b.pf.Load(ctx, a.Path, text)
 		for range maxBusy {
 			if !errors.Is(err, darwin.ErrBusy) {
 				break
 			}
-			err = p.pf.Load(ctx, a.Path, text)
+			err = b.pf.Load(ctx, a.Path, text)
 		}
 		if err != nil {
 			return err
 		}
-		p.strays = true
-		p.loaded, p.drifted = &loadedAnchor{anchor: a, rules: a.rulesText(), want: want}, true
-		if err := p.driftAnchor(ctx); err != nil {
+		b.unwantedStates = true
+		b.loaded, b.drifted = &loadedAnchor{anchor: a, rules: a.rulesText(), want: want}, true
+		if err := b.driftAnchor(ctx); err != nil {
 			return err
 		}
-		p.drifted = false
+		b.drifted = false
 		return nil
 	})
 }
 
-func (p *Backend) show(ctx context.Context, anchor string) (rules, nat string, err error) {
-	if rules, err = p.pf.Rules(ctx, anchor); err == nil {
-		nat, err = p.pf.NAT(ctx, anchor)
+func (b *Backend) showAnchor(ctx context.Context, anchor string) (rules, nat string, err error) {
+	if rules, err = b.pf.Rules(ctx, anchor); err == nil {
+		nat, err = b.pf.NAT(ctx, anchor)
 	}
 	return rules, nat, err
 }
 
 // driftAnchor says how what pf holds differs from what we loaded; nil: not at all.
-func (p *Backend) driftAnchor(ctx context.Context) error {
-	rules, nat, err := p.show(ctx, p.path)
+func (b *Backend) driftAnchor(ctx context.Context) error {
+	rules, nat, err := b.showAnchor(ctx, b.path)
 	if err != nil {
 		return err
 	}
-	if err := p.driftRules(rules, nat); err != nil {
+	if err := b.driftRules(rules, nat); err != nil {
 		return err
 	}
-	return p.driftTables(ctx, slices.Collect(maps.Values(p.loaded.anchor.tables()))...)
+	return b.driftTables(ctx, slices.Collect(maps.Values(b.loaded.anchor.tables()))...)
 }
 
 // driftRules compares what pfctl prints of the anchor with what it has to print.
 // A Mac's pfctl may print more than is written, and in another order, so both are
 // compared as read.
-func (p *Backend) driftRules(rules, nat string) error {
+func (b *Backend) driftRules(rules, nat string) error {
 	if strings.TrimSpace(rules+nat) == "" {
 		return errors.New("the anchor is empty")
 	}
-	if err := pfconf.EqualShown(p.loaded.want.ShowRules(), rules); err != nil {
+	if err := pfconf.EqualShown(b.loaded.want.ShowRules(), rules); err != nil {
 		return fmt.Errorf("the anchor's filter rules aren't those that were loaded: %w", err)
 	}
-	if err := pfconf.EqualShown(p.loaded.want.ShowNat(), nat); err != nil {
+	if err := pfconf.EqualShown(b.loaded.want.ShowNat(), nat); err != nil {
 		return fmt.Errorf("the anchor's translation rules aren't those that were loaded: %w", err)
 	}
 	return nil
@@ -319,13 +319,13 @@ func (p *Backend) driftRules(rules, nat string) error {
 
 // driftTables compares tables' contents, which rules don't show. Of several of one
 // name the last counts.
-func (p *Backend) driftTables(ctx context.Context, tables ...*pfconf.Table) error {
+func (b *Backend) driftTables(ctx context.Context, tables ...*pfconf.Table) error {
 	last := map[string]*pfconf.Table{}
 	for _, t := range tables {
 		last[t.Name] = t
 	}
 	for _, name := range slices.Sorted(maps.Keys(last)) {
-		got, err := p.pf.Table(ctx, p.path, name)
+		got, err := b.pf.Table(ctx, b.path, name)
 		if err != nil {
 			return err
 		}
@@ -337,42 +337,42 @@ func (p *Backend) driftTables(ctx context.Context, tables ...*pfconf.Table) erro
 }
 
 // isOn reports whether the packet filter is on and our token keeps it so.
-func (p *Backend) isOn(ctx context.Context) (bool, error) {
-	info, err := p.pf.Info(ctx)
+func (b *Backend) isOn(ctx context.Context) (bool, error) {
+	info, err := b.pf.Info(ctx)
 	if err != nil {
 		return false, err
 	}
-	tokens, err := p.tokens(ctx)
-	return info.Enabled && p.j.Token != 0 && slices.Contains(tokens, p.j.Token), err
+	tokens, err := b.tokens(ctx)
+	return info.Enabled && b.j.Token != 0 && slices.Contains(tokens, b.j.Token), err
 }
 
 // enable takes a token. Which others there are is written down first, so that one
 // that we don't live to write down can be told.
-func (p *Backend) enable(ctx context.Context) error {
-	return p.step(StepEnable, func() (err error) {
-		p.strays = true
-		if p.j.Enabling {
+func (b *Backend) enable(ctx context.Context) error {
+	return b.step(StepEnable, func() (err error) {
+		b.unwantedStates = true
+		if b.j.Enabling {
 			// A run that failed may have taken one all the same.
-			if p.j.Token, err = p.unwrittenToken(ctx); err != nil {
+			if b.j.Token, err = b.unrecordedToken(ctx); err != nil {
 				return err
 			}
-			if p.j.Token != 0 {
-				p.j.Enabling, p.j.Others = false, nil
-				return p.j.write(p.o.StateDir)
+			if b.j.Token != 0 {
+				b.j.Enabling, b.j.Others = false, nil
+				return b.j.write(b.o.StateDir)
 			}
 		}
-		if p.j.Others, err = p.tokens(ctx); err != nil {
+		if b.j.Others, err = b.tokens(ctx); err != nil {
 			return err
 		}
-		p.j.Token, p.j.Enabling = 0, true
-		if err := p.j.write(p.o.StateDir); err != nil {
+		b.j.Token, b.j.Enabling = 0, true
+		if err := b.j.write(b.o.StateDir); err != nil {
 			return err
 		}
-		token, err := p.pf.Enable(ctx)
+		token, err := b.pf.Enable(ctx)
 		if err != nil {
 			return err
 		}
-		p.j.Token, p.j.Enabling, p.j.Others = uint64(token), false, nil
-		return p.j.write(p.o.StateDir)
+		b.j.Token, b.j.Enabling, b.j.Others = uint64(token), false, nil
+		return b.j.write(b.o.StateDir)
 	})
 }

@@ -20,16 +20,16 @@ func isNeeded(r *policy.Ruleset) bool {
 // needed is isNeeded, or that something else asks for the filter: connections that
 // were cut before this helper started, which its guard knows nothing of, or a Mac that
 // was told to take packets to a tunnel's address from any interface.
-func (p *Backend) needed(r *policy.Ruleset) bool {
-	return isNeeded(r) || p.inheritsCut(r) || !p.closesTunnels()
+func (b *Backend) needed(r *policy.Ruleset) bool {
+	return isNeeded(r) || b.hasInheritedCuts(r) || !b.closesTunnels()
 }
 
 // closesTunnels reports whether the kernel drops packets to the mesh addresses that
 // arrive on other interfaces, while it doesn't forward. What can't be read counts as
 // no.
-func (p *Backend) closesTunnels() bool {
+func (b *Backend) closesTunnels() bool {
 	for _, f := range []darwin.Family{darwin.IPv4, darwin.IPv6} {
-		if closes, err := p.sysctl.ClosesTunnels(f); err != nil || !closes {
+		if closes, err := b.sysctl.ClosesTunnels(f); err != nil || !closes {
 			return false
 		}
 	}

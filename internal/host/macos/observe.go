@@ -88,18 +88,18 @@ const sharingAnchor = "com.apple.internet-sharing"
 // shared says for which families other software translates, and so forwards:
 // Internet Sharing switches on what is on already, so its rules have to tell. A
 // virtual machine's network that isn't translated isn't shared.
-func (p *Backend) shared(ctx context.Context) (policy.Families, error) {
-	children, err := p.pf.Anchors(ctx, sharingAnchor)
+func (b *Backend) shared(ctx context.Context) (policy.Families, error) {
+	children, err := b.pf.Anchors(ctx, sharingAnchor)
 	if err != nil {
 		return policy.Families{}, err
 	}
 	var out policy.Families
 	for _, anchor := range append(children, sharingAnchor) {
-		text, err := p.pf.NAT(ctx, anchor)
+		text, err := b.pf.NAT(ctx, anchor)
 		if err != nil {
 			return policy.Families{}, err
 		}
-		err = p.guarded(func() error {
+		err = b.withRecover(func() error {
 			for _, rule := range pfconf.ParseShown(text).Rules {
 				out.IPv4 = out.IPv4 || rule.Action == pfconf.Nat && rule.Family != pfconf.Inet6
 				out.IPv6 = out.IPv6 || rule.Action == pfconf.Nat && rule.Family != pfconf.Inet

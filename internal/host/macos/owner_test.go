@@ -24,9 +24,9 @@ func TestFilesOfAnotherUser(t *testing.T) {
 	}
 	read := func() (journalErr, cutErr error) {
 		_, journalErr = readJournal(dir, "boot")
-		var book cutBook
+		var book cutRecord
 		book.load(dir, "boot", time.Now())
-		if book.problem != nil && len(book.open) != 0 {
+		if book.problem != nil && len(book.granted) != 0 {
 			t.Error("a book that isn't believed is used")
 		}
 		return journalErr, book.problem

@@ -30,7 +30,7 @@ const (
 	ikePort = 500
 	// settlePorts is how long a range stays, and a port 500 counts as taken, at least.
 	// Any user can take ports, and each change loads the anchor.
-	settlePorts = time.Minute
+	minPortsAge = time.Minute
 )
 
 // defaultPorts is the range of a Mac whose sockets aren't known: below the ports that
@@ -108,7 +108,7 @@ type ports struct {
 	// sockets are those of the last look that didn't fail; nil: none has been made.
 	sockets map[socketPort]struct{}
 	// unseen is why the last look failed.
-	unseen error
+	readErr error
 }
 
 // socketPort is a port that a socket of this host has.
@@ -120,7 +120,7 @@ type socketPort struct {
 // ike reports whether a socket of this host has UDP port 500, or had it a short time
 // ago. While sockets can't be read, what was read last counts, and before that it has.
 func (p *ports) ike(now time.Time) bool {
-	if p.unseen != nil && p.has("udp", ikePort) {
+	if p.readErr != nil && p.has("udp", ikePort) {
 		return true
 	}
 	return now.Before(p.ikeUntil)
@@ -139,14 +139,14 @@ func (p *ports) has(proto string, port uint16) bool {
 // observePorts looks at this host's sockets, which takes no process. A look that
 // fails changes nothing, but for the first: then the usual range counts, and port 500 as
 // taken.
-func (p *Backend) observePorts() {
-	sockets, err := darwin.ReadSockets(p.o.Kernel)
+func (b *Backend) observePorts() {
+	sockets, err := darwin.ReadSockets(b.o.Kernel)
 	var ephemeral []darwin.PortRange
 	if err == nil {
-		ephemeral, err = p.sysctl.EphemeralPorts()
+		ephemeral, err = b.sysctl.EphemeralPorts()
 	}
-	now, known := p.o.Now(), &p.ports
-	if known.unseen = err; err != nil {
+	now, known := b.o.Now(), &b.ports
+	if known.readErr = err; err != nil {
 		if known.nat == (darwin.PortRange{}) {
 			known.nat = defaultPorts
 		}
@@ -154,8 +154,8 @@ func (p *Backend) observePorts() {
 	}
 	if slices.Contains(sockets.UDP, ikePort) {
 		// Peers' flows that pf translates to that port end when flows are cut.
-		p.strays = p.strays || !known.ike(now)
-		known.ikeUntil = now.Add(settlePorts)
+		b.unwantedStates = b.unwantedStates || !known.ike(now)
+		known.ikeUntil = now.Add(minPortsAge)
 	}
 	known.sockets = make(map[socketPort]struct{}, len(sockets.TCP)+len(sockets.UDP))
 	for proto, ports := range map[string][]uint16{"tcp": sockets.TCP, "udp": sockets.UDP} {
@@ -168,27 +168,27 @@ func (p *Backend) observePorts() {
 	known.none = !ok
 	// Ports that the kernel gives out by itself are left at once.
 	overlaps := slices.ContainsFunc(ephemeral, func(e darwin.PortRange) bool { return e.First <= known.nat.Last && known.nat.First <= e.Last })
-	if ok && r != known.nat && (known.at.IsZero() || overlaps || now.Sub(known.at) >= settlePorts) {
+	if ok && r != known.nat && (known.at.IsZero() || overlaps || now.Sub(known.at) >= minPortsAge) {
 		known.nat, known.at = r, now
 	}
 	known.crowded = ok && slices.ContainsFunc(taken, r.Contains)
 }
 
 // portProblems says what of this host's ports stands in the way.
-func (p *Backend) portProblems() (out []host.Problem) {
+func (b *Backend) portProblems() (out []host.Problem) {
 	add := func(message, hint string) {
 		out = append(out, host.Problem{Step: StepPorts, Message: message, Hint: hint})
 	}
 	const raise = "have net.inet.ip.portrange.first and hifirst be 49152, as macOS ships"
 	switch {
-	case p.ports.none:
+	case b.ports.none:
 		add(fmt.Sprintf("no %d ports in a row from %d on are left for what peers send: this host's own sockets may get them all", fewestPorts, lowestPort), raise)
-	case p.ports.crowded:
-		add(fmt.Sprintf("sockets of this host are among all ports from %d on, so what peers send leaves from ports that some have (%v)", lowestPort, p.ports.nat),
+	case b.ports.crowded:
+		add(fmt.Sprintf("sockets of this host are among all ports from %d on, so what peers send leaves from ports that some have (%v)", lowestPort, b.ports.nat),
 			"end the programs that have so many ports: netstat -an")
 	}
-	if p.ports.unseen != nil {
-		add("this host's sockets can't be read: "+p.ports.unseen.Error(), "what was read last counts; the helper tries again")
+	if b.ports.readErr != nil {
+		add("this host's sockets can't be read: "+b.ports.readErr.Error(), "what was read last counts; the helper tries again")
 	}
 	return out
 }

@@ -104,7 +104,7 @@ func testPortsFollowSockets(t *testing.T) {
 	g.mac.Kernel.BindUDP(30000)
 	round()
 	leaves(defaultPorts) // a minute isn't over
-	time.Sleep(settlePorts)
+	time.Sleep(minPortsAge)
 	round()
 	leaves(darwin.PortRange{First: 30001, Last: 49151})
 	before := g.p.loaded.rules
@@ -132,7 +132,7 @@ func testPortsFollowSockets(t *testing.T) {
 	for _, p := range sockets(20000, 49151, 900) {
 		g.mac.Kernel.BindTCP(p)
 	}
-	for _, d := range []time.Duration{0, settlePorts} { // also before the range changes
+	for _, d := range []time.Duration{0, minPortsAge} { // also before the range changes
 		time.Sleep(d)
 		r = round()
 		if ps := g.inspect(r).Problems; len(ps) != 1 || ps[0].Step != StepPorts || !strings.Contains(ps[0].Message, "among all ports") {
@@ -163,7 +163,7 @@ func testFlowsLeaveTakenPorts(t *testing.T) {
 		t.Fatalf("no flow leaves from %d or %d, so nothing is proved", taken, other)
 	}
 	g.mac.Kernel.BindTCP(taken)
-	for range settlePorts / (10 * time.Second) {
+	for range minPortsAge / (10 * time.Second) {
 		time.Sleep(10 * time.Second)
 		if a, b := flow(first), flow(second); a != taken || b != other {
 			t.Fatalf("the flows leave from %d and %d now", a, b)
@@ -202,7 +202,7 @@ func TestUnknownSockets(t *testing.T) {
 	if p.ports.nat != known || known.Contains(40000) || len(p.portProblems()) != 1 {
 		t.Errorf("%+v, before %v", p.ports, known)
 	}
-	if !p.ports.ike(time.Now().Add(2 * settlePorts)) {
+	if !p.ports.ike(time.Now().Add(2 * minPortsAge)) {
 		t.Error("while sockets can't be read port 500 counts as free")
 	}
 }

@@ -80,7 +80,7 @@ func testQuietMac(t *testing.T) {
 		if found := q.look(); found != nil {
 			t.Fatalf("found %v", found)
 		}
-		if n := q.processes - before; n > 1 && !q.p.whole.Equal(time.Now()) {
+		if n := q.processes - before; n > 1 && !q.p.lastFull.Equal(time.Now()) {
 			t.Fatalf("%d processes at one tick", n)
 		}
 	}
@@ -146,8 +146,8 @@ func TestQuietMacSeesOthers(t *testing.T) {
 		"the main ruleset": {"", tick, func(q *quietMac) {
 			q.must(q.mac.LoadMain(them + strings.Replace(simmac.StockMain, "\nanchor", "\n"+open+"anchor", 1)))
 		}},
-		"an anchor": {"pass in on lo9 all\n", wholeEvery + tick, func(q *quietMac) { q.must(q.mac.LoadAnchor(other, them+open)) }},
-		"a table": {"table <them> persist { }\n" + open, wholeEvery + tick, func(q *quietMac) {
+		"an anchor": {"pass in on lo9 all\n", fullReadEvery + tick, func(q *quietMac) { q.must(q.mac.LoadAnchor(other, them+open)) }},
+		"a table": {"table <them> persist { }\n" + open, fullReadEvery + tick, func(q *quietMac) {
 			q.must(darwin.NewPF(q.mac).ReplaceTable(q.t.Context(), other, "them",
 				[]pfconf.Address{{Kind: pfconf.AddrPrefix, Prefix: netip.MustParsePrefix("192.168.77.0/24")}}))
 		}},
@@ -156,7 +156,7 @@ func TestQuietMacSeesOthers(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				q := newQuietMac(t)
 				q.must(q.mac.LoadAnchor(other, tt.before))
-				q.p.moved.Store(true)
+				q.p.hostChanged.Store(true)
 				for range 2 {
 					if found := q.look(); found != nil {
 						t.Fatalf("found %v before anything happened", found)
@@ -170,7 +170,7 @@ func TestQuietMacSeesOthers(t *testing.T) {
 							t.Errorf("found after %v", waited)
 						}
 						break
-					} else if waited > 2*wholeEvery {
+					} else if waited > 2*fullReadEvery {
 						t.Fatal("never found")
 					}
 				}
@@ -199,7 +199,7 @@ func testWholeLooks(t *testing.T) {
 	if found := q.look(); found != nil {
 		t.Fatalf("found %v", found)
 	}
-	q.p.moved.Store(true)
+	q.p.hostChanged.Store(true)
 	if found := q.look(); len(found) == 0 {
 		t.Error("an event doesn't make it look")
 	}
@@ -211,11 +211,11 @@ func testWholeLooks(t *testing.T) {
 	for at := time.Now(); ; {
 		found := q.look()
 		if waited := time.Since(at); len(found) > 0 {
-			if waited > wholeEvery+tick {
+			if waited > fullReadEvery+tick {
 				t.Errorf("found after %v", waited)
 			}
 			break
-		} else if waited > 2*wholeEvery {
+		} else if waited > 2*fullReadEvery {
 			t.Fatal("never found")
 		}
 	}

@@ -138,7 +138,7 @@ type Egress struct {
 // what was one before. pf takes a rule for an interface that isn't there, and
 // matches nothing by it.
 func (b *builder) egress() []Egress {
-	all := slices.Concat(egressOf(b.host), b.options.Before)
+	all := slices.Concat(egressOf(b.host), b.options.PastEgress)
 	slices.SortFunc(all, Egress.compare)
 	return slices.Compact(all)
 }
@@ -257,7 +257,7 @@ func (b *builder) fromPeers() {
 		return rule
 	}
 	var anyone pfconf.Endpoint
-	b.turnedRound(in)
+	b.selfTraffic(in)
 	b.block(with(notInTable(tablePeers), anyone), "spoofed", "what comes out of the tunnel has a peer's address")
 	b.block(with(anyone, inTable(tableMartians)), "martian", "class 1, martian: never")
 	for _, t := range icmpTypes {
@@ -304,7 +304,7 @@ func (b *builder) fromPeers() {
 // interface, both ways: the route to an own address on a point-to-point interface
 // leads into it (in_ifinit in xnu bsd/netinet/in.c), and the guard turns such
 // packets round. They are the one exception to the table, and make no state.
-func (b *builder) turnedRound(rule pfconf.Rule) {
+func (b *builder) selfTraffic(rule pfconf.Rule) {
 	rule.Action, rule.Quick, rule.State, rule.Flags = pfconf.Pass, true, pfconf.NoState, &pfconf.Flags{}
 	rule.From, rule.To = inTable(tableHost), inTable(tableHost)
 	rule.Label = labelPrefix + "own"
@@ -323,11 +323,11 @@ func (b *builder) peerPass(rule pfconf.Rule, label, why string) {
 // state.
 func (b *builder) towardsPeers() {
 	out := on(pfconf.Out, b.host.Interface)
-	b.turnedRound(out)
+	b.selfTraffic(out)
 	for _, t := range icmpTypes {
 		b.block(icmp(out, t.family, t.proto, t.redirect), "redirect", "this host tells no peer another route")
 	}
-	b.keepCut(out)
+	b.blockCut(out)
 	toPeer := out
 	toPeer.From, toPeer.To = inTable(tableHost), inTable(tablePeers)
 	b.passJudged(toPeer, "to-peer", "this host itself opens flows to its peers")
@@ -337,7 +337,7 @@ func (b *builder) towardsPeers() {
 // keepCut keeps connections dead that peers had opened: of this host's own packets
 // without a state, those that begin nothing. flags A/A are all segments of TCP but
 // the first. Of UDP only the answers of this host's DNS are known by their port.
-func (b *builder) keepCut(out pfconf.Rule) {
+func (b *builder) blockCut(out pfconf.Rule) {
 	const why = "what a peer opened and may no longer isn't revived from this side"
 	out.From, out.To = inTable(tableHost), inTable(tableCut)
 	segments := out
@@ -355,7 +355,7 @@ func (b *builder) keepCut(out pfconf.Rule) {
 }
 
 // elsewhere writes what holds on all interfaces but the mesh's.
-func (b *builder) elsewhere() {
+func (b *builder) otherInterfaces() {
 	in := notOn(pfconf.In, b.host.Interface)
 	own := on(pfconf.In, loopback)
 	own.Action, own.Quick, own.State, own.Flags = pfconf.Pass, true, pfconf.NoState, &pfconf.Flags{}
@@ -407,7 +407,7 @@ const protoIGMP pfconf.Proto = 2
 
 // leaving writes what holds where peers' packets leave: here their source is
 // translated, so they are known by their tag.
-func (b *builder) leaving() {
+func (b *builder) leavingPackets() {
 	untranslated := notOn(pfconf.Out, b.host.Interface)
 	untranslated.From = inTable(tablePeers)
 	b.block(untranslated, "untranslated", "no packet leaves with a peer's address: pf lets it through as it is when the interface has no address to give, or no port is left")
@@ -432,7 +432,7 @@ func (b *builder) leaving() {
 
 // closeTransit writes that what has nothing to do with the mesh isn't forwarded
 // where it wasn't before.
-func (b *builder) closeTransit() {
+func (b *builder) blockTransit() {
 	for _, f := range []struct {
 		family pfconf.Family
 		found  bool

@@ -167,12 +167,12 @@ func TestStatesThatCannotBeRead(t *testing.T) {
 	r := g.enforce(testMesh(1, everything))
 	g.inspect(r)
 	g.lost = "states"
-	g.p.due = true
+	g.p.fullDue = true
 	report := g.inspect(r)
 	if g.lost != "" || len(report.Problems) != 1 || !strings.Contains(report.Problems[0].Message, "states can't be read") {
 		t.Errorf("problems %+v", report.Problems)
 	}
-	g.p.due = true
+	g.p.fullDue = true
 	g.clean(r)
 }
 

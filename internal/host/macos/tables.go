@@ -57,10 +57,10 @@ type set struct {
 // table returns the set as a pf table, in the form in which pf holds it.
 func (s set) table(name string) *pfconf.Table {
 	t := &pfconf.Table{Name: name, HasAddrs: true, Addrs: make([]pfconf.Address, 0, len(s.in)+len(s.not))}
-	for _, p := range holdable(s.in) {
+	for _, p := range storable(s.in) {
 		t.Addrs = append(t.Addrs, pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: p})
 	}
-	for _, p := range holdable(s.not) {
+	for _, p := range storable(s.not) {
 		t.Addrs = append(t.Addrs, pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: p, Not: true})
 	}
 	return t
@@ -73,7 +73,7 @@ func (s set) table(name string) *pfconf.Table {
 // 0.0.0.0/8 wherever it matters. Where the neighbour isn't in the set, the
 // all-zero host is left out: it is no address of a host or a peer, and the kernel
 // forwards nothing to it.
-func holdable(ps []netip.Prefix) []netip.Prefix {
+func storable(ps []netip.Prefix) []netip.Prefix {
 	out := make([]netip.Prefix, 0, len(ps))
 	for _, p := range ps {
 		p = p.Masked()
@@ -89,7 +89,7 @@ func holdable(ps []netip.Prefix) []netip.Prefix {
 }
 
 // fillSets computes what is in each table.
-func fillSets(r *policy.Ruleset) map[string]set {
+func tableContents(r *policy.Ruleset) map[string]set {
 	all := r.Sets()
 	host := hostPrefixes(r.Mesh().Addresses)
 	return map[string]set{

@@ -25,7 +25,7 @@ const (
 )
 
 // errTooMany is the cause when others have more rules than can be judged.
-var errTooMany = errors.New("there are too many rules to judge")
+var errTooManyRules = errors.New("there are too many rules to judge")
 
 // transitProbes returns probes for each rule of others that passes for good what
 // comes in, or that sends it elsewhere.
@@ -34,7 +34,7 @@ func (p *probes) transitProbes(ctx context.Context, m *pfsim.Machine, ours strin
 	rules := 0
 	try := func(probes []probe) error {
 		if rules++; rules > maxTransitRules || len(out)+len(probes) > maxTransitProbes {
-			return errTooMany
+			return errTooManyRules
 		}
 		out = append(out, probes...)
 		return ctx.Err()
@@ -94,7 +94,7 @@ func (p *probes) ruleProbes(m *pfsim.Machine, anchor string, rule *pfconf.Rule, 
 		}
 		sources := slices.Clone(from)
 		for _, attached := range i.Addresses {
-			sources = append(sources, besideOwn(attached))
+			sources = append(sources, neighborAddr(attached))
 		}
 		for _, family := range []pfconf.Family{pfconf.Inet, pfconf.Inet6} {
 			if rule.Family != pfconf.AnyFamily && rule.Family != family {
@@ -102,7 +102,7 @@ func (p *probes) ruleProbes(m *pfsim.Machine, anchor string, rule *pfconf.Rule, 
 			}
 			for _, src := range ofFamily(sources, family) {
 				for _, dst := range ofFamily(to, family) {
-					if way, ok := p.way(dst, i.Name); ok && way != "" && way != i.Name && src != dst {
+					if way, ok := p.routeTo(dst, i.Name); ok && way != "" && way != i.Name && src != dst {
 						out = append(out, packetsFor(rule, src, dst, i.Name, way)...)
 					}
 				}
@@ -126,7 +126,7 @@ func (p *probes) redirectProbes(m *pfsim.Machine, anchor string, rule *pfconf.Ru
 	from, to := p.addressesOf(m, anchor, in.From), p.addressesOf(m, anchor, in.To)
 	for _, i := range m.Interfaces() {
 		for _, attached := range i.Addresses {
-			from, to = append(from, besideOwn(attached)), append([]netip.Addr{attached.Addr()}, to...)
+			from, to = append(from, neighborAddr(attached)), append([]netip.Addr{attached.Addr()}, to...)
 		}
 	}
 	var out []probe
@@ -155,7 +155,7 @@ func (p *probes) redirected(m *pfsim.Machine, all []probe) []probe {
 		if !h.Pass() || h.Packet.Dst == try.packet.Dst {
 			continue
 		}
-		if way, ok := p.way(h.Packet.Dst, try.in); ok && way != "" {
+		if way, ok := p.routeTo(h.Packet.Dst, try.in); ok && way != "" {
 			try.out, try.redirected = way, &h.Packet
 			out = append(out, try)
 		}
@@ -202,12 +202,12 @@ func (p *probes) addressesOf(m *pfsim.Machine, anchor string, end pfconf.Endpoin
 		return out
 	}
 	// Any address, any but some, or an interface's.
-	out = append(out, stranger(netip.IPv4Unspecified()), stranger(netip.IPv6Unspecified()),
+	out = append(out, documentationAddr(netip.IPv4Unspecified()), documentationAddr(netip.IPv6Unspecified()),
 		netip.MustParseAddr("9.9.9.9"), netip.MustParseAddr("2620:fe::fe"))
 	for _, i := range m.Interfaces() {
 		for _, attached := range i.Addresses {
 			if i.Name != loopback && i.Name != p.host.Interface {
-				out = append(out, besideOwn(attached))
+				out = append(out, neighborAddr(attached))
 			}
 		}
 	}

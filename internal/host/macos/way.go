@@ -13,11 +13,11 @@ import (
 // Way implements [host.Ways]. macOS has one routing table, which doesn't go by
 // the interface that a packet comes in by, nor by its source or ports; what a rule of pf
 // sends elsewhere (route-to) isn't known to it.
-func (p *Backend) Way(_ context.Context, packet host.Packet) (host.Way, error) {
+func (b *Backend) Way(_ context.Context, packet host.Packet) (host.Way, error) {
 	if !packet.Dst.IsValid() {
 		return host.Way{}, fmt.Errorf("find the way: there is no destination")
 	}
-	n, err := darwin.Observe(p.o.Kernel)
+	n, err := darwin.Observe(b.o.Kernel)
 	if err != nil {
 		return host.Way{}, fmt.Errorf("find the way to %v: %w", packet.Dst, err)
 	}

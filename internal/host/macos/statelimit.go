@@ -24,13 +24,13 @@ func statesLimit(limits string) uint64 {
 // fillProblems warns before pf's states are used up: then no program of this Mac gets
 // a connection that a rule with a state is for. Peers get three quarters at most, so
 // more than nine tenths are not theirs alone.
-func (p *Backend) fillProblems() []host.Problem {
-	if p.most == 0 || p.states*10 < p.most*9 {
+func (b *Backend) stateLimitProblems() []host.Problem {
+	if b.most == 0 || b.states*10 < b.most*9 {
 		return nil
 	}
 	return []host.Problem{{
 		Step:    StepStates,
-		Message: fmt.Sprintf("the packet filter holds %d states of %d at most: new connections fail when there are no more", p.states, p.most),
+		Message: fmt.Sprintf("the packet filter holds %d states of %d at most: new connections fail when there are no more", b.states, b.most),
 		Hint:    "see whose they are: sudo pfctl -s states",
 	}}
 }

@@ -10,20 +10,20 @@ import (
 // A steppedRunner calls ran after each command.
 type steppedRunner struct {
 	darwin.Runner
-	ran func()
+	after func()
 }
 
 // Run implements darwin.Runner.
 func (r steppedRunner) Run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte, []byte, int, error) {
 	stdout, stderr, status, err := r.Runner.Run(ctx, stdin, path, args...)
-	r.ran()
+	r.after()
 	return stdout, stderr, status, err
 }
 
 // A steppedKernel calls wrote after each routing message that is written.
 type steppedKernel struct {
 	darwin.Kernel
-	wrote func()
+	after func()
 }
 
 // OpenRoute implements darwin.Kernel.
@@ -32,16 +32,16 @@ func (k steppedKernel) OpenRoute() (io.ReadWriteCloser, error) {
 	if err != nil {
 		return nil, err
 	}
-	return steppedSocket{s, k.wrote}, nil
+	return steppedSocket{s, k.after}, nil
 }
 
 type steppedSocket struct {
 	io.ReadWriteCloser
-	wrote func()
+	after func()
 }
 
 func (s steppedSocket) Write(b []byte) (int, error) {
 	n, err := s.ReadWriteCloser.Write(b)
-	s.wrote()
+	s.after()
 	return n, err
 }

@@ -17,14 +17,14 @@ import (
 
 // unreadLabel begins the label of a rule that stands for one that isn't
 // understood.
-const unreadLabel = "unread-"
+const unparsedLabel = "unread-"
 
 // unread are rules of others that aren't understood, by the labels of those that
 // stand for them.
-type unread map[string]unreadRule
+type unparsed map[string]unparsedRule
 
 // An unreadRule is one that isn't understood.
-type unreadRule struct {
+type unparsedRule struct {
 	Foreign
 	// translates says that it may change addresses, which nothing can stand for.
 	translates bool
@@ -40,10 +40,10 @@ type foreignRuleset struct {
 }
 
 // rulesets parses what was shown. The first is the main ruleset.
-func (u unread) rulesets(all []shownAnchor) []foreignRuleset {
+func (u unparsed) rulesets(all []shownAnchor) []foreignRuleset {
 	var read []foreignRuleset
 	for _, a := range all {
-		rs := u.readable(a.path, a.rules).Ruleset(u.readable(a.path, a.nat))
+		rs := u.parse(a.path, a.rules).Ruleset(u.parse(a.path, a.nat))
 		tables := make([]pfconf.Statement, 0, len(a.tables))
 		for _, t := range a.tables {
 			tables = append(tables, t.statement())
@@ -53,7 +53,7 @@ func (u unread) rulesets(all []shownAnchor) []foreignRuleset {
 	}
 	for _, a := range all {
 		for _, t := range a.tables {
-			if t.unread {
+			if t.unparsed {
 				u.widen(read, a.path, t)
 			}
 		}
@@ -92,17 +92,17 @@ func isFilter(s pfconf.Statement) bool {
 // readable reads what pfctl printed of an anchor. For a filter rule that isn't
 // understood, in braces or not, stands one that matches everything, with the same
 // action.
-func (u unread) readable(path, text string) *pfconf.Shown {
+func (u unparsed) parse(path, text string) *pfconf.Shown {
 	shown := pfconf.ParseShown(text)
 	for _, line := range shown.Unknown {
 		passes := slices.Contains(strings.Fields(line.Text), "pass")
 		switch r := line.StandIn; {
 		case r == nil: // of a kind that isn't known
-			u.note(path, line.Text, unreadRule{translates: true, wide: true})
+			u.add(path, line.Text, unparsedRule{translates: true, wide: true})
 		case translates(r):
-			u.note(path, line.Text, unreadRule{translates: true, wide: passes})
+			u.add(path, line.Text, unparsedRule{translates: true, wide: passes})
 		default:
-			if label := u.note(path, line.Text, unreadRule{}); r.Action == pfconf.Pass || r.Action == pfconf.Block {
+			if label := u.add(path, line.Text, unparsedRule{}); r.Action == pfconf.Pass || r.Action == pfconf.Block {
 				r.Label = label
 			}
 		}
@@ -121,7 +121,7 @@ func translates(r *pfconf.Rule) bool {
 // widen lets the rules that ask for a table whose entries aren't understood match
 // every address in its place. A table of the main ruleset is that of each anchor
 // without one of its name.
-func (u unread) widen(rulesets []foreignRuleset, anchor string, t shownTable) {
+func (u unparsed) widen(rulesets []foreignRuleset, anchor string, t shownTable) {
 	asks := func(a pfconf.Address) bool { return a.Kind == pfconf.AddrTable && a.Name == t.name }
 	var visit func(path string, rs *pfconf.Ruleset)
 	visit = func(path string, rs *pfconf.Ruleset) {
@@ -139,7 +139,7 @@ func (u unread) widen(rulesets []foreignRuleset, anchor string, t shownTable) {
 				return false
 			}
 			if translates(r) {
-				u.note(path, r.String(), unreadRule{translates: true, wide: r.Pass})
+				u.add(path, r.String(), unparsedRule{translates: true, wide: r.Pass})
 				return true
 			}
 			text := r.String()
@@ -150,7 +150,7 @@ func (u unread) widen(rulesets []foreignRuleset, anchor string, t shownTable) {
 				r.To.Addrs = nil
 			}
 			if r.Action == pfconf.Pass || r.Action == pfconf.Block {
-				r.Label = u.note(path, text, unreadRule{})
+				r.Label = u.add(path, text, unparsedRule{})
 			}
 			return false
 		})
@@ -197,7 +197,7 @@ func dropDoubtfulBlocks(rulesets []foreignRuleset) (dropped bool) {
 		uncalled := strings.Contains(rs.path, "/"+inlineName)
 		rs.rules.Statements = slices.DeleteFunc(rs.rules.Statements, func(s pfconf.Statement) bool {
 			r, ok := s.(*pfconf.Rule)
-			drop := ok && r.Action == pfconf.Block && (uncalled || strings.HasPrefix(r.Label, unreadLabel))
+			drop := ok && r.Action == pfconf.Block && (uncalled || strings.HasPrefix(r.Label, unparsedLabel))
 			dropped = dropped || drop
 			return drop
 		})
@@ -207,14 +207,14 @@ func dropDoubtfulBlocks(rulesets []foreignRuleset) (dropped bool) {
 
 // note remembers a rule that isn't understood and returns the label of the one that
 // stands for it, which is the same for the same rule.
-func (u unread) note(path, rule string, as unreadRule) string {
-	as.Foreign = Foreign{Anchor: path, Rule: strings.TrimSpace(rule), Unread: true}
+func (u unparsed) add(path, rule string, as unparsedRule) string {
+	as.Foreign = Foreign{Anchor: path, Rule: strings.TrimSpace(rule), Unparsed: true}
 	for label, known := range u {
 		if known == as {
 			return label
 		}
 	}
-	label := fmt.Sprint(unreadLabel, len(u))
+	label := fmt.Sprint(unparsedLabel, len(u))
 	u[label] = as
 	return label
 }
@@ -222,7 +222,7 @@ func (u unread) note(path, rule string, as unreadRule) string {
 // name puts the rules that aren't understood in the place of those that stood for
 // them, and adds those that decided nothing. Of an inline anchor it names the one that
 // it is in.
-func (u unread) name(found []Foreign) []Foreign {
+func (u unparsed) resolve(found []Foreign) []Foreign {
 	seen := map[string]bool{}
 	for i, f := range found {
 		if inline := strings.Index("/"+f.Anchor, "/"+inlineName); inline >= 0 {
@@ -230,7 +230,7 @@ func (u unread) name(found []Foreign) []Foreign {
 		}
 		for label, original := range u {
 			if strings.Contains(f.Rule, fmt.Sprintf("label %q", label)) {
-				found[i].Anchor, found[i].Rule, found[i].Unread, seen[label] = original.Anchor, original.Rule, true, true
+				found[i].Anchor, found[i].Rule, found[i].Unparsed, seen[label] = original.Anchor, original.Rule, true, true
 			}
 		}
 	}
@@ -244,7 +244,7 @@ func (u unread) name(found []Foreign) []Foreign {
 
 // translation returns a rule that isn't understood and may change any packet's
 // addresses.
-func (u unread) translation() (Foreign, bool) {
+func (u unparsed) translation() (Foreign, bool) {
 	for _, label := range slices.Sorted(maps.Keys(u)) {
 		if u[label].translates {
 			return u[label].Foreign, true
@@ -255,7 +255,7 @@ func (u unread) translation() (Foreign, bool) {
 
 // machineWith returns a machine with this host's interfaces that holds the
 // rulesets. One that it refuses counts as passing everything.
-func machineWith(n *darwin.Network, rulesets []foreignRuleset, u unread) (*pfsim.Machine, error) {
+func machineWith(n *darwin.Network, rulesets []foreignRuleset, u unparsed) (*pfsim.Machine, error) {
 	m := pfsim.New(pfsim.Options{})
 	for _, i := range n.Interfaces {
 		one := pfconf.Interface{Name: i.Name}
@@ -275,7 +275,7 @@ func machineWith(n *darwin.Network, rulesets []foreignRuleset, u unread) (*pfsim
 		if err == nil {
 			continue
 		}
-		wide := passAll(u.note(rs.path, err.Error(), unreadRule{translates: true}))
+		wide := passAll(u.add(rs.path, err.Error(), unparsedRule{translates: true}))
 		if err := load(&pfconf.Ruleset{Statements: []pfconf.Statement{wide}}); err != nil {
 			return nil, fmt.Errorf("understand the rules of others: %w", err)
 		}

@@ -16,58 +16,58 @@ import (
 // another product's rule made for a peer's untranslated packet, all that follow leave
 // untranslated, and one on every interface lets in by the LAN what comes by the
 // tunnel only. Where states can't be read, all that have to do with peers end.
-func (p *Backend) endStrays(ctx context.Context, r *policy.Ruleset) error {
-	if !p.strays {
+func (b *Backend) killUnwantedStates(ctx context.Context, r *policy.Ruleset) error {
+	if !b.unwantedStates {
 		return nil
 	}
 	var kills []Kill
-	if states, err := p.pf.States(ctx); err == nil {
-		kills = strays(states, r, p.taken())
+	if states, err := b.pf.States(ctx); err == nil {
+		kills = unwantedStates(states, r, b.portTaken())
 	} else {
-		p.o.Log.Warn("end states that aren't ours", "error", err)
+		b.o.Log.Warn("end states that aren't ours", "error", err)
 		for _, m := range r.Sets().Mesh {
 			kills = append(kills, killsOf(m)...)
 		}
 	}
 	if len(kills) > maxKills {
-		kills = coarse(kills, r.Sets().Mesh)
+		kills = widenKills(kills, r.Sets().Mesh)
 	}
-	if err := p.kill(ctx, kills); err != nil {
+	if err := b.kill(ctx, kills); err != nil {
 		return err
 	}
-	p.strays = false
+	b.unwantedStates = false
 	return nil
 }
 
 // taken returns what says whether a socket of this host has a port. A state keeps its
 // port when the rules come to name another range, for as long as its ends send.
-func (p *Backend) taken() func(proto string, port uint16) bool {
-	ike := p.ports.ike(p.o.Now())
+func (b *Backend) portTaken() func(proto string, port uint16) bool {
+	ike := b.ports.ike(b.o.Now())
 	return func(proto string, port uint16) bool {
-		return proto == "udp" && port == ikePort && ike || p.ports.has(proto, port)
+		return proto == "udp" && port == ikePort && ike || b.ports.has(proto, port)
 	}
 }
 
 // inspectStrays looks for such states, which also come to be, and stay, between two
 // looks that find all else as it was. What it finds is ended when flows are cut.
-func (p *Backend) inspectStrays(ctx context.Context, r *policy.Ruleset, drift func(step, message string)) {
-	states, err := p.pf.States(ctx)
-	if p.unseenStates = err; err != nil {
+func (b *Backend) inspectUnwantedStates(ctx context.Context, r *policy.Ruleset, drift func(step, message string)) {
+	states, err := b.pf.States(ctx)
+	if b.statesErr = err; err != nil {
 		return
 	}
-	if n := len(strays(states, r, p.taken())); n > 0 {
-		p.strays = true
+	if n := len(unwantedStates(states, r, b.portTaken())); n > 0 {
+		b.unwantedStates = true
 		drift(StepCut, fmt.Sprintf("the packet filter has states of peers' packets that no rule of ours made, or with ports that sockets of this host have, between %d pairs of hosts", n))
 	}
 }
 
 // strayProblems says that such states can't be looked for.
-func (p *Backend) strayProblems() []host.Problem {
-	if p.unseenStates == nil {
+func (b *Backend) stateProblems() []host.Problem {
+	if b.statesErr == nil {
 		return nil
 	}
 	return []host.Problem{{
-		Step: StepCut, Message: "the packet filter's states can't be read: " + p.unseenStates.Error(),
+		Step: StepCut, Message: "the packet filter's states can't be read: " + b.statesErr.Error(),
 		Hint: "see what `sudo pfctl -s states` says; the helper tries again",
 	}}
 }
@@ -82,7 +82,7 @@ func killsOf(m netip.Prefix) []Kill {
 // strays names the states that no rule of ours made: ours are bound to an interface
 // (if-bound), and on another than the mesh's they are translated. It names also those
 // by which a peer has a port of this host that is taken.
-func strays(states []pfconf.ShownState, r *policy.Ruleset, taken func(proto string, port uint16) bool) []Kill {
+func unwantedStates(states []pfconf.ShownState, r *policy.Ruleset, taken func(proto string, port uint16) bool) []Kill {
 	var ours []netip.Prefix
 	ours = append(ours, peersWith(r, 0, anyFamily)...)
 	ours = append(append(ours, r.Sets().Former...), hostPrefixes(r.Mesh().Addresses)...)

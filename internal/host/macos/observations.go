@@ -18,26 +18,26 @@ import (
 
 // wholeEvery is how long the backend goes without reading back all that it has
 // in force, when there is no sign that something of it changed.
-const wholeEvery = 3 * time.Minute
+const fullReadEvery = 3 * time.Minute
 
 // look is what the backend knows from its last looks at the host. Reading all
 // that pf holds takes dozens of processes, so that is done after a change of ours,
 // after an event of the routing socket, on a sign, and every [wholeEvery]. In
 // between, one process at most gives the signs.
-type look struct {
+type observations struct {
 	// moved is set by Watch when the kernel reported a change.
-	moved atomic.Bool
+	hostChanged atomic.Bool
 	// unchecked says that Enforce changed something since the last whole look, due
 	// that it is time for one, and othersDue that other software's rules have to be
 	// looked at.
-	unchecked, due, othersDue bool
+	enforcedSince, fullDue, foreignDue bool
 	// holds says that the packet filter was on, with our token, and called our
 	// anchor at the last look.
-	holds bool
-	whole time.Time // of the last whole look
-	sign  sign
+	inForce bool
+	lastFull time.Time // of the last whole look
+	fingerprint  fingerprint
 	// sharing is for which families others translated at the last whole look.
-	sharing policy.Families
+	sharedForwarding policy.Families
 	// resolvers and source6 are facts that take a process to read.
 	resolvers []netip.Addr
 	source6   netip.Addr
@@ -46,17 +46,17 @@ type look struct {
 	// it is, so the next tick looks again.
 	tentative bool
 	// unseen is why the last look at them failed.
-	unseen error
+	observeErr error
 	// found is what reading back all of ours found, others what other software has.
-	found  host.Report
-	others othersRules
+	lastReport  host.Report
+	foreign foreignResult
 	ports  ports
 	// states is how many states pf holds, of most at most.
 	states, most uint64
 }
 
 // sign is what a cheap look saw, to compare the next one with.
-type sign struct {
+type fingerprint struct {
 	known bool
 	// matched is how many packets pf has judged by rules, and evaluated how many of
 	// them came to our anchor's first rule.
@@ -66,45 +66,45 @@ type sign struct {
 }
 
 // Watch implements [host.Observer].
-func (p *Backend) Watch(ctx context.Context, changed func()) error {
-	return darwin.NewWatcher(darwin.WatcherOptions{Kernel: p.o.Kernel, Log: p.o.Log}).Run(ctx, func() {
-		p.moved.Store(true)
+func (b *Backend) Watch(ctx context.Context, changed func()) error {
+	return darwin.NewWatcher(darwin.WatcherOptions{Kernel: b.o.Kernel, Log: b.o.Log}).Run(ctx, func() {
+		b.hostChanged.Store(true)
 		changed()
 	})
 }
 
 // Observe implements [host.Observer].
-func (p *Backend) Observe(ctx context.Context) (policy.Host, error) {
-	n, err := darwin.Observe(p.o.Kernel)
+func (b *Backend) Observe(ctx context.Context) (policy.Host, error) {
+	n, err := darwin.Observe(b.o.Kernel)
 	if err != nil {
 		return policy.Host{}, observing(err)
 	}
-	moved := p.moved.Swap(false)
-	if moved || p.whole.IsZero() || p.o.Now().Sub(p.whole) >= wholeEvery {
-		p.due, p.othersDue = true, true
+	moved := b.hostChanged.Swap(false)
+	if moved || b.lastFull.IsZero() || b.o.Now().Sub(b.lastFull) >= fullReadEvery {
+		b.fullDue, b.foreignDue = true, true
 	}
-	if moved || p.due || p.tentative {
+	if moved || b.fullDue || b.tentative {
 		// A look that fails closes nothing: what was read last counts until the next.
-		if p.unseen = p.readFacts(ctx, n); p.unseen != nil {
-			p.moved.Store(true)
+		if b.observeErr = b.readFacts(ctx, n); b.observeErr != nil {
+			b.hostChanged.Store(true)
 		}
 	}
-	p.observePorts()
-	found, err := p.foundForwarding()
+	b.observePorts()
+	found, err := b.foundForwarding()
 	if err != nil {
 		return policy.Host{}, observing(err)
 	}
-	h := facts(n, p.name, found)
-	h.Resolvers = p.resolvers
+	h := facts(n, b.name, found)
+	h.Resolvers = b.resolvers
 	if as := addresses(h, h.Uplink4, pfconf.Inet); len(as) > 0 {
 		h.Source4 = as[0]
 	}
-	if slices.Contains(addresses(h, h.Uplink6, pfconf.Inet6), p.source6) {
-		h.Source6 = p.source6
+	if slices.Contains(addresses(h, h.Uplink6, pfconf.Inet6), b.source6) {
+		h.Source6 = b.source6
 	}
 	// The kernel has neither temporary nor tentative addresses of IPv4.
 	h.Lasting = addresses(h, h.Uplink4, pfconf.Inet)
-	for _, a := range p.lasting6 {
+	for _, a := range b.lasting6 {
 		if slices.Contains(addresses(h, h.Uplink6, pfconf.Inet6), a) {
 			h.Lasting = append(h.Lasting, a)
 		}
@@ -115,23 +115,23 @@ func (p *Backend) Observe(ctx context.Context) (policy.Host, error) {
 func observing(err error) error { return fmt.Errorf("observe host: %w", err) }
 
 // readFacts reads what takes a process.
-func (p *Backend) readFacts(ctx context.Context, n *darwin.Network) error {
-	resolvers, err := darwin.Resolvers(ctx, p.o.Runner)
+func (b *Backend) readFacts(ctx context.Context, n *darwin.Network) error {
+	resolvers, err := darwin.Resolvers(ctx, b.o.Runner)
 	if err == nil {
-		p.resolvers = resolvers
+		b.resolvers = resolvers
 	}
-	lasting, sourceErr := p.readLasting6(ctx, n)
+	lasting, sourceErr := b.readLasting6(ctx, n)
 	if sourceErr == nil {
-		p.source6, p.lasting6 = netip.Addr{}, lasting
+		b.source6, b.lasting6 = netip.Addr{}, lasting
 		if len(lasting) > 0 {
-			p.source6 = lasting[0]
+			b.source6 = lasting[0]
 		}
 	}
 	err = errors.Join(err, sourceErr)
-	if p.j.Forwarding != (policy.Families{}) {
-		shared, sharedErr := p.shared(ctx)
+	if b.j.Forwarding != (policy.Families{}) {
+		shared, sharedErr := b.shared(ctx)
 		if sharedErr == nil {
-			p.sharing = shared
+			b.sharedForwarding = shared
 		}
 		err = errors.Join(err, sharedErr)
 	}
@@ -142,17 +142,17 @@ func (p *Backend) readFacts(ctx context.Context, n *darwin.Network) error {
 // preferred, global ones before unique local ones: temporary and deprecated ones go
 // away by themselves. With the first, peers' IPv6 packets leave, and others may be told
 // to reach this host by any of them.
-func (p *Backend) readLasting6(ctx context.Context, n *darwin.Network) ([]netip.Addr, error) {
-	p.tentative = false
-	uplink, _ := n.Uplink(darwin.IPv6, p.name)
+func (b *Backend) readLasting6(ctx context.Context, n *darwin.Network) ([]netip.Addr, error) {
+	b.tentative = false
+	uplink, _ := n.Uplink(darwin.IPv6, b.name)
 	if uplink == nil {
 		return nil, nil
 	}
-	all, err := p.ifconfig.Addresses6(ctx, uplink.Name)
+	all, err := b.ifconfig.Addresses6(ctx, uplink.Name)
 	if err != nil {
 		return nil, err
 	}
-	p.tentative = slices.ContainsFunc(all, func(a darwin.Address6) bool { return a.Flags&darwin.AddressTentative != 0 })
+	b.tentative = slices.ContainsFunc(all, func(a darwin.Address6) bool { return a.Flags&darwin.AddressTentative != 0 })
 	usable := slices.DeleteFunc(all, func(a darwin.Address6) bool { return !a.IsSettled() })
 	slices.SortStableFunc(usable, func(a, b darwin.Address6) int { return cmp.Compare(uniqueLocal(a), uniqueLocal(b)) })
 	var out []netip.Addr
@@ -172,12 +172,12 @@ func uniqueLocal(a darwin.Address6) int {
 
 // foundForwarding says for which families the host forwards without us: the
 // journal tells which we switched on.
-func (p *Backend) foundForwarding() (policy.Families, error) {
-	now, err := p.forwarding()
-	ours := p.j.Forwarding
+func (b *Backend) foundForwarding() (policy.Families, error) {
+	now, err := b.forwarding()
+	ours := b.j.Forwarding
 	return policy.Families{
-		IPv4: now.IPv4 && (!ours.IPv4 || p.sharing.IPv4),
-		IPv6: now.IPv6 && (!ours.IPv6 || p.sharing.IPv6),
+		IPv4: now.IPv4 && (!ours.IPv4 || b.sharedForwarding.IPv4),
+		IPv6: now.IPv6 && (!ours.IPv6 || b.sharedForwarding.IPv6),
 	}, err
 }
 
@@ -187,16 +187,16 @@ const sharingLimit = 2 * time.Second
 
 // sharedAtEnd says for which families others translate. Closing and leaving don't depend on
 // it: where pf doesn't tell in time, what was seen last counts.
-func (p *Backend) sharedAtEnd(ctx context.Context) policy.Families {
-	if p.j.Forwarding == (policy.Families{}) {
+func (b *Backend) sharedAtEnd(ctx context.Context) policy.Families {
+	if b.j.Forwarding == (policy.Families{}) {
 		return policy.Families{}
 	}
 	limit, cancel := context.WithTimeout(ctx, sharingLimit)
 	defer cancel()
-	if shared, err := p.shared(limit); err == nil {
-		p.sharing = shared
+	if shared, err := b.shared(limit); err == nil {
+		b.sharedForwarding = shared
 	}
-	return p.sharing
+	return b.sharedForwarding
 }
 
 // changed reports whether the packet filter gives a sign that it no longer holds
@@ -209,21 +209,21 @@ func (p *Backend) sharedAtEnd(ctx context.Context) policy.Families {
 // bsd/net/pf.c). When there were some and none came to ours, it is called no more,
 // or another product's quick rule ahead of it decides about all. While there were none,
 // none passed.
-func (p *Backend) changed(ctx context.Context) bool {
-	all, err := p.pf.All(ctx, p.path)
+func (b *Backend) changed(ctx context.Context) bool {
+	all, err := b.pf.All(ctx, b.path)
 	if err == nil {
-		p.states, p.most = all.Info.States, statesLimit(all.Sections["LIMITS"])
+		b.states, b.most = all.Info.States, statesLimit(all.Sections["LIMITS"])
 	}
-	if err != nil || !all.Info.Enabled || p.driftShown(all) != nil {
+	if err != nil || !all.Info.Enabled || b.driftShown(all) != nil {
 		return true
 	}
 	matched, counted := all.Info.Matched()
 	if !counted {
 		return true
 	}
-	now := sign{known: true, since: p.o.Now().Add(-all.Info.For), matched: matched, evaluated: firstEvaluated(all.Rules), main: all.Info.Checksum}
-	was := p.sign
-	p.sign = now
+	now := fingerprint{known: true, since: b.o.Now().Add(-all.Info.For), matched: matched, evaluated: firstEvaluated(all.Rules), main: all.Info.Checksum}
+	was := b.fingerprint
+	b.fingerprint = now
 	switch {
 	case !was.known:
 		return false
@@ -242,11 +242,11 @@ func (p *Backend) changed(ctx context.Context) bool {
 const maxSkew = 3 * time.Second
 
 // driftShown compares the anchor as one look showed it.
-func (p *Backend) driftShown(all *pfconf.All) error {
-	if p.loaded == nil {
+func (b *Backend) driftShown(all *pfconf.All) error {
+	if b.loaded == nil {
 		return errors.New("the anchor isn't loaded")
 	}
-	return p.driftRules(all.Rules, all.NAT)
+	return b.driftRules(all.Rules, all.NAT)
 }
 
 // firstEvaluated returns how many packets were judged by the first filter rule.

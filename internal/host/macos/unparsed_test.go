@@ -25,7 +25,7 @@ func TestUnreadMatchesEverything(t *testing.T) {
 	x := func(rules, nat string, tables ...shownTable) []shownAnchor {
 		return []shownAnchor{stock, {path: "com.apple/100.x", rules: rules, nat: nat, tables: tables}}
 	}
-	bad := shownTable{name: "bad", entries: "read table entry on line 1: \"magic\" is no address", unread: true}
+	bad := shownTable{name: "bad", entries: "read table entry on line 1: \"magic\" is no address", unparsed: true}
 	const open = "pass in quick on en5 all no state\n"
 	for name, c := range map[string]struct {
 		all []shownAnchor
@@ -66,7 +66,7 @@ func TestUnreadMatchesEverything(t *testing.T) {
 			r := g.enforce(testMesh(2, everything))
 			n, err := darwin.Observe(g.mac)
 			g.must(err)
-			found, err := g.p.judge(t.Context(), n, r, c.all)
+			found, err := g.p.judgeForeign(t.Context(), n, r, c.all)
 			g.must(err)
 			transit := slices.ContainsFunc(found, func(f Foreign) bool { return f.Transit })
 			named := slices.ContainsFunc(found, func(f Foreign) bool { return strings.Contains(f.String(), c.named) })
@@ -87,7 +87,7 @@ func TestUnreadIsUnclear(t *testing.T) {
 	g.must(err)
 	ours, err := g.p.readAnchor(t.Context(), g.p.path)
 	g.must(err)
-	bad := shownTable{name: "bad", unread: true}
+	bad := shownTable{name: "bad", unparsed: true}
 	web := packetsToJudge(g.p.name)["web"]
 	for about, c := range map[string]struct {
 		other   shownAnchor
@@ -205,7 +205,7 @@ func TestAnchorsOfOthers(t *testing.T) {
 		"vpn/vpn"} // which pfctl makes of the call of an inline anchor
 	for name, r := range map[string]darwin.Runner{"descends": g.mac, "lists those below": flat{g.mac}} {
 		g.p.pf = darwin.NewPF(r)
-		got, err := g.p.anchorsOfOthers(t.Context())
+		got, err := g.p.foreignAnchors(t.Context())
 		slices.Sort(got)
 		if err != nil || !slices.Equal(got, want) {
 			t.Errorf("%s: %q, %v", name, got, err)

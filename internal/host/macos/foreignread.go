@@ -15,7 +15,7 @@ import (
 )
 
 // othersRules is what the others had loaded when it was last looked at.
-type othersRules struct {
+type foreignResult struct {
 	key   string
 	found []Foreign
 	// problems and open are what [Backend.Inspect] says of it: open is what lets
@@ -24,43 +24,43 @@ type othersRules struct {
 }
 
 // maxForeign is how many foreign rules are told of at a time.
-const maxForeign = 8
+const maxForeignProblems = 8
 
 // errNotJudged is the cause when what others have loaded was read and can't be judged.
-var errNotJudged = errors.New("they can't be evaluated")
+var errNotEvaluated = errors.New("they can't be evaluated")
 
 // inspectOthers looks at what others have in the packet filter.
-func (p *Backend) inspectOthers(ctx context.Context, n *darwin.Network, r *policy.Ruleset) {
-	p.othersDue = false
-	if p.loaded == nil {
-		p.others.problems, p.others.open = nil, nil
+func (b *Backend) inspectForeign(ctx context.Context, n *darwin.Network, r *policy.Ruleset) {
+	b.foreignDue = false
+	if b.loaded == nil {
+		b.foreign.problems, b.foreign.open = nil, nil
 		return
 	}
-	if err := p.readForeign(ctx, n, r); err != nil {
+	if err := b.updateForeign(ctx, n, r); err != nil {
 		// Ours is in force all the same, and what was found last counts, unless the
 		// rules were read and it isn't known what they let through.
 		problem := host.Problem{Step: StepAnchor, Message: "the rules of other software can't be judged: " + err.Error(),
 			Hint: "look at them: sudo pfctl -s rules; sudo pfctl -s nat"}
-		p.others.problems = []host.Problem{problem}
-		if errors.Is(err, errTooMany) || errors.Is(err, errNotJudged) {
-			p.others.open = p.others.problems
+		b.foreign.problems = []host.Problem{problem}
+		if errors.Is(err, errTooManyRules) || errors.Is(err, errNotEvaluated) {
+			b.foreign.open = b.foreign.problems
 		}
 	}
 }
 
 // readForeign reads what others have loaded and notes what of it stands in our
 // way.
-func (p *Backend) readForeign(ctx context.Context, n *darwin.Network, r *policy.Ruleset) error {
-	found, err := p.foreign(ctx, n, r)
+func (b *Backend) updateForeign(ctx context.Context, n *darwin.Network, r *policy.Ruleset) error {
+	found, err := b.evaluateForeign(ctx, n, r)
 	if err != nil {
 		return err
 	}
-	p.others.problems, p.others.open = nil, nil
-	for _, f := range found[:min(len(found), maxForeign)] {
+	b.foreign.problems, b.foreign.open = nil, nil
+	for _, f := range found[:min(len(found), maxForeignProblems)] {
 		problem := f.problem()
-		p.others.problems = append(p.others.problems, problem)
+		b.foreign.problems = append(b.foreign.problems, problem)
 		if f.Transit {
-			p.others.open = append(p.others.open, problem)
+			b.foreign.open = append(b.foreign.open, problem)
 		}
 	}
 	return nil
@@ -80,62 +80,62 @@ func (f Foreign) problem() host.Problem {
 
 // checkTransit fails where another product's rule would let transit through in
 // our anchor's place once forwarding is on.
-func (p *Backend) checkTransit(ctx context.Context, n *darwin.Network, r *policy.Ruleset) error {
-	if err := p.readForeign(ctx, n, r); err != nil {
-		return named(StepForwarding, fmt.Errorf("the rules of other software can't be judged: %w", err))
+func (b *Backend) checkTransit(ctx context.Context, n *darwin.Network, r *policy.Ruleset) error {
+	if err := b.updateForeign(ctx, n, r); err != nil {
+		return asStepError(StepForwarding, fmt.Errorf("the rules of other software can't be judged: %w", err))
 	}
-	if len(p.others.open) > 0 {
-		return asError(p.others.open[0])
+	if len(b.foreign.open) > 0 {
+		return problemError(b.foreign.open[0])
 	}
 	return nil
 }
 
 // foreign says which rules of others win over ours. What they have loaded is read,
 // and judged only if it changed, or our anchor did.
-func (p *Backend) foreign(ctx context.Context, n *darwin.Network, r *policy.Ruleset) ([]Foreign, error) {
-	all, err := p.readOthers(ctx)
+func (b *Backend) evaluateForeign(ctx context.Context, n *darwin.Network, r *policy.Ruleset) ([]Foreign, error) {
+	all, err := b.readForeignAnchors(ctx)
 	if err != nil {
 		return nil, err
 	}
-	key := fmt.Sprint(all, p.loaded.anchor.text())
-	if p.others.key == key {
-		return p.others.found, nil
+	key := fmt.Sprint(all, b.loaded.anchor.text())
+	if b.foreign.key == key {
+		return b.foreign.found, nil
 	}
-	err = p.guarded(func() error {
-		found, err := p.judge(ctx, n, r, all)
+	err = b.withRecover(func() error {
+		found, err := b.judgeForeign(ctx, n, r, all)
 		if err == nil {
-			p.others.key, p.others.found = key, found
+			b.foreign.key, b.foreign.found = key, found
 		}
 		return err
 	})
-	return p.others.found, err
+	return b.foreign.found, err
 }
 
 // guarded runs do, which parses and evaluates rules that other software has loaded. They may
 // be anything, and a panic on them mustn't end the helper.
-func (p *Backend) guarded(do func() error) (err error) {
+func (b *Backend) withRecover(do func() error) (err error) {
 	defer func() {
 		if r := recover(); r != nil {
-			p.o.Log.Error("judge the rules of other software", "panic", r, "stack", string(debug.Stack()))
-			err = fmt.Errorf("%w: %v", errNotJudged, r)
+			b.o.Log.Error("judge the rules of other software", "panic", r, "stack", string(debug.Stack()))
+			err = fmt.Errorf("%w: %v", errNotEvaluated, r)
 		}
 	}()
 	return do()
 }
 
 // judge says which rules of all win over ours.
-func (p *Backend) judge(ctx context.Context, n *darwin.Network, r *policy.Ruleset, all []shownAnchor) ([]Foreign, error) {
-	u := unread{}
+func (b *Backend) judgeForeign(ctx context.Context, n *darwin.Network, r *policy.Ruleset, all []shownAnchor) ([]Foreign, error) {
+	u := unparsed{}
 	rulesets := u.rulesets(all)
 	find := func() ([]Foreign, error) {
 		m, err := machineWith(n, rulesets, u)
 		if err == nil {
-			err = m.LoadAnchor(p.path, p.loaded.anchor.Ruleset())
+			err = m.LoadAnchor(b.path, b.loaded.anchor.Ruleset())
 		}
 		if err != nil {
-			return nil, fmt.Errorf("%w: %w", errNotJudged, err)
+			return nil, fmt.Errorf("%w: %w", errNotEvaluated, err)
 		}
-		return p.findForeign(ctx, m, p.loaded.anchor, r)
+		return b.findForeign(ctx, m, b.loaded.anchor, r)
 	}
 	found, err := find()
 	if err != nil {
@@ -156,11 +156,11 @@ func (p *Backend) judge(ctx context.Context, n *darwin.Network, r *policy.Rulese
 		}
 		slices.SortFunc(found, compareForeign)
 	}
-	return u.name(found), nil
+	return u.resolve(found), nil
 }
 
 // maxOthers bounds how many anchors of others are read: each takes a run of pfctl.
-const maxOthers = 64
+const maxForeignAnchors = 64
 
 // A shownAnchor is what pfctl shows of an anchor of others, or of the main ruleset.
 type shownAnchor struct {
@@ -173,21 +173,21 @@ type shownAnchor struct {
 type shownTable struct {
 	name    string
 	entries string // as [pfconf.Table.Entries] has them; what is wrong with them if unread
-	unread  bool   // an entry isn't understood
+	unparsed  bool   // an entry isn't understood
 }
 
 // readOthers reads the main ruleset, which is the first, and the anchors of others.
-func (p *Backend) readOthers(ctx context.Context) ([]shownAnchor, error) {
-	paths, err := p.anchorsOfOthers(ctx)
+func (b *Backend) readForeignAnchors(ctx context.Context) ([]shownAnchor, error) {
+	paths, err := b.foreignAnchors(ctx)
 	if err != nil {
 		return nil, err
 	}
 	var out []shownAnchor
 	for _, path := range append([]string{""}, paths...) {
-		if len(out) == maxOthers {
-			return nil, fmt.Errorf("%w: more than %d anchors", errTooMany, maxOthers)
+		if len(out) == maxForeignAnchors {
+			return nil, fmt.Errorf("%w: more than %d anchors", errTooManyRules, maxForeignAnchors)
 		}
-		one, err := p.readAnchor(ctx, path)
+		one, err := b.readAnchor(ctx, path)
 		if err != nil {
 			return nil, err
 		}
@@ -197,14 +197,14 @@ func (p *Backend) readOthers(ctx context.Context) ([]shownAnchor, error) {
 }
 
 // readAnchor reads an anchor by one process, and one more for each of its tables.
-func (p *Backend) readAnchor(ctx context.Context, path string) (shownAnchor, error) {
-	all, err := p.pf.AllOfAny(ctx, path)
+func (b *Backend) readAnchor(ctx context.Context, path string) (shownAnchor, error) {
+	all, err := b.pf.AllOfAny(ctx, path)
 	if err != nil {
 		return shownAnchor{}, err
 	}
 	out := shownAnchor{path: path, rules: withoutCounters(all.Rules), nat: withoutCounters(all.NAT)}
 	for _, t := range pfconf.ParseTables(all.Sections["TABLES"]) {
-		table, err := p.readTable(ctx, path, t.Name)
+		table, err := b.readTable(ctx, path, t.Name)
 		if errors.Is(err, darwin.ErrNoTable) {
 			continue // gone meanwhile
 		}
@@ -219,31 +219,31 @@ func (p *Backend) readAnchor(ctx context.Context, path string) (shownAnchor, err
 // anchorsOfOthers returns the anchors but ours. Inline ones without a name are left
 // out: pfctl shows their rules where they are called. One process lists all, and where
 // our own isn't among them that list isn't what it is taken for.
-func (p *Backend) anchorsOfOthers(ctx context.Context) ([]string, error) {
-	all, err := p.pf.AllAnchors(ctx)
+func (b *Backend) foreignAnchors(ctx context.Context) ([]string, error) {
+	all, err := b.pf.AllAnchors(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if !slices.Contains(all, p.path) {
+	if !slices.Contains(all, b.path) {
 		all = nil
 		for next := []string{""}; len(next) > 0; next = next[1:] {
-			below, err := p.pf.Anchors(ctx, next[0])
+			below, err := b.pf.Anchors(ctx, next[0])
 			if err != nil {
 				return nil, err
 			}
-			if next, all = append(next, below...), append(all, below...); len(all) > 2*maxOthers {
-				return nil, fmt.Errorf("%w: more than %d anchors", errTooMany, maxOthers)
+			if next, all = append(next, below...), append(all, below...); len(all) > 2*maxForeignAnchors {
+				return nil, fmt.Errorf("%w: more than %d anchors", errTooManyRules, maxForeignAnchors)
 			}
 		}
 	}
 	return slices.DeleteFunc(all, func(path string) bool {
-		return path == p.path || strings.HasPrefix(path, p.path+"/") || path[0] == '_' || strings.Contains(path, "/_")
+		return path == b.path || strings.HasPrefix(path, b.path+"/") || path[0] == '_' || strings.Contains(path, "/_")
 	}), nil
 }
 
 // readTable reads a table of others.
-func (p *Backend) readTable(ctx context.Context, anchor, name string) (shownTable, error) {
-	entries, err := p.pf.Table(ctx, anchor, name)
+func (b *Backend) readTable(ctx context.Context, anchor, name string) (shownTable, error) {
+	entries, err := b.pf.Table(ctx, anchor, name)
 	var notUnderstood *pfconf.EntryError
 	if errors.As(err, &notUnderstood) {
 		return shownTable{name, err.Error(), true}, nil
@@ -255,7 +255,7 @@ func (p *Backend) readTable(ctx context.Context, anchor, name string) (shownTabl
 // empty.
 func (t shownTable) statement() *pfconf.Table {
 	out := &pfconf.Table{Name: t.name, Persist: true, HasAddrs: true}
-	if !t.unread {
+	if !t.unparsed {
 		out.Addrs, _ = pfconf.ParseTableEntries(t.entries) // which were read before
 	}
 	return out
