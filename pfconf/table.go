@@ -6,17 +6,19 @@ import (
 	"slices"
 )
 
-// A Table is a named set of addresses. The longest entry that holds an address
-// decides; a negated entry then means that it isn't in the table.
+// A Table is a named set of addresses (pf.conf(5), section TABLES). The entry with the
+// longest prefix that contains an address decides about it: if that entry is negated,
+// the address isn't in the table.
 type Table struct {
 	Name    string // at most 31 bytes
-	Persist bool   // stays although no rule uses it
+	Persist bool   // stays even when no rule uses it
 	Const   bool   // can't be changed by pfctl -T
-	// Addrs are its entries as written, with HasAddrs telling an empty list
-	// { } from none: a persistent table without a list keeps what it held.
+	// Addrs are the entries as written. HasAddrs distinguishes an empty list { },
+	// which empties the table, from no list, which leaves the entries of a persistent
+	// table as they are.
 	Addrs    []Address
 	HasAddrs bool
-	Files    []string // file "…"
+	Files    []string // paths of file "…", whose entries pfctl adds
 }
 
 // Entries returns the addresses of a loaded table as pfctl -t T -T show prints
@@ -25,7 +27,8 @@ type Table struct {
 func (t *Table) Entries() []string { return entryStrings(stored(t.Addrs)) }
 
 // StoredEntries returns the entries of [Stored] as pfctl -t T -T show prints them,
-// sorted as text. The order in which pfctl prints is another: compare sorted.
+// sorted as text. pfctl itself prints them in another order, so sort its output before
+// comparing.
 func StoredEntries(addrs []Address) ([]string, error) {
 	held, err := Stored(addrs)
 	if err != nil {
@@ -34,18 +37,18 @@ func StoredEntries(addrs []Address) ([]string, error) {
 	return entryStrings(held), nil
 }
 
-// Stored returns what the kernel holds of a table with these entries, in their order:
+// Stored returns the entries that the kernel stores for these, in the same order:
 //
 //   - networks without the bits beyond their length, and addresses without a zone;
-//   - of several entries for one network only the first, negated or not; a network
-//     within another is a different one, and stays;
-//   - no entry for the addresses 0.0.0.0 and :: alone, negated or not, which the
-//     kernel's radix tree doesn't take (bsd/net/radix.c), while pfctl says that all
-//     went well. Shorter prefixes of zeros, such as ::/127, are held;
-//   - IPv4-mapped addresses as the IPv6 ones that they are written as.
+//   - of several entries for the same network only the first, negated or not. A network
+//     within another is a different one, and both are stored;
+//   - no entry for the single addresses 0.0.0.0 and ::, negated or not. The kernel's
+//     radix tree (xnu bsd/net/radix.c) doesn't store them, although pfctl reports
+//     success. It does store shorter prefixes of zeros, such as ::/127;
+//   - IPv4-mapped addresses as IPv6 addresses, as they are written.
 //
-// It fails for an entry that isn't an address or a network but stands for those of
-// an interface.
+// It fails for an entry that is no address or network, such as one that stands for the
+// addresses of an interface.
 func Stored(addrs []Address) ([]Address, error) {
 	for _, a := range addrs {
 		if a.Kind != AddrPrefix || !a.Prefix.IsValid() {
@@ -55,7 +58,7 @@ func Stored(addrs []Address) ([]Address, error) {
 	return stored(addrs), nil
 }
 
-// stored is Stored without the entries that it refuses.
+// stored is Stored that leaves out the entries for which Stored fails.
 func stored(addrs []Address) []Address {
 	seen := make(map[netip.Prefix]bool, len(addrs))
 	var all []Address
@@ -72,7 +75,7 @@ func stored(addrs []Address) []Address {
 	return all
 }
 
-// entryStrings prints entries, sorted.
+// entryStrings returns entries as pfctl prints them, sorted as text.
 func entryStrings(all []Address) []string {
 	out := make([]string, 0, len(all))
 	for _, a := range all {

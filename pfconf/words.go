@@ -1,6 +1,6 @@
 package pfconf
 
-// anchorWords are the words for the calls of anchors.
+// anchorWords are the keywords that call an anchor, one for each kind of its rules.
 var anchorWords = map[Action]string{
 	Anchor: "anchor", NatAnchor: "nat-anchor", BinatAnchor: "binat-anchor", RdrAnchor: "rdr-anchor",
 	ScrubAnchor: "scrub-anchor", DummynetAnchor: "dummynet-anchor",
@@ -9,7 +9,7 @@ var anchorWords = map[Action]string{
 var actionWords = [...]string{Pass: "pass", Block: "block", Scrub: "scrub", NoScrub: "no scrub", Nat: "nat",
 	NoNat: "no nat", Binat: "binat", NoBinat: "no binat", Rdr: "rdr", NoRdr: "no rdr"}
 
-// String returns the word with which rules of the action begin.
+// String returns the keywords that a rule of the action begins with.
 func (a Action) String() string {
 	if w, ok := anchorWords[a]; ok {
 		return w
@@ -17,7 +17,8 @@ func (a Action) String() string {
 	return at(actionWords[:], a)
 }
 
-// at returns a word of a list of them, ? beyond its end.
+// at returns words[i], or ? for a value beyond the list: String must not panic on a
+// rule that Validate would refuse.
 func at[T ~uint8](words []string, i T) string {
 	if int(i) < len(words) {
 		return words[i]
@@ -31,7 +32,7 @@ func (d Direction) String() string { return at([]string{"in-out", "in", "out"}, 
 // String returns inet, inet6 or any.
 func (f Family) String() string { return at([]string{"any", "inet", "inet6"}, f) }
 
-// String returns the operator as it is written between or before numbers.
+// String returns the operator as pf.conf writes it, before a number or between two.
 func (op CompareOp) String() string {
 	return at([]string{"=", "!=", "<", "<=", ">", ">=", ":", "><", "<>"}, op)
 }
@@ -49,7 +50,7 @@ func (t SourceTrack) String() string {
 	return at([]string{"", "source-track", "source-track rule", "source-track global"}, t)
 }
 
-// String returns the words after the table, with a space before them.
+// String returns the words that follow the table of overload, with a leading space.
 func (f FlushKind) String() string { return at([]string{"", " flush", " flush global"}, f) }
 
 // String returns the word after fragment; "" for the default.
@@ -60,7 +61,7 @@ func (k PoolKind) String() string {
 	return at([]string{"", "bitmask", "random", "source-hash", "round-robin"}, k)
 }
 
-// String returns the word of the kind of route.
+// String returns the keyword of the route.
 func (k RouteKind) String() string {
 	return at([]string{"route-to", "reply-to", "dup-to", "fastroute"}, k)
 }
