@@ -8,19 +8,20 @@ import (
 	"strings"
 )
 
-// Lengths of names, one byte less than the kernel's buffers (pfvar.h).
+// The longest names in bytes: the kernel's buffers less the final NUL (xnu
+// bsd/net/pfvar.h, where no other file is named).
 const (
-	maxInterface = 15
-	maxTable     = 31
-	maxLabel     = 63
-	maxTag       = 63
-	maxQueue     = 63
-	maxAnchor    = 63 // one component of a path
-	maxPath      = 1024
-	maxPflog     = 15 // number of a log interface (if_pflog.h)
+	maxInterface = 15   // IFNAMSIZ, bsd/net/if.h
+	maxTable     = 31   // PF_TABLE_NAME_SIZE
+	maxLabel     = 63   // PF_RULE_LABEL_SIZE
+	maxTag       = 63   // PF_TAG_NAME_SIZE
+	maxQueue     = 63   // PF_QNAME_SIZE
+	maxAnchor    = 63   // PF_ANCHOR_NAME_SIZE: one component of a path
+	maxPath      = 1024 // MAXPATHLEN, with the NUL
+	maxPflog     = 15   // number of the last log interface, PFLOGIFS_MAX - 1, bsd/net/if_pflog.h
 )
 
-// checkString checks a string that is printed in quotes.
+// checkString checks that a string can be written in quotes and has at most so many bytes.
 func checkString(what, s string, most int) error {
 	if len(s) > most {
 		return fmt.Errorf("%s %q is longer than %d bytes", what, clip(s), most)
@@ -31,7 +32,7 @@ func checkString(what, s string, most int) error {
 	return nil
 }
 
-// checkName checks a string that can't be empty.
+// checkName is checkString for a string that can't be empty.
 func checkName(what, s string, most int) error {
 	if s == "" {
 		return fmt.Errorf("the %s has no name", what)
@@ -39,8 +40,8 @@ func checkName(what, s string, most int) error {
 	return checkString(what, s, most)
 }
 
-// checkMacro checks that the definition can be written: it is printed although its
-// uses are gone, so that people find what they wrote.
+// checkMacro checks that a definition can be printed. It is printed although nothing uses
+// it any more, so that people find what they wrote.
 func checkMacro(m *Macro) error {
 	if err := checkName("macro", m.Name, maxToken); err != nil {
 		return err
@@ -56,18 +57,19 @@ func checkMacro(m *Macro) error {
 	return nil
 }
 
-// checkText makes sure that kept text is read back as such.
+// checkText checks that a Text is read back as the same Text: otherwise a ruleset built
+// from types could smuggle in rules that nothing checks.
 func checkText(t *Text) error {
 	p := &parser{lex: newLexer(t.Text + "\n"), pos: map[Statement]position{}}
 	p.advance()
 	if s, ok := p.statement(false).(*Text); p.err != nil || !ok || s.Text != t.Text || p.tok.kind != tokNewline {
-		return errors.New("text of no kind that is kept")
+		return errors.New("the text isn't a statement of a kind that is kept as text")
 	}
 	return nil
 }
 
-// checkOption checks a set line. The values of most options are pfctl's to check and
-// not the grammar's, and it does so for the main ruleset only.
+// checkOption checks a set line. pfctl checks most values when it applies them, which it
+// does for the main ruleset only; in an anchor it takes them as they are.
 func (l *loader) checkOption(o *Option) error {
 	if !optionNames[o.Name] {
 		return fmt.Errorf("no option %s", clip(o.Name))
@@ -89,8 +91,8 @@ func (l *loader) checkOption(o *Option) error {
 	return l.checkValue(o.Name, o.Values[0])
 }
 
-// checkPairs checks timeouts and limits. In an anchor pfctl doesn't look at the
-// names of timeouts, because it won't set them.
+// checkPairs checks timeouts and limits. In an anchor pfctl doesn't check the names of
+// timeouts, because it doesn't set them.
 func (l *loader) checkPairs(o *Option) error {
 	if len(o.Values) == 0 {
 		return fmt.Errorf("set %s takes a name and a number", o.Name)
@@ -122,6 +124,7 @@ func (l *loader) checkPairs(o *Option) error {
 	return nil
 }
 
+// The values that pfctl knows, from its tables pf_limits, pf_hints and others in pfctl.c.
 var (
 	limits        = []string{"states", "app-states", "src-nodes", "frags", "tables", "table-entries"}
 	optimizations = []string{"normal", "satellite", "high-latency", "conservative", "aggressive"}
@@ -129,13 +132,13 @@ var (
 	optimizers    = []string{"none", "basic", "profile"}
 )
 
-// containsFold compares as pfctl does the names of timeouts, limits and
-// optimizations: without regard to case.
+// containsFold reports whether words has w, without regard to case, which is how pfctl
+// compares the names of timeouts, limits and optimizations.
 func containsFold(words []string, w string) bool {
 	return slices.ContainsFunc(words, func(s string) bool { return strings.EqualFold(s, w) })
 }
 
-// checkValue checks the only value of an option.
+// checkValue checks the value of an option that takes one.
 func (l *loader) checkValue(name, v string) error {
 	bad := fmt.Errorf("set %s can't be %q", name, clip(v))
 	var ok bool
@@ -166,7 +169,7 @@ func (l *loader) checkValue(name, v string) error {
 	return checkString("value of "+name, v, maxToken)
 }
 
-// checkTable checks a table from the outside; its addresses are resolved later.
+// checkTable checks a table before the names among its addresses are resolved.
 func checkTable(t *Table) error {
 	if err := checkName("table", t.Name, maxTable); err != nil {
 		return err
@@ -190,6 +193,7 @@ func checkTable(t *Table) error {
 	return nil
 }
 
+// checkAntispoof checks an antispoof statement before it becomes rules.
 func checkAntispoof(a *Antispoof) error {
 	if len(a.Interfaces) == 0 {
 		return errors.New("antispoof needs an interface")
@@ -205,8 +209,8 @@ func checkAntispoof(a *Antispoof) error {
 	return checkString("label", a.Label, maxLabel)
 }
 
-// checkLog checks the interface: the kernel has sixteen pflogs, and takes none that
-// is written with zeros in front.
+// checkLog checks the interface to which packets are logged: pflog0 to pflog15, without
+// leading zeros, so that the text is read back as the same name.
 func checkLog(l *Log) error {
 	if l == nil || l.To == "" {
 		return nil
@@ -218,7 +222,8 @@ func checkLog(l *Log) error {
 	return nil
 }
 
-// checkRule checks what is wrong with a rule whatever its lists stand for.
+// checkRule checks a rule as far as its lists don't matter. The rest is checked for each
+// combination of their entries, see inconsistent.
 func checkRule(r *Rule) error {
 	for _, check := range []func(*Rule) error{checkFields, checkNames, checkNumbers, checkAnchor, checkState, checkBinat} {
 		if err := check(r); err != nil {
@@ -240,7 +245,7 @@ func checkRule(r *Rule) error {
 	return checkPool(r)
 }
 
-// A fieldSet is a set of a rule's groups of fields.
+// A fieldSet is a set of groups of a Rule's fields.
 type fieldSet uint16
 
 const (
@@ -260,8 +265,8 @@ const (
 	hasAnchor
 )
 
-// allowed are the fields that each action takes, besides interfaces, family,
-// protocols, addresses and rtable.
+// allowed has the fields that each action takes. Interfaces, family, protocols,
+// addresses and rtable aren't among them, since all actions take those.
 var allowed = map[Action]fieldSet{
 	Pass:        hasDirection | hasLog | hasQuick | hasRoute | hasOptions | hasTag | hasTagged | hasState,
 	Block:       hasReturn | hasDirection | hasLog | hasQuick | hasRoute | hasOptions | hasTag | hasTagged | hasState,
@@ -280,10 +285,11 @@ var allowed = map[Action]fieldSet{
 	ScrubAnchor: hasAnchor, DummynetAnchor: hasAnchor,
 }
 
+// fieldNames names the bits of a fieldSet in errors.
 var fieldNames = []string{"an answer", "pass", "a direction", "log", "quick", "a route", "filter options", "a tag",
 	"tagged", "a state", "scrub options", "a pool", "rules in braces", "the name of an anchor"}
 
-// fields returns what is set in a rule.
+// fields returns the groups of fields that are set in a rule.
 func (r *Rule) fields() fieldSet {
 	var f fieldSet
 	for i, set := range []bool{
@@ -300,8 +306,8 @@ func (r *Rule) fields() fieldSet {
 	return f
 }
 
-// checkFields refuses what the grammar has no place for. A rule is one type for all
-// actions, so that this can't be left to the compiler.
+// checkFields refuses fields that the grammar doesn't have for the action. Rule is one
+// type for all actions, as in the kernel, so the compiler can't check that.
 func checkFields(r *Rule) error {
 	extra := r.fields() &^ allowed[r.Action]
 	for i, name := range fieldNames {
@@ -315,8 +321,8 @@ func checkFields(r *Rule) error {
 	return nil
 }
 
-// checkNames checks all that is copied into the kernel's fixed buffers. pfctl refuses
-// what doesn't fit rather than cutting it.
+// checkNames checks the strings that pfctl copies into the kernel's fixed buffers. It
+// refuses those that don't fit rather than truncating them.
 func checkNames(r *Rule) error {
 	for _, i := range r.Interfaces {
 		if err := checkName("interface", i.Name, maxInterface); err != nil {
@@ -329,27 +335,27 @@ func checkNames(r *Rule) error {
 		}
 	}
 	if r.PriQueue != "" && r.Queue == "" || r.NotTagged && r.Tagged == "" {
-		return errors.New("half of queue or tagged is missing")
+		return errors.New("a second queue without the first, or ! tagged without a tag")
 	}
 	return firstError(checkLog(r.Log), checkString("label", r.Label, maxLabel), checkString("tag", r.Tag, maxTag),
 		checkString("tag", r.Tagged, maxTag), checkString("queue", r.Queue, maxQueue),
 		checkString("queue", r.PriQueue, maxQueue), checkIDs("user", r.Users), checkIDs("group", r.Groups))
 }
 
-// checkIDs checks users or groups. The highest id stands for unknown in the kernel and
-// can't be asked for by number.
+// checkIDs checks users or groups. The highest id means unknown in the kernel (UID_MAX),
+// so it can't be written as a number.
 func checkIDs(what string, ids []IDMatch) error {
 	for _, m := range ids {
 		two := m.Op == Inside || m.Op == Outside
 		switch {
 		case m.Op > Outside || m.Op == Range:
-			return fmt.Errorf("a %s takes no such operator", what)
+			return fmt.Errorf("a %s can't be compared with this operator", what)
 		case !two && m.Hi != 0 || (m.Unknown || m.Name != "") && (two || m.Lo != 0) || m.Unknown && m.Name != "":
 			return fmt.Errorf("a %s is a number, a name or unknown", what)
 		case m.Unknown && m.Op != Equal && m.Op != NotEqual:
 			return fmt.Errorf("%s unknown can only be = or !=", what)
 		case m.Lo == 1<<32-1 || m.Hi == 1<<32-1 || m.Name == "unknown":
-			return fmt.Errorf("that %s can't be written", what)
+			return fmt.Errorf("this %s can't be written in pf.conf", what)
 		}
 		if err := checkString(what, m.Name, maxToken); err != nil {
 			return err
@@ -358,10 +364,10 @@ func checkIDs(what string, ids []IDMatch) error {
 	return nil
 }
 
-// checkNumbers checks numbers and what excludes each other regardless of lists.
+// checkNumbers checks ranges of numbers, and fields that exclude each other.
 func checkNumbers(r *Rule) error {
 	if r.Direction > Out || r.Family > Inet6 || r.Return.Kind > ReturnICMP || r.State > SynproxyState {
-		return errors.New("a value out of its range")
+		return errors.New("a value is out of range")
 	}
 	for _, p := range slices.Concat(r.From.Ports, r.To.Ports) {
 		if p.Op > Outside || p.Op < Range && p.Hi != 0 {
@@ -384,15 +390,16 @@ func checkNumbers(r *Rule) error {
 	}
 	ret := r.Return
 	if ret.TTL != 0 && ret.Kind != ReturnRST || (ret.Code != nil || ret.Code6 != nil) && ret.Kind != ReturnICMP {
-		return errors.New("an answer with what isn't its own")
+		return errors.New("an answer with a TTL or a code that its kind doesn't take")
 	}
 	return nil
 }
 
-// minProbability is the least that pf's 32 bits can hold.
+// minProbability is the lowest that the kernel's 32 bits can hold; 0 means always there.
 const minProbability = 1 / float64(1<<32-1)
 
-// checkAnchor checks the name of a called anchor and its rules in braces.
+// checkAnchor checks the name of a called anchor, and its rules in braces. pfctl gives
+// nameless inline anchors names that begin with an underscore, and so refuses those.
 func checkAnchor(r *Rule) error {
 	if r.Action == Anchor {
 		if r.Anchor == "" && r.Body == nil {
@@ -412,7 +419,7 @@ func checkAnchor(r *Rule) error {
 	return nil
 }
 
-// firstError returns the first error that isn't nil: one is enough for a person.
+// firstError returns the first error that isn't nil.
 func firstError(errs ...error) error {
 	for _, err := range errs {
 		if err != nil {
@@ -422,7 +429,7 @@ func firstError(errs ...error) error {
 	return nil
 }
 
-// checkPath checks the name of an anchor, a path of names.
+// checkPath checks the name of an anchor, a path of names separated by slashes.
 func checkPath(path string) error {
 	if path == "" {
 		return nil
@@ -440,8 +447,8 @@ func checkPath(path string) error {
 	return checkString("anchor", path, maxPath-maxAnchor-2)
 }
 
-// checkBody checks that an inline anchor holds what pfctl's grammar allows there:
-// neither tables nor translation.
+// checkBody checks that an inline anchor has only filter rules and anchors, as the
+// production pfa_anchorlist of parse.y has it: neither tables nor translation.
 func checkBody(b *Ruleset) error {
 	if b == nil {
 		return nil
@@ -455,15 +462,15 @@ func checkBody(b *Ruleset) error {
 	return nil
 }
 
-// checkState checks the options of a state by themselves; what depends on other
-// options is left to settleState.
+// checkState checks each of the state options by itself; settleState checks how they go
+// together.
 func checkState(r *Rule) error {
 	o := &r.StateOptions
 	if (r.State == StateDefault || r.State == NoState) && !o.isZero() {
 		return errors.New("options of a state without keep state")
 	}
 	if o.SourceTrack > SourceTrackGlobal || o.Flush > FlushGlobal || o.Policy > IfBound {
-		return errors.New("a value out of its range")
+		return errors.New("a value is out of range")
 	}
 	if (o.MaxSrcConnRate.Count == 0) != (o.MaxSrcConnRate.Seconds == 0) {
 		return errors.New("max-src-conn-rate needs a count and seconds")
@@ -487,14 +494,15 @@ func checkState(r *Rule) error {
 	return nil
 }
 
-// isZero tells whether there are no options: then nothing is printed in parentheses.
+// isZero reports whether no option is set. A Timeouts that is empty but not nil counts as
+// not set, so the type can't simply be compared.
 func (o *StateOptions) isZero() bool {
 	return o.Max == 0 && !o.NoSync && o.SourceTrack == NoSourceTrack && o.MaxSrcStates == 0 && o.MaxSrcConn == 0 &&
 		o.MaxSrcConnRate == Rate{} && o.Overload == "" && o.Flush == NoFlush && o.MaxSrcNodes == 0 &&
 		o.Policy == PolicyDefault && len(o.Timeouts) == 0
 }
 
-// checkFlags checks what a filter rule or anchor says about TCP.
+// checkFlags checks flags and os of a filter rule or anchor, which only TCP has.
 func checkFlags(r *Rule) error {
 	if r.Flags != nil && r.Flags.Set&^r.Flags.Mask != 0 {
 		return errors.New("the flags can never match: each has to be in the mask too")
@@ -508,11 +516,11 @@ func checkFlags(r *Rule) error {
 	return nil
 }
 
-// checkAddress checks that an address has the fields of its kind and no others, so
-// that what is printed is all that was meant.
+// checkAddress checks that an address has the fields of its kind and no others: printing
+// would silently drop those.
 func checkAddress(a Address) error {
 	if a.Kind > AddrURPFFailed || !validMods(a.Mod) || a.Mod > ModNoAlias<<1-1 {
-		return errors.New("an address of no kind")
+		return errors.New("an address of an unknown kind")
 	}
 	named := a.Kind == AddrTable || a.Kind == AddrInterface || a.Kind == AddrDynamic
 	numeric := a.Kind == AddrPrefix || a.Kind == AddrRange
@@ -522,9 +530,9 @@ func checkAddress(a Address) error {
 		return errors.New("any can't be negated")
 	case named != (a.Name != ""), numeric != a.Prefix.IsValid(), !iface && (a.Mod != 0 || a.Bits != nil),
 		(a.Kind == AddrRange) != a.Last.IsValid(), a.Kind != AddrPrefix && a.Zone != "":
-		return errors.New("an address with fields of another kind")
+		return errors.New("an address with fields that its kind doesn't have")
 	case numeric && a.Prefix != a.Prefix.Masked():
-		return errors.New("a network with bits beyond its length")
+		return errors.New("a network with bits set beyond its length")
 	case a.Zone != "" && (!a.Prefix.Addr().Is6() || a.Prefix.Addr().Is4In6()):
 		return errors.New("a zone without IPv6")
 	case a.Kind == AddrRange && (!a.Prefix.IsSingleIP() || a.Last.Is4() != a.Prefix.Addr().Is4() || a.Last.Zone() != ""):
@@ -537,11 +545,12 @@ func checkAddress(a Address) error {
 	return checkString("zone", a.Zone, maxInterface)
 }
 
-// checkInterfaceAddress keeps names apart from addresses: host names resolve at load
-// time on a Mac and can't be checked, but none is as short and plain as an interface.
+// checkInterfaceAddress checks that a name can be that of an interface. pfctl would also
+// take a host name and resolve it when it loads the ruleset, which can't be checked
+// here; so a host name passes only if it looks like an interface.
 func checkInterfaceAddress(a Address) error {
 	if a.Bits != nil && *a.Bits > 128 || a.Kind == AddrInterface && a.Bits != nil && a.Mod&(ModNetwork|ModBroadcast) != 0 {
-		return errors.New("a prefix length that can't be")
+		return errors.New("an invalid prefix length")
 	}
 	if !isAlnum(int(a.Name[0])) || isDigit(int(a.Name[0])) || strings.Contains(a.Name, ":") {
 		return fmt.Errorf("%q is no name of an interface", clip(a.Name))
@@ -549,7 +558,7 @@ func checkInterfaceAddress(a Address) error {
 	return checkString("interface", a.Name, maxInterface)
 }
 
-// checkPool checks addresses behind -> and of routes, and words of pools.
+// checkPool checks the addresses and options of a rule's pool and route.
 func checkPool(r *Rule) error {
 	var options []PoolOptions
 	if r.Route != nil {
@@ -583,7 +592,7 @@ func checkPool(r *Rule) error {
 	return nil
 }
 
-// checkRoute checks the hops of route-to and the like.
+// checkRoute checks the hops of a route.
 func checkRoute(route *Route) error {
 	if (route.Kind == Fastroute) != (len(route.Hops) == 0) || route.Kind > Fastroute {
 		return errors.New("a route needs hops, fastroute has none")
@@ -601,7 +610,8 @@ func checkRoute(route *Route) error {
 	return nil
 }
 
-// checkTarget checks what is behind ->.
+// checkTarget checks the pool of a translation rule. binat has a pool of its own kind: one
+// address without options.
 func checkTarget(r *Rule) error {
 	p := r.Pool
 	binat := r.Action == Binat || r.Action == NoBinat
@@ -623,7 +633,7 @@ func checkTarget(r *Rule) error {
 	return nil
 }
 
-// checkBinat checks what only binat's grammar asks for.
+// checkBinat checks the source of a binat rule, whose grammar is stricter than others'.
 func checkBinat(r *Rule) error {
 	if r.Action != Binat && r.Action != NoBinat {
 		return nil
@@ -634,8 +644,8 @@ func checkBinat(r *Rule) error {
 	return checkPoolAddress(r.From.Addrs[0])
 }
 
-// checkPoolAddress refuses what the kernel doesn't take into a pool (pf_ioctl.c,
-// DIOCADDADDR), even where pfctl's grammar does.
+// checkPoolAddress refuses addresses that the kernel doesn't take into a pool
+// (DIOCADDADDR in xnu bsd/net/pf_ioctl.c), even where pfctl's grammar would.
 func checkPoolAddress(a Address) error {
 	if a.Not || a.Kind == AddrAny || a.Kind == AddrRange || a.Kind == AddrNoRoute || a.Kind == AddrURPFFailed {
 		return errors.New("a pool holds addresses, networks, tables and interfaces")

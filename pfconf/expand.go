@@ -7,13 +7,13 @@ import (
 	"strings"
 )
 
-// Expand returns what pfctl loads into the kernel when the ruleset is given to
-// it for an anchor ("" is the main ruleset) on a host with these interfaces. The
-// result shares memory with the ruleset; neither may be changed afterwards.
+// Expand returns what pfctl loads into the kernel when it is given the ruleset for an
+// anchor ("" is the main ruleset) on a host with these interfaces. The result shares
+// memory with the ruleset; neither may be changed afterwards.
 //
-// It fails if pfctl would: for the reasons of [Ruleset.Validate], and for those that depend
-// on the host: a name that isn't an interface's, or an interface without an address of the
-// family.
+// It fails if pfctl would: for the reasons of [Ruleset.Validate], and for two that
+// depend on the host, a name that is no interface, and an interface without an address
+// of the family.
 func (rs *Ruleset) Expand(anchor string, interfaces []Interface) (*Loaded, error) {
 	l := &loader{path: anchor, hold: anchor, out: &Loaded{Path: anchor}, main: anchor == "",
 		host: host(interfaces), inline: map[string]bool{}}
@@ -26,11 +26,11 @@ func (rs *Ruleset) Expand(anchor string, interfaces []Interface) (*Loaded, error
 	return l.out, nil
 }
 
-// Validate reports the first thing for which pfctl would refuse the ruleset, as
-// the main ruleset, on any host: words that are too long, rules out of order,
-// options that don't go together, rules that stand for no packet. Then the
-// ruleset can be printed, and its text loads wherever the interfaces that it
-// names outside parentheses as addresses have some.
+// Validate reports the first reason for which pfctl would refuse the ruleset as the
+// main ruleset on any host: a word that is too long, rules out of order, options that
+// don't go together, a rule that can match no packet. A valid ruleset can be printed,
+// and its text loads on every host on which the interfaces that it names as addresses,
+// outside parentheses, have one.
 func (rs *Ruleset) Validate() error {
 	l := &loader{main: true, inline: map[string]bool{}, shared: &loaderShared{order: true}}
 	if err := l.load(rs); err != nil {
@@ -39,13 +39,14 @@ func (rs *Ruleset) Validate() error {
 	return nil
 }
 
-// validate is Validate for a text that may be an anchor's.
+// validate is Validate for a ruleset that may be for an anchor.
 func (rs *Ruleset) validate() *ruleError {
 	l := &loader{inline: map[string]bool{}, shared: &loaderShared{order: true}}
 	return l.load(rs)
 }
 
-// Unknown returns the statements that this package keeps as text, without their meaning.
+// Unknown returns the statements that this package doesn't understand and keeps as text.
+// Conclusions from the ruleset have to allow for them.
 func (rs *Ruleset) Unknown() []*Text {
 	var all []*Text
 	for _, s := range rs.Statements {
@@ -56,45 +57,47 @@ func (rs *Ruleset) Unknown() []*Text {
 	return all
 }
 
-// A ruleError is a statement's refusal.
+// A ruleError is the reason for which a statement is refused.
 type ruleError struct {
 	statement Statement
 	problem   string
 }
 
-// Error names the statement by its text: a ruleset made of types has no lines.
+// Error quotes the statement: a ruleset that is built from types has no line numbers.
 func (e *ruleError) Error() string {
 	return fmt.Sprintf("check %q: %s", clip(e.statement.String()), e.problem)
 }
 
-// A loader does pfctl's second half: it turns statements into rules. Without
-// out and host it only checks, and the names of interfaces stand for unknown
-// addresses.
+// A loader does what pfctl's parser does after it has recognised a statement (expand_rule
+// in parse.y): it turns statements into the kernel's rules. Without out and host it only
+// checks, and interface names stand for unknown addresses.
 type loader struct {
 	path string
-	hold string // where pfctl keeps an inline anchor while it is being read
-	main bool
-	out  *Loaded
-	host host
+	hold string  // path under which pfctl keeps an inline anchor while it reads it
+	main bool    // the ruleset, or the one with this inline anchor, is the main ruleset
+	out  *Loaded // nil: only check
+	host host    // nil: unknown
 
-	nr     int             // rules of this ruleset so far, for $nr
-	inline map[string]bool // inline anchors of this ruleset
+	nr     int             // expanded rules of this ruleset so far: $nr in labels
+	inline map[string]bool // names of inline anchors of this ruleset
 	shared *loaderShared
 }
 
-// loaderShared is the state that the loaders of a ruleset and its inline anchors share.
+// loaderShared is the state that the loaders of a ruleset and of its inline anchors
+// share: options, and counts against the limits.
 type loaderShared struct {
-	order    bool // require-order
-	stage    stage
-	ifBound  bool
-	blockAll bool // block-policy return
-	rules    int
-	braces   int
-	depth    int
-	anchors  []LoadedAnchor
+	order    bool           // set require-order; yes unless set
+	stage    stage          // of the last statement
+	ifBound  bool           // set state-policy if-bound
+	blockAll bool           // set block-policy return
+	rules    int            // expanded so far, see maxRules
+	braces   int            // inline anchors so far, by which pfctl numbers nameless ones
+	depth    int            // of the inline anchor that is being read
+	anchors  []LoadedAnchor // that have been read
 }
 
-// A stage is a section of a ruleset; they have to come in this order.
+// A stage is a section of a ruleset. With require-order they must come in this order
+// (PFCTL_STATE_* of pfctl_parser.h).
 type stage uint8
 
 const (
@@ -107,8 +110,8 @@ const (
 	stageFilter
 )
 
-// load goes through the statements in their order, as pfctl does: options count for
-// what follows them.
+// load loads the statements in their order, as pfctl does: an option applies to the
+// statements behind it.
 func (l *loader) load(rs *Ruleset) *ruleError {
 	for _, s := range rs.Statements {
 		if err := l.statement(s); err != nil {
@@ -146,7 +149,7 @@ func (l *loader) statement(s Statement) error {
 	return fmt.Errorf("statement of type %T", s)
 }
 
-// enter moves on to a stage.
+// enter moves on to a stage, or fails if that stage is over (check_rulestate in parse.y).
 func (l *loader) enter(to stage) error {
 	if l.shared.order && l.shared.stage > to {
 		return errors.New("out of order: options come first, then scrub, translation and filter rules")
@@ -155,8 +158,8 @@ func (l *loader) enter(to stage) error {
 	return nil
 }
 
-// loadAnchor notes the file. pfctl reads the files of the main ruleset only, after
-// the rest.
+// loadAnchor records the file. pfctl reads the files of the main ruleset only, and after
+// the rest of it.
 func (l *loader) loadAnchor(s *LoadAnchor) error {
 	if err := checkString("anchor", s.Anchor, maxPath-1); err != nil {
 		return err
@@ -167,8 +170,8 @@ func (l *loader) loadAnchor(s *LoadAnchor) error {
 	return checkString("file", s.File, maxPath-1)
 }
 
-// text checks the order of kept text too: pfctl would refuse the rest of the ruleset
-// otherwise.
+// text checks a statement that is kept as text, and counts its stage: pfctl refuses a
+// ruleset in which such a statement is out of order.
 func (l *loader) text(t *Text) error {
 	if err := checkText(t); err != nil {
 		return err
@@ -182,8 +185,9 @@ func (l *loader) text(t *Text) error {
 	return nil
 }
 
-// option applies an option. Block policy, state policy and order are a matter of
-// pfctl's parser and so count in an anchor too; all others don't.
+// option applies an option. block-policy, state-policy and require-order affect pfctl's
+// parser, and so apply in an anchor too; the others don't. Some options may stand
+// anywhere, since pfctl doesn't check their order.
 func (l *loader) option(o *Option) error {
 	if err := l.checkOption(o); err != nil {
 		return err
@@ -209,7 +213,7 @@ func (l *loader) option(o *Option) error {
 	return nil
 }
 
-// rule checks a rule by itself and loads it by its kind.
+// rule checks a rule as written and loads it by its kind.
 func (l *loader) rule(r *Rule) error {
 	if err := checkRule(r); err != nil {
 		return err
@@ -219,7 +223,7 @@ func (l *loader) rule(r *Rule) error {
 	}
 	at, ok := ruleStages[r.Action]
 	if !ok {
-		return fmt.Errorf("no action %d", r.Action)
+		return fmt.Errorf("unknown action %d", r.Action)
 	}
 	if err := l.enter(at); err != nil {
 		return err
@@ -239,7 +243,8 @@ func (l *loader) rule(r *Rule) error {
 	return l.translationAnchor(r)
 }
 
-// climbs counts the ../ with which a name begins: a call from the anchor above.
+// climbs returns the number of ../ that an anchor's name begins with: each makes the name
+// relative to the anchor one level up.
 func climbs(name string) int {
 	n := 0
 	for ; strings.HasPrefix(name, "../"); n++ {
@@ -248,7 +253,7 @@ func climbs(name string) int {
 	return n
 }
 
-// depth returns how many anchors a path is below the main ruleset.
+// depth returns how many levels a path is below the main ruleset.
 func depth(path string) int {
 	if path == "" {
 		return 0
@@ -256,6 +261,7 @@ func depth(path string) int {
 	return strings.Count(path, "/") + 1
 }
 
+// ruleStages has the stage of each action. Others are no action.
 var ruleStages = map[Action]stage{
 	Pass: stageFilter, Block: stageFilter, Anchor: stageFilter,
 	Scrub: stageScrub, NoScrub: stageScrub, ScrubAnchor: stageScrub,
@@ -265,7 +271,8 @@ var ruleStages = map[Action]stage{
 	DummynetAnchor: stageDummynet,
 }
 
-// filter loads pass and block.
+// filter loads a pass or block rule, with defaults written out: block-policy, keep state
+// and flags S/SA for pass, the state policy.
 func (l *loader) filter(written *Rule) error {
 	r := *written
 	if err := checkFlags(&r); err != nil {
@@ -298,7 +305,8 @@ func (l *loader) filter(written *Rule) error {
 	return l.combine(&r, src, dst)
 }
 
-// anchor loads a filter anchor, with the rules in its braces.
+// anchor loads the call of a filter anchor, and its rules in braces. The options that
+// it drops are those that pfctl reads for an anchor and doesn't hand to the kernel.
 func (l *loader) anchor(written *Rule) error {
 	r := *written
 	r.Body, r.Fragment, r.AllowOpts, r.Queue, r.PriQueue = nil, false, false, "", ""
@@ -321,9 +329,10 @@ func (l *loader) anchor(written *Rule) error {
 	return l.combine(&r, src, dst)
 }
 
-// body loads an inline anchor and returns the name by which pfctl calls it. That
-// is the whole path, although a call is relative: an inline anchor within an
-// anchor is loaded in one place and called in another.
+// body loads an inline anchor and returns the name with which pfctl calls it. That is the
+// whole path, although the kernel resolves a name relative to the caller. So an inline
+// anchor within an anchor is loaded at one path and called at another, a mistake of
+// pfctl's that Expand repeats, since it decides which rules are evaluated.
 func (l *loader) body(r *Rule) (string, error) {
 	s := l.shared
 	if s.depth >= maxNested {
@@ -360,7 +369,7 @@ func (l *loader) body(r *Rule) (string, error) {
 	return child.path, nil
 }
 
-// joinPath returns the path of an anchor in another.
+// joinPath returns the path of the anchor name below parent.
 func joinPath(parent, name string) string {
 	if parent == "" {
 		return name
@@ -368,8 +377,8 @@ func joinPath(parent, name string) string {
 	return parent + "/" + name
 }
 
-// scrub loads normalisation. Unlike the filter it takes no family from its addresses
-// as a whole; each single rule gets that of its own.
+// scrub loads a scrub rule. Unlike a filter rule's, its family isn't derived from all of
+// its addresses; each expanded rule gets the family of its own address.
 func (l *loader) scrub(written *Rule) error {
 	r := *written
 	if r.Normalize.ReassembleTCP && r.Direction != Both {
@@ -385,7 +394,7 @@ func (l *loader) scrub(written *Rule) error {
 	return l.combine(&r, src, dst)
 }
 
-// translationAnchor loads the anchors of all kinds but the filter's.
+// translationAnchor loads the call of an anchor of any kind but the filter's.
 func (l *loader) translationAnchor(written *Rule) error {
 	r := *written
 	src, dst, err := l.endpoints(&r)
@@ -404,7 +413,7 @@ func (l *loader) translationAnchor(written *Rule) error {
 	case r.Action == BinatAnchor && len(r.Protos) > 1:
 		return errors.New("a binat-anchor takes one protocol")
 	case r.Action == BinatAnchor:
-		// pfctl forgets the interface here.
+		// pfctl drops the interface of a binat-anchor.
 		r.Interfaces = nil
 	}
 	if r.Action == ScrubAnchor {
@@ -415,7 +424,7 @@ func (l *loader) translationAnchor(written *Rule) error {
 	return l.combine(&r, src, dst)
 }
 
-// translation loads nat and rdr and their no.
+// translation loads a nat or rdr rule, or one of their No forms.
 func (l *loader) translation(written *Rule) error {
 	r := *written
 	src, dst, err := l.endpoints(&r)
@@ -444,7 +453,8 @@ func (l *loader) translation(written *Rule) error {
 	return l.combine(&r, src, dst)
 }
 
-// binat loads binat, for which pfctl takes the first entry of each list.
+// binat loads a binat rule. Of lists of interfaces and protocols pfctl takes the first
+// entry.
 func (l *loader) binat(written *Rule) error {
 	r := *written
 	r.Interfaces, r.Protos = firstOf(r.Interfaces), firstOf(r.Protos)
@@ -471,7 +481,7 @@ func (l *loader) binat(written *Rule) error {
 	return l.add(&r)
 }
 
-// binatTarget returns the addresses behind ->.
+// binatTarget returns the addresses behind ->, with interface names resolved.
 func (l *loader) binatTarget(r *Rule) ([]Address, error) {
 	switch hasTarget := r.Pool != nil && len(r.Pool.Addrs) > 0; {
 	case r.Action == NoBinat && hasTarget:
@@ -484,8 +494,8 @@ func (l *loader) binatTarget(r *Rule) ([]Address, error) {
 	return l.resolve(r.Pool.Addrs)
 }
 
-// checkBinat checks what is left once names have become addresses. With names of
-// unknown addresses it gives the benefit of the doubt.
+// checkBinat checks a binat rule whose names are resolved. If some couldn't be, because
+// the host is unknown, it accepts the rule where that decides.
 func (l *loader) checkBinat(r *Rule, src, dst, target []Address) error {
 	unsure := anyUnresolved(src) || anyUnresolved(dst) || anyUnresolved(target)
 	target, family := matchingFamily(target, r.Family)
@@ -510,7 +520,7 @@ func (l *loader) checkBinat(r *Rule, src, dst, target []Address) error {
 	return nil
 }
 
-// fits tells whether all addresses can be of the family.
+// fits reports whether all addresses can be of the family.
 func fits(addrs []Address, f Family) bool {
 	for _, a := range addrs {
 		if af := a.family(); af != AnyFamily && f != AnyFamily && af != f {
@@ -520,7 +530,8 @@ func fits(addrs []Address, f Family) bool {
 	return true
 }
 
-// sameMask compares the networks of both sides, which binat maps one to one.
+// sameMask reports whether the networks of both sides have the same length: binat maps
+// their addresses one to one.
 func sameMask(src []Address, target Address, f Family) bool {
 	for _, a := range src {
 		if n := a.maskBits(f); n != 0 && n != target.maskBits(f) {
@@ -530,7 +541,7 @@ func sameMask(src []Address, target Address, f Family) bool {
 	return true
 }
 
-// firstOf drops all but the first, silently, as pfctl does.
+// firstOf returns the list with only its first entry. pfctl drops the others silently.
 func firstOf[T any](s []T) []T {
 	if len(s) > 1 {
 		return s[:1:1]
@@ -538,8 +549,9 @@ func firstOf[T any](s []T) []T {
 	return s
 }
 
-// antispoof loads its block rules: what comes from the interface's networks by
-// another interface, and what comes from its addresses by any.
+// antispoof loads the block rules of an antispoof statement: against packets from the
+// interface's networks that arrive on another interface, and against packets from its
+// own addresses that arrive on any.
 func (l *loader) antispoof(a *Antispoof) error {
 	if err := checkAntispoof(a); err != nil {
 		return err
@@ -573,8 +585,8 @@ func (l *loader) antispoof(a *Antispoof) error {
 	return nil
 }
 
-// antispoofAddrs returns the networks and the addresses of an interface. One that
-// doesn't exist has none, and makes no rules.
+// antispoofAddrs returns the networks and the addresses of an interface. An interface
+// that doesn't exist has none, which is no error: the statement then makes no rules.
 func (l *loader) antispoofAddrs(i AntispoofInterface) (networks, addrs []Address) {
 	if i.Dynamic {
 		return []Address{{Kind: AddrDynamic, Name: i.Name, Mod: ModNetwork}},
@@ -587,7 +599,7 @@ func (l *loader) antispoofAddrs(i AntispoofInterface) (networks, addrs []Address
 	return l.host.lookup(i.Name, ModNetwork), l.host.lookup(i.Name, 0)
 }
 
-// table loads a table's definition; a later one of the same name replaces it.
+// table loads a table's definition. A later one of the same name replaces it.
 func (l *loader) table(t *Table) error {
 	if err := checkTable(t); err != nil {
 		return err
@@ -611,12 +623,13 @@ func (l *loader) table(t *Table) error {
 	return nil
 }
 
-// settleTables drops the tables that don't come to exist.
+// settleTables drops the tables that the kernel removes at once: those that are neither
+// persistent nor used by a rule.
 func (l *loader) settleTables() {
 	used := map[string]bool{}
 	for _, rules := range [][]*Rule{l.out.Scrub, l.out.Nat, l.out.Binat, l.out.Rdr, l.out.Filter} {
 		for _, r := range rules {
-			noteTables(r, used)
+			addUsedTables(r, used)
 		}
 	}
 	var kept []*Table
@@ -628,9 +641,9 @@ func (l *loader) settleTables() {
 	l.out.Tables = kept
 }
 
-// noteTables notes the tables that keep themselves alive by a rule. A rule in an inline
-// anchor isn't one: its reference is to a table of that anchor.
-func noteTables(r *Rule, used map[string]bool) {
+// addUsedTables adds the tables that a rule uses to used. Rules in inline anchors don't
+// count: what they use is a table of that anchor by the same name.
+func addUsedTables(r *Rule, used map[string]bool) {
 	for _, addrs := range [][]Address{r.From.Addrs, r.To.Addrs, r.poolAddrs()} {
 		for _, a := range addrs {
 			if a.Kind == AddrTable {

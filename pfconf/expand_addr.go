@@ -5,12 +5,11 @@ import (
 	"net/netip"
 )
 
-// A host is the interfaces against which names are resolved; nil when they are
-// unknown.
+// A host has the interfaces by which names are resolved; nil if they are unknown.
 type host []Interface
 
-// resolve replaces the interfaces among some addresses by what they have, and
-// leaves out any, which in a list means nothing.
+// resolve replaces interfaces by their addresses, and drops any, which pfctl ignores in a
+// list. With an unknown host, interfaces stay as they are.
 func (l *loader) resolve(addrs []Address) ([]Address, error) {
 	var all []Address
 	for _, a := range addrs {
@@ -30,7 +29,8 @@ func (l *loader) resolve(addrs []Address) ([]Address, error) {
 	return all, nil
 }
 
-// static returns the addresses of en0, en0:network and so on.
+// static returns the addresses that en0, en0:network and so on stand for, nil if there is
+// no such interface (host_if in pfctl_parser.c).
 func (h host) static(a Address) []Address {
 	if a.Name != "self" && !h.has(a.Name) {
 		return nil
@@ -47,7 +47,7 @@ func (h host) static(a Address) []Address {
 	return found
 }
 
-// has tells whether there is an interface of exactly that name.
+// has reports whether there is an interface of exactly that name.
 func (h host) has(name string) bool {
 	for _, i := range h {
 		if i.Name == name {
@@ -57,8 +57,8 @@ func (h host) has(name string) bool {
 	return false
 }
 
-// lookup returns the addresses of an interface, of all for self, or of all that
-// are the name and a number.
+// lookup returns the addresses of an interface, of all interfaces for self, or of all
+// whose name is the given one and a number (ifa_lookup in pfctl_parser.c).
 func (h host) lookup(name string, mod AddressModifier) []Address {
 	var all []Address
 	for _, i := range h {
@@ -69,8 +69,8 @@ func (h host) lookup(name string, mod AddressModifier) []Address {
 	return all
 }
 
-// matchesInterface knows a family of interfaces by the name without number, which
-// pfctl does although the kernel doesn't.
+// matchesInterface reports whether pattern is the interface's name, or its name without
+// the number. pfctl looks up addresses by both; the kernel's on compares whole names.
 func matchesInterface(pattern, name string) bool {
 	if pattern == name {
 		return true
@@ -79,7 +79,9 @@ func matchesInterface(pattern, name string) bool {
 	return n > 0 && !isDigit(int(pattern[n-1])) && len(name) > n && name[:n] == pattern && isDigit(int(name[n]))
 }
 
-// addrs returns an interface's addresses, or what the modifier makes of them.
+// addrs returns an interface's addresses, or those that the modifiers stand for: none
+// for peer, since an Interface has no remote addresses. pfctl writes no network for a
+// link-local address, and keeps its zone otherwise.
 func (i Interface) addrs(mod AddressModifier) []Address {
 	var all []Address
 	var got4, got6 bool
@@ -112,12 +114,13 @@ func (i Interface) addrs(mod AddressModifier) []Address {
 	return all
 }
 
-// hasBroadcast tells whether an address has a broadcast address.
+// hasBroadcast reports whether there is a broadcast address for an address of the
+// interface.
 func (i Interface) hasBroadcast(ip netip.Addr) bool {
 	return ip.Is4() && !i.IsLoopback() && !i.IsPointToPoint()
 }
 
-// lastOf returns the last address of an IPv4 network.
+// lastOf returns the last address of an IPv4 network, its broadcast address.
 func lastOf(p netip.Prefix) netip.Addr {
 	b := p.Addr().As4()
 	for bit := p.Bits(); bit < 32; bit++ {
@@ -126,8 +129,8 @@ func lastOf(p netip.Prefix) netip.Addr {
 	return netip.AddrFrom4(b)
 }
 
-// family returns the family of an address, AnyFamily for those that can be of
-// both.
+// family returns the family of an address, AnyFamily for tables, interfaces and others
+// that can have both.
 func (a *Address) family() Family {
 	if a.Kind != AddrPrefix && a.Kind != AddrRange {
 		return AnyFamily
@@ -138,17 +141,18 @@ func (a *Address) family() Family {
 	return Inet6
 }
 
-// changes is true for an interface that can have several addresses.
+// changes reports whether an address can stand for several: an interface in parentheses,
+// unless :0 picks the first address of one interface (disallow_alias in parse.y).
 func (a *Address) changes() bool {
 	return a.Kind == AddrDynamic && (a.Mod&ModNoAlias == 0 || !isDigit(int(a.Name[len(a.Name)-1])))
 }
 
-// isZero is true for 0.0.0.0/0 and ::/0, which are any.
+// isZero reports whether the address is 0.0.0.0/0 or ::/0, which match all addresses.
 func (a *Address) isZero() bool {
 	return a.Kind == AddrPrefix && a.Prefix.Bits() == 0
 }
 
-// maskBits returns the length of the address's prefix.
+// maskBits returns the length of the address's prefix in a rule of the family.
 func (a *Address) maskBits(f Family) int {
 	switch {
 	case a.Kind == AddrPrefix:
@@ -161,7 +165,9 @@ func (a *Address) maskBits(f Family) int {
 	return 128
 }
 
-// fixMasks bounds the prefix length of a dynamic first address by its family.
+// fixMasks drops the prefix length of the first address if it is an interface in
+// parentheses and the length is that of a whole address of the family: then it says
+// nothing, and pfctl doesn't show it.
 func fixMasks(addrs []Address, f Family) []Address {
 	if len(addrs) == 0 || addrs[0].Kind != AddrDynamic || addrs[0].Bits == nil {
 		return addrs
@@ -175,7 +181,8 @@ func fixMasks(addrs []Address, f Family) []Address {
 	return fixed
 }
 
-// anyUnresolved tells whether there are names that only the host could resolve.
+// anyUnresolved reports whether there are interface names that couldn't be resolved,
+// because the host is unknown.
 func anyUnresolved(addrs []Address) bool {
 	for _, a := range addrs {
 		if a.Kind == AddrInterface {

@@ -8,7 +8,8 @@ import (
 	"strings"
 )
 
-// settleState writes out the state options as the kernel gets them.
+// settleState completes the state options as pfctl hands them to the kernel: the state
+// policy, timeouts and the way of counting sources that follow from other options.
 func (l *loader) settleState(r *Rule) error {
 	o := &r.StateOptions
 	stateful := r.State != NoState && r.State != StateDefault
@@ -37,8 +38,9 @@ func (l *loader) settleState(r *Rule) error {
 	return nil
 }
 
-// settleTimeouts sorts the timeouts as the kernel does and adds those that
-// follow from other options.
+// settleTimeouts sorts the timeouts as the kernel does and adds those that follow from
+// other options: with a limit on states, adaptive timeouts from 6/10 of it on, which
+// would reach 0 at 12/10, and a source is remembered for as long as its rate is measured.
 func settleTimeouts(o *StateOptions) {
 	var t [32]uint32
 	adaptive := false
@@ -60,7 +62,7 @@ func settleTimeouts(o *StateOptions) {
 	}
 }
 
-// routePool settles the hops of route-to and the like.
+// routePool completes the hops of a route and derives the rule's family from them.
 func (l *loader) routePool(r *Rule) error {
 	if r.Route == nil {
 		return nil
@@ -102,7 +104,8 @@ func (l *loader) routePool(r *Rule) error {
 	return settleKind(&route.PoolOptions, route.addrs())
 }
 
-// hop resolves one hop; an interface as its address may become several.
+// hop resolves one hop. If its router is given as an interface, each of the interface's
+// addresses makes a hop.
 func (l *loader) hop(h Hop) ([]Hop, error) {
 	if h.Addr == nil {
 		return []Hop{h}, nil
@@ -118,7 +121,7 @@ func (l *loader) hop(h Hop) ([]Hop, error) {
 	return hops, nil
 }
 
-// hopFamilies returns the hops' families; a bare interface has none.
+// hopFamilies returns the families of the hops' routers, AnyFamily for a bare interface.
 func hopFamilies(hops []Hop) []Family {
 	f := make([]Family, len(hops))
 	for i, h := range hops {
@@ -129,7 +132,7 @@ func hopFamilies(hops []Hop) []Family {
 	return f
 }
 
-// addrs returns an address for each hop; that of a bare interface is any.
+// addrs returns the address of each hop's router, any for a bare interface.
 func (r *Route) addrs() []Address {
 	all := make([]Address, len(r.Hops))
 	for i, h := range r.Hops {
@@ -140,7 +143,8 @@ func (r *Route) addrs() []Address {
 	return all
 }
 
-// settlePool writes out the pool of nat or rdr, and the family that follows.
+// settlePool completes the pool of a nat or rdr rule and derives the rule's family from
+// it.
 func (l *loader) settlePool(r *Rule) error {
 	pool := *r.Pool
 	addrs, err := l.resolve(pool.Addrs)
@@ -165,8 +169,8 @@ func (l *loader) settlePool(r *Rule) error {
 	return nil
 }
 
-// matchingFamily leaves out what isn't of the family; without one, the first
-// address that has a family decides.
+// matchingFamily drops the addresses that aren't of the family. If the rule has none, the
+// first address that has one decides (remove_invalid_hosts in parse.y).
 func matchingFamily(addrs []Address, f Family) ([]Address, Family) {
 	var all []Address
 	for _, a := range addrs {
@@ -182,7 +186,8 @@ func matchingFamily(addrs []Address, f Family) ([]Address, Family) {
 	return all, f
 }
 
-// settleKind decides how a pool is used, and what can't be.
+// settleKind decides the type of a pool and checks it: several addresses, also those
+// that a table or an interface may have, need round-robin.
 func settleKind(o *PoolOptions, addrs []Address) error {
 	if len(addrs) == 0 {
 		return errors.New("no address is of the family")
@@ -207,24 +212,26 @@ func settleKind(o *PoolOptions, addrs []Address) error {
 	return nil
 }
 
-// hashKeyHex returns a key as pfctl shows it: a string is hashed.
+// hashKeyHex returns a key of source-hash as pfctl shows it. A string is hashed to one.
 func hashKeyHex(key string) string {
 	if strings.HasPrefix(key, "0x") {
 		return strings.ToLower(key)
 	}
-	// pfctl's own way to make a key; nothing depends on its strength.
+	// pfctl uses MD5 (the production hashkey of parse.y). The key only spreads addresses,
+	// so nothing depends on its strength.
 	return fmt.Sprintf("0x%x", md5.Sum([]byte(key)))
 }
 
-// Ports that nat chooses from when a rule names none: the kernel's
-// PF_NAT_PROXY_PORT_LOW and _HIGH.
+// The ports from which nat chooses if a rule names none: PF_NAT_PROXY_PORT_LOW and _HIGH
+// of pfctl_parser.h. On macOS they lie within the ephemeral ports of the host's own
+// sockets, 49152 to 65535.
 const (
 	natPortLow  = 50001
 	natPortHigh = 65535
 )
 
-// settlePorts writes the ports out. Nat goes from its own range if none is given, which
-// is left as 0 here: static-port is that, too, with the flag set.
+// settlePorts completes the ports of a pool. nat without ports, which takes natPortLow to
+// natPortHigh, keeps 0 and 0; so does static-port, which the flag tells apart.
 func settlePorts(r *Rule, p *Pool) error {
 	if r.Action == Rdr {
 		if p.StaticPort {
@@ -251,7 +258,8 @@ func settlePorts(r *Rule, p *Pool) error {
 	return nil
 }
 
-// endpoints resolves both sides' addresses; nil is any.
+// endpoints returns the addresses of both sides, with interface names resolved; nil is
+// any.
 func (l *loader) endpoints(r *Rule) (src, dst []Address, err error) {
 	if src, err = l.resolve(r.From.Addrs); err != nil {
 		return nil, nil, err
@@ -260,8 +268,8 @@ func (l *loader) endpoints(r *Rule) (src, dst []Address, err error) {
 	return src, dst, err
 }
 
-// decideFamily takes the addresses' family if they have one in common and the
-// rule has none.
+// decideFamily sets the rule's family, if it has none, to the one that all addresses have
+// in common (decide_address_family in parse.y).
 func decideFamily(addrs []Address, f *Family) {
 	if *f != AnyFamily || len(addrs) == 0 {
 		return
@@ -275,7 +283,9 @@ func decideFamily(addrs []Address, f *Family) {
 	*f = first
 }
 
-// combine adds one rule for each combination that a packet could match.
+// combine adds one rule for each combination of the lists' entries (expand_rule in
+// parse.y). pfctl silently skips combinations that no packet can match, and refuses the
+// rule if none is left.
 func (l *loader) combine(r *Rule, src, dst []Address) error {
 	c := combination{rule: r, src: src, dst: dst}
 	added := 0
@@ -308,22 +318,23 @@ func (l *loader) combine(r *Rule, src, dst []Address) error {
 	return nil
 }
 
-// A combination counts through a rule's lists, the last one fastest.
+// A combination goes through the combinations of a rule's lists. The last list of sizes
+// changes fastest.
 type combination struct {
 	rule     *Rule
 	src, dst []Address
-	at       [10]int
+	at       [10]int // index in each list
 }
 
-// sizes returns the lengths of the lists in the order in which pfctl loops over them;
-// the order of the rules follows from it.
+// sizes returns the lengths of the lists, in the order of pfctl's nested loops, since the
+// order of the expanded rules follows from it.
 func (c *combination) sizes() [10]int {
 	r := c.rule
 	return [10]int{len(r.Interfaces), len(r.Protos), len(r.ICMP), len(c.src), len(r.From.Ports), len(r.OS),
 		len(c.dst), len(r.To.Ports), len(r.Users), len(r.Groups)}
 }
 
-// next moves on; it is false after the last combination.
+// next moves to the next combination and reports whether there is one.
 func (c *combination) next() bool {
 	sizes := c.sizes()
 	for i := len(sizes) - 1; i >= 0; i-- {
@@ -349,7 +360,7 @@ func (c *combination) current() Rule {
 	return r
 }
 
-// one returns a list of the entry, sharing its memory.
+// one returns a list with only entry i of s, sharing its memory; nil if s is empty.
 func one[T any](s []T, i int) []T {
 	if len(s) == 0 {
 		return nil
@@ -357,8 +368,9 @@ func one[T any](s []T, i int) []T {
 	return s[i : i+1 : i+1]
 }
 
-// settleOne decides a single rule's family, interface and what depends on the
-// protocol. It is false for a combination that no packet can match.
+// settleOne completes the rule of one combination: its family and interface follow from
+// its addresses, flags and state from its protocol. It reports whether a packet can match
+// it.
 func settleOne(r *Rule) bool {
 	var zone string
 	for _, addrs := range [][]Address{r.From.Addrs, r.To.Addrs} {
@@ -391,7 +403,8 @@ func settleOne(r *Rule) bool {
 	return true
 }
 
-// inconsistent returns why pf can't have such a rule, or "".
+// inconsistent returns why pfctl refuses the rule of one combination, or "" if it
+// doesn't (rule_consistent in parse.y).
 func inconsistent(r *Rule) string {
 	switch r.Action {
 	case Pass, Block, Scrub, NoScrub, Anchor, ScrubAnchor:
@@ -402,8 +415,9 @@ func inconsistent(r *Rule) string {
 	return ""
 }
 
-// inconsistentFilter checks filter and scrub rules. It is done for single rules because
-// a list may hold a protocol that fits and one that doesn't: pfctl refuses all then.
+// inconsistentFilter checks filter and scrub rules (filter_consistent in parse.y). A list
+// may have a protocol that fits and one that doesn't: one bad combination is enough for
+// pfctl to refuse the rule.
 func inconsistentFilter(r *Rule) string {
 	tcpUDP, icmp, icmp6 := r.proto() == ProtoTCP || r.proto() == ProtoUDP, r.proto() == ProtoICMP, r.proto() == ProtoICMPv6
 	ports := len(r.From.Ports)+len(r.To.Ports) > 0
@@ -431,7 +445,7 @@ func inconsistentFilter(r *Rule) string {
 	return ""
 }
 
-// inconsistentRdr checks redirections.
+// inconsistentRdr checks redirections (rdr_consistent in parse.y).
 func inconsistentRdr(r *Rule) string {
 	if r.proto() != ProtoTCP && r.proto() != ProtoUDP {
 		if len(r.From.Ports)+len(r.To.Ports) > 0 || r.Pool != nil && r.Pool.PortLo != 0 {
@@ -444,7 +458,7 @@ func inconsistentRdr(r *Rule) string {
 	return ""
 }
 
-// proto returns the protocol of a single rule, 0 for any.
+// proto returns the protocol of an expanded rule, 0 for any.
 func (r *Rule) proto() Proto {
 	if len(r.Protos) == 0 {
 		return 0
@@ -452,7 +466,8 @@ func (r *Rule) proto() Proto {
 	return r.Protos[0]
 }
 
-// add puts a single rule into the kernel's list for it.
+// add appends an expanded rule to the kernel's list for its kind. If the loader only
+// checks, it only counts it.
 func (l *loader) add(r *Rule) error {
 	if l.shared.rules++; l.shared.rules > maxRules {
 		return fmt.Errorf("more than %d rules", maxRules)
@@ -477,8 +492,9 @@ func (l *loader) add(r *Rule) error {
 	return nil
 }
 
-// expandLabels replaces the words of a label or tag that stand for parts of the
-// rule: $if, $srcaddr, $dstaddr, $srcport, $dstport, $proto, $nr.
+// expandLabels replaces the macros in labels and tags that stand for parts of the rule:
+// $if, $srcaddr, $dstaddr, $srcport, $dstport, $proto and $nr, its number (expand_label in
+// parse.y). They get here in quotes, in which the lexer expands nothing.
 func expandLabels(r *Rule, nr int) error {
 	for _, s := range []*string{&r.Label, &r.Tag, &r.Tagged} {
 		if !strings.Contains(*s, "$") {
@@ -504,8 +520,8 @@ func expandLabels(r *Rule, nr int) error {
 	return nil
 }
 
-// labelAddr prints an address as labels have it, which isn't how rules are shown: no
-// modifiers, no ranges.
+// labelAddr returns an address as labels have it (expand_label_addr in parse.y): unlike
+// in rules, without modifiers, and ? for what it has no form for.
 func labelAddr(addrs []Address, f Family) string {
 	if len(addrs) == 0 {
 		return "any"
@@ -533,7 +549,8 @@ func labelAddr(addrs []Address, f Family) string {
 	return text
 }
 
-// labelPort prints a port as labels have it. pfctl leaves ranges out.
+// labelPort returns a port as labels have it (expand_label_port in parse.y), nothing for
+// a range.
 func labelPort(ports []Port) string {
 	if len(ports) == 0 || ports[0].Op == Range {
 		return ""

@@ -6,28 +6,30 @@ import (
 	"strings"
 )
 
-// Limits on the expansion of macros. They are pasted as text, so without a limit a few
-// lines of them could expand without end.
+// Limits on what a text may expand to. Macros are pasted as text and lists multiply, so
+// without limits a few lines could use any amount of memory. Those that pfctl doesn't
+// have are far beyond what a real ruleset needs.
 const (
-	maxToken  = 8095    // bytes of one word, as pfctl's buffer
-	maxMacro  = 1 << 18 // bytes of one macro
+	maxToken  = 8095    // bytes of one word: pfctl's buffer, yylex in parse.y
+	maxMacro  = 1 << 18 // bytes of one macro's value
 	maxPasted = 1 << 23 // bytes that all uses of macros paste
-	maxNested = 64      // anchors or lists within each other, as pf's stack
+	maxNested = 64      // depth of nested anchors or lists: the kernel's pf_anchor_stack
 	maxRules  = 1 << 17 // rules that a text expands to
-	maxErrors = 60      // bytes of foreign text that an error repeats
+	maxErrors = 60      // bytes of foreign text that an error quotes
 )
 
-// A SyntaxError says where and why a text isn't pf.conf.
+// A SyntaxError says where and why a text isn't a valid pf.conf. Either Found and
+// Expected are set, or Problem.
 type SyntaxError struct {
 	Line, Column int // both count from 1; columns are bytes
-	// Found and Expected are for people: the offending word and what may stand
-	// in its place.
+	// Found is the word that doesn't fit the grammar, quoted or described, and Expected
+	// what may stand in its place.
 	Found, Expected string
-	// Problem is set instead for what the grammar allows but pf refuses.
+	// Problem says why pf refuses a text that fits the grammar.
 	Problem string
 }
 
-// Error returns the position and what is wrong, on one line.
+// Error returns the position and the problem on one line.
 func (e *SyntaxError) Error() string {
 	if e.Problem != "" {
 		return fmt.Sprintf("line %d, column %d: %s", e.Line, e.Column, e.Problem)
@@ -46,20 +48,19 @@ const (
 	tokPunct // one byte, or ->, >< or <>
 )
 
-// A position is where a token begins. For text out of a macro that is the
-// place of its use.
+// A position is where a token begins, both counted from 1. A token from a macro's value
+// has the position at which the macro is used.
 type position struct{ line, col int }
 
+// A token is a word, a number or punctuation.
 type token struct {
 	kind tokenKind
 	text string // of a number: as it was written
 	num  int64
 	pos  position
-	// quoted distinguishes "1" from 1 in kept text only.
-	quoted bool
 }
 
-// describe names the token in an error.
+// describe returns how an error names the token.
 func (t token) describe() string {
 	switch t.kind {
 	case tokEOF:
@@ -74,35 +75,38 @@ func (t token) describe() string {
 	return strconv.Quote(text)
 }
 
-// A lexer cuts text into tokens exactly as pfctl's does: a word goes on through
-// most punctuation, quotes included; a backslash joins lines, also in comments;
-// $name pastes a macro's text in front of the rest, so $if:network works.
+// A lexer splits text into tokens exactly as pfctl does (yylex, lgetc, lungetc and
+// findeol in parse.y): most punctuation continues a word, quotes included; a backslash
+// joins lines, also in comments; $name pastes a macro's value in front of the rest of
+// the text, so $if:network works. The position of each byte is kept for errors.
 type lexer struct {
 	src  string
 	off  int
 	pos  position // of src[off]
-	back []char   // read again first, the last one first
+	back []char   // bytes put back, the next to be read last
 
-	macros   map[string]string
-	macro    string // being pasted
-	macroOff int    // may be negative: that many come from back first
+	macros map[string]string // values by name, of those defined so far
+	// While inMacro is set, macro is the value that is read, from macroOff on. A negative
+	// macroOff is the number of bytes to read from back first: those put back at the
+	// beginning of the value come from before it.
+	macro    string
+	macroOff int
 	inMacro  bool
-	macroPos position
-	pasted   int
+	macroPos position // at which the macro is used
+	pasted   int      // bytes, see maxPasted
 }
 
-// A char is a byte with its place; c is -1 at the end.
+// A char is a byte with its position; c is -1 at the end of the text.
 type char struct {
 	c   int
 	pos position
 }
 
-// newLexer returns a lexer at the start of a text.
 func newLexer(src string) *lexer {
 	return &lexer{src: src, pos: position{1, 1}, macros: map[string]string{}}
 }
 
-// raw reads the next byte of the source.
+// raw reads the next byte of the source, past macros and what was put back.
 func (l *lexer) raw() char {
 	if l.off >= len(l.src) {
 		return char{-1, l.pos}
@@ -116,8 +120,8 @@ func (l *lexer) raw() char {
 	return ch
 }
 
-// get reads the next byte; outside quotes a backslash is dropped, together with
-// the newline after it.
+// get reads the next byte. Outside quotes it drops a backslash, and a newline after it,
+// which is how lines are joined (lgetc in parse.y).
 func (l *lexer) get(quoted bool) char {
 	if l.inMacro {
 		if l.macroOff >= 0 {
@@ -146,8 +150,8 @@ func (l *lexer) get(quoted bool) char {
 	return ch
 }
 
-// unget puts a byte back. Within a macro that is a step back; at its beginning the byte
-// came from before it.
+// unget puts a byte back (lungetc in parse.y). Within a macro's value that is a step
+// back; at its beginning, the byte came from before the macro.
 func (l *lexer) unget(ch char) {
 	if ch.c < 0 {
 		return
@@ -161,12 +165,13 @@ func (l *lexer) unget(ch char) {
 	l.back = append(l.back, ch)
 }
 
-// fail makes an error of a place.
+// fail returns a SyntaxError for a problem at a position.
 func (l *lexer) fail(pos position, problem string) error {
 	return &SyntaxError{Line: pos.line, Column: pos.col, Problem: problem}
 }
 
-// next returns the next token.
+// next returns the next token. A $ inside a macro's value pastes nothing, so macros can't
+// expand each other for ever.
 func (l *lexer) next() (token, error) {
 	for {
 		ch := l.get(false)
@@ -188,7 +193,7 @@ func (l *lexer) next() (token, error) {
 	}
 }
 
-// paste begins to read a macro's text; $ has been read.
+// paste continues with a macro's value. The $ has been read.
 func (l *lexer) paste(pos position) error {
 	var name []byte
 	ch := l.get(false)
@@ -210,7 +215,7 @@ func (l *lexer) paste(pos position) error {
 	return nil
 }
 
-// scan reads the token that begins with a byte.
+// scan reads the token that begins with ch, which is no space.
 func (l *lexer) scan(ch char) (token, error) {
 	switch {
 	case ch.c < 0:
@@ -238,7 +243,7 @@ func (l *lexer) scan(ch char) (token, error) {
 	return token{kind: tokPunct, text: string([]byte{byte(ch.c)}), pos: ch.pos}, nil
 }
 
-// pair reads <>, >< and ->.
+// pair reads <>, >< or ->, whose first byte is ch, and reports whether it was one.
 func (l *lexer) pair(ch char) (token, bool) {
 	want := '>'
 	if ch.c == '>' {
@@ -252,8 +257,9 @@ func (l *lexer) pair(ch char) (token, bool) {
 	return token{}, false
 }
 
-// quoted reads a string. Newlines in it are dropped, and a backslash only quotes the
-// quote: there is no other way to write one, and none to write a backslash at the end.
+// quoted reads a string in single or double quotes. Newlines in it are dropped, and a
+// backslash escapes only the quote that the string began with. So a string can't end
+// in a backslash; see quotable.
 func (l *lexer) quoted(open char) (token, error) {
 	var buf []byte
 	for {
@@ -265,7 +271,7 @@ func (l *lexer) quoted(open char) (token, error) {
 		case ch.c == '\n':
 			continue
 		case ch.c == open.c:
-			return token{kind: tokString, text: string(buf), pos: open.pos, quoted: true}, nil
+			return token{kind: tokString, text: string(buf), pos: open.pos}, nil
 		case ch.c == '\\':
 			next := l.get(true)
 			if next.c == open.c {
@@ -284,8 +290,8 @@ func (l *lexer) quoted(open char) (token, error) {
 	}
 }
 
-// number reads an integer. Digits that go on as something else, as in 10.0.0.1,
-// are put back for word.
+// number reads an integer and reports whether it was one. Digits that continue as
+// something else, as in 10.0.0.1, are put back for word to read.
 func (l *lexer) number(first char) (token, bool, error) {
 	var few [24]char
 	read := append(few[:0], first)
@@ -315,12 +321,12 @@ func (l *lexer) number(first char) (token, bool, error) {
 	return token{kind: tokNumber, text: string(text), num: n, pos: first.pos}, true, nil
 }
 
-// direct tells whether what follows comes straight from the source, so that a
-// token can be cut out of it.
+// direct reports whether the next bytes come straight from the source, so that a token
+// can be sliced out of it without copying.
 func (l *lexer) direct() bool { return !l.inMacro && len(l.back) == 0 && l.off > 0 }
 
-// directWord cuts a word out of the source. It leaves to word what has a
-// backslash or is too long.
+// directWord slices a word out of the source. Almost all words are read this way; those
+// with a backslash or of too many bytes it leaves to word.
 func (l *lexer) directWord(first char) (string, bool) {
 	if !l.direct() || int(l.src[l.off-1]) != first.c {
 		return "", false
@@ -338,7 +344,7 @@ func (l *lexer) directWord(first char) (string, bool) {
 	return text, true
 }
 
-// word reads a word byte by byte, through macros and joined lines.
+// word reads a word, through macros and joined lines.
 func (l *lexer) word(first char) (token, error) {
 	if text, ok := l.directWord(first); ok {
 		return wordToken(text, first.pos), nil
@@ -355,7 +361,7 @@ func (l *lexer) word(first char) (token, error) {
 	return wordToken(string(buf), first.pos), nil
 }
 
-// wordToken tells keywords from other words.
+// wordToken returns the token for an unquoted word: a keyword or a string.
 func wordToken(text string, pos position) token {
 	t := token{kind: tokString, text: text, pos: pos}
 	if keywords[text] {
@@ -372,8 +378,8 @@ func isAlnum(c int) bool {
 
 func isSpace(c int) bool { return c == ' ' || c >= '\t' && c <= '\r' }
 
-// inWord is true for the bytes that may go on in a word: letters, digits and
-// all punctuation but that of the grammar.
+// inWord reports whether a byte may continue a word: letters, digits and all
+// punctuation except that of the grammar (allowed_in_string in parse.y).
 func inWord(c int) bool {
 	switch c {
 	case '(', ')', '{', '}', '<', '>', '!', '=', '/', '#', ',':
@@ -382,7 +388,7 @@ func inWord(c int) bool {
 	return c > ' ' && c < 0x7f
 }
 
-// clip bounds foreign text in an error.
+// clip shortens foreign text for an error.
 func clip(s string) string {
 	if len(s) > maxErrors {
 		return s[:maxErrors] + "…"
@@ -390,8 +396,8 @@ func clip(s string) string {
 	return s
 }
 
-// bareWord tells whether a string, written without quotes and followed by a
-// space, is read as that same string.
+// bareWord reports whether a string that is written without quotes, with a space
+// behind it, is read back as the same string.
 func bareWord(s string) bool {
 	if s == "" || len(s) > maxToken || keywords[s] {
 		return false
@@ -410,7 +416,7 @@ func bareWord(s string) bool {
 	return !digits
 }
 
-// quote writes a string in quotes. The lexer can't be given all: see quotable.
+// quote returns a string in quotes. Not every string can be written: see quotable.
 func quote(s string) string {
 	if strings.Contains(s, `"`) && !strings.Contains(s, "'") {
 		return "'" + s + "'"
@@ -418,13 +424,14 @@ func quote(s string) string {
 	return `"` + strings.ReplaceAll(s, `"`, `\"`) + `"`
 }
 
-// quotable tells whether quote's text is read as the same string: there is no
-// way to write a newline, a zero byte or a backslash at the end.
+// quotable reports whether the lexer reads what quote returns as the same string:
+// there is no way to write a newline, a zero byte or a backslash at the end.
 func quotable(s string) bool {
 	return len(s) <= maxToken && !strings.ContainsAny(s, "\n\x00") && !strings.HasSuffix(s, `\`)
 }
 
-// word writes a string bare where that is read back, else in quotes.
+// word returns a string as it can be written: without quotes if it is read back so,
+// otherwise in quotes.
 func word(s string) string {
 	if bareWord(s) {
 		return s

@@ -5,8 +5,9 @@ import (
 	"strconv"
 )
 
-// keywords are the words with a meaning of their own in the grammar; all others
-// are strings. From pfctl's parser, with Apple's anchors and words behind nat.
+// keywords are the words with a meaning in the grammar; all others are strings. They
+// are those of lookup in pfctl's parse.y, and what Apple added: dummynet-anchor, extfilter
+// and extmap. A quoted keyword is a string, which is how it can be used as a name.
 var keywords = set("all", "allow-opts", "altq", "anchor", "antispoof", "any", "bandwidth", "binat",
 	"binat-anchor", "bitmask", "block", "block-policy", "cbq", "code", "crop", "debug", "drop", "drop-ovl",
 	"dummynet-anchor", "dup-to", "extfilter", "extmap", "fastroute", "file", "fingerprints", "flags", "floating", "flush", "for",
@@ -21,7 +22,7 @@ var keywords = set("all", "allow-opts", "altq", "anchor", "antispoof", "any", "b
 	"state", "state-policy", "static-port", "sticky-address", "synproxy", "table", "tag", "tagged", "tbrsize",
 	"timeout", "to", "tos", "ttl", "upperlimit", "urpf-failed", "user")
 
-// set makes a set of words.
+// set returns the words as a set.
 func set(words ...string) map[string]bool {
 	m := make(map[string]bool, len(words))
 	for _, w := range words {
@@ -30,15 +31,15 @@ func set(words ...string) map[string]bool {
 	return m
 }
 
-// protoNames are the protocols that are printed by name, as getprotobynumber
-// does.
+// protoNames are the protocols that are printed by name: where pfctl asks
+// getprotobynumber(3), this is a fixed list, so that output doesn't depend on the host.
 var protoNames = map[Proto]string{
 	0: "ip", ProtoICMP: "icmp", 2: "igmp", ProtoTCP: "tcp", ProtoUDP: "udp", 41: "ipv6",
 	47: "gre", 50: "esp", 51: "ah", ProtoICMPv6: "ipv6-icmp", 89: "ospf",
 }
 
-// protoNumbers are all names that are read. Those beyond protoNames are from
-// the protocols file of macOS.
+// protoNumbers are the protocol names that can be read, in lower or in upper case. Those
+// that aren't in protoNames are from /etc/protocols of macOS.
 var protoNumbers = func() map[string]Proto {
 	m := map[string]Proto{
 		"icmp6": 58, "ggp": 3, "ipencap": 4, "egp": 8, "pup": 12, "hmp": 20, "xns-idp": 22, "rdp": 27,
@@ -55,8 +56,8 @@ var protoNumbers = func() map[string]Proto {
 	return m
 }()
 
-// upper is ToUpper for ASCII: names of protocols are known in small or capital letters,
-// not mixed.
+// upper returns s with its ASCII letters in upper case. strings.ToUpper would also
+// change letters beyond ASCII, which no protocol name has.
 func upper(s string) string {
 	b := []byte(s)
 	for i, c := range b {
@@ -67,8 +68,8 @@ func upper(s string) string {
 	return string(b)
 }
 
-// String returns the protocol's name where it has one that every host knows,
-// else its number.
+// String returns the protocol's name if every host knows it by that name, and its
+// number otherwise.
 func (p Proto) String() string {
 	if name, ok := protoNames[p]; ok {
 		return name
@@ -76,8 +77,9 @@ func (p Proto) String() string {
 	return strconv.Itoa(int(p))
 }
 
-// services are the port names that are read everywhere. A Mac's services file
-// knows thousands: see [Names].
+// services are the port names that can be read on any host. A Mac's /etc/services has
+// thousands more: see [Names]. Ports are printed as numbers, so no name is needed for
+// that.
 var services = map[string]uint16{
 	"ftp-data": 20, "ftp": 21, "ssh": 22, "telnet": 23, "smtp": 25, "time": 37, "whois": 43, "domain": 53,
 	"bootps": 67, "bootpc": 68, "tftp": 69, "finger": 79, "http": 80, "kerberos": 88, "pop3": 110,
@@ -89,12 +91,14 @@ var services = map[string]uint16{
 	"daap": 3689, "ipsec-msft": 4500, "sip": 5060, "mdns": 5353, "rfb": 5900, "vnc-server": 5900,
 }
 
-// An icmpName is one word for a type, or for a code of a type.
+// An icmpName is pfctl's word for an ICMP type, or for a code of a type. The four tables
+// below are those of pfctl_parser.c.
 type icmpName struct {
 	name       string
 	kind, code uint8
 }
 
+// icmpTypes are the types of ICMP (RFC 792 and IANA's list).
 var icmpTypes = []icmpName{
 	{name: "echoreq", kind: 8}, {name: "echorep", kind: 0}, {name: "unreach", kind: 3},
 	{name: "squench", kind: 4}, {name: "redir", kind: 5}, {name: "althost", kind: 6},
@@ -107,7 +111,8 @@ var icmpTypes = []icmpName{
 	{name: "photuris", kind: 40},
 }
 
-// Several names share a number; the first is the one that is printed.
+// icmp6Types are the types of ICMPv6 (RFC 4443 and IANA's list). Where several names
+// share a number, the first is the one that is printed.
 var icmp6Types = []icmpName{
 	{name: "unreach", kind: 1}, {name: "toobig", kind: 2}, {name: "timex", kind: 3},
 	{name: "paramprob", kind: 4}, {name: "echoreq", kind: 128}, {name: "echorep", kind: 129},
@@ -136,7 +141,7 @@ var icmp6Codes = []icmpName{
 	{"nxthdr", 4, 1}, {"redironlink", 137, 0}, {"redirrouter", 137, 1},
 }
 
-// icmpTables returns the names of one family.
+// icmpTables returns the names of ICMP, or of ICMPv6 if v6 is set.
 func icmpTables(v6 bool) (types, codes []icmpName) {
 	if v6 {
 		return icmp6Types, icmp6Codes
@@ -144,7 +149,7 @@ func icmpTables(v6 bool) (types, codes []icmpName) {
 	return icmpTypes, icmpCodes
 }
 
-// icmpTypeByName finds a type by its name.
+// icmpTypeByName returns the type of that name and whether there is one.
 func icmpTypeByName(name string, v6 bool) (uint8, bool) {
 	types, _ := icmpTables(v6)
 	for _, t := range types {
@@ -155,7 +160,7 @@ func icmpTypeByName(name string, v6 bool) (uint8, bool) {
 	return 0, false
 }
 
-// icmpTypeName returns a type's name, or its number.
+// icmpTypeName returns a type's name, or its number if it has none.
 func icmpTypeName(kind uint8, v6 bool) string {
 	types, _ := icmpTables(v6)
 	for _, t := range types {
@@ -166,7 +171,8 @@ func icmpTypeName(kind uint8, v6 bool) string {
 	return strconv.Itoa(int(kind))
 }
 
-// icmpCodeByName finds a code by its name, which means something for its type only.
+// icmpCodeByName returns the code of that name. Different types have different names
+// for the same code, so the name is looked up among those of the type.
 func icmpCodeByName(kind uint8, name string, v6 bool) (uint8, bool) {
 	_, codes := icmpTables(v6)
 	for _, c := range codes {
@@ -177,7 +183,7 @@ func icmpCodeByName(kind uint8, name string, v6 bool) (uint8, bool) {
 	return 0, false
 }
 
-// icmpCodeName returns a code's name, or its number.
+// icmpCodeName returns the name of a type's code, or its number if it has none.
 func icmpCodeName(kind, code uint8, v6 bool) string {
 	_, codes := icmpTables(v6)
 	for _, c := range codes {
@@ -188,7 +194,8 @@ func icmpCodeName(kind, code uint8, v6 bool) string {
 	return strconv.Itoa(int(code))
 }
 
-// unreachType is the type of the errors that return-icmp sends.
+// unreachType returns the type of destination unreachable, the error that return-icmp
+// and return-icmp6 send.
 func unreachType(v6 bool) uint8 {
 	if v6 {
 		return 1
@@ -196,9 +203,10 @@ func unreachType(v6 bool) uint8 {
 	return 3
 }
 
-// timeouts are pf's timeouts in the order of the kernel, in which pfctl -sr
-// prints those of a rule. The spelling of estblished is Apple's, whose pfctl has
-// no word for the kernel's timeout of a beginning ESP flow.
+// timeouts are pf's timeouts in the order of the kernel's PFTM_* (xnu bsd/net/pfvar.h),
+// in which pfctl -sr prints those of a rule. All are in seconds but adaptive.start and
+// adaptive.end, which count states. The misspelling estblished is that of Apple's pfctl,
+// which also has no name for PFTM_ESP_INITIATING.
 var timeouts = []string{
 	"tcp.first", "tcp.opening", "tcp.established", "tcp.closing", "tcp.finwait", "tcp.closed",
 	"udp.first", "udp.single", "udp.multiple", "icmp.first", "icmp.error",
@@ -211,15 +219,18 @@ var timeouts = []string{
 // order of the kernel.
 func TimeoutNames() []string { return slices.Clone(timeouts) }
 
-// timeoutIndex returns the place of a timeout among them, -1 if there is none. In rules
-// the names are compared to the letter.
+// timeoutIndex returns the index of a timeout in timeouts, -1 if there is none. pfctl
+// compares the names of a rule's timeouts exactly, but those of set timeout without
+// regard to case.
 func timeoutIndex(name string) int {
 	return slices.Index(timeouts, name)
 }
 
+// tcpFlagLetters are the letters of the TCP flags, from the lowest bit on (tcpflags in
+// pfctl_parser.c).
 const tcpFlagLetters = "FSRPAUEW"
 
-// String returns the flags as letters in the order of pf: FSRPAUEW.
+// String returns the flags as letters in the order of the bits, such as SA.
 func (f TCPFlags) String() string {
 	var b []byte
 	for i := range len(tcpFlagLetters) {

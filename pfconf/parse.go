@@ -5,27 +5,26 @@ import (
 	"strings"
 )
 
-// Names resolves service and protocol names by a host's own databases, which differ
-// between hosts. The zero value resolves only the built-in names.
+// Names resolves service and protocol names that aren't built in, by the databases of a
+// host, which differ between hosts. The zero value resolves only built-in names.
 type Names struct {
-	// Service returns the port of a service that isn't built in. On a Mac it
-	// should ask net.LookupPort: pfctl shows ports by the thousands of names in
-	// /etc/services. optional
+	// Service returns the port of a service. On a Mac it should ask net.LookupPort:
+	// pfctl shows ports by the thousands of names in /etc/services. optional
 	Service func(name string) (port uint16, ok bool)
-	// Proto does the same for protocols. optional
+	// Proto returns the number of a protocol, from /etc/protocols. optional
 	Proto func(name string) (number uint8, ok bool)
 }
 
-// Parse reads a ruleset as pfctl -f does: with macros, lists and inline anchors,
-// the last line ended by a newline. It refuses what pfctl refuses on any host;
-// what depends on the host's interfaces is left to [Ruleset.Expand]. Errors are
-// of type [*SyntaxError].
+// Parse reads a ruleset as pfctl -f does, with macros, lists and inline anchors. The
+// last line must end in a newline. It refuses a text that pfctl refuses on every host;
+// [Ruleset.Expand] checks what depends on the host's interfaces. Errors are of type
+// [*SyntaxError].
 //
-// Parse never panics, and its memory is bounded by a multiple of the text's
-// length and a constant for macros.
+// Parse never panics, and its memory is bounded by a multiple of the text's length plus
+// a constant for macros.
 func Parse(text string) (*Ruleset, error) { return Names{}.Parse(text) }
 
-// Parse is [Parse] with the host's names.
+// Parse is [Parse] with names of the host.
 func (n Names) Parse(text string) (*Ruleset, error) {
 	p := &parser{lex: newLexer(text), names: n, pos: map[Statement]position{}}
 	p.advance()
@@ -40,23 +39,25 @@ func (n Names) Parse(text string) (*Ruleset, error) {
 	return rs, nil
 }
 
-// A parser is a recursive-descent parser with one token of lookahead. The first error
-// sticks: tok is then the end of the text, at which every rule of the grammar stops.
+// A parser is a recursive-descent parser with one token of lookahead, for the grammar
+// of pfctl's parse.y. The first error sticks: tok is then the end of the text, at which
+// every production stops, so that callers needn't check for errors after each step.
 type parser struct {
 	lex   *lexer
 	names Names
-	tok   token
+	tok   token // the lookahead
 	err   error
-	depth int
-	pos   map[Statement]position
+	depth int                    // of nested lists and anchors
+	pos   map[Statement]position // where each statement begins, for errors of validate
 
-	// shown selects the language that pfctl prints, which differs from the one that it reads.
+	// shown selects the language that pfctl prints, which differs from the one that it
+	// reads: it has no quotes around names, and options in other places.
 	shown  bool
-	counts bool // names are followed by a count: <t:2>, (en0:1)
+	counts bool // -vv: a count follows names, <t:2>, (en0:1)
 }
 
-// advance reads the next token. A macro is defined before the newline after it is passed
-// by, so that it holds from the next line on.
+// advance reads the next token. A macro is defined while the newline behind it is the
+// lookahead, so its value is known from the next line on.
 func (p *parser) advance() {
 	if p.err != nil {
 		return
@@ -66,20 +67,20 @@ func (p *parser) advance() {
 	}
 }
 
-// expected fails with the current token as the one that was found.
+// expected fails because the current token isn't what the grammar expects.
 func (p *parser) expected(what string) { p.found(p.tok, what) }
 
-// found fails with the token that was found and a description of what was expected.
+// found fails because token t isn't what the grammar expects.
 func (p *parser) found(t token, what string) {
 	p.fail(&SyntaxError{Line: t.pos.line, Column: t.pos.col, Found: t.describe(), Expected: what})
 }
 
-// refuse fails because of what a token says.
+// refuse fails because of a token that fits the grammar but that pfctl refuses.
 func (p *parser) refuse(t token, format string, args ...any) {
 	p.fail(&SyntaxError{Line: t.pos.line, Column: t.pos.col, Problem: fmt.Sprintf(format, args...)})
 }
 
-// fail keeps the first error and ends the text there.
+// fail keeps the first error and makes the parser see the end of the text.
 func (p *parser) fail(err error) {
 	if p.err == nil {
 		p.err = err
@@ -92,7 +93,7 @@ func (p *parser) is(keyword string) bool {
 	return p.tok.kind == tokKeyword && p.tok.text == keyword
 }
 
-// accept passes a keyword by if it is the next token.
+// accept consumes the token if it is the keyword, and reports whether it was.
 func (p *parser) accept(keyword string) bool {
 	if !p.is(keyword) {
 		return false
@@ -101,11 +102,12 @@ func (p *parser) accept(keyword string) bool {
 	return true
 }
 
+// isPunct reports whether the token is this punctuation.
 func (p *parser) isPunct(s string) bool {
 	return p.tok.kind == tokPunct && p.tok.text == s
 }
 
-// acceptPunct passes punctuation by if it is the next token.
+// acceptPunct consumes the token if it is this punctuation, and reports whether it was.
 func (p *parser) acceptPunct(s string) bool {
 	if !p.isPunct(s) {
 		return false
@@ -114,21 +116,22 @@ func (p *parser) acceptPunct(s string) bool {
 	return true
 }
 
-// expectPunct passes punctuation by or fails.
+// expectPunct consumes this punctuation or fails.
 func (p *parser) expectPunct(s string) {
 	if !p.acceptPunct(s) {
 		p.expected(s)
 	}
 }
 
-// expect passes a keyword by or fails.
+// expect consumes the keyword or fails.
 func (p *parser) expect(keyword string) {
 	if !p.accept(keyword) {
 		p.expected(keyword)
 	}
 }
 
-// str reads a word that is no keyword, or a quoted string.
+// str reads a string: a word that is no keyword, or a quoted one. what describes it in
+// an error.
 func (p *parser) str(what string) string {
 	s := p.tok.text
 	if p.tok.kind != tokString {
@@ -139,8 +142,8 @@ func (p *parser) str(what string) string {
 	return s
 }
 
-// strs reads strings up to something else and joins them by spaces, as pfctl
-// does for tags and anchors.
+// strs reads one or more strings and joins them by spaces, as the production varstring
+// or string of parse.y does for tags, anchors and files.
 func (p *parser) strs(what string) string {
 	s := p.str(what)
 	for p.tok.kind == tokString {
@@ -153,7 +156,7 @@ func (p *parser) strs(what string) string {
 	return s
 }
 
-// number reads a number from lo to hi.
+// number reads a number from lo to hi, both included.
 func (p *parser) number(lo, hi int64, what string) int64 {
 	t := p.tok
 	if t.kind != tokNumber {
@@ -168,16 +171,17 @@ func (p *parser) number(lo, hi int64, what string) int64 {
 	return t.num
 }
 
-// skipNewlines is for lists, which may go over several lines. pfctl is stricter about
-// where; this package prints lists on one line.
+// skipNewlines skips newlines in lists, which may span several lines. pfctl takes them in
+// fewer places (optnl in parse.y). That doesn't matter for texts of this package, which
+// prints lists on one line.
 func (p *parser) skipNewlines() {
 	for p.tok.kind == tokNewline {
 		p.advance()
 	}
 }
 
-// list reads one item, or items in braces with or without commas between them.
-// Newlines may stand around items.
+// list reads one item, or items in braces, with or without commas and newlines between
+// them.
 func list[T any](p *parser, item func() T) []T {
 	if !p.acceptPunct("{") {
 		return []T{item()}
@@ -199,7 +203,8 @@ func list[T any](p *parser, item func() T) []T {
 	}
 }
 
-// enter counts what is nested; leave must follow if it is true.
+// enter begins a nested list or anchor, or fails if they are nested too deep for a
+// recursive parser. If it returns true, leave must follow.
 func (p *parser) enter() bool {
 	if p.depth >= maxNested {
 		p.refuse(p.tok, "nested more than %d deep", maxNested)
@@ -211,7 +216,8 @@ func (p *parser) enter() bool {
 
 func (p *parser) leave() { p.depth-- }
 
-// statements reads statements up to the end, or for a body up to its brace.
+// statements reads statements up to the end of the text, or in the body of an anchor up
+// to the closing brace. What pfctl shows may lack the last newline.
 func (p *parser) statements(body bool) []Statement {
 	var all []Statement
 	for {
@@ -233,8 +239,8 @@ func (p *parser) statements(body bool) []Statement {
 	}
 }
 
-// endOfLine says what should come after a statement. pfctl refuses a text without a
-// newline at its end, and says no more than syntax error.
+// endOfLine describes what must follow a statement. Of a text without a newline at its
+// end pfctl says no more than "syntax error", so this says what to do.
 func endOfLine(t token) string {
 	if t.kind == tokEOF {
 		return "a newline after the last line"
@@ -242,7 +248,8 @@ func endOfLine(t token) string {
 	return "the end of the line or another option"
 }
 
-// statement reads one statement, in a body only what may stand there.
+// statement reads one statement. The body of an anchor may only have filter rules and
+// anchors.
 func (p *parser) statement(body bool) Statement {
 	switch {
 	case p.is("pass"), p.is("block"):
@@ -279,15 +286,17 @@ func (p *parser) statement(body bool) Statement {
 	return nil
 }
 
+// anyStatement describes what a line may begin with.
 const anyStatement = "pass, block, nat, rdr, binat, no, scrub, anchor, table, set, antispoof, load or a macro"
 
+// anchorActions are the anchor calls but those of filter rules, whose grammar differs.
 var anchorActions = map[string]Action{
 	"nat-anchor": NatAnchor, "rdr-anchor": RdrAnchor, "binat-anchor": BinatAnchor,
 	"scrub-anchor": ScrubAnchor, "dummynet-anchor": DummynetAnchor,
 }
 
-// macro reads name = value, or a statement of Apple's that begins with a word
-// which is no keyword here.
+// macro reads name = value. Apple's dummynet rules come here too, because dummynet is no
+// keyword, so that a macro can have that name.
 func (p *parser) macro() Statement {
 	name := p.tok
 	p.advance()
@@ -318,7 +327,8 @@ func (p *parser) macro() Statement {
 	return m
 }
 
-// canonicalNumber returns a token's text; pfctl keeps a number's value only.
+// canonicalNumber returns a token's text. Of a number pfctl keeps the value only, so 007
+// becomes 7.
 func canonicalNumber(t token) string {
 	if t.kind == tokNumber {
 		return fmt.Sprint(t.num)
@@ -326,8 +336,9 @@ func canonicalNumber(t token) string {
 	return t.text
 }
 
-// text keeps an unknown statement as text: its tokens, up to the end of
-// the line that is outside all braces.
+// text keeps a statement that isn't understood as text: its tokens up to the end of the
+// line, or of the line on which its last brace closes. first is a word of it that has
+// been read.
 func (p *parser) text(first string) *Text {
 	var words []string
 	if first != "" {
@@ -361,7 +372,8 @@ func (p *parser) loadAnchor() *LoadAnchor {
 	return l
 }
 
-// option reads a set line.
+// option reads a set line. Values are checked later, in checkOption, except those that
+// are keywords of the grammar.
 func (p *parser) option() *Option {
 	p.advance()
 	o := &Option{Name: p.tok.text}
@@ -405,10 +417,11 @@ func (p *parser) option() *Option {
 	return o
 }
 
+// optionNames are the words after set, from the production option of parse.y.
 var optionNames = set("timeout", "limit", "skip", "block-policy", "state-policy", "require-order", "hostid",
 	"loginterface", "optimization", "ruleset-optimization", "debug", "fingerprints")
 
-// oneOf reads one of some words, keywords or not.
+// oneOf reads one of these words, some of which are keywords.
 func (p *parser) oneOf(words ...string) string {
 	for _, w := range words {
 		if p.tok.text == w && p.tok.kind == kindOf(w) {
@@ -420,7 +433,7 @@ func (p *parser) oneOf(words ...string) string {
 	return ""
 }
 
-// kindOf tells as what kind of token a word is read.
+// kindOf returns the kind of token as which the lexer reads a word without quotes.
 func kindOf(w string) tokenKind {
 	if keywords[w] {
 		return tokKeyword
@@ -428,7 +441,8 @@ func kindOf(w string) tokenKind {
 	return tokString
 }
 
-// hostID reads the only number that may be hexadecimal.
+// hostID reads the number after set hostid, which unlike others may be hexadecimal. It
+// identifies the host in pfsync(4); 0 is reserved.
 func (p *parser) hostID() int64 {
 	t := p.tok
 	n := t.num
@@ -451,8 +465,8 @@ func (p *parser) hostID() int64 {
 	return n
 }
 
-// parseUint reads a number as C's strtoul with base 0 does: 0x is hexadecimal,
-// 0 octal.
+// parseUint reads a number as strtoul(3) with base 0 does: 0x begins a hexadecimal one, 0
+// an octal one. It fails for numbers of more than 44 bits; callers take at most 32.
 func parseUint(s string) (uint64, bool) {
 	base := uint64(10)
 	switch {
@@ -475,7 +489,7 @@ func parseUint(s string) (uint64, bool) {
 	return n, true
 }
 
-// lower is ToLower for an ASCII letter.
+// lower returns an ASCII letter in lower case.
 func lower(c byte) byte {
 	if c >= 'A' && c <= 'Z' {
 		return c - 'A' + 'a'
@@ -483,7 +497,8 @@ func lower(c byte) byte {
 	return c
 }
 
-// table reads a table's definition: its options and lists in any order and number.
+// table reads a table's definition: options and lists in any order, each any number of
+// times.
 func (p *parser) table() *Table {
 	p.advance()
 	t := &Table{Name: p.tableName()}
@@ -520,7 +535,7 @@ func (p *parser) tableName() string {
 	return name
 }
 
-// cutCount cuts the count off a name that pfctl -vv shows.
+// cutCount removes the count of addresses that pfctl -vv shows behind a name.
 func cutCount(name string) string {
 	if i := strings.LastIndexByte(name, ':'); i >= 0 {
 		return name[:i]
@@ -528,7 +543,7 @@ func cutCount(name string) string {
 	return name
 }
 
-// tableAddrs reads the list of a table, which unlike others may be empty.
+// tableAddrs reads the list of a table's entries, which unlike other lists may be empty.
 func (p *parser) tableAddrs() []Address {
 	p.advance()
 	p.skipNewlines()
@@ -538,7 +553,7 @@ func (p *parser) tableAddrs() []Address {
 	return p.addrItems()
 }
 
-// antispoof reads antispoof.
+// antispoof reads an antispoof statement. Its label may stand only once, as pfctl has it.
 func (p *parser) antispoof() *Antispoof {
 	p.advance()
 	a := &Antispoof{}
@@ -571,7 +586,7 @@ func (p *parser) antispoof() *Antispoof {
 	return a
 }
 
-// byte reads a number of eight bits.
+// byte reads a number from 0 to 255.
 func (p *parser) byte(what string) *uint8 {
 	n := uint8(p.number(0, 255, what))
 	return &n

@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// addrs reads one address, any, or a list, in which lists may stand.
+// addrs reads one address, any, or a list of them. any alone is no address at all: nil.
 func (p *parser) addrs() []Address {
 	if p.accept("any") {
 		return nil
@@ -19,8 +19,9 @@ func (p *parser) addrs() []Address {
 	return p.addrItems()
 }
 
-// addrItems reads the rest of a list whose brace has been read. A list in a
-// list is the same as its items.
+// addrItems reads the rest of a list whose opening brace has been read. A list inside a
+// list stands for its items. any is kept as an item, so that { any } is printed as it
+// was written.
 func (p *parser) addrItems() []Address {
 	if !p.enter() {
 		return nil
@@ -50,7 +51,7 @@ func (p *parser) addrItems() []Address {
 	}
 }
 
-// address reads an address with an optional negation.
+// address reads an address of a rule, perhaps negated.
 func (p *parser) address() Address {
 	not := p.acceptPunct("!")
 	var a Address
@@ -66,16 +67,17 @@ func (p *parser) address() Address {
 	return a
 }
 
+// anAddress describes an address in an error.
 const anAddress = "an address, a table or an interface"
 
-// host reads an address, network, range, table or interface.
+// host reads an address, network, range, table or interface, without negation.
 func (p *parser) host() Address {
 	t := p.tok
 	switch {
 	case p.isPunct("("):
 		return p.dynamic()
 	case p.shown && p.accept("any"):
-		// pfctl shows 0.0.0.0/0 so even where it doesn't read it: nameAny.
+		// pfctl shows 0.0.0.0/0 as any even where it wouldn't read any; see nameAny.
 		return Address{}
 	case p.isPunct("<"):
 		return Address{Kind: AddrTable, Name: p.tableName()}
@@ -110,7 +112,8 @@ func (p *parser) network(text string, t token) Address {
 	return p.networkOf(text, int(bits), t)
 }
 
-// networkOf makes an address of a text and a prefix length: a network or an interface.
+// networkOf returns the address of a text and a prefix length: a network, or the
+// addresses of an interface with that length.
 func (p *parser) networkOf(text string, bits int, t token) Address {
 	if prefix, zone, ok := parseNetwork(text, bits); ok {
 		return Address{Kind: AddrPrefix, Prefix: prefix, Zone: zone}
@@ -127,7 +130,8 @@ func (p *parser) networkOf(text string, bits int, t token) Address {
 	return a
 }
 
-// parseNetwork reads the address of a network. IPv4 may be short: 10/8.
+// parseNetwork reads a network and its zone. Trailing zero bytes of IPv4 may be left out,
+// 10/8, as in inet_net_pton(3).
 func parseNetwork(text string, bits int) (netip.Prefix, string, bool) {
 	if strings.Contains(text, ":") {
 		ip, zone, ok := parseIP(text)
@@ -151,7 +155,7 @@ func parseNetwork(text string, bits int) (netip.Prefix, string, bool) {
 	return netip.PrefixFrom(netip.AddrFrom4(b), bits).Masked(), "", true
 }
 
-// parseIP reads an address, and separates its zone.
+// parseIP reads an address and returns its zone apart from it.
 func parseIP(text string) (netip.Addr, string, bool) {
 	ip, err := netip.ParseAddr(text)
 	if err != nil {
@@ -160,7 +164,7 @@ func parseIP(text string) (netip.Addr, string, bool) {
 	return ip.WithZone(""), ip.Zone(), true
 }
 
-// addrRange reads the rest of first - last.
+// addrRange reads the rest of first - last, two addresses of one family.
 func (p *parser) addrRange(first token) Address {
 	last := p.str("the last address of the range")
 	lo, _, ok := parseIP(first.text)
@@ -172,15 +176,15 @@ func (p *parser) addrRange(first token) Address {
 	return Address{Kind: AddrRange, Prefix: hostPrefix(lo), Last: hi}
 }
 
-// hostPrefix returns the network of one address.
+// hostPrefix returns the prefix that contains ip alone.
 func hostPrefix(ip netip.Addr) netip.Prefix { return netip.PrefixFrom(ip, ip.BitLen()) }
 
-// single reads an address or the name of an interface.
+// single returns the address, network or interface that a word names.
 func (p *parser) single(t token) Address {
 	if ip, zone, ok := parseIP(t.text); ok {
 		return Address{Kind: AddrPrefix, Prefix: hostPrefix(ip), Zone: zone}
 	}
-	// Out of quotes a network comes as one word.
+	// A quoted network is one word: "10.0.0.0/8".
 	if i := strings.LastIndexByte(t.text, '/'); i > 0 {
 		if bits, ok := parseUint(t.text[i+1:]); ok && bits <= 128 {
 			return p.networkOf(t.text[:i], int(bits), t)
@@ -193,12 +197,14 @@ func (p *parser) single(t token) Address {
 	return a
 }
 
+// modifiers are the words after an interface's name, in the order in which pfctl prints
+// them (print_addr in pfctl_parser.c).
 var modifiers = []struct {
 	word string
 	mod  AddressModifier
 }{{"network", ModNetwork}, {"broadcast", ModBroadcast}, {"peer", ModPeer}, {"0", ModNoAlias}}
 
-// interfaceAddress reads name:modifier:… without parentheses.
+// interfaceAddress splits name:modifier:… and reports whether it can be an interface.
 func interfaceAddress(text string) (Address, bool) {
 	a := Address{Kind: AddrInterface}
 	for {
@@ -217,7 +223,7 @@ func interfaceAddress(text string) (Address, bool) {
 	return a, validMods(a.Mod) && looksLikeName(text)
 }
 
-// modifier finds a modifier by its word.
+// modifier returns the modifier of a word and whether there is one.
 func modifier(word string) (AddressModifier, bool) {
 	for _, m := range modifiers {
 		if m.word == word {
@@ -227,19 +233,19 @@ func modifier(word string) (AddressModifier, bool) {
 	return 0, false
 }
 
-// validMods tells whether at most one of network, broadcast and peer is set.
+// validMods reports whether at most one of network, broadcast and peer is set.
 func validMods(m AddressModifier) bool {
 	m &^= ModNoAlias
 	return m&(m-1) == 0
 }
 
-// looksLikeName keeps broken addresses from passing for names: no interface
-// begins with a digit.
+// looksLikeName reports whether a word can be an interface's name. No such name begins
+// with a digit, so a malformed address isn't taken for one.
 func looksLikeName(s string) bool {
 	return s != "" && !isDigit(int(s[0]))
 }
 
-// dynamic reads (interface:modifier)/bits.
+// dynamic reads (interface:modifier)/bits, of which modifier and bits are optional.
 func (p *parser) dynamic() Address {
 	p.expectPunct("(")
 	t := p.tok
@@ -264,7 +270,8 @@ func (p *parser) dynamic() Address {
 	return a
 }
 
-// ids reads users or groups.
+// ids reads the comparisons after user or group, what being the word. unknown can only
+// be compared for equality, and operators with two operands take numbers only.
 func (p *parser) ids(what string) []IDMatch {
 	return list(p, func() IDMatch {
 		op, hasOp := p.unaryOp()
@@ -288,7 +295,8 @@ func (p *parser) ids(what string) []IDMatch {
 	})
 }
 
-// id reads a user or group: a number, unknown or a name, which is the host's to resolve.
+// id reads a user or group: a number, unknown, or a name, which only the host can
+// resolve. 2^32-1 is excluded: the kernel uses it for unknown.
 func (p *parser) id(what string) (n uint32, name string, unknown bool) {
 	if p.tok.kind == tokNumber {
 		return uint32(p.number(0, 1<<32-2, what+" id")), "", false
@@ -303,7 +311,8 @@ func (p *parser) id(what string) (n uint32, name string, unknown bool) {
 	return 0, name, false
 }
 
-// unaryOp reads an operator before a number and tells whether there was one.
+// unaryOp reads an operator before a number and reports whether there was one; Equal is
+// what no operator means.
 func (p *parser) unaryOp() (CompareOp, bool) {
 	switch {
 	case p.acceptPunct("="):
@@ -334,7 +343,7 @@ func (p *parser) binaryOp() CompareOp {
 	return Inside
 }
 
-// port reads one comparison of a port.
+// port reads one comparison of a port: 80, 80:90, >= 1024, 1 >< 5.
 func (p *parser) port() Port {
 	op, hasOp := p.unaryOp()
 	first := p.tok
@@ -356,7 +365,7 @@ func (p *parser) port() Port {
 	return port
 }
 
-// portValue reads a port or a range lo:hi.
+// portValue reads a port or a range lo:hi, which the lexer takes for one word.
 func (p *parser) portValue() Port {
 	t := p.tok
 	if t.kind == tokNumber {
@@ -369,7 +378,8 @@ func (p *parser) portValue() Port {
 	return Port{Op: Range, Lo: p.service(lo, t), Hi: p.service(hi, t)}
 }
 
-// service reads a port from a word: pfctl takes hexadecimal and octal numbers too.
+// service returns the port that a word names: a service, or a number, which to pfctl may
+// be hexadecimal or octal too (getservice and atoul in parse.y).
 func (p *parser) service(name string, t token) uint16 {
 	if p.err != nil {
 		return 0

@@ -8,7 +8,8 @@ import (
 	"strings"
 )
 
-// filterRule reads pass and block.
+// filterRule reads a pass or block rule: its parts in this order, of which all but the
+// first word may be absent, then options in any order.
 func (p *parser) filterRule() *Rule {
 	r := &Rule{}
 	if p.accept("block") {
@@ -28,7 +29,7 @@ func (p *parser) filterRule() *Rule {
 	return r
 }
 
-// blockSpec reads how block answers.
+// blockSpec reads how a block rule answers.
 func (p *parser) blockSpec() Return {
 	switch t := p.tok; {
 	case p.accept("drop"):
@@ -49,7 +50,8 @@ func (p *parser) blockSpec() Return {
 	return Return{}
 }
 
-// returnICMP reads the codes after return-icmp or return-icmp6.
+// returnICMP reads the codes after return-icmp, of ICMP and perhaps of ICMPv6, or after
+// return-icmp6.
 func (p *parser) returnICMP(v6 bool) Return {
 	ret := Return{Kind: ReturnICMP}
 	if !p.acceptPunct("(") {
@@ -73,7 +75,7 @@ func (p *parser) returnICMP(v6 bool) Return {
 	return ret
 }
 
-// unreachCode reads the code of an unreachable by name or number.
+// unreachCode reads a code of ICMP or ICMPv6 destination unreachable, by name or number.
 func (p *parser) unreachCode(v6 bool) *uint8 {
 	if p.tok.kind == tokNumber {
 		return p.byte("ICMP code")
@@ -90,6 +92,7 @@ func (p *parser) unreachCode(v6 bool) *uint8 {
 	return &code
 }
 
+// direction reads in or out, or nothing.
 func (p *parser) direction() Direction {
 	switch {
 	case p.accept("in"):
@@ -110,7 +113,8 @@ func (p *parser) logQuick() (*Log, bool) {
 	return log, quick
 }
 
-// log reads log with its options.
+// log reads log with its options; nil if there is no log. pflog0 doesn't replace an
+// interface that was named before it: pfctl keeps only a number, and takes 0 for unset.
 func (p *parser) log() *Log {
 	if !p.accept("log") {
 		return nil
@@ -143,7 +147,7 @@ func (p *parser) log() *Log {
 	}
 }
 
-// interfaces reads on; nil without.
+// interfaces reads on and its interfaces; nil if there is no on.
 func (p *parser) interfaces() []InterfaceMatch {
 	if !p.accept("on") {
 		return nil
@@ -158,7 +162,7 @@ var routeKinds = map[string]RouteKind{
 	"route-to": RouteTo, "reply-to": ReplyTo, "dup-to": DupTo, "fastroute": Fastroute,
 }
 
-// route reads route-to, reply-to, dup-to or fastroute.
+// route reads route-to, reply-to, dup-to or fastroute; nil if there is none.
 func (p *parser) route() *Route {
 	kind, ok := routeKinds[p.tok.text]
 	if !ok || p.tok.kind != tokKeyword {
@@ -174,15 +178,15 @@ func (p *parser) route() *Route {
 	return r
 }
 
-// hop reads an interface or (interface address).
+// hop reads an interface, or (interface address) with the next router's address.
 func (p *parser) hop() Hop {
 	if !p.acceptPunct("(") {
 		return Hop{Interface: p.str("an interface or (interface address)")}
 	}
 	h := Hop{Interface: p.str("an interface")}
 	a := p.host()
-	// pfctl shows (utun4 any), which it doesn't read, for an interface with no
-	// router behind it, if a program loaded the rule so.
+	// pfctl shows (utun4 any) for an interface without a router if another program loaded
+	// the rule. It wouldn't read that itself.
 	if !p.shown || a.Kind != AddrAny {
 		h.Addr = &a
 	}
@@ -190,6 +194,7 @@ func (p *parser) hop() Hop {
 	return h
 }
 
+// family reads inet or inet6, or nothing.
 func (p *parser) family() Family {
 	switch {
 	case p.accept("inet"):
@@ -200,7 +205,8 @@ func (p *parser) family() Family {
 	return AnyFamily
 }
 
-// protos reads proto with one or more protocols.
+// protos reads proto with one or more protocols. 0 is refused, as in pfctl: the kernel
+// holds it for any protocol.
 func (p *parser) protos() []Proto {
 	if !p.accept("proto") {
 		return nil
@@ -220,7 +226,7 @@ func (p *parser) protos() []Proto {
 	})
 }
 
-// protoName finds a protocol by its name.
+// protoName returns the number of a protocol's name, from the host if it isn't built in.
 func (p *parser) protoName(name string, t token) Proto {
 	n, ok := protoNumbers[name]
 	if !ok && p.names.Proto != nil {
@@ -234,7 +240,7 @@ func (p *parser) protoName(name string, t token) Proto {
 	return n
 }
 
-// fromTo reads all, or from, os and to, each of which may be absent.
+// fromTo reads all, or from, os and to, each of them optional.
 func (p *parser) fromTo(r *Rule) {
 	if p.accept("all") {
 		return
@@ -254,8 +260,9 @@ func (p *parser) fromTo(r *Rule) {
 	}
 }
 
-// nameAny puts the network back for which pfctl shows any: after a negation, or
-// in a pool.
+// nameAny replaces any by the network of length 0 for which pfctl shows it. Of a rule's
+// addresses only negated ones need that, since any matches what the network does, but
+// ! any isn't valid; in a pool, any isn't valid at all.
 func nameAny(addrs []Address, f Family, negatedOnly bool) {
 	for i, a := range addrs {
 		if a.Kind != AddrAny || negatedOnly && !a.Not {
@@ -268,7 +275,7 @@ func nameAny(addrs []Address, f Family, negatedOnly bool) {
 	}
 }
 
-// endpoint reads addresses and ports, of which one may be absent.
+// endpoint reads addresses, ports, or both.
 func (p *parser) endpoint() Endpoint {
 	var e Endpoint
 	if !p.is("port") {
@@ -280,7 +287,7 @@ func (p *parser) endpoint() Endpoint {
 	return e
 }
 
-// filterOptions reads what follows the addresses, in any order.
+// filterOptions reads the options behind the addresses, in any order.
 func (p *parser) filterOptions(r *Rule) {
 	var seen []string
 	for p.err == nil {
@@ -298,14 +305,16 @@ func (p *parser) filterOptions(r *Rule) {
 	}
 }
 
-// onceOptions are the options that can't be given twice, with what they share.
+// onceOptions are the options that pfctl refuses when they are given twice, by keyword.
+// Keywords with the same value exclude each other.
 var onceOptions = map[string]string{
 	"flags": "flags", "icmp-type": "icmp", "icmp6-type": "icmp", "tos": "tos", "label": "label",
 	"keep": "state", "modulate": "state", "synproxy": "state", "no": "state", "queue": "queue",
 }
 
-// filterOption reads one option; it is false at the first token that is none. Where
-// pfctl takes an option twice, the last one counts, but users and groups add up.
+// filterOption reads one option and reports whether there was one. Where pfctl takes an
+// option twice, the last one counts, except that users and groups add up, the later
+// ones first.
 func (p *parser) filterOption(r *Rule) bool {
 	switch t := p.tok; {
 	case p.accept("user"):
@@ -345,7 +354,7 @@ func (p *parser) filterOption(r *Rule) bool {
 	return true
 }
 
-// tagged reads the tag that a packet must have, or must not.
+// tagged reads the tag that a packet must have, or with ! must not have.
 func (p *parser) tagged(r *Rule) {
 	not := p.acceptPunct("!")
 	p.expect("tagged")
@@ -353,7 +362,7 @@ func (p *parser) tagged(r *Rule) {
 	r.NotTagged = not && r.Tagged != ""
 }
 
-// flags reads set/mask, /mask or any.
+// flags reads set/mask, /mask (none of these flags) or any.
 func (p *parser) flags() *Flags {
 	if p.accept("any") {
 		return &Flags{}
@@ -367,7 +376,7 @@ func (p *parser) flags() *Flags {
 	return f
 }
 
-// flagLetters reads TCP flags.
+// flagLetters reads TCP flags as letters, such as SA.
 func (p *parser) flagLetters() TCPFlags {
 	t := p.tok
 	var f TCPFlags
@@ -382,7 +391,7 @@ func (p *parser) flagLetters() TCPFlags {
 	return f
 }
 
-// icmp reads a type and perhaps a code. The name of a code depends on the type.
+// icmp reads a type and perhaps a code. What a code's name stands for depends on the type.
 func (p *parser) icmp(v6 bool) ICMPMatch {
 	m := ICMPMatch{V6: v6}
 	t := p.tok
@@ -409,7 +418,8 @@ func (p *parser) icmp(v6 bool) ICMPMatch {
 	return m
 }
 
-// tos reads a type of service; 0 can't be written.
+// tos reads a type of service (RFC 1349) by name or number. 0 can't be written: pfctl
+// holds it for no tos.
 func (p *parser) tos() *uint8 {
 	t := p.tok
 	var n int64
@@ -435,7 +445,8 @@ func (p *parser) tos() *uint8 {
 	return &b
 }
 
-// leadingHex reads 0x10, and like pfctl doesn't mind what follows the digits.
+// leadingHex reads a number such as 0x10. Like pfctl's strtol it ignores what follows
+// the digits.
 func leadingHex(s string) int64 {
 	digits, ok := strings.CutPrefix(s, "0x")
 	if !ok {
@@ -446,7 +457,7 @@ func leadingHex(s string) int64 {
 	return int64(n)
 }
 
-// queue reads one or two queues.
+// queue reads one queue of ALTQ, or (queue, priority queue).
 func (p *parser) queue() (name, priority string) {
 	if !p.acceptPunct("(") {
 		return p.str("the name of a queue"), ""
@@ -460,7 +471,7 @@ func (p *parser) queue() (name, priority string) {
 	return name, priority
 }
 
-// probability reads a part of 1 or a percentage.
+// probability reads a probability, as a number from 0 to 1 or a percentage.
 func (p *parser) probability() float64 {
 	t := p.tok
 	if t.kind != tokNumber && t.kind != tokString {
@@ -477,7 +488,8 @@ func (p *parser) probability() float64 {
 		p.found(t, "a probability, from 0 to 1 or with %")
 		return 0
 	}
-	// pf counts in 32 bits, and what is written as 0 is the least there is.
+	// The kernel holds 32 bits, of which 0 means always, so pfctl makes a written 0 the
+	// lowest probability that there is.
 	return max(f, 1/float64(math.MaxUint32))
 }
 
@@ -485,7 +497,7 @@ var stateKinds = map[string]StateKind{
 	"no": NoState, "keep": KeepState, "modulate": ModulateState, "synproxy": SynproxyState,
 }
 
-// state reads keep state and the like.
+// state reads no state, or keep, modulate or synproxy state with options.
 func (p *parser) state(r *Rule) {
 	r.State = stateKinds[p.tok.text]
 	p.advance()
@@ -495,7 +507,7 @@ func (p *parser) state(r *Rule) {
 	}
 }
 
-// stateOptions reads the options in parentheses.
+// stateOptions reads state options in parentheses.
 func (p *parser) stateOptions(o *StateOptions) {
 	p.expectPunct("(")
 	once := map[string]bool{}
@@ -508,22 +520,22 @@ func (p *parser) stateOptions(o *StateOptions) {
 	}
 }
 
-// stateOption reads one option. A second one is refused if the first was set: pfctl
-// looks whether the value is 0.
-func (p *parser) stateOption(o *StateOptions, seen map[string]bool) {
+// stateOption reads one option. It refuses a second one of the same name unless the first
+// was 0, which pfctl takes for unset. once holds the options that are set so far.
+func (p *parser) stateOption(o *StateOptions, once map[string]bool) {
 	first := p.tok
-	again := func(name string, isSet bool) {
-		if seen[name] {
+	setOnce := func(name string, isSet bool) {
+		if once[name] {
 			p.refuse(first, "%s for the second time", first.text)
 		}
-		seen[name] = isSet
+		once[name] = isSet
 	}
 	count := func(n *uint32, name string) {
 		*n = uint32(p.number(0, math.MaxUint32, "number for "+name))
 		if *n == 0 && name != "max" && p.err == nil {
 			p.refuse(first, "%s must be above 0", name)
 		}
-		again(name, *n != 0)
+		setOnce(name, *n != 0)
 	}
 	switch {
 	case p.accept("max"):
@@ -539,28 +551,28 @@ func (p *parser) stateOption(o *StateOptions, seen map[string]bool) {
 		p.expectPunct("/")
 		o.MaxSrcConnRate.Seconds = uint32(p.number(1, math.MaxUint32, "number of seconds"))
 	case p.accept("no-sync"):
-		again(first.text, true)
+		setOnce(first.text, true)
 		o.NoSync = true
 	case p.accept("source-track"):
-		again(first.text, true)
+		setOnce(first.text, true)
 		o.SourceTrack = p.sourceTrack()
 	case p.accept("overload"):
-		again(first.text, true)
+		setOnce(first.text, true)
 		o.Overload, o.Flush = p.tableName(), p.flush()
 	case p.accept("if-bound"):
-		again("policy", true)
+		setOnce("policy", true)
 		o.Policy = IfBound
 	case p.accept("floating"):
-		again("policy", true)
+		setOnce("policy", true)
 		o.Policy = Floating
 	case first.kind == tokString:
-		o.Timeouts = append(o.Timeouts, p.stateTimeout(first, again))
+		o.Timeouts = append(o.Timeouts, p.stateTimeout(first, setOnce))
 	default:
 		p.expected("an option of the state")
 	}
 }
 
-// sourceTrack reads what follows source-track.
+// sourceTrack reads the argument of source-track.
 func (p *parser) sourceTrack() SourceTrack {
 	switch {
 	case p.accept("rule"):
@@ -571,7 +583,7 @@ func (p *parser) sourceTrack() SourceTrack {
 	return SourceTrackPlain
 }
 
-// flush reads what follows the table of overload.
+// flush reads the words behind the table of overload.
 func (p *parser) flush() FlushKind {
 	switch {
 	case !p.accept("flush"):
@@ -582,20 +594,21 @@ func (p *parser) flush() FlushKind {
 	return Flush
 }
 
-// stateTimeout reads a timeout of the rule's states. Those without a dot in their name
-// are of pf as a whole.
-func (p *parser) stateTimeout(first token, again func(string, bool)) Timeout {
+// stateTimeout reads a timeout for the rule's states. The timeouts without a dot in their
+// name, frag and interval, are of pf as a whole.
+func (p *parser) stateTimeout(first token, setOnce func(string, bool)) Timeout {
 	t := Timeout{Name: p.str("a timeout")}
 	if timeoutIndex(t.Name) < 0 || !strings.Contains(t.Name, ".") {
 		p.found(first, "an option of the state")
 		return t
 	}
 	t.Seconds = uint32(p.number(0, math.MaxUint32, "number of seconds"))
-	again(t.Name, t.Seconds != 0)
+	setOnce(t.Name, t.Seconds != 0)
 	return t
 }
 
-// anchorRule reads a filter anchor, perhaps with its rules in braces.
+// anchorRule reads the call of a filter anchor, perhaps an inline one with its rules in
+// braces.
 func (p *parser) anchorRule() *Rule {
 	p.advance()
 	r := &Rule{Action: Anchor}
@@ -618,8 +631,8 @@ func (p *parser) anchorRule() *Rule {
 	return r
 }
 
-// body reads the rules of an inline anchor. Braces stand at the end of a line and on one
-// of their own.
+// body reads the rules of an inline anchor. A newline must follow the opening brace, and
+// the last rule.
 func (p *parser) body() *Ruleset {
 	if !p.enter() {
 		return nil
@@ -634,7 +647,7 @@ func (p *parser) body() *Ruleset {
 	return b
 }
 
-// translationAnchor reads the anchors that take no options.
+// translationAnchor reads the call of an anchor of any other kind. Those take no options.
 func (p *parser) translationAnchor(action Action) *Rule {
 	p.advance()
 	r := &Rule{Action: action, Anchor: p.strs("the name of the anchor")}
@@ -646,16 +659,18 @@ func (p *parser) translationAnchor(action Action) *Rule {
 		r.RTable = p.byte("routing table")
 	}
 	if p.shown && action == ScrubAnchor {
-		// pfctl shows what the anchor's rules would do by default.
+		// pfctl shows the default scrub options here, though it doesn't read any.
 		p.scrubOptions(r)
 		r.Normalize = Normalize{}
 	}
 	return r
 }
 
+// noActions are the actions of rules that begin with no.
 var noActions = map[Action]Action{Scrub: NoScrub, Nat: NoNat, Rdr: NoRdr, Binat: NoBinat}
 
-// otherRule reads scrub, nat, rdr and binat, and no before them.
+// otherRule reads a scrub, nat, rdr or binat rule, perhaps with no in front. A no dummynet
+// rule is kept as text.
 func (p *parser) otherRule() Statement {
 	no := p.accept("no")
 	first := p.tok
@@ -687,7 +702,7 @@ func (p *parser) otherRule() Statement {
 	return r
 }
 
-// scrubRule reads what follows scrub.
+// scrubRule reads the rest of a scrub rule.
 func (p *parser) scrubRule(r *Rule) {
 	r.Direction = p.direction()
 	r.Log = p.log()
@@ -698,7 +713,7 @@ func (p *parser) scrubRule(r *Rule) {
 	p.scrubOptions(r)
 }
 
-// scrubOptions reads options in any order.
+// scrubOptions reads scrub options, in any order.
 func (p *parser) scrubOptions(r *Rule) {
 	var seen []string
 	for p.err == nil {
@@ -716,9 +731,10 @@ func (p *parser) scrubOptions(r *Rule) {
 	}
 }
 
+// onceScrub are the options that pfctl refuses when they are given twice.
 var onceScrub = []string{"no-df", "min-ttl", "max-mss", "set-tos", "fragment", "reassemble", "random-id"}
 
-// scrubOption reads one option; it is false at the first token that is none.
+// scrubOption reads one option and reports whether there was one.
 func (p *parser) scrubOption(r *Rule) bool {
 	n := &r.Normalize
 	switch {
@@ -749,7 +765,7 @@ func (p *parser) scrubOption(r *Rule) bool {
 	return true
 }
 
-// fragmentMode reads what follows fragment.
+// fragmentMode reads the argument of fragment.
 func (p *parser) fragmentMode() FragmentMode {
 	switch p.oneOf("reassemble", "crop", "drop-ovl") {
 	case "crop":
@@ -760,7 +776,7 @@ func (p *parser) fragmentMode() FragmentMode {
 	return FragmentReassemble
 }
 
-// natRule reads nat and rdr.
+// natRule reads the rest of a nat or rdr rule, whose grammar is the same.
 func (p *parser) natRule(r *Rule) {
 	r.Pass = p.accept("pass")
 	r.Log = p.log()
@@ -783,7 +799,8 @@ func (p *parser) natRule(r *Rule) {
 	}
 }
 
-// binatRule reads binat, which has a grammar of its own: one address a side.
+// binatRule reads the rest of a binat rule, which has a grammar of its own: one source
+// and one address behind ->, since it maps one to the other in both directions.
 func (p *parser) binatRule(r *Rule) {
 	r.Pass = p.accept("pass")
 	r.Log = p.log()
@@ -802,7 +819,7 @@ func (p *parser) binatRule(r *Rule) {
 	}
 }
 
-// translationTags reads what may stand before ->, in this order.
+// translationTags reads the options before ->, which must have this order.
 func (p *parser) translationTags(r *Rule) {
 	if p.accept("tag") {
 		r.Tag = p.str("the tag")
@@ -815,7 +832,7 @@ func (p *parser) translationTags(r *Rule) {
 	}
 }
 
-// poolPort reads port n, n:m or n:*.
+// poolPort reads the port behind a pool's addresses: n, n:m or n:*.
 func (p *parser) poolPort(pool *Pool) {
 	if !p.accept("port") {
 		return
@@ -837,7 +854,8 @@ func (p *parser) poolPort(pool *Pool) {
 	}
 }
 
-// poolOptions reads what follows a pool and tells whether there was anything.
+// poolOptions reads the options of a pool, in any order, and reports whether there were
+// any.
 func (p *parser) poolOptions() (o PoolOptions, some bool) {
 	for ; p.err == nil; some = true {
 		first := p.tok
@@ -873,7 +891,7 @@ var poolKinds = map[string]PoolKind{
 	"bitmask": Bitmask, "random": Random, "source-hash": SourceHash, "round-robin": RoundRobin,
 }
 
-// hashKey reads the key of source-hash, 0x and 32 hexadecimal digits or any
+// hashKey reads the key of source-hash: 0x and 32 hexadecimal digits, or any other
 // string.
 func (p *parser) hashKey() string {
 	t := p.tok
@@ -884,7 +902,8 @@ func (p *parser) hashKey() string {
 	return key
 }
 
-// isHexKey tells whether these are the digits of a key of 128 bits.
+// isHexKey reports whether s has the hexadecimal digits of a 128-bit key, which is the
+// size of the kernel's (struct pf_poolhashkey).
 func isHexKey(s string) bool {
 	return len(s) == 32 && strings.Trim(s, "0123456789abcdefABCDEF") == ""
 }

@@ -7,40 +7,56 @@ import (
 )
 
 // String returns the ruleset as text that [Parse] and pfctl -f read, one
-// statement a line. Rules of an inline anchor are indented.
+// statement a line. Rules of an inline anchor are indented. It can't fail; whether pfctl
+// accepts the text, [Ruleset.Validate] says.
 func (rs *Ruleset) String() string {
 	p := &printer{}
 	p.ruleset(rs, 0)
 	return string(p.b)
 }
 
-func (m *Macro) String() string      { return statementText(m) }
-func (o *Option) String() string     { return statementText(o) }
-func (t *Table) String() string      { return statementText(t) }
-func (r *Rule) String() string       { return statementText(r) }
-func (a *Antispoof) String() string  { return statementText(a) }
-func (l *LoadAnchor) String() string { return statementText(l) }
-func (t *Text) String() string       { return t.Text }
+// String returns the definition, the value in quotes.
+func (m *Macro) String() string { return statementText(m) }
 
-// statementText prints one statement.
+// String returns the set line.
+func (o *Option) String() string { return statementText(o) }
+
+// String returns the definition of the table.
+func (t *Table) String() string { return statementText(t) }
+
+// String returns the rule as it would be written, on one line but for an inline anchor's
+// rules. [Loaded.ShowRules] returns it as pfctl shows it.
+func (r *Rule) String() string { return statementText(r) }
+
+// String returns the antispoof statement.
+func (a *Antispoof) String() string { return statementText(a) }
+
+// String returns the load anchor line.
+func (l *LoadAnchor) String() string { return statementText(l) }
+
+// String returns the statement as it was read, with single spaces between its words.
+func (t *Text) String() string { return t.Text }
+
+// statementText returns the text of one statement.
 func statementText(s Statement) string {
 	p := &printer{}
 	p.statement(s, 0)
 	return string(p.b)
 }
 
-// ShowRules returns the lines that pfctl -sr prints once the ruleset is loaded:
-// scrub and filter rules, nameless inline anchors with their rules.
+// ShowRules returns the lines that pfctl -sr prints after the ruleset is loaded
+// (print_rule in pfctl_parser.c): scrub rules, then filter rules, with the rules of
+// nameless inline anchors in place.
 func (ld *Loaded) ShowRules() []string {
 	return append(showLines(ld.Scrub), ld.showFilter(ld.Path, ld.Filter, 0)...)
 }
 
-// ShowNat returns the lines that pfctl -sn prints: nat, then rdr, then binat.
+// ShowNat returns the lines that pfctl -sn prints: nat, then rdr, then binat rules.
 func (ld *Loaded) ShowNat() []string {
 	return append(append(showLines(ld.Nat), showLines(ld.Rdr)...), showLines(ld.Binat)...)
 }
 
-// showLines prints rules as pfctl shows them.
+// showLines returns rules as pfctl shows them.
 func showLines(rules []*Rule) []string {
 	lines := make([]string, 0, len(rules))
 	for _, r := range rules {
@@ -49,8 +65,9 @@ func showLines(rules []*Rule) []string {
 	return lines
 }
 
-// showFilter prints filter rules. Where the call of an anchor ends in a name
-// that pfctl chose, it prints the rules of the anchor in place.
+// showFilter returns filter rules as pfctl shows them. Where the name of a called anchor
+// ends in one that pfctl chose, _ and a number, the rules of the anchor follow in braces
+// (pfctl_show_rules in pfctl.c).
 func (ld *Loaded) showFilter(path string, rules []*Rule, depth int) []string {
 	indent := strings.Repeat("  ", depth)
 	var lines []string
@@ -72,39 +89,42 @@ func (ld *Loaded) showFilter(path string, rules []*Rule, depth int) []string {
 	return lines
 }
 
-// shown prints a rule as pfctl shows it.
+// shown returns a rule as pfctl shows it, as the call of anchor if it calls one.
 func shown(r *Rule, anchor string) string {
 	p := &printer{shown: true}
 	p.rule(r, anchor)
 	return string(p.b)
 }
 
-// A printer appends text. What it writes for pfctl to read and what pfctl shows
-// differ in details: shown is the latter, of a loaded rule.
+// A printer appends the text of rules. By default it writes text that pfctl reads; with
+// shown it writes an expanded rule as pfctl shows it, which differs in details: no quotes
+// around names, = before a port, options in another order.
 type printer struct {
 	b     []byte
 	shown bool
 }
 
+// add appends words.
 func (p *printer) add(words ...string) {
 	for _, w := range words {
 		p.b = append(p.b, w...)
 	}
 }
 
+// num appends before and a number.
 func (p *printer) num(before string, n int) {
 	p.b = append(p.b, before...)
 	p.b = strconv.AppendInt(p.b, int64(n), 10)
 }
 
-// when appends text under a condition.
+// when appends words if cond is true.
 func (p *printer) when(cond bool, words ...string) {
 	if cond {
 		p.add(words...)
 	}
 }
 
-// ruleset prints statements, one a line, indented by depth.
+// ruleset prints statements, one a line, indented by four spaces for each level.
 func (p *printer) ruleset(rs *Ruleset, depth int) {
 	for _, s := range rs.Statements {
 		p.add(strings.Repeat("    ", depth))
@@ -138,7 +158,8 @@ func (p *printer) statement(s Statement, depth int) {
 	}
 }
 
-// macro prints a definition. The value is always quoted: numbers and words read the same.
+// macro prints a definition. The value is always quoted, since a quoted number is read
+// back as the same text.
 func (p *printer) macro(m *Macro) {
 	p.add(word(m.Name), " =")
 	for _, part := range macroParts(m.Value) {
@@ -146,8 +167,8 @@ func (p *printer) macro(m *Macro) {
 	}
 }
 
-// macroParts cuts a long value at spaces into strings short enough for pfctl,
-// which joins them again by spaces.
+// macroParts splits a long value at spaces into strings that pfctl's buffer can hold, each
+// with room for escapes. pfctl joins them by spaces when it reads them.
 func macroParts(value string) []string {
 	var parts []string
 	for len(value) > maxToken/2 {
@@ -174,7 +195,8 @@ func (p *printer) option(o *Option) {
 	}
 }
 
-// optionValue prints a value, without quotes where the grammar wants a keyword.
+// optionValue returns a value as it can be written, without quotes where the grammar
+// expects a keyword or a number.
 func optionValue(name, v string) string {
 	switch name {
 	case "block-policy", "state-policy", "require-order", "hostid":
@@ -187,7 +209,7 @@ func optionValue(name, v string) string {
 	return word(v)
 }
 
-// table prints a definition.
+// table prints a table's definition.
 func (p *printer) table(t *Table) {
 	p.add("table <", word(t.Name), ">")
 	p.when(t.Persist, " persist")
@@ -206,7 +228,7 @@ func (p *printer) table(t *Table) {
 	}
 }
 
-// antispoof prints antispoof.
+// antispoof prints an antispoof statement.
 func (p *printer) antispoof(a *Antispoof) {
 	p.add("antispoof")
 	p.log(a.Log)
@@ -240,7 +262,8 @@ func items[T any](p *printer, all []T, item func(T)) {
 	p.add(" }")
 }
 
-// rule prints a rule, or the call of an anchor by a name.
+// rule prints a rule, or the call of anchor. The order of the parts is that of
+// print_rule in pfctl_parser.c, which its grammar accepts.
 func (p *printer) rule(r *Rule, anchor string) {
 	p.head(r, anchor)
 	p.fromTo(r)
@@ -251,7 +274,7 @@ func (p *printer) rule(r *Rule, anchor string) {
 	p.pool(r)
 }
 
-// head prints what comes before the addresses.
+// head prints the parts before the addresses.
 func (p *printer) head(r *Rule, anchor string) {
 	p.add(r.Action.String())
 	p.when(anchor != "" && !(p.shown && anchor[0] == '_'), " ", quote(anchor))
@@ -275,7 +298,7 @@ func (p *printer) head(r *Rule, anchor string) {
 	}
 }
 
-// name prints a word; pfctl shows all without quotes.
+// name prints a name. pfctl shows names without quotes, whatever they contain.
 func (p *printer) name(s string) {
 	if p.shown {
 		p.add(s)
@@ -306,7 +329,7 @@ func (p *printer) answer(r *Rule) {
 	}
 }
 
-// returnICMP prints the codes that were written.
+// returnICMP prints return-icmp or return-icmp6 with the codes that are set.
 func (p *printer) returnICMP(ret Return) {
 	switch {
 	case ret.Code == nil && ret.Code6 == nil:
@@ -321,9 +344,9 @@ func (p *printer) returnICMP(ret Return) {
 	}
 }
 
-// shownReturnICMP prints the codes that matter to the rule's family. If only
-// the ICMP code was written, pfctl makes an ICMPv6 error of a type without such
-// a code, so that the number is shown.
+// shownReturnICMP prints the codes for the rule's family. If only the ICMP code was
+// written, pfctl's parser uses the default of ICMP, type 3 and code 3, for ICMPv6 too,
+// where type 3 is time exceeded, which has no name for code 3.
 func (p *printer) shownReturnICMP(r *Rule) {
 	code, code6 := "port-unr", "port-unr"
 	if c := r.Return.Code; c != nil {
@@ -342,7 +365,7 @@ func (p *printer) shownReturnICMP(r *Rule) {
 	}
 }
 
-// log prints log. pflog0 is the default, and pfctl doesn't show it.
+// log prints log and its options. pfctl doesn't show pflog0, the default.
 func (p *printer) log(l *Log) {
 	if l == nil {
 		return
@@ -361,7 +384,7 @@ func (p *printer) log(l *Log) {
 	p.when(words != nil, " (", strings.Join(words, ", "), ")")
 }
 
-// route prints the kind of route and its hops.
+// route prints a rule's route: its kind, hops and options.
 func (p *printer) route(r *Rule) {
 	if r.Route == nil {
 		return
@@ -385,7 +408,8 @@ func (p *printer) route(r *Rule) {
 	p.poolOptions(r.Route.PoolOptions)
 }
 
-// fromTo prints both sides, or all. binat knows no all, but pfctl shows it.
+// fromTo prints both sides, or all if both are any. pfctl shows all for binat too, whose
+// grammar doesn't have it.
 func (p *printer) fromTo(r *Rule) {
 	if p.any(r.From) && p.any(r.To) && len(r.OS) == 0 && r.Action != Binat && r.Action != NoBinat {
 		p.add(" all")
@@ -405,7 +429,8 @@ func (p *printer) fromTo(r *Rule) {
 	p.endpoint(r.To, r.Family)
 }
 
-// any tells whether a side matches everything, in words or in effect.
+// any reports whether a side matches everything. In shown rules a network of length 0
+// does: pfctl can't tell it from any.
 func (p *printer) any(e Endpoint) bool {
 	if len(e.Ports) > 0 {
 		return false
@@ -413,7 +438,8 @@ func (p *printer) any(e Endpoint) bool {
 	return len(e.Addrs) == 0 || p.shown && e.Addrs[0].isZero() && !e.Addrs[0].Not
 }
 
-// endpoint prints one side. A lone any in braces was written so, and stays.
+// endpoint prints one side. { any } keeps its braces: in a list any is an entry of its
+// own.
 func (p *printer) endpoint(e Endpoint, f Family) {
 	switch {
 	case len(e.Addrs) == 0:
@@ -429,10 +455,10 @@ func (p *printer) endpoint(e Endpoint, f Family) {
 	}
 }
 
-// port prints a port by its number: names differ between hosts.
+// port prints a port as a number, since names differ between hosts.
 func (p *printer) port(port Port) { p.compare(port.Op, uint32(port.Lo), uint32(port.Hi), "") }
 
-// compare prints a comparison; name stands for lo if it isn't empty.
+// compare prints a comparison. If name isn't empty it is printed instead of lo.
 func (p *printer) compare(op CompareOp, lo, hi uint32, name string) {
 	if name == "" {
 		name = strconv.Itoa(int(lo))
@@ -467,8 +493,8 @@ func (p *printer) ids(what string, ids []IDMatch) {
 	})
 }
 
-// address prints an address of a rule of that family, which decides whether pfctl shows
-// the length of a dynamic one.
+// address prints an address in a rule of family f. pfctl doesn't show the length of an
+// interface in parentheses if it is that of a whole address of the family.
 func (p *printer) address(a Address, f Family) {
 	p.when(a.Not, "! ")
 	switch a.Kind {
@@ -499,8 +525,8 @@ func (p *printer) address(a Address, f Family) {
 	}
 }
 
-// prefix prints an address or network. pfctl shows no zones; a rule is bound to their
-// interface instead.
+// prefix prints an address or network. pfctl shows no zone, since the loaded rule is bound
+// to its interface instead.
 func (p *printer) prefix(a Address) {
 	switch {
 	case p.shown && a.isZero():
@@ -515,7 +541,7 @@ func (p *printer) prefix(a Address) {
 	}
 }
 
-// modString prints modifiers in pfctl's order.
+// modString returns modifiers in pfctl's order.
 func modString(m AddressModifier) string {
 	var s string
 	for _, mod := range modifiers {
@@ -526,7 +552,8 @@ func modString(m AddressModifier) string {
 	return s
 }
 
-// prefixString prints a network, without its length if it is one address.
+// prefixString returns a network as pfctl prints it, without the length if it is a single
+// address.
 func prefixString(n netip.Prefix) string {
 	if n.IsSingleIP() {
 		return ipString(n.Addr())
@@ -534,8 +561,8 @@ func prefixString(n netip.Prefix) string {
 	return ipString(n.Addr()) + "/" + strconv.Itoa(n.Bits())
 }
 
-// ipString prints an address as inet_ntop(3) does: it differs from netip for
-// the old IPv4-compatible addresses, ::10.0.0.1.
+// ipString returns an address as inet_ntop(3) does, which differs from netip for
+// IPv4-compatible addresses, ::10.0.0.1 (RFC 4291, section 2.5.5.1).
 func ipString(ip netip.Addr) string {
 	ip = ip.WithZone("")
 	if ip.Is6() {
@@ -546,7 +573,8 @@ func ipString(ip netip.Addr) string {
 	return ip.String()
 }
 
-// matches prints what is asked of the packet besides its addresses.
+// matches prints the criteria besides the addresses: owner, flags, ICMP type, type of
+// service.
 func (p *printer) matches(r *Rule) {
 	p.ids("user", r.Users)
 	p.ids("group", r.Groups)
@@ -573,21 +601,21 @@ func (p *printer) matches(r *Rule) {
 	}
 }
 
-// showsFlagsAny is true for the stateful pass rules for which pfctl says that
-// they have no flags.
+// showsFlagsAny reports whether pfctl shows flags any for a rule without flags: it does
+// for pass rules that keep state, where no flags at all would be read as S/SA.
 func (r *Rule) showsFlagsAny() bool {
 	tcp := len(r.Protos) == 0 || r.Protos[0] == ProtoTCP
 	return r.Action == Pass && tcp && !r.Fragment && r.State != NoState
 }
 
-// hexByte prints a type of service as pfctl does.
+// hexByte returns a type of service as pfctl prints it, 0x10.
 func hexByte(b uint8) string {
 	const digits = "0123456789abcdef"
 	return "0x" + string([]byte{digits[b>>4], digits[b&15]})
 }
 
-// state prints state and probability. pfctl shows the probability between keep
-// state and its options, where it doesn't read it.
+// state prints state and probability. pfctl shows the probability between keep state and
+// its options, an order that it doesn't read.
 func (p *printer) state(r *Rule) {
 	p.when(r.State != StateDefault, " ", r.State.String())
 	if p.shown {
@@ -600,8 +628,8 @@ func (p *printer) state(r *Rule) {
 	p.when(r.Fragment, " fragment")
 }
 
-// probability prints a part of 1, or as pfctl shows it what the kernel's 32 bits make of
-// it in percent.
+// probability prints a probability. pfctl shows it in percent, with the rounding of the
+// kernel's 32 bits, and divides by 2^32 although it multiplied by 2^32-1.
 func (p *printer) probability(r *Rule) {
 	switch {
 	case r.Probability == 0:
@@ -614,8 +642,8 @@ func (p *printer) probability(r *Rule) {
 	}
 }
 
-// stateOptions prints options in the order in which pfctl shows them. Floating is the
-// kernel's default and isn't shown.
+// stateOptions prints state options in the order in which pfctl shows them. pfctl doesn't
+// show floating, which the kernel holds as the absence of if-bound.
 func (p *printer) stateOptions(o *StateOptions) {
 	var words []string
 	count := func(name string, n uint32) {
@@ -651,7 +679,7 @@ func (p *printer) stateOptions(o *StateOptions) {
 	p.when(words != nil, " (", strings.Join(words, ", "), ")")
 }
 
-// normalize prints what scrub does, and allow-opts, which pfctl puts there.
+// normalize prints scrub options, and allow-opts, which pfctl shows among them.
 func (p *printer) normalize(r *Rule) {
 	n := r.Normalize
 	p.when(n.NoDF, " no-df")
@@ -704,7 +732,7 @@ func (p *printer) marks(r *Rule) {
 	}
 }
 
-// pool prints where a translation goes.
+// pool prints the addresses, ports and options behind ->.
 func (p *printer) pool(r *Rule) {
 	if r.Pool == nil {
 		return
@@ -719,7 +747,7 @@ func (p *printer) pool(r *Rule) {
 	p.poolOptions(r.Pool.PoolOptions)
 }
 
-// poolPort prints the ports behind ->.
+// poolPort prints the ports behind ->. pfctl shows no range that is the default.
 func (p *printer) poolPort(r *Rule) {
 	pool := r.Pool
 	if pool.PortLo == 0 && pool.PortHi == 0 && !pool.PortStar {
@@ -735,7 +763,7 @@ func (p *printer) poolPort(r *Rule) {
 	p.when(pool.PortStar, ":*")
 }
 
-// poolOptions prints what follows the addresses and ports.
+// poolOptions prints the options of a pool, in pfctl's order.
 func (p *printer) poolOptions(o PoolOptions) {
 	p.when(o.Kind != PoolDefault, " ", o.Kind.String())
 	if o.Key != "" {

@@ -108,8 +108,8 @@ type Loaded struct {
 	// Path is the anchor's path; "" is the main ruleset.
 	Path string
 	// Scrub, Nat, Binat, Rdr and Filter are the five lists of rules that the kernel
-	// keeps for an anchor (PF_RULESET_* of xnu bsd/net/pfvar.h), in order of evaluation.
-	// Each also has the anchor calls of its kind.
+	// keeps for an anchor (PF_RULESET_* of xnu bsd/net/pfvar.h). Each also has the anchor
+	// calls of its kind.
 	Scrub  []*Rule
 	Nat    []*Rule
 	Binat  []*Rule

@@ -8,56 +8,57 @@ import (
 	"strings"
 )
 
-// A Shown is what pfctl -sr or -sn printed, read.
+// A Shown is the parsed output of pfctl -sr or -sn.
 type Shown struct {
 	// Rules are the rules in the order shown, with a stand-in for each that can't
 	// be read. Rules of nameless inline anchors are in their anchor's Body.
 	Rules []ShownRule
-	// Unknown are the lines that can't be read, those of bodies too. Conclusions
+	// Unknown are the lines that can't be read, those in bodies too. Conclusions
 	// from the rules have to allow for them.
 	Unknown []UnknownLine
 }
 
-// A ShownRule is a rule with what pfctl -v tells about it.
+// A ShownRule is a rule with what pfctl shows about it.
 type ShownRule struct {
-	// Rule is never nil. If Err isn't nil, it stands in for a rule that can't be
-	// read: what the first words say, for every packet. pass and block make
+	// Rule is never nil. If Err isn't nil, the line can't be read and Rule stands in for
+	// it: a rule that has the line's action and matches every packet, so that a
+	// conclusion from it errs towards a rule that matters. For pass and block it is
 	//
 	//	pass quick all flags any keep state (floating) allow-opts
 	//	block drop quick all
 	//
-	// with quick if the word is in the line; anchor calls the same anchor; a
-	// translation rule has no Pool, so that it can't be loaded.
+	// with quick only if the line has the word. For the call of an anchor it calls the
+	// same anchor. A translation rule has no Pool, so it can't be loaded.
 	*Rule
 	// Text is the line as pfctl shows it, without its number.
 	Text string
-	// Err says why the line can't be read; nil: it was.
+	// Err says why the line can't be read; nil: it can.
 	Err error
-	// Number is the rule's number in its list with -vv, -1 without.
+	// Number is the rule's number in its list, from 0, with -vv; -1 without.
 	Number int
-	// Evaluations, Packets, Bytes and States are the counters of -v.
+	// Evaluations, Packets, Bytes and States are the counters that -v shows, 0 without.
 	Evaluations, Packets, Bytes, States uint64
 }
 
-// An UnknownLine is a line of pfctl's output that isn't understood.
+// An UnknownLine is a line of pfctl's output that can't be read.
 type UnknownLine struct {
 	Line int // from 1
 	Text string
-	Err  error
-	// StandIn is the rule in the place of the line, in Rules or in a Body; nil: there
-	// is none.
+	Err  error // why not
+	// StandIn is the rule in place of the line, in Rules or in a Body. nil: there is none,
+	// since the line doesn't begin as a rule does.
 	StandIn *Rule
 }
 
-// ParseShown reads what pfctl -sr or -sn prints, with -v or -vv too. It has no
-// errors: a line that it can't read is kept in Unknown and, if it begins as a rule
-// does, has a stand-in among the rules. A program that loads rules without pfctl
-// can have the kernel hold some that pfctl shows but wouldn't accept; these count
-// as lines that can't be read.
+// ParseShown reads the output of pfctl -sr or -sn, with or without -v or -vv. It never
+// fails: a line that it can't read is kept in Unknown and, if it begins as a rule does,
+// has a stand-in among the rules. A program that loads rules by /dev/pf without pfctl
+// can make the kernel hold some that pfctl shows but wouldn't accept; these count as
+// lines that can't be read.
 func ParseShown(text string) *Shown { return Names{}.ParseShown(text) }
 
-// ParseShown is [ParseShown] with the host's names: pfctl shows ports by the
-// names in the host's services file.
+// ParseShown is [ParseShown] with names of the host, since pfctl shows ports by the names
+// of its /etc/services.
 func (n Names) ParseShown(text string) *Shown {
 	s := &Shown{}
 	r := shownReader{names: n, shown: s}
@@ -67,9 +68,9 @@ func (n Names) ParseShown(text string) *Shown {
 	return s
 }
 
-// Ruleset joins the output of -sr and -sn of one anchor to a ruleset that can be
-// loaded again: scrub rules, translation rules, filter rules. Either may be nil. Of
-// rules that can't be read it has the stand-ins, except of those that translate.
+// Ruleset joins the output of -sr and -sn for one anchor to a ruleset that can be
+// loaded: scrub rules, translation rules, filter rules. Either may be nil. It contains the
+// stand-ins for rules that can't be read, except those of translation rules.
 func (s *Shown) Ruleset(nat *Shown) *Ruleset {
 	rs := &Ruleset{}
 	add := func(from *Shown, stages ...stage) {
@@ -96,20 +97,20 @@ func (s *Shown) Ruleset(nat *Shown) *Ruleset {
 	return rs
 }
 
-// A shownReader reads lines of rules; open are the anchors whose braces are.
+// A shownReader reads lines of rules into shown.
 type shownReader struct {
 	names Names
 	shown *Shown
-	open  []*Rule
+	open  []*Rule // inline anchors whose braces are open, the innermost last
 }
 
-// noise are lines that pfctl writes besides; they go to the standard error, with
-// which its output may have been joined.
+// noise are lines that pfctl prints besides its output, mostly on standard error, which
+// the caller may have joined with it.
 var noise = set("No ALTQ support in kernel", "ALTQ related functions disabled", "FILTER RULES:", "TRANSLATION RULES:", "DUMMYNET RULES:",
 	"pfctl: Use of -f option, could result in flushing of rules",
 	"present in the main ruleset added by the system at startup.", "See /etc/pf.conf for further details.")
 
-// line reads one line: of a rule, its counters, or the end of an inline anchor.
+// line reads one line: a rule, the counters of one, or the end of an inline anchor.
 func (r *shownReader) line(nr int, line string) {
 	switch {
 	case line == "" || noise[line]:
@@ -122,8 +123,8 @@ func (r *shownReader) line(nr int, line string) {
 	}
 }
 
-// rule reads the line of a rule. Each stands for itself, so that one that can't
-// be read doesn't spoil the others.
+// rule reads the line of a rule. Each line is parsed by itself, so one that can't be read
+// doesn't affect the others.
 func (r *shownReader) rule(nr int, line string) {
 	number, text, verbose := shownNumber(line)
 	rule, err := r.names.parseShownRule(text, verbose)
@@ -152,11 +153,11 @@ func (r *shownReader) rule(nr int, line string) {
 	r.open = append(r.open, rule)
 }
 
-// clipLine bounds what is kept of a line.
+// clipLine shortens a line that is kept, so that output of any length needs little memory.
 func clipLine(s string) string { return s[:min(len(s), maxToken)] }
 
-// standIn makes a rule for every packet out of the first words of one that can't
-// be read; nil for a line that is no rule.
+// standIn returns a rule that matches every packet, with the action of a line that can't
+// be read; nil if the line doesn't begin as a rule does. See ShownRule.
 func standIn(line string) *Rule {
 	words := strings.Fields(clipLine(line))
 	if len(words) == 0 {
@@ -187,8 +188,8 @@ func standIn(line string) *Rule {
 	return r
 }
 
-// standInAnchor completes the call of an anchor, whose name is the second word.
-// The words of a name with spaces aren't put together again.
+// standInAnchor completes r for the call of an anchor, whose name is the second word. It
+// returns nil if the name isn't valid, as when it has spaces.
 func standInAnchor(r *Rule, words []string) *Rule {
 	if len(words) > 1 && len(words[1]) > 2 && words[1][0] == '"' {
 		r.Anchor = strings.Trim(words[1], `"`)
@@ -202,27 +203,27 @@ func standInAnchor(r *Rule, words []string) *Rule {
 	return r
 }
 
-// standIns are the words with which rules begin.
+// standIns has the actions by the words that a rule begins with.
 var standIns = map[string]Action{
 	"pass": Pass, "block": Block, "anchor": Anchor, "scrub": Scrub, "no scrub": NoScrub,
 	"nat": Nat, "no nat": NoNat, "rdr": Rdr, "no rdr": NoRdr, "binat": Binat, "no binat": NoBinat,
-	// nat64 is Apple's, from one family to the other.
+	// nat64 is Apple's translation from IPv6 to IPv4.
 	"nat64": Nat, "no nat64": NoNat,
 	"nat-anchor": NatAnchor, "rdr-anchor": RdrAnchor, "binat-anchor": BinatAnchor,
 	"scrub-anchor": ScrubAnchor, "dummynet-anchor": DummynetAnchor,
 }
 
-// translates reports whether the rule is of the kinds that have a pool, with or
-// without no in front.
+// translates reports whether the rule is a nat, binat or rdr rule, or one of their No
+// forms.
 func (r *Rule) translates() bool { return r.Action >= Nat && r.Action <= NoRdr }
 
-// unknown keeps a line.
+// unknown records a line that can't be read.
 func (r *shownReader) unknown(nr int, line string, err error) {
 	r.shown.Unknown = append(r.shown.Unknown, UnknownLine{Line: nr, Text: clipLine(line), Err: err})
 }
 
-// shownNumber separates @12 from a rule. With it pfctl also shows how many
-// addresses there are: <t:2>, (en0:1).
+// shownNumber splits @12 from a rule, which pfctl -vv puts in front. verbose reports
+// whether it was there: then the rule also shows counts of addresses, <t:2>, (en0:1).
 func shownNumber(line string) (number int, text string, verbose bool) {
 	if at, rest, ok := strings.Cut(line, " "); ok && strings.HasPrefix(at, "@") {
 		if n, err := strconv.Atoi(at[1:]); err == nil && n >= 0 {
@@ -252,7 +253,7 @@ func (n Names) parseShownRule(line string, verbose bool) (*Rule, error) {
 	}
 	r, ok := all[0].(*Rule)
 	if !ok {
-		return nil, fmt.Errorf("read %q: no rule that is understood", clip(line))
+		return nil, fmt.Errorf("%q isn't a rule that can be read", clip(line))
 	}
 	if err := checkShown(r); err != nil {
 		return nil, err
@@ -260,7 +261,8 @@ func (n Names) parseShownRule(line string, verbose bool) (*Rule, error) {
 	return r, nil
 }
 
-// checkShown reports why a rule that was read can't be loaded again.
+// checkShown checks that a rule that was read can be loaded: pfctl shows no interface as
+// an address, since it resolves them, and what it shows must be valid.
 func checkShown(r *Rule) error {
 	for _, addrs := range [][]Address{r.From.Addrs, r.To.Addrs, r.poolAddrs()} {
 		for _, a := range addrs {
@@ -275,8 +277,9 @@ func checkShown(r *Rule) error {
 	return nil
 }
 
-// counters reads [ Evaluations: 8  Packets: 3  Bytes: 180  States: 0 ] for the
-// rule before.
+// counters reads [ Evaluations: 8  Packets: 3  Bytes: 180  States: 0 ], the counters of
+// the rule before. It ignores those in inline anchors, and other lines in brackets, such
+// as [ Inserted: uid 0 pid 1 ].
 func (r *shownReader) counters(nr int, line string) {
 	words := strings.Fields(strings.Trim(line, "[]"))
 	if len(r.open) > 0 || len(r.shown.Rules) == 0 || len(words) == 0 {
@@ -298,10 +301,11 @@ func (r *shownReader) counters(nr int, line string) {
 	}
 }
 
-// ParseAnchors reads what pfctl -s Anchors prints: the paths of anchors.
+// ParseAnchors reads the output of pfctl -s Anchors, the paths of anchors. An anchor that
+// was ever loaded stays listed until the host restarts, even when it is empty.
 func ParseAnchors(text string) []string { return shownWords(text) }
 
-// shownWords returns the lines that aren't empty or noise, without spaces around.
+// shownWords returns the lines without surrounding spaces, except empty ones and noise.
 func shownWords(text string) []string {
 	var all []string
 	for _, line := range strings.Split(text, "\n") {
@@ -315,10 +319,11 @@ func shownWords(text string) []string {
 // A ShownInterface is an interface as pf knows it.
 type ShownInterface struct {
 	Name string
-	Skip bool // set skip: pf doesn't look at its packets. Told with -v only.
+	Skip bool // set skip: pf passes its packets unseen; known with -v only
 }
 
-// ParseInterfaces reads what pfctl -v -s Interfaces prints.
+// ParseInterfaces reads the output of pfctl -v -s Interfaces. The list also has groups
+// and interfaces that rules name but that don't exist.
 func ParseInterfaces(text string) []ShownInterface {
 	var all []ShownInterface
 	for _, line := range strings.Split(text, "\n") {
@@ -332,18 +337,18 @@ func ParseInterfaces(text string) []ShownInterface {
 	return all
 }
 
-// A ShownTable is a table as pfctl -s Tables tells of it. Anchor and the flags
-// are known with -v only.
+// A ShownTable is a table as pfctl -s Tables shows it. All fields but Name are known with
+// -v only.
 type ShownTable struct {
 	Name       string
 	Anchor     string // "" is the main ruleset
 	Const      bool
 	Persist    bool
-	Referenced bool // by a rule of the same ruleset
-	Flags      string
+	Referenced bool   // by a rule of the same ruleset
+	Flags      string // the letters as shown, such as -pa-r-
 }
 
-// ParseTables reads what pfctl -s Tables prints, with -v too.
+// ParseTables reads the output of pfctl -s Tables, with or without -v.
 func ParseTables(text string) []ShownTable {
 	var all []ShownTable
 	for _, line := range strings.Split(text, "\n") {
@@ -367,13 +372,14 @@ func ParseTables(text string) []ShownTable {
 	return all
 }
 
-// isTableFlags tells the flags of -v from a name with a tab in it.
+// isTableFlags reports whether s has the flags that -v shows before a tab, and isn't a
+// table's name that contains one (print_table in pfctl_table.c).
 func isTableFlags(s string) bool {
 	return len(s) >= 6 && strings.Trim(s, "-cpairhC") == ""
 }
 
-// ParseTableEntries reads what pfctl -t TABLE -T show prints, with -v too. It
-// fails at a line that is no address.
+// ParseTableEntries reads the output of pfctl -t TABLE -T show, with or without -v. It
+// fails at a line that is no address or network, with an [*EntryError].
 func ParseTableEntries(text string) ([]Address, error) {
 	var all []Address
 	for i, line := range strings.Split(text, "\n") {
@@ -391,20 +397,21 @@ func ParseTableEntries(text string) ([]Address, error) {
 	return all, nil
 }
 
-// An EntryError is a table's entry that can't be read.
+// An EntryError says that an entry of a table can't be read.
 type EntryError struct {
-	Line int // from 1
-	Err  error
+	Line int   // from 1
+	Err  error // why not
 }
 
+// Error returns the line and the reason.
 func (e *EntryError) Error() string {
 	return fmt.Sprintf("read table entry on line %d: %v", e.Line, e.Err)
 }
 
-// Unwrap returns what is wrong with the entry.
+// Unwrap returns Err.
 func (e *EntryError) Unwrap() error { return e.Err }
 
-// parseEntry reads an address or network of a table.
+// parseEntry reads an entry of a table: an address or network, with ! if it is negated.
 func parseEntry(entry string) (Address, error) {
 	text, not := strings.CutPrefix(entry, "!")
 	ip, bits, hasBits := strings.Cut(strings.TrimSpace(text), "/")

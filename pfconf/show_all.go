@@ -5,9 +5,8 @@ import (
 	"strings"
 )
 
-// An All is what pfctl -s all prints: the output of its other forms, each below a
-// title. With -a the rules are those of an anchor and all else is of the whole
-// packet filter.
+// An All is the output of pfctl -s all: that of its other -s forms, each below a title.
+// With -a the rules are those of an anchor; all else is of the whole packet filter.
 type All struct {
 	// NAT and Rules are the sections TRANSLATION RULES and FILTER RULES, as pfctl
 	// -sn and -sr print them and [ParseShown] reads them, with counters if -v was
@@ -15,25 +14,25 @@ type All struct {
 	NAT, Rules string
 	// Info is the section INFO.
 	Info *Info
-	// Sections are all sections by their titles without the colon.
+	// Sections has all sections by their titles without the colon, also those above.
 	Sections map[string]string
 }
 
-// allTitles are the sections, from pfctl.c and what Macs print. Only these are
-// titles: a table may have any name.
+// allTitles are the titles of sections, from pfctl.c and from what Macs print. No other
+// line is taken for a title, since a table or an anchor may have any name.
 var allTitles = set("TRANSLATION RULES:", "FILTER RULES:", "DUMMYNET RULES:", "ALTQ QUEUES:", "STATES:", "SOURCE TRACKING NODES:",
 	"INFO:", "LABEL COUNTERS:", "TIMEOUTS:", "LIMITS:", "TABLES:", "OS FINGERPRINTS:", "INTERFACES:")
 
-// ParseAll splits what pfctl -s all prints, with -v too. It fails if the section
-// INFO is missing or isn't understood, as of an output that was cut off, and returns
-// what there is all the same.
+// ParseAll splits the output of pfctl -s all, with or without -v. It fails if the section
+// INFO is missing, as in output that was cut off, or can't be read; then it still returns
+// the sections that it found.
 func ParseAll(text string) (*All, error) {
 	all := &All{Sections: map[string]string{}}
 	var title string
 	var body strings.Builder
 	end := func() {
 		if title != "" {
-			// An empty line stands between sections.
+			// Drop the empty line between sections.
 			section := strings.TrimRight(body.String(), "\n")
 			if section != "" {
 				section += "\n"

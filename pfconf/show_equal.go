@@ -6,26 +6,26 @@ import (
 	"strings"
 )
 
-// EqualShown compares rules with what pfctl -sr or -sn shows of those that are
-// loaded, with -v or -vv too, and returns the first difference as an error. want
-// is [Loaded.ShowRules] or [Loaded.ShowNat] of the expanded ruleset, or rules as
-// they are written, one a line.
+// EqualShown compares rules with the loaded ones that pfctl -sr or -sn shows, with or
+// without -v or -vv, and returns the first difference as an error. want is
+// [Loaded.ShowRules] or [Loaded.ShowNat] of the expanded ruleset, or rules as written,
+// one a line.
 //
-// Both sides are read and written anew, so that only what a rule means counts,
-// and its position in the list. These are the same:
+// It parses and prints both sides, so that only the meaning of a rule counts, and its
+// position in the list. These are equal:
 //
-//   - the options of a rule in any order, and what pf takes for granted, written
-//     or not: keep state, flags S/SA, fragment reassemble, round-robin;
+//   - the options of a rule in any order, and pf's defaults, written or not: keep state,
+//     flags S/SA, fragment reassemble, round-robin;
 //   - all and from any to any, 0.0.0.0/0 and any, addresses in any spelling, ports
 //     and protocols by number and by name;
-//   - numbers of rules and counters, or none;
-//   - no extfilter in want and extfilter ei in what is shown, which macOS may put
-//     behind a nat address; likewise a key that pfctl chose for source-hash.
+//   - rules with and without numbers and counters;
+//   - a pool without extfilter in want and one with extfilter ei in shown, which macOS may
+//     add to a nat rule; likewise source-hash without a key, for which pfctl chooses one.
 //
-// A rule that can't be read is equal to one with the very same text only.
+// A rule that can't be read is equal only to one with the same text.
 func EqualShown(want []string, shown string) error { return Names{}.EqualShown(want, shown) }
 
-// EqualShown is [EqualShown] with the host's names.
+// EqualShown is [EqualShown] with names of the host.
 func (n Names) EqualShown(want []string, shown string) error {
 	wanted, err := n.canonicalRules(strings.Join(want, "\n"))
 	if err != nil {
@@ -49,13 +49,14 @@ func (n Names) EqualShown(want []string, shown string) error {
 	return nil
 }
 
-// A canonicalRule is a single rule as the kernel holds it.
+// A canonicalRule is an expanded rule, as the kernel holds it.
 type canonicalRule struct {
-	rule *Rule // nil: not read, or the end of an inline anchor
-	text string
+	rule *Rule  // nil: the line couldn't be read, or opens or closes an inline anchor
+	text string // as pfctl shows it; "}" closes an inline anchor
 }
 
-// equal reports whether g, which is shown, is the rule that is wanted.
+// equal reports whether g, which is shown, is the wanted rule w. Where w leaves something
+// to pfctl, it takes it from g.
 func (w canonicalRule) equal(g canonicalRule) bool {
 	if w.rule == nil || g.rule == nil {
 		return w.rule == nil && g.rule == nil && w.text == g.text
@@ -75,8 +76,8 @@ func (w canonicalRule) equal(g canonicalRule) bool {
 	return loaded == g.text
 }
 
-// canonicalRules reads rules and expands each by itself: what is loaded already
-// stays single.
+// canonicalRules reads rules and expands each by itself. Rules that have been expanded
+// before stay as they are.
 func (n Names) canonicalRules(text string) ([]canonicalRule, error) {
 	s := n.ParseShown(text)
 	if u, ok := s.unreadElsewhere(); ok {
@@ -99,8 +100,8 @@ func (n Names) canonicalRules(text string) ([]canonicalRule, error) {
 	return out, nil
 }
 
-// unreadElsewhere returns the first line that can't be read and has no place among
-// the rules: one that is no rule, or is in a body.
+// unreadElsewhere returns the first unknown line that isn't among the rules: one that is
+// no rule at all, or one in the body of an anchor.
 func (s *Shown) unreadElsewhere() (UnknownLine, bool) {
 	var unread []string
 	for _, r := range s.Rules {
@@ -118,7 +119,7 @@ func (s *Shown) unreadElsewhere() (UnknownLine, bool) {
 	return UnknownLine{}, false
 }
 
-// appendCanonical adds the rules that one stands for, and those in its braces.
+// appendCanonical appends the rules that r expands to, then those in its braces.
 func appendCanonical(out []canonicalRule, r *Rule) ([]canonicalRule, error) {
 	head := *r
 	if head.Body = nil; r.Body != nil && head.Anchor == "" {
@@ -147,5 +148,6 @@ func appendCanonical(out []canonicalRule, r *Rule) ([]canonicalRule, error) {
 	return append(out, canonicalRule{text: "}"}), nil
 }
 
-// deepAnchor is the path of an anchor from which any call leads somewhere.
+// deepAnchor is the path of an anchor so deep that no ../ of a call leads above the main
+// ruleset: where the rules are loaded isn't known here.
 var deepAnchor = strings.Repeat("x/", maxPath/2)

@@ -9,19 +9,21 @@ import (
 	"time"
 )
 
-// An Info is what pfctl -s info prints.
+// An Info is the output of pfctl -s info (print_status in pfctl_parser.c).
 type Info struct {
 	Enabled bool
-	For     time.Duration // since it was enabled or disabled; 0 if not told
-	Debug   string        // Urgent, Misc and so on
-	HostID  string        // with -v
-	// Checksum is a digest of the main ruleset as it was last loaded, with -v.
-	// Anchors aren't in it, nor what is inserted into the main ruleset without a
-	// load (pf_commit_rules in xnu bsd/net/pf_ioctl.c).
+	// For is the time since pf was enabled or disabled, in whole seconds; 0 if it isn't
+	// shown, as before the first change.
+	For    time.Duration
+	Debug  string // level of the kernel's messages: None, Urgent, Misc or Loud
+	HostID string // 0x and hexadecimal digits, with -v
+	// Checksum is the MD5 sum of the main ruleset as it was last loaded, with -v. Neither
+	// anchors nor rules that were inserted into the main ruleset one by one change it
+	// (pf_commit_rules in xnu bsd/net/pf_ioctl.c).
 	Checksum string
-	// States is the number of states.
+	// States is the current number of states.
 	States uint64
-	// Counters are the totals by section and name: Counters["Counters"]["match"].
+	// Counters has the totals by section and name, such as Counters["Counters"]["match"].
 	Counters map[string]map[string]uint64
 }
 
@@ -32,8 +34,8 @@ func (i *Info) Matched() (uint64, bool) {
 	return n, ok
 }
 
-// ParseInfo reads what pfctl -s info prints, with -v too. It fails without the
-// line Status:.
+// ParseInfo reads the output of pfctl -s info, with or without -v. It fails if the line
+// Status: is missing or can't be read; what it doesn't know of the rest it ignores.
 func ParseInfo(text string) (*Info, error) {
 	info := &Info{Counters: map[string]map[string]uint64{}}
 	section, found := "", false
@@ -57,13 +59,13 @@ func ParseInfo(text string) (*Info, error) {
 		}
 	}
 	if !found {
-		return nil, errors.New("read pf's status: no line of Status")
+		return nil, errors.New("read pf's status: there is no line Status:")
 	}
 	info.States = info.Counters["State Table"]["current entries"]
 	return info, nil
 }
 
-// status reads Status: Enabled for 0 days 00:00:00     Debug: Urgent.
+// status reads the line Status: Enabled for 0 days 00:00:00     Debug: Urgent.
 func (info *Info) status(line string) error {
 	status, debug, _ := strings.Cut(strings.TrimPrefix(line, "Status:"), "Debug:")
 	info.Debug = strings.TrimSpace(debug)
@@ -85,7 +87,7 @@ func (info *Info) status(line string) error {
 	return nil
 }
 
-// counter reads one line of a section: a name, a total, perhaps a rate.
+// counter reads one line of a section: a name, a total, perhaps a rate per second.
 func (info *Info) counter(section, line string) {
 	name, rest, ok := strings.Cut(line, "  ")
 	fields := strings.Fields(rest)
@@ -113,7 +115,8 @@ func parseDays(s string) (time.Duration, error) {
 	return time.Duration(n)*24*time.Hour + d, nil
 }
 
-// parseClock reads hours:minutes:seconds; hours may be many.
+// parseClock reads hours:minutes:seconds. A state's age has no days, so hours may exceed
+// 23.
 func parseClock(s string) (time.Duration, error) {
 	parts := strings.Split(s, ":")
 	if len(parts) != 3 {
@@ -130,16 +133,17 @@ func parseClock(s string) (time.Duration, error) {
 	return time.Duration(seconds) * time.Second, nil
 }
 
-// A Reference is a holder of pf, made by pfctl -E. pf is on while there is one.
+// A Reference keeps pf enabled. pfctl -E makes one and pfctl -X releases it; pf is
+// disabled when the last is released. pfctl -d disables pf and voids them all.
 type Reference struct {
-	PID     int
-	Process string // pfctl for all that were made by it
-	Token   uint64
+	PID     int    // of the process that made it, which may be gone
+	Process string // its name: pfctl for each that was made with pfctl -E
+	Token   uint64 // by which it is released
 	Age     time.Duration
 }
 
-// ParseReferences reads what pfctl -s References prints. It fails at a line that
-// is no reference.
+// ParseReferences reads the output of pfctl -s References. It fails at a line that is no
+// reference.
 func ParseReferences(text string) ([]Reference, error) {
 	var all []Reference
 	for i, line := range strings.Split(text, "\n") {
@@ -157,8 +161,8 @@ func ParseReferences(text string) ([]Reference, error) {
 	return all, nil
 }
 
-// parseReference reads a row from both ends: the name of a process may hold
-// anything.
+// parseReference reads a row: PID, process, token, and age in days and hours. It reads
+// from both ends, since the name of a process may contain anything.
 func parseReference(line string) (Reference, error) {
 	bad := fmt.Errorf("%q is no row of a process and its token", clip(line))
 	fields := strings.Fields(line)
@@ -181,7 +185,8 @@ func parseReference(line string) (Reference, error) {
 	return Reference{PID: int(pid), Process: strings.Join(fields[1:n-4], " "), Token: token, Age: age}, nil
 }
 
-// ParseToken reads the token that pfctl -E writes on its standard error.
+// ParseToken reads the token of a new [Reference], which pfctl -E prints on standard
+// error as Token : 123.
 func ParseToken(text string) (uint64, error) {
 	for _, line := range strings.Split(text, "\n") {
 		name, value, ok := strings.Cut(line, ":")
@@ -194,33 +199,41 @@ func ParseToken(text string) (uint64, error) {
 		}
 		return token, nil
 	}
-	return 0, errors.New("read pf's token: there is none")
+	return 0, errors.New("read pf's token: there is no line Token:")
 }
 
-// A ShownState is a state as pfctl -ss prints it. Of the three ends, Inner is the
-// one inside, Outer the peer, and Translated how the inner end looks from there;
-// it is the same as Inner without translation. For ICMP the port is the id.
+// A ShownState is a state as pfctl -ss prints it (print_state in pf_print_state.c). For
+// ICMP a port is the identifier of echo messages.
 type ShownState struct {
-	Interface string // ALL: not bound to one
+	Interface string // ALL: not bound to an interface
 	Proto     string // name or number
+	// Direction is that of the packet that made the state.
 	Direction Direction
-	Inner     netip.AddrPort
-	// Translated differs from Inner by nat, binat or rdr.
+	// Inner is the near end of the flow: the source of an outbound one, the destination of
+	// an inbound one. Translated is the same end as the far end sees it, which nat, binat
+	// or rdr make different, and Outer is the far end.
+	Inner      netip.AddrPort
 	Translated netip.AddrPort
 	Outer      netip.AddrPort
-	// Source and Destination are how far each side has come, such as
-	// ESTABLISHED, in the order printed.
+	// Source and Destination are the progress of the two ends in the order printed, such
+	// as ESTABLISHED or MULTIPLE.
 	Source, Destination string
 
-	// The rest is told by -v.
-	Age, Expires   time.Duration
+	// The fields below are known with -v only.
+
+	// Age is the time since the state was made, and Expires the time until it ends
+	// without a further packet. Both are whole seconds.
+	Age, Expires time.Duration
+	// Packets and Bytes count in the state's direction and against it.
 	Packets, Bytes [2]uint64
-	Anchor, Rule   int      // numbers; -1: not told
-	More           []string // lines that aren't understood, such as sequence numbers
+	// Rule is the number of the rule in its ruleset, and Anchor that of the main ruleset's
+	// rule through which its anchor was called; -1: not shown.
+	Anchor, Rule int
+	More         []string // details that can't be read, such as sequence numbers
 }
 
-// ParseStates reads what pfctl -ss prints, with -v or -vv too. It fails at a
-// line that begins no state.
+// ParseStates reads the output of pfctl -ss, with or without -v or -vv. It fails at a
+// line that should begin a state and doesn't.
 func ParseStates(text string) ([]ShownState, error) {
 	var all []ShownState
 	for i, line := range strings.Split(text, "\n") {
@@ -278,7 +291,8 @@ func parseState(line string) (ShownState, error) {
 	return s, nil
 }
 
-// parseStateHost reads 192.0.2.1:80 or 2001:db8::1[80]; without a port it is 0.
+// parseStateHost reads 192.0.2.1:80 or 2001:db8::1[80]. Without a port, as for protocols
+// that have none, it is 0.
 func parseStateHost(s string) (netip.AddrPort, error) {
 	if ip, port, ok := strings.Cut(strings.TrimSuffix(s, "]"), "["); ok {
 		return hostPort(ip, port)
@@ -293,7 +307,7 @@ func parseStateHost(s string) (netip.AddrPort, error) {
 	return hostPort(s[:i], s[i+1:])
 }
 
-// hostPort joins the texts of an address and a port.
+// hostPort reads an address and a port.
 func hostPort(ip, port string) (netip.AddrPort, error) {
 	addr, err := netip.ParseAddr(ip)
 	if err != nil {
@@ -306,14 +320,15 @@ func hostPort(ip, port string) (netip.AddrPort, error) {
 	return netip.AddrPortFrom(addr, uint16(n)), nil
 }
 
-// detail reads age 00:00:05, expires in 00:00:55, 1:1 pkts, 64:64 bytes, rule 3.
+// detail reads an indented line, age 00:00:05, expires in 00:00:55, 1:1 pkts, 64:64 bytes,
+// rule 3, and keeps any other in More.
 func (s *ShownState) detail(line string) {
 	if !strings.HasPrefix(line, "age ") || !s.details(strings.Split(line, ", ")) {
 		s.More = append(s.More, line)
 	}
 }
 
-// details reads the parts of a line; it is false if one is broken.
+// details reads the parts of a line and reports whether all could be read.
 func (s *ShownState) details(parts []string) bool {
 	var err error
 	for _, part := range parts {
@@ -340,7 +355,7 @@ func (s *ShownState) details(parts []string) bool {
 	return true
 }
 
-// parsePair reads two counters, of both directions.
+// parsePair reads two counters, one for each direction.
 func parsePair(s string) (pair [2]uint64, err error) {
 	a, b, _ := strings.Cut(s, ":")
 	if pair[0], err = strconv.ParseUint(a, 10, 64); err != nil {

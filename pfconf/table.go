@@ -22,8 +22,8 @@ type Table struct {
 }
 
 // Entries returns the addresses of a loaded table as pfctl -t T -T show prints
-// them, sorted as text, negated ones with a leading !. Of the entries of a table as
-// written it returns what [StoredEntries] returns, leaving out those that it refuses.
+// them, sorted as text, negated ones with a leading !. Of a table as written it returns
+// what [StoredEntries] does, without the entries for which that fails.
 func (t *Table) Entries() []string { return entryStrings(stored(t.Addrs)) }
 
 // StoredEntries returns the entries of [Stored] as pfctl -t T -T show prints them,
