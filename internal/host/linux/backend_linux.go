@@ -25,62 +25,66 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// sysctlRoot is where the kernel shows the network's sysctls of the network
-// namespace of the process that looks.
+// sysctlRoot is the directory of the network sysctls. The kernel shows those of the
+// network namespace of the reading thread (proc(5)).
 const sysctlRoot = "/proc/sys/net"
 
-// Backend makes this Linux host enforce rulesets. Its methods but Watch are
-// called from one goroutine at a time. It belongs to the network namespace of the
-// thread that called [New].
+// Backend makes this Linux host enforce rulesets. All its methods except Watch must be
+// called from one goroutine at a time. It belongs to the network namespace of the thread
+// that called [New].
 //
-// A call whose context ends stops before its next step and then closes what it has
-// opened, for which it has a limit of its own; one that hangs in the kernel is left
-// behind, and the next call begins when it has ended.
+// When the context of a call ends, the call stops before its next step and closes what it
+// has opened; that has a time limit of its own, closeLimit. A call that hangs in the
+// kernel is abandoned, and the next call starts once it has returned.
 type Backend struct {
 	o      Options
 	worker *worker
 	nl     *nlconn.Handle
 	xfrm   *nlconn.Handle // nil where the kernel has no IPsec
-	routes *nlconn.Conn   // for what nl doesn't understand
-	// spent says that an exchange at the sockets was given up; unbind frees them
-	// from the context of the call.
+	routes *nlconn.Conn   // for requests that nl can't encode
+	// outOfSync is set when a request on a socket was abandoned, so that its answer may
+	// still arrive; reopen then replaces the sockets. unbind detaches the sockets from
+	// the context of the running call.
 	outOfSync bool
 	unbind    func()
 	filter    *filter
 	flows     *conntrack
 	ports     ports
 	forward   *forwarding
-	lock      io.Closer // nil while this isn't the host's helper
+	lock      io.Closer // nil until this process is the host's only helper
 
 	cfg  host.Interface
 	name string
 	dev  tun.Device
 	link link
-	// network has the sockets on the mesh addresses.
+	// network opens the sockets on the mesh addresses.
 	network host.KernelNetwork
 
+	// enforced is the ruleset of the last successful Enforce; nil while the closed table
+	// is loaded.
 	enforced *policy.Ruleset
-	// last is the ruleset that was last in force, the closed one included.
+	// last is the ruleset that was loaded last, including that of the closed table.
 	last *policy.Ruleset
-	// loadedPorts is the range of ports in the table that was enforced last.
+	// loadedPorts is the range of ports in the table that Enforce loaded last.
 	loadedPorts portRange
 	// loadedParams are the parameters of that table.
 	loadedParams params
-	// render is what Renderer returns.
+	// render is the function that Renderer returns.
 	render func(*policy.Ruleset) (anchor, text string, err error)
-	// cutOnce says that flows of an earlier helper's time were cut.
+	// cutOnce is set after the first Cut, which also ends flows from an earlier helper's
+	// time.
 	cutOnce bool
-	// unbounded says that this kernel can't count flows or give them timeouts.
+	// unbounded is set if the kernel lacks the modules that count flows and set timeouts.
 	unbounded bool
-	// sources are as params.sources, as last observed.
+	// sources is the last observed value of params.sources.
 	sources map[bool]netip.Addr
-	// maxFlows replaces the bound of flows in tests.
+	// maxFlows overrides flowsPerPeer in tests; 0: not set.
 	maxFlows uint32
 	others   *others
 }
 
-// New returns a backend; it changes nothing yet. It fails where the kernel's
-// netlink can't be opened.
+// New returns a backend without changing the host. It fails if the kernel's netlink
+// sockets can't be opened.
 func New(o Options) (*Backend, error) {
 	if o.StateDir == "" {
 		return nil, errors.New("open the host: no state directory is given for the journal")
@@ -118,7 +122,8 @@ func New(o Options) (*Backend, error) {
 	return p, nil
 }
 
-// dial opens the sockets.
+// dial opens the sockets. A kernel without IPsec has no XFRM family, which isn't an
+// error.
 func (p *Backend) dial() (err error) {
 	if p.nl, err = nlconn.NewHandle(unix.NETLINK_ROUTE); err != nil {
 		return fmt.Errorf("open netlink: %w", err)
@@ -157,8 +162,9 @@ func (p *Backend) Host() host.Host {
 	}
 }
 
-// Limits implements [host.Enforcer]: conntrack has one entry for a flow.
-// Before its module is loaded there is no limit to read, and memory alone bounds.
+// Limits implements [host.Enforcer]. Conntrack has one entry per flow, forwarded or not.
+// Until its module is loaded there is no maximum to read, and the guard's memory alone
+// bounds flows.
 func (p *Backend) Limits() host.Limits {
 	l := host.Limits{States: p.states(), PerForwarded: 1, Reassembly: p.reassembly()}
 	if l.States > 0 {
@@ -167,7 +173,7 @@ func (p *Backend) Limits() host.Limits {
 	return l
 }
 
-// states is how many entries conntrack holds; 0 where that can't be read.
+// states returns how many entries conntrack may hold, or 0 if that can't be read.
 func (p *Backend) states() int {
 	text, err := p.forward.sys.read(flowMax)
 	if err != nil {
@@ -180,18 +186,18 @@ func (p *Backend) states() int {
 	return max(n, 0)
 }
 
-// reassembly is how much memory the kernel has for putting datagrams together, the least
-// of what it has of each family; 0 where that can't be read. What conntrack looks at, as all
-// that a peer sends through the host, has of IPv6 a memory of its own
-// (net/ipv6/netfilter/nf_conntrack_reasm.c).
+// reassembly returns the kernel's memory limit for reassembling fragments, in bytes: the
+// smallest of the limits that apply, or 0 if one can't be read. Conntrack reassembles
+// IPv6 fragments in a memory of its own (net/ipv6/netfilter/nf_conntrack_reasm.c), and
+// everything that a peer sends through the host passes it.
 func (p *Backend) reassembly() int {
 	least := 0
 	for _, name := range []string{"ipv4/ipfrag_high_thresh", "ipv6/ip6frag_high_thresh", "netfilter/nf_conntrack_frag6_high_thresh"} {
 		text, err := p.forward.sys.read(name)
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // without IPv6, or a module not yet loaded
+			continue // a kernel without IPv6, or a module that isn't loaded
 		}
-		// A kernel whose threshold is 0 puts nothing together.
+		// With a threshold of 0 the kernel reassembles nothing.
 		n, err := strconv.Atoi(text)
 		if err != nil || n < 0 {
 			return 0
@@ -203,7 +209,8 @@ func (p *Backend) reassembly() int {
 	return least
 }
 
-// bootID changes with each boot; sysctls don't outlive one.
+// bootID returns the ID of this boot, which ties the journal to it: sysctls don't outlive
+// a boot. It is empty if /proc can't be read.
 func bootID() string {
 	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
@@ -212,6 +219,7 @@ func bootID() string {
 	return strings.TrimSpace(string(b))
 }
 
+// nameOf returns the current name of the interface with this index.
 func (p *Backend) nameOf(index int) (string, bool) {
 	l, err := p.nl.LinkByIndex(index)
 	if err != nil {
@@ -220,6 +228,7 @@ func (p *Backend) nameOf(index int) (string, bool) {
 	return l.Attrs().Name, true
 }
 
+// indexOf returns the index of the interface with this name, or 0.
 func (p *Backend) indexOf(name string) int {
 	l, err := p.nl.LinkByName(name)
 	if err != nil {
@@ -228,8 +237,8 @@ func (p *Backend) indexOf(name string) int {
 	return l.Attrs().Index
 }
 
-// step runs one enforcing step and names it in its error. One that opens isn't
-// begun when ctx has ended; what closes is given a context that hasn't.
+// step runs one enforcing step and names it in the error. It doesn't start the step if
+// ctx has ended; steps that close are given a context of their own.
 func (p *Backend) step(ctx context.Context, name string, do func() error) error {
 	p.o.Step(name)
 	if ctx.Err() != nil {
@@ -240,8 +249,8 @@ func (p *Backend) step(ctx context.Context, name string, do func() error) error 
 	return stepError(name, err)
 }
 
-// stepIfNeeded runs an enforcing step that begins when do calls begin for the first
-// time, which it does before each change.
+// stepIfNeeded runs an enforcing step that may have nothing to change. do calls begin
+// before each change; the first call announces the step.
 func (p *Backend) stepIfNeeded(name string, do func(begin func()) error) error {
 	begun := false
 	err := do(func() {
@@ -256,6 +265,7 @@ func (p *Backend) stepIfNeeded(name string, do func(begin func()) error) error {
 	return stepError(name, err)
 }
 
+// stepError wraps err in a [host.StepError] with a hint, unless it already is one.
 func stepError(step string, err error) error {
 	var already *host.StepError
 	if err == nil || errors.As(err, &already) {
@@ -275,11 +285,11 @@ func stepError(step string, err error) error {
 	return e
 }
 
-// Open implements [host.Link]: it takes the lock, restores what a
-// killed helper left, loads a table that lets nothing of a peer through, and
-// makes the mesh interface. It may be called again when the interface is gone.
-// After an error forwarding is as it was found; the table stays, unless this was
-// the first call and there was none before.
+// Open implements [host.Link]: it takes the lock, restores what a killed helper left,
+// loads the closed table, which lets nothing of a peer pass, and creates the mesh
+// interface. It may be called again after the interface was lost. After an error,
+// forwarding is as it was found; the table stays, unless this was the first call and the
+// host had no such table before.
 func (p *Backend) Open(ctx context.Context, cfg host.Interface) (tun.Device, error) {
 	if cfg.MTU < 1280 || cfg.MTU > 65535 {
 		return nil, fmt.Errorf("open mesh interface: MTU %d: want 1280 to 65535", cfg.MTU)
@@ -303,8 +313,8 @@ func (p *Backend) open(ctx context.Context, cfg host.Interface) (tun.Device, err
 	if err == nil {
 		return p.dev, nil
 	}
-	// A host that had no table before is as it was found. On any other one,
-	// peers' packets stay in: only Close takes the table away.
+	// A host that had no table before is left without one. On any other host the table
+	// stays until Close, to keep packets for peers from leaving unencrypted.
 	back := p.undoOpen
 	if fresh {
 		back = p.removeAll
@@ -312,15 +322,15 @@ func (p *Backend) open(ctx context.Context, cfg host.Interface) (tun.Device, err
 	return nil, errors.Join(err, p.withCloseLimit(ctx, back))
 }
 
-// noInterface stands for the mesh interface while there is none. No interface has
-// this name (dev_valid_name of net/core/dev.c refuses the colon): one that another
-// program gave the mesh interface's name must not be taken for it.
+// noInterface stands for the mesh interface while there is none. No interface can have
+// this name (dev_valid_name in net/core/dev.c refuses the colon), so another program's
+// interface with the mesh interface's name isn't mistaken for it.
 const noInterface = ":none:"
 
-// takeOver takes the lock and puts forwarding back as it was before a helper
-// that was killed. That helper's table stays until ours replaces it: it keeps
-// what was meant for peers from leaving in clear. fresh says that the lock was
-// taken now, on a host without such a table.
+// takeOver takes the lock and restores the forwarding that a killed helper changed. That
+// helper's table stays until ours replaces it, because it keeps packets for peers from
+// leaving unencrypted. fresh reports that the lock was taken now and the host had no such
+// table.
 func (p *Backend) takeOver(ctx context.Context) (fresh bool, err error) {
 	if p.lock != nil {
 		return false, nil
@@ -342,7 +352,7 @@ func (p *Backend) takeOver(ctx context.Context) (fresh bool, err error) {
 			return err
 		}
 		forgotten, err := p.forward.revertAll()
-		return errors.Join(err, <-forgotten) // the journal of another boot is removed, too
+		return errors.Join(err, <-forgotten) // also removes the journal of another boot
 	})
 	if err != nil {
 		p.unlock()
@@ -357,15 +367,15 @@ func (p *Backend) unlock() {
 	}
 }
 
-// close loads the table that holds while there is no wanted ruleset: a mesh
-// without peers on an interface of this name. Forwarding may still be open when a
-// dead tunnel is replaced.
+// loadClosed loads the closed table: that of a mesh without peers on an interface with
+// this name. Forwarding may still be on when a lost mesh interface is replaced.
 func (p *Backend) loadClosed(name string) error {
 	mesh := policy.Mesh{Prefixes: p.cfg.Prefixes, Addresses: p.cfg.Addresses}
 	host := policy.Host{Interface: name}
 	if p.last != nil {
-		// Other owners of the mesh prefix keep their part, and peers' addresses stay
-		// in. At the start neither is known, and then nothing leaves.
+		// Keep what is known about other owners of the mesh prefix, and treat all peers
+		// as former ones, so that nothing for them leaves unencrypted. At the start
+		// neither is known, and nothing to the mesh prefixes leaves at all.
 		host, mesh.ListenPort = p.last.Host(), p.last.Mesh().ListenPort
 		host.Interface, mesh.Former = name, p.last.Mesh().Former
 		for _, peer := range p.last.Peers() {
@@ -386,11 +396,12 @@ func (p *Backend) loadClosed(name string) error {
 	return nil
 }
 
-// found says for which families the host forwarded before we did.
+// found returns the families that the host forwarded before the helper changed anything.
 func (p *Backend) found() policy.Families {
 	return policy.Families{IPv4: p.forward.found4(), IPv6: p.forward.found6()}
 }
 
+// params returns the parameters of the table as the host is now.
 func (p *Backend) params() params {
 	return params{
 		mtu: p.cfg.MTU, transit4: p.forward.transit4(p.name), bridges: p.bridges(),
@@ -400,8 +411,9 @@ func (p *Backend) params() params {
 	}
 }
 
-// bridges lists the bridges whose frames the packet filter sees as if this host
-// forwarded them (br_netfilter, net.bridge.bridge-nf-call-iptables and -ip6tables).
+// bridges lists the bridges if the kernel passes bridged frames to the packet filter as
+// if the host forwarded them (br_netfilter; net.bridge.bridge-nf-call-iptables and
+// -ip6tables).
 func (p *Backend) bridges() []string {
 	on := func(name string) bool {
 		v, err := p.forward.sys.read("bridge/bridge-nf-call-" + name)
@@ -412,7 +424,7 @@ func (p *Backend) bridges() []string {
 	}
 	links, err := p.nl.LinkList()
 	if err != nil {
-		return nil // then their frames are dropped until the next look
+		return nil // their frames are dropped until the next observation
 	}
 	var out []string
 	for _, l := range links {
@@ -424,6 +436,7 @@ func (p *Backend) bridges() []string {
 	return out
 }
 
+// makeInterface creates the mesh interface, and replaces one whose device is dead.
 func (p *Backend) makeInterface(cfg host.Interface) (err error) {
 	if p.dev != nil { // the dead one
 		if err := p.removeInterface(); err != nil {
@@ -437,8 +450,8 @@ func (p *Backend) makeInterface(cfg host.Interface) (err error) {
 	if err := restrictInterface(p.forward.sys, p.name); err != nil {
 		return err
 	}
-	// Now the name is known, and the closed table holds for it before the
-	// interface is up.
+	// The interface is still down: load the closed table for its name, which is known
+	// only now.
 	if err := p.loadClosed(p.name); err != nil {
 		return err
 	}
@@ -457,6 +470,8 @@ func (p *Backend) Observe(ctx context.Context) (policy.Host, error) {
 	})
 }
 
+// observe reads the facts about the host. Names in the journal are refreshed first,
+// because FoundForwarding depends on them.
 func (p *Backend) observe() (policy.Host, error) {
 	p.forward.refresh()
 	h, err := observer{p.nl, p.xfrm, p.routes, p.name, p.cfg.Addresses, p.sources}.facts()
@@ -472,8 +487,8 @@ func (p *Backend) observe() (policy.Host, error) {
 	return h, nil
 }
 
-// hasIPv6 reports whether the kernel speaks IPv6 on the mesh interface, whatever
-// its name is now.
+// hasIPv6 reports whether IPv6 is enabled on the mesh interface, even if another program
+// renamed it.
 func (p *Backend) hasIPv6() bool {
 	now, ok := p.nameOf(p.link.index)
 	if !ok {
@@ -494,16 +509,17 @@ func (p *Backend) Enforce(ctx context.Context, r *policy.Ruleset) error {
 		}
 		err := p.enforce(ctx, r)
 		if ctx.Err() != nil {
-			// The caller is told that it failed, so r mustn't hold.
+			// The caller gets an error, so r must not be in force.
 			return errors.Join(err, context.Cause(ctx), p.withCloseLimit(ctx, p.failClosed))
 		}
 		return err
 	})
 }
 
+// enforce runs the steps of Enforce in order: interface, table, stale routes, forwarding.
 func (p *Backend) enforce(ctx context.Context, r *policy.Ruleset) error {
-	// Whatever goes wrong with the interface, the table is loaded: it may be
-	// narrower than the one that holds.
+	// Load the table even if the interface failed: it may be narrower than the loaded
+	// one.
 	stale, linkErr := p.enforceLink(r)
 	if err := errors.Join(linkErr, p.enforceTable(ctx, r)); err != nil {
 		return err
@@ -517,9 +533,9 @@ func (p *Backend) enforce(ctx context.Context, r *policy.Ruleset) error {
 	return stepError(StepForwarding, p.forward.apply(p.need(r)))
 }
 
-// enforceLink gives the mesh interface its name, its addresses and the peers'
-// routes. It returns how to delete the routes of peers that are gone, which is
-// done when the table doesn't know them any more.
+// enforceLink gives the mesh interface its name, its addresses and the peers' routes. It
+// returns a function that deletes the routes of removed peers, to be called after the new
+// table is loaded.
 func (p *Backend) enforceLink(r *policy.Ruleset) (stale func() error, err error) {
 	if err := p.link.rename(p.name); err != nil {
 		return nil, stepError(StepAddresses, err)
@@ -538,6 +554,8 @@ func (p *Backend) enforceLink(r *policy.Ruleset) (stale func() error, err error)
 	}, stepError(StepAddRoutes, err)
 }
 
+// enforceAddresses sets the mesh addresses, without IPv6 if the kernel has none, and
+// brings the interface up.
 func (p *Backend) enforceAddresses(r *policy.Ruleset, ipv6 bool) error {
 	want := r.Mesh().Addresses
 	if !ipv6 {
@@ -550,13 +568,13 @@ func (p *Backend) enforceAddresses(r *policy.Ruleset, ipv6 bool) error {
 	return stepError(StepAddresses, err)
 }
 
-// enforceTable makes the kernel hold the table, also when another program has
-// changed it. Where it can't be had, nothing of a peer is to pass.
+// enforceTable makes the kernel hold the table of r, even if another program changed it.
+// If that fails, it closes: nothing of a peer passes then.
 func (p *Backend) enforceTable(ctx context.Context, r *policy.Ruleset) error {
 	with := p.params()
 	t := compile(r, with)
 	loaded := func() {
-		if p.unbounded { // the kernel may have refused only now
+		if p.unbounded { // applyBounded may have found that out just now
 			with.flowsPerPeer = p.flowsPerPeer()
 		}
 		p.enforced, p.last, p.loadedPorts = r, r, p.ports.now
@@ -572,12 +590,12 @@ func (p *Backend) enforceTable(ctx context.Context, r *policy.Ruleset) error {
 		loaded()
 		return nil
 	case ctx.Err() != nil:
-		return err // Enforce closes
+		return err // Enforce closes then
 	}
 	return errors.Join(err, p.withCloseLimit(ctx, p.failClosed))
 }
 
-// renderWith has Renderer render with these parameters.
+// renderWith makes Renderer render with these parameters.
 func (p *Backend) renderWith(with params) {
 	p.loadedParams = with
 	p.render = func(r *policy.Ruleset) (anchor, text string, err error) { return "", compile(r, with).String(), nil }
@@ -586,16 +604,17 @@ func (p *Backend) renderWith(with params) {
 // Renderer implements [host.Renderer].
 func (p *Backend) Renderer() func(*policy.Ruleset) (anchor, text string, err error) { return p.render }
 
-// closeUp stops what is of peers by what is left when the table can't be loaded: the
-// closed table, and forwarding. The interface stays up without any table, too: the guard
-// is closed by the caller that is told, and the interface's routes are then all that keeps
-// the host's own packets to peers from leaving by the uplink.
+// failClosed stops peers' packets after the table couldn't be loaded: it loads the closed
+// table and switches forwarding off. Even if no table can be loaded the interface stays
+// up. The caller closes the guard when it gets the error, and the routes by the interface
+// keep the host's own packets to peers from leaving by the uplink.
 func (p *Backend) failClosed() error {
 	return errors.Join(stepError(StepTable, p.loadClosed(p.name)), stepError(StepRestore, p.forward.apply(need{mesh: p.name})))
 }
 
-// need says what a ruleset needs forwarded: as little as its permissions ask
-// for. Answers come in by the uplink, or by any interface that leads to the lan.
+// need returns the forwarding that a ruleset requires: as little as its permissions
+// allow. Answers arrive by the uplink or, with lan, by any interface that leads to a
+// network of class lan.
 func (p *Backend) need(r *policy.Ruleset) need {
 	n := need{mesh: p.name}
 	var have mesh.Permissions
@@ -621,7 +640,7 @@ func (p *Backend) need(r *policy.Ruleset) need {
 	return n
 }
 
-// behind lists the interfaces by which a host reaches something over IPv4.
+// ipv4Interfaces lists the interfaces by which a host reaches anything over IPv4.
 func ipv4Interfaces(h policy.Host) []string {
 	var out []string
 	add := func(iface string, a netip.Addr) {
@@ -640,8 +659,8 @@ func ipv4Interfaces(h policy.Host) []string {
 	return out
 }
 
-// Close implements [host.Link]. The backend can't be used afterwards.
-// When ctx has ended, it has closeLimit for what closes.
+// Close implements [host.Link]. The backend can't be used afterwards. If ctx ends in less
+// than closeLimit, Close still takes that long.
 func (p *Backend) Close(ctx context.Context) ([]host.Problem, error) {
 	if end, ok := ctx.Deadline(); ctx.Err() != nil || ok && time.Until(end) < closeLimit {
 		fresh, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeLimit)
@@ -656,20 +675,20 @@ func (p *Backend) Close(ctx context.Context) ([]host.Problem, error) {
 		return left, p.withCloseLimit(ctx, p.removeAll)
 	})
 	if errors.Is(err, errHung) {
-		return nil, err // the sockets are in use until the process ends
+		return nil, err // the abandoned call still uses the sockets
 	}
 	return left, errors.Join(err, p.release())
 }
 
-// retreat is what is left of an Open that failed: forwarding as it was found, no
-// interface, and the table, which keeps peers' packets in.
+// undoOpen cleans up after a failed Open: it restores forwarding and removes the
+// interface. The table stays.
 func (p *Backend) undoOpen() error {
 	forgotten, err := p.restoreAndRemove()
 	return errors.Join(err, stepError(StepRestore, <-forgotten))
 }
 
-// withdraw restores forwarding and removes the interface; forgotten tells when the disk
-// knows, which what closes doesn't wait for.
+// restoreAndRemove restores forwarding and removes the interface. forgotten receives the
+// result of writing the journal, which closing doesn't wait for.
 func (p *Backend) restoreAndRemove() (forgotten <-chan error, err error) {
 	forgotten, err = p.forward.revertAll()
 	err = stepError(StepRestore, err)
@@ -679,8 +698,8 @@ func (p *Backend) restoreAndRemove() (forgotten <-chan error, err error) {
 	return forgotten, err
 }
 
-// leave takes everything away in the reverse order, the table last: until the
-// interface is gone, nothing of a peer passes.
+// removeAll removes everything in reverse order, the table last: it must hold until the
+// interface is gone.
 func (p *Backend) removeAll() error {
 	defer p.unlock()
 	p.enforced, p.last = nil, nil
@@ -689,7 +708,7 @@ func (p *Backend) removeAll() error {
 	return errors.Join(err, stepError(StepRestore, <-forgotten))
 }
 
-// release closes the sockets and ends the worker.
+// release closes the sockets and ends the workers.
 func (p *Backend) release() error {
 	p.worker.stop()
 	var errs []error
@@ -716,7 +735,8 @@ func (p *Backend) release() error {
 	return errors.Join(errs...)
 }
 
-// left says what of our doing stays because another program came to need it.
+// leftOn reports forwarding that the helper switched on and that stays on because another
+// program needs it by now.
 func (p *Backend) leftOn() []host.Problem {
 	ours := slices.ContainsFunc(p.forward.j.Changed, func(s sysctlChange) bool { return strings.HasPrefix(s.Name, "ipv4/") })
 	if !ours || !p.forward.found4() {
@@ -729,8 +749,8 @@ func (p *Backend) leftOn() []host.Problem {
 	}}
 }
 
-// removeInterface closes the TUN device; the kernel takes the interface away
-// with its addresses and routes.
+// removeInterface closes the TUN device; the kernel then deletes the interface with its
+// addresses and routes.
 func (p *Backend) removeInterface() error {
 	p.network.Closed()
 	err := p.dev.Close()
@@ -741,8 +761,8 @@ func (p *Backend) removeInterface() error {
 	return err
 }
 
-// transit4 lists the interfaces that forwarded IPv4 by a flag of their own
-// before we came, although the host as a whole didn't.
+// transit4 lists the interfaces on which IPv4 forwarding was on before the helper came,
+// on a host that didn't forward as a whole.
 func (f *forwarding) transit4(mesh string) []string {
 	if f.found4() {
 		return nil // the host as a whole did
@@ -762,8 +782,8 @@ func (f *forwarding) transit4(mesh string) []string {
 	return out
 }
 
-// giveBackAll restores all that was changed. forgotten tells when the journal on disk
-// has forgotten it.
+// revertAll restores all changed sysctls. forgotten receives the result of writing the
+// journal.
 func (f *forwarding) revertAll() (forgotten <-chan error, err error) {
 	_, err = f.restoreMatching(func(sysctlChange) bool { return true })
 	return f.writer.write(f.j), err

@@ -12,12 +12,14 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// flowsPerPeer is how many flows of one peer conntrack may have in each family: an
-// eighth of what it holds, but no more than maxFlowsPerPeer.
+// flowsPerPeer returns how many conntrack entries one peer may have in each family: an
+// eighth of conntrack's maximum, at most maxFlowsPerPeer. It is 0 if the kernel can't
+// count them.
 func (p *Backend) flowsPerPeer() uint32 {
 	return p.flowsOf(p.states())
 }
 
+// flowsOf is flowsPerPeer for a maximum of states entries; 0: not known.
 func (p *Backend) flowsOf(states int) uint32 {
 	if p.unbounded {
 		return 0
@@ -31,10 +33,10 @@ func (p *Backend) flowsOf(states int) uint32 {
 	return max(1, min(maxFlowsPerPeer, uint32(states/8)))
 }
 
-// applyBounded applies t, the table of r with the parameters. A kernel that can't
-// bound flows enforces all the rest: counting and timeouts are modules of their own,
-// which not every system has (CONFIG_NFT_CONNLIMIT, CONFIG_NF_CONNTRACK_TIMEOUT). The
-// guard's bounds hold there, too.
+// applyBounded applies t, the table of r with these parameters. On a kernel that can't
+// bound flows it applies everything else: counting and timeouts are modules of their own
+// that not every system has (CONFIG_NFT_CONNLIMIT, CONFIG_NF_CONNTRACK_TIMEOUT). The
+// guard's bounds hold on such a kernel, too.
 func (p *Backend) applyBounded(t *table, r *policy.Ruleset, with params) error {
 	err := p.filter.apply(t)
 	if err == nil || p.unbounded || !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.ENOENT) {
@@ -49,7 +51,7 @@ func (p *Backend) applyBounded(t *table, r *policy.Ruleset, with params) error {
 	return nil
 }
 
-// boundProblems says that the kernel bounds no flows.
+// boundProblems reports a kernel that can't bound flows.
 func (p *Backend) boundProblems() []host.Problem {
 	if !p.unbounded {
 		return nil
@@ -61,8 +63,10 @@ func (p *Backend) boundProblems() []host.Problem {
 	}}
 }
 
-// established is how long the host lets a TCP connection be silent: five days by
-// default.
+// established returns how long the host lets a TCP connection be idle: five days by
+// default (nf_conntrack_tcp_timeout_established in
+// Documentation/networking/nf_conntrack-sysctl.rst). Peers' connections never get longer
+// than that.
 func (p *Backend) established() time.Duration {
 	text, err := p.forward.sys.read("netfilter/nf_conntrack_tcp_timeout_established")
 	if err != nil {

@@ -17,23 +17,23 @@ import (
 	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
-// conntrack is the kernel's table of flows. It is read entry by entry and never
-// held as a whole: one peer may have a hundred thousand.
+// conntrack is the kernel's table of flows. Its entries are read one by one and never
+// held in memory together: a single peer may have a hundred thousand.
 type conntrack struct {
-	// dump and del are sockets of their own, so that entries are deleted while the
-	// others are still being read.
+	// dump lists entries and del deletes them: separate sockets, because entries are
+	// deleted while the rest of the list is still being read.
 	dump  *nlconn.Conn
 	del   *os.File
-	out   []byte    // a batch of deletions
-	entry flowEntry // that is looked at
+	out   []byte    // the batch of deletions that flush sends
+	entry flowEntry // the entry that each passes on, reused to allocate nothing
 }
 
-// deleteBatch is what goes into one batch of deletions, in bytes: their errors have to fit in
-// the socket's buffer.
+// deleteBatch is the size of one batch of deletions, in bytes. It is small because the
+// errors of a batch must fit in the socket's receive buffer.
 const deleteBatch = 16 << 10
 
-// Messages of ctnetlink, and what of linux/netfilter/nfnetlink_conntrack.h and
-// nf_conntrack_common.h the library doesn't have.
+// Message types of ctnetlink, and constants that the library lacks: from
+// linux/netfilter/nfnetlink_conntrack.h and nf_conntrack_common.h.
 const (
 	ctGet    = unix.NFNL_SUBSYS_CTNETLINK<<8 | nl.IPCTNL_MSG_CT_GET
 	ctDelete = unix.NFNL_SUBSYS_CTNETLINK<<8 | nl.IPCTNL_MSG_CT_DELETE
@@ -49,12 +49,14 @@ const (
 	attributeFlags = unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER
 )
 
+// openConntrack opens the two sockets.
 func openConntrack() (*conntrack, error) {
 	dump, err := nlconn.Dial(unix.NETLINK_NETFILTER)
 	if err != nil {
 		return nil, fmt.Errorf("open conntrack: %w", err)
 	}
-	// Deletions are sent by the hundred and answered by errors alone, which no library does.
+	// Deletions are sent in batches and only errors are answered, which no library
+	// supports.
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_NETFILTER)
 	if err == nil {
 		err = unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
@@ -67,11 +69,11 @@ func openConntrack() (*conntrack, error) {
 
 func (c *conntrack) close() error { return errors.Join(c.dump.Close(), c.del.Close()) }
 
-// tuple is one direction of a flow.
+// tuple holds the addresses and ports of one direction of a flow.
 type tuple struct {
 	src, dst netip.Addr
 	proto    uint8
-	// sport and dport are 0 where the protocol has none; kind is ICMP's type.
+	// sport and dport are 0 for protocols without ports; kind is the ICMP type.
 	sport, dport uint16
 	kind         uint8
 }
@@ -81,31 +83,36 @@ type flowEntry struct {
 	family      byte // AF_INET or AF_INET6
 	orig, reply tuple
 	status      uint32
-	timeout     uint32 // seconds that are left
-	state       uint8  // of a TCP connection
-	// name are the attributes that name the entry to the kernel.
+	timeout     uint32 // seconds until the entry ends, if no packet comes
+	// state is that of a TCP connection (linux/netfilter/nf_conntrack_tcp.h), else 0.
+	state uint8 // of a TCP connection
+	// name holds the encoded attributes that identify the entry to the kernel: tuple, ID
+	// and zone.
 	name []byte
 }
 
-// translated reports whether the flow leaves with another source than the opener's.
+// translated reports whether the source of the flow's packets is translated (SNAT).
 func (e *flowEntry) translated() bool { return e.status&ipsSourceNAT != 0 }
 
-// ended reports whether the flow is a connection that both ends closed or one reset: such
-// a one isn't counted by nft (already_closed in net/netfilter/nf_conncount.c).
+// ended reports whether the flow is a TCP connection that both ends closed or one end
+// reset. nft's connlimit doesn't count those (already_closed in
+// net/netfilter/nf_conncount.c).
 func (e *flowEntry) ended() bool {
 	return e.orig.proto == unix.IPPROTO_TCP && (e.state == stateTimeWait || e.state == stateClose)
 }
 
-// each calls do for the entries of a family, AF_UNSPEC being both, whose flows were
-// opened from src, or for all where src isn't valid. Kernels since 5.8 look for an IPv4
-// address themselves; what they do with an IPv6 one is wrong, in 6.18 still: they leave out
-// those that match (ctnetlink_filter_match_tuple in
-// net/netfilter/nf_conntrack_netlink.c). After an error of do, or the end of ctx, no other
-// entry is looked at. A list that the kernel calls interrupted, which of this table it never
-// does so far, is an error: do has been called. The memory that it takes doesn't depend on
-// how many there are.
+// each calls do for the entries of a family (AF_UNSPEC: both) whose flows were opened
+// from src, or for all if src isn't valid. An error of do, or the end of ctx, skips the
+// remaining entries. Memory use doesn't depend on the number of entries.
+//
+// Kernels since 5.8 filter by an IPv4 source themselves. Their filter by an IPv6 one is
+// broken, also in 6.18: it leaves out the entries that match
+// (ctnetlink_filter_match_tuple in net/netfilter/nf_conntrack_netlink.c), so IPv6 entries
+// are filtered here. A dump that the kernel reports as interrupted is an error and isn't
+// retried, because do has already been called; no kernel so far reports that for this
+// table.
 func (c *conntrack) each(ctx context.Context, family byte, src netip.Addr, do func(*flowEntry) error) error {
-	// Whatever happens the list is read to its end: the socket is used again.
+	// Always read the list to its end, because the socket is used again.
 	var failed error
 	err := c.dump.Each(request(family, src), func(_ netlink.Header, data []byte) {
 		if failed == nil {
@@ -127,7 +134,7 @@ func (c *conntrack) each(ctx context.Context, family byte, src netip.Addr, do fu
 	return errors.Join(failed, err)
 }
 
-// request is the message that asks for entries.
+// request returns the message that asks for a dump of entries (IPCTNL_MSG_CT_GET).
 func request(family byte, src netip.Addr) netlink.Message {
 	data := []byte{family, unix.NFNETLINK_V0, 0, 0}
 	if src.Is4() {
@@ -139,15 +146,16 @@ func request(family byte, src netip.Addr) netlink.Message {
 	return netlink.Message{Header: netlink.Header{Type: ctGet, Flags: netlink.Request | netlink.Dump}, Data: data}
 }
 
-// appendMessage appends a message of netlink.
+// appendMessage appends a netlink message (struct nlmsghdr in linux/netlink.h).
 func appendMessage(to []byte, kind, flags uint16, data []byte) []byte {
 	to = binary.NativeEndian.AppendUint32(to, uint32(unix.SizeofNlMsghdr+len(data)))
 	to = binary.NativeEndian.AppendUint16(to, kind)
 	to = binary.NativeEndian.AppendUint16(to, flags)
-	to = append(to, make([]byte, 8)...) // sequence number and sender, which nothing asks for
+	to = append(to, make([]byte, 8)...) // sequence number and port ID, which stay 0
 	return append(to, data...)
 }
 
+// appendAttr appends an attribute (struct nlattr), padded to four bytes.
 func appendAttr(to []byte, kind uint16, data []byte) []byte {
 	to = binary.NativeEndian.AppendUint16(to, uint16(4+len(data)))
 	to = binary.NativeEndian.AppendUint16(to, kind)
@@ -155,8 +163,8 @@ func appendAttr(to []byte, kind uint16, data []byte) []byte {
 	return append(to, make([]byte, -len(data)&3)...)
 }
 
-// forget deletes an entry, with others in one batch: flush sends the last one. An
-// entry that has ended by itself is no error.
+// queueDelete adds the deletion of an entry to the batch and sends full batches; flush
+// sends the rest. It isn't an error if the entry has ended by itself.
 func (c *conntrack) queueDelete(e *flowEntry) error {
 	data := slices.Concat([]byte{e.family, unix.NFNETLINK_V0, 0, 0}, e.name)
 	if len(c.out)+unix.SizeofNlMsghdr+len(data) > deleteBatch {
@@ -168,8 +176,8 @@ func (c *conntrack) queueDelete(e *flowEntry) error {
 	return nil
 }
 
-// flush deletes what was to be forgotten. The kernel is done with a batch when it
-// has taken it, and answers only with errors.
+// flush sends the batch. The kernel has handled it once the write returns, and answers
+// only with errors.
 func (c *conntrack) flush() error {
 	if len(c.out) == 0 {
 		return nil
@@ -182,10 +190,11 @@ func (c *conntrack) flush() error {
 	return c.errors()
 }
 
-// errorBuffer is more than an error takes that repeats its request, in bytes.
+// errorBuffer is the size of the buffer for one error message, in bytes; an error repeats
+// its request, which is at most deleteBatch.
 const errorBuffer = 64 << 10
 
-// errors reads the errors of the last batch.
+// errors reads the errors of the last batch without waiting.
 func (c *conntrack) errors() error {
 	raw, err := c.del.SyscallConn()
 	if err != nil {
@@ -214,7 +223,8 @@ func (c *conntrack) errors() error {
 	}
 }
 
-// deleteErrors returns an error of a batch other than that an entry has ended.
+// deleteErrors returns the first error of a batch, ignoring entries that have already
+// ended (ENOENT).
 func deleteErrors(b []byte) error {
 	for len(b) >= unix.SizeofNlMsghdr+4 {
 		size := int(binary.NativeEndian.Uint32(b))
@@ -230,8 +240,8 @@ func deleteErrors(b []byte) error {
 	return nil
 }
 
-// attrs calls do for each attribute of b, without its flags, until do returns
-// false. It reports whether b was understood.
+// attrs calls do for each attribute of b, with flags cleared from its type. It reports
+// whether b is well-formed.
 func attrs(b []byte, do func(kind uint16, whole, value []byte)) bool {
 	for len(b) > 0 {
 		if len(b) < 4 {
@@ -248,8 +258,8 @@ func attrs(b []byte, do func(kind uint16, whole, value []byte)) bool {
 	return true
 }
 
-// parseFlow reads an entry, whose name it appends to name. What of it isn't understood
-// makes it none, which is then left as it is.
+// parseFlow parses an entry and appends its identifying attributes to name. ok is false
+// for an entry that isn't understood, which is then left alone.
 func parseFlow(b, name []byte) (flowEntry, bool) {
 	if len(b) < nfgenmsg {
 		return flowEntry{}, false
@@ -276,7 +286,7 @@ func parseFlow(b, name []byte) (flowEntry, bool) {
 	return e, good && e.orig.src.IsValid() && e.orig.dst.IsValid() && e.reply.src.IsValid() && e.reply.dst.IsValid()
 }
 
-// parseProtoInfo reads the state of a TCP connection; other protocols have none.
+// parseProtoInfo parses the state of a TCP connection (CTA_PROTOINFO_TCP_STATE).
 func parseProtoInfo(b []byte, state *uint8) bool {
 	good := true
 	return attrs(b, func(kind uint16, _, value []byte) {
@@ -291,7 +301,7 @@ func parseProtoInfo(b []byte, state *uint8) bool {
 	}) && good
 }
 
-// bigEndian reads a number of at most four bytes.
+// bigEndian decodes a number of at most four bytes.
 func bigEndian(b []byte) (n uint32) {
 	for _, c := range b[:min(len(b), 4)] {
 		n = n<<8 | uint32(c)
@@ -299,6 +309,7 @@ func bigEndian(b []byte) (n uint32) {
 	return n
 }
 
+// parseTuple parses one direction of a flow: CTA_TUPLE_IP and CTA_TUPLE_PROTO.
 func parseTuple(b []byte, t *tuple) bool {
 	good := true
 	return attrs(b, func(kind uint16, _, value []byte) {
@@ -323,6 +334,7 @@ func parseTupleIP(b []byte, t *tuple) bool {
 	})
 }
 
+// parseTupleProto parses the protocol with its ports or ICMP type.
 func parseTupleProto(b []byte, t *tuple) bool {
 	return attrs(b, func(kind uint16, _, value []byte) {
 		n := bigEndian(value)

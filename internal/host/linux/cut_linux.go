@@ -14,20 +14,18 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// Cut implements [host.Enforcer]. The table already judges each packet by
-// the opener of its flow, so that flows through the host are dead since Enforce.
-// What is left:
+// Cut implements [host.Enforcer]. The table judges each packet by the opener of its flow,
+// so flows through the host stopped with Enforce. Two things remain:
 //
-// Entries of flows to the host itself stay: as long as an end sends, they remember
-// the opener of the flow. Once conntrack forgets one, the host's next packet would
-// look like a flow that the host opens, so the host's end stays closed for as long
-// as the flow would have lived.
+// Entries of flows to the host itself stay. As long as an end sends, the entry remembers
+// which end opened the flow. After conntrack forgot it, the host's next packet would look
+// like a flow that the host opens. So the host's end stays closed (the sets cut4 and
+// cut6) for as long as the entry could have lived.
 //
-// Entries of flows through the host go: a translated one takes what is sent to a
-// port of the host, for as long as the other end goes on sending. So do those that
-// would never work: flows that were opened while another program had removed the
-// table, and so aren't translated, and those with a port that may be the host's by
-// now.
+// Entries of flows through the host are deleted: while the other end keeps sending, a
+// translated entry would take packets that are meant for a port of the host. So are
+// entries that would never work again: untranslated ones, opened while another program
+// had removed the table, and ones with a port that may be the host's by now.
 func (p *Backend) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
 	if len(narrowed) == 0 {
 		return nil
@@ -37,6 +35,7 @@ func (p *Backend) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.
 	})
 }
 
+// cut ends the flows of the narrowed peers and, the first time, of former peers.
 func (p *Backend) cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
 	theirs := map[netip.Addr]bool{}
 	for _, n := range narrowed {
@@ -45,7 +44,7 @@ func (p *Backend) cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.
 		}
 	}
 	if !p.cutOnce {
-		// A helper that was killed may not have come to cut what it removed.
+		// A killed helper may not have cut the flows of peers that it removed.
 		for _, f := range r.Sets().Former {
 			theirs[f.Addr()] = true
 		}
@@ -58,18 +57,18 @@ func (p *Backend) cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.
 	return nil
 }
 
-// cutter ends the flows that a ruleset refuses. What it holds is bounded, however
-// many flows there are.
+// cutter ends the flows that a ruleset refuses. Its memory is bounded, however many flows
+// there are.
 type cutter struct {
 	filter *filter
 	flows  *conntrack
 	rules  *policy.Ruleset
 	ports  hostPorts
-	few    bool // few flows are in conntrack, of whichever opener
+	few    bool // conntrack has at most fewFlows entries, so one dump of everything is cheapest
 	dead   []deadFlow
 }
 
-// deadFlow is the host's side of a flow that was cut.
+// deadFlow is the host's side of a flow that was cut: an element of the set cut4 or cut6.
 type deadFlow struct {
 	family family
 	key    []byte // host's address, peer's address, protocol, host's port, peer's port
@@ -77,18 +76,19 @@ type deadFlow struct {
 }
 
 const (
-	// deadAtOnce is how many flows to the host are closed in one transaction.
+	// deadBatch is how many flows to the host are closed in one transaction.
 	deadBatch = 4096
-	// searchesApart is for how many addresses the kernel is asked for IPv4 flows one
-	// by one; for more, the whole table is read once.
+	// maxFilteredDumps is for how many addresses the kernel filters the dump by IPv4
+	// address. For more addresses the whole table is read once.
 	maxFilteredDumps = 16
-	// fewFlows is up to how many flows the whole table is read at once also for fewer
-	// addresses: going once more through the kernel's hash table, of 262,144 buckets where
-	// there is much memory, takes as long as reading some 2,500 entries.
+	// fewFlows is the number of entries up to which the whole table is read at once, even
+	// for few addresses. A filtered dump walks the whole hash table, which has 262,144
+	// buckets on hosts with much memory; that takes as long as reading some 2,500
+	// entries.
 	fewFlows = 2048
 )
 
-// hasFewFlows reports whether conntrack has no more than fewFlows entries.
+// hasFewFlows reports whether conntrack has at most fewFlows entries.
 func (p *Backend) hasFewFlows() bool {
 	text, err := p.forward.sys.read(flowCount)
 	if err != nil {
@@ -98,8 +98,8 @@ func (p *Backend) hasFewFlows() bool {
 	return err == nil && n <= fewFlows
 }
 
-// all cuts the flows of all these addresses. Each reading goes through the whole of the
-// kernel's hash table, so there are as few as possible.
+// cutAll cuts the flows that these addresses opened. Each dump walks the kernel's whole
+// hash table, so it uses as few dumps as possible.
 func (c *cutter) cutAll(ctx context.Context, theirs map[netip.Addr]bool) error {
 	whole := byte(unix.AF_UNSPEC)
 	if !c.few && len(theirs) <= maxFilteredDumps {
@@ -125,7 +125,7 @@ func (c *cutter) cutAll(ctx context.Context, theirs map[netip.Addr]bool) error {
 	return c.flush()
 }
 
-// look judges one flow that a peer opened.
+// judge decides about one flow that a peer opened.
 func (c *cutter) judge(e *flowEntry) error {
 	pass := c.rules.FromPeer(opened(e)).Pass
 	if c.rules.Class(e.orig.dst) != policy.Self {
@@ -148,7 +148,7 @@ func (c *cutter) judge(e *flowEntry) error {
 	return c.flush()
 }
 
-// finish takes the rest into force.
+// flush sends the deletions and closes the flows to the host that were collected.
 func (c *cutter) flush() error {
 	if err := c.flows.flush(); err != nil {
 		return err
@@ -158,11 +158,11 @@ func (c *cutter) flush() error {
 	return err
 }
 
-// hasPorts reports whether a protocol that passes has ports. ICMP needs none of
-// this: conntrack lets no end open a flow with an answer.
+// hasPorts reports whether a protocol has ports. ICMP needs no closing: conntrack never
+// opens a flow by an echo reply.
 func hasPorts(proto uint8) bool { return proto == unix.IPPROTO_TCP || proto == unix.IPPROTO_UDP }
 
-// opened is the packet that opened a flow.
+// opened returns the packet that opened a flow.
 func opened(e *flowEntry) policy.Packet {
 	return policy.Packet{
 		Src: e.orig.src, Dst: e.orig.dst,
@@ -170,17 +170,19 @@ func opened(e *flowEntry) policy.Packet {
 	}
 }
 
-// deadKey is what the host's packets of the flow look like, in the layout of a
-// concatenated key: each part fills whole words of 32 bits.
+// deadKey returns the set key that matches the host's packets of the flow: source,
+// destination, protocol, ports. In a concatenated key each part is padded to 32 bits.
 func deadKey(e *flowEntry) []byte {
 	t := e.reply
 	word := func(p uint16) []byte { return append(port(p), 0, 0) }
 	return slices.Concat(t.src.AsSlice(), t.dst.AsSlice(), []byte{t.proto, 0, 0, 0}, word(t.sport), word(t.dport))
 }
 
-// minLifetime covers flows that are about to end, and whose ends don't know it.
+// minLifetime is how long a cut flow stays closed at least: its entry may be about to end
+// without either end knowing.
 const minLifetime = time.Minute
 
+// lifetime returns how long the entry of a flow could still live.
 func lifetime(e *flowEntry) time.Duration {
 	return max(time.Duration(e.timeout)*time.Second, minLifetime)
 }

@@ -1,33 +1,45 @@
-// Package linux makes a Linux host enforce a ruleset with nftables and netlink;
-// it runs no programs.
+// Package linux makes a Linux host enforce a ruleset with nftables and netlink. It runs
+// no programs.
 //
-// [New] makes a backend; its methods are the parts of a [host.Host]. What it
-// puts on the host is little: a TUN device with the host's mesh addresses, a host
-// route per peer, one nftables table named meshhelper, and forwarding on the
-// interfaces that need it. What forwarding was before is in a journal on disk
-// before it is changed, so that a helper that was killed is cleaned up after by
-// the next one.
+// [New] returns a backend; its methods are the parts of a [host.Host]. The backend
+// changes little on the host: it adds a TUN device with the host's mesh addresses, a host
+// route per peer and one nftables table named meshhelper, and it switches forwarding on
+// for the interfaces that need it. Each sysctl's value is written to a journal before it
+// is changed, so that the next helper can restore it after a crash.
 //
 // # The table
 //
-// [Text] prints the table in nft's language; it is the best introduction. Its
-// shape:
+// [Text] prints the table in nft's language, which is the best introduction to it. Its
+// base chains:
 //
-//	transit      before routing: what strangers send through the host
-//	ingress      before conntrack: which host may have which source, on which interface
+//	transit      before routing: packets neither from nor to a peer
+//	ingress      before conntrack: which source may arrive on which interface
 //	judge        before other software's redirects: each packet of a peer
-//	input        what the kernel takes for the host itself
-//	forward      what it forwards, from the mesh and to it
-//	output       what the host sends to peers
-//	source_nat   the address of the interface that a peer's packet leaves by
-//	egress       the last look: nothing for a peer leaves in clear
+//	input        packets that the kernel delivers to the host itself
+//	forward      packets that it forwards from or to the mesh interface
+//	output       packets that the host sends to peers
+//	source_nat   translates the sources of peers' forwarded packets
+//	egress       the last check: nothing for a peer leaves unencrypted
 //
-// Nothing passes because it is "established". Every packet carries, by its
-// conntrack entry, which end opened its flow and to where; the chain permitted looks
-// that up in the permission sets as they are now. So a permission that is taken
-// away stops running flows in both directions with one set element. Afterwards the
-// conntrack entries of what was translated through the host are deleted, so that no
-// answer finds its way on ([Backend.Cut]). Entries of cut flows to the host itself
-// stay on purpose: while an end keeps sending, the entry remembers the opener of the
-// flow, so that it can't be opened anew the other way round.
+// No packet passes because its flow is "established". Conntrack tells for each packet
+// which end opened its flow and to which address, and the chain permitted looks that up
+// in the permission sets. Removing one set element therefore stops the running flows of a
+// peer in both directions. [Backend.Cut] then deletes the conntrack entries of flows that
+// were translated through the host, because such an entry would still take the answers.
+// Entries of flows to the host itself stay: an entry remembers which end opened its flow,
+// and without it the next packet of the other end would open the flow anew in the reverse
+// direction.
+//
+// # Files
+//
+//   - backend, worker, steps, journal, forwarding: the order of the steps, deadlines, and
+//     what is restored at the end
+//   - nft, table, transit, lanlimit: nftables as data, and the compiler from a ruleset to
+//     a table
+//   - filter, exprs, transaction: the same table in the kernel, over netlink
+//   - observe, uplink, nexthop, ipsec, resolvers, ports, sockets, watch: the facts about
+//     the host, and their changes
+//   - conntrack, cut, excess, fill, bounds: flows in the kernel's table
+//   - others, foreign, foreign_read, obstacles, legacy, way: other software's rules and
+//     routes, which are read and evaluated, never changed
 package linux

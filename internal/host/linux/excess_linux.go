@@ -14,48 +14,50 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// excess ends the entries that peers' flows have in conntrack beyond their shares. The
-// rules that count flows don't prevent all of them:
+// excess ends conntrack entries of peers' flows beyond the peers' shares. The rules that
+// count flows can't prevent all of them:
 //
-//   - The kernel counts no connection that ended (already_closed in
-//     net/netfilter/nf_conncount.c), and a server keeps its entry with answers that end
-//     at this host by their hop limit or size, so that the guard, which counts what
-//     passes it, forgets the flow.
-//   - What was counted is lost when the table is loaded anew.
-//   - They count each peer by itself, and not all together.
+//   - The kernel doesn't count connections that ended (already_closed in
+//     net/netfilter/nf_conncount.c). A server can keep such an entry alive with answers
+//     that expire at this host, by their hop limit or size, so that the guard doesn't see
+//     them and has forgotten the flow.
+//   - Loading the table anew resets the counts.
+//   - Each peer is counted separately, not all peers together.
 type excess struct {
+	// looked is when conntrack was last read.
 	looked time.Time
-	// had is how many entries conntrack had at a look that found nothing.
+	// countAtRest is the number of conntrack entries when a check found nothing; 0: none.
 	countAtRest uint64
-	found       []host.Problem
+	// found is what the last check that ended flows reported.
+	found []host.Problem
 }
 
-// Shares of conntrack, in entries of what it may hold.
+// Shares of conntrack's maximum, as divisors.
 const (
-	peerShare = 4 // one in four at most for a peer
-	restShare = 4 // one in four at least for all that isn't peers'
+	peerShare = 4 // a peer gets at most a quarter
+	restShare = 4 // everything that isn't a peer's gets at least a quarter
 )
 
-// betweenExcess is how often conntrack is read for it at most: one reading takes half a
-// second of a core where there are 262,144 entries. In that time ten peers that each
-// open what the guard lets them, 1,000 at once and 200 a second, open 30,000: where
-// conntrack holds 65,536, that can fill it from three quarters until the next look.
+// excessInterval is the shortest time between two checks: reading 262,144 entries takes
+// half a second of CPU time. In that time ten peers that each open as many flows as the
+// guard lets them, 1,000 at once and 200 a second, open 30,000; where conntrack holds
+// 65,536, that can fill it from three quarters until the next check.
 const excessInterval = 10 * time.Second
 
-// Where a look found nothing, as on a host whose own flows are more than a quarter, the
-// next waits until conntrack has more by one part in excessSteps, at most quietExcess.
+// After a check that found nothing, such as on a host whose own flows exceed a quarter,
+// the next check waits until conntrack has grown by one part in excessSteps of its
+// maximum, but no longer than excessMaxInterval.
 const (
 	excessSteps       = 16
 	excessMaxInterval = time.Minute
 )
 
-// excessStays is for how long it is said at least that flows were ended.
+// excessShownFor is how long status shows at least that flows were ended.
 const excessShownFor = time.Minute
 
-// endExcess ends entries of peers' flows through the host, of peers that have more than
-// their shares, until they have no more. Those of connections that ended go first. Flows
-// to the host aren't touched: no server keeps them, and as long as one runs its entry
-// remembers which end opened it.
+// endExcess ends entries of forwarded flows of peers that have more than their share,
+// ended connections first. Flows to the host stay: no server can keep those alive, and as
+// long as one runs its entry remembers which end opened it.
 func (o *others) endExcess(ctx context.Context, r *policy.Ruleset) error {
 	have, most, err := conntrackFill(o.sys)
 	if err != nil {
@@ -101,16 +103,16 @@ func (o *others) endExcess(ctx context.Context, r *policy.Ruleset) error {
 	return o.keepFlows(ctx, r, left, forwarded)
 }
 
-// due reports whether to look again, since the last look, where conntrack has so many
-// entries of most.
+// due reports whether to check again, given the time since the last check and conntrack's
+// number of entries and maximum.
 func (e *excess) due(since time.Duration, have, most uint64) bool {
 	quiet := e.countAtRest > 0 && have < e.countAtRest+most/excessSteps
 	return since >= excessMaxInterval || since >= excessInterval && !quiet
 }
 
-// keepFlows ends the entries of peers' flows that which picks, but so many of each peer in
-// left. The order of entries is that of a hash table, so that no flow is preferred, except
-// that connections which ended are kept last.
+// keepFlows ends the entries of peers' flows that which selects, except for as many of
+// each peer as left says. Entries come in the order of a hash table, so no flow is
+// preferred, except that ended connections are kept last.
 func (o *others) keepFlows(ctx context.Context, r *policy.Ruleset, left map[int]uint64, which func(*flowEntry) bool) error {
 	for _, ended := range []bool{false, true} {
 		err := o.flows.each(ctx, unix.AF_UNSPEC, netip.Addr{}, func(e *flowEntry) error {
@@ -134,13 +136,13 @@ func (o *others) keepFlows(ctx context.Context, r *policy.Ruleset, left map[int]
 	return o.flows.flush()
 }
 
-// level returns the largest bound, most at most, with which all of held together are no
-// more than room when none is more than it.
+// fairShare returns the largest bound, at most most, for which all of held, each capped
+// at the bound, sum up to no more than room (max-min fairness).
 func fairShare(held []uint64, room, most uint64) uint64 {
 	held = slices.Clone(held)
 	slices.Sort(held)
 	for i, n := range held {
-		// What is left is divided evenly among those that have at least n.
+		// Divide what is left evenly among those that hold at least n.
 		if even := room / uint64(len(held)-i); n > even {
 			return min(most, even)
 		}

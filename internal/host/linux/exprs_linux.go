@@ -11,18 +11,19 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// firstWord is the first of nftables' registers of 32 bits (NFT_REG32_00), in
-// which the parts of a concatenated key lie one behind the other.
+// firstWord is the first of nftables' 32-bit registers (NFT_REG32_00). The parts of a
+// concatenated key lie in consecutive registers.
 const firstWord = unix.NFT_REG32_00
 
-// ipv4Option is NFT_EXTHDR_OP_IPV4 of linux/netfilter/nf_tables.h.
+// ipv4Option is NFT_EXTHDR_OP_IPV4 of linux/netfilter/nf_tables.h, which the library
+// lacks.
 const ipv4Option expr.ExthdrOp = 2
 
-// rtXFRM is NFT_RT_XFRM of linux/netfilter/nf_tables.h.
+// rtXFRM is NFT_RT_XFRM of linux/netfilter/nf_tables.h, which the library lacks.
 const rtXFRM expr.RtKey = 4
 
-// load says how a field is read into a register, how many bytes it has there,
-// and what has to hold of the packet for the bytes to mean that.
+// load describes how a field is loaded into a register: the expression, the field's size
+// in bytes, and the protocols for which the bytes have that meaning.
 type load struct {
 	into    func(reg uint32) expr.Any
 	size    uint32
@@ -30,41 +31,45 @@ type load struct {
 	l4proto byte // 0: any
 }
 
+// meta loads packet metadata (nft_meta.c).
 func meta(key expr.MetaKey, size uint32) load {
 	return load{into: func(reg uint32) expr.Any { return &expr.Meta{Key: key, Register: reg} }, size: size}
 }
 
+// payload loads size bytes of a header (nft_payload.c).
 func payload(base expr.PayloadBase, offset, size uint32) load {
 	return load{into: func(reg uint32) expr.Any {
 		return &expr.Payload{DestRegister: reg, Base: base, Offset: offset, Len: size}
 	}, size: size}
 }
 
+// ct loads a property of the packet's conntrack entry (nft_ct.c).
 func ct(key expr.CtKey, size uint32) load {
 	return load{into: func(reg uint32) expr.Any { return &expr.Ct{Key: key, Register: reg} }, size: size}
 }
 
-// option reads whether the packet has an option or extension header.
+// option loads whether the packet has an IP option or extension header: 1 or 0.
 func option(op expr.ExthdrOp, number byte) load {
 	return load{into: func(reg uint32) expr.Any {
 		return &expr.Exthdr{DestRegister: reg, Type: number, Len: 1, Flags: unix.NFT_EXTHDR_F_PRESENT, Op: op}
 	}, size: 1}
 }
 
+// of restricts a field to a network and a transport protocol; 0 is any.
 func (l load) of(nfproto, l4proto byte) load {
 	l.nfproto, l.l4proto = nfproto, l4proto
 	return l
 }
 
-// Numbers of the IP options of source routing (RFC 791) and of the IPv6 routing
-// header (RFC 8200).
+// Numbers of the IP options for source routing (RFC 791 3.1) and of the IPv6 routing
+// header (RFC 8200 4.4).
 const (
 	optionLSRR    = 131
 	optionSSRR    = 137
 	headerRouting = 43
 )
 
-// loads has a line for each field.
+// loads describes each field. Offsets are those of the IPv4, IPv6, TCP and ICMP headers.
 var loads = map[field]load{
 	iifname:       meta(expr.MetaKeyIIFNAME, ifnameSize),
 	oifname:       meta(expr.MetaKeyOIFNAME, ifnameSize),
@@ -100,13 +105,14 @@ var loads = map[field]load{
 	}, size: 4},
 }
 
-// ruleExprs turns a rule into the kernel's expressions.
+// ruleExprs collects the kernel's expressions for one rule. nfproto and l4proto are the
+// protocols that the expressions so far require.
 type ruleExprs struct {
 	out              []expression
 	nfproto, l4proto byte
 }
 
-// expression is one that the library knows, or else its name and attributes.
+// expression is either one that the library knows or a name with encoded attributes.
 type expression struct {
 	known expr.Any
 	name  string
@@ -146,8 +152,8 @@ func exprs(r rule) ([]expression, error) {
 	return x.out, nil
 }
 
-// require adds the conditions under which a field's bytes mean what they should,
-// each once a rule.
+// require adds the protocol checks without which a field's bytes would mean something
+// else, each once per rule. nft does the same ("meta nfproto ipv4" before "ip saddr").
 func (x *ruleExprs) require(l load) {
 	if l.nfproto != 0 && x.nfproto != l.nfproto {
 		x.nfproto = l.nfproto
@@ -159,10 +165,12 @@ func (x *ruleExprs) require(l load) {
 	}
 }
 
+// compare loads a field and compares it with a value.
 func (x *ruleExprs) compare(l load, op expr.CmpOp, value []byte) {
 	x.add(l.into(unix.NFT_REG_1), &expr.Cmp{Op: op, Register: unix.NFT_REG_1, Data: value})
 }
 
+// match adds the expressions of one match.
 func (x *ruleExprs) match(m match) error {
 	for _, f := range m.fields {
 		l, ok := loads[f]
@@ -204,7 +212,8 @@ func (x *ruleExprs) match(m match) error {
 			}},
 		})
 	case overCount:
-		// Behind the source stands the part, drawn by what lies from word 8 on.
+		// The key is the source and the part, which is a hash of destination and ports;
+		// these are loaded from word 8 on.
 		const drawn, portsSize = unix.NFT_REG32_08, 4
 		behind, dst := firstWord+l.size/4, loads[m.fields[1]]
 		x.add(l.into(firstWord), dst.into(drawn),
@@ -218,13 +227,15 @@ func (x *ruleExprs) match(m match) error {
 	return nil
 }
 
+// masked compares the bits of a field that mask selects.
 func (x *ruleExprs) masked(l load, mask []byte, op expr.CmpOp, value []byte) {
 	x.add(l.into(unix.NFT_REG_1),
 		&expr.Bitwise{SourceRegister: unix.NFT_REG_1, DestRegister: unix.NFT_REG_1, Len: l.size, Mask: mask, Xor: make([]byte, l.size)},
 		&expr.Cmp{Op: op, Register: unix.NFT_REG_1, Data: value})
 }
 
-// key loads the parts of a set's key, and returns the register where they begin.
+// key loads the parts of a set's key and returns the register of the first one. Each part
+// starts at a multiple of 32 bits.
 func (x *ruleExprs) key(fields []field) uint32 {
 	first := uint32(unix.NFT_REG_1)
 	if len(fields) > 1 {
@@ -239,11 +250,12 @@ func (x *ruleExprs) key(fields []field) uint32 {
 	return first
 }
 
+// lookup looks the fields up in a set.
 func (x *ruleExprs) lookup(m match) {
 	x.add(&expr.Lookup{SourceRegister: x.key(m.fields), SetName: m.text, Invert: m.op == notInSet})
 }
 
-// tcpMSS is the kind of the TCP option of the maximum segment size (RFC 9293).
+// tcpMSS is the kind of the TCP option for the maximum segment size (RFC 9293 3.2).
 const tcpMSS = 2
 
 var verdicts = map[verb]expr.VerdictKind{
@@ -251,6 +263,7 @@ var verdicts = map[verb]expr.VerdictKind{
 	jump: expr.VerdictJump, branch: expr.VerdictGoto,
 }
 
+// action adds the expressions of a rule's action.
 func (x *ruleExprs) action(a action) {
 	switch a.verb {
 	case masquerade:
@@ -278,10 +291,10 @@ func (x *ruleExprs) action(a action) {
 // objectCtTimeout is NFT_OBJECT_CT_TIMEOUT of linux/netfilter/nf_tables.h.
 const objectCtTimeout = 7
 
-// masqueradeTo translates the source to the address of the interface that a packet
-// leaves by, and to a port drawn at random between those in two registers, both
-// included. The library's own expression leaves the flags away where there are
-// ports, and without the first of these the kernel doesn't look at them.
+// masqueradeTo translates the source to the address of the interface that the packet
+// leaves by, and to a random port between those in two registers, inclusive. The
+// library's expression drops the flags if there are ports, and without
+// NF_NAT_RANGE_PROTO_SPECIFIED the kernel ignores the ports.
 func masqueradeTo(first, last uint32) expression {
 	const flags = unix.NF_NAT_RANGE_PROTO_SPECIFIED | unix.NF_NAT_RANGE_PROTO_RANDOM_FULLY
 	return expression{name: "masq", attrs: []netlink.Attribute{
@@ -291,9 +304,9 @@ func masqueradeTo(first, last uint32) expression {
 	}}
 }
 
-// snatTo translates the source to the address in the first register, and to a port drawn
-// at random between those in the second and the third. The library's own expression leaves
-// flags away, as it does for masquerade.
+// snatTo translates the source to the address in the first register, and to a random port
+// between those in the second and third, inclusive. The library's expression drops flags,
+// as for masquerade.
 func snatTo(v4 bool) expression {
 	const flags = unix.NF_NAT_RANGE_MAP_IPS | unix.NF_NAT_RANGE_PROTO_SPECIFIED | unix.NF_NAT_RANGE_PROTO_RANDOM_FULLY
 	family := uint32(unix.NFPROTO_IPV6)

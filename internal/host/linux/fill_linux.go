@@ -17,9 +17,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// fullFlows is the share of the kernel's table of flows, in percent, from which on
-// its fill is a problem. The kernel drops the first packet of every new flow, also
-// of the host's own, while the table is full.
+// fullPercent is the fill of conntrack, in percent, that is reported as a problem. While
+// the table is full the kernel drops the first packet of every new flow, including the
+// host's own.
 const fullPercent = 90
 
 // The sysctls of conntrack: how many entries this network namespace has, and how
@@ -29,8 +29,8 @@ const (
 	flowMax   = "netfilter/nf_conntrack_max"
 )
 
-// conntrackFill returns how many entries conntrack has and how many it may have; 0 of 0
-// where it has no bound, or there is none.
+// conntrackFill returns the number of conntrack's entries and its maximum. Both are 0 if
+// there is no maximum, or no conntrack.
 func conntrackFill(sys sysctls) (have, most uint64, err error) {
 	var n [2]uint64
 	for i, name := range []string{flowCount, flowMax} {
@@ -51,8 +51,7 @@ func conntrackFill(sys sysctls) (have, most uint64, err error) {
 	return n[0], n[1], nil
 }
 
-// fillProblems says that the kernel's table of flows is nearly full. A kernel
-// without the sysctls, or with no bound (a maximum of 0), has no such problem.
+// fillProblems reports that conntrack is nearly full.
 func fillProblems(sys sysctls) ([]host.Problem, error) {
 	have, most, err := conntrackFill(sys)
 	if err != nil || most == 0 || have*100 < most*fullPercent {
@@ -66,24 +65,24 @@ func fillProblems(sys sysctls) ([]host.Problem, error) {
 	}}, nil
 }
 
-// holders says which peers the flows in conntrack are of.
+// holders caches which peers' flows fill conntrack.
 type holders struct {
 	looks int
 	text  string
 }
 
 const (
-	// holdersEvery is in how many looks at a full table its flows are counted once:
-	// that takes half a second of a core where there are 262,144.
+	// countEvery is how many checks of a full table pass between two counts: reading
+	// 262,144 entries takes half a second of CPU time.
 	countEvery = 10
-	// holdersNamed is how many peers are named, and holdersLeast how many percent of
-	// the flows each of them has at least.
+	// maxHolders is how many peers are named, and minHolderPercent the share of the
+	// flows, in percent, that each of them has at least.
 	maxHolders       = 3
 	minHolderPercent = 1
 )
 
-// nameHolders adds to the problem of a full table which peers its flows are of. A
-// count that fails leaves it as it is.
+// nameHolders adds the peers with the most flows to the problem of a full table. If
+// counting fails the problem stays as it is.
 func (o *others) nameHolders(ctx context.Context, full []host.Problem, r *policy.Ruleset) {
 	if len(full) == 0 {
 		o.holders = holders{}
@@ -98,7 +97,7 @@ func (o *others) nameHolders(ctx context.Context, full []host.Problem, r *policy
 	full[0].Message += o.holders.text
 }
 
-// countHolders says which peers opened the most flows.
+// countHolders returns the text that names the peers with the most flows.
 func (o *others) countHolders(ctx context.Context, r *policy.Ruleset) (string, error) {
 	of, all, err := o.countFlows(ctx, r, func(*flowEntry) bool { return true })
 	if err != nil {
@@ -117,8 +116,8 @@ func (o *others) countHolders(ctx context.Context, r *policy.Ruleset) (string, e
 	return "; of peers: " + strings.Join(parts, ", "), nil
 }
 
-// countFlows counts the flows in conntrack that which picks and that each peer opened, by
-// the peer's index in r, and all flows of whichever opener.
+// countFlows counts the conntrack entries that which selects, by the index in r of the
+// peer that opened the flow. all counts every entry, whatever opened it.
 func (o *others) countFlows(ctx context.Context, r *policy.Ruleset, which func(*flowEntry) bool) (of []uint64, all uint64, err error) {
 	of = make([]uint64, len(r.Peers()))
 	err = o.flows.each(ctx, unix.AF_UNSPEC, netip.Addr{}, func(e *flowEntry) error {
@@ -131,7 +130,8 @@ func (o *others) countFlows(ctx context.Context, r *policy.Ruleset, which func(*
 	return of, all, err
 }
 
-// mostFirst returns the indexes of the peers that have any, the one that has most first.
+// byCount returns the indexes of the peers that have any flows, in descending order of
+// their counts.
 func byCount(of []uint64) (peers []int) {
 	for i, n := range of {
 		if n > 0 {

@@ -17,26 +17,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// This file evaluates the chains of other software for one packet, as nft_do_chain of
-// net/netfilter/nf_tables_core.c does. What it doesn't understand is never guessed: a
-// rule that may match makes what follows unclear.
+// This file evaluates other software's chains for one packet, as nft_do_chain in
+// net/netfilter/nf_tables_core.c does. It never guesses: after a rule that it doesn't
+// understand and that may match, the result is unclear.
 
-// sample is a packet that others' chains are evaluated for.
+// sample is a packet for which chains are evaluated.
 type sample struct {
-	what     string // in a person's words
-	iif, oif string // "" for what comes from, or goes to, this host
+	what     string // description for people
+	iif, oif string // "" for this host itself
 	src, dst netip.Addr
-	proto    uint8 // UDP, TCP, or ICMP of its family: an echo
-	// sport and dport are ports; dport 0 is one that no rule is expected to name.
+	proto    uint8 // UDP, TCP, or the family's ICMP (an echo)
+	// sport and dport are the ports. Those of samples are ones that rules aren't expected
+	// to name.
 	sport, dport uint16
-	// reply says that it belongs to a flow that the other end opened; else it is the
-	// first of its flow.
+	// reply marks a packet of a flow that the other end opened; otherwise it is the first
+	// one of its flow.
 	reply bool
-	// tunnel says that it is one of WireGuard's own.
+	// tunnel marks WireGuard's own packets.
 	tunnel bool
 }
 
-// hooks returns the hooks that a packet passes, in order.
+// hooks returns the hooks that the packet passes, in order.
 func (s sample) hooks() []nftables.ChainHook {
 	switch {
 	case s.iif == "":
@@ -47,6 +48,7 @@ func (s sample) hooks() []nftables.ChainHook {
 	return []nftables.ChainHook{*nftables.ChainHookPrerouting, *nftables.ChainHookForward, *nftables.ChainHookPostrouting}
 }
 
+// family reports whether tables of this family see the packet.
 func (s sample) family(f nftables.TableFamily) bool {
 	switch f {
 	case nftables.TableFamilyINet:
@@ -66,11 +68,11 @@ const (
 	goesOn outcome = iota
 	passes
 	dropped
-	redirected // sent to another destination
-	untracked  // taken out of connection tracking, so that it isn't translated
+	redirected // the destination is changed (DNAT, redirect)
+	untracked  // excluded from connection tracking (notrack), so it isn't translated
 )
 
-// finding is what others' chains do with a packet, and the place that decides.
+// finding is what other chains do with a packet, and the place that decides.
 type finding struct {
 	outcome outcome
 	// unclear says that a rule which wasn't understood may decide otherwise.
@@ -81,7 +83,7 @@ type finding struct {
 	rule    string // "" for the chain's policy
 }
 
-// where names the place, of which there is none where the rules kept changing.
+// where describes the place. There is none if the rules kept changing.
 func (f finding) where() string {
 	if f.chain == "" {
 		return "the ruleset of nftables, which changes while it is read,"
@@ -93,30 +95,33 @@ func (f finding) where() string {
 	return s
 }
 
-// evaluator runs others' chains on packets. It reads each chain once, and all again when
-// something changed meanwhile.
+// evaluator runs other software's chains on packets. It reads each chain once, and
+// everything again when the ruleset changed in the meantime.
 type evaluator struct {
-	list       func() ([]*nftables.Chain, error)
-	generation func() (uint32, error) // of nftables
+	list func() ([]*nftables.Chain, error)
+	// generation returns the number of nftables' last transaction.
+	generation func() (uint32, error)
 	ask        func(mdlayher.Message) ([]mdlayher.Message, error)
 	index      func(name string) int
 
-	read   uint32 // the generation that what follows is of
+	read   uint32 // the generation of the fields below
 	chains []*nftables.Chain
 	rules  map[string][]foreignRule
 	sets   map[string]foreignSet
-	port   uint16 // one that peers' flows are translated to; 0: not known
-	steps  int    // rules evaluated
+	port   uint16 // a port that peers' flows are translated to; 0: not known
+	steps  int    // number of rules evaluated so far
 }
 
-// Bounds of a look: how many rules are evaluated, in some tenths of a second, and how
-// deep chains call one another, as in the kernel (NFT_JUMP_STACK_SIZE). What is beyond
-// isn't known.
+// Bounds for one evaluator: the number of rules evaluated, which take some tenths of a
+// second, and the depth of jumps, as in the kernel (NFT_JUMP_STACK_SIZE). Beyond them the
+// result is unclear.
 const (
 	maxSteps = 200_000
 	maxJumps = 16
 )
 
+// newEvaluator returns an evaluator of the current ruleset. Its requests fail after ctx
+// has ended.
 func (o *others) newEvaluator(ctx context.Context) (*evaluator, error) {
 	e := &evaluator{
 		list:  func() ([]*nftables.Chain, error) { return o.lists.ListChains(nftables.TableFamilyUnspecified) },
@@ -132,7 +137,7 @@ func (o *others) newEvaluator(ctx context.Context) (*evaluator, error) {
 	return e, e.begin()
 }
 
-// begin reads the chains, and forgets the rest.
+// begin reads the base chains and drops everything else that was read.
 func (e *evaluator) begin() error {
 	var err error
 	if e.read, err = e.generation(); err != nil {
@@ -147,6 +152,7 @@ func (e *evaluator) begin() error {
 	return nil
 }
 
+// priorityOf returns a chain's priority at its hook.
 func priorityOf(c *nftables.Chain) nftables.ChainPriority {
 	if c.Priority == nil {
 		return 0
@@ -154,10 +160,9 @@ func priorityOf(c *nftables.Chain) nftables.ChainPriority {
 	return *c.Priority
 }
 
-// indexOf returns the number of an interface of this thread's network namespace, or 0.
+// indexOf returns the index of an interface in this thread's network namespace, or 0.
 func indexOf(name string) int {
-	// Not by net.InterfaceByName, which reads a list of all and takes one that was
-	// interrupted.
+	// Not net.InterfaceByName: it uses a dump, and accepts an interrupted one.
 	ifr, err := unix.NewIfreq(name)
 	if err != nil {
 		return 0
@@ -173,31 +178,32 @@ func indexOf(name string) int {
 	return int(ifr.Uint32())
 }
 
-// place is where on its way a packet is.
+// position is where on its way a packet is.
 type position struct {
 	hook     nftables.ChainHook
 	priority nftables.ChainPriority
-	device   bool // at a hook of a device, before or after all others
+	device   bool // at a device's hook, before or after all others
 }
 
+// positionOf returns the position of a base chain's packets.
 func positionOf(c *nftables.Chain) position {
 	return position{*c.Hooknum, priorityOf(c), atDevice(c)}
 }
 
-// Hooks of devices (enum nf_dev_hooks of linux/netfilter.h, and NF_INET_INGRESS).
+// Hooks of devices (enum nf_dev_hooks and NF_INET_INGRESS in linux/netfilter.h).
 const (
 	deviceIngress = 0
 	deviceEgress  = 1
 	inetIngress   = 5
 )
 
-// atDevice reports whether a chain has its packets from devices.
+// atDevice reports whether a base chain is at a device's hook.
 func atDevice(c *nftables.Chain) bool {
 	return c.Table.Family == nftables.TableFamilyNetdev || c.Table.Family == nftables.TableFamilyINet && *c.Hooknum == inetIngress
 }
 
-// arriving and leaving say that a packet is at a hook of the device that it came in, or
-// leaves, by.
+// arriving reports whether the packet is at the ingress hook of its input device, and
+// leaving whether it is at the egress hook of its output device.
 func (p position) arriving() bool { return p.device && p.hook != deviceEgress }
 func (p position) leaving() bool  { return p.device && p.hook == deviceEgress }
 
@@ -207,47 +213,47 @@ func (p position) tracked() bool {
 	return !p.arriving() && !(!p.device && early && p.priority < *nftables.ChainPriorityConntrack)
 }
 
-// routed reports whether it is known by which interface the packet leaves.
+// routed reports whether the packet's output interface is known.
 func (p position) routed() bool {
 	return !p.arriving() && (p.device || p.hook != *nftables.ChainHookPrerouting && p.hook != *nftables.ChainHookInput)
 }
 
-// answered reports whether answers to what was translated have the address that they had
-// on the wire (before NF_IP_PRI_NAT_DST).
+// answered reports whether an answer to a translated flow still has its destination on
+// the wire (before NF_IP_PRI_NAT_DST).
 func (p position) answered() bool {
 	return p.arriving() || !p.device && p.hook == *nftables.ChainHookPrerouting && p.priority < *nftables.ChainPriorityNATDest
 }
 
-// translated reports whether a source may have been translated (our chain is before
+// translated reports whether the source may already be translated (our chain runs before
 // NF_IP_PRI_NAT_SRC).
 func (p position) translated() bool {
 	return p.leaving() || !p.device && p.hook == *nftables.ChainHookPostrouting && p.priority > sourceNAT
 }
 
-// flowState is what rules change of a packet on its way.
+// flowState is what rules change about a packet on its way.
 type flowState struct {
-	mark, ctMark []byte // nil where it isn't known
-	// untracked says that the packet may be out of connection tracking, and by which rule;
-	// kept that it may be in it nevertheless.
+	mark, ctMark []byte // nil if not known
+	// untracked is the rule that excludes the packet from connection tracking. kept is
+	// set if that isn't certain.
 	untracked *finding
 	kept      bool
 	rewritten []span
-	// sets are those that the packet itself may have changed.
+	// sets are the sets that the packet itself may have changed.
 	sets map[string]bool
 }
 
-// span is a part of a header.
+// span is a part of a header, in bytes.
 type span struct {
 	base        expr.PayloadBase
 	offset, len uint32
 }
 
-// maxReads bounds how often all is read for a packet.
+// maxReads bounds how often the ruleset is read for one packet.
 const maxReads = 4
 
-// steady evaluates until nothing changed meanwhile, and reports whether it came to that:
-// parts of two generations may say what neither does, and a list that is interrupted is of
-// two.
+// consistent evaluates until the ruleset didn't change in the meantime, and reports
+// whether that succeeded. Parts of two generations may say what neither says, and an
+// interrupted dump mixes two generations.
 func (e *evaluator) consistent(evaluate func()) bool {
 	for range maxReads {
 		evaluate()
@@ -261,7 +267,7 @@ func (e *evaluator) consistent(evaluate func()) bool {
 	return false
 }
 
-// run returns what becomes of a packet on its way through others' chains.
+// run returns what happens to a packet on its way through other software's chains.
 func (e *evaluator) run(s sample) (f finding) {
 	if !e.consistent(func() { f = e.evaluate(s) }) {
 		return finding{outcome: passes, unclear: true}
@@ -269,13 +275,13 @@ func (e *evaluator) run(s sample) (f finding) {
 	return f
 }
 
-// evaluate does it once.
+// evaluate evaluates the chains once.
 func (e *evaluator) evaluate(s sample) finding {
 	w := newWalk(e, s)
 	var maybe *finding
 	for _, chains := range e.passed(s) {
 		for _, c := range chains {
-			// Conntrack asks for a flow's first packet, until something has translated it.
+			// NAT chains only see a flow's first packet, until a rule has translated it.
 			if c.Type == nftables.ChainTypeNAT && (s.reply || s.iif != "" && positionOf(c).translated() || w.state.untracked != nil && !w.state.kept) {
 				continue
 			}
@@ -291,14 +297,15 @@ func (e *evaluator) evaluate(s sample) finding {
 			case !f.unclear && maybe == nil:
 				return f
 			}
-			// Something before it may have decided otherwise.
+			// An earlier, unclear rule may have decided otherwise.
 			f.unclear = true
 			return f
 		}
 	}
 	switch u := w.state.untracked; {
 	case u != nil && !s.tunnel:
-		// What is for peers isn't translated, or is dropped by our table.
+		// An untracked packet of a peer isn't translated; one for a peer is dropped by
+		// our table.
 		u.outcome, u.unclear = untracked, maybe != nil || w.state.kept
 		return *u
 	case maybe != nil:
@@ -307,9 +314,9 @@ func (e *evaluator) evaluate(s sample) finding {
 	return finding{outcome: passes}
 }
 
-// markOf returns the mark that a packet has when it is routed, 0 where that isn't known: of
-// one that comes in, from the chains before; the host's own is routed anew where a chain of
-// the type route marks it.
+// markOf returns the mark that a packet has when it is routed, or 0 if that isn't known.
+// For a packet that arrives, chains before routing set it. The host's own packets are
+// routed again if a chain of type route marks them.
 func (e *evaluator) markOf(s sample) (mark uint32) {
 	if !e.consistent(func() { mark = e.evaluateMark(s) }) {
 		return 0
@@ -317,10 +324,11 @@ func (e *evaluator) markOf(s sample) (mark uint32) {
 	return mark
 }
 
+// evaluateMark evaluates the mark once.
 func (e *evaluator) evaluateMark(s sample) uint32 {
 	w := newWalk(e, s)
 	var mark []byte
-	for _, chains := range e.passed(s)[:2] { // at the device, and at the first hook
+	for _, chains := range e.passed(s)[:2] { // the device's hook and the first one
 		for _, c := range chains {
 			if c.Type == nftables.ChainTypeNAT && s.reply {
 				continue
@@ -373,16 +381,18 @@ type walk struct {
 	s     sample
 	state flowState
 	pos   position
-	// sure says that the packet gets to the chain that is evaluated, and here is the rule.
+	// sure is set if the packet certainly reaches the chain that is evaluated. here is
+	// the current rule.
 	sure bool
 	here finding
-	// unclear says that a rule which may have ended the chain otherwise wasn't
-	// understood; at is the first.
+	// unclear is set after a rule that wasn't understood and may have ended the chain
+	// otherwise; at is the first such rule.
 	unclear bool
 	at      finding
 }
 
-// newWalk begins one. The mark of a flow that runs is what rules made it when it began.
+// newWalk starts a walk. The mark of a running flow is unknown: rules set it when the
+// flow began.
 func newWalk(e *evaluator, s sample) *walk {
 	w := &walk{e: e, s: s, sure: true, state: flowState{mark: make([]byte, 4), sets: map[string]bool{}}}
 	if !s.reply {
@@ -409,14 +419,14 @@ func (w *walk) base(c *nftables.Chain) finding {
 	return f
 }
 
-// doubt notes that a rule may decide otherwise.
+// doubt records that a rule may decide otherwise.
 func (w *walk) doubt(here finding) {
 	if !w.unclear {
 		w.unclear, w.at = true, here
 	}
 }
 
-// chain evaluates a chain.
+// chain evaluates a chain and the ones that it jumps to.
 func (w *walk) chain(t *nftables.Table, name string, depth int) finding {
 	rules, err := w.e.rulesOf(t, name)
 	here := finding{family: t.Family, table: t.Name, chain: name}
@@ -451,7 +461,7 @@ func (w *walk) chain(t *nftables.Table, name string, depth int) finding {
 		case expr.VerdictReturn:
 		case expr.VerdictContinue, expr.VerdictBreak:
 			continue
-		default: // queue, stolen
+		default: // queue, stolen: userspace or another module decides
 			w.doubt(here)
 			f.outcome = passes
 		}
@@ -467,16 +477,19 @@ func (w *walk) chain(t *nftables.Table, name string, depth int) finding {
 	return finding{}
 }
 
-// verdictRedirected is one that nftables hasn't as such.
+// verdictRedirected is a verdict of this evaluator, not of nftables: the destination was
+// changed.
 const verdictRedirected expr.VerdictKind = 1000
 
-// registers are nftables' registers: 16 of 4 bytes each, of which four begin with one
-// of 16 bytes (NFT_REG_1 to NFT_REG_4). What isn't known of them is nil.
+// registers are nftables' registers: 16 words of 4 bytes, which are also addressed as
+// four registers of 16 bytes (NFT_REG_1 to NFT_REG_4). known tells which bytes are known.
 type registers struct {
 	data  [64]byte
 	known [64]bool
 }
 
+// registerAt returns the offset of a register in bytes (nft_parse_register in
+// net/netfilter/nf_tables_api.c).
 func registerAt(reg uint32) int {
 	if reg >= unix.NFT_REG32_00 {
 		return int(reg-unix.NFT_REG32_00) * 4
@@ -484,7 +497,8 @@ func registerAt(reg uint32) int {
 	return int(reg-1) * 16
 }
 
-// set stores v, or that size bytes aren't known. The kernel fills up words with zeros.
+// set stores v, or marks size bytes as unknown if v is nil. Like the kernel it fills up
+// words with zeros.
 func (r *registers) set(reg uint32, v []byte, size int) {
 	at := registerAt(reg)
 	if v != nil {
@@ -501,7 +515,7 @@ func (r *registers) set(reg uint32, v []byte, size int) {
 	}
 }
 
-// get returns the first n bytes, or nil where one of them isn't known.
+// get returns the first n bytes of a register, or nil if one of them isn't known.
 func (r *registers) get(reg uint32, n int) []byte {
 	at := registerAt(reg)
 	if at < 0 || n < 0 || at+n > len(r.data) {
@@ -515,7 +529,7 @@ func (r *registers) get(reg uint32, n int) []byte {
 	return r.data[at : at+n : at+n]
 }
 
-// rule returns the verdict that a rule gives for the packet, or nil, and whether it was
+// rule returns the verdict of a rule for the packet, or nil, and whether the rule was
 // understood completely.
 func (w *walk) rule(t *nftables.Table, r foreignRule) (verdict *expr.Verdict, sure bool) {
 	regs := &registers{}
@@ -576,7 +590,7 @@ func (w *walk) verdictOf(x any) (v *expr.Verdict, ends bool) {
 	return nil, false
 }
 
-// target returns the verdict of a target of iptables.
+// target returns the verdict of an iptables target.
 func (w *walk) target(x *expr.Target) (v *expr.Verdict, ends bool) {
 	switch x.Name {
 	case "REJECT", "DROP", "TARPIT":
@@ -585,7 +599,7 @@ func (w *walk) target(x *expr.Target) (v *expr.Verdict, ends bool) {
 		return &expr.Verdict{Kind: expr.VerdictAccept}, true
 	case "DNAT", "REDIRECT":
 		return &expr.Verdict{Kind: verdictRedirected}, true
-	case "NETMAP": // of the destination, or of the source
+	case "NETMAP": // translates the destination or the source, depending on the hook
 		if h := w.pos.hook; h == *nftables.ChainHookPrerouting || h == *nftables.ChainHookOutput {
 			return &expr.Verdict{Kind: verdictRedirected}, true
 		}
@@ -598,8 +612,8 @@ func (w *walk) target(x *expr.Target) (v *expr.Verdict, ends bool) {
 	return &expr.Verdict{Kind: expr.VerdictStop}, true
 }
 
-// change notes what a target of iptables that ends no rule does with the packet. sure says
-// that it is done.
+// change records what an iptables target that doesn't end the rule does to the packet.
+// sure reports that the rule certainly gets there.
 func (w *walk) change(x *expr.Target, sure bool) {
 	var b []byte
 	if info, ok := x.Info.(*xt.Unknown); ok {
@@ -610,7 +624,7 @@ func (w *walk) change(x *expr.Target, sure bool) {
 		w.xtMark(x, sure)
 	case "NOTRACK":
 		w.untrack(sure)
-	case "CT": // struct xt_ct_target_info(_v1): flags, of which 1 is notrack, and a zone
+	case "CT": // struct xt_ct_target_info(_v1) in linux/netfilter/xt_CT.h: flags, of which 1 is notrack, and a zone
 		const notrack, zoneOfMark = 1, 16
 		switch {
 		case len(b) < 4:
@@ -620,7 +634,7 @@ func (w *walk) change(x *expr.Target, sure bool) {
 		case binary.NativeEndian.Uint16(b)&zoneOfMark != 0 || binary.NativeEndian.Uint16(b[2:]) != 0:
 			w.setCt(expr.CtKeyZONE, nil, sure)
 		}
-	case "TTL", "HL": // struct ipt_TTL_info, ip6t_HL_info: a mode, and hops
+	case "TTL", "HL": // struct ipt_TTL_info, ip6t_HL_info: a mode and a hop limit
 		const set, add = 0, 1
 		w.state.rewritten = append(w.state.rewritten, w.hopLimit())
 		if len(b) < 2 || b[0] != add && (b[0] != set || w.expires(b[1])) {
@@ -631,7 +645,7 @@ func (w *walk) change(x *expr.Target, sure bool) {
 	}
 }
 
-// untrack takes the packet out of connection tracking, where that hasn't seen it yet.
+// untrack excludes the packet from connection tracking, if conntrack hasn't seen it yet.
 func (w *walk) untrack(sure bool) {
 	if w.pos.tracked() {
 		return
@@ -643,8 +657,8 @@ func (w *walk) untrack(sure bool) {
 	}
 }
 
-// condition evaluates one expression: whether the rule goes on, and whether that is
-// known. sure says that the rule gets as far as this.
+// condition evaluates one expression: whether the rule continues, and whether that is
+// known. sure reports that the rule certainly gets to this expression.
 func (w *walk) condition(t *nftables.Table, regs *registers, x any, sure bool) (holds, known bool) {
 	switch x := x.(type) {
 	case *expr.Meta:
@@ -688,13 +702,13 @@ func (w *walk) condition(t *nftables.Table, regs *registers, x any, sure bool) (
 		if x.SourceRegister == 0 {
 			return w.exthdr(regs, x)
 		}
-		return true, true // it writes
+		return true, true // sets an option and never ends the rule
 	case *expr.Quota:
 		return quotaHolds(*x)
 	case *expr.Objref:
 		return w.object(t, x)
 	case *expr.Dynset:
-		// Where it limits it is known no more than a limit.
+		// With a limit the result isn't known.
 		w.state.sets[setKey(t, x.SetName)] = true
 		plain := !slices.ContainsFunc(x.Exprs, func(e expr.Any) bool { _, counts := e.(*expr.Counter); return !counts })
 		return !x.Invert, plain
@@ -712,30 +726,29 @@ func (w *walk) condition(t *nftables.Table, regs *registers, x any, sure bool) (
 	case *expr.Counter, *expr.Log, *expr.FlowOffload, *expr.SecMark, *expr.CtHelper, *expr.CtTimeout, *expr.CtExpect:
 		return true, true
 	}
-	*regs = registers{} // it may have written to any
+	*regs = registers{} // it may have written to any register
 	if name, ok := x.(opaque); !ok || !plainExprs[string(name)] {
 		w.doubt(w.here)
 	}
 	return true, false
 }
 
-// plainExprs are expressions that aren't evaluated, of which it is known that they only
-// end a rule where they don't hold, or fill registers: others may take the packet away, or
-// change it.
+// plainExprs are expressions that aren't evaluated, but can only end the rule or write to
+// registers. Other unknown expressions may take the packet away or change it.
 var plainExprs = map[string]bool{
 	"bitwise": true, "byteorder": true, "cmp": true, "connlimit": true, "dup": true, "inner": true, "last": true, "limit": true,
 	"osf": true, "range": true, "rt": true, "socket": true, "xfrm": true,
 }
 
-// used evaluates a quota: the packet counts, too, and how long it is isn't known.
+// quotaHolds evaluates a quota. The packet counts, too, and its length isn't known.
 func quotaHolds(q expr.Quota) (holds, known bool) {
 	const longest = 1 << 16
 	over := q.Consumed >= q.Bytes
 	return over == q.Over, over || q.Bytes-q.Consumed > longest
 }
 
-// xtMark notes what iptables' targets do with marks. MARK has struct xt_mark_tginfo2: a
-// value and the bits that it replaces (linux/netfilter/xt_mark.h).
+// xtMark records what iptables targets do with marks. MARK has a struct xt_mark_tginfo2:
+// a value and the bits that it replaces (linux/netfilter/xt_mark.h).
 func (w *walk) xtMark(x *expr.Target, sure bool) {
 	b, raw := x.Info.(*xt.Unknown)
 	switch {
@@ -748,7 +761,7 @@ func (w *walk) xtMark(x *expr.Target, sure bool) {
 	}
 }
 
-// assigned returns what a mark is after a rule set it to v.
+// assigned returns the mark after a rule set it to v; nil if that isn't known.
 func assigned(v, before []byte, sure bool) []byte {
 	if v == nil || !sure && !bytes.Equal(v, before) {
 		return nil
@@ -756,7 +769,7 @@ func assigned(v, before []byte, sure bool) []byte {
 	return slices.Clone(v)
 }
 
-// swapped turns the bytes of each number of size, as hton and ntoh do on this machine.
+// swapped converts each number of size bytes between host and network byte order.
 func swapped(v []byte, size int) []byte {
 	if v == nil || size <= 0 {
 		return nil
@@ -771,6 +784,7 @@ func swapped(v []byte, size int) []byte {
 	return out
 }
 
+// native returns a 32-bit number in host byte order.
 func native(v int) []byte { return binary.NativeEndian.AppendUint32(nil, uint32(v)) }
 
 // metaExpr evaluates meta (net/netfilter/nft_meta.c).
@@ -779,7 +793,7 @@ func (w *walk) metaExpr(regs *registers, x *expr.Meta, sure bool) (holds, known 
 		switch x.Key {
 		case expr.MetaKeyMARK:
 			w.state.mark = assigned(regs.get(x.Register, 4), w.state.mark, sure)
-		case expr.MetaKeyPKTTYPE: // only what is for this host is forwarded
+		case expr.MetaKeyPKTTYPE: // only packets with PACKET_HOST are forwarded
 			w.doubt(w.here)
 		}
 		return true, true
@@ -806,9 +820,9 @@ func (w *walk) metaExpr(regs *registers, x *expr.Meta, sure bool) (holds, known 
 		regs.set(x.Register, []byte{unix.PACKET_HOST}, 0)
 	case expr.MetaKeySKUID, expr.MetaKeySKGID:
 		if s.iif != "" && s.oif != "" {
-			return false, true // no socket of this host has it
+			return false, true // a forwarded packet has no socket
 		}
-		if s.tunnel && s.iif == "" { // the helper's own socket has it
+		if s.tunnel && s.iif == "" { // from the helper's own socket
 			id := os.Geteuid()
 			if x.Key == expr.MetaKeySKGID {
 				id = os.Getegid()
@@ -823,7 +837,7 @@ func (w *walk) metaExpr(regs *registers, x *expr.Meta, sure bool) (holds, known 
 	return true, true
 }
 
-// oif is the interface that the packet leaves by, once that is known.
+// oif is the packet's output interface, once that is known.
 func (w *walk) oif() string {
 	if w.pos.routed() {
 		return w.s.oif
@@ -831,7 +845,7 @@ func (w *walk) oif() string {
 	return ""
 }
 
-// number returns an interface's number, where it is asked for at this hook.
+// number returns the index of an interface, or 0 for none.
 func (w *walk) number(name string) []byte {
 	if name == "" {
 		return native(0)
@@ -839,6 +853,7 @@ func (w *walk) number(name string) []byte {
 	return native(w.e.index(name))
 }
 
+// familyOf returns the address's family as nftables has it.
 func familyOf(a netip.Addr) byte {
 	if a.Is4() {
 		return unix.NFPROTO_IPV4
@@ -846,7 +861,7 @@ func familyOf(a netip.Addr) byte {
 	return unix.NFPROTO_IPV6
 }
 
-// payload reads bytes of the packet. What isn't in it ends the rule.
+// payload loads bytes of the packet. The rule ends if the packet doesn't have them.
 func (w *walk) payload(regs *registers, x *expr.Payload) (holds, known bool) {
 	var h []byte
 	switch x.Base {
@@ -869,16 +884,18 @@ func (w *walk) payload(regs *registers, x *expr.Payload) (holds, known bool) {
 	return true, true
 }
 
+// touches reports whether two spans overlap.
 func (a span) touches(b span) bool {
 	return a.base == b.base && a.offset < b.offset+b.len && a.offset+a.len > b.offset
 }
 
+// holds reports whether b is inside of a.
 func (a span) holds(b span) bool {
 	return a.base == b.base && a.offset <= b.offset && a.offset+a.len >= b.offset+b.len
 }
 
-// unstated returns the parts of a packet that a sample doesn't stand for: lengths, numbers
-// and sums that differ from packet to packet.
+// unstated returns the parts of a packet that a sample doesn't determine: lengths, IDs,
+// sequence numbers and checksums.
 func (w *walk) unstated() []span {
 	const network, transport = expr.PayloadBaseNetworkHeader, expr.PayloadBaseTransportHeader
 	out := []span{{network, 4, 2}} // IPv6's length, or IPv4's identification
@@ -894,8 +911,9 @@ func (w *walk) unstated() []span {
 	return append(out, span{transport, 6, 2})
 }
 
-// write evaluates a rule that writes into the packet, and reports whether it sends it to
-// another address or port. Other changes that may stop it, or its answers, are doubts.
+// write evaluates an expression that writes to the packet, and reports whether that
+// changes the destination address or port. Other changes that may stop the packet or its
+// answers raise a doubt.
 func (w *walk) write(regs *registers, x *expr.Payload) (redirects bool) {
 	part := span{x.Base, x.Offset, x.Len}
 	v, h := regs.get(x.SourceRegister, int(x.Len)), w.s.network()
@@ -913,7 +931,7 @@ func (w *walk) write(regs *registers, x *expr.Payload) (redirects bool) {
 	for i, b := range v {
 		at := span{x.Base, x.Offset + uint32(i), 1}
 		switch {
-		case w.isTranslated(at): // it may have that already
+		case w.isTranslated(at): // may already have this value
 			w.doubt(w.here)
 		case b == h[at.offset], w.trafficClass().holds(at), w.hopLimit().holds(at) && !w.expires(b):
 		case at.touches(to):
@@ -925,8 +943,8 @@ func (w *walk) write(regs *registers, x *expr.Payload) (redirects bool) {
 	return false
 }
 
-// service is where the packet has its type of service, and in IPv6 a label: what these are
-// stops none.
+// trafficClass is the span of the packet's type of service or, in IPv6, of traffic class
+// and flow label. Changing these stops no packet.
 func (w *walk) trafficClass() span {
 	if w.s.src.Is4() {
 		return span{expr.PayloadBaseNetworkHeader, 1, 1}
@@ -934,7 +952,7 @@ func (w *walk) trafficClass() span {
 	return span{expr.PayloadBaseNetworkHeader, 0, 4}
 }
 
-// hops is where the packet has how many hosts may forward it yet.
+// hopLimit is the span of the TTL or hop limit.
 func (w *walk) hopLimit() span {
 	if w.s.src.Is4() {
 		return span{expr.PayloadBaseNetworkHeader, 8, 1}
@@ -942,11 +960,11 @@ func (w *walk) hopLimit() span {
 	return span{expr.PayloadBaseNetworkHeader, 7, 1}
 }
 
-// expires reports whether a packet that gets so many hops may end on its way.
+// expires reports whether a packet with this hop limit may not reach its destination.
 func (w *walk) expires(hops byte) bool { return hops <= 1 && w.s.oif != "" }
 
-// ends returns where the packet has its two addresses, or ports; an echo has one number
-// in place of these.
+// endpoints returns the spans of the two addresses, or ports. An echo has one identifier
+// in place of ports.
 func (w *walk) endpoints(base expr.PayloadBase) (src, dst span) {
 	switch {
 	case base == expr.PayloadBaseTransportHeader && (w.s.proto == unix.IPPROTO_TCP || w.s.proto == unix.IPPROTO_UDP):
@@ -959,8 +977,9 @@ func (w *walk) endpoints(base expr.PayloadBase) (src, dst span) {
 	return span{base, 12, 4}, span{base, 16, 4}
 }
 
-// hidden reports whether a part of the packet is an address that translation has changed,
-// or hasn't yet: a sample has those that the policy is about.
+// isTranslated reports whether a part of the packet is an address or port that differs
+// here from the sample's because of translation. A sample has the addresses that the
+// policy judges.
 func (w *walk) isTranslated(x span) bool {
 	ports := x.base == expr.PayloadBaseTransportHeader && (w.s.proto == unix.IPPROTO_TCP || w.s.proto == unix.IPPROTO_UDP)
 	if ports && w.e.port != 0 {
@@ -970,8 +989,8 @@ func (w *walk) isTranslated(x span) bool {
 	return w.onWire(true) && x.touches(dst) || w.onWire(false) && x.touches(src)
 }
 
-// onWire reports whether a forwarded packet has the address and port that it has on the
-// wire: as an answer, its destination's, else its source's.
+// onWire reports whether a forwarded packet has the translated address and port here: an
+// answer at its destination, others at their source.
 func (w *walk) onWire(reply bool) bool {
 	if w.s.iif == "" || w.s.oif == "" || w.s.reply != reply {
 		return false
@@ -979,8 +998,8 @@ func (w *walk) onWire(reply bool) bool {
 	return reply && w.pos.answered() || !reply && w.pos.translated()
 }
 
-// transport returns the header behind IP's, with a port of those that peers' flows are
-// translated to where it is.
+// transport returns the transport header, with a port that peers' flows are translated to
+// where the packet has one.
 func (w *walk) transport() []byte {
 	s := w.s
 	switch {
@@ -993,7 +1012,7 @@ func (w *walk) transport() []byte {
 	return s.transport()
 }
 
-// network returns the IP header.
+// network returns the IP header: version, length 48, TTL 63, protocol and addresses.
 func (s *sample) network() []byte {
 	if s.src.Is4() {
 		return slices.Concat([]byte{0x45, 0, 0, 48, 0, 0, 0, 0, 63, s.proto, 0, 0}, s.src.AsSlice(), s.dst.AsSlice())
@@ -1001,7 +1020,8 @@ func (s *sample) network() []byte {
 	return slices.Concat([]byte{0x60, 0, 0, 0, 0, 28, s.proto, 63}, s.src.AsSlice(), s.dst.AsSlice())
 }
 
-// transport returns the beginning of the header behind it.
+// transport returns the beginning of the transport header: SYN or SYN+ACK, UDP, or an
+// echo request or reply.
 func (s *sample) transport() []byte {
 	ports := binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint16(nil, s.sport), s.dport)
 	switch s.proto {
@@ -1026,10 +1046,10 @@ func (s *sample) transport() []byte {
 	return append(ports, 0, 8, 0, 0)
 }
 
-// hasFlow reports whether conntrack has a flow for the packet by now.
+// hasFlow reports whether conntrack has a flow for the packet at this position.
 func (w *walk) hasFlow() bool { return w.pos.tracked() && w.state.untracked == nil }
 
-// stateBit returns the bit of conntrack's state (nft_ct_get_eval, and conntrack_mt of
+// stateBit returns the bit of conntrack's state (nft_ct_get_eval, and conntrack_mt in
 // net/netfilter/xt_conntrack.c).
 func (w *walk) stateBit() (bit uint32, known bool) {
 	switch {
@@ -1043,20 +1063,21 @@ func (w *walk) stateBit() (bit uint32, known bool) {
 	return expr.CtStateBitNEW, true
 }
 
-// natted reports whether the packet's flow may have been translated by now.
+// maybeTranslated reports whether the packet's flow may be translated at this position.
 func (w *walk) maybeTranslated() bool { return w.hasFlow() && (w.s.reply || w.pos.translated()) }
 
-// setCt sets something of the packet's flow, where it has one.
+// setCt evaluates a rule that sets a property of the packet's flow.
 func (w *walk) setCt(key expr.CtKey, v []byte, sure bool) {
 	switch {
 	case key == expr.CtKeyZONE && !w.pos.tracked() && !w.s.tunnel:
-		w.doubt(w.here) // whether an answer finds its flow depends on what zone that gets
+		w.doubt(w.here) // an answer finds its flow only if it gets the same zone
 	case key == expr.CtKeyMARK && w.pos.tracked():
 		w.state.ctMark = assigned(v, w.state.ctMark, sure && w.state.untracked == nil)
 	}
 }
 
-// ct returns what conntrack says of the packet's flow (net/netfilter/nft_ct.c).
+// ct returns a property of the packet's flow (net/netfilter/nft_ct.c), or nil if it isn't
+// known.
 func (w *walk) ct(key expr.CtKey) []byte {
 	if key == expr.CtKeySTATE {
 		if bit, known := w.stateBit(); known {
@@ -1087,6 +1108,7 @@ func (w *walk) ct(key expr.CtKey) []byte {
 	return nil
 }
 
+// bitwise applies mask and xor (net/netfilter/nft_bitwise.c).
 func bitwise(v []byte, x *expr.Bitwise) []byte {
 	if v == nil || len(x.Mask) < len(v) || len(x.Xor) < len(v) {
 		return nil
@@ -1098,8 +1120,8 @@ func bitwise(v []byte, x *expr.Bitwise) []byte {
 	return out
 }
 
-// compare compares as many bytes as the rule has: fewer than a name's 16 are a
-// beginning that any name may have.
+// compare compares as many bytes as the rule has: fewer than a name's 16 are a prefix of
+// a name.
 func compare(v []byte, x *expr.Cmp) (holds, known bool) {
 	if v == nil {
 		return true, false
@@ -1122,7 +1144,7 @@ func compare(v []byte, x *expr.Cmp) (holds, known bool) {
 	return true, false
 }
 
-// routeType returns how the packet's destination, or its source, is routed.
+// routeType returns the route type of the packet's destination or source.
 func (w *walk) routeType(dst bool) int {
 	if dst && (w.s.oif == "" || w.s.reply && w.pos.answered()) || !dst && w.s.iif == "" {
 		return unix.RTN_LOCAL
@@ -1130,8 +1152,8 @@ func (w *walk) routeType(dst bool) int {
 	return unix.RTN_UNICAST
 }
 
-// fib evaluates what the routing tables say of an address. Of a packet that goes on, its
-// source is where it came from.
+// fib evaluates a lookup in the routing tables. It assumes that the source of a forwarded
+// packet is reached by the interface that the packet came from.
 func (w *walk) fib(regs *registers, x *expr.Fib) (holds, known bool) {
 	var v []byte
 	switch {
@@ -1151,11 +1173,12 @@ func (w *walk) fib(regs *registers, x *expr.Fib) (holds, known bool) {
 	return true, true
 }
 
-// exthdr evaluates options and extension headers, of which a sample has none.
+// exthdr evaluates IP options, extension headers and TCP options. A sample has none of
+// the first two.
 func (w *walk) exthdr(regs *registers, x *expr.Exthdr) (holds, known bool) {
 	if x.Op == expr.ExthdrOpTcpopt {
 		regs.set(x.DestRegister, nil, int(x.Len))
-		return true, w.s.proto != unix.IPPROTO_TCP // without the header the rule ends
+		return true, w.s.proto != unix.IPPROTO_TCP // without a TCP header the rule ends
 	}
 	if x.Flags&unix.NFT_EXTHDR_F_PRESENT == 0 {
 		return false, true
@@ -1164,7 +1187,7 @@ func (w *walk) exthdr(regs *registers, x *expr.Exthdr) (holds, known bool) {
 	return true, true
 }
 
-// Types of objects (linux/netfilter/nf_tables.h).
+// Types of named objects (linux/netfilter/nf_tables.h).
 const (
 	objectCounter     = 1
 	objectQuota       = 2
@@ -1176,7 +1199,7 @@ const (
 	objectExpect      = 9
 )
 
-// object evaluates a named object.
+// object evaluates a reference to a named object.
 func (w *walk) object(t *nftables.Table, x *expr.Objref) (holds, known bool) {
 	switch x.Type {
 	case objectCounter, objectHelper, objectTimeout, objectSecmark, objectExpect:
@@ -1188,7 +1211,7 @@ func (w *walk) object(t *nftables.Table, x *expr.Objref) (holds, known bool) {
 	case objectLimit, objectConnections:
 		return true, false
 	}
-	w.doubt(w.here) // synproxy, tunnel, or one of a map
+	w.doubt(w.here) // synproxy, tunnel, or an object from a map
 	return true, false
 }
 
@@ -1198,7 +1221,7 @@ const (
 	invertDest   xt.AddrTypeFlags = 2
 )
 
-// match evaluates the iptables matches that other software's chains are full of.
+// match evaluates the iptables matches that are common in other software's chains.
 func (w *walk) match(x *expr.Match) (holds, known bool) {
 	s := &w.s
 	switch info := x.Info.(type) {
@@ -1208,7 +1231,7 @@ func (w *walk) match(x *expr.Match) (holds, known bool) {
 		if info.MatchFlags != uint16(xt.ConntrackState) && info.MatchFlags != uint16(xt.ConntrackState|xt.ConntrackStateAlias) {
 			return true, false
 		}
-		// The bits are those of nftables' ct state, but for these.
+		// The bits are those of nftables' ct state, except for these.
 		const translated, untracked = 1<<6 | 1<<7, 1 << 8
 		bit, known := w.stateBit()
 		if bit == expr.CtStateBitUNTRACKED {
@@ -1246,12 +1269,12 @@ func (w *walk) match(x *expr.Match) (holds, known bool) {
 			return w.s.icmpMatch(b)
 		case "multiport":
 			return w.multiport(x.Rev, b)
-		case "pkttype": // struct xt_pkttype_info: a type, and whether it is inverted
+		case "pkttype": // struct xt_pkttype_info: a type and an invert flag
 			if len(b) >= 8 {
 				return (binary.NativeEndian.Uint32(b) == unix.PACKET_HOST) != (binary.NativeEndian.Uint32(b[4:]) != 0), true
 			}
 		}
-		// struct xt_mark_mtinfo1 of linux/netfilter/xt_mark.h.
+		// struct xt_mark_mtinfo1 in linux/netfilter/xt_mark.h: mark, mask, invert flag.
 		if x.Name == "mark" && len(b) >= 9 && w.state.mark != nil {
 			mark := binary.NativeEndian.Uint32(w.state.mark)
 			return (mark&binary.NativeEndian.Uint32(b[4:]) == binary.NativeEndian.Uint32(b)) != (b[8] != 0), true
@@ -1260,8 +1283,8 @@ func (w *walk) match(x *expr.Match) (holds, known bool) {
 	return true, false
 }
 
-// icmpMatch evaluates struct ipt_icmp, which is struct ip6t_icmp too: a type, of which
-// 255 is any, two codes, and whether it is inverted.
+// icmpMatch evaluates struct ipt_icmp or ip6t_icmp, which are alike: a type (255 for
+// any), a range of codes and an invert flag.
 func (s *sample) icmpMatch(b []byte) (holds, known bool) {
 	if len(b) < 4 {
 		return true, false
@@ -1273,8 +1296,9 @@ func (s *sample) icmpMatch(b []byte) (holds, known bool) {
 	return (b[0] == 255 || b[0] == kind && b[1] == 0) != (b[3]&1 != 0), true
 }
 
-// multiport evaluates struct xt_multiport_v1: which ports (source, destination or either),
-// how many, 15 of them, 15 flags for the beginnings of ranges, and whether it is inverted.
+// multiport evaluates struct xt_multiport_v1 (linux/netfilter/xt_multiport.h): which
+// ports (source, destination or either), their number, 15 ports, 15 flags that mark the
+// first port of a range, and an invert flag.
 func (w *walk) multiport(rev uint32, b []byte) (holds, known bool) {
 	const most, size = 15, 2 + 2*15 + 15 + 1
 	if rev != 1 || len(b) < size || b[1] > most {
@@ -1302,16 +1326,17 @@ func (w *walk) multiport(rev uint32, b []byte) (holds, known bool) {
 	return found != (b[size-1] != 0), known
 }
 
-// ports returns the ports that the packet has by now, of TCP or UDP.
+// ports returns the TCP or UDP ports that the packet has at this position.
 func (w *walk) ports() (from, to uint16, known bool) {
 	h := w.transport()
 	return binary.BigEndian.Uint16(h), binary.BigEndian.Uint16(h[2:]), !w.isTranslated(span{expr.PayloadBaseTransportHeader, 0, 4})
 }
 
+// within16 reports whether p is in the range r, inclusive.
 func within16(p uint16, r [2]uint16) bool { return p >= r[0] && p <= r[1] }
 
-// lookupMap evaluates a lookup in a map: the verdict that it gives, or what is found is
-// in a register.
+// lookupMap evaluates a lookup in a map. It returns the verdict, or stores the value in a
+// register.
 func (w *walk) lookupMap(t *nftables.Table, regs *registers, x *expr.Lookup) (v *expr.Verdict, holds, known bool) {
 	e, err := w.element(t, regs, x)
 	if err != nil {
@@ -1328,8 +1353,8 @@ func (w *walk) lookupMap(t *nftables.Table, regs *registers, x *expr.Lookup) (v 
 	return nil, true, true
 }
 
-// element asks the kernel for the element of a set that a key falls in, nil where there
-// is none.
+// element asks the kernel for the set element that matches the key in a register; nil if
+// there is none.
 func (w *walk) element(t *nftables.Table, regs *registers, x *expr.Lookup) (*foreignElement, error) {
 	set, err := w.e.setOf(t, x.SetName)
 	if err != nil {
@@ -1345,4 +1370,5 @@ func (w *walk) element(t *nftables.Table, regs *registers, x *expr.Lookup) (*for
 	return w.e.elementOf(t, x.SetName, key)
 }
 
+// errUnknown is the error of a lookup whose key, or whose set, isn't known.
 var errUnknown = errors.New("the packet's part isn't known")

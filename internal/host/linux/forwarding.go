@@ -9,33 +9,35 @@ import (
 	"time"
 )
 
-// forwarding switches forwarding on where peers need it and back to what was
-// found. IPv4 forwards by the interface that a packet comes in on, so only the
-// interfaces that need it are opened and the host's global flag is never
-// touched. IPv6 has one flag for the host.
+// forwarding switches forwarding on where peers need it, and back to what was found. IPv4
+// forwards by the flag of the interface that a packet arrives on, so only the interfaces
+// that need it are switched on and the host's global flag is never touched. IPv6 has one
+// flag for the whole host.
 type forwarding struct {
-	sys    sysctls
+	sys sysctls
+	// dir is the directory of the journal.
 	dir    string // of the journal
 	writer *journalWriter
 	boot   string
 	j      *journal
-	// byIndex names an interface by its index, which survives a renaming.
+	// byIndex returns the current name of an interface; the index survives a rename.
 	byIndex func(index int) (name string, ok bool)
 	index   func(name string) int
 	step    func(string)
 }
 
-// need says what is to be forwarded: IPv4 packets that come in by these
-// interfaces, and IPv6 ones.
+// need is the required forwarding: of IPv4 packets that arrive on these interfaces, and
+// of IPv6 packets.
 type need struct {
 	ipv4 []string
 	ipv6 bool
-	// mesh is left out of the journal: it goes away with its settings.
+	// mesh is the mesh interface, which isn't in the journal: its sysctls disappear with
+	// it.
 	mesh string
 }
 
-// meshFlag is the mesh interface's own flag, which is ours alone: it may have
-// been made with forwarding on, where the host forwards.
+// meshFlag returns the value for the mesh interface's own flag. It is set explicitly,
+// because on a host that forwards the kernel creates interfaces with forwarding on.
 func (n need) meshFlag() string {
 	if slices.Contains(n.ipv4, n.mesh) {
 		return "1"
@@ -43,7 +45,7 @@ func (n need) meshFlag() string {
 	return "0"
 }
 
-// open reads the journal, which may be that of a helper that was killed.
+// open reads the journal, which may be a killed helper's.
 func (f *forwarding) open() error {
 	j, err := readJournal(f.dir, f.boot)
 	if err != nil {
@@ -53,8 +55,8 @@ func (f *forwarding) open() error {
 	return nil
 }
 
-// refresh brings the journal's names up to date: interfaces are renamed, and go
-// away with their settings. It reports whether something has changed.
+// refresh updates the journal after interfaces were renamed or removed. It reports
+// whether anything changed.
 func (f *forwarding) refresh() (moved bool) {
 	before := len(f.j.Changed)
 	f.j.Changed = slices.DeleteFunc(f.j.Changed, func(s sysctlChange) bool {
@@ -74,17 +76,17 @@ func (f *forwarding) refresh() (moved bool) {
 	return moved
 }
 
-// found4 reports whether the host forwards IPv4 by itself. This package never
-// writes the global flag, so that what it says is always another program's.
+// found4 reports whether the host forwards IPv4 by its global flag. This package never
+// writes that flag, so it always tells another program's setting.
 func (f *forwarding) found4() bool {
 	v, err := f.sys.read("ipv4/ip_forward")
 	return err == nil && v != "0"
 }
 
-// allForwarding6 is the flag of the host for IPv6.
+// allForwarding6 is the IPv6 forwarding flag of the host.
 const allForwarding6 = "ipv6/conf/all/forwarding"
 
-// found6 reports whether the host forwarded IPv6 before we did.
+// found6 reports whether the host forwarded IPv6 before the helper switched it on.
 func (f *forwarding) found6() bool {
 	if s := f.j.find(allForwarding6); s != nil {
 		return s.Found != "0"
@@ -93,9 +95,9 @@ func (f *forwarding) found6() bool {
 	return err == nil && v != "0"
 }
 
-// apply makes forwarding be as needed. First what is to be changed goes to disk;
-// then accept_ra, without which the kernel forgets the advertised default route
-// the moment it forwards; then forwarding.
+// apply establishes the required forwarding. It first writes the journal, then sets
+// accept_ra, without which the kernel drops the advertised default route as soon as it
+// forwards (Documentation/networking/ip-sysctl.rst), and then forwarding.
 func (f *forwarding) apply(n need) error {
 	f.refresh()
 	changes, err := f.changes(n)
@@ -125,6 +127,7 @@ func (f *forwarding) apply(n need) error {
 	return f.revert(func(s sysctlChange) bool { return !f.wanted(n, s.Name) })
 }
 
+// set ensures a sysctl's value, unless the interface is gone.
 func (f *forwarding) set(s sysctlChange) error {
 	err := f.ensure(s)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -133,8 +136,8 @@ func (f *forwarding) set(s sysctlChange) error {
 	return err
 }
 
-// ensure writes a sysctl unless it is so: writing a forwarding flag has effects
-// even where the value stays the same.
+// ensure writes a sysctl only if its value differs: writing a forwarding flag has side
+// effects even if the value stays the same.
 func (f *forwarding) ensure(s sysctlChange) error {
 	now, err := f.sys.read(s.Name)
 	if err != nil || now == s.Set {
@@ -151,7 +154,7 @@ func (f *forwarding) ensure(s sysctlChange) error {
 	return err
 }
 
-// wanted reports whether a changed sysctl still has to be as we set it.
+// wanted reports whether a changed sysctl is still needed.
 func (f *forwarding) wanted(n need, name string) bool {
 	if strings.HasPrefix(name, "ipv6/") {
 		return n.ipv6
@@ -160,7 +163,7 @@ func (f *forwarding) wanted(n need, name string) bool {
 	return slices.Contains(n.ipv4, iface)
 }
 
-// changes lists what has to be changed and isn't in the journal yet.
+// changes lists the sysctls that have to change and aren't in the journal yet.
 func (f *forwarding) changes(n need) ([]sysctlChange, error) {
 	var out []sysctlChange
 	for _, iface := range n.ipv4 {
@@ -186,16 +189,16 @@ func (f *forwarding) changes(n need) ([]sysctlChange, error) {
 	return append(out, more...), err
 }
 
-// changes6 lists every interface's forwarding flag, changed or not, because the
-// flag of the host writes them all, to and fro. Where router advertisements are believed (1), they have to be
-// believed although the host forwards (2); interfaces that come later are seen
-// to when they come.
+// changes6 lists the forwarding flags of all interfaces, whether they change or not,
+// because writing the host's flag writes all of them. Where router advertisements are
+// accepted (accept_ra 1), they must be accepted although the host forwards (2).
+// Interfaces that appear later are handled by a later call.
 func (f *forwarding) changes6() ([]sysctlChange, error) {
 	names, err := f.sys.interfaces("ipv6")
 	if err != nil {
 		return nil, err
 	}
-	// The host's flag comes last, when all that it writes is known.
+	// The host's flag comes last, after everything that it overwrites is recorded.
 	slices.SortFunc(names, func(a, b string) int { return hostFlagLast(a) - hostFlagLast(b) })
 	open := f.j.find(allForwarding6) != nil
 	var out []sysctlChange
@@ -208,7 +211,7 @@ func (f *forwarding) changes6() ([]sysctlChange, error) {
 			}
 			now, err := f.sys.read(name)
 			if err != nil {
-				continue // gone, or without IPv6
+				continue // the interface is gone, or has no IPv6
 			}
 			if key == "forwarding" && !open || key == "accept_ra" && now == "1" && f.index(iface) != 0 && iface != "lo" {
 				out = append(out, sysctlChange{name, f.index(iface), now, to})
@@ -218,6 +221,7 @@ func (f *forwarding) changes6() ([]sysctlChange, error) {
 	return out, nil
 }
 
+// hostFlagLast orders "all" after the interfaces.
 func hostFlagLast(iface string) int {
 	if iface == "all" {
 		return 1
@@ -225,15 +229,15 @@ func hostFlagLast(iface string) int {
 	return 0
 }
 
-// save writes the journal and returns when it is on disk.
+// save writes the journal and returns once it is on disk.
 func (f *forwarding) save() error { return <-f.writer.write(f.j) }
 
-// forgetLimit is how long a change that closes waits for the disk.
+// revertSaveLimit is how long a change that closes waits for the disk.
 const revertSaveLimit = 2 * time.Second
 
-// giveBack restores the changed sysctls that which picks and forgets them. The disk
-// may take its time: an entry of what has been restored does no harm, so that what
-// narrows doesn't wait for it.
+// revert restores the changed sysctls that which selects and removes them from the
+// journal. It doesn't wait long for the disk: a leftover entry of a restored sysctl does
+// no harm, and narrowing must not wait.
 func (f *forwarding) revert(which func(sysctlChange) bool) error {
 	moved, err := f.restoreMatching(which)
 	if !moved {
@@ -249,15 +253,14 @@ func (f *forwarding) revert(which func(sysctlChange) bool) error {
 	}
 }
 
-// restoreThose restores the changed sysctls that which picks, last change first, and
-// reports whether the journal has changed. What another program has changed
-// meanwhile stays as it is.
+// restoreMatching restores the changed sysctls that which selects and reports whether the
+// journal changed. It keeps what another program has changed in the meantime.
 func (f *forwarding) restoreMatching(which func(sysctlChange) bool) (changed bool, err error) {
 	moved := f.refresh()
 	var errs []error
 	var kept []sysctlChange
-	// The host's IPv6 flag goes first: it writes the others. Then forwarding,
-	// then accept_ra, or the advertised route would be lost.
+	// The host's IPv6 flag goes first, because it writes the others; then forwarding, and
+	// then accept_ra, or the advertised default route would be lost.
 	order := slices.Clone(f.j.Changed)
 	slices.SortStableFunc(order, func(a, b sysctlChange) int { return restoreRank(a) - restoreRank(b) })
 	for _, s := range order {
@@ -276,6 +279,7 @@ func (f *forwarding) restoreMatching(which func(sysctlChange) bool) (changed boo
 	return changed, errors.Join(errs...)
 }
 
+// restoreRank is the order of restoring.
 func restoreRank(s sysctlChange) int {
 	iface, key, _ := splitSysctl(s.Name)
 	switch {
@@ -287,11 +291,11 @@ func restoreRank(s sysctlChange) int {
 	return 1
 }
 
-// restore writes what was found, where what we wrote, or what the host's flag
-// made of it, is still there.
+// restore writes the found value, if the sysctl still has the value that was written or
+// that the host's flag changed it to.
 func (f *forwarding) restore(s sysctlChange) error {
 	if strings.HasPrefix(s.Name, "ipv4/") && f.found4() {
-		return nil // another program switched the whole host on: it stays so
+		return nil // another program switched the host's forwarding on, which stays
 	}
 	now, err := f.sys.read(s.Name)
 	if errors.Is(err, fs.ErrNotExist) || err == nil && now == s.Found {
@@ -302,7 +306,7 @@ func (f *forwarding) restore(s sysctlChange) error {
 	}
 	_, key, _ := splitSysctl(s.Name)
 	if now != s.Set && key == "accept_ra" {
-		return nil // another program's choice
+		return nil // another program changed it
 	}
 	f.step(StepRestore)
 	err = f.sys.write(s.Name, s.Found)
@@ -313,7 +317,7 @@ func (f *forwarding) restore(s sysctlChange) error {
 	return nil
 }
 
-// drift names what isn't as needed.
+// drift describes the sysctls that differ from what is required.
 func (f *forwarding) drift(n need) []string {
 	var out []string
 	check := func(name, want string) {

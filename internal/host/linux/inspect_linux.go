@@ -8,8 +8,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// Inspect implements [host.Enforcer]: it reads the table, the addresses,
-// the routes and the forwarding flags back.
+// Inspect implements [host.Enforcer]: it reads back the table, the addresses, the routes
+// and the forwarding flags.
 func (p *Backend) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, error) {
 	return ask(ctx, p, func() (host.Report, error) { return p.inspect(r) })
 }
@@ -37,7 +37,7 @@ func (p *Backend) inspect(r *policy.Ruleset) (host.Report, error) {
 	}
 	for _, c := range changes {
 		if c.Found == c.Set {
-			continue // only to be remembered
+			continue // already has the value, and is only recorded
 		}
 		add(StepForwarding, []string{fmt.Sprintf("%s is %s instead of %s", c.Name, c.Found, c.Set)})
 	}
@@ -46,6 +46,7 @@ func (p *Backend) inspect(r *policy.Ruleset) (host.Report, error) {
 	return report, nil
 }
 
+// driftTable compares the kernel's table with that of r.
 func (p *Backend) driftTable(r *policy.Ruleset) ([]string, error) {
 	if p.filter.loaded == nil || p.enforced != r {
 		changes, ok := []setChange(nil), false
@@ -60,6 +61,7 @@ func (p *Backend) driftTable(r *policy.Ruleset) ([]string, error) {
 	return append(differs, p.driftPorts()...), err
 }
 
+// driftLink compares the mesh interface's addresses and routes with those of r.
 func (p *Backend) driftLink(r *policy.Ruleset) ([]string, error) {
 	if index := p.indexOf(p.name); index != p.link.index || index == 0 {
 		return []string{fmt.Sprintf("interface %s is gone", p.name)}, nil
@@ -91,7 +93,7 @@ func (p *Backend) driftLink(r *policy.Ruleset) ([]string, error) {
 	return out, nil
 }
 
-// now is what the host's sysctls say.
+// now returns the families that the host forwards according to its sysctls.
 func (f *forwarding) now(mesh string) policy.Families {
 	on := func(name string) bool {
 		v, err := f.sys.read(name)

@@ -8,7 +8,7 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// ipsec returns the destinations that the kernel's IPsec policies take.
+// ipsec returns the destinations of the kernel's IPsec policies.
 func (o observer) ipsec(family int) ([]netip.Prefix, error) {
 	if o.xfrm == nil {
 		return nil, nil
@@ -20,11 +20,11 @@ func (o observer) ipsec(family int) ([]netip.Prefix, error) {
 	return ipsecDestinations(ps), nil
 }
 
-// securedNetworks returns the destinations of the policies by which packets that
-// leave are transformed. Those without a template let packets pass as they are
-// (ip-xfrm(8)). Those of an XFRM interface apply to what routes lead there, and so
-// the routes say what they take; one for all packets with a mark isn't how the host
-// reaches everything.
+// ipsecDestinations returns the destinations of policies that transform leaving packets.
+// Policies without a template let packets pass unchanged (ip-xfrm(8)). Policies of an
+// XFRM interface apply only to packets that are routed to it, so the routes tell those. A
+// policy for all destinations that requires a mark doesn't apply to the host's traffic in
+// general.
 func ipsecDestinations(ps []netlink.XfrmPolicy) []netip.Prefix {
 	var out []netip.Prefix
 	for _, p := range ps {

@@ -10,27 +10,29 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 )
 
-// journalName is the journal's file in the state directory.
+// journalName is the name of the journal's file in the state directory.
 const journalName = "linux-journal.json"
 
 // journalVersion is the version of the format. A journal of another one is refused.
 const journalVersion = 1
 
-// journal is what the host looked like before it was changed. It is on disk
-// before the change, and gone when everything is as it was.
+// journal is the sysctls that were changed, with the values that were found. It is
+// written before the change, and removed when everything is restored.
 type journal struct {
 	Version int `json:"version"`
-	// Boot is the kernel's boot id: sysctls don't outlive a boot.
+	// Boot is the ID of the boot; sysctls don't outlive one.
 	Boot    string         `json:"boot"`
 	Changed []sysctlChange `json:"changed"`
 }
 
-// saved is one changed sysctl.
+// sysctlChange is one changed sysctl.
 type sysctlChange struct {
 	// Name is the path below /proc/sys/net, such as ipv4/conf/eth0/forwarding.
 	Name string `json:"name"`
-	// Index is the interface's, which outlives its name; 0 for all and default.
-	Index int    `json:"index,omitempty"`
+	// Index is that of the interface, which stays when it is renamed; 0 for "all" and
+	// "default".
+	Index int `json:"index,omitempty"`
+	// Found is the value before the change, Set the one that was written.
 	Found string `json:"found"`
 	Set   string `json:"set"`
 }
@@ -61,8 +63,8 @@ func (j *journal) write(dir string) error {
 	return host.WriteJournal(filepath.Join(dir, journalName), j)
 }
 
-// parseJournal refuses what would have us write anything but a small number to
-// anything but a sysctl that we change.
+// parseJournal refuses entries that would write anything but a small number, or to
+// anything but a sysctl that this package changes.
 func parseJournal(b []byte) (*journal, error) {
 	var j journal
 	if err := json.Unmarshal(b, &j); err != nil {
@@ -79,13 +81,12 @@ func parseJournal(b []byte) (*journal, error) {
 	return &j, nil
 }
 
-// isSmallNumber reports whether a sysctl's value is one that forwarding and
-// accept_ra take.
+// isSmallNumber reports whether s is a value that forwarding and accept_ra may have.
 func isSmallNumber(s string) bool { return len(s) == 1 && s[0] >= '0' && s[0] <= '9' }
 
-// saver writes the journal from a task of its own, one write after the other and of
-// several that wait only the last, so that a change which closes needn't wait for a
-// frozen disk.
+// journalWriter writes the journal in a goroutine, one write at a time; of several that
+// wait, only the last is written. So a change that closes needn't wait for a frozen disk
+// (fsfreeze(8) blocks fsync for seconds).
 type journalWriter struct {
 	dir string
 
@@ -95,8 +96,8 @@ type journalWriter struct {
 	waiting []chan error
 }
 
-// put has the journal as it is now written. What it returns gets the error of the
-// write that it, or a later one, is in.
+// write queues the journal as it is now. The channel receives the error of the write that
+// includes it, which may be a later one.
 func (s *journalWriter) write(j *journal) <-chan error {
 	done := make(chan error, 1)
 	copied := *j
@@ -112,7 +113,7 @@ func (s *journalWriter) write(j *journal) <-chan error {
 	return done
 }
 
-// work writes until nothing waits.
+// run writes until nothing is queued.
 func (s *journalWriter) run() {
 	for {
 		s.mu.Lock()

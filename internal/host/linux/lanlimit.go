@@ -2,21 +2,20 @@ package linux
 
 import "time"
 
-// searching bounds how many hosts of class lan peers begin to talk to. For each
-// that doesn't answer, the kernel keeps an unfinished entry in its table of
-// neighbours, for 3 s after the last packet (mcast_solicit times retrans_time_ms of
-// arp(7)); that table holds 1,024 for all interfaces of all network namespaces
-// (gc_thresh3, and neigh_alloc of net/core/neighbour.c), and when it is full the host
-// itself finds no new neighbour. One peer begins with rate hosts a second and burst at once; what it
-// began with is free for as long as a sent packet could keep an entry. Running flows
-// are never counted.
+// newHostRate bounds how many new hosts of class lan a peer may send to, per second and
+// at once. For each host that doesn't answer, the kernel keeps an incomplete neighbour
+// entry until 3 s after the last packet (mcast_solicit times retrans_time_ms, arp(7)).
+// The neighbour table holds 1,024 entries for all interfaces of all network namespaces
+// (gc_thresh3; neigh_alloc in net/core/neighbour.c), and when it is full the host itself
+// can't reach new neighbours. A host that a peer has sent to stays allowed for as long as
+// a packet could keep its entry. Running flows aren't counted.
 var newHostRate = limit{rate: 20, burst: 100, lasts: 5 * time.Second}
 
-// searched is how many hosts all peers together may have begun with at a time: half
-// of the table.
+// maxRecentHosts bounds the new hosts of all peers together at a time: half of the
+// neighbour table.
 const maxRecentHosts = 512
 
-// searchSets are filled by the rules of toLAN.
+// lanSets returns the sets that the rules of toLAN fill.
 func lanSets(f family) []set {
 	return []set{
 		{name: "lan_recent" + f.suffix, types: []string{f.addr, f.addr}, timeout: true, size: maxRecentHosts},
@@ -24,10 +23,11 @@ func lanSets(f family) []set {
 	}
 }
 
-// maxSearchers is more peers than there are.
+// maxRateEntries bounds the set of rates, of one element per peer; it is more than any
+// mesh has peers.
 const maxRateEntries = 1 << 16
 
-// toLAN accepts what may go to class lan, unless it would be one new host too many.
+// toLAN accepts packets to class lan, except to too many new hosts.
 func (c *compiler) toLAN(f family) {
 	l := c.chain("to_lan" + f.suffix)
 	l.accept("lan, a running flow", has(ctState, established))

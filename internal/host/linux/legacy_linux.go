@@ -15,14 +15,14 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 )
 
-// legacyKind is one of the two kinds of tables that iptables-legacy loads into the
-// kernel (x_tables), which nftables doesn't show.
+// legacyKind is one of the two kinds of tables that iptables-legacy loads into the kernel
+// (x_tables). nftables doesn't show them.
 type legacyKind struct {
 	program string
-	names   string // the file that lists the tables in use
+	names   string // file in /proc/net that lists the tables in use
 	domain  int
 	level   int
-	target  int // where an entry says where its target begins: ipt_entry, ip6t_entry
+	target  int // offset of target_offset in struct ipt_entry or ip6t_entry
 }
 
 // From include/uapi/linux/netfilter_ipv4/ip_tables.h and netfilter_ipv6/ip6_tables.h.
@@ -41,15 +41,15 @@ const (
 	verdictDrop      = -1 // how XT_STANDARD_TARGET holds NF_DROP
 )
 
-// legacyTable is what is looked at of a table.
+// legacyTable is what is read of a table.
 type legacyTable struct {
 	name  string
-	rules int  // entries that aren't the ends of built-in chains
-	drops bool // the policy of a built-in chain
+	rules int  // entries other than the policies of built-in chains
+	drops bool // a built-in chain has the policy DROP
 }
 
-// legacyProblems names the tables of iptables-legacy that hold rules. These aren't judged:
-// they may let everything pass, or nothing.
+// legacyProblems names the tables of iptables-legacy that have rules. These aren't
+// evaluated: they may let everything pass, or nothing.
 func legacyProblems() ([]host.Problem, error) {
 	var out []host.Problem
 	var errs []error
@@ -63,6 +63,7 @@ func legacyProblems() ([]host.Problem, error) {
 	return out, errors.Join(errs...)
 }
 
+// problem reports the tables that may drop packets, if any.
 func (k legacyKind) problem(tables []legacyTable) (host.Problem, bool) {
 	var used []string
 	for _, t := range tables {
@@ -84,8 +85,8 @@ func (k legacyKind) problem(tables []legacyTable) (host.Problem, bool) {
 	}, true
 }
 
-// tables looks at the tables in use. The file lists them only where something has used
-// them; asking the kernel for one that isn't listed would create it.
+// tables reads the tables in use. The file lists only those that some program has used;
+// asking the kernel for another one would create it.
 func (k legacyKind) tables() ([]legacyTable, error) {
 	b, err := os.ReadFile("/proc/thread-self/net/" + k.names)
 	names := strings.Fields(string(b))
@@ -112,10 +113,10 @@ func (k legacyKind) tables() ([]legacyTable, error) {
 	return out, nil
 }
 
-// legacyTries is how often a table is read that changes meanwhile.
+// maxTableReads is how often a table is read that changes in the meantime (EAGAIN).
 const maxTableReads = 10
 
-// table looks at a table. ask has the kernel answer an option's value.
+// table reads a table. ask is getsockopt(2) with an option and its value.
 func (k legacyKind) table(name string, ask func(option int, value []byte) error) (t legacyTable, err error) {
 	if len(name) >= legacyNameSize {
 		return legacyTable{}, errors.New("its name is too long")
@@ -128,8 +129,8 @@ func (k legacyKind) table(name string, ask func(option int, value []byte) error)
 	return t, err
 }
 
-// read asks for a table's numbers, and for its entries only where there are none but the
-// ends of built-in chains: others may be a hundred thousand, and aren't judged.
+// read asks for a table's counts, and for its entries only if they are just the policies
+// of built-in chains: there may be a hundred thousand others, which aren't evaluated.
 func (k legacyKind) read(name string, ask func(option int, value []byte) error) (legacyTable, error) {
 	info := make([]byte, legacyInfoSize)
 	copy(info, name)
@@ -140,7 +141,8 @@ func (k legacyKind) read(name string, ask func(option int, value []byte) error) 
 	if n := rulesIn(info); n > 0 || size > legacyMostBytes {
 		return legacyTable{name: name, rules: max(n, 1)}, nil
 	}
-	// struct ipt_get_entries, whose entries begin where a u64 may: that is at 36 on i386.
+	// The entries in struct ipt_get_entries are aligned for a u64, which on i386 is
+	// offset 36.
 	for _, head := range []int{40, 36} {
 		all := make([]byte, head+int(size))
 		copy(all, name)
@@ -156,20 +158,20 @@ func (k legacyKind) read(name string, ask func(option int, value []byte) error) 
 	return legacyTable{}, unix.EINVAL
 }
 
-// legacyWord returns a number of struct ipt_getinfo: the hooks, where their chains begin
-// and end, how many entries there are.
+// legacyWord returns a 32-bit number of struct ipt_getinfo after the name: valid_hooks,
+// hook_entry[5], underflow[5], num_entries, size.
 func legacyWord(info []byte, i int) uint32 {
 	return binary.NativeEndian.Uint32(info[legacyNameSize+4*i:])
 }
 
-// rulesIn returns how many entries aren't the ends of built-in chains, of which the last
-// ends the table (XT_ERROR_TARGET).
+// rulesIn returns the number of entries that aren't policies of built-in chains nor the
+// last entry, which ends the table (XT_ERROR_TARGET).
 func rulesIn(info []byte) int {
 	return int(legacyWord(info, 1+2*legacyHooks)) - mathbits.OnesCount32(legacyWord(info, 0)) - 1
 }
 
-// parse takes a table's numbers from struct ipt_getinfo, and the policies from the
-// entries that the built-in chains end with.
+// parse takes the counts from struct ipt_getinfo, and the policies from the entries that
+// end the built-in chains (underflow).
 func (k legacyKind) parse(name string, info, entries []byte) (legacyTable, error) {
 	if len(info) < legacyInfoSize {
 		return legacyTable{}, errors.New("an answer is too short")
@@ -194,7 +196,7 @@ func (k legacyKind) parse(name string, info, entries []byte) (legacyTable, error
 	return t, nil
 }
 
-// getsockopt asks with the value's bytes and puts the answer there.
+// getsockopt passes the value's bytes to the kernel and stores the answer in them.
 func getsockopt(fd, level, option int, value []byte) error {
 	size := uint32(len(value))
 	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), uintptr(option),

@@ -18,14 +18,14 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// routeProtocol marks our routes (rtm_protocol; 0 to 4 are the kernel's, and
-// /etc/iproute2/rt_protos names some above). It is for readers of route lists.
+// routeProtocol marks our routes for people who read them (rtm_protocol in rtnetlink(7)).
+// 0 to 4 are the kernel's, and /etc/iproute2/rt_protos names some above.
 const routeProtocol = 109
 
-// nameTemplate has the kernel choose the first free number.
+// nameTemplate makes the kernel choose the first free number (TUNSETIFF).
 const nameTemplate = "mesh%d"
 
-// createTUN makes the mesh interface; it is down and has no address.
+// createTUN creates the mesh interface, down and without addresses.
 func createTUN(cfg host.Interface) (tun.Device, string, error) {
 	want := cfg.Name
 	if want == "" {
@@ -43,7 +43,7 @@ func createTUN(cfg host.Interface) (tun.Device, string, error) {
 	return dev, got, nil
 }
 
-// explainTUN says in a person's words why there is no TUN device.
+// tunError adds a hint to the error of creating a TUN device.
 func tunError(name string, err error) error {
 	e := &host.StepError{Step: StepInterface, Err: fmt.Errorf("create interface %q: %w", name, err)}
 	_, missing := os.Stat("/dev/net/tun")
@@ -60,9 +60,10 @@ func tunError(name string, err error) error {
 	return e
 }
 
-// quiet keeps the kernel from talking on the mesh interface by itself (router
-// solicitations, link-local addresses, redirects) and from believing redirects
-// that come in by it. The settings go away with the interface.
+// restrictInterface stops the kernel from sending on the mesh interface by itself (router
+// solicitations, link-local addresses, redirects) and from accepting redirects and source
+// routes there. The sysctls disappear with the interface
+// (Documentation/networking/ip-sysctl.rst).
 func restrictInterface(sys sysctls, iface string) error {
 	for _, s := range [...]struct{ family, key, value string }{
 		{"ipv4", "accept_redirects", "0"}, {"ipv4", "send_redirects", "0"}, {"ipv4", "accept_source_route", "0"},
@@ -80,7 +81,7 @@ func restrictInterface(sys sysctls, iface string) error {
 	return nil
 }
 
-// link is the mesh interface in the kernel's routing.
+// link is the mesh interface as netlink sees it.
 type link struct {
 	nl    *nlconn.Handle
 	index int
@@ -105,6 +106,7 @@ func toPrefix(n *net.IPNet) (netip.Prefix, bool) {
 	return netip.PrefixFrom(a, ones), true
 }
 
+// single returns the prefix with just this address.
 func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 
 // addrs returns the interface's addresses, without link-local ones.
@@ -122,11 +124,14 @@ func (l link) addrs() (map[netip.Prefix]bool, error) {
 	return out, nil
 }
 
+// addr returns an address as netlink takes it. IFA_F_NODAD: a duplicate check would delay
+// an address of which there is only one. IFA_F_NOPREFIXROUTE: peers have host routes.
 func (l link) addr(a netip.Addr) *netlink.Addr {
 	return &netlink.Addr{IPNet: ipNet(single(a)), Flags: unix.IFA_F_NODAD | unix.IFA_F_NOPREFIXROUTE}
 }
 
-// setAddrs gives the interface exactly these addresses.
+// setAddrs gives the interface exactly these addresses. It calls begin before each
+// change.
 func (l link) setAddrs(want []netip.Addr, begin func()) error {
 	have, err := l.addrs()
 	if err != nil {
@@ -156,8 +161,8 @@ func (l link) setAddrs(want []netip.Addr, begin func()) error {
 	return nil
 }
 
-// rename gives the interface its name back where another program has changed it: the
-// table's rules go by the name.
+// rename restores the interface's name if another program changed it, because the table's
+// rules use the name.
 func (l link) rename(name string) error {
 	now, err := l.nl.LinkByIndex(l.index)
 	if err != nil {
@@ -166,7 +171,7 @@ func (l link) rename(name string) error {
 	if now.Attrs().Name == name {
 		return nil
 	}
-	// Only an interface that is down can be renamed on every kernel.
+	// Older kernels rename only an interface that is down.
 	if err := errors.Join(l.nl.LinkSetDown(now), l.nl.LinkSetName(now, name)); err != nil {
 		return fmt.Errorf("rename interface %s to %s: %w", now.Attrs().Name, name, err)
 	}
@@ -177,11 +182,11 @@ func (l link) up() error {
 	return l.nl.LinkSetUp(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: l.index}})
 }
 
-// hostRoute is a route to one peer with the source that the host's packets to it
-// are to have.
+// hostRoute is a route to one peer, with the source address for the host's packets to it.
 type hostRoute struct{ to, source netip.Addr }
 
-// peerRoutes returns the routes that a ruleset's peers need.
+// peerRoutes returns the host routes for a ruleset's peers, without IPv6 if the kernel
+// has none.
 func peerRoutes(r *policy.Ruleset, ipv6 bool) map[netip.Addr]hostRoute {
 	var source4, source6 netip.Addr
 	for _, a := range r.Mesh().Addresses {
@@ -205,7 +210,7 @@ func peerRoutes(r *policy.Ruleset, ipv6 bool) map[netip.Addr]hostRoute {
 	return out
 }
 
-// routes returns the host routes in the main table by the interface.
+// routes returns the host routes by the interface in the main table.
 func (l link) routes() (map[netip.Addr]hostRoute, error) {
 	out := map[netip.Addr]hostRoute{}
 	filter := &netlink.Route{LinkIndex: l.index, Table: unix.RT_TABLE_MAIN}
@@ -223,6 +228,7 @@ func (l link) routes() (map[netip.Addr]hostRoute, error) {
 	return out, nil
 }
 
+// route returns a route as netlink takes it.
 func (l link) route(r hostRoute) *netlink.Route {
 	nr := &netlink.Route{
 		LinkIndex: l.index, Dst: ipNet(single(r.to)), Protocol: routeProtocol,
@@ -232,14 +238,14 @@ func (l link) route(r hostRoute) *netlink.Route {
 		nr.Src = r.source.AsSlice()
 	}
 	if r.to.Is6() {
-		// 0 would mean 1024: any other route would win.
+		// IPv6's metric 0 means 1024 (IP6_RT_PRIO_USER), and any other route would win.
 		nr.Priority = 1
 		nr.Scope = netlink.SCOPE_UNIVERSE
 	}
 	return nr
 }
 
-// addRoutes adds what is missing or differs.
+// addRoutes adds routes that are missing or differ. It calls begin before each change.
 func (l link) addRoutes(have, want map[netip.Addr]hostRoute, begin func()) error {
 	for to, r := range want {
 		if have[to] == r {
@@ -253,7 +259,7 @@ func (l link) addRoutes(have, want map[netip.Addr]hostRoute, begin func()) error
 	return nil
 }
 
-// delRoutes deletes what isn't wanted.
+// delRoutes deletes routes that aren't wanted. It calls begin before each change.
 func (l link) delRoutes(have, want map[netip.Addr]hostRoute, begin func()) error {
 	for to, r := range have {
 		if _, ok := want[to]; ok {

@@ -21,31 +21,32 @@ import (
 	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
-// lockTable is the name of the empty table of nftables that is the lock. Tables
-// belong to the network namespace, as everything does that two helpers would
-// fight over, so that mount and process namespaces make no difference. Only a
-// process with CAP_NET_ADMIN can make one. It has the owner flag: no other
-// process can change, flush or delete it, and the kernel deletes it when the
-// socket that made it is closed, which it does for a killed process
-// (nft_table_lookup and nft_rcv_nl_event of net/netfilter/nf_tables_api.c, since
-// Linux 5.12).
+// lockTable is the name of an empty nftables table that is the lock. Like everything that
+// two helpers would compete for, tables belong to the network namespace, so mount and PID
+// namespaces don't matter. Only a process with CAP_NET_ADMIN can create one. The table
+// has the owner flag: no other process can change, flush or delete it, and the kernel
+// deletes it when the socket that created it is closed, also for a killed process
+// (nft_table_lookup and nft_rcv_nl_event in net/netfilter/nf_tables_api.c, since Linux
+// 5.12).
 const lockTable = "meshhelper-lock"
 
-// Flags and attributes of tables that the constants of golang.org/x/sys lack
+// Flags and attributes of tables that golang.org/x/sys lacks
 // (linux/netfilter/nf_tables.h).
 const (
 	tableFlagOwner    = 2 // NFT_TABLE_F_OWNER
 	tableAttrUserdata = 6 // NFTA_TABLE_USERDATA
 )
 
-// lockFolder is where the lock is on kernels that know no owner of a table.
+// lockFolder is the folder of the lock file, which is used on kernels without table
+// owners.
 const lockFolder = "/run/meshhelper"
 
-// lockLimit bounds how long the kernel may take to answer for the lock.
+// lockLimit bounds how long the kernel may take to answer. It is generous: a busy
+// nftables makes transactions wait for each other.
 const lockLimit = 10 * time.Second
 
-// lock makes this process the only helper of the calling thread's network
-// namespace until what it returns is closed, or the process has ended.
+// lock makes this process the only helper of the calling thread's network namespace,
+// until the result is closed or the process ends.
 func lock() (io.Closer, error) {
 	c, err := lockByTable()
 	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) {
@@ -54,6 +55,8 @@ func lock() (io.Closer, error) {
 	return c, err
 }
 
+// anotherHelper returns the error for a lock that is held; process is the holder's number
+// or empty.
 func anotherHelper(process string) error {
 	if process == "" {
 		return errors.New("another helper runs on this host")
@@ -61,7 +64,7 @@ func anotherHelper(process string) error {
 	return fmt.Errorf("another helper runs on this host (process %s)", process)
 }
 
-// lockByTable makes the table of the lock.
+// lockByTable creates the lock's table.
 func lockByTable() (_ io.Closer, err error) {
 	c, err := nlconn.Dial(unix.NETLINK_NETFILTER)
 	if err != nil {
@@ -79,8 +82,8 @@ func lockByTable() (_ io.Closer, err error) {
 	if made == nil {
 		return c, c.SetDeadline(time.Time{})
 	}
-	// A table that another process owns is refused with EPERM, as is all that a
-	// process without the capability asks for.
+	// The kernel refuses a table that another process owns with EPERM, as it refuses
+	// every request without the capability.
 	held, holder, err := lockHolder(c)
 	switch {
 	case err != nil || !held && !errors.Is(made, unix.EEXIST):
@@ -88,23 +91,24 @@ func lockByTable() (_ io.Closer, err error) {
 	case held:
 		return nil, anotherHelper(holder)
 	}
-	// A table without an owner is no lock: a saved ruleset was loaded, say. Of two
-	// processes that replace it, the second is refused.
+	// A table without an owner is no lock: it may come from a saved ruleset. If two
+	// processes replace it, the second one is refused.
 	if err := transact(c, delLockTable(), newLockTable(tableFlagOwner, strconv.Itoa(os.Getpid()))); err != nil {
 		return nil, fmt.Errorf("replace table %s, which no process owns: %w", lockTable, err)
 	}
 	return c, c.SetDeadline(time.Time{})
 }
 
-// newLockTable is the message that makes the table, and fails where it exists. The
-// process is named in its comment: the owner that the kernel tells is a socket.
+// newLockTable returns the message that creates the table and fails if it exists. The
+// table's comment has the process number, because the owner that the kernel reports is a
+// socket's port ID.
 func newLockTable(flags uint32, process string) netlink.Message {
 	return tableMessage(unix.NFT_MSG_NEWTABLE, netlink.Create|netlink.Excl|netlink.Acknowledge,
 		netlink.Attribute{Type: unix.NFTA_TABLE_FLAGS, Data: binary.BigEndian.AppendUint32(nil, flags)},
 		netlink.Attribute{Type: tableAttrUserdata, Data: userdata.AppendString(nil, userdata.TypeComment, lockComment+process)})
 }
 
-// lockComment precedes the number of the process in the table's comment.
+// lockComment precedes the process number in the table's comment.
 const lockComment = "held by process "
 
 func delLockTable() netlink.Message { return tableMessage(unix.NFT_MSG_DELTABLE, 0) }
@@ -121,8 +125,8 @@ func tableMessage(kind int, flags netlink.HeaderFlags, attrs ...netlink.Attribut
 	}
 }
 
-// transact sends messages, the last of which asks to be acknowledged, as one
-// transaction of nftables.
+// transact sends messages as one transaction of nftables. The last message must ask for
+// an acknowledgement.
 func transact(c *nlconn.Conn, ms ...netlink.Message) error {
 	edge := func(kind netlink.HeaderType) netlink.Message {
 		return netlink.Message{
@@ -138,7 +142,7 @@ func transact(c *nlconn.Conn, ms ...netlink.Message) error {
 	return err
 }
 
-// lockHolder says whether a process owns the lock's table, and which.
+// lockHolder reports whether a process owns the lock's table, and its number.
 func lockHolder(c *nlconn.Conn) (held bool, process string, err error) {
 	ms, err := c.Execute(tableMessage(unix.NFT_MSG_GETTABLE, 0))
 	if err != nil {
@@ -152,7 +156,7 @@ func lockHolder(c *nlconn.Conn) (held bool, process string, err error) {
 	return held, process, nil
 }
 
-// parseLockTable reads an answer to NFT_MSG_GETTABLE.
+// parseLockTable parses an answer to NFT_MSG_GETTABLE.
 func parseLockTable(b []byte) (held bool, process string, err error) {
 	if len(b) < nfgenmsg {
 		return false, "", errShort
@@ -173,10 +177,10 @@ func parseLockTable(b []byte) (held bool, process string, err error) {
 	return held, process, ad.Err()
 }
 
-// commentOf returns the comment in a table's user data, which are entries of a type, a
-// size and so many bytes (udata.h of libnftnl), or "" where there is none. The kernel keeps
-// them as any program gave them, and userdata.Get of google/nftables panics where a size is
-// wrong.
+// commentOf returns the comment in a table's or rule's user data, or "". User data are
+// entries of a type byte, a size byte and so many bytes (udata.h of libnftnl). The kernel
+// stores them as any program gave them, and userdata.Get of google/nftables panics at a
+// wrong size.
 func commentOf(b []byte) string {
 	for len(b) >= 2 {
 		end := 2 + int(b[1])
@@ -191,8 +195,7 @@ func commentOf(b []byte) string {
 	return ""
 }
 
-// processNumber returns what begins with a process's number without what follows,
-// and "" where there is no number.
+// processNumber returns s if it is a process number, and otherwise "".
 func processNumber(s string) string {
 	n, err := strconv.ParseUint(strings.TrimRight(s, "\x00\n"), 10, 32)
 	if err != nil {
@@ -201,25 +204,25 @@ func processNumber(s string) string {
 	return strconv.FormatUint(n, 10)
 }
 
-// fileLock is the lock as a locked file.
+// fileLock is a lock file that is locked by flock(2).
 type fileLock struct {
 	dir, path string
 	f         *os.File
 }
 
-// Close removes the file, and the folder when it is empty, and lets the lock go.
+// Close removes the file, and the folder if it is empty, and releases the lock.
 func (l fileLock) Close() error {
 	err := os.Remove(l.path)
-	_ = os.Remove(l.dir) // another network namespace's lock may be there
+	_ = os.Remove(l.dir) // may hold the lock of another network namespace
 	return errors.Join(err, l.f.Close())
 }
 
-// lockTries bounds how often a lock is tried that others remove meanwhile.
+// maxLockTries bounds the attempts to lock a file that other processes keep removing.
 const maxLockTries = 100
 
-// lockByFile locks a file in a folder that only this user can open, named by the
-// network namespace. Helpers in two mount namespaces that share their network
-// namespace but not the folder don't see each other.
+// lockByFile locks a file named after the network namespace, in a folder that only this
+// user can open. Helpers in two mount namespaces that share the network namespace but not
+// the folder don't see each other's lock.
 func lockByFile(dir, netns string) (io.Closer, error) {
 	var ns unix.Stat_t
 	if err := unix.Stat(netns, &ns); err != nil {
@@ -271,7 +274,7 @@ func writeAt(f *os.File, s string) error {
 	return err
 }
 
-// isAt reports whether an open file is the one that has this path.
+// isFileAt reports whether path still names the open file.
 func isFileAt(f *os.File, path string) bool {
 	a, err := f.Stat()
 	if err != nil {
@@ -281,7 +284,7 @@ func isFileAt(f *os.File, path string) bool {
 	return err == nil && os.SameFile(a, b)
 }
 
-// closedParent refuses a folder in which other users could make the lock's folder.
+// checkParent refuses a parent in which other users could create the lock's folder.
 func checkParent(dir string) error {
 	info, err := os.Stat(dir)
 	if err != nil {
@@ -293,7 +296,7 @@ func checkParent(dir string) error {
 	return nil
 }
 
-// ownFolder refuses a folder that another user could have made or can open.
+// checkFolder refuses a folder that another user may have created or can open.
 func checkFolder(dir string) error {
 	info, err := os.Lstat(dir)
 	if err != nil {

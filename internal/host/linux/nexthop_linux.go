@@ -12,12 +12,12 @@ import (
 	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
-// nhaGroupMember is the size of a member of a group (struct nexthop_grp in
-// linux/nexthop.h), which begins with the member's number.
+// nhaGroupMember is the size of a group's member in bytes (struct nexthop_grp in
+// linux/nexthop.h), which begins with the member's ID.
 const nhaGroupMember = 8
 
-// nexthop is a nexthop object: a route may name one instead of saying by itself
-// where it leads (ip-nexthop(8)).
+// nexthop is a nexthop object, which a route may refer to instead of naming a gateway and
+// an interface itself (ip-nexthop(8)).
 type nexthop struct {
 	id, oif   uint32
 	gateway   netip.Addr
@@ -27,7 +27,7 @@ type nexthop struct {
 
 var errShort = errors.New("the message is too short")
 
-// parseNexthop reads an answer to RTM_GETNEXTHOP.
+// parseNexthop parses an answer to RTM_GETNEXTHOP.
 func parseNexthop(b []byte) (n nexthop, err error) {
 	if len(b) < unix.SizeofNhmsg {
 		return n, errShort
@@ -55,14 +55,15 @@ func parseNexthop(b []byte) (n nexthop, err error) {
 	return n, ad.Err()
 }
 
-// saysNothing reports whether a route names a nexthop and says nothing else of where it
-// leads, as the kernel shows it with net.ipv4.nexthop_compat_mode=0.
+// namesNexthopOnly reports whether a route refers to a nexthop object and has no
+// interface or gateway itself, as the kernel shows it with
+// net.ipv4.nexthop_compat_mode=0.
 func namesNexthopOnly(r nlconn.Route) bool {
 	return r.Kind == unix.RTN_UNICAST && r.Nexthop != 0 && r.OIF == 0 && !r.Multipath && r.Dst.IsValid()
 }
 
-// viaNexthops reads the routes of a family that name a nexthop alone, and asks
-// the kernel for the nexthops: an entry for each way, by table.
+// viaNexthops returns the routes of a family that only refer to a nexthop object, by
+// table. A group gives one entry per member.
 func viaNexthops(conn *nlconn.Conn, family int, names map[int]string) (map[int][]routeEntry, error) {
 	routes, err := conn.Routes(uint8(family), namesNexthopOnly)
 	if err != nil {
@@ -84,7 +85,7 @@ func viaNexthops(conn *nlconn.Conn, family int, names map[int]string) (map[int][
 	}
 	out := map[int][]routeEntry{}
 	for _, r := range routes {
-		ids := hops[r.Nexthop].group // whose members are no groups themselves
+		ids := hops[r.Nexthop].group // members of a group can't be groups
 		if ids == nil {
 			ids = []uint32{r.Nexthop}
 		}

@@ -10,11 +10,11 @@ import (
 	"time"
 )
 
-// The types in this file are nftables as data, as far as this package needs it.
-// They know nothing of netlink, so that the ruleset can be printed and tested on
-// any machine; exprs_linux.go turns them into what the kernel takes.
+// The types in this file are nftables as data, as far as this package needs it. They
+// don't depend on netlink, so the ruleset can be printed and tested on any machine;
+// exprs_linux.go converts them for the kernel.
 
-// field is something that a rule can match on.
+// field is a property of a packet or its flow that a rule can match.
 type field uint8
 
 const (
@@ -39,26 +39,27 @@ const (
 	ctStatus
 	ctProtocol
 	ctOrigDport
-	// skuid is the user of the socket that sends a packet of the host's own. What
-	// the host forwards has none, so that no match on it holds.
+	// skuid is the user of the socket that sends a packet. A forwarded packet has no
+	// socket, so no match on it holds.
 	skuid
-	// quotedDst4 and quotedDst6 are the destination in the header that an ICMP
-	// error quotes: behind its own 8 bytes (RFC 792, RFC 4443). nft has no name for
-	// it, so it is an offset and a length in bits.
+	// quotedDst4 and quotedDst6 are the destination in the header that an ICMP error
+	// quotes, which follows the error's own 8 bytes (RFC 792, RFC 4443 3). nft has no
+	// name for it, so it is printed as an offset and a length in bits.
 	quotedDst4
 	quotedDst6
-	// returnPath is the interface by which the host would answer the packet's
-	// source, asked for its input interface only: 0 where it wouldn't.
+	// returnPath is the input interface if the host would answer the packet's source by
+	// it, else 0 (reverse path check, "fib saddr . iif oif" in nft(8)).
 	returnPath
-	// rtIPsec is whether an IPsec policy takes the packet by the route it has now.
+	// rtIPsec is 1 if an IPsec policy applies to the packet on its current route.
 	rtIPsec
-	// mark is what other software marked the packet with.
+	// mark is the packet's mark (SO_MARK, meta mark), which only other software sets.
 	mark
-	// destinationType is what the destination is to the host: its own address, a
-	// broadcast or multicast one, or another host's.
+	// destinationType is the kind of the destination: the host's own address, broadcast,
+	// multicast, anycast, or another host's ("fib daddr type").
 	destinationType
 )
 
+// fieldTexts are the fields in nft's language.
 var fieldTexts = [...]string{
 	iifname: "iifname", oifname: "oifname", nfproto: "meta nfproto", l4proto: "meta l4proto",
 	saddr4: "ip saddr", daddr4: "ip daddr", saddr6: "ip6 saddr", daddr6: "ip6 daddr",
@@ -71,7 +72,7 @@ var fieldTexts = [...]string{
 	rtIPsec: "rt ipsec", mark: "meta mark", destinationType: "fib daddr type",
 }
 
-// op is how a field is compared.
+// op is how a match compares a field.
 type op uint8
 
 const (
@@ -79,36 +80,36 @@ const (
 	unequal
 	inSet
 	notInSet
-	hasBits    // one of the value's bits is set
-	noBits     // none of them is
-	inPrefix   // the value is an address, and the mask's bits of it are the same
-	notInRange // not from the value to the mask, both included
-	overCount  // more flows than count are counted in the set, by the field and flowPart
-	present    // the header or option is in the packet
-	found      // for returnPath: there is one
-	addToSet   // the fields are in the set, or are added to it for a while: not when it is full
-	overRate   // the set counts the fields, and they came more often than its limit says
+	hasBits    // any of the value's bits is set
+	noBits     // none of the value's bits is set
+	inPrefix   // the address has the prefix of value and mask
+	notInRange // not in the range from value to mask, inclusive
+	overCount  // the set counts more than count flows for the key of field and flow part
+	present    // the packet has the header or option
+	found      // for returnPath: it isn't 0
+	addToSet   // the fields are in the set or were just added to it, with a timeout; doesn't hold if the set is full
+	overRate   // the fields occur more often than the limit allows
 )
 
-// match is one condition of a rule. A match whose field can't be read (an IPv6
-// packet's IPv4 address, the flow of an untracked packet) doesn't hold, whatever
-// its op.
+// match is one condition of a rule. If a field can't be read (the IPv4 address of an IPv6
+// packet, the flow of an untracked packet), the match doesn't hold, whatever its op.
 type match struct {
-	fields []field // more than one: their concatenation, looked up in a set
+	fields []field // several fields are a concatenated key of a set
 	op     op
-	value  []byte // as the kernel wants it
-	count  uint32 // for over
-	mask   []byte // for inside; for outside the last value
-	text   string // the value or set as printed
-	limit  limit  // for noted and tooFast
+	value  []byte // in the kernel's encoding
+	count  uint32 // for overCount
+	mask   []byte // for inPrefix the mask, for notInRange the last value
+	text   string // the value, or the name of the set, in nft's language
+	limit  limit  // for addToSet and overRate
 }
 
-// limit bounds what comes new.
+// limit is a token bucket per element, and how long an element lasts.
 type limit struct {
-	rate, burst uint32 // a second, and at once
+	rate, burst uint32 // events per second, and how many at once
 	lasts       time.Duration
 }
 
+// String returns the match in nft's language.
 func (m match) String() string {
 	texts := make([]string, len(m.fields))
 	for i, f := range m.fields {
@@ -139,18 +140,27 @@ func (m match) String() string {
 	return left
 }
 
+// The constructors of matches follow, one per op. is matches a field that equals v.
 func is(f field, v value) match {
 	return match{fields: []field{f}, op: equal, value: v.bytes, text: v.text}
 }
+
+// isNot matches a field that differs from v.
 func isNot(f field, v value) match {
 	return match{fields: []field{f}, op: unequal, value: v.bytes, text: v.text}
 }
+
+// has matches a field that has any of v's bits.
 func has(f field, v value) match {
 	return match{fields: []field{f}, op: hasBits, value: v.bytes, text: v.text}
 }
+
+// lacks matches a field that has none of v's bits.
 func lacks(f field, v value) match {
 	return match{fields: []field{f}, op: noBits, value: v.bytes, text: v.text}
 }
+
+// within matches an address in p.
 func within(f field, p netip.Prefix) match {
 	p = p.Masked()
 	mask := make([]byte, p.Addr().BitLen()/8)
@@ -159,62 +169,75 @@ func within(f field, p netip.Prefix) match {
 	}
 	return match{fields: []field{f}, op: inPrefix, value: p.Addr().AsSlice(), mask: mask, text: p.String()}
 }
+
+// notInPorts matches a port outside of r.
 func notInPorts(f field, r portRange) match {
 	return match{fields: []field{f}, op: notInRange, value: port(r.first), mask: port(r.last), text: r.String()}
 }
 
-// flowParts is in how many parts the flows of a peer are counted, drawn by their
-// destination and ports. The kernel goes through all flows of a part when a new one comes (2 ms for
-// 4000 of them), and through those of one part only.
+// flowParts is into how many parts the flows of a peer are divided for counting, by a
+// hash of destination and ports. For each new flow the kernel walks all counted flows of
+// one part (2 ms for 4,000 of them), so fewer flows per part are faster.
 const flowParts = 16
 
-// more counts a new flow in a set of counters, by its source and its part, and
-// matches where the part has as many flows as it may: than, divided by the parts. It
-// is the last match of a rule: what it counts is what the others let through to it.
+// exceeds counts a new flow in a set of counters, by its source and its part, and matches
+// if the part has more than its share of the limit. It must be the last match of a rule:
+// only what the others let through is counted.
 func exceeds(counters string, src, dst field, than uint32) match {
 	return match{fields: []field{src, dst}, op: overCount, count: max(1, than/flowParts), text: counters}
 }
 
-// port is a port as packets have it.
+// port returns a port in network byte order.
 func port(p uint16) []byte { return []byte{byte(p >> 8), byte(p)} }
 
+// addTo adds the fields to a set until they expire.
 func addTo(set string, l limit, fs ...field) match {
 	return match{fields: fs, op: addToSet, text: set, limit: l}
 }
+
+// fasterThan matches if the field's value occurs more often than l allows.
 func fasterThan(set string, l limit, f field) match {
 	return match{fields: []field{f}, op: overRate, text: set, limit: l}
 }
+
+// exists matches if the packet has the header or option.
 func exists(f field) match { return match{fields: []field{f}, op: present} }
+
+// in matches if the set has the fields.
 func in(set string, fs ...field) match {
 	return match{fields: fs, op: inSet, text: set}
 }
+
+// notIn matches if the set doesn't have the fields.
 func notIn(set string, fs ...field) match {
 	return match{fields: fs, op: notInSet, text: set}
 }
 
-// value is a constant: how it is printed, and its bytes.
+// value is a constant in nft's language and in the kernel's encoding.
 type value struct {
 	text  string
 	bytes []byte
 }
 
-// ifnameSize is IFNAMSIZ of linux/if.h.
+// ifnameSize is IFNAMSIZ of linux/if.h, in bytes.
 const ifnameSize = 16
 
+// name returns an interface's name, padded to ifnameSize.
 func name(s string) value {
 	b := make([]byte, ifnameSize)
 	copy(b, s)
 	return value{fmt.Sprintf("%q", s), b}
 }
 
+// number returns a value with these bytes.
 func number(text string, b ...byte) value { return value{text, b} }
 
-// bits makes a value of four bytes, which nftables keeps in the host's order.
+// bits returns a 32-bit value in host byte order, as nftables keeps marks and states.
 func bits(text string, v uint32) value {
 	return value{text, binary.NativeEndian.AppendUint32(nil, v)}
 }
 
-// action is what a rule does when all its matches hold.
+// action is what a rule does if all its matches hold.
 type action struct {
 	verb    verb
 	chain   string     // of jump and goto
@@ -224,6 +247,8 @@ type action struct {
 	timeout string     // of expire
 }
 
+// verb is the kind of an action. branch is nft's goto and ret its return, which are
+// keywords of Go.
 type verb uint8
 
 const (
@@ -235,7 +260,7 @@ const (
 	masquerade
 	snat
 	clamp
-	expire // gives a new flow timeouts, and goes on to the next rule
+	expire // assigns timeouts to a new flow; the chain continues
 )
 
 var verbTexts = [...]string{"accept", "drop", "return", "jump", "goto", "masquerade", "snat", "tcp option maxseg size set", "ct timeout set"}
@@ -259,7 +284,7 @@ func (a action) String() string {
 	return verbTexts[a.verb]
 }
 
-// rule is a line of a chain.
+// rule is one rule of a chain.
 type rule struct {
 	matches []match
 	action  action
@@ -278,10 +303,10 @@ func (r rule) String() string {
 	return b.String()
 }
 
-// chain is a list of rules; with a hook the kernel calls it, without one other
-// chains do. The policy of a hooked chain is always accept: the kernel runs a
-// chain with its policy before its rules are committed, so that a policy of drop
-// would interrupt the whole host at every load.
+// chain is a list of rules. A base chain has a hook and is called by the kernel, a
+// regular one by other chains. The policy of a base chain is always accept: in a
+// transaction the kernel activates a new chain with its policy before its rules, so a
+// policy of drop would interrupt the host's traffic at every load.
 type chain struct {
 	name     string
 	kind     string // "filter" or "nat"; empty without a hook
@@ -290,7 +315,7 @@ type chain struct {
 	rules    []rule
 }
 
-// add appends a rule; the matches come before the action, as they are printed.
+// add appends a rule.
 func (c *chain) add(a action, comment string, ms ...match) {
 	c.rules = append(c.rules, rule{matches: ms, action: a, comment: comment})
 }
@@ -301,26 +326,25 @@ func (c *chain) ret(comment string, ms ...match)    { c.add(action{verb: ret}, c
 func (c *chain) jump(to string, ms ...match)        { c.add(action{verb: jump, chain: to}, "", ms...) }
 func (c *chain) branch(to string, ms ...match)      { c.add(action{verb: branch, chain: to}, "", ms...) }
 
-// set is a named set. The keys of an interval set are ranges of addresses; those
-// of the others single values.
+// set is a named set. An interval set contains ranges of addresses, others single values.
 type set struct {
 	name     string
-	types    []string // nft's names of the key's parts
+	types    []string // nft's type names of the key's parts
 	interval bool
-	timeout  bool // filled while it is loaded; elements end by themselves
-	size     int  // of a set that rules fill, at most; 0 for the others
+	timeout  bool // elements are added after the load and expire
+	size     int  // maximum number of elements of a set that rules fill; 0 for others
 	elements []element
 }
 
-// element is a key, or for interval sets the first key of a range and the first
-// one behind it, which is nil at the end of the address space.
+// element is a key. In an interval set, key is the first address of a range and after the
+// one behind its last, nil at the end of the address space.
 type element struct {
 	key, after []byte
-	text       string // where the key doesn't say it
+	text       string // printed instead of the key; see String
 }
 
-// String prints an element whose key is made of addresses from them, so that
-// large sets needn't carry their texts.
+// String returns the text or, without one, the addresses in the key. So large sets
+// needn't store texts.
 func (e element) String() string {
 	if e.text != "" {
 		return e.text
@@ -337,8 +361,7 @@ func (e element) String() string {
 	return strings.Join(parts, " . ")
 }
 
-// addresses makes a set of single addresses out of full-length prefixes or any
-// prefixes' addresses.
+// addresses returns a set of the prefixes' addresses.
 func addresses(name, typ string, ps []netip.Prefix) set {
 	s := set{name: name, types: []string{typ}}
 	for _, p := range ps {
@@ -347,8 +370,7 @@ func addresses(name, typ string, ps []netip.Prefix) set {
 	return s
 }
 
-// without makes an interval set of what is in a and not in b. Its elements are
-// ranges, and so are printed as such.
+// without returns an interval set of the addresses in a but not in b.
 func without(name, typ string, a, b []netip.Prefix) set {
 	s := set{name: name, types: []string{typ}, interval: true}
 	holes := ranges("", typ, b).elements
@@ -358,7 +380,7 @@ func without(name, typ string, a, b []netip.Prefix) set {
 	return s
 }
 
-// without returns what the holes, which are in order, leave of a range.
+// without returns what remains of a range without the holes, which must be sorted.
 func (e element) without(holes []element) []element {
 	var out []element
 	for _, h := range holes {
@@ -366,7 +388,7 @@ func (e element) without(holes []element) []element {
 		case h.after != nil && bytes.Compare(h.after, e.key) <= 0:
 			continue // before it
 		case e.after != nil && bytes.Compare(h.key, e.after) >= 0:
-			return append(out, e) // behind it, like all that follow
+			return append(out, e) // it and all later holes are behind the range
 		}
 		if bytes.Compare(h.key, e.key) > 0 {
 			out = append(out, rangeOf(e.key, h.key))
@@ -379,8 +401,8 @@ func (e element) without(holes []element) []element {
 	return append(out, e)
 }
 
-// rangeOf makes the element of the addresses from key to the last one before
-// after, or to the family's last where after is nil.
+// rangeOf returns the element for the addresses from key up to the one before after, or
+// to the last one of the family if after is nil.
 func rangeOf(key, after []byte) element {
 	first, _ := netip.AddrFromSlice(key)
 	last := netip.MustParseAddr("255.255.255.255")
@@ -397,8 +419,8 @@ func rangeOf(key, after []byte) element {
 	return element{key, after, first.String() + "-" + last.String()}
 }
 
-// ranges makes an interval set. Prefixes inside others, and what occurs twice,
-// are left out, because the kernel refuses ranges that overlap.
+// ranges returns an interval set. It drops prefixes inside others and duplicates, because
+// the kernel refuses overlapping ranges.
 func ranges(name, typ string, ps []netip.Prefix) set {
 	s := set{name: name, types: []string{typ}, interval: true}
 	sorted := slices.Clone(ps)
@@ -420,7 +442,8 @@ func ranges(name, typ string, ps []netip.Prefix) set {
 	return s
 }
 
-// after returns the first address behind a prefix, or nil at the end.
+// after returns the first address behind a prefix, or nil at the end of the address
+// space.
 func after(p netip.Prefix) []byte {
 	b := p.Addr().AsSlice()
 	for bit := p.Bits(); bit < len(b)*8; bit++ {
@@ -433,11 +456,11 @@ func after(p netip.Prefix) []byte {
 	return nil
 }
 
-// maxCounters is how many keys a set of counters may have; one without flows is
-// taken away by the kernel.
+// maxCounters is how many keys a set of counters may have. The kernel removes keys
+// without flows.
 const maxCounters = 1 << 20
 
-// constants makes a set of values that never change.
+// constants returns a set of values that never change.
 func constants(name, typ string, vs ...value) set {
 	s := set{name: name, types: []string{typ}}
 	for _, v := range vs {
@@ -453,9 +476,9 @@ type table struct {
 	chains   []*chain
 }
 
-// timeouts are how long flows of a protocol may be silent, by the names and numbers
-// of states that conntrack has (linux/netfilter/nfnetlink_cttimeout.h). States that
-// aren't listed have the host's own.
+// timeouts are how long flows of a protocol may be idle in conntrack, by the names and
+// numbers of its states (linux/netfilter/nfnetlink_cttimeout.h). States that aren't
+// listed keep the host's timeouts.
 type timeouts struct {
 	name    string
 	nfproto value
@@ -469,19 +492,21 @@ type stateTimeout struct {
 	idle   time.Duration // in whole seconds
 }
 
+// chain appends a regular chain.
 func (t *table) chain(name string) *chain {
 	c := &chain{name: name}
 	t.chains = append(t.chains, c)
 	return c
 }
 
+// hook appends a base chain.
 func (t *table) hook(name, kind, hook string, priority int) *chain {
 	c := t.chain(name)
 	c.kind, c.hook, c.priority = kind, hook, priority
 	return c
 }
 
-// String returns the table as nft takes it.
+// String returns the table in nft's language.
 func (t *table) String() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "table inet %s {\n", tableName)

@@ -17,27 +17,27 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// resolverFiles are where Linux keeps the servers that it asks for names
-// (resolv.conf(5)). Where systemd-resolved answers at 127.0.0.53, the second one
-// has the servers that it asks itself (systemd-resolved.service(8)).
+// resolverFiles are the files with the host's DNS servers (resolv.conf(5)). If
+// systemd-resolved answers at 127.0.0.53, the second file has the servers that it uses
+// itself (systemd-resolved.service(8)).
 var resolverFiles = []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"}
 
-// observer reads the host's facts from the kernel.
+// observer reads the facts about the host from the kernel.
 type observer struct {
 	nl     *nlconn.Handle
-	xfrm   *nlconn.Handle // nil where the kernel has no IPsec
+	xfrm   *nlconn.Handle // nil if the kernel has no IPsec
 	routes *nlconn.Conn
 	mesh   string
-	// own are the host's mesh addresses: rules for sources around them are meant
-	// for peers too.
+	// own are the host's mesh addresses; a policy rule for a source prefix around them
+	// also applies to peers.
 	own []netip.Addr
-	// sources is what params.sources is to be.
+	// sources is where facts stores params.sources.
 	sources map[bool]netip.Addr
 }
 
-// facts returns interfaces, routes and uplinks. An interface whose name no packet filter's
-// language takes has a stand-in for it: its addresses and networks count, but it is no
-// uplink.
+// facts returns interfaces, routes and uplinks. An interface whose name can't be written
+// in a packet filter's language gets a stand-in name: its addresses and networks count,
+// but it is never an uplink.
 func (o observer) facts() (policy.Host, error) {
 	h := policy.Host{Interface: o.mesh}
 	links, err := o.nl.LinkList()
@@ -73,7 +73,7 @@ func (o observer) facts() (policy.Host, error) {
 			up, equal = routeEntry{}, nil
 		}
 		if up.router.IsValid() && up.router.Is4() != (family == netlink.FAMILY_V4) {
-			up.router = netip.Addr{} // IPv4 by a router's IPv6 address (RFC 5549)
+			up.router = netip.Addr{} // an IPv4 route by an IPv6 gateway (RFC 5549)
 		}
 		source, err := o.source(up, family == netlink.FAMILY_V4)
 		if err != nil {
@@ -93,22 +93,21 @@ func (o observer) facts() (policy.Host, error) {
 	return h, nil
 }
 
-// elsewhere are addresses of the internet that no host has (RFC 5737, RFC 3849),
-// and of the space that IANA gives out, by family: what the kernel would do with
-// packets to them is what it does by the default route.
+// probes are addresses of the internet that no host has (RFC 5737, RFC 3849), and one of
+// the space that IANA allocates from, by family (IPv4 under true). The kernel routes
+// packets to them by the default route.
 var probes = map[bool][]netip.Addr{
 	true:  {netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("203.0.113.1")},
 	false: {netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2000::1")},
 }
 
-// noRoute are the errors by which the kernel says that a route leads nowhere: it is
-// unreachable, prohibited or a blackhole, or there is none (fib_props of Linux
-// net/ipv4/fib_semantics.c, ip6_rt_type_to_error of net/ipv6/route.c).
+// noRoute are the errors of a route lookup that finds an unreachable, prohibit or
+// blackhole route, or none (fib_props in net/ipv4/fib_semantics.c, ip6_rt_type_to_error
+// in net/ipv6/route.c).
 var noRoute = []error{unix.ENETUNREACH, unix.EHOSTUNREACH, unix.EACCES, unix.EINVAL}
 
-// source returns the address that the host itself uses by a default route, which
-// is the one that the route prefers, or else one that the kernel chooses. It is
-// not valid where there is none.
+// source returns the source address that the host itself uses by a default route: the one
+// that the route prefers, or else the kernel's choice. It isn't valid if there is none.
 func (o observer) source(up routeEntry, v4 bool) (netip.Addr, error) {
 	if up.iface == "" {
 		return netip.Addr{}, nil
@@ -127,10 +126,11 @@ func (o observer) source(up routeEntry, v4 bool) (netip.Addr, error) {
 	return netip.Addr{}, nil
 }
 
-// masquerades returns the address that the kernel translates to what leaves by a default
-// route of IPv4: the interface's first on the router's network, or else its first
-// (inet_select_addr in net/ipv4/devinet.c). Of IPv6 it asks no route
-// (nf_nat_masquerade_ipv6 in net/netfilter/nf_nat_masquerade.c), and it isn't known.
+// masquerades returns the address to which masquerade translates what leaves by an IPv4
+// default route: the interface's first address on the router's network, or else its first
+// one (inet_select_addr in net/ipv4/devinet.c). It isn't valid for IPv6, where masquerade
+// doesn't depend on the route (nf_nat_masquerade_ipv6 in
+// net/netfilter/nf_nat_masquerade.c).
 func masquerades(up routeEntry, list []netlink.Addr, names map[int]string) netip.Addr {
 	var first netip.Addr
 	for _, a := range list {
@@ -149,11 +149,11 @@ func masquerades(up routeEntry, list []netlink.Addr, names map[int]string) netip
 	return first
 }
 
-// standInPrefix begins the name that stands for one that isn't usable; its index follows. No
-// interface has such a name (dev_valid_name in net/core/dev.c).
+// standInPrefix begins the stand-in for an unusable name; the interface's index follows.
+// No interface can have such a name (dev_valid_name in net/core/dev.c refuses the colon).
 const standInPrefix = "if:"
 
-// usableName reports what policy.Host.Validate accepts.
+// usableName reports whether policy.Host.Validate accepts a name.
 func usableName(n string) bool {
 	for _, c := range []byte(n) {
 		ok := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
@@ -164,15 +164,14 @@ func usableName(n string) bool {
 	return n != "" && len(n) < ifnameSize
 }
 
-// passing are the flags of addresses that aren't settled or go away by themselves
-// (rtnetlink(7), Linux include/uapi/linux/if_addr.h): tentative ones, those whose
-// check for duplicates failed or hasn't ended, and deprecated ones.
+// unstable are the flags of addresses that aren't usable yet or will be removed
+// (rtnetlink(7), include/uapi/linux/if_addr.h): tentative, failed or unfinished duplicate
+// detection, deprecated.
 const unstable = unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED | unix.IFA_F_OPTIMISTIC | unix.IFA_F_DEPRECATED
 
-// lasting returns the addresses of the uplinks that others may be told. Of an IPv6
-// address IFA_F_SECONDARY means that it is temporary (if_addr.h: IFA_F_TEMPORARY).
-// Addresses that the kernel makes by itself, as a subnet's router anycast one, are
-// in no list of RTM_GETADDR of this kind.
+// lasting returns the uplinks' addresses that may be told to others. For IPv6,
+// IFA_F_SECONDARY means temporary (IFA_F_TEMPORARY in if_addr.h). The kernel doesn't list
+// anycast addresses that it makes itself, such as the subnet-router one, in RTM_GETADDR.
 func lasting(h policy.Host, list []netlink.Addr, names map[int]string) []netip.Addr {
 	var out []netip.Addr
 	for _, a := range list {
@@ -188,6 +187,8 @@ func lasting(h policy.Host, list []netlink.Addr, names map[int]string) []netip.A
 	return slices.Compact(out)
 }
 
+// interfaces returns the host's interfaces with their addresses and attached prefixes,
+// without the mesh interface.
 func (o observer) interfaces(list []netlink.Addr, names map[int]string) []policy.Interface {
 	byName := map[string][]netip.Prefix{}
 	for _, a := range list {
@@ -195,7 +196,7 @@ func (o observer) interfaces(list []netlink.Addr, names map[int]string) []policy
 		if !ok || name == o.mesh {
 			continue
 		}
-		// Link-local IPv6 addresses are martians wherever they are.
+		// Link-local IPv6 addresses are class martian on any interface.
 		local, ok := toPrefix(a.IPNet)
 		if !ok || local.Addr().Is6() && local.Addr().IsLinkLocalUnicast() {
 			continue
@@ -212,9 +213,9 @@ func (o observer) interfaces(list []netlink.Addr, names map[int]string) []policy
 }
 
 // attachedPrefixes returns an address with the prefix that it attaches. On a
-// point-to-point link the prefix is the other end's. The lowest address of an
-// IPv6 prefix is every router's (RFC 4291 2.6.1): the kernel answers to it while
-// it forwards, except on /127 (RFC 6164).
+// point-to-point link that is the other end's prefix. The lowest address of an IPv6
+// prefix is the subnet-router anycast address (RFC 4291 2.6.1): the kernel answers to it
+// while it forwards, except on /127 (RFC 6164).
 func attachedPrefixes(local netip.Prefix, a netlink.Addr) []netip.Prefix {
 	out := []netip.Prefix{local}
 	if peer, ok := toPrefix(a.Peer); ok && peer.Addr() != local.Addr() {
@@ -229,11 +230,13 @@ func attachedPrefixes(local netip.Prefix, a netlink.Addr) []netip.Prefix {
 	return out
 }
 
+// comparePrefix orders prefixes by address, then by length.
 func comparePrefix(a, b netip.Prefix) int {
 	return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
 }
 
-// routing reads the tables that policy rules choose.
+// routing reads the routes in all tables, and the policy rules that select tables
+// (ip-rule(8)).
 func (o observer) routing(family int, names map[int]string) (hostRouting, error) {
 	h := hostRouting{tables: map[int][]routeEntry{}}
 	rules, err := o.nl.RuleList(family)
@@ -275,9 +278,9 @@ func (o observer) routing(family int, names map[int]string) (hostRouting, error)
 	return h, nil
 }
 
-// takesPeers reports whether a policy rule applies to a peer's packet to the
-// internet, which has no mark, no socket and comes in by the mesh. A rule for
-// all but one mark, as VPNs make it for their own packets, does.
+// takesPeers reports whether a policy rule applies to a peer's packet to the internet,
+// which has no mark and no socket and arrives on the mesh interface. A rule for all marks
+// except one, as VPNs make it for their own packets, applies.
 func (o observer) takesPeers(r netlink.Rule) bool {
 	if r.Dst != nil || r.OifName != "" || r.UIDRange != nil || r.IPProto != 0 || r.Dport != nil || r.Sport != nil {
 		return false
@@ -292,7 +295,7 @@ func (o observer) takesPeers(r netlink.Rule) bool {
 	return r.Mark == 0 && source && (r.IifName == "" || r.IifName == o.mesh)
 }
 
-// entries returns a unicast route, once for each of its next hops.
+// entries returns the entries of a unicast route, one per next hop.
 func entries(family int, r netlink.Route, names map[int]string) []routeEntry {
 	if r.Type != unix.RTN_UNICAST || r.Table == unix.RT_TABLE_LOCAL {
 		return nil
@@ -319,8 +322,8 @@ func entries(family int, r netlink.Route, names map[int]string) []routeEntry {
 	return out
 }
 
-// routesOf returns the routes that say what is behind which interface. Link-local
-// ones and multicast say nothing.
+// routesOf returns the routes that tell which destinations an interface leads to.
+// Link-local and multicast routes don't tell that.
 func (o observer) routesOf(h hostRouting) []policy.Route {
 	var out []policy.Route
 	for _, r := range h.chosen() {
@@ -335,7 +338,7 @@ func (o observer) routesOf(h hostRouting) []policy.Route {
 	return slices.Compact(out)
 }
 
-// chosen returns the routes of all tables that some rule chooses, each once.
+// chosen returns the routes of all tables that policy rules select, each table once.
 func (h hostRouting) chosen() []routeEntry {
 	var out []routeEntry
 	seen := map[int]bool{}
@@ -349,6 +352,7 @@ func (h hostRouting) chosen() []routeEntry {
 	return out
 }
 
+// addrOf converts an address; it isn't valid for nil.
 func addrOf(ip net.IP) netip.Addr {
 	a, _ := netip.AddrFromSlice(ip)
 	return a.Unmap()

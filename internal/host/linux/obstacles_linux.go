@@ -14,10 +14,10 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// findObstacles names the chains of other software that stop what the policy lets a
-// peer do: an accept in our table doesn't override a drop in another one. Such
-// chains are evaluated for the packets that matter; what can't be evaluated is
-// called unclear rather than guessed.
+// findObstacles returns the other chains and flow tables that stop what the policy allows
+// a peer: an accept in our table doesn't override a drop in another one. It evaluates
+// those chains for sample packets. A result that can't be evaluated is reported as
+// unclear, not guessed.
 func (o *others) findObstacles(ctx context.Context, h policy.Host, all []sample) ([]host.Problem, error) {
 	e, err := o.newEvaluator(ctx)
 	if err != nil {
@@ -29,7 +29,7 @@ func (o *others) findObstacles(ctx context.Context, h policy.Host, all []sample)
 		where  string
 		tunnel bool
 	}
-	told := map[telling]bool{} // places, each of which is named once, and once of WireGuard's packets
+	told := map[telling]bool{} // each place is reported once, and once more for WireGuard's packets
 	for _, s := range all {
 		f, protocol := e.judge(s)
 		if s.what == toInternet {
@@ -47,14 +47,14 @@ func (o *others) findObstacles(ctx context.Context, h policy.Host, all []sample)
 	return append(out, bypasses...), err
 }
 
-// stops reports whether the packet doesn't go where it is sent, as it is.
+// stops reports whether the packet doesn't reach its destination unchanged.
 func (f finding) stops() bool {
 	return f.outcome == dropped || f.outcome == redirected || f.outcome == untracked
 }
 
-// judge returns what becomes of a sample, and of which protocol where that isn't so of the
-// other. Of peers' packets TCP's are tried, too; where it isn't clear what becomes of these,
-// they aren't spoken of, for a firewall's bound on new connections stops none by itself.
+// judge returns what happens to a sample, and the protocol if it happens to only one of
+// UDP and TCP. Peers' packets are tried with TCP, too. An unclear result for TCP is
+// ignored: a firewall's limit on new connections would make it unclear on many hosts.
 func (e *evaluator) judge(s sample) (f finding, protocol string) {
 	if s.tunnel {
 		return e.run(s), ""
@@ -71,8 +71,8 @@ func (e *evaluator) judge(s sample) (f finding, protocol string) {
 	return f, ""
 }
 
-// ofAnyPort returns what becomes of a sample, whatever its ports are: what stops some ports
-// only stops no peer.
+// ofAnyPort returns what happens to a sample whatever its ports are: a rule that stops
+// only some ports isn't an obstacle.
 func (e *evaluator) ofAnyPort(s sample) finding {
 	f := e.run(s)
 	if f.stops() {
@@ -84,7 +84,7 @@ func (e *evaluator) ofAnyPort(s sample) finding {
 	return f
 }
 
-// obstacle says that others' chains stop a packet, or change where it goes.
+// obstacle returns the problem of other chains that stop a packet or may stop it.
 func obstacle(s sample, f finding, protocol string) (host.Problem, bool) {
 	if !f.stops() && !f.unclear {
 		return host.Problem{}, false
@@ -120,8 +120,8 @@ func obstacle(s sample, f finding, protocol string) (host.Problem, bool) {
 	}, true
 }
 
-// bypasses names flow tables of other software on the uplinks: packets of a
-// running flow that is in one pass around every other rule.
+// bypasses reports other software's flow tables on the uplinks: packets of a flow in a
+// flow table skip every other rule (Documentation/networking/nf_flowtable.rst).
 func (o *others) bypasses(h policy.Host) ([]host.Problem, error) {
 	tables, err := o.lists.ListTables(nftables.TableFamilyUnspecified)
 	if err != nil {
@@ -140,6 +140,7 @@ func (o *others) bypasses(h policy.Host) ([]host.Problem, error) {
 	return out, nil
 }
 
+// bypass reports a flow table that has one of the uplinks.
 func bypass(h policy.Host, t *nftables.Table, f *nftables.Flowtable) []host.Problem {
 	for _, up := range slices.Concat([]string{h.Uplink4, h.Uplink6}, h.Equal4, h.Equal6) {
 		if slices.Contains(f.Devices, up) {
@@ -154,15 +155,15 @@ func bypass(h policy.Host, t *nftables.Table, f *nftables.Flowtable) []host.Prob
 	return nil
 }
 
-// lookAround is the step under which others' rules are reported.
+// stepOthers is the step under which problems with other software's rules are reported.
 const stepOthers = "look at other packet filters"
 
-// toInternet is what peers send to the internet, among the samples.
+// toInternet describes the samples from peers to the internet.
 const toInternet = "from peers to the internet"
 
-// samples returns packets for what the ruleset's peers may do, one of each kind: rules
-// that tell one peer's address from another's are rare, and there may be thousands of
-// peers. Of WireGuard's own packets there are those with the devices at outer besides.
+// samples returns packets of what the ruleset allows to peers, one of each kind: rules
+// that distinguish peers' addresses are rare, and there may be thousands of peers. It
+// also returns WireGuard's own packets, including those to and from the devices at outer.
 func samples(r *policy.Ruleset, outer []netip.AddrPort) []sample {
 	var out []sample
 	add := func(s sample) {
@@ -210,18 +211,18 @@ func samples(r *policy.Ruleset, outer []netip.AddrPort) []sample {
 	return append(out, tunnelSamples(r, outer)...)
 }
 
-// neighbour is an address of a network that the host is attached to.
+// neighbour is an address in a network that the host is attached to.
 type neighbour struct {
 	iface string
 	addr  netip.Addr
 }
 
-// maxNeighbours bounds how many attached networks of a family others' chains are
-// evaluated for: a host may have an interface for each of hundreds of containers.
+// maxNeighbours bounds the number of attached networks per family for which chains are
+// evaluated: a host may have hundreds of interfaces for containers.
 const maxNeighbours = 16
 
-// neighbours returns an address of another host for each interface with a network of the
-// family, which is class lan.
+// neighbours returns an address of another host, of class lan, for each interface with a
+// network of the family.
 func neighbours(h policy.Host, four bool) []neighbour {
 	var own []netip.Addr
 	for _, i := range h.Interfaces {
@@ -249,8 +250,8 @@ func neighbours(h policy.Host, four bool) []neighbour {
 	return out
 }
 
-// tunnelSamples returns packets of WireGuard itself: with a device that isn't known, by the
-// uplinks, and with those at outer.
+// tunnelSamples returns packets of WireGuard itself: with an unknown device by the
+// uplinks, and with the devices at outer.
 func tunnelSamples(r *policy.Ruleset, outer []netip.AddrPort) []sample {
 	var out []sample
 	h, port := r.Host(), r.Mesh().ListenPort
@@ -280,7 +281,7 @@ func tunnelSamples(r *policy.Ruleset, outer []netip.AddrPort) []sample {
 	return out
 }
 
-// nextTo returns the interface by which the host reaches a, as its longest prefix says, and
+// sourceTowards returns the interface by which the host reaches a, by longest prefix, and
 // the host's address there.
 func sourceTowards(h policy.Host, a netip.Addr) (by string, own netip.Addr) {
 	by, own = h.Uplink(a), h.Source(a)
@@ -307,7 +308,7 @@ func sourceTowards(h policy.Host, a netip.Addr) (by string, own netip.Addr) {
 	return by, own
 }
 
-// addressAt returns an address of an interface that others can answer.
+// addressAt returns an address of an interface that other hosts can answer.
 func addressAt(h policy.Host, name string, four bool) netip.Addr {
 	for _, i := range h.Interfaces {
 		for _, p := range i.Addresses {
@@ -319,6 +320,7 @@ func addressAt(h policy.Host, name string, four bool) netip.Addr {
 	return netip.Addr{}
 }
 
+// familyName returns nft's name of a table's family.
 func familyName(f nftables.TableFamily) string {
 	return map[nftables.TableFamily]string{
 		nftables.TableFamilyIPv4: "ip", nftables.TableFamilyIPv6: "ip6", nftables.TableFamilyINet: "inet",

@@ -2,17 +2,17 @@ package linux
 
 import "log/slog"
 
-// Options say how a backend works.
+// Options configures a [Backend].
 type Options struct {
-	// StateDir is the directory of the journal; it exists and only root writes
-	// there.
+	// StateDir is the directory of the journal. It must exist, and only root may write to
+	// it.
 	StateDir string // required
-	// Log gets what the backend does; nil discards it.
+	// Log receives the steps that the backend takes; nil discards them.
 	Log *slog.Logger // optional
-	// ResolverFiles are the files in the form of resolv.conf(5) that name the
-	// host's DNS servers; nil means the system's.
+	// ResolverFiles are files in the format of resolv.conf(5) that list the host's DNS
+	// servers; nil means those of the system.
 	ResolverFiles []string // optional
-	// Step is called before and after each enforcing step, with one of [Steps], so
-	// that tests can end the process there.
+	// Step is called with one of [Steps] before and after the step; tests end the process
+	// in it.
 	Step func(name string) // optional
 }

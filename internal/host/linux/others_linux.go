@@ -15,42 +15,43 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// others looks at what is beside our table: other software's chains and flow tables,
-// and conntrack. It has a thread and sockets of its own, so that what enforces doesn't
-// wait for it, whatever the others have loaded.
+// others examines what exists beside our table: other software's chains and flow tables,
+// and conntrack. It has a worker and sockets of its own, so enforcing never waits for it,
+// however many rules other software has loaded.
 type others struct {
 	worker *worker
 	sys    sysctls
-	// lists reads lists through sock. spent says that an exchange was given up: an answer
-	// that comes late would be taken for the next one's.
+	// lists reads lists through sock. outOfSync is set when an exchange was abandoned,
+	// because a late answer would be taken for that to the next request.
 	lists     *nlconn.Nftables
 	sock      *nlconn.Conn
 	flows     *conntrack
 	outOfSync bool
-	// port is one that peers' flows are translated to, as what enforces chose it.
+	// port is a port that peers' flows are translated to, as observePorts chose it; 0:
+	// none.
 	port atomic.Uint32
-	// mesh is the name of the mesh's interface.
+	// mesh is the name of the mesh interface, a string.
 	mesh atomic.Value
 
 	holders holders
 	excess  excess
-	// looked is what others were last looked at for, and obstacles what was found then.
+	// lastInputs are the inputs of the last evaluation, and obstacles its result.
 	lastInputs lookInputs
-	recheckAt  time.Time // when it is looked at again all the same
+	recheckAt  time.Time // when to evaluate again even if no input changed
 	obstacles  []host.Problem
-	// marks are those that peers' packets to the internet get before they are routed, by
-	// whether they are of IPv4, as of the last look.
+	// marks are the marks that peers' packets to the internet get before routing, by
+	// family (IPv4 under true), as of the last evaluation.
 	marks map[bool]uint32
 }
 
-// occasion is what the answer to a look at others depends on. It is compared, so
-// that nothing is read while all is as it was.
+// lookInputs is everything that the evaluation of other rules depends on. It is compared,
+// so that nothing is read as long as nothing changed.
 type lookInputs struct {
 	generation uint32 // of nftables
 	samples    string
 }
 
-// newOthers opens it in the network namespace of the calling thread.
+// newOthers opens the sockets in the network namespace of the calling thread.
 func newOthers(sys sysctls) (*others, error) {
 	w, err := newWorker()
 	if err != nil {
@@ -64,7 +65,7 @@ func newOthers(sys sysctls) (*others, error) {
 	return o, nil
 }
 
-// reopen opens the sockets where they aren't, or mustn't be used any more.
+// reopen opens the sockets if they aren't open or mustn't be used any more.
 func (o *others) reopen() error {
 	if !o.outOfSync {
 		return nil
@@ -97,7 +98,7 @@ func (o *others) close() error {
 	return errors.Join(errs...)
 }
 
-// end ends the worker when it has nothing to do, and closes the sockets then.
+// release closes the sockets once the running call has ended, and stops the worker.
 func (o *others) release() error {
 	limit, cancel := context.WithTimeout(context.Background(), closeLimit)
 	defer cancel()
@@ -106,7 +107,7 @@ func (o *others) release() error {
 	return err
 }
 
-// run does a look on the worker. The end of ctx ends what waits at the sockets.
+// run runs do on the worker. The end of ctx interrupts reads from the sockets.
 func (o *others) run(ctx context.Context, do func() error) error {
 	return o.worker.run(ctx, func() error {
 		o.worker.step.Store(stepOthers)
@@ -126,14 +127,14 @@ func (o *others) run(ctx context.Context, do func() error) error {
 	})
 }
 
-// Others implements [host.Others]. It also ends what peers hold in conntrack
-// beyond their shares.
+// Others implements [host.Others]. It also ends conntrack entries of peers beyond their
+// shares.
 func (p *Backend) Others(ctx context.Context, r *policy.Ruleset, outer []netip.AddrPort) ([]host.Problem, error) {
 	var out []host.Problem
 	var marks map[bool]uint32
 	o := p.others
 	err := o.run(ctx, func() error {
-		// First what is bounded, then what others' rules may make long.
+		// First what takes bounded time, then what other software's rules can make slow.
 		eerr := o.endExcess(ctx, r)
 		full, ferr := fillProblems(o.sys)
 		o.nameHolders(ctx, full, r)
@@ -144,16 +145,15 @@ func (p *Backend) Others(ctx context.Context, r *policy.Ruleset, outer []netip.A
 		return errors.Join(eerr, ferr, oerr, lerr)
 	})
 	if errors.Is(err, errHung) {
-		return nil, err // the look that was left behind may still write
+		return nil, err // the abandoned call may still write to out
 	}
 	ways, werr := p.otherWays(ctx, r, marks)
 	return append(out, ways...), errors.Join(err, werr)
 }
 
-// otherWays has the kernel asked where it sends peers' packets, when nothing is being
-// enforced.
+// otherWays asks the kernel for the routes of peers' packets, between calls that enforce.
 func (p *Backend) otherWays(ctx context.Context, r *policy.Ruleset, marks map[bool]uint32) ([]host.Problem, error) {
-	// As in Way, the end of the caller's patience isn't handed to the sockets.
+	// As in Way, the end of ctx isn't passed on to the sockets.
 	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), wayLimit)
 	defer cancel()
 	return ask(limited, p, func() ([]host.Problem, error) { return p.wayProblems(r, marks), nil })
@@ -185,6 +185,7 @@ func (p *Backend) ByOthers(ctx context.Context, packet host.Packet, out string, 
 	return by, nil
 }
 
+// sampleOf returns the sample for a packet on its way to the interface out.
 func sampleOf(packet host.Packet, out string, reply bool) sample {
 	return sample{
 		iif: packet.In, oif: out, src: packet.Src, dst: packet.Dst, proto: packet.Proto,
@@ -208,16 +209,16 @@ func (p *Backend) markOf(ctx context.Context, packet host.Packet) (mark uint32, 
 	return mark, err
 }
 
-// lookAgain is after how long others' rules are looked at although none changed: elements
-// of sets expire and quotas run out without a change of the ruleset. It is lookFactor
-// times as long as a look takes at least, which keeps that below 0.5 % of a core.
+// recheckAfter is how long a result holds if no rule changed: set elements expire and
+// quotas run out without a change of the ruleset. It holds recheckFactor times as long as
+// the evaluation took, if that is longer, which keeps the cost below 0.5 % of a core.
 const (
 	recheckAfter  = time.Minute
 	recheckFactor = 200
 )
 
-// lookAtOthers looks at others' rules where they, or what they are asked about, changed
-// since the last look.
+// lookAtOthers evaluates other software's rules if they or the samples changed since the
+// last evaluation.
 func (o *others) lookAtOthers(ctx context.Context, r *policy.Ruleset, outer []netip.AddrPort) error {
 	now, err := generationOf(o.sock)
 	if err != nil {

@@ -9,11 +9,10 @@ import (
 	"strings"
 )
 
-// portRange is the ports from first to last, both included. The zero value has
-// none.
+// portRange is the ports from first to last, inclusive. The zero value is empty.
 type portRange struct{ first, last uint16 }
 
-// size returns how many ports are in the range.
+// size returns the number of ports in the range.
 func (r portRange) size() int {
 	if r == (portRange{}) {
 		return 0
@@ -27,47 +26,47 @@ func (r portRange) overlaps(s portRange) bool {
 	return r.size() > 0 && s.size() > 0 && r.first <= s.last && s.first <= r.last
 }
 
-// String is the range as nft writes it.
+// String returns the range as nft writes it.
 func (r portRange) String() string { return fmt.Sprintf("%d-%d", r.first, r.last) }
 
 const (
-	// minPorts is the size of the smallest range that peers' flows are translated
-	// to: with fewer, a port could be guessed, and two peers that use the same
-	// server get in each other's way.
+	// minPorts is the size of the smallest range that peers' flows are translated to.
+	// With fewer ports, one could be guessed, and two peers that use the same server
+	// would collide.
 	minPorts = 512
-	// lastPrivileged is the last port that only root binds by default (ip(7),
-	// ip_unprivileged_port_start).
+	// lastPrivileged is the last port that only root may bind by default
+	// (ip_unprivileged_port_start in ip(7)).
 	lastPrivileged = 1023
 )
 
-// defaultPorts is the range on a host with Linux's default of local ports, 32768
-// to 60999, on which nothing listens below (ip_local_port_range in the kernel's
+// defaultPorts is the range on a host with Linux's default ephemeral ports, 32768 to
+// 60999, on which no program listens below that (ip_local_port_range in
 // Documentation/networking/ip-sysctl.rst).
 var defaultPorts = portRange{lastPrivileged + 1, 32767}
 
-// hostPorts are the ports that are the host's, or may come to be: the privileged
-// ones, those that the kernel gives to its sockets, those that it is told to
-// reserve for programs, and those that sockets are bound to. A translated flow of
-// a peer that had one could take what is sent to the host.
+// hostPorts are the ports that the host uses or may use: privileged and ephemeral ones,
+// those reserved by a sysctl, and those of sockets. A peer's flow that was translated to
+// one of them could take packets that are meant for the host.
 type hostPorts struct {
-	privileged uint16 // the last one
+	privileged uint16 // last privileged port
 	taken      []portRange
-	// bound are the ports of sockets, with their users. Any user changes them, so that
-	// they choose a range only once, and are left out of it from then on.
+	// bound are the ports of sockets, with the user of each. Any user can change these,
+	// so they matter only when a range is chosen; afterwards those in the range are
+	// excluded from it.
 	bound map[uint16]uint32
 }
 
-// allows reports whether the range is wide enough, and has no port that the host's
-// settings take.
+// allows reports whether a range is large enough and has no port that the host's settings
+// reserve.
 func (h hostPorts) allows(r portRange) bool {
 	return r.size() >= minPorts && r.first > h.privileged &&
 		!slices.ContainsFunc(h.taken, r.overlaps)
 }
 
-// free returns the largest range of ports that has none of the host's, where that is
-// at least a quarter of what the host's settings leave, and else the largest that
-// these leave, whatever sockets are in it: otherwise any user could leave peers no
-// range, with some ports far apart. It is the zero range where no range has minPorts.
+// free returns the largest range without any of the host's ports, if it is at least a
+// quarter of the largest range that the settings leave, and otherwise that one, whatever
+// sockets are in it. So a user can't leave peers without a range by binding a few ports
+// far apart. It is empty if no range has minPorts.
 func (h hostPorts) free() portRange {
 	whole := h.largest(h.taken)
 	taken := slices.Clone(h.taken)
@@ -80,11 +79,11 @@ func (h hostPorts) free() portRange {
 	return whole
 }
 
-// largest returns the largest unprivileged range of ports between those taken.
+// largest returns the largest unprivileged range between those taken.
 func (h hostPorts) largest(taken []portRange) portRange {
 	taken = slices.Clone(taken)
 	slices.SortFunc(taken, func(a, b portRange) int { return cmp.Compare(a.first, b.first) })
-	taken = append(taken, portRange{65535, 65535}) // never bad, and it ends the last gap
+	taken = append(taken, portRange{65535, 65535}) // ends the last gap
 	best, next := portRange{}, int(h.privileged)+1
 	for _, t := range taken {
 		if n := int(t.first) - next; n >= minPorts && n > best.size() {
@@ -95,8 +94,8 @@ func (h hostPorts) largest(taken []portRange) portRange {
 	return best
 }
 
-// around returns the widest range with r in it and none of the ports that the host's
-// settings take.
+// around returns the widest range that contains r and none of the ports that the host's
+// settings reserve.
 func (h hostPorts) around(r portRange) portRange {
 	first, last := int(h.privileged)+1, 65535
 	for _, t := range h.taken {
@@ -116,12 +115,12 @@ func (h hostPorts) has(port uint16) bool {
 	return bound || port <= h.privileged || slices.ContainsFunc(h.taken, func(t portRange) bool { return t.has(port) })
 }
 
-// boundIn returns the ports of a range that sockets have, in order.
+// boundIn returns the ports of a range that sockets use, in order.
 func (h hostPorts) boundIn(r portRange) []uint16 {
 	return slices.DeleteFunc(slices.Sorted(maps.Keys(h.bound)), func(port uint16) bool { return !r.has(port) })
 }
 
-// most returns the user whose sockets have the most ports of a range, and how many.
+// most returns the user whose sockets use the most ports of a range, and how many.
 func (h hostPorts) most(r portRange) (uid uint32, number int) {
 	by := map[uint32]int{}
 	for _, port := range h.boundIn(r) {
@@ -135,8 +134,8 @@ func (h hostPorts) most(r portRange) (uid uint32, number int) {
 	return uid, number
 }
 
-// keep returns the range to use when had was in use: the same one for as long as the
-// host's settings allow it. Programs that take ports don't change it.
+// keep returns the range to use after had: the same one as long as the host's settings
+// allow it. Sockets don't change it.
 func (h hostPorts) keep(had portRange) portRange {
 	if h.allows(had) {
 		return had
@@ -144,8 +143,7 @@ func (h hostPorts) keep(had portRange) portRange {
 	return h.free()
 }
 
-// readHostPorts reads which ports are the host's, but for those that sockets are
-// bound to.
+// readHostPorts reads the host's ports except those of sockets.
 func readHostPorts(s sysctls) (hostPorts, error) {
 	h := hostPorts{privileged: lastPrivileged}
 	text, err := s.read("ipv4/ip_local_port_range")
@@ -165,8 +163,8 @@ func readHostPorts(s sysctls) (hostPorts, error) {
 		return h, err
 	}
 	h.taken = append(h.taken, reserved...)
-	// Newer than the others (4.11), and it may be lower than by default, which
-	// doesn't make those ports a peer's.
+	// Exists since Linux 4.11. It may be lower than the default, but ports below 1024 are
+	// never a peer's.
 	if text, err = s.read("ipv4/ip_unprivileged_port_start"); err == nil {
 		if start, err := strconv.ParseUint(text, 10, 16); err == nil && start > 0 {
 			h.privileged = max(h.privileged, uint16(start-1))
@@ -175,7 +173,7 @@ func readHostPorts(s sysctls) (hostPorts, error) {
 	return h, nil
 }
 
-// parseLocalPorts reads ip_local_port_range: two numbers.
+// parseLocalPorts parses ip_local_port_range: two numbers.
 func parseLocalPorts(text string) (portRange, error) {
 	fields := strings.Fields(text)
 	if len(fields) != 2 {
@@ -184,7 +182,7 @@ func parseLocalPorts(text string) (portRange, error) {
 	return parsePortRange(fields[0], fields[1])
 }
 
-// parsePorts reads ip_local_reserved_ports, such as "1,2-4,10".
+// parsePorts parses ip_local_reserved_ports, such as "1,2-4,10".
 func parsePorts(text string) ([]portRange, error) {
 	if text == "" {
 		return nil, nil

@@ -14,33 +14,33 @@ import (
 )
 
 const (
-	// crowdedShare is the part of the range, one in so many ports, from which on it is
-	// said that sockets have it: so many of peers' first packets are lost.
+	// boundShare: it is reported when sockets use more than one in boundShare ports of
+	// the range, because that share of peers' first packets is lost.
 	boundShare = 64
-	// betweenCuts is how long after flows were deleted for a port that a program took
-	// the next are, at least: any user takes ports, and all flows are read for it.
+	// cutInterval is the shortest time between two deletions of flows for ports that
+	// programs took: any user can take ports, and each deletion reads all flows.
 	cutInterval = time.Minute
 )
 
-// ports is the range that peers' translated flows leave from.
+// ports is the range of ports that peers' flows are translated to.
 type ports struct {
-	diag *nlconn.Conn // asks for the host's sockets
-	// now is the range as last observed; without any no flow is translated. Flows
-	// that run may have any port of around, but for those of host.
+	diag *nlconn.Conn // lists the host's sockets (sock_diag(7))
+	// now is the range as last observed; if it is empty no flow is translated. Running
+	// flows may have any port of around, except those of host.
 	now, around portRange
 	host        hostPorts
-	// strays says that flows of peers may have ports that sockets have by now; they
+	// collisions is set if flows of peers may have ports that sockets took. Such flows
 	// were last deleted at cutAt.
 	collisions bool
 	cutAt      time.Time
-	// failed is why ports of sockets couldn't be left out.
+	// failed is the error of excluding sockets' ports from the range.
 	failed error
 }
 
-// observePorts chooses the range of ports for translated flows. Where the host's
-// settings leave none, the host forwards nothing for peers. A program that begins to
-// listen in the range, or a changed sysctl, is noticed at the next look, of which the
-// kernel doesn't tell: until then a flow of a peer may have that port.
+// observePorts chooses the range of ports for translated flows. If the host's settings
+// leave none, the host forwards nothing for peers. The kernel doesn't report when a
+// program binds a port or a sysctl changes, so until the next observation a flow of a
+// peer may have such a port.
 func (p *Backend) observePorts(h *policy.Host) error {
 	host, err := readHostPorts(p.forward.sys)
 	if err != nil {
@@ -51,7 +51,7 @@ func (p *Backend) observePorts(h *policy.Host) error {
 		return err
 	}
 	if p.enforced != nil {
-		// Also while the tunnel's sockets are being opened again.
+		// Count WireGuard's port even while its sockets are being reopened.
 		port := p.enforced.Mesh().ListenPort
 		host.taken = append(host.taken, portRange{port, port})
 		if _, ok := host.bound[port]; !ok && port != 0 {
@@ -77,14 +77,14 @@ func (p *Backend) observePorts(h *policy.Host) error {
 	return nil
 }
 
-// leaveBound leaves out the ports of the range that sockets of the host have by now,
-// and deletes the flows that have them. It changes elements of a set: to choose another
-// range would load the table, which any user could bring about at each look.
+// excludeBound excludes the ports of the range that sockets use by now, and deletes the
+// flows that have them. It changes set elements: choosing another range would load the
+// whole table, and any user could cause that at each observation.
 func (p *Backend) excludeBound(ctx context.Context) {
 	if p.filter.loaded == nil || p.ports.now != p.loadedPorts || p.enforced == nil {
-		return // the next load has them
+		return // the next load excludes them
 	}
-	// What fails makes the table unknown, so that it is loaded.
+	// After a failure the table is unknown, and loaded again.
 	with := p.loadedParams
 	with.sockets = p.ports.host.boundIn(p.ports.around)
 	if p.ports.failed = p.filter.replaceSet(boundSet(with.sockets)); p.ports.failed == nil {
@@ -112,7 +112,7 @@ func (p *Backend) excludeBound(ctx context.Context) {
 	p.ports.collisions, p.ports.cutAt, p.ports.failed = err != nil, time.Now(), err
 }
 
-// driftPorts says whether the table translates to another range than was observed.
+// driftPorts reports that the loaded table has another range than the observed one.
 func (p *Backend) driftPorts() []string {
 	if p.loadedPorts == p.ports.now || p.ports.now.size() == 0 {
 		return nil
@@ -121,7 +121,7 @@ func (p *Backend) driftPorts() []string {
 		p.loadedPorts, p.ports.now)}
 }
 
-// portProblems says that no range is left, or that sockets have much of it.
+// portProblems reports that no range is left, or that sockets use much of it.
 func (p *Backend) portProblems() (out []host.Problem) {
 	if p.ports.failed != nil {
 		out = append(out, host.Problem{

@@ -9,15 +9,15 @@ import (
 	"syscall"
 )
 
-// Bounds of what is believed of such a file: bytes, and servers.
+// Bounds for such a file: its size in bytes, and the number of servers.
 const (
 	maxResolverFile = 1 << 16
 	maxResolvers    = 64
 )
 
-// readResolvers returns the servers in the files, sorted. A file that isn't
-// there, or can't be read, names none: what it would have told is one address
-// that another owner of the mesh prefix has.
+// readResolvers returns the servers in the files, sorted. A file that is missing or
+// unreadable counts as empty: the cost is one address that another owner of the mesh
+// prefix has.
 func readResolvers(paths []string) []netip.Addr {
 	var out []netip.Addr
 	for _, path := range paths {
@@ -27,8 +27,9 @@ func readResolvers(paths []string) []netip.Addr {
 	return slices.Compact(out)
 }
 
+// readResolverFile reads one file, if it is a regular one.
 func readResolverFile(path string) []netip.Addr {
-	// Opening a pipe would wait for its writer.
+	// Without O_NONBLOCK, opening a pipe would wait for its writer.
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil
@@ -44,9 +45,9 @@ func readResolverFile(path string) []netip.Addr {
 	return parseResolvers(text)
 }
 
-// parseResolvers returns the servers of a resolv.conf(5), without those that are
-// no unicast address of another host: loopback, link-local with its zone. A line
-// that isn't understood is skipped, as the C library does.
+// parseResolvers returns the servers in a resolv.conf(5), except addresses that aren't
+// another host's unicast address: loopback, and link-local with its zone. A line that
+// isn't understood is skipped, as the C library does.
 func parseResolvers(text []byte) []netip.Addr {
 	var out []netip.Addr
 	for line := range bytes.Lines(text) {

@@ -14,28 +14,29 @@ import (
 	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
-// States of sockets as the kernel numbers them (include/net/tcp_states.h). A UDP
-// socket is in "close" while it is bound, and "established" once it is connected.
+// States of sockets (include/net/tcp_states.h). A bound UDP socket is in "close", a
+// connected one in "established".
 const (
 	tcpListen = 10
 	anyState  = 0xffff
 )
 
-// Sizes and offsets of inet_diag_req_v2 and inet_diag_msg (linux/inet_diag.h).
+// Sizes and offsets, in bytes, of struct inet_diag_req_v2 and inet_diag_msg
+// (linux/inet_diag.h).
 const (
 	diagRequest = 56
 	diagMessage = 72
-	diagPort    = 4  // the socket's own port, behind family, state, timer and retrans
-	diagUser    = 64 // idiag_uid, behind the ends, an expiry and the queues
+	diagPort    = 4  // idiag_sport, after family, state, timer and retrans
+	diagUser    = 64 // idiag_uid, after the addresses, the expiry and the queues
 )
 
-// sockets are the kinds of sockets that a peer's answer could be meant for: UDP
-// ones, and TCP ones that listen. A connected TCP socket has its own flow in
-// conntrack, which no other flow's translation gets the addresses and ports of.
+// sockets are the kinds of sockets that could receive a peer's answer: UDP ones, and
+// listening TCP ones. A connected TCP socket has its own flow in conntrack, and no other
+// flow is translated to its addresses and ports.
 var sockets = []struct {
 	family, proto uint8
 	states        uint32
-	file          string // in /proc/net, where the kernel has no module for netlink
+	file          string // file in /proc/net, used if the kernel lacks the module for netlink
 }{
 	{unix.AF_INET, unix.IPPROTO_UDP, anyState, "udp"},
 	{unix.AF_INET6, unix.IPPROTO_UDP, anyState, "udp6"},
@@ -43,21 +44,21 @@ var sockets = []struct {
 	{unix.AF_INET6, unix.IPPROTO_TCP, 1 << tcpListen, "tcp6"},
 }
 
-// boundPort is a port that a socket of a user is bound to.
+// boundPort is a port that a user's socket is bound to.
 type boundPort struct {
 	port uint16
 	uid  uint32
 }
 
-// boundPorts returns the ports that sockets of the host are bound to, each with the
-// user of one of its sockets.
+// boundPorts returns the ports that sockets of the host are bound to, each with the user
+// of one of its sockets.
 func boundPorts(diag *nlconn.Conn) (map[uint16]uint32, error) {
 	have := map[uint16]uint32{}
 	for _, s := range sockets {
 		ports, err := diagPorts(diag, s.family, s.proto, s.states)
 		if err != nil {
 			if ports, err = procPorts(s.file, s.states); errors.Is(err, os.ErrNotExist) {
-				continue // no IPv6
+				continue // a kernel without IPv6
 			}
 		}
 		if err != nil {
@@ -71,7 +72,7 @@ func boundPorts(diag *nlconn.Conn) (map[uint16]uint32, error) {
 	return have, nil
 }
 
-// diagPorts asks the kernel for the ports of sockets in some states (sock_diag(7)).
+// diagPorts asks the kernel for the ports of sockets in these states (sock_diag(7)).
 func diagPorts(diag *nlconn.Conn, family, proto uint8, states uint32) ([]boundPort, error) {
 	request := make([]byte, diagRequest)
 	request[0], request[1] = family, proto
@@ -92,7 +93,7 @@ func diagPorts(diag *nlconn.Conn, family, proto uint8, states uint32) ([]boundPo
 	return out, nil
 }
 
-// procPorts reads the same from /proc/net, where a whole table is printed.
+// procPorts reads the same from /proc/net, which the kernel prints whole.
 func procPorts(file string, states uint32) ([]boundPort, error) {
 	b, err := os.ReadFile("/proc/thread-self/net/" + file)
 	if err != nil {
@@ -101,12 +102,12 @@ func procPorts(file string, states uint32) ([]boundPort, error) {
 	return parseProcPorts(string(b), states)
 }
 
-// parseProcPorts reads lines such as
+// parseProcPorts parses lines such as
 //
 //	0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000 1000 ...
 //
-// below one of titles (proc(5)): number, local address and port, the other end's,
-// state, queues, timer, retransmissions, user.
+// below a line of titles (proc(5)): number, local address and port, remote address and
+// port, state, queues, timer, retransmissions, user.
 func parseProcPorts(text string, states uint32) ([]boundPort, error) {
 	var out []boundPort
 	for i, line := range strings.Split(text, "\n") {

@@ -1,7 +1,8 @@
 package linux
 
-// The enforcing steps, in the order in which Open and Enforce take them; Close
-// goes back. A step that has nothing to change isn't taken.
+// Names of the enforcing steps, as status and errors show them, in the order in which
+// Open and Enforce take them. Close takes its own in reverse order of what they undo. A
+// step that has nothing to change isn't taken.
 const (
 	StepLock       = "lock the host"
 	StepRepair     = "repair what a killed helper left"
@@ -22,7 +23,7 @@ const (
 	StepCut = "cut flows"
 )
 
-// Steps lists the enforcing steps from start to stop.
+// Steps lists all enforcing steps, from start to stop.
 var Steps = []string{
 	StepLock, StepRepair, StepClosed, StepInterface, StepAddresses, StepAddRoutes, StepTable,
 	StepDelRoutes, StepJournal, StepAcceptRA, StepForwarding, StepCut,

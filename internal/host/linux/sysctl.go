@@ -8,9 +8,8 @@ import (
 	"strings"
 )
 
-// splitSysctl takes apart the name of a sysctl of one interface (or all, or
-// default), such as ipv6/conf/eth0/accept_ra, and reports whether it is one that
-// this package changes.
+// splitSysctl splits the name of a sysctl of one interface (or "all" or "default"), such
+// as ipv6/conf/eth0/accept_ra. ok reports whether it is one that this package changes.
 func splitSysctl(name string) (iface, key string, ok bool) {
 	parts := strings.Split(name, "/")
 	if len(parts) != 4 || parts[1] != "conf" || parts[2] == "" || parts[2] == "." || parts[2] == ".." {
@@ -23,12 +22,13 @@ func splitSysctl(name string) (iface, key string, ok bool) {
 	return "", "", false
 }
 
+// conf returns the name of a sysctl of an interface.
 func conf(family, iface, key string) string { return path.Join(family, "conf", iface, key) }
 
-// sysctls reads and writes what is below a directory, which is sysctlRoot except
-// in tests.
+// sysctls reads and writes the files below a directory: sysctlRoot, except in tests.
 type sysctls struct{ root string }
 
+// read returns a sysctl's value without surrounding white space.
 func (s sysctls) read(name string) (string, error) {
 	b, err := os.ReadFile(filepath.Join(s.root, name))
 	if err != nil {
@@ -37,8 +37,9 @@ func (s sysctls) read(name string) (string, error) {
 	return strings.TrimSpace(string(b)), nil
 }
 
+// write sets a sysctl.
 func (s sysctls) write(name, value string) error {
-	// Without O_CREATE, so that an interface that went away is an error.
+	// Without O_CREATE, so that a removed interface is an error.
 	f, err := os.OpenFile(filepath.Join(s.root, name), os.O_WRONLY, 0)
 	if err != nil {
 		return fmt.Errorf("write sysctl: %w", err)
@@ -53,8 +54,8 @@ func (s sysctls) write(name, value string) error {
 	return nil
 }
 
-// interfaces lists the interfaces that have settings for a family, and all and
-// default.
+// interfaces lists the interfaces that have sysctls of a family, including "all" and
+// "default".
 func (s sysctls) interfaces(family string) ([]string, error) {
 	entries, err := os.ReadDir(filepath.Join(s.root, family, "conf"))
 	if os.IsNotExist(err) {

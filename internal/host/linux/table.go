@@ -12,29 +12,30 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// tableName is the name of our table, of the family inet.
+// tableName is the name of our table, which is of the family inet.
 const tableName = "meshhelper"
 
-// Priorities of our chains, relative to what the kernel and other software do at
-// the same hooks (linux/netfilter_ipv4.h).
+// Priorities of our base chains, relative to the kernel's and other software's at the
+// same hooks (linux/netfilter_ipv4.h, "CHAINS" in nft(8)). Lower ones run first.
 const (
-	// afterDefrag: packets are whole, no conntrack yet, before "raw" (-300).
+	// afterDefrag: packets are reassembled (-400) but not yet tracked (-200), before
+	// "raw" (-300).
 	afterDefrag = -350
-	// afterConntrack: flows are known (-200), redirects not yet done (-100).
+	// afterConntrack: flows are known (-200), destinations not yet translated (-100).
 	afterConntrack = -150
-	// afterDNAT: redirects are done, and answers have the address of the flow's
-	// opener as their destination (-100); the host hasn't routed yet.
+	// afterDNAT: destinations are translated (-100), so answers have the address of their
+	// flow's opener; the packet isn't routed yet.
 	afterDNAT = -90
 	filtering = 0
-	// sourceNAT is before other programs' source translation (100): the first rule
-	// that translates a flow is the only one, and a masquerade of all that leaves by
-	// the uplink would give a peer's flow any port.
+	// sourceNAT is before other programs' source translation (100): the first rule that
+	// translates a flow is the only one, and another program's masquerade of everything
+	// that leaves by the uplink would give a peer's flow any port.
 	sourceNAT = 90
 	// afterNAT: other programs' translation is done.
 	afterNAT = 300
 )
 
-// Values as the kernel compares them.
+// Constants in the kernel's encoding.
 var (
 	ipv4 = number("ipv4", 2)  // NFPROTO_IPV4
 	ipv6 = number("ipv6", 10) // NFPROTO_IPV6
@@ -45,16 +46,16 @@ var (
 	original = number("original", 0)
 	reply    = number("reply", 1)
 
-	// Bits of NFT_CT_STATE: invalid 1, established 2, related 4, new 8,
-	// untracked 64.
+	// Bits of NFT_CT_STATE (linux/netfilter/nf_tables.h): invalid 1, established 2,
+	// related 4, new 8, untracked 64.
 	established = bits("established", 2)
 	related     = bits("related", 4)
 	noFlow      = bits("invalid,untracked", 1|64)
 	dnat        = bits("dnat", 1<<5)      // IPS_DST_NAT
 	confirmed   = bits("confirmed", 1<<3) // IPS_CONFIRMED: not a flow's first packet
-	// helped is IPS_HELPER: a rule assigned a helper to the flow, such as FTP's, which
-	// has the kernel expect flows that a packet announces (nft_ct.c, xt_CT.c and
-	// nf_conntrack_helper.c in net/netfilter). nft has no name for it, and its "ct
+	// hasHelper is IPS_HELPER: a rule assigned a helper such as FTP's to the flow, which
+	// makes the kernel expect flows that a packet announces (nft_ct.c, xt_CT.c and
+	// nf_conntrack_helper.c in net/netfilter). nft has no name for the bit; its "ct
 	// helper" is the helper of an expected flow's parent.
 	hasHelper = bits("0x2000", 1<<13)
 	syn       = number("syn", 2)
@@ -65,41 +66,42 @@ var (
 	redirect6 = number("nd-redirect", 137)
 )
 
-// Parameters of the table that the ruleset doesn't have.
+// params are the parameters of the table that the ruleset doesn't have.
 type params struct {
-	// mtu of the mesh interface, to which the TCP segment sizes are clamped.
+	// mtu is that of the mesh interface in bytes, to which TCP segment sizes are clamped.
 	mtu int
-	// transit4 and transit6 name the interfaces that forwarded for others before
-	// we came although their family didn't as a whole.
+	// transit4 and transit6 name the interfaces that already forwarded when the helper
+	// came, although the host as a whole didn't.
 	transit4, transit6 []string
-	// bridges names the interfaces whose frames this host's packet filter sees.
+	// bridges names the bridges whose frames the packet filter sees.
 	bridges []string
-	// ipsec says that the kernel has IPsec.
+	// ipsec is set if the kernel has IPsec.
 	ipsec bool
 	// uid is the user that WireGuard's sockets belong to.
 	uid uint32
-	// ports are those that new flows of peers leave from. Without any, none leaves.
-	// Running ones may have any port of around.
+	// ports are those that new flows of peers are translated to; without any, none is
+	// translated or leaves. Running flows may have any port of around.
 	ports, around portRange
-	// sockets are the ports of around that sockets of the host have, in order: no packet
-	// of a peer's leaves from them.
+	// sockets are the ports in around that sockets of the host use, in order. No packet
+	// of a peer leaves from them.
 	sockets []uint16
-	// sources are the addresses, of IPv4 under true, that the uplink's default route names
-	// for packets of the host, where masquerading takes another one.
+	// sources are the addresses, IPv4's under true, that the uplink's default route names
+	// as source, where masquerade would choose another one.
 	sources map[bool]netip.Addr
-	// flowsPerPeer bounds the flows of each family that one peer opened and that
-	// conntrack has; 0: unknown, and then neither this nor the timeouts below are set.
+	// flowsPerPeer bounds the conntrack entries of each family that one peer opened. At 0
+	// neither this bound nor timeouts are set.
 	flowsPerPeer uint32
-	// established is how long the host lets a TCP connection be silent.
+	// established is how long the host lets a TCP connection be idle.
 	established time.Duration
 }
 
-// Text returns the nftables ruleset that enforces r, in nft's language, for
-// reading: the program nft has no words for comparing what an ICMP error quotes
-// with addresses, which the kernel can do, and it allows no ports with ICMP, whose
-// identifiers the kernel treats like them. mtu is the mesh interface's, in bytes.
-// The ports of peers' translated flows are those of a host with Linux's defaults, and a
-// comment says so.
+// Text returns the nftables ruleset that enforces r, in nft's language, for reading. mtu
+// is the mesh interface's, in bytes. The ports of translated flows are those of a host
+// with Linux's defaults, and a comment says so.
+//
+// The program nft doesn't accept all of it: it has no syntax to compare the packet that
+// an ICMP error quotes with addresses, and allows no ports with ICMP, although the kernel
+// supports both (it treats ICMP identifiers like ports).
 func Text(r *policy.Ruleset, mtu int) string {
 	return fmt.Sprintf("# Peers' flows are translated to ports %v by default; a helper on Linux chooses those that the host's own settings and sockets leave.\n", defaultPorts) + compile(r, params{
 		mtu: mtu, ipsec: true, ports: defaultPorts, around: defaultPorts,
@@ -109,16 +111,16 @@ func Text(r *policy.Ruleset, mtu int) string {
 
 // family holds what differs between IPv4 and IPv6.
 type family struct {
-	suffix     string // of the names of sets and chains
+	suffix     string // suffix of the names of sets and chains
 	proto      value
-	addr       string // nft's type of an address
+	addr       string // nft's type name of an address
 	src, dst   field
-	quoted     field // destination of the packet that an ICMP error quotes
+	quoted     field // destination in the packet that an ICMP error quotes
 	icmp       field
 	icmpProto  value
 	redirect   value
-	icmpErrors string // set of ICMP types
-	overhead   int    // bytes of the IP and TCP headers without options
+	icmpErrors string // name of the set of ICMP error types
+	overhead   int    // size of the IP and TCP headers without options, in bytes
 	belongs    func(netip.Addr) bool
 	whole      netip.Prefix
 }
@@ -128,7 +130,7 @@ var families = [...]family{
 	{"6", ipv6, "ipv6_addr", saddr6, daddr6, quotedDst6, icmp6Type, icmp6, redirect6, "errors6", 60, netip.Addr.Is6, netip.MustParsePrefix("::/0")},
 }
 
-// compiler collects what the chains' authors need.
+// compiler compiles a ruleset to a table.
 type compiler struct {
 	*table
 	r    *policy.Ruleset
@@ -137,7 +139,7 @@ type compiler struct {
 	params
 }
 
-// compile makes the table that enforces r.
+// compile returns the table that enforces r.
 func compile(r *policy.Ruleset, p params) *table {
 	c := compiler{table: &table{}, r: r, host: r.Host(), mesh: name(r.Host().Interface), params: p}
 	c.timeLimits()
@@ -162,17 +164,17 @@ func compile(r *policy.Ruleset, p params) *table {
 	return c.table
 }
 
-// classSets are the destinations by class, and whom the host itself may reach.
+// classSets returns the sets of destinations by class, and of addresses that the host
+// itself may reach.
 //
-// What nothing may pass by is never a set of ranges that has to match: when a
-// table is replaced, the kernel takes the new rules into use before the ranges
-// (nf_tables_commit in net/netfilter/nf_tables_api.c commits sets last), and for
-// some microseconds such a set is empty. So the mesh prefixes are compared in the
-// rules, and lan and internet are what they are without the classes before them.
-// For the same reason other owners' networks in the mesh prefixes are compared in
-// rules, and only their single addresses are a set, which isn't one of ranges:
-// the host's own traffic, by a carrier's uplink all of it, doesn't stop for those
-// microseconds.
+// A rule that must match to drop a packet never uses an interval set. When a table is
+// replaced, the kernel activates its rules before the elements of interval sets
+// (nf_tables_commit in net/netfilter/nf_tables_api.c commits sets last), so for some
+// microseconds such a set is empty. So rules compare the mesh prefixes themselves, and
+// the sets lan and internet exclude the classes before them. For the same reason rules
+// compare other owners' networks in the mesh prefixes, and only their single addresses
+// are in a set, which isn't an interval set: the host's own traffic, all of it if the
+// uplink is a carrier's, isn't interrupted for those microseconds.
 func (c *compiler) classSets(f family) []set {
 	s := c.r.Sets()
 	pick := func(ps []netip.Prefix) []netip.Prefix {
@@ -207,9 +209,11 @@ func (c *compiler) classSets(f family) []set {
 	}
 }
 
+// isWide reports whether a prefix has more than one address.
 func isWide(p netip.Prefix) bool { return !p.IsSingleIP() }
 
-// peerSets are the peers, what they may, and what was cut.
+// peerSets returns the sets of peers, of their permissions, of cut flows, and the
+// counters.
 func (c *compiler) peerSets(f family) []set {
 	peers := addresses("peers"+f.suffix, f.addr, nil)
 	pairs := set{name: "same" + f.suffix, types: []string{f.addr, f.addr}}
@@ -241,8 +245,8 @@ func (c *compiler) peerSets(f family) []set {
 	return sets
 }
 
-// cutSet holds the host's side of flows to the host that were cut: source,
-// destination, protocol and ports of the host's packets.
+// cutSet returns the set of cut flows to the host: source, destination, protocol and
+// ports of the host's packets.
 func cutSet(f family) set {
 	return set{
 		name: "cut" + f.suffix, timeout: true,
@@ -250,8 +254,8 @@ func cutSet(f family) set {
 	}
 }
 
-// icmpErrors are the types of the messages that quote the packet they are about
-// (RFC 792, RFC 4443).
+// icmpErrors returns the sets of ICMP messages that quote the packet they are about (RFC
+// 792, RFC 4443 2.1).
 func icmpErrors() []set {
 	return []set{
 		constants("errors4", "icmp_type", number("destination-unreachable", 3),
@@ -261,7 +265,7 @@ func icmpErrors() []set {
 	}
 }
 
-// boundName is the set of the ports that sockets of the host have in the range.
+// boundName is the name of the set of ports in the range that sockets of the host use.
 const boundName = "bound"
 
 func boundSet(ports []uint16) set {
@@ -272,8 +276,8 @@ func boundSet(ports []uint16) set {
 	return constants(boundName, "inet_service", values...)
 }
 
-// ingress looks at packets before conntrack does: which source is claimed on
-// which interface. So a forged packet doesn't even touch a flow.
+// ingress judges packets before conntrack: which source may arrive on which interface. So
+// a spoofed packet doesn't touch a flow.
 func (c *compiler) ingress() {
 	in0 := c.hook("ingress", "filter", "prerouting", afterDefrag)
 	in0.accept("", is(iifname, name("lo")))
@@ -299,7 +303,7 @@ func (c *compiler) ingress() {
 	}
 }
 
-// listenPort returns WireGuard's port, where it is known.
+// listenPort returns WireGuard's port if it is known.
 func (c *compiler) listenPort() (value, bool) {
 	p := c.r.Mesh().ListenPort
 	return portValue(p), p != 0
@@ -307,9 +311,9 @@ func (c *compiler) listenPort() (value, bool) {
 
 func portValue(p uint16) value { return number(strconv.Itoa(int(p)), port(p)...) }
 
-// carried returns for the protocols that peers may use, and drops the others: a
-// NAT tells their flows apart by addresses alone. It names those that pass, since
-// a header that the kernel can't read has no protocol.
+// protocols makes the chain carried, which returns for the protocols that peers may use
+// and drops the others: a NAT distinguishes flows without ports by addresses alone. It
+// lists the allowed ones, because a header that the kernel can't parse has no protocol.
 func (c *compiler) protocols() {
 	p := c.chain("carried")
 	p.ret("", is(l4proto, tcp))
@@ -320,9 +324,9 @@ func (c *compiler) protocols() {
 	p.drop("only TCP, UDP and ICMP")
 }
 
-// judge looks at each packet from a peer when its flow is known and no rule has
-// redirected it yet, and before the kernel answers for it (time exceeded, no
-// route), so that what may not pass stays unanswered.
+// judge judges each packet from a peer after conntrack and before any redirect. This is
+// also before the kernel would answer it (time exceeded, no route), so what may not pass
+// gets no answer.
 func (c *compiler) judge() {
 	j := c.hook("judge", "filter", "prerouting", afterConntrack)
 	j.accept("", isNot(iifname, c.mesh))
@@ -358,27 +362,26 @@ func (c *compiler) judge() {
 	}
 }
 
-// maxFlowsPerPeer bounds what one peer may have open in conntrack in one family, where an
-// eighth of conntrack's maximum isn't less, so that both families are a quarter at most:
-// what the guard lets it have (4096), and 20 times the square root of that. The flows are
-// counted in flowParts, drawn by their destination and ports, by which flows differ; each
-// part then has room for five standard deviations more than its mean, and the guard's
-// bound comes first.
+// maxFlowsPerPeer bounds the conntrack entries of one peer in one family, unless an
+// eighth of conntrack's maximum is less; both families together get at most a quarter. It
+// is the guard's bound, 4,096, plus 20 times its square root. Flows are counted in
+// flowParts parts by a hash of destination and ports, so each part has room for five
+// standard deviations more than its mean, and the guard's bound is reached first.
 const maxFlowsPerPeer = 5376
 
 // closedInKernel is how long conntrack keeps a connection that was reset
 // (nf_conntrack_tcp_timeout_close in Documentation/networking/nf_conntrack-sysctl.rst).
 const closedInKernel = 10 * time.Second
 
-// States of a TCP connection in conntrack (linux/netfilter/nf_conntrack_tcp.h) that the
-// kernel doesn't count (already_closed in net/netfilter/nf_conncount.c).
+// States of TCP connections (linux/netfilter/nf_conntrack_tcp.h) that the kernel doesn't
+// count (already_closed in net/netfilter/nf_conncount.c).
 const (
 	stateTimeWait = 7
 	stateClose    = 8
 )
 
-// timeLimits has flows of peers end in the kernel when they end at the guard, so
-// that what a peer left behind doesn't use up its share.
+// timeLimits makes peers' flows end in conntrack when they end at the guard, so that dead
+// flows don't use up a peer's share.
 func (c *compiler) timeLimits() {
 	if c.flowsPerPeer == 0 {
 		return
@@ -396,8 +399,8 @@ func (c *compiler) timeLimits() {
 	}
 }
 
-// bound is for the first packet of a flow, where it may be opened. Later ones aren't
-// counted: one flow takes one place, also one that is never answered.
+// limitFlows counts a flow at its first packet, if it may be opened. Unconfirmed means
+// first packet; later ones aren't counted, so each flow counts once, answered or not.
 func (c *compiler) limitFlows(j *chain) {
 	if c.flowsPerPeer == 0 {
 		return
@@ -410,30 +413,29 @@ func (c *compiler) limitFlows(j *chain) {
 	}
 }
 
-// view says where in a packet the addresses are that the packet which opened its
-// flow came from and went to. They could be had from conntrack, too, but nft
-// can't list a rule that looks one of those up in a set: it needs keys of a
-// known length (netlink_parse_concat_expr of nft 1.0 aborts).
+// view says where a packet has the addresses of the packet that opened its flow.
+// Conntrack has them, too, but nft can't list a rule that looks one of those up in a set:
+// netlink_parse_concat_expr of nft 1.0 aborts without a key length.
 type view struct {
 	name     string // of the chain
 	src, dst func(family) field
 }
 
 var (
-	// asSent: the opener's own packets, before any redirection. An ICMP error of
-	// the opener goes to the sender of the packet that it quotes, which conntrack
-	// ensures (nf_conntrack_inet_error in net/netfilter/nf_conntrack_proto_icmp.c).
+	// asSent: the opener's own packets, before any redirect. Conntrack ensures that an
+	// ICMP error of the opener goes to the sender of the packet that it quotes
+	// (nf_conntrack_inet_error in net/netfilter/nf_conntrack_proto_icmp.c).
 	asSent = view{"permitted", func(f family) field { return f.src }, func(f family) field { return f.dst }}
 	// asAnswered: packets to the opener, of a flow that wasn't redirected.
 	asAnswered = view{"permitted_back", func(f family) field { return f.dst }, func(f family) field { return f.src }}
-	// asQuoted: ICMP errors to the opener, which quote a packet of its own.
+	// asQuoted: ICMP errors to the opener, which quote one of its packets.
 	asQuoted = view{"permitted_quoted", func(f family) field { return f.dst }, func(f family) field { return f.quoted }}
 )
 
-// permitted returns when the opener of the packet's flow may open it now, and drops
-// the packet otherwise: the table "From a peer" of the policy. It looks at the
-// flow only, so that it holds for packets of both directions and for what is
-// quoted in ICMP errors.
+// permitted makes the chains that return if the opener of the packet's flow may open it
+// now, and drop the packet otherwise: the table "From a peer" of docs/policy.md. They
+// look only at the flow, so they hold for packets in both directions and for packets that
+// ICMP errors quote.
 func (c *compiler) permitted(v view) {
 	top := c.chain(v.name)
 	for _, f := range families {
@@ -446,6 +448,7 @@ func (c *compiler) permitted(v view) {
 	}
 }
 
+// permittedFamily makes the chain for one family, class by class.
 func (c *compiler) permittedFamily(v view, f family) {
 	src, dst := v.src(f), v.dst(f)
 	p := c.chain(v.name + f.suffix)
@@ -468,6 +471,7 @@ func (c *compiler) permittedFamily(v view, f family) {
 	p.drop("")
 }
 
+// permittedHost makes the chain for class self.
 func (c *compiler) permittedHost(v view, f family) {
 	s := c.chain(v.name + "_self" + f.suffix)
 	if port, ok := c.listenPort(); ok {
@@ -484,14 +488,14 @@ func (c *compiler) permittedHost(v view, f family) {
 }
 
 // formerOutside reports whether a removed peer's address is outside of the mesh prefixes,
-// because they were others then.
+// which may have been changed since.
 func (c *compiler) formerOutside(f family) bool {
 	return slices.ContainsFunc(c.r.Sets().Former, func(p netip.Prefix) bool {
 		return f.belongs(p.Addr()) && !slices.ContainsFunc(c.r.Sets().Mesh, func(m netip.Prefix) bool { return m.Contains(p.Addr()) })
 	})
 }
 
-// eachMesh calls do for each mesh prefix of a family.
+// eachMeshPrefix calls do for each mesh prefix of a family.
 func (c *compiler) eachMeshPrefix(f family, do func(netip.Prefix)) {
 	for _, p := range c.r.Sets().Mesh {
 		if f.belongs(p.Addr()) {
@@ -517,9 +521,8 @@ func (c *compiler) foundForwarding(f family) bool {
 // uplinks are the interfaces by which peers' packets reach the internet.
 func (c *compiler) uplinks(f family) []string { return c.host.Uplinks(f.whole.Addr()) }
 
-// input looks again at what the kernel takes for the host itself: an address
-// that the host has had for a moment only isn't in the sets yet, and the kernel
-// knows better.
+// input judges again what the kernel delivers to the host: an address that the host got a
+// moment ago may not be in the sets yet, but the kernel already knows it.
 func (c *compiler) input() {
 	i := c.hook("input", "filter", "input", filtering)
 	i.accept("", isNot(iifname, c.mesh))
@@ -535,7 +538,7 @@ func (c *compiler) input() {
 	i.drop("not an address of the host when it was sent")
 }
 
-// forward looks at what the kernel forwards: here both interfaces are known.
+// forward judges what the kernel forwards; both interfaces are known here.
 func (c *compiler) forward() {
 	f := c.hook("forward", "filter", "forward", filtering)
 	f.branch("from_mesh", is(iifname, c.mesh))
@@ -550,6 +553,7 @@ func (c *compiler) forward() {
 	c.toMesh()
 }
 
+// fromMesh judges forwarded packets from a peer.
 func (c *compiler) fromMesh() {
 	m := c.chain("from_mesh")
 	m.drop("from peer to peer", is(oifname, c.mesh))
@@ -571,10 +575,11 @@ func (c *compiler) fromMesh() {
 	}
 }
 
+// toMesh judges forwarded packets to a peer, which must be answers.
 func (c *compiler) toMesh() {
 	m := c.chain("to_mesh")
-	// Everything below goes by the packet's own addresses, which tell the
-	// opener only where conntrack knows the flow.
+	// The rules below use the packet's own addresses, which tell the flow's opener only
+	// if conntrack knows the flow.
 	m.drop("no flow, so it has no opener", has(ctState, noFlow))
 	m.drop("no host opens a flow to a peer", is(ctDirection, original))
 	m.drop("redirected from where it was sent to", has(ctStatus, dnat))
@@ -603,8 +608,9 @@ func (c *compiler) toMesh() {
 	e.accept("ICMP errors, from any router")
 }
 
-// clamp keeps TCP from sending segments that don't fit in the tunnel, where path
-// MTU discovery is broken. The kernel only ever lowers the option.
+// clamp limits the size of TCP segments to what fits in the tunnel, for paths on which
+// path MTU discovery fails. The kernel only ever lowers the option
+// (nft_exthdr_tcp_set_eval in net/netfilter/nft_exthdr.c).
 func (c *compiler) clamp(to *chain) {
 	for _, f := range families {
 		mss := uint16(c.mtu - f.overhead)
@@ -612,8 +618,8 @@ func (c *compiler) clamp(to *chain) {
 	}
 }
 
-// output looks at what the host itself sends to a peer: from its mesh address,
-// by the mesh, and not on a flow that was cut.
+// output judges what the host sends to a peer: only from its mesh address, by the mesh
+// interface, and not on a flow that was cut.
 func (c *compiler) output() {
 	o := c.hook("output", "filter", "output", filtering)
 	for _, f := range families {
@@ -628,7 +634,8 @@ func (c *compiler) output() {
 	p.drop("a peer is reached by the mesh only", isNot(oifname, c.mesh))
 	p.jump("carried")
 	if port, ok := c.listenPort(); ok {
-		// A known peer's mesh address as another's outer one would be a loop.
+		// If a peer's endpoint were a known peer's mesh address, the tunnel would carry
+		// itself in a loop.
 		p.drop("the tunnel doesn't carry itself", is(l4proto, udp), is(sport, port))
 	}
 	for _, f := range families {
@@ -651,10 +658,10 @@ func (c *compiler) output() {
 	a.accept("")
 }
 
-// tunnel accepts WireGuard's own packets to any outer address: those of removed
-// peers and unassigned mesh addresses included, but not those of peers, which the
-// rules before it judge. They leave from its port, by a socket of this process's
-// user: a forwarded packet may have the same port.
+// acceptTunnel accepts WireGuard's own packets to any endpoint, also at addresses of
+// removed peers and unassigned mesh addresses. Those to peers' addresses are judged by
+// the rules before. WireGuard's packets leave from its port by a socket of this process's
+// user; the port alone doesn't suffice, because a forwarded packet may have it.
 func (c *compiler) acceptTunnel(to *chain) {
 	if port, ok := c.listenPort(); ok {
 		to.accept("WireGuard's own", isNot(oifname, c.mesh), is(l4proto, udp), is(sport, port),
@@ -662,14 +669,14 @@ func (c *compiler) acceptTunnel(to *chain) {
 	}
 }
 
-// unassigned drops what goes to a mesh address that no peer has.
+// dropUnassigned drops packets to a mesh address that no peer has.
 func (c *compiler) dropUnassigned(to *chain, f family) {
 	to.accept("", in("self"+f.suffix, f.dst))
 	to.drop("a removed peer's address", in("former"+f.suffix, f.dst))
 	c.eachMeshPrefix(f, func(p netip.Prefix) { to.branch("unclaimed"+f.suffix, within(f.dst, p)) })
 }
 
-// unclaimed judges the mesh addresses that are neither a peer's nor the host's:
+// unclaimed makes the chain for mesh addresses that are neither a peer's nor the host's:
 // other owners of a part of the prefix keep it.
 func (c *compiler) unclaimed(f family) {
 	u := c.chain("unclaimed" + f.suffix)
@@ -682,9 +689,9 @@ func (c *compiler) unclaimed(f family) {
 	u.drop("an unassigned mesh address")
 }
 
-// leave translates peers' packets and takes the last look at what leaves, also
-// when another interface was chosen after the other hooks, and when this process
-// is no longer alive.
+// egress translates peers' packets and makes the last check of what leaves. That check
+// also covers packets for which an interface was chosen after the other hooks, and holds
+// when this process is dead.
 func (c *compiler) egress() {
 	n := c.hook("source_nat", "nat", "postrouting", sourceNAT)
 	for _, f := range families {
@@ -700,17 +707,17 @@ func (c *compiler) egress() {
 		e.drop("untranslated", in("peers"+f.suffix, f.src))
 		e.drop("in clear", in("peers"+f.suffix, f.dst))
 	}
-	// A rule behind the forward chain may have assigned one.
+	// A rule after the forward chain may have assigned one.
 	e.drop("a helper would let others open flows to it", is(iifname, c.mesh), has(ctStatus, hasHelper))
-	// Another program's translation may have been first, and an older flow may be
-	// from a time when the host had other ports. Kernels before 5.7 don't know here where a
-	// packet came in.
+	// Another program's translation may have come first, and an old flow may be from a
+	// time when the host used other ports. Kernels before 5.7 don't know the input
+	// interface here.
 	for _, proto := range [...]value{tcp, udp} {
 		if c.ports.size() > 0 {
 			e.drop("a peer's, from a port that may be the host's", is(iifname, c.mesh), is(l4proto, proto), notInPorts(sport, c.around))
-			// A new flow that drew such a port isn't in conntrack yet (nf_confirm is last
-			// at this hook, NF_IP_PRI_CONNTRACK_CONFIRM), so that the packet that is sent
-			// again draws another.
+			// A new flow that drew such a port isn't in conntrack yet (nf_confirm runs
+			// last at this hook, NF_IP_PRI_CONNTRACK_CONFIRM), so the retransmitted
+			// packet draws another one.
 			e.drop("a peer's, from the port of a socket of the host", is(iifname, c.mesh), is(l4proto, proto), in(boundName, sport))
 		}
 	}
@@ -720,9 +727,9 @@ func (c *compiler) egress() {
 	}
 }
 
-// translate gives peers' flows a port that can't be the host's, drawn at random, so
-// that no answer to the host comes to them and the host always has ports left for
-// itself. Identifiers of pings are in the same range for the same reason.
+// translate gives peers' flows random ports that can't be the host's, so that no answer
+// to the host goes to a peer and the host always has ports left for itself. Ping
+// identifiers are in the same range for the same reason.
 func (c *compiler) translate() {
 	t := c.chain("translate")
 	if c.ports.size() == 0 {
@@ -732,7 +739,7 @@ func (c *compiler) translate() {
 		source := c.sources[f.whole.Addr().Is4()]
 		uplink := c.host.Uplink(f.whole.Addr())
 		if !source.IsValid() || uplink == "" || c.host.Source(f.whole.Addr()) != source {
-			continue // they are of another moment
+			continue // the address was observed with another uplink or source
 		}
 		for _, proto := range [...]value{tcp, udp, f.icmpProto} {
 			t.add(action{verb: snat, source: source, ports: c.ports}, "", is(nfproto, f.proto), is(l4proto, proto),

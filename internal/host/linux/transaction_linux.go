@@ -13,19 +13,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// transaction collects changes of nftables and sends them as one. The library
-// encodes tables, chains, sets and elements; rules are encoded here, because they
-// have expressions that the library doesn't know.
+// transaction collects changes of nftables and sends them as one batch. The library
+// encodes tables, chains, sets and elements; rules and timeouts are encoded here, because
+// they contain expressions that the library doesn't know.
 type transaction struct {
-	// Conn encodes and sends nothing: whatever it would send is caught.
+	// Conn encodes but never sends: what it would send goes to captured.
 	*nftables.Conn
 	captured *[]netlink.Message
 	wire     *netlink.Conn
 }
 
-// errCaught ends the library's own sending.
-var errCaptured = errors.New("caught")
+// errCaptured ends the library's own sending.
+var errCaptured = errors.New("the message was captured")
 
+// newTransaction opens the socket for transactions.
 func newTransaction() (transaction, error) {
 	t := transaction{captured: new([]netlink.Message)}
 	var err error
@@ -49,7 +50,8 @@ func newTransaction() (transaction, error) {
 	return t, nil
 }
 
-// catch takes over what the library has encoded so far, so that order is kept.
+// capture moves what the library has encoded so far to captured, so that the order is
+// kept.
 func (t *transaction) capture() error {
 	if err := t.Conn.Flush(); err != nil && !errors.Is(err, errCaptured) {
 		return err
@@ -57,7 +59,7 @@ func (t *transaction) capture() error {
 	return nil
 }
 
-// discard forgets what was collected.
+// discard drops everything that was collected.
 func (t *transaction) discard() error {
 	err := t.capture()
 	*t.captured = nil
@@ -137,6 +139,7 @@ const (
 	timeoutData    = 3 // NFTA_CT_TIMEOUT_DATA
 )
 
+// timeoutsMessage encodes a ct timeout object.
 func timeoutsMessage(o timeouts) (netlink.Message, error) {
 	list := make([]netlink.Attribute, len(o.states))
 	for i, s := range o.states {
@@ -172,8 +175,7 @@ func timeoutsMessage(o timeouts) (netlink.Message, error) {
 	}, nil
 }
 
-// send sends all that was collected as one transaction, and returns the kernel's
-// errors about it.
+// send sends everything collected as one transaction and returns the kernel's errors.
 func (t *transaction) send() error {
 	err := t.capture()
 	ms := *t.captured
@@ -200,7 +202,7 @@ func (t *transaction) send() error {
 		if m.Header.Flags&netlink.Acknowledge == 0 {
 			continue
 		}
-		// These come once, whatever else was in the transaction.
+		// The kernel reports these once for the whole batch.
 		_, err := t.wire.Receive()
 		if errors.Is(err, os.ErrPermission) || errors.Is(err, syscall.ENOBUFS) {
 			return err
@@ -210,9 +212,9 @@ func (t *transaction) send() error {
 	return failed
 }
 
-// drain drops what is left of the answers to an earlier transaction: without
-// the capability the kernel answers once, but where another program owns the table,
-// once to each message. It never waits.
+// drain drops leftover answers to an earlier transaction. Without CAP_NET_ADMIN the
+// kernel answers a batch once, but if another program owns the table it answers each
+// message. drain never waits.
 func (t *transaction) drain() error {
 	raw, err := t.wire.SyscallConn()
 	if err != nil {

@@ -2,22 +2,23 @@ package linux
 
 import "net/netip"
 
-// addressTypes are what the kernel calls the destinations that this host itself
-// receives (RTN_LOCAL and the following of linux/rtnetlink.h).
+// addressTypes are the kinds of destinations that the host itself receives (RTN_LOCAL and
+// the following of linux/rtnetlink.h).
 var addressTypes = [...]value{bits("local", 2), bits("broadcast", 3), bits("anycast", 4), bits("multicast", 5)}
 
+// linkLocal6 is the prefix of link-local addresses, which are never forwarded (RFC 4291
+// 2.5.6).
 var linkLocal6 = netip.MustParsePrefix("fe80::/10")
 
-// transit drops what is neither from a peer nor to one and isn't for this host, where
-// forwarding was found off, before the host routes it: at the forward hook the host
-// would have answered it already, with time exceeded for a TTL of 1, with a redirect,
-// or with unreachable where there is no route (ip_forward and ip_error of
+// transit drops packets that are neither from nor to a peer and not for this host, if
+// forwarding was found off. It does so before routing, because at the forward hook the
+// host would already have answered: with time exceeded for a TTL of 1, with a redirect,
+// or with unreachable if there is no route (ip_forward and ip_error in
 // net/ipv4/ip_forward.c and route.c).
 //
-// A destination is the host's own where the kernel says so, and where the facts do:
-// in a VRF the kernel asks another table. What other software has marked may be meant
-// for a transparent proxy, which is this host, too; if it isn't, the forward hook
-// drops it.
+// A destination is the host's own if the kernel or the facts say so: in a VRF the kernel
+// looks into another table. A packet that other software marked may be meant for a
+// transparent proxy on this host; if it isn't, the forward hook drops it.
 func (c *compiler) transit() {
 	t := c.hook("transit", "filter", "prerouting", afterDNAT)
 	t.accept("", is(iifname, name("lo")))
@@ -37,25 +38,26 @@ func (c *compiler) transit() {
 		s.accept("", in("self"+f.suffix, f.dst))
 		s.accept("answers to peers", in("peers"+f.suffix, f.dst))
 		if f.suffix == "6" {
-			// Never forwarded; neighbour discovery and router advertisements use them.
+			// Never forwarded; used by neighbour discovery and router advertisements.
 			s.accept("", within(f.dst, linkLocal6))
 		}
 		s.drop("transit, closed as it was found")
 	}
 }
 
-// bridged accepts frames that stay on their bridge: they are no transit of this host.
+// bridged accepts frames that stay on their bridge, which the host doesn't forward
+// itself.
 func (c *compiler) bridged(f *chain) {
 	for _, b := range c.bridges {
 		f.accept("frames of a bridge", is(iifname, name(b)), is(oifname, name(b)))
 	}
 }
 
-// secured drops what a peer sends to the internet and an IPsec policy takes, unless
-// one takes the whole internet: the kernel applies a policy from its first packet on,
-// before it is among the host's facts. It is asked after translation, whose source is
-// what policies select by. Before Linux 5.7 a packet that leaves has no input
-// interface here, and the facts alone hold.
+// dropIPsec drops what a peer sends to the internet if an IPsec policy applies to it,
+// unless a policy covers the whole internet. The kernel applies a new policy at once,
+// before it is among the observed facts. The check comes after translation, because
+// policies select by the translated source. Before Linux 5.7 a leaving packet has no
+// input interface here, and the facts alone hold.
 func (c *compiler) dropIPsec(to *chain) {
 	if !c.ipsec {
 		return

@@ -8,42 +8,42 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// hostRouting is the kernel's routing of one family, as far as it says what is
-// behind which interface.
+// hostRouting is the kernel's routing for one family.
 type hostRouting struct {
 	rules  []routingRule // by priority
 	tables map[int][]routeEntry
 }
 
-// routingRule is a policy rule that looks into a table.
+// routingRule is a policy rule that selects a table.
 type routingRule struct {
 	priority int
 	table    int
-	// forPeers says that it takes a peer's packets to the internet, rather than
-	// only marked ones or those of certain sources.
+	// forPeers is set if the rule applies to a peer's packets to the internet, rather
+	// than only to marked packets or certain sources.
 	forPeers bool
-	// suppress is the longest prefix whose routes the rule doesn't take, or -1:
-	// VPNs use it to take all of a table but its default route.
+	// suppress is the length up to which prefixes in the table are ignored
+	// (suppress_prefixlength in ip-rule(8)), or -1. VPNs use it to take everything from a
+	// table but its default route.
 	suppress int
 }
 
-// routeEntry is a unicast route.
+// routeEntry is one next hop of a unicast route.
 type routeEntry struct {
 	prefix netip.Prefix
 	iface  string
 	metric int
-	// router is the next hop; not valid where there is none.
+	// router is the gateway; not valid if the destination is on the link.
 	router netip.Addr
-	// source is the address that the route names for packets of the host; not valid where
-	// it names none.
+	// source is the route's preferred source for the host's packets; not valid if it has
+	// none.
 	source netip.Addr
 }
 
-// uplink returns the default route that the rules choose first, not counting
-// routes by the interface ignored; one without an interface where there is none.
-// Within a table, routes that together cover the family win over /0, as they do
-// in the kernel, being longer: then it is the widest of them. equal are the other
-// interfaces of routes as good, among which the kernel draws for each flow.
+// uplink returns the default route that the rules select first, ignoring routes by one
+// interface; its interface is empty if there is none. Within a table, routes that
+// together cover the family win over /0, as they do in the kernel, because they are
+// longer; up is then the widest of them. equal are the other interfaces of equally good
+// routes, among which the kernel chooses per flow (multipath).
 func (h hostRouting) uplink(ignored string) (up routeEntry, equal []string) {
 	for _, rule := range h.rules {
 		if !rule.forPeers {
@@ -97,8 +97,8 @@ func defaultRoute(routes []routeEntry) routeEntry {
 	})
 }
 
-// widest returns the route by an interface, /0 excepted, that has the shortest
-// prefix, and of several the first.
+// widest returns the route by an interface, /0 excepted, with the shortest prefix, and of
+// several the lowest.
 func widest(routes []routeEntry, iface string) routeEntry {
 	var out routeEntry
 	for _, r := range routes {
@@ -112,6 +112,7 @@ func widest(routes []routeEntry, iface string) routeEntry {
 	return out
 }
 
+// sortedKeys returns the keys in order.
 func sortedKeys[V any](m map[string]V) []string {
 	out := make([]string, 0, len(m))
 	for k := range m {

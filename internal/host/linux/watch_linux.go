@@ -16,36 +16,37 @@ import (
 	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
-// watchSockets are those of one call of Watch.
+// watchSockets are the sockets of one call of Watch.
 type watchSockets struct {
 	route, rules *nlconn.Conn
-	ipsec        *nlconn.Conn // nil where the kernel has no IPsec
+	ipsec        *nlconn.Conn // nil if the kernel has no IPsec
 }
 
-// routeGroups are the kernel's groups of what Observe and Inspect look at: links,
-// addresses, routes, policy rules, and forwarding flags (netconf) of both
-// families (linux/rtnetlink.h).
+// routeGroups are the multicast groups for everything that Observe and Inspect read:
+// links, addresses, routes, policy rules and forwarding flags (netconf) of both families
+// (linux/rtnetlink.h).
 var routeGroups = []uint32{
 	unix.RTNLGRP_LINK,
 	unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV4_NETCONF,
 	unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV6_RULE, unix.RTNLGRP_IPV6_NETCONF,
 }
 
-// watchBuffer is asked for the sockets' receive buffers, in bytes; an overrun is
-// no loss, because it counts as a change.
+// watchBuffer is the requested size of the sockets' receive buffers, in bytes. An overrun
+// loses nothing, because it counts as a change.
 const watchBuffer = 1 << 20
 
+// openWatch opens the sockets and joins the groups.
 func openWatch() (w watchSockets, err error) {
 	if w.route, err = subscribe(unix.NETLINK_ROUTE, routeGroups...); err != nil {
 		return watchSockets{}, err
 	}
-	// A route that names a nexthop alone changes with it, and isn't told of itself where
-	// net.ipv4.nexthop_compat_mode is 0. Kernels before 5.3 don't have the group.
+	// A route that only refers to a nexthop object changes with it, without a message of
+	// its own if net.ipv4.nexthop_compat_mode is 0. The group exists since Linux 5.3.
 	_ = w.route.JoinGroup(unix.RTNLGRP_NEXTHOP)
 	if w.rules, err = subscribe(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTABLES); err != nil {
 		return watchSockets{}, errors.Join(err, w.route.Close())
 	}
-	// Without it a policy is seen at the next look.
+	// Without this socket an IPsec policy is seen at the next observation.
 	w.ipsec, _ = subscribe(unix.NETLINK_XFRM, nl.XFRMNLGRP_POLICY)
 	return w, nil
 }
@@ -58,12 +59,13 @@ func (w watchSockets) close() error {
 	return err
 }
 
+// subscribe opens a socket of a netlink family and joins groups.
 func subscribe(family int, groups ...uint32) (*nlconn.Conn, error) {
 	c, err := nlconn.Dial(family)
 	if err != nil {
 		return nil, fmt.Errorf("watch netlink %d: %w", family, err)
 	}
-	// A smaller buffer overruns earlier; that is all.
+	// A smaller buffer only overruns earlier.
 	_ = c.SetReadBuffer(watchBuffer)
 	for _, g := range groups {
 		if err := c.JoinGroup(g); err != nil {
@@ -74,20 +76,20 @@ func subscribe(family int, groups ...uint32) (*nlconn.Conn, error) {
 	return c, nil
 }
 
-// Watch implements [host.Observer]. What this process itself does to
-// nftables isn't a change. Sockets of its own are opened in the network namespace of
-// the backend, so that it can be called again after an error.
+// Watch implements [host.Observer]. This process's own changes of nftables don't count.
+// It opens its sockets in the backend's network namespace, so it can be called again
+// after an error.
 func (p *Backend) Watch(ctx context.Context, changed func()) error {
 	w, err := ask(ctx, p, openWatch)
 	if err != nil {
 		return err
 	}
-	changed() // for what happened while there were no sockets
+	changed() // for changes while no socket was open
 	return w.watch(ctx, changed)
 }
 
-// follow calls changed for messages that matter until ctx ends or a socket fails, and
-// closes the sockets.
+// watch calls changed for relevant messages until ctx ends or a socket fails, and closes
+// the sockets.
 func (w watchSockets) watch(ctx context.Context, changed func()) error {
 	g, ctx := errgroup.WithContext(ctx)
 	closed := make(chan error, 1)
@@ -106,11 +108,12 @@ func (w watchSockets) watch(ctx context.Context, changed func()) error {
 	return err
 }
 
-// maxOdd is how many messages in a row may be odd before the socket counts as failed.
+// maxBadMessages is how many failed reads in a row count as a failure of the socket.
 const maxBadMessages = 16
 
-// follow calls changed for messages that matter until ctx ends or the socket fails. After
-// messages were lost it asks about none, once.
+// follow calls changed for messages that matter, until ctx ends or the socket fails.
+// After an error, when messages may be lost, it calls matters with none and reports a
+// change.
 func follow(ctx context.Context, c *nlconn.Conn, changed func(), matters func([]netlink.Message) bool) error {
 	for odd := 0; ; {
 		ms, err := c.Receive()
@@ -123,7 +126,7 @@ func follow(ctx context.Context, c *nlconn.Conn, changed func(), matters func([]
 		case errors.Is(err, os.ErrClosed), errors.Is(err, syscall.EBADF), err != nil && odd >= maxBadMessages:
 			return fmt.Errorf("watch host: %w", err)
 		case err != nil:
-			// An odd message: whatever it was, look.
+			// Whatever the message was, report a change.
 			odd++
 			matters(nil)
 			changed()
@@ -135,18 +138,21 @@ func follow(ctx context.Context, c *nlconn.Conn, changed func(), matters func([]
 	}
 }
 
-// addressNews tells messages that change an address from those that only renew its
-// lifetimes: the kernel sends one for each router advertisement and address (RFC 4862
-// 5.5.3), so that any neighbour could have the host looked at as often as it likes.
+// addressTracker distinguishes messages that change an address from those that only renew
+// its lifetimes. The kernel sends a renewal for each router advertisement and address
+// (RFC 4862 5.5.3), so otherwise any neighbour could make the helper observe the host as
+// often as it likes.
 type addressTracker struct {
+	// known is the last message about each address, keyed by family, prefix length,
+	// interface and address.
 	known map[string]string // what was last told of an address, by what makes it one
 }
 
-// maxKnownAddresses bounds them; a host with more is looked at more often.
+// maxKnownAddresses bounds the map. A host with more addresses is observed more often.
 const maxKnownAddresses = 4096
 
-// matter reports whether some message is more than a renewal; none says that messages
-// were lost.
+// anyChange reports whether any of the messages is more than a renewal. It is called
+// without messages when some were lost.
 func (n *addressTracker) anyChange(ms []netlink.Message) bool {
 	if len(ms) == 0 || len(n.known) > maxKnownAddresses {
 		n.known = nil
@@ -158,7 +164,8 @@ func (n *addressTracker) anyChange(ms []netlink.Message) bool {
 	return news
 }
 
-// renews reports whether a message says of an address what was known, lifetimes aside.
+// isRenewal reports whether a message repeats what is known about an address, except for
+// lifetimes.
 func (n *addressTracker) isRenewal(m netlink.Message) bool {
 	if m.Header.Type != unix.RTM_NEWADDR && m.Header.Type != unix.RTM_DELADDR || len(m.Data) < unix.SizeofIfAddrmsg {
 		return false
@@ -167,8 +174,8 @@ func (n *addressTracker) isRenewal(m netlink.Message) bool {
 	if err != nil {
 		return false
 	}
-	// Of struct ifaddrmsg (linux/if_addr.h) the family, the length and the interface make
-	// it; between them are flags and scope.
+	// The key is family, prefix length and interface of struct ifaddrmsg
+	// (linux/if_addr.h); flags and scope are between them.
 	head := m.Data[:unix.SizeofIfAddrmsg]
 	key, told := string(head[:2])+string(head[4:]), string(head)
 	for ad.Next() {
@@ -197,11 +204,11 @@ func (n *addressTracker) isRenewal(m netlink.Message) bool {
 	return false
 }
 
-// newGeneration is the message with which each transaction of nftables ends; it
-// names the process (NFTA_GEN_PROC_PID of linux/netfilter/nf_tables.h).
+// newGeneration is the message that ends each transaction of nftables. It has the number
+// of the process (NFTA_GEN_PROC_PID in linux/netfilter/nf_tables.h).
 const newGeneration = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWGEN
 
-// byOthers reports whether some transaction wasn't this process's.
+// byOthers reports whether another process made any of the transactions.
 func byOthers(ms []netlink.Message) bool {
 	for _, m := range ms {
 		if m.Header.Type != newGeneration {
@@ -214,10 +221,11 @@ func byOthers(ms []netlink.Message) bool {
 	return false
 }
 
-// nfgenmsg is the size of the header before netfilter's attributes.
+// nfgenmsg is the size of struct nfgenmsg, the header before netfilter's attributes, in
+// bytes (linux/netfilter/nfnetlink.h).
 const nfgenmsg = 4
 
-// generationAttr returns a number out of such a message.
+// generationAttr returns a numeric attribute of a message about a generation.
 func generationAttr(b []byte, attr uint16) (uint32, bool) {
 	if len(b) < nfgenmsg {
 		return 0, false

@@ -17,7 +17,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// wayLimit bounds the question for one way.
+// wayLimit bounds one route lookup, including the wait for other calls.
 const wayLimit = 5 * time.Second
 
 // Way implements [host.Ways].
@@ -25,8 +25,8 @@ func (p *Backend) Way(ctx context.Context, packet host.Packet) (host.Way, error)
 	if !packet.Dst.IsValid() || packet.Src.IsValid() && packet.Src.Is4() != packet.Dst.Is4() {
 		return host.Way{}, fmt.Errorf("find the way from %v to %v: these aren't addresses of one family", packet.Src, packet.Dst)
 	}
-	// The end of a caller's patience isn't handed to the sockets: they would have to be made
-	// anew, and what is enforced loaded again.
+	// The end of ctx isn't passed on to the sockets: they would have to be replaced and
+	// the table loaded again.
 	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), wayLimit)
 	defer cancel()
 	mark, err := p.markOf(limited, packet)
@@ -40,9 +40,10 @@ func (p *Backend) Way(ctx context.Context, packet host.Packet) (host.Way, error)
 	return w, nil
 }
 
+// way returns the way of a packet without a mark.
 func (p *Backend) way(packet host.Packet) (host.Way, error) { return p.marked(packet, 0) }
 
-// marked returns the way of a packet with a mark.
+// marked returns the way of a packet with this mark.
 func (p *Backend) marked(packet host.Packet, mark uint32) (host.Way, error) {
 	q := nlconn.Packet{Mark: mark, Src: packet.Src, Dst: packet.Dst, Proto: packet.Proto, SrcPort: packet.SrcPort, DstPort: packet.DstPort}
 	if packet.In != "" {
@@ -52,9 +53,10 @@ func (p *Backend) marked(packet host.Packet, mark uint32) (host.Way, error) {
 	}
 	a, err := askRoute(p.routes, q)
 	if err == nil && a.refused == host.WayUnreachable && q.IIF != 0 && q.Dst.Is4() && !p.forwards4(packet.In) {
-		// Packets from there aren't forwarded now, so the kernel says no more than that
-		// (ip_route_input_slow in net/ipv4/route.c). The host's own take the same way but
-		// for rules that name the interface.
+		// The interface doesn't forward now, and the kernel reports only that
+		// (ip_route_input_slow in net/ipv4/route.c). Look up the host's own packets
+		// instead; they take the same way, except for policy rules that name the
+		// interface.
 		q.IIF, q.Src = 0, netip.Addr{}
 		if packet.In == p.name {
 			q.Src = p.own(true)
@@ -75,13 +77,13 @@ func (p *Backend) marked(packet host.Packet, mark uint32) (host.Way, error) {
 	if w.Interface, w.Source = name, a.src; packet.In == "" {
 		return w, nil
 	}
-	// Of what it forwards the kernel says no source.
+	// The lookup for a forwarded packet returns no source.
 	own, err := askRoute(p.routes, nlconn.Packet{Dst: q.Dst, OIF: a.oif})
 	w.Source = own.src
 	return w, err
 }
 
-// own returns the host's mesh address of a family.
+// own returns the host's mesh address of a family, or an invalid one.
 func (p *Backend) own(v4 bool) netip.Addr {
 	for _, a := range p.cfg.Addresses {
 		if a.Is4() == v4 {
@@ -91,21 +93,22 @@ func (p *Backend) own(v4 bool) netip.Addr {
 	return netip.Addr{}
 }
 
-// forwards4 reports whether IPv4 packets that come in by an interface are forwarded.
+// forwards4 reports whether IPv4 packets that arrive on an interface are forwarded.
 func (p *Backend) forwards4(name string) bool {
 	v, err := p.forward.sys.read(conf("ipv4", name, "forwarding"))
 	return err == nil && v != "0"
 }
 
-// answer is a route of the kernel's.
+// answer is the result of a route lookup.
 type answer struct {
 	oif         int
 	router, src netip.Addr
 	local       bool
-	refused     string // see host.Way
+	refused     string // as host.Way.Refused
 }
 
-// askRoute asks the kernel for a route. A route that leads nowhere, or none, is an answer.
+// askRoute looks up a route. A route that drops packets, or no route, is a result and not
+// an error.
 func askRoute(conn *nlconn.Conn, p nlconn.Packet) (answer, error) {
 	r, err := conn.Route(p)
 	switch {
@@ -123,9 +126,9 @@ func askRoute(conn *nlconn.Conn, p nlconn.Packet) (answer, error) {
 	return answerOf(r), nil
 }
 
-// answerOf reads the answer to a question for a route. The kernel answers a route that
-// leads nowhere with an error for IPv4, and of IPv6 with the kind of the route, too
-// (rt6_fill_node in net/ipv6/route.c).
+// answerOf converts the result of a lookup. For a route that drops packets the kernel
+// returns an error for IPv4, but for IPv6 also the kind of the route (rt6_fill_node in
+// net/ipv6/route.c).
 func answerOf(r nlconn.Route) answer {
 	switch r.Kind {
 	case unix.RTN_UNREACHABLE:
@@ -139,16 +142,15 @@ func answerOf(r nlconn.Route) answer {
 	return answer{oif: r.OIF, router: r.Router, src: r.Src, local: local}
 }
 
-// wayProblems says where the kernel sends packets from peers and to them another way than
-// theirs. marks are those that other software's rules give what peers send to the internet.
-// Policy rules that go by a port aren't found so, nor those that go by a mark of answers.
+// wayProblems reports packets from and to peers that the kernel routes elsewhere than
+// expected. marks are those that other software's rules give peers' packets to the
+// internet. It doesn't find policy rules that match a port or the mark of an answer.
 func (p *Backend) wayProblems(r *policy.Ruleset, marks map[bool]uint32) []host.Problem {
 	return append(p.waysOut(r, marks), p.waysBack(r)...)
 }
 
-// waysBack says where the kernel sends what is for peers, where that isn't into the tunnel:
-// a policy rule that takes everything before the main table is asked, which has the peers'
-// routes.
+// waysBack reports packets for peers that the kernel doesn't route into the tunnel: a
+// policy rule takes them before the main table, which has the peers' routes.
 func (p *Backend) waysBack(r *policy.Ruleset) (out []host.Problem) {
 	for _, own := range r.Mesh().Addresses {
 		for _, packet := range toPeers(r, own) {
@@ -178,8 +180,8 @@ func (p *Backend) waysBack(r *policy.Ruleset) (out []host.Problem) {
 	return out
 }
 
-// toPeers are packets of own's family to peers, of each kind one at most: an answer from the
-// internet to one that routes, and the host's own.
+// toPeers returns packets of own's family to peers, at most one of each kind: an answer
+// from the internet to a peer with routing, and the host's own packet to a peer.
 func toPeers(r *policy.Ruleset, own netip.Addr) (out []host.Packet) {
 	h, peers := r.Host(), r.Peers()
 	first := func(may mesh.Permissions) (netip.Addr, bool) {
@@ -205,8 +207,8 @@ func toPeers(r *policy.Ruleset, own netip.Addr) (out []host.Packet) {
 	return out
 }
 
-// waysOut says where the kernel sends peers' packets to the internet, where that isn't by
-// the uplink: they are refused then.
+// waysOut reports peers' packets to the internet that the kernel doesn't route by the
+// uplink; those are dropped.
 func (p *Backend) waysOut(r *policy.Ruleset, marks map[bool]uint32) (out []host.Problem) {
 	h := r.Host()
 	for _, own := range r.Mesh().Addresses {

@@ -17,42 +17,44 @@ import (
 )
 
 const (
-	// closeLimit bounds what closes: it is done also when the caller's context has
-	// ended.
+	// closeLimit bounds the steps that close, which run even after the caller's context
+	// has ended.
 	closeLimit = 10 * time.Second
-	// graceLimit is how long a caller waits after the end of its context for a call
-	// that stops by itself and closes.
+	// graceLimit is how long a caller waits, after its context has ended, for the call to
+	// stop and close by itself.
 	graceLimit = 2 * time.Second
 )
 
-// errHangs is the error of a call that was left behind while it hangs, and of one
-// that can't begin because of it.
+// errHung is the error of a call that hangs and was abandoned, and of one that can't
+// start because of it.
 var errHung = errors.New("the kernel or the disk doesn't answer")
 
-// worker runs calls one after the other on a thread in one network namespace. A
-// caller waits no longer than its context: most of netlink works inside sendmsg(2),
-// where a kernel that waits for another program's lock can't be interrupted, and so
-// does a frozen disk.
+// worker runs calls one after the other on a thread in one network namespace. A caller
+// waits no longer than its context lasts. That takes a thread of its own, because most of
+// netlink runs inside sendmsg(2), which can't be interrupted while the kernel waits for a
+// lock that another program holds, and neither can a write to a frozen disk.
 type worker struct {
 	jobs  chan job
 	quit  chan struct{}
-	stop  func()        // ends the worker when it has nothing to do
+	stop  func()        // ends the worker after the current job
 	grace time.Duration // graceLimit, except in tests
-	step  atomic.Value  // string: what is being done
+	step  atomic.Value  // string: name of the running step, for the error of a call that hangs
 }
 
+// job is one call.
 type job struct {
 	do        func() error
 	done      chan result
-	abandoned chan struct{} // closed when the caller has gone
+	abandoned chan struct{} // closed when the caller no longer waits
 }
 
+// result is how a call ended.
 type result struct {
 	err      error
 	panicked any
 }
 
-// newWorker makes a worker in the network namespace of the calling thread.
+// newWorker returns a worker in the network namespace of the calling thread.
 func newWorker() (*worker, error) {
 	ns, err := os.Open("/proc/thread-self/ns/net")
 	if err != nil {
@@ -75,8 +77,8 @@ func newWorker() (*worker, error) {
 	return w, nil
 }
 
-// enter brings the calling goroutine into a network namespace, unless its thread is
-// there. A thread that was brought elsewhere ends with its goroutine.
+// enter moves the calling goroutine's thread into a network namespace, unless it is there
+// already. A thread that was moved ends with its goroutine.
 func enter(ns *os.File) error {
 	runtime.LockOSThread()
 	want, err := ns.Stat()
@@ -94,6 +96,7 @@ func enter(ns *os.File) error {
 	return unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET)
 }
 
+// work runs jobs until the worker is stopped.
 func (w *worker) work() {
 	for {
 		select {
@@ -112,7 +115,7 @@ func (w *worker) work() {
 	}
 }
 
-// run hands a panic on to the caller, on whose goroutine it belongs.
+// run runs the job and recovers a panic, which is raised again on the caller's goroutine.
 func (j job) run() (o result) {
 	defer func() {
 		if v := recover(); v != nil {
@@ -122,8 +125,8 @@ func (j job) run() (o result) {
 	return result{err: j.do()}
 }
 
-// run has do done and returns its error. When ctx ends it waits for graceLimit and
-// then leaves the call behind; the next one begins when that has ended.
+// run runs do and returns its error. After ctx has ended it waits for graceLimit and then
+// abandons the call; the next one starts when that one has returned.
 func (w *worker) run(ctx context.Context, do func() error) error {
 	j := job{do: do, done: make(chan result), abandoned: make(chan struct{})}
 	defer close(j.abandoned)
@@ -151,6 +154,7 @@ func (w *worker) run(ctx context.Context, do func() error) error {
 	}
 }
 
+// unpack returns the error, or panics as the call did.
 func (o result) unpack() error {
 	if o.panicked != nil {
 		panic(o.panicked)
@@ -158,6 +162,7 @@ func (o result) unpack() error {
 	return o.err
 }
 
+// hung returns the error for an abandoned call, with the step in which it hangs.
 func (w *worker) hung(ctx context.Context, what string) error {
 	step, _ := w.step.Load().(string)
 	if step == "" {
@@ -169,8 +174,8 @@ func (w *worker) hung(ctx context.Context, what string) error {
 	}
 }
 
-// run does a call of the daemon's on the worker, with the end of ctx as the
-// sockets' deadline.
+// run runs a method of the backend on the worker. The sockets' deadline is the end of
+// ctx.
 func (p *Backend) run(ctx context.Context, do func() error) error {
 	return p.worker.run(ctx, func() error {
 		defer p.worker.step.Store("")
@@ -187,7 +192,7 @@ func (p *Backend) run(ctx context.Context, do func() error) error {
 	})
 }
 
-// ask is run for what has an answer.
+// ask is run for calls that return a value.
 func ask[T any](ctx context.Context, p *Backend, do func() (T, error)) (T, error) {
 	var answer T
 	err := p.run(ctx, func() (err error) {
@@ -195,18 +200,18 @@ func ask[T any](ctx context.Context, p *Backend, do func() (T, error)) (T, error
 		return err
 	})
 	if errors.Is(err, errHung) {
-		var none T // a call that was left behind may still write its answer
+		var none T // an abandoned call may still write to answer
 		return none, err
 	}
 	return answer, err
 }
 
-// bind makes ctx end what waits at the sockets, until unbind is called.
+// bind makes the end of ctx interrupt reads from the sockets, until unbind is called.
 func (p *Backend) bind(ctx context.Context) {
 	end, bounded := ctx.Deadline()
 	conns := []interface{ SetDeadline(time.Time) error }{p.filter.sock, p.filter.change.wire, p.routes, p.ports.diag, p.flows.dump}
-	// They have no deadline before ctx has ended: an exchange that was given up is
-	// known by that.
+	// They get no deadline before ctx has ended, so an abandoned exchange can be
+	// recognized by that.
 	for _, c := range conns {
 		_ = c.SetDeadline(time.Time{})
 	}
@@ -226,7 +231,7 @@ func (p *Backend) bind(ctx context.Context) {
 	p.unbind = func() {
 		p.unbind = func() {}
 		if !stop() {
-			p.outOfSync = true // ctx has ended, and may be at the sockets only now
+			p.outOfSync = true // ctx has ended, and its function may still be running
 			return
 		}
 		for _, c := range conns {
@@ -235,10 +240,11 @@ func (p *Backend) bind(ctx context.Context) {
 	}
 }
 
-// socketLimit bounds one answer of the kernel where no context does.
+// socketLimit bounds the wait for one answer of the kernel if ctx has no deadline.
 const socketLimit = time.Minute
 
-// closing does what closes, also after ctx has ended.
+// withCloseLimit runs steps that close, even after ctx has ended, with closeLimit as
+// their own limit.
 func (p *Backend) withCloseLimit(ctx context.Context, do func() error) error {
 	p.unbind()
 	fresh, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeLimit)
@@ -254,10 +260,10 @@ func (p *Backend) withCloseLimit(ctx context.Context, do func() error) error {
 	return do()
 }
 
-// reopen makes the sockets of nftables and of routes anew where an exchange was
-// given up: an answer that comes late would be taken for the next one's. (nl leaves
-// out answers to other questions by itself.) Whether a transaction that was given up
-// has been done isn't known.
+// reopen replaces the sockets for nftables, routes, conntrack and socket lists after an
+// exchange was abandoned, because a late answer would be taken for that to the next
+// request. (nl ignores answers to other requests by itself.) It isn't known whether an
+// abandoned transaction was committed, so the loaded table counts as unknown.
 func (p *Backend) reopen() error {
 	if !p.outOfSync {
 		return nil
