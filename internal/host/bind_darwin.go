@@ -8,9 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// bindTo has a socket send by no other interface (IP_BOUND_IF of ip(4)). It may still
-// receive what comes in by another one: of TCP, no connection comes of it, for the answer
-// leaves by this interface.
+// bindTo makes a socket send only by this interface (IP_BOUND_IF in ip(4)). The socket
+// may still receive packets of other interfaces. For TCP no connection comes of it,
+// because the answer leaves by this interface.
 func bindTo(iface string) func(network, address string, c syscall.RawConn) error {
 	return func(network, _ string, c syscall.RawConn) error {
 		i, err := net.InterfaceByName(iface)

@@ -6,8 +6,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// bindTo binds a socket to an interface: it receives nothing that comes in by another, and
-// sends by no other (SO_BINDTODEVICE of socket(7)).
+// bindTo binds a socket to an interface: it neither receives from nor sends by any other
+// (SO_BINDTODEVICE in socket(7)).
 func bindTo(iface string) func(network, address string, c syscall.RawConn) error {
 	return func(_, _ string, c syscall.RawConn) error {
 		var failed error

@@ -7,7 +7,7 @@ import (
 	"syscall"
 )
 
-// bindTo fails: no kernel but Linux's and macOS's has a mesh interface.
+// bindTo fails: only the hosts for Linux and macOS have a mesh interface in the kernel.
 func bindTo(string) func(network, address string, c syscall.RawConn) error {
 	return func(string, string, syscall.RawConn) error { return errors.ErrUnsupported }
 }

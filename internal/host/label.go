@@ -5,12 +5,12 @@ import (
 	"strings"
 )
 
-// maxLabel is what fits into the name of an anchor of pf: PF_ANCHOR_NAME_SIZE (xnu
-// bsd/net/pfvar.h) less the final NUL. launchd and systemd take more.
+// maxLabel is the longest name of a pf anchor, in bytes: PF_ANCHOR_NAME_SIZE (xnu
+// bsd/net/pfvar.h) less the final NUL. launchd and systemd accept longer ones.
 const maxLabel = 63
 
-// CheckLabel refuses a label of the service that launchd, systemd or pf wouldn't take for a
-// name, or that leads to a file elsewhere.
+// CheckLabel refuses a label of the service that launchd, systemd or pf wouldn't accept
+// as a name, or that would lead to a file in another folder.
 func CheckLabel(label string) error {
 	switch {
 	case label == "" || len(label) > maxLabel:

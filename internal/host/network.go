@@ -13,52 +13,53 @@ import (
 	"golang.org/x/net/ipv6"
 )
 
-// Why a [Network] opens no socket.
+// Errors of a [Network]'s methods.
 var (
 	ErrNotOpen = errors.New("the mesh interface isn't open")
 	ErrNotMesh = errors.New("not an address of the mesh")
 )
 
-// Network opens sockets on the host's mesh addresses, for what the helper itself serves to
-// peers or asks them. What is opened is reached by peers alone: it neither hands out nor
-// answers what comes in elsewhere, or is from the host itself, and what it sends never
-// leaves elsewhere. (A kernel may finish a handshake before the connection is closed unseen.)
-// It ends with the mesh interface: after Open has made another, open anew.
-// Whether a peer may connect is the ruleset's to say, as for any other program's socket.
+// Network opens sockets on the host's mesh addresses, for what the helper itself serves
+// to peers or requests from them. Only peers reach such a socket: it ignores packets that
+// arrive on other interfaces or come from the host itself, and it sends by the mesh
+// interface alone. (A kernel may complete a TCP handshake before the connection is closed
+// unseen.) A socket is closed when the mesh interface is removed. Whether a peer may
+// connect is up to the ruleset, as for any other program's socket.
 //
-// Errors are [ErrNotOpen] while there is no mesh interface, and [ErrNotMesh] for an address
-// that isn't of the mesh. An address that Enforce hasn't set yet, or a port that is taken,
-// is an error of the system's.
+// Errors are [ErrNotOpen] while there is no mesh interface, and [ErrNotMesh] for an
+// address that isn't of the mesh. An address that Enforce hasn't set yet, or a port in
+// use, gives the system's error.
 type Network interface {
-	// Listen accepts TCP connections of peers at local, which has one of the host's mesh
-	// addresses; port 0 is one that is free.
+	// Listen accepts TCP connections of peers at local, which must have one of the host's
+	// mesh addresses. With port 0 the system chooses a free one.
 	Listen(ctx context.Context, local netip.AddrPort) (net.Listener, error)
-	// ListenPacket receives UDP datagrams of peers at local, as Listen.
+	// ListenPacket receives UDP datagrams of peers; local is as for Listen.
 	ListenPacket(ctx context.Context, local netip.AddrPort) (net.PacketConn, error)
 	// Dial connects to a peer's mesh address from the host's own of the same family. The
 	// protocol is "tcp" or "udp".
 	Dial(ctx context.Context, protocol string, remote netip.AddrPort) (net.Conn, error)
 }
 
-// KernelNetwork is the [Network] of a host whose kernel has the mesh interface: each socket
-// is bound to a mesh address and to the interface. Systems whose kernels take packets of
-// other interfaces for such a socket all the same have them dropped here. The zero value is
-// one without an interface.
+// KernelNetwork is the [Network] of a host whose kernel has the mesh interface: each
+// socket is bound to a mesh address and to the interface. Some kernels still deliver
+// packets of other interfaces to such a socket, and those are dropped here. The zero
+// value has no interface.
 type KernelNetwork struct {
 	mu sync.Mutex
 	up *meshLink // nil while there is no interface
 }
 
-// meshLink is a mesh interface, as long as there is one.
+// meshLink is one mesh interface, from Opened to Closed.
 type meshLink struct {
 	name string
 	cfg  Interface
+	// gone ends with the interface; end ends it.
 	gone context.Context
 	end  context.CancelFunc
 }
 
-// Opened says that the mesh interface was made, and what its name is. The sockets of an
-// earlier one end.
+// Opened sets the mesh interface after it was created. Sockets on an earlier one are
+// closed.
 func (k *KernelNetwork) Opened(name string, cfg Interface) {
 	k.Closed()
 	k.mu.Lock()
@@ -67,7 +68,7 @@ func (k *KernelNetwork) Opened(name string, cfg Interface) {
 	k.up.gone, k.up.end = context.WithCancel(context.Background())
 }
 
-// Closed says that the mesh interface is gone, and ends all sockets on it.
+// Closed closes all sockets after the mesh interface was removed.
 func (k *KernelNetwork) Closed() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -77,7 +78,7 @@ func (k *KernelNetwork) Closed() {
 	}
 }
 
-// link returns the mesh interface.
+// link returns the mesh interface, or ErrNotOpen.
 func (k *KernelNetwork) link() (*meshLink, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -117,7 +118,7 @@ func (k *KernelNetwork) ListenPacket(ctx context.Context, local netip.AddrPort) 
 	return &packetConn{inner, read, context.AfterFunc(l.gone, func() { inner.Close() })}, nil
 }
 
-// listenConfig returns how to listen at one of the host's own mesh addresses.
+// listenConfig returns how to listen at one of the host's mesh addresses.
 func (k *KernelNetwork) listenConfig(local netip.Addr) (*meshLink, *net.ListenConfig, error) {
 	l, err := k.link()
 	if err != nil {
@@ -127,7 +128,7 @@ func (k *KernelNetwork) listenConfig(local netip.Addr) (*meshLink, *net.ListenCo
 		return nil, nil, ErrNotMesh
 	}
 	c := &net.ListenConfig{Control: bindTo(l.name)}
-	c.SetMultipathTCP(false) // it would tell the peer the host's other addresses
+	c.SetMultipathTCP(false) // MPTCP would tell the peer the host's other addresses
 	return l, c, nil
 }
 
@@ -170,7 +171,7 @@ func (k *KernelNetwork) Dial(ctx context.Context, protocol string, remote netip.
 	return c, nil
 }
 
-// family returns Go's name of a protocol over an address's family alone.
+// family returns Go's name of a network for one family, such as "tcp4".
 func family(protocol string, a netip.Addr) string {
 	if a.Is4() {
 		return protocol + "4"
@@ -178,19 +179,20 @@ func family(protocol string, a netip.Addr) string {
 	return protocol + "6"
 }
 
-// isPeer reports whether an address is one that a peer may have.
+// isPeer reports whether a peer may have this address.
 func (l *meshLink) isPeer(a netip.Addr) bool {
 	in := func(p netip.Prefix) bool { return p.Contains(a) }
 	return slices.ContainsFunc(l.cfg.Prefixes, in) && !slices.Contains(l.cfg.Addresses, a)
 }
 
-// isPeerAt is isPeer of an address in Go's older form.
+// isPeerAt is isPeer for a net.Addr.
 func (l *meshLink) isPeerAt(a net.Addr) bool {
 	at, err := netip.ParseAddrPort(a.String())
 	return err == nil && l.isPeer(at.Addr().Unmap())
 }
 
-// reader returns how to read the datagrams that came in by the mesh interface.
+// reader returns a function that reads only datagrams of peers that arrived on the mesh
+// interface.
 func (l *meshLink) reader(c net.PacketConn) (func([]byte) (int, net.Addr, error), error) {
 	i, err := net.InterfaceByName(l.name)
 	if err != nil {
@@ -231,7 +233,7 @@ func (l *meshLink) reader(c net.PacketConn) (func([]byte) (int, net.Addr, error)
 	}, nil
 }
 
-// listener accepts connections of peers until the mesh interface is gone.
+// listener accepts connections of peers until the mesh interface is removed.
 type listener struct {
 	net.Listener
 	link *meshLink
@@ -257,7 +259,7 @@ func (l *listener) Close() error {
 	return l.Listener.Close()
 }
 
-// conn is a connection that ends with the mesh interface.
+// conn is a connection that is closed with the mesh interface.
 type conn struct {
 	net.Conn
 	read func([]byte) (int, error)
@@ -271,7 +273,7 @@ func (c *conn) Close() error {
 	return c.Conn.Close()
 }
 
-// packetConn receives datagrams of peers until the mesh interface is gone.
+// packetConn receives datagrams of peers until the mesh interface is removed.
 type packetConn struct {
 	net.PacketConn
 	read func([]byte) (int, net.Addr, error)

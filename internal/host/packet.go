@@ -2,14 +2,15 @@ package host
 
 import "github.com/meshhelper/meshhelper/internal/policy"
 
-// Packet is a packet as a host's kernel meets it.
+// Packet is a packet as the host's kernel receives or sends it.
 type Packet struct {
-	// In is the interface that it arrives by; empty for one that the host itself sends.
+	// In is the interface that the packet arrives on; empty for one that the host itself
+	// sends.
 	In string
 	policy.Packet
 }
 
-// Judge asks r the question that fits where p comes from.
+// Judge returns the verdict of r: FromPeer, FromHost or FromElsewhere, depending on In.
 func (p Packet) Judge(r *policy.Ruleset) policy.Verdict {
 	switch {
 	case p.In == r.Host().Interface:

@@ -7,72 +7,72 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// LeaveLimit bounds how long the helper takes to leave the host as it was found.
-// What supervises it (launchd's ExitTimeOut, say) has to wait for longer before it
-// kills.
+// LeaveLimit bounds how long the helper takes to leave the host as it was found. A
+// supervisor must wait longer before it kills the helper (ExitTimeOut in
+// launchd.plist(5), TimeoutStopSec in systemd.service(5)).
 const LeaveLimit = 15 * time.Second
 
-// Interface is how the mesh interface is to be made.
+// Interface describes the mesh interface to create.
 type Interface struct {
-	// Name is the wanted name, or empty for one that the host chooses.
+	// Name is the wanted name, or empty to let the host choose.
 	Name string // optional
-	// MTU in bytes, between 1280 (IPv6 needs it, RFC 8200 5) and 65535.
+	// MTU is in bytes, from 1280 (the minimum for IPv6, RFC 8200 5) to 65535.
 	MTU int // required
 	// Addresses are the host's own mesh addresses, one IPv4 and one IPv6.
 	Addresses []netip.Addr // required
-	// Prefixes are the mesh prefixes: nothing to an address inside leaves by
-	// another interface from the first moment on.
+	// Prefixes are the mesh prefixes: from the first moment on, nothing to an address in
+	// them leaves by another interface.
 	Prefixes []netip.Prefix // required
 }
 
-// Limits are what the guard has to know of the host's kernel and its packet filter.
+// Limits are the limits of the host's kernel and packet filter that the guard needs.
 type Limits struct {
-	// States is how many entries it holds for the whole host; 0: not known.
+	// States is how many entries the packet filter holds for the whole host; 0: not
+	// known.
 	States int
-	// PerForwarded is how many of them a forwarded flow takes, 1 or 2.
+	// PerForwarded is how many entries a forwarded flow takes, 1 or 2.
 	PerForwarded int
-	// PerPeer is how many entries of one peer's flows it lets come to be by itself, of
-	// both families together, whatever the guard has seen of them; 0: it has no such
-	// bound.
+	// PerPeer is the packet filter's own bound on one peer's entries, both families
+	// together, whatever the guard has seen of them; 0: it has none.
 	PerPeer int
-	// Reassembly is the memory, in bytes, in which the kernel puts datagrams together, of
-	// each family; 0: not known.
+	// Reassembly is the kernel's memory for reassembling fragments, in bytes per family;
+	// 0: not known.
 	Reassembly int
-	// DropsDF says that it drops fragments with Don't Fragment set.
+	// DropsDF is set if the packet filter drops fragments with Don't Fragment set.
 	DropsDF bool
 }
 
-// Report is what looking at the host found.
+// Report is the result of Inspect.
 type Report struct {
-	// Drift lists what isn't as enforced and that enforcing again can repair.
+	// Drift lists differences from the ruleset, which enforcing again can repair.
 	Drift []Problem
-	// Problems lists what stands in the way and isn't ours to change, such as a
-	// foreign chain that drops a peer's packets.
+	// Problems lists what stands in the way and isn't ours to change, such as another
+	// program's chain that drops a peer's packets.
 	Problems []Problem
 	// Forwarding is what the host's sysctls say now.
 	Forwarding policy.Families
 }
 
-// Way is where a host's kernel sends a packet, as it answers when it is asked: not what
-// the policy, a packet filter or another host makes of it.
+// Way is where the host's kernel sends a packet according to a route lookup, whatever the
+// policy, a packet filter or another host does with it.
 type Way struct {
-	// Interface is what the packet leaves by; empty where it isn't sent.
+	// Interface is the one that the packet leaves by; empty if it isn't sent.
 	Interface string
-	// Router is the next hop. It isn't valid where the destination is on the link, and
-	// where the packet isn't sent.
+	// Router is the next hop. It isn't valid if the destination is on the link or the
+	// packet isn't sent.
 	Router netip.Addr
-	// Source is the address of the host that packets of peers are given, or that the host
-	// itself uses, on this way. It isn't valid where it isn't known.
+	// Source is the host's address that packets of peers are translated to on this way,
+	// or that the host itself uses. It isn't valid if it isn't known.
 	Source netip.Addr
-	// Local says that the packet is for the host itself.
+	// Local is set if the packet is for the host itself.
 	Local bool
-	// Refused says why the packet isn't sent: one of the constants below. It is empty where
-	// it is sent, or is for the host itself.
+	// Refused is the reason why the packet isn't sent, one of the constants below; empty
+	// if it is sent or is for the host itself.
 	Refused string
 }
 
-// Why a kernel doesn't send a packet: the kinds of routes that lead nowhere
-// (ip-route(8), route(8) of macOS), or none that fits.
+// Reasons why a kernel doesn't send a packet: the kinds of routes that drop packets
+// (ip-route(8); route(8) on macOS), or no matching route.
 const (
 	WayNone        = "no route"
 	WayUnreachable = "unreachable"
@@ -82,38 +82,37 @@ const (
 
 // ByOthers is what other software's packet filters do with a packet.
 type ByOthers struct {
-	// Does is one of the constants below; empty where they let it pass.
+	// Does is one of the constants below; empty if the packet passes.
 	Does string
-	// Unclear says that a rule which wasn't understood may decide otherwise.
+	// Unclear is set if a rule that wasn't understood may decide otherwise.
 	Unclear bool
-	// Where is the chain and the rule that decide, or that aren't understood.
+	// Where is the chain and the rule that decide, or that weren't understood.
 	Where string
 }
 
-// What other software's packet filters may do with a packet.
+// Values of ByOthers.Does.
 const (
 	OthersDrop     = "drop"
-	OthersRedirect = "redirect" // to another destination
-	OthersUntrack  = "untrack"  // take it out of connection tracking, so that it isn't translated
+	OthersRedirect = "redirect" // changes the destination
+	OthersUntrack  = "untrack"  // excludes it from connection tracking, so that it isn't translated
 )
 
-// Problem is something that a person should know, in the words of status.
+// Problem is a message for people, as status shows it.
 type Problem struct {
-	// Step is what the helper was doing or looking at, such as "load anchor".
+	// Step is what the helper was doing or examining, such as "load anchor".
 	Step string `json:"step"`
-	// Message says what is wrong; Hint what to do about it.
+	// Message says what is wrong, and Hint what to do about it.
 	Message string `json:"message"`
 	Hint    string `json:"hint"`
-	// Tunnel says that it is about WireGuard's own packets, without which nothing of a peer
-	// arrives.
+	// Tunnel is set if it is about WireGuard's own packets, without which nothing of a
+	// peer arrives.
 	Tunnel bool `json:"-"`
 }
 
-// StepError is an error that names the enforcing step it happened in, for
-// status.problems.
+// StepError is an error that names the enforcing step in which it happened.
 type StepError struct {
 	Step string
-	// Hint says what a person can do; it may be empty.
+	// Hint says what a person can do about it; it may be empty.
 	Hint string
 	Err  error
 }

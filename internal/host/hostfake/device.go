@@ -9,8 +9,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 )
 
-// device is a tunnel device to which the host sends nothing, and which counts
-// what the host is sent. The interface goes when it is closed.
+// device is a TUN device to which the host sends nothing, and which counts the packets
+// that it is given. Closing it removes the interface.
 type device struct {
 	host   *Host
 	name   string

@@ -1,6 +1,6 @@
-// Package hostfake is a host that enforces nothing: it keeps what it was
-// told, and refuses what a real host refuses, so that everything above the
-// contract of package host can be tried on any machine and without rights.
+// Package hostfake is a host in memory that enforces nothing. It records what it is told
+// and refuses what a real host refuses, so everything above the contract of package host
+// can be tested on any machine without privileges.
 package hostfake
 
 import (
@@ -18,17 +18,17 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// Host is a host with an uplink and a LAN. Its methods may be called by several
-// goroutines.
+// Host is a host with an uplink and a LAN. Its methods may be called by any goroutine.
 type Host struct {
 	delivered atomic.Int64
 
-	mu      sync.Mutex
-	fault   func(step string) error
-	hangs   string // a step
+	mu    sync.Mutex
+	fault func(step string) error
+	// hangs is the step that hangs until goOn is closed; "" for none.
+	hangs   string
 	goOn    chan struct{}
 	facts   policy.Host
-	iface   string // empty while it doesn't exist
+	iface   string // empty while there is no interface
 	device  *device
 	loaded  *policy.Ruleset
 	drift   []host.Problem
@@ -38,8 +38,7 @@ type Host struct {
 	changed chan struct{}
 }
 
-// New returns a host whose uplink is eth0 and which has a LAN on eth1. It
-// doesn't forward.
+// New returns a host with the uplink eth0 and a LAN on eth1, which doesn't forward.
 func New() *Host {
 	return &Host{
 		changed: make(chan struct{}, 1),
@@ -55,12 +54,13 @@ func New() *Host {
 	}
 }
 
-// Host returns the parts that h has of a host. Its language is one that no program writes.
+// Host returns the parts that h has. No real host has its name or language.
 func (h *Host) Host() host.Host {
 	return host.Host{Name: "fake", Language: "fake", Link: h, Observer: h, Enforcer: h}
 }
 
-// step notes a call and returns its fault.
+// step records a call and returns its fault. h.mu is held, and released while the step
+// hangs.
 func (h *Host) step(ctx context.Context, name string) error {
 	h.calls = append(h.calls, name)
 	if err := ctx.Err(); err != nil {
@@ -83,8 +83,7 @@ func (h *Host) step(ctx context.Context, name string) error {
 	return h.fault(name)
 }
 
-// HangAt has a step do nothing until its context ends, or HangAt is called again; "" is
-// none.
+// HangAt makes a step hang until its context ends or HangAt is called again; "" is none.
 func (h *Host) HangAt(step string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -94,15 +93,15 @@ func (h *Host) HangAt(step string) {
 	h.hangs, h.goOn = step, make(chan struct{})
 }
 
-// SetFault has f return the error with which a step fails from now on; steps are
-// "open", "observe", "enforce", "inspect", "cut" and "close". Nil ends it.
+// SetFault makes steps return the error of f, which is called with "open", "observe",
+// "enforce", "inspect", "cut" or "close". Nil removes it.
 func (h *Host) SetFault(f func(step string) error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.fault = f
 }
 
-// Open makes the mesh interface, called wg-test unless cfg names one.
+// Open creates the mesh interface, named wg-test unless cfg has a name.
 func (h *Host) Open(ctx context.Context, cfg host.Interface) (tun.Device, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -125,7 +124,7 @@ func (h *Host) Open(ctx context.Context, cfg host.Interface) (tun.Device, error)
 	return h.device, nil
 }
 
-// Observe returns the facts, with the mesh interface's name.
+// Observe returns the facts with the mesh interface's name.
 func (h *Host) Observe(ctx context.Context) (policy.Host, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -140,7 +139,7 @@ func (h *Host) Observe(ctx context.Context) (policy.Host, error) {
 	return facts, nil
 }
 
-// Enforce loads r, whole or not at all.
+// Enforce loads r completely or not at all.
 func (h *Host) Enforce(ctx context.Context, r *policy.Ruleset) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -154,8 +153,7 @@ func (h *Host) Enforce(ctx context.Context, r *policy.Ruleset) error {
 	return nil
 }
 
-// Inspect reports what [Host.Drift] changed, and a ruleset that isn't the one
-// loaded.
+// Inspect reports what [Host.Drift] changed, and if another ruleset than r is loaded.
 func (h *Host) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -172,8 +170,8 @@ func (h *Host) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, err
 	return report, nil
 }
 
-// Cut notes whose flows were cut. The ruleset must be loaded, or new flows would
-// come to be at once.
+// Cut records the narrowed peers. r must be loaded: otherwise the flows could be opened
+// again at once.
 func (h *Host) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -187,10 +185,10 @@ func (h *Host) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Nar
 	return nil
 }
 
-// Limits says that memory alone bounds peers' flows: there is no packet filter.
+// Limits returns none: there is no packet filter, and memory alone bounds peers' flows.
 func (h *Host) Limits() host.Limits { return host.Limits{} }
 
-// Close takes everything away. It works without Open.
+// Close removes everything. It also works without Open.
 func (h *Host) Close(ctx context.Context) ([]host.Problem, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -201,7 +199,7 @@ func (h *Host) Close(ctx context.Context) ([]host.Problem, error) {
 	return nil, nil
 }
 
-// Watch calls changed after each [Host.Change] and [Host.Drift].
+// Watch calls changed after each call of [Host.Change], [Host.Drift] or [Host.Foreign].
 func (h *Host) Watch(ctx context.Context, changed func()) error {
 	for {
 		select {
@@ -213,7 +211,7 @@ func (h *Host) Watch(ctx context.Context, changed func()) error {
 	}
 }
 
-// Change changes the facts, and reports it as a host does.
+// Change changes the facts and reports the change as a host does.
 func (h *Host) Change(f func(*policy.Host)) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -221,20 +219,20 @@ func (h *Host) Change(f func(*policy.Host)) {
 	h.report()
 }
 
-// Drift has another program change what is enforced, and reports it.
+// Drift changes what is enforced, as another program may, and reports the change.
 func (h *Host) Drift(message string) {
 	h.DriftQuietly(message)
 	h.report()
 }
 
-// DriftQuietly is Drift of what a host doesn't report.
+// DriftQuietly is Drift without the report, for a change that a host doesn't notice.
 func (h *Host) DriftQuietly(message string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.drift = append(h.drift, host.Problem{Step: "load filter", Message: message})
 }
 
-// Foreign has something stand in the way that isn't ours.
+// Foreign adds a problem that Inspect returns, such as another program's rule.
 func (h *Host) Foreign(p host.Problem) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -242,7 +240,7 @@ func (h *Host) Foreign(p host.Problem) {
 	h.report()
 }
 
-// report never waits: a report that wasn't heard yet stands for this one, too.
+// report reports a change and never blocks: a pending report stands for this one, too.
 func (h *Host) report() {
 	select {
 	case h.changed <- struct{}{}:
@@ -250,7 +248,7 @@ func (h *Host) report() {
 	}
 }
 
-// Unplug takes the mesh interface away, as a person can with ip link delete.
+// Unplug removes the mesh interface, as a person can with "ip link delete".
 func (h *Host) Unplug() error {
 	h.mu.Lock()
 	d := h.device
@@ -258,25 +256,25 @@ func (h *Host) Unplug() error {
 	return d.Close()
 }
 
-// Delivered returns how many packets of peers came out of the mesh interfaces.
-// It may be called while a step runs.
+// Delivered returns how many packets of peers were written to mesh interfaces. It may be
+// called while a step runs.
 func (h *Host) Delivered() int { return int(h.delivered.Load()) }
 
-// Loaded returns the ruleset that is enforced, or nil.
+// Loaded returns the enforced ruleset, or nil.
 func (h *Host) Loaded() *policy.Ruleset {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.loaded
 }
 
-// Cuts returns what each Cut was given.
+// Cuts returns the narrowed peers of each call of Cut.
 func (h *Host) Cuts() [][]policy.Narrowed {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return slices.Clone(h.cuts)
 }
 
-// Calls returns the steps in order.
+// Calls returns the names of the steps in order.
 func (h *Host) Calls() []string {
 	h.mu.Lock()
 	defer h.mu.Unlock()

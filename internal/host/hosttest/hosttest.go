@@ -1,7 +1,7 @@
-// Package hosttest holds the tests that every host of package host must pass, whatever it
-// enforces with. A host's own tests give a [Harness]: how to make a computer with the host
-// on it, and how to send packets there. What only one kind of host can get wrong is tested
-// beside that host.
+// Package hosttest has the conformance tests that every host of package host must pass,
+// whatever it enforces with. A host's own tests call [Run] with a [Harness]: how to make
+// a computer with the host on it, and how to send packets there. Errors that only one
+// kind of host can make are tested beside that host.
 package hosttest
 
 import (
@@ -18,11 +18,11 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// Harness makes computers to try a host on.
+// Harness makes computers to test a host on.
 type Harness struct {
-	// New returns a computer on which no host has been yet, and which doesn't forward.
+	// New returns a computer that doesn't forward and had no host yet.
 	New func(t *testing.T) *Computer
-	// Steps are all steps that a host may take, of which each must be died at.
+	// Steps are all enforcing steps of the host. The tests kill it at each one.
 	Steps []string
 }
 
@@ -34,36 +34,37 @@ type Computer struct {
 	// Kill does what a kernel does when the process of the last host ends.
 	Kill func() // required
 
-	// Interface is how the mesh interface is made; two peers have the addresses in Peers.
+	// Interface is how the mesh interface is created; two peers have the addresses in
+	// Peers.
 	Interface host.Interface    // required
 	Peers     [2]mesh.Addresses // required
 
-	// Neighbours are the addresses of others, by the interface that they send by. From them
-	// and from peers, packets are sent to each other, to Interface's addresses and to
-	// Destinations.
+	// Neighbours are the addresses of other hosts, by the interface that they send to.
+	// Packets are sent from them and from peers to each other, to Interface's addresses
+	// and to Destinations.
 	Neighbours   map[string][]netip.Addr // required
 	Destinations []netip.Addr            // required
 
-	// Send sends packets, each the first of a TCP connection or a datagram, and returns which
-	// of them arrived: on the computer itself, or beyond it. Those that want names must be
-	// waited for.
+	// Send sends packets, each the first of a TCP connection or a datagram, and returns
+	// which of them arrived, on the computer itself or behind it. It must wait for the
+	// packets that want selects.
 	Send func(packets []host.Packet, want []bool) []bool // required
-	// State describes all that a host changes on the computer.
+	// State describes everything that a host changes on the computer.
 	State func() string // required
-	// Blind has the next look at what is enforced hang until its context ends, until see is
-	// called.
+	// Blind makes the next reading of what is enforced hang until its context ends, or
+	// until see is called.
 	Blind func() (see func()) // required
-	// Changes are what other programs undo of what is enforced.
+	// Changes are ways in which other programs undo what is enforced, by name.
 	Changes map[string]func() error // required
 
-	// Sockets runs a function that opens sockets on the computer; nil where its kernel has
-	// none, as on a simulated one.
+	// Sockets runs a function that opens sockets on the computer; nil if its kernel has
+	// none, such as a simulated one.
 	Sockets func(func() error) error // optional
 }
 
 const everything = mesh.Incoming | mesh.Routing | mesh.LAN
 
-// Run runs the tests.
+// Run runs the tests as subtests of t.
 func Run(t *testing.T, h Harness) {
 	t.Run("truth table", func(t *testing.T) { truthTable(start(t, h)) })
 	t.Run("killed at each step", func(t *testing.T) { killed(t, h) })
@@ -73,16 +74,17 @@ func Run(t *testing.T, h Harness) {
 	t.Run("network", func(t *testing.T) { network(start(t, h)) })
 }
 
-// trial is a host on trial.
+// trial is a host under test.
 type trial struct {
 	*testing.T
 	*Computer
 	host  host.Host
 	step  func(string) // nil: none
-	found string       // State before there was a host
-	ports uint16       // that were used
+	found string       // State before the first host
+	ports uint16       // the last one used
 }
 
+// start makes a computer with a host on it.
 func start(t *testing.T, h Harness) *trial {
 	t.Helper()
 	c := &trial{T: t, Computer: h.New(t)}
@@ -98,7 +100,7 @@ func (c *trial) must(err error) {
 	}
 }
 
-// begin makes the next host.
+// begin starts the next host, as a new process does.
 func (c *trial) begin() {
 	c.Helper()
 	var err error
@@ -116,7 +118,7 @@ func (c *trial) open() {
 	c.must(err)
 }
 
-// leave closes the host, and wants the computer to be as it was found.
+// leave closes the host and checks that the computer is as it was found.
 func (c *trial) leave(when string) {
 	c.Helper()
 	left, err := c.host.Link.Close(context.Background())
@@ -128,7 +130,7 @@ func (c *trial) leave(when string) {
 	}
 }
 
-// compile compiles a mesh whose two peers have permissions.
+// compile compiles the ruleset of a mesh whose two peers have these permissions.
 func (c *trial) compile(first, second mesh.Permissions) *policy.Ruleset {
 	c.Helper()
 	facts, err := c.host.Observer.Observe(context.Background())
@@ -144,7 +146,7 @@ func (c *trial) compile(first, second mesh.Permissions) *policy.Ruleset {
 	return r
 }
 
-// enforce enforces, and wants the host to hold it.
+// enforce enforces that ruleset and checks that the host holds it.
 func (c *trial) enforce(first, second mesh.Permissions) *policy.Ruleset {
 	c.Helper()
 	r := c.compile(first, second)
@@ -153,7 +155,7 @@ func (c *trial) enforce(first, second mesh.Permissions) *policy.Ruleset {
 	return r
 }
 
-// clean wants the host to hold r.
+// clean checks that the host holds r.
 func (c *trial) clean(r *policy.Ruleset) {
 	c.Helper()
 	report, err := c.host.Enforcer.Inspect(context.Background(), r)
@@ -162,13 +164,13 @@ func (c *trial) clean(r *policy.Ruleset) {
 	}
 }
 
-// port returns one that no packet came from: to one that did, there may be a known flow.
+// port returns a port that no packet used yet. A used one may have a known flow.
 func (c *trial) port() uint16 {
 	c.ports = (c.ports + 1) % 40000
 	return 20000 + c.ports
 }
 
-// everySource is a packet from each source to each destination.
+// everySource returns a packet from each source to each destination.
 func (c *trial) everySource(iface string) (out []host.Packet) {
 	to := slices.Concat(c.Destinations, c.Interface.Addresses, c.Peers[0].List(), c.Peers[1].List())
 	add := func(in string, from []netip.Addr) {
@@ -185,15 +187,16 @@ func (c *trial) everySource(iface string) (out []host.Packet) {
 		add(iface, slices.Concat(c.Peers[0].List(), c.Peers[1].List()))
 	}
 	for in, from := range c.Neighbours {
-		add(in, slices.Concat(from, c.Peers[0].List())) // a peer's address, too, by somebody else
+		add(in, slices.Concat(from, c.Peers[0].List())) // a peer's address, spoofed
 	}
 	return out
 }
 
-// judge sends packets from everywhere, and compares what arrives with the rulesets: a
-// packet may arrive if all of them let it pass. With exactly, a peer's also has to. Otherwise
-// packets to the computer's own addresses of other networks are left out, and peers' to
-// itself: where nothing is forwarded a host may leave those to the guard.
+// judge sends packets from every source and compares what arrives with the rulesets: a
+// packet may arrive if all of them let it pass. With exactly, a peer's packet that may
+// arrive must arrive. Without it, packets to the computer's addresses in other networks
+// are left out, and so are peers' packets to the computer itself: a host that forwards
+// nothing may leave those to the guard.
 func (c *trial) judge(when string, exactly bool, iface string, rulesets ...*policy.Ruleset) {
 	c.Helper()
 	packets := c.everySource(iface)
@@ -223,8 +226,8 @@ func (c *trial) judge(when string, exactly bool, iface string, rulesets ...*poli
 	c.Logf("%s: %d packets, %d arrived", when, len(packets), passed)
 }
 
-// truthTable gives two peers permissions of all kinds: what a peer's packets reach is what
-// the policy says, and of others' packets none arrives that it refuses.
+// truthTable gives two peers permissions of all kinds and checks that their packets reach
+// exactly what the policy allows, and that no other packet arrives that it refuses.
 func truthTable(c *trial) {
 	c.open()
 	for have := mesh.Permissions(0); have <= everything; have++ {
@@ -234,10 +237,11 @@ func truthTable(c *trial) {
 	c.leave("at the end")
 }
 
-// death is what a step panics with, for a SIGKILL.
+// death is the value that a step panics with, in place of a SIGKILL.
 type death struct{}
 
-// life is all that a host does, from start to end. It reports whether it got there.
+// life runs through everything that a host does, from start to end, and reports whether
+// it got to the end.
 func (c *trial) life() (lived bool) {
 	defer func() {
 		if r := recover(); r != nil {
@@ -261,8 +265,8 @@ func (c *trial) life() (lived bool) {
 	return true
 }
 
-// killed ends the helper's process before each of its steps. While it is dead nothing
-// arrives that no ruleset lets pass; the next host takes over, and leaves the computer as
+// killed kills the helper before each of its steps. While it is dead, no packet may
+// arrive that no ruleset lets pass. The next host takes over and leaves the computer as
 // the first one found it.
 func killed(t *testing.T, h Harness) {
 	c := start(t, h)
@@ -303,7 +307,8 @@ func killed(t *testing.T, h Harness) {
 	t.Logf("%d kills", at-1)
 }
 
-// drift has other programs undo what is enforced: it is found, and repaired by enforcing.
+// drift undoes what is enforced, as other programs may: Inspect must find it and Enforce
+// must repair it.
 func drift(t *testing.T, h Harness) {
 	c := start(t, h)
 	c.open()
@@ -320,8 +325,8 @@ func drift(t *testing.T, h Harness) {
 	c.leave("at the end")
 }
 
-// looks has looks at what is enforced hang until their time is up: they fail, and nothing
-// closes.
+// looks makes readings of what is enforced hang until their deadline: they must fail, and
+// the host must not close.
 func looks(c *trial) {
 	c.open()
 	r := c.enforce(everything, mesh.Incoming)
@@ -333,20 +338,21 @@ func looks(c *trial) {
 	}
 	c.judge("after a look that failed", true, r.Host().Interface, r)
 	see()
-	r = c.enforce(everything, mesh.Incoming) // what it has loaded, a host may have to find out anew
+	r = c.enforce(everything, mesh.Incoming) // the host may not know any more what is loaded
 	c.judge("after a look again", true, r.Host().Interface, r)
 	c.leave("at the end")
 }
 
-// stepTime is how long a step may take in [slow], and returned bounds the whole call.
+// stepTime is the deadline of a call in [slow]. returned bounds how long the call may
+// take to return: it is long, for slow machines.
 const (
 	stepTime = 200 * time.Millisecond
 	returned = time.Minute
 )
 
-// slow has each step of a change take all the time there is. The call returns; then the new
-// ruleset holds or, after an error, what passes is in the old and the new one. The next call
-// puts it right.
+// slow makes each step of a change take until the deadline. The call must return; then
+// the new ruleset holds or, after an error, only packets pass that both the old and the
+// new one pass. The next call must repair it.
 func slow(t *testing.T, h Harness) {
 	c := start(t, h)
 	c.open()
@@ -363,7 +369,7 @@ func slow(t *testing.T, h Harness) {
 		}
 		began := time.Now()
 		err := c.host.Enforcer.Enforce(ctx, next)
-		// Waits for what the call has left running.
+		// Wait for what the call has left running.
 		if _, waiting := c.host.Observer.Observe(context.Background()); waiting != nil {
 			t.Errorf("%q: %v", last, waiting)
 		}
@@ -389,7 +395,7 @@ func slow(t *testing.T, h Harness) {
 	c.leave("at the end")
 }
 
-// network opens sockets on mesh addresses.
+// network opens sockets on mesh addresses and checks the errors of other addresses.
 func network(c *trial) {
 	ctx := context.Background()
 	n := c.host.Network

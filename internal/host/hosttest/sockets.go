@@ -13,12 +13,12 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// answerTime bounds waiting for what is on its way.
+// answerTime bounds the wait for packets and errors that must come.
 const answerTime = 10 * time.Second
 
-// sockets has a peer, a neighbour and the computer itself send to sockets on the computer's
-// own mesh addresses: the peer alone is heard. The sockets are to end with the mesh
-// interface, for which wait waits.
+// sockets sends packets of a peer, a neighbour and the computer itself to sockets on the
+// computer's mesh addresses: only the peer's may arrive. The sockets must be closed with
+// the mesh interface, which the returned function checks.
 func sockets(c *trial, r *policy.Ruleset) (wait func()) {
 	ctx := context.Background()
 	ended := make(chan error, 2*len(c.Interface.Addresses))
@@ -38,7 +38,7 @@ func sockets(c *trial, r *policy.Ruleset) (wait func()) {
 		datagram := func(in string, src netip.Addr, port uint16) host.Packet {
 			return host.Packet{In: in, Packet: policy.Packet{Src: src, Dst: own, Proto: policy.ProtoUDP, SrcPort: port, DstPort: at.Port()}}
 		}
-		// A kernel may finish the handshake of a connection that isn't handed out then.
+		// A kernel may complete the handshake of a connection that isn't accepted then.
 		go func() {
 			conn, err := listener.Accept()
 			if err == nil {
@@ -61,7 +61,7 @@ func sockets(c *trial, r *policy.Ruleset) (wait func()) {
 				if protocol == "tcp" {
 					to = listener.Addr().String()
 				}
-				// The computer itself is answered with an error, or not at all.
+				// The computer's own packets are answered with an error or not at all.
 				conn, err := net.DialTimeout(protocol, to, time.Second)
 				if err != nil {
 					continue
