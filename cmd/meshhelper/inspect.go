@@ -19,7 +19,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/explain"
 	"github.com/meshhelper/meshhelper/internal/install"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -101,7 +101,7 @@ func (a *app) explain(ctx context.Context, q api.Question, file, language string
 		return api.Explanation{}, err
 	}
 	q.Peer = p.Name
-	return daemon.Explain(r, q, languages[language])
+	return explain.Explain(r, q, languages[language])
 }
 
 // destination is what explain was given as one.
@@ -414,7 +414,7 @@ func (a *app) checksWithout() []api.Check {
 			}
 		}
 	}
-	return daemon.ChecksWithout(mesh, hostInterfaces())
+	return explain.ChecksWithout(mesh, hostInterfaces())
 }
 
 // hostInterfaces are this host's interfaces and addresses, as far as they can be read.

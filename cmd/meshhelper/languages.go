@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/explain"
 	"github.com/meshhelper/meshhelper/internal/host/linux"
 	"github.com/meshhelper/meshhelper/internal/host/macos"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -14,7 +15,7 @@ import (
 
 // languages are those that a ruleset is enforced in. All of them can be written
 // on any machine, so that a Mac's rules can be read on Linux.
-var languages = map[string]daemon.Language{
+var languages = map[string]explain.Language{
 	"nft": {
 		Render: func(r *policy.Ruleset) (string, string, error) {
 			return "", linux.Text(r, daemon.DefaultMTU), nil

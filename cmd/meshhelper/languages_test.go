@@ -7,7 +7,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/daemon"
+	"github.com/meshhelper/meshhelper/internal/explain"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -40,7 +40,7 @@ func TestExplain(t *testing.T) {
 			q.Port = 51820
 		}
 		for language, want := range map[string]string{"pf": c.pf, "nft": c.nft, "guard": ""} {
-			e, err := daemon.Explain(r, q, languages[language])
+			e, err := explain.Explain(r, q, languages[language])
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/daemon"
 	"github.com/meshhelper/meshhelper/internal/install"
+	"github.com/meshhelper/meshhelper/internal/reconcile"
 	"github.com/meshhelper/meshhelper/internal/systemd"
 )
 
@@ -176,7 +177,7 @@ func TestBadServiceManager(t *testing.T) {
 // TestWatchdogLetsARoundEnd wants the installed helper's watchdog to leave the loop the
 // time in which its steps end by their own limits, and the wait between two rounds.
 func TestWatchdogLetsARoundEnd(t *testing.T) {
-	if least := daemon.RoundLimit + daemon.DefaultTick; install.WatchdogTime <= least {
+	if least := reconcile.RoundLimit + daemon.DefaultTick; install.WatchdogTime <= least {
 		t.Errorf("the watchdog ends the helper after %v, and a round that is well may take %v", install.WatchdogTime, least)
 	}
 }

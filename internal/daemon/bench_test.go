@@ -14,6 +14,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/host/hostfake"
 	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/reconcile"
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
@@ -76,7 +77,7 @@ func BenchmarkStatus(b *testing.B) {
 func benchDaemon(b *testing.B, peers int) *Daemon {
 	d, err := New(Options{
 		Host: hostfake.New().Host(), StateDir: b.TempDir(), Logger: slog.New(slog.DiscardHandler),
-		NewTunnel: func(dev tun.Device, _ mesh.PrivateKey, _ uint16) (Tunnel, error) {
+		NewTunnel: func(dev tun.Device, _ mesh.PrivateKey, _ uint16) (reconcile.Tunnel, error) {
 			return &fakeTunnel{dev: dev, done: make(chan struct{})}, nil
 		},
 	})

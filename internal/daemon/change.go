@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/held"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
@@ -22,8 +23,8 @@ func (d *Daemon) ChangePeer(ctx context.Context, ref string, c api.PeerChange) (
 
 // RemovePeer removes a peer, and answers with what it was.
 func (d *Daemon) RemovePeer(ctx context.Context, ref string) (api.Changed, error) {
-	c, _ := d.condition()
-	was := c.numbers() // before the guard and the tunnel forget the peer
+	now, _ := d.loop.State()
+	was := now.Numbers() // before the guard and the tunnel forget the peer
 	var gone *mesh.Peer
 	out, err := d.change(ctx, func(ctx context.Context) (wanted.Outcome, error) {
 		o, err := d.wanted.RemovePeer(ctx, ref)
@@ -54,7 +55,7 @@ func (d *Daemon) change(ctx context.Context, make func(context.Context) (wanted.
 		return api.Changed{}, refused
 	}
 	var out api.Changed
-	poke(d.wake)
+	d.loop.Wake()
 	// The loop works while the disk does.
 	notHeld := d.await(ctx, o.Document.Generation, began.Add(d.answerWithin()))
 	notKept := d.wanted.AwaitSaved(saving, o)
@@ -85,8 +86,8 @@ func (d *Daemon) await(ctx context.Context, generation uint64, deadline time.Tim
 	limit := time.NewTimer(time.Until(deadline))
 	defer limit.Stop()
 	for {
-		c, changed := d.condition()
-		if c.enforced >= generation {
+		s, changed := d.loop.State()
+		if s.Enforced >= generation {
 			return nil
 		}
 		select {
@@ -94,17 +95,17 @@ func (d *Daemon) await(ctx context.Context, generation uint64, deadline time.Tim
 		case <-ctx.Done():
 			return api.Errorf(api.CodeNotInForce, "saved, not in force: the helper is stopping")
 		case <-limit.C:
-			return notInForce(c, time.Since(began).Round(time.Second))
+			return notInForce(s, time.Since(began).Round(time.Second))
 		}
 	}
 }
 
-func notInForce(c condition, waited time.Duration) error {
-	if len(c.problems) == 0 {
+func notInForce(s held.State, waited time.Duration) error {
+	if len(s.Problems) == 0 {
 		return api.Errorf(api.CodeNotInForce, "saved, not in force after %v: the host is slow", waited).
 			WithHint("see `meshhelper status`")
 	}
-	p := c.problems[0]
+	p := s.Problems[0]
 	hint := p.Hint
 	if hint == "" {
 		hint = "it is tried again; see `meshhelper status`"

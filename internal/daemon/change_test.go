@@ -13,6 +13,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/resolve"
 )
 
 func netipPrefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
@@ -243,13 +244,13 @@ func TestEndpointByName(t *testing.T) {
 		}
 		for _, address := range []string{"203.0.113.7", "203.0.113.8"} {
 			r.resolveTo(address)
-			r.after(resolveInterval + time.Second)
+			r.after(resolve.Interval + time.Second)
 			if got, want := r.tunnel.peers[0].Endpoint.String(), address+":7"; got != want {
 				t.Errorf("endpoint %s, want %s", got, want)
 			}
 		}
 		r.resolveTo("") // no resolver: the last address stays
-		r.after(resolveInterval + time.Second)
+		r.after(resolve.Interval + time.Second)
 		if got := r.tunnel.peers[0].Endpoint.String(); got != "203.0.113.8:7" {
 			t.Errorf("endpoint %s without a resolver", got)
 		}

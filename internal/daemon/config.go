@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/held"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/stock"
@@ -21,15 +22,15 @@ func (d *Daemon) Config(ref string) (api.Config, error) {
 		return api.Config{}, err
 	}
 	p := &doc.Peers[i]
-	now, _ := d.condition()
+	now, _ := d.loop.State()
 	endpoint, warnings := d.endpoint(now)
 	sends := wanted.Sends(p, d.wanted.Now())
-	allowed, more := d.through(sends, now.host, endpoint)
+	allowed, more := d.through(sends, now.Host, endpoint)
 	warnings = append(warnings, more...)
 	var dns []netip.Addr
 	if sends == mesh.TunnelFull {
 		// A stock app asks them for everything, so a split tunnel names none.
-		dns, more = d.resolvers(now.host)
+		dns, more = d.resolvers(now.Host)
 		warnings = append(warnings, more...)
 		if !p.Permissions.Of(mesh.Routing).In(d.wanted.Now()) {
 			warnings = append(warnings, fmt.Sprintf("this configuration sends everything, and %s may not route: it has no internet while it is connected; run: meshhelper peer allow %s routing", p.Name, p.Name))
@@ -44,27 +45,27 @@ func (d *Daemon) Config(ref string) (api.Config, error) {
 }
 
 // endpoint returns where peers reach this host, and what is to be said of it.
-func (d *Daemon) endpoint(c condition) (mesh.Endpoint, []string) {
+func (d *Daemon) endpoint(s held.State) (mesh.Endpoint, []string) {
 	if e := d.wanted.Settings().Endpoint; e.Host != "" {
 		if e.Port == 0 {
-			e.Port = c.listenPort
+			e.Port = s.ListenPort
 		}
 		return e, []string{}
 	}
-	a, ok := uplinkAddress(c.host)
-	if !ok || c.listenPort == 0 {
+	a, ok := s.Host.LastingAddress()
+	if !ok || s.ListenPort == 0 {
 		return mesh.Endpoint{}, []string{
 			"no endpoint is known, for this host has no address that others could be told: add Endpoint = HOST:PORT to the [Peer] section, or run: meshhelper settings endpoint HOST",
 		}
 	}
-	return mesh.Endpoint{Host: a.String(), Port: c.listenPort}, []string{aboutEndpoint(a, c.listenPort)}
+	return mesh.Endpoint{Host: a.String(), Port: s.ListenPort}, []string{aboutEndpoint(a, s.ListenPort)}
 }
 
 // aboutEndpoint says from where the endpoint a can be reached, and what to do where
 // that isn't everywhere.
 func aboutEndpoint(a netip.Addr, port uint16) string {
 	switch {
-	case sharedSpace.Contains(a):
+	case policy.SharedSpace.Contains(a):
 		return fmt.Sprintf("the endpoint %v is an address behind a provider's NAT (100.64.0.0/10): from outside no device reaches it. "+
 			"Where the router can be given a public address, forward UDP port %d on it to this host and run: meshhelper settings endpoint HOST, with the router's public name or address", a, port)
 	case a.IsPrivate():
@@ -75,40 +76,6 @@ func aboutEndpoint(a netip.Addr, port uint16) string {
 			"A name or another address is given with: meshhelper settings endpoint HOST", a, port)
 	}
 	return fmt.Sprintf("the endpoint %v is this host's own address: where that changes, the configuration has to, too; a name that follows it is given with: meshhelper settings endpoint HOST", a)
-}
-
-// sharedSpace is what providers give to customers behind their NAT (RFC 6598).
-var sharedSpace = netip.MustParsePrefix("100.64.0.0/10")
-
-// uplinkAddress returns one of the uplinks' lasting addresses: a public one before
-// a private one or one behind a provider's NAT, then IPv4 before IPv6, then the one that
-// the host itself uses.
-func uplinkAddress(h policy.Host) (netip.Addr, bool) {
-	var best netip.Addr
-	rank := 0
-	for _, a := range h.Lasting {
-		if !a.IsGlobalUnicast() {
-			continue
-		}
-		if r := rankOf(a, h); r > rank {
-			best, rank = a, r
-		}
-	}
-	return best, rank > 0
-}
-
-func rankOf(a netip.Addr, h policy.Host) int {
-	rank := 1
-	if !a.IsPrivate() && !sharedSpace.Contains(a) {
-		rank += 4
-	}
-	if a.Is4() {
-		rank += 2
-	}
-	if a == h.Source(a) {
-		rank++
-	}
-	return rank
 }
 
 // resolvers returns the DNS servers for peers' configurations, and what is to be

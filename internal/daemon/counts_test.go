@@ -1,11 +1,8 @@
 package daemon
 
 import (
-	"net/netip"
 	"testing"
 
-	"github.com/meshhelper/meshhelper/internal/guard"
-	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
@@ -27,21 +24,4 @@ func TestCountsOutlastARestart(t *testing.T) {
 			}
 		}
 	})
-}
-
-func TestExample(t *testing.T) {
-	for _, c := range []struct {
-		refused guard.Refused
-		want    string
-	}{
-		{guard.Refused{}, ""},
-		{guard.Refused{To: netip.MustParseAddr("192.168.1.5"), Proto: policy.ProtoTCP, Port: 80}, "; lately tcp to 192.168.1.5:80"},
-		{guard.Refused{To: netip.MustParseAddr("fd00::1"), Proto: policy.ProtoUDP, Port: 53}, "; lately udp to [fd00::1]:53"},
-		{guard.Refused{To: netip.MustParseAddr("192.0.2.1"), Proto: policy.ProtoICMP}, "; lately icmp to 192.0.2.1"},
-		{guard.Refused{To: netip.MustParseAddr("192.0.2.1"), Proto: 47}, "; lately protocol 47 to 192.0.2.1"},
-	} {
-		if got := example(c.refused); got != c.want {
-			t.Errorf("%+v: %q, want %q", c.refused, got, c.want)
-		}
-	}
 }

@@ -9,42 +9,21 @@ import (
 	"log/slog"
 	"net/netip"
 	"path/filepath"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 	"golang.zx2c4.com/wireguard/tun"
 
-	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/events"
-	"github.com/meshhelper/meshhelper/internal/guard"
+	"github.com/meshhelper/meshhelper/internal/explain"
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/learned"
 	"github.com/meshhelper/meshhelper/internal/mesh"
-	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/reconcile"
+	"github.com/meshhelper/meshhelper/internal/resolve"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
-
-// Tunnel is the WireGuard device as the daemon drives it; *tunnel.Device is
-// one.
-type Tunnel interface {
-	// Sync makes the tunnel's peers equal to want, touching only those that
-	// differ.
-	Sync(want []tunnel.Peer) error
-	Stats() (map[mesh.PublicKey]tunnel.PeerStats, error)
-	ListenPort() uint16
-	// SetSelf says where datagrams reach the tunnel itself, which is no peer's endpoint.
-	SetSelf(places []netip.AddrPort)
-	// Rebind tells the peers where the host is after a change of networks or sleep.
-	Rebind(ctx context.Context) error
-	// Listening returns why the UDP port isn't served; nil while it is.
-	Listening() error
-	// Done is closed when the tunnel has ended, by Close or by itself.
-	Done() <-chan struct{}
-	Close()
-}
 
 // Options are what New needs.
 type Options struct {
@@ -75,15 +54,15 @@ type Options struct {
 
 	// Languages are those that rulesets are enforced in, by name; the host's own is among
 	// them.
-	Languages map[string]Language // optional
+	Languages map[string]explain.Language // optional
 
 	// NewTunnel starts the WireGuard device around the host's tunnel device.
-	NewTunnel func(tun.Device, mesh.PrivateKey, uint16) (Tunnel, error) // optional: tunnel.NewDevice
-	Tick      time.Duration                                             // optional: between looks at the host, DefaultTick
-	Wait      time.Duration                                             // optional: a command's time limit, DefaultWait
-	Wall      func() time.Time                                          // optional: the wall clock, time.Now
-	Random    io.Reader                                                 // optional: crypto/rand.Reader
-	Resolve   func(context.Context, string) ([]netip.Addr, error)       // optional: the host's resolver
+	NewTunnel func(tun.Device, mesh.PrivateKey, uint16) (reconcile.Tunnel, error) // optional: tunnel.New
+	Tick      time.Duration                                                       // optional: between looks at the host, DefaultTick
+	Wait      time.Duration                                                       // optional: a command's time limit, DefaultWait
+	Wall      func() time.Time                                                    // optional: the wall clock, time.Now
+	Random    io.Reader                                                           // optional: crypto/rand.Reader
+	Resolve   func(context.Context, string) ([]netip.Addr, error)                 // optional: the host's resolver
 }
 
 // What Options leave out.
@@ -113,9 +92,6 @@ func (o *Options) complete() error {
 	if o.Random == nil {
 		o.Random = rand.Reader
 	}
-	if o.Resolve == nil {
-		o.Resolve = lookup
-	}
 	return o.Prefixes.Validate()
 }
 
@@ -126,7 +102,7 @@ func setDefault[T comparable](value *T, standard T) {
 	}
 }
 
-func (d *Daemon) wireguard(dev tun.Device, key mesh.PrivateKey, port uint16) (Tunnel, error) {
+func (d *Daemon) wireguard(dev tun.Device, key mesh.PrivateKey, port uint16) (reconcile.Tunnel, error) {
 	return tunnel.NewDevice(tunnel.Options{
 		TUN: dev, PrivateKey: key, ListenPort: port, Logger: d.opts.Logger.With("part", "wireguard"),
 		Addresses: d.id.Own.List(), Bind: d.sockets,
@@ -140,51 +116,15 @@ type Daemon struct {
 	dir     *wanted.Dir
 	wanted  *wanted.State
 	id      wanted.Identity
-	gate    gate
 	journal *events.Journal
 	learned *learned.Book
 	// sockets keep the UDP port from one tunnel to the next.
 	sockets *tunnel.Sockets
 
-	// full says that the state folder takes nothing, or is nil.
-	full atomic.Pointer[host.Problem]
-	// looking is held, by a value in it, during a look at other software.
-	looking chan struct{}
-
-	// wake wakes the loop for a change, moved for something on the host, and renamed the
-	// resolver for endpoints given by name.
-	wake, moved, renamed chan struct{}
-
-	mu  sync.Mutex
-	now condition // what the loop found last
-	// byOthers is what other software was found to stand in the way with.
-	byOthers   []host.Problem
-	changed    chan struct{}    // closed when now is replaced
-	unresolved map[string]error // why names of endpoints weren't found last time
-}
-
-// condition is what the loop publishes after each round.
-type condition struct {
-	state      string
-	enforced   uint64
-	iface      string
-	listenPort uint16
-	host       policy.Host
-	// ruleset is the wanted policy on this host, also where it isn't in force.
-	ruleset *policy.Ruleset
-	// loaded is what the host was last told to enforce.
-	loaded *policy.Ruleset
-	// read is what the host was last found to enforce, or nil.
-	read *policy.Ruleset
-	// render writes rulesets as loaded was, or is nil.
-	render     func(*policy.Ruleset) (anchor, text string, err error)
-	forwarding policy.Families
-	repairs    uint64
-	// problems are our own, foreign what else the host said of itself.
-	problems, foreign []host.Problem
-	tunnel            Tunnel
-	guard             *guard.Device
-	limits            host.Limits // of the host's packet filter, when the guard was made
+	gate    *reconcile.Gate
+	loop    *reconcile.Loop
+	names   *resolve.Resolver
+	explain *explain.Explainer
 }
 
 // New reads the wanted state and takes the state directory. It doesn't touch
@@ -193,26 +133,11 @@ func New(o Options) (*Daemon, error) {
 	if err := o.complete(); err != nil {
 		return nil, fmt.Errorf("start daemon: %w", err)
 	}
-	d := &Daemon{
-		opts:    o,
-		looking: make(chan struct{}, 1),
-		wake:    make(chan struct{}, 1),
-		moved:   make(chan struct{}, 1),
-		renamed: make(chan struct{}, 1),
-		changed: make(chan struct{}),
-		now:     condition{state: api.Starting},
-
-		unresolved: map[string]error{},
-	}
+	d := &Daemon{opts: o, sockets: tunnel.NewSockets(o.Logger.With("part", "wireguard"))}
 	d.journal = events.NewJournal(o.Wall, d.logEvent)
-	d.gate.compile = d.compile
-	d.gate.failed = func(err error) {
+	d.gate = reconcile.NewGate(func(err error) {
 		d.journal.Record(events.Event{Kind: events.Problem, Message: fmt.Sprintf("narrow at the guard, which is closed now: %v", err)})
-	}
-	d.sockets = tunnel.NewSockets(o.Logger.With("part", "wireguard"))
-	if d.opts.NewTunnel == nil {
-		d.opts.NewTunnel = d.wireguard
-	}
+	})
 	dir, err := wanted.Lock(o.StateDir)
 	if err != nil {
 		return nil, err
@@ -221,17 +146,10 @@ func New(o Options) (*Daemon, error) {
 	d.journal.Open(filepath.Join(o.StateDir, eventsFile), o.Logger)
 	d.wanted, err = wanted.Open(wanted.Options{
 		Dir: dir, Logger: o.Logger, Record: d.journal.Record,
-		Narrow: d.gate.limit,
-		Changed: func(before, doc *wanted.Document) {
-			if before != nil && namesChanged(before, doc) {
-				poke(d.renamed)
-			}
-		},
-		SettingsChanged: func() {
-			poke(d.renamed)
-			poke(d.wake)
-		},
-		Prefixes: o.Prefixes, Addresses: o.Addresses, Renumber: o.Renumber,
+		Narrow:          d.gate.Limit,
+		Changed:         d.wantedChanged,
+		SettingsChanged: d.settingsChanged,
+		Prefixes:        o.Prefixes, Addresses: o.Addresses, Renumber: o.Renumber,
 		Settings: o.Settings, Endpoint: o.Endpoint, DNS: o.DNS, ListenPort: o.ListenPort,
 		Wait: d.saveWithin(), Tick: o.Tick, Wall: o.Wall, Random: o.Random,
 	})
@@ -240,7 +158,38 @@ func New(o Options) (*Daemon, error) {
 	}
 	d.id = d.wanted.Identity()
 	d.openLearned()
+	newTunnel := o.NewTunnel
+	if newTunnel == nil {
+		newTunnel = d.wireguard
+	}
+	d.loop = reconcile.New(reconcile.Options{
+		Host: o.Host, Gate: d.gate, Wanted: d.wanted, Learned: d.learned,
+		NewTunnel: newTunnel, Record: d.journal.Record, Logger: o.Logger,
+		Interface: o.Interface, MTU: o.MTU, ListenPort: o.ListenPort, Tick: o.Tick, Wall: o.Wall,
+	})
+	d.names = resolve.New(resolve.Options{
+		Wanted: d.wanted, Learned: d.learned, Lookup: o.Resolve,
+		Changed: d.loop.Moved, Save: d.saveLearned, Logger: o.Logger,
+	})
+	d.explain = explain.New(explain.Options{
+		Host: o.Host, Wanted: d.wanted, Learned: d.learned,
+		Held: d.loop.State, InForce: d.gate.InForce, NameFailure: d.names.Failure,
+		Languages: o.Languages, StateDir: o.StateDir, Wall: o.Wall, Record: d.journal.Record,
+	})
 	return d, nil
+}
+
+// wantedChanged has the names of endpoints looked up that came to be wanted. It is called
+// while New reads the document, too, when there is no resolver yet.
+func (d *Daemon) wantedChanged(before, doc *wanted.Document) {
+	if d.names != nil {
+		d.names.Wanted(before, doc)
+	}
+}
+
+func (d *Daemon) settingsChanged() {
+	d.names.Renamed()
+	d.loop.Wake()
 }
 
 // The daemon's files in the state directory, beside what is wanted: the journal, and what
@@ -265,42 +214,15 @@ func (d *Daemon) Close() error {
 // interface can't be made in the first place.
 func (d *Daemon) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
-	l := newLoop(d)
-	g.Go(func() error { return l.run(ctx) })
-	g.Go(func() error { return l.rebinds(ctx) })
-	g.Go(func() error { return d.wanted.Run(ctx, func() { poke(d.wake) }) })
+	g.Go(func() error {
+		defer d.finish()
+		return d.loop.Run(ctx)
+	})
+	g.Go(func() error { return d.wanted.Run(ctx, d.loop.Wake) })
 	g.Go(func() error { return d.keepLearned(ctx) })
-	g.Go(func() error { return d.resolve(ctx) })
-	g.Go(func() error { return d.watch(ctx, d.opts.Host.Observer) })
-	if d.opts.Host.Others != nil {
-		g.Go(func() error { return d.lookAtOthers(ctx) })
-	}
+	g.Go(func() error { return d.names.Run(ctx) })
+	g.Go(func() error { return d.explain.Run(ctx) })
 	return g.Wait()
-}
-
-// compile compiles for the time now, and at less cost what before was compiled of, too.
-func (d *Daemon) compile(before *policy.Ruleset, m policy.Mesh, h policy.Host) (*policy.Ruleset, error) {
-	return before.Recompile(m, h, d.wanted.Now())
-}
-
-// condition returns what the loop found last, and a channel that is closed when
-// there is something newer.
-func (d *Daemon) condition() (condition, <-chan struct{}) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.now, d.changed
-}
-
-func (d *Daemon) publish(c condition) {
-	d.mu.Lock()
-	before := d.now.state
-	d.now = c
-	close(d.changed)
-	d.changed = make(chan struct{})
-	d.mu.Unlock()
-	if before != c.state {
-		d.journal.Record(events.Event{Kind: events.State, Message: before + " became " + c.state})
-	}
 }
 
 // logEvent writes an event to the log; what needs a person is a warning.

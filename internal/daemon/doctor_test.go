@@ -12,9 +12,11 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/explain"
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/resolve"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
@@ -45,7 +47,11 @@ func TestDoctorSaysTheCauseFirst(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
 		_, well := r.doctor()
-		if !slices.Equal(well, append([]string{checkHelper}, helpersChecks...)) {
+		names := []string{"helper"}
+		for _, c := range explain.ChecksWithout(nil, nil) {
+			names = append(names, c.Name)
+		}
+		if !slices.Equal(well, names) {
 			t.Errorf("the checks are %q", well)
 		}
 		r.host.SetFault(func(step string) error {
@@ -72,26 +78,6 @@ func TestDoctorSaysTheCauseFirst(t *testing.T) {
 			t.Errorf("rules as loaded: %v", err)
 		}
 	})
-}
-
-// TestChecksWithoutAHelper lists the same ones, and looks for overlaps with the mesh prefixes.
-func TestChecksWithoutAHelper(t *testing.T) {
-	m := []netip.Prefix{netip.MustParsePrefix("100.64.0.0/10"), netip.MustParsePrefix("fd6d:6573:6800::/48")}
-	for address, want := range map[string]string{
-		"192.168.1.7/24": "no interface has an address inside", "100.99.1.1/32": "the interface tailscale0 has 100.99.1.1/32, inside the mesh prefix 100.64.0.0/10",
-	} {
-		checks := ChecksWithout(m, []policy.Interface{{Name: "tailscale0", Addresses: []netip.Prefix{netip.MustParsePrefix(address)}}})
-		var names []string
-		for _, c := range checks {
-			names = append(names, c.Name)
-			if c.Name == stepPrefix && (!strings.HasPrefix(c.Message, want) || c.OK != (c.Hint == "")) || c.Name != stepPrefix && (c.OK || c.Follows != checkHelper) {
-				t.Errorf("%s: %+v", address, c)
-			}
-		}
-		if !slices.Equal(names, helpersChecks) {
-			t.Errorf("the checks are %q", names)
-		}
-	}
 }
 
 // TestDoctorWritesIntoTheStateFolder takes the folder's place away.
@@ -203,14 +189,14 @@ func TestDoctorFollowsTheEndpointSetting(t *testing.T) {
 			if !s.Already && !slices.Equal(s.Outdated, []string{"phone", "nas"}) {
 				t.Errorf("%q: outdated %q", c.value, s.Outdated)
 			}
-			r.after(10 * resolveInterval)
+			r.after(10 * resolve.Interval)
 			by, _ := r.doctor()
 			if got := by["endpoint"]; !strings.HasPrefix(got.Message, c.want) {
 				t.Errorf("%q: %+v", c.value, got)
 			}
-			now, _ := r.d.condition()
+			now, _ := r.d.loop.State()
 			var outside []string
-			for _, a := range now.host.Outside {
+			for _, a := range now.Host.Outside {
 				outside = append(outside, a.String())
 			}
 			if !slices.Equal(outside, c.outside) {
@@ -234,7 +220,7 @@ func TestDoctorAboutPeersNames(t *testing.T) {
 			t.Errorf("%+v", by["peers' endpoints"])
 		}
 		r.resolveTo("198.51.100.9")
-		r.after(10 * resolveInterval)
+		r.after(10 * resolve.Interval)
 		if by, _ := r.doctor(); !by["peers' endpoints"].OK {
 			t.Errorf("%+v", by["peers' endpoints"])
 		}
@@ -243,13 +229,17 @@ func TestDoctorAboutPeersNames(t *testing.T) {
 
 // TestDoctorTellsTheHostFirewallApart has other software's rules stop WireGuard, and a peer.
 func TestDoctorTellsTheHostFirewallApart(t *testing.T) {
-	inBubble(t, func(t *testing.T, r *rig) {
-		r.d.mu.Lock()
-		r.d.byOthers = []host.Problem{
-			{Step: othersStep, Message: "chain input of table inet filter drops packets of a tunnel", Hint: "open it", Tunnel: true},
-			{Step: othersStep, Message: "chain FORWARD of table ip filter drops packets from peers to the internet", Hint: "let it"},
-		}
-		r.d.mu.Unlock()
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		b := &beset{}
+		b.set(0, []host.Problem{
+			{Step: "look at other packet filters", Message: "chain input of table inet filter drops packets of a tunnel", Hint: "open it", Tunnel: true},
+			{Step: "look at other packet filters", Message: "chain FORWARD of table ip filter drops packets from peers to the internet", Hint: "let it"},
+		}, nil)
+		o := r.options()
+		o.Host.Others = b
+		r.startWith(o)
+		defer r.end()
 		by, _ := r.doctor()
 		if by["host firewall"].Hint != "open it" || by["other packet filters"].Hint != "let it" {
 			t.Errorf("%+v", by)

@@ -6,32 +6,11 @@ import (
 	"strings"
 	"testing"
 	"testing/synctest"
-	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
-	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/explain"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
-
-// TestAnswersOfTheHostItself asks about what comes from the host's own mesh address,
-// which is on the mesh interface and not among the other interfaces' addresses.
-func TestAnswersOfTheHostItself(t *testing.T) {
-	own, peer := netip.MustParseAddr("100.64.0.1"), netip.MustParseAddr("100.64.0.2")
-	m := policy.Mesh{Prefixes: []netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6}, Addresses: []netip.Addr{own}, Peers: []mesh.Peer{
-		{Name: "phone", Addresses: mesh.Addresses{peer, netip.MustParseAddr("fd6d:6573:6800::2")}, Permissions: mesh.Granted(mesh.Incoming)}}}
-	r, err := policy.Compile(m, policy.Host{Interface: "utun7", Uplink4: "en0"}, time.Time{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	q := api.Question{Peer: "phone", To: own, From: own, Port: 80, Proto: "tcp"}
-	if a, err := ask(r, q); err != nil || !a.v.Pass {
-		t.Errorf("its answer: %v, %v", a.v.Rule, err)
-	}
-	q.To = netip.Addr{}
-	if a, err := ask(r, q); err != nil || a.v.Rule != policy.RuleHostToPeer {
-		t.Errorf("its own connection to the peer: %v, %v", a.v.Rule, err)
-	}
-}
 
 // TestRuleIsOneThatIsLoaded asks while the rules are known to be loaded, and while they
 // aren't.
@@ -39,7 +18,7 @@ func TestRuleIsOneThatIsLoaded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
 		o := r.options()
-		o.Languages = map[string]Language{o.Host.Language: {
+		o.Languages = map[string]explain.Language{o.Host.Language: {
 			Render: func(*policy.Ruleset) (anchor, text string, err error) { return "", "accept", nil },
 			Find:   func(text string, _ policy.Rule, _ policy.Packet) string { return text },
 		}}

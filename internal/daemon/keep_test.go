@@ -20,6 +20,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/logfile"
 	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/resolve"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
@@ -301,7 +302,7 @@ func TestResolverOneNameStuck(t *testing.T) {
 			t.Fatalf("endpoint %s after a second", first)
 		}
 		for range 5 { // the other address comes first every other time
-			r.after(resolveInterval)
+			r.after(resolve.Interval)
 			if got := endpoint(); got != first {
 				t.Errorf("endpoint %s, want %s", got, first)
 			}
@@ -309,7 +310,7 @@ func TestResolverOneNameStuck(t *testing.T) {
 		if n := logged.count.Load(); n > 700 { // one that it was added, one that it isn't found
 			t.Errorf("%d lines of log", n)
 		}
-		r.after(resolveInterval / 2)
+		r.after(resolve.Interval / 2)
 		before := order.Load()
 		for i := range 20 {
 			name := "mac"

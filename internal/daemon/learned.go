@@ -5,10 +5,9 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/learned"
-	"github.com/meshhelper/meshhelper/internal/mesh"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
+	"github.com/meshhelper/meshhelper/internal/resolve"
+	"github.com/meshhelper/meshhelper/internal/retry"
 )
 
 // learnInterval is how often what was learned of peers is saved at most.
@@ -20,31 +19,10 @@ func (d *Daemon) openLearned() {
 	if err != nil {
 		d.opts.Logger.Warn(err.Error()) // peers are found by what they send
 	}
-	if own := d.ownName(); len(own) == 0 || own[0] != book.Outside().Name {
+	if own := resolve.OwnName(d.wanted.Settings()); len(own) == 0 || own[0] != book.Outside().Name {
 		book.SetOutside(learned.Outside{})
 	}
 	d.learned = book
-}
-
-// note notes where peers were heard, and what was counted of them.
-func (d *Daemon) note(n numbers) {
-	doc := d.wanted.Document()
-	keys := make([]mesh.PublicKey, len(doc.Peers))
-	for i := range doc.Peers {
-		keys[i] = doc.Peers[i].PublicKey
-	}
-	d.learned.Note(keys, func(key mesh.PublicKey) learned.Peer {
-		s := n.tunnel[key]
-		return learned.Peer{Endpoint: s.Endpoint, Seen: s.LastHandshake, Totals: countedOf(s, n.guard[key])}
-	})
-}
-
-// countedOf returns what tunnel and guard counted of a peer.
-func countedOf(s tunnel.PeerStats, g guard.PeerStats) learned.Totals {
-	return learned.Totals{
-		Rx: s.RxBytes, Tx: s.TxBytes, RoutedRx: g.Routed.RxBytes, RoutedTx: g.Routed.TxBytes,
-		Refused: learned.Refused(refusedOf(s, g)),
-	}
 }
 
 // saveLearned has what was learned saved.
@@ -63,7 +41,7 @@ func (d *Daemon) saveLearned() {
 // keepLearned has what was learned saved where it changed, every learnInterval at most.
 func (d *Daemon) keepLearned(ctx context.Context) error {
 	var saved time.Time
-	for sleep(ctx, d.opts.Tick) {
+	for retry.Sleep(ctx, d.opts.Tick) {
 		if time.Since(saved) >= learnInterval && d.learned.Changed() {
 			saved = time.Now()
 			d.saveLearned()

@@ -7,6 +7,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/learned"
+	"github.com/meshhelper/meshhelper/internal/resolve"
 	"github.com/meshhelper/meshhelper/internal/retry"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
@@ -64,20 +65,20 @@ func TestNamesOutlastSilence(t *testing.T) {
 			t.Fatal(err)
 		}
 		r.resolveTo("203.0.113.7")
-		r.after(resolveInterval + time.Second)
+		r.after(resolve.Interval + time.Second)
 		r.resolveTo("")
 		r.stop()
 		r.start()
 		r.wantTunnelPeer("after a restart", "203.0.113.7:7", "")
-		r.after(10 * resolveInterval)
+		r.after(10 * resolve.Interval)
 		r.wantTunnelPeer("without a resolver", "203.0.113.7:7", "")
 		r.resolveTo("203.0.113.8")
-		r.after(10 * resolveInterval)
+		r.after(10 * resolve.Interval)
 		r.wantTunnelPeer("looked up again", "203.0.113.8:7", "")
 		if _, err := r.d.RemovePeer(t.Context(), "mac"); err != nil {
 			t.Fatal(err)
 		}
-		r.after(2 * resolveInterval)
+		r.after(2 * resolve.Interval)
 		if names := r.d.learned.Names(); len(names) != 0 {
 			t.Errorf("names of no peer: %v", names)
 		}

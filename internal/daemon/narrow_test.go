@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -20,6 +19,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/reconcile"
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
@@ -415,43 +415,6 @@ func TestOlderRulesetStaysOut(t *testing.T) {
 	}
 }
 
-// TestGateIsTheLess has many clients toggle, and the loop set rulesets of any age: the
-// guard never lets pass what isn't wanted at that moment.
-func TestGateIsTheLess(t *testing.T) {
-	inBubble(t, func(t *testing.T, r *rig) {
-		phone := r.add("phone")
-		r.add("tablet")
-		r.mustAllow("phone", "routing", "")
-		rng := rand.New(rand.NewPCG(1, 2))
-		var rules []*policy.Ruleset
-		var docs []*wanted.Document
-		last := r.d.wanted.Document()
-		for range 500 {
-			doc := last.Clone()
-			doc.Generation++
-			doc.Peers[0].Permissions.Of(mesh.Routing).Allowed = rng.IntN(2) == 0
-			if rng.IntN(5) == 0 {
-				slices.Reverse(doc.Peers)
-			}
-			r.d.gate.limit(doc)
-			last = doc
-			compiled, err := policy.Compile(policyMesh(doc, r.d.id, 51820, true), r.host.Loaded().Host(), r.d.wanted.Now())
-			if err != nil {
-				t.Fatal(err)
-			}
-			rules, docs = append(rules, compiled), append(docs, doc)
-			i := rng.IntN(len(rules))
-			r.d.gate.set(rules[i], docs[i])
-			at, _ := doc.Find("phone")
-			was, _ := docs[i].Find("phone")
-			old := docs[i].Peers[was].Permissions.Of(mesh.Routing).Allowed
-			if want := doc.Peers[at].Permissions.Of(mesh.Routing).Allowed && old; r.passes(phone) != want {
-				t.Fatalf("passes %v, wanted %v, enforced %v", !want, doc.Peers[at].Permissions.Of(mesh.Routing).Allowed, old)
-			}
-		}
-	})
-}
-
 // TestNarrowingCompilesOnce takes permissions away: what the guard was given at once, while
 // the loop had not looked at the host yet, is what the host enforces then.
 func TestNarrowingCompilesOnce(t *testing.T) {
@@ -470,7 +433,7 @@ func TestNarrowingCompilesOnce(t *testing.T) {
 				var atOnce atomic.Pointer[policy.Ruleset]
 				r.host.SetFault(func(step string) error {
 					if step == "observe" {
-						atOnce.CompareAndSwap(nil, r.d.gate.inForce())
+						atOnce.CompareAndSwap(nil, r.d.gate.InForce())
 					}
 					return nil
 				})
@@ -569,9 +532,9 @@ func TestClosingHasItsOwnTime(t *testing.T) {
 		if _, err := r.allow("phone", "routing", ""); err == nil {
 			t.Error("what hangs is said to be in force")
 		}
-		r.after(stepLimit)
+		r.after(reconcile.StepLimit)
 		r.wantLoaded("phone", 0)
-		if got := time.Duration(slow.closing.Load()); got < stepLimit/2 {
+		if got := time.Duration(slow.closing.Load()); got < reconcile.StepLimit/2 {
 			t.Errorf("closing was given %v", got)
 		}
 		if s := r.d.Status(); s.State != api.Closed {
@@ -597,7 +560,7 @@ func TestSlowLookClosesNothing(t *testing.T) {
 					_, err := r.allow("phone", "lan", "")
 					wantCode(t, err, api.CodeNotInForce)
 				}
-				r.after(r.d.opts.Tick + 2*lookLimit) // it hangs for as long
+				r.after(r.d.opts.Tick + 2*reconcile.LookLimit) // it hangs for as long
 				r.wantLoaded("phone", want)
 				if !r.passes(phone) {
 					t.Error("what was allowed doesn't pass")
@@ -606,7 +569,7 @@ func TestSlowLookClosesNothing(t *testing.T) {
 					t.Errorf("state %s, problems %v", s.State, s.Problems)
 				}
 				r.host.HangAt("")
-				r.after(r.d.opts.Tick + 2*lookLimit)
+				r.after(r.d.opts.Tick + 2*reconcile.LookLimit)
 				r.wantLoaded("phone", want)
 				if s := r.d.Status(); s.State != api.Enforcing || len(s.Problems) > 0 {
 					t.Errorf("after it: state %s, problems %v", s.State, s.Problems)
@@ -642,8 +605,8 @@ func TestFilterAway(t *testing.T) {
 				mu.Lock()
 				defer mu.Unlock()
 				routed, local = append(routed, r.passes(phone)), append(local, toHost())
-				c, _ := r.d.condition()
-				cut = append(cut, c.guard.Stats()[r.d.wanted.Document().Peers[0].PublicKey].Cut > 0)
+				c, _ := r.d.loop.State()
+				cut = append(cut, c.Guard.Stats()[r.d.wanted.Document().Peers[0].PublicKey].Cut > 0)
 			}
 			return nil
 		})
@@ -676,20 +639,6 @@ func TestProblemThatComesAndGoes(t *testing.T) {
 		r.after(5 * time.Minute)
 		if got := r.events(events.Problem); len(got) != 1 {
 			t.Errorf("%d events, want 1", len(got))
-		}
-	})
-}
-
-// TestProblemsOfManyTexts has each problem be another: memory and events are bounded.
-func TestProblemsOfManyTexts(t *testing.T) {
-	inBubble(t, func(t *testing.T, r *rig) {
-		l := newLoop(r.d)
-		for i := range 10 * maxTold {
-			l.problems = nil
-			l.addProblem(fmt.Errorf("interrupted at %d", i))
-		}
-		if n := len(r.events(events.Problem)); n > maxTold || len(l.told) > maxTold {
-			t.Errorf("%d events, %d kept", n, len(l.told))
 		}
 	})
 }

@@ -12,9 +12,11 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/explain"
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/retry"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
@@ -39,7 +41,7 @@ func (b *beset) Others(ctx context.Context, r *policy.Ruleset, outer []netip.Add
 	b.asked, b.outer = append(b.asked, r), outer
 	takes, found, err := b.takes, b.found, b.err
 	b.mu.Unlock()
-	if !sleep(ctx, takes) {
+	if !retry.Sleep(ctx, takes) {
 		return nil, context.Cause(ctx)
 	}
 	return found, err
@@ -70,7 +72,7 @@ func TestOthersAreWaitedForByNobody(t *testing.T) {
 		r.add("phone")
 		r.after(2 * r.d.opts.Tick) // it hangs
 		began := time.Now()
-		if r.doctor(); time.Since(began) > doctorLook {
+		if r.doctor(); time.Since(began) > explain.DoctorLook {
 			t.Errorf("doctor took %v", time.Since(began))
 		}
 		began = time.Now()
@@ -83,7 +85,7 @@ func TestOthersAreWaitedForByNobody(t *testing.T) {
 		if took := time.Since(began); took > time.Second {
 			t.Errorf("the changes took %v", took)
 		}
-		r.after(othersLimit + time.Minute)
+		r.after(explain.OthersLimit + time.Minute)
 		if got := problems(); len(got) != 1 || got[0].Step != "look at other software" {
 			t.Errorf("problems when a look fails: %v", got)
 		}
@@ -116,7 +118,7 @@ func TestOthersAreAskedForKnownDevices(t *testing.T) {
 		defer r.end()
 		var want []netip.AddrPort
 		stats := map[mesh.PublicKey]tunnel.PeerStats{}
-		for i := range maxOuter + 8 {
+		for i := range explain.MaxOuter + 8 {
 			name := fmt.Sprintf("peer%d", i)
 			r.add(name)
 			at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(i)}), 4000)
@@ -125,7 +127,7 @@ func TestOthersAreAskedForKnownDevices(t *testing.T) {
 				t.Fatal(err)
 			}
 			stats[key] = tunnel.PeerStats{LastHandshake: time.Now().Add(-time.Duration(i) * time.Minute), Endpoint: at}
-			if i < maxOuter {
+			if i < explain.MaxOuter {
 				want = append(want, at)
 			}
 		}

@@ -14,6 +14,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/learned"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/resolve"
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
@@ -61,7 +62,7 @@ func TestOwnAddressFromOutside(t *testing.T) {
 			}
 			check("at first", map[netip.Addr]policy.Class{first: policy.OnLAN, six: policy.OnLAN, moved: policy.Internet})
 			now.Store(&[]netip.Addr{six, moved})
-			r.after(resolveInterval + time.Second)
+			r.after(resolve.Interval + time.Second)
 			check("moved", map[netip.Addr]policy.Class{first: policy.OnLAN, six: policy.OnLAN, moved: policy.OnLAN})
 			r.after(learned.OutsideFor)
 			check("moved a day ago", map[netip.Addr]policy.Class{first: policy.Internet, six: policy.OnLAN, moved: policy.OnLAN})
@@ -74,8 +75,8 @@ func TestOwnAddressFromOutside(t *testing.T) {
 
 // outside returns the addresses by which others know the host, as they are in force.
 func (r *rig) outside() string {
-	c, _ := r.d.condition()
-	return strings.Trim(fmt.Sprint(c.host.Outside), "[]")
+	c, _ := r.d.loop.State()
+	return strings.Trim(fmt.Sprint(c.Host.Outside), "[]")
 }
 
 func (r *rig) wantOutside(about, want string) {
@@ -104,7 +105,7 @@ func TestOutsideOutlastsSilence(t *testing.T) {
 			t.Errorf("doctor says %+v", by["endpoint"])
 		}
 		r.resolveTo("203.0.113.9")
-		r.after(10 * resolveInterval)
+		r.after(10 * resolve.Interval)
 		r.wantOutside("found", "203.0.113.9")
 		r.resolveTo("")
 		r.end()
@@ -113,10 +114,10 @@ func TestOutsideOutlastsSilence(t *testing.T) {
 		r.after(48 * time.Hour)
 		r.wantOutside("as long as none is found", "203.0.113.9")
 		r.resolveTo("203.0.113.10")
-		r.after(10 * resolveInterval)
+		r.after(10 * resolve.Interval)
 		r.wantOutside("another, long after", "203.0.113.10")
 		r.resolveTo("203.0.113.11")
-		r.after(10 * resolveInterval)
+		r.after(10 * resolve.Interval)
 		r.wantOutside("another, soon after", "203.0.113.10 203.0.113.11")
 		r.after(learned.OutsideFor)
 		r.wantOutside("a day later", "203.0.113.11")
@@ -127,7 +128,7 @@ func TestOutsideOutlastsSilence(t *testing.T) {
 			all = append(all, fmt.Sprintf("1.0.0.%d", i))
 		}
 		r.resolveTo(strings.Join(all, ","))
-		r.after(10 * resolveInterval)
+		r.after(10 * resolve.Interval)
 		if got := r.outside(); len(strings.Fields(got)) != learned.MaxOutside || !strings.Contains(got, "203.0.113.11") {
 			t.Errorf("of many: %s", got)
 		}

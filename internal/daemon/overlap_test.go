@@ -18,7 +18,7 @@ func TestOverlapsAreNamed(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		named := func() (out []api.Problem) {
 			for _, p := range r.d.Status().Problems {
-				if p.Step == stepPrefix {
+				if p.Step == "mesh prefix" {
 					out = append(out, p)
 				}
 			}
@@ -73,7 +73,7 @@ func TestOverlapsAreNamed(t *testing.T) {
 		}
 		told := 0
 		for _, message := range r.events(events.Problem) {
-			if strings.HasPrefix(message, stepPrefix+": ") {
+			if strings.HasPrefix(message, "mesh prefix"+": ") {
 				told++
 			}
 		}

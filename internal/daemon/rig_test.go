@@ -20,6 +20,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/host/hostfake"
 	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/reconcile"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
@@ -62,7 +63,7 @@ func (r *rig) options() Options {
 	return Options{
 		Host: r.host.Host(), StateDir: r.dir, Logger: slog.New(slog.DiscardHandler),
 		Wall: r.wall,
-		NewTunnel: func(dev tun.Device, _ mesh.PrivateKey, _ uint16) (Tunnel, error) {
+		NewTunnel: func(dev tun.Device, _ mesh.PrivateKey, _ uint16) (reconcile.Tunnel, error) {
 			if r.portTaken.Load() {
 				return nil, errors.Join(errors.New("start WireGuard: address already in use"), dev.Close())
 			}

@@ -7,8 +7,8 @@ import "context"
 // a round hangs f isn't called, so that a watchdog that depends on it hears of it.
 func (d *Daemon) EachRound(ctx context.Context, f func(state string)) {
 	for {
-		c, newer := d.condition()
-		f(c.state)
+		s, newer := d.loop.State()
+		f(s.Phase)
 		select {
 		case <-ctx.Done():
 			return

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/explain"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 	"github.com/meshhelper/meshhelper/internal/wanted"
@@ -48,21 +49,21 @@ func (d *Daemon) checkPrefixes(was, next *wanted.Settings) ([]api.Problem, error
 	if want.V6 != before.V6 {
 		fresh = append(fresh, want.V6)
 	}
-	c, _ := d.condition()
-	if len(fresh) == 0 || c.ruleset == nil {
+	now, _ := d.loop.State()
+	if len(fresh) == 0 || now.Ruleset == nil {
 		return nil, nil // not looked at yet; the start names what overlaps
 	}
-	r, err := policy.Compile(policy.Mesh{Prefixes: fresh}, c.ruleset.Host(), d.wanted.Now())
+	r, err := policy.Compile(policy.Mesh{Prefixes: fresh}, now.Ruleset.Host(), d.wanted.Now())
 	if err != nil {
 		return nil, err
 	}
 	defaults := mesh.DefaultPrefixes()
 	var out []api.Problem
 	for _, o := range r.Overlaps() {
-		p := overlapProblem(r, o)
+		p := explain.Overlap(r, o)
 		byAddress := o.Kind == policy.OverlapUplink || o.Kind == policy.OverlapAddress
 		if byAddress && o.Mesh != defaults.V4 && o.Mesh != defaults.V6 {
-			return nil, api.Errorf(api.CodeBadSetting, "%v is in use here: %s", o.Mesh, p.Message).WithHint("%s", wayOut(r, o.Mesh))
+			return nil, api.Errorf(api.CodeBadSetting, "%v is in use here: %s", o.Mesh, p.Message).WithHint("%s", explain.WayOut(r, o.Mesh))
 		}
 		out = append(out, shown(p))
 	}

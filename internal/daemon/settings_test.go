@@ -116,17 +116,17 @@ func TestEndpointSettingIsOutside(t *testing.T) {
 		defer r.end()
 		r.mustSet(wanted.SettingEndpoint, "198.51.100.7:4500")
 		synctest.Wait()
-		c, _ := r.d.condition()
+		c, _ := r.d.loop.State()
 		for range 100 {
-			if len(c.host.Outside) > 0 {
+			if len(c.Host.Outside) > 0 {
 				break
 			}
-			_, newer := r.d.condition()
+			_, newer := r.d.loop.State()
 			<-newer
-			c, _ = r.d.condition()
+			c, _ = r.d.loop.State()
 		}
-		if len(c.host.Outside) != 1 || c.host.Outside[0].String() != "198.51.100.7" || c.host.OutsidePort != 4500 {
-			t.Errorf("outside %v, port %d", c.host.Outside, c.host.OutsidePort)
+		if len(c.Host.Outside) != 1 || c.Host.Outside[0].String() != "198.51.100.7" || c.Host.OutsidePort != 4500 {
+			t.Errorf("outside %v, port %d", c.Host.Outside, c.Host.OutsidePort)
 		}
 	})
 }

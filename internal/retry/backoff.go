@@ -1,7 +1,10 @@
 // Package retry says how long to wait before the next attempt at what failed.
 package retry
 
-import "time"
+import (
+	"context"
+	"time"
+)
 
 // Backoff is a pause that doubles with each attempt, from Min to Max.
 type Backoff struct {
@@ -21,3 +24,15 @@ func (b *Backoff) Next() time.Duration {
 
 // Reset has the next pause be Min again, after an attempt that succeeded.
 func (b *Backoff) Reset() { b.now = 0 }
+
+// Sleep waits, and reports whether it did to the end: false means that ctx ended before.
+func Sleep(ctx context.Context, wait time.Duration) bool {
+	t := time.NewTimer(wait)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}

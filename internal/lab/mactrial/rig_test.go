@@ -23,6 +23,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/reconcile"
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
@@ -347,7 +348,7 @@ type tunnelDevice struct {
 	once sync.Once
 }
 
-func (g *rig) newTunnel(dev tun.Device, _ mesh.PrivateKey, _ uint16) (daemon.Tunnel, error) {
+func (g *rig) newTunnel(dev tun.Device, _ mesh.PrivateKey, _ uint16) (reconcile.Tunnel, error) {
 	t := &tunnelDevice{dev: dev, rig: g, done: make(chan struct{})}
 	g.wg.Store(t)
 	return t, nil

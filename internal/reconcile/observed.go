@@ -1,4 +1,4 @@
-package daemon
+package reconcile
 
 import (
 	"fmt"
@@ -8,6 +8,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/guard"
+	"github.com/meshhelper/meshhelper/internal/held"
+	"github.com/meshhelper/meshhelper/internal/learned"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -26,42 +28,56 @@ type refusals struct {
 	told   time.Time // with its monotonic part
 }
 
-// look finds what no event reports: that the host slept, and that peers connected.
-func (l *loop) look() {
+// readTunnel finds what no event reports: that the host slept, that the UDP port isn't
+// served, and that peers connected.
+func (l *Loop) readTunnel() {
 	now := time.Now()
-	slept := l.seen.clocks.slept(now, l.d.opts.Wall())
+	slept := l.seen.clocks.slept(now, l.o.Wall())
+	l.counted = held.Numbers{}
 	if l.tunnel == nil {
 		return
 	}
 	if slept > 0 {
-		l.d.opts.Logger.Info("woke from sleep, or the clock was set", "by", slept)
+		l.o.Logger.Info("woke from sleep, or the clock was set", "by", slept)
 		l.wakePeers()
 	}
 	if err := l.tunnel.Listening(); err != nil {
 		l.addProblem(err)
 	}
-	n, err := readNumbers(condition{tunnel: l.tunnel, guard: l.guard})
+	n, err := (&held.State{Tunnel: l.tunnel, Guard: l.guard}).ReadNumbers()
 	if err != nil {
 		l.addProblem(err)
 		return
 	}
-	l.seen.guard = n.guard
-	l.d.note(n)
-	peers := l.d.wanted.Document().Peers
-	l.lookAtPrefixes(peers, n)
+	l.seen.guard, l.counted = n.Guard, n
+	l.note(n)
+	peers := l.o.Wanted.Document().Peers
 	l.recordHandshakes(peers, n)
 	l.tellRefused(peers, n, now)
+}
+
+// note notes where peers were heard, and what was counted of them.
+func (l *Loop) note(n held.Numbers) {
+	doc := l.o.Wanted.Document()
+	keys := make([]mesh.PublicKey, len(doc.Peers))
+	for i := range doc.Peers {
+		keys[i] = doc.Peers[i].PublicKey
+	}
+	l.o.Learned.Note(keys, func(key mesh.PublicKey) learned.Peer {
+		t := n.Tunnel[key]
+		return learned.Peer{Endpoint: t.Endpoint, Seen: t.LastHandshake, Totals: n.Totals(key)}
+	})
 }
 
 // recordHandshakes records the handshakes since the last look: those of peers that weren't
 // heard for a while, not the ones that renew a session every two minutes
 // (REJECT_AFTER_TIME, whitepaper 6.1).
-func (l *loop) recordHandshakes(peers []mesh.Peer, n numbers) {
+func (l *Loop) recordHandshakes(peers []mesh.Peer, n held.Numbers) {
 	const session = 3 * time.Minute
 	next := make(map[mesh.PublicKey]time.Time, len(peers))
 	for i := range peers {
 		p := &peers[i]
-		last := n.tunnel[p.PublicKey].LastHandshake
+		last := n.Tunnel[p.PublicKey].LastHandshake
 		if last.IsZero() {
 			continue
 		}
@@ -69,9 +85,9 @@ func (l *loop) recordHandshakes(peers []mesh.Peer, n numbers) {
 		if before, ok := l.seen.handshakes[p.PublicKey]; ok && last.Sub(before) < session {
 			continue
 		}
-		l.d.journal.Record(events.Event{
+		l.o.Record(events.Event{
 			Kind: events.Handshake, Peer: p.Name,
-			Message: fmt.Sprintf("%s connected from %v", p.Name, n.tunnel[p.PublicKey].Endpoint),
+			Message: fmt.Sprintf("%s connected from %v", p.Name, n.Tunnel[p.PublicKey].Endpoint),
 		})
 	}
 	l.seen.handshakes = next
@@ -97,17 +113,17 @@ func example(r guard.Refused) string {
 const refusedInterval = time.Minute
 
 // tellRefused records what was refused since it was last told.
-func (l *loop) tellRefused(peers []mesh.Peer, n numbers, now time.Time) {
+func (l *Loop) tellRefused(peers []mesh.Peer, n held.Numbers, now time.Time) {
 	next := make(map[mesh.PublicKey]refusals, len(peers))
 	for i := range peers {
 		p := &peers[i]
 		was := l.seen.refused[p.PublicKey]
-		counts := refusedOf(n.tunnel[p.PublicKey], n.guard[p.PublicKey])
+		counts := api.Refused(n.Totals(p.PublicKey).Refused)
 		if counts != was.counts && (was.told.IsZero() || now.Sub(was.told) >= refusedInterval) {
-			l.d.journal.Record(events.Event{
+			l.o.Record(events.Event{
 				Kind: events.Refused, Peer: p.Name,
 				Message: fmt.Sprintf("refused of %s so far: %v%s", p.Name, counts,
-					example(n.guard[p.PublicKey].Example)),
+					example(n.Guard[p.PublicKey].Example)),
 			})
 			was = refusals{counts, now}
 		}

@@ -1,27 +1,28 @@
-package daemon
+package resolve
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net"
 	"net/netip"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/learned"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/retry"
-	"github.com/meshhelper/meshhelper/internal/tunnel"
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
-// resolveInterval is how long a peer that moved to another address may be
-// looked for at the old one; resolveTimeout bounds one look-up.
+// Interval is how long a peer that moved to another address may be
+// looked for at the old one; timeout bounds one look-up.
 const (
-	resolveInterval = time.Minute
-	resolveTimeout  = 5 * time.Second
+	Interval = time.Minute
+	timeout  = 5 * time.Second
 )
 
 // lane is how many names are looked up at once, of those that were found last time, and
@@ -33,12 +34,53 @@ func lookup(ctx context.Context, name string) ([]netip.Addr, error) {
 	return net.DefaultResolver.LookupNetIP(ctx, "ip", name)
 }
 
-// resolve keeps the addresses of endpoints that are given by name, this host's own
-// among them. It is a task
-// of its own, so that a slow resolver holds nothing up; a name that can't be
-// resolved keeps its last address.
-func (d *Daemon) resolve(ctx context.Context) error {
-	r := resolver{d: d, names: map[string]*named{}, answers: make(chan answer, 2*lane)}
+// Options are what New needs.
+type Options struct {
+	Wanted  *wanted.State // required: has the endpoints
+	Learned *learned.Book // required: keeps the addresses
+
+	// Lookup returns the addresses of a name.
+	Lookup func(context.Context, string) ([]netip.Addr, error) // optional: the host's resolver
+	// Changed hears that a name has another address. It must not wait.
+	Changed func() // required
+	// Save has what was learned saved. It must not wait.
+	Save func() // required
+	// Logger must not block.
+	Logger *slog.Logger // required
+}
+
+// Resolver keeps the addresses of endpoints that are given by name, this host's own
+// among them. It is a task of its own, so that a slow name server holds nothing up. A name
+// that can't be resolved keeps its last address.
+type Resolver struct {
+	o       Options
+	renamed chan struct{}
+
+	mu sync.Mutex
+	// unresolved is why names weren't found at the last attempt.
+	unresolved map[string]error
+
+	// What follows is Run's.
+	names   map[string]*named
+	own     []string // this host's own name, as it was published
+	begun   bool     // something was published
+	answers chan answer
+	running [2]int // look-ups, by whether the name failed last time
+}
+
+// New returns a resolver that hasn't begun; Run runs it.
+func New(o Options) *Resolver {
+	if o.Lookup == nil {
+		o.Lookup = lookup
+	}
+	return &Resolver{
+		o: o, renamed: make(chan struct{}, 1), unresolved: map[string]error{},
+		names: map[string]*named{}, answers: make(chan answer, 2*lane),
+	}
+}
+
+// Run looks names up until ctx ends. Call it once.
+func (r *Resolver) Run(ctx context.Context) error {
 	for {
 		t := time.NewTimer(r.ask(ctx))
 		select {
@@ -51,20 +93,34 @@ func (d *Daemon) resolve(ctx context.Context) error {
 		case a := <-r.answers:
 			r.take(a)
 		case <-t.C:
-		case <-d.renamed:
+		case <-r.renamed:
 		}
 		t.Stop()
 	}
 }
 
-// resolver is the state of resolve.
-type resolver struct {
-	d       *Daemon
-	names   map[string]*named
-	own     []string // this host's own name, as it was published
-	begun   bool     // something was published
-	answers chan answer
-	running [2]int // look-ups, by whether the name failed last time
+// Wanted says that what is wanted changed from a document to another. It doesn't wait.
+func (r *Resolver) Wanted(before, doc *wanted.Document) {
+	if before != nil && !slices.Equal(endpointNames(before), endpointNames(doc)) {
+		r.Renamed()
+	}
+}
+
+// Renamed has the resolver look at the names again, for this host's endpoint may have
+// another one. It doesn't wait.
+func (r *Resolver) Renamed() {
+	select {
+	case r.renamed <- struct{}{}:
+	default:
+	}
+}
+
+// Failure returns why a name wasn't found at the last attempt, and nil where it was, or
+// isn't looked up.
+func (r *Resolver) Failure(name string) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.unresolved[name]
 }
 
 // named is a name that is looked up.
@@ -87,17 +143,17 @@ type answer struct {
 
 // ask begins to look up what is due, as far as there is room, and returns when more is.
 // Names that no peer has are forgotten.
-func (r *resolver) ask(ctx context.Context) time.Duration {
-	now, wait := time.Now(), resolveInterval
+func (r *Resolver) ask(ctx context.Context) time.Duration {
+	now, wait := time.Now(), Interval
 	wanted := map[string]bool{}
-	own := r.d.ownName()
-	for _, host := range append(endpointNames(r.d.wanted.Document()), own...) {
+	own := OwnName(r.o.Wanted.Settings())
+	for _, host := range append(endpointNames(r.o.Wanted.Document()), own...) {
 		wanted[host] = true
 		n := r.names[host]
 		if n == nil {
 			n = &named{
-				addr: r.d.learned.Names()[host], all: r.d.learned.Outside().Answers(host, now),
-				again: retry.Backoff{Min: resolveTimeout, Max: 5 * resolveInterval},
+				addr: r.o.Learned.Names()[host], all: r.o.Learned.Outside().Answers(host, now),
+				again: retry.Backoff{Min: timeout, Max: 5 * Interval},
 			}
 			r.names[host] = n
 		}
@@ -124,16 +180,16 @@ func (r *resolver) ask(ctx context.Context) time.Duration {
 	}
 	r.begun = true
 	if changed {
-		poke(r.d.moved)
+		r.o.Changed()
 	}
 	return wait
 }
 
 // look looks one name up. There is room for its answer.
-func (r *resolver) look(ctx context.Context, host string, in int) {
-	limit, cancel := context.WithTimeout(ctx, resolveTimeout)
+func (r *Resolver) look(ctx context.Context, host string, in int) {
+	limit, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	found, err := r.d.opts.Resolve(limit, host)
+	found, err := r.o.Lookup(limit, host)
 	if err == nil && len(found) == 0 {
 		err = errors.New("it has no address")
 	}
@@ -142,23 +198,23 @@ func (r *resolver) look(ctx context.Context, host string, in int) {
 
 // take keeps an answer. Of several addresses the one that is in use stays, for the
 // order says nothing, and the peer may have moved to another by itself.
-func (r *resolver) take(a answer) {
+func (r *Resolver) take(a answer) {
 	r.running[a.lane]--
 	n := r.names[a.name]
 	n.asked = false
-	r.d.mu.Lock()
-	if delete(r.d.unresolved, a.name); a.failure != nil {
-		r.d.unresolved[a.name] = a.failure
+	r.mu.Lock()
+	if delete(r.unresolved, a.name); a.failure != nil {
+		r.unresolved[a.name] = a.failure
 	}
-	r.d.mu.Unlock()
+	r.mu.Unlock()
 	if a.failure != nil {
 		if !n.failing {
-			r.d.opts.Logger.Warn(fmt.Sprintf("resolve endpoint %q: %v", a.name, a.failure))
+			r.o.Logger.Warn(fmt.Sprintf("resolve endpoint %q: %v", a.name, a.failure))
 		}
 		n.failing, n.due = true, time.Now().Add(n.again.Next())
 		return
 	}
-	n.failing, n.due = false, time.Now().Add(resolveInterval)
+	n.failing, n.due = false, time.Now().Add(Interval)
 	n.again.Reset()
 	found := make([]netip.Addr, 0, len(a.found))
 	for _, addr := range a.found {
@@ -168,7 +224,7 @@ func (r *resolver) take(a answer) {
 	if !slices.Contains(found, n.addr) {
 		n.addr, changed = found[0], true
 	}
-	if slices.Contains(r.d.ownName(), a.name) {
+	if slices.Contains(OwnName(r.o.Wanted.Settings()), a.name) {
 		slices.SortFunc(found, netip.Addr.Compare)
 		before, left := n.all.Sorted(), n.left
 		n.left = n.all.Add(slices.Compact(found), time.Now())
@@ -176,14 +232,14 @@ func (r *resolver) take(a answer) {
 	}
 	if changed {
 		r.publish()
-		poke(r.d.moved)
+		r.o.Changed()
 	}
 }
 
-// ownName returns the name in this host's own endpoint, or none where that is an
+// OwnName returns the name in this host's own endpoint, or none where that is an
 // address, or not given.
-func (d *Daemon) ownName() []string {
-	host := d.wanted.Settings().Endpoint.Host
+func OwnName(s *wanted.Settings) []string {
+	host := s.Endpoint.Host
 	if _, err := netip.ParseAddr(host); err == nil || host == "" {
 		return nil
 	}
@@ -191,32 +247,26 @@ func (d *Daemon) ownName() []string {
 }
 
 // publish has the tunnel use what was found.
-func (r *resolver) publish() {
+func (r *Resolver) publish() {
 	names := make(map[string]netip.Addr, len(r.names))
 	for host, n := range r.names {
 		if n.addr.IsValid() {
 			names[host] = n.addr
 		}
 	}
-	r.d.learned.SetNames(names)
-	r.d.mu.Lock()
-	maps.DeleteFunc(r.d.unresolved, func(host string, _ error) bool { return r.names[host] == nil })
-	r.d.mu.Unlock()
+	r.o.Learned.SetNames(names)
+	r.mu.Lock()
+	maps.DeleteFunc(r.unresolved, func(host string, _ error) bool { return r.names[host] == nil })
+	r.mu.Unlock()
 	o := learned.Outside{}
 	for _, host := range r.own {
 		if n := r.names[host]; n != nil {
 			o = learned.Outside{Name: host, Addresses: n.all.Sorted(), Left: n.left}
 		}
 	}
-	if r.d.learned.SetOutside(o) {
-		r.d.saveLearned() // before it is forgotten by a crash: it keeps peers from the router
+	if r.o.Learned.SetOutside(o) {
+		r.o.Save() // before it is forgotten by a crash: it keeps peers from the router
 	}
-}
-
-// namesChanged reports whether the second document has endpoints by name that the first
-// one hasn't, or the other way round.
-func namesChanged(a, b *wanted.Document) bool {
-	return !slices.Equal(endpointNames(a), endpointNames(b))
 }
 
 // endpointNames returns the hosts of endpoints that aren't addresses.
@@ -235,44 +285,4 @@ func endpointNames(doc *wanted.Document) []string {
 		}
 	}
 	return out
-}
-
-// tunnelPeers returns doc's peers as the tunnel takes them.
-func (d *Daemon) tunnelPeers(doc *wanted.Document) []tunnel.Peer {
-	names, now := d.learned.Names(), d.opts.Wall()
-	out := make([]tunnel.Peer, len(doc.Peers))
-	allowed := make([]netip.Prefix, 0, 2*len(doc.Peers))
-	for i := range doc.Peers {
-		p := &doc.Peers[i]
-		own := p.Addresses.Prefixes()
-		allowed = append(allowed, own[:]...)
-		out[i] = tunnel.Peer{
-			PublicKey:  p.PublicKey,
-			AllowedIPs: allowed[2*i : 2*i+2 : 2*i+2],
-			Endpoint:   endpointOf(p.Endpoint, names),
-			Learned:    d.learned.Endpoint(p.PublicKey, p.Endpoint != "", now),
-			Keepalive:  time.Duration(p.Keepalive) * time.Second,
-		}
-	}
-	return out
-}
-
-// endpointOf returns where to reach an endpoint, or zero where there is none, or its name
-// isn't resolved.
-func endpointOf(text string, names map[string]netip.Addr) netip.AddrPort {
-	if text == "" {
-		return netip.AddrPort{}
-	}
-	e, err := mesh.ParseEndpoint(text, 0)
-	if err != nil {
-		return netip.AddrPort{}
-	}
-	a, err := netip.ParseAddr(e.Host)
-	if err != nil {
-		a = names[e.Host]
-	}
-	if !a.IsValid() {
-		return netip.AddrPort{}
-	}
-	return netip.AddrPortFrom(a, e.Port)
 }

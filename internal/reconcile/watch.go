@@ -1,4 +1,4 @@
-package daemon
+package reconcile
 
 import (
 	"context"
@@ -6,27 +6,26 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/events"
-	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/retry"
 )
 
 // watch pokes the loop after each change of the host. A watcher that fails is
 // started again; meanwhile the tick finds what it would have reported.
-func (d *Daemon) watch(ctx context.Context, o host.Observer) error {
+func (l *Loop) watch(ctx context.Context) error {
 	for wait := retry.New(); ; {
 		began := time.Now()
-		err := o.Watch(ctx, func() { poke(d.moved) })
+		err := l.o.Host.Observer.Watch(ctx, l.Moved)
 		if ctx.Err() != nil {
 			return nil
 		}
 		if time.Since(began) > wait.Max {
 			wait.Reset()
 		}
-		d.journal.Record(events.Event{Kind: events.Problem, Message: fmt.Sprintf("watch the host: %v", err)})
-		if !sleep(ctx, wait.Next()) {
+		l.o.Record(events.Event{Kind: events.Problem, Message: fmt.Sprintf("watch the host: %v", err)})
+		if !retry.Sleep(ctx, wait.Next()) {
 			return nil
 		}
-		poke(d.moved)
+		l.Moved()
 	}
 }
 
@@ -35,17 +34,5 @@ func poke(c chan struct{}) {
 	select {
 	case c <- struct{}{}:
 	default:
-	}
-}
-
-// sleep reports whether it slept to the end.
-func sleep(ctx context.Context, wait time.Duration) bool {
-	t := time.NewTimer(wait)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-t.C:
-		return true
 	}
 }

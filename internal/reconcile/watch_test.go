@@ -1,4 +1,4 @@
-package daemon
+package reconcile
 
 import (
 	"context"
@@ -7,6 +7,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/retry"
 )
@@ -20,7 +21,7 @@ type fickle struct {
 
 func (f *fickle) Watch(ctx context.Context, changed func()) error {
 	f.began = append(f.began, time.Now())
-	if !sleep(ctx, f.lasts(len(f.began))) {
+	if !retry.Sleep(ctx, f.lasts(len(f.began))) {
 		return ctx.Err()
 	}
 	return errors.New("watch host: socket failed")
@@ -29,7 +30,7 @@ func (f *fickle) Watch(ctx context.Context, changed func()) error {
 // TestWatchersRestart has the watcher of the host fail again and again: it is started
 // each time, after growing pauses, which begin anew when it had worked for long.
 func TestWatchersRestart(t *testing.T) {
-	inBubble(t, func(t *testing.T, r *rig) {
+	synctest.Test(t, func(t *testing.T) {
 		f := &fickle{lasts: func(call int) time.Duration {
 			if call == 20 {
 				return time.Hour
@@ -38,7 +39,8 @@ func TestWatchersRestart(t *testing.T) {
 		}}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
-		go func() { done <- r.d.watch(ctx, f) }()
+		l := &Loop{o: Options{Host: host.Host{Observer: f}, Record: func(events.Event) {}}, moved: make(chan struct{}, 1)}
+		go func() { done <- l.watch(ctx) }()
 		time.Sleep(3 * time.Hour)
 		synctest.Wait()
 		cancel()

@@ -1,4 +1,4 @@
-package daemon
+package reconcile
 
 import "time"
 
@@ -11,8 +11,7 @@ type sleepWatch struct {
 	wall time.Time
 }
 
-// minSleep is the shortest sleep that is noticed, and what doctor takes for two clocks that
-// agree.
+// minSleep is the shortest sleep that is noticed.
 const minSleep = 5 * time.Second
 
 // slept returns for how long the host slept since the last call, or 0. A wall clock that was

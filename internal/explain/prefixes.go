@@ -1,11 +1,11 @@
-package daemon
+package explain
 
 import (
 	"fmt"
 	"net/netip"
 	"strings"
 
-	"github.com/meshhelper/meshhelper/internal/events"
+	"github.com/meshhelper/meshhelper/internal/held"
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -26,7 +26,7 @@ const (
 func overlapProblems(r *policy.Ruleset, s *wanted.Settings) []host.Problem {
 	var out []host.Problem
 	for _, o := range r.Overlaps() {
-		p := overlapProblem(r, o)
+		p := Overlap(r, o)
 		next, known := s.PrefixesAfter()
 		if after := next.Of(o.Mesh.Addr()); known && after != o.Mesh {
 			p.Hint = fmt.Sprintf("restart the helper: the mesh prefix is %v then, as it was set", after)
@@ -36,7 +36,8 @@ func overlapProblems(r *policy.Ruleset, s *wanted.Settings) []host.Problem {
 	return out
 }
 
-func overlapProblem(r *policy.Ruleset, o policy.Overlap) host.Problem {
+// Overlap returns the problem that another owner of a part of a mesh prefix is.
+func Overlap(r *policy.Ruleset, o policy.Overlap) host.Problem {
 	texts := make([]string, len(o.Prefixes))
 	for i, p := range o.Prefixes {
 		if texts[i] = p.String(); o.Kind == policy.OverlapUplink || o.Kind == policy.OverlapResolver {
@@ -44,7 +45,7 @@ func overlapProblem(r *policy.Ruleset, o policy.Overlap) host.Problem {
 		}
 	}
 	list := some(texts, shownPrefixes)
-	p := host.Problem{Step: stepPrefix, Hint: "this host reaches them as before, peers don't; " + wayOut(r, o.Mesh)}
+	p := host.Problem{Step: stepPrefix, Hint: "this host reaches them as before, peers don't; " + WayOut(r, o.Mesh)}
 	in := fmt.Sprintf("inside the mesh prefix %v", o.Mesh)
 	if o.Prefixes[0].Bits() < o.Mesh.Bits() {
 		in = fmt.Sprintf("around the mesh prefix %v", o.Mesh)
@@ -52,7 +53,7 @@ func overlapProblem(r *policy.Ruleset, o policy.Overlap) host.Problem {
 	switch o.Kind {
 	case policy.OverlapUplink:
 		p.Message = fmt.Sprintf("the uplink %s or its router has %s, %s: what this host sends there leaves by the uplink, but for what is for a peer", o.Interface, list, in)
-		p.Hint = wayOut(r, o.Mesh)
+		p.Hint = WayOut(r, o.Mesh)
 	case policy.OverlapAddress:
 		p.Message = fmt.Sprintf("the interface %s has %s, %s", o.Interface, list, in)
 	case policy.OverlapRoute:
@@ -65,10 +66,10 @@ func overlapProblem(r *policy.Ruleset, o policy.Overlap) host.Problem {
 	switch {
 	case o.Own:
 		p.Message += "; one is this host's own mesh address, so that peers don't reach the host by it"
-		p.Hint = "give this host another one (run --address), or " + wayOut(r, o.Mesh)
+		p.Hint = "give this host another one (run --address), or " + WayOut(r, o.Mesh)
 	case len(o.Equal) > 0:
 		p.Message += fmt.Sprintf("; it has the very mesh address of %s, which this host doesn't reach", some(o.Equal, shownNames))
-		p.Hint = fmt.Sprintf("give the peer another address (meshhelper peer rekey %s), or %s", o.Equal[0], wayOut(r, o.Mesh))
+		p.Hint = fmt.Sprintf("give the peer another address (meshhelper peer rekey %s), or %s", o.Equal[0], WayOut(r, o.Mesh))
 	case len(o.Peers) > 0:
 		p.Message += fmt.Sprintf("; the mesh addresses of %s are among them and stay theirs: nothing else is reached there", some(o.Peers, shownNames))
 	}
@@ -96,10 +97,10 @@ func nearlyProblems(h policy.Host) []host.Problem {
 
 // outerProblems returns a problem for each peer whose outer address is in a mesh prefix.
 // One in a part that another owner has is named with the owner.
-func outerProblems(r *policy.Ruleset, peers []mesh.Peer, n numbers) []host.Problem {
+func outerProblems(r *policy.Ruleset, peers []mesh.Peer, n held.Numbers) []host.Problem {
 	var out []host.Problem
 	for i := range peers {
-		a := n.tunnel[peers[i].PublicKey].Endpoint.Addr().Unmap().WithZone("")
+		a := n.Tunnel[peers[i].PublicKey].Endpoint.Addr().Unmap().WithZone("")
 		mesh, inside := r.MeshOf(a)
 		if !inside {
 			continue
@@ -109,20 +110,20 @@ func outerProblems(r *policy.Ruleset, peers []mesh.Peer, n numbers) []host.Probl
 		switch {
 		case known:
 			p.Message = fmt.Sprintf("%s is to be reached at %v, which is the mesh address of %s: the tunnel doesn't carry itself", peers[i].Name, a, r.Peers()[at].Name)
-			p.Hint = "give the peer an endpoint outside the mesh, or " + wayOut(r, mesh)
+			p.Hint = "give the peer an endpoint outside the mesh, or " + WayOut(r, mesh)
 		case r.IsOthers(a):
 			continue
 		default:
 			p.Message = fmt.Sprintf("%s is reached at %v, inside the mesh prefix %v: WireGuard's packets pass, other packets of this host to it are dropped", peers[i].Name, a, mesh)
-			p.Hint = wayOut(r, mesh)
+			p.Hint = WayOut(r, mesh)
 		}
 		out = append(out, p)
 	}
 	return out
 }
 
-// wayOut says how the mesh gets a prefix that nothing on this host overlaps.
-func wayOut(r *policy.Ruleset, mesh netip.Prefix) string {
+// WayOut says how the mesh gets a prefix that nothing on this host overlaps.
+func WayOut(r *policy.Ruleset, mesh netip.Prefix) string {
 	return "to get out of the way: " + changePrefix(r, mesh.Addr()) + " (it lists the peers whose configurations change)"
 }
 
@@ -144,22 +145,4 @@ func some(texts []string, n int) string {
 		return strings.Join(texts, ", ")
 	}
 	return fmt.Sprintf("%s and %d more", strings.Join(texts[:n], ", "), len(texts)-n)
-}
-
-// lookAtPrefixes finds what overlaps the mesh prefixes, and routes that are nearly a
-// default route, and tells what is new of it.
-func (l *loop) lookAtPrefixes(peers []mesh.Peer, n numbers) {
-	if l.wanted == nil {
-		return
-	}
-	if s := l.d.wanted.Settings(); l.wanted != l.overlapsOf || s != l.overlapsBy {
-		l.overlapsOf, l.overlapsBy = l.wanted, s
-		l.byPrefix = append(overlapProblems(l.wanted, s), nearlyProblems(l.wanted.Host())...)
-	}
-	l.overlaps = append(l.byPrefix[:len(l.byPrefix):len(l.byPrefix)], outerProblems(l.wanted, peers, n)...)
-	for _, p := range l.overlaps {
-		if l.isNews(p) {
-			l.d.journal.Record(events.Event{Kind: events.Problem, Message: p.Step + ": " + p.Message})
-		}
-	}
 }

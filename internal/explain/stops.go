@@ -1,4 +1,4 @@
-package daemon
+package explain
 
 import (
 	"context"
@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
+	"github.com/meshhelper/meshhelper/internal/held"
 	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -19,13 +20,13 @@ const stopsLimit = 5 * time.Second
 // stops returns what other than the policy stops a packet that the policy lets pass, and
 // its answer: that the policy isn't in force, the way that the kernel sends it, and other
 // software's rules.
-func (d *Daemon) stops(ctx context.Context, c condition, a asked) []api.Stop {
+func (x *Explainer) stops(ctx context.Context, c held.State, a asked) []api.Stop {
 	ctx, cancel := context.WithTimeout(ctx, stopsLimit)
 	defer cancel()
-	if s, stopped := d.notInForce(c, a); stopped {
+	if s, stopped := x.notInForce(c, a); stopped {
 		return []api.Stop{s}
 	}
-	t := &trip{d: d, ctx: ctx, a: a}
+	t := &trip{x: x, ctx: ctx, a: a}
 	m := a.r.Host().Interface
 	if t.tunnel(c); t.ends() {
 		return t.stops
@@ -50,16 +51,16 @@ func (d *Daemon) stops(ctx context.Context, c condition, a asked) []api.Stop {
 }
 
 // notInForce tells why what the policy says of a packet isn't enforced now.
-func (d *Daemon) notInForce(c condition, a asked) (api.Stop, bool) {
+func (x *Explainer) notInForce(c held.State, a asked) (api.Stop, bool) {
 	const see = "see: meshhelper doctor"
-	judged := d.gate.inForce()
+	judged := x.o.InForce()
 	switch {
-	case c.state == api.Starting:
+	case c.Phase == api.Starting:
 		return api.Stop{Message: "the helper is starting, and nothing of a peer passes yet", Hint: "wait until `meshhelper status` says enforcing"}, true
-	case c.state != api.Enforcing || judged == nil || c.tunnel == nil:
+	case c.Phase != api.Enforcing || judged == nil || c.Tunnel == nil:
 		s := api.Stop{Message: "the helper is closed, and nothing of a peer passes", Hint: see}
-		if len(c.problems) > 0 {
-			p := c.problems[0]
+		if len(c.Problems) > 0 {
+			p := c.Problems[0]
 			s.Message += ": " + p.Step + ": " + p.Message
 			if p.Hint != "" {
 				s.Hint = p.Hint
@@ -67,17 +68,17 @@ func (d *Daemon) notInForce(c condition, a asked) (api.Stop, bool) {
 		}
 		return s, true
 	}
-	if err := c.tunnel.Listening(); err != nil {
+	if err := c.Tunnel.Listening(); err != nil {
 		return api.Stop{Message: "WireGuard's UDP port isn't served, and nothing of a peer arrives: " + err.Error(), Hint: see}, true
 	}
-	if now, err := ask(judged.At(d.wanted.Now()), a.q); err != nil || !now.v.Pass {
+	if now, err := ask(judged.At(x.o.Wanted.Now()), a.q); err != nil || !now.v.Pass {
 		return api.Stop{Message: "the last change isn't in force yet", Hint: see}, true
 	}
-	if v := a.v; v.NAT() && !c.forwarding.Of(a.forth.Dst) {
+	if v := a.v; v.NAT() && !c.Forwarding.Of(a.forth.Dst) {
 		return api.Stop{Message: "the host's forwarding of this address family is off", Hint: see}, true
 	}
-	if a.v.Peer >= 0 && !a.q.From.IsValid() && c.guard != nil {
-		if s := c.guard.Stats()[a.r.Peers()[a.v.Peer].PublicKey]; s.Limit > 0 && s.Held >= s.Limit {
+	if a.v.Peer >= 0 && !a.q.From.IsValid() && c.Guard != nil {
+		if s := c.Guard.Stats()[a.r.Peers()[a.v.Peer].PublicKey]; s.Limit > 0 && s.Held >= s.Limit {
 			return api.Stop{
 				Message: fmt.Sprintf("%s has %d flows, as many as it may, and a new one is refused", a.q.Peer, s.Held),
 				Hint:    "wait until others of its flows end",
@@ -89,7 +90,7 @@ func (d *Daemon) notInForce(c condition, a asked) (api.Stop, bool) {
 
 // trip is the way of a packet and of its answer through the host.
 type trip struct {
-	d     *Daemon
+	x     *Explainer
 	ctx   context.Context
 	a     asked
 	stops []api.Stop
@@ -106,12 +107,12 @@ const runningFor = 3 * time.Minute
 // tunnel asks what other software's rules do with the datagrams that carry the packet
 // between the peer's device and this host. Of a tunnel that runs they belong to a known
 // flow; otherwise the device's are the first of theirs.
-func (t *trip) tunnel(c condition) {
-	n, _ := readNumbers(c)
+func (t *trip) tunnel(c held.State) {
+	n, _ := c.ReadNumbers()
 	if t.a.v.Peer < 0 || t.a.v.Peer >= len(t.a.r.Peers()) {
 		return
 	}
-	s := n.tunnel[mesh.PublicKey(t.a.r.Peers()[t.a.v.Peer].PublicKey)]
+	s := n.Tunnel[mesh.PublicKey(t.a.r.Peers()[t.a.v.Peer].PublicKey)]
 	far, facts := s.Endpoint, t.a.r.Host()
 	if !far.IsValid() {
 		return
@@ -120,7 +121,7 @@ func (t *trip) tunnel(c condition) {
 	if far.Addr().Is6() {
 		own = facts.Source6
 	}
-	if ways := t.d.opts.Host.Ways; ways != nil {
+	if ways := t.x.o.Host.Ways; ways != nil {
 		if way, err := ways.Way(t.ctx, host.Packet{Packet: policy.Packet{Dst: far.Addr()}}); err == nil && way.Interface != "" && way.Source.IsValid() {
 			by, own = way.Interface, way.Source
 		}
@@ -128,7 +129,7 @@ func (t *trip) tunnel(c condition) {
 	if by == "" || !own.IsValid() {
 		return
 	}
-	running := !s.LastHandshake.IsZero() && t.d.wanted.Now().Sub(s.LastHandshake) < runningFor
+	running := !s.LastHandshake.IsZero() && t.x.o.Wanted.Now().Sub(s.LastHandshake) < runningFor
 	port := t.a.r.Mesh().ListenPort
 	t.carries = "WireGuard's datagrams from the device"
 	t.others(host.Packet{In: by, Packet: policy.Packet{Src: far.Addr(), Dst: own, Proto: policy.ProtoUDP, SrcPort: far.Port(), DstPort: port}}, "", running, false)
@@ -192,7 +193,7 @@ func (t *trip) ends() bool {
 // others asks what other software's rules do with a packet, on hosts where they can be
 // judged. reply says that the other end opened its flow.
 func (t *trip) others(p host.Packet, out string, reply, back bool) {
-	judge := t.d.opts.Host.Judge
+	judge := t.x.o.Host.Judge
 	if judge == nil {
 		return
 	}
@@ -253,7 +254,7 @@ func (t *trip) leg(p host.Packet, out string, back bool) {
 
 // way asks the kernel, where it can be asked.
 func (t *trip) way(p host.Packet, back bool) (host.Way, bool) {
-	ways := t.d.opts.Host.Ways
+	ways := t.x.o.Host.Ways
 	if ways == nil {
 		return host.Way{}, false
 	}

@@ -1,8 +1,9 @@
-package daemon
+package reconcile
 
 import (
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/mesh"
@@ -10,17 +11,17 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
-// gate owns the guard. What the guard judges by is the less of two: what the loop
+// Gate owns the guard. What the guard judges by is the less of two: what the loop
 // enforces, and what is wanted now. So a permission that is taken away is gone at the
 // guard before the loop, which may be waiting for the host, hears of it; and an older
 // ruleset that the loop sets afterwards doesn't bring it back.
 //
 // Nothing here waits for the host, a disk or a log.
-type gate struct {
-	// compile compiles for the time now, with what a ruleset of before has in common.
-	compile func(before *policy.Ruleset, m policy.Mesh, h policy.Host) (*policy.Ruleset, error)
-	// failed hears of a ruleset that couldn't be compiled; nothing passes then.
+type Gate struct {
+	// failed hears of a ruleset that couldn't be compiled.
 	failed func(error)
+	// now is the clock that permissions end by; set before there is a guard.
+	now func() time.Time
 
 	mu     sync.Mutex
 	guard  *guard.Device // nil before there is a mesh interface
@@ -31,8 +32,23 @@ type gate struct {
 	judged *policy.Ruleset
 }
 
+// NewGate returns a gate without a guard. failed hears of a ruleset that couldn't be
+// compiled, while the guard lets nothing pass; it must not wait.
+func NewGate(failed func(error)) *Gate { return &Gate{failed: failed} }
+
+func (g *Gate) setClock(now func() time.Time) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.now = now
+}
+
+// compile compiles for the time now, at less cost what was compiled before, too.
+func (g *Gate) compile(before *policy.Ruleset, m policy.Mesh, h policy.Host) (*policy.Ruleset, error) {
+	return before.Recompile(m, h, g.now())
+}
+
 // use puts a new guard in place of the one before. Nothing passes yet.
-func (g *gate) use(d *guard.Device) {
+func (g *Gate) use(d *guard.Device) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.guard, g.rules, g.of = d, nil, nil
@@ -41,30 +57,30 @@ func (g *gate) use(d *guard.Device) {
 
 // set is for the loop: r, of the wanted state doc, is enforced, as far as it is still
 // wanted; nil lets nothing pass.
-func (g *gate) set(r *policy.Ruleset, doc *wanted.Document) {
+func (g *Gate) set(r *policy.Ruleset, doc *wanted.Document) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.rules, g.of = r, doc
 	g.apply()
 }
 
-// inForce returns what the guard judges by, and nil while it lets nothing pass. What was
+// InForce returns what the guard judges by, and nil while it lets nothing pass. What was
 // compiled to narrow at once need not be compiled again for the host.
-func (g *gate) inForce() *policy.Ruleset {
+func (g *Gate) InForce() *policy.Ruleset {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.judged
 }
 
 // give has the guard judge by r. g.mu is held.
-func (g *gate) give(r *policy.Ruleset) {
+func (g *Gate) give(r *policy.Ruleset) {
 	g.judged = r
 	g.guard.Set(r)
 }
 
-// limit takes what is wanted now. When it returns, the guard lets nothing pass that
+// Limit takes what is wanted now. When it returns, the guard lets nothing pass that
 // doc doesn't allow.
-func (g *gate) limit(doc *wanted.Document) {
+func (g *Gate) Limit(doc *wanted.Document) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.wanted = doc
@@ -72,7 +88,7 @@ func (g *gate) limit(doc *wanted.Document) {
 }
 
 // confine has the guard pass only what needs no packet filter, or all again.
-func (g *gate) confine(on bool) {
+func (g *Gate) confine(on bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.guard != nil {
@@ -81,7 +97,7 @@ func (g *gate) confine(on bool) {
 }
 
 // apply puts the less of both in force. g.mu is held.
-func (g *gate) apply() {
+func (g *Gate) apply() {
 	switch {
 	case g.guard == nil:
 		return

@@ -1,0 +1,56 @@
+package reconcile
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/meshhelper/meshhelper/internal/guard"
+	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/policy"
+)
+
+// TestWakeOfTheNewTunnel has a move wait for a tunnel that hangs while another takes its
+// place: the new one hears of its own moves.
+func TestWakeOfTheNewTunnel(t *testing.T) {
+	type device struct{ Tunnel }
+	old, next := &device{}, &device{}
+	l := &Loop{rebind: make(chan Tunnel, 1), tunnel: old}
+	l.wakePeers()
+	l.tunnel = next
+	l.wakePeers()
+	if got := <-l.rebind; got != next {
+		t.Error("the new tunnel's wake is lost to the old one's")
+	}
+}
+
+// TestNarrowedStaysBounded has closing fail for long: a narrowed peer is kept once.
+func TestNarrowedStaysBounded(t *testing.T) {
+	l := &Loop{}
+	for i := range 1000 {
+		l.addNarrowed([]policy.Narrowed{
+			{PublicKey: mesh.PublicKey{1}, Lost: mesh.LAN, Addresses: []netip.Addr{netip.AddrFrom4([4]byte{100, 64, 0, byte(i % 2)})}},
+			{PublicKey: mesh.PublicKey{2}, Lost: mesh.Routing, Removed: i == 500},
+			{PublicKey: mesh.PublicKey{1}, Lost: mesh.Incoming},
+		})
+	}
+	if len(l.narrowed) != 2 || len(l.narrowed[0].Addresses) != 2 || l.narrowed[0].Lost != mesh.LAN|mesh.Incoming || !l.narrowed[1].Removed {
+		t.Errorf("kept %+v", l.narrowed)
+	}
+}
+
+func TestExample(t *testing.T) {
+	for _, c := range []struct {
+		refused guard.Refused
+		want    string
+	}{
+		{guard.Refused{}, ""},
+		{guard.Refused{To: netip.MustParseAddr("192.168.1.5"), Proto: policy.ProtoTCP, Port: 80}, "; lately tcp to 192.168.1.5:80"},
+		{guard.Refused{To: netip.MustParseAddr("fd00::1"), Proto: policy.ProtoUDP, Port: 53}, "; lately udp to [fd00::1]:53"},
+		{guard.Refused{To: netip.MustParseAddr("192.0.2.1"), Proto: policy.ProtoICMP}, "; lately icmp to 192.0.2.1"},
+		{guard.Refused{To: netip.MustParseAddr("192.0.2.1"), Proto: 47}, "; lately protocol 47 to 192.0.2.1"},
+	} {
+		if got := example(c.refused); got != c.want {
+			t.Errorf("%+v: %q, want %q", c.refused, got, c.want)
+		}
+	}
+}

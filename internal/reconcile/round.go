@@ -1,0 +1,285 @@
+package reconcile
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"reflect"
+	"slices"
+
+	"github.com/meshhelper/meshhelper/internal/events"
+	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/policy"
+	"github.com/meshhelper/meshhelper/internal/wanted"
+)
+
+// hold enforces doc, or checks that it still is.
+func (l *Loop) hold(ctx context.Context, doc *wanted.Document) error {
+	if err := l.open(ctx); err != nil {
+		return err
+	}
+	host, err := l.observe(ctx)
+	if err != nil {
+		// A look that fails closes nothing: what was seen last counts until the next.
+		err = fmt.Errorf("observe host: %w", err)
+		if l.held == 0 || l.current == nil {
+			return err
+		}
+		l.addProblem(err)
+		host, l.blind = l.host, true
+	}
+	// A peer more in the tunnel opens nothing before the filter knows it, and one
+	// that the tunnel doesn't take is no reason to close for the others.
+	peers := l.tunnelPeers(doc)
+	port := l.tunnel.ListenPort()
+	l.tunnel.SetSelf(placesOf(host, port))
+	l.refused = l.tunnel.Sync(l.withoutTakeovers(peers))
+	if l.held == doc.Generation && reflect.DeepEqual(host, l.host) && port == l.current.Mesh().ListenPort {
+		return l.check(ctx, doc)
+	}
+	if l.current != nil && pathOf(host) != pathOf(l.host) {
+		l.wakePeers()
+	}
+	r, err := l.o.Gate.compile(cmp.Or(l.o.Gate.InForce(), l.current), policyMesh(doc, l.id, port, true), host)
+	if err != nil {
+		return err
+	}
+	l.wanted = r
+	if err := l.enforce(ctx, r, doc); err != nil {
+		return err
+	}
+	l.refused = l.tunnel.Sync(peers)
+	l.held = doc.Generation
+	return nil
+}
+
+func (l *Loop) observe(ctx context.Context) (policy.Host, error) {
+	ctx, cancel := context.WithTimeout(ctx, LookLimit)
+	defer cancel()
+	host, err := l.o.Host.Observer.Observe(ctx)
+	// Where peers are told to reach this host are its addresses from outside.
+	endpoint := l.o.Wanted.Settings().Endpoint
+	host.OutsidePort = endpoint.Port
+	if a, notAddr := netip.ParseAddr(endpoint.Host); notAddr == nil {
+		host.Outside = append(host.Outside, a.Unmap())
+		return host, err
+	}
+	host.Outside = append(host.Outside, l.o.Learned.Outside().Addresses...)
+	return host, err
+}
+
+// enforce makes r hold, whole: the guard first, so that nothing passes by the
+// old policy while the packet filter is changed; then the filter, read back;
+// then the running flows that r refuses. While the host is closed the guard is
+// last, so that it stays closed until the filter is known to hold.
+func (l *Loop) enforce(ctx context.Context, r *policy.Ruleset, doc *wanted.Document) error {
+	l.narrow(r)
+	if l.held != 0 {
+		l.o.Gate.set(r, doc)
+	}
+	if err := l.loadAndRead(ctx, r); err != nil {
+		return err
+	}
+	if err := l.cut(ctx, r); err != nil {
+		return err
+	}
+	l.o.Gate.set(r, doc)
+	l.o.Gate.confine(false)
+	return nil
+}
+
+// ReadTries is how often what was loaded is read back when it can't be read, or when
+// another program changed it in the meantime.
+const ReadTries = 3
+
+// loadAndRead has the host enforce r and reads that back: only then does it count. That
+// it can't be read is no reason to close at once, for it may hold; nor is another
+// program's change, which is repaired like at any other time.
+func (l *Loop) loadAndRead(ctx context.Context, r *policy.Ruleset) error {
+	var err error
+	l.read = nil
+	for range ReadTries {
+		if err := l.load(ctx, r); err != nil {
+			return fmt.Errorf("enforce: %w", err)
+		}
+		if err = l.inspect(ctx, r); err == nil {
+			drift := l.report.Drift
+			if len(drift) == 0 {
+				l.read = r
+				return nil
+			}
+			err = &host.StepError{Step: drift[0].Step, Hint: drift[0].Hint, Err: fmt.Errorf("not as enforced: %s", drift[0].Message)}
+		}
+		if errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
+			break // a look that hangs would hang again
+		}
+	}
+	return err
+}
+
+func (l *Loop) load(ctx context.Context, r *policy.Ruleset) error {
+	ctx, cancel := context.WithTimeout(ctx, StepLimit)
+	defer cancel()
+	return l.o.Host.Enforcer.Enforce(ctx, r)
+}
+
+func (l *Loop) inspect(ctx context.Context, r *policy.Ruleset) error {
+	ctx, cancel := context.WithTimeout(ctx, LookLimit)
+	defer cancel()
+	report, err := l.o.Host.Enforcer.Inspect(ctx, r)
+	if err != nil {
+		return fmt.Errorf("inspect: %w", err)
+	}
+	l.report = report
+	return nil
+}
+
+// narrow notes the peers that have less under r than under what was enforced.
+// Before the first ruleset, flows of an earlier helper's time may be running, of
+// any peer.
+func (l *Loop) narrow(r *policy.Ruleset) {
+	if l.current == nil {
+		l.narrowed = everyone(r)
+	} else {
+		l.addNarrowed(policy.Diff(l.current, r))
+	}
+	l.current, l.host = r, r.Host()
+}
+
+// addNarrowed adds to the narrowed peers, each peer once, so that what can't be cut
+// for long doesn't grow.
+func (l *Loop) addNarrowed(more []policy.Narrowed) {
+	at := make(map[mesh.PublicKey]int, len(l.narrowed))
+	for i, n := range l.narrowed {
+		at[n.PublicKey] = i
+	}
+	for _, n := range more {
+		i, ok := at[n.PublicKey]
+		if !ok {
+			at[n.PublicKey] = len(l.narrowed)
+			l.narrowed = append(l.narrowed, n)
+			continue
+		}
+		have := &l.narrowed[i]
+		have.Lost |= n.Lost
+		have.Removed = have.Removed || n.Removed
+		for _, a := range n.Addresses {
+			if !slices.Contains(have.Addresses, a) {
+				have.Addresses = append(slices.Clone(have.Addresses), a)
+			}
+		}
+	}
+}
+
+// everyone names every peer of r as narrowed.
+func everyone(r *policy.Ruleset) []policy.Narrowed {
+	var out []policy.Narrowed
+	for _, p := range r.Peers() {
+		out = append(out, policy.Narrowed{
+			PublicKey: p.PublicKey, Name: p.Name, Addresses: p.Addresses.List(),
+			Lost: mesh.All &^ p.Permissions,
+		})
+	}
+	return out
+}
+
+// cut ends the flows of the peers that were narrowed since the last time it
+// succeeded.
+func (l *Loop) cut(ctx context.Context, r *policy.Ruleset) error {
+	if len(l.narrowed) == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, StepLimit)
+	defer cancel()
+	if err := l.o.Host.Enforcer.Cut(ctx, r, l.narrowed); err != nil {
+		return fmt.Errorf("cut flows: %w", err)
+	}
+	l.narrowed = nil
+	return nil
+}
+
+// check looks whether what is enforced still is, and puts it right.
+func (l *Loop) check(ctx context.Context, doc *wanted.Document) error {
+	if err := l.inspect(ctx, l.current); err != nil {
+		// As in hold: a look that fails closes nothing.
+		l.addProblem(err)
+		l.blind = true
+		return nil
+	}
+	drift := l.report.Drift
+	if len(drift) == 0 {
+		return nil
+	}
+	// What needs the filter waits until it is known to hold again. While it was gone,
+	// flows may have come to be that it refuses.
+	l.o.Gate.confine(true)
+	l.addNarrowed(everyone(l.current))
+	if err := l.enforce(ctx, l.current, doc); err != nil {
+		return err
+	}
+	l.recordRepairs(drift)
+	return nil
+}
+
+// recordRepairs counts what was put right once per step: a flushed table is one
+// change by another program, however many chains it had.
+func (l *Loop) recordRepairs(drift []host.Problem) {
+	more := map[string]int{}
+	for _, p := range drift {
+		more[p.Step]++
+	}
+	for _, p := range drift {
+		n := more[p.Step]
+		if n == 0 {
+			continue // told with the first of its step
+		}
+		more[p.Step] = 0
+		message := p.Step + ": " + p.Message
+		if n > 1 {
+			message += fmt.Sprintf(", and %d more", n-1)
+		}
+		l.repairs++
+		l.o.Record(events.Event{Kind: events.Repair, Message: message})
+	}
+}
+
+// fail closes: what can't be held as wanted is held without permissions, which
+// any filter that works at all can do. What failed may have used up its time; closing
+// has its own.
+func (l *Loop) fail(ctx context.Context, doc *wanted.Document, cause error) {
+	l.held = 0
+	l.addProblem(cause)
+	l.o.Gate.set(nil, doc)
+	if l.current == nil || l.tunnel == nil {
+		return // nothing was opened, or there is nothing to come from
+	}
+	closed, err := l.o.Gate.compile(l.current, policyMesh(doc, l.id, l.tunnel.ListenPort(), false), l.host)
+	if err == nil {
+		err = l.enforce(ctx, closed, doc)
+	}
+	if err != nil {
+		l.addProblem(fmt.Errorf("close: %w", err))
+	}
+}
+
+// policyMesh returns the mesh to compile, for WireGuard at a UDP port. Without
+// grants, nothing opens.
+func policyMesh(doc *wanted.Document, m wanted.Identity, listenPort uint16, withGrants bool) policy.Mesh {
+	out := policy.Mesh{
+		Prefixes:   m.List(),
+		Addresses:  m.Own.List(),
+		Former:     doc.FormerAddresses(),
+		Peers:      doc.Peers, // never changed once published
+		ListenPort: listenPort,
+	}
+	if !withGrants {
+		out.Peers = slices.Clone(out.Peers)
+		for i := range out.Peers {
+			out.Peers[i].Permissions = mesh.Grants{}
+		}
+	}
+	return out
+}
