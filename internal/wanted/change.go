@@ -14,12 +14,13 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// Edit changes a copy of the wanted state and returns the public key of the
-// peer that it was about.
+// Edit changes doc, a copy of the wanted state that the edit may modify, at the time now.
+// It returns the public key of the peer that it changed, or the zero key after a removal.
+// It may be called again with a newer document; see saveFirst.
 type Edit func(doc *Document, now time.Time) (mesh.PublicKey, error)
 
-// AddPeer adds a peer. One that already exists, with all that p says of it,
-// is no error.
+// AddPeer adds a peer. It isn't an error if the peer already exists with everything that p
+// asks for; fields that p leaves empty may differ. Refusals are *api.Error.
 func (s *State) AddPeer(ctx context.Context, p api.NewPeer) (Outcome, error) {
 	return s.Edit(ctx, func(doc *Document, now time.Time) (mesh.PublicKey, error) {
 		wanted, err := s.newPeer(doc, p, now)
@@ -27,7 +28,7 @@ func (s *State) AddPeer(ctx context.Context, p api.NewPeer) (Outcome, error) {
 			return mesh.PublicKey{}, err
 		}
 		if i := doc.byName(wanted.Name); i >= 0 {
-			return wanted.PublicKey, samePeer(&doc.Peers[i], wanted, p, now)
+			return wanted.PublicKey, checkSamePeer(&doc.Peers[i], wanted, p, now)
 		}
 		if err := s.admit(doc, wanted, p); err != nil {
 			return mesh.PublicKey{}, err
@@ -38,24 +39,25 @@ func (s *State) AddPeer(ctx context.Context, p api.NewPeer) (Outcome, error) {
 	})
 }
 
-// ChangePeer changes what c names of a peer and leaves the rest.
+// ChangePeer changes the fields of a peer that are set in c. ref is a name, a mesh address
+// or a public key.
 func (s *State) ChangePeer(ctx context.Context, ref string, c api.PeerChange) (Outcome, error) {
 	var key mesh.PublicKey
 	return s.Edit(ctx, func(doc *Document, now time.Time) (mesh.PublicKey, error) {
 		i := -1
 		if c.Name == "" {
-			i = doc.ByKey(key) // made again: the same peer, whatever it is called by now
+			i = doc.ByKey(key) // repeated edit: the same peer, even if it was renamed meanwhile
 		}
 		if i < 0 {
 			var err error
 			if i, err = doc.Find(ref); err != nil {
-				if c.Name == "" || doc.nowOf(ref) != c.Name {
+				if c.Name == "" || doc.renamedTo(ref) != c.Name {
 					return mesh.PublicKey{}, err
 				}
-				i = doc.byName(c.Name) // renamed so before
+				i = doc.byName(c.Name) // the same rename was made before
 			}
 		}
-		if err := s.apply(doc, i, c, now); err != nil {
+		if err := s.applyChange(doc, i, c, now); err != nil {
 			return mesh.PublicKey{}, err
 		}
 		key = doc.Peers[i].PublicKey
@@ -63,8 +65,8 @@ func (s *State) ChangePeer(ctx context.Context, ref string, c api.PeerChange) (O
 	})
 }
 
-// RemovePeer removes a peer. That it was removed before is an error in the outcome's After,
-// to be answered once it is certain that this is saved.
+// RemovePeer removes a peer. If the peer was removed before, Outcome.After holds that
+// error, which the caller returns once the earlier removal is certainly saved.
 func (s *State) RemovePeer(ctx context.Context, ref string) (Outcome, error) {
 	var gone *mesh.Peer
 	var before *api.Error
@@ -77,7 +79,7 @@ func (s *State) RemovePeer(ctx context.Context, ref string) (Outcome, error) {
 		if err != nil {
 			return mesh.PublicKey{}, err
 		}
-		was := doc.Peers[i] // its place is another's from here on
+		was := doc.Peers[i] // a copy: slices.Delete moves another peer into its slot
 		gone = &was
 		doc.remember(Former{Name: was.Name})
 		doc.Peers = slices.Delete(doc.Peers, i, i+1)
@@ -90,44 +92,47 @@ func (s *State) RemovePeer(ctx context.Context, ref string) (Outcome, error) {
 	return o, err
 }
 
-// Outcome is what a change came to, as far as it goes without the host.
+// Outcome is the result of a change at the guard and on disk. Whether the host enforces it
+// is for the caller to find out.
 type Outcome struct {
-	// Key is of the peer that the change was about, and Gone that peer where it was removed.
+	// Key identifies the peer that was changed. Gone is the peer that was removed, or nil.
 	Key  mesh.PublicKey
 	Gone *mesh.Peer
-	// Document is what the change is in force with; nil: nothing is in force.
+	// Document is the published document that has the change, or nil if nothing changed.
 	Document *Document
-	// Already says that all was so before.
+	// Already says that the wanted state already had everything that was asked for.
 	Already bool
-	// After is what is wrong although the change is in force, to be said once it is saved.
+	// After is an error to return although the change is in force, once it is saved.
 	After error
 
-	// from, where it isn't nil, is the document before a change that takes away alone.
+	// from is the document before a change that only revokes, else nil.
 	from *Document
-	// saving, where it isn't nil, saves what is in force.
+	// saving is the job that saves Document, or nil if it is on disk.
 	saving *Job
 }
 
-// AwaitSaved waits until what a change put in force is on disk.
+// AwaitSaved waits until the published change is on disk, or ctx ends. A timeout counts as
+// a problem of the disk; see State.Problem.
 func (s *State) AwaitSaved(ctx context.Context, o Outcome) error {
 	if o.saving == nil {
 		return nil
 	}
 	err := s.disk.wait(ctx, o.saving)
 	if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		s.disk.late(err)
+		s.disk.noteTimeout(err)
 	}
 	return err
 }
 
-// NotSaved returns the error of a change that holds, but not over a restart, for the cause
-// of which it couldn't be saved; notHeld, if not nil, says that it doesn't hold everywhere.
+// NotSaved returns the error, with code [api.CodeNotSaved], of a change that is in force
+// but would be lost by a restart. cause is why it couldn't be saved. A notHeld that isn't
+// nil says that the packet filter doesn't enforce the change yet.
 func (s *State) NotSaved(o Outcome, cause, notHeld error) error {
 	message := notSaved(cause)
 	if o.from != nil && !errors.Is(cause, errUnsynced) {
 		var did, name string
 		back := "as before"
-		switch was, is := o.from.edited(o.Document); {
+		switch was, is := o.from.changedPeer(o.Document); {
 		case is != nil:
 			did, name = differences(was, is), was.Name
 		case notHeld != nil:
@@ -138,40 +143,44 @@ func (s *State) NotSaved(o Outcome, cause, notHeld error) error {
 		message = fmt.Sprintf("%s, but this isn't saved: after a restart %s is %s: %v", did, name, back, cause)
 	}
 	if notHeld != nil {
-		message += fmt.Sprintf("; the guard holds it, the packet filter doesn't yet: %s", strings.TrimPrefix(notHeld.Error(), "saved, not in force: "))
+		message += fmt.Sprintf("; the guard enforces it, the packet filter doesn't yet: %s", strings.TrimPrefix(notHeld.Error(), "saved, not in force: "))
 	}
 	return api.Errorf(api.CodeNotSaved, "%s", message).WithHint("%s", s.disk.hint())
 }
 
-// Edit changes what is wanted. What the edit takes away is in force at the guard before anything is
-// saved, and saved afterwards; what it gives is saved first. With an error, an outcome
-// that has a document says that a part of the change is in force.
+// Edit applies an edit to the wanted state. An edit that only revokes is published first,
+// which narrows the guard, and saved by a job that the caller may wait for. An edit that
+// only grants is saved first; Edit waits for that, and publishes afterwards. One that does
+// both is split: its narrowed part is published, then the whole is saved and published.
+//
+// An error together with an outcome that has a document means that only the revoking part
+// is in force.
 func (s *State) Edit(ctx context.Context, e Edit) (Outcome, error) {
 	s.changing.Lock()
 	doc, now := s.doc.Load(), s.clock.Now()
-	next, key, err := s.edited(doc, e, now)
+	next, key, err := s.applyEdit(doc, e, now)
 	if err != nil {
 		s.changing.Unlock()
 		return Outcome{}, err
 	}
 	if next == doc {
 		s.changing.Unlock()
-		return Outcome{Key: key, Document: doc, Already: true, saving: s.saveUnlessKept()}, nil
+		return Outcome{Key: key, Document: doc, Already: true, saving: s.saveIfNeeded()}, nil
 	}
-	left, takes, gives := doc.less(next)
+	left, takes, gives := doc.narrowTo(next)
 	if takes {
-		s.noteTaken(doc, left, next.Generation)
+		s.recordRevoked(doc, left, next.Generation)
 	}
 	base := doc
 	switch {
 	case takes && !gives:
 		left = next
-		s.publishWanted(left)
+		s.publish(left)
 	case takes:
 		left.Generation, left.Saved = next.Generation, now
 		next.Generation++
 		base = left
-		s.publishWanted(left)
+		s.publish(left)
 	}
 	s.changing.Unlock()
 	switch {
@@ -184,7 +193,7 @@ func (s *State) Edit(ctx context.Context, e Edit) (Outcome, error) {
 			return Outcome{}, s.nothingChanged(err)
 		}
 		s.recordEdit(ctx, w.base, w.next)
-		return Outcome{Key: w.key, Document: w.next, Already: w.base == w.next, saving: s.saveUnlessKept()}, nil
+		return Outcome{Key: w.key, Document: w.next, Already: w.base == w.next, saving: s.saveIfNeeded()}, nil
 	}
 	saving := s.disk.saveWanted()
 	w, err := s.saveFirst(ctx, e, widening{base: base, next: next, key: key})
@@ -201,17 +210,18 @@ func (s *State) Edit(ctx context.Context, e Edit) (Outcome, error) {
 		}
 		return Outcome{Key: key, Document: left}, api.Errorf(api.CodeNotSaved, "%s", message).WithHint("%s", s.disk.hint())
 	}
-	// One change, one event, also where another one came in between.
-	was, _ := doc.edited(next)
+	// One change is one event, even if it was published in two parts with another change
+	// between them.
+	was, _ := doc.changedPeer(next)
 	if i := w.next.ByKey(w.key); i >= 0 {
 		s.recordChange(ctx, was, &w.next.Peers[i])
 	}
-	return Outcome{Key: w.key, Document: w.next, saving: s.saveUnlessKept()}, nil
+	return Outcome{Key: w.key, Document: w.next, saving: s.saveIfNeeded()}, nil
 }
 
-// edited returns the document after an edit, as the next generation, or doc itself
-// where the edit changes nothing.
-func (s *State) edited(doc *Document, e Edit, now time.Time) (*Document, mesh.PublicKey, error) {
+// applyEdit returns a copy of doc with an edit applied, as the next generation, or doc
+// itself if the edit changes nothing.
+func (s *State) applyEdit(doc *Document, e Edit, now time.Time) (*Document, mesh.PublicKey, error) {
 	next := doc.Clone()
 	key, err := e(next, now)
 	if err != nil {
@@ -223,33 +233,35 @@ func (s *State) edited(doc *Document, e Edit, now time.Time) (*Document, mesh.Pu
 	next.Generation++
 	next.Saved = now
 	next.retire(doc, now)
-	next.extra = doc.extra.follow(doc, next)
+	next.extra = doc.extra.carryOver(doc, next)
 	return next, key, s.check(doc, next)
 }
 
-// check ends a hole in the checks of edits: what is published must be right by type. The
-// document before is.
+// check validates a document before it is published, in case an edit let through what it
+// should have refused. The document before is valid, so only peers that differ from it are
+// checked one by one.
 func (s *State) check(before, doc *Document) error {
-	if err := errors.Join(doc.validateAfter(before), doc.fits(s.id)); err != nil {
+	if err := errors.Join(doc.validateAfter(before), doc.checkFits(s.id)); err != nil {
 		return api.Errorf(api.CodeInternal, "the change makes no valid state: %v", err)
 	}
 	return nil
 }
 
-// widening is an edit that gives something, on its way to the disk: next is base after
-// the Edit, and key the public key of the peer that it is about.
+// widening is an edit that grants something and isn't saved yet: next is base after the
+// edit, and key the public key of the changed peer.
 type widening struct {
 	base, next *Document
 	key        mesh.PublicKey
 }
 
-// errOvertaken is saveAhead's when another change came into force before it wrote.
+// errOvertaken is returned by saveAhead when another change was published before it wrote.
 var errOvertaken = errors.New("another change came first")
 
-// saveFirst saves w.next, which gives something that w.base doesn't, and then makes it the
-// wanted state. What is taken away meanwhile isn't waited for, nor lost: the edit is made
-// again, of the document that has it; see again. It returns what came to be wanted, of
-// which document.
+// saveFirst saves w.next, which grants something that w.base doesn't, and then publishes
+// it. The lock isn't held while the disk is written, so that a revocation never waits for
+// it. If another document was published meanwhile, saveFirst applies the edit to that one
+// and saves again, as redo describes. It returns the document that was published and the
+// one that it was made from.
 func (s *State) saveFirst(ctx context.Context, e Edit, w widening) (widening, error) {
 	select {
 	case s.widening <- struct{}{}:
@@ -261,13 +273,13 @@ func (s *State) saveFirst(ctx context.Context, e Edit, w widening) (widening, er
 		s.changing.Lock()
 		now := s.doc.Load()
 		if now == w.base && !first {
-			s.publishWanted(w.next)
+			s.publish(w.next)
 			s.changing.Unlock()
 			return w, nil
 		}
 		var err error
 		if now != w.base {
-			w, err = s.again(e, began, now)
+			w, err = s.redo(e, began, now)
 		}
 		s.changing.Unlock()
 		if err != nil || w.next == w.base {
@@ -280,15 +292,18 @@ func (s *State) saveFirst(ctx context.Context, e Edit, w widening) (widening, er
 	}
 }
 
-// again makes an edit again, which was first made of the document began, of the one that
-// is wanted now. So the peer may have another name, key or address meanwhile, and an edit
-// that is no longer right is refused, as if it came later. Only what was taken away since
-// stays away, also where the edit gives it: a person who denies what another change is
-// about to allow must not find it allowed. A permission that ended by itself since was not
-// taken away. The caller holds changing.
-func (s *State) again(e Edit, began, now *Document) (widening, error) {
+// redo applies an edit, first applied to the document began, to the document that is wanted
+// now. The peer may have another name, key or address by now, and an edit that no longer
+// fits is refused, as if it had come later.
+//
+// Permissions that were revoked since began stay revoked, even if the edit grants them: a
+// person who denies a permission while another change that allows it is being saved must
+// not find it allowed. A permission that expired since doesn't count as revoked.
+//
+// The caller holds changing.
+func (s *State) redo(e Edit, began, now *Document) (widening, error) {
 	at := s.clock.Now()
-	next, key, err := s.edited(now, e, at)
+	next, key, err := s.applyEdit(now, e, at)
 	if err != nil || next == now {
 		return widening{now, next, key}, err
 	}
@@ -300,7 +315,7 @@ func (s *State) again(e Edit, began, now *Document) (widening, error) {
 			continue
 		}
 		for one := range p.Permissions {
-			if s.taken[p.PublicKey][one] > began.Generation {
+			if s.revoked[p.PublicKey][one] > began.Generation {
 				p.Permissions[one] = p.Permissions[one].And(current.Permissions[one])
 			}
 		}
@@ -308,14 +323,14 @@ func (s *State) again(e Edit, began, now *Document) (widening, error) {
 	return widening{now, next, key}, s.check(now, next)
 }
 
-// noteTaken notes which permissions an edit takes away that leaves left of doc, as a
-// generation. What was taken from a peer that has another key now stays noted. The
-// caller holds changing.
-func (s *State) noteTaken(doc, left *Document, generation uint64) {
+// recordRevoked records, for redo, that the permissions which doc has and left hasn't were
+// revoked in a generation. The record of a peer that gets another key moves to the new key;
+// records of peers that left doesn't have are deleted. The caller holds changing.
+func (s *State) recordRevoked(doc, left *Document, generation uint64) {
 	is, rekeyed := left.byKeys(), doc.rekeyed(left)
 	for i := range doc.Peers {
 		was := &doc.Peers[i]
-		p, of := is[was.PublicKey], s.taken[was.PublicKey]
+		p, of := is[was.PublicKey], s.revoked[was.PublicKey]
 		if n := rekeyed[i]; n != nil {
 			p = n
 		}
@@ -328,14 +343,14 @@ func (s *State) noteTaken(doc, left *Document, generation uint64) {
 			}
 		}
 		if of != [len(mesh.AllPermissions)]uint64{} {
-			s.taken[p.PublicKey] = of
+			s.revoked[p.PublicKey] = of
 		}
 	}
-	maps.DeleteFunc(s.taken, func(key mesh.PublicKey, _ [len(mesh.AllPermissions)]uint64) bool { return is[key] == nil })
+	maps.DeleteFunc(s.revoked, func(key mesh.PublicKey, _ [len(mesh.AllPermissions)]uint64) bool { return is[key] == nil })
 }
 
-// nothingChanged is the answer to a change that couldn't be saved, so that the state
-// before stays.
+// nothingChanged returns the error of a change that wasn't published because it couldn't
+// be saved. A refusal of the edit itself is returned as it is.
 func (s *State) nothingChanged(cause error) error {
 	var refusal *api.Error
 	if errors.As(cause, &refusal) {
@@ -345,17 +360,17 @@ func (s *State) nothingChanged(cause error) error {
 		WithHint("the old state stays in force; make room or make %q writable", s.disk.store.dir)
 }
 
-// saveUnlessKept has what is wanted saved where it isn't on disk.
-func (s *State) saveUnlessKept() *Job {
-	if s.disk.holds(s.doc.Load()) {
+// saveIfNeeded queues a job that saves the wanted state, or returns nil if it is on disk.
+func (s *State) saveIfNeeded() *Job {
+	if s.disk.isSaved(s.doc.Load()) {
 		return nil
 	}
 	return s.disk.saveWanted()
 }
 
-// edited returns the peer that an edit turned doc into next by, before and after, which
-// is nil where the peer was added or removed. Both are nil where the edit changed none.
-func (doc *Document) edited(next *Document) (was, is *mesh.Peer) {
+// changedPeer returns the one peer in which doc and next differ, before and after the edit.
+// was is nil for an added peer, is for a removed one, and both if no peer changed.
+func (doc *Document) changedPeer(next *Document) (was, is *mesh.Peer) {
 	before := doc.byKeys()
 	for i := range next.Peers {
 		p := &next.Peers[i]
@@ -371,13 +386,14 @@ func (doc *Document) edited(next *Document) (was, is *mesh.Peer) {
 	return was, is
 }
 
-// recordEdit writes the one event of the edit that turned doc into next.
+// recordEdit records the event of the edit that turned doc into next.
 func (s *State) recordEdit(ctx context.Context, doc, next *Document) {
-	was, is := doc.edited(next)
+	was, is := doc.changedPeer(next)
 	s.recordChange(ctx, was, is)
 }
 
-// changeBy returns the event of a change, with the user who asked for it.
+// changeBy returns e as a change, with the uid of the client that requested it. ctx has
+// none if the change didn't come through the socket.
 func changeBy(ctx context.Context, e events.Event) events.Event {
 	e.Kind = events.Change
 	if uid, ok := api.Caller(ctx); ok {
@@ -386,8 +402,7 @@ func changeBy(ctx context.Context, e events.Event) events.Event {
 	return e
 }
 
-// recordChange writes the one event of an edit, by the peer before and after, and the
-// user who asked for it.
+// recordChange records the event of an edit: was and is are as changedPeer returns them.
 func (s *State) recordChange(ctx context.Context, was, is *mesh.Peer) {
 	e := changeBy(ctx, events.Event{})
 	switch {
@@ -403,7 +418,8 @@ func (s *State) recordChange(ctx context.Context, was, is *mesh.Peer) {
 	s.opts.Record(e)
 }
 
-// differences says what a change of a peer changed, for an event.
+// differences describes what changed between was and p, for an event: one clause for each
+// field, joined by semicolons.
 func differences(was, p *mesh.Peer) string {
 	var out []string
 	say := func(format string, args ...any) { out = append(out, fmt.Sprintf(format, args...)) }

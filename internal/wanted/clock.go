@@ -13,20 +13,20 @@ import (
 	"github.com/meshhelper/meshhelper/internal/owned"
 )
 
-// clock tells the time that grants end by. While one is pending it is the later
-// of the wall clock and of what the monotonic clock makes of its last answer,
-// so that a grant ends at the earlier of both: setting the wall clock back gains
-// nothing, and sleep, which stops the monotonic clock, counts. It never answers
-// less than before, nor than what was saved last.
+// clock tells the time by which permissions end. While a permission with an end exists,
+// the time is the later of the wall clock and of the last answer advanced by the monotonic
+// clock. So setting the wall clock back doesn't prolong a permission, and neither does
+// sleep, during which Go's monotonic clock stands still. It never goes back behind the
+// time that was saved last, and, while a permission is pending, behind its last answer.
 type clock struct {
 	wall func() time.Time
 
 	mu      sync.Mutex
-	started time.Time // for its monotonic part only
-	elapsed time.Duration
-	last    time.Time
-	saved   time.Time
-	pending bool
+	started time.Time     // only its monotonic part is used
+	elapsed time.Duration // from started to the last answer
+	last    time.Time     // the last answer
+	saved   time.Time     // the latest time on disk
+	pending bool          // some permission has an end
 }
 
 // newClock returns a clock that isn't behind saved.
@@ -34,6 +34,7 @@ func newClock(wall func() time.Time, saved time.Time) *clock {
 	return &clock{wall: wall, started: time.Now(), last: saved, saved: saved}
 }
 
+// Now returns the time, in UTC and without a monotonic part.
 func (c *clock) Now() time.Time {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -42,7 +43,7 @@ func (c *clock) Now() time.Time {
 	if c.pending {
 		next = c.last.Add(elapsed - c.elapsed)
 	}
-	// Round strips the monotonic part, by which Go would compare otherwise.
+	// Round strips the monotonic part, which time.After would compare instead.
 	if wall := c.wall().Round(0).UTC(); wall.After(next) {
 		next = wall
 	}
@@ -50,16 +51,17 @@ func (c *clock) Now() time.Time {
 	return next
 }
 
-// pend notes whether a grant is to end by itself. While none is, the clock may follow
-// the wall clock back to what was saved.
-func (c *clock) pend(pending bool) {
+// setPending sets whether some permission has an end. While none has, the clock may follow
+// the wall clock back, as far as the saved time: a wall clock that was wrong at boot and
+// was corrected since shouldn't stay wrong here.
+func (c *clock) setPending(pending bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.pending = pending
 }
 
-// keep notes a time that was saved.
-func (c *clock) keep(saved time.Time) {
+// setSaved sets the time that is on disk; an earlier one than before has no effect.
+func (c *clock) setSaved(saved time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if saved.After(c.saved) {
@@ -67,7 +69,7 @@ func (c *clock) keep(saved time.Time) {
 	}
 }
 
-// unsaved returns how long ago, by the clock, a time was saved.
+// unsaved returns how far the clock is ahead of the time on disk.
 func (c *clock) unsaved() time.Duration {
 	now := c.Now()
 	c.mu.Lock()
@@ -75,21 +77,21 @@ func (c *clock) unsaved() time.Duration {
 	return now.Sub(c.saved)
 }
 
-// clockInterval is how often the time is saved while a grant is to end by
-// itself: what setting the clock back across a restart could gain at most.
+// clockInterval is how often the time is saved while a permission has an end. It bounds
+// what setting the wall clock back across a restart can gain.
 const clockInterval = time.Minute
 
-// mark is the clock's, in a file of its own: it is written each minute while a grant
-// is to end by itself, and the document may have thousands of peers. The later of it
-// and of the document's own time counts.
+// mark is the content of clock.json: a time that the clock never goes behind. It has a
+// file of its own because it is written each clockInterval, while the document may have
+// thousands of peers. The later one of the mark and Document.Saved counts.
 type mark struct {
 	Saved time.Time `json:"saved"`
 }
 
-// maxMark bounds what is read of the mark, in bytes.
+// maxMark limits the size of clock.json, in bytes; a mark has about 50.
 const maxMark = 256
 
-// readMark returns the mark, or zero where there is none.
+// readMark returns the time in clock.json, or the zero time if the file doesn't exist.
 func (s *store) readMark() (time.Time, error) {
 	text, err := owned.Read(filepath.Join(s.dir, clockFile), maxMark)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -101,6 +103,7 @@ func (s *store) readMark() (time.Time, error) {
 	return decodeMark(text)
 }
 
+// decodeMark returns the time in the content of clock.json.
 func decodeMark(text []byte) (time.Time, error) {
 	var m mark
 	if err := json.Unmarshal(text, &m); err != nil {
@@ -109,6 +112,7 @@ func decodeMark(text []byte) (time.Time, error) {
 	return m.Saved.UTC().Round(0), nil
 }
 
+// writeMark replaces clock.json.
 func (s *store) writeMark(at time.Time) error {
 	text, err := json.Marshal(mark{Saved: at})
 	if err != nil {

@@ -7,12 +7,13 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// Sends says what a peer's configuration has to send through the host at now.
+// Sends returns what a peer's WireGuard configuration should route through this host, given
+// the permissions that the peer has at now: one of the mesh.Tunnel constants.
 func Sends(p *mesh.Peer, now time.Time) string { return p.Sends(p.Permissions.At(now)) }
 
-// outdatedConfig says that a configuration for what a peer might do before, which its device may have
-// or not, sends what is of no use now, or not what it
-// could, or returns "".
+// outdatedConfig returns a warning for when the configuration on a peer's device may no
+// longer suit its permissions, or "". was and is are what Sends returned before and after
+// the change. Whether the device has a configuration for was isn't known here.
 func outdatedConfig(name, was, is string) string {
 	sent := map[string]string{
 		mesh.TunnelFull: "everything", mesh.TunnelNetworks: "this host's networks", mesh.TunnelHost: "only this host's addresses",

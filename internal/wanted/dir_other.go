@@ -2,5 +2,6 @@
 
 package wanted
 
-// checkDir checks nothing: access lists, which the parent's set, are another matter.
+// checkDir checks nothing: this system has access lists instead of mode bits, and the
+// directory inherits those of its parent.
 func checkDir(string) error { return nil }

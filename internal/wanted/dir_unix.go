@@ -10,13 +10,13 @@ import (
 	"github.com/meshhelper/meshhelper/internal/owned"
 )
 
-// checkDir refuses a state directory that belongs to another user than root and the
-// one that runs the helper, or that others may write to: they could replace the files
-// in it. The folders above it were checked: see openDir.
+// checkDir refuses a state directory that belongs to a user other than root and the one
+// that runs the helper, or that its group or others may write to: they could replace the
+// files in it. openDir checks the folders above.
 func checkDir(dir string) error {
 	info, err := os.Stat(dir)
 	if err != nil {
-		return fmt.Errorf("look at state directory: %w", err)
+		return fmt.Errorf("check state directory: %w", err)
 	}
 	switch uid, ok := owned.Trusted(info); {
 	case !info.IsDir():

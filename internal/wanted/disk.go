@@ -12,53 +12,54 @@ import (
 	"github.com/meshhelper/meshhelper/internal/events"
 )
 
-// disk writes the files of the state directory, one after the other, in a goroutine
-// that exists while there is something to write: a disk may be full, and it may not
-// answer at all (a frozen file system, a server that is away). Only a caller that
-// chose to wait for it does, and for as long as it chose.
+// disk writes the files of the state directory, one job at a time, in a goroutine that
+// exists while jobs are queued. A write can block for ever (a frozen file system, a network
+// file system whose server is down), so no caller writes itself: it waits for a job, with
+// its own time limit.
 type disk struct {
 	store store
-	// wanted returns what is to be on disk, and saved hears of what was saved.
+	// wanted returns the document that should be on disk. saved is called with each
+	// document that was saved.
 	wanted func() *Document
 	saved  func(*Document)
 	record func(events.Event)
-	limit  time.Duration // after which a disk that doesn't answer is a problem
+	limit  time.Duration // how long a save may take before it counts as a problem
 
 	mu      sync.Mutex
 	queue   []*Job
-	running bool
-	// kept is the document that is on disk, whole and synced; nil where that isn't known.
-	// placed is the one that took the place of the one before, synced or not.
-	kept, placed *Document
-	// failure is why the last attempt to save what is wanted failed, and since when
-	// something else than what is wanted is on disk; zero while it isn't.
-	failure error
-	since   time.Time
-	told    bool  // an event said so
-	mark    error // why the clock's mark couldn't be written
+	running bool // work runs
+	// synced is the document that is certainly on disk, or nil if none is. written is the
+	// one that state.json was last replaced by, synced or not.
+	synced, written *Document
+	// failure is why the last attempt to save the wanted document failed, or nil. since is
+	// when the disk fell behind the wanted document; zero while it isn't behind.
+	failure  error
+	since    time.Time
+	reported bool  // an event reported the present problem
+	mark     error // why the clock's mark couldn't be written
 }
 
-// Job is something to write. err is to be read when done is closed.
+// Job is a write that was queued. Jobs with the same name, which isn't empty, are merged
+// while they wait.
 type Job struct {
 	name string
 	run  func() error
 	done chan struct{}
-	err  error
+	err  error // valid once done is closed
 }
 
-// errUnsynced is in the chain of the store's error when the document was replaced, but
-// the folder couldn't be synced: whether the new one outlasts a loss of power isn't
-// known.
+// errUnsynced is in the chain of the store's error when a file was replaced but the
+// directory couldn't be synced: a loss of power may bring the old file back.
 var errUnsynced = errors.New("whether it outlasts a loss of power isn't known")
 
-// Done is closed when the job has run.
+// Done returns a channel that is closed when the job has run.
 func (j *Job) Done() <-chan struct{} { return j.done }
 
-// Err returns what a job that is done came to.
+// Err returns the error of a job. It may be called once Done's channel is closed.
 func (j *Job) Err() error { return j.err }
 
-// submit has run called. A job of that name that hasn't begun yet stands for the new
-// one, too; a job without a name stands for itself alone.
+// submit queues run. If a job of the same name is still waiting, submit returns that one
+// and drops run; with an empty name it always queues a new one.
 func (d *disk) submit(name string, run func() error) *Job {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -74,7 +75,7 @@ func (d *disk) submit(name string, run func() error) *Job {
 	return j
 }
 
-// work does what is queued, until nothing is.
+// work runs jobs until the queue is empty.
 func (d *disk) work() {
 	for {
 		d.mu.Lock()
@@ -91,15 +92,16 @@ func (d *disk) work() {
 	}
 }
 
-// forget takes a job out of the queue that its caller gave up; one that runs goes on.
+// forget removes a job from the queue when its caller gave up. A job that already runs
+// isn't interrupted.
 func (d *disk) forget(j *Job) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.queue = slices.DeleteFunc(d.queue, func(q *Job) bool { return q == j })
 }
 
-// wait waits for a job, and returns its error, or that the disk didn't answer while the
-// caller waited.
+// wait waits for a job and returns its error. When ctx ends first, the error says that the
+// disk doesn't respond, or, after a cancellation, that the outcome isn't known.
 func (d *disk) wait(ctx context.Context, j *Job) error {
 	select {
 	case <-j.done:
@@ -112,26 +114,26 @@ func (d *disk) wait(ctx context.Context, j *Job) error {
 	default:
 	}
 	if errors.Is(ctx.Err(), context.Canceled) {
-		return errors.New("it isn't known yet whether it is saved: the caller left, or the helper is stopping")
+		return errors.New("it isn't known yet whether it is saved: the client disconnected, or the helper is stopping")
 	}
 	return fmt.Errorf("the disk of %q doesn't answer", d.store.dir)
 }
 
-// saveWanted has what is wanted then saved.
+// saveWanted queues a job that saves the document that is wanted when the job runs.
 func (d *disk) saveWanted() *Job {
 	return d.submit("wanted", func() error {
 		doc := d.wanted()
-		if d.holds(doc) {
+		if d.isSaved(doc) {
 			return nil
 		}
 		return d.note(doc, d.store.save(context.Background(), doc), true)
 	})
 }
 
-// saveAhead saves a document that isn't wanted until it is saved, where base is still
-// wanted when its turn comes: what was put in force since may be on disk already, and
-// said to be, and must not be replaced by a document without it (errOvertaken). An error
-// that isn't errUnsynced says that the one before is still there, or will be again.
+// saveAhead saves a document before it is published. It fails with errOvertaken if base is
+// no longer wanted when the job runs: a revocation that was published since may already be
+// on disk and acknowledged, and doc doesn't have it. After any other error without
+// errUnsynced in the chain, the document on disk is the previous one, or soon will be.
 func (d *disk) saveAhead(ctx context.Context, base, doc *Document) error {
 	j := d.submit("", func() error {
 		if err := ctx.Err(); err != nil {
@@ -149,17 +151,18 @@ func (d *disk) saveAhead(ctx context.Context, base, doc *Document) error {
 	return err
 }
 
-// note keeps what an attempt to save came to, and returns the error: of a document that
-// is in its place already and couldn't be written once more, with errUnsynced.
+// note records the result of saving doc, which is the wanted document or one saved ahead,
+// and returns err. If doc had already replaced state.json in an earlier attempt, err gets
+// errUnsynced: the file has the change even though this attempt failed.
 func (d *disk) note(doc *Document, err error, wanted bool) error {
 	d.mu.Lock()
 	switch {
 	case err == nil:
-		d.kept, d.placed = doc, doc
-		d.mark = nil // the document has the time, too
+		d.synced, d.written = doc, doc
+		d.mark = nil // Document.Saved does what the mark does
 	case errors.Is(err, errUnsynced):
-		d.kept, d.placed = nil, doc
-	case d.placed == doc:
+		d.synced, d.written = nil, doc
+	case d.written == doc:
 		err = unsyncedIf(true, err)
 	}
 	if wanted {
@@ -169,53 +172,53 @@ func (d *disk) note(doc *Document, err error, wanted bool) error {
 	if err == nil {
 		d.saved(doc)
 	}
-	d.tell()
+	d.report()
 	return err
 }
 
-// saveMark has the clock's mark saved.
+// saveMark queues a job that writes the clock's mark.
 func (d *disk) saveMark(at time.Time, c *clock) {
 	d.submit("mark", func() error {
 		err := d.store.writeMark(at)
 		if err == nil {
-			c.keep(at)
+			c.setSaved(at)
 		}
 		d.mu.Lock()
 		d.mark = err
 		d.mu.Unlock()
-		d.tell()
+		d.report()
 		return err
 	})
 }
 
-// holds reports whether doc is on disk.
-func (d *disk) holds(doc *Document) bool {
+// isSaved reports whether doc is on disk and synced.
+func (d *disk) isSaved(doc *Document) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.kept == doc
+	return d.synced == doc
 }
 
-// late notes that a caller gave up to wait until what is wanted was saved.
-func (d *disk) late(err error) {
+// noteTimeout records that a caller stopped waiting for the wanted document to be saved.
+func (d *disk) noteTimeout(err error) {
 	d.mu.Lock()
-	if d.failure == nil && d.kept != d.wanted() {
+	if d.failure == nil && d.synced != d.wanted() {
 		d.failure = err
 	}
 	d.mu.Unlock()
-	d.tell()
+	d.report()
 }
 
-// problem returns what is wrong with what is on disk: what is wanted isn't there, and
-// not only because it is being saved just now.
+// problem returns the problem of saving, if there is one: the wanted document isn't on disk
+// and the last attempt failed or takes longer than limit, or the mark can't be written.
 func (d *disk) problem() (api.Problem, bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.problemLocked()
 }
 
-// problemLocked is problem. d.mu is held.
+// problemLocked is problem for a caller that holds d.mu.
 func (d *disk) problemLocked() (api.Problem, bool) {
-	if d.kept == d.wanted() {
+	if d.synced == d.wanted() {
 		if d.mark != nil {
 			return api.Problem{
 				Step: "save the clock's mark", Message: d.mark.Error(),
@@ -234,12 +237,12 @@ func (d *disk) problemLocked() (api.Problem, bool) {
 	return api.Problem{Step: "save wanted state", Message: notSaved(cause), Hint: d.hint()}, true
 }
 
-// hint says what to do about a disk that takes nothing.
+// hint returns the hint for a disk that can't be written to.
 func (d *disk) hint() string {
 	return fmt.Sprintf("make room or make %q writable; saving is tried again, and at once when the command is repeated", d.store.dir)
 }
 
-// notSaved says what holds although it couldn't be saved.
+// notSaved describes a state that is in force although it couldn't be saved.
 func notSaved(cause error) string {
 	if errors.Is(cause, errUnsynced) {
 		return fmt.Sprintf("in force now, and saved, but %v", cause)
@@ -247,19 +250,19 @@ func notSaved(cause error) string {
 	return fmt.Sprintf("in force now, but not saved: after a restart it is back: %v", cause)
 }
 
-// tell notes since when what is wanted isn't on disk, and records once that it couldn't be
-// saved, and once that it is again, however often it is tried in between.
-func (d *disk) tell() {
+// report updates since and failure, and records an event when the problem begins and one
+// when it ends, however many attempts fail in between.
+func (d *disk) report() {
 	d.mu.Lock()
 	switch {
-	case d.kept == d.wanted():
+	case d.synced == d.wanted():
 		d.since, d.failure = time.Time{}, nil
 	case d.since.IsZero():
 		d.since = time.Now()
 	}
 	p, bad := d.problemLocked()
-	was := d.told
-	d.told = bad
+	was := d.reported
+	d.reported = bad
 	d.mu.Unlock()
 	switch {
 	case bad && !was:

@@ -1,14 +1,18 @@
 // Package wanted holds what people asked for: peers and their permissions, and the
 // settings. It is the one writer of the state directory's document.
 //
-// A newcomer starts at [State]: [State.AddPeer], [State.ChangePeer] and [State.RemovePeer]
-// check what is asked for and change a copy of the [Document], of which every change makes
-// a new generation; a document that was published is never changed. What a change takes
-// away is in force at the guard at once ([Options.Narrow]) and saved afterwards; what it
-// gives is saved first. Nothing waits for the disk for longer than it chose to.
-// [State.Keep] has permissions end by themselves, and tries again to save what couldn't be
-// saved.
+// Start reading at [State]. [State.AddPeer], [State.ChangePeer] and [State.RemovePeer]
+// validate a request and apply it to a copy of the [Document]. Each change makes a new
+// generation; a published document is immutable.
 //
-// The package knows nothing of hosts, packet filters or tunnels: whoever opens a State is
-// told of changes, and does what is to be done about them.
+// A change that revokes a permission and one that grants a permission are ordered
+// differently, so that a crash or a full disk always errs on the closed side. What is
+// revoked is in force at the guard at once ([Options.Narrow]) and saved afterwards. What
+// is granted is saved first and published afterwards. A caller waits for the disk no
+// longer than its own time limit.
+//
+// [State.Run] ends permissions when their time is up and retries failed saves.
+//
+// The package knows nothing of hosts, packet filters or tunnels. The caller that opens a
+// State learns of changes through the callbacks in [Options] and acts on them.
 package wanted

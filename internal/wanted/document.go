@@ -12,86 +12,89 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// documentVersion is the version of the document that this helper writes. A newer one
-// isn't read: whatever in a later version narrows what a peer may (an end that isn't a
-// time, a permission for single destinations) raises it, so that no older helper opens
-// what was meant to be narrow. What a later version adds besides raises nothing: fields
-// that aren't known here open nothing, and are kept and written back.
+// documentVersion is the version of the document that this helper writes; it refuses newer
+// ones. A format change that narrows what a peer may do (say, a permission for single
+// destinations) must raise the version: an older helper would ignore the restriction and
+// open more than was meant. Other additions leave the version as it is. Fields that are
+// unknown here open nothing, and are kept and written back; see extras.
 const documentVersion = 1
 
-// maxPeers bounds a mesh, and maxFormer the names that are remembered after
-// their peers were removed or renamed.
+// Limits of a document. They bound memory, the size of the rules made from it and the time
+// of a change.
 const (
-	maxPeers  = 1 << 14
-	maxFormer = 64
-	// maxRemoved bounds the removed peers whose addresses are remembered.
-	maxRemoved = 4096
+	maxPeers   = 1 << 14
+	maxFormer  = 64   // remembered names of removed or renamed peers
+	maxRemoved = 4096 // remembered addresses of removed peers
 )
 
-// removedFor is for how long nothing is sent to a removed peer's addresses: what
-// still sends there, an application or a resolver's answer in a cache, is thought
-// to have forgotten them by then.
+// removedFor is how long the host drops packets to the addresses of a removed peer, instead
+// of sending them by the default route. Applications and resolver caches that still use the
+// addresses are assumed to have dropped them by then.
 const removedFor = 24 * time.Hour
 
-// document is the wanted state. One that was published is never changed; a
-// change makes a new one.
+// Document is the wanted state, in the JSON format of state.json. A published document is
+// immutable; a change publishes a new one.
 type Document struct {
-	Version    int    `json:"version"`
+	// Version is documentVersion.
+	Version int `json:"version"`
+	// Generation counts published documents, across restarts.
 	Generation uint64 `json:"generation"`
-	// Saved is the time when it was written. The clock never goes behind it.
-	Saved  time.Time   `json:"saved"`
-	Peers  []mesh.Peer `json:"peers"`
-	Former []Former    `json:"former,omitempty"`
-	// Removed are the addresses that peers had until less than a day ago, the
-	// oldest first.
+	// Saved is the time at which the document was made. The clock never goes behind it.
+	Saved time.Time   `json:"saved"`
+	Peers []mesh.Peer `json:"peers"`
+	// Former are names that were removed or renamed lately, the oldest first, at most
+	// maxFormer.
+	Former []Former `json:"former,omitempty"`
+	// Removed are addresses that peers had within the last removedFor, the oldest first, at
+	// most maxRemoved.
 	Removed []Removed `json:"removed,omitempty"`
 
-	// extra is what the document has on disk besides, of a later version. It is written
-	// back.
+	// extra has the fields on disk that this version doesn't know.
 	extra *extras
 }
 
-// removed are the addresses of a peer that was removed, or got others.
+// Removed has the addresses of a peer that was removed or got other addresses.
 type Removed struct {
 	Addresses mesh.Addresses `json:"addresses"`
-	// At is when, by the clock that permissions end by.
+	// At is when the peer lost them, by State.Now.
 	At time.Time `json:"at"`
 }
 
-// ended reports whether the addresses are free again. A time that is ahead of the
-// clock, which no clock of ours gave, counts as ended.
+// ended reports whether removedFor is over. A time in the future, which this clock can't
+// have given, counts as over, lest the addresses be blocked for years.
 func (r Removed) ended(now time.Time) bool {
 	age := now.Sub(r.At)
 	return age < 0 || age >= removedFor
 }
 
-// former remembers a name that a peer had, so that repeating the command that
-// took it away is told from a typing error.
+// Former is a name that a peer had. It distinguishes a command that is repeated after a
+// removal or a rename from a mistyped name.
 type Former struct {
 	Name string `json:"name"`
-	// Now is the peer's new name, or empty when it was removed.
+	// Now is the peer's new name, or empty if the peer was removed.
 	Now string `json:"now,omitempty"`
 }
 
-// identity is the fixed part of the wanted state: what the helper was started with.
+// Identity is this host in its mesh. It is fixed for the helper's run time.
 type Identity struct {
 	Prefixes mesh.Prefixes
 	Key      mesh.PublicKey
-	Own      mesh.Addresses
+	Own      mesh.Addresses // the host's own mesh addresses
 }
 
 // List returns the mesh prefixes, IPv4 first.
 func (m Identity) List() []netip.Prefix { return []netip.Prefix{m.Prefixes.V4, m.Prefixes.V6} }
 
-// maxDocument bounds what is read from disk, in bytes; a peer has some 400.
+// maxDocument limits the size of the document on disk, in bytes. A peer takes about 400,
+// so maxPeers of them need a fifth of it.
 const maxDocument = 32 << 20
 
-// errNewer is in the chain of Decode's error about a document of a
-// newer version.
+// errNewer is in the chain of Decode's error for a document with a newer version.
 var errNewer = errors.New("it was written by a newer meshhelper")
 
-// Decode reads a document and refuses what doesn't make sense by
-// itself: it must be whole, of a known version and unambiguous.
+// Decode decodes a document. It must be complete, of documentVersion, and valid by itself:
+// no two peers share a name, a key or an address. Whether the peers fit the mesh prefixes
+// isn't checked.
 func Decode(text []byte) (*Document, error) {
 	var head struct {
 		Version int `json:"version"`
@@ -117,6 +120,7 @@ func Decode(text []byte) (*Document, error) {
 	return &doc, err
 }
 
+// Encode returns the document as one line of JSON, with the fields that Decode didn't know.
 func (doc *Document) Encode() ([]byte, error) {
 	text, err := json.Marshal(doc)
 	if err == nil {
@@ -128,11 +132,12 @@ func (doc *Document) Encode() ([]byte, error) {
 	return append(text, '\n'), nil
 }
 
-// validate checks each peer alone and all of them against each other.
+// validate checks each peer by itself, and all peers against each other.
 func (doc *Document) validate() error { return doc.validateAfter(&Document{}) }
 
-// validateAfter is validate after a change of a document that was valid: a peer that is
-// as it was then needs no look by itself.
+// validateAfter is validate for a document made from a valid one. A peer that is the same
+// as before, at the same index, isn't checked by itself again: with 10,000 peers that would
+// take most of the time of a change.
 func (doc *Document) validateAfter(before *Document) error {
 	if len(doc.Peers) > maxPeers {
 		return fmt.Errorf("%d peers, at most %d", len(doc.Peers), maxPeers)
@@ -167,9 +172,9 @@ func (doc *Document) validateAfter(before *Document) error {
 	return nil
 }
 
-// fits reports the first peer that this mesh has no place for: outside of its
-// prefixes, or with the host's own key or address.
-func (doc *Document) fits(m Identity) error {
+// checkFits returns an error for the first peer that doesn't fit the mesh: one with an
+// address outside the prefixes, or with the host's own key or address.
+func (doc *Document) checkFits(m Identity) error {
 	for i := range doc.Peers {
 		p := &doc.Peers[i]
 		if p.PublicKey == m.Key {
@@ -187,7 +192,7 @@ func (doc *Document) fits(m Identity) error {
 	return nil
 }
 
-// Clone returns a copy whose peers may be changed.
+// Clone returns a copy that may be changed without affecting doc.
 func (doc *Document) Clone() *Document {
 	c := *doc
 	c.Peers = slices.Clone(doc.Peers)
@@ -196,8 +201,9 @@ func (doc *Document) Clone() *Document {
 	return &c
 }
 
-// retire remembers the addresses that peers of the document before had and none
-// has now, and forgets those that a peer has again or whose day is over.
+// retire adds to doc.Removed the addresses that a peer had in the document before and no
+// peer has now. It drops those that a peer has again, those that are over, and the oldest
+// above maxRemoved.
 func (doc *Document) retire(before *Document, now time.Time) {
 	has := map[mesh.Addresses]bool{}
 	for i := range doc.Peers {
@@ -214,7 +220,7 @@ func (doc *Document) retire(before *Document, now time.Time) {
 	}
 }
 
-// timed reports whether a grant is to end by itself.
+// timed reports whether some permission has an end.
 func (doc *Document) timed() bool {
 	for i := range doc.Peers {
 		for _, g := range doc.Peers[i].Permissions {
@@ -226,7 +232,7 @@ func (doc *Document) timed() bool {
 	return false
 }
 
-// nextEnd returns the earliest end of a grant, and whether there is one.
+// nextEnd returns the earliest end of a permission, and whether some permission has one.
 func (doc *Document) nextEnd() (next time.Time, ok bool) {
 	for i := range doc.Peers {
 		for _, g := range doc.Peers[i].Permissions {
@@ -238,14 +244,15 @@ func (doc *Document) nextEnd() (next time.Time, ok bool) {
 	return next, ok
 }
 
-// less returns what of doc next leaves, and says what next does besides: whether it
-// takes something away, and whether it gives something. A peer that is gone, or has
-// other addresses, is in what is left without permissions.
+// narrowTo returns doc reduced to the permissions that next grants, too, and reports
+// whether next takes something away from doc, and whether it gives something. A peer that
+// next doesn't have, or has with other addresses, stays in the result without permissions.
 //
-// Another key takes everything from the old one, and gives the new one nothing that
-// the peer didn't have: what is left has the new key, with what both peers may.
-// Else a peer whose change can't be saved would have neither.
-func (doc *Document) less(next *Document) (left *Document, takes, gives bool) {
+// A peer that gets another key is in the result with the new one, and the permissions that
+// it has in both documents: the old key loses everything, and the new one gains nothing
+// that the peer didn't have. With the old key in the result, a change that can't be saved
+// would leave the peer with neither key.
+func (doc *Document) narrowTo(next *Document) (left *Document, takes, gives bool) {
 	after := next.byKeys()
 	left = doc.Clone()
 	rekeyed := doc.rekeyed(next)
@@ -274,8 +281,9 @@ func (doc *Document) less(next *Document) (left *Document, takes, gives bool) {
 	return left, takes, gives || len(after) > 0
 }
 
-// rekeyed returns the peers of next that have another key than in doc, by their index,
-// which such an edit leaves as it is.
+// rekeyed returns the peers of next that have another key than in doc, by index. An edit
+// that changes a key keeps the index, so the same index with two keys that are each unknown
+// to the other document is the same peer.
 func (doc *Document) rekeyed(next *Document) map[int]*mesh.Peer {
 	if len(doc.Peers) != len(next.Peers) {
 		return nil
@@ -290,9 +298,9 @@ func (doc *Document) rekeyed(next *Document) map[int]*mesh.Peer {
 	return out
 }
 
-// Finder returns a function that finds a peer by its key, or nil. It is fastest where the
-// peer has the index i, as it mostly has in two documents of which one was made from the
-// other.
+// Finder returns a function that returns the peer with a key, or nil. i is a guess of the
+// peer's index, which is nearly always right between two documents made from one another;
+// a map is built only for the first wrong guess.
 func (doc *Document) Finder() func(i int, key mesh.PublicKey) *mesh.Peer {
 	byKeys := sync.OnceValue(doc.byKeys)
 	return func(i int, key mesh.PublicKey) *mesh.Peer {
@@ -303,7 +311,7 @@ func (doc *Document) Finder() func(i int, key mesh.PublicKey) *mesh.Peer {
 	}
 }
 
-// byKeys returns the peers by their keys, to be looked at or changed in place.
+// byKeys returns the peers by key. The pointers are into doc.Peers.
 func (doc *Document) byKeys() map[mesh.PublicKey]*mesh.Peer {
 	out := make(map[mesh.PublicKey]*mesh.Peer, len(doc.Peers))
 	for i := range doc.Peers {
@@ -312,15 +320,15 @@ func (doc *Document) byKeys() map[mesh.PublicKey]*mesh.Peer {
 	return out
 }
 
-// ended is a grant that ended by itself.
+// ended is a permission that expired.
 type ended struct {
 	peer       string
 	permission string
 }
 
-// expire returns the document without the grants and the removed peers' addresses
-// that have ended, as the next generation, and which grants those were; the
-// document itself where nothing has.
+// expire returns a copy of doc, as the next generation, without the permissions and the
+// removed addresses that have ended by now, and the list of those permissions. It returns
+// doc itself if nothing has ended.
 func (doc *Document) expire(now time.Time) (*Document, []ended) {
 	var gone []ended
 	next := doc
@@ -348,8 +356,8 @@ func (doc *Document) expire(now time.Time) (*Document, []ended) {
 	return next, gone
 }
 
-// FormerAddresses returns the addresses of removed peers. The mesh prefixes may have been others
-// then.
+// FormerAddresses returns the addresses in Removed, both families. They may be outside the
+// present mesh prefixes, which may have changed since.
 func (doc *Document) FormerAddresses() (out []netip.Addr) {
 	for _, r := range doc.Removed {
 		for _, a := range r.Addresses {

@@ -6,10 +6,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/events"
 )
 
-// Expire takes the grants and removed peers' addresses that ended out of the wanted
-// state, which is in force at the guard when it returns, and returns that state. It
-// doesn't wait for the disk: what couldn't be saved by then, a restart finds by the
-// clock.
+// Expire removes the permissions and the removed peers' addresses whose time is up, and
+// returns the wanted state, which the guard enforces when Expire returns. It doesn't wait
+// for the disk: should the save fail, a restart ends the same permissions by the clock.
 func (s *State) Expire() *Document {
 	s.changing.Lock()
 	doc := s.doc.Load()
@@ -17,7 +16,7 @@ func (s *State) Expire() *Document {
 	next, gone := doc.expire(now)
 	if next != doc {
 		next.Saved = now
-		s.publishWanted(next)
+		s.publish(next)
 	}
 	s.changing.Unlock()
 	if next == doc {
@@ -27,7 +26,7 @@ func (s *State) Expire() *Document {
 		s.opts.Record(events.Event{Kind: events.Expired, Peer: e.peer, Message: fmt.Sprintf("%s of %s ended", e.permission, e.peer)})
 	}
 	for i := range doc.Peers {
-		p := &doc.Peers[i] // with what ended now
+		p := &doc.Peers[i] // before the end
 		if text := outdatedConfig(p.Name, p.Sends(p.Permissions.Allowed()), Sends(&next.Peers[i], now)); text != "" {
 			s.opts.Record(events.Event{Kind: events.Expired, Peer: p.Name, Message: text})
 		}
@@ -36,11 +35,11 @@ func (s *State) Expire() *Document {
 	return next
 }
 
-// publishWanted makes doc the wanted state. What it takes away is gone at the guard
-// when this returns. The caller holds changing.
-func (s *State) publishWanted(doc *Document) {
+// publish makes doc the wanted state. When it returns, the guard passes nothing that doc
+// doesn't allow. The caller holds changing.
+func (s *State) publish(doc *Document) {
 	before := s.doc.Swap(doc)
-	s.clock.pend(doc.timed())
+	s.clock.setPending(doc.timed())
 	s.opts.Narrow(doc)
 	s.opts.Changed(before, doc)
 	select {

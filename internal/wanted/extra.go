@@ -11,16 +11,16 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// unknown is what a JSON object on disk has besides the fields that this version knows:
-// fields of its own, and those of the objects inside it. A nil *unknown is nothing. One
-// that was read is never changed.
+// unknown has the fields of a JSON object on disk that this version doesn't know: those of
+// the object itself, and those of the objects in its known fields. A nil *unknown is empty.
+// An unknown is immutable, so that documents can share it.
 type unknown struct {
 	fields map[string]json.RawMessage
-	inside map[string]*unknown
+	inside map[string]*unknown // by the name of the known field
 }
 
-// unknownOf returns what the JSON object text has besides the fields of the type t: a
-// struct with json tags, or mesh.Grants. Objects in lists aren't looked at.
+// unknownOf returns the fields of the JSON object text that the type t doesn't have. t is
+// a struct with json tags, or mesh.Grants. Objects in lists are skipped.
 func unknownOf(text []byte, t reflect.Type) (*unknown, error) {
 	var object map[string]json.RawMessage
 	if err := json.Unmarshal(text, &object); err != nil {
@@ -51,7 +51,7 @@ func unknownOf(text []byte, t reflect.Type) (*unknown, error) {
 	return u, nil
 }
 
-// addTo returns the JSON object text with what is in u.
+// addTo returns the JSON object text with the unknown fields added.
 func (u *unknown) addTo(text []byte) ([]byte, error) {
 	if u == nil {
 		return text, nil
@@ -66,7 +66,7 @@ func (u *unknown) addTo(text []byte) ([]byte, error) {
 	for name, inside := range u.inside {
 		value, ok := object[name]
 		if !ok {
-			continue // left out because it is empty now, and what was unknown in it with it
+			continue // omitempty left the field out, and its unknown fields go with it
 		}
 		with, err := inside.addTo(value)
 		if err != nil {
@@ -77,16 +77,17 @@ func (u *unknown) addTo(text []byte) ([]byte, error) {
 	return json.Marshal(object)
 }
 
-// field is a field of a JSON object.
+// field is a known field of a JSON object.
 type field struct {
 	name string
 	typ  reflect.Type
 }
 
+// fields are the known fields of a JSON object.
 type fields []field
 
-// find returns the field that encoding/json reads a name into: case doesn't matter to
-// it, so a name in other letters isn't unknown.
+// find returns the field that encoding/json decodes a name into. encoding/json ignores
+// case, so a name in other letters is known, too.
 func (fs fields) find(name string) (field, bool) {
 	for _, f := range fs {
 		if strings.EqualFold(f.name, name) {
@@ -96,8 +97,8 @@ func (fs fields) find(name string) (field, bool) {
 	return field{}, false
 }
 
-// fieldsOf returns the fields of a type that is written as a JSON object, and nil for one
-// that isn't.
+// fieldsOf returns the fields of a type that is encoded as a JSON object, and nil for any
+// other type. mesh.Grants is an array in Go and an object with permission names in JSON.
 func fieldsOf(t reflect.Type) fields {
 	var out fields
 	switch {
@@ -115,15 +116,15 @@ func fieldsOf(t reflect.Type) fields {
 	return out
 }
 
-// extras are what a document has besides what this version knows: in itself, and in its
-// peers by their keys. What is unknown in the lists of former names and removed peers,
-// which are remembered for a time only, is forgotten.
+// extras has the unknown fields of a document: those at the top, and those of its peers by
+// key. A later version's fields thus survive a downgrade. Unknown fields of Former and
+// Removed entries, which are short-lived, are dropped.
 type extras struct {
 	top   *unknown
 	peers map[mesh.PublicKey]*unknown
 }
 
-// extrasOf returns what of text, which is doc, isn't in doc.
+// extrasOf returns the fields of text, from which doc was decoded, that doc doesn't have.
 func extrasOf(text []byte, doc *Document) (*extras, error) {
 	top, err := unknownOf(text, reflect.TypeFor[Document]())
 	if err != nil {
@@ -151,7 +152,7 @@ func extrasOf(text []byte, doc *Document) (*extras, error) {
 	return out, nil
 }
 
-// addTo returns text, which is doc, with what is unknown.
+// addTo returns text, which is doc encoded, with the unknown fields added.
 func (u *extras) addTo(text []byte, doc *Document) ([]byte, error) {
 	if u == nil {
 		return text, nil
@@ -182,10 +183,10 @@ func (u *extras) addTo(text []byte, doc *Document) ([]byte, error) {
 	return u.top.addTo(text)
 }
 
-// follow returns what is unknown of the document before, in the document after an edit: a
-// peer with another key keeps what is unknown of it, and one that is gone doesn't, so that
-// it isn't there when the peer comes back.
-func (u *extras) follow(before, after *Document) *extras {
+// carryOver returns the unknown fields for a document after an edit of the document before.
+// A peer that gets another key keeps its unknown fields. Those of a removed peer are
+// dropped, so that they don't reappear when a peer with that key is added again.
+func (u *extras) carryOver(before, after *Document) *extras {
 	if u == nil || len(u.peers) == 0 {
 		return u
 	}

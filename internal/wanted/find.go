@@ -8,6 +8,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
+// rename renames peer i and remembers the name it had. Errors are *api.Error.
 func (doc *Document) rename(i int, name string) error {
 	if err := mesh.CheckName(name); err != nil {
 		return api.Errorf(api.CodeBadName, "%v", err).WithHint("names have 1 to 63 letters, digits, -, _ and .")
@@ -21,7 +22,7 @@ func (doc *Document) rename(i int, name string) error {
 	return nil
 }
 
-// remember notes a name that is no more; the oldest is forgotten.
+// remember adds a former name. Above maxFormer it drops the oldest.
 func (doc *Document) remember(f Former) {
 	doc.forget(f.Name)
 	doc.Former = append(doc.Former, f)
@@ -30,12 +31,13 @@ func (doc *Document) remember(f Former) {
 	}
 }
 
+// forget drops a former name, if it is remembered: a peer has it again.
 func (doc *Document) forget(name string) {
 	doc.Former = slices.DeleteFunc(doc.Former, func(f Former) bool { return f.Name == name })
 }
 
-// nowOf returns what a former name became, or "".
-func (doc *Document) nowOf(name string) string {
+// renamedTo returns the present name of the peer that once had a name, or "".
+func (doc *Document) renamedTo(name string) string {
 	for _, f := range doc.Former {
 		if f.Name == name && doc.byName(f.Now) >= 0 {
 			return f.Now
@@ -44,19 +46,24 @@ func (doc *Document) nowOf(name string) string {
 	return ""
 }
 
+// byName returns the index of the peer with a name, or -1.
 func (doc *Document) byName(name string) int {
 	return slices.IndexFunc(doc.Peers, func(p mesh.Peer) bool { return p.Name == name })
 }
 
+// ByKey returns the index of the peer with a public key, or -1.
 func (doc *Document) ByKey(key mesh.PublicKey) int {
 	return slices.IndexFunc(doc.Peers, func(p mesh.Peer) bool { return p.PublicKey == key })
 }
 
+// byAddress returns the index of the peer with a mesh address, or -1.
 func (doc *Document) byAddress(a netip.Addr) int {
 	return slices.IndexFunc(doc.Peers, func(p mesh.Peer) bool { return p.Addresses[0] == a || p.Addresses[1] == a })
 }
 
-// find returns the peer that ref names: by name, mesh address or public key.
+// Find returns the index of the peer that ref refers to. ref is a name, a mesh address or a
+// public key, tried in this order. Without such a peer the index is -1 and the error an
+// *api.Error with code unknown_peer or already_removed, and a hint.
 func (doc *Document) Find(ref string) (int, error) {
 	if i := doc.byName(ref); i >= 0 {
 		return i, nil
@@ -74,13 +81,14 @@ func (doc *Document) Find(ref string) (int, error) {
 	return -1, doc.unknown(ref)
 }
 
-// unknown says that there is no such peer, and which was probably meant.
+// unknown returns the error for a ref that no peer has, with the likely intended name as
+// its hint.
 func (doc *Document) unknown(ref string) error {
 	if slices.ContainsFunc(doc.Former, func(f Former) bool { return f.Name == ref && f.Now == "" }) {
 		return api.Errorf(api.CodeAlreadyRemoved, "peer %q is no more", ref).WithHint("see `meshhelper peer list`")
 	}
 	e := api.Errorf(api.CodeUnknownPeer, "peer %.100q is unknown", ref)
-	if now := doc.nowOf(ref); now != "" {
+	if now := doc.renamedTo(ref); now != "" {
 		return e.WithHint("it is called %q now", now)
 	}
 	names := make([]string, len(doc.Peers))

@@ -11,18 +11,17 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// keyFileLimit bounds what is read from a key file, in bytes: the key and
-// some white space.
+// keyFileLimit limits what is read from a key file, in bytes: 44 for the key in base64, and
+// room for white space.
 const keyFileLimit = 256
 
-// errExposedKey is in the chain of readPrivateKey's error when others than the owner
-// may read or write the file.
+// errExposedKey is in the chain of readPrivateKey's error when the file's mode gives its
+// group or others any access.
 var errExposedKey = errors.New("others than the owner have access")
 
-// readPrivateKey reads a private key, in base64 and with white space around it, from an
-// open file, and refuses what isn't a regular file and a file that group or others may
-// access. Whose file it is, the caller has to check, and on f, for another one may have
-// the name by then.
+// readPrivateKey reads a private key, in base64 with optional white space around it, from
+// an open file. The file must be a regular one that its group and others have no access to.
+// The caller checks its owner, on f and not by name: another file may have the name by then.
 func readPrivateKey(f *os.File) (mesh.PrivateKey, error) {
 	text, err := readPrivate(f)
 	if err != nil {
@@ -35,6 +34,8 @@ func readPrivateKey(f *os.File) (mesh.PrivateKey, error) {
 	return key, nil
 }
 
+// readPrivate returns the first keyFileLimit bytes of a file that only its owner may
+// access.
 func readPrivate(f *os.File) (string, error) {
 	info, err := f.Stat()
 	if err != nil {
@@ -43,7 +44,7 @@ func readPrivate(f *os.File) (string, error) {
 	if !info.Mode().IsRegular() {
 		return "", fmt.Errorf("%q is not a regular file", f.Name())
 	}
-	// Windows has no such mode bits; Go makes them up there.
+	// Windows has no such mode bits; os.Stat derives them from the read-only attribute.
 	if exposed := info.Mode().Perm() & 0o077; exposed != 0 && runtime.GOOS != "windows" {
 		return "", fmt.Errorf("%q has mode %v: %w", f.Name(), info.Mode().Perm(), errExposedKey)
 	}

@@ -11,7 +11,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh/meshtest"
 )
 
-// TestKeyFile reads a key file, also one that isn't the file of that name any more.
+// TestKeyFile reads an open key file after its name was removed or given to another file.
 func TestKeyFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "key")
 	first, second := meshtest.Key(t, 4), meshtest.Key(t, 5)
@@ -36,6 +36,8 @@ func TestKeyFile(t *testing.T) {
 	}
 }
 
+// TestKeyFileRefused reads key files with the wrong mode, type or content, and checks that
+// the error doesn't quote the key.
 func TestKeyFileRefused(t *testing.T) {
 	text := meshtest.Key(t, 7).Reveal()
 	write := func(mode os.FileMode, content string) func(string) error {
@@ -67,7 +69,7 @@ func TestKeyFileRefused(t *testing.T) {
 			defer f.Close()
 			_, err = readPrivateKey(f)
 			if name == "long" {
-				// White space behind the key is cut with the rest.
+				// The read stops within the white space after the key.
 				if err != nil {
 					t.Errorf("a key with white space behind it gives %v", err)
 				}

@@ -13,8 +13,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/owned"
 )
 
-// lockDir takes the state directory for this process. The kernel gives it back
-// when the process ends, however it ends.
+// lockDir locks the state directory for this process, by flock(2) on a file in it. The
+// kernel releases the lock when the process ends, even after SIGKILL. The error is errHeld
+// while another process has the lock.
 func lockDir(dir string) (release func() error, err error) {
 	path := filepath.Join(dir, lockFile)
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)

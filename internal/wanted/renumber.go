@@ -9,18 +9,19 @@ import (
 	"github.com/meshhelper/meshhelper/internal/events"
 )
 
-// Renumbered returns the document with peers' addresses that this mesh has a place for, as
-// the next generation: an address that fits stays, and another is derived anew from the
-// peer's key. Where that one is taken, the next attempt of the derivation counts, in the
-// order of the peers, so that the outcome is the same each time. The addresses of before
-// are kept in for a day, as a removed peer's are.
+// Renumbered returns a copy of doc, as the next generation, in which every peer's addresses
+// fit the mesh m. An address that fits stays. Any other is replaced by one derived from the
+// peer's key; if a peer earlier in the list has that one, the next attempt of the derivation
+// counts, so the result is the same each time. Replaced addresses go into Removed.
+//
+// The error is an *api.Error with code bad_address if the prefixes are too small.
 func (doc *Document) Renumbered(m Identity, now time.Time) (*Document, error) {
 	next := doc.Clone()
 	taken := map[netip.Addr]bool{m.Own[0]: true, m.Own[1]: true}
 	stays := make([][2]bool, len(next.Peers))
 	for i := range next.Peers {
 		for n, a := range next.Peers[i].Addresses {
-			// Check of the family's own prefix: an address in the other one doesn't exist.
+			// Check picks the prefix by the family of the address.
 			if m.Prefixes.Check(a) == nil && !taken[a] {
 				stays[i][n], taken[a] = true, true
 			}
@@ -48,8 +49,8 @@ func (doc *Document) Renumbered(m Identity, now time.Time) (*Document, error) {
 	return next, nil
 }
 
-// renumber gives the peers of a document that was read addresses that fit this mesh, and
-// says which.
+// renumber returns a document from disk with addresses that fit this mesh, and records an
+// event for each peer that gets others.
 func (s *State) renumber(doc *Document) (*Document, error) {
 	next, err := doc.Renumbered(s.id, s.clock.Now())
 	if err != nil {

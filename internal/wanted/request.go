@@ -11,7 +11,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// newPeer reads the body of a POST.
+// newPeer validates a request to add a peer and returns the peer that it describes, with
+// defaults for what it leaves open. Refusals are *api.Error with a hint. Whether the name,
+// key and addresses are free is checked by admit.
 func (s *State) newPeer(doc *Document, p api.NewPeer, now time.Time) (*mesh.Peer, error) {
 	out := &mesh.Peer{Name: p.Name, Kind: p.Kind}
 	if err := mesh.CheckName(p.Name); err != nil {
@@ -40,10 +42,11 @@ func (s *State) newPeer(doc *Document, p api.NewPeer, now time.Time) (*mesh.Peer
 	if err := setPermissions(out, p.Permissions, now); err != nil {
 		return nil, err
 	}
-	out.Addresses, err = s.giveAddresses(doc, out, p.Addresses)
+	out.Addresses, err = s.chooseAddresses(doc, out, p.Addresses)
 	return out, err
 }
 
+// readKey parses a peer's public key and refuses the host's own.
 func (s *State) readKey(text string) (mesh.PublicKey, error) {
 	key, err := mesh.ParsePublicKey(text)
 	if err != nil {
@@ -57,6 +60,7 @@ func (s *State) readKey(text string) (mesh.PublicKey, error) {
 	return key, nil
 }
 
+// setEndpoint sets the configured endpoint, HOST:PORT; an empty text clears it.
 func setEndpoint(p *mesh.Peer, text string) error {
 	p.Endpoint = ""
 	if text == "" {
@@ -70,6 +74,8 @@ func setEndpoint(p *mesh.Peer, text string) error {
 	return nil
 }
 
+// setKeepalive sets the interval of persistent keepalives, whole seconds from 0 to
+// mesh.MaxKeepalive in Go's duration syntax; an empty text or 0s turns them off.
 func setKeepalive(p *mesh.Peer, text string) error {
 	p.Keepalive = 0
 	if text == "" {
@@ -84,17 +90,18 @@ func setKeepalive(p *mesh.Peer, text string) error {
 	return nil
 }
 
-// maxTimed bounds how long a permission may be given for: what is meant for
-// longer is meant for good.
+// maxTimed limits how far ahead a permission's end may be. A longer duration is rather a
+// mistake, or meant to be without an end.
 const maxTimed = 10 * 365 * 24 * time.Hour
 
+// setPermissions sets the permissions named in changes and leaves the others.
 func setPermissions(p *mesh.Peer, changes map[string]api.PermissionChange, now time.Time) error {
 	for name, c := range changes {
 		one, err := mesh.ParsePermission(name)
 		if err != nil {
 			return api.Errorf(api.CodeBadPermission, "permission %q is unknown", name).WithHint("it is one of %s", strings.Join(mesh.PermissionNames(), ", "))
 		}
-		until, err := endOf(c, now)
+		until, err := parseEnd(c, now)
 		if err != nil {
 			return api.Errorf(api.CodeBadPermission, "permission %s: %v", name, err).WithHint("say for how long, such as 30m or 2h")
 		}
@@ -103,14 +110,15 @@ func setPermissions(p *mesh.Peer, changes map[string]api.PermissionChange, now t
 	return nil
 }
 
-// endOf returns when a permission is to end, in whole milliseconds, or zero.
-func endOf(c api.PermissionChange, now time.Time) (time.Time, error) {
+// parseEnd returns when a permission ends, or the zero time for one without an end. An end
+// given as a duration is rounded down to milliseconds.
+func parseEnd(c api.PermissionChange, now time.Time) (time.Time, error) {
 	var until time.Time
 	switch {
 	case c.For == nil && c.Until == nil:
 		return time.Time{}, nil
 	case !c.Allowed:
-		return time.Time{}, errors.New("what isn't allowed has no end")
+		return time.Time{}, errors.New("a permission that is taken away has no end")
 	case c.For != nil && c.Until != nil:
 		return time.Time{}, errors.New("both for and until are given")
 	case c.For != nil:
@@ -128,9 +136,11 @@ func endOf(c api.PermissionChange, now time.Time) (time.Time, error) {
 	return until, nil
 }
 
-// giveAddresses returns the addresses for a peer: those given, else those
-// derived from its key. A peer of that name keeps the ones it has.
-func (s *State) giveAddresses(doc *Document, p *mesh.Peer, given []string) (out mesh.Addresses, err error) {
+// chooseAddresses returns the addresses for a new peer: the given ones, at most one of each
+// family, and for the rest those derived from the peer's key. If a peer has that key already
+// and no address is given, it returns that peer's addresses, so that a repeated request
+// compares equal.
+func (s *State) chooseAddresses(doc *Document, p *mesh.Peer, given []string) (out mesh.Addresses, err error) {
 	var have [2]bool
 	for _, text := range given {
 		a, err := netip.ParseAddr(text)
@@ -154,7 +164,7 @@ func (s *State) giveAddresses(doc *Document, p *mesh.Peer, given []string) (out 
 	}
 	derived, err := s.id.Prefixes.Derive(p.PublicKey)
 	if err != nil {
-		return out, s.fullOr(doc, p.PublicKey, api.Errorf(api.CodeAddressTaken, "%v", err))
+		return out, s.refuseAddress(doc, p.PublicKey, api.Errorf(api.CodeAddressTaken, "%v", err))
 	}
 	for family, a := range derived.List() {
 		if !have[family] {
@@ -164,7 +174,7 @@ func (s *State) giveAddresses(doc *Document, p *mesh.Peer, given []string) (out 
 	return out, nil
 }
 
-// freeHint proposes addresses that are free.
+// freeHint returns a hint that proposes free addresses for a key.
 func (s *State) freeHint(doc *Document, key mesh.PublicKey) string {
 	free, err := s.id.Prefixes.Propose(key, func(a netip.Addr) bool { return s.owner(doc, a) != "" })
 	if err != nil {
@@ -173,9 +183,9 @@ func (s *State) freeHint(doc *Document, key mesh.PublicKey) string {
 	return fmt.Sprintf("add --address %v --address %v", free[0], free[1])
 }
 
-// fullOr says that the mesh is full if it is, and else refuses with a free
-// address as the hint.
-func (s *State) fullOr(doc *Document, key mesh.PublicKey, refusal *api.Error) error {
+// refuseAddress returns refusal with a hint that proposes free addresses, or, if none is
+// left, an error with code mesh_full.
+func (s *State) refuseAddress(doc *Document, key mesh.PublicKey, refusal *api.Error) error {
 	_, err := s.id.Prefixes.Propose(key, func(a netip.Addr) bool { return s.owner(doc, a) != "" })
 	if errors.Is(err, mesh.ErrMeshFull) {
 		refusal = api.Errorf(api.CodeMeshFull, "the mesh is full: %v", err)
@@ -183,7 +193,8 @@ func (s *State) fullOr(doc *Document, key mesh.PublicKey, refusal *api.Error) er
 	return refusal.WithHint("%s", s.freeHint(doc, key))
 }
 
-// owner returns whose address a is, or "".
+// owner returns a description of the owner of an address, for messages, or "" if the
+// address is free.
 func (s *State) owner(doc *Document, a netip.Addr) string {
 	if a == s.id.Own[0] || a == s.id.Own[1] {
 		return "this host"
@@ -194,27 +205,27 @@ func (s *State) owner(doc *Document, a netip.Addr) string {
 	return ""
 }
 
-// admit refuses a new peer that takes something from another, or for which
-// there is no place.
+// admit refuses a new peer whose key or addresses belong to another, or that exceeds
+// maxPeers. Its name is known to be free.
 func (s *State) admit(doc *Document, p *mesh.Peer, asked api.NewPeer) error {
 	if len(doc.Peers) >= maxPeers {
-		return api.Errorf(api.CodeMeshFull, "the mesh has %d peers, and there is no place for more", maxPeers).WithHint("remove a peer")
+		return api.Errorf(api.CodeMeshFull, "the mesh has %d peers, which is the limit", maxPeers).WithHint("remove a peer")
 	}
 	if i := doc.ByKey(p.PublicKey); i >= 0 {
-		return api.Errorf(api.CodeKeyTaken, "peer %q has the key %v already", doc.Peers[i].Name, p.PublicKey).
+		return api.Errorf(api.CodeKeyTaken, "peer %q already has the key %v", doc.Peers[i].Name, p.PublicKey).
 			WithHint("run: meshhelper peer rename %s %s", doc.Peers[i].Name, p.Name)
 	}
 	for _, a := range p.Addresses {
 		if owner := s.owner(doc, a); owner != "" {
-			return s.fullOr(doc, p.PublicKey, api.Errorf(api.CodeAddressTaken, "address %v belongs to %s", a, owner))
+			return s.refuseAddress(doc, p.PublicKey, api.Errorf(api.CodeAddressTaken, "address %v belongs to %s", a, owner))
 		}
 	}
 	return nil
 }
 
-// samePeer reports what differs between a peer that exists and one that was
-// asked for by its name; what the request leaves open doesn't.
-func samePeer(is, wanted *mesh.Peer, asked api.NewPeer, now time.Time) error {
+// checkSamePeer returns an error if an existing peer differs from the requested one of the
+// same name. Fields that the request leaves open don't count.
+func checkSamePeer(is, wanted *mesh.Peer, asked api.NewPeer, now time.Time) error {
 	var differs string
 	switch {
 	case is.PublicKey != wanted.PublicKey:
@@ -231,13 +242,15 @@ func samePeer(is, wanted *mesh.Peer, asked api.NewPeer, now time.Time) error {
 	case asked.Tunnel != "" && is.Tunnel != wanted.Tunnel:
 		differs = "with another --tunnel"
 	default:
-		return samePermissions(is, asked, now)
+		return checkSamePermissions(is, asked, now)
 	}
 	return api.Errorf(api.CodeNameTaken, "peer %q already exists, %s", is.Name, differs).
 		WithHint("run: meshhelper peer remove %s, and add it again", is.Name)
 }
 
-func samePermissions(is *mesh.Peer, asked api.NewPeer, now time.Time) error {
+// checkSamePermissions is checkSamePeer for the permissions. Two ends aren't compared: a
+// request with a duration gets another end each time it is repeated.
+func checkSamePermissions(is *mesh.Peer, asked api.NewPeer, now time.Time) error {
 	for i, one := range mesh.AllPermissions {
 		name := one.Name
 		c, wanted := asked.Permissions[name]
@@ -266,8 +279,9 @@ func samePermissions(is *mesh.Peer, asked api.NewPeer, now time.Time) error {
 	return nil
 }
 
-// apply changes doc's peer i.
-func (s *State) apply(doc *Document, i int, c api.PeerChange, now time.Time) error {
+// applyChange applies a change request to peer i of doc. After an error doc may be changed
+// in part; the caller drops it.
+func (s *State) applyChange(doc *Document, i int, c api.PeerChange, now time.Time) error {
 	p := &doc.Peers[i]
 	if c.PublicKey != "" {
 		if err := s.rekey(doc, i, c.PublicKey); err != nil {
@@ -293,8 +307,8 @@ func (s *State) apply(doc *Document, i int, c api.PeerChange, now time.Time) err
 	return doc.rename(i, c.Name)
 }
 
-// rekey gives a peer another key. Addresses that were derived from the old one
-// follow, since others derive them, too; chosen ones stay.
+// rekey gives a peer another key. Addresses that were derived from the old key are derived
+// from the new one, as other hosts of the mesh derive them, too; chosen addresses stay.
 func (s *State) rekey(doc *Document, i int, text string) error {
 	p := &doc.Peers[i]
 	key, err := s.readKey(text)
@@ -302,7 +316,7 @@ func (s *State) rekey(doc *Document, i int, text string) error {
 		return err
 	}
 	if other := doc.ByKey(key); other >= 0 {
-		return api.Errorf(api.CodeKeyTaken, "peer %q has the key %v already", doc.Peers[other].Name, key).WithHint("make a new key")
+		return api.Errorf(api.CodeKeyTaken, "peer %q already has the key %v", doc.Peers[other].Name, key).WithHint("make a new key")
 	}
 	old, oldErr := s.id.Prefixes.Derive(p.PublicKey)
 	next, err := s.id.Prefixes.Derive(key)
@@ -323,7 +337,7 @@ func (s *State) rekey(doc *Document, i int, text string) error {
 	return nil
 }
 
-// familyOf returns 0 for IPv4 and 1 for IPv6, the order of addresses everywhere.
+// familyOf returns the index of an address in mesh.Addresses: 0 for IPv4, 1 for IPv6.
 func familyOf(a netip.Addr) int {
 	if a.Is4() {
 		return 0

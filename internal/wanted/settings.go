@@ -25,20 +25,21 @@ import (
 	"github.com/meshhelper/meshhelper/internal/owned"
 )
 
-// settingsFile has the settings, beside the wanted state: what a helper needs before it
-// can read that. A state directory without it is one where nothing was set.
+// settingsFile has the settings. It is separate from the document because the helper needs
+// some of them (the mesh prefixes, say) before it can check the document. Without the file
+// nothing was set.
 const settingsFile = "settings.json"
 
-// settingsVersion is the version of the file that this helper writes.
+// settingsVersion is the version of the file that this helper writes and reads.
 const settingsVersion = 1
 
-// maxSettings bounds the file in bytes, and maxSetting one value.
+// Limits in bytes. Eight values of full length take an eighth of the file.
 const (
-	maxSettings = 64 << 10
-	maxSetting  = 1024
+	maxSettings = 64 << 10 // of the file
+	maxSetting  = 1024     // of a value
 )
 
-// The keys of settings. Each is also a flag of `run`, which overrides it, name excepted.
+// The keys of settings. Each except name is also a flag of `run`, which overrides it.
 const (
 	SettingName        = "name"
 	SettingLabel       = "label"
@@ -50,12 +51,11 @@ const (
 	SettingMeshPrefix6 = "mesh-prefix6"
 )
 
-// settingKey is a key, and what it says. A change of a live one is in force at once; the
-// others hold from the next start on.
+// settingKey describes a key.
 type settingKey struct {
 	key  string
-	live bool
-	is   string
+	live bool   // a change is in force at once, not only after a restart
+	is   string // its meaning, for help texts
 }
 
 // settingKeys are all keys, in the order in which they are shown.
@@ -70,7 +70,7 @@ var settingKeys = []settingKey{
 	{SettingMeshPrefix6, false, "IPv6 prefix of the mesh"},
 }
 
-// SettingsHelp has a line for each key, which says what it is.
+// SettingsHelp returns a line for each key with its meaning, for the command's help.
 func SettingsHelp() string {
 	var lines []string
 	for _, k := range settingKeys {
@@ -87,12 +87,13 @@ func SettingKeys() (keys []string) {
 	return keys
 }
 
+// isLive reports whether a change of a key is in force without a restart.
 func isLive(key string) bool {
 	return slices.ContainsFunc(settingKeys, func(k settingKey) bool { return k.key == key && k.live })
 }
 
-// CheckSetting returns a value as it is kept, or says what is wrong with it or the key,
-// as an *api.Error.
+// CheckSetting validates a value and returns it in the form in which it is saved. Errors
+// are *api.Error with code unknown_setting or bad_setting, and a hint.
 func CheckSetting(key, value string) (string, error) {
 	kept, err := parseSetting(key, value)
 	if err == nil {
@@ -104,8 +105,9 @@ func CheckSetting(key, value string) (string, error) {
 	return kept, nil
 }
 
-// checkReachable refuses an endpoint and resolvers that no device reaches. One that is
-// kept already is no reason not to start.
+// checkReachable refuses an endpoint or a resolver that no other device can reach: loopback
+// and link-local addresses. It only applies to new values. A saved one doesn't keep the
+// helper from starting.
 func checkReachable(key, value string) error {
 	addresses := strings.Split(value, ",")
 	switch key {
@@ -128,7 +130,7 @@ func checkReachable(key, value string) error {
 	return nil
 }
 
-// parseSetting is CheckSetting for a value that may have been kept for long.
+// parseSetting is CheckSetting without checkReachable, for a value from disk.
 func parseSetting(key, value string) (string, error) {
 	value = strings.TrimSpace(value)
 	if !slices.Contains(SettingKeys(), key) {
@@ -150,7 +152,7 @@ func parseSetting(key, value string) (string, error) {
 	case SettingLabel:
 		err, hint = host.CheckLabel(value), "a label has 1 to 63 letters, digits, -, _ and ., such as org.meshhelper"
 	case SettingEndpoint:
-		// The port is that of WireGuard, where there is none.
+		// The default port doesn't matter here; resolveLive puts in the listen port.
 		if _, wrong := mesh.ParseEndpoint(value, 1); wrong != nil {
 			err = errors.Unwrap(wrong)
 		}
@@ -177,7 +179,7 @@ func parseSetting(key, value string) (string, error) {
 	}
 	if err != nil {
 		message := fmt.Sprintf("%s %.70q: %v", key, value, err)
-		if said := err.Error(); strings.Contains(said, strconv.Quote(value)) { // it quotes the value itself
+		if said := err.Error(); strings.Contains(said, strconv.Quote(value)) { // err quotes the value itself
 			message = key + " " + strings.TrimPrefix(said, key+" ")
 		}
 		return "", api.Errorf(api.CodeBadSetting, "%s", message).WithHint("%s", hint)
@@ -185,6 +187,7 @@ func parseSetting(key, value string) (string, error) {
 	return kept, nil
 }
 
+// checkDNS returns a comma-separated list of resolvers' addresses in normal form.
 func checkDNS(value string) (string, error) {
 	var out []string
 	for text := range strings.SplitSeq(value, ",") {
@@ -197,6 +200,8 @@ func checkDNS(value string) (string, error) {
 	return strings.Join(out, ","), nil
 }
 
+// checkPrefix returns a mesh prefix in normal form. mesh.Prefixes.Validate says which
+// prefixes are allowed.
 func checkPrefix(key, value string) (string, error) {
 	p, err := netip.ParsePrefix(value)
 	if _, notAddr := netip.ParseAddr(value); notAddr == nil {
@@ -214,8 +219,8 @@ func checkPrefix(key, value string) (string, error) {
 	return p.String(), prefixes.Validate()
 }
 
-// ReadSettings returns the settings that are kept in a state directory, by key. It needs
-// no helper, and none where the directory doesn't exist.
+// ReadSettings returns the settings saved in a state directory, by key. It doesn't need a
+// running helper. The map is empty if nothing was set or the directory doesn't exist.
 func ReadSettings(dir string) (map[string]string, error) {
 	path := filepath.Join(dir, settingsFile)
 	text, err := owned.Read(path, maxSettings)
@@ -224,23 +229,26 @@ func ReadSettings(dir string) (map[string]string, error) {
 	}
 	if err != nil {
 		if wrong := checkDir(dir); wrong != nil {
-			return nil, wrong // the folder's owner first: with it that of the file is mended
+			return nil, wrong // comes first: its hint, chown -R, also repairs the file
 		}
 		return nil, fmt.Errorf("read settings: %w", err)
 	}
 	kept, err := decodeSettings(text)
 	if err != nil {
 		return nil, api.Errorf(api.CodeInternal, "read settings %q: %v", path, err).
-			WithHint("nothing was touched; mend the file, or move it away to start without settings")
+			WithHint("nothing was touched; repair the file, or move it away to start without settings")
 	}
 	return kept, nil
 }
 
+// settingsDocument is the content of settings.json.
 type settingsDocument struct {
 	Version  int               `json:"version"`
 	Settings map[string]string `json:"settings"`
 }
 
+// decodeSettings decodes the settings and validates each. Unlike in the document, an
+// unknown field or key is an error.
 func decodeSettings(text []byte) (map[string]string, error) {
 	dec := json.NewDecoder(bytes.NewReader(text))
 	dec.DisallowUnknownFields()
@@ -265,14 +273,15 @@ func decodeSettings(text []byte) (map[string]string, error) {
 	return out, nil
 }
 
+// encodeSettings encodes settings, indented for a person to read.
 func encodeSettings(kept map[string]string) ([]byte, error) {
 	text, err := json.MarshalIndent(settingsDocument{settingsVersion, kept}, "", "  ")
 	return append(text, '\n'), err
 }
 
-// WriteSettings changes the settings in the directory of a helper that doesn't run; nil
-// takes a setting away. The directory is made when missing. It is an error while a
-// helper holds the directory.
+// WriteSettings changes settings in a state directory while no helper runs there; a nil
+// value unsets a key. It makes the directory if it doesn't exist, and fails while a helper
+// has the lock.
 func WriteSettings(dir string, changes map[string]*string) (err error) {
 	if err := openDir(dir); err != nil {
 		return err
@@ -300,22 +309,23 @@ func WriteSettings(dir string, changes map[string]*string) (err error) {
 	return nil
 }
 
-// InUse returns an error while a helper holds a state directory. It makes nothing there.
+// InUse returns an error while a helper has the lock of a state directory. It creates
+// nothing there.
 func InUse(dir string) error {
 	if _, err := os.Lstat(filepath.Join(dir, lockFile)); err != nil {
-		return nil // no helper was ever there, or none can be
+		return nil // no helper ever ran there
 	}
 	release, err := lockDir(dir)
 	if errors.Is(err, errHeld) {
 		return fmt.Errorf("state directory %q: %w", dir, err)
 	}
 	if err != nil {
-		return nil // what another user has put there is no helper's
+		return nil // not a helper's lock, but something that another user put there
 	}
 	return release()
 }
 
-// changedSettings returns kept with the changes.
+// changedSettings returns a copy of kept with changes applied; a nil value unsets a key.
 func changedSettings(kept map[string]string, changes map[string]*string) (map[string]string, error) {
 	next := maps.Clone(kept)
 	for key, value := range changes {
@@ -324,8 +334,8 @@ func changedSettings(kept map[string]string, changes map[string]*string) (map[st
 				_, err := CheckSetting(key, "")
 				return nil, err
 			}
-			// Peers have addresses of a mesh prefix that was set; only one that is kept says
-			// that they are to get others, so the default is kept.
+			// Peers have addresses in the prefix that is unset. A prefix in the settings is what
+			// tells the next start to renumber them, so the default is saved explicitly.
 			_, kept := next[key]
 			delete(next, key)
 			switch d := mesh.DefaultPrefixes(); {
@@ -345,16 +355,16 @@ func changedSettings(kept map[string]string, changes map[string]*string) (map[st
 	return next, nil
 }
 
-// StartSettings say where the values of the keys come from at the start: a flag's counts
-// before one that is kept, and that before the default.
+// StartSettings has the values of the keys at the start of the helper, by their source. A
+// flag overrides a saved value, and that the default.
 type StartSettings struct {
-	// Given are those of flags, Kept those that [ReadSettings] found.
+	// Given has the values of flags, Kept those that [ReadSettings] found.
 	Given, Kept map[string]string
-	// Defaults are of the keys that have one.
+	// Defaults has the values of keys that are neither; a key may have none.
 	Defaults map[string]string
 }
 
-// Value returns what counts for a key.
+// Value returns the effective value of a key, or "".
 func (s StartSettings) Value(key string) string {
 	for _, m := range []map[string]string{s.Given, s.Kept, s.Defaults} {
 		if v, ok := m[key]; ok {
@@ -364,18 +374,18 @@ func (s StartSettings) Value(key string) string {
 	return ""
 }
 
-// Settings are the helper's, with what changed since the start.
+// Settings are the settings of a running helper. A published Settings is immutable.
 type Settings struct {
 	start StartSettings
-	// kept is what is on disk by now.
+	// kept has the values on disk, with changes since the start.
 	kept map[string]string
-	// What counts by now.
+	// The live settings that are in force.
 	Name     string
-	Endpoint mesh.Endpoint
-	DNS      []netip.Addr
+	Endpoint mesh.Endpoint // where peers reach this host; zero if it isn't set
+	DNS      []netip.Addr  // for the peers' configurations
 }
 
-// now returns what counts for a key now.
+// now returns the value of a key that is in force.
 func (s *Settings) now(key string) string {
 	if isLive(key) {
 		return StartSettings{s.start.Given, s.kept, s.start.Defaults}.Value(key)
@@ -383,12 +393,14 @@ func (s *Settings) now(key string) string {
 	return s.start.Value(key)
 }
 
-// After returns what counts after a restart with the same flags.
+// After returns the value of a key that would be in force after a restart with the same
+// flags.
 func (s *Settings) After(key string) string {
 	return StartSettings{s.start.Given, s.kept, s.start.Defaults}.Value(key)
 }
 
-// Answer shows the settings.
+// Answer returns the settings as the socket shows them: each key with its value and source,
+// the keys that need a restart, and the saved ones that a flag overrides.
 func (s *Settings) Answer() api.Settings {
 	out := api.Settings{Settings: []api.Setting{}, Restart: []string{}, Overridden: []string{}}
 	for _, k := range settingKeys {
@@ -414,13 +426,13 @@ func (s *Settings) Answer() api.Settings {
 	return out
 }
 
-// Settings returns what the helper was told to be.
+// Settings returns the settings in force.
 func (s *State) Settings() *Settings { return s.settings.Load() }
 
-// ChangeSettings keeps other settings, and puts those in force that need no restart; the
-// answer says which do. Nil takes a setting away. Nothing changes where one is wrong,
-// can't be saved, or agree refuses: it is asked about what was and what is to be, and may
-// add to the answer.
+// ChangeSettings saves changes to settings, where a nil value unsets a key, and puts the
+// live ones in force; the answer lists the others under Restart. agree is called before
+// anything is saved: it may refuse by an error, and add to the answer. If a value is bad,
+// agree refuses or the save fails, nothing changes.
 func (s *State) ChangeSettings(ctx context.Context, changes map[string]*string, agree func(was, next *Settings, out *api.Settings) error) (api.Settings, error) {
 	if name := changes[SettingOperator]; name != nil {
 		if err := CheckOperator(*name); err != nil {
@@ -441,7 +453,7 @@ func (s *State) ChangeSettings(ctx context.Context, changes map[string]*string, 
 		return api.Settings{}, err
 	}
 	next := &Settings{start: was.start, kept: kept}
-	if err := s.settle(next); err != nil {
+	if err := s.resolveLive(next); err != nil {
 		return api.Settings{}, err
 	}
 	out := next.Answer()
@@ -460,8 +472,8 @@ func (s *State) ChangeSettings(ctx context.Context, changes map[string]*string, 
 	return out, nil
 }
 
-// keepSettings saves next and has it count. With an error of which errUnsynced is in the
-// chain it counts, too: the file is replaced.
+// keepSettings saves next and publishes it. After an error with errUnsynced in the chain it
+// is published, too, because the file has been replaced.
 func (s *State) keepSettings(ctx context.Context, was, next *Settings) error {
 	if maps.Equal(was.kept, next.kept) {
 		return nil
@@ -483,15 +495,16 @@ func (s *State) keepSettings(ctx context.Context, was, next *Settings) error {
 	return nil
 }
 
+// describeSetting returns the message of a change's event.
 func describeSetting(key, value string) string {
 	if value == "" {
-		return "setting " + key + " was taken away"
+		return "setting " + key + " was unset"
 	}
 	return fmt.Sprintf("setting %s became %q", key, value)
 }
 
-// PrefixesAfter returns the mesh prefixes that count after a restart, and whether there
-// are: a helper in a test may have been told of none.
+// PrefixesAfter returns the mesh prefixes that would be in force after a restart. ok is false
+// if either has no value, as when a test starts a helper without defaults.
 func (s *Settings) PrefixesAfter() (p mesh.Prefixes, ok bool) {
 	var err4, err6 error
 	p.V4, err4 = netip.ParsePrefix(s.After(SettingMeshPrefix4))
@@ -499,9 +512,9 @@ func (s *Settings) PrefixesAfter() (p mesh.Prefixes, ok bool) {
 	return p, err4 == nil && err6 == nil
 }
 
-// settle finds what the live settings come to. What counted at the start is what
-// [Options] say.
-func (s *State) settle(next *Settings) error {
+// resolveLive sets the live fields of next from the texts of its keys. A value that is still
+// the one of the start isn't parsed again: Options has it, already resolved by the caller.
+func (s *State) resolveLive(next *Settings) error {
 	next.Endpoint, next.DNS = s.opts.Endpoint, s.opts.DNS
 	next.Name = next.now(SettingName)
 	if text := next.now(SettingEndpoint); text != next.start.Value(SettingEndpoint) {
@@ -520,7 +533,7 @@ func (s *State) settle(next *Settings) error {
 	if text := next.now(SettingDNS); text != next.start.Value(SettingDNS) {
 		next.DNS = nil
 		for a := range strings.SplitSeq(text, ",") {
-			if addr, err := netip.ParseAddr(a); err == nil { // none of an empty text
+			if addr, err := netip.ParseAddr(a); err == nil { // an empty text has none
 				next.DNS = append(next.DNS, addr)
 			}
 		}
@@ -528,9 +541,11 @@ func (s *State) settle(next *Settings) error {
 	return nil
 }
 
-// DefaultListenPort is the UDP port of WireGuard by custom.
+// DefaultListenPort is the UDP port that WireGuard uses by convention; none is assigned.
 const DefaultListenPort = 51820
 
+// saveSettings replaces the settings on disk and waits for that until ctx ends. Then the
+// error has errNotKnown in its chain.
 func (s *State) saveSettings(ctx context.Context, kept map[string]string) error {
 	text, err := encodeSettings(kept)
 	if err != nil {
@@ -543,17 +558,19 @@ func (s *State) saveSettings(ctx context.Context, kept map[string]string) error 
 		return s.disk.store.replace(ctx, text, settingsFile)
 	})
 	err = s.disk.wait(ctx, j)
-	if err != nil && ctx.Err() != nil { // it may be in the middle of it
+	if err != nil && ctx.Err() != nil { // the job may be running
 		s.disk.forget(j)
 		return fmt.Errorf("%w: %w", errNotKnown, err)
 	}
 	return err
 }
 
-// errNotKnown is in the chain of an error after which what is on disk isn't known.
+// errNotKnown is in the chain of an error after which the file on disk may or may not have
+// the change.
 var errNotKnown = errors.New("whether they are saved isn't known")
 
-// settingsNotSaved says what holds after settings couldn't be saved.
+// settingsNotSaved returns the error for settings that couldn't be saved, which says what is
+// in force.
 func (s *State) settingsNotSaved(cause error) error {
 	what := "nothing was changed: save settings: " + cause.Error()
 	switch {
@@ -566,8 +583,8 @@ func (s *State) settingsNotSaved(cause error) error {
 		WithHint("make room or make %q writable, and repeat the command", s.disk.store.dir)
 }
 
-// CheckOperator refuses a user that doesn't exist: a helper that is told of one doesn't
-// start.
+// CheckOperator refuses a user that doesn't exist, with which a helper wouldn't start. A
+// number is accepted without a user of that uid.
 func CheckOperator(name string) error {
 	_, err := user.Lookup(name)
 	if err == nil {

@@ -20,10 +20,10 @@ import (
 	"github.com/meshhelper/meshhelper/internal/owned"
 )
 
-// errHeld is the cause when another helper has the state directory.
+// errHeld is returned by lockDir while another helper has the lock.
 var errHeld = errors.New("another helper holds it")
 
-// Options are what Open needs.
+// Options configures Open.
 type Options struct {
 	Dir *Dir // required
 	// Logger must not block.
@@ -31,39 +31,38 @@ type Options struct {
 	// Record records an event. It must not block.
 	Record func(events.Event) // required
 
-	// Narrow has the guard pass nothing that a document doesn't allow, before it returns. It
-	// is called with each document that comes to be wanted, before anything else is done
-	// about it, and must not wait for anything.
+	// Narrow restricts the guard to what a document allows before it returns. It is called
+	// with each document that is published, before Changed, and must not block.
 	Narrow func(*Document) // required
-	// Changed hears, after Narrow, of the document that came to be wanted, and of the one
-	// before, which is nil at first. It must not wait for anything.
+	// Changed is called after Narrow with the published document and the one before, which
+	// is nil the first time. It must not block.
 	Changed func(before, doc *Document) // required
 
-	// SettingsChanged hears that settings count which didn't before. It must not wait for
-	// anything.
+	// SettingsChanged is called when other settings are in force. It must not block.
 	SettingsChanged func() // required
 
 	Prefixes  mesh.Prefixes // required
-	Addresses []netip.Addr  // optional: derived from the host's key, at most one per family
-	// Renumber gives peers that the prefixes have no place for addresses that they have,
-	// and keeps the old ones in for a day: the prefixes were changed on purpose. Without
-	// it such peers are a mistake, and Open refuses.
-	Renumber bool
+	Addresses []netip.Addr  // optional: the host's own, at most one per family; the rest is derived from its key
+	// Renumber gives peers outside the prefixes other addresses, and keeps the old ones in
+	// Document.Removed: the prefixes were changed on purpose. Without it Open refuses such
+	// peers, because the prefixes are probably a mistake.
+	Renumber bool // optional
 
-	// Settings say where what can be set came from; Endpoint, DNS and ListenPort are what
-	// they came to at the start.
-	Settings   StartSettings
+	// Settings has the settings at the start by source. Endpoint, DNS and ListenPort are
+	// their resolved values.
+	Settings   StartSettings // optional
 	Endpoint   mesh.Endpoint // optional
 	DNS        []netip.Addr  // optional
-	ListenPort uint16        // optional
+	ListenPort uint16        // optional: the port of an endpoint without one; 0 is DefaultListenPort
 
 	Wait   time.Duration    // required: how long a change waits for the disk
-	Tick   time.Duration    // required: how often Keep looks at least
+	Tick   time.Duration    // required: the longest pause between two looks of Run
 	Wall   func() time.Time // required: the wall clock
 	Random io.Reader        // required: a cryptographic source
 }
 
-// State is what is wanted, and its one writer. Its methods may be called by any goroutine.
+// State holds the wanted state and is its only writer. Its methods are safe for concurrent
+// use.
 type State struct {
 	opts  Options
 	key   mesh.PrivateKey
@@ -71,31 +70,33 @@ type State struct {
 	disk  disk
 	clock *clock
 
-	// changing serialises changes; nothing is waited for while it is held, the guard
-	// excepted. Reading needs no lock: a published document never changes.
+	// changing serializes changes. While it is held nothing blocks, Options.Narrow excepted.
+	// Readers need no lock, as a published document is immutable.
 	changing sync.Mutex
 	doc      atomic.Pointer[Document]
 	// taken has the generations in which edits took permissions away, by the peer's key, in
 	// the order of mesh.AllPermissions; see again. Under changing.
-	taken map[mesh.PublicKey][len(mesh.AllPermissions)]uint64
-	// widening is held, by a value in it, while what gives something is saved ahead.
+	revoked map[mesh.PublicKey][len(mesh.AllPermissions)]uint64
+	// widening is a lock that can be waited for with a time limit: a value is in it while a
+	// change is saved ahead.
 	widening chan struct{}
-	// timed wakes Keep for an end of a permission.
+	// timed wakes Run when the ends of permissions may have changed.
 	timed chan struct{}
 
-	// settings count now; setting is held, by a value in it, while they are changed.
+	// settings are in force. setting is a lock like widening, held while they change.
 	settings atomic.Pointer[Settings]
 	setting  chan struct{}
 }
 
-// Dir is a state directory that is this process's.
+// Dir is a state directory that this process has locked.
 type Dir struct {
 	path    string
 	release func() error
 }
 
-// Lock locks the state directory at path for this process, until Release or its end. It is
-// made when missing, with mode 0700, and refused where others may write to it.
+// Lock locks the state directory at path for this process, until Release or the end of the
+// process. A directory that doesn't exist is made, with mode 0700. One that other users may
+// write to, or replace, is refused.
 func Lock(path string) (*Dir, error) {
 	if err := openDir(path); err != nil {
 		return nil, err
@@ -111,60 +112,66 @@ func Lock(path string) (*Dir, error) {
 	return &Dir{path, release}, nil
 }
 
-// Release gives the directory back.
+// Release unlocks the directory.
 func (d *Dir) Release() error { return d.release() }
 
-// Open reads what is wanted, or makes a new mesh where there never was one.
+// Open reads the wanted state, or makes a key and an empty mesh if the directory never had
+// one. It publishes the document before it returns, so Narrow and Changed are called.
+//
+// Errors are *api.Error with a hint where a person can repair the cause: a damaged document
+// or key, or peers that don't fit the prefixes.
 func Open(o Options) (*State, error) {
 	s := &State{
 		opts:     o,
 		widening: make(chan struct{}, 1),
 		setting:  make(chan struct{}, 1),
 		timed:    make(chan struct{}, 1),
-		taken:    make(map[mesh.PublicKey][len(mesh.AllPermissions)]uint64),
+		revoked:  make(map[mesh.PublicKey][len(mesh.AllPermissions)]uint64),
 	}
 	s.disk.store.dir = o.Dir.path
 	s.disk.wanted = s.doc.Load
-	s.disk.saved = func(doc *Document) { s.clock.keep(doc.Saved) }
+	s.disk.saved = func(doc *Document) { s.clock.setSaved(doc.Saved) }
 	s.disk.record = o.Record
 	s.disk.limit = o.Wait
 	first := &Settings{start: o.Settings, kept: maps.Clone(o.Settings.Kept)}
-	if err := s.settle(first); err != nil {
+	if err := s.resolveLive(first); err != nil {
 		return nil, err
 	}
 	s.settings.Store(first)
 	return s, s.load()
 }
 
-// Document returns what is wanted now. It must not be changed.
+// Document returns the wanted state. The caller must not change it.
 func (s *State) Document() *Document { return s.doc.Load() }
 
-// Identity returns what identifies the host in the mesh.
+// Identity returns this host's key, addresses and mesh prefixes.
 func (s *State) Identity() Identity { return s.id }
 
 // Key returns the host's private key.
 func (s *State) Key() mesh.PrivateKey { return s.key }
 
-// SetFiles replaces the file system under the state directory, for tests of a disk that is
-// full, or hangs.
+// SetFiles replaces the file system, also while the helper runs, for tests with a disk that
+// is full or hangs.
 func (s *State) SetFiles(fs FileSystem) { s.disk.store.fs.Store(&fs) }
 
-// Now returns the time that grants end by.
+// Now returns the time by which permissions end; see clock.
 func (s *State) Now() time.Time { return s.clock.Now() }
 
-// Queue has run called after what was queued before, by the goroutine that writes to the
-// state directory. A job of that name that hasn't begun yet stands for the new one, too.
+// Queue runs a function in the goroutine that writes to the state directory, after the jobs
+// queued before. If a job of the same name is still waiting, Queue returns that one and drops
+// run; jobs with an empty name are never merged.
 func (s *State) Queue(name string, run func() error) *Job { return s.disk.submit(name, run) }
 
-// Write replaces a file in the state directory. It waits for the disk: call it in a job.
+// Write replaces the file name in the state directory, atomically. It may block for as long
+// as the disk does, so call it from a job of Queue.
 func (s *State) Write(content []byte, name string) error {
 	return s.disk.store.replace(context.Background(), content, name)
 }
 
-// Problem returns what is wrong with what is on disk, and whether something is.
+// Problem returns the present problem of saving the wanted state, if there is one.
 func (s *State) Problem() (api.Problem, bool) { return s.disk.problem() }
 
-// load reads or makes the host's key and the document.
+// load reads or makes the host's key and the document, and publishes the document.
 func (s *State) load() error {
 	doc, err := s.disk.store.load()
 	if err != nil {
@@ -183,7 +190,7 @@ func (s *State) load() error {
 		}
 	}
 	s.clock = newClock(s.opts.Wall, s.savedTime(doc))
-	if s.opts.Renumber && doc.fits(s.id) != nil {
+	if s.opts.Renumber && doc.checkFits(s.id) != nil {
 		if doc, err = s.renumber(doc); err != nil {
 			return err
 		}
@@ -191,18 +198,18 @@ func (s *State) load() error {
 			return fmt.Errorf("save wanted state: %w", err)
 		}
 	}
-	if err := doc.fits(s.id); err != nil {
+	if err := doc.checkFits(s.id); err != nil {
 		return api.Errorf(api.CodeInternal, "the wanted state doesn't fit this mesh: %v", err).
 			WithHint("start with the --mesh-prefix4, --mesh-prefix6 and --address of before")
 	}
-	owned.Tidy(s.disk.store.dir) // the lock is held: what is there was left by a killed helper
-	s.disk.kept = doc
-	s.publishWanted(doc)
+	owned.Tidy(s.disk.store.dir) // with the lock held, temporary files are those of a killed helper
+	s.disk.synced = doc
+	s.publish(doc)
 	return nil
 }
 
-// savedTime returns the last time that was saved: the document's or the mark's. A mark
-// that can't be read is no reason not to start, since the document has a time, too.
+// savedTime returns the latest time on disk: the document's or the mark's. A mark that can't
+// be read is only logged, since the document has a time, too.
 func (s *State) savedTime(doc *Document) time.Time {
 	at, err := s.disk.store.readMark()
 	if err != nil {
@@ -214,15 +221,15 @@ func (s *State) savedTime(doc *Document) time.Time {
 	return doc.Saved
 }
 
-// loadKey reads the host's key. A new one is a new host to every peer, so it is
-// made for a new mesh only.
+// loadKey reads the host's key. It makes one only for a new mesh (fresh), because peers know
+// the host by its key.
 func (s *State) loadKey(fresh bool) error {
 	path := filepath.Join(s.disk.store.dir, keyFile)
 	var key mesh.PrivateKey
 	f, err := owned.Open(path)
 	switch {
 	case err == nil:
-		key, err = readPrivateKey(f) // of the file that was checked, whatever has its name by now
+		key, err = readPrivateKey(f) // from the file that Open checked, even if the name has another by now
 		f.Close()
 	case !errors.Is(err, fs.ErrNotExist):
 		return api.Errorf(api.CodeInternal, "read key file: %v", err).WithHint("nothing was touched; a key that another user wrote isn't used, nor one that others may replace")
@@ -245,6 +252,7 @@ func (s *State) loadKey(fresh bool) error {
 	return err
 }
 
+// writeKey writes the host's key, in base64, with mode 0600.
 func writeKey(path string, key mesh.PrivateKey) error {
 	if err := owned.Replace(path, []byte(key.Reveal()+"\n")); err != nil {
 		return fmt.Errorf("write key file: %w", err)
@@ -252,7 +260,9 @@ func writeKey(path string, key mesh.PrivateKey) error {
 	return nil
 }
 
-// IdentityIn is the host's identity with these prefixes.
+// IdentityIn returns the host's identity under other mesh prefixes: its addresses are those
+// of Options.Addresses, and for the rest derived from its key. An address outside the
+// prefixes, and a second one of a family, are refused.
 func (s *State) IdentityIn(prefixes mesh.Prefixes) (m Identity, err error) {
 	m = Identity{Prefixes: prefixes, Key: s.key.Public()}
 	free := func(netip.Addr) bool { return false }
@@ -265,15 +275,15 @@ func (s *State) IdentityIn(prefixes mesh.Prefixes) (m Identity, err error) {
 			return m, api.Errorf(api.CodeBadAddress, "the host's own address: %v", err).
 				WithHint("leave --address out, or take %v and %v", m.Own[0], m.Own[1])
 		}
-		place := &m.Own[0]
+		slot := &m.Own[0]
 		if a.Is6() {
-			place = &m.Own[1]
+			slot = &m.Own[1]
 		}
-		if given[place] {
+		if given[slot] {
 			return m, api.Errorf(api.CodeBadAddress, "the host's own address %v is a second of its family", a).
 				WithHint("give one --address per family")
 		}
-		*place, given[place] = a, true
+		*slot, given[slot] = a, true
 	}
 	return m, nil
 }

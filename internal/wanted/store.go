@@ -24,14 +24,15 @@ const (
 	clockFile = "clock.json" // see mark
 )
 
-// store keeps the document on disk twice: in state.json, and as the last good
-// copy for a person whose state.json was damaged. Both are replaced, never
-// written into, so that each is whole after a crash at any moment.
+// store keeps the document on disk twice: in state.json, and in state.last.json, from
+// which a person restores a damaged state.json. Both are replaced by rename(2), never
+// written in place, so each is complete after a crash at any moment.
 type store struct {
 	dir string
-	fs  atomic.Pointer[FileSystem] // nil: the host's
+	fs  atomic.Pointer[FileSystem] // nil: DiskFiles
 }
 
+// files returns the file system to write to.
 func (s *store) files() FileSystem {
 	if fs := s.fs.Load(); fs != nil {
 		return *fs
@@ -39,18 +40,25 @@ func (s *store) files() FileSystem {
 	return DiskFiles{}
 }
 
-// FileSystem is what a full or broken disk makes fail; tests replace it.
+// FileSystem has the operations that fail on a full or broken disk, so that tests can
+// make each of them fail.
 type FileSystem interface {
-	// WriteTemp writes a new file that only its owner may read, and syncs it.
+	// WriteTemp writes a new file in dir, with mode 0600 and a name made from name, and
+	// syncs it. After an error no file is left.
 	WriteTemp(dir, name string, content []byte) (path string, err error)
+	// Rename is rename(2): it replaces to.
 	Rename(from, to string) error
+	// Remove removes a file that WriteTemp made.
 	Remove(path string) error
+	// SyncDir syncs the directory itself. Only then do the renames in it survive a loss of
+	// power.
 	SyncDir(dir string) error
 }
 
-// load returns the document, or nil where there never was one. A document that
-// can't be used is an error, and nothing is touched: what its owner wanted is
-// better mended by a person than forgotten by a program.
+// load returns the document, or nil if the directory never had one. An unusable document
+// is an error, and its files are left as they are: a person can still repair it, while
+// starting with an empty mesh would lose every peer. A missing state.json beside an
+// existing copy is unusable, too.
 func (s *store) load() (*Document, error) {
 	path := filepath.Join(s.dir, stateFile)
 	doc, err := readDocument(path)
@@ -61,13 +69,13 @@ func (s *store) load() (*Document, error) {
 		err = fmt.Errorf("read wanted state %q: it is missing", path)
 	}
 	if err != nil {
-		return nil, api.Errorf(api.CodeInternal, "%v", err).WithHint("%s", s.advice(err))
+		return nil, api.Errorf(api.CodeInternal, "%v", err).WithHint("%s", s.hint(err))
 	}
 	return doc, nil
 }
 
 // advice says what to do about a document that can't be used.
-func (s *store) advice(err error) string {
+func (s *store) hint(err error) string {
 	if errors.Is(err, errNewer) {
 		return "nothing was touched; run the newer meshhelper again"
 	}
@@ -80,6 +88,8 @@ func (s *store) advice(err error) string {
 		path, good.Generation, len(good.Peers), filepath.Join(s.dir, stateFile))
 }
 
+// readDocument reads and decodes a document. The file must belong to root or the user that
+// runs the helper; see owned.Read.
 func readDocument(path string) (*Document, error) {
 	text, err := owned.Read(path, maxDocument)
 	if err != nil {
@@ -92,23 +102,23 @@ func readDocument(path string) (*Document, error) {
 	return doc, nil
 }
 
-// save replaces the document on disk. After an error the old one is still there, or,
-// where errUnsynced is in its chain, the new one is, whole. It gives up between two
-// steps when ctx ends.
+// save replaces the document on disk. After an error the old document is still in place,
+// unless errUnsynced is in the chain: then the new one is, complete. When ctx ends before
+// the first rename, save gives up.
 func (s *store) save(ctx context.Context, doc *Document) error {
 	text, err := doc.Encode()
 	if err != nil {
 		return err
 	}
 	if len(text) > maxDocument {
-		return fmt.Errorf("the wanted state has %d bytes, at most %d", len(text), maxDocument)
+		return fmt.Errorf("the wanted state has %d bytes, the limit is %d", len(text), maxDocument)
 	}
 	return s.replace(ctx, text, stateFile, copyFile)
 }
 
-// replace gives files the same new content, and writes it for each before it renames
-// any, so that a full disk changes none. The first file's rename makes the change; the
-// copy is never ahead of it.
+// replace gives all named files the same new content. It writes every temporary file
+// before it renames the first, so a full disk changes none of them. The first rename makes
+// the change; the copy, which comes second, is never newer.
 func (s *store) replace(ctx context.Context, text []byte, names ...string) error {
 	files := s.files()
 	var temps []string
@@ -136,8 +146,8 @@ func (s *store) replace(ctx context.Context, text []byte, names ...string) error
 	return unsyncedIf(true, files.SyncDir(s.dir))
 }
 
-// unsyncedIf returns an error that came after the change was made with errUnsynced in
-// its chain.
+// unsyncedIf adds errUnsynced to the chain of err if the file was replaced before err
+// occurred.
 func unsyncedIf(changed bool, err error) error {
 	if err == nil || !changed {
 		return err
@@ -145,24 +155,28 @@ func unsyncedIf(changed bool, err error) error {
 	return fmt.Errorf("%w: %w", errUnsynced, err)
 }
 
-// DiskFiles is the FileSystem of the host.
+// DiskFiles is the FileSystem of the operating system.
 type DiskFiles struct{}
 
+// WriteTemp implements FileSystem.
 func (DiskFiles) WriteTemp(dir, name string, content []byte) (path string, err error) {
 	return owned.WriteTemp(dir, name, bytes.NewReader(content), 0o600)
 }
 
+// Rename implements FileSystem.
 func (DiskFiles) Rename(from, to string) error { return os.Rename(from, to) }
 
+// Remove implements FileSystem.
 func (DiskFiles) Remove(path string) error { return os.Remove(path) }
 
+// SyncDir implements FileSystem.
 func (DiskFiles) SyncDir(dir string) error { return owned.SyncDir(dir) }
 
-// openDir makes the state directory if it doesn't exist, and refuses one in which
-// others could replace the files, or that they could replace itself.
+// openDir makes the state directory with mode 0700 if it doesn't exist. It refuses a
+// directory that another user could replace, or could replace files in.
 func openDir(dir string) error {
-	// Before it is made, so that nothing is put in a folder of another user's; and again
-	// of those that were made.
+	// The first check comes before MkdirAll, which must not create anything in another
+	// user's folder. The second covers the folders that MkdirAll made.
 	for range 2 {
 		if err := checkAbove(dir); err != nil {
 			return err
@@ -174,6 +188,8 @@ func openDir(dir string) error {
 	return checkDir(dir)
 }
 
+// checkAbove refuses a state directory below a folder that another user could rename or
+// replace.
 func checkAbove(dir string) error {
 	err := owned.CheckAbove(dir)
 	var above *owned.AboveError
@@ -183,5 +199,5 @@ func checkAbove(dir string) error {
 	case errors.As(err, &above):
 		return api.Errorf(api.CodeInternal, "another user could replace state directory %q: %v", dir, above).WithHint("%s", above.Hint)
 	}
-	return fmt.Errorf("look above state directory: %w", err)
+	return fmt.Errorf("check the folders above the state directory: %w", err)
 }

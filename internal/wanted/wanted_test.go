@@ -60,7 +60,8 @@ func FuzzDocument(f *testing.F) {
 	})
 }
 
-// TestRemovedBounded removes more peers than are remembered: the oldest go.
+// TestRemovedBounded removes more peers than Document.Removed has room for: the oldest are
+// dropped.
 func TestRemovedBounded(t *testing.T) {
 	doc := &Document{Version: documentVersion}
 	start := time.Unix(1e9, 0)
@@ -82,8 +83,8 @@ func TestRemovedBounded(t *testing.T) {
 	}
 }
 
-// TestMeshPrefixCollisions moves peers where their derived addresses collide, where an
-// address that was given fits, and where there is no room.
+// TestMeshPrefixCollisions renumbers peers whose derived addresses collide, one whose chosen
+// address fits the new prefix, and more peers than the prefix has room for.
 func TestMeshPrefixCollisions(t *testing.T) {
 	key := func(name string) mesh.PublicKey {
 		k, err := mesh.ParsePublicKey(keyOf(name))
@@ -125,7 +126,7 @@ func TestMeshPrefixCollisions(t *testing.T) {
 	if err := next.validate(); err != nil {
 		t.Error(err)
 	}
-	if err := next.fits(m); err != nil {
+	if err := next.checkFits(m); err != nil {
 		t.Error(err)
 	}
 	if got := next.Peers[4].Addresses[0]; got != given {
@@ -162,8 +163,8 @@ func FuzzSettings(f *testing.F) {
 	})
 }
 
-// TestKeyIsOfTheFileThatWasChecked has the key file change all the time between root's and
-// another user's: that one's key is never taken.
+// TestKeyIsOfTheFileThatWasChecked replaces the key file continually, by one of root and one
+// of another user in turn: the other user's key is never read.
 func TestKeyIsOfTheFileThatWasChecked(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can give a file to another user")
@@ -204,7 +205,7 @@ func TestKeyIsOfTheFileThatWasChecked(t *testing.T) {
 		d.disk.store.dir = dir
 		switch err := d.loadKey(false); {
 		case err == nil && d.key.Equal(keys[1]):
-			t.Error("another user's key is taken")
+			t.Error("read another user's key")
 		case err == nil:
 			taken++
 		default:
@@ -215,17 +216,17 @@ func TestKeyIsOfTheFileThatWasChecked(t *testing.T) {
 	if err := <-ended; err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("root's key taken %d times, another user's file refused %d times", taken, refused)
+	t.Logf("root's key read %d times, another user's file refused %d times", taken, refused)
 }
 
-// keyOf returns the text of a public key that belongs to a text.
+// keyOf returns a public key made from a text, in base64.
 func keyOf(text string) string {
 	var private mesh.PrivateKey
 	copy(private[:], text)
 	return private.Public().String()
 }
 
-// open opens a state directory whose changes nothing listens to.
+// open opens a state directory with callbacks that do nothing.
 func open(t *testing.T, dir string) *State {
 	t.Helper()
 	taken, err := Lock(dir)
@@ -244,8 +245,8 @@ func open(t *testing.T, dir string) *State {
 	return s
 }
 
-// TestOlderDocumentIsNotSaved saves ahead a document that was made before a deny which is
-// on disk by now: it doesn't replace that.
+// TestOlderDocumentIsNotSaved saves ahead a document made before a deny that is on disk by
+// now: the save is refused, and the deny stays on disk.
 func TestOlderDocumentIsNotSaved(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
 	s := open(t, dir)

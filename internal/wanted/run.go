@@ -7,13 +7,13 @@ import (
 	"github.com/meshhelper/meshhelper/internal/retry"
 )
 
-// Run has permissions end in time, whatever else waits for the host, and has saved what
-// isn't, until ctx ends. It never waits for the disk itself. After what ended it calls
-// ended, which must not wait for anything.
+// Run ends permissions on time and retries failed saves, until ctx ends; it returns nil. It
+// waits neither for the host nor for the disk, either of which could delay the end of a
+// permission. After it ended one it calls ended, which must not block.
 func (s *State) Run(ctx context.Context, ended func()) error {
 	k := keeper{s: s, ended: ended, again: retry.New()}
 	for {
-		wait := k.look()
+		wait := k.tick()
 		select {
 		case <-ctx.Done():
 			return nil
@@ -23,17 +23,18 @@ func (s *State) Run(ctx context.Context, ended func()) error {
 	}
 }
 
-// keeper is what Keep remembers.
+// keeper is the state of Run.
 type keeper struct {
 	s      *State
 	ended  func()
-	again  retry.Backoff // between attempts to save
-	due    time.Time     // when to save again
-	marked time.Time     // when the mark was written last, or tried
+	again  retry.Backoff // pauses between attempts to save
+	due    time.Time     // of the next attempt; zero while all is saved
+	marked time.Time     // when Run last tried to write the mark
 }
 
-// look does what is due, and returns when to look again.
-func (k *keeper) look() time.Duration {
+// tick does what is due, and returns how long to wait before the next tick: until the next
+// permission ends, and at most Options.Tick.
+func (k *keeper) tick() time.Duration {
 	s := k.s
 	before := s.doc.Load()
 	doc := s.Expire()
@@ -55,28 +56,29 @@ func (k *keeper) look() time.Duration {
 	return wait
 }
 
-// save tries again to save what is wanted, with growing pauses.
+// save retries a failed save, with growing pauses.
 func (k *keeper) save(doc *Document, now time.Time) {
-	if k.s.disk.holds(doc) {
-		k.s.disk.tell() // an allow may have saved what a deny couldn't
+	if k.s.disk.isSaved(doc) {
+		k.s.disk.report() // a change saved ahead may have ended the problem
 		k.again.Reset()
 		k.due = time.Time{}
 		return
 	}
-	k.s.disk.tell()
+	k.s.disk.report()
 	if now.Before(k.due) {
 		return
 	}
-	if !k.due.IsZero() { // the first attempt is that of the change
+	if !k.due.IsZero() { // the change itself makes the first attempt
 		k.s.disk.saveWanted()
 	}
 	k.due = now.Add(k.again.Next())
 }
 
-// Flush waits until what isn't on disk is, and all that was queued is done, or ctx ends.
+// Flush waits until the wanted state is saved and the queue is empty, or ctx ends. The
+// helper calls it before it exits.
 func (s *State) Flush(ctx context.Context) {
-	if j := s.saveUnlessKept(); j != nil {
-		_ = s.disk.wait(ctx, j) // it was said while the helper ran
+	if j := s.saveIfNeeded(); j != nil {
+		_ = s.disk.wait(ctx, j) // the problem was reported while the helper ran
 	}
 	_ = s.disk.wait(ctx, s.disk.submit("", func() error { return nil })) // the last in the queue
 }
