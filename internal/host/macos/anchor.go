@@ -10,57 +10,63 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// DefaultLabel is the name of the service, and the last part of its anchor's
-// path, unless the operator chose another.
+// DefaultLabel is the default name of the service, and the last component of its
+// anchor's path.
 const DefaultLabel = "org.meshhelper"
 
-// anchorParent is the ruleset whose direct children a Mac's main ruleset
-// evaluates: anchor "com.apple/*" and its like for translation and scrub in
-// /etc/pf.conf.
+// anchorParent is the ruleset whose direct children the main ruleset evaluates:
+// /etc/pf.conf has anchor, nat-anchor, rdr-anchor and scrub-anchor "com.apple/*".
+// An anchor that no rule calls loads without an error and has no effect, so a
+// top-level anchor of our own would need an edit of the main ruleset.
 const anchorParent = "com.apple/"
 
-// AnchorOptions are what the anchor depends on besides the policy.
+// AnchorOptions holds what the anchor depends on besides the policy.
 type AnchorOptions struct {
 	// Label names the service: a reverse domain name of at most 63 bytes.
 	Label string // optional; DefaultLabel
-	// Interface is the mesh interface, if it isn't the one that the ruleset was
-	// compiled for.
+	// Interface overrides the mesh interface that the ruleset was compiled for.
 	Interface string // optional
-	// MTU is that of the mesh interface in bytes, from 1280 to 65535.
+	// MTU is the mesh interface's, in bytes: 1280 (the minimum of IPv6, RFC 8200 5)
+	// to 65535.
 	MTU int // optional; DefaultMTU
-	// Cut are peers' addresses that lost access to this host a short time ago. This
-	// host's own next segment of a connection that was cut must not open it the other
-	// way round.
+	// Cut lists addresses of peers that recently lost access to this host. Without
+	// them this host's next segment of a connection that was cut would match the rule
+	// for the host's own flows, and revive the connection in the other direction.
 	Cut []netip.Addr // optional
-	// Before are other interfaces that peers' packets could leave by at some time.
-	// Rules for one that comes and goes stay, so that the anchor needn't be loaded
-	// each time.
+	// PastEgress lists interfaces by which peers' packets could leave earlier. Their
+	// rules stay, so that the anchor isn't loaded again whenever an interface such as
+	// a VM's bridge100 comes back.
 	PastEgress []Egress // optional
-	// Ports is the range that peers' packets leave with, in which this host has no
-	// socket and gives none a port. NoPorts says that there is none: then nothing is
-	// translated, and so none of them leaves.
+	// Ports is the range of source ports for peers' translated packets. No socket of
+	// this host has a port in it, and the kernel doesn't assign one from it. NoPorts
+	// means that no such range exists: nothing is translated, so no packet of a peer
+	// leaves.
 	Ports   darwin.PortRange // optional; 20000:49151, without WireGuard's port
 	NoPorts bool             // optional
-	// IKE says that a socket of this host has UDP port 500, which pf gives to a
-	// peer's packets from port 500 too.
+	// IKE means that a socket of this host has UDP port 500. pf never changes that
+	// source port (pf_get_sport in xnu bsd/net/pf.c), so a peer's flow from port 500
+	// would take the answers to that socket.
 	IKE bool // optional
 }
 
-// DefaultMTU is that of WireGuard over an Ethernet of 1500 bytes: less 40 for
-// IPv6, 8 for UDP and 32 for WireGuard itself.
+// DefaultMTU is WireGuard's over an Ethernet MTU of 1500 bytes: less 40 for the
+// IPv6 header, 8 for UDP and 32 for WireGuard's own header and tag.
 const DefaultMTU = 1420
 
 // Anchor is the ruleset of one pf anchor.
 type Anchor struct {
-	// Path is where it is to be loaded, such as com.apple/org.meshhelper.
-	Path  string
+	// Path is the anchor's path, such as com.apple/org.meshhelper.
+	Path string
+	// Lines are in the order that pf.conf(5) requires: tables, scrub, translation,
+	// filter rules.
 	Lines []Line
 }
 
-// Line is one line of an anchor and the reason for it.
+// Line is one line of an anchor.
 type Line struct {
 	Statement pfconf.Statement
-	Why       string
+	// Why is the reason for it: a sentence without a capital and a full stop.
+	Why string
 }
 
 // Ruleset returns the anchor's lines without the reasons.
@@ -72,12 +78,13 @@ func (a *Anchor) Ruleset() *pfconf.Ruleset {
 	return rs
 }
 
-// text returns what pfctl is given to load.
+// text returns the input of pfctl -f.
 func (a *Anchor) text() string { return a.Ruleset().String() }
 
-// AnchorPath returns the path of the anchor of the service with this label. Of
-// the anchors in com.apple it comes after Apple's own, whose names begin with a
-// digit, so that what the application firewall blocks stays blocked.
+// AnchorPath returns the anchor's path for the service with this label, or the error
+// of [host.CheckLabel]. pf evaluates the children of com.apple in strcmp order
+// (pf_step_into_anchor in xnu bsd/net/pf.c), so ours comes after Apple's 200.AirDrop
+// and 250.ApplicationFirewall: what the application firewall blocks stays blocked.
 func AnchorPath(label string) (string, error) {
 	if err := host.CheckLabel(label); err != nil {
 		return "", err
@@ -85,7 +92,7 @@ func AnchorPath(label string) (string, error) {
 	return anchorParent + label, nil
 }
 
-// Compile makes the anchor that holds the policy on a Mac.
+// Compile returns the anchor that enforces r on a Mac.
 func Compile(r *policy.Ruleset, o AnchorOptions) (*Anchor, error) {
 	if o.Label == "" {
 		o.Label = DefaultLabel

@@ -17,54 +17,64 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// Backend makes this Mac enforce rulesets. Its methods but Watch are called from
-// one goroutine at a time.
+// Backend makes this Mac enforce rulesets. Except for Watch, ByOthers, Way and what
+// Renderer returns, its methods are called from one goroutine at a time.
 //
-// The packet filter is used only while it is needed: while a peer may route, or
-// this Mac forwards anyway. Otherwise there is no anchor and no token, and
-// forwarding is as it was found: iCloud Private Relay works, and the guard at the
-// tunnel holds the policy.
+// pf is used only while it is needed: while a peer may route, or this Mac forwards
+// anyway (see [Backend.needed]). Otherwise there is no anchor and no token, and
+// forwarding is as it was found; the guard at the tunnel enforces the policy. That
+// matters because any rule outside Apple's own anchors, with pf enabled, makes iCloud
+// Private Relay unavailable (pf_check_compatible_rules in xnu bsd/net/pf.c,
+// PF_RULES_PRESENT in bsd/net/necp.c).
 type Backend struct {
 	o        Options
-	path     string // of the anchor
+	path     string // the anchor's
 	pf       *darwin.PF
 	sysctl   *darwin.Sysctl
 	ifconfig *darwin.Ifconfig
 	router   *darwin.Router
-	currentStep   string // the step that is being taken
+	// currentStep is the step in progress, one of Steps; empty between steps.
+	currentStep string
 
 	j    *journal
-	cfg  host.Interface
-	name string
-	dev  tun.Device
-	// network has the sockets on the mesh addresses.
+	cfg  host.Interface // as Open was given it
+	name string         // the mesh interface's, such as utun4
+	dev  tun.Device     // nil while the mesh interface isn't open
+	// network holds the sockets on the mesh addresses.
 	network host.KernelNetwork
 
-	loaded *loadedAnchor // nil: nothing of ours is in force
-	// render is what Renderer returns while something is.
+	// loaded is the anchor that this helper loaded; nil if pf holds none of ours, or
+	// an earlier helper's.
+	loaded *loadedAnchor
+	// render is what Renderer returns while loaded isn't nil.
 	render func(*policy.Ruleset) (anchor, text string, err error)
-	// drifted says that what pf holds isn't known to be what is in loaded.
+	// drifted means that pf may hold something else than loaded, so that the next
+	// Enforce loads the anchor again.
 	drifted bool
-	// before are the interfaces that peers' packets could leave by so far.
+	// pastEgress is [AnchorOptions.PastEgress].
 	pastEgress []Egress
-	cutFor    *policy.Ruleset // for which flows were cut last
-	// enforced is what Enforce was called for last. No flows are cut for a
-	// ruleset that only widens, so it may be newer than cut.
+	// cutFor is the ruleset that flows were last cut for; nil before the first Cut.
+	cutFor *policy.Ruleset
+	// enforced is the ruleset of the last Enforce. It may be newer than cutFor, since
+	// a ruleset that only widens cuts no flows.
 	enforced *policy.Ruleset
 	cuts     cutRecord
-	// strays says that states of other rules than ours may be of peers' packets.
+	// unwantedStates means that pf may hold states of peers' packets which no rule of
+	// ours created; the next Cut kills them.
 	unwantedStates bool
-	// unseenStates is why the last look for them failed; nil: it didn't.
+	// statesErr is why the last read of pf's states failed; nil if it succeeded.
 	statesErr error
-	// findForeign is [FindForeign].
+	// findForeign is [FindForeign], except in tests.
 	findForeign func(context.Context, *pfsim.Machine, *Anchor, *policy.Ruleset) ([]Foreign, error)
-	// astray says that a token which may be ours can't be told from others.
+	// tokenAmbiguous means that an earlier helper's token can't be told from those of
+	// other programs.
 	tokenAmbiguous bool
 
 	observations
 }
 
-// New returns a backend; it changes nothing yet.
+// New returns a backend, or an error if the label isn't valid. It changes nothing on
+// the host.
 func New(o Options) (*Backend, error) {
 	if o.Label == "" {
 		o.Label = DefaultLabel
@@ -93,7 +103,8 @@ func New(o Options) (*Backend, error) {
 	return p, nil
 }
 
-// step runs one enforcing step and names it in its error.
+// step runs one enforcing step, and returns its error as a [host.StepError] with the
+// step's name. Steps may nest: the error keeps the name of the inner one.
 func (b *Backend) step(name string, do func() error) error {
 	outer := b.currentStep
 	b.currentStep = name
@@ -104,13 +115,16 @@ func (b *Backend) step(name string, do func() error) error {
 	return asStepError(name, err)
 }
 
-// stepped calls Options.Step within a step, after what may have changed the Mac.
+// afterChange calls Options.Step within a step, after a command or a routing message
+// that may have changed the Mac.
 func (b *Backend) afterChange() {
 	if b.currentStep != "" {
 		b.o.Step(b.currentStep)
 	}
 }
 
+// asStepError returns err as a [host.StepError] of the step, unless it is one
+// already or nil.
 func asStepError(step string, err error) error {
 	var already *host.StepError
 	if err == nil || errors.As(err, &already) {
@@ -131,7 +145,8 @@ func (b *Backend) Open(ctx context.Context, cfg host.Interface) (tun.Device, err
 	if cfg.MTU < 1280 || cfg.MTU > 65535 {
 		return nil, fmt.Errorf("open mesh interface: MTU %d: want 1280 to 65535", cfg.MTU)
 	}
-	// The device may have died under us, and its interface with it.
+	// Open is also called after the device failed, and its interface disappeared
+	// with it: wireguard-go closes the device when reading its routing socket fails.
 	if err := b.removeInterface(); err != nil {
 		return nil, err
 	}
@@ -156,10 +171,11 @@ func (b *Backend) Open(ctx context.Context, cfg host.Interface) (tun.Device, err
 	return b.dev, nil
 }
 
-// keep closes forwarding where an earlier helper, or this one with an interface that
-// is gone now, had switched it on, and leaves the anchor and its token: with the
-// interface its routes went, and without the anchor packets to peers would leave in
-// clear by the uplink. The next Enforce loads another, or lets the filter go.
+// keepFilter disables forwarding where an earlier helper, or this one with an
+// interface that is gone now, had enabled it. It leaves the anchor and its token in
+// place: the routes disappeared with the interface, so without the anchor packets to
+// peers would leave in clear by the uplink. The next Enforce loads a new anchor, or
+// removes this one.
 func (b *Backend) keepFilter(ctx context.Context) error {
 	b.drifted, b.inForce = true, false
 	if err := b.restoreForwarding(ctx, b.j.Forwarding, b.sharedAtEnd(ctx)); err != nil {
@@ -177,12 +193,14 @@ func (b *Backend) keepFilter(ctx context.Context) error {
 	})
 }
 
-// goneInterface stands in rules for the mesh interface while there is none. No
-// interface has this name, and pf takes it all the same: each is another one.
+// noInterface stands for the mesh interface in rules while there is none. No
+// interface of macOS has such a name. pf accepts unknown names, and then "on ! NAME"
+// matches every interface (pfi_kif_match in xnu bsd/net/pf_if.c).
 const noInterface = "mesh-gone"
 
-// keepIn is for when the mesh interface can't be made again: another program may get
-// its name, and so be passed what the rules pass by it. Then they name none.
+// loadWithoutInterface loads the anchor with [noInterface] after the mesh interface
+// couldn't be created again: another program may get its utun number, and the rules
+// would pass that program's packets as the mesh's.
 func (b *Backend) loadWithoutInterface(ctx context.Context) error {
 	if b.loaded == nil || b.enforced == nil {
 		return nil
@@ -198,9 +216,10 @@ func (b *Backend) loadWithoutInterface(ctx context.Context) error {
 	return b.ensureAnchor(limit, a)
 }
 
-// takeOver reads the journal and has what a killed helper changed put back, all of
-// it or what do does. Its interface went with it.
-func (b *Backend) repair(ctx context.Context, do func(context.Context) error) error {
+// repair reads the journal and calls undo, which undoes what a helper that was killed
+// had changed: everything, or what [Backend.keepFilter] does. The interface needs no
+// repair, as the kernel removed it when the process died.
+func (b *Backend) repair(ctx context.Context, undo func(context.Context) error) error {
 	return b.step(StepRepair, func() error {
 		boot, err := b.sysctl.BootSession()
 		if err != nil {
@@ -212,14 +231,14 @@ func (b *Backend) repair(ctx context.Context, do func(context.Context) error) er
 		if b.cuts.dir == "" {
 			b.cuts.load(b.o.StateDir, boot, b.o.Now())
 		}
-		return do(ctx)
+		return undo(ctx)
 	})
 }
 
-// giveBack restores forwarding, empties the anchor and lets the packet filter go,
-// in this order, and notes each in the journal. What fails is tried again the next
-// time; the rest is done all the same, but the filter never goes before
-// forwarding does.
+// restore restores forwarding, flushes the anchor and releases the token, in this
+// order, and records each in the journal. A failure in one of the last two doesn't
+// stop the other, and what failed is tried again the next time. If forwarding can't
+// be restored the filter stays: forwarding without it would be open.
 func (b *Backend) restore(ctx context.Context) error {
 	b.loaded, b.inForce = nil, false
 	if err := b.restoreForwarding(ctx, b.j.Forwarding, b.sharedAtEnd(ctx)); err != nil {
@@ -228,11 +247,11 @@ func (b *Backend) restore(ctx context.Context) error {
 	return errors.Join(b.flushAnchor(ctx), b.releaseToken(ctx))
 }
 
-// restoreForwarding switches forwarding off in those of the families in which we
-// switched it on, unless other software came to need it, which shared says. Whatever
-// failed before, it has [closeLimit] for each; one that fails leaves the other as much;
-// and the journal, whose disk may be full or hang, is written when they are off: one
-// that says too much has the next helper switch off what is off.
+// restoreForwarding disables forwarding in those of families for which this helper
+// enabled it, except in those of shared, where other software now needs it. Each
+// family has [closeLimit] of its own, whatever failed before. The journal is written
+// last, because its disk may be full or hang: a stale journal only makes the next
+// helper disable forwarding that is disabled already.
 func (b *Backend) restoreForwarding(ctx context.Context, families, shared policy.Families) error {
 	off := policy.Families{IPv4: families.IPv4 && b.j.Forwarding.IPv4, IPv6: families.IPv6 && b.j.Forwarding.IPv6}
 	if off == (policy.Families{}) {
@@ -263,13 +282,17 @@ func (b *Backend) restoreForwarding(ctx context.Context, families, shared policy
 	})
 }
 
-// stopForwarding switches forwarding of a family off, also when ctx has ended.
+// stopForwarding disables forwarding in one family within [closeLimit], even if ctx
+// has ended.
 func (b *Backend) stopForwarding(ctx context.Context, f darwin.Family) error {
 	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeLimit)
 	defer cancel()
 	return b.sysctl.SetForwarding(limit, f, false)
 }
 
+// flushAnchor empties the anchor. The empty anchor itself stays listed until the next
+// boot: pf keeps a reference to every anchor that was loaded (pfioctl_ioc_trans in
+// xnu bsd/net/pf_ioctl.c). It has no effect.
 func (b *Backend) flushAnchor(ctx context.Context) error {
 	if b.j.Anchor == "" {
 		return nil
@@ -283,8 +306,8 @@ func (b *Backend) flushAnchor(ctx context.Context) error {
 	})
 }
 
-// release gives the token back, and the one that a killed helper asked for but
-// didn't live to write down, if it can be told.
+// releaseToken gives the token back (pfctl -X), or the one that a helper acquired but
+// was killed before it recorded, if that can be identified.
 func (b *Backend) releaseToken(ctx context.Context) error {
 	if b.j.Token == 0 && !b.j.Enabling {
 		return nil
@@ -299,7 +322,7 @@ func (b *Backend) releaseToken(ctx context.Context) error {
 		}
 		if b.j.Token != 0 {
 			err := b.pf.Release(ctx, darwin.Token(b.j.Token))
-			// A pfctl -d voids all tokens.
+			// pfctl -d invalidates every token.
 			if err != nil && !errors.Is(err, darwin.ErrTokenInvalid) && !errors.Is(err, darwin.ErrNotEnabled) {
 				return err
 			}
@@ -309,34 +332,37 @@ func (b *Backend) releaseToken(ctx context.Context) error {
 	})
 }
 
-// unwrittenToken returns the only token that came since ours was asked for, or 0: of
-// several, another program's might be given back. Then it is said that ours stays.
+// unrecordedToken returns the token that appeared since ours was requested. It
+// returns 0 if there is none, or several: releasing another program's would disable
+// pf for it. Then ours stays, and tokenProblems reports that.
 func (b *Backend) unrecordedToken(ctx context.Context) (uint64, error) {
 	now, err := b.tokens(ctx)
 	if err != nil {
 		return 0, err
 	}
-	came := subtract(now, b.j.Others)
-	if len(came) == 1 {
-		return came[0], nil
+	added := subtract(now, b.j.Others)
+	if len(added) == 1 {
+		return added[0], nil
 	}
-	b.tokenAmbiguous = b.tokenAmbiguous || len(came) > 1
+	b.tokenAmbiguous = b.tokenAmbiguous || len(added) > 1
 	return 0, nil
 }
 
-// tokenProblems says that a token of ours can't be told from other programs'.
+// tokenProblems reports that a token of ours can't be told from other programs'.
 func (b *Backend) tokenProblems() []host.Problem {
 	if !b.tokenAmbiguous {
 		return nil
 	}
 	return []host.Problem{{
 		Step: StepRelease,
-		Message: "a helper that was killed had the packet filter kept on, and other programs did so at the same time: " +
-			"which token is the helper's can't be told, so that the packet filter stays on when all others have left it",
-		Hint: "a restart of the Mac forgets it; sudo pfctl -s References lists the tokens and sudo pfctl -X TOKEN gives one back",
+		Message: "a helper that was killed had enabled the packet filter while other programs did the same: " +
+			"its token can't be told from theirs, so the packet filter stays enabled after all others have released it",
+		Hint: "restarting the Mac releases it; sudo pfctl -s References lists the tokens and sudo pfctl -X TOKEN releases one",
 	}}
 }
 
+// tokens returns the tokens that were acquired by pfctl. pf records the name of the
+// process that called it, so ours are among these and Apple's daemons' aren't.
 func (b *Backend) tokens(ctx context.Context) ([]uint64, error) {
 	refs, err := b.pf.References(ctx)
 	var out []uint64
@@ -348,6 +374,7 @@ func (b *Backend) tokens(ctx context.Context) ([]uint64, error) {
 	return out, err
 }
 
+// forwarding reads the forwarding sysctls.
 func (b *Backend) forwarding() (now policy.Families, err error) {
 	if now.IPv4, err = b.sysctl.Forwarding(darwin.IPv4); err == nil {
 		now.IPv6, err = b.sysctl.Forwarding(darwin.IPv6)
@@ -355,7 +382,7 @@ func (b *Backend) forwarding() (now policy.Families, err error) {
 	return now, err
 }
 
-// Host returns the parts of this host.
+// Host returns the contracts of package host that this backend implements.
 func (b *Backend) Host() host.Host {
 	return host.Host{
 		Name: "darwin", Language: "pf", Link: b, Observer: b, Enforcer: b,
@@ -363,12 +390,16 @@ func (b *Backend) Host() host.Host {
 	}
 }
 
-// Limits implements [host.Enforcer].
+// Limits implements [host.Enforcer]. DropsDF is set because pf drops fragments with
+// the DF bit where it reassembles without no-df (pf_normalize_ip in xnu
+// bsd/net/pf_norm.c).
 func (b *Backend) Limits() host.Limits {
 	return host.Limits{States: MaxStates, PerForwarded: StatesPerForwarded, DropsDF: true}
 }
 
-// Cut implements [host.Enforcer].
+// Cut implements [host.Enforcer]. It kills states, so the new rules must be loaded:
+// the next packet of a flow that ended is then refused by them. The file of cuts
+// gets little time before, so that a disk that hangs doesn't delay a narrowing.
 func (b *Backend) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.Narrowed) error {
 	b.cuts.save(saveBeforeCut)
 	if err := errors.Join(b.kill(ctx, Kills(b.cutFor, r, narrowed)), b.killUnwantedStates(ctx, r)); err != nil {
@@ -379,26 +410,28 @@ func (b *Backend) Cut(ctx context.Context, r *policy.Ruleset, narrowed []policy.
 	return nil
 }
 
-// Close implements [host.Link]. It goes back in the order opposite to
-// Enforce's: forwarding, the interface with its addresses and routes, flows, the
-// anchor, the token.
+// Close implements [host.Link]. It undoes Enforce in the opposite order: forwarding,
+// the interface with its addresses and routes, states, the anchor, the token. The
+// problems are those that remain on the host. Without an open interface it only
+// repairs what an earlier helper left.
 func (b *Backend) Close(ctx context.Context) ([]host.Problem, error) {
 	if b.dev == nil {
 		return nil, b.repair(ctx, b.restore)
 	}
 	defer b.cuts.save(saveLimit)
 	shared := b.sharedAtEnd(ctx)
-	left := b.keptForwarding(shared)
+	kept := b.keptForwarding(shared)
 	if err := b.restoreForwarding(ctx, b.j.Forwarding, shared); err != nil {
 		// The anchor stays: without it, forwarding would be open.
-		return left, errors.Join(err, b.removeInterface())
+		return kept, errors.Join(err, b.removeInterface())
 	}
 	err := errors.Join(b.removeInterface(), b.killAllFlows(ctx), b.flushAnchor(ctx), b.releaseToken(ctx))
 	b.loaded = nil
-	return append(left, b.tokenProblems()...), err
+	return append(kept, b.tokenProblems()...), err
 }
 
-// endFlows ends what peers still have running.
+// killAllFlows kills the states of all peers, so that their translated flows don't
+// outlive the anchor.
 func (b *Backend) killAllFlows(ctx context.Context) error {
 	if b.enforced == nil || b.j.Anchor == "" {
 		return nil
@@ -414,12 +447,13 @@ func (b *Backend) killAllFlows(ctx context.Context) error {
 	return b.kill(ctx, kills)
 }
 
-// maxKillsAtEnd bounds how many peers' flows are ended one by one when leaving,
-// which has to be over in seconds.
+// maxKillsAtEnd is how many runs of pfctl -k, each some milliseconds, Close may take;
+// with more, whole mesh prefixes are killed. launchd sends SIGKILL ExitTimeOut seconds
+// after SIGTERM (launchd.plist(5)).
 const maxKillsAtEnd = 16
 
-// kill ends states. One that fails holds up none of the others; the first error is
-// returned, for each of thousands may be the same.
+// kill kills states, one run of pfctl for each element. A failure doesn't stop the
+// others, and only the first is returned: thousands may fail for the same reason.
 func (b *Backend) kill(ctx context.Context, kills []Kill) error {
 	if len(kills) == 0 {
 		return nil
@@ -439,7 +473,8 @@ func (b *Backend) kill(ctx context.Context, kills []Kill) error {
 	})
 }
 
-// left says what of our doing stays because other software came to need it.
+// keptForwarding reports the families in which forwarding stays enabled although this
+// helper enabled it, because other software now needs it.
 func (b *Backend) keptForwarding(shared policy.Families) []host.Problem {
 	var out []host.Problem
 	for _, f := range []struct {
@@ -452,15 +487,15 @@ func (b *Backend) keptForwarding(shared policy.Families) []host.Problem {
 		if f.stays {
 			out = append(out, host.Problem{
 				Step:    StepRestore,
-				Message: f.name + " forwarding stays on: Internet Sharing or a virtual machine came to need it while the helper ran",
-				Hint:    "sudo sysctl -w " + f.variable + "=0 switches it off, if nothing needs it any more",
+				Message: f.name + " forwarding stays on: Internet Sharing or a virtual machine started to need it while the helper ran",
+				Hint:    "sudo sysctl -w " + f.variable + "=0 switches it off once nothing needs it",
 			})
 		}
 	}
 	return out
 }
 
-// removeInterface closes the device; the kernel takes the interface away with its
+// removeInterface closes the device; the kernel then removes the interface with its
 // addresses and routes.
 func (b *Backend) removeInterface() error {
 	b.network.Closed()

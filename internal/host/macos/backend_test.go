@@ -491,9 +491,9 @@ func TestRuleThatIsNotUnderstood(t *testing.T) {
 		t.Errorf("not named: %q", found)
 	}
 	for rule, want := range map[string]string{
-		"block drop out quick log on en0 proto magic": `block drop quick all label "unread-0"`,
-		"pass all by-magic":                           `pass all flags any keep state (floating) allow-opts label "unread-0"`,
-		"pass in log (all, user) quick all by-magic":  `pass quick all flags any keep state (floating) allow-opts label "unread-0"`,
+		"block drop out quick log on en0 proto magic": `block drop quick all label "unparsed-0"`,
+		"pass all by-magic":                           `pass all flags any keep state (floating) allow-opts label "unparsed-0"`,
+		"pass in log (all, user) quick all by-magic":  `pass quick all flags any keep state (floating) allow-opts label "unparsed-0"`,
 		"anchor \"vpn\" all by-magic":                 `anchor "vpn" all`,
 	} {
 		u := unparsed{}

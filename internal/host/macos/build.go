@@ -9,13 +9,13 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// builder collects an anchor's lines in the order in which pf wants them.
+// builder collects an anchor's lines in the order that pf.conf(5) requires.
 type builder struct {
 	ruleset *policy.Ruleset
-	host    policy.Host
-	sets    map[string]set
-	used    map[string]bool // tables that a rule refers to
-	lines   []Line
+	host    policy.Host     // the ruleset's, with the interface of the options
+	sets    map[string]set  // the content of each table, by name
+	used    map[string]bool // the tables that a rule refers to
+	lines   []Line          // all but the tables
 	options AnchorOptions
 }
 
@@ -28,9 +28,10 @@ func newBuilder(r *policy.Ruleset, o AnchorOptions) *builder {
 	return b
 }
 
-// add appends a rule, unless it needs an address of a table that is empty: then
-// it could never match. Such tables don't come to exist, for pf looks a table
-// that an anchor lacks up in the main ruleset.
+// add appends a rule, unless it requires an address from an empty table and so can
+// never match. An empty table isn't written at all, and a rule that names a table
+// which its anchor lacks would use the main ruleset's of that name
+// (pfr_attach_table in xnu bsd/net/pf_table.c).
 func (b *builder) add(rule pfconf.Rule, why string) {
 	for _, end := range []*pfconf.Endpoint{&rule.From, &rule.To} {
 		for _, a := range end.Addrs {
@@ -44,14 +45,15 @@ func (b *builder) add(rule pfconf.Rule, why string) {
 			if !a.Not {
 				return
 			}
-			end.Addrs = nil // not in an empty table: any
+			end.Addrs = nil // "! <empty>" matches every address
 		}
 	}
 	b.lines = append(b.lines, Line{&rule, why})
 }
 
-// block appends a rule that drops in silence and ends the evaluation. It says
-// drop itself, for a bare block does what the main ruleset's block-policy says.
+// block appends a rule that drops without an answer and ends the evaluation. It says
+// drop explicitly: a bare block follows the block-policy of the main ruleset, which
+// may be return.
 func (b *builder) block(rule pfconf.Rule, label, why string) {
 	rule.Action = pfconf.Block
 	rule.Return.Kind = pfconf.ReturnDrop
@@ -60,10 +62,11 @@ func (b *builder) block(rule pfconf.Rule, label, why string) {
 	b.add(rule, why)
 }
 
-// pass appends a rule that makes states and ends the evaluation. The states are
-// bound to the interface: a floating one would let the same addresses and ports
-// in by any other. With flags any, a TCP packet from the middle of a connection
-// makes its flow known again after its state was lost.
+// pass appends a rule that creates states and ends the evaluation. The states are
+// if-bound: a floating state, pf's default, would also match a packet with the same
+// addresses and ports on another interface, so a host on the LAN could inject
+// packets into a peer's flow. With flags any instead of the default S/SA, a segment
+// from the middle of a connection creates the state again after it was lost.
 func (b *builder) pass(rule pfconf.Rule, label, why string) {
 	rule.Action = pfconf.Pass
 	rule.Quick = true
@@ -75,7 +78,7 @@ func (b *builder) pass(rule pfconf.Rule, label, why string) {
 	b.add(rule, why)
 }
 
-// tableLines returns the tables that the rules use, in the order of their names.
+// tableLines returns the tables that the rules use, sorted by name.
 func (b *builder) tableLines() []Line {
 	var names []string
 	for name := range b.used {
@@ -89,28 +92,32 @@ func (b *builder) tableLines() []Line {
 	return lines
 }
 
-// on returns a rule for one direction of an interface.
+// on returns a rule for one direction on an interface. The interface is always
+// named: macOS's pf has no interface groups such as egress (xnu bsd/net/pf_if.c).
 func on(d pfconf.Direction, name string) pfconf.Rule {
 	return pfconf.Rule{Direction: d, Interfaces: []pfconf.InterfaceMatch{{Name: name}}}
 }
 
-// notOn returns a rule for all interfaces but one. It holds for interfaces too
-// that appear after it was loaded.
+// notOn returns a rule for all interfaces but one. It also matches interfaces that
+// appear after it was loaded.
 func notOn(d pfconf.Direction, name string) pfconf.Rule {
 	return pfconf.Rule{Direction: d, Interfaces: []pfconf.InterfaceMatch{{Name: name, Not: true}}}
 }
 
+// inTable matches the addresses in a table.
 func inTable(name string) pfconf.Endpoint {
 	return pfconf.Endpoint{Addrs: []pfconf.Address{{Kind: pfconf.AddrTable, Name: name}}}
 }
 
+// notInTable matches all addresses but those in a table.
 func notInTable(name string) pfconf.Endpoint {
 	return pfconf.Endpoint{Addrs: []pfconf.Address{{Kind: pfconf.AddrTable, Name: name, Not: true}}}
 }
 
-// timeouts are those of every rule of ours that keeps state: the guard's, so that
-// what it has forgotten ends in the kernel too. pf's own keep an idle connection
-// for a day.
+// timeouts returns the state timeouts of our rules, in seconds. They are the
+// guard's, so that a flow which the guard has expired expires in the kernel too;
+// pf's default keeps an idle TCP connection for a day (tcp.established 86400, xnu
+// bsd/net/pfvar.h), and dead states would use up a peer's share.
 func timeouts() []pfconf.Timeout {
 	var out []pfconf.Timeout
 	for _, t := range flow.Timeouts() {

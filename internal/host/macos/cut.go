@@ -19,36 +19,36 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// deadTime is how long a cut connection stays dead: longer than pf keeps any
-// (tcp.established of [timeouts]), and than a host goes on trying.
+// cutLifetime is how long a cut connection is kept from reviving: longer than pf keeps
+// any state (tcp.established of [timeouts]) and than TCP retransmits.
 const cutLifetime = 24 * time.Hour
 
-// cutName is the file in the state directory with the peers that have access to this
-// host, and those that lost it: a helper that starts after a crash, or later, knows
-// nothing else of the connections that were cut or have to be, of which this host goes
-// on sending segments.
+// cutName is the file in the state directory that lists the peers with access to this
+// host and those that lost it. Without it, a helper that starts after a crash couldn't
+// know which connections were cut, or have to be, while this host goes on sending
+// segments of them.
 const cutName = "macos-cut.json"
 
-// maxCut bounds how many addresses are kept: two for each of 10,000 peers. Of more,
-// those that end first are left out.
+// maxCut is how many addresses are kept: two for each of 10,000 peers. Beyond that,
+// those that expire first are dropped.
 const maxCut = 20_000
 
-// maxCutFile bounds what is read back, in bytes.
+// maxCutFile is the size in bytes up to which the file is read.
 const maxCutFile = 4 << 20
 
-// cutFile is what is on disk.
+// cutFile is the content of the file.
 type cutFile struct {
-	Version int `json:"version"`
+	Version int `json:"version"` // journalVersion
 	// Boot is kern.bootsessionuuid: no connection of this host outlives a boot.
 	Boot string     `json:"boot"`
 	Cut  []cutEntry `json:"cut,omitempty"`
-	// Incoming and DNS are those that could open connections, to this host or to its
-	// DNS.
+	// Incoming and DNS list the addresses that could open connections under the last
+	// ruleset, to any port of this host or to its DNS only.
 	Incoming []netip.Addr `json:"incoming,omitempty"`
 	DNS      []netip.Addr `json:"dns,omitempty"`
 }
 
-// access is what a peer's address may open to this host.
+// access is a set of what a peer's address may open to this host.
 type access uint8
 
 const (
@@ -56,33 +56,36 @@ const (
 	accessDNS
 )
 
+// A cutEntry is an address that lost access, and when it may be forgotten.
 type cutEntry struct {
 	Address netip.Addr `json:"address"`
 	Until   time.Time  `json:"until"`
 }
 
-// A cutBook remembers which peers' addresses lost access to this host, here and on
-// disk. What is noted holds at once; writing it down is waited for a short time only.
+// A cutRecord records which peers' addresses lost access to this host, in memory and
+// on disk. It takes effect from memory at once; the disk may be slow or hang.
 type cutRecord struct {
 	dir, boot string
-	until     map[netip.Addr]time.Time
-	// open is what the addresses could open under the last ruleset, this helper's or
-	// an earlier one's.
+	// until has the addresses that lost access, and when each expires.
+	until map[netip.Addr]time.Time
+	// granted is what addresses could open under the last ruleset, this helper's or an
+	// earlier one's.
 	granted map[netip.Addr]access
-	// inherited are those that an earlier helper wrote down, so that this one's guard
-	// doesn't know which connections were cut.
+	// inherited marks the addresses of until that an earlier helper recorded. This
+	// helper's guard doesn't know their cut connections, so only pf can drop them.
 	inherited map[netip.Addr]bool
-	// unsaved says that the disk has less than until; problem is why.
+	// unsaved means that the file is older than until and granted. problem is why the
+	// last read or write failed.
 	unsaved bool
 	problem error
-	// saving gives the outcome of the write that is under way; nil: there is none.
+	// saving receives the result of the write in progress; nil if there is none.
 	saving chan error
-	// write replaces the file; tests have it hang or fail.
+	// write replaces the file; nil is writeCut, and tests let it hang or fail.
 	write func(dir string, b []byte) error
 }
 
-// load takes over what an earlier helper of this boot wrote down. What can't be read
-// is left alone, and said.
+// load reads what an earlier helper of this boot recorded. A file that can't be read
+// is left in place, and reported by cutProblems.
 func (c *cutRecord) load(dir, boot string, now time.Time) {
 	c.dir, c.boot = dir, boot
 	c.until, c.granted, c.inherited = map[netip.Addr]time.Time{}, map[netip.Addr]access{}, map[netip.Addr]bool{}
@@ -91,7 +94,7 @@ func (c *cutRecord) load(dir, boot string, now time.Time) {
 		return
 	}
 	for _, e := range f.Cut {
-		// The wall clock may have been set back since.
+		// Not beyond cutLifetime from now: the wall clock may have been set back.
 		if until := minTime(e.Until, now.Add(cutLifetime)); now.Before(until) {
 			c.until[e.Address], c.inherited[e.Address] = until, true
 		}
@@ -111,7 +114,7 @@ func minTime(a, b time.Time) time.Time {
 	return b
 }
 
-// readCut returns what is on disk, nothing if there is no file.
+// readCut returns the file's content, an empty one if there is no file.
 func readCut(dir string) (*cutFile, error) {
 	path := filepath.Join(dir, cutName)
 	b, err := owned.Read(path, maxCutFile)
@@ -128,7 +131,7 @@ func readCut(dir string) (*cutFile, error) {
 	return f, nil
 }
 
-// parseCut reads the content of the file.
+// parseCut decodes and validates the file's content.
 func parseCut(b []byte) (*cutFile, error) {
 	var f cutFile
 	if err := json.Unmarshal(b, &f); err != nil {
@@ -152,7 +155,7 @@ func parseCut(b []byte) (*cutFile, error) {
 	return &f, nil
 }
 
-// forget drops those whose time is up.
+// expire drops the addresses whose time is up.
 func (c *cutRecord) expire(now time.Time) {
 	maps.DeleteFunc(c.until, func(a netip.Addr, until time.Time) bool {
 		if now.Before(until) {
@@ -164,26 +167,26 @@ func (c *cutRecord) expire(now time.Time) {
 	})
 }
 
-// take makes open what addresses may open now. Those that lost something are to be
-// kept dead, with earlier also for this helper's guard; those that may connect to this
-// host are no longer.
-func (c *cutRecord) update(open map[netip.Addr]access, now time.Time, earlier bool) {
+// update replaces granted. Addresses that lost some access are added to until,
+// and are marked inherited if the former granted is an earlier helper's. Addresses that
+// may connect to this host again are removed.
+func (c *cutRecord) update(granted map[netip.Addr]access, now time.Time, inherited bool) {
 	for a, had := range c.granted {
-		if had&^open[a] != 0 {
+		if had&^granted[a] != 0 {
 			c.until[a] = now.Add(cutLifetime)
-			if delete(c.inherited, a); earlier {
+			if delete(c.inherited, a); inherited {
 				c.inherited[a] = true
 			}
 		}
 	}
-	for a, may := range open {
+	for a, may := range granted {
 		if may&accessIncoming != 0 {
 			delete(c.until, a)
 			delete(c.inherited, a)
 		}
 	}
-	c.unsaved = c.unsaved || !maps.Equal(c.granted, open)
-	c.granted = open
+	c.unsaved = c.unsaved || !maps.Equal(c.granted, granted)
+	c.granted = granted
 	if surplus := len(c.until) - maxCut; surplus > 0 {
 		for _, a := range slices.SortedFunc(maps.Keys(c.until), func(a, b netip.Addr) int {
 			return cmp.Or(c.until[a].Compare(c.until[b]), a.Compare(b))
@@ -194,12 +197,12 @@ func (c *cutRecord) update(open map[netip.Addr]access, now time.Time, earlier bo
 	}
 }
 
-// addresses returns those that are to be kept dead, sorted.
+// addresses returns [AnchorOptions.Cut], sorted.
 func (c *cutRecord) addresses() []netip.Addr {
 	return slices.SortedFunc(maps.Keys(c.until), netip.Addr.Compare)
 }
 
-// begin starts to write down what isn't on disk yet, and doesn't wait.
+// startSave starts to write what isn't on disk yet, unless a write is in progress.
 func (c *cutRecord) startSave() {
 	if c.dir == "" || c.saving != nil || !c.unsaved {
 		return
@@ -217,13 +220,12 @@ func (c *cutRecord) startSave() {
 	go func() { done <- write(dir, b) }()
 }
 
-// save writes it down and waits for that, for a time at most: a disk that hangs holds
-// up nothing. What couldn't be written is tried again by the next call, and is in
-// problem.
+// save writes what isn't on disk yet and waits up to limit, because the disk may hang.
+// An error goes to problem, and the next call tries again.
 func (c *cutRecord) save(limit time.Duration) {
 	t := time.NewTimer(limit)
 	defer t.Stop()
-	// Twice, where an older content was being written.
+	// The first round may wait for the write of an older content.
 	for range 2 {
 		if c.startSave(); c.saving == nil {
 			return
@@ -241,7 +243,7 @@ func (c *cutRecord) save(limit time.Duration) {
 	}
 }
 
-// encode returns the content of the file, nil for none.
+// encode returns the content of the file, or nil if there should be no file.
 func (c *cutRecord) encode() ([]byte, error) {
 	if len(c.until)+len(c.granted) == 0 {
 		return nil, nil
@@ -266,7 +268,7 @@ func (c *cutRecord) encode() ([]byte, error) {
 	return append(b, '\n'), err
 }
 
-// writeCut replaces the file, or removes it.
+// writeCut replaces the file; it removes it if b is nil.
 func writeCut(dir string, b []byte) error {
 	path := filepath.Join(dir, cutName)
 	if b == nil {
@@ -282,19 +284,20 @@ func writeCut(dir string, b []byte) error {
 	return nil
 }
 
-// How long flows that are to end wait for the book, and how long is waited for it
-// after that and at the end.
 const (
+	// saveBeforeCut is how long Cut waits for the file before it kills states: short,
+	// as each millisecond delays a narrowing.
 	saveBeforeCut = 100 * time.Millisecond
-	saveLimit     = time.Second
+	// saveLimit is how long Cut, Inspect and Close wait for the file afterwards.
+	saveLimit = time.Second
 )
 
-// noteCut notes which peers lost access to this host since the ruleset before, by
-// incoming or by its DNS. Before the first ruleset of this helper that is one of an
-// earlier helper's time: what ended while there was none, or between its saving and its
-// being enforced, is cut now. It forgets those whose time is up.
+// recordCuts records which peers lost access to this host since the last ruleset, by
+// incoming or to its DNS. For the first ruleset of this helper, the last one is an
+// earlier helper's: that covers permissions that ended while no helper ran, or that
+// were revoked on disk when the helper was killed before enforcing them.
 func (b *Backend) recordCuts(r *policy.Ruleset) {
-	now, open := b.o.Now(), map[netip.Addr]access{}
+	now, granted := b.o.Now(), map[netip.Addr]access{}
 	b.cuts.expire(now)
 	for _, peer := range r.Peers() {
 		var may access
@@ -306,17 +309,17 @@ func (b *Backend) recordCuts(r *policy.Ruleset) {
 		}
 		for _, a := range peer.Addresses {
 			if may != 0 {
-				open[a] = may
+				granted[a] = may
 			}
 		}
 	}
-	b.cuts.update(open, now, b.enforced == nil)
+	b.cuts.update(granted, now, b.enforced == nil)
 	b.cuts.startSave()
 	b.enforced = r
 }
 
-// inheritsCut reports whether connections that were cut by an earlier helper have to
-// be kept dead, those of peers that still may not connect to this host.
+// hasInheritedCuts reports whether pf is needed to keep connections from reviving that
+// an earlier helper cut: those of peers that still may not connect to this host.
 func (b *Backend) hasInheritedCuts(r *policy.Ruleset) bool {
 	now := b.o.Now()
 	for a := range b.cuts.inherited {
@@ -328,13 +331,13 @@ func (b *Backend) hasInheritedCuts(r *policy.Ruleset) bool {
 	return false
 }
 
-// cutProblems says what of the book isn't on disk.
+// cutProblems reports that the file couldn't be read or written.
 func (b *Backend) cutProblems() []host.Problem {
 	if b.cuts.problem == nil {
 		return nil
 	}
 	return []host.Problem{{
-		Step: StepCut, Message: "which connections were cut isn't on disk: " + b.cuts.problem.Error(),
-		Hint: "they are dead; after a crash of the helper this host's own packets may revive them. The state directory has to be writable and not full",
+		Step: StepCut, Message: "the list of cut connections isn't on disk: " + b.cuts.problem.Error(),
+		Hint: "they are cut, but after a crash of the helper this host's own packets may revive them; the state directory must be writable and not full",
 	}}
 }

@@ -13,7 +13,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// Enforce implements [host.Enforcer].
+// Enforce implements [host.Enforcer]. The order is that of [Steps]: forwarding is
+// enabled last, after the anchor was read back, and disabled when any step fails.
 func (b *Backend) Enforce(ctx context.Context, r *policy.Ruleset) error {
 	if b.dev == nil {
 		return errors.New("enforce ruleset: the mesh interface isn't open")
@@ -34,7 +35,7 @@ func (b *Backend) Enforce(ctx context.Context, r *policy.Ruleset) error {
 	if !b.needed(r) {
 		return errors.Join(err, b.restore(ctx))
 	}
-	// The rest is done also when that failed: what r takes away must go.
+	// The filter is changed even if that failed: what r revokes must not wait.
 	if err := errors.Join(err, b.enforceFilter(ctx, r)); err != nil {
 		return errors.Join(err, b.disableForwarding(ctx))
 	}
@@ -44,11 +45,12 @@ func (b *Backend) Enforce(ctx context.Context, r *policy.Ruleset) error {
 	return nil
 }
 
-// closeLimit bounds how long switching forwarding off takes in one family. It is time
-// of its own: what failed before may have failed because the time was up.
+// closeLimit bounds how long disabling forwarding takes in one family. It is separate
+// from the caller's time limit, because the step before may have failed by using that up.
 const closeLimit = 2 * time.Second
 
-// setAddresses gives the mesh interface exactly the host's mesh addresses.
+// setAddresses gives the mesh interface exactly the host's mesh addresses, besides
+// link-local ones, which are the kernel's.
 func (b *Backend) setAddresses(ctx context.Context, n *darwin.Network, r *policy.Ruleset) error {
 	i := n.Interface(b.name)
 	if i == nil {
@@ -80,7 +82,8 @@ func (b *Backend) setAddresses(ctx context.Context, n *darwin.Network, r *policy
 	})
 }
 
-// setRoutes makes a host route per peer, and no other, by the mesh interface.
+// setRoutes makes the mesh interface have one host route for each address of a peer,
+// and no other.
 func (b *Backend) setRoutes(n *darwin.Network, r *policy.Ruleset) error {
 	want, index := peersWith(r, 0, anyFamily), n.Interface(b.name).Index
 	if hasRoutes(n, index, want) {
@@ -89,8 +92,8 @@ func (b *Backend) setRoutes(n *darwin.Network, r *policy.Ruleset) error {
 	return b.step(StepRoutes, func() error {
 		err := b.router.Set(index, want)
 		if errors.Is(err, darwin.ErrRouteTaken) {
-			// Nothing leaks by another program's route, for the filter stops it.
-			// Inspect tells of it.
+			// Nothing leaks by another program's route, because the anchor blocks a
+			// peer's addresses on other interfaces. Inspect reports it.
 			b.o.Log.Warn("a peer's address has another route", "error", err)
 			return nil
 		}
@@ -98,7 +101,8 @@ func (b *Backend) setRoutes(n *darwin.Network, r *policy.Ruleset) error {
 	})
 }
 
-// taken returns which destinations have a route by another interface.
+// routesOfOthers returns those of want that have a route by another interface. Routes
+// with RTF_IFSCOPE don't count: only sockets bound to an interface use them.
 func routesOfOthers(n *darwin.Network, index int, want []netip.Prefix) []netip.Prefix {
 	var out []netip.Prefix
 	for _, r := range n.Routes {
@@ -109,8 +113,8 @@ func routesOfOthers(n *darwin.Network, index int, want []netip.Prefix) []netip.P
 	return out
 }
 
-// hasRoutes reports whether our routes by an interface are exactly those, as far
-// as no other program has taken them.
+// hasRoutes reports whether our routes by an interface are exactly want, less those
+// that another program has. Ours are marked with RTF_PROTO1 (route(8), -proto1).
 func hasRoutes(n *darwin.Network, index int, want []netip.Prefix) bool {
 	want = subtract(want, routesOfOthers(n, index, want))
 	var have []netip.Prefix
@@ -122,8 +126,8 @@ func hasRoutes(n *darwin.Network, index int, want []netip.Prefix) bool {
 	return slices.Equal(sorted(have), want)
 }
 
-// forwardingFor says in which families a ruleset needs forwarding: where a peer
-// may reach something.
+// forwardingFor returns the families in which a ruleset needs forwarding: those in
+// which some peer may reach a destination behind this host.
 func forwardingFor(r *policy.Ruleset) policy.Families {
 	h := r.Host()
 	var routing, lan bool
@@ -137,9 +141,9 @@ func forwardingFor(r *policy.Ruleset) policy.Families {
 	}
 }
 
-// setForwarding switches forwarding on where a ruleset needs it, and off again
-// where we switched it on and it no longer is needed. Before it opens anything, it
-// looks whether another product's rules let transit through in our anchor's place.
+// setForwarding enables forwarding where a ruleset needs it, and disables it where we
+// had enabled it and it is no longer needed. Before it enables anything, it checks
+// whether rules of other software would pass transit that our anchor blocks.
 func (b *Backend) setForwarding(ctx context.Context, n *darwin.Network, r *policy.Ruleset) error {
 	need := forwardingFor(r)
 	now, err := b.forwarding()
@@ -154,15 +158,15 @@ func (b *Backend) setForwarding(ctx context.Context, n *darwin.Network, r *polic
 	return b.switchForwarding(ctx, need, now)
 }
 
-// closeForwarding switches forwarding off where we switched it on, and what others
-// came to need stays.
+// disableForwarding disables forwarding where we enabled it, unless other software now
+// needs it.
 func (b *Backend) disableForwarding(ctx context.Context) error {
 	return b.switchForwarding(ctx, policy.Families{}, policy.Families{})
 }
 
-// switchForwarding makes forwarding, which is as in now, what is needed. What was
-// found on stays on, and what others came to need. Nothing is switched on where
-// something couldn't be switched off.
+// switchForwarding changes forwarding from now to need. Families that were found
+// enabled stay enabled, and those that other software now needs. Nothing is enabled if
+// a family couldn't be disabled.
 func (b *Backend) switchForwarding(ctx context.Context, need, now policy.Families) error {
 	ours := b.j.Forwarding
 	off := policy.Families{IPv4: ours.IPv4 && !need.IPv4, IPv6: ours.IPv6 && !need.IPv6}
@@ -184,6 +188,9 @@ func (b *Backend) switchForwarding(ctx context.Context, need, now policy.Familie
 	return nil
 }
 
+// enableForwarding enables forwarding in one family; ours is its field of the journal,
+// which is on disk before. An int32 sysctl: net.inet.ip.forwarding (xnu
+// bsd/netinet/ip_input.c) or net.inet6.ip6.forwarding (bsd/netinet6/in6_proto.c).
 func (b *Backend) enableForwarding(ctx context.Context, f darwin.Family, ours *bool) error {
 	if !*ours {
 		err := b.step(StepJournal, func() error {

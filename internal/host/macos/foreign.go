@@ -13,8 +13,8 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// appleMain is the main ruleset that every Mac is shipped with, without the line
-// that loads com.apple's own rules (/etc/pf.conf).
+// appleMain is the main ruleset of Apple's /etc/pf.conf, without the line that loads
+// com.apple's own rules.
 const appleMain = `scrub-anchor "com.apple/*"
 nat-anchor "com.apple/*"
 rdr-anchor "com.apple/*"
@@ -22,29 +22,29 @@ dummynet-anchor "com.apple/*"
 anchor "com.apple/*"
 `
 
-// Foreign is something of another product that decides in our anchor's place.
+// Foreign is a rule or a setting of other software that overrides our anchor.
 type Foreign struct {
-	// Anchor is where Rule is, "" being the main ruleset.
+	// Anchor is the path of the anchor that has Rule; empty for the main ruleset.
 	Anchor string
-	// Rule is the rule as pfctl shows it; empty when no rule decides: the packet
-	// filter is off or skips the interface, or nothing calls our anchor.
+	// Rule is the rule as pfctl shows it. It is empty if no rule decides: pf is
+	// disabled or skips the interface, or no rule calls our anchor.
 	Rule string
-	// Skipped says that the packet filter is off, or skips the interface.
+	// Skipped means that pf is disabled or skips the interface (set skip on).
 	Skipped bool
 	// Example is a packet that it decides about.
 	Example string
-	// Wider says that something passes that our anchor stops; otherwise something
-	// is stopped, or translated otherwise, that our anchor lets through.
+	// Wider means that a packet passes which our anchor blocks. Otherwise a packet
+	// that our anchor passes is blocked, or translated differently.
 	Wider bool
-	// Transit says that what passes is forwarded between others, which this host
-	// didn't do before we switched forwarding on.
+	// Transit means that the packet that passes is forwarded between two hosts that
+	// aren't peers, and that this host didn't do so before we enabled forwarding.
 	Transit bool
-	// Unread says that the rule isn't understood, and counts as one that matches
-	// everything. Without an example it decided nothing.
+	// Unparsed means that the rule isn't understood, and is evaluated as if it matched
+	// every packet. Without an example it decided about none.
 	Unparsed bool
 }
 
-// String says it in a sentence without a full stop.
+// String returns a sentence without a full stop.
 func (f Foreign) String() string {
 	verb := "stops or changes"
 	if f.Wider {
@@ -52,7 +52,7 @@ func (f Foreign) String() string {
 	}
 	switch {
 	case f.Unparsed && f.Example == "":
-		return f.where() + " isn't understood, so it can't be said what it decides"
+		return f.where() + " isn't understood, so its effect isn't known"
 	case f.Unparsed:
 		return fmt.Sprintf("%s isn't understood; if it matches everything, it %s %s", f.where(), verb, f.Example)
 	case f.Rule == "":
@@ -61,7 +61,7 @@ func (f Foreign) String() string {
 	return fmt.Sprintf("%s %s %s", f.where(), verb, f.Example)
 }
 
-// where names what decides.
+// where names the rule or setting.
 func (f Foreign) where() string {
 	switch {
 	case f.Skipped:
@@ -74,13 +74,13 @@ func (f Foreign) where() string {
 	return fmt.Sprintf("the rule `%s` of the anchor %s", f.Rule, f.Anchor)
 }
 
-// FindForeign says which rules of others win over our anchor a, which is loaded
-// in m, as is everything else that the host's packet filter holds. It sends
-// probes through m and through a machine that has nothing but a in Apple's main
-// ruleset: each kind of peer to each class of destination, and strangers to both,
-// with the ports and addresses that the rules of others mention. m's states are
-// gone afterwards. The result holds each rule once or, if it does both, twice:
-// first what is wider. It ends with ctx's error when that is done.
+// FindForeign returns the rules of other software that override our anchor a. The
+// simulated m holds everything that the host's pf holds, a included. FindForeign sends
+// probe packets through m and through a machine with only a and Apple's main ruleset,
+// and compares: from each kind of peer, from this host and from other hosts, to each
+// class of destination, with the ports and addresses that foreign rules mention. It
+// flushes m's states. The result has each rule once, or twice if it both widens and
+// narrows, with the widening ones first. It returns ctx's error when ctx is done.
 func FindForeign(ctx context.Context, m *pfsim.Machine, a *Anchor, r *policy.Ruleset) ([]Foreign, error) {
 	alone, err := oursAlone(m.Interfaces(), a.Path, a.Ruleset())
 	if err != nil {
@@ -108,8 +108,8 @@ func FindForeign(ctx context.Context, m *pfsim.Machine, a *Anchor, r *policy.Rul
 	return sortForeign(found), nil
 }
 
-// oursAlone returns a machine with those interfaces that holds our anchor, if ours
-// isn't nil, and nothing else but Apple's main ruleset.
+// oursAlone returns an enabled machine with these interfaces, Apple's main ruleset and,
+// unless ours is nil, our anchor.
 func oursAlone(interfaces []pfconf.Interface, path string, ours *pfconf.Ruleset) (*pfsim.Machine, error) {
 	m := pfsim.New(pfsim.Options{})
 	for _, i := range interfaces {
@@ -128,6 +128,7 @@ func oursAlone(interfaces []pfconf.Interface, path string, ours *pfconf.Ruleset)
 	return m, err
 }
 
+// sortForeign moves the examples into the elements and sorts them.
 func sortForeign(found map[Foreign]string) []Foreign {
 	var out []Foreign
 	for f, example := range found {
@@ -138,7 +139,7 @@ func sortForeign(found map[Foreign]string) []Foreign {
 	return out
 }
 
-// compareForeign orders by weight: what lets transit through first.
+// compareForeign orders by severity: what passes transit comes first.
 func compareForeign(x, y Foreign) int {
 	return cmp.Or(trueFirst(x.Transit, y.Transit), trueFirst(x.Wider, y.Wider), cmp.Compare(x.Anchor, y.Anchor), cmp.Compare(x.Rule, y.Rule))
 }
@@ -154,8 +155,8 @@ func trueFirst(x, y bool) int {
 	return 1
 }
 
-// compareProbe compares what became of a probe with what our anchor alone makes
-// of it.
+// compareProbe compares the verdict on a probe with that of our anchor alone, hook by
+// hook, and returns the rule that made the difference; false if there is none.
 func compareProbe(got, alone pfsim.Judgement, ours string) (Foreign, bool) {
 	passes, should := got.Verdict == pfsim.VerdictPass, alone.Verdict == pfsim.VerdictPass
 	isOurs := alone.In.Anchor == ours || alone.Out.Anchor == ours
@@ -168,25 +169,27 @@ func compareProbe(got, alone pfsim.Judgement, ours string) (Foreign, bool) {
 		case passes && !should && !h.alone.Pass(), !passes && should && !h.got.Pass() && isOurs:
 			return deciderAt(h.got, ours, passes), true
 		case passes != should || h.alone.Anchor != ours:
-			// The other hook tells, or others may do as they like.
+			// The other hook decided, or our anchor has no rule about the packet.
 		case foreignNAT:
 			return Foreign{Anchor: h.got.TranslationAnchor, Rule: h.got.Translation.String()}, true
 		case passes && isFloating(h.got):
 			return deciderAt(h.got, ours, true), true
 		case passes && h.got.State != h.alone.State:
-			return deciderAt(h.got, ours, false), true // answers will be stopped
+			return deciderAt(h.got, ours, false), true // the answers will be blocked
 		}
 	}
 	return Foreign{}, false
 }
 
-// isLoose reports whether a packet made a state that isn't bound to an interface.
+// isFloating reports whether a packet created a state that isn't bound to an interface,
+// by which packets with the same addresses enter on any other.
 func isFloating(h *pfsim.Hook) bool {
 	return h.State == pfsim.StateCreated && (h.Rule == nil || h.Rule.StateOptions.Policy != pfconf.IfBound)
 }
 
-// decidedBy names what decided at a hook. Where our own anchor stops what it lets
-// through when it is alone, a part of it isn't called.
+// deciderAt returns the foreign rule that decided at a hook. Rule stays empty if our own
+// anchor blocks what it passes when it is alone: then only a part of it is called,
+// such as its filter rules without its nat rules.
 func deciderAt(h *pfsim.Hook, ours string, wider bool) Foreign {
 	f := Foreign{Wider: wider, Skipped: h.Decider == pfsim.DecidedBySkip}
 	switch {
@@ -198,16 +201,18 @@ func deciderAt(h *pfsim.Hook, ours string, wider bool) Foreign {
 	return f
 }
 
-// probe is a packet and its way.
+// A probe is a packet and its path through this host.
 type probe struct {
-	packet  pfsim.Packet
+	packet pfsim.Packet
+	// in and out are interfaces: in is empty for a packet that this host sends, out for
+	// one that it receives.
 	in, out string
-	// redirected is the packet as rules of others send it on; nil: they don't. Our
-	// anchor alone, which redirects nothing, is asked about it.
+	// redirected is the packet after a foreign rdr rule; nil if none matches. Our
+	// anchor has no rdr rule, so it is evaluated with this one.
 	redirected *pfsim.Packet
 }
 
-// String returns the packet and its way.
+// String returns the packet and its interfaces.
 func (p probe) String() string {
 	s := p.packet.String()
 	if p.in != "" {
@@ -219,13 +224,13 @@ func (p probe) String() string {
 	return s
 }
 
-// isTransit reports whether the probe is forwarded between others than peers.
+// isTransit reports whether the probe is forwarded between two hosts that aren't peers.
 func (p probe) isTransit(r *policy.Ruleset) bool {
 	tunnel := r.Host().Interface
 	return p.in != "" && p.in != tunnel && p.out != "" && p.out != tunnel
 }
 
-// afterRedirect returns the probe as it goes on after the redirection.
+// afterRedirect returns the probe with its packet as redirected.
 func (p probe) afterRedirect() probe {
 	if p.redirected != nil {
 		p.packet = *p.redirected
@@ -233,6 +238,7 @@ func (p probe) afterRedirect() probe {
 	return p
 }
 
+// send runs the probe through m's hooks: in, out, or both.
 func (p probe) send(m *pfsim.Machine) pfsim.Judgement {
 	switch {
 	case p.out == "":
@@ -243,27 +249,27 @@ func (p probe) send(m *pfsim.Machine) pfsim.Judgement {
 	return m.Forward(p.packet, p.in, p.out)
 }
 
-// Bounds of what is tried, whatever a foreign ruleset holds.
+// Bounds on the probes, whatever a foreign ruleset contains: their number is about the
+// product of the first three.
 const (
-	maxProbePeers  = 16
-	maxProbePorts  = 32
-	maxProbeDsts   = 48
-	maxProbeAnchor = 1024
+	maxProbePeers  = 16   // addresses of peers, of two peers for each set of permissions
+	maxProbePorts  = 32   // destination ports
+	maxProbeDsts   = 48   // destination addresses
+	maxProbeAnchor = 1024 // anchors that are searched for ports and addresses
 )
 
-// probes is what probes are made of.
+// probes has the addresses and ports that probes are built from.
 type probes struct {
 	r     *policy.Ruleset
 	host  policy.Host
 	peers []netip.Addr
-	// interfaces are all of the machine's, also those without an address that the
-	// facts list.
+	// interfaces are all of the machine's; host lists only those with addresses.
 	interfaces []pfconf.Interface
 	dsts       []netip.Addr
 	ports      []uint16
 }
 
-// newProbes collects the addresses and ports to try.
+// newProbes collects the addresses and ports to probe with.
 func newProbes(m *pfsim.Machine, a *Anchor, r *policy.Ruleset) *probes {
 	p := &probes{r: r, host: r.Host(), interfaces: m.Interfaces(), ports: []uint16{22, 53, 443}}
 	kinds := map[mesh.Permissions]int{}
@@ -277,13 +283,15 @@ func newProbes(m *pfsim.Machine, a *Anchor, r *policy.Ruleset) *probes {
 			p.addDst(prefix)
 		}
 	}
-	// Addresses in the middle of the internet, and an unused mesh address.
+	// Public resolvers' addresses for class internet, an unused mesh address, and
+	// mDNS's multicast group.
 	p.dsts = append(p.dsts, netip.MustParseAddr("9.9.9.9"), netip.MustParseAddr("2620:fe::fe"),
 		netip.MustParseAddr("100.127.255.254"), netip.MustParseAddr("224.0.0.251"))
 	p.addFromRules(m, "", a.Path, new(int))
 	return p
 }
 
+// addDst adds one address of a prefix to the destinations.
 func (p *probes) addDst(prefix netip.Prefix) {
 	a := prefix.Addr()
 	if !prefix.IsSingleIP() {
@@ -294,9 +302,10 @@ func (p *probes) addDst(prefix netip.Prefix) {
 	}
 }
 
-// addMentioned collects what the rules below an anchor mention, ours excepted.
-func (p *probes) addFromRules(m *pfsim.Machine, anchor, ours string, seen *int) {
-	if *seen++; anchor == ours || *seen > maxProbeAnchor {
+// addFromRules adds the ports and addresses in the rules of an anchor and its children,
+// except ours. visited counts the anchors.
+func (p *probes) addFromRules(m *pfsim.Machine, anchor, ours string, visited *int) {
+	if *visited++; anchor == ours || *visited > maxProbeAnchor {
 		return
 	}
 	l, err := m.Snapshot(anchor)
@@ -318,12 +327,12 @@ func (p *probes) addFromRules(m *pfsim.Machine, anchor, ours string, seen *int) 
 		}
 	}
 	for _, child := range m.Anchors(anchor) {
-		p.addFromRules(m, child, ours, seen)
+		p.addFromRules(m, child, ours, visited)
 	}
 }
 
-// all returns the probes: from each peer, from this host and from a stranger on
-// each interface, to each destination, by each protocol.
+// all returns the probes: from each peer, from this host, and from a host beyond and
+// one on the link of each other interface, to each destination, with each protocol.
 func (p *probes) all() []probe {
 	var out []probe
 	for _, dst := range p.dsts {
@@ -346,8 +355,8 @@ func (p *probes) all() []probe {
 	return out
 }
 
-// stranger is an address that no host has here, for documentation (RFC 5737,
-// RFC 3849).
+// documentationAddr returns an address of dst's family that no host has: one for
+// documentation (RFC 5737, RFC 3849).
 func documentationAddr(dst netip.Addr) netip.Addr {
 	if dst.Is4() {
 		return netip.MustParseAddr("192.0.2.77")
@@ -355,7 +364,7 @@ func documentationAddr(dst netip.Addr) netip.Addr {
 	return netip.MustParseAddr("2001:db8:ffff::77")
 }
 
-// besideOwn is an address of the network that an interface is attached to, not the
+// neighborAddr returns the first address of an attached prefix that isn't the
 // interface's own.
 func neighborAddr(attached netip.Prefix) netip.Addr {
 	a := attached.Masked().Addr().Next()
@@ -365,6 +374,8 @@ func neighborAddr(attached netip.Prefix) netip.Addr {
 	return a
 }
 
+// add appends a TCP and a UDP probe for each port, and an echo request. It appends none
+// if the families differ or dst has no route.
 func (p *probes) add(out []probe, src, dst netip.Addr, in string) []probe {
 	if src.Is4() != dst.Is4() || src == dst {
 		return out
@@ -389,12 +400,12 @@ func (p *probes) add(out []probe, src, dst netip.Addr, in string) []probe {
 	return append(out, probe{packet: packet, in: in, out: to})
 }
 
-// way returns the interface by which a packet leaves, "" when this host keeps it,
-// and whether there is one.
+// routeTo returns the interface by which a packet leaves, or "" if it is for this host.
+// It returns false if there is no route, or if the host sends it to itself.
 func (p *probes) routeTo(dst netip.Addr, in string) (out string, ok bool) {
 	switch {
 	case !p.r.IsForwarded(dst):
-		return "", in != "" // others may do on loopback as they like
+		return "", in != "" // foreign rules on loopback don't concern the anchor
 	case p.r.Class(dst) == policy.InMesh:
 		return p.host.Interface, true
 	}

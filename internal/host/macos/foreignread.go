@@ -14,22 +14,23 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// othersRules is what the others had loaded when it was last looked at.
+// foreignResult is the last evaluation of foreign rules.
 type foreignResult struct {
+	// key is the text of the foreign rules and of our anchor that found is for.
 	key   string
 	found []Foreign
-	// problems and open are what [Backend.Inspect] says of it: open is what lets
-	// transit through, or may do so for all that is known, for which forwarding closes.
+	// problems and open are for [Backend.Inspect]. open has what passes transit, or may
+	// pass it as far as is known: forwarding is disabled because of it.
 	problems, open []host.Problem
 }
 
-// maxForeign is how many foreign rules are told of at a time.
+// maxForeignProblems is how many foreign rules are reported at a time.
 const maxForeignProblems = 8
 
-// errNotJudged is the cause when what others have loaded was read and can't be judged.
+// errNotEvaluated means that foreign rules were read but couldn't be evaluated.
 var errNotEvaluated = errors.New("they can't be evaluated")
 
-// inspectOthers looks at what others have in the packet filter.
+// inspectForeign evaluates the foreign rules that pf holds now.
 func (b *Backend) inspectForeign(ctx context.Context, n *darwin.Network, r *policy.Ruleset) {
 	b.foreignDue = false
 	if b.loaded == nil {
@@ -37,10 +38,10 @@ func (b *Backend) inspectForeign(ctx context.Context, n *darwin.Network, r *poli
 		return
 	}
 	if err := b.updateForeign(ctx, n, r); err != nil {
-		// Ours is in force all the same, and what was found last counts, unless the
-		// rules were read and it isn't known what they let through.
+		// Our anchor is in force in any case. If the rules couldn't be read, the last
+		// result stays; if they couldn't be evaluated, they may pass transit.
 		problem := host.Problem{Step: StepAnchor, Message: "the rules of other software can't be judged: " + err.Error(),
-			Hint: "look at them: sudo pfctl -s rules; sudo pfctl -s nat"}
+			Hint: "list them: sudo pfctl -s rules; sudo pfctl -s nat"}
 		b.foreign.problems = []host.Problem{problem}
 		if errors.Is(err, errTooManyRules) || errors.Is(err, errNotEvaluated) {
 			b.foreign.open = b.foreign.problems
@@ -48,8 +49,7 @@ func (b *Backend) inspectForeign(ctx context.Context, n *darwin.Network, r *poli
 	}
 }
 
-// readForeign reads what others have loaded and notes what of it stands in our
-// way.
+// updateForeign evaluates the foreign rules and updates problems and open.
 func (b *Backend) updateForeign(ctx context.Context, n *darwin.Network, r *policy.Ruleset) error {
 	found, err := b.evaluateForeign(ctx, n, r)
 	if err != nil {
@@ -66,20 +66,20 @@ func (b *Backend) updateForeign(ctx context.Context, n *darwin.Network, r *polic
 	return nil
 }
 
-// problem says what a foreign rule does, and what to do about it.
+// problem returns what a foreign rule does, with a hint about how to resolve it.
 func (f Foreign) problem() host.Problem {
 	hint := "see what software loads it, and whether you want it to"
 	switch {
 	case f.Transit:
 		hint = "forwarding stays off as long as the rule is loaded: remove it, or the software that loads it"
 	case f.Wider:
-		hint = "the helper holds it off at the tunnel; for the rest, remove the rule or the software that loads it"
+		hint = "the helper blocks such packets at the tunnel; on other interfaces, remove the rule or the software that loads it"
 	}
 	return host.Problem{Step: StepAnchor, Message: f.String(), Hint: hint}
 }
 
-// checkTransit fails where another product's rule would let transit through in
-// our anchor's place once forwarding is on.
+// checkTransit returns an error if a foreign rule would pass transit that our anchor
+// blocks, once forwarding is enabled.
 func (b *Backend) checkTransit(ctx context.Context, n *darwin.Network, r *policy.Ruleset) error {
 	if err := b.updateForeign(ctx, n, r); err != nil {
 		return asStepError(StepForwarding, fmt.Errorf("the rules of other software can't be judged: %w", err))
@@ -90,8 +90,9 @@ func (b *Backend) checkTransit(ctx context.Context, n *darwin.Network, r *policy
 	return nil
 }
 
-// foreign says which rules of others win over ours. What they have loaded is read,
-// and judged only if it changed, or our anchor did.
+// evaluateForeign reads the foreign rules and returns those that override ours. It
+// evaluates them only if they or our anchor changed, since that takes thousands of
+// probes.
 func (b *Backend) evaluateForeign(ctx context.Context, n *darwin.Network, r *policy.Ruleset) ([]Foreign, error) {
 	all, err := b.readForeignAnchors(ctx)
 	if err != nil {
@@ -111,8 +112,9 @@ func (b *Backend) evaluateForeign(ctx context.Context, n *darwin.Network, r *pol
 	return b.foreign.found, err
 }
 
-// guarded runs do, which parses and evaluates rules that other software has loaded. They may
-// be anything, and a panic on them mustn't end the helper.
+// withRecover runs do, which parses or evaluates rules that other software loaded, and
+// returns a panic as an error with errNotEvaluated: unexpected rules must not end the
+// helper, which would take the tunnel down.
 func (b *Backend) withRecover(do func() error) (err error) {
 	defer func() {
 		if r := recover(); r != nil {
@@ -123,7 +125,7 @@ func (b *Backend) withRecover(do func() error) (err error) {
 	return do()
 }
 
-// judge says which rules of all win over ours.
+// judgeForeign returns which rules of all override ours.
 func (b *Backend) judgeForeign(ctx context.Context, n *darwin.Network, r *policy.Ruleset, all []shownAnchor) ([]Foreign, error) {
 	u := unparsed{}
 	rulesets := u.rulesets(all)
@@ -141,8 +143,9 @@ func (b *Backend) judgeForeign(ctx context.Context, n *darwin.Network, r *policy
 	if err != nil {
 		return nil, err
 	}
-	// A block rule that isn't understood may match everything, or so little that it
-	// stops none of what a later rule lets through.
+	// A block rule that isn't understood was evaluated as matching everything, which
+	// hides what later rules pass. It may as well match nothing: evaluate again without
+	// such rules.
 	if dropDoubtfulBlocks(rulesets) {
 		more, err := find()
 		if err != nil {
@@ -159,24 +162,24 @@ func (b *Backend) judgeForeign(ctx context.Context, n *darwin.Network, r *policy
 	return u.resolve(found), nil
 }
 
-// maxOthers bounds how many anchors of others are read: each takes a run of pfctl.
+// maxForeignAnchors is how many foreign anchors are read; each takes a run of pfctl.
 const maxForeignAnchors = 64
 
-// A shownAnchor is what pfctl shows of an anchor of others, or of the main ruleset.
+// A shownAnchor is an anchor, or the main ruleset, as pfctl shows it.
 type shownAnchor struct {
-	path       string
-	rules, nat string // without counters
+	path       string // empty for the main ruleset
+	rules, nat string // without counters, so that equal rules compare equal
 	tables     []shownTable
 }
 
-// A shownTable is a table of others.
+// A shownTable is a table as pfctl shows it.
 type shownTable struct {
-	name    string
-	entries string // as [pfconf.Table.Entries] has them; what is wrong with them if unread
-	unparsed  bool   // an entry isn't understood
+	name     string
+	entries  string // the text of [pfconf.Table.Entries]; if unparsed, the parser's error
+	unparsed bool   // an entry isn't understood
 }
 
-// readOthers reads the main ruleset, which is the first, and the anchors of others.
+// readForeignAnchors reads the main ruleset, which comes first, and the foreign anchors.
 func (b *Backend) readForeignAnchors(ctx context.Context) ([]shownAnchor, error) {
 	paths, err := b.foreignAnchors(ctx)
 	if err != nil {
@@ -196,7 +199,7 @@ func (b *Backend) readForeignAnchors(ctx context.Context) ([]shownAnchor, error)
 	return out, nil
 }
 
-// readAnchor reads an anchor by one process, and one more for each of its tables.
+// readAnchor reads an anchor with one process, and one more for each of its tables.
 func (b *Backend) readAnchor(ctx context.Context, path string) (shownAnchor, error) {
 	all, err := b.pf.AllOfAny(ctx, path)
 	if err != nil {
@@ -206,7 +209,7 @@ func (b *Backend) readAnchor(ctx context.Context, path string) (shownAnchor, err
 	for _, t := range pfconf.ParseTables(all.Sections["TABLES"]) {
 		table, err := b.readTable(ctx, path, t.Name)
 		if errors.Is(err, darwin.ErrNoTable) {
-			continue // gone meanwhile
+			continue // removed meanwhile
 		}
 		if err != nil {
 			return shownAnchor{}, err
@@ -216,9 +219,10 @@ func (b *Backend) readAnchor(ctx context.Context, path string) (shownAnchor, err
 	return out, nil
 }
 
-// anchorsOfOthers returns the anchors but ours. Inline ones without a name are left
-// out: pfctl shows their rules where they are called. One process lists all, and where
-// our own isn't among them that list isn't what it is taken for.
+// foreignAnchors returns the paths of all anchors but ours. It leaves out inline
+// anchors without a name (pfctl calls them "_1" and so on), whose rules pfctl shows where
+// they are called. One pfctl process lists all anchors; if ours isn't among them that
+// list is incomplete, and the anchors are listed level by level.
 func (b *Backend) foreignAnchors(ctx context.Context) ([]string, error) {
 	all, err := b.pf.AllAnchors(ctx)
 	if err != nil {
@@ -241,7 +245,7 @@ func (b *Backend) foreignAnchors(ctx context.Context) ([]string, error) {
 	}), nil
 }
 
-// readTable reads a table of others.
+// readTable reads a table of a foreign anchor.
 func (b *Backend) readTable(ctx context.Context, anchor, name string) (shownTable, error) {
 	entries, err := b.pf.Table(ctx, anchor, name)
 	var notUnderstood *pfconf.EntryError
@@ -251,17 +255,18 @@ func (b *Backend) readTable(ctx context.Context, anchor, name string) (shownTabl
 	return shownTable{name, strings.Join((&pfconf.Table{Addrs: entries}).Entries(), "\n"), false}, err
 }
 
-// statement returns the table as it is loaded; one whose entries aren't understood is
-// empty.
+// statement returns the table for the simulated pf; it is empty if its entries aren't
+// understood, and widen changes the rules that refer to it.
 func (t shownTable) statement() *pfconf.Table {
 	out := &pfconf.Table{Name: t.name, Persist: true, HasAddrs: true}
 	if !t.unparsed {
-		out.Addrs, _ = pfconf.ParseTableEntries(t.entries) // which were read before
+		out.Addrs, _ = pfconf.ParseTableEntries(t.entries) // parsed once by readTable
 	}
 	return out
 }
 
-// withoutCounters returns rules without the lines that pfctl -v has below each.
+// withoutCounters returns rules without the lines that pfctl -v prints below each:
+// "  [ Evaluations: ... ]" and "  [ Inserted: ... ]".
 func withoutCounters(text string) string {
 	var b strings.Builder
 	for line := range strings.Lines(text) {

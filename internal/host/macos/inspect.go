@@ -11,9 +11,9 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// Inspect implements [host.Enforcer]. What the kernel tells without a
-// process is compared each time; what pf holds is read whole when there is a reason
-// to (see [look]), and otherwise watched for signs by one process.
+// Inspect implements [host.Enforcer]. Interfaces, routes and sysctls, which take no
+// process to read, are compared each time. What pf holds is read back completely when
+// there is a reason (see [observations]); otherwise one process looks for a change.
 func (b *Backend) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, error) {
 	var report host.Report
 	now, err := b.forwarding()
@@ -32,7 +32,7 @@ func (b *Backend) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, 
 	report.Problems = b.routeProblems(n, r)
 	if b.observeErr != nil {
 		report.Problems = append(report.Problems, host.Problem{
-			Step: "observe host", Message: "not all of it can be read: " + b.observeErr.Error(), Hint: "what was read last counts; the helper tries again",
+			Step: "observe host", Message: "not all of it can be read: " + b.observeErr.Error(), Hint: "the helper uses the last ones that it read, and tries again",
 		})
 	}
 	if !b.enforcedSince {
@@ -69,8 +69,8 @@ func (b *Backend) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, 
 		}
 	}
 	if !ours && (whole || b.foreignDue) {
-		// Not right after a change of ours: what narrows doesn't wait for what others
-		// have loaded.
+		// Not right after Enforce: a change that narrows must not wait for the
+		// evaluation of foreign rules.
 		b.inspectUnwantedStates(ctx, r, drift)
 		b.inspectForeign(ctx, n, r)
 	}
@@ -79,8 +79,8 @@ func (b *Backend) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, 
 	return report, nil
 }
 
-// takenRoutes are the peers that can't be reached because another program has a
-// route to their address.
+// routeProblems reports peers that can't be reached because another program has a route
+// to their address.
 func (b *Backend) routeProblems(n *darwin.Network, r *policy.Ruleset) []host.Problem {
 	i := n.Interface(b.name)
 	if i == nil {
@@ -96,6 +96,7 @@ func (b *Backend) routeProblems(n *darwin.Network, r *policy.Ruleset) []host.Pro
 	return out
 }
 
+// inspectInterface compares the mesh interface, its addresses and its routes.
 func (b *Backend) inspectInterface(n *darwin.Network, r *policy.Ruleset, drift func(step, message string)) {
 	i := n.Interface(b.name)
 	if i == nil {
@@ -112,7 +113,8 @@ func (b *Backend) inspectInterface(n *darwin.Network, r *policy.Ruleset, drift f
 	}
 }
 
-// inspectFilter reads back all that pf holds of ours, and whether it is in force.
+// inspectFilter reads back everything that pf holds of ours, and whether pf is enabled
+// and evaluates it. The result goes to lastReport.
 func (b *Backend) inspectFilter(ctx context.Context, r *policy.Ruleset) error {
 	b.inForce, b.lastReport = false, host.Report{}
 	drift := func(step, message string) {
@@ -135,7 +137,8 @@ func (b *Backend) inspectFilter(ctx context.Context, r *policy.Ruleset) error {
 	if err != nil {
 		return asStepError(StepAnchor, err)
 	}
-	// Enforcing again repairs them only by closing, which is what must happen.
+	// Enforcing again can't remove obstacles, but it fails on them and so disables
+	// forwarding.
 	b.lastReport.Drift = append(b.lastReport.Drift, obstacles...)
 	b.lastReport.Problems = obstacles
 	b.inForce = len(b.lastReport.Drift) == 0
@@ -143,9 +146,10 @@ func (b *Backend) inspectFilter(ctx context.Context, r *policy.Ruleset) error {
 	return nil
 }
 
-// obstacles are why the anchor can't be in force, although it is loaded: the main
-// ruleset doesn't call it, or an interface is skipped. Forwarding must not be on
-// then.
+// obstacles returns why the anchor isn't in force although it is loaded: the main
+// ruleset doesn't call it (after pfctl -F all, or with another /etc/pf.conf), or pf
+// skips an interface, on which then nothing is filtered or translated (PFI_IFLAG_SKIP
+// in xnu bsd/net/pf.c). Forwarding must be disabled then.
 func (b *Backend) obstacles(ctx context.Context) ([]host.Problem, error) {
 	rules, nat, err := b.showAnchor(ctx, "")
 	if err != nil {
@@ -173,7 +177,7 @@ func (b *Backend) obstacles(ctx context.Context) ([]host.Problem, error) {
 	}
 	for _, name := range skipped {
 		if name == loopback {
-			continue // which nothing of ours relies on, and which vmnet leaves behind
+			continue // no rule of ours relies on it, and vmnet leaves it skipped
 		}
 		out = append(out, host.Problem{
 			Step: StepAnchor, Message: fmt.Sprintf("the packet filter is told to skip %s", name),
@@ -183,8 +187,8 @@ func (b *Backend) obstacles(ctx context.Context) ([]host.Problem, error) {
 	return out, nil
 }
 
-// calls reports whether a list of the main ruleset calls com.apple's children,
-// for every packet.
+// calls reports whether the main ruleset, as pfctl shows it, calls com.apple's children
+// for every packet: a call with conditions, such as an interface, doesn't count.
 func calls(shown string, action pfconf.Action) bool {
 	plain := (&pfconf.Rule{Action: action, Anchor: anchorParent + "*"}).String()
 	return slices.ContainsFunc(pfconf.ParseShown(shown).Rules, func(r pfconf.ShownRule) bool {

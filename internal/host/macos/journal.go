@@ -13,26 +13,28 @@ import (
 // journalName is the journal's file in the state directory.
 const journalName = "macos-journal.json"
 
-// journalVersion is written into the journal; another one isn't understood.
+// journalVersion is the version of the journal's format, and of cutFile's. Files with
+// another version are refused.
 const journalVersion = 1
 
-// journal is what we changed of the host, with what was found. It is on disk
-// before the change, and gone when everything is as it was.
+// journal records what the helper changed on the host. It is on disk before the change
+// is made, and removed once everything is as it was found.
 type journal struct {
 	Version int `json:"version"`
-	// Boot is kern.bootsessionuuid: nothing of this outlives a boot.
+	// Boot is kern.bootsessionuuid: no change outlives a boot.
 	Boot string `json:"boot"`
-	// Forwarding are the families that we switched forwarding on for; it was
-	// found off.
+	// Forwarding has the families for which forwarding was found disabled and then
+	// enabled by us.
 	Forwarding policy.Families `json:"forwarding"`
 	// Anchor is the path of the anchor that may hold our rules; empty for none.
 	Anchor string `json:"anchor,omitempty"`
-	// Token keeps the packet filter on; 0 for none.
+	// Token is our token, which keeps pf enabled; 0 for none.
 	Token uint64 `json:"token,omitempty"`
-	// Enabling is set while a token is asked for: if we are killed before it is
-	// in Token, it is the one that isn't among Others.
-	Enabling bool     `json:"enabling,omitempty"`
-	Others   []uint64 `json:"others,omitempty"`
+	// Enabling is set while a token is being acquired. If the helper is killed before
+	// Token is recorded, ours is the token that isn't in Others.
+	Enabling bool `json:"enabling,omitempty"`
+	// Others has the tokens of other programs before ours was acquired.
+	Others []uint64 `json:"others,omitempty"`
 }
 
 // OfBoot implements [host.Journal].
@@ -54,7 +56,8 @@ func (j *journal) write(dir string) error {
 	return host.WriteJournal(filepath.Join(dir, journalName), j)
 }
 
-// parseJournal refuses what would have us flush an anchor that isn't ours.
+// parseJournal decodes a journal. It refuses an anchor that isn't of the form that
+// [AnchorPath] returns, so that a damaged file can't make us flush another program's.
 func parseJournal(b []byte) (*journal, error) {
 	var j journal
 	if err := json.Unmarshal(b, &j); err != nil {

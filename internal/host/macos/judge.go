@@ -13,12 +13,12 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// ByOthers implements [host.Judge]. It reads what the packet filter holds now,
-// ours included, and sends the packet through a machine with all of it and through one
-// with ours alone; it needs nothing of what the loop uses, which doesn't wait for it.
+// ByOthers implements [host.Judge]. It reads everything that pf holds now, and
+// evaluates the packet against all of it and against our anchor alone. It may run
+// beside any other method, as it uses no state of the backend that they change.
 func (b *Backend) ByOthers(ctx context.Context, packet host.Packet, out string, reply bool) (host.ByOthers, error) {
 	if reply {
-		return host.ByOthers{}, nil // pf lets what answers a packet pass by its state
+		return host.ByOthers{}, nil // pf passes a reply by the state of its flow
 	}
 	info, err := b.pf.Info(ctx)
 	if err != nil || !info.Enabled {
@@ -48,16 +48,16 @@ func (b *Backend) ByOthers(ctx context.Context, packet host.Packet, out string, 
 	return by, cmp.Or(err, ctx.Err())
 }
 
-// judgeOne sends a packet through all that the packet filter holds, and through our
-// anchor alone. skipped are the interfaces that the packet filter skips.
+// judgeOne evaluates a packet against everything that pf holds and against our anchor
+// alone. skipped lists the interfaces that pf skips.
 func judgeOne(n *darwin.Network, all []shownAnchor, ours shownAnchor, skipped []string, one probe) (host.ByOthers, error) {
 	u, known := unparsed{}, unparsed{}
 	rulesets := u.rulesets(all)
-	if len(skipped) > 0 { // the main ruleset is the first that is read
+	if len(skipped) > 0 { // all[0] is the main ruleset, the only one with set skip
 		main := rulesets[0].rules
 		main.Statements = append([]pfconf.Statement{&pfconf.Option{Name: "skip", Values: skipped}}, main.Statements...)
 	}
-	var own *pfconf.Ruleset // nil where our anchor is empty
+	var own *pfconf.Ruleset // nil if our anchor is empty
 	if strings.TrimSpace(ours.rules+ours.nat) != "" {
 		rs := known.rulesets([]shownAnchor{ours})
 		if len(known) > 0 {
@@ -76,7 +76,7 @@ func judgeOne(n *darwin.Network, all []shownAnchor, ours shownAnchor, skipped []
 	return byOthers(one.send(m), one.send(alone), ours.path, u), nil
 }
 
-// asShown returns the first packet of a flow as pf looks at it.
+// asShown returns the first packet of a flow in pfsim's form.
 func asShown(p policy.Packet) pfsim.Packet {
 	out := pfsim.Packet{Src: p.Src, Dst: p.Dst, Proto: pfconf.Proto(p.Proto)}
 	switch p.Proto {
@@ -90,10 +90,11 @@ func asShown(p policy.Packet) pfsim.Packet {
 	return out
 }
 
-// byOthers says what others did with a packet that passes where our anchor is alone.
+// byOthers compares the verdicts on a packet: got with everything that pf holds, alone
+// with our anchor only. It reports nothing if our anchor blocks the packet itself.
 func byOthers(got, alone pfsim.Judgement, ours string, u unparsed) host.ByOthers {
 	if alone.Verdict != pfsim.VerdictPass {
-		return host.ByOthers{} // ours doesn't let it pass, whatever they do
+		return host.ByOthers{} // blocked by ours, whatever foreign rules do
 	}
 	var by host.ByOthers
 	for _, h := range []struct{ got, alone *pfsim.Hook }{{&got.In, &alone.In}, {&got.Out, &alone.Out}} {
@@ -108,7 +109,7 @@ func byOthers(got, alone pfsim.Judgement, ours string, u unparsed) host.ByOthers
 		case redirects:
 			by.Does = host.OthersRedirect
 		case h.got.State != h.alone.State:
-			by.Unclear = true // its answers meet other rules
+			by.Unclear = true // another rule keeps the state, or none: answers may be blocked
 		}
 		by.Unclear = by.Unclear || f.Unparsed
 		if by.Does != "" || by.Unclear {

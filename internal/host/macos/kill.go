@@ -9,25 +9,25 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// Kill names states to end: those whose opener is in From and whose other end,
-// as the opener sees it, is in To. It ends the state on the interface that a
-// forwarded packet came in by and the one, with its translation, on the interface
-// that it left by: pfctl(8) -k compares the address before translation.
+// Kill selects states to kill: those whose opener is in From and whose other end, as
+// the opener addresses it, is in To (pfctl -k From -k To, pfctl(8)). It matches both
+// states of a forwarded flow, the one on the interface where it came in and the
+// translated one where it left, because pf compares the address before translation
+// (pfioctl_ioc_state_kill in xnu bsd/net/pf_ioctl.c).
 type Kill struct {
 	From, To netip.Prefix
 }
 
-// Kills returns what has to be ended after the packet filter was given the rules
-// of next instead of those of old; narrowed is what [policy.Diff] says of the
-// two. States made by rules that are gone go on passing, and translating, until
-// then.
+// Kills returns which states to kill after the rules of next replaced those of old;
+// narrowed is the result of [policy.Diff]. Loading rules doesn't affect existing states:
+// they pass and translate packets until they are killed or time out.
 //
-// A peer that lost a permission loses the states of that permission's
-// destinations, and keeps the others; so it is with destinations that have another
-// class now, or are reached another way. Where a peer has lost routing, or its
-// translated flows can't go on as they were, all that it opened ends: what may go
-// on makes itself new states. What this host opened to a peer goes on, unless the
-// peer is gone. A nil old ends everything from and to the peers.
+// A peer that lost a permission loses the states to that permission's destinations, and
+// keeps the others. The same holds for destinations whose class changed, or that are
+// now reached by another path. If a peer lost routing, or its translated flows can't
+// continue, everything that it opened is killed; packets that are still permitted
+// create new states. Flows that this host opened to a peer continue, unless the peer
+// was removed. If old is nil, all states from and to the peers are killed.
 func Kills(old, next *policy.Ruleset, narrowed []policy.Narrowed) []Kill {
 	var moved []netip.Prefix
 	if old != nil {
@@ -37,12 +37,12 @@ func Kills(old, next *policy.Ruleset, narrowed []policy.Narrowed) []Kill {
 	var out []Kill
 	for _, n := range narrowed {
 		for _, a := range n.Addresses {
-			_, known := next.PeerByAddr(a) // or an interface of this host's has it
+			_, known := next.PeerByAddr(a) // false also if an interface of this host has it
 			switch {
 			case old == nil || n.Removed || !known:
 				out = append(out, killAll(a)...)
 				continue
-			case n.Lost.Has(mesh.Routing) || isUprooted(old, next, a):
+			case n.Lost.Has(mesh.Routing) || translationChanged(old, next, a):
 				out = append(out, killOpened(a))
 				continue
 			}
@@ -62,7 +62,7 @@ func Kills(old, next *policy.Ruleset, narrowed []policy.Narrowed) []Kill {
 	return out
 }
 
-// widest returns the prefixes, sorted, without those that are inside another.
+// dropContained returns the prefixes, sorted, without those contained in another.
 func dropContained(ps []netip.Prefix) []netip.Prefix {
 	var out []netip.Prefix
 	for _, p := range sorted(slices.Clone(ps)) {
@@ -73,13 +73,12 @@ func dropContained(ps []netip.Prefix) []netip.Prefix {
 	return out
 }
 
-// maxKills bounds how many states' ends are named one by one: each is a run of
-// pfctl, of some milliseconds.
+// maxKills is how many runs of pfctl -k a change may take, some milliseconds each.
 const maxKills = 256
 
-// coarse names whole mesh prefixes instead of single peers. Peers that lost
-// nothing then have flows ended, too; that many lose something at once only when
-// the host moves, or at the start.
+// widenKills replaces addresses of peers by whole mesh prefixes. That also kills flows
+// of peers that lost nothing, but so many lose something at once only when the host
+// changes networks or the helper starts.
 func widenKills(kills []Kill, mesh []netip.Prefix) []Kill {
 	widen := func(p netip.Prefix) netip.Prefix {
 		for _, m := range mesh {
@@ -100,13 +99,13 @@ func widenKills(kills []Kill, mesh []netip.Prefix) []Kill {
 	return out
 }
 
-// killAll ends everything from and to a peer's address.
+// killAll selects all states from and to a peer's address.
 func killAll(a netip.Addr) []Kill {
 	opened := killOpened(a)
 	return []Kill{opened, {opened.To, opened.From}}
 }
 
-// killOpened ends everything that a peer's address opened.
+// killOpened selects all states that a peer's address opened.
 func killOpened(a netip.Addr) Kill {
 	all := netip.PrefixFrom(netip.IPv4Unspecified(), 0)
 	if a.Is6() {
@@ -115,8 +114,9 @@ func killOpened(a netip.Addr) Kill {
 	return Kill{netip.PrefixFrom(a, a.BitLen()), all}
 }
 
-// killTo ends what a peer's address opened to the destinations. No host behind
-// them can have opened anything to a peer but the host itself, and that may go on.
+// killTo selects the states that a peer's address opened to the destinations. The
+// opposite direction isn't needed: only this host opens flows to a peer, and those
+// continue.
 func killTo(a netip.Addr, to []netip.Prefix) []Kill {
 	var out []Kill
 	for _, p := range to {
@@ -127,10 +127,12 @@ func killTo(a netip.Addr, to []netip.Prefix) []Kill {
 	return out
 }
 
-// movedPrefixes returns the destinations that have another class now, or that are
-// reached another way: a network that went, for one. An address or a network that
-// only came where the same class and way held is none. Addresses of the router in front
-// that are known only now, and all where WireGuard has another port there, are among them.
+// changedPrefixes returns the destinations whose class changed, or that are now reached
+// by another path, such as those of a network that was detached. A new address or
+// network whose destinations keep their class and path isn't among them. Public
+// addresses of the router in front of this host (Sets.Outside) are, if they are new or
+// if WireGuard's port there changed; so are the host's mesh addresses if it began
+// or stopped to serve DNS on them.
 func changedPrefixes(old, next *policy.Ruleset) []netip.Prefix {
 	a, b := old.Sets(), next.Sets()
 	var changed []netip.Prefix
@@ -138,15 +140,15 @@ func changedPrefixes(old, next *policy.Ruleset) []netip.Prefix {
 		changed = append(append(changed, subtract(s[0], s[1])...), subtract(s[1], s[0])...)
 	}
 	before, now := egressPaths(old.Host()), egressPaths(next.Host())
-	for p, way := range before {
-		if now[p] != way {
+	for p, path := range before {
+		if now[p] != path {
 			changed = append(changed, p)
 		}
 	}
 	var out []netip.Prefix
-	edges := classBoundaries(slices.Concat(a.Martians, a.Self, a.Mesh, a.LAN, b.Martians, b.Self, b.Mesh, b.LAN))
+	boundaries := classBoundaries(slices.Concat(a.Martians, a.Self, a.Mesh, a.LAN, b.Martians, b.Self, b.Mesh, b.LAN))
 	for _, p := range sorted(changed) {
-		if _, went := before[p]; !sameClass(old, next, p, edges) || went && before[p] != now[p] {
+		if _, had := before[p]; !sameClass(old, next, p, boundaries) || had && before[p] != now[p] {
 			out = append(out, p)
 		}
 	}
@@ -161,8 +163,8 @@ func changedPrefixes(old, next *policy.Ruleset) []netip.Prefix {
 	return out
 }
 
-// edgesOf returns, sorted, the addresses at which a class may begin: the first of
-// each prefix, and the one behind it.
+// classBoundaries returns, sorted, the addresses at which the class may change: the
+// first address of each prefix, and the first after it.
 func classBoundaries(ps []netip.Prefix) []netip.Addr {
 	var out []netip.Addr
 	for _, p := range ps {
@@ -172,37 +174,40 @@ func classBoundaries(ps []netip.Prefix) []netip.Addr {
 		}
 		last, _ := netip.AddrFromSlice(b)
 		out = append(out, p.Masked().Addr())
-		if behind := last.Next(); behind.IsValid() {
-			out = append(out, behind)
+		if after := last.Next(); after.IsValid() {
+			out = append(out, after)
 		}
 	}
 	slices.SortFunc(out, netip.Addr.Compare)
 	return slices.Compact(out)
 }
 
-// sameClass reports whether every address of a prefix has the class that it had.
-// Between two edges all have one class.
-func sameClass(old, next *policy.Ruleset, p netip.Prefix, edges []netip.Addr) bool {
+// sameClass reports whether every address of a prefix has the same class in both
+// rulesets. Between two boundaries all addresses have one class, so one of each
+// stretch is looked up.
+func sameClass(old, next *policy.Ruleset, p netip.Prefix, boundaries []netip.Addr) bool {
 	if old.Class(p.Masked().Addr()) != next.Class(p.Masked().Addr()) {
 		return false
 	}
-	i, _ := slices.BinarySearchFunc(edges, p.Masked().Addr(), netip.Addr.Compare)
-	for ; i < len(edges) && p.Contains(edges[i]); i++ {
-		if old.Class(edges[i]) != next.Class(edges[i]) {
+	i, _ := slices.BinarySearchFunc(boundaries, p.Masked().Addr(), netip.Addr.Compare)
+	for ; i < len(boundaries) && p.Contains(boundaries[i]); i++ {
+		if old.Class(boundaries[i]) != next.Class(boundaries[i]) {
 			return false
 		}
 	}
 	return true
 }
 
-// way is by which interface a network is reached, and what packets there leave
-// with: the interface's first address, unless it is the uplink's, which has its own.
+// An egressPath is how a network is reached.
 type egressPath struct {
-	name   string
+	name string // the interface's
+	// source is what peers' packets are translated to: the interface's first address.
+	// It is left out for the uplink, whose source address is compared by
+	// [translationChanged].
 	source netip.Addr
 }
 
-// ways returns how the host reaches each network, default routes left out.
+// egressPaths returns how the host reaches each network, except by default routes.
 func egressPaths(h policy.Host) map[netip.Prefix]egressPath {
 	out := map[netip.Prefix]egressPath{}
 	add := func(p netip.Prefix, name string) {
@@ -231,7 +236,7 @@ func egressPaths(h policy.Host) map[netip.Prefix]egressPath {
 	return out
 }
 
-// subtract returns what is in a and not in b.
+// subtract returns the elements of a that aren't in b.
 func subtract[T comparable](a, b []T) []T {
 	in := map[T]bool{}
 	for _, one := range b {
@@ -240,12 +245,12 @@ func subtract[T comparable](a, b []T) []T {
 	return slices.DeleteFunc(slices.Clone(a), func(one T) bool { return in[one] })
 }
 
-// isUprooted reports whether the translated flows of an address's family have
-// lost what they stand on: the mesh interface, the uplink, forwarding, or the
-// address that they have outside. Other addresses of this host's, and other
-// interfaces, come and go many times an hour on any Mac, and nothing of a peer
-// depends on them but its flows to them.
-func isUprooted(old, next *policy.Ruleset, a netip.Addr) bool {
+// translationChanged reports whether translated flows of a's family can't continue:
+// the mesh interface, the uplink, forwarding or the uplink's source address changed.
+// Other interfaces and addresses don't count: on any Mac those of awdl0, llw0 and
+// the system's utuns change many times an hour, and only flows to them depend on
+// them.
+func translationChanged(old, next *policy.Ruleset, a netip.Addr) bool {
 	x, y := old.Host(), next.Host()
 	source := x.Source6 != y.Source6
 	if a.Is4() {

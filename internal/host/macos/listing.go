@@ -7,9 +7,9 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// Listing returns the anchor in Markdown, each line with the reason for it.
-// Lines with the same reason stand together. The timeouts, which each rule that
-// keeps state has, are left out.
+// Listing returns the anchor in Markdown, each line with the reason for it, for
+// docs/pf.md. Consecutive lines with the same reason are grouped. The state timeouts,
+// which are the same in each rule, are left out.
 func (a *Anchor) Listing() string {
 	var b strings.Builder
 	for i, l := range a.Lines {

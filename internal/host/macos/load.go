@@ -15,11 +15,12 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// loadedAnchor is what we have put in force.
+// loadedAnchor is the anchor that pf was given.
 type loadedAnchor struct {
 	anchor *Anchor
-	rules  string // the text of all but the tables
-	want   *pfconf.Loaded
+	rules  string // the text of anchor without its tables
+	// want is the anchor as pf expands it, to compare with what pfctl shows.
+	want *pfconf.Loaded
 }
 
 // tables returns the anchor's tables by name.
@@ -44,8 +45,8 @@ func (a *Anchor) rulesText() string {
 	return rs.String()
 }
 
-// enforceFilter puts the anchor in force: loaded or, where only tables differ,
-// changed in place, the packet filter on, and called by the main ruleset.
+// enforceFilter makes pf enforce r: it loads the anchor, or changes its tables if only
+// they differ, enables pf, and checks that the main ruleset calls the anchor.
 func (b *Backend) enforceFilter(ctx context.Context, r *policy.Ruleset) error {
 	b.recordEgress(r)
 	with := b.options()
@@ -74,16 +75,16 @@ func (b *Backend) enforceFilter(ctx context.Context, r *policy.Ruleset) error {
 	return nil
 }
 
-// asError makes an error of a problem.
+// problemError returns a problem as an error.
 func problemError(o host.Problem) error {
 	return &host.StepError{Step: o.Step, Hint: o.Hint, Err: errors.New(o.Message)}
 }
 
-// maxBefore bounds for how many interfaces that are gone rules are kept.
+// maxPastEgress is for how many interfaces rules are kept after they disappeared.
 const maxPastEgress = 64
 
-// noteEgress remembers by which interfaces peers' packets can leave, and forgets
-// those that went first of those that are gone.
+// recordEgress adds the interfaces by which peers' packets can leave to pastEgress, and
+// drops the oldest of those that are gone.
 func (b *Backend) recordEgress(r *policy.Ruleset) {
 	h, now := r.Host(), egressOf(r.Host())
 	for _, e := range now {
@@ -101,8 +102,7 @@ func (b *Backend) recordEgress(r *policy.Ruleset) {
 	})
 }
 
-// compile makes the anchor for r, with the rules for interfaces that were there
-// before.
+// compile returns the anchor for r with the current options.
 func (b *Backend) compile(r *policy.Ruleset) (*Anchor, error) {
 	return Compile(r, b.options())
 }
@@ -124,18 +124,18 @@ func render(r *policy.Ruleset, o AnchorOptions) (anchor, text string, err error)
 	return a.Path, a.Ruleset().String(), nil
 }
 
-// Text returns the path of the anchor that enforces r and its text, in pf's language,
-// for reading on any machine: o.Ports is that of a Mac with macOS's defaults where it
-// isn't given, and a comment says so.
+// Text returns the path of the anchor that enforces r and its text in pf.conf(5)'s
+// language, on any platform. If o.Ports isn't set the text has macOS's default range,
+// and a comment that says so.
 func Text(r *policy.Ruleset, o AnchorOptions) (anchor, text string, err error) {
 	anchor, text, err = render(r, o)
 	if err == nil && o.Ports == (darwin.PortRange{}) {
-		text = fmt.Sprintf("# Peers' flows are translated to ports %d:%d by default; a helper on a Mac chooses those that its sockets leave.\n", defaultPorts.First, defaultPorts.Last) + text
+		text = fmt.Sprintf("# Peers' flows are translated to ports %d:%d by default; a helper on a Mac chooses a range without sockets of its own.\n", defaultPorts.First, defaultPorts.Last) + text
 	}
 	return anchor, text, err
 }
 
-// options are what the anchor depends on now, besides the ruleset.
+// options returns what the anchor depends on now besides the ruleset.
 func (b *Backend) options() AnchorOptions {
 	return AnchorOptions{
 		Label: b.o.Label, MTU: b.cfg.MTU, Cut: b.cuts.addresses(), PastEgress: b.pastEgress,
@@ -143,8 +143,8 @@ func (b *Backend) options() AnchorOptions {
 	}
 }
 
-// putAnchor makes a what is loaded, in the gentlest way: nothing, where it is
-// loaded already; by changing tables, where only they differ; else by loading it.
+// ensureAnchor makes pf hold a with the least change: none if it is loaded already,
+// tables if only they differ, otherwise a load of the whole anchor.
 func (b *Backend) ensureAnchor(ctx context.Context, a *Anchor) error {
 	l := b.loaded
 	if l == nil || b.drifted || l.rules != a.rulesText() || !slices.Equal(slices.Sorted(maps.Keys(l.anchor.tables())), slices.Sorted(maps.Keys(a.tables()))) {
@@ -158,7 +158,7 @@ func (b *Backend) ensureAnchor(ctx context.Context, a *Anchor) error {
 		return b.loadAnchor(ctx, a)
 	}
 	return b.step(StepTables, func() error {
-		b.drifted = true // until all of it is changed
+		b.drifted = true // until all tables are changed
 		for _, c := range changed {
 			if err := b.pf.ReplaceTable(ctx, a.Path, c.Name, c.Addrs); err != nil {
 				return err
@@ -173,21 +173,24 @@ func (b *Backend) ensureAnchor(ctx context.Context, a *Anchor) error {
 	})
 }
 
-// The tables by what more entries do: classes say what class a destination has,
-// the first class first; by opening tables more passes, by closing ones less.
+// The tables by the effect of more entries. A destination's class is that of the first
+// of classTables that has it. Entries in openingTables let more packets pass, entries
+// in closingTables fewer.
 var (
 	classTables   = []string{tableMartians, tableSelf, tableMesh, tableLooped, tableNetworks}
 	openingTables = []string{tableIncoming, tableDNS, tableLAN, tableRouting, tableLocal}
 	closingTables = []string{tableAway, tableUnassigned, tableOutside, tableCut}
 )
 
-// changedTables returns the steps that lead from one content of tables to another,
-// so that between any two a packet passes only if it passes before the first or
-// after the last. What narrows comes first: no permission is there that isn't there
-// before and after. Then classes change: a destination that gets into another one
-// is in both first, of which the earlier decides. So all get their new entries, from
-// the first class to the last, before any loses an old one, from the last to the
-// first: what a class shadows never shows. What widens comes last.
+// changedTables returns the replacements that lead from one content of the tables to
+// another. pfctl replaces one table at a time, and between any two replacements a
+// packet must pass only if it passes before the first or after the last.
+//
+// What narrows comes first: opening tables shrink to the entries that they have before
+// and after. Then the classes change. A destination that moves to another class is in
+// both for a while, and the earlier class decides; so all class tables first get their
+// new entries, from the first class to the last, and then lose their old ones, from
+// the last to the first. What widens comes last.
 func changedTables(old, next map[string]*pfconf.Table) []*pfconf.Table {
 	now := maps.Clone(old)
 	var out []*pfconf.Table
@@ -217,14 +220,14 @@ func changedTables(old, next map[string]*pfconf.Table) []*pfconf.Table {
 	return out
 }
 
-// union returns a table with the entries of both.
+// union returns a table with the entries of both; of two for one prefix, b's.
 func union(a, b *pfconf.Table) *pfconf.Table {
 	out := *b
 	out.Addrs = slices.Concat(b.Addrs, entriesNotIn(a, b))
 	return &out
 }
 
-// intersection returns a table with the entries that are in both.
+// intersection returns the entries of b for whose prefix a has one.
 func intersection(a, b *pfconf.Table) *pfconf.Table {
 	out, gone := *b, entriesNotIn(b, a)
 	out.Addrs = slices.DeleteFunc(slices.Clone(b.Addrs), func(x pfconf.Address) bool { return slices.Contains(gone, x) })
@@ -240,11 +243,12 @@ func entriesNotIn(a, b *pfconf.Table) []pfconf.Address {
 	return slices.DeleteFunc(slices.Clone(a.Addrs), func(x pfconf.Address) bool { return in[x.Prefix] })
 }
 
-// maxBusy is how often a load is tried while pfctl finds a table in use.
+// maxBusy is how often a load is tried again while pfctl reports that a table is in
+// use ("cannot define table X: Resource busy").
 const maxBusy = 5
 
-// load loads the anchor in one transaction, reads it back, and checks that it is
-// all there.
+// loadAnchor loads the anchor and checks what pf holds afterwards. A load is one
+// transaction (DIOCXCOMMIT): if it fails, pf keeps the old rules.
 func (b *Backend) loadAnchor(ctx context.Context, a *Anchor) error {
 	if b.j.Anchor != a.Path {
 		err := b.step(StepJournal, func() error {
@@ -282,6 +286,8 @@ func (b *Backend) loadAnchor(ctx context.Context, a *Anchor) error {
 	})
 }
 
+// showAnchor returns the filter and the translation rules of an anchor as pfctl shows
+// them; both are empty if it doesn't exist, since pfctl then exits with 0.
 func (b *Backend) showAnchor(ctx context.Context, anchor string) (rules, nat string, err error) {
 	if rules, err = b.pf.Rules(ctx, anchor); err == nil {
 		nat, err = b.pf.NAT(ctx, anchor)
@@ -289,7 +295,8 @@ func (b *Backend) showAnchor(ctx context.Context, anchor string) (rules, nat str
 	return rules, nat, err
 }
 
-// driftAnchor says how what pf holds differs from what we loaded; nil: not at all.
+// driftAnchor returns an error that says how pf's anchor differs from what was loaded;
+// nil if it doesn't.
 func (b *Backend) driftAnchor(ctx context.Context) error {
 	rules, nat, err := b.showAnchor(ctx, b.path)
 	if err != nil {
@@ -301,9 +308,9 @@ func (b *Backend) driftAnchor(ctx context.Context) error {
 	return b.driftTables(ctx, slices.Collect(maps.Values(b.loaded.anchor.tables()))...)
 }
 
-// driftRules compares what pfctl prints of the anchor with what it has to print.
-// A Mac's pfctl may print more than is written, and in another order, so both are
-// compared as read.
+// driftRules compares the anchor's rules as pfctl shows them with what it should show.
+// pfctl normalises rules: it adds defaults (flags S/SA, extfilter ei) and changes the
+// order of options. So both texts are parsed and compared as values.
 func (b *Backend) driftRules(rules, nat string) error {
 	if strings.TrimSpace(rules+nat) == "" {
 		return errors.New("the anchor is empty")
@@ -317,8 +324,8 @@ func (b *Backend) driftRules(rules, nat string) error {
 	return nil
 }
 
-// driftTables compares tables' contents, which rules don't show. Of several of one
-// name the last counts.
+// driftTables compares the contents of tables, which the rules don't show. Of several
+// tables with one name the last counts.
 func (b *Backend) driftTables(ctx context.Context, tables ...*pfconf.Table) error {
 	last := map[string]*pfconf.Table{}
 	for _, t := range tables {
@@ -330,13 +337,14 @@ func (b *Backend) driftTables(ctx context.Context, tables ...*pfconf.Table) erro
 			return err
 		}
 		if !slices.Equal((&pfconf.Table{Addrs: got}).Entries(), last[name].Entries()) {
-			return fmt.Errorf("the table <%s> holds something else than was written", name)
+			return fmt.Errorf("the table <%s> doesn't hold what was written", name)
 		}
 	}
 	return nil
 }
 
-// isOn reports whether the packet filter is on and our token keeps it so.
+// isOn reports whether pf is enabled and our token keeps it so. Any pfctl -d disables
+// pf and invalidates all tokens (DIOCSTOP in xnu bsd/net/pf_ioctl.c).
 func (b *Backend) isOn(ctx context.Context) (bool, error) {
 	info, err := b.pf.Info(ctx)
 	if err != nil {
@@ -346,13 +354,14 @@ func (b *Backend) isOn(ctx context.Context) (bool, error) {
 	return info.Enabled && b.j.Token != 0 && slices.Contains(tokens, b.j.Token), err
 }
 
-// enable takes a token. Which others there are is written down first, so that one
-// that we don't live to write down can be told.
+// enable acquires a token (pfctl -E). The journal gets the existing tokens first, so
+// that a helper which is killed before it records the new one can identify it. Tokens
+// outlive the process that acquired them, and end with the boot.
 func (b *Backend) enable(ctx context.Context) error {
 	return b.step(StepEnable, func() (err error) {
 		b.unwantedStates = true
 		if b.j.Enabling {
-			// A run that failed may have taken one all the same.
+			// A pfctl that failed or was killed may have acquired one.
 			if b.j.Token, err = b.unrecordedToken(ctx); err != nil {
 				return err
 			}

@@ -8,8 +8,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// isNeeded reports whether the packet filter is needed for a ruleset: some peer
-// may be forwarded for, or this host forwards anyway.
+// isNeeded reports whether a ruleset needs pf: some peer may route, or this host was
+// found forwarding, so that the kernel would forward a peer's packets without us.
 func isNeeded(r *policy.Ruleset) bool {
 	h := r.Host()
 	return h.FoundForwarding != policy.Families{} || slices.ContainsFunc(r.Peers(), func(peer policy.PeerRules) bool {
@@ -17,16 +17,17 @@ func isNeeded(r *policy.Ruleset) bool {
 	})
 }
 
-// needed is isNeeded, or that something else asks for the filter: connections that
-// were cut before this helper started, which its guard knows nothing of, or a Mac that
-// was told to take packets to a tunnel's address from any interface.
+// needed reports whether pf is needed: for the ruleset, for connections that an
+// earlier helper cut, which this one's guard doesn't know, or because the kernel accepts
+// packets to the mesh addresses on other interfaces.
 func (b *Backend) needed(r *policy.Ruleset) bool {
 	return isNeeded(r) || b.hasInheritedCuts(r) || !b.closesTunnels()
 }
 
 // closesTunnels reports whether the kernel drops packets to the mesh addresses that
-// arrive on other interfaces, while it doesn't forward. What can't be read counts as
-// no.
+// arrive on other interfaces. It does so by default while forwarding is disabled
+// (net.inet.ip.check_interface, ip_input in xnu bsd/netinet/ip_input.c). If the sysctl
+// can't be read, it returns false.
 func (b *Backend) closesTunnels() bool {
 	for _, f := range []darwin.Family{darwin.IPv4, darwin.IPv6} {
 		if closes, err := b.sysctl.ClosesTunnels(f); err != nil || !closes {

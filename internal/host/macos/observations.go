@@ -16,53 +16,57 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// wholeEvery is how long the backend goes without reading back all that it has
-// in force, when there is no sign that something of it changed.
+// fullReadEvery is the interval at which the backend reads back everything that pf
+// holds, when nothing indicates a change.
 const fullReadEvery = 3 * time.Minute
 
-// look is what the backend knows from its last looks at the host. Reading all
-// that pf holds takes dozens of processes, so that is done after a change of ours,
-// after an event of the routing socket, on a sign, and every [wholeEvery]. In
-// between, one process at most gives the signs.
+// observations is what the backend last read from the host. Reading everything that pf
+// holds takes dozens of processes, so that is done after Enforce, after an event of the
+// routing socket, when the [fingerprint] changed unexpectedly, and every
+// [fullReadEvery]. In between, at most one process per tick reads the fingerprint.
 type observations struct {
-	// moved is set by Watch when the kernel reported a change.
+	// hostChanged is set by Watch when the kernel reported a change, and by Observe
+	// when a fact couldn't be read, so that the next tick reads it.
 	hostChanged atomic.Bool
-	// unchecked says that Enforce changed something since the last whole look, due
-	// that it is time for one, and othersDue that other software's rules have to be
-	// looked at.
+	// enforcedSince means that Enforce ran since the last full read, fullDue that one
+	// is due, and foreignDue that foreign rules have to be evaluated.
 	enforcedSince, fullDue, foreignDue bool
-	// holds says that the packet filter was on, with our token, and called our
-	// anchor at the last look.
-	inForce bool
-	lastFull time.Time // of the last whole look
-	fingerprint  fingerprint
-	// sharing is for which families others translated at the last whole look.
+	// inForce means that at the last full read pf was enabled, with our token, and
+	// called our anchor.
+	inForce     bool
+	lastFull    time.Time // when the last full read was
+	fingerprint fingerprint
+	// sharedForwarding has the families in which other software forwarded when this
+	// was last read.
 	sharedForwarding policy.Families
-	// resolvers and source6 are facts that take a process to read.
+	// resolvers, source6 and lasting6 are facts that take a process to read: the
+	// configured DNS servers, and [policy.Host.Source6] and the IPv6 part of
+	// [policy.Host.Lasting].
 	resolvers []netip.Addr
 	source6   netip.Addr
 	lasting6  []netip.Addr
-	// tentative says that an address of the uplink isn't settled. No event tells when
-	// it is, so the next tick looks again.
+	// tentative means that duplicate address detection still runs for an address of the
+	// uplink. No event reports its end, so the next tick reads the addresses again.
 	tentative bool
-	// unseen is why the last look at them failed.
+	// observeErr is why those facts couldn't be read the last time.
 	observeErr error
-	// found is what reading back all of ours found, others what other software has.
-	lastReport  host.Report
-	foreign foreignResult
-	ports  ports
-	// states is how many states pf holds, of most at most.
+	// lastReport is the result of the last full read.
+	lastReport host.Report
+	foreign    foreignResult
+	ports      ports
+	// states is how many states pf held, and most its limit; 0 if not read yet.
 	states, most uint64
 }
 
-// sign is what a cheap look saw, to compare the next one with.
+// A fingerprint has counters and digests that one run of pfctl shows, by which a change
+// of what pf holds is recognised.
 type fingerprint struct {
-	known bool
-	// matched is how many packets pf has judged by rules, and evaluated how many of
-	// them came to our anchor's first rule.
+	known bool // false until the first read after a full one
+	// matched counts the packets that pf evaluated rules for (match of pfctl -s info),
+	// evaluated the evaluations of our anchor's first filter rule.
 	matched, evaluated uint64
-	since              time.Time // when the packet filter was switched on
-	main               string    // digest of the main ruleset as it was last loaded
+	since              time.Time // when pf was enabled, in whole seconds
+	main               string    // checksum of the main ruleset when it was loaded
 }
 
 // Watch implements [host.Observer].
@@ -84,7 +88,7 @@ func (b *Backend) Observe(ctx context.Context) (policy.Host, error) {
 		b.fullDue, b.foreignDue = true, true
 	}
 	if moved || b.fullDue || b.tentative {
-		// A look that fails closes nothing: what was read last counts until the next.
+		// A failed read must not close anything: the last facts hold until the next.
 		if b.observeErr = b.readFacts(ctx, n); b.observeErr != nil {
 			b.hostChanged.Store(true)
 		}
@@ -102,7 +106,7 @@ func (b *Backend) Observe(ctx context.Context) (policy.Host, error) {
 	if slices.Contains(addresses(h, h.Uplink6, pfconf.Inet6), b.source6) {
 		h.Source6 = b.source6
 	}
-	// The kernel has neither temporary nor tentative addresses of IPv4.
+	// IPv4 has neither temporary nor tentative addresses.
 	h.Lasting = addresses(h, h.Uplink4, pfconf.Inet)
 	for _, a := range b.lasting6 {
 		if slices.Contains(addresses(h, h.Uplink6, pfconf.Inet6), a) {
@@ -112,9 +116,11 @@ func (b *Backend) Observe(ctx context.Context) (policy.Host, error) {
 	return h, nil
 }
 
+// observing wraps an error of Observe.
 func observing(err error) error { return fmt.Errorf("observe host: %w", err) }
 
-// readFacts reads what takes a process.
+// readFacts reads the facts that take a process. It keeps the last value of those that
+// it can't read.
 func (b *Backend) readFacts(ctx context.Context, n *darwin.Network) error {
 	resolvers, err := darwin.Resolvers(ctx, b.o.Runner)
 	if err == nil {
@@ -138,10 +144,10 @@ func (b *Backend) readFacts(ctx context.Context, n *darwin.Network) error {
 	return err
 }
 
-// readLasting6 returns the IPv6 addresses of the uplink that are permanent and
-// preferred, global ones before unique local ones: temporary and deprecated ones go
-// away by themselves. With the first, peers' IPv6 packets leave, and others may be told
-// to reach this host by any of them.
+// readLasting6 returns the uplink's IPv6 addresses that are neither temporary (RFC
+// 8981), deprecated nor tentative, global ones before unique local ones. Peers' IPv6
+// packets are translated to the first. All of them are good for telling others how to
+// reach this host, as temporary addresses expire within days.
 func (b *Backend) readLasting6(ctx context.Context, n *darwin.Network) ([]netip.Addr, error) {
 	b.tentative = false
 	uplink, _ := n.Uplink(darwin.IPv6, b.name)
@@ -162,7 +168,8 @@ func (b *Backend) readLasting6(ctx context.Context, n *darwin.Network) ([]netip.
 	return out, nil
 }
 
-// uniqueLocal ranks unique local addresses behind global ones.
+// uniqueLocal returns 1 for a unique local address (RFC 4193) and 0 otherwise, to sort
+// by.
 func uniqueLocal(a darwin.Address6) int {
 	if a.Prefix.Addr().IsPrivate() {
 		return 1
@@ -170,8 +177,9 @@ func uniqueLocal(a darwin.Address6) int {
 	return 0
 }
 
-// foundForwarding says for which families the host forwards without us: the
-// journal tells which we switched on.
+// foundForwarding returns the families in which the host forwards independently of us:
+// forwarding is enabled, and either the journal doesn't say that we did it, or other
+// software now needs it too.
 func (b *Backend) foundForwarding() (policy.Families, error) {
 	now, err := b.forwarding()
 	ours := b.j.Forwarding
@@ -181,12 +189,13 @@ func (b *Backend) foundForwarding() (policy.Families, error) {
 	}, err
 }
 
-// sharingLimit bounds how long leaving waits for pf to tell whether others need
-// forwarding.
+// sharingLimit bounds how long disabling forwarding waits for pfctl to show whether
+// other software needs it.
 const sharingLimit = 2 * time.Second
 
-// sharedAtEnd says for which families others translate. Closing and leaving don't depend on
-// it: where pf doesn't tell in time, what was seen last counts.
+// sharedAtEnd returns the families in which other software translates, before
+// forwarding is disabled. If pfctl doesn't answer in time the last value counts:
+// disabling must not depend on it.
 func (b *Backend) sharedAtEnd(ctx context.Context) policy.Families {
 	if b.j.Forwarding == (policy.Families{}) {
 		return policy.Families{}
@@ -199,16 +208,16 @@ func (b *Backend) sharedAtEnd(ctx context.Context) policy.Families {
 	return b.sharedForwarding
 }
 
-// changed reports whether the packet filter gives a sign that it no longer holds
-// what we put there, by one process: the anchor's rules with their counters, and
-// the packet filter's state.
+// changed reports whether pf may no longer hold or evaluate what we loaded. It runs one
+// pfctl process, which shows the anchor's rules with their counters and pf's status, and
+// compares them with the last fingerprint.
 //
-// That the main ruleset still calls the anchor shows in the counters: pf counts the
-// packets that it judges by rules (match), and each that comes to our anchor is
-// judged by its first rule, whatever becomes of it (pf_test_rule in xnu
-// bsd/net/pf.c). When there were some and none came to ours, it is called no more,
-// or another product's quick rule ahead of it decides about all. While there were none,
-// none passed.
+// The counters show whether the main ruleset still calls the anchor. pf counts every
+// packet that it evaluates rules for (match), and a packet that reaches our anchor
+// evaluates its first rule, whether that matches or not (pf_test_rule in xnu
+// bsd/net/pf.c). If match grew and the evaluations of the first rule didn't, either
+// the anchor is no longer called or a foreign quick rule before it decides about every
+// packet. If match didn't grow, no new flow passed.
 func (b *Backend) changed(ctx context.Context) bool {
 	all, err := b.pf.All(ctx, b.path)
 	if err == nil {
@@ -228,20 +237,20 @@ func (b *Backend) changed(ctx context.Context) bool {
 	case !was.known:
 		return false
 	case now.since.Sub(was.since).Abs() > maxSkew:
-		return true // switched off and on: all tokens are void
+		return true // pf was disabled and enabled, which invalidated all tokens
 	case now.main != was.main:
-		return true // another main ruleset was loaded, and maybe with it other rules that come before ours
+		return true // another main ruleset was loaded, perhaps with rules before ours
 	case now.matched < was.matched || now.evaluated < was.evaluated:
 		return true
 	}
 	return now.matched > was.matched && now.evaluated == was.evaluated
 }
 
-// maxSkew is how far the time at which the packet filter was switched on may seem
-// to move: pfctl tells it in whole seconds.
+// maxSkew is how far the computed time at which pf was enabled may move without a
+// change: pfctl shows how long ago that was in whole seconds, and takes time itself.
 const maxSkew = 3 * time.Second
 
-// driftShown compares the anchor as one look showed it.
+// driftShown compares the anchor as pfctl -s all showed it.
 func (b *Backend) driftShown(all *pfconf.All) error {
 	if b.loaded == nil {
 		return errors.New("the anchor isn't loaded")
@@ -249,7 +258,7 @@ func (b *Backend) driftShown(all *pfconf.All) error {
 	return b.driftRules(all.Rules, all.NAT)
 }
 
-// firstEvaluated returns how many packets were judged by the first filter rule.
+// firstEvaluated returns the evaluations of the first filter rule, 0 if there is none.
 func firstEvaluated(rules string) uint64 {
 	for _, r := range pfconf.ParseShown(rules).Rules {
 		if r.Action == pfconf.Pass || r.Action == pfconf.Block {

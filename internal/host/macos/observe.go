@@ -10,12 +10,13 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// facts turns what the kernel says into the policy's words. Forwarding is what
-// will be, for both families: a Mac always has both.
+// facts converts the kernel's interfaces and routes to the policy's form. mesh is the
+// mesh interface, found the families that forward without us. Forwarding is set for
+// both families, because the helper can enable it for either.
 //
-// Link-local addresses are left out. Those of awdl0, llw0 and the system's own
-// tunnels change many times an hour, and nothing depends on them: a peer reaches
-// none. So are IPv4-mapped ones, which are martians.
+// IPv6 link-local addresses are left out: those of awdl0, llw0 and the system's own
+// utuns change many times an hour, and the policy lets no peer reach one. IPv4-mapped
+// addresses are left out because they are martians.
 func facts(n *darwin.Network, mesh string, found policy.Families) policy.Host {
 	h := policy.Host{
 		Interface:       mesh,
@@ -44,10 +45,11 @@ func facts(n *darwin.Network, mesh string, found policy.Families) policy.Host {
 	return h
 }
 
+// isLinkLocal6 reports whether an address is in fe80::/10.
 func isLinkLocal6(a netip.Addr) bool { return a.Is6() && a.IsLinkLocalUnicast() }
 
-// looped returns the routes that lead to the loopback interface, without those of
-// the host's own addresses.
+// looped returns the routes that lead to the loopback interface, except those of the
+// host's own addresses. Forwarded packets to such a destination come back to this host.
 func looped(n *darwin.Network) []policy.Route {
 	const skip = darwin.RouteScoped | darwin.RouteLLInfo | darwin.RouteCloned | darwin.RouteLocal | darwin.RouteBroadcast | darwin.RouteMulticast
 	var out []policy.Route
@@ -72,7 +74,8 @@ func owns(n *darwin.Network, p netip.Prefix) bool {
 	})
 }
 
-// uplink returns the name of the default route's interface, or "", and its router.
+// uplink returns the name of the default route's interface and the router's address,
+// both zero without a default route. The mesh interface is no candidate.
 func uplink(n *darwin.Network, f darwin.Family, mesh string) (string, netip.Addr) {
 	i, router := n.Uplink(f, mesh)
 	if i == nil {
@@ -81,13 +84,15 @@ func uplink(n *darwin.Network, f darwin.Family, mesh string) (string, netip.Addr
 	return i.Name, router
 }
 
-// sharingAnchor is where Internet Sharing, and what makes networks for virtual
-// machines (vmnet), keep their rules, in it and in its children.
+// sharingAnchor is the anchor in which, with its children (shared_v4, base_nat66 and
+// others), Internet Sharing and vmnet, which makes networks for virtual machines, have
+// their rules.
 const sharingAnchor = "com.apple.internet-sharing"
 
-// shared says for which families other software translates, and so forwards:
-// Internet Sharing switches on what is on already, so its rules have to tell. A
-// virtual machine's network that isn't translated isn't shared.
+// shared returns the families in which Internet Sharing or vmnet translates, and so
+// needs forwarding. The sysctl can't show that, as they may enable what we enabled
+// before; so their nat rules are read. A virtual machine's network without nat doesn't
+// need forwarding.
 func (b *Backend) shared(ctx context.Context) (policy.Families, error) {
 	children, err := b.pf.Anchors(ctx, sharingAnchor)
 	if err != nil {

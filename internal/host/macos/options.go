@@ -9,31 +9,31 @@ import (
 	"github.com/meshhelper/meshhelper/darwin"
 )
 
-// Options say how a backend works.
+// Options configures a [Backend].
 type Options struct {
-	// StateDir is the directory of the journal; it exists and only root writes
-	// there.
+	// StateDir is the directory of the journal and of the file of cuts. It exists, and
+	// only root can write to it.
 	StateDir string // required
-	// Label is the service's, and the last part of the anchor's path.
+	// Label is the service's, and the last component of the anchor's path.
 	Label string // optional; DefaultLabel
 	// Runner runs pfctl, sysctl and ifconfig.
 	Runner darwin.Runner // required
-	// Kernel has the interfaces and the routing table.
+	// Kernel reads interfaces, routes, sockets and sysctls, and opens routing sockets.
 	Kernel darwin.Kernel // required
 	// CreateTUN makes a utun interface: "utun" for any free number.
 	CreateTUN func(name string, mtu int) (tun.Device, error) // optional; wireguard-go's
-	// Now is the time of day.
+	// Now returns the current time.
 	Now func() time.Time // optional; time.Now
-	// Log gets what the backend does; nil discards it.
+	// Log receives warnings; nil discards them.
 	Log *slog.Logger // optional
-	// Step is called before and after each enforcing step, with one of [Steps], and
-	// after each command and routing message of it, so that tests can end the process
-	// there.
+	// Step is called with one of [Steps] before and after each enforcing step, and after
+	// each command and routing message in it, so that tests can kill the process there.
 	Step func(name string) // optional
 }
 
-// The enforcing steps, in the order in which Open and Enforce take them; Close
-// goes back. A step that has nothing to change isn't taken.
+// The enforcing steps, in the order in which Open and Enforce run them; Close undoes
+// them in reverse. A step that has nothing to change doesn't run. Users see the names
+// in errors and problems.
 const (
 	StepRepair     = "repair what a killed helper left"
 	StepInterface  = "make the mesh interface"
@@ -44,7 +44,7 @@ const (
 	StepTables     = "change the anchor's tables"
 	StepEnable     = "enable the packet filter"
 	StepForwarding = "open forwarding"
-	// What is only looked at, and so isn't among Steps.
+	// These two only read, so they aren't among Steps; problems refer to them.
 	StepPorts  = "choose ports for peers' packets"
 	StepStates = "look at the packet filter's states"
 
@@ -56,7 +56,7 @@ const (
 	StepRelease         = "release the packet filter"
 )
 
-// Steps lists the enforcing steps from start to stop.
+// Steps lists the enforcing steps, from start to stop.
 var Steps = []string{
 	StepRepair, StepInterface, StepAddresses, StepRoutes, StepJournal, StepAnchor, StepTables, StepEnable, StepForwarding,
 	StepCut, StepRestore, StepRemoveInterface, StepFlush, StepRelease,

@@ -9,38 +9,38 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 )
 
-// Which ports peers' packets leave with. pf chooses a port that none of its states
-// uses, and doesn't look at sockets (pf_get_sport in xnu bsd/net/pf.c); the range
-// that it takes by itself, 50001 to 65535, is the one from which the kernel gives
-// ports to this host's own sockets. There a peer's flow to a host could take the
-// answers to this one's, or another peer's handshakes. So the rules name a range that
-// this host has no socket in.
+// The source ports of peers' translated packets. pf chooses a port that none of its
+// states uses, and doesn't consult the sockets (pf_get_sport in xnu bsd/net/pf.c). Its
+// default range, 50001 to 65535 (pf.conf(5)), is inside the kernel's ephemeral ports,
+// 49152 to 65535, so a peer's flow could take over answers to this host's sockets, or
+// another peer's handshakes with WireGuard's port. So the nat rules name a range in
+// which this host has no socket.
 //
-// That holds for TCP and UDP. The identifiers of peers' echoes are drawn from all
-// 65,535 for IPv4, whatever a rule says, and kept for IPv6.
+// That holds for TCP and UDP. pf draws the identifiers of translated ICMP echo
+// requests from all 65,535 whatever the rule says, and keeps those of ICMPv6.
 const (
-	// lowestPort is above the ports that macOS's own services take by number when
-	// they need them: of them, FaceTime's from 16384 to 16403 are the highest
-	// (support.apple.com/103229).
+	// lowestPort is above the fixed ports of macOS's own services, of which FaceTime's
+	// 16384 to 16403 are the highest (support.apple.com/103229).
 	lowestPort = 20_000
-	// fewestPorts is how many a range has at least. pf's states are told apart by
-	// the other end, too, so that is the bound of flows to one port of one host.
+	// fewestPorts is the minimum length of a range. States also differ by the other
+	// end, so this bounds the flows to one port of one host only.
 	fewestPorts = 1024
-	// ikePort is that of UDP which pf never changes.
+	// ikePort is the UDP source port that pf never changes.
 	ikePort = 500
-	// settlePorts is how long a range stays, and a port 500 counts as taken, at least.
-	// Any user can take ports, and each change loads the anchor.
+	// minPortsAge is how long a range stays in use, and port 500 counts as in use, at
+	// least. Any user can open and close sockets, and each change of the range loads the
+	// anchor.
 	minPortsAge = time.Minute
 )
 
-// defaultPorts is the range of a Mac whose sockets aren't known: below the ports that
-// macOS gives out unless told otherwise (xnu bsd/netinet/in.h, IPPORT_HIFIRSTAUTO).
+// defaultPorts is the range if the host's sockets can't be read: up to macOS's first
+// ephemeral port by default (IPPORT_HIFIRSTAUTO, 49152, xnu bsd/netinet/in.h).
 var defaultPorts = darwin.PortRange{First: lowestPort, Last: 49_151}
 
-// choosePorts returns the longest range that has no port of ephemeral and none of
-// taken, or now, if that still is one. Where sockets leave none that is long enough,
-// which any user can bring about, it is the longest that has none of ephemeral. It
-// reports false when there is none either.
+// choosePorts returns the longest range with no port of ephemeral or taken, or now if
+// that still has none. If sockets leave no range of [fewestPorts], which any user can
+// cause by opening many, it returns the longest range with no port of ephemeral. It
+// returns false if there is none either.
 func choosePorts(now darwin.PortRange, ephemeral []darwin.PortRange, taken []uint16) (r darwin.PortRange, ok bool) {
 	free := freeRanges(ephemeral, taken)
 	for _, f := range free {
@@ -54,7 +54,7 @@ func choosePorts(now darwin.PortRange, ephemeral []darwin.PortRange, taken []uin
 	return longest(freeRanges(ephemeral, nil))
 }
 
-// longest returns the longest of ranges; false: none has enough ports.
+// longest returns the longest range; false if none has [fewestPorts].
 func longest(all []darwin.PortRange) (best darwin.PortRange, ok bool) {
 	for _, r := range all {
 		if n := r.Ports(); n >= fewestPorts && n > best.Ports() {
@@ -64,7 +64,7 @@ func longest(all []darwin.PortRange) (best darwin.PortRange, ok bool) {
 	return best, ok
 }
 
-// withoutPort returns the longer part of a range without a port.
+// withoutPort returns the range, or the longer part beside port if that is inside.
 func withoutPort(r darwin.PortRange, port uint16) darwin.PortRange {
 	if port == 0 || !r.Contains(port) {
 		return r
@@ -75,16 +75,16 @@ func withoutPort(r darwin.PortRange, port uint16) darwin.PortRange {
 	return darwin.PortRange{First: port + 1, Last: r.Last}
 }
 
-// freeRanges returns what is left of the ports from [lowestPort] on.
+// freeRanges returns the ranges from [lowestPort] to 65535 without these ports.
 func freeRanges(ephemeral []darwin.PortRange, taken []uint16) []darwin.PortRange {
-	gone := slices.Clone(ephemeral)
+	used := slices.Clone(ephemeral)
 	for _, port := range taken {
-		gone = append(gone, darwin.PortRange{First: port, Last: port})
+		used = append(used, darwin.PortRange{First: port, Last: port})
 	}
-	slices.SortFunc(gone, func(a, b darwin.PortRange) int { return int(a.First) - int(b.First) })
+	slices.SortFunc(used, func(a, b darwin.PortRange) int { return int(a.First) - int(b.First) })
 	var out []darwin.PortRange
 	next := lowestPort
-	for _, r := range gone {
+	for _, r := range used {
 		if int(r.First) > next {
 			out = append(out, darwin.PortRange{First: uint16(next), Last: r.First - 1})
 		}
@@ -96,18 +96,18 @@ func freeRanges(ephemeral []darwin.PortRange, taken []uint16) []darwin.PortRange
 	return out
 }
 
-// ports is what the backend knows of this host's sockets.
+// ports is the range for peers' packets, and what it was chosen by.
 type ports struct {
-	// nat is the range for peers' packets, since at; none says that there is none,
-	// and crowded that sockets of this host are in each that could be.
+	// nat is the range, chosen at the time at. none means that there is no range, and
+	// crowded that sockets of this host have ports in every possible one.
 	nat           darwin.PortRange
 	at            time.Time
 	none, crowded bool
-	// ikeUntil is until when a socket of this host counts as having UDP port 500.
+	// ikeUntil is until when UDP port 500 counts as in use by a socket of this host.
 	ikeUntil time.Time
-	// sockets are those of the last look that didn't fail; nil: none has been made.
+	// sockets has the ports at the last successful read; nil before the first.
 	sockets map[socketPort]struct{}
-	// unseen is why the last look failed.
+	// readErr is why the last read failed; nil if it succeeded.
 	readErr error
 }
 
@@ -117,8 +117,9 @@ type socketPort struct {
 	port  uint16
 }
 
-// ike reports whether a socket of this host has UDP port 500, or had it a short time
-// ago. While sockets can't be read, what was read last counts, and before that it has.
+// ike reports whether a socket of this host has UDP port 500, or had it less than
+// [minPortsAge] ago. While the sockets can't be read the last result counts, and
+// before the first one true.
 func (p *ports) ike(now time.Time) bool {
 	if p.readErr != nil && p.has("udp", ikePort) {
 		return true
@@ -126,8 +127,8 @@ func (p *ports) ike(now time.Time) bool {
 	return now.Before(p.ikeUntil)
 }
 
-// has reports whether a socket of this host had a port at the last look. Before the
-// first one only port 500 counts as taken.
+// has reports whether a socket of this host had a port at the last read. Before the
+// first one it is true for UDP port 500 only.
 func (p *ports) has(proto string, port uint16) bool {
 	if p.sockets == nil {
 		return proto == "udp" && port == ikePort
@@ -136,9 +137,9 @@ func (p *ports) has(proto string, port uint16) bool {
 	return ok
 }
 
-// observePorts looks at this host's sockets, which takes no process. A look that
-// fails changes nothing, but for the first: then the usual range counts, and port 500 as
-// taken.
+// observePorts reads this host's sockets, which takes no process, and chooses the range.
+// A failed read changes nothing, except that [defaultPorts] is used if none succeeded
+// before.
 func (b *Backend) observePorts() {
 	sockets, err := darwin.ReadSockets(b.o.Kernel)
 	var ephemeral []darwin.PortRange
@@ -153,7 +154,7 @@ func (b *Backend) observePorts() {
 		return
 	}
 	if slices.Contains(sockets.UDP, ikePort) {
-		// Peers' flows that pf translates to that port end when flows are cut.
+		// The next Cut kills peers' flows that pf translates from that port.
 		b.unwantedStates = b.unwantedStates || !known.ike(now)
 		known.ikeUntil = now.Add(minPortsAge)
 	}
@@ -166,7 +167,7 @@ func (b *Backend) observePorts() {
 	taken := append(slices.Clone(sockets.TCP), sockets.UDP...)
 	r, ok := choosePorts(known.nat, ephemeral, taken)
 	known.none = !ok
-	// Ports that the kernel gives out by itself are left at once.
+	// A range that overlaps the ephemeral ports is replaced at once.
 	overlaps := slices.ContainsFunc(ephemeral, func(e darwin.PortRange) bool { return e.First <= known.nat.Last && known.nat.First <= e.Last })
 	if ok && r != known.nat && (known.at.IsZero() || overlaps || now.Sub(known.at) >= minPortsAge) {
 		known.nat, known.at = r, now
@@ -174,21 +175,21 @@ func (b *Backend) observePorts() {
 	known.crowded = ok && slices.ContainsFunc(taken, r.Contains)
 }
 
-// portProblems says what of this host's ports stands in the way.
+// portProblems reports why peers' packets have no range, or one with sockets in it.
 func (b *Backend) portProblems() (out []host.Problem) {
 	add := func(message, hint string) {
 		out = append(out, host.Problem{Step: StepPorts, Message: message, Hint: hint})
 	}
-	const raise = "have net.inet.ip.portrange.first and hifirst be 49152, as macOS ships"
+	const raise = "set net.inet.ip.portrange.first and hifirst to 49152, macOS's default"
 	switch {
 	case b.ports.none:
-		add(fmt.Sprintf("no %d ports in a row from %d on are left for what peers send: this host's own sockets may get them all", fewestPorts, lowestPort), raise)
+		add(fmt.Sprintf("no %d ports in a row from %d on are left for peers' packets: this host's own sockets may get all of them", fewestPorts, lowestPort), raise)
 	case b.ports.crowded:
-		add(fmt.Sprintf("sockets of this host are among all ports from %d on, so what peers send leaves from ports that some have (%v)", lowestPort, b.ports.nat),
-			"end the programs that have so many ports: netstat -an")
+		add(fmt.Sprintf("sockets of this host are among all ports from %d on, so peers' packets leave from ports that some of them have (%v)", lowestPort, b.ports.nat),
+			"end the programs with so many open ports: netstat -an")
 	}
 	if b.ports.readErr != nil {
-		add("this host's sockets can't be read: "+b.ports.readErr.Error(), "what was read last counts; the helper tries again")
+		add("this host's sockets can't be read: "+b.ports.readErr.Error(), "the helper uses what it read last, and tries again")
 	}
 	return out
 }

@@ -10,12 +10,13 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// labelPrefix begins the labels of our rules, so that pfctl -s labels shows
-// whose counters they are.
+// labelPrefix is the prefix of our rules' labels, which pfctl -s labels shows with
+// their counters.
 const labelPrefix = "mesh-"
 
-// Tags that a peer's packet carries from the interface it came in by to the one
-// that it leaves by, where its source is translated already.
+// Tags that a peer's packet carries from the rule that passed it in to the interface
+// where it leaves. There the filter sees its translated source, since pf translates
+// before it filters, and couldn't tell it from the host's own packets.
 const (
 	tagInternet = "mesh-internet"
 	tagLAN      = "mesh-lan"
@@ -24,24 +25,23 @@ const (
 // loopback is the name of a Mac's loopback interface.
 const loopback = "lo0"
 
-// MaxStates is how many states pf holds for the whole host (PFSTATE_HIWAT in xnu
-// bsd/net/pfvar.h). An anchor can't raise it: `set limit` counts in the main
-// ruleset only.
+// MaxStates is the default limit of pf's states for the whole host (PFSTATE_HIWAT in
+// xnu bsd/net/pfvar.h). An anchor can't raise it: pfctl ignores `set limit` there.
 const MaxStates = 10_000
 
-// StatesPerForwarded is how many of them a forwarded flow takes: one where it
-// comes in and one, with its translation, where it leaves. A flow to this host
-// takes one.
+// StatesPerForwarded is how many states a forwarded flow takes: one where it comes in,
+// and a translated one where it leaves. A flow to this host takes one.
 const StatesPerForwarded = 2
 
-// maxFlowsPerAddress bounds the flows that one address of a peer has by all rules
-// together. The guard holds the exact bound of a peer (a quarter of what pf
-// holds); this is the second line, for when the guard isn't there. It is counted
-// where a peer's packets come in: where they leave, all peers have one address.
+// maxFlowsPerAddress is max-src-states: how many states one address of a peer may have
+// by all rules together. The guard enforces the exact bound, a quarter of pf's states
+// for each peer; this one holds without the guard. pf counts it where a peer's packets
+// come in, because where they leave all peers have one source address.
 const maxFlowsPerAddress = MaxStates / 4 / StatesPerForwarded
 
-// clampMSS lets no TCP connection through the tunnel use segments that don't
-// fit into it: RFC 879 and RFC 8200 8.3 give the headers' lengths.
+// clampMSS makes TCP connections through the tunnel use segments that fit into it: the
+// MTU less the IP and TCP headers, 40 bytes for IPv4 (RFC 879) and 60 for IPv6 (RFC
+// 8200 8.3).
 func (b *builder) clampMSS(mtu int) {
 	for _, f := range []struct {
 		family  pfconf.Family
@@ -51,15 +51,15 @@ func (b *builder) clampMSS(mtu int) {
 		rule.Action = pfconf.Scrub
 		rule.Family = f.family
 		rule.Normalize = pfconf.Normalize{MaxMSS: uint16(mtu - f.headers), Fragment: pfconf.FragmentReassemble}
-		b.add(rule, "TCP through the tunnel uses segments that fit into it, in both directions; fragments are put together, for only a whole packet has the ports by which its flow is known")
+		b.add(rule, "TCP through the tunnel uses segments that fit into it, in both directions; fragments are reassembled, because only a whole packet has the ports that identify its flow")
 	}
 }
 
-// reassemble puts the fragments of answers to peers together, which come in to an
-// address of this host's: only a whole packet is translated back. Not those of
-// IPv6, of which pf puts together only what comes in order, and so would lose
-// this host's own; nor with no-df, which would take path MTU discovery from
-// everything that comes in.
+// reassemble reassembles the fragments of answers to peers, which arrive with an
+// address of this host: pf translates only a whole packet back. It leaves IPv6 alone,
+// since pf reassembles only IPv6 fragments that arrive in order (pf_norm.c) and would
+// drop the host's own. It doesn't use no-df, which would disable path MTU discovery
+// for everything that comes in.
 func (b *builder) reassemble() {
 	for _, e := range b.egress() {
 		if e.family != pfconf.Inet || !b.mayLeave(e) {
@@ -68,16 +68,17 @@ func (b *builder) reassemble() {
 		rule := on(pfconf.In, e.name)
 		rule.Action, rule.Family, rule.To = pfconf.Scrub, pfconf.Inet, inTable(tableSelf)
 		rule.Normalize = pfconf.Normalize{Fragment: pfconf.FragmentReassemble}
-		b.add(rule, "an answer that comes in fragments has ports, and so reaches the peer that asked, only when it was put together")
+		b.add(rule, "an answer in fragments has ports, and so reaches the peer that asked, only after it was reassembled")
 	}
 }
 
-// translate writes network address translation: of peers' packets only, and only
-// where they may leave.
+// translate adds network address translation, for peers' packets only. In pf the first
+// translation rule that matches wins (pf.conf(5), TRANSLATION), also across anchors, so
+// "no nat" and "no rdr" keep later anchors from translating.
 func (b *builder) translate() {
 	rule := on(pfconf.Both, b.host.Interface)
 	rule.Action = pfconf.NoNat
-	b.add(rule, "nothing is translated into the mesh: another product's rule could make a stranger look like this host")
+	b.add(rule, "nothing is translated into the mesh: a foreign rule could make another host look like this one")
 	for _, e := range b.egress() {
 		if !b.options.NoPorts {
 			b.nat(e)
@@ -85,9 +86,11 @@ func (b *builder) translate() {
 	}
 	rule = on(pfconf.Both, b.host.Interface)
 	rule.Action = pfconf.NoRdr
-	b.add(rule, "what a peer may reach is judged by the destination that it sent to, so another product's redirection must not change it")
+	b.add(rule, "a peer's packets are judged by the destination that it sent them to, so a foreign redirection must not change it")
 }
 
+// nat adds the translation rule for one interface. A nat match always creates a state
+// (pf_test_rule in xnu bsd/net/pf.c), so answers pass whatever rules say about them.
 func (b *builder) nat(e Egress) {
 	rule := on(pfconf.Both, e.name)
 	rule.Action = pfconf.Nat
@@ -96,14 +99,14 @@ func (b *builder) nat(e Egress) {
 	rule.Pool = &pfconf.Pool{Addrs: []pfconf.Address{b.natAddress(e)}, PortLo: ports.First, PortHi: ports.Last}
 	if e.name == b.uplink(e.family) {
 		rule.From = inTable(tableRouting)
-		b.add(rule, "by the uplink, peers' packets leave with its address, and from ports that no socket of this host has or may get")
+		b.add(rule, "by the uplink, peers' packets leave with its address, from ports that no socket of this host has or is assigned")
 		return
 	}
 	rule.From, rule.To = inTable(tableLAN), inTable(tableNetworks)
-	b.add(rule, "by another interface, only those to other networks do; what isn't translated is stopped below")
+	b.add(rule, "by another interface, only packets to other networks do; what isn't translated is blocked below")
 }
 
-// ports returns the range that peers' packets leave with.
+// ports returns the range of source ports for peers' packets, never with WireGuard's.
 func (b *builder) ports() darwin.PortRange {
 	r := b.options.Ports
 	if r == (darwin.PortRange{}) {
@@ -112,6 +115,7 @@ func (b *builder) ports() darwin.PortRange {
 	return withoutPort(r, b.ruleset.Mesh().ListenPort)
 }
 
+// uplink returns the interface of a family's default route; empty if there is none.
 func (b *builder) uplink(family pfconf.Family) string {
 	if family == pfconf.Inet {
 		return b.host.Uplink4
@@ -119,7 +123,7 @@ func (b *builder) uplink(family pfconf.Family) string {
 	return b.host.Uplink6
 }
 
-// mayLeave reports whether a peer's packets may leave there now.
+// mayLeave reports whether some peer's packets may leave by this interface now.
 func (b *builder) mayLeave(e Egress) bool {
 	table := tableLAN
 	if e.name == b.uplink(e.family) {
@@ -128,15 +132,15 @@ func (b *builder) mayLeave(e Egress) bool {
 	return slices.ContainsFunc(b.sets[table].in, func(p netip.Prefix) bool { return isFamily(p.Addr(), e.family) })
 }
 
-// Egress is an interface by which peers' packets leave in one family.
+// Egress is an interface by which peers' packets of one family may leave.
 type Egress struct {
 	name   string
 	family pfconf.Family
 }
 
-// egress returns where peers' packets may leave, sorted: what the facts name, and
-// what was one before. pf takes a rule for an interface that isn't there, and
-// matches nothing by it.
+// egress returns the interfaces by which peers' packets may leave, sorted: the present
+// and the past ones. pf accepts a rule for an interface that doesn't exist, and
+// matches nothing by it until it appears.
 func (b *builder) egress() []Egress {
 	all := slices.Concat(egressOf(b.host), b.options.PastEgress)
 	slices.SortFunc(all, Egress.compare)
@@ -171,8 +175,7 @@ func egressOf(h policy.Host) []Egress {
 	return out
 }
 
-// addresses returns an interface's addresses of a family that can be used
-// beyond the link.
+// addresses returns an interface's addresses of a family, without IPv6 link-local ones.
 func addresses(h policy.Host, name string, family pfconf.Family) []netip.Addr {
 	var out []netip.Addr
 	for _, i := range h.Interfaces {
@@ -188,15 +191,17 @@ func addresses(h policy.Host, name string, family pfconf.Family) []netip.Addr {
 	return out
 }
 
+// isFamily reports whether an address is of a family, which is Inet or Inet6.
 func isFamily(a netip.Addr, family pfconf.Family) bool { return a.Is4() == (family == pfconf.Inet) }
 
-// natAddress returns what packets leave with: (en0:0), the interface's first
-// address at the time, of several not each in turn. By the uplink, IPv6 packets
-// leave with the address that the facts name, as it is: what pf takes for (en0) is
-// what was right when an address last came or went there, without one that was
-// still tentative and with one that is deprecated now (pfi_instance_add in xnu
-// bsd/net/pf_if.c), and may be a unique local one beside a global one. The anchor is
-// loaded again when that address changes.
+// natAddress returns the source address for translated packets: (en0:0), which follows
+// the interface's first address. Without :0 pf would use several addresses in turn.
+//
+// IPv6 packets by the uplink leave with the address that was observed, written as a
+// constant; when it changes the anchor is loaded again. pf computes (en0) when an
+// address is added or removed, and leaves out one that is tentative then but keeps one
+// that is deprecated later (pfi_instance_add in xnu bsd/net/pf_if.c); and it may choose
+// a unique local address although there is a global one.
 func (b *builder) natAddress(e Egress) pfconf.Address {
 	if e.family == pfconf.Inet6 && e.name == b.host.Uplink6 && b.host.Source6.IsValid() {
 		return pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: netip.PrefixFrom(b.host.Source6, 128)}
@@ -204,8 +209,8 @@ func (b *builder) natAddress(e Egress) pfconf.Address {
 	return pfconf.Address{Kind: pfconf.AddrDynamic, Name: e.name, Mod: pfconf.ModNoAlias}
 }
 
-// icmpTypes are a family's ICMP types that are judged by more than addresses:
-// errors, which carry the packet that they are about, and redirects.
+// icmpTypes has each family's ICMP types that need rules of their own: errors, which
+// quote the packet that they are about, and redirects (RFC 792, RFC 4443, RFC 4861).
 var icmpTypes = []struct {
 	family   pfconf.Family
 	proto    pfconf.Proto
@@ -216,6 +221,7 @@ var icmpTypes = []struct {
 	{pfconf.Inet6, pfconf.ProtoICMPv6, []uint8{1, 2, 3, 4}, 137},
 }
 
+// icmp returns the rule restricted to these ICMP types.
 func icmp(rule pfconf.Rule, family pfconf.Family, proto pfconf.Proto, types ...uint8) pfconf.Rule {
 	rule.Family = family
 	rule.Protos = []pfconf.Proto{proto}
@@ -225,9 +231,10 @@ func icmp(rule pfconf.Rule, family pfconf.Family, proto pfconf.Proto, types ...u
 	return rule
 }
 
-// passJudged is pass for each protocol that peers' flows may have, unless the rule
-// names one. The others are dropped: a NAT keeps flows without ports apart by
-// addresses alone, so a peer's ESP or GRE could take this host's own.
+// passJudged calls pass for each protocol that peers' flows may have (TCP, UDP, ICMP),
+// unless the rule names protocols itself. Other protocols are dropped: NAT tells flows
+// without ports apart by addresses alone, so a peer's ESP or GRE could receive packets
+// for this host's own.
 func (b *builder) passJudged(rule pfconf.Rule, label, why string) {
 	if rule.Protos != nil {
 		b.pass(rule, label, why)
@@ -247,8 +254,9 @@ func (b *builder) passJudged(rule pfconf.Rule, label, why string) {
 	}
 }
 
-// fromPeers writes the table "From a peer" of the policy: the first class that
-// the destination fits decides.
+// fromPeers adds the rules for packets that come out of the tunnel: the classes of
+// [policy.Class] in their order, of which the first that contains the destination
+// decides.
 func (b *builder) fromPeers() {
 	in := on(pfconf.In, b.host.Interface)
 	with := func(from, to pfconf.Endpoint) pfconf.Rule {
@@ -258,11 +266,11 @@ func (b *builder) fromPeers() {
 	}
 	var anyone pfconf.Endpoint
 	b.selfTraffic(in)
-	b.block(with(notInTable(tablePeers), anyone), "spoofed", "what comes out of the tunnel has a peer's address")
+	b.block(with(notInTable(tablePeers), anyone), "spoofed", "packets out of the tunnel have a peer's source address")
 	b.block(with(anyone, inTable(tableMartians)), "martian", "class 1, martian: never")
 	for _, t := range icmpTypes {
-		b.block(icmp(in, t.family, t.proto, t.redirect), "redirect", "this host takes no redirects")
-		b.block(icmp(in, t.family, t.proto, t.errors...), "unquoted", "an ICMP error that is about a flow has that flow's state and doesn't come here; the others are forged")
+		b.block(icmp(in, t.family, t.proto, t.redirect), "redirect", "this host accepts no redirects")
+		b.block(icmp(in, t.family, t.proto, t.errors...), "unquoted", "an ICMP error about a flow matches that flow's state and doesn't reach this rule; all others are forged")
 	}
 	if port := b.ruleset.Mesh().ListenPort; port != 0 {
 		tunnel := with(anyone, inTable(tableSelf))
@@ -277,18 +285,18 @@ func (b *builder) fromPeers() {
 	b.peerPass(dns, "dns", "class 2: this host's DNS also with routing")
 	b.block(with(anyone, inTable(tableSelf)), "no-incoming", "class 2: all else is closed")
 	b.block(with(anyone, inTable(tableMesh)), "mesh", "class 3, mesh: peers never reach each other through this host")
-	b.block(with(anyone, inTable(tableLooped)), "lan-loopback", "class lan doesn't come back to this host: what its routes lead to the loopback interface is judged here, for that one is often skipped (after Internet Sharing ran, for one)")
+	b.block(with(anyone, inTable(tableLooped)), "lan-loopback", "class lan doesn't lead back to this host: destinations that its routes send to the loopback interface are judged here, because pf often skips that one (after Internet Sharing ran, for example)")
 	if b.options.IKE {
 		ike := in
 		ike.Protos = []pfconf.Proto{pfconf.ProtoUDP}
 		ike.From.Ports = []pfconf.Port{{Op: pfconf.Equal, Lo: ikePort}}
-		b.block(ike, "ike", "pf leaves UDP port 500 as it is, and a socket of this host has it: answers to that one would go to the peer")
+		b.block(ike, "ike", "pf doesn't translate UDP source port 500, and a socket of this host has it: answers to that socket would go to the peer")
 	}
 	for _, port := range b.ruleset.OutsidePorts() {
 		hairpin := with(anyone, inTable(tableOutside))
 		hairpin.Protos = []pfconf.Proto{pfconf.ProtoUDP}
 		hairpin.To.Ports = []pfconf.Port{{Op: pfconf.Equal, Lo: port}}
-		b.block(hairpin, "hairpin", "no tunnel inside the tunnel by way of the router in front, which turns packets for its own address back")
+		b.block(hairpin, "hairpin", "no tunnel inside the tunnel through the router in front, which sends packets for its own address back")
 	}
 	lan := with(inTable(tableLAN), inTable(tableNetworks))
 	lan.Tag = tagLAN
@@ -300,45 +308,48 @@ func (b *builder) fromPeers() {
 	b.block(in, "no-routing", "all else is closed")
 }
 
-// turnedRound lets this host's packets to its own mesh address through the mesh
-// interface, both ways: the route to an own address on a point-to-point interface
-// leads into it (in_ifinit in xnu bsd/netinet/in.c), and the guard turns such
-// packets round. They are the one exception to the table, and make no state.
+// selfTraffic passes this host's packets to its own mesh address through the mesh
+// interface, in both directions. The route to an interface's own address on a
+// point-to-point interface leads into that interface (in_ifinit in xnu
+// bsd/netinet/in.c), and the guard returns such packets. They are the only exception to
+// the rules for peers, and create no state.
 func (b *builder) selfTraffic(rule pfconf.Rule) {
 	rule.Action, rule.Quick, rule.State, rule.Flags = pfconf.Pass, true, pfconf.NoState, &pfconf.Flags{}
 	rule.From, rule.To = inTable(tableHost), inTable(tableHost)
 	rule.Label = labelPrefix + "own"
-	b.add(rule, "this host's packets to its own mesh address leave by the tunnel and are turned round there")
+	b.add(rule, "this host's packets to its own mesh address leave by the tunnel, which returns them")
 }
 
-// peerPass is pass for what a peer opens: flows of the protocols that are judged,
-// bounded in number.
+// peerPass adds pass rules for flows that a peer opens, limited in number for each
+// source address.
 func (b *builder) peerPass(rule pfconf.Rule, label, why string) {
 	rule.StateOptions.SourceTrack = pfconf.SourceTrackGlobal
 	rule.StateOptions.MaxSrcStates = maxFlowsPerAddress
 	b.passJudged(rule, label, why)
 }
 
-// towardsPeers writes what may go into the tunnel besides answers, which have a
-// state.
+// towardsPeers adds the rules for packets into the tunnel. Answers to peers' flows
+// match states and don't reach them.
 func (b *builder) towardsPeers() {
 	out := on(pfconf.Out, b.host.Interface)
 	b.selfTraffic(out)
 	for _, t := range icmpTypes {
-		b.block(icmp(out, t.family, t.proto, t.redirect), "redirect", "this host tells no peer another route")
+		b.block(icmp(out, t.family, t.proto, t.redirect), "redirect", "this host sends no redirects to peers")
 	}
 	b.blockCut(out)
 	toPeer := out
 	toPeer.From, toPeer.To = inTable(tableHost), inTable(tablePeers)
 	b.passJudged(toPeer, "to-peer", "this host itself opens flows to its peers")
-	b.block(out, "to-mesh", "nothing else: neither to a mesh address that no peer has, nor from another address of this host than its mesh address; this host sends nothing through a peer, and no other host opens a flow to a peer")
+	b.block(out, "to-mesh", "nothing else: neither to a mesh address that no peer has, nor from an address of this host other than its mesh address; this host sends nothing through a peer, and no other host opens a flow to a peer")
 }
 
-// keepCut keeps connections dead that peers had opened: of this host's own packets
-// without a state, those that begin nothing. flags A/A are all segments of TCP but
-// the first. Of UDP only the answers of this host's DNS are known by their port.
+// blockCut blocks this host's packets of flows that peers had opened and that were cut,
+// so that they can't create a state in the other direction. Such packets match no state
+// and don't begin a flow: TCP segments with ACK (flags A/A, all but the first), echo
+// replies, and answers of this host's DNS. Other UDP answers can't be recognised by
+// their ports.
 func (b *builder) blockCut(out pfconf.Rule) {
-	const why = "what a peer opened and may no longer isn't revived from this side"
+	const why = "a flow that a peer opened, and no longer may, isn't revived by this host's packets"
 	out.From, out.To = inTable(tableHost), inTable(tableCut)
 	segments := out
 	segments.Protos = []pfconf.Proto{pfconf.ProtoTCP}
@@ -354,7 +365,7 @@ func (b *builder) blockCut(out pfconf.Rule) {
 	}
 }
 
-// elsewhere writes what holds on all interfaces but the mesh's.
+// otherInterfaces adds the rules for all interfaces but the mesh's.
 func (b *builder) otherInterfaces() {
 	in := notOn(pfconf.In, b.host.Interface)
 	own := on(pfconf.In, loopback)
@@ -362,55 +373,55 @@ func (b *builder) otherInterfaces() {
 	own.Label = labelPrefix + "loopback"
 	to, from := own, own
 	to.To, from.From = inTable(tableHost), inTable(tableHost)
-	const why = "this host talks to its own mesh addresses, and from them, by the loopback interface, and isn't caught by the next lines"
+	const why = "this host's packets to and from its own mesh addresses on the loopback interface don't match the next lines"
 	b.add(to, why)
 	b.add(from, why)
 	spoofed := in
 	spoofed.From = inTable(tablePeers)
-	b.block(spoofed, "elsewhere-spoofed", "a peer's address comes from the tunnel only")
+	b.block(spoofed, "elsewhere-spoofed", "packets with a peer's source address come out of the tunnel only")
 	forged := in
 	forged.From = inTable(tableHost)
-	b.block(forged, "forged", "this host's mesh address comes from nowhere else: no host on another network poses as this one, and forwarded to a peer such a packet would look like its own")
+	b.block(forged, "forged", "packets with this host's mesh address come from no other host: such a packet, forwarded to a peer, would look like this host's own")
 	toHost := in
 	toHost.To = inTable(tableHost)
-	b.block(toHost, "weak-host", "this host's mesh addresses are reached by the tunnel only: a Mac that forwards accepts them on every interface")
+	b.block(toHost, "weak-host", "this host's mesh addresses are reached through the tunnel only: a Mac that forwards accepts them on every interface")
 	away, toPeer := notOn(pfconf.Both, b.host.Interface), notOn(pfconf.Both, b.host.Interface)
 	if port := b.ruleset.Mesh().ListenPort; port != 0 {
 		toPeer.To = inTable(tablePeers)
-		b.block(toPeer, "away", "what is for a peer leaves by the tunnel only, WireGuard's own packets too: the tunnel would carry itself")
+		b.block(toPeer, "away", "packets to a peer's address leave by the tunnel only, WireGuard's own too: the tunnel would carry itself")
 		tunnel := notOn(pfconf.Out, b.host.Interface)
 		tunnel.Action, tunnel.Quick, tunnel.State = pfconf.Pass, true, pfconf.NoState
 		tunnel.Protos = []pfconf.Proto{pfconf.ProtoUDP}
 		tunnel.From.Ports, tunnel.To = []pfconf.Port{{Op: pfconf.Equal, Lo: port}}, inTable(tableUnassigned)
 		tunnel.Label = labelPrefix + "tunnel"
-		b.add(tunnel, "else WireGuard's own packets leave whatever outer address a peer has, were it a mesh address")
+		b.add(tunnel, "otherwise WireGuard's own packets may leave to any endpoint, even one in the mesh prefixes")
 	}
 	away.To = inTable(tableAway)
-	b.block(away, "away", "no flow to a peer is opened from elsewhere, and what this host sends to one leaves by the tunnel or not at all, also when the tunnel is down or the peer is gone")
+	b.block(away, "away", "no other host opens a flow to a peer, and this host's packets to one leave by the tunnel or not at all, even when the tunnel is down or the peer was removed")
 	b.multicastGroups()
 }
 
-// multicastGroups lets IGMP through on the other interfaces, which pf drops once
-// it is on: such packets have an IP option, Router Alert (RFC 2236 2), and pf
-// passes none of those without allow-opts. It isn't quick, so what others say of
-// IGMP later counts.
+// multicastGroups passes IGMP on the other interfaces. Its packets have an IP option,
+// Router Alert (RFC 2236 2), and pf, once enabled, drops packets with options unless
+// the rule that passes them has allow-opts (pf.conf(5)). The rule isn't quick, so that
+// later rules of other software can block IGMP.
 func (b *builder) multicastGroups() {
 	rule := notOn(pfconf.Both, b.host.Interface)
 	rule.Action, rule.Family, rule.State = pfconf.Pass, pfconf.Inet, pfconf.NoState
 	rule.Protos, rule.AllowOpts = []pfconf.Proto{protoIGMP}, true
 	rule.Label = labelPrefix + "igmp"
-	b.add(rule, "this host joins multicast groups on its other networks as it did before pf was on")
+	b.add(rule, "this host joins multicast groups on its other networks as it did before pf was enabled")
 }
 
-// protoIGMP is IGMP's number (RFC 2236).
+// protoIGMP is IGMP's protocol number (RFC 2236).
 const protoIGMP pfconf.Proto = 2
 
-// leaving writes what holds where peers' packets leave: here their source is
-// translated, so they are known by their tag.
+// leavingPackets adds the rules for the interfaces where peers' packets leave. Their
+// source is translated by then, so they are recognised by their tag.
 func (b *builder) leavingPackets() {
 	untranslated := notOn(pfconf.Out, b.host.Interface)
 	untranslated.From = inTable(tablePeers)
-	b.block(untranslated, "untranslated", "no packet leaves with a peer's address: pf lets it through as it is when the interface has no address to give, or no port is left")
+	b.block(untranslated, "untranslated", "no packet leaves with a peer's source address: pf passes it untranslated if the interface has no address or no port is left")
 	tagged := func(rule pfconf.Rule, tag string) pfconf.Rule {
 		rule.Tagged = tag
 		return rule
@@ -421,17 +432,17 @@ func (b *builder) leavingPackets() {
 		}
 		rule := tagged(on(pfconf.Out, b.uplink(family)), tagInternet)
 		rule.Family = family
-		b.pass(rule, "uplink", "class internet leaves by the uplink, and its answers come in by it only")
+		b.pass(rule, "uplink", "class internet leaves by the uplink, and answers are accepted on it only")
 	}
 	b.block(tagged(pfconf.Rule{Direction: pfconf.Out}, tagInternet), "not-uplink", "class internet leaves by nothing else")
-	b.block(tagged(on(pfconf.Out, loopback), tagLAN), "lan-loopback", "nor by the loopback interface, where pf looks at it")
+	b.block(tagged(on(pfconf.Out, loopback), tagLAN), "lan-loopback", "nor does class lan leave by the loopback interface, where pf filters that one")
 	if len(b.sets[tableLAN].in) > 0 {
-		b.pass(tagged(notOn(pfconf.Out, b.host.Interface), tagLAN), "lan-out", "class lan leaves by any other interface, and its answers come in by that one only")
+		b.pass(tagged(notOn(pfconf.Out, b.host.Interface), tagLAN), "lan-out", "class lan leaves by any other interface, and answers are accepted on that one only")
 	}
 }
 
-// closeTransit writes that what has nothing to do with the mesh isn't forwarded
-// where it wasn't before.
+// blockTransit blocks packets that are neither from nor to the mesh, in the families
+// that weren't forwarded before the helper enabled forwarding.
 func (b *builder) blockTransit() {
 	for _, f := range []struct {
 		family pfconf.Family
@@ -446,6 +457,6 @@ func (b *builder) blockTransit() {
 		rule := notOn(pfconf.In, b.host.Interface)
 		rule.Family = f.family
 		rule.To = notInTable(tableLocal)
-		b.block(rule, "transit", "this host didn't forward before, so what came in elsewhere and isn't for it goes nowhere")
+		b.block(rule, "transit", "this host didn't forward before, so packets that arrive on other interfaces and aren't for it are dropped")
 	}
 }

@@ -8,8 +8,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 )
 
-// statesLimit reads how many states pf holds at most from what `pfctl -s all` prints
-// of its limits; the main ruleset may say another number than macOS's (set limit).
+// statesLimit returns how many states pf holds at most, from the LIMITS section of
+// `pfctl -s all`: lines such as "states        hard limit    10000". The main ruleset
+// may set another limit than [MaxStates] (set limit states, pf.conf(5)).
 func statesLimit(limits string) uint64 {
 	for line := range strings.Lines(limits) {
 		if f := strings.Fields(line); len(f) > 1 && f[0] == "states" {
@@ -21,16 +22,17 @@ func statesLimit(limits string) uint64 {
 	return MaxStates
 }
 
-// fillProblems warns before pf's states are used up: then no program of this Mac gets
-// a connection that a rule with a state is for. Peers get three quarters at most, so
-// more than nine tenths are not theirs alone.
+// stateLimitProblems warns when nine tenths of pf's states are in use. Without a free
+// state no program of this Mac can open a connection that matches a rule with keep
+// state. The guard gives all peers together three quarters at most, so the cause isn't
+// peers alone.
 func (b *Backend) stateLimitProblems() []host.Problem {
 	if b.most == 0 || b.states*10 < b.most*9 {
 		return nil
 	}
 	return []host.Problem{{
 		Step:    StepStates,
-		Message: fmt.Sprintf("the packet filter holds %d states of %d at most: new connections fail when there are no more", b.states, b.most),
-		Hint:    "see whose they are: sudo pfctl -s states",
+		Message: fmt.Sprintf("the packet filter holds %d states of %d at most: new connections fail when none is left", b.states, b.most),
+		Hint:    "sudo pfctl -s states shows the connections that they belong to",
 	}}
 }

@@ -7,7 +7,7 @@ import (
 	"github.com/meshhelper/meshhelper/darwin"
 )
 
-// A steppedRunner calls ran after each command.
+// A steppedRunner calls after when a command has run.
 type steppedRunner struct {
 	darwin.Runner
 	after func()
@@ -20,7 +20,7 @@ func (r steppedRunner) Run(ctx context.Context, stdin []byte, path string, args 
 	return stdout, stderr, status, err
 }
 
-// A steppedKernel calls wrote after each routing message that is written.
+// A steppedKernel calls after when a routing message has been written.
 type steppedKernel struct {
 	darwin.Kernel
 	after func()
@@ -35,6 +35,7 @@ func (k steppedKernel) OpenRoute() (io.ReadWriteCloser, error) {
 	return steppedSocket{s, k.after}, nil
 }
 
+// A steppedSocket is a routing socket of a [steppedKernel].
 type steppedSocket struct {
 	io.ReadWriteCloser
 	after func()

@@ -9,7 +9,8 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// The tables of the anchor.
+// The names of the anchor's tables, shorter than 32 bytes (PF_TABLE_NAME_SIZE in xnu
+// bsd/net/pfvar.h). tableReasons says what each holds.
 const (
 	tablePeers      = "peers"
 	tableIncoming   = "incoming"
@@ -29,32 +30,33 @@ const (
 	tableOutside    = "outside"
 )
 
+// tableReasons has [Line.Why] for each table.
 var tableReasons = map[string]string{
 	tablePeers:      "every peer's addresses",
 	tableIncoming:   "peers that may connect to this host",
 	tableDNS:        "peers that may ask this host's DNS",
 	tableRouting:    "peers that may reach the internet, in the families that this host forwards and has an uplink for",
 	tableLAN:        "peers that may also reach this host's other networks, in the families that it forwards",
-	tableMartians:   "destinations that are never valid, the attached networks' broadcast addresses, and IPv6 addresses that carry one of those, of this host or of the mesh",
-	tableSelf:       "every address of this host; as observed, for the word self would leave out temporary IPv6 addresses",
+	tableMartians:   "destinations that are never valid, the attached networks' broadcast addresses, and IPv6 addresses that embed one of those, of this host or of the mesh",
+	tableSelf:       "every address of this host, as observed: the keyword self would leave out temporary IPv6 addresses",
 	tableHost:       "this host's own mesh addresses",
 	tableMesh:       "the mesh prefixes",
-	tableNetworks:   "private address space, the attached networks, what this host reaches other than by its default route, and IPv6 addresses that carry such an IPv4 address",
-	tableAway:       "mesh addresses that aren't this host's, and so have no business on another interface, with those of peers that were removed a short time ago; what is behind ! is another owner's part of the mesh prefixes",
-	tableCut:        "peers that lost access to this host a short time ago",
-	tableLooped:     "what this host's routes lead to the loopback interface",
-	tableOutside:    "addresses by which others know this host, where its router turns packets for WireGuard back to it",
-	tableUnassigned: "the mesh prefixes, and peers that were removed a short time ago",
+	tableNetworks:   "private address space, the attached networks, destinations that this host reaches other than by its default route, and IPv6 addresses that embed such an IPv4 address",
+	tableAway:       "mesh addresses that aren't this host's, and so don't belong on any other interface, and those of recently removed peers; entries with ! are another owner's part of the mesh prefixes",
+	tableCut:        "peers that recently lost access to this host",
+	tableLooped:     "destinations that this host's routes send to the loopback interface",
+	tableOutside:    "this host's public addresses, from which its router sends packets for WireGuard back to it",
+	tableUnassigned: "the mesh prefixes, and recently removed peers",
 	tableLocal:      "destinations that are not forwarded: this host's addresses, broadcast and multicast",
 }
 
-// A set is the content of a table. Entries in not are negated: pf lets the
-// longest entry decide that holds an address.
+// A set is the content of a table. The entries of not are negated ("!"): the longest
+// prefix that contains an address decides (pf.conf(5), TABLES).
 type set struct {
 	in, not []netip.Prefix
 }
 
-// table returns the set as a pf table, in the form in which pf holds it.
+// table returns the set as a pf table, in the form in which pf stores it.
 func (s set) table(name string) *pfconf.Table {
 	t := &pfconf.Table{Name: name, HasAddrs: true, Addrs: make([]pfconf.Address, 0, len(s.in)+len(s.not))}
 	for _, p := range storable(s.in) {
@@ -66,13 +68,12 @@ func (s set) table(name string) *pfconf.Table {
 	return t
 }
 
-// holdable returns the prefixes as a table can hold them: masked, each once, and
-// without the all-zero hosts. A table drops 0.0.0.0 and :: in silence (they are
-// the root of its radix tree; a shorter prefix from there is held), so :: is
-// written ::/127 with the loopback address, its only neighbour, and 0.0.0.0 is in
-// 0.0.0.0/8 wherever it matters. Where the neighbour isn't in the set, the
-// all-zero host is left out: it is no address of a host or a peer, and the kernel
-// forwards nothing to it.
+// storable returns the prefixes as a table can store them: masked, without duplicates
+// and without the hosts 0.0.0.0 and ::. A table drops these two without an error,
+// because they are the root of its radix tree; shorter prefixes that start there are
+// stored. So :: is written as ::/127, together with the loopback address, if that is in
+// the set too; 0.0.0.0 is in 0.0.0.0/8 wherever it matters. Otherwise the entry is left
+// out: no host or peer has that address, and the kernel forwards nothing to it.
 func storable(ps []netip.Prefix) []netip.Prefix {
 	out := make([]netip.Prefix, 0, len(ps))
 	for _, p := range ps {
@@ -88,7 +89,7 @@ func storable(ps []netip.Prefix) []netip.Prefix {
 	return sorted(out)
 }
 
-// fillSets computes what is in each table.
+// tableContents returns the content of each table by name.
 func tableContents(r *policy.Ruleset) map[string]set {
 	all := r.Sets()
 	host := hostPrefixes(r.Mesh().Addresses)
@@ -111,13 +112,13 @@ func tableContents(r *policy.Ruleset) map[string]set {
 	}
 }
 
-// formerOutside returns the removed peers' addresses outside of the mesh prefixes, which
-// were others then: they are class mesh, too.
+// formerOutside returns removed peers' addresses outside the mesh prefixes, which were
+// different at that time. They are of class mesh too.
 func formerOutside(all policy.Sets) []netip.Prefix {
 	return slices.DeleteFunc(slices.Clone(all.Former), func(p netip.Prefix) bool { return contained(p, all.Mesh) })
 }
 
-// loopedRoutes returns what the host's routes lead to its loopback interface.
+// loopedRoutes returns the destinations of routes to the loopback interface.
 func loopedRoutes(h policy.Host) []netip.Prefix {
 	var out []netip.Prefix
 	for _, r := range h.Routes {
@@ -128,9 +129,10 @@ func loopedRoutes(h policy.Host) []netip.Prefix {
 	return sorted(out)
 }
 
+// anyFamily selects both families.
 var anyFamily = policy.Families{IPv4: true, IPv6: true}
 
-// routedFamilies are the families in which the internet can be reached.
+// routedFamilies returns the families in which this host forwards to an uplink.
 func routedFamilies(h policy.Host) policy.Families {
 	return policy.Families{
 		IPv4: h.Forwarding.IPv4 && h.Uplink4 != "",
@@ -138,9 +140,9 @@ func routedFamilies(h policy.Host) policy.Families {
 	}
 }
 
-// peersWith returns the addresses of the peers that have all of these
-// permissions. An address that the policy gives to something else, such as an
-// interface's own address inside the mesh prefix, is no peer's.
+// peersWith returns the addresses of the peers that have all permissions of want, in
+// these families. It leaves out addresses that the policy doesn't count as the peer's,
+// such as one that an interface of this host has.
 func peersWith(r *policy.Ruleset, want mesh.Permissions, families policy.Families) []netip.Prefix {
 	var out []netip.Prefix
 	for _, p := range r.Peers() {
@@ -156,7 +158,7 @@ func peersWith(r *policy.Ruleset, want mesh.Permissions, families policy.Familie
 	return sorted(out)
 }
 
-// dnsPeers returns the peers that may ask the host's DNS without incoming.
+// dnsPeers returns the peers that may query the host's DNS without incoming.
 func dnsPeers(r *policy.Ruleset) []netip.Prefix {
 	if !r.Mesh().DNS {
 		return nil
@@ -164,9 +166,9 @@ func dnsPeers(r *policy.Ruleset) []netip.Prefix {
 	return peersWith(r, mesh.Routing, anyFamily)
 }
 
-// awaySet is what is reached by the mesh interface only: every address of a peer,
-// also of one that was removed a short time ago, and of the mesh prefixes what
-// isn't another owner's.
+// awaySet returns the destinations that may be reached by the mesh interface only: the
+// addresses of peers and of recently removed ones, and the mesh prefixes except for
+// the parts that another network owns.
 func awaySet(r *policy.Ruleset, host []netip.Prefix) set {
 	all := r.Sets()
 	kept := sorted(slices.Concat(peersWith(r, 0, anyFamily), all.Former))
@@ -187,11 +189,12 @@ func awaySet(r *policy.Ruleset, host []netip.Prefix) set {
 	return s
 }
 
-// contained reports whether a prefix is inside one of others.
+// contained reports whether one of others contains a prefix.
 func contained(p netip.Prefix, others []netip.Prefix) bool {
 	return slices.ContainsFunc(others, func(o netip.Prefix) bool { return o.Contains(p.Addr()) && o.Bits() <= p.Bits() })
 }
 
+// hostPrefixes returns a /32 or /128 for each address, sorted.
 func hostPrefixes(as []netip.Addr) []netip.Prefix {
 	out := make([]netip.Prefix, len(as))
 	for i, a := range as {

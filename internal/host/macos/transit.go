@@ -10,25 +10,25 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// A rule of others that passes for good what comes in may let transit through
-// ahead of our anchor. Whether it does depends on what it matches, so probes are
-// made for each such rule: packets that it matches, on each interface, from each
-// kind of source that it names to each kind of destination. pf itself, in both
-// machines, says what becomes of them.
+// A foreign "pass in quick" rule before our anchor may pass transit: packets forwarded
+// between two hosts that aren't peers. Whether it does depends on what it matches, so
+// probes are built for each such rule: packets that it matches, on each interface,
+// from each kind of source that it names to each kind of destination. Evaluating them
+// in both simulated machines shows the effect.
 
-// Bounds of what is tried for transit. What has more rules than that isn't judged,
-// and forwarding stays off.
+// Bounds on the probes for transit. With more foreign rules than these the evaluation
+// fails, and forwarding stays disabled.
 const (
 	maxTransitRules  = 2000
 	maxTransitProbes = 200_000
 	maxAddresses     = 6 // of each end of a rule
 )
 
-// errTooMany is the cause when others have more rules than can be judged.
+// errTooManyRules means that there are more foreign rules than are evaluated.
 var errTooManyRules = errors.New("there are too many rules to judge")
 
-// transitProbes returns probes for each rule of others that passes for good what
-// comes in, or that sends it elsewhere.
+// transitProbes returns probes for each foreign rule that passes incoming packets with
+// quick, its own or a calling anchor rule's, and for each that redirects them.
 func (p *probes) transitProbes(ctx context.Context, m *pfsim.Machine, ours string) ([]probe, error) {
 	var out []probe
 	rules := 0
@@ -46,13 +46,13 @@ func (p *probes) transitProbes(ctx context.Context, m *pfsim.Machine, ours strin
 		}
 		l, err := m.Snapshot(anchor)
 		if err != nil {
-			return nil // gone between the two calls
+			return nil // removed between the two calls
 		}
 		for _, rule := range l.Filter {
 			if rule.Action == pfconf.Anchor {
 				calls = append(calls[:len(calls):len(calls)], rule)
 			}
-			// What a rule below a quick call decides is decided, too.
+			// A match below a quick anchor call ends the evaluation, too.
 			quick := rule.Quick || slices.ContainsFunc(calls, func(c *pfconf.Rule) bool { return c.Quick })
 			if rule.Action != pfconf.Pass || !quick || rule.Direction == pfconf.Out {
 				continue
@@ -79,9 +79,9 @@ func (p *probes) transitProbes(ctx context.Context, m *pfsim.Machine, ours strin
 	return out, walk("", nil)
 }
 
-// ruleProbes returns packets between others that a rule matches, as far as it and
-// the anchor calls that lead to it say. What else it may ask for, a socket's user or
-// a tag, is taken to be so.
+// ruleProbes returns forwarded packets that match a rule's interfaces, addresses,
+// protocols and ports, and the addresses of the anchor calls that lead to it. Other
+// conditions, such as a socket's user or a tag, are assumed to match.
 func (p *probes) ruleProbes(m *pfsim.Machine, anchor string, rule *pfconf.Rule, calls []*pfconf.Rule) []probe {
 	var out []probe
 	from, to := p.addressesOf(m, anchor, rule.From), p.addressesOf(m, anchor, rule.To)
@@ -102,8 +102,8 @@ func (p *probes) ruleProbes(m *pfsim.Machine, anchor string, rule *pfconf.Rule, 
 			}
 			for _, src := range ofFamily(sources, family) {
 				for _, dst := range ofFamily(to, family) {
-					if way, ok := p.routeTo(dst, i.Name); ok && way != "" && way != i.Name && src != dst {
-						out = append(out, packetsFor(rule, src, dst, i.Name, way)...)
+					if to, ok := p.routeTo(dst, i.Name); ok && to != "" && to != i.Name && src != dst {
+						out = append(out, packetsFor(rule, src, dst, i.Name, to)...)
 					}
 				}
 			}
@@ -112,11 +112,11 @@ func (p *probes) ruleProbes(m *pfsim.Machine, anchor string, rule *pfconf.Rule, 
 	return out
 }
 
-// redirectProbes returns packets that an rdr or binat rule sends on to another
-// host, this one's own addresses among their destinations. Whether the filter sees
-// them, and which rule wins, m says.
+// redirectProbes returns packets that an rdr or binat rule redirects to another host;
+// their destinations include this host's own addresses. m decides which rule applies
+// and what the filter makes of them.
 func (p *probes) redirectProbes(m *pfsim.Machine, anchor string, rule *pfconf.Rule) []probe {
-	in := *rule // as what comes in matches it
+	in := *rule // with From and To as an incoming packet has them
 	if rule.Action == pfconf.Binat {
 		in.From, in.To = rule.To, pfconf.Endpoint{}
 		if rule.Pool != nil {
@@ -145,8 +145,8 @@ func (p *probes) redirectProbes(m *pfsim.Machine, anchor string, rule *pfconf.Ru
 	return out
 }
 
-// redirected returns those of some packets that m sends on to another host, with
-// the way there.
+// redirected returns those probes that m redirects to another host, with the interface
+// by which they leave.
 func (p *probes) redirected(m *pfsim.Machine, all []probe) []probe {
 	var out []probe
 	for _, try := range all {
@@ -155,15 +155,15 @@ func (p *probes) redirected(m *pfsim.Machine, all []probe) []probe {
 		if !h.Pass() || h.Packet.Dst == try.packet.Dst {
 			continue
 		}
-		if way, ok := p.routeTo(h.Packet.Dst, try.in); ok && way != "" {
-			try.out, try.redirected = way, &h.Packet
+		if to, ok := p.routeTo(h.Packet.Dst, try.in); ok && to != "" {
+			try.out, try.redirected = to, &h.Packet
 			out = append(out, try)
 		}
 	}
 	return out
 }
 
-// matchesInterface reports whether a rule is for an interface.
+// matchesInterface reports whether a rule's "on" matches an interface.
 func matchesInterface(rule *pfconf.Rule, name string) bool {
 	for _, i := range rule.Interfaces {
 		if (i.Name == name) == i.Not {
@@ -173,9 +173,9 @@ func matchesInterface(rule *pfconf.Rule, name string) bool {
 	return true
 }
 
-// addressesOf returns some addresses that an end of a rule may stand for: the first
-// and the last of each prefix, the same of a table's entries, and otherwise
-// strangers to every network here and neighbours on each.
+// addressesOf returns sample addresses that an end of a rule matches: the first and the
+// last of each prefix and of each entry of a table. For any other end it returns
+// addresses outside every network here and one in each attached network.
 func (p *probes) addressesOf(m *pfsim.Machine, anchor string, end pfconf.Endpoint) []netip.Addr {
 	var out []netip.Addr
 	for _, a := range end.Addrs {
@@ -201,7 +201,7 @@ func (p *probes) addressesOf(m *pfsim.Machine, anchor string, end pfconf.Endpoin
 	if len(out) > 0 {
 		return out
 	}
-	// Any address, any but some, or an interface's.
+	// The end is "any", negated, or an interface.
 	out = append(out, documentationAddr(netip.IPv4Unspecified()), documentationAddr(netip.IPv6Unspecified()),
 		netip.MustParseAddr("9.9.9.9"), netip.MustParseAddr("2620:fe::fe"))
 	for _, i := range m.Interfaces() {
@@ -214,8 +214,8 @@ func (p *probes) addressesOf(m *pfsim.Machine, anchor string, end pfconf.Endpoin
 	return out
 }
 
-// endsOf returns the first and the last address of a prefix, network and broadcast
-// addresses left out where it has more than two.
+// endsOf returns the first and the last address of a prefix, without the network and
+// broadcast addresses if it has more than two addresses.
 func endsOf(p netip.Prefix) []netip.Addr {
 	if p.IsSingleIP() {
 		return []netip.Addr{p.Addr()}
@@ -242,12 +242,12 @@ func ofFamily(all []netip.Addr, family pfconf.Family) []netip.Addr {
 	return out
 }
 
-// protoESP is the number of ESP (RFC 4303), which stands for all protocols that
-// have no ports.
+// protoESP is the protocol number of ESP (RFC 4303), used as a sample of protocols
+// without ports.
 const protoESP pfconf.Proto = 50
 
-// packetsFor returns a packet of each protocol that a rule matches, with ports,
-// flags and ICMP types that it matches.
+// packetsFor returns a probe for each protocol that a rule matches, with ports, flags
+// and an ICMP type that it matches.
 func packetsFor(rule *pfconf.Rule, src, dst netip.Addr, in, out string) []probe {
 	icmp, echo := pfconf.ProtoICMP, uint8(8)
 	if dst.Is6() {
@@ -283,7 +283,8 @@ func packetsFor(rule *pfconf.Rule, src, dst netip.Addr, in, out string) []probe 
 	return all
 }
 
-// portFor returns a port that one of the comparisons matches.
+// portFor returns a port that one of the comparisons matches; otherwise if there is
+// none.
 func portFor(ports []pfconf.Port, otherwise uint16) uint16 {
 	for _, p := range ports {
 		switch p.Op {

@@ -11,35 +11,34 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// What of others' rules isn't understood counts as matching everything: what isn't
-// known to be narrow must be taken for wide. For each such rule stands another, by
-// whose label it is known when it decides something.
+// Foreign rules that can't be parsed are evaluated as if they matched every packet,
+// since a rule that isn't known to be narrow must be taken as wide. Each is replaced by
+// a stand-in with a label, by which it is found again when the stand-in decides.
 
-// unreadLabel begins the label of a rule that stands for one that isn't
-// understood.
-const unparsedLabel = "unread-"
+// unparsedLabel is the prefix of a stand-in's label.
+const unparsedLabel = "unparsed-"
 
-// unread are rules of others that aren't understood, by the labels of those that
-// stand for them.
+// unparsed has the foreign rules that couldn't be parsed, by their stand-ins' labels.
 type unparsed map[string]unparsedRule
 
-// An unreadRule is one that isn't understood.
+// An unparsedRule is a rule that couldn't be parsed.
 type unparsedRule struct {
 	Foreign
-	// translates says that it may change addresses, which nothing can stand for.
+	// translates means that the rule may translate addresses, which no stand-in can do.
 	translates bool
-	// wide says that all may pass by it, whatever filter rules say. A rule that lets
-	// everything through stands for it, ahead of all others.
+	// wide means that it may pass every packet before the filter rules are evaluated
+	// (as rdr pass does). Its stand-in passes every packet, before all other rules.
 	wide bool
 }
 
-// a foreignRuleset is an anchor of others, or the main ruleset.
+// A foreignRuleset is a foreign anchor, or the main ruleset.
 type foreignRuleset struct {
-	path  string
+	path  string // empty for the main ruleset
 	rules *pfconf.Ruleset
 }
 
-// rulesets parses what was shown. The first is the main ruleset.
+// rulesets parses what pfctl showed, adds the stand-ins, and gives inline anchors names.
+// The first element is the main ruleset.
 func (u unparsed) rulesets(all []shownAnchor) []foreignRuleset {
 	var read []foreignRuleset
 	for _, a := range all {
@@ -79,25 +78,25 @@ func (u unparsed) rulesets(all []shownAnchor) []foreignRuleset {
 	return out
 }
 
-// passAll is a rule that lets everything through, ahead of what follows it.
+// passAll returns a rule that passes every packet and ends the evaluation.
 func passAll(label string) *pfconf.Rule {
 	return &pfconf.Rule{Action: pfconf.Pass, Quick: true, State: pfconf.NoState, Flags: &pfconf.Flags{}, AllowOpts: true, Label: label}
 }
 
+// isFilter reports whether a statement is a filter rule or an anchor call.
 func isFilter(s pfconf.Statement) bool {
 	r, ok := s.(*pfconf.Rule)
 	return ok && (r.Action == pfconf.Pass || r.Action == pfconf.Block || r.Action == pfconf.Anchor)
 }
 
-// readable reads what pfctl printed of an anchor. For a filter rule that isn't
-// understood, in braces or not, stands one that matches everything, with the same
-// action.
+// parse parses what pfctl shows of an anchor. The stand-in of a filter rule, also of
+// one in braces, has the same action and matches every packet.
 func (u unparsed) parse(path, text string) *pfconf.Shown {
 	shown := pfconf.ParseShown(text)
 	for _, line := range shown.Unknown {
 		passes := slices.Contains(strings.Fields(line.Text), "pass")
 		switch r := line.StandIn; {
-		case r == nil: // of a kind that isn't known
+		case r == nil: // a statement of an unknown kind
 			u.add(path, line.Text, unparsedRule{translates: true, wide: true})
 		case translates(r):
 			u.add(path, line.Text, unparsedRule{translates: true, wide: passes})
@@ -110,6 +109,7 @@ func (u unparsed) parse(path, text string) *pfconf.Shown {
 	return shown
 }
 
+// translates reports whether a rule belongs to a translation ruleset.
 func translates(r *pfconf.Rule) bool {
 	switch r.Action {
 	case pfconf.Nat, pfconf.NoNat, pfconf.Rdr, pfconf.NoRdr, pfconf.Binat, pfconf.NoBinat:
@@ -118,11 +118,11 @@ func translates(r *pfconf.Rule) bool {
 	return false
 }
 
-// widen lets the rules that ask for a table whose entries aren't understood match
-// every address in its place. A table of the main ruleset is that of each anchor
-// without one of its name.
+// widen makes the rules that refer to a table whose entries couldn't be parsed match
+// every address instead. A table of the main ruleset is also used by anchors that have
+// none with its name.
 func (u unparsed) widen(rulesets []foreignRuleset, anchor string, t shownTable) {
-	asks := func(a pfconf.Address) bool { return a.Kind == pfconf.AddrTable && a.Name == t.name }
+	refers := func(a pfconf.Address) bool { return a.Kind == pfconf.AddrTable && a.Name == t.name }
 	var visit func(path string, rs *pfconf.Ruleset)
 	visit = func(path string, rs *pfconf.Ruleset) {
 		rs.Statements = slices.DeleteFunc(rs.Statements, func(s pfconf.Statement) bool {
@@ -133,8 +133,8 @@ func (u unparsed) widen(rulesets []foreignRuleset, anchor string, t shownTable) 
 			if r.Body != nil {
 				visit(path, r.Body)
 			}
-			from, to := slices.ContainsFunc(r.From.Addrs, asks), slices.ContainsFunc(r.To.Addrs, asks)
-			pool := r.Pool != nil && slices.ContainsFunc(r.Pool.Addrs, asks)
+			from, to := slices.ContainsFunc(r.From.Addrs, refers), slices.ContainsFunc(r.To.Addrs, refers)
+			pool := r.Pool != nil && slices.ContainsFunc(r.Pool.Addrs, refers)
 			if !from && !to && !pool {
 				return false
 			}
@@ -162,14 +162,14 @@ func (u unparsed) widen(rulesets []foreignRuleset, anchor string, t shownTable) 
 	}
 }
 
-// inlineName begins the names that inline anchors get here. None is called so: pfctl
-// writes braces for blocks of rules only.
+// inlineName is the prefix of the names that inline anchors get here. No other anchor
+// has such a name, as pfctl prints braces only around the rules of inline anchors.
 const inlineName = "{"
 
-// nameInline gives the inline anchors below a ruleset names, and returns them behind it.
-// pfctl loads one that isn't in the main ruleset in one place and calls it in another,
-// so that it does nothing; a program that loads rules without pfctl may have it do
-// something, and what is shown is the same.
+// nameInline gives the inline anchors below a ruleset names, and returns the ruleset
+// followed by them. pfctl loads an inline anchor outside the main ruleset under a
+// path that the rule doesn't call, so it has no effect. A program that loads rules by
+// ioctl may make one that has, and pfctl shows both the same.
 func nameInline(rs foreignRuleset) []foreignRuleset {
 	out := []foreignRuleset{rs}
 	for i, s := range rs.rules.Statements {
@@ -189,9 +189,8 @@ func nameInline(rs foreignRuleset) []foreignRuleset {
 	return out
 }
 
-// dropDoubtfulBlocks takes out the block rules that may stop nothing: those that stand
-// for one which isn't understood, and those of inline anchors that may not be called.
-// It reports whether there were any.
+// dropDoubtfulBlocks removes the block rules that may block nothing: stand-ins, and
+// those of inline anchors that may not be called. It reports whether there were any.
 func dropDoubtfulBlocks(rulesets []foreignRuleset) (dropped bool) {
 	for _, rs := range rulesets {
 		uncalled := strings.Contains(rs.path, "/"+inlineName)
@@ -205,8 +204,8 @@ func dropDoubtfulBlocks(rulesets []foreignRuleset) (dropped bool) {
 	return dropped
 }
 
-// note remembers a rule that isn't understood and returns the label of the one that
-// stands for it, which is the same for the same rule.
+// add adds a rule that couldn't be parsed and returns the label for its stand-in, which
+// is the same for the same rule.
 func (u unparsed) add(path, rule string, as unparsedRule) string {
 	as.Foreign = Foreign{Anchor: path, Rule: strings.TrimSpace(rule), Unparsed: true}
 	for label, known := range u {
@@ -219,31 +218,30 @@ func (u unparsed) add(path, rule string, as unparsedRule) string {
 	return label
 }
 
-// name puts the rules that aren't understood in the place of those that stood for
-// them, and adds those that decided nothing. Of an inline anchor it names the one that
-// it is in.
+// resolve replaces stand-ins by the rules that couldn't be parsed, and adds those whose
+// stand-ins decided nothing. It replaces an inline anchor by the one that contains it.
 func (u unparsed) resolve(found []Foreign) []Foreign {
-	seen := map[string]bool{}
+	resolved := map[string]bool{}
 	for i, f := range found {
 		if inline := strings.Index("/"+f.Anchor, "/"+inlineName); inline >= 0 {
 			found[i].Anchor = f.Anchor[:max(inline-1, 0)]
 		}
 		for label, original := range u {
 			if strings.Contains(f.Rule, fmt.Sprintf("label %q", label)) {
-				found[i].Anchor, found[i].Rule, found[i].Unparsed, seen[label] = original.Anchor, original.Rule, true, true
+				found[i].Anchor, found[i].Rule, found[i].Unparsed, resolved[label] = original.Anchor, original.Rule, true, true
 			}
 		}
 	}
 	for _, label := range slices.Sorted(maps.Keys(u)) {
-		if !seen[label] {
+		if !resolved[label] {
 			found = append(found, u[label].Foreign)
 		}
 	}
 	return found
 }
 
-// translation returns a rule that isn't understood and may change any packet's
-// addresses.
+// translation returns a rule that couldn't be parsed and may translate any packet; false
+// if there is none.
 func (u unparsed) translation() (Foreign, bool) {
 	for _, label := range slices.Sorted(maps.Keys(u)) {
 		if u[label].translates {
@@ -253,8 +251,8 @@ func (u unparsed) translation() (Foreign, bool) {
 	return Foreign{}, false
 }
 
-// machineWith returns a machine with this host's interfaces that holds the
-// rulesets. One that it refuses counts as passing everything.
+// machineWith returns an enabled machine with this host's interfaces and the rulesets.
+// A ruleset that the machine refuses is replaced by one that passes everything.
 func machineWith(n *darwin.Network, rulesets []foreignRuleset, u unparsed) (*pfsim.Machine, error) {
 	m := pfsim.New(pfsim.Options{})
 	for _, i := range n.Interfaces {

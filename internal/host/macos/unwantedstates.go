@@ -11,11 +11,12 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// endStrays ends the states that came to be while our anchor wasn't in force, or that
-// a socket of this host has to be rid of. They outlive what made them: by a state that
-// another product's rule made for a peer's untranslated packet, all that follow leave
-// untranslated, and one on every interface lets in by the LAN what comes by the
-// tunnel only. Where states can't be read, all that have to do with peers end.
+// killUnwantedStates kills the states that were created while our anchor wasn't in
+// force, or that use a port which a socket of this host has now. A state outlives the
+// rule that created it, and all later packets of its flow match it. One that a foreign
+// rule created for a peer's untranslated packet lets the rest of the flow leave
+// untranslated; one that isn't bound to an interface accepts the flow's packets from
+// the LAN. If the states can't be read, all states from and to the mesh are killed.
 func (b *Backend) killUnwantedStates(ctx context.Context, r *policy.Ruleset) error {
 	if !b.unwantedStates {
 		return nil
@@ -24,7 +25,7 @@ func (b *Backend) killUnwantedStates(ctx context.Context, r *policy.Ruleset) err
 	if states, err := b.pf.States(ctx); err == nil {
 		kills = unwantedStates(states, r, b.portTaken())
 	} else {
-		b.o.Log.Warn("end states that aren't ours", "error", err)
+		b.o.Log.Warn("kill states that no rule of ours created", "error", err)
 		for _, m := range r.Sets().Mesh {
 			kills = append(kills, killsOf(m)...)
 		}
@@ -39,8 +40,8 @@ func (b *Backend) killUnwantedStates(ctx context.Context, r *policy.Ruleset) err
 	return nil
 }
 
-// taken returns what says whether a socket of this host has a port. A state keeps its
-// port when the rules come to name another range, for as long as its ends send.
+// portTaken returns a function that reports whether a socket of this host has a port. A
+// state keeps its translated port after the rules changed to another range.
 func (b *Backend) portTaken() func(proto string, port uint16) bool {
 	ike := b.ports.ike(b.o.Now())
 	return func(proto string, port uint16) bool {
@@ -48,8 +49,8 @@ func (b *Backend) portTaken() func(proto string, port uint16) bool {
 	}
 }
 
-// inspectStrays looks for such states, which also come to be, and stay, between two
-// looks that find all else as it was. What it finds is ended when flows are cut.
+// inspectUnwantedStates looks for such states. They can be created, and stay, between
+// two full reads that find no other change. The next Cut kills them.
 func (b *Backend) inspectUnwantedStates(ctx context.Context, r *policy.Ruleset, drift func(step, message string)) {
 	states, err := b.pf.States(ctx)
 	if b.statesErr = err; err != nil {
@@ -57,11 +58,11 @@ func (b *Backend) inspectUnwantedStates(ctx context.Context, r *policy.Ruleset, 
 	}
 	if n := len(unwantedStates(states, r, b.portTaken())); n > 0 {
 		b.unwantedStates = true
-		drift(StepCut, fmt.Sprintf("the packet filter has states of peers' packets that no rule of ours made, or with ports that sockets of this host have, between %d pairs of hosts", n))
+		drift(StepCut, fmt.Sprintf("the packet filter has states of peers' packets that no rule of ours created, or with ports that sockets of this host have, between %d pairs of hosts", n))
 	}
 }
 
-// strayProblems says that such states can't be looked for.
+// stateProblems reports that the states can't be read.
 func (b *Backend) stateProblems() []host.Problem {
 	if b.statesErr == nil {
 		return nil
@@ -72,16 +73,16 @@ func (b *Backend) stateProblems() []host.Problem {
 	}}
 }
 
-// killsOf ends everything from and to a prefix.
+// killsOf selects all states from and to a prefix.
 func killsOf(m netip.Prefix) []Kill {
 	opened := killOpened(m.Addr())
 	opened.From = m
 	return []Kill{opened, {opened.To, opened.From}}
 }
 
-// strays names the states that no rule of ours made: ours are bound to an interface
-// (if-bound), and on another than the mesh's they are translated. It names also those
-// by which a peer has a port of this host that is taken.
+// unwantedStates selects the states with an address of the mesh that no rule of ours
+// created: ours are if-bound, and translated on every interface but the mesh's. It also
+// selects those of ours whose translated port is taken.
 func unwantedStates(states []pfconf.ShownState, r *policy.Ruleset, taken func(proto string, port uint16) bool) []Kill {
 	var ours []netip.Prefix
 	ours = append(ours, peersWith(r, 0, anyFamily)...)
@@ -119,5 +120,5 @@ func unwantedStates(states []pfconf.ShownState, r *policy.Ruleset, taken func(pr
 	return out
 }
 
-// anyInterface is how pfctl shows a state that is bound to no interface.
+// anyInterface is the interface that pfctl -s states shows for a floating state.
 const anyInterface = "ALL"

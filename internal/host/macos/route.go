@@ -10,20 +10,22 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// Way implements [host.Ways]. macOS has one routing table, which doesn't go by
-// the interface that a packet comes in by, nor by its source or ports; what a rule of pf
-// sends elsewhere (route-to) isn't known to it.
+// Way implements [host.Ways]. macOS has one routing table, and looks routes up by
+// destination only: neither the incoming interface nor the source nor ports count. It
+// doesn't take pf rules with route-to into account, which send packets elsewhere.
 func (b *Backend) Way(_ context.Context, packet host.Packet) (host.Way, error) {
 	if !packet.Dst.IsValid() {
-		return host.Way{}, fmt.Errorf("find the way: there is no destination")
+		return host.Way{}, fmt.Errorf("find the route: the packet has no destination")
 	}
 	n, err := darwin.Observe(b.o.Kernel)
 	if err != nil {
-		return host.Way{}, fmt.Errorf("find the way to %v: %w", packet.Dst, err)
+		return host.Way{}, fmt.Errorf("find the route to %v: %w", packet.Dst, err)
 	}
 	return wayOf(n, packet), nil
 }
 
+// wayOf looks a packet up in the routing table, after the host's own addresses. Zones
+// are ignored, as a link-local address is local on whichever interface has it.
 func wayOf(n *darwin.Network, packet host.Packet) host.Way {
 	for _, i := range n.Interfaces {
 		for _, a := range i.Addresses {
