@@ -87,7 +87,7 @@ type Backend struct {
 // sockets can't be opened.
 func New(o Options) (*Backend, error) {
 	if o.StateDir == "" {
-		return nil, errors.New("open the host: no state directory is given for the journal")
+		return nil, errors.New("open the host: the journal needs a state directory")
 	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
@@ -278,9 +278,9 @@ func stepError(step string, err error) error {
 	case step == StepLock:
 		e.Hint = "see `meshhelper status`; there is one helper per host"
 	case errors.Is(err, syscall.EROFS) && step != StepJournal:
-		e.Hint = "in a container, /proc/sys/net has to be writable"
+		e.Hint = "make /proc/sys/net writable in the container"
 	case step == StepJournal:
-		e.Hint = "the state directory has to be writable and not full"
+		e.Hint = "make sure that the state directory is writable and its disk not full"
 	}
 	return e
 }
@@ -505,7 +505,7 @@ func (p *Backend) Enforce(ctx context.Context, r *policy.Ruleset) error {
 			return errors.New("enforce ruleset: the mesh interface isn't open")
 		}
 		if got := r.Host().Interface; got != p.name {
-			return fmt.Errorf("enforce ruleset: it is for interface %q, the mesh has %q", got, p.name)
+			return fmt.Errorf("enforce ruleset: it is for interface %q, want %q", got, p.name)
 		}
 		err := p.enforce(ctx, r)
 		if ctx.Err() != nil {
@@ -745,7 +745,7 @@ func (p *Backend) leftOn() []host.Problem {
 	return []host.Problem{{
 		Step:    StepRestore,
 		Message: "IPv4 forwarding stays on: another program switched it on (net.ipv4.ip_forward) while the helper ran",
-		Hint:    "sysctl net.ipv4.ip_forward=0 switches it off, if nothing needs it any more",
+		Hint:    "`sysctl -w net.ipv4.ip_forward=0` switches it off if no program needs it any more",
 	}}
 }
 

@@ -58,8 +58,8 @@ func (p *Backend) boundProblems() []host.Problem {
 	}
 	return []host.Problem{{
 		Step:    stepOthers,
-		Message: "the kernel can't count the flows of a peer or end them early, so that the helper alone bounds them, and what a peer left behind stays for as long as the host's own flows",
-		Hint:    "a kernel with nft_connlimit and CONFIG_NF_CONNTRACK_TIMEOUT can",
+		Message: "the kernel can't count a peer's flows or end them early: only the helper bounds them, and a peer's dead flows last as long as the host's own",
+		Hint:    "use a kernel with nft_connlimit and CONFIG_NF_CONNTRACK_TIMEOUT",
 	}}
 }
 

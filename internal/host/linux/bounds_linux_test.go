@@ -500,7 +500,7 @@ func TestHoldersAreNamed(t *testing.T) {
 			t.Errorf("counted anew at the next look: %q", got)
 		}
 	}
-	if got := name(); got != "full; next to none are of peers" {
+	if got := name(); got != "full; almost none are of peers" {
 		t.Errorf("not counted anew: %q", got)
 	}
 

@@ -92,9 +92,9 @@ func (o *others) endExcess(ctx context.Context, r *policy.Ruleset) error {
 	}
 	o.excess.found = []host.Problem{{
 		Step: stepOthers,
-		Message: fmt.Sprintf("%d of the peers had more flows in the kernel's table than their share of %d, and the helper ended those that were too many: %s",
+		Message: fmt.Sprintf("%d of the peers had more flows in the kernel's table than their share of %d, and the helper ended the excess: %s",
 			len(over), share, strings.Join(names, ", ")),
-		Hint: "a server that answers so that its answers don't reach the peer can bring this about: take routing from a peer that you don't trust",
+		Hint: "a server whose answers don't reach the peer can cause this: deny routing to a peer that you don't trust",
 	}}
 	left := make(map[int]uint64, len(over))
 	for _, peer := range over {

@@ -111,7 +111,7 @@ func (o *others) countHolders(ctx context.Context, r *policy.Ruleset) (string, e
 		}
 	}
 	if len(parts) == 0 {
-		return "; next to none are of peers", nil
+		return "; almost none are of peers", nil
 	}
 	return "; of peers: " + strings.Join(parts, ", "), nil
 }

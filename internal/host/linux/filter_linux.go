@@ -233,7 +233,7 @@ func (f *filter) readRules() (map[string][]string, error) {
 // parseRule returns the chain and the encoded expressions of a rule's message.
 func parseRule(b []byte) (chain, expressions string, err error) {
 	if len(b) < nfgenmsg {
-		return "", "", errors.New("a rule's message is too short")
+		return "", "", errors.New("the message is too short")
 	}
 	ad, err := netlink.NewAttributeDecoder(b[nfgenmsg:])
 	if err != nil {
@@ -538,7 +538,7 @@ func generationOf(c netlinkConn) (uint32, error) {
 			return id, nil
 		}
 	}
-	return 0, errors.New("read generation of nftables: there is none in the answer")
+	return 0, errors.New("read generation of nftables: the answer has none")
 }
 
 // maxCompares is how often the comparison is repeated while other programs change their

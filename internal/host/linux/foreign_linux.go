@@ -1371,4 +1371,4 @@ func (w *walk) element(t *nftables.Table, regs *registers, x *expr.Lookup) (*for
 }
 
 // errUnknown is the error of a lookup whose key, or whose set, isn't known.
-var errUnknown = errors.New("the packet's part isn't known")
+var errUnknown = errors.New("the value isn't known")

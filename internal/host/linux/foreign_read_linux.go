@@ -127,7 +127,7 @@ func parseForeignRule(family byte, b []byte) (r foreignRule, err error) {
 // order.
 func attributesOf(b []byte) (*mdlayher.AttributeDecoder, error) {
 	if len(b) < nfgenmsg {
-		return nil, errors.New("a message is cut off")
+		return nil, errors.New("the message is too short")
 	}
 	ad, err := mdlayher.NewAttributeDecoder(b[nfgenmsg:])
 	if err == nil {

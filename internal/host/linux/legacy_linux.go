@@ -80,8 +80,8 @@ func (k legacyKind) problem(tables []legacyTable) (host.Problem, bool) {
 	}
 	return host.Problem{
 		Step:    stepOthers,
-		Message: fmt.Sprintf("rules of %s in %s%s may drop peers' packets: what they do isn't evaluated", k.program, noun, strings.Join(used, ", ")),
-		Hint:    fmt.Sprintf("look at %s-save, or have the software that they belong to use iptables-nft, which is evaluated", k.program),
+		Message: fmt.Sprintf("rules of %s in %s%s may drop peers' packets: they aren't evaluated", k.program, noun, strings.Join(used, ", ")),
+		Hint:    fmt.Sprintf("see the output of %s-save, or switch the software that they belong to to iptables-nft, whose rules are evaluated", k.program),
 	}, true
 }
 
@@ -119,7 +119,7 @@ const maxTableReads = 10
 // table reads a table. ask is getsockopt(2) with an option and its value.
 func (k legacyKind) table(name string, ask func(option int, value []byte) error) (t legacyTable, err error) {
 	if len(name) >= legacyNameSize {
-		return legacyTable{}, errors.New("its name is too long")
+		return legacyTable{}, errors.New("the name is too long")
 	}
 	for range maxTableReads {
 		if t, err = k.read(name, ask); !errors.Is(err, unix.EAGAIN) {

@@ -31,7 +31,7 @@ func installed(t testing.TB, name string) {
 func TestLegacyTablesAreNamed(t *testing.T) {
 	const (
 		begin = "rules of iptables-legacy in "
-		end   = " may drop peers' packets: what they do isn't evaluated"
+		end   = " may drop peers' packets: they aren't evaluated"
 	)
 	for _, tt := range []struct {
 		name string

@@ -55,7 +55,7 @@ func tunError(name string, err error) error {
 	case errors.Is(err, unix.EBUSY), errors.Is(err, unix.EEXIST):
 		e.Hint = "choose another --interface"
 	case errors.Is(err, unix.EINVAL):
-		e.Hint = "an interface has a name of 1 to 15 bytes, and no other interface has it"
+		e.Hint = "choose a name of 1 to 15 bytes that no other interface has"
 	}
 	return e
 }

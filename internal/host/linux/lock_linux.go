@@ -291,7 +291,7 @@ func checkParent(dir string) error {
 		return fmt.Errorf("find the lock's folder: %w", err)
 	}
 	if info.Mode().Perm()&0o022 != 0 && info.Mode()&fs.ModeSticky == 0 {
-		return fmt.Errorf("the lock's folder would be in %s, where other users may write", dir)
+		return fmt.Errorf("refuse to lock in %s, where other users may write", dir)
 	}
 	return nil
 }

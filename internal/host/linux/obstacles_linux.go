@@ -90,10 +90,10 @@ func obstacle(s sample, f finding, protocol string) (host.Problem, bool) {
 		return host.Problem{}, false
 	}
 	verb := map[outcome]string{
-		dropped: "drops", redirected: "sends elsewhere", untracked: "takes out of connection tracking, so that they aren't translated, all",
+		dropped: "drops", redirected: "redirects", untracked: "excludes from connection tracking, and so from translation, all",
 	}[f.outcome]
 	if f.unclear {
-		verb = map[outcome]string{dropped: "may drop", redirected: "may send elsewhere", untracked: "may take out of connection tracking, so that they aren't translated,"}[f.outcome]
+		verb = map[outcome]string{dropped: "may drop", redirected: "may redirect", untracked: "may exclude from connection tracking, and so from translation,"}[f.outcome]
 	}
 	let := "interface " + s.iif
 	switch {
@@ -108,7 +108,7 @@ func obstacle(s sample, f finding, protocol string) (host.Problem, bool) {
 		return host.Problem{
 			Step:    stepOthers,
 			Message: fmt.Sprintf("what %s does with %spackets %s isn't known", f.where(), protocol, s.what),
-			Hint:    fmt.Sprintf("see that it lets %s through, in the software that the table belongs to", let),
+			Hint:    fmt.Sprintf("make sure that it lets %s through, in the software that the table belongs to", let),
 			Tunnel:  s.tunnel,
 		}, true
 	}

@@ -117,7 +117,7 @@ func (p *Backend) driftPorts() []string {
 	if p.loadedPorts == p.ports.now || p.ports.now.size() == 0 {
 		return nil
 	}
-	return []string{fmt.Sprintf("a setting of the host took one of the ports %v of peers' flows, so that they now leave from %v",
+	return []string{fmt.Sprintf("a setting of the host claims one of the ports %v of peers' flows, which now leave from %v",
 		p.loadedPorts, p.ports.now)}
 }
 
@@ -125,14 +125,14 @@ func (p *Backend) driftPorts() []string {
 func (p *Backend) portProblems() (out []host.Problem) {
 	if p.ports.failed != nil {
 		out = append(out, host.Problem{
-			Step: stepOthers, Message: "flows of peers may have ports that sockets of this host have: " + p.ports.failed.Error(),
+			Step: stepOthers, Message: "flows of peers may have the ports of this host's sockets: " + p.ports.failed.Error(),
 			Hint: "the helper tries again",
 		})
 	}
 	if p.ports.now.size() == 0 {
 		return append(out, host.Problem{
 			Step: stepOthers,
-			Message: fmt.Sprintf("no %d ports in a row are left for peers' flows to the internet and the lan, so that these are refused: "+
+			Message: fmt.Sprintf("no %d ports in a row are left for peers' flows to the internet and the lan, so these are refused: "+
 				"the others are privileged, local (net.ipv4.ip_local_port_range), reserved (net.ipv4.ip_local_reserved_ports) or WireGuard's", minPorts),
 			Hint: "narrow net.ipv4.ip_local_port_range, to 32768 60999 as by default",
 		})
@@ -141,9 +141,9 @@ func (p *Backend) portProblems() (out []host.Problem) {
 		uid, most := p.ports.host.most(p.ports.now)
 		out = append(out, host.Problem{
 			Step: stepOthers,
-			Message: fmt.Sprintf("sockets of this host have %d of the %d ports that peers' flows leave from, %d of them those of the user with the id %d: "+
-				"as large a part of the first packets of peers' flows is lost", n, p.ports.now.size(), most, uid),
-			Hint: "end the programs that have so many ports: `ss -lntup` lists them",
+			Message: fmt.Sprintf("sockets of this host use %d of the %d ports that peers' flows leave from, %d of them by the user with the ID %d: "+
+				"the same share of the first packets of peers' flows is lost", n, p.ports.now.size(), most, uid),
+			Hint: "stop the programs that use so many ports: `ss -lntup` lists them",
 		})
 	}
 	return out

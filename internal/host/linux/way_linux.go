@@ -171,7 +171,7 @@ func (p *Backend) waysBack(r *policy.Ruleset) (out []host.Problem) {
 			}
 			out = append(out, host.Problem{
 				Step:    "find the way to the peers",
-				Message: fmt.Sprintf("%s, such as to %v, would leave %s and not by %s: a policy rule takes them before the main table", who, packet.Dst, where, p.name),
+				Message: fmt.Sprintf("%s, such as to %v, would go %s and not by %s: a policy rule takes them before the main table", who, packet.Dst, where, p.name),
 				Hint:    fmt.Sprintf("have the main table asked first: sudo ip %srule add to %v lookup main pref N, with N below that of the rule, see `ip %srule`", flag, mesh, flag),
 			})
 			break
@@ -232,7 +232,7 @@ func (p *Backend) waysOut(r *policy.Ruleset, marks map[bool]uint32) (out []host.
 				}
 				out = append(out, host.Problem{
 					Step: "find the way to the internet",
-					Message: fmt.Sprintf("packets of peers to %v would leave %s and not by the uplink %s, so that they are refused",
+					Message: fmt.Sprintf("packets of peers to %v would go %s and not by the uplink %s, so they are refused",
 						to, where, strings.Join(uplinks, ", ")),
 					Hint: "see `ip rule` and `ip route get " + to.String() + " from " + from.String() + " iif " + p.name + "`",
 				})

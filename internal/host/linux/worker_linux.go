@@ -27,7 +27,7 @@ const (
 
 // errHung is the error of a call that hangs and was abandoned, and of one that can't
 // start because of it.
-var errHung = errors.New("the kernel or the disk doesn't answer")
+var errHung = errors.New("the kernel or the disk doesn't respond")
 
 // worker runs calls one after the other on a thread in one network namespace. A caller
 // waits no longer than its context lasts. That takes a thread of its own, because most of
@@ -166,11 +166,11 @@ func (o result) unpack() error {
 func (w *worker) hung(ctx context.Context, what string) error {
 	step, _ := w.step.Load().(string)
 	if step == "" {
-		step = "look at the host"
+		step = "observe the host"
 	}
 	return &host.StepError{
 		Step: step, Err: fmt.Errorf("%s%w: %w", what, errHung, context.Cause(ctx)),
-		Hint: "see the kernel's log (dmesg); it may be that a disk is frozen or another program holds a lock of the kernel's",
+		Hint: "see the kernel's log (dmesg): a disk may be frozen, or another program may hold a lock in the kernel",
 	}
 }
 
