@@ -146,6 +146,7 @@ func (p *Backend) dial() (err error) {
 	return nil
 }
 
+// dialRoutes opens the socket for route lookups and nexthop objects.
 func dialRoutes() (*nlconn.Conn, error) {
 	c, err := nlconn.Dial(unix.NETLINK_ROUTE)
 	if err != nil {
@@ -300,6 +301,7 @@ func (p *Backend) Open(ctx context.Context, cfg host.Interface) (tun.Device, err
 	return ask(ctx, p, func() (tun.Device, error) { return p.open(ctx, cfg) })
 }
 
+// open takes the steps of Open. It undoes them after an error.
 func (p *Backend) open(ctx context.Context, cfg host.Interface) (tun.Device, error) {
 	fresh, err := p.takeOver(ctx)
 	if err != nil {
@@ -360,6 +362,7 @@ func (p *Backend) takeOver(ctx context.Context) (fresh bool, err error) {
 	return fresh, err
 }
 
+// unlock releases the lock, if it is held.
 func (p *Backend) unlock() {
 	if p.lock != nil {
 		p.lock.Close()

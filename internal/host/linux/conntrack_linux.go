@@ -67,6 +67,7 @@ func openConntrack() (*conntrack, error) {
 	return &conntrack{dump: dump, del: os.NewFile(uintptr(fd), "conntrack"), out: make([]byte, 0, deleteBatch)}, nil
 }
 
+// close closes both sockets.
 func (c *conntrack) close() error { return errors.Join(c.dump.Close(), c.del.Close()) }
 
 // tuple holds the addresses and ports of one direction of a flow.
@@ -322,6 +323,7 @@ func parseTuple(b []byte, t *tuple) bool {
 	}) && good
 }
 
+// parseTupleIP parses the addresses of a tuple.
 func parseTupleIP(b []byte, t *tuple) bool {
 	return attrs(b, func(kind uint16, _, value []byte) {
 		a, _ := netip.AddrFromSlice(value)

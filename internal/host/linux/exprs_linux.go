@@ -134,6 +134,7 @@ func (e expression) marshal() ([]byte, error) {
 	})
 }
 
+// add appends expressions that the library encodes.
 func (x *ruleExprs) add(es ...expr.Any) {
 	for _, e := range es {
 		x.out = append(x.out, expression{known: e})
@@ -167,6 +168,7 @@ func (x *ruleExprs) require(l load) {
 
 // compare loads a field and compares it with a value.
 func (x *ruleExprs) compare(l load, op expr.CmpOp, value []byte) {
+	// An expression that can't read its field, or doesn't hold, ends the rule.
 	x.add(l.into(unix.NFT_REG_1), &expr.Cmp{Op: op, Register: unix.NFT_REG_1, Data: value})
 }
 
@@ -258,6 +260,8 @@ func (x *ruleExprs) lookup(m match) {
 // tcpMSS is the kind of the TCP option for the maximum segment size (RFC 9293 3.2).
 const tcpMSS = 2
 
+// verdicts are the kernel's codes (NF_ACCEPT, NFT_RETURN and so on) for the verbs that
+// end a chain or leave it.
 var verdicts = map[verb]expr.VerdictKind{
 	accept: expr.VerdictAccept, drop: expr.VerdictDrop, ret: expr.VerdictReturn,
 	jump: expr.VerdictJump, branch: expr.VerdictGoto,

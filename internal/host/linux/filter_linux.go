@@ -84,8 +84,10 @@ func openFilter() (*filter, error) {
 	return &filter{lists: lists, sock: sock, change: change}, nil
 }
 
+// close closes both sockets. The table stays in the kernel.
 func (f *filter) close() error { return errors.Join(f.change.wire.Close(), f.sock.Close()) }
 
+// ourTable identifies our table for the library.
 func ourTable() *nftables.Table {
 	return &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
 }
@@ -120,6 +122,7 @@ const maxLoads = 5
 // readError is the error of a read, after which it isn't known what the kernel holds.
 type readError struct{ error }
 
+// Unwrap returns the cause.
 func (e readError) Unwrap() error { return e.error }
 
 // load replaces the whole table and reads its rules back. The result counts only if no
@@ -272,6 +275,7 @@ func (f *filter) eachChunk(ns *nftables.Set, es []nftables.SetElement, do func(*
 	return nil
 }
 
+// addRules appends the rules to a chain.
 func (f *filter) addRules(rules []rule, to string) error {
 	for _, r := range rules {
 		if err := f.change.addRule(r, to); err != nil {
@@ -374,10 +378,13 @@ func difference(a, b *table) ([]setChange, bool) {
 	return out, true
 }
 
+// sameTimeouts reports whether two timeout objects are equal.
 func sameTimeouts(a, b timeouts) bool {
 	return a.name == b.name && slices.Equal(a.states, b.states)
 }
 
+// sameChain reports whether two chains are equal. Rules are compared as text, which
+// includes all that they match and do.
 func sameChain(a, b *chain) bool {
 	return a.name == b.name && a.hook == b.hook && slices.EqualFunc(a.rules, b.rules, func(x, y rule) bool {
 		return x.String() == y.String()
@@ -525,6 +532,7 @@ func (f *filter) generation() (uint32, error) {
 	return generationOf(f.sock)
 }
 
+// generationOf asks for the number of nftables' last transaction.
 func generationOf(c netlinkConn) (uint32, error) {
 	ms, err := c.Execute(netlink.Message{
 		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN, Flags: netlink.Request},

@@ -65,11 +65,11 @@ func (s sample) family(f nftables.TableFamily) bool {
 type outcome int
 
 const (
-	goesOn outcome = iota
-	passes
-	dropped
-	redirected // the destination is changed (DNAT, redirect)
-	untracked  // excluded from connection tracking (notrack), so it isn't translated
+	goesOn     outcome = iota // no verdict: the next chain decides
+	passes                    // accepted
+	dropped                   // dropped or rejected
+	redirected                // the destination is changed (DNAT, redirect)
+	untracked                 // excluded from connection tracking (notrack), so it isn't translated
 )
 
 // finding is what other chains do with a packet, and the place that decides.
@@ -534,6 +534,8 @@ func (r *registers) get(reg uint32, n int) []byte {
 func (w *walk) rule(t *nftables.Table, r foreignRule) (verdict *expr.Verdict, sure bool) {
 	regs := &registers{}
 	sure = true
+	// The kernel runs the expressions in order and stops at the first one that doesn't hold
+	// (NFT_BREAK). An unknown result counts as true, and makes the rest uncertain.
 	for _, x := range r.exprs {
 		if v, ok := w.verdictOf(x); ok {
 			return v, sure
@@ -810,7 +812,7 @@ func (w *walk) metaExpr(regs *registers, x *expr.Meta, sure bool) (holds, known 
 		regs.set(x.Register, w.number(w.oif()), 4)
 	case expr.MetaKeyNFPROTO:
 		regs.set(x.Register, []byte{familyOf(s.src)}, 0)
-	case expr.MetaKeyPROTOCOL:
+	case expr.MetaKeyPROTOCOL: // ethertype
 		regs.set(x.Register, map[bool][]byte{true: {0x08, 0x00}, false: {0x86, 0xdd}}[s.src.Is4()], 0)
 	case expr.MetaKeyL4PROTO:
 		regs.set(x.Register, []byte{s.proto}, 0)
@@ -831,7 +833,7 @@ func (w *walk) metaExpr(regs *registers, x *expr.Meta, sure bool) (holds, known 
 			break
 		}
 		regs.set(x.Register, nil, 4)
-	default:
+	default: // length, interface type, time of day: not known of a sample
 		regs.set(x.Register, nil, 16)
 	}
 	return true, true
@@ -900,15 +902,15 @@ func (w *walk) unstated() []span {
 	const network, transport = expr.PayloadBaseNetworkHeader, expr.PayloadBaseTransportHeader
 	out := []span{{network, 4, 2}} // IPv6's length, or IPv4's identification
 	if w.s.src.Is4() {
-		out = append(out, span{network, 2, 2}, span{network, 10, 2})
+		out = append(out, span{network, 2, 2}, span{network, 10, 2}) // length, checksum
 	}
 	switch w.s.proto {
-	case unix.IPPROTO_TCP:
+	case unix.IPPROTO_TCP: // sequence numbers; window, checksum and urgent pointer
 		return append(out, span{transport, 4, 8}, span{transport, 14, 6})
-	case unix.IPPROTO_UDP:
+	case unix.IPPROTO_UDP: // length and checksum
 		return append(out, span{transport, 4, 4})
 	}
-	return append(out, span{transport, 6, 2})
+	return append(out, span{transport, 6, 2}) // an echo's sequence number
 }
 
 // write evaluates an expression that writes to the packet, and reports whether that
@@ -1096,7 +1098,7 @@ func (w *walk) ct(key expr.CtKey) []byte {
 		return []byte{0}
 	case expr.CtKeyMARK:
 		return w.state.ctMark
-	case expr.CtKeySTATUS:
+	case expr.CtKeySTATUS: // without IPS_SRC_NAT and so on, which only translation sets
 		if !w.maybeTranslated() {
 			return native(0)
 		}

@@ -14,6 +14,7 @@ func (p *Backend) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, 
 	return ask(ctx, p, func() (host.Report, error) { return p.inspect(r) })
 }
 
+// inspect reads the table first, then the interface, then the sysctls.
 func (p *Backend) inspect(r *policy.Ruleset) (host.Report, error) {
 	report := host.Report{Forwarding: p.forward.now(p.name)}
 	add := func(step string, differs []string) {

@@ -31,14 +31,15 @@ var legacyKinds = []legacyKind{
 	{"ip6tables-legacy", "ip6_tables_names", unix.AF_INET6, unix.SOL_IPV6, 140},
 }
 
+// Constants of linux/netfilter/x_tables.h and of the two headers above; sizes in bytes.
 const (
-	legacyGetInfo    = 64 // IPT_SO_GET_INFO, IP6T_SO_GET_INFO
-	legacyGetEntries = 65 // IPT_SO_GET_ENTRIES, IP6T_SO_GET_ENTRIES
-	legacyNameSize   = 32 // XT_TABLE_MAXNAMELEN
-	legacyInfoSize   = 84 // struct ipt_getinfo
-	legacyHooks      = 5  // NF_INET_NUMHOOKS
-	legacyMostBytes  = 1 << 16
-	verdictDrop      = -1 // how XT_STANDARD_TARGET holds NF_DROP
+	legacyGetInfo    = 64      // IPT_SO_GET_INFO, IP6T_SO_GET_INFO
+	legacyGetEntries = 65      // IPT_SO_GET_ENTRIES, IP6T_SO_GET_ENTRIES
+	legacyNameSize   = 32      // XT_TABLE_MAXNAMELEN
+	legacyInfoSize   = 84      // struct ipt_getinfo
+	legacyHooks      = 5       // NF_INET_NUMHOOKS
+	legacyMostBytes  = 1 << 16 // entries larger than this count as rules without being read
+	verdictDrop      = -1      // how XT_STANDARD_TARGET holds NF_DROP
 )
 
 // legacyTable is what is read of a table.

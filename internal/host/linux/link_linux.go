@@ -87,10 +87,13 @@ type link struct {
 	index int
 }
 
+// ipNet converts a prefix for the library.
 func ipNet(p netip.Prefix) *net.IPNet {
 	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
 
+// toPrefix converts a prefix of the library's. ok is false for nil and for a mask with
+// holes. A mask of 32 bits is IPv4's, whose address may have the 16-byte form.
 func toPrefix(n *net.IPNet) (netip.Prefix, bool) {
 	if n == nil {
 		return netip.Prefix{}, false
@@ -178,6 +181,7 @@ func (l link) rename(name string) error {
 	return nil
 }
 
+// up brings the interface up, which it may already be.
 func (l link) up() error {
 	return l.nl.LinkSetUp(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: l.index}})
 }

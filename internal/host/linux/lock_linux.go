@@ -111,8 +111,10 @@ func newLockTable(flags uint32, process string) netlink.Message {
 // lockComment precedes the process number in the table's comment.
 const lockComment = "held by process "
 
+// delLockTable returns the message that deletes the table.
 func delLockTable() netlink.Message { return tableMessage(unix.NFT_MSG_DELTABLE, 0) }
 
+// tableMessage returns a message about the lock's table.
 func tableMessage(kind int, flags netlink.HeaderFlags, attrs ...netlink.Attribute) netlink.Message {
 	attrs = append([]netlink.Attribute{{Type: unix.NFTA_TABLE_NAME, Data: append([]byte(lockTable), 0)}}, attrs...)
 	b, err := netlink.MarshalAttributes(attrs)
@@ -269,6 +271,7 @@ func lockByFile(dir, netns string) (io.Closer, error) {
 	return nil, fmt.Errorf("lock %s: other processes keep removing it", l.path)
 }
 
+// writeAt replaces the beginning of the file.
 func writeAt(f *os.File, s string) error {
 	_, err := f.WriteAt([]byte(s), 0)
 	return err

@@ -25,6 +25,7 @@ type nexthop struct {
 	blackhole bool
 }
 
+// errShort is the error of a netlink message without its whole header.
 var errShort = errors.New("the message is too short")
 
 // parseNexthop parses an answer to RTM_GETNEXTHOP.

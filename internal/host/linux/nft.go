@@ -18,10 +18,13 @@ import (
 type field uint8
 
 const (
+	// Names of the input and output interface; empty where the packet has none.
 	iifname field = iota
 	oifname
+	// Family (NFPROTO_IPV4, NFPROTO_IPV6) and protocol behind IPv6's extension headers.
 	nfproto
 	l4proto
+	// Addresses and ports of this packet, translated or not as it is at the hook.
 	saddr4
 	daddr4
 	saddr6
@@ -31,9 +34,11 @@ const (
 	icmpType
 	icmp6Type
 	tcpFlags
+	// Source routes, as IP options (RFC 791) or as an extension header (RFC 8200).
 	lsrr
 	ssrr
 	routingHeader
+	// State, direction, status (IPS_*), protocol and opener's destination port of the flow.
 	ctState
 	ctDirection
 	ctStatus
@@ -263,8 +268,10 @@ const (
 	expire // assigns timeouts to a new flow; the chain continues
 )
 
+// verbTexts are the verbs in nft's language.
 var verbTexts = [...]string{"accept", "drop", "return", "jump", "goto", "masquerade", "snat", "tcp option maxseg size set", "ct timeout set"}
 
+// String returns the action in nft's language.
 func (a action) String() string {
 	switch a.verb {
 	case jump, branch:
@@ -291,6 +298,7 @@ type rule struct {
 	comment string
 }
 
+// String returns the rule in nft's language, with its comment.
 func (r rule) String() string {
 	var b strings.Builder
 	for _, m := range r.matches {
@@ -320,6 +328,8 @@ func (c *chain) add(a action, comment string, ms ...match) {
 	c.rules = append(c.rules, rule{matches: ms, action: a, comment: comment})
 }
 
+// The shorthands for add: accept, drop, ret (return), jump and branch (goto). A jump
+// comes back after the other chain's last rule, a branch doesn't.
 func (c *chain) accept(comment string, ms ...match) { c.add(action{verb: accept}, comment, ms...) }
 func (c *chain) drop(comment string, ms ...match)   { c.add(action{verb: drop}, comment, ms...) }
 func (c *chain) ret(comment string, ms ...match)    { c.add(action{verb: ret}, comment, ms...) }
@@ -486,6 +496,7 @@ type timeouts struct {
 	states  []stateTimeout
 }
 
+// stateTimeout is the timeout of one conntrack state.
 type stateTimeout struct {
 	name   string
 	number uint16
@@ -523,6 +534,7 @@ func (t *table) String() string {
 	return b.String()
 }
 
+// write prints the object as "ct timeout" in nft(8).
 func (o timeouts) write(b *strings.Builder) {
 	states := make([]string, len(o.states))
 	for i, s := range o.states {
@@ -532,6 +544,7 @@ func (o timeouts) write(b *strings.Builder) {
 	fmt.Fprintf(b, "\tct timeout %s {\n\t\tprotocol %s\n\t\tl3proto %s\n\t\tpolicy = { %s }\n\t}\n", o.name, o.proto.text, l3, strings.Join(states, ", "))
 }
 
+// write prints the set as in nft(8).
 func (s set) write(b *strings.Builder) {
 	fmt.Fprintf(b, "\tset %s {\n\t\ttype %s\n", s.name, strings.Join(s.types, " . "))
 	switch {
@@ -556,6 +569,7 @@ func (s set) write(b *strings.Builder) {
 	b.WriteString("\t}\n")
 }
 
+// write prints the chain as in nft(8).
 func (c *chain) write(b *strings.Builder) {
 	fmt.Fprintf(b, "\tchain %s {\n", c.name)
 	if c.hook != "" {

@@ -20,8 +20,10 @@ func (r portRange) size() int {
 	return int(r.last) - int(r.first) + 1
 }
 
+// has reports whether the range contains a port.
 func (r portRange) has(port uint16) bool { return r.size() > 0 && r.first <= port && port <= r.last }
 
+// overlaps reports whether the ranges share a port.
 func (r portRange) overlaps(s portRange) bool {
 	return r.size() > 0 && s.size() > 0 && r.first <= s.last && s.first <= r.last
 }
@@ -202,6 +204,7 @@ func parsePorts(text string) ([]portRange, error) {
 	return out, nil
 }
 
+// parsePortRange parses the first and the last port of a range.
 func parsePortRange(first, last string) (portRange, error) {
 	a, err := strconv.ParseUint(first, 10, 16)
 	if err != nil {

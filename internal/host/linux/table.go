@@ -125,6 +125,7 @@ type family struct {
 	whole      netip.Prefix
 }
 
+// families are IPv4 and IPv6. The overhead is 20 or 40 bytes of IP and 20 of TCP.
 var families = [...]family{
 	{"4", ipv4, "ipv4_addr", saddr4, daddr4, quotedDst4, icmpType, icmp4, redirect4, "errors4", 40, netip.Addr.Is4, netip.MustParsePrefix("0.0.0.0/0")},
 	{"6", ipv6, "ipv6_addr", saddr6, daddr6, quotedDst6, icmp6Type, icmp6, redirect6, "errors6", 60, netip.Addr.Is6, netip.MustParsePrefix("::/0")},
@@ -150,6 +151,7 @@ func compile(r *policy.Ruleset, p params) *table {
 	}
 	c.sets = append(c.sets, icmpErrors()...)
 	c.sets = append(c.sets, boundSet(c.sockets))
+	// The order is that of the printed table.
 	c.ingress()
 	c.protocols()
 	for _, f := range families {
@@ -268,6 +270,7 @@ func icmpErrors() []set {
 // boundName is the name of the set of ports in the range that sockets of the host use.
 const boundName = "bound"
 
+// boundSet returns the set of ports that sockets of the host use.
 func boundSet(ports []uint16) set {
 	values := make([]value, len(ports))
 	for i, p := range ports {
@@ -280,8 +283,11 @@ func boundSet(ports []uint16) set {
 // a spoofed packet doesn't touch a flow.
 func (c *compiler) ingress() {
 	in0 := c.hook("ingress", "filter", "prerouting", afterDefrag)
+	// The host's packets to itself use loopback, also those between its mesh addresses.
 	in0.accept("", is(iifname, name("lo")))
 	in0.branch("ingress_elsewhere", isNot(iifname, c.mesh))
+	// From here on the packet is from the mesh. WireGuard's allowed IPs already bind a
+	// source to its peer; the table doesn't rely on that alone.
 	for _, f := range families {
 		in0.drop("a peer with a foreign source", notIn("peers"+f.suffix, f.src))
 	}
@@ -293,6 +299,7 @@ func (c *compiler) ingress() {
 	}
 	in0.jump("carried")
 
+	// Another host that uses a mesh address, as source or destination, isn't a peer.
 	out := c.chain("ingress_elsewhere")
 	for _, f := range families {
 		out.drop("the host's own mesh address as a source, not from the host", in("own"+f.suffix, f.src))
@@ -309,6 +316,7 @@ func (c *compiler) listenPort() (value, bool) {
 	return portValue(p), p != 0
 }
 
+// portValue returns a port as a value.
 func portValue(p uint16) value { return number(strconv.Itoa(int(p)), port(p)...) }
 
 // protocols makes the chain carried, which returns for the protocols that peers may use
@@ -330,6 +338,7 @@ func (c *compiler) protocols() {
 func (c *compiler) judge() {
 	j := c.hook("judge", "filter", "prerouting", afterConntrack)
 	j.accept("", isNot(iifname, c.mesh))
+	// Without a flow there is no opener, and nothing below can decide.
 	j.drop("no flow: malformed or out of place", has(ctState, noFlow))
 	for _, f := range families {
 		j.branch("quoted", in(f.icmpErrors, f.icmp))
@@ -340,10 +349,12 @@ func (c *compiler) judge() {
 	for _, f := range families {
 		j.accept("answers to the host", is(ctDirection, reply), in("own"+f.suffix, f.dst))
 	}
+	// An answer of the peer on a flow that another host opened: no such flow may exist.
 	j.drop("no other host opens a flow to a peer", is(ctDirection, reply))
 	j.jump(asSent.name)
 	c.limitFlows(j)
 
+	// An ICMP error of a peer may only be about a packet that the peer itself received.
 	q := c.chain("quoted")
 	for _, f := range families {
 		q.branch("quoted_own", in("same"+f.suffix, f.src, f.quoted))
@@ -504,6 +515,7 @@ func (c *compiler) eachMeshPrefix(f family, do func(netip.Prefix)) {
 	}
 }
 
+// forwards reports whether the host forwards the family for peers.
 func (c *compiler) forwards(f family) bool {
 	if f.suffix == "4" {
 		return c.host.Forwarding.IPv4
@@ -511,6 +523,8 @@ func (c *compiler) forwards(f family) bool {
 	return c.host.Forwarding.IPv6
 }
 
+// foundForwarding reports whether the host already forwarded the family when the helper
+// came.
 func (c *compiler) foundForwarding(f family) bool {
 	if f.suffix == "4" {
 		return c.host.FoundForwarding.IPv4
@@ -530,6 +544,7 @@ func (c *compiler) input() {
 		i.accept("answers to the host", is(ctDirection, reply), in("own"+f.suffix, f.dst))
 	}
 	i.drop("", is(ctDirection, reply))
+	// The peer sent it to another destination, which isn't class self.
 	i.drop("redirected to the host", has(ctStatus, dnat))
 	i.jump(asSent.name)
 	for _, f := range families {
@@ -541,6 +556,7 @@ func (c *compiler) input() {
 // forward judges what the kernel forwards; both interfaces are known here.
 func (c *compiler) forward() {
 	f := c.hook("forward", "filter", "forward", filtering)
+	// From the mesh first: a packet from peer to peer has the interface on both sides.
 	f.branch("from_mesh", is(iifname, c.mesh))
 	f.branch("to_mesh", is(oifname, c.mesh))
 	c.bridged(f)
@@ -562,6 +578,8 @@ func (c *compiler) fromMesh() {
 	m.drop("redirected from where it was sent to", has(ctStatus, dnat))
 	m.jump(asSent.name)
 	c.clamp(m)
+	// The permission is there; what is left is the way. The kernel's route may be newer
+	// than the facts, so internet passes only by the uplink.
 	for _, f := range families {
 		m.drop("", in("self"+f.suffix, f.dst))
 		m.branch("to_lan"+f.suffix, in("lan"+f.suffix, f.dst))
@@ -642,6 +660,7 @@ func (c *compiler) output() {
 		p.drop("redirects never pass", is(f.icmp, f.redirect))
 	}
 	p.branch("answer", is(ctDirection, reply))
+	// The host's own flows: allowed whatever the peer's permissions are.
 	for _, f := range families {
 		p.drop("from a mesh address only", notIn("own"+f.suffix, f.src))
 		p.accept("the kernel's own errors, also about no flow", in(f.icmpErrors, f.icmp))
@@ -699,6 +718,8 @@ func (c *compiler) egress() {
 	}
 	c.translate()
 
+	// Everything below holds for packets of any program, also while this process is dead.
+	// Only the mesh interface and loopback are exempt.
 	e := c.hook("egress", "filter", "postrouting", afterNAT)
 	e.accept("", is(oifname, c.mesh))
 	e.accept("", is(oifname, name("lo")))

@@ -51,6 +51,7 @@ func openWatch() (w watchSockets, err error) {
 	return w, nil
 }
 
+// close closes the sockets, which ends reads from them.
 func (w watchSockets) close() error {
 	err := errors.Join(w.route.Close(), w.rules.Close())
 	if w.ipsec != nil {
