@@ -29,8 +29,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// TestHostIsLeftAsFound compares the whole host before and after, with other
-// software's table present all the while.
+// TestHostIsLeftAsFound compares the whole host before and after a run, with other
+// software's table present the whole time.
 func TestHostIsLeftAsFound(t *testing.T) {
 	for _, found := range []string{"0", "1"} {
 		t.Run("forwarding found "+found, func(t *testing.T) {
@@ -61,7 +61,7 @@ func TestHostIsLeftAsFound(t *testing.T) {
 	}
 }
 
-// die is what a SIGKILL leaves: the kernel closes the files, and nothing cleans up.
+// die does what a SIGKILL does: the kernel closes the files, and nothing cleans up.
 func (g *rig) die() {
 	g.t.Helper()
 	if g.p == nil {
@@ -77,8 +77,8 @@ func (g *rig) die() {
 	g.p, g.dev = nil, nil
 }
 
-// TestKilledHelperIsCleanedUp kills the backend while all is open. Until the
-// next one cleans up, nothing for a peer leaves in clear and nothing is forwarded.
+// TestKilledHelperIsCleanedUp kills the backend while everything is open. Until the next
+// one cleans up, nothing for a peer leaves unencrypted and nothing is forwarded.
 func TestKilledHelperIsCleanedUp(t *testing.T) {
 	w := newWorld(t)
 	w.findForwarding("0")
@@ -100,7 +100,7 @@ func TestKilledHelperIsCleanedUp(t *testing.T) {
 	w.enforce(meshOf(grants{ann: all}))
 	w.die()
 
-	// A backend that was never opened cleans up as well.
+	// Close of a backend that was never opened cleans up, too.
 	w.do(func() error {
 		p, err := New(Options{StateDir: w.state})
 		if err != nil {
@@ -114,8 +114,8 @@ func TestKilledHelperIsCleanedUp(t *testing.T) {
 	}
 }
 
-// closedToOutside sends what must come out nowhere: to peers in clear, and for
-// others through the host.
+// closedToOutside sends packets that must not come out anywhere: to peers unencrypted,
+// and for other hosts through this one.
 func (w *world) closedToOutside(n *int, when string) {
 	w.t.Helper()
 	a := netlab.Addresses()
@@ -139,8 +139,8 @@ func (w *world) closedToOutside(n *int, when string) {
 	}
 }
 
-// TestDeadTunnelIsReplaced takes the device away under the backend, as a
-// program does that deletes the interface, and opens it again.
+// TestDeadTunnelIsReplaced deletes the interface, as another program may, and opens the
+// backend again.
 func TestDeadTunnelIsReplaced(t *testing.T) {
 	w := newWorld(t)
 	w.findForwarding("0")
@@ -148,7 +148,7 @@ func TestDeadTunnelIsReplaced(t *testing.T) {
 	w.open()
 	w.enforce(meshOf(grants{ann: all}))
 	n := 0
-	// What is narrower holds, although the interface is gone.
+	// The narrower ruleset holds although the interface is gone.
 	if err := w.dev.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -180,9 +180,9 @@ func TestDeadTunnelIsReplaced(t *testing.T) {
 	}
 }
 
-// TestFailedOpenKeepsPeersIn takes the interface away and lets no other one be
-// made, because another program's has its name. The host sends to peers all the
-// while, in every step of every try: nothing leaves.
+// TestFailedOpenKeepsPeersIn deletes the interface and keeps its name in use, so that it
+// can't be created again. The host sends to peers at every step of every try: nothing
+// leaves.
 func TestFailedOpenKeepsPeersIn(t *testing.T) {
 	w := newWorld(t)
 	w.findForwarding("0")
@@ -194,7 +194,7 @@ func TestFailedOpenKeepsPeersIn(t *testing.T) {
 	for i, to := range []netip.Addr{ann4, unassigned4, ann6, unassigned6} {
 		c := w.socket(netip.AddrPortFrom(outer.List()[i/2], 0))
 		senders = append(senders, c)
-		_, _ = c.WriteToUDPAddrPort(word(i+1), netip.AddrPortFrom(to, 5000)) // opens the mesh's flows, too
+		_, _ = c.WriteToUDPAddrPort(word(i+1), netip.AddrPortFrom(to, 5000)) // also opens the flows into the mesh
 	}
 	tries := 0
 	send := func(string) {
@@ -271,8 +271,8 @@ func TestFailedOpenKeepsPeersIn(t *testing.T) {
 	t.Logf("%d packets that had to stay", tries)
 }
 
-// takeTable puts a table that another program owns (NFT_TABLE_F_OWNER) in the place of
-// ours, until it is closed.
+// takeTable replaces our table by one that another program owns (NFT_TABLE_F_OWNER) until
+// it is closed.
 func (w *world) takeTable() io.Closer {
 	w.t.Helper()
 	named := func(kind int, attrs ...mdnetlink.Attribute) mdnetlink.Message {
@@ -297,9 +297,9 @@ func (w *world) takeTable() io.Closer {
 	return c
 }
 
-// TestLostTableKeepsPeersIn has another program delete the table and hold its name, so
-// that none can be loaded, the closed one neither. What the host sends to peers
-// goes into the mesh, where the guard is, and doesn't leave.
+// TestLostTableKeepsPeersIn deletes the table and blocks its name, so that not even the
+// closed table can be loaded. The host's packets to peers go into the mesh, to the guard,
+// and don't leave the host.
 func TestLostTableKeepsPeersIn(t *testing.T) {
 	w := newWorld(t)
 	w.findForwarding("0")
@@ -337,7 +337,7 @@ func TestLostTableKeepsPeersIn(t *testing.T) {
 			}
 		}
 	}
-	if err := other.Close(); err != nil { // the kernel deletes the table with it, by and by
+	if err := other.Close(); err != nil { // the kernel then deletes the table, asynchronously
 		t.Fatal(err)
 	}
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
@@ -362,7 +362,7 @@ func TestLostTableKeepsPeersIn(t *testing.T) {
 	}
 }
 
-// TestFailedStartKeepsPeersIn starts after a helper that was killed, and fails.
+// TestFailedStartKeepsPeersIn starts a helper after a killed one, and fails the start.
 func TestFailedStartKeepsPeersIn(t *testing.T) {
 	w := newWorld(t)
 	w.findForwarding("0")
@@ -481,8 +481,7 @@ func TestOpenRefuses(t *testing.T) {
 	}
 }
 
-// TestDriftIsFoundAndRepaired has others undo what was enforced, one thing at a
-// time.
+// TestDriftIsFoundAndRepaired undoes what was enforced, one thing at a time.
 func TestDriftIsFoundAndRepaired(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -521,7 +520,7 @@ func TestDriftIsFoundAndRepaired(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			// The routes go when it is down; another default route stays.
+			// The routes disappear when it is down; another default route stays.
 			return errors.Join(g.pic.B.SetUp(netlab.Uplink, false), g.pic.B.Netlink().LinkSetName(l, "else1"),
 				g.pic.B.SetUp("else1", true))
 		}, ""},
@@ -533,7 +532,7 @@ func TestDriftIsFoundAndRepaired(t *testing.T) {
 				t.Fatalf("before: %v", drift)
 			}
 			if tt.name == "forwarding off" {
-				// From 0 to 0 the kernel does nothing.
+				// Writing 0 over 0 does nothing in the kernel.
 				if err := g.pic.B.SetSysctl("net.ipv4.ip_forward", "1"); err != nil {
 					t.Fatal(err)
 				}
@@ -561,8 +560,8 @@ func TestDriftIsFoundAndRepaired(t *testing.T) {
 	}
 }
 
-// watch counts what Watch reports until stop is called. Router advertisements are off
-// then, so that nothing but the test's own changes is reported.
+// watch counts the reports of Watch until stop is called. It switches router
+// advertisements off, so that only the test's own changes are reported.
 func (g *rig) watch() (seen *atomic.Int64, stop func()) {
 	if err := g.pic.B.SetSysctl("net.ipv6.conf."+netlab.Uplink+".accept_ra", "0"); err != nil {
 		g.t.Fatal(err)
@@ -579,7 +578,7 @@ func (g *rig) watch() (seen *atomic.Int64, stop func()) {
 	}
 }
 
-// change is another program's transaction.
+// change commits a transaction as another program.
 func (g *rig) change(f func(*nftables.Conn)) func() error {
 	return func() error {
 		return g.pic.B.Do(func() error {
@@ -597,8 +596,7 @@ func (g *rig) sysctl(name, value string) func() error {
 	return func() error { return g.pic.B.SetSysctl(name, value) }
 }
 
-// TestWatchAgain watches twice, one after the other, and then once more after a socket
-// failed.
+// TestWatchAgain watches twice in a row, and once more after a socket failed.
 func TestWatchAgain(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -625,8 +623,8 @@ func TestWatchAgain(t *testing.T) {
 	g.reports(seen, g.sysctl("net.ipv4.conf.all.forwarding", "1"))
 }
 
-// TestWatchNexthops has a default route lead elsewhere by its nexthop alone, of which the
-// kernel says nothing among the routes.
+// TestWatchNexthops changes the way of a default route by its nexthop object alone, for
+// which the kernel sends no route message.
 func TestWatchNexthops(t *testing.T) {
 	g := newRig(t)
 	if err := g.pic.B.SetSysctl("net.ipv4.nexthop_compat_mode", "0"); err != nil {
@@ -644,7 +642,7 @@ func TestWatchNexthops(t *testing.T) {
 }
 
 // TestRenewedAddressIsNoChange has a router advertise every second: of the kernel's
-// messages about the address only those count that say something new.
+// messages about the address only those count that change it.
 func TestRenewedAddressIsNoChange(t *testing.T) {
 	g := newRig(t)
 	var c *nlconn.Conn
@@ -690,7 +688,7 @@ func TestRenewedAddressIsNoChange(t *testing.T) {
 	if at < 0 {
 		t.Fatalf("no address by advertisement among %v", all)
 	}
-	matters() // as it is known from now on
+	matters() // the state that is known from now on
 	deprecated := all[at]
 	deprecated.PreferedLft, deprecated.ValidLft = 0, 3600
 	for _, change := range []func() error{
@@ -700,10 +698,10 @@ func TestRenewedAddressIsNoChange(t *testing.T) {
 		if err := change(); err != nil {
 			t.Fatal(err)
 		}
-		for !matters() { // advertisements may come before it
+		for !matters() { // advertisements may come first
 		}
 	}
-	for !matters() { // it comes back with the next advertisement
+	for !matters() { // the next advertisement restores it
 	}
 }
 
@@ -727,7 +725,7 @@ func (g *rig) reports(seen *atomic.Int64, change func() error) {
 	}
 }
 
-// TestForwardingThatOthersNeedStays has Docker come while the helper runs.
+// TestForwardingThatOthersNeedStays starts Docker while the helper runs.
 func TestForwardingThatOthersNeedStays(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -747,7 +745,7 @@ func TestForwardingThatOthersNeedStays(t *testing.T) {
 	}
 }
 
-// TestRedirectsOfOthersDontOpen has other software redirect what a peer sends.
+// TestRedirectsOfOthersDontOpen redirects a peer's packets by other software's rules.
 func TestRedirectsOfOthersDontOpen(t *testing.T) {
 	w := newWorld(t)
 	a := netlab.Addresses()
@@ -772,9 +770,8 @@ func TestRedirectsOfOthersDontOpen(t *testing.T) {
 	}
 }
 
-// TestRewrittenWithoutFlow has other software keep conntrack from a packet of
-// the internet's and send it on to a peer: there is no flow that it could be
-// the answer of.
+// TestRewrittenWithoutFlow has other software exclude a packet from the internet from
+// conntrack and forward it to a peer: it belongs to no flow, so it can't be an answer.
 func TestRewrittenWithoutFlow(t *testing.T) {
 	w := newWorld(t)
 	a := netlab.Addresses()
@@ -806,8 +803,8 @@ func TestRewrittenWithoutFlow(t *testing.T) {
 	}
 }
 
-// TestNewAddressIsClosed gives the host an address that the backend hasn't
-// observed: the kernel's own hooks know it.
+// TestNewAddressIsClosed gives the host an address that the backend hasn't observed yet:
+// the kernel's own hooks know it.
 func TestNewAddressIsClosed(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -830,13 +827,13 @@ func TestNewAddressIsClosed(t *testing.T) {
 	}
 }
 
-// TestSegmentsFitTheTunnel looks at the MSS of SYNs in both directions.
+// TestSegmentsFitTheTunnel checks the MSS of SYNs in both directions.
 func TestSegmentsFitTheTunnel(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
 	w.enforce(meshOf(grants{ann: all}))
-	// No host exists that could answer by itself.
+	// No host exists that could answer.
 	for i, far := range []netip.Addr{netip.MustParseAddr("8.8.8.8"), netip.MustParseAddr("2001:4860::8888")} {
 		src := netip.AddrPortFrom([]netip.Addr{ann4, ann6}[i], 4000)
 		to := netip.AddrPortFrom(far, 5000)
@@ -856,7 +853,7 @@ func TestSegmentsFitTheTunnel(t *testing.T) {
 	}
 }
 
-// withMSS puts the option into a segment without options.
+// withMSS adds the MSS option to a segment without options.
 func withMSS(packet []byte, mss uint16) []byte {
 	p, _ := netlab.ParsePacket(packet)
 	header := len(packet) - len(p.Payload) - 20
@@ -866,10 +863,10 @@ func withMSS(packet []byte, mss uint16) []byte {
 	return netlab.IPPacket(p.Src, p.Dst, policy.ProtoTCP, append(t, p.Payload...))
 }
 
-// TestReplacedTableHolds loads the whole table again and again while the host
-// sends to an unassigned mesh address, and a peer with routing alone to a
-// private address behind the uplink. The kernel takes a new table's rules into
-// use before its sets of ranges, and neither must get out by that.
+// TestReplacedTableHolds reloads the table in a loop while the host sends to an
+// unassigned mesh address, and a peer with only routing to a private address behind the
+// uplink. The kernel activates a new table's rules before its interval sets; neither
+// packet may get out because of that.
 func TestReplacedTableHolds(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -886,7 +883,7 @@ func TestReplacedTableHolds(t *testing.T) {
 			}
 			defer conn.Close()
 			for !done.Load() {
-				_, _ = conn.Write(word(1)) // refused, mostly: that is what is wanted
+				_, _ = conn.Write(word(1)) // mostly refused, as it should be
 				sent[0].Add(1)
 			}
 			return nil

@@ -44,8 +44,8 @@ func withFilter(b *testing.B, f func(*filter) error) {
 	})
 }
 
-// BenchmarkChange compares a toggle of one peer's permission, done as a change of
-// elements, with a load of the whole table, and with reading it all back.
+// BenchmarkChange compares toggling one peer's permission by set elements with loading
+// the whole table and with reading it back.
 func BenchmarkChange(b *testing.B) {
 	for _, peers := range []int{10, 1000, 10000} {
 		m := crowd(peers)
@@ -89,8 +89,7 @@ func BenchmarkChange(b *testing.B) {
 	}
 }
 
-// BenchmarkToggle is the whole way of a toggle through the backend: enforce,
-// read back, cut.
+// BenchmarkToggle measures a toggle through the backend: enforce, inspect, cut.
 func BenchmarkToggle(b *testing.B) {
 	for _, peers := range []int{10, 1000, 10000} {
 		b.Run(fmt.Sprint(peers), func(b *testing.B) {

@@ -44,9 +44,9 @@ func (g *rig) conntrackOf(src netip.Addr) (out []flowEntry) {
 	return out
 }
 
-// TestFlowsOfAPeerAreBounded has ann open more flows than the kernel lets a peer
-// have, through the host and to it: no more come to be, bob and the host open theirs,
-// and a flow that ann has goes on.
+// TestFlowsOfAPeerAreBounded opens more flows of ann than the kernel allows a peer,
+// through the host and to it. No more are created, bob and the host still open theirs,
+// and ann's first flow continues.
 func TestFlowsOfAPeerAreBounded(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -95,7 +95,7 @@ func TestFlowsOfAPeerAreBounded(t *testing.T) {
 			t.Error("bob opens no flow")
 		}
 	}
-	// What was forgotten makes room again.
+	// Deleted flows make room again.
 	w.forget()
 	n++
 	if !came(netlab.UDPPacket(netip.AddrPortFrom(ann4, 3001), netip.AddrPortFrom(a.I.V4, 5000), word(n))) {
@@ -134,7 +134,7 @@ func (g *rig) synAck(from netip.AddrPort) (seq uint32, ok bool) {
 	return seq, ok
 }
 
-// TestFlowsEndWhenTheGuardForgetsThem looks at how long the kernel keeps flows of ann's.
+// TestFlowsEndWhenTheGuardForgetsThem checks how long the kernel keeps ann's flows.
 func TestFlowsEndWhenTheGuardForgetsThem(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -145,7 +145,7 @@ func TestFlowsEndWhenTheGuardForgetsThem(t *testing.T) {
 	}
 	for i, ann := range []netip.Addr{ann4, ann6} {
 		far, me := netip.AddrPortFrom(netlab.Addresses().I.List()[i], netlab.EchoPort), netip.AddrPortFrom(ann, 4000)
-		// A connection, and a SYN that stays alone.
+		// A connection, and a SYN without an answer.
 		w.inject(netlab.TCPPacket(me, far, netlab.SYN, 100, 0, nil))
 		seq, ok := w.synAck(far)
 		if !ok {
@@ -174,7 +174,7 @@ func TestFlowsEndWhenTheGuardForgetsThem(t *testing.T) {
 	}
 }
 
-// TestKernelThatCantBound enforces on a kernel that lacks counting and timeouts.
+// TestKernelThatCantBound enforces on a kernel without counting and timeouts.
 func TestKernelThatCantBound(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -192,12 +192,13 @@ func TestKernelThatCantBound(t *testing.T) {
 	}
 }
 
-// lacking is a socket of nftables whose kernel lacks what bounds flows: what asks for
-// it names what no kernel has. Where errno is set, refusals have that number instead.
+// lacking is a socket for nftables whose kernel lacks the modules that bound flows:
+// requests for them are changed to name a module that no kernel has. If errno is set,
+// refusals have that number instead.
 type lacking struct {
 	*mdlayher.Conn
 	counting, timeouts bool
-	all                bool // lacks verdicts, too, so that no table can be loaded
+	all                bool // also lacks verdicts, so no table can be loaded
 	errno              unix.Errno
 	refused            *int
 }
@@ -240,7 +241,7 @@ func (l lacking) Receive() ([]mdlayher.Message, error) {
 
 func (l lacking) ReceiveIter() iter.Seq2[mdlayher.Message, error] { return eachOf(l.Receive) }
 
-// eachOf goes through what receive returns.
+// eachOf iterates over the messages that receive returns.
 func eachOf(receive func() ([]mdlayher.Message, error)) iter.Seq2[mdlayher.Message, error] {
 	return func(yield func(mdlayher.Message, error) bool) {
 		ms, err := receive()
@@ -256,9 +257,9 @@ func eachOf(receive func() ([]mdlayher.Message, error)) iter.Seq2[mdlayher.Messa
 	}
 }
 
-// TestKernelRefusesToBound has the kernel refuse to count flows, to end them early, or
-// both: the helper finds that out by itself, enforces the rest, says so, and doesn't
-// try again each time. Any other refusal closes.
+// TestKernelRefusesToBound has the kernel refuse to count flows, to set timeouts, or
+// both: the helper enforces the rest, reports it, and doesn't try again each time. Any
+// other refusal closes.
 func TestKernelRefusesToBound(t *testing.T) {
 	for _, c := range []struct {
 		name               string
@@ -348,7 +349,7 @@ func TestKernelRefusesToBound(t *testing.T) {
 }
 
 // TestCutOfManyFlows cuts ann, who has many flows through the host and to it: the
-// translated ones are gone from conntrack, the others closed, soon and in little
+// translated ones are deleted from conntrack, the others closed, quickly and with little
 // memory. bob's stay.
 func TestCutOfManyFlows(t *testing.T) {
 	const each = 5000
@@ -395,9 +396,9 @@ func TestCutOfManyFlows(t *testing.T) {
 	}
 }
 
-// TestFlowsRecoverAfterAFlush has ann and bob begin flows while our table is gone and
-// another program's keeps conntrack at work: they leave with mesh addresses. When
-// the table is back, the same flows are translated.
+// TestFlowsRecoverAfterAFlush starts flows of ann and bob while our table is gone and
+// another program's keeps conntrack running: they leave with mesh addresses. When the
+// table is back, the same flows are translated.
 func TestFlowsRecoverAfterAFlush(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -440,7 +441,7 @@ func TestFlowsRecoverAfterAFlush(t *testing.T) {
 	}
 }
 
-// spread opens flows of peers to the internet, as many as each is to have.
+// spread opens the given number of flows to the internet for each peer.
 func (w *world) spread(of map[netip.Addr]int) {
 	w.t.Helper()
 	for peer, count := range of {
@@ -454,7 +455,7 @@ func (w *world) spread(of map[netip.Addr]int) {
 	}
 }
 
-// holding is what a full table says of its holders, in percent.
+// holding parses the peers' shares, in percent, from the message about a full table.
 func holding(message string) map[string]int {
 	out := map[string]int{}
 	for _, m := range regexp.MustCompile(`(\w+) (\d+) %`).FindAllStringSubmatch(message, -1) {
@@ -463,8 +464,8 @@ func holding(message string) map[string]int {
 	return out
 }
 
-// TestHoldersAreNamed has peers open flows, of which those that hold most are named
-// once the table is said to be full.
+// TestHoldersAreNamed opens flows of peers and checks that those with the most are named
+// once the table is full.
 func TestHoldersAreNamed(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -485,7 +486,7 @@ func TestHoldersAreNamed(t *testing.T) {
 	w.spread(map[netip.Addr]int{ann4: 80, bob6: 60, cyd: 40, dan: 20})
 	first := name()
 	got := holding(first)
-	// A flow or two of the host's own may be among them.
+	// The host itself may have a flow or two.
 	for peer, want := range map[string]int{"ann": 40, "bob": 30, "cyd": 20} {
 		if got[peer] < want-1 || got[peer] > want {
 			t.Errorf("%s has %d %% of the flows, want %d: %q", peer, got[peer], want, first)
@@ -504,8 +505,8 @@ func TestHoldersAreNamed(t *testing.T) {
 		t.Errorf("not counted anew: %q", got)
 	}
 
-	// Once the table isn't full any more, the next count is a new one. A peer that
-	// has less than a hundredth isn't named.
+	// After the table was no longer full, the flows are counted again. A peer with less
+	// than a hundredth isn't named.
 	w.do(func() error { w.p.others.nameHolders(t.Context(), nil, r); return nil })
 	w.spread(map[netip.Addr]int{ann6: 300, bob4: 2})
 	if got := holding(name()); got["ann"] < 95 || len(got) != 1 {
@@ -513,8 +514,8 @@ func TestHoldersAreNamed(t *testing.T) {
 	}
 }
 
-// TestFullTableIsTold has Inspect find the kernel's table of flows full, not full any
-// more, and not find out: none of these is a reason to repair or to close anything.
+// TestFullTableIsTold makes the table full, not full any more, and unreadable: none of
+// these makes Inspect report drift.
 func TestFullTableIsTold(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -556,8 +557,8 @@ func TestFullTableIsTold(t *testing.T) {
 	}
 }
 
-// pretend has the backend read some sysctls from files, the others from the kernel,
-// and returns what changes one of them.
+// pretend makes the backend read some sysctls from files and the others from the kernel.
+// It returns a function that changes one.
 func (g *rig) pretend(values map[string]string) (set func(name, value string)) {
 	g.t.Helper()
 	dir := g.t.TempDir()
@@ -622,8 +623,8 @@ func BenchmarkNewFlows(b *testing.B) {
 	}
 }
 
-// fill enters UDP flows from src to dst into conntrack by itself, as packets would, and
-// returns how many: n, or as many as leave room for others'.
+// fill creates conntrack entries of UDP flows from src to dst, as packets would. It
+// returns their number: n, or as many as leave room for others'.
 func (g *rig) fill(n int, src, dst netip.Addr) int {
 	g.t.Helper()
 	n = min(n, g.p.Limits().States*3/4)
@@ -654,7 +655,7 @@ func (g *rig) fill(n int, src, dst netip.Addr) int {
 	return n
 }
 
-// tupleAttrs are the attributes of a UDP flow's direction.
+// tupleAttrs returns the attributes of one direction of a UDP flow.
 func tupleAttrs(src, dst netip.Addr, sport, dport uint16) []byte {
 	from, to := uint16(nl.CTA_IP_V4_SRC), uint16(nl.CTA_IP_V4_DST)
 	if src.Is6() {
@@ -668,8 +669,8 @@ func tupleAttrs(src, dst netip.Addr, sport, dport uint16) []byte {
 	return appendAttr(out, unix.NLA_F_NESTED|nl.CTA_TUPLE_PROTO, proto)
 }
 
-// memory returns how much memory the process has, and how much it had at most since the
-// peak was forgotten, in bytes (VmRSS and VmHWM of proc_pid_status(5)).
+// memory returns the process's resident memory, and its peak since the last reset, in
+// bytes (VmRSS and VmHWM in proc_pid_status(5)).
 func memory(t *testing.T) (now, peak int64) {
 	t.Helper()
 	text, err := os.ReadFile("/proc/self/status")
@@ -695,9 +696,9 @@ func memory(t *testing.T) (now, peak int64) {
 	return now, peak
 }
 
-// TestCutInFlatMemory cuts a peer that filled most of conntrack with flows to the host, and
-// through it, with and without many other peers that are cut at once: what the process needs
-// is the garbage of some batches, however many flows there are.
+// TestCutInFlatMemory cuts a peer that filled most of conntrack with flows to the host
+// and through it, alone and together with many other peers: the process needs the memory
+// of a few batches, however many flows there are.
 func TestCutInFlatMemory(t *testing.T) {
 	const many, most = 187825, 48 << 20
 	a := netlab.Addresses()
@@ -709,7 +710,7 @@ func TestCutInFlatMemory(t *testing.T) {
 	for _, c := range []struct {
 		name     string
 		src, dst netip.Addr
-		others   int // that are cut at once
+		others   int // other peers that are cut at the same time
 	}{
 		{"to the host, IPv4", ann4, own4, 0}, {"to the host, IPv6", ann6, own6, 0},
 		{"through it, IPv6", ann6, a.I.V6, 0}, {"to the host, IPv4, with others", ann4, own4, maxFilteredDumps},
@@ -744,7 +745,7 @@ func TestCutInFlatMemory(t *testing.T) {
 	}
 }
 
-// BenchmarkCut cuts a peer that has flows to the host, which are closed one by one, and
+// BenchmarkCut cuts a peer with flows to the host, which are closed one by one, and
 // through it, which are deleted.
 func BenchmarkCut(b *testing.B) {
 	a := netlab.Addresses()
@@ -804,10 +805,10 @@ func TestReassembly(t *testing.T) {
 	}
 }
 
-// TestFamiliesShareAQuarter has ann open flows of both families to a server whose answers
-// end at the host by their hop limit, so that ann, and the guard, never see them: what
-// conntrack holds of ann's stays within a quarter of what it may hold, and grows no more
-// when the server keeps all entries alive.
+// TestFamiliesShareAQuarter opens ann's flows of both families to a server whose answers
+// expire at the host, so neither ann nor the guard sees them: ann's conntrack entries
+// stay within a quarter of the maximum, and don't grow when the server keeps all entries
+// alive.
 func TestFamiliesShareAQuarter(t *testing.T) {
 	const states = 4096
 	w := newWorld(t)

@@ -10,11 +10,11 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// killed is what Options.Step panics with, in place of a SIGKILL.
+// killed is the value that Options.Step panics with, in place of a SIGKILL.
 type killed struct{ at int }
 
-// life is a whole run of the backend: start, changes, stop. It ends early where
-// Options.Step panics.
+// life is a whole run of the backend: start, changes, stop. It ends early if Options.Step
+// panics.
 func (g *rig) life() (err error) {
 	defer func() {
 		if k, ok := recover().(killed); ok {
@@ -41,8 +41,8 @@ func (g *rig) life() (err error) {
 	return err
 }
 
-// TestKilledAtEveryStep ends the backend before and after each of its steps. While
-// it is dead nothing leaks, and the next one leaves the host as the first found it.
+// TestKilledAtEveryStep kills the backend before and after each of its steps. While it is
+// dead nothing leaks, and the next one leaves the host as the first found it.
 func TestKilledAtEveryStep(t *testing.T) {
 	w := newWorld(t)
 	w.findForwarding("0")
@@ -54,7 +54,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 	calls := w.steps
 	n, kills := 0, 0
 	for at, step := range calls {
-		// One kill before the first of a row of equal steps, one after it.
+		// One kill before the first of several equal steps, one after it.
 		if at > 1 && calls[at-1] == step && calls[at-2] == step && testing.Short() {
 			continue
 		}
@@ -67,7 +67,8 @@ func TestKilledAtEveryStep(t *testing.T) {
 			t.Fatalf("call %d, %q: not killed", at, step)
 		}
 		w.die()
-		// Before the closed table it never was alive; after the last step nothing is left to do.
+		// Before the closed table nothing was opened; after the last step nothing is left
+		// to do.
 		if at > slices.Index(calls, StepClosed) && at < len(calls)-1 {
 			w.closedToOutside(&n, fmt.Sprintf("dead at call %d, %q", at, step))
 		}

@@ -20,8 +20,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// world sees where packets that carry a word come out: on the host itself, at
-// the other end of each of its links, or in the mesh.
+// world captures where packets that carry a word come out: on the host itself, at the
+// other end of each of its links, or in the mesh.
 type world struct {
 	*rig
 	watches []*netlab.Watch
@@ -35,13 +35,13 @@ type capture struct {
 	packet netlab.Packet
 }
 
-// wordSize is the length of a packet's payload, by which it is known again.
+// wordSize is the size of a packet's payload in bytes, by which the packet is recognized.
 const wordSize = 12
 
 func word(n int) []byte { return fmt.Appendf(nil, "word%08d", n) }
 
-// wordOf returns the word that a packet carries as its payload; a quotation in
-// an ICMP error is none, and neither is an echo that some kernel answered.
+// wordOf returns the word in a packet's payload. A packet quoted in an ICMP error doesn't
+// count, nor does an echo reply of some kernel.
 func wordOf(p netlab.Packet) string {
 	if p.Proto == policy.ProtoICMP && p.Type == 0 || p.Proto == policy.ProtoICMPv6 && p.Type == 129 {
 		return ""
@@ -58,7 +58,7 @@ func wordOf(p netlab.Packet) string {
 func (w *world) saw(where string, p netlab.Packet) {
 	word := wordOf(p)
 	if at := bytes.Index(p.Payload, []byte("word")); word == "" && isError(p) && at >= 0 && len(p.Payload) >= at+wordSize {
-		// The word that it quotes.
+		// the quoted word
 		word, where = string(p.Payload[at:at+wordSize]), where+" error"
 	}
 	if word != "" {
@@ -68,7 +68,7 @@ func (w *world) saw(where string, p netlab.Packet) {
 	}
 }
 
-// isOther reports whether a protocol is none that peers may use.
+// isOther reports whether peers may not use a protocol.
 func isOther(proto uint8) bool {
 	return !slices.Contains([]uint8{policy.ProtoTCP, policy.ProtoUDP, policy.ProtoICMP, policy.ProtoICMPv6}, proto)
 }
@@ -83,7 +83,7 @@ func (w *world) captures(word []byte) []capture {
 	return slices.Clone(w.seen[string(word)])
 }
 
-// arrivals are the captures of a packet itself, without errors about it.
+// arrivals returns the captures of a packet, without errors about it.
 func (w *world) arrivals(word []byte) []capture {
 	return slices.DeleteFunc(w.captures(word), func(g capture) bool { return strings.HasSuffix(g.where, " error") })
 }
@@ -118,7 +118,7 @@ func newWorld(t *testing.T) *world {
 	return w
 }
 
-// listen sees what the kernel delivers on the host, behind the input hook.
+// listen captures what the kernel delivers on the host, after the input hook.
 func (w *world) listen() {
 	for _, s := range []struct{ family, proto int }{
 		{unix.AF_INET, unix.IPPROTO_UDP}, {unix.AF_INET, unix.IPPROTO_TCP}, {unix.AF_INET, unix.IPPROTO_ICMP},
@@ -146,7 +146,7 @@ func (w *world) delivered(f *os.File, bare bool, proto uint8) {
 			return
 		}
 		packet := bytes.Clone(b[:n])
-		if bare { // IPv6 raw sockets leave the header away
+		if bare { // IPv6 raw sockets deliver no header
 			packet = netlab.IPPacket(own6, own6, proto, packet)
 		}
 		if p, ok := netlab.ParsePacket(packet); ok {
@@ -155,8 +155,7 @@ func (w *world) delivered(f *os.File, bare bool, proto uint8) {
 	}
 }
 
-// settle waits until what was sent has come out: everything in want, and what
-// the watches have in their queues.
+// settle waits until the packets in want, and those queued in captures, have come out.
 func (w *world) settle(want [][]byte) {
 	w.t.Helper()
 	deadline := time.Now().Add(10 * time.Second)
@@ -172,8 +171,8 @@ func (w *world) settle(want [][]byte) {
 	}
 }
 
-// destinations of every class, and what a passing packet meets there is never
-// silence for want of a neighbour: unknown addresses are behind the uplink.
+// destinations are addresses of every class. No packet to them is lost for want of a
+// neighbour: unknown addresses are behind the uplink.
 func destinations() (v4, v6 []netip.Addr) {
 	a := netlab.Addresses()
 	parse := func(list string) (out []netip.Addr) {
@@ -198,18 +197,18 @@ func destinations() (v4, v6 []netip.Addr) {
 	return v4, v6
 }
 
-// portOutside is WireGuard's at the router in front.
+// portOutside is WireGuard's port on the router in front.
 const portOutside = meshPort + 7
 
-// routerAddresses are the router's: some that are the internet else, and some that are
-// class lan anyway.
+// routerAddresses are the router's addresses: some otherwise of class internet, some of
+// class lan.
 func routerAddresses() []netip.Addr {
 	a := netlab.Addresses()
 	return []netip.Addr{netip.MustParseAddr("1.1.1.1"), netip.MustParseAddr("2606:4700::1111"), a.L.V4, a.L.V6, a.BLAN.V4}
 }
 
-// draw makes a random packet that opens a flow: what conntrack takes for one, so
-// that the policy and the kernel can agree.
+// draw returns a random packet that opens a flow, also in conntrack's view, so that
+// policy and kernel can agree.
 func draw(rnd *rand.Rand, n int, src, dst netip.Addr) (host.Packet, []byte) {
 	p := host.Packet{Packet: policy.Packet{Src: src, Dst: dst, SrcPort: uint16(20000 + n%40000), DstPort: uint16(1024 + rnd.IntN(20000))}}
 	from, to := netip.AddrPortFrom(src, p.SrcPort), netip.AddrPortFrom(dst, p.DstPort)
@@ -244,7 +243,7 @@ func draw(rnd *rand.Rand, n int, src, dst netip.Addr) (host.Packet, []byte) {
 	return p, netlab.UDPPacket(from, to, word(n))
 }
 
-// sent is a packet that was sent and what the policy says of it.
+// sent is a packet that was sent, with the policy's verdict.
 type sent struct {
 	packet  host.Packet
 	word    []byte
@@ -282,8 +281,8 @@ func (w *world) check(r *policy.Ruleset, s sent) error {
 	return nil
 }
 
-// TestSameVerdicts sends random packets, from peers and from all sides, and
-// compares what comes out where with what the policy says.
+// TestSameVerdicts sends random packets from peers and from all other sides, and compares
+// where each comes out with the policy.
 func TestSameVerdicts(t *testing.T) {
 	rounds, packets := 8, 250
 	if testing.Short() {
@@ -324,8 +323,8 @@ func TestSameVerdicts(t *testing.T) {
 	}
 }
 
-// TestHairpinOfTheTunnel sends to WireGuard's port at the router in front, and to
-// other ports there, which stay open: of the router's port number, too, by TCP.
+// TestHairpinOfTheTunnel sends to WireGuard's port on the router in front, and to other
+// ports there, which stay open; so does the same port number by TCP.
 func TestHairpinOfTheTunnel(t *testing.T) {
 	w := newWorld(t)
 	w.findForwarding("0")
@@ -376,7 +375,7 @@ func TestHairpinOfTheTunnel(t *testing.T) {
 	}
 }
 
-// volley sends packets from everywhere and waits for them.
+// volley sends packets from all sides and waits for them.
 func (w *world) volley(rnd *rand.Rand, r *policy.Ruleset, n *int, count int) []sent {
 	w.t.Helper()
 	a := netlab.Addresses()
@@ -400,7 +399,7 @@ func (w *world) volley(rnd *rand.Rand, r *policy.Ruleset, n *int, count int) []s
 		p.In = in
 		s := sent{p, word(*n), p.Judge(r)}
 		if in != meshName && s.verdict.Pass && !(plausible(src, in) && deliverable(r, s)) {
-			continue // what the kernel does with it isn't the mesh's business
+			continue // the mesh doesn't concern it
 		}
 		all = append(all, s)
 		if s.verdict.Pass {
@@ -412,7 +411,7 @@ func (w *world) volley(rnd *rand.Rand, r *policy.Ruleset, n *int, count int) []s
 	return all
 }
 
-// findForwarding sets what the backend is to find.
+// findForwarding sets the forwarding that the backend finds.
 func (w *world) findForwarding(value string) {
 	w.t.Helper()
 	for _, s := range [][2]string{
@@ -425,11 +424,11 @@ func (w *world) findForwarding(value string) {
 	}
 }
 
-// deliverable reports whether the kernel does with a packet from elsewhere what
-// the policy lets it do.
+// deliverable reports whether the kernel delivers a packet from elsewhere that the policy
+// lets pass.
 func deliverable(r *policy.Ruleset, s sent) bool {
 	if s.packet.IsRedirect() || s.packet.IsICMPError() {
-		return false // quotes nothing, so that conntrack doesn't know it
+		return false // quotes nothing, so conntrack has no flow for it
 	}
 	if isOther(s.packet.Proto) {
 		return false // the test has no socket for it
@@ -441,8 +440,8 @@ func deliverable(r *policy.Ruleset, s sent) bool {
 	return false
 }
 
-// plausible reports whether the host's kernel takes a source on an interface at
-// all, and can answer it.
+// plausible reports whether the host's kernel accepts a source on an interface and can
+// answer it.
 func plausible(src netip.Addr, in string) bool {
 	a := netlab.Addresses()
 	switch in {

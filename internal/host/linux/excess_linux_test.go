@@ -28,20 +28,21 @@ func TestLevel(t *testing.T) {
 	} {
 		got := fairShare(c.held, c.room, c.most)
 		if got != c.want {
-			t.Errorf("level(%v, %d, %d) = %d, want %d", c.held, c.room, c.most, got, c.want)
+			t.Errorf("fairShare(%v, %d, %d) = %d, want %d", c.held, c.room, c.most, got, c.want)
 		}
 		all := uint64(0)
 		for _, n := range c.held {
 			all += min(n, got)
 		}
 		if all > c.room {
-			t.Errorf("level(%v, %d, %d) = %d, which are %d together", c.held, c.room, c.most, got, all)
+			t.Errorf("fairShare(%v, %d, %d) = %d, which are %d together", c.held, c.room, c.most, got, all)
 		}
 	}
 }
 
-// TestExcessLooksAgain checks how long a host whose own flows are more than a quarter of
-// conntrack waits between two readings of all of it, and that one of peers' doesn't.
+// TestExcessLooksAgain checks how long a host whose own flows exceed a quarter of
+// conntrack waits between two full readings, and that peers' flows don't delay the next
+// one.
 func TestExcessLooksAgain(t *testing.T) {
 	for _, c := range []struct {
 		had, have uint64
@@ -62,19 +63,18 @@ func TestExcessLooksAgain(t *testing.T) {
 	r := w.enforce(meshOf(grants{ann: all}))
 	w.others(r)
 	if w.p.others.excess.countAtRest != 300 {
-		t.Errorf("a look that found nothing noted %d", w.p.others.excess.countAtRest)
+		t.Errorf("after a check that found nothing, countAtRest is %d", w.p.others.excess.countAtRest)
 	}
 	w.fill(300, ann4, netlab.Addresses().I.V4)
 	w.p.others.excess = excess{looked: time.Now().Add(-excessInterval), countAtRest: 200}
 	w.others(r)
 	if w.p.others.excess.countAtRest != 0 || len(w.conntrackOf(ann4)) > states/peerShare {
-		t.Errorf("a look that found something noted %d and left %d", w.p.others.excess.countAtRest, len(w.conntrackOf(ann4)))
+		t.Errorf("after a check that found something, countAtRest is %d and %d entries are left", w.p.others.excess.countAtRest, len(w.conntrackOf(ann4)))
 	}
 }
 
-// TestExcessEnds has ann open connections and reset each: the kernel counts none of them.
-// Those that are too many are ended; a flow of bob's, and a flow of ann's to
-// the host, are not.
+// TestExcessEnds opens and resets connections of ann, which the kernel doesn't count. The
+// excess is ended; a flow of bob's and a flow of ann's to the host are not.
 func TestExcessEnds(t *testing.T) {
 	const states, share = 2048, 2048 / peerShare
 	w := newWorld(t)
@@ -117,7 +117,7 @@ func TestExcessEnds(t *testing.T) {
 	if n := in(stateClose); n < share+50 {
 		t.Fatalf("%d connections ended, too few to prove anything", n)
 	}
-	// Those that are open are preferred.
+	// Open connections are kept first.
 	w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, 998), netip.AddrPortFrom(far.V4, 5000), []byte("open")))
 	count()
 	found := w.others(r)
@@ -137,7 +137,7 @@ func TestExcessEnds(t *testing.T) {
 	if len(w.conntrackOf(bob4)) != 1 {
 		t.Error("bob's flow ended")
 	}
-	// It is said for a while, and then no longer.
+	// The problem is shown for a while, and then no longer.
 	set(flowCount, "0")
 	if n := len(w.others(r)); n != 1 {
 		t.Errorf("%d problems at the next look", n)
@@ -148,7 +148,7 @@ func TestExcessEnds(t *testing.T) {
 	}
 }
 
-// TestExcessOfBothFamilies has each of two peers hold nearly a quarter in each family.
+// TestExcessOfBothFamilies gives two peers nearly a quarter each in each family.
 func TestExcessOfBothFamilies(t *testing.T) {
 	const states = 2048
 	w := newWorld(t)

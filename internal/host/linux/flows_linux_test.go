@@ -20,11 +20,11 @@ import (
 // runningFlow is a UDP flow that ann opened, or that the host opened to her.
 type runningFlow struct {
 	opened host.Packet
-	// link is where it went; "" for the host itself.
+	// link is the link that it left by; "" for the host itself.
 	link string
-	// far and near are the flow's ends as its far end sees them: translated.
+	// far and near are the flow's addresses as its far end sees them, after translation.
 	far, near netip.AddrPort
-	// conn is the host's socket, where the host is an end.
+	// conn is the host's socket if the host is an end.
 	conn *net.UDPConn
 }
 
@@ -32,7 +32,7 @@ func (f runningFlow) String() string {
 	return fmt.Sprintf("flow %v:%d to %v:%d by %q", f.opened.Src, f.opened.SrcPort, f.opened.Dst, f.opened.DstPort, f.link)
 }
 
-// openFlows has ann open a flow to every class of destination in both families.
+// openFlows opens a flow of ann to every class of destination in both families.
 func (w *world) openFlows(n *int) []runningFlow {
 	w.t.Helper()
 	a := netlab.Addresses()
@@ -73,8 +73,8 @@ func (w *world) openFlows(n *int) []runningFlow {
 	return out
 }
 
-// reopen has ann go on with the flows through the host that she may open: those
-// that were cut get a new port.
+// reopen continues ann's flows through the host that she may open. Those that were cut
+// get a new port.
 func (w *world) reopen(r *policy.Ruleset, flows []runningFlow, n *int) {
 	w.t.Helper()
 	for i := range flows {
@@ -93,7 +93,7 @@ func (w *world) reopen(r *policy.Ruleset, flows []runningFlow, n *int) {
 	}
 }
 
-// hostFlows has the host open a flow to ann in both families.
+// hostFlows opens a flow of the host to ann in both families.
 func (w *world) hostFlows(n *int) []runningFlow {
 	var out []runningFlow
 	for i, own := range []netip.Addr{own4, own6} {
@@ -122,25 +122,25 @@ func (w *world) socket(at netip.AddrPort) *net.UDPConn {
 	return c
 }
 
-// hostSends has the application send to ann. What the packet filter drops may
-// come back as an error.
+// hostSends sends from the application to ann. A packet that the filter drops may come
+// back as an error.
 func (w *world) hostSends(f runningFlow, b []byte) {
 	_, _ = f.conn.WriteToUDPAddrPort(b, f.near)
 }
 
-// probe is one packet on a running flow and what has to become of it.
+// probe is one packet on a running flow, with the expected result.
 type probe struct {
 	what string
 	flow runningFlow
 	word []byte
-	// pass is the policy's verdict; where mayDrop, dropping is right too. Where
-	// strayed, a packet that may not pass may reach the host itself, and be answered:
-	// it is for an address of the host, on no flow any more.
+	// pass is the policy's verdict. With mayDrop, dropping is right, too. With strayed, a
+	// packet that may not pass may reach the host itself and be answered: it is for an
+	// address of the host, but no longer on a flow.
 	pass, mayDrop, strayed bool
 	where                  string
 }
 
-// probes sends every kind of packet on a flow.
+// probes returns every kind of packet on a flow.
 func (w *world) probes(r *policy.Ruleset, f runningFlow, n *int) []probe {
 	w.t.Helper()
 	var out []probe
@@ -154,7 +154,7 @@ func (w *world) probes(r *policy.Ruleset, f runningFlow, n *int) []probe {
 		at = "host"
 	}
 	if f.opened.In == "" {
-		// The host's own flow: ann answers, the host goes on.
+		// The host's own flow: ann answers, the host continues.
 		w.inject(netlab.UDPPacket(f.near, f.far, next("ann's answer", r.Reply(policy.ByHost, f.opened.Packet, meshName), "host")))
 		w.hostSends(f, next("the host", f.opened.Judge(r), "mesh"))
 		return out
@@ -173,7 +173,7 @@ func (w *world) probes(r *policy.Ruleset, f runningFlow, n *int) []probe {
 		out[len(out)-1].strayed = true
 		w.send(in, icmpError(router(f.far.Addr()), f.near.Addr(), quoted))
 	}
-	// What ann received, she may complain about; bob may not.
+	// ann may send errors about packets that she received, bob may not.
 	heard := netlab.UDPPacket(f.far, src, next("ann's ICMP error", r.MayOpen(policy.ByPeer, f.opened.Packet), at+" error"))
 	w.inject(icmpError(src.Addr(), f.far.Addr(), heard))
 	heard = netlab.UDPPacket(f.far, src, next("bob's ICMP error about ann's flow", policy.Verdict{}, ""))
@@ -181,7 +181,7 @@ func (w *world) probes(r *policy.Ruleset, f runningFlow, n *int) []probe {
 	return out
 }
 
-// router is a host on the way that isn't an end of any flow.
+// router is a host on the way that is no end of any flow.
 func router(of netip.Addr) netip.Addr {
 	r := netlab.Addresses().RNear
 	if of.Is4() {
@@ -190,7 +190,7 @@ func router(of netip.Addr) netip.Addr {
 	return r.V6
 }
 
-// icmpError builds a port unreachable.
+// icmpError returns a port unreachable message.
 func icmpError(src, dst netip.Addr, quoted []byte) []byte {
 	if src.Is4() {
 		return netlab.ICMPPacket(src, dst, 3, 3, 0, quoted)
@@ -198,8 +198,8 @@ func icmpError(src, dst netip.Addr, quoted []byte) []byte {
 	return netlab.ICMPPacket(src, dst, 1, 4, 0, quoted)
 }
 
-// TestFlowsFollowTheirOpener opens flows with all permissions, and then judges
-// every kind of packet on them under each set of permissions.
+// TestFlowsFollowTheirOpener opens flows with all permissions, and then judges every kind
+// of packet on them under each set of permissions.
 func TestFlowsFollowTheirOpener(t *testing.T) {
 	w := newWorld(t)
 	w.findForwarding("0")
@@ -246,7 +246,7 @@ func TestFlowsFollowTheirOpener(t *testing.T) {
 	t.Logf("%d packets on %d flows judged, %d came out", judged, len(flows), passed)
 }
 
-// once reports whether a packet came out at one place, errors about it aside.
+// once reports whether a packet came out at one place, not counting errors about it.
 func once(got []capture, where string) bool {
 	n := 0
 	for _, g := range got {
@@ -264,8 +264,8 @@ func (w *world) cut(r *policy.Ruleset, narrowed []policy.Narrowed) {
 	w.do(func() error { return w.p.Cut(context.Background(), r, narrowed) })
 }
 
-// TestCutFlowsStayDead has the host's applications go on sending on flows to them
-// that were cut, also when conntrack has forgotten the flows.
+// TestCutFlowsStayDead has the host's applications keep sending on flows to them that
+// were cut, also after conntrack has forgotten the flows.
 func TestCutFlowsStayDead(t *testing.T) {
 	w := newWorld(t)
 	w.open()

@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// FuzzForeignRule reads what may be a rule of another program, and evaluates it: nothing
-// panics, whatever it holds.
+// FuzzForeignRule parses and evaluates arbitrary bytes as another program's rule: nothing
+// panics.
 func FuzzForeignRule(f *testing.F) {
 	exprs, err := expr.Marshal(unix.NFPROTO_INET, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte("mesh0")})
 	if err != nil {

@@ -9,8 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// fakeSysctls is a directory that looks like /proc/sys/net with two interfaces
-// and the mesh.
+// fakeSysctls is a directory like /proc/sys/net with two interfaces and the mesh's.
 func fakeSysctls(t *testing.T) (*forwarding, map[string]string) {
 	t.Helper()
 	root := t.TempDir()
@@ -53,7 +52,7 @@ func fakeSysctls(t *testing.T) (*forwarding, map[string]string) {
 	return f, found
 }
 
-// differs lists what isn't as in want.
+// differs lists the sysctls that differ from want.
 func (f *forwarding) differs(t *testing.T, want map[string]string) map[string]string {
 	t.Helper()
 	out := map[string]string{}
@@ -93,7 +92,7 @@ func TestForwardingOpensAsLittleAsNeeded(t *testing.T) {
 	}
 }
 
-// TestJournalIsThereBeforeTheChange looks on disk at each step.
+// TestJournalIsThereBeforeTheChange checks the disk at each step.
 func TestJournalIsThereBeforeTheChange(t *testing.T) {
 	f, found := fakeSysctls(t)
 	var steps []string
@@ -116,7 +115,7 @@ func TestJournalIsThereBeforeTheChange(t *testing.T) {
 	if first := slices.Compact(steps); !slices.Equal(first, []string{StepJournal, StepAcceptRA, StepForwarding}) {
 		t.Errorf("steps %v", first)
 	}
-	// The next process repairs from what is on disk.
+	// The next process restores from the journal.
 	f.step = func(string) {}
 	if err := f.open(); err != nil {
 		t.Fatal(err)
@@ -125,12 +124,12 @@ func TestJournalIsThereBeforeTheChange(t *testing.T) {
 		t.Fatal(err)
 	}
 	if d := f.differs(t, found); len(d) > 0 {
-		t.Errorf("not given back: %v", d)
+		t.Errorf("not restored: %v", d)
 	}
 }
 
-// TestHostFlagIsGivenBackWithTheOthers has an interface that forwarded IPv6 by a
-// flag of its own: the host's flag, when it is switched off, takes it along.
+// TestHostFlagIsGivenBackWithTheOthers has an interface that forwarded IPv6 by a flag of
+// its own, which the kernel clears when the host's flag is switched off.
 func TestHostFlagIsGivenBackWithTheOthers(t *testing.T) {
 	f, found := fakeSysctls(t)
 	found["ipv6/conf/eth1/forwarding"] = "1"
@@ -151,7 +150,7 @@ func TestHostFlagIsGivenBackWithTheOthers(t *testing.T) {
 	f.step = func(string) {}
 	f.sys.write("ipv6/conf/eth1/forwarding", "1")
 	if d := f.differs(t, found); len(d) > 0 {
-		t.Errorf("not given back: %v", d)
+		t.Errorf("not restored: %v", d)
 	}
 }
 

@@ -12,7 +12,7 @@ import (
 
 var update = flag.Bool("update", false, "write the goldens instead of comparing with them")
 
-// golden compares with a file of testdata.
+// golden compares text with a file in testdata.
 func golden(t *testing.T, name, got string) {
 	t.Helper()
 	path := filepath.Join("testdata", name)

@@ -11,9 +11,10 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 )
 
-// TestNoFlowWithAHelper has the host's owner follow IRC through the host. A helper has the
-// kernel expect a connection to a port that a peer names, the host's own too, and translate
-// it to the peer: so a peer's flow with one isn't forwarded, and nothing is expected.
+// TestNoFlowWithAHelper assigns conntrack's IRC helper to flows through the host. A
+// helper makes the kernel expect a connection to a port that a peer names, possibly one
+// of the host's, and translate it to the peer. So a peer's flow with a helper isn't
+// forwarded, and nothing is expected.
 func TestNoFlowWithAHelper(t *testing.T) {
 	w := newWorld(t)
 	w.open()

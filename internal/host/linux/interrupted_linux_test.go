@@ -11,9 +11,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 )
 
-// TestLooksWhileTheHostChanges looks at a host of a thousand addresses while another
-// program adds and removes some, which interrupts the kernel's lists: no look fails,
-// and nothing counts as changed that is ours.
+// TestLooksWhileTheHostChanges observes a host with a thousand addresses while another
+// program adds and removes some, which interrupts the kernel's dumps: no call fails, and
+// nothing of ours counts as changed.
 func TestLooksWhileTheHostChanges(t *testing.T) {
 	w := newWorld(t)
 	w.open()

@@ -19,9 +19,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// secure adds an IPsec policy for what leaves to a network, which lets packets pass
-// as they are where it has no keys: this way it can be seen what takes which way on
-// kernels that can't encrypt.
+// secure adds an IPsec policy for packets that leave to a network. Without keys it lets
+// them pass unchanged, so the test can see which way packets take on kernels that can't
+// encrypt.
 func (g *rig) secure(to netip.Prefix) *netlink.XfrmPolicy {
 	g.t.Helper()
 	ends := []net.IP{net.IPv4(203, 0, 113, 2).To4(), net.IPv4(198, 51, 100, 77).To4()}
@@ -50,8 +50,8 @@ func (g *rig) secure(to netip.Prefix) *netlink.XfrmPolicy {
 	return p
 }
 
-// TestIPsecNetworks has networks that are reached by IPsec policies alone: they are
-// of class lan. The kernel reports a policy as soon as it is there.
+// TestIPsecNetworks has networks that are reached only by IPsec policies: they are of
+// class lan. The kernel reports a policy as soon as it exists.
 func TestIPsecNetworks(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -115,7 +115,7 @@ func TestIPsecNetworks(t *testing.T) {
 	}
 }
 
-// TestIPsecForEverything has a policy take all that leaves: that is how this host
+// TestIPsecForEverything has a policy for all packets that leave: that is how this host
 // reaches the internet.
 func TestIPsecForEverything(t *testing.T) {
 	w := newWorld(t)
@@ -139,7 +139,7 @@ func TestIPsecForEverything(t *testing.T) {
 	}
 }
 
-// TestSecuredNetworks picks among the kernel's policies.
+// TestSecuredNetworks selects from the kernel's policies.
 func TestSecuredNetworks(t *testing.T) {
 	tmpl := []netlink.XfrmPolicyTmpl{{Proto: netlink.XFRM_PROTO_ESP}}
 	to := func(s string) *net.IPNet { return ipNet(netip.MustParsePrefix(s)) }
@@ -149,7 +149,7 @@ func TestSecuredNetworks(t *testing.T) {
 		{Dst: to("198.51.100.0/24"), Dir: netlink.XFRM_DIR_FWD, Tmpls: tmpl},
 		{Dst: to("198.51.100.0/24"), Dir: netlink.XFRM_DIR_IN, Tmpls: tmpl},
 		{Dst: to("0.0.0.0/0"), Dir: netlink.XFRM_SOCKET_OUT},
-		{Dst: to("203.0.113.0/24"), Dir: netlink.XFRM_DIR_OUT}, // passes as it is
+		{Dst: to("203.0.113.0/24"), Dir: netlink.XFRM_DIR_OUT}, // passes unchanged
 		{Dst: to("203.0.113.0/24"), Dir: netlink.XFRM_DIR_OUT, Action: netlink.XFRM_POLICY_BLOCK, Tmpls: tmpl},
 		{Dst: to("0.0.0.0/0"), Dir: netlink.XFRM_DIR_OUT, Tmpls: tmpl, Ifid: 7},
 		{Dst: to("0.0.0.0/0"), Dir: netlink.XFRM_DIR_OUT, Tmpls: tmpl, Mark: &netlink.XfrmMark{Value: 1, Mask: 1}},

@@ -7,7 +7,8 @@ import (
 	"testing"
 )
 
-// TestJournalOfAnotherUser doesn't put back what another user wrote down.
+// TestJournalOfAnotherUser checks that a journal that another user wrote isn't restored
+// from.
 func TestJournalOfAnotherUser(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can give a file to another user")

@@ -10,9 +10,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// TestSearchingPeer has peers with lan send to thousands of addresses of an attached
-// network that no host has. The kernel's table of neighbours, which all share, stays
-// free for the host, and a flood of one peer costs another nothing.
+// TestSearchingPeer has peers with lan send to thousands of unused addresses of an
+// attached network. The kernel's neighbour table, which everything shares, keeps room for
+// the host, and one peer's flood costs another nothing.
 func TestSearchingPeer(t *testing.T) {
 	for family := range 2 {
 		t.Run([]string{"IPv4", "IPv6"}[family], func(t *testing.T) {
@@ -54,7 +54,7 @@ func TestSearchingPeer(t *testing.T) {
 			if all > 900 {
 				t.Errorf("all peers fill %d entries", all)
 			}
-			// The host itself has to find L anew.
+			// The host itself has to resolve L again.
 			w.forgetNeighbours(t, l)
 			w.hostSendsTo(l, 0, word(3))
 			w.settle([][]byte{word(3)})
@@ -66,7 +66,7 @@ func TestSearchingPeer(t *testing.T) {
 	}
 }
 
-// neighbours counts the host's entries by the LAN.
+// neighbours counts the host's neighbour entries on the LAN.
 func (w *world) neighbours(t *testing.T, family int) int {
 	t.Helper()
 	l, err := w.pic.B.Netlink().LinkByName(netlab.LAN)
@@ -80,7 +80,7 @@ func (w *world) neighbours(t *testing.T, family int) int {
 	return len(list)
 }
 
-// forgetNeighbours deletes the entries of an address.
+// forgetNeighbours deletes the neighbour entries of an address.
 func (w *world) forgetNeighbours(t *testing.T, a netip.Addr) {
 	t.Helper()
 	nl := w.pic.B.Netlink()

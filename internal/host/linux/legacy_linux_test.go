@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// program runs a program of other software on the host.
+// program runs another program on the host.
 func (g *rig) program(stdin, name string, args ...string) {
 	g.t.Helper()
 	_, stderr, status, err := g.pic.B.Run(context.Background(), stdin, name, args...)
@@ -20,7 +20,7 @@ func (g *rig) program(stdin, name string, args ...string) {
 	}
 }
 
-// installed skips the test where a program isn't installed.
+// installed skips the test if a program isn't installed.
 func installed(t testing.TB, name string) {
 	t.Helper()
 	if _, err := exec.LookPath(name); err != nil {
@@ -35,7 +35,7 @@ func TestLegacyTablesAreNamed(t *testing.T) {
 	)
 	for _, tt := range []struct {
 		name string
-		load map[string]string // by the program
+		load map[string]string // rulesets by program
 		want []string
 	}{
 		{"nothing", nil, nil},
@@ -70,15 +70,15 @@ func TestLegacyTablesAreNamed(t *testing.T) {
 	}
 }
 
-// TestLegacyTableIsRead has the kernel answer about a table with rules, of which the
-// entries aren't asked for, and about one that is replaced between the two questions.
+// TestLegacyTableIsRead has the kernel answer for a table with rules, whose entries
+// aren't requested, and for one that is replaced between the two requests.
 func TestLegacyTableIsRead(t *testing.T) {
 	k := legacyKinds[0]
 	for _, tt := range []struct {
 		name    string
 		entries uint32
-		changes int // how often the table is another one when its entries are asked for
-		asked   int // for the entries
+		changes int // how often the table is replaced before its entries are requested
+		asked   int // number of requests for entries
 		want    legacyTable
 		err     error
 	}{

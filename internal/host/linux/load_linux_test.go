@@ -11,7 +11,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// flushed is a socket of nftables beside which another program deletes our table after
+// flushed is a socket for nftables; another program deletes our table after the first
 // transactions, as often as times says.
 type flushed struct {
 	lacking
@@ -27,7 +27,7 @@ func (f flushed) SendMessages(ms []mdlayher.Message) error {
 	return f.flush()
 }
 
-// loadAll enforces m as if it weren't known what is loaded.
+// loadAll enforces m as if the loaded table were unknown.
 func (w *world) loadAll(m policy.Mesh) (r *policy.Ruleset, err error) {
 	w.do(func() error {
 		w.p.filter.loaded = nil
@@ -37,8 +37,8 @@ func (w *world) loadAll(m policy.Mesh) (r *policy.Ruleset, err error) {
 	return r, err
 }
 
-// TestLoadIsTriedAgain has another program flush nftables while a table is loaded, before
-// it is read back: it is loaded again, and nothing closes, unless that never ends.
+// TestLoadIsTriedAgain flushes nftables after a table is loaded and before it is read
+// back: it is loaded again, and nothing closes unless that never ends.
 func TestLoadIsTriedAgain(t *testing.T) {
 	for flushes, closes := range map[int]bool{1: false, maxLoads - 1: false, maxLoads: true} {
 		t.Run(strconv.Itoa(flushes), func(t *testing.T) {
@@ -63,7 +63,7 @@ func TestLoadIsTriedAgain(t *testing.T) {
 	}
 }
 
-// deaf asks nothing as often as times says.
+// deaf fails its first requests, as often as times says.
 type deaf struct {
 	netlinkConn
 	times *int
@@ -77,8 +77,8 @@ func (d deaf) Execute(m mdlayher.Message) ([]mdlayher.Message, error) {
 	return d.netlinkConn.Execute(m)
 }
 
-// TestLoadThatCantBeRead has reading the kernel's rules back fail after a load: it is tried
-// again, and what wasn't read doesn't count as loaded.
+// TestLoadThatCantBeRead has reading the rules back fail after a load: it is repeated,
+// and unread rules don't count as loaded.
 func TestLoadThatCantBeRead(t *testing.T) {
 	for failures, closes := range map[int]bool{1: false, maxLoads - 1: false, 3 * maxLoads: true} {
 		t.Run(strconv.Itoa(failures), func(t *testing.T) {
@@ -105,8 +105,8 @@ func TestLoadThatCantBeRead(t *testing.T) {
 	}
 }
 
-// TestTableOfAnotherVersion finds a table of our name without our sets, as another version
-// may have left it: it is replaced.
+// TestTableOfAnotherVersion finds a table with our name but without our sets, as another
+// version may have left it: it is replaced.
 func TestTableOfAnotherVersion(t *testing.T) {
 	w := newWorld(t)
 	w.open()

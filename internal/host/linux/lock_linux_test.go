@@ -18,8 +18,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
-// TestLockBySquatter has a user without rights do what it can to the lock while
-// the helper starts: the abstract socket of its name, the same file, a table.
+// TestLockBySquatter has an unprivileged user try everything against the lock while the
+// helper starts: the abstract socket of its name, the same file, a table.
 func TestLockBySquatter(t *testing.T) {
 	g := newRig(t)
 	g.do(func() error {
@@ -34,7 +34,7 @@ func TestLockBySquatter(t *testing.T) {
 		}
 		return nil
 	})
-	// Another user's process can't take it: the kernel asks for the capability.
+	// Another user's process can't take the lock: the kernel requires the capability.
 	var tried error
 	g.do(func() error {
 		tried = withoutRights(func() error {
@@ -53,7 +53,7 @@ func TestLockBySquatter(t *testing.T) {
 	g.close()
 }
 
-// withoutRights runs f on a thread that has no capabilities.
+// withoutRights runs f on a thread without capabilities.
 func withoutRights(f func() error) error {
 	head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var have, none [2]unix.CapUserData
@@ -69,8 +69,8 @@ func withoutRights(f func() error) error {
 	return errors.Join(err, unix.Capset(&head, &have[0]))
 }
 
-// TestLockSurvivesOthers has root's other programs do to the lock what they do
-// to rulesets.
+// TestLockSurvivesOthers has other programs of root do to the lock what they do to
+// rulesets.
 func TestLockSurvivesOthers(t *testing.T) {
 	g := newRig(t)
 	before := g.snapshot()
@@ -103,7 +103,7 @@ func TestLockSurvivesOthers(t *testing.T) {
 	}
 }
 
-// TestTableWithoutOwnerIsNoLock has a table of the lock's name come from a saved ruleset.
+// TestTableWithoutOwnerIsNoLock loads a table with the lock's name from a saved ruleset.
 func TestTableWithoutOwnerIsNoLock(t *testing.T) {
 	g := newRig(t)
 	g.do(func() error {
@@ -126,7 +126,7 @@ func TestTableWithoutOwnerIsNoLock(t *testing.T) {
 	})
 }
 
-// TestLockEndsWithTheProcess kills a process that has the lock.
+// TestLockEndsWithTheProcess kills a process that holds the lock.
 func TestLockEndsWithTheProcess(t *testing.T) {
 	g := newRig(t)
 	for range 3 {
@@ -156,7 +156,7 @@ func TestLockEndsWithTheProcess(t *testing.T) {
 	}
 }
 
-// holdLock is the variable that makes TestHoldLock take the lock.
+// holdLock is the environment variable that makes TestHoldLock take the lock.
 const holdLock = "MESHHELPER_TEST_HOLD_LOCK"
 
 // TestHoldLock is the other process of TestLockEndsWithTheProcess.
@@ -171,7 +171,7 @@ func TestHoldLock(t *testing.T) {
 	select {}
 }
 
-// TestFileLock tries what old kernels have for a lock.
+// TestFileLock tests the lock for old kernels.
 func TestFileLock(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "meshhelper")
 	const ns = "/proc/self/ns/net"
@@ -220,8 +220,8 @@ func TestFileLock(t *testing.T) {
 	}
 }
 
-// TestCommentOf reads user data as any program may give it, of the size that the kernel
-// takes (NFT_USERDATA_MAXLEN, 256 bytes, in linux/netfilter/nf_tables.h).
+// TestCommentOf parses user data as any program may write it, up to the size that the
+// kernel accepts (NFT_USERDATA_MAXLEN, 256 bytes, in linux/netfilter/nf_tables.h).
 func TestCommentOf(t *testing.T) {
 	entry := func(kind byte, size int, data string) []byte { return append([]byte{kind, byte(size)}, data...) }
 	long := strings.Repeat("x", 254)
@@ -246,7 +246,7 @@ func TestCommentOf(t *testing.T) {
 func FuzzParseLockTable(f *testing.F) {
 	f.Add(newLockTable(tableFlagOwner, "123").Data)
 	f.Add([]byte{})
-	f.Add([]byte("0000\x1a\x00\x06\x00\x00000000000000000000000")) // user data whose size is wrong
+	f.Add([]byte("0000\x1a\x00\x06\x00\x00000000000000000000000")) // user data with a wrong size
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if _, process, err := parseLockTable(b); err == nil && len(process) > 10 {
 			t.Errorf("process %q", process)

@@ -13,8 +13,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// mutate damages a packet as a hostile peer would: bits, lengths, options,
-// extension headers, fragments. Some of it stays valid.
+// mutate damages a packet as a hostile peer would: bits, lengths, options, extension
+// headers, fragments. Some packets stay valid.
 func mutate(rnd *rand.Rand, b []byte) [][]byte {
 	b = slices.Clone(b)
 	six := b[0]>>4 == 6
@@ -51,7 +51,7 @@ func mutate(rnd *rand.Rand, b []byte) [][]byte {
 	return [][]byte{b}
 }
 
-// sumHeader makes the IPv4 header's checksum right, so that the damage is seen.
+// sumHeader corrects the IPv4 header's checksum, so that the kernel looks at the damage.
 func sumHeader(b []byte) {
 	if len(b) < 20 || b[0]>>4 != 4 {
 		return
@@ -71,7 +71,7 @@ func sumHeader(b []byte) {
 	binary.BigEndian.PutUint16(b[10:], ^uint16(sum))
 }
 
-// optioned adds an IPv4 option: source routes, a record, a timestamp, nonsense.
+// optioned adds an IPv4 option: source route, record route, timestamp, nonsense.
 func optioned(rnd *rand.Rand, b []byte) []byte {
 	kind := []byte{131, 137, 7, 68, 148, byte(rnd.IntN(256))}[rnd.IntN(6)]
 	option := slices.Concat([]byte{kind, 7, 4}, bob4.AsSlice(), []byte{0})
@@ -82,14 +82,14 @@ func optioned(rnd *rand.Rand, b []byte) []byte {
 	return out
 }
 
-// extended adds an IPv6 extension header: hop-by-hop, routing, destination
-// options, a fragment's.
+// extended adds an IPv6 extension header: hop-by-hop, routing, destination options,
+// fragment.
 func extended(rnd *rand.Rand, b []byte) []byte {
 	kind := []byte{0, 43, 60, 44}[rnd.IntN(4)]
 	header := make([]byte, 24)
 	header[0], header[1] = b[6], 2
 	switch kind {
-	case 43: // type 0, one address to go
+	case 43: // type 0, one address left
 		header[3] = 1
 		copy(header[8:], bob6.AsSlice())
 	case 44:
@@ -103,7 +103,7 @@ func extended(rnd *rand.Rand, b []byte) []byte {
 	return out
 }
 
-// fragments cuts an IPv4 packet: tiny first ones, overlaps, any order, holes.
+// fragments fragments an IPv4 packet: tiny first fragments, overlaps, any order, holes.
 func fragments(rnd *rand.Rand, b []byte) [][]byte {
 	id := rnd.Uint32()
 	var out [][]byte
@@ -125,9 +125,9 @@ func fragments(rnd *rand.Rand, b []byte) [][]byte {
 	return out
 }
 
-// TestMutatedPackets has ann, who may only route, send damaged packets to
-// all hosts. What comes out by the uplink has the uplink's source and a
-// destination of the internet; nothing comes out anywhere else.
+// TestMutatedPackets has ann, who has only routing, send damaged packets to all hosts.
+// Whatever leaves by the uplink has the uplink's source and a destination in the
+// internet; nothing comes out anywhere else.
 func TestMutatedPackets(t *testing.T) {
 	packets := 100000
 	if testing.Short() {
@@ -172,8 +172,8 @@ func TestMutatedPackets(t *testing.T) {
 	t.Logf("%d packets sent, %d came out", sent, out)
 }
 
-// allowedOut judges a packet that came out although ann may only route. Errors
-// about her packets may come back to her.
+// allowedOut judges a packet that came out although ann has only routing. Errors about
+// her packets may come back to her.
 func (w *world) allowedOut(r *policy.Ruleset, s capture) {
 	p := s.packet
 	toAnn := p.Dst == ann4 || p.Dst == ann6
@@ -187,7 +187,7 @@ func (w *world) allowedOut(r *policy.Ruleset, s capture) {
 
 func uplinkSources() []netip.Addr { return netlab.Addresses().BUplink.List() }
 
-// write puts anything into the TUN device; the kernel may refuse it.
+// write writes any bytes to the TUN device; the kernel may refuse them.
 func (w *world) write(b []byte) {
 	const headroom = 16
 	_, _ = w.dev.Write([][]byte{append(make([]byte, headroom, headroom+len(b)), b...)}, headroom)

@@ -14,7 +14,7 @@ var (
 	bob4, bob6 = netip.MustParseAddr("100.64.0.11"), netip.MustParseAddr("fd6d:6573:6800::11")
 )
 
-// testMTU is the mesh interface's, as wg-quick chooses it.
+// testMTU is the mesh interface's MTU, the one that wg-quick chooses.
 const testMTU = 1420
 
 const all = mesh.Incoming | mesh.Routing | mesh.LAN
@@ -23,7 +23,7 @@ func meshPrefixes() []netip.Prefix {
 	return []netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6}
 }
 
-// grants gives two peers permissions.
+// grants are the permissions of the two peers.
 type grants struct{ ann, bob mesh.Permissions }
 
 func meshOf(g grants) policy.Mesh {
@@ -36,7 +36,7 @@ func meshOf(g grants) policy.Mesh {
 	}
 }
 
-// crowd is a mesh of n peers that may all route.
+// crowd returns a mesh of n peers with routing.
 func crowd(n int) policy.Mesh {
 	m := meshOf(grants{})
 	m.Peers = nil

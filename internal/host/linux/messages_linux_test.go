@@ -48,7 +48,7 @@ func TestGeneration(t *testing.T) {
 	}
 }
 
-// FuzzNexthop reads any bytes as a nexthop.
+// FuzzNexthop parses arbitrary bytes as a nexthop object.
 func FuzzNexthop(f *testing.F) {
 	f.Add([]byte{2, 0, 0, 0, 0, 0, 0, 0, 8, 0, 1, 0, 7, 0, 0, 0, 8, 0, 5, 0, 2, 0, 0, 0})
 	f.Add([]byte{2, 0, 0, 0, 0, 0, 0, 0, 12, 0, 2, 0, 7, 0, 0, 0, 0, 0, 0, 0})

@@ -10,8 +10,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// TestNetworkSendsIntoTheMesh has sockets on the host's own mesh addresses send to a peer, and
-// hear its answer.
+// TestNetworkSendsIntoTheMesh sends from sockets on the host's mesh addresses to a peer,
+// and receives its answer.
 func TestNetworkSendsIntoTheMesh(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -42,7 +42,7 @@ func TestNetworkSendsIntoTheMesh(t *testing.T) {
 				t.Errorf("%s: %+v, %v", text, p, ok)
 			}
 		}
-		// The peer's answer to what was dialled.
+		// The peer's answer to the dialled connection.
 		from := netip.MustParseAddrPort(dialled.LocalAddr().String())
 		g.inject(netlab.UDPPacket(to, from, []byte("answer")))
 		if err := dialled.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {

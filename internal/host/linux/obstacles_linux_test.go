@@ -17,13 +17,13 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// foreign is nftables of another program.
+// foreign writes nftables as another program.
 type foreign struct {
 	conn  *nftables.Conn
 	table *nftables.Table
 }
 
-// software adds tables of other software on the host.
+// software adds other software's tables on the host.
 func (g *rig) software(family nftables.TableFamily, table string, add func(f foreign)) {
 	g.t.Helper()
 	g.do(func() error {
@@ -76,7 +76,7 @@ func sourceIn(p netip.Prefix) []expr.Any {
 	}
 }
 
-// isEstablished matches as iptables does.
+// isEstablished returns iptables' match for established and related packets.
 func isEstablished() []expr.Any {
 	base := xt.ConntrackMtinfoBase{MatchFlags: uint16(xt.ConntrackState | xt.ConntrackStateAlias)}
 	for _, a := range []*[]byte{(*[]byte)(&base.OrigSrcAddr), (*[]byte)(&base.OrigDstAddr), (*[]byte)(&base.ReplSrcAddr), (*[]byte)(&base.ReplDstAddr),
@@ -88,7 +88,7 @@ func isEstablished() []expr.Any {
 	}}}}
 }
 
-// docker drops in its FORWARD chain what isn't for its containers.
+// docker drops in its FORWARD chain everything that isn't for its containers.
 func docker(f foreign) {
 	top := f.hook("FORWARD", nftables.ChainHookForward, nftables.ChainPolicyDrop)
 	user, own := f.chain("DOCKER-USER"), f.chain("DOCKER-FORWARD")
@@ -99,7 +99,7 @@ func docker(f foreign) {
 	f.rule(own, ifaceIs(expr.MetaKeyIIFNAME, expr.CmpOpEq, "docker0"), does(expr.VerdictAccept, ""))
 }
 
-// ufw lets established flows through and asks more than can be evaluated here.
+// ufw accepts established flows and asks more than can be evaluated here.
 func ufw(f foreign) {
 	top := f.hook("FORWARD", nftables.ChainHookForward, nftables.ChainPolicyDrop)
 	before := f.chain("ufw-before-forward")
@@ -109,7 +109,7 @@ func ufw(f foreign) {
 		&expr.Cmp{Op: expr.CmpOpGt, Register: 1, Data: binaryutil.NativeEndian.PutUint32(1 << 31)}}, does(expr.VerdictAccept, ""))
 }
 
-// tailscale drops its whole prefix from other interfaces than its own.
+// tailscale drops its whole prefix on all interfaces but its own.
 func tailscale(f foreign) {
 	top := f.hook("INPUT", nftables.ChainHookInput, nftables.ChainPolicyAccept)
 	own := f.chain("ts-input")
@@ -118,7 +118,7 @@ func tailscale(f foreign) {
 		sourceIn(netip.MustParsePrefix("100.64.0.0/10")), does(expr.VerdictDrop, ""))
 }
 
-// harmless lets the mesh through and drops by a set that it isn't in.
+// harmless accepts the mesh's packets and drops by a set without them.
 func harmless(f foreign) {
 	top := f.hook("fwd", nftables.ChainHookForward, nftables.ChainPolicyDrop)
 	bad := &nftables.Set{Table: f.table, Name: "bad", KeyType: nftables.TypeIPAddr, Interval: true}
@@ -134,7 +134,7 @@ func harmless(f foreign) {
 	f.rule(top, ifaceIs(expr.MetaKeyOIFNAME, expr.CmpOpEq, meshName), does(expr.VerdictAccept, ""))
 }
 
-// rejects has nft refuse with an answer, after a chain that leaves the packet alone.
+// rejects rejects packets, after a chain that leaves them alone.
 func rejects(f foreign) {
 	top, first := f.hook("fwd", nftables.ChainHookForward, nftables.ChainPolicyAccept), f.chain("first")
 	f.rule(top, does(expr.VerdictJump, first.Name))
@@ -143,7 +143,7 @@ func rejects(f foreign) {
 	f.rule(top, ifaceIs(expr.MetaKeyIIFNAME, expr.CmpOpEq, meshName), []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH}})
 }
 
-// leaves has a chain leave the packet alone before it would be dropped.
+// leaves returns from a chain before a rule that would drop the packet.
 func leaves(f foreign) {
 	top, first := f.hook("fwd", nftables.ChainHookForward, nftables.ChainPolicyAccept), f.chain("first")
 	f.rule(top, does(expr.VerdictJump, first.Name))
@@ -156,7 +156,7 @@ func TestObstaclesAreNamed(t *testing.T) {
 		name   string
 		family nftables.TableFamily
 		add    func(foreign)
-		want   string // empty: nothing
+		want   string // empty: no problem
 	}{
 		{"docker", nftables.TableFamilyIPv4, docker, "chain FORWARD of table ip docker drops packets from peers to the internet"},
 		{"ufw", nftables.TableFamilyIPv4, ufw, "chain FORWARD of table ip ufw may drop packets from peers to the internet"},
@@ -178,7 +178,7 @@ func TestObstaclesAreNamed(t *testing.T) {
 			if got := strings.Join(texts, "; "); got != tt.want {
 				t.Errorf("problems are %q, want %q", got, tt.want)
 			}
-			// Without permissions nothing stands in the way of anything.
+			// Without permissions there is nothing to stop.
 			if rest := g.others(g.enforce(meshOf(grants{}))); len(rest) > 0 {
 				t.Errorf("nothing is allowed, but %v", rest)
 			}
@@ -186,8 +186,8 @@ func TestObstaclesAreNamed(t *testing.T) {
 	}
 }
 
-// TestObstaclesOfOneKind has rules that stop one protocol, or one device's tunnel, or both a
-// tunnel and what peers send.
+// TestObstaclesOfOneKind has rules that stop one protocol, one device's tunnel, or both a
+// tunnel and peers' packets.
 func TestObstaclesOfOneKind(t *testing.T) {
 	installed(t, "nft")
 	g := newRig(t)
@@ -200,7 +200,7 @@ func TestObstaclesOfOneKind(t *testing.T) {
 	const through, in, out = "forward", "input", "output"
 	for _, tt := range []struct {
 		hook, rule string
-		want       []string // each begins behind the rule's name
+		want       []string // each without the rule's name in front
 	}{
 		{through, "iifname MESH meta l4proto tcp drop", []string{"drops TCP packets from peers to the internet"}},
 		{through, "oifname MESH tcp flags & (syn | ack) == syn | ack drop", []string{"drops TCP packets from the internet to peers"}},
@@ -239,7 +239,7 @@ func TestObstaclesOfOneKind(t *testing.T) {
 	}
 }
 
-// TestObstacleThatExpires has a rule drop what is in a set, until the element's time is up.
+// TestObstacleThatExpires drops by a set until its element expires.
 func TestObstacleThatExpires(t *testing.T) {
 	installed(t, "nft")
 	g := newRig(t)
@@ -257,7 +257,7 @@ func TestObstacleThatExpires(t *testing.T) {
 		t.Fatalf("before it expires: %+v", found)
 	}
 	for end := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-		g.p.others.recheckAt = time.Now() // it is time
+		g.p.others.recheckAt = time.Now() // due
 		found := g.others(r)
 		if len(found) == 0 {
 			break
@@ -268,7 +268,7 @@ func TestObstacleThatExpires(t *testing.T) {
 	}
 }
 
-// TestREJECTIsADrop has a rule of iptables' REJECT, whose module not every kernel has.
+// TestREJECTIsADrop has a rule with iptables' REJECT, whose module not every kernel has.
 func TestREJECTIsADrop(t *testing.T) {
 	table := &nftables.Table{Name: "filter", Family: nftables.TableFamilyIPv4}
 	w := &walk{s: sample{src: ann4, dst: ann4}}
@@ -282,7 +282,7 @@ func TestREJECTIsADrop(t *testing.T) {
 }
 
 // TestOwnTableIsNoObstacle has our own table drop what a ruleset allows that isn't in
-// force yet: that is drift, and not other software's doing.
+// force yet: that is drift, and not another program's doing.
 func TestOwnTableIsNoObstacle(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -295,7 +295,7 @@ func TestOwnTableIsNoObstacle(t *testing.T) {
 	}
 }
 
-// TestFlowTablesAreNamed needs no kernel, which often has none.
+// TestFlowTablesAreNamed needs no support in the kernel, which often has none.
 func TestFlowTablesAreNamed(t *testing.T) {
 	table := &nftables.Table{Name: "router", Family: nftables.TableFamilyINet}
 	h := someHost()
@@ -311,7 +311,7 @@ func TestFlowTablesAreNamed(t *testing.T) {
 	}
 }
 
-// TestFlowTablesAreLookedFor has the kernel hold one, where it can.
+// TestFlowTablesAreLookedFor adds a flow table, if the kernel supports it.
 func TestFlowTablesAreLookedFor(t *testing.T) {
 	g := newRig(t)
 	g.open()

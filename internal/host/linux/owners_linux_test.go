@@ -23,17 +23,17 @@ import (
 var (
 	gone4 = netip.MustParseAddr("100.64.0.77")
 	gone6 = netip.MustParseAddr("fd6d:6573:6800::77")
-	// moved4 was a peer's when the mesh had another prefix.
+	// moved4 was a peer's address when the mesh had another prefix.
 	moved4 = netip.MustParseAddr("10.213.0.77")
 )
 
-// resolver4 is a cloud's resolver inside the mesh prefix.
+// resolver4 is a cloud's resolver in the mesh prefix.
 var resolver4 = netip.MustParseAddr("100.100.2.136")
 
-// meshPort is WireGuard's on the host.
+// meshPort is WireGuard's port on the host.
 const meshPort = 51820
 
-// ip runs ip(8) on a host, a command a line.
+// ip runs ip(8) on a host, one command per line.
 func (g *rig) ip(h *netlab.Host, commands string) {
 	g.t.Helper()
 	for line := range strings.Lines(commands) {
@@ -54,8 +54,8 @@ func (g *rig) ip(h *netlab.Host, commands string) {
 	}
 }
 
-// hostSendsTo has a program on the host send a datagram from a port of the
-// host's, 0 for any. What the packet filter drops may come back as an error.
+// hostSendsTo sends a datagram from a port of the host, 0 for any. A packet that the
+// filter drops may come back as an error.
 func (w *world) hostSendsTo(dst netip.Addr, port int, b []byte) {
 	w.t.Helper()
 	w.do(func() error {
@@ -75,8 +75,8 @@ func ownersMesh() policy.Mesh {
 	return m
 }
 
-// TestOwners gives a part of the mesh prefix to another owner, as other software
-// and networks do, and sends there and around it.
+// TestOwners gives a part of the mesh prefix to another owner, as other software and
+// networks do, and sends packets there and around it.
 func TestOwners(t *testing.T) {
 	a := netlab.Addresses()
 	addr := netip.MustParseAddr
@@ -88,11 +88,12 @@ func TestOwners(t *testing.T) {
 	}
 	for _, tt := range []struct {
 		name      string
-		commands  string // of ip(8), on the host
+		commands  string // commands of ip(8) on the host
 		resolvers string
 		reaches   []struct{ dst, where string }
-		refused   string // besides peers' and removed ones' addresses
-		// arrives is a source that reaches the host's address at by the VPN's link.
+		refused   string // besides those of peers and removed peers
+		// arrives is a source whose packets reach the host's address at on the VPN's
+		// link.
 		arrives, at string
 	}{
 		{
@@ -164,7 +165,7 @@ func TestOwners(t *testing.T) {
 			r := w.enforce(ownersMesh())
 			n := 0
 			var want, all [][]byte
-			expect := map[string]string{} // by word: where it comes out
+			expect := map[string]string{} // expected place of each word
 			about := map[string]netip.Addr{}
 			routed := true
 			send := func(dst netip.Addr, port int, where string) {
@@ -191,13 +192,13 @@ func TestOwners(t *testing.T) {
 			if report := w.inspect(r); len(report.Drift) > 0 {
 				t.Errorf("drift: %v", report.Drift)
 			}
-			// With nothing that leads to the mesh, nothing leaves in clear.
+			// Without any route into the mesh, nothing leaves unencrypted.
 			w.ip(w.pic.B, "route del "+bob4.String()+" dev "+meshName+"\n-6 route del "+bob6.String()+" dev "+meshName)
 			routed = false
 			for _, d := range []netip.Addr{bob4, bob6, gone4, gone6, moved4} {
 				send(d, 0, "")
 			}
-			// A peer reaches no owner's part.
+			// A peer can't reach another owner's part.
 			for _, x := range tt.reaches {
 				n++
 				src := ann4
@@ -225,9 +226,8 @@ func TestOwners(t *testing.T) {
 	}
 }
 
-// TestWireGuardsOwn checks that what WireGuard itself sends and gets passes,
-// whatever the outer address of a peer is, and that no other program's packets pass
-// by that.
+// TestWireGuardsOwn checks that WireGuard's own packets pass in both directions, whatever
+// a peer's endpoint is, and that no other program's packets pass because of that.
 func TestWireGuardsOwn(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -262,13 +262,13 @@ func TestWireGuardsOwn(t *testing.T) {
 		}
 		w.send(netlab.Uplink, netlab.UDPPacket(netip.AddrPortFrom(dst, 9), netip.AddrPortFrom(at, meshPort), b))
 		check("to WireGuard from "+dst.String(), b, "host")
-		// What is forwarded has the port, but no socket.
+		// A forwarded packet has the port but no socket.
 		b = next()
 		w.send(netlab.LAN, netlab.UDPPacket(netip.AddrPortFrom(a.L.List()[len(dst.AsSlice())/16], meshPort), netip.AddrPortFrom(dst, 9), b))
 		check("forwarded to "+dst.String(), b, "")
 	}
 	for i, peer := range []netip.Addr{bob4, bob6} {
-		// The tunnel doesn't carry itself, neither way.
+		// The tunnel doesn't carry itself, in either direction.
 		b := next()
 		w.hostSendsTo(peer, meshPort, b)
 		check("WireGuard to a peer's mesh address", b, "")
@@ -284,8 +284,8 @@ func TestWireGuardsOwn(t *testing.T) {
 		w.inject(netlab.UDPPacket(netip.AddrPortFrom(peer, 9), netip.AddrPortFrom(a.I.List()[i], meshPort), b))
 		check("a peer to another host's WireGuard", b, netlab.Uplink)
 	}
-	// Another user may get the port, while the helper is away or at an address of
-	// its own; the thread that takes that user's rights is discarded.
+	// Another user may get the port while the helper is down, or at an address of its
+	// own. The thread with that user's IDs is discarded.
 	b := next()
 	w.do(func() error {
 		if err := unix.Setfsuid(65534); err != nil {
@@ -301,8 +301,8 @@ func TestWireGuardsOwn(t *testing.T) {
 	check("another user from WireGuard's port", b, "")
 }
 
-// TestLoopbackAliases checks that what listens at an address of the loopback
-// interface is the host's: for peers with incoming, and for the host itself.
+// TestLoopbackAliases checks that sockets at addresses of the loopback interface are the
+// host's: for peers with incoming, and for the host itself.
 func TestLoopbackAliases(t *testing.T) {
 	const alias4, alias6 = "10.254.254.254", "fd10:254::254"
 	w := newWorld(t)
@@ -342,8 +342,8 @@ func TestLoopbackAliases(t *testing.T) {
 	}
 }
 
-// TestOddInterfaceNames has an interface by whose name no rule can be written: what it has
-// of the mesh prefix is its owner's all the same, and what is attached to it is no
+// TestOddInterfaceNames has an interface whose name can't be written in a rule: its part
+// of the mesh prefix still belongs to its owner, and its attached networks aren't
 // internet.
 func TestOddInterfaceNames(t *testing.T) {
 	w := newWorld(t)
@@ -382,7 +382,7 @@ func TestOddInterfaceNames(t *testing.T) {
 	if got := w.arrivals(word(2)); len(got) > 0 {
 		t.Errorf("a packet of a peer without lan came out at %v", got)
 	}
-	// It can't be the uplink: no rule would let peers' packets out there.
+	// It can't be the uplink, because no rule could let peers' packets out there.
 	w.ip(w.pic.B, "route del default via "+netlab.Addresses().W.V4.String()+" dev wan0")
 	if err := nl.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: neighbour.AsSlice()}); err != nil {
 		t.Fatal(err)
@@ -392,8 +392,8 @@ func TestOddInterfaceNames(t *testing.T) {
 	}
 }
 
-// TestOtherProtocols has peers with every permission send what isn't TCP, UDP or
-// ICMP, and the host send such a thing to them.
+// TestOtherProtocols has peers with every permission send protocols other than TCP, UDP
+// and ICMP, and the host send them to peers.
 func TestOtherProtocols(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -429,7 +429,7 @@ func TestOtherProtocols(t *testing.T) {
 			return err
 		}
 		_, _ = conn.WriteTo([]byte("word99999999"), &net.IPAddr{IP: ann4.AsSlice()})
-		// To others the host may send anything.
+		// The host may send anything to other destinations.
 		if _, err = conn.WriteTo([]byte("word99999998"), &net.IPAddr{IP: a.L.V4.AsSlice()}); err != nil {
 			return err
 		}
@@ -453,16 +453,16 @@ func TestOtherProtocols(t *testing.T) {
 	}
 }
 
-// TestLastingAddresses gives the uplink addresses that a device may be told, and each
-// kind of those that it may not: the router anycast address of each prefix, which the
-// kernel answers to as the host forwards, and temporary, deprecated and tentative ones.
+// TestLastingAddresses gives the uplink addresses that may be told to others, and each
+// kind of those that may not: the router anycast address of each prefix, which the kernel
+// answers to while the host forwards, and temporary, deprecated and tentative ones.
 func TestLastingAddresses(t *testing.T) {
 	g := newRig(t)
 	g.open()
 	defer g.close()
 	a := netlab.Addresses()
-	// The kernel makes a temporary address beside one with mngtmpaddr, and looks 255 s long
-	// whether another host has one that is given with that many probes.
+	// The kernel adds a temporary address to one with mngtmpaddr. An address with this
+	// many probes stays tentative for 255 s.
 	g.ip(g.pic.B, "-6 addr add 2001:db8:5::5/64 dev wan0 nodad\n"+
 		"-6 addr add 2001:db8:6::6/64 dev wan0 nodad preferred_lft 0 valid_lft 1000\n"+
 		"addr add 203.0.113.198/24 dev wan0\n"+
@@ -485,7 +485,7 @@ func TestLastingAddresses(t *testing.T) {
 	if !slices.Equal(h.Lasting, want) {
 		t.Errorf("lasting %v, want %v", h.Lasting, want)
 	}
-	// That the kinds are there at all, and are the host's for everything else.
+	// All kinds exist, and are the host's for everything else.
 	own := map[netip.Addr]bool{}
 	temporary := false
 	for _, i := range h.Interfaces {
@@ -505,7 +505,7 @@ func TestLastingAddresses(t *testing.T) {
 	}
 }
 
-// TestUplinkFacts checks the source, the router and the resolvers.
+// TestUplinkFacts checks the uplink's source and router, and the resolvers.
 func TestUplinkFacts(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -523,7 +523,7 @@ func TestUplinkFacts(t *testing.T) {
 		!slices.Equal(h.Resolvers, []netip.Addr{netip.MustParseAddr("9.9.9.9")}) {
 		t.Errorf("source %v %v, router %v %v, resolvers %v", h.Source4, h.Source6, h.Router4, h.Router6, h.Resolvers)
 	}
-	// A route's own source goes before what the kernel would choose.
+	// A route's preferred source wins over the kernel's choice.
 	g.ip(g.pic.B, "addr add 203.0.113.199/32 dev wan0\nroute replace default via "+a.W.V4.String()+" dev wan0 src 203.0.113.199")
 	if h = facts(); h.Source4 != netip.MustParseAddr("203.0.113.199") {
 		t.Errorf("source %v", h.Source4)
@@ -534,7 +534,8 @@ func TestUplinkFacts(t *testing.T) {
 	}
 }
 
-// TestNexthops has the default route name a nexthop, or a group of them, alone.
+// TestNexthops has a default route that only refers to a nexthop object, or to a group of
+// them.
 func TestNexthops(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -559,8 +560,8 @@ func TestNexthops(t *testing.T) {
 	}
 }
 
-// TestNexthopsOfIPv6 has default routes name nexthops of IPv6: for IPv6, and for IPv4 by
-// a router that has an IPv6 address (RFC 5549).
+// TestNexthopsOfIPv6 has default routes that refer to IPv6 nexthops: for IPv6, and for
+// IPv4 by a router with an IPv6 address (RFC 5549).
 func TestNexthopsOfIPv6(t *testing.T) {
 	g := newRig(t)
 	g.open()

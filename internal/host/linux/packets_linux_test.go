@@ -11,7 +11,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// toMesh waits until the kernel has sent a packet with this payload to the mesh.
+// toMesh waits until the kernel sends a packet with this payload to the mesh.
 func (g *rig) toMesh(payload []byte, wait time.Duration) (netlab.Packet, bool) {
 	deadline := time.After(wait)
 	for {

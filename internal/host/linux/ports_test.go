@@ -35,8 +35,8 @@ func TestFreePorts(t *testing.T) {
 	}
 }
 
-// TestSocketsChooseARangeOnce has sockets of different users: they are avoided where a
-// range that is long enough has none of them, and change none that is in use.
+// TestSocketsChooseARangeOnce has sockets of several users: a new range avoids them if it
+// is large enough, and a range in use doesn't change because of them.
 func TestSocketsChooseARangeOnce(t *testing.T) {
 	h := hostPorts{privileged: lastPrivileged, taken: []portRange{{32768, 60999}}, bound: map[uint16]uint32{8080: 0, 22000: 1000, 61500: 7}}
 	if got, want := h.keep(portRange{}), (portRange{8081, 21999}); got != want {
@@ -60,8 +60,8 @@ func TestSocketsChooseARangeOnce(t *testing.T) {
 	}
 }
 
-// TestFreePortsAreNoneOfTheHosts draws what is taken: no port of the range is, and
-// no larger range is free.
+// TestFreePortsAreNoneOfTheHosts draws reserved ports: the range has none of them, and no
+// larger range is free.
 func TestFreePortsAreNoneOfTheHosts(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		h := hostPorts{privileged: uint16(rapid.IntRange(lastPrivileged, 5000).Draw(t, "privileged"))}

@@ -27,8 +27,8 @@ func TestMain(m *testing.M) { os.Exit(netlab.Main(m.Run)) }
 
 const meshName = "wgtest0"
 
-// rig is a host with the backend under test on it. The test is WireGuard: it
-// puts peers' packets into the TUN device and reads what comes out.
+// rig is a host with the backend under test. The test takes WireGuard's part: it writes
+// peers' packets to the TUN device and reads what comes out.
 type rig struct {
 	t     testing.TB
 	pic   *netlab.Picture
@@ -36,10 +36,10 @@ type rig struct {
 	dev   tun.Device
 	state string
 	steps []string
-	// What the helper is told of the router in front.
+	// What the helper knows of the router in front.
 	outside     []netip.Addr
 	outsidePort uint16
-	killAt      int // the call of Options.Step to die in, from 1; 0: never
+	killAt      int // call of Options.Step to be killed in, from 1; 0: never
 
 	mu     sync.Mutex
 	out    [][]byte
@@ -68,7 +68,7 @@ func newRig(t testing.TB) *rig {
 	return &rig{t: t, pic: pic, state: t.TempDir(), more: make(chan struct{}, 1)}
 }
 
-// do runs f on the host and fails the test with its error.
+// do runs f on the host and fails the test on an error.
 func (g *rig) do(f func() error) {
 	g.t.Helper()
 	if err := g.pic.B.Do(f); err != nil {
@@ -76,7 +76,7 @@ func (g *rig) do(f func() error) {
 	}
 }
 
-// start makes a new backend and its interface, on the host.
+// start creates a backend and its interface on the host.
 func (g *rig) start() (err error) {
 	if g.p, err = New(Options{StateDir: g.state, Step: g.step, ResolverFiles: []string{g.resolvers()}}); err != nil {
 		return err
@@ -87,7 +87,7 @@ func (g *rig) start() (err error) {
 	return err
 }
 
-// resolvers is the host's resolv.conf, which doesn't exist unless a test writes it.
+// resolvers is the path of the host's resolv.conf, which only exists if a test writes it.
 func (g *rig) resolvers() string { return filepath.Join(g.state, "resolv.conf") }
 
 // step is Options.Step: it records the call, and kills the backend in one of them.
@@ -134,7 +134,7 @@ func (g *rig) read(dev tun.Device) {
 	}
 }
 
-// inject has a peer's packet arrive, as WireGuard would after decrypting it.
+// inject delivers a peer's packet, as WireGuard does after decryption.
 func (g *rig) inject(packet []byte) {
 	g.t.Helper()
 	const headroom = 16
@@ -144,7 +144,7 @@ func (g *rig) inject(packet []byte) {
 	}
 }
 
-// close takes the backend away.
+// close closes the backend.
 func (g *rig) close() []host.Problem {
 	g.t.Helper()
 	var left []host.Problem
@@ -189,7 +189,7 @@ func (g *rig) inspect(r *policy.Ruleset) host.Report {
 	return report
 }
 
-// others returns what stands in r's way beside our table.
+// others returns what other software has that stands in r's way.
 func (g *rig) others(r *policy.Ruleset, outer ...netip.AddrPort) []host.Problem {
 	g.t.Helper()
 	found, err := g.p.Others(context.Background(), r, outer)

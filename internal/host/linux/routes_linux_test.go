@@ -9,13 +9,14 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// excludePrivate are the routes that WireGuard's apps write for all but private networks.
+// excludePrivate are the routes that WireGuard's apps install for everything but private
+// networks.
 const excludePrivate = `0.0.0.0/5 8.0.0.0/7 11.0.0.0/8 12.0.0.0/6 16.0.0.0/4 32.0.0.0/3 64.0.0.0/2 128.0.0.0/3
 	160.0.0.0/5 168.0.0.0/6 172.0.0.0/12 172.32.0.0/11 172.64.0.0/10 172.128.0.0/9 173.0.0.0/8 174.0.0.0/7
 	176.0.0.0/4 192.0.0.0/9 192.128.0.0/11 192.160.0.0/13 192.169.0.0/16 192.170.0.0/15 192.172.0.0/14
 	192.176.0.0/12 192.192.0.0/10 193.0.0.0/8 194.0.0.0/7 196.0.0.0/6 200.0.0.0/5 208.0.0.0/4`
 
-// peerSends has a peer send a SYN, and checks where it comes out; "" is nowhere.
+// peerSends sends a SYN from a peer and checks where it comes out; "" is nowhere.
 func (w *world) peerSends(n int, src, dst netip.Addr, where string) {
 	w.t.Helper()
 	w.inject(netlab.TCPPacket(netip.AddrPortFrom(src, uint16(20000+n)), netip.AddrPortFrom(dst, 80), netlab.SYN, 1, 0, word(n)))
@@ -31,8 +32,8 @@ func (w *world) peerSends(n int, src, dst netip.Addr, where string) {
 }
 
 // TestRoutesThatExcludePrivateIPs has another VPN route everything but private networks:
-// that is a default route, so the internet is reached by it with routing alone, and
-// private networks with lan only.
+// together the routes are a default route, so routing alone reaches the internet through
+// it, and private networks need lan.
 func TestRoutesThatExcludePrivateIPs(t *testing.T) {
 	w := newWorld(t)
 	w.findForwarding("0")
@@ -52,7 +53,7 @@ func TestRoutesThatExcludePrivateIPs(t *testing.T) {
 	w.peerSends(2, ann6, netip.MustParseAddr("2a00:1450::1"), netlab.VPN)
 	w.peerSends(3, ann4, a.L.V4, "")
 	w.peerSends(4, bob4, a.L.V4, netlab.LAN)
-	// With one of them gone the rest is no default route any more, and is named.
+	// Without one of them the rest isn't a default route any more, and is reported.
 	w.ip(w.pic.B, "route del 208.0.0.0/4 dev vpn0")
 	r = w.enforce(meshOf(grants{ann: mesh.Routing, bob: mesh.Routing | mesh.LAN}))
 	if near := r.Host().NearlyDefault(); len(near) != 1 || near[0].Interface != "vpn0" {
@@ -62,7 +63,7 @@ func TestRoutesThatExcludePrivateIPs(t *testing.T) {
 	w.peerSends(6, bob4, netip.MustParseAddr("9.9.9.9"), netlab.VPN)
 }
 
-// TestRouterByItsPublicAddress has a peer ask for a page at an address that is known to be
+// TestRouterByItsPublicAddress has a peer open a page at an address that is known to be
 // this host's from outside, such as its router's.
 func TestRouterByItsPublicAddress(t *testing.T) {
 	w := newWorld(t)
@@ -78,7 +79,7 @@ func TestRouterByItsPublicAddress(t *testing.T) {
 	w.peerSends(3, ann4, netip.MustParseAddr("8.8.8.8"), netlab.Uplink)
 	w.peerSends(4, bob4, a.I.V4, netlab.Uplink)
 	w.peerSends(5, bob6, a.I.V6, netlab.Uplink)
-	// The address is another's now.
+	// The address belongs to another host now.
 	w.outside = nil
 	w.enforce(m)
 	w.peerSends(6, ann4, a.I.V4, netlab.Uplink)

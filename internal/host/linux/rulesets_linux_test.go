@@ -21,21 +21,21 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// tunnelPort is WireGuard's in this test.
+// tunnelPort is WireGuard's port in this test.
 const tunnelPort = 51820
 
 // virtual is a network of virtual machines on the host.
 var virtual = []netip.Addr{netip.MustParseAddr("192.168.122.2"), netip.MustParseAddr("fd22::2")}
 
-// neighbourhood is a host with other software's rulesets beside our table, and what sees
-// whether a packet of each kind gets through.
+// neighbourhood is a host with other software's rulesets beside our table, and with
+// captures that tell whether a packet of each kind gets through.
 type neighbourhood struct {
 	*rig
 	out  *netlab.Watch // what leaves by an interface of the host
-	raws []int         // sockets that have what is delivered to the host, without waiting
-	in   [][]byte      // what they had
+	raws []int         // nonblocking sockets that receive what is delivered to the host
+	in   [][]byte      // what they received
 	send [2]*net.UDPConn
-	n    int // of packets so far
+	n    int // number of packets so far
 }
 
 func newNeighbourhood(t *testing.T) *neighbourhood {
@@ -87,12 +87,12 @@ func newNeighbourhood(t *testing.T) *neighbourhood {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Rulesets may drop what resolves neighbours: that isn't what is tried here.
+	// Rulesets may drop neighbour discovery, which isn't tested here.
 	b.warm(a)
 	return b
 }
 
-// warm has the host resolve its neighbours, and keeps them.
+// warm makes the host resolve its neighbours and keeps the entries.
 func (b *neighbourhood) warm(a netlab.PictureAddrs) {
 	for i := range 2 {
 		for _, to := range []netip.Addr{a.I.List()[i], a.L.List()[i]} {
@@ -158,7 +158,7 @@ type trial struct {
 	sport, dport uint16
 }
 
-// sent sends a packet of a kind, of a flow of its own.
+// sent sends a packet of a kind, on a flow of its own.
 func (b *neighbourhood) sent(w way) trial {
 	b.t.Helper()
 	b.n++
@@ -171,7 +171,7 @@ func (b *neighbourhood) sent(w way) trial {
 		if w.to.Is6() {
 			c = b.send[1]
 		}
-		// An error is what a filter on the way out answers a sender.
+		// A filter's reject on the way out is an error for the sender.
 		_, _ = c.WriteToUDPAddrPort([]byte(t.text), netip.AddrPortFrom(w.to, t.dport))
 	case w.in == netlab.Uplink:
 		if err := b.pic.W.Forge("b0", netlab.UDPPacket(src, dst, []byte(t.text))); err != nil {
@@ -188,8 +188,7 @@ func (b *neighbourhood) sent(w way) trial {
 	return t
 }
 
-// flow opens a flow of the peer to the internet, and returns an answer's kind: what the
-// other end sends back.
+// flow opens a flow of the peer to the internet and returns the kind of its answer.
 func (b *neighbourhood) flow(w way) (back way, from, to netip.AddrPort) {
 	b.t.Helper()
 	t := b.sent(way{in: meshName, out: netlab.Uplink, from: w.to, to: w.from, proto: w.proto, port: 40001})
@@ -223,7 +222,7 @@ func (b *neighbourhood) leaves(t trial, to netip.Addr) bool {
 	return ok
 }
 
-// receive reads what the host's own sockets got.
+// receive reads what the host's own sockets received.
 func (b *neighbourhood) receive() {
 	buf := make([]byte, 1<<16)
 	for _, fd := range b.raws {
@@ -239,17 +238,17 @@ func (b *neighbourhood) receive() {
 	}
 }
 
-// delivered reports whether the host's own sockets got a packet.
+// delivered reports whether the host's own sockets received a packet.
 func (b *neighbourhood) delivered(t trial) bool {
 	b.receive()
 	port := []byte{byte(t.port >> 8), byte(t.port)}
 	return slices.ContainsFunc(b.in, func(p []byte) bool {
-		// The ports are unique, or the destination's is before the text by a header.
+		// The ports are unique, or the destination port is 8 bytes before the text.
 		return bytes.Contains(p, []byte(t.text)) && (t.port == 0 || bytes.Contains(p, port))
 	})
 }
 
-// arrived reports whether a packet got where it was sent.
+// arrived reports whether a packet reached its destination.
 func (b *neighbourhood) arrived(t trial) bool {
 	switch {
 	case t.out == meshName:
@@ -261,10 +260,10 @@ func (b *neighbourhood) arrived(t trial) bool {
 	return b.leaves(t, t.to)
 }
 
-// wait waits until something is so, for a long time: what doesn't come is a fault.
+// wait waits for a condition, for a long time: if it never holds, that is a fault.
 func (b *neighbourhood) wait(is func() bool) bool {
 	for end := time.Now().Add(5 * time.Second); ; {
-		b.receive() // before the sockets are full of what the watch sends to itself
+		b.receive() // before packets that the watch sends to itself fill the sockets
 		if is() {
 			return true
 		}
@@ -275,7 +274,7 @@ func (b *neighbourhood) wait(is func() bool) bool {
 	}
 }
 
-// load loads a ruleset, with the program that it is written for.
+// load loads a ruleset with the program that it is written for.
 func (b *neighbourhood) load(r rulesets.Ruleset) {
 	b.t.Helper()
 	r = r.For(meshName, netlab.Uplink, netlab.LAN)
@@ -288,7 +287,7 @@ func (b *neighbourhood) load(r rulesets.Ruleset) {
 	}
 }
 
-// unload takes away all tables but ours.
+// unload deletes all tables but ours.
 func (b *neighbourhood) unload() {
 	b.t.Helper()
 	for line := range strings.Lines(b.listing("nft", "list", "tables")) {
@@ -299,8 +298,8 @@ func (b *neighbourhood) unload() {
 	}
 }
 
-// TestRulesetsOfOthers loads what other software loads, sends a packet of each kind that
-// the policy lets pass, and compares what becomes of it with what is said of it.
+// TestRulesetsOfOthers loads rulesets as other software loads them, sends a packet of
+// each kind that the policy lets pass, and compares the result with the evaluation.
 func TestRulesetsOfOthers(t *testing.T) {
 	installed(t, "nft")
 	installed(t, "iptables-nft-restore")
@@ -318,8 +317,9 @@ func TestRulesetsOfOthers(t *testing.T) {
 	b.t = t
 }
 
-// TestRulesetsThatChange replaces a ruleset while it is read. Each of the two marks and drops
-// what is forwarded, and the first half of one does neither with the second half of the other.
+// TestRulesetsThatChange replaces a ruleset while it is read. Each of two rulesets marks
+// and drops forwarded packets, but the first half of one with the second half of the
+// other does neither.
 func TestRulesetsThatChange(t *testing.T) {
 	installed(t, "nft")
 	g := newRig(t)
@@ -376,7 +376,7 @@ table inet other {
 	}
 }
 
-// TestObstaclesOnTheWayToNetworks has libvirt refuse what goes to its machines.
+// TestObstaclesOnTheWayToNetworks has libvirt reject packets to its virtual machines.
 func TestObstaclesOnTheWayToNetworks(t *testing.T) {
 	installed(t, "nft")
 	b := newNeighbourhood(t)
@@ -443,7 +443,7 @@ func (b *neighbourhood) tryRuleset(r rulesets.Ruleset) {
 	b.t.Log(strings.Join(matrix, "\n"))
 }
 
-// compare compares what became of a packet with what is said of it.
+// compare compares the result for a packet with the evaluation.
 func (b *neighbourhood) compare(r rulesets.Ruleset, at trial, by host.ByOthers) string {
 	family := "IPv4"
 	if at.from.Is6() {
@@ -468,7 +468,7 @@ func (b *neighbourhood) compare(r rulesets.Ruleset, at trial, by host.ByOthers) 
 			b.t.Errorf("%s, %s: said that it passes, and it was dropped", at.name, family)
 		}
 	default:
-		if at.in == netlab.Uplink { // the only ones that aren't handled by the time they are sent
+		if at.in == netlab.Uplink { // only these may still be under way
 			b.wait(func() bool {
 				ps, _ := b.out.Packets()
 				return slices.ContainsFunc(ps, func(p netlab.Packet) bool { return !p.Out && bytes.Contains(p.Payload, []byte(at.text)) })
@@ -484,7 +484,7 @@ func (b *neighbourhood) compare(r rulesets.Ruleset, at trial, by host.ByOthers) 
 	return fmt.Sprintf("%-10s %s %-5t %s %s", at.name, family, got, said, by.Where)
 }
 
-// listed reports whether a list with commas names a kind.
+// listed reports whether a comma-separated list has a kind.
 func listed(list, name string, six bool) bool {
 	family := map[bool]string{false: "4", true: "6"}[six]
 	first, _, _ := strings.Cut(name, " ")

@@ -14,13 +14,14 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// Lines of a snapshot that are left out of goldens: what nftables holds, which is
-// shown in its own language, and what every new interface has. The kernel's own
-// local routes follow from addresses.
+// Lines of a snapshot that goldens leave out: nftables, which is shown in its own
+// language, and what every new interface has. The kernel's local routes follow from
+// addresses.
 var leftOut = regexp.MustCompile(`^. (table|chain|set|element|rule|object|flowtable) |` +
 	`^. sysctl net/ipv[46]/(conf|neigh)/` + meshName + `/(?:[^f]|f[^o])|force_|^. route .* table 255 `)
 
-// dump is all that differs from the host as it was found, and what is in the sets.
+// dump returns all differences from the host as it was found, and the contents of the
+// sets.
 func (g *rig) dump(r *policy.Ruleset, before netlab.Snapshot) string {
 	g.t.Helper()
 	if drift := g.inspect(r).Drift; len(drift) > 0 {
@@ -35,8 +36,8 @@ func (g *rig) dump(r *policy.Ruleset, before netlab.Snapshot) string {
 	return strings.Join(lines, "\n") + "\n"
 }
 
-// TestStates drives one backend through a list of rulesets and compares the
-// whole host after each: what an earlier one leaves behind shows.
+// TestStates applies a list of rulesets to one backend and compares the whole host after
+// each one, so that leftovers of an earlier one show.
 func TestStates(t *testing.T) {
 	g := newRig(t)
 	before := g.snapshot()

@@ -15,16 +15,16 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// TestSuite tries this host as every host is tried.
+// TestSuite runs the tests that every host must pass.
 func TestSuite(t *testing.T) {
 	hosttest.Run(t, hosttest.Harness{New: newComputer, Steps: []string{
-		// Of an uplink by router advertisements alone depends StepAcceptRA.
+		// StepAcceptRA is taken only with an uplink by router advertisements.
 		StepLock, StepRepair, StepClosed, StepInterface, StepAddresses, StepAddRoutes, StepTable,
 		StepJournal, StepForwarding, StepRestore, StepRemoveInterface, StepRemoveTable,
 	}})
 }
 
-// newComputer is a world for the suite.
+// newComputer adapts a world to the suite.
 func newComputer(t *testing.T) *hosttest.Computer {
 	w := newWorld(t)
 	w.findForwarding("0")
@@ -85,7 +85,7 @@ func newComputer(t *testing.T) *hosttest.Computer {
 		Blind: func() func() {
 			w.p.filter.sock.Close()
 			w.p.filter.sock = newSilent()
-			return func() {} // the host makes another by itself
+			return func() {} // the host replaces it by itself
 		},
 		Changes: map[string]func() error{
 			"the table is deleted": w.change(func(c *nftables.Conn) { c.DelTable(ourTable()) }),
@@ -103,7 +103,7 @@ func newComputer(t *testing.T) *hosttest.Computer {
 	}
 }
 
-// addElement has another program let a peer route.
+// addElement grants routing to a peer as another program.
 func (w *world) addElement() error {
 	return w.change(func(c *nftables.Conn) {
 		c.SetAddElements(&nftables.Set{Table: ourTable(), Name: "may_lan4", KeyType: nftables.TypeIPAddr},

@@ -37,7 +37,7 @@ func ruleset(t testing.TB, m policy.Mesh, h policy.Host) *policy.Ruleset {
 	return r
 }
 
-// TestText shows the whole ruleset; read testdata/table.nft to learn it.
+// TestText compares the whole ruleset with testdata/table.nft, which is good to read.
 func TestText(t *testing.T) {
 	m := meshOf(grants{ann: mesh.Routing | mesh.LAN, bob: mesh.Incoming})
 	m.DNS, m.ListenPort = true, 51820
@@ -68,7 +68,8 @@ func TestRulesDontGrowWithPeers(t *testing.T) {
 	}
 }
 
-// TestWithoutForwardingNothingIsForwarded looks for rules that must be missing.
+// TestWithoutForwardingNothingIsForwarded checks that the rules for forwarding are
+// missing.
 func TestWithoutForwardingNothingIsForwarded(t *testing.T) {
 	h := someHost()
 	h.Forwarding.IPv6 = false
@@ -83,7 +84,7 @@ func TestWithoutForwardingNothingIsForwarded(t *testing.T) {
 	}
 }
 
-// TestChainsExist follows every jump.
+// TestChainsExist follows every jump and goto.
 func TestChainsExist(t *testing.T) {
 	full := compile(ruleset(t, meshOf(grants{ann: all}), someHost()), params{mtu: testMTU})
 	have, sets := map[string]bool{}, map[string]bool{}
@@ -110,7 +111,7 @@ func TestChainsExist(t *testing.T) {
 	}
 }
 
-// TestWithoutLeavesTheRest takes prefixes out of others.
+// TestWithoutLeavesTheRest subtracts prefixes from others.
 func TestWithoutLeavesTheRest(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		addr := rapid.Custom(func(t *rapid.T) netip.Addr {
@@ -140,12 +141,12 @@ func TestWithoutLeavesTheRest(t *testing.T) {
 	})
 }
 
-// TestRangesHoldWhatThePrefixesHold compares an interval set with the prefixes it
-// was made of, address by address.
+// TestRangesHoldWhatThePrefixesHold compares an interval set with its prefixes, address
+// by address.
 func TestRangesHoldWhatThePrefixesHold(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		addr := rapid.Custom(func(t *rapid.T) netip.Addr {
-			// Few bits that vary, so that prefixes nest, touch and repeat.
+			// Few varying bits, so that prefixes nest, touch and repeat.
 			return netip.AddrFrom4([4]byte{rapid.SampledFrom([]byte{0, 10, 255}).Draw(t, "a"), 0, rapid.Byte().Draw(t, "c") & 3, rapid.Byte().Draw(t, "d") & 0xc3})
 		})
 		prefix := rapid.Custom(func(t *rapid.T) netip.Prefix {

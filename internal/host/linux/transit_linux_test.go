@@ -25,10 +25,10 @@ func withTTL(packet []byte, ttl byte) []byte {
 	return packet
 }
 
-// TestStrangersGetNoAnswer has hosts of the LAN and of the internet send through a
-// host that was found not to forward, with a TTL that ends there, to where there is
-// no route, and back to where they came from. While a peer has lan and routing, the
-// host forwards on those interfaces; it answers no stranger.
+// TestStrangersGetNoAnswer sends packets of hosts of the LAN and the internet through a
+// host that was found not to forward: with a TTL that ends there, to destinations without
+// a route, and back to their senders. While a peer has lan and routing, the host forwards
+// on those interfaces, but doesn't answer them.
 func TestStrangersGetNoAnswer(t *testing.T) {
 	for _, found := range []string{"0", "1"} {
 		t.Run("forwarding found "+found, func(t *testing.T) {
@@ -64,7 +64,7 @@ func TestStrangersGetNoAnswer(t *testing.T) {
 					{netlab.LAN, l, far, 1},
 					{netlab.Uplink, far, l, 1},
 					{netlab.LAN, l, []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8:9::1")}[i], 64},
-					{netlab.LAN, l, l.Next().Next(), 64}, // goes back by the LAN
+					{netlab.LAN, l, l.Next().Next(), 64}, // goes back to the LAN
 				} {
 					n++
 					w.send(s.in, withTTL(netlab.UDPPacket(netip.AddrPortFrom(s.src, 4000), netip.AddrPortFrom(s.dst, 5000), word(n)), s.ttl))
@@ -79,7 +79,7 @@ func TestStrangersGetNoAnswer(t *testing.T) {
 				return
 			}
 			w.settle(nil)
-			// What a host sends to B itself comes in, and a peer is answered.
+			// Packets to B itself are delivered, and a peer gets answers.
 			w.inject(withTTL(netlab.UDPPacket(netip.AddrPortFrom(ann4, 4000), netip.AddrPortFrom(a.I.V4, 5000), word(50)), 1))
 			c := w.socket(netip.AddrPortFrom(a.BLAN.V4, 5000))
 			w.send(netlab.LAN, netlab.UDPPacket(netip.AddrPortFrom(a.L.V4, 4000), netip.AddrPortFrom(a.BLAN.V4, 5000), word(51)))
@@ -117,8 +117,8 @@ func answersFor(p netlab.Packet) bool {
 	return q.IsICMPError() || q.IsRedirect()
 }
 
-// TestBridgedFramesPass has the host be a bridge whose frames its packet filter
-// sees: they are no transit.
+// TestBridgedFramesPass makes the host a bridge whose frames its packet filter sees: they
+// aren't transit.
 func TestBridgedFramesPass(t *testing.T) {
 	w := newWorld(t)
 	w.findForwarding("0")
@@ -153,7 +153,7 @@ link set pub0 master br7`)
 		}
 		w.watches = append(w.watches, watch)
 		arrived := false
-		for try := 0; try < 50 && !arrived; try++ { // a port of a bridge listens at first
+		for try := 0; try < 50 && !arrived; try++ { // a bridge port doesn't forward at first
 			if err := w.pic.L.Do(func() error { return frame(to, payload) }); err != nil {
 				t.Fatal(err)
 			}
@@ -169,7 +169,7 @@ link set pub0 master br7`)
 	}
 }
 
-// frame sends a packet by eth0 to an interface's hardware address.
+// frame sends a packet on eth0 to an interface's hardware address.
 func frame(to netlink.Link, packet []byte) error {
 	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {

@@ -20,16 +20,16 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// TestNoFlowTakesWhatIsSentToTheHost has ann send from the ports that the host's
-// own sockets have, to hosts that these talk with: what those answer, or send first,
-// still reaches the host's sockets, and ann hears nothing of it.
+// TestNoFlowTakesWhatIsSentToTheHost has ann send from the ports of the host's own
+// sockets, to hosts that these talk to. What those hosts answer, or send first, still
+// reaches the host's sockets and not ann.
 func TestNoFlowTakesWhatIsSentToTheHost(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
 	a := netlab.Addresses()
 	n := 0
-	// WireGuard's port, a privileged one, one that is listened on, and a local one.
+	// WireGuard's port, a privileged one, one with a listener, and an ephemeral one.
 	for _, p := range []uint16{51820, 123, 5353, 40000} {
 		for i, host := range a.BUplink.List() {
 			own := netip.AddrPortFrom(host, p)
@@ -52,7 +52,7 @@ func TestNoFlowTakesWhatIsSentToTheHost(t *testing.T) {
 			if got := w.captures(word(n)); !once(got, "host") {
 				t.Errorf("what was sent to the host's port %d came out at %v", p, got)
 			}
-			// The way back of ann's own flow works.
+			// Answers on ann's own flow arrive.
 			n++
 			w.send(netlab.Uplink, netlab.UDPPacket(far, netip.AddrPortFrom(host, got[0].packet.SrcPort), word(n)))
 			w.settle([][]byte{word(n)})
@@ -63,8 +63,8 @@ func TestNoFlowTakesWhatIsSentToTheHost(t *testing.T) {
 	}
 }
 
-// TestPortsAreDrawn sends from one port to many destinations: where a flow leaves
-// from can't be told from where it came.
+// TestPortsAreDrawn sends from one port to many destinations: the port that a flow leaves
+// from tells nothing about its source port.
 func TestPortsAreDrawn(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -81,13 +81,13 @@ func TestPortsAreDrawn(t *testing.T) {
 		}
 		ports[got[0].packet.SrcPort] = true
 	}
-	if len(ports) < 35 { // two may draw the same
+	if len(ports) < 35 { // two may draw the same one
 		t.Errorf("40 flows from port 2000 left from %d ports", len(ports))
 	}
 }
 
-// TestHostKeepsPorts has ann open flows to one server from every port there is: the
-// host itself still reaches that server.
+// TestHostKeepsPorts opens ann's flows to one server from every port: the host itself
+// still reaches that server.
 func TestHostKeepsPorts(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -107,7 +107,7 @@ func TestHostKeepsPorts(t *testing.T) {
 			return err
 		}
 		defer c.Close()
-		for range 20 { // a datagram may be lost among so many
+		for range 20 { // a datagram may get lost among so many
 			if _, err = c.Write([]byte("the host's own")); err != nil {
 				return fmt.Errorf("the host doesn't reach the server any more: %w", err)
 			}
@@ -134,8 +134,8 @@ func TestHostKeepsPorts(t *testing.T) {
 	}
 }
 
-// TestPortsFollowTheHost has a program listen on a port that a flow of ann's has,
-// and then has the host take all ports for itself.
+// TestPortsFollowTheHost has a program listen on a port of one of ann's flows, and then
+// has a setting reserve all ports for the host.
 func TestPortsFollowTheHost(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -203,13 +203,13 @@ func TestPortsFollowTheHost(t *testing.T) {
 	}
 }
 
-// TestBoundPorts binds sockets of every kind: those that an answer could be meant for
-// are listed, by netlink and, where the kernel has none of it, by /proc/net.
+// TestBoundPorts binds sockets of every kind: those that an answer could be meant for are
+// listed, by netlink and, if the kernel lacks the module, from /proc/net.
 func TestBoundPorts(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	var accepted uint16 // the port of a connected socket that listens nowhere
+	var accepted uint16 // port of a connected socket without a listener
 	w.do(func() error {
 		for _, at := range []string{"127.0.0.1:2345", "[::1]:2346"} {
 			l, err := net.Listen("tcp", at)
@@ -260,8 +260,8 @@ func TestBoundPorts(t *testing.T) {
 	})
 }
 
-// TestWireGuardsPortStays takes a port in the range as WireGuard's while no socket has
-// it, as when the tunnel's sockets are being opened again.
+// TestWireGuardsPortStays reserves a port in the range as WireGuard's while no socket has
+// it, as when the tunnel's sockets are being reopened.
 func TestWireGuardsPortStays(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -278,9 +278,9 @@ func TestWireGuardsPortStays(t *testing.T) {
 	}
 }
 
-// TestRunningFlowsKeepTheirPort has a program listen on a port of the range that no
-// flow has, and the range be chosen anew, as after a restart: new flows leave from
-// elsewhere, and one that runs goes on from its port.
+// TestRunningFlowsKeepTheirPort has a program listen on an unused port of the range, and
+// has the range chosen anew, as after a restart: new flows leave from other ports, and a
+// running one keeps its port.
 func TestRunningFlowsKeepTheirPort(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -326,14 +326,14 @@ func TestRunningFlowsKeepTheirPort(t *testing.T) {
 	}
 }
 
-// TestSocketsAmongThePorts has programs take every other port of the range, and leave
-// them again: the range stays, new flows of peers go on when a packet is sent again,
-// none leaves from a socket's port, and the table isn't loaded anew.
+// TestSocketsAmongThePorts binds every other port of the range and releases them again.
+// The range stays, a peer's new flow succeeds with a retransmission, no flow leaves from
+// a socket's port, and the table isn't reloaded.
 func TestSocketsAmongThePorts(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	// A range that is small, so that many flows draw a socket's port.
+	// A small range, so that many flows draw a socket's port.
 	if err := w.pic.B.SetSysctl("net.ipv4.ip_local_reserved_ports", "1024-29999,61000-65535"); err != nil {
 		t.Fatal(err)
 	}
@@ -367,13 +367,13 @@ func TestSocketsAmongThePorts(t *testing.T) {
 		}
 	}
 	look()
-	if problems := w.inspect(r).Problems; len(problems) != 1 || !strings.Contains(problems[0].Message, "of the user with the id 0") {
+	if problems := w.inspect(r).Problems; len(problems) != 1 || !strings.Contains(problems[0].Message, "by the user with the ID 0") {
 		t.Errorf("problems: %v", problems)
 	}
 	n, came := 0, 0
 	far := netip.AddrPortFrom(netlab.Addresses().I.V4, 5000)
 	for from := uint16(3000); from < 3040; from++ {
-		for range 40 { // a packet that drew a socket's port is sent again
+		for range 40 { // a packet that drew a socket's port is retransmitted
 			n++
 			w.inject(netlab.UDPPacket(netip.AddrPortFrom(ann4, from), far, word(n)))
 			w.settle(nil)

@@ -12,8 +12,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// far returns addresses of the internet, of which the uplinks' routers know no more than
-// that they aren't theirs.
+// far returns addresses of the internet that the uplinks' routers only know not to be
+// theirs.
 func far(v4 bool, n int) (out []netip.Addr) {
 	a := netip.MustParseAddr("198.51.100.10")
 	if !v4 {
@@ -26,9 +26,9 @@ func far(v4 bool, n int) (out []netip.Addr) {
 	return out
 }
 
-// reaches has ann send to each address and the first to answer, and says by which
-// uplinks the packets left. Each has to leave, translated to the address that sources has
-// for that uplink, and its answer to come back.
+// reaches sends packets of ann to each address, has the first one answer, and returns the
+// uplinks by which the packets left. Each packet must leave with the source that sources
+// has for its uplink, and its answer must come back.
 func (w *world) reaches(to []netip.Addr, n *int, sources map[string]netip.Addr) (by []string) {
 	w.t.Helper()
 	for _, a := range to {
@@ -61,8 +61,8 @@ func (w *world) reaches(to []netip.Addr, n *int, sources map[string]netip.Addr) 
 	return slices.Compact(by)
 }
 
-// TestEqualUplinks has default routes of equal cost, among which the kernel draws for
-// each flow: peers reach all of the internet.
+// TestEqualUplinks has default routes of equal cost, among which the kernel chooses per
+// flow: peers reach all of the internet.
 func TestEqualUplinks(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -85,16 +85,15 @@ func TestEqualUplinks(t *testing.T) {
 			t.Errorf("24 flows left by %v alone", by)
 		}
 	}
-	// What isn't of equal cost is no uplink.
+	// A route of another cost isn't an uplink.
 	w.ip(b, "route replace default via "+a.W.V4.String()+" dev wan0\nroute add default via 203.0.113.130 dev pub0 metric 50")
 	if h := w.enforce(meshOf(grants{ann: mesh.Routing})).Host(); len(h.Uplinks(own4)) != 1 {
 		t.Errorf("uplinks %v", h.Uplinks(own4))
 	}
 }
 
-// TestSourceOfTheRoute has the default route name the source of the host's packets, which
-// isn't the address that masquerading takes: peers' packets leave with it, and their answers
-// come back.
+// TestSourceOfTheRoute has a default route with a preferred source other than the address
+// that masquerade takes: peers' packets leave with it, and their answers come back.
 func TestSourceOfTheRoute(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -125,8 +124,8 @@ func TestSourceOfTheRoute(t *testing.T) {
 }
 
 // TestFullTunnelsOfOthers has another program take all of the host's traffic by policy
-// rules, as an exit node of Tailscale and wg-quick do: that is the way of peers' packets,
-// too, and their answers come back, or that they don't is named with what mends it.
+// rules, as wg-quick and an exit node of Tailscale do. Peers' packets go the same way.
+// Their answers come back, or the problem is reported with its remedy.
 func TestFullTunnelsOfOthers(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -144,7 +143,7 @@ func TestFullTunnelsOfOthers(t *testing.T) {
 		if named != takes {
 			t.Errorf("%s: that answers leave by another way is named: %v, want %v", about, named, takes)
 		}
-		if takes { // until the rule is there that the answer names
+		if takes { // until the suggested rule is added
 			w.ip(w.pic.B, "rule add to 100.64.0.0/10 lookup main pref 100\n-6 rule add to fd6d:6573:6800::/48 lookup main pref 100")
 			defer w.ip(w.pic.B, "rule del pref 100\n-6 rule del pref 100")
 		}
@@ -155,10 +154,11 @@ func TestFullTunnelsOfOthers(t *testing.T) {
 	tunnel4, tunnel6 := netip.MustParseAddr("203.0.113.129"), netip.MustParseAddr("2001:db8:2::1")
 	for _, tt := range []struct {
 		about, table, rules string
-		// takes says that what is for peers goes there, too.
+		// takes is set if packets for peers go there, too.
 		takes bool
 	}{
-		// net/tsaddr and wgengine/router of Tailscale: its own packets by main, all else by 52.
+		// net/tsaddr and wgengine/router of Tailscale: its own packets by main, all
+		// others by 52.
 		{"an exit node", "52", `rule add pref 5210 fwmark 0x80000/0xff0000 table main
 			rule add pref 5230 fwmark 0x80000/0xff0000 table default
 			rule add pref 5250 fwmark 0x80000/0xff0000 unreachable
@@ -177,7 +177,8 @@ func TestFullTunnelsOfOthers(t *testing.T) {
 	}
 }
 
-// TestWayIsNamed has a policy rule lead peers' packets elsewhere than by the uplink.
+// TestWayIsNamed has a policy rule send peers' packets by another interface than the
+// uplink.
 func TestWayIsNamed(t *testing.T) {
 	g := newRig(t)
 	g.open()

@@ -14,7 +14,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// wayOf asks for the way of a packet.
+// wayOf looks up the way of a packet.
 func (g *rig) wayOf(p host.Packet) host.Way {
 	g.t.Helper()
 	var w host.Way
@@ -25,8 +25,8 @@ func (g *rig) wayOf(p host.Packet) host.Way {
 	return w
 }
 
-// TestWay asks the kernel for the ways of a peer's packets and of the host's own, with
-// routes that lead nowhere and rules by source, port and interface.
+// TestWay looks up the ways of a peer's and the host's packets, with routes that drop
+// packets and policy rules by source, port and interface.
 func TestWay(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -90,7 +90,8 @@ func TestWay(t *testing.T) {
 	}
 }
 
-// TestAnswerOf has a route that leads nowhere be by no interface, whatever it says.
+// TestAnswerOf checks that a route that drops packets has no interface, whatever the
+// message says.
 func TestAnswerOf(t *testing.T) {
 	for kind := range uint8(16) {
 		a := answerOf(nlconn.Route{Kind: kind, OIF: 7, Router: netip.MustParseAddr("192.0.2.1"), Src: netip.MustParseAddr("192.0.2.2")})

@@ -16,10 +16,10 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// shortly is when the contexts of these tests end.
+// shortly is the deadline of these tests' contexts.
 const shortly = 300 * time.Millisecond
 
-// returns fails the test when do needs minutes: a call that hangs would hang for ever.
+// returns fails the test if do takes minutes, instead of hanging with it.
 func returns(t *testing.T, what string, do func()) {
 	t.Helper()
 	done := make(chan struct{})
@@ -31,9 +31,9 @@ func returns(t *testing.T, what string, do func()) {
 	}
 }
 
-// TestStalledStep has each call hang in a step. Its caller is answered when its
-// context ends, and so is the next one; what was begun isn't carried on, and what
-// had passed is closed.
+// TestStalledStep has each call hang in a step. Its caller and the next one get an error
+// when their contexts end; the hanging call isn't continued later, and what it had opened
+// is closed.
 func TestStalledStep(t *testing.T) {
 	w := newWorld(t)
 	w.findForwarding("0")
@@ -60,7 +60,7 @@ func TestStalledStep(t *testing.T) {
 			return ctx, cancel
 		}},
 	} {
-		// The first of them hangs by itself, the others behind it.
+		// The first one hangs by itself, the others wait behind it.
 		for name, call := range w.calls(narrower) {
 			returns(t, name, func() {
 				ctx, cancel := end.of()
@@ -92,7 +92,7 @@ func TestStalledStep(t *testing.T) {
 	}
 }
 
-// stall has a step wait, once.
+// stall makes a step wait, once.
 func (g *rig) stall(step string, release <-chan struct{}) {
 	var once sync.Once
 	announce := g.p.o.Step
@@ -104,7 +104,7 @@ func (g *rig) stall(step string, release <-chan struct{}) {
 	}
 }
 
-// calls are the calls of the contract that can hang, Enforce first.
+// calls are the methods of the contract that can hang, Enforce first.
 func (g *rig) calls(r *policy.Ruleset) func(func(string, func(context.Context) error) bool) {
 	return func(yield func(string, func(context.Context) error) bool) {
 		_ = yield("Enforce", func(ctx context.Context) error { return g.p.Enforce(ctx, r) }) &&
@@ -154,9 +154,8 @@ func (s *silent) SetDeadline(end time.Time) error {
 	return nil
 }
 
-// TestSilentKernel has the kernel not answer at a socket of nftables. The caller is
-// answered when its context ends, without anything left behind; the sockets are
-// made anew.
+// TestSilentKernel has the kernel not answer on a socket for nftables. The caller gets an
+// error when its context ends, nothing is left behind, and the sockets are replaced.
 func TestSilentKernel(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -164,7 +163,7 @@ func TestSilentKernel(t *testing.T) {
 	r := w.enforce(meshOf(grants{ann: all}))
 	for name, call := range w.calls(r) {
 		if name != "Enforce" && name != "Inspect" {
-			continue // they don't ask at this socket
+			continue // they don't use this socket
 		}
 		for _, cancelled := range []bool{false, true} {
 			w.p.filter.sock.Close()
@@ -193,7 +192,8 @@ func TestSilentKernel(t *testing.T) {
 	}
 }
 
-// TestCloseAfterTheEnd closes with a context that has ended: what closes is done.
+// TestCloseAfterTheEnd closes with a context that has ended: everything is closed all the
+// same.
 func TestCloseAfterTheEnd(t *testing.T) {
 	g := newRig(t)
 	before := g.snapshot()
@@ -209,7 +209,7 @@ func TestCloseAfterTheEnd(t *testing.T) {
 	}
 }
 
-// TestFrozenDisk has the journal's disk hang. What narrows doesn't wait for it.
+// TestFrozenDisk has writes of the journal hang. Narrowing doesn't wait for it.
 func TestFrozenDisk(t *testing.T) {
 	g := newRig(t)
 	if err := g.pic.B.SetSysctl("net.ipv4.ip_forward", "0"); err != nil {
@@ -227,7 +227,7 @@ func TestFrozenDisk(t *testing.T) {
 	if now := g.p.forward.now(meshName); now.IPv4 || now.IPv6 {
 		t.Errorf("while the disk is frozen the host still forwards: %+v", now)
 	}
-	// What widens waits, and isn't done.
+	// Widening waits, and doesn't happen.
 	ctx, cancel := context.WithTimeout(context.Background(), shortly)
 	defer cancel()
 	g.p.worker.grace = shortly
@@ -257,7 +257,7 @@ func TestFrozenDisk(t *testing.T) {
 	}
 }
 
-// freeze has a write of the journal begin that doesn't end by itself.
+// freeze starts a write of the journal that doesn't end by itself.
 func freeze(t *testing.T, s *journalWriter) {
 	t.Helper()
 	for range 10000 {
