@@ -6,20 +6,23 @@ import (
 	"strings"
 )
 
-// anchorNode is an anchor with its five lists of rules. Once loaded it stays:
-// the kernel of macOS never frees it. Others live as long as a rule calls them.
+// anchorNode is an anchor with its five lists of rules, the kernel's pf_anchor with its
+// pf_ruleset. An anchor that was ever loaded stays: macOS takes a reference to it for
+// each part of a load and releases only the last (pfioctl_ioc_trans in pf_ioctl.c).
+// Others exist as long as a rule calls them.
 type anchorNode struct {
 	path     string
-	name     string
-	parent   *anchorNode
+	name     string        // last component of path
+	parent   *anchorNode   // nil: the main ruleset
 	children []*anchorNode // in byte order of their names
 	lists    [ruleLists][]*crule
-	loaded   bool
-	calls    int
-	// match is the kernel's note that something matched in here.
-	match bool
+	loaded   bool // at least once
+	calls    int  // rules that call it
+	match    bool // a rule in it matched the packet that is evaluated
 }
 
+// newAnchorNode returns an anchor below parent, nil for the main ruleset, without adding
+// it to the parent's children.
 func newAnchorNode(parent *anchorNode, name string) *anchorNode {
 	a := &anchorNode{parent: parent, name: name, path: name}
 	if parent != nil && parent.path != "" {
@@ -28,7 +31,8 @@ func newAnchorNode(parent *anchorNode, name string) *anchorNode {
 	return a
 }
 
-// child returns the index of a child's name and whether it exists.
+// child returns the index of the child of that name, or the one at which to insert it, and
+// whether it exists.
 func (a *anchorNode) child(name string) (int, bool) {
 	return slices.BinarySearchFunc(a.children, name, func(c *anchorNode, n string) int { return strings.Compare(c.name, n) })
 }
@@ -48,8 +52,8 @@ func (a *anchorNode) find(path string) *anchorNode {
 	return a
 }
 
-// create returns the anchor below a at a relative path and makes what is
-// missing of it.
+// create returns the anchor below a at a relative path. It adds the anchors on the path
+// that don't exist (pf_find_or_create_ruleset in pf_ruleset.c).
 func (a *anchorNode) create(path string) *anchorNode {
 	if path == "" {
 		return a
@@ -64,7 +68,8 @@ func (a *anchorNode) create(path string) *anchorNode {
 	return a
 }
 
-// release forgets an anchor that nothing needs, and those above it.
+// release removes an anchor that nothing needs any more, and likewise those above it
+// (pf_remove_if_empty_ruleset in pf_ruleset.c).
 func (a *anchorNode) release() {
 	for a.parent != nil && !a.loaded && a.calls == 0 && len(a.children) == 0 {
 		up := a.parent
@@ -75,8 +80,8 @@ func (a *anchorNode) release() {
 	}
 }
 
-// anchorCall resolves the anchor that a rule calls, as pf_anchor_setup does:
-// names are relative to the caller unless they begin with a slash.
+// anchorCall resolves the anchor that a rule calls (pf_anchor_setup in pf_ruleset.c).
+// Names are relative to the caller's anchor unless they begin with a slash.
 func (c compiler) anchorCall(out *crule) error {
 	name := out.rule.Anchor
 	path := ""
@@ -108,32 +113,33 @@ func (c compiler) anchorCall(out *crule) error {
 	return nil
 }
 
-// frame is where to go on after an anchor.
+// frame says where to continue after an anchor.
 type frame struct {
 	rules    []*crule
-	at       int
-	caller   *crule
-	children []*anchorNode // of a wildcard call; nil else
-	child    int
+	at       int           // index of caller in rules
+	caller   *crule        // the rule that called the anchor
+	children []*anchorNode // of a wildcard call, else nil
+	child    int           // index of the one being walked
 }
 
-// walker runs through a list of rules and the anchors called from it. It is a
-// port of pf_step_into_anchor and pf_step_out_of_anchor with what they do to
-// quick and to the notes of matches; the kernel too has one for all packets.
+// walker goes through a list of rules and the anchors called from it. It follows
+// pf_step_into_anchor and pf_step_out_of_anchor (pf.c), including their treatment of
+// quick and of recorded matches. Like the kernel's stack it is used for one packet after
+// the other.
 type walker struct {
 	list   ruleList
-	rules  []*crule
-	at     int
-	depth  int
+	rules  []*crule // being walked
+	at     int      // index of the current rule
+	depth  int      // frames in use
 	stack  [maxAnchorDepth]frame
-	steps  int
-	gaveUp bool   // there were more than maxSteps
-	filter bool   // the notes of matches count
+	steps  int    // rules tried
+	gaveUp bool   // after maxSteps
+	filter bool   // list is the filter's, the only one for which matches are recorded
 	match  bool   // a rule matched since the last step into an anchor
-	top    *crule // the main ruleset's anchor rule that led here
+	top    *crule // the anchor rule of the main ruleset through which the current rule was reached
 }
 
-// begin goes to the first rule of a list of the main ruleset.
+// begin moves to the first rule of a list of the main ruleset.
 func (w *walker) begin(m *Machine, l ruleList) {
 	w.list, w.rules, w.at, w.depth = l, m.main.lists[l], 0, 0
 	w.steps, w.match, w.top = 0, false, nil
@@ -156,11 +162,11 @@ func (w *walker) next() *crule {
 	return r
 }
 
-// skip goes on behind the present rule.
+// skip moves past the current rule.
 func (w *walker) skip() { w.at++ }
 
-// miss goes on behind r, the present rule, and those that mismatch for the same
-// reason.
+// miss moves past r, the current rule, and past those behind it that would mismatch in
+// the same field (the kernel's skip steps).
 func (w *walker) miss(r *crule, by mismatch) {
 	if by < skipFields {
 		w.at += int(r.skips[by])
@@ -169,14 +175,14 @@ func (w *walker) miss(r *crule, by mismatch) {
 	}
 }
 
-// stepInto enters the anchor that r, the present rule, calls. That forgets what
-// matched so far: of anchors within an anchor with quick, only a match in or
-// behind the last one makes the quick count.
+// stepInto enters the anchor that r, the current rule, calls. It forgets earlier matches:
+// if an anchor with quick contains anchors, the quick applies only if a rule matched in the
+// last of them or behind it.
 func (w *walker) stepInto(r *crule) {
 	r.call.match = false
 	w.match = false
 	if w.depth == len(w.stack) {
-		// The kernel complains to its log and leaves the call out.
+		// The kernel logs "anchor stack overflow" and skips the call.
 		w.at++
 		return
 	}
@@ -197,8 +203,8 @@ func (w *walker) stepInto(r *crule) {
 	}
 }
 
-// stepOut leaves anchors until there is a rule again, or none. It reports that
-// an anchor rule with quick ends the walk.
+// stepOut leaves anchors until there is a rule to try, or the list ends. It reports whether
+// an anchor rule with quick ends the walk, which it never does for translation rules.
 func (w *walker) stepOut() bool {
 	quick := false
 	for w.at >= len(w.rules) && w.depth > 0 {
@@ -218,12 +224,12 @@ func (w *walker) stepOut() bool {
 	return quick && !w.list.translates()
 }
 
-// nextChild goes to the next child of a wildcard call, if there is one.
+// nextChild moves to the next child of a wildcard call and reports whether there is one.
 func (w *walker) nextChild(f *frame) bool {
 	if f.child >= len(f.children) {
 		return false
 	}
-	// A match in one child is noted at the wildcard's anchor, for its quick.
+	// A match in a child is recorded at the wildcard's anchor, for the quick of the call.
 	if f.children[f.child].match || w.filter && w.match {
 		f.caller.call.match = true
 		w.match = false

@@ -7,18 +7,17 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// RuleCounters are what pf counts for a rule, from the time at which it was loaded.
+// RuleCounters are the counters of a rule since it was loaded.
 type RuleCounters struct {
-	// Evaluations is how many packets were held against the rule. pf doesn't hold
-	// a packet against rules that ask for the same as an earlier one that it
-	// didn't match, and doesn't ask any for a packet of a state. The first filter
-	// rule of an anchor is evaluated for each packet that comes to the anchor
-	// without a state, whatever becomes of it.
+	// Evaluations counts the packets that were compared with the rule. Packets of a state
+	// are compared with none, and pf skips rules with the same criterion as an earlier
+	// one that didn't match. The first filter rule of an anchor is compared with every
+	// packet without a state that reaches the anchor.
 	Evaluations uint64
-	// Packets and Bytes are those about which the rule decided, with all packets of
-	// its states. Bytes count from the IP header on, and no options of TCP.
+	// Packets and Bytes count the packets about which the rule decided, and all packets of
+	// its states. Bytes are counted from the IP header on, without TCP options.
 	Packets, Bytes uint64
-	// States is how many states of the rule there are now.
+	// States is the current number of the rule's states.
 	States uint64
 }
 
@@ -27,24 +26,25 @@ func (c RuleCounters) String() string {
 	return fmt.Sprintf("  [ Evaluations: %-8d  Packets: %-8d  Bytes: %-10d  States: %-6d]", c.Evaluations, c.Packets, c.Bytes, c.States)
 }
 
-// A CountedRule is a rule as pfctl shows it, with its counters. Text has several
-// lines for a nameless inline anchor, whose rules are in it without their own.
+// A CountedRule is a rule as pfctl shows it, with its counters. For a nameless inline
+// anchor, Text also has the lines of its rules, whose counters aren't shown.
 type CountedRule struct {
 	Text string
 	RuleCounters
 }
 
-// CountedRules returns what pfctl -v -sr shows of an anchor, "" being the main
-// ruleset: scrub and filter rules. The error is ErrNoAnchor.
+// CountedRules returns the scrub and filter rules of an anchor, "" being the main
+// ruleset, as pfctl -v -sr shows them. The error is [ErrNoAnchor].
 func (m *PF) CountedRules(anchor string) ([]CountedRule, error) {
 	return m.counted(anchor, scrubList, filterList)
 }
 
-// CountedNat returns what pfctl -v -sn shows: nat, then rdr, then binat rules.
+// CountedNat is CountedRules for pfctl -v -sn: nat, then rdr, then binat rules.
 func (m *PF) CountedNat(anchor string) ([]CountedRule, error) {
 	return m.counted(anchor, natList, rdrList, binatList)
 }
 
+// counted returns the rules of some lists of an anchor with their counters.
 func (m *Machine) counted(anchor string, lists ...ruleList) ([]CountedRule, error) {
 	a := m.main.find(anchor)
 	if a == nil {
@@ -66,14 +66,14 @@ func (r *crule) counters() RuleCounters {
 	return RuleCounters{r.evaluations, r.packets, r.bytes, uint64(r.states)}
 }
 
-// count adds a packet about which the rule decided.
+// count counts a packet about which the rule decided.
 func (r *crule) count(bytes int) {
 	r.packets++
 	r.bytes += uint64(bytes)
 }
 
-// counter is one of the totals of pfctl -s info, PFRES_ of bsd/net/pfvar.h and
-// those of the state table.
+// counter is one of the totals of pfctl -s info: PFRES_*, LCNT_* and FCNT_* of xnu
+// bsd/net/pfvar.h, as far as a Machine counts them.
 type counter uint8
 
 const (
@@ -93,14 +93,14 @@ const (
 	counterMax
 )
 
+// counterNames are pfctl's names of the counters.
 var counterNames = [counterMax]string{"match", "fragment", "normalize", "memory", "ip-option", "proto-cksum",
 	"state-mismatch", "state-insert", "state-limit", "src-limit", "searches", "inserts", "removals"}
 
-// Counters returns the totals since the machine was made, by the names that pfctl
-// -s info has for them: match is how many packets filter rules were asked about,
-// searches, inserts and removals are those of the state table, and the rest are
-// reasons for which packets were dropped. Those that are never counted here are
-// missing.
+// Counters returns the totals since the machine was made, by their names in pfctl -s
+// info: match counts the packets that filter rules judged, searches, inserts and removals
+// are those of the state table, and the others count packets dropped for that reason.
+// Counters that a machine never increments are missing.
 func (m *PF) Counters() map[string]uint64 {
 	out := make(map[string]uint64, counterMax)
 	for i, name := range counterNames {
@@ -109,7 +109,7 @@ func (m *PF) Counters() map[string]uint64 {
 	return out
 }
 
-// size is the packet's length from the IP header on.
+// size returns the packet's length in bytes from the IP header on.
 func (p *Packet) size() int {
 	n := ipv6Header
 	if p.Src.Is4() {
@@ -131,8 +131,8 @@ func (p *Packet) size() int {
 	return n + int(p.Len)
 }
 
-// account counts a packet for those that decided about it, when it passed or a
-// rule blocked it (the end of pf_test).
+// account counts a packet that passed, or that a rule blocked, for the rules that
+// decided about it (the end of pf_test). A packet dropped otherwise counts for none.
 func (e *evaluation) account() {
 	if e.verdict != VerdictPass && !e.rule.block {
 		return
@@ -147,9 +147,10 @@ func (e *evaluation) account() {
 	}
 }
 
-// mismatch is the first thing of a rule that a packet doesn't have, in the order in
-// which pf compares. Those up to skipFields pf looks for in the rules that follow,
-// too: it goes on with the first that asks for something else (skip steps).
+// mismatch is the first criterion of a rule that a packet doesn't meet, in the order in
+// which pf compares them. Those below skipFields are PF_SKIP_* of xnu bsd/net/pfvar.h:
+// after such a mismatch pf continues with the next rule in which that criterion differs.
+// This makes a long list of similar rules fast, and shows in the count of evaluations.
 type mismatch uint8
 
 const (
@@ -166,8 +167,8 @@ const (
 	matched
 )
 
-// setSkips works out for each rule of a list how many to go on by when one of its
-// fields doesn't match (pf_calc_skip_steps).
+// setSkips computes, for each rule of a list and each criterion, how many rules to advance
+// if that criterion isn't met (pf_calc_skip_steps).
 func setSkips(rules []*crule) {
 	for i := len(rules) - 1; i >= 0; i-- {
 		r := rules[i]
@@ -180,7 +181,7 @@ func setSkips(rules []*crule) {
 	}
 }
 
-// sameField says whether the rule after a asks for the same.
+// sameField reports whether two rules have the same criterion f.
 func sameField(f mismatch, a, b *crule) bool {
 	switch f {
 	case skipInterface:
@@ -204,11 +205,12 @@ func sameField(f mismatch, a, b *crule) bool {
 	return a.to.port == b.to.port
 }
 
-// portless is true for the protocols that have something else in a port's place.
+// portless reports whether the rule is for a protocol that has something else in place of
+// ports: the kernel keeps a call id or an SPI there.
 func (r *crule) portless() bool { return r.proto == protoGRE || r.proto == protoESP }
 
-// same is false for addresses that the kernel holds for different
-// (pf_addr_wrap_neq), even if they mean the same.
+// same reports whether the kernel considers two addresses equal (pf_addr_wrap_neq). It may
+// consider addresses different that match the same packets.
 func (c *caddr) same(o *caddr) bool {
 	switch {
 	case c.not != o.not:
@@ -224,6 +226,8 @@ func (c *caddr) same(o *caddr) bool {
 	return c.table == o.table && c.prefix == o.prefix && c.last == o.last
 }
 
+// isAny reports whether the address matches all: the kernel holds any as a network of
+// length 0.
 func (c *caddr) isAny() bool {
 	return c.kind == pfconf.AddrAny || c.kind == pfconf.AddrPrefix && c.prefix.Bits() == 0
 }

@@ -6,43 +6,43 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// noTag is a tag that no rule has set yet; foreignTag one that no rule knows.
+// Numbers of tags with a meaning of their own; those of rules are positive, 0 is none.
 const (
-	noTag      = -1
-	foreignTag = -2
+	noTag      = -1 // no rule has set a tag in this evaluation
+	foreignTag = -2 // the packet has a tag that no rule names
 )
 
-// evaluation is one packet at one hook: the kernel's pf_pdesc and the locals of
-// pf_test.
+// evaluation is one packet at one hook: the kernel's pf_pdesc and the local variables of
+// pf_test and the functions that it calls.
 type evaluation struct {
 	m      *Machine
-	p      Packet // as it is now
+	p      Packet // with what pf has changed so far
 	on     *kif
 	dir    pfconf.Direction
 	family pfconf.Family
-	tag    int // on the packet
-	// sport and dport are what translation calls ports: also an ICMP
-	// identifier, in both, or an ESP SPI, in dport.
+	tag    int // of the packet
+	// sport and dport are the numbers that translation treats as ports: those of TCP and
+	// UDP, an ICMP identifier (in both), or an ESP SPI (in dport).
 	sport, dport uint32
 
-	reassembled bool // a scrub rule reassembles fragments
-	bytes       int  // of the datagram that was put together here
-	rewritten   bool // by a translation, before the rules
-	normTCP     bool // a scrub rule normalises TCP
+	reassembled bool // the matching scrub rule reassembles fragments
+	bytes       int  // of the datagram that was reassembled here
+	rewritten   bool // by a translation rule
+	normTCP     bool // the matching scrub rule has reassemble tcp
 
 	rule       *crule // that decides
-	anchor     *crule // the main ruleset's anchor rule over it
-	translated *crule
-	state      *state
-	created    bool
+	anchor     *crule // the main ruleset's anchor rule through which rule was reached
+	translated *crule // the translation rule; nil: none
+	state      *state // made by the packet, or to which it belongs
+	created    bool   // state is new
 	verdict    Verdict
-	// dropped is what dropped the packet if no rule did; DecidedByRule else.
+	// dropped is the reason for a drop that no rule decided, otherwise DecidedByRule.
 	dropped Decider
 }
 
-// Forward judges a packet that comes in on one interface and, if that passes,
-// leaves as it then is on another, which may be the same. An interface that
-// doesn't exist drops it.
+// Forward judges a packet that arrives on one interface and, if it passes there, leaves
+// with the changes made so far on another, which may be the same. On an interface that
+// doesn't exist it is dropped.
 func (m *Machine) Forward(p Packet, in, out string) Judgement {
 	var j Judgement
 	m.hook(&j.In, &p, in, pfconf.In)
@@ -54,7 +54,7 @@ func (m *Machine) Forward(p Packet, in, out string) Judgement {
 	return j
 }
 
-// Receive judges a packet for the host itself.
+// Receive judges a packet that arrives for the host itself.
 func (m *Machine) Receive(p Packet, in string) Judgement {
 	var j Judgement
 	m.hook(&j.In, &p, in, pfconf.In)
@@ -62,7 +62,7 @@ func (m *Machine) Receive(p Packet, in string) Judgement {
 	return j
 }
 
-// Send judges a packet of the host itself.
+// Send judges a packet that the host itself sends.
 func (m *Machine) Send(p Packet, out string) Judgement {
 	var j Judgement
 	m.hook(&j.Out, &p, out, pfconf.Out)
@@ -95,19 +95,19 @@ func (m *Machine) hook(h *Hook, p *Packet, name string, dir pfconf.Direction) {
 	e.report(h)
 }
 
-// setTag finds the number of the packet's tag.
+// setTag sets e.tag to the number of the packet's tag.
 func (e *evaluation) setTag(name string) {
 	if e.tag = e.m.tags[name]; e.tag == 0 && name != "" {
 		e.tag = foreignTag
 	}
 }
 
-// sane says whether a packet can be what an IP header holds.
+// sane reports whether the packet's addresses can be those of an IP header.
 func sane(p *Packet) bool {
 	return p.Src.IsValid() && p.Dst.IsValid() && p.Src.BitLen() == p.Dst.BitLen() && !p.Src.Is4In6() && !p.Dst.Is4In6()
 }
 
-// report writes down what the evaluation found.
+// report fills in h with the result of the evaluation.
 func (e *evaluation) report(h *Hook) {
 	h.Verdict, h.Reassembled = e.verdict, e.bytes
 	switch {
@@ -138,11 +138,14 @@ func (e *evaluation) report(h *Hook) {
 	h.Packet = e.p
 }
 
-// drop ends the evaluation for another reason than a rule.
+// drop drops the packet for another reason than a rule.
 func (e *evaluation) drop(by Decider) {
 	e.verdict, e.dropped = VerdictDrop, by
 }
 
+// run evaluates the packet (pf_test and pf_test6): normalise, find its state or else
+// judge it by the rules, check IP options, count. A packet with options that aren't
+// allowed is dropped at the end, so the state that it made stays.
 func (e *evaluation) run() {
 	switch {
 	case !e.normalize() || !e.p.Fragment && !e.formed():
@@ -165,7 +168,8 @@ func (e *evaluation) run() {
 	e.account()
 }
 
-// formed says whether a packet that is whole can be.
+// formed reports whether a packet that is no fragment is well formed: pf drops TCP and UDP
+// with port 0, and TCP whose flags scrub refuses.
 func (e *evaluation) formed() bool {
 	switch e.p.Proto {
 	case pfconf.ProtoTCP:
@@ -176,11 +180,13 @@ func (e *evaluation) formed() bool {
 	return true
 }
 
+// optionsAllowed reports whether the packet may have IP options: the rule that decided, or
+// the one that made its state, has allow-opts. The default rule doesn't.
 func (e *evaluation) optionsAllowed() bool {
 	return e.state != nil && e.state.allowOpts || e.rule.allowOpts
 }
 
-// judge asks the states, then the rules.
+// judge looks for the packet's state and, if there is none, judges it by the rules.
 func (e *evaluation) judge() {
 	e.setPorts()
 	if pass := e.testState(); pass {
@@ -192,7 +198,7 @@ func (e *evaluation) judge() {
 	}
 }
 
-// setPorts finds what the rest calls ports.
+// setPorts sets e.sport and e.dport by the packet's protocol.
 func (e *evaluation) setPorts() {
 	e.sport, e.dport = 0, 0
 	switch {
@@ -206,12 +212,14 @@ func (e *evaluation) setPorts() {
 	}
 }
 
-// isICMP says whether the packet is ICMP of its own family.
+// isICMP reports whether the packet is ICMP over IPv4 or ICMPv6 over IPv6.
 func (e *evaluation) isICMP() bool {
 	return e.p.Proto == pfconf.ProtoICMP && e.family == pfconf.Inet || e.p.Proto == pfconf.ProtoICMPv6 && e.family == pfconf.Inet6
 }
 
-// isICMPError says whether it is an ICMP message about another packet.
+// isICMPError reports whether the packet is an ICMP message about another packet
+// (pf_icmp_mapping in pf.c): unreachable, source quench, redirect, time exceeded and
+// parameter problem, or an ICMPv6 type of 1 to 4.
 func (e *evaluation) isICMPError() bool {
 	if !e.isICMP() {
 		return false
@@ -224,8 +232,8 @@ func (e *evaluation) isICMPError() bool {
 	}
 }
 
-// scopeMismatch compares what each kind of rule has: interface, direction,
-// family, protocol.
+// scopeMismatch compares the criteria that each kind of rule has: interface, direction,
+// family and protocol.
 func (e *evaluation) scopeMismatch(r *crule) mismatch {
 	switch {
 	case r.kif != nil && (r.kif == e.on) == r.ifNot:
@@ -240,8 +248,9 @@ func (e *evaluation) scopeMismatch(r *crule) mismatch {
 	return matched
 }
 
-// tagMatches compares the tag that a rule asks for with that of the packet, or
-// with what an earlier rule has set.
+// tagMatches reports whether the packet has the tag that a rule requires. tag is the one
+// that an earlier rule of this evaluation has set, which counts instead of the packet's,
+// or noTag (pf_match_tag).
 func (e *evaluation) tagMatches(r *crule, tag int) bool {
 	if tag == noTag {
 		tag = e.tag
@@ -249,8 +258,8 @@ func (e *evaluation) tagMatches(r *crule, tag int) bool {
 	return (r.tagged == tag) != r.notTagged
 }
 
-// filterMismatch says by what a filter rule, or the call of an anchor, isn't for
-// the packet as translated.
+// filterMismatch returns the first criterion of a filter rule, or of the call of an
+// anchor, that the translated packet doesn't meet.
 func (e *evaluation) filterMismatch(r *crule, tag int) mismatch {
 	p := &e.p
 	if by := e.scopeMismatch(r); by != matched {
@@ -281,28 +290,29 @@ func (e *evaluation) filterMismatch(r *crule, tag int) mismatch {
 }
 
 // fragmentMismatch is filterMismatch for a fragment, whose ports and flags aren't
-// known: rules that ask for them don't match.
+// known: rules that compare them don't match. So pass, which compares flags by default,
+// matches no fragment of TCP.
 func (e *evaluation) fragmentMismatch(r *crule, tag int) mismatch {
 	p := &e.p
 	if by := e.scopeMismatch(r); by != matched {
 		return by
 	}
 	ports := !r.from.port.any || !r.to.port.any
-	asks := false
+	unknown := false // the rule compares what a fragment doesn't show
 	switch p.Proto {
 	case pfconf.ProtoUDP:
-		asks = ports
+		unknown = ports
 	case pfconf.ProtoTCP:
-		asks = ports || r.flagMask != 0
+		unknown = ports || r.flagMask != 0
 	case pfconf.ProtoICMP, pfconf.ProtoICMPv6:
-		asks = r.icmpType != 0 || r.icmpCode != 0
+		unknown = r.icmpType != 0 || r.icmpCode != 0
 	}
 	switch {
 	case !r.from.addr.matches(e.m, p.Src):
 		return skipSource
 	case !r.to.addr.matches(e.m, p.Dst):
 		return skipDestination
-	case r.tos != 0 && r.tos&p.TOS == 0, r.noOS, asks,
+	case r.tos != 0 && r.tos&p.TOS == 0, r.noOS, unknown,
 		r.prob != 0 && e.m.rand.Float64() >= r.prob,
 		r.tagged != 0 && !e.tagMatches(r, tag):
 		return mismatchOther
@@ -310,9 +320,9 @@ func (e *evaluation) fragmentMismatch(r *crule, tag int) mismatch {
 	return matched
 }
 
-// filter runs through the filter rules and leaves the last that matches in
-// e.rule. It returns the tag that they put on the packet; on a fragment they
-// put none.
+// filter evaluates the filter rules and sets e.rule to the last that matches, or the
+// first with quick. It returns the tag that matching rules set, which on a fragment they
+// don't.
 func (e *evaluation) filter(tag int) int {
 	w := &e.m.walk
 	w.begin(e.m, filterList)
@@ -344,8 +354,8 @@ func (e *evaluation) filter(tag int) int {
 	return tag
 }
 
-// testFragment is pf_test_fragment: no translation, no state, no tags, and a
-// blocked fragment is never answered.
+// testFragment judges a fragment that isn't reassembled (pf_test_fragment): without
+// translation, state or tags, and without an answer if it is blocked.
 func (e *evaluation) testFragment() {
 	e.filter(noTag)
 	e.m.totals[countMatch]++
@@ -354,7 +364,8 @@ func (e *evaluation) testFragment() {
 	}
 }
 
-// testRules is pf_test_rule: translate, filter, make a state.
+// testRules judges a packet without a state (pf_test_rule): translate, filter, make a
+// state.
 func (e *evaluation) testRules() {
 	before, sport, dport := e.p, e.sport, e.dport
 	t, translated := e.findTranslation()
@@ -381,8 +392,8 @@ func (e *evaluation) testRules() {
 	if tag > 0 {
 		e.tag = tag
 	}
-	// An error makes no state. A translation does whatever the rules say: the
-	// answers have to find their way back.
+	// An ICMP error makes no state. A translated packet always does, whatever the rules
+	// say, since answers need it to be translated back.
 	if e.isICMPError() || e.rule.keep == pfconf.StateDefault && !translated && !e.normTCP {
 		return
 	}
@@ -399,15 +410,15 @@ func (e *evaluation) testRules() {
 	}
 }
 
-// answer is what a block rule does with the packet.
+// answer returns the verdict on a packet that e.rule blocks.
 func (e *evaluation) answer() Verdict {
 	r, p := e.rule, &e.p
 	switch {
-	// A reset isn't reset, but block return has a second answer for it.
+	// No reset answers a reset; block return then sends an unreachable.
 	case p.Proto == pfconf.ProtoTCP && r.returnReset && p.Flags&pfconf.FlagRST == 0:
-		// For the log the translated header was written into the packet, but the
-		// checksum is only right at the end: the kernel doesn't answer what it
-		// takes for damaged.
+		// To log a packet the kernel writes the translated header into it, without the
+		// checksum, which follows at the end. pf then takes the segment for damaged and
+		// sends no reset.
 		if e.rewritten && (r.log || e.translated.log) {
 			e.m.totals[countChecksum]++
 			return VerdictDrop
@@ -419,8 +430,8 @@ func (e *evaluation) answer() Verdict {
 	return VerdictDrop
 }
 
-// apply rewrites the packet as a translation says. When an rdr rule gives an
-// answer its old source, the kernel writes the port into the destination too.
+// apply translates the packet. When an rdr rule restores the source of an answer, the
+// kernel also writes the port into the destination.
 func (e *evaluation) apply(t *translation) {
 	p := &e.p
 	srcChanged, dstChanged := p.Src != t.src, p.Dst != t.dst
@@ -445,12 +456,12 @@ func (e *evaluation) apply(t *translation) {
 	p.Src, p.Dst = t.src, t.dst
 }
 
-// stateSide is both ends of a flow on one side of a translation.
+// stateSide has both ends of a flow as they are on one side of a translation.
 type stateSide struct{ src, dst stateHost }
 
-// makeState adds the state of a packet that a rule or a translation lets keep
-// one. before is the packet untranslated, port what translation chose. It
-// reports whether there was room and no collision.
+// makeState adds a state for the packet. before has its ends before translation and port
+// is the one that translation chose. It reports whether it could: false if a limit is
+// reached or the new state collides with another, and then the packet is dropped.
 func (e *evaluation) makeState(before stateSide, port uint32, tag int) bool {
 	m, r := e.m, e.rule
 	if e.translated != nil && e.p.Proto == protoESP && e.dir == pfconf.Out && e.espBlocked(before.src.addr) {
@@ -490,7 +501,7 @@ func (e *evaluation) makeState(before stateSide, port uint32, tag int) bool {
 		return false
 	}
 	m.totals[countInserts]++
-	// The rules stay as long as their states, even when they are unloaded.
+	// The rules exist as long as their states, even when they are unloaded.
 	for _, r := range [...]*crule{s.rule, s.nat, s.anchor} {
 		if r != nil {
 			r.states++
@@ -500,16 +511,17 @@ func (e *evaluation) makeState(before stateSide, port uint32, tag int) bool {
 	return true
 }
 
-// espBlocked reports a half-open ESP state to the same outside ends from
-// another inner host: only one may wait for the other side's SPI.
+// espBlocked reports whether another inner host has a half-open ESP state with the same
+// outside addresses. Only one may wait for the remote side's SPI, since the first answer
+// could belong to either.
 func (e *evaluation) espBlocked(inner netip.Addr) bool {
 	k := outsideKey(protoESP, filterUnset, stateHost{addr: e.p.Src}, stateHost{addr: e.p.Dst})
 	s := e.m.states.find(k, pfconf.In, e.on)
 	return s != nil && s.key.lan.addr != inner
 }
 
-// newKey builds the key of a new state from the packet as it was and as it is.
-// The kernel files ICMPv6 under ICMP.
+// newKey returns the key of a new state, from the packet's ends before and after
+// translation. The kernel stores ICMPv6 states as ICMP.
 func (e *evaluation) newKey(before stateSide, port uint32) *stateKey {
 	k := &stateKey{proto: e.p.Proto, dir: e.dir}
 	after := stateSide{stateHost{e.p.Src, e.sport}, stateHost{e.p.Dst, e.dport}}

@@ -7,59 +7,61 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// Bounds of reassembly: the default of set limit frags (PFFRAG_FRENT_HIWAT), and
-// what a packet can hold.
+// Limits of reassembly.
 const (
+	// defaultFragmentLimit is the default of set limit frags, the number of fragments kept
+	// (PFFRAG_FRENT_HIWAT of xnu bsd/net/pfvar.h).
 	defaultFragmentLimit = 5000
-	maxDatagram          = 65535
+	// maxDatagram is the length in bytes that the header of an IP packet can express.
+	maxDatagram = 65535
 )
 
 // Lengths of headers in bytes.
 const (
 	ipv4Header     = 20
-	ipv4Option     = 4 // Router Alert, the only one that a Packet can stand for
+	ipv4Option     = 4 // Router Alert, the only one that Packet.Options can stand for
 	ipv6Header     = 40
 	fragmentHeader = 8
 	tcpHeader      = 20
 	udpHeader      = 8 // also of ICMP and ICMPv6
 )
 
-// fragmentKey is by what pieces of one datagram are found. Neither interface nor
-// direction counts.
+// fragmentKey identifies the datagram to which a fragment belongs. As in the kernel it has
+// neither interface nor direction.
 type fragmentKey struct {
 	src, dst netip.Addr
 	proto    pfconf.Proto
 	id       uint32
 }
 
-// datagram is one that is being put together, the kernel's pf_fragment.
+// datagram is a datagram that is being reassembled, the kernel's pf_fragment.
 type datagram struct {
 	key      fragmentKey
-	created  int64 // second of the first piece
-	pieces   []piece
-	seenLast bool
-	end      int // the highest end of a piece
+	created  int64   // second at which the first piece arrived
+	pieces   []piece // in order of their offsets
+	seenLast bool    // the piece without more fragments has arrived
+	end      int     // highest end of a piece, in bytes
 }
 
-// piece is a fragment that waits, the kernel's pf_frent. Its offset and length are
-// kept as the kernel keeps them, with its mistakes in cutting overlaps.
+// piece is a fragment that waits for others, the kernel's pf_frent. Its offset and length
+// are those that the kernel stores, including its mistakes in trimming overlaps.
 type piece struct {
 	packet Packet
 	off    int // bytes
 	length int // bytes behind the IP header
 }
 
-// reassembly is what becomes of a fragment that scrub takes.
+// reassembly is the outcome for a fragment that scrub reassembles.
 type reassembly uint8
 
 const (
-	reassemblyWaits reassembly = iota // or the piece was nothing new
-	reassemblyBad
-	reassemblyDone
+	reassemblyWaits reassembly = iota // for others; also a piece that adds nothing
+	reassemblyBad                     // the fragment is malformed
+	reassemblyDone                    // the datagram is complete
 )
 
-// reassemble adds a fragment to its datagram. When that is complete, e.p is the
-// whole. All of it is from bsd/net/pf_norm.c.
+// reassemble adds a fragment to its datagram. If that completes it, e.p becomes the whole
+// datagram. It follows pf_reassemble and pf_reassemble6 of xnu bsd/net/pf_norm.c.
 func (e *evaluation) reassemble() reassembly {
 	m, p := e.m, &e.p
 	off, length := int(p.FragmentOffset), int(p.FragmentLen)
@@ -67,8 +69,8 @@ func (e *evaluation) reassemble() reassembly {
 	d := m.fragments[key]
 	if e.family == pfconf.Inet && p.MoreFragments && length%8 != 0 || off+length > maxDatagram ||
 		e.family == pfconf.Inet6 && off+length < ipv6Header {
-		// Of IPv6 the kernel subtracts a header too much here, and takes what is
-		// below zero for too long.
+		// For IPv6 the kernel subtracts a header too many here; a result below zero wraps
+		// around and is refused as too long.
 		return reassemblyBad
 	}
 	if d != nil && d.seenLast && off+length > d.end {
@@ -111,7 +113,8 @@ func (e *evaluation) reassemble() reassembly {
 	return reassemblyDone
 }
 
-// takeWhole goes on with the datagram, whose header is that of its first piece.
+// takeWhole replaces the fragment by the whole datagram, whose header is that of its first
+// piece p and whose payload has total bytes.
 func (e *evaluation) takeWhole(p Packet, total int) {
 	p.Fragment, p.MoreFragments, p.FragmentID, p.FragmentOffset, p.FragmentLen = false, false, 0, 0, 0
 	header := 0
@@ -126,8 +129,9 @@ func (e *evaluation) takeWhole(p Packet, total int) {
 	e.setTag(p.Tag)
 }
 
-// add4 inserts a piece of an IPv4 datagram. It is false for one that is nothing
-// new.
+// add4 inserts a piece of an IPv4 datagram, trims overlaps and reports whether the piece
+// added anything. A piece that overlaps the end of an earlier one gets a wrong length, so
+// the datagram never becomes complete; overlapping the beginning of a later one is fine.
 func (d *datagram) add4(p piece) bool {
 	at, _ := slices.BinarySearchFunc(d.pieces, p.off+1, func(q piece, off int) int { return q.off - off })
 	kept := p.length
@@ -139,7 +143,8 @@ func (d *datagram) add4(p piece) bool {
 			}
 			p.off += cut / 8 * 8
 			p.length -= cut
-			// The length in a header counts the header, which the kernel forgets.
+			// The kernel stores the length field of the IP header, and forgets here that it
+			// includes the header.
 			kept = p.length - p.header()
 		}
 	}
@@ -159,7 +164,7 @@ func (d *datagram) add4(p piece) bool {
 	return true
 }
 
-// header is the length of the piece's IPv4 header.
+// header returns the length of the piece's IPv4 header in bytes.
 func (p *piece) header() int {
 	if p.packet.Options {
 		return ipv4Header + ipv4Option
@@ -167,13 +172,14 @@ func (p *piece) header() int {
 	return ipv4Header
 }
 
-// add6 inserts a piece of an IPv6 datagram. The kernel mixes up lengths with and
-// without headers, so that only pieces in order, each as it should be, are put
-// together right.
+// add6 inserts a piece of an IPv6 datagram and reports whether the piece added anything.
+// The kernel confuses lengths with and without headers, so only pieces that arrive in
+// order, without duplicates or overlaps, are reassembled.
 func (d *datagram) add6(p piece) bool {
 	at, _ := slices.BinarySearchFunc(d.pieces, p.off+1, func(q piece, off int) int { return q.off&^7 - off })
-	// plen is the length in the IPv6 header, which counts the fragment header. The
-	// field of the offset has the flag for more fragments in its lowest bit.
+	// plen is the payload length in the IPv6 header, which includes the fragment header.
+	// The lowest bit of the offset's field is the flag for more fragments (RFC 8200,
+	// section 4.5), which the kernel doesn't mask.
 	plen := p.length + fragmentHeader
 	if p.packet.MoreFragments {
 		p.off |= 1
@@ -184,8 +190,8 @@ func (d *datagram) add6(p piece) bool {
 			if cut >= plen {
 				return false
 			}
-			// The offset is counted in eights in IPv4's header only: here the
-			// low bits are others, and few bytes don't move the piece at all.
+			// The kernel shifts as for IPv4, whose header counts offsets in units of 8.
+			// Here the field's low bits are flags, so a few bytes don't move the piece.
 			p.off += cut >> 3
 			plen -= cut
 		}
@@ -205,7 +211,8 @@ func (d *datagram) add6(p piece) bool {
 	return true
 }
 
-// complete returns the length of the datagram if all of it is there.
+// complete returns the length of the datagram's payload in bytes, and whether all of its
+// pieces have arrived.
 func (d *datagram) complete() (int, bool) {
 	if !d.seenLast {
 		return 0, false
@@ -220,13 +227,14 @@ func (d *datagram) complete() (int, bool) {
 	return total, total >= d.end
 }
 
-// dropDatagram forgets a datagram with its pieces.
+// dropDatagram removes a datagram with its pieces.
 func (m *Machine) dropDatagram(d *datagram) {
 	m.pieces -= len(d.pieces)
 	delete(m.fragments, d.key)
 }
 
-// purgeFragments forgets datagrams of which pieces have been missing for long.
+// purgeFragments removes datagrams that weren't complete within the timeout frag of their
+// first piece (pf_purge_expired_fragments).
 func (m *Machine) purgeFragments() {
 	for _, d := range m.fragments {
 		if d.created+int64(m.timeouts[fragTimeout]) <= m.seconds() {

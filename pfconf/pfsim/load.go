@@ -8,10 +8,10 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// LoadMain makes r the main ruleset, as pfctl -f does: rules, tables and the
-// options, which start from their defaults each time. It is one transaction: on
-// an error everything stays as it was. Anchors that were loaded apart and states
-// stay in any case. load anchor lines are for the caller to follow.
+// LoadMain makes r the main ruleset, as pfctl -f does: rules, tables, and options, which
+// start from their defaults with each load. It is one transaction: on an error nothing
+// changes. States and anchors that were loaded separately stay. It doesn't follow load
+// anchor lines; the caller can.
 func (m *Machine) LoadMain(r *pfconf.Ruleset) error {
 	if err := m.load("", r); err != nil {
 		return fmt.Errorf("load main ruleset: %w", err)
@@ -20,9 +20,9 @@ func (m *Machine) LoadMain(r *pfconf.Ruleset) error {
 }
 
 // LoadAnchor replaces the rules of one anchor, as pfctl -a path -f does, and
-// defines its tables; tables that r doesn't name stay while they are persistent
-// or used. It is one transaction like [Machine.LoadMain]. Options in r have no
-// effect. An anchor that no rule calls is kept and never evaluated.
+// defines its tables. Tables that r doesn't define stay while they are persistent
+// or used. It is one transaction, as [Machine.LoadMain]. Options in r have no
+// effect. An anchor that no rule calls is loaded but never evaluated.
 func (m *Machine) LoadAnchor(path string, r *pfconf.Ruleset) error {
 	if err := checkAnchorPath(path); err != nil {
 		return fmt.Errorf("load anchor: %w", err)
@@ -33,6 +33,7 @@ func (m *Machine) LoadAnchor(path string, r *pfconf.Ruleset) error {
 	return nil
 }
 
+// load expands a ruleset by the machine's interfaces and puts it in force.
 func (m *Machine) load(path string, r *pfconf.Ruleset) error {
 	l, err := r.Expand(path, m.Interfaces())
 	if err != nil {
@@ -41,14 +42,15 @@ func (m *Machine) load(path string, r *pfconf.Ruleset) error {
 	return m.install(path, l)
 }
 
-// transaction is a load that isn't in force yet.
+// transaction is a load that isn't in force yet (DIOCXBEGIN to DIOCXCOMMIT in
+// pf_ioctl.c).
 type transaction struct {
 	m      *Machine
 	parts  []loadPart
 	tables int // entries that it defines
 }
 
-// loadPart is what becomes of one anchor.
+// loadPart is the part of a transaction for one anchor.
 type loadPart struct {
 	path  string
 	def   *pfconf.Loaded
@@ -79,7 +81,8 @@ func (m *Machine) install(path string, l *pfconf.Loaded) error {
 	return nil
 }
 
-// prepare compiles one anchor's part, which references its tables.
+// prepare compiles the part for one anchor. Its rules take references to tables and
+// anchors, which abandon gives back.
 func (t *transaction) prepare(path string, l *pfconf.Loaded) error {
 	t.parts = append(t.parts, loadPart{path: path, def: l})
 	part := &t.parts[len(t.parts)-1]
@@ -101,7 +104,7 @@ func (t *transaction) prepare(path string, l *pfconf.Loaded) error {
 	return t.checkTables(l)
 }
 
-// checkTables holds the tables that are defined against the kernel's limits.
+// checkTables checks the tables that a part defines against the kernel's limits.
 func (t *transaction) checkTables(l *pfconf.Loaded) error {
 	made := 0
 	for _, def := range l.Declared {
@@ -118,7 +121,7 @@ func (t *transaction) checkTables(l *pfconf.Loaded) error {
 	return nil
 }
 
-// abandon gives back what the prepared rules reference.
+// abandon releases the references of the prepared rules.
 func (t *transaction) abandon() {
 	for _, p := range t.parts {
 		for _, l := range p.lists {
@@ -129,8 +132,8 @@ func (t *transaction) abandon() {
 
 // commit swaps the rules in and then the tables, in the kernel's order.
 func (t *transaction) commit() {
-	// Tables are defined before old rules go, so that those that are still used
-	// are never without a reference. Their contents come after.
+	// Tables are defined before the old rules are removed, so that a table that old and
+	// new rules use is never without a reference. Their contents change after that.
 	for _, p := range t.parts {
 		for _, def := range p.def.Declared {
 			t.m.defineTable(p.path, def)
@@ -148,8 +151,8 @@ func (t *transaction) commit() {
 	}
 }
 
-// unload is what happens to rules that are no longer in force: those with
-// states live on for them.
+// unload marks rules as no longer in force and releases those without states. The others
+// exist until their last state ends.
 func (m *Machine) unload(rules []*crule) {
 	for _, r := range rules {
 		r.loaded = false
@@ -157,7 +160,8 @@ func (m *Machine) unload(rules []*crule) {
 	}
 }
 
-// setSkip is set skip: of the interfaces that exist now, by their whole names.
+// setSkip applies set skip. It matches whole names of interfaces that exist now (pfi_skip_if
+// in pf_if.c); one that appears later isn't skipped.
 func (m *Machine) setSkip(opts []*pfconf.Option) {
 	// pfctl clears the flags at each load of the main ruleset.
 	for _, k := range m.kifs {
@@ -183,13 +187,13 @@ func (m *PF) FlushRules(anchor string) { m.flushLists(anchor, scrubList, filterL
 // States stay, and keep translating.
 func (m *PF) FlushNat(anchor string) { m.flushLists(anchor, natList, binatList, rdrList) }
 
-// FlushTables removes the tables of an anchor, as pfctl -F Tables does, and
-// returns how many. Rules that use them match nothing by them any more.
+// FlushTables removes the tables of an anchor, as pfctl -F Tables does, and returns their
+// number. For rules that refer to them, the tables are empty from then on.
 func (m *PF) FlushTables(anchor string) int { return m.flushTables(anchor) }
 
-// FlushAll is pfctl -F all: rules, translation and tables of an anchor. Of the
-// main ruleset also all states, what is known of sources and the skipping of
-// interfaces.
+// FlushAll removes the rules and tables of an anchor, as pfctl -F all does. For the main
+// ruleset it also removes all states and source nodes and ends the skipping of
+// interfaces. Anchors stay, but no rule calls them any more.
 func (m *PF) FlushAll(anchor string) {
 	m.FlushRules(anchor)
 	m.FlushNat(anchor)
@@ -201,6 +205,7 @@ func (m *PF) FlushAll(anchor string) {
 	}
 }
 
+// flushLists empties some lists of an anchor, if it exists.
 func (m *Machine) flushLists(anchor string, lists ...ruleList) {
 	a := m.main.find(anchor)
 	if a == nil {
@@ -228,11 +233,11 @@ func (m *Machine) Anchors(anchor string) []string {
 	return out
 }
 
-// Snapshot returns what is loaded in an anchor, "" being the main ruleset: its
-// rules as they were expanded, its tables with their present contents, and its
-// nameless inline anchors, so that [Loaded.ShowRules], [Loaded.ShowNat] and
-// [Table.Entries] give what pfctl reads back. The error is ErrNoAnchor. The
-// rules are the machine's own and must not be changed.
+// Snapshot returns the contents of an anchor, "" being the main ruleset: its
+// expanded rules, its tables with their current entries, and its nameless inline
+// anchors. [pfconf.Loaded.ShowRules], [pfconf.Loaded.ShowNat] and [pfconf.Table.Entries]
+// then return what pfctl shows. The error is [ErrNoAnchor]. The rules are the machine's
+// own and must not be changed.
 func (m *Machine) Snapshot(anchor string) (*pfconf.Loaded, error) {
 	a := m.main.find(anchor)
 	if a == nil {
@@ -253,7 +258,7 @@ func (m *Machine) Snapshot(anchor string) (*pfconf.Loaded, error) {
 	return l, nil
 }
 
-// namelessAnchors adds the inline anchors below a that pfctl named.
+// namelessAnchors appends the inline anchors below a that pfctl named, _ and a number.
 func namelessAnchors(a *anchorNode, out []pfconf.LoadedAnchor) []pfconf.LoadedAnchor {
 	for _, c := range a.children {
 		if strings.HasPrefix(c.name, "_") {
@@ -264,6 +269,7 @@ func namelessAnchors(a *anchorNode, out []pfconf.LoadedAnchor) []pfconf.LoadedAn
 	return out
 }
 
+// rulesOf returns the rules that were compiled.
 func rulesOf(cs []*crule) []*pfconf.Rule {
 	out := make([]*pfconf.Rule, len(cs))
 	for i, c := range cs {

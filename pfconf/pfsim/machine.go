@@ -12,24 +12,25 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// Limits of the kernel, from bsd/net/pfvar.h and the defaults of pfctl.
+// Limits of the kernel, from xnu bsd/net/pfvar.h and the defaults of pfctl.
 const (
-	// DefaultStateLimit is how many states pf holds unless told otherwise.
+	// DefaultStateLimit is the default of set limit states (PFSTATE_HIWAT).
 	DefaultStateLimit = 10000
 
-	maxAnchorName  = 63   // PF_ANCHOR_NAME_SIZE less the final NUL
-	maxAnchorPath  = 1023 // MAXPATHLEN less the final NUL
-	maxAnchorDepth = 64   // frames of pf_anchor_stack
-	maxTableName   = 31   // PF_TABLE_NAME_SIZE less the final NUL
-	maxTables      = 1000
-	maxEntries     = 200000
+	maxAnchorName  = 63     // bytes: PF_ANCHOR_NAME_SIZE less the final NUL
+	maxAnchorPath  = 1023   // bytes: MAXPATHLEN less the final NUL
+	maxAnchorDepth = 64     // frames of pf_anchor_stack, pf.c
+	maxTableName   = 31     // bytes: PF_TABLE_NAME_SIZE less the final NUL
+	maxTables      = 1000   // PFR_KTABLE_HIWAT
+	maxEntries     = 200000 // PFR_KENTRY_HIWAT, in all tables
 
-	// maxSteps bounds the rules that one packet is held against. The kernel has
-	// no such bound: anchors that call each other can keep it busy for ever.
+	// maxSteps limits the rules that are compared with one packet. The kernel has no
+	// such limit: anchors that call each other can keep it busy for ever. A packet that
+	// reaches it is dropped.
 	maxSteps = 1 << 20
 )
 
-// Errors of a [Machine] that callers tell apart.
+// Errors of a [Machine] that callers can distinguish.
 var (
 	ErrNoTable     = errors.New("table does not exist")
 	ErrConstTable  = errors.New("table is const")
@@ -40,45 +41,43 @@ var (
 	ErrLimit       = errors.New("limit reached")
 )
 
-// Options are what a [Machine] may be told at its start.
+// Options configure a [Machine].
 type Options struct {
 	// Rand chooses source ports, random pool addresses and sequence numbers.
 	Rand *rand.Rand // optional; nil: a fixed sequence
-	// StateLimit bounds the states.
+	// StateLimit is the limit on states that holds without set limit.
 	StateLimit int // optional; 0: DefaultStateLimit
 }
 
-// A Machine does what the pf of a macOS kernel does: it holds rulesets, tables
-// and states, and judges packets. It follows xnu's bsd/net/pf.c, its oddities
-// included, as of macOS 15.5.
+// A Machine behaves as the pf of a macOS kernel: it has rulesets, tables and states, and
+// judges packets. It follows xnu's bsd/net/pf.c as of macOS 15.5, including behaviour
+// that looks like a bug.
 //
-// A new machine has no interfaces and no rules and is disabled. Packets are
-// handed in by [Machine.Forward], [Machine.Receive] and [Machine.Send]; routing
-// isn't modelled, the caller says which interfaces a packet uses. Time stands
-// still except for [PF.Advance].
+// A new machine has no interfaces and no rules and is disabled. [Machine.Forward],
+// [Machine.Receive] and [Machine.Send] judge a packet. Routing isn't modelled: the caller
+// says which interfaces a packet uses. Time stands still except for [PF.Advance].
 //
 // # What happens to a packet
 //
 // pf sees a packet on an interface in one direction, a hook: a forwarded packet
 // twice, inbound on one interface and outbound on another. At each hook:
 //
-//  1. Scrub rules normalise it. The first that matches counts. A fragment is
-//     kept, and so dropped for now, until the last missing one arrives, which
-//     goes on as the whole datagram.
-//  2. If it belongs to a state, the state passes it: no rule is asked. A state
-//     is made by one hook and serves the same direction there and the answers
-//     elsewhere, so the inbound state of a forwarded packet doesn't cover its
-//     outbound hook. Unless it is bound to its interface, it holds on every one.
-//     A TCP segment outside its connection's window is dropped.
-//  3. Otherwise it is translated: outbound by the first binat rule that matches,
-//     else rdr (backwards), else nat; inbound by rdr, else binat. A rule that
-//     begins with no ends the search of its kind. If there is no address or port
-//     to translate to, the packet goes on as it is.
-//  4. The filter rules see it as translated. The last that matches decides, or
-//     the first with quick. Without any it passes.
-//  5. If it passes by a rule that keeps state, or is translated, a state is made:
-//     the answers, and everything later of the flow, need no rule any more, even
-//     after the rule is gone.
+//  1. The first matching scrub rule normalises it. A fragment is held back, which looks
+//     like a drop, until the last missing one arrives: that continues as the whole
+//     datagram.
+//  2. If it belongs to a state, it passes without an evaluation of rules. A state is made
+//     at one hook. It covers packets of its direction, and answers in the other, so the
+//     inbound state of a forwarded packet doesn't cover its outbound hook. Unless it is
+//     bound to its interface, it applies on every one. A TCP segment outside its
+//     connection's window is dropped.
+//  3. Otherwise it is translated: outbound by the first matching binat rule, else rdr
+//     (backwards), else nat; inbound by rdr, else binat. A rule that begins with no ends
+//     the search of its kind. If there is no address or port to translate to, the packet
+//     continues untranslated.
+//  4. The filter rules see the translated packet. The last that matches decides, or
+//     the first with quick. If none matches, it passes.
+//  5. If it passes by a rule that keeps state, or is translated, a state is made. Answers
+//     and later packets of the flow then pass by step 2, even after the rule is removed.
 //
 // # Anchors
 //
@@ -94,48 +93,50 @@ type Options struct {
 // by operating system (they match nothing), the owners of sockets (no packet has
 // one), overlaps under scrub fragment crop, GRE of PPTP, dummynet, ALTQ.
 //
-// A Machine isn't safe for concurrent use. It keeps the rules of a [Ruleset] that
-// it loads, which must not be changed afterwards; of other arguments it keeps and
-// changes nothing.
+// A Machine isn't safe for concurrent use. It keeps the rules of a [pfconf.Ruleset] that
+// it loads, which must not be changed afterwards. It neither keeps nor changes other
+// arguments.
 type Machine struct {
 	rand    *rand.Rand
 	enabled bool
-	now     time.Duration
+	now     time.Duration // since the machine was made
 
 	kifs   map[string]*kif
-	order  []*kif // those that exist, in the order of their appearance
-	ifGen  int    // changes with any address
+	order  []*kif // the interfaces that exist, in the order in which they appeared
+	ifGen  int    // incremented with each change of an address, see dynAddr
 	main   *anchorNode
 	tables map[tableName]*ktable
-	tags   map[string]int
-	tagOf  []string // by number
+	tags   map[string]int // numbers by name
+	tagOf  []string       // names by number
 
 	timeouts [timeoutMax]uint32
 	limits   capacity
-	// startLimits are those without set limit.
+	// startLimits are the limits that hold without set limit.
 	startLimits capacity
 	states      stateTable
 	sources     map[sourceKey]*sourceNode
 	fragments   map[fragmentKey]*datagram
-	pieces      int // in fragments
+	pieces      int // in fragments, see capacity
 	totals      [counterMax]uint64
 
-	// walk and eval are those of the packet being judged, kept to be used again.
+	// walk and eval belong to the packet being judged. They are here, not on its stack, so
+	// that they aren't allocated for each packet.
 	walk     walker
 	eval     evaluation
-	fallback crule // the default rule: pass, without state
+	fallback crule // the kernel's default rule: pass, without state
 }
 
-// kif is an interface as pf knows it: by name, also before it exists.
+// kif is an interface as pf knows it, the kernel's pfi_kif. It has one for each name that
+// a rule has, also before the interface exists.
 type kif struct {
 	name   string
 	exists bool
-	skip   bool
+	skip   bool // set skip
 	addrs  []netip.Prefix
 }
 
-// capacity is how much the kernel holds of what packets make. It takes one more
-// than that of each.
+// capacity limits what packets can make the kernel store. The kernel compares with >, so
+// it stores one more of each.
 type capacity struct{ states, sources, fragments int }
 
 // New returns an empty, disabled machine.
@@ -145,6 +146,7 @@ func New(o Options) *Machine {
 	return m
 }
 
+// setUp makes m an empty, disabled machine.
 func (m *Machine) setUp(o Options) {
 	*m = Machine{
 		rand:      o.Rand,
@@ -169,7 +171,7 @@ func (m *Machine) setUp(o Options) {
 	m.fallback.loaded = true
 }
 
-// Enable turns pf on, as pfctl -e does. The error is ErrEnabled.
+// Enable enables pf, as pfctl -e does. The error is [ErrEnabled].
 func (m *Machine) Enable() error {
 	if m.enabled {
 		return ErrEnabled
@@ -178,8 +180,8 @@ func (m *Machine) Enable() error {
 	return nil
 }
 
-// Disable turns pf off: packets pass unjudged and untranslated. Rules, tables
-// and states stay. The error is ErrDisabled.
+// Disable disables pf, as pfctl -d does: packets pass unjudged and untranslated. Rules,
+// tables and states stay. The error is [ErrDisabled].
 func (m *PF) Disable() error {
 	if !m.enabled {
 		return ErrDisabled
@@ -188,10 +190,10 @@ func (m *PF) Disable() error {
 	return nil
 }
 
-// Enabled reports whether pf is on.
+// Enabled reports whether pf is enabled.
 func (m *PF) Enabled() bool { return m.enabled }
 
-// kif returns the interface of that name, which need not exist.
+// kif returns the interface of that name, which needn't exist.
 func (m *Machine) kif(name string) *kif {
 	k := m.kifs[name]
 	if k == nil {
@@ -201,8 +203,7 @@ func (m *Machine) kif(name string) *kif {
 	return k
 }
 
-// AddInterface lets an interface appear, or replaces the addresses of one that
-// exists.
+// AddInterface adds an interface, or replaces the addresses of one that exists.
 func (m *Machine) AddInterface(i pfconf.Interface) {
 	k := m.kif(i.Name)
 	if !k.exists {
@@ -213,8 +214,8 @@ func (m *Machine) AddInterface(i pfconf.Interface) {
 	m.ifGen++
 }
 
-// RemoveInterface lets an interface go. Rules keep its name, states bound to it
-// stay.
+// RemoveInterface removes an interface. Rules for its name and states bound to it stay.
+// The error is [ErrNoInterface].
 func (m *PF) RemoveInterface(name string) error {
 	k := m.kifs[name]
 	if k == nil || !k.exists {
@@ -226,8 +227,8 @@ func (m *PF) RemoveInterface(name string) error {
 	return nil
 }
 
-// AddAddress gives an interface a further address, with the length of its
-// network.
+// AddAddress adds an address, with the length of its network, to an interface. The error
+// is [ErrNoInterface].
 func (m *PF) AddAddress(name string, a netip.Prefix) error {
 	k := m.kifs[name]
 	if k == nil || !k.exists {
@@ -238,8 +239,8 @@ func (m *PF) AddAddress(name string, a netip.Prefix) error {
 	return nil
 }
 
-// DeleteAddress takes an address from an interface; one that it doesn't have is
-// no error.
+// DeleteAddress removes an address from an interface. It is no error if the interface
+// doesn't have it; the error is [ErrNoInterface].
 func (m *PF) DeleteAddress(name string, a netip.Addr) error {
 	k := m.kifs[name]
 	if k == nil || !k.exists {
@@ -250,8 +251,7 @@ func (m *PF) DeleteAddress(name string, a netip.Addr) error {
 	return nil
 }
 
-// Interfaces returns the interfaces that exist, in the order of their
-// appearance.
+// Interfaces returns the interfaces that exist, in the order in which they were added.
 func (m *Machine) Interfaces() []pfconf.Interface {
 	out := make([]pfconf.Interface, len(m.order))
 	for i, k := range m.order {
@@ -260,7 +260,7 @@ func (m *Machine) Interfaces() []pfconf.Interface {
 	return out
 }
 
-// Skipped returns the names of the interfaces on which pf does nothing.
+// Skipped returns the names of the interfaces with set skip, sorted.
 func (m *PF) Skipped() []string {
 	var out []string
 	for _, k := range m.kifs {
@@ -272,9 +272,9 @@ func (m *PF) Skipped() []string {
 	return out
 }
 
-// Advance lets time pass and removes the states whose time is up. It returns
-// how many are left. pf counts in whole seconds, so within one nothing ends and
-// the call is cheap.
+// Advance lets time pass, removes expired states, source nodes and fragments, and returns
+// the number of states left. pf counts in whole seconds, so nothing expires within one
+// and the call is cheap.
 func (m *PF) Advance(d time.Duration) int {
 	before := m.seconds()
 	if d > 0 {
@@ -286,7 +286,8 @@ func (m *PF) Advance(d time.Duration) int {
 	return m.states.n
 }
 
-// seconds is the kernel's pf_time_second.
+// seconds returns the whole seconds since the machine was made, the kernel's
+// pf_time_second.
 func (m *Machine) seconds() int64 { return int64(m.now / time.Second) }
 
 // tag returns the number of a tag's name; 0 is no tag.
@@ -303,8 +304,8 @@ func (m *Machine) tag(name string) int {
 	return id
 }
 
-// checkAnchorPath says whether pfctl takes the path as an anchor's name. Names
-// that begin with an underscore are those of nameless inline anchors.
+// checkAnchorPath checks that pfctl accepts the path of an anchor. Names that begin with
+// an underscore are reserved for nameless inline anchors.
 func checkAnchorPath(path string) error {
 	if strings.HasPrefix(path, "_") || strings.Contains(path, "/_") {
 		return fmt.Errorf("anchor %q: names that begin with _ are reserved", path)
@@ -312,7 +313,7 @@ func checkAnchorPath(path string) error {
 	return checkAnchorLength(path)
 }
 
-// checkAnchorLength holds a path against the kernel's limits.
+// checkAnchorLength checks a path against the kernel's limits.
 func checkAnchorLength(path string) error {
 	if path == "" || len(path) > maxAnchorPath {
 		return fmt.Errorf("anchor name of %d bytes: must have 1 to %d", len(path), maxAnchorPath)

@@ -2,18 +2,19 @@ package pfsim
 
 import "github.com/meshhelper/meshhelper/pfconf"
 
-// The states of one end of a flow that isn't TCP (PFUDPS_ and the like).
+// The states of one end of a flow that isn't TCP: PFUDPS_*, PFESPS_* and PFOTHERS_* of xnu
+// bsd/net/pfvar.h.
 const (
-	peerSilent = iota
-	peerSingle
-	peerMultiple
-	// peerEstablished is the second state of ESP.
+	peerSilent   = iota // has sent nothing
+	peerSingle          // has sent, and got no answer
+	peerMultiple        // both ends have sent
+	// peerEstablished is peerMultiple by ESP's name.
 	peerEstablished = peerMultiple
 )
 
-// testState looks for the packet's state, tracks it and translates the packet.
-// It reports whether a state passes the packet. Otherwise e.state is nil, or the
-// state that refuses it.
+// testState looks for the packet's state, updates it and translates the packet by it. It
+// reports whether the state passes the packet. If not, e.state is nil, or the state that
+// refuses the packet.
 func (e *evaluation) testState() bool {
 	switch {
 	case e.p.Proto == pfconf.ProtoTCP:
@@ -30,7 +31,9 @@ func (e *evaluation) testState() bool {
 	return e.testOther()
 }
 
-// find looks up a state by the packet's ends in its direction.
+// find looks up a state by the packet's ends, on the side of a translation from which the
+// packet comes: inside for an outbound packet, outside for an inbound one
+// (pf_find_state).
 func (e *evaluation) find(proto pfconf.Proto, filter endpointFilter, src, dst stateHost) *state {
 	e.m.totals[countSearches]++
 	if e.dir == pfconf.Out {
@@ -39,7 +42,8 @@ func (e *evaluation) find(proto pfconf.Proto, filter endpointFilter, src, dst st
 	return e.m.states.find(outsideKey(proto, filter, dst, src), pfconf.In, e.on)
 }
 
-// findUDP looks for each kind of filtering.
+// findUDP looks up a UDP state, first one that filters by address and port, then, if there
+// are any, those with looser filtering.
 func (e *evaluation) findUDP(src, dst stateHost) *state {
 	s := e.find(pfconf.ProtoUDP, addrPortDependent, src, dst)
 	for f := addrDependent; s == nil && f <= endpointIndependent && e.m.states.looseUDP > 0; f++ {
@@ -48,11 +52,12 @@ func (e *evaluation) findUDP(src, dst stateHost) *state {
 	return s
 }
 
+// findPorts looks up a state by the packet's addresses and these ports.
 func (e *evaluation) findPorts(proto pfconf.Proto, sport, dport uint32) *state {
 	return e.find(proto, filterUnset, stateHost{e.p.Src, sport}, stateHost{e.p.Dst, dport})
 }
 
-// ends returns the sender's and the receiver's side of a state.
+// ends returns the state's peers for the packet's sender and its receiver.
 func (e *evaluation) ends(s *state) (src, dst *peer) {
 	if e.dir == s.key.dir {
 		return &s.src, &s.dst
@@ -60,12 +65,13 @@ func (e *evaluation) ends(s *state) (src, dst *peer) {
 	return &s.dst, &s.src
 }
 
-// touch restarts a state's timeout.
+// touch restarts a state's timeout, which from now on is t.
 func (e *evaluation) touch(s *state, t timeoutKind) {
 	s.last, s.timeout = e.m.seconds(), t
 }
 
-// track follows a flow without connections: one side, or both.
+// track updates the state of a flow without connections. Its timeout depends on whether
+// both ends have sent.
 func (e *evaluation) track(s *state, single, multiple timeoutKind) {
 	src, dst := e.ends(s)
 	if src.state < peerSingle {
@@ -81,8 +87,8 @@ func (e *evaluation) track(s *state, single, multiple timeoutKind) {
 	}
 }
 
-// translate rewrites the packet as the state's key says: the source outbound,
-// the destination inbound.
+// translate rewrites the packet by the state's key: the source of an outbound packet, the
+// destination of an inbound one.
 func (e *evaluation) translate(k *stateKey) {
 	h := k.lan
 	if e.dir == pfconf.Out {
@@ -106,11 +112,11 @@ func (e *evaluation) translate(k *stateKey) {
 	}
 }
 
-// testUDP is pf_test_state_udp. Between two ports 500 only what is long enough
-// for IKE is looked up.
+// testUDP is pf_test_state_udp.
 func (e *evaluation) testUDP() bool {
-	// So a second short packet finds no state, wants to make one and is dropped
-	// for the collision.
+	// Between two ports 500 the kernel looks up only packets that are long enough for IKE,
+	// since it tells IKE flows apart by their cookies. A second shorter packet finds no
+	// state, tries to make one and is dropped for the collision.
 	if e.sport == ikePort && e.dport == ikePort && e.p.Len < ikeMinimum {
 		return false
 	}
@@ -126,7 +132,8 @@ func (e *evaluation) testUDP() bool {
 	return true
 }
 
-// follow notes where a flow with looser filtering goes to now.
+// follow updates the far end in the key of a flow with looser filtering to that of the
+// last packet.
 func (e *evaluation) follow(k *stateKey) {
 	if k.filter <= addrPortDependent {
 		return
@@ -142,7 +149,7 @@ func (e *evaluation) follow(k *stateKey) {
 
 // testICMP is the first half of pf_test_state_icmp, for queries and answers.
 func (e *evaluation) testICMP() bool {
-	// Messages that aren't echoes are compared by the same two bytes.
+	// Of messages without an identifier the kernel compares the same two bytes.
 	id := uint32(e.p.ICMPID)
 	s := e.findPorts(pfconf.ProtoICMP, id, id)
 	if e.state = s; s == nil {
@@ -155,7 +162,7 @@ func (e *evaluation) testICMP() bool {
 	return true
 }
 
-// testOther is pf_test_state_other, by addresses alone.
+// testOther is pf_test_state_other, for protocols of which only addresses are compared.
 func (e *evaluation) testOther() bool {
 	s := e.findPorts(e.p.Proto, 0, 0)
 	if e.state = s; s == nil {
@@ -168,8 +175,8 @@ func (e *evaluation) testOther() bool {
 	return true
 }
 
-// testESP is pf_test_state_esp. The SPI of the other side isn't known before its
-// first packet, which then completes the state's key.
+// testESP is pf_test_state_esp. Each end chooses the SPI of packets to it, so the SPI of
+// answers isn't known before the first one, which completes the state's key.
 func (e *evaluation) testESP() bool {
 	spi := e.p.SPI
 	s := e.find(protoESP, filterUnset, stateHost{addr: e.p.Src}, stateHost{e.p.Dst, spi})
@@ -186,7 +193,8 @@ func (e *evaluation) testESP() bool {
 	if src.state < peerSingle {
 		src.state = peerSingle
 	}
-	// Packets both ways: the tunnel stands, and lives longer.
+	// With packets in both directions the tunnel is established, and its state lives
+	// longer.
 	if dst.state >= peerSingle {
 		src.state, dst.state = peerEstablished, peerEstablished
 		e.touch(s, espEstablished)
@@ -199,8 +207,8 @@ func (e *evaluation) testESP() bool {
 	return true
 }
 
-// learnSPI files a half-open ESP state under the SPI that answers it, and
-// reports whether that was free.
+// learnSPI stores a half-open ESP state under the SPI of the answer to it, and reports
+// whether no other state had that key.
 func (t *stateTable) learnSPI(s *state, dir pfconf.Direction, spi uint32) bool {
 	k := s.key
 	if dir == pfconf.In {
@@ -223,9 +231,9 @@ func (t *stateTable) learnSPI(s *state, dir pfconf.Direction, spi uint32) bool {
 	return true
 }
 
-// testICMPError is the second half of pf_test_state_icmp: an error belongs to
-// the state of the packet that it quotes, and is translated with it. The state's
-// timeout isn't touched.
+// testICMPError is the second half of pf_test_state_icmp. An error belongs to the state of
+// the packet that it quotes, and is translated with it. It doesn't restart the state's
+// timeout.
 func (e *evaluation) testICMPError() bool {
 	q := e.p.Quoted
 	if q == nil || q.Later || !q.Src.IsValid() || q.Src.BitLen() != e.p.Src.BitLen() || q.Dst.BitLen() != q.Src.BitLen() {
@@ -246,8 +254,9 @@ func (e *evaluation) testICMPError() bool {
 	return true
 }
 
-// findQuoted looks for the state of a quoted packet, which went the other way.
-// Echo messages of ICMPv6 are looked for under ICMPv6, where no state is filed.
+// findQuoted looks up the state of a quoted packet, which went in the opposite direction.
+// The kernel looks for echo messages of ICMPv6 under ICMPv6, but stores their states under
+// ICMP, so it finds none.
 func (e *evaluation) findQuoted(q *Quoted) *state {
 	src, dst := stateHost{addr: q.Src.WithZone("")}, stateHost{addr: q.Dst.WithZone("")}
 	switch q.Proto {
@@ -262,9 +271,10 @@ func (e *evaluation) findQuoted(q *Quoted) *state {
 	return e.find(q.Proto, filterUnset, dst, src)
 }
 
-// quotedInWindow says whether the quoted segment can be of the connection.
+// quotedInWindow reports whether the quoted segment's sequence number lies within its
+// sender's window, so that an attacker can't make up an error without knowing it.
 func (e *evaluation) quotedInWindow(s *state, seq uint32) bool {
-	// The error comes from the receiver of the quoted segment, or on its behalf.
+	// The error comes from the receiver of the quoted segment, or from a router before it.
 	dst, src := e.ends(s)
 	shift := maxWinShift
 	if src.wscale != 0 && dst.wscale&wscaleFlag != 0 {
@@ -274,7 +284,7 @@ func (e *evaluation) quotedInWindow(s *state, seq uint32) bool {
 	return seqGEQ(src.seqhi, seq) && seqGEQ(seq, src.seqlo-uint32(dst.maxWin)<<shift)
 }
 
-// translateError rewrites an error and, in a copy, what it quotes.
+// translateError translates an error and, in a copy, the packet that it quotes.
 func (e *evaluation) translateError(k *stateKey) {
 	q := *e.p.Quoted
 	port, addr := &q.SrcPort, &q.Src
@@ -295,8 +305,9 @@ func (e *evaluation) translateError(k *stateKey) {
 	e.p.Quoted = &q
 }
 
-// scrub returns the first scrub rule that matches, by what a header without
-// ports has and, with TCP, by its ports.
+// scrub returns the first scrub rule that matches, nil if there is none or it begins with
+// no. Ports are compared only with tcp: pf normalises the IP header first, of all packets,
+// and TCP later.
 func (e *evaluation) scrub(tcp bool) *crule {
 	w := &e.m.walk
 	w.begin(e.m, scrubList)
@@ -315,24 +326,28 @@ func (e *evaluation) scrub(tcp bool) *crule {
 	return nil
 }
 
+// scrubMatches reports whether a scrub rule matches.
 func (e *evaluation) scrubMatches(r *crule, tcp bool) bool {
 	scope := e.scopeMismatch(r)
 	if scope == skipProto && !tcp && e.family == pfconf.Inet6 {
-		// Behind extension headers the kernel doesn't look at the protocol.
+		// For IPv6 the kernel doesn't compare the protocol here, which may be behind
+		// extension headers.
 		scope = matched
 	}
 	return scope == matched && r.from.addr.matches(e.m, e.p.Src) && r.to.addr.matches(e.m, e.p.Dst) &&
 		(!tcp || scrubPort(r.from.port, e.p.SrcPort) && scrubPort(r.to.port, e.p.DstPort)) && !r.noOS
 }
 
-// scrubPort compares a port as pf_normalize_tcp does, which takes the operator
-// for a protocol: only >< and > are looked at.
+// scrubPort reports whether a port matches in a scrub rule. pf_normalize_tcp passes the
+// operator where pf_match_xport expects a protocol, so that the port is compared only if
+// the operator's number is one that has ports there: >< and >.
 func scrubPort(p cport, n uint16) bool {
 	return p.any || p.op != pfconf.Inside && p.op != pfconf.Greater || p.matches(n)
 }
 
-// normalize is pf_normalize_ip as far as verdicts go: fragments that meet a
-// scrub rule wait for others, and the last one goes on as the whole.
+// normalize is pf_normalize_ip and pf_normalize_ip6 as far as verdicts depend on them:
+// fragments that match a scrub rule wait for others, and the last one continues as the
+// whole datagram. It reports whether the packet continues; if not, it is dropped.
 func (e *evaluation) normalize() bool {
 	if len(e.m.main.lists[scrubList]) == 0 {
 		return true
@@ -367,7 +382,8 @@ func (e *evaluation) normalize() bool {
 	return true
 }
 
-// normalizeTCP is pf_normalize_tcp: combinations of flags that can't be.
+// normalizeTCP is pf_normalize_tcp. It reports whether the combination of flags is valid,
+// and clears FIN of a segment with SYN.
 func (e *evaluation) normalizeTCP() bool {
 	if len(e.m.main.lists[scrubList]) == 0 {
 		return true

@@ -7,36 +7,38 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// cpool is where a translation rule leads, and where round-robin stands.
+// cpool is the compiled pool of a translation rule, the kernel's pf_pool, with the position
+// of round-robin in it.
 type cpool struct {
 	addrs  []caddr
-	kind   pfconf.PoolKind // PoolDefault: the one address
-	family pfconf.Family
-	// lo and hi are the ports: for nat the range to choose from, both 0 to keep
-	// the port; for rdr the first and the last, hi 0 for lo alone.
+	kind   pfconf.PoolKind // PoolDefault: addrs has one address
+	family pfconf.Family   // of the rule
+	// lo and hi are ports. For nat they are the range to choose from, both 0 to keep the
+	// port; for rdr the first and the last, with hi 0 for lo alone.
 	lo, hi uint16
-	// extFilter and extMap are those of UDP.
+	// extFilter and extMap apply to UDP through nat.
 	extFilter, extMap endpointFilter
 
 	cur     int        // index in addrs
-	entry   int        // in the table or interface at cur; -1: its beginning
-	counter netip.Addr // the next address
+	entry   int        // index in the table or interface at cur; -1: its beginning
+	counter netip.Addr // the next address to use
 	seed    uint64     // of source-hash
 }
 
-// natPorts is the range from which nat chooses a port unless told otherwise,
-// from pfctl.
 const (
+	// natPortLo and natPortHi are the range from which nat chooses a port if the rule names
+	// none (PF_NAT_PROXY_PORT_LOW and _HIGH in pfctl).
 	natPortLo = 50001
 	natPortHi = 65535
-	// ikePort is never changed by nat: IKE used to insist on it.
+	// ikePort is UDP port 500, which nat never changes as a source: IKE implementations
+	// used to require it (RFC 3715, section 2.1).
 	ikePort = 500
-	// ikeMinimum is the shortest payload between two ports 500 that the kernel
-	// takes for IKE (PF_IKE_PACKET_MINSIZE).
+	// ikeMinimum is the shortest UDP payload in bytes that the kernel takes for IKE if both
+	// ports are 500: the length of an ISAKMP header (PF_IKE_PACKET_MINSIZE).
 	ikeMinimum = 28
 )
 
-// makePool compiles what stands behind ->.
+// makePool compiles the pool of a translation rule.
 func (c compiler) makePool(out *crule) error {
 	p := out.rule.Pool
 	if p == nil || len(p.Addrs) == 0 {
@@ -58,7 +60,8 @@ func (c compiler) makePool(out *crule) error {
 	return nil
 }
 
-// severalAddresses is pfctl's reason to make a pool round-robin.
+// severalAddresses reports whether a pool without a type is a round-robin one for pfctl: it
+// has, or may come to have, several addresses.
 func severalAddresses(as []pfconf.Address) bool {
 	if len(as) > 1 {
 		return true
@@ -71,6 +74,7 @@ func severalAddresses(as []pfconf.Address) bool {
 	return a.Kind == pfconf.AddrTable
 }
 
+// poolPorts returns the ports of a compiled pool, see cpool.
 func poolPorts(out *crule) (lo, hi uint16) {
 	p := out.rule.Pool
 	lo, hi = p.PortLo, p.PortHi
@@ -95,18 +99,19 @@ func poolPorts(out *crule) (lo, hi uint16) {
 	return lo, hi
 }
 
-// translation is what a translation rule makes of a packet.
+// translation is the result of a translation rule for a packet.
 type translation struct {
 	rule     *crule
 	src, dst netip.Addr
 	port     uint32 // the new source port outbound, the new destination port inbound
 }
 
-// findTranslation looks for a rule in the order of the kernel and works out
-// what it does (pf_get_translation_aux). A rule that can't do it, for want of an
-// address or a port, is as good as none.
+// findTranslation looks for a matching translation rule and computes its result
+// (pf_get_translation_aux). It reports whether the packet is to be translated: not if no
+// rule matches, and not if the rule has no address or port left, since the packet then
+// leaves untranslated.
 func (e *evaluation) findTranslation() (t translation, ok bool) {
-	// The order of the lists is the kernel's own, however the text has them.
+	// The kernel searches the lists in this order, whatever their order in the text.
 	order := [...]ruleList{rdrList, binatList}
 	lists := order[:]
 	if e.dir == pfconf.Out {
@@ -136,8 +141,9 @@ func (e *evaluation) findTranslation() (t translation, ok bool) {
 	return t, ok
 }
 
-// matchTranslation returns the first rule of a list that matches, nil for a no
-// rule.
+// matchTranslation returns the first rule of a list that matches (pf_match_translation),
+// nil if there is none or it begins with no. Tags of matching anchor calls stay on the
+// packet.
 func (e *evaluation) matchTranslation(l ruleList) *crule {
 	w := &e.m.walk
 	w.begin(e.m, l)
@@ -166,9 +172,9 @@ func (e *evaluation) matchTranslation(l ruleList) *crule {
 	return found
 }
 
-// translationMismatch says by what a translation rule, or the call of an anchor of
-// them, isn't for the packet. Against their direction, binat and rdr ask whether the
-// packet is an answer of what they lead to.
+// translationMismatch returns the first criterion of a translation rule, or of the call of
+// an anchor, that the packet doesn't meet. Against their own direction, binat and rdr
+// rules match a packet that comes from their target.
 func (e *evaluation) translationMismatch(r *crule, tag int) mismatch {
 	if by := e.scopeMismatch(r); by != matched {
 		return by
@@ -205,7 +211,8 @@ func (e *evaluation) translationMismatch(r *crule, tag int) mismatch {
 	return by
 }
 
-// rdrBackMismatch: from where an rdr rule leads, to those it is for.
+// rdrBackMismatch is translationMismatch for an rdr rule and an outbound packet: it must
+// come from the rule's target and go to one of its sources.
 func (e *evaluation) rdrBackMismatch(r *crule, pool *caddr) mismatch {
 	if pool == nil {
 		if e.endMatches(r, &r.to, e.p.Src, e.sport) && e.endMatches(r, &r.from, e.p.Dst, e.dport) {
@@ -221,12 +228,15 @@ func (e *evaluation) rdrBackMismatch(r *crule, pool *caddr) mismatch {
 	return mismatchOther
 }
 
+// endMatches reports whether an address and port are those that one side of a rule
+// requires.
 func (e *evaluation) endMatches(r *crule, end *cendpoint, a netip.Addr, port uint32) bool {
 	return end.addr.matches(e.m, a) && portMatches(r.proto, end.port, port)
 }
 
-// portMatches is pf_match_xport: rules for ESP compare the SPI with none, so
-// they match no ESP packet's destination.
+// portMatches reports whether n is a port that a rule for this protocol requires
+// (pf_match_xport). A rule for ESP requires the SPI to be that of the rule, which has
+// none, so it never matches the destination of an ESP packet.
 func portMatches(rule pfconf.Proto, want cport, n uint32) bool {
 	switch rule {
 	case protoESP:
@@ -237,7 +247,7 @@ func portMatches(rule pfconf.Proto, want cport, n uint32) bool {
 	return true
 }
 
-// nat chooses the new source (pf_get_sport).
+// nat chooses the new source and reports whether there was one (pf_get_sport).
 func (e *evaluation) nat(t *translation) bool {
 	r, inner := t.rule, t.src
 	first, ok := e.mapAddr(r, inner)
@@ -249,8 +259,8 @@ func (e *evaluation) nat(t *translation) bool {
 		t.port = e.sport
 		return true
 	}
-	// macOS gives all connections of one inner port the same outer one, which
-	// peers behind NAT need to find each other.
+	// macOS gives all connections from one inner port the same outer port
+	// (endpoint-independent mapping, RFC 4787), on which hole punching depends.
 	if b, ok := bindingOf(r, e.p.Proto, stateHost{inner, e.sport}, e.p.Dst); ok {
 		if used := e.m.states.bindings[b]; used != nil {
 			t.port = used.port
@@ -270,8 +280,8 @@ func (e *evaluation) nat(t *translation) bool {
 	}
 }
 
-// freePort finds a port for t.src that no state towards the packet's
-// destination uses.
+// freePort sets t.port to one that no state to the packet's destination uses with t.src,
+// and reports whether there is one. It keeps the port if the pool has no range.
 func (e *evaluation) freePort(t *translation) bool {
 	lo, hi := uint32(t.rule.pool.lo), uint32(t.rule.pool.hi)
 	switch e.p.Proto {
@@ -287,7 +297,7 @@ func (e *evaluation) freePort(t *translation) bool {
 	if lo > hi {
 		lo, hi = hi, lo
 	}
-	// From a port chosen by chance upwards, then from there downwards.
+	// The kernel starts at a random port and tries upwards, then downwards.
 	cut := lo + e.m.rand.Uint32N(hi-lo+1)
 	for _, span := range [...]struct{ from, to, step uint32 }{{cut, hi + 1, 1}, {cut - 1, lo - 1, ^uint32(0)}} {
 		for port := span.from; port != span.to; port += span.step {
@@ -301,27 +311,31 @@ func (e *evaluation) freePort(t *translation) bool {
 	return e.portFree(t, cut)
 }
 
-// portFree says whether the kernel takes the port for free: whether an answer to
-// it would find no state. For UDP it looks with the rule's extfilter, and without
-// that with a kind of key that no state has. A collision then shows when the
-// state is made, and drops the packet.
+// portFree reports whether the kernel considers the port free: whether an answer to it
+// would find no state. For UDP the kernel looks up a key with the rule's extfilter; if the
+// rule has none, no state has such a key. A collision then only shows when the state is
+// made, and the packet is dropped.
 func (e *evaluation) portFree(t *translation, port uint32) bool {
 	return e.outsideFree(t, t.rule.pool.extFilter, port)
 }
 
-// portUsable says whether a state can be made with the port. By choosing so, the
-// machine spares UDP flows the collisions that a kernel has by chance.
+// portUsable reports whether a state can be made with the port. The machine chooses a port
+// by this, unlike the kernel, and so avoids random collisions of UDP flows: its results
+// don't depend on chance.
 func (e *evaluation) portUsable(t *translation, port uint32) bool {
 	return e.outsideFree(t, max(t.rule.pool.extFilter, addrPortDependent), port)
 }
 
+// outsideFree reports whether no state has t.src and port as its outside end towards the
+// packet's destination.
 func (e *evaluation) outsideFree(t *translation, filter endpointFilter, port uint32) bool {
 	e.m.totals[countSearches]++
 	k := outsideKey(e.p.Proto, filter, stateHost{t.src, port}, stateHost{e.p.Dst, e.dport})
 	return e.m.states.outside[k] == nil
 }
 
-// binat maps one network on another, in both directions.
+// binat maps one network to another: the source of an outbound packet, the destination of
+// an inbound one. It reports whether there was an address to map to.
 func (e *evaluation) binat(t *translation) bool {
 	if e.dir == pfconf.Out {
 		p, ok := e.onePrefix(&t.rule.pool.addrs[t.rule.pool.cur])
@@ -333,8 +347,8 @@ func (e *evaluation) binat(t *translation) bool {
 	return ok
 }
 
-// onePrefix returns the prefix that an address stands for, of an interface its
-// first.
+// onePrefix returns the prefix that an address stands for, for an interface its first, and
+// whether there is one.
 func (e *evaluation) onePrefix(a *caddr) (netip.Prefix, bool) {
 	switch a.kind {
 	case pfconf.AddrPrefix:
@@ -349,6 +363,7 @@ func (e *evaluation) onePrefix(a *caddr) (netip.Prefix, bool) {
 	return netip.PrefixFrom(unspecified(e.family), 0), true
 }
 
+// unspecified returns the all-zero address of a family.
 func unspecified(f pfconf.Family) netip.Addr {
 	if f == pfconf.Inet {
 		return netip.IPv4Unspecified()
@@ -356,8 +371,8 @@ func unspecified(f pfconf.Family) netip.Addr {
 	return netip.IPv6Unspecified()
 }
 
-// rdr chooses the new destination inbound. Outbound it gives answers of the
-// target their old source.
+// rdr chooses the new destination of an inbound packet. For an outbound one, an answer
+// from the target, it restores the source. It reports whether there was an address.
 func (e *evaluation) rdr(t *translation) bool {
 	r := t.rule
 	if e.dir == pfconf.Out {
@@ -378,7 +393,7 @@ func (e *evaluation) rdr(t *translation) bool {
 	}
 	switch lo, hi := int64(r.pool.lo), int64(r.pool.hi); {
 	case hi != 0:
-		// A range maps on a range by the distance from its beginning.
+		// A range maps to a range by the distance from its beginning.
 		n := (int64(e.dport)-int64(r.to.port.lo))%(max(hi-lo, 0)+1) + lo
 		if n > 65535 {
 			n -= 65535
@@ -390,7 +405,7 @@ func (e *evaluation) rdr(t *translation) bool {
 	return true
 }
 
-// graft keeps the prefix's network and the address's host part (PF_POOLMASK).
+// graft returns the address with the prefix's network and a's host part (PF_POOLMASK).
 func graft(p netip.Prefix, a netip.Addr) netip.Addr {
 	if !p.IsValid() || p.Addr().BitLen() != a.BitLen() {
 		return a
@@ -404,13 +419,14 @@ func graft(p netip.Prefix, a netip.Addr) netip.Addr {
 	return out
 }
 
-// mapAddr takes the pool's next address for a packet from src (pf_map_addr).
+// mapAddr returns the pool's next address for a packet from src, and whether there is one
+// (pf_map_addr).
 func (e *evaluation) mapAddr(r *crule, src netip.Addr) (netip.Addr, bool) {
 	p := &r.pool
 	cur := &p.addrs[p.cur]
 	if p.family == pfconf.AnyFamily {
-		// The kernel copies an address of no family: nothing changes. Going
-		// round, it finds a place to stand on all the same.
+		// The rule has no family, so the kernel copies no address and nothing changes.
+		// Round-robin advances all the same.
 		return src, cur.kind != pfconf.AddrTable && (p.kind != pfconf.RoundRobin || e.familylessRound(p))
 	}
 	if p.kind == pfconf.RoundRobin {
@@ -431,27 +447,29 @@ func (e *evaluation) mapAddr(r *crule, src netip.Addr) (netip.Addr, bool) {
 	return prefix.Addr(), true
 }
 
+// randomAddr returns a random address, of whose bits mapAddr takes the host part.
 func (e *evaluation) randomAddr(v4 bool) netip.Addr {
 	k := prefixKey{e.m.rand.Uint64(), e.m.rand.Uint64()}
 	return k.addr(v4)
 }
 
-// hashAddr spreads addresses over a pool; the kernel's own function differs.
+// hashAddr returns a hash of an address, which spreads sources over a pool. The kernel's
+// function differs (pf_hash), so its results do too.
 func hashAddr(seed uint64, a netip.Addr) netip.Addr {
 	k := keyOf(a)
 	hi := mix(mix(seed^k.hi) ^ k.lo)
 	return prefixKey{hi, mix(hi)}.addr(a.Is4())
 }
 
-// mix is the finalizer of splitmix64.
+// mix is the finalizer of the random number generator SplitMix64.
 func mix(x uint64) uint64 {
 	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
 	x = (x ^ x>>27) * 0x94d049bb133111eb
 	return x ^ x>>31
 }
 
-// roundRobin goes through the pool. Since the kernel's counter begins at zero,
-// which is in no block, it begins with the second address.
+// roundRobin returns the pool's next address. The kernel's counter starts at zero, which is
+// in none of the pool's blocks, so it starts with the second one.
 func (e *evaluation) roundRobin(p *cpool) (netip.Addr, bool) {
 	begin := p.cur
 	cur := &p.addrs[p.cur]
@@ -473,7 +491,7 @@ func (e *evaluation) roundRobin(p *cpool) (netip.Addr, bool) {
 			return netip.Addr{}, false
 		}
 	}
-	// After the highest address there is no next.
+	// Behind the highest address of all there is no next one.
 	a := p.counter
 	if !a.IsValid() {
 		return a, false
@@ -482,10 +500,10 @@ func (e *evaluation) roundRobin(p *cpool) (netip.Addr, bool) {
 	return a, true
 }
 
-// familylessRound is roundRobin for a rule without a family. Where the pool stands,
-// the kernel looks for an address of the packet's family; once it has gone past
-// the end, for one of no family, which there isn't, so that the packet isn't
-// translated and the next one finds the beginning.
+// familylessRound is roundRobin for a rule without a family; it reports whether there was
+// an address. At the pool's current position the kernel looks for an address of the
+// packet's family. Past the end it looks for one of no family, which doesn't exist: that
+// packet isn't translated, and the next one starts at the beginning.
 func (e *evaluation) familylessRound(p *cpool) bool {
 	if cur := &p.addrs[p.cur]; cur.kind == pfconf.AddrDynamic && e.nextEntry(p, cur) {
 		return true
@@ -494,7 +512,7 @@ func (e *evaluation) familylessRound(p *cpool) bool {
 	return false
 }
 
-// poolEntries returns what a table or an interface has of the packet's family.
+// poolEntries returns the entries of a table or an interface of the packet's family.
 func (e *evaluation) poolEntries(a *caddr) []prefixEntry {
 	var out []prefixEntry
 	switch a.kind {
@@ -514,9 +532,10 @@ func (e *evaluation) poolEntries(a *caddr) []prefixEntry {
 	return out
 }
 
-// nextEntry moves the pool's counter to the next address of a table or an
-// interface and reports whether there is one (pfr_pool_get). Negated entries are
-// holes, and so are entries within others, which come in their own turn.
+// nextEntry moves the pool's counter to the next address of a table or an interface and
+// reports whether there is one (pfr_pool_get in pf_table.c). Negated entries are left out
+// of those that contain them; so are other entries, whose addresses follow in their own
+// turn.
 func (e *evaluation) nextEntry(p *cpool, a *caddr) bool {
 	all := e.poolEntries(a)
 	var blocks []netip.Prefix
@@ -544,8 +563,8 @@ func (e *evaluation) nextEntry(p *cpool, a *caddr) bool {
 	return false
 }
 
-// outsideNested returns the first address from a on that is in the block and in
-// none within it; the zero Addr if there is none.
+// outsideNested returns the first address from a on that is in the block and in no entry
+// within it, or the zero Addr.
 func outsideNested(all []prefixEntry, block netip.Prefix, a netip.Addr) netip.Addr {
 	for range all {
 		if !a.IsValid() || !block.Contains(a) {

@@ -1,8 +1,8 @@
 package pfsim
 
-// A PF is a [Machine] that runs on, for tests: time passes in it, and what pfctl, the
-// host and other programs do to a packet filter can be done to it and read of it. Its
-// methods are no part of a program that only judges packets by a [Machine].
+// A PF is a [Machine] for tests: time passes, and it has the operations by which pfctl, the
+// host and other programs change or read a packet filter. They are methods of a type of
+// their own so that they aren't linked into a program that only judges packets.
 type PF struct{ Machine }
 
 // NewPF returns an empty, disabled packet filter.

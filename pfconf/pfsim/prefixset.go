@@ -7,12 +7,12 @@ import (
 	"slices"
 )
 
-// A prefixSet answers which of its prefixes is the longest that holds an
-// address, as the radix tree behind a pf table does. Its entries may be
-// negated. The zero value is an empty set.
+// A prefixSet is a set of prefixes, perhaps negated, that finds the longest one that
+// contains an address, as the radix tree of a pf table does (xnu bsd/net/radix.c). The
+// zero value is an empty set.
 type prefixSet struct {
 	v4, v6 *prefixNode
-	n      int
+	n      int // entries
 }
 
 // A prefixEntry is one entry of a table.
@@ -21,13 +21,13 @@ type prefixEntry struct {
 	not    bool
 }
 
-// prefixNode is a node of a path-compressed binary trie. Nodes without an entry
-// are there for their two children only.
+// prefixNode is a node of a path-compressed binary trie. A node without an entry exists
+// only to join its two children.
 type prefixNode struct {
-	key   prefixKey
-	bits  uint8
-	has   bool
-	not   bool
+	key   prefixKey // zero from bits on
+	bits  uint8     // length of the prefix, 0 to 128
+	has   bool      // the set has this prefix
+	not   bool      // negated
 	child [2]*prefixNode
 }
 
@@ -35,6 +35,7 @@ type prefixNode struct {
 // 32 bits.
 type prefixKey struct{ hi, lo uint64 }
 
+// keyOf returns the key of an address.
 func keyOf(a netip.Addr) prefixKey {
 	if a.Is4() {
 		b := a.As4()
@@ -52,7 +53,7 @@ func (k prefixKey) bit(i uint8) int {
 	return int(k.lo >> (127 - i) & 1)
 }
 
-// common returns how many leading bits k and o share.
+// common returns the number of leading bits that k and o share.
 func (k prefixKey) common(o prefixKey) int {
 	if x := k.hi ^ o.hi; x != 0 {
 		return bits.LeadingZeros64(x)
@@ -60,7 +61,7 @@ func (k prefixKey) common(o prefixKey) int {
 	return 64 + bits.LeadingZeros64(k.lo^o.lo)
 }
 
-// mask keeps the first n bits.
+// mask returns the first n bits of k, the rest zero.
 func (k prefixKey) mask(n int) prefixKey {
 	if n < 64 {
 		return prefixKey{hi: k.hi &^ (^uint64(0) >> n)}
@@ -68,7 +69,7 @@ func (k prefixKey) mask(n int) prefixKey {
 	return prefixKey{k.hi, k.lo &^ (^uint64(0) >> (n - 64))}
 }
 
-// root returns where a's family begins.
+// root returns the link to the trie of a's family.
 func (s *prefixSet) root(a netip.Addr) **prefixNode {
 	if a.Is4() {
 		return &s.v4
@@ -76,7 +77,7 @@ func (s *prefixSet) root(a netip.Addr) **prefixNode {
 	return &s.v6
 }
 
-// lookup reports whether a prefix holds a, and whether the longest that does is
+// lookup reports whether a prefix contains a, and whether the longest that does is
 // negated.
 func (s *prefixSet) lookup(a netip.Addr) (not, ok bool) {
 	n := s.v6
@@ -99,8 +100,8 @@ func (s *prefixSet) lookup(a netip.Addr) (not, ok bool) {
 	return not, ok
 }
 
-// contains reports whether a is in the table: the longest prefix that holds it
-// isn't negated.
+// contains reports whether a is in the set: a prefix contains it, and the longest that
+// does isn't negated.
 func (s *prefixSet) contains(a netip.Addr) bool {
 	not, ok := s.lookup(a)
 	return ok && !not
@@ -114,7 +115,7 @@ func (s *prefixSet) get(p netip.Prefix) (not, ok bool) {
 	return false, false
 }
 
-// find returns the link at which p is, or at which the way to it ends.
+// find returns the link to p's node, or the link at which a node for p belongs.
 func (s *prefixSet) find(p netip.Prefix) **prefixNode {
 	k, length := keyOf(p.Addr()), uint8(p.Bits())
 	link := s.root(p.Addr())
@@ -136,7 +137,7 @@ func (s *prefixSet) set(p netip.Prefix, not bool) {
 	}
 	shared := min(leaf.key.common(n.key), int(leaf.bits), int(n.bits))
 	switch {
-	// n is p's own node, or lies below p, or parts from p above both.
+	// n is p's own node, or belongs below p, or both belong below a new node.
 	case shared == int(n.bits) && n.bits == leaf.bits:
 		if !n.has {
 			s.n++
@@ -155,7 +156,7 @@ func (s *prefixSet) set(p netip.Prefix, not bool) {
 	s.n++
 }
 
-// remove takes p out and reports whether it was in.
+// remove removes p and reports whether the set had it.
 func (s *prefixSet) remove(p netip.Prefix) bool {
 	k, length := keyOf(p.Addr()), uint8(p.Bits())
 	var above **prefixNode
@@ -169,7 +170,7 @@ func (s *prefixSet) remove(p netip.Prefix) bool {
 	}
 	n.has = false
 	s.n--
-	// The node above may have been there for this one alone.
+	// The node above may have existed only to join this one with another.
 	n.splice(link)
 	if above != nil {
 		(*above).splice(above)
@@ -177,7 +178,7 @@ func (s *prefixSet) remove(p netip.Prefix) bool {
 	return true
 }
 
-// splice takes n out of the trie when it has no entry and no second child.
+// splice removes n from the trie if it has no entry and at most one child.
 func (n *prefixNode) splice(link **prefixNode) {
 	switch {
 	case n.has || n.child[0] != nil && n.child[1] != nil:
@@ -191,8 +192,9 @@ func (n *prefixNode) splice(link **prefixNode) {
 // clear empties the set.
 func (s *prefixSet) clear() { *s = prefixSet{} }
 
-// entries returns all entries, IPv4 first, in the order in which the kernel
-// walks its tree: ascending addresses, of one address the longest prefix first.
+// entries returns all entries, IPv4 first, in the order of the kernel's rn_walktree:
+// ascending addresses, and of one address the longest prefix first. Round-robin follows
+// it.
 func (s *prefixSet) entries() []prefixEntry {
 	out := make([]prefixEntry, 0, s.n)
 	out = s.v4.appendTo(out, true)
@@ -209,6 +211,7 @@ func (s *prefixSet) entries() []prefixEntry {
 	return out
 }
 
+// appendTo appends the entries below n.
 func (n *prefixNode) appendTo(out []prefixEntry, v4 bool) []prefixEntry {
 	if n == nil {
 		return out
@@ -219,7 +222,7 @@ func (n *prefixNode) appendTo(out []prefixEntry, v4 bool) []prefixEntry {
 	return n.child[1].appendTo(n.child[0].appendTo(out, v4), v4)
 }
 
-// addr returns the key as an address again.
+// addr returns the address of the key.
 func (k prefixKey) addr(v4 bool) netip.Addr {
 	var b [16]byte
 	binary.BigEndian.PutUint64(b[:8], k.hi)

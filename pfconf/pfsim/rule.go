@@ -7,7 +7,7 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// ruleList is one of the kernel's rule lists of an anchor.
+// ruleList is one of the kernel's five lists of rules of an anchor, PF_RULESET_*.
 type ruleList uint8
 
 const (
@@ -19,86 +19,90 @@ const (
 	ruleLists
 )
 
-// translates says whether the first match ends the search of such a list.
+// translates reports whether the list is one of translation rules, in which the first
+// match ends the search.
 func (l ruleList) translates() bool { return l == natList || l == binatList || l == rdrList }
 
-// crule is a rule compiled for matching, with what the kernel keeps in it.
+// crule is a rule compiled for matching, with its counters, the kernel's pf_rule.
 type crule struct {
 	rule   *pfconf.Rule // nil: the default rule
-	anchor string
-	loaded bool
-	// states are those of which this is the rule, the translation or the anchor.
+	anchor string       // path of the anchor that has it
+	loaded bool         // in force; otherwise it exists for its states only
+	// states counts the states of which this is the rule, the translation or the anchor.
 	states int
 
-	evaluations, packets, bytes uint64
-	// skips are how many rules to go on by when one of these fields mismatches.
+	evaluations, packets, bytes uint64 // see RuleCounters
+	// skips are the numbers of rules to advance if one of these criteria isn't met.
 	skips [skipFields]int32
 
 	action pfconf.Action
-	// call is what an anchor rule calls; wildcard calls its children instead.
+	// call is the anchor that an anchor rule calls. With wildcard it calls the anchor's
+	// children instead.
 	call     *anchorNode
 	wildcard bool
 	quick    bool
 
-	// What a packet must have for the rule to match. A value of zero asks for
-	// nothing.
+	// Criteria that a packet must meet. A zero value is met by every packet.
+
 	kif    *kif
-	ifNot  bool
+	ifNot  bool // any interface but kif
 	dir    pfconf.Direction
 	family pfconf.Family
 	proto  pfconf.Proto
 	from   cendpoint
 	to     cendpoint
-	noOS   bool // asks for a system that sends: never matches
-	noUser bool // asks for a socket's owner that no packet here has
+	noOS   bool // never matches: requires an operating system, which isn't modelled
+	noUser bool // never matches: requires the owner of a socket, which no packet has
 
 	icmpType, icmpCode int // one more than the number; 0: any
 	flags, flagMask    pfconf.TCPFlags
-	tos                uint8
+	tos                uint8 // one of these bits
 	fragment           bool
 	allowOpts          bool
 	prob               float64
-	tag, tagged        int
+	tag, tagged        int // numbers, see Machine.tag: to set, to require
 	notTagged          bool
 
-	// What a filter rule does. block return sets both answers: TCP is reset, and
-	// the rest gets an unreachable, also a TCP reset, which can't be reset.
+	// Effects of a filter rule. block return sets returnReset and returnICMP: TCP gets a
+	// reset, and the rest an unreachable, as do TCP resets, which can't be reset.
+
 	block       bool
 	returnReset bool
 	returnICMP  bool
 
-	// keep is StateDefault for a rule that makes no state. bound ties states to
-	// the interface, max bounds how many there are, and timeouts of 0 are those
-	// of the machine.
+	// keep is StateDefault for a rule that makes no state. bound ties states to the
+	// interface, max limits their number (0: no limit), and timeouts are in seconds, 0
+	// being that of the machine.
 	keep     pfconf.StateKind
 	bound    bool
 	max      uint32
 	timeouts [timeoutMax]uint32
 
-	// log also has an effect on packets that were translated.
+	// log matters for the answer to translated packets, see evaluation.answer.
 	log bool
 
-	// track says how the rule counts sources, of which it has made sources nodes.
-	// overload is the table for those that go beyond its limits; nil: none.
+	// track says how the rule counts sources, and sources is the number of nodes that it
+	// has. overload is the table for sources that exceed a limit; nil: none.
 	track    pfconf.SourceTrack
 	sources  int
 	overload *ktable
 
-	// What translation and scrub rules do.
-	natPass  bool // the filter isn't asked
+	// Effects of translation and scrub rules.
+
+	natPass  bool // the packet skips the filter
 	pool     cpool
 	normTCP  bool // scrub reassemble tcp
 	noDF     bool
-	fragKeep bool // scrub fragment crop or drop-ovl
+	fragKeep bool // scrub fragment crop or drop-ovl: fragments pass as they are
 }
 
-// cendpoint is one side that a rule asks for.
+// cendpoint is one side of a packet as a rule requires it.
 type cendpoint struct {
 	addr caddr
 	port cport
 }
 
-// caddr is a compiled address.
+// caddr is a compiled address, the kernel's pf_addr_wrap.
 type caddr struct {
 	kind   pfconf.AddressKind
 	not    bool
@@ -108,14 +112,14 @@ type caddr struct {
 	dyn    *dynAddr
 }
 
-// cport is a compiled comparison of ports; any is one that always holds.
+// cport is a compiled comparison of ports. With any it matches every port.
 type cport struct {
 	any    bool
 	op     pfconf.CompareOp
 	lo, hi uint16
 }
 
-// matches is pf_match.
+// matches reports whether port n matches (pf_match).
 func (p cport) matches(n uint16) bool {
 	if p.any {
 		return true
@@ -143,19 +147,19 @@ func (p cport) matches(n uint16) bool {
 	return false
 }
 
-// matches says whether a is what the address asks for, negation included.
+// matches reports whether a matches the address, with its negation (PF_MISMATCHAW).
 func (c *caddr) matches(m *Machine, a netip.Addr) bool {
-	return c.holds(m, a) != c.not
+	return c.contains(m, a) != c.not
 }
 
-// holds is matches without negation.
-func (c *caddr) holds(m *Machine, a netip.Addr) bool {
+// contains is matches without the negation.
+func (c *caddr) contains(m *Machine, a netip.Addr) bool {
 	switch c.kind {
 	case pfconf.AddrAny:
 		return true
 	case pfconf.AddrPrefix:
-		// A mask of zero is any, of whichever family: the rule's own family has
-		// been compared by now.
+		// A network of length 0 matches both families: the rule's own has been compared
+		// before.
 		return c.prefix.Contains(a) || c.prefix.Bits() == 0
 	case pfconf.AddrTable:
 		return c.table.contains(a)
@@ -164,23 +168,24 @@ func (c *caddr) holds(m *Machine, a netip.Addr) bool {
 	case pfconf.AddrRange:
 		return c.prefix.Addr().Compare(a) <= 0 && a.Compare(c.last) <= 0
 	}
-	// no-route and urpf-failed: macOS asks its routing table and then takes every
-	// address for routable, so they match nothing.
+	// no-route and urpf-failed match nothing: macOS considers every address routable
+	// (pf_routable returns 1).
 	return false
 }
 
-// dynAddr is an interface in parentheses. Its addresses are worked out again
-// when those of the machine have changed, not for each packet.
+// dynAddr is an interface in parentheses, the kernel's pfi_dynaddr. Its prefixes are
+// computed again after addresses of the machine have changed, not for each packet.
 type dynAddr struct {
 	kif    *kif
-	self   bool
-	family pfconf.Family
+	self   bool          // (self)
+	family pfconf.Family // of the rule
 	mod    pfconf.AddressModifier
-	bits   int // 0: none
-	gen    int // of the machine's addresses when v4 and v6 were made
-	v4, v6 []netip.Prefix
+	bits   int            // prefix length that was written; 0: none
+	gen    int            // Machine.ifGen + 1 when v4 and v6 were computed
+	v4, v6 []netip.Prefix // ascending
 }
 
+// contains reports whether a is in one of the prefixes.
 func (d *dynAddr) contains(m *Machine, a netip.Addr) bool {
 	for _, p := range d.prefixes(m, a.Is4()) {
 		if p.Contains(a) {
@@ -190,7 +195,7 @@ func (d *dynAddr) contains(m *Machine, a netip.Addr) bool {
 	return false
 }
 
-// prefixes returns the interface's present addresses of a family, ascending.
+// prefixes returns the interface's current prefixes of a family, ascending.
 func (d *dynAddr) prefixes(m *Machine, v4 bool) []netip.Prefix {
 	if d.gen != m.ifGen+1 {
 		d.update(m)
@@ -201,15 +206,15 @@ func (d *dynAddr) prefixes(m *Machine, v4 bool) []netip.Prefix {
 	return d.v6
 }
 
-// update is pfi_instance_add. (self) is empty: the kernel has no interface of
-// its own behind that name.
+// update computes the prefixes (pfi_instance_add in pf_if.c). (self) has none: the kernel
+// looks for an interface of that name.
 func (d *dynAddr) update(m *Machine) {
 	d.gen = m.ifGen + 1
 	d.v4, d.v6 = nil, nil
 	if d.self || !d.kif.exists {
 		return
 	}
-	// The set sorts, which is the order of round-robin, and drops duplicates.
+	// The set removes duplicates and sorts; round-robin goes by that order.
 	var set prefixSet
 	var got4, got6 bool
 	for _, p := range d.kif.addrs {
@@ -236,19 +241,21 @@ func (d *dynAddr) update(m *Machine) {
 	}
 }
 
-// skips says whether the modifiers leave the address out.
+// skips reports whether the kernel leaves the address out: because of the modifiers, or as
+// an IPv6 link-local one.
 func (d *dynAddr) skips(a netip.Addr) bool {
 	on := pfconf.Interface{Name: d.kif.name}
 	switch {
 	case d.mod&pfconf.ModBroadcast != 0 && (a.Is6() || on.IsLoopback() || on.IsPointToPoint()):
 		return true
 	case d.mod&pfconf.ModPeer != 0:
-		return true // point-to-point interfaces here have no peer address
+		return true // pfconf.Interface has no remote addresses
 	}
 	return a.Is6() && a.IsLinkLocalUnicast()
 }
 
-// entry is what an address with its network's length becomes in the table.
+// entry returns the prefix for an address with its network's length: the address itself,
+// its network or its broadcast address, by the modifiers.
 func (d *dynAddr) entry(a netip.Addr, length int) (netip.Prefix, bool) {
 	if d.mod&pfconf.ModBroadcast != 0 {
 		a = endOf(netip.PrefixFrom(a, length).Masked())
@@ -274,13 +281,14 @@ func endOf(p netip.Prefix) netip.Addr {
 	return a
 }
 
-// compiler turns one loaded ruleset's rules into crules.
+// compiler compiles the rules of one anchor.
 type compiler struct {
 	m      *Machine
 	anchor string
 }
 
-// compile makes r ready. Its tables are referenced from now on.
+// compile returns the compiled rule, which has references to its tables and its anchor. On
+// an error it may return one with some of them, for the caller to release.
 func (c compiler) compile(r *pfconf.Rule) (*crule, error) {
 	out := &crule{
 		rule: r, anchor: c.anchor, loaded: true,
@@ -316,8 +324,8 @@ func (c compiler) compile(r *pfconf.Rule) (*crule, error) {
 	return out, c.target(out)
 }
 
-// noSocket says whether a packet that belongs to no socket matches the owners
-// that a rule asks for: as unknown, and as another than any.
+// noSocket reports whether a packet that belongs to no socket matches a rule's users or
+// groups: it matches unknown, and differs from each that is named.
 func noSocket(ids []pfconf.IDMatch) bool {
 	for _, id := range ids {
 		if id.Op != pfconf.Equal && id.Op != pfconf.NotEqual || id.Unknown != (id.Op == pfconf.Equal) {
@@ -327,6 +335,7 @@ func noSocket(ids []pfconf.IDMatch) bool {
 	return true
 }
 
+// deref returns *p, or 0 for nil.
 func deref(p *uint8) uint8 {
 	if p == nil {
 		return 0
@@ -334,7 +343,7 @@ func deref(p *uint8) uint8 {
 	return *p
 }
 
-// filterParts takes over what pass and block say.
+// filterParts compiles the effects of a pass or block rule.
 func (c compiler) filterParts(out *crule) {
 	r := out.rule
 	out.natPass = r.Pass
@@ -352,7 +361,7 @@ func (c compiler) filterParts(out *crule) {
 	if out.keep == pfconf.NoState {
 		out.keep = pfconf.StateDefault
 	}
-	// A state policy of the whole ruleset is in each rule by now.
+	// Expand has written set state-policy into each rule.
 	out.bound = r.StateOptions.Policy == pfconf.IfBound
 	out.max = r.StateOptions.Max
 	setTimeouts(&out.timeouts, r.StateOptions.Timeouts)
@@ -364,12 +373,14 @@ func (c compiler) filterParts(out *crule) {
 	}
 }
 
+// normalizeParts compiles the effects of a scrub rule, as far as verdicts depend on them.
 func (c compiler) normalizeParts(out *crule) {
 	n := out.rule.Normalize
 	out.normTCP, out.noDF = n.ReassembleTCP, n.NoDF
 	out.fragKeep = n.Fragment == pfconf.FragmentCrop || n.Fragment == pfconf.FragmentDropOvl
 }
 
+// endpoints compiles both sides of a rule.
 func (c compiler) endpoints(out *crule) error {
 	for _, e := range []struct {
 		to   *cendpoint
@@ -393,7 +404,7 @@ func (c compiler) endpoints(out *crule) error {
 	return nil
 }
 
-// address compiles one address.
+// address compiles an address of a rule of family f.
 func (c compiler) address(a pfconf.Address, f pfconf.Family) (caddr, error) {
 	out := caddr{kind: a.Kind, not: a.Not, last: a.Last.WithZone("")}
 	switch a.Kind {
@@ -416,7 +427,7 @@ func (c compiler) address(a pfconf.Address, f pfconf.Family) (caddr, error) {
 	return out, nil
 }
 
-// target compiles where a rule leads: to an anchor or to a pool.
+// target compiles the anchor that a rule calls, or its pool.
 func (c compiler) target(out *crule) error {
 	switch out.action {
 	case pfconf.Anchor, pfconf.NatAnchor, pfconf.BinatAnchor, pfconf.RdrAnchor, pfconf.ScrubAnchor:
@@ -427,8 +438,8 @@ func (c compiler) target(out *crule) error {
 	return nil
 }
 
-// releaseRule lets go of a rule's tables and anchor once it is neither loaded nor used by
-// a state.
+// releaseRule releases a rule's references to tables and its anchor if it is neither
+// loaded nor used by a state (pf_rm_rule).
 func (m *Machine) releaseRule(r *crule) {
 	if r.loaded || r.states > 0 || r.rule == nil {
 		return
@@ -449,6 +460,7 @@ func (m *Machine) releaseRule(r *crule) {
 	}
 }
 
+// releaseAddr releases an address's reference to a table.
 func (m *Machine) releaseAddr(a *caddr) {
 	if a.table != nil {
 		m.detachTable(a.table)

@@ -6,39 +6,44 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// defaultSourceLimit is how many sources pf tracks unless told otherwise
-// (PFSNODE_HIWAT of bsd/net/pfvar.h).
+// defaultSourceLimit is the default of set limit src-nodes (PFSNODE_HIWAT of xnu
+// bsd/net/pfvar.h).
 const defaultSourceLimit = 10000
 
-// sourceKey is by what a source is found: with source-track rule each rule counts
-// for itself, with global all of them together.
+// sourceKey identifies a source node. With source-track rule each rule has nodes of its
+// own, with source-track global all such rules share them.
 type sourceKey struct {
 	rule *crule // nil: global
 	addr netip.Addr
 }
 
-// sourceNode counts for one source, the kernel's pf_src_node. It stays for the
-// timeout src.track after its last state.
+// sourceNode has the counts of one source, the kernel's pf_src_node. It exists until the
+// timeout src.track after its last state ended.
 type sourceNode struct {
 	key    sourceKey
 	states int
-	conn   int // finished handshakes among them
+	conn   int // states whose TCP handshake is complete
 	rate   threshold
-	// idle is set once there were states and are none, and expire is then the
-	// second at which the node goes.
+	// idle is set after the last state ended, and expire is then the second at which the
+	// node is removed.
 	idle   bool
 	expire int64
 }
 
-// threshold is the kernel's measure of a rate (pf_threshold): events count a
-// thousandfold and fade away over some seconds.
+// threshold measures a rate, the kernel's pf_threshold. An event adds thresholdUnit to
+// count, which decays linearly to 0 over some seconds without events.
 type threshold struct {
-	limit, seconds, count uint32
-	last                  int64
+	limit   uint32 // events times thresholdUnit
+	seconds uint32
+	count   uint32
+	last    int64 // second of the last event
 }
 
+// thresholdUnit is PF_THRESHOLD_MULT: counting in thousandths keeps precision in the
+// kernel's integers.
 const thresholdUnit = 1000
 
+// add counts an event (pf_add_threshold).
 func (t *threshold) add(now int64) {
 	if diff := uint32(now - t.last); diff >= t.seconds {
 		t.count = 0
@@ -49,14 +54,14 @@ func (t *threshold) add(now int64) {
 	t.last = now
 }
 
+// exceeded reports whether the rate is above the limit (pf_check_threshold).
 func (t *threshold) exceeded() bool { return t.count > t.limit }
 
-// tracksSources says whether states of the rule are counted by source.
+// tracksSources reports whether the rule counts its states by source.
 func (r *crule) tracksSources() bool { return r.track != pfconf.NoSourceTrack }
 
-// sourceOf returns the node under which a rule counts an address, a new one if
-// need be, and nil if a limit of the rule or of the machine is reached
-// (pf_insert_src_node).
+// sourceOf returns the node of a rule for an address, a new one if there is none, and nil
+// if a limit of the rule or of the machine is reached (pf_insert_src_node).
 func (m *Machine) sourceOf(r *crule, a netip.Addr) *sourceNode {
 	key := sourceKey{addr: a}
 	if r.track == pfconf.SourceTrackRule {
@@ -82,16 +87,15 @@ func (m *Machine) sourceOf(r *crule, a netip.Addr) *sourceNode {
 	return n
 }
 
-// giveBack forgets a node that was made for a state which then couldn't be. The
-// kernel leaves the rule's own count of sources as it is.
+// giveBack removes a node that was made for a state that then couldn't be made. As in the
+// kernel, the rule's own count of sources stays as it is.
 func (m *Machine) giveBack(n *sourceNode) {
 	if n != nil && n.states == 0 && !n.idle {
 		delete(m.sources, n.key)
 	}
 }
 
-// leaveSource takes a state off its source's count. A running kernel looks for
-// nodes without states every few seconds.
+// leaveSource removes a state from the counts of its source (pf_src_tree_remove_state).
 func (m *Machine) leaveSource(s *state) {
 	n := s.source
 	if n == nil {
@@ -115,7 +119,8 @@ func (m *Machine) leaveSource(s *state) {
 	n.idle, n.expire = true, m.seconds()+int64(t)
 }
 
-// purgeSources forgets the sources that have had no states for long enough.
+// purgeSources removes expired nodes. The kernel does so every timeout interval, 10 seconds
+// (pf_purge_expired_src_nodes); here it happens in the second in which they expire.
 func (m *Machine) purgeSources() {
 	for key, n := range m.sources {
 		if n.states == 0 && n.expire <= m.seconds() {
@@ -124,6 +129,7 @@ func (m *Machine) purgeSources() {
 	}
 }
 
+// dropSource removes a node.
 func (m *Machine) dropSource(key sourceKey) {
 	if key.rule != nil {
 		key.rule.sources--
@@ -131,7 +137,8 @@ func (m *Machine) dropSource(key sourceKey) {
 	delete(m.sources, key)
 }
 
-// clearSources is pfctl -F Sources: states go on uncounted.
+// clearSources removes all nodes, as pfctl -F Sources does. Existing states are no longer
+// counted.
 func (m *Machine) clearSources() {
 	for s := m.states.first; s != nil; s = s.next {
 		s.source = nil
@@ -141,14 +148,13 @@ func (m *Machine) clearSources() {
 	}
 }
 
-// SourceCount returns how many sources are tracked, by rules and globally.
+// SourceCount returns the number of source nodes, those of rules and global ones.
 func (m *PF) SourceCount() int { return len(m.sources) }
 
-// connected counts a finished handshake for the state's source and reports
-// whether that is one too many (pf_src_connlimit). If so, the state ends, the
-// source comes into the table of overload, and its other states end with flush. A
-// running kernel drops the packets of such states until it purges them, within a
-// second; here they are gone at once.
+// connected counts a complete handshake for the state's source and reports whether it
+// exceeds a limit (pf_src_connlimit). If so, the state ends, the source enters the table
+// of overload, and with flush its other states end. The kernel drops packets of such
+// states until it purges them, within a second; here they are removed at once.
 func (e *evaluation) connected(s *state) (tooMany bool) {
 	m, n, o := e.m, s.source, s.rule.rule.StateOptions
 	n.conn++
@@ -169,8 +175,8 @@ func (e *evaluation) connected(s *state) (tooMany bool) {
 	return true
 }
 
-// insert is how the kernel itself adds an address, to the table that is in
-// effect.
+// insert adds an address to the table in effect, as the kernel does for overload
+// (pfr_insert_kentry). It silently does nothing if the table is full.
 func (t *ktable) insert(a netip.Addr) {
 	if t.flags&tableActive == 0 && t.root != nil {
 		t = t.root
@@ -181,9 +187,9 @@ func (t *ktable) insert(a netip.Addr) {
 	}
 }
 
-// endOthers ends the states of a source of a rule: those of the rule, or all with
-// flush global. On which side of a state the source is asked for depends on the
-// direction of the one that went too far.
+// endOthers ends the states of a rule's source: those of the rule, or with flush global
+// all. As in the kernel, the direction of the state that exceeded the limit decides which
+// end of the other states is compared with the source.
 func (m *Machine) endOthers(rule *crule, dir pfconf.Direction, source netip.Addr) {
 	for s := m.states.first; s != nil; {
 		next := s.next

@@ -10,42 +10,41 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// stateHost is one of the four ends of a state key. port is also an ICMP
-// identifier or an ESP SPI.
+// stateHost is one of the four ends of a state key, the kernel's pf_state_host. port may
+// also be an ICMP identifier or an ESP SPI.
 type stateHost struct {
 	addr netip.Addr
 	port uint32
 }
 
-// stateKey is what a flow looks like on both sides of a translation, as the
-// kernel's pf_state_key: lan and ext on the inside, gwy and ext on the outside.
-// For a flow that comes in, the host is lan and the sender ext.
+// stateKey has the ends of a flow on both sides of a translation, the kernel's
+// pf_state_key: lan and extLan on the inside, gwy and extGwy on the outside. For an
+// inbound flow, lan and gwy are its destination and the others its source.
 type stateKey struct {
 	proto          pfconf.Proto
 	filter         endpointFilter
-	dir            pfconf.Direction
+	dir            pfconf.Direction // of the packet that made it
 	lan, gwy       stateHost
 	extLan, extGwy stateHost
 	// states share the key: those bound to an interface, then the floating one.
 	states []*state
 }
 
-// translated says whether the two sides differ.
+// translated reports whether the two sides differ.
 func (k *stateKey) translated() bool { return k.lan != k.gwy }
 
-// addrTranslated is the same for protocols without ports.
+// addrTranslated is translated for protocols without ports.
 func (k *stateKey) addrTranslated() bool { return k.lan.addr != k.gwy.addr }
 
-// endpointFilter is from where answers to a UDP flow may come (PF_EXTFILTER_,
-// and PF_EXTMAP_ for which flows share an outside port): from the address and
-// port that it goes to, from any port of the address, from anywhere (RFC 4787).
+// endpointFilter says which hosts may answer into a UDP flow (PF_EXTFILTER_*), and for
+// extmap which flows share an outside port (PF_EXTMAP_*), in the terms of RFC 4787.
 type endpointFilter uint8
 
 const (
-	filterUnset endpointFilter = iota
-	addrPortDependent
-	addrDependent
-	endpointIndependent
+	filterUnset         endpointFilter = iota
+	addrPortDependent                  // apd: only the flow's destination, from the same port
+	addrDependent                      // ad: the destination, from any port
+	endpointIndependent                // ei: any host
 )
 
 // endpointFilters are the words of extfilter and extmap.
@@ -53,16 +52,17 @@ var endpointFilters = map[string]endpointFilter{
 	"apd": addrPortDependent, "ad": addrDependent, "ei": endpointIndependent,
 }
 
-// lookupKey is by what a key is found on one of its sides: fields that its
-// protocol doesn't compare are zero.
+// lookupKey identifies a state key on one of its sides. Fields that the key's protocol
+// doesn't compare are zero.
 type lookupKey struct {
-	addr, ext netip.Addr
-	port, to  uint32
+	addr, ext netip.Addr // near end, far end
+	port, to  uint32     // their ports
 	proto     pfconf.Proto
 	filter    endpointFilter
 }
 
-// insideKey is the order of the kernel's lan_ext tree.
+// insideKey returns the lookup key for the inside. It has the fields that the kernel
+// compares in its tree of inside keys (pf_state_compare_lan_ext).
 func insideKey(proto pfconf.Proto, filter endpointFilter, lan, ext stateHost) lookupKey {
 	k := lookupKey{addr: lan.addr, ext: ext.addr, proto: proto}
 	switch proto {
@@ -75,7 +75,7 @@ func insideKey(proto pfconf.Proto, filter endpointFilter, lan, ext stateHost) lo
 		if filter < addrDependent {
 			k.to = ext.port
 		}
-		// For IPv6 the kernel compares the address even so.
+		// For IPv6 the kernel compares the far address all the same.
 		if filter == endpointIndependent && lan.addr.Is4() {
 			k.ext = netip.Addr{}
 		}
@@ -85,7 +85,7 @@ func insideKey(proto pfconf.Proto, filter endpointFilter, lan, ext stateHost) lo
 	return k
 }
 
-// outsideKey is the order of the kernel's ext_gwy tree.
+// outsideKey returns the lookup key for the outside (pf_state_compare_ext_gwy).
 func outsideKey(proto pfconf.Proto, filter endpointFilter, gwy, ext stateHost) lookupKey {
 	k := insideKey(proto, filter, gwy, ext)
 	if proto == protoESP {
@@ -94,52 +94,54 @@ func outsideKey(proto pfconf.Proto, filter endpointFilter, gwy, ext stateHost) l
 	return k
 }
 
-// inside and outside are by what the key is found.
-func (k *stateKey) inside() lookupKey  { return insideKey(k.proto, k.filter, k.lan, k.extLan) }
+// inside returns the lookup key of the inside.
+func (k *stateKey) inside() lookupKey { return insideKey(k.proto, k.filter, k.lan, k.extLan) }
+
+// outside returns the lookup key of the outside.
 func (k *stateKey) outside() lookupKey { return outsideKey(k.proto, k.filter, k.gwy, k.extGwy) }
 
 // peer is one end of a tracked connection, the kernel's pf_state_peer.
 type peer struct {
 	seqlo   uint32 // highest sequence number sent
-	seqhi   uint32 // highest that the other side lets it send
-	seqdiff uint32 // what modulation adds
-	maxWin  uint16
-	wscale  uint8 // with wscaleFlag
-	state   uint8
+	seqhi   uint32 // highest that the other end lets it send
+	seqdiff uint32 // that modulate state adds to sequence numbers
+	maxWin  uint16 // largest window seen, shifted by wscale
+	wscale  uint8  // shift of its windows, with wscaleFlag if it is known
+	state   uint8  // tcps* or peer*
 }
 
-// state is the kernel's pf_state.
+// state is a state of one flow, the kernel's pf_state.
 type state struct {
 	id       uint64
-	key      *stateKey // nil: unlinked
+	key      *stateKey // nil: removed
 	kif      *kif      // nil: floating
-	src, dst peer
+	src, dst peer      // of the packet that made it
 
-	rule, nat, anchor *crule // nat and anchor: nil without
+	rule, nat, anchor *crule // nat and anchor may be nil
 	timeout           timeoutKind
-	last              int64 // second of the last packet that counted
-	created           int64
-	tag               int
+	last              int64 // second of the last packet that restarted the timeout
+	created           int64 // second
+	tag               int   // that the rules set, for later packets
 	allowOpts         bool
 	source            *sourceNode // nil: not counted
-	established       bool        // counted as a connection of its source
+	established       bool        // counted in source.conn
 
-	prev, next *state // of stateTable.first
+	prev, next *state // in stateTable
 }
 
-// stateTable holds the states, findable from both sides.
+// stateTable has all states. A lookup from either side of a translation is one of a map.
 type stateTable struct {
 	inside, outside map[lookupKey]*stateKey
-	first, last     *state // in the order of their making
-	n               int
-	looseUDP        int // keys with more than addrPortDependent
+	first, last     *state // list of all, the oldest first
+	n               int    // states
+	looseUDP        int    // keys whose filter is looser than addrPortDependent
 	nextID          uint64
 	bindings        map[binding]*boundPort
 }
 
-// binding is what macOS gives one outside port: the TCP connections of one
-// inside port through one rule, whatever their destinations, and with extmap
-// the UDP flows.
+// binding identifies the flows to which macOS gives the same outside port: the TCP
+// connections from one inside port through one rule, whatever their destinations, and
+// with extmap the UDP flows.
 type binding struct {
 	rule  *crule
 	proto pfconf.Proto
@@ -163,19 +165,22 @@ func bindingOf(r *crule, proto pfconf.Proto, lan stateHost, ext netip.Addr) (bin
 	return b, true
 }
 
+// boundPort is the outside port of a binding.
 type boundPort struct {
 	port   uint32
-	states int
+	states int // that use it
 }
 
+// init makes t an empty table.
 func (t *stateTable) init() {
 	t.inside = map[lookupKey]*stateKey{}
 	t.outside = map[lookupKey]*stateKey{}
 	t.bindings = map[binding]*boundPort{}
 }
 
-// find returns the state that a packet with this key has on the interface, in
-// this direction.
+// find returns the state of a packet with this key, direction and interface, nil if there
+// is none. Of states that share a key, one that is bound to the interface comes before
+// the floating one.
 func (t *stateTable) find(k lookupKey, dir pfconf.Direction, on *kif) *state {
 	var sk *stateKey
 	if dir == pfconf.Out {
@@ -194,12 +199,13 @@ func (t *stateTable) find(k lookupKey, dir pfconf.Direction, on *kif) *state {
 	return nil
 }
 
-// insert adds s with the key sk. If another state has the same inside, s joins
-// its key, however it is translated itself; false when that collides.
+// insert adds s with the key sk and reports whether it could. If a state has a key with
+// the same inside, s gets that key instead, unless there is such a state for the same
+// interface already (pf_insert_state).
 func (t *stateTable) insert(s *state, sk *stateKey) bool {
 	in := sk.inside()
-	// This is the kernel's way, and it shows: states of one flow on two
-	// interfaces share the translation of the first.
+	// So, as in the kernel, states of one flow on two interfaces share the translation of
+	// the first.
 	if cur := t.inside[in]; cur != nil {
 		for _, o := range cur.states {
 			if o.kif == s.kif {
@@ -230,7 +236,7 @@ func (t *stateTable) insert(s *state, sk *stateKey) bool {
 	return true
 }
 
-// append puts s at the end of the list.
+// append appends s to the list.
 func (t *stateTable) append(s *state) {
 	s.prev = t.last
 	if t.last != nil {
@@ -242,7 +248,7 @@ func (t *stateTable) append(s *state) {
 	t.n++
 }
 
-// bind notes which outside port s uses.
+// bind records the outside port of s for later flows of the same binding.
 func (t *stateTable) bind(s *state) {
 	b, ok := bindingOf(s.nat, s.key.proto, s.key.lan, s.key.extLan.addr)
 	if !ok {
@@ -256,7 +262,7 @@ func (t *stateTable) bind(s *state) {
 	p.states++
 }
 
-// unlink takes s out of the table.
+// unlink removes s from the table, and its key if no other state has it.
 func (t *stateTable) unlink(s *state) {
 	sk := s.key
 	if b, ok := bindingOf(s.nat, sk.proto, sk.lan, sk.extLan.addr); ok {
@@ -289,7 +295,8 @@ func (t *stateTable) unlink(s *state) {
 	t.n--
 }
 
-// dropKey forgets a key, if it is what is found under its looks.
+// dropKey removes a key from the maps, unless they have another in its place: learnSPI
+// can leave a key that is stored on one side only.
 func (t *stateTable) dropKey(sk *stateKey) {
 	if sk.filter > addrPortDependent {
 		t.looseUDP--
@@ -302,8 +309,8 @@ func (t *stateTable) dropKey(sk *stateKey) {
 	}
 }
 
-// removeState ends a state, and with it what it kept alive of a rule that is no
-// longer loaded.
+// removeState ends a state. Rules that are no longer loaded and have no other state are
+// released with it.
 func (m *Machine) removeState(s *state) {
 	m.states.unlink(s)
 	m.totals[countRemovals]++
@@ -316,8 +323,8 @@ func (m *Machine) removeState(s *state) {
 	}
 }
 
-// purge removes the states whose time is up. A running kernel looks at a part of
-// them each second, so there one may live some seconds longer.
+// purge removes what has expired. The kernel checks a part of its states each second
+// (pf_purge_expired_states), so there a state may exist some seconds longer.
 func (m *Machine) purge() {
 	now := m.seconds()
 	for s := m.states.first; s != nil; {
@@ -331,37 +338,39 @@ func (m *Machine) purge() {
 	m.purgeFragments()
 }
 
-// A State is what pf knows of one flow.
+// A State describes a state of pf, for one flow in one direction.
 type State struct {
-	ID uint64
-	// Proto is the protocol; ICMPv6 is filed under ICMP.
+	ID uint64 // unique in the machine, ascending
+	// Proto is the protocol. States of ICMPv6 have ICMP, as in the kernel.
 	Proto pfconf.Proto
 	// Direction is that of the packet that made the state.
 	Direction pfconf.Direction
-	// Interface is the only one on which the state holds; "": all of them.
+	// Interface is the one to which the state is bound; "": none, it is floating.
 	Interface string
-	// Lan and Gateway are the near end inside and outside of a translation, the
-	// same without one; for an incoming flow the near end is its destination.
-	// ICMP has its identifier as port.
+	// Lan and Gateway are the near end inside and outside of a translation, equal without
+	// one. The near end of an inbound flow is its destination. For ICMP the port is the
+	// identifier.
 	Lan, Gateway netip.AddrPort
-	// Ext is the far end as the inside sees it, ExtGateway as the outside does.
+	// Ext and ExtGateway are the far end as seen from inside and from outside.
 	Ext, ExtGateway netip.AddrPort
-	// Opener and Answerer are how far the two ends are, as pfctl words it:
-	// ESTABLISHED and the like for TCP, NO_TRAFFIC, SINGLE or MULTIPLE, for ICMP
-	// numbers.
+	// Opener and Answerer are the progress of the two ends in pfctl's words: ESTABLISHED
+	// and the like for TCP, numbers for ICMP, and NO_TRAFFIC, SINGLE or MULTIPLE for all
+	// else.
 	Opener, Answerer string
-	// Rule made the state; nil: the default rule. Loaded: it still is.
+	// Rule is the rule that made the state; nil: the default rule. Loaded reports whether
+	// it is still in force.
 	Rule   *pfconf.Rule
-	Anchor string
+	Anchor string // path of the anchor that has Rule
 	Loaded bool
-	// Translation is the nat, binat or rdr rule, nil without.
+	// Translation is the nat, binat or rdr rule; nil: none.
 	Translation *pfconf.Rule
-	// Age is the time since the first packet and Expires how long the state
-	// lives without another one, both in whole seconds.
+	// Age is the time since the first packet, and Expires the time until the state ends
+	// without a further packet. Both are whole seconds.
 	Age, Expires time.Duration
 }
 
-// String returns the state as a line of pfctl -s states.
+// String returns the state as a line of pfctl -s states (print_state in
+// pf_print_state.c).
 func (s State) String() string {
 	var b strings.Builder
 	on := s.Interface
@@ -380,7 +389,7 @@ func (s State) String() string {
 	return b.String()
 }
 
-// hostText writes an end of a state as pfctl does: 192.0.2.1:80, 2001:db8::1[80].
+// hostText returns an end of a state as pfctl prints it: 192.0.2.1:80, 2001:db8::1[80].
 func hostText(a netip.AddrPort) string {
 	switch {
 	case a.Port() == 0:
@@ -391,6 +400,8 @@ func hostText(a netip.AddrPort) string {
 	return fmt.Sprintf("%s[%d]", a.Addr(), a.Port())
 }
 
+// pfctl's words for the progress of an end: TCP states by their numbers in xnu
+// bsd/netinet/tcp_fsm.h, and peer* for other protocols.
 var (
 	tcpPhases = [...]string{
 		"CLOSED", "LISTEN", "SYN_SENT", "SYN_RCVD", "ESTABLISHED", "CLOSE_WAIT", "FIN_WAIT_1", "CLOSING",
@@ -399,7 +410,7 @@ var (
 	otherPhases = [...]string{"NO_TRAFFIC", "SINGLE", "MULTIPLE"}
 )
 
-// phase is pfctl's word for one end of a state.
+// phase returns pfctl's word for the progress of one end of a state.
 func phase(proto pfconf.Proto, state uint8) string {
 	switch {
 	case proto == pfconf.ProtoTCP && int(state) < len(tcpPhases):
@@ -419,9 +430,10 @@ func (m *PF) States() []State {
 	return out
 }
 
-// StateCount returns how many states there are.
+// StateCount returns the number of states.
 func (m *PF) StateCount() int { return m.states.n }
 
+// describe returns a state as callers see it.
 func (m *Machine) describe(s *state) State {
 	k := s.key
 	out := State{
@@ -444,12 +456,11 @@ func (m *Machine) describe(s *state) State {
 
 func (h stateHost) addrPort() netip.AddrPort { return netip.AddrPortFrom(h.addr, uint16(h.port)) }
 
-// KillStates removes the states from src to dst, as pfctl -k src -k dst does,
-// and returns how many. The source of a state is its opener, by the inner
-// address when it is translated. dst without a value means any.
+// KillStates removes the states from src to dst, as pfctl -k src -k dst does, and returns
+// their number. The source of a state is the end that opened it, by its inner address if
+// it is translated. The zero Prefix for dst means any.
 //
-// pfctl itself prints the number modulo 256, because the kernel returns it in
-// one byte.
+// pfctl prints the number modulo 256, because the kernel returns it in one byte.
 func (m *PF) KillStates(src, dst netip.Prefix) int {
 	killed := 0
 	for s := m.states.first; s != nil; {
@@ -467,7 +478,7 @@ func (m *PF) KillStates(src, dst netip.Prefix) int {
 	return killed
 }
 
-// FlushStates removes all states, as pfctl -F states does, and returns how many.
+// FlushStates removes all states, as pfctl -F states does, and returns their number.
 func (m *Machine) FlushStates() int {
 	n := m.states.n
 	for m.states.first != nil {
@@ -476,4 +487,5 @@ func (m *Machine) FlushStates() int {
 	return n
 }
 
+// contains reports whether p is valid and contains a.
 func contains(p netip.Prefix, a netip.Addr) bool { return p.IsValid() && p.Contains(a) }

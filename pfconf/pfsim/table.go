@@ -8,16 +8,16 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// tableName is a table's name together with the anchor that it belongs to.
+// tableName is a table's name together with the path of its anchor.
 type tableName struct{ anchor, name string }
 
-// The flags of a table, PFR_TFLAG_* of bsd/net/pfvar.h. A table exists for its
-// users while it is active; otherwise it is a name that rules refer to.
+// The flags of a table, PFR_TFLAG_* of xnu bsd/net/pfvar.h. Only an active table exists
+// for pfctl; any other is a name that rules refer to.
 const (
 	tablePersist = 1 << iota
 	tableConst
 	tableActive
-	tableInactive   // a load has defined it and not yet committed
+	tableInactive   // a load has defined it, and isn't committed yet
 	tableReferenced // by rules
 	tableRefdAnchor // by tables of the same name in anchors, as their fallback
 
@@ -25,43 +25,46 @@ const (
 	tableSetFlags  = tableActive | tableInactive | tableReferenced | tableRefdAnchor
 )
 
-// ktable is a table as the kernel holds it. Its life is that of the kernel's:
+// ktable is a table, the kernel's pfr_ktable. It follows the kernel's (pf_table.c) in when
+// it comes into existence and ends:
 //
-//   - A rule that names a table makes it, inactive, if there is none.
-//   - A load that defines it gives it a shadow and, once the rules are swapped,
-//     makes the shadow its contents.
-//   - pfctl -T add and replace make it active and persistent.
-//   - A table that isn't persistent lasts as long as rules refer to it; those of
-//     states whose rule is gone still do. An inactive one that nothing refers to
-//     is forgotten.
+//   - A rule that names a table makes an inactive one if there is none.
+//   - A load that defines the table gives it a shadow. Once the rules are swapped, the
+//     shadow becomes its contents, and it is active.
+//   - pfctl -T add and -T replace make it active and persistent.
+//   - A table that isn't persistent stays active while rules refer to it, including
+//     unloaded rules that still have states.
+//   - An inactive table to which nothing refers is removed.
 //
-// A table of an anchor refers to the main ruleset's of the same name, its root,
-// and so keeps that alive too.
+// A table of an anchor refers to the table of the same name in the main ruleset, its root,
+// and so keeps that too.
 type ktable struct {
 	key   tableName
 	flags int
-	// root is the main ruleset's table of the name, used while this one isn't
-	// active.
+	// root is the main ruleset's table of the same name, which rules use while this one
+	// isn't active; nil in the main ruleset.
 	root    *ktable
 	rules   int // references by rules
 	anchors int // references by tables whose root this is
 	set     prefixSet
-	shadow  *shadowTable
+	shadow  *shadowTable // nil unless tableInactive
 }
 
-// shadowTable is what a load wants a table to be.
+// shadowTable is the definition of a table by a load that isn't committed yet.
 type shadowTable struct {
 	flags    int
 	set      prefixSet
-	hasAddrs bool
+	hasAddrs bool // the definition has a list, if only an empty one
 }
 
-// contains reports whether the table, or the one that stands in for it, holds a.
+// contains reports whether the table in effect contains a (pfr_match_addr).
 func (t *ktable) contains(a netip.Addr) bool {
 	t = t.effective()
 	return t != nil && t.set.contains(a)
 }
 
+// effective returns the table that rules use in place of t: t itself if it is active, else
+// its root, else nil. It is never the table of a parent anchor.
 func (t *ktable) effective() *ktable {
 	if t.flags&tableActive == 0 && t.root != nil {
 		t = t.root
@@ -72,7 +75,7 @@ func (t *ktable) effective() *ktable {
 	return t
 }
 
-// newTable adds the name, and that of its root.
+// newTable adds an inactive table, and its root if that doesn't exist.
 func (m *Machine) newTable(key tableName) *ktable {
 	t := &ktable{key: key}
 	if key.anchor != "" {
@@ -91,7 +94,8 @@ func (m *Machine) newTable(key tableName) *ktable {
 	return t
 }
 
-// attachTable is a rule's reference.
+// attachTable returns a table for a rule to refer to, a new one if there is none
+// (pfr_attach_table).
 func (m *Machine) attachTable(key tableName) *ktable {
 	t := m.tables[key]
 	if t == nil {
@@ -102,14 +106,15 @@ func (m *Machine) attachTable(key tableName) *ktable {
 	return t
 }
 
+// detachTable releases a rule's reference (pfr_detach_table).
 func (m *Machine) detachTable(t *ktable) {
 	if t.rules--; t.rules == 0 {
 		m.setTableFlags(t, t.flags&^tableReferenced)
 	}
 }
 
-// setTableFlags is pfr_setflags_ktable: a table that nothing needs any more is
-// emptied, and forgotten.
+// setTableFlags changes a table's flags (pfr_setflags_ktable). A table that nothing needs
+// becomes inactive and empty, and is removed if nothing refers to it.
 func (m *Machine) setTableFlags(t *ktable, flags int) {
 	if flags&(tableReferenced|tableRefdAnchor|tablePersist) == 0 {
 		flags &^= tableActive
@@ -136,7 +141,7 @@ func (m *Machine) setTableFlags(t *ktable, flags int) {
 	t.flags = flags
 }
 
-// defineTable is what a load does with a table's statement before it commits.
+// defineTable gives a table the shadow by which a load defines it (pfr_ina_define).
 func (m *Machine) defineTable(anchor string, def *pfconf.Table) {
 	key := tableName{anchor, def.Name}
 	t := m.tables[key]
@@ -157,8 +162,8 @@ func (m *Machine) defineTable(anchor string, def *pfconf.Table) {
 	t.flags |= tableInactive
 }
 
-// commitTables makes an anchor's defined tables the real ones. Those that the
-// load didn't name stay as they are.
+// commitTables makes the shadows of an anchor's tables their contents
+// (pfr_ina_commit). Tables that the load didn't define stay as they are.
 func (m *Machine) commitTables(anchor string) {
 	var todo []*ktable
 	for k, t := range m.tables {
@@ -167,7 +172,7 @@ func (m *Machine) commitTables(anchor string) {
 		}
 	}
 	for _, t := range todo {
-		// A statement without a list, table <t> persist, leaves the contents.
+		// A definition without a list, table <t> persist, leaves the entries.
 		sh := t.shadow
 		if sh.hasAddrs {
 			t.set = sh.set
@@ -176,7 +181,7 @@ func (m *Machine) commitTables(anchor string) {
 	}
 }
 
-// activeTable returns a table that pfctl -T can work on.
+// activeTable returns a table that pfctl -T can read. The error is ErrNoTable.
 func (m *Machine) activeTable(anchor, name string) (*ktable, error) {
 	t := m.tables[tableName{anchor, name}]
 	if t == nil || t.flags&tableActive == 0 {
@@ -185,6 +190,8 @@ func (m *Machine) activeTable(anchor, name string) (*ktable, error) {
 	return t, nil
 }
 
+// changeableTable returns a table that pfctl -T can change. The error is ErrNoTable or
+// ErrConstTable.
 func (m *Machine) changeableTable(anchor, name string) (*ktable, error) {
 	t, err := m.activeTable(anchor, name)
 	if err == nil && t.flags&tableConst != 0 {
@@ -193,7 +200,8 @@ func (m *Machine) changeableTable(anchor, name string) (*ktable, error) {
 	return t, err
 }
 
-// makeTable makes a persistent table unless it exists.
+// makeTable returns a table that pfctl -T can change, and makes a persistent one if there
+// is none.
 func (m *Machine) makeTable(anchor, name string) (*ktable, error) {
 	if name == "" || len(name) > maxTableName {
 		return nil, fmt.Errorf("name of %d bytes: must have 1 to %d", len(name), maxTableName)
@@ -218,10 +226,10 @@ func (m *Machine) makeTable(anchor, name string) (*ktable, error) {
 	return m.changeableTable(anchor, name)
 }
 
-// AddToTable adds entries to a table and makes it, persistent, if it doesn't
-// exist, as pfctl -T add does. An entry that exists stays as it is, also when
-// it is negated otherwise. It returns how many were added. Addresses must be of
-// the kind AddrPrefix. The all-zero host isn't added, without an error.
+// AddToTable adds entries to a table, as pfctl -T add does, and returns how many it added.
+// If the table doesn't exist, it makes a persistent one. An entry that exists stays as it
+// is, even if only its negation differs. Addresses must be of the kind AddrPrefix; the
+// all-zero host is silently left out, see [pfconf.Stored].
 func (m *PF) AddToTable(anchor, table string, addrs []pfconf.Address) (int, error) {
 	ps, err := pfconf.Stored(addrs)
 	if err != nil {
@@ -243,8 +251,8 @@ func (m *PF) AddToTable(anchor, table string, addrs []pfconf.Address) (int, erro
 	return t.set.n - before, nil
 }
 
-// DeleteFromTable removes entries and returns how many were there. A negated
-// entry is removed only as such. The table must exist.
+// DeleteFromTable removes entries from a table, which must exist, and returns how many it
+// removed. A negated entry is removed only by a negated address.
 func (m *PF) DeleteFromTable(anchor, table string, addrs []pfconf.Address) (int, error) {
 	if _, err := pfconf.Stored(addrs); err != nil {
 		return 0, fmt.Errorf("delete from table %q: %w", table, err)
@@ -263,8 +271,8 @@ func (m *PF) DeleteFromTable(anchor, table string, addrs []pfconf.Address) (int,
 	return before - t.set.n, nil
 }
 
-// ReplaceTable makes addrs the whole contents of a table, which it makes if
-// need be.
+// ReplaceTable makes addrs the only entries of a table. If the table doesn't exist, it
+// makes a persistent one.
 func (m *PF) ReplaceTable(anchor, table string, addrs []pfconf.Address) error {
 	ps, err := pfconf.Stored(addrs)
 	if err != nil {
@@ -285,8 +293,7 @@ func (m *PF) ReplaceTable(anchor, table string, addrs []pfconf.Address) error {
 	return nil
 }
 
-// FlushTable removes all entries of a table, which must exist, and returns how
-// many there were.
+// FlushTable removes all entries of a table, which must exist, and returns their number.
 func (m *PF) FlushTable(anchor, table string) (int, error) {
 	t, err := m.changeableTable(anchor, table)
 	if err != nil {
@@ -297,8 +304,8 @@ func (m *PF) FlushTable(anchor, table string) (int, error) {
 	return n, nil
 }
 
-// TestTable reports whether an address is in a table, as pfctl -T test does. A
-// table of an anchor doesn't fall back to the main one here.
+// TestTable reports whether an address is in a table, as pfctl -T test does. Unlike for
+// rules, a table of an anchor isn't replaced by the main ruleset's.
 func (m *PF) TestTable(anchor, table string, a netip.Addr) (bool, error) {
 	t, err := m.activeTable(anchor, table)
 	if err != nil {
@@ -307,8 +314,8 @@ func (m *PF) TestTable(anchor, table string, a netip.Addr) (bool, error) {
 	return t.set.contains(a.WithZone("")), nil
 }
 
-// Table returns a table as it is now, with its entries in ascending order. The
-// error is ErrNoTable.
+// Table returns a table with its current entries, in ascending order. The error is
+// [ErrNoTable].
 func (m *Machine) Table(anchor, table string) (*pfconf.Table, error) {
 	t, err := m.activeTable(anchor, table)
 	if err != nil {
@@ -336,7 +343,7 @@ func (m *Machine) Tables(anchor string) []string {
 	return out
 }
 
-// flushTables is pfctl -F tables.
+// flushTables deactivates an anchor's tables and returns their number.
 func (m *Machine) flushTables(anchor string) int {
 	n := 0
 	for _, name := range m.Tables(anchor) {

@@ -2,7 +2,9 @@ package pfsim
 
 import "github.com/meshhelper/meshhelper/pfconf"
 
-// The states of one end of a TCP connection, from netinet/tcp_fsm.h.
+// The states of one end of a TCP connection, TCPS_* of xnu bsd/netinet/tcp_fsm.h. pf uses
+// only these: an end that has sent a FIN is in tcpsClosing, and in tcpsFinWait2 once that
+// is acknowledged; after a reset both are in tcpsTimeWait.
 const (
 	tcpsClosed      = 0
 	tcpsSynSent     = 2
@@ -13,19 +15,25 @@ const (
 )
 
 const (
-	wscaleFlag  = 0x80
-	wscaleMask  = 0x0f
+	// peer.wscale is a shift, wscaleMask, and wscaleFlag if the end offered one in its SYN
+	// (PF_WSCALE_MASK and PF_WSCALE_FLAG of xnu bsd/net/pfvar.h).
+	wscaleFlag = 0x80
+	wscaleMask = 0x0f
+	// maxWinShift is the largest shift (TCP_MAX_WINSHIFT, RFC 7323).
 	maxWinShift = 14
-	// maxAckWindow is how far acknowledgements may be off, and segments in a
-	// loose match: a window and a bit.
+	// maxAckWindow is how far an acknowledgement may be off, and the sequence number of a
+	// loose match: the largest unscaled window and a packet (MAXACKWINDOW in pf.c).
 	maxAckWindow = 0xffff + 1500
 )
 
-// Sequence numbers wrap around, so they are compared by their distance.
+// seqGEQ reports whether sequence number a is at or behind b. Sequence numbers wrap
+// around, so their distance is compared.
 func seqGEQ(a, b uint32) bool { return int32(a-b) >= 0 }
-func seqGT(a, b uint32) bool  { return int32(a-b) > 0 }
 
-// scaleOption is the window scale that a segment offers, with wscaleFlag.
+// seqGT reports whether sequence number a is behind b.
+func seqGT(a, b uint32) bool { return int32(a-b) > 0 }
+
+// scaleOption returns the window scale that a SYN offers, with wscaleFlag; 0 without.
 func (p *Packet) scaleOption() uint8 {
 	if !p.HasScale {
 		return 0
@@ -33,7 +41,7 @@ func (p *Packet) scaleOption() uint8 {
 	return min(p.Scale, maxWinShift) | wscaleFlag
 }
 
-// end is the sequence number behind the segment.
+// end returns the sequence number behind the segment. SYN and FIN count one each.
 func (p *Packet) end() uint32 {
 	end := p.Seq + p.Len
 	if p.Flags&pfconf.FlagSYN != 0 {
@@ -45,7 +53,7 @@ func (p *Packet) end() uint32 {
 	return end
 }
 
-// firstPeers fills a new state's ends and timeout from its first packet.
+// firstPeers sets a new state's ends and timeout by its first packet.
 func (e *evaluation) firstPeers(s *state) {
 	s.src.state = peerSingle
 	switch e.p.Proto {
@@ -57,7 +65,7 @@ func (e *evaluation) firstPeers(s *state) {
 		s.src.state = peerSilent
 		s.timeout = icmpFirst
 	case protoGRE:
-		// The kernel files all GRE under the timeouts of PPTP's.
+		// The kernel uses the timeouts of PPTP's GRE for all GRE.
 		s.timeout = greInitiating
 	case protoESP:
 		s.timeout = espFirst
@@ -66,6 +74,7 @@ func (e *evaluation) firstPeers(s *state) {
 	}
 }
 
+// firstTCP is firstPeers for TCP.
 func (e *evaluation) firstTCP(s *state) {
 	p := &e.p
 	s.src = peer{
@@ -86,21 +95,19 @@ func (e *evaluation) firstTCP(s *state) {
 	s.timeout = tcpFirst
 }
 
-// unscale is how the kernel takes the scale out of a window of a SYN, which has
-// none in it, rounding up.
+// unscale divides the window of a SYN by the scale, rounding up. That window isn't scaled,
+// while peer.maxWin is.
 func unscale(win uint16, shift uint8) uint16 {
 	return uint16((int(win) + 1<<shift - 1) >> shift)
 }
 
-// segment is a TCP segment on its way through the tracking: from seq to end,
-// acknowledging ack, with a window of win, between a sender and a receiver whose
-// windows are scaled by sws and dws.
+// segment has the numbers of a TCP segment that tracking compares.
 type segment struct {
-	src, dst *peer
-	seq, end uint32
+	src, dst *peer  // sender and receiver
+	seq, end uint32 // first sequence number, and the one behind the last
 	ack      uint32
 	win      uint32
-	sws, dws uint8
+	sws, dws uint8 // shifts of src's and dst's windows
 }
 
 // testTCP is pf_test_state_tcp: the sequence tracking of Guido van Rooij's
@@ -112,7 +119,7 @@ func (e *evaluation) testTCP() bool {
 	}
 	src, dst := e.ends(s)
 	if e.p.Flags&(pfconf.FlagSYN|pfconf.FlagACK) == pfconf.FlagSYN && dst.state >= tcpsFinWait2 && src.state >= tcpsFinWait2 {
-		// A new connection with the ports of one that is over: the rules judge it.
+		// A new connection with the ports of one that has ended: the rules judge it.
 		e.m.removeState(s)
 		return false
 	}
@@ -138,8 +145,8 @@ func (e *evaluation) testTCP() bool {
 	return true
 }
 
-// measure works out what the checks compare. With the first segment of an end
-// it learns that end's numbers.
+// measure returns the numbers that the checks compare, and modulates the packet's. From an
+// end's first segment it learns that end's numbers.
 func (e *evaluation) measure(src, dst *peer) segment {
 	p := &e.p
 	g := segment{src: src, dst: dst, seq: p.Seq, win: uint32(p.Window)}
@@ -157,23 +164,23 @@ func (e *evaluation) measure(src, dst *peer) segment {
 		}
 		g.end = g.seq + p.end() - p.Seq
 	}
-	// Without an acknowledgement, or with one that can't be known to be right,
-	// that check is as good as passed.
+	// A segment without an acknowledgement, or with one about which nothing is known,
+	// passes the check of it.
 	if p.Flags&pfconf.FlagACK == 0 ||
 		g.ack == 0 && p.Flags&(pfconf.FlagACK|pfconf.FlagRST) == pfconf.FlagACK|pfconf.FlagRST ||
 		dst.state < tcpsSynSent {
 		g.ack = dst.seqlo
 	}
-	// A segment without data can't do harm by its number: even a reset with any
-	// number passes here.
+	// A segment without data passes the check of its number. So does a reset with any
+	// number, unless scrub reassembles; see inWindow.
 	if g.seq == g.end {
 		g.seq, g.end = src.seqlo, src.seqlo
 	}
 	return g
 }
 
-// shiftOf is by how much an end's windows are scaled. If the handshake wasn't
-// seen, or neither end scales, the kernel assumes the most there is.
+// shiftOf returns the shift of an end's windows. If the handshake wasn't seen, or no end
+// offered to scale, the kernel assumes the largest shift.
 func shiftOf(p *peer) uint8 {
 	if p.wscale&wscaleFlag != 0 {
 		return p.wscale & wscaleMask
@@ -181,7 +188,7 @@ func shiftOf(p *peer) uint8 {
 	return maxWinShift
 }
 
-// firstOfEnd sets an end's numbers from its first segment.
+// firstOfEnd sets an end's numbers by its first segment.
 func (e *evaluation) firstOfEnd(g *segment) {
 	p, src, dst := &e.p, g.src, g.dst
 	g.ack = p.Ack
@@ -198,15 +205,15 @@ func (e *evaluation) firstOfEnd(g *segment) {
 	}
 	src.seqlo = g.seq
 	src.state = max(src.state, tcpsSynSent)
-	// Picked up in the middle, the other end's window isn't known yet.
+	// If the connection was picked up in the middle, the other end's window isn't known.
 	if hi := g.end + max(1, uint32(dst.maxWin)<<g.dws); src.seqhi == 1 || seqGEQ(hi, src.seqhi) {
 		src.seqhi = hi
 	}
 	src.maxWin = max(src.maxWin, uint16(g.win))
 }
 
-// negotiateScale: the answer to a SYN takes window scaling up, or turns it down
-// for both.
+// negotiateScale handles the answer to a SYN that offered window scaling: it accepts it,
+// or else neither end scales.
 func (e *evaluation) negotiateScale(g *segment) {
 	src, dst := g.src, g.dst
 	src.wscale = e.p.scaleOption()
@@ -219,8 +226,10 @@ func (e *evaluation) negotiateScale(g *segment) {
 	g.win = (g.win + 1<<g.sws - 1) >> g.sws
 }
 
-// inWindow says whether a segment lies within what its receiver allows. With
-// reassembly a reset must hit the expected number.
+// inWindow reports whether a segment lies within the window that its receiver allows, and
+// its acknowledgement within what was sent. If scrub reassembles fragments, a reset must
+// have the expected number or one next to it. skew is how far the acknowledgement is
+// behind, and orig the sequence number in the packet.
 func (e *evaluation) inWindow(g segment, skew int32, orig uint32) bool {
 	return seqGEQ(g.src.seqhi, g.end) &&
 		seqGEQ(g.seq, g.src.seqlo-uint32(g.dst.maxWin)<<g.dws) &&
@@ -228,8 +237,8 @@ func (e *evaluation) inWindow(g segment, skew int32, orig uint32) bool {
 		(e.p.Flags&pfconf.FlagRST == 0 || orig == g.src.seqlo || orig == g.src.seqlo+1 || orig+1 == g.src.seqlo || !e.reassembled)
 }
 
-// slide moves the windows of both ends: what the sender has sent, and what it
-// lets the other end send.
+// slide advances the windows of both ends: what the sender has sent, and what it lets the
+// receiver send.
 func (g segment) slide() {
 	g.src.maxWin = max(g.src.maxWin, uint16(g.win))
 	if seqGT(g.end, g.src.seqlo) {
@@ -240,7 +249,7 @@ func (g segment) slide() {
 	}
 }
 
-// advance follows a connection with a good segment.
+// advance updates a connection by a segment in the window, and restarts its timeout.
 func (e *evaluation) advance(s *state, g segment) {
 	g.slide()
 	src, dst, f := g.src, g.dst, e.p.Flags
@@ -269,7 +278,7 @@ func (e *evaluation) advance(s *state, g segment) {
 	e.touch(s, tcpTimeout(src.state, dst.state))
 }
 
-// tcpTimeout is the timeout of a connection with its ends in these states.
+// tcpTimeout returns the timeout of a connection whose ends are in these states.
 func tcpTimeout(a, b uint8) timeoutKind {
 	low, high := min(a, b), max(a, b)
 	switch {
@@ -285,14 +294,16 @@ func tcpTimeout(a, b uint8) timeoutKind {
 	return tcpEstablished
 }
 
-// looseMatch lets segments near the window through while a connection is picked
-// up or over. They don't restart its timeout.
+// looseMatch reports whether a segment is close enough to the window to pass while one end
+// of the connection hasn't been seen yet, or has closed. Such segments don't restart the
+// timeout.
 func (e *evaluation) looseMatch(g segment) bool {
 	return (g.dst.state < tcpsSynSent || g.dst.state >= tcpsFinWait2 || g.src.state >= tcpsFinWait2) &&
 		seqGEQ(g.src.seqhi+maxAckWindow, g.end) &&
 		seqGEQ(g.seq, g.src.seqlo-maxAckWindow)
 }
 
+// advanceLoosely updates a connection by a loosely matching segment.
 func (e *evaluation) advanceLoosely(g segment) {
 	g.slide()
 	if e.p.Flags&pfconf.FlagFIN != 0 {
@@ -303,8 +314,8 @@ func (e *evaluation) advanceLoosely(g segment) {
 	}
 }
 
-// refuse drops a segment out of the window. During the handshake the kernel
-// answers it with a reset and forgets what it knew of the sender.
+// refuse drops a segment outside the window. During the handshake the kernel answers it
+// with a reset and forgets the sender's numbers.
 func (e *evaluation) refuse(g segment) {
 	e.m.totals[countMismatch]++
 	e.drop(DecidedByProtocol)

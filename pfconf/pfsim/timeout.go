@@ -8,7 +8,7 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// timeoutKind is one of pf's timeouts, PFTM_* of bsd/net/pfvar.h.
+// timeoutKind is one of pf's timeouts, PFTM_* of xnu bsd/net/pfvar.h, in its order.
 type timeoutKind uint8
 
 const (
@@ -41,8 +41,8 @@ const (
 	timeoutMax
 )
 
-// timeoutKinds are the timeouts by the words of pfctl, which has none for
-// espInitiating.
+// timeoutKinds has the timeouts by pfctl's names, estblished being Apple's spelling. pfctl
+// has no name for espInitiating.
 var timeoutKinds = map[string]timeoutKind{
 	"tcp.first": tcpFirst, "tcp.opening": tcpOpening, "tcp.established": tcpEstablished,
 	"tcp.closing": tcpClosing, "tcp.finwait": tcpFinWait, "tcp.closed": tcpClosed,
@@ -55,9 +55,9 @@ var timeoutKinds = map[string]timeoutKind{
 	"adaptive.start": adaptiveStart, "adaptive.end": adaptiveEnd, "src.track": srcTrack, "tcp.tsdiff": tsDiff,
 }
 
-// defaultTimeouts are in seconds, those of adaptive in states: from pfvar.h,
-// and from pfctl, which sets the adaptive ones to 6 and 12 tenths of the limit
-// on states.
+// defaultTimeouts are the defaults: in seconds, PFTM_*_VAL of xnu bsd/net/pfvar.h, and for
+// adaptiveStart and adaptiveEnd in states, which pfctl sets to 6/10 and 12/10 of the limit
+// on states. A timeout that isn't here is 0.
 var defaultTimeouts = [timeoutMax]uint32{
 	tcpFirst: 120, tcpOpening: 30, tcpEstablished: 86400, tcpClosing: 900, tcpFinWait: 45, tcpClosed: 90,
 	udpFirst: 60, udpSingle: 30, udpMultiple: 60,
@@ -70,7 +70,8 @@ var defaultTimeouts = [timeoutMax]uint32{
 	tsDiff: 30,
 }
 
-// optimizationTimeouts are what set optimization changes, from pfctl.c.
+// optimizationTimeouts are the timeouts in seconds that set optimization changes, the
+// table pf_hints in pfctl.c. normal changes none.
 var optimizationTimeouts = map[string]map[timeoutKind]uint32{
 	"aggressive": {
 		tcpFirst: 30, tcpOpening: 5, tcpEstablished: 18000, tcpClosing: 60, tcpFinWait: 30, tcpClosed: 30,
@@ -83,8 +84,8 @@ var optimizationTimeouts = map[string]map[timeoutKind]uint32{
 	},
 }
 
-// mainOptions returns what the set lines of a main ruleset make of the timeouts
-// and the limits. pfctl starts from the defaults at each load.
+// mainOptions returns the timeouts and limits that the set lines of a main ruleset give.
+// pfctl starts from the defaults with each load.
 func (m *Machine) mainOptions(opts []*pfconf.Option) (t [timeoutMax]uint32, l capacity, err error) {
 	t, l = defaultTimeouts, m.startLimits
 	limited, adaptive := false, false
@@ -122,7 +123,8 @@ func (m *Machine) mainOptions(opts []*pfconf.Option) (t [timeoutMax]uint32, l ca
 	return t, l, nil
 }
 
-// optionPairs reads the values of set timeout and set limit.
+// optionPairs returns the names and numbers of set timeout and set limit, none for other
+// options.
 func optionPairs(o *pfconf.Option) ([]pfconf.Timeout, error) {
 	if o.Name != "timeout" && o.Name != "limit" {
 		return nil, nil
@@ -139,6 +141,7 @@ func optionPairs(o *pfconf.Option) ([]pfconf.Timeout, error) {
 	return out, nil
 }
 
+// setTimeouts sets the timeouts of these names.
 func setTimeouts(t *[timeoutMax]uint32, ts []pfconf.Timeout) {
 	for _, to := range ts {
 		if k, ok := timeoutKinds[to.Name]; ok {
@@ -147,15 +150,16 @@ func setTimeouts(t *[timeoutMax]uint32, ts []pfconf.Timeout) {
 	}
 }
 
-// expires returns the second at which s ends: its last packet plus its timeout,
-// which shrinks when there are many states (pf_state_expires).
+// expires returns the second at which s ends (pf_state_expires): its timeout after its
+// last packet. Above adaptiveStart states the timeout shrinks linearly, to 0 at
+// adaptiveEnd.
 func (m *Machine) expires(s *state) int64 {
 	t := int64(s.rule.timeouts[s.timeout])
 	if t == 0 {
 		t = int64(m.timeouts[s.timeout])
 	}
 	start, end, n := int64(s.rule.timeouts[adaptiveStart]), int64(s.rule.timeouts[adaptiveEnd]), int64(s.rule.states)
-	// A rule with adaptive timeouts of its own counts its own states.
+	// A rule with adaptive timeouts of its own goes by the number of its own states.
 	if start == 0 {
 		start, end, n = int64(m.timeouts[adaptiveStart]), int64(m.timeouts[adaptiveEnd]), int64(m.states.n)
 	}
