@@ -17,13 +17,12 @@ import (
 	"github.com/meshhelper/meshhelper/darwin/internal/xnu"
 )
 
-// A Kernel is the part of a Mac's kernel that routes: interfaces, addresses,
+// A Kernel simulates the part of a Mac's kernel that routes: interfaces, addresses,
 // the routing table, and the kernel variables for forwarding. It is a [darwin.Kernel]
-// that speaks real routing messages, and a [darwin.Runner] for ifconfig(8), sysctl(8) and
-// the DNS configuration of scutil(8). It refuses what the real one refuses: a
-// second route to the same destination, and the deletion of a route that doesn't
-// exist; and a deletion takes the route to the destination by any interface, as on
-// a real Mac.
+// that exchanges routing messages, and a [darwin.Runner] for ifconfig(8), sysctl(8) and
+// the DNS configuration of scutil(8). Like the real one it refuses a second route to the
+// same destination and the deletion of a route that doesn't exist, and it deletes the
+// route to a destination whatever interface the request names.
 //
 // The other methods do what happens on a Mac independently of the program under test:
 // cables, DHCP, commands of other users, reboots.
@@ -31,39 +30,39 @@ type Kernel struct {
 	mu         sync.Mutex
 	interfaces []*darwin.Interface
 	routes     []darwin.Route
-	variables  map[string]string
-	flags      map[ownAddress]darwin.AddressFlags
+	variables  map[string]string                  // sysctl(8), by name
+	flags      map[ownAddress]darwin.AddressFlags // of IPv6 addresses
 	resolvers  []darwin.Resolver
-	boots      int
-	lastIndex  int
-	lastUtun   int
-	sockets    map[*socket]bool
-	bound      map[boundPort]int
-	changes    int
+	boots      int               // so far, from which the boot session is made
+	lastIndex  int               // highest index of an interface
+	lastUtun   int               // next unit number of utun
+	sockets    map[*socket]bool  // open routing sockets
+	bound      map[boundPort]int // sockets bound to each port
+	changes    int               // see Changes
 }
 
-// A boundPort is a port that a socket is bound to, in the kernel's list of that name.
+// A boundPort is a port in one of the kernel's lists of sockets, TCPSockets or UDPSockets.
 type boundPort struct {
 	list string
 	port uint16
 }
 
-// ownAddress is an address of an interface.
+// ownAddress identifies an address of an interface.
 type ownAddress struct {
 	index int
 	addr  netip.Addr
 }
 
-// Changes returns the number of changes of interfaces, addresses and routes so far. While
-// it stays the same, darwin.Observe returns the same.
+// Changes returns the number of changes of interfaces, addresses and routes so far. As long
+// as it stays the same, darwin.Observe returns the same result.
 func (k *Kernel) Changes() int {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.changes
 }
 
-// NewKernel returns a Mac that was just booted, with a loopback interface and
-// nothing else.
+// NewKernel returns the kernel of a Mac that has just booted, with only a loopback
+// interface.
 func NewKernel() *Kernel {
 	k := &Kernel{sockets: map[*socket]bool{}, flags: map[ownAddress]darwin.AddressFlags{}}
 	k.reset()
@@ -73,10 +72,10 @@ func NewKernel() *Kernel {
 	return k
 }
 
-// reset sets the variables as a boot does.
+// reset sets the variables and bound ports to those after a boot.
 func (k *Kernel) reset() {
 	k.boots++
-	// mDNSResponder's port is taken on any Mac.
+	// mDNSResponder is bound to its port on every Mac.
 	k.bound = map[boundPort]int{{xnu.UDPSockets, 5353}: 1}
 	k.variables = map[string]string{
 		xnu.IPv4Forwarding: "0",
@@ -106,7 +105,7 @@ func (k *Kernel) Boot() {
 	}
 }
 
-// AddInterface adds an interface and returns its index, which isn't used again.
+// AddInterface adds an interface and returns its index, which is never reused.
 func (k *Kernel) AddInterface(name string, flags darwin.InterfaceFlags, mtu int) int {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -117,9 +116,9 @@ func (k *Kernel) AddInterface(name string, flags darwin.InterfaceFlags, mtu int)
 	return i.Index
 }
 
-// CreateTunnel creates a utun interface and returns its name. For "utun" the name has the
-// next unit number, which only grows; for utunN it is that name, or the error is EBUSY if
-// it exists (netbird#2196).
+// CreateTunnel creates a utun interface and returns its name. For "utun" the kernel chooses
+// a unit number that wasn't used since the boot. For utunN it uses that name; the error is
+// EBUSY if it exists (netbird#2196).
 func (k *Kernel) CreateTunnel(name string, mtu int) (string, error) {
 	number, ok := strings.CutPrefix(name, "utun")
 	n, err := strconv.Atoi(number)
@@ -154,6 +153,8 @@ func (k *Kernel) RemoveInterface(name string) {
 	}
 }
 
+// remove is RemoveInterface with the lock held. It announces what goes in the kernel's
+// order: routes, addresses, the interface.
 func (k *Kernel) remove(i *darwin.Interface) {
 	for _, r := range slices.Clone(k.routes) {
 		if r.Index == i.Index {
@@ -170,6 +171,7 @@ func (k *Kernel) remove(i *darwin.Interface) {
 	k.announceInterface(i)
 }
 
+// find returns the interface of that name, nil if there is none.
 func (k *Kernel) find(name string) *darwin.Interface {
 	for _, i := range k.interfaces {
 		if i.Name == name {
@@ -179,6 +181,7 @@ func (k *Kernel) find(name string) *darwin.Interface {
 	return nil
 }
 
+// index returns the interface with that index, nil if there is none.
 func (k *Kernel) index(n int) *darwin.Interface {
 	for _, i := range k.interfaces {
 		if i.Index == n {
@@ -188,16 +191,16 @@ func (k *Kernel) index(n int) *darwin.Interface {
 	return nil
 }
 
-// AddAddress adds an address to an interface, and the routes that come with it.
+// AddAddress adds an address to an interface, and the routes that the kernel adds with it.
 //
-// IPv4 (in_ifinit of xnu bsd/netinet/in.c): to the network on a broadcast
-// interface; to the address itself on a loopback one; to the other end on a
-// point-to-point one. Without another end that is the address itself, by the
-// interface: the Mac's packets to it leave there. The route only has the mark of a
-// local address (bsd/netinet/in_rmx.c:168).
+// IPv4 (in_ifinit of xnu bsd/netinet/in.c): a route to the network on a broadcast
+// interface, to the address itself on a loopback interface, and to the remote address on
+// a point-to-point one. If that has no remote address, the route to its own address goes
+// through the interface, so the Mac's packets to it leave there; the route only has the
+// flag of a local address (bsd/netinet/in_rmx.c:168).
 //
-// IPv6 (in6_ifinit of bsd/netinet6/in6.c:3000, and nd6.c:2990): to the network, and
-// to the address itself by lo0, also on a point-to-point interface.
+// IPv6 (in6_ifinit of bsd/netinet6/in6.c:3000, and nd6.c:2990): a route to the network,
+// and one to the address itself through lo0, also on a point-to-point interface.
 func (k *Kernel) AddAddress(name string, p netip.Prefix) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -220,7 +223,7 @@ func (k *Kernel) AddAddress(name string, p netip.Prefix) error {
 	return nil
 }
 
-// ownRoutes returns the routes that come and go with an address.
+// ownRoutes returns the routes that the kernel adds and removes with an address.
 func (k *Kernel) ownRoutes(i *darwin.Interface, a darwin.Address) (routes []darwin.Route) {
 	addr := a.Prefix.Addr()
 	if !a.Prefix.IsSingleIP() {
@@ -244,7 +247,7 @@ func (k *Kernel) ownRoutes(i *darwin.Interface, a darwin.Address) (routes []darw
 
 // AddAddress6 adds an IPv6 address with flags to an interface.
 func (k *Kernel) AddAddress6(name string, p netip.Prefix, flags darwin.AddressFlags) error {
-	// The flags first: a program that hears of the address may ask for them.
+	// Set the flags first: a program that is told of the address may ask for them at once.
 	k.mu.Lock()
 	if i := k.find(name); i != nil {
 		k.flags[ownAddress{i.Index, p.Addr()}] = flags
@@ -287,7 +290,8 @@ func (k *Kernel) Addresses6(name string) (out []darwin.Address6) {
 	return out
 }
 
-const routeCloning darwin.RouteFlags = 0x100 // RTF_CLONING
+// routeCloning is RTF_CLONING, the flag of a route to an attached network.
+const routeCloning darwin.RouteFlags = 0x100
 
 // RemoveAddress removes an address and its routes.
 func (k *Kernel) RemoveAddress(name string, a netip.Addr) error {
@@ -309,7 +313,7 @@ func (k *Kernel) RemoveAddress(name string, a netip.Addr) error {
 	return nil
 }
 
-// dropOwn removes the routes that came with an address.
+// dropOwn removes the routes that the kernel added with an address.
 func (k *Kernel) dropOwn(i *darwin.Interface, a darwin.Address) {
 	for _, own := range k.ownRoutes(i, a) {
 		for _, r := range slices.Clone(k.routes) {
@@ -327,8 +331,8 @@ func (k *Kernel) AddRoute(r darwin.Route) error {
 	return k.add(r)
 }
 
-// InstallRoute puts a route with any flags and addresses into the table, as the kernel
-// itself does.
+// InstallRoute adds a route with any flags and addresses, without the checks of AddRoute,
+// as the kernel itself does.
 func (k *Kernel) InstallRoute(r darwin.Route) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -342,6 +346,7 @@ func (k *Kernel) DeleteRoute(dst netip.Prefix) error {
 	return k.delete(darwin.Route{Dst: dst})
 }
 
+// add is AddRoute with the lock held.
 func (k *Kernel) add(r darwin.Route) error {
 	i := k.index(r.Index)
 	switch {
@@ -357,11 +362,12 @@ func (k *Kernel) add(r darwin.Route) error {
 	return nil
 }
 
+// hasFamily reports whether the interface has an address of a's family.
 func hasFamily(i *darwin.Interface, a netip.Addr) bool {
 	return slices.ContainsFunc(i.Addresses, func(o darwin.Address) bool { return o.Prefix.Addr().Is4() == a.Is4() })
 }
 
-// delete deletes the route with the destination and scope, ignoring gateway and interface
+// delete deletes the route with r's destination and scope, ignoring gateway and interface
 // (RTM_DELETE in rtrequest_common_locked, xnu bsd/net/route.c).
 func (k *Kernel) delete(r darwin.Route) error {
 	n := k.lookup(r)
@@ -372,7 +378,8 @@ func (k *Kernel) delete(r darwin.Route) error {
 	return nil
 }
 
-// lookup finds the route with the same destination and scope.
+// lookup returns the index of the route with r's destination and scope, -1 if there is
+// none. Of scoped routes, each interface may have one.
 func (k *Kernel) lookup(r darwin.Route) int {
 	return slices.IndexFunc(k.routes, func(o darwin.Route) bool {
 		if o.Dst != r.Dst || o.Flags&darwin.RouteScoped != r.Flags&darwin.RouteScoped {
@@ -382,6 +389,7 @@ func (k *Kernel) lookup(r darwin.Route) int {
 	})
 }
 
+// install adds a route unless it exists, and announces it.
 func (k *Kernel) install(r darwin.Route) {
 	if k.lookup(r) < 0 {
 		k.routes = append(k.routes, r)
@@ -389,6 +397,7 @@ func (k *Kernel) install(r darwin.Route) {
 	}
 }
 
+// drop removes a route and announces that.
 func (k *Kernel) drop(r darwin.Route) {
 	k.routes = slices.DeleteFunc(k.routes, func(o darwin.Route) bool { return o == r })
 	k.changed(xnu.AppendRoute(nil, xnu.RTMDelete, 0, message(r)))
@@ -405,8 +414,7 @@ func (k *Kernel) Sysctl(name string) (string, error) {
 	return v, nil
 }
 
-// BindTCP binds a socket of the Mac to a TCP port; the function that it returns closes the
-// socket.
+// BindTCP binds a socket of the Mac to a TCP port. unbind closes the socket.
 func (k *Kernel) BindTCP(port uint16) (unbind func()) {
 	return k.bind(boundPort{xnu.TCPSockets, port})
 }
@@ -416,6 +424,7 @@ func (k *Kernel) BindUDP(port uint16) (unbind func()) {
 	return k.bind(boundPort{xnu.UDPSockets, port})
 }
 
+// bind counts one more socket on a port.
 func (k *Kernel) bind(b boundPort) (unbind func()) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -429,7 +438,7 @@ func (k *Kernel) bind(b boundPort) (unbind func()) {
 	}
 }
 
-// Table implements darwin.Kernel for the lists of sockets.
+// Table implements darwin.Kernel for the lists of TCP and UDP sockets.
 func (k *Kernel) Table(name string) ([]byte, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -486,14 +495,14 @@ func (k *Kernel) BreakSockets(err error) {
 	}
 }
 
-// Miss tells all routing sockets that a lookup of a failed (RTM_MISS), as the kernel does
-// for every packet to an unreachable host.
+// Miss announces to all routing sockets that a lookup of a failed (RTM_MISS), as the
+// kernel does for every packet to an unreachable host.
 func (k *Kernel) Miss(a netip.Addr) {
 	k.Announce(xnu.AppendRoute(nil, xnu.RTMMiss, 0, xnu.Route{Dst: netip.PrefixFrom(a, a.BitLen()), Flags: uint32(darwin.RouteUp | darwin.RouteHost)}))
 }
 
-// Announce sends a message, which may be malformed, to all routing sockets, without a
-// change.
+// Announce sends a message, which may be malformed, to all routing sockets. Nothing
+// changes.
 func (k *Kernel) Announce(m []byte) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -506,6 +515,7 @@ func (k *Kernel) changed(m []byte) {
 	k.announce(m)
 }
 
+// announce sends a message to all routing sockets. The lock is held.
 func (k *Kernel) announce(m []byte) {
 	for s := range k.sockets {
 		s.deliver(m)
@@ -546,17 +556,19 @@ func (k *Kernel) OpenRoute() (io.ReadWriteCloser, error) {
 	return s, nil
 }
 
-// A socket is a routing socket.
+// A socket is a routing socket. Its buffer holds a limited number of messages; a real one
+// holds a limited number of bytes.
 type socket struct {
 	k  *Kernel
-	in chan []byte
+	in chan []byte // messages to read
 
 	mu     sync.Mutex
-	err    error
-	failed chan struct{}
-	lost   bool // messages didn't fit: the next Read fails with ENOBUFS
+	err    error         // of Read, once failed is closed
+	failed chan struct{} // closed by fail
+	lost   bool          // messages didn't fit: the next Read fails with ENOBUFS
 }
 
+// fail makes the current and all further calls of Read fail with err.
 func (s *socket) fail(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -566,6 +578,7 @@ func (s *socket) fail(err error) {
 	}
 }
 
+// deliver queues a message, or records its loss if the queue is full.
 func (s *socket) deliver(m []byte) {
 	select {
 	case s.in <- slices.Clone(m):
@@ -576,6 +589,7 @@ func (s *socket) deliver(m []byte) {
 	}
 }
 
+// Read returns one message. Like the kernel's it truncates a message that doesn't fit.
 func (s *socket) Read(b []byte) (int, error) {
 	s.mu.Lock()
 	lost := s.lost
@@ -592,6 +606,7 @@ func (s *socket) Read(b []byte) (int, error) {
 	}
 }
 
+// Close makes a blocked Read return.
 func (s *socket) Close() error {
 	s.fail(io.ErrClosedPipe)
 	s.k.mu.Lock()
@@ -633,7 +648,8 @@ func (s *socket) Write(m []byte) (int, error) {
 	return len(m), nil
 }
 
-// resolve finds the interface of a route that is to be added, by its gateway.
+// resolve sets the interface of a route to be added, by its gateway: a link address names
+// it, and an IP address must be in a network of it.
 func (k *Kernel) resolve(r darwin.Route, gateway []byte) (darwin.Route, error) {
 	switch {
 	case len(gateway) == 0:
@@ -653,7 +669,7 @@ func (k *Kernel) resolve(r darwin.Route, gateway []byte) (darwin.Route, error) {
 	return r, syscall.ENETUNREACH
 }
 
-// SetResolvers sets the DNS configuration. Routing sockets don't report that.
+// SetResolvers sets the DNS configuration. Routing sockets don't announce that.
 func (k *Kernel) SetResolvers(list []darwin.Resolver) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -697,6 +713,8 @@ func (k *Kernel) Run(ctx context.Context, stdin []byte, path string, args ...str
 	return []byte(out), nil, 0, nil
 }
 
+// sysctl is sysctl -n NAME and sysctl -w NAME=VALUE. It returns the output, or the error
+// message.
 func (k *Kernel) sysctl(args []string) (out, complaint string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -724,7 +742,7 @@ func (k *Kernel) sysctl(args []string) (out, complaint string) {
 	return fmt.Sprintf("%s: %s -> %d\n", name, old, n), ""
 }
 
-// showAddresses6 prints what `ifconfig NAME inet6` does.
+// showAddresses6 returns the output of `ifconfig NAME inet6`.
 func (k *Kernel) showAddresses6(name string) string {
 	var b strings.Builder
 	k.mu.Lock()
@@ -749,7 +767,7 @@ func (k *Kernel) showAddresses6(name string) string {
 	return b.String()
 }
 
-// ifconfig handles the forms that darwin.Ifconfig uses.
+// ifconfig handles the forms that darwin.Ifconfig uses, and returns the error message.
 func (k *Kernel) ifconfig(args []string) (complaint string) {
 	if len(args) < 2 {
 		return "ifconfig: bad value"
@@ -775,7 +793,7 @@ func (k *Kernel) ifconfig(args []string) (complaint string) {
 	if err == nil {
 		return ""
 	}
-	// strerror(3) of macOS, which differs from Linux's in these.
+	// The messages of macOS's strerror(3), which differ from Linux's for these errors.
 	text := err.Error()
 	if errors.Is(err, syscall.EADDRNOTAVAIL) {
 		text = "Can't assign requested address"
@@ -790,6 +808,7 @@ func isOperand(s string) bool {
 	return s != "" && strings.Contains("0123456789:", s[:1]) || strings.Contains(s, ":")
 }
 
+// alias is ifconfig NAME inet ADDRESS alias, for both families.
 func (k *Kernel) alias(name, address string) error {
 	p, err := netip.ParsePrefix(address)
 	if err != nil {
@@ -798,6 +817,7 @@ func (k *Kernel) alias(name, address string) error {
 	return k.AddAddress(name, p)
 }
 
+// unalias is ifconfig NAME inet ADDRESS -alias, for both families.
 func (k *Kernel) unalias(name, address string) error {
 	a, err := netip.ParseAddr(address)
 	if err != nil {
@@ -806,6 +826,7 @@ func (k *Kernel) unalias(name, address string) error {
 	return k.RemoveAddress(name, a)
 }
 
+// setMTU is ifconfig NAME mtu N up.
 func (k *Kernel) setMTU(name, value string) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -820,20 +841,22 @@ func (k *Kernel) setMTU(name, value string) error {
 	return nil
 }
 
+// announceInterface announces a change of an interface. The lock is held.
 func (k *Kernel) announceInterface(i *darwin.Interface) {
 	k.changed(xnu.InterfaceMessage(xnu.RTMIfInfo, xnu.SizeIf, wire(i)))
 }
 
-// message and wire convert a route and an interface to their form in routing messages.
+// message returns a route as routing messages have it.
 func message(r darwin.Route) xnu.Route {
 	return xnu.Route{Dst: r.Dst, Gateway: r.Gateway, Index: r.Index, Flags: uint32(r.Flags)}
 }
 
+// wire returns an interface as routing messages have it.
 func wire(i *darwin.Interface) xnu.Interface {
 	return xnu.Interface{Name: i.Name, Index: i.Index, Flags: uint32(i.Flags), MTU: i.MTU}
 }
 
-// formatResolvers prints what `scutil --dns` does.
+// formatResolvers returns the output of `scutil --dns`.
 func formatResolvers(list []darwin.Resolver) string {
 	if len(list) == 0 {
 		return "No DNS configuration available\n"

@@ -17,81 +17,85 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// An Engine is the packet filter behind a [PF]: what the kernel does, without
-// pfctl's command line. The main ruleset is the anchor "". pfsim's machine is
-// one.
+// An Engine is the packet filter behind a [PF]: the kernel's part, without pfctl's
+// command line. "" as an anchor is the main ruleset. Tests use pfsim for it.
 type Engine interface {
-	// SetEnabled turns packet filtering on or off.
+	// SetEnabled enables or disables packet filtering.
 	SetEnabled(on bool)
 	// Load replaces the anchor's contents, or changes nothing and returns a
 	// *SyntaxError or darwin.ErrBusy.
 	Load(anchor, text string) error
-	// Flush empties the anchor. It reports false if there is none.
+	// Flush empties the anchor. It reports false if the anchor doesn't exist.
 	Flush(anchor string) bool
 	// Rules and NAT return the anchor's filter and translation rules. They report
-	// false if there is no such anchor.
+	// false if the anchor doesn't exist.
 	Rules(anchor string) ([]pfsim.CountedRule, bool)
 	NAT(anchor string) ([]pfsim.CountedRule, bool)
-	// Anchors returns the full names of the anchors directly below anchor.
+	// Anchors returns the full paths of the anchors directly below anchor. It reports
+	// false if anchor doesn't exist.
 	Anchors(anchor string) ([]string, bool)
-	// Tables returns the anchor's tables, and what is in each.
+	// Tables returns the entries of the anchor's tables, by the tables' names. It reports
+	// false if the anchor doesn't exist.
 	Tables(anchor string) (map[string][]string, bool)
 	// AddToTable adds entries, DeleteFromTable removes them, and ReplaceTable makes
-	// them the whole contents. The first and the last make a table that doesn't
-	// exist; otherwise the error is pfsim.ErrNoTable.
+	// them the only ones. The first and the last make the table if it doesn't exist; the
+	// error of DeleteFromTable then is pfsim.ErrNoTable.
 	AddToTable(anchor, table string, entries []pfconf.Address) error
 	DeleteFromTable(anchor, table string, entries []pfconf.Address) error
 	ReplaceTable(anchor, table string, entries []pfconf.Address) error
 	// TestTable reports whether an address is in a table.
 	TestTable(anchor, table string, a netip.Addr) (bool, error)
-	// Kill ends the states from src to dst and returns their number. An invalid dst
-	// is any.
+	// Kill ends the states from src to dst and returns their number. The zero Prefix for
+	// dst means any.
 	Kill(src, dst netip.Prefix) int
-	// States returns the states.
+	// States returns all states.
 	States() []pfsim.State
-	// Checksum returns the digest of the main ruleset as it was last loaded.
+	// Checksum returns the digest of the main ruleset as it was last loaded, in
+	// hexadecimal.
 	Checksum() string
 	// Counters returns the totals of `pfctl -s info` by their names.
 	Counters() map[string]uint64
-	// Interfaces returns the interfaces' names, true for those that are skipped.
+	// Interfaces returns the interfaces by name, true for those with set skip.
 	Interfaces() map[string]bool
 }
 
-// A SyntaxError is a ruleset that pfctl refuses.
+// A SyntaxError says that pfctl refuses a ruleset because of a line, counted from 1.
 type SyntaxError struct{ Line int }
 
+// Error returns the line that pfctl prints.
 func (e *SyntaxError) Error() string { return fmt.Sprintf("stdin:%d: syntax error", e.Line) }
 
-// A PF is pfctl(8) in front of an engine: a [darwin.Runner] that takes its command
-// line, keeps the tokens, and prints what pfctl prints, on the output and with
-// the exit status that pfctl uses. That is unlike other programs: noise on every
-// call, the token on stderr, exit status 0 for what doesn't exist.
+// A PF is pfctl(8) in front of an Engine. It is a [darwin.Runner] that takes pfctl's
+// command line, keeps the tokens of -E, and prints what pfctl prints, on the same output
+// and with the same exit status. That differs from other programs: notices on every call,
+// results such as the token on standard error, exit status 0 for an anchor that doesn't
+// exist.
 type PF struct {
-	// Engine is what is driven. Required.
+	// Engine executes the commands. Required.
 	Engine Engine
-	// NextToken gives tokens. Required.
+	// NextToken returns a new token for each -E. Required.
 	NextToken func() darwin.Token
 
 	mu      sync.Mutex
-	tokens  []pfconf.Reference
-	untoken bool                 // -e was run
-	taken   map[uint64]time.Time // when each token was
+	tokens  []pfconf.Reference   // held, the newest first
+	untoken bool                 // enabled by -e, which takes a reference without a token
+	taken   map[uint64]time.Time // when each token was made
 	enabled bool
 	since   time.Time // of the last change of enabled; zero: none since the boot
-	pid     int
+	pid     int       // commands so far, from which PIDs are made
 	calls   []string
 	misuse  []string
 }
 
-// Misuse returns the commands that a program which shares the packet filter with
-// others must never run: -d and -e, and -F or -f for the main ruleset.
+// Misuse returns the commands that were run though a program that shares the packet
+// filter with others must never run them: -d, -e, and -F or -f for the main ruleset.
 func (f *PF) Misuse() []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return slices.Clone(f.misuse)
 }
 
-// Calls returns the commands that were run, a line each, and forgets them.
+// Calls returns the commands since the last Calls, each as one line.
 func (f *PF) Calls() []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -100,22 +104,22 @@ func (f *PF) Calls() []string {
 	return c
 }
 
-// Enabled reports whether the packet filter is on.
+// Enabled reports whether the packet filter is enabled.
 func (f *PF) Enabled() bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.enabled
 }
 
-// Tokens returns the tokens that are held, newest first.
+// Tokens returns the tokens that are held, the newest first.
 func (f *PF) Tokens() []pfconf.Reference {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return slices.Clone(f.tokens)
 }
 
-// Boot forgets all tokens and turns the packet filter off, as a reboot does. The
-// engine is the caller's to empty.
+// Boot voids all tokens and disables the packet filter, as a reboot does. The caller has
+// to empty the engine.
 func (f *PF) Boot() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -124,7 +128,8 @@ func (f *PF) Boot() {
 	f.since = time.Time{}
 }
 
-// Disable is a `pfctl -d` of another program: pf is off, and all tokens are void.
+// Disable does what another program's `pfctl -d` does: it disables the packet filter and
+// voids all tokens.
 func (f *PF) Disable() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -132,8 +137,8 @@ func (f *PF) Disable() {
 	f.set(false)
 }
 
-// set switches the packet filter, which notes when (pf_start and pf_stop of xnu
-// bsd/net/pf_ioctl.c).
+// set enables or disables the packet filter and records the time of a change (pf_start
+// and pf_stop of xnu bsd/net/pf_ioctl.c). The lock is held.
 func (f *PF) set(on bool) {
 	if on != f.enabled {
 		f.since = time.Now()
@@ -142,7 +147,7 @@ func (f *PF) set(on bool) {
 	f.Engine.SetEnabled(on)
 }
 
-// pfctlReply is what pfctl printed and its exit status.
+// pfctlReply has the output and exit status of pfctl.
 type pfctlReply struct {
 	stdout, stderr string
 	status         int
@@ -175,17 +180,17 @@ func (f *PF) Run(ctx context.Context, stdin []byte, path string, args ...string)
 
 // pfctlCommand is a parsed command line.
 type pfctlCommand struct {
-	anchor, table, token, file string
-	show, flush, tableCommand  string
-	iface                      string
-	enable, disable, reference bool
-	verbose                    bool
+	anchor, table, token, file string // -a, -t, -X, -f
+	show, flush, tableCommand  string // -s, -F, -T
+	iface                      string // -i
+	enable, disable, reference bool   // -e, -d, -E
+	verbose                    bool   // -v
 	kill                       []string
-	words                      []string // the arguments behind the options
+	words                      []string // arguments behind the options
 }
 
-// parsePfctl takes apart a command line like getopt with pfctl's options (the
-// getopt string of macOS's pfctl).
+// parsePfctl parses a command line by the options of macOS's pfctl, as far as package
+// darwin uses them.
 func parsePfctl(args []string) (c pfctlCommand, err error) {
 	for len(args) > 0 {
 		option := args[0]
@@ -214,6 +219,7 @@ func parsePfctl(args []string) (c pfctlCommand, err error) {
 	return c, nil
 }
 
+// do executes a command, by the first of its options in this order.
 func (f *PF) do(c pfctlCommand, stdin string) pfctlReply {
 	switch {
 	case c.disable:
@@ -240,6 +246,7 @@ func (f *PF) do(c pfctlCommand, stdin string) pfctlReply {
 	return pfctlReply{status: 1}
 }
 
+// enable is pfctl -e.
 func (f *PF) enable() pfctlReply {
 	if f.enabled {
 		return pfctlReply{stderr: "pfctl: pf already enabled\n", status: 1}
@@ -249,17 +256,20 @@ func (f *PF) enable() pfctlReply {
 	return pfctlReply{stderr: "pf enabled\n"}
 }
 
+// reference is pfctl -E.
 func (f *PF) reference() pfctlReply {
 	return pfctlReply{stderr: fmt.Sprintf("pf enabled\nToken : %d\n", f.hold("pfctl"))}
 }
 
-// Hold takes a token for another process, as one of the system's does without pfctl.
+// Hold makes a token for another process, as a daemon of macOS does without pfctl
+// (DIOCSTARTREF), and enables the packet filter.
 func (f *PF) Hold(process string) darwin.Token {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.hold(process)
 }
 
+// hold is Hold with the lock held.
 func (f *PF) hold(process string) darwin.Token {
 	t := f.NextToken()
 	f.tokens = slices.Insert(f.tokens, 0, pfconf.Reference{PID: 4000 + f.pid, Process: process, Token: uint64(t)})
@@ -271,6 +281,7 @@ func (f *PF) hold(process string) darwin.Token {
 	return t
 }
 
+// release is pfctl -X. The packet filter stays enabled while there is another reference.
 func (f *PF) release(text string) pfctlReply {
 	if !f.enabled {
 		return pfctlReply{stderr: "pfctl: pf not enabled\n", status: 1}
@@ -287,6 +298,7 @@ func (f *PF) release(text string) pfctlReply {
 	return pfctlReply{stderr: "pf disabled\n"}
 }
 
+// show is pfctl -s. For an anchor that doesn't exist the exit status is 0 all the same.
 func (f *PF) show(c pfctlCommand) pfctlReply {
 	missing := pfctlReply{stderr: missingAnchor}
 	switch c.show {
@@ -333,8 +345,8 @@ func (f *PF) show(c pfctlCommand) pfctlReply {
 	return pfctlReply{stderr: fmt.Sprintf("pfctl: Unknown show modifier '%s'\n", c.show), status: 1}
 }
 
-// descend puts behind each anchor those below it, as -v does (pfctl_show_anchors of
-// pfctl.c).
+// descend returns each anchor followed by those below it, the order of -v
+// (pfctl_show_anchors in pfctl.c).
 func (f *PF) descend(names []string) []string {
 	var all []string
 	for _, name := range names {
@@ -344,6 +356,7 @@ func (f *PF) descend(names []string) []string {
 	return all
 }
 
+// references returns the output of pfctl -s References.
 func (f *PF) references() string {
 	if len(f.tokens) == 0 {
 		return "No pf starter references held\n"
@@ -356,6 +369,8 @@ func (f *PF) references() string {
 	return b.String()
 }
 
+// interfaces returns the output of pfctl -vv -s Interfaces, with the statistics of an
+// interface without traffic.
 func (f *PF) interfaces() string {
 	var b strings.Builder
 	skipped := f.Engine.Interfaces()
@@ -369,6 +384,7 @@ func (f *PF) interfaces() string {
 	return b.String()
 }
 
+// flush is pfctl -F all, of an anchor or of everything.
 func (f *PF) flush(c pfctlCommand) pfctlReply {
 	states := len(f.Engine.States())
 	if !f.Engine.Flush(c.anchor) {
@@ -381,6 +397,7 @@ func (f *PF) flush(c pfctlCommand) pfctlReply {
 	return r
 }
 
+// kill is pfctl -k with one host or network, or two.
 func (f *PF) kill(hosts []string) pfctlReply {
 	var p [2]netip.Prefix
 	if len(hosts) > 2 {
@@ -393,10 +410,12 @@ func (f *PF) kill(hosts []string) pfctlReply {
 		}
 	}
 	n := f.Engine.Kill(p[0], p[1])
-	// The kernel returns the number in eight bits.
+	// The kernel returns the number in a field of 8 bits (psk_af of struct
+	// pfioc_state_kill).
 	return pfctlReply{stderr: fmt.Sprintf("killed %d states from 1 sources and %d destinations\n", n%256, len(hosts)-1)}
 }
 
+// parseHost reads an address or a network. Names don't resolve here.
 func parseHost(h string) (netip.Prefix, error) {
 	if strings.Contains(h, "/") {
 		return netip.ParsePrefix(h)
@@ -408,7 +427,7 @@ func parseHost(h string) (netip.Prefix, error) {
 	return a.Prefix(a.BitLen())
 }
 
-// table is pfctl -T, with the messages of OpenBSD's pfctl_table.c.
+// table is pfctl -T, with the messages of pfctl_table.c.
 func (f *PF) table(c pfctlCommand, stdin string) pfctlReply {
 	words := c.words
 	if c.file == "-" {
@@ -463,6 +482,7 @@ func (f *PF) table(c pfctlCommand, stdin string) pfctlReply {
 	return pfctlReply{stderr: "usage: pfctl -T command\n", status: 1}
 }
 
+// testTable is pfctl -T test. Its exit status is 2 if an address isn't in the table.
 func (f *PF) testTable(c pfctlCommand, entries []pfconf.Address, failed func(error) pfctlReply) pfctlReply {
 	matches := 0
 	for _, e := range entries {
@@ -481,16 +501,16 @@ func (f *PF) testTable(c pfctlCommand, entries []pfconf.Address, failed func(err
 	return r
 }
 
-// entries returns what is in the table of a command.
+// entries returns the entries of the command's table, and whether the table exists.
 func (f *PF) entries(c pfctlCommand) ([]string, bool) {
 	tables, _ := f.Engine.Tables(c.anchor)
 	entries, ok := tables[c.table]
 	return entries, ok
 }
 
-// changed counts the entries of a table that came, went, and were negated or the
-// contrary.
-func (f *PF) changed(c pfctlCommand, before []string) (added, deleted, turned int) {
+// changed counts the entries of a table that were added, deleted, or changed between
+// negated and not, compared with before.
+func (f *PF) changed(c pfctlCommand, before []string) (added, deleted, flipped int) {
 	now, _ := f.entries(c)
 	was := map[string]bool{}
 	for _, e := range before {
@@ -502,7 +522,7 @@ func (f *PF) changed(c pfctlCommand, before []string) (added, deleted, turned in
 		switch {
 		case was[e]:
 		case was[negated(e)]:
-			turned++
+			flipped++
 		default:
 			added++
 		}
@@ -512,9 +532,10 @@ func (f *PF) changed(c pfctlCommand, before []string) (added, deleted, turned in
 			deleted++
 		}
 	}
-	return added, deleted, turned
+	return added, deleted, flipped
 }
 
+// negated returns the entry with the opposite negation.
 func negated(entry string) string {
 	if plain, ok := strings.CutPrefix(entry, "!"); ok {
 		return plain
@@ -522,13 +543,13 @@ func negated(entry string) string {
 	return "!" + entry
 }
 
-// replaced says what pfctl -T replace did.
-func replaced(added, deleted, turned int) string {
+// replaced returns the message of pfctl -T replace.
+func replaced(added, deleted, flipped int) string {
 	var b strings.Builder
 	for _, n := range []struct {
 		count int
 		what  string
-	}{{added, "added"}, {deleted, "deleted"}, {turned, "changed"}} {
+	}{{added, "added"}, {deleted, "deleted"}, {flipped, "changed"}} {
 		if n.count > 0 {
 			fmt.Fprintf(&b, "%d addresses %s.\n", n.count, n.what)
 		}
@@ -539,7 +560,7 @@ func replaced(added, deleted, turned int) string {
 	return b.String()
 }
 
-// parseEntry reads an entry as pfctl does: each ! before it turns it round.
+// parseEntry reads a table's entry as pfctl does: each ! before it negates it once more.
 func parseEntry(s string) (pfconf.Address, error) {
 	host := strings.TrimLeft(s, "!")
 	p, err := parseHost(host)
@@ -549,13 +570,15 @@ func parseEntry(s string) (pfconf.Address, error) {
 	return pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: p.Masked(), Not: (len(s)-len(host))%2 == 1}, nil
 }
 
-// noise is printed by every run that isn't quiet, loadNoise by every -f.
+// Notices on standard error: pfctl prints noise on every run without -q, and loadNoise on
+// every -f, also for an anchor.
 const (
 	noise     = "No ALTQ support in kernel\nALTQ related functions disabled\n"
 	loadNoise = "pfctl: Use of -f option, could result in flushing of rules\n" +
 		"present in the main ruleset added by the system at startup.\nSee /etc/pf.conf for further details.\n\n"
 )
 
+// load is pfctl -f -, which reads the rules from standard input.
 func (f *PF) load(anchor, text string) pfctlReply {
 	err := f.Engine.Load(anchor, text)
 	var syntax *SyntaxError
@@ -570,7 +593,7 @@ func (f *PF) load(anchor, text string) pfctlReply {
 	return pfctlReply{stderr: loadNoise + "pfctl: " + err.Error() + "\n", status: 1}
 }
 
-// indented prints a list the way pfctl does anchors and addresses.
+// indented returns a list as pfctl prints anchors and addresses.
 func indented(list []string) string {
 	var b strings.Builder
 	for _, s := range list {
@@ -579,6 +602,7 @@ func indented(list []string) string {
 	return b.String()
 }
 
+// sortedKeys returns the keys of a map, sorted.
 func sortedKeys[V any](m map[string]V) []string {
 	keys := make([]string, 0, len(m))
 	for k := range m {

@@ -8,8 +8,8 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// showRules prints rules, with -v their counters, too (pfctl.c,
-// pfctl_print_rule_counters).
+// showRules returns rules as pfctl prints them, with -v each followed by its counters
+// (pfctl_print_rule_counters in pfctl.c).
 func showRules(rules []pfsim.CountedRule, verbose bool) string {
 	var b strings.Builder
 	for _, r := range rules {
@@ -22,10 +22,9 @@ func showRules(rules []pfsim.CountedRule, verbose bool) string {
 }
 
 // showAll is `pfctl [-a ANCHOR] [-i IF] [-v] -s all`: sections with titles, in the
-// order of OpenBSD's pfctl.c, with DUMMYNET RULES where that has ALTQ. A section of
-// rules, states or tables without any has no title. Rules and tables are those of
-// the anchor, states those of the interface; all else is of the whole packet
-// filter.
+// order of pfctl.c, with DUMMYNET RULES where OpenBSD's has ALTQ. Empty sections of
+// rules, states and tables are left out with their titles. Rules and tables are those of
+// the anchor, states those of the interface; all else is of the whole packet filter.
 func (f *PF) showAll(c pfctlCommand) pfctlReply {
 	var r pfctlReply
 	nat, hasNAT := f.Engine.NAT(c.anchor)
@@ -67,9 +66,11 @@ func (f *PF) showAll(c pfctlCommand) pfctlReply {
 	return r
 }
 
+// missingAnchor is the message of pfctl for an anchor that doesn't exist.
 const missingAnchor = "pfctl: DIOCGETRULES: Invalid argument\n"
 
-// shownTable prints a table's name, with -v its flags and anchor before and after.
+// shownTable returns a table's line: its name, with -v its flags before and its anchor
+// behind it (print_table in pfctl_table.c).
 func shownTable(name string, c pfctlCommand) string {
 	switch {
 	case !c.verbose:
@@ -80,8 +81,8 @@ func shownTable(name string, c pfctlCommand) string {
 	return "--a-r--\t" + name + "\t" + c.anchor + "\n"
 }
 
-// states prints the states, of one interface if -i names it: those that are bound
-// to it, as floating ones have the name ALL.
+// states returns the output of pfctl -s states. With -i it has the states that are bound
+// to that interface; floating ones belong to an interface called ALL.
 func (f *PF) states(c pfctlCommand) string {
 	var b strings.Builder
 	for _, s := range f.Engine.States() {
@@ -96,23 +97,24 @@ func (f *PF) states(c pfctlCommand) string {
 	return b.String()
 }
 
+// clock returns a duration as hours, minutes and seconds, 03:22:04.
 func clock(d time.Duration) string {
 	s := int(d / time.Second)
 	return fmt.Sprintf("%.2d:%.2d:%.2d", s/3600, s/60%60, s%60)
 }
 
-// daysAndClock prints 8 days 03:22:04.
+// daysAndClock returns a duration as 8 days 03:22:04.
 func daysAndClock(d time.Duration) string {
 	const day = 24 * time.Hour
 	return fmt.Sprintf("%d days %s", d/day, clock(d%day))
 }
 
-// infoCounters are the lines of a status in their order (PFRES_NAMES of xnu
+// infoCounters are the names of the status's counters in their order (PFRES_NAMES of xnu
 // bsd/net/pfvar.h).
 var infoCounters = []string{"match", "bad-offset", "fragment", "short", "normalize", "memory", "bad-timestamp", "congestion", "ip-option",
 	"proto-cksum", "state-mismatch", "state-insert", "state-limit", "src-limit", "synproxy", "dummynet", "invalid-port"}
 
-// info prints the status (pfctl_parser.c, print_status).
+// info returns the output of pfctl -s info (print_status in pfctl_parser.c).
 func (f *PF) info(verbose bool) string {
 	status, since := "Status: Disabled", time.Since(f.since)
 	if f.enabled {
@@ -150,7 +152,8 @@ func (f *PF) info(verbose bool) string {
 	return b.String()
 }
 
-// timeouts and limits are the defaults, as pfctl prints them.
+// timeouts and limits are the output of pfctl -s timeouts and -s memory with the
+// defaults.
 const (
 	timeouts = `tcp.first                   120s
 tcp.opening                  30s

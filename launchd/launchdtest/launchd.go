@@ -20,10 +20,10 @@ import (
 )
 
 // A Launchd simulates launchd behind a launchd.Runner for launchctl and `sfltool dumpbtm`.
-// It ends processes by SIGTERM and, ExitTimeOut later, by SIGKILL; answers bootstrap with 5
-// for a while after an unload; keeps the marks of `launchctl disable` across a Boot; and
-// checks a property list's owner, mode and content. It uses package time, so run it in a
-// testing/synctest bubble.
+// It ends processes by SIGTERM and, ExitTimeOut later, by SIGKILL; refuses bootstrap with
+// exit status 5 for a while after an unload; keeps the effect of `launchctl disable` across
+// a Boot; and checks a property list's owner, mode and content. It uses package time, so
+// run it in a testing/synctest bubble.
 type Launchd struct {
 	// Files returns a property list's content, and its owner and mode by lstat(2). Required.
 	Files func(path string) (launchd.File, []byte, error)
@@ -32,56 +32,56 @@ type Launchd struct {
 	// no longer matches, and the next process is killed; a file that was renamed into its
 	// place runs. Optional.
 	Program func(path string) (info fs.FileInfo, digest string, err error)
-	// Start is called when a job gets its process, and must not block until it ends. Stop is
+	// Start is called when a job's process starts, and must not block until it ends. Stop is
 	// called when the process gets SIGTERM, and returns when the process has ended. Kill is
-	// called if Stop hasn't returned after the job's ExitTimeOut: SIGKILL, after which the
-	// process is gone whether Stop returns or not. They are called without a lock. Optional.
+	// called if Stop hasn't returned after the job's ExitTimeOut: the process gets SIGKILL and
+	// has ended whether Stop returns or not. All are called without a lock. Optional.
 	Start func(j *launchd.Job, pid int)
 	Stop  func(label string)
 	Kill  func(label string)
-	// Draining is how long a service whose process has ended stays SIGTERMed after
-	// bootout, Settling how long bootstrap answers 5 after that. Optional.
+	// Draining is how long a service stays loaded, in state SIGTERMed, after its process
+	// has ended by bootout; Settling is how long bootstrap is refused after that. Optional.
 	Draining, Settling time.Duration
-	// Blocked are labels that the user switched off in Login Items. They load but
-	// get no process. Optional.
+	// Blocked are labels that the user switched off in Login Items. They load, but launchd
+	// starts no process. Optional.
 	Blocked []string
-	// HeldBack are labels that macOS disallows once they are loaded: they run, but not any
-	// more after the next boot. Optional.
+	// HeldBack are labels that macOS disallows after they are loaded: their process runs
+	// until the next boot and isn't started again. Optional.
 	HeldBack []string
-	// BareIdentifiers has dumpbtm leave out the 16 before identifiers, as macOS 26
+	// BareIdentifiers has dumpbtm omit the "16." before identifiers, as macOS 26
 	// does. Optional.
 	BareIdentifiers bool
 
 	mu       sync.Mutex
-	services map[string]*service
-	disabled map[string]bool
-	programs map[string]program
-	unsigned map[string]int // processes that the kernel will kill
-	pid      int
+	services map[string]*service // by label
+	disabled map[string]bool     // launchctl disable and enable, by label
+	programs map[string]program  // by path
+	unsigned map[string]int      // number of processes that the kernel will kill, by label
+	pid      int                 // processes so far, from which PIDs are made
 	calls    []string
 }
 
-// A service is a loaded service, or one that was unloaded a moment ago.
+// A service is a service that is loaded, or was until bootout.
 type service struct {
 	job  *launchd.Job
-	path string
-	pid  int
-	runs int
-	last string // the line on how the last process ended
-	// ended is closed when the process that is being ended has; nil: none is.
+	path string // of the property list
+	pid  int    // 0: no process
+	runs int    // processes so far
+	last string // how the last process ended, a line of launchctl print
+	// ended is closed when the process that is being ended has ended; nil: none is.
 	ended   chan struct{}
 	leaving bool      // by bootout
-	gone    time.Time // when it stops being loaded; zero: not yet
-	quiet   time.Time // until when bootstrap answers 5
+	gone    time.Time // when it is no longer loaded; zero: not known yet
+	quiet   time.Time // until when bootstrap is refused
 }
 
-// A program is the executable that a service ran last.
+// A program identifies the executable that a service ran last.
 type program struct {
 	info   fs.FileInfo
 	digest string
 }
 
-// Calls returns the commands that were run since the last call, each as one string.
+// Calls returns the commands since the last Calls, each as one string.
 func (f *Launchd) Calls() []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -90,7 +90,7 @@ func (f *Launchd) Calls() []string {
 	return c
 }
 
-// Shutdown stops every service, as a Mac that shuts down does, and returns when their
+// Shutdown stops every service, as a Mac does that shuts down, and returns when their
 // processes have ended.
 func (f *Launchd) Shutdown() {
 	f.mu.Lock()
@@ -108,9 +108,9 @@ func (f *Launchd) Shutdown() {
 	}
 }
 
-// Boot starts the Mac after a Shutdown: the property lists load, in the order
-// given, unless their service is disabled or launchd refuses them. It returns the
-// refusals.
+// Boot starts the Mac after a Shutdown: it loads the property lists in the order given,
+// unless their service is disabled or launchd refuses them, and returns an error for each
+// of those.
 func (f *Launchd) Boot(files []string) []error {
 	var refused []error
 	f.mu.Lock()
@@ -138,7 +138,7 @@ func (f *Launchd) RefuseSignature(label string, n int) {
 // Disable marks a service as `launchctl disable` does.
 func (f *Launchd) Disable(label string) { f.mark(label, true) }
 
-// Run implements Runner.
+// Run implements launchd.Runner.
 func (f *Launchd) Run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte, []byte, int, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, nil, -1, err
@@ -158,12 +158,13 @@ func (f *Launchd) Run(ctx context.Context, stdin []byte, path string, args ...st
 	return []byte(r.stdout), []byte(r.stderr), r.status, nil
 }
 
-// A reply is what a command printed and its exit status.
+// A reply has the output and exit status of a command.
 type reply struct {
 	stdout, stderr string
 	status         int
 }
 
+// launchctl executes the subcommands that package launchd uses, in the forms that it uses.
 func (f *Launchd) launchctl(ctx context.Context, args []string) reply {
 	verb, rest := "", args
 	if len(args) > 0 {
@@ -191,6 +192,7 @@ func (f *Launchd) launchctl(ctx context.Context, args []string) reply {
 	return reply{stderr: "Unrecognized subcommand or arguments\n", status: int(launchd.Usage)}
 }
 
+// mark records launchctl disable or enable. It doesn't affect a loaded service.
 func (f *Launchd) mark(label string, disabled bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -200,8 +202,8 @@ func (f *Launchd) mark(label string, disabled bool) {
 	f.disabled[label] = disabled
 }
 
-// loaded returns the service if it is loaded, also while it is leaving. The lock
-// is held.
+// loaded returns the service if it is loaded, also while bootout is unloading it; nil
+// otherwise. The lock is held.
 func (f *Launchd) loaded(label string) *service {
 	s := f.services[label]
 	if s == nil || s.leaving && !s.gone.IsZero() && !time.Now().Before(s.gone) {
@@ -210,16 +212,19 @@ func (f *Launchd) loaded(label string) *service {
 	return s
 }
 
+// ioError is the message with which launchd refuses a property list, whatever is wrong
+// with it.
 const ioError = "Bootstrap failed: 5: Input/output error\nTry re-running the command as root for richer errors.\n"
 
-// defaultExitTimeOut is launchd's where the property list has none (captured on a
-// Mac: "exit timeout = 5").
+// defaultExitTimeOut is the ExitTimeOut in seconds of a property list that has none, as
+// launchctl print shows it on a Mac: "exit timeout = 5".
 const defaultExitTimeOut = 5
 
-// patience is how long bootout waits before it answers that it goes on in the
-// background.
-const patience = time.Second
+// bootoutWait is how long bootout waits for the process to end before it answers that the
+// operation is in progress.
+const bootoutWait = time.Second
 
+// bootstrap loads a property list and starts its process, if it is to run at load.
 func (f *Launchd) bootstrap(p string) reply {
 	refused := reply{stderr: ioError, status: int(launchd.InputOutput)}
 	file, data, err := f.Files(p)
@@ -254,8 +259,9 @@ func (f *Launchd) bootstrap(p string) reply {
 	return reply{}
 }
 
-// spawn gives the service a process, unless the kernel kills it at once: then
-// launchd tries again later, if it is to keep the service alive. The lock is held.
+// spawn starts the service's process and returns its PID, or 0 if the kernel kills it at
+// once. Then launchd starts another after ThrottleInterval, if the job has KeepAlive. The
+// lock is held; the caller has to call started without it.
 func (f *Launchd) spawn(s *service) int {
 	s.runs++
 	if f.killed(s) {
@@ -270,8 +276,9 @@ func (f *Launchd) spawn(s *service) int {
 	return s.pid
 }
 
-// killed reports whether the kernel kills the service's process for its code
-// signature. The lock is held.
+// killed reports whether the kernel kills the service's process because of its code
+// signature: it caches the signature of a file, so a file that was overwritten in place no
+// longer has the right one. The lock is held.
 func (f *Launchd) killed(s *service) bool {
 	if n := f.unsigned[s.job.Label]; n != 0 {
 		f.unsigned[s.job.Label] = n - 1
@@ -296,6 +303,7 @@ func (f *Launchd) killed(s *service) bool {
 	return false
 }
 
+// respawn starts another process after one that was killed at once.
 func (f *Launchd) respawn(s *service) {
 	f.mu.Lock()
 	pid := 0
@@ -306,6 +314,7 @@ func (f *Launchd) respawn(s *service) {
 	f.started(s.job, pid)
 }
 
+// seconds returns a property list's number of seconds, or the standard one if it has none.
 func seconds(n *int, standard int) time.Duration {
 	if n != nil {
 		standard = *n
@@ -313,6 +322,7 @@ func seconds(n *int, standard int) time.Duration {
 	return time.Duration(standard) * time.Second
 }
 
+// started calls Start for a process that spawn started. The lock isn't held.
 func (f *Launchd) started(j *launchd.Job, pid int) {
 	if f.Start != nil && pid != 0 {
 		f.Start(j, pid)
@@ -320,7 +330,8 @@ func (f *Launchd) started(j *launchd.Job, pid int) {
 }
 
 // end sends SIGTERM to the service's process, and SIGKILL if it still runs after
-// ExitTimeOut. The channel is closed once it has ended. The lock is held.
+// ExitTimeOut. It returns at once; the channel is closed when the process has ended. The
+// lock is held.
 func (f *Launchd) end(s *service) <-chan struct{} {
 	if s.ended != nil {
 		return s.ended
@@ -366,6 +377,8 @@ func (f *Launchd) noteExit(s *service) {
 	close(s.ended)
 }
 
+// bootout unloads a service. If the process needs long to end, or one is being ended
+// already, it answers that the operation is in progress.
 func (f *Launchd) bootout(ctx context.Context, label string) reply {
 	f.mu.Lock()
 	s := f.loaded(label)
@@ -377,14 +390,14 @@ func (f *Launchd) bootout(ctx context.Context, label string) reply {
 	s.leaving = true
 	ended := f.end(s)
 	f.mu.Unlock()
-	done := !again && within(ctx, ended, patience) && f.Draining == 0
+	done := !again && within(ctx, ended, bootoutWait) && f.Draining == 0
 	if !done {
 		return reply{stderr: "Boot-out failed: 36: Operation now in progress\n", status: int(launchd.InProgress)}
 	}
 	return reply{}
 }
 
-// within reports whether a process ended in time.
+// within reports whether a process ended within a time.
 func within(ctx context.Context, ended <-chan struct{}, limit time.Duration) bool {
 	t := time.NewTimer(limit)
 	defer t.Stop()
@@ -397,17 +410,20 @@ func within(ctx context.Context, ended <-chan struct{}, limit time.Duration) boo
 	return false
 }
 
-// killedForSignature is the line on a process that the kernel ended for its code
-// signature (<sys/reason.h>).
+// killedForSignature is the line of launchctl print for a process that the kernel killed
+// because of its code signature (<sys/reason.h>).
 const killedForSignature = "last exit reason = OS_REASON_CODESIGNING"
 
-// badRequest stands before the line that says what is wrong (nix#9978).
+// badRequest precedes the line with the reason (nix#9978).
 const badRequest = "Bad request.\n"
 
+// noService is the reply about a service that isn't loaded.
 func noService(label string) reply {
 	return reply{stderr: badRequest + fmt.Sprintf("Could not find service %q in domain for system\n", label), status: int(launchd.NoSuchService)}
 }
 
+// kickstart starts the service's process. If one runs, it does nothing, or with kill ends
+// that first.
 func (f *Launchd) kickstart(ctx context.Context, label string, kill bool) reply {
 	f.mu.Lock()
 	s := f.loaded(label)
@@ -440,8 +456,8 @@ func (f *Launchd) kickstart(ctx context.Context, label string, kill bool) reply 
 	return reply{}
 }
 
-// print returns an abridged `launchctl print` of a daemon. It has the nested blocks because
-// their keys repeat the outer ones.
+// print returns the output of `launchctl print` for a daemon, abridged. It keeps the nested
+// blocks that repeat keys of the outer one, which a parser must not confuse.
 func (f *Launchd) print(label string) reply {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -469,6 +485,7 @@ func (f *Launchd) print(label string) reply {
 	return reply{stdout: b.String()}
 }
 
+// printDisabled returns the output of `launchctl print-disabled system`.
 func (f *Launchd) printDisabled() reply {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -484,8 +501,7 @@ func (f *Launchd) printDisabled() reply {
 	return reply{stdout: "\tdisabled services = {\n" + strings.Join(lines, "") + "\t}\n"}
 }
 
-// sfltool lists the services and the blocked ones in the form of `sfltool
-// dumpbtm`.
+// sfltool returns the output of `sfltool dumpbtm` for the loaded and the blocked services.
 func (f *Launchd) sfltool(args []string) reply {
 	if !slices.Equal(args, []string{"dumpbtm"}) {
 		return reply{stderr: "Usage: sfltool dumpbtm\n", status: 1}

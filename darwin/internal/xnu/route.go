@@ -13,47 +13,52 @@ var Order = binary.LittleEndian
 // RTMVersion is the version of the messages, RTM_VERSION.
 const RTMVersion = 5
 
-// Message types, RTM_*.
+// Message types, RTM_* of xnu bsd/net/route.h.
 const (
-	RTMAdd     = 0x1
-	RTMDelete  = 0x2
-	RTMChange  = 0x3
-	RTMMiss    = 0x7
-	RTMNewAddr = 0xc
-	RTMDelAddr = 0xd
-	RTMIfInfo  = 0xe
-	RTMIfInfo2 = 0x12
-	RTMGet2    = 0x14
+	RTMAdd     = 0x1  // a route was added, or is to be
+	RTMDelete  = 0x2  // a route was deleted, or is to be
+	RTMChange  = 0x3  // a route was changed
+	RTMMiss    = 0x7  // there is no route to an address
+	RTMNewAddr = 0xc  // an interface has a new address
+	RTMDelAddr = 0xd  // an interface lost an address
+	RTMIfInfo  = 0xe  // an interface changed
+	RTMIfInfo2 = 0x12 // an interface, in a dump
+	RTMGet2    = 0x14 // a route, in a dump
 )
 
-// Sizes of the headers that socket addresses follow, and where fields are that
-// aren't at the same place everywhere.
+// Sizes in bytes of the headers, behind which the socket addresses begin, and the offsets
+// of fields in them. Length, version and type are at the beginning of each: 2 bytes, 1 and
+// 1.
 const (
-	SizeRt      = 92  // struct rt_msghdr and rt_msghdr2
-	SizeIf      = 112 // struct if_msghdr
-	SizeIf2     = 160 // struct if_msghdr2
-	SizeIfa     = 20  // struct ifa_msghdr
-	OffRtIndex  = 4
-	OffRtFlags  = 8
-	OffRtAddrs  = 12
-	OffRtSeq    = 20
-	OffIfAddrs  = 4
-	OffIfFlags  = 8
-	OffIfIndex  = 12
-	OffIf2MTU   = 40 // ifm_data.ifi_mtu of if_msghdr2
+	SizeRt  = 92  // struct rt_msghdr and rt_msghdr2
+	SizeIf  = 112 // struct if_msghdr
+	SizeIf2 = 160 // struct if_msghdr2
+	SizeIfa = 20  // struct ifa_msghdr
+
+	OffRtIndex = 4  // rtm_index, 2 bytes
+	OffRtFlags = 8  // rtm_flags, 4 bytes
+	OffRtAddrs = 12 // rtm_addrs, 4 bytes
+	OffRtSeq   = 20 // rtm_seq, 4 bytes; rt_msghdr only
+	OffIfAddrs = 4  // ifm_addrs and ifam_addrs, 4 bytes
+	OffIfFlags = 8  // ifm_flags, 4 bytes
+	OffIfIndex = 12 // ifm_index and ifam_index, 2 bytes
+	OffIf2MTU  = 40 // ifm_data.ifi_mtu of if_msghdr2, 4 bytes
+
+	// MaxRouteMsg is enough for each message of a routing socket.
 	MaxRouteMsg = 2048
 )
 
-// Socket addresses of a message, in this order (RTAX_*), each if its bit is set.
+// The socket addresses of a message, RTAX_*, in their order. A message has those whose
+// bit, 1<<RTAX…, is set in its field of addresses.
 const (
-	RTAXDst = iota
-	RTAXGateway
+	RTAXDst     = iota // destination
+	RTAXGateway        // next router, or a link address
 	RTAXNetmask
 	RTAXGenmask
-	RTAXIfp
-	RTAXIfa
-	RTAXAuthor
-	RTAXBrd
+	RTAXIfp    // name of the interface
+	RTAXIfa    // address of the interface
+	RTAXAuthor // author of a redirect
+	RTAXBrd    // broadcast address, or remote end of a point-to-point link
 	RTAXMax
 )
 
@@ -64,28 +69,28 @@ const (
 	AFInet6 = 30
 )
 
-// A Route is what a message says of one entry of the routing table.
+// A Route is an entry of the routing table, as far as messages describe it.
 type Route struct {
-	Dst     netip.Prefix
-	Gateway netip.Addr // invalid when the destination is on the link
-	Index   int        // of the interface
-	Flags   uint32     // RTF_*
+	Dst     netip.Prefix // masked
+	Gateway netip.Addr   // invalid if the destination is on the link
+	Index   int          // of the interface
+	Flags   uint32       // RTF_* of xnu bsd/net/route.h
 }
 
-// An Interface is what a message says of one.
+// An Interface is a network interface, as far as messages describe it.
 type Interface struct {
 	Name  string
 	Index int
-	Flags uint32 // IFF_*
-	MTU   int
+	Flags uint32 // IFF_* of xnu bsd/net/if.h
+	MTU   int    // bytes; messages of type RTMIfInfo2 only
 }
 
 // rtfHost is RTF_HOST: the route leads to one host, and its message has no mask.
 const rtfHost = 0x4
 
-// EachMessage calls visit with type and bytes of each message in b, up to an error. A
-// list that doesn't end with a message's end is damaged: with a part of the routes,
-// what is behind the others would count as internet.
+// EachMessage calls visit with the type and bytes of each message in b until visit fails.
+// It fails if b doesn't end where a message does: a caller that had only some of the
+// routes would take the networks of the others for the internet.
 func EachMessage(b []byte, visit func(typ byte, m []byte) error) error {
 	for i := 0; len(b) > 0; i++ {
 		n := 0
@@ -95,7 +100,7 @@ func EachMessage(b []byte, visit func(typ byte, m []byte) error) error {
 		if n < 4 || n > len(b) {
 			return fmt.Errorf("message %d is damaged", i)
 		}
-		// Messages of another version than ours may have any layout.
+		// Messages of another version may have any layout.
 		if b[2] == RTMVersion {
 			if err := visit(b[3], b[:n]); err != nil {
 				return err
@@ -106,8 +111,9 @@ func EachMessage(b []byte, visit func(typ byte, m []byte) error) error {
 	return nil
 }
 
-// Sockaddrs splits what follows a header of the given size. A missing address is
-// nil. It reports false when an address reaches over the end.
+// Sockaddrs splits the socket addresses behind a header of the given size. mask has the
+// bits of those that the message has; others are nil. It reports false if an address
+// extends beyond the message.
 func Sockaddrs(m []byte, header int, mask uint32) (sa [RTAXMax][]byte, ok bool) {
 	if len(m) < header {
 		return sa, false
@@ -131,9 +137,9 @@ func Sockaddrs(m []byte, header int, mask uint32) (sa [RTAXMax][]byte, ok bool) 
 	return sa, true
 }
 
-// ReadSockaddr reads an IPv4 or IPv6 socket address; anything else is invalid. The
-// kernel may write the scope of a link-local address into its second word
-// (KAME); it is taken out.
+// ReadSockaddr returns the address of an IPv4 or IPv6 socket address, and an invalid one
+// for any other. The kernel may store the scope of a link-local address in its second
+// 16 bits (an inheritance from KAME), which ReadSockaddr clears.
 func ReadSockaddr(sa []byte) netip.Addr {
 	switch {
 	case len(sa) >= 8 && sa[1] == AFInet:
@@ -148,9 +154,9 @@ func ReadSockaddr(sa []byte) netip.Addr {
 	return netip.Addr{}
 }
 
-// MaskBits counts the ones of a netmask for addresses of a's family. A mask's
-// trailing zeros are cut off, and its family isn't set. It reports false for one
-// with holes.
+// MaskBits returns the prefix length of a netmask for addresses of a's family. The kernel
+// sends netmasks without trailing zero bytes and without a family. It reports false for a
+// netmask whose ones aren't contiguous.
 func MaskBits(sa []byte, a netip.Addr) (int, bool) {
 	off := 4
 	if a.Is6() {
@@ -175,8 +181,8 @@ func MaskBits(sa []byte, a netip.Addr) (int, bool) {
 	return ones, m == want
 }
 
-// LinkName reads the interface's name out of a link address (struct sockaddr_dl,
-// xnu bsd/net/if_dl.h).
+// LinkName returns the interface's name in a link address (struct sockaddr_dl,
+// xnu bsd/net/if_dl.h), "" if it has none.
 func LinkName(sa []byte) string {
 	if len(sa) < 8 || sa[1] != AFLink || 8+int(sa[5]) > len(sa) {
 		return ""
@@ -184,8 +190,8 @@ func LinkName(sa []byte) string {
 	return string(sa[8 : 8+int(sa[5])])
 }
 
-// ParseRoute reads one route. It reports false for what isn't an IPv4 or IPv6
-// route, or is damaged.
+// ParseRoute reads a message about a route. It reports false if the message is damaged or
+// isn't about an IPv4 or IPv6 route.
 func ParseRoute(m []byte) (Route, bool) {
 	if len(m) < SizeRt {
 		return Route{}, false
@@ -201,8 +207,7 @@ func ParseRoute(m []byte) (Route, bool) {
 		Flags:   Order.Uint32(m[OffRtFlags:]),
 	}
 	n := dst.BitLen()
-	// A route without a mask is a host route; so is one with the flag, whatever
-	// the mask.
+	// A route without a mask is one to a host. So is one with the flag, whatever its mask.
 	if mask := sa[RTAXNetmask]; mask != nil && r.Flags&rtfHost == 0 {
 		if n, ok = MaskBits(mask, dst); !ok {
 			return Route{}, false
@@ -212,7 +217,8 @@ func ParseRoute(m []byte) (Route, bool) {
 	return r, r.Dst == r.Dst.Masked()
 }
 
-// AppendRoute appends the message that adds or deletes a route.
+// AppendRoute appends the message that adds or deletes a route, or that announces it. The
+// kernel's answer to a request has the same seq.
 func AppendRoute(b []byte, typ byte, seq int, r Route) []byte {
 	start := len(b)
 	b = append(b, make([]byte, SizeRt)...)
@@ -239,7 +245,7 @@ func AppendRoute(b []byte, typ byte, seq int, r Route) []byte {
 	return b
 }
 
-// PutHeader writes the length, the version and the type into a message.
+// PutHeader writes length, version and type into a message.
 func PutHeader(m []byte, typ byte) {
 	Order.PutUint16(m, uint16(len(m)))
 	m[2], m[3] = RTMVersion, typ
@@ -254,8 +260,8 @@ func AppendSockaddr(b, sa []byte) []byte {
 	return b
 }
 
-// Sockaddr makes a struct sockaddr_in or sockaddr_in6. Without a zone: link-local
-// destinations aren't routed here.
+// Sockaddr returns a as a struct sockaddr_in or sockaddr_in6, without a zone: no route to
+// a link-local destination is added here.
 func Sockaddr(a netip.Addr) []byte {
 	if a.Is4() {
 		b := [16]byte{0: 16, 1: AFInet}
@@ -267,7 +273,7 @@ func Sockaddr(a netip.Addr) []byte {
 	return b[:]
 }
 
-// SockaddrMask makes the netmask of a prefix, in full.
+// SockaddrMask returns the netmask of a prefix, with trailing zeros and with its family.
 func SockaddrMask(p netip.Prefix) []byte {
 	ones := make([]byte, p.Addr().BitLen()/8)
 	for i := range p.Bits() {
@@ -277,8 +283,8 @@ func SockaddrMask(p netip.Prefix) []byte {
 	return Sockaddr(a)
 }
 
-// SockaddrLink makes a struct sockaddr_dl, which as a gateway means: directly by
-// this interface.
+// SockaddrLink returns a struct sockaddr_dl. As the gateway of a route it means that the
+// destination is on the link of that interface.
 func SockaddrLink(index int, name string) []byte {
 	b := make([]byte, max(20, 8+len(name)))
 	b[0], b[1] = byte(len(b)), AFLink
@@ -288,8 +294,8 @@ func SockaddrLink(index int, name string) []byte {
 	return b
 }
 
-// InterfaceMessage writes an if_msghdr or if_msghdr2, of SizeIf or SizeIf2 bytes before
-// the socket addresses.
+// InterfaceMessage returns a message about an interface: an if_msghdr or if_msghdr2 of
+// size SizeIf or SizeIf2, and a link address.
 func InterfaceMessage(typ byte, size int, i Interface) []byte {
 	b := AppendSockaddr(make([]byte, size), SockaddrLink(i.Index, i.Name))
 	PutHeader(b, typ)
@@ -302,8 +308,9 @@ func InterfaceMessage(typ byte, size int, i Interface) []byte {
 	return b
 }
 
-// AddressMessage writes an ifa_msghdr: an address of the interface with that number,
-// and the other end of a point-to-point link if peer is valid.
+// AddressMessage returns a message about an address of the interface with that index: an
+// ifa_msghdr, the netmask, the address and, if peer is valid, the remote address of a
+// point-to-point link.
 func AddressMessage(typ byte, index int, a netip.Prefix, peer netip.Addr) []byte {
 	b := AppendSockaddr(make([]byte, SizeIfa), trimmedMask(a))
 	b = AppendSockaddr(b, Sockaddr(a.Addr()))
@@ -318,7 +325,8 @@ func AddressMessage(typ byte, index int, a netip.Prefix, peer netip.Addr) []byte
 	return b
 }
 
-// DumpMessage writes an rt_msghdr2, with the mask as short as the kernel's.
+// DumpMessage returns the message for a route in a dump of the routing table: an
+// rt_msghdr2, with the netmask as short as the kernel's.
 func DumpMessage(r Route) []byte {
 	b := AppendSockaddr(make([]byte, SizeRt), Sockaddr(r.Dst.Addr()))
 	gateway := SockaddrLink(r.Index, "")
@@ -338,8 +346,8 @@ func DumpMessage(r Route) []byte {
 	return b
 }
 
-// trimmedMask writes a netmask as the kernel keeps it: without family and without
-// the zeros at the end; of a default route nothing is left.
+// trimmedMask returns a netmask as the kernel stores it, without family and trailing
+// zero bytes: nil for a default route.
 func trimmedMask(p netip.Prefix) []byte {
 	b := SockaddrMask(p)
 	b[1] = 0

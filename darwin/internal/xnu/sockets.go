@@ -1,19 +1,20 @@
 package xnu
 
-// The kernel variables that list the sockets of a protocol.
+// The kernel variables with the list of a protocol's sockets, of both families.
 const (
 	TCPSockets = "net.inet.tcp.pcblist_n"
 	UDPSockets = "net.inet.udp.pcblist_n"
 )
 
-// The list begins and ends with a struct xinpgen. In between are, for each socket,
-// several structs that each begin with their length and kind and are padded to 8
-// bytes; the one of kind XSO_INPCB has the ports (xnu bsd/netinet/in_pcblist.c,
-// get_pcblist_n; bsd/netinet/in_pcb.h, struct xinpcb_n; bsd/sys/socketvar.h).
+// The format of such a list. It begins and ends with a struct xinpgen. Between them, each
+// socket has several structs that begin with their length and kind, 4 bytes each, and are
+// padded to SocketAlignment; the one of KindInpcb has the ports (get_pcblist_n in xnu
+// bsd/netinet/in_pcblist.c; struct xinpcb_n in bsd/netinet/in_pcb.h; XSO_* in
+// bsd/sys/socketvar.h). Sizes and offsets are in bytes.
 const (
 	SizeXinpgen     = 24
-	KindInpcb       = 0x10
-	OffXinpLocal    = 18 // inp_lport, in network order
-	MinXinpcb       = OffXinpLocal + 2
+	KindInpcb       = 0x10             // XSO_INPCB
+	OffXinpLocal    = 18               // inp_lport, 2 bytes in network order
+	MinXinpcb       = OffXinpLocal + 2 // the part of a struct xinpcb_n that is read
 	SocketAlignment = 8
 )

@@ -1,23 +1,25 @@
 package xnu
 
-// The kernel variables used here. IPv6 forwarding is set to 1 by anything above
-// 0 (xnu bsd/netinet6/in6_proto.c).
+// Kernel variables, see sysctl(8).
 const (
+	// IPv4Forwarding and IPv6Forwarding are 1 if the host forwards packets, else 0. The
+	// kernel stores any value above 0 for IPv6 as 1 (xnu bsd/netinet6/in6_proto.c).
 	IPv4Forwarding = "net.inet.ip.forwarding"
 	IPv6Forwarding = "net.inet6.ip6.forwarding"
-	BootSession    = "kern.bootsessionuuid"
-	// How the kernel takes packets to an address of another interface than the one
-	// that they came in by: 0 takes them, 1 drops those to tunnels' addresses, 2 drops
-	// all. With forwarding on, all are taken (ip_input_check_interface in xnu
-	// bsd/netinet/ip_input.c, ip6_input_check_interface in bsd/netinet6/ip6_input.c).
+	// BootSession is a UUID that changes with each boot.
+	BootSession = "kern.bootsessionuuid"
+	// IPv4CheckInterface and IPv6CheckInterface say what happens to a packet whose
+	// destination is an address of another interface than the one it arrived on: 0 accepts
+	// it, 1 drops it if that interface is a tunnel, 2 drops it. With forwarding on it is
+	// always accepted (ip_input_check_interface in xnu bsd/netinet/ip_input.c,
+	// ip6_input_check_interface in bsd/netinet6/ip6_input.c).
 	IPv4CheckInterface = "net.inet.ip.check_interface"
 	IPv6CheckInterface = "net.inet6.ip6.check_interface"
 )
 
-// The kernel variables of the ports that the kernel gives to sockets by itself (xnu
-// bsd/netinet/in_pcb.c, in_pcbbind_check_port and net.inet.ip.portrange): those of
-// sockets that ask for any, and those of sockets that ask for a high one
-// (IP_PORTRANGE_HIGH). Both families use them.
+// The kernel variables with the ephemeral ports, which the kernel chooses for sockets of
+// both families (in_pcbbind_check_port in xnu bsd/netinet/in_pcb.c): First and Last for
+// sockets that take any port, HiFirst and HiLast for those with IP_PORTRANGE_HIGH.
 const (
 	PortFirst   = "net.inet.ip.portrange.first"
 	PortLast    = "net.inet.ip.portrange.last"
