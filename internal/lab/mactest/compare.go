@@ -1,6 +1,7 @@
 package mactest
 
-// The comparison of what a Mac printed before the helper came and after it went.
+// The comparison of a Mac's configuration before the helper was installed and after it was
+// removed.
 
 import (
 	"fmt"
@@ -10,25 +11,26 @@ import (
 	"strings"
 )
 
-// Differences are how two snapshots of a Mac differ.
+// Differences has the differences between two snapshots of a Mac, one a line.
 type Differences struct {
-	// Changed is what a helper may have changed and not put back. Moved is what
-	// macOS or other programs change by themselves, often many times an hour.
+	// Changed has those that a helper may have caused and not undone. Moved has those that
+	// macOS or other programs cause by themselves, often many times an hour.
 	Changed, Moved []string
 }
 
 // A Comparison compares snapshots.
 type Comparison struct {
-	// Own are words of the helper's: its label, its interface, its addresses. A
-	// line with one of them is never taken for something that moved by itself.
+	// Own are names of the helper: its label, its interface, its addresses. A line with one
+	// of them never counts as Moved.
 	Own []string
-	// Restless are the names of kernel variables that are known to move.
-	Restless map[string]bool
+	// Volatile are the names of kernel variables that are known to change by themselves.
+	Volatile map[string]bool
 }
 
-// Restless returns the kernel variables that differ between two snapshots which
-// were taken one after the other while nothing of ours changed.
-func Restless(a, b Snapshot) map[string]bool {
+// Volatile returns the kernel variables that differ between two snapshots. Taken one after
+// the other, without a change of the helper's in between, they differ in the variables
+// that change by themselves.
+func Volatile(a, b Snapshot) map[string]bool {
 	out := map[string]bool{}
 	for _, d := range (&Comparison{}).all(a, b) {
 		if d.form == Sysctls {
@@ -38,8 +40,8 @@ func Restless(a, b Snapshot) map[string]bool {
 	return out
 }
 
-// Diff compares two snapshots. What only one of them has is marked "-" before and
-// "+" after, behind the name of the output.
+// Diff compares two snapshots. A difference begins with the name of the output and "-" for
+// a line that only before has, "+" for one that only after has.
 func (c *Comparison) Diff(before, after Snapshot) Differences {
 	var out Differences
 	for _, d := range c.all(before, after) {
@@ -61,6 +63,7 @@ type difference struct {
 	line   string
 }
 
+// all returns all differences, also those that don't matter.
 func (c *Comparison) all(before, after Snapshot) []difference {
 	forms := map[string]Form{}
 	lines := [2]map[string][]string{{}, {}}
@@ -91,8 +94,7 @@ func (c *Comparison) all(before, after Snapshot) []difference {
 	return out
 }
 
-// without returns the lines less those of another list, each as often as it is
-// there.
+// without returns the lines that aren't in less. A line that is there n times removes n.
 func without(lines, less []string) []string {
 	n := map[string]int{}
 	for _, line := range less {
@@ -107,7 +109,8 @@ func without(lines, less []string) []string {
 	return out
 }
 
-// normalised is Normalise of what was printed, or of why nothing was.
+// normalised returns the lines to compare of an output: those of Normalise, or its exit
+// status, or why the command couldn't be run.
 func (o Output) normalised() []string {
 	switch {
 	case o.Err != nil:
@@ -118,9 +121,8 @@ func (o Output) normalised() []string {
 	return Normalise(o.Form, string(o.Stdout))
 }
 
-// Normalise returns the lines of an output without what counts, expires, or is
-// learned: counters, ages, the expiry of routes, neighbours and link-local
-// addresses.
+// Normalise returns the lines of an output without the parts that change by themselves:
+// counters, ages, the expiry of routes, neighbours and link-local addresses.
 func Normalise(f Form, text string) []string {
 	switch f {
 	case Ignored, ExitStatus:
@@ -148,13 +150,14 @@ func Normalise(f Form, text string) []string {
 	return out
 }
 
+// menuNumber is the number of a line of form Numbered.
 var menuNumber = regexp.MustCompile(`^[0-9]+ *:`)
 
-// normaliseReference leaves the program and its token of a row such as
+// normaliseReference returns the program and its token of a row such as
 //
 //	4063     pfctl      15053025338191571182     0 days 00:00:00
 //
-// The process is mostly gone, and the rest is the token's age.
+// The process with that PID has mostly ended, and the rest is the token's age.
 func normaliseReference(line string) string {
 	f := strings.Fields(line)
 	if len(f) < 3 {
@@ -171,14 +174,14 @@ func normaliseReference(line string) string {
 	return line
 }
 
-// sectionTitle is how pfctl -sa begins a part.
+// sectionTitle is the first line of a section of pfctl -sa.
 var sectionTitle = regexp.MustCompile(`^[A-Z][A-Z ]*:$`)
 
-// movingSections are the parts of pfctl -sa that traffic changes.
+// movingSections are the sections of pfctl -sa that traffic changes.
 var movingSections = []string{"STATES", "SOURCE TRACKING NODES", "LABEL COUNTERS", "INTERFACES", "TOKENS"}
 
-// normaliseAll reads pfctl -sa: each line behind the title of its part. Of the
-// counters only whether pf is on is left.
+// normaliseAll returns the lines of pfctl -sa, each behind the title of its section. Of
+// the section INFO it keeps only whether pf is enabled.
 func normaliseAll(text string) []string {
 	var out []string
 	section := ""
@@ -202,9 +205,9 @@ func normaliseAll(text string) []string {
 	return out
 }
 
-// normaliseRoutes reads netstat -rn. Its columns differ by release, so the header
-// tells where they are. Routes that were cloned from others (W), which neighbours
-// and destinations make, and those to link-local networks are left out.
+// normaliseRoutes returns the routes of netstat -rn. The columns differ between releases,
+// so it finds them by the header. It leaves out routes to link-local networks and those
+// that the kernel clones from others for single hosts (flag W).
 func normaliseRoutes(text string) []string {
 	var out []string
 	netif, expire := -1, false
@@ -222,7 +225,7 @@ func normaliseRoutes(text string) []string {
 			continue
 		}
 		if netif < 3 || len(f) <= netif {
-			out = append(out, strings.Join(f, " ")) // as it is: better named than lost
+			out = append(out, strings.Join(f, " ")) // of an unknown format: compare it whole
 			continue
 		}
 		if strings.Contains(f[2], "W") {
@@ -232,16 +235,17 @@ func normaliseRoutes(text string) []string {
 		if expire {
 			end = netif + 1
 		}
-		// Refs and Use, between flags and interface in older releases, count.
+		// Older releases have counters, Refs and Use, between flags and interface.
 		out = append(out, strings.Join(append(f[:3:3], f[netif:end]...), " "))
 	}
 	return out
 }
 
+// interfaceHead is the beginning of an interface's first line.
 var interfaceHead = regexp.MustCompile(`^([^\s:]+): `)
 
-// normaliseInterfaces reads ifconfig -a: each line behind its interface, without
-// link-local addresses.
+// normaliseInterfaces returns the lines of ifconfig -a, each behind the name of its
+// interface, without link-local addresses.
 func normaliseInterfaces(text string) []string {
 	var out []string
 	name := ""
@@ -259,15 +263,16 @@ func normaliseInterfaces(text string) []string {
 	return out
 }
 
-// systemInterfaces are those that macOS and other programs make, address and take
-// away as they like.
+// systemInterfaces matches interfaces that macOS and other programs create, configure and
+// remove at any time.
 var systemInterfaces = regexp.MustCompile(`(^|\s)(awdl|llw|utun|ipsec|anpi|ap|bridge|vmenet|gif|stf|feth|XHC|p2p)[0-9]+(\s|:|$)`)
 
-// routerSettings are the kernel variables that a router changes, and those around them;
-// the others under net count, or are of parts that a helper doesn't touch.
+// routerSettings matches the kernel variables that a router changes, and related ones. The
+// others under net are counters, or belong to parts that a helper doesn't touch.
 var routerSettings = regexp.MustCompile(`^net\.(inet\.ip|inet6\.ip6|inet\.icmp|inet6\.icmp6|pf|link\.bridge)\.`)
 
-// moved reports whether a difference is one that comes about by itself.
+// moved reports whether macOS or other programs may have caused a difference, see
+// Differences.
 func (c *Comparison) moved(d difference) bool {
 	for _, word := range c.Own {
 		if word != "" && strings.Contains(d.line, word) {
@@ -277,7 +282,7 @@ func (c *Comparison) moved(d difference) bool {
 	switch d.form {
 	case Sysctls:
 		name := sysctlName(d.line)
-		return c.Restless[name] || !routerSettings.MatchString(name)
+		return c.Volatile[name] || !routerSettings.MatchString(name)
 	case Routes:
 		return systemInterfaces.MatchString(d.line)
 	case Interfaces:
@@ -285,12 +290,13 @@ func (c *Comparison) moved(d difference) bool {
 	case References:
 		return !strings.HasPrefix(d.line, "pfctl ")
 	case Lines:
-		// The folders and lists that other programs write to as well.
+		// Folders and lists that other programs change too.
 		return true
 	}
 	return false
 }
 
+// sysctlName returns the name of a kernel variable in a line of sysctl.
 func sysctlName(line string) string {
 	name, _, _ := strings.Cut(line, ":")
 	return name

@@ -159,7 +159,7 @@ func TestDiff(t *testing.T) {
 			[]string{"p: - exit status 113", "p: + exit status 0"}, nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			k := &Comparison{Own: []string{"org.meshhelper.mactest", "utun7"}, Restless: map[string]bool{"net.inet.ip.fragpackets": true}}
+			k := &Comparison{Own: []string{"org.meshhelper.mactest", "utun7"}, Volatile: map[string]bool{"net.inet.ip.fragpackets": true}}
 			got := k.Diff(before(c.was), before(c.is))
 			if diff := cmp.Diff(Differences{c.changed, c.moved}, got); diff != "" {
 				t.Error(diff)
@@ -168,10 +168,10 @@ func TestDiff(t *testing.T) {
 	}
 }
 
-func TestRestless(t *testing.T) {
+func TestVolatile(t *testing.T) {
 	a := Snapshot{output("s", Sysctls, "net.a: 1\nnet.b: 1\n")}
 	b := Snapshot{output("s", Sysctls, "net.a: 2\nnet.b: 1\n")}
-	if diff := cmp.Diff(map[string]bool{"net.a": true}, Restless(a, b)); diff != "" {
+	if diff := cmp.Diff(map[string]bool{"net.a": true}, Volatile(a, b)); diff != "" {
 		t.Error(diff)
 	}
 }

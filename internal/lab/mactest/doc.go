@@ -1,18 +1,18 @@
-// Package mactest proves the product on a real Mac, end to end, and keeps what
-// the Mac printed: `sudo make test-mac` runs it there.
+// Package mactest tests the product on a real Mac, end to end, and saves the output of
+// the Mac's own commands: `sudo make test-mac` runs it there.
 //
 // [NewPeer] makes a peer without a host of its own: a stock WireGuard device on a
-// TCP/IP stack in this process, so that one Mac is enough to be host and peer.
-// Its packets go over the loopback interface to the helper, and from there they
-// are real ones: the kernel forwards them, pf judges and translates them.
+// TCP/IP stack in this process, so one Mac is both host and peer. Its packets reach the
+// helper through the loopback interface. From there the Mac treats them as any others: the
+// kernel forwards them, pf judges and translates them.
 //
-// [Probe] tries with real packets whether a child of the anchor com.apple is
-// evaluated at all, for filter, nat and rdr each.
+// [Probe] sends real packets to find out whether pf evaluates a child of the anchor
+// com.apple, separately for filter, nat and rdr rules.
 //
-// [Outputs] are the commands whose outputs are kept from before the helper came
-// and from after it went. [Normalise] takes out of an output what moves by
-// itself, and [Diff] says what is left.
+// [Outputs] lists the commands whose output is saved before the helper is installed and
+// after it is removed. [Normalise] removes from an output what changes by itself, and
+// [Comparison.Diff] returns the differences that remain.
 //
-// What needs a Mac has the build tag mactest. The same script runs in `make test`
-// against the helper on Linux, so that a failure on a Mac is the Mac's.
+// Tests that need a Mac have the build tag mactest. `make test` runs the same script
+// against the helper on Linux, so a failure that only a Mac shows has its cause there.
 package mactest

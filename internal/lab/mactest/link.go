@@ -1,6 +1,6 @@
 package mactest
 
-// The cable between a peer's WireGuard device and its TCP/IP stack.
+// The link between a peer's WireGuard device and its TCP/IP stack.
 
 import (
 	"context"
@@ -16,13 +16,13 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
-// link joins a WireGuard device, which takes it for a TUN device, to a stack,
-// which has its other end. The package tun/netstack of wireguard-go does the same,
-// but may send on a closed channel when it is closed while the stack sends; that
-// would end the test before it has put the Mac back.
+// link connects a WireGuard device, for which it is a TUN device, with a TCP/IP stack, for
+// which it is a network interface. wireguard-go's package tun/netstack does the same, but
+// if it is closed while the stack sends, it may send on a closed channel and panic, and
+// the test would end before it has restored the Mac.
 type link struct {
 	ep     *channel.Endpoint
-	mtu    int
+	mtu    int             // bytes
 	ctx    context.Context // ends when the device closes the link
 	cancel context.CancelFunc
 	events chan tun.Event
@@ -31,25 +31,26 @@ type link struct {
 	arrivals []arrival
 }
 
-// arrival is one packet that came out of the tunnel.
+// arrival describes a packet that came out of the tunnel.
 type arrival struct {
 	at      time.Time
 	from    netip.Addr
-	size    int  // in bytes
-	isError bool // whether it is an ICMP error
+	size    int  // bytes
+	isError bool // an ICMP error
 }
 
-// linkQueue is how many packets of the stack wait for the device; more are lost,
-// as in any queue.
+// linkQueue is the number of packets from the stack that can wait for the device. Further
+// ones are dropped.
 const linkQueue = 1024
 
+// newLink returns an open link.
 func newLink(mtu int) *link {
 	l := &link{ep: channel.New(linkQueue, uint32(mtu), ""), mtu: mtu, events: make(chan tun.Event)}
 	l.ctx, l.cancel = context.WithCancel(context.Background())
 	return l
 }
 
-// Read implements tun.Device: it waits for a packet of the stack.
+// Read implements tun.Device: it waits for a packet from the stack.
 func (l *link) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	packet := l.ep.ReadContext(l.ctx)
 	if packet == nil {
@@ -62,7 +63,8 @@ func (l *link) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	return 1, nil
 }
 
-// Write implements tun.Device: it notes the packets and hands them to the stack.
+// Write implements tun.Device: it records packets from the tunnel and passes them to the
+// stack.
 func (l *link) Write(bufs [][]byte, offset int) (int, error) {
 	for _, b := range bufs {
 		b := b[offset:]
@@ -80,8 +82,8 @@ func (l *link) Write(bufs [][]byte, offset int) (int, error) {
 	return len(bufs), nil
 }
 
-// describe reads where an IP packet comes from, and whether it is an ICMP error.
-// ok is false for what isn't a whole header.
+// describe returns the source of an IP packet and whether the packet is an ICMP error. ok
+// is false if it has no complete IP header.
 func describe(b []byte) (from netip.Addr, isError, ok bool) {
 	const icmp4, icmp6, firstInfo6 = 1, 58, 128
 	switch {
@@ -98,9 +100,9 @@ func describe(b []byte) (from netip.Addr, isError, ok bool) {
 	return from, isError, true
 }
 
-// icmpErrors4 are the ICMP messages about another packet: unreachable, quench,
-// redirect, time exceeded, parameter problem (RFC 792). Those of ICMPv6 are below
-// 128 (RFC 4443).
+// icmpErrors4 are the types of ICMP messages about another packet: destination
+// unreachable, source quench, redirect, time exceeded, parameter problem (RFC 792). In
+// ICMPv6 those are all types below 128 (RFC 4443, section 2.1).
 var icmpErrors4 = []byte{3, 4, 5, 11, 12}
 
 // Close implements tun.Device.
@@ -112,7 +114,7 @@ func (l *link) Close() error {
 	return nil
 }
 
-// File implements tun.Device; there is none.
+// File implements tun.Device. The link has no file.
 func (l *link) File() *os.File { return nil }
 
 // MTU implements tun.Device.
@@ -121,8 +123,8 @@ func (l *link) MTU() (int, error) { return l.mtu, nil }
 // Name implements tun.Device.
 func (l *link) Name() (string, error) { return "mactest", nil }
 
-// Events implements tun.Device: none until the end. The peer brings its device up
-// by itself.
+// Events implements tun.Device. There are no events before the link is closed: NewPeer
+// brings the device up itself.
 func (l *link) Events() <-chan tun.Event { return l.events }
 
 // BatchSize implements tun.Device.

@@ -87,14 +87,14 @@ func TestThisMac(t *testing.T) {
 	t.Logf("outputs are kept in %s; they name this Mac's addresses and programs", m.dir)
 
 	first := m.take(t, "before")
-	restless := Restless(first, m.take(t, "before-again"))
+	volatile := Volatile(first, m.take(t, "before-again"))
 	t.Run("child-anchor-is-evaluated", m.children)
 	t.Run("enforced-rules-are-shown", func(t *testing.T) {
 		enforceTable(t, macos.Options{StateDir: t.TempDir(), Label: scratchLabel + ".table",
 			Runner: m.runner, Kernel: darwin.System{}}, func(name, text string) { m.keep(t, name, text) })
 	})
 	t.Run("helper", m.helper)
-	t.Run("left-as-found", func(t *testing.T) { m.asFound(t, first, restless) })
+	t.Run("left-as-found", func(t *testing.T) { m.asFound(t, first, volatile) })
 }
 
 // take keeps what the Mac shows now.
@@ -125,8 +125,8 @@ func (m *mac) run(t *testing.T, name, path string, args ...string) {
 }
 
 // asFound compares the Mac with what it was.
-func (m *mac) asFound(t *testing.T, before Snapshot, restless map[string]bool) {
-	d := (&Comparison{Own: m.own, Restless: restless}).Diff(before, m.take(t, "after"))
+func (m *mac) asFound(t *testing.T, before Snapshot, volatile map[string]bool) {
+	d := (&Comparison{Own: m.own, Volatile: volatile}).Diff(before, m.take(t, "after"))
 	m.keep(t, "differences.txt", strings.Join(append(d.Changed, d.Moved...), "\n")+"\n")
 	for _, line := range d.Moved {
 		t.Logf("moved by itself: %s", line)

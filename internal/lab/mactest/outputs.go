@@ -1,6 +1,6 @@
 package mactest
 
-// The commands whose outputs are kept, and what of them is compared.
+// The commands whose output is saved, and how each is compared.
 
 import (
 	"bytes"
@@ -14,35 +14,35 @@ import (
 	"github.com/meshhelper/meshhelper/darwin"
 )
 
-// A Form is how an output is to be read when two are compared.
+// A Form is the format of an output, which decides how two outputs are compared.
 type Form int
 
 // The forms.
 const (
-	Lines      Form = iota // each line counts as it is
+	Lines      Form = iota // lines in any order
 	Ruleset                // pf's rules or tables of one anchor, in their order
 	FilterAll              // pfctl -sa
 	References             // pfctl -s References
 	Routes                 // netstat -rn
 	Sysctls                // sysctl net
 	Interfaces             // ifconfig
-	Numbered               // lines with a number first, as of a menu
-	ExitStatus             // only the exit status counts
-	Ignored                // kept, not compared
+	Numbered               // lines that begin with a number and a colon, which isn't compared
+	ExitStatus             // only the exit status is compared
+	Ignored                // saved, not compared
 )
 
-// A Command is one whose output is kept.
+// A Command is a command whose output is saved.
 type Command struct {
-	// Name is the file's, without its ending.
+	// Name is the name of the output's file, without its extension.
 	Name string // required
 	Form Form
-	// Path is absolute.
+	// Path is the absolute path of the program.
 	Path string // required
 	Args []string
 }
 
-// Outputs are the commands that tell how a Mac is set up, as far as a helper with
-// this label could change it.
+// Outputs returns the commands that show a Mac's configuration, as far as a helper whose
+// service has this label could change it.
 func Outputs(label string) []Command {
 	pfctl := func(name string, form Form, args ...string) Command {
 		return Command{name, form, "/sbin/pfctl", args}
@@ -71,22 +71,24 @@ func Outputs(label string) []Command {
 	}
 }
 
-// An Output is what one command printed.
+// An Output is the output of one command.
 type Output struct {
 	Command
 	Stdout, Stderr []byte
-	Status         int
-	// Err says that the command couldn't be run.
+	Status         int // exit status
+	// Err says why the command couldn't be run; nil: it was.
 	Err error
 }
 
-// A Snapshot is what all commands printed.
+// A Snapshot has the outputs of all commands at one time.
 type Snapshot []Output
 
-// maxAnchors and maxAnchorDepth bound how many anchors are read.
+// maxAnchors and maxAnchorDepth limit the anchors that are read, so that other software's
+// rulesets can't make a snapshot take for ever.
 const maxAnchors, maxAnchorDepth = 128, 8
 
-// Take runs the commands, and three more for each anchor of the packet filter.
+// Take runs the commands, and three more for each anchor of the packet filter: its rules,
+// translation rules and tables.
 func Take(ctx context.Context, r darwin.Runner, commands []Command) Snapshot {
 	var s Snapshot
 	for _, c := range commands {
@@ -95,15 +97,16 @@ func Take(ctx context.Context, r darwin.Runner, commands []Command) Snapshot {
 	return append(s, takeAnchors(ctx, r)...)
 }
 
+// take runs one command.
 func take(ctx context.Context, r darwin.Runner, c Command) Output {
 	o := Output{Command: c}
 	o.Stdout, o.Stderr, o.Status, o.Err = r.Run(ctx, nil, c.Path, c.Args...)
 	return o
 }
 
-// takeAnchors shows all that anchors hold. The names alone prove nothing, and
-// aren't compared: the kernel keeps an anchor that was loaded once, empty, until
-// it boots again.
+// takeAnchors saves the contents of all anchors. Their names aren't compared and would
+// prove nothing: the kernel keeps an anchor that was loaded once, empty, until the next
+// boot.
 func takeAnchors(ctx context.Context, r darwin.Runner) Snapshot {
 	var s Snapshot
 	next := anchorsBelow(ctx, r, "")
@@ -121,7 +124,7 @@ func takeAnchors(ctx context.Context, r darwin.Runner) Snapshot {
 	return s
 }
 
-// anchorsBelow names the anchors directly below one, in full.
+// anchorsBelow returns the full paths of the anchors directly below one.
 func anchorsBelow(ctx context.Context, r darwin.Runner, path string) []string {
 	args := []string{"-s", "Anchors"}
 	if path != "" {
@@ -137,9 +140,9 @@ func anchorsBelow(ctx context.Context, r darwin.Runner, path string) []string {
 	return names
 }
 
-// Save writes each output to a file of its own, made for reading by all: the first
-// line says where it is from, the rest is as it was printed. What a command said on
-// stderr is in a second file.
+// Save writes each output to a file of its own, readable by all users. The first line
+// names the command, its exit status and the release of macOS; the rest is the output
+// as printed. Standard error goes to a second file.
 func (s Snapshot) Save(dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return fmt.Errorf("save outputs: %w", err)

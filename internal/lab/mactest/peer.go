@@ -28,20 +28,20 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 )
 
-// A PeerOptions says how a peer is made.
+// PeerOptions configure a peer.
 type PeerOptions struct {
 	// Config is the configuration as `peer add` prints it, with an endpoint.
 	Config string // required
-	// Do runs the function that opens the UDP socket, where that has to happen in
-	// another place than the caller's: in a network namespace. Optional.
+	// Do runs the function that opens the UDP socket, if that has to happen in another
+	// network namespace than the caller's. Optional.
 	Do func(func() error) error
 }
 
-// A Peer is a device of the mesh in this process: a stock WireGuard device on a
-// TCP/IP stack of its own. All that it sends goes into the tunnel, and it notes
-// all that comes out of it.
+// A Peer is a peer of the mesh in this process: a stock WireGuard device with a
+// TCP/IP stack of its own. It sends everything into the tunnel, and records the packets
+// that come out of it.
 type Peer struct {
-	// Addresses are the peer's own in the mesh.
+	// Addresses are the peer's own addresses in the mesh.
 	Addresses Pair
 
 	device *device.Device
@@ -50,17 +50,17 @@ type Peer struct {
 	echoes atomic.Uint32 // counts the pings
 }
 
-// Pair is one address of each family.
+// A Pair has an address of each family.
 type Pair struct{ V4, V6 netip.Addr }
 
-// List is the pair as a list, IPv4 first.
+// List returns the pair as a list, IPv4 first.
 func (p Pair) List() []netip.Addr { return []netip.Addr{p.V4, p.V6} }
 
 // nic is the number of the stack's only interface, the tunnel.
 const nic tcpip.NICID = 1
 
-// NewPeer makes a peer and brings its tunnel up. There is no handshake before it
-// sends something, or after its keepalive interval.
+// NewPeer makes a peer and brings its tunnel up. The first handshake begins when it sends
+// something, or after its keepalive interval.
 func NewPeer(o PeerOptions) (*Peer, error) {
 	config, err := netlab.ParseConfig(o.Config)
 	if err != nil {
@@ -89,7 +89,7 @@ func NewPeer(o PeerOptions) (*Peer, error) {
 	if o.Do == nil {
 		o.Do = func(f func() error) error { return f() }
 	}
-	bind := &placedBind{Bind: conn.NewStdNetBind(), do: o.Do}
+	bind := &doBind{Bind: conn.NewStdNetBind(), do: o.Do}
 	p.device = device.NewDevice(p.link, bind, device.NewLogger(device.LogLevelSilent, ""))
 	if err = p.device.IpcSet(settings(config)); err == nil {
 		err = p.device.Up()
@@ -100,7 +100,7 @@ func NewPeer(o PeerOptions) (*Peer, error) {
 	return p, nil
 }
 
-// openStack makes the TCP/IP stack.
+// openStack makes the TCP/IP stack, which routes everything to the tunnel.
 func (p *Peer) openStack() error {
 	p.stack = stack.New(stack.Options{
 		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, ipv6.NewProtocol},
@@ -121,6 +121,7 @@ func (p *Peer) openStack() error {
 	return nil
 }
 
+// networkOf returns the network protocol of an address.
 func networkOf(a netip.Addr) tcpip.NetworkProtocolNumber {
 	if a.Is4() {
 		return ipv4.ProtocolNumber
@@ -128,7 +129,7 @@ func networkOf(a netip.Addr) tcpip.NetworkProtocolNumber {
 	return ipv6.ProtocolNumber
 }
 
-// settings is a configuration in the words of the configuration protocol,
+// settings returns a configuration in the format of WireGuard's configuration protocol,
 // https://www.wireguard.com/xplatform/.
 func settings(c netlab.Config) string {
 	host := c.Peers[0]
@@ -142,7 +143,7 @@ func settings(c netlab.Config) string {
 	return b.String()
 }
 
-// Close ends the tunnel and every connection of the peer.
+// Close closes the tunnel and all connections of the peer.
 func (p *Peer) Close() error {
 	if p.device != nil {
 		p.device.Close()
@@ -152,7 +153,8 @@ func (p *Peer) Close() error {
 	return nil
 }
 
-// LastHandshake is when the last handshake was completed; the zero time for never.
+// LastHandshake returns the time of the last completed handshake, the zero time if there
+// was none.
 func (p *Peer) LastHandshake() (time.Time, error) {
 	answer, err := p.device.IpcGet()
 	if err != nil {
@@ -189,6 +191,7 @@ func (p *Peer) DialUDP(to netip.AddrPort) (net.Conn, error) {
 	return c, nil
 }
 
+// fullAddress returns an address and port as the stack has them.
 func fullAddress(a netip.AddrPort) tcpip.FullAddress {
 	return tcpip.FullAddress{NIC: nic, Addr: tcpip.AddrFromSlice(a.Addr().AsSlice()), Port: a.Port()}
 }
@@ -219,16 +222,17 @@ func (p *Peer) Ping(ctx context.Context, to netip.Addr) error {
 	}
 }
 
-// Arrivals are packets that came out of the tunnel.
+// Arrivals sums up packets that came out of the tunnel. Bytes are those of whole IP
+// packets.
 type Arrivals struct {
 	Packets, Bytes int
-	// Last is when the last one came; zero without any.
+	// Last is the time of the last packet; zero if there was none.
 	Last time.Time
 }
 
-// Arrived tells what came out of the tunnel from an address, after a time. ICMP
-// errors aren't counted: they may come from the host that refuses, in the name of
-// the one that was asked.
+// Arrived returns the packets with this source that came out of the tunnel after a time.
+// It doesn't count ICMP errors: a host that refuses a packet may send them with the
+// source of the packet's destination.
 func (p *Peer) Arrived(from netip.Addr, after time.Time) Arrivals {
 	p.link.mu.Lock()
 	defer p.link.mu.Unlock()
@@ -243,7 +247,7 @@ func (p *Peer) Arrived(from netip.Addr, after time.Time) Arrivals {
 	return out
 }
 
-// Refusals counts the ICMP errors that came out of the tunnel after a time.
+// Refusals returns the number of ICMP errors that came out of the tunnel after a time.
 func (p *Peer) Refusals(after time.Time) int {
 	p.link.mu.Lock()
 	defer p.link.mu.Unlock()
@@ -256,15 +260,15 @@ func (p *Peer) Refusals(after time.Time) int {
 	return n
 }
 
-// placedBind opens its sockets where do says. wireguard-go opens them again by
-// itself, from goroutines of its own.
-type placedBind struct {
+// doBind opens its sockets inside do. NewPeer can't do that itself: wireguard-go opens
+// them, again whenever the device comes up, from goroutines of its own.
+type doBind struct {
 	conn.Bind
 	do func(func() error) error
 }
 
 // Open implements conn.Bind.
-func (b *placedBind) Open(port uint16) (fns []conn.ReceiveFunc, actual uint16, err error) {
+func (b *doBind) Open(port uint16) (fns []conn.ReceiveFunc, actual uint16, err error) {
 	err = b.do(func() (err error) {
 		fns, actual, err = b.Bind.Open(port)
 		return err

@@ -17,14 +17,16 @@ import (
 	"github.com/meshhelper/meshhelper/internal/flow/flowtest"
 )
 
-// A Probe tries with real packets whether the rules of an anchor are evaluated. It
-// holds the other end of a TUN device, so it is the whole network behind it.
+// A Probe finds out with real packets whether the rules of an anchor are evaluated. It
+// has the other end of a TUN device, so it stands for the whole network behind it.
 type Probe struct {
-	// Load loads rules for the device, and none for "".
+	// Load loads rules for the device into the anchor; "" empties it. Required.
 	Load func(ctx context.Context, rules string) error
-	// Do runs the functions that open sockets, in the place of the device.
+	// Do runs the functions that open sockets, in the network namespace of the device.
+	// Required.
 	Do func(func() error) error
-	// Own is the device's address and Far one that is reached by it, both IPv4.
+	// Own is the device's address and Far one that is reached through it, both IPv4.
+	// Required.
 	Own, Far netip.Addr
 
 	dev     tun.Device
@@ -32,21 +34,22 @@ type Probe struct {
 	packets chan datagram
 	done    chan struct{} // closed when nothing reads packets any more
 	once    sync.Once
-	phase   uint16 // counts the loads
+	phase   uint16 // loads so far, added to ports so that each phase has flows of its own
 	reader  errgroup.Group
 }
 
-// datagram is a UDP datagram that came out of the device.
+// datagram has the ends of a UDP datagram that came out of the device.
 type datagram struct{ src, dst netip.AddrPort }
 
-// probeOffset is the room that a TUN device needs before a packet, on any system.
+// probeOffset is the space in bytes that a TUN device needs in front of a packet, enough
+// for each system.
 const probeOffset = 16
 
-// probeWait is how long what must arrive is waited for, and probePause the time
-// between two tries.
+// probeWait is how long the probe waits for a packet that must arrive, and probePause the
+// time between two attempts.
 const probeWait, probePause = 20 * time.Second, 50 * time.Millisecond
 
-// firstFarPort is the port of the far end, and those above it.
+// firstFarPort is the first port of the far end. It uses this one and those above it.
 const firstFarPort = 40000
 
 // NewProbe returns a probe that owns the device. The other fields have to be set
@@ -67,7 +70,7 @@ func (p *Probe) Close() error {
 	return errors.Join(p.dev.Close(), p.reader.Wait())
 }
 
-// read hands on the UDP datagrams that the host sends by the device.
+// read passes the UDP datagrams that the host sends through the device to packets.
 func (p *Probe) read() error {
 	bufs, sizes := make([][]byte, p.dev.BatchSize()), make([]int, p.dev.BatchSize())
 	for i := range bufs {
@@ -93,7 +96,7 @@ func (p *Probe) read() error {
 		case err != nil:
 			select {
 			case <-p.done:
-				return nil // the device's way to say that it is closed
+				return nil // on some systems a closed device returns another error
 			default:
 				return fmt.Errorf("read from %s: %w", p.name, err)
 			}
@@ -101,7 +104,7 @@ func (p *Probe) read() error {
 	}
 }
 
-// parseDatagram reads the ends of a whole UDP datagram over IPv4.
+// parseDatagram returns the ends of a UDP datagram over IPv4 and whether b is one.
 func parseDatagram(b []byte) (datagram, bool) {
 	if len(b) < 20 || b[0]>>4 != 4 || b[9] != flowtest.UDP {
 		return datagram{}, false
@@ -118,8 +121,8 @@ func parseDatagram(b []byte) (datagram, bool) {
 	}, true
 }
 
-// Filter tries a rule that blocks one port and not another. It returns whether
-// the rule was evaluated; an error says why that can't be told.
+// Filter loads a rule that blocks one port and not another, and reports whether it was
+// evaluated. An error says why that isn't known.
 func (p *Probe) Filter(ctx context.Context) (bool, error) {
 	blocked, open, err := p.listenTwice()
 	if err != nil {
@@ -128,7 +131,7 @@ func (p *Probe) Filter(ctx context.Context) (bool, error) {
 	defer blocked.Close()
 	defer open.Close()
 	rule := fmt.Sprintf("block drop in quick on %s inet proto udp from %s to %s port %d\n", p.name, p.Far, p.Own, portOf(blocked))
-	// First without: what doesn't arrive then proves nothing later.
+	// First without the rule: if nothing arrives then, its absence later proves nothing.
 	if err := p.load(ctx, ""); err != nil {
 		return false, err
 	}
@@ -144,15 +147,15 @@ func (p *Probe) Filter(ctx context.Context) (bool, error) {
 			return false, err
 		}
 	}
-	// Packets keep their order, so the blocked ones aren't on their way any more
-	// when this one has come.
+	// Packets keep their order, so once this one has arrived, no earlier one will.
 	if err := p.deliver(ctx, portOf(open), open); err != nil {
 		return false, fmt.Errorf("beside the rule: %w", err)
 	}
 	return !drain(blocked), p.load(ctx, "")
 }
 
-// RDR tries a rule that redirects one port to another, where a socket listens.
+// RDR loads a rule that redirects one port to another, on which a socket listens, and
+// reports whether it was evaluated.
 func (p *Probe) RDR(ctx context.Context) (bool, error) {
 	target, control, err := p.listenTwice()
 	if err != nil {
@@ -180,9 +183,10 @@ func (p *Probe) RDR(ctx context.Context) (bool, error) {
 	return drain(target), p.load(ctx, "")
 }
 
-// NAT tries a rule that gives packets another source.
+// NAT loads a rule that translates the source of packets, and reports whether it was
+// evaluated.
 func (p *Probe) NAT(ctx context.Context) (bool, error) {
-	// Of TEST-NET-2 (RFC 5737), which no network has.
+	// In TEST-NET-2 (RFC 5737), which no network uses.
 	translated := netip.MustParseAddr("198.51.100.213")
 	if err := p.load(ctx, ""); err != nil {
 		return false, err
@@ -198,8 +202,8 @@ func (p *Probe) NAT(ctx context.Context) (bool, error) {
 	return d.src.Addr() == translated, errors.Join(err, p.load(ctx, ""))
 }
 
-// load loads rules. What is injected from then on is of another flow, which no
-// state from before knows.
+// load loads rules. Packets that are injected afterwards belong to a new flow, so no
+// earlier state passes them.
 func (p *Probe) load(ctx context.Context, rules string) error {
 	p.phase++
 	if err := p.Load(ctx, rules); err != nil {
@@ -223,7 +227,7 @@ func (p *Probe) listenTwice() (a, b *net.UDPConn, err error) {
 	return a, b, err
 }
 
-// freePort is one that no socket has.
+// freePort returns a UDP port to which no socket is bound.
 func (p *Probe) freePort() (uint16, error) {
 	a, b, err := p.listenTwice()
 	if err != nil {
@@ -232,9 +236,10 @@ func (p *Probe) freePort() (uint16, error) {
 	return portOf(a), errors.Join(a.Close(), b.Close())
 }
 
+// portOf returns the socket's own port.
 func portOf(c *net.UDPConn) uint16 { return c.LocalAddr().(*net.UDPAddr).AddrPort().Port() }
 
-// inject sends a datagram from the far address to a port of the own one.
+// inject sends a datagram from the far address to a port of the device's own.
 func (p *Probe) inject(port uint16) error {
 	packet := flowtest.Datagram(netip.AddrPortFrom(p.Far, firstFarPort+p.phase), netip.AddrPortFrom(p.Own, port), 8)
 	if _, err := p.dev.Write([][]byte{append(make([]byte, probeOffset), packet...)}, probeOffset); err != nil {
@@ -258,14 +263,14 @@ func (p *Probe) deliver(ctx context.Context, port uint16, at *net.UDPConn) error
 	return fmt.Errorf("a datagram to %s port %d doesn't arrive: %w", p.Own, port, context.Cause(ctx))
 }
 
-// received waits for a datagram.
+// received waits for a datagram and reports whether one arrived in time.
 func received(c *net.UDPConn, wait time.Duration) bool {
 	c.SetReadDeadline(time.Now().Add(wait))
 	_, err := c.Read(make([]byte, 64))
 	return err == nil
 }
 
-// drain reads what a socket holds, and says whether there was any.
+// drain reads the datagrams that a socket has received, and reports whether there were any.
 func drain(c *net.UDPConn) (any bool) {
 	for received(c, probePause) {
 		any = true
@@ -273,14 +278,15 @@ func drain(c *net.UDPConn) (any bool) {
 	return any
 }
 
-// emit sends datagrams from the own address until one comes out of the device.
+// emit sends datagrams from the device's own address until one comes out of the device,
+// and returns it.
 func (p *Probe) emit(ctx context.Context) (datagram, error) {
 	ctx, cancel := context.WithTimeout(ctx, probeWait)
 	defer cancel()
 	var out *net.UDPConn
 	to := netip.AddrPortFrom(p.Far, firstFarPort)
 	err := p.Do(func() (err error) {
-		// Not connected: another rule's ICMP errors are of no interest.
+		// Not connected, so that an ICMP error isn't returned as an error of the socket.
 		out, err = net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(p.Own, 0)))
 		return err
 	})

@@ -1,36 +1,40 @@
-// Package rulesets has what other software loads into the packet filter of a Linux host,
-// in shape: firewalls, containers, other VPNs, block lists. Tests load each beside our
-// table and compare what is said of packets with what becomes of them.
+// Package rulesets has rulesets that other software loads into the packet filter of a Linux
+// host, reduced to their structure: firewalls, containers, other VPNs, block lists. Tests
+// load each next to the helper's table, send packets, and compare what the helper says
+// about each packet with whether it arrives.
 package rulesets
 
 import "strings"
 
-// Ruleset is what one program loads.
+// A Ruleset is the ruleset of one program.
 type Ruleset struct {
 	Name string
-	// NFT is for nft(8), IPTables for iptables-nft-restore(8) and, in the words of
-	// ICMPv6, for ip6tables-nft-restore. MESH, WAN and LAN0 are names of interfaces.
+	// NFT is input of nft(8). IPTables is input of iptables-nft-restore(8), and of
+	// ip6tables-nft-restore after IP6Tables. Either may be empty. MESH, WAN and LAN0
+	// stand for the names of interfaces, see For.
 	NFT, IPTables string
-	// Stops and Unclear are the kinds of packets that it stops, and those of which it
-	// can't be said: names, or their first word, or "all". A name with 4 or 6 behind is of
-	// one family. The names are: net udp, net tcp, net dns, net ping, lan, vm, host udp,
-	// host tcp, host ping, answer, wg in, wg out.
+	// Stops has the kinds of packets that the ruleset stops, and Unclear those for which
+	// it depends on what the helper can't evaluate. Both are lists, separated by commas, of
+	// names, first words of names, or "all"; 4 or 6 behind a name limits it to a family.
+	// The names are: net udp, net tcp, net dns, net ping, lan, vm, host udp, host tcp,
+	// host ping, answer, wg in, wg out.
 	Stops, Unclear string
 }
 
-// For puts in the names of interfaces.
+// For returns the ruleset with the names of the interfaces.
 func (r Ruleset) For(mesh, wan, lan string) Ruleset {
 	names := strings.NewReplacer("MESH", mesh, "WAN", wan, "LAN0", lan)
 	r.NFT, r.IPTables = names.Replace(r.NFT), names.Replace(r.IPTables)
 	return r
 }
 
-// IP6Tables returns IPTables in the words of ip6tables-nft-restore(8).
+// IP6Tables returns IPTables with the names of ICMPv6 in place of those of ICMP, for
+// ip6tables-nft-restore(8).
 func (r Ruleset) IP6Tables() string {
 	return strings.NewReplacer("icmp-port-unreachable", "icmp6-port-unreachable", "-p icmp --icmp-type", "-p ipv6-icmp --icmpv6-type").Replace(r.IPTables)
 }
 
-// All are the rulesets, the first of which is none.
+// All has the rulesets. The first is empty, to compare with.
 var All = []Ruleset{
 	{Name: "nothing"},
 	{Name: "OpenWrt's fw4 without a zone for the mesh", Stops: "net, lan, vm, host", Unclear: "host tcp", NFT: `
