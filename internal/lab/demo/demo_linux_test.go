@@ -1,5 +1,7 @@
 package main
 
+// The whole demo, and the part of its output that README shows.
+
 import (
 	"bytes"
 	"os"

@@ -1,5 +1,7 @@
 package mactrial
 
+// Interfaces, addresses and routes that come and go, as on any Mac.
+
 import (
 	"fmt"
 	"net/netip"

@@ -1,5 +1,7 @@
 package mactrial
 
+// The helper killed at each of its steps, and a boot while it routes.
+
 import (
 	"fmt"
 	"strings"

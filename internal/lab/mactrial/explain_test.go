@@ -1,5 +1,7 @@
 package mactrial
 
+// explain's answers compared with what becomes of a peer's packets.
+
 import (
 	"net/netip"
 	"strings"

@@ -1,5 +1,7 @@
 package mactrial
 
+// Datagrams in fragments, and a peer that opens as many flows as it can.
+
 import (
 	"bytes"
 	"encoding/binary"

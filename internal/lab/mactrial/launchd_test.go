@@ -1,5 +1,7 @@
 package mactrial
 
+// The helper under launchd, ended while a command that it needs is slow or hangs.
+
 import (
 	"context"
 	"errors"

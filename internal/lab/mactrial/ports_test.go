@@ -1,5 +1,7 @@
 package mactrial
 
+// The ports that peers' packets leave from, and the host's own sockets.
+
 import (
 	"net/netip"
 	"testing"

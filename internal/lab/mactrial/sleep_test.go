@@ -1,5 +1,7 @@
 package mactrial
 
+// A permission that ends while the Mac sleeps.
+
 import (
 	"testing"
 	"time"

@@ -1,5 +1,7 @@
 package mactrial
 
+// Routes of another program into the tunnel.
+
 import (
 	"net/netip"
 	"testing"

@@ -1,5 +1,8 @@
 package netlab
 
+// Configurations of stock WireGuard, in the form of wg-quick(8), parsed for the ends of
+// the lab.
+
 import (
 	"bufio"
 	"encoding/base64"

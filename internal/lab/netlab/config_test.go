@@ -1,5 +1,7 @@
 package netlab
 
+// Parsing of WireGuard configurations.
+
 import (
 	"net/netip"
 	"strings"

@@ -1,5 +1,8 @@
 package netlab
 
+// Long-lived flows: both ends keep sending, and what arrived is compared with when it
+// was sent, to show that a cut flow really carries nothing.
+
 import (
 	"cmp"
 	"context"

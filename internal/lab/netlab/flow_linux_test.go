@@ -1,5 +1,7 @@
 package netlab
 
+// Flows between hosts of the lab, without the product.
+
 import (
 	"testing"
 	"time"

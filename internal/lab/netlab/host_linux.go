@@ -1,5 +1,8 @@
 package netlab
 
+// A host: a thread in a network and a mount namespace of its own, and the calls that
+// run there.
+
 import (
 	"fmt"
 	"os"

@@ -1,5 +1,7 @@
 package netlab
 
+// ICMP sockets for echo probes and for errors about them.
+
 import (
 	"encoding/binary"
 	"fmt"

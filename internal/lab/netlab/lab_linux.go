@@ -1,5 +1,7 @@
 package netlab
 
+// The lab itself: it creates hosts and removes them.
+
 import (
 	"context"
 	"errors"

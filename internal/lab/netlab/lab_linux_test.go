@@ -1,5 +1,7 @@
 package netlab
 
+// Hosts of the lab: their isolation, links and cleanup.
+
 import (
 	"fmt"
 	"io"

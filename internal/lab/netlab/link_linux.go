@@ -1,5 +1,7 @@
 package netlab
 
+// Links between hosts, and a host's interfaces, addresses and routes, by netlink.
+
 import (
 	"errors"
 	"fmt"

@@ -1,5 +1,7 @@
 package netlab
 
+// Building and reading of packets.
+
 import (
 	"bytes"
 	"net/netip"

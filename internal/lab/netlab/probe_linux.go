@@ -1,5 +1,8 @@
 package netlab
 
+// Probes: which host reaches which address, by which protocol, and which hosts saw the
+// packet on its way.
+
 import (
 	"bytes"
 	"context"

@@ -1,5 +1,7 @@
 package netlab
 
+// Probes on hosts without a filter, and with one.
+
 import (
 	"net/netip"
 	"slices"

@@ -1,5 +1,7 @@
 package netlab
 
+// Programs that run on a host.
+
 import (
 	"bytes"
 	"context"

@@ -1,5 +1,8 @@
 package netlab
 
+// Snapshots of what a program may change on a host, compared to prove that it left the
+// host as it found it.
+
 import (
 	"errors"
 	"fmt"

@@ -1,5 +1,7 @@
 package netlab
 
+// Snapshots show every kind of change, and nothing that changes by itself.
+
 import (
 	"net/netip"
 	"strings"

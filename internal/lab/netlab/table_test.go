@@ -1,5 +1,7 @@
 package netlab
 
+// Printing of a table of results.
+
 import (
 	"strings"
 	"testing"

@@ -1,5 +1,8 @@
 package netlab
 
+// Stock WireGuard ends: wireguard-go with the addresses, routes and rules that wg-quick
+// would set.
+
 import (
 	"bufio"
 	"crypto/ecdh"

@@ -1,5 +1,7 @@
 package netlab
 
+// Tunnels between stock WireGuard ends, without the product.
+
 import (
 	"net/netip"
 	"testing"

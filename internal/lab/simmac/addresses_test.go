@@ -1,5 +1,7 @@
 package simmac
 
+// Where a tunnel's own addresses lead, and the addresses that pf translates to.
+
 import (
 	"net/netip"
 	"testing"

@@ -1,5 +1,8 @@
 package simmac
 
+// The facts about macOS that the product relies on, each with its source and a check
+// that runs on the simulated Mac and on a real one.
+
 import (
 	"bytes"
 	"context"
@@ -21,48 +24,49 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// A Host is a Mac, simulated or real, that assumptions are checked on.
+// A Host is a Mac, simulated or real, on which assumptions are checked.
 type Host struct {
-	// Runner runs its commands, as root. Required.
-	Runner darwin.Runner
-	// Kernel has its routing table. Required.
-	Kernel darwin.Kernel
-	// CreateTUN makes a utun device. Required.
-	CreateTUN func(name string, mtu int) (tun.Device, error)
-	// Root is where its file system begins, / on a real one. Required.
-	Root string
+	// Runner runs commands as root.
+	Runner darwin.Runner // required
+	// Kernel reads interfaces, routes and sysctls, and opens routing sockets.
+	Kernel darwin.Kernel // required
+	// CreateTUN creates a utun device.
+	CreateTUN func(name string, mtu int) (tun.Device, error) // required
+	// Root is the root of the file system: / on a real Mac.
+	Root string // required
 }
 
-// Host returns the simulated Mac as one.
+// Host returns the simulated Mac as a [Host].
 func (m *Mac) Host() Host {
 	return Host{Runner: m, Kernel: m, CreateTUN: m.CreateTUN, Root: m.options.Root}
 }
 
-// An Assumption is something about macOS that the product relies on and that the
-// simulated Mac does.
+// An Assumption is a behaviour of macOS that the product relies on and that the
+// simulated Mac has.
 type Assumption struct {
-	// Name is a few words with dashes, for reports.
+	// Name identifies it in reports: lower-case words joined by dashes.
 	Name string
-	// Source says where it was read, captured or told.
+	// Source says where it was read, captured or reported.
 	Source string
-	// Check tries it, changes nothing lasting, and returns how the host differs.
+	// Check tests it, undoes its changes, and returns how the host differs.
 	Check func(ctx context.Context, h Host) error
 }
 
-// scratch names what the checks make.
+// The names of what the checks create. No helper uses them, so the checks run on a Mac
+// on which the product is installed.
 const (
 	scratchAnchor = "com.apple/org.meshhelper.assumptions"
 	scratchLabel  = "org.meshhelper.assumptions"
 )
 
-// scratchAddr is of TEST-NET-3 (RFC 5737), so it is no host's.
+// scratchAddr is in TEST-NET-3 (RFC 5737), so no host has it.
 var scratchAddr = netip.MustParsePrefix("203.0.113.213/32")
 
-// scratchAddr6 is of a network that only this project has drawn.
+// scratchAddr6 is in this project's unique local prefix (RFC 4193).
 var scratchAddr6 = netip.MustParsePrefix("fd6d:6573:6800:ffff::213/128")
 
-// Assumptions returns them all. Those about the packet filter need pf's stock main
-// ruleset; none needs a network.
+// Assumptions returns all assumptions; docs/macos.md lists them. Those about pf need
+// Apple's main ruleset. None needs a network.
 func Assumptions() []Assumption {
 	return []Assumption{
 		{"pfctl-token-on-stderr", "captured on macOS 26.5.2 (omacvm netd); sshuttle methods/pf.py", checkToken},
@@ -99,6 +103,8 @@ func Assumptions() []Assumption {
 	}
 }
 
+// checkToken acquires a token, finds it among the references, and releases it twice:
+// the second time must fail in a way that the helper recognises.
 func checkToken(ctx context.Context, h Host) error {
 	stdout, _, status, err := h.Runner.Run(ctx, nil, "/sbin/pfctl", "-s", "References")
 	if err != nil || status != 0 {
@@ -129,6 +135,8 @@ func checkToken(ctx context.Context, h Host) error {
 	return nil
 }
 
+// checkNoise looks for the lines about ALTQ that pfctl prints on stderr without -q, and
+// that mustn't be taken for an error.
 func checkNoise(ctx context.Context, h Host) error {
 	_, stderr, status, err := h.Runner.Run(ctx, nil, "/sbin/pfctl", "-s", "info")
 	if err != nil || status != 0 || !strings.Contains(string(stderr), "ALTQ") {
@@ -137,6 +145,8 @@ func checkNoise(ctx context.Context, h Host) error {
 	return nil
 }
 
+// checkMissingAnchor shows the rules of an anchor that doesn't exist: the message is on
+// stderr only, with exit status 0.
 func checkMissingAnchor(ctx context.Context, h Host) error {
 	stdout, stderr, status, err := h.Runner.Run(ctx, nil, "/sbin/pfctl", "-a", scratchAnchor+".never", "-s", "rules")
 	if err != nil || status != 0 || len(stdout) != 0 || !strings.Contains(string(stderr), "Invalid argument") {
@@ -145,8 +155,8 @@ func checkMissingAnchor(ctx context.Context, h Host) error {
 	return nil
 }
 
-// withAnchor loads rules into the scratch anchor, calls f with what pfctl prints
-// of its filter rules, and flushes it.
+// withAnchor loads rules into the scratch anchor, calls f with its filter rules as pfctl
+// shows them, and flushes it. The rules are for utun4095, which doesn't exist.
 func withAnchor(ctx context.Context, h Host, rules string, f func(pf *darwin.PF, shown string) error) error {
 	pf := darwin.NewPF(h.Runner)
 	err := pf.Load(ctx, scratchAnchor, rules)
@@ -159,6 +169,7 @@ func withAnchor(ctx context.Context, h Host, rules string, f func(pf *darwin.PF,
 	return errors.Join(err, pf.Flush(ctx, scratchAnchor))
 }
 
+// checkFailedLoad loads a file with a syntax error: a load is one transaction.
 func checkFailedLoad(ctx context.Context, h Host) error {
 	return withAnchor(ctx, h, "pass on utun4095 all\n", func(pf *darwin.PF, before string) error {
 		if err := pf.Load(ctx, scratchAnchor, "block all\nnonsense\n"); err == nil {
@@ -172,6 +183,8 @@ func checkFailedLoad(ctx context.Context, h Host) error {
 	})
 }
 
+// checkSetIgnored loads an anchor with set skip: outside the main ruleset it is accepted
+// without an error and has no effect.
 func checkSetIgnored(ctx context.Context, h Host) error {
 	return withAnchor(ctx, h, "set skip on utun4095\npass on utun4095 all\n", func(pf *darwin.PF, shown string) error {
 		skipped, err := pf.Skipped(ctx)
@@ -187,6 +200,8 @@ func checkSetIgnored(ctx context.Context, h Host) error {
 	})
 }
 
+// checkUnknownInterface loads a rule for an interface that doesn't exist, as the helper
+// does for interfaces that come back.
 func checkUnknownInterface(ctx context.Context, h Host) error {
 	return withAnchor(ctx, h, "pass on utun4095 all\n", func(_ *darwin.PF, shown string) error {
 		if !strings.Contains(shown, "on utun4095") {
@@ -196,6 +211,8 @@ func checkUnknownInterface(ctx context.Context, h Host) error {
 	})
 }
 
+// checkPrintedInFull loads a short rule, which pfctl shows with its defaults. So drift is
+// found by comparing parsed rules, not text.
 func checkPrintedInFull(ctx context.Context, h Host) error {
 	return withAnchor(ctx, h, "pass in on utun4095\n", func(_ *darwin.PF, shown string) error {
 		if !strings.Contains(shown, "pass in on utun4095 all flags S/SA keep state") {
@@ -205,6 +222,8 @@ func checkPrintedInFull(ctx context.Context, h Host) error {
 	})
 }
 
+// checkTable replaces a table's content by entries from standard input, since thousands
+// of addresses don't fit into arguments.
 func checkTable(ctx context.Context, h Host) error {
 	const rules = "table <scratch> persist { 203.0.113.1 }\npass on utun4095 from <scratch>\n"
 	return withAnchor(ctx, h, rules, func(pf *darwin.PF, _ string) error {
@@ -220,6 +239,8 @@ func checkTable(ctx context.Context, h Host) error {
 	})
 }
 
+// checkTableChanges adds and deletes single entries, one of them negated, and deletes
+// from a table that doesn't exist, which is an error.
 func checkTableChanges(ctx context.Context, h Host) error {
 	const table = "scratch"
 	whole := pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: netip.MustParsePrefix("203.0.113.0/24")}
@@ -249,6 +270,8 @@ func checkTableChanges(ctx context.Context, h Host) error {
 	})
 }
 
+// checkZeroHost adds the hosts 0.0.0.0 and ::, which a table drops without an error;
+// ::/127 is stored.
 func checkZeroHost(ctx context.Context, h Host) error {
 	const rules = "table <scratch> persist { 0.0.0.0 :: ::/127 203.0.113.1 }\npass on utun4095 from <scratch>\n"
 	return withAnchor(ctx, h, rules, func(pf *darwin.PF, _ string) error {
@@ -266,6 +289,8 @@ func checkZeroHost(ctx context.Context, h Host) error {
 	})
 }
 
+// checkKill kills states by source and by destination; there are none, so the output
+// says 0.
 func checkKill(ctx context.Context, h Host) error {
 	if err := darwin.NewPF(h.Runner).Kill(ctx, scratchAddr, netip.MustParsePrefix("2001:db8:213::213/128")); err != nil {
 		return err
@@ -277,6 +302,7 @@ func checkKill(ctx context.Context, h Host) error {
 	return nil
 }
 
+// checkHooks looks for the calls of com.apple's children in the main ruleset.
 func checkHooks(ctx context.Context, h Host) error {
 	pf := darwin.NewPF(h.Runner)
 	rules, err := pf.Rules(ctx, "")
@@ -295,6 +321,7 @@ func checkHooks(ctx context.Context, h Host) error {
 	return nil
 }
 
+// checkForwarding changes the forwarding sysctls and restores them.
 func checkForwarding(ctx context.Context, h Host) error {
 	s := darwin.NewSysctl(h.Runner, h.Kernel)
 	for _, f := range []darwin.Family{darwin.IPv4, darwin.IPv6} {
@@ -309,6 +336,8 @@ func checkForwarding(ctx context.Context, h Host) error {
 	return nil
 }
 
+// checkBootSession reads kern.bootsessionuuid, by which a journal of an earlier boot is
+// recognised.
 func checkBootSession(_ context.Context, h Host) error {
 	id, err := darwin.NewSysctl(h.Runner, h.Kernel).BootSession()
 	if err == nil && (len(id) != 36 || strings.Count(id, "-") != 4) {
@@ -317,6 +346,8 @@ func checkBootSession(_ context.Context, h Host) error {
 	return err
 }
 
+// checkRouteMark adds a route with RTF_PROTO1 and removes it by that mark, as the helper
+// does with routes that a killed helper left.
 func checkRouteMark(_ context.Context, h Host) error {
 	n, err := darwin.Observe(h.Kernel)
 	if err != nil {
@@ -330,13 +361,14 @@ func checkRouteMark(_ context.Context, h Host) error {
 	if err := r.Set(lo.Index, []netip.Prefix{scratchAddr}); err != nil {
 		return err
 	}
-	gone, err := r.Sweep([]netip.Prefix{scratchAddr})
-	if err == nil && (len(gone) != 1 || gone[0] != scratchAddr) {
-		err = fmt.Errorf("swept %v", gone)
+	removed, err := r.Sweep([]netip.Prefix{scratchAddr})
+	if err == nil && (len(removed) != 1 || removed[0] != scratchAddr) {
+		err = fmt.Errorf("swept %v", removed)
 	}
 	return err
 }
 
+// checkAddress gives a utun an IPv4 and an IPv6 address and an MTU, and reads them back.
 func checkAddress(ctx context.Context, h Host) error {
 	d, name, err := newScratchTunnel(h)
 	if err != nil {
@@ -370,12 +402,14 @@ func checkAddress(ctx context.Context, h Host) error {
 	return errors.Join(c.RemoveAddress(ctx, name, scratchAddr.Addr()), c.RemoveAddress(ctx, name, v6.Addr()))
 }
 
+// checkAddressKinds compares the IPv6 addresses that ifconfig shows, with their flags,
+// with those of the routing sysctl.
 func checkAddressKinds(ctx context.Context, h Host) error {
 	n, err := darwin.Observe(h.Kernel)
 	if err != nil {
 		return err
 	}
-	// The two ways of asking agree on every interface.
+	// Both agree on every interface.
 	for _, i := range n.Interfaces {
 		shown, err := darwin.NewIfconfig(h.Runner).Addresses6(ctx, i.Name)
 		if err != nil {
@@ -399,11 +433,14 @@ func checkAddressKinds(ctx context.Context, h Host) error {
 	return nil
 }
 
+// checkResolvers parses the output of scutil --dns.
 func checkResolvers(ctx context.Context, h Host) error {
 	_, err := darwin.Resolvers(ctx, h.Runner)
 	return err
 }
 
+// checkShowAll reads an anchor with one pfctl -v -s all, and finds the rules as pfctl -s
+// rules and -s nat show them, with counters below each.
 func checkShowAll(ctx context.Context, h Host) error {
 	const rules = "nat on utun4095 inet from 203.0.113.0/24 to any -> 203.0.113.213\npass in on utun4095\n"
 	return withAnchor(ctx, h, rules, func(pf *darwin.PF, shown string) error {
@@ -430,8 +467,8 @@ func checkShowAll(ctx context.Context, h Host) error {
 	})
 }
 
-// checkAllAnchors looks for an anchor below another in the list of all, and for its
-// table in what one process shows of it.
+// checkAllAnchors looks for an anchor below another one in the list of all anchors, and
+// for its table in the output of one pfctl process.
 func checkAllAnchors(ctx context.Context, h Host) error {
 	return withAnchor(ctx, h, "table <scratch> persist { 203.0.113.213 }\npass in on utun4095 from <scratch>\n", func(pf *darwin.PF, _ string) error {
 		anchors, err := pf.AllAnchors(ctx)
@@ -453,7 +490,7 @@ func checkAllAnchors(ctx context.Context, h Host) error {
 	})
 }
 
-// newScratchTunnel makes a tunnel.
+// newScratchTunnel creates a utun with any free number and returns its name.
 func newScratchTunnel(h Host) (tun.Device, string, error) {
 	d, err := h.CreateTUN("utun", 1420)
 	if err != nil {
@@ -466,6 +503,7 @@ func newScratchTunnel(h Host) (tun.Device, string, error) {
 	return d, name, err
 }
 
+// checkTunnelGoes closes a utun: its addresses and routes must disappear with it.
 func checkTunnelGoes(ctx context.Context, h Host) error {
 	d, name, err := newScratchTunnel(h)
 	if err != nil {
@@ -500,8 +538,8 @@ func checkTunnelGoes(ctx context.Context, h Host) error {
 	return nil
 }
 
-// checkRoutingSocket waits for a report after which a tunnel's address is there, and
-// for one after which it is gone with its tunnel.
+// checkRoutingSocket waits for a report after which a utun's new address can be read, and
+// for one after which it is gone with its utun.
 func checkRoutingSocket(ctx context.Context, h Host) error {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	reports, done := make(chan struct{}, 1), make(chan error)
@@ -519,7 +557,7 @@ func checkRoutingSocket(ctx context.Context, h Host) error {
 		<-done
 	}()
 	select {
-	case <-reports: // it listens
+	case <-reports: // the watcher listens
 	case <-ctx.Done():
 		return errors.New("the routing socket doesn't open")
 	}
@@ -528,8 +566,8 @@ func checkRoutingSocket(ctx context.Context, h Host) error {
 		return err
 	}
 	defer d.Close()
-	// Other interfaces' changes are reported too: what counts is that a report comes
-	// once the address is as it should be.
+	// Changes of other interfaces are reported too. A report must come after the
+	// address was added or removed.
 	reported := func(there bool, what string) error {
 		for {
 			select {
@@ -559,8 +597,8 @@ func checkRoutingSocket(ctx context.Context, h Host) error {
 	return reported(false, "an address that goes with its tunnel")
 }
 
-// checkOwnAddress looks where a tunnel's own address leads: IPv4 into the tunnel,
-// IPv6 to lo0.
+// checkOwnAddress looks up the route to a utun's own address: it leads into the utun for
+// IPv4, and to lo0 for IPv6.
 func checkOwnAddress(own netip.Prefix) func(context.Context, Host) error {
 	return func(ctx context.Context, h Host) error {
 		d, name, err := newScratchTunnel(h)
@@ -597,6 +635,7 @@ func checkOwnAddress(own netip.Prefix) func(context.Context, Host) error {
 	}
 }
 
+// checkTunnelTaken creates a utun with a number that is in use, which is an error.
 func checkTunnelTaken(_ context.Context, h Host) error {
 	d, name, err := newScratchTunnel(h)
 	if err != nil {
@@ -610,6 +649,7 @@ func checkTunnelTaken(_ context.Context, h Host) error {
 	return nil
 }
 
+// checkMissingService checks launchctl's exit status for a service that isn't loaded.
 func checkMissingService(ctx context.Context, h Host) error {
 	for verb, want := range map[string]int{"print": int(launchd.NoSuchService), "bootout": int(launchd.NoSuchProcess)} {
 		_, stderr, status, err := h.Runner.Run(ctx, nil, "/bin/launchctl", verb, "system/"+scratchLabel+".never")
@@ -620,8 +660,8 @@ func checkMissingService(ctx context.Context, h Host) error {
 	return nil
 }
 
-// withList writes the property list of a service that sleeps, calls f with its
-// path, and removes both.
+// withList writes the property list of a service that sleeps, calls f with its path as
+// the Mac and as this process see it, and removes the service and the file.
 func withList(ctx context.Context, h Host, f func(ctl *launchd.Launchctl, path, file string) error) error {
 	path := "/Library/LaunchDaemons/" + scratchLabel + ".plist"
 	file := filepath.Join(h.Root, path)
@@ -630,7 +670,7 @@ func withList(ctx context.Context, h Host, f func(ctl *launchd.Launchctl, path, 
 	if err != nil {
 		return err
 	}
-	if err := owned.ReplaceFrom(file, bytes.NewReader(text), 0o644); err != nil { // launchd refuses one that others may write
+	if err := owned.ReplaceFrom(file, bytes.NewReader(text), 0o644); err != nil { // launchd refuses a list that others can write
 		return err
 	}
 	ctl := launchd.New(launchd.Options{Runner: h.Runner})
@@ -638,6 +678,7 @@ func withList(ctx context.Context, h Host, f func(ctl *launchd.Launchctl, path, 
 	return errors.Join(err, ctl.Bootout(ctx, scratchLabel), os.Remove(file))
 }
 
+// checkWritableList bootstraps a property list that anyone can write, which must fail.
 func checkWritableList(ctx context.Context, h Host) error {
 	return withList(ctx, h, func(_ *launchd.Launchctl, path, file string) error {
 		if err := os.Chmod(file, 0o666); err != nil {
@@ -651,9 +692,10 @@ func checkWritableList(ctx context.Context, h Host) error {
 	})
 }
 
+// checkService loads a service, upgrades it, and boots it out.
 func checkService(ctx context.Context, h Host) error {
 	return withList(ctx, h, func(ctl *launchd.Launchctl, path, _ string) error {
-		// Twice, so that the second time is an upgrade.
+		// The second time is an upgrade: bootout, then bootstrap.
 		for range 2 {
 			s, err := ctl.Load(ctx, scratchLabel, path)
 			if err != nil {
@@ -674,6 +716,7 @@ func checkService(ctx context.Context, h Host) error {
 	})
 }
 
+// checkClosedTunnels checks that the sysctls of check_interface have their defaults.
 func checkClosedTunnels(_ context.Context, h Host) error {
 	for _, f := range []darwin.Family{darwin.IPv4, darwin.IPv6} {
 		if closes, err := darwin.NewSysctl(h.Runner, h.Kernel).ClosesTunnels(f); err != nil || !closes {
@@ -683,6 +726,8 @@ func checkClosedTunnels(_ context.Context, h Host) error {
 	return nil
 }
 
+// checkSockets reads the ephemeral ports and the sockets, among which mDNSResponder's
+// UDP port 5353 always is.
 func checkSockets(_ context.Context, h Host) error {
 	ranges, err := darwin.NewSysctl(h.Runner, h.Kernel).EphemeralPorts()
 	if err != nil {
@@ -701,6 +746,8 @@ func checkSockets(_ context.Context, h Host) error {
 	return nil
 }
 
+// checkFirewall unblocks a program that isn't registered: socketfilterfw exits with 0,
+// and only its list shows the failure.
 func checkFirewall(ctx context.Context, h Host) error {
 	const missing = "/nonexistent/" + scratchLabel
 	stdout, stderr, status, err := h.Runner.Run(ctx, nil, firewallPath, "--unblockapp", missing)

@@ -1,5 +1,7 @@
 package simmac
 
+// The assumptions checked on the simulated Mac, and that each check can fail.
+
 import (
 	"context"
 	"os"

@@ -1,5 +1,7 @@
 package simmac
 
+// The bytes of fragments until pf has reassembled their datagram.
+
 import (
 	"encoding/binary"
 	"net/netip"

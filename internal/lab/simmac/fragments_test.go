@@ -1,5 +1,7 @@
 package simmac
 
+// Fragments through pf, in bytes.
+
 import (
 	"bytes"
 	"encoding/binary"

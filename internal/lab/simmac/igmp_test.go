@@ -1,5 +1,7 @@
 package simmac
 
+// IGMP, whose packets have an IP option.
+
 import (
 	"encoding/binary"
 	"net/netip"

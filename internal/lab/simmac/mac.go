@@ -1,5 +1,8 @@
 package simmac
 
+// The simulated Mac: the programs that it runs, its kernel's tables, the Application
+// Firewall, and its files.
+
 import (
 	"context"
 	"crypto/sha256"

@@ -1,5 +1,7 @@
 package simmac
 
+// What a program leaves behind, what a boot forgets, and what pf refuses.
+
 import (
 	"context"
 	"errors"

@@ -1,5 +1,7 @@
 package simmac
 
+// Changes by macOS itself and by other programs.
+
 import (
 	"context"
 	"errors"

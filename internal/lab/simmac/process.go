@@ -1,5 +1,7 @@
 package simmac
 
+// Processes on the simulated Mac, which a test can kill.
+
 import (
 	"context"
 	"errors"

@@ -1,5 +1,7 @@
 package simmac
 
+// A killed process has no effect any more.
+
 import (
 	"errors"
 	"net/netip"

@@ -1,5 +1,7 @@
 package simmac
 
+// The utun device, and the bytes of packets on their way to and from it.
+
 import (
 	"fmt"
 	"os"

@@ -1,5 +1,7 @@
 package simmac
 
+// Packets in bytes, decoded and encoded.
+
 import (
 	"bytes"
 	"net/netip"

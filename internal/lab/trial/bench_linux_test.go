@@ -1,5 +1,7 @@
 package trial
 
+// The throughput of one TCP stream through the helper. Benchmarks only.
+
 import (
 	"io"
 	"net"

@@ -1,5 +1,7 @@
 package trial
 
+// A host whose addresses change all the time.
+
 import (
 	"fmt"
 	"strings"

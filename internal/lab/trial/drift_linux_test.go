@@ -1,5 +1,7 @@
 package trial
 
+// Other programs that change what the helper enforces, and how soon it repairs that.
+
 import (
 	"errors"
 	"fmt"

@@ -1,5 +1,7 @@
 package trial
 
+// A peer that opens as many flows as it can, and what other peers notice of it.
+
 import (
 	"context"
 	"encoding/binary"

@@ -1,5 +1,7 @@
 package trial
 
+// A state folder on a disk that is full, or read-only.
+
 import (
 	"errors"
 	"os"

@@ -1,5 +1,7 @@
 package trial
 
+// Fragments that never become a whole datagram, from peers that work together.
+
 import (
 	"net/netip"
 	"testing"

@@ -1,5 +1,7 @@
 package trial
 
+// A flood of WireGuard handshakes from a host that isn't a peer.
+
 import (
 	"context"
 	"crypto/rand"

@@ -1,5 +1,7 @@
 package trial
 
+// Runs the tests of this package in a user namespace if they have no root.
+
 import (
 	"os"
 	"testing"

@@ -1,5 +1,7 @@
 package trial
 
+// A mesh of thousands of peers.
+
 import (
 	"encoding/json"
 	"fmt"

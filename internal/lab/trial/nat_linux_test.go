@@ -1,5 +1,8 @@
 package trial
 
+// Translation: the ports that peers' flows leave from, and flows after the loss of the
+// rules.
+
 import (
 	"net"
 	"net/netip"

@@ -1,5 +1,7 @@
 package trial
 
+// Path MTU discovery and traceroute through the helper.
+
 import (
 	"net/netip"
 	"slices"

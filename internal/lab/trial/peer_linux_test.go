@@ -1,5 +1,7 @@
 package trial
 
+// Packets that no peer may send: to martians, and with addresses of others.
+
 import (
 	"net/netip"
 	"testing"

@@ -1,5 +1,7 @@
 package trial
 
+// A local user that takes the ports which peers' flows could leave from.
+
 import (
 	"fmt"
 	"net"

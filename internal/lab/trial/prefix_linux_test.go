@@ -1,5 +1,7 @@
 package trial
 
+// A peer whose outer address is in the mesh prefix.
+
 import (
 	"strings"
 	"testing"

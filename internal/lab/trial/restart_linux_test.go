@@ -1,5 +1,7 @@
 package trial
 
+// A restart of the helper while its peers are silent.
+
 import (
 	"context"
 	"testing"

@@ -1,5 +1,7 @@
 package trial
 
+// Each signal that ends the helper leaves the host as it was found.
+
 import (
 	"errors"
 	"os"

@@ -1,5 +1,7 @@
 package trial
 
+// Clients that keep the helper's socket busy.
+
 import (
 	"bytes"
 	"context"

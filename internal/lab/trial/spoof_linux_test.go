@@ -1,5 +1,7 @@
 package trial
 
+// Other hosts that forge the source addresses of peers and of the host.
+
 import (
 	"net/netip"
 	"slices"

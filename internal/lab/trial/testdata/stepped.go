@@ -1,5 +1,8 @@
 package main
 
+// Lines that a test adds to the helper's source, so that the helper waits at a step of
+// the host to be killed or inspected there.
+
 import (
 	"bufio"
 	"fmt"
