@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -118,5 +119,38 @@ func TestCountsOutlastTheTunnel(t *testing.T) {
 		r.stop()
 		r.start()
 		want("after a restart", 1030)
+	})
+}
+
+// TestLearnedIsSavedSoon has an endpoint be learned long after the start: it is on disk two
+// ticks later, one for the loop that reads it and one for the task that saves.
+func TestLearnedIsSavedSoon(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.after(2 * learnInterval)
+		r.tunnel.setStats(keyOf("phone"), tunnel.PeerStats{LastHandshake: time.Now(), Endpoint: netip.MustParseAddrPort("203.0.113.9:1")})
+		r.after(2 * DefaultTick)
+		if text := contents(t, r.dir)[learnedFile]; !strings.Contains(text, "203.0.113.9:1") {
+			t.Errorf("on disk: %q", text)
+		}
+	})
+}
+
+// TestRemovalAnswersWithWhatWasCounted removes a peer whose numbers the tunnel forgets with
+// it.
+func TestRemovalAnswersWithWhatWasCounted(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.tunnel.setStats(keyOf("phone"), tunnel.PeerStats{LastHandshake: time.Now(), RxBytes: 7, TxBytes: 9})
+		r.host.SetFault(func(step string) error {
+			if step == "enforce" {
+				r.tunnel.setStats(keyOf("tablet"), tunnel.PeerStats{})
+			}
+			return nil
+		})
+		got, err := r.d.RemovePeer(t.Context(), "phone")
+		if err != nil || got.Peer.RxBytes != 7 || got.Peer.TxBytes != 9 {
+			t.Errorf("%+v, %v", got.Peer, err)
+		}
 	})
 }

@@ -22,6 +22,8 @@ type crossing struct {
 
 func (h *crossing) Way(_ context.Context, p host.Packet) (host.Way, error) { return h.way(p) }
 
+func (*crossing) WayCommand(to netip.Addr) string { return "show the way to " + to.String() }
+
 // Others finds nothing.
 func (*crossing) Others(context.Context, *policy.Ruleset, []netip.AddrPort) ([]host.Problem, error) {
 	return nil, nil
@@ -136,6 +138,9 @@ func TestExplainTakesAllTogether(t *testing.T) {
 				for i, s := range e.Stops {
 					if i == 0 {
 						got = s.Message
+					}
+					if byRoute := strings.Contains(s.Message, "the kernel ") || strings.Contains(s.Message, "route"); byRoute && !s.Unclear && !strings.Contains(s.Hint, "show the way to ") {
+						t.Errorf("the hint %q doesn't name the host's own command", s.Hint)
 					}
 					if s.Hint == "" || s.Answer != (c.pass && c.want != "") {
 						t.Errorf("%+v", s)

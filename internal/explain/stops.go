@@ -169,20 +169,25 @@ func (t *trip) there() {
 	}
 	switch {
 	case w.Refused != "":
-		t.stop(false, api.Stop{Message: wayRefused(w.Refused), Hint: "see the routes and policy rules of the host: ip route get " + p.Dst.String()})
+		t.stop(false, api.Stop{Message: wayRefused(w.Refused), Hint: t.see(p)})
 	case exit == policy.ExitHost && !w.Local:
-		t.stop(false, api.Stop{Message: fmt.Sprintf("the kernel doesn't take it for itself, but sends it by %s", w.Interface), Hint: "see the policy rules of the host"})
+		t.stop(false, api.Stop{Message: fmt.Sprintf("the kernel doesn't take it for itself, but sends it by %s", w.Interface), Hint: t.see(p)})
 	case exit == policy.ExitUplink && w.Interface != t.by:
 		t.stop(false, api.Stop{
 			Message: fmt.Sprintf("the kernel sends it by %s, and what peers send to the internet leaves by %s only", orHost(w), t.by),
-			Hint:    "see the routes and policy rules of the host: ip rule; ip route get " + p.Dst.String(),
+			Hint:    t.see(p),
 		})
 	case exit == policy.ExitOther && (w.Local || w.Interface == host.Interface):
-		t.stop(false, api.Stop{Message: fmt.Sprintf("the kernel sends it by %s", orHost(w)), Hint: "see the routes and policy rules of the host"})
+		t.stop(false, api.Stop{Message: fmt.Sprintf("the kernel sends it by %s", orHost(w)), Hint: t.see(p)})
 	}
 	if t.by = w.Interface; w.Local {
 		t.by = ""
 	}
+}
+
+// see is the hint of what a route of the host stops.
+func (t *trip) see(p host.Packet) string {
+	return "see the routes of the host: " + t.x.o.Host.Ways.WayCommand(p.Dst)
 }
 
 // ends reports whether the packet is known to be stopped, so that there is no answer.
@@ -246,9 +251,9 @@ func (t *trip) leg(p host.Packet, out string, back bool) {
 	switch {
 	case !ok:
 	case w.Refused != "":
-		t.stop(back, api.Stop{Message: wayRefused(w.Refused), Hint: "see the routes and policy rules of the host"})
+		t.stop(back, api.Stop{Message: wayRefused(w.Refused), Hint: t.see(p)})
 	case w.Interface != out:
-		t.stop(back, api.Stop{Message: fmt.Sprintf("the kernel sends it by %s, and not into the tunnel", orHost(w)), Hint: "see the policy rules of the host"})
+		t.stop(back, api.Stop{Message: fmt.Sprintf("the kernel sends it by %s, and not into the tunnel", orHost(w)), Hint: t.see(p)})
 	}
 }
 

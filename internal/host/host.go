@@ -123,6 +123,10 @@ type Ways interface {
 	// other software's rules set are considered as far as those rules are understood;
 	// redirects aren't. Way waits until a running Enforce has ended, or ctx ends.
 	Way(ctx context.Context, p Packet) (Way, error)
+
+	// WayCommand returns a command line that shows a person the way to an address on this
+	// host, such as "route -n get 192.0.2.1".
+	WayCommand(to netip.Addr) string
 }
 
 // Renderer is the part of a host that knows more about its rules than the ruleset does,

@@ -40,6 +40,9 @@ func (p *Backend) Way(ctx context.Context, packet host.Packet) (host.Way, error)
 	return w, nil
 }
 
+// WayCommand implements [host.Ways]: ip-rule(8) and ip-route(8).
+func (*Backend) WayCommand(to netip.Addr) string { return fmt.Sprintf("ip rule; ip route get %v", to) }
+
 // way returns the way of a packet without a mark.
 func (p *Backend) way(packet host.Packet) (host.Way, error) { return p.marked(packet, 0) }
 

@@ -3,6 +3,7 @@ package macos
 import (
 	"context"
 	"fmt"
+	"net/netip"
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/host"
@@ -22,6 +23,15 @@ func (b *Backend) Way(_ context.Context, packet host.Packet) (host.Way, error) {
 		return host.Way{}, fmt.Errorf("find the route to %v: %w", packet.Dst, err)
 	}
 	return wayOf(n, packet), nil
+}
+
+// WayCommand implements [host.Ways]: route(8), which takes an address for an IPv4 one unless
+// it is told otherwise.
+func (*Backend) WayCommand(to netip.Addr) string {
+	if to.Is6() {
+		return fmt.Sprintf("route -n get -inet6 %v", to)
+	}
+	return fmt.Sprintf("route -n get %v", to)
 }
 
 // wayOf looks a packet up in the routing table, after the host's own addresses. Zones

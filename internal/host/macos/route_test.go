@@ -2,6 +2,7 @@ package macos
 
 import (
 	"net/netip"
+	"strings"
 	"testing"
 
 	"github.com/meshhelper/meshhelper/darwin"
@@ -41,6 +42,9 @@ func TestWay(t *testing.T) {
 		{"198.51.100.1", host.Way{Refused: host.WayNone}},
 		{"2001:db8::1", host.Way{Refused: host.WayNone}},
 	} {
+		if got, want := (*Backend)(nil).WayCommand(at(tt.to)), "route -n get "; !strings.HasPrefix(got, want) || strings.Contains(got, "-inet6") != at(tt.to).Is6() {
+			t.Errorf("the way to %s is shown by %q", tt.to, got)
+		}
 		if got := wayOf(n, host.Packet{Packet: policy.Packet{Dst: at(tt.to)}}); got != tt.want {
 			t.Errorf("to %s: %+v, want %+v", tt.to, got, tt.want)
 		}
