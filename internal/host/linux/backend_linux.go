@@ -37,22 +37,29 @@ const sysctlRoot = "/proc/sys/net"
 // has opened; that has a time limit of its own, closeLimit. A call that hangs in the
 // kernel is abandoned, and the next call starts once it has returned.
 type Backend struct {
-	o      Options
+	o Options
+	// worker runs all methods, on a thread in the backend's network namespace.
 	worker *worker
+	// nl is for links, addresses, routes and policy rules, xfrm for IPsec policies.
 	nl     *nlconn.Handle
-	xfrm   *nlconn.Handle // nil where the kernel has no IPsec
+	xfrm   *nlconn.Handle // nil if the kernel has no IPsec
 	routes *nlconn.Conn   // for requests that nl can't encode
 	// outOfSync is set when a request on a socket was abandoned, so that its answer may
 	// still arrive; reopen then replaces the sockets. unbind detaches the sockets from
 	// the context of the running call.
 	outOfSync bool
 	unbind    func()
-	filter    *filter
-	flows     *conntrack
-	ports     ports
-	forward   *forwarding
-	lock      io.Closer // nil until this process is the host's only helper
 
+	// What is enforced, and the facts that belong to it: our table, the kernel's flows,
+	// the ports of translated flows, and the forwarding flags with their journal.
+	filter  *filter
+	flows   *conntrack
+	ports   ports
+	forward *forwarding
+	lock    io.Closer // nil until this process is the host's only helper
+
+	// The mesh interface as it was requested, its name, its device (nil while it isn't open)
+	// and its index, by which it is found after a rename.
 	cfg  host.Interface
 	name string
 	dev  tun.Device
@@ -188,9 +195,11 @@ func (p *Backend) states() int {
 }
 
 // reassembly returns the kernel's memory limit for reassembling fragments, in bytes: the
-// smallest of the limits that apply, or 0 if one can't be read. Conntrack reassembles
-// IPv6 fragments in a memory of its own (net/ipv6/netfilter/nf_conntrack_reasm.c), and
-// everything that a peer sends through the host passes it.
+// smallest of the limits that apply, or 0 if one can't be read. By default it is 4 MiB
+// for the whole host, which 1,676 first fragments fill for 30 s; so the guard has to
+// bound what peers send. Conntrack reassembles IPv6 fragments in a memory of its own
+// (net/ipv6/netfilter/nf_conntrack_reasm.c), and everything that a peer sends through the
+// host passes it.
 func (p *Backend) reassembly() int {
 	least := 0
 	for _, name := range []string{"ipv4/ipfrag_high_thresh", "ipv6/ip6frag_high_thresh", "netfilter/nf_conntrack_frag6_high_thresh"} {

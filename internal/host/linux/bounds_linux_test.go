@@ -514,9 +514,9 @@ func TestHoldersAreNamed(t *testing.T) {
 	}
 }
 
-// TestFullTableIsTold makes the table full, not full any more, and unreadable: none of
+// TestFullTableIsReported makes the table full, not full any more, and unreadable: none of
 // these makes Inspect report drift.
-func TestFullTableIsTold(t *testing.T) {
+func TestFullTableIsReported(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()

@@ -17,8 +17,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
-// conntrack is the kernel's table of flows. Its entries are read one by one and never
-// held in memory together: a single peer may have a hundred thousand.
+// conntrack is the kernel's table of flows (net/netfilter/nf_conntrack_core.c). Its
+// entries are read one by one and never held in memory together: a single peer may have a
+// hundred thousand.
 type conntrack struct {
 	// dump lists entries and del deletes them: separate sockets, because entries are
 	// deleted while the rest of the list is still being read.

@@ -12,7 +12,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 )
 
-func TestLevel(t *testing.T) {
+func TestFairShare(t *testing.T) {
 	for _, c := range []struct {
 		held             []uint64
 		room, most, want uint64
@@ -40,10 +40,10 @@ func TestLevel(t *testing.T) {
 	}
 }
 
-// TestExcessLooksAgain checks how long a host whose own flows exceed a quarter of
+// TestExcessInterval checks how long a host whose own flows exceed a quarter of
 // conntrack waits between two full readings, and that peers' flows don't delay the next
 // one.
-func TestExcessLooksAgain(t *testing.T) {
+func TestExcessInterval(t *testing.T) {
 	for _, c := range []struct {
 		had, have uint64
 		want      time.Duration

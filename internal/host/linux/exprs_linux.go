@@ -172,7 +172,8 @@ func (x *ruleExprs) compare(l load, op expr.CmpOp, value []byte) {
 	x.add(l.into(unix.NFT_REG_1), &expr.Cmp{Op: op, Register: unix.NFT_REG_1, Data: value})
 }
 
-// match adds the expressions of one match.
+// match adds the expressions of one match. The kernel stops a rule at the first
+// expression that doesn't hold.
 func (x *ruleExprs) match(m match) error {
 	for _, f := range m.fields {
 		l, ok := loads[f]

@@ -98,11 +98,14 @@ func (f finding) where() string {
 // evaluator runs other software's chains on packets. It reads each chain once, and
 // everything again when the ruleset changed in the meantime.
 type evaluator struct {
+	// list reads all chains.
 	list func() ([]*nftables.Chain, error)
 	// generation returns the number of nftables' last transaction.
 	generation func() (uint32, error)
-	ask        func(mdlayher.Message) ([]mdlayher.Message, error)
-	index      func(name string) int
+	// ask sends a request about rules, sets or objects to the kernel.
+	ask func(mdlayher.Message) ([]mdlayher.Message, error)
+	// index returns the index of an interface, which rules compare instead of its name.
+	index func(name string) int
 
 	read   uint32 // the generation of the fields below
 	chains []*nftables.Chain
@@ -237,6 +240,8 @@ type flowState struct {
 	// set if that isn't certain.
 	untracked *finding
 	kept      bool
+	// rewritten are parts of the packet that a rule has written to, whose content isn't
+	// tracked.
 	rewritten []span
 	// sets are the sets that the packet itself may have changed.
 	sets map[string]bool
@@ -375,7 +380,8 @@ func (e *evaluator) passed(s sample) [][]*nftables.Chain {
 	return append(all, out)
 }
 
-// walk is one packet on its way.
+// walk is one packet on its way through the chains: the sample, what rules have changed
+// about it so far, and where it is.
 type walk struct {
 	e     *evaluator
 	s     sample

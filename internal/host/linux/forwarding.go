@@ -9,10 +9,18 @@ import (
 	"time"
 )
 
-// forwarding switches forwarding on where peers need it, and back to what was found. IPv4
-// forwards by the flag of the interface that a packet arrives on, so only the interfaces
-// that need it are switched on and the host's global flag is never touched. IPv6 has one
-// flag for the whole host.
+// forwarding switches forwarding on where peers need it, and back to what was found.
+//
+// IPv4 forwards by the flag of the interface that a packet arrives on (IN_DEV_FORWARD in
+// include/linux/inetdevice.h), so only the interfaces that need it are switched on and
+// nothing between others starts to be forwarded. The host's global flag
+// net.ipv4.ip_forward is never touched: writing it writes the flags of all interfaces,
+// and switching it off also resets accept_redirects to 1 (inet_forward_change in
+// net/ipv4/devinet.c).
+//
+// IPv6 has one flag for the whole host, net.ipv6.conf.all.forwarding. Switching it on
+// drops the default route of router advertisements, unless accept_ra is 2 there, and adds
+// the subnet-router anycast address of each prefix to the host.
 type forwarding struct {
 	sys sysctls
 	// dir is the directory of the journal.
@@ -57,13 +65,13 @@ func (f *forwarding) open() error {
 
 // refresh updates the journal after interfaces were renamed or removed. It reports
 // whether anything changed.
-func (f *forwarding) refresh() (moved bool) {
+func (f *forwarding) refresh() (changed bool) {
 	before := len(f.j.Changed)
 	f.j.Changed = slices.DeleteFunc(f.j.Changed, func(s sysctlChange) bool {
 		_, ok := f.byIndex(s.Index)
 		return s.Index != 0 && !ok
 	})
-	moved = len(f.j.Changed) != before
+	changed = len(f.j.Changed) != before
 	for i, s := range f.j.Changed {
 		if s.Index == 0 {
 			continue
@@ -71,9 +79,9 @@ func (f *forwarding) refresh() (moved bool) {
 		now, _ := f.byIndex(s.Index)
 		parts := strings.Split(s.Name, "/")
 		f.j.Changed[i].Name = conf(parts[0], now, parts[3])
-		moved = moved || f.j.Changed[i].Name != s.Name
+		changed = changed || f.j.Changed[i].Name != s.Name
 	}
-	return moved
+	return changed
 }
 
 // found4 reports whether the host forwards IPv4 by its global flag. This package never
@@ -239,8 +247,8 @@ const revertSaveLimit = 2 * time.Second
 // journal. It doesn't wait long for the disk: a leftover entry of a restored sysctl does
 // no harm, and narrowing must not wait.
 func (f *forwarding) revert(which func(sysctlChange) bool) error {
-	moved, err := f.restoreMatching(which)
-	if !moved {
+	changed, err := f.restoreMatching(which)
+	if !changed {
 		return err
 	}
 	t := time.NewTimer(revertSaveLimit)
@@ -256,7 +264,7 @@ func (f *forwarding) revert(which func(sysctlChange) bool) error {
 // restoreMatching restores the changed sysctls that which selects and reports whether the
 // journal changed. It keeps what another program has changed in the meantime.
 func (f *forwarding) restoreMatching(which func(sysctlChange) bool) (changed bool, err error) {
-	moved := f.refresh()
+	refreshed := f.refresh()
 	var errs []error
 	var kept []sysctlChange
 	// The host's IPv6 flag goes first, because it writes the others; then forwarding, and
@@ -273,7 +281,7 @@ func (f *forwarding) restoreMatching(which func(sysctlChange) bool) (changed boo
 			errs = append(errs, err)
 		}
 	}
-	if changed = moved || len(kept) != len(f.j.Changed); changed {
+	if changed = refreshed || len(kept) != len(f.j.Changed); changed {
 		f.j.Changed = kept
 	}
 	return changed, errors.Join(errs...)

@@ -128,9 +128,9 @@ func TestJournalIsThereBeforeTheChange(t *testing.T) {
 	}
 }
 
-// TestHostFlagIsGivenBackWithTheOthers has an interface that forwarded IPv6 by a flag of
+// TestHostFlagIsRestoredWithTheOthers has an interface that forwarded IPv6 by a flag of
 // its own, which the kernel clears when the host's flag is switched off.
-func TestHostFlagIsGivenBackWithTheOthers(t *testing.T) {
+func TestHostFlagIsRestoredWithTheOthers(t *testing.T) {
 	f, found := fakeSysctls(t)
 	found["ipv6/conf/eth1/forwarding"] = "1"
 	if err := f.sys.write("ipv6/conf/eth1/forwarding", "1"); err != nil {

@@ -11,10 +11,10 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 )
 
-// TestLooksWhileTheHostChanges observes a host with a thousand addresses while another
+// TestObserveWhileTheHostChanges observes a host with a thousand addresses while another
 // program adds and removes some, which interrupts the kernel's dumps: no call fails, and
 // nothing of ours counts as changed.
-func TestLooksWhileTheHostChanges(t *testing.T) {
+func TestObserveWhileTheHostChanges(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()

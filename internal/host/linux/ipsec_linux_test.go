@@ -139,8 +139,8 @@ func TestIPsecForEverything(t *testing.T) {
 	}
 }
 
-// TestSecuredNetworks selects from the kernel's policies.
-func TestSecuredNetworks(t *testing.T) {
+// TestIPsecDestinations selects from the kernel's policies.
+func TestIPsecDestinations(t *testing.T) {
 	tmpl := []netlink.XfrmPolicyTmpl{{Proto: netlink.XFRM_PROTO_ESP}}
 	to := func(s string) *net.IPNet { return ipNet(netip.MustParsePrefix(s)) }
 	got := ipsecDestinations([]netlink.XfrmPolicy{

@@ -10,10 +10,10 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// TestSearchingPeer has peers with lan send to thousands of unused addresses of an
+// TestNewHostsAreBounded has peers with lan send to thousands of unused addresses of an
 // attached network. The kernel's neighbour table, which everything shares, keeps room for
 // the host, and one peer's flood costs another nothing.
-func TestSearchingPeer(t *testing.T) {
+func TestNewHostsAreBounded(t *testing.T) {
 	for family := range 2 {
 		t.Run([]string{"IPv4", "IPv6"}[family], func(t *testing.T) {
 			w := newWorld(t)

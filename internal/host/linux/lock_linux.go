@@ -23,11 +23,12 @@ import (
 
 // lockTable is the name of an empty nftables table that is the lock. Like everything that
 // two helpers would compete for, tables belong to the network namespace, so mount and PID
-// namespaces don't matter. Only a process with CAP_NET_ADMIN can create one. The table
-// has the owner flag: no other process can change, flush or delete it, and the kernel
-// deletes it when the socket that created it is closed, also for a killed process
-// (nft_table_lookup and nft_rcv_nl_event in net/netfilter/nf_tables_api.c, since Linux
-// 5.12).
+// namespaces don't matter. Only a process with CAP_NET_ADMIN can create one; an abstract
+// Unix socket, which also belongs to the network namespace, could be bound by any local
+// user. The table has the owner flag: no other process can change, flush or delete it,
+// and the kernel deletes it when the socket that created it is closed, also for a killed
+// process (nft_table_lookup and nft_rcv_nl_event in net/netfilter/nf_tables_api.c, since
+// Linux 5.12).
 const lockTable = "meshhelper-lock"
 
 // Flags and attributes of tables that golang.org/x/sys lacks

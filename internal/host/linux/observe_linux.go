@@ -69,6 +69,7 @@ func (o observer) facts() (policy.Host, error) {
 		}
 		h.IPsec = append(h.IPsec, secured...)
 		up, equal := r.uplink(o.mesh)
+		// No rule could let packets out by an interface whose name can't be written.
 		if strings.HasPrefix(up.iface, standInPrefix) {
 			up, equal = routeEntry{}, nil
 		}
@@ -79,6 +80,7 @@ func (o observer) facts() (policy.Host, error) {
 		if err != nil {
 			return h, err
 		}
+		// Masquerade ignores a route's preferred source, so such a route needs snat.
 		delete(o.sources, family == netlink.FAMILY_V4)
 		if up.source.IsValid() && up.source == source && source != masquerades(up, list, names) {
 			o.sources[family == netlink.FAMILY_V4] = source
@@ -188,7 +190,8 @@ func lasting(h policy.Host, list []netlink.Addr, names map[int]string) []netip.A
 }
 
 // interfaces returns the host's interfaces with their addresses and attached prefixes,
-// without the mesh interface.
+// without the mesh interface. Subnet-router anycast addresses are among them, as netlink
+// lists them for a host that forwards.
 func (o observer) interfaces(list []netlink.Addr, names map[int]string) []policy.Interface {
 	byName := map[string][]netip.Prefix{}
 	for _, a := range list {
@@ -280,7 +283,8 @@ func (o observer) routing(family int, names map[int]string) (hostRouting, error)
 
 // takesPeers reports whether a policy rule applies to a peer's packet to the internet,
 // which has no mark and no socket and arrives on the mesh interface. A rule for all marks
-// except one, as VPNs make it for their own packets, applies.
+// except one, as VPNs make it for their own packets, applies (wg-quick: "not fwmark 51820
+// table 51820"; Tailscale has its peers' /32 routes in table 52, by rule 5270).
 func (o observer) takesPeers(r netlink.Rule) bool {
 	if r.Dst != nil || r.OifName != "" || r.UIDRange != nil || r.IPProto != 0 || r.Dport != nil || r.Sport != nil {
 		return false

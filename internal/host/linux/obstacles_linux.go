@@ -15,9 +15,10 @@ import (
 )
 
 // findObstacles returns the other chains and flow tables that stop what the policy allows
-// a peer: an accept in our table doesn't override a drop in another one. It evaluates
-// those chains for sample packets. A result that can't be evaluated is reported as
-// unclear, not guessed.
+// a peer: an accept in our table doesn't override a drop in another one. Docker and ufw
+// drop in their FORWARD chains, Tailscale drops packets from 100.64.0.0/10 on other
+// interfaces than its own. Those chains are evaluated for sample packets. A result that
+// can't be evaluated is reported as unclear, not guessed.
 func (o *others) findObstacles(ctx context.Context, h policy.Host, all []sample) ([]host.Problem, error) {
 	e, err := o.newEvaluator(ctx)
 	if err != nil {
@@ -25,11 +26,11 @@ func (o *others) findObstacles(ctx context.Context, h policy.Host, all []sample)
 	}
 	o.marks = map[bool]uint32{}
 	var out []host.Problem
-	type telling struct {
+	type place struct {
 		where  string
 		tunnel bool
 	}
-	told := map[telling]bool{} // each place is reported once, and once more for WireGuard's packets
+	reported := map[place]bool{} // each place is reported once, and once more for WireGuard's packets
 	for _, s := range all {
 		f, protocol := e.judge(s)
 		if s.what == toInternet {
@@ -38,8 +39,8 @@ func (o *others) findObstacles(ctx context.Context, h policy.Host, all []sample)
 		if err := ctx.Err(); err != nil {
 			return nil, fmt.Errorf("judge %s: %w", f.where(), err)
 		}
-		if p, ok := obstacle(s, f, protocol); ok && !told[telling{f.where(), s.tunnel}] {
-			told[telling{f.where(), s.tunnel}] = true
+		if p, ok := obstacle(s, f, protocol); ok && !reported[place{f.where(), s.tunnel}] {
+			reported[place{f.where(), s.tunnel}] = true
 			out = append(out, p)
 		}
 	}

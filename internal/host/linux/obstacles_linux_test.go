@@ -311,8 +311,8 @@ func TestFlowTablesAreNamed(t *testing.T) {
 	}
 }
 
-// TestFlowTablesAreLookedFor adds a flow table, if the kernel supports it.
-func TestFlowTablesAreLookedFor(t *testing.T) {
+// TestFlowTablesAreFound adds a flow table, if the kernel supports it.
+func TestFlowTablesAreFound(t *testing.T) {
 	g := newRig(t)
 	g.open()
 	defer g.close()

@@ -129,7 +129,9 @@ func (o *others) run(ctx context.Context, do func() error) error {
 }
 
 // Others implements [host.Others]. It also ends conntrack entries of peers beyond their
-// shares.
+// shares. Of other software it covers chains and flow tables of nftables (which include
+// those of iptables-nft), tables of iptables-legacy, and policy rules that route peers'
+// packets elsewhere.
 func (p *Backend) Others(ctx context.Context, r *policy.Ruleset, outer []netip.AddrPort) ([]host.Problem, error) {
 	var out []host.Problem
 	var marks map[bool]uint32

@@ -15,9 +15,9 @@ const (
 	maxResolvers    = 64
 )
 
-// readResolvers returns the servers in the files, sorted. A file that is missing or
-// unreadable counts as empty: the cost is one address that another owner of the mesh
-// prefix has.
+// readResolvers returns the servers in the files, sorted. They matter only if they are in
+// the mesh prefix, such as a cloud's resolver at 100.100.2.136: then the address has
+// another owner. A file that is missing or unreadable counts as empty.
 func readResolvers(paths []string) []netip.Addr {
 	var out []netip.Addr
 	for _, path := range paths {

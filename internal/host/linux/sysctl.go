@@ -26,6 +26,8 @@ func splitSysctl(name string) (iface, key string, ok bool) {
 func conf(family, iface, key string) string { return path.Join(family, "conf", iface, key) }
 
 // sysctls reads and writes the files below a directory: sysctlRoot, except in tests.
+// Names are paths such as ipv4/conf/eth0/forwarding: an interface's name may contain the
+// dots of sysctl(8).
 type sysctls struct{ root string }
 
 // read returns a sysctl's value without surrounding white space.

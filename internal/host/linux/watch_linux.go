@@ -116,7 +116,7 @@ const maxBadMessages = 16
 // After an error, when messages may be lost, it calls matters with none and reports a
 // change.
 func follow(ctx context.Context, c *nlconn.Conn, changed func(), matters func([]netlink.Message) bool) error {
-	for odd := 0; ; {
+	for failures := 0; ; {
 		ms, err := c.Receive()
 		switch {
 		case ctx.Err() != nil:
@@ -124,15 +124,15 @@ func follow(ctx context.Context, c *nlconn.Conn, changed func(), matters func([]
 		case errors.Is(err, syscall.ENOBUFS), errors.Is(err, syscall.EINTR):
 			matters(nil)
 			changed()
-		case errors.Is(err, os.ErrClosed), errors.Is(err, syscall.EBADF), err != nil && odd >= maxBadMessages:
+		case errors.Is(err, os.ErrClosed), errors.Is(err, syscall.EBADF), err != nil && failures >= maxBadMessages:
 			return fmt.Errorf("watch host: %w", err)
 		case err != nil:
 			// Whatever the message was, report a change.
-			odd++
+			failures++
 			matters(nil)
 			changed()
 		default:
-			if odd = 0; matters(ms) {
+			if failures = 0; matters(ms) {
 				changed()
 			}
 		}
@@ -158,11 +158,11 @@ func (n *addressTracker) anyChange(ms []netlink.Message) bool {
 	if len(ms) == 0 || len(n.known) > maxKnownAddresses {
 		n.known = nil
 	}
-	news := len(ms) == 0
-	for _, m := range ms {
-		news = !n.isRenewal(m) || news
+	changed := len(ms) == 0
+	for _, m := range ms { // each of them, as isRenewal also remembers
+		changed = !n.isRenewal(m) || changed
 	}
-	return news
+	return changed
 }
 
 // isRenewal reports whether a message repeats what is known about an address, except for
