@@ -7,30 +7,30 @@ import (
 )
 
 // Credentials are those of the process at the other end of a connection, as the
-// kernel noted when it was made. A process that passes its socket on passes its
-// rights on.
+// kernel recorded them when the connection was made. A process that passes the socket to
+// another one passes its rights along.
 type Credentials struct {
 	UID uint32
 	GID uint32
-	// PID is 0 where the kernel doesn't tell.
+	// PID is 0 if the kernel doesn't report it (macOS).
 	PID int32
-	// Groups are those that the kernel tells of, and may be fewer than the user has.
+	// Groups are those that the kernel reports, possibly fewer than the user has.
 	Groups []uint32
 }
 
-// Access says which users may read and which may change. Root always may both.
+// Access decides which users may read and which may change. Root may do both.
 type Access struct {
-	// Operator may change, too; NoOperator when only root may.
+	// Operator is the uid of the user who may change, too, or NoOperator.
 	Operator uint32
 	// AdminGroups are the names of the groups whose members may read. One that
 	// doesn't exist has no members.
 	AdminGroups []string // optional
-	// Groups returns the names of the groups of a user.
+	// Groups returns the names of a user's groups. It may block.
 	Groups func(uid uint32) ([]string, error) // optional: the host's user database
 }
 
-// NoOperator is no user: (uid_t)-1 is reserved (POSIX chown(2) takes it for "no
-// change").
+// NoOperator is the uid of no user: (uid_t)-1 is reserved, as chown(2) takes it for "no
+// change" (POSIX).
 const NoOperator = ^uint32(0)
 
 // MayChange reports whether the user may change the wanted state.
@@ -38,8 +38,8 @@ func (a Access) MayChange(c Credentials) bool {
 	return c.UID == 0 || c.UID == a.Operator && a.Operator != NoOperator
 }
 
-// MayRead reports whether the user may see the mesh. A user whose groups can't
-// be found out may not.
+// MayRead reports whether the user may see the mesh. A user whose groups can't be looked up
+// may not. The lookup may block for as long as the host's user database does.
 func (a Access) MayRead(c Credentials) bool {
 	if a.MayChange(c) {
 		return true
@@ -55,7 +55,7 @@ func (a Access) MayRead(c Credentials) bool {
 	return slices.ContainsFunc(names, func(n string) bool { return slices.Contains(a.AdminGroups, n) })
 }
 
-// groupsOf asks the host's user database.
+// groupsOf looks up a user's groups in the host's user database.
 func groupsOf(uid uint32) ([]string, error) {
 	u, err := user.LookupId(strconv.FormatUint(uint64(uid), 10))
 	if err != nil {
@@ -67,7 +67,7 @@ func groupsOf(uid uint32) ([]string, error) {
 	}
 	var names []string
 	for _, id := range ids {
-		// A group without a name can't be one that Access names.
+		// AdminGroups has names, so a group without one doesn't matter.
 		if g, err := user.LookupGroupId(id); err == nil {
 			names = append(names, g.Name)
 		}

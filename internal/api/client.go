@@ -22,51 +22,53 @@ import (
 // the socket.
 var ErrUnreachable = errors.New("the helper isn't reachable")
 
-// ErrNotPermitted is in the chain of a Client's error when the socket may not
-// be opened by this user.
+// ErrNotPermitted is in the chain of a Client's error when the file system doesn't let this
+// user connect to the socket.
 var ErrNotPermitted = errors.New("the socket may not be opened")
 
-// maxAnswer bounds an answer in bytes; the status of 10,000 peers has 8 MB.
+// maxAnswer limits the size of an answer in bytes; the status of 10,000 peers has 8 MB.
 const maxAnswer = 64 << 20
 
-// Client asks the helper on a socket. Its methods return an *Error for what the
-// helper refuses.
+// Client sends requests to the helper on a socket. Its methods return an *Error if the
+// helper refuses, and an error with ErrUnreachable, ErrNotPermitted or ErrUntrusted in its
+// chain if the request wasn't answered. It is safe for concurrent use.
 type Client struct {
 	http *http.Client
 	path string
 }
 
-// NewClient returns a client for the socket at path. Nothing is opened yet. The
-// client talks to a helper that is root's or this user's, and to no other process:
-// its methods return ErrUntrusted then.
+// NewClient returns a client for the socket at path. It doesn't connect yet. The client
+// only talks to a process of root or of this user; with any other its methods return
+// ErrUntrusted.
 func NewClient(path string) *Client {
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) { return dialTrusted(ctx, path) }
 	return &Client{path: path, http: &http.Client{
 		Transport: &http.Transport{DialContext: dial, ResponseHeaderTimeout: writeTimeout},
-		// A helper redirects nothing that this client asks.
+		// A helper never redirects. Following would send a body elsewhere.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}
 }
 
-// Status asks for the whole status.
+// Status returns the status with all peers.
 func (c *Client) Status(ctx context.Context) (s Status, err error) {
 	_, err = c.do(ctx, "GET", "/v1/status", nil, &s)
 	return s, err
 }
 
-// Peer asks for one peer.
+// Peer returns one peer. In all methods ref is a name, a mesh address or a public key.
 func (c *Client) Peer(ctx context.Context, ref string) (p Peer, err error) {
 	_, err = c.do(ctx, "GET", peerPath(ref), nil, &p)
 	return p, err
 }
 
-// Config asks for a peer's configuration.
+// Config returns a peer's configuration for a stock WireGuard app.
 func (c *Client) Config(ctx context.Context, ref string) (cfg Config, err error) {
 	_, err = c.do(ctx, "GET", peerPath(ref)+"/config", nil, &cfg)
 	return cfg, err
 }
 
-// Rules asks for the rules as loaded, or as they would be in another language.
+// Rules returns the rules as loaded, or, if language isn't "", as they would be in another
+// language, such as "nft".
 func (c *Client) Rules(ctx context.Context, language string) (r Rules, err error) {
 	path := "/v1/rules"
 	if language != "" {
@@ -76,13 +78,13 @@ func (c *Client) Rules(ctx context.Context, language string) (r Rules, err error
 	return r, err
 }
 
-// Doctor asks for every precondition.
+// Doctor returns the result of every check of the host.
 func (c *Client) Doctor(ctx context.Context) (checks []Check, err error) {
 	_, err = c.do(ctx, "GET", "/v1/doctor", nil, &checks)
 	return checks, err
 }
 
-// Explain asks what happens to a packet.
+// Explain returns what happens to a packet, and why.
 func (c *Client) Explain(ctx context.Context, q Question) (e Explanation, err error) {
 	v := url.Values{"peer": {q.Peer}, "to": {q.To.String()}, "proto": {q.Proto}}
 	if q.Port != 0 {
@@ -95,25 +97,25 @@ func (c *Client) Explain(ctx context.Context, q Question) (e Explanation, err er
 	return e, err
 }
 
-// Settings asks for the settings.
+// Settings returns the settings.
 func (c *Client) Settings(ctx context.Context) (s Settings, err error) {
 	_, err = c.do(ctx, "GET", "/v1/settings", nil, &s)
 	return s, err
 }
 
-// ChangeSettings sets keys, and takes away those whose value is nil.
+// ChangeSettings sets keys; a nil value unsets one.
 func (c *Client) ChangeSettings(ctx context.Context, changes map[string]*string) (s Settings, err error) {
 	header, err := c.do(ctx, "PATCH", "/v1/settings", changes, &s)
 	s.Already = header.Get(alreadyHeader) == "true"
 	return s, err
 }
 
-// AddPeer adds a peer.
+// AddPeer adds a peer. Like the other changes it returns when the change is in force.
 func (c *Client) AddPeer(ctx context.Context, p NewPeer) (Changed, error) {
 	return c.change(ctx, "POST", "/v1/peers", p)
 }
 
-// ChangePeer changes a peer.
+// ChangePeer changes the fields of a peer that are set in change.
 func (c *Client) ChangePeer(ctx context.Context, ref string, change PeerChange) (Changed, error) {
 	return c.change(ctx, "PATCH", peerPath(ref), change)
 }
@@ -123,9 +125,9 @@ func (c *Client) RemovePeer(ctx context.Context, ref string) (Changed, error) {
 	return c.change(ctx, "DELETE", peerPath(ref), nil)
 }
 
-// Events calls each with every remembered event whose Seq is over since, and with those to
-// come if follow is set, until each returns an error, ctx ends or the helper goes away,
-// which is ErrUnreachable.
+// Events calls each with every event in the journal whose Seq is greater than since. With
+// follow it goes on with new events, until each returns an error, which Events returns, or
+// ctx ends (nil) or the helper stops (ErrUnreachable).
 func (c *Client) Events(ctx context.Context, since uint64, follow bool, each func(events.Event) error) error {
 	response, err := c.send(ctx, "GET", fmt.Sprintf("/v1/events?since=%d&follow=%t", since, follow), nil)
 	if err != nil {
@@ -147,9 +149,11 @@ func (c *Client) Events(ctx context.Context, since uint64, follow bool, each fun
 	}
 }
 
+// peerPath returns the path of a peer.
 func peerPath(ref string) string { return "/v1/peers/" + url.PathEscape(ref) }
 
-// checkRef refuses what would be another path, and is no peer's name.
+// checkRef refuses a ref that would make another path when it is cleaned. No peer can have
+// such a name.
 func checkRef(path string) error {
 	switch ref := strings.TrimSuffix(strings.TrimPrefix(path, "/v1/peers/"), "/config"); ref {
 	case "", ".", "..":
@@ -158,6 +162,7 @@ func checkRef(path string) error {
 	return nil
 }
 
+// change sends a request that changes a peer.
 func (c *Client) change(ctx context.Context, method, path string, body any) (out Changed, err error) {
 	header, err := c.do(ctx, method, path, body, &out.Peer)
 	out.Already = header.Get(alreadyHeader) == "true"
@@ -177,7 +182,8 @@ func (c *Client) do(ctx context.Context, method, path string, body, into any) (h
 	return response.Header, nil
 }
 
-// send sends a request and returns the answer if it isn't an error.
+// send sends a request and returns the response, whose body the caller closes. A status of
+// 300 or more becomes an error.
 func (c *Client) send(ctx context.Context, method, path string, body any) (*http.Response, error) {
 	if err := checkRef(path); err != nil {
 		return nil, err
@@ -190,7 +196,7 @@ func (c *Client) send(ctx context.Context, method, path string, body any) (*http
 		}
 		content = bytes.NewReader(text)
 	}
-	// The host's name is never looked up: the transport dials the socket.
+	// The host's name is never resolved, as the transport dials the socket.
 	request, err := http.NewRequestWithContext(ctx, method, "http://meshhelper"+path, content)
 	if err != nil {
 		return nil, fmt.Errorf("make request: %w", err)
@@ -206,8 +212,9 @@ func (c *Client) send(ctx context.Context, method, path string, body any) (*http
 	return response, nil
 }
 
+// reachError adds the socket's path and the kind of failure to an error of the transport.
 func (c *Client) reachError(err error) error {
-	// The URL in a url.Error only hides which socket it was.
+	// The made-up URL in a url.Error would only distract from the socket's path.
 	var wrapped *url.Error
 	if errors.As(err, &wrapped) {
 		err = wrapped.Err
@@ -222,8 +229,7 @@ func (c *Client) reachError(err error) error {
 	return fmt.Errorf("ask the helper at %q: %w: %w", c.path, kind, err)
 }
 
-// readError reads the error in an answer; one that isn't of our form comes from
-// something that isn't a helper.
+// readError decodes the error in a response. A body in another format isn't from a helper.
 func readError(response *http.Response) error {
 	var body struct {
 		Error *Error `json:"error"`
@@ -235,7 +241,8 @@ func readError(response *http.Response) error {
 	return body.Error
 }
 
-// WaitReady asks for the status until the helper is past starting, or ctx ends.
+// WaitReady polls the status until the helper isn't Starting any more, or ctx ends. It also
+// waits for a helper that doesn't listen yet.
 func (c *Client) WaitReady(ctx context.Context) (Status, error) {
 	for {
 		s, err := c.Status(ctx)

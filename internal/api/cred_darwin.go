@@ -7,15 +7,15 @@ import (
 )
 
 // credentialsOf reads LOCAL_PEERCRED (macOS unix(4)): the effective user and
-// its groups, at most 16, the first of which is the effective group. At the end that
-// connected it names the process that called listen(2) (unp_connect in xnu
+// its groups, at most 16, of which the first is the effective group. On the connecting end
+// it has the credentials of the process that called listen(2) (unp_connect in xnu
 // bsd/kern/uipc_usrreq.c).
 func credentialsOf(fd int) (Credentials, error) {
 	c, err := unix.GetsockoptXucred(fd, unix.SOL_LOCAL, unix.LOCAL_PEERCRED)
 	if err != nil {
 		return Credentials{}, err
 	}
-	// XUCRED_VERSION in sys/ucred.h; another layout would be misread.
+	// XUCRED_VERSION in sys/ucred.h is 0; a struct of another version has another layout.
 	if c.Version != 0 {
 		return Credentials{}, errors.New("LOCAL_PEERCRED: unknown version")
 	}

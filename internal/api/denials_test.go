@@ -24,7 +24,7 @@ func TestDenialsAreBounded(t *testing.T) {
 			for uid := range uint32(1100) {
 				for range 3 {
 					asked++
-					if d.worthTelling(denial{uid, toRead}, time.Now()) {
+					if d.shouldRecord(denial{uid, toRead}, time.Now()) {
 						told++
 					}
 				}
@@ -77,7 +77,7 @@ func TestDenialsOfOneUser(t *testing.T) {
 		told := 0
 		for range 6 {
 			for _, needs := range []right{toRead, toChange} {
-				if d.worthTelling(denial{7, needs}, time.Now()) {
+				if d.shouldRecord(denial{7, needs}, time.Now()) {
 					told++
 				}
 			}
@@ -88,7 +88,7 @@ func TestDenialsOfOneUser(t *testing.T) {
 			t.Errorf("%d told, then %q", told, sums)
 		}
 		time.Sleep(denialInterval)
-		if !d.worthTelling(denial{7, toRead}, time.Now()) {
+		if !d.shouldRecord(denial{7, toRead}, time.Now()) {
 			t.Error("an interval later the user isn't told of")
 		}
 		cancel()

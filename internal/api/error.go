@@ -33,6 +33,7 @@ const (
 	CodeNotInForce     = "not_in_force"
 )
 
+// statusOfCode has the HTTP status of each code.
 var statusOfCode = map[string]int{
 	CodeBadRequest:     http.StatusBadRequest,
 	CodeBadName:        http.StatusBadRequest,
@@ -59,12 +60,12 @@ var statusOfCode = map[string]int{
 	CodeNotInForce:     http.StatusServiceUnavailable,
 }
 
-// Error is what the helper refuses with: what was wrong, quoted, and what to do
-// about it. Message and Hint are for a person, Code is for a program.
+// Error is a refusal or failure as the socket reports it. Code is for programs, Message and
+// Hint are for people.
 type Error struct {
-	Code    string `json:"code"`
-	Message string `json:"message"`
-	Hint    string `json:"hint"`
+	Code    string `json:"code"`    // one of the Code constants
+	Message string `json:"message"` // what is wrong, with the offending input quoted
+	Hint    string `json:"hint"`    // what to do about it, or ""
 }
 
 // Errorf returns an Error without a hint. What the message quotes must not be a
@@ -73,7 +74,7 @@ func Errorf(code, format string, args ...any) *Error {
 	return &Error{Code: code, Message: fmt.Sprintf(format, args...)}
 }
 
-// WithHint returns e with a hint.
+// WithHint returns a copy of e with a hint.
 func (e *Error) WithHint(format string, args ...any) *Error {
 	return &Error{Code: e.Code, Message: e.Message, Hint: fmt.Sprintf(format, args...)}
 }
@@ -86,7 +87,7 @@ func (e *Error) Error() string {
 	return e.Message + "; " + e.Hint
 }
 
-// HTTPStatus returns the status that fits the code.
+// HTTPStatus returns the status for the code, 500 for an unknown one.
 func (e *Error) HTTPStatus() int {
 	if status, ok := statusOfCode[e.Code]; ok {
 		return status
@@ -94,9 +95,9 @@ func (e *Error) HTTPStatus() int {
 	return http.StatusInternalServerError
 }
 
-// WrongByItself reports whether what was asked is wrong whoever asks, and whatever the
-// mesh is: such as a name with a space, or a key that is none. An address that isn't in
-// the mesh's prefixes isn't.
+// WrongByItself reports whether the request is wrong in itself, whatever the state of the
+// mesh and the caller's rights: a name with a space, say, or a malformed key. An address
+// outside the mesh prefixes isn't, as it depends on the mesh.
 func (e *Error) WrongByItself() bool {
 	switch e.Code {
 	case CodeBadRequest, CodeBadName, CodeBadKey, CodeBadPermission, CodeBadEndpoint:
@@ -105,9 +106,8 @@ func (e *Error) WrongByItself() bool {
 	return false
 }
 
-// asError turns any error into one that can be sent. An error that isn't ours
-// may say more about the host than a reader needs, but every reader is the
-// host's administrator.
+// asError returns the *Error in the chain of err, or else wraps it with code internal. Its
+// text may tell details of the host, but only administrators of the host may read.
 func asError(err error) *Error {
 	var e *Error
 	if errors.As(err, &e) {

@@ -4,8 +4,8 @@ package api
 
 import "io/fs"
 
-// openFiles returns how many files this process may have open.
+// openFiles returns a number that doesn't limit connections: this system has no such limit.
 func openFiles() uint64 { return 1 << 20 }
 
-// ownersOf returns that a file's owner isn't known: it has no number here.
+// ownersOf returns known as false, as files have no numeric owner on this system.
 func ownersOf(fs.FileInfo) (uid, gid uint32, known bool) { return 0, 0, false }

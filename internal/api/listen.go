@@ -11,23 +11,22 @@ import (
 	"time"
 )
 
-// MaxSocketPath is the longest path of a socket in bytes: sun_path holds 104
-// bytes with its end on macOS (sys/un.h), 108 on Linux.
+// MaxSocketPath is the greatest length of a socket's path in bytes: sun_path has 104 bytes
+// on macOS (sys/un.h) and 108 on Linux (unix(7)), including the final NUL.
 const MaxSocketPath = 103
 
 // ErrHeld is in the chain of Listen's error when another helper answers on the
 // socket.
 var ErrHeld = errors.New("another helper answers there")
 
-// dialTimeout bounds how long a socket may take to accept. A living helper's
-// kernel accepts at once; a stopped one's queue may be full.
+// dialTimeout limits how long connecting may take. The kernel completes a connection at once
+// while the queue of the socket has room; that of a stopped process may be full.
 const dialTimeout = 2 * time.Second
 
-// Listen makes the socket at path, which every local user may connect to. It
-// removes a socket that no process holds any more, and nothing else: not a socket
-// that a process answers on (ErrHeld), nor a file of another kind. The folder
-// must be root's or this user's, and one that no other user may write to, or
-// others could put their own socket there.
+// Listen makes the socket at path, with mode 0666: every local user may connect. It replaces
+// a socket that no process listens on, and nothing else: neither one that a process answers
+// on (ErrHeld) nor a file of another kind. The folder must belong to root or this user, and
+// no other user may write to it, or others could put their own socket there.
 func Listen(path string) (*net.UnixListener, error) {
 	l, err := listen(path)
 	if err != nil {
@@ -36,6 +35,7 @@ func Listen(path string) (*net.UnixListener, error) {
 	return l, nil
 }
 
+// listen is Listen without the context in its errors.
 func listen(path string) (*net.UnixListener, error) {
 	if err := CheckSocketPath(path); err != nil {
 		return nil, err
@@ -50,7 +50,7 @@ func listen(path string) (*net.UnixListener, error) {
 	if err != nil {
 		return nil, err
 	}
-	// What a user may do is decided by credentials, not by the mode.
+	// The rights of a user depend on the credentials, not on the mode.
 	if err := os.Chmod(path, 0o666); err != nil {
 		l.Close()
 		return nil, err
@@ -58,8 +58,8 @@ func listen(path string) (*net.UnixListener, error) {
 	return l, nil
 }
 
-// CheckSocketPath refuses a path that doesn't fit a socket address on every
-// system.
+// CheckSocketPath refuses a path that is empty or longer than MaxSocketPath, on every system
+// the same.
 func CheckSocketPath(path string) error {
 	switch {
 	case path == "":
@@ -70,16 +70,16 @@ func CheckSocketPath(path string) error {
 	return nil
 }
 
-// The times that a socket which refuses is dialled again, and how long between: one
-// that its helper has bound and doesn't listen on yet refuses, too, and so does on a
-// Mac one whose queue is full (unp_connect in xnu bsd/kern/uipc_usrreq.c).
+// How often a socket must refuse a connection to count as dead, and the pause after each
+// attempt. A socket between bind(2) and listen(2) refuses, too, and so does, on macOS, one
+// with a full queue (unp_connect in xnu bsd/kern/uipc_usrreq.c).
 const (
 	refusals    = 4
 	refusalWait = 100 * time.Millisecond
 )
 
-// removeDead removes the socket at path if no process answers on it. Dialling
-// first is what keeps a second helper from taking a living one's socket away.
+// removeDead removes the socket at path if no process answers on it. It dials first, so that
+// a second helper doesn't remove the socket of a running one.
 func removeDead(path string) error {
 	info, err := os.Lstat(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -98,7 +98,7 @@ func removeDead(path string) error {
 			c.Close()
 			return ErrHeld
 		case !errors.Is(err, syscall.ECONNREFUSED):
-			// Anything else, such as a full queue, is a holder that doesn't answer.
+			// Any other error, such as that of a full queue, means that a process has the socket.
 			return fmt.Errorf("%w, or is stuck: %w", ErrHeld, err)
 		}
 		time.Sleep(refusalWait)
@@ -106,8 +106,9 @@ func removeDead(path string) error {
 	return removeSame(path, info)
 }
 
-// removeSame removes the file at path if it is still the one that was looked at. A
-// helper that starts at the same moment may have put its own there since.
+// removeSame removes the file at path if it is still the one that was. Another helper that
+// starts at the same moment may have replaced it since. The file is renamed first, as there
+// is no system call that removes a file by identity.
 func removeSame(path string, was fs.FileInfo) error {
 	aside := fmt.Sprintf("%s.%d", path, os.Getpid())
 	if err := os.Rename(path, aside); err != nil {
@@ -115,7 +116,7 @@ func removeSame(path string, was fs.FileInfo) error {
 	}
 	is, err := os.Lstat(aside)
 	if err == nil && !os.SameFile(was, is) {
-		// Link doesn't replace what may be at path by now.
+		// Put it back, by link(2), which doesn't replace a file that is at path by now.
 		err = errors.Join(ErrHeld, os.Link(aside, path))
 	}
 	return errors.Join(err, os.Remove(aside))

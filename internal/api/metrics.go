@@ -9,8 +9,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// WriteMetrics writes s in the text format of Prometheus, version 0.0.4. It is
-// written by hand: a dozen gauges don't need a registry.
+// WriteMetrics writes s in the text format of Prometheus, version 0.0.4
+// (prometheus.io/docs/instrumenting/exposition_formats). A dozen values made from one status
+// don't need the client library's registry.
 func WriteMetrics(w io.Writer, s Status) error {
 	m := metricWriter{w: bufio.NewWriter(w)}
 	m.family("meshhelper_info", "gauge", "What runs here; always 1.")
@@ -25,6 +26,8 @@ func WriteMetrics(w io.Writer, s Status) error {
 	return m.w.Flush()
 }
 
+// perPeer writes the families that have a sample for each peer. All samples of a family must
+// stand together.
 func (m metricWriter) perPeer(peers []Peer) {
 	for _, f := range []struct {
 		name, kind, help string
@@ -58,11 +61,13 @@ func (m metricWriter) perPeer(peers []Peer) {
 	}
 }
 
+// classCount is the count of refused packets of one class.
 type classCount struct {
 	class string
 	n     uint64
 }
 
+// byClass returns the counts with the names of their classes.
 func (r Refused) byClass() []classCount {
 	return []classCount{
 		{"martian", r.Martian}, {"self", r.Self}, {"mesh", r.Mesh},
@@ -70,6 +75,7 @@ func (r Refused) byClass() []classCount {
 	}
 }
 
+// lastHandshake returns the Unix time of the last handshake in seconds, 0 for none.
 func lastHandshake(p Peer) uint64 {
 	if p.LastHandshake == nil || p.LastHandshake.Unix() < 0 {
 		return 0
@@ -77,6 +83,7 @@ func lastHandshake(p Peer) uint64 {
 	return uint64(p.LastHandshake.Unix())
 }
 
+// one returns a boolean as Prometheus writes it, 1 or 0.
 func one(b bool) uint64 {
 	if b {
 		return 1
@@ -84,22 +91,24 @@ func one(b bool) uint64 {
 	return 0
 }
 
-// metricWriter writes lines; errors stick in its buffer until Flush.
+// metricWriter writes lines. The bufio.Writer keeps the first error for Flush.
 type metricWriter struct{ w *bufio.Writer }
 
+// family writes the header of a metric; kind is counter or gauge.
 func (m metricWriter) family(name, kind, help string) {
 	fmt.Fprintf(m.w, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
 }
 
+// single writes a metric with one sample without labels.
 func (m metricWriter) single(name, kind, help string, v uint64) {
 	m.family(name, kind, help)
 	m.value(name, v)
 }
 
-// labelEscaper escapes what the format demands in the value of a label.
+// labelEscaper escapes the value of a label.
 var labelEscaper = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
 
-// value writes one sample with labels given as name, value, name, value.
+// value writes one sample. labels alternates names and values.
 func (m metricWriter) value(name string, v uint64, labels ...string) {
 	var pairs []string
 	for i := 0; i < len(labels); i += 2 {

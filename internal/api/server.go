@@ -20,15 +20,18 @@ import (
 	"github.com/meshhelper/meshhelper/internal/events"
 )
 
-// Reader answers questions about the mesh and the host. A ref names a peer by
-// name, mesh address or public key.
+// Reader answers questions about the mesh and the host. A ref is a peer's name, mesh address
+// or public key. Errors for a client are *Error; any other counts as internal.
 type Reader interface {
 	Status() Status
 	Peer(ref string) (Peer, error)
+	// Config returns a peer's configuration for a stock WireGuard app.
 	Config(ref string) (Config, error)
+	// Explain says what happens to a packet, and why.
 	Explain(ctx context.Context, q Question) (Explanation, error)
 	// Rules returns the rules as loaded, or as they would be in another language.
 	Rules(ctx context.Context, language string) (Rules, error)
+	// Doctor checks the host.
 	Doctor(ctx context.Context) ([]Check, error)
 	Settings() Settings
 }
@@ -39,17 +42,17 @@ type Changer interface {
 	AddPeer(ctx context.Context, p NewPeer) (Changed, error)
 	ChangePeer(ctx context.Context, ref string, c PeerChange) (Changed, error)
 	RemovePeer(ctx context.Context, ref string) (Changed, error)
-	// ChangeSettings sets keys, and takes away those whose value is nil. It returns when
-	// that is saved; the answer says what counts only after a restart.
+	// ChangeSettings sets keys; a nil value unsets one. It returns when the settings are
+	// saved. The answer lists the keys that need a restart.
 	ChangeSettings(ctx context.Context, changes map[string]*string) (Settings, error)
 }
 
-// Journal remembers the last events.
+// Journal has the latest events.
 type Journal interface {
-	// Record adds an event; its Seq and Time are set by the journal.
+	// Record adds an event. The journal sets its Seq and Time.
 	Record(e events.Event)
-	// Since returns the events after seq that are still remembered, and a
-	// channel that is closed when there are newer ones.
+	// Since returns the events with a greater Seq that the journal still has, and a channel
+	// that is closed when there are newer ones.
 	Since(seq uint64) ([]events.Event, <-chan struct{})
 }
 
@@ -60,7 +63,7 @@ type Service interface {
 	Journal
 }
 
-// ServerOptions are what NewServer needs.
+// ServerOptions configures NewServer.
 type ServerOptions struct {
 	Listener *net.UnixListener // required: see Listen
 	Service  Service           // required
@@ -75,29 +78,30 @@ type Server struct {
 	denials *denials
 }
 
-// NewServer returns a server that answers once it runs.
+// NewServer returns a server. Run serves its listener.
 func NewServer(o ServerOptions) *Server {
 	s := &Server{opts: o, denials: newDenials()}
 	s.handler = s.routes()
 	return s
 }
 
-// The bounds on what one connection may take.
+// Limits of one connection. No request comes near them; they keep a client from holding
+// memory, or a slot of its user, by a request that it never finishes.
 const (
-	// maxBody is the largest body of a request in bytes.
-	maxBody       = 1 << 20
-	maxHeader     = 16 << 10
-	headerTimeout = 5 * time.Second
-	bodyTimeout   = 10 * time.Second
-	// writeTimeout bounds a whole answer, the wait for enforcement included.
+	maxBody       = 1 << 20          // of a request, in bytes
+	maxHeader     = 16 << 10         // of a request, in bytes
+	headerTimeout = 5 * time.Second  // for reading the header
+	bodyTimeout   = 10 * time.Second // for reading the whole request
+	idleTimeout   = 30 * time.Second // between requests
+	// writeTimeout limits a whole answer, including the wait for enforcement.
 	writeTimeout = time.Minute
-	idleTimeout  = 30 * time.Second
-	// eventTimeout bounds the writing of some events to a follower.
+	// eventTimeout limits the writing of one batch of events, as a stream has no end.
 	eventTimeout = 10 * time.Second
-	// shutdownTimeout is how long running requests may go on after the end.
+	// shutdownTimeout is how long running requests may continue after Run's ctx ended.
 	shutdownTimeout = 2 * time.Second
 )
 
+// connKey is the context key of a request's connection, a *peerConn.
 type connKey struct{}
 
 // server returns the HTTP server of the socket.
@@ -109,7 +113,7 @@ func (s *Server) server(ctx context.Context) *http.Server {
 		WriteTimeout:      writeTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
-		// It would answer `OPTIONS *` before a user's right is asked for.
+		// The general handler would answer `OPTIONS *` without a check of the user's rights.
 		DisableGeneralOptionsHandler: true,
 		ErrorLog:                     slog.NewLogLogger(s.opts.Logger.Handler(), slog.LevelDebug),
 		BaseContext:                  func(net.Listener) context.Context { return ctx },
@@ -119,13 +123,14 @@ func (s *Server) server(ctx context.Context) *http.Server {
 	}
 }
 
-// Run serves until ctx ends.
+// Run serves until ctx ends, and then waits up to shutdownTimeout for running requests. It
+// closes the listener.
 func (s *Server) Run(ctx context.Context) error {
 	server := s.server(ctx)
 	g, gctx := errgroup.WithContext(ctx)
 	limited := newLimited(s.opts.Listener, s.opts.Access, slotsFor(openFiles()))
-	// Not one of g: a user database that hangs must not keep the helper from ending.
-	go limited.learn()
+	// Not in g, as a user database that hangs must not keep the helper from stopping.
+	go limited.lookUpAdmins()
 	g.Go(func() error { return s.denials.run(gctx, s.opts.Service.Record) })
 	g.Go(func() error {
 		err := server.Serve(limited)
@@ -146,7 +151,7 @@ func (s *Server) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// right is what a request needs.
+// right is the right that a request needs.
 type right bool
 
 const (
@@ -154,10 +159,11 @@ const (
 	toChange right = true
 )
 
-// endpoint answers one method on one path. It returns the answer to encode, or
-// nil when it wrote one itself.
+// endpoint answers one method on one path. It returns the value to encode as JSON, or nil if
+// it wrote the response itself.
 type endpoint func(w http.ResponseWriter, r *http.Request) (any, error)
 
+// routes returns the handler of all requests.
 func (s *Server) routes() http.Handler {
 	mux := http.NewServeMux()
 	methods := map[string][]string{}
@@ -191,14 +197,15 @@ func (s *Server) routes() http.Handler {
 	mux.HandleFunc("/", s.guarded(toRead, func(_ http.ResponseWriter, r *http.Request) (any, error) {
 		return nil, Errorf(CodeNotFound, "path %q is unknown", r.URL.Path).WithHint("the requests start with /v1/status")
 	}))
-	// The mux answers a path that isn't clean with a redirect by itself, so a user's
-	// right is asked for before it sees the request.
+	// The mux answers an unclean path with a redirect of its own, so the user's rights are
+	// checked before the mux sees the request.
 	return s.guarded(toRead, func(w http.ResponseWriter, r *http.Request) (any, error) {
 		mux.ServeHTTP(w, r)
 		return nil, nil
 	})
 }
 
+// badMethod answers a request whose method the path doesn't take.
 func badMethod(allowed string) endpoint {
 	return func(w http.ResponseWriter, r *http.Request) (any, error) {
 		w.Header().Set("Allow", allowed)
@@ -206,13 +213,13 @@ func badMethod(allowed string) endpoint {
 	}
 }
 
-// guarded asks for the client's user before anything of the request is looked at, and
-// bounds its body.
+// guarded wraps an endpoint: it checks the user's right before the request is parsed, limits
+// the body, and encodes the answer or the error.
 func (s *Server) guarded(needs right, answer endpoint) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
 		if err := s.admit(r, needs); err != nil {
-			// Nothing more is read from there.
+			// net/http would read the rest of the body to reuse the connection.
 			w.Header().Set("Connection", "close")
 			writeError(w, err)
 			return
@@ -227,7 +234,8 @@ func (s *Server) guarded(needs right, answer endpoint) http.HandlerFunc {
 	}
 }
 
-// Caller returns the user who made the request that ctx belongs to.
+// Caller returns the uid of the client whose request ctx belongs to. ok is false for any
+// other ctx.
 func Caller(ctx context.Context) (uid uint32, ok bool) {
 	c, ok := ctx.Value(connKey{}).(*peerConn)
 	if !ok {
@@ -236,7 +244,8 @@ func Caller(ctx context.Context) (uid uint32, ok bool) {
 	return c.who.UID, true
 }
 
-// admit refuses a user who may not, and records the attempt.
+// admit refuses a request whose user lacks the right, and records the refusal within the
+// rate that denials allows.
 func (s *Server) admit(r *http.Request, needs right) error {
 	c, ok := r.Context().Value(connKey{}).(*peerConn)
 	if !ok {
@@ -249,7 +258,7 @@ func (s *Server) admit(r *http.Request, needs right) error {
 	if needs == toChange || r.Method != http.MethodGet && r.Method != http.MethodHead {
 		needs, verb = toChange, "change"
 	}
-	if s.denials.worthTelling(denial{c.who.UID, needs}, time.Now()) {
+	if s.denials.shouldRecord(denial{c.who.UID, needs}, time.Now()) {
 		s.opts.Service.Record(events.Event{Kind: events.Denied, Message: fmt.Sprintf(
 			"user %d may not %s: %.20s %.100q", c.who.UID, verb, r.Method, r.URL.Path)})
 	}
@@ -282,7 +291,7 @@ func (s *Server) doctor(_ http.ResponseWriter, r *http.Request) (any, error) {
 	return orError(s.opts.Service.Doctor(r.Context()))
 }
 
-// orError turns a typed answer into an untyped one, and into nil on an error.
+// orError converts a typed result to that of an endpoint, which is nil with an error.
 func orError[T any](answer T, err error) (any, error) {
 	if err != nil {
 		return nil, err
@@ -330,9 +339,10 @@ func (s *Server) changeSettings(w http.ResponseWriter, r *http.Request) (any, er
 	return changed, nil
 }
 
-// alreadyHeader says that a change changed nothing.
+// alreadyHeader is "true" if a request changed nothing, else "false".
 const alreadyHeader = "Meshhelper-Already"
 
+// answerChange returns the changed peer, and sets the header.
 func answerChange(w http.ResponseWriter, c Changed, err error) (any, error) {
 	if err != nil {
 		return nil, err
@@ -349,7 +359,7 @@ func (s *Server) explain(_ http.ResponseWriter, r *http.Request) (any, error) {
 	return orError(s.opts.Service.Explain(r.Context(), q))
 }
 
-// parseQuestion reads the parameters of explain and refuses others.
+// parseQuestion parses the parameters of explain. It refuses unknown and repeated ones.
 func parseQuestion(values map[string][]string) (Question, error) {
 	q := Question{Proto: "icmp"}
 	for name, v := range values {
@@ -380,8 +390,9 @@ func parseQuestion(values map[string][]string) (Question, error) {
 	return q, nil
 }
 
-// events streams what happened and what happens, until the client goes away.
-// With follow=false it ends after what happened, and with since it begins after that Seq.
+// events streams the events of the journal and new ones, as JSON lines, until the client
+// disconnects. With follow=false it ends after those of the journal; with since it begins
+// after that Seq.
 func (s *Server) events(w http.ResponseWriter, r *http.Request) (any, error) {
 	var seq uint64
 	if text := r.URL.Query().Get("since"); text != "" {
@@ -392,7 +403,7 @@ func (s *Server) events(w http.ResponseWriter, r *http.Request) (any, error) {
 	}
 	follow := r.URL.Query().Get("follow") != "false"
 	control := http.NewResponseController(w)
-	// What the server set for a whole request doesn't fit a stream.
+	// The server's deadlines are for a whole request; a stream gets one for each batch.
 	if err := control.SetReadDeadline(time.Time{}); err != nil {
 		return nil, err
 	}
@@ -422,20 +433,22 @@ func (s *Server) events(w http.ResponseWriter, r *http.Request) (any, error) {
 
 func (s *Server) metrics(w http.ResponseWriter, _ *http.Request) (any, error) {
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-	// A client that went away is no error of ours.
+	// A write only fails if the client disconnected.
 	_ = WriteMetrics(w, s.opts.Service.Status())
 	return nil, nil
 }
 
-// readJSON reads a body that must be exactly one JSON value that fits into.
+// readJSON decodes a body that must be exactly one JSON value without unknown fields.
 func readJSON(w http.ResponseWriter, r *http.Request, into any) error {
 	if err := decodeJSON(r.Body, into); err != nil {
 		return err
 	}
-	// The body is read; from here on the request may wait for enforcement.
+	// The body is read. From here on the request may wait for enforcement, longer than
+	// bodyTimeout.
 	return http.NewResponseController(w).SetReadDeadline(time.Time{})
 }
 
+// decodeJSON is readJSON without the deadline.
 func decodeJSON(body io.Reader, into any) error {
 	dec := json.NewDecoder(body)
 	dec.DisallowUnknownFields()
@@ -451,6 +464,7 @@ func decodeJSON(body io.Reader, into any) error {
 	return bodyError(err)
 }
 
+// bodyError returns the *Error for a failure to decode a body.
 func bodyError(err error) error {
 	var tooLarge *http.MaxBytesError
 	var wrongType *json.UnmarshalTypeError
@@ -465,6 +479,7 @@ func bodyError(err error) error {
 	return Errorf(CodeBadRequest, "read the body: %v", err)
 }
 
+// writeError writes err as {"error": {...}} with its status.
 func writeError(w http.ResponseWriter, err error) {
 	e := asError(err)
 	writeJSON(w, e.HTTPStatus(), struct {
@@ -472,11 +487,12 @@ func writeError(w http.ResponseWriter, err error) {
 	}{e})
 }
 
+// writeJSON writes a response.
 func writeJSON(w http.ResponseWriter, status int, body any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
 	encoder := json.NewEncoder(w)
 	encoder.SetEscapeHTML(false)
-	// The client may be gone; there is no one to tell.
+	// An error means that the client disconnected.
 	_ = encoder.Encode(body)
 }

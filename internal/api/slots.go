@@ -8,7 +8,7 @@ import (
 	"sync"
 )
 
-// class is which share of the connections a user has a part in.
+// class is a class of users, by their rights. Each has connections of its own.
 type class int
 
 const (
@@ -18,28 +18,28 @@ const (
 	classes
 )
 
-// slots are the bounds on connections at a time, by class.
+// slots has the limits on simultaneous connections, by class.
 type slots struct {
-	// perUser is how many one user may have.
+	// perUser is the limit for one user.
 	perUser [classes]int
-	// all is how many all users of the class may have; 0: no bound but theirs.
+	// all is the limit for all users of the class together; 0 is none besides perUser.
 	all [classes]int
 }
 
-// usualSlots are what a helper with enough open files has. There are at most two
-// users that may change, root and the operator.
+// usualSlots are the limits if enough files may be open. Changers need no common limit, as
+// there are at most two: root and the operator.
 var usualSlots = slots{
 	perUser: [classes]int{stranger: 4, reader: 32, changer: 256},
 	all:     [classes]int{stranger: 64, reader: 128},
 }
 
-// ownFiles is how many open files are kept for the helper itself: tunnel, netlink,
-// WireGuard's sockets, what it saves, and the pipes of commands that it runs.
+// ownFiles is how many file descriptors are reserved for the helper itself: tunnel, netlink,
+// WireGuard's sockets, the files it saves, and the pipes of commands that it runs.
 const ownFiles = 96
 
-// slotsFor returns the bounds for a process that may have so many open files: where
-// they are few, every class has its part of those that are left, so that strangers
-// never keep root from connecting or the helper from saving.
+// slotsFor returns the limits for a process that may have a number of open files. If there
+// are too few for usualSlots, every class gets its proportion of those besides ownFiles, so
+// that strangers can't keep root from connecting or the helper from saving.
 func slotsFor(files uint64) slots {
 	out := usualSlots
 	all := uint64(out.all[stranger] + out.all[reader] + 2*out.perUser[changer])
@@ -63,42 +63,42 @@ func slotsFor(files uint64) slots {
 	return out
 }
 
-// share is whose slots are counted together.
+// share identifies connections that count against one perUser limit.
 type share struct {
 	class class
 	uid   uint32
 }
 
-// limited is a listener that knows the user who connects, and bounds how many
-// connections each user and each class of users has. Those who may change or read are
-// refused a connection too many, by closing it. A stranger's takes the place of the
-// oldest of that user's or of all strangers': a new one is always answered, since a
-// stranger's request takes no time.
+// limited is a listener that knows the user of each connection, and limits the connections
+// of each user and of each class. Above the limit, a new connection of a reader or a changer
+// is closed. A new connection of a stranger instead replaces the oldest of that user, or of
+// all strangers: it is always answered, as refusing a stranger's request takes no time.
 type limited struct {
 	*net.UnixListener
 	access Access
 	slots  slots
 
 	mu     sync.Mutex
-	admins []uint32 // the ids of the administrators' groups
+	admins []uint32 // the gids of Access.AdminGroups
 	byUser map[share]int
 	used   [classes]int
-	// strangers are in the order in which they came.
+	// strangers has their connections, the oldest first.
 	strangers []*peerConn
 }
 
+// newLimited returns a listener that takes its connections from l.
 func newLimited(l *net.UnixListener, a Access, s slots) *limited {
 	return &limited{UnixListener: l, access: a, slots: s, byUser: map[share]int{}}
 }
 
-// learn looks up the groups of administrators. It may take as long as the host's
-// user database does.
-func (l *limited) learn() {
+// lookUpAdmins looks up the gids of the administrators' groups. It may block for as long as
+// the host's user database does; until it is done, readers count as strangers.
+func (l *limited) lookUpAdmins() {
 	var ids []uint32
 	for _, name := range l.access.AdminGroups {
 		g, err := user.LookupGroup(name)
 		if err != nil {
-			continue // a group that doesn't exist has no members
+			continue // most likely the group doesn't exist here
 		}
 		if id, err := strconv.ParseUint(g.Gid, 10, 32); err == nil {
 			ids = append(ids, uint32(id))
@@ -109,15 +109,15 @@ func (l *limited) learn() {
 	l.admins = ids
 }
 
-// Accept returns the next connection that is within bounds, as a *peerConn.
+// Accept returns the next connection that is within the limits, as a *peerConn.
 func (l *limited) Accept() (net.Conn, error) {
 	for {
 		c, err := l.AcceptUnix()
 		if err != nil {
 			return nil, err
 		}
-		// The groups that the process has are known at once, while the user database
-		// may take its time. They decide which slot is taken, and no more.
+		// The kernel knows the groups of the process at once, while the user database may
+		// block. They only decide which slot the connection takes.
 		who, err := connCredentials(c)
 		if err != nil {
 			c.Close()
@@ -130,6 +130,7 @@ func (l *limited) Accept() (net.Conn, error) {
 	}
 }
 
+// connCredentials returns the credentials of the process at the other end of c.
 func connCredentials(c *net.UnixConn) (who Credentials, err error) {
 	raw, err := c.SyscallConn()
 	if err != nil {
@@ -141,7 +142,7 @@ func connCredentials(c *net.UnixConn) (who Credentials, err error) {
 	return who, err
 }
 
-// classOf is called with l.mu held.
+// classOf returns a user's class by what is known without blocking. The caller holds l.mu.
 func (l *limited) classOf(who Credentials) class {
 	inAdmins := func(id uint32) bool { return slices.Contains(l.admins, id) }
 	switch {
@@ -153,7 +154,7 @@ func (l *limited) classOf(who Credentials) class {
 	return stranger
 }
 
-// enter takes a slot for a connection, or returns nil if it is one too many.
+// enter takes a slot for a connection, or returns nil if there is none.
 func (l *limited) enter(c net.Conn, who Credentials) *peerConn {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -169,6 +170,7 @@ func (l *limited) enter(c net.Conn, who Credentials) *peerConn {
 	return p
 }
 
+// take takes a slot for p. The caller holds l.mu.
 func (l *limited) take(p *peerConn) {
 	p.released = false
 	l.byUser[p.share()]++
@@ -178,14 +180,14 @@ func (l *limited) take(p *peerConn) {
 	}
 }
 
-// fits reports whether p's class has room for it.
+// fits reports whether p's user and class have a free slot. The caller holds l.mu.
 func (l *limited) fits(p *peerConn) bool {
 	all := l.slots.all[p.class]
 	return l.byUser[p.share()] < l.slots.perUser[p.class] && (all == 0 || l.used[p.class] < all)
 }
 
-// makeRoom closes the oldest connection of a stranger that has its share, or else of
-// all strangers if they have theirs.
+// makeRoom closes the oldest connection of a stranger that is at its limit, or else of all
+// strangers if they are at theirs. The caller holds l.mu.
 func (l *limited) makeRoom(s share) {
 	i := -1
 	switch {
@@ -199,10 +201,11 @@ func (l *limited) makeRoom(s share) {
 	}
 	oldest := l.strangers[i]
 	l.release(oldest)
-	_ = oldest.Conn.Close() // its end of the connection has nothing to say of it
+	_ = oldest.Conn.Close() // closing a unix socket has no failure to act on
 }
 
-// release gives p's slot free. It is called with l.mu held, once or twice.
+// release frees p's slot. A second call has no effect: makeRoom releases before p is closed.
+// The caller holds l.mu.
 func (l *limited) release(p *peerConn) {
 	if p.released {
 		return
@@ -217,15 +220,16 @@ func (l *limited) release(p *peerConn) {
 	}
 }
 
+// leave frees p's slot when it is closed.
 func (l *limited) leave(p *peerConn) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.release(p)
 }
 
-// mayRead asks the user database, and has a reader that counts as a stranger take a
-// reader's slot if there is one: a user that was made an administrator after logging
-// in, or is in more groups than the kernel tells of.
+// mayRead asks the user database whether p's user may read. If so, and p counts as a
+// stranger, p gets a reader's slot if one is free: the user became an administrator after
+// logging in, or is in more groups than the kernel reports.
 func (l *limited) mayRead(p *peerConn) bool {
 	if !l.access.MayRead(p.who) {
 		return false
@@ -242,22 +246,23 @@ func (l *limited) mayRead(p *peerConn) bool {
 	return true
 }
 
-// peerConn is a connection whose other end is known.
+// peerConn is a connection with the credentials of the process at its other end.
 type peerConn struct {
 	net.Conn
 	who Credentials
-	// mayRead asks the user database once per connection.
+	// mayRead is limited.mayRead, called once per connection.
 	mayRead func() bool
-	leave   func()
+	leave   func() // limited.leave, called once
 
 	// Under the listener's lock:
 	class    class
-	released bool // its slot is free
+	released bool // the slot was freed
 }
 
+// share returns which perUser limit the connection counts against.
 func (c *peerConn) share() share { return share{c.class, c.who.UID} }
 
-// Close closes the connection and gives its slot free.
+// Close closes the connection and then frees its slot.
 func (c *peerConn) Close() error {
 	defer c.leave()
 	return c.Conn.Close()

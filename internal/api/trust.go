@@ -14,15 +14,15 @@ import (
 	"github.com/meshhelper/meshhelper/internal/owned"
 )
 
-// ErrUntrusted is in the chain of an error when a socket, or the folder that it is in,
-// may be another user's than root's or the caller's own. Nothing was asked then: what
-// answers could lie, and a person would hand a configuration on that leads to it.
+// ErrUntrusted is in the chain of an error if a user other than root and this process's own
+// controls a socket, or could replace it. No request was sent then: such a user could answer
+// with a configuration that leads a device to their own host.
 var ErrUntrusted = errors.New("the socket can't be trusted")
 
 // trusted reports whether a user is root or this process's own.
 func trusted(uid uint32) bool { return uid == 0 || int(uid) == os.Geteuid() }
 
-// trustedText names the users that are trusted.
+// trustedText names the trusted users, for messages.
 func trustedText() string {
 	if uid := os.Geteuid(); uid > 0 {
 		return fmt.Sprintf("root or user %d", uid)
@@ -30,10 +30,11 @@ func trustedText() string {
 	return "root"
 }
 
-// CheckSocket refuses a socket that another user than root or this process's own may
-// have made (ErrUntrusted): by its owner, by the folder that it is in, and by those above that. Links are
-// followed in the path to the folder, and not from there on. What it finds may change;
-// a Client also looks at the process that answers.
+// CheckSocket refuses a socket that a user other than root and this process's own may have
+// made (ErrUntrusted). It checks the owner of the socket, and owner and mode of its folder
+// and of those above. It follows links in the path of the folder, but not one at path
+// itself. The result may be outdated by the time of a connection, so a Client also checks
+// the process that answers.
 func CheckSocket(path string) error {
 	if err := CheckSocketPath(path); err != nil {
 		return err
@@ -51,9 +52,9 @@ func CheckSocket(path string) error {
 	return checkOwner(info, path)
 }
 
-// checkFolder refuses a folder in which others than root and this user could make or
-// replace a socket, and one that they could replace: by each folder above, and each link
-// on the way. The sticky bit keeps them from replacing it, not from being first.
+// checkFolder refuses a folder that other users could replace, or make or replace a socket
+// in. The sticky bit doesn't help: it keeps them from replacing a socket, but not from
+// making it first.
 func checkFolder(folder string) error {
 	var above *owned.AboveError
 	if err := owned.CheckAbove(folder); errors.As(err, &above) {
@@ -78,13 +79,14 @@ func checkFolder(folder string) error {
 	return nil
 }
 
-// systemGroup is the highest number of the groups that no person is in: 0, root or
-// wheel, and 1, daemon or bin. A Mac's /var/run belongs to root and daemon: with mode
-// 0755 by the table hierarchy.not_sim of apple-oss-distributions/files (files-972; so
-// in hierarchy since files-520), and with 0775 by private/var/run/Makefile of before
-// (files-473), which a Mac may have kept.
+// systemGroup is the highest gid of the groups without human members: 0, root or wheel, and
+// 1, daemon or bin. They may have write access, because /var/run of a Mac belongs to root and
+// daemon. Its mode is 0755 by the table hierarchy.not_sim in apple-oss-distributions/files
+// (files-972; in hierarchy since files-520), but was 0775 before (private/var/run/Makefile of
+// files-473), and an upgraded Mac may have kept that.
 const systemGroup = 1
 
+// checkOwner refuses a file of a user that isn't trusted.
 func checkOwner(info fs.FileInfo, path string) error {
 	uid, _, known := ownersOf(info)
 	if known && !trusted(uid) {
@@ -93,7 +95,7 @@ func checkOwner(info fs.FileInfo, path string) error {
 	return nil
 }
 
-// dialTrusted connects to the helper at path, and to no other process.
+// dialTrusted connects to the socket at path if a trusted user's process listens on it.
 func dialTrusted(ctx context.Context, path string) (net.Conn, error) {
 	if err := CheckSocket(path); err != nil {
 		return nil, err
@@ -102,8 +104,8 @@ func dialTrusted(ctx context.Context, path string) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The owner of the file may be right, and another process may listen on it all the
-	// same: it could have been there when the file changed hands.
+	// Another user's process may listen even if the owner of the file is trusted: it may have
+	// been listening already when the file's owner was changed.
 	who, err := connCredentials(c.(*net.UnixConn))
 	switch {
 	case err != nil:
@@ -117,8 +119,8 @@ func dialTrusted(ctx context.Context, path string) (net.Conn, error) {
 	return nil, err
 }
 
-// dialPatient tries again while the queue of the socket is full, which Linux tells a
-// socket that doesn't block by EAGAIN (connect(2)).
+// dialPatient connects, and retries for up to dialTimeout while the queue of the socket is
+// full. Linux reports that on a non-blocking socket by EAGAIN (connect(2)).
 func dialPatient(ctx context.Context, path string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()

@@ -9,7 +9,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// The states of a helper, as Status.State says them.
+// The values of Status.State.
 const (
 	// Starting: the mesh interface doesn't exist yet, or nothing was enforced yet.
 	Starting = "starting"
@@ -23,9 +23,9 @@ const (
 // Status is the answer to GET /v1/status.
 type Status struct {
 	Version string `json:"version"`
-	// Name is this host's, by the setting of that key.
+	// Name is this host's name: the setting of that key.
 	Name string `json:"name"`
-	// Endpoint is where configurations say that peers reach this host, or "".
+	// Endpoint is this host's endpoint in the peers' configurations, or "".
 	Endpoint     string         `json:"endpoint"`
 	Platform     string         `json:"platform"`
 	Interface    string         `json:"interface"`
@@ -41,23 +41,23 @@ type Status struct {
 	State      string `json:"state"`
 	// Uplink is the interface of the default route, or "".
 	Uplink string `json:"uplink"`
-	// Forwarding is what the host's sysctls say now.
+	// Forwarding is whether the host's sysctls allow forwarding now.
 	Forwarding Families `json:"forwarding"`
 	// RouteVia is the peer that carries this host's own traffic, or "".
 	RouteVia string `json:"routeVia"`
-	// Repairs counts what was found changed on the host and put right.
+	// Repairs counts changes of the host's state by others that the helper undid.
 	Repairs  uint64    `json:"repairs"`
 	Problems []Problem `json:"problems"`
 	Peers    []Peer    `json:"peers"`
 }
 
-// Families says something of each address family.
+// Families has a value for each address family.
 type Families struct {
 	IPv4 bool `json:"ipv4"`
 	IPv6 bool `json:"ipv6"`
 }
 
-// Problem is something that a person should know, and what to do about it.
+// Problem is a condition that needs a person's attention, with a hint.
 type Problem struct {
 	Step    string `json:"step"`
 	Message string `json:"message"`
@@ -75,11 +75,11 @@ type Peer struct {
 	// Tunnel is what the peer's configuration has to send through the host for what the
 	// peer may do now: mesh.TunnelFull, mesh.TunnelNetworks or mesh.TunnelHost.
 	Tunnel string `json:"tunnel"`
-	// Endpoint is where the peer was last heard, or else where it is expected.
+	// Endpoint is the one that the peer was last heard from, or else the configured one.
 	Endpoint string `json:"endpoint"`
 	// LastHandshake is null when there was none.
 	LastHandshake *time.Time `json:"lastHandshake"`
-	// RxBytes and TxBytes count what came from and went to the peer, encrypted.
+	// RxBytes and TxBytes count encrypted bytes from and to the peer.
 	RxBytes uint64  `json:"rxBytes"`
 	TxBytes uint64  `json:"txBytes"`
 	Routing Routing `json:"routing"`
@@ -109,14 +109,14 @@ func (p *Permissions) UnmarshalJSON(text []byte) error { return mesh.UnmarshalPe
 // Permission is one toggle.
 type Permission struct {
 	Allowed bool `json:"allowed"`
-	// Until is when it ends by itself; zero means never.
+	// Until is when the permission ends; zero means never.
 	Until time.Time `json:"until,omitzero"`
-	// Effective is false where a permission that this one needs isn't there, such as for
-	// lan without routing, and left out otherwise.
+	// Effective is false if a permission that this one needs is missing, such as routing for
+	// lan, and omitted otherwise.
 	Effective *bool `json:"effective,omitempty"`
 }
 
-// Routing says what a peer sends and receives through the host.
+// Routing has a peer's traffic through the host.
 type Routing struct {
 	// Now says that a packet passed in the last 10 seconds.
 	Now     bool   `json:"now"`
@@ -140,7 +140,7 @@ func (r Refused) String() string {
 	for _, c := range r.byClass() {
 		if c.n > 0 {
 			what := c.class
-			if what == "spoofed" { // no reason for alarm by itself: devices send by link-local addresses, too
+			if what == "spoofed" { // harmless by itself: devices also send from link-local addresses
 				what = "from other addresses than its own"
 			}
 			out = append(out, fmt.Sprintf("%d %s", c.n, what))
@@ -158,21 +158,20 @@ type NewPeer struct {
 	PublicKey string `json:"publicKey"` // required: base64
 	// Kind is own or external.
 	Kind mesh.Kind `json:"kind,omitempty"` // optional: external
-	// Addresses are up to one per family; what is missing is derived from the
-	// key.
+	// Addresses has at most one address per family. A missing one is derived from the key.
 	Addresses []string `json:"addresses,omitempty"` // optional
 	// Endpoint is host:port.
 	Endpoint string `json:"endpoint,omitempty"` // optional
 	// Keepalive is a duration in whole seconds, such as "25s".
 	Keepalive string `json:"keepalive,omitempty"` // optional
-	// Tunnel is full or split, for the peer's configuration; without, everything while
-	// the peer may route, else what is for the host.
+	// Tunnel is full or split: what the peer's configuration sends through the host. Without
+	// it, that is everything while the peer may route, and otherwise the host's addresses.
 	Tunnel string `json:"tunnel,omitempty"` // optional
 	// Permissions are added to the kind's defaults.
 	Permissions map[string]PermissionChange `json:"permissions,omitempty"` // optional
 }
 
-// PeerChange is the body of PATCH /v1/peers/{name}. What is left out stays.
+// PeerChange is the body of PATCH /v1/peers/{name}. Fields that are left out don't change.
 type PeerChange struct {
 	Name string `json:"name,omitempty"`
 	// PublicKey replaces the key. Addresses that were derived from the old one
@@ -183,21 +182,20 @@ type PeerChange struct {
 	Permissions map[string]PermissionChange `json:"permissions,omitempty"`
 }
 
-// PermissionChange sets one permission, for good or for a time.
+// PermissionChange sets one permission, with or without an end.
 type PermissionChange struct {
 	Allowed bool `json:"allowed"`
-	// For is a duration, such as "2h", after which the permission ends by itself,
-	// by the helper's clock.
+	// For is a duration, such as "2h", after which the permission ends, by the helper's clock.
 	For *string `json:"for,omitempty"` // optional
-	// Until is when it ends; not together with For.
+	// Until is when the permission ends. It excludes For.
 	Until *time.Time `json:"until,omitempty"` // optional
 }
 
-// Changed is the outcome of a change that is in force.
+// Changed is the result of a change that is in force.
 type Changed struct {
 	Peer Peer
-	// Already says that everything was so before. It is the header
-	// Meshhelper-Already on the wire.
+	// Already says that the request changed nothing. On the wire it is the header
+	// Meshhelper-Already.
 	Already bool
 }
 
@@ -206,7 +204,7 @@ type Config struct {
 	// Text is the configuration for a stock WireGuard app, with a placeholder
 	// for the private key, which the helper doesn't know.
 	Text string `json:"config"`
-	// Warnings say what its owner has to look at.
+	// Warnings say what the owner of the device should check.
 	Warnings []string `json:"warnings"`
 }
 
@@ -214,11 +212,11 @@ type Config struct {
 type Question struct {
 	// Peer is the sender, by name, address or key.
 	Peer string
-	// To is where to.
+	// To is the destination.
 	To    netip.Addr
 	Port  uint16
 	Proto string
-	// From asks for the way back: a packet from there to the peer.
+	// From, if valid, asks about the opposite direction: a packet from there to the peer.
 	From netip.Addr
 }
 
@@ -234,27 +232,25 @@ type Explanation struct {
 	Class string `json:"class"`
 	// Policy is the line of the policy that decides.
 	Policy string `json:"policy"`
-	// Loaded is the rule of the loaded ruleset that decides, where the platform
-	// can tell.
+	// Loaded is the rule of the loaded ruleset that decides, if the host can tell.
 	Loaded string `json:"loaded"`
-	// Command would change it, or is empty.
+	// Command is the command that would change the verdict, or "".
 	Command string `json:"command"`
 
-	// Direction says whose packet it is: FromPeer, AnswerToPeer or ToPeer.
+	// Direction is FromPeer, AnswerToPeer or ToPeer.
 	Direction string `json:"direction"`
-	// Name is what To was given as, where that wasn't an address.
+	// Name is the host name that the client resolved to To, or "".
 	Name string `json:"name,omitempty"`
 	// Until is when the permission by which it passes ends; zero means never.
 	Until time.Time `json:"until,omitzero"`
 	// Stops are what stops a packet that the policy lets pass, or its answer, the first in
 	// its way first. Pass is true where none of them stops the packet itself.
 	Stops []Stop `json:"stops,omitempty"`
-	// Unclear says that it may pass, although Pass is false: all that may stop it is
-	// unclear.
+	// Unclear says that the packet may pass although Pass is false: every stop is unclear.
 	Unclear bool `json:"unclear,omitempty"`
 }
 
-// The directions of an Explanation.
+// The values of Explanation.Direction.
 const (
 	FromPeer     = "from-peer" // what the peer sends
 	AnswerToPeer = "answer"    // the answer to what the peer sends
@@ -267,23 +263,23 @@ type Stop struct {
 	// what to do about it.
 	Message string `json:"message"`
 	Hint    string `json:"hint"`
-	// Answer says that it stops the answer, not the packet itself.
+	// Answer says that it stops the answer and not the packet itself.
 	Answer bool `json:"answer,omitempty"`
-	// Unclear says that it may stop it, and isn't known to.
+	// Unclear says that it isn't known whether it stops the packet.
 	Unclear bool `json:"unclear,omitempty"`
 }
 
-// Where the value of a setting comes from.
+// The values of Setting.Source: where the effective value comes from.
 const (
-	SettingDefault = "default" // nothing was said
+	SettingDefault = "default" // it was never set
 	SettingKept    = "setting" // PATCH /v1/settings, in the state folder
-	SettingFlag    = "flag"    // of run, which overrides what is kept
+	SettingFlag    = "flag"    // a flag of run, which overrides a saved value
 )
 
-// Setting is one thing that the helper was told to be.
+// Setting is a key with its value.
 type Setting struct {
 	Key string `json:"key"`
-	// Value counts now; "" is none.
+	// Value is in force now; "" is none.
 	Value string `json:"value"`
 	// Source is default, setting or flag.
 	Source string `json:"source"`
@@ -296,19 +292,19 @@ type Setting struct {
 // of keys with texts, and null for those that are to be as if never set.
 type Settings struct {
 	Settings []Setting `json:"settings"`
-	// Restart are the keys that were changed and count after a restart, Overridden those
-	// that a flag of run overrides with another value.
+	// Restart has the changed keys that take effect after a restart, Overridden those that a
+	// flag of run overrides with another value.
 	Restart    []string `json:"restart"`
 	Overridden []string `json:"overridden"`
-	// Renumbered are the peers that a change of the mesh prefixes gives other addresses
-	// with the restart.
+	// Renumbered has the peers that get other addresses at the restart, after a change of the
+	// mesh prefixes.
 	Renumbered []Renumbered `json:"renumbered,omitempty"`
-	// Outdated are the names of the peers whose devices may have another endpoint, or another
-	// port of it, in their configuration than one has that is printed from then on.
+	// Outdated has the names of peers whose devices may have a configuration with the old
+	// endpoint or port.
 	Outdated []string `json:"outdated,omitempty"`
-	// Problems are what else on the host has a part of a new mesh prefix.
+	// Problems has other uses of a new mesh prefix on the host.
 	Problems []Problem `json:"problems,omitempty"`
-	// Already says that all was so before. It is the header Meshhelper-Already on the wire.
+	// Already says that the request changed nothing; see Changed.Already.
 	Already bool `json:"-"`
 }
 
@@ -347,13 +343,13 @@ type ChangedLine struct {
 	Is      string `json:"is"`
 }
 
-// Check is one precondition that GET /v1/doctor looked at.
+// Check is the result of one check of GET /v1/doctor.
 type Check struct {
 	Name    string `json:"name"`
 	OK      bool   `json:"ok"`
 	Message string `json:"message"`
 	Hint    string `json:"hint"`
-	// Follows names the check that this one's problem follows from, so that there is
-	// nothing to do about it by itself; "" for a problem of its own.
+	// Follows is the name of the check whose problem causes this one, which then needs no
+	// action of its own; "" for a problem of its own.
 	Follows string `json:"follows,omitempty"`
 }

@@ -6,19 +6,18 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// phase is how far a flow has come, as far as its timeout depends on it.
+// phase is the state of a flow as far as its timeout depends on it.
 //
-// It follows what the host's packet filter may believe of the flow, not what the
-// packets say. A peer can send a FIN or a reset that the filter doesn't accept,
-// because its sequence number is wrong, and the other end can send answers that
-// the filter sees and the guard doesn't, because their hop limit ends between the
-// two. So a flow is taken for half open only while its opener has sent nothing
-// but SYNs, and for closed only by a FIN or a reset towards the peer: that one
-// went through the filter.
+// It follows the state that the host's packet filter may have for the flow, rather than what
+// the packets claim. A peer can send a FIN or a reset that the filter ignores because of a
+// wrong sequence number. The other end can send answers that the filter sees but the guard
+// doesn't, because their hop limit ends between the two. So a flow counts as half open only
+// while its opener has sent nothing but SYNs, and as closed only after a FIN or a reset
+// towards the peer, which has passed the filter.
 //
-// What the guard can't know is a packet that refreshes a state and never arrives:
-// an end outside that goes on sending such ones keeps alive what the guard has
-// forgotten. Only a bound in the filter itself holds those.
+// One case remains: packets that refresh the filter's state and never reach the guard. An
+// outside host that keeps sending them keeps a state alive that the guard has forgotten. Only
+// a limit in the filter itself helps against that.
 type phase uint8
 
 const (
@@ -26,16 +25,15 @@ const (
 	repeated                 // the opener has sent more than that, and had no answer
 	answered                 // as opened, and the other end has sent
 	established              // as repeated, and the other end has sent
-	closing                  // TCP: a FIN or a reset went to the peer
+	closing                  // TCP: a FIN or a reset was sent to the peer
 )
 
-// unanswered reports whether a flow in this phase is the first of the host's to
-// go when memory is short.
+// unanswered reports whether flows in this phase are evicted before the host's other flows
+// when memory is short.
 func (p phase) unanswered() bool { return p == opened || p == repeated || p == closing }
 
-// firstPhase returns the phase after the packet that opens a flow. Where it isn't
-// the first packet of a connection, the filter may know the connection from
-// before.
+// firstPhase returns the phase after the packet that opens a flow here. A TCP packet other
+// than a SYN may belong to a connection that the filter already knows.
 func firstPhase(proto, flags uint8) phase {
 	switch {
 	case proto != policy.ProtoTCP || flags&(tcpSYN|tcpACK) == tcpSYN:
@@ -46,13 +44,13 @@ func firstPhase(proto, flags uint8) phase {
 	return repeated
 }
 
-// reborn is after how long the filter may have forgotten a closed connection, so
-// that another packet of the peer makes it a new one: conntrack keeps a reset one
-// for 10 s (nf_conntrack_tcp_timeout_close), pf for TCPClosed.
+// reborn is the time in milliseconds after which the filter may have dropped the state of a
+// closed connection, so that a packet of the peer opens a new one. conntrack keeps a reset
+// connection for 10 s (nf_conntrack_tcp_timeout_close), pf for TCPClosed.
 const reborn Instant = 10_000
 
-// next returns the phase after a packet in direction d. late tells that the flow
-// was closed more than reborn ago.
+// next returns the phase after a packet in direction d. late says that the flow was closed
+// more than reborn ago.
 func (p phase) next(proto uint8, d, opener Direction, flags uint8, late bool) phase {
 	if proto == policy.ProtoTCP {
 		return p.nextTCP(d, opener, flags, late)
@@ -60,6 +58,7 @@ func (p phase) next(proto uint8, d, opener Direction, flags uint8, late bool) ph
 	return p.nextPacket(d == opener)
 }
 
+// nextTCP is next for TCP.
 func (p phase) nextTCP(d, opener Direction, flags uint8, late bool) phase {
 	syn := d == opener && flags&(tcpSYN|tcpACK) == tcpSYN
 	switch {
@@ -67,8 +66,8 @@ func (p phase) nextTCP(d, opener Direction, flags uint8, late bool) phase {
 		return closing
 	case flags&tcpRST != 0:
 		return p
-	// The end of a connection that was left half closed is hard to tell from the
-	// beginning of another one.
+	// After closing, the rest of a half-closed connection and the start of a new one look
+	// alike. A SYN, or a packet later than reborn, counts as a new one.
 	case p == closing && syn:
 		return opened
 	case p == closing && d == opener && late && flags&tcpFIN == 0:
@@ -79,7 +78,7 @@ func (p phase) nextTCP(d, opener Direction, flags uint8, late bool) phase {
 	return p.nextPacket(d == opener)
 }
 
-// nextPacket returns the phase after a packet that has no say of its own.
+// nextPacket returns the phase after a packet whose flags don't matter.
 func (p phase) nextPacket(fromOpener bool) phase {
 	switch {
 	case fromOpener && p == opened:
@@ -92,13 +91,13 @@ func (p phase) nextPacket(fromOpener bool) phase {
 	return p
 }
 
-// purge is how much longer the guard remembers a flow than the packet filter: pf
-// takes expired states away every 10 s (PFTM_INTERVAL in xnu bsd/net/pfvar.h) and
-// counts in whole seconds.
+// purge is how much longer the guard keeps a flow than the packet filter's timeout: pf removes
+// expired states only every 10 s (PFTM_INTERVAL in xnu bsd/net/pfvar.h), and counts in whole
+// seconds. The rest is margin.
 const purge = 15 * time.Second
 
-// timeout returns after how long without a packet a flow is forgotten: the longest
-// that the filter may have for a flow in this phase, and purge.
+// timeout returns how long a flow is kept after its last packet: the longest timeout that the
+// filter may apply in this phase, plus purge.
 func (p phase) timeout(proto uint8) time.Duration {
 	switch proto {
 	case policy.ProtoTCP:
@@ -112,6 +111,7 @@ func (p phase) timeout(proto uint8) time.Duration {
 	return max(ICMPFirst, ICMPError) + purge
 }
 
+// timeoutTCP returns the longest timeout of the filter for TCP in this phase.
 func (p phase) timeoutTCP() time.Duration {
 	switch p {
 	case opened, answered:

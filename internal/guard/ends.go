@@ -7,21 +7,20 @@ import (
 	"github.com/meshhelper/meshhelper/internal/flow"
 )
 
-// endClock tells the time that grants end by: the later of a clock that can be set
-// and of what a monotonic one makes of the time when the grants came into force. So a
-// grant ends at the earlier of both. A clock that is set back gains nothing; and the
-// monotonic clock, which on Linux and macOS stands still while the host sleeps
-// (CLOCK_MONOTONIC in clock_gettime(2); mach_absolute_time), makes a grant no longer.
+// endClock tells the time by which grants end: the later of the wall clock and of the time at
+// which the grants came into force advanced by the monotonic clock. So setting the wall clock
+// back doesn't prolong a grant, and neither does sleep, during which the monotonic clock stands
+// still on Linux and macOS (CLOCK_MONOTONIC in clock_gettime(2); mach_absolute_time).
 type endClock struct {
 	wall   func() time.Time
-	passed func() time.Duration // monotonic
+	passed func() time.Duration // monotonic, since init
 
 	mu   sync.Mutex
-	from time.Time // what now was
-	at   time.Duration
+	from time.Time     // the last answer of now
+	at   time.Duration // passed at that moment
 }
 
-// init sets the clocks. mono is a test's instead of the monotonic one.
+// init sets the clocks; nil is the system's. Tests replace the monotonic one by mono.
 func (c *endClock) init(wall, mono func() time.Time) {
 	if mono == nil {
 		mono = time.Now
@@ -31,12 +30,13 @@ func (c *endClock) init(wall, mono func() time.Time) {
 	}
 	start := mono()
 	c.passed = func() time.Duration { return mono().Sub(start) }
-	// Without its monotonic part, by which Go would compare otherwise.
+	// Round strips the monotonic part, which time.After would compare instead.
 	c.wall = func() time.Time { return wall().Round(0) }
 }
 
-// begin is called before grants come into force. Where no grant was to end before,
-// the time is what the settable clock says now, also if that is earlier than before.
+// begin is called before grants come into force. timed says that a grant with an end was in
+// force until now. If none was, the clock starts again from the wall clock, even if that is
+// earlier than the last answer.
 func (c *endClock) begin(timed bool) {
 	if timed {
 		return
@@ -59,9 +59,9 @@ func (c *endClock) now() time.Time {
 	return now
 }
 
-// begin begins a batch: it takes d.batch for reading, which the caller gives back,
-// and returns the view to judge by, which holds nothing that has ended. Nil lets
-// nothing pass. The clock is read for grants that are to end only.
+// begin begins a batch of packets. It read-locks d.batch, which the caller unlocks, and returns
+// the view to judge by, in which no grant has ended; a nil view passes nothing. It reads the
+// clock only if a grant has an end, to keep the usual case cheap.
 func (d *Device) begin() *flow.View {
 	for {
 		d.batch.RLock()
@@ -74,13 +74,14 @@ func (d *Device) begin() *flow.View {
 	}
 }
 
-// isOver reports whether a grant has ended that v holds.
+// isOver reports whether a grant of v has ended.
 func (d *Device) isOver(v *flow.View) bool {
 	end := v.Ruleset().Expires()
 	return !end.IsZero() && !d.clock.now().Before(end)
 }
 
-// end puts in force what is left of v, unless something else is in force already.
+// end replaces v by a view without the grants that have ended, unless another view has replaced
+// it already.
 func (d *Device) end(v *flow.View) {
 	d.setting.Lock()
 	defer d.setting.Unlock()

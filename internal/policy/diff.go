@@ -7,29 +7,28 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// Narrowed names a peer that lost something by a change.
+// Narrowed is a peer for which a change may refuse packets that passed before.
 type Narrowed struct {
 	PublicKey mesh.PublicKey
 	Name      string
-	// Addresses are those the peer had before the change; its flows carry them.
+	// Addresses are the ones before the change, as its existing flows have them.
 	Addresses []netip.Addr
-	// Lost are the permissions that no longer have an effect. All of what the
-	// peer had when Removed, and none when only the host's facts changed.
+	// Lost has the permissions that are no longer effective: all that the peer had if
+	// Removed, none if only the host's facts changed.
 	Lost mesh.Permissions
-	// Removed says that the peer is gone, or has other addresses now.
+	// Removed says that the peer no longer exists, or has other addresses.
 	Removed bool
 }
 
-// Diff returns the peers for which something that passed under old is refused by
-// next, in old's order; nil old means that nothing passed. A change of the
-// host's facts that can move a destination to another class, or a flow to
-// another uplink, names every peer: that costs a second look at their flows and
-// misses none.
+// Diff returns the peers for which next may refuse something that passed under old, in the
+// order of old. A nil old passed nothing. A change of the host's facts that can move a
+// destination to another class, or a flow to another uplink, returns every peer: judging all
+// their flows again costs time, but misses none.
 func Diff(old, next *Ruleset) []Narrowed {
 	if old == nil {
 		return nil
 	}
-	// Of one ground, both have the same peers in the same order.
+	// Rulesets that share a ground have the same peers in the same order; see Recompile.
 	of := func(i int) (PeerRules, bool) { return next.peers[i], true }
 	moved := false
 	if old.ground != next.ground {
@@ -64,7 +63,8 @@ func Diff(old, next *Ruleset) []Narrowed {
 	return out
 }
 
-// sameGround reports whether everything but the peers is as it was.
+// sameGround reports whether everything but the peers is equal, as far as it can change a
+// verdict on a peer's flow.
 func sameGround(a, b *Ruleset) bool {
 	x, y := a.host, b.host
 	return x.Interface == y.Interface && x.Uplink4 == y.Uplink4 && x.Uplink6 == y.Uplink6 &&
@@ -80,10 +80,9 @@ func sameGround(a, b *Ruleset) bool {
 		slices.Equal(a.sets.LANOutsideMesh(), b.sets.LANOutsideMesh())
 }
 
-// LANOutsideMesh returns the prefixes of class lan that aren't of class mesh
-// already: another VPN's routes inside a mesh prefix come and go, and are nothing
-// to a peer. For the same reason neither Others nor Former is ground: a peer's
-// packets there are class mesh with and without them.
+// LANOutsideMesh returns the prefixes of class lan outside the mesh prefixes. Those inside,
+// such as routes of another VPN that come and go, don't matter to a peer: its packets there
+// are class mesh in any case. For the same reason sameGround ignores Others and Former.
 func (s Sets) LANOutsideMesh() []netip.Prefix {
 	return slices.DeleteFunc(slices.Clone(s.LAN), func(p netip.Prefix) bool {
 		return slices.ContainsFunc(s.Mesh, func(m netip.Prefix) bool {

@@ -9,7 +9,7 @@ import (
 	"strings"
 )
 
-// Families holds one flag per address family.
+// Families has a flag for each address family.
 type Families struct {
 	IPv4 bool `json:"ipv4"`
 	IPv6 bool `json:"ipv6"`
@@ -23,82 +23,78 @@ func (f Families) Of(a netip.Addr) bool {
 	return f.IPv6
 }
 
-// Interface is one network interface of the host and its addresses, each with
-// the length of the prefix that is attached by it. A local anycast address is
-// listed with its full length (/32, /128), which attaches nothing.
+// Interface is a network interface of the host with its addresses, each with the length of
+// the prefix that it attaches. A local anycast address has its full length (/32, /128), which
+// attaches nothing.
 type Interface struct {
 	Name      string         `json:"name"`
 	Addresses []netip.Prefix `json:"addresses"`
 }
 
-// Route is a prefix that the host reaches by an interface.
+// Route is a prefix that the host reaches through an interface.
 type Route struct {
 	Prefix    netip.Prefix `json:"prefix"`
 	Interface string       `json:"interface"`
 }
 
-// Host is what was observed of the host. In JSON it is the form of `rules
+// Host has the facts that were observed of a host. Its JSON form is the input of `rules
 // --host FILE`.
 type Host struct {
 	// Interface is the mesh interface's name, such as "utun7".
 	Interface string `json:"interface"`
-	// Uplink4 and Uplink6 are the interfaces of the default routes; empty when
-	// there is none, and then nothing of that family reaches the internet.
+	// Uplink4 and Uplink6 are the interfaces of the default routes. Without one ("") nothing of
+	// that family reaches the internet.
 	Uplink4 string `json:"uplink"`
 	Uplink6 string `json:"uplink6"`
-	// Equal4 and Equal6 are other interfaces by which the kernel reaches the internet at
-	// the same cost as by the uplink of the family: it draws one for each flow.
+	// Equal4 and Equal6 are other interfaces with a default route of the same cost as the
+	// uplink's (ECMP): the kernel chooses one of them for each flow.
 	Equal4 []string `json:"equalUplinks,omitempty"`
 	Equal6 []string `json:"equalUplinks6,omitempty"`
-	// Forwarding says for which families the host forwards once the ruleset is
-	// enforced. Where it doesn't, lan and internet are refused.
+	// Forwarding says for which families the host forwards once the ruleset is enforced. For
+	// another family, lan and internet are refused.
 	Forwarding Families `json:"forwarding"`
-	// FoundForwarding says for which families the host forwarded before the
-	// helper changed anything: there transit of others is left alone.
+	// FoundForwarding says for which families the host forwarded before the helper changed
+	// anything. Transit traffic of these families isn't restricted.
 	FoundForwarding Families `json:"foundForwarding"`
-	// Interfaces need list the loopback interface only where it has other
-	// addresses than 127.0.0.1/8, ::1 and a link-local one.
+	// Interfaces need not have the loopback interface if its only addresses are
+	// 127.0.0.1/8, ::1 and a link-local one.
 	Interfaces []Interface `json:"interfaces"`
-	// Routes are the prefixes reached other than by an attached prefix. Default
-	// routes may be among them; they are recognised and left out.
+	// Routes are the prefixes reached other than through an attached prefix. They may include
+	// default routes, which are recognised and ignored.
 	Routes []Route `json:"routes"`
-	// IPsec are the destinations that the host's IPsec policies take: networks that
-	// are reached without a route of their own. Default ones may be among them, as
-	// among Routes.
+	// IPsec has the destinations of the host's IPsec policies: networks that are reached
+	// without a route of their own. Like Routes it may include default ones.
 	IPsec []netip.Prefix `json:"ipsec,omitempty"`
-	// Resolvers are the DNS servers that the host itself is configured with,
-	// without link-local ones: a mesh address among them is that server's. Their
-	// order doesn't matter.
+	// Resolvers are the DNS servers that the host is configured with, except link-local ones,
+	// in any order. A mesh address among them belongs to that server.
 	Resolvers []netip.Addr `json:"resolvers,omitempty"`
-	// Outside are the addresses by which others know this host that it doesn't have
-	// itself, such as its router's: what is reached there may be its own networks.
+	// Outside has the addresses under which others know this host and that it doesn't have
+	// itself, such as its router's. The host's own networks may be reachable there.
 	Outside []netip.Addr `json:"outside,omitempty"`
-	// OutsidePort is the UDP port by which others reach this host's WireGuard at
-	// these addresses, where a router has another one for it than the host itself;
-	// 0 where it isn't known, or is the same.
+	// OutsidePort is the UDP port under which others reach this host's WireGuard at these
+	// addresses. It is 0 if it isn't known, or the router maps the same port.
 	OutsidePort uint16 `json:"outsidePort,omitempty"`
-	// Source4 and Source6 are the addresses that the host itself uses by the
-	// uplink of the family, and the packets of its peers with it. Not valid where
-	// there is no uplink, or the address isn't known.
+	// Source4 and Source6 are the source addresses that the host uses on the uplink of the
+	// family, also for its peers' packets. Not valid if there is no uplink or the address
+	// isn't known.
 	Source4 netip.Addr `json:"source,omitzero"`
 	Source6 netip.Addr `json:"source6,omitzero"`
-	// Router4 and Router6 are the next hops of the default routes, without a
-	// zone. Not valid where there is none, as on a point-to-point uplink.
+	// Router4 and Router6 are the next hops of the default routes, without a zone. Not valid
+	// if there is none, as on a point-to-point uplink.
 	Router4 netip.Addr `json:"router,omitzero"`
 	Router6 netip.Addr `json:"router6,omitzero"`
-	// Lasting are the addresses of the uplinks by which others may be told to reach
-	// this host: its own ones, so no anycast address, and none that is temporary,
-	// deprecated or tentative. Nothing is judged by them.
+	// Lasting has the addresses of the uplinks that can be published as this host's: no
+	// anycast address, and none that is temporary, deprecated or tentative. They don't affect
+	// verdicts.
 	Lasting []netip.Addr `json:"lasting,omitempty"`
 }
 
-// maxHostFacts bounds the size of a facts document; a host with a full routing
-// table of the internet has more and is not what this product is for.
+// maxHostFacts limits the size of a facts document in bytes. Only a host with a full routing
+// table of the internet has more, which this product isn't for.
 const maxHostFacts = 8 << 20
 
-// ReadHost reads the JSON document of `rules --host`. Unknown fields, more than
-// one document and more than 8 MiB are errors, and so is a document that
-// [Host.Validate] refuses.
+// ReadHost reads the JSON document of `rules --host`. Unknown fields, a second document, more
+// than maxHostFacts bytes, and facts that [Host.Validate] refuses are errors.
 func ReadHost(r io.Reader) (Host, error) {
 	var h Host
 	limited := &io.LimitedReader{R: r, N: maxHostFacts + 1}
@@ -119,10 +115,10 @@ func ReadHost(r io.Reader) (Host, error) {
 	return h, nil
 }
 
-// Validate reports the first thing that cannot be true of a host: a missing or
-// overlong interface name (15 bytes is the longest on Linux and macOS), a name
-// that occurs twice, an invalid or IPv4-mapped address, one with a zone, or one
-// of the wrong family.
+// Validate returns an error for the first fact that can't be true of a host: an interface name
+// that is missing, listed twice or longer than 15 bytes (IFNAMSIZ is 16 on Linux and macOS,
+// with the final NUL), or an address that is invalid, IPv4-mapped, of the wrong family, or has
+// a zone.
 func (h Host) Validate() error {
 	if err := validateName(h.Interface); err != nil {
 		return fmt.Errorf("mesh interface: %w", err)
@@ -169,7 +165,7 @@ func (h Host) Validate() error {
 	return h.validateAddresses()
 }
 
-// validateAddresses checks the single addresses among the facts.
+// validateAddresses checks the facts that are single addresses.
 func (h Host) validateAddresses() error {
 	for _, a := range h.Resolvers {
 		if !isPlain(a) {
@@ -201,12 +197,11 @@ func (h Host) validateAddresses() error {
 	return nil
 }
 
-// isPlain reports whether an address is valid, without a zone and not an
-// IPv4-mapped one.
+// isPlain reports whether an address is valid, has no zone and isn't IPv4-mapped.
 func isPlain(a netip.Addr) bool { return a.IsValid() && !a.Is4In6() && a.Zone() == "" }
 
-// validateName accepts what both kernels and both packet filters' languages
-// take as an interface name, and nothing that could be read as syntax there.
+// validateName accepts interface names that both kernels and both packet filters' languages
+// accept, and that can't be read as syntax there.
 func validateName(name string) error {
 	if name == "" || len(name) > 15 {
 		return fmt.Errorf("interface name %q: want 1 to 15 bytes", name)
@@ -228,8 +223,8 @@ func (h Host) Uplink(a netip.Addr) string {
 	return h.Uplink6
 }
 
-// Uplinks returns the uplink of the address's family and those of the same cost; none
-// where there is no uplink.
+// Uplinks returns the uplink of the address's family and the interfaces of equal cost, or
+// none if there is no uplink.
 func (h Host) Uplinks(a netip.Addr) []string {
 	up, equal := h.Uplink(a), h.Equal6
 	if a.Is4() {
@@ -249,8 +244,8 @@ func (h Host) isUplink(name string, a netip.Addr) bool {
 	return name == h.Uplink6 || h.Uplink6 != "" && slices.Contains(h.Equal6, name)
 }
 
-// Source returns the source by the uplink of the address's family; it is not
-// valid where it isn't known.
+// Source returns the source address on the uplink of a's family. It isn't valid if it isn't
+// known.
 func (h Host) Source(a netip.Addr) netip.Addr {
 	if a.Is4() {
 		return h.Source4
@@ -262,8 +257,8 @@ func (h Host) Source(a netip.Addr) netip.Addr {
 // Linux, lo0 on macOS.
 func IsLoopback(name string) bool { return name == "lo" || name == "lo0" }
 
-// attached returns the prefixes attached to interfaces other than the mesh's
-// and loopback, masked, without the full-length ones, which attach nothing.
+// attached returns the masked prefixes that are attached to interfaces other than the mesh
+// interface and loopback, without those of full length, which attach nothing.
 func (h Host) attached() []netip.Prefix {
 	var out []netip.Prefix
 	for _, i := range h.Interfaces {
@@ -279,8 +274,8 @@ func (h Host) attached() []netip.Prefix {
 	return out
 }
 
-// Networks returns the networks that the host is attached to or has routes to, other
-// than by a default route and by the mesh interface: sorted, and none inside another.
+// Networks returns the networks that the host is attached to or has routes to, except by
+// default routes and through the mesh interface. They are sorted, and none is inside another.
 func (h Host) Networks() []netip.Prefix {
 	all := slices.Concat(h.attached(), h.routed())
 	all = slices.DeleteFunc(all, func(p netip.Prefix) bool {
@@ -291,8 +286,8 @@ func (h Host) Networks() []netip.Prefix {
 	return outermost(slices.Compact(all))
 }
 
-// addresses returns every address of the host, the loopback interface's aliases
-// included. Loopback and link-local addresses are left out: they are martians.
+// addresses returns every address of the host, including aliases on the loopback interface,
+// but without loopback and link-local addresses, which are martians.
 func (h Host) addresses() []netip.Addr {
 	var out []netip.Addr
 	for _, i := range h.Interfaces {
@@ -306,9 +301,9 @@ func (h Host) addresses() []netip.Addr {
 	return out
 }
 
-// uplinkAddresses returns the addresses of the uplinks, and those of the routers on them:
-// a carrier may give a public address and still have its routers and DHCP servers in
-// 100.64/10.
+// uplinkAddresses returns the addresses of the uplinks and of the routers on them. The routers
+// matter by themselves: a carrier may assign a public address and still have its routers and
+// DHCP servers in 100.64/10.
 func (h Host) uplinkAddresses() []netip.Addr {
 	var out []netip.Addr
 	for _, a := range []netip.Addr{h.Source4, h.Source6, h.Router4, h.Router6} {
@@ -326,10 +321,9 @@ func (h Host) uplinkAddresses() []netip.Addr {
 	return out
 }
 
-// routed returns the prefixes that the host reaches other than by a default
-// route: all of Routes but the default ones and those of the mesh interface, and all
-// of IPsec but the default ones. A policy for everything is how the host itself
-// reaches the internet, as another VPN's default route is.
+// routed returns the prefixes of Routes and IPsec, without default routes and those of the mesh
+// interface and loopback. An IPsec policy for everything is left out, too: it is how the host
+// reaches the internet, like the default route of another VPN.
 func (h Host) routed() []netip.Prefix {
 	var all []netip.Prefix
 	for _, r := range h.Routes {
@@ -340,11 +334,13 @@ func (h Host) routed() []netip.Prefix {
 	return append(withoutDefaults(all), withoutDefaults(masked(h.IPsec))...)
 }
 
+// withoutDefaults drops the default routes from ps, in place.
 func withoutDefaults(ps []netip.Prefix) []netip.Prefix {
 	isDefault := defaultRoutes(ps)
 	return slices.DeleteFunc(ps, func(p netip.Prefix) bool { return isDefault[p] })
 }
 
+// masked returns the prefixes without their host bits.
 func masked(ps []netip.Prefix) []netip.Prefix {
 	out := make([]netip.Prefix, len(ps))
 	for i, p := range ps {
@@ -353,7 +349,7 @@ func masked(ps []netip.Prefix) []netip.Prefix {
 	return out
 }
 
-// InternetByIPsec says for which families IPsec policies take the whole internet.
+// InternetByIPsec returns the families for which IPsec policies cover the whole internet.
 func (h Host) InternetByIPsec() Families {
 	var f Families
 	for p := range defaultRoutes(masked(h.IPsec)) {
@@ -363,10 +359,10 @@ func (h Host) InternetByIPsec() Families {
 	return f
 }
 
-// special is the space that routes may leave out and still be a default: private
-// addresses, and those of the registries of special-purpose addresses that aren't
-// reachable by everyone (RFC 6890 and IANA's lists); of IPv6 all but 2000::/3, which
-// is all that was given out.
+// special is the space that routes may leave out and still count as a default route. For IPv4
+// it is private space, multicast, and the special-purpose addresses that aren't globally
+// reachable (RFC 6890 and IANA's registry). For IPv6 it is everything except 2000::/3, the only
+// global unicast space that IANA has allocated.
 var special = []netip.Prefix{
 	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("100.64.0.0/10"),
 	netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("172.16.0.0/12"),
@@ -376,8 +372,8 @@ var special = []netip.Prefix{
 	netip.MustParsePrefix("::/3"), netip.MustParsePrefix("4000::/2"), netip.MustParsePrefix("8000::/1"),
 }
 
-// defaultRoutes returns which of the prefixes are default routes: /0, and those
-// that [Covering] finds.
+// defaultRoutes returns those of the prefixes that are default routes: /0, and those that
+// [Covering] finds.
 func defaultRoutes(routes []netip.Prefix) map[netip.Prefix]bool {
 	out := map[netip.Prefix]bool{}
 	for _, r := range routes {
@@ -394,10 +390,10 @@ func defaultRoutes(routes []netip.Prefix) map[netip.Prefix]bool {
 	return out
 }
 
-// Covering returns the widest of the prefixes, /0 left out, that together cover a
-// family but for private and special-purpose space, and whether there are such: a
-// VPN's 0/1 and 128/1, ::/1 and 8000::/1, 2000::/3, or all that isn't private. They
-// win over the /0, being longer. family is 0.0.0.0/0 or ::/0.
+// Covering returns the widest of the prefixes, except /0, that together cover a family apart
+// from special space, and whether there are any. VPNs set such routes (0/1 and 128/1, ::/1 and
+// 8000::/1, 2000::/3, or all public prefixes) because they take precedence over the /0 without
+// replacing it. family is 0.0.0.0/0 or ::/0.
 func Covering(family netip.Prefix, prefixes []netip.Prefix) ([]netip.Prefix, bool) {
 	var longer []netip.Prefix
 	for _, p := range prefixes {
@@ -409,9 +405,9 @@ func Covering(family netip.Prefix, prefixes []netip.Prefix) ([]netip.Prefix, boo
 	return cover(family, longer)
 }
 
-// cover returns those of the prefixes, which are sorted and longer than p, that
-// make up p together with special space. It goes no deeper than the next prefix, so
-// that the work is bounded by their number.
+// cover returns those of the prefixes that make up p together with special space, and whether
+// they do. prefixes is sorted, and all of it is inside p. It splits p only as far as a prefix
+// requires, so the number of prefixes bounds the work.
 func cover(p netip.Prefix, prefixes []netip.Prefix) ([]netip.Prefix, bool) {
 	if len(prefixes) > 0 && prefixes[0] == p {
 		return []netip.Prefix{p}, true
@@ -435,7 +431,7 @@ func cover(p netip.Prefix, prefixes []netip.Prefix) ([]netip.Prefix, bool) {
 	return append(a, b...), true
 }
 
-// halves splits a prefix in two of one bit more.
+// halves splits a prefix into two that are one bit longer.
 func halves(p netip.Prefix) (low, high netip.Prefix) {
 	bits := p.Bits()
 	b := p.Addr().AsSlice()

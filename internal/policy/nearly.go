@@ -7,20 +7,20 @@ import (
 	"strings"
 )
 
-// Nearly is an interface whose routes lead to at least half of the internet of a family
-// and are no default route, because they leave something out.
+// Nearly is an interface whose routes cover at least half of the internet of a family, but
+// not all of it, so that together they aren't a default route.
 type Nearly struct {
 	Interface string
-	// Missing are the prefixes that they don't lead to, sorted, private and
-	// special-purpose space at the edges included.
+	// Missing has the prefixes that the routes don't cover, sorted. Private and
+	// special-purpose space next to a gap may be part of it.
 	Missing []netip.Prefix
-	// Share is how much of the internet they lead to, from 0.5 to less than 1.
+	// Share is the covered share of the public addresses, from 0.5 to less than 1.
 	Share float64
 }
 
-// NearlyDefault returns the interfaces whose routes are nearly a default route of a
-// family: what they lead to is class lan, like other networks, which may be a surprise.
-// They are sorted by interface, IPv4 first.
+// NearlyDefault returns the interfaces whose routes are nearly a default route of a family,
+// such as a VPN's that leaves out its own server. Their destinations are class lan, like
+// other routed networks, which may surprise. They are sorted by interface, IPv4 first.
 func (h Host) NearlyDefault() []Nearly {
 	type key struct {
 		name string
@@ -57,13 +57,14 @@ func (h Host) NearlyDefault() []Nearly {
 		if c := strings.Compare(a.Interface, b.Interface); c != 0 {
 			return c
 		}
-		return a.Missing[0].Addr().Compare(b.Missing[0].Addr()) // IPv4 is less
+		return a.Missing[0].Addr().Compare(b.Missing[0].Addr()) // netip sorts IPv4 first
 	})
 	return out
 }
 
-// holes returns what of p neither the prefixes, which are sorted and inside p, nor special
-// space cover. Like cover it goes no deeper than the next prefix.
+// holes returns the parts of p that neither prefixes nor special space cover. prefixes is
+// sorted, and all of it is inside p. Like cover, holes splits p no further than a prefix
+// requires.
 func holes(p netip.Prefix, prefixes []netip.Prefix) []netip.Prefix {
 	switch {
 	case len(prefixes) > 0 && prefixes[0] == p || public(p) == 0:
@@ -76,7 +77,8 @@ func holes(p netip.Prefix, prefixes []netip.Prefix) []netip.Prefix {
 	return append(holes(low, prefixes[:middle]), holes(high, prefixes[middle:])...)
 }
 
-// public returns which part of its family's addresses are in p and not in special space.
+// public returns the share of the family's whole address space, from 0 to 1, that is in p
+// and not in special space. The prefixes of special don't overlap.
 func public(p netip.Prefix) float64 {
 	size := math.Ldexp(1, -p.Bits())
 	for _, s := range special {

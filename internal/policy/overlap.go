@@ -6,46 +6,46 @@ import (
 	"slices"
 )
 
-// OverlapKind says by what another owner has a part of a mesh prefix.
+// OverlapKind is how another owner uses a part of a mesh prefix.
 type OverlapKind uint8
 
 // The kinds of overlaps.
 const (
-	// OverlapUplink: the uplink's own address, or its router's, is inside, so that all
-	// of the prefix may be the network operator's.
+	// OverlapUplink: the address of the uplink or of its router is inside, so the operator
+	// of that network may use the whole prefix.
 	OverlapUplink OverlapKind = iota + 1
 	// OverlapAddress: another interface has an address, or an attached prefix, inside.
 	OverlapAddress
 	// OverlapRoute: a route that isn't a default one leads there.
 	OverlapRoute
-	// OverlapIPsec: an IPsec policy takes what goes there.
+	// OverlapIPsec: an IPsec policy applies to packets to there.
 	OverlapIPsec
-	// OverlapResolver: the host asks a DNS server there.
+	// OverlapResolver: one of the host's DNS servers is there.
 	OverlapResolver
 )
 
-// Overlap is what another owner has of a mesh prefix.
+// Overlap is another owner's use of a part of a mesh prefix on this host.
 type Overlap struct {
 	Kind OverlapKind
-	// Interface is where; empty for OverlapIPsec and OverlapResolver.
+	// Interface is the other owner's; empty for OverlapIPsec and OverlapResolver.
 	Interface string
 	// Mesh is the mesh prefix that is overlapped.
 	Mesh netip.Prefix
-	// Prefixes are the owner's, sorted: as single addresses for OverlapUplink and
-	// OverlapResolver, with the length of what is attached for OverlapAddress. One may
-	// be wider than Mesh.
+	// Prefixes has the other owner's prefixes, sorted: single addresses for OverlapUplink
+	// and OverlapResolver, an address with the attached length for OverlapAddress. One may be
+	// wider than Mesh.
 	Prefixes []netip.Prefix
-	// Peers are the names of the peers whose mesh addresses are inside Prefixes, sorted.
-	// They keep these addresses.
+	// Peers has the names of the peers with a mesh address inside Prefixes, sorted. These
+	// addresses still belong to the peers.
 	Peers []string
-	// Equal are those of Peers of which an interface has the very address, so that the
-	// host doesn't reach them; Own says the same of one of the host's mesh addresses.
+	// Equal has the peers whose very address an interface of the host has, too, so that the
+	// host can't reach them. Own says the same of a mesh address of the host.
 	Equal []string
 	Own   bool
 }
 
-// Overlaps returns what other owners have of the mesh prefixes on this host: one for each
-// kind, interface and mesh prefix, in this order. [Sets.Others] is what follows from them.
+// Overlaps returns the other uses of the mesh prefixes on this host: one for each kind,
+// interface and mesh prefix, sorted in this order. [Sets.Others] is made of the same facts.
 func (r *Ruleset) Overlaps() []Overlap {
 	type key struct {
 		kind OverlapKind
@@ -91,7 +91,8 @@ func (r *Ruleset) Overlaps() []Overlap {
 			}
 		}
 	}
-	// What is a default route is one of all routes together.
+	// Only all routes together tell which are default ones, so ask routed, which leaves
+	// those out.
 	routed := map[netip.Prefix]bool{}
 	for _, p := range h.routed() {
 		routed[p] = true
@@ -120,14 +121,15 @@ func (r *Ruleset) Overlaps() []Overlap {
 	return out
 }
 
-// attaches reports whether an interface has a route's prefix by an address of its own.
+// attaches reports whether an address of the interface attaches exactly the prefix p. Its
+// route is then no more than the kernel's own for that address.
 func (h Host) attaches(name string, p netip.Prefix) bool {
 	return slices.ContainsFunc(h.Interfaces, func(i Interface) bool {
 		return i.Name == name && slices.ContainsFunc(i.Addresses, func(a netip.Prefix) bool { return a.Masked() == p })
 	})
 }
 
-// fill sorts what an overlap has, and adds the peers inside.
+// fill sorts the lists of an overlap, drops duplicates, and sets Peers.
 func (r *Ruleset) fill(o *Overlap) {
 	slices.SortFunc(o.Prefixes, comparePrefix)
 	o.Prefixes = slices.Compact(o.Prefixes)
@@ -147,15 +149,15 @@ func (r *Ruleset) fill(o *Overlap) {
 	o.Equal = slices.Compact(o.Equal)
 }
 
-// contains reports whether one of sorted prefixes, of which none is inside another,
-// contains an address.
+// contains reports whether any of the prefixes contains an address. They must be sorted, and
+// none inside another.
 func contains(sorted []netip.Prefix, a netip.Addr) bool {
 	i, found := slices.BinarySearchFunc(sorted, a, func(p netip.Prefix, a netip.Addr) int { return p.Addr().Compare(a) })
 	return found || i > 0 && sorted[i-1].Contains(a)
 }
 
-// IsOthers reports whether an address in the mesh prefixes is another owner's, so that the
-// host's own packets to it pass.
+// IsOthers reports whether an address in the mesh prefixes belongs to another owner (see
+// [Sets.Others]), so that the host's own packets to it pass.
 func (r *Ruleset) IsOthers(a netip.Addr) bool { return r.others.Contains(a) }
 
 // MeshOf returns the mesh prefix that an address is in, and whether there is one.
@@ -168,11 +170,11 @@ func (r *Ruleset) MeshOf(a netip.Addr) (netip.Prefix, bool) {
 	return netip.Prefix{}, false
 }
 
-// Free returns a prefix for a mesh of the family of like, in private address space, that
-// nothing on this host overlaps as far as is known, the mesh prefixes included, and
-// whether there is one: a /16, or a /48 of the unique local addresses (RFC 4193 3.2, with
-// a global identifier taken from the host's own mesh address, which is derived from a
-// hash).
+// Free returns a prefix for another mesh, of the family of like, that overlaps nothing known
+// of this host, and whether there is one. It is a /16 of 10/8, 172.16/12 or 100.64/10, or a
+// /48 of the unique local addresses. RFC 4193, 3.2 wants its global ID to be random: it comes
+// from the host's own mesh address, which is derived from a hash. The same host gets the same
+// proposal each time.
 func (r *Ruleset) Free(like netip.Addr) (netip.Prefix, bool) {
 	h := r.host
 	taken := slices.Concat(h.attached(), h.routed(), singles(h.addresses()), singles(h.Resolvers), singles(h.uplinkAddresses()), r.sets.Mesh)

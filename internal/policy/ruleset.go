@@ -13,71 +13,70 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// Ruleset is a compiled policy. It never changes and may be used by many
-// goroutines at once.
+// Ruleset is a compiled policy. It is immutable and safe for concurrent use.
 type Ruleset struct {
 	mesh    Mesh
 	host    Host
 	peers   []PeerRules
-	expires time.Time
+	expires time.Time // the next end of a grant, or zero
 	*ground
 }
 
-// ground is the part of a ruleset that no time changes.
+// ground is the part of a ruleset that depends neither on time nor on grants. Rulesets made
+// by [Ruleset.At] and [Ruleset.Recompile] share it, as it takes most of the time to make.
 type ground struct {
 	classes classes
-	// known are the classes that a peer knows without knowing this host's networks.
+	// known has the classes as a peer sees them that doesn't know this host's networks.
 	known classes
 	sets  Sets
-	// others, local and former are the sets of these names, to be looked up.
+	// others, local and former have the sets of these names in a form for lookups.
 	others bart.Lite
 	local  bart.Lite
 	former map[netip.Addr]bool
 }
 
-// PeerRules is what a ruleset holds of one peer.
+// PeerRules are the rules for one peer.
 type PeerRules struct {
 	PublicKey mesh.PublicKey
 	Name      string
 	Addresses mesh.Addresses
-	// Permissions are those that have an effect: never LAN without Routing.
+	// Permissions are the effective ones: LAN, for example, only together with Routing.
 	Permissions mesh.Permissions
 }
 
-// Sets are the prefixes of each class, for the enforcers that express the table
-// in a packet filter's language. They are to be matched in the order of the
-// fields, as the classes are; what is in none of them is internet. Each is
-// sorted, without duplicates.
+// Sets has the prefixes of each class, for enforcers that express the policy's table in a
+// packet filter's language. They must match in the order Martians, Self, Mesh, LAN, as the
+// classes do; a destination in none of them is class internet. Each set is sorted, without
+// duplicates.
 type Sets struct {
 	Martians []netip.Prefix
-	// Local are those of Martians, broadcast addresses included, that the host
-	// receives or drops and never forwards, also where it is no peer's packet.
+	// Local is the part of Martians, with the broadcast addresses of the host's networks,
+	// that the host receives or drops but never forwards, whoever sends the packet.
 	Local []netip.Prefix
-	// Self are the host's addresses, mesh addresses included.
+	// Self has the host's addresses, including its mesh addresses.
 	Self []netip.Prefix
-	// Mesh are the mesh prefixes; Peers every peer's address, as single
-	// addresses, also where they are inside Mesh.
+	// Mesh has the mesh prefixes. Peers has every peer's addresses as single addresses, which
+	// are inside Mesh.
 	Mesh, Peers []netip.Prefix
 	LAN         []netip.Prefix
-	// Outside are single addresses of class lan at which a router turns packets for
-	// WireGuard back to this host: [Host.Outside], and the translator's addresses that
-	// carry one.
+	// Outside has the single addresses of class lan from which a router returns packets for
+	// WireGuard to this host (hairpin NAT): [Host.Outside], and the IPv6 addresses of a
+	// translator that carry one.
 	Outside []netip.Prefix
-	// Others are the parts of the mesh prefixes that are not the mesh's, such as
-	// another VPN's or a carrier's: what the host itself has to do with them is
-	// left alone, peers' and former peers' addresses excepted, also where they are
-	// inside. A peer's packets to them are class mesh. None is inside another.
+	// Others has the parts of the mesh prefixes that belong to another owner, such as another
+	// VPN or a carrier. The host's own packets from and to them pass, except those for the
+	// addresses of peers and former peers inside. A peer's packets to them are class mesh.
+	// None is inside another.
 	Others []netip.Prefix
-	// Former are removed peers' addresses that neither a peer nor the host has
-	// now, as single addresses. Nothing is sent to them. They are class mesh, also where
-	// they are outside of Mesh.
+	// Former has the addresses of removed peers that neither a peer nor the host has now, as
+	// single addresses. Nothing is sent to them. They are class mesh, even outside Mesh.
 	Former []netip.Prefix
 }
 
-// Compile makes the ruleset for a mesh on a host as of the time now; grants that
-// end later are reported by [Ruleset.Expires]. It refuses what would make a
-// source ambiguous: an address, name or ID that occurs twice, a peer with the
-// host's address or none, and facts that [Host.Validate] refuses.
+// Compile makes the ruleset for a mesh on a host, with the grants of the time now;
+// [Ruleset.Expires] is when the first of them ends. It refuses a mesh in which the source of
+// a packet would be ambiguous (a name, key or address that occurs twice, or a peer with the
+// host's address), a peer outside the prefixes, and facts that [Host.Validate] refuses.
 func Compile(m Mesh, host Host, now time.Time) (*Ruleset, error) {
 	if err := host.Validate(); err != nil {
 		return nil, fmt.Errorf("compile ruleset: %w", err)
@@ -99,12 +98,12 @@ func Compile(m Mesh, host Host, now time.Time) (*Ruleset, error) {
 		r.former[p.Addr()] = true
 	}
 	r.classify()
-	// A class before lan decides, as always.
+	// An address that is also in a class before lan has that class, and is no such address.
 	r.sets.Outside = slices.DeleteFunc(r.sets.Outside, func(p netip.Prefix) bool { return r.Class(p.Addr()) != OnLAN })
 	return r, nil
 }
 
-// grant computes what each peer may at the time now.
+// grant sets the peers' effective permissions at the time now, and expires.
 func (r *Ruleset) grant(now time.Time) {
 	r.peers = make([]PeerRules, len(r.mesh.Peers))
 	for i, p := range r.mesh.Peers {
@@ -116,9 +115,9 @@ func (r *Ruleset) grant(now time.Time) {
 	r.expires = r.mesh.nextEnd(now)
 }
 
-// At returns what is left of r at the time now: r itself before [Ruleset.Expires],
-// and else a ruleset without the grants that have ended, as [Compile] would make it
-// of the same mesh and host. It costs little: what time doesn't change is shared.
+// At returns the ruleset at the time now: r itself before [Ruleset.Expires], and otherwise
+// one without the grants that have ended, as [Compile] would make it from the same mesh and
+// host. It is cheap, as both share a ground.
 func (r *Ruleset) At(now time.Time) *Ruleset {
 	if r.expires.IsZero() || now.Before(r.expires) {
 		return r
@@ -128,10 +127,9 @@ func (r *Ruleset) At(now time.Time) *Ruleset {
 	return &later
 }
 
-// Recompile is [Compile] of a mesh and a host that may be the same as r's, r being nil or
-// a ruleset of before. Where they are, r is what it returns, or what is left of it at the
-// time now; and where they differ in grants alone, it costs little: what no grant
-// changes is shared.
+// Recompile returns what [Compile] would, given the previous ruleset r, which may be nil. If
+// neither mesh nor host changed and no grant ended, it returns r. If only grants changed or
+// ended it is cheap, as the new ruleset shares r's ground.
 func (r *Ruleset) Recompile(m Mesh, host Host, now time.Time) (*Ruleset, error) {
 	if r == nil || !sameButGrants(r.mesh, m) || !reflect.DeepEqual(r.host, host) {
 		return Compile(m, host, now)
@@ -167,7 +165,7 @@ func (r *Ruleset) classify() {
 	c.add(Martian, noPeer, r.sets.Martians...)
 	c.add(Self, noPeer, r.sets.Self...)
 	c.add(InMesh, noPeer, r.sets.Mesh...)
-	c.add(InMesh, noPeer, r.sets.Former...) // which may be outside, where the prefixes were others
+	c.add(InMesh, noPeer, r.sets.Former...) // they are outside Mesh if the prefixes changed
 	c.add(OnLAN, noPeer, r.sets.LAN...)
 	c.inherit()
 
@@ -180,6 +178,7 @@ func (r *Ruleset) classify() {
 	k.inherit()
 }
 
+// makeSets makes the sets of a mesh on a host. Outside still needs the classes; see Compile.
 func makeSets(m Mesh, host Host) Sets {
 	attached := host.attached()
 	s := Sets{
@@ -214,9 +213,10 @@ func makeSets(m Mesh, host Host) Sets {
 	return s
 }
 
-// gone returns the former addresses that neither a peer nor the host has now, nor are
-// broadcast addresses of its networks, all of which are in local. What no
-// mesh prefix may be is left out: an address that everyone needs is never kept in.
+// gone returns the former addresses that are neither a peer's nor in local, which has the
+// host's addresses and the broadcast addresses of its networks. It leaves out addresses that
+// are neither in the mesh prefixes nor private: a damaged state must not block a public
+// address.
 func (m Mesh) gone(local []netip.Prefix) []netip.Prefix {
 	if len(m.Former) == 0 {
 		return nil
@@ -236,12 +236,11 @@ func (m Mesh) gone(local []netip.Prefix) []netip.Prefix {
 	})
 }
 
-// carry adds the IPv6 prefixes that carry IPv4 addresses of the classes. Where that is
-// the host's address or the mesh, no packet could be delivered: it isn't one of the
-// host's addresses, and through a translator it would come back from outside. So
-// these are martians; self and mesh stay what they are to everyone but peers. A host
-// that has addresses behind its own one is a router of 6to4, and what is there are its
-// networks.
+// carry adds the IPv6 prefixes that carry IPv4 addresses (6to4, NAT64 and the like; see
+// carried) to the classes of these. Those that carry an address of the host or of the mesh
+// become martians: the IPv6 address isn't the host's, and a translator would deliver the
+// packet from outside. The exception is a host that has addresses in its own 6to4 prefix: it
+// is a 6to4 router, and the prefix has its networks, which are class lan.
 func (s *Sets) carry() {
 	own := slices.Clone(s.Self)
 	s.Martians = append(s.Martians, carried(slices.Concat(s.Martians, s.Mesh, s.Former))...)
@@ -257,11 +256,11 @@ func (s *Sets) carry() {
 	}
 }
 
-// others returns the parts of the mesh prefixes that belong to another owner on
-// this host: what another interface is attached to, what is reached by a route
-// that isn't a default one, the host's resolvers, and the whole of a prefix in
-// which the uplink itself has an address, because the routers and servers of a
-// carrier's network need not be in the attached prefix (RFC 6598).
+// others returns the parts of the mesh prefixes that belong to another owner on this host:
+// prefixes attached to other interfaces or reached by a route that isn't a default one, and
+// the host's resolvers. If an uplink has an address in a mesh prefix, it returns the whole
+// prefix, because the routers and servers of a carrier's network need not be in the attached
+// part of it (RFC 6598).
 func (m Mesh) others(host Host) []netip.Prefix {
 	taken := slices.Concat(host.attached(), host.routed(), singles(host.Resolvers))
 	uplinks := host.uplinkAddresses()
@@ -284,7 +283,7 @@ func (m Mesh) others(host Host) []netip.Prefix {
 	return out
 }
 
-// outermost drops, from sorted prefixes, those that are inside another.
+// outermost drops, from sorted prefixes, those that are inside another. It reuses the slice.
 func outermost(sorted []netip.Prefix) []netip.Prefix {
 	out := sorted[:0]
 	for _, p := range sorted {
@@ -295,18 +294,19 @@ func outermost(sorted []netip.Prefix) []netip.Prefix {
 	return out
 }
 
-// holds reports whether p is in a sorted set.
+// holds reports whether p itself is an element of a sorted set.
 func holds(sorted []netip.Prefix, p netip.Prefix) bool {
 	_, ok := slices.BinarySearchFunc(sorted, p, comparePrefix)
 	return ok
 }
 
+// comparePrefix sorts by address, IPv4 first, and then shorter prefixes first.
 func comparePrefix(a, b netip.Prefix) int {
 	return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
 }
 
-// clone returns a copy that shares nothing with m, without what the policy doesn't look
-// at.
+// clone returns a copy that shares no memory with m and lacks the fields of peers that the
+// policy doesn't use.
 func (m Mesh) clone() Mesh {
 	m.Prefixes = slices.Clone(m.Prefixes)
 	m.Addresses = slices.Clone(m.Addresses)
@@ -319,6 +319,7 @@ func (m Mesh) clone() Mesh {
 	return m
 }
 
+// validate reports the first thing that Compile refuses about a mesh.
 func (m Mesh) validate() error {
 	taken := map[netip.Addr]string{}
 	claim := func(who string, as []netip.Addr) error {
@@ -372,7 +373,7 @@ func (m Mesh) contains(a netip.Addr) bool {
 	return slices.ContainsFunc(m.Prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
-// nextEnd returns the earliest end of a grant after now, or zero.
+// nextEnd returns the earliest end after now of a grant, or the zero time.
 func (m Mesh) nextEnd(now time.Time) time.Time {
 	var next time.Time
 	for i := range m.Peers {
@@ -388,8 +389,8 @@ func (m Mesh) nextEnd(now time.Time) time.Time {
 	return next
 }
 
-// Expires returns when the next grant ends by itself, so that the ruleset has to
-// be compiled again; zero when none does.
+// Expires returns when the next grant ends, from when [Ruleset.At] returns another ruleset.
+// It is zero if no grant has an end.
 func (r *Ruleset) Expires() time.Time { return r.expires }
 
 // Mesh returns the mesh that the ruleset was compiled from. It must not be
@@ -400,14 +401,14 @@ func (r *Ruleset) Mesh() Mesh { return r.mesh }
 // changed.
 func (r *Ruleset) Host() Host { return r.host }
 
-// Peers returns what holds for each peer, in the order of the mesh's peers. It
-// must not be changed.
+// Peers returns the rules for each peer, in the order of the mesh's peers. They must not be
+// changed.
 func (r *Ruleset) Peers() []PeerRules { return r.peers }
 
 // Sets returns the prefixes of each class. They must not be changed.
 func (r *Ruleset) Sets() Sets { return r.sets }
 
-// OutsidePorts returns the UDP ports that a router may turn back to this host's
+// OutsidePorts returns the UDP ports from which a router may return packets to this host's
 // WireGuard, sorted: none, one or two.
 func (r *Ruleset) OutsidePorts() []uint16 {
 	ports := slices.DeleteFunc([]uint16{r.mesh.ListenPort, r.host.OutsidePort}, func(p uint16) bool { return p == 0 })
@@ -415,8 +416,8 @@ func (r *Ruleset) OutsidePorts() []uint16 {
 	return slices.Compact(ports)
 }
 
-// IsForwarded reports whether a host that forwards would forward a packet to dst:
-// whether it is neither an address of the host nor one of [Sets.Local].
+// IsForwarded reports whether a host that forwards would forward a packet to dst, which is
+// so unless dst is an address of the host or in [Sets.Local].
 func (r *Ruleset) IsForwarded(dst netip.Addr) bool {
 	return r.classes.of(dst).class != Self && !r.local.Contains(dst)
 }
