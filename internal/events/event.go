@@ -1,38 +1,37 @@
-// Package events holds what happened: [Event], and a [Journal] of the last events, which
-// outlasts a restart of the helper.
+// Package events has the helper's events: [Event], and a [Journal] of the latest ones that
+// survives a restart.
 //
-// What informs never holds up what protects: recording an event waits for no disk, no
-// reader and no log, and a reader that is too slow misses events. An event has the user
-// who asked for a change by number: names are for who shows it, since a user database may
-// not answer.
+// Recording an event never delays the work that it reports: it waits neither for a disk nor
+// for a reader, and a reader that is too slow misses events. An event has the uid of the user
+// that asked for a change; the client looks up the name, as the user database may block.
 package events
 
 import "time"
 
-// Event is something that happened; a line of GET /v1/events.
+// Event is a line of GET /v1/events.
 type Event struct {
-	// Seq counts the events from 1, and goes on, with a gap, where the helper starts again
-	// on the same state. Another gap means that the reader was too slow.
+	// Seq numbers the events from 1. It continues after a restart with the same state
+	// directory, with a gap (see seqStep). Any other gap means that the reader was too slow.
 	Seq     uint64    `json:"seq"`
 	Time    time.Time `json:"time"`
 	Kind    Kind      `json:"kind"`
 	Peer    string    `json:"peer,omitempty"`
 	Message string    `json:"message"`
-	// UID is the user who asked for a change; nil where no user did.
+	// UID is the user that asked for a change; nil for events that no user caused.
 	UID *uint32 `json:"uid,omitempty"`
 }
 
-// Kind says what an event is about.
+// Kind is the kind of an event.
 type Kind string
 
 // The kinds of event.
 const (
 	State     Kind = "state"     // the helper started, stopped, closed, enforces again
 	Change    Kind = "change"    // the wanted state changed
-	Expired   Kind = "expired"   // a permission ended by itself
+	Expired   Kind = "expired"   // a permission's time was up
 	Handshake Kind = "handshake" // a peer connected
 	Refused   Kind = "refused"   // packets of a peer were refused
-	Denied    Kind = "denied"    // a local user asked for what it may not
-	Repair    Kind = "repair"    // something on the host was put right
+	Denied    Kind = "denied"    // a local user's request was refused
+	Repair    Kind = "repair"    // the helper undid a change of the host by others
 	Problem   Kind = "problem"   // something doesn't work
 )

@@ -20,49 +20,51 @@ import (
 )
 
 const (
-	// maxEvents is how many events are remembered.
+	// maxEvents is how many events a journal keeps.
 	maxEvents = 1024
-	// maxJournal bounds the journal's file, in bytes; an event has some 200. A larger one is
-	// replaced by one with the events that are remembered.
+	// maxJournal limits the size of the file in bytes; an event takes about 200. A larger file
+	// is replaced by one with only the kept events.
 	maxJournal = 1 << 20
-	// seqStep is what a helper's first Seq is a multiple of, plus 1: events that the helper
-	// before recorded and couldn't write any more had lower ones, so that a reader who goes
-	// on after them misses none of this helper's.
+	// seqStep separates the Seqs of two runs of the helper: each run starts at the next
+	// multiple of seqStep, plus 1. The last events of a run may not be in the file. With a
+	// greater Seq in the next run, a reader that continues after such an event misses nothing.
 	seqStep = 10000
 )
 
-// Journal has the last events. Readers take from it at their own pace; one that is too
-// slow misses some, and doesn't slow down the others. They are kept in a file, too, by a
-// goroutine of its own that exists while there is something to write: nothing waits for
-// it, and what it couldn't write is lost without harm.
+// Journal keeps the latest maxEvents events in memory and in a file. Readers read at their own
+// pace; a slow one misses events, but delays no other. A goroutine writes the file while there
+// is something to write. Nothing waits for it, and events that it can't write are only in
+// memory. A Journal is safe for concurrent use.
 type Journal struct {
 	wall func() time.Time
 
 	mu     sync.Mutex
-	last   uint64  // the newest event's Seq
-	events []Event // by Seq, maxEvents or some more
-	newer  chan struct{}
-	listen func(Event) // logs, and never blocks
+	last   uint64        // the newest event's Seq
+	events []Event       // by Seq; fewer than 2*maxEvents, so that few appends copy them
+	newer  chan struct{} // closed and replaced by each event
+	listen func(Event)   // must not block
 
-	path    string // "": kept nowhere
+	path    string // of the file; "" is none
 	log     *slog.Logger
-	written uint64 // the Seq up to which events are in the file, or were given up
-	idle    chan struct{}
-	failed  bool // the last attempt to write
+	written uint64        // events up to this Seq are in the file, or couldn't be written
+	idle    chan struct{} // closed when write ends; nil while it doesn't run
+	failed  bool          // the last write failed, so the next replaces the file
 }
 
-// NewJournal returns an empty journal that is kept nowhere; see Open. listen hears of each
-// event, in any goroutine that records one, and must not block.
+// NewJournal returns an empty journal without a file; see Open. listen is called with each
+// event, in the goroutine that records it, and must not block.
 func NewJournal(wall func() time.Time, listen func(Event)) *Journal {
 	return &Journal{wall: wall, newer: make(chan struct{}), listen: listen}
 }
 
-// Record adds an event and wakes the readers that wait for one. The log hears of it
-// when the lock is free again: readers of the status, too, may need that.
+// Record adds an event with the present time and wakes the readers that wait for one. It calls
+// listen without the lock held, so that the log can't delay a reader.
 func (j *Journal) Record(e Event) {
 	j.listen(j.add(e))
 }
 
+// add is Record without the call of listen. It returns the event as recorded, with its message
+// as printable text.
 func (j *Journal) add(e Event) Event {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -82,8 +84,8 @@ func (j *Journal) add(e Event) Event {
 	return e
 }
 
-// Since returns the remembered events after seq. Where no event has that Seq yet, the
-// reader knows another journal, and gets all.
+// Since returns the kept events with a greater Seq, and a channel that is closed when there
+// are newer ones. A seq that no event has yet is from another journal, and Since returns all.
 func (j *Journal) Since(seq uint64) ([]Event, <-chan struct{}) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -93,23 +95,23 @@ func (j *Journal) Since(seq uint64) ([]Event, <-chan struct{}) {
 	return slices.Clone(after(j.events[max(0, len(j.events)-maxEvents):], seq)), j.newer
 }
 
-// after returns the events with a Seq over seq.
+// after returns the events with a Seq greater than seq, which are at the end of events.
 func after(events []Event, seq uint64) []Event {
 	return events[sort.Search(len(events), func(i int) bool { return events[i].Seq > seq }):]
 }
 
-// Open reads the events of the helpers before from the file at path, and has new ones kept
-// there. What can't be read is said to log, and is as if it were empty.
+// Open reads the events of earlier runs from the file at path, and writes new ones there from
+// then on. A file that can't be read is logged, and counts as empty.
 func (j *Journal) Open(path string, log *slog.Logger) {
 	dir, file := filepath.Split(path)
-	// What a helper that was killed while it replaced the file has left.
-	temps, _ := filepath.Glob(filepath.Join(dir, "."+file+".*")) // no folder, no temps
+	// Temporary files of a helper that was killed while it replaced the file.
+	temps, _ := filepath.Glob(filepath.Join(dir, "."+file+".*")) // none without the folder
 	for _, t := range temps {
 		_ = os.Remove(t)
 	}
 	text, err := owned.Read(path, 2*maxJournal)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		log.Warn(fmt.Sprintf("read events of before: %v", err)) // they inform only
+		log.Warn(fmt.Sprintf("read the events of earlier runs: %v", err))
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -119,14 +121,14 @@ func (j *Journal) Open(path string, log *slog.Logger) {
 		j.last = (j.events[n-1].Seq/seqStep + 1) * seqStep
 	}
 	j.written = j.last
-	// A file that isn't ours to read is made anew, as is one of which a loss of power cut
-	// off the last line, which mustn't take the next with it.
+	// The first write replaces a file that couldn't be read, and one whose last line was cut
+	// by a loss of power, since an event appended to that line would be lost with it.
 	unread := err != nil && !errors.Is(err, fs.ErrNotExist)
 	j.failed = unread || len(text) > 0 && text[len(text)-1] != '\n'
 }
 
-// decodeEvents reads a journal's file: the last events in it, by Seq. What is no event,
-// such as a line that a loss of power cut, is left out.
+// decodeEvents returns the last maxEvents events of a journal's file. It skips lines that
+// aren't events, such as one cut by a loss of power, and events out of order.
 func decodeEvents(text []byte) []Event {
 	var out []Event
 	for line := range bytes.Lines(text) {
@@ -142,7 +144,7 @@ func decodeEvents(text []byte) []Event {
 	return slices.Clone(out[max(0, len(out)-maxEvents):])
 }
 
-// write writes what isn't in the file yet, until nothing is.
+// write writes events to the file until all are written, and then closes idle.
 func (j *Journal) write(idle chan struct{}) {
 	for {
 		j.mu.Lock()
@@ -159,7 +161,7 @@ func (j *Journal) write(idle chan struct{}) {
 		j.mu.Unlock()
 		err := keepEvents(path, all, news, failed)
 		if err != nil && !failed {
-			j.log.Info(fmt.Sprintf("keep events: %v", err)) // no event: it couldn't be kept either
+			j.log.Info(fmt.Sprintf("save events: %v", err)) // an event about it couldn't be saved either
 		}
 		j.mu.Lock()
 		j.failed = err != nil
@@ -167,8 +169,8 @@ func (j *Journal) write(idle chan struct{}) {
 	}
 }
 
-// keepEvents adds news to the file, or makes it anew of all where it is too large, or
-// where the attempt before failed.
+// keepEvents appends news to the file. If the file is too large or missing, or with anew, it
+// instead replaces the file by one with all events.
 func keepEvents(path string, all, news []Event, anew bool) error {
 	info, err := os.Lstat(path)
 	if anew || err != nil || !info.Mode().IsRegular() || info.Size() > maxJournal {
@@ -182,19 +184,20 @@ func keepEvents(path string, all, news []Event, anew bool) error {
 	return errors.Join(err, f.Close())
 }
 
+// encodeEvents returns events as JSON lines.
 func encodeEvents(events []Event) []byte {
 	var b bytes.Buffer
 	enc := json.NewEncoder(&b)
 	enc.SetEscapeHTML(false)
 	for _, e := range events {
-		// A buffer takes all, and an event has nothing that JSON hasn't.
+		// Neither a bytes.Buffer nor the types of an Event can fail.
 		_ = enc.Encode(e)
 	}
 	return b.Bytes()
 }
 
-// Close keeps no more events, after it has waited for limit at most until those that were
-// recorded are written: the folder may be another helper's from then on.
+// Close waits, at most for limit, until the recorded events are written, and writes none after
+// that: the directory may be another helper's from then on.
 func (j *Journal) Close(limit time.Duration) {
 	wait, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
@@ -204,7 +207,7 @@ func (j *Journal) Close(limit time.Duration) {
 	j.path = ""
 }
 
-// Flush waits until what was recorded is written, or stop is closed.
+// Flush waits until the recorded events are written, or stop is closed.
 func (j *Journal) Flush(stop <-chan struct{}) {
 	j.mu.Lock()
 	idle := j.idle

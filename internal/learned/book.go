@@ -10,24 +10,24 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// Peer is what was found out about one peer.
+// Peer is the observed state of one peer.
 type Peer struct {
-	Endpoint netip.AddrPort // where it was last heard; zero if never
-	Seen     time.Time      // when, to the second: its last handshake; zero if that isn't known
-	Totals   Totals
+	Endpoint netip.AddrPort // that it was last heard from; zero if never
+	Seen     time.Time      // its last handshake, in seconds; zero if unknown
+	Totals   Totals         // of its counters, since they were last zero
 }
 
-// entry is what a Book has of a peer.
+// entry is what a Book knows of a peer.
 type entry struct {
 	endpoint netip.AddrPort
 	seen     time.Time
-	// counted is what the counters showed last, and before what had been counted when they
-	// last began.
+	// counted is the last reading of the counters, and before the sum of all readings just
+	// before they were reset. A peer's totals are the sum of both.
 	counted, before Totals
 }
 
-// count returns what is to be kept when the counters show now. They begin at zero with each
-// tunnel: a number that is lower than before is of a new count.
+// count returns the entry after a reading of the counters. They start at zero with each
+// tunnel, so a number lower than the last reading means that it was reset.
 func (e entry) count(now Totals) entry {
 	e.before = e.before.merge(e.counted.merge(now, func(last, now uint64) uint64 {
 		if now < last {
@@ -39,11 +39,11 @@ func (e entry) count(now Totals) entry {
 	return e
 }
 
-// totals returns what was counted in all.
+// totals returns the totals over all tunnels.
 func (e entry) totals() Totals { return e.before.merge(e.counted, sum) }
 
-// Totals are what was counted of a peer, over all starts of this host. What was counted
-// since the last save is lost where the process is killed.
+// Totals has a peer's counters. In a Book they continue across restarts; if the process is
+// killed, those since the last save are lost.
 type Totals struct {
 	Rx       uint64  `json:"rx"` // bytes, encrypted
 	Tx       uint64  `json:"tx"`
@@ -52,8 +52,8 @@ type Totals struct {
 	Refused  Refused `json:"refused"`
 }
 
-// Refused are refused packets by the class of their destination, and those whose source
-// wasn't the peer's.
+// Refused counts refused packets by the class of their destination. Spoofed counts those with
+// a source address that isn't the peer's.
 type Refused struct {
 	Martian  uint64 `json:"martian"`
 	Self     uint64 `json:"self"`
@@ -63,7 +63,7 @@ type Refused struct {
 	Spoofed  uint64 `json:"spoofed"`
 }
 
-// merge returns what f makes of each number of t and of u.
+// merge returns f applied to each pair of numbers of t and u.
 func (t Totals) merge(u Totals, f func(a, b uint64) uint64) Totals {
 	return Totals{
 		Rx: f(t.Rx, u.Rx), Tx: f(t.Tx, u.Tx),
@@ -76,23 +76,24 @@ func (t Totals) merge(u Totals, f func(a, b uint64) uint64) Totals {
 	}
 }
 
+// sum returns a + b, for merge.
 func sum(a, b uint64) uint64 { return a + b }
 
-// Age is for how long an endpoint where a peer was heard comes before a configured one: in
-// a day a router forgets whom it translated, and gives devices other addresses.
+// Age is how long a learned endpoint takes precedence over a configured one. After a day NAT
+// mappings are gone, and devices often have other addresses.
 const Age = 24 * time.Hour
 
-// Book is what was found out. Its methods may be called concurrently.
+// Book holds what was found out about peers. Its methods are safe for concurrent use.
 type Book struct {
 	mu      sync.Mutex
 	peers   map[mesh.PublicKey]entry
-	names   map[string]netip.Addr // replaced, never changed
-	outside Outside               // its addresses are replaced, never changed
-	changed bool                  // since it was last given to be saved
+	names   map[string]netip.Addr // replaced as a whole, never modified
+	outside Outside               // likewise
+	changed bool                  // since the last Save
 }
 
-// Endpoint returns where a peer was last heard, as far as that is where to look for it
-// first: with a configured endpoint, only if it was heard there within Age.
+// Endpoint returns the learned endpoint to try first for a peer, or zero if there is none.
+// For a peer with a configured endpoint it must not be older than Age.
 func (b *Book) Endpoint(key mesh.PublicKey, configured bool, now time.Time) netip.AddrPort {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -103,8 +104,9 @@ func (b *Book) Endpoint(key mesh.PublicKey, configured bool, now time.Time) neti
 	return e.endpoint
 }
 
-// Totals returns what was counted of a peer in all, where now is what its counters show, or
-// showed a moment ago: only Note decides that they began again.
+// Totals returns a peer's totals over all tunnels. now is a reading of its counters that may
+// be slightly older than the last one that Note got; so a lower number doesn't count as a
+// reset here.
 func (b *Book) Totals(key mesh.PublicKey, now Totals) Totals {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -113,10 +115,10 @@ func (b *Book) Totals(key mesh.PublicKey, now Totals) Totals {
 	return e.totals()
 }
 
-// Note notes what is known now of peers, and forgets all others. now returns a peer's
-// endpoint and last handshake, and what its counters show. Of a peer without a handshake
-// nothing was heard since they began: what was known before stays. Calls have to follow each
-// other as what they note does.
+// Note records the present state of peers, and forgets all other peers. now returns a peer's
+// endpoint, last handshake and counters. Without a handshake the endpoint wasn't heard from in
+// this tunnel, and the learned one stays. Readings must be passed in the order in which they
+// were taken.
 func (b *Book) Note(peers []mesh.PublicKey, now func(mesh.PublicKey) Peer) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -140,10 +142,10 @@ func (b *Book) Note(peers []mesh.PublicKey, now func(mesh.PublicKey) Peer) {
 	}
 }
 
-// toSecond returns t as it is kept.
+// toSecond returns t with the precision in which it is saved.
 func toSecond(t time.Time) time.Time { return t.UTC().Truncate(time.Second) }
 
-// forgetOthers forgets all peers but some.
+// forgetOthers deletes all peers except the given ones. The caller holds b.mu.
 func (b *Book) forgetOthers(peers []mesh.PublicKey) {
 	known := make(map[mesh.PublicKey]bool, len(peers))
 	for _, key := range peers {
@@ -154,15 +156,15 @@ func (b *Book) forgetOthers(peers []mesh.PublicKey) {
 	b.changed = b.changed || len(b.peers) != had
 }
 
-// Names returns the addresses that the names in endpoints were last found to stand for. It
-// isn't to be changed.
+// Names returns the addresses to which the names in endpoints last resolved. The caller must
+// not change the map.
 func (b *Book) Names() map[string]netip.Addr {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.names
 }
 
-// SetNames has other names count, and takes over the map.
+// SetNames replaces the addresses of names. The Book owns the map from then on.
 func (b *Book) SetNames(names map[string]netip.Addr) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -171,15 +173,15 @@ func (b *Book) SetNames(names map[string]netip.Addr) {
 	}
 }
 
-// Outside returns how this host is known from outside. It isn't to be changed.
+// Outside returns the addresses of this host's own name. The caller must not change them.
 func (b *Book) Outside() Outside {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.outside
 }
 
-// SetOutside has others of this host's addresses count, takes over the list, and reports
-// whether it differs from what is kept on disk.
+// SetOutside replaces the addresses of this host's own name, and reports whether the part of
+// them that is saved differs. The Book owns the list from then on.
 func (b *Book) SetOutside(o Outside) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -188,7 +190,7 @@ func (b *Book) SetOutside(o Outside) bool {
 	return differs
 }
 
-// Changed reports whether something isn't saved.
+// Changed reports whether the Book has changed since it was last saved.
 func (b *Book) Changed() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()

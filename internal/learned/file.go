@@ -14,10 +14,10 @@ import (
 	"github.com/meshhelper/meshhelper/internal/owned"
 )
 
-// maxFile bounds the file, in bytes: a peer has 900 at most.
+// maxFile limits the size of the file in bytes; a peer takes at most 900.
 const maxFile = 16 << 20
 
-// file is a Book on disk. What another version of the program wrote besides is left out.
+// file is the JSON form of a Book on disk. Unknown fields are dropped.
 type file struct {
 	Endpoints map[mesh.PublicKey]netip.AddrPort `json:"endpoints"`
 	Seen      map[mesh.PublicKey]time.Time      `json:"seen,omitempty"`
@@ -26,8 +26,8 @@ type file struct {
 	Outside   Outside                           `json:"outside,omitzero"`
 }
 
-// Open returns the Book in the file at path, and an empty one where there is none. It
-// returns an empty one, too, with an error about a file that can't be used.
+// Open returns the Book in the file at path, or an empty one if the file doesn't exist. The
+// Book is never nil: if the file can't be used, it is empty and the error says why.
 func Open(path string) (*Book, error) {
 	text, err := owned.Read(path, maxFile)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -39,14 +39,16 @@ func Open(path string) (*Book, error) {
 	return decode(text)
 }
 
+// newBook returns an empty Book.
 func newBook() *Book {
 	return &Book{peers: map[mesh.PublicKey]entry{}, names: map[string]netip.Addr{}}
 }
 
-// maxYear is the last year that JSON has.
+// maxYear is the last year that time.Time.MarshalJSON accepts (RFC 3339).
 const maxYear = 9999
 
-// decode returns the Book that text is, without what has no meaning.
+// decode returns the Book in text. It drops entries that don't make sense, such as an endpoint
+// without a port.
 func decode(text []byte) (*Book, error) {
 	b := newBook()
 	var f file
@@ -78,10 +80,11 @@ func decode(text []byte) (*Book, error) {
 	return b, nil
 }
 
-// plain reports whether a is an address as names have it.
+// plain reports whether a is valid and has no zone, like an address that a resolver returns.
 func plain(a netip.Addr) bool { return a.IsValid() && a.Zone() == "" }
 
-// Save has write put the Book on disk, whole. After an error it still counts as changed.
+// Save encodes the Book and calls write with it, without the lock held. write must replace the
+// file atomically. After an error the Book still counts as changed.
 func (b *Book) Save(write func(content []byte) error) error {
 	b.mu.Lock()
 	peers, f := maps.Clone(b.peers), file{Names: b.names, Outside: b.outside}
@@ -100,7 +103,7 @@ func (b *Book) Save(write func(content []byte) error) error {
 	return nil
 }
 
-// encode returns f, with peers, as text.
+// encode returns the content of the file, with peers.
 func (f file) encode(peers map[mesh.PublicKey]entry) ([]byte, error) {
 	f.Endpoints, f.Seen, f.Counts = map[mesh.PublicKey]netip.AddrPort{}, map[mesh.PublicKey]time.Time{}, map[mesh.PublicKey]Totals{}
 	for key, e := range peers {
@@ -116,7 +119,7 @@ func (f file) encode(peers map[mesh.PublicKey]entry) ([]byte, error) {
 	}
 	text, err := json.Marshal(f)
 	if err == nil && len(text) > maxFile {
-		err = fmt.Errorf("%d bytes, at most %d", len(text), maxFile)
+		err = fmt.Errorf("%d bytes, the limit is %d", len(text), maxFile)
 	}
 	return append(text, '\n'), err
 }

@@ -8,28 +8,30 @@ import (
 )
 
 const (
-	// MaxOutside bounds how many addresses of this host's own name count.
+	// MaxOutside limits how many addresses of this host's own name are kept.
 	MaxOutside = 64
-	// OutsideFor is for how long an address counts after it was last found, while others
-	// are: names have their addresses in turn, and a router's old one may still be its own.
+	// OutsideFor is how long an address is kept after the last answer that had it. Some names
+	// return their addresses in turn, and a router may still have its old address.
 	OutsideFor = 24 * time.Hour
 )
 
-// Outside are the addresses of the name by which peers find this host: its router's, which
-// peers don't reach without lan. They are kept over a restart, for a resolver that is slow
-// or silent must not open the router.
+// Outside has the addresses of the name under which peers reach this host. They are those of
+// its router, which a peer may reach only with lan. They are saved, because otherwise the
+// router would be open after a restart until the resolver answers.
 type Outside struct {
 	Name string `json:"name,omitempty"`
 	// Addresses are sorted.
 	Addresses []netip.Addr `json:"addresses,omitempty"`
-	// Left is how many addresses of the last answer have no room.
+	// Left is the number of addresses in the last answer beyond MaxOutside.
 	Left int `json:"-"`
 }
 
-// Answers are an own name's addresses by when they were last found.
+// Answers has the addresses of this host's own name, with the time of the last answer that had
+// each.
 type Answers map[netip.Addr]time.Time
 
-// Answers returns what counts of an own name already, as if it was found now.
+// Answers returns the saved addresses of a name, with now as their time. It is empty for
+// another name.
 func (o Outside) Answers(name string, now time.Time) Answers {
 	a := Answers{}
 	if o.Name == name {
@@ -38,11 +40,11 @@ func (o Outside) Answers(name string, now time.Time) Answers {
 	return a
 }
 
-// Sorted returns the addresses, in their order.
+// Sorted returns the addresses in ascending order.
 func (f Answers) Sorted() []netip.Addr { return slices.SortedFunc(maps.Keys(f), netip.Addr.Compare) }
 
-// Add has the addresses of an answer, which has some, count, those that count already
-// first, and forgets those that weren't found for long. It returns how many have no room.
+// Add adds the addresses of an answer that isn't empty, and drops those that no answer had for
+// OutsideFor. It returns how many new addresses were beyond MaxOutside.
 func (f Answers) Add(answer []netip.Addr, now time.Time) (left int) {
 	maps.DeleteFunc(f, func(a netip.Addr, seen time.Time) bool {
 		return now.Sub(seen) >= OutsideFor && !slices.Contains(answer, a)

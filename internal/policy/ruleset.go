@@ -215,8 +215,7 @@ func makeSets(m Mesh, host Host) Sets {
 
 // gone returns the former addresses that are neither a peer's nor in local, which has the
 // host's addresses and the broadcast addresses of its networks. It leaves out addresses that
-// are neither in the mesh prefixes nor private: a damaged state must not block a public
-// address.
+// are neither in the mesh prefixes nor private, so that no public address is ever blocked.
 func (m Mesh) gone(local []netip.Prefix) []netip.Prefix {
 	if len(m.Former) == 0 {
 		return nil

@@ -11,26 +11,25 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// Values of a configuration that a peer's owner has no reason to change.
+// Values of a configuration that suit every peer.
 const (
-	// ConfigMTU is the MTU of the tunnel on a peer: what IPv6 demands of every
-	// link (RFC 8200 section 5). The 1420 that WireGuard assumes needs 1500
-	// bytes all the way to the host, which DSL, mobile networks and hotels
-	// don't give, and there a full tunnel stalls without an error. The
-	// WireGuard app for iOS uses 1280 for the same reason.
+	// ConfigMTU is the MTU of the tunnel on a peer in bytes: the minimum for IPv6 (RFC 8200
+	// section 5). WireGuard's default of 1420 needs a path MTU of 1500 to the host, which DSL,
+	// mobile networks and hotels often don't have. A full tunnel then stalls without an error.
+	// The WireGuard app for iOS uses 1280 for the same reason.
 	ConfigMTU = 1280
 
-	// ConfigKeepalive keeps the peer's entry in the NATs on its way alive, so
-	// that the host can reach it; 25 s is what WireGuard's authors recommend.
+	// ConfigKeepalive keeps the peer's mappings in NATs alive, so that the host can reach it.
+	// wg(8) recommends 25 s.
 	ConfigKeepalive = 25 * time.Second
 )
 
-// KeyPlaceholder stands in a configuration for a private key that only the
-// peer's owner has. It isn't a key, so a WireGuard app that is given it
-// unchanged says so instead of making a tunnel that can't work.
+// KeyPlaceholder stands in a configuration for a private key that only the peer's owner has.
+// It isn't a valid key, so a WireGuard app refuses the unchanged configuration instead of
+// making a tunnel that can't work.
 const KeyPlaceholder = "REPLACE-WITH-THE-PRIVATE-KEY-OF-THIS-DEVICE"
 
-// configLimit bounds the text that ParseConfig reads, in bytes.
+// configLimit limits the text that ParseConfig reads, in bytes.
 const configLimit = 1 << 16
 
 // ErrBadConfig is in the chain of ParseConfig's and Validate's errors.
@@ -41,22 +40,22 @@ var ErrBadConfig = errors.New("not a WireGuard configuration of this kind")
 type Config struct {
 	PrivateKey mesh.PrivateKey // optional: zero is written as KeyPlaceholder
 	Addresses  []netip.Prefix  // required: of the interface
-	DNS        []netip.Addr    // optional
-	MTU        int             // optional: bytes, 0 leaves it to the app, else 576 to 65535
+	DNS        []netip.Addr    // optional: resolvers
+	MTU        int             // optional: 576 to 65535 bytes; 0 leaves it to the app
 
 	PublicKey  mesh.PublicKey // required: the host's
-	AllowedIPs []netip.Prefix // required: what goes into the tunnel
-	Endpoint   mesh.Endpoint  // optional: zero where the host has no known address
+	AllowedIPs []netip.Prefix // required: destinations that are sent into the tunnel
+	Endpoint   mesh.Endpoint  // optional: zero if the host's isn't known
 	Keepalive  time.Duration  // optional: whole seconds up to mesh.MaxKeepalive
 }
 
-// Everything is what a device sends that has no way of its own: both families.
+// Everything returns the default routes of both families: the allowed IPs of a full tunnel.
 func Everything() []netip.Prefix {
 	return []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}
 }
 
-// ForPeer returns a device's configuration to send what is in allowed through the host.
-// What the host then lets pass is decided there.
+// ForPeer returns a device's configuration that sends the prefixes in allowed through the
+// host. Which of these packets pass is for the host's policy to decide.
 func ForPeer(own mesh.PrivateKey, a mesh.Addresses, host mesh.PublicKey, endpoint mesh.Endpoint, allowed []netip.Prefix, dns []netip.Addr) Config {
 	return Config{
 		PrivateKey: own,
@@ -70,7 +69,7 @@ func ForPeer(own mesh.PrivateKey, a mesh.Addresses, host mesh.PublicKey, endpoin
 	}
 }
 
-// Validate reports what would make c a configuration that no app takes.
+// Validate returns an error, with ErrBadConfig in its chain, if apps wouldn't accept c.
 func (c Config) Validate() error {
 	var wrong string
 	switch {
@@ -94,6 +93,7 @@ func (c Config) Validate() error {
 	return fmt.Errorf("%s: %w", wrong, ErrBadConfig)
 }
 
+// allValid reports whether all prefixes are valid.
 func allValid(prefixes []netip.Prefix) bool {
 	for _, p := range prefixes {
 		if !p.IsValid() {
@@ -103,9 +103,9 @@ func allValid(prefixes []netip.Prefix) bool {
 	return true
 }
 
-// Text returns c in the format of wg-quick(8), which all WireGuard apps import.
-// It holds the private key, so it belongs on the terminal of the user who asked and
-// nowhere else. c must be valid; see Validate.
+// Text returns c in the format of wg-quick(8), which all WireGuard apps import. It has the
+// private key, so it must only be shown to the user who asked for it, and never logged. c must
+// be valid; see Validate.
 func (c Config) Text() string {
 	var b strings.Builder
 	key := KeyPlaceholder
@@ -131,13 +131,13 @@ func (c Config) Text() string {
 	return b.String()
 }
 
-// Compact returns c as Text does, in fewer bytes and with the same meaning, for a QR
-// code that is easier to scan.
+// Compact returns Text without optional white space: fewer bytes make a QR code that is easier
+// to scan.
 func (c Config) Compact() string {
 	return strings.NewReplacer(" = ", "=", ", ", ",", "\n\n", "\n").Replace(c.Text())
 }
 
-// list joins values with commas.
+// list returns the values separated by commas.
 func list[T fmt.Stringer](values []T) string {
 	texts := make([]string, len(values))
 	for i, v := range values {
@@ -146,11 +146,11 @@ func list[T fmt.Stringer](values []T) string {
 	return strings.Join(texts, ", ")
 }
 
-// ParseConfig reads what Text writes, and what people make of it: sections and
-// keys in any case, comments, lists on several lines. It refuses what it
-// doesn't know, such as wg-quick's commands to run, because a configuration
-// that is understood in part isn't the one that was meant. Errors name
-// the line, never its value, which may be a private key.
+// ParseConfig parses a configuration as Text writes it and as people edit it: with sections
+// and keys in any case, comments, and lists on several lines. It refuses unknown keys, such as
+// wg-quick's PostUp, because a configuration that is understood in part isn't the one that was
+// meant. Errors have ErrBadConfig in their chain. They name the line but don't quote its
+// value, which may be a private key.
 func ParseConfig(text string) (Config, error) {
 	if len(text) > configLimit {
 		return Config{}, fmt.Errorf("%d bytes, at most %d: %w", len(text), configLimit, ErrBadConfig)
@@ -176,6 +176,7 @@ type configParser struct {
 	seen    map[string]bool // sections and keys, in lower case
 }
 
+// line parses one line.
 func (p *configParser) line(line string) error {
 	line, _, _ = strings.Cut(line, "#")
 	line = strings.TrimSpace(line)
@@ -203,6 +204,7 @@ func (p *configParser) line(line string) error {
 	return nil
 }
 
+// enter begins a section, whose line is "[Name]".
 func (p *configParser) enter(line string) error {
 	section := strings.ToLower(strings.Trim(line, "[] \t"))
 	if _, ok := configKeys[section]; !ok || !strings.HasSuffix(line, "]") {
@@ -212,7 +214,8 @@ func (p *configParser) enter(line string) error {
 	return p.once("[" + section)
 }
 
-// once refuses a second section or single value of a name; lists may go on.
+// once refuses the second occurrence of a section or a key. Keys with a list may be repeated,
+// which extends the list.
 func (p *configParser) once(name string) error {
 	repeatable := name == "address" || name == "dns" || name == "allowedips"
 	if p.seen[name] && !repeatable {
@@ -222,7 +225,7 @@ func (p *configParser) once(name string) error {
 	return nil
 }
 
-// configKeys holds, by section and key in lower case, how a value is read.
+// configKeys has the parser of each value, by section and key in lower case.
 var configKeys = map[string]map[string]func(*Config, string) error{
 	"interface": {
 		"privatekey": setPrivateKey,
@@ -256,6 +259,7 @@ var configKeys = map[string]map[string]func(*Config, string) error{
 	},
 }
 
+// setPrivateKey accepts KeyPlaceholder as no key.
 func setPrivateKey(c *Config, v string) (err error) {
 	if v == KeyPlaceholder {
 		return nil
@@ -264,6 +268,7 @@ func setPrivateKey(c *Config, v string) (err error) {
 	return err
 }
 
+// setKeepalive accepts "off" as wg(8) does.
 func setKeepalive(c *Config, v string) error {
 	if strings.EqualFold(v, "off") {
 		return nil
@@ -273,8 +278,8 @@ func setKeepalive(c *Config, v string) error {
 	return err
 }
 
-// parseNumber reads a decimal number up to 65535, the range of all numbers in
-// a configuration.
+// parseNumber parses a decimal number from 0 to 65535, the range of all numbers in a
+// configuration.
 func parseNumber(v string) (int, error) {
 	n, err := strconv.ParseUint(v, 10, 16)
 	if err != nil {
@@ -283,7 +288,7 @@ func parseNumber(v string) (int, error) {
 	return int(n), nil
 }
 
-// parseAddress reads a prefix, or an address alone as its /32 or /128.
+// parseAddress parses a prefix. A bare address is a /32 or /128.
 func parseAddress(v string) (netip.Prefix, error) {
 	if a, err := netip.ParseAddr(v); err == nil && a.Zone() == "" {
 		return netip.PrefixFrom(a, a.BitLen()), nil
@@ -295,7 +300,7 @@ func parseAddress(v string) (netip.Prefix, error) {
 	return p, nil
 }
 
-// appendList reads values separated by commas.
+// appendList appends values, which are separated by commas, to a list.
 func appendList[T any](to []T, values string, parse func(string) (T, error)) ([]T, error) {
 	for v := range strings.SplitSeq(values, ",") {
 		parsed, err := parse(strings.TrimSpace(v))
