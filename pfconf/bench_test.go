@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// manyLines is a ruleset of n lines such as a firewall app writes.
+// manyLines returns a ruleset of n lines such as a firewall app writes.
 func manyLines(n int) string {
 	var b strings.Builder
 	for i := range n {

@@ -8,7 +8,7 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// A ruleset is read, and printed in one form. Macros have done their work by then.
+// Parse reads a ruleset and String prints it in one form, with macros expanded.
 func ExampleParse() {
 	rs, err := pfconf.Parse(`
 uplink = "en0"
@@ -27,7 +27,7 @@ pass in quick on $uplink proto tcp \
 	// pass in quick on en0 proto tcp from any to (en0) port { 22, 443 }
 }
 
-// Mistakes have a place, and a hint of what was expected.
+// A SyntaxError has the position of the mistake and says what was expected.
 func ExampleSyntaxError() {
 	_, err := pfconf.Parse("block all\npass in quik on en0\n")
 	var syntax *pfconf.SyntaxError
@@ -40,7 +40,8 @@ func ExampleSyntaxError() {
 	// line 2, column 9: found "quik", expected the end of the line or another option
 }
 
-// A program makes a ruleset from types. What Validate accepts, pfctl loads.
+// A program can build a ruleset from types. pfctl loads every ruleset that Validate
+// accepts.
 func ExampleRuleset_Validate() {
 	peers := []pfconf.Address{{Kind: pfconf.AddrTable, Name: "peers"}}
 	uplink := []pfconf.InterfaceMatch{{Name: "en0"}}
@@ -66,7 +67,7 @@ func ExampleRuleset_Validate() {
 	// pass in from <peers> to any keep state (if-bound)
 }
 
-// Loading makes one rule of each combination, and writes out the defaults.
+// Expand makes one rule for each combination, with defaults written out.
 func ExampleRuleset_Expand() {
 	rs, err := pfconf.Parse("nat on en0 from 10/8 to any -> (en0)\npass in proto { tcp udp } to en0 port domain\n")
 	if err != nil {
@@ -87,7 +88,7 @@ func ExampleRuleset_Expand() {
 	// pass in inet proto udp from any to 192.0.2.7 port = 53 keep state
 }
 
-// What pfctl shows is read rule by rule; nothing is lost silently.
+// ParseShown reads pfctl's output rule by rule and keeps the lines that it can't read.
 func ExampleParseShown() {
 	shown := pfconf.ParseShown(`anchor "com.apple/*" all
 block drop in quick on utun7 all
@@ -105,7 +106,7 @@ pass in wonderful
 	// can't read "pass in wonderful", which may be as wide as: pass all flags any keep state (floating) allow-opts
 }
 
-// The holders of pf are told apart by their tokens only.
+// Only the token identifies a reference to pf.
 func ExampleParseReferences() {
 	refs, err := pfconf.ParseReferences(`TOKENS:
 PID      Process Name                 TOKEN                    TIMESTAMP

@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// TestExpand covers what pfctl makes of a rule on a host.
+// TestExpand compares expanded rules with those that pfctl makes on a host.
 func TestExpand(t *testing.T) {
 	for _, tt := range []struct{ name, anchor, text, want string }{
 		{"link-local addresses bind a rule to their interface", "", "block to en0\n",
@@ -79,7 +79,8 @@ func TestExpandRefuses(t *testing.T) {
 	}
 }
 
-// TestLoadedLists checks where rules and bodies are found.
+// TestLoadedLists checks that each rule is in the list of its kind and each body at its
+// path.
 func TestLoadedLists(t *testing.T) {
 	ld, err := loadText("set skip on lo0\ntable <a> { en0 }\ntable <b> { 10/8 }\ntable <a> persist { 10.0.0.1 10.0.0.1 !10.0.0.1 }\n"+
 		"scrub in\nnat on en0 from <b> to any -> (en0)\ndummynet-anchor \"d\"\nanchor a {\npass from <c>\nanchor b {\nblock\n}\n}\n"+
@@ -105,7 +106,7 @@ func TestLoadedLists(t *testing.T) {
 	}
 }
 
-// TestValidate refuses what can't be written or loaded, from types.
+// TestValidate checks rulesets built from types that can't be written or loaded.
 func TestValidate(t *testing.T) {
 	byteOf := func(b uint8) *uint8 { return &b }
 	for name, s := range map[string]Statement{

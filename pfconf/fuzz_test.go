@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// testHost is a host with interfaces of each kind.
+// testHost has interfaces of each kind.
 func testHost() []Interface {
 	p := netip.MustParsePrefix
 	return []Interface{
@@ -18,7 +18,7 @@ func testHost() []Interface {
 	}
 }
 
-// seeds are texts that reach all of the grammar.
+// seeds are texts that use each part of the grammar.
 var seeds = []string{
 	"pass\n", "block return-icmp(host-unr, addr-unr) in log (all, to pflog1) quick on { en0 ! en1 } inet6 all\n",
 	"ext = \"en0\"\nnet = \"{ 10/8, ! 10.1.0.0/16 }\"\npass in on $ext proto { tcp udp } from $net to ($ext:network) port { 22, 80:90 }\n",
@@ -39,8 +39,8 @@ var seeds = []string{
 	"pass proto 47\nblock return-rst (ttl 5) proto tcp\nblock return-icmp6(3) inet6\npass in fastroute\n", "x = -5\npass port $x\n",
 }
 
-// FuzzParse checks what is said of any text: no panic, a printed ruleset is
-// read as the same, prints the same and loads the same rules.
+// FuzzParse parses any text without a panic, and checks that a ruleset that is printed
+// parses to the same ruleset, prints the same and loads the same rules.
 func FuzzParse(f *testing.F) {
 	for _, s := range seeds {
 		f.Add(s)
@@ -89,7 +89,7 @@ func show(ld *Loaded) string {
 	return strings.Join(append(ld.ShowNat(), ld.ShowRules()...), "\n")
 }
 
-// FuzzParseShown checks that each line of rules is read or kept.
+// FuzzParseShown checks that each line of rules is parsed or kept as unknown.
 func FuzzParseShown(f *testing.F) {
 	for _, s := range append(seeds, shownSamples...) {
 		f.Add(s)
@@ -106,8 +106,8 @@ func FuzzParseShown(f *testing.F) {
 				t.Fatalf("rule %+v", r)
 			}
 		}
-		// Whatever was read or has a stand-in loads: a rule that pf has can't keep
-		// the others from being judged.
+		// All rules and stand-ins load, so one strange rule of pf can't prevent the
+		// evaluation of the others.
 		rs := s.Ruleset(nil)
 		_ = rs.String()
 		ld, err := rs.Expand(deepest, testHost())
@@ -119,10 +119,10 @@ func FuzzParseShown(f *testing.F) {
 	})
 }
 
-// deepest is the path of an anchor from which any call leads somewhere.
+// deepest is the path of an anchor so deep that no call leads above the main ruleset.
 var deepest = strings.Repeat("x/", 1<<12) + "x"
 
-// FuzzOutputs gives all readers of pfctl's output any text.
+// FuzzOutputs runs all parsers of pfctl's output on any text.
 func FuzzOutputs(f *testing.F) {
 	for _, s := range outputSamples {
 		f.Add(s)

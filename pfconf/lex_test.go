@@ -8,7 +8,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-// lexAll returns a text's tokens, one word each, with what stops it.
+// lexAll returns a text's tokens, one word each, and the error that ends them.
 func lexAll(l *lexer) ([]string, error) {
 	var all []string
 	for {
@@ -31,7 +31,7 @@ func lexAll(l *lexer) ([]string, error) {
 	}
 }
 
-// TestLexer pins how pfctl cuts text, its surprises included.
+// TestLexer pins how pfctl splits text into tokens, including surprising cases.
 func TestLexer(t *testing.T) {
 	macros := map[string]string{"if": "en0", "list": "a b", "empty": "", "dollar": "$if"}
 	for _, tt := range []struct{ text, want string }{
@@ -82,8 +82,8 @@ func TestLexerRefuses(t *testing.T) {
 	}
 }
 
-// TestPositions checks that tokens know where they began, also out of macros and
-// behind joined lines.
+// TestPositions checks the positions of tokens, also from macros and behind joined
+// lines.
 func TestPositions(t *testing.T) {
 	l := newLexer("a\n  bb \\\n cc $m\n12.3 x")
 	l.macros["m"] = "dd ee"
@@ -105,8 +105,8 @@ func TestPositions(t *testing.T) {
 	}
 }
 
-// TestWordsComeBack holds for all strings: what can be written is read as it was,
-// whatever follows.
+// TestWordsComeBack checks for all strings that word writes text that is read back as the
+// same string, whatever follows.
 func TestWordsComeBack(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		s := rapid.OneOf(rapid.String(), rapid.StringMatching(`["'\\ $#a1<:]{0,8}`)).Draw(t, "s")

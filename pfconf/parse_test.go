@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// TestSyntaxErrors pins what people are told, with the place.
+// TestSyntaxErrors pins the messages and positions of errors.
 func TestSyntaxErrors(t *testing.T) {
 	for _, tt := range []struct{ text, want string }{
 		{"pas in all\n", `line 1, column 1: found "pas", expected pass, block, nat, rdr, binat, no, scrub, anchor, table, set, antispoof, load or a macro`},
@@ -47,7 +47,7 @@ func TestSyntaxErrors(t *testing.T) {
 	}
 }
 
-// TestParsePrint reads what people write and prints it.
+// TestParsePrint parses rulesets as people write them and prints them.
 func TestParsePrint(t *testing.T) {
 	for _, tt := range []struct{ text, want string }{
 		{"pass\n", "pass all\n"},
@@ -97,7 +97,7 @@ func TestUnknownIsReported(t *testing.T) {
 	}
 }
 
-// TestBounds gives the parser what would grow without them.
+// TestBounds parses texts that would expand without end if there were no limits.
 func TestBounds(t *testing.T) {
 	doubling := "a = \"" + strings.Repeat("x ", 1000) + "\"\n"
 	for range 40 {

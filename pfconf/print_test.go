@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// TestStrings pins the text of each statement and field, from types.
+// TestStrings pins the text of each statement and field, built from types.
 func TestStrings(t *testing.T) {
 	num := func(n uint8) *uint8 { return &n }
 	prefix := func(s string) Address { return Address{Kind: AddrPrefix, Prefix: netip.MustParsePrefix(s)} }
@@ -82,7 +82,7 @@ func TestStrings(t *testing.T) {
 	}
 }
 
-// TestShownForms pins what pfctl shows differently from what it reads.
+// TestShownForms pins the forms that pfctl shows differently from those that it reads.
 func TestShownForms(t *testing.T) {
 	for _, tt := range []struct{ text, want string }{
 		{"block return-icmp(net-unr) inet6", "block return-icmp6(3) inet6 all"},

@@ -9,8 +9,8 @@ import (
 	"pgregory.net/rapid"
 )
 
-// TestPrintedIsReadAsTheSame holds over rulesets built from types, as a program
-// builds them, with names that a person wouldn't choose.
+// TestPrintedIsReadAsTheSame prints and parses random rulesets that are built from types,
+// with names that a person wouldn't choose.
 func TestPrintedIsReadAsTheSame(t *testing.T) {
 	valid := 0
 	rapid.Check(t, func(t *rapid.T) {
@@ -34,8 +34,8 @@ func TestPrintedIsReadAsTheSame(t *testing.T) {
 	}
 }
 
-// TestShownLoadsAsTheSame holds for what the kernel is given: pfctl's own output
-// is a ruleset that loads the same rules.
+// TestShownLoadsAsTheSame checks that the output of pfctl, parsed, loads the same rules as
+// those that are shown.
 func TestShownLoadsAsTheSame(t *testing.T) {
 	loaded := 0
 	rapid.Check(t, func(t *rapid.T) {
@@ -63,8 +63,8 @@ func TestShownLoadsAsTheSame(t *testing.T) {
 	}
 }
 
-// TestValidatedLoads is Validate's promise: without interfaces that stand for
-// addresses nothing depends on the host.
+// TestValidatedLoads checks that a valid ruleset loads: unless interfaces stand for
+// addresses, nothing depends on the host.
 func TestValidatedLoads(t *testing.T) {
 	loaded := 0
 	rapid.Check(t, func(t *rapid.T) {
@@ -83,7 +83,7 @@ func TestValidatedLoads(t *testing.T) {
 	}
 }
 
-// kindsOf lists the kinds of all addresses.
+// kindsOf returns the kinds of all addresses.
 func kindsOf(rs *Ruleset) []AddressKind {
 	var kinds []AddressKind
 	note := func(addrs []Address) {
@@ -129,7 +129,7 @@ func rulesets() *rapid.Generator[*Ruleset] {
 	})
 }
 
-// words are names, keywords and what needs quotes.
+// words are names, keywords and strings that need quotes.
 func words(most int) *rapid.Generator[string] {
 	return rapid.OneOf(
 		rapid.SampledFrom([]string{"en0", "in", "all", "a b", "10", "-5", "x'y", `x"y`, "#", "$x", "é", `a\b`, "<t>", "tcp"}),
@@ -223,7 +223,7 @@ func interfaceMatches() *rapid.Generator[InterfaceMatch] {
 	})
 }
 
-// common draws what all rules have.
+// common draws the fields that all rules have.
 func common(t *rapid.T, r *Rule) {
 	r.Interfaces = some(t, "interfaces", 2, interfaceMatches())
 	r.Family = Family(rapid.IntRange(0, 2).Draw(t, "family"))

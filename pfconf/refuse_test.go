@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// TestRefused lists what pfctl refuses although it is of the right form, with
-// the reason that people get.
+// TestRefused lists texts that pfctl refuses, most of them although they fit its grammar,
+// with the reason that the error gives.
 func TestRefused(t *testing.T) {
 	for _, tt := range []struct{ text, want string }{
 		// Protocols, ports and ICMP.
@@ -143,7 +143,7 @@ func TestRefused(t *testing.T) {
 	}
 }
 
-// TestRefusedInMain is what pfctl only looks at when it loads the main ruleset.
+// TestRefusedInMain lists statements that pfctl checks only in the main ruleset.
 func TestRefusedInMain(t *testing.T) {
 	for _, text := range []string{"set debug no", "set optimization nosuch", "set loginterface averyveryverylongname0",
 		"set timeout nosuch.first 5", "set timeout udp.first 2147483648", "anchor \"../x\""} {
@@ -170,7 +170,7 @@ func TestRefusedInMain(t *testing.T) {
 	}
 }
 
-// TestAccepted is what looks wrong and isn't.
+// TestAccepted lists texts that look wrong and aren't.
 func TestAccepted(t *testing.T) {
 	for _, text := range []string{
 		"pass proto tcp to port 9:1", "pass on nosuch9", "pass from (nosuch9)", "pass from <nosuch>", "set skip",

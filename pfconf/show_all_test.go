@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// sampleAll is what pfctl -a ANCHOR -v -s all prints.
+// sampleAll is the output of pfctl -a ANCHOR -v -s all.
 const sampleAll = `No ALTQ support in kernel
 ALTQ related functions disabled
 TRANSLATION RULES:
@@ -60,7 +60,7 @@ func TestParseAll(t *testing.T) {
 	if !all.Info.Enabled || all.Info.States != 3 || all.Info.Counters["Counters"]["match"] != 42 {
 		t.Errorf("info %+v", all.Info)
 	}
-	// A table may be called like a section.
+	// A table may have the name of a section.
 	if got := ParseTables(all.Sections["TABLES"]); len(got) != 2 || got[0].Name != "INFO:" {
 		t.Errorf("tables %+v", got)
 	}
@@ -75,13 +75,13 @@ func TestParseAll(t *testing.T) {
 			t.Errorf("%q: %v", bad, err)
 		}
 	}
-	// Without any rules of a kind its title is missing.
+	// Without rules of a kind, their title is missing.
 	if all, err = ParseAll("INFO:\nStatus: Disabled                              Debug: Urgent\n"); err != nil || all.Rules != "" || all.Info.Enabled {
 		t.Errorf("%+v, %v", all, err)
 	}
 }
 
-// TestMacAll reads the beginning of what a Mac printed; the rest wasn't kept.
+// TestMacAll parses the beginning of a Mac's output; the rest wasn't saved.
 func TestMacAll(t *testing.T) {
 	all, err := ParseAll(macOutput(t, "pfctl-sa-main-rules-sharing.txt"))
 	if err == nil {
@@ -104,7 +104,8 @@ func TestMacAll(t *testing.T) {
 	}
 }
 
-// FuzzParseAll: no panic, and no line of a section is lost or in another.
+// FuzzParseAll checks that parsing doesn't panic and that each line ends up in its
+// section.
 func FuzzParseAll(f *testing.F) {
 	f.Add(sampleAll)
 	f.Add("INFO:\nINFO:\n\nFILTER RULES:\n\n")

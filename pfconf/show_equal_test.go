@@ -73,8 +73,8 @@ func TestEqualShownNamesTheDifference(t *testing.T) {
 	}
 }
 
-// TestEqualShownOfVectors compares the rules of each vector as they are written
-// with what pfctl showed.
+// TestEqualShownOfVectors compares the rules of each vector, as written, with those that
+// pfctl showed.
 func TestEqualShownOfVectors(t *testing.T) {
 	n := 0
 	vectors.Each(t, "pfsim/testdata/vectors-parse.jsonl.gz", func(s *vectors.Scenario) {
@@ -112,7 +112,8 @@ func TestEqualShownOfVectors(t *testing.T) {
 	}
 }
 
-// TestStoredEntriesOfVectors holds tables against what pfctl showed of them.
+// TestStoredEntriesOfVectors compares the tables of each vector with those that pfctl
+// showed.
 func TestStoredEntriesOfVectors(t *testing.T) {
 	n := 0
 	for _, file := range vectors.Files(t, "pfsim/testdata") {
@@ -179,7 +180,7 @@ func TestStoredEntries(t *testing.T) {
 		if err != nil || !slices.Equal(got, strings.Fields(c.want)) {
 			t.Errorf("%s: got %q, %v", c.written, got, err)
 		}
-		// What reads text has masked them by then.
+		// Parsers of text have masked them already.
 		for i, a := range addrs {
 			addrs[i].Prefix = a.Prefix.Masked()
 		}
@@ -193,8 +194,8 @@ func TestStoredEntries(t *testing.T) {
 	}
 }
 
-// TestEqualShownTellsRulesApart draws rules, compares what is shown of them with
-// them, and with what is shown once one thing about one of them is different.
+// TestEqualShownTellsRulesApart draws rules, compares them with pfctl's output for them,
+// and with the output after one field of one rule has changed.
 func TestEqualShownTellsRulesApart(t *testing.T) {
 	equal, changed := 0, map[string]int{}
 	rapid.Check(t, func(t *rapid.T) {
@@ -251,8 +252,8 @@ pass out
 	}
 }
 
-// mutate makes one change to a copy of a single rule and fails if it isn't noticed.
-// It is false if the rule can't be changed so.
+// mutate makes one change to a copy of a single rule, fails if EqualShown doesn't notice
+// it, and reports whether the rule could be changed so.
 func mutate(t interface{ Fatalf(string, ...any) }, name string, r *Rule) bool {
 	one := *r
 	if !mutations[name](&one) {
@@ -268,7 +269,7 @@ func mutate(t interface{ Fatalf(string, ...any) }, name string, r *Rule) bool {
 	return true
 }
 
-// disguise prints rules as -vv does, with all and any the other way round.
+// disguise returns rules as -vv shows them, with all in place of any and vice versa.
 func disguise(t *rapid.T, lines []string) string {
 	var b strings.Builder
 	for i, line := range lines {
@@ -286,7 +287,7 @@ func disguise(t *rapid.T, lines []string) string {
 	return b.String()
 }
 
-// mutations change one thing about a single rule and report whether they could.
+// mutations change one field of a single rule and report whether they could.
 var mutations = map[string]func(*Rule) bool{
 	"action": func(r *Rule) bool {
 		other := map[Action]Action{Nat: Rdr, Rdr: Nat, NoNat: NoRdr, NoRdr: NoNat}
@@ -453,7 +454,7 @@ func lastAddr(p netip.Prefix) netip.Addr {
 	return a
 }
 
-// mutateAddrs negates an address, or asks for one.
+// mutateAddrs negates an address, or adds one.
 func mutateAddrs(e *Endpoint) bool {
 	if len(e.Addrs) == 0 {
 		e.Addrs = []Address{{Kind: AddrTable, Name: "mutant"}}
@@ -479,7 +480,7 @@ func mutatePorts(e *Endpoint) bool {
 	return true
 }
 
-// FuzzEqualShown: whatever is shown is equal to itself, and comparing never
+// FuzzEqualShown checks that any output is equal to itself and that comparing never
 // panics.
 func FuzzEqualShown(f *testing.F) {
 	for _, s := range append(seeds, shownSamples...) {

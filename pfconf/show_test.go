@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// shownSamples are what pfctl -sr, -sn and their -v print.
+// shownSamples are outputs of pfctl -sr and -sn, with and without -v.
 var shownSamples = []string{
 	sampleRules, sampleVerbose, sampleNested, sampleMac,
 }
@@ -38,8 +38,8 @@ const sampleNested = `anchor all {
 pass all flags any keep state
 `
 
-// sampleMac is what Internet Sharing, a VPN and the stock ruleset are known to
-// show on Macs.
+// sampleMac has rules that Internet Sharing, a VPN and the stock ruleset are known to
+// load on Macs.
 const sampleMac = `scrub on bridge100 all no-df max-mss 1410 fragment reassemble
 scrub on en0 proto esp all no-df fragment reassemble
 nat on en0 inet from 192.168.77.0/24 to any -> (en0) extfilter ei
@@ -59,7 +59,7 @@ block return quick all
 dummynet-anchor "com.apple/*" all
 `
 
-// TestMacsAreUnderstood reads them line by line, and shows them as they were.
+// TestMacsAreUnderstood parses the lines of sampleMac and shows them unchanged.
 func TestMacsAreUnderstood(t *testing.T) {
 	s := ParseShown("DUMMYNET RULES:\n" + sampleMac)
 	for _, u := range s.Unknown {
@@ -110,8 +110,8 @@ func TestParseShown(t *testing.T) {
 	}
 }
 
-// TestUnreadableRuleHasStandIn: a line that can't be read counts as matching
-// everything, and the others are as they are.
+// TestUnreadableRuleHasStandIn checks that a line that can't be read counts as matching
+// every packet, and that the others aren't affected.
 func TestUnreadableRuleHasStandIn(t *testing.T) {
 	const text = `@0 pass in quick on en0 all flags S/SA keep state
 @1 pass out quick wormhole (utun4 any) all flags S/SA keep state

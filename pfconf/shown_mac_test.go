@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// macOutput reads what a real Mac's pfctl printed, without the line that says
-// where it is from.
+// macOutput returns output of a real Mac's pfctl, without the first line, which names its
+// source.
 func macOutput(t *testing.T, name string) string {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join("testdata", "mac", name))
@@ -25,7 +25,7 @@ func macOutput(t *testing.T, name string) string {
 	return text
 }
 
-// macOutputs returns the names of the outputs that begin so.
+// macOutputs returns the names of the outputs with this prefix.
 func macOutputs(t *testing.T, prefixes ...string) []string {
 	t.Helper()
 	var all []string
@@ -41,7 +41,7 @@ func macOutputs(t *testing.T, prefixes ...string) []string {
 	return all
 }
 
-// TestMacRules reads rules that real Macs showed, and shows them again.
+// TestMacRules parses rules that real Macs showed, and shows them again.
 func TestMacRules(t *testing.T) {
 	for _, name := range macOutputs(t, "pfctl-rules-", "pfctl-s-rules-", "pfctl-nat-", "pfctl-s-nat-", "pfctl-mullvad-") {
 		text := strings.TrimSpace(macOutput(t, name))
@@ -67,8 +67,8 @@ func TestMacRules(t *testing.T) {
 	}
 }
 
-// TestMacAnchorIsMissing reads the answer to a path with a star, which pfctl
-// takes for the name of an anchor: it begins with a rule and ends in an error.
+// TestMacAnchorIsMissing parses the output for a path with a star, which pfctl takes for
+// the name of an anchor: it begins with a rule and ends in an error.
 func TestMacAnchorIsMissing(t *testing.T) {
 	s := ParseShown(macOutput(t, "pfctl-missing-wildcard.txt"))
 	if len(s.Rules) != 1 || s.Rules[0].Anchor != "*" || len(s.Unknown) != 1 {

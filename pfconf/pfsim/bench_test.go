@@ -10,8 +10,8 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// meshAnchor is a ruleset of the product's shape for n peers: filter by tables,
-// translation, both families.
+// meshAnchor returns a ruleset as the helper loads it for n peers: filter rules with
+// tables, translation, both families.
 func meshAnchor(n int) string {
 	var peers, routing, lan strings.Builder
 	for i := range n {
@@ -138,7 +138,7 @@ func BenchmarkForward(b *testing.B) {
 	}
 }
 
-// BenchmarkNewFlow makes a translated flow's two states, and lets them expire.
+// BenchmarkNewFlow makes the two states of a translated flow and lets them expire.
 func BenchmarkNewFlow(b *testing.B) {
 	m := meshHost(b, 10000)
 	p := meshPacket(meshPeer(9000), internet)

@@ -8,7 +8,7 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// countedHost is a host with rules that skip others, an anchor and nat.
+// countedHost returns a host whose rules have skip steps, with an anchor and nat.
 func countedHost(t *testing.T) *PF {
 	t.Helper()
 	m := machineHost(t, `nat on en0 inet from 100.64.0.0/10 to any -> (en0)
@@ -45,8 +45,8 @@ func wantCounters(t *testing.T, m *PF, anchor string, want map[string]RuleCounte
 	}
 }
 
-// TestCounters follows the kernel's counting: each rule that a packet is held
-// against, skip steps included, packets and bytes of the rule that decides and of
+// TestCounters checks counters against the kernel's: evaluations of each rule that is
+// compared with a packet, with skip steps, and packets and bytes of the rule that decides,
 // its states, its anchor and its translation.
 func TestCounters(t *testing.T) {
 	m := countedHost(t)
@@ -82,14 +82,14 @@ func TestCounters(t *testing.T) {
 	if got := m.Counters(); got["removals"] != 2 {
 		t.Errorf("totals %v", got)
 	}
-	// A load counts anew.
+	// A load resets the counters.
 	mustLoad(t, m, "mesh", "pass in quick on utun7 label \"e\"\n")
 	wantCounters(t, m, "mesh", map[string]RuleCounters{})
 }
 
-// TestFirstRuleCountsWhatComes: the first filter rule of an anchor is evaluated for
-// each packet that has no state and comes to the anchor, so its counter stands still
-// while packets go by if nothing calls the anchor any more.
+// TestFirstRuleCountsWhatComes checks that the first filter rule of an anchor is evaluated
+// for each packet without a state that reaches the anchor. So if nothing calls the anchor
+// any more, its counter stays the same while packets pass.
 func TestFirstRuleCountsWhatComes(t *testing.T) {
 	m := countedHost(t)
 	first := func() uint64 {
@@ -114,7 +114,7 @@ func TestFirstRuleCountsWhatComes(t *testing.T) {
 	}
 }
 
-// TestCountersOfDrops counts the reasons.
+// TestCountersOfDrops checks the counters of each reason for a drop.
 func TestCountersOfDrops(t *testing.T) {
 	m := machineHost(t, `set limit src-nodes 0
 scrub in on en0 no-df
@@ -144,7 +144,7 @@ pass in on en0 proto udp to port 2 keep state (source-track rule, max-src-states
 	}
 }
 
-// TestCountersAreReadBack prints rules as pfctl -v does and reads them again.
+// TestCountersAreReadBack prints rules as pfctl -v does and parses them.
 func TestCountersAreReadBack(t *testing.T) {
 	m := countedHost(t)
 	p := Packet{Src: netip.MustParseAddr("100.64.0.5"), Dst: netip.MustParseAddr("198.51.100.1"), Proto: pfconf.ProtoUDP, SrcPort: 1000, DstPort: 443, Len: 100}
@@ -180,8 +180,8 @@ func TestCountersAreReadBack(t *testing.T) {
 	}
 }
 
-// TestSkipsChangeNothing holds that skipping rules doesn't change which one decides:
-// the same packets through the same rules, of which one machine skips none.
+// TestSkipsChangeNothing checks that skip steps don't change which rule decides: it sends
+// the same packets through two machines with the same rules, one without skip steps.
 func TestSkipsChangeNothing(t *testing.T) {
 	for i, r := range fuzzRulesets {
 		for seed := range uint64(20) {
@@ -207,7 +207,7 @@ func TestSkipsChangeNothing(t *testing.T) {
 	}
 }
 
-// stepByStep takes the skips out of all rules.
+// stepByStep removes the skip steps of all rules.
 func stepByStep(a *anchorNode) {
 	for _, l := range a.lists {
 		for _, r := range l {

@@ -10,7 +10,7 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// cut cuts a UDP datagram with so many bytes behind its IP header into pieces of
+// cut splits a UDP datagram, with so many bytes behind its IP header, into fragments of
 // random lengths.
 func cut(r *rand.Rand, src, dst string, id uint32, total int) []Packet {
 	p := Packet{
@@ -28,8 +28,8 @@ func cut(r *rand.Rand, src, dst string, id uint32, total int) []Packet {
 	return all
 }
 
-// put sends pieces to the host and returns which of them passed, and how many bytes
-// were put together last.
+// put sends fragments to the host and returns which of them passed, and the length of the
+// last datagram that was reassembled.
 func put(t *testing.T, m *PF, pieces []Packet) (passed []int, bytes int) {
 	t.Helper()
 	for i, p := range pieces {
@@ -46,7 +46,8 @@ func put(t *testing.T, m *PF, pieces []Packet) (passed []int, bytes int) {
 	return passed, bytes
 }
 
-// TestReassembly puts datagrams of each family together, in order and not.
+// TestReassembly reassembles datagrams of each family, from fragments in order and out of
+// order.
 func TestReassembly(t *testing.T) {
 	r := rand.New(rand.NewPCG(5, 6))
 	for id := range uint32(300) {
@@ -79,7 +80,7 @@ func TestReassembly(t *testing.T) {
 	}
 }
 
-// TestReassemblyIsBounded floods a machine with first pieces.
+// TestReassemblyIsBounded sends a machine many first fragments.
 func TestReassemblyIsBounded(t *testing.T) {
 	m := machineHost(t, "set limit frags 20\nscrub in on en0 all\n")
 	p := Packet{
@@ -105,7 +106,8 @@ func TestReassemblyIsBounded(t *testing.T) {
 	}
 }
 
-// TestSourcesAreBounded: set limit src-nodes, and what a reload leaves.
+// TestSourcesAreBounded checks set limit src-nodes, and the nodes that remain after a
+// reload.
 func TestSourcesAreBounded(t *testing.T) {
 	const rules = "pass in on en0 proto udp keep state (source-track global, max-src-states 2)\n"
 	m := machineHost(t, "set limit src-nodes 3\nanchor \"a\"\n")
@@ -119,7 +121,7 @@ func TestSourcesAreBounded(t *testing.T) {
 				passed[p.Src]++
 			}
 		}
-		mustLoad(t, m, "a", rules) // a global count goes on
+		mustLoad(t, m, "a", rules) // a global count continues
 	}
 	if len(passed) != 4 || m.SourceCount() != 4 {
 		t.Errorf("%d sources passed, %d are tracked", len(passed), m.SourceCount())

@@ -10,7 +10,7 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// fuzzHosts are few, so that packets answer each other: IPv4, then IPv6.
+// fuzzHosts are few so that packets answer each other: IPv4, then IPv6.
 var fuzzHosts = [2][]string{
 	{"192.0.2.10", "100.64.0.5", "100.64.0.6", "198.51.100.1", "10.1.1.9", "255.255.255.255", "0.0.0.0"},
 	{"2001:db8:2::10", "fd6d::5", "2001:db8::1", "fe80::1", "::"},
@@ -18,7 +18,7 @@ var fuzzHosts = [2][]string{
 
 var fuzzInterfaces = []string{"en0", "utun7", "en1", "en0", "utun7", "en1", "lo0", "en9"}
 
-// A byteReader takes numbers from fuzzed bytes; at the end they are zero.
+// A byteReader reads numbers from fuzzed bytes, and zeros after their end.
 type byteReader struct{ b []byte }
 
 func (r *byteReader) byte() byte {
@@ -38,11 +38,11 @@ func (r *byteReader) host(family int) netip.Addr {
 	return netip.MustParseAddr(fuzzHosts[family][r.pick(len(fuzzHosts[family]))])
 }
 
-// any is a host of one of the families.
+// any returns a host of either family.
 func (r *byteReader) any() netip.Addr { return r.host(r.pick(2)) }
 
-// packet draws a packet, or an error about the one before. Ports and numbers are
-// few, for the same reason as hosts; some packets are of no family.
+// packet draws a packet, or an error about the one before. Ports and numbers are few for
+// the same reason as hosts. Some packets have addresses of no family.
 func (r *byteReader) packet(last Packet) Packet {
 	mix := r.byte()
 	from, to := int(mix&1), int(mix&1)
@@ -78,7 +78,7 @@ func (r *byteReader) packet(last Packet) Packet {
 	return p
 }
 
-// runFuzzed does to a machine what the bytes say.
+// runFuzzed runs the operations that the bytes encode on a machine.
 func runFuzzed(t testing.TB, m *PF, r *byteReader) {
 	var last Packet
 	for steps := 0; len(r.b) > 0 && steps < 200; steps++ {
@@ -112,8 +112,8 @@ func runFuzzed(t testing.TB, m *PF, r *byteReader) {
 	}
 }
 
-// checkJudgement holds a judgement against what it promises, and returns the
-// packet as it left.
+// checkJudgement checks that a judgement's fields agree, and returns the packet as it
+// left.
 func checkJudgement(t testing.TB, p Packet, j Judgement) Packet {
 	h := &j.In
 	if j.Out.Seen {
@@ -137,7 +137,7 @@ func checkJudgement(t testing.TB, p Packet, j Judgement) Packet {
 	return p
 }
 
-// checkMachine holds a machine against what must be so at any time.
+// checkMachine checks the invariants of a machine.
 func checkMachine(t testing.TB, m *PF) {
 	n, used := 0, map[*crule]int{}
 	for s := m.states.first; s != nil; s = s.next {
@@ -183,7 +183,7 @@ func checkMachine(t testing.TB, m *PF) {
 	}
 }
 
-// checkSources counts what is counted by source.
+// checkSources compares the counts of source nodes with the states.
 func checkSources(t testing.TB, m *PF) {
 	states, conns := map[*sourceNode]int{}, map[*sourceNode]int{}
 	for s := m.states.first; s != nil; s = s.next {
@@ -205,7 +205,7 @@ func checkSources(t testing.TB, m *PF) {
 	}
 }
 
-// checkEmptied takes everything out of a machine and looks for what is left.
+// checkEmptied removes everything from a machine and checks that nothing is left.
 func checkEmptied(t testing.TB, m *PF) {
 	m.FlushStates()
 	for _, a := range []string{"", "a", "a/b"} {
@@ -254,8 +254,8 @@ anchor "a"
 `, "pass out quick proto tcp flags any keep state (max-src-conn 1, overload <worse> flush)\n"},
 }
 
-// FuzzMachine loads two texts and does what the bytes say. Nothing may panic,
-// hang or leave the machine in contradiction with itself.
+// FuzzMachine loads two texts and runs the operations that the bytes encode. Nothing may
+// panic, hang or break an invariant of the machine.
 func FuzzMachine(f *testing.F) {
 	for i, r := range fuzzRulesets {
 		f.Add(r.main, r.anchor, fuzzBytes(uint64(i), 400))
@@ -292,8 +292,8 @@ func fuzzBytes(seed uint64, n int) []byte {
 	return b[:n]
 }
 
-// TestMachineHoldsTogether runs many random packets through rulesets of every
-// kind.
+// TestMachineHoldsTogether sends many random packets through rulesets of every kind, and
+// checks the machine's invariants.
 func TestMachineHoldsTogether(t *testing.T) {
 	for i, r := range fuzzRulesets {
 		m := machineHost(t, r.main)

@@ -35,7 +35,7 @@ func machineHost(t testing.TB, main string) *PF {
 	return m
 }
 
-// udp, tcp and plain make packets from addresses as text.
+// udp, tcp and plain return packets with addresses given as text.
 func udp(src string, sport uint16, dst string, dport uint16) Packet {
 	return Packet{Src: netip.MustParseAddr(src), Dst: netip.MustParseAddr(dst), Proto: pfconf.ProtoUDP, SrcPort: sport, DstPort: dport, Len: 8}
 }
@@ -52,13 +52,13 @@ func plain(proto pfconf.Proto, src, dst string) Packet {
 	return p
 }
 
-// back returns the answer to a packet as it left the host.
+// back returns the answer to a packet that left the host.
 func back(p Packet) Packet {
 	p.Src, p.Dst, p.SrcPort, p.DstPort, p.Tag = p.Dst, p.Src, p.DstPort, p.SrcPort, ""
 	return p
 }
 
-// wantVerdict judges one line of a test.
+// wantVerdict checks one verdict.
 func wantVerdict(t *testing.T, what string, j Judgement, want Verdict, use StateUse) {
 	t.Helper()
 	h := &j.In
@@ -93,7 +93,7 @@ func TestNewMachineIsOff(t *testing.T) {
 	}
 }
 
-// TestMalformed: packets that no IP header can hold are dropped, not judged.
+// TestMalformed checks that packets that no IP header can describe are dropped unjudged.
 func TestMalformed(t *testing.T) {
 	m := machineHost(t, "pass all\n")
 	v4, v6 := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")
@@ -143,7 +143,7 @@ func TestInterfacesComeAndGo(t *testing.T) {
 	}
 }
 
-// TestDynamicAddresses: what (if) with its modifiers stands for.
+// TestDynamicAddresses checks which addresses (if) with its modifiers stands for.
 func TestDynamicAddresses(t *testing.T) {
 	for _, c := range []struct {
 		address string
@@ -188,8 +188,8 @@ func TestAddressRange(t *testing.T) {
 	}
 }
 
-// TestConnectionReuse: a SYN with the ports of a connection that was reset makes
-// a new state.
+// TestConnectionReuse checks that a SYN with the ports of a connection that was reset
+// makes a new state.
 func TestConnectionReuse(t *testing.T) {
 	m := machineHost(t, "block all\npass in on en0 proto tcp to port 22\n")
 	syn := tcp("198.51.100.1", 4000, "192.0.2.10", 22, pfconf.FlagSYN, 1000, 0)
@@ -203,8 +203,8 @@ func TestConnectionReuse(t *testing.T) {
 	}
 }
 
-// TestHandshakeMismatch: an answer that doesn't fit the SYN is reset, and the
-// right one still gets through.
+// TestHandshakeMismatch checks that an answer that doesn't fit the SYN is reset, and that
+// the right one still passes.
 func TestHandshakeMismatch(t *testing.T) {
 	m := machineHost(t, "pass all\n")
 	wantVerdict(t, "syn", m.Receive(tcp("198.51.100.1", 4000, "192.0.2.10", 22, pfconf.FlagSYN, 1000, 0), "en0"), VerdictPass, StateCreated)
@@ -218,8 +218,8 @@ func TestHandshakeMismatch(t *testing.T) {
 	}
 }
 
-// TestWindowScale: with scaling agreed on, the window is known; otherwise the
-// kernel assumes the largest.
+// TestWindowScale checks that the window is known if both ends scale, and that the kernel
+// otherwise assumes the largest.
 func TestWindowScale(t *testing.T) {
 	for _, c := range []struct {
 		name           string
@@ -251,8 +251,8 @@ func TestWindowScale(t *testing.T) {
 	}
 }
 
-// TestModulation: the far side sees other sequence numbers than the opener uses,
-// consistently.
+// TestModulation checks that the far end consistently sees other sequence numbers than
+// the opener uses.
 func TestModulation(t *testing.T) {
 	m := machineHost(t, "pass all modulate state\n")
 	j := m.Send(tcp("192.0.2.10", 4000, "198.51.100.1", 80, pfconf.FlagSYN, 1000, 0), "en0")
@@ -271,8 +271,8 @@ func TestModulation(t *testing.T) {
 	}
 }
 
-// TestGRE: protocols without ports have one flow a pair of addresses; a second
-// inner host can't be translated towards the same one.
+// TestGRE checks that a protocol without ports has one flow for each pair of addresses: a
+// second inner host can't be translated to the same destination.
 func TestGRE(t *testing.T) {
 	m := machineHost(t, "nat on en0 inet from 100.64.0.0/10 to any -> (en0)\n")
 	first := m.Forward(plain(protoGRE, "100.64.0.5", "198.51.100.1"), "utun7", "en0")
@@ -289,7 +289,7 @@ func TestGRE(t *testing.T) {
 	}
 }
 
-// TestESP: the answering SPI is learnt from the first answer.
+// TestESP checks that the SPI of answers is learned from the first one.
 func TestESP(t *testing.T) {
 	m := machineHost(t, "nat on en0 inet from 100.64.0.0/10 to any -> (en0)\nblock in on en0 all\n")
 	p := plain(protoESP, "100.64.0.5", "198.51.100.1")
@@ -320,7 +320,7 @@ func TestESP(t *testing.T) {
 	wantVerdict(t, "the next answer", m.Send(reply, "en0"), VerdictPass, StateMatched)
 }
 
-// TestEndpointIndependence: extfilter widens from where answers may come.
+// TestEndpointIndependence checks that extfilter widens the hosts that may answer.
 func TestEndpointIndependence(t *testing.T) {
 	for _, c := range []struct {
 		option               string
@@ -354,7 +354,7 @@ func TestEndpointIndependence(t *testing.T) {
 	}
 }
 
-// TestPools: which addresses a pool gives out.
+// TestPools checks the addresses that a pool returns.
 func TestPools(t *testing.T) {
 	for _, c := range []struct {
 		text string
@@ -387,7 +387,7 @@ func TestPools(t *testing.T) {
 	}
 }
 
-// TestTablePoolHoles: negated entries of a pool's table are left out.
+// TestTablePoolHoles checks that negated entries of a pool's table are left out.
 func TestTablePoolHoles(t *testing.T) {
 	m := machineHost(t, "table <pool> { 203.0.113.16/29, !203.0.113.18/31 }\nnat on en0 inet from 100.64.0.0/10 to any -> <pool>\n")
 	seen := map[string]int{}
@@ -399,8 +399,8 @@ func TestTablePoolHoles(t *testing.T) {
 	}
 }
 
-// TestPorts: nat takes ports from its range, none twice towards one end, and
-// gives up when there are none.
+// TestPorts checks that nat chooses ports from its range, none twice for the same
+// destination, and doesn't translate when there are none left.
 func TestPorts(t *testing.T) {
 	m := machineHost(t, "nat on en0 inet proto tcp from 100.64.0.0/10 to any -> (en0) port 2000:2003\n")
 	used := map[uint16]bool{}
@@ -429,8 +429,8 @@ func TestPorts(t *testing.T) {
 	}
 }
 
-// TestUDPPortsRunOut: the kernel doesn't see that the ports of UDP are taken, and
-// drops what then collides.
+// TestUDPPortsRunOut checks that, as the kernel doesn't notice that UDP ports are in use,
+// it drops packets whose states collide.
 func TestUDPPortsRunOut(t *testing.T) {
 	m := machineHost(t, "nat on en0 inet from 100.64.0.0/10 to any -> (en0) port 2000:2003\n")
 	for port := range uint16(4) {
@@ -440,8 +440,8 @@ func TestUDPPortsRunOut(t *testing.T) {
 	wantVerdict(t, "to another host", m.Send(udp("100.64.0.5", 1004, "198.51.100.2", 53), "en0"), VerdictPass, StateCreated)
 }
 
-// TestICMPErrorOutbound: an error that the inner host sends about a flow to it
-// is translated on the way out, with what it quotes.
+// TestICMPErrorOutbound checks that an error that the inner host sends about a flow to it
+// is translated on its way out, with the packet that it quotes.
 func TestICMPErrorOutbound(t *testing.T) {
 	m := machineHost(t, "rdr on en0 inet proto udp from any to 192.0.2.10 port 53 -> 100.64.0.5\n")
 	in := m.Forward(udp("198.51.100.1", 4000, "192.0.2.10", 53), "en0", "utun7").Out.Packet
@@ -486,8 +486,8 @@ func TestScrub(t *testing.T) {
 	wantVerdict(t, "fragment without scrub", m.Receive(p, "en1"), VerdictPass, StateUnused)
 }
 
-// TestOwners: packets here belong to no socket, so rules for owners match only
-// as far as they ask for none.
+// TestOwners checks that rules for a socket's owner match only if they require none,
+// since no packet here belongs to a socket.
 func TestOwners(t *testing.T) {
 	for text, want := range map[string]Verdict{
 		"user root": VerdictPass, "user != root": VerdictDrop, "user unknown": VerdictDrop, "user > 500": VerdictPass,
@@ -499,7 +499,7 @@ func TestOwners(t *testing.T) {
 	}
 }
 
-// TestProbability: a rule with a probability matches about as often.
+// TestProbability checks that a rule with a probability matches about that often.
 func TestProbability(t *testing.T) {
 	m := machineHost(t, "block in all probability 25%\n")
 	dropped := 0
@@ -513,8 +513,8 @@ func TestProbability(t *testing.T) {
 	}
 }
 
-// TestAnchorLoops: anchors that call each other for ever end all the same, in a
-// refusal, and leave the next packet alone.
+// TestAnchorLoops checks that evaluation ends even if anchors call each other for ever: it
+// drops the packet, and doesn't affect the next one.
 func TestAnchorLoops(t *testing.T) {
 	m := machineHost(t, "anchor \"a\"\nblock in proto udp all\n")
 	mustLoad(t, m, "a", "anchor \"/a\"\nanchor \"/a\"\npass all\n")
@@ -526,8 +526,8 @@ func TestAnchorLoops(t *testing.T) {
 	wantVerdict(t, "one loop", m.Receive(udp("198.51.100.1", 1, "192.0.2.10", 2), "en0"), VerdictDrop, StateUnused)
 }
 
-// TestAnchorNames: relative, absolute and parent names; anchors that were only
-// called are forgotten with the call.
+// TestAnchorNames checks relative, absolute and parent names, and that an anchor that was
+// only called is removed with the call.
 func TestAnchorNames(t *testing.T) {
 	m := machineHost(t, "anchor \"a\"\n")
 	mustLoad(t, m, "a", "anchor \"b\"\nanchor \"/c\"\nanchor \"b/*\"\n")
@@ -553,8 +553,8 @@ func TestAnchorNames(t *testing.T) {
 	}
 }
 
-// TestFailedLoad: what can't be loaded changes nothing, names no anchor and
-// holds no table.
+// TestFailedLoad checks that a load that fails changes nothing and leaves neither an
+// anchor nor a reference to a table.
 func TestFailedLoad(t *testing.T) {
 	m := machineHost(t, "block all label \"old\"\n")
 	for _, text := range []string{
@@ -655,8 +655,8 @@ func TestTableLimit(t *testing.T) {
 	}
 }
 
-// TestTableOutlivesItsRules: a table that isn't persistent stays while a state
-// of a rule that used it does.
+// TestTableOutlivesItsRules checks that a table that isn't persistent stays as long as a
+// state of a rule that used it.
 func TestTableOutlivesItsRules(t *testing.T) {
 	m := machineHost(t, "table <t> { 198.51.100.1 }\npass in from <t> to any\n")
 	wantVerdict(t, "packet", m.Receive(udp("198.51.100.1", 1, "192.0.2.10", 2), "en0"), VerdictPass, StateCreated)
@@ -695,7 +695,7 @@ func TestStateLimit(t *testing.T) {
 	}
 }
 
-// TestSecondsAdd: spans shorter than a second add up.
+// TestSecondsAdd checks that times shorter than a second add up.
 func TestSecondsAdd(t *testing.T) {
 	m := machineHost(t, "pass all\n")
 	m.Receive(udp("198.51.100.1", 1, "192.0.2.10", 2), "en0")
@@ -712,7 +712,7 @@ func TestSecondsAdd(t *testing.T) {
 	}
 }
 
-// TestAdaptiveTimeouts: many states live shorter.
+// TestAdaptiveTimeouts checks that timeouts shrink when there are many states.
 func TestAdaptiveTimeouts(t *testing.T) {
 	m := machineHost(t, "set timeout { adaptive.start 10, adaptive.end 110 }\npass all\n")
 	for port := range uint16(60) {
@@ -729,7 +729,7 @@ func TestAdaptiveTimeouts(t *testing.T) {
 	}
 }
 
-// TestTimeoutNames: the machine knows each timeout that can be written.
+// TestTimeoutNames checks that the machine knows each timeout that can be written.
 func TestTimeoutNames(t *testing.T) {
 	for _, name := range pfconf.TimeoutNames() {
 		if _, ok := timeoutKinds[name]; !ok {
@@ -776,8 +776,8 @@ func TestStates(t *testing.T) {
 	}
 }
 
-// TestForeignTag: a tag that no rule knows stays on the packet and is none that
-// a rule asks for.
+// TestForeignTag checks that a tag that no rule names stays on the packet and matches no
+// rule.
 func TestForeignTag(t *testing.T) {
 	m := machineHost(t, "block all\npass in ! tagged KNOWN no state\n")
 	p := udp("198.51.100.1", 1, "192.0.2.10", 2)
@@ -789,7 +789,7 @@ func TestForeignTag(t *testing.T) {
 	wantVerdict(t, "the known tag", m.Receive(p, "en0"), VerdictDrop, StateUnused)
 }
 
-// TestFragmentTags: rules put no tag on a fragment, also not for those below.
+// TestFragmentTags checks that rules set no tag on a fragment, not even for later rules.
 func TestFragmentTags(t *testing.T) {
 	m := machineHost(t, "pass in all no state tag A\nblock in all tagged A\npass out all no state tag B\n")
 	p := udp("198.51.100.1", 1, "192.0.2.10", 2)
@@ -801,7 +801,7 @@ func TestFragmentTags(t *testing.T) {
 	}
 }
 
-// TestSnapshotReadsBack: what is loaded is what pf showed of the parse vectors.
+// TestSnapshotReadsBack checks that a Snapshot shows what pf showed for the parse vectors.
 func TestSnapshotReadsBack(t *testing.T) {
 	n := 0
 	for _, f := range vectors.Files(t, "testdata") {
@@ -819,8 +819,8 @@ func TestSnapshotReadsBack(t *testing.T) {
 	}
 }
 
-// checkSnapshot loads a parse scenario into a machine and compares what can be
-// read back. It reports whether the scenario loads.
+// checkSnapshot loads a parse scenario into a machine, compares its snapshot, and reports
+// whether the scenario loads.
 func checkSnapshot(t *testing.T, s *vectors.Scenario) bool {
 	var want vectors.ParseWant
 	if err := json.Unmarshal(s.Want, &want); err != nil {
@@ -858,8 +858,7 @@ func checkSnapshot(t *testing.T, s *vectors.Scenario) bool {
 	return true
 }
 
-// TestSteadyPathAllocatesNothing: judging by rules, by states and through both
-// hooks.
+// TestSteadyPathAllocatesNothing judges packets by rules, by states and at both hooks.
 func TestSteadyPathAllocatesNothing(t *testing.T) {
 	m := meshHost(t, 100)
 	flow := meshPacket(meshPeer(60), internet)
@@ -877,7 +876,8 @@ func TestSteadyPathAllocatesNothing(t *testing.T) {
 	}
 }
 
-// TestRandComesFromOutside: the same source of randomness gives the same ports.
+// TestRandComesFromOutside checks that the same source of randomness gives the same
+// ports.
 func TestRandComesFromOutside(t *testing.T) {
 	port := func(seed uint64) uint16 {
 		m := NewPF(Options{Rand: rand.New(rand.NewPCG(seed, 0))})

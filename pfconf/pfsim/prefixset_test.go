@@ -8,7 +8,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-// longest is what a prefixSet has to find, the slow way.
+// longest returns what prefixSet.lookup must find, by trying all entries.
 func longest(entries map[netip.Prefix]bool, a netip.Addr) (not, ok bool) {
 	best := -1
 	for p, n := range entries {

@@ -9,8 +9,8 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/internal/vectors"
 )
 
-// TestShownRulesJudgeTheSame: a machine that is given what pfctl would show of
-// another judges as that one does. That is how a real host is looked into.
+// TestShownRulesJudgeTheSame checks that a machine that loads what pfctl would show of
+// another judges as that one does. The rules of a real host are judged in this way.
 func TestShownRulesJudgeTheSame(t *testing.T) {
 	scenarios, packets := 0, 0
 	for _, f := range vectors.Files(t, "testdata") {
@@ -28,14 +28,14 @@ func TestShownRulesJudgeTheSame(t *testing.T) {
 	}
 }
 
-// setsOptions says whether a scenario's main ruleset sets what pfctl doesn't show
-// with the rules.
+// setsOptions reports whether a scenario's main ruleset sets options that pfctl doesn't
+// show with the rules.
 func setsOptions(s *vectors.Scenario) bool {
 	return s.Main != nil && (strings.HasPrefix(*s.Main, "set ") || strings.Contains(*s.Main, "\nset "))
 }
 
-// compareShown sends a scenario's packets through its machine and through one
-// made from what that shows, until an event changes it.
+// compareShown sends a scenario's packets through its machine and through one that loads
+// what the first shows, until an event changes that.
 func compareShown(t *testing.T, s *vectors.Scenario) int {
 	quiet := &judge{t: t, scenario: s.Name}
 	a := &packetRun{j: quiet, m: NewPF(Options{}), sent: map[string]sentPacket{}}
@@ -73,7 +73,7 @@ func compareShown(t *testing.T, s *vectors.Scenario) int {
 	return n
 }
 
-// rebuild loads into b what a shows of an anchor and of those below.
+// rebuild loads into b what a shows of an anchor and of those below it.
 func rebuild(t *testing.T, name string, a, b *PF, path string) {
 	l, err := a.Snapshot(path)
 	if err != nil {
@@ -102,7 +102,8 @@ func rebuild(t *testing.T, name string, a, b *PF, path string) {
 	}
 }
 
-// describeJudgement is a judgement without what differs between two machines.
+// describeJudgement returns a judgement as text, without the parts that differ between two
+// machines.
 func describeJudgement(j *Judgement) string {
 	var out strings.Builder
 	out.WriteString(j.Verdict.String())

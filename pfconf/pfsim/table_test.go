@@ -12,8 +12,8 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// TestTablesHoldWhatIsStored: a table holds what [pfconf.StoredEntries] says,
-// however the entries come into it.
+// TestTablesHoldWhatIsStored checks that a table has the entries of
+// [pfconf.StoredEntries], in whichever way they are added.
 func TestTablesHoldWhatIsStored(t *testing.T) {
 	for _, written := range []string{
 		"",
@@ -53,7 +53,7 @@ func TestTablesHoldWhatIsStored(t *testing.T) {
 	}
 }
 
-// TestTableReadBack is the whole way of a table: written, loaded, shown, read.
+// TestTableReadBack writes a table, loads it, shows it and parses the output.
 func TestTableReadBack(t *testing.T) {
 	entry := rapid.Custom(func(t *rapid.T) pfconf.Address {
 		return pfconf.Address{Kind: pfconf.AddrPrefix, Prefix: prefixes().Draw(t, "prefix"), Not: rapid.Bool().Draw(t, "not")}

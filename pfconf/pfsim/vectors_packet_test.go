@@ -11,7 +11,7 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/internal/vectors"
 )
 
-// stockMain is the main ruleset of a Mac, as the vectors have it for null.
+// stockMain is the main ruleset of a Mac, for which the vectors have null.
 const stockMain = `scrub-anchor "com.apple/*"
 nat-anchor "com.apple/*"
 rdr-anchor "com.apple/*"
@@ -65,7 +65,7 @@ type vectorEvent struct {
 	Want json.RawMessage `json:"want"`
 }
 
-// wantHook is what the vectors say of one hook.
+// wantHook is the expected result at one hook.
 type wantHook struct {
 	Pass   bool            `json:"pass"`
 	State  string          `json:"state"`
@@ -84,7 +84,7 @@ type wantPacket struct {
 	Out     *wantHook `json:"out"`
 }
 
-// sentPacket is a packet that went its way, for replies and ICMP errors.
+// sentPacket is a packet that was sent, for later replies and ICMP errors.
 type sentPacket struct {
 	packet  Packet
 	opener  bool
@@ -187,7 +187,7 @@ func rc(err error) int {
 	return 0
 }
 
-// leaf judges one value under want, if the vectors have it.
+// leaf compares one value under want, if the vectors have it.
 func (r *packetRun) leaf(e *vectorEvent, name string, got any) {
 	r.j.t.Helper()
 	var want map[string]any
@@ -278,12 +278,12 @@ func (r *packetRun) table(e *vectorEvent) {
 	r.leaf(e, "addresses", t.Entries())
 }
 
-// packet sends what the opener sends.
+// packet sends a packet of the opener.
 func (r *packetRun) packet(e *vectorEvent) {
 	r.send(e, r.fromVector(e), true, e.In, e.Out)
 }
 
-// fromVector makes a packet of the opener.
+// fromVector returns a packet of the opener.
 func (r *packetRun) fromVector(e *vectorEvent) Packet {
 	p := Packet{
 		SrcPort: e.SPort, DstPort: e.DPort, ICMPCode: e.ICMPCode, ICMPID: e.ICMPID,
@@ -326,7 +326,7 @@ func (r *packetRun) reply(e *vectorEvent) {
 	r.send(e, p, !to.opener, in, out)
 }
 
-// complete fills in what the side says by default.
+// complete sets the fields for which the packet's side has defaults.
 func (r *packetRun) complete(e *vectorEvent, p *Packet, opener bool) {
 	p.Options = e.IPOptions && p.Src.Is4()
 	p.Fragment = e.FragOffset > 0 || e.MoreFragments || e.FragLen > 0 && p.Src.Is6()
@@ -353,7 +353,7 @@ func (r *packetRun) complete(e *vectorEvent, p *Packet, opener bool) {
 	}
 }
 
-// pass lets a packet take its way.
+// pass sends a packet through the hooks of its interfaces.
 func pass(m *PF, p Packet, in, out string) Judgement {
 	switch {
 	case in != "" && out != "":
@@ -364,7 +364,7 @@ func pass(m *PF, p Packet, in, out string) Judgement {
 	return m.Send(p, out)
 }
 
-// send sends the packet and judges what happened.
+// send sends the packet and compares the result.
 func (r *packetRun) send(e *vectorEvent, p Packet, opener bool, in, out string) {
 	got := pass(r.m, p, in, out)
 	if e.Name != "" && got.Verdict == VerdictPass {
@@ -432,8 +432,8 @@ func (r *packetRun) judge(e *vectorEvent, sent Packet, got *Judgement) {
 	r.judgeHook("out", want.Out, &got.Out, &before)
 }
 
-// judgeHook compares one hook; before is the packet as it came there, and then
-// as it left.
+// judgeHook compares the result at one hook. before is the packet as it arrived there;
+// judgeHook sets it to the packet as it left.
 func (r *packetRun) judgeHook(name string, want *wantHook, got *Hook, before *Packet) {
 	at := r.at + ": " + name
 	if want == nil {
@@ -473,8 +473,8 @@ func text(s *string) json.RawMessage {
 	return b
 }
 
-// field judges an address, a port or an identifier behind a hook: what the
-// vectors give, or unchanged.
+// field compares an address, a port or an identifier behind a hook with the one in the
+// vectors, or if they have none with the one before the hook.
 func (r *packetRun) field(at string, want json.RawMessage, before, after any) {
 	switch {
 	case want == nil:
@@ -489,12 +489,12 @@ func (r *packetRun) field(at string, want json.RawMessage, before, after any) {
 	}
 }
 
-// ruleName is the vectors' name of the deciding rule.
+// ruleName returns the vectors' name for the rule that decided.
 func ruleName(h *Hook) string {
 	switch h.Decider {
 	case DecidedByRule:
 		if h.Rule == nil {
-			return "" // the packet didn't come here
+			return "" // the packet didn't reach this hook
 		}
 		return h.Rule.Label
 	case DecidedByDefault, DecidedByForm:

@@ -13,8 +13,8 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/internal/vectors"
 )
 
-// vectorTotals is what the vectors' run says at the end, after all other
-// output, so that a script finds it in the last line.
+// vectorTotals has the totals of the vectors' run, which are printed after all other
+// output, so that a script finds them on the last line.
 var vectorTotals struct {
 	ran                                bool
 	scenarios, judgements, differences int
@@ -37,14 +37,14 @@ func hostInterfaces(s *vectors.Scenario) []pfconf.Interface {
 	return ifs
 }
 
-// A judge compares what a scenario wants with what the package says and counts.
+// A judge compares a scenario's expected values with those of the package, and counts.
 type judge struct {
 	t                       *testing.T
 	scenario                string
 	judgements, differences int
 }
 
-// check judges one value; got and want are compared as JSON.
+// check compares one value. got and want are compared as JSON.
 func (j *judge) check(what string, got, want any) {
 	j.t.Helper()
 	j.judgements++
@@ -65,7 +65,7 @@ func mustJSON(t *testing.T, v any) string {
 	return string(b)
 }
 
-// TestVectors holds the package against what Apple's own pf did.
+// TestVectors compares the package with what Apple's own pf did.
 func TestVectors(t *testing.T) {
 	vectorTotals.ran = true
 	for _, f := range vectors.Files(t, "testdata") {
@@ -90,8 +90,8 @@ func runVectors(t *testing.T, file string) {
 	})
 }
 
-// judgeParse runs a scenario of the kind parse. What is accepted must also print
-// as text that means the same.
+// judgeParse runs a scenario of kind parse. A ruleset that is accepted must also print as
+// text with the same meaning.
 func judgeParse(j *judge, s *vectors.Scenario) {
 	var want vectors.ParseWant
 	if err := json.Unmarshal(s.Want, &want); err != nil {
@@ -123,7 +123,7 @@ func judgeParse(j *judge, s *vectors.Scenario) {
 	}
 }
 
-// judgeShown reads what pfctl shows and loads it again.
+// judgeShown parses what pfctl shows and loads it again.
 func judgeShown(j *judge, s *vectors.Scenario, got *pfconf.Loaded, ifs []pfconf.Interface) {
 	rules := pfconf.ParseShown(strings.Join(got.ShowRules(), "\n"))
 	nat := pfconf.ParseShown(strings.Join(got.ShowNat(), "\n"))
