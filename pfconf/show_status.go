@@ -59,7 +59,7 @@ func ParseInfo(text string) (*Info, error) {
 		}
 	}
 	if !found {
-		return nil, errors.New("read pf's status: there is no line Status:")
+		return nil, errors.New("read pf's status: there is no Status: line")
 	}
 	info.States = info.Counters["State Table"]["current entries"]
 	return info, nil
@@ -199,7 +199,7 @@ func ParseToken(text string) (uint64, error) {
 		}
 		return token, nil
 	}
-	return 0, errors.New("read pf's token: there is no line Token:")
+	return 0, errors.New("read pf's token: there is no Token: line")
 }
 
 // A ShownState is a state as pfctl -ss prints it (print_state in pf_print_state.c). For

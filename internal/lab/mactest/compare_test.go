@@ -13,7 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// recorded reads an output of a real Mac, without the line that says its source.
+// recorded returns an output of a real Mac, without the first line, which names its source.
 func recorded(t testing.TB, name string) string {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join("..", "..", "..", "pfconf", "testdata", "mac", name+".txt"))
@@ -78,7 +78,7 @@ func TestNormaliseRecorded(t *testing.T) {
 	}
 }
 
-// TestNormaliseLeavesOutWhatMoves has text in the forms that the captures lack:
+// TestNormaliseLeavesOutWhatMoves normalises formats that the recorded outputs lack:
 // columns of older releases, neighbours, states and counters.
 func TestNormaliseLeavesOutWhatMoves(t *testing.T) {
 	all := "FILTER RULES:\n" + `anchor "com.apple/*" all` + "\n\nSTATES:\n" + recorded(t, "pfctl-s-states") +
@@ -113,12 +113,12 @@ fe80::%lo0/64                         fe80::1%lo0   UcI  lo0
 	}
 }
 
-// output is one of a snapshot in a test.
+// output returns an Output for a snapshot.
 func output(name string, form Form, text string) Output {
 	return Output{Command: Command{Name: name, Form: form, Path: "/bin/x"}, Stdout: []byte(text)}
 }
 
-// TestDiff changes one thing at a time and looks where it is named.
+// TestDiff makes one change at a time and checks how it is reported.
 func TestDiff(t *testing.T) {
 	const rules = "pass on en1 all flags S/SA keep state\nblock drop on en2 all\n"
 	routes := recorded(t, "netstat-rn-26")
@@ -176,7 +176,7 @@ func TestVolatile(t *testing.T) {
 	}
 }
 
-// fakeRunner answers what a Mac would for some commands.
+// fakeRunner answers some commands as a Mac would.
 type fakeRunner map[string]string
 
 func (f fakeRunner) Run(_ context.Context, _ []byte, path string, args ...string) ([]byte, []byte, int, error) {
@@ -187,7 +187,7 @@ func (f fakeRunner) Run(_ context.Context, _ []byte, path string, args ...string
 	return []byte(out), nil, 0, nil
 }
 
-// TestTakeAndSave takes a snapshot with anchors in anchors, and reads what was kept.
+// TestTakeAndSave takes a snapshot with nested anchors and reads the saved files.
 func TestTakeAndSave(t *testing.T) {
 	r := fakeRunner{
 		"sw_vers":                           "ProductName:\tmacOS\nProductVersion:\t26.5\n",

@@ -55,9 +55,9 @@ func tableAddresses(i int) mesh.Addresses {
 	}
 }
 
-// tableHosts are what a Mac is like, with what might be there besides. Nothing is
-// taken away: what a real Mac itself has to do must go on while their rules are
-// loaded.
+// tableHosts are the networks of a Mac and other software's addresses and routes on it.
+// The test removes nothing from a real Mac, whose own traffic must continue while their
+// rules are loaded.
 func tableHosts(h policy.Host) map[string]policy.Host {
 	prefix := netip.MustParsePrefix
 	with := func(change func(*policy.Host)) policy.Host {
@@ -94,8 +94,8 @@ func tableHosts(h policy.Host) map[string]policy.Host {
 	}
 }
 
-// enforceTable has the product's own platform enforce each mesh on each host, and
-// look at it afterwards: what pfctl shows must be what was loaded.
+// enforceTable has the product's own enforcer enforce each mesh on each host and inspect it
+// afterwards: pfctl must show the rules that were loaded.
 func enforceTable(t *testing.T, o macos.Options, keep func(name, text string)) {
 	ctx := t.Context()
 	p, err := macos.New(o)
@@ -159,7 +159,7 @@ func enforceTable(t *testing.T, o macos.Options, keep func(name, text string)) {
 	}
 }
 
-// TestEnforceTable runs the table of a real Mac on the simulated one.
+// TestEnforceTable runs enforceTable on the simulated Mac, as it also runs on a real one.
 func TestEnforceTable(t *testing.T) {
 	mac := simmac.New(simmac.Options{Seed: 9})
 	for _, err := range []error{

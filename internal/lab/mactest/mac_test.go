@@ -2,7 +2,7 @@
 
 package mactest
 
-// The script on a real Mac, with what it needs from its environment.
+// The script on a real Mac, with settings from the environment.
 
 import (
 	"bytes"
@@ -26,7 +26,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host/macos"
 )
 
-// What the test is told by its environment.
+// Environment variables that configure the test.
 const (
 	artifactsEnv = "MESHHELPER_ARTIFACTS" // the folder for outputs; a new one without
 	pageEnv      = "MESHHELPER_PAGE"      // a page on the internet, by http or https
@@ -34,22 +34,22 @@ const (
 	downloadEnv  = "MESHHELPER_DOWNLOAD"  // a file of at least 50 MB, by http or https
 )
 
-// Public targets on the internet.
+// Public hosts on the internet, for use without configuration.
 const (
 	defaultPage     = "https://1.1.1.1/"
 	defaultResolver = "1.1.1.1:53"
 	defaultDownload = "https://speed.cloudflare.com/__down?bytes=90000000"
 )
 
-// traces are what an installed helper leaves on the disk. Where one is, this test
-// would end that helper, or take its keys away.
+// traces are files that an installed helper has on the disk. If one exists, the test would
+// stop that helper or delete its keys, so it doesn't start.
 var traces = []string{
 	"/Library/LaunchDaemons/org.meshhelper*.plist", "/Library/PrivilegedHelperTools/org.meshhelper*",
 	"/Library/Application Support/meshhelper", "/var/log/meshhelper", "/var/run/meshhelper.sock",
 }
 
-// commandTime bounds a meshhelper command; install waits for the helper, and
-// uninstall for its end.
+// commandTime limits a meshhelper command. install waits until the helper runs, and
+// uninstall until it has ended.
 const commandTime = 2 * time.Minute
 
 // A mac is the Mac that the test runs on.
@@ -60,17 +60,17 @@ type mac struct {
 	own    []string // words that mark what is the helper's
 }
 
-// TestThisMac is the proof on a real Mac. It changes what it proves, installs a
-// helper under a label of its own, and takes all of it away again.
+// TestThisMac is the test on a real Mac. It installs a helper under a label of its own, runs
+// the script, and removes everything again; it changes nothing else.
 func TestThisMac(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Fatal("needs root: sudo make test-mac")
 	}
 	for _, trace := range traces {
 		if found, _ := filepath.Glob(trace); len(found) > 0 {
-			t.Fatalf("a helper is or was installed here (%s); this test would take its keys away.\n"+
+			t.Fatalf("a helper is or was installed here (%s); this test would delete its keys.\n"+
 				"Remove it first: sudo meshhelper uninstall --purge\n"+
-				"What a broken off run left: sudo /Library/PrivilegedHelperTools/%s uninstall --label %[2]s --purge", found[0], scratchLabel)
+				"If an aborted run of this test left it: sudo /Library/PrivilegedHelperTools/%s uninstall --label %[2]s --purge", found[0], scratchLabel)
 		}
 	}
 	m := &mac{runner: darwin.Exec{}, dir: os.Getenv(artifactsEnv), own: []string{"meshhelper"}}
@@ -97,7 +97,7 @@ func TestThisMac(t *testing.T) {
 	t.Run("left-as-found", func(t *testing.T) { m.asFound(t, first, volatile) })
 }
 
-// take keeps what the Mac shows now.
+// take saves the Mac's current configuration.
 func (m *mac) take(t *testing.T, moment string) Snapshot {
 	t.Helper()
 	s := Take(context.WithoutCancel(t.Context()), m.runner, Outputs(scratchLabel))
@@ -107,7 +107,7 @@ func (m *mac) take(t *testing.T, moment string) Snapshot {
 	return s
 }
 
-// keep keeps a text.
+// keep saves a text.
 func (m *mac) keep(t *testing.T, name, text string) {
 	t.Helper()
 	if err := os.WriteFile(filepath.Join(m.dir, name), []byte(text), 0o644); err != nil {
@@ -115,7 +115,7 @@ func (m *mac) keep(t *testing.T, name, text string) {
 	}
 }
 
-// run keeps what a command prints.
+// run saves the output of a command.
 func (m *mac) run(t *testing.T, name, path string, args ...string) {
 	t.Helper()
 	o := take(context.WithoutCancel(t.Context()), m.runner, Command{Name: name, Path: path, Args: args})
@@ -124,7 +124,7 @@ func (m *mac) run(t *testing.T, name, path string, args ...string) {
 	}
 }
 
-// asFound compares the Mac with what it was.
+// asFound compares the Mac with its configuration before the test.
 func (m *mac) asFound(t *testing.T, before Snapshot, volatile map[string]bool) {
 	d := (&Comparison{Own: m.own, Volatile: volatile}).Diff(before, m.take(t, "after"))
 	m.keep(t, "differences.txt", strings.Join(append(d.Changed, d.Moved...), "\n")+"\n")
@@ -142,7 +142,7 @@ func (m *mac) asFound(t *testing.T, before Snapshot, volatile map[string]bool) {
 	}
 }
 
-// children tries with real packets whether a child of com.apple is evaluated.
+// children finds out with real packets whether pf evaluates a child of com.apple.
 func (m *mac) children(t *testing.T) {
 	const anchor = "com.apple/" + scratchLabel + ".probe"
 	ctx := context.WithoutCancel(t.Context())
@@ -162,7 +162,7 @@ func (m *mac) children(t *testing.T) {
 		if rules != "" {
 			return pf.Load(ctx, anchor, rules)
 		}
-		// With the counters of what was loaded until now.
+		// With the counters of the rules that were loaded.
 		m.run(t, "probe-"+kind+"-rules", "/sbin/pfctl", "-a", anchor, "-v", "-s", "rules")
 		m.run(t, "probe-"+kind+"-nat", "/sbin/pfctl", "-a", anchor, "-v", "-s", "nat")
 		return pf.Flush(ctx, anchor)
@@ -182,7 +182,7 @@ func (m *mac) children(t *testing.T) {
 			evaluated, err := c.try(ctx)
 			switch {
 			case err != nil:
-				t.Errorf("can't be told: %v", err)
+				t.Errorf("can't find out whether it is evaluated: %v", err)
 			case !evaluated:
 				t.Errorf("no rule of this kind in a child of com.apple is evaluated on this Mac")
 			}
@@ -225,7 +225,8 @@ func (m *mac) probe(t *testing.T) *Probe {
 	return p
 }
 
-// redirectsOnLoopback tries a redirection between two ports of 127.0.0.1.
+// redirectsOnLoopback reports whether pf evaluates a redirection between two ports of
+// 127.0.0.1.
 func redirectsOnLoopback(ctx context.Context, load func(context.Context, string) error) (bool, error) {
 	var ends [3]*net.UDPConn // the sender, the port that is asked, the one it is redirected to
 	for i := range ends {
@@ -253,7 +254,7 @@ func redirectsOnLoopback(ctx context.Context, load func(context.Context, string)
 	return got, nil
 }
 
-// helper installs a helper, tells the script, and uninstalls it.
+// helper installs a helper, runs the script, and uninstalls it.
 func (m *mac) helper(t *testing.T) {
 	m.build(t)
 	port := freePort(t)
@@ -319,7 +320,7 @@ func (m *mac) build(t *testing.T) {
 	}
 }
 
-// freePort is a UDP port that no socket has.
+// freePort returns a UDP port to which no socket is bound.
 func freePort(t *testing.T) uint16 {
 	t.Helper()
 	c, err := net.ListenUDP("udp", nil)
@@ -345,7 +346,7 @@ func (m *mac) command(ctx context.Context, args ...string) (stdout, stderr strin
 	return out.String(), talk.String(), cmd.ProcessState.ExitCode(), err
 }
 
-// script tells the story with the installed helper.
+// script runs the script with the installed helper.
 func (m *mac) script(t *testing.T) {
 	n, err := darwin.Observe(darwin.System{})
 	if err != nil {
@@ -389,7 +390,7 @@ func (m *mac) ping(ctx context.Context, a netip.Addr) error {
 	return err
 }
 
-// page reads a page's address from the environment.
+// page returns a page's address from the environment, or the default.
 func page(t *testing.T, env, fallback string) *url.URL {
 	t.Helper()
 	text := os.Getenv(env)
@@ -398,12 +399,12 @@ func page(t *testing.T, env, fallback string) *url.URL {
 	}
 	u, err := url.Parse(text)
 	if err != nil || u.Hostname() == "" || u.Scheme != "http" && u.Scheme != "https" {
-		t.Fatalf("%s: %q is no page, %v", env, text, err)
+		t.Fatalf("%s: %q isn't the URL of a page: %v", env, text, err)
 	}
 	return u
 }
 
-// resolver reads a resolver's address from the environment.
+// resolver returns a resolver's address from the environment, or the default.
 func resolver(t *testing.T) netip.AddrPort {
 	t.Helper()
 	text := os.Getenv(resolverEnv)

@@ -15,8 +15,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 )
 
-// fakePF stands for pf between a device and its network. It does what the rules of
-// a probe say, of the kinds that it evaluates.
+// fakePF stands for pf between a device and its network. Of a probe's rules it applies
+// those of the kinds that it evaluates.
 type fakePF struct {
 	tun.Device
 	evaluates map[string]bool
@@ -32,7 +32,7 @@ func (f *fakePF) load(_ context.Context, rules string) error {
 	return nil
 }
 
-// matches reads the loaded rule, if it is of this kind and evaluated.
+// matches parses the loaded rule, if it is of this kind and evaluated.
 func (f *fakePF) matches(kind, form string, into ...any) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -43,7 +43,7 @@ func (f *fakePF) matches(kind, form string, into ...any) bool {
 	return err == nil
 }
 
-// Write is what comes from the network.
+// Write takes a packet from the network.
 func (f *fakePF) Write(bufs [][]byte, offset int) (int, error) {
 	for i, b := range bufs {
 		d, ok := parseDatagram(b[offset:])
@@ -63,7 +63,7 @@ func (f *fakePF) Write(bufs [][]byte, offset int) (int, error) {
 	return f.Device.Write(bufs, offset)
 }
 
-// Read is what goes to the network.
+// Read returns a packet to the network.
 func (f *fakePF) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	n, err := f.Device.Read(bufs, sizes, offset)
 	for i := range n {
@@ -76,8 +76,8 @@ func (f *fakePF) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	return n, err
 }
 
-// TestProbe has a probe tell which kinds of rules are evaluated, with the sockets
-// and the routing of a real kernel, where none or one or all are.
+// TestProbe checks that a probe finds out which kinds of rules are evaluated, none, one or
+// all, with the sockets and the routing of a real kernel.
 func TestProbe(t *testing.T) {
 	if err := netlab.Unavailable(); err != nil {
 		t.Skip("no host to try the probe on:", err)

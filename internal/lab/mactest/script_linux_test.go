@@ -23,7 +23,7 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(netlab.Main(m.Run)) }
 
-// newPicture is the network with a helper on B.
+// newPicture returns a network with a helper on host B.
 func newPicture(t *testing.T) *netlab.Picture {
 	t.Helper()
 	if err := netlab.Unavailable(); err != nil {
@@ -45,7 +45,7 @@ func newPicture(t *testing.T) *netlab.Picture {
 	return p
 }
 
-// serveInternet has I answer by HTTP, with a page and an endless file, and by DNS.
+// serveInternet has host I answer HTTP, with a page and an endless file, and DNS.
 func serveInternet(t *testing.T, i *netlab.Host) {
 	t.Helper()
 	at := netlab.Addresses().I.V4
@@ -88,7 +88,7 @@ func serveInternet(t *testing.T, i *netlab.Host) {
 	})
 }
 
-// answerDNS answers every question with nothing.
+// answerDNS answers every query with an empty response.
 func answerDNS(c *net.UDPConn) {
 	buf := make([]byte, 2048)
 	for {
@@ -107,8 +107,8 @@ func answerDNS(c *net.UDPConn) {
 	}
 }
 
-// TestScript tells the story of `make test-mac` on a Linux host: what fails on a
-// Mac only is the Mac's.
+// TestScript runs the script of `make test-mac` on a Linux host, so that a failure on a Mac
+// alone has its cause there.
 func TestScript(t *testing.T) {
 	p := newPicture(t)
 	serveInternet(t, p.I)

@@ -22,50 +22,50 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// generous bounds waits for what must happen. refuse is how long what must not
-// happen is tried: a refused peer is answered or gets nothing.
+// generous limits the wait for something that must happen. refuse is how long the script
+// tries something that must not happen: a refused packet may be answered or not.
 const generous, refuse = 60 * time.Second, 3 * time.Second
 
-// settle is how long a packet that was sent before a command returned may be on
-// its way: TCP repeats, and queues hold, what an end had sent before. observe is how
-// long nothing may come afterwards.
+// settle is how long a packet that was sent before a command returned may still be on
+// its way, in queues or retransmitted by TCP. observe is how long after that nothing more
+// may arrive.
 const settle, observe = time.Second, 4 * time.Second
 
-// peerName is the peer's that the script adds.
+// peerName is the name of the peer that the script adds.
 const peerName = "mactest"
 
-// A world is the host that the helper runs on, and what it can reach. The script
-// knows nothing else of it, so it is the same on a Mac and here.
+// A world is the host on which the helper runs and the network that it reaches. The script
+// accesses both only through it, so it is the same on a Mac and on Linux.
 type world struct {
 	// command runs a meshhelper command.
 	command func(ctx context.Context, args ...string) (stdout, stderr string, status int, err error)
-	// do runs what opens sockets on the host.
+	// do runs a function that opens sockets on the host.
 	do func(func() error) error
-	// page answers GET by HTTP on the internet, with any status.
+	// page is an address on the internet that answers GET by HTTP, with any status.
 	page *url.URL
 	// resolver answers DNS on the internet.
 	resolver netip.AddrPort
 	// download is a large file on the internet, by HTTP.
 	download *url.URL
-	// neighbour is an address of the host's LAN; not valid without one.
+	// neighbour is an address of a host on the LAN; invalid if there is none.
 	neighbour netip.Addr
-	// keep keeps an output, by the file's name.
+	// keep saves an output under a file's name.
 	keep func(name, text string)
-	// look keeps all that the host shows at a moment of the story. Optional.
+	// look saves the host's configuration at one step of the script. Optional.
 	look func(moment string)
-	// ping sends an echo request from the host and fails without an answer.
+	// ping sends an echo request from the host, and fails if there is no answer.
 	// Optional.
 	ping func(ctx context.Context, a netip.Addr) error
 }
 
-// A script is the story that is told on each host.
+// A script is the sequence of checks that runs on each host.
 type script struct {
 	world
 	own  Pair // the host's mesh addresses
 	peer *Peer
 }
 
-// status is what the script reads of `status --json`.
+// status has the parts of `status --json` that the script reads.
 type status struct {
 	Interface string       `json:"interface"`
 	Addresses []netip.Addr `json:"addresses"`
@@ -99,8 +99,7 @@ func (s *script) status(t *testing.T) status {
 	return out
 }
 
-// run tells the whole story. Its steps are subtests, which don't depend on each
-// other but for the first one.
+// run runs all steps. They are subtests that depend only on the first one.
 func (s *script) run(t *testing.T) {
 	at := s.status(t)
 	s.own = Pair{V4: at.Addresses[0], V6: at.Addresses[1]}
@@ -121,8 +120,8 @@ func (s *script) run(t *testing.T) {
 	t.Run("no-problems", s.noProblems)
 }
 
-// addPeer adds the peer, external and without permissions, and makes it. Its
-// configuration has its private key and isn't kept.
+// addPeer adds the peer, external and without permissions, and starts it. Its
+// configuration contains its private key and isn't saved.
 func (s *script) addPeer(t *testing.T) {
 	t.Helper()
 	var added struct {
@@ -132,7 +131,7 @@ func (s *script) addPeer(t *testing.T) {
 	if err := json.Unmarshal([]byte(text), &added); err != nil {
 		t.Fatal("read answer of peer add:", err)
 	}
-	// The peer is on this host, and its WireGuard asks for no names.
+	// The peer is on this host, and its WireGuard doesn't resolve names.
 	config := strings.Replace(added.Config, "Endpoint = localhost:", "Endpoint = 127.0.0.1:", 1)
 	p, err := NewPeer(PeerOptions{Config: config, Do: s.do})
 	if err != nil {
@@ -141,7 +140,7 @@ func (s *script) addPeer(t *testing.T) {
 	s.peer = p
 }
 
-// permit makes the peer's permissions be exactly these.
+// permit gives the peer exactly these permissions.
 func (s *script) permit(t *testing.T, permissions ...string) {
 	t.Helper()
 	s.cli(t, "peer", "deny", peerName, "incoming", "routing", "lan")
@@ -170,7 +169,7 @@ func (s *script) handshake(t *testing.T) {
 	t.Fatal("no handshake: is the helper's port open to this host itself?")
 }
 
-// listener opens a TCP listener on the host, on a mesh address of its own.
+// listener opens a TCP listener on a mesh address of the host.
 func (s *script) listener(t *testing.T, a netip.Addr) net.Listener {
 	t.Helper()
 	var l net.Listener
@@ -189,7 +188,7 @@ func addrOf(l net.Listener) netip.AddrPort {
 	return netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
 }
 
-// helloServer opens a listener that says hello to each connection.
+// helloServer opens a listener that sends hello on each connection.
 func (s *script) helloServer(t *testing.T, a netip.Addr) netip.AddrPort {
 	t.Helper()
 	l := s.listener(t, a)
@@ -265,15 +264,15 @@ func family(a netip.Addr) string {
 	return "ipv6"
 }
 
-// answers says whether the peer reads hello within a time.
+// answers reports whether the peer can read hello within a time.
 func (s *script) answers(t *testing.T, at netip.AddrPort, within time.Duration) error {
 	ctx, cancel := context.WithTimeout(t.Context(), within)
 	defer cancel()
 	return readHello(ctx, func(ctx context.Context) (net.Conn, error) { return s.peer.DialTCP(ctx, at) })
 }
 
-// mustBeRefused tries to reach addresses, by TCP and by echo requests, and fails
-// if a packet from one came out of the tunnel.
+// mustBeRefused tries to reach addresses by TCP and with echo requests, and fails if a
+// packet from one of them comes out of the tunnel.
 func (s *script) mustBeRefused(t *testing.T, all ...netip.AddrPort) {
 	t.Helper()
 	began := time.Now()
@@ -303,7 +302,7 @@ func (s *script) mustBeRefused(t *testing.T, all ...netip.AddrPort) {
 	t.Logf("%d ICMP errors came", s.peer.Refusals(began))
 }
 
-// nothing tries what a peer without permissions may not.
+// nothing tries everything that a peer without permissions must not reach.
 func (s *script) nothing(t *testing.T) {
 	s.permit(t)
 	all := []netip.AddrPort{s.helloServer(t, s.own.V4), s.helloServer(t, s.own.V6), s.resolver}
@@ -313,7 +312,8 @@ func (s *script) nothing(t *testing.T) {
 	s.mustBeRefused(t, all...)
 }
 
-// incoming has the host's own mesh address answer the peer, and the internet not.
+// incoming checks that the host's own mesh address answers the peer, and the internet
+// doesn't.
 func (s *script) incoming(t *testing.T) {
 	s.permit(t, "incoming")
 	for _, a := range s.own.List() {
@@ -326,7 +326,7 @@ func (s *script) incoming(t *testing.T) {
 	s.mustBeRefused(t, s.helloServer(t, s.own.V4), s.helloServer(t, s.own.V6))
 }
 
-// hostReaches skips the test where the host itself has no such way out.
+// hostReaches skips the test if the host itself can't reach an address.
 func (s *script) hostReaches(t *testing.T, at string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 3*refuse)
@@ -343,8 +343,8 @@ func (s *script) hostReaches(t *testing.T, at string) {
 	}
 }
 
-// endOf is the address and port of a page, as the host resolves its name. A Mac
-// may have no way out by IPv6, so IPv4 goes first.
+// endOf returns the address and port of a page, as the host resolves its name. A Mac may
+// not have IPv6 to the internet, so IPv4 comes first.
 func (s *script) endOf(t *testing.T, u *url.URL) netip.AddrPort {
 	t.Helper()
 	port := u.Port()
@@ -365,7 +365,7 @@ func (s *script) endOf(t *testing.T, u *url.URL) netip.AddrPort {
 	return netip.AddrPortFrom(all[0].Unmap(), uint16(n))
 }
 
-// client is an HTTP client of the peer's.
+// client returns an HTTP client whose connections come from the peer.
 func (s *script) client(at netip.AddrPort) *http.Client {
 	return &http.Client{
 		Transport: &http.Transport{
@@ -376,7 +376,8 @@ func (s *script) client(at netip.AddrPort) *http.Client {
 	}
 }
 
-// routing reaches the internet through the host: a page, and a resolver by UDP.
+// routing checks that the peer reaches the internet through the host: a page, and a
+// resolver by UDP.
 func (s *script) routing(t *testing.T) {
 	at := s.endOf(t, s.page)
 	s.hostReaches(t, at.String())
@@ -448,7 +449,7 @@ func (s *script) resolve(ctx context.Context) error {
 	return fmt.Errorf("ask %v for example.com: no answer: %w", s.resolver, context.Cause(ctx))
 }
 
-// lan tries a neighbour of the host's with and without the permission.
+// lan tries to reach a host on the LAN with and without the permission.
 func (s *script) lan(t *testing.T) {
 	if !s.neighbour.IsValid() {
 		t.Skip("the host has no neighbour to try: no router by IPv4")
@@ -484,7 +485,8 @@ func (s *script) lan(t *testing.T) {
 	t.Run("denied-again", func(t *testing.T) { s.mustBeRefused(t, netip.AddrPortFrom(s.neighbour, 53)) })
 }
 
-// refusesAll says whether the neighbour doesn't answer the host's own connection.
+// refusesAll reports whether the host itself gets no answer from the neighbour, neither a
+// connection nor a refusal.
 func (s *script) refusesAll(t *testing.T) bool {
 	ctx, cancel := context.WithTimeout(t.Context(), refuse)
 	defer cancel()
@@ -498,8 +500,8 @@ func (s *script) refusesAll(t *testing.T) bool {
 	return err != nil && ctx.Err() != nil
 }
 
-// incomingTaken takes incoming away while the host sends to the peer: a stream of
-// TCP, and datagrams that bear the time when they were sent.
+// incomingTaken revokes incoming while the host sends to the peer: a stream of TCP, and
+// datagrams that contain the time at which they were sent.
 func (s *script) incomingTaken(t *testing.T) {
 	for _, a := range s.own.List() {
 		t.Run(family(a), func(t *testing.T) {
@@ -544,7 +546,7 @@ func (s *script) incomingTaken(t *testing.T) {
 	}
 }
 
-// routingTaken takes routing away in the middle of a download from the internet.
+// routingTaken revokes routing during a download from the internet.
 func (s *script) routingTaken(t *testing.T) {
 	at := s.endOf(t, s.download)
 	s.hostReaches(t, at.String())
@@ -569,8 +571,8 @@ func (s *script) routingTaken(t *testing.T) {
 	s.mustBeRefused(t, at)
 }
 
-// mustEnd watches the tunnel after a permission was taken: nothing more may come
-// of a download, whose reader goes on reading.
+// mustEnd watches the tunnel after a permission was revoked: no more of a download, whose
+// reader continues to read, may arrive.
 func (s *script) mustEnd(t *testing.T, from netip.Addr, d *download, returned time.Time) {
 	t.Helper()
 	time.Sleep(time.Until(returned.Add(settle + observe)))
@@ -584,7 +586,7 @@ func (s *script) mustEnd(t *testing.T, from netip.Addr, d *download, returned ti
 	}
 }
 
-// A download reads until it is closed. It is slowed down, so that none is over
+// A download reads until it is closed. Its pace is limited, so that it isn't complete
 // before the command that cuts it.
 type download struct {
 	body io.ReadCloser
@@ -594,8 +596,8 @@ type download struct {
 	err  error         // why, once it has
 }
 
-// downloadPace is how long the reader rests after each block of 16 KiB: some 1.6
-// MB/s.
+// downloadPace is how long the reader pauses after each block of 16 KiB, for about
+// 1.6 MB/s.
 const downloadPace = 10 * time.Millisecond
 
 func startDownload(t *testing.T, body io.ReadCloser) *download {
@@ -618,7 +620,7 @@ func startDownload(t *testing.T, body io.ReadCloser) *download {
 	return d
 }
 
-// waitFor waits until so many bytes were read.
+// waitFor waits until that many bytes have been read.
 func (d *download) waitFor(t *testing.T, bytes int64) {
 	t.Helper()
 	for end := time.Now().Add(generous); d.read.Load() < bytes; time.Sleep(downloadPace) {
@@ -629,20 +631,20 @@ func (d *download) waitFor(t *testing.T, bytes int64) {
 	}
 }
 
-// mustBeRunning fails where nothing is proved, since the download was over.
+// mustBeRunning fails if the download has ended: cutting it would then prove nothing.
 func (d *download) mustBeRunning(t *testing.T) {
 	t.Helper()
 	select {
 	case <-d.done:
 		if errors.Is(d.err, io.EOF) {
-			t.Fatalf("the download was over after %d bytes", d.read.Load())
+			t.Fatalf("the download ended after %d bytes", d.read.Load())
 		}
 	default:
 	}
 }
 
-// stamps are datagrams that the host sends to the peer, each with the time when
-// it was sent.
+// stamps are datagrams that the host sends to the peer, each with the time at which it was
+// sent.
 type stamps struct {
 	mu      sync.Mutex
 	arrived []time.Time // when those that arrived had been sent
@@ -652,8 +654,7 @@ type stamps struct {
 // stampPace is the time between two datagrams.
 const stampPace = 5 * time.Millisecond
 
-// startStamps has the peer open a flow to a socket of the host's, which then
-// sends by itself.
+// startStamps has the peer open a flow to a socket of the host, which then keeps sending.
 func (s *script) startStamps(t *testing.T, a netip.Addr) *stamps {
 	t.Helper()
 	var host *net.UDPConn
