@@ -14,8 +14,8 @@ import (
 )
 
 const (
-	// advertiseEvery is far below what RFC 4861 allows (3 s), so that a host that
-	// lost its route learns it again while a test waits.
+	// advertiseEvery is below RFC 4861's minimum of 3 s, so that a host that lost its
+	// route learns it again while a test waits.
 	advertiseEvery    = time.Second
 	advertiseLifetime = 1800 // seconds, of the router and of the prefix
 	uplinkWait        = 20 * time.Second
@@ -45,7 +45,7 @@ func (h *Host) Advertise(link string, prefix netip.Prefix) error {
 	h.lab.run.Go(func() error {
 		defer unix.Close(fd)
 		for {
-			// An interface that a test set down refuses; the next one may pass.
+			// It fails while a test has the interface down.
 			_ = unix.Sendto(fd, message, 0, everybody)
 			select {
 			case <-h.lab.ctx.Done():

@@ -17,8 +17,8 @@ import (
 // buildDir holds the programs that this process built, until Main returns.
 var buildDir = sync.OnceValues(func() (string, error) { return os.MkdirTemp("", "netlab-build-") })
 
-// Build builds a program from a package that this module can name, and returns
-// the file. It is gone when Main returns. The working directory must be in the
+// Build builds the program in a package of this module or of a dependency, and returns
+// its file, which Main removes when it returns. The working directory must be in the
 // module.
 func Build(pkg string) (string, error) { return build(pkg, path.Base(pkg)) }
 
@@ -26,14 +26,17 @@ func Build(pkg string) (string, error) { return build(pkg, path.Base(pkg)) }
 type Edit struct {
 	// File is a path below the module's root; it may be a new one.
 	File string // required
-	// Old is what the file has exactly once; for a new file it is empty.
+	// Old is the text to replace, which the file must have exactly once; it is empty for
+	// a new file.
 	Old string // required
+	// New replaces Old.
 	New string // required
 }
 
-// BuildEdited builds a program as Build does, with some of its source replaced,
-// and names it. So a test can stop or disarm a program in which nothing is made
-// for that. It fails where the source isn't as the edits expect.
+// BuildEdited builds a program as Build does, under a name, with some of its source
+// replaced (go build -overlay). So a test can stop a program at a step, or disable a
+// part of it, without code for that in the program. It fails if the source doesn't have
+// an edit's Old exactly once.
 func BuildEdited(pkg, name string, edits ...Edit) (string, error) {
 	overlay, err := writeOverlay(name, edits)
 	if err != nil {
@@ -57,7 +60,7 @@ func build(pkg, name string, flags ...string) (string, error) {
 	return file, nil
 }
 
-// writeOverlay writes the edited files, and the list of them that go build takes.
+// writeOverlay writes the edited files, and the overlay file for go build.
 func writeOverlay(name string, edits []Edit) (string, error) {
 	dir, err := buildDir()
 	if err != nil {

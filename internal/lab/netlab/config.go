@@ -44,12 +44,12 @@ func ParseKey(s string) (Key, error) {
 	return Key(b), nil
 }
 
-// String is the key in the base64 form of wg(8).
+// String returns the key in the base64 form of wg(8).
 func (k Key) String() string { return base64.StdEncoding.EncodeToString(k[:]) }
 
-// ParseConfig reads a configuration text. Every name that a stock client takes
-// and the lab doesn't (PostUp, Table, ...) is an error, as is an endpoint that
-// isn't an address: no resolver is asked here.
+// ParseConfig parses a configuration. Keys that a stock client accepts and the lab
+// doesn't (PostUp, Table, ...) are errors, as is an endpoint with a host name, since the
+// lab has no resolver.
 func ParseConfig(text string) (Config, error) {
 	var c Config
 	section := ""
@@ -144,7 +144,7 @@ func eachOf[T any](list string, to *[]T, parse func(string) (T, error)) error {
 	return nil
 }
 
-// parsePrefix reads a prefix, or an address as the prefix that holds it alone.
+// parsePrefix parses a prefix, or an address as a /32 or /128.
 func parsePrefix(s string) (netip.Prefix, error) {
 	if addr, err := netip.ParseAddr(s); err == nil && addr.Zone() == "" {
 		return netip.PrefixFrom(addr, addr.BitLen()), nil
@@ -157,7 +157,7 @@ func parseUint16(s string) (uint16, error) {
 	return uint16(v), err
 }
 
-// String is the configuration as wg-quick(8) reads it.
+// String returns the configuration in the form of wg-quick(8).
 func (c Config) String() string {
 	var b strings.Builder
 	set := func(name, value string) {

@@ -33,31 +33,31 @@ const (
 // String is "forth" or "back".
 func (w Way) String() string { return [...]string{"forth", "back"}[w] }
 
-// FlowOptions say between whom a flow runs.
+// FlowOptions describes a flow.
 type FlowOptions struct {
 	From  *Host         // required: the host that opens it
-	To    *Host         // required: the host that has the address
-	Addr  netip.Addr    // required: where it is opened to
+	To    *Host         // required: the host that has Addr
+	Addr  netip.Addr    // required: the destination
 	Proto Proto         // required
 	Every time.Duration // optional: between two packets of each end; 5 ms if 0
-	// BackSize is how many bytes each packet back has, which makes the flow a
-	// download. Optional: as few as a packet forth if 0; for UDP and ping at most
-	// 1200, so that no path is too narrow.
+	// BackSize is the size of each packet back in bytes, to make the flow a download. It
+	// is optional: 0 means the size of a packet forth. For UDP and ping it is at most 1200,
+	// to fit any path.
 	BackSize int
 }
 
-// Flow is a flow whose two ends both send by themselves, whatever they hear or
-// are told, until it is stopped. Each packet is numbered and bears the time it was
-// sent, on one clock for both ends, so that it can be said of what arrived when it
-// had been sent. The ping of such a flow is echo requests forth, and back echo
-// replies without a request (the kernel's own replies aren't counted).
+// Flow is a flow whose two ends keep sending, regardless of what they receive, until it
+// is stopped. Each packet has a number and the time when it was sent, on one clock for
+// both ends, so that the test knows when a packet that arrived was sent. A ping flow
+// has echo requests forth, and echo replies back that answer no request; the kernel's
+// replies aren't counted.
 type Flow struct {
 	options FlowOptions
 	id      uint32
 	epoch   time.Time
 	ctx     context.Context // ends with the flow
 	cancel  context.CancelFunc
-	pace    context.Context // ends when the ends fall silent
+	pace    context.Context // ends when the ends stop sending
 	pause   context.CancelFunc
 	done    sync.WaitGroup // all parts of the flow
 	sending sync.RWMutex   // held for reading while a packet is sent
@@ -71,7 +71,7 @@ type Arrival struct {
 	Sent, Received time.Time
 }
 
-// wayLog is what one direction of a flow has seen.
+// wayLog records one direction of a flow.
 type wayLog struct {
 	sent     atomic.Uint64
 	mu       sync.Mutex
@@ -87,7 +87,7 @@ const (
 	flowPorts  = 4000
 )
 
-// Flow starts a flow and returns at once; WaitBothWays says that it runs.
+// Flow starts a flow and returns at once; WaitBothWays waits until it runs.
 func (l *Lab) Flow(options FlowOptions) (*Flow, error) {
 	if options.Every == 0 {
 		options.Every = 5 * time.Millisecond
@@ -110,7 +110,7 @@ func (l *Lab) Flow(options FlowOptions) (*Flow, error) {
 	return f, nil
 }
 
-// Stop ends both ends and returns when they have ended. What arrived stays.
+// Stop stops both ends and waits for them. The record of what arrived stays.
 func (f *Flow) Stop() {
 	f.cancel()
 	f.done.Wait()
@@ -121,8 +121,8 @@ func (f *Flow) String() string {
 	return fmt.Sprintf("%s flow from %s to %s", f.options.Proto, f.options.From.Name, f.options.Addr)
 }
 
-// Opener is the address and port that the flow was opened from, and the zero value
-// before it has them. A ping's port is its identifier.
+// Opener returns the source address and port of the flow, or the zero value before they
+// are known. A ping's port is its identifier.
 func (f *Flow) Opener() netip.AddrPort {
 	if near := f.near.Load(); near != nil {
 		return *near
@@ -130,39 +130,39 @@ func (f *Flow) Opener() netip.AddrPort {
 	return netip.AddrPort{}
 }
 
-// Target is the address and port that the flow was opened to.
+// Target returns the destination address and port of the flow.
 func (f *Flow) Target() netip.AddrPort { return netip.AddrPortFrom(f.options.Addr, f.port()) }
 
-// opened notes the opener's address.
+// opened records the opener's address.
 func (f *Flow) opened(addr net.Addr) {
 	near := unmap(netip.MustParseAddrPort(addr.String()))
 	f.near.Store(&near)
 }
 
-// Sent is how many packets an end has sent.
+// Sent returns how many packets were sent in a direction.
 func (f *Flow) Sent(w Way) uint64 { return f.ways[w].sent.Load() }
 
-// Arrivals are the packets that have arrived, in order of arrival.
+// Arrivals returns the packets that arrived, in order of arrival.
 func (f *Flow) Arrivals(w Way) []Arrival {
 	f.ways[w].mu.Lock()
 	defer f.ways[w].mu.Unlock()
 	return slices.Clone(f.ways[w].arrivals)
 }
 
-// SentAfter are the packets that arrived although they were sent after a time.
+// SentAfter returns the packets that were sent after a time and arrived.
 func (f *Flow) SentAfter(w Way, when time.Time) []Arrival {
 	return slices.DeleteFunc(f.Arrivals(w), func(a Arrival) bool { return !a.Sent.After(when) })
 }
 
-// Finish has both ends fall silent, waits for what is on its way for at most the
-// timeout, stops the flow, and returns how many packets each way never arrived.
+// Finish stops sending at both ends, waits up to the timeout for packets in transit,
+// stops the flow, and returns how many packets of each direction never arrived.
 func (f *Flow) Finish(timeout time.Duration) (forth, back int) {
 	f.pause()
-	// The lock is free once the last packet is out; a full TCP buffer would hold its
-	// writer for ever.
+	// The lock is free once the last packet was written. With a full TCP buffer the
+	// writer would block for ever.
 	stuck := time.AfterFunc(timeout, f.cancel)
 	f.sending.Lock()
-	//lint:ignore SA2001 having the lock is what is waited for
+	//lint:ignore SA2001 acquiring the lock waits for the writers
 	f.sending.Unlock()
 	stuck.Stop()
 	for deadline := time.Now().Add(timeout); time.Now().Before(deadline); time.Sleep(probeRetry / 10) {
@@ -174,8 +174,8 @@ func (f *Flow) Finish(timeout time.Duration) (forth, back int) {
 	return f.missing(Forth), f.missing(Back)
 }
 
-// Gaps are the arrivals before which at least one packet is missing: they tell
-// when what never arrived had been sent.
+// Gaps returns the arrivals before which at least one packet is missing. They show when
+// the missing packets were sent.
 func (f *Flow) Gaps(w Way) (gaps []Arrival) {
 	arrivals := f.Arrivals(w)
 	slices.SortFunc(arrivals, func(a, b Arrival) int { return cmp.Compare(a.Number, b.Number) })
@@ -189,19 +189,19 @@ func (f *Flow) Gaps(w Way) (gaps []Arrival) {
 	return gaps
 }
 
-// missing is how many packets were sent and haven't arrived.
+// missing returns how many packets were sent and haven't arrived.
 func (f *Flow) missing(w Way) int {
 	sent := f.Sent(w)
 	return int(sent) - len(f.Arrivals(w))
 }
 
-// WaitBothWays returns once n packets more have arrived in each direction, or with
-// an error when that took longer than the timeout.
+// WaitBothWays waits until n more packets have arrived in each direction; it returns an
+// error after the timeout.
 func (f *Flow) WaitBothWays(n int, timeout time.Duration) error {
 	return errors.Join(f.Wait(Forth, n, timeout), f.Wait(Back, n, timeout))
 }
 
-// Wait returns once n packets more have arrived in one direction.
+// Wait waits until n more packets have arrived in one direction.
 func (f *Flow) Wait(w Way, n int, timeout time.Duration) error {
 	way := &f.ways[w]
 	first := -1
@@ -223,8 +223,8 @@ func (f *Flow) Wait(w Way, n int, timeout time.Duration) error {
 	}
 }
 
-// send calls write with one record after the other, at the flow's pace. A packet
-// that the kernel refuses counts as sent: the next one may pass.
+// send calls write with one record after another, at the flow's pace. A packet that the
+// kernel refuses counts as sent, and sending continues.
 func (f *Flow) send(w Way, write func([]byte) error) {
 	tick := time.NewTicker(f.options.Every)
 	defer tick.Stop()
@@ -252,8 +252,8 @@ func (f *Flow) sendOne(w Way, write func([]byte) error) bool {
 	return !errors.Is(write(b), net.ErrClosed)
 }
 
-// record is the next packet's payload. The time is taken before it is sent, so a
-// record that bears a later time than a change was sent after the change.
+// record returns the next packet's payload. Its time is taken before it is sent, so a
+// record with a time after a change was sent after the change.
 func (f *Flow) record(w Way) []byte {
 	b := make([]byte, f.size(w))
 	copy(b, flowMark)
@@ -264,7 +264,7 @@ func (f *Flow) record(w Way) []byte {
 	return b
 }
 
-// size is how many bytes a packet of a direction has.
+// size returns the payload size of a direction's packets in bytes.
 func (f *Flow) size(w Way) int {
 	if w == Back {
 		return max(flowRecord, f.options.BackSize)
@@ -272,7 +272,7 @@ func (f *Flow) size(w Way) int {
 	return flowRecord
 }
 
-// received takes note of a record, if it is one of that direction.
+// received records an arrival, and returns false if b isn't a record of that direction.
 func (f *Flow) received(w Way, b []byte) bool {
 	if len(b) < flowRecord || string(b[:8]) != flowMark ||
 		binary.BigEndian.Uint32(b[8:]) != f.id || binary.BigEndian.Uint32(b[12:]) != uint32(w) {
@@ -292,7 +292,7 @@ func (f *Flow) received(w Way, b []byte) bool {
 	return true
 }
 
-// run starts a part of the flow. Parts end when the flow's sockets are closed.
+// run starts a goroutine of the flow, which must end when the flow's sockets close.
 func (f *Flow) run(part func()) {
 	f.done.Add(1)
 	f.options.From.lab.run.Go(func() error {
@@ -340,17 +340,16 @@ func (f *Flow) startUDP() error {
 	return nil
 }
 
-// wrote is the error of a write.
+// wrote returns the error of a write.
 func wrote(_ int, err error) error { return err }
 
-// receiveUDP reads until the flow stops, and hands on where the first record came
-// from.
+// receiveUDP reads until the flow stops, and sends the first record's source to learned.
 func (f *Flow) receiveUDP(conn *net.UDPConn, w Way, learned chan<- netip.AddrPort) {
 	buf := make([]byte, 2048)
 	for f.ctx.Err() == nil {
 		n, from, err := conn.ReadFromUDPAddrPort(buf)
 		if err != nil {
-			continue // an ICMP error; or closed, and then the context says so
+			continue // an ICMP error, or closed: then the context has ended
 		}
 		if f.received(w, buf[:n]) && learned != nil {
 			learned <- from
@@ -389,12 +388,12 @@ func (f *Flow) startTCP() error {
 	return nil
 }
 
-// runTCP sends and receives on one end. Records keep their size, so the stream
-// falls into them again.
+// runTCP sends and receives on one end. All records of a direction have one size, by
+// which the receiver splits the stream.
 func (f *Flow) runTCP(conn *net.TCPConn, out, in Way) {
 	conn.SetLinger(0)
-	// Room for what the other end doesn't acknowledge any more, so that a flow that
-	// was cut goes on being written to. A user namespace may not force it.
+	// A large buffer, so that writes continue on a flow that was cut and whose other
+	// end acknowledges nothing. In a user namespace setting it may fail.
 	if control(conn, func(fd int) error {
 		return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, flowBuffer)
 	}) != nil {

@@ -24,18 +24,19 @@ type Host struct {
 	lab          *Lab
 	netFD, mntFD int
 	nl           *nlconn.Handle
-	// calls are run by the thread that made the namespaces, one at a time. It
-	// lives as long as the host: programs die with the thread that started them.
+	// calls are run, one at a time, by the thread that created the namespaces. It lives
+	// as long as the host, because programs die with the thread that started them
+	// (PR_SET_PDEATHSIG).
 	calls chan func()
 
 	witness *witness            // set by Serve
 	forger  func() (int, error) // the socket of Forge, opened when first used
 }
 
-// hostDefaults are a host's sysctls before its first interface exists. IPv4
-// inherits them from the machine (devconf_inherit_init_net), so what the lab
-// shows would depend on where it runs. Duplicate address detection is skipped:
-// a second per address, and no other host has one of them.
+// hostDefaults are a host's sysctls before its first interface exists. Otherwise IPv4's
+// are inherited from the machine (net.core.devconf_inherit_init_net), and results would
+// depend on it. Duplicate address detection is disabled: it takes a second for each
+// address, and addresses here are unique.
 var hostDefaults = []struct{ name, value string }{
 	{"net.ipv4.ip_forward", "0"},
 	{"net.ipv4.conf.all.rp_filter", "0"},
@@ -53,8 +54,8 @@ var hostDefaults = []struct{ name, value string }{
 	{"net.ipv6.conf.default.addr_gen_mode", "0"},
 }
 
-// Host adds a host with nothing but a loopback interface. The name is for
-// messages and files; it should be unique.
+// Host adds a host that has only a loopback interface. The name is for messages and
+// files; it should be unique.
 func (l *Lab) Host(name string) (*Host, error) {
 	h := &Host{Name: name, lab: l, netFD: -1, mntFD: -1, calls: make(chan func())}
 	h.forger = sync.OnceValues(h.openForger)
@@ -84,7 +85,7 @@ func (l *Lab) Host(name string) (*Host, error) {
 	return h, nil
 }
 
-// create gives the calling thread namespaces of its own and keeps them open.
+// create moves the calling thread into new namespaces and keeps them open.
 func (h *Host) create() (err error) {
 	if err := unix.Unshare(unix.CLONE_NEWNET | unix.CLONE_NEWNS); err != nil {
 		return fmt.Errorf("unshare: %w", err)
@@ -115,8 +116,8 @@ func privateMounts() error {
 	if err := unix.Mount("netlab", run, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0755"); err != nil {
 		return fmt.Errorf("mount %s: %w", run, err)
 	}
-	// A container without root may refuse sysfs; then programs see the machine's
-	// list of interfaces there, which none that runs here reads.
+	// A container without root may refuse sysfs. Then programs see the machine's list
+	// of interfaces there, but no program of the tests reads it.
 	_ = unix.Mount("netlab", "/sys", "sysfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "")
 	return nil
 }
@@ -140,8 +141,8 @@ func (h *Host) prepare() error {
 	return h.SetUp("lo", true)
 }
 
-// leave ends the host's own thread; release lets go of the namespaces, which
-// end with the last process and socket in them.
+// leave ends the host's own thread; release closes the namespaces, which end with the
+// last process and socket in them.
 func (h *Host) leave() { close(h.calls) }
 
 func (h *Host) release() {
@@ -155,10 +156,10 @@ func (h *Host) release() {
 	}
 }
 
-// Do runs f inside the host, on a thread that is discarded afterwards, and
-// returns its error. Sockets and files that f opens belong to the host and may be
-// used anywhere after. Two rules: f must not end its goroutine (no t.Fatal), and
-// goroutines that it starts are not in the host. The working directory is "/".
+// Do runs f inside the host, on a thread that is discarded afterwards, and returns its
+// error. Sockets and files that f opens belong to the host and may be used outside Do. f
+// must not end its goroutine (no t.Fatal), and goroutines that it starts don't run in
+// the host. The working directory is "/".
 func (h *Host) Do(f func() error) error {
 	done := make(chan error, 1)
 	h.lab.run.Go(func() error {
@@ -173,8 +174,8 @@ func (h *Host) Do(f func() error) error {
 	return <-done
 }
 
-// enter moves the calling thread into the host, for good. A mount namespace can
-// only be entered by a thread that shares its root and directory with no other.
+// enter moves the calling thread into the host permanently. Only a thread that shares
+// its root and working directory with no other can enter a mount namespace (setns(2)).
 func (h *Host) enter() error {
 	if err := unix.Unshare(unix.CLONE_FS); err != nil {
 		return fmt.Errorf("unshare file system attributes: %w", err)
@@ -199,8 +200,8 @@ func (h *Host) call(f func() error) error {
 	}
 }
 
-// Sysctl reads a sysctl of the host by its dotted name. Where a component
-// contains a dot (an interface's name), write the whole name with slashes.
+// Sysctl reads a sysctl of the host by its dotted name, or by its name with slashes if a
+// component, such as an interface's name, contains a dot.
 func (h *Host) Sysctl(name string) (string, error) {
 	var value []byte
 	err := h.Do(func() (err error) {

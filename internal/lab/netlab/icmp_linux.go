@@ -73,7 +73,7 @@ func (c *icmpConn) send(to netip.Addr, kind4, kind6 uint8, id, seq uint16, body 
 	return err
 }
 
-// setTTL sets the hop limit of what is sent from now on.
+// setTTL sets the hop limit (TTL) of later packets.
 func (c *icmpConn) setTTL(hops int) error {
 	return control(c, func(fd int) error {
 		if c.v6 {

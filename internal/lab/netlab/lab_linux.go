@@ -22,14 +22,14 @@ type Lab struct {
 
 	mu      sync.Mutex
 	hosts   []*Host
-	closers []func() error // undone last in, first out
+	closers []func() error // run in reverse order
 	closed  bool
 	number  uint64                                // the last one that next gave out
 	macs    map[*Host]map[string]net.HardwareAddr // of the other ends of links, by interface
 }
 
-// New returns a lab without hosts. Its files (logs, programs' state) lie in a
-// temporary directory that Close removes.
+// New returns a lab without hosts. Its files (logs, programs' state) are in a temporary
+// directory that Close removes.
 func New() (*Lab, error) {
 	if err := Unavailable(); err != nil {
 		return nil, err
@@ -43,10 +43,10 @@ func New() (*Lab, error) {
 	return l, nil
 }
 
-// Dir is a directory that every host sees, and that is gone after Close.
+// Dir returns a directory that every host sees, and that Close removes.
 func (l *Lab) Dir() string { return l.dir }
 
-// Close stops every program, closes every socket and takes the hosts away.
+// Close stops every program, closes every socket and removes the hosts.
 // A second call does nothing.
 func (l *Lab) Close() error {
 	l.mu.Lock()
@@ -74,14 +74,14 @@ func (l *Lab) Close() error {
 	return errors.Join(errs...)
 }
 
-// onClose has f run when the lab closes, before the hosts go.
+// onClose registers f to run when the lab closes, before the hosts are removed.
 func (l *Lab) onClose(f func() error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.closers = append(l.closers, f)
 }
 
-// next returns a number that this lab hasn't used before.
+// next returns a number that is unique in this lab.
 func (l *Lab) next() uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -89,7 +89,7 @@ func (l *Lab) next() uint64 {
 	return l.number
 }
 
-// neighbour is the hardware address at the other end of a link; a tunnel has none.
+// neighbour returns the hardware address of the other end of a link; false for a tunnel.
 func (l *Lab) neighbour(h *Host, link string) (net.HardwareAddr, bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -97,7 +97,7 @@ func (l *Lab) neighbour(h *Host, link string) (net.HardwareAddr, bool) {
 	return mac, ok
 }
 
-// setNeighbour remembers the hardware address at the other end of a link.
+// setNeighbour records the hardware address of the other end of a link.
 func (l *Lab) setNeighbour(h *Host, link string, mac net.HardwareAddr) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -22,8 +22,8 @@ type Port struct {
 	Addrs []netip.Prefix // optional: addresses with the length of their network
 }
 
-// Link joins two hosts by virtual Ethernet, gives both ends their addresses and
-// sets them up. The MTU is Ethernet's 1500 bytes.
+// Link joins two hosts by virtual Ethernet (veth(4)) with an MTU of 1500 bytes, adds the
+// addresses of both ends and sets them up.
 func (l *Lab) Link(a, b Port) error {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = a.Name
@@ -64,8 +64,8 @@ func parseMAC(s string) (net.HardwareAddr, error) {
 	return net.ParseMAC(s)
 }
 
-// Netlink is a route netlink handle of the host, for what the methods here don't
-// do. It belongs to the lab.
+// Netlink returns a route netlink handle of the host, for operations without a method
+// here. The lab closes it.
 func (h *Host) Netlink() *nlconn.Handle { return h.nl }
 
 func (h *Host) link(name string) (netlink.Link, error) {
@@ -92,7 +92,7 @@ func (h *Host) SetUp(name string, up bool) error {
 	return nil
 }
 
-// SetMTU sets the largest packet of an interface, in bytes.
+// SetMTU sets an interface's MTU in bytes.
 func (h *Host) SetMTU(name string, mtu int) error {
 	link, err := h.link(name)
 	if err != nil {
@@ -104,7 +104,7 @@ func (h *Host) SetMTU(name string, mtu int) error {
 	return nil
 }
 
-// AddAddr gives an interface an address, which can be used at once.
+// AddAddr adds an address to an interface. It can be used at once.
 func (h *Host) AddAddr(name string, p netip.Prefix) error {
 	link, err := h.link(name)
 	if err != nil {
@@ -117,7 +117,7 @@ func (h *Host) AddAddr(name string, p netip.Prefix) error {
 	return nil
 }
 
-// DelAddr takes an address from an interface.
+// DelAddr removes an address from an interface.
 func (h *Host) DelAddr(name string, p netip.Prefix) error {
 	link, err := h.link(name)
 	if err != nil {
@@ -200,8 +200,8 @@ func (h *Host) route(r Route) (*netlink.Route, error) {
 	return route, nil
 }
 
-// Detour sends what goes to a prefix by another interface, with a policy rule that
-// goes before every route of the main table: another way to what already has one.
+// Detour routes a prefix by another interface, with a policy rule that comes before the
+// main table and so overrides its routes.
 func (h *Host) Detour(r Route) error {
 	const table = 77
 	route, err := h.route(r)
@@ -223,9 +223,9 @@ func (h *Host) Detour(r Route) error {
 	return nil
 }
 
-// TurnOut leads what the host itself sends to one of its own addresses into an
-// interface, as macOS does with the IPv4 address of a point-to-point one. What
-// comes in there for that address is still the host's.
+// TurnOut routes the host's packets to one of its own addresses into an interface, as
+// macOS does with the IPv4 address of a point-to-point interface. Packets that arrive
+// for that address are still delivered to the host.
 func (h *Host) TurnOut(link string, own netip.Addr) error {
 	const table, first, then = 78, 1, 2
 	route, err := h.route(Route{To: netip.PrefixFrom(own, own.BitLen()), Link: link})

@@ -1,7 +1,7 @@
 package netlab
 
-// The process before its first host: a user namespace where it isn't root, and a root
-// folder of its own.
+// What the process does before its first host: it enters a user namespace if it isn't
+// root, and a root folder of its own.
 
 import (
 	"errors"
@@ -17,22 +17,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// userNamespaceEnv tells a process about the user namespace that Main made for
-// it: "inside" once it runs there, "force" to make one although it isn't needed.
+// userNamespaceEnv is the environment variable about the user namespace that Main
+// creates: "inside" in the process that runs there, "force" to create one as root too.
 const userNamespaceEnv = "NETLAB_USERNS"
 
 // newRootEnv tells it where its root folder may be made; see ownRoot.
 const newRootEnv = "NETLAB_ROOT"
 
-// A goroutine that stays locked to its thread takes the thread with it when it
-// ends, and that is how threads that entered a host are discarded. The first
-// thread can't be discarded: it would stay in the host, and keep its namespaces
-// alive. So it is kept for the main goroutine.
+// When a goroutine ends while locked to its thread, the thread ends too (see
+// runtime.LockOSThread); so threads that entered a host are discarded. The main thread
+// can't end: it would stay in the host and keep its namespaces. So it is reserved for the
+// main goroutine.
 func init() { runtime.LockOSThread() }
 
-// Main runs a program that uses hosts and returns its exit status. Where
-// namespaces need more rights than the process has, the program is started again
-// as root of a user namespace of its own. A test package uses it as
+// Main runs a program that uses hosts and returns its exit status. If the process isn't
+// permitted to create namespaces, it starts the program again as root of a new user
+// namespace. A test package calls it as
 //
 //	func TestMain(m *testing.M) { os.Exit(netlab.Main(m.Run)) }
 func Main(run func() int) int {
@@ -59,14 +59,14 @@ func Main(run func() int) int {
 }
 
 // runInUserNamespace starts this program again, as root of a new user namespace,
-// and returns its exit status. Signals are handed on. The calling thread is the
-// main one, so the child's parent-death signal means the death of the process.
+// and returns its exit status. It forwards signals. The calling thread is the main one,
+// so the child's parent-death signal is sent when the process ends, not a thread.
 func runInUserNamespace() (int, error) {
 	root, err := os.MkdirTemp("", "netlab-root-*")
 	if err != nil {
 		return 0, err
 	}
-	defer os.Remove(root) // it stays empty: what is mounted there isn't seen here
+	defer os.Remove(root) // empty, as the child's mounts aren't visible here
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(os.Environ(), userNamespaceEnv+"=inside", newRootEnv+"="+root)
@@ -101,7 +101,7 @@ func runInUserNamespace() (int, error) {
 	return 1, nil
 }
 
-// Unavailable says why no hosts can be made by this process; nil where they can.
+// Unavailable returns why this process can't create hosts; nil if it can.
 func Unavailable() error {
 	tun, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
 	if err != nil {
@@ -122,9 +122,10 @@ func Unavailable() error {
 }
 
 // ownRoot gives this process, which is root of a user namespace and alone in its mount
-// namespace, a root folder that is its own, with all that was in the other one, and a
-// folder for temporary files. There the other root's files look like those of a user who
-// isn't known, and the program on trial trusts no folder below such a one.
+// namespace, a root folder that it owns, with everything from the former one, and a
+// folder for temporary files. In the user namespace the files of the machine's root
+// belong to an unknown user (nobody), and the program under test trusts no folder below
+// one of those.
 func ownRoot() error {
 	work, err := os.Getwd()
 	if err != nil {
@@ -156,7 +157,7 @@ func ownRoot() error {
 			if err := os.Mkdir(to, 0o755); err != nil {
 				return err
 			}
-			// With the mounts below: a user namespace may not show what they cover.
+			// MS_REC, because a user namespace mustn't uncover what is below a mount.
 			if err := unix.Mount(from, to, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 				return fmt.Errorf("mount %s: %w", from, err)
 			}
@@ -166,9 +167,9 @@ func ownRoot() error {
 	if err := os.Mkdir(root+temporary, 0o755); err != nil {
 		return err
 	}
-	// The root of the namespace itself, for a thread that enters a mount namespace made
-	// from this one begins there (setns(2)). The old one is on top, and goes
-	// (pivot_root(2), "pivot_root(".", ".")").
+	// It must be the root of the mount namespace, not only of the process: a thread that
+	// enters a mount namespace copied from this one starts there (setns(2)). The old root
+	// is then mounted on top, and is unmounted (pivot_root(2), "pivot_root(".", ".")").
 	if err := os.Chdir(root); err != nil {
 		return err
 	}

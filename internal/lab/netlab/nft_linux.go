@@ -33,7 +33,7 @@ const (
 	nestedFlag   = unix.NLA_F_NESTED
 )
 
-// moving are the expressions whose state changes with each packet.
+// moving lists the expressions whose state changes with each packet.
 var moving = []string{"counter", "quota", "limit", "last", "connlimit"}
 
 // Ruleset is everything that nftables holds on the host, as the kernel dumps it,
@@ -64,14 +64,14 @@ func (h *Host) Ruleset() ([]string, error) {
 	return d.lines, nil
 }
 
-// dump is a ruleset being read; the first error sticks.
+// dump is a ruleset that is being read. After the first error it does nothing.
 type dump struct {
 	conn  *nlconn.Conn
 	lines []string
 	err   error
 }
 
-// get asks for all objects of a kind; payload selects some.
+// get dumps the objects of a kind, those that payload selects or all.
 func (d *dump) get(kind int, family byte, payload []byte) []netlink.Message {
 	if d.err != nil {
 		return nil
@@ -90,7 +90,7 @@ func (d *dump) get(kind int, family byte, payload []byte) []netlink.Message {
 	return messages
 }
 
-// list adds a line for each object of a kind and returns what was dumped.
+// list adds a line for each object of a kind and returns the messages.
 func (d *dump) list(what string, kind int, masked map[uint16]bool) []netlink.Message {
 	messages := d.get(kind, unix.NFPROTO_UNSPEC, nil)
 	for _, m := range messages {
@@ -107,7 +107,8 @@ func (d *dump) list(what string, kind int, masked map[uint16]bool) []netlink.Mes
 	return messages
 }
 
-// line prints an object: its family, and its attributes. show may print one.
+// line adds a line for an object: its family and its attributes. show may replace how an
+// attribute is printed.
 func (d *dump) line(what string, m netlink.Message, show func(netlink.Attribute) (string, bool)) {
 	if d.err != nil || len(m.Data) < 4 {
 		return
@@ -123,7 +124,7 @@ func (d *dump) line(what string, m netlink.Message, show func(netlink.Attribute)
 	d.lines = append(d.lines, strings.Join(words, " "))
 }
 
-// attributes splits bytes into attributes, without the flag that some kernels set.
+// attributes parses netlink attributes and clears NLA_F_NESTED, which some kernels set.
 func (d *dump) attributes(b []byte) []netlink.Attribute {
 	attrs, err := netlink.UnmarshalAttributes(b)
 	if err != nil && d.err == nil {
@@ -135,8 +136,8 @@ func (d *dump) attributes(b []byte) []netlink.Attribute {
 	return attrs
 }
 
-// elements lists a set's elements in the order of their bytes: the kernel's order
-// is that of a hash.
+// elements adds a set's elements sorted by their bytes, since the kernel's order is that
+// of a hash.
 func (d *dump) elements(set netlink.Message) {
 	var payload []byte
 	var name string
@@ -230,9 +231,9 @@ func (h *Host) nft(change func(*nftables.Conn)) error {
 	})
 }
 
-// InstallForeignTable loads a table of another program, with what a
-// careless program could disturb: a set with elements, a counter, chains on
-// several hooks. It decides nothing.
+// InstallForeignTable loads a table of another program that the product might disturb:
+// with a set with elements, a counter, and chains on several hooks. It passes every
+// packet.
 func (h *Host) InstallForeignTable() error {
 	err := h.nft(func(c *nftables.Conn) {
 		table := c.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: "other"})
@@ -253,8 +254,8 @@ func (h *Host) InstallForeignTable() error {
 	return nil
 }
 
-// TrackFlows loads a table of another program that has the kernel follow flows in
-// both families, and decides nothing.
+// TrackFlows loads a table of another program that makes the kernel track flows in both
+// families, and passes every packet.
 func (h *Host) TrackFlows() error {
 	err := h.nft(func(c *nftables.Conn) {
 		table := c.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: "tracker"})
@@ -281,9 +282,8 @@ func (h *Host) DeleteTable(name string) error {
 	return nil
 }
 
-// InstallDockerChain loads what Docker does to forwarding: the chain FORWARD of
-// the table "ip filter" (and "ip6 filter") drops what no rule accepts, and only
-// Docker's bridges have rules.
+// InstallDockerChain loads Docker's forward chain: FORWARD in the tables "ip filter" and
+// "ip6 filter" with policy drop, and rules for Docker's bridges only.
 func (h *Host) InstallDockerChain() error {
 	drop := nftables.ChainPolicyDrop
 	err := h.nft(func(c *nftables.Conn) {
@@ -303,11 +303,10 @@ func (h *Host) InstallDockerChain() error {
 	return nil
 }
 
-// interfaceName is a name as nftables compares it: 16 bytes.
+// interfaceName returns a name as nftables compares it: padded to 16 bytes (IFNAMSIZ).
 func interfaceName(name string) []byte { return append([]byte(name), make([]byte, 16-len(name))...) }
 
-// ForgetFlows empties the host's conntrack table, as an administrator might, or a
-// flood.
+// ForgetFlows empties the host's conntrack table, as conntrack -F does.
 func (h *Host) ForgetFlows() error {
 	err := h.Do(func() error {
 		nl, err := nlconn.NewHandle(unix.NETLINK_NETFILTER)

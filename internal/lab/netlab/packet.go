@@ -9,10 +9,10 @@ import (
 	"time"
 )
 
-// Proto is what a probe or a flow is made of.
+// Proto is the protocol of a probe or a flow.
 type Proto uint8
 
-// The three kinds that the policy tells apart. ICMP stands for ICMPv6 too.
+// The protocols that the policy distinguishes. ICMP stands for ICMPv6 too.
 const (
 	ICMP Proto = iota
 	TCP
@@ -47,7 +47,7 @@ const (
 	ACK
 )
 
-// Packet is a packet as a host's interface had it.
+// Packet is a packet as it was on a host's interface.
 type Packet struct {
 	Time time.Time // when it was read; monotonic
 	Link string    // the interface
@@ -66,8 +66,8 @@ type Packet struct {
 	Payload  []byte // what follows the TCP, UDP or 8-byte ICMP header
 }
 
-// ParsePacket reads an IPv4 or IPv6 packet. A field whose bytes are missing stays
-// zero; ok says that the addresses could be read.
+// ParsePacket parses an IPv4 or IPv6 packet. Fields whose bytes are missing are zero; ok
+// is false if the addresses are missing.
 func ParsePacket(data []byte) (p Packet, ok bool) {
 	p.Data = data
 	if len(data) == 0 {
@@ -99,8 +99,8 @@ func ParsePacket(data []byte) (p Packet, ok bool) {
 	return p, true
 }
 
-// skipExtensions goes past the IPv6 headers that have the common form (RFC 8200,
-// 4), and past a first fragment's.
+// skipExtensions skips the IPv6 extension headers (RFC 8200, 4), including a first
+// fragment's fragment header.
 func skipExtensions(next uint8, rest []byte) (uint8, []byte) {
 	for len(rest) >= 8 {
 		size := 8
@@ -201,7 +201,7 @@ func (p Packet) String() string {
 	return fmt.Sprintf("%s protocol %d, %d bytes", s, p.Proto, len(p.Data))
 }
 
-// UDPPacket builds a whole packet with right checksums.
+// UDPPacket builds a whole packet with valid checksums.
 func UDPPacket(src, dst netip.AddrPort, payload []byte) []byte {
 	t := make([]byte, 8, 8+len(payload))
 	binary.BigEndian.PutUint16(t, src.Port())
@@ -210,7 +210,7 @@ func UDPPacket(src, dst netip.AddrPort, payload []byte) []byte {
 	return IPPacket(src.Addr(), dst.Addr(), protoUDP, append(t, payload...))
 }
 
-// TCPPacket builds a whole segment with right checksums and no options.
+// TCPPacket builds a whole packet with valid checksums and no TCP options.
 func TCPPacket(src, dst netip.AddrPort, flags uint8, seq, ack uint32, payload []byte) []byte {
 	t := make([]byte, 20, 20+len(payload))
 	binary.BigEndian.PutUint16(t, src.Port())
@@ -273,7 +273,7 @@ func IPPacket(src, dst netip.Addr, proto uint8, transport []byte) []byte {
 	return append(h, transport...)
 }
 
-// checksumAt is where a transport header has its checksum; -1 for nowhere.
+// checksumAt returns the offset of the checksum in a transport header; -1 for none.
 func checksumAt(proto uint8) int {
 	switch proto {
 	case protoICMP, protoICMPv6:
@@ -286,8 +286,8 @@ func checksumAt(proto uint8) int {
 	return -1
 }
 
-// pseudoHeader is the sum of what a transport checksum covers beside the segment
-// (RFC 9293, 3.1; RFC 8200, 8.1). ICMP for IPv4 covers nothing beside itself.
+// pseudoHeader returns the sum of the pseudo-header of a transport checksum (RFC 9293,
+// 3.1; RFC 8200, 8.1). ICMP for IPv4 has none.
 func pseudoHeader(src, dst netip.Addr, proto uint8, size int) uint32 {
 	if proto == protoICMP {
 		return 0

@@ -13,10 +13,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// PathMTU finds the size of the largest packets that pass between two hosts by
-// UDP, forth and back, as the ends learn it: each sends datagrams that may not be
-// fragmented, as large as its own interface takes, and goes down to what the
-// kernel has learned from ICMP errors. The flow is opened by from.
+// PathMTU returns the size of the largest UDP packets that pass between two hosts in each
+// direction, as path MTU discovery finds it: each end sends datagrams with DF, at first of
+// the size of its interface's MTU, and reduces it to what the kernel learned from ICMP
+// errors. from opens the flow.
 func (l *Lab) PathMTU(ctx context.Context, from, to *Host, addr netip.Addr) (forth, back int, err error) {
 	at := netip.AddrPortFrom(addr, uint16(firstPort+l.next()%flowPorts))
 	var near, far *net.UDPConn
@@ -76,9 +76,9 @@ func lastSender(near, far *net.UDPConn) (netip.AddrPort, error) {
 	}
 }
 
-// largest sends datagrams down from Ethernet's size until one arrives, and
-// returns that packet's whole size. The kernel refuses a datagram that is larger
-// than what it knows of the path, so each round tries a little less only then.
+// largest sends datagrams, from Ethernet's size downwards, until one arrives, and returns
+// that packet's size with its headers. It reduces the size only when the kernel refuses a
+// datagram as larger than the path MTU that it has learned.
 func largest(ctx context.Context, addr netip.Addr, out *net.UDPConn, to netip.AddrPort, in *net.UDPConn) (int, error) {
 	headers := 28
 	if addr.Is6() {
@@ -110,9 +110,9 @@ func largest(ctx context.Context, addr netip.Addr, out *net.UDPConn, to netip.Ad
 // traceWait is how long a hop may take to answer.
 const traceWait = 5 * time.Second
 
-// Traceroute lists the routers that answer at each distance on the way to an
-// address, which is the last one. A hop that doesn't answer is the zero address.
-// The error says that the address wasn't reached within maxHops.
+// Traceroute returns the router that answers at each hop towards an address, and the
+// address itself as the last. A hop without an answer is the zero address. It returns an
+// error if the address isn't reached within maxHops.
 func (h *Host) Traceroute(to netip.Addr, maxHops int) ([]netip.Addr, error) {
 	conn, err := h.openICMP(to, netip.Addr{})
 	if err != nil {
@@ -137,7 +137,7 @@ func (h *Host) Traceroute(to netip.Addr, maxHops int) ([]netip.Addr, error) {
 	return hops, fmt.Errorf("trace route to %s: not reached in %d hops", to, maxHops)
 }
 
-// hop asks until a router answers, or for traceWait.
+// hop sends echo requests until a router answers, or for traceWait.
 func (c *icmpConn) hop(to netip.Addr, id uint16) (netip.Addr, error) {
 	for deadline := time.Now().Add(traceWait); time.Now().Before(deadline); {
 		if err := c.echo(to, id, 1, []byte("netlab trace")); err != nil {

@@ -9,8 +9,8 @@ import (
 
 // Picture is the network that the product is made for. B is the host that the
 // product runs on; it has an uplink, a LAN, a second network with public
-// addresses, and another VPN. Every host has a route to the mesh prefixes by way
-// of B, as a hostile neighbour would: what doesn't reach a peer was stopped by B.
+// addresses, and another VPN. Every host has a route to the mesh prefixes through B, as
+// an attacker would: a packet that doesn't reach a peer was blocked by B.
 //
 //	A ──┐                                 ┌── lan0 ── L   192.168.77.0/24
 //	C ──┼── W ──────── wan0 ── B ─────────┼── pub0 ── P   203.0.113.128/26
@@ -56,7 +56,7 @@ func (p Pair) List() []netip.Addr { return []netip.Addr{p.V4, p.V6} }
 // PictureAddrs are the addresses in the picture.
 type PictureAddrs struct {
 	BUplink, BLAN, BPublic, BVPN Pair // B on its four networks
-	A, C, D                      Pair // where the peers really are
+	A, C, D                      Pair // the peers' outer addresses
 	L, I, P                      Pair // the hosts beside B
 	VPNPeer                      Pair // V on its link with B
 	Behind                       Pair // an address behind V
@@ -127,7 +127,7 @@ func (p *Picture) addHosts() (err error) {
 		if h.name == "B" {
 			continue
 		}
-		// Many probes at once are no reason for a router to fall silent.
+		// Many probes at once mustn't exhaust a router's limit for ICMP errors.
 		for _, name := range []string{"net.ipv4.icmp_ratelimit", "net.ipv6.icmp.ratelimit"} {
 			if err := (*h.host).SetSysctl(name, "0"); err != nil {
 				return err
@@ -217,8 +217,8 @@ func (p *Picture) advertise() error {
 	return p.B.waitForRoute(netip.MustParseAddr("2001:db8:1111::2"), Addresses().BUplink.V6)
 }
 
-// NarrowHop lets packets of at most mtu bytes pass between W and R, so that only
-// what crosses the internet meets it and only R and W can say so.
+// NarrowHop limits the packets between W and R to mtu bytes. Only traffic to the internet
+// crosses that link, and only R and W can report the limit.
 func (p *Picture) NarrowHop(mtu int) error {
 	if err := p.W.SetMTU("r0", mtu); err != nil {
 		return err

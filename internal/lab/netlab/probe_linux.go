@@ -23,9 +23,9 @@ const (
 	// PassWait is how long a probe tries that is expected to pass: far longer than
 	// a slow machine needs.
 	PassWait = 20 * time.Second
-	// RefuseWait is how long a probe tries that is expected to be refused. It is
-	// short because every refusal costs it; what arrives later is still noticed by
-	// the witnesses, see Recheck.
+	// RefuseWait is how long a probe tries that is expected to be refused. It is short
+	// because each such probe takes all of it. The witnesses still notice what arrives
+	// later, see Recheck.
 	RefuseWait = 350 * time.Millisecond
 
 	probeRetry     = 100 * time.Millisecond // between two tries of a probe
@@ -34,7 +34,7 @@ const (
 	probePorts     = 40000 // this many
 )
 
-// Probe is one question: does the host reach the address?
+// Probe asks whether a host reaches an address.
 type Probe struct {
 	From  *Host
 	To    netip.Addr
@@ -44,23 +44,23 @@ type Probe struct {
 	Src   netip.Addr    // optional: the source address
 }
 
-// String is the question in a few words.
+// String returns the probe in a few words.
 func (p Probe) String() string { return fmt.Sprintf("%s to %s by %s", p.From.Name, p.To, p.Proto) }
 
 // Result is the answer to a probe.
 type Result struct {
 	Probe
-	OK      bool           // there was an answer
-	Source  netip.AddrPort // TCP and UDP: where the server saw the probe come from
-	Err     error          // why there was none, as the host was told; nil for silence
-	SeenBy  []string       // names of the other hosts that serve and whose interfaces received it
-	Served  bool           // TCP and UDP: a server got it, answered or not
-	Took    time.Duration  // until the answer, or until it was given up
+	OK      bool           // an answer arrived
+	Source  netip.AddrPort // TCP and UDP: the probe's source as the server saw it
+	Err     error          // the error that the host received instead; nil for none
+	SeenBy  []string       // names of the other serving hosts whose interfaces received it
+	Served  bool           // TCP and UDP: a server received it, answered or not
+	Took    time.Duration  // until the answer, or until the probe gave up
 	token   string
 	srcPort uint16
 }
 
-// String is the result in a few words.
+// String returns the result in a few words.
 func (r Result) String() string {
 	word := "refused"
 	if r.OK {
@@ -72,8 +72,8 @@ func (r Result) String() string {
 	return fmt.Sprintf("%s: %s in %s, seen by %v", r.Probe, word, r.Took.Round(time.Millisecond), r.SeenBy)
 }
 
-// Probe asks all questions, many at a time, and returns the answers in order.
-// The probes are repeated until there is an answer or the wait is over.
+// Probe sends all probes, many at a time, and returns the results in their order. Each is
+// repeated until there is an answer or its wait is over.
 func (l *Lab) Probe(ctx context.Context, probes ...Probe) []Result {
 	results := make([]Result, len(probes))
 	var group errgroup.Group
@@ -89,8 +89,8 @@ func (l *Lab) Probe(ctx context.Context, probes ...Probe) []Result {
 	return results
 }
 
-// Recheck asks the witnesses once more which of them have seen the probes. After
-// the last probe of a test it shows what arrived late.
+// Recheck updates the results with what the witnesses have seen by now. Called after the
+// last probe of a test, it shows what arrived late.
 func (l *Lab) Recheck(results []Result) {
 	for i := range results {
 		r := &results[i]
@@ -100,7 +100,7 @@ func (l *Lab) Recheck(results []Result) {
 	}
 }
 
-// saw says which hosts received a probe or a token, and whether a server did.
+// saw returns which hosts received a token, and whether a server did.
 func (l *Lab) saw(token string, but *Host) (by []string, served bool) {
 	l.mu.Lock()
 	hosts := l.hosts
@@ -117,15 +117,14 @@ func (l *Lab) saw(token string, but *Host) (by []string, served bool) {
 	return by, served
 }
 
-// Token is a word for the payload of a forged packet, which the hosts that serve
-// recognise: Saw says which of them received it, and whether a server did.
+// Token returns a unique text for the payload of a forged packet, which serving hosts
+// recognise: Saw returns which of them received it, and whether a server did.
 func (l *Lab) Token() string { return l.token() }
 
-// Saw says which hosts received a packet with the token, other than what the
-// packet's sender sent itself.
+// Saw returns which hosts received a packet with the token, and whether a server did.
 func (l *Lab) Saw(token string) (by []string, served bool) { return l.saw(token, nil) }
 
-// probe asks one question.
+// probe sends one probe.
 func (l *Lab) probe(ctx context.Context, p Probe) Result {
 	if p.Port == 0 {
 		p.Port = EchoPort
@@ -143,7 +142,7 @@ func (l *Lab) probe(ctx context.Context, p Probe) Result {
 		if r.Err == nil || errors.Is(r.Err, os.ErrDeadlineExceeded) {
 			continue
 		}
-		select { // refused at once: ask again, but not at once
+		select { // refused: wait before the next try
 		case <-time.After(probeRetry):
 		case <-ctx.Done():
 		}
@@ -167,7 +166,7 @@ func (r *Result) source() netip.AddrPort {
 	return netip.AddrPortFrom(src, r.srcPort)
 }
 
-// answered takes the server's answer apart.
+// answered parses the server's answer.
 func (r *Result) answered(line []byte) error {
 	word, from, _ := strings.Cut(strings.TrimSpace(string(line)), " ")
 	if word != r.token {
@@ -179,9 +178,9 @@ func (r *Result) answered(line []byte) error {
 	return err
 }
 
-// askTCP connects for as long as the context allows: the kernel repeats the SYN
-// only after a second, and the source port tells the witnesses whose it is, so
-// that one try must do unless it is refused.
+// askTCP connects for as long as the context allows. It tries again only if it is
+// refused: the kernel retransmits the SYN after a second, and the source port identifies
+// the probe for the witnesses.
 func (r *Result) askTCP(ctx context.Context) error {
 	var conn *net.TCPConn
 	deadline, _ := ctx.Deadline()
@@ -201,7 +200,7 @@ func (r *Result) askTCP(ctx context.Context) error {
 		return err
 	}
 	defer conn.Close()
-	conn.SetLinger(0) // no TIME_WAIT: the port may be drawn again
+	conn.SetLinger(0) // no TIME_WAIT, since another probe may draw the port
 	conn.SetDeadline(try)
 	if _, err := conn.Write([]byte(r.token + "\n")); err != nil {
 		return err
@@ -218,11 +217,11 @@ func (r *Result) askTCP(ctx context.Context) error {
 	return r.answered(buf[:n])
 }
 
-// tokenInSYN has the first segment wait for the first write, and carry it: TCP Fast
-// Open without a cookie (TCP_FASTOPEN_CONNECT and TCP_FASTOPEN_NO_COOKIE of
-// linux/tcp.h). So a host that receives a SYN knows the probe, although a translation
-// on the way has changed its source address and port. A server that takes no data
-// from a SYN gets it again after the handshake (RFC 7413 section 4.2).
+// tokenInSYN makes the SYN wait for the first write and carry its data: TCP Fast Open
+// without a cookie (TCP_FASTOPEN_CONNECT and TCP_FASTOPEN_NO_COOKIE, linux/tcp.h). So a
+// host that receives the SYN can identify the probe even if NAT changed its source. A
+// server that ignores data in a SYN receives it again after the handshake (RFC 7413,
+// 4.2).
 func tokenInSYN(network, address string, c syscall.RawConn) error {
 	var failed error
 	err := c.Control(func(fd uintptr) {

@@ -27,9 +27,9 @@ type Process struct {
 	err  error         // how it ended; set before done is closed
 }
 
-// Start starts a program on the host and returns without waiting for it. What it
-// prints is kept. It is stopped when the lab closes, and dies with this process.
-// env is added to the environment.
+// Start starts a program on the host and returns without waiting for it. Its output is
+// kept. It is stopped when the lab closes, and killed when this process dies. env is added
+// to the environment.
 func (h *Host) Start(env []string, name string, args ...string) (*Process, error) {
 	p := &Process{out: &syncBuffer{}, done: make(chan struct{})}
 	p.cmd = h.command(env, name, args)
@@ -49,8 +49,8 @@ func (h *Host) Start(env []string, name string, args ...string) (*Process, error
 	return p, nil
 }
 
-// command prepares a program; the caller starts it on the host's own thread,
-// whose namespaces it gets and with which it dies.
+// command prepares a program. The caller starts it on the host's own thread, whose
+// namespaces it inherits and with which it dies.
 func (h *Host) command(env []string, name string, args []string) *exec.Cmd {
 	cmd := exec.Command(name, args...)
 	cmd.Env = append(os.Environ(), env...)
@@ -59,9 +59,9 @@ func (h *Host) command(env []string, name string, args []string) *exec.Cmd {
 	return cmd
 }
 
-// Run runs a program on the host to its end and returns what it printed and its
-// exit status. The error is for a program that couldn't be started, or was still
-// running when the context ended (it is killed).
+// Run runs a program on the host to its end and returns its output and exit status. It
+// returns an error if the program couldn't be started, or was killed because the context
+// ended.
 func (h *Host) Run(ctx context.Context, stdin, name string, args ...string) (stdout, stderr string, status int, err error) {
 	var out, talk bytes.Buffer
 	cmd := h.command(nil, name, args)
@@ -81,19 +81,19 @@ func (h *Host) Run(ctx context.Context, stdin, name string, args ...string) (std
 	return out.String(), talk.String(), 0, err
 }
 
-// PID is the program's process id.
+// PID returns the program's process id.
 func (p *Process) PID() int { return p.cmd.Process.Pid }
 
-// Output is what the program has printed so far, on stdout and stderr.
+// Output returns what the program has printed so far to stdout and stderr.
 func (p *Process) Output() string { return p.out.String() }
 
 // Signal sends the program a signal.
 func (p *Process) Signal(s os.Signal) error { return p.cmd.Process.Signal(s) }
 
-// Done is closed when the program has ended.
+// Done returns a channel that is closed when the program has ended.
 func (p *Process) Done() <-chan struct{} { return p.done }
 
-// Err is how the program ended, once it has: nil for exit status 0.
+// Err returns how the program ended, once it has; nil for exit status 0.
 func (p *Process) Err() error {
 	select {
 	case <-p.done:
@@ -103,7 +103,7 @@ func (p *Process) Err() error {
 	}
 }
 
-// Kill ends the program at once, as a crash would, and waits until it is gone.
+// Kill kills the program with SIGKILL, as a crash would end it, and waits for its end.
 func (p *Process) Kill() {
 	p.cmd.Process.Kill()
 	<-p.done
@@ -122,7 +122,7 @@ func (p *Process) Stop() error {
 	}
 }
 
-// syncBuffer is a buffer that is written to and read at the same time.
+// syncBuffer is a buffer for concurrent writes and reads.
 type syncBuffer struct {
 	mu  sync.Mutex
 	buf bytes.Buffer

@@ -1,6 +1,6 @@
 package netlab
 
-// Echo servers, and the record of which probes came by at a host.
+// Echo servers, and the record of which probes a host received.
 
 import (
 	"bufio"
@@ -17,28 +17,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// EchoPort is the TCP and UDP port of every host that serves.
+// EchoPort is the TCP and UDP port of the echo servers (RFC 862).
 const EchoPort = 7
 
 // serveTimeout bounds a connection to an echo server.
 const serveTimeout = 10 * time.Second
 
-// tokenForm is what a probe carries in its payload: the lab's mark and a number.
+// tokenForm matches a token in a payload: a fixed prefix and a number.
 var tokenForm = regexp.MustCompile(`netlab:[0-9a-f]{16}`)
 
 func (l *Lab) token() string { return fmt.Sprintf("netlab:%016x", l.next()) }
 
-// witness remembers which probes came by at a host.
+// witness records which probes a host received.
 type witness struct {
 	watch *Watch
 
 	mu     sync.Mutex
-	seen   map[string]bool // by token
-	served map[string]bool // by token: what the servers got
+	seen   map[string]bool // tokens that an interface received
+	served map[string]bool // tokens that a server received
 }
 
-// pick takes note of a packet and keeps none. An ICMP error that quotes a probe
-// isn't the probe.
+// pick is a [Host.Watch] predicate that records tokens and keeps no packet. An ICMP error
+// that quotes a probe doesn't count as the probe.
 func (w *witness) pick(p Packet) bool {
 	if p.Out || p.Is(ICMP) && !p.isEcho() {
 		return false
@@ -64,9 +64,9 @@ func (w *witness) saw(token string) bool {
 	return w.seen[token]
 }
 
-// Serve starts the host's echo servers on EchoPort of every address, over TCP and
-// UDP, and remembers every probe that any of its interfaces receives. The servers
-// answer with what they got and the address that it came from.
+// Serve starts the host's echo servers, TCP and UDP, on EchoPort of every address, and
+// records every probe that any of its interfaces receives. The servers answer with what
+// they received and its source address.
 func (h *Host) Serve() error {
 	if h.witness != nil {
 		return nil
@@ -109,7 +109,7 @@ func (h *Host) serveTCP() error {
 	return nil
 }
 
-// answerTCP answers one line. A client that breaks off gets none.
+// answerTCP answers one line.
 func (h *Host) answerTCP(conn *net.TCPConn) {
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(serveTimeout))
@@ -119,7 +119,7 @@ func (h *Host) answerTCP(conn *net.TCPConn) {
 	}
 }
 
-// answer takes note of what a server got and returns what it says.
+// answer records what a server received and returns the answer.
 func (w *witness) answer(word []byte, from netip.AddrPort) []byte {
 	w.mu.Lock()
 	w.served[string(word)] = true
@@ -166,8 +166,8 @@ func (h *Host) answerUDP(conn *net.UDPConn) {
 	}
 }
 
-// withoutInterface makes of a received packet information the one for the answer:
-// the same local address, by whatever interface the host's routes say.
+// withoutInterface turns a received packet information into the one for the answer: it
+// keeps the local address, and clears the interface so that the host's routes choose it.
 func withoutInterface(info []byte) []byte {
 	const index = unix.SizeofCmsghdr + 16 // of in6_pktinfo: after the address
 	if len(info) >= index+4 {

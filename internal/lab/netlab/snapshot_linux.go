@@ -15,14 +15,14 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// Snapshot is what of a host a program could have changed: one line each for
-// interfaces, addresses, routes and policy rules, the sysctls of its interfaces,
-// and everything that nftables holds. What moves by itself is left out: counters,
-// lifetimes, neighbours, and the sysctls that loading conntrack or nftables adds.
+// Snapshot has the state of a host that a program could have changed: one line for each
+// interface, address, route, policy rule, sysctl of its interfaces, and object of
+// nftables. It leaves out what changes by itself: counters, lifetimes, neighbours, and
+// the sysctls that appear when conntrack or nftables is loaded.
 type Snapshot []string
 
-// Snapshot reads the host. Handles of nftables' objects are part of it: a table
-// that was deleted and made again is not as it was.
+// Snapshot reads the host. It includes the handles of nftables' objects, so that a table
+// that was deleted and created again differs.
 func (h *Host) Snapshot() (Snapshot, error) {
 	var all Snapshot
 	for _, part := range []func() ([]string, error){h.interfaces, h.routes, h.rules, h.sysctls, h.Ruleset} {
@@ -35,7 +35,7 @@ func (h *Host) Snapshot() (Snapshot, error) {
 	return all, nil
 }
 
-// Diff lists what is in one of two snapshots only: "-" before, "+" after.
+// Diff returns the lines that are in only one of two snapshots: "-" before, "+" after.
 func (s Snapshot) Diff(after Snapshot) []string {
 	var diff []string
 	have := count(after)
@@ -81,8 +81,7 @@ func (h *Host) interfaces() ([]string, error) {
 	return lines, nil
 }
 
-// routes lists the routes of every table, without the kernel's cache of what it
-// learned of paths.
+// routes returns the routes of every table, without the kernel's cached path MTUs.
 func (h *Host) routes() ([]string, error) {
 	var lines []string
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
@@ -112,7 +111,7 @@ func (h *Host) rules() ([]string, error) {
 	return lines, nil
 }
 
-// sysctls reads the ones of the two IP families that exist in every namespace.
+// sysctls returns those sysctls of both IP families that exist in every namespace.
 func (h *Host) sysctls() ([]string, error) {
 	var lines []string
 	err := h.Do(func() error {

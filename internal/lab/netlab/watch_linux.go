@@ -18,17 +18,18 @@ import (
 )
 
 const (
-	// watchBuffer is the kernel's room for packets that a watch hasn't read yet.
+	// watchBuffer is the size in bytes of the kernel's buffer for packets that a watch
+	// hasn't read yet.
 	watchBuffer = 16 << 20
 	// maxWatched bounds the packets that one watch keeps.
 	maxWatched = 1 << 16
-	// watchSync bounds the wait for a watch to have read what was there.
+	// watchSync is how long Sync waits.
 	watchSync = 30 * time.Second
 )
 
-// Watch collects the packets of all interfaces of a host, both ways, that a
-// predicate picks. It sees them before any packet filter of the host on their way
-// in, and after it on their way out.
+// Watch collects the packets, sent and received, of all interfaces of a host that a
+// predicate picks. It sees incoming packets before the host's packet filter, and outgoing
+// ones after it.
 type Watch struct {
 	host  *Host
 	file  *os.File
@@ -37,7 +38,7 @@ type Watch struct {
 
 	mu      sync.Mutex
 	packets []Packet
-	more    int // picked, but not kept
+	more    int // how many were picked but not kept
 	marks   map[string]chan struct{}
 	changed chan struct{} // closed and replaced at each new packet
 }
@@ -47,13 +48,13 @@ type Watch struct {
 func (h *Host) Watch(pick func(Packet) bool) (*Watch, error) {
 	w := &Watch{host: h, pick: pick, names: map[int]string{}, marks: map[string]chan struct{}{}, changed: make(chan struct{})}
 	err := h.Do(func() error {
-		// Cooked packets begin with the IP header on every kind of interface.
+		// With SOCK_DGRAM packets begin with the IP header on every kind of interface.
 		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, int(networkOrder(unix.ETH_P_ALL)))
 		if err != nil {
 			return err
 		}
 		w.file = os.NewFile(uintptr(fd), "packet socket")
-		// Above the machine's limit as root of it; else as much as it allows.
+		// The machine's root may exceed the limit (rmem_max); otherwise take the limit.
 		if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, watchBuffer) != nil {
 			return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, watchBuffer)
 		}
@@ -70,7 +71,7 @@ func (h *Host) Watch(pick func(Packet) bool) (*Watch, error) {
 	return w, nil
 }
 
-// Stop ends the watch; the packets stay.
+// Stop ends the watch. The packets stay available.
 func (w *Watch) Stop() error {
 	if err := w.file.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
 		return err
@@ -134,8 +135,8 @@ func (w *Watch) name(index int) string {
 	return name
 }
 
-// Packets are the packets picked so far, in order. The error says that some are
-// missing, because there were too many of them or they came too fast.
+// Packets returns the packets picked so far, in order. It returns an error if some are
+// missing, because there were too many or the buffer overflowed.
 func (w *Watch) Packets() ([]Packet, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -146,8 +147,8 @@ func (w *Watch) Packets() ([]Packet, error) {
 	return slices.Clone(w.packets), err
 }
 
-// lost says that the kernel had no room for packets. Reading the statistics
-// clears them, so an error is said once.
+// lost returns an error if the kernel dropped packets for lack of space. Reading the
+// statistics clears them (PACKET_STATISTICS, packet(7)), so it returns it once.
 func (w *Watch) lost() error {
 	raw, err := w.file.SyscallConn()
 	if err != nil {
@@ -165,8 +166,8 @@ func (w *Watch) lost() error {
 	return nil
 }
 
-// Sync returns once the watch has read everything that the host's interfaces had
-// before the call: a packet of its own, sent to the host itself, came through.
+// Sync waits until the watch has read every packet that the host's interfaces had before
+// the call: it sends a packet to the host itself and waits for it to arrive.
 func (w *Watch) Sync() error {
 	word := fmt.Sprintf("netlab-mark-%d", w.host.lab.next())
 	seen := make(chan struct{})
@@ -193,7 +194,7 @@ func (w *Watch) Sync() error {
 	}
 }
 
-// mark says whether a packet is one of Sync's.
+// mark reports whether a packet is one of Sync's.
 func (w *Watch) mark(p Packet) bool {
 	if p.Proto != protoUDP || p.Out || !bytes.HasPrefix(p.Payload, []byte("netlab-mark-")) {
 		return false
@@ -207,7 +208,7 @@ func (w *Watch) mark(p Packet) bool {
 	return true
 }
 
-// Wait returns once at least n packets were picked.
+// Wait waits until at least n packets were picked; it returns an error after the timeout.
 func (w *Watch) Wait(n int, timeout time.Duration) error {
 	expired := time.After(timeout)
 	for {
@@ -225,9 +226,8 @@ func (w *Watch) Wait(n int, timeout time.Duration) error {
 	}
 }
 
-// Forge sends a packet out of an interface as it is, whatever its addresses, past
-// the host's own routes and packet filter. It goes to the host at the other end
-// of the link.
+// Forge sends a packet unchanged out of an interface to the host at the other end of the
+// link. It bypasses the host's own routes and packet filter, so the addresses may be any.
 func (h *Host) Forge(link string, packet []byte) error {
 	l, err := h.link(link)
 	if err != nil {
@@ -251,8 +251,8 @@ func (h *Host) Forge(link string, packet []byte) error {
 	return nil
 }
 
-// openForger opens the packet socket by which the host sends what it is given; it
-// receives nothing. One serves for all, because closing one takes the kernel long.
+// openForger opens the packet socket of Forge, which receives nothing. All calls share
+// one, because closing a packet socket waits for an RCU grace period in the kernel.
 func (h *Host) openForger() (fd int, err error) {
 	err = h.Do(func() (err error) {
 		fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
@@ -264,7 +264,7 @@ func (h *Host) openForger() (fd int, err error) {
 	return fd, err
 }
 
-// networkOrder is a number whose bytes in memory are v in network order.
+// networkOrder returns a number whose bytes in memory are v in network byte order.
 func networkOrder(v uint16) uint16 {
 	return binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, v))
 }

@@ -33,7 +33,7 @@ type Tunnel struct {
 // for all others; wg-quick(8) uses the same number for both, too.
 const fullTunnelMark = 51820
 
-// wireguardStart bounds how long wireguard-go may take to make its interface.
+// wireguardStart is how long wireguard-go may take to create its interface.
 const wireguardStart = 20 * time.Second
 
 // wireguardGo builds the wireguard-go program from its module, once.
@@ -41,7 +41,7 @@ var wireguardGo = sync.OnceValues(func() (string, error) {
 	return Build("golang.zx2c4.com/wireguard")
 })
 
-// NewKey makes a private key and its public key.
+// NewKey returns a new private key and its public key.
 func NewKey() (private, public Key, err error) {
 	k, err := ecdh.X25519().GenerateKey(rand.Reader)
 	if err != nil {
@@ -50,9 +50,9 @@ func NewKey() (private, public Key, err error) {
 	return Key(k.Bytes()), Key(k.PublicKey().Bytes()), nil
 }
 
-// WireGuard starts wireguard-go on the host and configures it as wg-quick(8)
-// would from the text: keys and peers, addresses, MTU, and routes to what the
-// peers may send. DNS servers are not used. name is the interface's.
+// WireGuard starts wireguard-go on the host, with an interface of this name, and
+// configures it from the text as wg-quick(8) would: keys and peers, addresses, MTU, and
+// routes to the peers' allowed IPs. DNS servers are ignored.
 func (h *Host) WireGuard(name, text string) (*Tunnel, error) {
 	t, err := h.startWireGuard(name, text)
 	if err != nil {
@@ -85,7 +85,7 @@ func (h *Host) startWireGuard(name, text string) (*Tunnel, error) {
 	return t, t.address()
 }
 
-// waitUntilUp returns once the program answers on its socket.
+// waitUntilUp waits until the program answers on its socket.
 func (t *Tunnel) waitUntilUp() error {
 	deadline := time.Now().Add(wireguardStart)
 	for {
@@ -104,7 +104,7 @@ func (t *Tunnel) waitUntilUp() error {
 	}
 }
 
-// uapi sends one request of the configuration protocol and returns the answer.
+// uapi sends one request of the configuration protocol and returns the answer's values.
 func (t *Tunnel) uapi(request string) (map[string]string, error) {
 	var conn net.Conn
 	err := t.host.Do(func() (err error) {
@@ -131,8 +131,8 @@ func (t *Tunnel) uapi(request string) (map[string]string, error) {
 	return answer, lines.Err()
 }
 
-// address gives the interface what the configuration's [Interface] says, and the
-// routes of its allowed IPs.
+// address sets the addresses and MTU of the configuration's [Interface], and adds the
+// routes of the allowed IPs.
 func (t *Tunnel) address() error {
 	h := t.host
 	if t.Config.MTU != 0 {
@@ -158,9 +158,9 @@ func (t *Tunnel) address() error {
 	return nil
 }
 
-// route sends a prefix into the tunnel. A default route goes into a table of its
-// own, as wg-quick(8) does it: used by everything but the tunnel's own packets,
-// which bear the mark, and after the main table's other routes.
+// route adds a route for a prefix into the tunnel. A default route is added to a table of
+// its own, as wg-quick(8) does: all packets use it except the tunnel's own, which have
+// the mark, and those with a more specific route in the main table.
 func (t *Tunnel) route(to netip.Prefix) error {
 	if to.Bits() > 0 {
 		return t.host.AddRoute(Route{To: to, Link: t.Name})
@@ -194,14 +194,14 @@ func (h *Host) addTunnelRules(v6 bool) error {
 	return nil
 }
 
-// Renew has the tunnel forget its sessions, so that the next packet begins with a
-// handshake. A stock end whose other end was restarted does so after 15 s.
+// Renew drops the tunnel's sessions, so that the next packet starts a handshake. A stock
+// end whose other end restarted does so by itself after 15 s.
 func (t *Tunnel) Renew() error {
 	_, err := t.uapi("set=1\n" + t.Config.uapi())
 	return err
 }
 
-// ListenPort is the UDP port of the tunnel's own packets.
+// ListenPort returns the UDP port of the tunnel's own packets.
 func (t *Tunnel) ListenPort() (uint16, error) {
 	answer, err := t.uapi("get=1\n")
 	if err != nil {
@@ -211,8 +211,8 @@ func (t *Tunnel) ListenPort() (uint16, error) {
 	return uint16(port), err
 }
 
-// LastHandshake is when a peer of the tunnel last completed a handshake; the
-// zero time for never. Only for a tunnel with one peer.
+// LastHandshake returns when the tunnel's only peer last completed a handshake; the zero
+// time for never.
 func (t *Tunnel) LastHandshake() (time.Time, error) {
 	answer, err := t.uapi("get=1\n")
 	if err != nil {
@@ -226,7 +226,7 @@ func (t *Tunnel) LastHandshake() (time.Time, error) {
 	return time.Unix(sec, nsec), err
 }
 
-// PublicKey is the public key that belongs to a private one.
+// PublicKey returns the public key of a private one.
 func (k Key) PublicKey() Key {
 	private, err := ecdh.X25519().NewPrivateKey(k[:])
 	if err != nil {
@@ -235,7 +235,7 @@ func (k Key) PublicKey() Key {
 	return Key(private.PublicKey().Bytes())
 }
 
-// uapi is the configuration in the words of the configuration protocol,
+// uapi returns the configuration in the form of the configuration protocol,
 // https://www.wireguard.com/xplatform/.
 func (c Config) uapi() string {
 	var b strings.Builder

@@ -18,8 +18,8 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// An engine is pf: pfconf's machine, kept equal to the kernel's interfaces and to
-// the time.
+// An engine is the simulated pf: pfsim's machine, whose interfaces and clock follow the
+// simulated kernel's.
 type engine struct {
 	kernel *darwintest.Kernel
 	random *rand.Rand
@@ -27,10 +27,10 @@ type engine struct {
 	mu      sync.Mutex
 	machine *pfsim.PF
 	last    time.Time
-	busy    int    // loads that fail
+	busy    int    // how many of the next loads fail
 	loaded  string // the main ruleset as it was last loaded
 	network *darwin.Network
-	changes int // of the kernel when network was read
+	changes int // the kernel's count of changes when network was read
 }
 
 func newEngine(k *darwintest.Kernel, r *rand.Rand) *engine {
@@ -39,7 +39,7 @@ func newEngine(k *darwintest.Kernel, r *rand.Rand) *engine {
 	return e
 }
 
-// boot makes pf anew and loads the stock rulesets.
+// boot replaces pf by a new one and loads Apple's rulesets.
 func (e *engine) boot() {
 	e.mu.Lock()
 	e.machine = pfsim.NewPF(pfsim.Options{Rand: e.random})
@@ -68,7 +68,7 @@ func (e *engine) update() {
 		e.machine.Advance(d)
 		e.last = e.last.Add(d)
 	}
-	// The count first: a change in between is seen the next time.
+	// The count is read first: a change after it is noticed the next time.
 	changes := e.kernel.Changes()
 	if e.network != nil && changes == e.changes {
 		return
@@ -81,9 +81,9 @@ func (e *engine) update() {
 	e.mirror(n)
 }
 
-// mirror gives the machine the kernel's interfaces, without the IPv6 addresses
-// that (if) doesn't stand for (pfi_instance_add of xnu bsd/net/pf_if.c). Of
-// link-local ones the machine knows itself.
+// mirror gives the machine the kernel's interfaces, without the IPv6 addresses that (if)
+// leaves out: temporary, deprecated and tentative ones (pfi_instance_add in xnu
+// bsd/net/pf_if.c). The machine leaves out link-local ones itself.
 func (e *engine) mirror(n *darwin.Network) {
 	for _, i := range n.Interfaces {
 		pi := pfconf.Interface{Name: i.Name}

@@ -1,7 +1,6 @@
 package simmac
 
-// What happens to a Mac as a whole: boot, sleep, Internet Sharing, rules that other
-// software loads.
+// Events of a whole Mac: boot, sleep, Internet Sharing, rules that other software loads.
 
 import (
 	"context"
@@ -16,9 +15,9 @@ import (
 	"github.com/meshhelper/meshhelper/darwin"
 )
 
-// Boot restarts the Mac: services end and those with a property list start
-// again; tokens, states, rules, tunnels and the content of /var/run are gone,
-// forwarding is off, the boot session is another. It returns what launchd
+// Boot restarts the Mac. Services end, and those with a property list start again.
+// Tokens, states, rules, tunnels and the content of /var/run are lost; forwarding is
+// disabled and the boot session is new. It returns the errors of services that launchd
 // refused to load.
 func (m *Mac) Boot() []error {
 	m.Launchd.Shutdown()
@@ -46,8 +45,9 @@ func (m *Mac) Boot() []error {
 	return m.Launchd.Boot(lists)
 }
 
-// Sleep lets the Mac sleep and wake: the wall clock goes on, nothing else does,
-// and some processes' routing sockets are shut (pid_shutdown_sockets).
+// Sleep makes the Mac sleep for d and wake. Only the wall clock advances, and some
+// processes' routing sockets are shut down (pid_shutdown_sockets in xnu
+// bsd/kern/kern_proc.c).
 func (m *Mac) Sleep(d time.Duration) {
 	m.mu.Lock()
 	m.slept += d
@@ -55,24 +55,24 @@ func (m *Mac) Sleep(d time.Duration) {
 	m.Kernel.BreakSockets(syscall.ENOTCONN)
 }
 
-// LoadMain is other software, or a system update, that replaces the main ruleset
-// by `pfctl -f`: anchors that were loaded apart survive, calls that were inserted
-// don't, skip marks are cleared.
+// LoadMain replaces the main ruleset, as other software or a system update does with
+// pfctl -f. Anchors that were loaded separately survive; inserted anchor calls and skip
+// flags don't.
 func (m *Mac) LoadMain(rules string) error { return m.engine.Load("", rules) }
 
-// LoadAnchor is other software that loads an anchor of its own.
+// LoadAnchor loads an anchor, as other software does.
 func (m *Mac) LoadAnchor(anchor, rules string) error { return m.engine.Load(anchor, rules) }
 
-// FlushMain is another program's `pfctl -F all`: the main ruleset with its hooks is
-// gone, and all states with it; child anchors stay.
+// FlushMain is another program's pfctl -F all: it removes the main ruleset with its
+// anchor calls, and all states. Child anchors stay.
 func (m *Mac) FlushMain() { m.engine.Flush("") }
 
-// FlushAnchor is another program's `pfctl -a anchor -F all`.
+// FlushAnchor is another program's pfctl -a anchor -F all.
 func (m *Mac) FlushAnchor(anchor string) { m.engine.Flush(anchor) }
 
-// sharingMain is what the main ruleset looks like while Internet Sharing runs:
-// its calls after those of com.apple (captured on macOS 15, sshuttle#975), and lo0
-// skipped (captured: pfctl -v -s Interfaces).
+// sharingMain is the main ruleset while Internet Sharing runs: its calls come after
+// those of com.apple (captured on macOS 15, sshuttle#975), and lo0 is skipped (captured:
+// pfctl -v -s Interfaces).
 const sharingMain = `set skip on lo0
 scrub-anchor "com.apple/*"
 scrub-anchor "com.apple.internet-sharing"
@@ -113,8 +113,8 @@ func (m *Mac) InternetSharing(uplink string) error {
 	return m.LoadMain(sharingMain)
 }
 
-// StopInternetSharing turns it off again, and IPv4 forwarding with it: no source
-// says whether macOS does so, and a program must survive it. lo0 stays skipped.
+// StopInternetSharing turns it off, and IPv4 forwarding with it. Whether macOS does so
+// isn't known, but a program must survive it. lo0 stays skipped.
 func (m *Mac) StopInternetSharing() error {
 	m.Kernel.RemoveInterface(sharingBridge)
 	m.engine.Flush("com.apple.internet-sharing")
@@ -131,10 +131,9 @@ func (m *Mac) StopInternetSharing() error {
 	return m.SkipLoopback()
 }
 
-// Dump describes everything that a program may change on the Mac and has to put
-// back: interfaces, addresses, routes, forwarding, pf's state and all rules,
-// tables and tokens. Anchors without rules aren't in it: the kernel keeps them
-// until it boots.
+// Dump prints everything that a program may change on the Mac and must restore:
+// interfaces, addresses, routes, forwarding, whether pf is enabled, and all rules, tables
+// and tokens. It leaves out empty anchors, which the kernel keeps until it boots.
 func (m *Mac) Dump() string {
 	var b strings.Builder
 	n := m.engine.observe()

@@ -12,33 +12,33 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// fragments keeps the bytes of fragments, so that those of a datagram are at hand
-// when pf has put it together. Which fragments make one is pf's to say. The datagram
-// goes on whole: that the IP stack, or pf for IPv6, cuts it again isn't simulated.
+// fragments keeps the bytes of fragments until pf has reassembled their datagram. pf
+// decides which fragments make one. The datagram continues whole: that the IP stack, or
+// pf for IPv6, fragments it again isn't simulated.
 type fragments struct {
 	mu     sync.Mutex
 	pieces map[datagram][]fragment
 }
 
-// datagram is by what its fragments are known.
+// A datagram identifies the fragments of one datagram.
 type datagram struct {
 	src, dst netip.Addr
 	proto    pfconf.Proto
 	id       uint32
 }
 
-// fragment is one, with the IP header before it.
+// A fragment is a fragment with its IP header.
 type fragment struct {
 	header, payload []byte
 	offset          int
 }
 
-// maxDatagrams bounds what is kept of datagrams that never become whole.
+// maxDatagrams is how many incomplete datagrams are kept.
 const maxDatagrams = 256
 
 func datagramOf(p pfsim.Packet) datagram { return datagram{p.Src, p.Dst, p.Proto, p.FragmentID} }
 
-// keep remembers a fragment; other packets are none of its business.
+// keep stores a packet if it is a fragment.
 func (f *fragments) keep(b []byte, h header, p pfsim.Packet) {
 	if !p.Fragment {
 		return
@@ -57,9 +57,9 @@ func (f *fragments) keep(b []byte, h header, p pfsim.Packet) {
 	f.pieces[d] = append(f.pieces[d], one)
 }
 
-// whole returns the datagram that a fragment completed, which has total bytes
-// behind its IP header. Where fragments overlap, the earlier one's bytes count. It
-// reports false if that makes no packet.
+// whole returns the datagram that a fragment completed, with total bytes after its IP
+// header. Where fragments overlap, the bytes of the first one count. It returns false if
+// the result can't be decoded.
 func (f *fragments) whole(last pfsim.Packet, total int) ([]byte, header, pfsim.Packet, bool) {
 	f.mu.Lock()
 	pieces := f.pieces[datagramOf(last)]

@@ -28,8 +28,8 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// StockMain is the main ruleset that /etc/pf.conf of macOS loads at boot. Its last
-// line, which loads /etc/pf.anchors/com.apple, stands in stockApple.
+// StockMain is the main ruleset of Apple's /etc/pf.conf. The anchor that its last line
+// loads from /etc/pf.anchors/com.apple is in stockApple.
 const StockMain = `scrub-anchor "com.apple/*"
 nat-anchor "com.apple/*"
 rdr-anchor "com.apple/*"
@@ -42,22 +42,22 @@ const stockApple = `anchor "200.AirDrop/*"
 anchor "250.ApplicationFirewall/*"
 `
 
-// Options of New.
+// Options configures a [Mac].
 type Options struct {
-	// Seed of everything that is left to chance: tokens, ports.
+	// Seed is for everything random: tokens and ports.
 	Seed uint64 // optional
-	// Root is a directory that stands for / where property lists are concerned.
-	// What belongs to this process's user there counts as root's.
+	// Root is a directory that stands for / for property lists and programs. Files of
+	// this process's user count as root's.
 	Root string // optional; without it there are no property lists
 }
 
-// A Mac is a simulated Mac. Its methods may be called at the same time.
+// A Mac is a simulated Mac. Its methods may be called concurrently.
 type Mac struct {
-	// Kernel has the interfaces, the routing table and the kernel variables.
+	// Kernel has the interfaces, the routing table and the sysctls.
 	Kernel *darwintest.Kernel
-	// PF is pfctl and the tokens.
+	// PF is pfctl, with the tokens.
 	PF *darwintest.PF
-	// Launchd is launchctl and the services.
+	// Launchd is launchctl, with the services.
 	Launchd *launchdtest.Launchd
 
 	options Options
@@ -77,8 +77,7 @@ type Mac struct {
 	alf       Firewall
 }
 
-// New returns a Mac that was just booted, with the stock packet filter and no
-// network.
+// New returns a Mac that just booted, with Apple's pf rulesets and no network.
 func New(o Options) *Mac {
 	tokens := rand.New(rand.NewPCG(o.Seed, 1))
 	m := &Mac{
@@ -115,40 +114,38 @@ func (m *Mac) Run(ctx context.Context, stdin []byte, path string, args ...string
 	return nil, nil, -1, &exec.Error{Name: path, Err: exec.ErrNotFound}
 }
 
-// firewallPath is the program of the Application Firewall.
+// firewallPath is the command of the Application Firewall.
 const firewallPath = "/usr/libexec/ApplicationFirewall/socketfilterfw"
 
-// A Firewall is how the Application Firewall of a Mac is.
+// A Firewall is the configuration and behaviour of the Application Firewall.
 type Firewall struct {
-	// On and BlockAll are its two switches.
+	// On and BlockAll are its two settings.
 	On, BlockAll bool
-	// Refuses has it register nothing, and say so only in words.
+	// Refuses makes it register no program, with a message but exit status 0.
 	Refuses bool
-	// Managed has it refuse what changes it, as on a Mac whose settings a profile
-	// makes.
+	// Managed makes it refuse all changes, as on a Mac with a configuration profile.
 	Managed bool
-	// Newer has it use the words of newer releases, whose --getappblocked calls a
-	// program permitted that isn't registered, too.
+	// Newer makes it print the messages of newer releases, whose --getappblocked
+	// reports a program as permitted that isn't registered.
 	Newer bool
 }
 
-// SetFirewall sets how the Application Firewall is; it is off at first. What is
-// registered stays.
+// SetFirewall configures the Application Firewall, which is off at first. Registered
+// programs stay registered.
 func (m *Mac) SetFirewall(f Firewall) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.alf = f
 }
 
-// The words of socketfilterfw (socket_vmnet PR#51, and captures of macOS 26).
+// Messages of socketfilterfw (socket_vmnet PR#51, and captures of macOS 26).
 const (
 	notPart  = "The application is not part of the firewall\n"
 	managed  = "Firewall settings cannot be modified from command line on managed Mac computers.\n"
 	alfUsage = "usage: socketfilterfw ...\n"
 )
 
-// firewall is socketfilterfw. It tells of failures on stdout and exits 0 all the
-// same.
+// firewall runs socketfilterfw, which reports failures on stdout and exits with 0.
 func (m *Mac) firewall(args []string) (stdout string, status int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -242,8 +239,8 @@ func (m *Mac) Allowed(program string) bool {
 	return m.allowed[program]
 }
 
-// Hang makes a program, by its path, do nothing until its caller gives up, which
-// is after darwin.DefaultTimeout.
+// Hang makes a program, given by its path, hang until its caller gives up, which is after
+// darwin.DefaultTimeout.
 func (m *Mac) Hang(path string, hangs bool) {
 	if hangs {
 		m.Slow(path, math.MaxInt64)
@@ -252,7 +249,7 @@ func (m *Mac) Hang(path string, hangs bool) {
 	}
 }
 
-// wait waits as long as the program takes, or until its caller gives up.
+// wait waits for the time that a program takes, or until its caller gives up.
 func (m *Mac) wait(ctx context.Context, path string) error {
 	m.mu.Lock()
 	d := m.slow[path]
@@ -287,8 +284,8 @@ func (m *Mac) Sysctl(name string) (string, error) { return m.Kernel.Sysctl(name)
 // Table implements darwin.Kernel.
 func (m *Mac) Table(name string) ([]byte, error) { return m.Kernel.Table(name) }
 
-// Now is the Mac's wall clock, which runs on through sleep; the monotonic one is the
-// test's own.
+// Now returns the Mac's wall clock, which advances during sleep. The monotonic clock is
+// the test's.
 func (m *Mac) Now() time.Time {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -313,7 +310,7 @@ func (m *Mac) propertyList(path string) (launchd.File, []byte, error) {
 	return f, data, err
 }
 
-// program looks at an executable below Options.Root.
+// program returns the file information of an executable below Options.Root.
 func (m *Mac) program(path string) (fs.FileInfo, string, error) {
 	if m.options.Root == "" {
 		return nil, "", fs.ErrNotExist
@@ -328,9 +325,9 @@ func (m *Mac) program(path string) (fs.FileInfo, string, error) {
 	return info, string(digest[:]), err
 }
 
-// AddEthernet adds an interface with its addresses and, for each router, a default
-// route by it. The first router of all is also the Mac's DNS resolver. Further
-// default routes of a family are scoped to the interface, as macOS makes them.
+// AddEthernet adds an interface with addresses, and a default route by it for each
+// router. The first router of all is also the Mac's DNS resolver. Further default routes
+// of a family are scoped to their interface (RTF_IFSCOPE), as macOS makes them.
 func (m *Mac) AddEthernet(name string, addresses []string, routers ...string) error {
 	flags := darwin.InterfaceUp | darwin.InterfaceBroadcast | darwin.InterfaceRunning | darwin.InterfaceMulticast
 	index := m.Kernel.AddInterface(name, flags, 1500)
@@ -372,6 +369,6 @@ func (m *Mac) addDefault(index int, router string) error {
 	return m.Kernel.AddRoute(r)
 }
 
-// Judge runs f with pf's machine, whose interfaces and clock are up to date, for
-// what isn't offered here. f must not keep it.
+// Judge runs f with pf's machine, whose interfaces and clock are up to date, for uses
+// that Mac has no method for. f must not keep it.
 func (m *Mac) Judge(f func(*pfsim.PF)) { m.engine.do(f) }

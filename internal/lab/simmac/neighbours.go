@@ -16,22 +16,22 @@ import (
 // churn is the state of the interfaces and addresses that Churn changes.
 type churn struct {
 	round     int
-	tunnel    string       // the system's
-	local     netip.Addr   // link-local, of awdl0 and llw0
-	temporary []netip.Addr // of the link, oldest first
-	route     netip.Prefix // another program's
+	tunnel    string       // the system's utun
+	local     netip.Addr   // the link-local address of awdl0 and llw0
+	temporary []netip.Addr // the link's temporary addresses, oldest first
+	route     netip.Prefix // another program's host route
 }
 
-// virtualLAN is the network of virtual machines (vmnet).
+// virtualLAN is the host's address in the network of virtual machines (vmnet).
 const virtualLAN = "192.168.64.1/24"
 
-// Churn does once what goes on many times an hour on an idle Mac
-// (captured on macOS 26 by yoloai and others): awdl0 and llw0 get other link-local
-// addresses; one of the system's tunnels goes and another comes, with a scoped
-// default route; a virtual machine's bridge comes, or goes; link, an Ethernet with
-// IPv6, gets another temporary address, the last one becomes deprecated, the one
-// before expires; another program's route to a host by link comes and the last one
-// goes; and lookups of hosts fail.
+// Churn makes one round of the changes that happen many times an hour on an idle Mac
+// (captured on macOS 26 by yoloai and others). awdl0 and llw0 get new link-local
+// addresses. One of the system's utuns is replaced by another, with a scoped default
+// route. A virtual machine's bridge appears, or disappears. link, an Ethernet with
+// IPv6, gets a new temporary address; the previous one becomes deprecated, and the one
+// before that expires. Another program's host route by link replaces its last one. And
+// route lookups fail (RTM_MISS).
 func (m *Mac) Churn(link string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -56,12 +56,13 @@ func (m *Mac) Churn(link string) error {
 	return nil
 }
 
-// numbered returns an address of a network with the round in its last bytes.
+// numbered returns an address in a network with the number of the round in its last
+// bytes.
 func (c *churn) numbered(network netip.Prefix) netip.Addr {
 	b := network.Masked().Addr().AsSlice()
 	binary.BigEndian.PutUint16(b[len(b)-2:], uint16(c.round))
 	if len(b) == 16 {
-		b[8] = 0x77 // so that no static address is met
+		b[8] = 0x77 // no static address has this byte
 	}
 	a, _ := netip.AddrFromSlice(b)
 	return a
@@ -69,7 +70,7 @@ func (c *churn) numbered(network netip.Prefix) netip.Addr {
 
 var linkLocal = netip.MustParsePrefix("fe80::/64")
 
-// peerToPeer is awdl0 and llw0.
+// peerToPeer changes the link-local addresses of awdl0 and llw0.
 func (c *churn) peerToPeer(m *Mac, _ *darwin.Interface) error {
 	next := c.numbered(linkLocal)
 	for _, name := range []string{"awdl0", "llw0"} {
@@ -88,7 +89,7 @@ func (c *churn) peerToPeer(m *Mac, _ *darwin.Interface) error {
 	return nil
 }
 
-// systemTunnel is a utun of Apple's.
+// systemTunnel replaces a utun of the system's.
 func (c *churn) systemTunnel(m *Mac, _ *darwin.Interface) error {
 	if c.tunnel != "" {
 		m.Kernel.RemoveInterface(c.tunnel)
@@ -109,7 +110,7 @@ func (c *churn) systemTunnel(m *Mac, _ *darwin.Interface) error {
 		Index: n.Interface(name).Index, Flags: darwin.RouteUp | darwin.RouteGateway | darwin.RouteScoped})
 }
 
-// bridge is a virtual machine's, and its end at the machine.
+// bridge adds or removes a virtual machine's bridge and its member interface.
 func (c *churn) bridge(m *Mac, _ *darwin.Interface) error {
 	if c.round%2 == 0 {
 		m.Kernel.RemoveInterface("vmenet0")
@@ -123,7 +124,7 @@ func (c *churn) bridge(m *Mac, _ *darwin.Interface) error {
 	return m.AddEthernet(sharingBridge, []string{virtualLAN, netip.PrefixFrom(c.numbered(linkLocal), 64).String()})
 }
 
-// privacy is RFC 8981 on link.
+// privacy changes the link's temporary addresses (RFC 8981).
 func (c *churn) privacy(m *Mac, i *darwin.Interface) error {
 	n := slices.IndexFunc(i.Addresses, func(a darwin.Address) bool {
 		return a.Prefix.Addr().Is6() && a.Prefix.Bits() == 64 && !a.Prefix.Addr().IsLinkLocalUnicast()
@@ -150,7 +151,7 @@ func (c *churn) privacy(m *Mac, i *darwin.Interface) error {
 	return m.Kernel.RemoveAddress(i.Name, oldest)
 }
 
-// foreignRoute is another program's, to a host.
+// foreignRoute replaces another program's host route.
 func (c *churn) foreignRoute(m *Mac, i *darwin.Interface) error {
 	if c.route.IsValid() {
 		if err := m.Kernel.DeleteRoute(c.route); err != nil {
@@ -161,10 +162,9 @@ func (c *churn) foreignRoute(m *Mac, i *darwin.Interface) error {
 	return m.Kernel.AddRoute(darwin.Route{Dst: c.route, Index: i.Index, Flags: darwin.RouteUp | darwin.RouteHost | darwin.RouteStatic})
 }
 
-// Tailscale starts another VPN that has part of 100.64.0.0/10, as Tailscale and
-// NetBird do: a tunnel with 100.99.1.1 and an IPv6 address, routes by it, those
-// given or all of the prefix, and a resolver in it for a domain of its own. It
-// returns the tunnel's name.
+// Tailscale starts another VPN in 100.64.0.0/10, as Tailscale and NetBird do: a utun
+// with 100.99.1.1 and an IPv6 address, the given routes by it or one for the whole
+// prefix, and a resolver in it for a domain of its own. It returns the utun's name.
 func (m *Mac) Tailscale(routes ...string) (string, error) {
 	name, err := m.Kernel.CreateTunnel("utun", 1280)
 	if err != nil {
@@ -202,21 +202,20 @@ func (m *Mac) Tailscale(routes ...string) (string, error) {
 // magicDNS is Tailscale's resolver.
 var magicDNS = netip.MustParseAddr("100.100.100.100")
 
-// StopTailscale takes away what Tailscale made, by its tunnel's name.
+// StopTailscale removes what Tailscale created, given its utun's name.
 func (m *Mac) StopTailscale(name string) {
 	m.Kernel.RemoveInterface(name)
 	m.Kernel.SetResolvers(slices.DeleteFunc(m.Kernel.DNS(), func(r darwin.Resolver) bool { return slices.Contains(r.Servers, magicDNS) }))
 }
 
-// SkipLoopback is what vmnet and Internet Sharing leave behind: pf does nothing on
-// lo0 (captured: pfctl -v -s Interfaces has "lo0 (skip)") until the main ruleset is
-// loaded again.
+// SkipLoopback makes pf skip lo0 until the main ruleset is loaded again, as vmnet and
+// Internet Sharing leave it (captured: pfctl -v -s Interfaces shows "lo0 (skip)").
 func (m *Mac) SkipLoopback() error {
 	return m.LoadMain("set skip on lo0\n" + StockMain)
 }
 
-// Slow makes a program, by its path, take d before it does anything, each time. Its
-// caller may give up before.
+// Slow makes each run of a program, given by its path, wait for d before it does
+// anything. Its caller may give up earlier.
 func (m *Mac) Slow(path string, d time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

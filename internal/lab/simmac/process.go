@@ -14,10 +14,10 @@ import (
 // ErrKilled is the error of each call of a killed process.
 var ErrKilled = errors.New("the process was killed")
 
-// A Process is a program that runs on the Mac as root, with the same seams as the
-// Mac itself. When it is killed, its tunnels and sockets close, and nothing that it
-// still tries has an effect. A test that kills the helper at a step calls
-// [Process.Kill] from the host's Options.Step.
+// A Process is a program that runs on the Mac as root, with the same methods as the Mac
+// itself. When it is killed, its tunnels and sockets close, and its later calls fail
+// without an effect. A test that kills the helper at a step calls [Process.Kill] from
+// the host's Options.Step.
 type Process struct {
 	mac *Mac
 
@@ -38,7 +38,7 @@ func (p *Process) Killed() bool {
 	return p.dead
 }
 
-// Kill ends the process as SIGKILL does. launchd and others stay as they are.
+// Kill ends the process as SIGKILL does. launchd isn't told.
 func (p *Process) Kill() {
 	p.mu.Lock()
 	closers := p.closers
@@ -49,7 +49,8 @@ func (p *Process) Kill() {
 	}
 }
 
-// own closes c when the process ends. If it has ended, the caller closes it.
+// own registers c to be closed when the process ends. It returns an error if the process
+// has ended; then the caller closes c.
 func (p *Process) own(c io.Closer) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -142,7 +143,7 @@ func (s *processSocket) Close() error {
 	return s.ReadWriteCloser.Close()
 }
 
-// CreateTUN makes a utun device of the process.
+// CreateTUN creates a utun device that closes with the process.
 func (p *Process) CreateTUN(name string, mtu int) (tun.Device, error) {
 	if p.Killed() {
 		return nil, ErrKilled

@@ -1,6 +1,6 @@
 package simmac
 
-// The way of one packet through the Mac: pf, the routing table, an interface.
+// The path of one packet through the Mac: pf, the routing table, an interface.
 
 import (
 	"net/netip"
@@ -30,17 +30,18 @@ type Outcome struct {
 	Fate Fate
 	// Link is the interface that it left by.
 	Link string
-	// Packet is as it was last seen, so after translation.
+	// Packet is the packet at the end of its path, after any translation.
 	Packet pfsim.Packet
-	// In and Out are what pf did. A hook that didn't see the packet has Seen false.
+	// In and Out are the results of pf's hooks. Seen is false for a hook that the packet
+	// didn't reach.
 	In, Out pfsim.Hook
-	// Why says why it was dropped: "pf", or the reason of the IP stack.
+	// Why says why it was dropped: "pf", or the IP stack's reason.
 	Why string
 }
 
-// Receive is a packet that arrives on an interface: pf's inbound hook, then the
-// question whether it is for the Mac, then forwarding with pf's outbound hook
-// (xnu bsd/netinet/ip_input.c and ip_output.c; ip6_input.c and ip6_forward.c).
+// Receive handles a packet that arrives on an interface: pf's inbound hook, delivery if
+// it is for the Mac, otherwise forwarding with pf's outbound hook (xnu
+// bsd/netinet/ip_input.c and ip_output.c; ip6_input.c and ip6_forward.c).
 func (m *Mac) Receive(p pfsim.Packet, link string) Outcome {
 	n := m.engine.observe()
 	if i := n.Interface(link); i == nil || i.Flags&darwin.InterfaceUp == 0 {
@@ -79,9 +80,10 @@ func (m *Mac) Receive(p pfsim.Packet, link string) Outcome {
 
 var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 
-// Send is a packet of the Mac itself. To an address of its own it goes by
-// loopback, where pf sees it twice; but to an IPv4 address on a tunnel it leaves by
-// the tunnel, as the route says. What comes back from there is the device's matter.
+// Send handles a packet that the Mac itself sends. To an own address it goes through
+// loopback, where pf sees it out and in; but to an IPv4 address on a utun it leaves by
+// the utun, as its route says. Packets that come back from there are the device's to
+// write.
 func (m *Mac) Send(p pfsim.Packet) Outcome {
 	n := m.engine.observe()
 	if !byLoopback(n, p.Dst) {
@@ -99,9 +101,9 @@ func (m *Mac) Send(p pfsim.Packet) Outcome {
 	return o
 }
 
-// byLoopback reports whether the Mac's packets to a, which is its own, stay inside.
-// On a broadcast interface the neighbours' table sees to it (arp_rtrequest of xnu
-// bsd/netinet/in_arp.c, useloopback), elsewhere the route.
+// byLoopback reports whether the Mac's packets to a, an address of its own, go through
+// loopback. On a broadcast interface ARP does that (arp_rtrequest in xnu
+// bsd/netinet/in_arp.c, useloopback), on others the route decides.
 func byLoopback(n *darwin.Network, a netip.Addr) bool {
 	i := n.Interface(owner(n, a))
 	if i == nil {
@@ -110,7 +112,7 @@ func byLoopback(n *darwin.Network, a netip.Addr) bool {
 	return i.Flags&darwin.InterfacePointToPoint == 0 || lookup(n, a) == "lo0"
 }
 
-// output routes the packet and lets pf see it on its way out.
+// output looks up the packet's route and runs pf's outbound hook.
 func (m *Mac) output(n *darwin.Network, o Outcome, fate Fate) Outcome {
 	link := lookup(n, o.Packet.Dst)
 	if link == "" {
@@ -167,8 +169,9 @@ func isTunnel(name string) bool {
 	return strings.HasPrefix(name, "utun") || strings.HasPrefix(name, "ipsec")
 }
 
-// lookup returns the interface of the longest route to a, "" if there is none or
-// it discards. Scoped routes only serve sockets bound to an interface.
+// lookup returns the interface of the longest route to a; empty if there is none, or if
+// it rejects or discards. Scoped routes don't count: only sockets bound to an interface
+// use them.
 func lookup(n *darwin.Network, a netip.Addr) string {
 	best := darwin.Route{}
 	for _, r := range n.Routes {

@@ -12,9 +12,9 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// CreateTUN makes a utun interface and its device, as wireguard-go's
-// tun.CreateTUN does: what is written to the device arrives on the interface,
-// what the Mac routes by the interface is read from the device.
+// CreateTUN creates a utun interface and its device, as wireguard-go's tun.CreateTUN
+// does: packets written to the device arrive on the interface, and packets that the Mac
+// routes by the interface are read from the device.
 func (m *Mac) CreateTUN(name string, mtu int) (tun.Device, error) {
 	name, err := m.Kernel.CreateTunnel(name, mtu)
 	if err != nil {
@@ -33,8 +33,8 @@ func (m *Mac) CreateTUN(name string, mtu int) (tun.Device, error) {
 	return t, nil
 }
 
-// A tunnel is a utun device. Its interface, with the addresses and routes on it,
-// goes when it is closed.
+// A tunnel is a utun device. Closing it removes its interface, with its addresses and
+// routes.
 type tunnel struct {
 	mac    *Mac
 	name   string
@@ -53,7 +53,7 @@ func (t *tunnel) Events() <-chan tun.Event { return t.events }
 // BatchSize is 1 on macOS (wireguard-go tun/tun_darwin.go).
 func (t *tunnel) BatchSize() int { return 1 }
 
-// Read gives one packet that the Mac sent by the interface.
+// Read reads one packet that the Mac sent by the interface.
 func (t *tunnel) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	select {
 	case p := <-t.out:
@@ -64,8 +64,8 @@ func (t *tunnel) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	}
 }
 
-// Write lets packets arrive on the interface. The device needs 4 bytes of room
-// before each for the address family (wireguard-go tun/tun_darwin.go).
+// Write makes packets arrive on the interface. As in wireguard-go (tun/tun_darwin.go),
+// offset must leave 4 bytes before each for the address family.
 func (t *tunnel) Write(bufs [][]byte, offset int) (int, error) {
 	if offset < 4 {
 		return 0, fmt.Errorf("write to %s: offset %d leaves no room for the family", t.name, offset)
@@ -94,8 +94,8 @@ func (t *tunnel) Close() error {
 	return nil
 }
 
-// Inject lets a packet, in bytes, arrive on an interface. If it is forwarded it
-// goes on to where it is routed: a tunnel's device, or the wire.
+// Inject makes a packet, in bytes, arrive on an interface. If it is forwarded it goes to
+// a tunnel's device or to the function set by Wire.
 func (m *Mac) Inject(link string, b []byte) Outcome {
 	p, h, ok := decode(b)
 	if !ok {
@@ -107,7 +107,7 @@ func (m *Mac) Inject(link string, b []byte) Outcome {
 	return o
 }
 
-// Emit lets the Mac itself send a packet, in bytes.
+// Emit makes the Mac itself send a packet, in bytes.
 func (m *Mac) Emit(b []byte) Outcome {
 	p, h, ok := decode(b)
 	if !ok {
@@ -119,23 +119,23 @@ func (m *Mac) Emit(b []byte) Outcome {
 	return o
 }
 
-// Wire sets the function that gets the packets that leave by an Ethernet interface.
-// It is called while the packet's sender waits.
+// Wire sets the function that is called, synchronously, with each packet that leaves by
+// an Ethernet interface.
 func (m *Mac) Wire(f func(link string, packet []byte)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.wire = f
 }
 
-// Local sets the function that gets the packets that are for the Mac itself. It is
-// called while the packet's sender waits.
+// Local sets the function that is called, synchronously, with each packet that is for
+// the Mac itself.
 func (m *Mac) Local(f func(packet []byte)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.local = f
 }
 
-// transmit hands a packet to where it went.
+// transmit writes a packet to its destination: a device, the wire, or the Mac itself.
 func (m *Mac) transmit(o Outcome, b []byte, h header, was pfsim.Packet) {
 	if o.Fate == Dropped {
 		return

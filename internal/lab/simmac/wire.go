@@ -11,12 +11,12 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// A header is where the parts of a packet in bytes are.
+// A header has the offsets of the parts of a packet in bytes.
 type header struct {
-	transport int // offset of the transport header
-	end       int // of the packet
-	proto     uint8
-	fragment  bool // not the first one: no transport header
+	transport int   // where the transport header begins
+	end       int   // where the packet ends
+	proto     uint8 // the protocol number
+	fragment  bool  // not the first fragment, so without a transport header
 }
 
 const (
@@ -27,8 +27,8 @@ const (
 	protoICMPv6 = 58
 )
 
-// decode reads a packet in bytes into what pf looks at. It reports false for
-// what the IP stack drops before pf sees it.
+// decode decodes a packet in bytes into pf's form. It returns false for packets that the
+// IP stack drops before pf sees them.
 func decode(b []byte) (p pfsim.Packet, h header, ok bool) {
 	if len(b) == 0 {
 		return p, h, false
@@ -167,7 +167,7 @@ func isError(proto, kind uint8) bool {
 	return slices.Contains([]uint8{3, 4, 5, 11, 12}, kind)
 }
 
-// decodeQuoted reads what an ICMP error quotes, which is cut off.
+// decodeQuoted decodes the packet that an ICMP error quotes, which may be truncated.
 func decodeQuoted(b []byte) *pfsim.Quoted {
 	var p pfsim.Packet
 	h, ok := quotedHeader(b, &p)
@@ -187,7 +187,7 @@ func decodeQuoted(b []byte) *pfsim.Quoted {
 	return q
 }
 
-// quotedHeader reads an IP header whose packet is cut off.
+// quotedHeader decodes an IP header whose packet may be truncated.
 func quotedHeader(b []byte, p *pfsim.Packet) (h header, ok bool) {
 	if len(b) < 20 {
 		return h, false
@@ -203,12 +203,12 @@ func quotedHeader(b []byte, p *pfsim.Packet) (h header, ok bool) {
 	return h, ok
 }
 
-// encode writes the changes that translation made into a copy of the packet.
+// encode returns a copy of the packet with the changes that translation made.
 func encode(b []byte, h header, was, is pfsim.Packet) []byte {
 	b = slices.Clone(b)
 	putAddresses(b, is.Src, is.Dst)
 	t := b[h.transport:h.end]
-	// pf translates no fragment, and the first one's checksum is the whole's.
+	// pf doesn't translate fragments, and a first one's checksum covers the whole datagram.
 	if !is.Fragment {
 		putPorts(t, h.proto, is.SrcPort, is.DstPort, is.ICMPID, isError(h.proto, is.ICMPType))
 		if was.Quoted != nil && is.Quoted != nil {
@@ -243,8 +243,8 @@ func putPorts(t []byte, proto uint8, src, dst, id uint16, isErr bool) {
 	}
 }
 
-// putQuoted writes a translated quote; its transport checksum stays as it was,
-// since no host can check what is cut off.
+// putQuoted writes a translated quote. It leaves the transport checksum, which can't be
+// verified on a truncated packet.
 func putQuoted(b []byte, q pfsim.Quoted) {
 	var p pfsim.Packet
 	h, ok := quotedHeader(b, &p)
