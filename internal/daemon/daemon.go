@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -168,7 +169,7 @@ func New(o Options) (*Daemon, error) {
 		Interface: o.Interface, MTU: o.MTU, ListenPort: o.ListenPort, Tick: o.Tick, Wall: o.Wall,
 	})
 	d.names = resolve.New(resolve.Options{
-		Wanted: d.wanted, Learned: d.learned, Lookup: o.Resolve,
+		Names: d.endpointNames, Learned: d.learned, Lookup: o.Resolve,
 		Changed: d.loop.Moved, Save: d.saveLearned, Logger: o.Logger,
 	})
 	d.explain = explain.New(explain.Options{
@@ -182,9 +183,27 @@ func New(o Options) (*Daemon, error) {
 // wantedChanged has the names of endpoints looked up that came to be wanted. It is called
 // while New reads the document, too, when there is no resolver yet.
 func (d *Daemon) wantedChanged(before, doc *wanted.Document) {
-	if d.names != nil {
-		d.names.Wanted(before, doc)
+	if d.names != nil && before != nil && !slices.Equal(peersNames(before), peersNames(doc)) {
+		d.names.Renamed()
 	}
+}
+
+// endpointNames returns the names in peers' endpoints and in this host's own.
+func (d *Daemon) endpointNames() (peers []string, own string) {
+	return peersNames(d.wanted.Document()), d.wanted.Settings().Endpoint.Name()
+}
+
+func peersNames(doc *wanted.Document) []string {
+	var out []string
+	for i := range doc.Peers {
+		if doc.Peers[i].Endpoint == "" {
+			continue
+		}
+		if e, err := mesh.ParseEndpoint(doc.Peers[i].Endpoint, 0); err == nil && e.Name() != "" {
+			out = append(out, e.Name())
+		}
+	}
+	return out
 }
 
 func (d *Daemon) settingsChanged() {

@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/learned"
-	"github.com/meshhelper/meshhelper/internal/resolve"
 	"github.com/meshhelper/meshhelper/internal/retry"
 )
 
@@ -19,7 +18,7 @@ func (d *Daemon) openLearned() {
 	if err != nil {
 		d.opts.Logger.Warn(err.Error()) // peers are found by what they send
 	}
-	if own := resolve.OwnName(d.wanted.Settings()); len(own) == 0 || own[0] != book.Outside().Name {
+	if own := d.wanted.Settings().Endpoint.Name(); own == "" || own != book.Outside().Name {
 		book.SetOutside(learned.Outside{})
 	}
 	d.learned = book

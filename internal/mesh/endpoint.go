@@ -24,6 +24,14 @@ type Endpoint struct {
 	Port uint16 // 1 to 65535
 }
 
+// Name returns the host if it is a name, and "" if it is an address or empty.
+func (e Endpoint) Name() string {
+	if _, err := netip.ParseAddr(e.Host); err == nil {
+		return ""
+	}
+	return e.Host
+}
+
 // ParseEndpoint reads host:port, where an IPv6 address stands in brackets. A
 // fallback port other than 0 stands in for a missing one; an IPv6 address
 // without a port may then come without brackets. A name with letters outside ASCII

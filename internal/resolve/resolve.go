@@ -13,9 +13,7 @@ import (
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/learned"
-	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/retry"
-	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // Interval is how long a peer that moved to another address may be
@@ -36,8 +34,10 @@ func lookup(ctx context.Context, name string) ([]netip.Addr, error) {
 
 // Options are what New needs.
 type Options struct {
-	Wanted  *wanted.State // required: has the endpoints
-	Learned *learned.Book // required: keeps the addresses
+	// Names returns the names in peers' endpoints, and the one in this host's own endpoint
+	// as peers know it, or "" if that is an address or isn't given.
+	Names   func() (peers []string, own string) // required
+	Learned *learned.Book                       // required: keeps the addresses
 
 	// Lookup returns the addresses of a name.
 	Lookup func(context.Context, string) ([]netip.Addr, error) // optional: the host's resolver
@@ -62,8 +62,8 @@ type Resolver struct {
 
 	// What follows is Run's.
 	names   map[string]*named
-	own     []string // this host's own name, as it was published
-	begun   bool     // something was published
+	own     string // this host's own name, as it was published
+	begun   bool   // something was published
 	answers chan answer
 	running [2]int // look-ups, by whether the name failed last time
 }
@@ -99,15 +99,8 @@ func (r *Resolver) Run(ctx context.Context) error {
 	}
 }
 
-// Wanted says that what is wanted changed from a document to another. It doesn't wait.
-func (r *Resolver) Wanted(before, doc *wanted.Document) {
-	if before != nil && !slices.Equal(endpointNames(before), endpointNames(doc)) {
-		r.Renamed()
-	}
-}
-
-// Renamed has the resolver look at the names again, for this host's endpoint may have
-// another one. It doesn't wait.
+// Renamed has the resolver ask for the names again, for there may be others. It doesn't
+// wait.
 func (r *Resolver) Renamed() {
 	select {
 	case r.renamed <- struct{}{}:
@@ -146,8 +139,14 @@ type answer struct {
 func (r *Resolver) ask(ctx context.Context) time.Duration {
 	now, wait := time.Now(), Interval
 	wanted := map[string]bool{}
-	own := OwnName(r.o.Wanted.Settings())
-	for _, host := range append(endpointNames(r.o.Wanted.Document()), own...) {
+	names, own := r.o.Names()
+	if own != "" {
+		names = append(names, own)
+	}
+	if n := r.names[own]; own != r.own && n != nil {
+		n.due = now // all addresses of this host's own name count, not one as of a peer's
+	}
+	for _, host := range names {
 		wanted[host] = true
 		n := r.names[host]
 		if n == nil {
@@ -173,7 +172,7 @@ func (r *Resolver) ask(ctx context.Context) time.Duration {
 	}
 	gone := len(r.names)
 	maps.DeleteFunc(r.names, func(host string, n *named) bool { return !wanted[host] && !n.asked })
-	changed := len(r.names) != gone || !slices.Equal(r.own, own)
+	changed := len(r.names) != gone || r.own != own
 	r.own = own
 	if changed || !r.begun { // at first for the names of before that no peer has
 		r.publish()
@@ -224,7 +223,7 @@ func (r *Resolver) take(a answer) {
 	if !slices.Contains(found, n.addr) {
 		n.addr, changed = found[0], true
 	}
-	if slices.Contains(OwnName(r.o.Wanted.Settings()), a.name) {
+	if a.name == r.own {
 		slices.SortFunc(found, netip.Addr.Compare)
 		before, left := n.all.Sorted(), n.left
 		n.left = n.all.Add(slices.Compact(found), time.Now())
@@ -234,16 +233,6 @@ func (r *Resolver) take(a answer) {
 		r.publish()
 		r.o.Changed()
 	}
-}
-
-// OwnName returns the name in this host's own endpoint, or none where that is an
-// address, or not given.
-func OwnName(s *wanted.Settings) []string {
-	host := s.Endpoint.Host
-	if _, err := netip.ParseAddr(host); err == nil || host == "" {
-		return nil
-	}
-	return []string{host}
 }
 
 // publish has the tunnel use what was found.
@@ -259,30 +248,10 @@ func (r *Resolver) publish() {
 	maps.DeleteFunc(r.unresolved, func(host string, _ error) bool { return r.names[host] == nil })
 	r.mu.Unlock()
 	o := learned.Outside{}
-	for _, host := range r.own {
-		if n := r.names[host]; n != nil {
-			o = learned.Outside{Name: host, Addresses: n.all.Sorted(), Left: n.left}
-		}
+	if n := r.names[r.own]; n != nil {
+		o = learned.Outside{Name: r.own, Addresses: n.all.Sorted(), Left: n.left}
 	}
 	if r.o.Learned.SetOutside(o) {
 		r.o.Save() // before it is forgotten by a crash: it keeps peers from the router
 	}
-}
-
-// endpointNames returns the hosts of endpoints that aren't addresses.
-func endpointNames(doc *wanted.Document) []string {
-	var out []string
-	for i := range doc.Peers {
-		if doc.Peers[i].Endpoint == "" {
-			continue
-		}
-		e, err := mesh.ParseEndpoint(doc.Peers[i].Endpoint, 0)
-		if err != nil {
-			continue
-		}
-		if _, err := netip.ParseAddr(e.Host); err != nil {
-			out = append(out, e.Host)
-		}
-	}
-	return out
 }
