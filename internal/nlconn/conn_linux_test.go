@@ -17,8 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// inNamespace runs the rest of the test in a network namespace of its own, on a thread that
-// ends with it.
+// inNamespace runs the rest of the test in a network namespace of its own, on a thread
+// that ends with the test.
 func inNamespace(t *testing.T) {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -37,7 +37,7 @@ func must(t *testing.T, errs ...error) {
 	}
 }
 
-// message is one of the kernel's.
+// message encodes a message as the kernel sends it.
 func message(kind, flags uint16, sequence uint32, data ...byte) []byte {
 	b := binary.NativeEndian.AppendUint32(nil, uint32(unix.SizeofNlMsghdr+len(data)))
 	b = binary.NativeEndian.AppendUint16(b, kind)
@@ -46,7 +46,7 @@ func message(kind, flags uint16, sequence uint32, data ...byte) []byte {
 	return append(binary.NativeEndian.AppendUint32(b, 1234), data...)
 }
 
-// TestAnswer reads lists part by part.
+// TestAnswer parses dumps part by part.
 func TestAnswer(t *testing.T) {
 	const entry, changed = unix.RTM_NEWROUTE, unix.NLM_F_DUMP_INTR
 	errno := func(e unix.Errno) []byte { return binary.NativeEndian.AppendUint32(nil, uint32(-int32(e))) }
@@ -95,10 +95,10 @@ func FuzzAnswer(f *testing.F) {
 	})
 }
 
-// TestWhole looks again until nothing changes, and not for ever.
+// TestWhole retries until a dump is complete, but not for ever.
 func TestWhole(t *testing.T) {
 	for name, c := range map[string]struct {
-		errs  []error // of the looks, the last of them from then on
+		errs  []error // of the dumps; the last one repeats
 		looks int
 		err   error
 	}{
@@ -122,8 +122,8 @@ func TestWhole(t *testing.T) {
 	}
 }
 
-// TestListsWhileTheyChange has addresses and rules come and go until the library's own lists
-// have been interrupted. No list here is, and what stays is in each of them.
+// TestListsWhileTheyChange adds and removes addresses and rules until the library's own
+// dumps were interrupted. None of ours is, and each has all the entries that stay.
 func TestListsWhileTheyChange(t *testing.T) {
 	inNamespace(t)
 	const stay = 2000 // in several parts
@@ -141,7 +141,7 @@ func TestListsWhileTheyChange(t *testing.T) {
 	for i := range stay {
 		must(t, h.AddrAdd(lo, address(i)))
 	}
-	other, err := NewHandle(unix.NETLINK_ROUTE) // of this namespace, whatever thread uses it
+	other, err := NewHandle(unix.NETLINK_ROUTE) // in this namespace, whatever thread uses it
 	must(t, err)
 	defer other.Close()
 	quit, ended := make(chan struct{}), make(chan error, 1)
@@ -203,7 +203,7 @@ func TestListEndsWithItsDeadline(t *testing.T) {
 	}
 }
 
-// TestEachRoute begins again with nothing.
+// TestEachRoute starts each try with nothing.
 func TestEachRoute(t *testing.T) {
 	inNamespace(t)
 	h, err := NewHandle(unix.NETLINK_ROUTE)
@@ -222,7 +222,8 @@ func TestEachRoute(t *testing.T) {
 	}
 }
 
-// TestNftables reads nftables through a connection: what is there, what isn't, and errors.
+// TestNftables reads nftables through a connection: existing objects, missing ones, and
+// errors.
 func TestNftables(t *testing.T) {
 	inNamespace(t)
 	c, err := Dial(unix.NETLINK_NETFILTER)

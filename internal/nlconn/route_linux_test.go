@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestRoute asks for packets' routes by each thing that a question can say.
+// TestRoute looks up packets' routes by each property that a request can have.
 func TestRoute(t *testing.T) {
 	inNamespace(t)
 	h, err := NewHandle(unix.NETLINK_ROUTE)
@@ -68,7 +68,7 @@ func TestRoute(t *testing.T) {
 		"of a protocol without ports": {Packet{Dst: at("8.8.8.8"), Proto: unix.IPPROTO_ICMP, SrcPort: 5, DstPort: 443},
 			Route{OIF: index["a"], Router: at("192.0.2.254"), Src: at("192.0.2.1")}, nil},
 		"by a source": {Packet{Dst: at("8.8.8.8"), Src: at("192.0.2.1")},
-			Route{OIF: index["b"], Router: at("198.51.100.254")}, nil}, // the question has the source
+			Route{OIF: index["b"], Router: at("198.51.100.254")}, nil}, // the request has the source
 		"by an interface": {Packet{Dst: at("198.51.100.7"), OIF: index["a"]}, Route{OIF: index["a"], Router: at("192.0.2.254"), Src: at("192.0.2.1")}, nil},
 		"as it is in the table": {Packet{Dst: at("8.8.8.8"), Match: true},
 			Route{OIF: index["a"], Router: at("192.0.2.254"), Metric: 7}, nil},
@@ -85,7 +85,7 @@ func TestRoute(t *testing.T) {
 		if err == nil {
 			c2.want.Kind = unix.RTN_UNICAST
 		}
-		// What of the table the answer names isn't the same for every question.
+		// The answers differ in what they say about the table's entry.
 		c2.want.Table, c2.want.Dst = got.Table, got.Dst
 		if got != c2.want {
 			t.Errorf("%s: got %+v, want %+v", name, got, c2.want)
@@ -101,7 +101,7 @@ func TestRoute(t *testing.T) {
 	}
 }
 
-// FuzzRoute reads any bytes as a route.
+// FuzzRoute parses arbitrary bytes as a route.
 func FuzzRoute(f *testing.F) {
 	f.Add([]byte{})
 	f.Add(append(make([]byte, unix.SizeofRtMsg), 8, 0, 4, 0, 1, 0, 0, 0))

@@ -69,7 +69,7 @@ func Run(t *testing.T, h Harness) {
 	t.Run("truth table", func(t *testing.T) { truthTable(start(t, h)) })
 	t.Run("killed at each step", func(t *testing.T) { killed(t, h) })
 	t.Run("drift", func(t *testing.T) { drift(t, h) })
-	t.Run("looks that fail", func(t *testing.T) { looks(start(t, h)) })
+	t.Run("looks that fail", func(t *testing.T) { failingReads(start(t, h)) })
 	t.Run("steps that take too long", func(t *testing.T) { slow(t, h) })
 	t.Run("network", func(t *testing.T) { network(start(t, h)) })
 }
@@ -325,9 +325,9 @@ func drift(t *testing.T, h Harness) {
 	c.leave("at the end")
 }
 
-// looks makes readings of what is enforced hang until their deadline: they must fail, and
+// failingReads makes readings of what is enforced hang until their deadline: they must fail, and
 // the host must not close.
-func looks(c *trial) {
+func failingReads(c *trial) {
 	c.open()
 	r := c.enforce(everything, mesh.Incoming)
 	see := c.Blind()

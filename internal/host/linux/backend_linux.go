@@ -450,7 +450,7 @@ func (p *Backend) bridges() []string {
 
 // makeInterface creates the mesh interface, and replaces one whose device is dead.
 func (p *Backend) makeInterface(cfg host.Interface) (err error) {
-	if p.dev != nil { // the dead one
+	if p.dev != nil { // its device is dead
 		if err := p.removeInterface(); err != nil {
 			return err
 		}
@@ -777,7 +777,7 @@ func (p *Backend) removeInterface() error {
 // on a host that didn't forward as a whole.
 func (f *forwarding) transit4(mesh string) []string {
 	if f.found4() {
-		return nil // the host as a whole did
+		return nil // every interface does
 	}
 	names, _ := f.sys.interfaces("ipv4")
 	var out []string

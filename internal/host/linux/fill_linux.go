@@ -22,8 +22,8 @@ import (
 // host's own.
 const fullPercent = 90
 
-// The sysctls of conntrack: how many entries this network namespace has, and how
-// many it may have (Documentation/networking/nf_conntrack-sysctl.rst).
+// Sysctls with the number of conntrack entries in this network namespace and their
+// maximum (Documentation/networking/nf_conntrack-sysctl.rst).
 const (
 	flowCount = "netfilter/nf_conntrack_count"
 	flowMax   = "netfilter/nf_conntrack_max"

@@ -75,7 +75,8 @@ const (
 // finding is what other chains do with a packet, and the place that decides.
 type finding struct {
 	outcome outcome
-	// unclear says that a rule which wasn't understood may decide otherwise.
+	// unclear is set if a rule that wasn't understood may decide otherwise. The place is
+	// then that of the rule.
 	unclear bool
 	family  nftables.TableFamily
 	table   string
@@ -1223,7 +1224,7 @@ func (w *walk) object(t *nftables.Table, x *expr.Objref) (holds, known bool) {
 	return true, false
 }
 
-// Flags of xt_addrtype (linux/netfilter/xt_addrtype.h).
+// Invert flags of the addrtype match (linux/netfilter/xt_addrtype.h).
 const (
 	invertSource xt.AddrTypeFlags = 1
 	invertDest   xt.AddrTypeFlags = 2

@@ -24,7 +24,7 @@ import (
 type forwarding struct {
 	sys sysctls
 	// dir is the directory of the journal.
-	dir    string // of the journal
+	dir    string
 	writer *journalWriter
 	boot   string
 	j      *journal

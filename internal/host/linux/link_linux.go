@@ -127,8 +127,9 @@ func (l link) addrs() (map[netip.Prefix]bool, error) {
 	return out, nil
 }
 
-// addr returns an address as netlink takes it. IFA_F_NODAD: a duplicate check would delay
-// an address of which there is only one. IFA_F_NOPREFIXROUTE: peers have host routes.
+// addr returns an address as netlink takes it. IFA_F_NODAD: a TUN device has no
+// neighbours that could have the address, and duplicate detection would delay its use.
+// IFA_F_NOPREFIXROUTE: peers have host routes.
 func (l link) addr(a netip.Addr) *netlink.Addr {
 	return &netlink.Addr{IPNet: ipNet(single(a)), Flags: unix.IFA_F_NODAD | unix.IFA_F_NOPREFIXROUTE}
 }

@@ -396,7 +396,7 @@ func (e element) without(holes []element) []element {
 	for _, h := range holes {
 		switch {
 		case h.after != nil && bytes.Compare(h.after, e.key) <= 0:
-			continue // before it
+			continue // the hole is before the range
 		case e.after != nil && bytes.Compare(h.key, e.after) >= 0:
 			return append(out, e) // it and all later holes are behind the range
 		}

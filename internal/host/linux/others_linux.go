@@ -33,7 +33,7 @@ type others struct {
 	// mesh is the name of the mesh interface, a string.
 	mesh atomic.Value
 
-	// holders and excess remember what the last looks at conntrack found.
+	// holders and excess keep the results of the last readings of conntrack.
 	holders holders
 	excess  excess
 	// lastInputs are the inputs of the last evaluation, and obstacles its result.

@@ -146,7 +146,7 @@ func follow(ctx context.Context, c *nlconn.Conn, changed func(), matters func([]
 type addressTracker struct {
 	// known is the last message about each address, keyed by family, prefix length,
 	// interface and address.
-	known map[string]string // what was last told of an address, by what makes it one
+	known map[string]string
 }
 
 // maxKnownAddresses bounds the map. A host with more addresses is observed more often.
