@@ -70,7 +70,7 @@ func Run(t *testing.T, h Harness) {
 	t.Run("killed at each step", func(t *testing.T) { killed(t, h) })
 	t.Run("drift", func(t *testing.T) { drift(t, h) })
 	t.Run("looks that fail", func(t *testing.T) { failingReads(start(t, h)) })
-	t.Run("steps that take too long", func(t *testing.T) { slow(t, h) })
+	t.Run("steps that take too long", func(t *testing.T) { slowSteps(t, h) })
 	t.Run("network", func(t *testing.T) { network(start(t, h)) })
 }
 
@@ -118,8 +118,8 @@ func (c *trial) open() {
 	c.must(err)
 }
 
-// leave closes the host and checks that the computer is as it was found.
-func (c *trial) leave(when string) {
+// closeHost closes the host and checks that the computer is as it was found.
+func (c *trial) closeHost(when string) {
 	c.Helper()
 	left, err := c.host.Link.Close(context.Background())
 	if err != nil || len(left) > 0 {
@@ -151,12 +151,12 @@ func (c *trial) enforce(first, second mesh.Permissions) *policy.Ruleset {
 	c.Helper()
 	r := c.compile(first, second)
 	c.must(c.host.Enforcer.Enforce(context.Background(), r))
-	c.clean(r)
+	c.checkEnforced(r)
 	return r
 }
 
-// clean checks that the host holds r.
-func (c *trial) clean(r *policy.Ruleset) {
+// checkEnforced checks that the host holds r.
+func (c *trial) checkEnforced(r *policy.Ruleset) {
 	c.Helper()
 	report, err := c.host.Enforcer.Inspect(context.Background(), r)
 	if err != nil || len(report.Drift) > 0 {
@@ -234,18 +234,18 @@ func truthTable(c *trial) {
 		r := c.enforce(have, everything&^have)
 		c.judge(fmt.Sprintf("%v and %v", have, everything&^have), true, r.Host().Interface, r)
 	}
-	c.leave("at the end")
+	c.closeHost("at the end")
 }
 
-// death is the value that a step panics with, in place of a SIGKILL.
-type death struct{}
+// killSignal is the value that a step panics with, in place of a SIGKILL.
+type killSignal struct{}
 
-// life runs through everything that a host does, from start to end, and reports whether
+// lifecycle runs through everything that a host does, from start to end, and reports whether
 // it got to the end.
-func (c *trial) life() (lived bool) {
+func (c *trial) lifecycle() (finished bool) {
 	defer func() {
 		if r := recover(); r != nil {
-			if _, died := r.(death); !died {
+			if _, killed := r.(killSignal); !killed {
 				panic(r)
 			}
 			c.Kill()
@@ -272,7 +272,7 @@ func killed(t *testing.T, h Harness) {
 	c := start(t, h)
 	c.open()
 	closed := c.compile(0, 0)
-	c.leave("before the first kill")
+	c.closeHost("before the first kill")
 	met := map[string]bool{}
 	at := 1
 	for ; ; at++ {
@@ -280,13 +280,13 @@ func killed(t *testing.T, h Harness) {
 		c.step = func(name string) {
 			if n++; n == at {
 				last = name
-				panic(death{})
+				panic(killSignal{})
 			}
 		}
 		c.begin()
-		lived := c.life()
+		finished := c.lifecycle()
 		c.step = nil
-		if lived {
+		if finished {
 			break
 		}
 		met[last] = true
@@ -297,7 +297,7 @@ func killed(t *testing.T, h Harness) {
 			c.open()
 			c.enforce(everything, 0)
 		}
-		c.leave(when)
+		c.closeHost(when)
 	}
 	for _, s := range h.Steps {
 		if !met[s] {
@@ -322,7 +322,7 @@ func drift(t *testing.T, h Harness) {
 		r = c.enforce(everything, mesh.Routing)
 		c.judge(what, true, r.Host().Interface, r)
 	}
-	c.leave("at the end")
+	c.closeHost("at the end")
 }
 
 // failingReads makes readings of what is enforced hang until their deadline: they must fail, and
@@ -340,20 +340,20 @@ func failingReads(c *trial) {
 	see()
 	r = c.enforce(everything, mesh.Incoming) // the host may not know any more what is loaded
 	c.judge("after a look again", true, r.Host().Interface, r)
-	c.leave("at the end")
+	c.closeHost("at the end")
 }
 
-// stepTime is the deadline of a call in [slow]. returned bounds how long the call may
+// stepTime is the deadline of a call in [slowSteps]. returnLimit bounds how long the call may
 // take to return: it is long, for slow machines.
 const (
-	stepTime = 200 * time.Millisecond
-	returned = time.Minute
+	stepTime    = 200 * time.Millisecond
+	returnLimit = time.Minute
 )
 
-// slow makes each step of a change take until the deadline. The call must return; then
+// slowSteps makes each step of a change take until the deadline. The call must return; then
 // the new ruleset holds or, after an error, only packets pass that both the old and the
 // new one pass. The next call must repair it.
-func slow(t *testing.T, h Harness) {
+func slowSteps(t *testing.T, h Harness) {
 	c := start(t, h)
 	c.open()
 	for at, more := 1, true; more; at++ {
@@ -373,7 +373,7 @@ func slow(t *testing.T, h Harness) {
 		if _, waiting := c.host.Observer.Observe(context.Background()); waiting != nil {
 			t.Errorf("%q: %v", last, waiting)
 		}
-		if took := time.Since(began); took > returned {
+		if took := time.Since(began); took > returnLimit {
 			t.Errorf("%q: the call took %v", last, took)
 		}
 		cancel()
@@ -392,7 +392,7 @@ func slow(t *testing.T, h Harness) {
 			c.judge(when, false, next.Host().Interface, old, next)
 		}
 	}
-	c.leave("at the end")
+	c.closeHost("at the end")
 }
 
 // network opens sockets on mesh addresses and checks the errors of other addresses.
@@ -434,7 +434,7 @@ func network(c *trial) {
 	if c.Sockets != nil {
 		ended = sockets(c, r)
 	}
-	c.leave("at the end")
+	c.closeHost("at the end")
 	ended()
 	refuses("after Close", host.ErrNotOpen, own)
 	dial("after Close", host.ErrNotOpen, peer)
