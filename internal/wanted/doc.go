@@ -5,9 +5,9 @@
 // validate a request and apply it to a copy of the [Document]. Each change makes a new
 // generation; a published document is immutable.
 //
-// A change that revokes a permission and one that grants a permission are ordered
-// differently, so that a crash or a full disk always errs on the closed side. What is
-// revoked is in force at the guard at once ([Options.Narrow]) and saved afterwards. What
+// A change that revokes a permission doesn't wait for the disk; one that grants a permission
+// does. What is revoked is in force at the guard at once ([Options.Narrow]) and saved
+// afterwards: should that fail, it is back after a restart, and [State.Problem] says so. What
 // is granted is saved first and published afterwards. A caller waits for the disk no
 // longer than its own time limit.
 //
