@@ -1,7 +1,7 @@
-// Command demo plays the product's story with real packets: hosts made of network
-// namespaces, stock WireGuard on the peers, the real helper on the host B. After
-// each step it shows which host reaches which, and whether that is what the policy
-// says. It exits with status 1 if anything was different.
+// Command demo shows the product at work with real packets: hosts in network namespaces,
+// stock WireGuard on the peers, the real helper on the host B. After each command it
+// shows which host reaches which, and compares that with the policy. It exits with status
+// 1 if anything differs.
 package main
 
 import (
@@ -30,7 +30,7 @@ func run() int {
 	return 0
 }
 
-// play sets the stage, plays the story to out, and takes everything away again.
+// play builds the hosts, plays the story to out, and removes everything.
 func play(ctx context.Context, out io.Writer, paint func(string) string) (err error) {
 	lab, err := netlab.New()
 	if err != nil {
@@ -46,7 +46,7 @@ func play(ctx context.Context, out io.Writer, paint func(string) string) (err er
 	} {
 		err := scene(ctx)
 		if ctx.Err() != nil {
-			return context.Cause(ctx) // what else went wrong is a consequence
+			return context.Cause(ctx) // other errors are consequences of it
 		}
 		if err != nil {
 			return err

@@ -1,6 +1,6 @@
 package main
 
-// The story: what is typed, and what must be reached after it.
+// The story: the commands, and which hosts must be reachable after each.
 
 import (
 	"context"
@@ -29,7 +29,7 @@ const cast = `
   their traffic goes to B. Each "yes" is ping, TCP and UDP, over IPv4 and IPv6.
 `
 
-// story is the play and what it has come to.
+// story is the state of one run.
 type story struct {
 	out   io.Writer
 	paint func(string) string
@@ -40,13 +40,13 @@ type story struct {
 
 func (s *story) say(format string, args ...any) { fmt.Fprintf(s.out, format+"\n", args...) }
 
-// scene is a headline.
+// scene prints a headline.
 func (s *story) scene(title string) { s.say("\n── %s", title) }
 
-// command shows a command as a person types it.
+// command prints a command as a person types it.
 func (s *story) command(args ...string) { s.say("  B$ meshhelper %s", strings.Join(args, " ")) }
 
-// do types a command and shows what it prints.
+// do runs a command on B and prints it with its output.
 func (s *story) do(ctx context.Context, args ...string) error {
 	s.command(args...)
 	o, err := s.mesh.Do(ctx, args...)
@@ -128,7 +128,7 @@ const downloadChunk = 16 << 10 // bytes
 
 func megabytes(chunks int) float64 { return float64(chunks) * downloadChunk / 1e6 }
 
-// end stops the helper and compares the host.
+// end stops the helper and compares the host with its state before.
 func (s *story) end(context.Context) error {
 	s.scene("The helper ends")
 	if err := s.mesh.Stop(); err != nil {
@@ -146,7 +146,7 @@ func (s *story) end(context.Context) error {
 	return nil
 }
 
-// place is a row of the table, with the interface by which B hears of them.
+// place is a row of the table: a host, and B's interface on which its packets arrive.
 type place struct {
 	name string
 	host *netlab.Host
@@ -208,7 +208,7 @@ func count(cells []cell, c cell) (n int) {
 	return n
 }
 
-// word says how many of a cell's probes got through.
+// word returns a cell's text: how many of its probes were answered.
 func word(passed, of int) string {
 	switch {
 	case of == 0:
@@ -221,9 +221,9 @@ func word(passed, of int) string {
 	return fmt.Sprintf("%d of %d", passed, of)
 }
 
-// ask makes the probes of a table, by every protocol in both families. How long
-// each waits tells what the policy says of it. Neighbours whose packets don't cross
-// B aren't asked.
+// ask returns the probes of a table, with every protocol in both families. Each waits for
+// PassWait or RefuseWait, by the verdict of the policy. Hosts whose packets to each other
+// don't cross B are left out.
 func ask(rules *policy.Ruleset, from, to []place) (probes []netlab.Probe, cells []cell) {
 	m := [2]netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6}
 	for _, f := range from {

@@ -1,6 +1,6 @@
 package mactrial
 
-// The rig that all tests here use: a Mac, and the helper that runs on it.
+// The rig that all tests here use: a simulated Mac, and the helper that runs on it.
 
 import (
 	"bytes"
@@ -27,7 +27,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
-// generous bounds waits for what must happen.
+// generous is how long a test waits for something that must happen.
 const generous = 30 * time.Second
 
 const (
@@ -36,7 +36,7 @@ const (
 	everything       = mesh.Incoming | mesh.Routing | mesh.LAN
 )
 
-// foreignAnchor is another product's; it must not notice us.
+// foreignAnchor is an anchor of other software, which must stay unchanged.
 const foreignAnchor, foreignRules = "com.apple/200.other", "block drop in quick on en7 all\npass out on en7 all\n"
 
 // a rig is a Mac, and a helper that may run on it.
@@ -51,13 +51,13 @@ type rig struct {
 	onStep func()
 	steps  []string
 	killAt int
-	// probing is held while packets are sent, and guards the three above.
+	// probing is held while packets are sent, and protects the three fields above.
 	probing sync.Mutex
-	// dead ends what waits for a helper that was killed.
+	// dead ends the waits for a helper that was killed.
 	dead   context.Context
 	buried context.CancelFunc
 	rounds atomic.Int64 // of the daemon's loop
-	// tick is how often the daemon looks; sleeps are seen then.
+	// tick is the interval of the daemon's loop, which notices sleep on its ticks.
 	tick time.Duration
 
 	proc *simmac.Process
@@ -71,9 +71,9 @@ type rig struct {
 	own   []netip.Addr
 	port  uint16 // of the last flow
 	binds atomic.Int32
-	// hang, if not nil, holds up the end of the tunnel until it is closed.
+	// hang, if not nil, delays the close of the tunnel device until it is closed.
 	hang chan struct{}
-	// noTunnel has the making of a tunnel fail; tunnelsRefused counts how often it did.
+	// noTunnel makes the creation of a tunnel fail; tunnelsRefused counts the failures.
 	noTunnel       atomic.Bool
 	tunnelsRefused atomic.Int32
 }
@@ -99,7 +99,7 @@ func newRig(t testing.TB) *rig {
 	return g
 }
 
-// addVPN makes another VPN's tunnel with a network behind it.
+// addVPN adds another VPN's tunnel with a network behind it.
 func (g *rig) addVPN() {
 	g.t.Helper()
 	_, err := g.mac.Kernel.CreateTunnel(vpn, 1400)
@@ -136,8 +136,8 @@ func (g *rig) step(name string) {
 	}
 }
 
-// killIn has the helper be killed in the nth call of Options.Step from now on, and
-// never for 0. It returns how many calls there were.
+// killIn makes the helper be killed in the nth call of Options.Step from now on, or never
+// if n is 0. It returns how many calls there were so far.
 func (g *rig) killIn(n int) int {
 	g.probing.Lock()
 	defer g.probing.Unlock()
@@ -154,7 +154,7 @@ func (g *rig) watchSteps(f func()) {
 	g.onStep = f
 }
 
-// begin makes a process whose daemon isn't running yet.
+// begin creates a process whose daemon isn't running yet.
 func (g *rig) begin() error {
 	g.proc = g.mac.Process()
 	g.probing.Lock()
@@ -202,7 +202,7 @@ func (g *rig) start() {
 	g.own = own
 }
 
-// endWaits ends what waits for a process once it was killed.
+// endWaits ends the waits for a process once it was killed.
 func endWaits(ctx context.Context, proc *simmac.Process, ended func()) {
 	for ctx.Err() == nil {
 		if time.Sleep(time.Millisecond); proc.Killed() {
@@ -211,7 +211,7 @@ func endWaits(ctx context.Context, proc *simmac.Process, ended func()) {
 	}
 }
 
-// wait waits until something is so.
+// wait waits until a condition holds.
 func (g *rig) wait(what string, done func() bool) {
 	g.t.Helper()
 	for until := time.Now().Add(generous); !done(); time.Sleep(time.Millisecond) {
@@ -232,7 +232,7 @@ func (g *rig) add(name string, kind mesh.Kind) {
 	g.permit(name, 0)
 }
 
-// permit makes a peer's permissions be exactly these.
+// permit sets a peer's permissions to exactly these.
 func (g *rig) permit(name string, may mesh.Permissions) {
 	g.t.Helper()
 	g.must(g.try(name, may))
@@ -248,8 +248,8 @@ func (g *rig) try(name string, may mesh.Permissions) error {
 	return err
 }
 
-// rules is what the policy makes of the peers on the Mac as the test made it, and
-// not as the helper observed it.
+// rules compiles the policy for the peers on the Mac as the test set it up, instead of as
+// the helper observed it.
 func (g *rig) rules(may map[string]mesh.Permissions, found policy.Families) *policy.Ruleset {
 	g.t.Helper()
 	host := policy.Host{Interface: g.device().name, Forwarding: policy.Families{IPv4: true, IPv6: true}, FoundForwarding: found,
@@ -305,7 +305,7 @@ func nameOf(n *darwin.Network, index int) string {
 	return ""
 }
 
-// a tap is a utun device that remembers what became of what was written to it.
+// A tap is a utun device that records the outcome of each packet written to it.
 type tap struct {
 	tun.Device
 	mac  *simmac.Mac
@@ -327,7 +327,7 @@ func (g *rig) createTUN(name string, mtu int) (tun.Device, error) {
 	return g.device(), err
 }
 
-// Write lets packets arrive on the interface, as the Mac's own device does.
+// Write makes packets arrive on the interface, as the Mac's own device does.
 func (t *tap) Write(bufs [][]byte, offset int) (int, error) {
 	if offset < 4 {
 		return 0, errors.New("no room for the family")
@@ -339,8 +339,8 @@ func (t *tap) Write(bufs [][]byte, offset int) (int, error) {
 	return len(bufs), nil
 }
 
-// a tunnelDevice stands for the WireGuard device: what peers send is written to the
-// guard, and what is sent to them is read from it, when the test says so.
+// A tunnelDevice stands for the WireGuard device: the test writes peers' packets to the
+// guard, and reads packets to peers from it.
 type tunnelDevice struct {
 	dev  tun.Device
 	rig  *rig
@@ -382,16 +382,16 @@ func (w *tunnelDevice) Close() {
 	})
 }
 
-// room is what devices need before a packet.
+// room is how many bytes tun devices need before a packet.
 const room = 16
 
-// write sends a peer's packet by the guard.
+// write sends a peer's packet through the guard.
 func (w *tunnelDevice) write(b []byte) {
 	_, _ = w.dev.Write([][]byte{append(make([]byte, room), b...)}, room)
 }
 
-// read takes the packet that the Mac sent by the interface, and reports whether
-// the guard let it go on to the peer. The guard's own answers come before it.
+// read reads the packet that the Mac sent by the interface, and reports whether the guard
+// passed it to the peer. The guard's own answers come first.
 func (w *tunnelDevice) read(host []netip.Addr) bool {
 	buf, sizes := make([]byte, 2048), make([]int, 1)
 	for {
@@ -415,5 +415,5 @@ func isAnswer(b []byte, host []netip.Addr) bool {
 	return false
 }
 
-// device is the newest tunnel device; the helper may be making the next one.
+// device returns the newest tunnel device. The helper may be creating the next one.
 func (g *rig) device() *tap { return g.tun.Load() }

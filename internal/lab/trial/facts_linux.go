@@ -1,6 +1,6 @@
 package trial
 
-// What the policy should say, from the picture and not from the helper.
+// The expected verdicts: the policy compiled from the picture, not from the helper's facts.
 
 import (
 	"context"
@@ -16,8 +16,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// Facts describes B to the policy, from the picture and not from what the helper
-// has observed.
+// Facts returns B's facts for the policy, from the picture instead of what the helper
+// observed.
 func (m *Mesh) Facts(status Status) (policy.Host, error) {
 	host := policy.Host{
 		Interface: status.Interface,
@@ -38,8 +38,8 @@ func (m *Mesh) Facts(status Status) (policy.Host, error) {
 	return host, nil
 }
 
-// Ruleset is what the policy makes of the mesh's peers, with the permissions that
-// the caller says they have, on the host as the picture made it.
+// Ruleset compiles the policy for the mesh's peers, with permissions given by the caller,
+// on the host as the picture built it.
 func (m *Mesh) Ruleset(ctx context.Context, may map[string]mesh.Permissions) (*policy.Ruleset, error) {
 	status, err := m.Status(ctx)
 	if err != nil {
@@ -63,7 +63,7 @@ func (m *Mesh) Ruleset(ctx context.Context, may map[string]mesh.Permissions) (*p
 	return r, nil
 }
 
-// Opening is the first packet of a probe, as the policy sees it arrive by an
+// Opening returns the first packet of a probe in the policy's form, as it arrives on an
 // interface of B ("" for one that B sends).
 func Opening(in string, src, dst netip.Addr, proto netlab.Proto) host.Packet {
 	p := host.Packet{In: in, Packet: policy.Packet{Src: src, Dst: dst, SrcPort: 20000, DstPort: netlab.EchoPort}}

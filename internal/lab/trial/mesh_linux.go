@@ -19,7 +19,7 @@ import (
 const (
 	program    = "github.com/meshhelper/meshhelper/cmd/meshhelper"
 	listenPort = 51820
-	// startWait bounds how long the helper may take to be ready.
+	// startWait is how long the helper may take to be ready.
 	startWait = 60 * time.Second
 	// commandWait bounds a command; the product's own limit is far below it.
 	commandWait = 60 * time.Second
@@ -37,7 +37,7 @@ type Mesh struct {
 	stateDir string
 }
 
-// Peer is a peer with a stock WireGuard end.
+// Peer is a peer of the mesh with a stock WireGuard end.
 type Peer struct {
 	Name      string
 	Host      *netlab.Host
@@ -83,7 +83,7 @@ func (m *Mesh) Start(ctx context.Context, args ...string) error {
 	}
 }
 
-// Stop asks the helper to end and waits until it has.
+// Stop stops the helper with SIGTERM and waits for its end.
 func (m *Mesh) Stop() error {
 	p := m.Helper
 	m.Helper = nil
@@ -93,15 +93,15 @@ func (m *Mesh) Stop() error {
 	return nil
 }
 
-// Output is what a command printed, and its exit status.
+// Output is a command's output and exit status.
 type Output struct {
 	Args           []string
 	Stdout, Stderr string
 	Status         int
 }
 
-// Do runs a command on B and returns what it printed. The error is for a status
-// other than 0.
+// Do runs a command on B and returns its output, with an error for an exit status other
+// than 0.
 func (m *Mesh) Do(ctx context.Context, args ...string) (Output, error) {
 	ctx, cancel := context.WithTimeout(ctx, commandWait)
 	defer cancel()
@@ -116,7 +116,7 @@ func (m *Mesh) Do(ctx context.Context, args ...string) (Output, error) {
 	return o, nil
 }
 
-// Status is the part of `status --json` that is looked at here.
+// Status is the part of `status --json` that the tests use.
 type Status struct {
 	Interface  string       `json:"interface"`
 	PublicKey  string       `json:"publicKey"`
@@ -149,7 +149,7 @@ type Grant struct {
 	Until   time.Time `json:"until"`
 }
 
-// Status asks the helper.
+// Status returns the helper's status.
 func (m *Mesh) Status(ctx context.Context) (Status, error) {
 	var s Status
 	o, err := m.Do(ctx, "status", "--json")
@@ -165,12 +165,13 @@ func (m *Mesh) Status(ctx context.Context) (Status, error) {
 	return s, nil
 }
 
-// Address is the host's mesh address of each family.
+// Address returns the host's mesh address of each family.
 func (s Status) Address() netlab.Pair { return netlab.Pair{V4: s.Addresses[0], V6: s.Addresses[1]} }
 
 // AddPeer adds a peer to the mesh and starts WireGuard on its host with the
-// configuration that the command printed. flags are as `peer add` takes them. The
-// configuration sends everything, whatever the peer may, so that the host has to judge it.
+// configuration that the command printed. flags are those of `peer add`. The
+// configuration routes everything into the tunnel whatever the peer's permissions, so that
+// the host has to enforce them.
 func (m *Mesh) AddPeer(ctx context.Context, name string, h *netlab.Host, flags ...string) (*Peer, error) {
 	o, err := m.Do(ctx, append([]string{"peer", "add", name, "--json", "--tunnel", "full"}, flags...)...)
 	if err != nil {
@@ -194,8 +195,8 @@ func (m *Mesh) AddPeer(ctx context.Context, name string, h *netlab.Host, flags .
 	return p, nil
 }
 
-// Permit makes a peer's permissions be exactly these, by the commands that a
-// person would type.
+// Permit sets a peer's permissions to exactly these, with the commands that a person would
+// type.
 func (m *Mesh) Permit(ctx context.Context, name string, may mesh.Permissions) error {
 	allow, deny := []string{"peer", "allow", name}, []string{"peer", "deny", name}
 	for _, p := range mesh.AllPermissions {
