@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -16,8 +17,10 @@ import (
 )
 
 // TestAddedPermission adds a permission as a programmer would, an entry of the table and a
-// line of the policy, builds the program with both, and finds the permission wherever
-// permissions are: this test runs again in that build, with the scripts of testdata/added.
+// line of the policy, the service that it opens, which the helper is made to serve. It builds
+// the program with both, and finds the permission wherever permissions are: this test runs
+// again in that build, with the scripts of testdata/added. So do the tests of the hosts that
+// send packets to each service: the packet filters open what the policy says.
 func TestAddedPermission(t *testing.T) {
 	if _, err := mesh.ParsePermission("send"); err == nil {
 		testscript.Run(t, scripts("testdata/added"))
@@ -31,10 +34,14 @@ func TestAddedPermission(t *testing.T) {
 		Opens: "send files to this host", Default: []Kind{Own},
 	},
 `},
+		{"../../internal/policy/service.go", "\tDNS Services = 1 << iota\n", "\tFiles\n"},
 		{
-			"../../internal/policy/decide.go", "\t\tcase have.Has(mesh.Incoming):\n\t\t\treturn v.pass(RuleIncoming, class, ExitHost)\n",
-			"\t\tcase have.Has(mesh.Send) && p.Proto == ProtoTCP && p.DstPort == 51823 && r.isMeshAddress(p.Dst):\n\t\t\treturn v.pass(RuleIncoming, class, ExitHost)\n",
+			"../../internal/policy/service.go", "Port: 53, Rule: RuleDNS},\n",
+			"\t{Set: Files, Name: \"files\", What: \"this host's files\", Needs: mesh.Send, Protos: []uint8{ProtoTCP}, Port: 51823, Rule: RuleFiles},\n",
 		},
+		{"../../internal/policy/verdict.go", "\tRuleDNS\n", "\tRuleFiles\n"},
+		{"../../internal/policy/verdict.go", "may ask the host's DNS\",\n", "\tRuleFiles: \"a peer with send may send files to this host\",\n"},
+		{"../../internal/reconcile/round.go", "\t\tListenPort: listenPort,\n", "\t\tServes:     policy.Files,\n"},
 	} {
 		path, err := filepath.Abs(c.file)
 		if err != nil {
@@ -66,11 +73,22 @@ func TestAddedPermission(t *testing.T) {
 	if err := os.WriteFile(file, overlay, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), "go", "test", "-count=1", "-v", "-overlay", file, "-run", "^TestAddedPermission$", ".")
-	out, err := cmd.CombinedOutput()
-	if err != nil || !strings.Contains(string(out), "--- PASS: TestAddedPermission/everywhere") {
-		t.Errorf("with one permission more: %v\n%s", err, out)
+	again := func(folder, test, passes string) {
+		t.Helper()
+		cmd := exec.CommandContext(t.Context(), "go", "test", "-count=1", "-v", "-overlay", file, "-run", "^"+test+"$", folder)
+		out, err := cmd.CombinedOutput()
+		if err != nil || !strings.Contains(string(out), "--- PASS: "+test+"/"+passes) {
+			t.Errorf("with one permission more, %s: %v\n%s", folder, err, out)
+		}
 	}
+	again(".", "TestAddedPermission", "everywhere")
+	again("../../internal/policy", "TestServices", "files")
+	again("../../internal/host/macos", "TestServices", "files/tcp")
+	if runtime.GOOS != "linux" || os.Getuid() != 0 {
+		t.Logf("not tried on Linux with real packets: it takes root there")
+		return
+	}
+	again("../../internal/host/linux", "TestServices", "files")
 }
 
 // TestPermissionsInDocs holds the table of permissions in docs/cli.md against the one in

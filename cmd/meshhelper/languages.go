@@ -48,7 +48,11 @@ var pfLabels = map[policy.Rule]string{
 
 // findPf returns the rule of an anchor that holds a line of the policy for a packet.
 func findPf(text string, rule policy.Rule, p policy.Packet) string {
-	label := fmt.Sprintf("label %q", "mesh-"+pfLabels[rule])
+	name := pfLabels[rule]
+	if s, ok := policy.ServiceBy(rule); ok {
+		name = s.Name
+	}
+	label := fmt.Sprintf("label %q", "mesh-"+name)
 	for line := range strings.Lines(text) {
 		if strings.Contains(line, label) && isFor(line, p) {
 			return strings.TrimSpace(line)
@@ -101,6 +105,9 @@ var nftPlaces = map[policy.Rule]nftPlace{
 // policy.
 func findNft(text string, rule policy.Rule, p policy.Packet) string {
 	place, ok := nftPlaces[rule]
+	if s, served := policy.ServiceBy(rule); served {
+		place, ok = nftPlace{"permitted_self#", "@may_" + s.Name + "# "}, true
+	}
 	if !ok {
 		return ""
 	}

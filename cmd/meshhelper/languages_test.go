@@ -2,6 +2,7 @@ package main
 
 import (
 	"net/netip"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -67,6 +68,18 @@ func TestEveryPlaceIsThere(t *testing.T) {
 			t.Errorf("pf has no rule for %q", rule)
 		}
 	}
+	for _, s := range policy.AllServices {
+		p := policy.Packet{Dst: netip.IPv4Unspecified(), Proto: s.Protos[0]}
+		for language, find := range map[string]func(string, policy.Rule, policy.Packet) string{"pf": findPf, "nft": findNft} {
+			_, text, err := languages[language].Render(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := find(text, s.Rule, p); !strings.Contains(got, " "+strconv.Itoa(int(s.Port))) && !strings.Contains(got, "port domain") {
+				t.Errorf("%s: the rule of %s is %q", language, s.Name, got)
+			}
+		}
+	}
 	_, text, _ := languages["nft"].Render(r)
 	for rule := range nftPlaces {
 		for _, dst := range []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()} {
@@ -112,6 +125,7 @@ func explained(t *testing.T) *policy.Ruleset {
 		Prefixes:   []netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6},
 		Addresses:  []netip.Addr{netip.MustParseAddr("100.64.0.1"), netip.MustParseAddr("fd6d:6573:6800::1")},
 		ListenPort: 51820,
+		Serves:     policy.EveryService,
 		Peers: []mesh.Peer{
 			{PublicKey: mesh.PublicKey{1}, Name: "all", Permissions: mesh.Granted(mesh.All),
 				Addresses: mesh.Addresses{netip.MustParseAddr("100.64.0.2"), netip.MustParseAddr("fd6d:6573:6800::2")}},

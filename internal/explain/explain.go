@@ -64,10 +64,14 @@ func Explain(r *policy.Ruleset, q api.Question, l Language) (api.Explanation, er
 // permittedUntil returns when the permissions by which a line of the policy lets a peer's packet
 // pass end, or zero.
 func permittedUntil(p *mesh.Peer, rule policy.Rule) (end time.Time) {
-	for _, one := range map[policy.Rule][]mesh.Permissions{
-		policy.RuleIncoming: {mesh.Incoming}, policy.RuleInternet: {mesh.Routing}, policy.RuleLAN: {mesh.Routing, mesh.LAN},
-	}[rule] {
-		if until := p.Permissions.Of(one).Until; !until.IsZero() && (end.IsZero() || until.Before(end)) {
+	by := map[policy.Rule]mesh.Permissions{
+		policy.RuleIncoming: mesh.Incoming, policy.RuleInternet: mesh.Routing, policy.RuleLAN: mesh.Routing | mesh.LAN,
+	}[rule]
+	if s, ok := policy.ServiceBy(rule); ok {
+		by = s.Needs
+	}
+	for _, one := range by.List() {
+		if until := p.Permissions.Of(one.Set).Until; !until.IsZero() && (end.IsZero() || until.Before(end)) {
 			end = until
 		}
 	}

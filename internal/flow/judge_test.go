@@ -181,7 +181,7 @@ func TestCutAnswersStayDead(t *testing.T) {
 	for _, ends := range [][2]netip.Addr{{flowtest.PeerC4, flowtest.HostB4}, {flowtest.PeerC6, flowtest.HostB6}} {
 		for _, asked := range []int{1, 2} {
 			m := flowtest.Mesh(routing)
-			m.DNS = true
+			m.Serves = policy.DNS
 			l := newLab(t, 0, Options{})
 			l.set(flowtest.Compile(t, m))
 			c := conversations(ends[0], ends[1])[1]
@@ -581,7 +581,7 @@ func TestTally(t *testing.T) {
 func TestTunnelInTunnel(t *testing.T) {
 	const port = 51820
 	m := flowtest.Mesh(7)
-	m.ListenPort, m.DNS = port, true
+	m.ListenPort, m.Serves = port, policy.DNS
 	l := newLab(t, 0, Options{})
 	l.set(flowtest.Compile(t, m))
 	own := []netip.Addr{flowtest.HostB4, flowtest.HostB6}

@@ -272,9 +272,9 @@ func TestAgainstModel(t *testing.T) {
 }
 
 func drawRuleset(rt *rapid.T, t *testing.T) *policy.Ruleset {
-	m := flowtest.Mesh(mesh.Permissions(rapid.IntRange(0, 7).Draw(rt, "c")))
-	m.Peers[1].Permissions = mesh.Granted(mesh.Permissions(rapid.IntRange(0, 7).Draw(rt, "a")))
-	m.DNS = rapid.Bool().Draw(rt, "dns")
+	m := flowtest.Mesh(mesh.Permissions(rapid.IntRange(0, int(mesh.All)).Draw(rt, "c")))
+	m.Peers[1].Permissions = mesh.Granted(mesh.Permissions(rapid.IntRange(0, int(mesh.All)).Draw(rt, "a")))
+	m.Serves = policy.Services(rapid.IntRange(0, int(policy.EveryService)).Draw(rt, "serves"))
 	m.ThroughPeer = rapid.Bool().Draw(rt, "through a peer")
 	if rapid.IntRange(0, 4).Draw(rt, "remove") == 0 {
 		m.Peers = m.Peers[1:]

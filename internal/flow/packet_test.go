@@ -233,7 +233,7 @@ func TestFragmentOrder(t *testing.T) {
 		for _, ends := range [][2]netip.Addr{{flowtest.PeerC4, flowtest.HostB4}, {flowtest.PeerC6, flowtest.HostB6}} {
 			// C may ask the host's DNS and nothing else of the host.
 			mesh := flowtest.Mesh(routing)
-			mesh.DNS = true
+			mesh.Serves = policy.DNS
 			l := newLab(t, 0, Options{})
 			l.set(flowtest.Compile(t, mesh))
 			cut := func(port uint16) [][]byte {

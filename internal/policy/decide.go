@@ -14,9 +14,6 @@ const (
 	ProtoICMPv6 = 58
 )
 
-// portDNS is the port of DNS over UDP and TCP (RFC 1035 4.2).
-const portDNS = 53
-
 // Packet is a packet as the policy sees it: as its sender made it, before any
 // translation. Where it comes from is told by the question that is asked about it.
 type Packet struct {
@@ -143,8 +140,10 @@ func (r *Ruleset) byClass(v Verdict, class Class, p *Packet) Verdict {
 			return v.refuse(RuleWireGuard, class)
 		case have.Has(mesh.Incoming):
 			return v.pass(RuleIncoming, class, ExitHost)
-		case have.Has(mesh.Routing) && r.isDNS(p) && !isTunnel:
-			return v.pass(RuleDNS, class, ExitHost)
+		case !isTunnel:
+			if s := r.serviceOf(p); s != nil && have.Has(s.Needs) {
+				return v.pass(s.Rule, class, ExitHost)
+			}
 		}
 		return v.lack(RuleNoIncoming, class, mesh.Incoming)
 	case InMesh:
@@ -186,10 +185,17 @@ func (r *Ruleset) isHairpin(p *Packet) bool {
 	return holds(r.sets.Outside, netip.PrefixFrom(p.Dst, p.Dst.BitLen()))
 }
 
-// isDNS reports whether the packet is for the host's own DNS.
-func (r *Ruleset) isDNS(p *Packet) bool {
-	return r.mesh.DNS && p.DstPort == portDNS && (p.Proto == ProtoUDP || p.Proto == ProtoTCP) &&
-		r.isMeshAddress(p.Dst)
+// serviceOf returns the service that the packet is for, or nil.
+func (r *Ruleset) serviceOf(p *Packet) *Service {
+	if r.mesh.Serves == 0 || !r.isMeshAddress(p.Dst) {
+		return nil
+	}
+	for i := range AllServices {
+		if s := &AllServices[i]; r.mesh.Serves.Has(s.Set) && s.takes(p) {
+			return s
+		}
+	}
+	return nil
 }
 
 // isMeshAddress reports whether a is one of the host's own mesh addresses.

@@ -71,7 +71,7 @@ func sameGround(a, b *Ruleset) bool {
 		slices.Equal(x.Equal4, y.Equal4) && slices.Equal(x.Equal6, y.Equal6) &&
 		x.Source4 == y.Source4 && x.Source6 == y.Source6 &&
 		x.Forwarding == y.Forwarding && x.FoundForwarding == y.FoundForwarding &&
-		a.mesh.DNS == b.mesh.DNS && a.mesh.ListenPort == b.mesh.ListenPort && a.mesh.ThroughPeer == b.mesh.ThroughPeer &&
+		a.mesh.Serves == b.mesh.Serves && a.mesh.ListenPort == b.mesh.ListenPort && a.mesh.ThroughPeer == b.mesh.ThroughPeer &&
 		x.OutsidePort == y.OutsidePort && slices.Equal(a.sets.Outside, b.sets.Outside) &&
 		slices.Equal(a.mesh.Addresses, b.mesh.Addresses) &&
 		slices.Equal(a.sets.Martians, b.sets.Martians) &&

@@ -25,7 +25,7 @@ type Mesh struct {
 	// Without it, packets that the host sends into the tunnel must be for a peer, and those
 	// that come out of it must have a peer's source.
 	ThroughPeer bool
-	// DNS says that the helper serves DNS on the host's mesh addresses, so that
-	// port 53 there is open with routing alone.
-	DNS bool
+	// Serves are the services that the helper serves on the host's mesh addresses, which are
+	// open to peers that have what a service needs.
+	Serves Services
 }

@@ -109,7 +109,7 @@ func TestFromPeer(t *testing.T) {
 		{OnLAN, both, "64:ff9b::10.1.2.3 64:ff9b::203.0.113.1 64:ff9b::198.18.7.7 64:ff9b:1::8.8.8.8 64:ff9b:1:ffff::1 2002:a01:203::1 2002:c0a8:4d09:ffff::1"},
 		{Internet, routing, "8.8.8.8 198.51.100.128 198.20.0.1 192.0.1.1 203.0.114.0 2001:db8:19::1 2600::1 64:ff9b::8.8.8.8 64:ff9a::10.0.0.1 2002:808:808::1 2001:1::1 100:0:0:1::1 2003::1"},
 	} {
-		for p := range mesh.Permissions(8) {
+		for p := range mesh.All + 1 {
 			r := compile(t, picture(p), pictureHost())
 			for _, dst := range strings.Fields(tt.dsts) {
 				d := addr(dst)
@@ -235,26 +235,35 @@ func TestRules(t *testing.T) {
 	}
 }
 
-func TestDNS(t *testing.T) {
-	for p := range mesh.Permissions(8) {
-		m := picture(p)
-		m.DNS = true
-		r := compile(t, m, pictureHost())
-		dns := Packet{Src: addr("100.64.0.3"), Dst: hostA4, Proto: ProtoUDP, DstPort: 53}
-		if got, want := r.FromPeer(dns).Pass, p&(mesh.Incoming|mesh.Routing) != 0; got != want {
-			t.Errorf("with %v: pass %v, want %v", p, got, want)
-		}
-		for _, other := range []func(*Packet){
-			func(p *Packet) { p.DstPort = 54 },
-			func(p *Packet) { p.Proto = ProtoICMP },
-			func(p *Packet) { p.Dst = addr("192.168.77.1") },
-		} {
-			q := dns
-			other(&q)
-			if got, want := r.FromPeer(q).Pass, p.Has(mesh.Incoming); got != want {
-				t.Errorf("%+v with %v: pass %v, want %v", q, p, got, want)
+// TestServices sends to each service of the host, and beside it, from a peer with each set
+// of permissions, while the service is served and while it isn't.
+func TestServices(t *testing.T) {
+	for _, s := range AllServices {
+		t.Run(s.Name, func(t *testing.T) {
+			for p := range mesh.All + 1 {
+				for _, serves := range []Services{0, EveryService &^ s.Set, s.Set, EveryService} {
+					m := picture(p)
+					m.Serves = serves
+					r := compile(t, m, pictureHost())
+					to := Packet{Src: addr("100.64.0.3"), Dst: hostA4, Proto: s.Protos[0], DstPort: s.Port}
+					want := p.Has(mesh.Incoming) || serves.Has(s.Set) && p.Has(s.Needs)
+					if got := r.FromPeer(to).Pass; got != want {
+						t.Errorf("with %v, serving %b: pass %v, want %v", p, serves, got, want)
+					}
+					for _, other := range []func(*Packet){
+						func(p *Packet) { p.DstPort = 4443 },
+						func(p *Packet) { p.Proto = ProtoICMP },
+						func(p *Packet) { p.Dst = addr("192.168.77.1") },
+					} {
+						q := to
+						other(&q)
+						if got, want := r.FromPeer(q).Pass, p.Has(mesh.Incoming); got != want {
+							t.Errorf("%+v with %v, serving %b: pass %v, want %v", q, p, serves, got, want)
+						}
+					}
+				}
 			}
-		}
+		})
 	}
 }
 

@@ -28,7 +28,7 @@ func drawWorld(t *rapid.T) world {
 		mesh: Mesh{
 			Prefixes:  []netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6},
 			Addresses: []netip.Addr{hostA4, hostA6},
-			DNS:       rapid.Bool().Draw(t, "dns"),
+			Serves:    Services(rapid.IntRange(0, int(EveryService)).Draw(t, "serves")),
 
 			ListenPort: rapid.SampledFrom([]uint16{0, 51820}).Draw(t, "listen port"),
 		},
@@ -41,7 +41,7 @@ func drawWorld(t *rapid.T) world {
 				netip.AddrFrom4([4]byte{100, 64, 0, byte(2 + i)}),
 				netip.MustParseAddr(fmt.Sprintf("fd6d:6573:6800::%x", 2+i)),
 			},
-			Permissions: mesh.Granted(mesh.Permissions(rapid.IntRange(0, 7).Draw(t, "permissions"))),
+			Permissions: mesh.Granted(mesh.Permissions(rapid.IntRange(0, int(mesh.All)).Draw(t, "permissions"))),
 		})
 	}
 	family := func(label string) Families {
@@ -377,7 +377,7 @@ func TestNarrowing(t *testing.T) {
 		fewer := w
 		fewer.mesh = w.mesh.clone()
 		for i := range fewer.mesh.Peers {
-			keep := mesh.Permissions(rapid.IntRange(0, 7).Draw(t, "keep"))
+			keep := mesh.Permissions(rapid.IntRange(0, int(mesh.All)).Draw(t, "keep"))
 			fewer.mesh.Peers[i].Permissions = mesh.Granted(w.mesh.Peers[i].Permissions.At(start) & keep)
 		}
 		next := mustCompile(t, fewer)
@@ -485,6 +485,8 @@ func everyField(m Mesh, h Host, do func(name string, m Mesh, h Host)) {
 			v.SetUint(v.Uint() + 1)
 		case Families:
 			v.Set(reflect.ValueOf(Families{IPv4: !v.Interface().(Families).IPv4}))
+		case Services:
+			v.SetUint(uint64(EveryService) - v.Uint())
 		case mesh.Kind:
 			v.SetString(string(mesh.External))
 		case mesh.Addresses:

@@ -150,7 +150,7 @@ func (r *Ruleset) Recompile(m Mesh, host Host, now time.Time) (*Ruleset, error) 
 // sameButGrants reports whether two meshes differ in nothing but their peers' grants.
 func sameButGrants(a, b Mesh) bool {
 	return slices.Equal(a.Prefixes, b.Prefixes) && slices.Equal(a.Addresses, b.Addresses) &&
-		slices.Equal(a.Former, b.Former) && a.ListenPort == b.ListenPort && a.DNS == b.DNS && a.ThroughPeer == b.ThroughPeer &&
+		slices.Equal(a.Former, b.Former) && a.ListenPort == b.ListenPort && a.Serves == b.Serves && a.ThroughPeer == b.ThroughPeer &&
 		slices.EqualFunc(a.Peers, b.Peers, func(p, q mesh.Peer) bool {
 			return p.PublicKey == q.PublicKey && p.Name == q.Name && p.Addresses == q.Addresses
 		})

@@ -237,10 +237,18 @@ func draw(rnd *rand.Rand, n int, src, dst netip.Addr) (host.Packet, []byte) {
 	}
 	p.Proto = policy.ProtoUDP
 	if rnd.IntN(6) == 0 {
-		p.DstPort = []uint16{53, meshPort, portOutside}[rnd.IntN(3)]
+		p.DstPort = append(servicePorts(), meshPort, portOutside)[rnd.IntN(2+len(policy.AllServices))]
 		to = netip.AddrPortFrom(dst, p.DstPort)
 	}
 	return p, netlab.UDPPacket(from, to, word(n))
+}
+
+// servicePorts are the ports of all services.
+func servicePorts() (ports []uint16) {
+	for _, s := range policy.AllServices {
+		ports = append(ports, s.Port)
+	}
+	return ports
 }
 
 // sent is a packet that was sent, with the policy's verdict.
@@ -303,8 +311,8 @@ func TestSameVerdicts(t *testing.T) {
 			}
 			n, passed := 0, 0
 			for round := range rounds {
-				m := meshOf(grants{ann: mesh.Permissions(round), bob: mesh.Permissions(rnd.IntN(8))})
-				m.DNS = round%2 == 0
+				m := meshOf(grants{ann: mesh.Permissions(round), bob: mesh.Permissions(rnd.IntN(int(mesh.All) + 1))})
+				m.Serves = policy.Services(round%2) * policy.EveryService
 				m.Former, m.ListenPort = []netip.Addr{gone4, gone6, moved4}, meshPort
 				r := w.enforce(m)
 				all := w.volley(rnd, r, &n, packets)
@@ -315,6 +323,58 @@ func TestSameVerdicts(t *testing.T) {
 					if err := w.check(r, s); err != nil {
 						t.Errorf("%v from %q (ann %v, bob %v): %v", s.packet, s.packet.In,
 							r.Peers()[0].Permissions, r.Peers()[1].Permissions, err)
+					}
+				}
+			}
+			t.Logf("%d packets judged, %d passed", n, passed)
+		})
+	}
+}
+
+// TestServices sends to the port of each service, at the host's mesh addresses and at
+// another address of the host, from peers with all sets of permissions.
+func TestServices(t *testing.T) {
+	for _, service := range policy.AllServices {
+		t.Run(service.Name, func(t *testing.T) {
+			w := newWorld(t)
+			w.findForwarding("0")
+			w.open()
+			defer w.close()
+			n, passed := 0, 0
+			for _, serves := range []policy.Services{service.Set, policy.EveryService &^ service.Set} {
+				for may := range mesh.All + 1 {
+					m := meshOf(grants{ann: may})
+					m.Serves, m.ListenPort = serves, meshPort
+					r := w.enforce(m)
+					var all []sent
+					var want [][]byte
+					for _, dst := range []netip.Addr{own4, own6, netlab.Addresses().BLAN.V4} {
+						src := ann4
+						if dst.Is6() {
+							src = ann6
+						}
+						for _, proto := range []uint8{policy.ProtoTCP, policy.ProtoUDP} {
+							n++
+							p := host.Packet{In: meshName, Packet: policy.Packet{Src: src, Dst: dst, Proto: proto, SrcPort: uint16(20000 + n), DstPort: service.Port}}
+							from, to := netip.AddrPortFrom(src, p.SrcPort), netip.AddrPortFrom(dst, service.Port)
+							raw := netlab.UDPPacket(from, to, word(n))
+							if proto == policy.ProtoTCP {
+								raw = netlab.TCPPacket(from, to, netlab.SYN, 1, 0, word(n))
+							}
+							s := sent{p, word(n), p.Judge(r)}
+							if s.verdict.Pass {
+								want = append(want, s.word)
+								passed++
+							}
+							all = append(all, s)
+							w.inject(raw)
+						}
+					}
+					w.settle(want)
+					for _, s := range all {
+						if err := w.check(r, s); err != nil {
+							t.Errorf("with %v, serving %v: %+v: %v", may, serves.List(), s.packet, err)
+						}
 					}
 				}
 			}

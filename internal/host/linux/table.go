@@ -60,7 +60,6 @@ var (
 	// helper" is the helper of an expected flow's parent.
 	hasHelper = bits("0x2000", 1<<13)
 	syn       = number("syn", 2)
-	dnsPort   = number("53", 0, 53)
 	icmp4     = number("icmp", policy.ProtoICMP)
 	icmp6     = number("ipv6-icmp", policy.ProtoICMPv6)
 	redirect4 = number("redirect", 5)
@@ -221,12 +220,15 @@ func isWide(p netip.Prefix) bool { return !p.IsSingleIP() }
 func (c *compiler) peerSets(f family) []set {
 	peers := addresses("peers"+f.suffix, f.addr, nil)
 	pairs := set{name: "same" + f.suffix, types: []string{f.addr, f.addr}}
-	may := [...]set{
+	may := []set{
 		addresses("may_incoming"+f.suffix, f.addr, nil),
 		addresses("may_routing"+f.suffix, f.addr, nil),
 		addresses("may_lan"+f.suffix, f.addr, nil),
 	}
-	need := [...]mesh.Permissions{mesh.Incoming, mesh.Routing, mesh.Routing | mesh.LAN}
+	need := []mesh.Permissions{mesh.Incoming, mesh.Routing, mesh.Routing | mesh.LAN}
+	for _, s := range c.r.Mesh().Serves.List() {
+		may, need = append(may, addresses("may_"+s.Name+f.suffix, f.addr, nil)), append(need, s.Needs)
+	}
 	for _, p := range c.r.Peers() {
 		for _, a := range p.Addresses {
 			if !f.belongs(a) {
@@ -242,7 +244,7 @@ func (c *compiler) peerSets(f family) []set {
 			}
 		}
 	}
-	sets := []set{peers, pairs, may[0], may[1], may[2], cutSet(f)}
+	sets := append(append([]set{peers, pairs}, may...), cutSet(f))
 	if c.flowsPerPeer > 0 {
 		sets = append(sets, set{name: "flows" + f.suffix, types: []string{f.addr, "mark"}, size: maxCounters})
 	}
@@ -316,6 +318,14 @@ func (c *compiler) ingress() {
 func (c *compiler) listenPort() (value, bool) {
 	p := c.r.Mesh().ListenPort
 	return portValue(p), p != 0
+}
+
+// protocolValue returns the value of a protocol with ports.
+func protocolValue(proto uint8) value {
+	if proto == policy.ProtoUDP {
+		return udp
+	}
+	return tcp
 }
 
 // portValue returns a port as a value.
@@ -497,10 +507,10 @@ func (c *compiler) permittedHost(v view, f family) {
 		s.drop("WireGuard's port, through the tunnel", is(ctProtocol, udp), is(ctOrigDport, port))
 	}
 	s.ret("incoming", in("may_incoming"+f.suffix, v.src(f)))
-	if c.r.Mesh().DNS {
-		for _, proto := range [...]value{tcp, udp} {
-			s.ret("the host's DNS", in("own"+f.suffix, v.dst(f)), is(ctProtocol, proto),
-				is(ctOrigDport, dnsPort), in("may_routing"+f.suffix, v.src(f)))
+	for _, served := range c.r.Mesh().Serves.List() {
+		for _, proto := range served.Protos {
+			s.ret(served.What, in("own"+f.suffix, v.dst(f)), is(ctProtocol, protocolValue(proto)),
+				is(ctOrigDport, portValue(served.Port)), in("may_"+served.Name+f.suffix, v.src(f)))
 		}
 	}
 	s.drop("self needs incoming")

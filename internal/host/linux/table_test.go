@@ -40,7 +40,7 @@ func ruleset(t testing.TB, m policy.Mesh, h policy.Host) *policy.Ruleset {
 // TestText compares the whole ruleset with testdata/table.nft, which is good to read.
 func TestText(t *testing.T) {
 	m := meshOf(grants{ann: mesh.Routing | mesh.LAN, bob: mesh.Incoming})
-	m.DNS, m.ListenPort = true, 51820
+	m.Serves, m.ListenPort = policy.DNS, 51820
 	m.Former = []netip.Addr{netip.MustParseAddr("100.64.0.12"), netip.MustParseAddr("fd6d:6573:6800::12")}
 	h := someHost()
 	h.Resolvers = []netip.Addr{netip.MustParseAddr("100.100.2.136")}

@@ -45,7 +45,7 @@ func testMesh(n int, have ...mesh.Permissions) policy.Mesh {
 	m := policy.Mesh{
 		Prefixes:  []netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6},
 		Addresses: []netip.Addr{netip.MustParseAddr("100.64.0.1"), netip.MustParseAddr("fd6d:6573:6800::1")},
-		DNS:       true,
+		Serves:    policy.EveryService,
 	}
 	for i := range n {
 		k := i + 2
@@ -61,7 +61,7 @@ func testMesh(n int, have ...mesh.Permissions) policy.Mesh {
 	return m
 }
 
-const everything = mesh.Incoming | mesh.Routing | mesh.LAN
+const everything = mesh.All
 
 func mustRuleset(t testing.TB, m policy.Mesh, h policy.Host) *policy.Ruleset {
 	t.Helper()

@@ -3,6 +3,7 @@ package macos
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -321,27 +322,52 @@ func TestOwnFlowsGoOn(t *testing.T) {
 	}
 }
 
-// TestCutDNSStaysDead takes routing from a peer that was asking this Mac's DNS with
-// nothing else: the answer that is still to come doesn't leave.
-func TestCutDNSStaysDead(t *testing.T) {
-	g := newRig(t)
-	g.open()
-	old := g.enforce(testMesh(2, mesh.Routing, everything))
-	g.must(g.p.Cut(t.Context(), old, nil))
-	ask := syn(first, "100.64.0.1")
-	ask.Proto, ask.Flags, ask.Seq, ask.Window, ask.DstPort, ask.Len = pfconf.ProtoUDP, 0, 0, 0, 53, 30
-	if o := g.mac.Receive(ask, g.p.name); o.Fate != simmac.Delivered {
-		t.Fatalf("the question: %+v", o)
-	}
-	next := g.enforce(testMesh(2, 0, everything))
-	g.must(g.p.Cut(t.Context(), next, policy.Diff(old, next)))
-	if o := g.mac.Send(reverse(ask)); o.Fate != simmac.Dropped {
-		t.Errorf("the answer: %+v", o)
-	}
-	own := ask
-	own.Src, own.Dst, own.SrcPort = ask.Dst, ask.Src, 5000
-	if o := g.mac.Send(own); o.Fate != simmac.Sent {
-		t.Errorf("this Mac's own question to the peer: %+v", o)
+// TestServices sends to the port of each service, from a peer with each set of permissions,
+// while it is served and while it isn't. Where the peer got in by the service alone, its
+// permissions are taken: no answer that is still to come leaves.
+func TestServices(t *testing.T) {
+	for _, service := range policy.AllServices {
+		for _, proto := range service.Protos {
+			t.Run(fmt.Sprintf("%s/%v", service.Name, pfconf.Proto(proto)), func(t *testing.T) {
+				g := newRig(t)
+				g.open()
+				port := uint16(20000)
+				for may := range mesh.All + 1 {
+					for _, serves := range []policy.Services{policy.EveryService &^ service.Set, service.Set} {
+						m := testMesh(2, may, everything)
+						m.Serves = serves
+						old := g.enforce(m)
+						g.must(g.p.Cut(t.Context(), old, nil))
+						for _, dst := range []string{"100.64.0.1", "203.0.113.1"} {
+							port++
+							ask := syn(first, dst)
+							if ask.SrcPort, ask.DstPort = port, service.Port; proto == policy.ProtoUDP {
+								ask.Proto, ask.Flags, ask.Seq, ask.Window, ask.Len = pfconf.ProtoUDP, 0, 0, 0, 30
+							}
+							want := old.FromPeer(policy.Packet{Src: ask.Src, Dst: ask.Dst, Proto: proto, SrcPort: port, DstPort: service.Port})
+							o := g.mac.Receive(ask, g.p.name)
+							if got := o.Fate == simmac.Delivered; got != want.Pass {
+								t.Fatalf("with %v, serving %v, to %s: %+v, and the policy says %v", may, serves.List(), dst, o, want.Rule)
+							}
+							if want.Rule != service.Rule || service.Needs == 0 {
+								continue
+							}
+							next := g.enforce(testMesh(2, 0, everything))
+							g.must(g.p.Cut(t.Context(), next, policy.Diff(old, next)))
+							if o := g.mac.Send(reverse(ask)); o.Fate != simmac.Dropped {
+								t.Errorf("with %v taken, the answer: %+v", may, o)
+							}
+							own := ask
+							own.Src, own.Dst, own.SrcPort, own.DstPort = ask.Dst, ask.Src, 5000, 6000
+							if o := g.mac.Send(own); o.Fate != simmac.Sent {
+								t.Errorf("with %v taken, this Mac's own packet to the peer: %+v", may, o)
+							}
+							g.must(g.p.Cut(t.Context(), g.enforce(m), nil))
+						}
+					}
+				}
+			})
+		}
 	}
 }
 

@@ -87,7 +87,7 @@ func (b *builder) tableLines() []Line {
 	slices.Sort(names)
 	lines := make([]Line, len(names))
 	for i, name := range names {
-		lines[i] = Line{b.sets[name].table(name), tableReasons[name]}
+		lines[i] = Line{b.sets[name].table(name), reasonOf(name)}
 	}
 	return lines
 }

@@ -42,19 +42,22 @@ type cutFile struct {
 	// Boot is kern.bootsessionuuid: no connection of this host outlives a boot.
 	Boot string     `json:"boot"`
 	Cut  []cutEntry `json:"cut,omitempty"`
-	// Incoming and DNS list the addresses that could open connections under the last
-	// ruleset, to any port of this host or to its DNS only.
-	Incoming []netip.Addr `json:"incoming,omitempty"`
-	DNS      []netip.Addr `json:"dns,omitempty"`
+	// Incoming lists the addresses that could open connections to any port of this host
+	// under the last ruleset, and Services those that could to a service, by its name.
+	Incoming []netip.Addr            `json:"incoming,omitempty"`
+	Services map[string][]netip.Addr `json:"services,omitempty"`
 }
 
-// access is a set of what a peer's address may open to this host.
-type access uint8
+// access is what a peer's address may open to this host.
+type access struct {
+	incoming bool
+	services policy.Services
+}
 
-const (
-	accessIncoming access = 1 << iota
-	accessDNS
-)
+// without reports whether a has something that b hasn't.
+func (a access) without(b access) bool {
+	return a.incoming && !b.incoming || a.services&^b.services != 0
+}
 
 // A cutEntry is an address that lost access, and when it may be forgotten.
 type cutEntry struct {
@@ -100,10 +103,14 @@ func (c *cutRecord) load(dir, boot string, now time.Time) {
 		}
 	}
 	for _, a := range f.Incoming {
-		c.granted[a] |= accessIncoming
+		c.granted[a] = access{incoming: true}
 	}
-	for _, a := range f.DNS {
-		c.granted[a] |= accessDNS
+	for _, s := range policy.AllServices {
+		for _, a := range f.Services[s.Name] {
+			had := c.granted[a]
+			had.services |= s.Set
+			c.granted[a] = had
+		}
 	}
 }
 
@@ -140,12 +147,15 @@ func parseCut(b []byte) (*cutFile, error) {
 	if f.Version != journalVersion {
 		return nil, fmt.Errorf("version %d is unknown: want %d", f.Version, journalVersion)
 	}
-	all := slices.Concat(f.Incoming, f.DNS)
+	all, most := slices.Clone(f.Incoming), max(len(f.Cut), len(f.Incoming))
+	for _, addresses := range f.Services {
+		all, most = append(all, addresses...), max(most, len(addresses))
+	}
 	for _, e := range f.Cut {
 		all = append(all, e.Address)
 	}
-	if n := max(len(f.Cut), len(f.Incoming), len(f.DNS)); n > maxCut {
-		return nil, fmt.Errorf("%d addresses: want at most %d", n, maxCut)
+	if most > maxCut {
+		return nil, fmt.Errorf("%d addresses: want at most %d", most, maxCut)
 	}
 	for _, a := range all {
 		if !a.IsValid() || a.Zone() != "" {
@@ -172,7 +182,7 @@ func (c *cutRecord) expire(now time.Time) {
 // may connect to this host again are removed.
 func (c *cutRecord) update(granted map[netip.Addr]access, now time.Time, inherited bool) {
 	for a, had := range c.granted {
-		if had&^granted[a] != 0 {
+		if had.without(granted[a]) {
 			c.until[a] = now.Add(cutLifetime)
 			if delete(c.inherited, a); inherited {
 				c.inherited[a] = true
@@ -180,7 +190,7 @@ func (c *cutRecord) update(granted map[netip.Addr]access, now time.Time, inherit
 		}
 	}
 	for a, may := range granted {
-		if may&accessIncoming != 0 {
+		if may.incoming {
 			delete(c.until, a)
 			delete(c.inherited, a)
 		}
@@ -256,14 +266,18 @@ func (c *cutRecord) encode() ([]byte, error) {
 		return cmp.Or(b.Until.Compare(a.Until), a.Address.Compare(b.Address))
 	})
 	for _, a := range slices.SortedFunc(maps.Keys(c.granted), netip.Addr.Compare) {
-		if c.granted[a]&accessIncoming != 0 {
+		if c.granted[a].incoming && len(f.Incoming) < maxCut {
 			f.Incoming = append(f.Incoming, a)
 		}
-		if c.granted[a]&accessDNS != 0 {
-			f.DNS = append(f.DNS, a)
+		for _, s := range c.granted[a].services.List() {
+			if f.Services == nil {
+				f.Services = map[string][]netip.Addr{}
+			}
+			if len(f.Services[s.Name]) < maxCut {
+				f.Services[s.Name] = append(f.Services[s.Name], a)
+			}
 		}
 	}
-	f.Incoming, f.DNS = f.Incoming[:min(len(f.Incoming), maxCut)], f.DNS[:min(len(f.DNS), maxCut)]
 	b, err := json.Marshal(f)
 	return append(b, '\n'), err
 }
@@ -293,22 +307,21 @@ const (
 )
 
 // recordCuts records which peers lost access to this host since the last ruleset, by
-// incoming or to its DNS. For the first ruleset of this helper, the last one is an
+// incoming or to a service. For the first ruleset of this helper, the last one is an
 // earlier helper's: that covers permissions that ended while no helper ran, or that
 // were revoked on disk when the helper was killed before enforcing them.
 func (b *Backend) recordCuts(r *policy.Ruleset) {
 	now, granted := b.o.Now(), map[netip.Addr]access{}
 	b.cuts.expire(now)
 	for _, peer := range r.Peers() {
-		var may access
-		if peer.Permissions.Has(mesh.Incoming) {
-			may |= accessIncoming
-		}
-		if peer.Permissions.Has(mesh.Routing) && r.Mesh().DNS {
-			may |= accessDNS
+		may := access{incoming: peer.Permissions.Has(mesh.Incoming)}
+		for _, s := range r.Mesh().Serves.List() {
+			if peer.Permissions.Has(s.Needs) {
+				may.services |= s.Set
+			}
 		}
 		for _, a := range peer.Addresses {
-			if may != 0 {
+			if may != (access{}) {
 				granted[a] = may
 			}
 		}

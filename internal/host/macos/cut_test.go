@@ -25,7 +25,7 @@ func addresses100(n int) (out []netip.Addr) {
 func mayConnect(n int) map[netip.Addr]access {
 	out := map[netip.Addr]access{}
 	for _, a := range addresses100(n) {
-		out[a] = accessIncoming
+		out[a] = access{incoming: true}
 	}
 	return out
 }
@@ -38,7 +38,7 @@ func TestCutBookKnowsWhatWasOpen(t *testing.T) {
 	c.load(dir, "A", now)
 	open := mayConnect(3)
 	dns := addresses100(4)[3]
-	open[dns] = accessDNS
+	open[dns] = access{services: policy.DNS}
 	c.update(open, now, true)
 	if c.save(time.Minute); c.problem != nil || len(c.until) != 0 {
 		t.Fatalf("%+v", c)

@@ -47,7 +47,7 @@ func Kills(old, next *policy.Ruleset, narrowed []policy.Narrowed) []Kill {
 				continue
 			}
 			to := slices.Clone(moved)
-			if n.Lost.Has(mesh.Incoming) {
+			if n.Lost.Has(mesh.Incoming) || lostService(n.Lost) {
 				to = append(to, next.Sets().Self...)
 			}
 			if n.Lost.Has(mesh.LAN) {
@@ -60,6 +60,12 @@ func Kills(old, next *policy.Ruleset, narrowed []policy.Narrowed) []Kill {
 		return widenKills(out, next.Sets().Mesh)
 	}
 	return out
+}
+
+// lostService reports whether a peer that lost these permissions may have lost a service
+// of this host by that.
+func lostService(lost mesh.Permissions) bool {
+	return slices.ContainsFunc(policy.AllServices[:], func(s policy.Service) bool { return s.Needs&lost != 0 })
 }
 
 // dropContained returns the prefixes, sorted, without those contained in another.
@@ -132,7 +138,7 @@ func killTo(a netip.Addr, to []netip.Prefix) []Kill {
 // network whose destinations keep their class and path isn't among them. Public
 // addresses of the router in front of this host (Sets.Outside) are, if they are new or
 // if WireGuard's port there changed; so are the host's mesh addresses if it began
-// or stopped to serve DNS on them.
+// or stopped to serve something on them.
 func changedPrefixes(old, next *policy.Ruleset) []netip.Prefix {
 	a, b := old.Sets(), next.Sets()
 	var changed []netip.Prefix
@@ -157,7 +163,7 @@ func changedPrefixes(old, next *policy.Ruleset) []netip.Prefix {
 	} else {
 		out = append(out, b.Outside...)
 	}
-	if old.Mesh().DNS != next.Mesh().DNS {
+	if old.Mesh().Serves != next.Mesh().Serves {
 		out = append(out, hostPrefixes(old.Mesh().Addresses)...)
 	}
 	return out

@@ -178,7 +178,7 @@ func (b *Backend) ensureAnchor(ctx context.Context, a *Anchor) error {
 // in closingTables fewer.
 var (
 	classTables   = []string{tableMartians, tableSelf, tableMesh, tableLooped, tableNetworks}
-	openingTables = []string{tableIncoming, tableDNS, tableLAN, tableRouting, tableLocal}
+	openingTables = append(serviceTables(), tableIncoming, tableLAN, tableRouting, tableLocal)
 	closingTables = []string{tableAway, tableUnassigned, tableOutside, tableCut}
 )
 

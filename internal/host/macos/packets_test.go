@@ -84,7 +84,7 @@ func (c *comparison) fillProto(p *host.Packet) {
 	}
 	switch p.Proto {
 	case policy.ProtoTCP, policy.ProtoUDP:
-		p.SrcPort, p.DstPort = c.port, []uint16{53, 443, 8080, listenPort, outsidePort}[c.rng.IntN(5)]
+		p.SrcPort, p.DstPort = c.port, append(servicePorts(), 443, 8080, listenPort, outsidePort)[c.rng.IntN(4+len(policy.AllServices))]
 	case policy.ProtoICMP, policy.ProtoICMPv6:
 		p.SrcPort, p.DstPort = c.port, c.port
 	}
@@ -226,4 +226,12 @@ func icmpError(from, to netip.Addr, kind uint8, about pfsim.Packet) pfsim.Packet
 		p.Proto = pfconf.ProtoICMP
 	}
 	return p
+}
+
+// servicePorts are the ports of all services.
+func servicePorts() (ports []uint16) {
+	for _, s := range policy.AllServices {
+		ports = append(ports, s.Port)
+	}
+	return ports
 }

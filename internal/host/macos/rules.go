@@ -279,10 +279,14 @@ func (b *builder) fromPeers() {
 		b.block(tunnel, "wireguard", "no tunnel inside the tunnel")
 	}
 	b.peerPass(with(inTable(tableIncoming), inTable(tableSelf)), "incoming", "class 2, self: with incoming")
-	dns := with(inTable(tableDNS), inTable(tableHost))
-	dns.Protos = []pfconf.Proto{pfconf.ProtoTCP, pfconf.ProtoUDP}
-	dns.To.Ports = []pfconf.Port{{Op: pfconf.Equal, Lo: 53}}
-	b.peerPass(dns, "dns", "class 2: this host's DNS also with routing")
+	for _, s := range policy.AllServices {
+		served := with(inTable(s.Name), inTable(tableHost))
+		for _, proto := range s.Protos {
+			served.Protos = append(served.Protos, pfconf.Proto(proto))
+		}
+		served.To.Ports = []pfconf.Port{{Op: pfconf.Equal, Lo: s.Port}}
+		b.peerPass(served, s.Name, "class 2: "+s.What+" also with "+needed(s))
+	}
 	b.block(with(anyone, inTable(tableSelf)), "no-incoming", "class 2: all else is closed")
 	b.block(with(anyone, inTable(tableMesh)), "mesh", "class 3, mesh: peers never reach each other through this host")
 	b.block(with(anyone, inTable(tableLooped)), "lan-loopback", "class lan doesn't lead back to this host: destinations that its routes send to the loopback interface are judged here, because pf often skips that one (after Internet Sharing ran, for example)")
@@ -306,6 +310,14 @@ func (b *builder) fromPeers() {
 	internet.Tag = tagInternet
 	b.peerPass(internet, "internet", "class 5, internet: with routing")
 	b.block(in, "no-routing", "all else is closed")
+}
+
+// needed names the permissions that a service needs.
+func needed(s policy.Service) string {
+	if s.Needs == 0 {
+		return "no permission"
+	}
+	return s.Needs.String()
 }
 
 // selfTraffic passes this host's packets to its own mesh address through the mesh
@@ -346,7 +358,7 @@ func (b *builder) towardsPeers() {
 // blockCut blocks this host's packets of flows that peers had opened and that were cut,
 // so that they can't create a state in the other direction. Such packets match no state
 // and don't begin a flow: TCP segments with ACK (flags A/A, all but the first), echo
-// replies, and answers of this host's DNS. Other UDP answers can't be recognised by
+// replies, and answers of what the helper serves by UDP. Other UDP answers can't be recognised by
 // their ports.
 func (b *builder) blockCut(out pfconf.Rule) {
 	const why = "a flow that a peer opened, and no longer may, isn't revived by this host's packets"
@@ -357,11 +369,13 @@ func (b *builder) blockCut(out pfconf.Rule) {
 	b.block(segments, "cut", why)
 	b.block(icmp(out, pfconf.Inet, pfconf.ProtoICMP, 0), "cut", why)
 	b.block(icmp(out, pfconf.Inet6, pfconf.ProtoICMPv6, 129), "cut", why)
-	if b.ruleset.Mesh().DNS {
-		dns := out
-		dns.Protos = []pfconf.Proto{pfconf.ProtoUDP}
-		dns.From.Ports = []pfconf.Port{{Op: pfconf.Equal, Lo: 53}}
-		b.block(dns, "cut", why)
+	for _, s := range b.ruleset.Mesh().Serves.List() {
+		if slices.Contains(s.Protos, policy.ProtoUDP) {
+			answers := out
+			answers.Protos = []pfconf.Proto{pfconf.ProtoUDP}
+			answers.From.Ports = []pfconf.Port{{Op: pfconf.Equal, Lo: s.Port}}
+			b.block(answers, "cut", why)
+		}
 	}
 }
 

@@ -14,7 +14,6 @@ import (
 const (
 	tablePeers      = "peers"
 	tableIncoming   = "incoming"
-	tableDNS        = "dns"
 	tableRouting    = "routing"
 	tableLAN        = "lan"
 	tableMartians   = "martians"
@@ -30,11 +29,20 @@ const (
 	tableOutside    = "outside"
 )
 
-// tableReasons has [Line.Why] for each table.
+// reasonOf returns [Line.Why] of a table.
+func reasonOf(table string) string {
+	for _, s := range policy.AllServices {
+		if s.Name == table {
+			return "peers that may reach " + s.What
+		}
+	}
+	return tableReasons[table]
+}
+
+// tableReasons has [Line.Why] for each table but those of services.
 var tableReasons = map[string]string{
 	tablePeers:      "every peer's addresses",
 	tableIncoming:   "peers that may connect to this host",
-	tableDNS:        "peers that may ask this host's DNS",
 	tableRouting:    "peers that may reach the internet, in the families that this host forwards and has an uplink for",
 	tableLAN:        "peers that may also reach this host's other networks, in the families that it forwards",
 	tableMartians:   "destinations that are never valid, the attached networks' broadcast addresses, and IPv6 addresses that embed one of those, of this host or of the mesh",
@@ -48,6 +56,15 @@ var tableReasons = map[string]string{
 	tableOutside:    "this host's public addresses, from which its router sends packets for WireGuard back to it",
 	tableUnassigned: "the mesh prefixes, and recently removed peers",
 	tableLocal:      "destinations that are not forwarded: this host's addresses, broadcast and multicast",
+}
+
+// serviceTables returns the names of the tables of services. Each has the peers that reach
+// the service without incoming, and exists, empty, while it isn't served.
+func serviceTables() (names []string) {
+	for _, s := range policy.AllServices {
+		names = append(names, s.Name)
+	}
+	return names
 }
 
 // A set is the content of a table. The entries of not are negated ("!"): the longest
@@ -93,10 +110,9 @@ func storable(ps []netip.Prefix) []netip.Prefix {
 func tableContents(r *policy.Ruleset) map[string]set {
 	all := r.Sets()
 	host := hostPrefixes(r.Mesh().Addresses)
-	return map[string]set{
+	out := map[string]set{
 		tablePeers:      {in: peersWith(r, 0, anyFamily)},
 		tableIncoming:   {in: peersWith(r, mesh.Incoming, anyFamily)},
-		tableDNS:        {in: dnsPeers(r)},
 		tableRouting:    {in: peersWith(r, mesh.Routing, routedFamilies(r.Host()))},
 		tableLAN:        {in: peersWith(r, mesh.Routing|mesh.LAN, r.Host().Forwarding)},
 		tableMartians:   {in: all.Martians},
@@ -110,6 +126,13 @@ func tableContents(r *policy.Ruleset) map[string]set {
 		tableLooped:     {in: loopedRoutes(r.Host())},
 		tableUnassigned: {in: sorted(slices.Concat(all.Mesh, all.Former))},
 	}
+	for _, s := range policy.AllServices {
+		out[s.Name] = set{}
+		if r.Mesh().Serves.Has(s.Set) {
+			out[s.Name] = set{in: peersWith(r, s.Needs, anyFamily)}
+		}
+	}
+	return out
 }
 
 // formerOutside returns removed peers' addresses outside the mesh prefixes, which were
@@ -156,14 +179,6 @@ func peersWith(r *policy.Ruleset, want mesh.Permissions, families policy.Familie
 		}
 	}
 	return sorted(out)
-}
-
-// dnsPeers returns the peers that may query the host's DNS without incoming.
-func dnsPeers(r *policy.Ruleset) []netip.Prefix {
-	if !r.Mesh().DNS {
-		return nil
-	}
-	return peersWith(r, mesh.Routing, anyFamily)
 }
 
 // awaySet returns the destinations that may be reached by the mesh interface only: the

@@ -33,7 +33,7 @@ func drawWorld(t *rapid.T) world {
 		mesh: policy.Mesh{
 			Prefixes:  []netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6},
 			Addresses: hostAddresses,
-			DNS:       rapid.Bool().Draw(t, "dns"),
+			Serves:    policy.Services(rapid.IntRange(0, int(policy.EveryService)).Draw(t, "serves")),
 
 			ListenPort: rapid.SampledFrom([]uint16{0, listenPort, listenPort}).Draw(t, "listen port"),
 		},

@@ -37,7 +37,7 @@ func tableMeshes() map[string]policy.Mesh {
 		many = append(many, mesh.Permissions(i)&all)
 	}
 	former := m(mesh.Routing, mesh.Incoming)
-	former.Former, former.DNS = tableAddresses(900).List(), true
+	former.Former, former.Serves = tableAddresses(900).List(), policy.DNS
 	return map[string]policy.Mesh{
 		"routing":       m(mesh.Routing),
 		"everything":    m(all),
