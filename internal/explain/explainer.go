@@ -83,7 +83,7 @@ func (x *Explainer) followRounds(ctx context.Context) error {
 	for {
 		s, newer := x.o.Held()
 		if s.Phase != api.Starting {
-			x.lookForRoom()
+			x.checkSpaceSoon()
 		}
 		for _, p := range x.prefixProblems(s) {
 			if news.Is(p) {
@@ -112,7 +112,7 @@ func (x *Explainer) found(s held.State) []host.Problem {
 	if p, bad := x.o.Wanted.Problem(); bad {
 		out = append(out, host.Problem{Step: p.Step, Message: p.Message, Hint: p.Hint})
 	}
-	return slices.Concat(out, s.Foreign, x.prefixProblems(s), x.obstacles())
+	return slices.Concat(out, s.Foreign, x.prefixProblems(s), x.foundByOthers())
 }
 
 // prefixProblems returns the problems with the mesh prefixes and with routes that are

@@ -15,20 +15,22 @@ import (
 	"github.com/meshhelper/meshhelper/internal/retry"
 )
 
-// OthersLimit bounds one look at other software. Between two of them is a pause of
-// othersPause, or of as many times as long as a look took, so that rulesets that take
-// long to judge don't take a core.
 const (
-	OthersLimit  = 10 * time.Second
+	// OthersLimit bounds one question to the host about other software.
+	OthersLimit = 10 * time.Second
+	// othersPause is the shortest pause between two questions. A question that took long is
+	// followed by a pause othersFactor times as long, up to a minute, so that rulesets
+	// that are expensive to judge take at most a twentieth of a core.
 	othersPause  = 100 * time.Millisecond
 	othersFactor = 20
 )
 
-// MaxOuter bounds for how many devices others' rules are looked at one by one.
+// MaxOuter is how many devices' outer addresses are judged by other software's rules, one
+// by one, in each question.
 const MaxOuter = 32
 
-// outerOf returns where WireGuard knows devices to be, of those that were heard last; in an
-// order that doesn't change with each handshake.
+// outerOf returns the outer addresses of the devices that were heard last, at most MaxOuter.
+// They are sorted, so that the list doesn't change with each handshake.
 func outerOf(n held.Numbers) (out []netip.AddrPort) {
 	keys := slices.SortedFunc(maps.Keys(n.Tunnel), func(a, b mesh.PublicKey) int {
 		return cmp.Or(n.Tunnel[b].LastHandshake.Compare(n.Tunnel[a].LastHandshake), bytes.Compare(a[:], b[:]))
@@ -42,9 +44,8 @@ func outerOf(n held.Numbers) (out []netip.AddrPort) {
 	return slices.Compact(out)
 }
 
-// followOthers asks the host what of other software stands in the way of what is in force, each
-// time that the loop found or changed something. The loop doesn't wait for it: it only
-// informs.
+// followOthers asks the host, after each round of the loop, which of other software's rules
+// stand in the way of the ruleset in force. The loop doesn't wait for it.
 func (x *Explainer) followOthers(ctx context.Context) error {
 	for {
 		c, changed := x.o.Held()
@@ -64,8 +65,8 @@ func (x *Explainer) followOthers(ctx context.Context) error {
 	}
 }
 
-// askOthers asks about other software, and keeps what it finds unless ctx ends. Another look that
-// runs is waited for, so that what is kept is of the last one that began.
+// askOthers asks once and keeps the answer, unless ctx ends. It waits for a question that is
+// running, so that the answer that is kept is that of the last question.
 func (x *Explainer) askOthers(ctx context.Context, c held.State) {
 	if c.Loaded == nil {
 		return
@@ -93,8 +94,8 @@ func (x *Explainer) askOthers(ctx context.Context, c held.State) {
 	x.byOthers = found
 }
 
-// obstacles returns what followOthers found last.
-func (x *Explainer) obstacles() []host.Problem {
+// foundByOthers returns what followOthers found last.
+func (x *Explainer) foundByOthers() []host.Problem {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	return x.byOthers

@@ -37,7 +37,7 @@ func (x *Explainer) stops(ctx context.Context, c held.State, a asked) []api.Stop
 		t.others(a.packet, m, false, false)
 		t.others(reverse(a.packet, m), "", true, true)
 	default:
-		if t.there(); len(t.stops) > 0 {
+		if t.followPacket(); len(t.stops) > 0 {
 			break
 		}
 		t.others(a.forth, t.by, false, false)
@@ -100,8 +100,9 @@ type trip struct {
 	carries string
 }
 
-// runningFor is how long after its last handshake a tunnel is taken for a running one:
-// WireGuard makes a new one every two minutes while there is traffic (REKEY_AFTER_TIME).
+// runningFor is how long after its last handshake a tunnel counts as running: WireGuard
+// makes a new handshake every two minutes while there is traffic (REKEY_AFTER_TIME,
+// whitepaper 6.1).
 const runningFor = 3 * time.Minute
 
 // tunnel asks what other software's rules do with the datagrams that carry the packet
@@ -138,8 +139,8 @@ func (t *trip) tunnel(c held.State) {
 	t.carries = ""
 }
 
-// stop notes what stops the packet that was asked about, or where that is in the
-// opposite direction, its answer.
+// stop adds a reason why the packet that was asked about doesn't pass or, with back, why a
+// packet in the opposite direction doesn't.
 func (t *trip) stop(back bool, s api.Stop) {
 	switch {
 	case t.a.answer && !back:
@@ -150,8 +151,8 @@ func (t *trip) stop(back bool, s api.Stop) {
 	t.stops = append(t.stops, s)
 }
 
-// there follows the packet that the peer sends.
-func (t *trip) there() {
+// followPacket follows the packet that the peer sends.
+func (t *trip) followPacket() {
 	p, exit := t.a.forth, t.a.v.Exit
 	if t.a.answer {
 		exit = t.a.r.FromPeer(p.Packet).Exit

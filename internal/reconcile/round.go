@@ -23,7 +23,7 @@ func (l *Loop) hold(ctx context.Context, doc *wanted.Document) error {
 	}
 	host, err := l.observe(ctx)
 	if err != nil {
-		// A look that fails closes nothing: what was seen last counts until the next.
+		// A failed observation closes nothing: the last one counts until the next.
 		err = fmt.Errorf("observe host: %w", err)
 		if l.held == 0 || l.current == nil {
 			return err
@@ -31,8 +31,8 @@ func (l *Loop) hold(ctx context.Context, doc *wanted.Document) error {
 		l.addProblem(err)
 		host, l.blind = l.host, true
 	}
-	// A peer more in the tunnel opens nothing before the filter knows it, and one
-	// that the tunnel doesn't take is no reason to close for the others.
+	// A new peer in the tunnel opens nothing before the filter knows it, and a peer that the
+	// tunnel refuses is no reason to close for the others.
 	peers := l.tunnelPeers(doc)
 	port := l.tunnel.ListenPort()
 	l.tunnel.SetSelf(placesOf(host, port))
@@ -56,11 +56,12 @@ func (l *Loop) hold(ctx context.Context, doc *wanted.Document) error {
 	return nil
 }
 
+// observe returns the facts about the host, and which addresses are this host's as seen from
+// outside: where peers are told to reach it.
 func (l *Loop) observe(ctx context.Context) (policy.Host, error) {
 	ctx, cancel := context.WithTimeout(ctx, LookLimit)
 	defer cancel()
 	host, err := l.o.Host.Observer.Observe(ctx)
-	// Where peers are told to reach this host are its addresses from outside.
 	endpoint := l.o.Wanted.Settings().Endpoint
 	host.OutsidePort = endpoint.Port
 	if a, notAddr := netip.ParseAddr(endpoint.Host); notAddr == nil {
@@ -71,10 +72,10 @@ func (l *Loop) observe(ctx context.Context) (policy.Host, error) {
 	return host, err
 }
 
-// enforce makes r hold, whole: the guard first, so that nothing passes by the
-// old policy while the packet filter is changed; then the filter, read back;
-// then the running flows that r refuses. While the host is closed the guard is
-// last, so that it stays closed until the filter is known to hold.
+// enforce makes all of r hold. The guard comes first, so that nothing passes by the old
+// policy while the packet filter changes; then the filter, which is read back; then running
+// flows that r refuses are cut. While the host is closed the guard comes last instead, so
+// that it stays closed until the filter is known to hold r.
 func (l *Loop) enforce(ctx context.Context, r *policy.Ruleset, doc *wanted.Document) error {
 	l.narrow(r)
 	if l.held != 0 {
@@ -91,13 +92,13 @@ func (l *Loop) enforce(ctx context.Context, r *policy.Ruleset, doc *wanted.Docum
 	return nil
 }
 
-// ReadTries is how often what was loaded is read back when it can't be read, or when
-// another program changed it in the meantime.
+// ReadTries is how many times a ruleset is loaded and read back in one round, where reading
+// fails or another program changed the rules in between.
 const ReadTries = 3
 
-// loadAndRead has the host enforce r and reads that back: only then does it count. That
-// it can't be read is no reason to close at once, for it may hold; nor is another
-// program's change, which is repaired like at any other time.
+// loadAndRead has the host enforce r and reads the rules back; r counts as in force only
+// then. A read that fails is no reason to close at once, as the rules may well be loaded; nor
+// is a change by another program, which is repaired like any other drift.
 func (l *Loop) loadAndRead(ctx context.Context, r *policy.Ruleset) error {
 	var err error
 	l.read = nil
@@ -114,7 +115,7 @@ func (l *Loop) loadAndRead(ctx context.Context, r *policy.Ruleset) error {
 			err = &host.StepError{Step: drift[0].Step, Hint: drift[0].Hint, Err: fmt.Errorf("not as enforced: %s", drift[0].Message)}
 		}
 		if errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
-			break // a look that hangs would hang again
+			break // an inspection that hung would hang again
 		}
 	}
 	return err

@@ -8,9 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// roomIn reports why nothing can be written into a directory, as far as its file system
+// checkSpace reports why nothing can be written into a directory, as far as its file system
 // tells without a write.
-func roomIn(dir string) error {
+func checkSpace(dir string) error {
 	var s unix.Statfs_t
 	switch err := unix.Statfs(dir, &s); {
 	case err != nil:

@@ -40,12 +40,12 @@ func folderHint(dir string) string {
 	return fmt.Sprintf("make room on the disk of %q, or make it writable: a change made meanwhile is lost at a restart", dir)
 }
 
-// lookForRoom has the state folder's file system asked, without a write, whether it takes
+// checkSpaceSoon has the state folder's file system asked, without a write, whether it takes
 // anything, for status. The caller doesn't wait for the disk.
-func (x *Explainer) lookForRoom() {
+func (x *Explainer) checkSpaceSoon() {
 	dir := x.o.StateDir
 	x.o.Wanted.Queue("room", func() error {
-		err := roomIn(dir)
+		err := checkSpace(dir)
 		if x.full.Store(nil); err != nil {
 			x.full.Store(&host.Problem{Step: checkFolder, Message: fmt.Sprintf("nothing can be written into %q: %v", dir, err), Hint: folderHint(dir)})
 		}
