@@ -25,26 +25,29 @@ import (
 )
 
 const (
-	// settle gathers a burst of changes of the host into one look at it.
+	// settle is the delay between a change of the host and the round for it, so that a burst
+	// of changes is one round.
 	settle = 50 * time.Millisecond
-	// TunnelLimit bounds the end of the tunnel, so that one that hangs leaves time to
-	// put the host back.
+	// TunnelLimit bounds closing the tunnel. A tunnel that hangs must leave time to put the
+	// host back within [host.LeaveLimit].
 	TunnelLimit = 3 * time.Second
-	// StepLimit bounds making the interface and each enforcing step, and LookLimit a look at the host: a host
-	// that hangs must not keep what was narrowed open for longer. Each has its own time,
-	// so that one that used up all of it leaves closing as much as ever.
+	// StepLimit bounds making the interface and each enforcing step, LookLimit each
+	// observation and inspection: a host that hangs must not keep open for longer what was
+	// narrowed. Each call has a limit of its own, so that closing has its full time after a
+	// step that used up its own.
 	StepLimit = 30 * time.Second
 	LookLimit = 15 * time.Second
-	// restFactor is how many times as long as a round took the pause before the next is
-	// that a change of the host asks for, up to restMost.
+	// After a round that took a time t, the next round for a change of the host comes
+	// restFactor*t later at the earliest, or restMost later if that is less: a host that
+	// changes all the time is looked at a fifth of the time.
 	restFactor = 4
 	restMost   = time.Second
 )
 
-// RoundLimit is what the steps of one round take at most: the interface is made anew, the
-// host looked at, a ruleset loaded, read back and flows are cut, and then the same three to
-// close. What another program changes meanwhile is loaded again, which takes longer only if
-// loading nearly hangs each time.
+// RoundLimit is the most that the steps of one round take: making the interface and
+// observing the host; then loading a ruleset, reading it back and cutting flows, once for the
+// wanted ruleset and once to close. Loading again what another program changed in between
+// exceeds it only if each load nearly hangs. A watchdog must be more patient than that.
 const RoundLimit = StepLimit + LookLimit + 2*(StepLimit+LookLimit+StepLimit)
 
 // Tunnel is the WireGuard device as the loop drives it; *tunnel.Device is one.
@@ -88,13 +91,15 @@ type Options struct {
 	Wall func() time.Time // required: the wall clock
 }
 
-// Loop makes the host hold what is wanted: it alone talks to the host's link, observer and
-// enforcer. Its fields are the loop's own, but for what mu guards and the channels.
+// Loop makes the host hold what is wanted. It alone calls the host's link, observer and
+// enforcer. Only the goroutine of run uses the fields, apart from the channels and those
+// below mu.
 type Loop struct {
 	o  Options
 	id wanted.Identity
 
-	// woken wakes the loop for a change of what is wanted, moved for one of the host.
+	// woken starts a round for a change of the wanted state at once, moved one for a change of
+	// the host soon. Both have room for one signal.
 	woken, moved chan struct{}
 
 	mu      sync.Mutex
@@ -105,26 +110,24 @@ type Loop struct {
 	guard  *guard.Device
 	limits host.Limits // of the host's packet filter, when the guard was made
 	iface  string
-	// opened says that the host made an interface, so that there is a host to
-	// leave as it was found.
+	// opened is set once the host made an interface: from then on the host must be put back.
 	opened bool
 
-	// read is what the host was last found to enforce, as it was given to; nil where that
-	// isn't so, or isn't known.
-	read *policy.Ruleset
-	// current is what was last given to enforce, wanted or closed, and nil before
-	// anything was.
-	current *policy.Ruleset
+	// current is the ruleset that the host was last told to enforce, wanted or closed; nil
+	// before the first. read is current once an inspection found the host to enforce it, and
+	// nil otherwise.
+	current, read *policy.Ruleset
 	// wanted is the wanted policy on the host as last observed.
 	wanted *policy.Ruleset
-	// narrowed are the peers that lost something since flows were last cut.
+	// narrowed are the peers that lost a permission since flows were last cut.
 	narrowed []policy.Narrowed
-	// host is what current was compiled for.
+	// host has the facts that current was compiled for.
 	host policy.Host
-	// held is the generation that the host was found to hold, and 0 while it is
-	// closed. Peers that the tunnel didn't take are in refused.
-	held     uint64
-	blind    bool // a look at the host failed in this round
+	// held is the generation that the host was found to hold, and 0 while it is closed.
+	held uint64
+	// blind is set if an observation or inspection failed in this round.
+	blind bool
+	// refused is why the tunnel didn't take some peers; nil if it took all.
 	refused  error
 	report   host.Report
 	problems []host.Problem
