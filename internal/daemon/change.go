@@ -100,6 +100,8 @@ func (d *Daemon) await(ctx context.Context, generation uint64, deadline time.Tim
 	}
 }
 
+// notInForce is the answer to a change that is saved and that the host doesn't hold, by the
+// problem that keeps it from that.
 func notInForce(s held.State, waited time.Duration) error {
 	if len(s.Problems) == 0 {
 		return api.Errorf(api.CodeNotInForce, "saved, not in force after %v: the host is slow", waited).

@@ -78,6 +78,7 @@ const (
 	DefaultWait = 10 * time.Second
 )
 
+// complete fills in the defaults, and refuses options that can't work.
 func (o *Options) complete() error {
 	h := &o.Host
 	if h.Link == nil || h.Observer == nil || h.Enforcer == nil || h.Name == "" || h.Language == "" || o.StateDir == "" || o.Logger == nil {
@@ -96,6 +97,7 @@ func (o *Options) complete() error {
 	return o.Prefixes.Validate()
 }
 
+// setDefault gives a value that was left out its standard one.
 func setDefault[T comparable](value *T, standard T) {
 	var zero T
 	if *value == zero {
@@ -103,6 +105,9 @@ func setDefault[T comparable](value *T, standard T) {
 	}
 }
 
+// wireguard makes the real tunnel: wireguard-go around the guard, over sockets that outlast
+// it, so that a tunnel that is made again has the same UDP port. It is the place to hand in
+// another conn.Bind.
 func (d *Daemon) wireguard(dev tun.Device, key mesh.PrivateKey, port uint16) (reconcile.Tunnel, error) {
 	return tunnel.NewDevice(tunnel.Options{
 		TUN: dev, PrivateKey: key, ListenPort: port, Logger: d.opts.Logger.With("part", "wireguard"),
@@ -193,6 +198,7 @@ func (d *Daemon) endpointNames() (peers []string, own string) {
 	return peersNames(d.wanted.Document()), d.wanted.Settings().Endpoint.Name()
 }
 
+// peersNames returns the names in the endpoints of peers, which may repeat.
 func peersNames(doc *wanted.Document) []string {
 	var out []string
 	for i := range doc.Peers {
@@ -206,6 +212,8 @@ func peersNames(doc *wanted.Document) []string {
 	return out
 }
 
+// settingsChanged has other settings take effect: this host's own name is looked up, and
+// the loop asks which of its addresses count as this host's from outside.
 func (d *Daemon) settingsChanged() {
 	d.names.Renamed()
 	d.loop.Wake()

@@ -71,6 +71,8 @@ func shown(p host.Problem) api.Problem {
 // routesFor is how long after its last packet a peer still routes now.
 const routesFor = 10 * time.Second
 
+// viewOf returns a peer as the socket shows it: what is wanted of it, where it was heard, and
+// its totals of all helpers' time.
 func (d *Daemon) viewOf(p *mesh.Peer, n held.Numbers, now time.Time) api.Peer {
 	s, g := n.Tunnel[p.PublicKey], n.Guard[p.PublicKey]
 	t := d.learned.Totals(p.PublicKey, n.Totals(p.PublicKey))

@@ -16,12 +16,13 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
-// DoctorLook bounds Doctor's look at other software; where it takes longer, what was found
-// before counts.
+// DoctorLook bounds Doctor's question about other software. If it takes longer, the last
+// answer of [Explainer.Run] counts, so that a doctor's report is there in time.
 const DoctorLook = 5 * time.Second
 
-// Doctor looks at every precondition, in an order that doesn't change: what several others
-// follow from is said first, and once.
+// Doctor checks every precondition, in an order that doesn't change. A check on which others
+// depend comes before them; while it fails, they refer to it by Follows and have no hint of
+// their own, so that one fault is told once.
 func (x *Explainer) Doctor(ctx context.Context) []api.Check {
 	c, _ := x.o.Held()
 	if x.o.Host.Others != nil {
@@ -44,8 +45,8 @@ const (
 	othersStep = "look at other packet filters"
 )
 
-// checks returns all checks. found are the problems that were found already, each of which
-// is in one check.
+// checks returns all checks. Each problem of found goes into the check that it belongs to, or
+// is a check of its own at the end.
 func (x *Explainer) checks(c held.State, found []host.Problem, folder api.Check) []api.Check {
 	doc := x.o.Wanted.Document()
 	wrong := func(name, otherwise string, is func(host.Problem) bool) (out []api.Check) {

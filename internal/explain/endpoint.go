@@ -12,7 +12,11 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
-// checkEndpoint looks whether peers can reach this host where their configurations say.
+// checkEndpoint reports whether peers can reach this host at the endpoint that their
+// configurations name. It can't try that from outside; it reasons from the facts: whether the
+// endpoint is an address of this host, whether that is public, and otherwise whether it can be
+// its router's. An endpoint that may be right is OK, as a port that isn't forwarded can't be
+// seen from here.
 func (x *Explainer) checkEndpoint(c held.State, doc *wanted.Document) api.Check {
 	out := api.Check{Name: "endpoint", OK: true}
 	e := x.o.Wanted.Settings().Endpoint
@@ -75,8 +79,8 @@ func (x *Explainer) checkEndpoint(c held.State, doc *wanted.Document) api.Check 
 	return out
 }
 
-// aboutPrivate says of an endpoint at the host's private address a that devices elsewhere
-// don't reach it. Without a peer, nothing has to be reached yet.
+// aboutPrivate fills in the check for an endpoint, called what, at the host's private address
+// a: devices elsewhere don't reach it. Without peers that is no problem yet.
 func (x *Explainer) aboutPrivate(out *api.Check, c held.State, doc *wanted.Document, what string, a netip.Addr) {
 	out.OK = len(doc.Peers) == 0
 	out.Message = what + " is private, and nothing is known to be forwarded to it: peers elsewhere don't reach this host"
@@ -88,8 +92,9 @@ func (x *Explainer) aboutPrivate(out *api.Check, c held.State, doc *wanted.Docum
 }
 
 // lostAddress reports whether an endpoint that isn't an address of the host can't be its
-// router's either: it is inside a network that the host is attached to, or the host has a
-// public address of the family itself.
+// router's either, and by which address of the host: one in the same private network, or a
+// public one on the uplink, with which the host needs no router's address. Then the endpoint
+// is stale.
 func lostAddress(h policy.Host, endpoint netip.Addr) (has netip.Addr, lost bool) {
 	for _, i := range h.Interfaces {
 		for _, p := range i.Addresses {
@@ -104,6 +109,7 @@ func lostAddress(h policy.Host, endpoint netip.Addr) (has netip.Addr, lost bool)
 	return netip.Addr{}, false
 }
 
+// hostAddresses returns the addresses of all interfaces, the mesh's included.
 func hostAddresses(h policy.Host) (out []netip.Addr) {
 	for _, i := range h.Interfaces {
 		for _, p := range i.Addresses {
@@ -113,8 +119,9 @@ func hostAddresses(h policy.Host) (out []netip.Addr) {
 	return out
 }
 
-// heardFromOutside returns the public address of a peer that began to speak to this host,
-// which didn't know where the peer was.
+// heardFromOutside returns the public address of a peer without a configured endpoint that
+// completed a handshake. This host didn't know where the peer was, so the peer must have
+// reached it from there.
 func (x *Explainer) heardFromOutside(c held.State, doc *wanted.Document) (netip.Addr, bool) {
 	stats := c.Numbers().Tunnel
 	for i := range doc.Peers {
@@ -126,7 +133,7 @@ func (x *Explainer) heardFromOutside(c held.State, doc *wanted.Document) (netip.
 	return netip.Addr{}, false
 }
 
-// checkNames wants the names in peers' endpoints to resolve.
+// checkNames reports the first peer whose endpoint is a name that doesn't resolve.
 func (x *Explainer) checkNames(doc *wanted.Document) api.Check {
 	out := api.Check{Name: "peers' endpoints", OK: true, Message: "none is a name that doesn't resolve"}
 	for i := range doc.Peers {

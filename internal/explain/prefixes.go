@@ -15,14 +15,15 @@ import (
 // stepPrefix names the problems about the mesh prefixes.
 const stepPrefix = "mesh prefix"
 
-// shownNames and shownPrefixes bound what a sentence lists.
+// shownNames and shownPrefixes are how many names and prefixes a sentence lists before it
+// says how many more there are: a sentence is for a terminal.
 const (
 	shownNames    = 5
 	shownPrefixes = 3
 )
 
-// overlapProblems returns a problem for each other owner of a part of the mesh prefixes,
-// with the way out: a restart, where another prefix was set already.
+// overlapProblems returns a problem for each other owner of a part of the mesh prefixes. The
+// hint is the way out: another prefix, or a restart if another one was set already.
 func overlapProblems(r *policy.Ruleset, s *wanted.Settings) []host.Problem {
 	var out []host.Problem
 	for _, o := range r.Overlaps() {
@@ -36,7 +37,10 @@ func overlapProblems(r *policy.Ruleset, s *wanted.Settings) []host.Problem {
 	return out
 }
 
-// Overlap returns the problem that another owner of a part of a mesh prefix is.
+// Overlap describes another owner of a part of a mesh prefix as a problem: which interface,
+// route, IPsec policy or DNS server has which addresses, which peers or addresses of this host
+// that affects, and which command gets out of its way. The overlap itself harms nothing else:
+// the other owner keeps what it has.
 func Overlap(r *policy.Ruleset, o policy.Overlap) host.Problem {
 	texts := make([]string, len(o.Prefixes))
 	for i, p := range o.Prefixes {
@@ -77,7 +81,8 @@ func Overlap(r *policy.Ruleset, o policy.Overlap) host.Problem {
 }
 
 // nearlyProblems returns a problem for each interface whose routes are nearly a default
-// route.
+// route, as of a VPN that excludes a few networks: such destinations are class lan, which the
+// owner of the routes may not expect.
 func nearlyProblems(h policy.Host) []host.Problem {
 	var out []host.Problem
 	for _, n := range h.NearlyDefault() {
@@ -95,8 +100,8 @@ func nearlyProblems(h policy.Host) []host.Problem {
 	return out
 }
 
-// outerProblems returns a problem for each peer whose outer address is in a mesh prefix.
-// One in a part that another owner has is named with the owner.
+// outerProblems returns a problem for each peer whose outer address is in a mesh prefix. An
+// address in a part that another owner has is left to the owner's problem.
 func outerProblems(r *policy.Ruleset, peers []mesh.Peer, n held.Numbers) []host.Problem {
 	var out []host.Problem
 	for i := range peers {
@@ -127,7 +132,7 @@ func WayOut(r *policy.Ruleset, mesh netip.Prefix) string {
 	return "to get out of the way: " + changePrefix(r, mesh.Addr()) + " (it lists the peers whose configurations change)"
 }
 
-// changePrefix is the command that gives the mesh another prefix of like's family.
+// changePrefix returns the command that gives the mesh another prefix of like's family.
 func changePrefix(r *policy.Ruleset, like netip.Addr) string {
 	key, prefix := wanted.SettingMeshPrefix6, "PREFIX"
 	if like.Is4() {

@@ -107,6 +107,7 @@ func arrivesBy(r *policy.Ruleset, a netip.Addr) string {
 	return in
 }
 
+// protoOf returns the IP protocol of a name, for ICMP that of the target's family.
 func protoOf(name string, target netip.Addr) (uint8, error) {
 	switch name {
 	case "tcp":

@@ -36,6 +36,7 @@ func (x *Explainer) tryFolder(ctx context.Context) api.Check {
 	return check
 }
 
+// folderHint says what a person can do, and what happens until then.
 func folderHint(dir string) string {
 	return fmt.Sprintf("make room on the disk of %q, or make it writable: a change made meanwhile is lost at a restart", dir)
 }
@@ -53,9 +54,12 @@ func (x *Explainer) checkSpaceSoon() {
 	})
 }
 
-// tryBytes is more than a file system keeps for what is nearly full.
+// tryBytes is the size of the trial: large enough that it doesn't fit in the rest of a block
+// or in the inode of a file system that is full.
 const tryBytes = 64 << 10
 
+// tryWrite writes a file and removes it. Only a real write finds a quota, a file system that
+// went read-only after an error, or a full disk whose last blocks are root's.
 func tryWrite(dir string) error {
 	temp, err := owned.WriteTemp(dir, "trial", bytes.NewReader(make([]byte, tryBytes)), 0o600)
 	if err != nil {

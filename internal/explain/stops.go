@@ -239,6 +239,7 @@ func (t *trip) others(p host.Packet, out string, reply, back bool) {
 	t.stop(back, s)
 }
 
+// verb returns a verb for one subject: after "may " it has its plain form.
 func verb(may, plural, singular string) string {
 	if may != "" {
 		return may + plural
@@ -274,6 +275,7 @@ func (t *trip) way(p host.Packet, back bool) (host.Way, bool) {
 	return w, err == nil
 }
 
+// orHost names where a way leads.
 func orHost(w host.Way) string {
 	if w.Local {
 		return "this host itself"

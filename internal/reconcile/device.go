@@ -130,6 +130,7 @@ type path struct {
 	source4, source6, router4, router6 netip.Addr
 }
 
+// pathOf returns the path by the facts about a host.
 func pathOf(h policy.Host) path {
 	return path{h.Uplink4, h.Uplink6, h.Source4, h.Source6, h.Router4, h.Router6}
 }
@@ -159,6 +160,8 @@ func (l *Loop) wakePeers() {
 	l.rebind <- l.tunnel // there is room: the loop alone sends
 }
 
+// rebinds carries out what wakePeers asks for, until ctx ends. An error of a tunnel that
+// ended meanwhile isn't reported: the loop notices the end itself.
 func (l *Loop) rebinds(ctx context.Context) error {
 	for {
 		select {
@@ -167,7 +170,7 @@ func (l *Loop) rebinds(ctx context.Context) error {
 		case t := <-l.rebind:
 			err := t.Rebind(ctx)
 			select {
-			case <-t.Done(): // that it ended is the loop's to say
+			case <-t.Done():
 				continue
 			default:
 			}

@@ -36,6 +36,7 @@ type Gate struct {
 // compiled, while the guard lets nothing pass; it must not wait.
 func NewGate(failed func(error)) *Gate { return &Gate{failed: failed} }
 
+// setClock sets the clock that permissions end by, which exists only after the first Limit.
 func (g *Gate) setClock(now func() time.Time) {
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -121,12 +121,15 @@ func (l *Loop) loadAndRead(ctx context.Context, r *policy.Ruleset) error {
 	return err
 }
 
+// load has the host enforce r, within the limit of a step.
 func (l *Loop) load(ctx context.Context, r *policy.Ruleset) error {
 	ctx, cancel := context.WithTimeout(ctx, StepLimit)
 	defer cancel()
 	return l.o.Host.Enforcer.Enforce(ctx, r)
 }
 
+// inspect compares what the host enforces with r, within the limit of a look, and keeps the
+// report.
 func (l *Loop) inspect(ctx context.Context, r *policy.Ruleset) error {
 	ctx, cancel := context.WithTimeout(ctx, LookLimit)
 	defer cancel()

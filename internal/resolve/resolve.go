@@ -127,6 +127,7 @@ type named struct {
 	failing bool
 }
 
+// answer is the result of one look-up: the addresses, or why there are none.
 type answer struct {
 	name    string
 	lane    int
