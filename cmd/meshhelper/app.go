@@ -22,77 +22,87 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 )
 
-// version is set by the linker; without, the module's version is used.
+// version is the release, which the linker sets (-X main.version). A build without it
+// reports the commit or the module's version: see versionText.
 var version string
 
-// The exit statuses.
+// The exit statuses. Scripts rely on them: docs/cli.md lists them.
 const (
 	exitDone         = 0
-	exitFailed       = 1 // refused or failed
-	exitUsage        = 2 // wrong usage
-	exitUnreachable  = 3 // no helper answers
-	exitNotPermitted = 4
+	exitFailed       = 1 // the helper or the system refused, or a step failed
+	exitUsage        = 2 // an argument is wrong by itself, for every user and mesh
+	exitUnreachable  = 3 // no helper answers on the socket
+	exitNotPermitted = 4 // the user may not do this, or may not open the socket
 )
 
-// newHost makes the host of a helper.
+// newHost makes the host that a helper runs on.
 type newHost func(hostOptions) (host.Host, error)
 
-// hostOptions are what a host is told.
+// hostOptions are the options of a newHost.
 type hostOptions struct {
-	stateDir string // where its files are
-	label    string // of the service, on a Mac; "" for the usual one
-	log      *slog.Logger
+	stateDir string       // folder of the host's journal
+	label    string       // name of the service, which names the anchor on a Mac; "" is the default
+	log      *slog.Logger // required
 }
 
-// app is what all commands share: the way in and out of the process, and the
-// global options.
+// app holds what all commands share: the process's input and output, and the global
+// options. Tests replace its fields instead of the process's own.
 type app struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
 	getenv         func(string) string
-	random         io.Reader
-	terminal       bool // whether stdout is one
-	columns, rows  int  // of the terminal that stdout is; 0: it is none
-	talkColumns    int  // of the terminal that stderr is; 0: it is none
-	size           func() (columns, rows int)
-	talkSize       func() (columns, rows int)
-	hosts          map[string]newHost // by the name that --platform takes
-	service        *serviceHost       // nil where there is no launchd
+	random         io.Reader // source of private keys
+	terminal       bool      // whether stdout is a terminal
+	columns, rows  int       // size of stdout's terminal; 0 where stdout is no terminal
+	talkColumns    int       // width of stderr's terminal; 0 where stderr is no terminal
 
-	// resolve looks a name up; nil: as this computer does.
+	// size and talkSize measure the terminals of stdout and stderr, in characters; nil
+	// means that neither is a terminal. A window may change size while a command runs, so
+	// status --watch measures again.
+	size, talkSize func() (columns, rows int)
+
+	hosts   map[string]newHost // by the name that --platform takes
+	service *serviceHost       // nil on a platform without a known service manager
+
+	// resolve looks a name up; nil uses this computer's resolver.
 	resolve func(context.Context, string) ([]netip.Addr, error)
 
-	// lookPath finds a program in the PATH; nil: all are there.
+	// lookPath finds a program in the PATH; nil finds every program under its own name.
 	lookPath func(name string) (string, error)
 
-	// flush waits, bounded, for what stderr hasn't taken yet.
+	// flush waits, for a bounded time, until stderr has taken what was written to it.
 	flush func()
 
-	socket  string
-	json    bool
-	started bool // whether a command began, and so wasn't used wrongly
+	socket string // --socket: path of the helper's socket
+	json   bool   // --json
+
+	// started is set once the arguments were parsed and the command runs. An error before
+	// that is wrong usage.
+	started bool
 }
 
-// answer is a command's standard output. It keeps the first error, so that a command
-// whose answer is lost, on a full disk for one, doesn't look done. (Of a descriptor that is
-// closed Go makes /dev/null; there nothing is noticed.)
-type answer struct {
+// errWriter is a command's standard output. It keeps the first error of a write, so that
+// a command whose output is lost, for example on a full disk, doesn't exit with status 0.
+// A standard output that the caller closed goes unnoticed: the Go runtime opens /dev/null
+// in its place (runtime.checkfds, runtime/fds_unix.go).
+type errWriter struct {
 	to  io.Writer
-	err error
+	err error // of the first write that failed
 }
 
-func (a *answer) Write(b []byte) (int, error) {
-	n, err := a.to.Write(b)
-	if a.err == nil {
-		a.err = err
+func (w *errWriter) Write(b []byte) (int, error) {
+	n, err := w.to.Write(b)
+	if w.err == nil {
+		w.err = err
 	}
 	return n, err
 }
 
-// written returns why the answer isn't where it is to stay: the first error of a
-// write, or of flushing a file, for only then a full or failing disk shows everywhere.
-func (a *app) written() error {
-	out, ok := a.stdout.(*answer)
+// outputError returns the first error of writing to stdout. Where stdout is a regular file
+// it also flushes the file, because some file systems report a full or failing disk only
+// then (fsync(2): ENOSPC, EIO).
+func (a *app) outputError() error {
+	out, ok := a.stdout.(*errWriter)
 	if !ok {
 		return nil
 	}
@@ -106,7 +116,8 @@ func (a *app) written() error {
 	return out.err
 }
 
-// main runs the command with args and returns its exit status.
+// main runs the command with args and returns its exit status. An error goes to stderr, as
+// text or, with --json, as JSON.
 func (a *app) main(args []string) int {
 	ctx, stop := endingBy(context.Background(), endSignals...)
 	defer stop()
@@ -114,7 +125,7 @@ func (a *app) main(args []string) int {
 	if a.flush == nil {
 		a.flush = func() {}
 	}
-	out := &answer{to: a.stdout}
+	out := &errWriter{to: a.stdout}
 	a.stdout = out
 	if a.size == nil {
 		a.size = func() (int, int) { return 0, 0 }
@@ -133,11 +144,11 @@ func (a *app) main(args []string) int {
 		return exitDone
 	}
 	if out.err != nil {
-		a.started = true // also where --help was asked for
+		a.started = true // cobra runs no command for --help, but that isn't wrong usage
 		lost := fmt.Errorf("the answer couldn't be written: %w", out.err)
-		var told *takenBack
+		var undone *undoneError
 		switch {
-		case errors.As(err, &told): // says it
+		case errors.As(err, &undone): // already names the write
 		case err == nil || errors.Is(err, out.err):
 			err = lost
 		default:
@@ -147,6 +158,7 @@ func (a *app) main(args []string) int {
 	if !a.started {
 		err = &usageError{err}
 	}
+	// An error in the arguments may come before --json was parsed.
 	if a.json || slices.Contains(args, "--json") {
 		a.sayErrorJSON(cmd, err)
 		return exitStatus(err)
@@ -163,23 +175,25 @@ func (a *app) main(args []string) int {
 	return exitStatus(err)
 }
 
-// The codes of errors with --json that no helper answers with.
+// Error codes that only the command reports with --json. Those of the helper are in
+// internal/api.
 const (
-	codeUsage        = "usage"
-	codeUnreachable  = "unreachable"
-	codeNotPermitted = "not_permitted"
-	codeUntrusted    = "untrusted"
-	codeFailed       = "failed"
+	codeUsage        = "usage"         // exit status 2
+	codeUnreachable  = "unreachable"   // exit status 3
+	codeNotPermitted = "not_permitted" // exit status 4, by the system: the helper's own code is forbidden
+	codeUntrusted    = "untrusted"     // another user could have made the socket
+	codeFailed       = "failed"        // any other error
 )
 
-// sayErrorJSON writes an error as a line of JSON on stderr, in the form in which the
-// helper answers with one.
+// sayErrorJSON writes an error to stderr as one line of JSON, in the form of the helper's
+// error answers: {"error": {"code": ..., "message": ..., "hint": ...}}.
 func (a *app) sayErrorJSON(cmd *cobra.Command, err error) {
 	out := api.Error{Code: codeFailed, Message: err.Error(), Hint: a.reachHint(err)}
 	var refused *api.Error
 	switch {
 	case errors.As(err, &refused):
 		out.Code = refused.Code
+		// A wrapped error keeps its whole text as the message, and has no hint.
 		if err == error(refused) {
 			out = *refused
 		}
@@ -194,20 +208,25 @@ func (a *app) sayErrorJSON(cmd *cobra.Command, err error) {
 	}
 	enc := json.NewEncoder(a.stderr)
 	enc.SetEscapeHTML(false)
-	// An error that can't be written leaves the exit status.
+	// If stderr takes nothing, the exit status still reports the error.
 	_ = enc.Encode(map[string]api.Error{"error": out})
 }
 
-// usageError is the command used wrongly.
+// usageError is an argument that is wrong by itself, without regard to the helper's state
+// or the user's rights. The exit status is 2.
 type usageError struct{ err error }
 
 func (e *usageError) Error() string { return e.err.Error() }
 func (e *usageError) Unwrap() error { return e.err }
 
+// usagef returns a usageError with a formatted message.
 func usagef(format string, args ...any) error {
 	return &usageError{fmt.Errorf(format, args...)}
 }
 
+// exitStatus returns the exit status for an error, which isn't nil. The helper's errors
+// about the request alone count as wrong usage, so that a script sees the same status
+// whether the command or the helper found the mistake.
 func exitStatus(err error) int {
 	var usage *usageError
 	var refused *api.Error
@@ -226,6 +245,8 @@ func exitStatus(err error) int {
 	return exitFailed
 }
 
+// reachHint returns the hint for a socket that the command couldn't use, and "" for any
+// other error.
 func (a *app) reachHint(err error) string {
 	switch {
 	case errors.Is(err, api.ErrUnreachable):
@@ -233,11 +254,13 @@ func (a *app) reachHint(err error) string {
 	case errors.Is(err, api.ErrNotPermitted):
 		return "try sudo"
 	case errors.Is(err, api.ErrUntrusted):
-		return "a helper's socket is root's or yours, and in a folder that no other user may write to"
+		return "a helper's socket belongs to root or to you, in a folder that no other user may write to"
 	}
 	return ""
 }
 
+// newRoot builds the command tree. cobra's own errors, help and usage output are replaced,
+// so that all commands speak alike: see usage.go, near.go and wrap.go.
 func newRoot(a *app) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "meshhelper",
@@ -246,7 +269,8 @@ func newRoot(a *app) *cobra.Command {
 your friends' devices. What each of them may do is a toggle: connect to this
 host, reach the internet through it, or reach its networks.`,
 		Version: versionLine(),
-		Args:    cobra.ArbitraryArgs,
+		// RunE refuses an unknown command in the project's words rather than cobra's.
+		Args: cobra.ArbitraryArgs,
 		RunE: func(c *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				return c.Help()
@@ -270,22 +294,22 @@ host, reach the internet through it, or reach its networks.`,
 	root.SetHelpFunc(a.wrapHelpOf(root.HelpFunc()))
 	root.SetHelpCommand(newHelpCommand())
 	root.SetVersionTemplate("{{.Version}}\n")
-	root.SetFlagErrorFunc(nearFlag)
+	root.SetFlagErrorFunc(suggestFlag)
 	addCompletion(a, root)
-	speak(root)
-	propose(root)
+	applyConventions(root)
+	addSuggestions(root)
 	return root
 }
 
-// group makes a command that only holds others.
+// group makes a command that does nothing itself but has subcommands.
 func group(use, short string, commands ...*cobra.Command) *cobra.Command {
 	c := &cobra.Command{Use: use, Short: short, RunE: needsCommand}
 	c.AddCommand(commands...)
 	return c
 }
 
-// needsCommand is run where a command that only holds others is called by itself, or with
-// one that it doesn't have.
+// needsCommand is the RunE of a group. cobra calls it without a subcommand, or with an
+// unknown one; both are wrong usage.
 func needsCommand(c *cobra.Command, args []string) error {
 	if len(args) == 0 {
 		var names []string
@@ -299,9 +323,11 @@ func needsCommand(c *cobra.Command, args []string) error {
 	return unknownCommand(c, args[0])
 }
 
+// client returns a client of the helper. It connects with the first request.
 func (a *app) client() *api.Client { return api.NewClient(a.socket) }
 
-// print writes v as JSON where that was asked for, and else calls text.
+// print writes v as JSON with --json, and calls text without. JSON is one line, for
+// programs that read line by line, except on a terminal, where it is indented.
 func (a *app) print(v any, text func()) error {
 	if !a.json {
 		text()
@@ -315,9 +341,10 @@ func (a *app) print(v any, text func()) error {
 	return enc.Encode(v)
 }
 
-// defaultSocket is where a command looks for the helper: what the environment
-// says, else the system's, else that of a helper of this user's, where no other
-// user can have made it. Root looks for the system's only.
+// defaultSocket returns the path on which a command looks for the helper:
+// $MESHHELPER_SOCKET, else the system's socket if it exists, else this user's own. The
+// user's own counts only if no other user can have made it (api.CheckSocket), and root
+// never uses it: a socket that another user serves could forge the answers.
 func (a *app) defaultSocket() string {
 	if path := a.getenv("MESHHELPER_SOCKET"); path != "" {
 		return path
@@ -332,6 +359,8 @@ func (a *app) defaultSocket() string {
 	return system
 }
 
+// systemSocket returns the socket of the helper that the system's service manager runs.
+// macOS has no /run; its /var/run is root's and emptied at boot.
 func systemSocket() string {
 	if runtime.GOOS == "darwin" {
 		return "/var/run/meshhelper.sock"
@@ -339,9 +368,10 @@ func systemSocket() string {
 	return "/run/meshhelper.sock"
 }
 
-// userSocket is where a helper that isn't root's has its socket: in a folder that
-// only its user may write to, and never in one for temporary files. It is "" where
-// the environment names none.
+// userSocket returns the socket of a helper that a user other than root runs: in
+// $XDG_RUNTIME_DIR, which only its user may write to, else in the state folder. It never
+// lies in /tmp, where another user could make it first. It is "" if the environment gives
+// no absolute path.
 func (a *app) userSocket() string {
 	dir := a.getenv("XDG_RUNTIME_DIR")
 	if dir == "" {
@@ -353,7 +383,9 @@ func (a *app) userSocket() string {
 	return filepath.Join(dir, "meshhelper.sock")
 }
 
-// defaultStateDir is where the helper of a platform keeps its files.
+// defaultStateDir returns the folder in which the helper of a platform keeps its keys and
+// state. For userspace it follows the XDG Base Directory Specification ($XDG_STATE_HOME,
+// else ~/.local/state).
 func (a *app) defaultStateDir(platform string) string {
 	switch platform {
 	case "userspace":
@@ -367,7 +399,8 @@ func (a *app) defaultStateDir(platform string) string {
 	return "/var/lib/meshhelper"
 }
 
-// versionText is what was built: the release, or the commit.
+// versionText returns the release, else "devel-" and the first 12 digits of the commit,
+// else the module's version, as `go install` with a version leaves it.
 func versionText() string {
 	if version != "" {
 		return version
@@ -384,11 +417,13 @@ func versionText() string {
 	return strings.Trim(info.Main.Version, "()")
 }
 
-// versionLine says what this is, for a person.
+// versionLine returns the version with the Go release and the platform, for a reader who
+// files a bug report.
 func versionLine() string {
 	return fmt.Sprintf("meshhelper %s (%s, %s/%s)", versionText(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }
 
+// newVersionCommand returns `version`.
 func newVersionCommand(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use: "version", Short: "Print the version",

@@ -4,5 +4,5 @@ package main
 
 import "os"
 
-// sizeOf returns 0: the size of a terminal isn't known here.
+// sizeOf returns 0, 0, so that output is never wrapped: there is no TIOCGWINSZ here.
 func sizeOf(*os.File) (columns, rows int) { return 0, 0 }

@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// sizeOf returns the width and the height of a terminal in characters, and 0 for
-// anything else.
+// sizeOf returns the width and height of a terminal in characters (ioctl_tty(2),
+// TIOCGWINSZ), and 0, 0 if f is no terminal. A serial console may say 0, 0, too.
 func sizeOf(f *os.File) (columns, rows int) {
 	size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
 	if err != nil {

@@ -4,10 +4,17 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// bashHelpers are what cobra's script for bash takes from the package bash-completion,
-// for a bash without it, a Mac's for one: the words before the cursor, which bash splits
-// at = and :, what stands before the last colon of a proposal, and files.
-const bashHelpers = `# The package bash-completion isn't needed: these stand in for what is used of it.
+// bashHelpers stand in for the three functions that cobra's bash script calls from the
+// package bash-completion, which macOS and minimal Linux systems don't have. They run with
+// the bash 3.2 of macOS, and do nothing if the package is loaded.
+//
+//   - _get_comp_words_by_ref splits the line at spaces only. Bash itself also splits at
+//     the characters of COMP_WORDBREAKS, which include = and :, and so at each colon of an
+//     IPv6 address.
+//   - __ltrim_colon_completions removes from each proposal the part up to the last colon,
+//     because bash replaces only the text after it.
+//   - _filedir proposes files, or with -d folders.
+const bashHelpers = `# Stand-ins for the functions of the package bash-completion, which isn't needed.
 if ! declare -F _get_comp_words_by_ref >/dev/null; then
     _get_comp_words_by_ref() {
         local IFS=$' \t\n' line=${COMP_LINE:0:COMP_POINT}
@@ -45,8 +52,8 @@ fi
 
 `
 
-// addCompletion adds cobra's command `completion`, whose script for bash works without
-// the package bash-completion here.
+// addCompletion adds cobra's command `completion`, with bashHelpers before the script for
+// bash.
 func addCompletion(a *app, root *cobra.Command) {
 	root.InitDefaultCompletionCmd("completion")
 	for _, c := range root.Commands() {
@@ -58,13 +65,13 @@ func addCompletion(a *app, root *cobra.Command) {
 			if shell.Name() != "bash" {
 				continue
 			}
-			shell.Long = `Print the completion script for bash. It needs no other package.
+			shell.Long = `Print the completion script for bash. It doesn't need the package bash-completion.
 
 For this shell:      source <(meshhelper completion bash)
 For every new one:   meshhelper completion bash > /etc/bash_completion.d/meshhelper
                      or add the line above to ~/.bashrc`
 			shell.RunE = func(c *cobra.Command, _ []string) error {
-				a.sayWhole(bashHelpers)
+				a.sayVerbatim(bashHelpers)
 				bare, err := c.Flags().GetBool("no-descriptions")
 				if err != nil {
 					return err

@@ -20,14 +20,16 @@ func newEventsCommand(a *app) *cobra.Command {
 	var follow bool
 	c := &cobra.Command{
 		Use: "events", Short: "Show what happened",
-		Long: `Show what happened, the last thousand events, also those of before the helper's last
-start. With --follow go on with what happens; a helper that starts again is waited for.`,
+		Long: `Show the last thousand events, including those from before the helper's last start.
+With --follow, go on with events as they happen; if the helper goes away, the command
+waits until it answers again.`,
 		RunE: func(c *cobra.Command, _ []string) error { return showEvents(c.Context(), a, follow) },
 	}
-	c.Flags().BoolVar(&follow, "follow", false, "go on with what happens")
+	c.Flags().BoolVar(&follow, "follow", false, "go on with events as they happen")
 	return c
 }
 
+// showEvents prints the journal, and with follow each new event until ctx ends.
 func showEvents(ctx context.Context, a *app, follow bool) error {
 	var last uint64
 	out := eventWriter{app: a, users: map[uint32]string{}}
@@ -38,8 +40,10 @@ func showEvents(ctx context.Context, a *app, follow bool) error {
 	if !follow {
 		return a.client().Events(ctx, 0, false, each)
 	}
-	return a.outlast(ctx, func(answered func()) error {
-		// Each helper has recorded something by the time it answers.
+	return a.retryUnreachable(ctx, func(answered func()) error {
+		// last keeps an event from being printed again after the connection was lost.
+		// Every helper has recorded an event by the time it answers, so that the first one
+		// here shows that it is reachable.
 		return a.client().Events(ctx, last, true, func(e events.Event) error {
 			answered()
 			return each(e)
@@ -47,14 +51,15 @@ func showEvents(ctx context.Context, a *app, follow bool) error {
 	})
 }
 
-// reachPause is how long a command waits between attempts to reach a helper that went
-// away.
+// reachPause is the time between two attempts to reach a helper that went away. A restart
+// takes a second or two, and an attempt costs one connect(2) on a Unix socket.
 const reachPause = 500 * time.Millisecond
 
-// outlast calls ask again where it failed because the helper went away, once it has
-// answered, and says so once for each time that it goes. ask calls answered when the
-// helper does.
-func (a *app) outlast(ctx context.Context, ask func(answered func()) error) error {
+// retryUnreachable calls ask, and again every reachPause while the helper is unreachable.
+// A helper that never answered is an error; only one that was reached before, and may be
+// restarting, is waited for. ask calls answered when the helper answers. Each loss and each
+// return of the helper is reported once on stderr. The end of ctx is no error.
+func (a *app) retryUnreachable(ctx context.Context, ask func(answered func()) error) error {
 	reached, away := false, false
 	answered := func() {
 		if away {
@@ -82,28 +87,30 @@ func (a *app) outlast(ctx context.Context, ask func(answered func()) error) erro
 	}
 }
 
-// eventWriter writes events, with the names of the users that asked for them.
+// eventWriter writes events, with the names of the users that caused them.
 type eventWriter struct {
 	app   *app
-	users map[uint32]string
+	users map[uint32]string // names by user ID, each looked up once
 }
 
-// userEvent is an event with its user's name, as this command knows it: the helper
-// looks up none, for a user database may not answer.
+// userEvent is an event with its user's name. The command looks the name up, because the
+// helper must not wait for a user database (LDAP, for example) that may not answer.
 type userEvent struct {
 	events.Event
 	User string `json:"user,omitempty"`
 }
 
+// write prints one event: on a line of its own, and on a terminal narrower than 80 columns
+// with a shorter time, so that the message has room.
 func (w *eventWriter) write(e events.Event) error {
-	who := userEvent{Event: e}
+	named := userEvent{Event: e}
 	if e.UID != nil {
-		who.User = w.name(*e.UID)
+		named.User = w.name(*e.UID)
 	}
-	return w.app.print(who, func() {
+	return w.app.print(named, func() {
 		text := e.Message
-		if who.User != "" {
-			text += ", by " + who.User
+		if named.User != "" {
+			text += ", by " + named.User
 		}
 		at := e.Time.Local().Format("2006-01-02 15:04:05")
 		if w.app.columns > 0 && w.app.columns < 80 {
@@ -115,7 +122,7 @@ func (w *eventWriter) write(e events.Event) error {
 	})
 }
 
-// name returns a user's name, or "user 1000" for one that has none here.
+// name returns a user's name, or "user 1000" if the user database has no entry.
 func (w *eventWriter) name(uid uint32) string {
 	name, known := w.users[uid]
 	if known {

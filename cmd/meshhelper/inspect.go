@@ -72,7 +72,7 @@ func runExplain(ctx context.Context, o *explainOptions, peer, to string) error {
 	if err != nil {
 		return err
 	}
-	if q.To, err = a.findDestination(ctx, t, &q); err != nil {
+	if q.To, err = a.resolveDestination(ctx, t, &q); err != nil {
 		return err
 	}
 	e, err := a.explain(ctx, q, o.host, o.language)
@@ -173,9 +173,9 @@ func parseNamed(to string) (name string, port uint16, err error) {
 // lookupLimit bounds the look-up of a destination's name.
 const lookupLimit = 10 * time.Second
 
-// findDestination returns the address that is asked about: of a peer by its name, or of
+// resolveDestination returns the address that is asked about: of a peer by its name, or of
 // another name as this computer looks it up.
-func (a *app) findDestination(ctx context.Context, t *destination, q *api.Question) (netip.Addr, error) {
+func (a *app) resolveDestination(ctx context.Context, t *destination, q *api.Question) (netip.Addr, error) {
 	if t.name == "" {
 		return q.To, nil
 	}
@@ -466,7 +466,7 @@ func (a *app) writeChecks(checks []api.Check) {
 	}
 }
 
-func notHere(use, short string) *cobra.Command {
+func newUnsupportedCommand(use, short string) *cobra.Command {
 	return &cobra.Command{
 		Use: use, Short: short + " (macOS)", DisableFlagParsing: true,
 		RunE: func(*cobra.Command, []string) error {

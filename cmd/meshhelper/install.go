@@ -68,7 +68,7 @@ func (a *app) onLaunchd() bool { return a.service != nil && !a.service.systemd }
 
 func newInstallCommand(a *app) *cobra.Command {
 	if a.service == nil {
-		return notHere("install", "Install the helper as a service")
+		return newUnsupportedCommand("install", "Install the helper as a service")
 	}
 	o := &installOptions{app: a}
 	c := &cobra.Command{
@@ -98,7 +98,7 @@ func (o *installOptions) run(ctx context.Context) error {
 		return err
 	}
 	if o.dryRun {
-		return o.rehearse(ctx, what)
+		return o.printPlan(ctx, what)
 	}
 	boots := true
 	err = install.Install(ctx, what, func(s install.Step, err error) {
@@ -108,7 +108,7 @@ func (o *installOptions) run(ctx context.Context) error {
 	if err != nil {
 		return o.app.serviceError("install", err)
 	}
-	s, err := o.settled(ctx)
+	s, err := o.waitEnforcing(ctx)
 	if err != nil {
 		return err
 	}
@@ -119,14 +119,14 @@ func (o *installOptions) run(ctx context.Context) error {
 	return closedError(s)
 }
 
-// rehearse prints the steps, and what install would refuse.
-func (o *installOptions) rehearse(ctx context.Context, what *install.Options) error {
+// printPlan prints the steps, and what install would refuse.
+func (o *installOptions) printPlan(ctx context.Context, what *install.Options) error {
 	if err := o.app.printSteps(install.InstallSteps(what)); err != nil {
 		return err
 	}
 	err := install.Refusal(ctx, what)
 	if errors.Is(err, os.ErrPermission) {
-		o.app.talk("install itself needs root: sudo %s install", o.app.me())
+		o.app.talk("install itself needs root: sudo %s install", o.app.commandName())
 		return nil
 	}
 	return o.app.serviceError("install", err)
@@ -134,7 +134,7 @@ func (o *installOptions) rehearse(ctx context.Context, what *install.Options) er
 
 // settled returns the helper's status when it enforces, or when it has been closed
 // for some seconds: what is closed by a passing fault is tried again within them.
-func (o *installOptions) settled(ctx context.Context) (s api.Status, err error) {
+func (o *installOptions) waitEnforcing(ctx context.Context) (s api.Status, err error) {
 	limit := o.app.service.settle
 	if limit == 0 {
 		limit = settleTime
@@ -169,7 +169,7 @@ func (o *installOptions) describe(s api.Status, what *install.Options, boots boo
 		a.say("%s may change the mesh.", o.operator)
 	}
 	if o.caller != o.operator && o.caller != "" {
-		a.talk("%s may not, for the operator stays who it was; for another: sudo %s install --operator %[1]s", o.caller, a.me())
+		a.talk("%s may not, for the operator stays who it was; for another: sudo %s install --operator %[1]s", o.caller, a.commandName())
 	}
 	if s.State != api.Enforcing {
 		return
@@ -180,7 +180,7 @@ func (o *installOptions) describe(s api.Status, what *install.Options, boots boo
 			a.talk("         %s", p.Hint)
 		}
 	}
-	command := a.me()
+	command := a.commandName()
 	if command != "meshhelper" {
 		command = what.Program() // the source may be thrown away
 	}
@@ -249,7 +249,7 @@ func (o *installOptions) keep(what *install.Options, given map[string]*string) e
 	if err != nil {
 		return err
 	}
-	changes := o.app.listed(what)
+	changes := o.app.listArguments(what)
 	before := changes[wanted.SettingOperator] != nil || kept[wanted.SettingOperator] != ""
 	for key, value := range given {
 		if key == wanted.SettingOperator && before && !o.given(key) {
@@ -268,7 +268,7 @@ func (o *installOptions) keep(what *install.Options, given map[string]*string) e
 
 // listed returns what the installed property list has as arguments of the helper's: they
 // would count whatever is kept, and did until now. Lists that are written by now have none.
-func (a *app) listed(what *install.Options) map[string]*string {
+func (a *app) listArguments(what *install.Options) map[string]*string {
 	out := map[string]*string{}
 	text, err := os.ReadFile(filepath.Join(a.service.root, what.List()))
 	if err != nil || a.service.systemd {
@@ -319,7 +319,7 @@ func (a *app) installed(label string) *install.Options {
 }
 
 // me is what starts this program: its name, or where a shell doesn't find that, its path.
-func (a *app) me() string {
+func (a *app) commandName() string {
 	if a.lookPath == nil {
 		return "meshhelper"
 	}
@@ -336,7 +336,7 @@ func (a *app) me() string {
 // startHint says how the helper is started: the service, where it is installed and its
 // socket was asked.
 func (a *app) startHint() string {
-	run := fmt.Sprintf("sudo %s run", a.me())
+	run := fmt.Sprintf("sudo %s run", a.commandName())
 	if a.service == nil {
 		return "start it with: " + run
 	}
@@ -356,12 +356,12 @@ func (a *app) startHint() string {
 	case a.service.systemd && !what.HasSystemd():
 		return "start it with: " + run
 	}
-	return fmt.Sprintf("sudo %s install, or in the foreground: %s", a.me(), run)
+	return fmt.Sprintf("sudo %s install, or in the foreground: %s", a.commandName(), run)
 }
 
 func newUninstallCommand(a *app) *cobra.Command {
 	if a.service == nil {
-		return notHere("uninstall", "Remove the service and put the host back as it was")
+		return newUnsupportedCommand("uninstall", "Remove the service and put the host back as it was")
 	}
 	label, purge := "", false
 	c := &cobra.Command{
@@ -396,7 +396,7 @@ func (a *app) printLeft(left []string, purge bool) error {
 		}
 		a.say("Left: %s", strings.Join(left, ", "))
 		if !purge {
-			a.talk("to remove the keys, all peers and the logs, too: sudo %s uninstall --purge", a.me())
+			a.talk("to remove the keys, all peers and the logs, too: sudo %s uninstall --purge", a.commandName())
 		}
 	})
 }
@@ -431,14 +431,14 @@ func (a *app) serviceError(command string, err error) error {
 	case err == nil:
 		return nil
 	case errors.Is(err, install.ErrNoSystemd):
-		return fmt.Errorf("%w; run the helper by what starts services here, or in the foreground: sudo %s run", err, a.me())
+		return fmt.Errorf("%w; run the helper by what starts services here, or in the foreground: sudo %s run", err, a.commandName())
 	case errors.Is(err, os.ErrPermission):
-		return api.Errorf(api.CodeForbidden, "%v", err).WithHint("try: sudo %s %s", a.me(), command)
+		return api.Errorf(api.CodeForbidden, "%v", err).WithHint("try: sudo %s %s", a.commandName(), command)
 	case errors.As(err, &e):
 		return fmt.Errorf("%w; %s", err, e.Hint())
 	case errors.Is(err, api.ErrUnreachable): // it is installed, so installing it is no advice
 		what, _, _ := strings.Cut(err.Error(), "\n")
-		return fmt.Errorf("%s; see why: sudo %s doctor", what, a.me())
+		return fmt.Errorf("%s; see why: sudo %s doctor", what, a.commandName())
 	}
 	return err
 }

@@ -54,7 +54,7 @@ func findPf(text string, rule policy.Rule, p policy.Packet) string {
 	}
 	label := fmt.Sprintf("label %q", "mesh-"+name)
 	for line := range strings.Lines(text) {
-		if strings.Contains(line, label) && isFor(line, p) {
+		if strings.Contains(line, label) && ruleApplies(line, p) {
 			return strings.TrimSpace(line)
 		}
 	}
@@ -63,7 +63,7 @@ func findPf(text string, rule policy.Rule, p policy.Packet) string {
 
 // isFor reports whether a rule of pf is for a packet's family and protocol. One
 // that names none is for all.
-func isFor(line string, p policy.Packet) bool {
+func ruleApplies(line string, p policy.Packet) bool {
 	if v6 := p.Dst.Is6(); v6 && strings.Contains(line, " inet ") || !v6 && strings.Contains(line, " inet6 ") {
 		return false
 	}
@@ -76,12 +76,12 @@ func isFor(line string, p policy.Packet) bool {
 	return !named || slices.Contains(strings.Split(protos, ", "), name)
 }
 
-// nftPlace is where a rule stands: in a chain, the line with a text, or the last
+// nftRule is where a rule stands: in a chain, the line with a text, or the last
 // line where that is empty. A # stands for the family, 4 or 6.
-type nftPlace struct{ chain, text string }
+type nftRule struct{ chain, text string }
 
-// nftPlaces are the rules that hold the lines of the policy.
-var nftPlaces = map[policy.Rule]nftPlace{
+// nftRules are the rules that hold the lines of the policy.
+var nftRules = map[policy.Rule]nftRule{
 	policy.RuleIncoming:   {"permitted_self#", "@may_incoming# "},
 	policy.RuleNoIncoming: {"permitted_self#", ""},
 	policy.RuleLAN:        {"permitted#", "@may_lan# return"},
@@ -104,9 +104,9 @@ var nftPlaces = map[policy.Rule]nftPlace{
 // findNft returns the chain and the rule of a table that hold a line of the
 // policy.
 func findNft(text string, rule policy.Rule, p policy.Packet) string {
-	place, ok := nftPlaces[rule]
+	place, ok := nftRules[rule]
 	if s, served := policy.ServiceBy(rule); served {
-		place, ok = nftPlace{"permitted_self#", "@may_" + s.Name + "# "}, true
+		place, ok = nftRule{"permitted_self#", "@may_" + s.Name + "# "}, true
 	}
 	if !ok {
 		return ""

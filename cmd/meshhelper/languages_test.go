@@ -81,7 +81,7 @@ func TestEveryPlaceIsThere(t *testing.T) {
 		}
 	}
 	_, text, _ := languages["nft"].Render(r)
-	for rule := range nftPlaces {
+	for rule := range nftRules {
 		for _, dst := range []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()} {
 			if findNft(text, rule, policy.Packet{Dst: dst}) == "" {
 				t.Errorf("nft has no rule for %q, IPv6 %v", rule, dst.Is6())

@@ -1,6 +1,11 @@
-// Command meshhelper turns this computer into a router for WireGuard peers,
-// one toggle per peer and permission. It is the command and, as `meshhelper
-// run`, the helper that the command talks to.
+// Command meshhelper turns this computer into a router for WireGuard peers, with one
+// toggle per peer and permission. The same binary is the helper, as `meshhelper run`, and
+// the command, which asks the helper over a Unix socket (internal/api).
+//
+// Each command has a newXCommand function that declares its flags, and a function that
+// does its work with an app, which tests fill with their own input, output and host. The
+// answer goes to stdout (app.say, app.print), remarks and errors to stderr (app.talk). The
+// exit statuses are in app.go. docs/cli.md is the reference of commands and flags.
 package main
 
 import (
@@ -13,7 +18,7 @@ func main() {
 	os.Exit(newApp(hosts()).main(os.Args[1:]))
 }
 
-// newApp returns the app of this process.
+// newApp returns the app of this process, whose helper can run on the hosts in p.
 func newApp(p map[string]newHost) *app {
 	return &app{
 		stdout: os.Stdout, stderr: os.Stderr, stdin: os.Stdin,
@@ -23,8 +28,8 @@ func newApp(p map[string]newHost) *app {
 	}
 }
 
-// isTerminal reports whether f is a character device, which a terminal is and a
-// file or pipe isn't; /dev/null is one, too, which has no reader.
+// isTerminal reports whether f is a character device, as a terminal is and a file or pipe
+// isn't. /dev/null is one, too, but text that is written there has no reader.
 func isTerminal(f *os.File) bool {
 	info, err := f.Stat()
 	return err == nil && info.Mode()&os.ModeCharDevice != 0

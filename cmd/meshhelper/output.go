@@ -8,19 +8,22 @@ import (
 	"path/filepath"
 )
 
-// outputFile is the new file that a configuration with a private key is written to. Its
-// folder may be another user's, who may put a link to a third one in its place at any time:
-// it is opened once.
+// outputFile is the new file of --output, to which a configuration with its private key is
+// written. The command often runs as root, and another user may own the folder and replace
+// it or the file with a link at any time. So both are opened once, and every later step
+// uses the open descriptors instead of the path.
 type outputFile struct {
 	f    *os.File
-	dir  *os.Root
-	path string
-	done bool // whether all of it is on the disk
+	dir  *os.Root // the folder
+	path string   // as given, for messages
+	done bool     // whether the whole text is on disk, under this path
 }
 
-// create makes the file of --output, where one was given, before anything is changed. It
-// is there for nobody else: one that exists, also as a link, isn't used.
-func (o *peerAddOptions) create() error {
+// openOutput creates the file of --output, if one was given, before the helper is asked to
+// change anything: a change whose configuration has no place to go would have to be undone.
+// Only the user can read the file (mode 0600). O_EXCL refuses an existing file and any
+// symbolic link (open(2)).
+func (o *peerAddOptions) openOutput() error {
 	if o.output == "" {
 		return nil
 	}
@@ -39,7 +42,7 @@ func (o *peerAddOptions) create() error {
 			return fmt.Errorf("--output: %q is a folder: give a file in it", o.output)
 		}
 		if errors.Is(err, fs.ErrExist) {
-			return fmt.Errorf("--output: %q already exists, and isn't written over: choose another name, or remove it", o.output)
+			return fmt.Errorf("--output: %q already exists and isn't overwritten: choose another name, or remove it", o.output)
 		}
 		return fmt.Errorf("--output: %w", err)
 	}
@@ -47,36 +50,41 @@ func (o *peerAddOptions) create() error {
 	return nil
 }
 
-// end closes the file. One that isn't whole is removed, and so is that of a command that
-// failed before the file was written.
-func (o *peerAddOptions) end(err error) error {
+// closeOutput closes the file and returns err, the command's error. It removes a file that
+// isn't complete, because writing it or a step before failed; if it can't, the error says
+// so, too.
+func (o *peerAddOptions) closeOutput(err error) error {
 	if o.file == nil {
 		return err
 	}
 	defer o.file.dir.Close()
-	defer o.file.f.Close() // everything is on the disk, or the file goes
+	defer o.file.f.Close() // its error tells nothing new: the text is synced, or the file is removed
 	if !o.file.done {
 		return errors.Join(err, o.file.remove())
 	}
 	return err
 }
 
-// remove removes the file, and no other that has its name by now.
+// remove removes the file, but not another file that has its name by now. Renaming within
+// the folder in the instant between the two steps can't be excluded, but then the user who
+// owns the folder removes a file of that folder.
 func (w *outputFile) remove() error {
 	name := filepath.Base(w.path)
 	if now, err := w.dir.Lstat(name); !w.is(now, err) {
-		return fmt.Errorf("--output: the file that was made as %q isn't removed, for it has another name by now; it is void", w.path)
+		return fmt.Errorf("--output: the incomplete file that was created as %q wasn't removed, because it was renamed since; don't use it", w.path)
 	}
 	return w.dir.Remove(name)
 }
 
-// is reports whether now is the file.
+// is reports whether now, the result of an Lstat with the error err, is the open file.
 func (w *outputFile) is(now fs.FileInfo, err error) bool {
-	made, statErr := w.f.Stat()
-	return err == nil && statErr == nil && os.SameFile(now, made)
+	created, statErr := w.f.Stat()
+	return err == nil && statErr == nil && os.SameFile(now, created)
 }
 
-// write puts text on the disk, with the file's name in its folder.
+// write writes text and flushes it and the folder's entry to disk, since the private key
+// exists nowhere else. It fails if the path no longer leads to the file: the user would look
+// there and find another one.
 func (w *outputFile) write(text string) error {
 	_, err := w.f.WriteString(text)
 	if err == nil {
@@ -85,14 +93,13 @@ func (w *outputFile) write(text string) error {
 	if err != nil {
 		return err
 	}
-	// Where a folder can't be flushed, as on some file systems, the file is there all
-	// the same.
+	// Some file systems can't flush a folder (fsync(2): EINVAL). The file is still written.
 	if dir, err := w.dir.Open("."); err == nil {
 		_ = dir.Sync()
 		dir.Close()
 	}
 	if now, err := os.Lstat(w.path); !w.is(now, err) {
-		return fmt.Errorf("--output: %q doesn't lead to the file that was made any more, for its folder or its name was changed meanwhile: choose a folder that no other user can change", w.path)
+		return fmt.Errorf("--output: %q no longer leads to the file that was created, because the folder or the file was renamed or replaced: choose a folder that no other user can change", w.path)
 	}
 	w.done = true
 	return nil

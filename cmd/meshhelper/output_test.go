@@ -47,16 +47,16 @@ func TestOutputInAnotherUsersFolder(t *testing.T) {
 			must(os.Mkdir(victims, 0o755))
 			must(os.WriteFile(victim, []byte("another's"), 0o600))
 			o := &peerAddOptions{output: file}
-			must(o.create())
+			must(o.openOutput())
 			must(swap(dir, victims, file))
 			var err error
 			if written {
-				if err = o.file.write("PrivateKey = x\n"); err == nil || !strings.Contains(err.Error(), "doesn't lead to the file that was made any more") {
+				if err = o.file.write("PrivateKey = x\n"); err == nil || !strings.Contains(err.Error(), "no longer leads to the file that was created") {
 					t.Errorf("%s: writing it says %v", name, err)
 				}
 			}
 			inPlace := name == "a link to another folder"
-			if err := o.end(nil); (err == nil) != inPlace {
+			if err := o.closeOutput(nil); (err == nil) != inPlace {
 				t.Errorf("%s: ending it says %v", name, err)
 			}
 			if text, err := os.ReadFile(victim); string(text) != "another's" {

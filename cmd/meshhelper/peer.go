@@ -15,6 +15,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
+// newPeerCommand returns `peer` and its subcommands.
 func newPeerCommand(a *app) *cobra.Command {
 	return group("peer", "Add, remove and permit peers",
 		newPeerAddCommand(a), newPeerRemoveCommand(a), newPeerRenameCommand(a),
@@ -24,7 +25,8 @@ func newPeerCommand(a *app) *cobra.Command {
 	)
 }
 
-// completePeers completes the first argument with the names of peers.
+// completePeers completes the first argument with the names of the helper's peers. Without
+// a helper it completes nothing.
 func (a *app) completePeers(c *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
 	if len(args) > 0 {
 		return nil, cobra.ShellCompDirectiveNoFileComp
@@ -40,6 +42,8 @@ func (a *app) completePeers(c *cobra.Command, args []string, _ string) ([]string
 	return names, cobra.ShellCompDirectiveNoFileComp
 }
 
+// newPeerRemoveCommand returns `peer remove`. Repeating it is success, as long as the helper
+// remembers the removed peer.
 func newPeerRemoveCommand(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use: "remove NAME", Aliases: []string{"rm"}, SuggestFor: []string{"delete", "del", "drop"}, Short: "Remove a peer",
@@ -48,24 +52,24 @@ func newPeerRemoveCommand(a *app) *cobra.Command {
 			changed, err := a.client().RemovePeer(c.Context(), args[0])
 			var refused *api.Error
 			if errors.As(err, &refused) && refused.Code == api.CodeAlreadyRemoved {
-				return a.print(removedAnswer{args[0], true, true}, func() { a.say("%s was removed before; it is no peer", args[0]) })
+				return a.print(removedAnswer{args[0], true, true}, func() { a.say("%s was already removed", args[0]) })
 			}
 			if err != nil {
 				return err
 			}
-			return a.print(removedAnswer{changed.Peer.Name, true, false}, func() { a.say("%s is no peer any more", changed.Peer.Name) })
+			return a.print(removedAnswer{changed.Peer.Name, true, false}, func() { a.say("%s is no longer a peer", changed.Peer.Name) })
 		},
 	}
 }
 
-// removedAnswer is what peer remove prints with --json, also where the peer was removed
-// before.
+// removedAnswer is what peer remove prints with --json.
 type removedAnswer struct {
 	Name    string `json:"name"`
-	Removed bool   `json:"removed"`
-	Already bool   `json:"already"`
+	Removed bool   `json:"removed"` // always true: a failure is an error
+	Already bool   `json:"already"` // the peer had been removed before
 }
 
+// newPeerRenameCommand returns `peer rename`.
 func newPeerRenameCommand(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use: "rename NAME NEW", Short: "Give a peer another name",
@@ -80,7 +84,7 @@ func newPeerRenameCommand(a *app) *cobra.Command {
 			}
 			return a.print(changed.Peer, func() {
 				if changed.Already {
-					a.say("%s is called %s already", args[0], changed.Peer.Name)
+					a.say("%s is already called %s", args[0], changed.Peer.Name)
 					return
 				}
 				a.say("%s is now called %s", args[0], changed.Peer.Name)
@@ -89,6 +93,7 @@ func newPeerRenameCommand(a *app) *cobra.Command {
 	}
 }
 
+// newPeerListCommand returns `peer list`. An empty list prints nothing on stdout.
 func newPeerListCommand(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use: "list", Aliases: []string{"ls"}, Short: "List the peers",
@@ -108,6 +113,7 @@ func newPeerListCommand(a *app) *cobra.Command {
 	}
 }
 
+// newPeerShowCommand returns `peer show`.
 func newPeerShowCommand(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use: "show NAME", Short: "Show a peer",
@@ -123,6 +129,7 @@ func newPeerShowCommand(a *app) *cobra.Command {
 	}
 }
 
+// writePeer writes a peer for a reader, in a column of names and one of values.
 func (a *app) writePeer(p api.Peer) {
 	line := func(name, text string) { a.sayWrapped(name, strings.Repeat(" ", 12), text) }
 	line("name        ", p.Name)
@@ -137,12 +144,12 @@ func (a *app) writePeer(p api.Peer) {
 	line("refused     ", p.Refused.String())
 }
 
-// toggleOptions are the flags of allow and deny.
+// toggleOptions are the flags of peer allow and peer deny.
 type toggleOptions struct {
-	app   *app
-	allow bool
-	timed bool // whether limit was given: no time at all is not for good
-	limit time.Duration
+	app      *app
+	allow    bool
+	limitSet bool // whether --for was given: --for 0s is an error, not "for good"
+	limit    time.Duration
 }
 
 // verb is the command's name.
@@ -153,12 +160,14 @@ func (o *toggleOptions) verb() string {
 	return "deny"
 }
 
+// newToggleCommand returns `peer allow`, or `peer deny`: the same command with the opposite
+// effect and without --for.
 func newToggleCommand(a *app, allow bool) *cobra.Command {
 	o := &toggleOptions{app: a, allow: allow}
 	c := &cobra.Command{
 		Use: "deny NAME PERMISSION...", Short: "Take permissions from a peer, also on running connections",
 		RunE: func(c *cobra.Command, args []string) error {
-			o.timed = c.Flags().Changed("for")
+			o.limitSet = c.Flags().Changed("for")
 			return toggle(c.Context(), o, args[0], args[1:])
 		},
 		ValidArgsFunction: func(c *cobra.Command, args []string, text string) ([]string, cobra.ShellCompDirective) {
@@ -170,28 +179,32 @@ func newToggleCommand(a *app, allow bool) *cobra.Command {
 	}
 	if allow {
 		c.Use, c.Short = "allow NAME PERMISSION...", "Give permissions to a peer, for good or for a time"
-		c.Flags().Var(durationFlag(&o.limit), "for", "how long, such as 30m, 2h, 1d or 1w; without, for good")
+		c.Flags().Var(durationFlag(&o.limit), "for", "how long, such as 30m, 2h, 1d or 1w; without it, for good")
 	}
 	c.Long = c.Short + ".\n\nPERMISSION is one or more of\n" + permissionsHelp()
 	return c
 }
 
-// permissionsHelp says what each permission is, a line each.
+// permissionsHelp describes each permission on a line of its own, for the help of commands
+// that take permissions.
 func permissionsHelp() string {
 	var lines []string
 	for _, one := range mesh.AllPermissions {
 		line := fmt.Sprintf("  %-8s  %s", one.Name, one.Opens)
 		if one.Needs != 0 {
-			line += fmt.Sprintf("; needs %v, too", one.Needs)
+			line += fmt.Sprintf("; also needs %v", one.Needs)
 		}
 		lines = append(lines, line)
 	}
 	return strings.Join(lines, "\n")
 }
 
+// toggle gives or takes permissions, and prints what now holds of each. words are the
+// permissions as given. It asks for the peer before the change, because the answer holds
+// only the new permissions, and the sentences compare.
 func toggle(ctx context.Context, o *toggleOptions, ref string, words []string) error {
 	wanted, err := parsePermissions(words)
-	if right := swapped(append([]string{ref}, words...)); err != nil && right != nil {
+	if right := swappedArguments(append([]string{ref}, words...)); err != nil && right != nil {
 		return usagef("the peer's name comes first: meshhelper peer %s %s", o.verb(), strings.Join(right, " "))
 	}
 	if i := slices.Index(words, "for"); err != nil && o.allow && i > 0 && i == len(words)-2 {
@@ -203,7 +216,7 @@ func toggle(ctx context.Context, o *toggleOptions, ref string, words []string) e
 	change := api.PeerChange{Permissions: map[string]api.PermissionChange{}}
 	for _, one := range wanted {
 		c := api.PermissionChange{Allowed: o.allow}
-		if o.timed {
+		if o.limitSet {
 			if o.limit <= 0 {
 				return usagef("--for %v ends before it begins; take permissions with: meshhelper peer deny", o.limit)
 			}
@@ -222,14 +235,16 @@ func toggle(ctx context.Context, o *toggleOptions, ref string, words []string) e
 	}
 	return o.app.print(changed.Peer, func() {
 		for _, one := range wanted {
-			o.app.say("%s", sentence(changed.Peer.Name, one, before.Permissions.Of(one.Set), changed.Peer.Permissions.Of(one.Set)))
+			o.app.say("%s", describeChange(changed.Peer.Name, one, before.Permissions.Of(one.Set), changed.Peer.Permissions.Of(one.Set)))
 		}
 		o.app.warnIdle(changed.Peer, o.allow)
 		o.app.warnTunnel(ctx, before.Tunnel, changed.Peer)
 	})
 }
 
-// parsePermissions reads words that may hold several, separated by commas.
+// parsePermissions reads words of one or more permissions, separated by commas. A
+// permission that is given twice comes once. Each error is a usageError, without the
+// helper: the permissions are known at compile time.
 func parsePermissions(words []string) ([]*mesh.Permission, error) {
 	var out []*mesh.Permission
 	var all mesh.Permissions
@@ -252,9 +267,9 @@ func parsePermissions(words []string) ([]*mesh.Permission, error) {
 	return out, nil
 }
 
-// swapped recognises permissions that were given before the peer's name, and returns the
-// arguments in the right order, or nil.
-func swapped(args []string) []string {
+// swappedArguments returns the arguments of allow or deny in the right order if the peer's
+// name, as the only argument that is no permission, doesn't come first, and else nil.
+func swappedArguments(args []string) []string {
 	var names, permissions []string
 	for _, arg := range args {
 		if _, err := parsePermissions([]string{arg}); err == nil {
@@ -269,19 +284,21 @@ func swapped(args []string) []string {
 	return append(names, permissions...)
 }
 
-// sentence says what holds now of one permission.
-func sentence(name string, one *mesh.Permission, was, is api.Permission) string {
+// describeChange returns a sentence about one permission of the peer: what it was before
+// the request and is now. It distinguishes a request that changed nothing, a permission
+// that has no effect without another one, and a new or removed end.
+func describeChange(name string, one *mesh.Permission, was, is api.Permission) string {
 	same := was.Allowed == is.Allowed && was.Until.Equal(is.Until)
 	when := ""
 	if !is.Until.IsZero() {
 		when = " until " + formatEnd(is.Until)
 	}
-	idle := is.Effective != nil && !*is.Effective
+	idle := is.Effective != nil && !*is.Effective // nil: it needs no other permission
 	switch {
 	case idle && same:
 		return fmt.Sprintf("%s already has %s%s, which has no effect without %v", name, one.Name, when, one.Needs)
 	case idle:
-		return fmt.Sprintf("%s has %s now%s, which has no effect until it may %s", name, one.Name, when, one.Needs.List()[0].Verb)
+		return fmt.Sprintf("%s now has %s%s, which has no effect until it may %s", name, one.Name, when, one.Needs.List()[0].Verb)
 	case is.Allowed && same:
 		return fmt.Sprintf("%s may already %s%s", name, one.Verb, when)
 	case is.Allowed && was.Allowed && was.Until.IsZero():
@@ -296,9 +313,9 @@ func sentence(name string, one *mesh.Permission, was, is api.Permission) string 
 	return fmt.Sprintf("%s may no longer %s", name, one.Verb)
 }
 
-// warnIdle says that a permission has no effect without one that it needs: after allow
-// with the command that would change it, and after deny, which isn't to be undone, that
-// the permission stays.
+// warnIdle says which of the peer's permissions have no effect, because another one is
+// missing. After allow it names the command that gives the missing one. After deny the user
+// doesn't want that, so it names the command that takes the rest, too.
 func (a *app) warnIdle(p api.Peer, allow bool) {
 	for i, one := range mesh.AllPermissions {
 		switch effective := p.Permissions[i].Effective; {
@@ -307,12 +324,13 @@ func (a *app) warnIdle(p api.Peer, allow bool) {
 			need := one.Needs.List()[0]
 			a.say("to let it %s, run: meshhelper peer allow %s %s", need.Verb, p.Name, need.Name)
 		default:
-			a.say("it keeps %s, which has no effect without %v; to take that, too, run: meshhelper peer deny %s %s", one.Name, one.Needs, p.Name, one.Name)
+			a.say("it keeps %s, which has no effect without %v; to take it as well, run: meshhelper peer deny %s %s", one.Name, one.Needs, p.Name, one.Name)
 		}
 	}
 }
 
-// addressSet returns the addresses that a peer or the host has in s.
+// addressSet returns the mesh addresses of the host and of its peers. A removed peer's
+// aren't in the status; the helper refuses them (CodeAddressTaken).
 func addressSet(s api.Status) map[netip.Addr]bool {
 	taken := map[netip.Addr]bool{}
 	for _, a := range s.Addresses {

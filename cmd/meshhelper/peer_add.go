@@ -17,7 +17,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/stock"
 )
 
-// peerAddOptions are the flags of peer add.
+// peerAddOptions are the flags of peer add, peer rekey and peer config: the commands that
+// write a configuration.
 type peerAddOptions struct {
 	app *app
 
@@ -25,35 +26,37 @@ type peerAddOptions struct {
 	own, external, qr         bool
 	addresses, allow          []string
 	keepalive, limit          time.Duration
-	timed, pinged             bool // whether limit and keepalive were given
+	limitSet, keepaliveSet    bool // whether limit and keepalive were given
 	tunnel, output            string
 
 	file *outputFile // nil: the configuration goes to standard output
 	was  *api.Peer   // what a peer was that gets another key, else nil
 }
 
-const outputUsage = "write the configuration to a new `FILE` that only its owner can read, and never over one that exists"
+const outputUsage = "write the configuration to a new `FILE` that only its owner can read; an existing file is never overwritten"
 
+// newPeerAddCommand returns `peer add`.
 func newPeerAddCommand(a *app) *cobra.Command {
 	o := &peerAddOptions{app: a}
 	c := &cobra.Command{
 		Use: "add NAME", Short: "Add a peer, and print its configuration",
-		Long: `Add a peer. Without --public-key a key is made here, and a configuration for a
-stock WireGuard app is printed, once: the private key is kept nowhere. Write it to a
-file with --output FILE. What can't be written isn't added.
+		Long: `Add a peer. Without --public-key the command generates a key pair and prints a
+configuration for a stock WireGuard app. It prints it once: the private key is kept
+nowhere. --output FILE writes the configuration to a file instead. A peer whose
+configuration can't be written isn't added.
 
-The configuration sends everything through this host where the peer may route, and
-else what is for this host. With --tunnel split it is what is for this host and, for a
-peer that may route and reach its networks (lan), for these.
+If the peer may route, its configuration sends all its traffic through this host, and
+else only traffic for this host. With --tunnel split it sends traffic for this host and,
+if the peer may route and reach the host's networks (lan), for these networks.
 
 PERMISSIONS are, separated by commas,
 ` + permissionsHelp(),
 		RunE: func(c *cobra.Command, args []string) error {
 			o.name = args[0]
 			if o.publicKey == "" && c.Flags().Changed("public-key") {
-				return usagef("--public-key is empty; without it a key is made here")
+				return usagef("--public-key is empty; leave it out to have a key made here")
 			}
-			o.timed, o.pinged = c.Flags().Changed("for"), c.Flags().Changed("keepalive")
+			o.limitSet, o.keepaliveSet = c.Flags().Changed("for"), c.Flags().Changed("keepalive")
 			return addPeer(c.Context(), o)
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,
@@ -66,17 +69,22 @@ PERMISSIONS are, separated by commas,
 	f.StringVar(&o.endpoint, "endpoint", "", "`HOST:PORT` where the peer is reached")
 	f.DurationVar(&o.keepalive, "keepalive", 0, "send something this often, such as 25s")
 	f.StringSliceVar(&o.allow, "allow", nil, "`PERMISSIONS` besides the kind's: "+strings.Join(mesh.PermissionNames(), ", "))
-	f.Var(durationFlag(&o.limit), "for", "how long the permissions of --allow hold, such as 30m, 2h, 1d or 1w; without, for good")
+	f.Var(durationFlag(&o.limit), "for", "how long the permissions of --allow hold, such as 30m, 2h, 1d or 1w; without it, for good")
 	f.StringVar(&o.tunnel, "tunnel", "", "what the configuration sends here: full or split (what the peer may)")
 	f.StringVar(&o.output, "output", "", outputUsage)
 	f.BoolVar(&o.qr, "qr", false, "print the configuration as a QR code, too")
 	return c
 }
 
-// keyTries is how often a key is drawn again because another command added a peer
-// with its address in the meantime.
-const keyTries = 3
+// maxKeyAttempts is how many keys addPeer generates if another command takes the derived
+// address between the request for the status and the one that adds the peer. That is rare;
+// three times in a row it has another cause.
+const maxKeyAttempts = 3
 
+// addPeer adds a peer and writes its configuration. It creates the file of --output first,
+// then asks the helper, and then writes; a peer whose new key couldn't be written is removed
+// again. A name that already exists is sent with the key it has, so that the helper answers
+// either that nothing changes or what differs.
 func addPeer(ctx context.Context, o *peerAddOptions) (err error) {
 	request, err := o.request()
 	if err != nil {
@@ -86,53 +94,54 @@ func addPeer(ctx context.Context, o *peerAddOptions) (err error) {
 	was, failed := o.app.client().Peer(ctx, o.name)
 	known := failed == nil && was.Name == o.name
 	if known && o.qr {
-		return noQR(o.name)
+		return errNoQR(o.name)
 	}
-	if err := o.create(); err != nil {
+	if err := o.openOutput(); err != nil {
 		return err
 	}
-	defer func() { err = o.end(err) }()
+	defer func() { err = o.closeOutput(err) }()
 	if o.publicKey != "" || known {
 		if known && o.publicKey == "" {
-			// The same peer, unless the helper finds something that differs.
+			// With its own key it is the same peer, unless another flag differs.
 			request.PublicKey = was.PublicKey
 		}
 		changed, err := o.app.client().AddPeer(ctx, request)
-		return o.answer(ctx, changed, mesh.PrivateKey{}, err, nil)
+		return o.finish(ctx, changed, mesh.PrivateKey{}, err, nil)
 	}
 	for try := 1; ; try++ {
-		private, err := o.app.drawKey(ctx, len(o.addresses) == 0)
+		private, err := o.app.generateKey(ctx, len(o.addresses) == 0)
 		if err != nil {
 			return err
 		}
 		request.PublicKey = private.Public().String()
-		// From here on it may be added, so that the command goes on to its end.
-		ctx, stop := unbroken(ctx)
+		// From here on the helper may have added the peer, so a signal must not keep the
+		// command from printing the key or removing the peer.
+		ctx, stop := uninterruptible(ctx)
 		defer stop()
 		changed, err := o.app.client().AddPeer(ctx, request)
 		var refused *api.Error
-		if errors.As(err, &refused) && refused.Code == api.CodeAddressTaken && len(o.addresses) == 0 && try < keyTries {
+		if errors.As(err, &refused) && refused.Code == api.CodeAddressTaken && len(o.addresses) == 0 && try < maxKeyAttempts {
 			continue
 		}
-		return o.answer(ctx, changed, private, err, func(ctx context.Context) (string, error) {
+		return o.finish(ctx, changed, private, err, func(ctx context.Context) (string, error) {
 			_, err := o.app.client().RemovePeer(ctx, request.PublicKey)
 			return o.name + " isn't added", err
 		})
 	}
 }
 
-// unbrokenLimit bounds a change that signals don't break off, and its answer: a helper
-// answers in seconds.
-const unbrokenLimit = 2 * time.Minute
+// uninterruptibleLimit bounds a change that signals don't interrupt. The helper answers
+// within its --wait, 50 s at most (maxWait), and undoing the change takes a second request.
+const uninterruptibleLimit = 2 * time.Minute
 
-// unbroken returns a context that a signal doesn't end: what is interrupted in a
-// change of keys would leave a peer whose private key was shown to no one.
-func unbroken(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(context.WithoutCancel(ctx), unbrokenLimit)
+// uninterruptible returns a context that a signal doesn't end. A change of keys that was
+// interrupted could leave a peer whose private key was never printed.
+func uninterruptible(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), uninterruptibleLimit)
 }
 
-// request turns the flags into the body of the request, without a generated
-// key.
+// request returns the request for the flags, with the key of --public-key or none. Its
+// errors are usageErrors; what depends on the mesh, the helper checks.
 func (o *peerAddOptions) request() (api.NewPeer, error) {
 	r := api.NewPeer{
 		Name: o.name, PublicKey: o.publicKey, Addresses: o.addresses, Endpoint: o.endpoint,
@@ -142,11 +151,11 @@ func (o *peerAddOptions) request() (api.NewPeer, error) {
 	case o.tunnel != "" && o.tunnel != mesh.TunnelFull && o.tunnel != mesh.TunnelSplit:
 		return r, usagef("--tunnel %q is unknown: it is full or split", o.tunnel)
 	case o.publicKey != "" && o.qr:
-		return r, usagef("--qr needs the private key, which is with the one that made --public-key; without --public-key a key is made here")
-	case o.timed && o.limit <= 0:
+		return r, usagef("--qr needs the private key of --public-key, which isn't known here; without --public-key a key is made here")
+	case o.limitSet && o.limit <= 0:
 		return r, usagef("--for %v ends before it begins", o.limit)
-	case o.timed && len(o.allow) == 0:
-		return r, usagef("--for says how long the permissions of --allow hold, and there is no --allow")
+	case o.limitSet && len(o.allow) == 0:
+		return r, usagef("--for says how long the permissions of --allow hold, but --allow isn't given")
 	case o.own && o.external:
 		return r, usagef("--own and --external exclude each other")
 	case o.own:
@@ -154,7 +163,7 @@ func (o *peerAddOptions) request() (api.NewPeer, error) {
 	case o.external:
 		r.Kind = mesh.External
 	}
-	if o.pinged {
+	if o.keepaliveSet {
 		r.Keepalive = o.keepalive.String()
 	}
 	wanted, err := parsePermissions(o.allow)
@@ -163,7 +172,7 @@ func (o *peerAddOptions) request() (api.NewPeer, error) {
 	}
 	for _, one := range wanted {
 		c := api.PermissionChange{Allowed: true}
-		if o.timed {
+		if o.limitSet {
 			c.For = new(shortDuration(o.limit))
 		}
 		r.Permissions[one.Name] = c
@@ -171,9 +180,10 @@ func (o *peerAddOptions) request() (api.NewPeer, error) {
 	return r, nil
 }
 
-// drawKey makes a private key here. Where its addresses are to be derived, it
-// is one whose addresses are free.
-func (a *app) drawKey(ctx context.Context, derived bool) (mesh.PrivateKey, error) {
+// generateKey generates a private key. With derived, the mesh addresses that follow from
+// its public key are ones that neither the host nor a peer has; on a full mesh that is an
+// error (CodeMeshFull).
+func (a *app) generateKey(ctx context.Context, derived bool) (mesh.PrivateKey, error) {
 	s, err := a.client().Status(ctx)
 	if err != nil {
 		return mesh.PrivateKey{}, err
@@ -189,67 +199,71 @@ func (a *app) drawKey(ctx context.Context, derived bool) (mesh.PrivateKey, error
 	key, _, err := prefixes.GenerateFree(a.random, func(a netip.Addr) bool { return taken[a] })
 	if errors.Is(err, mesh.ErrMeshFull) {
 		return key, api.Errorf(api.CodeMeshFull, "the mesh is full: %v", err).
-			WithHint("remove a peer, or take larger mesh prefixes: meshhelper settings mesh-prefix4 PREFIX")
+			WithHint("remove a peer, or choose a larger mesh prefix: meshhelper settings mesh-prefix4 PREFIX")
 	}
 	return key, err
 }
 
+// prefixesOf returns the mesh prefixes in a status, which come as IPv4 and IPv6.
 func prefixesOf(s api.Status) (mesh.Prefixes, error) {
 	if len(s.MeshPrefixes) != 2 {
-		return mesh.Prefixes{}, errors.New("the helper didn't say its mesh prefixes")
+		return mesh.Prefixes{}, errors.New("the helper's status has no mesh prefixes")
 	}
 	p := mesh.Prefixes{V4: s.MeshPrefixes[0], V6: s.MeshPrefixes[1]}
 	return p, p.Validate()
 }
 
-// answer says what was added or changed, and prints its configuration. A peer that is
-// saved but not in force yet, or in force but not saved, needs its private key just the
-// same: it is never shown again. Where a new key can't be written the change is taken
-// back by undo, for the configuration would be lost, and a peer would be left that
-// no device can be.
-func (o *peerAddOptions) answer(ctx context.Context, changed api.Changed, private mesh.PrivateKey, err error, undo func(context.Context) (string, error)) error {
+// finish reports the peer that was added or changed, and writes its configuration. err is
+// the helper's answer. private is the new key, zero if the command made none.
+//
+// A peer that is saved but not in force yet (CodeNotInForce), or in force but not saved
+// (CodeNotSaved), still gets its configuration, because the private key exists only here;
+// finish returns err all the same. If a configuration with a new key can't be written, undo
+// takes the change back, since no device could use the peer. undo returns what holds then,
+// as a clause: "phone isn't added".
+func (o *peerAddOptions) finish(ctx context.Context, changed api.Changed, private mesh.PrivateKey, err error, undo func(context.Context) (string, error)) error {
 	var refused *api.Error
-	half := errors.As(err, &refused) && (refused.Code == api.CodeNotInForce || refused.Code == api.CodeNotSaved)
-	if err != nil && (!half || private.IsZero()) {
+	partial := errors.As(err, &refused) && (refused.Code == api.CodeNotInForce || refused.Code == api.CodeNotSaved)
+	if err != nil && (!partial || private.IsZero()) {
 		return err
 	}
 	peer := changed.Peer
-	if half {
+	if partial {
 		var failed error
 		peer, failed = o.app.client().Peer(ctx, o.name)
 		if refused.Code == api.CodeNotSaved && (failed != nil || peer.PublicKey != private.Public().String()) {
-			return err // nothing was changed
+			return err // the helper changed nothing
 		}
 		if failed != nil {
 			return errors.Join(err, failed)
 		}
 		changed.Peer = peer
 	}
-	failed := o.write(ctx, changed, private, half)
+	failed := o.write(ctx, changed, private, partial)
 	if failed == nil {
 		return err
 	}
 	if private.IsZero() || o.file != nil && o.file.done {
-		return errors.Join(err, failed) // nothing is lost
+		return errors.Join(err, failed) // no private key is lost: there is none, or the file has it
 	}
-	said, notUndone := undo(ctx)
+	holds, notUndone := undo(ctx)
 	if notUndone != nil {
-		return errors.Join(err, &takenBack{fmt.Errorf("the configuration of %s couldn't be written: %w; what was printed of it isn't whole, and taking the change back failed, too: %w; "+
+		return errors.Join(err, &undoneError{fmt.Errorf("the configuration of %s couldn't be written: %w; what was printed of it is incomplete, and undoing the change failed, too: %w; "+
 			"make a new key with: meshhelper peer rekey %s", o.name, failed, notUndone, o.name)})
 	}
-	return errors.Join(err, &takenBack{fmt.Errorf("%s: its configuration couldn't be written: %w; what was printed of it is void", said, failed)})
+	return errors.Join(err, &undoneError{fmt.Errorf("%s: its configuration couldn't be written: %w; what was printed of it is invalid", holds, failed)})
 }
 
-// takenBack is an answer that couldn't be written, and what became of the change.
-type takenBack struct{ err error }
+// undoneError is an answer that couldn't be written, and says whether the change was undone.
+type undoneError struct{ err error }
 
-func (e *takenBack) Error() string { return e.err.Error() }
-func (e *takenBack) Unwrap() error { return e.err }
+func (e *undoneError) Error() string { return e.err.Error() }
+func (e *undoneError) Unwrap() error { return e.err }
 
-// write prints the answer, or writes the configuration to the file that was asked for,
-// and returns when it is where it is to stay.
-func (o *peerAddOptions) write(ctx context.Context, changed api.Changed, private mesh.PrivateKey, half bool) error {
-	config, err := o.app.configOf(ctx, o.name, private, o.shows())
+// write prints the answer and, with --output, writes the configuration to the file. It
+// returns nil only once the file, or stdout if that is a file, is on disk.
+func (o *peerAddOptions) write(ctx context.Context, changed api.Changed, private mesh.PrivateKey, partial bool) error {
+	config, err := o.app.configOf(ctx, o.name, private, o.printsConfig())
 	if err != nil {
 		return err
 	}
@@ -258,63 +272,67 @@ func (o *peerAddOptions) write(ctx context.Context, changed api.Changed, private
 			return err
 		}
 	}
-	err = o.app.print(addAnswer{changed.Peer, config.Text()}, func() { o.tell(changed, config, half) })
-	return cmp.Or(err, o.app.written())
+	err = o.app.print(addAnswer{changed.Peer, config.Text()}, func() { o.report(changed, config, partial) })
+	return cmp.Or(err, o.app.outputError())
 }
 
-// shows reports whether a configuration is printed.
-func (o *peerAddOptions) shows() bool { return o.publicKey == "" || o.output != "" }
+// printsConfig reports whether the command gives out a configuration, on stdout or in a
+// file. For a peer with --public-key it doesn't, unless --output is given: without the
+// private key the configuration isn't usable as it is.
+func (o *peerAddOptions) printsConfig() bool { return o.publicKey == "" || o.output != "" }
 
-// addAnswer is what peer add and rekey print with --json.
+// addAnswer is what peer add and peer rekey print with --json.
 type addAnswer struct {
 	Peer   api.Peer `json:"peer"`
-	Config string   `json:"config"`
+	Config string   `json:"config"` // a placeholder stands for a private key that isn't known
 }
 
-// tell says what holds: on stdout, unless that is for the configuration alone.
-func (o *peerAddOptions) tell(changed api.Changed, config stock.Config, half bool) {
-	show := o.shows() && o.file == nil
-	speak := o.app.say
+// report says what now holds of the peer. It does so on stdout, or on stderr if stdout is
+// for the configuration alone, which may be piped into a file. With partial, the error says
+// what holds, and report leaves that out.
+func (o *peerAddOptions) report(changed api.Changed, config stock.Config, partial bool) {
+	show := o.printsConfig() && o.file == nil
+	say := o.app.say
 	if show || o.qr {
-		speak = o.app.talk
+		say = o.app.talk
 	}
 	name, addresses := changed.Peer.Name, joinAddresses(changed.Peer.Addresses)
 	switch {
-	case half:
+	case partial:
 	case o.was != nil:
 		what := "its addresses are now " + addresses
 		if slices.Equal(o.was.Addresses, changed.Peer.Addresses) {
 			what = "its addresses stay " + addresses
 		}
-		speak("%s has a new key; %s. The old key is dead, and so is every configuration that has it", name, what)
+		say("%s has a new key; %s. The old key no longer works, nor does any configuration that has it", name, what)
 	case changed.Already:
-		speak("%s is already a peer, with %s; it may: %s", name, addresses, describePermissions(changed.Peer.Permissions))
-		if o.timed {
-			o.app.talk("--for changes nothing of a peer that exists; for another end run: meshhelper peer allow %s %s --for %s", name, strings.Join(o.allow, ","), shortDuration(o.limit))
+		say("%s is already a peer, with %s; it may: %s", name, addresses, describePermissions(changed.Peer.Permissions))
+		if o.limitSet {
+			o.app.talk("--for doesn't change a peer that already exists; for another end run: meshhelper peer allow %s %s --for %s", name, strings.Join(o.allow, ","), shortDuration(o.limit))
 		}
 	default:
-		speak("%s is now a peer, with %s; it may: %s", name, addresses, describePermissions(changed.Peer.Permissions))
+		say("%s is now a peer, with %s; it may: %s", name, addresses, describePermissions(changed.Peer.Permissions))
 	}
 	if o.file != nil {
-		speak("its configuration is in %s", o.output)
+		say("its configuration is in %s", o.output)
 	}
-	if o.publicKey != "" && !o.shows() {
+	if o.publicKey != "" && !o.printsConfig() {
 		o.app.talk("for its configuration, with a placeholder for its private key, run: meshhelper peer config %s", name)
 	}
 	if end := changed.Peer.Permissions.Of(mesh.Routing).Until; changed.Peer.Tunnel == mesh.TunnelFull && !end.IsZero() {
 		o.app.talk("the configuration sends everything; from %s on %s has no internet while it is connected", formatEnd(end), name)
 	}
 	if show {
-		o.app.sayWhole(strings.TrimSuffix(config.Text(), "\n"))
+		o.app.sayVerbatim(strings.TrimSuffix(config.Text(), "\n"))
 	}
 	if o.qr {
 		o.app.printQR(config, name)
 	}
 }
 
-// configOf asks for a peer's configuration and puts the private key in, which
-// never leaves this process but on stdout or in the file of --output. What its owner has
-// to look at is said when it is shown.
+// configOf asks the helper for a peer's configuration and fills in the private key, if it
+// is known. The key leaves this process only on stdout or in the file of --output: the
+// helper never sees it. With shown, the configuration's warnings go to stderr.
 func (a *app) configOf(ctx context.Context, ref string, private mesh.PrivateKey, shown bool) (stock.Config, error) {
 	c, err := a.client().Config(ctx, ref)
 	if err != nil {
@@ -337,32 +355,36 @@ func (a *app) configOf(ctx context.Context, ref string, private mesh.PrivateKey,
 	return parsed, nil
 }
 
-// printQR prints a configuration as a QR code, where the terminal has room for it.
+// printQR prints a configuration as a QR code, if the terminal is wide enough: a wrapped
+// code can't be scanned. One that is too high may still be scanned after the terminal was
+// resized, so it is printed with a warning. The configuration itself was given out before,
+// so neither case is an error.
 func (a *app) printQR(config stock.Config, name string) {
 	code, err := stock.EncodeQR(config.Compact())
 	if err != nil {
-		a.talk("warning: %v; a phone takes the configuration as a file, too", err)
+		a.talk("warning: %v; a phone can also import the configuration as a file", err)
 		return
 	}
 	if a.columns > 0 && code.Size() > a.columns {
-		a.talk("warning: the QR code is %d columns wide and this terminal %d, so it isn't printed: make the window wider or its letters smaller, "+
+		a.talk("warning: the QR code is %d columns wide and this terminal %d, so it isn't printed: make the window wider or its font smaller, "+
 			"and run: meshhelper peer rekey %s --qr, or for a file instead: meshhelper peer rekey %s --output FILE", code.Size(), a.columns, name, name)
 		return
 	}
 	text := code.Terminal(a.terminal && a.getenv("NO_COLOR") == "")
-	a.sayWhole("\n" + text)
-	if need := strings.Count(text, "\n") + 1; a.rows > 0 && need > a.rows { // and the prompt
-		a.talk("warning: the QR code needs %d rows and this terminal has %d, so it may not be whole to the camera: make the window higher or its letters smaller, "+
+	a.sayVerbatim("\n" + text)
+	if need := strings.Count(text, "\n") + 1; a.rows > 0 && need > a.rows { // one row for the prompt
+		a.talk("warning: the QR code needs %d rows and this terminal has %d, so a camera may not see all of it: make the window higher or its font smaller, "+
 			"and run: meshhelper peer rekey %s --qr, or for a file instead: meshhelper peer rekey %s --output FILE", need, a.rows, name, name)
 	}
 }
 
-// noQR refuses a QR code of a configuration without its private key: a phone that scans
-// it gets a tunnel that can't work.
-func noQR(name string) error {
-	return fmt.Errorf("a QR code can't be made for %q, for its private key is kept nowhere: make a new key with: meshhelper peer rekey %s --qr", name, name)
+// errNoQR refuses a QR code for a configuration without its private key. A phone would
+// import it without an error, as a tunnel that can't work.
+func errNoQR(name string) error {
+	return fmt.Errorf("a QR code can't be made for %q, because its private key is kept nowhere: make a new key with: meshhelper peer rekey %s --qr", name, name)
 }
 
+// newPeerConfigCommand returns `peer config`. Its --qr only leads to peer rekey --qr.
 func newPeerConfigCommand(a *app) *cobra.Command {
 	o := &peerAddOptions{app: a}
 	c := &cobra.Command{
@@ -375,18 +397,20 @@ func newPeerConfigCommand(a *app) *cobra.Command {
 	return c
 }
 
+// printConfig prints a peer's configuration, or writes it to the file of --output, with a
+// placeholder for the private key.
 func printConfig(ctx context.Context, o *peerAddOptions, ref string) (err error) {
 	peer, err := o.app.client().Peer(ctx, ref)
 	if err != nil {
 		return err
 	}
 	if o.qr {
-		return noQR(peer.Name)
+		return errNoQR(peer.Name)
 	}
-	if err := o.create(); err != nil {
+	if err := o.openOutput(); err != nil {
 		return err
 	}
-	defer func() { err = o.end(err) }()
+	defer func() { err = o.closeOutput(err) }()
 	config, err := o.app.configOf(ctx, peer.Name, mesh.PrivateKey{}, true)
 	if err != nil {
 		return err
@@ -401,18 +425,19 @@ func printConfig(ctx context.Context, o *peerAddOptions, ref string) (err error)
 			o.app.say("the configuration of %s is in %s", peer.Name, o.output)
 			return
 		}
-		o.app.sayWhole(strings.TrimSuffix(config.Text(), "\n"))
+		o.app.sayVerbatim(strings.TrimSuffix(config.Text(), "\n"))
 	})
-	return cmp.Or(err, o.app.written())
+	return cmp.Or(err, o.app.outputError())
 }
 
+// newPeerRekeyCommand returns `peer rekey`.
 func newPeerRekeyCommand(a *app) *cobra.Command {
 	o := &peerAddOptions{app: a}
 	c := &cobra.Command{
 		Use: "rekey NAME", Short: "Make a new key for a peer, and print its configuration",
 		Long: `Make a new key for a peer, and print its configuration, once: the private key is
-kept nowhere. The old key is dead at once, and addresses that were derived from it
-change. A configuration that can't be written changes nothing.`,
+kept nowhere. The old key stops working at once, and addresses that were derived from
+it change. If the configuration can't be written, the old key stays.`,
 		ValidArgsFunction: a.completePeers,
 		RunE:              func(c *cobra.Command, args []string) error { return rekeyPeer(c.Context(), o, args[0]) },
 	}
@@ -421,6 +446,8 @@ change. A configuration that can't be written changes nothing.`,
 	return c
 }
 
+// rekeyPeer gives a peer a new key and writes its configuration, like addPeer. To undo the
+// change it gives the peer its old key again.
 func rekeyPeer(ctx context.Context, o *peerAddOptions, ref string) (err error) {
 	was, err := o.app.client().Peer(ctx, ref)
 	if err != nil {
@@ -428,18 +455,18 @@ func rekeyPeer(ctx context.Context, o *peerAddOptions, ref string) (err error) {
 	}
 	o.name, o.was = was.Name, &was
 	surviveClosedPipe()
-	if err := o.create(); err != nil {
+	if err := o.openOutput(); err != nil {
 		return err
 	}
-	defer func() { err = o.end(err) }()
-	private, err := o.app.drawKey(ctx, true)
+	defer func() { err = o.closeOutput(err) }()
+	private, err := o.app.generateKey(ctx, true)
 	if err != nil {
 		return err
 	}
-	ctx, stop := unbroken(ctx)
+	ctx, stop := uninterruptible(ctx)
 	defer stop()
 	changed, err := o.app.client().ChangePeer(ctx, was.Name, api.PeerChange{PublicKey: private.Public().String()})
-	return o.answer(ctx, changed, private, err, func(ctx context.Context) (string, error) {
+	return o.finish(ctx, changed, private, err, func(ctx context.Context) (string, error) {
 		_, err := o.app.client().ChangePeer(ctx, was.Name, api.PeerChange{PublicKey: was.PublicKey})
 		return was.Name + " keeps its old key", err
 	})

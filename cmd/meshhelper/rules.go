@@ -88,9 +88,9 @@ func (a *app) compileFor(ctx context.Context, file string) (*policy.Ruleset, err
 // readHost reads a host's facts from a file, or from standard input for -.
 func (a *app) readHost(ctx context.Context, file string) (policy.Host, error) {
 	if file == "-" {
-		return untilEnd(ctx, "read host facts from standard input", func() (policy.Host, error) { return policy.ReadHost(a.stdin) })
+		return interruptible(ctx, "read host facts from standard input", func() (policy.Host, error) { return policy.ReadHost(a.stdin) })
 	}
-	return untilEnd(ctx, "read host facts from "+file, func() (policy.Host, error) {
+	return interruptible(ctx, "read host facts from "+file, func() (policy.Host, error) {
 		f, err := os.Open(file) // waits for a writer where it is a named pipe
 		if err != nil {
 			return policy.Host{}, fmt.Errorf("read host facts: %w", err)
@@ -100,11 +100,11 @@ func (a *app) readHost(ctx context.Context, file string) (policy.Host, error) {
 	})
 }
 
-// untilEnd does what a signal has to be able to end although it hears of none, such as
+// interruptible does what a signal has to be able to end although it hears of none, such as
 // reading from a terminal: read(2) on one can't be called off, and the program goes on
 // after a signal that it handles. After the end of ctx do is left to the end of the
 // process.
-func untilEnd[T any](ctx context.Context, what string, do func() (T, error)) (T, error) {
+func interruptible[T any](ctx context.Context, what string, do func() (T, error)) (T, error) {
 	type result struct {
 		value T
 		err   error

@@ -68,7 +68,7 @@ func newRunCommand(a *app, run func(context.Context, *runOptions) error) *cobra.
 then leave the host as it was found. It is ready when "meshhelper status" shows a
 state other than starting.`,
 		RunE: func(c *cobra.Command, _ []string) error {
-			if err := o.placeSocket(c.Flag("socket").Changed); err != nil {
+			if err := o.chooseUserSocket(c.Flag("socket").Changed); err != nil {
 				return err
 			}
 			o.given = c.Flags().Changed
@@ -94,8 +94,8 @@ state other than starting.`,
 	return c
 }
 
-// placeSocket chooses the socket of a helper that isn't root's where none was given.
-func (o *runOptions) placeSocket(given bool) error {
+// chooseUserSocket chooses the socket of a helper that isn't root's where none was given.
+func (o *runOptions) chooseUserSocket(given bool) error {
 	if given || o.app.getenv("MESHHELPER_SOCKET") != "" || os.Geteuid() <= 0 {
 		return nil
 	}
@@ -119,7 +119,7 @@ func runHelper(ctx context.Context, o *runOptions) error {
 		return err
 	}
 	defer closeLog()
-	err = o.help(ctx)
+	err = o.runLogged(ctx)
 	if err != nil && o.logFile != "" {
 		o.log.Error("the helper ends", "error", err) // stderr says it, too, if it is read
 	}
@@ -127,8 +127,8 @@ func runHelper(ctx context.Context, o *runOptions) error {
 }
 
 // help is runHelper with a log.
-func (o *runOptions) help(ctx context.Context) error {
-	name, make, err := o.choose()
+func (o *runOptions) runLogged(ctx context.Context) error {
+	name, make, err := o.chooseHost()
 	if err != nil {
 		return err
 	}
@@ -203,13 +203,13 @@ func (o *runOptions) withHint(err error) error {
 	case errors.Is(err, syscall.EADDRINUSE):
 		return fmt.Errorf("%w; another program has UDP port %d: choose one with --listen-port", err, o.listenPort)
 	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("%w; the helper needs root: sudo %s run", err, o.app.me())
+		return fmt.Errorf("%w; the helper needs root: sudo %s run", err, o.app.commandName())
 	}
 	return err
 }
 
 // choose returns the name and the maker of the host.
-func (o *runOptions) choose() (string, newHost, error) {
+func (o *runOptions) chooseHost() (string, newHost, error) {
 	name := o.platform
 	if name == "auto" {
 		name = runtime.GOOS
@@ -253,10 +253,10 @@ func (o *runOptions) daemon(name string, make newHost, start wanted.StartSetting
 // parse reads the flags that are more than text.
 func (o *runOptions) parse(opts *daemon.Options) (err error) {
 	if opts.Prefixes.V4, err = netip.ParsePrefix(o.prefix4); err != nil {
-		return o.wrongf(wanted.SettingMeshPrefix4, "%q is not a prefix", o.prefix4)
+		return o.badValuef(wanted.SettingMeshPrefix4, "%q is not a prefix", o.prefix4)
 	}
 	if opts.Prefixes.V6, err = netip.ParsePrefix(o.prefix6); err != nil {
-		return o.wrongf(wanted.SettingMeshPrefix6, "%q is not a prefix", o.prefix6)
+		return o.badValuef(wanted.SettingMeshPrefix6, "%q is not a prefix", o.prefix6)
 	}
 	if err := opts.Prefixes.Validate(); err != nil {
 		return &usageError{err}
@@ -273,7 +273,7 @@ func (o *runOptions) parse(opts *daemon.Options) (err error) {
 	if len(o.dns) > 0 && !slices.Contains(o.kept, wanted.SettingDNS) {
 		checked, err := wanted.CheckSetting(wanted.SettingDNS, strings.Join(o.dns, ","))
 		if err != nil {
-			return o.wrongf(wanted.SettingDNS, "%s", strings.TrimPrefix(err.Error(), wanted.SettingDNS+" "))
+			return o.badValuef(wanted.SettingDNS, "%s", strings.TrimPrefix(err.Error(), wanted.SettingDNS+" "))
 		}
 		if opts.DNS, err = parseAddresses("--dns", strings.Split(checked, ",")); err != nil {
 			return err
@@ -287,7 +287,7 @@ func (o *runOptions) parse(opts *daemon.Options) (err error) {
 		fallback = wanted.DefaultListenPort
 	}
 	if opts.Endpoint, err = mesh.ParseEndpoint(o.endpoint, fallback); err != nil {
-		return o.wrongf(wanted.SettingEndpoint, "%q: %v", o.endpoint, errors.Unwrap(err)) // which has it, too
+		return o.badValuef(wanted.SettingEndpoint, "%q: %v", o.endpoint, errors.Unwrap(err)) // which has it, too
 	}
 	return nil
 }
@@ -323,7 +323,7 @@ func (o *runOptions) access() (api.Access, error) {
 	uid, err := strconv.ParseUint(id, 10, 32)
 	if err != nil || uint32(uid) == api.NoOperator {
 		if slices.Contains(o.kept, wanted.SettingOperator) {
-			return a, o.wrongf(wanted.SettingOperator, "there is no user %q", o.operator)
+			return a, o.badValuef(wanted.SettingOperator, "there is no user %q", o.operator)
 		}
 		// It may be a user elsewhere, so it isn't wrong by itself.
 		return a, api.Errorf(api.CodeBadSetting, "--operator: there is no user %q", o.operator).WithHint("give a user of this host")

@@ -74,7 +74,7 @@ func (a *app) showSettings(ctx context.Context, args []string) error {
 				fmt.Fprintf(w, "%s\t%s\t%s\n", one.Key, cmp.Or(one.Value, unset(one.Key)), sourceOf(one))
 			}
 			w.Flush() // into memory
-			fmt.Fprint(a.stdout, wrapAt(a.columns, table.String(), func(line string) int { return len(listed.FindString(line)) }))
+			fmt.Fprint(a.stdout, wrapAt(a.columns, table.String(), func(line string) int { return len(listPrefix.FindString(line)) }))
 		})
 	}
 	one, ok := s.Of(args[0])
@@ -251,8 +251,8 @@ func (o *runOptions) takeSettings(dir string) (start wanted.StartSettings, err e
 	return start, nil
 }
 
-// wrongf is an error about a flag, or about the setting of that key.
-func (o *runOptions) wrongf(key, format string, args ...any) error {
+// badValuef is an error about a flag, or about the setting of that key.
+func (o *runOptions) badValuef(key, format string, args ...any) error {
 	what := fmt.Sprintf(format, args...)
 	if slices.Contains(o.kept, key) {
 		return api.Errorf(api.CodeBadSetting, "setting %s: %s", key, what).WithHint("run --%s overrides it", key)

@@ -22,22 +22,26 @@ type statusOptions struct {
 	app      *app
 	watch    bool
 	check    bool
-	interval time.Duration
+	interval time.Duration // between two requests of --watch; tests shorten it
 }
 
+// newStatusCommand returns `status`.
 func newStatusCommand(a *app) *cobra.Command {
 	o := &statusOptions{app: a, interval: 2 * time.Second}
 	c := &cobra.Command{
-		Use: "status", Short: "Show the host, its peers, who routes, and what is wrong",
-		Long: `Show the host, its peers, who routes, and what is wrong. ` + directionsHelp,
+		Use: "status", Short: "Show the host, its peers, which of them route, and what is wrong",
+		Long: `Show the host, its peers, which of them route, and what is wrong. ` + directionsHelp,
 		RunE: func(c *cobra.Command, _ []string) error { return showStatus(c.Context(), o) },
 	}
 	c.Flags().BoolVar(&o.watch, "watch", false, "show it again every two seconds")
-	c.Flags().BoolVar(&o.check, "check", false, "end with status 1 where something is wrong")
+	c.Flags().BoolVar(&o.check, "check", false, "exit with status 1 if something is wrong")
 	c.MarkFlagsMutuallyExclusive("watch", "check")
 	return c
 }
 
+// showStatus prints the status once, or with --watch until ctx ends. With --check it also
+// returns an error unless everything that is wanted is in force; the status is printed
+// before.
 func showStatus(ctx context.Context, o *statusOptions) error {
 	client := o.app.client()
 	if !o.watch {
@@ -58,7 +62,7 @@ func showStatus(ctx context.Context, o *statusOptions) error {
 		}
 		return nil
 	}
-	return o.app.outlast(ctx, func(answered func()) error {
+	return o.app.retryUnreachable(ctx, func(answered func()) error {
 		for {
 			s, err := client.Status(ctx)
 			if err != nil {
@@ -77,8 +81,8 @@ func showStatus(ctx context.Context, o *statusOptions) error {
 	})
 }
 
-// show shows the status again. A terminal keeps the head, with what is wrong: what
-// doesn't fit below is left out, and said to be.
+// show prints the status once more. On a terminal it replaces the previous one, and is cut
+// to the window's height: the state and the problems come first and stay visible.
 func (o *statusOptions) show(s api.Status) error {
 	a := o.app
 	if !a.terminal || a.json {
@@ -90,12 +94,16 @@ func (o *statusOptions) show(s api.Status) error {
 	a.columns, a.rows = a.size()
 	a.writeStatus(s)
 	a.stdout = to
-	_, err := fmt.Fprint(to, "\x1b[H\x1b[2J"+fit(page.String(), a.rows, a.columns)) // home and clear (ECMA-48)
+	// Cursor to the top left (CUP), then clear the page (ED 2): ECMA-48. One write, so that
+	// the terminal shows no half-drawn page.
+	_, err := fmt.Fprint(to, "\x1b[H\x1b[2J"+fit(page.String(), a.rows, a.columns))
 	return err
 }
 
-// fit returns the first lines of text that fill a terminal of so many rows and columns, and
-// how many more there are. 0 is no bound.
+// fit returns the first lines of text that fit on a terminal of so many rows and columns,
+// and a last line with the number of those left out. 0 means no limit. A line wider than
+// the terminal takes several rows. The last row stays free for the cursor, since a line
+// feed there would scroll the first line away.
 func fit(text string, rows, columns int) string {
 	lines := strings.SplitAfter(strings.TrimSuffix(text, "\n"), "\n")
 	used := 0
@@ -113,6 +121,7 @@ func fit(text string, rows, columns int) string {
 	return text
 }
 
+// writeStatus writes the status for a reader, in a column of names and one of values.
 func (a *app) writeStatus(s api.Status) {
 	line := func(name, text string) { a.sayWrapped(fmt.Sprintf("%-12s", name), strings.Repeat(" ", 12), text) }
 	line("state", describeState(s))
@@ -141,6 +150,9 @@ func (a *app) writeStatus(s api.Status) {
 	}
 }
 
+// describeState returns the state, with a remark if the host's rules are those of an
+// earlier generation. While the helper starts, nothing is enforced yet, and that is no
+// news.
 func describeState(s api.Status) string {
 	if s.Enforced == s.Generation || s.State == api.Starting {
 		return s.State
@@ -148,6 +160,7 @@ func describeState(s api.Status) string {
 	return fmt.Sprintf("%s; the last change is not in force yet", s.State)
 }
 
+// orNone returns s, or "none" for a value that is empty.
 func orNone(s string) string {
 	if s == "" {
 		return "none"
@@ -155,6 +168,7 @@ func orNone(s string) string {
 	return s
 }
 
+// describeFamilies names the address families for which something is on.
 func describeFamilies(f api.Families) string {
 	switch {
 	case f.IPv4 && f.IPv6:
@@ -179,9 +193,9 @@ func joinTexts[T fmt.Stringer](values []T, between string) string {
 	return strings.Join(texts, between)
 }
 
-// writePeers writes a table for a terminal, and else a line of tab-separated
-// fields for each peer. Where the table is wider than the terminal, each peer has a few
-// lines instead.
+// writePeers writes a table of peers on a terminal, or a few lines for each peer if the
+// table is wider than the terminal. For a pipe or a file it writes one line of
+// tab-separated fields for each peer, without a header, as cut(1) and awk(1) take them.
 func (a *app) writePeers(peers []api.Peer, now time.Time) {
 	if !a.terminal {
 		for _, p := range peers {
@@ -195,7 +209,7 @@ func (a *app) writePeers(peers []api.Peer, now time.Time) {
 	for _, p := range peers {
 		fmt.Fprintln(table, strings.Join(peerFields(p, now), "\t"))
 	}
-	table.Flush() // into memory
+	table.Flush() // a strings.Builder returns no error
 	fits := true
 	for line := range strings.Lines(b.String()) {
 		fits = fits && (a.columns == 0 || utf8.RuneCountInString(strings.TrimSuffix(line, "\n")) <= a.columns)
@@ -212,13 +226,14 @@ func (a *app) writePeers(peers []api.Peer, now time.Time) {
 	}
 }
 
-// peerFields are what a table of peers shows of one.
+// peerFields returns a peer's columns in the table of writePeers.
 func peerFields(p api.Peer, now time.Time) []string {
 	return []string{p.Name, string(p.Kind), p.Addresses[0].String(), describePermissions(p.Permissions),
 		describeHandshake(p.LastHandshake, now), describeRouting(p)}
 }
 
-// describePermissions lists what a peer may, and which of it has no effect.
+// describePermissions lists a peer's permissions, with their ends, and says of which
+// another permission is needed and missing.
 func describePermissions(p api.Permissions) string {
 	var out []string
 	for i, one := range mesh.AllPermissions {
@@ -241,9 +256,13 @@ func describePermissions(p api.Permissions) string {
 	return strings.Join(out, ", ")
 }
 
-// formatEnd shows a time in the reader's zone, to the second.
+// formatEnd formats the end of a permission in the user's time zone, to the second.
 func formatEnd(t time.Time) string { return t.Local().Format("2006-01-02 15:04:05 MST") }
 
+// describeHandshake says how long ago a peer's last handshake was. A clock that was set
+// back gives 0s, not a negative time. WireGuard renews a session in use every two minutes
+// and ends one after three (Rekey-After-Time and Reject-After-Time, WireGuard paper, section
+// 6.1), so a handshake before that means that the peer is silent.
 func describeHandshake(at *time.Time, now time.Time) string {
 	if at == nil {
 		return "never"
@@ -251,11 +270,14 @@ func describeHandshake(at *time.Time, now time.Time) string {
 	return max(now.Sub(*at), 0).Round(time.Second).String() + " ago"
 }
 
-// directionsHelp says whose direction up and down are.
+// directionsHelp says from which side up and down are meant. Tools for one device, such as
+// wg(8), count from the device's own side, so a reader can't know.
 const directionsHelp = `Up is what the peer
 sent, down is what was sent to the peer; behind "routes" only what went through this
 host to the internet or its networks counts.`
 
+// describeRouting says whether a peer routes through this host now (packets in the last
+// 10 s), may but doesn't, or may not, and how many bytes it has routed.
 func describeRouting(p api.Peer) string {
 	r, now := p.Routing, "no"
 	switch {
@@ -270,13 +292,13 @@ func describeRouting(p api.Peer) string {
 	return now + ", " + describeTraffic(r.RxBytes, r.TxBytes)
 }
 
-// describeTraffic names the directions as the peer sees them: up is what it sent.
+// describeTraffic formats byte counts from the peer's side: received by this host is up.
 func describeTraffic(received, sent uint64) string {
 	return fmt.Sprintf("%s up, %s down", formatBytes(received), formatBytes(sent))
 }
 
-// formatBytes shows a number of bytes with three digits, or four up to 1023, and a binary
-// unit.
+// formatBytes formats a number of bytes with three significant digits, or four from 1000 to
+// 1023, and a binary unit up to EiB (2^60), which covers all of uint64.
 func formatBytes(n uint64) string {
 	if n < 1024 {
 		return fmt.Sprintf("%d B", n)
@@ -285,7 +307,7 @@ func formatBytes(n uint64) string {
 	for value >= 1023.5 && unit < 5 {
 		value, unit = value/1024, unit+1
 	}
-	if value >= 999.5 { // %g would write it as a power of ten
+	if value >= 999.5 { // %.3g would write 1.02e+03
 		return fmt.Sprintf("%.0f %ciB", value, "KMGTPE"[unit])
 	}
 	return fmt.Sprintf("%.3g %ciB", value, "KMGTPE"[unit])

@@ -15,10 +15,10 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// speak gives every command below c the same voice: arguments are named as the usage
-// line names them, mistyped commands and flags get a proposal, and flags with few values
-// complete them.
-func speak(c *cobra.Command) {
+// applyConventions sets, for c and every command below it, what all commands have in
+// common: the arguments are checked by the usage line, and flags with few values complete
+// them. A command must not check its arguments itself.
+func applyConventions(c *cobra.Command) {
 	if !c.HasSubCommands() && !c.DisableFlagParsing {
 		c.Args = argumentsOf(c.Use)
 	}
@@ -28,21 +28,22 @@ func speak(c *cobra.Command) {
 			return
 		}
 		if _, has := c.GetFlagCompletionFunc(f.Name); !has {
-			// It fails for a flag that doesn't exist only.
+			// The only error is a flag that doesn't exist, and f does.
 			_ = c.RegisterFlagCompletionFunc(f.Name, complete)
 		}
 	})
 	for _, sub := range c.Commands() {
-		speak(sub)
+		applyConventions(sub)
 	}
 }
 
-// argumentsOf checks a command's arguments by its usage line, such as "allow NAME
-// PERMISSION...": a word in brackets may be missing, and the one with dots comes once or
-// more.
+// argumentsOf returns a check of a command's arguments by its usage line, such as "allow
+// NAME PERMISSION...": a word in brackets is optional, and one with dots may be repeated.
+// So the usage line and the check can't differ, and the error names a missing argument as
+// the usage line does.
 func argumentsOf(use string) cobra.PositionalArgs {
 	names := strings.Fields(use)[1:]
-	least, many := 0, false
+	least, many := 0, false // required arguments, and whether one may be repeated
 	for i, name := range names {
 		if !strings.HasPrefix(name, "[") {
 			least = i + 1
@@ -59,15 +60,17 @@ func argumentsOf(use string) cobra.PositionalArgs {
 			}
 			return usagef("%s %s missing", strings.ReplaceAll(strings.Join(missing, " and "), "...", ""), verb)
 		case len(args) > len(names) && !many && len(names) == 0:
-			return usagef("%q is too much: %q takes no argument", args[0], c.CommandPath())
+			return usagef("unexpected argument %q: %q takes no argument", args[0], c.CommandPath())
 		case len(args) > len(names) && !many:
-			return usagef("%q is too much: %q takes %s", args[len(names)], c.CommandPath(), strings.Join(names, " "))
+			return usagef("unexpected argument %q: %q takes %s", args[len(names)], c.CommandPath(), strings.Join(names, " "))
 		}
 		return nil
 	}
 }
 
-// unknownCommand is the error of a command that holds others and has none of that name.
+// unknownCommand returns the error for a subcommand that c doesn't have. It suggests a
+// command with another common name (SuggestFor), one of `peer` that was given without
+// "peer", or the closest name; failing these it lists all.
 func unknownCommand(c *cobra.Command, name string) error {
 	var names []string
 	for _, sub := range c.Commands() {
@@ -88,12 +91,14 @@ func unknownCommand(c *cobra.Command, name string) error {
 	return usagef("unknown command %q for %q; it has: %s", name, c.CommandPath(), strings.Join(names, ", "))
 }
 
-// newHelpCommand returns `help`, which refuses a command that doesn't exist.
+// newHelpCommand returns `help`, which is wrong usage for a command that doesn't exist,
+// where cobra's own prints the root's usage and exits with status 0.
 func newHelpCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "help [COMMAND...]", Short: "Help about any command",
 		ValidArgsFunction: func(c *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
-			about, _, _ := c.Root().Find(args) // one that isn't found has no proposals
+			// Find returns the deepest command that it found, even with an error.
+			about, _, _ := c.Root().Find(args)
 			var names []string
 			for _, sub := range about.Commands() {
 				if sub.IsAvailableCommand() {
@@ -118,7 +123,8 @@ func newHelpCommand() *cobra.Command {
 	}
 }
 
-// flagError says what is wrong with a flag, and what it takes.
+// flagError turns pflag's error into a usageError that says what the flag takes, in the
+// user's terms rather than those of strconv.
 func flagError(c *cobra.Command, err error) error {
 	var unknown *pflag.NotExistError
 	var invalid *pflag.InvalidValueError
@@ -147,7 +153,8 @@ func flagError(c *cobra.Command, err error) error {
 		case "duration":
 			_, cause := parseDuration(value)
 			if cause == nil {
-				cause = fmt.Errorf("%q has days or weeks, which it doesn't take", value)
+				// A flag of pflag's own type, for which time.ParseDuration decides.
+				cause = fmt.Errorf("%q has days or weeks, which this flag doesn't take", value)
 			}
 			return usagef("--%s: %v", f.Name, cause)
 		}
@@ -156,12 +163,13 @@ func flagError(c *cobra.Command, err error) error {
 	return &usageError{err}
 }
 
-// duration is a flag's value: a duration that also takes days and weeks.
+// duration is a pflag.Value for a duration that may have days and weeks (parseDuration).
 type duration struct{ d *time.Duration }
 
 // durationFlag returns the value of a flag that sets d.
 func durationFlag(d *time.Duration) pflag.Value { return duration{d} }
 
+// String returns "" for 0, so that the help shows no default.
 func (v duration) String() string {
 	if v.d == nil || *v.d == 0 {
 		return ""
@@ -176,16 +184,18 @@ func (v duration) Set(text string) (err error) {
 	return err
 }
 
-// units are those of a duration; a day has 24 hours.
+// units are the units of a duration. A day has 24 hours, also when daylight saving time
+// begins or ends.
 var units = map[string]time.Duration{
 	"w": 7 * 24 * time.Hour, "d": 24 * time.Hour, "h": time.Hour, "m": time.Minute, "s": time.Second, "ms": time.Millisecond,
 }
 
-// bareNumber is a number without a unit.
+// bareNumber matches a number without a unit.
 var bareNumber = regexp.MustCompile(`^[-+]?[0-9]+(\.[0-9]+)?$`)
 
-// parseDuration reads what time.ParseDuration reads, and days and weeks: 90m, 1h30m,
-// 2d, 1w.
+// parseDuration reads what time.ParseDuration reads, and days and weeks besides: 90m,
+// 1h30m, 2d, 1w. The units may come in any order, and fractions are allowed. It refuses
+// 2^62 ns (146 years) and more, half of what a time.Duration holds.
 func parseDuration(text string) (time.Duration, error) {
 	if d, err := time.ParseDuration(text); err == nil {
 		return d, nil
@@ -193,7 +203,7 @@ func parseDuration(text string) (time.Duration, error) {
 	if bareNumber.MatchString(text) {
 		return 0, fmt.Errorf("%q has no unit: %ss are seconds, %sm minutes, %sh hours, %sd days", text, text, text, text, text)
 	}
-	wrong := fmt.Errorf("%q is not a duration: it is such as 30m, 2h, 2d or 1w", text)
+	wrong := fmt.Errorf("%q is not a duration, such as 30m, 2h, 2d or 1w", text)
 	rest, negative := strings.CutPrefix(text, "-")
 	var sum float64
 	for rest != "" {
@@ -214,7 +224,7 @@ func parseDuration(text string) (time.Duration, error) {
 			return 0, wrong
 		}
 		if sum >= 1<<62 {
-			return 0, fmt.Errorf("%q is longer than can be counted", text)
+			return 0, fmt.Errorf("%q is too long: the longest duration is 146 years", text)
 		}
 	}
 	if text == "" {
@@ -226,7 +236,8 @@ func parseDuration(text string) (time.Duration, error) {
 	return time.Duration(sum), nil
 }
 
-// shortDuration returns a duration as a person writes it: 2h, not 2h0m0s.
+// shortDuration returns a duration as a person writes it: 2h, not 2h0m0s. It is
+// how the helper's API and the hints in messages take one.
 func shortDuration(d time.Duration) string {
 	text := d.String()
 	for _, unit := range []string{"m0s", "h0m"} {
@@ -237,24 +248,26 @@ func shortDuration(d time.Duration) string {
 	return text
 }
 
-// completionOf returns how a flag's value is completed, where it has few values.
+// completionOf returns the shell completion for a flag's value, by the flag's name, which
+// means the same in every command. A flag that takes a file has none, so that the shell
+// proposes files; one with a free value proposes nothing.
 func completionOf(c *cobra.Command, f *pflag.Flag) cobra.CompletionFunc {
 	switch f.Name {
 	case "proto":
-		return fixed("tcp", "udp", "icmp")
+		return fixedValues("tcp", "udp", "icmp")
 	case "platform":
 		if c.Name() == "run" {
-			return fixed("auto", "darwin", "linux")
+			return fixedValues("auto", "darwin", "linux")
 		}
-		return fixed("pf", "nft", "guard")
+		return fixedValues("pf", "nft", "guard")
 	case "tunnel":
-		return fixed("full", "split")
+		return fixedValues("full", "split")
 	case "allow":
 		return func(_ *cobra.Command, _ []string, text string) ([]string, cobra.ShellCompDirective) {
 			return completePermissions(nil, text)
 		}
 	case "for":
-		return fixed("30m", "2h", "1d", "1w")
+		return fixedValues("30m", "2h", "1d", "1w")
 	case "address", "dns", "endpoint", "public-key", "listen-port", "mesh-prefix4", "mesh-prefix6", "keepalive",
 		"from", "interface", "label", "operator", "tick", "wait":
 		return cobra.NoFileCompletions
@@ -262,12 +275,14 @@ func completionOf(c *cobra.Command, f *pflag.Flag) cobra.CompletionFunc {
 	return nil
 }
 
-func fixed(values ...string) cobra.CompletionFunc {
+// fixedValues completes with the given values, and never with files.
+func fixedValues(values ...string) cobra.CompletionFunc {
 	return cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp)
 }
 
-// completePermissions completes a list of permissions, separated by commas, with those
-// that it and the arguments before don't have.
+// completePermissions completes the last word of text, a list of permissions separated by
+// commas, with the permissions that neither the list nor the arguments in before have. It
+// adds no space, since a comma may follow.
 func completePermissions(before []string, text string) ([]string, cobra.ShellCompDirective) {
 	head := ""
 	if i := strings.LastIndexByte(text, ','); i >= 0 {

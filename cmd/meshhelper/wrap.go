@@ -10,8 +10,9 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// wrap breaks a line between words, where columns isn't 0; next stands before each line
-// but the first. A word that is longer than a line stays whole, to be copied.
+// wrap breaks text between words into lines of at most columns characters; 0 means no
+// limit. first is the start of the first line and next that of the others. A word longer
+// than a line, such as a key or a path, stays whole, so that it can be copied.
 func wrap(columns int, first, next, text string) string {
 	var out strings.Builder
 	line := first
@@ -29,21 +30,21 @@ func wrap(columns int, first, next, text string) string {
 	return out.String() + line
 }
 
-// wrapLines breaks each line of a text that is longer than columns, and goes on below its
-// first letter.
+// wrapLines breaks each line of text that is longer than columns, and indents its
+// continuation like the line itself.
 func wrapLines(columns int, text string) string {
 	return wrapAt(columns, text, func(line string) int { return len(line) - len(strings.TrimLeft(line, " ")) })
 }
 
-// wrapAt breaks each line of a text, and goes on below what begins at the byte that at
-// returns.
+// wrapAt is wrapLines with a hanging indent: at returns the width of the indent for a
+// line, in bytes. What stands before it is ASCII, so that bytes are columns.
 func wrapAt(columns int, text string, at func(line string) int) string {
 	if columns == 0 {
 		return text
 	}
 	lines := strings.Split(text, "\n")
 	for i, line := range lines {
-		if copied.MatchString(line) {
+		if configLine.MatchString(line) {
 			continue
 		}
 		n := at(line)
@@ -52,17 +53,18 @@ func wrapAt(columns int, text string, at func(line string) int) string {
 	return strings.Join(lines, "\n")
 }
 
-// copied finds a line of a WireGuard configuration, which is copied into one and so stays
-// whole.
-var copied = regexp.MustCompile(`^ *[A-Z][A-Za-z]* = `)
+// configLine matches a line of a WireGuard configuration, such as "  AllowedIPs = ::/0". It
+// is never broken, because the reader copies it into a file.
+var configLine = regexp.MustCompile(`^ *[A-Z][A-Za-z]* = `)
 
-// listed finds the text of a line of a help's list, behind a command or a flag: at most
-// 40 characters and two or more spaces stand before it.
-var listed = regexp.MustCompile(`^ *(\S.{0,40}?\s{2,})?`)
+// listPrefix matches what stands before the description in a list of commands, flags or
+// settings: an indent, at most 41 characters, and two or more spaces. The longest flag with
+// its type fits; prose has no two spaces in a row.
+var listPrefix = regexp.MustCompile(`^ *(\S.{0,40}?\s{2,})?`)
 
-// wrapHelp breaks a help for the terminal: the lines of each paragraph, which the source
-// breaks, are joined before; lists and examples, which are indented or have columns, keep
-// theirs.
+// wrapHelp breaks a help text for a terminal of so many columns. It first joins the lines
+// of each paragraph, which the source code breaks at its own width. Lists and examples,
+// which are indented or in columns, keep their lines.
 func wrapHelp(columns int, text string) string {
 	if columns == 0 {
 		return text
@@ -71,19 +73,20 @@ func wrapHelp(columns int, text string) string {
 		return line != "" && line[0] != ' ' && line[0] != '\t' && !strings.Contains(line, "  ")
 	}
 	var lines []string
-	goesOn := false
+	joins := false // whether the previous line's paragraph may go on
 	for line := range strings.SplitSeq(text, "\n") {
-		if goesOn && prose(line) {
+		if joins && prose(line) {
 			lines[len(lines)-1] += " " + line
 		} else {
 			lines = append(lines, line)
 		}
-		goesOn = prose(line) && !strings.HasSuffix(line, ":")
+		joins = prose(line) && !strings.HasSuffix(line, ":")
 	}
-	return wrapAt(columns, strings.Join(lines, "\n"), func(line string) int { return len(listed.FindString(line)) })
+	return wrapAt(columns, strings.Join(lines, "\n"), func(line string) int { return len(listPrefix.FindString(line)) })
 }
 
-// wrapHelpOf returns help as it is printed at a terminal.
+// wrapHelpOf returns a help function that prints what help would, wrapped for the terminal.
+// It prints to a.stdout itself, where cobra's would go to the command's output.
 func (a *app) wrapHelpOf(help func(*cobra.Command, []string)) func(*cobra.Command, []string) {
 	return func(c *cobra.Command, args []string) {
 		var text strings.Builder
@@ -94,25 +97,28 @@ func (a *app) wrapHelpOf(help func(*cobra.Command, []string)) func(*cobra.Comman
 	}
 }
 
-// say writes a line of the answer, at a terminal broken between words.
+// say writes a line of the answer to stdout, on a terminal broken between words.
 func (a *app) say(format string, args ...any) {
 	fmt.Fprintln(a.stdout, wrapLines(a.columns, fmt.Sprintf(format, args...)))
 }
 
-// sayWrapped writes a line of the answer that goes on, at a terminal, behind next. A line
-// of a configuration stands below first, as it is.
+// sayWrapped writes a line of the answer that begins with first. On a terminal each
+// continuation begins with next. A line of a configuration follows on a line of its own,
+// unbroken.
 func (a *app) sayWrapped(first, next, text string) {
-	if copied.MatchString(text) {
-		a.sayWhole(strings.TrimRight(first, " ") + "\n  " + text)
+	if configLine.MatchString(text) {
+		a.sayVerbatim(strings.TrimRight(first, " ") + "\n  " + text)
 		return
 	}
 	fmt.Fprintln(a.stdout, wrap(a.columns, first, next, text))
 }
 
-// talk writes a line beside the answer, at a terminal broken between words.
+// talk writes a remark to stderr, on a terminal broken between words, so that stdout holds
+// only the answer and can be piped.
 func (a *app) talk(format string, args ...any) {
 	fmt.Fprintln(a.stderr, wrapLines(a.talkColumns, fmt.Sprintf(format, args...)))
 }
 
-// sayWhole writes what is to be copied or scanned as it is.
-func (a *app) sayWhole(text string) { io.WriteString(a.stdout, text+"\n") }
+// sayVerbatim writes text to stdout without breaking lines: a configuration to copy, a
+// script, or a QR code.
+func (a *app) sayVerbatim(text string) { io.WriteString(a.stdout, text+"\n") }
