@@ -298,10 +298,10 @@ func (f *fakeTunnel) setStats(key string, s tunnel.PeerStats) {
 
 func (f *fakeTunnel) ListenPort() uint16 { return 51820 }
 
-func (f *fakeTunnel) SetSelf(places []netip.AddrPort) {
+func (f *fakeTunnel) SetOwnEndpoints(endpoints []netip.AddrPort) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.self = places
+	f.self = endpoints
 }
 
 func (f *fakeTunnel) Listening() error {

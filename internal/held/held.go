@@ -67,7 +67,7 @@ type State struct {
 
 // Tunnel is what can be asked of the WireGuard device at any time.
 type Tunnel interface {
-	// Stats returns what the device counted, by peer. It fails once the device is closed.
+	// Stats returns what the device counted, by peer. It is empty once the device is closed.
 	Stats() (map[mesh.PublicKey]tunnel.PeerStats, error)
 	// Listening returns why the UDP port isn't served, and nil while it is.
 	Listening() error

@@ -135,18 +135,18 @@ func pathOf(h policy.Host) path {
 	return path{h.Uplink4, h.Uplink6, h.Source4, h.Source6, h.Router4, h.Router6}
 }
 
-// placesOf returns where datagrams reach this host's WireGuard, which listens on port: at
-// each of the host's addresses. A router's address is left out, although the router may
-// turn them to this host, for it may be a peer's, too: one behind the same router, or one
-// whose packets are forwarded and translated, comes from there, and by a router that keeps
-// ports from the very port.
-func placesOf(host policy.Host, port uint16) (places []netip.AddrPort) {
+// ownEndpoints returns the endpoints that reach this host's WireGuard, which listens on
+// port: each of the host's addresses. The router's address isn't one, although the router
+// may forward that port to this host. It may be a peer's endpoint as well: the packets of a
+// peer behind the same router, or of one whose packets the router translates, come from
+// there, and even from the same port if the router keeps ports.
+func ownEndpoints(host policy.Host, port uint16) (endpoints []netip.AddrPort) {
 	for _, i := range host.Interfaces {
 		for _, p := range i.Addresses {
-			places = append(places, netip.AddrPortFrom(p.Addr().WithZone(""), port))
+			endpoints = append(endpoints, netip.AddrPortFrom(p.Addr().WithZone(""), port))
 		}
 	}
-	return places
+	return endpoints
 }
 
 // wakePeers has the tunnel tell the peers where the host is, in a task of its own

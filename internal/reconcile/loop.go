@@ -57,8 +57,8 @@ type Tunnel interface {
 	Sync(want []tunnel.Peer) error
 	// ListenPort returns the UDP port that the tunnel listens on.
 	ListenPort() uint16
-	// SetSelf says where datagrams reach the tunnel itself, which is no peer's endpoint.
-	SetSelf(places []netip.AddrPort)
+	// SetOwnEndpoints sets the endpoints that reach the tunnel itself, which no peer can have.
+	SetOwnEndpoints(endpoints []netip.AddrPort)
 	// Rebind tells the peers where the host is after a change of networks or sleep. It
 	// ends early when ctx or the tunnel does.
 	Rebind(ctx context.Context) error

@@ -35,7 +35,7 @@ func (l *Loop) hold(ctx context.Context, doc *wanted.Document) error {
 	// tunnel refuses is no reason to close for the others.
 	peers := l.tunnelPeers(doc)
 	port := l.tunnel.ListenPort()
-	l.tunnel.SetSelf(placesOf(host, port))
+	l.tunnel.SetOwnEndpoints(ownEndpoints(host, port))
 	l.refused = l.tunnel.Sync(l.withoutTakeovers(peers))
 	if l.held == doc.Generation && reflect.DeepEqual(host, l.host) && port == l.current.Mesh().ListenPort {
 		return l.check(ctx, doc)

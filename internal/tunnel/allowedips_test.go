@@ -108,7 +108,7 @@ func TestPrefixInsidePrefix(t *testing.T) {
 				return s[wide.PublicKey()].Spoofed == 1 && s[narrow.PublicKey()].Spoofed == 1
 			})
 			// A datagram may come from anywhere in a default route.
-			if host.places.loops(netip.AddrPortFrom(elsewhere, 51820)) {
+			if host.loopFilter.loops(netip.AddrPortFrom(elsewhere, 51820)) {
 				t.Error("what comes from an address of the default route is discarded")
 			}
 		})

@@ -16,7 +16,7 @@ import (
 // wireguard-go.
 func BenchmarkBind(b *testing.B) {
 	ours := func() conn.Bind {
-		var inside places
+		var inside loopFilter
 		for _, p := range benchPeers(10_000) {
 			inside.addPrefixes(p.AllowedIPs)
 		}

@@ -36,7 +36,7 @@ func TestAnyBind(t *testing.T) {
 	if err := a.Listening(); err != nil {
 		t.Error(err)
 	}
-	a.SetSelf([]netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:1")}) // the Bind is told nothing
+	a.SetOwnEndpoints([]netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:1")}) // the Bind is told nothing
 	ping(t, a, b)
 }
 
@@ -44,13 +44,13 @@ func TestAnyBind(t *testing.T) {
 type underlay struct {
 	conn.Bind
 	loops    func(netip.AddrPort) bool
-	reopened func()
+	onReopen func()
 	renewed  atomic.Int64
 	failure  error
 }
 
-func (u *underlay) Attach(loops func(netip.AddrPort) bool, reopened func()) {
-	u.loops, u.reopened = loops, reopened
+func (u *underlay) Attach(loops func(netip.AddrPort) bool, onReopen func()) {
+	u.loops, u.onReopen = loops, onReopen
 }
 
 func (u *underlay) Renew(context.Context) error { u.renewed.Add(1); return u.failure }
@@ -72,11 +72,11 @@ func TestUnderlay(t *testing.T) {
 		t.Errorf("renewed %d times", n)
 	}
 	before := b.fresh(t)[a.PublicKey()].RxBytes
-	u.reopened()
+	u.onReopen()
 	until(t, "the peer hears from the host", func() bool { return b.fresh(t)[a.PublicKey()].RxBytes > before })
 
 	self := netip.MustParseAddrPort("198.51.100.1:51820")
-	a.SetSelf([]netip.AddrPort{self})
+	a.SetOwnEndpoints([]netip.AddrPort{self})
 	for at, want := range map[netip.AddrPort]bool{
 		self:                                   true,
 		netip.AddrPortFrom(a.addr[0], 7):       true,

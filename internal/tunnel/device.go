@@ -21,46 +21,46 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// Peer is how the host reaches one peer.
+// Peer is the configuration of one peer.
 //
-// Of a peer's endpoints, Endpoint is the wanted one, and Learned was found out. As with
-// WireGuard's own tools, an endpoint is where to begin: a peer that is heard from elsewhere,
-// by a packet that only it can have made, is sent to there from then on. A Set or a Sync
-// moves it back only if its Endpoint is another than before, and then at once.
+// It has two endpoints: Endpoint is the configured one, and Learned is the one that the
+// caller saw the peer use. As with WireGuard's own tools, an endpoint is only a start: once
+// the peer sends an authenticated packet from another one, the device sends there. A Set or
+// a Sync moves the peer back only if it changes Endpoint, and then at once.
 //
-// Unlike with those tools, a device that is made anew, after a restart or a change of the
-// port, begins where the peer was last heard, not where it was configured: otherwise a peer
-// that moved is dark until it sends by itself. If it doesn't answer there, the device turns
-// to Endpoint, and stays with it until the peer is heard elsewhere.
+// Unlike with those tools, a new device, after a restart or a change of the port, starts at
+// Learned rather than Endpoint: otherwise a peer that roamed is unreachable until it sends
+// something itself. If it doesn't answer there within learnedTimeout, the device switches to
+// Endpoint, and stays with it until the peer sends from elsewhere.
 type Peer struct {
 	PublicKey mesh.PublicKey // required
 
-	// AllowedIPs are the addresses that are reached through the peer: what is for them is
-	// sent to it, and what it sends has to come from them. They have no host bits set.
+	// AllowedIPs are the addresses behind the peer: the device sends it the packets to them,
+	// and accepts from it only packets with such a source. They have no host bits set.
 	//
-	// No two peers have the same prefix. One peer's may lie inside another's, as every
-	// address does in a default route: the longest prefix that holds an address counts, in
-	// both directions and in whatever order the peers were set. So an address that a peer
-	// has as a whole prefix, /32 or /128, is its alone, whatever prefixes others have; a
-	// shorter one only proves that a source isn't another peer's.
-	AllowedIPs []netip.Prefix // optional: without one nothing passes
+	// No two peers have the same prefix. One peer's prefix may lie inside another's, as all
+	// lie inside a default route: the longest prefix that contains an address wins, in both
+	// directions and in whatever order the peers were set. So a prefix of one address, /32
+	// or /128, proves that a packet's source is this peer; a shorter one only proves that
+	// it isn't a peer with a longer one.
+	AllowedIPs []netip.Prefix // optional: without any, no packet passes
 
-	Endpoint  netip.AddrPort // optional: zero leaves it to Learned, and to what the peer sends from
+	Endpoint  netip.AddrPort // optional: zero if only the peer's own packets tell it
 	Keepalive time.Duration  // optional: whole seconds up to mesh.MaxKeepalive, zero for none
 
-	// Learned is where the peer was last heard, before this device had it. It is
-	// looked at only when the device gets the peer anew: a handshake is sent there at
-	// once. A Peer that differs in Learned only is the same.
+	// Learned is the endpoint that the peer was last heard from. Only adding the peer to
+	// the device uses it, and sends a handshake there at once. Two Peers that differ in
+	// Learned alone are equal.
 	Learned netip.AddrPort // optional
 }
 
-// same reports whether the device makes no difference between p and q, once it
-// has the peer.
+// same reports whether p and q are the same configuration for a peer that the device has.
 func (p Peer) same(q Peer) bool {
 	return p.PublicKey == q.PublicKey && p.Endpoint == q.Endpoint && p.Keepalive == q.Keepalive && slices.Equal(p.AllowedIPs, q.AllowedIPs)
 }
 
-// validate reports what the device would refuse, or silently misunderstand.
+// validate returns an error for what wireguard-go would refuse, or silently take for
+// something else.
 func (p Peer) validate() error {
 	switch {
 	case p.PublicKey.IsZero():
@@ -80,17 +80,19 @@ func (p Peer) validate() error {
 	return nil
 }
 
-// Underlay is what a Bind may be besides, and what the device then makes use of.
+// Underlay is an optional interface of a conn.Bind. A Bind without it can't filter
+// loops, and is reopened after a change of networks; see Rebind.
 type Underlay interface {
 	// Attach is called by each device before it opens the Bind. From then on the Bind
-	// discards what comes from, and sends nothing to, a place of which loops says that it
-	// is inside the tunnel or the device itself; loops may be called concurrently. The Bind
-	// calls reopened, which doesn't block, when it hears the network again after it didn't.
-	Attach(loops func(netip.AddrPort) bool, reopened func())
-	// Renew is called after a change of networks or a wake from sleep. It returns when the
-	// Bind is in order, or when ctx ends, with the reason that it isn't.
+	// neither accepts datagrams from, nor sends any to, an endpoint for which loops returns
+	// true: it lies inside the tunnel or is the device's own. loops may be called
+	// concurrently. The Bind calls onReopen, which doesn't block, when it receives again
+	// after a failure.
+	Attach(loops func(netip.AddrPort) bool, onReopen func())
+	// Renew is called after a change of networks or a wake from sleep. It returns nil once
+	// the Bind works, or, when ctx ends, the reason that it doesn't.
 	Renew(ctx context.Context) error
-	// Listening returns nil while the Bind hears the network, else why it doesn't.
+	// Listening returns nil while the Bind receives, else the reason that it doesn't.
 	Listening() error
 }
 
@@ -101,47 +103,47 @@ type Options struct {
 	Logger     *slog.Logger    // required
 
 	ListenPort uint16       // optional: UDP, 0 lets the system choose
-	Addresses  []netip.Addr // optional: the host's own in the mesh, which only the tunnel reaches
-	// Bind carries the encrypted packets. It is the caller's, so that it may outlive the
-	// device. If it is an Underlay, too, that is made use of.
-	Bind          conn.Bind        // optional: Sockets of the device's own, closed with it
+	Addresses  []netip.Addr // optional: the host's own in the mesh, for the filter of loops
+	// Bind carries the encrypted packets. It belongs to the caller and may outlive the
+	// device. If it implements Underlay, the device uses that too.
+	Bind          conn.Bind        // optional: the device's own Sockets, released by Close
 	Now           func() time.Time // optional: time.Now
-	StatsInterval time.Duration    // optional: see Stats, one second
+	StatsInterval time.Duration    // optional: least age at which Stats reads again; one second
 }
 
 // Device is the WireGuard device of the host: a userspace WireGuard around a
 // tun.Device. All methods may be called concurrently.
 type Device struct {
 	wg       *device.Device
-	own      mesh.PublicKey
+	own      mesh.PublicKey // the host's
 	log      *slog.Logger
 	bind     conn.Bind
-	underlay Underlay // bind as one; nil where it isn't
-	// configure is wg's IpcSet; tests look at what it is given.
-	configure func(config string) error
-	release   func() // of the device's own Sockets, at the end
-	places    places
+	underlay Underlay // bind, if it implements that, else nil
+	// configure is wg's IpcSet; tests replace it to see or to refuse a configuration.
+	configure  func(config string) error
+	release    func() // releases Sockets that the device made itself
+	loopFilter loopFilter
 
 	mu    sync.Mutex // serialises changes, so that peers and owner are what wg holds
 	peers map[mesh.PublicKey]Peer
 	owner map[netip.Prefix]mesh.PublicKey // by allowed IP
-	port  uint16
-	// trying are the peers that began at a learned endpoint and have a configured one, by
-	// when they are to have answered; see tryLearned. answered is the next look at that.
-	trying   map[mesh.PublicKey]time.Time
-	answered *time.Timer   // nil where none is due
-	answer   time.Duration // answerTime
-	closed   bool
+	port  uint16                          // UDP, that the device listens on
+	// onLearned are the peers that were added at a learned endpoint and have a different
+	// configured one, with the time by which they must have answered; see startLearned.
+	onLearned      map[mesh.PublicKey]time.Time
+	learnedTimer   *time.Timer   // calls expireLearned; nil if nothing is due
+	learnedTimeout time.Duration // the constant outside tests
+	closed         bool
 
-	// counters of spoofed packets, by the device's own handle for a peer.
-	// Read in the packet path, hence no mutex.
+	// spoofed counts packets whose source isn't the peer's, by wireguard-go's handle for the
+	// peer. The packet path writes it, hence no mutex.
 	spoofed sync.Map // *device.Peer -> *atomic.Uint64
 
 	stats stats
 }
 
 // NewDevice starts a WireGuard device without peers and brings it up: some
-// platforms never report their tunnel device as up, so the device wouldn't come up
+// platforms never report their tunnel device as up, so wireguard-go wouldn't bring it up
 // by itself. On an error o.TUN is closed.
 func NewDevice(o Options) (*Device, error) {
 	if o.TUN == nil || o.Logger == nil || o.PrivateKey.IsZero() {
@@ -161,14 +163,14 @@ func NewDevice(o Options) (*Device, error) {
 	d := &Device{
 		own: o.PrivateKey.Public(), log: o.Logger,
 		bind: o.Bind, release: release,
-		peers:  make(map[mesh.PublicKey]Peer),
-		owner:  make(map[netip.Prefix]mesh.PublicKey),
-		trying: make(map[mesh.PublicKey]time.Time),
-		answer: answerTime,
+		peers:          make(map[mesh.PublicKey]Peer),
+		owner:          make(map[netip.Prefix]mesh.PublicKey),
+		onLearned:      make(map[mesh.PublicKey]time.Time),
+		learnedTimeout: learnedTimeout,
 	}
-	d.places.add(o.Addresses...)
+	d.loopFilter.add(o.Addresses...)
 	if d.underlay, _ = o.Bind.(Underlay); d.underlay != nil {
-		d.underlay.Attach(d.places.loops, d.reopened)
+		d.underlay.Attach(d.loopFilter.loops, d.announce)
 	}
 	log := &logger{slog: o.Logger, now: o.Now, dropped: d.countSpoofed}
 	d.wg = device.NewDevice(o.TUN, o.Bind, log.device())
@@ -181,6 +183,8 @@ func NewDevice(o Options) (*Device, error) {
 	return d, nil
 }
 
+// start gives the device its key and port, brings it up, and reads back the port.
+// start gives the device its key and port, brings it up, and reads back the port.
 func (d *Device) start(o Options) error {
 	config := "private_key=" + hex.EncodeToString(o.PrivateKey[:]) + "\n" + listenPortLine(o.ListenPort)
 	if err := d.configure(config); err != nil {
@@ -189,21 +193,25 @@ func (d *Device) start(o Options) error {
 	if err := d.wg.Up(); err != nil {
 		return err
 	}
-	return d.learnPort()
+	return d.readPort()
 }
 
+// listenPortLine returns the line of the configuration protocol that sets the port; 0 lets
+// the system choose one.
+// listenPortLine returns the line of the configuration protocol that sets the port; 0 lets
+// the system choose one.
 func listenPortLine(port uint16) string {
 	return "listen_port=" + strconv.Itoa(int(port)) + "\n"
 }
 
-// learnPort asks the device which port it listens on. Called while there are
-// no peers, or after the port changed, since the answer lists every peer.
-func (d *Device) learnPort() error {
-	got := newStatsReader()
-	if err := d.wg.IpcGetOperation(got); err != nil {
+// readPort reads the port that the device listens on. It is for a device without peers, as
+// the answer lists every peer.
+func (d *Device) readPort() error {
+	r := newStatsReader()
+	if err := d.wg.IpcGetOperation(r); err != nil {
 		return err
 	}
-	d.port = got.port
+	d.port = r.port
 	return nil
 }
 
@@ -217,11 +225,11 @@ func (d *Device) ListenPort() uint16 {
 	return d.port
 }
 
-// Set adds peer, or changes the one with its public key, touching no other
-// peer's session. Repeating a Set does nothing. An endpoint taken back (set to
-// zero) stays in use until the peer sends from another: WireGuard has no way
-// to forget one. Set refuses a prefix that another peer has, which WireGuard
-// would silently take away from that one; see Peer.AllowedIPs.
+// Set adds peer, or changes the one with its public key, and leaves the sessions of other
+// peers alone. Repeating a Set does nothing. An endpoint set to zero stays in use until the
+// peer sends from another: WireGuard has no way to remove one. Set refuses a prefix that
+// another peer has, which WireGuard would silently move; see Peer.AllowedIPs. If the device
+// fails midway, the peer is removed.
 func (d *Device) Set(peer Peer) error {
 	if err := peer.validate(); err != nil {
 		return fmt.Errorf("set peer %v: %w", peer.PublicKey, err)
@@ -233,28 +241,28 @@ func (d *Device) Set(peer Peer) error {
 	}
 	for _, a := range peer.AllowedIPs {
 		if owner, ok := d.owner[a]; ok && owner != peer.PublicKey {
-			return taken(peer, a, owner)
+			return prefixConflict(peer, a, owner)
 		}
 	}
 	if err := d.set(peer); err != nil {
 		return err
 	}
-	return d.trim(peer)
+	return d.removeExtra(peer)
 }
 
-// taken says that a prefix of peer's is another one's.
-func taken(peer Peer, a netip.Prefix, owner mesh.PublicKey) error {
+// prefixConflict returns the error for a prefix of peer that owner has.
+func prefixConflict(peer Peer, a netip.Prefix, owner mesh.PublicKey) error {
 	if a.IsSingleIP() {
 		return fmt.Errorf("set peer %v: address %v belongs to peer %v", peer.PublicKey, a.Addr(), owner)
 	}
 	return fmt.Errorf("set peer %v: prefix %v belongs to peer %v", peer.PublicKey, a, owner)
 }
 
-// set adds or changes a peer, but leaves it the allowed IPs that it is to have no more;
-// trim takes those away. What another peer has moves in one step: at no moment is it
-// nobody's, for it would then belong to a peer with a shorter prefix around it.
+// set adds or changes a peer, but doesn't remove allowed IPs that it no longer has; see
+// removeExtra. A prefix of another peer moves in one step: if it had no owner even for a
+// moment, its packets would match a shorter prefix, and pass for those of another peer.
 func (d *Device) set(peer Peer) error {
-	// WireGuard takes its own key for a peer without a word and ignores it.
+	// wireguard-go silently ignores a peer with the device's own key.
 	if peer.PublicKey == d.own {
 		return fmt.Errorf("set peer %v: that is the host's own key", peer.PublicKey)
 	}
@@ -262,10 +270,10 @@ func (d *Device) set(peer Peer) error {
 	begin := netip.AddrPort{}
 	switch {
 	case !known && peer.Learned.IsValid():
-		begin = peer.Learned // with the peer's creation: it can't have been heard yet
+		begin = peer.Learned // in one step with adding the peer, which can't have sent anything yet
 	case peer.Endpoint != old.Endpoint:
 		begin = peer.Endpoint
-		delete(d.trying, peer.PublicKey)
+		delete(d.onLearned, peer.PublicKey)
 	}
 	gets := without(peer.AllowedIPs, old.AllowedIPs)
 	if err := d.configure(peerConfig(peer, old, known, begin, gets)); err != nil {
@@ -275,7 +283,7 @@ func (d *Device) set(peer Peer) error {
 				touched = append(touched, from)
 			}
 		}
-		return d.abandon(fmt.Errorf("set peer %v: %w", peer.PublicKey, err), touched...)
+		return d.removePartial(fmt.Errorf("set peer %v: %w", peer.PublicKey, err), touched...)
 	}
 	for _, a := range gets {
 		if from, ok := d.owner[a]; ok && from != peer.PublicKey {
@@ -285,23 +293,23 @@ func (d *Device) set(peer Peer) error {
 		}
 		d.owner[a] = peer.PublicKey
 	}
-	d.places.addPrefixes(gets)
+	d.loopFilter.addPrefixes(gets)
 	learned := peer.Learned
 	peer.Learned, peer.AllowedIPs = netip.AddrPort{}, slices.Concat(old.AllowedIPs, gets)
 	d.peers[peer.PublicKey] = peer
 	d.watchSpoofed(peer.PublicKey)
 	if !known && learned.IsValid() {
-		d.tryLearned(peer, learned)
+		d.startLearned(peer, learned)
 	}
 	return nil
 }
 
-// trim takes away the allowed IPs that a peer has and isn't to have, and keeps its others
-// in the order in which they were given.
-func (d *Device) trim(peer Peer) error {
+// removeExtra completes set: it removes the allowed IPs that the device still has for the
+// peer and peer doesn't list, and records the rest in the order of peer, which same compares.
+func (d *Device) removeExtra(peer Peer) error {
 	held, known := d.peers[peer.PublicKey]
 	if !known {
-		return nil // abandoned since it was set
+		return nil // a later set failed, and removePartial removed it
 	}
 	if lost := without(held.AllowedIPs, peer.AllowedIPs); len(lost) > 0 {
 		config := "public_key=" + hex.EncodeToString(peer.PublicKey[:]) + "\nupdate_only=true\n"
@@ -309,31 +317,31 @@ func (d *Device) trim(peer Peer) error {
 			config += "allowed_ip=-" + a.String() + "\n"
 		}
 		if err := d.configure(config); err != nil {
-			return d.abandon(fmt.Errorf("set peer %v: %w", peer.PublicKey, err), peer.PublicKey)
+			return d.removePartial(fmt.Errorf("set peer %v: %w", peer.PublicKey, err), peer.PublicKey)
 		}
-		d.disown(lost)
+		d.releasePrefixes(lost)
 	}
 	held.AllowedIPs = slices.Clone(peer.AllowedIPs)
 	d.peers[peer.PublicKey] = held
 	return nil
 }
 
-// disown notes that no peer has some prefixes any more.
-func (d *Device) disown(prefixes []netip.Prefix) {
+// releasePrefixes records that no peer has these prefixes any more.
+func (d *Device) releasePrefixes(prefixes []netip.Prefix) {
 	for _, a := range prefixes {
 		delete(d.owner, a)
 	}
-	d.places.removePrefixes(prefixes)
+	d.loopFilter.removePrefixes(prefixes)
 }
 
-// without returns those of a that aren't in b.
+// without returns the prefixes of a that aren't in b, in the order of a.
 func without(a, b []netip.Prefix) []netip.Prefix {
 	return slices.DeleteFunc(slices.Clone(a), func(p netip.Prefix) bool { return slices.Contains(b, p) })
 }
 
-// abandon removes peers of which the device took only a part, so that what is
-// known here and what the device holds don't differ.
-func (d *Device) abandon(cause error, keys ...mesh.PublicKey) error {
+// removePartial removes peers whose configuration failed midway, so that the device holds
+// what d records. It returns cause, joined with the errors of the removals.
+func (d *Device) removePartial(cause error, keys ...mesh.PublicKey) error {
 	errs := []error{cause}
 	for _, key := range keys {
 		errs = append(errs, d.remove(key))
@@ -341,9 +349,10 @@ func (d *Device) abandon(cause error, keys ...mesh.PublicKey) error {
 	return errors.Join(errs...)
 }
 
-// peerConfig returns what turns old into peer in the configuration protocol
-// (https://www.wireguard.com/xplatform/): only lines for what differs. begin is where the
-// peer is sent to from now on, if valid, and gets the allowed IPs that it has to get.
+// peerConfig returns the lines of the configuration protocol
+// (https://www.wireguard.com/xplatform/) that turn old into peer, except for removals of
+// allowed IPs. known is whether the device has the peer. begin is its new endpoint, or
+// invalid to leave that alone, and gets are the allowed IPs to add.
 func peerConfig(peer, old Peer, known bool, begin netip.AddrPort, gets []netip.Prefix) string {
 	var b strings.Builder
 	b.WriteString("public_key=" + hex.EncodeToString(peer.PublicKey[:]) + "\n")
@@ -373,31 +382,32 @@ func (d *Device) Remove(key mesh.PublicKey) error {
 	return d.remove(key)
 }
 
+// remove removes a peer. The caller holds d.mu.
+// remove removes a peer. The caller holds d.mu.
 func (d *Device) remove(key mesh.PublicKey) error {
 	handle := d.wg.LookupPeer(device.NoisePublicKey(key))
-	// update_only: without it a key that the device doesn't know would be made
-	// a peer first.
+	// Without update_only, a key that the device doesn't know would first be added.
 	config := "public_key=" + hex.EncodeToString(key[:]) + "\nupdate_only=true\nremove=true\n"
 	if err := d.configure(config); err != nil {
 		return fmt.Errorf("remove peer %v: %w", key, err)
 	}
-	d.disown(d.peers[key].AllowedIPs)
+	d.releasePrefixes(d.peers[key].AllowedIPs)
 	delete(d.peers, key)
-	delete(d.trying, key)
+	delete(d.onLearned, key)
 	if handle != nil {
 		d.spoofed.Delete(handle)
 	}
 	return nil
 }
 
-// Sync makes the device's peers equal to want. Peers that already are as wanted
-// aren't touched, and the others keep their sessions; an allowed IP that is another
-// peer's now moves in one step. Of peers that want the same one, the peer that has it
-// keeps it, else the first in want gets it; the others stay as they were. Sync does all
-// it can and returns the errors joined.
+// Sync makes the device's peers equal to want. It doesn't touch peers that already are, and
+// the others keep their sessions; an allowed IP moves between peers in one step. If several
+// peers want the same one, the peer that has it keeps it, or else the first in want gets it,
+// and the others stay as they were. Sync continues after an error, and returns all of them
+// joined.
 func (d *Device) Sync(want []Peer) error {
 	var errs []error
-	wanted := make(map[mesh.PublicKey]int, len(want)) // places in want
+	wanted := make(map[mesh.PublicKey]int, len(want)) // index in want; of duplicates the last
 	for i, p := range want {
 		if err := p.validate(); err != nil {
 			errs = append(errs, fmt.Errorf("set peer %v: %w", p.PublicKey, err))
@@ -405,12 +415,12 @@ func (d *Device) Sync(want []Peer) error {
 		}
 		wanted[p.PublicKey] = i
 	}
-	// conflict returns why p can't be as it is wanted.
+	// conflict returns an error if another peer has a prefix of p, and is to keep it.
 	conflict := func(p Peer) error {
 		for _, a := range p.AllowedIPs {
 			if owner, ok := d.owner[a]; ok && owner != p.PublicKey {
 				if i, ok := wanted[owner]; ok && slices.Contains(want[i].AllowedIPs, a) {
-					return taken(p, a, owner)
+					return prefixConflict(p, a, owner)
 				}
 			}
 		}
@@ -433,9 +443,9 @@ func (d *Device) Sync(want []Peer) error {
 		}
 		changed = append(changed, p)
 	}
-	// What peers lose comes last, so that what others get of it isn't nobody's in between.
+	// Removals come last, so that a prefix that moves always has an owner; see set.
 	for _, p := range changed {
-		errs = append(errs, d.trim(p))
+		errs = append(errs, d.removeExtra(p))
 	}
 	for key := range d.peers {
 		if _, ok := wanted[key]; !ok {
@@ -445,7 +455,7 @@ func (d *Device) Sync(want []Peer) error {
 	return errors.Join(errs...)
 }
 
-// Peers returns what the device was last set to, in no order.
+// Peers returns the peers that the device has, as they were last set, in no order.
 func (d *Device) Peers() []Peer {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -456,10 +466,10 @@ func (d *Device) Peers() []Peer {
 	return peers
 }
 
-// Rebind is for a change of networks or a wake from sleep: it has the Bind see to its
-// sockets, and sends a keepalive to every peer with a session, for peers don't know where
-// the host is now. It waits until the Bind is in order, however long that takes, or until
-// ctx or the device ends.
+// Rebind is called after a change of networks or a wake from sleep. It has the Bind check
+// its sockets, and then sends a keepalive to every peer with a session, from which they
+// learn the host's current endpoint. It waits until the Bind works, however long that takes,
+// or until ctx or the device ends.
 func (d *Device) Rebind(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -472,7 +482,7 @@ func (d *Device) Rebind(ctx context.Context) error {
 	}()
 	if d.underlay == nil {
 		if err := d.wg.BindUpdate(); err != nil {
-			return fmt.Errorf("open the network again: %w", err)
+			return fmt.Errorf("reopen the UDP sockets: %w", err)
 		}
 	} else if err := d.underlay.Renew(ctx); err != nil {
 		return err
@@ -481,13 +491,13 @@ func (d *Device) Rebind(ctx context.Context) error {
 	return nil
 }
 
-// reopened tells the peers with a session that the host hears them again. In a
-// task of its own: it waits for senders, and they may wait for the receiver that
-// calls it.
-func (d *Device) reopened() { go d.wg.SendKeepalivesToPeersWithCurrentKeypair() }
+// announce sends a keepalive to every peer with a session, so that they learn the host's
+// endpoint after the sockets were reopened. It starts a goroutine because a receiver calls
+// it: sending waits for other senders, which may wait for that receiver.
+func (d *Device) announce() { go d.wg.SendKeepalivesToPeersWithCurrentKeypair() }
 
-// Listening returns nil while the Bind hears the network, else why it doesn't. Of a Bind
-// that isn't an Underlay nothing is known.
+// Listening returns nil while the Bind receives, else the reason that it doesn't. It is
+// always nil for a Bind that isn't an Underlay.
 func (d *Device) Listening() error {
 	if d.underlay == nil {
 		return nil
@@ -495,43 +505,43 @@ func (d *Device) Listening() error {
 	return d.underlay.Listening()
 }
 
-// SetSelf says where datagrams reach this device: at each address of the host, with its
-// port. These are no peer's endpoint from now on; see Sockets. Saying the same again
-// changes nothing.
-func (d *Device) SetSelf(at []netip.AddrPort) { d.places.setSelf(at) }
+// SetOwnEndpoints sets the endpoints that reach this device: each address of the host, with
+// the device's port, without zones. From then on no peer can have one of them; see Sockets.
+func (d *Device) SetOwnEndpoints(at []netip.AddrPort) { d.loopFilter.setSelf(at) }
 
-// Done is closed when the device has ended: by Close, or because its tunnel
-// device died, after which a new Device is needed.
+// Done returns a channel that is closed when the device has ended: by Close, or because its
+// tunnel device failed, after which the caller needs a new Device.
 func (d *Device) Done() <-chan struct{} { return d.wg.Wait() }
 
-// Close ends the device and closes its tunnel device, and its own sockets. It may
-// be called again.
+// Close ends the device, closes its tunnel device, and releases sockets of its own. Closing
+// it again does nothing.
 func (d *Device) Close() {
 	d.mu.Lock()
 	d.closed = true
-	if d.answered != nil {
-		d.answered.Stop()
+	if d.learnedTimer != nil {
+		d.learnedTimer.Stop()
 	}
 	d.mu.Unlock()
 	d.wg.Close()
 	d.release()
 }
 
-// watchSpoofed starts to count for a peer that may be new in the device.
+// watchSpoofed gives a peer a counter of spoofed packets, unless it has one.
 func (d *Device) watchSpoofed(key mesh.PublicKey) {
 	if handle := d.wg.LookupPeer(device.NoisePublicKey(key)); handle != nil {
 		d.spoofed.LoadOrStore(handle, new(atomic.Uint64))
 	}
 }
 
-// countSpoofed counts a packet that carried another source than the peer's.
+// countSpoofed counts a packet whose source isn't among the allowed IPs of the peer that
+// sent it.
 func (d *Device) countSpoofed(handle *device.Peer) {
 	if n, ok := d.spoofed.Load(handle); ok {
 		n.(*atomic.Uint64).Add(1)
 	}
 }
 
-// spoofedBy returns the count of the peer with key.
+// spoofedBy returns how many packets of the peer with key countSpoofed counted.
 func (d *Device) spoofedBy(key mesh.PublicKey) uint64 {
 	handle := d.wg.LookupPeer(device.NoisePublicKey(key))
 	if n, ok := d.spoofed.Load(handle); ok {

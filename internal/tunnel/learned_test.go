@@ -130,7 +130,7 @@ func TestBeginsWhereLearned(t *testing.T) {
 		t.Fatal(err)
 	}
 	a = a.again(t)
-	a.answer = time.Second
+	a.learnedTimeout = time.Second
 	p := b.peer()
 	p.Learned, p.Endpoint = p.Endpoint, configured
 	if err := a.Sync([]Peer{p}); err != nil {
@@ -151,7 +151,7 @@ func TestBeginsWhereLearned(t *testing.T) {
 func (d *Device) tried() int {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return len(d.trying)
+	return len(d.onLearned)
 }
 
 // TestTurnsToConfigured makes a device anew whose peers don't answer where they were last
@@ -165,7 +165,7 @@ func TestTurnsToConfigured(t *testing.T) {
 	if err := b.Set(fromA); err != nil {
 		t.Fatal(err)
 	}
-	a.answer = 100 * time.Millisecond
+	a.learnedTimeout = 100 * time.Millisecond
 	p, q := b.peer(), silent.peer()
 	p.Learned, q.Learned, q.Endpoint = learned, learned, netip.AddrPort{}
 	if err := a.Sync([]Peer{p, q}); err != nil {
@@ -189,7 +189,7 @@ func TestTurnsToConfigured(t *testing.T) {
 // over: another endpoint, its removal, and its coming back.
 func TestTrialEnds(t *testing.T) {
 	a := newEnd(t, 20)
-	a.answer = time.Hour
+	a.learnedTimeout = time.Hour
 	learned, _ := sink(t)
 	first, _ := sink(t)
 	second, _ := sink(t)
@@ -230,7 +230,7 @@ func TestTrialEnds(t *testing.T) {
 	p.Learned = netip.AddrPort{}
 	set(p)
 	want("nothing learned", second, 0)
-	a.giveUpLearned()
+	a.expireLearned()
 	want("nothing to give up", second, 0)
 	// Time for one that comes later isn't over with that of an earlier one.
 	p.Learned = learned
@@ -238,8 +238,8 @@ func TestTrialEnds(t *testing.T) {
 		t.Fatal(err)
 	}
 	set(p)
-	a.giveUpLearned()
+	a.expireLearned()
 	want("too early", learned, 1)
 	a.Close()
-	a.giveUpLearned() // changes nothing any more
+	a.expireLearned() // changes nothing any more
 }

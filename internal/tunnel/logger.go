@@ -14,33 +14,32 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// logBurst is how many errors of the WireGuard device are logged per second.
-// Some come once per packet, so a peer could fill the disk with them.
+// logBurst is how many errors of wireguard-go are logged per second. Some occur for each
+// packet, so a peer could otherwise fill the disk with them.
 const logBurst = 20
 
-// logger turns what the WireGuard device logs into records of slog, without
-// keys, and picks out of it the only trace of packets that die inside the
-// device.
+// logger passes the log messages of wireguard-go on to slog, without keys. It also counts
+// the packets that wireguard-go drops for their source: a message is their only trace.
 type logger struct {
 	slog    *slog.Logger
 	now     func() time.Time
-	dropped func(peer *device.Peer) // a packet with a source that isn't the peer's
+	dropped func(peer *device.Peer) // called for each packet whose source isn't the peer's
 
 	mu         sync.Mutex
-	second     time.Time // the second that logged counts in
-	logged     int
-	suppressed atomic.Int64
+	second     time.Time    // the start of the current second
+	logged     int          // errors in that second, suppressed ones included
+	suppressed atomic.Int64 // errors since the last that was logged
 }
 
-// device returns l in the form that the WireGuard device takes.
+// device returns l as wireguard-go's type.
 func (l *logger) device() *device.Logger {
 	return &device.Logger{Verbosef: l.verbose, Errorf: l.error}
 }
 
-// verbose is called for some packets, so it looks at the format before it
-// spends anything.
+// verbose logs a message at debug level. wireguard-go calls it for single packets, so it
+// checks whether the message is needed before it formats it.
 func (l *logger) verbose(format string, args ...any) {
-	// The text is that of RoutineSequentialReceiver in the device's receive.go;
+	// The text is that of RoutineSequentialReceiver in wireguard-go's device/receive.go;
 	// TestDisallowedSource fails if it changes.
 	if strings.HasSuffix(format, "disallowed source address from %v") && len(args) == 1 {
 		if peer, ok := args[0].(*device.Peer); ok {
@@ -54,7 +53,8 @@ func (l *logger) verbose(format string, args ...any) {
 	l.slog.Debug(redactKeys(fmt.Sprintf(format, args...)))
 }
 
-// error logs at most logBurst errors a second and says how many it left out.
+// error logs at most logBurst errors a second. The next one that it logs has the number of
+// suppressed ones.
 func (l *logger) error(format string, args ...any) {
 	if !l.admit() {
 		l.suppressed.Add(1)
@@ -68,7 +68,8 @@ func (l *logger) error(format string, args ...any) {
 	l.slog.Error(message)
 }
 
-// admit reports whether this second still has room for an error.
+// admit counts an error, and reports whether fewer than logBurst came before it in this
+// second.
 func (l *logger) admit() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -79,13 +80,13 @@ func (l *logger) admit() bool {
 	return l.logged <= logBurst
 }
 
-// keyRun is the shortest run of key characters that redactKeys cuts: base64 of
-// 32 bytes without its padding.
+// keyRun is the least number of consecutive key characters that redactKeys shortens: base64
+// of 32 bytes without padding, which is shorter than hexadecimal.
 const keyRun = (mesh.KeySize*8 + 5) / 6
 
-// redactKeys shortens everything that could be a key in base64 or hexadecimal
-// to its first four characters. The device's messages name peers in short form
-// already; errors about its configuration could quote a line with a key.
+// redactKeys shortens everything that could be a key in base64 or hexadecimal to its first
+// four characters. wireguard-go already abbreviates the keys of peers, but an error about
+// its configuration may quote a line with a key.
 func redactKeys(s string) string {
 	if len(s) < keyRun {
 		return s

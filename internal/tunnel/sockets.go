@@ -16,93 +16,96 @@ import (
 	"golang.zx2c4.com/wireguard/conn"
 )
 
-// Sockets are the UDP sockets of the host's WireGuard device, one per family on
-// one port. Once they have the port they keep it: while the device is down, from
-// one device to the next, and over changes of networks, so that no local user
-// can take it in between. They are bound to no address, so a change of networks
-// doesn't end them; one that ended nevertheless is replaced, for ever, by its
-// receiver, and until then Listening says so.
+// Sockets is the conn.Bind of the host's WireGuard device: UDP sockets, one for each
+// address family, on one port. Once it has the port it keeps it: while the device is down,
+// from one device to the next, and over changes of networks, so that no local user can take
+// it in between. The sockets have wildcard addresses, so a change of networks doesn't end
+// them. If one ends nevertheless, its receiver tries to replace it until it succeeds, and
+// Listening returns an error meanwhile.
 //
-// Sockets are an Underlay of a Device, which tells them what it takes nothing from and
-// sends nothing to.
+// Sockets implements Underlay. The device that attaches tells it which endpoints loop, and
+// Sockets neither accepts a datagram from one nor sends to it:
 //
-// A datagram whose source is a mesh address of the host or of a known peer came
-// out of the mesh: another host's packet was in a tunnel before. It is discarded,
-// and none is sent to such an address: else one packet of a peer that carries
-// WireGuard inside the tunnel would make the host encrypt to itself, without end.
-// A peer's mesh addresses are the allowed IPs that are a single address each.
+//   - The mesh addresses of the host and of known peers. A datagram from there was inside a
+//     tunnel before. Otherwise one packet of a peer that carries WireGuard inside the tunnel
+//     would make the host encrypt to itself endlessly. A peer's mesh addresses are its
+//     allowed IPs of a single address each.
+//   - The sockets' own endpoints: each address of the host with their port. No other device
+//     can be there, and a peer that forges one as the source of its datagrams would make
+//     the host send that peer's packets to itself. Linux accepts such a datagram from the
+//     network over IPv6 (of the host's own sources, ip6_rcv_core in net/ipv6/ip6_input.c
+//     refuses only ::1), but not over IPv4 (fib_validate_source in
+//     net/ipv4/fib_frontend.c). The host's addresses with other ports belong to other
+//     programs, such as a second WireGuard.
+//   - The unspecified address and port 0. Linux accepts such a datagram from the same link
+//     over IPv6, and sends one for the unspecified address to its own ::1 (udpv6_sendmsg in
+//     net/ipv6/udp.c).
 //
-// Nor is one taken from, or sent to, a place where these sockets themselves are reached,
-// which is each address of the host with their port: no other device can be there, and a
-// peer that forges it as the source of its own datagrams would have the host send to
-// itself what is for that peer. From the network IPv6 of Linux takes such a datagram
-// (ip6_rcv_core in net/ipv6/ip6_input.c refuses of the host's own sources ::1 alone), and
-// IPv4 doesn't (fib_validate_source in net/ipv4/fib_frontend.c). The host's addresses with
-// other ports are other programs' on it, such as a second WireGuard's.
-//
-// Nor is one taken from, or sent to, the unspecified address or port 0, where no device
-// is. IPv6 of Linux takes such a datagram from the same link, and what is sent to the
-// unspecified address goes to the host's own ::1 (udpv6_sendmsg in net/ipv6/udp.c). And
-// the sockets send no broadcast, as Go's may: IPv4 of Linux takes a directed broadcast
-// address for a source where it doesn't look for the way back (rp_filter 0).
+// The sockets can't send broadcasts, which Go's sockets can by default: with rp_filter 0,
+// Linux accepts a directed broadcast address as a source over IPv4, so it could become a
+// peer's endpoint.
 //
 // A Sockets serves one Device at a time. Its methods may be called concurrently.
 type Sockets struct {
-	log  *slog.Logger
-	open func(network string, port uint16, beside *socket) (*socket, error) // openSocket
+	log *slog.Logger
+	// open is openSocket outside tests.
+	open func(network string, port uint16, beside *socket) (*socket, error)
 
 	mu   sync.Mutex // serialises Open, Close and Release
-	port uint16
+	port uint16     // 0 before the first Open and after Release
 
-	// families are IPv4 and IPv6; nil before the first Open and where the host has
-	// none. Read by each Send.
+	// families are IPv4 and IPv6; each nil before the first Open, after Release, and if the
+	// host doesn't have it. Each Send reads them, hence no mutex.
 	families atomic.Pointer[[2]*family]
 
-	// attached is what the device was told last; nil before the first.
-	attached atomic.Pointer[attachment]
-	looped   atomic.Uint64 // datagrams discarded; see loops
-	sources  atomic.Uint32 // see endpoint.sources
+	attached atomic.Pointer[attachment] // the current device's; nil before the first
+	looped   atomic.Uint64              // see Looped
+	// sources counts calls of Renew, each of which invalidates the source addresses of
+	// endpoints; see replyPath.
+	sources atomic.Uint32
 }
 
-// attachment is what Attach was called with.
+// attachment holds the arguments of Attach.
 type attachment struct {
 	loops    func(netip.AddrPort) bool
-	reopened func()
+	onReopen func()
 }
 
-// NewSockets returns sockets that the first device opens. Release closes them.
+// NewSockets returns Sockets without a port. The first device opens it, Release closes it.
 func NewSockets(log *slog.Logger) *Sockets {
 	s := &Sockets{log: log, open: openSocket}
 	s.families.Store(new([2]*family))
 	return s
 }
 
-// networks are the families in the words of package net.
+// networks are the address families as package net names them, in the order of
+// Sockets.families.
 var networks = [...]string{"udp4", "udp6"}
 
-// family is the socket of one family and what its receiver has to know.
+// family is the socket of one address family, with the state of its receiver.
 type family struct {
 	s       *Sockets
-	network string
+	network string // see networks
 	port    uint16
 
 	mu   sync.Mutex
-	sock *socket // the one to use, also while it is broken and holds the port
-	err  error   // why the port isn't served; nil while it is
-	// halted says that the device doesn't listen and the receiver is to end,
-	// released that the port was given back.
-	halted, released bool
-	// changed is closed, and replaced, when one of the above changed or the next
-	// attempt is due now.
+	sock *socket // the current one; a broken one stays until it is replaced, as it may hold the port
+	err  error   // why sock is broken; nil while it works
+	// halted is set while the device doesn't listen: the receiver returns.
+	halted bool
+	// released is set by Release: a replacement that was being opened is closed.
+	released bool
+	// changed is closed, and replaced by a new channel, when one of the above changed or a
+	// broken socket is to be replaced without a further pause.
 	changed chan struct{}
 }
 
-// errSilent says that a socket is broken without an error of its own.
-var errSilent = errors.New("the system ended the socket")
+// errSocketEnded is the reason that a socket is broken if the socket has no error itself.
+var errSocketEnded = errors.New("the system ended the socket")
 
-// Open returns a receiver per family. Sockets that are open already are used
-// again when they have the port, whatever happened since; port 0 stands for the
-// port of before, or the system's choice.
+// Open returns a receiver for each address family that the host has. It reuses open sockets
+// if they have the port, even broken ones, which their receivers replace. Port 0 stands for
+// the current port, or, without one, for the system's choice. It returns the port.
 func (s *Sockets) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -123,11 +126,12 @@ func (s *Sockets) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
 	return fns, s.port, nil
 }
 
-// portDraws is how often a port is drawn that the one family has free and the
-// other hasn't.
+// portDraws is how often listen lets the system choose another port when the one that it
+// chose for IPv4 is in use for IPv6. One or two do unless nearly all ports are in use.
 const portDraws = 100
 
-// listen opens both families on one port.
+// listen opens the sockets of both families on one port, and returns it. If port is 0, the
+// system chooses one.
 func (s *Sockets) listen(port uint16) (out [2]*family, chosen uint16, err error) {
 	for draw := 0; ; draw++ {
 		out, chosen, err = s.listenOnce(port)
@@ -137,6 +141,8 @@ func (s *Sockets) listen(port uint16) (out [2]*family, chosen uint16, err error)
 	}
 }
 
+// listenOnce is one attempt of listen. The error is EADDRINUSE if a family can't have the
+// port, and EAFNOSUPPORT if the host has neither family.
 func (s *Sockets) listenOnce(port uint16) (out [2]*family, chosen uint16, err error) {
 	for i, network := range networks {
 		sock, err := s.open(network, port, nil)
@@ -158,8 +164,8 @@ func (s *Sockets) listenOnce(port uint16) (out [2]*family, chosen uint16, err er
 	return out, port, nil
 }
 
-// Close ends the receivers and keeps the port: the device calls it whenever its
-// tunnel goes down.
+// Close ends the receivers but keeps the port: wireguard-go calls it whenever the device
+// goes down, and before each Open.
 func (s *Sockets) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -169,13 +175,14 @@ func (s *Sockets) Close() error {
 	return nil
 }
 
-// Release gives the port back. The next device opens sockets anew.
+// Release closes the sockets, which frees the port. A device may open them again.
 func (s *Sockets) Release() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.release()
 }
 
+// release does the work of Release. The caller holds s.mu.
 func (s *Sockets) release() {
 	for _, f := range s.list() {
 		f.halt(true)
@@ -188,7 +195,7 @@ func (s *Sockets) release() {
 	s.port = 0
 }
 
-// list returns the families that the host has.
+// list returns the address families that have a socket.
 func (s *Sockets) list() []*family {
 	var out []*family
 	for _, f := range s.families.Load() {
@@ -199,9 +206,8 @@ func (s *Sockets) list() []*family {
 	return out
 }
 
-// Listening returns nil while the port is served in each family that the host
-// has, else the reason: a socket ended and the port couldn't be bound again so
-// far. It is bound as soon as it can be.
+// Listening returns nil while all sockets work, and otherwise the reasons, joined: a socket
+// ended, and its receiver couldn't bind the port again so far. The receiver keeps trying.
 func (s *Sockets) Listening() error {
 	var errs []error
 	for _, f := range s.list() {
@@ -215,17 +221,17 @@ func (s *Sockets) Listening() error {
 }
 
 // Attach implements Underlay.
-func (s *Sockets) Attach(loops func(netip.AddrPort) bool, reopened func()) {
-	s.attached.Store(&attachment{loops, reopened})
+func (s *Sockets) Attach(loops func(netip.AddrPort) bool, onReopen func()) {
+	s.attached.Store(&attachment{loops, onReopen})
 }
 
-// Renew looks whether the sockets are in order, replaces those that aren't, and
-// waits until all are or ctx ends. It is forgotten which of the host's addresses each peer
-// was answered from.
+// Renew implements Underlay: it checks the sockets, has the broken ones replaced, and waits
+// until all work or ctx ends. It also invalidates the source addresses of endpoints, which
+// the host may have lost; see replyPath.
 func (s *Sockets) Renew(ctx context.Context) error {
 	s.sources.Add(1)
 	for _, f := range s.list() {
-		f.examine()
+		f.check()
 	}
 	for {
 		if s.Listening() == nil {
@@ -239,48 +245,49 @@ func (s *Sockets) Renew(ctx context.Context) error {
 	}
 }
 
-// halt ends the receiver, or lets a new one begin.
+// halt ends the receiver, or with false lets the next one start.
 func (f *family) halt(halted bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.halted = halted
 	deadline := time.Time{}
 	if halted {
-		deadline = time.Unix(1, 0) // a read that waits ends at once
+		deadline = time.Unix(1, 0) // in the past: ends a waiting read
 	}
-	_ = f.sock.udp.SetReadDeadline(deadline) // fails where it was closed, and then nothing waits
+	_ = f.sock.udp.SetReadDeadline(deadline) // fails if the socket was closed, and then no read waits
 	f.signal()
 }
 
-// signal wakes all that wait for a change. The caller holds f.mu.
+// signal wakes everything that waits for f.changed. The caller holds f.mu.
 func (f *family) signal() {
 	close(f.changed)
 	f.changed = make(chan struct{})
 }
 
-// examine has a socket replaced that the system ended, and one that is missing
-// tried for at once.
-func (f *family) examine() {
+// check has the receiver replace the socket if the system ended it. If the receiver already
+// is at it, check ends its pause between two attempts.
+func (f *family) check() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.err == nil && f.sock.usable() {
 		return
 	}
-	f.fail(errSilent)
+	f.fail(errSocketEnded)
 	f.signal()
 }
 
-// fail notes that the socket is of no use, and wakes its receiver. The caller
-// holds f.mu.
+// fail marks the socket as broken, and ends the receiver's read so that it replaces the
+// socket. The caller holds f.mu.
 func (f *family) fail(err error) {
 	if f.err == nil {
 		f.err = err
-		f.s.log.Error("UDP socket ended; opening another", "port", f.port, "network", f.network, "error", err)
+		f.s.log.Error("UDP socket failed; reopening it", "port", f.port, "network", f.network, "error", err)
 	}
 	_ = f.sock.udp.SetReadDeadline(time.Unix(1, 0))
 }
 
-// wait waits until the family is served or ctx ends, and reports which.
+// wait waits until the socket works, and reports whether it does: false means that ctx ended
+// before.
 func (f *family) wait(ctx context.Context) bool {
 	for {
 		f.mu.Lock()
@@ -298,19 +305,21 @@ func (f *family) wait(ctx context.Context) bool {
 }
 
 const (
-	// readErrors is how many reads in a row may fail, readPause apart, before a
-	// socket that still has its port is replaced: a system short of memory recovers,
-	// a socket that the system ended doesn't.
+	// readErrors is how many reads in a row must fail, readPause apart, before a socket
+	// that still has its port is replaced, after 3 s: a system that is short of memory
+	// recovers, a socket that the system ended doesn't.
 	readErrors = 10
 	readPause  = time.Second / 3
-	// The pauses between the attempts to open a socket, doubled each time.
+	// openPauseMin and openPauseMax bound the pause between two attempts to open a socket,
+	// which doubles each time. The first keeps an interruption short, the second a host
+	// without a free port from being busy with it.
 	openPauseMin = 100 * time.Millisecond
 	openPauseMax = 5 * time.Second
 )
 
-// receive is a conn.ReceiveFunc. It returns no error but net.ErrClosed, when the
-// device is to stop listening: the device ends its receiver for good after any
-// other, and nothing would start it again.
+// receive is a conn.ReceiveFunc. Its only error is net.ErrClosed, when the device stops
+// listening: wireguard-go ends a receiver whose errors last some seconds, and nothing starts
+// it again (RoutineReceiveIncoming in its device/receive.go).
 func (f *family) receive(bufs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
 	pause := openPauseMin
 	for failures := 0; ; {
@@ -335,9 +344,9 @@ func (f *family) receive(bufs [][]byte, sizes []int, eps []conn.Endpoint) (int, 
 			return n, nil
 		case err == nil:
 			failures = 0
-			continue // nothing but what is discarded
+			continue // all discarded
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			continue // woken
+			continue // woken by halt or fail
 		}
 		if failures++; failures < readErrors && !ended(err) && sock.usable() {
 			sleep(changed, readPause)
@@ -361,7 +370,8 @@ func sleep(changed <-chan struct{}, d time.Duration) {
 	}
 }
 
-// ended reports whether err is one that a socket never recovers from.
+// ended reports whether err means that the socket is closed or was ended by the system, so
+// that trying again is no use.
 func ended(err error) bool {
 	for _, e := range []error{net.ErrClosed, syscall.EBADF, syscall.ENOTSOCK, syscall.ENOTCONN, syscall.EPIPE} {
 		if errors.Is(err, e) {
@@ -371,8 +381,8 @@ func ended(err error) bool {
 	return false
 }
 
-// replace opens a socket in the place of old, and reports whether it did. Where
-// the system can, the new one has the port before the old one lets go of it.
+// replace replaces the socket old by a new one on the same port, and reports whether it
+// could. On Linux the new one has the port before old gives it up; see openSocket.
 func (f *family) replace(old *socket) bool {
 	sock, err := f.s.open(f.network, f.port, old)
 	f.mu.Lock()
@@ -390,16 +400,15 @@ func (f *family) replace(old *socket) bool {
 		return false
 	}
 	old.close()
-	f.s.log.Info("UDP socket opened again", "port", f.port, "network", f.network)
+	f.s.log.Info("UDP socket reopened", "port", f.port, "network", f.network)
 	if to := f.s.attached.Load(); to != nil {
-		to.reopened()
+		to.onReopen()
 	}
 	return true
 }
 
-// Send sends bufs to ep. Nothing is sent to a mesh address, which only a tunnel
-// reaches, nor to these sockets; that isn't an error, for the device would log it per
-// packet.
+// Send sends bufs to ep. It discards datagrams for an endpoint that loops, and returns nil
+// for them: wireguard-go would log an error for every packet.
 func (s *Sockets) Send(bufs [][]byte, ep conn.Endpoint) error {
 	e, ok := ep.(*endpoint)
 	if !ok {
@@ -434,23 +443,24 @@ func (s *Sockets) Send(bufs [][]byte, ep conn.Endpoint) error {
 	return err
 }
 
-// loops reports whether the device wants nothing from a place, or for it.
+// loops reports whether datagrams from and to at are to be discarded; see Sockets.
 func (s *Sockets) loops(at netip.AddrPort) bool {
 	to := s.attached.Load()
 	return to != nil && to.loops(at)
 }
 
-// Looped returns how many datagrams were discarded because they came from, or were for, a
-// mesh address or the host's own place.
+// Looped returns how many datagrams were discarded because their source or destination
+// loops; see Sockets.
 func (s *Sockets) Looped() uint64 { return s.looped.Load() }
 
-// SetMark does nothing: the host's WireGuard sockets have no mark.
+// SetMark does nothing: the host's WireGuard sockets have no firewall mark.
 func (s *Sockets) SetMark(uint32) error { return nil }
 
-// BatchSize returns how many datagrams a receiver takes and Send gives at once.
+// BatchSize returns how many datagrams one call of a receiver or of Send carries at most.
 func (s *Sockets) BatchSize() int { return batchSize }
 
-// ParseEndpoint reads address:port.
+// ParseEndpoint parses address:port, with brackets around an IPv6 address. An IPv4-mapped
+// address becomes an IPv4 one, as those of received datagrams are.
 func (s *Sockets) ParseEndpoint(text string) (conn.Endpoint, error) {
 	dst, err := netip.ParseAddrPort(text)
 	if err != nil {
@@ -459,25 +469,26 @@ func (s *Sockets) ParseEndpoint(text string) (conn.Endpoint, error) {
 	return &endpoint{dst: netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port())}, nil
 }
 
-// endpoint is where a peer is reached, and which address of the host it knows.
+// endpoint is a peer's endpoint, with the host's address that the peer sent to.
 type endpoint struct {
-	dst netip.AddrPort
-	src netip.Addr // of the host: the one that the peer sent to; zero for any
-	// way is how src is asked for, where the system lets a sender choose it.
-	way                 //lint:ignore U1000 it is empty but on Linux
-	cleared atomic.Bool // src didn't work
+	dst netip.AddrPort // the peer's
+	src netip.Addr     // the host's; zero for a configured endpoint and where the system doesn't tell
+	// replyPath makes replies leave from src.
+	replyPath             //lint:ignore U1000 it is empty except on Linux
+	cleared   atomic.Bool // a send from src failed, so it isn't used any more
 }
 
-// ClearSrc lets the system choose the source again.
+// ClearSrc lets the system choose the source address again.
 func (e *endpoint) ClearSrc() { e.cleared.Store(true) }
 
-// SrcToString returns the host's address that the peer knows.
+// SrcToString returns the host's address that the peer sent to.
 func (e *endpoint) SrcToString() string { return e.src.String() }
 
 // DstToString returns the peer's address and port.
 func (e *endpoint) DstToString() string { return e.dst.String() }
 
-// DstToBytes returns the peer's address and port for the device's cookies.
+// DstToBytes returns the peer's address and port, from which wireguard-go makes the cookies
+// of its protection against floods.
 func (e *endpoint) DstToBytes() []byte {
 	b, _ := e.dst.MarshalBinary()
 	return b
@@ -486,24 +497,24 @@ func (e *endpoint) DstToBytes() []byte {
 // DstIP returns the peer's address.
 func (e *endpoint) DstIP() netip.Addr { return e.dst.Addr() }
 
-// SrcIP returns the host's address that the peer knows.
+// SrcIP returns the host's address that the peer sent to.
 func (e *endpoint) SrcIP() netip.Addr { return e.src }
 
-// socketBuffer is the wanted size of a socket's buffers in bytes, the most that
-// macOS gives (kern.ipc.maxsockbuf, 8 MiB with its overhead).
+// socketBuffer is the size in bytes to ask for, for each buffer of a socket: the most that
+// macOS gives (kern.ipc.maxsockbuf, 8 MiB including its overhead).
 const socketBuffer = 7 << 20
 
 // port returns the port that the socket is bound to.
 func (s *socket) port() uint16 { return s.udp.LocalAddr().(*net.UDPAddr).AddrPort().Port() }
 
-// close ends the socket. Its error says nothing that matters: it is gone.
+// close closes the socket. It ignores the error: the descriptor is closed in any case.
 func (s *socket) close() {
 	_ = s.udp.Close()
-	s.closeWays()
+	s.closeRoutes()
 }
 
-// usable reports whether the socket still has its port, as far as the system
-// says.
+// usable reports whether the socket still has its port, as far as the system tells; see
+// bound.
 func (s *socket) usable() bool {
 	raw, err := s.udp.SyscallConn()
 	if err != nil {
@@ -514,8 +525,8 @@ func (s *socket) usable() bool {
 	return err == nil && usable
 }
 
-// listenUDP opens a socket with the wildcard address of a family, which sends no
-// broadcast; set may set options before it is bound.
+// listenUDP opens a socket on the wildcard address of a family that can't send broadcasts.
+// set, unless it is nil, sets further options before the socket is bound.
 func listenUDP(network string, port uint16, set func(fd uintptr) error) (*net.UDPConn, error) {
 	config := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
 		var failed error

@@ -4,8 +4,8 @@ package tunnel
 
 import "golang.org/x/sys/unix"
 
-// bound reports whether fd is a socket without an error; one that the system
-// ended has one, or refuses to be asked.
+// bound reports whether fd is a socket without a pending error. One that the system made
+// defunct has a pending error, or fails these calls.
 func bound(fd uintptr) bool {
 	pending, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
 	if err != nil || pending != 0 {

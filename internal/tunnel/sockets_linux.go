@@ -15,23 +15,26 @@ import (
 	"golang.zx2c4.com/wireguard/conn"
 )
 
-// batchSize is how many datagrams one call carries.
+// batchSize is how many datagrams one call of a receiver or of Send carries at most: as
+// many as wireguard-go handles at once.
 const batchSize = conn.IdealBatchSize
 
 const (
 	// readBatch is how many messages one read takes. Each may hold up to 64
-	// datagrams that the kernel joined (UDP_GRO, udp(7)).
+	// datagrams that the kernel joined (UDP_GRO, udp(7)), so a few suffice.
 	readBatch = 8
-	// maxMessage is the largest UDP message in bytes.
+	// maxMessage is the largest UDP message in bytes: its length field has 16 bits.
 	maxMessage = 1<<16 - 1
-	// maxSegments is how many datagrams one message may carry out
-	// (UDP_MAX_SEGMENTS of the kernel's include/linux/udp.h before 6.12, which
-	// allows 128), and maxPayload how many bytes, less the longest headers.
+	// maxSegments is how many datagrams one outgoing message may carry
+	// (UDP_MAX_SEGMENTS in the kernel's include/linux/udp.h; 128 from 6.12 on).
 	maxSegments = 64
-	maxPayload  = maxMessage - 40 - 8
+	// maxPayload is how many bytes one outgoing message may carry: maxMessage less the
+	// headers of IPv6 (40) and UDP (8), the longest that the kernel adds.
+	maxPayload = maxMessage - 40 - 8
 )
 
-// controlSize holds the control messages of a read: IPV6_PKTINFO and UDP_GRO.
+// controlSize is the space for the control messages of a read, in bytes: IPV6_PKTINFO,
+// which is larger than IP_PKTINFO, and UDP_GRO. Those of a send need less.
 var controlSize = unix.CmsgSpace(unix.SizeofInet6Pktinfo) + unix.CmsgSpace(4)
 
 // batchConn is what ipv4.PacketConn and ipv6.PacketConn have in common.
@@ -40,32 +43,33 @@ type batchConn interface {
 	WriteBatch([]ipv6.Message, int) (int, error)
 }
 
-// socket is an open UDP socket. One receiver reads it, any number of senders
-// write.
+// socket is an open UDP socket. One receiver reads it, and any number of senders write
+// to it concurrently.
 type socket struct {
 	udp    *net.UDPConn
-	batch  batchConn
-	v6     bool
-	routes *routeAsker
-	// segments says that the kernel takes several datagrams in a message
-	// (UDP_SEGMENT, udp(7)). An interface without checksum offload refuses it.
+	batch  batchConn    // recvmmsg(2) and sendmmsg(2) on udp
+	v6     bool         // IPv6, else IPv4
+	routes *routeLookup // for the interfaces of replies
+	// segments is whether the kernel takes several datagrams in a message
+	// (UDP_SEGMENT, udp(7)). Cleared once an interface without checksum offload refuses it.
 	segments atomic.Bool
 
-	// The receiver's: messages [next, got) are still to be given out, the first
-	// from offset on.
+	// The fields below belong to the receiver. Of the messages of the last read,
+	// [next, got) aren't delivered yet; of the first of them, the bytes from offset on.
 	messages  []ipv6.Message
 	next, got int
 	offset    int
-	heard     [64]*endpoint // the last endpoints, by a hash of their address
+	recent    [64]*endpoint // the latest endpoints by a hash of their address; see endpoint
 }
 
-// openSocket opens a socket on a port. With beside, a socket of the same
-// port, it takes the place of that one, which keeps the port until it is closed.
+// openSocket opens a socket on a port. With beside, a socket on the same port that the
+// new one replaces, beside keeps the port until the caller closes it, so that the port is
+// never free.
 //
-// For that moment alone both have SO_REUSEPORT, which on Linux only sockets of
-// the same effective user may share (socket(7); inet_rcv_saddr_equal and
-// udp_lib_lport_inuse in net/ipv4/udp.c), so no other user can join them. At any
-// other time nobody can, and the first one doesn't join another program's.
+// Only meanwhile both have SO_REUSEPORT, which on Linux lets sockets of one effective user
+// share a port (socket(7); inet_rcv_saddr_equal and udp_lib_lport_inuse in net/ipv4/udp.c),
+// so no other user can join them. Without beside, the option is off: the socket neither
+// joins another program's port nor lets one join.
 func openSocket(network string, port uint16, beside *socket) (*socket, error) {
 	shared := beside != nil && beside.share(true) == nil
 	udp, err := listenUDP(network, port, func(fd uintptr) error { return setOptions(int(fd), network, shared) })
@@ -85,15 +89,17 @@ func openSocket(network string, port uint16, beside *socket) (*socket, error) {
 		s.messages[i].OOB = make([]byte, controlSize)
 	}
 	if shared {
-		_ = s.share(false)
+		_ = s.share(false) // bound now, so the option is no longer needed
 	}
-	s.routes = newRouteAsker(s.port())
+	s.routes = newRouteLookup(s.port())
 	s.segments.Store(s.option(unix.IPPROTO_UDP, unix.UDP_SEGMENT) == nil)
 	return s, nil
 }
 
-// setOptions sets what has to be set before a socket is bound. Larger buffers
-// and UDP_GRO are for speed only, so they may be refused.
+// setOptions sets the options that must be set before a socket is bound. The kernel may
+// refuse larger buffers and UDP_GRO, which only make it faster. SO_RCVBUFFORCE and
+// SO_SNDBUFFORCE exceed net.core.rmem_max and wmem_max, and need CAP_NET_ADMIN (socket(7));
+// the first two options serve a process without it.
 func setOptions(fd int, network string, shared bool) error {
 	for _, o := range []int{unix.SO_RCVBUF, unix.SO_SNDBUF, unix.SO_RCVBUFFORCE, unix.SO_SNDBUFFORCE} {
 		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, o, socketBuffer)
@@ -110,7 +116,7 @@ func setOptions(fd int, network string, shared bool) error {
 	return unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, 1)
 }
 
-// share allows or forbids other sockets of this user on the port.
+// share switches SO_REUSEPORT; see openSocket.
 func (s *socket) share(on bool) error {
 	value := 0
 	if on {
@@ -119,7 +125,7 @@ func (s *socket) share(on bool) error {
 	return s.control(func(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, value) })
 }
 
-// option returns an error where the kernel doesn't know an option.
+// option returns an error if the kernel doesn't know an option.
 func (s *socket) option(level, name int) error {
 	return s.control(func(fd int) error {
 		_, err := unix.GetsockoptInt(fd, level, name)
@@ -127,6 +133,7 @@ func (s *socket) option(level, name int) error {
 	})
 }
 
+// control calls do with the socket's file descriptor. It fails after close.
 func (s *socket) control(do func(fd int) error) error {
 	raw, err := s.udp.SyscallConn()
 	if err != nil {
@@ -139,7 +146,10 @@ func (s *socket) control(do func(fd int) error) error {
 	return failed
 }
 
-// bound reports whether fd is a socket with a port and without an error.
+// bound reports whether fd is a socket with a port and without a pending error. A socket
+// that an administrator destroyed (ss --kill, SOCK_DESTROY) has ECONNABORTED pending, and
+// no port any more if the system chose it (udp_abort and __udp_disconnect in
+// net/ipv4/udp.c).
 func bound(fd uintptr) bool {
 	pending, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
 	if err != nil || pending != 0 {
@@ -158,12 +168,12 @@ func bound(fd uintptr) bool {
 	return false
 }
 
-// receive waits for datagrams and gives out as many as fit. Those from the mesh
-// or the host's own place are left out, so it may give out none.
+// receive waits for datagrams and delivers as many as fit into bufs; the next call gets
+// the rest. It discards datagrams whose source loops, so it may return 0 without an error.
 func (s *socket) receive(from *Sockets, bufs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
 	if s.next == s.got {
 		for i := range s.messages {
-			s.messages[i].OOB = s.messages[i].OOB[:controlSize]
+			s.messages[i].OOB = s.messages[i].OOB[:controlSize] // the last read shortened it
 		}
 		got, err := s.batch.ReadBatch(s.messages, 0)
 		if err != nil {
@@ -181,7 +191,7 @@ func (s *socket) receive(from *Sockets, bufs [][]byte, sizes []int, eps []conn.E
 		}
 		own, in, size := readControl(m.OOB[:m.NN])
 		if size <= 0 {
-			size = m.N
+			size = m.N // a single datagram: nothing was joined
 		}
 		ep := s.endpoint(src, own, in, from.sources.Load())
 		for s.offset < m.N && n < len(bufs) {
@@ -191,14 +201,16 @@ func (s *socket) receive(from *Sockets, bufs [][]byte, sizes []int, eps []conn.E
 			n++
 		}
 		if s.offset < m.N {
-			break // the rest with the next call
+			break // bufs is full
 		}
 	}
 	return n, nil
 }
 
-// readControl returns the host's address that a message was sent to, the number of the
-// interface that it came in by, and the size of the datagrams that the kernel joined in it.
+// readControl reads the control messages of a received message: the host's address that
+// it was sent to, the index of the IPv4 interface that it arrived on (0 for IPv6, where
+// nothing uses it), and the size of each datagram that the kernel joined in it, all but the
+// last, or 0 for a single one. What is missing or malformed stays zero.
 func readControl(b []byte) (own netip.Addr, in, size int) {
 	for len(b) >= unix.SizeofCmsghdr {
 		header, data, rest, err := unix.ParseOneSocketControlMessage(b)
@@ -207,8 +219,9 @@ func readControl(b []byte) (own netip.Addr, in, size int) {
 		}
 		switch {
 		case header.Level == unix.IPPROTO_IP && header.Type == unix.IP_PKTINFO && len(data) >= unix.SizeofInet4Pktinfo:
-			// struct in_pktinfo (ip(7)): the interface, then the address to answer
-			// from, then the one in the header.
+			// struct in_pktinfo (ip(7)): ipi_ifindex, ipi_spec_dst (the local address to
+			// reply from), and ipi_addr (the destination in the header, which may be a
+			// broadcast address).
 			in, own = int(int32(binary.NativeEndian.Uint32(data))), netip.AddrFrom4([4]byte(data[4:8]))
 		case header.Level == unix.IPPROTO_IPV6 && header.Type == unix.IPV6_PKTINFO && len(data) >= unix.SizeofInet6Pktinfo:
 			own = netip.AddrFrom16([16]byte(data[:16]))
@@ -220,18 +233,20 @@ func readControl(b []byte) (own netip.Addr, in, size int) {
 	return own, in, size
 }
 
-// endpoint returns the endpoint of a peer that sent from src to own, by the interface in:
-// the same one as long as none of these changes.
+// endpoint returns the endpoint of a peer that sent from src to own and arrived on the
+// interface in. It reuses the one of an earlier datagram if none of these changed, which
+// saves an allocation for each datagram and keeps the cached route of replies.
 func (s *socket) endpoint(src netip.AddrPort, own netip.Addr, in int, sources uint32) *endpoint {
 	last := src.Addr().As16()
-	slot := &s.heard[(last[15]^last[14]<<3^byte(src.Port())^byte(src.Port()>>8)<<5)%64]
+	slot := &s.recent[(last[15]^last[14]<<3^byte(src.Port())^byte(src.Port()>>8)<<5)%64]
 	if e := *slot; e != nil && e.dst == src && e.src == own && e.in == in && e.sources == sources && !e.cleared.Load() {
 		return e
 	}
-	e := &endpoint{dst: src, src: own, way: way{sources: sources, in: in}}
-	// Only the address, unless the answer would take another way: with the interface, the
-	// kernel goes on sending by it, whatever the routes say (ip_route_output_key_hash_rcu
-	// in net/ipv4/route.c). A link-local destination has its zone.
+	e := &endpoint{dst: src, src: own, replyPath: replyPath{sources: sources, in: in}}
+	// The control message sets the address alone; source adds the interface if needed.
+	// With an interface, the kernel would keep sending by it whatever the routes say
+	// (ip_route_output_key_hash_rcu in net/ipv4/route.c). A link-local destination has a
+	// zone, which selects the interface.
 	switch {
 	case own.Is4():
 		e.control = unix.PktInfo4(&unix.Inet4Pktinfo{Spec_dst: own.As4()})
@@ -245,11 +260,13 @@ func (s *socket) endpoint(src netip.AddrPort, own netip.Addr, in int, sources ui
 // outgoing is the scratch memory of one send.
 type outgoing struct {
 	messages []ipv6.Message
-	counts   []int // of datagrams, by message
-	control  []byte
-	to       net.UDPAddr
+	counts   []int       // how many datagrams each message carries
+	control  []byte      // the messages' control messages, controlSize bytes each
+	to       net.UDPAddr // the destination of all messages
 }
 
+// outgoings keeps scratch memory between sends, which come concurrently from wireguard-go's
+// workers.
 var outgoings = sync.Pool{New: func() any {
 	return &outgoing{
 		messages: make([]ipv6.Message, batchSize), counts: make([]int, batchSize),
@@ -257,13 +274,14 @@ var outgoings = sync.Pool{New: func() any {
 	}
 }}
 
-// send sends bufs to e, several in a message where the kernel takes that. A
-// source that the host no longer has, or that no route takes, is given up, and
-// so is joining where an interface or a smaller MTU on the way forbids it.
+// send sends bufs to e, several in a message if the kernel supports that. On an error it
+// tries again without what could have caused it: first without the source address, which
+// the host may have lost or no route may accept, then without joining, which an interface
+// or a smaller path MTU may forbid.
 func (s *socket) send(bufs [][]byte, e *endpoint, sources uint32) error {
 	o := outgoings.Get().(*outgoing)
 	defer func() {
-		clear(o.messages) // hold on to no packet
+		clear(o.messages) // the pool must not keep the packets alive
 		outgoings.Put(o)
 	}()
 	o.address(e.dst)
@@ -280,8 +298,8 @@ func (s *socket) send(bufs [][]byte, e *endpoint, sources uint32) error {
 			e.ClearSrc()
 			source = nil
 		case join && len(bufs) > 1:
-			// EIO: an interface without checksum offload, for good (udp(7)).
-			// EINVAL and EMSGSIZE: a datagram is larger than the path's MTU.
+			// EIO: the interface lacks checksum offload, which doesn't change (udp(7)).
+			// EINVAL or EMSGSIZE: a datagram exceeds the path MTU, in this call only.
 			if errors.Is(err, unix.EIO) {
 				s.segments.Store(false)
 			}
@@ -293,7 +311,7 @@ func (s *socket) send(bufs [][]byte, e *endpoint, sources uint32) error {
 	return nil
 }
 
-// address sets the destination.
+// address sets the destination, in the 16 bytes that o.to already has.
 func (o *outgoing) address(dst netip.AddrPort) {
 	o.to.IP, o.to.Port, o.to.Zone = o.to.IP[:0], int(dst.Port()), dst.Addr().Zone()
 	if a := dst.Addr(); a.Is4() {
@@ -305,8 +323,9 @@ func (o *outgoing) address(dst netip.AddrPort) {
 	}
 }
 
-// fill makes messages of bufs and returns how many: datagrams of one size, of
-// which the last may be smaller, go into one message.
+// fill builds messages from bufs and returns how many. source is the control message that
+// sets their source, or nil. With join, consecutive datagrams of one size go into one
+// message, as UDP_SEGMENT demands; only the last may be smaller.
 func (o *outgoing) fill(bufs [][]byte, source []byte, join bool) int {
 	n := 0
 	for len(bufs) > 0 && n < len(o.messages) {
@@ -327,7 +346,7 @@ func (o *outgoing) fill(bufs [][]byte, source []byte, join bool) int {
 	return n
 }
 
-// sameSize returns how many of bufs may go into one message.
+// sameSize returns how many of bufs, from the first on, may go into one message.
 func sameSize(bufs [][]byte) int {
 	size, total, n := len(bufs[0]), len(bufs[0]), 1
 	for n < len(bufs) && n < maxSegments && len(bufs[n]) <= size && total+len(bufs[n]) <= maxPayload {
@@ -340,8 +359,9 @@ func sameSize(bufs [][]byte) int {
 	return n
 }
 
-// appendSegmentSize appends the control message UDP_SEGMENT (udp(7)), in the
-// layout of struct cmsghdr (cmsg(3)).
+// appendSegmentSize appends the control message UDP_SEGMENT (udp(7)), which tells the
+// kernel to cut the payload into datagrams of size bytes, in the layout of struct cmsghdr
+// (cmsg(3)): a length of a size_t, level and type of an int each, data, and padding.
 func appendSegmentSize(b []byte, size int) []byte {
 	start := len(b)
 	if unix.SizeofPtr == 8 {
@@ -358,19 +378,21 @@ func appendSegmentSize(b []byte, size int) []byte {
 	return b
 }
 
-// way is how a datagram is sent from the address that its peer knows.
-type way struct {
-	control []byte // that address as a control message; nil for any
-	in      int    // the interface by which it was asked; 0 where that isn't known
-	// sources is Sockets.sources when the endpoint was heard: the address counts while
-	// nothing changed in the host's networks.
+// replyPath makes replies leave from the address that the peer sent to, by the interface
+// that its datagram arrived on.
+type replyPath struct {
+	control []byte // the control message for the address alone; nil for a configured endpoint
+	in      int    // index of the interface that the datagram arrived on; 0 if unknown
+	// sources is Sockets.sources at the time of the datagram. The path is valid until that
+	// changes: the host may have lost the address since.
 	sources uint32
-	last    atomic.Pointer[answer] // nil before the first
+	last    atomic.Pointer[replyRoute] // result of the latest lookup; nil before the first
 }
 
-// source returns the control message that sets the source, and the interface where the
-// routes would lead an answer elsewhere, or nil for none.
-func (e *endpoint) source(sources uint32, routes *routeAsker) []byte {
+// source returns the control message for the next datagram to e: it sets the source
+// address, and the interface if the host's routes would select another. nil leaves both to
+// the kernel. sources is the current Sockets.sources.
+func (e *endpoint) source(sources uint32, routes *routeLookup) []byte {
 	if e.sources != sources || e.cleared.Load() {
 		return nil
 	}
@@ -381,14 +403,14 @@ func (e *endpoint) source(sources uint32, routes *routeAsker) []byte {
 	if last != nil && now.Before(last.until) {
 		return last.control
 	}
-	oif, known := routes.outOf(e.src, e.dst, e.in)
+	oif, known := routes.replyInterface(e.src, e.dst, e.in)
 	if !known {
 		if last != nil {
-			return last.control
+			return last.control // out of date, but better than no interface
 		}
 		return e.control
 	}
-	a := &answer{control: e.control, until: now.Add(wayAge)}
+	a := &replyRoute{control: e.control, until: now.Add(replyRouteTTL)}
 	if oif != 0 {
 		a.control = unix.PktInfo4(&unix.Inet4Pktinfo{Ifindex: int32(oif), Spec_dst: e.src.As4()})
 	}

@@ -76,7 +76,7 @@ func TestReplacedSocketsAreNotShared(t *testing.T) {
 	for range 100 {
 		f.mu.Lock()
 		old := f.sock
-		f.fail(errSilent) // says so, while it still holds the port
+		f.fail(errSocketEnded) // says so, while it still holds the port
 		f.signal()
 		f.mu.Unlock()
 		until(t, "the socket is replaced", func() bool {
@@ -413,7 +413,7 @@ func TestSource(t *testing.T) {
 	if got := answered(lost); got != "127.0.0.1" {
 		t.Errorf("after the loss of an address answered from %s", got)
 	}
-	if lost.source(host.sources.Load(), new(routeAsker)) != nil {
+	if lost.source(host.sources.Load(), new(routeLookup)) != nil {
 		t.Error("a source that the host lost is kept")
 	}
 }

@@ -481,7 +481,7 @@ func TestMeshSourceDiscarded(t *testing.T) {
 		t.Run(source, func(t *testing.T) {
 			a, b, other := newEnd(t, 20), newEnd(t, 21), newEnd(t, 22)
 			a.addr[0], other.addr[0] = netip.MustParseAddr("127.0.9.2"), netip.MustParseAddr("127.0.9.3")
-			b.places.add(netip.MustParseAddr("127.0.9.4"))
+			b.loopFilter.add(netip.MustParseAddr("127.0.9.4"))
 			toB := b.peer()
 			toB.Endpoint = relay(t, b.peer().Endpoint, source)
 			fromA := a.peer()
@@ -533,7 +533,7 @@ func TestOwnPlaceDiscarded(t *testing.T) {
 		t.Fatalf("the peer is heard from %v", place)
 	}
 	heard := func() PeerStats { return b.fresh(t)[a.PublicKey()] }
-	b.SetSelf([]netip.AddrPort{netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), b.ListenPort()), place})
+	b.SetOwnEndpoints([]netip.AddrPort{netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), b.ListenPort()), place})
 	rx, looped := heard().RxBytes, b.sockets.Looped()
 	a.send(t, tuntest.Ping(b.addr[0], a.addr[0]))
 	until(t, "the datagram is discarded", func() bool { return b.sockets.Looped() > looped })
@@ -554,7 +554,7 @@ func TestOwnPlaceDiscarded(t *testing.T) {
 		t.Errorf("the peer is heard from %v, its old place is the host's %v", got, place)
 	}
 	// And a place that is the host's no more is as any other.
-	b.SetSelf(nil)
+	b.SetOwnEndpoints(nil)
 	if b.sockets.loops(place) {
 		t.Errorf("%v is discarded though the host isn't there", place)
 	}
@@ -592,7 +592,7 @@ func TestNothingSentToMesh(t *testing.T) {
 
 // TestDiscardAllocates holds the look at a datagram's source to no allocation.
 func TestDiscardAllocates(t *testing.T) {
-	var inside places
+	var inside loopFilter
 	for _, p := range benchPeers(1000) {
 		inside.addPrefixes(p.AllowedIPs)
 	}

@@ -14,31 +14,30 @@ import (
 
 // PeerStats is what the device knows about a peer's session.
 type PeerStats struct {
-	Endpoint      netip.AddrPort // where the peer was last heard, or is tried; zero if never
+	Endpoint      netip.AddrPort // where the device sends: last heard from, or configured; zero if unknown
 	LastHandshake time.Time      // wall clock; zero if never
 	RxBytes       uint64         // encrypted bytes received since the peer was added
 	TxBytes       uint64         // encrypted bytes sent since the peer was added
-	Spoofed       uint64         // packets dropped for a source that isn't the peer's
+	Spoofed       uint64         // packets dropped because their source isn't among the allowed IPs
 }
 
-// statsCostFactor keeps the share of time that is spent on statistics below
-// 1/statsCostFactor, however many peers there are: the device prints all of
-// them as text each time.
+// statsCostFactor bounds the share of time that goes into statistics to 1/statsCostFactor,
+// 2 %, however many peers there are: wireguard-go prints all of them as text each time.
 const statsCostFactor = 50
 
-// stats caches the device's answer.
+// stats caches the statistics of all peers.
 type stats struct {
 	now      func() time.Time
-	interval time.Duration
-	read     func() (map[mesh.PublicKey]PeerStats, error)
+	interval time.Duration                                // the least age at which get reads again
+	read     func() (map[mesh.PublicKey]PeerStats, error) // Device.readStats outside tests
 
-	mu    sync.Mutex // held while reading, so that a crowd of callers costs one read
-	until time.Time  // when cache is too old
+	mu    sync.Mutex // held while reading, so that concurrent callers cause one read
+	until time.Time  // when cache expires
 	cache map[mesh.PublicKey]PeerStats
 }
 
-// get returns the cache, or reads anew when it is older than the interval or
-// than statsCostFactor times what the last reading took.
+// get returns the cached statistics. It reads them again once they are older than both the
+// interval and statsCostFactor times the duration of the last read.
 func (s *stats) get() (map[mesh.PublicKey]PeerStats, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -55,11 +54,13 @@ func (s *stats) get() (map[mesh.PublicKey]PeerStats, error) {
 	return fresh, nil
 }
 
-// Stats returns every peer's statistics, not to be changed by the caller. They
-// may be old by Options.StatsInterval, or by more with thousands of peers: the
-// device takes 15 ms to print 10,000, which is then done less often.
+// Stats returns the statistics of all peers; the caller must not modify the map. They may be
+// up to Options.StatsInterval old, or more with thousands of peers: reading 10,000 takes
+// 15 ms, so it is done less often. A
+// closed device has no peers, so the map is empty.
 func (d *Device) Stats() (map[mesh.PublicKey]PeerStats, error) { return d.stats.get() }
 
+// readStats reads the statistics of all peers from the device.
 func (d *Device) readStats() (map[mesh.PublicKey]PeerStats, error) {
 	r := newStatsReader()
 	if err := d.wg.IpcGetOperation(r); err != nil {
@@ -72,25 +73,24 @@ func (d *Device) readStats() (map[mesh.PublicKey]PeerStats, error) {
 	return r.peers, nil
 }
 
-// statsReader takes the device's answer to a get operation as it is written,
-// so that no copy of the private key in it is made.
+// statsReader is an io.Writer that parses the answer to a get operation as wireguard-go
+// writes it. The answer contains the private key, of which it makes no copy.
 type statsReader struct {
-	port  uint16
-	peers map[mesh.PublicKey]PeerStats
+	port  uint16                       // UDP, that the device listens on
+	peers map[mesh.PublicKey]PeerStats // all peers so far
 
-	key      mesh.PublicKey // of the peer whose lines are being read
-	current  PeerStats
-	sec      int64
-	nsec     int64
-	leftover []byte // the start of a line whose end comes with the next Write
+	key       mesh.PublicKey // the peer whose lines are being read; zero before the first
+	current   PeerStats      // its statistics so far, without LastHandshake
+	sec, nsec int64          // its last handshake, as Unix time
+	leftover  []byte         // the start of a line that continues in the next Write
 }
 
 func newStatsReader() *statsReader {
 	return &statsReader{peers: make(map[mesh.PublicKey]PeerStats)}
 }
 
-// Write reads the lines in p. It never fails: a line that isn't understood is
-// one that a newer device added.
+// Write parses the lines in p. It never fails, and skips lines that it doesn't know: a newer
+// wireguard-go may add some.
 func (r *statsReader) Write(p []byte) (int, error) {
 	n := len(p)
 	for {
@@ -111,8 +111,8 @@ func (r *statsReader) Write(p []byte) (int, error) {
 	return n, nil
 }
 
-// line reads one line, by the configuration protocol of
-// https://www.wireguard.com/xplatform/.
+// line parses one line key=value of the configuration protocol
+// (https://www.wireguard.com/xplatform/). Each public_key starts another peer.
 func (r *statsReader) line(key, value []byte) {
 	switch string(key) {
 	case "listen_port":
@@ -134,6 +134,7 @@ func (r *statsReader) line(key, value []byte) {
 	}
 }
 
+// begin starts a peer with a public key in hexadecimal.
 func (r *statsReader) begin(value []byte) {
 	r.key, r.current, r.sec, r.nsec = mesh.PublicKey{}, PeerStats{}, 0, 0
 	if len(value) == hex.EncodedLen(mesh.KeySize) {
@@ -141,8 +142,8 @@ func (r *statsReader) begin(value []byte) {
 	}
 }
 
-// flush stores what was read of the current peer. Storing it again after more
-// lines is harmless.
+// flush stores the current peer, if there is one. Its remaining lines may come with the next
+// Write, and flush then stores it again.
 func (r *statsReader) flush() {
 	if r.key.IsZero() {
 		return

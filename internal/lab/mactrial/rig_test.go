@@ -360,7 +360,7 @@ func (w *tunnelDevice) Sync([]tunnel.Peer) error {
 	return nil
 }
 func (w *tunnelDevice) ListenPort() uint16       { return 51820 }
-func (w *tunnelDevice) SetSelf([]netip.AddrPort) {}
+func (w *tunnelDevice) SetOwnEndpoints([]netip.AddrPort) {}
 func (w *tunnelDevice) Listening() error         { return nil }
 func (w *tunnelDevice) Done() <-chan struct{}    { return w.done }
 func (w *tunnelDevice) Rebind(context.Context) error {
