@@ -72,7 +72,7 @@ func TestOthersAreWaitedForByNobody(t *testing.T) {
 		r.add("phone")
 		r.after(2 * r.d.opts.Tick) // it hangs
 		began := time.Now()
-		if r.doctor(); time.Since(began) > explain.DoctorLook {
+		if r.doctor(); time.Since(began) > explain.DoctorOthersLimit {
 			t.Errorf("doctor took %v", time.Since(began))
 		}
 		began = time.Now()

@@ -86,7 +86,7 @@ func TestExplainTakesAllTogether(t *testing.T) {
 		"an answer elsewhere":     {to: outside, from: outside, way: but(back, host.Way{Interface: "tun9"}), want: "the kernel sends it by tun9, and not into the tunnel"},
 		"an answer to what isn't": {to: outside, from: outside, way: but(to(outside), host.Way{Refused: host.WayProhibited}), want: "the packet that it answers doesn't pass: "},
 		"a kernel that doesn't tell": {to: outside, way: func(host.Packet) (host.Way, error) { return host.Way{}, errors.New("no") },
-			unclear: true, want: "the kernel doesn't tell"},
+			unclear: true, want: "its route can't be looked up"},
 		"others drop it": {to: outside, by: others(host.OthersDrop, false, false), want: "chain FORWARD of table ip filter drops it"},
 		"others drop the answer": {to: outside, by: others(host.OthersDrop, true, false), pass: true,
 			want: "chain FORWARD of table ip filter drops it"},

@@ -16,42 +16,47 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
-// DoctorLook bounds Doctor's question about other software. If it takes longer, the last
-// answer of [Explainer.Run] counts, so that a doctor's report is there in time.
-const DoctorLook = 5 * time.Second
+// DoctorOthersLimit bounds Doctor's examination of other software. If that takes longer, the
+// last result of [Explainer.Run] counts, so that Doctor answers well within the 10 s that the
+// command waits.
+const DoctorOthersLimit = 5 * time.Second
 
-// Doctor checks every precondition, in an order that doesn't change. A check on which others
-// depend comes before them; while it fails, they refer to it by Follows and have no hint of
-// their own, so that one fault is told once.
+// Doctor checks every precondition, in the order of checkNames and then one check for each
+// problem that belongs to none of them. A check on which others depend comes before them; while
+// it fails, they refer to it by Follows and have no hint of their own, so that one fault is
+// reported once. Unlike status, Doctor examines other software anew and writes a trial file into
+// the state directory.
 func (x *Explainer) Doctor(ctx context.Context) []api.Check {
 	c, _ := x.o.Held()
 	if x.o.Host.Others != nil {
-		limit, cancel := context.WithTimeout(ctx, DoctorLook)
-		x.askOthers(limit, c)
+		limit, cancel := context.WithTimeout(ctx, DoctorOthersLimit)
+		x.examineOthers(limit, c)
 		cancel()
 	}
-	checks := x.checks(c, x.found(c), x.tryFolder(ctx))
+	checks := x.checks(c, x.knownProblems(c), x.checkStateDir(ctx))
 	for i := range checks {
 		checks[i].Message, checks[i].Hint = plain.Text(checks[i].Message), plain.Text(checks[i].Hint)
 	}
 	return checks
 }
 
-// The names of checks that others refer to.
 const (
-	checkHelper = "helper"
-	checkFolder = "state folder"
-	// othersStep is the step of problems with other software's packet filters.
-	othersStep = "look at other packet filters"
+	// nameHelper and nameStateDir are names of checks that are used more than once.
+	nameHelper   = "helper"
+	nameStateDir = "state folder"
+	// stepOthers is Problem.Step of what [host.Others] reports of other packet filters.
+	stepOthers = "look at other packet filters"
 )
 
-// checks returns all checks. Each problem of found goes into the check that it belongs to, or
-// is a check of its own at the end.
-func (x *Explainer) checks(c held.State, found []host.Problem, folder api.Check) []api.Check {
+// checks returns all checks. Each of the problems goes into the check that it belongs to, or
+// becomes a check of its own at the end.
+func (x *Explainer) checks(c held.State, problems []host.Problem, stateDir api.Check) []api.Check {
 	doc := x.o.Wanted.Document()
-	wrong := func(name, otherwise string, is func(host.Problem) bool) (out []api.Check) {
-		found = slices.DeleteFunc(slices.Clone(found), func(p host.Problem) bool {
-			if is(p) {
+	// take moves the problems that belong to a check out of problems: each becomes a failed
+	// check of that name. Without any the check is OK, with the message otherwise.
+	take := func(name, otherwise string, belongs func(host.Problem) bool) (out []api.Check) {
+		problems = slices.DeleteFunc(slices.Clone(problems), func(p host.Problem) bool {
+			if belongs(p) {
 				out = append(out, api.Check{Name: name, Message: p.Message, Hint: p.Hint})
 				return true
 			}
@@ -63,24 +68,24 @@ func (x *Explainer) checks(c held.State, found []host.Problem, folder api.Check)
 		return out
 	}
 	enforcing := c.Phase == api.Enforcing
-	// follows marks what needn't be looked at by itself while the helper doesn't enforce.
+	// follows marks a failed check as a consequence while the helper doesn't enforce.
 	follows := func(check api.Check) api.Check {
 		if !check.OK && !enforcing {
-			check.Follows, check.Hint = checkHelper, ""
+			check.Follows, check.Hint = nameHelper, ""
 		}
 		return check
 	}
-	helper := api.Check{Name: checkHelper, OK: enforcing, Message: "the state is " + c.Phase, Hint: "wait, or see: meshhelper events"}
+	helper := api.Check{Name: nameHelper, OK: enforcing, Message: "the state is " + c.Phase, Hint: "wait, or see: meshhelper events"}
 	if !enforcing && len(c.Problems) > 0 {
-		cause := c.Problems[0]
-		found = slices.DeleteFunc(slices.Clone(found), func(p host.Problem) bool { return p == cause })
+		cause := c.Problems[0] // told by the check of the helper, so not once more at the end
+		problems = slices.DeleteFunc(slices.Clone(problems), func(p host.Problem) bool { return p == cause })
 		helper.Message += ": " + cause.Step + ": " + cause.Message
 		if cause.Hint != "" {
 			helper.Hint = cause.Hint
 		}
 	}
 	checks := []api.Check{
-		helper, folder,
+		helper, stateDir,
 		follows(api.Check{
 			Name: "wanted state", OK: c.Enforced == doc.Generation, Message: fmt.Sprintf("generation %d is wanted, %d in force", doc.Generation, c.Enforced), Hint: "see the problems below",
 		}),
@@ -88,11 +93,11 @@ func (x *Explainer) checks(c held.State, found []host.Problem, folder api.Check)
 		follows(checkPort(c)),
 		follows(api.Check{Name: "packet filter", OK: enforcing, Message: "our rules are read back and compared", Hint: "they aren't loaded as they should be"}),
 	}
-	checks = append(checks, wrong("host firewall", "no rule of other software's is known to stop WireGuard's own packets", func(p host.Problem) bool { return p.Tunnel })...)
-	checks = append(checks, wrong("other packet filters", "no rule of other software's is known to stop what peers may do", func(p host.Problem) bool { return p.Step == othersStep })...)
-	checks = append(checks, wrong(stepPrefix, "nothing else on this host is known to have a part of it", func(p host.Problem) bool { return p.Step == stepPrefix })...)
-	checks = append(checks, checkUplink(c), checkForwarding(c), x.checkEndpoint(c, doc), x.checkNames(doc), x.checkClock(), checkFlows(c))
-	for _, p := range found {
+	checks = append(checks, take("host firewall", "no rule of other software's is known to stop WireGuard's own packets", func(p host.Problem) bool { return p.Tunnel })...)
+	checks = append(checks, take("other packet filters", "no rule of other software's is known to stop what peers may do", func(p host.Problem) bool { return p.Step == stepOthers })...)
+	checks = append(checks, take(stepPrefix, "nothing else on this host is known to have a part of it", func(p host.Problem) bool { return p.Step == stepPrefix })...)
+	checks = append(checks, checkUplink(c), checkForwarding(c), x.checkEndpoint(c, doc), x.checkPeerEndpoints(doc), x.checkClock(), checkFlows(c))
+	for _, p := range problems {
 		check := api.Check{Name: p.Step, Message: p.Message, Hint: p.Hint}
 		if slices.Contains(c.Problems, p) {
 			check = follows(check)
@@ -107,47 +112,49 @@ func (x *Explainer) checks(c held.State, found []host.Problem, folder api.Check)
 	return checks
 }
 
-// more returns what the checks find that isn't among the problems yet, for status.
-func (x *Explainer) more(c held.State, found []host.Problem) (out []host.Problem) {
+// checkProblems returns the failed checks as problems, for status, without those that known
+// has. Only checks that cost no question to the host are among them.
+func (x *Explainer) checkProblems(c held.State, known []host.Problem) (out []host.Problem) {
 	if c.Phase != api.Enforcing {
-		return nil // it would follow from that
+		return nil // they would be consequences
 	}
-	if p := x.full.Load(); p != nil {
+	if p := x.stateDirProblem.Load(); p != nil {
 		out = append(out, *p)
 	}
 	doc := x.o.Wanted.Document()
-	for _, check := range []api.Check{checkUplink(c), x.checkEndpoint(c, doc), x.checkNames(doc), x.checkClock(), checkFlows(c)} {
-		if !check.OK && !slices.ContainsFunc(found, func(p host.Problem) bool { return p.Message == check.Message }) {
+	for _, check := range []api.Check{checkUplink(c), x.checkEndpoint(c, doc), x.checkPeerEndpoints(doc), x.checkClock(), checkFlows(c)} {
+		if !check.OK && !slices.ContainsFunc(known, func(p host.Problem) bool { return p.Message == check.Message }) {
 			out = append(out, host.Problem{Step: check.Name, Message: check.Message, Hint: check.Hint})
 		}
 	}
 	return out
 }
 
-// helpersChecks are the checks of a helper, in the order of [Daemon.Doctor], behind the one
-// of the helper itself.
-var helpersChecks = []string{
-	checkFolder, "wanted state", "tunnel device", "UDP port", "packet filter", "host firewall", "other packet filters",
+// checkNames has the names of the checks behind that of the helper itself, in the order of
+// [Explainer.Doctor]. A command lists the same checks where no helper answers.
+var checkNames = []string{
+	nameStateDir, "wanted state", "tunnel device", "UDP port", "packet filter", "host firewall", "other packet filters",
 	stepPrefix, "default route", "forwarding", "endpoint", "peers' endpoints", "clock", "flows",
 }
 
-// noInterface stands for the mesh interface where there is none: Linux lets no interface have
-// the name (dev_valid_name of net/core/dev.c), and macOS numbers its own.
+// noInterface stands for the mesh interface where there is none, since policy.Compile needs
+// a name. No interface can have this one: Linux refuses it (dev_valid_name of net/core/dev.c),
+// and macOS names interfaces by driver and number.
 const noInterface = ".."
 
-// ChecksWithout returns the checks of a helper where none answers: what they are about
-// isn't looked at, but for the mesh prefixes, which the addresses of the host's interfaces
-// are compared with.
+// ChecksWithout returns the checks of [Explainer.Doctor] for a command that reaches no helper.
+// They are marked as not checked and as consequences of that, except for the one of the mesh
+// prefixes: it compares them with the addresses of the host's interfaces, which needs no root.
 func ChecksWithout(prefixes []netip.Prefix, interfaces []policy.Interface) (out []api.Check) {
-	for _, name := range helpersChecks {
-		c := api.Check{Name: name, Message: "not looked at, for no helper answers", Follows: checkHelper}
+	for _, name := range checkNames {
+		c := api.Check{Name: name, Message: "not checked: no helper answers", Follows: nameHelper}
 		if name != stepPrefix {
 			out = append(out, c)
 			continue
 		}
 		r, err := policy.Compile(policy.Mesh{Prefixes: prefixes}, policy.Host{Interface: noInterface, Interfaces: interfaces}, time.Time{})
 		if err != nil {
-			c.Message = "not looked at: " + err.Error()
+			c.Message = "not checked: " + err.Error()
 			out = append(out, c)
 			continue
 		}
@@ -156,13 +163,13 @@ func ChecksWithout(prefixes []netip.Prefix, interfaces []policy.Interface) (out 
 			out = append(out, api.Check{Name: name, Message: p.Message, Hint: p.Hint})
 		}
 		if len(overlaps) == 0 {
-			out = append(out, api.Check{Name: name, OK: true, Message: "no interface has an address inside the mesh prefixes; routes and DNS servers aren't looked at, for no helper answers"})
+			out = append(out, api.Check{Name: name, OK: true, Message: "no interface has an address inside the mesh prefixes; routes and DNS servers aren't checked: no helper answers"})
 		}
 	}
 	return out
 }
 
-// checkPort wants WireGuard's UDP port to be served.
+// checkPort fails if WireGuard's UDP port isn't served.
 func checkPort(c held.State) api.Check {
 	out := api.Check{Name: "UDP port", Hint: "another program may hold the port: see which, for instance with ss -lunp; the helper tries again"}
 	if c.Tunnel == nil {
@@ -177,7 +184,7 @@ func checkPort(c held.State) api.Check {
 	return out
 }
 
-// checkUplink wants a default route while a peer may route.
+// checkUplink fails if a peer may route and the host has no default route.
 func checkUplink(c held.State) api.Check {
 	out := api.Check{Name: "default route", OK: true, Hint: "give the host a default route: without one peers reach no internet"}
 	switch up4, up6 := c.Host.Uplink4, c.Host.Uplink6; {
@@ -193,12 +200,14 @@ func checkUplink(c held.State) api.Check {
 	return out
 }
 
-// mayRoute reports whether a peer may route.
+// mayRoute reports whether any peer may route. Without one the host needs neither an uplink nor
+// forwarding.
 func mayRoute(c held.State) bool {
 	return c.Ruleset != nil && slices.ContainsFunc(c.Ruleset.Peers(), func(p policy.PeerRules) bool { return p.Permissions.Has(mesh.Routing) })
 }
 
-// checkForwarding wants forwarding while a peer may route.
+// checkForwarding fails if a peer may route and the host forwards neither family. One family is
+// enough: a host without IPv6 doesn't forward that.
 func checkForwarding(c held.State) api.Check {
 	may := mayRoute(c)
 	on := c.Forwarding.IPv4 || c.Forwarding.IPv6
@@ -212,10 +221,13 @@ func checkForwarding(c held.State) api.Check {
 	return out
 }
 
-// clockSlack is how far apart two clocks may be that agree.
+// clockSlack is how far the wall clock may be behind: a step of a time daemon isn't worth a
+// problem.
 const clockSlack = 5 * time.Second
 
-// checkClock compares the wall clock with the one that grants end by.
+// checkClock fails if the wall clock is behind the clock by which timed permissions end, which
+// never goes back behind the time on disk ([wanted.State.Now]): after a boot without a network,
+// or after someone set it back.
 func (x *Explainer) checkClock() api.Check {
 	behind := x.o.Wanted.Now().Sub(x.o.Wall())
 	return api.Check{
@@ -225,26 +237,27 @@ func (x *Explainer) checkClock() api.Check {
 	}
 }
 
-// checkFlows tells which peer has come nearest to the bound of its flows.
+// checkFlows names the peer that uses the largest share of the packet filter's entries that it
+// may have, and fails once a peer has all of its share.
 func checkFlows(c held.State) api.Check {
 	check := api.Check{Name: "flows", OK: true, Message: "no peer has flows"}
 	if c.Guard == nil || c.Ruleset == nil {
 		return check
 	}
-	stats, all, most := c.Guard.Stats(), 0, -1.0
+	stats, total, largest := c.Guard.Stats(), 0, -1.0
 	for _, p := range c.Ruleset.Peers() {
 		s, ok := stats[p.PublicKey]
-		if all += s.Held; !ok || s.Limit == 0 || s.Held == 0 {
+		if total += s.Held; !ok || s.Limit == 0 || s.Held == 0 {
 			continue
 		}
-		if share := float64(s.Held) / float64(s.Limit); share > most {
-			most = share
+		if share := float64(s.Held) / float64(s.Limit); share > largest {
+			largest = share
 			check.Message = fmt.Sprintf("%s has most: %d of the %d entries of the packet filter that a peer may have", p.Name, s.Held, s.Limit)
 			check.OK = s.Held < s.Limit
 		}
 	}
-	if all > 0 {
-		check.Message += fmt.Sprintf("; all peers together have %d", all)
+	if total > 0 {
+		check.Message += fmt.Sprintf("; all peers together have %d", total)
 	}
 	if c.Limits.PerPeer > 0 {
 		check.Message += fmt.Sprintf("; the packet filter by itself lets a peer have at most %d", c.Limits.PerPeer)

@@ -9,7 +9,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// TestChecksWithoutAHelper lists the same ones, and looks for overlaps with the mesh prefixes.
+// TestChecksWithoutAHelper: a command that reaches no helper lists the helper's checks, and
+// compares the mesh prefixes with the interfaces by itself.
 func TestChecksWithoutAHelper(t *testing.T) {
 	m := []netip.Prefix{netip.MustParsePrefix("100.64.0.0/10"), netip.MustParsePrefix("fd6d:6573:6800::/48")}
 	for address, want := range map[string]string{
@@ -19,12 +20,12 @@ func TestChecksWithoutAHelper(t *testing.T) {
 		var names []string
 		for _, c := range checks {
 			names = append(names, c.Name)
-			if c.Name == stepPrefix && (!strings.HasPrefix(c.Message, want) || c.OK != (c.Hint == "")) || c.Name != stepPrefix && (c.OK || c.Follows != checkHelper) {
+			if c.Name == stepPrefix && (!strings.HasPrefix(c.Message, want) || c.OK != (c.Hint == "")) || c.Name != stepPrefix && (c.OK || c.Follows != nameHelper) {
 				t.Errorf("%s: %+v", address, c)
 			}
 		}
-		if !slices.Equal(names, helpersChecks) {
-			t.Errorf("the checks are %q", names)
+		if !slices.Equal(names, checkNames) {
+			t.Errorf("the checks are %q, not those of a helper, %q", names, checkNames)
 		}
 	}
 }

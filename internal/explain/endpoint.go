@@ -13,10 +13,15 @@ import (
 )
 
 // checkEndpoint reports whether peers can reach this host at the endpoint that their
-// configurations name. It can't try that from outside; it reasons from the facts: whether the
-// endpoint is an address of this host, whether that is public, and otherwise whether it can be
-// its router's. An endpoint that may be right is OK, as a port that isn't forwarded can't be
-// seen from here.
+// configurations name: the setting, or without it the uplink's address. It can't be tried from
+// outside, so the check compares the endpoint with what is known of the host:
+//   - a name that doesn't resolve, or has more addresses than count as this host's, fails;
+//   - a public address of this host is OK, a private one fails while there are peers;
+//   - an address that isn't this host's is taken for its router's, unless lostAddress knows
+//     better.
+//
+// Whether a router forwards the UDP port can't be seen from here, so an endpoint that may be
+// right is OK.
 func (x *Explainer) checkEndpoint(c held.State, doc *wanted.Document) api.Check {
 	out := api.Check{Name: "endpoint", OK: true}
 	e := x.o.Wanted.Settings().Endpoint
@@ -29,12 +34,12 @@ func (x *Explainer) checkEndpoint(c held.State, doc *wanted.Document) api.Check 
 		case policy.IsPublic(a):
 			out.Message = fmt.Sprintf("peers find the host at the uplink's address %v", a)
 		default:
-			x.aboutPrivate(&out, c, doc, fmt.Sprintf("the uplink's address %v", a), a)
+			x.describePrivate(&out, c, doc, fmt.Sprintf("the uplink's address %v", a), a)
 		}
 		return out
 	}
 	at, err := netip.ParseAddr(e.Host)
-	addresses := []netip.Addr{at.Unmap()}
+	addresses := []netip.Addr{at.Unmap()} // not valid for a name, whose addresses were learned
 	if err != nil {
 		err := x.o.NameFailure(e.Host)
 		o := x.o.Learned.Outside()
@@ -62,7 +67,7 @@ func (x *Explainer) checkEndpoint(c held.State, doc *wanted.Document) api.Check 
 		case !slices.Contains(own, a):
 			continue
 		case !policy.IsPublic(a):
-			x.aboutPrivate(&out, c, doc, fmt.Sprintf("%s, this host's endpoint,", e.Host), a)
+			x.describePrivate(&out, c, doc, fmt.Sprintf("%s, this host's endpoint,", e.Host), a)
 		default:
 			out.Message = fmt.Sprintf("%s is %v, an address of this host", e.Host, a)
 		}
@@ -79,9 +84,10 @@ func (x *Explainer) checkEndpoint(c held.State, doc *wanted.Document) api.Check 
 	return out
 }
 
-// aboutPrivate fills in the check for an endpoint, called what, at the host's private address
-// a: devices elsewhere don't reach it. Without peers that is no problem yet.
-func (x *Explainer) aboutPrivate(out *api.Check, c held.State, doc *wanted.Document, what string, a netip.Addr) {
+// describePrivate fills in the check for an endpoint at the host's private address a, which
+// the message calls what. Devices elsewhere don't reach it. Without peers that is no problem
+// yet.
+func (x *Explainer) describePrivate(out *api.Check, c held.State, doc *wanted.Document, what string, a netip.Addr) {
 	out.OK = len(doc.Peers) == 0
 	out.Message = what + " is private, and nothing is known to be forwarded to it: peers elsewhere don't reach this host"
 	out.Hint = fmt.Sprintf("forward UDP port %d on the router to %v, and tell the helper the router's name or public address: meshhelper settings endpoint HOST", c.ListenPort, a)
@@ -91,11 +97,11 @@ func (x *Explainer) aboutPrivate(out *api.Check, c held.State, doc *wanted.Docum
 	}
 }
 
-// lostAddress reports whether an endpoint that isn't an address of the host can't be its
-// router's either, and by which address of the host: one in the same private network, or a
-// public one on the uplink, with which the host needs no router's address. Then the endpoint
-// is stale.
-func lostAddress(h policy.Host, endpoint netip.Addr) (has netip.Addr, lost bool) {
+// lostAddress reports whether an endpoint that isn't an address of the host is stale, because
+// it can't be the router's either. It returns the address of the host that shows this: one in
+// the endpoint's own private network, or a public one on the uplink, since a host with that has
+// no translating router in front of it.
+func lostAddress(h policy.Host, endpoint netip.Addr) (direct netip.Addr, lost bool) {
 	for _, i := range h.Interfaces {
 		for _, p := range i.Addresses {
 			a := p.Addr()
@@ -109,7 +115,7 @@ func lostAddress(h policy.Host, endpoint netip.Addr) (has netip.Addr, lost bool)
 	return netip.Addr{}, false
 }
 
-// hostAddresses returns the addresses of all interfaces, the mesh's included.
+// hostAddresses returns the addresses of all interfaces, including the mesh interface.
 func hostAddresses(h policy.Host) (out []netip.Addr) {
 	for _, i := range h.Interfaces {
 		for _, p := range i.Addresses {
@@ -133,8 +139,9 @@ func (x *Explainer) heardFromOutside(c held.State, doc *wanted.Document) (netip.
 	return netip.Addr{}, false
 }
 
-// checkNames reports the first peer whose endpoint is a name that doesn't resolve.
-func (x *Explainer) checkNames(doc *wanted.Document) api.Check {
+// checkPeerEndpoints fails for the first peer whose endpoint is a name that didn't resolve at
+// the resolver's last attempt. It asks no DNS server itself.
+func (x *Explainer) checkPeerEndpoints(doc *wanted.Document) api.Check {
 	out := api.Check{Name: "peers' endpoints", OK: true, Message: "none is a name that doesn't resolve"}
 	for i := range doc.Peers {
 		e, err := mesh.ParseEndpoint(doc.Peers[i].Endpoint, 0)

@@ -11,9 +11,10 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// Explain says what happens to a packet on this host, all things taken together: the
-// policy, whether it is in force, the way that the kernel would send the packet, and what
-// other software's rules do with it and with its answer.
+// Explain says what happens to a packet on this host. It considers the policy, whether that
+// is in force, the route that the kernel would choose, and what other software's rules do with
+// the packet and with its answer. q.Peer is a name, a mesh address or a public key. The errors
+// are *[api.Error]: CodeNotReady before the first look at the host, or what is wrong with q.
 func (x *Explainer) Explain(ctx context.Context, q api.Question) (api.Explanation, error) {
 	c, _ := x.o.Held()
 	if c.Ruleset == nil {
@@ -25,44 +26,46 @@ func (x *Explainer) Explain(ctx context.Context, q api.Question) (api.Explanatio
 		return api.Explanation{}, err
 	}
 	q.Peer = doc.Peers[i].Name
-	a, err := ask(c.Ruleset.At(x.o.Wanted.Now()), q)
+	e, err := evaluate(c.Ruleset.At(x.o.Wanted.Now()), q)
 	if err != nil {
 		return api.Explanation{}, err
 	}
-	e, err := a.explain(x.loadedLanguage(c))
-	if err != nil || !e.Pass {
-		if r := c.Ruleset; a.v.Class == policy.InMesh && r.IsOthers(a.packet.Dst) {
-			e.Command = changePrefix(r, a.packet.Dst)
+	out, err := e.explain(x.loadedLanguage(c))
+	if err != nil || !out.Pass {
+		if r := c.Ruleset; e.verdict.Class == policy.InMesh && r.IsOthers(e.packet.Dst) {
+			out.Command = changePrefix(r, e.packet.Dst)
 		}
-		return e, err
+		return out, err
 	}
-	e.Until = permittedUntil(&doc.Peers[i], a.v.Rule)
-	e.Stops = x.stops(ctx, c, a)
-	e.Unclear = true
-	for i, s := range e.Stops {
-		e.Stops[i].Message, e.Stops[i].Hint = plain.Text(s.Message), plain.Text(s.Hint)
+	out.Until = permittedUntil(&doc.Peers[i], e.verdict.Rule)
+	out.Stops = x.stops(ctx, c, e)
+	// A stop of the answer doesn't stop the packet itself. The result is unclear if each stop
+	// of the packet is.
+	out.Unclear = true
+	for i, s := range out.Stops {
+		out.Stops[i].Message, out.Stops[i].Hint = plain.Text(s.Message), plain.Text(s.Hint)
 		if !s.Answer {
-			e.Pass, e.Unclear = false, e.Unclear && s.Unclear
+			out.Pass, out.Unclear = false, out.Unclear && s.Unclear
 		}
 	}
-	e.Unclear = e.Unclear && !e.Pass
-	return e, nil
+	out.Unclear = out.Unclear && !out.Pass
+	return out, nil
 }
 
-// Explain judges q, whose Peer is a name, by r. With From and To, it judges the
-// way back of the flow that the peer opened to To; with From alone, a packet
-// that is no answer. The rule that holds the verdict is named in the
-// language, unless that is zero.
+// Explain returns the verdict of r on q, whose Peer must be a name, without a running helper.
+// With To alone, the peer sends to To; with From equal to To, the packet answers a flow that
+// the peer opened to To; with From alone, it opens a flow to the peer. The rule that decides is
+// printed in the language l, unless l is zero. The errors are *[api.Error].
 func Explain(r *policy.Ruleset, q api.Question, l Language) (api.Explanation, error) {
-	a, err := ask(r, q)
+	e, err := evaluate(r, q)
 	if err != nil {
 		return api.Explanation{}, err
 	}
-	return a.explain(l)
+	return e.explain(l)
 }
 
-// permittedUntil returns when the permissions by which a line of the policy lets a peer's packet
-// pass end, or zero.
+// permittedUntil returns when the first of the permissions ends by which a rule of the policy
+// passes a peer's packet, or zero if none of them has an end.
 func permittedUntil(p *mesh.Peer, rule policy.Rule) (end time.Time) {
 	by := map[policy.Rule]mesh.Permissions{
 		policy.RuleIncoming: mesh.Incoming, policy.RuleInternet: mesh.Routing, policy.RuleLAN: mesh.Routing | mesh.LAN,
@@ -78,31 +81,32 @@ func permittedUntil(p *mesh.Peer, rule policy.Rule) (end time.Time) {
 	return end
 }
 
-// explain tells what the policy says, and by which rule of a language.
-func (a asked) explain(l Language) (api.Explanation, error) {
+// explain returns the verdict, with the command that would permit a refused packet, and the
+// rule in the language l that enforces the verdict.
+func (e evaluation) explain(l Language) (api.Explanation, error) {
 	out := api.Explanation{
-		Peer: a.q.Peer, Port: a.q.Port, Proto: a.q.Proto, From: a.packet.Src.String(), To: a.packet.Dst.String(),
-		Direction: api.FromPeer, Pass: a.v.Pass, Policy: a.v.Rule.String(),
+		Peer: e.q.Peer, Port: e.q.Port, Proto: e.q.Proto, From: e.packet.Src.String(), To: e.packet.Dst.String(),
+		Direction: api.FromPeer, Pass: e.verdict.Pass, Policy: e.verdict.Rule.String(),
 	}
 	switch {
-	case a.answer:
+	case e.answer:
 		out.Direction = api.AnswerToPeer
-	case a.q.From.IsValid():
+	case e.q.From.IsValid():
 		out.Direction = api.ToPeer
 	}
-	if a.v.Class != 0 {
-		out.Class = a.v.Class.String()
+	if e.verdict.Class != 0 {
+		out.Class = e.verdict.Class.String()
 	}
-	if a.v.Missing != 0 {
-		out.Command = "meshhelper peer allow " + a.q.Peer + " " + strings.ReplaceAll(a.v.Missing.String(), ",", "")
+	if e.verdict.Missing != 0 {
+		out.Command = "meshhelper peer allow " + e.q.Peer + " " + strings.ReplaceAll(e.verdict.Missing.String(), ",", "")
 	}
 	if l.Render == nil {
 		return out, nil
 	}
-	_, text, err := l.Render(a.r)
+	_, text, err := l.Render(e.rules)
 	if err != nil {
 		return out, err
 	}
-	out.Loaded = l.Find(text, a.v.Rule, a.forth.Packet)
+	out.Loaded = l.Find(text, e.verdict.Rule, e.forth.Packet)
 	return out, nil
 }

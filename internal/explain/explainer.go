@@ -20,23 +20,23 @@ import (
 
 // Options are what New needs.
 type Options struct {
-	Host    host.Host     // required: asked for its optional parts alone
+	Host    host.Host     // required; only its optional parts are used
 	Wanted  *wanted.State // required
 	Learned *learned.Book // required
 
-	// Held returns what holds now, and a channel that is closed when there is something
-	// newer.
+	// Held returns the state of the loop's last round, and a channel that is closed when there
+	// is a newer one.
 	Held func() (held.State, <-chan struct{}) // required
-	// InForce returns what the guard judges by now, and nil while it lets nothing pass.
+	// InForce returns the ruleset by which the guard judges now, or nil while it passes nothing.
 	InForce func() *policy.Ruleset // required
-	// NameFailure returns why the name in an endpoint wasn't found at the last attempt.
+	// NameFailure returns why the last lookup of a name in an endpoint failed, or nil.
 	NameFailure func(name string) error // required
 
-	// Languages are those that rulesets are enforced in, by name; the host's own is among
-	// them.
+	// Languages are the rule languages by name, such as "nft", including the host's own
+	// (Host.Language).
 	Languages map[string]Language // optional
 
-	StateDir string             // required: tried by the doctor
+	StateDir string             // required: where Doctor writes its trial file
 	Wall     func() time.Time   // required: the wall clock
 	Record   func(events.Event) // required: must not block
 }
@@ -46,27 +46,30 @@ type Options struct {
 type Explainer struct {
 	o Options
 
-	// full says that the state directory takes nothing, or is nil.
-	full atomic.Pointer[host.Problem]
-	// asking is held, by a value in it, while the host is asked about other software.
-	asking chan struct{}
+	// stateDirProblem says that nothing can be written into the state directory; nil if
+	// something can. queueSpaceCheck sets it.
+	stateDirProblem atomic.Pointer[host.Problem]
+	// examining is a semaphore of one: it holds a value while the host examines other
+	// software. It isn't a mutex because a caller gives up waiting when its context ends.
+	examining chan struct{}
 
 	mu sync.Mutex
-	// byOthers is what other software was found to stand in the way with.
-	byOthers []host.Problem
-	// prefixes are the problems with the mesh prefixes, of a ruleset and settings: finding
-	// them takes long where there are many routes.
+	// othersProblems is the result of the last examination of other software.
+	othersProblems []host.Problem
+	// prefixes caches the problems with the mesh prefixes, for the ruleset prefixesOf and the
+	// settings prefixesSettings: finding them is slow on a host with many routes. Both are
+	// compared as pointers, since they are never modified after they are published.
 	prefixes         []host.Problem
 	prefixesOf       *policy.Ruleset
 	prefixesSettings *wanted.Settings
 }
 
-// New returns an explainer. What it tells of other software is empty before Run.
-func New(o Options) *Explainer { return &Explainer{o: o, asking: make(chan struct{}, 1)} }
+// New returns an explainer. It knows of no problems with other software before Run or Doctor.
+func New(o Options) *Explainer { return &Explainer{o: o, examining: make(chan struct{}, 1)} }
 
-// Run looks, until ctx ends, for what only informs: after each round of the loop at the
-// mesh prefixes and the state directory, and at other software. The loop doesn't wait for
-// it. Call it once.
+// Run examines, after each round of the loop and until ctx ends, what doesn't affect
+// enforcement: the mesh prefixes, the space in the state directory, and other software. The
+// loop doesn't wait for it. Call it once. It returns nil.
 func (x *Explainer) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return x.followRounds(ctx) })
@@ -76,14 +79,14 @@ func (x *Explainer) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// followRounds looks after each round at what costs no question to the host, and records
-// what is new of it.
+// followRounds checks after each round what needs no question to the host, and records an
+// event for each new problem with the mesh prefixes. The status reads the rest.
 func (x *Explainer) followRounds(ctx context.Context) error {
 	var news events.News[host.Problem]
 	for {
 		s, newer := x.o.Held()
 		if s.Phase != api.Starting {
-			x.checkSpaceSoon()
+			x.queueSpaceCheck()
 		}
 		for _, p := range x.prefixProblems(s) {
 			if news.Is(p) {
@@ -98,25 +101,27 @@ func (x *Explainer) followRounds(ctx context.Context) error {
 	}
 }
 
-// Problems returns what is wrong in a state, for the status: what keeps the policy from
-// being in force first, and last what the checks of [Explainer.Doctor] find besides.
+// Problems returns the problems of a state, for the status: first those that keep the policy
+// from being in force, last those that only the checks of [Explainer.Doctor] find. It asks the
+// host nothing.
 func (x *Explainer) Problems(s held.State) []host.Problem {
-	found := x.found(s)
-	return append(found, x.more(s, found)...)
+	known := x.knownProblems(s)
+	return append(known, x.checkProblems(s, known)...)
 }
 
-// found returns what was found wrong without a check: what keeps the policy from being in
-// force first.
-func (x *Explainer) found(s held.State) []host.Problem {
+// knownProblems returns the problems that the loop, the disk and Run reported, those that keep
+// the policy from being in force first.
+func (x *Explainer) knownProblems(s held.State) []host.Problem {
 	out := slices.Clone(s.Problems)
 	if p, bad := x.o.Wanted.Problem(); bad {
 		out = append(out, host.Problem{Step: p.Step, Message: p.Message, Hint: p.Hint})
 	}
-	return slices.Concat(out, s.Foreign, x.prefixProblems(s), x.foundByOthers())
+	return slices.Concat(out, s.Foreign, x.prefixProblems(s), x.lastOthersProblems())
 }
 
-// prefixProblems returns the problems with the mesh prefixes and with routes that are
-// nearly a default route.
+// prefixProblems returns the problems with the mesh prefixes, with routes that are nearly a
+// default route, and with peers' outer addresses inside the mesh. The last aren't cached, for
+// they change with each handshake.
 func (x *Explainer) prefixProblems(s held.State) []host.Problem {
 	if s.Ruleset == nil {
 		return nil

@@ -16,22 +16,24 @@ import (
 )
 
 const (
-	// OthersLimit bounds one question to the host about other software.
+	// OthersLimit bounds one examination of other software ([host.Others]).
 	OthersLimit = 10 * time.Second
-	// othersPause is the shortest pause between two questions. A question that took long is
-	// followed by a pause othersFactor times as long, up to a minute, so that rulesets
-	// that are expensive to judge take at most a twentieth of a core.
-	othersPause  = 100 * time.Millisecond
-	othersFactor = 20
+	// othersPause is the shortest pause between two examinations. One that took long is
+	// followed by a pause othersFactor times as long, up to othersMaxPause, so that rulesets
+	// that are expensive to evaluate take at most a twentieth of a core.
+	othersPause    = 100 * time.Millisecond
+	othersFactor   = 20
+	othersMaxPause = time.Minute
 )
 
-// MaxOuter is how many devices' outer addresses are judged by other software's rules, one
-// by one, in each question.
+// MaxOuter is how many devices' outer addresses an examination includes. The rules are
+// evaluated for each of them, so the number bounds what a mesh of thousands of peers costs.
 const MaxOuter = 32
 
-// outerOf returns the outer addresses of the devices that were heard last, at most MaxOuter.
-// They are sorted, so that the list doesn't change with each handshake.
-func outerOf(n held.Numbers) (out []netip.AddrPort) {
+// outerAddresses returns the outer addresses of the devices with the latest handshakes, at most
+// MaxOuter. The host may cache by this list, so it is sorted, and the same devices give the
+// same list whichever of them made a handshake last.
+func outerAddresses(n held.Numbers) (out []netip.AddrPort) {
 	keys := slices.SortedFunc(maps.Keys(n.Tunnel), func(a, b mesh.PublicKey) int {
 		return cmp.Or(n.Tunnel[b].LastHandshake.Compare(n.Tunnel[a].LastHandshake), bytes.Compare(a[:], b[:]))
 	})
@@ -44,17 +46,17 @@ func outerOf(n held.Numbers) (out []netip.AddrPort) {
 	return slices.Compact(out)
 }
 
-// followOthers asks the host, after each round of the loop, which of other software's rules
-// stand in the way of the ruleset in force. The loop doesn't wait for it.
+// followOthers has other software examined after each round of the loop, with pauses that
+// depend on the cost.
 func (x *Explainer) followOthers(ctx context.Context) error {
 	for {
 		c, changed := x.o.Held()
 		began := time.Now()
-		x.askOthers(ctx, c)
+		x.examineOthers(ctx, c)
 		if ctx.Err() != nil {
 			return nil
 		}
-		if !retry.Sleep(ctx, max(othersPause, min(othersFactor*time.Since(began), time.Minute))) {
+		if !retry.Sleep(ctx, max(othersPause, min(othersFactor*time.Since(began), othersMaxPause))) {
 			return nil
 		}
 		select {
@@ -65,38 +67,39 @@ func (x *Explainer) followOthers(ctx context.Context) error {
 	}
 }
 
-// askOthers asks once and keeps the answer, unless ctx ends. It waits for a question that is
-// running, so that the answer that is kept is that of the last question.
-func (x *Explainer) askOthers(ctx context.Context, c held.State) {
+// examineOthers asks the host which of other software's rules stop what the ruleset in force
+// passes, and keeps the result, unless ctx ends before. Doctor and Run both call it: one waits
+// for the other, so that an older result never replaces a newer one.
+func (x *Explainer) examineOthers(ctx context.Context, c held.State) {
 	if c.Loaded == nil {
 		return
 	}
 	limit, cancel := context.WithTimeout(ctx, OthersLimit)
 	defer cancel()
 	select {
-	case x.asking <- struct{}{}:
-		defer func() { <-x.asking }()
+	case x.examining <- struct{}{}:
+		defer func() { <-x.examining }()
 	case <-limit.Done():
 		return
 	}
-	found, err := x.o.Host.Others.Others(limit, c.Loaded, outerOf(c.Counted))
+	found, err := x.o.Host.Others.Others(limit, c.Loaded, outerAddresses(c.Counted))
 	if ctx.Err() != nil {
 		return
 	}
 	if err != nil {
-		// What can't be read is said, and is no reason to doubt what is enforced.
+		// It is reported, but doesn't make the helper close: our own rules are still enforced.
 		found = append(found, host.Problem{
 			Step: "look at other software", Message: "not all of it can be read: " + err.Error(), Hint: "the helper tries again",
 		})
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	x.byOthers = found
+	x.othersProblems = found
 }
 
-// foundByOthers returns what followOthers found last.
-func (x *Explainer) foundByOthers() []host.Problem {
+// lastOthersProblems returns the result of the last examination.
+func (x *Explainer) lastOthersProblems() []host.Problem {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	return x.byOthers
+	return x.othersProblems
 }

@@ -12,11 +12,11 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
-// stepPrefix names the problems about the mesh prefixes.
+// stepPrefix is Problem.Step of problems with the mesh prefixes, and the name of their check.
 const stepPrefix = "mesh prefix"
 
-// shownNames and shownPrefixes are how many names and prefixes a sentence lists before it
-// says how many more there are: a sentence is for a terminal.
+// shownNames and shownPrefixes are how many names and prefixes a message lists before it gives
+// the number of the others: it should fit a line or two of a terminal.
 const (
 	shownNames    = 5
 	shownPrefixes = 3
@@ -48,7 +48,7 @@ func Overlap(r *policy.Ruleset, o policy.Overlap) host.Problem {
 			texts[i] = p.Addr().String()
 		}
 	}
-	list := some(texts, shownPrefixes)
+	list := joinSome(texts, shownPrefixes)
 	p := host.Problem{Step: stepPrefix, Hint: "this host reaches them as before, peers don't; " + WayOut(r, o.Mesh)}
 	in := fmt.Sprintf("inside the mesh prefix %v", o.Mesh)
 	if o.Prefixes[0].Bits() < o.Mesh.Bits() {
@@ -72,10 +72,10 @@ func Overlap(r *policy.Ruleset, o policy.Overlap) host.Problem {
 		p.Message += "; one is this host's own mesh address, so that peers don't reach the host by it"
 		p.Hint = "give this host another one (run --address), or " + WayOut(r, o.Mesh)
 	case len(o.Equal) > 0:
-		p.Message += fmt.Sprintf("; it has the very mesh address of %s, which this host doesn't reach", some(o.Equal, shownNames))
+		p.Message += fmt.Sprintf("; it has the very mesh address of %s, which this host doesn't reach", joinSome(o.Equal, shownNames))
 		p.Hint = fmt.Sprintf("give the peer another address (meshhelper peer rekey %s), or %s", o.Equal[0], WayOut(r, o.Mesh))
 	case len(o.Peers) > 0:
-		p.Message += fmt.Sprintf("; the mesh addresses of %s are among them and stay theirs: nothing else is reached there", some(o.Peers, shownNames))
+		p.Message += fmt.Sprintf("; the mesh addresses of %s are among them and stay theirs: nothing else is reached there", joinSome(o.Peers, shownNames))
 	}
 	return p
 }
@@ -93,7 +93,7 @@ func nearlyProblems(h policy.Host) []host.Problem {
 		out = append(out, host.Problem{
 			Step: "default route",
 			Message: fmt.Sprintf("routes by %s lead to most of the internet, but not to %s: they are no default route, so what they lead to is class lan, which peers reach with routing and lan only",
-				n.Interface, some(missing, shownPrefixes)),
+				n.Interface, joinSome(missing, shownPrefixes)),
 			Hint: "have the program that made them route everything (0.0.0.0/0, ::/0), or everything but private networks; or leave it so",
 		})
 	}
@@ -144,8 +144,8 @@ func changePrefix(r *policy.Ruleset, like netip.Addr) string {
 	return fmt.Sprintf("meshhelper settings %s %s", key, prefix)
 }
 
-// some joins at most n texts, and says how many more there are.
-func some(texts []string, n int) string {
+// joinSome joins the first n texts with commas, and adds the number of the others.
+func joinSome(texts []string, n int) string {
 	if len(texts) <= n {
 		return strings.Join(texts, ", ")
 	}

@@ -21,11 +21,11 @@ func TestAnswersOfTheHostItself(t *testing.T) {
 		t.Fatal(err)
 	}
 	q := api.Question{Peer: "phone", To: own, From: own, Port: 80, Proto: "tcp"}
-	if a, err := ask(r, q); err != nil || !a.v.Pass {
-		t.Errorf("its answer: %v, %v", a.v.Rule, err)
+	if e, err := evaluate(r, q); err != nil || !e.verdict.Pass {
+		t.Errorf("its answer: %v, %v", e.verdict.Rule, err)
 	}
 	q.To = netip.Addr{}
-	if a, err := ask(r, q); err != nil || a.v.Rule != policy.RuleHostToPeer {
-		t.Errorf("its own connection to the peer: %v, %v", a.v.Rule, err)
+	if e, err := evaluate(r, q); err != nil || e.verdict.Rule != policy.RuleHostToPeer {
+		t.Errorf("its own connection to the peer: %v, %v", e.verdict.Rule, err)
 	}
 }

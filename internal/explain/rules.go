@@ -10,19 +10,23 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// Language is one that rulesets are enforced in.
+// Language is a form in which a host enforces rulesets: the packet filter's, nft or pf, or the
+// policy's own lines at the guard.
+// The zero Language is none.
 type Language struct {
-	// Render writes a ruleset. The anchor is where it is loaded, or "" where there
-	// is no such thing.
+	// Render writes a ruleset as text. anchor is the pf anchor that the text is loaded into,
+	// or "" in a language without anchors.
 	Render func(*policy.Ruleset) (anchor, text string, err error)
-	// Find returns the rule in a rendered text that holds a line of the policy for
-	// a family, or "".
+	// Find returns the rule in a rendered text that enforces a rule of the policy on a packet,
+	// or "" if there is none.
 	Find func(text string, rule policy.Rule, p policy.Packet) string
 }
 
-// Rules returns the rules as loaded, which the loop reads back and compares at
-// every tick; or, where a language is named, as they would be loaded in that: in the
-// host's own by what is known of it, and in others by defaults.
+// Rules returns the rules as loaded, which the loop reads back and compares at every tick. With
+// a language other than "", it returns the wanted ruleset as it would be loaded in that
+// language: for the host's own with what the host knows (see [host.Renderer]), for others with
+// defaults. The errors are *[api.Error]: CodeNotReady while no rules are known to be loaded,
+// CodeUnsupported for an unknown language.
 func (x *Explainer) Rules(language string) (api.Rules, error) {
 	c, _ := x.o.Held()
 	r := c.Read
@@ -61,7 +65,8 @@ func (x *Explainer) Rules(language string) (api.Rules, error) {
 	return out, err
 }
 
-// languages lists the names of the languages that rules can be shown in.
+// languages lists the names of the languages for a hint, such as "pf, nft or guard". The order,
+// descending, has the packet filters first.
 func (x *Explainer) languages() string {
 	names := slices.Sorted(maps.Keys(x.o.Languages))
 	slices.Reverse(names)
@@ -72,8 +77,9 @@ func (x *Explainer) languages() string {
 	return strings.Join(names[:last], ", ") + " or " + names[last]
 }
 
-// loadedLanguage is the host's own, of the rules that it was found to have loaded; zero
-// where it isn't known to have any.
+// loadedLanguage returns the host's own language, with a Render that writes the rules which the
+// last round read back from the host whatever ruleset it is given. It is zero if none are
+// known to be loaded: then an explanation names no rule.
 func (x *Explainer) loadedLanguage(c held.State) Language {
 	l := x.o.Languages[x.o.Host.Language]
 	if x.o.Host.Renderer != nil {

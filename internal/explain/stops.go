@@ -13,51 +13,54 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// stopsLimit is when no further question is put to the host about one packet. A question
-// to its kernel may take as long again.
+// stopsLimit bounds all questions to the host about one packet: after it no new one is asked.
+// A route lookup that began before may still wait for a running Enforce ([host.Ways]).
 const stopsLimit = 5 * time.Second
 
-// stops returns what other than the policy stops a packet that the policy lets pass, and
-// its answer: that the policy isn't in force, the way that the kernel sends it, and other
-// software's rules.
-func (x *Explainer) stops(ctx context.Context, c held.State, a asked) []api.Stop {
+// stops returns the reasons other than the policy why a packet that the policy passes, or its
+// answer, doesn't arrive: the policy isn't in force, the kernel routes it elsewhere, or other
+// software's rules drop it. The packet is followed in the order in which it meets them. The
+// answer is examined only if the packet itself isn't known to be stopped.
+func (x *Explainer) stops(ctx context.Context, c held.State, e evaluation) []api.Stop {
 	ctx, cancel := context.WithTimeout(ctx, stopsLimit)
 	defer cancel()
-	if s, stopped := x.notInForce(c, a); stopped {
+	if s, stopped := x.notInForce(c, e); stopped {
 		return []api.Stop{s}
 	}
-	t := &trip{x: x, ctx: ctx, a: a}
-	m := a.r.Host().Interface
-	if t.tunnel(c); t.ends() {
+	t := &trace{x: x, ctx: ctx, evaluation: e}
+	m := e.rules.Host().Interface
+	if t.checkTunnel(c); t.stopped() {
 		return t.stops
 	}
 	switch {
-	case a.q.From.IsValid() && !a.answer: // the host's own packet to the peer
-		t.leg(a.packet, m, false)
-		t.others(a.packet, m, false, false)
-		t.others(reverse(a.packet, m), "", true, true)
+	case e.q.From.IsValid() && !e.answer: // a packet that the host forwards or sends to the peer
+		t.checkRoute(e.packet, m, false)
+		t.checkOthers(e.packet, m, false, false)
+		t.checkOthers(reverse(e.packet, m), "", true, true)
 	default:
-		if t.followPacket(); len(t.stops) > 0 {
+		if t.checkPeerPacket(); len(t.stops) > 0 {
 			break
 		}
-		t.others(a.forth, t.by, false, false)
-		if !t.ends() {
-			back := reverse(a.forth, t.by)
-			t.leg(back, m, true)
-			t.others(back, m, true, true)
+		t.checkOthers(e.forth, t.egress, false, false)
+		if !t.stopped() {
+			back := reverse(e.forth, t.egress)
+			t.checkRoute(back, m, true)
+			t.checkOthers(back, m, true, true)
 		}
 	}
 	return t.stops
 }
 
-// notInForce tells why what the policy says of a packet isn't enforced now.
-func (x *Explainer) notInForce(c held.State, a asked) (api.Stop, bool) {
+// notInForce returns why the host doesn't do now what the policy says of a packet: the helper
+// is starting or closed, WireGuard's port isn't served, the guard still has older rules,
+// forwarding is off, or the peer has used up its share of flows.
+func (x *Explainer) notInForce(c held.State, e evaluation) (api.Stop, bool) {
 	const see = "see: meshhelper doctor"
-	judged := x.o.InForce()
+	inForce := x.o.InForce()
 	switch {
 	case c.Phase == api.Starting:
 		return api.Stop{Message: "the helper is starting, and nothing of a peer passes yet", Hint: "wait until `meshhelper status` says enforcing"}, true
-	case c.Phase != api.Enforcing || judged == nil || c.Tunnel == nil:
+	case c.Phase != api.Enforcing || inForce == nil || c.Tunnel == nil:
 		s := api.Stop{Message: "the helper is closed, and nothing of a peer passes", Hint: see}
 		if len(c.Problems) > 0 {
 			p := c.Problems[0]
@@ -71,16 +74,16 @@ func (x *Explainer) notInForce(c held.State, a asked) (api.Stop, bool) {
 	if err := c.Tunnel.Listening(); err != nil {
 		return api.Stop{Message: "WireGuard's UDP port isn't served, and nothing of a peer arrives: " + err.Error(), Hint: see}, true
 	}
-	if now, err := ask(judged.At(x.o.Wanted.Now()), a.q); err != nil || !now.v.Pass {
+	if now, err := evaluate(inForce.At(x.o.Wanted.Now()), e.q); err != nil || !now.verdict.Pass {
 		return api.Stop{Message: "the last change isn't in force yet", Hint: see}, true
 	}
-	if v := a.v; v.NAT() && !c.Forwarding.Of(a.forth.Dst) {
+	if e.verdict.NAT() && !c.Forwarding.Of(e.forth.Dst) {
 		return api.Stop{Message: "the host's forwarding of this address family is off", Hint: see}, true
 	}
-	if a.v.Peer >= 0 && !a.q.From.IsValid() && c.Guard != nil {
-		if s := c.Guard.Stats()[a.r.Peers()[a.v.Peer].PublicKey]; s.Limit > 0 && s.Held >= s.Limit {
+	if e.verdict.Peer >= 0 && !e.q.From.IsValid() && c.Guard != nil {
+		if s := c.Guard.Stats()[e.rules.Peers()[e.verdict.Peer].PublicKey]; s.Limit > 0 && s.Held >= s.Limit {
 			return api.Stop{
-				Message: fmt.Sprintf("%s has %d flows, as many as it may, and a new one is refused", a.q.Peer, s.Held),
+				Message: fmt.Sprintf("%s has %d flows, as many as it may, and a new one is refused", e.q.Peer, s.Held),
 				Hint:    "wait until others of its flows end",
 			}, true
 		}
@@ -88,129 +91,136 @@ func (x *Explainer) notInForce(c held.State, a asked) (api.Stop, bool) {
 	return api.Stop{}, false
 }
 
-// trip is the way of a packet and of its answer through the host.
-type trip struct {
+// trace follows a packet and its answer through the host, and collects what stops them.
+type trace struct {
+	evaluation
 	x     *Explainer
-	ctx   context.Context
-	a     asked
+	ctx   context.Context // ends after stopsLimit
 	stops []api.Stop
-	// by is the interface that forth leaves by, "" for the host itself.
-	by string
-	// carries says of which datagrams others is asked; "" for the packet itself.
-	carries string
+	// egress is the interface that forth leaves by, "" if it is for the host itself.
+	egress string
+	// subject is the packet that checkOthers asks about, as a message names it; "" means the
+	// packet of the question.
+	subject string
 }
 
 // runningFor is how long after its last handshake a tunnel counts as running: WireGuard
 // makes a new handshake every two minutes while there is traffic (REKEY_AFTER_TIME,
-// whitepaper 6.1).
+// whitepaper 6.1), and drops the keys after three (REJECT_AFTER_TIME).
 const runningFor = 3 * time.Minute
 
-// tunnel asks what other software's rules do with the datagrams that carry the packet
-// between the peer's device and this host. Of a tunnel that runs they belong to a known
-// flow; otherwise the device's are the first of theirs.
-func (t *trip) tunnel(c held.State) {
+// checkTunnel asks what other software's rules do with the datagrams that carry the packet
+// between the peer's device and this host. If the tunnel runs, they belong to a flow that a
+// stateful filter already knows; otherwise the device's datagram is the first of its flow.
+// The host's own outer address is the one that a route lookup returns, or without one the
+// uplink's.
+func (t *trace) checkTunnel(c held.State) {
 	n, _ := c.ReadNumbers()
-	if t.a.v.Peer < 0 || t.a.v.Peer >= len(t.a.r.Peers()) {
+	if t.verdict.Peer < 0 || t.verdict.Peer >= len(t.rules.Peers()) {
 		return
 	}
-	s := n.Tunnel[mesh.PublicKey(t.a.r.Peers()[t.a.v.Peer].PublicKey)]
-	far, facts := s.Endpoint, t.a.r.Host()
-	if !far.IsValid() {
+	s := n.Tunnel[mesh.PublicKey(t.rules.Peers()[t.verdict.Peer].PublicKey)]
+	remote, facts := s.Endpoint, t.rules.Host()
+	if !remote.IsValid() {
 		return
 	}
-	by, own := facts.Uplink(far.Addr()), facts.Source4
-	if far.Addr().Is6() {
-		own = facts.Source6
+	uplink, local := facts.Uplink(remote.Addr()), facts.Source4
+	if remote.Addr().Is6() {
+		local = facts.Source6
 	}
 	if ways := t.x.o.Host.Ways; ways != nil {
-		if way, err := ways.Way(t.ctx, host.Packet{Packet: policy.Packet{Dst: far.Addr()}}); err == nil && way.Interface != "" && way.Source.IsValid() {
-			by, own = way.Interface, way.Source
+		if way, err := ways.Way(t.ctx, host.Packet{Packet: policy.Packet{Dst: remote.Addr()}}); err == nil && way.Interface != "" && way.Source.IsValid() {
+			uplink, local = way.Interface, way.Source
 		}
 	}
-	if by == "" || !own.IsValid() {
+	if uplink == "" || !local.IsValid() {
 		return
 	}
 	running := !s.LastHandshake.IsZero() && t.x.o.Wanted.Now().Sub(s.LastHandshake) < runningFor
-	port := t.a.r.Mesh().ListenPort
-	t.carries = "WireGuard's datagrams from the device"
-	t.others(host.Packet{In: by, Packet: policy.Packet{Src: far.Addr(), Dst: own, Proto: policy.ProtoUDP, SrcPort: far.Port(), DstPort: port}}, "", running, false)
-	t.carries = "WireGuard's datagrams to the device"
-	t.others(host.Packet{Packet: policy.Packet{Src: own, Dst: far.Addr(), Proto: policy.ProtoUDP, SrcPort: port, DstPort: far.Port()}}, by, running, false)
-	t.carries = ""
+	port := t.rules.Mesh().ListenPort
+	t.subject = "WireGuard's datagrams from the device"
+	t.checkOthers(host.Packet{In: uplink, Packet: policy.Packet{Src: remote.Addr(), Dst: local, Proto: policy.ProtoUDP, SrcPort: remote.Port(), DstPort: port}}, "", running, false)
+	t.subject = "WireGuard's datagrams to the device"
+	t.checkOthers(host.Packet{Packet: policy.Packet{Src: local, Dst: remote.Addr(), Proto: policy.ProtoUDP, SrcPort: port, DstPort: remote.Port()}}, uplink, running, false)
+	t.subject = ""
 }
 
-// stop adds a reason why the packet that was asked about doesn't pass or, with back, why a
-// packet in the opposite direction doesn't.
-func (t *trip) stop(back bool, s api.Stop) {
+// addStop adds a reason why the packet of the question doesn't pass or, with back, why a
+// packet in the opposite direction doesn't. An answer in question can't exist without the
+// packet that it answers, so that a stop of the latter stops the answer, too.
+func (t *trace) addStop(back bool, s api.Stop) {
 	switch {
-	case t.a.answer && !back:
+	case t.answer && !back:
 		s.Message = "the packet that it answers doesn't pass: " + s.Message
-	case !t.a.answer && back:
+	case !t.answer && back:
 		s.Answer = true
 	}
 	t.stops = append(t.stops, s)
 }
 
-// followPacket follows the packet that the peer sends.
-func (t *trip) followPacket() {
-	p, exit := t.a.forth, t.a.v.Exit
-	if t.a.answer {
-		exit = t.a.r.FromPeer(p.Packet).Exit
+// checkPeerPacket compares the kernel's route for the packet that the peer sends with the way
+// out that the policy passes it by ([policy.Exit]), and sets egress. The rules as loaded pass it
+// by that way alone, so that a packet which the kernel sends another way is dropped.
+func (t *trace) checkPeerPacket() {
+	p, exit := t.forth, t.verdict.Exit
+	if t.answer {
+		exit = t.rules.FromPeer(p.Packet).Exit
 	}
-	host := t.a.r.Host()
+	host := t.rules.Host()
 	switch exit {
 	case policy.ExitUplink:
-		t.by = host.Uplink(p.Dst)
+		t.egress = host.Uplink(p.Dst)
 	case policy.ExitOther:
-		t.by = arrivesBy(t.a.r, p.Dst)
+		t.egress = interfaceTo(t.rules, p.Dst)
 	}
-	w, ok := t.way(p, false)
+	w, ok := t.route(p, false)
 	if !ok {
 		return
 	}
 	switch {
 	case w.Refused != "":
-		t.stop(false, api.Stop{Message: wayRefused(w.Refused), Hint: t.see(p)})
+		t.addStop(false, api.Stop{Message: refusal(w.Refused), Hint: t.routeHint(p)})
 	case exit == policy.ExitHost && !w.Local:
-		t.stop(false, api.Stop{Message: fmt.Sprintf("the kernel doesn't take it for itself, but sends it by %s", w.Interface), Hint: t.see(p)})
-	case exit == policy.ExitUplink && w.Interface != t.by:
-		t.stop(false, api.Stop{
-			Message: fmt.Sprintf("the kernel sends it by %s, and what peers send to the internet leaves by %s only", orHost(w), t.by),
-			Hint:    t.see(p),
+		t.addStop(false, api.Stop{Message: fmt.Sprintf("the kernel doesn't take it for itself, but sends it by %s", w.Interface), Hint: t.routeHint(p)})
+	case exit == policy.ExitUplink && w.Interface != t.egress:
+		t.addStop(false, api.Stop{
+			Message: fmt.Sprintf("the kernel sends it by %s, and what peers send to the internet leaves by %s only", destination(w), t.egress),
+			Hint:    t.routeHint(p),
 		})
 	case exit == policy.ExitOther && (w.Local || w.Interface == host.Interface):
-		t.stop(false, api.Stop{Message: fmt.Sprintf("the kernel sends it by %s", orHost(w)), Hint: t.see(p)})
+		t.addStop(false, api.Stop{Message: fmt.Sprintf("the kernel sends it by %s", destination(w)), Hint: t.routeHint(p)})
 	}
-	if t.by = w.Interface; w.Local {
-		t.by = ""
+	if t.egress = w.Interface; w.Local {
+		t.egress = ""
 	}
 }
 
-// see is the hint of what a route of the host stops.
-func (t *trip) see(p host.Packet) string {
+// routeHint returns the hint for a packet that a route of the host stops.
+func (t *trace) routeHint(p host.Packet) string {
 	return "see the routes of the host: " + t.x.o.Host.Ways.WayCommand(p.Dst)
 }
 
-// ends reports whether the packet is known to be stopped, so that there is no answer.
-func (t *trip) ends() bool {
+// stopped reports whether something certainly stops the packet, so that there is no answer.
+func (t *trace) stopped() bool {
 	return slices.ContainsFunc(t.stops, func(s api.Stop) bool { return !s.Unclear })
 }
 
-// others asks what other software's rules do with a packet, on hosts where they can be
-// judged. reply says that the other end opened its flow.
-func (t *trip) others(p host.Packet, out string, reply, back bool) {
+// checkOthers asks what other software's rules do with a packet that leaves by out ("" if it is
+// for the host itself), on hosts whose rules can be evaluated ([host.Judge]). reply says that
+// the other end opened the flow, back is as for addStop.
+func (t *trace) checkOthers(p host.Packet, out string, reply, back bool) {
 	judge := t.x.o.Host.Judge
 	if judge == nil {
 		return
 	}
 	by, err := judge.ByOthers(t.ctx, p, out, reply)
 	if err != nil {
-		t.stop(back, api.Stop{Message: "other software's rules can't be read: " + err.Error(), Hint: "ask again", Unclear: true})
+		t.addStop(back, api.Stop{Message: "other software's rules can't be read: " + err.Error(), Hint: "ask again", Unclear: true})
 		return
 	}
-	it := "it"
-	if t.carries != "" {
-		it = t.carries
+	subject := "it"
+	if t.subject != "" {
+		subject = t.subject
 	}
 	s := api.Stop{Unclear: by.Unclear, Hint: "let it pass there, in the software that it belongs to"}
 	may := ""
@@ -219,48 +229,49 @@ func (t *trip) others(p host.Packet, out string, reply, back bool) {
 	}
 	switch by.Does {
 	case host.OthersDrop:
-		s.Message = by.Where + " " + verb(may, "drop", "drops") + " " + it
+		s.Message = by.Where + " " + verb(may, "drop", "drops") + " " + subject
 	case host.OthersRedirect:
-		s.Message = by.Where + " " + verb(may, "send", "sends") + " " + it + " to another destination"
+		s.Message = by.Where + " " + verb(may, "send", "sends") + " " + subject + " to another destination"
 		s.Hint = "take it out of the redirection there, in the software that it belongs to"
 	case host.OthersUntrack:
-		if t.carries != "" {
-			return // it is for this host, and not translated
+		if t.subject != "" {
+			return // the tunnel's datagrams aren't translated
 		}
 		s.Message = by.Where + " " + verb(may, "take", "takes") + " it out of connection tracking, so that it isn't translated"
-		// What isn't translated passes nevertheless.
-		s.Unclear = s.Unclear || !t.a.v.NAT()
+		// A packet that needs no translation passes without connection tracking, too.
+		s.Unclear = s.Unclear || !t.verdict.NAT()
 	default:
-		if !by.Unclear || t.carries != "" {
+		if !by.Unclear || t.subject != "" {
 			return
 		}
 		s.Message = "what " + by.Where + " does with it isn't known"
 	}
-	t.stop(back, s)
+	t.addStop(back, s)
 }
 
-// verb returns a verb for one subject: after "may " it has its plain form.
-func verb(may, plural, singular string) string {
+// verb returns the third person of a verb, or its plain form after a may that isn't empty.
+func verb(may, plain, third string) string {
 	if may != "" {
-		return may + plural
+		return may + plain
 	}
-	return singular
+	return third
 }
 
-// leg asks for the way of a packet that is to leave by out.
-func (t *trip) leg(p host.Packet, out string, back bool) {
-	w, ok := t.way(p, back)
+// checkRoute compares the kernel's route for a packet to the peer with out, the mesh interface.
+func (t *trace) checkRoute(p host.Packet, out string, back bool) {
+	w, ok := t.route(p, back)
 	switch {
 	case !ok:
 	case w.Refused != "":
-		t.stop(back, api.Stop{Message: wayRefused(w.Refused), Hint: t.see(p)})
+		t.addStop(back, api.Stop{Message: refusal(w.Refused), Hint: t.routeHint(p)})
 	case w.Interface != out:
-		t.stop(back, api.Stop{Message: fmt.Sprintf("the kernel sends it by %s, and not into the tunnel", orHost(w)), Hint: t.see(p)})
+		t.addStop(back, api.Stop{Message: fmt.Sprintf("the kernel sends it by %s, and not into the tunnel", destination(w)), Hint: t.routeHint(p)})
 	}
 }
 
-// way asks the kernel, where it can be asked.
-func (t *trip) way(p host.Packet, back bool) (host.Way, bool) {
+// route looks up the kernel's route for a packet. It reports false if the host has no route
+// lookup or the lookup failed; a failure is an unclear stop.
+func (t *trace) route(p host.Packet, back bool) (host.Way, bool) {
 	ways := t.x.o.Host.Ways
 	if ways == nil {
 		return host.Way{}, false
@@ -270,21 +281,22 @@ func (t *trip) way(p host.Packet, back bool) (host.Way, bool) {
 		w, err = ways.Way(t.ctx, p)
 	}
 	if err != nil {
-		t.stop(back, api.Stop{Message: "the kernel doesn't tell which way it would send it: " + err.Error(), Hint: "ask again", Unclear: true})
+		t.addStop(back, api.Stop{Message: "its route can't be looked up: " + err.Error(), Hint: "ask again", Unclear: true})
 	}
 	return w, err == nil
 }
 
-// orHost names where a way leads.
-func orHost(w host.Way) string {
+// destination names where a way leads: this host or an interface.
+func destination(w host.Way) string {
 	if w.Local {
 		return "this host itself"
 	}
 	return w.Interface
 }
 
-// wayRefused says that the kernel sends a packet nowhere.
-func wayRefused(why string) string {
+// refusal returns the message for a packet that the kernel doesn't send; why is one of the
+// reasons in [host.Way].
+func refusal(why string) string {
 	if why == host.WayNone {
 		return "the host has no route to its destination"
 	}
