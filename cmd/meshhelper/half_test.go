@@ -125,7 +125,7 @@ func TestQRCodeNeedsRoom(t *testing.T) {
 		var out, talk bytes.Buffer
 		a := &app{stdout: &out, stderr: &talk, columns: 80, rows: rows, getenv: func(string) string { return "" }}
 		a.printQR(config, "phone")
-		if said := strings.Contains(talk.String(), "this terminal has 24, so it may not be whole") &&
+		if said := strings.Contains(talk.String(), "this terminal has 24, so a camera may not see all of it") &&
 			strings.Contains(talk.String(), "meshhelper peer rekey phone --output FILE"); said == whole || out.Len() == 0 {
 			t.Errorf("%d rows: printed %d bytes, says %q", rows, out.Len(), talk.String())
 		}

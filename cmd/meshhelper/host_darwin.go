@@ -11,7 +11,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/install"
 )
 
-// hosts returns the hosts that this build can run on.
+// hosts returns the hosts that this build can run on, by the name that --platform takes.
 func hosts() map[string]newHost {
 	return map[string]newHost{
 		"darwin": func(o hostOptions) (host.Host, error) {
@@ -26,11 +26,12 @@ func hosts() map[string]newHost {
 	}
 }
 
-// serviceTimeout bounds a command about the service. `launchctl bootout` may wait
-// until the helper has ended, or launchd has killed it.
+// serviceTimeout bounds each launchctl command. `launchctl bootout` may wait until the
+// helper has ended, or until launchd kills it ExitTimeOut seconds after SIGTERM; 10 s are
+// left for launchd itself.
 const serviceTimeout = time.Duration(install.ExitTimeOut+10) * time.Second
 
-// thisService returns this Mac's launchd.
+// thisService returns this Mac, with launchd as its service manager.
 func thisService() *serviceHost {
 	return &serviceHost{
 		runner:     darwin.Exec{Timeout: serviceTimeout},

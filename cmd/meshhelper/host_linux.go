@@ -11,7 +11,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host/linux"
 )
 
-// hosts returns the hosts that this build can run on.
+// hosts returns the hosts that this build can run on, by the name that --platform takes.
 func hosts() map[string]newHost {
 	return map[string]newHost{
 		"linux": func(o hostOptions) (host.Host, error) {
@@ -24,11 +24,11 @@ func hosts() map[string]newHost {
 	}
 }
 
-// systemctlLimit bounds `systemctl start`, which waits until the helper is ready or
-// systemd gives it up (TimeoutStartSec of the unit).
+// systemctlLimit bounds each systemctl command. `systemctl start` waits until the helper is
+// ready, or for the 90 s of the unit's TimeoutStartSec.
 const systemctlLimit = 2 * time.Minute
 
-// thisService returns this host's service manager.
+// thisService returns this host, with systemd as its service manager if that runs.
 func thisService() *serviceHost {
 	return &serviceHost{
 		systemd:    true,

@@ -2,5 +2,5 @@
 
 package main
 
-// hosts returns the hosts that this build can run on: none yet.
+// hosts returns no host: on this platform the binary is only the command.
 func hosts() map[string]newHost { return nil }

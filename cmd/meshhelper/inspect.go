@@ -26,17 +26,18 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
-// newExplainCommand returns `explain`.
+// newExplainCommand returns `explain`. The helper judges (internal/explain); the command
+// resolves names and words the answer.
 func newExplainCommand(a *app) *cobra.Command {
 	o := &explainOptions{app: a}
 	c := &cobra.Command{
 		Use: "explain PEER DESTINATION[:PORT]", Short: "Say what happens to a peer's packet, and why",
-		Long: `Say whether what PEER sends to DESTINATION passes, and why: by the policy, by the
-rules as loaded, by other software's rules, and by the way that the host would send
-it. DESTINATION is an address, a peer's name, or a name that this computer looks up.
+		Long: `Say whether a packet from PEER to DESTINATION passes, and why. The verdict takes into
+account the policy, the loaded rules, other software's rules, and the host's routes.
+DESTINATION is an address, a peer's name, or a name that this computer looks up.
 
-With --from ADDRESS, judge the other direction: what ADDRESS sends to PEER, after
-PEER sent to DESTINATION. Where ADDRESS is DESTINATION, that is an answer.`,
+With --from ADDRESS, judge the other direction: a packet from ADDRESS to PEER, after
+PEER sent one to DESTINATION. If ADDRESS is DESTINATION, that packet is an answer.`,
 		Example: `  meshhelper explain phone example.org:443
   meshhelper explain phone 192.168.1.5 --proto icmp
   meshhelper explain phone 192.0.2.1:443 --from 192.0.2.1   (the answer to phone)`,
@@ -47,7 +48,7 @@ PEER sent to DESTINATION. Where ADDRESS is DESTINATION, that is an answer.`,
 		},
 	}
 	c.Flags().StringVar(&o.proto, "proto", "", "tcp, udp or icmp (tcp with a port, else icmp)")
-	c.Flags().StringVar(&o.from, "from", "", "judge what the host at `ADDRESS` sends to PEER instead: an answer, where it is DESTINATION")
+	c.Flags().StringVar(&o.from, "from", "", "judge a packet from `ADDRESS` to PEER instead; an answer, if ADDRESS is DESTINATION")
 	c.Flags().StringVar(&o.host, "host", "", "judge by the policy alone, on the host that `FILE` describes; - is stdin")
 	c.Flags().StringVar(&o.language, "platform", "pf", "whose rules to name with --host: pf, nft or guard")
 	return c
@@ -57,16 +58,17 @@ PEER sent to DESTINATION. Where ADDRESS is DESTINATION, that is an answer.`,
 type explainOptions struct {
 	app                         *app
 	proto, from, host, language string
-	languageGiven               bool
+	languageGiven               bool // whether --platform was given
 }
 
+// runExplain answers `explain PEER DESTINATION`.
 func runExplain(ctx context.Context, o *explainOptions, peer, to string) error {
 	a := o.app
 	if _, ok := languages[o.language]; !ok {
 		return usagef("--platform: %q is unknown: it is pf, nft or guard", o.language)
 	}
 	if o.languageGiven && o.host == "" {
-		return usagef("--platform is for the host of --host, which isn't given: without it, the rules are this host's")
+		return usagef("--platform needs --host: without it, the rules are this host's")
 	}
 	t, q, err := parseQuestion(peer, to, o.proto, o.from)
 	if err != nil {
@@ -76,6 +78,7 @@ func runExplain(ctx context.Context, o *explainOptions, peer, to string) error {
 		return err
 	}
 	e, err := a.explain(ctx, q, o.host, o.language)
+	// The arguments may have been swapped: PEER is unknown, and DESTINATION is a peer.
 	var unknown *api.Error
 	if errors.As(err, &unknown) && unknown.Code == api.CodeUnknownPeer && t.peer && !strings.Contains(unknown.Hint, "did you mean") {
 		return api.Errorf(unknown.Code, "%s", unknown.Message).WithHint("%q is a peer; did you mean: meshhelper explain %s %s", t.name, t.name, peer)
@@ -87,7 +90,8 @@ func runExplain(ctx context.Context, o *explainOptions, peer, to string) error {
 	return a.print(e, func() { a.writeExplanation(e, t.found) })
 }
 
-// explain asks the helper, or judges its mesh on the host in a file.
+// explain asks the helper about this host. With a file it judges here, for the helper's mesh
+// on the host that the file describes, by the policy alone.
 func (a *app) explain(ctx context.Context, q api.Question, file, language string) (api.Explanation, error) {
 	if file == "" {
 		return a.client().Explain(ctx, q)
@@ -104,16 +108,17 @@ func (a *app) explain(ctx context.Context, q api.Question, file, language string
 	return explain.Explain(r, q, languages[language])
 }
 
-// destination is what explain was given as one.
+// destination is the DESTINATION of explain, as far as it is more than an address.
 type destination struct {
-	name  string // "" where it is an address
-	from  string // the name in --from, "" where that is an address or isn't given
-	found string // what the name was found to be
-	peer  bool   // whether that is a peer
+	name  string // the name, "" if DESTINATION is an address
+	from  string // the name in --from, "" if that is an address or isn't given
+	found string // what the name stands for, as text for the answer
+	peer  bool   // whether the name is a peer's
 }
 
-// parseQuestion reads the arguments of explain. To is not set where the destination is a
-// name.
+// parseQuestion reads the arguments of explain, and chooses the protocol that --proto leaves
+// open. If the destination is a name, q.To isn't set yet: see resolveDestination. Errors are
+// usageErrors.
 func parseQuestion(peer, to, proto, from string) (t *destination, q api.Question, err error) {
 	t, q = &destination{}, api.Question{Peer: peer, Proto: proto}
 	if u, wrong := url.Parse(to); wrong == nil && u.Host != "" {
@@ -130,7 +135,7 @@ func parseQuestion(peer, to, proto, from string) (t *destination, q api.Question
 	if from != "" {
 		if q.From, err = netip.ParseAddr(from); err != nil {
 			if from != t.name {
-				return t, q, usagef("--from: %q is not an address, nor the name of DESTINATION", from)
+				return t, q, usagef("--from: %q is neither an address nor the name given as DESTINATION", from)
 			}
 			t.from = from
 		}
@@ -143,12 +148,15 @@ func parseQuestion(peer, to, proto, from string) (t *destination, q api.Question
 	case q.Proto != "tcp" && q.Proto != "udp" && q.Proto != "icmp":
 		return t, q, usagef("--proto: %q is unknown: it is tcp, udp or icmp", proto)
 	case q.Proto == "icmp" && q.Port != 0:
-		return t, q, usagef("ICMP has no ports, and %q names one: leave it out, or take --proto tcp or udp", to)
+		return t, q, usagef("ICMP has no ports, but %q names one: leave it out, or use --proto tcp or udp", to)
 	}
 	return t, q, nil
 }
 
-// parseNamed reads NAME or NAME:PORT. A name is one of DNS (RFC 1123 2.1) or a peer's.
+// parseNamed reads NAME or NAME:PORT; port is 0 without one. NAME is a host name (RFC 1123,
+// section 2.1, with letters of any script, which the resolver encodes) or a peer's name.
+// The length is that of a domain name in text, 253 (RFC 1035, section 2.3.4). A name without
+// a letter is a mistyped address.
 func parseNamed(to string) (name string, port uint16, err error) {
 	name, text, given := strings.Cut(to, ":")
 	if given {
@@ -162,7 +170,7 @@ func parseNamed(to string) (name string, port uint16, err error) {
 		return !unicode.IsLetter(r) && !unicode.IsDigit(r) && !strings.ContainsRune("-_.", r)
 	}
 	if name == "" || len(name) > 253 || strings.ContainsFunc(name, odd) || strings.HasPrefix(name, "-") {
-		return "", 0, usagef("destination %q is not an address nor a name, alone or with a port", to)
+		return "", 0, usagef("destination %q is neither an address nor a name, alone or with a port", to)
 	}
 	if !strings.ContainsFunc(name, unicode.IsLetter) {
 		return "", 0, usagef("destination %q is not an address", to)
@@ -170,11 +178,14 @@ func parseNamed(to string) (name string, port uint16, err error) {
 	return name, port, nil
 }
 
-// lookupLimit bounds the look-up of a destination's name.
+// lookupLimit bounds the lookup of a destination's name. It leaves the resolver its second
+// attempt: resolv.conf(5) gives each 5 s.
 const lookupLimit = 10 * time.Second
 
-// resolveDestination returns the address that is asked about: of a peer by its name, or of
-// another name as this computer looks it up.
+// resolveDestination returns the address that the question is about. A name is a peer's, or
+// else one that this computer's resolver knows. If it has several addresses, the one of
+// --from counts, else the first; the answer lists all. It sets t.found and t.peer, and
+// q.From if --from is the same name.
 func (a *app) resolveDestination(ctx context.Context, t *destination, q *api.Question) (netip.Addr, error) {
 	if t.name == "" {
 		return q.To, nil
@@ -198,7 +209,7 @@ func (a *app) resolveDestination(ctx context.Context, t *destination, q *api.Que
 			return netip.Addr{}, api.Errorf(codeFailed, "destination %q is no peer, and looking it up failed: %v", t.name, err).WithHint("give its address")
 		}
 		for i := range found {
-			found[i] = found[i].Unmap()
+			found[i] = found[i].Unmap() // the resolver may return IPv4 as ::ffff:192.0.2.1
 		}
 		t.found = found[0].String()
 	}
@@ -209,7 +220,7 @@ func (a *app) resolveDestination(ctx context.Context, t *destination, q *api.Que
 		}
 	}
 	if len(found) > 1 {
-		t.found = fmt.Sprintf("%s; judged is %s", joinAddresses(found), to)
+		t.found = fmt.Sprintf("%s; the answer is about %s", joinAddresses(found), to)
 	}
 	if t.from != "" {
 		q.From = to
@@ -217,7 +228,7 @@ func (a *app) resolveDestination(ctx context.Context, t *destination, q *api.Que
 	return to, nil
 }
 
-// lookUp asks this computer's resolver.
+// lookUp asks this computer's resolver for the addresses of a name, of both families.
 func (a *app) lookUp(ctx context.Context, name string) ([]netip.Addr, error) {
 	if a.resolve != nil {
 		return a.resolve(ctx, name)
@@ -225,9 +236,9 @@ func (a *app) lookUp(ctx context.Context, name string) ([]netip.Addr, error) {
 	return net.DefaultResolver.LookupNetIP(ctx, "ip", name)
 }
 
-// writeExplanation writes the verdict, what stops the packet, what would change it, and then
-// by what it was judged. found is what the destination's name was found to be, "" where
-// none was given.
+// writeExplanation writes the verdict, then each reason that stops the packet and what to do
+// about it, then the lines of the policy and the rules behind the verdict. found says what
+// the destination's name stands for, "" if it was given as an address.
 func (a *app) writeExplanation(e api.Explanation, found string) {
 	port := ""
 	if e.Port != 0 {
@@ -274,7 +285,8 @@ func (a *app) writeExplanation(e api.Explanation, found string) {
 	}
 }
 
-// nameFor returns the far end's address, with its name where it was given by one.
+// nameFor returns the address of the destination, or of --from, with the name if the user
+// gave one.
 func (a *app) nameFor(e api.Explanation) string {
 	far := e.To
 	if e.Direction != api.FromPeer {
@@ -286,6 +298,9 @@ func (a *app) nameFor(e api.Explanation) string {
 	return far
 }
 
+// verdictOf returns the verdict as a verb. A packet passes only if its answer does, too, so
+// an answer that is stopped is part of it. "may" marks a stop
+// that is unclear, such as a rule of other software that isn't fully understood.
 func verdictOf(e api.Explanation) string {
 	switch {
 	case e.Unclear:
@@ -304,14 +319,14 @@ func verdictOf(e api.Explanation) string {
 	return "passes"
 }
 
-// newDoctorCommand returns `doctor`, which fails when something is wrong.
+// newDoctorCommand returns `doctor`, which exits with status 1 if a check finds a problem.
 func newDoctorCommand(a *app) *cobra.Command {
 	label := ""
 	c := &cobra.Command{
-		Use: "doctor", Short: "Look at every precondition",
-		Long: `Look at every precondition, and say what to do about those that don't hold. It
-works without a helper, too: it then looks at the installed service, and at this
-host's addresses.`,
+		Use: "doctor", Short: "Check every precondition",
+		Long: `Check every precondition, and say what to do about those that don't hold. It also
+works without a helper: then it checks the installed service and this host's
+addresses.`,
 		RunE: func(c *cobra.Command, _ []string) error { return runDoctor(c.Context(), a, label) },
 	}
 	if a.service != nil {
@@ -320,13 +335,16 @@ host's addresses.`,
 	return c
 }
 
-// doctorLimit bounds the wait for a helper that takes the question and doesn't
-// answer.
+// doctorLimit bounds the wait for a helper that accepts the connection but doesn't answer.
+// Its checks run programs such as pfctl, each of which has a limit of its own.
 const doctorLimit = 10 * time.Second
 
-// logCheck names the log's last lines among the checks.
+// logCheck is the name under which the last lines of the log appear among the checks.
 const logCheck = "log"
 
+// runDoctor prints the checks of the installed service and of the helper. They don't depend
+// on each other: without a helper, or with one that refuses the request, those of the
+// service are printed all the same.
 func runDoctor(ctx context.Context, a *app, label string) error {
 	limit, cancel := context.WithTimeout(ctx, doctorLimit)
 	defer cancel()
@@ -343,9 +361,9 @@ func runDoctor(ctx context.Context, a *app, label string) error {
 	}
 	checks = append(checks, helpers...)
 	if failed != nil && len(checks) == 0 {
-		return failed // the helper refused the question, and nothing else was looked at
+		return failed // the helper refused the request, and there are no other checks
 	}
-	wrong := 0
+	wrong := 0 // problems, without those that follow from another one
 	for _, c := range checks {
 		if !c.OK && c.Follows == "" {
 			wrong++
@@ -360,7 +378,7 @@ func runDoctor(ctx context.Context, a *app, label string) error {
 	switch {
 	case printed != nil:
 		return printed
-	case failed != nil: // the helper refused the question
+	case failed != nil: // the helper refused the request
 		return failed
 	case wrong > 0:
 		return fmt.Errorf("%d of %d checks found a problem", wrong, len(checks))
@@ -368,8 +386,9 @@ func runDoctor(ctx context.Context, a *app, label string) error {
 	return nil
 }
 
-// checkService looks at the installed service. A helper that runs without being
-// installed is fine.
+// checkService returns the checks of the installed service. answers says whether a helper
+// answers: one in the foreground without an installed service is no problem, and then a
+// single check says that nothing is installed.
 func (a *app) checkService(ctx context.Context, what *install.Options, answers bool) (out []api.Check) {
 	for _, c := range install.Checks(ctx, what) {
 		out = append(out, checkOf(c))
@@ -380,12 +399,14 @@ func (a *app) checkService(ctx context.Context, what *install.Options, answers b
 	return out
 }
 
-// checkOf is a check of the installed service.
+// checkOf converts a check of the installed service.
 func checkOf(c install.Check) api.Check {
 	return api.Check{Name: c.Name, OK: c.OK, Message: c.Message, Hint: c.Hint}
 }
 
-// noHelper is what doctor says where no helper answers.
+// noHelper returns the check that fails if no helper answers, with the system's reason
+// (ENOENT: no socket, ECONNREFUSED: no process serves it). If the service is installed, its
+// checks say more than the usual hint to start the helper.
 func (a *app) noHelper(err error, installed bool) api.Check {
 	c := api.Check{Name: "helper", Message: "none answers on " + a.socket, Hint: a.startHint()}
 	var errno syscall.Errno
@@ -401,12 +422,13 @@ func (a *app) noHelper(err error, installed bool) api.Check {
 	return c
 }
 
-// checksWithout are a helper's checks, as far as they can be made without one.
+// checksWithout returns the helper's checks if no helper answers. Only the one of the mesh
+// prefixes needs none: it compares them with this host's addresses.
 func (a *app) checksWithout() []api.Check {
 	prefixes := mesh.DefaultPrefixes()
 	mesh := []netip.Prefix{prefixes.V4, prefixes.V6}
 	if a.service != nil {
-		// Only root may read them; others have the defaults judged.
+		// Only root can read the settings. For other users the default prefixes count.
 		kept, err := wanted.ReadSettings(filepath.Join(a.service.root, a.installed("").StateDir))
 		for i, key := range []string{wanted.SettingMeshPrefix4, wanted.SettingMeshPrefix6} {
 			if p, bad := netip.ParsePrefix(kept[key]); err == nil && bad == nil {
@@ -417,7 +439,8 @@ func (a *app) checksWithout() []api.Check {
 	return explain.ChecksWithout(mesh, hostInterfaces())
 }
 
-// hostInterfaces are this host's interfaces and addresses, as far as they can be read.
+// hostInterfaces returns this host's interfaces and addresses, without loopback ones. What
+// can't be read is left out: doctor says more with less than with an error.
 func hostInterfaces() (out []policy.Interface) {
 	all, err := net.Interfaces()
 	if err != nil {
@@ -439,10 +462,12 @@ func hostInterfaces() (out []policy.Interface) {
 	return out
 }
 
-// indent is the width of what stands before a check.
+// indent is as wide as the marks of writeChecks.
 const indent = "         "
 
-// writeChecks writes a line for each check, and what to do below it.
+// writeChecks writes each check on a line that begins with a mark: ok, problem, follows (a
+// problem that another one explains) or log. A message of several lines keeps its own
+// indentation, and the hint follows after an arrow.
 func (a *app) writeChecks(checks []api.Check) {
 	for _, c := range checks {
 		mark, text := "ok       ", c.Name+": "+c.Message
@@ -466,6 +491,8 @@ func (a *app) writeChecks(checks []api.Check) {
 	}
 }
 
+// newUnsupportedCommand returns a command in the place of one that this platform doesn't
+// have, so that it fails with a reason and a hint instead of as an unknown command.
 func newUnsupportedCommand(use, short string) *cobra.Command {
 	return &cobra.Command{
 		Use: use, Short: short + " (macOS)", DisableFlagParsing: true,

@@ -20,42 +20,48 @@ import (
 	"github.com/meshhelper/meshhelper/launchd"
 )
 
-// A serviceHost is a Mac, or a Linux host, as far as installing goes.
+// serviceHost is a host on which the helper can be installed: a Mac or a Linux host. Tests
+// make one of a temporary folder and a fake runner.
 type serviceHost struct {
-	// systemd says that it is a Linux host, with systemd as its service manager or none.
+	// systemd distinguishes Linux from macOS. A Linux host may still lack systemd
+	// (install.ErrNoSystemd).
 	systemd bool
 	// runner runs launchctl or systemctl.
 	runner launchd.Runner
-	// executable returns this program's file.
+	// executable returns the path of this program (os.Executable).
 	executable func() (string, error)
-	// restore puts back what a helper that died has left, by its journal.
+	// restore undoes, by the journal in stateDir, what a helper that died left on the host.
 	restore func(ctx context.Context, stateDir string) error
-	// root stands for /; "" is /.
+	// root is prepended to every path of the host; "" outside tests.
 	root string
-	// settle is how long an installed helper may be closed at first; settleTime if 0.
+	// settle replaces settleTime in tests; 0 means settleTime.
 	settle time.Duration
 }
 
-// logDir has what an installed helper logs, and what it says when it crashes.
+// logDir is the folder of an installed helper's log on a Mac, and of its stderr, to which Go
+// writes the goroutines of a crash. With systemd the journal has both.
 const logDir = "/var/log/meshhelper"
 
-// startTime bounds how long an installed helper may take to answer.
+// startTime bounds how long an installed helper may take to answer. It starts in about a
+// second; a host that is booting or busy may need more.
 const startTime = 30 * time.Second
 
-// settleTime is how long it may be closed at first.
+// settleTime is how long install waits for a helper that answers but is closed. It covers
+// several rounds of the helper, each of which repeats a step that failed.
 const settleTime = 5 * time.Second
 
 // installOptions are the flags of install.
 type installOptions struct {
 	app                       *app
 	label, operator, endpoint string
-	caller                    string // who would be the operator where none was named before
+	caller                    string // the user behind sudo, unless --operator is given
 	listenPort                uint16
 	dryRun                    bool
-	given                     func(flag string) bool
+	given                     func(flag string) bool // whether a flag was given
 }
 
-// defaultLabel is the name of the service where none was given.
+// defaultLabel returns the service's name if --label isn't given: a unit's name on Linux, a
+// reverse domain name on macOS (launchd.plist(5), Label).
 func (h *serviceHost) defaultLabel() string {
 	if h.systemd {
 		return "meshhelper"
@@ -63,9 +69,10 @@ func (h *serviceHost) defaultLabel() string {
 	return macos.DefaultLabel
 }
 
-// onLaunchd reports whether launchd runs services here.
+// onLaunchd reports whether launchd is this host's service manager.
 func (a *app) onLaunchd() bool { return a.service != nil && !a.service.systemd }
 
+// newInstallCommand returns `install`.
 func newInstallCommand(a *app) *cobra.Command {
 	if a.service == nil {
 		return newUnsupportedCommand("install", "Install the helper as a service")
@@ -73,11 +80,11 @@ func newInstallCommand(a *app) *cobra.Command {
 	o := &installOptions{app: a}
 	c := &cobra.Command{
 		Use: "install", Short: "Install the helper as a service, or upgrade it",
-		Long: `Copy the helper to a place that only root can change, have launchd or systemd
-start it now and with every boot, wait until it answers, and say how it is.
+		Long: `Copy the helper to a folder that only root can change, have launchd or systemd
+start it now and at every boot, wait until it answers, and print its state.
 Repeating it upgrades the helper in place; the mesh stays as it is. --operator,
 --listen-port and --endpoint are kept as settings, which "meshhelper settings"
-shows and changes; without them those of before stay.`,
+shows and changes; a flag that isn't given leaves its setting as it was.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			o.given = c.Flags().Changed
 			return o.run(c.Context())
@@ -85,13 +92,15 @@ shows and changes; without them those of before stay.`,
 	}
 	f := c.Flags()
 	f.StringVar(&o.label, "label", a.service.defaultLabel(), "`NAME` of the service, and on a Mac of its anchor in the packet filter")
-	f.StringVar(&o.operator, "operator", "", "`USER` who may change the mesh besides root (who runs sudo)")
+	f.StringVar(&o.operator, "operator", "", "`USER` who may change the mesh besides root (the user of sudo)")
 	f.Uint16Var(&o.listenPort, "listen-port", wanted.DefaultListenPort, "UDP `PORT` of WireGuard")
 	f.StringVar(&o.endpoint, "endpoint", "", "`HOST[:PORT]` where peers reach this host")
 	f.BoolVar(&o.dryRun, "dry-run", false, "print the steps and do nothing")
 	return c
 }
 
+// run installs the helper and prints its state. A helper that is installed and answers but
+// stays closed is an error (exit status 1): peers can't use it.
 func (o *installOptions) run(ctx context.Context) error {
 	what, err := o.options()
 	if err != nil {
@@ -100,7 +109,7 @@ func (o *installOptions) run(ctx context.Context) error {
 	if o.dryRun {
 		return o.printPlan(ctx, what)
 	}
-	boots := true
+	boots := true // whether the optional step that enables the start at boot succeeded
 	err = install.Install(ctx, what, func(s install.Step, err error) {
 		boots = boots && (s.Text != install.StepBoot || err == nil)
 		o.app.reportStep(s, err)
@@ -119,7 +128,8 @@ func (o *installOptions) run(ctx context.Context) error {
 	return closedError(s)
 }
 
-// printPlan prints the steps, and what install would refuse.
+// printPlan prints the steps for --dry-run, and returns the error with which install would
+// refuse them. Lack of root isn't one: a dry run is for a user who has yet to decide.
 func (o *installOptions) printPlan(ctx context.Context, what *install.Options) error {
 	if err := o.app.printSteps(install.InstallSteps(what)); err != nil {
 		return err
@@ -132,8 +142,9 @@ func (o *installOptions) printPlan(ctx context.Context, what *install.Options) e
 	return o.app.serviceError("install", err)
 }
 
-// settled returns the helper's status when it enforces, or when it has been closed
-// for some seconds: what is closed by a passing fault is tried again within them.
+// waitEnforcing returns the helper's status once it enforces the rules, or after settleTime
+// whatever the state. A fault at the start, such as an uplink without an address yet, may
+// pass within that time.
 func (o *installOptions) waitEnforcing(ctx context.Context) (s api.Status, err error) {
 	limit := o.app.service.settle
 	if limit == 0 {
@@ -146,12 +157,12 @@ func (o *installOptions) waitEnforcing(ctx context.Context) (s api.Status, err e
 		select {
 		case <-ctx.Done():
 			return s, ctx.Err()
-		case <-time.After(limit / 50):
+		case <-time.After(limit / 50): // every 100 ms
 		}
 	}
 }
 
-// describe says what was installed and how it is.
+// describe says what was installed, in which state it is, and what to do next.
 func (o *installOptions) describe(s api.Status, what *install.Options, boots bool) {
 	a := o.app
 	starts := "starts with this Mac"
@@ -169,7 +180,7 @@ func (o *installOptions) describe(s api.Status, what *install.Options, boots boo
 		a.say("%s may change the mesh.", o.operator)
 	}
 	if o.caller != o.operator && o.caller != "" {
-		a.talk("%s may not, for the operator stays who it was; for another: sudo %s install --operator %[1]s", o.caller, a.commandName())
+		a.talk("%s may not: the operator stays the same; to change it: sudo %s install --operator %[1]s", o.caller, a.commandName())
 	}
 	if s.State != api.Enforcing {
 		return
@@ -182,13 +193,14 @@ func (o *installOptions) describe(s api.Status, what *install.Options, boots boo
 	}
 	command := a.commandName()
 	if command != "meshhelper" {
-		command = what.Program() // the source may be thrown away
+		command = what.Program() // the installed copy: the user may delete the file that was run
 	}
 	a.say("Next: %s peer add phone --own --allow routing --qr", command)
-	a.talk("to have the command in every user's path: %s", what.Link())
+	a.talk("to put the command in every user's PATH: %s", what.Link())
 }
 
-// closedError is nil for a helper that enforces, and else says why it doesn't.
+// closedError returns nil for a helper that enforces, and else an error with the first
+// problem and its hint.
 func closedError(s api.Status) error {
 	if s.State == api.Enforcing {
 		return nil
@@ -204,7 +216,9 @@ func closedError(s api.Status) error {
 	return fmt.Errorf("%w; see: meshhelper doctor", err)
 }
 
-// options turns the flags into what is installed.
+// options returns what to install, from the flags. The operator is that of --operator, else
+// the user who ran sudo. Settings are checked here, before any step, but written only by a
+// step of the installation (keep), when no helper runs.
 func (o *installOptions) options() (*install.Options, error) {
 	if o.given("operator") {
 		if err := wanted.CheckOperator(o.operator); err != nil {
@@ -235,14 +249,17 @@ func (o *installOptions) options() (*install.Options, error) {
 		}
 		changes[key] = value
 	}
-	delete(changes, wanted.SettingLabel) // the service's name, and so an argument of its
+	delete(changes, wanted.SettingLabel) // checked only: the service passes --label to the helper
 	what := o.app.installed(o.label)
 	what.Source, what.Ready = source, o.ready
 	what.Keep = func() error { return o.keep(what, changes) }
 	return what, nil
 }
 
-// keep writes what was given to the settings, and with it what counted before.
+// keep writes the given flags to the settings in the state folder, over the arguments of an
+// earlier installation. An operator that was set before stays unless --operator is given:
+// the administrator who upgrades needn't be the one who owns the mesh. It sets o.operator to
+// the one that counts.
 func (o *installOptions) keep(what *install.Options, given map[string]*string) error {
 	dir := filepath.Join(o.app.service.root, what.StateDir)
 	kept, err := wanted.ReadSettings(dir)
@@ -253,7 +270,7 @@ func (o *installOptions) keep(what *install.Options, given map[string]*string) e
 	before := changes[wanted.SettingOperator] != nil || kept[wanted.SettingOperator] != ""
 	for key, value := range given {
 		if key == wanted.SettingOperator && before && !o.given(key) {
-			continue // another administrator upgrades
+			continue
 		}
 		changes[key] = value
 	}
@@ -266,8 +283,10 @@ func (o *installOptions) keep(what *install.Options, given map[string]*string) e
 	return err
 }
 
-// listed returns what the installed property list has as arguments of the helper's: they
-// would count whatever is kept, and did until now. Lists that are written by now have none.
+// listArguments returns the settings that an installed property list passes to the helper as
+// arguments, by their keys. Lists of earlier releases have them, where they override the
+// settings; those written now don't, so the values move to the settings. A list that is
+// missing or can't be parsed has none: launchd starts no helper by it.
 func (a *app) listArguments(what *install.Options) map[string]*string {
 	out := map[string]*string{}
 	text, err := os.ReadFile(filepath.Join(a.service.root, what.List()))
@@ -284,7 +303,7 @@ func (a *app) listArguments(what *install.Options) map[string]*string {
 			continue
 		}
 		if _, err := wanted.CheckSetting(key, value); err != nil {
-			a.talk("%s isn't kept: %v", key, err)
+			a.talk("%s isn't carried over: %v", key, err)
 			continue
 		}
 		out[key] = &value
@@ -292,7 +311,7 @@ func (a *app) listArguments(what *install.Options) map[string]*string {
 	return out
 }
 
-// ready waits until the helper answers.
+// ready waits until the helper answers and its first round is over, for startTime at most.
 func (o *installOptions) ready(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startTime)
 	defer cancel()
@@ -300,10 +319,11 @@ func (o *installOptions) ready(ctx context.Context) error {
 	return err
 }
 
-// unitSocket is where a helper that systemd runs answers.
+// unitSocket is the socket of a helper that systemd runs.
 const unitSocket = "/run/meshhelper.sock"
 
-// installed describes the service as both commands know it.
+// installed describes the installed service of that name, for install, uninstall, doctor
+// and the hints. It looks at nothing on the host.
 func (a *app) installed(label string) *install.Options {
 	what := &install.Options{Systemd: a.service.systemd, Label: label, Runner: a.service.runner, Root: a.service.root}
 	if what.Systemd {
@@ -318,7 +338,8 @@ func (a *app) installed(label string) *install.Options {
 	return what
 }
 
-// me is what starts this program: its name, or where a shell doesn't find that, its path.
+// commandName returns what a user types to run this program: its name if the shell finds
+// that in the PATH, else its path. Hints use it.
 func (a *app) commandName() string {
 	if a.lookPath == nil {
 		return "meshhelper"
@@ -333,8 +354,8 @@ func (a *app) commandName() string {
 	return path
 }
 
-// startHint says how the helper is started: the service, where it is installed and its
-// socket was asked.
+// startHint says how to start the helper. That is the service if one is installed and the
+// command uses its socket, else install or run, whichever fits the host.
 func (a *app) startHint() string {
 	run := fmt.Sprintf("sudo %s run", a.commandName())
 	if a.service == nil {
@@ -359,6 +380,8 @@ func (a *app) startHint() string {
 	return fmt.Sprintf("sudo %s install, or in the foreground: %s", a.commandName(), run)
 }
 
+// newUninstallCommand returns `uninstall`. It doesn't ask the helper, which may be dead, but
+// restores the host by its journal.
 func newUninstallCommand(a *app) *cobra.Command {
 	if a.service == nil {
 		return newUnsupportedCommand("uninstall", "Remove the service and put the host back as it was")
@@ -367,7 +390,7 @@ func newUninstallCommand(a *app) *cobra.Command {
 	c := &cobra.Command{
 		Use: "uninstall", Short: "Remove the service and put the host back as it was",
 		Long: `Stop the helper, put the packet filter, forwarding and routes back as they were
-found, and remove what was installed. It works when the helper is dead, too.`,
+found, and remove what was installed. It also works if the helper is dead.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if err := host.CheckLabel(label); err != nil {
 				return usagef("--label: %v", err)
@@ -384,10 +407,11 @@ found, and remove what was installed. It works when the helper is dead, too.`,
 		},
 	}
 	c.Flags().StringVar(&label, "label", a.service.defaultLabel(), "`NAME` of the service")
-	c.Flags().BoolVar(&purge, "purge", false, "remove the keys, all peers and the logs, too")
+	c.Flags().BoolVar(&purge, "purge", false, "also remove the keys, all peers and the logs")
 	return c
 }
 
+// printLeft says which files of the helper remain, without --purge the keys and the state.
 func (a *app) printLeft(left []string, purge bool) error {
 	return a.print(map[string]any{"left": left}, func() {
 		if len(left) == 0 {
@@ -396,12 +420,12 @@ func (a *app) printLeft(left []string, purge bool) error {
 		}
 		a.say("Left: %s", strings.Join(left, ", "))
 		if !purge {
-			a.talk("to remove the keys, all peers and the logs, too: sudo %s uninstall --purge", a.commandName())
+			a.talk("to remove the keys, all peers and the logs as well: sudo %s uninstall --purge", a.commandName())
 		}
 	})
 }
 
-// printSteps prints what would be done.
+// printSteps prints the steps of an installation, in order, without doing them.
 func (a *app) printSteps(steps []install.Step) error {
 	var texts []string
 	for _, s := range steps {
@@ -414,7 +438,8 @@ func (a *app) printSteps(steps []install.Step) error {
 	})
 }
 
-// reportStep tells of a step that was done.
+// reportStep reports a step that was done, or an optional one that failed. The error of any
+// other step ends the installation, and main reports it.
 func (a *app) reportStep(s install.Step, err error) {
 	switch {
 	case err == nil:
@@ -424,19 +449,22 @@ func (a *app) reportStep(s install.Step, err error) {
 	}
 }
 
-// serviceError says what to do about a failure.
+// serviceError adds to an error of install or uninstall what to do about it. command is the
+// subcommand's name.
 func (a *app) serviceError(command string, err error) error {
 	var e *launchd.Error
 	switch {
 	case err == nil:
 		return nil
 	case errors.Is(err, install.ErrNoSystemd):
-		return fmt.Errorf("%w; run the helper by what starts services here, or in the foreground: sudo %s run", err, a.commandName())
+		return fmt.Errorf("%w; have this host's service manager run the helper, or run it in the foreground: sudo %s run", err, a.commandName())
 	case errors.Is(err, os.ErrPermission):
 		return api.Errorf(api.CodeForbidden, "%v", err).WithHint("try: sudo %s %s", a.commandName(), command)
 	case errors.As(err, &e):
 		return fmt.Errorf("%w; %s", err, e.Hint())
-	case errors.Is(err, api.ErrUnreachable): // it is installed, so installing it is no advice
+	case errors.Is(err, api.ErrUnreachable):
+		// The service is installed but doesn't answer, so the usual hint, to install or
+		// start it, doesn't help. The second line is that the time is over.
 		what, _, _ := strings.Cut(err.Error(), "\n")
 		return fmt.Errorf("%s; see why: sudo %s doctor", what, a.commandName())
 	}

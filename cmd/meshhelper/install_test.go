@@ -501,7 +501,7 @@ func TestInstallKeepsSettings(t *testing.T) {
 	setting("endpoint", "new.example")
 	g.caller = strconv.Itoa(daemonUser(t))
 	out := g.must("install")
-	if !strings.Contains(out, "nobody may change the mesh.") || !strings.Contains(g.stderr.String(), "daemon may not, for the operator stays who it was; for another: sudo meshhelper install --operator daemon") {
+	if !strings.Contains(out, "nobody may change the mesh.") || !strings.Contains(g.stderr.String(), "daemon may not: the operator stays the same; to change it: sudo meshhelper install --operator daemon") {
 		t.Errorf("an upgrade by another administrator says\n%s%s", out, g.stderr.String())
 	}
 	setting("endpoint", "new.example")

@@ -13,8 +13,11 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// languages are those that a ruleset is enforced in. All of them can be written
-// on any machine, so that a Mac's rules can be read on Linux.
+// languages are the languages in which a ruleset is enforced, by the name that --platform
+// takes. Every build has all of them, so that a Mac's rules can be read on Linux. Find
+// returns, for a line of the policy that decides about a packet, the rule in the rendered
+// text that enforces it: what explain shows as "rule". A rule has no identity in the text
+// but its label (pf) or its chain and sets (nft), which the tables below name.
 var languages = map[string]explain.Language{
 	"nft": {
 		Render: func(r *policy.Ruleset) (string, string, error) {
@@ -30,12 +33,13 @@ var languages = map[string]explain.Language{
 	},
 	"guard": {
 		Render: func(r *policy.Ruleset) (string, string, error) { return "", guardText(r), nil },
-		// The guard has no rules but the policy's own lines.
+		// The guard applies the policy itself, so it has no rule to show beside its line.
 		Find: func(string, policy.Rule, policy.Packet) string { return "" },
 	},
 }
 
-// pfLabels are the labels of the rules that hold the lines of the policy.
+// pfLabels are the labels of the pf rules that enforce the lines of the policy, without the
+// prefix "mesh-". A service's rule has the service's name.
 var pfLabels = map[policy.Rule]string{
 	policy.RuleIncoming: "incoming", policy.RuleNoIncoming: "no-incoming",
 	policy.RuleLAN: "lan", policy.RuleNoLAN: "no-lan",
@@ -46,7 +50,8 @@ var pfLabels = map[policy.Rule]string{
 	policy.RuleSpoofed: "elsewhere-spoofed",
 }
 
-// findPf returns the rule of an anchor that holds a line of the policy for a packet.
+// findPf returns the first rule of an anchor that enforces a line of the policy for the
+// packet's family and protocol, or "".
 func findPf(text string, rule policy.Rule, p policy.Packet) string {
 	name := pfLabels[rule]
 	if s, ok := policy.ServiceBy(rule); ok {
@@ -61,8 +66,9 @@ func findPf(text string, rule policy.Rule, p policy.Packet) string {
 	return ""
 }
 
-// isFor reports whether a rule of pf is for a packet's family and protocol. One
-// that names none is for all.
+// ruleApplies reports whether a pf rule is for the packet's family ("inet", "inet6") and
+// protocol ("proto tcp", "proto { tcp, udp }"). A rule that names none is for all
+// (pf.conf(5)).
 func ruleApplies(line string, p policy.Packet) bool {
 	if v6 := p.Dst.Is6(); v6 && strings.Contains(line, " inet ") || !v6 && strings.Contains(line, " inet6 ") {
 		return false
@@ -76,11 +82,11 @@ func ruleApplies(line string, p policy.Packet) bool {
 	return !named || slices.Contains(strings.Split(protos, ", "), name)
 }
 
-// nftRule is where a rule stands: in a chain, the line with a text, or the last
-// line where that is empty. A # stands for the family, 4 or 6.
+// nftRule locates a rule in the table: the line of the chain that contains text, or the
+// chain's last line if text is empty. A # stands for the family, 4 or 6.
 type nftRule struct{ chain, text string }
 
-// nftRules are the rules that hold the lines of the policy.
+// nftRules are the nft rules that enforce the lines of the policy.
 var nftRules = map[policy.Rule]nftRule{
 	policy.RuleIncoming:   {"permitted_self#", "@may_incoming# "},
 	policy.RuleNoIncoming: {"permitted_self#", ""},
@@ -101,12 +107,12 @@ var nftRules = map[policy.Rule]nftRule{
 	policy.RuleHairpin:    {"permitted#", "WireGuard's port"},
 }
 
-// findNft returns the chain and the rule of a table that hold a line of the
-// policy.
+// findNft returns the rule of a table that enforces a line of the policy for the packet's
+// family, with its chain, or "".
 func findNft(text string, rule policy.Rule, p policy.Packet) string {
-	place, ok := nftRules[rule]
+	where, ok := nftRules[rule]
 	if s, served := policy.ServiceBy(rule); served {
-		place, ok = nftRule{"permitted_self#", "@may_" + s.Name + "# "}, true
+		where, ok = nftRule{"permitted_self#", "@may_" + s.Name + "# "}, true
 	}
 	if !ok {
 		return ""
@@ -115,26 +121,27 @@ func findNft(text string, rule policy.Rule, p policy.Packet) string {
 	if p.Dst.Is6() {
 		family, other = "6", "ip "
 	}
-	chain, want := strings.ReplaceAll(place.chain, "#", family), strings.ReplaceAll(place.text, "#", family)
+	chain, want := strings.ReplaceAll(where.chain, "#", family), strings.ReplaceAll(where.text, "#", family)
 	_, rest, _ := strings.Cut(text, "chain "+chain+" {\n")
 	body, _, _ := strings.Cut(rest, "\n\t}")
 	lines := strings.Split(body, "\n")
 	if want != "" {
-		// A chain of both families has the same comment on a rule of each.
+		// In a chain for both families, rules of either may contain the text.
 		lines = slices.DeleteFunc(lines, func(line string) bool {
 			return !strings.Contains(line, want) || strings.Contains(line, other)
 		})
 		lines = lines[:min(len(lines), 1)]
 	}
-	at := len(lines) - 1
-	if at < 0 || lines[at] == "" {
+	last := len(lines) - 1
+	if last < 0 || lines[last] == "" {
 		return ""
 	}
-	return "chain " + chain + ": " + strings.TrimSpace(lines[at])
+	return "chain " + chain + ": " + strings.TrimSpace(lines[last])
 }
 
-// guardText shows what the guard knows: it has no rules but the policy, the
-// destinations of each class on this host, and what each peer may.
+// guardText describes what the guard decides by: the destinations of each class on this
+// host, in the order in which they are tried, and each peer's permissions. The policy that
+// it applies to them is the same for every mesh (docs/policy.md).
 func guardText(r *policy.Ruleset) string {
 	var b strings.Builder
 	sets := r.Sets()
@@ -154,8 +161,8 @@ func guardText(r *policy.Ruleset) string {
 		ps    []netip.Prefix
 	}{
 		{"addresses of this host's router, where WireGuard's port is closed", sets.Outside},
-		{"mesh addresses that are another owner's, for this host alone", sets.Others},
-		{"mesh addresses of removed peers, which nothing is sent to", sets.Former},
+		{"mesh addresses of another owner, which only this host reaches", sets.Others},
+		{"mesh addresses of removed peers, to which nothing is sent", sets.Former},
 	} {
 		if len(line.ps) > 0 {
 			fmt.Fprintf(&b, "%s:\n  %s\n", line.about, strings.Join(textsOf(line.ps), " "))
@@ -168,6 +175,7 @@ func guardText(r *policy.Ruleset) string {
 	return b.String()
 }
 
+// textsOf formats values for strings.Join.
 func textsOf[T fmt.Stringer](values []T) []string {
 	texts := make([]string, len(values))
 	for i, v := range values {

@@ -10,17 +10,18 @@ import (
 	"github.com/meshhelper/meshhelper/internal/systemd"
 )
 
-// announce tells the service manager when the helper is ready, that its loop turns, and
-// that it ends. The loop turns about as often as it looks at the host, and each turn is
-// one sign of life: a loop that hangs gives none.
+// announce notifies the service manager (sd_notify(3)) when the helper is ready, of its
+// state, that its loop is alive, and that it ends. A sign of life comes with the rounds of
+// the loop, so that a loop that hangs gives none and the watchdog restarts the helper. There
+// is none before the helper is ready: TimeoutStartSec bounds the start.
 func (o *runOptions) announce(ctx context.Context, d *daemon.Daemon, n *systemd.Notifier) error {
 	if n == nil {
 		return nil
 	}
-	told := false // of a failure to tell, which is no reason to end
+	warned := false // a failure to notify is logged once, and is no reason to end
 	tell := func(lines ...string) {
-		if err := n.Tell(lines...); err != nil && !told {
-			told = true
+		if err := n.Tell(lines...); err != nil && !warned {
+			warned = true
 			o.log.Warn(err.Error())
 		}
 	}
@@ -36,7 +37,8 @@ func (o *runOptions) announce(ctx context.Context, d *daemon.Daemon, n *systemd.
 			before = state
 			lines = append(lines, "STATUS="+state)
 		}
-		// A burst of rounds needn't fill the manager's queue.
+		// A tenth of the watchdog's time keeps a burst of rounds from filling the manager's
+		// socket, and is far more often than it needs.
 		if now := time.Now(); n.Watchdog() > 0 && state != api.Starting && now.Sub(last) >= n.Watchdog()/10 {
 			last = now
 			lines = append(lines, systemd.Alive)
@@ -49,10 +51,11 @@ func (o *runOptions) announce(ctx context.Context, d *daemon.Daemon, n *systemd.
 	return nil
 }
 
-// checkWatchdog refuses a watchdog's time that a helper that is well wouldn't keep.
+// checkWatchdog refuses a watchdog's time so short that it would kill a healthy helper,
+// whose rounds come once per tick.
 func (o *runOptions) checkWatchdog(n *systemd.Notifier) error {
 	if limit := n.Watchdog(); limit > 0 && limit < 2*o.tick {
-		return fmt.Errorf("the watchdog ends the helper after %v, and it looks at the host each %v: give WatchdogSec more, or --tick less", limit, o.tick)
+		return fmt.Errorf("the watchdog ends the helper after %v, but it checks the host only every %v: increase WatchdogSec or decrease --tick", limit, o.tick)
 	}
 	return nil
 }

@@ -19,15 +19,16 @@ type rulesOptions struct {
 	platform, host string
 }
 
+// newRulesCommand returns `rules`.
 func newRulesCommand(a *app) *cobra.Command {
 	o := &rulesOptions{app: a}
 	c := &cobra.Command{
 		Use: "rules", Short: "Show the rules as loaded, or as another platform would load them",
 		Long: `Show the rules as loaded. With --platform, show them as that platform would load
-them for this mesh, and with --host, for the host that FILE describes instead of
-this one, so that the rules of a Mac can be read on any machine. Which ports peers'
-flows are translated to depends on a host's settings and sockets: in rules that
-aren't this host's they are those of its system's defaults, as a comment says.`,
+them for this mesh, and with --host also for the host that FILE describes instead of
+this one, so that the rules of a Mac can be read on any machine. The ports to which
+peers' flows are translated depend on a host's settings and sockets: rules for another
+host have its system's default ports, as a comment in them says.`,
 		RunE: func(c *cobra.Command, _ []string) error { return showRules(c.Context(), o) },
 	}
 	c.Flags().StringVar(&o.platform, "platform", "", "pf, nft or guard")
@@ -35,6 +36,8 @@ aren't this host's they are those of its system's defaults, as a comment says.`,
 	return c
 }
 
+// showRules prints the rules: the loaded ones, those the helper renders for another
+// platform, or, with --host, those rendered here.
 func showRules(ctx context.Context, o *rulesOptions) error {
 	if _, ok := languages[o.platform]; o.platform != "" && !ok {
 		return usagef("--platform: %q is unknown: it is pf, nft or guard", o.platform)
@@ -66,7 +69,8 @@ func (o *rulesOptions) rulesFor(ctx context.Context) (api.Rules, error) {
 	return out, err
 }
 
-// compileFor compiles the helper's mesh for the host that a file describes.
+// compileFor compiles the helper's mesh for the host that a file describes. The helper gives
+// the mesh and the command reads the file, so that the helper opens no path for a user.
 func (a *app) compileFor(ctx context.Context, file string) (*policy.Ruleset, error) {
 	host, err := a.readHost(ctx, file)
 	if err != nil {
@@ -80,18 +84,19 @@ func (a *app) compileFor(ctx context.Context, file string) (*policy.Ruleset, err
 	if err != nil {
 		return nil, err
 	}
-	// The helper leaves out what has ended by its own clock; to compile at the
-	// start of time takes the rest as it is.
+	// The status shows only permissions that haven't ended by the helper's clock. Compile
+	// for the zero time, before any end, takes them all.
 	return policy.Compile(m, host, time.Time{})
 }
 
-// readHost reads a host's facts from a file, or from standard input for -.
+// readHost reads a host's facts from a JSON file (policy.ReadHost), or from standard input
+// for "-".
 func (a *app) readHost(ctx context.Context, file string) (policy.Host, error) {
 	if file == "-" {
 		return interruptible(ctx, "read host facts from standard input", func() (policy.Host, error) { return policy.ReadHost(a.stdin) })
 	}
 	return interruptible(ctx, "read host facts from "+file, func() (policy.Host, error) {
-		f, err := os.Open(file) // waits for a writer where it is a named pipe
+		f, err := os.Open(file) // blocks on a named pipe until it has a writer (fifo(7))
 		if err != nil {
 			return policy.Host{}, fmt.Errorf("read host facts: %w", err)
 		}
@@ -100,10 +105,10 @@ func (a *app) readHost(ctx context.Context, file string) (policy.Host, error) {
 	})
 }
 
-// interruptible does what a signal has to be able to end although it hears of none, such as
-// reading from a terminal: read(2) on one can't be called off, and the program goes on
-// after a signal that it handles. After the end of ctx do is left to the end of the
-// process.
+// interruptible calls do, and returns an error when ctx ends first. It is for calls that
+// can't be cancelled, such as reading from a terminal: the Go runtime restarts a read(2) that
+// a handled signal interrupts (SA_RESTART, signal(7)). After the end of ctx do keeps running
+// until the process exits. what names the call in the error.
 func interruptible[T any](ctx context.Context, what string, do func() (T, error)) (T, error) {
 	type result struct {
 		value T
@@ -118,13 +123,13 @@ func interruptible[T any](ctx context.Context, what string, do func() (T, error)
 	case r := <-done:
 		return r.value, r.err
 	case <-ctx.Done():
-		var none T
-		return none, fmt.Errorf("%s: %w", what, context.Cause(ctx))
+		var zero T
+		return zero, fmt.Errorf("%s: %w", what, context.Cause(ctx))
 	}
 }
 
-// meshOf turns what the helper shows back into the policy's input. The addresses of
-// removed peers aren't shown.
+// meshOf converts a status to the policy's input. The status lacks the addresses of removed
+// peers, so that rules compiled from it have no lines for these (policy.RuleFormer).
 func meshOf(s api.Status) (policy.Mesh, error) {
 	m := policy.Mesh{Prefixes: s.MeshPrefixes, Addresses: s.Addresses, ListenPort: s.ListenPort}
 	for _, p := range s.Peers {
@@ -133,7 +138,7 @@ func meshOf(s api.Status) (policy.Mesh, error) {
 			return m, fmt.Errorf("read the helper's peer %q: %w", p.Name, err)
 		}
 		if len(p.Addresses) != len(mesh.Addresses{}) {
-			return m, fmt.Errorf("read the helper's peer %q: %d addresses, not one IPv4 and one IPv6", p.Name, len(p.Addresses))
+			return m, fmt.Errorf("read the helper's peer %q: it has %d addresses, want one IPv4 and one IPv6", p.Name, len(p.Addresses))
 		}
 		one := mesh.Peer{PublicKey: key, Name: p.Name, Addresses: mesh.Addresses(p.Addresses)}
 		for i := range one.Permissions {

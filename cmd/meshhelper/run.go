@@ -29,7 +29,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
-// runOptions are the flags of run.
+// runOptions are the flags of run. takeSettings fills in settings for those that aren't
+// given.
 type runOptions struct {
 	app *app
 
@@ -41,32 +42,31 @@ type runOptions struct {
 	debug                                         bool
 	tick, wait                                    time.Duration
 
-	// given reports whether a flag was given; kept are the settings that count because
-	// theirs wasn't.
-	given func(flag string) bool
-	kept  []string
+	given func(flag string) bool // whether a flag was given
+	kept  []string               // keys of the settings in use, whose flags weren't given
 
 	log *slog.Logger // set by openLog
 }
 
-// A look at the host takes some milliseconds, and an answer on the socket a
-// minute at most.
+// The range of --tick and --wait. A round takes some milliseconds, so shorter ticks would
+// only keep the host busy. The client gives an answer on the socket a minute, so a longer
+// wait would look like a helper that hangs.
 const (
 	minTick = 100 * time.Millisecond
 	maxWait = 50 * time.Second
 )
 
-// newRunCommand returns `run`, which calls run; nil means the real one.
+// newRunCommand returns `run`, which calls run with the flags, or runHelper if run is nil.
 func newRunCommand(a *app, run func(context.Context, *runOptions) error) *cobra.Command {
 	if run == nil {
 		run = runHelper
 	}
 	o := &runOptions{app: a}
 	c := &cobra.Command{
-		Use: "run", Short: "Be the helper, in the foreground",
-		Long: `Be the helper, in the foreground, until SIGTERM, SIGINT, SIGHUP or SIGQUIT, and
-then leave the host as it was found. It is ready when "meshhelper status" shows a
-state other than starting.`,
+		Use: "run", Short: "Run the helper in the foreground",
+		Long: `Run the helper in the foreground until SIGTERM, SIGINT, SIGHUP or SIGQUIT, and then
+leave the host as it was found. It is ready when "meshhelper status" shows a state
+other than starting.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if err := o.chooseUserSocket(c.Flag("socket").Changed); err != nil {
 				return err
@@ -86,15 +86,16 @@ state other than starting.`,
 	f.StringVar(&o.endpoint, "endpoint", "", "`HOST[:PORT]` where peers reach this host (the uplink's address)")
 	f.StringSliceVar(&o.dns, "dns", nil, "`ADDRESS` of a resolver for the peers' configurations (9.9.9.9, 149.112.112.112)")
 	f.StringVar(&o.operator, "operator", "", "`USER` who may change the mesh besides root")
-	f.DurationVar(&o.tick, "tick", daemon.DefaultTick, "look at the host this often, besides when it reports a change")
+	f.DurationVar(&o.tick, "tick", daemon.DefaultTick, "how often to check the host, besides after each change that it reports")
 	f.DurationVar(&o.wait, "wait", daemon.DefaultWait, "how long a command waits for its change to be in force")
 	f.StringVar(&o.label, "label", "", "`NAME` of the service, and of the anchor in the packet filter of a Mac")
-	f.StringVar(&o.logFile, "log-file", "", "log to `FILE`, and put it away when it is full (stderr)")
+	f.StringVar(&o.logFile, "log-file", "", "log to `FILE`, and rotate it when it is full (stderr)")
 	f.BoolVar(&o.debug, "debug", false, "log more")
 	return c
 }
 
-// chooseUserSocket chooses the socket of a helper that isn't root's where none was given.
+// chooseUserSocket sets the socket of a helper that isn't run by root, unless the user gave
+// one, and creates its folder. Geteuid is -1 on Windows.
 func (o *runOptions) chooseUserSocket(given bool) error {
 	if given || o.app.getenv("MESHHELPER_SOCKET") != "" || os.Geteuid() <= 0 {
 		return nil
@@ -110,7 +111,8 @@ func (o *runOptions) chooseUserSocket(given bool) error {
 	return nil
 }
 
-// runHelper wires the helper and runs it until ctx ends or a signal comes.
+// runHelper runs the helper until ctx ends or a signal comes, with signals and the log set
+// up.
 func runHelper(ctx context.Context, o *runOptions) error {
 	ctx, stop := handleSignals(ctx)
 	defer stop()
@@ -121,12 +123,13 @@ func runHelper(ctx context.Context, o *runOptions) error {
 	defer closeLog()
 	err = o.runLogged(ctx)
 	if err != nil && o.logFile != "" {
-		o.log.Error("the helper ends", "error", err) // stderr says it, too, if it is read
+		o.log.Error("the helper ends", "error", err) // main writes it to stderr, which a service's user may not read
 	}
 	return err
 }
 
-// help is runHelper with a log.
+// runLogged is runHelper once the log is open. It makes the daemon, serves until ctx ends,
+// and closes what was opened, also after an error.
 func (o *runOptions) runLogged(ctx context.Context) error {
 	name, make, err := o.chooseHost()
 	if err != nil {
@@ -157,8 +160,9 @@ func (o *runOptions) runLogged(ctx context.Context) error {
 	return errors.Join(err, d.Close(), n.Close())
 }
 
-// serve opens the socket and runs daemon and server, until ctx ends or either
-// fails. n is told how it is.
+// serve opens the socket and runs the daemon and the server until ctx ends or one of them
+// fails. It notifies the service manager through n. The daemon's Run restores the host
+// before it returns.
 func (o *runOptions) serve(ctx context.Context, d *daemon.Daemon, access api.Access, n *systemd.Notifier) error {
 	l, err := api.Listen(o.app.socket)
 	if errors.Is(err, api.ErrHeld) {
@@ -179,8 +183,9 @@ func (o *runOptions) serve(ctx context.Context, d *daemon.Daemon, access api.Acc
 	return g.Wait()
 }
 
-// sayReady says that the helper answers once it has all that may be another program's: the
-// lock, the socket, the mesh interface and the UDP port. A start that fails says only why.
+// sayReady says on stderr that the helper answers, once it has everything that another
+// program could hold: the lock, the socket, the mesh interface and the UDP port. So a start
+// that fails prints only its error.
 func (o *runOptions) sayReady(ctx context.Context, d *daemon.Daemon) {
 	had, stop := context.WithCancel(ctx)
 	defer stop()
@@ -192,7 +197,7 @@ func (o *runOptions) sayReady(ctx context.Context, d *daemon.Daemon) {
 	})
 }
 
-// withHint says what to do about an error of the host or the tunnel.
+// withHint adds to an error of the host or the tunnel what to do about it.
 func (o *runOptions) withHint(err error) error {
 	var step *host.StepError
 	switch {
@@ -201,14 +206,16 @@ func (o *runOptions) withHint(err error) error {
 	case errors.As(err, &step) && step.Hint != "":
 		return fmt.Errorf("%w; %s", err, step.Hint)
 	case errors.Is(err, syscall.EADDRINUSE):
-		return fmt.Errorf("%w; another program has UDP port %d: choose one with --listen-port", err, o.listenPort)
+		return fmt.Errorf("%w; another program has UDP port %d: choose another one with --listen-port", err, o.listenPort)
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("%w; the helper needs root: sudo %s run", err, o.app.commandName())
 	}
 	return err
 }
 
-// choose returns the name and the maker of the host.
+// chooseHost returns the name of the platform, which is never auto, and the function that
+// makes its host. An unknown name is a usageError; a known one that this build lacks isn't,
+// since it is right on another system.
 func (o *runOptions) chooseHost() (string, newHost, error) {
 	name := o.platform
 	if name == "auto" {
@@ -224,8 +231,8 @@ func (o *runOptions) chooseHost() (string, newHost, error) {
 	return "", nil, api.Errorf(api.CodeUnsupported, "platform %q isn't available on %s", name, runtime.GOOS)
 }
 
-// daemon reads the flags and makes the daemon, which touches nothing of the
-// host yet.
+// daemon makes the daemon from the options. It opens the state folder but doesn't change the
+// host yet. start holds the settings from takeSettings.
 func (o *runOptions) daemon(name string, make newHost, start wanted.StartSettings) (*daemon.Daemon, error) {
 	if err := api.CheckSocketPath(o.app.socket); err != nil {
 		return nil, &usageError{err}
@@ -234,7 +241,8 @@ func (o *runOptions) daemon(name string, make newHost, start wanted.StartSetting
 		StateDir: o.stateDir, Logger: o.log, Version: versionText(),
 		Interface: o.iface, ListenPort: o.listenPort, Languages: languages,
 		Tick: o.tick, Wait: o.wait, Settings: start,
-		// A prefix that was set is meant; one of a flag may be a mistake.
+		// Peers get addresses in another mesh prefix only if that is a setting, which showed
+		// the new addresses when it was set. A flag may be a mistake.
 		Renumber: slices.ContainsFunc(o.kept, func(key string) bool {
 			return key == wanted.SettingMeshPrefix4 || key == wanted.SettingMeshPrefix6
 		}),
@@ -250,7 +258,8 @@ func (o *runOptions) daemon(name string, make newHost, start wanted.StartSetting
 	return d, o.withHint(err)
 }
 
-// parse reads the flags that are more than text.
+// parse sets the options that need parsing: prefixes, addresses, DNS servers, durations and
+// the endpoint, whose port defaults to the listen port.
 func (o *runOptions) parse(opts *daemon.Options) (err error) {
 	if opts.Prefixes.V4, err = netip.ParsePrefix(o.prefix4); err != nil {
 		return o.badValuef(wanted.SettingMeshPrefix4, "%q is not a prefix", o.prefix4)
@@ -287,11 +296,12 @@ func (o *runOptions) parse(opts *daemon.Options) (err error) {
 		fallback = wanted.DefaultListenPort
 	}
 	if opts.Endpoint, err = mesh.ParseEndpoint(o.endpoint, fallback); err != nil {
-		return o.badValuef(wanted.SettingEndpoint, "%q: %v", o.endpoint, errors.Unwrap(err)) // which has it, too
+		return o.badValuef(wanted.SettingEndpoint, "%q: %v", o.endpoint, errors.Unwrap(err)) // err itself repeats the endpoint
 	}
 	return nil
 }
 
+// parseAddresses parses the values of a flag that takes addresses.
 func parseAddresses(flag string, texts []string) (out []netip.Addr, err error) {
 	for _, t := range texts {
 		a, err := netip.ParseAddr(t)
@@ -303,8 +313,10 @@ func parseAddresses(flag string, texts []string) (out []netip.Addr, err error) {
 	return out, nil
 }
 
-// access says what each user may do on the socket. A helper that isn't root's belongs
-// to the user who runs it.
+// access returns which users may use the socket (package api). Without --operator the user
+// who runs the helper is the operator, unless that is root. The admin groups, which may
+// read, are those whose members may use sudo by default: admin on macOS, sudo on Debian,
+// wheel on Fedora, Arch and others.
 func (o *runOptions) access() (api.Access, error) {
 	a := api.Access{Operator: api.NoOperator, AdminGroups: []string{"sudo", "wheel"}}
 	if runtime.GOOS == "darwin" {
@@ -316,7 +328,7 @@ func (o *runOptions) access() (api.Access, error) {
 		}
 		return a, nil
 	}
-	id := o.operator // a number may stand for a user that has no name here
+	id := o.operator // may be a user ID without an entry in the user database
 	if u, err := user.Lookup(o.operator); err == nil {
 		id = u.Uid
 	}
@@ -325,29 +337,31 @@ func (o *runOptions) access() (api.Access, error) {
 		if slices.Contains(o.kept, wanted.SettingOperator) {
 			return a, o.badValuef(wanted.SettingOperator, "there is no user %q", o.operator)
 		}
-		// It may be a user elsewhere, so it isn't wrong by itself.
+		// Another host may have the user, so the flag isn't wrong by itself.
 		return a, api.Errorf(api.CodeBadSetting, "--operator: there is no user %q", o.operator).WithHint("give a user of this host")
 	}
 	a.Operator = uint32(uid)
 	return a, nil
 }
 
-// oldLogs is how many full log files are kept.
+// oldLogs is how many full log files are kept beside the current one. With
+// logfile.DefaultMaxSize they bound the disk space of the logs.
 const oldLogs = 3
 
-// flushLimit bounds how long the helper's end waits for what its log and its stderr
-// haven't taken yet, each.
+// flushLimit bounds how long the helper waits at its end until the log and stderr, each,
+// have taken the last lines.
 const flushLimit = time.Second
 
-// openLog sets o.log, and returns what closes it. A log that can't be written
-// doesn't keep the helper from starting, and one that blocks doesn't stop it: from
-// here on nothing of the helper writes to stderr or the log by itself.
+// openLog sets o.log, and returns a function that flushes and closes it. A log that can't
+// be written doesn't keep the helper from starting, and one that blocks, such as a terminal
+// that was stopped with Ctrl-S, doesn't stop it: every line goes to a queue, which writes
+// it in the background. Its only error is a usageError for --log-file.
 func (o *runOptions) openLog() (closeLog func(), err error) {
 	level := slog.LevelInfo
 	if o.debug {
 		level = slog.LevelDebug
 	}
-	told, stderr := o.app.stderr, logfile.NewQueue(o.app.stderr)
+	direct, stderr := o.app.stderr, logfile.NewQueue(o.app.stderr)
 	o.app.stderr = stderr
 	o.app.flush = func() { stderr.Flush(flushLimit) }
 	closeLog = o.app.flush
@@ -362,14 +376,14 @@ func (o *runOptions) openLog() (closeLog func(), err error) {
 		}
 		queue = logfile.NewQueue(f)
 		closeLog = func() {
-			// Closing would wait for a write that hangs.
+			// After a timeout a write hangs, and Close would wait for it.
 			if queue.Flush(flushLimit) {
-				_ = f.Close() // its lines are written
+				_ = f.Close() // every line is written, so an error loses none
 			}
 			o.app.flush()
 		}
-		// No other program empties the file that launchd makes of stderr.
-		if h, ok := told.(*os.File); ok {
+		// launchd writes stderr to a file (StandardErrorPath) and never truncates it.
+		if h, ok := direct.(*os.File); ok {
 			if err := logfile.Bound(h, logfile.DefaultMaxSize); err != nil {
 				o.app.talk("meshhelper: bound stderr: %v", err)
 			}

@@ -2,5 +2,5 @@
 
 package main
 
-// thisService returns nil: there is no service manager here that is known.
+// thisService returns nil: the helper can't be installed as a service on this platform.
 func thisService() *serviceHost { return nil }

@@ -17,12 +17,13 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
+// newSettingsCommand returns `settings`.
 func newSettingsCommand(a *app) *cobra.Command {
 	unset := ""
 	c := &cobra.Command{
-		Use: "settings [KEY [VALUE]]", Short: "Show or change what the helper was told to be",
-		Long: `Show or change what the helper was told to be. It is kept in the state folder; a
-flag of "run" overrides it, and the answer says so. The answer also says which
+		Use: "settings [KEY [VALUE]]", Short: "Show or change the helper's settings",
+		Long: `Show or change the helper's settings. They are kept in the state folder; a flag of
+"run" overrides its setting, and the answer says so. The answer also says which
 changes need a restart of the helper.
 
 KEY is one of
@@ -39,7 +40,7 @@ KEY is one of
 		RunE: func(c *cobra.Command, args []string) error {
 			switch {
 			case unset != "" && len(args) > 0:
-				return usagef("--unset takes its key by itself: got %q besides", args[0])
+				return usagef("--unset takes no other argument: got %q", args[0])
 			case c.Flags().Changed("unset"):
 				return a.changeSetting(c.Context(), unset, nil)
 			case len(args) == 2:
@@ -48,14 +49,15 @@ KEY is one of
 			return a.showSettings(c.Context(), args)
 		},
 	}
-	c.Flags().StringVar(&unset, "unset", "", "have `KEY` as if it was never set")
+	c.Flags().StringVar(&unset, "unset", "", "reset `KEY` to its default")
 	if err := c.RegisterFlagCompletionFunc("unset", cobra.FixedCompletions(wanted.SettingKeys(), cobra.ShellCompDirectiveNoFileComp)); err != nil {
-		panic(err) // the flag is there
+		panic(err) // the only error is a flag that doesn't exist, and it was added above
 	}
 	return c
 }
 
-// showSettings prints all settings, or the value of the one in args.
+// showSettings prints all settings as a table, or the value of the one in args. A single
+// value stands alone on stdout, for scripts, and is empty if the setting has none.
 func (a *app) showSettings(ctx context.Context, args []string) error {
 	if len(args) == 1 {
 		if err := checkSettingKey(args[0]); err != nil {
@@ -73,13 +75,13 @@ func (a *app) showSettings(ctx context.Context, args []string) error {
 			for _, one := range s.Settings {
 				fmt.Fprintf(w, "%s\t%s\t%s\n", one.Key, cmp.Or(one.Value, unset(one.Key)), sourceOf(one))
 			}
-			w.Flush() // into memory
+			w.Flush() // a strings.Builder returns no error
 			fmt.Fprint(a.stdout, wrapAt(a.columns, table.String(), func(line string) int { return len(listPrefix.FindString(line)) }))
 		})
 	}
 	one, ok := s.Of(args[0])
 	if !ok {
-		return api.Errorf(api.CodeUnknownSetting, "the helper, which is another version, has no setting %q", args[0])
+		return api.Errorf(api.CodeUnknownSetting, "the running helper, which is another version, has no setting %q", args[0])
 	}
 	return a.print(one, func() {
 		if one.Value != "" {
@@ -91,7 +93,7 @@ func (a *app) showSettings(ctx context.Context, args []string) error {
 	})
 }
 
-// unset says what counts where a setting has no value.
+// unset says what the helper uses for a setting that has no value.
 func unset(key string) string {
 	switch key {
 	case wanted.SettingEndpoint:
@@ -102,6 +104,8 @@ func unset(key string) string {
 	return "none"
 }
 
+// sourceOf says where a setting's value comes from: a flag of `run`, the state folder, or
+// the default. If the state folder has another value than the one in use, it names that.
 func sourceOf(s api.Setting) string {
 	switch {
 	case s.Source == api.SettingFlag && s.Kept != "" && s.Kept != s.Value:
@@ -116,7 +120,7 @@ func sourceOf(s api.Setting) string {
 	return "default"
 }
 
-// checkSettingKey refuses a key that doesn't exist.
+// checkSettingKey returns a usageError for a key that doesn't exist, with a suggestion.
 func checkSettingKey(key string) error {
 	for _, known := range wanted.SettingKeys() {
 		if key == known {
@@ -127,7 +131,8 @@ func checkSettingKey(key string) error {
 	return &usageError{err}
 }
 
-// changeSetting sets a key, or takes it away where value is nil.
+// changeSetting sets a key, or resets it if value is nil, and prints what now holds: the
+// value, what still keeps it from taking effect, and the configurations that no longer fit.
 func (a *app) changeSetting(ctx context.Context, key string, value *string) error {
 	if err := checkSettingKey(key); err != nil {
 		return err
@@ -145,15 +150,15 @@ func (a *app) changeSetting(ctx context.Context, key string, value *string) erro
 	return a.print(s, func() {
 		switch {
 		case value == nil && s.Already:
-			a.say("%s isn't set already", key)
+			a.say("%s is already unset", key)
 		case value == nil:
-			a.say("%s isn't set any more", key)
+			a.say("%s is now unset", key)
 		case s.Already:
-			a.say("%s is kept as %s already", key, one.Kept)
+			a.say("%s is already set to %s", key, one.Kept)
 		case one.Value == one.Kept:
 			a.say("%s is now %s", key, one.Kept)
 		default:
-			a.say("%s is kept as %s; now it is %s", key, one.Kept, cmp.Or(one.Value, unset(key)))
+			a.say("%s is set to %s; for now it stays %s", key, one.Kept, cmp.Or(one.Value, unset(key)))
 		}
 		a.talkOfSetting(s, one)
 		for _, p := range s.Problems {
@@ -163,7 +168,7 @@ func (a *app) changeSetting(ctx context.Context, key string, value *string) erro
 		a.sayRenumbered(s.Renumbered)
 		if len(s.Outdated) > 0 {
 			if key == wanted.SettingListenPort {
-				a.say("A router in front has to forward that UDP port to this host.")
+				a.say("A NAT router in front of this host has to forward that UDP port to it.")
 			}
 			a.say("A device whose configuration has another Endpoint needs a new one: %s", strings.Join(s.Outdated, ", "))
 			a.say("  meshhelper peer config NAME")
@@ -171,21 +176,23 @@ func (a *app) changeSetting(ctx context.Context, key string, value *string) erro
 	})
 }
 
-// talkOfSetting says what keeps a setting from counting now.
+// talkOfSetting says why a setting's kept value isn't in use: a flag of the running helper
+// overrides it, or it takes effect with the helper's next start.
 func (a *app) talkOfSetting(s api.Settings, one api.Setting) {
 	for _, key := range s.Overridden {
 		if key == one.Key {
-			a.talk("the helper runs with --%s %s, which overrides what is kept", key, one.Value)
+			a.talk("the helper runs with --%s %s, which overrides the setting", key, one.Value)
 		}
 	}
 	for _, key := range s.Restart {
 		if key == one.Key {
-			a.talk("%s counts after a restart of the helper: %s", key, restartCommand(s))
+			a.talk("%s takes effect after a restart of the helper: %s", key, restartCommand(s))
 		}
 	}
 }
 
-// restartCommand restarts an installed helper.
+// restartCommand returns the shell command that restarts the helper. Only an installed helper
+// has a label; one in the foreground is restarted by hand.
 func restartCommand(s api.Settings) string {
 	label, _ := s.Of(wanted.SettingLabel)
 	switch {
@@ -197,14 +204,14 @@ func restartCommand(s api.Settings) string {
 	return "end it and run it again"
 }
 
-// sayRenumbered lists the peers that get other addresses, and which lines of their
-// configurations change.
+// sayRenumbered lists the peers whose addresses change with the mesh prefixes, and the lines
+// of their configurations that change, so that a user can edit them on the device.
 func (a *app) sayRenumbered(peers []api.Renumbered) {
 	if len(peers) == 0 {
 		return
 	}
 	a.say("")
-	a.say("With the restart these peers get other addresses, and each device needs the lines below:")
+	a.say("With the restart these peers get new addresses, and each device needs the lines below:")
 	for _, p := range peers {
 		a.say("")
 		a.sayWrapped(p.Name+": ", "  ", fmt.Sprintf("%s instead of %s", joinAddresses(p.Is), joinAddresses(p.Was)))
@@ -216,8 +223,9 @@ func (a *app) sayRenumbered(peers []api.Renumbered) {
 	a.say("or print a whole configuration after the restart: meshhelper peer config NAME")
 }
 
-// takeSettings has what is kept in the state directory count where no flag was given, and
-// notes which were.
+// takeSettings reads the settings in dir and fills in those options that no flag gives. It
+// returns what the helper reports about them: the settings as kept, the flags that override
+// them, and the defaults of the others. o.kept lists the keys that count from the settings.
 func (o *runOptions) takeSettings(dir string) (start wanted.StartSettings, err error) {
 	if start.Kept, err = wanted.ReadSettings(dir); err != nil {
 		return start, err
@@ -251,7 +259,9 @@ func (o *runOptions) takeSettings(dir string) (start wanted.StartSettings, err e
 	return start, nil
 }
 
-// badValuef is an error about a flag, or about the setting of that key.
+// badValuef returns the error for a wrong value of key: a usageError if a flag gave it, and
+// else one that names the setting and how to override it, so that a helper that can't start
+// can be started.
 func (o *runOptions) badValuef(key, format string, args ...any) error {
 	what := fmt.Sprintf(format, args...)
 	if slices.Contains(o.kept, key) {
@@ -260,7 +270,8 @@ func (o *runOptions) badValuef(key, format string, args ...any) error {
 	return usagef("--%s: %s", key, what)
 }
 
-// hostName is this host's name, without its domain, or "".
+// hostName returns this host's name without its domain, or "" if there is none or it isn't a
+// valid setting.
 func hostName() string {
 	name, err := os.Hostname()
 	if err != nil {

@@ -9,14 +9,17 @@ import (
 	"syscall"
 )
 
-// endSignals end every command in order.
+// endSignals end every command in an orderly way. On Windows os.Interrupt is Ctrl-C, and
+// SIGTERM the closing of the console (os/signal).
 var endSignals = []os.Signal{os.Interrupt, syscall.SIGTERM}
 
+// handleSignals does nothing: endSignals are all there are.
 func handleSignals(ctx context.Context) (context.Context, func()) { return ctx, func() {} }
 
+// endingBy returns a context that ends with one of the signals, until stop is called.
 func endingBy(ctx context.Context, signals ...os.Signal) (_ context.Context, stop func()) {
 	return signal.NotifyContext(ctx, signals...)
 }
 
-// surviveClosedPipe does nothing: where a pipe is closed, a write to it only fails.
+// surviveClosedPipe does nothing: without SIGPIPE a write to a closed pipe only fails.
 func surviveClosedPipe() {}

@@ -10,32 +10,34 @@ import (
 	"syscall"
 )
 
-// endSignals end every command in order. SIGHUP is what a closed terminal sends.
+// endSignals end every command in an orderly way, so that it cleans up what it began. A
+// terminal that is closed sends SIGHUP.
 var endSignals = []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP}
 
-// handleSignals has the helper survive and hear what would end it where it stands,
-// with the packet filter, forwarding and the socket left behind. SIGABRT still ends
-// it so, and prints what each goroutine does.
+// handleSignals handles the signals that would otherwise end the helper at once and leave
+// the packet filter, forwarding and the socket as they are. The context that it returns
+// ends with SIGQUIT. SIGABRT isn't handled, so that it still prints all goroutines and
+// exits.
 func handleSignals(ctx context.Context) (context.Context, func()) {
 	surviveClosedPipe()
 	// A terminal with `stty tostop` stops the background process that writes to it.
-	// Where it is ignored the write succeeds (termios(3), TOSTOP); a handler would run
-	// again and again.
+	// With SIGTTOU ignored the write succeeds (termios(3), TOSTOP). With a handler the
+	// kernel would send the signal again for each attempt to write.
 	signal.Ignore(syscall.SIGTTOU)
 	return endingBy(ctx, syscall.SIGQUIT)
 }
 
-// surviveClosedPipe has a write to a closed pipe fail, and this process go on: with
-// standard output or error a closed pipe, Go ends a program for which no other handler is
-// set (os/signal, SIGPIPE). A handler and not SIG_IGN, which the programs that the helper
-// runs would inherit.
+// surviveClosedPipe makes a write to a closed pipe fail with EPIPE instead of ending the
+// process. Without it, Go ends a program that writes to a closed pipe on standard output or
+// standard error (os/signal, SIGPIPE). It sets a handler rather than SIG_IGN, because the
+// programs that the helper runs would inherit SIG_IGN (execve(2)).
 func surviveClosedPipe() { signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) }
 
-// endingBy returns a context that ends with a signal, until stop is called. It leaves
-// out what the caller has this process ignore, as nohup does with SIGHUP, and a shell
-// with SIGINT for what it starts with & (of others, Go keeps no record). A signal
-// that comes later doesn't cut the command's end short: that is bounded by itself,
-// and there is SIGKILL.
+// endingBy returns a context that ends with one of the signals, until stop is called. A
+// signal that the parent process set to be ignored stays ignored: nohup does that with
+// SIGHUP, and a shell with SIGINT for a command in the background. Go knows that of these
+// two only (runtime.initsig). A further signal doesn't cut the command's end short: the end
+// is bounded in time, and SIGKILL remains.
 func endingBy(ctx context.Context, signals ...os.Signal) (_ context.Context, stop func()) {
 	signals = slices.DeleteFunc(slices.Clone(signals), signal.Ignored)
 	if len(signals) == 0 { // Notify takes it for all signals
