@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -179,6 +180,71 @@ func TestChanged(t *testing.T) {
 	b.SetNames(nil)
 	if err := b.Save(func([]byte) error { return full }); !errors.Is(err, full) || !b.Changed() {
 		t.Errorf("a full disk: %v, changed %v", err, b.Changed())
+	}
+}
+
+// TestForgedAnswers has answers for this host's own name that aren't true among true ones: a
+// single one neither fills the room nor keeps the router's next address out, those that are seen
+// stay, and as long as some don't count, their number is known.
+func TestForgedAnswers(t *testing.T) {
+	forged := func(from, n int) (out []netip.Addr) {
+		for i := range n {
+			out = append(out, netip.AddrFrom4([4]byte{1, 0, byte((from + i) >> 8), byte(from + i)}))
+		}
+		return out
+	}
+	next := netip.MustParseAddr("203.0.113.10")
+	a, now := Outside{}.Answers("home.example", noon), noon
+	add := func(about string, answer []netip.Addr, counts, left int) {
+		t.Helper()
+		now = now.Add(time.Minute)
+		if got := a.Add(answer, now); got != left || len(a.Sorted()) != counts {
+			t.Errorf("%s: %d count and %d don't, want %d and %d", about, len(a.Sorted()), got, counts, left)
+		}
+	}
+	has := func(about string, want bool, addrs ...netip.Addr) {
+		t.Helper()
+		for _, one := range addrs {
+			if slices.Contains(a.Sorted(), one) != want {
+				t.Errorf("%s: %v counts: %v", about, one, !want)
+			}
+		}
+	}
+	add("true", []netip.Addr{home.Addr()}, 1, 0)
+	add("forged once", forged(0, MaxOutside), 1+maxNew, MaxOutside-maxNew)
+	add("true again", []netip.Addr{home.Addr()}, 1+maxNew, 0)
+	add("and the next", []netip.Addr{next}, 2+maxNew, 0)
+	has("after one forged answer", true, home.Addr(), next)
+	for i := range 2 {
+		add("forged", forged(maxNew*(1+i), maxNew), 2+maxNew*(2+i), 0)
+	}
+	add("forged until there is no room", forged(3*maxNew, maxNew), MaxOutside, 2)
+	has("those that were seen last", true, append(forged(3*maxNew, maxNew), home.Addr(), next)...)
+	has("those that were seen first", false, forged(0, 2)...)
+	add("no room, and a third", []netip.Addr{cafe.Addr()}, MaxOutside, 3)
+	has("no room, and a third", true, home.Addr(), next, cafe.Addr())
+	add("one that gave way", forged(0, 1), MaxOutside, 3)
+	has("one that gave way", true, forged(0, 1)...)
+
+	// The more forged answers in a row, the more give way.
+	for i := range 4 {
+		a.Add(forged(1000+maxNew*i, maxNew), now)
+	}
+	has("forged four times in a row", false, home.Addr(), next)
+	add("true at last", []netip.Addr{next, home.Addr()}, MaxOutside, MaxOutside-1) // no more are remembered
+	has("true at last", true, home.Addr(), next)
+
+	now = now.Add(OutsideFor)
+	add("a day later", []netip.Addr{next}, 1, 0)
+
+	// Of an answer with more than there is room for, none gives way to another.
+	many := append(forged(0, MaxOutside+3), next)
+	for left := MaxOutside + 3 - maxNew; left > 4; left -= maxNew {
+		add("many", many, MaxOutside+4-left, left)
+	}
+	for range 3 {
+		add("too many", many, MaxOutside, 4)
+		has("too many", true, append(forged(0, MaxOutside-1), next)...)
 	}
 }
 

@@ -119,8 +119,8 @@ func (r *Resolver) Failure(name string) error {
 // named is a name that is looked up.
 type named struct {
 	addr    netip.Addr
-	all     learned.Answers // of an own name
-	left    int             // how many of the last answer have no room in it
+	all     *learned.Answers // of an own name
+	left    int              // how many of the last answer have no room in it
 	due     time.Time
 	again   retry.Backoff // of a name that isn't found
 	asked   bool          // a look-up runs
