@@ -175,6 +175,7 @@ func New(o Options) (*Daemon, error) {
 	})
 	d.names = resolve.New(resolve.Options{
 		Names: d.endpointNames, Learned: d.learned, Lookup: o.Resolve,
+		Mesh: d.id.Prefixes, Device: d.hasDevice,
 		Changed: d.loop.Moved, Save: d.saveLearned, Logger: o.Logger,
 	})
 	d.explain = explain.New(explain.Options{
@@ -196,6 +197,13 @@ func (d *Daemon) wantedChanged(before, doc *wanted.Document) {
 // endpointNames returns the names in peers' endpoints and in this host's own.
 func (d *Daemon) endpointNames() (peers []string, own string) {
 	return peersNames(d.wanted.Document()), d.wanted.Settings().Endpoint.Name()
+}
+
+// hasDevice reports whether this host or a peer has the mesh address a.
+func (d *Daemon) hasDevice(a netip.Addr) bool {
+	return slices.Contains(d.id.Own[:], a) || slices.ContainsFunc(d.wanted.Document().Peers, func(p mesh.Peer) bool {
+		return slices.Contains(p.Addresses[:], a)
+	})
 }
 
 // peersNames returns the names in the endpoints of peers, which may repeat.

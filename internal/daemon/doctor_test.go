@@ -209,7 +209,8 @@ func TestDoctorFollowsTheEndpointSetting(t *testing.T) {
 	})
 }
 
-// TestDoctorAboutPeersNames names an endpoint that doesn't resolve, until it does.
+// TestDoctorAboutPeersNames names an endpoint that doesn't resolve, or only to an address inside
+// the tunnel, until it does.
 func TestDoctorAboutPeersNames(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		if _, err := r.d.AddPeer(context.Background(), api.NewPeer{Name: "nas", PublicKey: keyOf("nas"), Endpoint: "nas.example:51820"}); err != nil {
@@ -218,6 +219,13 @@ func TestDoctorAboutPeersNames(t *testing.T) {
 		r.after(time.Second)
 		if by, _ := r.doctor(); by["peers' endpoints"].OK || !strings.Contains(by["peers' endpoints"].Message, `"nas.example:51820" of nas doesn't resolve`) {
 			t.Errorf("%+v", by["peers' endpoints"])
+		}
+		for _, a := range append(r.d.id.Own.List(), r.d.wanted.Document().Peers[0].Addresses[:]...) {
+			r.resolveTo(a.String())
+			r.after(10 * resolve.Interval)
+			if by, _ := r.doctor(); by["peers' endpoints"].OK || !strings.Contains(by["peers' endpoints"].Message, a.String()+" is an address in the mesh") {
+				t.Errorf("resolved to %v: %+v", a, by["peers' endpoints"])
+			}
 		}
 		r.resolveTo("198.51.100.9")
 		r.after(10 * resolve.Interval)

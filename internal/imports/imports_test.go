@@ -47,7 +47,7 @@ var rooms = map[string][]string{
 	"internal/plain":      {},
 	"internal/policy":     {"internal/mesh"},
 	"internal/reconcile":  {"internal/api", "internal/events", "internal/guard", "internal/held", "internal/host", "internal/learned", "internal/mesh", "internal/policy", "internal/retry", "internal/tunnel", "internal/wanted"},
-	"internal/resolve":    {"internal/learned", "internal/retry"},
+	"internal/resolve":    {"internal/learned", "internal/mesh", "internal/retry"},
 	"internal/retry":      {},
 	"internal/stock":      {"internal/mesh"},
 	"internal/systemd":    {},
