@@ -185,6 +185,7 @@ func describeFamilies(f api.Families) string {
 func joinAddresses(as []netip.Addr) string { return joinTexts(as, " and ") }
 func listAddresses(as []netip.Addr) string { return joinTexts(as, "  ") }
 
+// joinTexts formats values and joins them.
 func joinTexts[T fmt.Stringer](values []T, between string) string {
 	texts := make([]string, len(values))
 	for i, v := range values {

@@ -177,6 +177,7 @@ func (v duration) String() string {
 	return v.d.String()
 }
 
+// Type returns the placeholder that the help shows after the flag.
 func (v duration) Type() string { return "DURATION" }
 
 func (v duration) Set(text string) (err error) {

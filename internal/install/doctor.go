@@ -22,20 +22,24 @@ type Check struct {
 	Message, Hint string
 }
 
+// fine returns c as passed, with a message.
 func (c Check) fine(format string, args ...any) Check {
 	c.OK, c.Message = true, fmt.Sprintf(format, args...)
 	return c
 }
 
+// wrong returns c as a problem, with what was found and what to do about it.
 func (c Check) wrong(message, hint string) Check {
 	c.Message, c.Hint = message, hint
 	return c
 }
 
-// unknown is for a check that couldn't be made, which is no problem by itself.
+// unknown returns c as passed for a check that couldn't be made: that a command isn't
+// understood says nothing about the service.
 func (c Check) unknown(err error) Check { return c.fine("not known: %v", err) }
 
-// checkLimit bounds each check.
+// checkLimit bounds each check, most of which run one command. launchctl and systemctl
+// answer in less than a second unless the service manager hangs.
 const checkLimit = 10 * time.Second
 
 // again is the hint for a problem that another install fixes.
@@ -56,6 +60,7 @@ func Checks(ctx context.Context, o *Options) []Check {
 	return runChecks(ctx, o.checkWrittenList, o.checkInstalled, o.checkService, o.checkEnabled, o.checkLoginItem, o.checkFirewall)
 }
 
+// runChecks makes the checks one after another, each within checkLimit.
 func runChecks(ctx context.Context, checks ...func(context.Context) Check) (out []Check) {
 	for _, check := range checks {
 		limit, cancel := context.WithTimeout(ctx, checkLimit)
@@ -108,6 +113,7 @@ func readJob(path string) (*launchd.Job, error) {
 	return launchd.Parse(data)
 }
 
+// checkInstalled checks that only root can replace the installed program.
 func (o *Options) checkInstalled(ctx context.Context) Check {
 	c := Check{Name: "program"}
 	if err := o.checkProgram(ctx); err != nil {
@@ -180,11 +186,12 @@ func (o *Options) startsAtBoot(ctx context.Context) error {
 	return err
 }
 
-// Limits of the part of a log that LastLines shows.
+// Limits of the part of a log that LastLines shows: enough for the error that ended the
+// helper, on one screen.
 const (
-	logLines  = 5
-	logBytes  = 16 << 10
-	lineRunes = 300
+	logLines  = 5        // lines of each file
+	logBytes  = 16 << 10 // bytes that are read from the end of each file
+	lineRunes = 300      // characters of each line
 )
 
 // LastLines returns the last lines of the helper's log and of its standard error, which

@@ -145,6 +145,7 @@ func parseApps(out, program string) appRule {
 	return appAbsent
 }
 
+// isNumber reports whether s is a decimal number, as each entry of --listapps begins with.
 func isNumber(s string) bool {
 	return s != "" && strings.Trim(s, "0123456789") == ""
 }

@@ -47,7 +47,8 @@ func InstallSteps(o *Options) []Step {
 // (os.ErrPermission).
 func Refusal(ctx context.Context, o *Options) error { return InstallSteps(o)[0].do(ctx) }
 
-// againLimit bounds the restart of a service that Install stopped and failed to upgrade.
+// againLimit bounds the restart of a service that Install stopped and failed to upgrade. It
+// has a limit of its own, because ctx may have ended.
 const againLimit = 2 * time.Minute
 
 // Install installs or upgrades the helper and returns when the helper answers. If it
@@ -63,6 +64,8 @@ func Install(ctx context.Context, o *Options, report Report) error {
 	return errors.Join(err, run(ctx, again, report))
 }
 
+// checkJob checks the property list by launchd's rules before anything is changed, and last
+// that this process is root, so that a dry run reports every other problem first.
 func (o *Options) checkJob(context.Context) error {
 	if v := o.job().Check(); len(v) > 0 {
 		return v[0]
@@ -88,6 +91,8 @@ func (o *Options) makeDirs(context.Context) error {
 	return nil
 }
 
+// makeDir creates a folder with that mode, or checks that an existing one belongs to root
+// and that no other user can write to it. It doesn't change an existing folder.
 func (o *Options) makeDir(path string, mode os.FileMode) error {
 	f, err := launchd.Lstat(o.disk(path))
 	if errors.Is(err, os.ErrNotExist) {
@@ -101,7 +106,7 @@ func (o *Options) makeDir(path string, mode os.FileMode) error {
 		return err
 	}
 	if !f.Mode.IsDir() || o.adopt(f).UID != 0 || f.Mode.Perm()&0o022 != 0 {
-		return fmt.Errorf("%s must be a folder that belongs to root and that no other user can write to (it has mode %v and belongs to user %d); look at what is in it, then run: chown -R 0 %q && chmod go-w %q", path, f.Mode, f.UID, path, path)
+		return fmt.Errorf("%s must be a folder that belongs to root and that no other user can write to (it has mode %v and belongs to user %d); check its content, then run: chown -R 0 %q && chmod go-w %q", path, f.Mode, f.UID, path, path)
 	}
 	return nil
 }
@@ -149,6 +154,8 @@ func (o *Options) checkProgram(context.Context) error {
 	return nil
 }
 
+// writeList writes the property list and checks its owner and mode, by which launchd
+// refuses to load a list (launchctl(1), load).
 func (o *Options) writeList(context.Context) error {
 	text, err := o.job().Render()
 	if err != nil {
@@ -169,6 +176,8 @@ func (o *Options) writeList(context.Context) error {
 	return nil
 }
 
+// keep writes the settings of this install. The helper is stopped, so that it can't write
+// the same file.
 func (o *Options) keep(context.Context) error {
 	if o.Keep == nil {
 		return errNothing
@@ -189,6 +198,8 @@ func (o *Options) stopJob(ctx context.Context) error {
 	return l.Bootout(ctx, o.Label)
 }
 
+// start starts the service. From here on Install doesn't start it again after a failure:
+// the service manager retries by itself.
 func (o *Options) start(ctx context.Context) error {
 	o.stopped = false
 	if o.Systemd {
@@ -198,6 +209,7 @@ func (o *Options) start(ctx context.Context) error {
 	return err
 }
 
+// launchctl returns the launchctl command of this host.
 func (o *Options) launchctl() *launchd.Launchctl {
 	return launchd.New(launchd.Options{Runner: o.Runner})
 }

@@ -49,6 +49,8 @@ func through(ctx context.Context, steps []Step, report Report) error {
 	return errors.Join(failed...)
 }
 
+// run runs a step, unless ctx has ended, and reports it. A step that had nothing to do isn't
+// reported. The error begins with the step's text.
 func run(ctx context.Context, s Step, report Report) error {
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("%s: %w", s.Text, err)

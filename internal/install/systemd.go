@@ -37,6 +37,7 @@ func (o *Options) Unit() string { return o.Label + ".service" }
 // UnitPath returns where the unit is installed.
 func (o *Options) UnitPath() string { return unitDir + "/" + o.Unit() }
 
+// wantsPath returns the link by which systemd starts the unit at boot.
 func (o *Options) wantsPath() string { return wantsDir + "/" + o.Unit() }
 
 // unitText returns the unit file. A comment in it explains each protection of
@@ -116,6 +117,9 @@ func quoteUnit(word string) string {
 	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`, `%`, `%%`, `$`, `$$`, "\n", `\n`).Replace(word) + `"`
 }
 
+// systemdInstallSteps returns the steps of [Install] on Linux. The program and the unit are
+// replaced while the old helper still runs, so that the mesh is down for as short as
+// possible.
 func (o *Options) systemdInstallSteps() []Step {
 	return []Step{
 		{"check that this runs as root and that systemd is running", false, o.checkUnit},
@@ -135,6 +139,9 @@ func (o *Options) systemdInstallSteps() []Step {
 // ErrNoSystemd is wrapped by Install's error if systemd isn't the service manager.
 var ErrNoSystemd = errors.New("systemd isn't this host's service manager")
 
+// checkUnit checks, before anything is changed, that systemd runs, that the unit's path is
+// free or the unit is ours, that no other user can replace the folders, and last that this
+// process is root.
 func (o *Options) checkUnit(context.Context) error {
 	if !o.HasSystemd() {
 		return fmt.Errorf("%w (there is no %s)", ErrNoSystemd, runDir)
@@ -167,6 +174,7 @@ func (o *Options) HasSystemd() bool {
 	return err == nil && info.IsDir()
 }
 
+// makeUnitDirs is makeDirs on Linux. Only root can read the state, with the private key.
 func (o *Options) makeUnitDirs(context.Context) error {
 	return errors.Join(o.makeDir(libexecDir, 0o755), o.makeDir(unitDir, 0o755), o.makeDir(o.StateDir, 0o700))
 }
@@ -195,6 +203,7 @@ func (o *Options) checkOwnedProgram(context.Context) error {
 	return f.Close()
 }
 
+// writeUnit writes the unit, which every user may read, as systemd's own units.
 func (o *Options) writeUnit(context.Context) error {
 	return replace(o.disk(o.UnitPath()), strings.NewReader(o.unitText()), 0o644)
 }
@@ -208,6 +217,9 @@ func (o *Options) systemctl(ctx context.Context, args ...string) error {
 	return err
 }
 
+// askSystemctl runs systemctl and returns its stdout. An exit status other than 0 is an
+// error with a hint, which quotes stderr. --no-ask-password keeps systemctl from waiting at
+// a terminal for the password of an encrypted disk.
 func (o *Options) askSystemctl(ctx context.Context, args ...string) (string, error) {
 	path := systemctlPaths[0]
 	for _, p := range systemctlPaths {
@@ -288,6 +300,8 @@ func (o *Options) checkUnitFile(context.Context) Check {
 	return c.fine("%s", o.UnitPath())
 }
 
+// checkUnitProgram checks that only root can replace the installed program. A user who may
+// not look into its folder gets no verdict.
 func (o *Options) checkUnitProgram(ctx context.Context) Check {
 	c := Check{Name: "program"}
 	if err := o.checkOwnedProgram(ctx); err != nil && !errors.Is(err, fs.ErrPermission) {
@@ -351,6 +365,7 @@ func (o *Options) stopUnit(ctx context.Context) error {
 	return err
 }
 
+// systemdUninstallSteps returns the steps of [Uninstall] on Linux.
 func (o *Options) systemdUninstallSteps() []Step {
 	u := &uninstaller{Options: o}
 	steps := []Step{
@@ -389,6 +404,7 @@ func (u *uninstaller) removeUnit(ctx context.Context) error {
 	return u.remover(u.UnitPath())(ctx)
 }
 
+// reload makes systemd forget the removed unit.
 func (u *uninstaller) reload(ctx context.Context) error {
 	if !u.HasSystemd() {
 		return errNothing

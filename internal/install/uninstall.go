@@ -58,7 +58,7 @@ func Uninstall(ctx context.Context, o *Options, report Report) (left []string, e
 type uninstaller struct {
 	*Options
 	stopped  bool // the service doesn't run
-	restored bool // the journal in StateDir isn't needed any more
+	restored bool // the host is as it was found, so the journal in StateDir is no longer needed
 }
 
 // stop unloads the service. A helper that is alive restores the host as it exits.
@@ -71,7 +71,8 @@ func (u *uninstaller) stop(ctx context.Context) error {
 // errAnother ends an uninstall: the files and the host's state belong to another helper.
 var errAnother = errors.New("a helper that isn't this service is running")
 
-// alone fails if another helper than the service of this label uses StateDir.
+// alone fails if a helper other than the service of this label uses StateDir: one in the
+// foreground, or a service with another label.
 func (u *uninstaller) alone(context.Context) error {
 	if !u.stopped || u.Held == nil {
 		return errNothing // restore reports that the service still runs
@@ -82,8 +83,8 @@ func (u *uninstaller) alone(context.Context) error {
 	return errNothing
 }
 
-// restore undoes what a helper that died left on the host. It refuses while a helper
-// runs, whose state that is.
+// restore undoes what a helper that died left on the host. It refuses while the helper
+// runs: its rules protect the host, and it would load them again.
 func (u *uninstaller) restore(ctx context.Context) error {
 	if !u.stopped {
 		return errors.New("the helper still runs")
@@ -97,6 +98,7 @@ func (u *uninstaller) restore(ctx context.Context) error {
 	return err
 }
 
+// remover returns a step that removes a file. A missing file is nothing to do.
 func (o *Options) remover(path string) func(context.Context) error {
 	return func(context.Context) error {
 		err := os.Remove(o.disk(path))
