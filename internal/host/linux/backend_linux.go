@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -29,16 +30,18 @@ import (
 // network namespace of the reading thread (proc(5)).
 const sysctlRoot = "/proc/sys/net"
 
-// Backend makes this Linux host enforce rulesets. All its methods except Watch must be
-// called from one goroutine at a time. It belongs to the network namespace of the thread
-// that called [New].
+// Backend makes this Linux host enforce rulesets. Except for Watch, Others, ByOthers, Way
+// and what Renderer returns, its methods must be called from one goroutine at a time. It
+// belongs to the network namespace of the thread that called [New].
 //
 // When the context of a call ends, the call stops before its next step and closes what it
 // has opened; that has a time limit of its own, closeLimit. A call that hangs in the
 // kernel is abandoned, and the next call starts once it has returned.
 type Backend struct {
 	o Options
-	// worker runs all methods, on a thread in the backend's network namespace.
+	// worker runs the methods that use the kernel or the fields below, on a thread in the
+	// backend's network namespace. Only Limits and Renderer run on the caller's goroutine;
+	// others has a worker of its own.
 	worker *worker
 	// nl is for links, addresses, routes and policy rules, xfrm for IPsec policies.
 	nl     *nlconn.Handle
@@ -76,13 +79,15 @@ type Backend struct {
 	loadedPorts portRange
 	// loadedParams are the parameters of that table.
 	loadedParams params
-	// render is the function that Renderer returns.
-	render func(*policy.Ruleset) (anchor, text string, err error)
+	// render is the function that Renderer returns; nil while no rules are loaded. It is
+	// atomic because an abandoned Enforce may still set it when Renderer is called.
+	render atomic.Pointer[func(*policy.Ruleset) (anchor, text string, err error)]
 	// cutOnce is set after the first Cut, which also ends flows from an earlier helper's
 	// time.
 	cutOnce bool
 	// unbounded is set if the kernel lacks the modules that count flows and set timeouts.
-	unbounded bool
+	// It is atomic for the same reason as render: Limits reads it.
+	unbounded atomic.Bool
 	// sources is the last observed value of params.sources.
 	sources map[bool]netip.Addr
 	// maxFlows overrides flowsPerPeer in tests; 0: not set.
@@ -586,7 +591,7 @@ func (p *Backend) enforceTable(ctx context.Context, r *policy.Ruleset) error {
 	with := p.params()
 	t := compile(r, with)
 	loaded := func() {
-		if p.unbounded { // applyBounded may have found that out just now
+		if p.unbounded.Load() { // applyBounded may have found that out just now
 			with.flowsPerPeer = p.flowsPerPeer()
 		}
 		p.enforced, p.last, p.loadedPorts = r, r, p.ports.now
@@ -610,11 +615,17 @@ func (p *Backend) enforceTable(ctx context.Context, r *policy.Ruleset) error {
 // renderWith makes Renderer render with these parameters.
 func (p *Backend) renderWith(with params) {
 	p.loadedParams = with
-	p.render = func(r *policy.Ruleset) (anchor, text string, err error) { return "", compile(r, with).String(), nil }
+	f := func(r *policy.Ruleset) (anchor, text string, err error) { return "", compile(r, with).String(), nil }
+	p.render.Store(&f)
 }
 
-// Renderer implements [host.Renderer].
-func (p *Backend) Renderer() func(*policy.Ruleset) (anchor, text string, err error) { return p.render }
+// Renderer implements [host.Renderer]. It doesn't wait for a call that hangs.
+func (p *Backend) Renderer() func(*policy.Ruleset) (anchor, text string, err error) {
+	if f := p.render.Load(); f != nil {
+		return *f
+	}
+	return nil
+}
 
 // failClosed stops peers' packets after the table couldn't be loaded: it loads the closed
 // table and switches forwarding off. Even if no table can be loaded the interface stays

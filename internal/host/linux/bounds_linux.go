@@ -21,7 +21,7 @@ func (p *Backend) flowsPerPeer() uint32 {
 
 // flowsOf is flowsPerPeer for a maximum of states entries; 0: not known.
 func (p *Backend) flowsOf(states int) uint32 {
-	if p.unbounded {
+	if p.unbounded.Load() {
 		return 0
 	}
 	if p.maxFlows > 0 {
@@ -39,13 +39,13 @@ func (p *Backend) flowsOf(states int) uint32 {
 // guard's bounds hold on such a kernel, too.
 func (p *Backend) applyBounded(t *table, r *policy.Ruleset, with params) error {
 	err := p.filter.apply(t)
-	if err == nil || p.unbounded || !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.ENOENT) {
+	if err == nil || p.unbounded.Load() || !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.ENOENT) {
 		return err
 	}
-	p.unbounded = true
+	p.unbounded.Store(true)
 	with.flowsPerPeer = p.flowsPerPeer()
 	if again := p.filter.apply(compile(r, with)); again != nil {
-		p.unbounded = false
+		p.unbounded.Store(false)
 		return errors.Join(err, again)
 	}
 	return nil
@@ -53,7 +53,7 @@ func (p *Backend) applyBounded(t *table, r *policy.Ruleset, with params) error {
 
 // boundProblems reports a kernel that can't bound flows.
 func (p *Backend) boundProblems() []host.Problem {
-	if !p.unbounded {
+	if !p.unbounded.Load() {
 		return nil
 	}
 	return []host.Problem{{

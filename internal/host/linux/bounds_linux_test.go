@@ -179,7 +179,7 @@ func TestKernelThatCantBound(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	defer w.close()
-	w.p.unbounded = true
+	w.p.unbounded.Store(true)
 	r := w.enforce(meshOf(grants{ann: all}))
 	report := w.inspect(r)
 	if len(report.Drift) > 0 || len(report.Problems) != 1 || !strings.Contains(report.Problems[0].Message, "can't count") {
@@ -298,7 +298,7 @@ func TestKernelRefusesToBound(t *testing.T) {
 					return nil
 				})
 				if c.closes && !late {
-					if err == nil || refused == 0 || w.p.unbounded {
+					if err == nil || refused == 0 || w.p.unbounded.Load() {
 						t.Errorf("opened, %d refused: %v", refused, err)
 					}
 					return
@@ -317,7 +317,7 @@ func TestKernelRefusesToBound(t *testing.T) {
 					return nil
 				})
 				if c.closes {
-					if err == nil || w.p.unbounded {
+					if err == nil || w.p.unbounded.Load() {
 						t.Errorf("enforced, %d refused: %v", refused, err)
 					}
 					return
@@ -607,7 +607,8 @@ func BenchmarkNewFlows(b *testing.B) {
 				g := newRig(b)
 				g.open()
 				defer g.close()
-				g.p.unbounded, g.p.maxFlows = !counted, 1<<20
+				g.p.unbounded.Store(!counted)
+				g.p.maxFlows = 1 << 20
 				g.enforce(meshOf(grants{ann: all}))
 				to := netip.AddrPortFrom(netlab.Addresses().I.V4, 5000)
 				for i := range have {

@@ -92,6 +92,47 @@ func TestStalledStep(t *testing.T) {
 	}
 }
 
+// TestRendererBesideAHungCall reads Renderer and Limits while an abandoned Enforce goes
+// on: neither waits for it, and the race detector finds nothing.
+func TestRendererBesideAHungCall(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	defer w.close()
+	r := w.enforce(meshOf(grants{ann: all}))
+	w.p.worker.grace = shortly
+	release, loads := make(chan struct{}), 0
+	w.p.o.Step = func(name string) {
+		if name != StepTable {
+			return
+		}
+		if loads++; loads == 2 { // the table is loaded
+			<-release
+		}
+	}
+	narrower, err := policy.Compile(meshOf(grants{ann: mesh.Incoming}), r.Host(), time.Unix(0, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), shortly)
+	defer cancel()
+	if err := w.p.Enforce(ctx, narrower); !errors.Is(err, errHung) {
+		t.Fatalf("Enforce doesn't hang: %v", err)
+	}
+	read := func() {
+		if w.p.Renderer() == nil {
+			t.Error("no renderer while rules are loaded")
+		}
+		w.p.Limits()
+	}
+	returns(t, "Renderer", read)
+	close(release)
+	read() // in no order with what Enforce writes now
+	if err := w.p.run(context.Background(), func() error { return nil }); err != nil {
+		t.Error("a call after the one that hung:", err)
+	}
+	read()
+}
+
 // stall makes a step wait, once.
 func (g *rig) stall(step string, release <-chan struct{}) {
 	var once sync.Once
