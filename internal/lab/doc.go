@@ -33,6 +33,7 @@
 //
 // A test that has to end the helper at a step, or to look at the host there, sets
 // Options.Step of the host that it runs: it is called before and after each step that
-// changes the host. On a simulated Mac it calls Process.Kill of simmac there; in trial,
-// where the helper is another process, a stepper waits in it and sends SIGKILL.
+// changes the host. On a simulated Mac, simmac's Stepper adds calls after each command and
+// routing message of a step, and the test calls Process.Kill there; in trial, where the
+// helper is another process, a stepper waits in it and sends SIGKILL.
 package lab

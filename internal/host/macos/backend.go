@@ -33,8 +33,6 @@ type Backend struct {
 	sysctl   *darwin.Sysctl
 	ifconfig *darwin.Ifconfig
 	router   *darwin.Router
-	// currentStep is the step in progress, one of Steps; empty between steps.
-	currentStep string
 
 	j    *journal
 	cfg  host.Interface // as Open was given it
@@ -95,9 +93,7 @@ func New(o Options) (*Backend, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Backend{findForeign: FindForeign, path: path, j: &journal{}, cuts: cutRecord{until: map[netip.Addr]time.Time{}}}
-	o.Runner, o.Kernel = steppedRunner{o.Runner, p.afterChange}, steppedKernel{o.Kernel, p.afterChange}
-	p.o = o
+	p := &Backend{o: o, findForeign: FindForeign, path: path, j: &journal{}, cuts: cutRecord{until: map[netip.Addr]time.Time{}}}
 	p.pf, p.sysctl = darwin.NewPF(o.Runner), darwin.NewSysctl(o.Runner, o.Kernel)
 	p.ifconfig, p.router = darwin.NewIfconfig(o.Runner), darwin.NewRouter(o.Kernel)
 	return p, nil
@@ -106,21 +102,10 @@ func New(o Options) (*Backend, error) {
 // step runs one enforcing step, and returns its error as a [host.StepError] with the
 // step's name. Steps may nest: the error keeps the name of the inner one.
 func (b *Backend) step(name string, do func() error) error {
-	outer := b.currentStep
-	b.currentStep = name
 	b.o.Step(name)
 	err := do()
 	b.o.Step(name)
-	b.currentStep = outer
 	return asStepError(name, err)
-}
-
-// afterChange calls Options.Step within a step, after a command or a routing message
-// that may have changed the Mac.
-func (b *Backend) afterChange() {
-	if b.currentStep != "" {
-		b.o.Step(b.currentStep)
-	}
 }
 
 // asStepError returns err as a [host.StepError] of the step, unless it is one

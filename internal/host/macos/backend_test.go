@@ -32,8 +32,8 @@ type rig struct {
 	p    *Backend
 	dir  string
 	dev  tun.Device
-	step func(string)
-	ran  func() // after each command
+	step func(string) // called by a simmac.Stepper
+	ran  func()       // after each command
 	// lost is an argument with which a command runs and its end isn't heard of, once.
 	lost string
 }
@@ -63,15 +63,13 @@ func newRig(t *testing.T) *rig {
 // renew makes another backend, as another start of the helper does.
 func (g *rig) renew() {
 	g.t.Helper()
-	var err error
-	g.p, err = New(Options{
-		StateDir: g.dir, Runner: g, Kernel: g.mac, CreateTUN: g.mac.CreateTUN,
-		Step: func(name string) {
-			if g.step != nil {
-				g.step(name)
-			}
-		},
+	s := simmac.NewStepper(g, g.mac, func(name string) {
+		if g.step != nil {
+			g.step(name)
+		}
 	})
+	var err error
+	g.p, err = New(Options{StateDir: g.dir, Runner: s, Kernel: s, CreateTUN: g.mac.CreateTUN, Step: s.Step})
 	g.must(err)
 	p := g.p
 	g.t.Cleanup(func() { p.cuts.save(time.Minute) }) // before the folder goes
@@ -588,10 +586,10 @@ func TestBusyTableIsTriedAgain(t *testing.T) {
 	g.clean(g.enforce(testMesh(2, everything)))
 }
 
-// killed is what Options.Step panics with, in place of a SIGKILL.
+// killed is what step panics with, in place of a SIGKILL.
 type killed struct{}
 
-// until runs do and kills the backend in the nth call of Options.Step. The kernel
+// until runs do and kills the backend in the nth call of step. The kernel
 // closes the device; nothing cleans up.
 func (g *rig) until(nth int, do func()) (step string, died bool) {
 	n := 0
@@ -670,8 +668,8 @@ func TestKilledAtEachStep(t *testing.T) {
 }
 
 // TestEachChangeIsSeen checks that a test can kill the helper between any two changes
-// of the Mac: at most one comes between two calls of Options.Step, and none before the
-// first or after the last.
+// of the Mac: at most one comes between two calls of step, and none before the first or
+// after the last.
 func TestEachChangeIsSeen(t *testing.T) {
 	g := newRig(t)
 	last, changes, unseen := g.mac.Dump(), 0, ""
@@ -681,7 +679,7 @@ func TestEachChangeIsSeen(t *testing.T) {
 			return
 		}
 		if changes++; unseen != "" {
-			t.Errorf("no call of Step between this change and the next: %s", unseen)
+			t.Errorf("no call of step between this change and the next: %s", unseen)
 		}
 		last, unseen = now, cmp.Diff(last, now)
 	}
@@ -693,7 +691,7 @@ func TestEachChangeIsSeen(t *testing.T) {
 	}
 	g.life()
 	if g.ran(); unseen != "" || changes < 10 || calls < changes {
-		t.Errorf("%d changes, %d calls of Step; not seen: %s", changes, calls, unseen)
+		t.Errorf("%d changes, %d calls of step; not seen: %s", changes, calls, unseen)
 	}
 }
 

@@ -3,7 +3,9 @@ package macos
 import (
 	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/meshhelper/meshhelper/darwin"
 	"github.com/meshhelper/meshhelper/internal/host"
@@ -109,6 +111,53 @@ func TestByOthers(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestByOthersBesideEnforce calls ByOthers while Enforce, Inspect and Cut run: it takes no
+// part in their steps, and the race detector finds nothing.
+func TestByOthersBesideEnforce(t *testing.T) {
+	g := newRig(t)
+	var p *Backend
+	packet, asking, asked := judged{}, false, false
+	ask := func() {
+		if _, err := p.ByOthers(t.Context(), packet.Packet, packet.out, false); err != nil {
+			t.Error(err)
+		}
+	}
+	p, err := New(Options{StateDir: g.dir, Runner: g, Kernel: g.mac, CreateTUN: g.mac.CreateTUN, Step: func(name string) {
+		switch {
+		case asking:
+			t.Errorf("ByOthers takes part in the step %q", name)
+		case name == StepTables && !asked:
+			asking, asked = true, true
+			ask()
+			asking = false
+		}
+	}})
+	g.must(err)
+	g.p = p
+	t.Cleanup(func() { p.cuts.save(time.Minute) }) // before the folder goes
+	g.open()
+	packet = packetsToJudge(p.name)["web"]
+	g.enforce(testMesh(2, mesh.Routing))
+	g.enforce(testMesh(3, mesh.Routing)) // by tables
+	if !asked {
+		t.Error("ByOthers wasn't called in a step")
+	}
+
+	p.o.Step = func(string) {}
+	var beside sync.WaitGroup
+	beside.Go(func() {
+		for range 20 {
+			ask()
+		}
+	})
+	for i := range 10 {
+		r := g.enforce(testMesh(2+i%2, mesh.Routing))
+		g.inspect(r)
+		g.must(p.Cut(t.Context(), r, policy.Diff(nil, r)))
+	}
+	beside.Wait()
 }
 
 // TestByOthersWithoutFilter asks while the packet filter is off, and while it is on for

@@ -26,8 +26,8 @@ type Options struct {
 	Now func() time.Time // optional; time.Now
 	// Log receives warnings; nil discards them.
 	Log *slog.Logger // optional
-	// Step is called with one of [Steps] before and after each enforcing step, and after
-	// each command and routing message in it, so that tests can kill the process there.
+	// Step is called with one of [Steps] before and after each enforcing step, so that
+	// tests can kill the process there.
 	Step func(name string) // optional
 }
 

@@ -30,7 +30,8 @@ func newComputer(t *testing.T) *hosttest.Computer {
 	var dev tun.Device
 	return &hosttest.Computer{
 		Start: func(step func(string)) (host.Host, error) {
-			p, err := New(Options{StateDir: g.dir, Runner: g, Kernel: g.mac, Step: step, CreateTUN: func(name string, mtu int) (tun.Device, error) {
+			s := simmac.NewStepper(g, g.mac, step)
+			p, err := New(Options{StateDir: g.dir, Runner: s, Kernel: s, Step: s.Step, CreateTUN: func(name string, mtu int) (tun.Device, error) {
 				var err error
 				dev, err = g.mac.CreateTUN(name, mtu)
 				return dev, err

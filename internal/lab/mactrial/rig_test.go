@@ -45,9 +45,9 @@ type rig struct {
 	mac *simmac.Mac
 	dir string
 
-	// onStep is called in each call of the host's Options.Step, so that the helper waits
-	// for it; steps are the names that were passed by the helper's process, and killAt
-	// is the number of the call in which it is killed.
+	// onStep is called in each call of step, so that the helper waits for it; steps are
+	// the names that were passed by the helper's process, and killAt is the number of the
+	// call in which it is killed.
 	onStep func()
 	steps  []string
 	killAt int
@@ -122,8 +122,8 @@ func (g *rig) must(err error) {
 	}
 }
 
-// step is the host's Options.Step: it kills the helper in the call that killAt names,
-// and then calls onStep.
+// step is called by a [simmac.Stepper]: it kills the helper in the call that killAt
+// names, and then calls onStep.
 func (g *rig) step(name string) {
 	g.probing.Lock()
 	defer g.probing.Unlock()
@@ -136,7 +136,7 @@ func (g *rig) step(name string) {
 	}
 }
 
-// killIn makes the helper be killed in the nth call of Options.Step from now on, or never
+// killIn makes the helper be killed in the nth call of step from now on, or never
 // if n is 0. It returns how many calls there were so far.
 func (g *rig) killIn(n int) int {
 	g.probing.Lock()
@@ -162,8 +162,9 @@ func (g *rig) begin() error {
 	g.probing.Unlock()
 	g.dead, g.buried = context.WithCancel(context.Background())
 	log := slog.New(slog.DiscardHandler)
+	stepper := simmac.NewStepper(g.proc, g.proc, g.step)
 	platform, err := macos.New(macos.Options{
-		StateDir: g.dir, Runner: g.proc, Kernel: g.proc, CreateTUN: g.createTUN, Log: log, Step: g.step})
+		StateDir: g.dir, Runner: stepper, Kernel: stepper, CreateTUN: g.createTUN, Log: log, Step: stepper.Step})
 	if err != nil {
 		return err
 	}
@@ -359,10 +360,10 @@ func (w *tunnelDevice) Sync([]tunnel.Peer) error {
 	w.rig.rounds.Add(1)
 	return nil
 }
-func (w *tunnelDevice) ListenPort() uint16       { return 51820 }
+func (w *tunnelDevice) ListenPort() uint16               { return 51820 }
 func (w *tunnelDevice) SetOwnEndpoints([]netip.AddrPort) {}
-func (w *tunnelDevice) Listening() error         { return nil }
-func (w *tunnelDevice) Done() <-chan struct{}    { return w.done }
+func (w *tunnelDevice) Listening() error                 { return nil }
+func (w *tunnelDevice) Done() <-chan struct{}            { return w.done }
 func (w *tunnelDevice) Rebind(context.Context) error {
 	w.rig.binds.Add(1)
 	return nil

@@ -17,7 +17,7 @@ var ErrKilled = errors.New("the process was killed")
 // A Process is a program that runs on the Mac as root, with the same methods as the Mac
 // itself. When it is killed, its tunnels and sockets close, and its later calls fail
 // without an effect. A test that kills the helper at a step calls [Process.Kill] from
-// the host's Options.Step.
+// the function of a [Stepper].
 type Process struct {
 	mac *Mac
 
