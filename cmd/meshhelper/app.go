@@ -53,6 +53,7 @@ type app struct {
 	getenv         func(string) string
 	random         io.Reader // source of private keys
 	terminal       bool      // whether stdout is a terminal
+	root           bool      // whether the user is root, who needs no sudo
 	columns, rows  int       // size of stdout's terminal; 0 where stdout is no terminal
 	talkColumns    int       // width of stderr's terminal; 0 where stderr is no terminal
 
@@ -83,8 +84,8 @@ type app struct {
 
 // errWriter is a command's standard output. It keeps the first error of a write, so that
 // a command whose output is lost, for example on a full disk, doesn't exit with status 0.
-// A standard output that the caller closed goes unnoticed: the Go runtime opens /dev/null
-// in its place (runtime.checkfds, runtime/fds_unix.go).
+// A standard output that the caller closed goes unnoticed, because the Go runtime opens
+// /dev/null in its place: see discardsOutput.
 type errWriter struct {
 	to  io.Writer
 	err error // of the first write that failed
@@ -114,6 +115,17 @@ func (a *app) outputError() error {
 		out.err = f.Sync()
 	}
 	return out.err
+}
+
+// discardsOutput reports whether what is written to stdout is lost: stdout is the null
+// device, or the caller closed it.
+func (a *app) discardsOutput() bool {
+	out, ok := a.stdout.(*errWriter)
+	if !ok {
+		return false
+	}
+	f, ok := out.to.(*os.File)
+	return ok && isNullDevice(f)
 }
 
 // main runs the command with args and returns its exit status. An error goes to stderr, as
@@ -188,15 +200,16 @@ const (
 // sayErrorJSON writes an error to stderr as one line of JSON, in the form of the helper's
 // error answers: {"error": {"code": ..., "message": ..., "hint": ...}}.
 func (a *app) sayErrorJSON(cmd *cobra.Command, err error) {
-	out := api.Error{Code: codeFailed, Message: err.Error(), Hint: a.reachHint(err)}
+	out := errorAnswer{api.Error{Code: codeFailed, Message: err.Error(), Hint: a.reachHint(err)}}
 	var refused *api.Error
+	var hinted *hintedError
+	if errors.As(err, &hinted) {
+		out.setHint(hinted.hint)
+	}
 	switch {
 	case errors.As(err, &refused):
 		out.Code = refused.Code
-		// A wrapped error keeps its whole text as the message, and has no hint.
-		if err == error(refused) {
-			out = *refused
-		}
+		out.setHint(refused.Hint)
 	case exitStatus(err) == exitUsage:
 		out.Code, out.Hint = codeUsage, "see: "+cmd.CommandPath()+" --help"
 	case errors.Is(err, api.ErrUnreachable):
@@ -209,7 +222,32 @@ func (a *app) sayErrorJSON(cmd *cobra.Command, err error) {
 	enc := json.NewEncoder(a.stderr)
 	enc.SetEscapeHTML(false)
 	// If stderr takes nothing, the exit status still reports the error.
-	_ = enc.Encode(map[string]api.Error{"error": out})
+	_ = enc.Encode(map[string]api.Error{"error": out.Error})
+}
+
+// errorAnswer is an error that sayErrorJSON writes.
+type errorAnswer struct{ api.Error }
+
+// setHint moves hint out of the message, at whose end the error's text has it, into a field
+// of its own. A message that goes on after the hint, as with errors.Join, keeps it.
+func (e *errorAnswer) setHint(hint string) {
+	if message, ends := strings.CutSuffix(e.Message, "; "+hint); ends && hint != "" {
+		e.Message, e.Hint = message, hint
+	}
+}
+
+// hintedError is an error with what to do about it.
+type hintedError struct {
+	err  error
+	hint string
+}
+
+func (e *hintedError) Error() string { return e.err.Error() + "; " + e.hint }
+func (e *hintedError) Unwrap() error { return e.err }
+
+// hintf adds a hint to err, which isn't nil.
+func hintf(err error, format string, args ...any) error {
+	return &hintedError{err, fmt.Sprintf(format, args...)}
 }
 
 // usageError is an argument that is wrong by itself, without regard to the helper's state
@@ -279,8 +317,12 @@ host, reach the internet through it, or reach its networks.`,
 		},
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		PersistentPreRun: func(*cobra.Command, []string) {
+		PersistentPreRunE: func(c *cobra.Command, _ []string) error {
 			a.started = true
+			if a.socket == "" {
+				return usagef("--socket is empty; leave it out for the default, or give a path")
+			}
+			return nil
 		},
 	}
 	flags := root.PersistentFlags()

@@ -105,7 +105,11 @@ func (a *app) explain(ctx context.Context, q api.Question, file, language string
 		return api.Explanation{}, err
 	}
 	q.Peer = p.Name
-	return explain.Explain(r, q, languages[language])
+	var grants mesh.Grants
+	for i, one := range p.Permissions {
+		grants[i] = mesh.Grant{Allowed: one.Allowed, Until: one.Until}
+	}
+	return explain.Explain(r, q, grants, languages[language])
 }
 
 // destination is the DESTINATION of explain, as far as it is more than an address.
@@ -127,7 +131,9 @@ func parseQuestion(peer, to, proto, from string) (t *destination, q api.Question
 	}
 	if q.To, err = netip.ParseAddr(to); err != nil {
 		if target, failed := netip.ParseAddrPort(to); failed == nil {
-			q.To, q.Port = target.Addr(), target.Port()
+			if q.To, q.Port = target.Addr(), target.Port(); q.Port == 0 {
+				return t, q, usagef("destination %q: the port is a number from 1 to 65535", to)
+			}
 		} else if t.name, q.Port, err = parseNamed(to); err != nil {
 			return t, q, err
 		}

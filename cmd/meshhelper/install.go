@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -136,7 +137,7 @@ func (o *installOptions) printPlan(ctx context.Context, what *install.Options) e
 	}
 	err := install.Refusal(ctx, what)
 	if errors.Is(err, os.ErrPermission) {
-		o.app.talk("install itself needs root: sudo %s install", o.app.commandName())
+		o.app.talk("install itself needs root: %s", o.app.asRoot("install"))
 		return nil
 	}
 	return o.app.serviceError("install", err)
@@ -180,7 +181,7 @@ func (o *installOptions) describe(s api.Status, what *install.Options, boots boo
 		a.say("%s may change the mesh.", o.operator)
 	}
 	if o.caller != o.operator && o.caller != "" {
-		a.talk("%s may not: the operator stays the same; to change it: sudo %s install --operator %[1]s", o.caller, a.commandName())
+		a.talk("%s may not: the operator stays the same; to change it: %s", o.caller, a.asRoot("install --operator "+o.caller))
 	}
 	if s.State != api.Enforcing {
 		return
@@ -210,10 +211,10 @@ func closedError(s api.Status) error {
 		p := s.Problems[0]
 		err = fmt.Errorf("%w: %s: %s", err, p.Step, p.Message)
 		if p.Hint != "" {
-			return fmt.Errorf("%w; %s", err, p.Hint)
+			return hintf(err, "%s", p.Hint)
 		}
 	}
-	return fmt.Errorf("%w; see: meshhelper doctor", err)
+	return hintf(err, "see: meshhelper doctor")
 }
 
 // options returns what to install, from the flags. The operator is that of --operator, else
@@ -354,15 +355,39 @@ func (a *app) commandName() string {
 	return path
 }
 
+// sudo returns what comes before a command that root has to run: nothing if the user is.
+func (a *app) sudo() string {
+	if a.root {
+		return ""
+	}
+	return "sudo "
+}
+
+// asRoot returns the shell command that runs this program with arguments as root.
+func (a *app) asRoot(arguments string) string {
+	return a.sudo() + a.commandName() + " " + arguments
+}
+
+// plainWord matches a word that no shell interprets.
+var plainWord = regexp.MustCompile(`^[A-Za-z0-9_@%+=:,./-]+$`)
+
+// shellWord returns text as one word of a shell command, in quotes if it needs them.
+func shellWord(text string) string {
+	if plainWord.MatchString(text) {
+		return text
+	}
+	return "'" + strings.ReplaceAll(text, "'", `'\''`) + "'"
+}
+
 // startHint says how to start the helper. That is the service if one is installed and the
 // command uses its socket, else install or run, whichever fits the host.
 func (a *app) startHint() string {
-	run := fmt.Sprintf("sudo %s run", a.commandName())
 	if a.service == nil {
-		return "start it with: " + run
+		return "start it with: " + a.runCommand(systemSocket())
 	}
 	label := a.service.defaultLabel()
 	what := a.installed(label)
+	run := a.runCommand(what.Socket)
 	installed := func(path string) bool {
 		_, err := os.Stat(filepath.Join(a.service.root, path))
 		return err == nil
@@ -371,13 +396,23 @@ func (a *app) startHint() string {
 	case a.socket != what.Socket:
 		return "start it with: " + run
 	case a.service.systemd && installed(what.UnitPath()):
-		return "start it with: sudo systemctl start " + label
+		return "start it with: " + a.sudo() + "systemctl start " + label
 	case !a.service.systemd && installed(what.List()):
-		return "start it with: sudo launchctl bootstrap system " + what.List()
+		return "start it with: " + a.sudo() + "launchctl bootstrap system " + what.List()
 	case a.service.systemd && !what.HasSystemd():
 		return "start it with: " + run
 	}
-	return fmt.Sprintf("sudo %s install, or in the foreground: %s", a.commandName(), run)
+	return fmt.Sprintf("%s, or in the foreground: %s", a.asRoot("install"), run)
+}
+
+// runCommand returns the command that starts a helper on the socket that this command uses.
+// Without --socket root's helper takes the system's, which is where a user whose own helper
+// is gone looks next. sudo drops the environment, and with it MESHHELPER_SOCKET.
+func (a *app) runCommand(system string) string {
+	if a.socket == system || a.socket == a.userSocket() {
+		return a.asRoot("run")
+	}
+	return a.asRoot("run --socket " + shellWord(a.socket))
 }
 
 // newUninstallCommand returns `uninstall`. It doesn't ask the helper, which may be dead, but
@@ -413,6 +448,9 @@ found, and remove what was installed. It also works if the helper is dead.`,
 
 // printLeft says which files of the helper remain, without --purge the keys and the state.
 func (a *app) printLeft(left []string, purge bool) error {
+	if left == nil {
+		left = []string{} // an empty list in JSON, not null
+	}
 	return a.print(map[string]any{"left": left}, func() {
 		if len(left) == 0 {
 			a.say("Nothing of the helper is left.")
@@ -420,7 +458,7 @@ func (a *app) printLeft(left []string, purge bool) error {
 		}
 		a.say("Left: %s", strings.Join(left, ", "))
 		if !purge {
-			a.talk("to remove the keys, all peers and the logs as well: sudo %s uninstall --purge", a.commandName())
+			a.talk("to remove the keys, all peers and the logs as well: %s", a.asRoot("uninstall --purge"))
 		}
 	})
 }
@@ -457,16 +495,16 @@ func (a *app) serviceError(command string, err error) error {
 	case err == nil:
 		return nil
 	case errors.Is(err, install.ErrNoSystemd):
-		return fmt.Errorf("%w; have this host's service manager run the helper, or run it in the foreground: sudo %s run", err, a.commandName())
+		return hintf(err, "have this host's service manager run the helper, or run it in the foreground: %s", a.asRoot("run"))
 	case errors.Is(err, os.ErrPermission):
-		return api.Errorf(api.CodeForbidden, "%v", err).WithHint("try: sudo %s %s", a.commandName(), command)
+		return api.Errorf(api.CodeForbidden, "%v", err).WithHint("try: %s", a.asRoot(command))
 	case errors.As(err, &e):
-		return fmt.Errorf("%w; %s", err, e.Hint())
+		return hintf(err, "%s", e.Hint())
 	case errors.Is(err, api.ErrUnreachable):
 		// The service is installed but doesn't answer, so the usual hint, to install or
 		// start it, doesn't help. The second line is that the time is over.
 		what, _, _ := strings.Cut(err.Error(), "\n")
-		return fmt.Errorf("%s; see why: sudo %s doctor", what, a.commandName())
+		return hintf(errors.New(what), "see why: %s", a.asRoot("doctor"))
 	}
 	return err
 }

@@ -626,7 +626,7 @@ func TestStartHint(t *testing.T) {
 		{true, "run/systemd/system/x", "", false, "sudo meshhelper install, or in the foreground: sudo meshhelper run"},
 		{true, "run/systemd/system/x", "", true, "sudo " + self + " install, or in the foreground: sudo " + self + " run"},
 		{true, "etc/x", "", false, "start it with: sudo meshhelper run"},
-		{true, "etc/systemd/system/meshhelper.service", "/tmp/s", false, "start it with: sudo meshhelper run"},
+		{true, "etc/systemd/system/meshhelper.service", "/tmp/a b", false, "start it with: sudo meshhelper run --socket '/tmp/a b'"},
 		{false, "Library/LaunchDaemons/org.meshhelper.plist", "", false, "start it with: sudo launchctl bootstrap system /Library/LaunchDaemons/org.meshhelper.plist"},
 		{false, "Library/x", "", false, "sudo meshhelper install, or in the foreground: sudo meshhelper run"},
 	} {

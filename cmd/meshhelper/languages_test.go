@@ -41,7 +41,7 @@ func TestExplain(t *testing.T) {
 			q.Port = 51820
 		}
 		for language, want := range map[string]string{"pf": c.pf, "nft": c.nft, "guard": ""} {
-			e, err := explain.Explain(r, q, languages[language])
+			e, err := explain.Explain(r, q, mesh.Grants{}, languages[language])
 			if err != nil {
 				t.Fatal(err)
 			}

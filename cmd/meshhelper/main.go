@@ -23,7 +23,7 @@ func newApp(p map[string]newHost) *app {
 	return &app{
 		stdout: os.Stdout, stderr: os.Stderr, stdin: os.Stdin,
 		getenv: os.Getenv, random: rand.Reader, hosts: p, service: thisService(),
-		terminal: isTerminal(os.Stdout), size: func() (int, int) { return sizeOf(os.Stdout) },
+		root: os.Geteuid() == 0, terminal: isTerminal(os.Stdout), size: func() (int, int) { return sizeOf(os.Stdout) },
 		talkSize: func() (int, int) { return sizeOf(os.Stderr) }, lookPath: exec.LookPath,
 	}
 }

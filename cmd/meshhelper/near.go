@@ -89,5 +89,5 @@ func suggestFlag(c *cobra.Command, err error) error {
 	case strings.Contains(c.Use, " NAME"):
 		return usagef("unknown flag: -%s; a name starts with a letter or a digit", text)
 	}
-	return flagError(c, err)
+	return usagef("unknown flag: -%s", text)
 }

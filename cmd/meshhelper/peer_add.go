@@ -56,6 +56,9 @@ PERMISSIONS are, separated by commas,
 			if o.publicKey == "" && c.Flags().Changed("public-key") {
 				return usagef("--public-key is empty; leave it out to have a key made here")
 			}
+			if err := o.checkOutput(c); err != nil {
+				return err
+			}
 			o.limitSet, o.keepaliveSet = c.Flags().Changed("for"), c.Flags().Changed("keepalive")
 			return addPeer(c.Context(), o)
 		},
@@ -108,6 +111,9 @@ func addPeer(ctx context.Context, o *peerAddOptions) (err error) {
 		changed, err := o.app.client().AddPeer(ctx, request)
 		return o.finish(ctx, changed, mesh.PrivateKey{}, err, nil)
 	}
+	if err := o.keepsKey(); err != nil {
+		return err
+	}
 	for try := 1; ; try++ {
 		private, err := o.app.generateKey(ctx, len(o.addresses) == 0)
 		if err != nil {
@@ -128,6 +134,31 @@ func addPeer(ctx context.Context, o *peerAddOptions) (err error) {
 			return o.name + " isn't added", err
 		})
 	}
+}
+
+// errQRInJSON refuses --qr with --json, whose answer has no place for the drawing.
+var errQRInJSON = usagef("--qr and --json exclude each other: a QR code is for a camera, and a program gets the configuration as text")
+
+// checkOutput refuses an --output that names no file. A script with an empty variable would
+// print the private key, and "-" would become a file of that name.
+func (o *peerAddOptions) checkOutput(c *cobra.Command) error {
+	switch {
+	case o.output == "" && c.Flags().Changed("output"):
+		return usagef("--output is empty; give a file, or leave it out to print the configuration")
+	case o.output == "-":
+		return usagef("--output: %q is no file; leave --output out to print the configuration, or give ./- for a file of that name", o.output)
+	}
+	return nil
+}
+
+// keepsKey returns an error if a private key that is generated now would be lost, because
+// the configuration goes to a stdout that discards it. The key exists nowhere else.
+func (o *peerAddOptions) keepsKey() error {
+	if o.file != nil || !o.app.discardsOutput() {
+		return nil
+	}
+	return hintf(errors.New("standard output is closed or the null device, so the configuration with the new private key, which is kept nowhere else, would be lost"),
+		"give --output FILE, or leave standard output open")
 }
 
 // uninterruptibleLimit bounds a change that signals don't interrupt. The helper answers
@@ -152,6 +183,8 @@ func (o *peerAddOptions) request() (api.NewPeer, error) {
 		return r, usagef("--tunnel %q is unknown: it is full or split", o.tunnel)
 	case o.publicKey != "" && o.qr:
 		return r, usagef("--qr needs the private key of --public-key, which isn't known here; without --public-key a key is made here")
+	case o.qr && o.app.json:
+		return r, errQRInJSON
 	case o.limitSet && o.limit <= 0:
 		return r, usagef("--for %v ends before it begins", o.limit)
 	case o.limitSet && len(o.allow) == 0:
@@ -390,7 +423,15 @@ func newPeerConfigCommand(a *app) *cobra.Command {
 	c := &cobra.Command{
 		Use: "config NAME", Short: "Print a peer's configuration, with a placeholder for its private key",
 		ValidArgsFunction: a.completePeers,
-		RunE:              func(c *cobra.Command, args []string) error { return printConfig(c.Context(), o, args[0]) },
+		RunE: func(c *cobra.Command, args []string) error {
+			if o.qr {
+				return &usageError{errNoQR(args[0])}
+			}
+			if err := o.checkOutput(c); err != nil {
+				return err
+			}
+			return printConfig(c.Context(), o, args[0])
+		},
 	}
 	c.Flags().BoolVar(&o.qr, "qr", false, "refused: a QR code needs the private key; see: meshhelper peer rekey --qr")
 	c.Flags().StringVar(&o.output, "output", "", outputUsage)
@@ -403,9 +444,6 @@ func printConfig(ctx context.Context, o *peerAddOptions, ref string) (err error)
 	peer, err := o.app.client().Peer(ctx, ref)
 	if err != nil {
 		return err
-	}
-	if o.qr {
-		return errNoQR(peer.Name)
 	}
 	if err := o.openOutput(); err != nil {
 		return err
@@ -439,7 +477,15 @@ func newPeerRekeyCommand(a *app) *cobra.Command {
 kept nowhere. The old key stops working at once, and addresses that were derived from
 it change. If the configuration can't be written, the old key stays.`,
 		ValidArgsFunction: a.completePeers,
-		RunE:              func(c *cobra.Command, args []string) error { return rekeyPeer(c.Context(), o, args[0]) },
+		RunE: func(c *cobra.Command, args []string) error {
+			if o.qr && a.json {
+				return errQRInJSON
+			}
+			if err := o.checkOutput(c); err != nil {
+				return err
+			}
+			return rekeyPeer(c.Context(), o, args[0])
+		},
 	}
 	c.Flags().BoolVar(&o.qr, "qr", false, "print the configuration as a QR code, too")
 	c.Flags().StringVar(&o.output, "output", "", outputUsage)
@@ -459,6 +505,9 @@ func rekeyPeer(ctx context.Context, o *peerAddOptions, ref string) (err error) {
 		return err
 	}
 	defer func() { err = o.closeOutput(err) }()
+	if err := o.keepsKey(); err != nil {
+		return err
+	}
 	private, err := o.app.generateKey(ctx, true)
 	if err != nil {
 		return err

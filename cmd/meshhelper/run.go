@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -18,6 +19,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/meshhelper/meshhelper/internal/api"
@@ -43,6 +45,7 @@ type runOptions struct {
 	tick, wait                                    time.Duration
 
 	given func(flag string) bool // whether a flag was given
+	flags string                 // the flags that were given, as givenFlags returns them
 	kept  []string               // keys of the settings in use, whose flags weren't given
 
 	log *slog.Logger // set by openLog
@@ -71,7 +74,7 @@ other than starting.`,
 			if err := o.chooseUserSocket(c.Flag("socket").Changed); err != nil {
 				return err
 			}
-			o.given = c.Flags().Changed
+			o.given, o.flags = c.Flags().Changed, a.givenFlags(c.Flags())
 			return run(c.Context(), o)
 		},
 	}
@@ -92,6 +95,25 @@ other than starting.`,
 	f.StringVar(&o.logFile, "log-file", "", "log to `FILE`, and rotate it when it is full (stderr)")
 	f.BoolVar(&o.debug, "debug", false, "log more")
 	return c
+}
+
+// givenFlags returns the flags that were given, as a shell takes them, each after a space. A
+// socket from the environment is among them, since sudo doesn't pass that on.
+func (a *app) givenFlags(f *pflag.FlagSet) string {
+	var out strings.Builder
+	f.Visit(func(one *pflag.Flag) {
+		value := one.Value.String()
+		if list, ok := one.Value.(pflag.SliceValue); ok {
+			value = strings.Join(list.GetSlice(), ",")
+		}
+		if out.WriteString(" --" + one.Name); value != one.NoOptDefVal {
+			out.WriteString(map[bool]string{true: "=", false: " "}[one.NoOptDefVal != ""] + shellWord(value))
+		}
+	})
+	if path := a.getenv("MESHHELPER_SOCKET"); path != "" && !f.Changed("socket") {
+		out.WriteString(" --socket " + shellWord(path))
+	}
+	return out.String()
 }
 
 // chooseUserSocket sets the socket of a helper that isn't run by root, unless the user gave
@@ -204,11 +226,13 @@ func (o *runOptions) withHint(err error) error {
 	case err == nil:
 		return nil
 	case errors.As(err, &step) && step.Hint != "":
-		return fmt.Errorf("%w; %s", err, step.Hint)
+		return hintf(err, "%s", step.Hint)
 	case errors.Is(err, syscall.EADDRINUSE):
-		return fmt.Errorf("%w; another program has UDP port %d: choose another one with --listen-port", err, o.listenPort)
+		return hintf(err, "another program has UDP port %d: choose another one with --listen-port", o.listenPort)
+	case errors.Is(err, fs.ErrPermission) && !o.app.root:
+		return hintf(err, "the helper needs root: %s", o.app.asRoot("run"+o.flags))
 	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("%w; the helper needs root: sudo %s run", err, o.app.commandName())
+		return hintf(err, "the helper needs root's privileges, all of which a container or a user namespace may not give")
 	}
 	return err
 }
@@ -258,6 +282,10 @@ func (o *runOptions) daemon(name string, make newHost, start wanted.StartSetting
 	return d, o.withHint(err)
 }
 
+// interfaceName matches the names that both Linux and macOS take for an interface (IFNAMSIZ
+// is 16 on both, with the NUL at the end), and "" for the platform's default.
+var interfaceName = regexp.MustCompile(`^([A-Za-z0-9_@+-][A-Za-z0-9._@+-]{0,14})?$`)
+
 // parse sets the options that need parsing: prefixes, addresses, DNS servers, durations and
 // the endpoint, whose port defaults to the listen port.
 func (o *runOptions) parse(opts *daemon.Options) (err error) {
@@ -273,8 +301,23 @@ func (o *runOptions) parse(opts *daemon.Options) (err error) {
 	if min(o.tick, o.wait) < minTick || max(o.tick, o.wait) > maxWait {
 		return usagef("--tick and --wait are from %v to %v", minTick, maxWait)
 	}
+	if o.label != "" {
+		if err := host.CheckLabel(o.label); err != nil {
+			return o.badValuef(wanted.SettingLabel, "%v", err)
+		}
+	}
+	if !interfaceName.MatchString(o.iface) {
+		return usagef("--interface: %q is not an interface's name, which has 1 to 15 letters, digits and . _ - @ +", o.iface)
+	}
 	if opts.Addresses, err = parseAddresses("--address", o.addresses); err != nil {
 		return err
+	}
+	for i, one := range opts.Addresses {
+		for _, other := range opts.Addresses[:i] {
+			if one.Is4() == other.Is4() {
+				return usagef("--address: %v and %v are of one family; give one IPv4 and one IPv6 address at most", other, one)
+			}
+		}
 	}
 	if opts.DNS, err = parseAddresses("--dns", o.dns); err != nil {
 		return err

@@ -31,11 +31,15 @@ func newStatusCommand(a *app) *cobra.Command {
 	c := &cobra.Command{
 		Use: "status", Short: "Show the host, its peers, which of them route, and what is wrong",
 		Long: `Show the host, its peers, which of them route, and what is wrong. ` + directionsHelp,
-		RunE: func(c *cobra.Command, _ []string) error { return showStatus(c.Context(), o) },
+		RunE: func(c *cobra.Command, _ []string) error {
+			if o.watch && o.check {
+				return usagef("--watch and --check exclude each other: --watch goes on until it is ended, and --check answers once")
+			}
+			return showStatus(c.Context(), o)
+		},
 	}
 	c.Flags().BoolVar(&o.watch, "watch", false, "show it again every two seconds")
 	c.Flags().BoolVar(&o.check, "check", false, "exit with status 1 if something is wrong")
-	c.MarkFlagsMutuallyExclusive("watch", "check")
 	return c
 }
 

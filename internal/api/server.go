@@ -387,6 +387,10 @@ func parseQuestion(values map[string][]string) (Question, error) {
 			return Question{}, Errorf(CodeBadRequest, "parameter %s: %q is not valid", name, v[0])
 		}
 	}
+	if text := values["port"]; text != nil && q.Port == 0 && q.Proto != "icmp" {
+		return Question{}, Errorf(CodeBadRequest, "parameter port: %q is not valid", text[0]).
+			WithHint("it is a number from 1 to 65535; leave it out to ask without a port")
+	}
 	return q, nil
 }
 

@@ -37,7 +37,7 @@ func (x *Explainer) Explain(ctx context.Context, q api.Question) (api.Explanatio
 		}
 		return out, err
 	}
-	out.Until = permittedUntil(&doc.Peers[i], e.verdict.Rule)
+	out.Until = permittedUntil(&doc.Peers[i].Permissions, e.verdict.Rule)
 	out.Stops = x.stops(ctx, c, e)
 	// A stop of the answer doesn't stop the packet itself. The result is unclear if each stop
 	// of the packet is.
@@ -55,18 +55,23 @@ func (x *Explainer) Explain(ctx context.Context, q api.Question) (api.Explanatio
 // Explain returns the verdict of r on q, whose Peer must be a name, without a running helper.
 // With To alone, the peer sends to To; with From equal to To, the packet answers a flow that
 // the peer opened to To; with From alone, it opens a flow to the peer. The rule that decides is
-// printed in the language l, unless l is zero. The errors are *[api.Error].
-func Explain(r *policy.Ruleset, q api.Question, l Language) (api.Explanation, error) {
+// printed in the language l, unless l is zero. grants are the peer's permissions, whose ends a
+// ruleset doesn't have. The errors are *[api.Error].
+func Explain(r *policy.Ruleset, q api.Question, grants mesh.Grants, l Language) (api.Explanation, error) {
 	e, err := evaluate(r, q)
 	if err != nil {
 		return api.Explanation{}, err
 	}
-	return e.explain(l)
+	out, err := e.explain(l)
+	if out.Pass {
+		out.Until = permittedUntil(&grants, e.verdict.Rule)
+	}
+	return out, err
 }
 
 // permittedUntil returns when the first of the permissions ends by which a rule of the policy
 // passes a peer's packet, or zero if none of them has an end.
-func permittedUntil(p *mesh.Peer, rule policy.Rule) (end time.Time) {
+func permittedUntil(p *mesh.Grants, rule policy.Rule) (end time.Time) {
 	by := map[policy.Rule]mesh.Permissions{
 		policy.RuleIncoming: mesh.Incoming, policy.RuleInternet: mesh.Routing, policy.RuleLAN: mesh.Routing | mesh.LAN,
 	}[rule]
@@ -74,7 +79,7 @@ func permittedUntil(p *mesh.Peer, rule policy.Rule) (end time.Time) {
 		by = s.Needs
 	}
 	for _, one := range by.List() {
-		if until := p.Permissions.Of(one.Set).Until; !until.IsZero() && (end.IsZero() || until.Before(end)) {
+		if until := p.Of(one.Set).Until; !until.IsZero() && (end.IsZero() || until.Before(end)) {
 			end = until
 		}
 	}

@@ -307,10 +307,10 @@ func stepError(step string, err error) error {
 // host had no such table before.
 func (p *Backend) Open(ctx context.Context, cfg host.Interface) (tun.Device, error) {
 	if cfg.MTU < 1280 || cfg.MTU > 65535 {
-		return nil, fmt.Errorf("open mesh interface: MTU %d: want 1280 to 65535", cfg.MTU)
+		return nil, fmt.Errorf("MTU %d: want 1280 to 65535", cfg.MTU)
 	}
 	if cfg.Name != "" && !usableName(cfg.Name) {
-		return nil, fmt.Errorf("open mesh interface: name %q: want 1 to 15 letters, digits and . _ - @ : +", cfg.Name)
+		return nil, fmt.Errorf("name %q: want 1 to 15 letters, digits and . _ - @ : +", cfg.Name)
 	}
 	return ask(ctx, p, func() (tun.Device, error) { return p.open(ctx, cfg) })
 }

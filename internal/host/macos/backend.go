@@ -128,7 +128,7 @@ func asStepError(step string, err error) error {
 // Open implements [host.Link].
 func (b *Backend) Open(ctx context.Context, cfg host.Interface) (tun.Device, error) {
 	if cfg.MTU < 1280 || cfg.MTU > 65535 {
-		return nil, fmt.Errorf("open mesh interface: MTU %d: want 1280 to 65535", cfg.MTU)
+		return nil, fmt.Errorf("MTU %d: want 1280 to 65535", cfg.MTU)
 	}
 	// Open is also called after the device failed, and its interface disappeared
 	// with it: wireguard-go closes the device when reading its routing socket fails.
