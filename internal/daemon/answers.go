@@ -17,7 +17,7 @@ func (d *Daemon) Explain(ctx context.Context, q api.Question) (api.Explanation, 
 	return d.explain.Explain(ctx, q)
 }
 
-// Doctor looks at every precondition; see [explain.Explainer.Doctor].
+// Doctor checks every precondition; see [explain.Explainer.Doctor].
 func (d *Daemon) Doctor(ctx context.Context) ([]api.Check, error) {
 	return d.explain.Doctor(ctx), nil
 }

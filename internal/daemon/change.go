@@ -10,21 +10,22 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
-// AddPeer adds a peer. One that already exists, with all that p says of it,
-// is no error.
+// AddPeer adds a peer; see [wanted.State.AddPeer]. Like the other changes, it returns when the
+// host enforces the change and it is on disk. Its errors are *[api.Error]: besides refusals,
+// CodeNotInForce and CodeNotSaved for a change that is made, but not in force or not saved yet.
 func (d *Daemon) AddPeer(ctx context.Context, p api.NewPeer) (api.Changed, error) {
 	return d.change(ctx, func(ctx context.Context) (wanted.Outcome, error) { return d.wanted.AddPeer(ctx, p) })
 }
 
-// ChangePeer changes what c names of a peer and leaves the rest.
+// ChangePeer changes the fields of a peer that are set in c; see [wanted.State.ChangePeer].
 func (d *Daemon) ChangePeer(ctx context.Context, ref string, c api.PeerChange) (api.Changed, error) {
 	return d.change(ctx, func(ctx context.Context) (wanted.Outcome, error) { return d.wanted.ChangePeer(ctx, ref, c) })
 }
 
-// RemovePeer removes a peer, and answers with what it was.
+// RemovePeer removes a peer and returns its last state, with its numbers.
 func (d *Daemon) RemovePeer(ctx context.Context, ref string) (api.Changed, error) {
 	now, _ := d.loop.State()
-	was := now.Numbers() // before the guard and the tunnel forget the peer
+	before := now.Numbers() // the guard and the tunnel forget the peer with the change
 	var gone *mesh.Peer
 	out, err := d.change(ctx, func(ctx context.Context) (wanted.Outcome, error) {
 		o, err := d.wanted.RemovePeer(ctx, ref)
@@ -32,56 +33,62 @@ func (d *Daemon) RemovePeer(ctx context.Context, ref string) (api.Changed, error
 		return o, err
 	})
 	if err == nil && gone != nil {
-		out.Peer = d.viewOf(gone, was, d.wanted.Now())
+		out.Peer = d.apiPeer(gone, before, d.wanted.Now())
 	}
 	return out, err
 }
 
-// answerWithin returns how long a change may take to be answered: a little less than
-// the limit that commands are promised.
-func (d *Daemon) answerWithin() time.Duration { return d.opts.Wait * 9 / 10 }
+// changeLimit returns how long a change waits to be in force. It is a tenth less than
+// Options.Wait, within which the answer must have reached the client.
+func (d *Daemon) changeLimit() time.Duration { return d.opts.Wait * 9 / 10 }
 
-// saveWithin returns how long a change waits for the disk.
-func (d *Daemon) saveWithin() time.Duration { return d.opts.Wait / 2 }
+// saveLimit returns how long a change waits for the disk. It leaves the other half of
+// Options.Wait to the host, for a grant is saved before it is enforced.
+func (d *Daemon) saveLimit() time.Duration { return d.opts.Wait / 2 }
 
-// change has the wanted state changed, wakes the loop, and waits until the host holds it
-// and the disk, too.
-func (d *Daemon) change(ctx context.Context, make func(context.Context) (wanted.Outcome, error)) (api.Changed, error) {
+// change makes a change of the wanted state by calling edit, wakes the loop, and waits until
+// the host enforces the change and it is on disk. edit's context ends after saveLimit.
+//
+// If several things fail, the error is the one that matters most: a refusal, then a change
+// that isn't saved, which a restart would lose, then one that isn't in force yet.
+func (d *Daemon) change(ctx context.Context, edit func(context.Context) (wanted.Outcome, error)) (api.Changed, error) {
 	began := time.Now()
-	saving, cancel := context.WithDeadline(ctx, began.Add(d.saveWithin()))
+	saving, cancel := context.WithDeadline(ctx, began.Add(d.saveLimit()))
 	defer cancel()
-	o, refused := make(saving)
+	o, editErr := edit(saving)
 	if o.Document == nil {
-		return api.Changed{}, refused
+		return api.Changed{}, editErr
 	}
 	var out api.Changed
 	d.loop.Wake()
-	// The loop works while the disk does.
-	notHeld := d.await(ctx, o.Document.Generation, began.Add(d.answerWithin()))
-	notKept := d.wanted.AwaitSaved(saving, o)
+	// The disk works at the same time, so waiting for it second costs nothing.
+	enforceErr := d.awaitEnforced(ctx, o.Document.Generation, began.Add(d.changeLimit()))
+	saveErr := d.wanted.AwaitSaved(saving, o)
 	switch {
-	case refused != nil: // the part that takes away holds
-		return api.Changed{}, refused
-	case notKept != nil:
-		return api.Changed{}, d.wanted.NotSaved(o, notKept, notHeld)
-	case notHeld != nil:
-		return api.Changed{}, notHeld
+	case editErr != nil: // only the part that revokes was published; see wanted.State.Edit
+		return api.Changed{}, editErr
+	case saveErr != nil:
+		return api.Changed{}, d.wanted.NotSaved(o, saveErr, enforceErr)
+	case enforceErr != nil:
+		return api.Changed{}, enforceErr
 	case o.After != nil:
 		return api.Changed{}, o.After
 	}
 	out.Already = o.Already
-	// Another change may have taken the peer away since, or given it another key.
+	// Another change may have removed the peer since, or given it another key. Then the answer
+	// shows the peer as this change left it.
 	for _, doc := range []*wanted.Document{d.wanted.Document(), o.Document} {
 		if i := doc.ByKey(o.Key); i >= 0 {
-			out.Peer = d.view(&doc.Peers[i], d.wanted.Now())
+			out.Peer = d.currentPeer(&doc.Peers[i], d.wanted.Now())
 			break
 		}
 	}
 	return out, nil
 }
 
-// await waits until the host holds the generation, or says why it doesn't.
-func (d *Daemon) await(ctx context.Context, generation uint64, deadline time.Time) error {
+// awaitEnforced waits until the host enforces the generation or a later one. At the deadline,
+// or when ctx ends, it returns an error with CodeNotInForce.
+func (d *Daemon) awaitEnforced(ctx context.Context, generation uint64, deadline time.Time) error {
 	began := time.Now()
 	limit := time.NewTimer(time.Until(deadline))
 	defer limit.Stop()
@@ -100,8 +107,8 @@ func (d *Daemon) await(ctx context.Context, generation uint64, deadline time.Tim
 	}
 }
 
-// notInForce is the answer to a change that is saved and that the host doesn't hold, by the
-// problem that keeps it from that.
+// notInForce returns the error for a change that is saved, but that the host doesn't enforce
+// after the time waited: the first problem of the state, which is the cause.
 func notInForce(s held.State, waited time.Duration) error {
 	if len(s.Problems) == 0 {
 		return api.Errorf(api.CodeNotInForce, "saved, not in force after %v: the host is slow", waited).

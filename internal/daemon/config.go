@@ -13,8 +13,10 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
-// Config returns the configuration for a peer's WireGuard app. Its private key
-// is a placeholder: the helper never learns it.
+// Config returns the wg-quick(8) configuration for a peer's WireGuard app. The private key is a
+// placeholder, for the helper never learns it. The prefixes that it sends through this host
+// follow the peer's permissions as of now. Warnings name what won't work with it, such as an
+// endpoint that isn't reachable from everywhere.
 func (d *Daemon) Config(ref string) (api.Config, error) {
 	doc := d.wanted.Document()
 	i, err := doc.Find(ref)
@@ -25,13 +27,14 @@ func (d *Daemon) Config(ref string) (api.Config, error) {
 	now, _ := d.loop.State()
 	endpoint, warnings := d.endpoint(now)
 	sends := wanted.Sends(p, d.wanted.Now())
-	allowed, more := d.through(sends, now.Host, endpoint)
-	warnings = append(warnings, more...)
+	allowed, warned := d.allowedIPs(sends, now.Host, endpoint)
+	warnings = append(warnings, warned...)
 	var dns []netip.Addr
 	if sends == mesh.TunnelFull {
-		// A stock app asks them for everything, so a split tunnel names none.
-		dns, more = d.resolvers(now.Host)
-		warnings = append(warnings, more...)
+		// An app sends all DNS queries to the configuration's servers, and in a split tunnel
+		// those of the network that the device is in should stay in use.
+		dns, warned = d.resolvers(now.Host)
+		warnings = append(warnings, warned...)
 		if !p.Permissions.Of(mesh.Routing).In(d.wanted.Now()) {
 			warnings = append(warnings, fmt.Sprintf("this configuration sends everything, and %s may not route: it has no internet while it is connected; run: meshhelper peer allow %s routing", p.Name, p.Name))
 		}
@@ -44,7 +47,9 @@ func (d *Daemon) Config(ref string) (api.Config, error) {
 	return api.Config{Text: config.Text(), Warnings: warnings}, nil
 }
 
-// endpoint returns where peers reach this host, and what is to be said of it.
+// endpoint returns where peers reach this host: the setting, with WireGuard's port if it has
+// none, or the uplink's address. It is zero if neither is known. The warnings aren't nil, so
+// that JSON has a list; a setting gives none, as its owner chose it.
 func (d *Daemon) endpoint(s held.State) (mesh.Endpoint, []string) {
 	if e := d.wanted.Settings().Endpoint; e.Host != "" {
 		if e.Port == 0 {
@@ -55,15 +60,15 @@ func (d *Daemon) endpoint(s held.State) (mesh.Endpoint, []string) {
 	a, ok := s.Host.LastingAddress()
 	if !ok || s.ListenPort == 0 {
 		return mesh.Endpoint{}, []string{
-			"no endpoint is known, for this host has no address that others could be told: add Endpoint = HOST:PORT to the [Peer] section, or run: meshhelper settings endpoint HOST",
+			"no endpoint is known: this host has no address by which peers could reach it; add Endpoint = HOST:PORT to the [Peer] section, or run: meshhelper settings endpoint HOST",
 		}
 	}
-	return mesh.Endpoint{Host: a.String(), Port: s.ListenPort}, []string{aboutEndpoint(a, s.ListenPort)}
+	return mesh.Endpoint{Host: a.String(), Port: s.ListenPort}, []string{endpointWarning(a, s.ListenPort)}
 }
 
-// aboutEndpoint says from where the endpoint a can be reached, and what to do where
-// that isn't everywhere.
-func aboutEndpoint(a netip.Addr, port uint16) string {
+// endpointWarning returns the warning for an endpoint that is the host's address a: from where
+// peers reach it, and what to do if that isn't enough. port is WireGuard's UDP port.
+func endpointWarning(a netip.Addr, port uint16) string {
 	switch {
 	case policy.SharedSpace.Contains(a):
 		return fmt.Sprintf("the endpoint %v is an address behind a provider's NAT (100.64.0.0/10): from outside no device reaches it. "+
@@ -78,8 +83,9 @@ func aboutEndpoint(a netip.Addr, port uint16) string {
 	return fmt.Sprintf("the endpoint %v is this host's own address: where that changes, the configuration has to, too; a name that follows it is given with: meshhelper settings endpoint HOST", a)
 }
 
-// resolvers returns the DNS servers for peers' configurations, and what is to be
-// said of them. A host without IPv4 names public ones that it reaches.
+// resolvers returns the DNS servers for the configuration of a full tunnel: those of the setting
+// dns, otherwise public ones of a family for which the host has an uplink. It warns about a
+// setting without any server that peers reach through this host.
 func (d *Daemon) resolvers(h policy.Host) ([]netip.Addr, []string) {
 	only6 := h.Uplink4 == "" && h.Uplink6 != ""
 	switch {
@@ -95,8 +101,9 @@ func (d *Daemon) resolvers(h policy.Host) ([]netip.Addr, []string) {
 	return d.wanted.Settings().DNS, nil
 }
 
-// The public resolvers of Quad9 (quad9.net, "Service Addresses & Features"), which
-// a peer's configuration names where no others are given.
+// The public resolvers of Quad9 (quad9.net, "Service Addresses & Features"), for a host without
+// the setting dns. Without a resolver in the configuration, a device with a full tunnel would
+// go on asking the one of its own network, whose address then leads into the tunnel.
 var (
 	defaultDNS  = []netip.Addr{netip.MustParseAddr("9.9.9.9"), netip.MustParseAddr("149.112.112.112")}
 	defaultDNS6 = []netip.Addr{netip.MustParseAddr("2620:fe::fe"), netip.MustParseAddr("2620:fe::9")}

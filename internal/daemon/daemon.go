@@ -26,59 +26,60 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
-// Options are what New needs.
+// Options configure a Daemon.
 type Options struct {
 	Host     host.Host // required
-	StateDir string    // required: made when missing, with mode 0700
-	// Logger must not block, for the guard and the loop write to it: before a file, a
-	// pipe or a terminal stands a logfile.Queue.
+	StateDir string    // required: created if missing, with mode 0700
+	// Logger must not block, because the guard and the loop write to it. A file, a pipe or a
+	// terminal can, so a logfile.Queue must be in front of it.
 	Logger *slog.Logger // required
 
-	Version    string        // optional: for status
-	Interface  string        // optional: the host chooses
-	MTU        int           // optional: DefaultMTU
-	ListenPort uint16        // optional: UDP, 0 lets the system choose
+	Version    string        // optional: shown in status
+	Interface  string        // optional: the mesh interface's name; the host chooses one
+	MTU        int           // optional: of the mesh interface in bytes; DefaultMTU
+	ListenPort uint16        // optional: WireGuard's UDP port; 0 lets the system choose
 	Prefixes   mesh.Prefixes // optional: mesh.DefaultPrefixes
-	// Addresses are the host's own, at most one per family.
+	// Addresses are the host's own mesh addresses, at most one per family.
 	Addresses []netip.Addr // optional: derived from the host's key
-	// Renumber gives peers that the prefixes have no place for addresses that they have,
-	// and keeps the old ones in for a day: the prefixes were changed on purpose. Without
-	// it such peers are a mistake, and New refuses.
+	// Renumber says that the prefixes were changed on purpose: peers with addresses outside
+	// them get new ones, and for a day nothing to the old ones leaves the host in clear.
+	// Without it New refuses a document with such peers.
 	Renumber bool
 	// Endpoint is where peers reach this host, for their configurations.
 	Endpoint mesh.Endpoint // optional: the uplink's address
-	// DNS is for the peers' configurations.
+	// DNS has the resolvers for the peers' configurations.
 	DNS []netip.Addr // optional: public ones of a family that the host reaches
 
-	// Settings say where what above can be set with `settings` came from.
+	// Settings say for each setting among the options above whether a flag, the saved
+	// settings or the default gave its value.
 	Settings wanted.StartSettings // optional: nothing was set
 
-	// Languages are those that rulesets are enforced in, by name; the host's own is among
-	// them.
+	// Languages are the rule languages by name, including the host's own (Host.Language).
 	Languages map[string]explain.Language // optional
 
 	// NewTunnel starts the WireGuard device around the host's tunnel device.
 	NewTunnel func(tun.Device, mesh.PrivateKey, uint16) (reconcile.Tunnel, error) // optional: tunnel.New
-	Tick      time.Duration                                                       // optional: between looks at the host, DefaultTick
-	Wait      time.Duration                                                       // optional: a command's time limit, DefaultWait
+	Tick      time.Duration                                                       // optional: the longest time between rounds of the loop, DefaultTick
+	Wait      time.Duration                                                       // optional: within which a change is answered, DefaultWait
 	Wall      func() time.Time                                                    // optional: the wall clock, time.Now
 	Random    io.Reader                                                           // optional: crypto/rand.Reader
 	Resolve   func(context.Context, string) ([]netip.Addr, error)                 // optional: the host's resolver
 }
 
-// What Options leave out.
+// Defaults of Options.
 const (
 	// DefaultMTU is the MTU of the mesh interface in bytes: what is left of 1500
 	// by WireGuard over IPv6 (40 + 8 + 32 bytes).
 	DefaultMTU = 1420
-	// DefaultTick is how long something that the OS doesn't report may go
-	// unnoticed.
+	// DefaultTick is how long a change that the OS doesn't report, such as a rule that another
+	// program removed, may stay unnoticed. A round that finds nothing is cheap enough for it.
 	DefaultTick = 3 * time.Second
-	// DefaultWait is how long a command waits for its change to be in force.
+	// DefaultWait is how long a command waits at most until its change is in force.
 	DefaultWait = 10 * time.Second
 )
 
-// complete fills in the defaults, and refuses options that can't work.
+// complete sets the defaults, and returns an error if a required option is missing or the
+// prefixes can't be used.
 func (o *Options) complete() error {
 	h := &o.Host
 	if h.Link == nil || h.Observer == nil || h.Enforcer == nil || h.Name == "" || h.Language == "" || o.StateDir == "" || o.Logger == nil {
@@ -97,34 +98,33 @@ func (o *Options) complete() error {
 	return o.Prefixes.Validate()
 }
 
-// setDefault gives a value that was left out its standard one.
-func setDefault[T comparable](value *T, standard T) {
+// setDefault sets a zero value to def.
+func setDefault[T comparable](value *T, def T) {
 	var zero T
 	if *value == zero {
-		*value = standard
+		*value = def
 	}
 }
 
-// wireguard makes the real tunnel: wireguard-go around the guard, over sockets that outlast
-// it, so that a tunnel that is made again has the same UDP port. It is the place to hand in
-// another conn.Bind.
-func (d *Daemon) wireguard(dev tun.Device, key mesh.PrivateKey, port uint16) (reconcile.Tunnel, error) {
+// newTunnel is the default of Options.NewTunnel: wireguard-go around the guard, over sockets that
+// outlast it, so that a tunnel that is made again has the same UDP port.
+func (d *Daemon) newTunnel(dev tun.Device, key mesh.PrivateKey, port uint16) (reconcile.Tunnel, error) {
 	return tunnel.NewDevice(tunnel.Options{
 		TUN: dev, PrivateKey: key, ListenPort: port, Logger: d.opts.Logger.With("part", "wireguard"),
 		Addresses: d.id.Own.List(), Bind: d.sockets,
 	})
 }
 
-// Daemon keeps one host equal to its wanted state. It is the api.Service of the
-// socket.
+// Daemon keeps one host equal to its wanted state. It implements api.Service, by which the
+// local socket's clients ask and change it; those methods may be called by any goroutine.
 type Daemon struct {
 	opts    Options
-	dir     *wanted.Dir
+	dir     *wanted.Dir // the lock on the state directory
 	wanted  *wanted.State
-	id      wanted.Identity
+	id      wanted.Identity // fixed by New
 	journal *events.Journal
 	learned *learned.Book
-	// sockets keep the UDP port from one tunnel to the next.
+	// sockets keep WireGuard's UDP port from one tunnel to the next.
 	sockets *tunnel.Sockets
 
 	gate    *reconcile.Gate
@@ -133,8 +133,9 @@ type Daemon struct {
 	explain *explain.Explainer
 }
 
-// New reads the wanted state and takes the state directory. It doesn't touch
-// the host; Run does. Close gives the directory back.
+// New locks the state directory and reads the wanted state from it. It doesn't touch the host;
+// Run does. It fails if another helper has the directory, or if the document in it isn't valid
+// or doesn't fit the prefixes. Close releases the lock.
 func New(o Options) (*Daemon, error) {
 	if err := o.complete(); err != nil {
 		return nil, fmt.Errorf("start daemon: %w", err)
@@ -152,12 +153,12 @@ func New(o Options) (*Daemon, error) {
 	d.journal.Open(filepath.Join(o.StateDir, eventsFile), o.Logger)
 	d.wanted, err = wanted.Open(wanted.Options{
 		Dir: dir, Logger: o.Logger, Record: d.journal.Record,
-		Narrow:          d.gate.Limit,
+		Narrow:          d.gate.Limit, // at once, before the loop knows of the change
 		Changed:         d.wantedChanged,
 		SettingsChanged: d.settingsChanged,
 		Prefixes:        o.Prefixes, Addresses: o.Addresses, Renumber: o.Renumber,
 		Settings: o.Settings, Endpoint: o.Endpoint, DNS: o.DNS, ListenPort: o.ListenPort,
-		Wait: d.saveWithin(), Tick: o.Tick, Wall: o.Wall, Random: o.Random,
+		Wait: d.saveLimit(), Tick: o.Tick, Wall: o.Wall, Random: o.Random,
 	})
 	if err != nil {
 		return nil, errors.Join(err, dir.Release())
@@ -166,7 +167,7 @@ func New(o Options) (*Daemon, error) {
 	d.openLearned()
 	newTunnel := o.NewTunnel
 	if newTunnel == nil {
-		newTunnel = d.wireguard
+		newTunnel = d.newTunnel
 	}
 	d.loop = reconcile.New(reconcile.Options{
 		Host: o.Host, Gate: d.gate, Wanted: d.wanted, Learned: d.learned,
@@ -186,17 +187,18 @@ func New(o Options) (*Daemon, error) {
 	return d, nil
 }
 
-// wantedChanged has the names of endpoints looked up that came to be wanted. It is called
-// while New reads the document, too, when there is no resolver yet.
+// wantedChanged has names looked up that a change brought into peers' endpoints. wanted.Open
+// calls it, too, when there is no resolver yet.
 func (d *Daemon) wantedChanged(before, doc *wanted.Document) {
-	if d.names != nil && before != nil && !slices.Equal(peersNames(before), peersNames(doc)) {
+	if d.names != nil && before != nil && !slices.Equal(peerNames(before), peerNames(doc)) {
 		d.names.Renamed()
 	}
 }
 
-// endpointNames returns the names in peers' endpoints and in this host's own.
+// endpointNames returns the names that the resolver looks up: those in peers' endpoints, and
+// the one in this host's own endpoint, or "".
 func (d *Daemon) endpointNames() (peers []string, own string) {
-	return peersNames(d.wanted.Document()), d.wanted.Settings().Endpoint.Name()
+	return peerNames(d.wanted.Document()), d.wanted.Settings().Endpoint.Name()
 }
 
 // hasDevice reports whether this host or a peer has the mesh address a.
@@ -206,8 +208,8 @@ func (d *Daemon) hasDevice(a netip.Addr) bool {
 	})
 }
 
-// peersNames returns the names in the endpoints of peers, which may repeat.
-func peersNames(doc *wanted.Document) []string {
+// peerNames returns the names in the endpoints of peers; they may repeat.
+func peerNames(doc *wanted.Document) []string {
 	var out []string
 	for i := range doc.Peers {
 		if doc.Peers[i].Endpoint == "" {
@@ -220,33 +222,34 @@ func peersNames(doc *wanted.Document) []string {
 	return out
 }
 
-// settingsChanged has other settings take effect: this host's own name is looked up, and
-// the loop asks which of its addresses count as this host's from outside.
+// settingsChanged puts changed settings into force: the resolver looks up this host's own name,
+// and the next round compiles the policy with the addresses of the new endpoint.
 func (d *Daemon) settingsChanged() {
 	d.names.Renamed()
 	d.loop.Wake()
 }
 
-// The daemon's files in the state directory, beside what is wanted: the journal, and what
-// was learned of peers.
+// The daemon's files in the state directory, besides those of package wanted: the journal of
+// events (package events), and what was learned of peers (package learned).
 const (
 	eventsFile  = "events.jsonl"
 	learnedFile = "learned.json"
 )
 
-// flushLimit is how long the end waits for a disk that hangs.
+// flushLimit is how long Run and Close each wait at the end for a disk that hangs. What isn't
+// written by then is lost: events, learned endpoints and totals.
 const flushLimit = time.Second
 
-// Close gives the UDP port and the state directory back. Call it after Run.
+// Close releases the UDP port and the state directory. Call it once, after Run has returned.
 func (d *Daemon) Close() error {
 	d.sockets.Release()
 	d.journal.Close(flushLimit)
 	return d.dir.Release()
 }
 
-// Run keeps the host equal to the wanted state until ctx ends, and then leaves
-// it as it was found. It ends earlier, with an error, only when the mesh
-// interface can't be made in the first place.
+// Run keeps the host equal to the wanted state until ctx ends, and then restores the host to how
+// it was found, for which it has host.LeaveLimit. It ends earlier only with an error: if the mesh
+// interface can't be created at the start. Call it once.
 func (d *Daemon) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
@@ -260,7 +263,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// logEvent writes an event to the log; what needs a person is a warning.
+// logEvent writes an event to the log, at level warning if a person may have to act.
 func (d *Daemon) logEvent(e events.Event) {
 	level := slog.LevelInfo
 	switch e.Kind {
@@ -273,6 +276,6 @@ func (d *Daemon) logEvent(e events.Event) {
 // Record adds an event to the journal.
 func (d *Daemon) Record(e events.Event) { d.journal.Record(e) }
 
-// Since returns the remembered events after seq, and a channel that is closed
-// when there are newer ones.
+// Since returns the events after the sequence number seq, as far as the journal still has them,
+// and a channel that is closed when there are newer ones.
 func (d *Daemon) Since(seq uint64) ([]events.Event, <-chan struct{}) { return d.journal.Since(seq) }

@@ -9,14 +9,18 @@ import (
 	"github.com/meshhelper/meshhelper/internal/retry"
 )
 
-// learnInterval is how often what was learned of peers is saved at most.
+// learnInterval is the shortest time between two periodic saves of what was learned of peers. Endpoints
+// and totals change all the time while peers are connected, and a killed helper loses no more
+// than this.
 const learnInterval = 3 * time.Minute
 
-// openLearned reads what earlier helpers learned.
+// openLearned reads what earlier helpers learned. A file that can't be read isn't fatal: peers
+// are found again by what they send. Outside addresses of a name that isn't this host's any more
+// are dropped, because the policy treats them as this host's.
 func (d *Daemon) openLearned() {
 	book, err := learned.Open(filepath.Join(d.opts.StateDir, learnedFile))
 	if err != nil {
-		d.opts.Logger.Warn(err.Error()) // peers are found by what they send
+		d.opts.Logger.Warn(err.Error())
 	}
 	if own := d.wanted.Settings().Endpoint.Name(); own == "" || own != book.Outside().Name {
 		book.SetOutside(learned.Outside{})
@@ -24,7 +28,7 @@ func (d *Daemon) openLearned() {
 	d.learned = book
 }
 
-// saveLearned has what was learned saved.
+// saveLearned queues a save of what was learned. It doesn't wait for the disk.
 func (d *Daemon) saveLearned() {
 	d.wanted.Queue("learned", func() error {
 		err := d.learned.Save(func(content []byte) error {
@@ -37,7 +41,8 @@ func (d *Daemon) saveLearned() {
 	})
 }
 
-// keepLearned has what was learned saved where it changed, every learnInterval at most.
+// keepLearned saves what was learned after changes, at most once per learnInterval, until ctx
+// ends.
 func (d *Daemon) keepLearned(ctx context.Context) error {
 	var saved time.Time
 	for retry.Sleep(ctx, d.opts.Tick) {
@@ -49,7 +54,8 @@ func (d *Daemon) keepLearned(ctx context.Context) error {
 	return nil
 }
 
-// finish waits, for a moment, until what isn't on disk is.
+// finish saves what isn't on disk yet, and waits for that up to flushLimit. It runs after the
+// loop has ended, which notes the final totals.
 func (d *Daemon) finish() {
 	limit, cancel := context.WithTimeout(context.Background(), flushLimit)
 	defer cancel()

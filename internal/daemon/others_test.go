@@ -65,7 +65,7 @@ func TestOthersAreWaitedForByNobody(t *testing.T) {
 		defer r.end()
 		problems := func() []api.Problem { return r.d.Status().Problems }
 		r.after(time.Second)
-		if got := problems(); len(got) != 1 || got[0] != shown(chain) {
+		if got := problems(); len(got) != 1 || got[0] != apiProblem(chain) {
 			t.Errorf("problems %v", got)
 		}
 		b.set(time.Hour, nil, nil)

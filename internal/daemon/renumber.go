@@ -9,11 +9,11 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// PlanPrefixes returns what changes with other mesh prefixes: the peers that get other
-// addresses, and which lines of their configurations change, by name. Nothing is changed:
-// a helper that starts with these prefixes and [Options.Renumber] does that, the same way.
-// The error says what is wrong with the prefixes, that one of [Options.Addresses] isn't
-// in them, or that they have no room for all peers.
+// PlanPrefixes returns what would change with other mesh prefixes: the peers that get other
+// addresses, sorted by name, and the lines of their configurations that change. It changes
+// nothing; a helper that starts with these prefixes and [Options.Renumber] gives out the same
+// addresses. It fails if the prefixes aren't valid, if one of [Options.Addresses] isn't in them,
+// or if they have too few addresses for all peers.
 func (d *Daemon) PlanPrefixes(prefixes mesh.Prefixes) ([]api.Renumbered, error) {
 	if err := prefixes.Validate(); err != nil {
 		return nil, api.Errorf(api.CodeBadAddress, "%v", err).WithHint("take a private prefix that isn't in use here")
@@ -48,8 +48,9 @@ func (d *Daemon) PlanPrefixes(prefixes mesh.Prefixes) ([]api.Renumbered, error) 
 	return out, nil
 }
 
-// changedLines returns the lines of a configuration in which an address moves to another
-// one, or a prefix.
+// changedLines returns the lines of a wg-quick(8) configuration that change with the addresses in
+// moved and the mesh prefixes in prefixes, both from old to new. Only lists of addresses are
+// examined: an endpoint isn't inside the mesh.
 func changedLines(text string, moved map[netip.Addr]netip.Addr, prefixes map[netip.Prefix]netip.Prefix) []api.ChangedLine {
 	out := []api.ChangedLine{}
 	section := ""
@@ -62,7 +63,7 @@ func changedLines(text string, moved map[netip.Addr]netip.Addr, prefixes map[net
 			}
 			continue
 		}
-		// A key may end with "=", and an address is in none.
+		// Keys in base64 end with "=", but aren't among these values.
 		switch strings.ToLower(strings.TrimSpace(key)) {
 		case "address", "allowedips", "dns":
 		default:

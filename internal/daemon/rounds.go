@@ -2,10 +2,11 @@ package daemon
 
 import "context"
 
-// EachRound calls f with the helper's state after rounds of the loop, from the one that
-// is known on, until ctx ends. Rounds that follow each other fast may be one to it. While
-// a round hangs f isn't called, so that a watchdog that depends on it hears of it.
-func (d *Daemon) EachRound(ctx context.Context, f func(state string)) {
+// EachRound calls f at once, and then after rounds of the loop until ctx ends, with the phase
+// that the round ended in: api.Starting, api.Enforcing or api.Closed. Rounds that end while f
+// runs count as one. f isn't called while a round hangs, so a service manager's watchdog that
+// is fed by f notices that; see reconcile.RoundLimit.
+func (d *Daemon) EachRound(ctx context.Context, f func(phase string)) {
 	for {
 		s, newer := d.loop.State()
 		f(s.Phase)

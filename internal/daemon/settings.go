@@ -11,12 +11,14 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
-// Settings returns what the helper was told to be.
+// Settings returns the settings: their values now, after the next start, and where each comes
+// from.
 func (d *Daemon) Settings() api.Settings { return d.wanted.Settings().Answer() }
 
-// ChangeSettings keeps other settings, and puts those in force that need no restart; the
-// answer says which do. Nil takes a setting away. Nothing changes where one is wrong, or
-// can't be saved.
+// ChangeSettings saves changed settings, by name, and puts those into force that need no restart;
+// the answer tells which need one. A nil value resets a setting to its default. If one value
+// isn't valid or can't be saved, no setting changes. For other mesh prefixes, the answer has the
+// peers that the next start renumbers, and what else uses the prefixes.
 func (d *Daemon) ChangeSettings(ctx context.Context, changes map[string]*string) (api.Settings, error) {
 	return d.wanted.ChangeSettings(ctx, changes, func(was, next *wanted.Settings, out *api.Settings) (err error) {
 		_, v4 := changes[wanted.SettingMeshPrefix4]
@@ -32,28 +34,28 @@ func (d *Daemon) ChangeSettings(ctx context.Context, changes map[string]*string)
 	})
 }
 
-// checkPrefixes refuses another mesh prefix in which an interface of this host has an
-// address: peers wouldn't reach that network, and it is never what was meant. It returns
-// what else is in a new prefix, which the owner may live with. The default is never
-// refused, for it is what the helper starts with anyway.
+// checkPrefixes refuses a new mesh prefix in which an interface of this host has an address: peers
+// wouldn't reach that network, and no operator can want that. It returns other overlaps, such as
+// routes, as problems, which the operator may accept. The default prefixes are never refused,
+// because the helper would start with them anyway.
 func (d *Daemon) checkPrefixes(was, next *wanted.Settings) ([]api.Problem, error) {
 	before, _ := was.PrefixesAfter()
 	want, ok := next.PrefixesAfter()
 	if !ok {
 		return nil, nil
 	}
-	var fresh []netip.Prefix
+	var changed []netip.Prefix
 	if want.V4 != before.V4 {
-		fresh = append(fresh, want.V4)
+		changed = append(changed, want.V4)
 	}
 	if want.V6 != before.V6 {
-		fresh = append(fresh, want.V6)
+		changed = append(changed, want.V6)
 	}
 	now, _ := d.loop.State()
-	if len(fresh) == 0 || now.Ruleset == nil {
-		return nil, nil // not looked at yet; the start names what overlaps
+	if len(changed) == 0 || now.Ruleset == nil {
+		return nil, nil // no facts about the host yet; status names overlaps after the start
 	}
-	r, err := policy.Compile(policy.Mesh{Prefixes: fresh}, now.Ruleset.Host(), d.wanted.Now())
+	r, err := policy.Compile(policy.Mesh{Prefixes: changed}, now.Ruleset.Host(), d.wanted.Now())
 	if err != nil {
 		return nil, err
 	}
@@ -61,17 +63,17 @@ func (d *Daemon) checkPrefixes(was, next *wanted.Settings) ([]api.Problem, error
 	var out []api.Problem
 	for _, o := range r.Overlaps() {
 		p := explain.Overlap(r, o)
-		byAddress := o.Kind == policy.OverlapUplink || o.Kind == policy.OverlapAddress
-		if byAddress && o.Mesh != defaults.V4 && o.Mesh != defaults.V6 {
+		hasAddress := o.Kind == policy.OverlapUplink || o.Kind == policy.OverlapAddress
+		if hasAddress && o.Mesh != defaults.V4 && o.Mesh != defaults.V6 {
 			return nil, api.Errorf(api.CodeBadSetting, "%v is in use here: %s", o.Mesh, p.Message).WithHint("%s", explain.WayOut(r, o.Mesh))
 		}
-		out = append(out, shown(p))
+		out = append(out, apiProblem(p))
 	}
 	return out, nil
 }
 
-// planPrefixes says which peers get other addresses when the helper starts with these
-// settings.
+// planPrefixes returns the peers that get other addresses when the helper starts with the
+// settings s; see PlanPrefixes.
 func (d *Daemon) planPrefixes(s *wanted.Settings) ([]api.Renumbered, error) {
 	want, ok := s.PrefixesAfter()
 	if !ok || want == d.id.Prefixes {

@@ -11,7 +11,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
-// Status returns what holds now.
+// Status returns the state of the helper and of all peers. It asks the host nothing: the facts
+// are those of the loop's last round, except for the peers' numbers, which are current.
 func (d *Daemon) Status() api.Status {
 	c, _ := d.loop.State()
 	doc := d.wanted.Document()
@@ -31,49 +32,52 @@ func (d *Daemon) Status() api.Status {
 		s.Uplink = c.Host.Uplink6
 	}
 	for _, p := range d.explain.Problems(c) {
-		s.Problems = append(s.Problems, shown(p))
+		s.Problems = append(s.Problems, apiProblem(p))
 	}
-	s.Peers = d.views(doc, c)
+	s.Peers = d.peers(doc, c)
 	return s
 }
 
-// Peer returns the peer that ref names.
+// Peer returns the peer with a name, a mesh address or a public key ref.
 func (d *Daemon) Peer(ref string) (api.Peer, error) {
 	doc := d.wanted.Document()
 	i, err := doc.Find(ref)
 	if err != nil {
 		return api.Peer{}, err
 	}
-	return d.view(&doc.Peers[i], d.wanted.Now()), nil
+	return d.currentPeer(&doc.Peers[i], d.wanted.Now()), nil
 }
 
-// views returns all peers of doc.
-func (d *Daemon) views(doc *wanted.Document, c held.State) []api.Peer {
+// peers returns all peers of doc, in its order. It reads the numbers once for all of them.
+func (d *Daemon) peers(doc *wanted.Document, c held.State) []api.Peer {
 	now, numbers := d.wanted.Now(), c.Numbers()
 	out := make([]api.Peer, len(doc.Peers))
 	for i := range doc.Peers {
-		out[i] = d.viewOf(&doc.Peers[i], numbers, now)
+		out[i] = d.apiPeer(&doc.Peers[i], numbers, now)
 	}
 	return out
 }
 
-// view returns one peer with its numbers.
-func (d *Daemon) view(p *mesh.Peer, now time.Time) api.Peer {
+// currentPeer returns one peer with its present numbers.
+func (d *Daemon) currentPeer(p *mesh.Peer, now time.Time) api.Peer {
 	c, _ := d.loop.State()
-	return d.viewOf(p, c.Numbers(), now)
+	return d.apiPeer(p, c.Numbers(), now)
 }
 
-// shown is a problem as the socket shows it.
-func shown(p host.Problem) api.Problem {
+// apiProblem returns a problem for an answer. The text may quote other software's names, so
+// what a terminal wouldn't print is escaped.
+func apiProblem(p host.Problem) api.Problem {
 	return api.Problem{Step: p.Step, Message: plain.Text(p.Message), Hint: plain.Text(p.Hint)}
 }
 
-// routesFor is how long after its last packet a peer still routes now.
-const routesFor = 10 * time.Second
+// routingFor is how long after its last routed packet a peer counts as routing now. It bridges
+// the pauses of a connection that is in use.
+const routingFor = 10 * time.Second
 
-// viewOf returns a peer as the socket shows it: what is wanted of it, where it was heard, and
-// its totals of all helpers' time.
-func (d *Daemon) viewOf(p *mesh.Peer, n held.Numbers, now time.Time) api.Peer {
+// apiPeer returns a peer for an answer: its wanted fields, the endpoint that it was last heard
+// from or else the configured one, and its totals over all tunnels and helpers, as far as those
+// were saved.
+func (d *Daemon) apiPeer(p *mesh.Peer, n held.Numbers, now time.Time) api.Peer {
 	s, g := n.Tunnel[p.PublicKey], n.Guard[p.PublicKey]
 	t := d.learned.Totals(p.PublicKey, n.Totals(p.PublicKey))
 	out := api.Peer{
@@ -81,7 +85,7 @@ func (d *Daemon) viewOf(p *mesh.Peer, n held.Numbers, now time.Time) api.Peer {
 		Permissions: permissionsOf(p, now), Tunnel: wanted.Sends(p, now), Endpoint: p.Endpoint,
 		RxBytes: t.Rx, TxBytes: t.Tx,
 		Routing: api.Routing{
-			Now:     !g.Routed.Last.IsZero() && time.Since(g.Routed.Last) < routesFor,
+			Now:     !g.Routed.Last.IsZero() && time.Since(g.Routed.Last) < routingFor,
 			RxBytes: t.RoutedRx, TxBytes: t.RoutedTx,
 		},
 		Refused: api.Refused(t.Refused),
@@ -96,7 +100,9 @@ func (d *Daemon) viewOf(p *mesh.Peer, n held.Numbers, now time.Time) api.Peer {
 	return out
 }
 
-// permissionsOf shows the grants as of now: one that has ended is none.
+// permissionsOf returns a peer's permissions at now: one that has ended counts as not granted,
+// even before the loop removes it. Effective is false for one that needs another permission
+// which the peer doesn't have, such as lan without routing.
 func permissionsOf(p *mesh.Peer, now time.Time) (out api.Permissions) {
 	have := p.Permissions.At(now)
 	for i, one := range mesh.AllPermissions {
