@@ -560,7 +560,7 @@ func TestSlowLookClosesNothing(t *testing.T) {
 					_, err := r.allow("phone", "lan", "")
 					wantCode(t, err, api.CodeNotInForce)
 				}
-				r.after(r.d.opts.Tick + 2*reconcile.LookLimit) // it hangs for as long
+				r.after(r.d.opts.Tick + 2*reconcile.ObserveLimit) // it hangs for as long
 				r.wantLoaded("phone", want)
 				if !r.passes(phone) {
 					t.Error("what was allowed doesn't pass")
@@ -569,7 +569,7 @@ func TestSlowLookClosesNothing(t *testing.T) {
 					t.Errorf("state %s, problems %v", s.State, s.Problems)
 				}
 				r.host.HangAt("")
-				r.after(r.d.opts.Tick + 2*reconcile.LookLimit)
+				r.after(r.d.opts.Tick + 2*reconcile.ObserveLimit)
 				r.wantLoaded("phone", want)
 				if s := r.d.Status(); s.State != api.Enforcing || len(s.Problems) > 0 {
 					t.Errorf("after it: state %s, problems %v", s.State, s.Problems)

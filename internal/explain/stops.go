@@ -106,7 +106,7 @@ type trace struct {
 
 // runningFor is how long after its last handshake a tunnel counts as running: WireGuard
 // makes a new handshake every two minutes while there is traffic (REKEY_AFTER_TIME,
-// whitepaper 6.1), and drops the keys after three (REJECT_AFTER_TIME).
+// whitepaper 6.1), and uses none that is older than three (REJECT_AFTER_TIME).
 const runningFor = 3 * time.Minute
 
 // checkTunnel asks what other software's rules do with the datagrams that carry the packet

@@ -14,7 +14,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// open makes the mesh interface and the tunnel on it.
+// open creates the mesh interface, the guard and the tunnel, one on top of the other, unless
+// there is a tunnel. Nothing passes the guard until the gate gives it a ruleset. After a failure
+// with opened set, the host must be put back (leave).
 func (l *Loop) open(ctx context.Context) error {
 	if l.tunnel != nil {
 		return nil
@@ -38,7 +40,7 @@ func (l *Loop) open(ctx context.Context) error {
 		Reassembly: l.limits.Reassembly, ClearDF: l.limits.DropsDF,
 		Clock: l.o.Wanted.Now,
 	})
-	l.o.Gate.use(l.guard)
+	l.o.Gate.setGuard(l.guard)
 	tunnel, err := l.o.NewTunnel(l.guard, l.o.Wanted.Key(), l.port())
 	if err != nil {
 		return err // NewTunnel closed dev
@@ -47,8 +49,8 @@ func (l *Loop) open(ctx context.Context) error {
 	return nil
 }
 
-// port returns the wanted UDP port; a tunnel that died is made again on the
-// port that peers know.
+// port returns the UDP port for the next tunnel: the option, otherwise that of the tunnel before,
+// which peers know, otherwise 0.
 func (l *Loop) port() uint16 {
 	if l.o.ListenPort != 0 {
 		return l.o.ListenPort
@@ -57,22 +59,23 @@ func (l *Loop) port() uint16 {
 	return s.ListenPort
 }
 
-// dropTunnel records that the tunnel ended by itself, because another program took
-// the interface away, and lets the next round make it again. It closes the guard first,
-// and waits TunnelLimit at most for what is left of the tunnel.
+// dropTunnel handles a tunnel that ended by itself, because another program removed the
+// interface: the next round makes it again. It closes the guard first, and then waits
+// TunnelLimit at most for the rest of the tunnel to end.
 func (l *Loop) dropTunnel() {
 	l.o.Gate.set(nil, nil)
 	l.o.Record(events.Event{Kind: events.Problem, Message: fmt.Sprintf("the mesh interface %s is gone; making it again", l.iface)})
-	if !inTime(l.tunnel.Close) {
+	if !returnsInTime(l.tunnel.Close) {
 		l.o.Record(events.Event{Kind: events.Problem, Message: fmt.Sprintf("the tunnel that was on it didn't end in %v; going on without it", TunnelLimit)})
 	}
 	l.tunnel, l.held = nil, 0
 	l.repairs++
 }
 
-// leave ends the tunnel first, so that nothing of a peer arrives while the
-// filter is taken away, and then leaves the host as it was found. The host
-// begins with forwarding, so that a kill at any moment leaves it closed.
+// leave ends the tunnel first, so that nothing of a peer arrives while the filter is removed,
+// and then restores the host to how it was found. The host restores forwarding before it removes
+// the filter, so that a kill at any moment leaves it closed. ctx has usually ended; leave has
+// host.LeaveLimit of its own.
 func (l *Loop) leave(ctx context.Context) error {
 	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), host.LeaveLimit)
 	defer cancel()
@@ -94,10 +97,10 @@ func (l *Loop) endTunnel() {
 	if l.tunnel == nil {
 		return
 	}
-	if !inTime(func() {
+	if !returnsInTime(func() {
 		l.o.Gate.set(nil, nil)
 		if stats, err := l.tunnel.Stats(); err == nil {
-			l.note(held.Numbers{Tunnel: stats, Guard: l.seen.guard})
+			l.noteLearned(held.Numbers{Tunnel: stats, Guard: l.seen.guard})
 		}
 		l.tunnel.Close()
 	}) {
@@ -105,8 +108,9 @@ func (l *Loop) endTunnel() {
 	}
 }
 
-// inTime reports whether end returns within TunnelLimit. It goes on after that.
-func inTime(end func()) bool {
+// returnsInTime reports whether end returns within TunnelLimit. Otherwise end goes on in its
+// goroutine, since nothing can interrupt it.
+func returnsInTime(end func()) bool {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -122,15 +126,15 @@ func inTime(end func()) bool {
 	}
 }
 
-// path is how WireGuard's packets leave the host. The tunnel answers each peer
-// from the address of before, and routers on the way keep their translation of it,
-// until the peers are told.
+// path is how WireGuard's packets leave the host. After it changed, the tunnel would go on
+// sending from the old address, and routers on the way would keep their translations, until
+// each peer has received something from the new one (Tunnel.Rebind).
 type path struct {
 	uplink4, uplink6                   string
 	source4, source6, router4, router6 netip.Addr
 }
 
-// pathOf returns the path by the facts about a host.
+// pathOf returns the path according to the facts about the host.
 func pathOf(h policy.Host) path {
 	return path{h.Uplink4, h.Uplink6, h.Source4, h.Source6, h.Router4, h.Router6}
 }
@@ -149,20 +153,19 @@ func ownEndpoints(host policy.Host, port uint16) (endpoints []netip.AddrPort) {
 	return endpoints
 }
 
-// wakePeers has the tunnel tell the peers where the host is, in a task of its own
-// because that may take long after a wake from sleep. One that waits is replaced: it may
-// be of a tunnel that is no more.
-func (l *Loop) wakePeers() {
+// requestRebind has runRebinds call the tunnel's Rebind, which may take long after a wake from
+// sleep. A request that still waits is replaced, since it may be for a tunnel that has ended.
+func (l *Loop) requestRebind() {
 	select {
 	case <-l.rebind:
 	default:
 	}
-	l.rebind <- l.tunnel // there is room: the loop alone sends
+	l.rebind <- l.tunnel // never blocks: the loop alone sends, and it has just made room
 }
 
-// rebinds carries out what wakePeers asks for, until ctx ends. An error of a tunnel that
-// ended meanwhile isn't reported: the loop notices the end itself.
-func (l *Loop) rebinds(ctx context.Context) error {
+// runRebinds carries out the requests of requestRebind until ctx ends. An error of a tunnel that
+// has ended isn't recorded, because the loop notices the end itself.
+func (l *Loop) runRebinds(ctx context.Context) error {
 	for {
 		select {
 		case <-ctx.Done():

@@ -11,76 +11,81 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
-// Gate owns the guard. What the guard judges by is the less of two: what the loop
-// enforces, and what is wanted now. So a permission that is taken away is gone at the
-// guard before the loop, which may be waiting for the host, hears of it; and an older
-// ruleset that the loop sets afterwards doesn't bring it back.
+// Gate gives the guard its rulesets: always the intersection of what the loop enforces and what
+// is wanted now. So the guard loses a revoked permission before the loop, which may be waiting
+// for the host, learns of it; and an older ruleset that the loop sets afterwards doesn't bring
+// it back.
 //
-// Nothing here waits for the host, a disk or a log.
+// Its methods may be called by any goroutine. None waits for the host, a disk or a log, because
+// a revocation waits for them.
 type Gate struct {
-	// failed hears of a ruleset that couldn't be compiled.
+	// failed is called, with mu held, if a ruleset couldn't be compiled.
 	failed func(error)
-	// now is the clock that permissions end by; set before there is a guard.
+	// now is the clock by which permissions end; set before there is a guard.
 	now func() time.Time
 
-	mu     sync.Mutex
-	guard  *guard.Device // nil before there is a mesh interface
-	rules  *policy.Ruleset
-	of     *wanted.Document // that rules are of
-	wanted *wanted.Document
-	// judged is what the guard was given last; nil while nothing passes.
-	judged *policy.Ruleset
+	mu    sync.Mutex
+	guard *guard.Device // nil before there is a mesh interface
+	// rules is the ruleset that the loop enforces, nil while the loop lets nothing pass, and
+	// rulesDoc the document that it was compiled from.
+	rules    *policy.Ruleset
+	rulesDoc *wanted.Document
+	wanted   *wanted.Document // the latest one; nil before the first Limit
+	// inForce is what the guard was given last; nil while nothing passes.
+	inForce *policy.Ruleset
 }
 
-// NewGate returns a gate without a guard. failed hears of a ruleset that couldn't be
-// compiled, while the guard lets nothing pass; it must not wait.
+// NewGate returns a gate without a guard. failed is called if a ruleset can't be compiled; then
+// the guard passes nothing. It must not block.
 func NewGate(failed func(error)) *Gate { return &Gate{failed: failed} }
 
-// setClock sets the clock that permissions end by, which exists only after the first Limit.
+// setClock sets the clock by which permissions end. NewGate can't have it: the clock is part of
+// wanted.State, which calls Limit while it is opened.
 func (g *Gate) setClock(now func() time.Time) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.now = now
 }
 
-// compile compiles for the time now, at less cost what was compiled before, too.
+// compile compiles m and h for the present time. It reuses the unchanged parts of before, which
+// may be nil.
 func (g *Gate) compile(before *policy.Ruleset, m policy.Mesh, h policy.Host) (*policy.Ruleset, error) {
 	return before.Recompile(m, h, g.now())
 }
 
-// use puts a new guard in place of the one before. Nothing passes yet.
-func (g *Gate) use(d *guard.Device) {
+// setGuard replaces the guard by a new one, which passes nothing yet.
+func (g *Gate) setGuard(d *guard.Device) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.guard, g.rules, g.of = d, nil, nil
-	g.give(nil)
+	g.guard, g.rules, g.rulesDoc = d, nil, nil
+	g.setGuardRules(nil)
 }
 
-// set is for the loop: r, of the wanted state doc, is enforced, as far as it is still
-// wanted; nil lets nothing pass.
+// set is called by the loop: the guard enforces r, which was compiled from doc, as far as it is
+// still wanted. A nil r passes nothing.
 func (g *Gate) set(r *policy.Ruleset, doc *wanted.Document) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.rules, g.of = r, doc
+	g.rules, g.rulesDoc = r, doc
 	g.apply()
 }
 
-// InForce returns what the guard judges by, and nil while it lets nothing pass. What was
-// compiled to narrow at once need not be compiled again for the host.
+// InForce returns the ruleset that the guard judges by, or nil while it passes nothing. After a
+// revocation the loop recompiles from it, which is nearly free if the host hasn't changed.
 func (g *Gate) InForce() *policy.Ruleset {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.judged
+	return g.inForce
 }
 
-// give has the guard judge by r. g.mu is held.
-func (g *Gate) give(r *policy.Ruleset) {
-	g.judged = r
+// setGuardRules has the guard judge by r; nil passes nothing. The caller holds g.mu.
+func (g *Gate) setGuardRules(r *policy.Ruleset) {
+	g.inForce = r
 	g.guard.Set(r)
 }
 
-// Limit takes what is wanted now. When it returns, the guard lets nothing pass that
-// doc doesn't allow.
+// Limit sets the wanted document. When it returns, the guard passes nothing that doc doesn't
+// allow.
 func (g *Gate) Limit(doc *wanted.Document) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -88,7 +93,8 @@ func (g *Gate) Limit(doc *wanted.Document) {
 	g.apply()
 }
 
-// confine has the guard pass only what needs no packet filter, or all again.
+// confine has the guard pass only packets that need no packet filter, or with false all that
+// its ruleset passes. The loop confines it while it repairs the filter.
 func (g *Gate) confine(on bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -97,21 +103,21 @@ func (g *Gate) confine(on bool) {
 	}
 }
 
-// apply puts the less of both in force. g.mu is held.
+// apply gives the guard the intersection of rules and wanted. The caller holds g.mu.
 func (g *Gate) apply() {
 	switch {
 	case g.guard == nil:
 		return
 	case g.rules == nil:
-		g.give(nil)
+		g.setGuardRules(nil)
 		return
-	case g.wanted == nil || g.wanted == g.of:
-		g.give(g.rules)
+	case g.wanted == nil || g.wanted == g.rulesDoc:
+		g.setGuardRules(g.rules)
 		return
 	}
-	m, less := within(g.rules.Mesh(), g.wanted)
-	if !less {
-		g.give(g.rules)
+	m, narrower := intersect(g.rules.Mesh(), g.wanted)
+	if !narrower {
+		g.setGuardRules(g.rules)
 		return
 	}
 	r, err := g.compile(g.rules, m, g.rules.Host())
@@ -119,14 +125,14 @@ func (g *Gate) apply() {
 		g.failed(err)
 		r = nil
 	}
-	g.give(r)
+	g.setGuardRules(r)
 }
 
-// within returns m without what doc doesn't want, and whether that is less than m:
-// peers that doc has no more, or with other addresses, are left out, and of two ends
-// of a permission the earlier counts. What is kept from leaving to removed peers is doc's,
-// where that is all of m's and more: then the loop compiles the same mesh next.
-func within(m policy.Mesh, doc *wanted.Document) (out policy.Mesh, less bool) {
+// intersect returns m without what doc doesn't allow, and whether that is narrower than m: peers
+// that doc doesn't have, or has with other addresses, are left out, and the earlier of two ends
+// of a permission counts. The former peers' addresses, to which nothing may leave, are doc's if
+// they only add to m's. Then the loop's next mesh is the same, and is compiled from this one.
+func intersect(m policy.Mesh, doc *wanted.Document) (out policy.Mesh, narrower bool) {
 	find := doc.Finder()
 	out = m
 	if f := doc.FormerAddresses(); len(f) > len(m.Former) && slices.Equal(f[:len(m.Former)], m.Former) {
@@ -136,15 +142,15 @@ func within(m policy.Mesh, doc *wanted.Document) (out policy.Mesh, less bool) {
 	for i, p := range m.Peers {
 		w := find(i, p.PublicKey)
 		if w == nil || p.Addresses != w.Addresses {
-			less = true
+			narrower = true
 			continue
 		}
 		for one, has := range p.Permissions {
 			if n := has.And(w.Permissions[one]); n != has {
-				p.Permissions[one], less = n, true
+				p.Permissions[one], narrower = n, true
 			}
 		}
 		out.Peers = append(out.Peers, p)
 	}
-	return out, less
+	return out, narrower
 }

@@ -16,9 +16,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
-// TestGateIsTheLess has many changes become wanted, and the loop set rulesets of any age:
-// the guard never lets pass what isn't wanted at that moment.
-func TestGateIsTheLess(t *testing.T) {
+// TestGateIsTheIntersection: in many documents, with the loop setting rulesets of any age between
+// them, the guard never passes what the latest document doesn't allow.
+func TestGateIsTheIntersection(t *testing.T) {
 	m := flowtest.Mesh(mesh.All)
 	fake := hostfake.New()
 	dev, err := fake.Open(t.Context(), host.Interface{MTU: 1420, Addresses: m.Addresses, Prefixes: m.Prefixes})
@@ -29,7 +29,7 @@ func TestGateIsTheLess(t *testing.T) {
 	defer judging.Close()
 	g := NewGate(func(err error) { t.Error(err) })
 	g.setClock(time.Now)
-	g.use(judging)
+	g.setGuard(judging)
 	phone := m.Peers[0]
 	passes := func() bool {
 		before := fake.Delivered()
@@ -71,13 +71,13 @@ func TestGateIsTheLess(t *testing.T) {
 		g.set(rules[i], docs[i])
 		want := find(doc).Allowed && find(docs[i]).Allowed
 		if got := passes(); got != want {
-			t.Fatalf("passes %v, wanted %v, enforced %v", got, find(doc).Allowed, find(docs[i]).Allowed)
+			t.Fatalf("the guard passes the packet: %v; wanted %v, enforced %v", got, find(doc).Allowed, find(docs[i]).Allowed)
 		}
 		if want {
 			passed++
 		}
 	}
 	if passed == 0 {
-		t.Error("nothing ever passed")
+		t.Error("the guard never passed a packet")
 	}
 }

@@ -31,24 +31,24 @@ const (
 	// TunnelLimit bounds closing the tunnel. A tunnel that hangs must leave time to put the
 	// host back within [host.LeaveLimit].
 	TunnelLimit = 3 * time.Second
-	// StepLimit bounds making the interface and each enforcing step, LookLimit each
+	// StepLimit bounds making the interface and each enforcing step, ObserveLimit each
 	// observation and inspection: a host that hangs must not keep open for longer what was
 	// narrowed. Each call has a limit of its own, so that closing has its full time after a
 	// step that used up its own.
-	StepLimit = 30 * time.Second
-	LookLimit = 15 * time.Second
+	StepLimit    = 30 * time.Second
+	ObserveLimit = 15 * time.Second
 	// After a round that took a time t, the next round for a change of the host comes
-	// restFactor*t later at the earliest, or restMost later if that is less: a host that
-	// changes all the time is looked at a fifth of the time.
+	// restFactor*t later at the earliest, or maxRest later if that is less. So on a host that
+	// changes all the time, rounds take a fifth of the time.
 	restFactor = 4
-	restMost   = time.Second
+	maxRest    = time.Second
 )
 
 // RoundLimit is the most that the steps of one round take: making the interface and
 // observing the host; then loading a ruleset, reading it back and cutting flows, once for the
 // wanted ruleset and once to close. Loading again what another program changed in between
 // exceeds it only if each load nearly hangs. A watchdog must be more patient than that.
-const RoundLimit = StepLimit + LookLimit + 2*(StepLimit+LookLimit+StepLimit)
+const RoundLimit = StepLimit + ObserveLimit + 2*(StepLimit+ObserveLimit+StepLimit)
 
 // Tunnel is the WireGuard device as the loop drives it; *tunnel.Device is one.
 type Tunnel interface {
@@ -67,7 +67,7 @@ type Tunnel interface {
 	Close()
 }
 
-// Options are what New needs.
+// Options configure a Loop.
 type Options struct {
 	Host host.Host // required
 	Gate *Gate     // required: the one that narrows for Wanted
@@ -75,8 +75,8 @@ type Options struct {
 	Wanted  *wanted.State // required
 	Learned *learned.Book // required
 
-	// NewTunnel starts the WireGuard device around the guard, on a UDP port, of which 0
-	// lets the system choose. It closes the device if it fails.
+	// NewTunnel starts the WireGuard device on the guard, with a UDP port or 0 to let the
+	// system choose. If it fails, it has closed the guard.
 	NewTunnel func(tun.Device, mesh.PrivateKey, uint16) (Tunnel, error) // required
 	// Record records an event. It must not block.
 	Record func(events.Event) // required
@@ -87,13 +87,13 @@ type Options struct {
 	MTU        int    // required: of the mesh interface, in bytes
 	ListenPort uint16 // optional: UDP, 0 lets the system choose
 
-	Tick time.Duration    // required: between looks at the host
+	Tick time.Duration    // required: the longest time between two rounds
 	Wall func() time.Time // required: the wall clock
 }
 
-// Loop makes the host hold what is wanted. It alone calls the host's link, observer and
-// enforcer. Only the goroutine of run uses the fields, apart from the channels and those
-// below mu.
+// Loop makes the host enforce the wanted state. It alone calls the host's link, observer and
+// enforcer. Only the goroutine of run uses the fields, apart from the channels and the two
+// that mu guards.
 type Loop struct {
 	o  Options
 	id wanted.Identity
@@ -102,14 +102,14 @@ type Loop struct {
 	// the host soon. Both have room for one signal.
 	woken, moved chan struct{}
 
-	mu      sync.Mutex
-	now     held.State
+	mu      sync.Mutex    // guards now and changed
+	now     held.State    // the latest published one
 	changed chan struct{} // closed when now is replaced
 
-	tunnel Tunnel // nil while there is no mesh interface
-	guard  *guard.Device
-	limits host.Limits // of the host's packet filter, when the guard was made
-	iface  string
+	tunnel Tunnel        // nil while there is no mesh interface
+	guard  *guard.Device // the last one, also after its tunnel has ended
+	limits host.Limits   // of the host's packet filter, when the guard was made
+	iface  string        // the mesh interface's name
 	// opened is set once the host made an interface: from then on the host must be put back.
 	opened bool
 
@@ -125,69 +125,71 @@ type Loop struct {
 	host policy.Host
 	// held is the generation that the host was found to hold, and 0 while it is closed.
 	held uint64
-	// blind is set if an observation or inspection failed in this round.
-	blind bool
-	// refused is why the tunnel didn't take some peers; nil if it took all.
-	refused  error
-	report   host.Report
-	problems []host.Problem
-	repairs  uint64
-	wait     retry.Backoff
-	due      time.Time
-	took     time.Duration // by the last round
+	// unobserved is set if an observation or inspection failed in this round.
+	unobserved bool
+	// syncErr is why the tunnel didn't accept some peers; nil if it accepted all. They are no
+	// reason to close for the others, but the generation doesn't count as enforced.
+	syncErr  error
+	report   host.Report    // of the last inspection
+	problems []host.Problem // of this round, the cause first
+	repairs  uint64         // since Run began
+	backoff  retry.Backoff  // between rounds that fail
+	due      time.Time      // when the next round begins at the latest
+	took     time.Duration  // by the last round
 
-	rebind chan Tunnel
+	rebind chan Tunnel // from requestRebind to runRebinds; has room for one
 	seen   observed
 	// counted is what readTunnel read in this round.
 	counted held.Numbers
-	news    events.News[host.Problem]
+	news    events.News[host.Problem] // the problems that were recorded already
 }
 
-// New returns a loop that hasn't begun; Run runs it.
+// New returns a loop in the phase api.Starting. It touches neither the host nor the disk.
 func New(o Options) *Loop {
 	l := &Loop{
 		o: o, id: o.Wanted.Identity(),
 		woken: make(chan struct{}, 1), moved: make(chan struct{}, 1), changed: make(chan struct{}),
-		now:    held.State{Phase: api.Starting},
-		wait:   retry.New(),
-		rebind: make(chan Tunnel, 1),
+		now:     held.State{Phase: api.Starting},
+		backoff: retry.New(),
+		rebind:  make(chan Tunnel, 1),
 	}
 	o.Gate.setClock(o.Wanted.Now)
 	return l
 }
 
-// Run keeps the host equal to what is wanted until ctx ends, and then leaves it as it was
-// found. It ends earlier, with an error, only when the mesh interface can't be made in the
-// first place. Call it once.
+// Run keeps the host equal to the wanted state until ctx ends, and then restores it to how it was
+// found. It ends earlier only with an error, if the mesh interface can't be created at the
+// start. Call it once.
 func (l *Loop) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return l.run(ctx) })
-	g.Go(func() error { return l.rebinds(ctx) })
+	g.Go(func() error { return l.runRebinds(ctx) })
 	g.Go(func() error { return l.watch(ctx) })
 	return g.Wait()
 }
 
-// Wake has the loop hold a change of what is wanted. It doesn't wait.
-func (l *Loop) Wake() { poke(l.woken) }
+// Wake starts a round at once, for a change of the wanted state. It doesn't wait.
+func (l *Loop) Wake() { signal(l.woken) }
 
-// Moved has the loop look at the host soon, for something about it changed, such as its
-// address as seen from outside. It doesn't wait.
-func (l *Loop) Moved() { poke(l.moved) }
+// Moved starts a round soon, for a change of the host, such as its address as seen from outside.
+// It doesn't wait.
+func (l *Loop) Moved() { signal(l.moved) }
 
-// State returns what the host was last found to hold, and a channel that is closed when
-// there is something newer.
+// State returns the latest published state, and a channel that is closed when there is a newer
+// one.
 func (l *Loop) State() (held.State, <-chan struct{}) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.now, l.changed
 }
 
-// run is the loop. The first round must make the mesh interface: a host where
-// that can't be done is refused, rather than tried for ever.
+// run is the loop. If the mesh interface can't be created at the start, it returns the error
+// instead of trying for ever: the person or service manager that started the helper must learn
+// of it.
 func (l *Loop) run(ctx context.Context) error {
 	err := l.open(ctx)
 	if err != nil && !l.opened && !errors.Is(err, context.DeadlineExceeded) {
-		return err // Open left nothing behind, unless it hung
+		return err // Open left nothing behind, which one that hung may have done
 	}
 	if err != nil {
 		return errors.Join(err, l.leave(ctx))
@@ -198,8 +200,8 @@ func (l *Loop) run(ctx context.Context) error {
 	return l.leave(ctx)
 }
 
-// next waits for the next reason to look, and looks. It reports false at the
-// end.
+// next waits for a reason for a round, and runs it. A change of the host only brings the round
+// forward. It returns false once ctx has ended.
 func (l *Loop) next(ctx context.Context) bool {
 	t := time.NewTimer(time.Until(l.due))
 	defer t.Stop()
@@ -222,49 +224,49 @@ func (l *Loop) next(ctx context.Context) bool {
 	return true
 }
 
-// expedite brings the next round forward for a change of the host, of which more
-// may follow. It keeps a distance that grows with what a round takes, so that a host which
-// changes all the time and has much to look at leaves time for others, and while closed,
-// when a round itself may be what changes the host.
+// expedite brings the next round forward for a change of the host, which others may follow. The
+// distance from now grows with the duration of a round, so that rounds leave the processor to
+// others on a host that changes all the time. While closed it is the backoff's shortest pause,
+// since the round itself may be what changes the host.
 func (l *Loop) expedite() {
-	soon := max(settle, min(restFactor*l.took, restMost))
+	soon := max(settle, min(restFactor*l.took, maxRest))
 	if l.held == 0 {
-		soon = l.wait.Min
+		soon = l.backoff.Min
 	}
 	if due := time.Now().Add(soon); due.Before(l.due) {
 		l.due = due
 	}
 }
 
-// round makes the host equal to the wanted state, once.
+// round makes the host equal to the wanted state, once, and publishes the result.
 func (l *Loop) round(ctx context.Context) {
 	began := time.Now()
 	defer func() { l.took = time.Since(began) }()
 	doc := l.o.Wanted.Expire()
-	l.problems, l.blind = nil, false
-	err := l.hold(ctx, doc)
+	l.problems, l.unobserved = nil, false
+	err := l.reconcile(ctx, doc)
 	switch {
 	case err != nil && ctx.Err() == nil:
-		l.fail(ctx, doc, err)
-	case l.refused != nil:
-		l.addProblem(l.refused)
+		l.failClosed(ctx, doc, err)
+	case l.syncErr != nil:
+		l.addProblem(l.syncErr)
 	}
-	l.schedule(err == nil && l.refused == nil && !l.blind)
+	l.schedule(err == nil && l.syncErr == nil && !l.unobserved)
 	l.readTunnel()
 	l.publish()
 }
 
-// schedule sets when to look again: at the next tick or end of a grant, or
-// after an error by and by later.
-func (l *Loop) schedule(well bool) {
+// schedule sets when the next round is due: after a tick, or after the backoff's pause if this
+// one had an error, and at the next end of a permission at the latest.
+func (l *Loop) schedule(ok bool) {
 	wait := l.o.Tick
-	if well {
-		l.wait.Reset()
+	if ok {
+		l.backoff.Reset()
 	} else {
-		wait = l.wait.Next()
+		wait = l.backoff.Next()
 	}
 	if l.wanted != nil {
-		// An end in the past is of a ruleset that couldn't be compiled anew.
+		// An end in the past is of a ruleset that couldn't be compiled again.
 		if left := l.wanted.Expires().Sub(l.o.Wanted.Now()); left > 0 {
 			wait = min(wait, left)
 		}
@@ -272,7 +274,8 @@ func (l *Loop) schedule(well bool) {
 	l.due = time.Now().Add(wait)
 }
 
-// publish replaces what is known to be held by what this round found.
+// publish replaces the state by this round's result, wakes those who wait for it, and records
+// an event if the phase changed. The values in it are never modified afterwards.
 func (l *Loop) publish() {
 	s := held.State{
 		Phase: api.Closed, Interface: l.iface, ListenPort: l.port(), Host: l.host,
@@ -283,7 +286,7 @@ func (l *Loop) publish() {
 	if l.held != 0 {
 		s.Phase = api.Enforcing
 	}
-	if l.refused == nil {
+	if l.syncErr == nil {
 		s.Enforced = l.held
 	}
 	if renderer := l.o.Host.Renderer; renderer != nil {

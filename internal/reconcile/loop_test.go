@@ -9,21 +9,22 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// TestWakeOfTheNewTunnel has a move wait for a tunnel that hangs while another takes its
-// place: the new one hears of its own moves.
-func TestWakeOfTheNewTunnel(t *testing.T) {
+// TestRebindOfTheNewTunnel: a request to rebind still waits for a tunnel that hangs when another
+// tunnel replaces it. The new tunnel's request isn't lost.
+func TestRebindOfTheNewTunnel(t *testing.T) {
 	type device struct{ Tunnel }
 	old, next := &device{}, &device{}
 	l := &Loop{rebind: make(chan Tunnel, 1), tunnel: old}
-	l.wakePeers()
+	l.requestRebind()
 	l.tunnel = next
-	l.wakePeers()
+	l.requestRebind()
 	if got := <-l.rebind; got != next {
-		t.Error("the new tunnel's wake is lost to the old one's")
+		t.Error("the new tunnel isn't rebound: the old one's request is still there")
 	}
 }
 
-// TestNarrowedStaysBounded has closing fail for long: a narrowed peer is kept once.
+// TestNarrowedStaysBounded: while cutting flows fails, each narrowed peer is listed once, with all
+// that it lost.
 func TestNarrowedStaysBounded(t *testing.T) {
 	l := &Loop{}
 	for i := range 1000 {

@@ -14,22 +14,23 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// observed is what the loop saw at its last look at the clocks and the tunnel.
+// observed is what readTunnel saw in the round before, to find what changed since.
 type observed struct {
 	clocks     sleepWatch
-	handshakes map[mesh.PublicKey]time.Time
-	refused    map[mesh.PublicKey]refusals
-	guard      map[mesh.PublicKey]guard.PeerStats
+	handshakes map[mesh.PublicKey]time.Time       // the last of each peer
+	refused    map[mesh.PublicKey]refusals        // as last recorded
+	guard      map[mesh.PublicKey]guard.PeerStats // the last that could be read
 }
 
-// refusals are a peer's refused packets as last told.
+// refusals are the numbers of a peer's refused packets in the last event about them.
 type refusals struct {
-	counts api.Refused
-	told   time.Time // with its monotonic part
+	counts   api.Refused
+	recorded time.Time // with its monotonic part
 }
 
-// readTunnel finds what no event reports: that the host slept, that the UDP port isn't
-// served, and that peers connected.
+// readTunnel reads the tunnel and the guard at the end of a round, and finds what no event
+// reports: that the host slept, that the UDP port isn't served, that peers connected, and that
+// packets of theirs were refused.
 func (l *Loop) readTunnel() {
 	now := time.Now()
 	slept := l.seen.clocks.slept(now, l.o.Wall())
@@ -39,7 +40,7 @@ func (l *Loop) readTunnel() {
 	}
 	if slept > 0 {
 		l.o.Logger.Info("woke from sleep, or the clock was set", "by", slept)
-		l.wakePeers()
+		l.requestRebind()
 	}
 	if err := l.tunnel.Listening(); err != nil {
 		l.addProblem(err)
@@ -50,14 +51,15 @@ func (l *Loop) readTunnel() {
 		return
 	}
 	l.seen.guard, l.counted = n.Guard, n
-	l.note(n)
+	l.noteLearned(n)
 	peers := l.o.Wanted.Document().Peers
 	l.recordHandshakes(peers, n)
-	l.tellRefused(peers, n, now)
+	l.recordRefused(peers, n, now)
 }
 
-// note notes where peers were heard, and what was counted of them.
-func (l *Loop) note(n held.Numbers) {
+// noteLearned stores the peers' endpoints, handshakes and totals in what was learned, which
+// outlasts the tunnel and the helper.
+func (l *Loop) noteLearned(n held.Numbers) {
 	doc := l.o.Wanted.Document()
 	keys := make([]mesh.PublicKey, len(doc.Peers))
 	for i := range doc.Peers {
@@ -69,11 +71,14 @@ func (l *Loop) note(n held.Numbers) {
 	})
 }
 
-// recordHandshakes records the handshakes since the last look: those of peers that weren't
-// heard for a while, not the ones that renew a session every two minutes
-// (REJECT_AFTER_TIME, whitepaper 6.1).
+// sessionLimit is how long after a handshake a session lasts (REJECT_AFTER_TIME, WireGuard
+// whitepaper 6.1). Until then a handshake renews the session, which happens every two minutes
+// (REKEY_AFTER_TIME).
+const sessionLimit = 3 * time.Minute
+
+// recordHandshakes records an event for each peer that connected since the round before: with a
+// handshake that doesn't just renew a session.
 func (l *Loop) recordHandshakes(peers []mesh.Peer, n held.Numbers) {
-	const session = 3 * time.Minute
 	next := make(map[mesh.PublicKey]time.Time, len(peers))
 	for i := range peers {
 		p := &peers[i]
@@ -82,7 +87,7 @@ func (l *Loop) recordHandshakes(peers []mesh.Peer, n held.Numbers) {
 			continue
 		}
 		next[p.PublicKey] = last
-		if before, ok := l.seen.handshakes[p.PublicKey]; ok && last.Sub(before) < session {
+		if before, ok := l.seen.handshakes[p.PublicKey]; ok && last.Sub(before) < sessionLimit {
 			continue
 		}
 		l.o.Record(events.Event{
@@ -93,7 +98,7 @@ func (l *Loop) recordHandshakes(peers []mesh.Peer, n held.Numbers) {
 	l.seen.handshakes = next
 }
 
-// example says where a refused packet was to go.
+// example returns a clause with the destination of a refused packet, or "" if none is known.
 func example(r guard.Refused) string {
 	if !r.To.IsValid() {
 		return ""
@@ -108,18 +113,19 @@ func example(r guard.Refused) string {
 	return fmt.Sprintf("; lately %s to %v", proto, netip.AddrPortFrom(r.To, r.Port))
 }
 
-// refusedInterval is how often a peer's refusals are worth an event: a peer can
-// have any number of packets refused.
+// refusedInterval is the shortest time between two events about a peer's refused packets, which
+// the peer could otherwise use to push all others out of the journal.
 const refusedInterval = time.Minute
 
-// tellRefused records what was refused since it was last told.
-func (l *Loop) tellRefused(peers []mesh.Peer, n held.Numbers, now time.Time) {
+// recordRefused records an event for each peer of which more packets were refused than the last
+// event about it says.
+func (l *Loop) recordRefused(peers []mesh.Peer, n held.Numbers, now time.Time) {
 	next := make(map[mesh.PublicKey]refusals, len(peers))
 	for i := range peers {
 		p := &peers[i]
 		was := l.seen.refused[p.PublicKey]
 		counts := api.Refused(n.Totals(p.PublicKey).Refused)
-		if counts != was.counts && (was.told.IsZero() || now.Sub(was.told) >= refusedInterval) {
+		if counts != was.counts && (was.recorded.IsZero() || now.Sub(was.recorded) >= refusedInterval) {
 			l.o.Record(events.Event{
 				Kind: events.Refused, Peer: p.Name,
 				Message: fmt.Sprintf("refused of %s so far: %v%s", p.Name, counts,

@@ -10,7 +10,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
-// tunnelPeers returns doc's peers as the tunnel takes them.
+// tunnelPeers returns doc's peers for Tunnel.Sync, in its order. The allowed IPs of all peers
+// share one array, because thousands of small ones in each round are a burden to the collector.
 func (l *Loop) tunnelPeers(doc *wanted.Document) []tunnel.Peer {
 	names, now := l.o.Learned.Names(), l.o.Wall()
 	out := make([]tunnel.Peer, len(doc.Peers))
@@ -22,7 +23,7 @@ func (l *Loop) tunnelPeers(doc *wanted.Document) []tunnel.Peer {
 		out[i] = tunnel.Peer{
 			PublicKey:  p.PublicKey,
 			AllowedIPs: allowed[2*i : 2*i+2 : 2*i+2],
-			Endpoint:   endpointOf(p.Endpoint, names),
+			Endpoint:   resolveEndpoint(p.Endpoint, names),
 			Learned:    l.o.Learned.Endpoint(p.PublicKey, p.Endpoint != "", now),
 			Keepalive:  time.Duration(p.Keepalive) * time.Second,
 		}
@@ -30,9 +31,9 @@ func (l *Loop) tunnelPeers(doc *wanted.Document) []tunnel.Peer {
 	return out
 }
 
-// endpointOf returns where to reach an endpoint, or zero where there is none, or its name
-// isn't resolved.
-func endpointOf(text string, names map[string]netip.Addr) netip.AddrPort {
+// resolveEndpoint returns the address and port of a configured endpoint, by the resolved names. It
+// is zero if there is none or its name isn't resolved: then the peer must connect first.
+func resolveEndpoint(text string, names map[string]netip.Addr) netip.AddrPort {
 	if text == "" {
 		return netip.AddrPort{}
 	}
@@ -50,16 +51,16 @@ func endpointOf(text string, names map[string]netip.Addr) netip.AddrPort {
 	return netip.AddrPortFrom(a, e.Port)
 }
 
-// withoutTakeovers leaves out the peers that take over another's address: what is
-// enforced still gives that address the other's permissions.
+// withoutTakeovers leaves out the peers that take over another peer's address: the ruleset that is
+// enforced still gives that address the other peer's permissions.
 func (l *Loop) withoutTakeovers(peers []tunnel.Peer) []tunnel.Peer {
 	if l.current == nil {
 		return peers
 	}
 	return slices.DeleteFunc(slices.Clone(peers), func(p tunnel.Peer) bool {
 		return slices.ContainsFunc(p.AllowedIPs, func(a netip.Prefix) bool {
-			i, taken := l.current.PeerByAddr(a.Addr())
-			return taken && a.IsSingleIP() && l.current.Peers()[i].PublicKey != p.PublicKey
+			i, known := l.current.PeerByAddr(a.Addr())
+			return known && a.IsSingleIP() && l.current.Peers()[i].PublicKey != p.PublicKey
 		})
 	})
 }

@@ -9,8 +9,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 )
 
-// addProblem takes an error apart for status and, where it is news, the
-// journal.
+// addProblem adds an error to this round's problems, unless it is one of them. It records an
+// event if the problem is new, so that one that lasts is recorded once.
 func (l *Loop) addProblem(err error) {
 	p := problemOf(err)
 	if slices.Contains(l.problems, p) {
@@ -22,7 +22,8 @@ func (l *Loop) addProblem(err error) {
 	}
 }
 
-// problemOf returns an error in the words of status.
+// problemOf returns an error as a problem: the step is that of a host.StepError, otherwise the
+// part before the first colon, as in "observe host: ...".
 func problemOf(err error) host.Problem {
 	var step *host.StepError
 	if errors.As(err, &step) {

@@ -16,8 +16,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
-// hold enforces doc, or checks that it still is.
-func (l *Loop) hold(ctx context.Context, doc *wanted.Document) error {
+// reconcile makes the host enforce doc, or repairs what has drifted if it already does.
+func (l *Loop) reconcile(ctx context.Context, doc *wanted.Document) error {
 	if err := l.open(ctx); err != nil {
 		return err
 	}
@@ -29,19 +29,19 @@ func (l *Loop) hold(ctx context.Context, doc *wanted.Document) error {
 			return err
 		}
 		l.addProblem(err)
-		host, l.blind = l.host, true
+		host, l.unobserved = l.host, true
 	}
-	// A new peer in the tunnel opens nothing before the filter knows it, and a peer that the
-	// tunnel refuses is no reason to close for the others.
+	// The tunnel comes first: a new peer in it can't do anything before the guard and the filter
+	// have rules for it. Peers that take over an address are added after enforce.
 	peers := l.tunnelPeers(doc)
 	port := l.tunnel.ListenPort()
 	l.tunnel.SetOwnEndpoints(ownEndpoints(host, port))
-	l.refused = l.tunnel.Sync(l.withoutTakeovers(peers))
+	l.syncErr = l.tunnel.Sync(l.withoutTakeovers(peers))
 	if l.held == doc.Generation && reflect.DeepEqual(host, l.host) && port == l.current.Mesh().ListenPort {
-		return l.check(ctx, doc)
+		return l.checkDrift(ctx, doc)
 	}
 	if l.current != nil && pathOf(host) != pathOf(l.host) {
-		l.wakePeers()
+		l.requestRebind()
 	}
 	r, err := l.o.Gate.compile(cmp.Or(l.o.Gate.InForce(), l.current), policyMesh(doc, l.id, port, true), host)
 	if err != nil {
@@ -51,15 +51,15 @@ func (l *Loop) hold(ctx context.Context, doc *wanted.Document) error {
 	if err := l.enforce(ctx, r, doc); err != nil {
 		return err
 	}
-	l.refused = l.tunnel.Sync(peers)
+	l.syncErr = l.tunnel.Sync(peers)
 	l.held = doc.Generation
 	return nil
 }
 
-// observe returns the facts about the host, and which addresses are this host's as seen from
-// outside: where peers are told to reach it.
+// observe returns the facts about the host, including the addresses that are this host's as
+// seen from outside, which it can't know: those of the endpoint that peers are configured with.
 func (l *Loop) observe(ctx context.Context) (policy.Host, error) {
-	ctx, cancel := context.WithTimeout(ctx, LookLimit)
+	ctx, cancel := context.WithTimeout(ctx, ObserveLimit)
 	defer cancel()
 	host, err := l.o.Host.Observer.Observe(ctx)
 	endpoint := l.o.Wanted.Settings().Endpoint
@@ -72,12 +72,12 @@ func (l *Loop) observe(ctx context.Context) (policy.Host, error) {
 	return host, err
 }
 
-// enforce makes all of r hold. The guard comes first, so that nothing passes by the old
-// policy while the packet filter changes; then the filter, which is read back; then running
-// flows that r refuses are cut. While the host is closed the guard comes last instead, so
-// that it stays closed until the filter is known to hold r.
+// enforce puts r into force. The guard comes first, so that nothing passes by the old policy
+// while the packet filter changes; then the filter, which is read back; then running flows that
+// r refuses are cut. While the host is closed the guard comes last instead, so that it stays
+// closed until the filter is known to enforce r.
 func (l *Loop) enforce(ctx context.Context, r *policy.Ruleset, doc *wanted.Document) error {
-	l.narrow(r)
+	l.setCurrent(r)
 	if l.held != 0 {
 		l.o.Gate.set(r, doc)
 	}
@@ -92,8 +92,8 @@ func (l *Loop) enforce(ctx context.Context, r *policy.Ruleset, doc *wanted.Docum
 	return nil
 }
 
-// ReadTries is how many times a ruleset is loaded and read back in one round, where reading
-// fails or another program changed the rules in between.
+// ReadTries is how many times a ruleset is loaded and read back in one round, if reading fails
+// or another program changed the rules in between.
 const ReadTries = 3
 
 // loadAndRead has the host enforce r and reads the rules back; r counts as in force only
@@ -121,17 +121,16 @@ func (l *Loop) loadAndRead(ctx context.Context, r *policy.Ruleset) error {
 	return err
 }
 
-// load has the host enforce r, within the limit of a step.
+// load has the host enforce r, within StepLimit.
 func (l *Loop) load(ctx context.Context, r *policy.Ruleset) error {
 	ctx, cancel := context.WithTimeout(ctx, StepLimit)
 	defer cancel()
 	return l.o.Host.Enforcer.Enforce(ctx, r)
 }
 
-// inspect compares what the host enforces with r, within the limit of a look, and keeps the
-// report.
+// inspect compares what the host enforces with r, within ObserveLimit, and stores the report.
 func (l *Loop) inspect(ctx context.Context, r *policy.Ruleset) error {
-	ctx, cancel := context.WithTimeout(ctx, LookLimit)
+	ctx, cancel := context.WithTimeout(ctx, ObserveLimit)
 	defer cancel()
 	report, err := l.o.Host.Enforcer.Inspect(ctx, r)
 	if err != nil {
@@ -141,20 +140,20 @@ func (l *Loop) inspect(ctx context.Context, r *policy.Ruleset) error {
 	return nil
 }
 
-// narrow notes the peers that have less under r than under what was enforced.
-// Before the first ruleset, flows of an earlier helper's time may be running, of
-// any peer.
-func (l *Loop) narrow(r *policy.Ruleset) {
+// setCurrent makes r the current ruleset, and adds the peers that lose something by that to the
+// narrowed ones, whose flows are to be cut. Before the first ruleset these are all peers: flows
+// from an earlier helper's time may be running.
+func (l *Loop) setCurrent(r *policy.Ruleset) {
 	if l.current == nil {
-		l.narrowed = everyone(r)
+		l.narrowed = allPeers(r)
 	} else {
 		l.addNarrowed(policy.Diff(l.current, r))
 	}
 	l.current, l.host = r, r.Host()
 }
 
-// addNarrowed adds to the narrowed peers, each peer once, so that what can't be cut
-// for long doesn't grow.
+// addNarrowed merges peers into the narrowed ones, each peer once, so that the list stays bounded
+// while cutting fails.
 func (l *Loop) addNarrowed(more []policy.Narrowed) {
 	at := make(map[mesh.PublicKey]int, len(l.narrowed))
 	for i, n := range l.narrowed {
@@ -178,8 +177,8 @@ func (l *Loop) addNarrowed(more []policy.Narrowed) {
 	}
 }
 
-// everyone names every peer of r as narrowed.
-func everyone(r *policy.Ruleset) []policy.Narrowed {
+// allPeers returns every peer of r as narrowed: each lost what it has no permission for.
+func allPeers(r *policy.Ruleset) []policy.Narrowed {
 	var out []policy.Narrowed
 	for _, p := range r.Peers() {
 		out = append(out, policy.Narrowed{
@@ -190,8 +189,8 @@ func everyone(r *policy.Ruleset) []policy.Narrowed {
 	return out
 }
 
-// cut ends the flows of the peers that were narrowed since the last time it
-// succeeded.
+// cut ends the flows, as far as r doesn't allow them, of the peers that were narrowed since cut
+// last succeeded.
 func (l *Loop) cut(ctx context.Context, r *policy.Ruleset) error {
 	if len(l.narrowed) == 0 {
 		return nil
@@ -205,22 +204,22 @@ func (l *Loop) cut(ctx context.Context, r *policy.Ruleset) error {
 	return nil
 }
 
-// check looks whether what is enforced still is, and puts it right.
-func (l *Loop) check(ctx context.Context, doc *wanted.Document) error {
+// checkDrift compares what the host enforces with the current ruleset, and repairs differences.
+func (l *Loop) checkDrift(ctx context.Context, doc *wanted.Document) error {
 	if err := l.inspect(ctx, l.current); err != nil {
-		// As in hold: a look that fails closes nothing.
+		// As in reconcile, a failure to read closes nothing.
 		l.addProblem(err)
-		l.blind = true
+		l.unobserved = true
 		return nil
 	}
 	drift := l.report.Drift
 	if len(drift) == 0 {
 		return nil
 	}
-	// What needs the filter waits until it is known to hold again. While it was gone,
-	// flows may have come to be that it refuses.
+	// Packets that need the filter wait until it is known to be complete again. While it
+	// wasn't, flows that it refuses may have begun.
 	l.o.Gate.confine(true)
-	l.addNarrowed(everyone(l.current))
+	l.addNarrowed(allPeers(l.current))
 	if err := l.enforce(ctx, l.current, doc); err != nil {
 		return err
 	}
@@ -228,19 +227,19 @@ func (l *Loop) check(ctx context.Context, doc *wanted.Document) error {
 	return nil
 }
 
-// recordRepairs counts what was put right once per step: a flushed table is one
-// change by another program, however many chains it had.
+// recordRepairs counts and records one repair per step: a flushed table is one change by another
+// program, however many chains it had.
 func (l *Loop) recordRepairs(drift []host.Problem) {
-	more := map[string]int{}
+	perStep := map[string]int{}
 	for _, p := range drift {
-		more[p.Step]++
+		perStep[p.Step]++
 	}
 	for _, p := range drift {
-		n := more[p.Step]
+		n := perStep[p.Step]
 		if n == 0 {
-			continue // told with the first of its step
+			continue // recorded with the first of its step
 		}
-		more[p.Step] = 0
+		perStep[p.Step] = 0
 		message := p.Step + ": " + p.Message
 		if n > 1 {
 			message += fmt.Sprintf(", and %d more", n-1)
@@ -250,15 +249,15 @@ func (l *Loop) recordRepairs(drift []host.Problem) {
 	}
 }
 
-// fail closes: what can't be held as wanted is held without permissions, which
-// any filter that works at all can do. What failed may have used up its time; closing
-// has its own.
-func (l *Loop) fail(ctx context.Context, doc *wanted.Document, cause error) {
+// failClosed closes the host after cause: the guard passes nothing, and the host enforces the
+// mesh without any permission. It has its own time limits, as the failed step may have used up
+// its own.
+func (l *Loop) failClosed(ctx context.Context, doc *wanted.Document, cause error) {
 	l.held = 0
 	l.addProblem(cause)
 	l.o.Gate.set(nil, doc)
 	if l.current == nil || l.tunnel == nil {
-		return // nothing was opened, or there is nothing to come from
+		return // no rules were ever loaded, or no packet can arrive
 	}
 	closed, err := l.o.Gate.compile(l.current, policyMesh(doc, l.id, l.tunnel.ListenPort(), false), l.host)
 	if err == nil {
@@ -269,8 +268,8 @@ func (l *Loop) fail(ctx context.Context, doc *wanted.Document, cause error) {
 	}
 }
 
-// policyMesh returns the mesh to compile, for WireGuard at a UDP port. Without
-// grants, nothing opens.
+// policyMesh returns the mesh to compile, with WireGuard's UDP port. Without grants it has all
+// peers and no permissions: the mesh of a closed host.
 func policyMesh(doc *wanted.Document, m wanted.Identity, listenPort uint16, withGrants bool) policy.Mesh {
 	out := policy.Mesh{
 		Prefixes:   m.List(),

@@ -2,20 +2,21 @@ package reconcile
 
 import "time"
 
-// A sleepWatch finds that the host slept. Neither kernel tells a daemon so in a way that
-// works everywhere (IOKit would need cgo, and a container sees no logind), but during sleep
-// the wall clock runs on, and Go's monotonic clock stands still: it is CLOCK_MONOTONIC on
-// Linux and mach_absolute_time on macOS.
+// sleepWatch detects that the host slept. Neither kernel reports it to a daemon in a way that
+// works everywhere (IOKit would need cgo, and a container has no access to logind). But during
+// sleep the wall clock runs on, while Go's monotonic clock stands still: it is CLOCK_MONOTONIC
+// on Linux and mach_absolute_time on macOS. The zero value is ready for use.
 type sleepWatch struct {
-	last time.Time // with its monotonic part
-	wall time.Time
+	last time.Time // of the last call, with its monotonic part
+	wall time.Time // the wall clock then, without one
 }
 
-// minSleep is the shortest sleep that is noticed.
+// minSleep is the shortest sleep that is detected. It is longer than a time daemon's usual
+// corrections, and a NAT keeps its UDP mappings for longer (RFC 4787 4.3: two minutes or more).
 const minSleep = 5 * time.Second
 
-// slept returns for how long the host slept since the last call, or 0. A wall clock that was
-// set forward looks the same, and costs one needless rebind.
+// slept returns for how long the host slept since the last call, or 0. now has a monotonic part,
+// wall is the wall clock. One that was set forward looks like sleep, and causes a needless rebind.
 func (w *sleepWatch) slept(now, wall time.Time) time.Duration {
 	was := *w
 	w.last, w.wall = now, wall.Round(0)

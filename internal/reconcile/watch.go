@@ -9,8 +9,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/retry"
 )
 
-// watch pokes the loop after each change of the host. A watcher that fails is
-// started again; meanwhile the tick finds what it would have reported.
+// watch signals the loop after each change of the host, until ctx ends. A watcher that fails is
+// started again after growing pauses, which begin anew after one that worked for longer than
+// the longest pause. Meanwhile the tick finds what the watcher would have reported.
 func (l *Loop) watch(ctx context.Context) error {
 	for wait := retry.New(); ; {
 		began := time.Now()
@@ -29,8 +30,8 @@ func (l *Loop) watch(ctx context.Context) error {
 	}
 }
 
-// poke wakes the receiver from c, without waiting for it.
-func poke(c chan struct{}) {
+// signal sends to c, which has room for one, unless a signal already waits there.
+func signal(c chan struct{}) {
 	select {
 	case c <- struct{}{}:
 	default:

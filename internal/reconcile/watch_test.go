@@ -12,14 +12,14 @@ import (
 	"github.com/meshhelper/meshhelper/internal/retry"
 )
 
-// fickle is a watcher that fails after a while each time.
-type fickle struct {
+// failingObserver is an observer whose Watch fails each time, after the duration in lasts.
+type failingObserver struct {
 	host.Observer
 	lasts func(call int) time.Duration
 	began []time.Time
 }
 
-func (f *fickle) Watch(ctx context.Context, changed func()) error {
+func (f *failingObserver) Watch(ctx context.Context, changed func()) error {
 	f.began = append(f.began, time.Now())
 	if !retry.Sleep(ctx, f.lasts(len(f.began))) {
 		return ctx.Err()
@@ -27,11 +27,11 @@ func (f *fickle) Watch(ctx context.Context, changed func()) error {
 	return errors.New("watch host: socket failed")
 }
 
-// TestWatchersRestart has the watcher of the host fail again and again: it is started
-// each time, after growing pauses, which begin anew when it had worked for long.
+// TestWatchersRestart: a watcher that fails is started again each time, after growing pauses,
+// which begin anew after one that worked for long.
 func TestWatchersRestart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := &fickle{lasts: func(call int) time.Duration {
+		f := &failingObserver{lasts: func(call int) time.Duration {
 			if call == 20 {
 				return time.Hour
 			}
