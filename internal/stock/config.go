@@ -29,10 +29,11 @@ const (
 // making a tunnel that can't work.
 const KeyPlaceholder = "REPLACE-WITH-THE-PRIVATE-KEY-OF-THIS-DEVICE"
 
-// configLimit limits the text that ParseConfig reads, in bytes.
+// configLimit limits the text that ParseConfig reads, in bytes. A configuration with all that the
+// helper may put into it has less than 3 KiB.
 const configLimit = 1 << 16
 
-// ErrBadConfig is in the chain of ParseConfig's and Validate's errors.
+// ErrBadConfig is in the chain of the errors of ParseConfig and Config.Validate.
 var ErrBadConfig = errors.New("not a WireGuard configuration of this kind")
 
 // Config is a configuration for a stock WireGuard app: one interface and one
@@ -41,7 +42,7 @@ type Config struct {
 	PrivateKey mesh.PrivateKey // optional: zero is written as KeyPlaceholder
 	Addresses  []netip.Prefix  // required: of the interface
 	DNS        []netip.Addr    // optional: resolvers
-	MTU        int             // optional: 576 to 65535 bytes; 0 leaves it to the app
+	MTU        int             // optional: 576 (RFC 791) to 65535 bytes; 0 leaves it to the app
 
 	PublicKey  mesh.PublicKey // required: the host's
 	AllowedIPs []netip.Prefix // required: destinations that are sent into the tunnel
@@ -71,26 +72,26 @@ func ForPeer(own mesh.PrivateKey, a mesh.Addresses, host mesh.PublicKey, endpoin
 
 // Validate returns an error, with ErrBadConfig in its chain, if apps wouldn't accept c.
 func (c Config) Validate() error {
-	var wrong string
+	var fault string
 	switch {
 	case c.PublicKey.IsZero():
-		wrong = "no public key of the host"
+		fault = "no public key of the host"
 	case len(c.Addresses) == 0:
-		wrong = "no address"
+		fault = "no address"
 	case len(c.AllowedIPs) == 0:
-		wrong = "no allowed IPs"
+		fault = "no allowed IPs"
 	case !allValid(c.Addresses) || !allValid(c.AllowedIPs):
-		wrong = "an invalid prefix"
+		fault = "an invalid prefix"
 	case c.MTU != 0 && (c.MTU < 576 || c.MTU > 65535):
-		wrong = fmt.Sprintf("MTU %d is not 576 to 65535", c.MTU)
+		fault = fmt.Sprintf("MTU %d is not 576 to 65535", c.MTU)
 	case c.Keepalive < 0 || c.Keepalive > mesh.MaxKeepalive || c.Keepalive%time.Second != 0:
-		wrong = fmt.Sprintf("keepalive %v is not a number of whole seconds from 0 to 65535", c.Keepalive)
+		fault = fmt.Sprintf("keepalive %v is not a number of whole seconds from 0 to 65535", c.Keepalive)
 	case c.Endpoint != (mesh.Endpoint{}) && c.Endpoint.Validate() != nil:
-		wrong = "endpoint: " + c.Endpoint.Validate().Error()
+		fault = "endpoint: " + c.Endpoint.Validate().Error()
 	default:
 		return nil
 	}
-	return fmt.Errorf("%s: %w", wrong, ErrBadConfig)
+	return fmt.Errorf("%s: %w", fault, ErrBadConfig)
 }
 
 // allValid reports whether all prefixes are valid.
@@ -169,14 +170,14 @@ func ParseConfig(text string) (Config, error) {
 	return p.config, p.config.Validate()
 }
 
-// configParser reads a configuration line by line.
+// configParser parses a configuration line by line.
 type configParser struct {
 	config  Config
 	section string          // "", "interface" or "peer"
 	seen    map[string]bool // sections and keys, in lower case
 }
 
-// line parses one line.
+// line parses one line. "#" begins a comment anywhere, as in wg-quick(8): no value can have it.
 func (p *configParser) line(line string) error {
 	line, _, _ = strings.Cut(line, "#")
 	line = strings.TrimSpace(line)
@@ -204,7 +205,7 @@ func (p *configParser) line(line string) error {
 	return nil
 }
 
-// enter begins a section, whose line is "[Name]".
+// enter begins the section that line names, such as "[Peer]".
 func (p *configParser) enter(line string) error {
 	section := strings.ToLower(strings.Trim(line, "[] \t"))
 	if _, ok := configKeys[section]; !ok || !strings.HasSuffix(line, "]") {
@@ -288,7 +289,8 @@ func parseNumber(v string) (int, error) {
 	return int(n), nil
 }
 
-// parseAddress parses a prefix. A bare address is a /32 or /128.
+// parseAddress parses a prefix. A bare address is a /32 or /128. Host bits are kept, since an
+// interface's address has them.
 func parseAddress(v string) (netip.Prefix, error) {
 	if a, err := netip.ParseAddr(v); err == nil && a.Zone() == "" {
 		return netip.PrefixFrom(a, a.BitLen()), nil

@@ -13,7 +13,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh/meshtest"
 )
 
-// phoneConfig is what a phone would be handed.
+// phoneConfig returns the configuration of a phone with a full tunnel.
 func phoneConfig(t testing.TB) Config {
 	key, host := meshtest.Key(t, 50), meshtest.Key(t, 51)
 	a, err := mesh.DefaultPrefixes().Derive(key.Public())
@@ -66,7 +66,7 @@ func TestParseConfigAsWritten(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got.Text() != want.Text() {
-			t.Errorf("read back as\n%s\nwant\n%s", got.Text(), want.Text())
+			t.Errorf("parsed and written again:\n%s\nwant\n%s", got.Text(), want.Text())
 		}
 	}
 }

@@ -10,10 +10,11 @@ import (
 // QRCode is a QR code (ISO/IEC 18004) of a configuration's text, for a phone's camera.
 type QRCode struct{ symbol *qr.QrCode }
 
-// quietZone is the width of the light border that the standard demands, in modules.
+// quietZone is the width of the light border that the standard requires, in modules.
 const quietZone = 4
 
-// EncodeQR makes a QR code of text, which has at most 2953 bytes. It uses the lowest level of
+// EncodeQR makes a QR code of text, which has at most 2953 bytes: the capacity of the largest
+// code, version 40, at level L. It uses the lowest level of
 // error correction: a screen has no scratches, and the code of a configuration then fits on a
 // terminal of 80 columns. Errors don't quote the text, which has a private key.
 func EncodeQR(text string) (QRCode, error) {

@@ -13,6 +13,13 @@
 //
 // [State.Run] ends permissions when their time is up and retries failed saves.
 //
+// A permission ends by a clock of the package's own, which follows the wall clock but never goes
+// back behind a saved time, so that setting the wall clock back doesn't prolong a permission.
+//
+// The state directory has the document in state.json, with a copy for a person to restore,
+// settings.json, the host's key and the clock's last time. Each is replaced by rename(2). All
+// writes happen in one goroutine, which exists while there are any, because a disk can hang.
+//
 // The package knows nothing of hosts, packet filters or tunnels. The caller that opens a
 // State learns of changes through the callbacks in [Options] and acts on them.
 package wanted

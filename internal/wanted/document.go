@@ -42,7 +42,7 @@ type Document struct {
 	// Saved is the time at which the document was made. The clock never goes behind it.
 	Saved time.Time   `json:"saved"`
 	Peers []mesh.Peer `json:"peers"`
-	// Former are names that were removed or renamed lately, the oldest first, at most
+	// Former are the names of peers that were removed or renamed, the oldest first, at most
 	// maxFormer.
 	Former []Former `json:"former,omitempty"`
 	// Removed are addresses that peers had within the last removedFor, the oldest first, at
@@ -155,7 +155,7 @@ func (doc *Document) validateAfter(before *Document) error {
 	}
 	names := map[string]bool{}
 	keys := map[mesh.PublicKey]bool{}
-	taken := map[netip.Addr]bool{}
+	addresses := map[netip.Addr]bool{}
 	for i := range doc.Peers {
 		p := &doc.Peers[i]
 		if i >= len(before.Peers) || before.Peers[i] != *p {
@@ -163,11 +163,11 @@ func (doc *Document) validateAfter(before *Document) error {
 				return fmt.Errorf("peer %d, %.70q: %w", i+1, p.Name, err)
 			}
 		}
-		if names[p.Name] || keys[p.PublicKey] || taken[p.Addresses[0]] || taken[p.Addresses[1]] {
+		if names[p.Name] || keys[p.PublicKey] || addresses[p.Addresses[0]] || addresses[p.Addresses[1]] {
 			return fmt.Errorf("peer %d, %q: another peer has its name, key or address", i+1, p.Name)
 		}
 		names[p.Name], keys[p.PublicKey] = true, true
-		taken[p.Addresses[0]], taken[p.Addresses[1]] = true, true
+		addresses[p.Addresses[0]], addresses[p.Addresses[1]] = true, true
 	}
 	return nil
 }
@@ -298,7 +298,7 @@ func (doc *Document) rekeyed(next *Document) map[int]*mesh.Peer {
 	return out
 }
 
-// Finder returns a function that returns the peer with a key, or nil. i is a guess of the
+// Finder returns a function that finds a peer by key; it returns nil if there is none. i is a guess of the
 // peer's index, which is nearly always right between two documents made from one another;
 // a map is built only for the first wrong guess.
 func (doc *Document) Finder() func(i int, key mesh.PublicKey) *mesh.Peer {

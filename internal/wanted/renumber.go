@@ -17,29 +17,31 @@ import (
 // The error is an *api.Error with code bad_address if the prefixes are too small.
 func (doc *Document) Renumbered(m Identity, now time.Time) (*Document, error) {
 	next := doc.Clone()
-	taken := map[netip.Addr]bool{m.Own[0]: true, m.Own[1]: true}
-	stays := make([][2]bool, len(next.Peers))
+	// The addresses that fit are marked as used before any is derived, so that a peer that keeps
+	// its address never loses it to one earlier in the list.
+	used := map[netip.Addr]bool{m.Own[0]: true, m.Own[1]: true}
+	fits := make([][2]bool, len(next.Peers))
 	for i := range next.Peers {
 		for n, a := range next.Peers[i].Addresses {
 			// Check picks the prefix by the family of the address.
-			if m.Prefixes.Check(a) == nil && !taken[a] {
-				stays[i][n], taken[a] = true, true
+			if m.Prefixes.Check(a) == nil && !used[a] {
+				fits[i][n], used[a] = true, true
 			}
 		}
 	}
 	for i := range next.Peers {
 		p := &next.Peers[i]
-		if stays[i] == [2]bool{true, true} {
+		if fits[i] == [2]bool{true, true} {
 			continue
 		}
-		a, err := m.Prefixes.Propose(p.PublicKey, func(a netip.Addr) bool { return taken[a] })
+		a, err := m.Prefixes.Propose(p.PublicKey, func(a netip.Addr) bool { return used[a] })
 		if err != nil {
 			return nil, api.Errorf(api.CodeBadAddress, "%v and %v have no room for all %d peers: %v", m.Prefixes.V4, m.Prefixes.V6, len(next.Peers), err).
 				WithHint("take a shorter prefix, such as a /16")
 		}
 		for n, addr := range a.List() {
-			if !stays[i][n] {
-				p.Addresses[n], taken[addr] = addr, true
+			if !fits[i][n] {
+				p.Addresses[n], used[addr] = addr, true
 			}
 		}
 	}

@@ -207,7 +207,7 @@ func (s *State) owner(doc *Document, a netip.Addr) string {
 
 // admit refuses a new peer whose key or addresses belong to another, or that exceeds
 // maxPeers. Its name is known to be free.
-func (s *State) admit(doc *Document, p *mesh.Peer, asked api.NewPeer) error {
+func (s *State) admit(doc *Document, p *mesh.Peer, request api.NewPeer) error {
 	if len(doc.Peers) >= maxPeers {
 		return api.Errorf(api.CodeMeshFull, "the mesh has %d peers, which is the limit", maxPeers).WithHint("remove a peer")
 	}
@@ -225,24 +225,24 @@ func (s *State) admit(doc *Document, p *mesh.Peer, asked api.NewPeer) error {
 
 // checkSamePeer returns an error if an existing peer differs from the requested one of the
 // same name. Fields that the request leaves open don't count.
-func checkSamePeer(is, wanted *mesh.Peer, asked api.NewPeer, now time.Time) error {
+func checkSamePeer(is, wanted *mesh.Peer, request api.NewPeer, now time.Time) error {
 	var differs string
 	switch {
 	case is.PublicKey != wanted.PublicKey:
 		return api.Errorf(api.CodeNameTaken, "peer %q already exists, with another key", is.Name).
 			WithHint("choose another name, or run: meshhelper peer remove %s", is.Name)
-	case asked.Kind != "" && is.Kind != wanted.Kind:
+	case request.Kind != "" && is.Kind != wanted.Kind:
 		differs = "as " + string(is.Kind)
-	case len(asked.Addresses) > 0 && is.Addresses != wanted.Addresses:
+	case len(request.Addresses) > 0 && is.Addresses != wanted.Addresses:
 		differs = fmt.Sprintf("with the addresses %v and %v", is.Addresses[0], is.Addresses[1])
-	case asked.Endpoint != "" && is.Endpoint != wanted.Endpoint:
+	case request.Endpoint != "" && is.Endpoint != wanted.Endpoint:
 		differs = fmt.Sprintf("with endpoint %q", is.Endpoint)
-	case asked.Keepalive != "" && is.Keepalive != wanted.Keepalive:
+	case request.Keepalive != "" && is.Keepalive != wanted.Keepalive:
 		differs = fmt.Sprintf("with keepalive %ds", is.Keepalive)
-	case asked.Tunnel != "" && is.Tunnel != wanted.Tunnel:
+	case request.Tunnel != "" && is.Tunnel != wanted.Tunnel:
 		differs = "with another --tunnel"
 	default:
-		return checkSamePermissions(is, asked, now)
+		return checkSamePermissions(is, request, now)
 	}
 	return api.Errorf(api.CodeNameTaken, "peer %q already exists, %s", is.Name, differs).
 		WithHint("run: meshhelper peer remove %s, and add it again", is.Name)
@@ -250,10 +250,10 @@ func checkSamePeer(is, wanted *mesh.Peer, asked api.NewPeer, now time.Time) erro
 
 // checkSamePermissions is checkSamePeer for the permissions. Two ends aren't compared: a
 // request with a duration gets another end each time it is repeated.
-func checkSamePermissions(is *mesh.Peer, asked api.NewPeer, now time.Time) error {
+func checkSamePermissions(is *mesh.Peer, request api.NewPeer, now time.Time) error {
 	for i, one := range mesh.AllPermissions {
 		name := one.Name
-		c, wanted := asked.Permissions[name]
+		c, wanted := request.Permissions[name]
 		if !wanted {
 			continue
 		}

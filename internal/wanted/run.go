@@ -11,7 +11,7 @@ import (
 // waits neither for the host nor for the disk, either of which could delay the end of a
 // permission. After it ended one it calls ended, which must not block.
 func (s *State) Run(ctx context.Context, ended func()) error {
-	k := keeper{s: s, ended: ended, again: retry.New()}
+	k := keeper{s: s, ended: ended, backoff: retry.New()}
 	for {
 		wait := k.tick()
 		select {
@@ -23,13 +23,13 @@ func (s *State) Run(ctx context.Context, ended func()) error {
 	}
 }
 
-// keeper is the state of Run.
+// keeper is the state of Run, which only its goroutine uses.
 type keeper struct {
-	s      *State
-	ended  func()
-	again  retry.Backoff // pauses between attempts to save
-	due    time.Time     // of the next attempt; zero while all is saved
-	marked time.Time     // when Run last tried to write the mark
+	s       *State
+	ended   func()
+	backoff retry.Backoff // pauses between attempts to save
+	due     time.Time     // of the next attempt; zero while all is saved
+	marked  time.Time     // when Run last tried to write the mark
 }
 
 // tick does what is due, and returns how long to wait before the next tick: until the next
@@ -47,6 +47,7 @@ func (k *keeper) tick() time.Duration {
 		k.marked = now
 		s.disk.saveMark(s.clock.Now(), s.clock)
 	}
+	// The tick notices a wall clock that was set forward: a timer runs on the monotonic clock.
 	wait := s.opts.Tick
 	if end, ok := doc.nextEnd(); ok {
 		if left := end.Sub(s.clock.Now()); left > 0 {
@@ -60,7 +61,7 @@ func (k *keeper) tick() time.Duration {
 func (k *keeper) save(doc *Document, now time.Time) {
 	if k.s.disk.isSaved(doc) {
 		k.s.disk.report() // a change saved ahead may have ended the problem
-		k.again.Reset()
+		k.backoff.Reset()
 		k.due = time.Time{}
 		return
 	}
@@ -71,7 +72,7 @@ func (k *keeper) save(doc *Document, now time.Time) {
 	if !k.due.IsZero() { // the change itself makes the first attempt
 		k.s.disk.saveWanted()
 	}
-	k.due = now.Add(k.again.Next())
+	k.due = now.Add(k.backoff.Next())
 }
 
 // Flush waits until the wanted state is saved and the queue is empty, or ctx ends. The

@@ -39,23 +39,24 @@ const (
 	maxSetting  = 1024     // of a value
 )
 
-// The keys of settings. Each except name is also a flag of `run`, which overrides it.
+// The keys of settings, as in settings.json and on the command line. Each except name is also a
+// flag of `run`, which overrides it. parseSetting has the format of each value.
 const (
-	SettingName        = "name"
-	SettingLabel       = "label"
-	SettingEndpoint    = "endpoint"
-	SettingOperator    = "operator"
-	SettingDNS         = "dns"
-	SettingListenPort  = "listen-port"
-	SettingMeshPrefix4 = "mesh-prefix4"
+	SettingName        = "name"         // of this host, for people
+	SettingLabel       = "label"        // of the service (launchd) and of the pf anchor
+	SettingEndpoint    = "endpoint"     // HOST[:PORT]; without a port, WireGuard's
+	SettingOperator    = "operator"     // a user's name or uid
+	SettingDNS         = "dns"          // addresses, separated by commas
+	SettingListenPort  = "listen-port"  // a UDP port, 0 for any
+	SettingMeshPrefix4 = "mesh-prefix4" // see mesh.Prefixes
 	SettingMeshPrefix6 = "mesh-prefix6"
 )
 
 // settingKey describes a key.
 type settingKey struct {
-	key  string
-	live bool   // a change is in force at once, not only after a restart
-	is   string // its meaning, for help texts
+	key     string
+	live    bool   // a change is in force at once, not only after a restart
+	meaning string // for help texts
 }
 
 // settingKeys are all keys, in the order in which they are shown.
@@ -74,7 +75,7 @@ var settingKeys = []settingKey{
 func SettingsHelp() string {
 	var lines []string
 	for _, k := range settingKeys {
-		lines = append(lines, fmt.Sprintf("  %-12s  %s", k.key, k.is))
+		lines = append(lines, fmt.Sprintf("  %-12s  %s", k.key, k.meaning))
 	}
 	return strings.Join(lines, "\n")
 }
@@ -153,8 +154,8 @@ func parseSetting(key, value string) (string, error) {
 		err, hint = host.CheckLabel(value), "a label has 1 to 63 letters, digits, -, _ and ., such as org.meshhelper"
 	case SettingEndpoint:
 		// The default port doesn't matter here; resolveLive puts in the listen port.
-		if _, wrong := mesh.ParseEndpoint(value, 1); wrong != nil {
-			err = errors.Unwrap(wrong)
+		if _, endpointErr := mesh.ParseEndpoint(value, 1); endpointErr != nil {
+			err = errors.Unwrap(endpointErr) // the cause alone: the message below names the key and the value
 		}
 		hint = "it is HOST or HOST:PORT, an IPv6 address in brackets where a port follows"
 	case SettingOperator:
@@ -228,8 +229,8 @@ func ReadSettings(dir string) (map[string]string, error) {
 		return map[string]string{}, nil
 	}
 	if err != nil {
-		if wrong := checkDir(dir); wrong != nil {
-			return nil, wrong // comes first: its hint, chown -R, also repairs the file
+		if dirErr := checkDir(dir); dirErr != nil {
+			return nil, dirErr // comes first: its hint, chown -R, also repairs the file
 		}
 		return nil, fmt.Errorf("read settings: %w", err)
 	}
@@ -430,10 +431,10 @@ func (s *Settings) Answer() api.Settings {
 func (s *State) Settings() *Settings { return s.settings.Load() }
 
 // ChangeSettings saves changes to settings, where a nil value unsets a key, and puts the
-// live ones in force; the answer lists the others under Restart. agree is called before
-// anything is saved: it may refuse by an error, and add to the answer. If a value is bad,
-// agree refuses or the save fails, nothing changes.
-func (s *State) ChangeSettings(ctx context.Context, changes map[string]*string, agree func(was, next *Settings, out *api.Settings) error) (api.Settings, error) {
+// live ones in force; the answer lists the others under Restart. review is called before
+// anything is saved: it may refuse by an error, and add to the answer. If a value isn't valid,
+// review refuses or the save fails, nothing changes.
+func (s *State) ChangeSettings(ctx context.Context, changes map[string]*string, review func(was, next *Settings, out *api.Settings) error) (api.Settings, error) {
 	if name := changes[SettingOperator]; name != nil {
 		if err := CheckOperator(*name); err != nil {
 			return api.Settings{}, err
@@ -457,7 +458,7 @@ func (s *State) ChangeSettings(ctx context.Context, changes map[string]*string, 
 		return api.Settings{}, err
 	}
 	out := next.Answer()
-	if err := agree(was, next, &out); err != nil {
+	if err := review(was, next, &out); err != nil {
 		return api.Settings{}, err
 	}
 	if err := s.keepSettings(ctx, was, next); err != nil {
@@ -572,14 +573,14 @@ var errNotKnown = errors.New("whether they are saved isn't known")
 // settingsNotSaved returns the error for settings that couldn't be saved, which says what is
 // in force.
 func (s *State) settingsNotSaved(cause error) error {
-	what := "nothing was changed: save settings: " + cause.Error()
+	message := "nothing was changed: save settings: " + cause.Error()
 	switch {
 	case errors.Is(cause, errUnsynced):
-		what = "the settings are changed and saved, but " + cause.Error()
+		message = "the settings are changed and saved, but " + cause.Error()
 	case errors.Is(cause, errNotKnown):
-		what = "the settings count as before until the helper starts anew; " + cause.Error()
+		message = "the settings count as before until the helper starts anew; " + cause.Error()
 	}
-	return api.Errorf(api.CodeNotSaved, "%s", what).
+	return api.Errorf(api.CodeNotSaved, "%s", message).
 		WithHint("make room or make %q writable, and repeat the command", s.disk.store.dir)
 }
 

@@ -20,7 +20,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/owned"
 )
 
-// errHeld is returned by lockDir while another helper has the lock.
+// errHeld is returned by lockDir while another helper has the lock. Callers prefix it with the
+// directory.
 var errHeld = errors.New("another helper holds it")
 
 // Options configures Open.
@@ -56,7 +57,7 @@ type Options struct {
 	ListenPort uint16        // optional: the port of an endpoint without one; 0 is DefaultListenPort
 
 	Wait   time.Duration    // required: how long a change waits for the disk
-	Tick   time.Duration    // required: the longest pause between two looks of Run
+	Tick   time.Duration    // required: the longest pause between two checks of Run
 	Wall   func() time.Time // required: the wall clock
 	Random io.Reader        // required: a cryptographic source
 }
@@ -74,16 +75,16 @@ type State struct {
 	// Readers need no lock, as a published document is immutable.
 	changing sync.Mutex
 	doc      atomic.Pointer[Document]
-	// taken has the generations in which edits took permissions away, by the peer's key, in
-	// the order of mesh.AllPermissions; see again. Under changing.
+	// revoked has the generations in which edits last revoked permissions, by the peer's key,
+	// in the order of mesh.AllPermissions; 0 for never. See redo. changing guards it.
 	revoked map[mesh.PublicKey][len(mesh.AllPermissions)]uint64
-	// widening is a lock that can be waited for with a time limit: a value is in it while a
-	// change is saved ahead.
+	// widening is a semaphore of one, which holds a value while a change is saved before it is
+	// published. Unlike a mutex, it can be waited for with a time limit.
 	widening chan struct{}
 	// timed wakes Run when the ends of permissions may have changed.
 	timed chan struct{}
 
-	// settings are in force. setting is a lock like widening, held while they change.
+	// settings has those in force. setting is a semaphore like widening, for changes of them.
 	settings atomic.Pointer[Settings]
 	setting  chan struct{}
 }
@@ -91,7 +92,7 @@ type State struct {
 // Dir is a state directory that this process has locked.
 type Dir struct {
 	path    string
-	release func() error
+	release func() error // unlocks it
 }
 
 // Lock locks the state directory at path for this process, until Release or the end of the

@@ -14,14 +14,14 @@ import (
 	"github.com/meshhelper/meshhelper/internal/owned"
 )
 
-// The files in the state directory that this package writes, settingsFile excepted. The
-// host's journal and what was learned about peers stand beside them.
+// The files in the state directory that this package writes, besides settingsFile. The host's
+// journal and what was learned about peers are in the same directory.
 const (
-	stateFile = "state.json"
-	copyFile  = "state.last.json"
-	keyFile   = "host.key"
-	lockFile  = "lock"
-	clockFile = "clock.json" // see mark
+	stateFile = "state.json"      // the Document
+	copyFile  = "state.last.json" // a copy of it, for a person; see store
+	keyFile   = "host.key"        // the host's private key in base64, as wg(8) prints it
+	lockFile  = "lock"            // empty; held by flock(2)
+	clockFile = "clock.json"      // see mark
 )
 
 // store keeps the document on disk twice: in state.json, and in state.last.json, from
@@ -74,7 +74,8 @@ func (s *store) load() (*Document, error) {
 	return doc, nil
 }
 
-// advice says what to do about a document that can't be used.
+// hint returns the hint for a document that can't be used because of err. It never suggests a
+// copy that isn't valid itself.
 func (s *store) hint(err error) string {
 	if errors.Is(err, errNewer) {
 		return "nothing was touched; run the newer meshhelper again"
