@@ -18,7 +18,7 @@ import (
 
 func netipPrefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
 
-// TestRefusals gives every kind of bad input. Nothing may change.
+// TestRefusals sends every kind of invalid input. Nothing may change.
 func TestRefusals(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		phone := r.add("phone")
@@ -138,7 +138,7 @@ func TestAddAgain(t *testing.T) {
 	})
 }
 
-// TestReferences names a peer by name, address and key.
+// TestReferences refers to a peer by name, address and key.
 func TestReferences(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		p := r.add("phone")
@@ -204,7 +204,7 @@ func TestRekey(t *testing.T) {
 	})
 }
 
-// TestFullMesh fills the smallest mesh there can be.
+// TestFullMesh fills the smallest possible mesh.
 func TestFullMesh(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
@@ -235,7 +235,7 @@ func TestFullMesh(t *testing.T) {
 	})
 }
 
-// TestEndpointByName moves a peer's name to another address.
+// TestEndpointByName changes the address that the name in a peer's endpoint resolves to.
 func TestEndpointByName(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		_, err := r.d.AddPeer(t.Context(), api.NewPeer{Name: "mac", PublicKey: keyOf("mac"), Endpoint: "mac.example:7"})

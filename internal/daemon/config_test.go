@@ -84,7 +84,7 @@ func TestEndpointOfUplink(t *testing.T) {
 	}
 }
 
-// TestResolversThatAreReached prints configurations on hosts with one family only.
+// TestResolversThatAreReached prints configurations on hosts with one address family only.
 func TestResolversThatAreReached(t *testing.T) {
 	for _, c := range []struct {
 		name, up4, up6, dns, want, says string
@@ -122,8 +122,8 @@ func TestResolversThatAreReached(t *testing.T) {
 	}
 }
 
-// TestConfigurationSendsWhatThePeerMay prints a configuration for each set of
-// permissions and each choice of --tunnel.
+// TestConfigurationSendsWhatThePeerMay prints a configuration for each set of permissions
+// and each choice of --tunnel.
 func TestConfigurationSendsWhatThePeerMay(t *testing.T) {
 	const all, networks = "0.0.0.0/0 ::/0", "HOST 10.7.0.0/16 192.168.77.0/24 2001:db8:77::/64"
 	for _, c := range []struct{ tunnel, may, want string }{
@@ -174,8 +174,8 @@ func TestConfigurationSendsWhatThePeerMay(t *testing.T) {
 	}
 }
 
-// TestEndSaysThatAConfigurationDoesntFit has permissions end by themselves: an event
-// says of which device the configuration is another now.
+// TestEndSaysThatAConfigurationDoesntFit lets permissions expire: an event names each
+// device whose configuration no longer fits.
 func TestEndSaysThatAConfigurationDoesntFit(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")

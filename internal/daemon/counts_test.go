@@ -6,7 +6,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
-// TestCountsOutlastARestart counts in two helpers' lives, and wants the sum in the third.
+// TestCountsOutlastARestart counts traffic in two helpers one after the other, and expects
+// the sum from a third.
 func TestCountsOutlastARestart(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")

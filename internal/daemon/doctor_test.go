@@ -41,8 +41,8 @@ func (r *rig) doctor() (map[string]api.Check, []string) {
 	return by, names
 }
 
-// TestDoctorSaysTheCauseFirst has one fault show in several checks: the first says it, and
-// the others that they follow from it. All are listed in the same order as ever.
+// TestDoctorSaysTheCauseFirst causes a fault that several checks notice: the first check
+// reports it, and the others refer to that one. The order of the checks is always the same.
 func TestDoctorSaysTheCauseFirst(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
@@ -80,7 +80,8 @@ func TestDoctorSaysTheCauseFirst(t *testing.T) {
 	})
 }
 
-// TestDoctorWritesIntoTheStateFolder takes the folder's place away.
+// TestDoctorWritesIntoTheStateFolder moves the state directory away under a running helper.
+// The trial file of a doctor before that is gone.
 func TestDoctorWritesIntoTheStateFolder(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		if by, _ := r.doctor(); !by["state folder"].OK {
@@ -102,7 +103,7 @@ func TestDoctorWritesIntoTheStateFolder(t *testing.T) {
 	})
 }
 
-// TestDoctorAboutEndpoints says where peers can't reach the host.
+// TestDoctorAboutEndpoints checks when doctor reports that peers can't reach the host.
 func TestDoctorAboutEndpoints(t *testing.T) {
 	for name, c := range map[string]struct {
 		endpoint, uplink, resolved, heard string
@@ -160,8 +161,8 @@ func TestDoctorAboutEndpoints(t *testing.T) {
 }
 
 // TestDoctorFollowsTheEndpointSetting changes the endpoint of a running helper, from a name
-// to another, to an address and to none: what doctor says is of the last one, and the
-// answers name the devices that have the one of before.
+// to another, to an address and to none: doctor checks the latest one, and the answers name
+// the devices that have the previous one.
 func TestDoctorFollowsTheEndpointSetting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
@@ -209,8 +210,8 @@ func TestDoctorFollowsTheEndpointSetting(t *testing.T) {
 	})
 }
 
-// TestDoctorAboutPeersNames names an endpoint that doesn't resolve, or only to an address inside
-// the tunnel, until it does.
+// TestDoctorAboutPeersNames sets a peer's endpoint to a name that doesn't resolve, or only to an
+// address inside the tunnel, until it does.
 func TestDoctorAboutPeersNames(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		if _, err := r.d.AddPeer(context.Background(), api.NewPeer{Name: "nas", PublicKey: keyOf("nas"), Endpoint: "nas.example:51820"}); err != nil {
@@ -235,7 +236,8 @@ func TestDoctorAboutPeersNames(t *testing.T) {
 	})
 }
 
-// TestDoctorTellsTheHostFirewallApart has other software's rules stop WireGuard, and a peer.
+// TestDoctorTellsTheHostFirewallApart lets other software's rules stop WireGuard's own
+// packets, and then a peer's.
 func TestDoctorTellsTheHostFirewallApart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)

@@ -12,8 +12,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// TestRuleIsOneThatIsLoaded asks while the rules are known to be loaded, and while they
-// aren't.
+// TestRuleIsOneThatIsLoaded asks for the rule while the rules are known to be loaded, and
+// while they aren't.
 func TestRuleIsOneThatIsLoaded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
@@ -51,8 +51,8 @@ func TestRuleIsOneThatIsLoaded(t *testing.T) {
 	})
 }
 
-// TestExplainNamesTheWayOutOfThePrefix asks for what another VPN has inside the mesh
-// prefix, and for a mesh address that nobody has.
+// TestExplainNamesTheWayOutOfThePrefix asks about an address inside the mesh prefix that
+// another VPN has, and about one that no peer has.
 func TestExplainNamesTheWayOutOfThePrefix(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.host.Change(func(h *policy.Host) {

@@ -47,8 +47,8 @@ func (c *countingDisk) Rename(from, to string) error {
 	return c.FileSystem.Rename(from, to)
 }
 
-// TestOneTimedGrantWritesLittle lets a permission of one peer among many run for an
-// hour: the document isn't written for that, the clock's mark is.
+// TestOneTimedGrantWritesLittle lets one permission of one peer among many run for an hour:
+// the clock's mark is written for it, the document isn't.
 func TestOneTimedGrantWritesLittle(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		for i := range 50 {
@@ -69,8 +69,8 @@ func TestOneTimedGrantWritesLittle(t *testing.T) {
 	})
 }
 
-// TestMark starts with the clock set back and marks of every kind: the later of the
-// mark and the document's time counts, and a bad mark is none.
+// TestMark starts with the wall clock set back and with marks of every kind: the later of
+// the mark's and the document's time counts, and an invalid mark is ignored.
 func TestMark(t *testing.T) {
 	for name, c := range map[string]struct {
 		do   func(path string) error
@@ -105,8 +105,8 @@ func TestMark(t *testing.T) {
 	}
 }
 
-// TestLearned restarts the helper: the tunnel gets a peer with the endpoint where it
-// was last heard, whatever is configured; of a peer that is gone, nothing stays.
+// TestLearned restarts the helper: the tunnel gets a peer with the endpoint where it was
+// last heard, whatever is configured; nothing of a removed peer is kept.
 func TestLearned(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		heard := func(name, at string) {
@@ -190,8 +190,8 @@ func (s *stuckLog) Write(p []byte) (int, error) {
 	return s.text.Write(p)
 }
 
-// TestStuckLog has the log take nothing: permissions are given, taken away and end as
-// ever, the status answers, and what was dropped is counted afterwards.
+// TestStuckLog blocks the log: permissions are granted, revoked and end as usual, status
+// answers, and the number of dropped lines is logged afterwards.
 func TestStuckLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
@@ -231,7 +231,7 @@ func TestStuckLog(t *testing.T) {
 	})
 }
 
-// TestLeavesWithStuckLog ends the helper while its log takes nothing.
+// TestLeavesWithStuckLog stops the helper while its log blocks.
 func TestLeavesWithStuckLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
@@ -255,8 +255,9 @@ func TestLeavesWithStuckLog(t *testing.T) {
 	})
 }
 
-// TestResolverOneNameStuck has one name's look-up hang, and many fail: another name is
-// found at once, and followed. Changes of permissions look nothing up.
+// TestResolverOneNameStuck lets the lookup of one name hang, and many fail: another name is
+// resolved at once, and its changes are followed. Changes of permissions don't cause
+// lookups.
 func TestResolverOneNameStuck(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
@@ -334,8 +335,9 @@ func (c *countingLog) Write(p []byte) (int, error) {
 	return io.Discard.Write(p)
 }
 
-// TestSuspend stops the monotonic clock for an hour, as a suspended host's does on
-// Linux: what ended meanwhile is over at the next look, and sockets are opened again.
+// TestSuspend stops the monotonic clock for an hour, as on a suspended Linux host:
+// permissions that ended meanwhile are gone after the next round, and the sockets are
+// opened again.
 func TestSuspend(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		phone := r.add("phone")
@@ -357,8 +359,8 @@ func TestSuspend(t *testing.T) {
 	})
 }
 
-// TestEachFullDiskIsTold fills the disk twice. An allow saves what a deny couldn't;
-// that is a repair, and the next full disk a problem.
+// TestEachFullDiskIsTold fills the disk twice. An allow saves what a deny couldn't: that is
+// recorded as a repair, and the next full disk as a problem.
 func TestEachFullDiskIsTold(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
@@ -377,7 +379,7 @@ func TestEachFullDiskIsTold(t *testing.T) {
 	})
 }
 
-// TestLearnedIsSavedAgain has a full disk when an endpoint is learned.
+// TestLearnedIsSavedAgain learns an endpoint while the disk is full.
 func TestLearnedIsSavedAgain(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")

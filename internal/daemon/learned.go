@@ -16,7 +16,7 @@ const learnInterval = 3 * time.Minute
 
 // openLearned reads what earlier helpers learned. A file that can't be read isn't fatal: peers
 // are found again by what they send. Outside addresses of a name that isn't this host's any more
-// are dropped, because the policy treats them as this host's.
+// are dropped, because the policy counts them as class lan.
 func (d *Daemon) openLearned() {
 	book, err := learned.Open(filepath.Join(d.opts.StateDir, learnedFile))
 	if err != nil {

@@ -29,9 +29,9 @@ func (r *rig) wantTunnelPeer(about, endpoint, learned string) {
 	}
 }
 
-// TestLearnedComesBeforeConfigured hears a peer elsewhere than it is configured: the next
-// tunnel, of the same helper or of another one within a day, gets both endpoints, and a later
-// one only the configured.
+// TestLearnedComesBeforeConfigured hears a peer elsewhere than configured: the next tunnel,
+// of the same helper or of another one within a day, gets both endpoints, and a later one
+// the configured endpoint only.
 func TestLearnedComesBeforeConfigured(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		const configured, heard = "203.0.113.1:7", "198.51.100.7:8"
@@ -58,8 +58,9 @@ func TestLearnedComesBeforeConfigured(t *testing.T) {
 	})
 }
 
-// TestNamesOutlastSilence restarts the helper while the resolver is silent: the tunnel gets a
-// peer's endpoint by name from the first moment on, and a name that nobody has is forgotten.
+// TestNamesOutlastSilence restarts the helper while the resolver doesn't answer: the tunnel
+// has the endpoint of a peer with a name from the start, and a name that no peer has is
+// forgotten.
 func TestNamesOutlastSilence(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		if _, err := r.d.AddPeer(t.Context(), api.NewPeer{Name: "mac", PublicKey: keyOf("mac"), Endpoint: "mac.example:7"}); err != nil {
@@ -86,7 +87,7 @@ func TestNamesOutlastSilence(t *testing.T) {
 	})
 }
 
-// TestCountsOutlastTheTunnel has the tunnel die: what is shown of a peer doesn't go back.
+// TestCountsOutlastTheTunnel ends the tunnel: a peer's totals don't go back.
 func TestCountsOutlastTheTunnel(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
@@ -122,8 +123,8 @@ func TestCountsOutlastTheTunnel(t *testing.T) {
 	})
 }
 
-// TestLearnedIsSavedSoon has an endpoint be learned long after the start: it is on disk two
-// ticks later, one for the loop that reads it and one for the task that saves.
+// TestLearnedIsSavedSoon learns an endpoint long after the start: it is on disk two ticks
+// later, one for the loop that reads it and one for the goroutine that saves.
 func TestLearnedIsSavedSoon(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
@@ -136,8 +137,8 @@ func TestLearnedIsSavedSoon(t *testing.T) {
 	})
 }
 
-// TestRemovalAnswersWithWhatWasCounted removes a peer whose numbers the tunnel forgets with
-// it.
+// TestRemovalAnswersWithWhatWasCounted removes a peer, with which the tunnel forgets its
+// numbers.
 func TestRemovalAnswersWithWhatWasCounted(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")

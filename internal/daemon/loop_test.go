@@ -53,8 +53,8 @@ func TestToggle(t *testing.T) {
 	})
 }
 
-// TestOrder checks the way of one toggle: what is loaded is read back before
-// flows are cut, and only then a command is answered.
+// TestOrder checks the order of a change: the rules are loaded, read back, then flows are
+// cut, and only then the command is answered.
 func TestOrder(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
@@ -70,9 +70,9 @@ func TestOrder(t *testing.T) {
 	})
 }
 
-// TestGuard sends a peer's packet to the internet at each moment of a change. The
-// guard must be narrow before the packet filter is, and stay closed until the
-// filter is known to hold.
+// TestGuard sends a peer's packet to the internet at each moment of a change. The guard
+// must be narrowed before the packet filter is, and stay closed until the filter is known
+// to enforce the change.
 func TestGuard(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		phone := r.add("phone")
@@ -180,8 +180,8 @@ func TestExpiryReplaced(t *testing.T) {
 	})
 }
 
-// TestExpiryByEitherClock sets the wall clock while a permission is timed: it
-// ends at the earlier of the wall clock and the monotonic clock.
+// TestExpiryByEitherClock sets the wall clock while a permission is timed: it ends by the
+// wall clock or the monotonic clock, whichever reaches the end first.
 func TestExpiryByEitherClock(t *testing.T) {
 	for _, c := range []struct {
 		name   string
@@ -211,7 +211,7 @@ func TestExpiryByEitherClock(t *testing.T) {
 	}
 }
 
-// TestExpiryAcrossRestart ends the helper while a permission is timed.
+// TestExpiryAcrossRestart restarts the helper while a permission is timed.
 func TestExpiryAcrossRestart(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -244,7 +244,7 @@ func TestExpiryAcrossRestart(t *testing.T) {
 	}
 }
 
-// TestExpiryWithoutDisk ends a permission while nothing can be saved.
+// TestExpiryWithoutDisk lets a permission end while nothing can be saved.
 func TestExpiryWithoutDisk(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
@@ -258,8 +258,8 @@ func TestExpiryWithoutDisk(t *testing.T) {
 	})
 }
 
-// TestClosed has each step fail in turn: nothing may stay open, the command and
-// the status say what failed, and it is tried again with growing pauses.
+// TestClosed lets each step fail in turn: nothing may stay open, the command and status
+// name the failed step, and it is retried with growing pauses.
 func TestClosed(t *testing.T) {
 	for _, step := range []string{"enforce", "inspect", "cut"} {
 		t.Run(step, func(t *testing.T) {
@@ -304,8 +304,8 @@ func TestClosed(t *testing.T) {
 	}
 }
 
-// TestLookThatFails has looks at the host fail while nothing of it changes: what is
-// in force stays, what is taken away meanwhile goes, and it is said.
+// TestLookThatFails lets observations and inspections fail while the host doesn't change:
+// the ruleset stays in force, a revoked permission is revoked, and status has the problem.
 func TestLookThatFails(t *testing.T) {
 	for _, step := range []string{"observe", "inspect"} {
 		t.Run(step, func(t *testing.T) {
@@ -340,8 +340,8 @@ func TestLookThatFails(t *testing.T) {
 	}
 }
 
-// TestReadBackAgain has what was loaded not be read back at first: it is read again, and
-// nothing closes. The command returns when it was read.
+// TestReadBackAgain lets the first attempts to read the rules back fail: they are read
+// again, and nothing closes. The command returns once they were read.
 func TestReadBackAgain(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
@@ -362,8 +362,8 @@ func TestReadBackAgain(t *testing.T) {
 	})
 }
 
-// TestCloseOnWidening has the wider ruleset refused by the host: nothing may be
-// left open, not even what was open before.
+// TestCloseOnWidening lets the host refuse a wider ruleset: nothing may be left open, not
+// even what was open before.
 func TestCloseOnWidening(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
@@ -406,7 +406,8 @@ func TestRepair(t *testing.T) {
 	})
 }
 
-// TestDriftWithoutReport finds by the tick what the host doesn't report.
+// TestDriftWithoutReport changes the host's rules without a report from its watcher: the
+// tick finds it.
 func TestDriftWithoutReport(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.host.DriftQuietly("a rule is gone")
@@ -436,7 +437,7 @@ func TestHostChanges(t *testing.T) {
 	})
 }
 
-// TestRebind changes the facts about the host's way out, and others.
+// TestRebind changes the facts about the host's uplink, and others.
 func TestRebind(t *testing.T) {
 	a := netip.MustParseAddr
 	for _, tt := range []struct {
@@ -467,8 +468,8 @@ func TestRebind(t *testing.T) {
 	}
 }
 
-// TestPortLost has the tunnel lose its port and find it again: status says so in
-// between, and nothing is closed for it.
+// TestPortLost lets the tunnel lose its port and get it back: status reports it in between,
+// and nothing closes.
 func TestPortLost(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		want := func(problems int) {
@@ -490,8 +491,8 @@ func TestPortLost(t *testing.T) {
 	})
 }
 
-// TestRemovedStaysIn removes a peer and changes the address of another: for a day
-// nothing is sent to the addresses that they had, over a restart too.
+// TestRemovedStaysIn removes a peer and changes the address of another: for a day nothing
+// is sent to the addresses that they had, even after a restart.
 func TestRemovedStaysIn(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		want := func(when string, want ...netip.Addr) {
@@ -543,7 +544,8 @@ func TestRemovedStaysIn(t *testing.T) {
 	})
 }
 
-// TestForeign shows what stands in the way and isn't ours.
+// TestForeign reports an obstacle from the host: status shows it, and the helper stays
+// enforcing.
 func TestForeign(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.host.Foreign(host.Problem{Step: "look at other rules", Message: "chain FORWARD drops", Hint: "see docs"})
@@ -555,7 +557,7 @@ func TestForeign(t *testing.T) {
 	})
 }
 
-// TestTunnelDies takes the mesh interface away.
+// TestTunnelDies removes the mesh interface under the tunnel.
 func TestTunnelDies(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
@@ -579,9 +581,9 @@ func TestTunnelDies(t *testing.T) {
 	})
 }
 
-// TestDeadTunnelHangs has the tunnel die, and hang when it is closed: the guard lets
-// nothing pass, a new tunnel is made all the same, changes are answered, and the helper
-// ends when it is told to.
+// TestDeadTunnelHangs ends the tunnel, and lets it hang while it is closed: the guard
+// passes nothing, a new tunnel is made nevertheless, changes are answered, and the helper
+// stops when it should.
 func TestDeadTunnelHangs(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		phone := r.add("phone")
@@ -611,9 +613,9 @@ func TestDeadTunnelHangs(t *testing.T) {
 	})
 }
 
-// TestTunnelEndsDuringRebind has the tunnel end while it tells the peers where the host
-// is, and the host move again when the next one is busy with that: the end is no problem
-// of the rebind, and no move is forgotten.
+// TestTunnelEndsDuringRebind ends the tunnel during a Rebind, and changes the host's
+// network again while the next tunnel is in one: the end isn't reported as a problem of the
+// rebind, and no change is lost.
 func TestTunnelEndsDuringRebind(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		n := byte(10)
@@ -666,8 +668,8 @@ func TestWakeFromSleep(t *testing.T) {
 	})
 }
 
-// TestTunnelRefuses has the tunnel not take a peer: the others stay in force,
-// and the command doesn't claim success.
+// TestTunnelRefuses lets the tunnel refuse a peer: the others stay in force, and the
+// command doesn't report success.
 func TestTunnelRefuses(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
@@ -705,14 +707,14 @@ func TestHandshakeEvents(t *testing.T) {
 	})
 }
 
-// TestRoundAsksTheTunnelOnce counts the looks at the tunnel's statistics, each of which
-// has the device print all peers.
+// TestRoundAsksTheTunnelOnce counts how often a round reads the tunnel's statistics, for
+// which the device prints all peers.
 func TestRoundAsksTheTunnelOnce(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		asked := func() int {
 			r.tunnel.mu.Lock()
 			defer r.tunnel.mu.Unlock()
-			return r.tunnel.asked
+			return r.tunnel.reads
 		}
 		rounds := func() (n int) {
 			for _, call := range r.host.Calls() {
@@ -733,8 +735,8 @@ func TestRoundAsksTheTunnelOnce(t *testing.T) {
 	})
 }
 
-// TestOwnPlacesFollowAddresses has the tunnel know where the host itself is, over changes
-// of its addresses, in the next tunnel, too.
+// TestOwnPlacesFollowAddresses changes the host's addresses: the tunnel, and the next one,
+// gets the host's own endpoints.
 func TestOwnPlacesFollowAddresses(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		place := netip.MustParseAddrPort("[2001:db8:5::1]:51820")
@@ -776,8 +778,8 @@ func TestOwnPlacesFollowAddresses(t *testing.T) {
 	})
 }
 
-// TestNoInterface refuses to start where the mesh interface can't be made, and
-// leaves the host alone: it may be another helper's.
+// TestNoInterface runs where the mesh interface can't be made: Run fails and leaves the
+// host alone, as the interface may be another helper's.
 func TestNoInterface(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
@@ -796,7 +798,7 @@ func TestNoInterface(t *testing.T) {
 	})
 }
 
-// TestNoTunnel refuses to start where the port is taken, and puts the host back.
+// TestNoTunnel starts while the port is in use: Run fails and restores the host.
 func TestNoTunnel(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
@@ -832,8 +834,8 @@ func TestLeave(t *testing.T) {
 	})
 }
 
-// TestLeaveInTime has the tunnel hang at the end, and then the platform, too: the
-// host is left without the one, and the other is given up in time.
+// TestLeaveInTime lets the tunnel hang at the end, and then the host, too: the helper goes
+// on without the tunnel, and gives the host up in time.
 func TestLeaveInTime(t *testing.T) {
 	for name, tt := range map[string]struct {
 		platformHangs bool
@@ -867,8 +869,8 @@ func TestLeaveInTime(t *testing.T) {
 	}
 }
 
-// TestStorm has many clients toggle many peers at once. Every ruleset that was
-// loaded must be one that a client asked for, and the last one the wanted.
+// TestStorm lets many clients toggle many peers at once. Every ruleset that was loaded must
+// be one that a client asked for, and the last one the wanted one.
 func TestStorm(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		const clients, toggles, peers = 8, 25, 10
@@ -902,8 +904,8 @@ func TestStorm(t *testing.T) {
 	})
 }
 
-// TestExpiryWhileClosed has a grant end while the host can't be observed: the
-// loop must neither spin nor forget.
+// TestExpiryWhileClosed lets a permission end while the host can't be observed: the loop
+// must neither spin nor forget it.
 func TestExpiryWhileClosed(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
@@ -930,7 +932,7 @@ func TestExpiryWhileClosed(t *testing.T) {
 	})
 }
 
-// TestStopWhileWaiting ends the helper while a command waits for its change.
+// TestStopWhileWaiting stops the helper while a command waits for its change.
 func TestStopWhileWaiting(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
@@ -982,8 +984,8 @@ func TestTakenOverAddress(t *testing.T) {
 	})
 }
 
-// TestChangesLeaveTimeForOthers has a host on which a look takes 50 ms change every 10 ms:
-// it is looked at a fifth of the time at most.
+// TestChangesLeaveTimeForOthers changes a host every 10 ms on which an observation takes 50
+// ms: observations take a fifth of the time at most.
 func TestChangesLeaveTimeForOthers(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		const look, between, turns = 50 * time.Millisecond, 10 * time.Millisecond, 1000
@@ -1010,8 +1012,8 @@ func TestChangesLeaveTimeForOthers(t *testing.T) {
 	})
 }
 
-// TestOpenThatHangs has making the mesh interface hang. At the start the helper ends, and
-// leaves the host as it was found; later it says so, and tries again.
+// TestOpenThatHangs lets the making of the mesh interface hang. At the start the helper
+// stops and restores the host; later it reports the problem and tries again.
 func TestOpenThatHangs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)

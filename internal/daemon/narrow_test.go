@@ -87,9 +87,9 @@ var takings = map[string]func(*rig) error{
 	},
 }
 
-// TestNarrowingDoesntWait takes routing away while something is stuck that a change
-// waits for otherwise: the guard lets nothing pass from the same moment on, the command
-// is answered in time, and it says what doesn't hold.
+// TestNarrowingDoesntWait revokes routing while something hangs that a change otherwise
+// waits for: the guard passes nothing from that moment on, and the command is answered in
+// time with what isn't in force or saved.
 func TestNarrowingDoesntWait(t *testing.T) {
 	full := func(r *rig) func() {
 		r.setDisk(&brokenDisk{FileSystem: wanted.DiskFiles{}})
@@ -191,10 +191,10 @@ func TestNarrowingDoesntWait(t *testing.T) {
 	}
 }
 
-// TestKeyChangeIsWhole gives a peer another key while nothing can be saved: the new key
-// has what the old one had, which has nothing from the same moment on, and the command
-// says that a restart brings the old one back. What else the change would give waits
-// for the disk, as ever.
+// TestKeyChangeIsWhole gives a peer another key while nothing can be saved: the new key has
+// the permissions of the old one, the old one has none from that moment on, and the command
+// says that a restart brings the old one back. Whatever else the change grants waits for
+// the disk.
 func TestKeyChangeIsWhole(t *testing.T) {
 	for name, stick := range map[string]func(*rig) (end func()){
 		"full disk": func(r *rig) func() {
@@ -308,8 +308,8 @@ func TestDenyAgainSaves(t *testing.T) {
 	})
 }
 
-// TestFullDiskForLong leaves the disk full for an hour: one event says so, and one that
-// it is over.
+// TestFullDiskForLong leaves the disk full for an hour: one event reports it, and one the
+// end of it.
 func TestFullDiskForLong(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
@@ -335,8 +335,8 @@ func TestFullDiskForLong(t *testing.T) {
 	})
 }
 
-// TestWideningWaits freezes the disk: what gives something isn't in force before it is
-// saved, says so in time, and doesn't come in force afterwards by itself.
+// TestWideningWaits freezes the disk: a grant isn't in force before it is saved, its
+// command is answered in time, and it doesn't come into force later by itself.
 func TestWideningWaits(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		phone := r.add("phone")
@@ -371,8 +371,8 @@ func TestWideningWaits(t *testing.T) {
 	})
 }
 
-// TestOlderRulesetStaysOut takes a permission away while the loop is in each step of
-// enforcing a ruleset of before: the guard doesn't get it back from that.
+// TestOlderRulesetStaysOut revokes a permission while the loop is in each step of enforcing
+// an older ruleset: the guard doesn't get the permission back from that.
 func TestOlderRulesetStaysOut(t *testing.T) {
 	for _, at := range []string{"observe", "enforce", "inspect"} {
 		t.Run(at, func(t *testing.T) {
@@ -415,8 +415,8 @@ func TestOlderRulesetStaysOut(t *testing.T) {
 	}
 }
 
-// TestNarrowingCompilesOnce takes permissions away: what the guard was given at once, while
-// the loop had not looked at the host yet, is what the host enforces then.
+// TestNarrowingCompilesOnce revokes permissions: the host enforces the ruleset that the
+// guard was given at once, which isn't compiled a second time.
 func TestNarrowingCompilesOnce(t *testing.T) {
 	for _, way := range []string{"deny", "remove"} {
 		t.Run(way, func(t *testing.T) {
@@ -449,7 +449,7 @@ func TestNarrowingCompilesOnce(t *testing.T) {
 	}
 }
 
-// TestExpiryDuringSlowLook ends a permission while the loop waits for the host.
+// TestExpiryDuringSlowLook lets a permission end while the loop waits for the host.
 func TestExpiryDuringSlowLook(t *testing.T) {
 	for _, step := range []string{"observe", "enforce"} {
 		t.Run(step, func(t *testing.T) {
@@ -472,8 +472,8 @@ func TestExpiryDuringSlowLook(t *testing.T) {
 	}
 }
 
-// TestExpiryOnFrozenDisk ends a permission, and a removed peer's day, while the disk
-// doesn't answer.
+// TestExpiryOnFrozenDisk lets a permission and the day of a removed peer's addresses end
+// while the disk doesn't answer.
 func TestExpiryOnFrozenDisk(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		phone := r.add("phone")
@@ -516,8 +516,8 @@ func (o *obstinate) Enforce(ctx context.Context, r *policy.Ruleset) error {
 	return o.Enforcer.Enforce(ctx, r)
 }
 
-// TestClosingHasItsOwnTime has enforcing use up all of its time: closing, which comes
-// next, has as much again, and the host is closed by the first attempt.
+// TestClosingHasItsOwnTime lets enforcing use up its whole time limit: closing, which comes
+// next, has its full limit, and the host is closed by the first attempt.
 func TestClosingHasItsOwnTime(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
@@ -546,9 +546,9 @@ func TestClosingHasItsOwnTime(t *testing.T) {
 	})
 }
 
-// TestSlowLookClosesNothing has a look at the host use up all of its time, while a
-// change is to be enforced and while nothing changes: what is enforced goes on, and
-// the change comes to be in force by what was seen last.
+// TestSlowLookClosesNothing lets an observation or inspection use up its whole time limit,
+// while a change is to be enforced and while nothing changes: the ruleset stays in force,
+// and the change comes into force with the facts of the last observation.
 func TestSlowLookClosesNothing(t *testing.T) {
 	for step, want := range map[string]mesh.Permissions{"observe": mesh.Routing | mesh.LAN, "inspect": mesh.Routing} {
 		t.Run(step, func(t *testing.T) {
@@ -582,8 +582,8 @@ func TestSlowLookClosesNothing(t *testing.T) {
 	}
 }
 
-// TestFilterAway has another program flush the filter: until it is known to hold again,
-// the guard passes what needs none, and nothing else, and running flows go on after.
+// TestFilterAway flushes the filter as another program: until it is known to be complete
+// again, the guard only passes packets that need none. Running flows go on afterwards.
 func TestFilterAway(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		phone := r.add("phone")
@@ -624,7 +624,7 @@ func TestFilterAway(t *testing.T) {
 	})
 }
 
-// TestProblemThatComesAndGoes has a look at the host fail every other time.
+// TestProblemThatComesAndGoes lets every other observation of the host fail.
 func TestProblemThatComesAndGoes(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		n := 0

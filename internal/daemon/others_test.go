@@ -51,8 +51,8 @@ func (b *beset) ByOthers(context.Context, host.Packet, string, bool) (host.ByOth
 	return host.ByOthers{}, nil
 }
 
-// TestOthersAreWaitedForByNobody has a look at other software take for ever: changes
-// are in force and answered as if there were none, and what was found is in the status.
+// TestOthersAreWaitedForByNobody lets an examination of other software take for ever:
+// changes come into force and are answered as without it, and status has the last result.
 func TestOthersAreWaitedForByNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
@@ -106,8 +106,8 @@ func TestOthersAreWaitedForByNobody(t *testing.T) {
 	})
 }
 
-// TestOthersAreAskedForKnownDevices has more devices be known than others' rules are looked
-// at for: those that were heard last count.
+// TestOthersAreAskedForKnownDevices has more devices than an examination of other software
+// includes: those with the latest handshakes count.
 func TestOthersAreAskedForKnownDevices(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
@@ -144,8 +144,8 @@ func TestOthersAreAskedForKnownDevices(t *testing.T) {
 	})
 }
 
-// TestLongLooksArePaced has each look at other software take a second of work: it is
-// paused for twenty times as long.
+// TestLongLooksArePaced lets each examination of other software take a second: the pause
+// after it is twenty times as long.
 func TestLongLooksArePaced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)

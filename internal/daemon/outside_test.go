@@ -18,10 +18,10 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
-// TestOwnAddressFromOutside tells the helper where peers reach this host, by address and
-// by name: for them the addresses are class lan, for behind them may be this host's
-// networks, and WireGuard's port there is closed. A name is followed where it goes, and
-// keeps what it had while it can't be looked up.
+// TestOwnAddressFromOutside configures the endpoint of this host by address and by name:
+// its addresses are class lan for peers, because this host's networks may be behind them,
+// and WireGuard's port there is closed. The addresses of a name are followed, and kept
+// while it can't be looked up.
 func TestOwnAddressFromOutside(t *testing.T) {
 	first, moved, six := netip.MustParseAddr("192.0.2.77"), netip.MustParseAddr("192.0.2.99"), netip.MustParseAddr("2001:db8:9::77")
 	for endpoint, byName := range map[string]bool{"192.0.2.77": false, "home.example": true} {
@@ -86,8 +86,8 @@ func (r *rig) wantOutside(about, want string) {
 	}
 }
 
-// TestOutsideOutlastsSilence has the resolver be silent, and answer in turn: an address
-// by which the host's own name was known stays one, over a restart, too, and for a day.
+// TestOutsideOutlastsSilence lets the resolver answer and be silent in turn: an address of
+// the host's own name stays one for a day, also over a restart.
 func TestOutsideOutlastsSilence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)

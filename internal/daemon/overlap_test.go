@@ -12,8 +12,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
-// TestOverlapsAreNamed gives parts of the mesh prefix to others: status, doctor and one
-// event each name them, with the way out, until they are gone.
+// TestOverlapsAreNamed gives parts of the mesh prefix to other interfaces and routes:
+// status, doctor and one event each name them, with a way out, until they are gone.
 func TestOverlapsAreNamed(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		named := func() (out []api.Problem) {
@@ -93,7 +93,7 @@ func TestOverlapsAreNamed(t *testing.T) {
 	})
 }
 
-// TestNearlyADefaultRouteIsNamed has a VPN route most of the internet, in parts.
+// TestNearlyADefaultRouteIsNamed routes most of the internet into a VPN, in parts.
 func TestNearlyADefaultRouteIsNamed(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		named := func() (out []api.Problem) {

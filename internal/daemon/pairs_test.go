@@ -259,9 +259,9 @@ func doPair(t *testing.T, files map[string]string, first, second string, atOnce,
 // the second part is refused, the answer says so.
 var inParts = []string{"one for another", "rekey and allow"}
 
-// TestPairsOfEdits makes every two edits while the first of them is being saved: they come
-// to what they do one after the other, in one of the two orders, with the same answers.
-// What was answered isn't lost, and the disk has what is in force.
+// TestPairsOfEdits makes every pair of edits while the first of them is being saved: the
+// result and the answers are those of the two edits one after the other, in one of the two
+// orders. No acknowledged edit is lost, and the disk has what is in force.
 func TestPairsOfEdits(t *testing.T) {
 	names := slices.Sorted(maps.Keys(pairEdits))
 	type order struct {
@@ -303,8 +303,8 @@ func TestPairsOfEdits(t *testing.T) {
 	}
 }
 
-// TestDeniedMeanwhileStaysAway denies what another change, which is being saved, is about
-// to allow for good: before its end, which comes while the disk is frozen, too.
+// TestDeniedMeanwhileStaysAway denies a permission while another change, which allows it
+// without an end, is being saved: it stays denied. One that expires meanwhile is allowed.
 func TestDeniedMeanwhileStaysAway(t *testing.T) {
 	got := doPair(t, pairFiles(t), "allow for good", "deny incoming", true, false)
 	for line := range strings.Lines(got.state) {
@@ -319,8 +319,8 @@ func TestDeniedMeanwhileStaysAway(t *testing.T) {
 	}
 }
 
-// TestDeniedBeforeANewKeyStaysAway denies what another change, which is being saved, is
-// about to allow, and then gives the peer another key.
+// TestDeniedBeforeANewKeyStaysAway denies a permission while another change, which allows
+// it, is being saved, and then gives the peer another key.
 func TestDeniedBeforeANewKeyStaysAway(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")

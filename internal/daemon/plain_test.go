@@ -8,7 +8,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/host"
 )
 
-// TestNamesForgeNothing has another program's table be named to forge lines.
+// TestNamesForgeNothing lets another program's table have a name that would forge lines on
+// a terminal.
 func TestNamesForgeNothing(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		const forged = "table x\x1b]0;y\a\nok       all is fine drops it"

@@ -14,9 +14,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// TestMeshPrefixChanges changes the IPv4 prefix of a mesh with peers: the plan is what the
-// helper does when it starts with the new prefix, the IPv6 addresses and permissions
-// stay, and the addresses of before are kept in for a day.
+// TestMeshPrefixChanges changes the IPv4 prefix of a mesh with peers: a helper that starts
+// with the new prefix does what the plan says, IPv6 addresses and permissions stay, and for
+// a day nothing to the old addresses leaves the host.
 func TestMeshPrefixChanges(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)

@@ -25,23 +25,23 @@ import (
 	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
-// rig is a daemon on a host that enforces nothing, with clocks that a test
-// moves.
+// rig is a daemon on a fake host and with a fake tunnel, in a synctest bubble, with a wall
+// clock that a test can set apart from the bubble's time.
 type rig struct {
 	t      *testing.T
 	dir    string
 	host   *hostfake.Host
 	tunnel *fakeTunnel // the newest
 	d      *Daemon
-	stop   func() // ends it, and wants no error
-	// stopped ends it and returns its error.
+	stop   func() // stops the daemon; an error fails the test
+	// stopped stops the daemon and returns its error.
 	stopped func() error
-	// portTaken has the tunnel not start.
+	// portTaken lets NewTunnel fail.
 	portTaken atomic.Bool
 
 	mu       sync.Mutex
-	offset   time.Duration // of the wall clock
-	resolved string
+	offset   time.Duration // of the wall clock from the bubble's time
+	resolved string        // see resolveTo
 }
 
 // inBubble runs test with a running daemon, in a bubble with its own time.
@@ -86,7 +86,8 @@ func (r *rig) options() Options {
 	}
 }
 
-// resolveTo sets what every name resolves to, by commas; "" is an error.
+// resolveTo sets the addresses that every name resolves to, separated by commas; with "" each
+// lookup fails.
 func (r *rig) resolveTo(address string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -106,7 +107,7 @@ func (r *rig) setWall(by time.Duration) {
 	r.offset += by
 }
 
-// start makes and runs the daemon, and waits until it holds.
+// start makes and runs the daemon, and waits for its first round.
 func (r *rig) start() {
 	r.t.Helper()
 	r.startWith(r.options())
@@ -141,7 +142,7 @@ func (r *rig) end() {
 	}
 }
 
-// add adds a peer with a key made from its name, and wants no error.
+// add adds a peer with a key made from its name; an error fails the test.
 func (r *rig) add(name string) api.Peer {
 	r.t.Helper()
 	changed, err := r.d.AddPeer(r.t.Context(), api.NewPeer{Name: name, PublicKey: keyOf(name)})
@@ -151,7 +152,7 @@ func (r *rig) add(name string) api.Peer {
 	return changed.Peer
 }
 
-// allow gives a permission for a time, or for good when that is "".
+// allow grants a permission for a length of time, or without an end if length is "".
 func (r *rig) allow(name, permission, length string) (api.Changed, error) {
 	c := api.PermissionChange{Allowed: true}
 	if length != "" {
@@ -173,7 +174,7 @@ func (r *rig) deny(name, permission string) (api.Changed, error) {
 	})
 }
 
-// loaded returns what the host lets the peer do now.
+// loaded returns the permissions that the host's ruleset gives a peer, none for an unknown one.
 func (r *rig) loaded(name string) mesh.Permissions {
 	r.t.Helper()
 	rules := r.host.Loaded()
@@ -195,7 +196,7 @@ func (r *rig) wantLoaded(name string, want mesh.Permissions) {
 	}
 }
 
-// after lets time pass, and waits until nothing is left to do then.
+// after lets time pass, and then waits until all goroutines are blocked.
 func (r *rig) after(d time.Duration) {
 	time.Sleep(d)
 	synctest.Wait()
@@ -258,11 +259,11 @@ type fakeTunnel struct {
 	mu      sync.Mutex
 	peers   []tunnel.Peer
 	stats   map[mesh.PublicKey]tunnel.PeerStats
-	asked   int // for stats
+	reads   int // of Stats
 	self    []netip.AddrPort
 	rebinds int
-	silent  error // why the port isn't served
-	refuse  error
+	silent  error // Listening's result
+	refuse  error // Sync's result
 	// hang, if not nil, holds up Close until it is closed.
 	hang chan struct{}
 	// rebinding, if not nil, is what Rebind waits for, unless the tunnel ends.
@@ -282,7 +283,7 @@ func (f *fakeTunnel) Sync(want []tunnel.Peer) error {
 func (f *fakeTunnel) Stats() (map[mesh.PublicKey]tunnel.PeerStats, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.asked++
+	f.reads++
 	return f.stats, nil
 }
 

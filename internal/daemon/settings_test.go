@@ -107,8 +107,8 @@ func TestSettings(t *testing.T) {
 	})
 }
 
-// TestEndpointSettingIsOutside sets an address as the endpoint: it is one by which others
-// know this host from then on.
+// TestEndpointSettingIsOutside sets an address as the endpoint: from then on it counts as
+// this host's address as seen from outside.
 func TestEndpointSettingIsOutside(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
@@ -196,9 +196,9 @@ func TestSettingsRefused(t *testing.T) {
 	})
 }
 
-// TestPrefixInUse asks for mesh prefixes that something on the host is in: a network that
-// an interface has an address in is refused with the name of a free prefix, a route is
-// told of, and other settings say nothing of either.
+// TestPrefixInUse asks for mesh prefixes that overlap with something on the host: one in
+// which an interface has an address is refused with a free prefix as the hint, one with a
+// route gives a problem, and changes of other settings mention neither.
 func TestPrefixInUse(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
@@ -235,7 +235,7 @@ func TestPrefixInUse(t *testing.T) {
 	})
 }
 
-// TestWriteSettings writes them without a helper, and not beside one.
+// TestWriteSettings writes settings while no helper runs; it fails while one does.
 func TestWriteSettings(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)

@@ -49,7 +49,8 @@ func straight(p host.Packet) (host.Way, error) {
 	return host.Way{Interface: "eth0"}, nil
 }
 
-// TestExplainTakesAllTogether has the policy let a packet pass that something else stops.
+// TestExplainTakesAllTogether asks about packets that the policy passes and that something
+// else stops.
 func TestExplainTakesAllTogether(t *testing.T) {
 	const inside, lan, outside = "198.51.100.2", "192.168.77.5", "192.0.2.1"
 	but := func(when func(host.Packet) bool, w host.Way) func(host.Packet) (host.Way, error) {
@@ -168,7 +169,8 @@ func others(does string, answers, unclear bool) func(host.Packet, string, bool) 
 	}
 }
 
-// TestExplainSaysWhenItEnds has the earlier of two ends count.
+// TestExplainSaysWhenItEnds gives two permissions that a packet needs different ends: the
+// earlier one counts.
 func TestExplainSaysWhenItEnds(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
@@ -182,7 +184,7 @@ func TestExplainSaysWhenItEnds(t *testing.T) {
 	})
 }
 
-// TestQuestionsThatMakeNoSense are refused and say what to do.
+// TestQuestionsThatMakeNoSense asks questions that are refused, with a hint.
 func TestQuestionsThatMakeNoSense(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		p := r.add("phone")

@@ -53,10 +53,10 @@ func (b *brokenDisk) SyncDir(dir string) error {
 	return b.FileSystem.SyncDir(dir)
 }
 
-// TestDiskFull breaks the disk at each operation of a change that gives something: up
-// to the rename that makes the change, the old state stays in force and the command
-// says so; after it the change is made, and the command says what isn't sure. No file
-// is left over, and what is on disk is whole.
+// TestDiskFull breaks the disk at each operation of a change that grants something: up to
+// the rename that makes the change, the old state stays in force and the command reports
+// it; afterwards the change is made, and the command says what isn't certain. No temporary
+// file is left, and the files on disk are complete.
 func TestDiskFull(t *testing.T) {
 	const operations, renamed = 5, 2 // two files, two renames, one sync of the folder
 	for after := range operations {
@@ -131,8 +131,8 @@ func contents(t *testing.T, dir string) map[string]string {
 	return out
 }
 
-// TestRefusesToStart starts on a state directory that something happened to.
-// Each must be refused with what is wrong and what to do, and no file touched.
+// TestRefusesToStart starts on damaged or unsafe state directories. Each must be refused
+// with the cause and a hint, and no file changed.
 func TestRefusesToStart(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
@@ -252,9 +252,8 @@ func restore(t *testing.T, dir string, files map[string]string) {
 	}
 }
 
-// TestKilledWhileSaving starts after a helper that was killed at each operation
-// of saving a change: the mesh is the old one or the new one, whole, and no
-// temporary file stays.
+// TestKilledWhileSaving starts after a helper that was killed at each operation of saving a
+// change: the mesh is the old one or the new one, complete, and no temporary file is left.
 func TestKilledWhileSaving(t *testing.T) {
 	for at := range 6 {
 		inBubble(t, func(t *testing.T, r *rig) {
@@ -316,7 +315,8 @@ func TestOneHelper(t *testing.T) {
 	})
 }
 
-// TestKeysStayPrivate looks at everything that is written but the key file.
+// TestKeysStayPrivate looks for the host's private key in all files but its own, and checks
+// the files' modes.
 func TestKeysStayPrivate(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
@@ -335,9 +335,9 @@ func TestKeysStayPrivate(t *testing.T) {
 	})
 }
 
-// TestUnknownFieldsAreKept starts on a document of a later version that has fields which
-// aren't known here: they open nothing, and are in the document after a change, after
-// another name and key of their peer, and no more once the peer is removed.
+// TestUnknownFieldsAreKept starts on a document of a later version with fields that this
+// one doesn't know: they open nothing, are still in the document after a change and after
+// another name and key of their peer, and are gone with the peer.
 func TestUnknownFieldsAreKept(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
