@@ -48,7 +48,7 @@ const (
 	stepOthers = "look at other packet filters"
 )
 
-// checks returns all checks. Each of the problems goes into the check that it belongs to, or
+// checks returns all checks; stateDir is the result of checkStateDir, which has to wait. Each of the problems goes into the check that it belongs to, or
 // becomes a check of its own at the end.
 func (x *Explainer) checks(c held.State, problems []host.Problem, stateDir api.Check) []api.Check {
 	doc := x.o.Wanted.Document()
@@ -77,7 +77,7 @@ func (x *Explainer) checks(c held.State, problems []host.Problem, stateDir api.C
 	}
 	helper := api.Check{Name: nameHelper, OK: enforcing, Message: "the state is " + c.Phase, Hint: "wait, or see: meshhelper events"}
 	if !enforcing && len(c.Problems) > 0 {
-		cause := c.Problems[0] // told by the check of the helper, so not once more at the end
+		cause := c.Problems[0] // reported by the check of the helper, so not once more at the end
 		problems = slices.DeleteFunc(slices.Clone(problems), func(p host.Problem) bool { return p == cause })
 		helper.Message += ": " + cause.Step + ": " + cause.Message
 		if cause.Hint != "" {
@@ -184,7 +184,8 @@ func checkPort(c held.State) api.Check {
 	return out
 }
 
-// checkUplink fails if a peer may route and the host has no default route.
+// checkUplink fails if a peer may route and the host has no default route. A host with an uplink
+// for one family only is OK: peers reach the internet by that family.
 func checkUplink(c held.State) api.Check {
 	out := api.Check{Name: "default route", OK: true, Hint: "give the host a default route: without one peers reach no internet"}
 	switch up4, up6 := c.Host.Uplink4, c.Host.Uplink6; {

@@ -22,8 +22,9 @@ const (
 	shownPrefixes = 3
 )
 
-// overlapProblems returns a problem for each other owner of a part of the mesh prefixes. The
-// hint is the way out: another prefix, or a restart if another one was set already.
+// overlapProblems returns a problem for each other owner of a part of the mesh prefixes, such as
+// another VPN in 100.64.0.0/10 (RFC 6598), the default. The hint is the way out: another prefix,
+// or a restart if another one was set already.
 func overlapProblems(r *policy.Ruleset, s *wanted.Settings) []host.Problem {
 	var out []host.Problem
 	for _, o := range r.Overlaps() {

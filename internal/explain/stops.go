@@ -28,7 +28,7 @@ func (x *Explainer) stops(ctx context.Context, c held.State, e evaluation) []api
 		return []api.Stop{s}
 	}
 	t := &trace{x: x, ctx: ctx, evaluation: e}
-	m := e.rules.Host().Interface
+	m := e.rules.Host().Interface // packets to the peer must leave by it
 	if t.checkTunnel(c); t.stopped() {
 		return t.stops
 	}
@@ -233,7 +233,7 @@ func (t *trace) checkOthers(p host.Packet, out string, reply, back bool) {
 	case host.OthersRedirect:
 		s.Message = by.Where + " " + verb(may, "send", "sends") + " " + subject + " to another destination"
 		s.Hint = "take it out of the redirection there, in the software that it belongs to"
-	case host.OthersUntrack:
+	case host.OthersUntrack: // such as NOTRACK in the raw table
 		if t.subject != "" {
 			return // the tunnel's datagrams aren't translated
 		}
