@@ -14,7 +14,7 @@ import (
 	"testing"
 )
 
-var update = flag.Bool("update", false, "write the figure of docs/architecture.md anew")
+var update = flag.Bool("update", false, "write what the imports say into the pages of docs anew")
 
 const page = "../../docs/architecture.md"
 
