@@ -501,7 +501,7 @@ func (a *app) writeChecks(checks []api.Check) {
 // have, so that it fails with a reason and a hint instead of as an unknown command.
 func newUnsupportedCommand(use, short string) *cobra.Command {
 	return &cobra.Command{
-		Use: use, Short: short + " (macOS)", DisableFlagParsing: true,
+		Use: use, Short: short + " (macOS and Linux)", DisableFlagParsing: true,
 		RunE: func(*cobra.Command, []string) error {
 			return api.Errorf(api.CodeUnsupported, "%s isn't available on this platform", use).
 				WithHint("run the helper in the foreground: sudo meshhelper run")

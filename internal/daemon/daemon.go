@@ -58,7 +58,7 @@ type Options struct {
 	Languages map[string]explain.Language // optional
 
 	// NewTunnel starts the WireGuard device around the host's tunnel device.
-	NewTunnel func(tun.Device, mesh.PrivateKey, uint16) (reconcile.Tunnel, error) // optional: tunnel.New
+	NewTunnel func(tun.Device, mesh.PrivateKey, uint16) (reconcile.Tunnel, error) // optional: tunnel.NewDevice
 	Tick      time.Duration                                                       // optional: the longest time between rounds of the loop, DefaultTick
 	Wait      time.Duration                                                       // optional: within which a change is answered, DefaultWait
 	Wall      func() time.Time                                                    // optional: the wall clock, time.Now

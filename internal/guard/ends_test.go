@@ -69,7 +69,7 @@ func talks() []talk {
 	return out
 }
 
-// pass reports whether packets pass the guard in a direction.
+// passes reports whether packets pass the guard in a direction.
 func passes(g *Device, packet []byte, toPeer bool) bool {
 	buf := append(make([]byte, offset), packet...)
 	if toPeer {

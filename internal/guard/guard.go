@@ -6,7 +6,7 @@
 // How a daemon uses it:
 //
 //	g := guard.New(inner, guard.Options{})       // nothing passes yet
-//	wg, err := wireguard.NewDevice(wireguard.Options{TUN: g, ...})
+//	wg, err := tunnel.NewDevice(tunnel.Options{TUN: g, ...})
 //	g.Set(ruleset)                               // returns when it is in force
 //	g.Set(nil)                                   // closed again: nothing passes
 //	stats := g.Stats()                           // per peer, for status
@@ -200,8 +200,8 @@ func (d *Device) drain() {
 	defer d.batch.Unlock()
 }
 
-// Stats returns the counts of every peer in the ruleset in force, by its ID, and
-// nothing while closed.
+// Stats returns the counts of every peer in the ruleset in force, by its public key, and
+// nil while closed.
 func (d *Device) Stats() map[mesh.PublicKey]PeerStats {
 	v := d.view.Load()
 	if v == nil {

@@ -27,7 +27,7 @@ const (
 )
 
 // WatchdogTime is how long an installed helper may go without a sign of life from its
-// loop before systemd kills it. It exceeds daemon.RoundLimit, which bounds the steps of
+// loop before systemd kills it. It exceeds reconcile.RoundLimit, which bounds the steps of
 // one round together, by the wait between two rounds and a margin for a slow host.
 const WatchdogTime = 4 * time.Minute
 

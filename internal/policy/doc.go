@@ -10,8 +10,9 @@
 // # The model
 //
 // The host runs the helper. A peer is another device with a WireGuard key that
-// the host knows. A permission lets one peer do one thing: [Incoming] (connect to the host itself), [Routing] (reach the internet through it) and
-// [LAN] (reach the host's other networks; only together with Routing).
+// the host knows. A permission lets one peer do one thing: [mesh.Incoming]
+// (connect to the host itself), [mesh.Routing] (reach the internet through it) and
+// [mesh.LAN] (reach the host's other networks; only together with Routing).
 //
 // A packet from a peer is put in a [Class] by its destination as the peer sent
 // it; the first class that fits counts:

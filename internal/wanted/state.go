@@ -33,7 +33,9 @@ type Options struct {
 	Record func(events.Event) // required
 
 	// Narrow restricts the guard to what a document allows before it returns. It is called
-	// with each document that is published, before Changed, and must not block.
+	// with each document that is published, before Changed. No other change is made meanwhile,
+	// so it may wait for the guard to judge its current packets by the new rules, but not for
+	// the disk or the network.
 	Narrow func(*Document) // required
 	// Changed is called after Narrow with the published document and the one before, which
 	// is nil the first time. It must not block.
@@ -71,7 +73,8 @@ type State struct {
 	disk  disk
 	clock *clock
 
-	// changing serializes changes. While it is held nothing blocks, Options.Narrow excepted.
+	// changing serializes changes. While it is held, only Options.Narrow may wait, for the
+	// guard.
 	// Readers need no lock, as a published document is immutable.
 	changing sync.Mutex
 	doc      atomic.Pointer[Document]

@@ -244,7 +244,7 @@ func (w *world) interfaceNames() []string {
 	return names
 }
 
-// utun3Address is what the facts don't tell: the other VPN's own address.
+// utun3Addresses are the other VPN's own addresses, which the host's facts don't have.
 var utun3Addresses = prefixes("172.31.9.9/32", "fd00:9::9/128")
 
 // newMachine returns a packet filter on the host's interfaces with a main

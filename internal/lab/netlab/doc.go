@@ -12,7 +12,7 @@
 // [NewPicture] builds the network that the product is made for: the host B with
 // its peers A, C and D, its LAN, the router to the internet, and other networks.
 //
-// Instruments: [Lab.Probe] reports which host reaches which, [Host.Flow] keeps both
+// Instruments: [Lab.Probe] reports which host reaches which, [Lab.Flow] keeps both
 // ends of a flow sending and reports when each packet that arrived was sent,
 // [Host.Watch] captures the packets that a host received, [Host.Forge] sends any
 // packet, and [Host.Snapshot] shows whether a host is as it was found.

@@ -48,7 +48,7 @@ type oracle struct {
 	t     *testing.T
 	iface string
 	hosts int
-	// said counts explain's answers.
+	// passes, stopped and unclear count explain's answers.
 	passes, stopped, unclear int
 	// fine and wrong count doctor's verdicts.
 	fine, wrong int
