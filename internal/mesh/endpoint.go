@@ -13,18 +13,18 @@ import (
 	"golang.org/x/net/idna"
 )
 
-// MaxKeepalive is the longest persistent keepalive interval that WireGuard's
-// configuration protocol can carry.
+// MaxKeepalive is the longest persistent keepalive interval of WireGuard: its configuration
+// has 16 bits for the seconds (wg(8)).
 const MaxKeepalive = 65535 * time.Second
 
-// Endpoint is where a WireGuard device is reached: a name or an address, and a
-// UDP port. A name is resolved by the app that reads the configuration.
+// Endpoint is where a WireGuard device is reached: a name or an address, and a UDP port. The
+// program that reads a configuration resolves the name.
 type Endpoint struct {
 	Host string // a DNS name or an address without brackets
 	Port uint16 // 1 to 65535
 }
 
-// Name returns the host if it is a name, and "" if it is an address or empty.
+// Name returns the host if it is a DNS name, and "" if it is an address or empty.
 func (e Endpoint) Name() string {
 	if _, err := netip.ParseAddr(e.Host); err == nil {
 		return ""
@@ -32,10 +32,9 @@ func (e Endpoint) Name() string {
 	return e.Host
 }
 
-// ParseEndpoint reads host:port, where an IPv6 address stands in brackets. A
-// fallback port other than 0 stands in for a missing one; an IPv6 address
-// without a port may then come without brackets. A name with letters outside ASCII
-// is kept in its xn-- form.
+// ParseEndpoint parses host:port, with brackets around an IPv6 address. If fallback isn't 0,
+// it replaces a missing port, and an IPv6 address without a port needs no brackets. A name
+// with letters outside ASCII becomes its xn-- form (asciiName).
 func ParseEndpoint(s string, fallback uint16) (Endpoint, error) {
 	e, err := splitEndpoint(s, fallback)
 	if err == nil {
@@ -54,6 +53,7 @@ func ParseEndpoint(s string, fallback uint16) (Endpoint, error) {
 	return e, nil
 }
 
+// splitEndpoint splits s into host and port, without checking the host.
 func splitEndpoint(s string, fallback uint16) (Endpoint, error) {
 	bare := strings.TrimSuffix(strings.TrimPrefix(s, "["), "]")
 	_, notAddr := netip.ParseAddr(bare)
@@ -71,8 +71,8 @@ func splitEndpoint(s string, fallback uint16) (Endpoint, error) {
 	return Endpoint{Host: host, Port: uint16(port)}, nil
 }
 
-// asciiName returns a name as it is asked in the DNS: letters outside ASCII in the
-// form of RFC 5891 (xn--…), which every app and resolver takes.
+// asciiName returns a name as the DNS has it: with letters outside ASCII in the form of
+// RFC 5891 (xn--…), which every app and resolver accepts.
 func asciiName(host string) (string, error) {
 	for _, c := range []byte(host) {
 		if c < utf8.RuneSelf {
@@ -80,15 +80,15 @@ func asciiName(host string) (string, error) {
 		}
 		ascii, err := idna.Lookup.ToASCII(host)
 		if err != nil || !utf8.ValidString(host) {
-			return "", errors.New("not a name in the DNS; where it has letters outside ASCII, give its xn-- form")
+			return "", errors.New("not a name in the DNS; if it has letters outside ASCII, give its xn-- form")
 		}
 		return ascii, nil
 	}
 	return host, nil
 }
 
-// Validate refuses what can't be the end of a tunnel, and every character that
-// has a meaning in a configuration.
+// Validate returns an error for a host that can't be the other end of a tunnel, for port 0,
+// and for every character with a meaning in a configuration file, such as a line break.
 func (e Endpoint) Validate() error {
 	if e.Port == 0 {
 		return errors.New("no port")
@@ -111,9 +111,11 @@ func (e Endpoint) Validate() error {
 	return nil
 }
 
-// broadcast is RFC 919's.
+// broadcast is the limited broadcast address of RFC 919.
 var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 
+// validLabel reports whether label may stand between the dots of a name. Underscores aren't
+// allowed in names of hosts (RFC 952), but occur in the DNS.
 func validLabel(label string) bool {
 	for _, c := range []byte(label) {
 		letter := 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z'

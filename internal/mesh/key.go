@@ -17,18 +17,17 @@ const KeySize = 32
 // WireGuard's tools print.
 const keyTextSize = 44
 
-// ErrBadKey is in the chain of every error about the text or the value of a
-// key. Such errors never quote the text: it may be a private key in the wrong
-// place.
+// ErrBadKey is wrapped by every error about the text or the value of a key. Such errors never
+// quote the text: it may be a private key in the wrong place.
 var ErrBadKey = errors.New("not a WireGuard key")
 
-// PublicKey is a Curve25519 public key: the name by which WireGuard knows a
-// peer.
+// PublicKey is a Curve25519 public key, by which WireGuard identifies a peer.
 type PublicKey [KeySize]byte
 
-// lowOrder lists the u-coordinates of small order, top bit cleared as X25519
-// does (RFC 7748 section 5). With such a "key" every shared secret is zero, so
-// no handshake could ever succeed; refused early, the reason can be said.
+// lowOrder lists the u-coordinates of points of small order, with the top bit cleared as
+// X25519 does (RFC 7748 sections 5 and 6.1; the values are those of Curve25519's
+// https://cr.yp.to/ecdh.html#validate). With such a key every shared secret is zero, so no
+// handshake can succeed. Refusing it when it is added gives the reason.
 var lowOrder = [...]PublicKey{
 	{},
 	{1},
@@ -45,8 +44,8 @@ var lowOrder = [...]PublicKey{
 	nearPrime(0xee),
 }
 
-// nearPrime returns the number that differs from 2^255-19 in its lowest byte
-// only.
+// nearPrime returns 2^255-19 with the lowest byte replaced by low, in little endian. 0xed
+// gives the prime itself, which X25519 reduces to 0.
 func nearPrime(low byte) (k PublicKey) {
 	for i := range k {
 		k[i] = 0xff
@@ -55,8 +54,8 @@ func nearPrime(low byte) (k PublicKey) {
 	return k
 }
 
-// ParsePublicKey reads a public key as WireGuard's tools print it: 44
-// characters of standard base64. The error wraps ErrBadKey.
+// ParsePublicKey parses a public key as WireGuard's tools print it: 44 characters of
+// standard base64. It refuses keys of small order. The error wraps ErrBadKey.
 func ParsePublicKey(s string) (PublicKey, error) {
 	raw, err := decodeKey(s)
 	if err != nil {
@@ -72,14 +71,13 @@ func ParsePublicKey(s string) (PublicKey, error) {
 	return PublicKey(raw), nil
 }
 
-// decodeKey reads the base64 text of 32 bytes. Strict: trailing bits that
-// differ from zero would give one key two spellings.
+// decodeKey decodes the base64 text of a key. It is strict, since with trailing bits other
+// than zero one key would have several spellings.
 func decodeKey(s string) (raw [KeySize]byte, err error) {
 	if len(s) != keyTextSize {
 		return raw, fmt.Errorf("%d characters where base64 of %d bytes has %d: %w", len(s), KeySize, keyTextSize, ErrBadKey)
 	}
-	// The decoder skips line breaks, so the count of what it wrote is checked
-	// as well.
+	// The decoder skips line breaks, so the number of decoded bytes is checked as well.
 	var buf [keyTextSize]byte
 	n, err := base64.StdEncoding.Strict().Decode(buf[:], []byte(s))
 	if err != nil || n != KeySize {
@@ -94,10 +92,10 @@ func (k PublicKey) IsZero() bool { return k == PublicKey{} }
 // String returns the 44 characters that WireGuard's tools print.
 func (k PublicKey) String() string { return base64.StdEncoding.EncodeToString(k[:]) }
 
-// MarshalText is String as bytes, so that JSON shows keys as WireGuard does.
+// MarshalText returns String as bytes, so that JSON has keys in WireGuard's form.
 func (k PublicKey) MarshalText() ([]byte, error) { return []byte(k.String()), nil }
 
-// UnmarshalText is ParsePublicKey.
+// UnmarshalText parses text with ParsePublicKey.
 func (k *PublicKey) UnmarshalText(text []byte) error {
 	parsed, err := ParsePublicKey(string(text))
 	if err != nil {
@@ -107,27 +105,26 @@ func (k *PublicKey) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// PrivateKey is a clamped Curve25519 private key. Nothing prints it by
-// accident: every verb of fmt, slog and encoders get a redaction or an error;
-// Reveal is the only way to its text.
+// PrivateKey is a clamped Curve25519 private key. It can't be printed by accident: fmt and
+// slog print a redaction, encoders fail, and only Reveal returns its text.
 type PrivateKey [KeySize]byte
 
-// redacted stands wherever a private key would have been printed.
+// redacted is printed in place of a private key.
 const redacted = "(private key)"
 
-// GeneratePrivateKey draws a key from random, which must be a cryptographic
-// source (crypto/rand.Reader outside tests).
+// GeneratePrivateKey generates a key from random, which must be a cryptographic source
+// (crypto/rand.Reader outside tests).
 func GeneratePrivateKey(random io.Reader) (PrivateKey, error) {
 	var k PrivateKey
 	if _, err := io.ReadFull(random, k[:]); err != nil {
-		return PrivateKey{}, fmt.Errorf("draw private key: %w", err)
+		return PrivateKey{}, fmt.Errorf("generate private key: %w", err)
 	}
 	k.clamp()
 	return k, nil
 }
 
-// ParsePrivateKey reads the base64 text of a private key and clamps it, as
-// WireGuard itself does. The error wraps ErrBadKey and never quotes s.
+// ParsePrivateKey parses the base64 text of a private key and clamps it, as WireGuard
+// itself does. The error wraps ErrBadKey and never quotes s.
 func ParsePrivateKey(s string) (PrivateKey, error) {
 	raw, err := decodeKey(s)
 	if err != nil {
@@ -151,7 +148,7 @@ func (k *PrivateKey) clamp() {
 // key.
 func (k PrivateKey) IsZero() bool { return k.Equal(PrivateKey{}) }
 
-// Equal compares in constant time.
+// Equal reports, in constant time, whether k and other are the same key.
 func (k PrivateKey) Equal(other PrivateKey) bool {
 	return subtle.ConstantTimeCompare(k[:], other[:]) == 1
 }
@@ -166,21 +163,21 @@ func (k PrivateKey) Public() (public PublicKey) {
 	return public
 }
 
-// Reveal returns the base64 text of k, for a key file or a configuration that
-// is handed to the peer's owner.
+// Reveal returns the base64 text of k, for a key file or for the configuration that the
+// peer's owner gets.
 func (k PrivateKey) Reveal() string { return base64.StdEncoding.EncodeToString(k[:]) }
 
-// String returns a redaction; see Reveal.
+// String returns a redaction; Reveal returns the text.
 func (k PrivateKey) String() string { return redacted }
 
-// Format writes the redaction for every verb: %x and %d would otherwise reach
-// the bytes of the array.
+// Format implements fmt.Formatter with the redaction for every verb: %x and %d would
+// otherwise print the bytes of the array.
 func (k PrivateKey) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, redacted) }
 
 // LogValue makes slog print the redaction.
 func (k PrivateKey) LogValue() slog.Value { return slog.StringValue(redacted) }
 
-// MarshalText always fails: a private key in a JSON document is a mistake.
+// MarshalText always returns an error: a private key in a JSON document is a mistake.
 func (k PrivateKey) MarshalText() ([]byte, error) {
 	return nil, errors.New("marshal private key: refused, a private key is never part of a document")
 }

@@ -6,10 +6,12 @@ import (
 	"strings"
 )
 
+// maxName is the longest name in bytes, as long as a DNS label (RFC 1035 section 2.3.4).
 const maxName = 63
 
-// CheckName refuses a name that would be mistaken for an option, a path, an
-// address or a key where peers are named.
+// CheckName returns an error unless name has 1 to 63 ASCII letters, digits, dots, hyphens
+// and underscores. It refuses a name that commands would take for an option, a path, an
+// address or a key.
 func CheckName(name string) error {
 	if name == "" || len(name) > maxName {
 		return fmt.Errorf("name %.70q has %d characters, want 1 to %d", name, len(name), maxName)
@@ -35,8 +37,9 @@ func CheckName(name string) error {
 	return nil
 }
 
-// Closest returns the name that ref was probably meant to be, or "": the one
-// with the fewest typing errors, at most two and not more than half of it.
+// Closest returns the name that ref is probably a misspelling of: the one that the fewest
+// typing errors turn into ref, at most two, and at most half as many as ref has bytes. It
+// returns "" if there is none. Names that differ from ref only in case come first.
 func Closest(ref string, names []string) string {
 	best, errors := "", min(2, len(ref)/2)+1
 	for _, name := range names {
@@ -50,9 +53,9 @@ func Closest(ref string, names []string) string {
 	return best
 }
 
-// typos counts the insertions, deletions, replacements and swaps of neighbours
-// that turn a into b (the optimal string alignment distance), or returns limit
-// if the lengths alone take as many.
+// typos returns how many insertions, deletions, substitutions and transpositions of adjacent
+// bytes turn a into b (the optimal string alignment distance). It returns limit without
+// counting if the difference of the lengths alone is as large, or a is longer than a name.
 func typos(a, b string, limit int) int {
 	if len(a)-len(b) >= limit || len(b)-len(a) >= limit || len(a) > maxName {
 		return limit

@@ -5,35 +5,37 @@ import (
 	"fmt"
 )
 
-// Peer is a device that the host knows, as it is wanted: what a person asked for, and
-// nothing that was found out. Two peers are the same where they are equal.
+// Peer is the configuration of a device that the host knows. It holds only what a person
+// asked for, nothing that was observed. Peers are comparable with ==.
 type Peer struct {
-	Name      string    `json:"name"`      // see CheckName
-	PublicKey PublicKey `json:"publicKey"` // identifies the peer: a peer with another key is another one
+	Name      string    `json:"name"`      // unique in the mesh; see CheckName
+	PublicKey PublicKey `json:"publicKey"` // identifies the peer: another key makes another peer
 	Kind      Kind      `json:"kind"`
-	Addresses Addresses `json:"addresses"`
-	// Endpoint is host:port, where the peer is expected, or empty.
+	Addresses Addresses `json:"addresses"` // in the mesh
+	// Endpoint is host:port, where the peer is reached until it is heard from elsewhere.
+	// Empty if it isn't known.
 	Endpoint string `json:"endpoint,omitempty"`
-	// Keepalive is in seconds, 0 for none.
+	// Keepalive is the persistent keepalive interval in seconds, 0 for none.
 	Keepalive uint16 `json:"keepalive,omitempty"`
-	// Tunnel is what the peer's configuration is to send through the host: TunnelFull,
-	// TunnelSplit, or empty for what it may.
+	// Tunnel is the traffic that the peer's configuration sends through the host:
+	// TunnelFull, TunnelSplit, or empty to follow the peer's permissions. See Sends.
 	Tunnel      string `json:"tunnel,omitempty"`
 	Permissions Grants `json:"permissions"`
 }
 
-// What a peer's configuration sends through the host.
+// The traffic that a peer's configuration sends through the host.
 const (
 	TunnelFull     = "full"     // everything
 	TunnelNetworks = "networks" // packets to the host and its networks
 	TunnelHost     = "host"     // packets to the host
-	// TunnelSplit asks for TunnelNetworks while the peer may reach them, else TunnelHost.
+	// TunnelSplit stands for TunnelNetworks while the peer may reach them, and for
+	// TunnelHost otherwise.
 	TunnelSplit = "split"
 )
 
-// Sends returns what the peer's configuration has to send through the host for what the
-// peer may: TunnelFull, TunnelNetworks or TunnelHost. A peer that sends everything and
-// may not route has no internet.
+// Sends returns the traffic that the peer's configuration sends through the host if the peer
+// has the permissions may: TunnelFull, TunnelNetworks or TunnelHost. A peer with TunnelFull
+// that may not route has no internet.
 func (p *Peer) Sends(may Permissions) string {
 	switch {
 	case p.Tunnel == TunnelFull, p.Tunnel == "" && may.Has(Routing):
@@ -44,7 +46,8 @@ func (p *Peer) Sends(may Permissions) string {
 	return TunnelHost
 }
 
-// Validate reports what is wrong with the peer by itself.
+// Validate returns an error if the peer is invalid whatever the mesh and the other peers
+// are. Collisions with them are the caller's to check.
 func (p *Peer) Validate() error {
 	if err := CheckName(p.Name); err != nil {
 		return err

@@ -10,20 +10,21 @@ import (
 	"time"
 )
 
-// Kind says whose device a peer is.
+// Kind is whether a peer belongs to the host's owner. It selects the permissions that a new
+// peer has; see DefaultPermissions.
 type Kind string
 
 // The kinds of peer.
 const (
-	Own      Kind = "own"      // the same person's device
-	External Kind = "external" // another person's
+	Own      Kind = "own"      // a device of the host's owner
+	External Kind = "external" // a device of another person
 )
 
-// Permissions is a set of permissions.
+// Permissions is a set of permissions, a bit for each.
 type Permissions uint8
 
-// The permissions that a host can give a peer, each as the set that holds it alone, in
-// the order of [AllPermissions].
+// The permissions that a host can give a peer, each as a set of one, in the order of
+// [AllPermissions]: the n-th has bit n.
 const (
 	// Incoming lets the peer connect to the host itself.
 	Incoming Permissions = 1 << iota
@@ -34,19 +35,19 @@ const (
 	LAN
 )
 
-// Permission describes one permission to people and programs.
+// Permission is an entry of [AllPermissions].
 type Permission struct {
-	// Set holds the permission and no other.
+	// Set contains this permission alone.
 	Set Permissions
-	// Name is what commands, the socket and the document on disk call it.
+	// Name is its name in commands, on the socket and in the document on disk.
 	Name string
 	// Verb completes "the peer may …".
 	Verb string
-	// Opens says what a peer can do with it, in the words of the commands' help.
+	// Opens is what the permission lets a peer do, as the commands' help says it.
 	Opens string
 	// Needs are the permissions without which it has no effect.
 	Needs Permissions
-	// Default lists the kinds of peer that have it from the start.
+	// Default lists the kinds of peer that have it when they are added.
 	Default []Kind
 }
 
@@ -69,7 +70,7 @@ var AllPermissions = [...]Permission{
 // All is the set of all permissions.
 const All = Permissions(1<<len(AllPermissions) - 1)
 
-// ParsePermission returns the permission of a name. The error lists the names.
+// ParsePermission returns the permission with a name. The error lists the valid names.
 func ParsePermission(name string) (*Permission, error) {
 	for i := range AllPermissions {
 		if AllPermissions[i].Name == name {
@@ -79,7 +80,7 @@ func ParsePermission(name string) (*Permission, error) {
 	return nil, fmt.Errorf("permission %q is unknown: it is one of %s", name, strings.Join(PermissionNames(), ", "))
 }
 
-// PermissionNames returns the names of all permissions, in their order.
+// PermissionNames returns the names of all permissions, in the order of [AllPermissions].
 func PermissionNames() []string {
 	names := make([]string, len(AllPermissions))
 	for i, p := range AllPermissions {
@@ -88,7 +89,8 @@ func PermissionNames() []string {
 	return names
 }
 
-// DefaultPermissions returns what a new peer of a kind may without being asked.
+// DefaultPermissions returns the permissions that a new peer of a kind has unless its
+// creator gives it others.
 func DefaultPermissions(kind Kind) Permissions {
 	var out Permissions
 	for _, p := range AllPermissions {
@@ -139,12 +141,12 @@ func (p Permissions) Effective() Permissions {
 	return out
 }
 
-// index returns the place of a single permission in AllPermissions.
+// index returns the index of a single permission in AllPermissions.
 func (p Permissions) index() int { return bits.TrailingZeros8(uint8(p)) }
 
-// Grant says whether one permission is given, and until when.
+// Grant is whether a peer has one permission, and until when.
 type Grant struct {
-	Allowed bool `json:"allowed"`
+	Allowed bool `json:"allowed"` // also after Until, until the grant is removed
 	// Until is when the grant ends by itself; zero means never. At Until it is
 	// no longer in force.
 	Until time.Time `json:"until,omitzero"`
@@ -155,7 +157,7 @@ func (g Grant) In(now time.Time) bool {
 	return g.Allowed && (g.Until.IsZero() || now.Before(g.Until))
 }
 
-// And returns what both grants allow, until the earlier of their ends.
+// And returns a grant that is in force while both g and h are.
 func (g Grant) And(h Grant) Grant {
 	switch {
 	case !g.Allowed || !h.Allowed:
@@ -166,12 +168,12 @@ func (g Grant) And(h Grant) Grant {
 	return g
 }
 
-// Grants holds a peer's grants, one for each permission, in the order of
-// [AllPermissions]. In JSON it is an object with the permissions' names; names that
-// aren't known are left out.
+// Grants holds a peer's grants, one for each permission, in the order of [AllPermissions].
+// Its JSON form is an object with the permissions' names as keys. Unknown names are skipped,
+// such as those in a document of a newer version.
 type Grants [len(AllPermissions)]Grant
 
-// Granted returns grants that give a set of permissions without an end.
+// Granted returns grants of a set of permissions that never end.
 func Granted(set Permissions) (g Grants) {
 	for i, one := range AllPermissions {
 		g[i].Allowed = set.Has(one.Set)
@@ -179,11 +181,11 @@ func Granted(set Permissions) (g Grants) {
 	return g
 }
 
-// Of returns the grant of a single permission, to be read or changed in place.
+// Of returns the grant of a single permission. The caller may modify it.
 func (g *Grants) Of(one Permissions) *Grant { return &g[one.index()] }
 
-// At returns the permissions in force at the time now, those that have no effect
-// included.
+// At returns the permissions in force at the time now, including those that have no effect;
+// see Permissions.Effective.
 func (g Grants) At(now time.Time) Permissions {
 	var set Permissions
 	for i, one := range AllPermissions {
@@ -194,7 +196,7 @@ func (g Grants) At(now time.Time) Permissions {
 	return set
 }
 
-// Allowed returns the permissions that are given, whenever they end.
+// Allowed returns the permissions with a grant, even if it ended.
 func (g Grants) Allowed() Permissions {
 	var set Permissions
 	for i, one := range AllPermissions {
@@ -205,12 +207,12 @@ func (g Grants) Allowed() Permissions {
 	return set
 }
 
-// MarshalJSON writes an object with the permissions' names. It is written by hand because
-// the whole document is, for each change, and a mesh may have thousands of peers.
+// MarshalJSON implements json.Marshaler; see Grants. It doesn't use encoding/json, which is
+// slower: every change writes the whole document, and a mesh may have thousands of peers.
 func (g Grants) MarshalJSON() ([]byte, error) {
 	out := make([]byte, 0, 160)
 	for i, one := range AllPermissions {
-		out = append(out, "{,"[min(i, 1)], '"')
+		out = append(out, "{,"[min(i, 1)], '"') // { before the first, a comma before the others
 		out = append(out, one.Name...)
 		out = append(out, `":{"allowed":`...)
 		out = strconv.AppendBool(out, g[i].Allowed)
@@ -227,11 +229,11 @@ func (g Grants) MarshalJSON() ([]byte, error) {
 	return append(out, '}'), nil
 }
 
-// UnmarshalJSON reads what MarshalJSON writes.
+// UnmarshalJSON implements json.Unmarshaler; see UnmarshalPermissions.
 func (g *Grants) UnmarshalJSON(text []byte) error { return UnmarshalPermissions(text, g[:]) }
 
-// MarshalPermissions writes one value for each permission, in the order of
-// [AllPermissions], as a JSON object with the permissions' names.
+// MarshalPermissions returns a JSON object with the permissions' names as keys. values has
+// one value for each permission, in the order of [AllPermissions].
 func MarshalPermissions[T any](values []T) ([]byte, error) {
 	var out bytes.Buffer
 	enc := json.NewEncoder(&out)
@@ -250,8 +252,9 @@ func MarshalPermissions[T any](values []T) ([]byte, error) {
 	return out.Bytes(), nil
 }
 
-// UnmarshalPermissions reads what MarshalPermissions writes. A permission that the
-// object doesn't have gets the zero value; a name that isn't a permission's is skipped.
+// UnmarshalPermissions parses the output of MarshalPermissions into values, which has one
+// value for each permission. A permission that is missing gets the zero value; unknown names
+// are skipped.
 func UnmarshalPermissions[T any](text []byte, values []T) error {
 	var named map[string]json.RawMessage
 	if err := json.Unmarshal(text, &named); err != nil {
