@@ -20,7 +20,7 @@ func (o *runOptions) announce(ctx context.Context, d *daemon.Daemon, n *systemd.
 	}
 	warned := false // a failure to notify is logged once, and is no reason to end
 	tell := func(lines ...string) {
-		if err := n.Tell(lines...); err != nil && !warned {
+		if err := n.Notify(lines...); err != nil && !warned {
 			warned = true
 			o.log.Warn(err.Error())
 		}

@@ -172,7 +172,7 @@ func (o *runOptions) runLogged(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	n, err := systemd.Notifications(o.app.getenv, os.Getpid())
+	n, err := systemd.FromEnvironment(o.app.getenv, os.Getpid())
 	if err == nil {
 		err = o.checkWatchdog(n)
 	}

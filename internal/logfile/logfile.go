@@ -1,12 +1,13 @@
-// Package logfile writes a program's log to a file that stays small.
+// Package logfile writes a program's log to a file of bounded size.
 //
 // launchd opens a file for a daemon's standard error and never bounds it, and
-// newsyslog(8) renames a file while the daemon goes on writing to the renamed one. So
+// newsyslog(8) renames a file while the daemon keeps writing to the renamed one. So
 // the helper writes its own file and rotates it when it is full: helper.log,
-// helper.log.1 and so on, up to Keep old files, each of at most MaxSize bytes.
+// helper.log.1 and so on, up to Options.Keep old files, each of at most
+// Options.MaxSize bytes.
 //
-// A log must never stop the program that writes it. While the disk is full, lines are
-// lost and counted, and the next line that fits is preceded by one with their number. A
+// A log must never stop the program that writes it. While the disk is full, [File] loses
+// lines and counts them; before the next line that fits, it writes one with their number. A
 // write to a disk, pipe or terminal can also block forever, so the program writes to a
 // [Queue], which doesn't block.
 package logfile
@@ -24,49 +25,51 @@ import (
 
 // Options are the log's path and its limits.
 type Options struct {
-	// Path of the file, absolute. Its folder must exist.
+	// Path is the file's absolute path. Its folder must exist.
 	Path string // required
-	// MaxSize of each file in bytes, at least MaxLine.
-	MaxSize int64 // optional; DefaultMaxSize
-	// Keep is the number of old files that are kept, 0 to 9.
-	Keep int // optional; none
-	// Failed is called when lines begin to be lost, once until a line is written again.
+	// MaxSize is the size limit of each file in bytes, at least MaxLine.
+	MaxSize int64 // optional: DefaultMaxSize
+	// Keep is how many old files to keep, 0 to 9.
+	Keep int // optional: none
+	// Failed is called with the error when a line is lost, but only for the first since a
+	// line was written. It must not write to the File.
 	Failed func(error) // optional
 }
 
 const (
 	// MaxLine is the length in bytes to which the line of one Write is cut.
 	MaxLine = 16 << 10
-	// DefaultMaxSize, in bytes, holds some weeks of a quiet helper's log.
+	// DefaultMaxSize, in bytes, is room for some weeks of a quiet helper's log.
 	DefaultMaxSize = 4 << 20
 
+	// maxKeep keeps the numbers of old files at one digit, so that ls sorts them by age.
 	maxKeep = 9
-	// mode lets root's group read. The log has no keys in it, but it names the mesh's
-	// peers.
+	// mode gives read access to root's group, but to no other user: the log has no keys, but
+	// it names the mesh's peers.
 	mode = 0o640
 )
 
 // A File is a log file. Its methods may be called by several goroutines.
 type File struct {
 	o    Options
-	open func(path string) (handle, error)
+	open func(path string) (handle, error) // openFile outside tests
 
 	mu     sync.Mutex
-	h      handle // nil: the next Write opens it
-	size   int64  // of the file that h is, in bytes
-	lost   int    // lines since the last one that was written
-	closed bool
+	h      handle // the current file; nil if the next Write has to open it
+	size   int64  // of the current file in bytes
+	lost   int    // lines lost since the last one that was written
+	closed bool   // by Close
 }
 
-// A handle is an open file: an *os.File, or in tests a file on a full disk.
+// A handle is an open file: an *os.File, or in tests a fake on a full disk.
 type handle interface {
 	io.WriteCloser
 	Stat() (fs.FileInfo, error)
 	Truncate(size int64) error
 }
 
-// New checks the options. It doesn't touch the disk, since a helper must also start
-// where its log can't be written.
+// New returns a File, or an error if the options are invalid. It doesn't touch the disk: the
+// first Write opens the file, since a helper must start even if it can't write its log.
 func New(o Options) (*File, error) {
 	if o.MaxSize == 0 {
 		o.MaxSize = DefaultMaxSize
@@ -80,8 +83,8 @@ func New(o Options) (*File, error) {
 	return &File{o: o, open: openFile}, nil
 }
 
-// Write appends one line, cut to MaxLine, whole or not at all. An error means that the
-// line is lost.
+// Write appends one line, cut to MaxLine bytes, as a whole or not at all. An error means that
+// the line is lost.
 func (f *File) Write(line []byte) (int, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -98,15 +101,18 @@ func (f *File) Write(line []byte) (int, error) {
 	return 0, err
 }
 
-// cut bounds a line to MaxLine bytes and marks it as cut.
+// cut returns line, or, if it exceeds MaxLine bytes, a copy of its start with a mark.
 func cut(line []byte) []byte {
 	if len(line) <= MaxLine {
 		return line
 	}
 	const end = " [cut]\n"
+	// The capacity is limited so that append copies instead of writing into the caller's line.
 	return append(line[:MaxLine-len(end):MaxLine-len(end)], end...)
 }
 
+// write writes line, after one with the number of lost lines if there are any. The caller
+// holds f.mu.
 func (f *File) write(line []byte) error {
 	if f.lost > 0 {
 		line = append(fmt.Appendf(nil, "level=WARN msg=\"lines of this log were lost\" lines=%d\n", f.lost), line...)
@@ -116,7 +122,7 @@ func (f *File) write(line []byte) error {
 	}
 	n, err := f.h.Write(line)
 	if err != nil {
-		// Else the next line would continue the part that was written.
+		// Remove what was written, or the next line would continue it.
 		if f.h.Truncate(f.size) != nil {
 			f.size += int64(n)
 		}
@@ -127,25 +133,26 @@ func (f *File) write(line []byte) error {
 	return nil
 }
 
-// ready opens the file if necessary, and rotates it if n more bytes exceed MaxSize.
+// ready opens the file if necessary, and rotates it if n more bytes would exceed MaxSize. A
+// line is written to an empty file whatever its size. The caller holds f.mu.
 func (f *File) ready(n int64) error {
-	if err := f.reopen(); err != nil {
+	if err := f.openCurrent(); err != nil {
 		return err
 	}
 	if f.size == 0 || f.size+n <= f.o.MaxSize {
 		return nil
 	}
-	// If the old file can't be moved, nothing more is written: the bound matters more than
-	// the lines.
-	if err := f.shift(); err != nil {
+	// If the file can't be renamed, the line is lost: the bound on the size matters more.
+	if err := f.rotate(); err != nil {
 		return err
 	}
 	f.h.Close()
 	f.h = nil
-	return f.reopen()
+	return f.openCurrent()
 }
 
-func (f *File) reopen() error {
+// openCurrent opens the current file and reads its size, unless it is open.
+func (f *File) openCurrent() error {
 	if f.h != nil {
 		return nil
 	}
@@ -162,9 +169,9 @@ func (f *File) reopen() error {
 	return nil
 }
 
-// shift renames each file to the next older name, replacing the oldest. It replaces
-// symbolic links too, and never follows one.
-func (f *File) shift() error {
+// rotate renames each file to the next older name, replacing the oldest. rename(2) replaces
+// a symbolic link and never follows it. Gaps in the numbers don't matter.
+func (f *File) rotate() error {
 	if f.o.Keep == 0 {
 		return os.Remove(f.o.Path)
 	}
@@ -197,8 +204,9 @@ func (f *File) Close() error {
 	return err
 }
 
-// openFile opens the log for appending, or creates it. It refuses a symbolic link, a
-// pipe or a device: root would write to, or wait for, a file that another user chose.
+// openFile opens the log for appending, or creates it. It refuses a symbolic link, a pipe
+// or a device, through which another user could make root write to a file of that user's
+// choice, or block.
 func openFile(path string) (handle, error) {
 	if dir, err := os.Lstat(filepath.Dir(path)); err != nil {
 		return nil, err
@@ -214,15 +222,16 @@ func openFile(path string) (handle, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(same(h, path), h.Chmod(mode)); err != nil { // whatever the umask is
+	if err := errors.Join(checkSame(h, path), h.Chmod(mode)); err != nil { // Chmod: the umask may have cleared bits
 		h.Close()
 		return nil, err
 	}
 	return h, nil
 }
 
-// same fails if path was replaced, say by a link, between the check and the opening.
-func same(h *os.File, path string) error {
+// checkSame returns an error if path isn't the file h any more: it was replaced, by a link
+// for example, between the check and the opening.
+func checkSame(h *os.File, path string) error {
 	opened, err := h.Stat()
 	if err != nil {
 		return err
@@ -232,14 +241,14 @@ func same(h *os.File, path string) error {
 		return err
 	}
 	if !os.SameFile(opened, named) {
-		return errors.New("replaced while it was opened")
+		return errors.New("replaced while being opened")
 	}
 	return nil
 }
 
-// Bound empties a file that is open for appending if it has more than max bytes. It is
-// for files that no other program bounds, such as the one that launchd opens for standard
-// error. Anything but a regular file is left alone.
+// Bound truncates a file that is open for appending to 0 if it has more than max bytes. It
+// is for files that no other program bounds, such as the one that launchd opens for
+// standard error. It does nothing to anything but a regular file.
 func Bound(h *os.File, max int64) error {
 	info, err := h.Stat()
 	if err != nil || !info.Mode().IsRegular() || info.Size() <= max {

@@ -1,4 +1,5 @@
-// Package retry says how long to wait before the next attempt at what failed.
+// Package retry computes the pauses between the attempts of a task that fails, and waits for
+// them. A [Backoff] belongs to one task.
 package retry
 
 import (
@@ -6,26 +7,28 @@ import (
 	"time"
 )
 
-// Backoff is a pause that doubles with each attempt, from Min to Max.
+// Backoff is a pause that doubles with each attempt, from Min to Max. It isn't safe for
+// concurrent use.
 type Backoff struct {
-	Min, Max time.Duration
-	now      time.Duration
+	Min, Max time.Duration // required: 0 < Min <= Max
+	last     time.Duration // the pause that Next returned last; 0 before the first
 }
 
 // New returns the Backoff of the helper's own tasks, from a quarter of a second to half a
-// minute.
+// minute: short enough that a brief failure goes unnoticed, long enough that a lasting one
+// doesn't fill the log.
 func New() Backoff { return Backoff{Min: 250 * time.Millisecond, Max: 30 * time.Second} }
 
 // Next returns how long to wait before the next attempt.
 func (b *Backoff) Next() time.Duration {
-	b.now = min(max(b.Min, 2*b.now), b.Max)
-	return b.now
+	b.last = min(max(b.Min, 2*b.last), b.Max)
+	return b.last
 }
 
-// Reset has the next pause be Min again, after an attempt that succeeded.
-func (b *Backoff) Reset() { b.now = 0 }
+// Reset makes the next pause Min again, after an attempt that succeeded.
+func (b *Backoff) Reset() { b.last = 0 }
 
-// Sleep waits, and reports whether it did to the end: false means that ctx ended before.
+// Sleep waits for the duration wait. It returns false if ctx ended before.
 func Sleep(ctx context.Context, wait time.Duration) bool {
 	t := time.NewTimer(wait)
 	defer t.Stop()

@@ -1,6 +1,6 @@
-// Package systemd tells systemd that a service has started, is alive or is stopping, by
+// Package systemd notifies systemd that a service has started, is alive or is stopping, with
 // the protocol of sd_notify(3): datagrams to the Unix socket that the environment variable
-// NOTIFY_SOCKET names. [Notifications] reads the environment, [Notifier.Tell] sends.
+// NOTIFY_SOCKET names. [FromEnvironment] reads the environment, [Notifier.Notify] sends.
 package systemd
 
 import (
@@ -15,31 +15,32 @@ import (
 
 // The notifications of sd_notify(3) that the helper sends.
 const (
-	// Ready says that the service has started.
+	// Ready means that the service has started (Type=notify, systemd.service(5)).
 	Ready = "READY=1"
-	// Stopping says that the service has begun to stop.
+	// Stopping means that the service has begun to stop.
 	Stopping = "STOPPING=1"
-	// Alive is the sign of life that the watchdog waits for.
+	// Alive resets the watchdog (WatchdogSec=, systemd.service(5)).
 	Alive = "WATCHDOG=1"
 )
 
-// sendLimit bounds how long a datagram waits for room in the socket's queue.
+// sendLimit bounds how long a datagram waits for space in the socket's queue, which only a
+// service manager that doesn't read fills up.
 const sendLimit = time.Second
 
-// A Notifier sends notifications to the service manager. The methods of a nil *Notifier
-// do nothing; it stands for a host without a service manager.
+// A Notifier sends notifications to the service manager. The methods of a nil *Notifier do
+// nothing, for a process that no service manager started.
 type Notifier struct {
 	conn *net.UnixConn
-	// watchdog is the time within which Alive must be sent again; 0: no watchdog.
+	// watchdog is the time within which Alive must be sent again; 0 without a watchdog.
 	watchdog time.Duration
 }
 
-// Notifications returns the Notifier that the environment describes, or nil if
+// FromEnvironment returns the Notifier that the environment describes, or nil if
 // NOTIFY_SOCKET isn't set. NOTIFY_SOCKET is an absolute path, or a name in Linux's
 // abstract namespace after an @ (sd_notify(3)). WATCHDOG_USEC is in microseconds and
 // applies to the process WATCHDOG_PID, or to any if that isn't set
 // (sd_watchdog_enabled(3)). pid is this process's ID.
-func Notifications(getenv func(string) string, pid int) (*Notifier, error) {
+func FromEnvironment(getenv func(string) string, pid int) (*Notifier, error) {
 	address := getenv("NOTIFY_SOCKET")
 	if address == "" {
 		return nil, nil
@@ -51,7 +52,7 @@ func Notifications(getenv func(string) string, pid int) (*Notifier, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Package net reads a leading @ as the abstract namespace, too (syscall.SockaddrUnix).
+	// Package net, too, takes a leading @ for the abstract namespace (syscall.SockaddrUnix).
 	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: address, Net: "unixgram"})
 	if err != nil {
 		return nil, fmt.Errorf("connect to the service manager at NOTIFY_SOCKET: %w", err)
@@ -59,9 +60,11 @@ func Notifications(getenv func(string) string, pid int) (*Notifier, error) {
 	return &Notifier{conn: conn, watchdog: watchdog}, nil
 }
 
+// watchdogTime returns the watchdog's time as the environment gives it, or 0 without one for
+// this process.
 func watchdogTime(getenv func(string) string, pid int) (time.Duration, error) {
 	text := getenv("WATCHDOG_USEC")
-	if of := getenv("WATCHDOG_PID"); text == "" || of != "" && of != strconv.Itoa(pid) {
+	if watched := getenv("WATCHDOG_PID"); text == "" || watched != "" && watched != strconv.Itoa(pid) {
 		return 0, nil
 	}
 	us, err := strconv.ParseInt(text, 10, 64)
@@ -71,10 +74,11 @@ func watchdogTime(getenv func(string) string, pid int) (time.Duration, error) {
 	return time.Duration(us) * time.Microsecond, nil
 }
 
-// maxWatchdog exceeds any sensible time between two signs of life.
+// maxWatchdog exceeds any useful watchdog time, and fits a time.Duration.
 const maxWatchdog = 365 * 24 * time.Hour
 
-// Watchdog returns the time within which Alive must be sent again, or 0 without a watchdog.
+// Watchdog returns the time within which Alive must be sent again, or systemd ends the
+// service; 0 without a watchdog.
 func (n *Notifier) Watchdog() time.Duration {
 	if n == nil {
 		return 0
@@ -82,8 +86,8 @@ func (n *Notifier) Watchdog() time.Duration {
 	return n.watchdog
 }
 
-// Tell sends notifications, such as Ready, in one datagram. It takes at most a second.
-func (n *Notifier) Tell(lines ...string) error {
+// Notify sends notifications, such as Ready, in one datagram. It takes at most a second.
+func (n *Notifier) Notify(lines ...string) error {
 	if n == nil {
 		return nil
 	}
@@ -92,12 +96,12 @@ func (n *Notifier) Tell(lines ...string) error {
 		_, err = n.conn.Write([]byte(strings.Join(lines, "\n")))
 	}
 	if err != nil {
-		return fmt.Errorf("tell the service manager: %w", err)
+		return fmt.Errorf("notify the service manager: %w", err)
 	}
 	return nil
 }
 
-// Close closes the socket. No Tell may follow; a second Close does nothing.
+// Close closes the socket. Sending fails afterwards; a second Close does nothing.
 func (n *Notifier) Close() error {
 	if n == nil {
 		return nil

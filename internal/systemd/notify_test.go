@@ -38,7 +38,7 @@ func TestTell(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			manager := listen(t, address)
-			n, err := Notifications(env("NOTIFY_SOCKET", address, "WATCHDOG_USEC", "2000000", "WATCHDOG_PID", "7"), 7)
+			n, err := FromEnvironment(env("NOTIFY_SOCKET", address, "WATCHDOG_USEC", "2000000", "WATCHDOG_PID", "7"), 7)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -46,7 +46,7 @@ func TestTell(t *testing.T) {
 			if got := n.Watchdog(); got != 2*time.Second {
 				t.Errorf("watchdog %v, want 2s", got)
 			}
-			if err := n.Tell(Ready, "STATUS=well"); err != nil {
+			if err := n.Notify(Ready, "STATUS=well"); err != nil {
 				t.Fatal(err)
 			}
 			b := make([]byte, 100)
@@ -62,13 +62,13 @@ func TestTell(t *testing.T) {
 func TestTellFullQueue(t *testing.T) {
 	address := filepath.Join(t.TempDir(), "n")
 	listen(t, address)
-	n, err := Notifications(env("NOTIFY_SOCKET", address), 7)
+	n, err := FromEnvironment(env("NOTIFY_SOCKET", address), 7)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer n.Close()
 	for range 100_000 { // net.unix.max_dgram_qlen is 10 to 512, mostly
-		if err = n.Tell(Alive); err != nil {
+		if err = n.Notify(Alive); err != nil {
 			return
 		}
 	}
@@ -76,7 +76,7 @@ func TestTellFullQueue(t *testing.T) {
 }
 
 func TestNotifications(t *testing.T) {
-	if n, err := Notifications(env("WATCHDOG_USEC", "5"), 7); n != nil || err != nil {
+	if n, err := FromEnvironment(env("WATCHDOG_USEC", "5"), 7); n != nil || err != nil {
 		t.Errorf("without NOTIFY_SOCKET: %v, %v", n, err)
 	}
 	address := filepath.Join(t.TempDir(), "n")
@@ -96,14 +96,14 @@ func TestNotifications(t *testing.T) {
 		{env: []string{"NOTIFY_SOCKET", address, "WATCHDOG_USEC", "-5"}, bad: true},
 		{env: []string{"NOTIFY_SOCKET", address, "WATCHDOG_USEC", "9223372036854775807"}, bad: true},
 	} {
-		n, err := Notifications(env(tt.env...), 7)
+		n, err := FromEnvironment(env(tt.env...), 7)
 		if (err != nil) != tt.bad || n.Watchdog() != tt.want {
 			t.Errorf("%q: %v, %v", tt.env, n.Watchdog(), err)
 		}
 		n.Close()
 	}
 	var none *Notifier
-	if err := none.Tell(Ready); err != nil || none.Watchdog() != 0 {
+	if err := none.Notify(Ready); err != nil || none.Watchdog() != 0 {
 		t.Errorf("a Notifier that isn't: %v, %v", err, none.Watchdog())
 	}
 }
