@@ -29,8 +29,8 @@ type Info struct {
 
 // Matched returns how many packets pf has judged by rules, and whether the output
 // has that counter.
-func (i *Info) Matched() (uint64, bool) {
-	n, ok := i.Counters["Counters"]["match"]
+func (info *Info) Matched() (uint64, bool) {
+	n, ok := info.Counters["Counters"]["match"]
 	return n, ok
 }
 

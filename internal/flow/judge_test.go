@@ -563,14 +563,14 @@ func TestTally(t *testing.T) {
 	tally.Flush(ToPeer, now)
 	got := l.view.Stats(0)
 	want := Stats{
-		Refused:   [policy.NumClasses]uint64{0: 1, policy.Self: 1, policy.InMesh: 1, policy.OnLAN: 1},
-		RxPackets: 3, RxBytes: 3 * 38, TxPackets: 1, TxBytes: 38, LastRouted: got.LastRouted, Flows: 1, Held: 1, Limit: maxPerPeer,
+		Refused: [policy.NumClasses]uint64{0: 1, policy.Self: 1, policy.InMesh: 1, policy.OnLAN: 1},
+		RxBytes: 3 * 38, TxBytes: 38, LastRouted: got.LastRouted, Flows: 1, Held: 1, Limit: maxPerPeer,
 		Example: Refused{To: flowtest.HostB4, Proto: policy.ProtoUDP, Port: 2}, // the first since the last Stats
 	}
 	if got != want || !got.LastRouted.Equal(l.clock) {
 		t.Errorf("got %+v, want %+v at %v", got, want, l.clock)
 	}
-	if a := l.view.Stats(1); a.RxPackets != 0 || a.Flows != 1 {
+	if a := l.view.Stats(1); a.RxBytes != 0 || a.Flows != 1 {
 		t.Errorf("A, who routes nothing, has %+v", a)
 	}
 }

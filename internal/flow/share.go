@@ -32,14 +32,12 @@ type share struct {
 	openings bucket
 	swept    Instant
 
-	refused   [policy.NumClasses]atomic.Uint64
-	example   sample
-	full      atomic.Uint64 // packets that would have opened one flow too many
-	rxPackets atomic.Uint64
-	rxBytes   atomic.Uint64
-	txPackets atomic.Uint64
-	txBytes   atomic.Uint64
-	routed    atomic.Int64 // Instant of the last routed packet, or 0
+	refused [policy.NumClasses]atomic.Uint64
+	example sample
+	full    atomic.Uint64 // packets that would have opened one flow too many
+	rxBytes atomic.Uint64
+	txBytes atomic.Uint64
+	routed  atomic.Int64 // Instant of the last routed packet, or 0
 }
 
 func newShare(t *Table, id mesh.PublicKey) *share {

@@ -15,10 +15,10 @@ type Stats struct {
 	// Refused counts packets by class; index 0 those towards the peer that are in
 	// no flow that passes.
 	Refused [policy.NumClasses]uint64
-	// Packets and bytes of the classes lan and internet that passed.
-	RxPackets, RxBytes uint64 // from the peer
-	TxPackets, TxBytes uint64 // towards it
-	// LastRouted is when the last of those passed; zero if none did.
+	// RxBytes and TxBytes count the bytes from the peer and towards it, with the IP header, of
+	// packets of the classes lan and internet that passed.
+	RxBytes, TxBytes uint64
+	// LastRouted is when the last of those packets passed; zero if none did.
 	LastRouted time.Time
 	// Flows and Cut are how many flows are remembered now: running ones, the
 	// host's with the peer included, and cut ones.
@@ -104,8 +104,7 @@ func (t *Table) sweepThrough() {
 
 func (s *share) stats() Stats {
 	out := Stats{
-		RxPackets: s.rxPackets.Load(), RxBytes: s.rxBytes.Load(),
-		TxPackets: s.txPackets.Load(), TxBytes: s.txBytes.Load(),
+		RxBytes: s.rxBytes.Load(), TxBytes: s.txBytes.Load(),
 		Full: s.full.Load(), Example: s.example.read(),
 	}
 	for class := range out.Refused {
@@ -126,8 +125,8 @@ func (s *share) stats() Stats {
 // among cores, so it adds to them once per run of packets of one peer. The zero
 // Tally is ready; Flush ends it.
 type Tally struct {
-	share          *share
-	packets, bytes uint64
+	share *share
+	bytes uint64
 }
 
 // Add counts a packet by the decision about it.
@@ -149,20 +148,18 @@ func (t *Tally) Add(v Decision, b []byte, d Direction, now Instant) {
 		t.Flush(d, now)
 		t.share = v.share
 	}
-	t.packets++
 	t.bytes += uint64(len(b))
 }
 
 // Flush adds the counts to the peer's counters.
 func (t *Tally) Flush(d Direction, now Instant) {
-	if t.packets == 0 {
+	if t.bytes == 0 {
 		return
 	}
-	packets, bytes := &t.share.rxPackets, &t.share.rxBytes
+	bytes := &t.share.rxBytes
 	if d == ToPeer {
-		packets, bytes = &t.share.txPackets, &t.share.txBytes
+		bytes = &t.share.txBytes
 	}
-	packets.Add(t.packets)
 	bytes.Add(t.bytes)
 	if t.share.routed.Load() != int64(now) {
 		t.share.routed.Store(int64(now))

@@ -67,12 +67,12 @@ type Options struct {
 	ClearDF bool // optional
 }
 
-// Traffic is what the host routed for a peer: packets of the classes lan and
-// internet that passed.
+// Traffic is what the host routed for a peer: the bytes of packets of the classes lan and
+// internet that passed, with their IP headers.
 type Traffic struct {
-	RxPackets, RxBytes uint64    // from the peer
-	TxPackets, TxBytes uint64    // towards the peer
-	Last               time.Time // when the last one passed; zero if never
+	RxBytes uint64    // from the peer
+	TxBytes uint64    // towards the peer
+	Last    time.Time // when the last one passed; zero if never
 }
 
 // Refused is a packet that was refused, for people to read.
@@ -212,7 +212,7 @@ func (d *Device) Stats() map[mesh.PublicKey]PeerStats {
 		s := v.Stats(i)
 		stats[p.PublicKey] = PeerStats{
 			Refused: s.Refused, Flows: s.Flows, Cut: s.Cut, Held: s.Held, Limit: s.Limit, Full: s.Full, Example: s.Example,
-			Routed: Traffic{s.RxPackets, s.RxBytes, s.TxPackets, s.TxBytes, s.LastRouted},
+			Routed: Traffic{s.RxBytes, s.TxBytes, s.LastRouted},
 		}
 	}
 	return stats

@@ -383,7 +383,6 @@ func (d *Device) Remove(key mesh.PublicKey) error {
 }
 
 // remove removes a peer. The caller holds d.mu.
-// remove removes a peer. The caller holds d.mu.
 func (d *Device) remove(key mesh.PublicKey) error {
 	handle := d.wg.LookupPeer(device.NoisePublicKey(key))
 	// Without update_only, a key that the device doesn't know would first be added.

@@ -74,8 +74,7 @@ type State struct {
 	clock *clock
 
 	// changing serializes changes. While it is held, only Options.Narrow may wait, for the
-	// guard.
-	// Readers need no lock, as a published document is immutable.
+	// guard. Readers need no lock, as a published document is immutable.
 	changing sync.Mutex
 	doc      atomic.Pointer[Document]
 	// revoked has the generations in which edits last revoked permissions, by the peer's key,

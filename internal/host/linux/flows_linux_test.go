@@ -310,9 +310,9 @@ func TestCutFlowsStayDead(t *testing.T) {
 }
 
 // forget empties the host's conntrack table.
-func (w *rig) forget() {
-	w.t.Helper()
-	w.do(func() error {
+func (g *rig) forget() {
+	g.t.Helper()
+	g.do(func() error {
 		h, err := netlink.NewHandle()
 		if err != nil {
 			return err

@@ -12,7 +12,7 @@ type Options struct {
 	// ResolverFiles are files in the format of resolv.conf(5) that list the host's DNS
 	// servers; nil means those of the system.
 	ResolverFiles []string // optional
-	// Step is called with one of [Steps] before and after the step; tests end the process
-	// in it.
+	// Step is called with the name of an enforcing step, such as [StepLock], before and after
+	// the step; tests end the process in it.
 	Step func(name string) // optional
 }

@@ -34,10 +34,3 @@ const (
 	// Cut, which changes conntrack and elements of the cut sets.
 	StepCut = "cut flows"
 )
-
-// Steps lists all enforcing steps, from start to stop.
-var Steps = []string{
-	StepLock, StepRepair, StepClosed, StepInterface, StepAddresses, StepAddRoutes, StepTable,
-	StepDelRoutes, StepJournal, StepAcceptRA, StepForwarding, StepCut,
-	StepRestore, StepRemoveInterface, StepRemoveTable,
-}
