@@ -34,6 +34,7 @@ func thisService() *serviceHost {
 		systemd:    true,
 		runner:     darwin.Exec{Timeout: systemctlLimit},
 		executable: os.Executable,
+		inUse:      linux.InUse,
 		restore: func(ctx context.Context, stateDir string) error {
 			p, err := linux.New(linux.Options{StateDir: stateDir, Log: slog.New(slog.DiscardHandler)})
 			if err != nil {

@@ -359,16 +359,17 @@ func runDoctor(ctx context.Context, a *app, label string) error {
 	var what *install.Options
 	if a.service != nil {
 		what = a.installed(label)
-		checks = a.checkService(ctx, what, failed == nil)
+		checks = a.checkService(ctx, what, failed == nil || refuses(failed))
 	}
-	if errors.Is(failed, api.ErrUnreachable) {
+	switch {
+	case errors.Is(failed, api.ErrUnreachable):
 		checks = append(checks, a.noHelper(failed, len(checks) > 1))
-		helpers, failed = a.checksWithout(), nil
+		helpers, failed = a.checksWithout("no helper answers"), nil
+	case failed != nil:
+		checks = append(checks, a.refusedCheck(failed))
+		helpers = a.checksWithout("the helper isn't asked")
 	}
 	checks = append(checks, helpers...)
-	if failed != nil && len(checks) == 0 {
-		return failed // the helper refused the request, and there are no other checks
-	}
 	wrong := 0 // problems, without those that follow from another one
 	for _, c := range checks {
 		if !c.OK && c.Follows == "" {
@@ -390,6 +391,23 @@ func runDoctor(ctx context.Context, a *app, label string) error {
 		return fmt.Errorf("%d of %d checks found a problem", wrong, len(checks))
 	}
 	return nil
+}
+
+// refuses reports whether err says that a helper runs but doesn't answer this user.
+func refuses(err error) bool {
+	var refused *api.Error
+	return errors.As(err, &refused) || errors.Is(err, api.ErrNotPermitted)
+}
+
+// refusedCheck returns the failed check of a helper that doesn't answer this user, or whose
+// socket can't be trusted.
+func (a *app) refusedCheck(err error) api.Check {
+	c := api.Check{Name: "helper", Message: err.Error(), Hint: a.reachHint(err)}
+	var refused *api.Error
+	if errors.As(err, &refused) {
+		c.Message, c.Hint = refused.Message, refused.Hint
+	}
+	return c
 }
 
 // checkService returns the checks of the installed service. answers says whether a helper
@@ -428,9 +446,10 @@ func (a *app) noHelper(err error, installed bool) api.Check {
 	return c
 }
 
-// checksWithout returns the helper's checks if no helper answers. Only the one of the mesh
-// prefixes needs none: it compares them with this host's addresses.
-func (a *app) checksWithout() []api.Check {
+// checksWithout returns the helper's checks if no helper answers, or none that this user may
+// ask; why says which. Only the check of the mesh prefixes needs no helper: it compares them
+// with this host's addresses.
+func (a *app) checksWithout(why string) []api.Check {
 	prefixes := mesh.DefaultPrefixes()
 	mesh := []netip.Prefix{prefixes.V4, prefixes.V6}
 	if a.service != nil {
@@ -442,7 +461,7 @@ func (a *app) checksWithout() []api.Check {
 			}
 		}
 	}
-	return explain.ChecksWithout(mesh, hostInterfaces())
+	return explain.ChecksWithout(why, mesh, hostInterfaces())
 }
 
 // hostInterfaces returns this host's interfaces and addresses, without loopback ones. What

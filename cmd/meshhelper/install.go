@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -33,6 +34,9 @@ type serviceHost struct {
 	executable func() (string, error)
 	// restore undoes, by the journal in stateDir, what a helper that died left on the host.
 	restore func(ctx context.Context, stateDir string) error
+	// inUse returns an error if a helper runs on this host, by what all helpers share; nil
+	// where they share nothing but the default socket.
+	inUse func() error
 	// root is prepended to every path of the host; "" outside tests.
 	root string
 	// settle replaces settleTime in tests; 0 means settleTime.
@@ -335,9 +339,32 @@ func (a *app) installed(label string) *install.Options {
 		what.Arguments = []string{"--platform", "darwin", "--label", label, "--log-file", logDir + "/helper.log"}
 	}
 	what.Restore = func(ctx context.Context) error { return a.service.restore(ctx, what.StateDir) }
-	what.Held = func() error { return wanted.InUse(filepath.Join(a.service.root, what.StateDir)) }
+	what.Held = func() error { return a.helperRuns(what) }
 	return what
 }
+
+// helperRuns returns an error if a helper runs on this host: one that uses the state folder
+// of the service, one that answers on its socket or that of --socket, or another one that
+// the host knows of. Even a helper with a state folder of its own has the host's packet
+// filter and forwarding, which an uninstallation would change.
+func (a *app) helperRuns(what *install.Options) error {
+	if err := wanted.InUse(filepath.Join(a.service.root, what.StateDir)); err != nil {
+		return err
+	}
+	for _, path := range []string{filepath.Join(a.service.root, what.Socket), a.socket} {
+		if c, err := net.DialTimeout("unix", path, dialLimit); err == nil {
+			c.Close()
+			return fmt.Errorf("one answers on %q", path)
+		}
+	}
+	if a.service.inUse == nil {
+		return nil
+	}
+	return a.service.inUse()
+}
+
+// dialLimit bounds a connection to a socket, whose queue may be full.
+const dialLimit = time.Second
 
 // commandName returns what a user types to run this program: its name if the shell finds
 // that in the PATH, else its path. Hints use it.

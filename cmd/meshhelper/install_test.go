@@ -52,6 +52,7 @@ type macRig struct {
 	stdout, stderr bytes.Buffer // of the last command
 	columns        int          // of the terminal
 	caller         string       // number of the user who runs sudo, "": none
+	stateDir       string       // of a helper that is started, "": the default
 }
 
 func newMacRig(t *testing.T) *macRig {
@@ -128,7 +129,11 @@ func (g *macRig) start(j *launchd.Job) {
 	g.said.Reset()
 	a.stdout, a.stderr = &g.said, &g.said
 	root := newRoot(a)
-	root.SetArgs(append(j.ProgramArguments[1:], "--state-dir", filepath.Join(g.root, a.defaultStateDir("darwin")), "--log-file", filepath.Join(g.root, logDir, "helper.log")))
+	stateDir := g.stateDir
+	if stateDir == "" {
+		stateDir = filepath.Join(g.root, a.defaultStateDir("darwin"))
+	}
+	root.SetArgs(append(j.ProgramArguments[1:], "--state-dir", stateDir, "--log-file", filepath.Join(g.root, logDir, "helper.log")))
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- root.ExecuteContext(ctx) }()
@@ -427,6 +432,24 @@ func TestDoctorOnTheSimulatedMac(t *testing.T) {
 	g.must("uninstall")
 	g.columns = 40
 	doctor(exitFailed, "problem  service: not installed: there\n         is no\n         /Library/LaunchDaemons/org.meshhelper.plist\n         -> sudo meshhelper install\n")
+}
+
+// TestUninstallBesideAnotherHelper has a helper in the foreground with a state folder of its
+// own: uninstall may not say that nothing is left, nor touch what that helper has.
+func TestUninstallBesideAnotherHelper(t *testing.T) {
+	g := newMacRig(t)
+	g.stateDir = filepath.Join(g.root, "other")
+	g.start(&launchd.Job{ProgramArguments: []string{"meshhelper", "run", "--listen-port", "0", "--platform", "darwin"}})
+	g.status()
+	if status := g.run("uninstall"); status != exitFailed || strings.Contains(g.stdout.String(), "Nothing of the helper is left") ||
+		!strings.Contains(g.stderr.String(), "a helper that isn't this service is running: one answers on ") {
+		t.Errorf("exit status %d\n%s%s", status, g.stdout.String(), g.stderr.String())
+	}
+	g.status() // it runs on
+	g.end()
+	if out := g.must("uninstall", "--json"); out != "{\"left\":[]}\n" {
+		t.Errorf("without it, uninstall prints %q", out)
+	}
 }
 
 // A helper in the foreground is no problem for not being installed.

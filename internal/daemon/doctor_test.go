@@ -48,7 +48,7 @@ func TestDoctorSaysTheCauseFirst(t *testing.T) {
 		r.add("phone")
 		_, well := r.doctor()
 		names := []string{"helper"}
-		for _, c := range explain.ChecksWithout(nil, nil) {
+		for _, c := range explain.ChecksWithout("no helper answers", nil, nil) {
 			names = append(names, c.Name)
 		}
 		if !slices.Equal(well, names) {
@@ -119,11 +119,11 @@ func TestDoctorAboutEndpoints(t *testing.T) {
 		"its own, private":                 {endpoint: "192.168.1.7", uplink: "192.168.1.7/24", want: "192.168.1.7, this host's endpoint, is private"},
 		"none, private, a neighbour heard": {uplink: "192.168.1.7/24", heard: "192.168.1.9:4000", want: "nothing is known to be forwarded"},
 		"its own":                          {endpoint: "198.51.100.2", uplink: "198.51.100.2/24", ok: true, want: "an address of this host"},
-		"another public one":               {endpoint: "198.51.100.3", uplink: "198.51.100.2/24", want: "isn't an address of this host any more"},
-		"another of its network":           {endpoint: "192.168.1.5", uplink: "192.168.1.7/24", want: "isn't an address of this host any more"},
+		"another public one":               {endpoint: "198.51.100.3", uplink: "198.51.100.2/24", want: "isn't an address of this host, nor of its router"},
+		"another of its network":           {endpoint: "192.168.1.5", uplink: "192.168.1.7/24", want: "isn't an address of this host, nor of its router"},
 		"the router's":                     {endpoint: "203.0.113.1", uplink: "192.168.1.7/24", ok: true, want: "taken for the router's"},
 		"a name of its own":                {endpoint: "home.example", resolved: "198.51.100.2", uplink: "198.51.100.2/24", ok: true, want: "an address of this host"},
-		"a name of another":                {endpoint: "home.example", resolved: "198.51.100.3", uplink: "198.51.100.2/24", want: "isn't an address of this host any more"},
+		"a name of another":                {endpoint: "home.example", resolved: "198.51.100.3", uplink: "198.51.100.2/24", want: "isn't an address of this host, nor of its router"},
 		"a name of nothing":                {endpoint: "home.example", uplink: "198.51.100.2/24", want: "doesn't resolve"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -231,6 +231,22 @@ func TestDoctorAboutPeersNames(t *testing.T) {
 		r.resolveTo("198.51.100.9")
 		r.after(10 * resolve.Interval)
 		if by, _ := r.doctor(); !by["peers' endpoints"].OK {
+			t.Errorf("%+v", by["peers' endpoints"])
+		}
+	})
+}
+
+// TestDoctorAboutAPeerAtThisHost names a peer whose endpoint is an address of the host itself.
+func TestDoctorAboutAPeerAtThisHost(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.after(DefaultTick)
+		now, _ := r.d.loop.State()
+		own := now.Host.Interfaces[0].Addresses[0].Addr()
+		if _, err := r.d.AddPeer(context.Background(), api.NewPeer{Name: "nas", PublicKey: keyOf("nas"), Endpoint: netip.AddrPortFrom(own, 51820).String()}); err != nil {
+			t.Fatal(err)
+		}
+		r.after(DefaultTick)
+		if by, _ := r.doctor(); by["peers' endpoints"].OK || !strings.Contains(by["peers' endpoints"].Message, " of nas is an address of this host") {
 			t.Errorf("%+v", by["peers' endpoints"])
 		}
 	})

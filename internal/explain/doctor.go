@@ -96,7 +96,7 @@ func (x *Explainer) checks(c held.State, problems []host.Problem, stateDir api.C
 	checks = append(checks, take("host firewall", "no rule of other software's is known to stop WireGuard's own packets", func(p host.Problem) bool { return p.Tunnel })...)
 	checks = append(checks, take("other packet filters", "no rule of other software's is known to stop what peers may do", func(p host.Problem) bool { return p.Step == stepOthers })...)
 	checks = append(checks, take(stepPrefix, "nothing else on this host is known to have a part of it", func(p host.Problem) bool { return p.Step == stepPrefix })...)
-	checks = append(checks, checkUplink(c), checkForwarding(c), x.checkEndpoint(c, doc), x.checkPeerEndpoints(doc), x.checkClock(), checkFlows(c))
+	checks = append(checks, checkUplink(c), checkForwarding(c), x.checkEndpoint(c, doc), x.checkPeerEndpoints(c, doc), x.checkClock(), checkFlows(c))
 	for _, p := range problems {
 		check := api.Check{Name: p.Step, Message: p.Message, Hint: p.Hint}
 		if slices.Contains(c.Problems, p) {
@@ -122,7 +122,7 @@ func (x *Explainer) checkProblems(c held.State, known []host.Problem) (out []hos
 		out = append(out, *p)
 	}
 	doc := x.o.Wanted.Document()
-	for _, check := range []api.Check{checkUplink(c), x.checkEndpoint(c, doc), x.checkPeerEndpoints(doc), x.checkClock(), checkFlows(c)} {
+	for _, check := range []api.Check{checkUplink(c), x.checkEndpoint(c, doc), x.checkPeerEndpoints(c, doc), x.checkClock(), checkFlows(c)} {
 		if !check.OK && !slices.ContainsFunc(known, func(p host.Problem) bool { return p.Message == check.Message }) {
 			out = append(out, host.Problem{Step: check.Name, Message: check.Message, Hint: check.Hint})
 		}
@@ -142,12 +142,13 @@ var checkNames = []string{
 // and macOS names interfaces by driver and number.
 const noInterface = ".."
 
-// ChecksWithout returns the checks of [Explainer.Doctor] for a command that reaches no helper.
-// They are marked as not checked and as consequences of that, except for the one of the mesh
+// ChecksWithout returns the checks of [Explainer.Doctor] for a command that gets no answer from
+// a helper. why says so in a clause, such as "no helper answers". They are marked as not checked
+// and as consequences of that, except for the one of the mesh
 // prefixes: it compares them with the addresses of the host's interfaces, which needs no root.
-func ChecksWithout(prefixes []netip.Prefix, interfaces []policy.Interface) (out []api.Check) {
+func ChecksWithout(why string, prefixes []netip.Prefix, interfaces []policy.Interface) (out []api.Check) {
 	for _, name := range checkNames {
-		c := api.Check{Name: name, Message: "not checked: no helper answers", Follows: nameHelper}
+		c := api.Check{Name: name, Message: "not checked: " + why, Follows: nameHelper}
 		if name != stepPrefix {
 			out = append(out, c)
 			continue
@@ -163,7 +164,7 @@ func ChecksWithout(prefixes []netip.Prefix, interfaces []policy.Interface) (out 
 			out = append(out, api.Check{Name: name, Message: p.Message, Hint: p.Hint})
 		}
 		if len(overlaps) == 0 {
-			out = append(out, api.Check{Name: name, OK: true, Message: "no interface has an address inside the mesh prefixes; routes and DNS servers aren't checked: no helper answers"})
+			out = append(out, api.Check{Name: name, OK: true, Message: "no interface has an address inside the mesh prefixes; routes and DNS servers aren't checked: " + why})
 		}
 	}
 	return out
@@ -215,7 +216,8 @@ func checkForwarding(c held.State) api.Check {
 	out := api.Check{Name: "forwarding", OK: on || !may, Message: "off, and no peer may route", Hint: "the helper switches it on; something else may switch it off"}
 	switch {
 	case on:
-		out.Message = fmt.Sprintf("IPv4 %v, IPv6 %v", c.Forwarding.IPv4, c.Forwarding.IPv6)
+		word := map[bool]string{true: "on", false: "off"}
+		out.Message = fmt.Sprintf("%s for IPv4, %s for IPv6", word[c.Forwarding.IPv4], word[c.Forwarding.IPv6])
 	case may:
 		out.Message = "off, although a peer may route"
 	}
@@ -230,11 +232,14 @@ const clockSlack = 5 * time.Second
 // never goes back behind the time on disk ([wanted.State.Now]): after a boot without a network,
 // or after someone set it back.
 func (x *Explainer) checkClock() api.Check {
-	behind := x.o.Wanted.Now().Sub(x.o.Wall())
+	behind := x.o.Wanted.Now().Sub(x.o.Wall()).Round(time.Second)
+	message := "the wall clock isn't behind the last time that was saved"
+	if behind > 0 {
+		message = fmt.Sprintf("the wall clock is %v behind the last time that was saved", behind)
+	}
 	return api.Check{
-		Name: "clock", OK: behind < clockSlack,
-		Message: fmt.Sprintf("the wall clock is %v behind the last time that was saved", max(behind, 0).Round(1e9)),
-		Hint:    "set the clock; until it has caught up, timed permissions end by the time that was saved",
+		Name: "clock", OK: behind < clockSlack, Message: message,
+		Hint: "set the clock; until it has caught up, timed permissions end by the time that was saved",
 	}
 }
 

@@ -16,7 +16,7 @@ func TestChecksWithoutAHelper(t *testing.T) {
 	for address, want := range map[string]string{
 		"192.168.1.7/24": "no interface has an address inside", "100.99.1.1/32": "the interface tailscale0 has 100.99.1.1/32, inside the mesh prefix 100.64.0.0/10",
 	} {
-		checks := ChecksWithout(m, []policy.Interface{{Name: "tailscale0", Addresses: []netip.Prefix{netip.MustParsePrefix(address)}}})
+		checks := ChecksWithout("no helper answers", m, []policy.Interface{{Name: "tailscale0", Addresses: []netip.Prefix{netip.MustParsePrefix(address)}}})
 		var names []string
 		for _, c := range checks {
 			names = append(names, c.Name)

@@ -76,7 +76,7 @@ func (x *Explainer) checkEndpoint(c held.State, doc *wanted.Document) api.Check 
 	a := addresses[0]
 	if direct, lost := lostAddress(c.Host, a); lost {
 		out.OK = false
-		out.Message = fmt.Sprintf("%s, this host's endpoint, is %v, which isn't an address of this host any more, nor its router's: it has %v itself", e.Host, a, direct)
+		out.Message = fmt.Sprintf("%s, this host's endpoint, is %v, which isn't an address of this host, nor of its router: this host has %v", e.Host, a, direct)
 		out.Hint = "correct it (meshhelper settings endpoint HOST) or what its name stands for, and print the peers' configurations again: meshhelper peer config NAME"
 		return out
 	}
@@ -140,13 +140,21 @@ func (x *Explainer) heardFromOutside(c held.State, doc *wanted.Document) (netip.
 }
 
 // checkPeerEndpoints fails for the first peer whose endpoint is a name that didn't resolve at
-// the resolver's last attempt. It asks no DNS server itself.
-func (x *Explainer) checkPeerEndpoints(doc *wanted.Document) api.Check {
-	out := api.Check{Name: "peers' endpoints", OK: true, Message: "none is a name that doesn't resolve"}
+// the resolver's last attempt, or an address of this host, to which packets for the peer would
+// come back. It asks no DNS server itself.
+func (x *Explainer) checkPeerEndpoints(c held.State, doc *wanted.Document) api.Check {
+	out := api.Check{Name: "peers' endpoints", OK: true, Message: "each is an address of another device, or a name that resolves"}
+	own := hostAddresses(c.Host)
 	for i := range doc.Peers {
 		e, err := mesh.ParseEndpoint(doc.Peers[i].Endpoint, 0)
 		if err != nil {
 			continue
+		}
+		if a, err := netip.ParseAddr(e.Host); err == nil && slices.Contains(own, a.Unmap()) {
+			out.OK = false
+			out.Message = fmt.Sprintf("the endpoint %q of %s is an address of this host, so packets for the peer never leave it", doc.Peers[i].Endpoint, doc.Peers[i].Name)
+			out.Hint = fmt.Sprintf("remove the peer and add it again with its own address: meshhelper peer remove %s", doc.Peers[i].Name)
+			return out
 		}
 		if failure := x.o.NameFailure(e.Host); failure != nil {
 			out.OK = false

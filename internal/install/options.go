@@ -36,7 +36,7 @@ type Options struct {
 	// Restore undoes what a helper that died left on the host: packet filter,
 	// forwarding, routes. It reads the journal in StateDir.
 	Restore func(ctx context.Context) error // required for Uninstall
-	// Held returns an error while any helper, the service or another, uses StateDir.
+	// Held returns an error while any helper, the service or another, runs on the host.
 	Held func() error // optional; for Uninstall
 	// Purge also removes StateDir and LogDir.
 	Purge bool // optional

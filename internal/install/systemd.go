@@ -370,7 +370,7 @@ func (o *Options) systemdUninstallSteps() []Step {
 	u := &uninstaller{Options: o}
 	steps := []Step{
 		{fmt.Sprintf("stop the service %s", o.Label), false, u.stopSystemd},
-		{"check that no other helper uses " + o.StateDir, false, u.alone},
+		{"check that no other helper runs", false, u.alone},
 		{"put the host back as it was found", false, u.restore},
 		{"remove " + o.wantsPath(), false, o.remover(o.wantsPath())},
 		{"remove " + o.UnitPath(), false, u.removeUnit},

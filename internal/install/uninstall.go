@@ -20,7 +20,7 @@ func UninstallSteps(o *Options) []Step {
 	u := &uninstaller{Options: o}
 	steps := []Step{
 		{fmt.Sprintf("stop the service %s", o.Label), false, u.stop},
-		{"check that no other helper uses " + o.StateDir, false, u.alone},
+		{"check that no other helper runs", false, u.alone},
 		{"put the host back as it was found", false, u.restore},
 		{"remove it from the Application Firewall", true, o.disallow},
 		{"remove " + o.List(), false, o.remover(o.List())},
@@ -71,8 +71,8 @@ func (u *uninstaller) stop(ctx context.Context) error {
 // errAnother ends an uninstall: the files and the host's state belong to another helper.
 var errAnother = errors.New("a helper that isn't this service is running")
 
-// alone fails if a helper other than the service of this label uses StateDir: one in the
-// foreground, or a service with another label.
+// alone fails if a helper other than the service of this label runs: one in the foreground,
+// or a service with another label.
 func (u *uninstaller) alone(context.Context) error {
 	if !u.stopped || u.Held == nil {
 		return errNothing // restore reports that the service still runs

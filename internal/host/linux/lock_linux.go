@@ -56,13 +56,30 @@ func lock() (io.Closer, error) {
 	return c, err
 }
 
+// errLocked is in the chain of the error for a lock that another process holds.
+var errLocked = errors.New("another helper runs on this host")
+
 // anotherHelper returns the error for a lock that is held; process is the holder's number
 // or empty.
 func anotherHelper(process string) error {
 	if process == "" {
-		return errors.New("another helper runs on this host")
+		return errLocked
 	}
-	return fmt.Errorf("another helper runs on this host (process %s)", process)
+	return fmt.Errorf("%w (process %s)", errLocked, process)
+}
+
+// InUse returns an error if a helper runs in this network namespace, whatever its socket and
+// its state folder. It takes the lock for a moment, which needs root. That the lock can't be
+// asked for, as on a kernel without nftables, is no error: no helper runs there.
+func InUse() error {
+	held, err := lock()
+	switch {
+	case errors.Is(err, errLocked):
+		return err
+	case err != nil:
+		return nil
+	}
+	return held.Close()
 }
 
 // lockByTable creates the lock's table.

@@ -145,8 +145,14 @@ func TestLockEndsWithTheProcess(t *testing.T) {
 			if want := fmt.Sprintf("process %d", cmd.Process.Pid); err != nil || held == nil || !strings.Contains(held.Error(), want) {
 				t.Errorf("while another process has the lock: %v, want an error with %q (%v)", held, want, err)
 			}
+			if err := InUse(); !errors.Is(err, errLocked) {
+				t.Errorf("InUse while another process has the lock: %v", err)
+			}
 			killed := cmd.Process.Kill()
 			_ = cmd.Wait()
+			if err := InUse(); err != nil {
+				t.Errorf("InUse after the holder was killed: %v", err)
+			}
 			l, err := lock()
 			if err != nil {
 				return fmt.Errorf("after the holder was killed: %w", err)
