@@ -32,6 +32,9 @@ func (o *peerAddOptions) openOutput() error {
 		return fmt.Errorf("--output: %q is a folder: give a file in it", o.output)
 	}
 	dir, err := os.OpenRoot(filepath.Clean(folder))
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("--output: folder %q doesn't exist: make it first, or choose another one", filepath.Clean(folder))
+	}
 	if err != nil {
 		return fmt.Errorf("--output: %w", err)
 	}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/mesh"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // newPeerCommand returns `peer` and its subcommands.
@@ -150,6 +151,8 @@ type toggleOptions struct {
 	allow    bool
 	limitSet bool // whether --for was given: --for 0s is an error, not "for good"
 	limit    time.Duration
+	// limitText is limit as it was given.
+	limitText string
 }
 
 // verb is the command's name.
@@ -167,7 +170,9 @@ func newToggleCommand(a *app, allow bool) *cobra.Command {
 	c := &cobra.Command{
 		Use: "deny NAME PERMISSION...", Short: "Take permissions from a peer, also on running connections",
 		RunE: func(c *cobra.Command, args []string) error {
-			o.limitSet = c.Flags().Changed("for")
+			if o.limitSet = c.Flags().Changed("for"); o.limitSet {
+				o.limitText = c.Flag("for").Value.String()
+			}
 			return toggle(c.Context(), o, args[0], args[1:])
 		},
 		ValidArgsFunction: func(c *cobra.Command, args []string, text string) ([]string, cobra.ShellCompDirective) {
@@ -203,7 +208,7 @@ func permissionsHelp() string {
 // permissions as given. It asks for the peer before the change, because the answer holds
 // only the new permissions, and the sentences compare.
 func toggle(ctx context.Context, o *toggleOptions, ref string, words []string) error {
-	wanted, err := parsePermissions(words)
+	asked, err := parsePermissions(words)
 	if right := swappedArguments(append([]string{ref}, words...)); err != nil && right != nil {
 		return usagef("the peer's name comes first: meshhelper peer %s %s", o.verb(), strings.Join(right, " "))
 	}
@@ -214,11 +219,14 @@ func toggle(ctx context.Context, o *toggleOptions, ref string, words []string) e
 		return err
 	}
 	change := api.PeerChange{Permissions: map[string]api.PermissionChange{}}
-	for _, one := range wanted {
+	for _, one := range asked {
 		c := api.PermissionChange{Allowed: o.allow}
 		if o.limitSet {
 			if o.limit <= 0 {
-				return usagef("--for %v ends before it begins; take permissions with: meshhelper peer deny", o.limit)
+				return usagef("--for %s ends before it begins; take permissions with: meshhelper peer deny", o.limitText)
+			}
+			if o.limit > wanted.MaxTimed {
+				return errLongTime
 			}
 			c.For = new(shortDuration(o.limit))
 		}
@@ -234,7 +242,7 @@ func toggle(ctx context.Context, o *toggleOptions, ref string, words []string) e
 		return err
 	}
 	return o.app.print(changed.Peer, func() {
-		for _, one := range wanted {
+		for _, one := range asked {
 			o.app.say("%s", describeChange(changed.Peer.Name, one, before.Permissions.Of(one.Set), changed.Peer.Permissions.Of(one.Set)))
 		}
 		o.app.warnIdle(changed.Peer, o.allow)

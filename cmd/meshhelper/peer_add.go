@@ -15,6 +15,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/stock"
+	"github.com/meshhelper/meshhelper/internal/wanted"
 )
 
 // peerAddOptions are the flags of peer add, peer rekey and peer config: the commands that
@@ -26,7 +27,8 @@ type peerAddOptions struct {
 	own, external, qr         bool
 	addresses, allow          []string
 	keepalive, limit          time.Duration
-	limitSet, keepaliveSet    bool // whether limit and keepalive were given
+	limitSet, keepaliveSet    bool   // whether limit and keepalive were given
+	limitText, keepaliveText  string // limit and keepalive as they were given
 	tunnel, output            string
 
 	file *outputFile // nil: the configuration goes to standard output
@@ -60,6 +62,7 @@ PERMISSIONS are, separated by commas,
 				return err
 			}
 			o.limitSet, o.keepaliveSet = c.Flags().Changed("for"), c.Flags().Changed("keepalive")
+			o.limitText, o.keepaliveText = c.Flag("for").Value.String(), c.Flag("keepalive").Value.String()
 			return addPeer(c.Context(), o)
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,
@@ -70,7 +73,7 @@ PERMISSIONS are, separated by commas,
 	f.BoolVar(&o.external, "external", false, "another person's device (the default)")
 	f.StringSliceVar(&o.addresses, "address", nil, "mesh `ADDRESS`, one per family (derived from the key)")
 	f.StringVar(&o.endpoint, "endpoint", "", "`HOST:PORT` where the peer is reached")
-	f.DurationVar(&o.keepalive, "keepalive", 0, "send something this often, such as 25s")
+	f.Var(durationFlag(&o.keepalive), "keepalive", "send something this often, such as 25s")
 	f.StringSliceVar(&o.allow, "allow", nil, "`PERMISSIONS` besides the kind's: "+strings.Join(mesh.PermissionNames(), ", "))
 	f.Var(durationFlag(&o.limit), "for", "how long the permissions of --allow hold, such as 30m, 2h, 1d or 1w; without it, for good")
 	f.StringVar(&o.tunnel, "tunnel", "", "what the configuration sends here: full or split (what the peer may)")
@@ -136,6 +139,9 @@ func addPeer(ctx context.Context, o *peerAddOptions) (err error) {
 	}
 }
 
+// errLongTime refuses a --for that the helper doesn't take.
+var errLongTime = usagef("--for is %dd (ten years) at most; without it a permission has no end", wanted.MaxTimed/(24*time.Hour))
+
 // errQRInJSON refuses --qr with --json, whose answer has no place for the drawing.
 var errQRInJSON = usagef("--qr and --json exclude each other: a QR code is for a camera, and a program gets the configuration as text")
 
@@ -186,7 +192,11 @@ func (o *peerAddOptions) request() (api.NewPeer, error) {
 	case o.qr && o.app.json:
 		return r, errQRInJSON
 	case o.limitSet && o.limit <= 0:
-		return r, usagef("--for %v ends before it begins", o.limit)
+		return r, usagef("--for %s ends before it begins", o.limitText)
+	case o.limit > wanted.MaxTimed:
+		return r, errLongTime
+	case o.keepalive < 0 || o.keepalive > mesh.MaxKeepalive || o.keepalive%time.Second != 0:
+		return r, usagef("--keepalive: %q is not a number of whole seconds from 0s to %ds, such as 25s", o.keepaliveText, mesh.MaxKeepalive/time.Second)
 	case o.limitSet && len(o.allow) == 0:
 		return r, usagef("--for says how long the permissions of --allow hold, but --allow isn't given")
 	case o.own && o.external:
@@ -199,11 +209,11 @@ func (o *peerAddOptions) request() (api.NewPeer, error) {
 	if o.keepaliveSet {
 		r.Keepalive = o.keepalive.String()
 	}
-	wanted, err := parsePermissions(o.allow)
+	allowed, err := parsePermissions(o.allow)
 	if err != nil {
 		return r, err
 	}
-	for _, one := range wanted {
+	for _, one := range allowed {
 		c := api.PermissionChange{Allowed: true}
 		if o.limitSet {
 			c.For = new(shortDuration(o.limit))
@@ -296,9 +306,12 @@ func (e *undoneError) Unwrap() error { return e.err }
 // write prints the answer and, with --output, writes the configuration to the file. It
 // returns nil only once the file, or stdout if that is a file, is on disk.
 func (o *peerAddOptions) write(ctx context.Context, changed api.Changed, private mesh.PrivateKey, partial bool) error {
-	config, err := o.app.configOf(ctx, o.name, private, o.printsConfig())
+	config, remarks, err := o.app.configOf(ctx, o.name, private)
 	if err != nil {
 		return err
+	}
+	if !o.printsConfig() {
+		remarks = nil
 	}
 	if o.file != nil {
 		if err := o.file.write(config.Text()); err != nil {
@@ -306,6 +319,7 @@ func (o *peerAddOptions) write(ctx context.Context, changed api.Changed, private
 		}
 	}
 	err = o.app.print(addAnswer{changed.Peer, config.Text()}, func() { o.report(changed, config, partial) })
+	o.app.talkAll(remarks)
 	return cmp.Or(err, o.app.outputError())
 }
 
@@ -365,27 +379,31 @@ func (o *peerAddOptions) report(changed api.Changed, config stock.Config, partia
 
 // configOf asks the helper for a peer's configuration and fills in the private key, if it
 // is known. The key leaves this process only on stdout or in the file of --output: the
-// helper never sees it. With shown, the configuration's warnings go to stderr.
-func (a *app) configOf(ctx context.Context, ref string, private mesh.PrivateKey, shown bool) (stock.Config, error) {
+// helper never sees it. remarks are warnings and advice about the configuration, which the
+// caller prints after its answer.
+func (a *app) configOf(ctx context.Context, ref string, private mesh.PrivateKey) (config stock.Config, remarks []string, err error) {
 	c, err := a.client().Config(ctx, ref)
 	if err != nil {
-		return stock.Config{}, err
+		return stock.Config{}, nil, err
 	}
-	parsed, err := stock.ParseConfig(c.Text)
-	if err != nil {
-		return stock.Config{}, err
+	if config, err = stock.ParseConfig(c.Text); err != nil {
+		return stock.Config{}, nil, err
 	}
-	parsed.PrivateKey = private
-	if !shown {
-		return parsed, nil
-	}
+	config.PrivateKey = private
 	for _, w := range c.Warnings {
-		a.talk("warning: %s", w)
+		remarks = append(remarks, "warning: "+w)
 	}
 	if private.IsZero() {
-		a.talk("put the peer's private key in place of the placeholder; for a new key run: meshhelper peer rekey %s", ref)
+		remarks = append(remarks, "put the peer's private key in place of the placeholder; for a new key run: meshhelper peer rekey "+ref)
 	}
-	return parsed, nil
+	return config, remarks, nil
+}
+
+// talkAll writes each remark to stderr.
+func (a *app) talkAll(remarks []string) {
+	for _, r := range remarks {
+		a.talk("%s", r)
+	}
 }
 
 // printQR prints a configuration as a QR code, if the terminal is wide enough: a wrapped
@@ -449,7 +467,7 @@ func printConfig(ctx context.Context, o *peerAddOptions, ref string) (err error)
 		return err
 	}
 	defer func() { err = o.closeOutput(err) }()
-	config, err := o.app.configOf(ctx, peer.Name, mesh.PrivateKey{}, true)
+	config, remarks, err := o.app.configOf(ctx, peer.Name, mesh.PrivateKey{})
 	if err != nil {
 		return err
 	}
@@ -465,6 +483,7 @@ func printConfig(ctx context.Context, o *peerAddOptions, ref string) (err error)
 		}
 		o.app.sayVerbatim(strings.TrimSuffix(config.Text(), "\n"))
 	})
+	o.app.talkAll(remarks)
 	return cmp.Or(err, o.app.outputError())
 }
 

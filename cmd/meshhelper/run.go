@@ -298,8 +298,10 @@ func (o *runOptions) parse(opts *daemon.Options) (err error) {
 	if err := opts.Prefixes.Validate(); err != nil {
 		return &usageError{err}
 	}
-	if min(o.tick, o.wait) < minTick || max(o.tick, o.wait) > maxWait {
-		return usagef("--tick and --wait are from %v to %v", minTick, maxWait)
+	for flag, given := range map[string]time.Duration{"tick": o.tick, "wait": o.wait} {
+		if given < minTick || given > maxWait {
+			return usagef("--%s %v: it is from %v to %v", flag, shortDuration(given), minTick, maxWait)
+		}
 	}
 	if o.label != "" {
 		if err := host.CheckLabel(o.label); err != nil {

@@ -150,7 +150,7 @@ func (a *app) changeSetting(ctx context.Context, key string, value *string) erro
 	return a.print(s, func() {
 		switch {
 		case value == nil && s.Already:
-			a.say("%s is already unset", key)
+			a.say("%s wasn't set", key)
 		case value == nil:
 			a.say("%s is now unset", key)
 		case s.Already:
@@ -161,16 +161,25 @@ func (a *app) changeSetting(ctx context.Context, key string, value *string) erro
 			a.say("%s is set to %s; for now it stays %s", key, one.Kept, cmp.Or(one.Value, unset(key)))
 		}
 		a.talkOfSetting(s, one)
+		if value == nil && one.Source == api.SettingFlag {
+			a.talk("the helper runs with --%s %s, which counts without the setting, too", key, shellWord(one.Value))
+		}
 		for _, p := range s.Problems {
 			a.talk("%s: %s", p.Step, p.Message)
 			a.talk("  %s", p.Hint)
 		}
 		a.sayRenumbered(s.Renumbered)
 		if len(s.Outdated) > 0 {
-			if key == wanted.SettingListenPort {
-				a.say("A NAT router in front of this host has to forward that UDP port to it.")
+			line := "Endpoint"
+			switch port := cmp.Or(one.Kept, strconv.Itoa(wanted.DefaultListenPort)); {
+			case key == wanted.SettingDNS:
+				line = "DNS line"
+			case key == wanted.SettingListenPort && port == "0":
+				a.say("The system chooses the UDP port, which \"meshhelper status\" shows; a NAT router in front of this host has to forward it to this host.")
+			case key == wanted.SettingListenPort:
+				a.say("A NAT router in front of this host has to forward UDP port %s to it.", port)
 			}
-			a.say("A device whose configuration has another Endpoint needs a new one: %s", strings.Join(s.Outdated, ", "))
+			a.say("A device whose configuration has another %s needs a new one: %s", line, strings.Join(s.Outdated, ", "))
 			a.say("  meshhelper peer config NAME")
 		}
 	})

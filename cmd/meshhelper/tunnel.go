@@ -25,15 +25,15 @@ func (a *app) warnTunnel(ctx context.Context, was string, is api.Peer) {
 	if was == is.Tunnel || was == "" || is.Tunnel == "" {
 		return
 	}
-	// The device may have an older configuration, so the remark is about one for the former
-	// permissions.
-	sends := map[string]string{
-		mesh.TunnelFull:     "sends everything here, so that it has no internet while it is connected",
-		mesh.TunnelNetworks: "sends what is for this host and its networks",
-		mesh.TunnelHost:     "sends only this host's addresses",
+	// Which configuration the device has isn't known, so the remark is about one for the
+	// former permissions.
+	routes := map[string]string{
+		mesh.TunnelFull:     "routes everything through this host, so that the device has no internet while it is connected",
+		mesh.TunnelNetworks: "routes only this host and its networks",
+		mesh.TunnelHost:     "routes only this host's addresses",
 	}[was]
-	a.talk("a configuration for what %s might do before %s", is.Name, sends)
-	a.talk("if the device has such a configuration, print a new one with: meshhelper peer config %s", is.Name)
+	a.talk("a configuration made before this change %s", routes)
+	a.talk("if %s uses one, print a new one with: meshhelper peer config %s", is.Name, is.Name)
 	c, err := a.client().Config(ctx, is.Name)
 	if err != nil {
 		return // peer config, which was just named, says why
@@ -42,7 +42,7 @@ func (a *app) warnTunnel(ctx context.Context, was string, is api.Peer) {
 	if err != nil {
 		return
 	}
-	a.talk("or change these lines in the old one:")
+	a.talk("or replace these lines in it:")
 	switch {
 	case len(config.DNS) > 0:
 		a.talk("  DNS = %s", joinTexts(config.DNS, ", "))

@@ -158,29 +158,32 @@ func flagError(c *cobra.Command, err error) error {
 			}
 			return usagef("--%s: %v", f.Name, cause)
 		}
+		if f.Name == "for" && errors.Is(invalid.Unwrap(), errTooLong) {
+			return errLongTime
+		}
 		return usagef("--%s: %v", f.Name, invalid.Unwrap())
 	}
 	return &usageError{err}
 }
 
 // duration is a pflag.Value for a duration that may have days and weeks (parseDuration).
-type duration struct{ d *time.Duration }
-
-// durationFlag returns the value of a flag that sets d.
-func durationFlag(d *time.Duration) pflag.Value { return duration{d} }
-
-// String returns "" for 0, so that the help shows no default.
-func (v duration) String() string {
-	if v.d == nil || *v.d == 0 {
-		return ""
-	}
-	return v.d.String()
+type duration struct {
+	d    *time.Duration
+	text string // as it was given
 }
 
-// Type returns the placeholder that the help shows after the flag.
-func (v duration) Type() string { return "DURATION" }
+// durationFlag returns the value of a flag that sets d.
+func durationFlag(d *time.Duration) pflag.Value { return &duration{d: d} }
 
-func (v duration) Set(text string) (err error) {
+// String returns the duration as it was given, and "" before, so that the help shows no
+// default.
+func (v *duration) String() string { return v.text }
+
+// Type returns the placeholder that the help shows after the flag.
+func (v *duration) Type() string { return "DURATION" }
+
+func (v *duration) Set(text string) (err error) {
+	v.text = text
 	*v.d, err = parseDuration(text)
 	return err
 }
@@ -190,6 +193,9 @@ func (v duration) Set(text string) (err error) {
 var units = map[string]time.Duration{
 	"w": 7 * 24 * time.Hour, "d": 24 * time.Hour, "h": time.Hour, "m": time.Minute, "s": time.Second, "ms": time.Millisecond,
 }
+
+// errTooLong is in the chain of the error for a duration of 146 years or more.
+var errTooLong = errors.New("too long")
 
 // bareNumber matches a number without a unit.
 var bareNumber = regexp.MustCompile(`^[-+]?[0-9]+(\.[0-9]+)?$`)
@@ -225,7 +231,7 @@ func parseDuration(text string) (time.Duration, error) {
 			return 0, wrong
 		}
 		if sum >= 1<<62 {
-			return 0, fmt.Errorf("%q is too long: the longest duration is 146 years", text)
+			return 0, fmt.Errorf("%q is %w", text, errTooLong)
 		}
 	}
 	if text == "" {

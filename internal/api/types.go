@@ -300,7 +300,7 @@ type Settings struct {
 	// mesh prefixes.
 	Renumbered []Renumbered `json:"renumbered,omitempty"`
 	// Outdated has the names of peers whose devices may have a configuration with the old
-	// endpoint or port.
+	// endpoint, port or resolvers.
 	Outdated []string `json:"outdated,omitempty"`
 	// Problems has other uses of a new mesh prefix on the host.
 	Problems []Problem `json:"problems,omitempty"`

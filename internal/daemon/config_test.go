@@ -184,7 +184,7 @@ func TestEndSaysThatAConfigurationDoesntFit(t *testing.T) {
 		r.mustAllow("nas", "incoming", "1h")
 		r.after(2 * time.Hour)
 		want := []string{"routing of phone ended", "incoming of nas ended",
-			"a configuration for what phone might do before sends everything through this host, so that it has no internet while it is connected: print a new one with: meshhelper peer config phone"}
+			"a configuration of phone made before this change routes everything through this host, so that the device has no internet while it is connected; if the device uses one, print a new one with: meshhelper peer config phone"}
 		got := r.events(events.Expired)
 		slices.Sort(got)
 		slices.Sort(want)

@@ -76,6 +76,10 @@ func TestSettings(t *testing.T) {
 		if one, _ := s.Of(wanted.SettingListenPort); one.Value != "51820" || one.Kept != "4000" || !slices.Equal(s.Restart, []string{wanted.SettingListenPort}) || !slices.Equal(s.Outdated, []string{"phone"}) {
 			t.Errorf("listen-port: %+v", s)
 		}
+		if s := r.mustSet(wanted.SettingListenPort, ""); s.Outdated != nil {
+			t.Errorf("the port stays as it is, and configurations are outdated: %q", s.Outdated)
+		}
+		r.mustSet(wanted.SettingListenPort, "4000")
 		s = r.mustSet(wanted.SettingOperator, "0")
 		if one, _ := s.Of(wanted.SettingOperator); one.Value != "root" || one.Source != api.SettingFlag || !slices.Contains(s.Overridden, wanted.SettingOperator) {
 			t.Errorf("operator: %+v", s)

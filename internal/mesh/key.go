@@ -21,6 +21,10 @@ const keyTextSize = 44
 // quote the text: it may be a private key in the wrong place.
 var ErrBadKey = errors.New("not a WireGuard key")
 
+// ErrWeakKey is in the chain of the error for a public key of small order: the text is that
+// of a key, but no device has it. It wraps ErrBadKey.
+var ErrWeakKey = fmt.Errorf("a point of small order, no handshake can succeed with it: %w", ErrBadKey)
+
 // PublicKey is a Curve25519 public key, by which WireGuard identifies a peer.
 type PublicKey [KeySize]byte
 
@@ -65,7 +69,7 @@ func ParsePublicKey(s string) (PublicKey, error) {
 	masked[KeySize-1] &= 0x7f
 	for _, weak := range lowOrder {
 		if masked == weak {
-			return PublicKey{}, fmt.Errorf("parse public key: a point of small order, no handshake can succeed with it: %w", ErrBadKey)
+			return PublicKey{}, fmt.Errorf("parse public key: %w", ErrWeakKey)
 		}
 	}
 	return PublicKey(raw), nil

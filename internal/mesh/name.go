@@ -9,30 +9,47 @@ import (
 // maxName is the longest name in bytes, as long as a DNS label (RFC 1035 section 2.3.4).
 const maxName = 63
 
+// A NameError says why a text can't be a peer's or a host's name.
+type NameError struct {
+	problem string // with the name, quoted
+	Hint    string // what to do about this fault
+}
+
+// Error returns what is wrong with the name, which it quotes.
+func (e *NameError) Error() string { return e.problem }
+
+// nameErrorf returns a NameError.
+func nameErrorf(hint, format string, args ...any) error {
+	return &NameError{fmt.Sprintf(format, args...), hint}
+}
+
 // CheckName returns an error unless name has 1 to 63 ASCII letters, digits, dots, hyphens
 // and underscores. It refuses a name that commands would take for an option, a path, an
-// address or a key.
+// address or a key. The error is a *NameError.
 func CheckName(name string) error {
-	if name == "" || len(name) > maxName {
-		return fmt.Errorf("name %.70q has %d characters, want 1 to %d", name, len(name), maxName)
+	if name == "" {
+		return nameErrorf("give a name of 1 to 63 characters", "the name is empty")
+	}
+	if len(name) > maxName {
+		return nameErrorf("choose a shorter name", "name %.70q has %d characters, and %d are the most", name, len(name), maxName)
 	}
 	for _, c := range name {
 		letter := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
 		switch {
 		case !letter && c >= 0x80:
-			return fmt.Errorf("name %q has %q, and letters are a to z and A to Z only", name, c)
+			return nameErrorf("write it with other letters", "name %q has %q, and letters are a to z and A to Z only", name, c)
 		case !letter && !strings.ContainsRune("-_.", c):
-			return fmt.Errorf("name %q has a character other than letters, digits, dots, hyphens and underscores: %q", name, c)
+			return nameErrorf("leave it out, or write a hyphen in its place", "name %q has a character other than letters, digits, dots, hyphens and underscores: %q", name, c)
 		}
 	}
 	if name[0] == '-' || name[0] == '.' {
-		return fmt.Errorf("name %q starts with %q", name, name[0])
+		return nameErrorf("begin it with a letter, a digit or an underscore", "name %q starts with %q", name, name[0])
 	}
 	if _, err := netip.ParseAddr(name); err == nil {
-		return fmt.Errorf("name %q is an address", name)
+		return nameErrorf("choose a name that isn't an address", "name %q is an address", name)
 	}
 	if _, err := ParsePublicKey(name); err == nil {
-		return fmt.Errorf("name %q is a key", name)
+		return nameErrorf("choose a name that isn't a key", "name %q is a key", name)
 	}
 	return nil
 }

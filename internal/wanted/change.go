@@ -411,11 +411,19 @@ func (s *State) recordChange(ctx context.Context, was, is *mesh.Peer) {
 	case is == nil:
 		e.Peer, e.Message = was.Name, was.Name+" removed"
 	case was == nil:
-		e.Peer, e.Message = is.Name, fmt.Sprintf("%s added: %s, may %v", is.Name, is.Kind, is.Permissions.Allowed())
+		e.Peer, e.Message = is.Name, fmt.Sprintf("%s added: %s, may: %s", is.Name, is.Kind, permissionsText(is.Permissions.Allowed()))
 	default:
 		e.Peer, e.Message = is.Name, differences(was, is)
 	}
 	s.opts.Record(e)
+}
+
+// permissionsText lists permissions for an event, as the command does in its answers.
+func permissionsText(p mesh.Permissions) string {
+	if p == 0 {
+		return "nothing"
+	}
+	return p.String()
 }
 
 // differences describes what changed between was and p, for an event: one clause for each

@@ -15,14 +15,12 @@ func Sends(p *mesh.Peer, now time.Time) string { return p.Sends(p.Permissions.At
 // longer suit its permissions, or "". was and is are what Sends returned before and after
 // the change. Whether the device has a configuration for was isn't known here.
 func outdatedConfig(name, was, is string) string {
-	sent := map[string]string{
-		mesh.TunnelFull: "everything", mesh.TunnelNetworks: "this host's networks", mesh.TunnelHost: "only this host's addresses",
+	routed := map[string]string{
+		mesh.TunnelNetworks: "only this host and its networks", mesh.TunnelHost: "only this host's addresses",
+		mesh.TunnelFull: "everything through this host, so that the device has no internet while it is connected",
 	}
-	switch {
-	case was == is:
+	if was == is {
 		return ""
-	case was == mesh.TunnelFull:
-		return fmt.Sprintf("a configuration for what %s might do before sends everything through this host, so that it has no internet while it is connected: print a new one with: meshhelper peer config %s", name, name)
 	}
-	return fmt.Sprintf("a configuration for what %s might do before sends %s through this host: print a new one with: meshhelper peer config %s", name, sent[was], name)
+	return fmt.Sprintf("a configuration of %s made before this change routes %s; if the device uses one, print a new one with: meshhelper peer config %s", name, routed[was], name)
 }

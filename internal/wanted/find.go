@@ -1,20 +1,52 @@
 package wanted
 
 import (
+	"errors"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
+// checkName is mesh.CheckName for a request. The error is an *api.Error, with what to do about
+// the fault.
+func checkName(name string) error {
+	var wrong *mesh.NameError
+	if err := mesh.CheckName(name); errors.As(err, &wrong) {
+		return api.Errorf(api.CodeBadName, "%v", wrong).WithHint("%s", wrong.Hint)
+	}
+	return nil
+}
+
+// likeName returns the name of a peer that differs from name only by case, or "". The peer
+// called own doesn't count. Such names would be mistaken for each other in a command, and a
+// wrong one may get a permission.
+func (doc *Document) likeName(name, own string) string {
+	for i := range doc.Peers {
+		if other := doc.Peers[i].Name; other != own && other != name && strings.EqualFold(other, name) {
+			return other
+		}
+	}
+	return ""
+}
+
+// refuseLike returns the error for a name that differs from that of another peer only by case.
+func refuseLike(name, other string) error {
+	return api.Errorf(api.CodeNameTaken, "name %q differs only by case from that of peer %q", name, other).WithHint("choose another name")
+}
+
 // rename renames peer i and remembers the name it had. Errors are *api.Error.
 func (doc *Document) rename(i int, name string) error {
-	if err := mesh.CheckName(name); err != nil {
-		return api.Errorf(api.CodeBadName, "%v", err).WithHint("names have 1 to 63 letters, digits, -, _ and .")
+	if err := checkName(name); err != nil {
+		return err
 	}
 	if doc.byName(name) >= 0 {
 		return api.Errorf(api.CodeNameTaken, "another peer has the name %q", name).WithHint("choose another name")
+	}
+	if other := doc.likeName(name, doc.Peers[i].Name); other != "" {
+		return refuseLike(name, other)
 	}
 	doc.remember(Former{Name: doc.Peers[i].Name, Now: name})
 	doc.forget(name)

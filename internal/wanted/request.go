@@ -16,8 +16,8 @@ import (
 // key and addresses are free is checked by admit.
 func (s *State) newPeer(doc *Document, p api.NewPeer, now time.Time) (*mesh.Peer, error) {
 	out := &mesh.Peer{Name: p.Name, Kind: p.Kind}
-	if err := mesh.CheckName(p.Name); err != nil {
-		return nil, api.Errorf(api.CodeBadName, "%v", err).WithHint("names have 1 to 63 letters, digits, -, _ and .")
+	if err := checkName(p.Name); err != nil {
+		return nil, err
 	}
 	if out.Kind == "" {
 		out.Kind = mesh.External
@@ -50,8 +50,12 @@ func (s *State) newPeer(doc *Document, p api.NewPeer, now time.Time) (*mesh.Peer
 func (s *State) readKey(text string) (mesh.PublicKey, error) {
 	key, err := mesh.ParsePublicKey(text)
 	if err != nil {
+		hint := "it has 44 characters, as `wg pubkey` prints it"
+		if errors.Is(err, mesh.ErrWeakKey) {
+			hint = "make a key pair on the other device, for instance with `wg genkey` and `wg pubkey`, and give its public key"
+		}
 		return key, api.Errorf(api.CodeBadKey, "the public key is not valid: %s", strings.TrimPrefix(err.Error(), "parse public key: ")).
-			WithHint("it has 44 characters, as `wg pubkey` prints it")
+			WithHint("%s", hint)
 	}
 	if key == s.id.Key {
 		return key, api.Errorf(api.CodeKeyTaken, "public key %v is this host's own", key).
@@ -70,7 +74,26 @@ func setEndpoint(p *mesh.Peer, text string) error {
 	if err != nil {
 		return api.Errorf(api.CodeBadEndpoint, "endpoint %q: %v", text, errors.Unwrap(err)).WithHint("it is HOST:PORT, an IPv6 address in brackets")
 	}
+	if err := checkRemote(e); err != nil {
+		return api.Errorf(api.CodeBadEndpoint, "endpoint %q: %v", text, err).WithHint("give the address or the name by which this host reaches the peer")
+	}
 	p.Endpoint = e.String()
+	return nil
+}
+
+// checkRemote refuses an endpoint at which no other device is reached: loopback, by address
+// or by the name that always means it (RFC 6761 section 6.3), and an IPv6 link-local address,
+// which needs an interface besides. It isn't applied to a saved one, so that a document that
+// has it still loads.
+func checkRemote(e mesh.Endpoint) error {
+	a, err := netip.ParseAddr(e.Host)
+	name := strings.ToLower(strings.TrimSuffix(e.Host, "."))
+	switch a = a.Unmap(); {
+	case err == nil && a.IsLoopback(), err != nil && (name == "localhost" || strings.HasSuffix(name, ".localhost")):
+		return fmt.Errorf("%s is this host itself", e.Host)
+	case err == nil && a.Is6() && a.IsLinkLocalUnicast():
+		return fmt.Errorf("%v is a link-local address, which says nothing without an interface", a)
+	}
 	return nil
 }
 
@@ -90,9 +113,9 @@ func setKeepalive(p *mesh.Peer, text string) error {
 	return nil
 }
 
-// maxTimed limits how far ahead a permission's end may be. A longer duration is rather a
+// MaxTimed limits how far ahead a permission's end may be. A longer duration is rather a
 // mistake, or meant to be without an end.
-const maxTimed = 10 * 365 * 24 * time.Hour
+const MaxTimed = 10 * 365 * 24 * time.Hour
 
 // setPermissions sets the permissions named in changes and leaves the others.
 func setPermissions(p *mesh.Peer, changes map[string]api.PermissionChange, now time.Time) error {
@@ -130,7 +153,7 @@ func parseEnd(c api.PermissionChange, now time.Time) (time.Time, error) {
 	default:
 		until = c.Until.UTC().Round(0)
 	}
-	if length := until.Sub(now); length <= 0 || length > maxTimed {
+	if length := until.Sub(now); length <= 0 || length > MaxTimed {
 		return time.Time{}, fmt.Errorf("the end %v isn't in the next ten years", until.Format(time.RFC3339))
 	}
 	return until, nil
@@ -210,6 +233,9 @@ func (s *State) owner(doc *Document, a netip.Addr) string {
 func (s *State) admit(doc *Document, p *mesh.Peer, request api.NewPeer) error {
 	if len(doc.Peers) >= maxPeers {
 		return api.Errorf(api.CodeMeshFull, "the mesh has %d peers, which is the limit", maxPeers).WithHint("remove a peer")
+	}
+	if other := doc.likeName(p.Name, p.Name); other != "" {
+		return refuseLike(p.Name, other)
 	}
 	if i := doc.ByKey(p.PublicKey); i >= 0 {
 		return api.Errorf(api.CodeKeyTaken, "peer %q already has the key %v", doc.Peers[i].Name, p.PublicKey).

@@ -149,7 +149,11 @@ func parseSetting(key, value string) (string, error) {
 	hint := ""
 	switch key {
 	case SettingName:
-		err, hint = mesh.CheckName(value), "names have 1 to 63 letters, digits, -, _ and ."
+		err = mesh.CheckName(value)
+		var wrong *mesh.NameError
+		if errors.As(err, &wrong) {
+			hint = wrong.Hint
+		}
 	case SettingLabel:
 		err, hint = host.CheckLabel(value), "a label has 1 to 63 letters, digits, -, _ and ., such as org.meshhelper"
 	case SettingEndpoint:
@@ -464,13 +468,28 @@ func (s *State) ChangeSettings(ctx context.Context, changes map[string]*string, 
 	if err := s.keepSettings(ctx, was, next); err != nil {
 		return api.Settings{}, err
 	}
-	if was.Endpoint != next.Endpoint || was.After(SettingListenPort) != next.After(SettingListenPort) {
-		for _, p := range s.doc.Load().Peers {
-			out.Outdated = append(out.Outdated, p.Name)
-		}
-	}
+	out.Outdated = s.outdatedBy(was, next)
 	out.Already = maps.Equal(was.kept, kept)
 	return out, nil
+}
+
+// outdatedBy returns the names of the peers whose configurations a change of settings makes
+// outdated: all for another endpoint or another port, and those that have a DNS line for other
+// resolvers. A port that the tunnel has now, and so the configurations, is no other one.
+func (s *State) outdatedBy(was, next *Settings) (names []string) {
+	port := next.After(SettingListenPort)
+	all := was.Endpoint != next.Endpoint || port != was.After(SettingListenPort) && port != next.now(SettingListenPort)
+	resolvers := !slices.Equal(was.DNS, next.DNS)
+	if !all && !resolvers {
+		return nil
+	}
+	now := s.Now()
+	for _, p := range s.doc.Load().Peers {
+		if all || Sends(&p, now) == mesh.TunnelFull {
+			names = append(names, p.Name)
+		}
+	}
+	return names
 }
 
 // keepSettings saves next and publishes it. After an error with errUnsynced in the chain it
