@@ -350,7 +350,9 @@ func TestServices(t *testing.T) {
 							if want.Rule != service.Rule || service.Needs == 0 {
 								continue
 							}
-							next := g.enforce(testMesh(2, 0, everything))
+							taken := testMesh(2, 0, everything)
+							taken.Serves = serves
+							next := g.enforce(taken)
 							g.must(g.p.Cut(t.Context(), next, policy.Diff(old, next)))
 							if o := g.mac.Send(reverse(ask)); o.Fate != simmac.Dropped {
 								t.Errorf("with %v taken, the answer: %+v", may, o)
