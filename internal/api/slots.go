@@ -84,11 +84,24 @@ type limited struct {
 	used   [classes]int
 	// strangers has their connections, the oldest first.
 	strangers []*peerConn
+	// lookups are the questions to the user database that run, by uid.
+	lookups map[uint32]*lookup
+}
+
+// maxLookups limits the lookups that run at once. On macOS each holds a thread of the
+// process while the user database doesn't answer, and a process that needs more than 10,000
+// ends (debug.SetMaxThreads). One user may own many uids: subuid(5).
+const maxLookups = 64
+
+// lookup is one question to the user database, which the connections of a user share.
+type lookup struct {
+	done chan struct{} // closed when may has the answer
+	may  bool
 }
 
 // newLimited returns a listener that takes its connections from l.
 func newLimited(l *net.UnixListener, a Access, s slots) *limited {
-	return &limited{UnixListener: l, access: a, slots: s, byUser: map[share]int{}}
+	return &limited{UnixListener: l, access: a, slots: s, byUser: map[share]int{}, lookups: map[uint32]*lookup{}}
 }
 
 // lookUpAdmins looks up the gids of the administrators' groups. It may block for as long as
@@ -158,7 +171,7 @@ func (l *limited) classOf(who Credentials) class {
 func (l *limited) enter(c net.Conn, who Credentials) *peerConn {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	p := &peerConn{Conn: c, who: who, class: l.classOf(who)}
+	p := &peerConn{Conn: c, who: who, class: l.classOf(who), closed: make(chan struct{})}
 	p.leave = sync.OnceFunc(func() { l.leave(p) })
 	p.mayRead = sync.OnceValue(func() bool { return l.mayRead(p) })
 	if p.class == stranger {
@@ -200,12 +213,21 @@ func (l *limited) makeRoom(s share) {
 		return
 	}
 	oldest := l.strangers[i]
-	l.release(oldest)
+	l.end(oldest)
 	_ = oldest.Conn.Close() // closing a unix socket has no failure to act on
 }
 
-// release frees p's slot. A second call has no effect: makeRoom releases before p is closed.
-// The caller holds l.mu.
+// end frees the slot of p, which is closed, and ends what waits for p. A second call has no
+// effect: makeRoom ends p before its handler closes it. The caller holds l.mu.
+func (l *limited) end(p *peerConn) {
+	l.release(p)
+	if !p.ended {
+		p.ended = true
+		close(p.closed)
+	}
+}
+
+// release frees p's slot. A second call has no effect. The caller holds l.mu.
 func (l *limited) release(p *peerConn) {
 	if p.released {
 		return
@@ -224,14 +246,14 @@ func (l *limited) release(p *peerConn) {
 func (l *limited) leave(p *peerConn) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.release(p)
+	l.end(p)
 }
 
 // mayRead asks the user database whether p's user may read. If so, and p counts as a
 // stranger, p gets a reader's slot if one is free: the user became an administrator after
 // logging in, or is in more groups than the kernel reports.
 func (l *limited) mayRead(p *peerConn) bool {
-	if !l.access.MayRead(p.who) {
+	if !l.lookUp(p) {
 		return false
 	}
 	l.mu.Lock()
@@ -246,17 +268,50 @@ func (l *limited) mayRead(p *peerConn) bool {
 	return true
 }
 
+// lookUp reports whether p's user may read by the user database, which may block. It doesn't
+// wait for the database longer than p is open, so that connections which replace each other
+// leave nothing behind. If maxLookups run, the user may not read, as after a failed lookup.
+func (l *limited) lookUp(p *peerConn) bool {
+	uid := p.who.UID
+	l.mu.Lock()
+	q := l.lookups[uid]
+	if q == nil {
+		if len(l.lookups) >= maxLookups {
+			l.mu.Unlock()
+			return false
+		}
+		q = &lookup{done: make(chan struct{})}
+		l.lookups[uid] = q
+		go func() {
+			defer close(q.done)
+			q.may = l.access.MayRead(p.who)
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			delete(l.lookups, uid)
+		}()
+	}
+	l.mu.Unlock()
+	select {
+	case <-q.done:
+		return q.may
+	case <-p.closed:
+		return false
+	}
+}
+
 // peerConn is a connection with the credentials of the process at its other end.
 type peerConn struct {
 	net.Conn
 	who Credentials
 	// mayRead is limited.mayRead, called once per connection.
 	mayRead func() bool
-	leave   func() // limited.leave, called once
+	leave   func()        // limited.leave, called once
+	closed  chan struct{} // closed with the connection
 
 	// Under the listener's lock:
 	class    class
 	released bool // the slot was freed
+	ended    bool // closed is closed
 }
 
 // share returns which perUser limit the connection counts against.

@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 )
 
 // conn is an end of a connection that notes when it is closed.
@@ -182,9 +184,53 @@ func TestReaderAmongStrangers(t *testing.T) {
 	gone := c.open[610][1]
 	gone.Close()
 	used := c.l.used
-	if !gone.mayRead() || c.l.used != used {
+	if gone.mayRead() || c.l.used != used {
 		t.Errorf("a closed connection has a slot: %v, before %v", c.l.used, used)
 	}
+}
+
+// TestLookupsHang has a user database that doesn't answer: connections of one user wait for
+// one lookup, those that were replaced don't wait any longer, users with many uids start no
+// more lookups than maxLookups, and everything works again once the database answers.
+func TestLookupsHang(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCrowd(t, usualSlots)
+		answer, usual := make(chan struct{}), c.l.access.Groups
+		var asked atomic.Int32
+		c.l.access.Groups = func(uid uint32) ([]string, error) {
+			asked.Add(1)
+			<-answer
+			return usual(uid)
+		}
+		var waiting atomic.Int32
+		request := func(uid uint32) {
+			c.join(Credentials{UID: uid})
+			p := c.open[uid][len(c.open[uid])-1]
+			waiting.Add(1)
+			go func() {
+				defer waiting.Add(-1)
+				p.mayRead()
+			}()
+			synctest.Wait()
+		}
+		for range 100 {
+			request(1000)
+		}
+		if asked.Load() != 1 || waiting.Load() != int32(usualSlots.perUser[stranger]) {
+			t.Errorf("for 100 connections of one user: %d lookups, and %d wait, want 1 and %d", asked.Load(), waiting.Load(), usualSlots.perUser[stranger])
+		}
+		for uid := uint32(2000); uid < 3000; uid++ {
+			request(uid)
+		}
+		if asked.Load() != maxLookups || waiting.Load() > int32(usualSlots.all[stranger]) {
+			t.Errorf("for 1000 users: %d lookups, and %d wait, want %d, and %d at most", asked.Load(), waiting.Load(), maxLookups, usualSlots.all[stranger])
+		}
+		close(answer)
+		synctest.Wait()
+		if c.join(Credentials{UID: 610}); !c.open[610][0].mayRead() || len(c.l.lookups) != 0 {
+			t.Errorf("afterwards a reader may not read, or %d lookups are left", len(c.l.lookups))
+		}
+	})
 }
 
 // TestSlotsForFewFiles keeps files for the helper, and some slots for each class,
