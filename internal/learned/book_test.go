@@ -386,3 +386,25 @@ func FuzzLearned(f *testing.F) {
 		}
 	})
 }
+
+// TestImpossibleAddresses reads endpoints whose zone is no interface's, which would be more
+// lines of a configuration, and addresses that the policy refuses.
+func TestImpossibleAddresses(t *testing.T) {
+	text := `{"endpoints":{` +
+		`"` + phone.String() + `":"[fe80::1%x]:1\npublic_key=00\nendpoint=[fe80::2%y]:9",` +
+		`"` + tablet.String() + `":"[fe80::1%en0]:9"},` +
+		`"names":{"home.example":"::ffff:192.0.2.1"},"outside":{"name":"home.example","addresses":["::ffff:192.0.2.1","192.0.2.2"]}}`
+	b, err := decode([]byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if at := b.peers[phone].endpoint; at.IsValid() {
+		t.Errorf("the phone's endpoint is %q", at)
+	}
+	if at := b.peers[tablet].endpoint; at.String() != "[fe80::1%en0]:9" {
+		t.Errorf("the tablet's endpoint is %q", at)
+	}
+	if o := b.Outside(); len(o.Addresses) != 1 || o.Addresses[0] != netip.MustParseAddr("192.0.2.2") || len(b.Names()) != 0 {
+		t.Errorf("outside %v, names %v", o.Addresses, b.Names())
+	}
+}

@@ -56,7 +56,7 @@ func decode(text []byte) (*Book, error) {
 		return b, fmt.Errorf("read learned endpoints: %w", err)
 	}
 	for key, at := range f.Endpoints {
-		if at.IsValid() && at.Port() != 0 {
+		if at.IsValid() && at.Port() != 0 && mesh.ValidZone(at.Addr().Zone()) {
 			e := entry{endpoint: at}
 			if seen := toSecond(f.Seen[key]); seen.Year() <= maxYear {
 				e.seen = seen
@@ -80,8 +80,9 @@ func decode(text []byte) (*Book, error) {
 	return b, nil
 }
 
-// plain reports whether a is valid and has no zone, like an address that a resolver returns.
-func plain(a netip.Addr) bool { return a.IsValid() && a.Zone() == "" }
+// plain reports whether a is valid, has no zone and isn't an IPv4 address written as IPv6,
+// like an address that a resolver returns. [policy.Host] refuses others.
+func plain(a netip.Addr) bool { return a.IsValid() && a.Zone() == "" && !a.Is4In6() }
 
 // Save encodes the Book and calls write with it, without the lock held. write must replace the
 // file atomically. After an error the Book still counts as changed.

@@ -111,6 +111,22 @@ func (e Endpoint) Validate() error {
 	return nil
 }
 
+// ValidZone reports whether a zone of an IPv6 address (RFC 4007) is empty or can be an
+// interface's name or number. [netip.ParseAddr] accepts any text, line breaks too. Linux
+// allows names of up to 15 bytes without '/', ':' and space (dev_valid_name of
+// net/core/dev.c); one with bytes outside printable ASCII isn't valid here.
+func ValidZone(zone string) bool {
+	if len(zone) > 15 {
+		return false
+	}
+	for _, c := range []byte(zone) {
+		if c <= ' ' || c >= 0x7f || strings.IndexByte("/:[]%", c) >= 0 {
+			return false
+		}
+	}
+	return true
+}
+
 // broadcast is the limited broadcast address of RFC 919.
 var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 

@@ -156,39 +156,19 @@ func (s *State) NotSaved(o Outcome, cause, notHeld error) error {
 // An error together with an outcome that has a document means that only the revoking part
 // is in force.
 func (s *State) Edit(ctx context.Context, e Edit) (Outcome, error) {
-	s.changing.Lock()
-	doc, now := s.doc.Load(), s.clock.Now()
-	next, key, err := s.applyEdit(doc, e, now)
+	b, err := s.begin(e)
 	if err != nil {
-		s.changing.Unlock()
 		return Outcome{}, err
 	}
-	if next == doc {
-		s.changing.Unlock()
+	doc, left, next, key := b.doc, b.left, b.next, b.key
+	switch {
+	case next == doc:
 		return Outcome{Key: key, Document: doc, Already: true, saving: s.saveIfNeeded()}, nil
-	}
-	left, takes, gives := doc.narrowTo(next)
-	if takes {
-		s.recordRevoked(doc, left, next.Generation)
-	}
-	base := doc
-	switch {
-	case takes && !gives:
-		left = next
-		s.publish(left)
-	case takes:
-		left.Generation, left.Saved = next.Generation, now
-		next.Generation++
-		base = left
-		s.publish(left)
-	}
-	s.changing.Unlock()
-	switch {
-	case takes && !gives:
+	case b.takes && !b.gives:
 		s.recordEdit(ctx, doc, left)
 		return Outcome{Key: key, Document: left, from: doc, saving: s.disk.saveWanted()}, nil
-	case !takes:
-		w, err := s.saveFirst(ctx, e, widening{base: base, next: next, key: key})
+	case !b.takes:
+		w, err := s.saveFirst(ctx, e, widening{base: doc, next: next, key: key})
 		if err != nil {
 			return Outcome{}, s.nothingChanged(err)
 		}
@@ -196,7 +176,7 @@ func (s *State) Edit(ctx context.Context, e Edit) (Outcome, error) {
 		return Outcome{Key: w.key, Document: w.next, Already: w.base == w.next, saving: s.saveIfNeeded()}, nil
 	}
 	saving := s.disk.saveWanted()
-	w, err := s.saveFirst(ctx, e, widening{base: base, next: next, key: key})
+	w, err := s.saveFirst(ctx, e, widening{base: left, next: next, key: key})
 	if err != nil {
 		s.recordEdit(ctx, doc, left)
 		cause := s.AwaitSaved(ctx, Outcome{saving: saving})
@@ -217,6 +197,42 @@ func (s *State) Edit(ctx context.Context, e Edit) (Outcome, error) {
 		s.recordChange(ctx, was, &w.next.Peers[i])
 	}
 	return Outcome{Key: w.key, Document: w.next, saving: s.saveIfNeeded()}, nil
+}
+
+// begun is an edit of which the revoking part is in force.
+type begun struct {
+	doc *Document // before the edit
+	// left is doc after the revoking part, if there is one, and next after the whole edit.
+	// They are the same document if the edit grants nothing.
+	left, next *Document
+	key        mesh.PublicKey // of the changed peer
+	// takes says that the edit revokes something, gives that it grants something.
+	takes, gives bool
+}
+
+// begin applies an edit to the wanted state and publishes its revoking part.
+func (s *State) begin(e Edit) (begun, error) {
+	s.changing.Lock()
+	defer s.changing.Unlock() // also if the edit panics: a lock that is held stops every revocation
+	doc, now := s.doc.Load(), s.clock.Now()
+	next, key, err := s.applyEdit(doc, e, now)
+	b := begun{doc: doc, next: next, key: key}
+	if err != nil || next == doc {
+		return b, err
+	}
+	b.left, b.takes, b.gives = doc.narrowTo(next)
+	if !b.takes {
+		return b, nil
+	}
+	s.recordRevoked(doc, b.left, next.Generation)
+	if b.gives {
+		b.left.Generation, b.left.Saved = next.Generation, now
+		next.Generation++
+	} else {
+		b.left = next
+	}
+	s.publish(b.left)
+	return b, nil
 }
 
 // applyEdit returns a copy of doc with an edit applied, as the next generation, or doc
@@ -270,19 +286,8 @@ func (s *State) saveFirst(ctx context.Context, e Edit, w widening) (widening, er
 		return w, errors.New("another change is still being saved")
 	}
 	for first, began := true, w.base; ; first = false {
-		s.changing.Lock()
-		now := s.doc.Load()
-		if now == w.base && !first {
-			s.publish(w.next)
-			s.changing.Unlock()
-			return w, nil
-		}
-		var err error
-		if now != w.base {
-			w, err = s.redo(e, began, now)
-		}
-		s.changing.Unlock()
-		if err != nil || w.next == w.base {
+		published, err := s.publishSaved(e, began, &w, first)
+		if published || err != nil || w.next == w.base {
 			return w, err
 		}
 		err = s.disk.saveAhead(ctx, w.base, w.next)
@@ -290,6 +295,23 @@ func (s *State) saveFirst(ctx context.Context, e Edit, w widening) (widening, er
 			return w, err
 		}
 	}
+}
+
+// publishSaved publishes w.next, which is saved unless this is the first call, if w.base is
+// still wanted; it reports whether it did. Otherwise it applies the edit to what is wanted
+// now, and the result is to be saved.
+func (s *State) publishSaved(e Edit, began *Document, w *widening, first bool) (published bool, err error) {
+	s.changing.Lock()
+	defer s.changing.Unlock()
+	switch now := s.doc.Load(); {
+	case now != w.base:
+		*w, err = s.redo(e, began, now)
+		return false, err
+	case first:
+		return false, nil
+	}
+	s.publish(w.next)
+	return true, nil
 }
 
 // redo applies an edit, first applied to the document began, to the document that is wanted

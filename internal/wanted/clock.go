@@ -109,6 +109,9 @@ func decodeMark(text []byte) (time.Time, error) {
 	if err := json.Unmarshal(text, &m); err != nil {
 		return time.Time{}, fmt.Errorf("read the clock's mark: %w", err)
 	}
+	if err := checkTime(m.Saved); err != nil {
+		return time.Time{}, fmt.Errorf("read the clock's mark: %w", err)
+	}
 	return m.Saved.UTC().Round(0), nil
 }
 

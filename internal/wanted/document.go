@@ -37,7 +37,8 @@ const removedFor = 24 * time.Hour
 type Document struct {
 	// Version is documentVersion.
 	Version int `json:"version"`
-	// Generation counts published documents, across restarts.
+	// Generation counts published documents, across restarts, from 1 to maxGeneration.
+	// 0 stands for none.
 	Generation uint64 `json:"generation"`
 	// Saved is the time at which the document was made. The clock never goes behind it.
 	Saved time.Time   `json:"saved"`
@@ -112,12 +113,55 @@ func Decode(text []byte) (*Document, error) {
 	if err := json.Unmarshal(text, &doc); err != nil {
 		return nil, err
 	}
+	if doc.Generation == 0 || doc.Generation > maxGeneration {
+		return nil, fmt.Errorf("generation %d, want 1 to %d", doc.Generation, uint64(maxGeneration))
+	}
+	if err := doc.checkTimes(); err != nil {
+		return nil, err
+	}
 	if err := doc.validate(); err != nil {
 		return nil, err
 	}
 	var err error
 	doc.extra, err = extrasOf(text, &doc)
 	return &doc, err
+}
+
+// maxGeneration limits the generation of a document that is read. A counter that wraps to 0
+// would say of every change that it is in force. Readers of JSON keep integers up to it exact
+// (RFC 8259 section 6).
+const maxGeneration = 1<<53 - 1
+
+// maxYear is the last year that is read, in UTC. [time.Time.MarshalJSON] writes years up to
+// 9999 (RFC 3339), and the clock goes on from a time that was read.
+const maxYear = 9998
+
+// checkTime returns an error for a time that can't be written again.
+func checkTime(at time.Time) error {
+	if year := at.UTC().Year(); year < 1 || year > maxYear {
+		return fmt.Errorf("the year of %v isn't in 1 to %d", at, maxYear)
+	}
+	return nil
+}
+
+// checkTimes checks each time of the document.
+func (doc *Document) checkTimes() error {
+	if err := checkTime(doc.Saved); err != nil {
+		return fmt.Errorf("saved: %w", err)
+	}
+	for _, r := range doc.Removed {
+		if err := checkTime(r.At); err != nil {
+			return fmt.Errorf("removed: %w", err)
+		}
+	}
+	for i := range doc.Peers {
+		for _, g := range doc.Peers[i].Permissions {
+			if err := checkTime(g.Until); err != nil {
+				return fmt.Errorf("peer %d, %.70q: until: %w", i+1, doc.Peers[i].Name, err)
+			}
+		}
+	}
+	return nil
 }
 
 // Encode returns the document as one line of JSON, with the fields that Decode didn't know.

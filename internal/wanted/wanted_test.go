@@ -1,8 +1,10 @@
 package wanted
 
 import (
+	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"log/slog"
 	"maps"
 	"net/netip"
@@ -32,14 +34,14 @@ func FuzzMark(f *testing.F) {
 
 func FuzzDocument(f *testing.F) {
 	f.Add([]byte(`{"version":1,"generation":3,"saved":"2026-01-02T15:04:05Z","peers":[]}`))
-	f.Add([]byte(`{"version":1,"peers":[{"name":"phone","publicKey":"` + keyOf("phone") +
+	f.Add([]byte(`{"version":1,"generation":1,"peers":[{"name":"phone","publicKey":"` + keyOf("phone") +
 		`","kind":"own","addresses":["100.64.0.1","fd6d:6573:6800::1"],"endpoint":"a.example:1","keepalive":25,` +
 		`"permissions":{"incoming":{"allowed":true},"routing":{"allowed":true,"until":"2026-01-02T15:04:05Z"},"lan":{"allowed":false}}}],` +
 		`"former":[{"name":"x","now":"phone"}],"removed":[{"addresses":["100.64.0.2","fd6d:6573:6800::2"],"at":"2026-01-02T15:04:05Z"}]}`))
-	f.Add([]byte(`{"version":1,"mesh":{"a":1},"peers":[{"name":"phone","publicKey":"` + keyOf("phone") +
+	f.Add([]byte(`{"version":1,"generation":1,"mesh":{"a":1},"peers":[{"name":"phone","publicKey":"` + keyOf("phone") +
 		`","kind":"own","addresses":["100.64.0.1","fd6d:6573:6800::1"],"note":"x","permissions":{"incoming":{"allowed":true,"by":"me"},"send":{"allowed":true}}}]}`))
 	f.Add([]byte(`{"version":2}`))
-	f.Add([]byte(`{"version":1,"peers":[{}]}`))
+	f.Add([]byte(`{"version":1,"generation":1,"peers":[{}]}`))
 	f.Fuzz(func(t *testing.T, text []byte) {
 		doc, err := Decode(text)
 		if err != nil {
@@ -278,5 +280,89 @@ func TestOlderDocumentIsNotSaved(t *testing.T) {
 	}
 	if may := doc.Peers[0].Permissions; may.Of(mesh.Routing).Allowed || may.Of(mesh.LAN).Allowed {
 		t.Errorf("a restart would bring back %+v", may)
+	}
+}
+
+// TestDocumentRefused decodes documents whose generation or times can't be counted on from
+// there, or written again.
+func TestDocumentRefused(t *testing.T) {
+	peer := `{"name":"phone","publicKey":"` + keyOf("phone") + `","kind":"own","addresses":["100.64.0.1","fd6d:6573:6800::1"],` +
+		`"permissions":{"incoming":{"allowed":true},"routing":{"allowed":true,"until":"%s"},"lan":{"allowed":false}}}`
+	document := func(generation, saved, until, removed string) []byte {
+		return []byte(`{"version":1,` + generation + `"saved":"` + saved + `","peers":[` + fmt.Sprintf(peer, until) +
+			`],"removed":[{"addresses":["100.64.0.2","fd6d:6573:6800::2"],"at":"` + removed + `"}]}`)
+	}
+	const good, late = "2026-01-02T15:04:05Z", "9999-12-31T23:59:59-01:00" // late is in the year 10000, in UTC
+	if _, err := Decode(document(`"generation":9007199254740991,`, good, good, good)); err != nil {
+		t.Fatal(err)
+	}
+	for what, c := range map[string]struct {
+		text []byte
+		want string
+	}{
+		"no generation":          {document("", good, good, good), "generation 0"},
+		"generation 0":           {document(`"generation":0,`, good, good, good), "generation 0"},
+		"generation 2^53":        {document(`"generation":9007199254740992,`, good, good, good), "generation 9007199254740992"},
+		"the last generation":    {document(`"generation":18446744073709551615,`, good, good, good), "generation 18446744073709551615"},
+		"saved too late":         {document(`"generation":1,`, late, good, good), "saved: the year"},
+		"until too late":         {document(`"generation":1,`, good, late, good), `"phone": until: the year`},
+		"removed too late":       {document(`"generation":1,`, good, good, late), "removed: the year"},
+		"saved before the years": {document(`"generation":1,`, "0000-01-01T00:00:00Z", good, good), "saved: the year"},
+	} {
+		if _, err := Decode(c.text); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, want %q", what, err, c.want)
+		}
+	}
+	if at, err := decodeMark([]byte(`{"saved":"` + late + `"}`)); err == nil {
+		t.Errorf("a mark in the year 10000 is read: %v", at)
+	}
+}
+
+// TestEditPanics has an edit panic, which ends its request alone, as net/http recovers it:
+// the next change is made.
+func TestEditPanics(t *testing.T) {
+	dir, err := Lock(filepath.Join(t.TempDir(), "state"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Release()
+	s, err := Open(Options{
+		Dir: dir, Logger: slog.New(slog.DiscardHandler), Record: func(events.Event) {},
+		Narrow: func(*Document) {}, Changed: func(_, _ *Document) {}, SettingsChanged: func() {},
+		Prefixes: mesh.DefaultPrefixes(), Wait: time.Minute, Tick: time.Minute, Wall: time.Now, Random: rand.Reader,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan error)
+	go func() { ended <- s.Run(ctx, func() {}) }()
+	defer func() {
+		if stop(); !t.Failed() { // Run needs the lock, too
+			<-ended
+		}
+	}()
+	func() {
+		defer func() {
+			if recover() == nil {
+				t.Error("the edit doesn't panic")
+			}
+		}()
+		_, _ = s.Edit(ctx, func(*Document, time.Time) (mesh.PublicKey, error) { panic("a fault of ours") })
+	}()
+	limit, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	added := make(chan error, 1)
+	go func() {
+		_, err := s.AddPeer(limit, api.NewPeer{Name: "phone", PublicKey: keyOf("phone")})
+		added <- err
+	}()
+	select {
+	case err := <-added:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-limit.Done():
+		t.Fatal("no change is made any more")
 	}
 }
