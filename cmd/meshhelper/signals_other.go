@@ -5,7 +5,6 @@ package main
 import (
 	"context"
 	"os"
-	"os/signal"
 	"syscall"
 )
 
@@ -16,10 +15,5 @@ var endSignals = []os.Signal{os.Interrupt, syscall.SIGTERM}
 // handleSignals does nothing: endSignals are all there are.
 func handleSignals(ctx context.Context) (context.Context, func()) { return ctx, func() {} }
 
-// endingBy returns a context that ends with one of the signals, until stop is called.
-func endingBy(ctx context.Context, signals ...os.Signal) (_ context.Context, stop func()) {
-	return signal.NotifyContext(ctx, signals...)
-}
-
-// surviveClosedPipe does nothing: without SIGPIPE a write to a closed pipe only fails.
+// surviveClosedPipe does nothing: where a pipe is closed, a write to it only fails.
 func surviveClosedPipe() {}

@@ -6,7 +6,6 @@ import (
 	"context"
 	"os"
 	"os/signal"
-	"slices"
 	"syscall"
 )
 
@@ -32,16 +31,3 @@ func handleSignals(ctx context.Context) (context.Context, func()) {
 // standard error (os/signal, SIGPIPE). It sets a handler rather than SIG_IGN, because the
 // programs that the helper runs would inherit SIG_IGN (execve(2)).
 func surviveClosedPipe() { signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) }
-
-// endingBy returns a context that ends with one of the signals, until stop is called. A
-// signal that the parent process set to be ignored stays ignored: nohup does that with
-// SIGHUP, and a shell with SIGINT for a command in the background. Go knows that of these
-// two only (runtime.initsig). A further signal doesn't cut the command's end short: the end
-// is bounded in time, and SIGKILL remains.
-func endingBy(ctx context.Context, signals ...os.Signal) (_ context.Context, stop func()) {
-	signals = slices.DeleteFunc(slices.Clone(signals), signal.Ignored)
-	if len(signals) == 0 { // Notify takes it for all signals
-		return ctx, func() {}
-	}
-	return signal.NotifyContext(ctx, signals...)
-}

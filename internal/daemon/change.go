@@ -24,18 +24,30 @@ func (d *Daemon) ChangePeer(ctx context.Context, ref string, c api.PeerChange) (
 
 // RemovePeer removes a peer and returns its last state, with its numbers.
 func (d *Daemon) RemovePeer(ctx context.Context, ref string) (api.Changed, error) {
+	// What was counted is read while the peer is taken away, as it may be late or hang. Where
+	// that finds the peer forgotten, the last round's numbers count.
 	now, _ := d.loop.State()
-	before := now.Numbers() // the guard and the tunnel forget the peer with the change
+	read := make(chan held.Numbers, 1)
+	go func() { read <- now.Numbers() }()
 	var gone *mesh.Peer
 	out, err := d.change(ctx, func(ctx context.Context) (wanted.Outcome, error) {
 		o, err := d.wanted.RemovePeer(ctx, ref)
 		gone = o.Gone
 		return o, err
 	})
-	if err == nil && gone != nil {
-		out.Peer = d.apiPeer(gone, before, d.wanted.Now())
+	if err != nil || gone == nil {
+		return out, err
 	}
-	return out, err
+	was := now.Counted
+	select {
+	case n := <-read:
+		if _, found := n.Tunnel[gone.PublicKey]; found {
+			was = n
+		}
+	default:
+	}
+	out.Peer = d.apiPeer(gone, was, d.wanted.Now())
+	return out, nil
 }
 
 // changeLimit returns how long a change waits to be in force. It is a tenth less than

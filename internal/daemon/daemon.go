@@ -182,7 +182,7 @@ func New(o Options) (*Daemon, error) {
 	d.explain = explain.New(explain.Options{
 		Host: o.Host, Wanted: d.wanted, Learned: d.learned,
 		Held: d.loop.State, InForce: d.gate.InForce, NameFailure: d.names.Failure,
-		Languages: o.Languages, StateDir: o.StateDir, Wall: o.Wall, Record: d.journal.Record,
+		Languages: o.Languages, StateDir: o.StateDir, Wall: o.Wall, Record: d.journal.Record, Logger: o.Logger,
 	})
 	return d, nil
 }

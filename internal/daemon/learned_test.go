@@ -143,6 +143,7 @@ func TestRemovalAnswersWithWhatWasCounted(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.add("phone")
 		r.tunnel.setStats(keyOf("phone"), tunnel.PeerStats{LastHandshake: time.Now(), RxBytes: 7, TxBytes: 9})
+		r.after(DefaultTick)
 		r.host.SetFault(func(step string) error {
 			if step == "enforce" {
 				r.tunnel.setStats(keyOf("tablet"), tunnel.PeerStats{})

@@ -1039,3 +1039,45 @@ func TestOpenThatHangs(t *testing.T) {
 		}
 	})
 }
+
+// TestTunnelHangs has the WireGuard device not return from any call: what is taken away is
+// refused at once, nothing passes once the device counts as hung, and a change is answered
+// and in force on the next one.
+func TestTunnelHangs(t *testing.T) {
+	for what, take := range map[string]func(r *rig) error{
+		"deny":   func(r *rig) error { _, err := r.deny("phone", "routing"); return err },
+		"remove": func(r *rig) error { _, err := r.d.RemovePeer(context.Background(), "phone"); return err },
+	} {
+		t.Run(what, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, r *rig) {
+				phone := r.add("phone")
+				r.mustAllow("phone", "routing", "")
+				if !r.passes(phone) {
+					t.Fatal("nothing passes before")
+				}
+				free := r.tunnel.getStuck()
+				defer free()
+				answered := make(chan error, 1)
+				go func() { answered <- take(r) }()
+				synctest.Wait()
+				if r.passes(phone) {
+					t.Error("the guard passes what was taken away")
+				}
+				r.after(2 * reconcile.StepLimit)
+				select {
+				case err := <-answered:
+					t.Logf("answered: %v", err)
+				default:
+					t.Error("not answered")
+				}
+				r.after(2 * DefaultTick)
+				if s := r.d.Status(); s.State != api.Enforcing || s.Enforced != s.Generation || r.loaded("phone") != 0 {
+					t.Errorf("%s, %d of %d, and the filter has %v", s.State, s.Enforced, s.Generation, r.loaded("phone"))
+				}
+				if told := r.events(events.Problem); !slices.ContainsFunc(told, func(e string) bool { return strings.Contains(e, "doesn't answer; making it again") }) {
+					t.Errorf("no event says that the tunnel hung: %q", told)
+				}
+			})
+		})
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -26,6 +27,7 @@ type beset struct {
 	takes time.Duration
 	found []host.Problem
 	err   error
+	bug   any // panicked with, if not nil
 	asked []*policy.Ruleset
 	outer []netip.AddrPort
 }
@@ -39,8 +41,11 @@ func (b *beset) set(takes time.Duration, found []host.Problem, err error) {
 func (b *beset) Others(ctx context.Context, r *policy.Ruleset, outer []netip.AddrPort) ([]host.Problem, error) {
 	b.mu.Lock()
 	b.asked, b.outer = append(b.asked, r), outer
-	takes, found, err := b.takes, b.found, b.err
+	takes, found, err, bug := b.takes, b.found, b.err, b.bug
 	b.mu.Unlock()
+	if bug != nil {
+		panic(bug)
+	}
 	if !retry.Sleep(ctx, takes) {
 		return nil, context.Cause(ctx)
 	}
@@ -160,6 +165,34 @@ func TestLongLooksArePaced(t *testing.T) {
 		defer b.mu.Unlock()
 		if n := len(b.asked); n > 180 || n < 100 {
 			t.Errorf("%d looks of a second in an hour", n)
+		}
+	})
+}
+
+// TestOthersPanic has the code that judges other software's rules panic: the helper goes on,
+// and the status says so until it doesn't any more.
+func TestOthersPanic(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		b := &beset{bug: "index out of range"}
+		o := r.options()
+		o.Host.Others, o.Host.Judge = b, b
+		r.startWith(o)
+		defer r.end()
+		told := func() bool {
+			return slices.ContainsFunc(r.d.Status().Problems, func(p api.Problem) bool { return strings.Contains(p.Message, "index out of range") })
+		}
+		r.add("phone")
+		r.mustAllow("phone", "routing", "")
+		r.after(2 * time.Minute)
+		if s := r.d.Status(); s.State != api.Enforcing || !told() {
+			t.Errorf("%s, %+v", s.State, s.Problems)
+		}
+		b.mu.Lock()
+		b.bug = nil
+		b.mu.Unlock()
+		if r.after(2 * time.Minute); told() {
+			t.Errorf("still told: %+v", r.d.Status().Problems)
 		}
 	})
 }

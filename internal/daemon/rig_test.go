@@ -266,11 +266,33 @@ type fakeTunnel struct {
 	refuse  error // Sync's result
 	// hang, if not nil, holds up Close until it is closed.
 	hang chan struct{}
+	// stuck, if not nil, holds up Sync and Stats until it is closed.
+	stuck chan struct{}
 	// rebinding, if not nil, is what Rebind waits for, unless the tunnel ends.
 	rebinding chan struct{}
 }
 
+// waitStuck waits while the tunnel hangs.
+func (f *fakeTunnel) waitStuck() {
+	f.mu.Lock()
+	stuck := f.stuck
+	f.mu.Unlock()
+	if stuck != nil {
+		<-stuck
+	}
+}
+
+// getStuck has Sync and Stats hang, until free is called.
+func (f *fakeTunnel) getStuck() (free func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	stuck := make(chan struct{})
+	f.stuck = stuck
+	return func() { close(stuck) }
+}
+
 func (f *fakeTunnel) Sync(want []tunnel.Peer) error {
+	f.waitStuck()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.refuse != nil {
@@ -281,6 +303,7 @@ func (f *fakeTunnel) Sync(want []tunnel.Peer) error {
 }
 
 func (f *fakeTunnel) Stats() (map[mesh.PublicKey]tunnel.PeerStats, error) {
+	f.waitStuck()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.reads++

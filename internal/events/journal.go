@@ -139,6 +139,8 @@ func decodeEvents(text []byte) []Event {
 		if n := len(out); n > 0 && out[n-1].Seq >= e.Seq {
 			continue
 		}
+		// The file may have been edited: its texts go to terminals, too.
+		e.Kind, e.Peer, e.Message = Kind(plain.Text(string(e.Kind))), plain.Text(e.Peer), plain.Text(e.Message)
 		out = append(out, e)
 	}
 	return slices.Clone(out[max(0, len(out)-maxEvents):])

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/meshhelper/meshhelper/internal/plain"
 )
 
 const eventsFile = "events.jsonl"
@@ -168,6 +170,7 @@ func TestJournalThatCannotBeWritten(t *testing.T) {
 
 func FuzzDecodeEvents(f *testing.F) {
 	f.Add([]byte(`{"seq":1,"time":"2026-01-02T15:04:05Z","kind":"change","message":"x"}` + "\n" + `{"seq":2`))
+	f.Add([]byte(`{"seq":1,"kind":"change\u001b[2J","peer":"\u202e","message":"x\nok"}`))
 	f.Fuzz(func(t *testing.T, text []byte) {
 		var last uint64
 		for _, e := range decodeEvents(text) {
@@ -177,6 +180,11 @@ func FuzzDecodeEvents(f *testing.F) {
 			last = e.Seq
 			if _, err := json.Marshal(e); err != nil {
 				t.Fatal(err)
+			}
+			for _, text := range []string{string(e.Kind), e.Peer, e.Message} {
+				if plain.Text(text) != text {
+					t.Fatalf("%q isn't for a terminal", text)
+				}
 			}
 		}
 	})

@@ -2,6 +2,7 @@ package explain
 
 import (
 	"context"
+	"log/slog"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -39,6 +40,7 @@ type Options struct {
 	StateDir string             // required: where Doctor writes its trial file
 	Wall     func() time.Time   // required: the wall clock
 	Record   func(events.Event) // required: must not block
+	Logger   *slog.Logger       // required: must not block
 }
 
 // Explainer answers questions about a running helper. Its methods may be called by any

@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"fmt"
 	"maps"
 	"net/netip"
+	"runtime/debug"
 	"slices"
 	"time"
 
@@ -82,7 +84,7 @@ func (x *Explainer) examineOthers(ctx context.Context, c held.State) {
 	case <-limit.Done():
 		return
 	}
-	found, err := x.o.Host.Others.Others(limit, c.Loaded, outerAddresses(c.Counted))
+	found, err := x.hostsProblems(limit, c)
 	if ctx.Err() != nil {
 		return
 	}
@@ -102,4 +104,16 @@ func (x *Explainer) lastOthersProblems() []host.Problem {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	return x.othersProblems
+}
+
+// hostsProblems asks the host. A panic is an error: rules of other software may be anything,
+// and what they do to the code that judges them must not end the helper.
+func (x *Explainer) hostsProblems(ctx context.Context, c held.State) (found []host.Problem, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			x.o.Logger.Error("a bug in what examines other software's rules", "panic", v, "stack", string(debug.Stack()))
+			found, err = nil, fmt.Errorf("a bug of meshhelper's, see the log: %v", v)
+		}
+	}()
+	return x.o.Host.Others.Others(ctx, c.Loaded, outerAddresses(c.Counted))
 }

@@ -45,7 +45,7 @@ func (l *Loop) open(ctx context.Context) error {
 	if err != nil {
 		return err // NewTunnel closed dev
 	}
-	l.tunnel, l.iface = tunnel, name
+	l.tunnel, l.iface = bound(tunnel), name
 	return nil
 }
 
@@ -60,11 +60,15 @@ func (l *Loop) port() uint16 {
 }
 
 // dropTunnel handles a tunnel that ended by itself, because another program removed the
-// interface: the next round makes it again. It closes the guard first, and then waits
-// TunnelLimit at most for the rest of the tunnel to end.
+// interface, or one that hangs: the next round makes it again. It closes the guard first, and
+// then waits TunnelLimit at most for the rest of the tunnel to end.
 func (l *Loop) dropTunnel() {
 	l.o.Gate.set(nil, nil)
-	l.o.Record(events.Event{Kind: events.Problem, Message: fmt.Sprintf("the mesh interface %s is gone; making it again", l.iface)})
+	cause := fmt.Sprintf("the mesh interface %s is gone", l.iface)
+	if l.tunnel.hasHung() {
+		cause = fmt.Sprintf("the tunnel on %s doesn't answer", l.iface)
+	}
+	l.o.Record(events.Event{Kind: events.Problem, Message: cause + "; making it again"})
 	if !returnsInTime(l.tunnel.Close) {
 		l.o.Record(events.Event{Kind: events.Problem, Message: fmt.Sprintf("the tunnel that was on it didn't end in %v; going on without it", TunnelLimit)})
 	}

@@ -106,10 +106,10 @@ type Loop struct {
 	now     held.State    // the latest published one
 	changed chan struct{} // closed when now is replaced
 
-	tunnel Tunnel        // nil while there is no mesh interface
-	guard  *guard.Device // the last one, also after its tunnel has ended
-	limits host.Limits   // of the host's packet filter, when the guard was made
-	iface  string        // the mesh interface's name
+	tunnel *boundedTunnel // nil while there is no mesh interface
+	guard  *guard.Device  // the last one, also after its tunnel has ended
+	limits host.Limits    // of the host's packet filter, when the guard was made
+	iface  string         // the mesh interface's name
 	// opened is set once the host made an interface: from then on the host must be put back.
 	opened bool
 

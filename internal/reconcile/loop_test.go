@@ -13,7 +13,7 @@ import (
 // tunnel replaces it. The new tunnel's request isn't lost.
 func TestRebindOfTheNewTunnel(t *testing.T) {
 	type device struct{ Tunnel }
-	old, next := &device{}, &device{}
+	old, next := &boundedTunnel{Tunnel: &device{}}, &boundedTunnel{Tunnel: &device{}}
 	l := &Loop{rebind: make(chan Tunnel, 1), tunnel: old}
 	l.requestRebind()
 	l.tunnel = next

@@ -127,7 +127,7 @@ type Device struct {
 	mu    sync.Mutex // serialises changes, so that peers and owner are what wg holds
 	peers map[mesh.PublicKey]Peer
 	owner map[netip.Prefix]mesh.PublicKey // by allowed IP
-	port  uint16                          // UDP, that the device listens on
+	port  uint16                          // UDP, that the device listens on; fixed once New returns
 	// onLearned are the peers that were added at a learned endpoint and have a different
 	// configured one, with the time by which they must have answered; see startLearned.
 	onLearned      map[mesh.PublicKey]time.Time
@@ -219,11 +219,7 @@ func (d *Device) readPort() error {
 func (d *Device) PublicKey() mesh.PublicKey { return d.own }
 
 // ListenPort returns the UDP port that the device listens on.
-func (d *Device) ListenPort() uint16 {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.port
-}
+func (d *Device) ListenPort() uint16 { return d.port }
 
 // Set adds peer, or changes the one with its public key, and leaves the sessions of other
 // peers alone. Repeating a Set does nothing. An endpoint set to zero stays in use until the
