@@ -113,7 +113,7 @@ func benchDaemon(b *testing.B, peers int) *Daemon {
 		}
 		d.Close()
 	})
-	if err := d.awaitEnforced(ctx, d.wanted.Document().Generation, time.Now().Add(time.Minute)); err != nil {
+	if err := d.awaitEnforced(ctx, d.wanted.Document().Generation, time.Now().Add(time.Minute)); err.why != "" {
 		b.Fatal(err)
 	}
 	return d

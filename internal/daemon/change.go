@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
@@ -74,15 +75,15 @@ func (d *Daemon) change(ctx context.Context, edit func(context.Context) (wanted.
 	var out api.Changed
 	d.loop.Wake()
 	// The disk works at the same time, so waiting for it second costs nothing.
-	enforceErr := d.awaitEnforced(ctx, o.Document.Generation, began.Add(d.changeLimit()))
+	pending := d.awaitEnforced(ctx, o.Document.Generation, began.Add(d.changeLimit()))
 	saveErr := d.wanted.AwaitSaved(saving, o)
 	switch {
 	case editErr != nil: // only the part that revokes was published; see wanted.State.Edit
 		return api.Changed{}, editErr
 	case saveErr != nil:
-		return api.Changed{}, d.wanted.NotSaved(o, saveErr, enforceErr)
-	case enforceErr != nil:
-		return api.Changed{}, enforceErr
+		return api.Changed{}, d.wanted.NotSaved(o, saveErr, pending.why)
+	case pending.why != "":
+		return api.Changed{}, api.Errorf(api.CodeNotInForce, "saved, not in force: %s", pending.why).WithHint("%s", pending.hint)
 	case o.After != nil:
 		return api.Changed{}, o.After
 	}
@@ -98,38 +99,40 @@ func (d *Daemon) change(ctx context.Context, edit func(context.Context) (wanted.
 	return out, nil
 }
 
+// pending is why the host doesn't enforce a change yet. The zero value says that it does.
+type pending struct{ why, hint string }
+
 // awaitEnforced waits until the host enforces the generation or a later one. At the deadline,
-// or when ctx ends, it returns an error with CodeNotInForce.
-func (d *Daemon) awaitEnforced(ctx context.Context, generation uint64, deadline time.Time) error {
+// or when ctx ends, it returns why the host doesn't.
+func (d *Daemon) awaitEnforced(ctx context.Context, generation uint64, deadline time.Time) pending {
 	began := time.Now()
 	limit := time.NewTimer(time.Until(deadline))
 	defer limit.Stop()
 	for {
 		s, changed := d.loop.State()
 		if s.Enforced >= generation {
-			return nil
+			return pending{}
 		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return api.Errorf(api.CodeNotInForce, "saved, not in force: the helper is stopping")
+			return pending{why: "the helper is stopping"}
 		case <-limit.C:
-			return notInForce(s, time.Since(began).Round(time.Second))
+			return whyPending(s, time.Since(began).Round(time.Second))
 		}
 	}
 }
 
-// notInForce returns the error for a change that is saved, but that the host doesn't enforce
-// after the time waited: the first problem of the state, which is the cause.
-func notInForce(s held.State, waited time.Duration) error {
+// whyPending returns why the host doesn't enforce a change after the time waited: the first
+// problem of the state, which is the cause.
+func whyPending(s held.State, waited time.Duration) pending {
 	if len(s.Problems) == 0 {
-		return api.Errorf(api.CodeNotInForce, "saved, not in force after %v: the host is slow", waited).
-			WithHint("see `meshhelper status`")
+		return pending{fmt.Sprintf("the host is slow, it took longer than %v", waited), "see `meshhelper status`"}
 	}
 	p := s.Problems[0]
 	hint := p.Hint
 	if hint == "" {
 		hint = "it is tried again; see `meshhelper status`"
 	}
-	return api.Errorf(api.CodeNotInForce, "saved, not in force: %s: %s", p.Step, p.Message).WithHint("%s", hint)
+	return pending{p.Step + ": " + p.Message, hint}
 }

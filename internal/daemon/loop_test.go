@@ -479,7 +479,7 @@ func TestPortLost(t *testing.T) {
 			if len(s.Problems) != problems || s.State != api.Enforcing {
 				t.Errorf("%s, problems %v, want %d", s.State, s.Problems, problems)
 			}
-			if problems > 0 && (s.Problems[0].Step != "bind UDP port" || !strings.Contains(s.Problems[0].Message, "51820")) {
+			if problems > 0 && (s.Problems[0].Step != "tunnel" || !strings.HasPrefix(s.Problems[0].Message, "bind UDP port: 51820")) {
 				t.Errorf("problem %+v", s.Problems[0])
 			}
 		}
@@ -566,7 +566,7 @@ func TestTunnelDies(t *testing.T) {
 		r.portTaken.Store(true) // another program is quick to take its port
 		old.Close()
 		r.after(time.Minute)
-		if s := r.d.Status(); s.State != api.Closed || len(s.Problems) != 1 || s.Problems[0].Step != "start WireGuard" {
+		if s := r.d.Status(); s.State != api.Closed || len(s.Problems) != 1 || s.Problems[0].Step != "tunnel" || !strings.HasPrefix(s.Problems[0].Message, "start WireGuard: ") {
 			t.Errorf("state %s, problems %v", s.State, s.Problems)
 		}
 		r.portTaken.Store(false)

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"errors"
 	"net/netip"
 	"time"
 
@@ -122,3 +123,12 @@ func (e *StepError) Error() string { return e.Step + ": " + e.Err.Error() }
 
 // Unwrap returns the cause.
 func (e *StepError) Unwrap() error { return e.Err }
+
+// AtStep returns err as one of a step, unless it names its step itself. A nil err stays nil.
+func AtStep(step string, err error) error {
+	var named *StepError
+	if err == nil || errors.As(err, &named) {
+		return err
+	}
+	return &StepError{Step: step, Err: err}
+}

@@ -27,12 +27,12 @@ func (l *Loop) open(ctx context.Context) error {
 		Name: l.o.Interface, MTU: l.o.MTU, Addresses: l.id.Own.List(), Prefixes: l.id.List(),
 	})
 	if err != nil {
-		return fmt.Errorf("open mesh interface: %w", err)
+		return host.AtStep(stepOpen, err)
 	}
 	l.opened = true
 	name, err := dev.Name()
 	if err != nil {
-		return errors.Join(fmt.Errorf("open mesh interface: %w", err), dev.Close())
+		return errors.Join(host.AtStep(stepOpen, err), dev.Close())
 	}
 	l.limits = l.o.Host.Enforcer.Limits()
 	l.guard = guard.New(dev, guard.Options{ // nothing passes yet
@@ -43,7 +43,7 @@ func (l *Loop) open(ctx context.Context) error {
 	l.o.Gate.setGuard(l.guard)
 	tunnel, err := l.o.NewTunnel(l.guard, l.o.Wanted.Key(), l.port())
 	if err != nil {
-		return err // NewTunnel closed dev
+		return host.AtStep(stepTunnel, err) // NewTunnel closed dev
 	}
 	l.tunnel, l.iface = bound(tunnel), name
 	return nil

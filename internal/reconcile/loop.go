@@ -249,7 +249,7 @@ func (l *Loop) round(ctx context.Context) {
 	case err != nil && ctx.Err() == nil:
 		l.failClosed(ctx, doc, err)
 	case l.syncErr != nil:
-		l.addProblem(l.syncErr)
+		l.addProblem(host.AtStep(stepTunnel, l.syncErr))
 	}
 	l.schedule(err == nil && l.syncErr == nil && !l.unobserved)
 	l.readTunnel()

@@ -9,6 +9,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/guard"
 	"github.com/meshhelper/meshhelper/internal/held"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/learned"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -43,11 +44,11 @@ func (l *Loop) readTunnel() {
 		l.requestRebind()
 	}
 	if err := l.tunnel.Listening(); err != nil {
-		l.addProblem(err)
+		l.addProblem(host.AtStep(stepTunnel, err))
 	}
 	n, err := (&held.State{Tunnel: l.tunnel, Guard: l.guard}).ReadNumbers()
 	if err != nil {
-		l.addProblem(err)
+		l.addProblem(host.AtStep(stepTunnel, err))
 		return
 	}
 	l.seen.guard, l.counted = n.Guard, n

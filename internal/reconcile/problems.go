@@ -3,10 +3,15 @@ package reconcile
 import (
 	"errors"
 	"slices"
-	"strings"
 
 	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/host"
+)
+
+// The steps of errors that name none themselves.
+const (
+	stepOpen   = "open mesh interface"
+	stepTunnel = "tunnel"
 )
 
 // addProblem adds an error to this round's problems, unless it is one of them. It records an
@@ -29,9 +34,5 @@ func problemOf(err error) host.Problem {
 	if errors.As(err, &step) {
 		return host.Problem{Step: step.Step, Message: step.Err.Error(), Hint: step.Hint}
 	}
-	name, message, found := strings.Cut(err.Error(), ": ")
-	if !found {
-		name, message = "reconcile", err.Error()
-	}
-	return host.Problem{Step: name, Message: message}
+	return host.Problem{Step: "reconcile", Message: err.Error()}
 }

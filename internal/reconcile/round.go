@@ -21,31 +21,31 @@ func (l *Loop) reconcile(ctx context.Context, doc *wanted.Document) error {
 	if err := l.open(ctx); err != nil {
 		return err
 	}
-	host, err := l.observe(ctx)
+	facts, err := l.observe(ctx)
 	if err != nil {
 		// A failed observation closes nothing: the last one counts until the next.
-		err = fmt.Errorf("observe host: %w", err)
+		err = host.AtStep("observe host", err)
 		if l.held == 0 || l.current == nil {
 			return err
 		}
 		l.addProblem(err)
-		host, l.unobserved = l.host, true
+		facts, l.unobserved = l.host, true
 	}
 	// The tunnel comes first: a new peer in it can't do anything before the guard and the filter
 	// have rules for it. Peers that take over an address are added after enforce.
 	peers := l.tunnelPeers(doc)
 	port := l.tunnel.ListenPort()
-	l.tunnel.SetOwnEndpoints(ownEndpoints(host, port))
+	l.tunnel.SetOwnEndpoints(ownEndpoints(facts, port))
 	l.syncErr = l.tunnel.Sync(l.withoutTakeovers(peers))
-	if l.held == doc.Generation && reflect.DeepEqual(host, l.host) && port == l.current.Mesh().ListenPort {
+	if l.held == doc.Generation && reflect.DeepEqual(facts, l.host) && port == l.current.Mesh().ListenPort {
 		return l.checkDrift(ctx, doc)
 	}
-	if l.current != nil && pathOf(host) != pathOf(l.host) {
+	if l.current != nil && pathOf(facts) != pathOf(l.host) {
 		l.requestRebind()
 	}
-	r, err := l.o.Gate.compile(cmp.Or(l.o.Gate.InForce(), l.current), policyMesh(doc, l.id, port, true), host)
+	r, err := l.o.Gate.compile(cmp.Or(l.o.Gate.InForce(), l.current), policyMesh(doc, l.id, port, true), facts)
 	if err != nil {
-		return err
+		return host.AtStep("compile the policy", err)
 	}
 	l.wanted = r
 	if err := l.enforce(ctx, r, doc); err != nil {
@@ -61,15 +61,15 @@ func (l *Loop) reconcile(ctx context.Context, doc *wanted.Document) error {
 func (l *Loop) observe(ctx context.Context) (policy.Host, error) {
 	ctx, cancel := context.WithTimeout(ctx, ObserveLimit)
 	defer cancel()
-	host, err := l.o.Host.Observer.Observe(ctx)
+	facts, err := l.o.Host.Observer.Observe(ctx)
 	endpoint := l.o.Wanted.Settings().Endpoint
-	host.OutsidePort = endpoint.Port
+	facts.OutsidePort = endpoint.Port
 	if a, notAddr := netip.ParseAddr(endpoint.Host); notAddr == nil {
-		host.Outside = append(host.Outside, a.Unmap())
-		return host, err
+		facts.Outside = append(facts.Outside, a.Unmap())
+		return facts, err
 	}
-	host.Outside = append(host.Outside, l.o.Learned.Outside().Addresses...)
-	return host, err
+	facts.Outside = append(facts.Outside, l.o.Learned.Outside().Addresses...)
+	return facts, err
 }
 
 // enforce puts r into force. The guard comes first, so that nothing passes by the old policy
@@ -104,7 +104,7 @@ func (l *Loop) loadAndRead(ctx context.Context, r *policy.Ruleset) error {
 	l.read = nil
 	for range ReadTries {
 		if err := l.load(ctx, r); err != nil {
-			return fmt.Errorf("enforce: %w", err)
+			return host.AtStep("enforce", err)
 		}
 		if err = l.inspect(ctx, r); err == nil {
 			drift := l.report.Drift
@@ -134,7 +134,7 @@ func (l *Loop) inspect(ctx context.Context, r *policy.Ruleset) error {
 	defer cancel()
 	report, err := l.o.Host.Enforcer.Inspect(ctx, r)
 	if err != nil {
-		return fmt.Errorf("inspect: %w", err)
+		return host.AtStep("inspect", err)
 	}
 	l.report = report
 	return nil
@@ -198,7 +198,7 @@ func (l *Loop) cut(ctx context.Context, r *policy.Ruleset) error {
 	ctx, cancel := context.WithTimeout(ctx, StepLimit)
 	defer cancel()
 	if err := l.o.Host.Enforcer.Cut(ctx, r, l.narrowed); err != nil {
-		return fmt.Errorf("cut flows: %w", err)
+		return host.AtStep("cut flows", err)
 	}
 	l.narrowed = nil
 	return nil
@@ -264,7 +264,7 @@ func (l *Loop) failClosed(ctx context.Context, doc *wanted.Document, cause error
 		err = l.enforce(ctx, closed, doc)
 	}
 	if err != nil {
-		l.addProblem(fmt.Errorf("close: %w", err))
+		l.addProblem(host.AtStep("close", err))
 	}
 }
 

@@ -125,9 +125,9 @@ func (s *State) AwaitSaved(ctx context.Context, o Outcome) error {
 }
 
 // NotSaved returns the error, with code [api.CodeNotSaved], of a change that is in force
-// but would be lost by a restart. cause is why it couldn't be saved. A notHeld that isn't
-// nil says that the packet filter doesn't enforce the change yet.
-func (s *State) NotSaved(o Outcome, cause, notHeld error) error {
+// but would be lost by a restart. cause is why it couldn't be saved. notHeld is why the packet
+// filter doesn't enforce the change yet, or empty if it does.
+func (s *State) NotSaved(o Outcome, cause error, notHeld string) error {
 	message := notSaved(cause)
 	if o.from != nil && !errors.Is(cause, errUnsynced) {
 		var did, name string
@@ -135,15 +135,15 @@ func (s *State) NotSaved(o Outcome, cause, notHeld error) error {
 		switch was, is := o.from.changedPeer(o.Document); {
 		case is != nil:
 			did, name = differences(was, is), was.Name
-		case notHeld != nil:
+		case notHeld != "":
 			did, name, back = was.Name+" is no peer any more", was.Name, "back"
 		default:
 			did, name, back = was.Name+" is no peer any more and its connections have ended", was.Name, "back"
 		}
 		message = fmt.Sprintf("%s, but this isn't saved: after a restart %s is %s: %v", did, name, back, cause)
 	}
-	if notHeld != nil {
-		message += fmt.Sprintf("; the guard enforces it, the packet filter doesn't yet: %s", strings.TrimPrefix(notHeld.Error(), "saved, not in force: "))
+	if notHeld != "" {
+		message += "; the guard enforces it, the packet filter doesn't yet: " + notHeld
 	}
 	return api.Errorf(api.CodeNotSaved, "%s", message).WithHint("%s", s.disk.hint())
 }
