@@ -22,11 +22,11 @@ const dependenciesPage = "../../docs/dependencies.md"
 // onlyTests is the cell of a module that only files of tests import.
 const onlyTests = "tests"
 
-// TestDependencies holds the table of docs/dependencies.md to go.mod and to the imports: a
+// TestTableOfDependencies holds the table of docs/dependencies.md to go.mod and to the imports: a
 // row for each module that go.mod requires directly, with the folders that import it outside
 // of tests. With -update it writes the folders anew; why a module is used is for a person to
 // write, so it adds no row.
-func TestDependencies(t *testing.T) {
+func TestTableOfDependencies(t *testing.T) {
 	users := moduleUsers(t)
 	text, err := os.ReadFile(dependenciesPage)
 	if err != nil {
@@ -52,7 +52,7 @@ func TestDependencies(t *testing.T) {
 			continue
 		}
 		if cells[1] != want && !*update {
-			t.Errorf("%s: the page says\n%s\nand the imports are\n%s\nwrite them anew with go test ./internal/imports -run Dependencies -update", module, cells[1], want)
+			t.Errorf("%s: the page says\n%s\nand the imports are\n%s\nwrite them anew with go test ./internal/imports -run TableOfDependencies -update", module, cells[1], want)
 		}
 		fmt.Fprintf(&page, "| %s | %s | %s\n", module, want, cells[2])
 	}
