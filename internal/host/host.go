@@ -121,7 +121,7 @@ type Ways interface {
 	// packet that arrives on p.In, such as a peer's on the mesh interface, or of the
 	// host's own if p.In is empty. Without a source the kernel chooses one. Marks that
 	// other software's rules set are considered as far as those rules are understood;
-	// redirects aren't. Way waits until a running Enforce has ended, or ctx ends.
+	// redirects aren't. It doesn't wait for other methods, nor they for it.
 	Way(ctx context.Context, p Packet) (Way, error)
 
 	// WayCommand returns a command line that shows a person the way to an address on this

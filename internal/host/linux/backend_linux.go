@@ -41,7 +41,7 @@ type Backend struct {
 	o Options
 	// worker runs the methods that use the kernel or the fields below, on a thread in the
 	// backend's network namespace. Only Limits and Renderer run on the caller's goroutine;
-	// others has a worker of its own.
+	// others and packets have workers of their own.
 	worker *worker
 	// nl is for links, addresses, routes and policy rules, xfrm for IPsec policies.
 	nl     *nlconn.Handle
@@ -92,7 +92,13 @@ type Backend struct {
 	sources map[bool]netip.Addr
 	// maxFlows overrides flowsPerPeer in tests; 0: not set.
 	maxFlows uint32
-	others   *others
+
+	// others and packets answer questions that only inform: what other software has
+	// against a whole ruleset, and what happens to one packet. They share nothing with
+	// the fields above but observed.
+	others   others
+	packets  informer
+	observed observed
 }
 
 // New returns a backend without changing the host. It fails if the kernel's netlink
@@ -124,8 +130,12 @@ func New(o Options) (*Backend, error) {
 	if err := p.dial(); err != nil {
 		return nil, errors.Join(err, p.release())
 	}
-	if p.others, err = newOthers(sysctls{sysctlRoot}); err != nil {
-		return nil, errors.Join(err, p.release())
+	p.others.informer = informer{task: stepOthers, sys: sysctls{sysctlRoot}, observed: &p.observed}
+	p.packets = informer{task: "examine a packet", sys: sysctls{sysctlRoot}, observed: &p.observed}
+	for _, i := range []*informer{&p.others.informer, &p.packets} {
+		if err := i.start(); err != nil {
+			return nil, errors.Join(err, p.release())
+		}
 	}
 	p.forward = &forwarding{
 		sys: sysctls{sysctlRoot}, dir: o.StateDir, writer: &journalWriter{dir: o.StateDir}, boot: bootID(), step: o.Step,
@@ -734,10 +744,9 @@ func (p *Backend) removeAll() error {
 // release closes the sockets and ends the workers.
 func (p *Backend) release() error {
 	p.worker.stop()
-	var errs []error
-	if p.others != nil {
-		errs = append(errs, p.others.release())
-	}
+	limit, cancel := context.WithTimeout(context.Background(), closeLimit)
+	defer cancel()
+	errs := []error{p.others.release(limit), p.packets.release(limit)}
 	for _, h := range []*nlconn.Handle{p.nl, p.xfrm} {
 		if h != nil {
 			h.Close()

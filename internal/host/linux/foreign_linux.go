@@ -126,16 +126,16 @@ const (
 
 // newEvaluator returns an evaluator of the current ruleset. Its requests fail after ctx
 // has ended.
-func (o *others) newEvaluator(ctx context.Context) (*evaluator, error) {
+func (i *informer) newEvaluator(ctx context.Context) (*evaluator, error) {
 	e := &evaluator{
-		list:  func() ([]*nftables.Chain, error) { return o.lists.ListChains(nftables.TableFamilyUnspecified) },
-		index: indexOf, port: uint16(o.port.Load()),
-		generation: func() (uint32, error) { return generationOf(o.sock) },
+		list:  func() ([]*nftables.Chain, error) { return i.lists.ListChains(nftables.TableFamilyUnspecified) },
+		index: indexOf, port: uint16(i.observed.port.Load()),
+		generation: func() (uint32, error) { return generationOf(i.sock) },
 		ask: func(m mdlayher.Message) ([]mdlayher.Message, error) {
 			if err := ctx.Err(); err != nil {
 				return nil, err
 			}
-			return o.sock.Execute(m)
+			return i.sock.Execute(m)
 		},
 	}
 	return e, e.begin()
@@ -180,6 +180,24 @@ func indexOf(name string) int {
 		return 0
 	}
 	return int(ifr.Uint32())
+}
+
+// nameOf returns the name of an interface in this thread's network namespace.
+func nameOf(index int) (string, bool) {
+	ifr, err := unix.NewIfreq("")
+	if err != nil {
+		return "", false
+	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return "", false
+	}
+	defer unix.Close(fd)
+	ifr.SetUint32(uint32(index))
+	if unix.IoctlIfreq(fd, unix.SIOCGIFNAME, ifr) != nil {
+		return "", false
+	}
+	return ifr.Name(), true
 }
 
 // position is where on its way a packet is.

@@ -15,23 +15,53 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// others examines what exists beside our table: other software's chains and flow tables,
-// and conntrack. It has a worker and sockets of its own, so enforcing never waits for it,
-// however many rules other software has loaded.
-type others struct {
-	worker *worker
-	sys    sysctls
-	// lists reads lists through sock. outOfSync is set when an exchange was abandoned,
-	// because a late answer would be taken for that to the next request.
+// informer answers questions that only inform. It has a worker and sockets of its own, so
+// enforcing never waits for an answer, however many questions there are and however many
+// rules other software has loaded.
+type informer struct {
+	worker   *worker
+	task     string // what its calls do, for the error of one that hangs
+	sys      sysctls
+	observed *observed
+	// lists reads lists of nftables through sock; routes looks up routes. outOfSync is set
+	// when an exchange was abandoned, because a late answer would be taken for that to the
+	// next request.
 	lists     *nlconn.Nftables
 	sock      *nlconn.Conn
+	routes    *nlconn.Conn
 	flows     *conntrack
 	outOfSync bool
+}
+
+// observed holds the facts from the last Observe that informers need. The enforcing worker
+// stores them.
+type observed struct {
 	// port is a port that peers' flows are translated to, as observePorts chose it; 0:
 	// none.
 	port atomic.Uint32
-	// mesh is the name of the mesh interface, a string.
-	mesh atomic.Value
+	mesh atomic.Pointer[meshInterface] // nil before the first Observe
+}
+
+// meshInterface is the mesh interface with the host's own mesh addresses.
+type meshInterface struct {
+	name      string
+	addresses []netip.Addr
+}
+
+// meshInterface returns the mesh interface, or the zero value before the first Observe.
+func (o *observed) meshInterface() meshInterface {
+	if m := o.mesh.Load(); m != nil {
+		return *m
+	}
+	return meshInterface{}
+}
+
+// others examines what exists beside our table: other software's chains and flow tables,
+// and conntrack. Questions about single packets have another informer: clients ask as many
+// of those as they like, and the flows of peers beyond their shares, which endExcess ends,
+// mustn't wait for them.
+type others struct {
+	informer
 
 	// holders and excess keep the results of the last readings of conntrack.
 	holders holders
@@ -52,78 +82,81 @@ type lookInputs struct {
 	samples    string
 }
 
-// newOthers opens the sockets in the network namespace of the calling thread.
-func newOthers(sys sysctls) (*others, error) {
-	w, err := newWorker()
-	if err != nil {
-		return nil, err
+// start starts the worker and opens the sockets, in the network namespace of the calling
+// thread.
+func (i *informer) start() (err error) {
+	if i.worker, err = newWorker(); err != nil {
+		return err
 	}
-	o := &others{worker: w, sys: sys, outOfSync: true}
-	if err := w.run(context.Background(), o.reopen); err != nil {
-		w.stop()
-		return nil, err
-	}
-	return o, nil
+	i.outOfSync = true
+	return i.worker.run(context.Background(), i.reopen)
 }
 
 // reopen opens the sockets if they aren't open or mustn't be used any more.
-func (o *others) reopen() error {
-	if !o.outOfSync {
+func (i *informer) reopen() error {
+	if !i.outOfSync {
 		return nil
 	}
-	if err := o.close(); err != nil {
+	if err := i.close(); err != nil {
 		return err
 	}
 	lists, sock, err := openNftables()
 	if err != nil {
 		return err
 	}
-	o.lists, o.sock = lists, sock
-	if o.flows, err = openConntrack(); err != nil {
+	i.lists, i.sock = lists, sock
+	if i.routes, err = dialRoutes(); err != nil {
 		return err
 	}
-	o.outOfSync = false
+	if i.flows, err = openConntrack(); err != nil {
+		return err
+	}
+	i.outOfSync = false
 	return nil
 }
 
 // close closes the sockets that are open.
-func (o *others) close() error {
+func (i *informer) close() error {
 	var errs []error
-	if o.sock != nil {
-		errs = append(errs, o.sock.Close())
+	for _, c := range []*nlconn.Conn{i.sock, i.routes} {
+		if c != nil {
+			errs = append(errs, c.Close())
+		}
 	}
-	if o.flows != nil {
-		errs = append(errs, o.flows.close())
+	if i.flows != nil {
+		errs = append(errs, i.flows.close())
 	}
-	o.lists, o.sock, o.flows = nil, nil, nil
+	i.lists, i.sock, i.routes, i.flows = nil, nil, nil, nil
 	return errors.Join(errs...)
 }
 
-// release closes the sockets once the running call has ended, and stops the worker.
-func (o *others) release() error {
-	limit, cancel := context.WithTimeout(context.Background(), closeLimit)
-	defer cancel()
-	err := o.worker.run(limit, o.close)
-	o.worker.stop()
+// release closes the sockets once the running call has ended, or gives up when ctx ends,
+// and stops the worker. An informer that wasn't started has nothing to release.
+func (i *informer) release(ctx context.Context) error {
+	if i.worker == nil {
+		return nil
+	}
+	err := i.worker.run(ctx, i.close)
+	i.worker.stop()
 	return err
 }
 
 // run runs do on the worker. The end of ctx interrupts reads from the sockets.
-func (o *others) run(ctx context.Context, do func() error) error {
-	return o.worker.run(ctx, func() error {
-		o.worker.step.Store(stepOthers)
-		if err := o.reopen(); err != nil {
-			o.outOfSync = true
+func (i *informer) run(ctx context.Context, do func() error) error {
+	return i.worker.run(ctx, func() error {
+		i.worker.step.Store(i.task)
+		if err := i.reopen(); err != nil {
+			i.outOfSync = true
 			return err
 		}
-		conns := []interface{ SetDeadline(time.Time) error }{o.sock, o.flows.dump}
+		conns := []interface{ SetDeadline(time.Time) error }{i.sock, i.routes, i.flows.dump}
 		stop := context.AfterFunc(ctx, func() {
 			for _, c := range conns {
 				_ = c.SetDeadline(time.Unix(1, 0))
 			}
 		})
 		err := do()
-		o.outOfSync = !stop()
+		i.outOfSync = !stop()
 		return err
 	})
 }
@@ -135,7 +168,7 @@ func (o *others) run(ctx context.Context, do func() error) error {
 func (p *Backend) Others(ctx context.Context, r *policy.Ruleset, outer []netip.AddrPort) ([]host.Problem, error) {
 	var out []host.Problem
 	var marks map[bool]uint32
-	o := p.others
+	o := &p.others
 	err := o.run(ctx, func() error {
 		// First what takes bounded time, then what other software's rules can make slow.
 		eerr := o.endExcess(ctx, r)
@@ -150,26 +183,34 @@ func (p *Backend) Others(ctx context.Context, r *policy.Ruleset, outer []netip.A
 	if errors.Is(err, errHung) {
 		return nil, err // the abandoned call may still write to out
 	}
-	ways, werr := p.otherWays(ctx, r, marks)
+	ways, werr := o.otherWays(ctx, r, marks)
 	return append(out, ways...), errors.Join(err, werr)
 }
 
-// otherWays asks the kernel for the routes of peers' packets, between calls that enforce.
-func (p *Backend) otherWays(ctx context.Context, r *policy.Ruleset, marks map[bool]uint32) ([]host.Problem, error) {
-	// As in Way, the end of ctx isn't passed on to the sockets.
+// otherWays asks the kernel for the routes of peers' packets. It has a time limit of its
+// own, since rules that are slow to evaluate may have taken all of ctx.
+func (o *others) otherWays(ctx context.Context, r *policy.Ruleset, marks map[bool]uint32) ([]host.Problem, error) {
 	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), wayLimit)
 	defer cancel()
-	return ask(limited, p, func() ([]host.Problem, error) { return p.wayProblems(r, marks), nil })
+	var out []host.Problem
+	err := o.run(limited, func() error {
+		out = o.wayProblems(r, marks)
+		return limited.Err()
+	})
+	if errors.Is(err, errHung) {
+		return nil, err // the abandoned call may still write to out
+	}
+	return out, err
 }
 
 // ByOthers implements [host.Judge].
 func (p *Backend) ByOthers(ctx context.Context, packet host.Packet, out string, reply bool) (host.ByOthers, error) {
 	var f finding
 	s := sampleOf(packet, out, reply)
-	mesh, _ := p.others.mesh.Load().(string)
+	mesh := p.observed.meshInterface().name
 	s.tunnel = mesh != "" && s.iif != mesh && s.oif != mesh
-	err := p.others.run(ctx, func() error {
-		e, err := p.others.newEvaluator(ctx)
+	err := p.packets.run(ctx, func() error {
+		e, err := p.packets.newEvaluator(ctx)
 		if err != nil {
 			return err
 		}
@@ -197,19 +238,15 @@ func sampleOf(packet host.Packet, out string, reply bool) sample {
 }
 
 // markOf returns the mark that other software's rules give a packet before it is routed.
-func (p *Backend) markOf(ctx context.Context, packet host.Packet) (mark uint32, err error) {
+func (i *informer) markOf(ctx context.Context, packet host.Packet) (uint32, error) {
 	if !packet.Src.IsValid() {
 		return 0, nil
 	}
-	err = p.others.run(ctx, func() error {
-		e, err := p.others.newEvaluator(ctx)
-		if err != nil {
-			return err
-		}
-		mark = e.markOf(sampleOf(packet, "", false))
-		return ctx.Err()
-	})
-	return mark, err
+	e, err := i.newEvaluator(ctx)
+	if err != nil {
+		return 0, err
+	}
+	return e.markOf(sampleOf(packet, "", false)), ctx.Err()
 }
 
 // recheckAfter is how long a result holds if no rule changed: set elements expire and

@@ -60,10 +60,8 @@ func (p *Backend) observePorts(h *policy.Host) error {
 	}
 	had := p.ports.host.bound
 	p.ports.host, p.ports.now, p.ports.around = host, host.keep(p.ports.now), portRange{}
-	if p.others != nil {
-		p.others.port.Store(uint32(p.ports.now.first))
-		p.others.mesh.Store(p.name)
-	}
+	p.observed.port.Store(uint32(p.ports.now.first))
+	p.observed.mesh.Store(&meshInterface{p.name, p.cfg.Addresses})
 	if p.ports.now.size() == 0 {
 		h.Forwarding = policy.Families{}
 		return nil

@@ -17,7 +17,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// wayLimit bounds one route lookup, including the wait for other calls.
+// wayLimit bounds one route lookup, including the wait for other questions.
 const wayLimit = 5 * time.Second
 
 // Way implements [host.Ways].
@@ -25,17 +25,19 @@ func (p *Backend) Way(ctx context.Context, packet host.Packet) (host.Way, error)
 	if !packet.Dst.IsValid() || packet.Src.IsValid() && packet.Src.Is4() != packet.Dst.Is4() {
 		return host.Way{}, fmt.Errorf("find the way from %v to %v: these aren't addresses of one family", packet.Src, packet.Dst)
 	}
-	// The end of ctx isn't passed on to the sockets: they would have to be replaced and
-	// the table loaded again.
-	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), wayLimit)
+	limited, cancel := context.WithTimeout(ctx, wayLimit)
 	defer cancel()
-	mark, err := p.markOf(limited, packet)
+	var w host.Way
+	err := p.packets.run(limited, func() error {
+		mark, err := p.packets.markOf(limited, packet)
+		if err != nil {
+			return fmt.Errorf("find the mark that other software's rules give it: %w", err)
+		}
+		w, err = p.packets.marked(packet, mark)
+		return err
+	})
 	if err != nil {
-		return host.Way{}, fmt.Errorf("find the mark that other software's rules give what goes to %v: %w", packet.Dst, err)
-	}
-	w, err := ask(limited, p, func() (host.Way, error) { return p.marked(packet, mark) })
-	if err != nil {
-		return w, fmt.Errorf("find the way to %v: %w", packet.Dst, err)
+		return host.Way{}, fmt.Errorf("find the way to %v: %w", packet.Dst, err)
 	}
 	return w, nil
 }
@@ -44,27 +46,27 @@ func (p *Backend) Way(ctx context.Context, packet host.Packet) (host.Way, error)
 func (*Backend) WayCommand(to netip.Addr) string { return fmt.Sprintf("ip rule; ip route get %v", to) }
 
 // way returns the way of a packet without a mark.
-func (p *Backend) way(packet host.Packet) (host.Way, error) { return p.marked(packet, 0) }
+func (i *informer) way(packet host.Packet) (host.Way, error) { return i.marked(packet, 0) }
 
 // marked returns the way of a packet with this mark.
-func (p *Backend) marked(packet host.Packet, mark uint32) (host.Way, error) {
+func (i *informer) marked(packet host.Packet, mark uint32) (host.Way, error) {
 	q := nlconn.Packet{Mark: mark, Src: packet.Src, Dst: packet.Dst, Proto: packet.Proto, SrcPort: packet.SrcPort, DstPort: packet.DstPort}
 	if packet.In != "" {
-		if q.IIF = p.indexOf(packet.In); q.IIF == 0 {
+		if q.IIF = indexOf(packet.In); q.IIF == 0 {
 			return host.Way{}, fmt.Errorf("there is no interface %q", packet.In)
 		}
 	}
-	a, err := askRoute(p.routes, q)
-	if err == nil && a.refused == host.WayUnreachable && q.IIF != 0 && q.Dst.Is4() && !p.forwards4(packet.In) {
+	a, err := askRoute(i.routes, q)
+	if err == nil && a.refused == host.WayUnreachable && q.IIF != 0 && q.Dst.Is4() && !i.forwards4(packet.In) {
 		// The interface doesn't forward now, and the kernel reports only that
 		// (ip_route_input_slow in net/ipv4/route.c). Look up the host's own packets
 		// instead; they take the same way, except for policy rules that name the
 		// interface.
 		q.IIF, q.Src = 0, netip.Addr{}
-		if packet.In == p.name {
-			q.Src = p.own(true)
+		if m := i.observed.meshInterface(); packet.In == m.name {
+			q.Src = m.own(true)
 		}
-		a, err = askRoute(p.routes, q)
+		a, err = askRoute(i.routes, q)
 	}
 	if err != nil {
 		return host.Way{}, err
@@ -73,7 +75,7 @@ func (p *Backend) marked(packet host.Packet, mark uint32) (host.Way, error) {
 	if a.oif == 0 || a.local {
 		return w, nil
 	}
-	name, ok := p.nameOf(a.oif)
+	name, ok := nameOf(a.oif)
 	if !ok {
 		return w, fmt.Errorf("interface %d is gone", a.oif)
 	}
@@ -81,14 +83,14 @@ func (p *Backend) marked(packet host.Packet, mark uint32) (host.Way, error) {
 		return w, nil
 	}
 	// The lookup for a forwarded packet returns no source.
-	own, err := askRoute(p.routes, nlconn.Packet{Dst: q.Dst, OIF: a.oif})
+	own, err := askRoute(i.routes, nlconn.Packet{Dst: q.Dst, OIF: a.oif})
 	w.Source = own.src
 	return w, err
 }
 
-// own returns the host's mesh address of a family, or an invalid one.
-func (p *Backend) own(v4 bool) netip.Addr {
-	for _, a := range p.cfg.Addresses {
+// own returns the host's own mesh address of a family, or an invalid one.
+func (m meshInterface) own(v4 bool) netip.Addr {
+	for _, a := range m.addresses {
 		if a.Is4() == v4 {
 			return a
 		}
@@ -97,8 +99,8 @@ func (p *Backend) own(v4 bool) netip.Addr {
 }
 
 // forwards4 reports whether IPv4 packets that arrive on an interface are forwarded.
-func (p *Backend) forwards4(name string) bool {
-	v, err := p.forward.sys.read(conf("ipv4", name, "forwarding"))
+func (i *informer) forwards4(name string) bool {
+	v, err := i.sys.read(conf("ipv4", name, "forwarding"))
 	return err == nil && v != "0"
 }
 
@@ -148,17 +150,18 @@ func answerOf(r nlconn.Route) answer {
 // wayProblems reports packets from and to peers that the kernel routes elsewhere than
 // expected. marks are those that other software's rules give peers' packets to the
 // internet. It doesn't find policy rules that match a port or the mark of an answer.
-func (p *Backend) wayProblems(r *policy.Ruleset, marks map[bool]uint32) []host.Problem {
-	return append(p.waysOut(r, marks), p.waysBack(r)...)
+func (i *informer) wayProblems(r *policy.Ruleset, marks map[bool]uint32) []host.Problem {
+	return append(i.waysOut(r, marks), i.waysBack(r)...)
 }
 
 // waysBack reports packets for peers that the kernel doesn't route into the tunnel: a
 // policy rule takes them before the main table, which has the peers' routes.
-func (p *Backend) waysBack(r *policy.Ruleset) (out []host.Problem) {
+func (i *informer) waysBack(r *policy.Ruleset) (out []host.Problem) {
+	name := r.Host().Interface
 	for _, own := range r.Mesh().Addresses {
 		for _, packet := range toPeers(r, own) {
-			w, err := p.way(packet)
-			if err != nil || w.Interface == p.name {
+			w, err := i.way(packet)
+			if err != nil || w.Interface == name {
 				continue
 			}
 			where, who, flag := "nowhere ("+w.Refused+")", "this host's packets to peers", ""
@@ -174,7 +177,7 @@ func (p *Backend) waysBack(r *policy.Ruleset) (out []host.Problem) {
 			}
 			out = append(out, host.Problem{
 				Step:    "find the way to the peers",
-				Message: fmt.Sprintf("%s, such as to %v, would go %s and not by %s: a policy rule takes them before the main table", who, packet.Dst, where, p.name),
+				Message: fmt.Sprintf("%s, such as to %v, would go %s and not by %s: a policy rule takes them before the main table", who, packet.Dst, where, name),
 				Hint:    fmt.Sprintf("have the main table asked first: sudo ip %srule add to %v lookup main pref N, with N below that of the rule, see `ip %srule`", flag, mesh, flag),
 			})
 			break
@@ -212,20 +215,20 @@ func toPeers(r *policy.Ruleset, own netip.Addr) (out []host.Packet) {
 
 // waysOut reports peers' packets to the internet that the kernel doesn't route by the
 // uplink; those are dropped.
-func (p *Backend) waysOut(r *policy.Ruleset, marks map[bool]uint32) (out []host.Problem) {
+func (i *informer) waysOut(r *policy.Ruleset, marks map[bool]uint32) (out []host.Problem) {
 	h := r.Host()
 	for _, own := range r.Mesh().Addresses {
-		i := slices.IndexFunc(r.Peers(), func(p policy.PeerRules) bool { return p.Permissions.Has(mesh.Routing) })
+		first := slices.IndexFunc(r.Peers(), func(p policy.PeerRules) bool { return p.Permissions.Has(mesh.Routing) })
 		uplinks := h.Uplinks(own)
-		if i < 0 || len(uplinks) == 0 || !h.Forwarding.Of(own) {
+		if first < 0 || len(uplinks) == 0 || !h.Forwarding.Of(own) {
 			continue
 		}
-		for _, from := range r.Peers()[i].Addresses {
+		for _, from := range r.Peers()[first].Addresses {
 			for _, to := range probes[own.Is4()] {
 				if from.Is4() != own.Is4() || r.Class(to) != policy.Internet {
 					continue
 				}
-				w, err := p.marked(host.Packet{In: p.name, Packet: policy.Packet{Src: from, Dst: to}}, marks[own.Is4()])
+				w, err := i.marked(host.Packet{In: h.Interface, Packet: policy.Packet{Src: from, Dst: to}}, marks[own.Is4()])
 				if err != nil || slices.Contains(uplinks, w.Interface) {
 					continue
 				}
@@ -237,7 +240,7 @@ func (p *Backend) waysOut(r *policy.Ruleset, marks map[bool]uint32) (out []host.
 					Step: "find the way to the internet",
 					Message: fmt.Sprintf("packets of peers to %v would go %s and not by the uplink %s, so they are refused",
 						to, where, strings.Join(uplinks, ", ")),
-					Hint: "see `ip rule` and `ip route get " + to.String() + " from " + from.String() + " iif " + p.name + "`",
+					Hint: "see `ip rule` and `ip route get " + to.String() + " from " + from.String() + " iif " + h.Interface + "`",
 				})
 				break
 			}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"iter"
+	"net/netip"
 	"os"
 	"sync"
 	"testing"
@@ -12,6 +13,7 @@ import (
 	mdlayher "github.com/mdlayher/netlink"
 
 	"github.com/meshhelper/meshhelper/internal/host"
+	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
@@ -154,6 +156,68 @@ func (g *rig) calls(r *policy.Ruleset) func(func(string, func(context.Context) e
 			yield("Cut", func(ctx context.Context) error { return g.p.Cut(ctx, r, []policy.Narrowed{{Name: "ann"}}) }) &&
 			yield("Open", func(ctx context.Context) error { _, err := g.p.Open(ctx, g.p.cfg); return err })
 	}
+}
+
+// TestInformingApart holds each worker that answers questions, with a question to both
+// waiting: nothing that enforces waits with them. And it holds the enforcing worker: the
+// questions are answered all the same, so none of them is asked there.
+func TestInformingApart(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	defer g.close()
+	r := g.enforce(meshOf(grants{ann: all}))
+	packet := host.Packet{In: meshName, Packet: policy.Packet{
+		Src: ann4, Dst: netip.MustParseAddr("198.51.100.1"), Proto: policy.ProtoTCP, SrcPort: 50000, DstPort: 443,
+	}}
+	ask := func() error {
+		_, err := g.p.Others(t.Context(), r, nil)
+		_, werr := g.p.Way(t.Context(), packet)
+		_, jerr := g.p.ByOthers(t.Context(), packet, netlab.Uplink, false)
+		return errors.Join(err, werr, jerr)
+	}
+	hold := func(w *worker) (release func()) {
+		held, end, done := make(chan struct{}), make(chan struct{}), make(chan error)
+		go func() {
+			done <- w.run(context.Background(), func() error { close(held); <-end; return nil })
+		}()
+		<-held
+		return func() {
+			close(end)
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}
+	}
+
+	others, packets := hold(g.p.others.worker), hold(g.p.packets.worker)
+	answered := make(chan error)
+	go func() { answered <- ask() }()
+	for name, call := range g.calls(r) {
+		if name == "Open" {
+			continue // the interface is open
+		}
+		returns(t, name, func() {
+			if err := call(context.Background()); err != nil {
+				t.Errorf("%s while a question is stuck: %v", name, err)
+			}
+		})
+	}
+	select {
+	case err := <-answered:
+		t.Errorf("the questions didn't wait for their workers: %v", err)
+	default:
+	}
+	others()
+	packets()
+	returns(t, "the waiting question", func() { <-answered }) // it may have run out of time
+
+	release := hold(g.p.worker)
+	returns(t, "a question", func() {
+		if err := ask(); err != nil {
+			t.Errorf("while the enforcing worker is held: %v", err)
+		}
+	})
+	release()
 }
 
 // silent is a netlink socket whose kernel never answers.
