@@ -30,11 +30,12 @@ var (
 	ErrNoTable = errors.New("table does not exist")
 )
 
-// A PF controls the packet filter through pfctl(8), one command at a time. It changes only
-// anchors below the main ruleset. It never reads /etc/pf.conf or loads the main ruleset,
-// which would drop the anchor calls that Internet Sharing and other software have
-// inserted; it never flushes without an anchor, and never runs -e, or -d, which would turn
-// the packet filter off for all programs and void all tokens.
+// A PF controls the packet filter through pfctl(8), one command at a time; commands of
+// another PF may run at the same time. It changes only anchors below the main ruleset. It
+// never reads /etc/pf.conf or loads the main ruleset, which would drop the anchor calls
+// that Internet Sharing and other software have inserted; it never flushes without an
+// anchor, and never runs -e, or -d, which would turn the packet filter off for all programs
+// and void all tokens.
 type PF struct{ r Runner }
 
 // NewPF returns a PF that runs pfctl by r.

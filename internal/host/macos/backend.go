@@ -27,9 +27,12 @@ import (
 // Private Relay unavailable (pf_check_compatible_rules in xnu bsd/net/pf.c,
 // PF_RULES_PRESENT in bsd/net/necp.c).
 type Backend struct {
-	o        Options
-	path     string // the anchor's
-	pf       *darwin.PF
+	o Options
+	pfReader
+	// questions reads what pf holds for ByOthers. Its commands run beside those of
+	// pfReader, so that enforcing doesn't wait for a question.
+	questions pfReader
+
 	sysctl   *darwin.Sysctl
 	ifconfig *darwin.Ifconfig
 	router   *darwin.Router
@@ -93,8 +96,10 @@ func New(o Options) (*Backend, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Backend{o: o, findForeign: FindForeign, path: path, j: &journal{}, cuts: cutRecord{until: map[netip.Addr]time.Time{}}}
-	p.pf, p.sysctl = darwin.NewPF(o.Runner), darwin.NewSysctl(o.Runner, o.Kernel)
+	p := &Backend{o: o, findForeign: FindForeign, j: &journal{}, cuts: cutRecord{until: map[netip.Addr]time.Time{}}}
+	p.pfReader = pfReader{darwin.NewPF(o.Runner), path}
+	p.questions = pfReader{darwin.NewPF(o.Runner), path}
+	p.sysctl = darwin.NewSysctl(o.Runner, o.Kernel)
 	p.ifconfig, p.router = darwin.NewIfconfig(o.Runner), darwin.NewRouter(o.Kernel)
 	return p, nil
 }

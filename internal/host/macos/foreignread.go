@@ -179,9 +179,15 @@ type shownTable struct {
 	unparsed bool   // an entry isn't understood
 }
 
+// A pfReader reads anchors as pfctl shows them.
+type pfReader struct {
+	pf   *darwin.PF // runs one command at a time
+	path string     // our anchor's
+}
+
 // readForeignAnchors reads the main ruleset, which comes first, and the foreign anchors.
-func (b *Backend) readForeignAnchors(ctx context.Context) ([]shownAnchor, error) {
-	paths, err := b.foreignAnchors(ctx)
+func (p pfReader) readForeignAnchors(ctx context.Context) ([]shownAnchor, error) {
+	paths, err := p.foreignAnchors(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -190,7 +196,7 @@ func (b *Backend) readForeignAnchors(ctx context.Context) ([]shownAnchor, error)
 		if len(out) == maxForeignAnchors {
 			return nil, fmt.Errorf("%w: more than %d anchors", errTooManyRules, maxForeignAnchors)
 		}
-		one, err := b.readAnchor(ctx, path)
+		one, err := p.readAnchor(ctx, path)
 		if err != nil {
 			return nil, err
 		}
@@ -200,14 +206,14 @@ func (b *Backend) readForeignAnchors(ctx context.Context) ([]shownAnchor, error)
 }
 
 // readAnchor reads an anchor with one process, and one more for each of its tables.
-func (b *Backend) readAnchor(ctx context.Context, path string) (shownAnchor, error) {
-	all, err := b.pf.AllOfAny(ctx, path)
+func (p pfReader) readAnchor(ctx context.Context, path string) (shownAnchor, error) {
+	all, err := p.pf.AllOfAny(ctx, path)
 	if err != nil {
 		return shownAnchor{}, err
 	}
 	out := shownAnchor{path: path, rules: withoutCounters(all.Rules), nat: withoutCounters(all.NAT)}
 	for _, t := range pfconf.ParseTables(all.Sections["TABLES"]) {
-		table, err := b.readTable(ctx, path, t.Name)
+		table, err := p.readTable(ctx, path, t.Name)
 		if errors.Is(err, darwin.ErrNoTable) {
 			continue // removed meanwhile
 		}
@@ -223,15 +229,15 @@ func (b *Backend) readAnchor(ctx context.Context, path string) (shownAnchor, err
 // anchors without a name (pfctl calls them "_1" and so on), whose rules pfctl shows where
 // they are called. One pfctl process lists all anchors; if ours isn't among them that
 // list is incomplete, and the anchors are listed level by level.
-func (b *Backend) foreignAnchors(ctx context.Context) ([]string, error) {
-	all, err := b.pf.AllAnchors(ctx)
+func (p pfReader) foreignAnchors(ctx context.Context) ([]string, error) {
+	all, err := p.pf.AllAnchors(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if !slices.Contains(all, b.path) {
+	if !slices.Contains(all, p.path) {
 		all = nil
 		for next := []string{""}; len(next) > 0; next = next[1:] {
-			below, err := b.pf.Anchors(ctx, next[0])
+			below, err := p.pf.Anchors(ctx, next[0])
 			if err != nil {
 				return nil, err
 			}
@@ -241,13 +247,13 @@ func (b *Backend) foreignAnchors(ctx context.Context) ([]string, error) {
 		}
 	}
 	return slices.DeleteFunc(all, func(path string) bool {
-		return path == b.path || strings.HasPrefix(path, b.path+"/") || path[0] == '_' || strings.Contains(path, "/_")
+		return path == p.path || strings.HasPrefix(path, p.path+"/") || path[0] == '_' || strings.Contains(path, "/_")
 	}), nil
 }
 
 // readTable reads a table of a foreign anchor.
-func (b *Backend) readTable(ctx context.Context, anchor, name string) (shownTable, error) {
-	entries, err := b.pf.Table(ctx, anchor, name)
+func (p pfReader) readTable(ctx context.Context, anchor, name string) (shownTable, error) {
+	entries, err := p.pf.Table(ctx, anchor, name)
 	var notUnderstood *pfconf.EntryError
 	if errors.As(err, &notUnderstood) {
 		return shownTable{name, err.Error(), true}, nil

@@ -15,12 +15,13 @@ import (
 
 // ByOthers implements [host.Judge]. It reads everything that pf holds now, and
 // evaluates the packet against all of it and against our anchor alone. It may run
-// beside any other method, as it uses no state of the backend that they change.
+// beside any other method: it uses no state of the backend that they change, and
+// pfctl through a [darwin.PF] of its own.
 func (b *Backend) ByOthers(ctx context.Context, packet host.Packet, out string, reply bool) (host.ByOthers, error) {
 	if reply {
 		return host.ByOthers{}, nil // pf passes a reply by the state of its flow
 	}
-	info, err := b.pf.Info(ctx)
+	info, err := b.questions.pf.Info(ctx)
 	if err != nil || !info.Enabled {
 		return host.ByOthers{}, err
 	}
@@ -28,15 +29,15 @@ func (b *Backend) ByOthers(ctx context.Context, packet host.Packet, out string, 
 	if err != nil {
 		return host.ByOthers{}, err
 	}
-	all, err := b.readForeignAnchors(ctx)
+	all, err := b.questions.readForeignAnchors(ctx)
 	if err != nil {
 		return host.ByOthers{}, err
 	}
-	ours, err := b.readAnchor(ctx, b.path)
+	ours, err := b.questions.readAnchor(ctx, b.path)
 	if err != nil {
 		return host.ByOthers{}, err
 	}
-	skipped, err := b.pf.Skipped(ctx)
+	skipped, err := b.questions.pf.Skipped(ctx)
 	if err != nil {
 		return host.ByOthers{}, err
 	}

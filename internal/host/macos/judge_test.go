@@ -1,9 +1,13 @@
 package macos
 
 import (
+	"context"
+	"errors"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -158,6 +162,54 @@ func TestByOthersBesideEnforce(t *testing.T) {
 		g.must(p.Cut(t.Context(), r, policy.Diff(nil, r)))
 	}
 	beside.Wait()
+}
+
+// TestByOthersApart has a command of a question hang: nothing that enforces waits for it.
+func TestByOthersApart(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	g.enforce(testMesh(2, everything, everything))
+	var asked atomic.Bool
+	held, release, answered := make(chan struct{}), make(chan struct{}), make(chan error)
+	g.ran = func() {
+		if asked.CompareAndSwap(false, true) { // the question's first command
+			close(held)
+			<-release
+		}
+	}
+	web, out := packetsToJudge(g.p.name)["web"], "en0"
+	go func() {
+		_, err := g.p.ByOthers(context.Background(), web.Packet, out, false)
+		answered <- err
+	}()
+	<-held
+	done := make(chan error)
+	go func() {
+		h, err := g.p.Observe(context.Background())
+		if err != nil {
+			done <- err
+			return
+		}
+		r := mustRuleset(t, testMesh(2, mesh.Incoming, everything), h)
+		report, ierr := g.p.Inspect(context.Background(), g.p.enforced)
+		if len(report.Drift) > 0 {
+			t.Errorf("drift %v", report.Drift)
+		}
+		done <- errors.Join(ierr, g.p.Enforce(context.Background(), r),
+			g.p.Cut(context.Background(), r, []policy.Narrowed{{Addresses: []netip.Addr{addrOf(first)}}}))
+	}()
+	select {
+	case err := <-done:
+		g.must(err)
+	case <-time.After(time.Minute):
+		t.Error("enforcing waits for a question whose command hangs")
+	}
+	g.arrives(g.p.name, first, "9.9.9.9", simmac.Dropped)
+	if _, err := g.p.Way(context.Background(), web.Packet); err != nil {
+		t.Error(err)
+	}
+	close(release)
+	g.must(<-answered)
 }
 
 // TestByOthersWithoutFilter asks while the packet filter is off, and while it is on for
