@@ -8,8 +8,8 @@ import (
 
 // Rules returns the rules as loaded, or as they would be loaded in a language; see
 // [explain.Explainer.Rules].
-func (d *Daemon) Rules(_ context.Context, language string) (api.Rules, error) {
-	return d.explain.Rules(language)
+func (d *Daemon) Rules(ctx context.Context, language string) (api.Rules, error) {
+	return d.explain.Rules(ctx, language)
 }
 
 // Explain says what happens to a packet on this host; see [explain.Explainer.Explain].

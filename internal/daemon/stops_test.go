@@ -5,8 +5,10 @@ import (
 	"errors"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/host"
@@ -47,6 +49,80 @@ func straight(p host.Packet) (host.Way, error) {
 		return host.Way{Interface: "wg-test"}, nil
 	}
 	return host.Way{Interface: "eth0"}, nil
+}
+
+// TestExplainIsBounded has the kernel not answer, and asks more often than questions are
+// answered at once: the rest waits and is then told that the helper is busy. A revocation
+// doesn't wait.
+func TestExplainIsBounded(t *testing.T) {
+	const atOnce, more = 4, 60
+	var release chan struct{}
+	running := new(atomic.Int32)
+	inRig(t, func(o *Options) {
+		release = make(chan struct{})
+		h := &crossing{way: func(p host.Packet) (host.Way, error) {
+			running.Add(1)
+			defer running.Add(-1)
+			<-release
+			return straight(p)
+		}}
+		o.Host.Ways = h
+	}, func(t *testing.T, r *rig) {
+		r.add("phone")
+		r.mustAllow("phone", "routing", "")
+		r.after(DefaultTick)
+		q := api.Question{Peer: "phone", To: netip.MustParseAddr("192.0.2.1"), Proto: "tcp", Port: 443}
+		answers := make(chan error, atOnce+more)
+		for range atOnce + more {
+			go func() {
+				_, err := r.d.Explain(t.Context(), q)
+				answers <- err
+			}()
+		}
+		synctest.Wait()
+		if n := running.Load(); n != atOnce || len(answers) > 0 {
+			defer close(release)
+			t.Fatalf("%d questions are with the kernel and %d answered, want %d and none", n, len(answers), atOnce)
+		}
+		busy := func(err error) bool {
+			var e *api.Error
+			return errors.As(err, &e) && e.Code == api.CodeNotReady && strings.Contains(e.Message, "busy") && e.Hint != ""
+		}
+		ended, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := r.d.Explain(ended, q); !busy(err) {
+			t.Errorf("after its client has left: %v", err)
+		}
+		if _, err := r.d.Rules(ended, ""); !busy(err) {
+			t.Errorf("rules, after the client has left: %v", err)
+		}
+		if _, err := r.deny("phone", "routing"); err != nil {
+			t.Error(err)
+		}
+		r.wantLoaded("phone", 0)
+		if n := running.Load(); n != atOnce {
+			t.Errorf("a revocation ended with %d questions open, want %d", n, atOnce)
+		}
+		r.after(time.Minute) // longer than any question waits
+		if n := len(answers); n != more {
+			defer close(release)
+			t.Fatalf("%d questions were answered in a minute, want %d", n, more)
+		}
+		for range more {
+			if err := <-answers; !busy(err) {
+				t.Errorf("a question too many: %v", err)
+			}
+		}
+		close(release)
+		for range atOnce {
+			if err := <-answers; err != nil {
+				t.Error(err)
+			}
+		}
+		if _, err := r.d.Explain(t.Context(), q); err != nil {
+			t.Errorf("after all have ended: %v", err)
+		}
+	})
 }
 
 // TestExplainTakesAllTogether asks about packets that the policy passes and that something

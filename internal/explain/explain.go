@@ -16,6 +16,11 @@ import (
 // the packet and with its answer. q.Peer is a name, a mesh address or a public key. The errors
 // are *[api.Error]: CodeNotReady before the first look at the host, or what is wrong with q.
 func (x *Explainer) Explain(ctx context.Context, q api.Question) (api.Explanation, error) {
+	leave, err := x.enter(ctx)
+	if err != nil {
+		return api.Explanation{}, err
+	}
+	defer leave()
 	c, _ := x.o.Held()
 	if c.Ruleset == nil {
 		return api.Explanation{}, api.Errorf(api.CodeNotReady, "the host wasn't observed yet").WithHint("see `meshhelper status`")

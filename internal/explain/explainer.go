@@ -54,6 +54,8 @@ type Explainer struct {
 	// examining is a semaphore of one: it holds a value while the host examines other
 	// software. It isn't a mutex because a caller gives up waiting when its context ends.
 	examining chan struct{}
+	// questions is a semaphore of maxQuestions for those that are being answered; see enter.
+	questions chan struct{}
 
 	mu sync.Mutex
 	// othersProblems is the result of the last examination of other software.
@@ -67,7 +69,31 @@ type Explainer struct {
 }
 
 // New returns an explainer. It knows of no problems with other software before Run or Doctor.
-func New(o Options) *Explainer { return &Explainer{o: o, examining: make(chan struct{}, 1)} }
+func New(o Options) *Explainer {
+	return &Explainer{o: o, examining: make(chan struct{}, 1), questions: make(chan struct{}, maxQuestions)}
+}
+
+const (
+	// maxQuestions is how many questions about packets and rules are answered at once. They
+	// render and evaluate whole rulesets, and a client may ask without end: more at a time
+	// would take the CPU from the loop and the tunnel.
+	maxQuestions = 4
+	// questionWait bounds the wait for others' questions.
+	questionWait = 10 * time.Second
+)
+
+// enter waits until a question may be answered, at most for questionWait or until ctx ends.
+// Without an error the caller calls leave at the end.
+func (x *Explainer) enter(ctx context.Context) (leave func(), err error) {
+	limit, cancel := context.WithTimeout(ctx, questionWait)
+	defer cancel()
+	select {
+	case x.questions <- struct{}{}:
+		return func() { <-x.questions }, nil
+	case <-limit.Done():
+		return nil, api.Errorf(api.CodeNotReady, "the helper is busy with other questions, %d at a time", maxQuestions).WithHint("ask again in a moment")
+	}
+}
 
 // Run examines, after each round of the loop and until ctx ends, what doesn't affect
 // enforcement: the mesh prefixes, the space in the state directory, and other software. The

@@ -1,6 +1,7 @@
 package explain
 
 import (
+	"context"
 	"maps"
 	"slices"
 	"strings"
@@ -25,9 +26,14 @@ type Language struct {
 // Rules returns the rules as loaded, which the loop reads back and compares at every tick. With
 // a language other than "", it returns the wanted ruleset as it would be loaded in that
 // language: for the host's own with what the host knows (see [host.Renderer]), for others with
-// defaults. The errors are *[api.Error]: CodeNotReady while no rules are known to be loaded,
-// CodeUnsupported for an unknown language.
-func (x *Explainer) Rules(language string) (api.Rules, error) {
+// defaults. The errors are *[api.Error]: CodeNotReady while no rules are known to be loaded
+// or too many questions are waiting, CodeUnsupported for an unknown language.
+func (x *Explainer) Rules(ctx context.Context, language string) (api.Rules, error) {
+	leave, err := x.enter(ctx)
+	if err != nil {
+		return api.Rules{}, err
+	}
+	defer leave()
 	c, _ := x.o.Held()
 	r := c.Read
 	out := api.Rules{Platform: language}
@@ -60,7 +66,6 @@ func (x *Explainer) Rules(language string) (api.Rules, error) {
 			return out, nil
 		}
 	}
-	var err error
 	out.Anchor, out.Text, err = render(r)
 	return out, err
 }
