@@ -259,8 +259,8 @@ func TestDoctorTellsTheHostFirewallApart(t *testing.T) {
 		r := newRig(t)
 		b := &beset{}
 		b.set(0, []host.Problem{
-			{Step: "look at other packet filters", Message: "chain input of table inet filter drops packets of a tunnel", Hint: "open it", Tunnel: true},
-			{Step: "look at other packet filters", Message: "chain FORWARD of table ip filter drops packets from peers to the internet", Hint: "let it"},
+			{Step: "look at other packet filters", Message: "chain input of table inet filter drops packets of a tunnel", Hint: "open it", Kind: host.KindHostFirewall},
+			{Step: "look at other packet filters", Message: "chain FORWARD of table ip filter drops packets from peers to the internet", Hint: "let it", Kind: host.KindOtherFilters},
 		}, nil)
 		o := r.options()
 		o.Host.Others = b
@@ -269,6 +269,44 @@ func TestDoctorTellsTheHostFirewallApart(t *testing.T) {
 		by, _ := r.doctor()
 		if by["host firewall"].Hint != "open it" || by["other packet filters"].Hint != "let it" {
 			t.Errorf("%+v", by)
+		}
+	})
+}
+
+// TestDoctorGroupsByKind has a host report other software's rules under a step of its own,
+// and fail because of one: they belong to the check of their kind, which never says that
+// there are none. A kind that isn't examined is said not to be.
+func TestDoctorGroupsByKind(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.host.Unexamined(host.KindHostFirewall, "it can't tell")
+		r.host.Foreign(host.Problem{Step: "load the anchor", Message: "a rule stops a packet", Hint: "see it", Kind: host.KindOtherFilters})
+		r.after(time.Second)
+		by, _ := r.doctor()
+		if c := by["other packet filters"]; c.OK || c.Message != "a rule stops a packet" || c.Hint != "see it" {
+			t.Errorf("%+v", c)
+		}
+		if c, also := by["load the anchor"]; also {
+			t.Errorf("there is a check for it beside that of its kind: %+v", c)
+		}
+		if c := by["host firewall"]; !c.OK || c.Message != "not examined on this host: it can't tell" {
+			t.Errorf("%+v", c)
+		}
+	})
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.host.SetFault(func(step string) error {
+			if step != "enforce" {
+				return nil
+			}
+			return &host.StepError{Step: "load the anchor", Hint: "remove it", Kind: host.KindOtherFilters, Err: errors.New("a rule passes transit")}
+		})
+		r.host.Drift("another ruleset is loaded")
+		r.after(time.Second)
+		by, _ := r.doctor()
+		if c := by["helper"]; c.OK || c.Hint != "remove it" {
+			t.Errorf("%+v", c)
+		}
+		if c := by["other packet filters"]; c.OK || c.Message != "a rule passes transit" || c.Follows != "helper" || c.Hint != "" {
+			t.Errorf("%+v", c)
 		}
 	})
 }

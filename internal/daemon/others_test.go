@@ -62,7 +62,7 @@ func TestOthersAreWaitedForByNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
 		b := &beset{}
-		chain := host.Problem{Step: "look at other packet filters", Message: "chain FORWARD drops it", Hint: "let it"}
+		chain := host.Problem{Step: "look at other packet filters", Message: "chain FORWARD drops it", Hint: "let it", Kind: host.KindOtherFilters}
 		b.set(0, []host.Problem{chain}, nil)
 		o := r.options()
 		o.Host.Others, o.Host.Judge = b, b

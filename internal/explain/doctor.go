@@ -44,25 +44,35 @@ const (
 	// nameHelper and nameStateDir are names of checks that are used more than once.
 	nameHelper   = "helper"
 	nameStateDir = "state folder"
-	// stepOthers is Problem.Step of what [host.Others] reports of other packet filters.
-	stepOthers = "look at other packet filters"
 )
 
 // checks returns all checks; stateDir is the result of checkStateDir, which has to wait. Each of the problems goes into the check that it belongs to, or
 // becomes a check of its own at the end.
 func (x *Explainer) checks(c held.State, problems []host.Problem, stateDir api.Check) []api.Check {
 	doc := x.o.Wanted.Document()
-	// take moves the problems that belong to a check out of problems: each becomes a failed
-	// check of that name. Without any the check is OK, with the message otherwise.
-	take := func(name, otherwise string, belongs func(host.Problem) bool) (out []api.Check) {
+	var cause host.Problem // of the helper not enforcing; its check reports that
+	// take moves the problems of a kind out of problems: each becomes a failed check of that
+	// name. Without any the check is OK, with the message otherwise, unless the kind isn't
+	// examined or the cause is of it.
+	take := func(name string, kind host.ProblemKind, otherwise string) (out []api.Check) {
 		problems = slices.DeleteFunc(slices.Clone(problems), func(p host.Problem) bool {
-			if belongs(p) {
+			if p.Kind == kind {
 				out = append(out, api.Check{Name: name, Message: p.Message, Hint: p.Hint})
 				return true
 			}
 			return false
 		})
-		if out == nil {
+		reason, unexamined := x.o.Host.Unexamined[kind]
+		if !unexamined {
+			reason, unexamined = c.Unexamined[kind]
+		}
+		switch {
+		case out != nil:
+		case cause.Kind == kind:
+			out = []api.Check{{Name: name, Message: cause.Message, Follows: nameHelper}}
+		case unexamined:
+			out = []api.Check{{Name: name, OK: true, Message: "not examined on this host: " + reason}}
+		default:
 			out = []api.Check{{Name: name, OK: true, Message: otherwise}}
 		}
 		return out
@@ -77,7 +87,7 @@ func (x *Explainer) checks(c held.State, problems []host.Problem, stateDir api.C
 	}
 	helper := api.Check{Name: nameHelper, OK: enforcing, Message: "the state is " + c.Phase, Hint: "wait, or see: meshhelper events"}
 	if !enforcing && len(c.Problems) > 0 {
-		cause := c.Problems[0] // reported by the check of the helper, so not once more at the end
+		cause = c.Problems[0] // reported by the check of the helper, so not once more at the end
 		problems = slices.DeleteFunc(slices.Clone(problems), func(p host.Problem) bool { return p == cause })
 		helper.Message += ": " + cause.Step + ": " + cause.Message
 		if cause.Hint != "" {
@@ -93,9 +103,9 @@ func (x *Explainer) checks(c held.State, problems []host.Problem, stateDir api.C
 		follows(checkPort(c)),
 		follows(api.Check{Name: "packet filter", OK: enforcing, Message: "our rules are read back and compared", Hint: "they aren't loaded as they should be"}),
 	}
-	checks = append(checks, take("host firewall", "no rule of other software's is known to stop WireGuard's own packets", func(p host.Problem) bool { return p.Tunnel })...)
-	checks = append(checks, take("other packet filters", "no rule of other software's is known to stop what peers may do", func(p host.Problem) bool { return p.Step == stepOthers })...)
-	checks = append(checks, take(stepPrefix, "nothing else on this host is known to have a part of it", func(p host.Problem) bool { return p.Step == stepPrefix })...)
+	checks = append(checks, take("host firewall", host.KindHostFirewall, "no rule of other software's is known to stop WireGuard's own packets")...)
+	checks = append(checks, take("other packet filters", host.KindOtherFilters, "no rule of other software's is known to stop what peers may do")...)
+	checks = append(checks, take(stepPrefix, host.KindPrefix, "nothing else on this host is known to have a part of it")...)
 	checks = append(checks, checkUplink(c), checkForwarding(c), x.checkEndpoint(c, doc), x.checkPeerEndpoints(c, doc), x.checkClock(), checkFlows(c))
 	for _, p := range problems {
 		check := api.Check{Name: p.Step, Message: p.Message, Hint: p.Hint}

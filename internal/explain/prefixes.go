@@ -50,7 +50,7 @@ func Overlap(r *policy.Ruleset, o policy.Overlap) host.Problem {
 		}
 	}
 	list := joinSome(texts, shownPrefixes)
-	p := host.Problem{Step: stepPrefix, Hint: "this host reaches them as before, peers don't; " + WayOut(r, o.Mesh)}
+	p := host.Problem{Step: stepPrefix, Kind: host.KindPrefix, Hint: "this host reaches them as before, peers don't; " + WayOut(r, o.Mesh)}
 	in := fmt.Sprintf("inside the mesh prefix %v", o.Mesh)
 	if o.Prefixes[0].Bits() < o.Mesh.Bits() {
 		in = fmt.Sprintf("around the mesh prefix %v", o.Mesh)
@@ -112,7 +112,7 @@ func outerProblems(r *policy.Ruleset, peers []mesh.Peer, n held.Numbers) []host.
 			continue
 		}
 		at, known := r.PeerByAddr(a)
-		p := host.Problem{Step: stepPrefix}
+		p := host.Problem{Step: stepPrefix, Kind: host.KindPrefix}
 		switch {
 		case known:
 			p.Message = fmt.Sprintf("%s is to be reached at %v, which is the mesh address of %s: the tunnel doesn't carry itself", peers[i].Name, a, r.Peers()[at].Name)

@@ -54,6 +54,8 @@ type State struct {
 	// Foreign are problems that the host told of besides, such as forwarding that other
 	// software switched on.
 	Foreign []host.Problem
+	// Unexamined is [host.Report.Unexamined] of the last report.
+	Unexamined map[host.ProblemKind]string
 
 	// Tunnel and Guard are nil before there is a mesh interface.
 	Tunnel Tunnel

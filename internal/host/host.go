@@ -46,6 +46,10 @@ type Host struct {
 	Ways     Ways     // optional
 	Renderer Renderer // optional
 	Network  Network  // optional
+
+	// Unexamined are the kinds of problems that the host never looks for, each with the
+	// reason.
+	Unexamined map[ProblemKind]string // optional
 }
 
 // Link creates and removes the mesh interface.

@@ -50,6 +50,9 @@ type Report struct {
 	// Problems lists what stands in the way and isn't ours to change, such as another
 	// program's chain that drops a peer's packets.
 	Problems []Problem
+	// Unexamined are the kinds of problems that weren't looked for this time, besides
+	// those of Host.Unexamined, each with the reason.
+	Unexamined map[ProblemKind]string
 	// Forwarding is what the host's sysctls say now.
 	Forwarding policy.Families
 }
@@ -105,16 +108,33 @@ type Problem struct {
 	// Message says what is wrong, and Hint what to do about it.
 	Message string `json:"message"`
 	Hint    string `json:"hint"`
-	// Tunnel is set if it is about WireGuard's own packets, without which nothing of a
-	// peer arrives.
-	Tunnel bool `json:"-"`
+	// Kind is what it is about, by which problems are grouped.
+	Kind ProblemKind `json:"-"`
 }
+
+// ProblemKind is what a problem is about.
+type ProblemKind int
+
+const (
+	// KindOwn is a step of the helper's own, or a fact about the host.
+	KindOwn ProblemKind = iota
+	// KindOtherFilters is packet filtering outside our own rules that affects peers'
+	// packets: other software's rules, and the kernel's tables and ports that both use.
+	KindOtherFilters
+	// KindHostFirewall is a rule of other software that stops WireGuard's own packets,
+	// without which nothing of a peer arrives.
+	KindHostFirewall
+	// KindPrefix is another owner of a part of the mesh prefixes.
+	KindPrefix
+)
 
 // StepError is an error that names the enforcing step in which it happened.
 type StepError struct {
 	Step string
 	// Hint says what a person can do about it; it may be empty.
 	Hint string
+	// Kind is the kind of the problem that made the step fail.
+	Kind ProblemKind
 	Err  error
 }
 

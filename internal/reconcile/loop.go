@@ -281,7 +281,7 @@ func (l *Loop) publish() {
 		Phase: api.Closed, Interface: l.iface, ListenPort: l.port(), Host: l.host,
 		Ruleset: l.wanted, Loaded: l.current, Read: l.read,
 		Forwarding: l.report.Forwarding, Repairs: l.repairs,
-		Problems: l.problems, Foreign: l.report.Problems, Guard: l.guard, Limits: l.limits, Counted: l.counted,
+		Problems: l.problems, Foreign: l.report.Problems, Unexamined: l.report.Unexamined, Guard: l.guard, Limits: l.limits, Counted: l.counted,
 	}
 	if l.held != 0 {
 		s.Phase = api.Enforcing

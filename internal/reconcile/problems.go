@@ -32,7 +32,7 @@ func (l *Loop) addProblem(err error) {
 func problemOf(err error) host.Problem {
 	var step *host.StepError
 	if errors.As(err, &step) {
-		return host.Problem{Step: step.Step, Message: step.Err.Error(), Hint: step.Hint}
+		return host.Problem{Step: step.Step, Message: step.Err.Error(), Hint: step.Hint, Kind: step.Kind}
 	}
 	return host.Problem{Step: "reconcile", Message: err.Error()}
 }

@@ -112,7 +112,7 @@ func (l *Loop) loadAndRead(ctx context.Context, r *policy.Ruleset) error {
 				l.read = r
 				return nil
 			}
-			err = &host.StepError{Step: drift[0].Step, Hint: drift[0].Hint, Err: fmt.Errorf("not as enforced: %s", drift[0].Message)}
+			err = &host.StepError{Step: drift[0].Step, Hint: drift[0].Hint, Kind: drift[0].Kind, Err: fmt.Errorf("not as enforced: %s", drift[0].Message)}
 		}
 		if errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
 			break // an inspection that hung would hang again

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -33,9 +34,11 @@ type Host struct {
 	loaded  *policy.Ruleset
 	drift   []host.Problem
 	foreign []host.Problem
-	cuts    [][]policy.Narrowed
-	calls   []string
-	changed chan struct{}
+	// unexamined is what Inspect returns as such.
+	unexamined map[host.ProblemKind]string
+	cuts       [][]policy.Narrowed
+	calls      []string
+	changed    chan struct{}
 }
 
 // New returns a host with the uplink eth0 and a LAN on eth1, which doesn't forward.
@@ -160,7 +163,7 @@ func (h *Host) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, err
 	if err := h.step(ctx, "inspect"); err != nil {
 		return host.Report{}, err
 	}
-	report := host.Report{Drift: slices.Clone(h.drift), Problems: slices.Clone(h.foreign)}
+	report := host.Report{Drift: slices.Clone(h.drift), Problems: slices.Clone(h.foreign), Unexamined: maps.Clone(h.unexamined)}
 	if h.loaded != r {
 		report.Drift = append(report.Drift, host.Problem{Step: "load filter", Message: "another ruleset is loaded"})
 	}
@@ -237,6 +240,14 @@ func (h *Host) Foreign(p host.Problem) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.foreign = append(h.foreign, p)
+	h.report()
+}
+
+// Unexamined makes Inspect return that this kind of problem isn't examined.
+func (h *Host) Unexamined(kind host.ProblemKind, reason string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.unexamined = map[host.ProblemKind]string{kind: reason}
 	h.report()
 }
 

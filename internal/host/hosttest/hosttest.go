@@ -56,6 +56,9 @@ type Computer struct {
 	Blind func() (see func()) // required
 	// Changes are ways in which other programs undo what is enforced, by name.
 	Changes map[string]func() error // required
+	// StopPeers loads a rule of other software that drops the packets of peers to the
+	// internet, and returns a function that unloads it.
+	StopPeers func() (undo func() error, err error) // required
 
 	// Sockets runs a function that opens sockets on the computer; nil if its kernel has
 	// none, such as a simulated one.
@@ -69,6 +72,7 @@ func Run(t *testing.T, h Harness) {
 	t.Run("truth table", func(t *testing.T) { truthTable(start(t, h)) })
 	t.Run("killed at each step", func(t *testing.T) { killed(t, h) })
 	t.Run("drift", func(t *testing.T) { drift(t, h) })
+	t.Run("foreign rule", func(t *testing.T) { foreignRule(start(t, h)) })
 	t.Run("looks that fail", func(t *testing.T) { failingReads(start(t, h)) })
 	t.Run("steps that take too long", func(t *testing.T) { slowSteps(t, h) })
 	t.Run("network", func(t *testing.T) { network(start(t, h)) })
@@ -322,6 +326,33 @@ func drift(t *testing.T, h Harness) {
 		r = c.enforce(everything, mesh.Routing)
 		c.judge(what, true, r.Host().Interface, r)
 	}
+	c.closeHost("at the end")
+}
+
+// foreignRule has other software stop peers' packets: a problem of that kind must be
+// reported, and the kind must count as examined.
+func foreignRule(c *trial) {
+	c.open()
+	r := c.enforce(everything, mesh.Routing)
+	undo, err := c.StopPeers()
+	c.must(err)
+	report, err := c.host.Enforcer.Inspect(context.Background(), r)
+	c.must(err)
+	problems := report.Problems
+	if c.host.Others != nil {
+		more, err := c.host.Others.Others(context.Background(), r, nil)
+		c.must(err)
+		problems = append(problems, more...)
+	}
+	if !slices.ContainsFunc(problems, func(p host.Problem) bool { return p.Kind == host.KindOtherFilters }) {
+		c.Errorf("a foreign rule that stops peers isn't among the problems: %+v", problems)
+	}
+	for _, reasons := range []map[host.ProblemKind]string{c.host.Unexamined, report.Unexamined} {
+		if reason, unexamined := reasons[host.KindOtherFilters]; unexamined {
+			c.Errorf("foreign rules aren't examined: %s", reason)
+		}
+	}
+	c.must(undo())
 	c.closeHost("at the end")
 }
 

@@ -58,6 +58,7 @@ func (p *Backend) boundProblems() []host.Problem {
 	}
 	return []host.Problem{{
 		Step:    stepOthers,
+		Kind:    host.KindOtherFilters,
 		Message: "the kernel can't count a peer's flows or end them early: only the helper bounds them, and a peer's dead flows last as long as the host's own",
 		Hint:    "use a kernel with nft_connlimit and CONFIG_NF_CONNTRACK_TIMEOUT",
 	}}

@@ -91,7 +91,7 @@ func (o *others) endExcess(ctx context.Context, r *policy.Ruleset) error {
 		names = append(names, fmt.Sprintf("%s (%d)", r.Peers()[peer].Name, held[peer]))
 	}
 	o.excess.found = []host.Problem{{
-		Step: stepOthers,
+		Step: stepOthers, Kind: host.KindOtherFilters,
 		Message: fmt.Sprintf("%d of the peers had more flows in the kernel's table than their share of %d, and the helper ended the excess: %s",
 			len(over), share, strings.Join(names, ", ")),
 		Hint: "a server whose answers don't reach the peer can cause this: deny routing to a peer that you don't trust",

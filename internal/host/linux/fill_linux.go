@@ -58,7 +58,7 @@ func fillProblems(sys sysctls) ([]host.Problem, error) {
 		return nil, err
 	}
 	return []host.Problem{{
-		Step: stepOthers,
+		Step: stepOthers, Kind: host.KindOtherFilters,
 		Message: fmt.Sprintf("the kernel's table of flows holds %d of at most %d (net.netfilter.nf_conntrack_max): "+
 			"when it is full, no new connection of the host or a peer gets through", have, most),
 		Hint: "`conntrack -L` lists the flows and their sources; `sysctl -w net.netfilter.nf_conntrack_max=N` allows more",

@@ -81,6 +81,7 @@ func (k legacyKind) problem(tables []legacyTable) (host.Problem, bool) {
 	}
 	return host.Problem{
 		Step:    stepOthers,
+		Kind:    host.KindOtherFilters,
 		Message: fmt.Sprintf("rules of %s in %s%s may drop peers' packets: they aren't evaluated", k.program, noun, strings.Join(used, ", ")),
 		Hint:    fmt.Sprintf("see the output of %s-save, or switch the software that they belong to to iptables-nft, whose rules are evaluated", k.program),
 	}, true

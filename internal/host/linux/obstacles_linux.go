@@ -105,19 +105,23 @@ func obstacle(s sample, f finding, protocol string) (host.Problem, bool) {
 	case s.reply:
 		let = "interface " + s.oif
 	}
+	kind := host.KindOtherFilters
+	if s.tunnel {
+		kind = host.KindHostFirewall
+	}
 	if !f.stops() {
 		return host.Problem{
 			Step:    stepOthers,
 			Message: fmt.Sprintf("what %s does with %spackets %s isn't known", f.where(), protocol, s.what),
 			Hint:    fmt.Sprintf("make sure that it lets %s through, in the software that the table belongs to", let),
-			Tunnel:  s.tunnel,
+			Kind:    kind,
 		}, true
 	}
 	return host.Problem{
 		Step:    stepOthers,
 		Message: fmt.Sprintf("%s %s %spackets %s", f.where(), verb, protocol, s.what),
 		Hint:    fmt.Sprintf("let %s through there, in the software that the table belongs to", let),
-		Tunnel:  s.tunnel,
+		Kind:    kind,
 	}, true
 }
 
@@ -146,7 +150,7 @@ func bypass(h policy.Host, t *nftables.Table, f *nftables.Flowtable) []host.Prob
 	for _, up := range slices.Concat([]string{h.Uplink4, h.Uplink6}, h.Equal4, h.Equal6) {
 		if slices.Contains(f.Devices, up) {
 			return []host.Problem{{
-				Step: stepOthers,
+				Step: stepOthers, Kind: host.KindOtherFilters,
 				Message: fmt.Sprintf("flow table %s of table %s %s takes running flows on %s past every packet filter",
 					f.Name, familyName(t.Family), t.Name, up),
 				Hint: "keep interface " + h.Interface + " out of the rules that add flows there",

@@ -123,13 +123,13 @@ func (p *Backend) driftPorts() []string {
 func (p *Backend) portProblems() (out []host.Problem) {
 	if p.ports.failed != nil {
 		out = append(out, host.Problem{
-			Step: stepOthers, Message: "flows of peers may have the ports of this host's sockets: " + p.ports.failed.Error(),
+			Step: stepOthers, Kind: host.KindOtherFilters, Message: "flows of peers may have the ports of this host's sockets: " + p.ports.failed.Error(),
 			Hint: "the helper tries again",
 		})
 	}
 	if p.ports.now.size() == 0 {
 		return append(out, host.Problem{
-			Step: stepOthers,
+			Step: stepOthers, Kind: host.KindOtherFilters,
 			Message: fmt.Sprintf("no %d ports in a row are left for peers' flows to the internet and the lan, so these are refused: "+
 				"the others are privileged, local (net.ipv4.ip_local_port_range), reserved (net.ipv4.ip_local_reserved_ports) or WireGuard's", minPorts),
 			Hint: "narrow net.ipv4.ip_local_port_range, to 32768 60999 as by default",
@@ -138,7 +138,7 @@ func (p *Backend) portProblems() (out []host.Problem) {
 	if n := len(p.ports.host.boundIn(p.ports.now)); n*boundShare > p.ports.now.size() {
 		uid, most := p.ports.host.most(p.ports.now)
 		out = append(out, host.Problem{
-			Step: stepOthers,
+			Step: stepOthers, Kind: host.KindOtherFilters,
 			Message: fmt.Sprintf("sockets of this host use %d of the %d ports that peers' flows leave from, %d of them by the user with the ID %d: "+
 				"the same share of the first packets of peers' flows is lost", n, p.ports.now.size(), most, uid),
 			Hint: "stop the programs that use so many ports: `ss -lntup` lists them",

@@ -87,6 +87,18 @@ func newComputer(t *testing.T) *hosttest.Computer {
 			w.p.filter.sock = newSilent()
 			return func() {} // the host replaces it by itself
 		},
+		StopPeers: func() (func() error, error) {
+			table := &nftables.Table{Family: nftables.TableFamilyINet, Name: "other"}
+			drop := nftables.ChainPolicyDrop
+			err := w.change(func(c *nftables.Conn) {
+				c.AddTable(table)
+				c.AddChain(&nftables.Chain{
+					Table: table, Name: "forward", Type: nftables.ChainTypeFilter,
+					Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityFilter, Policy: &drop,
+				})
+			})()
+			return w.change(func(c *nftables.Conn) { c.DelTable(table) }), err
+		},
 		Changes: map[string]func() error{
 			"the table is deleted": w.change(func(c *nftables.Conn) { c.DelTable(ourTable()) }),
 			"the table is flushed": w.change(func(c *nftables.Conn) { c.FlushTable(ourTable()) }),

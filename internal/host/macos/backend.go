@@ -377,6 +377,7 @@ func (b *Backend) Host() host.Host {
 	return host.Host{
 		Name: "darwin", Language: "pf", Link: b, Observer: b, Enforcer: b,
 		Judge: b, Ways: b, Renderer: b, Network: &b.network,
+		Unexamined: neverExamined,
 	}
 }
 

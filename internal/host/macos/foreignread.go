@@ -41,12 +41,31 @@ func (b *Backend) inspectForeign(ctx context.Context, n *darwin.Network, r *poli
 		// Our anchor is in force in any case. If the rules couldn't be read, the last
 		// result stays; if they couldn't be evaluated, they may pass transit.
 		problem := host.Problem{Step: StepAnchor, Message: "the rules of other software can't be judged: " + err.Error(),
-			Hint: "list them: sudo pfctl -s rules; sudo pfctl -s nat"}
+			Hint: "list them: sudo pfctl -s rules; sudo pfctl -s nat", Kind: host.KindOtherFilters}
 		b.foreign.problems = []host.Problem{problem}
 		if errors.Is(err, errTooManyRules) || errors.Is(err, errNotEvaluated) {
 			b.foreign.open = b.foreign.problems
 		}
 	}
+}
+
+// neverExamined is what this host never looks for: FindForeign compares only packets that
+// our anchor has rules about, which WireGuard's own aren't, and pf doesn't know what the
+// Application Firewall drops.
+var neverExamined = map[host.ProblemKind]string{
+	host.KindHostFirewall: "neither rules of pf that stop WireGuard's own packets nor the Application Firewall",
+}
+
+// unexamined returns what an Inspect didn't look for: foreign rules are evaluated against
+// an anchor of ours, and not by the first Inspect after Enforce.
+func (b *Backend) unexamined() map[host.ProblemKind]string {
+	switch {
+	case b.loaded == nil:
+		return map[host.ProblemKind]string{host.KindOtherFilters: "the helper has no rules in pf, as it needs none now"}
+	case b.foreign.key == "" && len(b.foreign.problems) == 0:
+		return map[host.ProblemKind]string{host.KindOtherFilters: "our rules were only just loaded"}
+	}
+	return nil
 }
 
 // updateForeign evaluates the foreign rules and updates problems and open.
@@ -75,14 +94,14 @@ func (f Foreign) problem() host.Problem {
 	case f.Wider:
 		hint = "the helper blocks such packets at the tunnel; on other interfaces, remove the rule or the software that loads it"
 	}
-	return host.Problem{Step: StepAnchor, Message: f.String(), Hint: hint}
+	return host.Problem{Step: StepAnchor, Message: f.String(), Hint: hint, Kind: host.KindOtherFilters}
 }
 
 // checkTransit returns an error if a foreign rule would pass transit that our anchor
 // blocks, once forwarding is enabled.
 func (b *Backend) checkTransit(ctx context.Context, n *darwin.Network, r *policy.Ruleset) error {
 	if err := b.updateForeign(ctx, n, r); err != nil {
-		return asStepError(StepForwarding, fmt.Errorf("the rules of other software can't be judged: %w", err))
+		return &host.StepError{Step: StepForwarding, Kind: host.KindOtherFilters, Err: fmt.Errorf("the rules of other software can't be judged: %w", err)}
 	}
 	if len(b.foreign.open) > 0 {
 		return problemError(b.foreign.open[0])

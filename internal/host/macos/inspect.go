@@ -44,6 +44,7 @@ func (b *Backend) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, 
 		if !b.j.IsEmpty() {
 			drift(StepRestore, "the packet filter or forwarding is still in use")
 		}
+		report.Unexamined = b.unexamined()
 		return report, nil
 	}
 	a, err := b.compile(r)
@@ -74,6 +75,7 @@ func (b *Backend) Inspect(ctx context.Context, r *policy.Ruleset) (host.Report, 
 		b.inspectUnwantedStates(ctx, r, drift)
 		b.inspectForeign(ctx, n, r)
 	}
+	report.Unexamined = b.unexamined()
 	report.Drift = append(append(report.Drift, b.lastReport.Drift...), b.foreign.open...)
 	report.Problems = slices.Concat(report.Problems, b.portProblems(), b.tokenProblems(), b.stateProblems(), b.stateLimitProblems(), b.lastReport.Problems, b.foreign.problems)
 	return report, nil
@@ -166,7 +168,7 @@ func (b *Backend) obstacles(ctx context.Context) ([]host.Problem, error) {
 		}
 		if !called {
 			out = append(out, host.Problem{
-				Step: StepAnchor, Message: message,
+				Step: StepAnchor, Kind: host.KindOtherFilters, Message: message,
 				Hint: "restore /etc/pf.conf as Apple ships it and run: sudo pfctl -f /etc/pf.conf",
 			})
 		}
@@ -180,7 +182,7 @@ func (b *Backend) obstacles(ctx context.Context) ([]host.Problem, error) {
 			continue // no rule of ours relies on it, and vmnet leaves it skipped
 		}
 		out = append(out, host.Problem{
-			Step: StepAnchor, Message: fmt.Sprintf("the packet filter is told to skip %s", name),
+			Step: StepAnchor, Kind: host.KindOtherFilters, Message: fmt.Sprintf("the packet filter is told to skip %s", name),
 			Hint: "remove `set skip` from the main ruleset, or the software that put it there",
 		})
 	}

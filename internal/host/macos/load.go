@@ -77,7 +77,7 @@ func (b *Backend) enforceFilter(ctx context.Context, r *policy.Ruleset) error {
 
 // problemError returns a problem as an error.
 func problemError(o host.Problem) error {
-	return &host.StepError{Step: o.Step, Hint: o.Hint, Err: errors.New(o.Message)}
+	return &host.StepError{Step: o.Step, Hint: o.Hint, Kind: o.Kind, Err: errors.New(o.Message)}
 }
 
 // maxPastEgress is for how many interfaces rules are kept after they disappeared.

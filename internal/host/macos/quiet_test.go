@@ -2,6 +2,8 @@ package macos
 
 import (
 	"context"
+	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -13,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/meshhelper/meshhelper/darwin"
+	"github.com/meshhelper/meshhelper/internal/host"
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
 	"github.com/meshhelper/meshhelper/internal/mesh"
 	"github.com/meshhelper/meshhelper/internal/policy"
@@ -314,4 +317,34 @@ func TestOwnAddress(t *testing.T) {
 
 func sameHost(a, b policy.Host) bool {
 	return cmp.Equal(a, b, cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{}))
+}
+
+// TestUnexamined stops WireGuard's own packets, which this host doesn't look for: it says
+// so. It says the same of other rules that stop peers while pf has no anchor of ours.
+func TestUnexamined(t *testing.T) {
+	g := newRig(t)
+	g.open()
+	m := testMesh(1, mesh.Incoming)
+	m.ListenPort = listenPort
+	g.must(g.mac.LoadAnchor("com.apple/100.other", fmt.Sprintf("block drop quick proto udp from any to any port %d\n", listenPort)))
+	unexamined := func(m policy.Mesh) []host.ProblemKind {
+		t.Helper()
+		r := g.enforce(m)
+		g.inspect(r) // this one only reads back
+		report := g.inspect(r)
+		if slices.ContainsFunc(report.Problems, func(p host.Problem) bool { return p.Kind == host.KindHostFirewall }) {
+			t.Errorf("it is looked for: %+v", report.Problems)
+		}
+		return slices.Sorted(maps.Keys(report.Unexamined))
+	}
+	if g.p.Host().Unexamined[host.KindHostFirewall] == "" {
+		t.Error("the host doesn't say that it never looks for rules that stop WireGuard")
+	}
+	if got := unexamined(m); !slices.Equal(got, []host.ProblemKind{host.KindOtherFilters}) {
+		t.Errorf("without an anchor: %v", got)
+	}
+	m.Peers[0].Permissions = mesh.Granted(mesh.Routing)
+	if got := unexamined(m); len(got) > 0 {
+		t.Errorf("with an anchor: %v", got)
+	}
 }

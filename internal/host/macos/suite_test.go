@@ -77,6 +77,11 @@ func newComputer(t *testing.T) *hosttest.Computer {
 			g.p.pf = darwin.NewPF(badRunner{g, true, func(string) bool { return true }})
 			return func() { g.p.pf = darwin.NewPF(g) }
 		},
+		StopPeers: func() (func() error, error) {
+			const path = "com.apple/100.other"
+			undo := func() error { g.mac.FlushAnchor(path); return nil }
+			return undo, g.mac.LoadAnchor(path, "block drop in quick on "+g.p.name+" all\n")
+		},
 		Changes: map[string]func() error{
 			"the anchor is flushed":    func() error { g.mac.FlushAnchor(g.p.path); return nil },
 			"the anchor is replaced":   func() error { return g.mac.LoadAnchor(g.p.path, "pass all\n") },
