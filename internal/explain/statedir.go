@@ -49,9 +49,11 @@ func (x *Explainer) queueSpaceCheck() {
 	dir := x.o.StateDir
 	x.o.Wanted.Queue("room", func() error {
 		err := checkSpace(dir)
-		if x.stateDirProblem.Store(nil); err != nil {
-			x.stateDirProblem.Store(&host.Problem{Step: nameStateDir, Message: fmt.Sprintf("nothing can be written into %q: %v", dir, err), Hint: stateDirHint(dir)})
+		var problem *host.Problem
+		if err != nil {
+			problem = &host.Problem{Step: nameStateDir, Message: fmt.Sprintf("nothing can be written into %q: %v", dir, err), Hint: stateDirHint(dir)}
 		}
+		x.stateDirProblem.Store(problem) // once, or a status in between would list none
 		return err
 	})
 }

@@ -76,7 +76,8 @@ type Sets struct {
 // Compile makes the ruleset for a mesh on a host, with the grants of the time now;
 // [Ruleset.Expires] is when the first of them ends. It refuses a mesh in which the source of
 // a packet would be ambiguous (a name, key or address that occurs twice, or a peer with the
-// host's address), a peer outside the prefixes, and facts that [Host.Validate] refuses.
+// host's address), a peer outside the prefixes, and facts that [Host.Validate] refuses. The
+// ruleset keeps host, so its slices must not be changed afterwards; of m it has a copy.
 func Compile(m Mesh, host Host, now time.Time) (*Ruleset, error) {
 	if err := host.Validate(); err != nil {
 		return nil, fmt.Errorf("compile ruleset: %w", err)

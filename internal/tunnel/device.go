@@ -72,6 +72,11 @@ func (p Peer) validate() error {
 	case p.Learned != (netip.AddrPort{}) && (!p.Learned.IsValid() || p.Learned.Port() == 0):
 		return fmt.Errorf("learned endpoint %v has no address or no port", p.Learned)
 	}
+	for _, at := range []netip.AddrPort{p.Endpoint, p.Learned} {
+		if !mesh.ValidZone(at.Addr().Zone()) { // it would be more lines of the configuration protocol
+			return fmt.Errorf("endpoint %q has a zone that is no interface's", at)
+		}
+	}
 	for _, a := range p.AllowedIPs {
 		if !a.IsValid() || a != a.Masked() || a.Addr().Is4In6() {
 			return fmt.Errorf("allowed IP %v is not a prefix, or has host bits set", a)

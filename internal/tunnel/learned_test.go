@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"encoding/hex"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -9,6 +10,8 @@ import (
 	"time"
 
 	"golang.zx2c4.com/wireguard/tun/tuntest"
+
+	"github.com/meshhelper/meshhelper/internal/mesh/meshtest"
 )
 
 // sink is a place where a test sees what is sent to it, and nothing answers.
@@ -242,4 +245,24 @@ func TestTrialEnds(t *testing.T) {
 	want("too early", learned, 1)
 	a.Close()
 	a.expireLearned() // changes nothing any more
+}
+
+// TestZoneIsNoConfiguration gives endpoints whose zone holds lines of the configuration
+// protocol: the peer is refused, and no other one is made.
+func TestZoneIsNoConfiguration(t *testing.T) {
+	host := newEnd(t, 21)
+	other := meshtest.Key(t, 41).Public()
+	at, err := netip.ParseAddrPort("[fe80::1%x]:1\npublic_key=" + hex.EncodeToString(other[:]) + "\nallowed_ip=0.0.0.0/0\nendpoint=[fe80::2%y]:9")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []Peer{{Learned: at}, {Endpoint: at}} {
+		p.PublicKey, p.AllowedIPs = meshtest.Key(t, 40).Public(), prefixes("100.64.1.1/32")
+		if err := host.Sync([]Peer{p}); err == nil {
+			t.Errorf("%q is taken", at)
+		}
+		if got := held(t, host.Device); len(got) != 0 {
+			t.Errorf("held %v", got)
+		}
+	}
 }
