@@ -64,6 +64,8 @@ type Options struct {
 	Wall      func() time.Time                                                    // optional: the wall clock, time.Now
 	Random    io.Reader                                                           // optional: crypto/rand.Reader
 	Resolve   func(context.Context, string) ([]netip.Addr, error)                 // optional: the host's resolver
+
+	files wanted.FileSystem // optional: where the wanted state is saved
 }
 
 // Defaults of Options.
@@ -158,7 +160,7 @@ func New(o Options) (*Daemon, error) {
 		SettingsChanged: d.settingsChanged,
 		Prefixes:        o.Prefixes, Addresses: o.Addresses, Renumber: o.Renumber,
 		Settings: o.Settings, Endpoint: o.Endpoint, DNS: o.DNS, ListenPort: o.ListenPort,
-		Wait: d.saveLimit(), Tick: o.Tick, Wall: o.Wall, Random: o.Random,
+		Wait: d.saveLimit(), Tick: o.Tick, Wall: o.Wall, Random: o.Random, Files: o.files,
 	})
 	if err != nil {
 		return nil, errors.Join(err, dir.Release())

@@ -31,6 +31,7 @@ type rig struct {
 	t      *testing.T
 	dir    string
 	host   *hostfake.Host
+	disk   changingDisk
 	tunnel *fakeTunnel // the newest
 	d      *Daemon
 	stop   func() // stops the daemon; an error fails the test
@@ -56,13 +57,13 @@ func inBubble(t *testing.T, test func(t *testing.T, r *rig)) {
 }
 
 func newRig(t *testing.T) *rig {
-	return &rig{t: t, dir: filepath.Join(t.TempDir(), "state"), host: hostfake.New()}
+	return &rig{t: t, dir: filepath.Join(t.TempDir(), "state"), host: hostfake.New(), disk: changingDisk{fs: wanted.DiskFiles{}}}
 }
 
 func (r *rig) options() Options {
 	return Options{
 		Host: r.host.Host(), StateDir: r.dir, Logger: slog.New(slog.DiscardHandler),
-		Wall: r.wall,
+		Wall: r.wall, files: &r.disk,
 		NewTunnel: func(dev tun.Device, _ mesh.PrivateKey, _ uint16) (reconcile.Tunnel, error) {
 			if r.portTaken.Load() {
 				return nil, errors.Join(errors.New("start WireGuard: address already in use"), dev.Close())
@@ -115,6 +116,7 @@ func (r *rig) start() {
 
 func (r *rig) startWith(o Options) {
 	r.t.Helper()
+	r.disk.set(wanted.DiskFiles{})
 	d, err := New(o)
 	if err != nil {
 		r.t.Fatal(err)
@@ -202,10 +204,33 @@ func (r *rig) after(d time.Duration) {
 	synctest.Wait()
 }
 
-// setDisk replaces the disk under a running daemon.
-func (r *rig) setDisk(fs wanted.FileSystem) {
-	r.d.wanted.SetFiles(fs)
+// setDisk replaces the disk under a running daemon. The next one has a good disk again.
+func (r *rig) setDisk(fs wanted.FileSystem) { r.disk.set(fs) }
+
+// changingDisk is a disk that a test replaces.
+type changingDisk struct {
+	mu sync.Mutex
+	fs wanted.FileSystem
 }
+
+func (c *changingDisk) set(fs wanted.FileSystem) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.fs = fs
+}
+
+func (c *changingDisk) get() wanted.FileSystem {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.fs
+}
+
+func (c *changingDisk) WriteTemp(dir, name string, content []byte) (string, error) {
+	return c.get().WriteTemp(dir, name, content)
+}
+func (c *changingDisk) Rename(from, to string) error { return c.get().Rename(from, to) }
+func (c *changingDisk) Remove(path string) error     { return c.get().Remove(path) }
+func (c *changingDisk) SyncDir(dir string) error     { return c.get().SyncDir(dir) }
 
 // clockInterval is how often the time is saved while a permission has an end.
 const clockInterval = time.Minute

@@ -1,6 +1,7 @@
 package wanted
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -62,6 +63,7 @@ type Options struct {
 	Tick   time.Duration    // required: the longest pause between two checks of Run
 	Wall   func() time.Time // required: the wall clock
 	Random io.Reader        // required: a cryptographic source
+	Files  FileSystem       // optional: where the state is saved, DiskFiles
 }
 
 // State holds the wanted state and is its only writer. Its methods are safe for concurrent
@@ -131,7 +133,7 @@ func Open(o Options) (*State, error) {
 		timed:    make(chan struct{}, 1),
 		revoked:  make(map[mesh.PublicKey][len(mesh.AllPermissions)]uint64),
 	}
-	s.disk.store.dir = o.Dir.path
+	s.disk.store.dir, s.disk.store.files = o.Dir.path, cmp.Or[FileSystem](o.Files, DiskFiles{})
 	s.disk.wanted = s.doc.Load
 	s.disk.saved = func(doc *Document) { s.clock.setSaved(doc.Saved) }
 	s.disk.record = o.Record
@@ -152,10 +154,6 @@ func (s *State) Identity() Identity { return s.id }
 
 // Key returns the host's private key.
 func (s *State) Key() mesh.PrivateKey { return s.key }
-
-// SetFiles replaces the file system, also while the helper runs, for tests with a disk that
-// is full or hangs.
-func (s *State) SetFiles(fs FileSystem) { s.disk.store.fs.Store(&fs) }
 
 // Now returns the time by which permissions end; see clock.
 func (s *State) Now() time.Time { return s.clock.Now() }

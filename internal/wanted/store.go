@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"sync/atomic"
 
 	"github.com/meshhelper/meshhelper/internal/api"
 	"github.com/meshhelper/meshhelper/internal/owned"
@@ -28,16 +27,8 @@ const (
 // which a person restores a damaged state.json. Both are replaced by rename(2), never
 // written in place, so each is complete after a crash at any moment.
 type store struct {
-	dir string
-	fs  atomic.Pointer[FileSystem] // nil: DiskFiles
-}
-
-// files returns the file system to write to.
-func (s *store) files() FileSystem {
-	if fs := s.fs.Load(); fs != nil {
-		return *fs
-	}
-	return DiskFiles{}
+	dir   string
+	files FileSystem
 }
 
 // FileSystem has the operations that fail on a full or broken disk, so that tests can
@@ -121,7 +112,7 @@ func (s *store) save(ctx context.Context, doc *Document) error {
 // before it renames the first, so a full disk changes none of them. The first rename makes
 // the change; the copy, which comes second, is never newer.
 func (s *store) replace(ctx context.Context, text []byte, names ...string) error {
-	files := s.files()
+	files := s.files
 	var temps []string
 	defer func() {
 		for _, t := range temps {

@@ -204,7 +204,7 @@ func TestKeyIsOfTheFileThatWasChecked(t *testing.T) {
 	taken, refused := 0, 0
 	for n := 0; !t.Failed() && n < 60000 && (taken < 3000 || refused < 3000); n++ {
 		d := new(State)
-		d.disk.store.dir = dir
+		d.disk.store.dir, d.disk.store.files = dir, DiskFiles{}
 		switch err := d.loadKey(false); {
 		case err == nil && d.key.Equal(keys[1]):
 			t.Error("read another user's key")
