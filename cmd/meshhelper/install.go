@@ -63,6 +63,7 @@ type installOptions struct {
 	listenPort                uint16
 	dryRun                    bool
 	given                     func(flag string) bool // whether a flag was given
+	flags                     string                 // givenFlags
 }
 
 // defaultLabel returns the service's name if --label isn't given: a unit's name on Linux, a
@@ -91,7 +92,7 @@ Repeating it upgrades the helper in place; the mesh stays as it is. --operator,
 --listen-port and --endpoint are kept as settings, which "meshhelper settings"
 shows and changes; a flag that isn't given leaves its setting as it was.`,
 		RunE: func(c *cobra.Command, _ []string) error {
-			o.given = c.Flags().Changed
+			o.given, o.flags = c.Flags().Changed, givenFlags(c.Flags())
 			return o.run(c.Context())
 		},
 	}
@@ -120,7 +121,7 @@ func (o *installOptions) run(ctx context.Context) error {
 		o.app.reportStep(s, err)
 	})
 	if err != nil {
-		return o.app.serviceError("install", err)
+		return o.app.serviceError("install"+o.flags, err)
 	}
 	s, err := o.waitEnforcing(ctx)
 	if err != nil {
@@ -141,10 +142,10 @@ func (o *installOptions) printPlan(ctx context.Context, what *install.Options) e
 	}
 	err := install.Refusal(ctx, what)
 	if errors.Is(err, os.ErrPermission) {
-		o.app.talk("install itself needs root: %s", o.app.asRoot("install"))
+		o.app.talk("install itself needs root: %s", o.app.asRoot("install"+strings.ReplaceAll(o.flags, " --dry-run", "")))
 		return nil
 	}
-	return o.app.serviceError("install", err)
+	return o.app.serviceError("install"+o.flags, err)
 }
 
 // waitEnforcing returns the helper's status once it enforces the rules, or after settleTime
@@ -465,7 +466,7 @@ found, and remove what was installed. It also works if the helper is dead.`,
 					return printErr
 				}
 			}
-			return a.serviceError("uninstall", err)
+			return a.serviceError("uninstall"+givenFlags(c.Flags()), err)
 		},
 	}
 	c.Flags().StringVar(&label, "label", a.service.defaultLabel(), "`NAME` of the service")
@@ -515,7 +516,7 @@ func (a *app) reportStep(s install.Step, err error) {
 }
 
 // serviceError adds to an error of install or uninstall what to do about it. command is the
-// subcommand's name.
+// subcommand with the flags that were given.
 func (a *app) serviceError(command string, err error) error {
 	var e *launchd.Error
 	switch {

@@ -45,7 +45,7 @@ type runOptions struct {
 	tick, wait                                    time.Duration
 
 	given func(flag string) bool // whether a flag was given
-	flags string                 // the flags that were given, as givenFlags returns them
+	flags string                 // givenFlags, and the socket of the environment
 	kept  []string               // keys of the settings in use, whose flags weren't given
 
 	log *slog.Logger // set by openLog
@@ -74,7 +74,10 @@ other than starting.`,
 			if err := o.chooseUserSocket(c.Flag("socket").Changed); err != nil {
 				return err
 			}
-			o.given, o.flags = c.Flags().Changed, a.givenFlags(c.Flags())
+			o.given, o.flags = c.Flags().Changed, givenFlags(c.Flags())
+			if path := a.getenv("MESHHELPER_SOCKET"); path != "" && !c.Flags().Changed("socket") {
+				o.flags += " --socket " + shellWord(path) // sudo doesn't pass the environment on
+			}
 			return run(c.Context(), o)
 		},
 	}
@@ -97,9 +100,9 @@ other than starting.`,
 	return c
 }
 
-// givenFlags returns the flags that were given, as a shell takes them, each after a space. A
-// socket from the environment is among them, since sudo doesn't pass that on.
-func (a *app) givenFlags(f *pflag.FlagSet) string {
+// givenFlags returns the flags that were given, as a shell takes them, each after a space, for
+// a hint that repeats the command.
+func givenFlags(f *pflag.FlagSet) string {
 	var out strings.Builder
 	f.Visit(func(one *pflag.Flag) {
 		value := one.Value.String()
@@ -110,9 +113,6 @@ func (a *app) givenFlags(f *pflag.FlagSet) string {
 			out.WriteString(map[bool]string{true: "=", false: " "}[one.NoOptDefVal != ""] + shellWord(value))
 		}
 	})
-	if path := a.getenv("MESHHELPER_SOCKET"); path != "" && !f.Changed("socket") {
-		out.WriteString(" --socket " + shellWord(path))
-	}
 	return out.String()
 }
 
