@@ -364,10 +364,11 @@ func runDoctor(ctx context.Context, a *app, label string) error {
 	switch {
 	case errors.Is(failed, api.ErrUnreachable):
 		checks = append(checks, a.noHelper(failed, len(checks) > 1))
-		helpers, failed = a.checksWithout("no helper answers"), nil
+		helpers, failed = a.checksWithout(), nil
 	case failed != nil:
 		checks = append(checks, a.refusedCheck(failed))
-		helpers = a.checksWithout("the helper isn't asked")
+		// The mesh interface of the helper that runs would be taken for another one in the prefix.
+		helpers = explain.ChecksWithout("the helper isn't asked", nil, nil)
 	}
 	checks = append(checks, helpers...)
 	wrong := 0 // problems, without those that follow from another one
@@ -446,10 +447,9 @@ func (a *app) noHelper(err error, installed bool) api.Check {
 	return c
 }
 
-// checksWithout returns the helper's checks if no helper answers, or none that this user may
-// ask; why says which. Only the check of the mesh prefixes needs no helper: it compares them
-// with this host's addresses.
-func (a *app) checksWithout(why string) []api.Check {
+// checksWithout returns the helper's checks if no helper answers. Only the one of the mesh
+// prefixes needs none: it compares them with this host's addresses.
+func (a *app) checksWithout() []api.Check {
 	prefixes := mesh.DefaultPrefixes()
 	mesh := []netip.Prefix{prefixes.V4, prefixes.V6}
 	if a.service != nil {
@@ -461,7 +461,7 @@ func (a *app) checksWithout(why string) []api.Check {
 			}
 		}
 	}
-	return explain.ChecksWithout(why, mesh, hostInterfaces())
+	return explain.ChecksWithout("no helper answers", mesh, hostInterfaces())
 }
 
 // hostInterfaces returns this host's interfaces and addresses, without loopback ones. What

@@ -162,7 +162,7 @@ func (a *app) changeSetting(ctx context.Context, key string, value *string) erro
 		}
 		a.talkOfSetting(s, one)
 		if value == nil && one.Source == api.SettingFlag {
-			a.talk("the helper runs with --%s %s, which counts without the setting, too", key, shellWord(one.Value))
+			a.talk("the helper runs with --%s %s, which applies without the setting as well", key, shellWord(one.Value))
 		}
 		for _, p := range s.Problems {
 			a.talk("%s: %s", p.Step, p.Message)

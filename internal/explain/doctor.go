@@ -155,11 +155,12 @@ const noInterface = ".."
 // ChecksWithout returns the checks of [Explainer.Doctor] for a command that gets no answer from
 // a helper. why says so in a clause, such as "no helper answers". They are marked as not checked
 // and as consequences of that, except for the one of the mesh
-// prefixes: it compares them with the addresses of the host's interfaces, which needs no root.
+// prefixes: it compares them with the addresses of the host's interfaces, which needs no root. With nil prefixes that isn't checked
+// either: a running helper's own interface has addresses there.
 func ChecksWithout(why string, prefixes []netip.Prefix, interfaces []policy.Interface) (out []api.Check) {
 	for _, name := range checkNames {
 		c := api.Check{Name: name, Message: "not checked: " + why, Follows: nameHelper}
-		if name != stepPrefix {
+		if name != stepPrefix || prefixes == nil {
 			out = append(out, c)
 			continue
 		}
