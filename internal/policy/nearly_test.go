@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// excludePrivate are the routes that WireGuard's apps write for all but private networks,
-// and the same of IPv6.
+// excludePrivate is the list of routes that the WireGuard apps write for "exclude private
+// IPs": all of IPv4 except the private networks. The IPv6 part is made in the same way.
 var excludePrivate = prefixes(
 	"0.0.0.0/5", "8.0.0.0/7", "11.0.0.0/8", "12.0.0.0/6", "16.0.0.0/4", "32.0.0.0/3", "64.0.0.0/2", "128.0.0.0/3",
 	"160.0.0.0/5", "168.0.0.0/6", "172.0.0.0/12", "172.32.0.0/11", "172.64.0.0/10", "172.128.0.0/9", "173.0.0.0/8", "174.0.0.0/7",
@@ -16,8 +16,9 @@ var excludePrivate = prefixes(
 	"::/1", "8000::/2", "c000::/3", "e000::/4", "f000::/5", "f800::/6", "fe00::/9", "ff00::/8",
 )
 
-// TestExcludePrivateIPs checks that such routes are a default route, so that the internet
-// stays of class internet, and that they are named where one is missing.
+// TestExcludePrivateIPs checks that these routes together count as a default route, so that
+// public addresses stay in class internet, and that NearlyDefault reports the missing part
+// when one of the routes is left out.
 func TestExcludePrivateIPs(t *testing.T) {
 	by := func(ps []netip.Prefix) *Ruleset {
 		m, h := picture(7), pictureHost()
@@ -39,7 +40,7 @@ func TestExcludePrivateIPs(t *testing.T) {
 		}
 	}
 	if got := whole.Host().NearlyDefault(); len(got) > 0 {
-		t.Errorf("the whole list is nearly a default route: %+v", got)
+		t.Errorf("the complete list is reported as nearly a default route: %+v", got)
 	}
 	for i, p := range excludePrivate {
 		if public(p) == 0 {
@@ -48,7 +49,7 @@ func TestExcludePrivateIPs(t *testing.T) {
 		without := by(slices.Delete(slices.Clone(excludePrivate), i, i+1))
 		got := without.Host().NearlyDefault()
 		if p == prefix("::/1") {
-			if len(got) > 0 { // nothing of 2000::/3 is left
+			if len(got) > 0 { // no route covers any of 2000::/3 now
 				t.Errorf("without %v: %+v", p, got)
 			}
 			continue
@@ -57,12 +58,12 @@ func TestExcludePrivateIPs(t *testing.T) {
 			t.Fatalf("without %v: %+v", p, got)
 		}
 		if !slices.ContainsFunc(got[0].Missing, p.Overlaps) {
-			t.Errorf("without %v these are missing: %v", p, got[0].Missing)
+			t.Errorf("without %v the missing prefixes are %v, want one that overlaps it", p, got[0].Missing)
 		}
 	}
-	// A VPN's networks, and nothing more, are no news.
+	// A VPN that routes a few networks only isn't reported.
 	if got := by(prefixes("10.0.0.0/8", "203.0.112.0/20", "2001:db8::/32")).Host().NearlyDefault(); len(got) > 0 {
-		t.Errorf("networks are nearly a default route: %+v", got)
+		t.Errorf("a few networks are reported as nearly a default route: %+v", got)
 	}
 	if got := by(prefixes("2000::/4", "3000::/5")).Host().NearlyDefault(); len(got) != 1 || got[0].Missing[len(got[0].Missing)-1] != prefix("3800::/5") {
 		t.Errorf("three quarters of IPv6: %+v", got)

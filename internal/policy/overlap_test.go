@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// TestOverlaps checks what is said of each other owner of a part of the mesh prefixes, and
-// that a prefix which is named as free is.
+// TestOverlaps checks the overlap reported for each kind of other owner of a part of the
+// mesh prefixes, and that a mesh moved to the proposed free prefix has no overlap.
 func TestOverlaps(t *testing.T) {
 	for _, tt := range []struct {
 		about  string
@@ -26,7 +26,7 @@ func TestOverlaps(t *testing.T) {
 			h.Interfaces = append(h.Interfaces, Interface{"utun4", prefixes("100.64.0.2/24")})
 			h.Routes = append(h.Routes, Route{prefix("100.64.0.0/24"), "utun4"})
 		}, "2 utun4 100.64.0.0/10 [100.64.0.2/24] [a c] [a] false"},
-		{"the host's own", func(_ *Mesh, h *Host) {
+		{"the host's own address", func(_ *Mesh, h *Host) {
 			h.Interfaces = append(h.Interfaces, Interface{"lo0", prefixes("100.64.0.1/32")})
 		}, "2 lo0 100.64.0.0/10 [100.64.0.1/32] [] [] true"},
 		{"a route around the prefix", func(_ *Mesh, h *Host) {
@@ -41,10 +41,10 @@ func TestOverlaps(t *testing.T) {
 			h.IPsec = prefixes("100.70.0.0/16", "10.0.0.0/8")
 		}, `4  100.64.0.0/10 [100.70.0.0/16] [] [] false
 5  100.64.0.0/10 [100.100.2.136/32] [] [] false`},
-		{"a default route in parts", func(_ *Mesh, h *Host) {
+		{"a default route in two halves", func(_ *Mesh, h *Host) {
 			h.Routes = append(h.Routes, Route{prefix("0.0.0.0/1"), "utun4"}, Route{prefix("128.0.0.0/1"), "utun4"})
 		}, ""},
-		{"routes of ours", func(_ *Mesh, h *Host) {
+		{"routes of the mesh interface and of loopback", func(_ *Mesh, h *Host) {
 			h.Routes = append(h.Routes, Route{prefix("100.64.0.0/10"), "utun7"}, Route{prefix("100.101.2.3/32"), "lo0"})
 		}, ""},
 	} {
@@ -74,7 +74,8 @@ func TestOverlaps(t *testing.T) {
 			}
 		}
 	}
-	// With much in use another space is taken, and at last none.
+	// Once a whole private range is routed, Free takes a prefix of the next range, and fails
+	// when all ranges are routed.
 	m, h := picture(0), pictureHost()
 	for _, all := range []string{"10.0.0.0/8", "172.16.0.0/12"} {
 		if p, ok := compile(t, m, h).Free(hostA4); !ok || h.routedOverlaps(p) {
@@ -83,7 +84,7 @@ func TestOverlaps(t *testing.T) {
 		h.Routes = append(h.Routes, Route{prefix(all), "utun3"})
 	}
 	if p, ok := compile(t, m, h).Free(hostA4); ok {
-		t.Errorf("everything is in use, and %v is free", p)
+		t.Errorf("every range is in use, but %v is proposed as free", p)
 	}
 }
 

@@ -23,8 +23,8 @@ var (
 func addr(s string) netip.Addr     { return netip.MustParseAddr(s) }
 func prefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
 
-// picture is the host B of docs/policy.md with the external peer C, whose
-// permissions are given, and the own peer A.
+// picture is the mesh of host B in docs/policy.md: the external peer C with the given
+// permissions, and the own peer A.
 func picture(c mesh.Permissions) Mesh {
 	return Mesh{
 		Prefixes:  []netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6},
@@ -57,14 +57,14 @@ func pictureHost() Host {
 	}
 }
 
-// sent is a packet with the interface that it arrives by, empty for one that the host
-// itself sends.
+// sent is a packet with the interface on which it arrives, which is empty for a packet of
+// the host itself.
 type sent struct {
 	In string
 	Packet
 }
 
-// decide asks the question that fits where the packet comes from.
+// decide calls the method of Ruleset that judges packets from the origin of p.
 func (r *Ruleset) decide(p sent) Verdict {
 	switch {
 	case p.In == r.host.Interface:
@@ -84,8 +84,8 @@ func compile(t testing.TB, m Mesh, h Host) *Ruleset {
 	return r
 }
 
-// TestFromPeer is the table "From a peer": for each destination its class, and
-// the verdict under every set of permissions.
+// TestFromPeer checks the table "From a peer" of docs/policy.md: the class of each
+// destination, and the verdict under every set of permissions.
 func TestFromPeer(t *testing.T) {
 	never := func(mesh.Permissions) bool { return false }
 	incoming := func(p mesh.Permissions) bool { return p.Has(mesh.Incoming) }
@@ -125,7 +125,7 @@ func TestFromPeer(t *testing.T) {
 					t.Errorf("%v with %v: pass %v but exit %v", dst, p, v.Pass, v.Exit)
 				}
 				if v.Pass && v.Missing != 0 {
-					t.Errorf("%v with %v: passes and misses %v", dst, p, v.Missing)
+					t.Errorf("%v with %v: passes, but %v is reported as missing", dst, p, v.Missing)
 				}
 			}
 		}
@@ -152,7 +152,7 @@ func TestMissing(t *testing.T) {
 	}
 }
 
-// TestRules walks the lines that don't depend on the destination's class.
+// TestRules checks the rules that don't depend on the destination's class.
 func TestRules(t *testing.T) {
 	c4, c6, a4 := addr("100.64.0.3"), addr("fd6d:6573:6800::3"), addr("100.64.0.2")
 	inet, lan := addr("8.8.8.8"), addr("192.168.77.9")
@@ -235,8 +235,9 @@ func TestRules(t *testing.T) {
 	}
 }
 
-// TestServices sends to each service of the host, and beside it, from a peer with each set
-// of permissions, while the service is served and while it isn't.
+// TestServices sends to each service of the host, and to another port, protocol and address,
+// from a peer with each set of permissions. A packet to the service passes with incoming, or
+// with the permission that the service needs while it is served; the others need incoming.
 func TestServices(t *testing.T) {
 	for _, s := range AllServices {
 		t.Run(s.Name, func(t *testing.T) {
@@ -267,8 +268,8 @@ func TestServices(t *testing.T) {
 	}
 }
 
-// TestListenPort checks that WireGuard's own port is closed to UDP inside the
-// tunnel, at the host only.
+// TestListenPort checks that UDP from inside the tunnel to WireGuard's own port is refused
+// at the host's addresses, and only there.
 func TestListenPort(t *testing.T) {
 	m := picture(7)
 	m.ListenPort = 51820
@@ -292,9 +293,9 @@ func TestListenPort(t *testing.T) {
 	}
 }
 
-// TestHairpin checks that WireGuard's port is closed to UDP at the addresses of the
-// router in front, which turns such packets back, and that all else there is class lan
-// as before.
+// TestHairpin checks that UDP to WireGuard's port is refused at the outside addresses of the
+// router in front, which would send such packets back to the host (hairpin NAT), and that
+// any other packet to these addresses is judged as class lan.
 func TestHairpin(t *testing.T) {
 	m, h := picture(mesh.Routing|mesh.LAN), pictureHost()
 	m.ListenPort, h.OutsidePort = 51820, 4500
@@ -329,27 +330,27 @@ func TestHairpin(t *testing.T) {
 		if v := r.FromPeer(p); v.Rule != tt.rule || v.Pass != (tt.rule == RuleLAN || tt.rule == RuleInternet) || tt.rule == RuleHairpin && v.Answered() {
 			t.Errorf("%v protocol %d port %d: %q, want %q; answered %v", tt.dst, tt.proto, tt.port, v.Rule, tt.rule, v.Answered())
 		}
-		// What the host itself sends there is none of the tunnel's business.
+		// The rule is for packets out of the tunnel: the host itself may send to these addresses.
 		p.Src = map[bool]netip.Addr{true: addr("2001:db8:1::9"), false: addr("203.0.113.9")}[p.Dst.Is6()]
 		if v := r.FromHost(p); tt.rule == RuleHairpin && !v.Pass {
 			t.Errorf("the host to %v port %d: %q", tt.dst, tt.port, v.Rule)
 		}
 	}
 
-	// A router's port that changes is looked at as any other fact is.
+	// Diff names both peers when the router's port or one of its addresses changes.
 	moved := h
 	moved.OutsidePort = 4501
 	if n := Diff(compile(t, m, h), compile(t, m, moved)); len(n) != 2 {
-		t.Errorf("another port outside concerns %d peers of 2", len(n))
+		t.Errorf("another outside port: Diff names %d peers, want 2", len(n))
 	}
 	moved.OutsidePort, moved.Outside = h.OutsidePort, h.Outside[:2] // 192.168.1.7 stays class lan
 	if n := Diff(compile(t, m, moved), compile(t, m, h)); len(n) != 2 {
-		t.Errorf("another address outside concerns %d peers of 2", len(n))
+		t.Errorf("another outside address: Diff names %d peers, want 2", len(n))
 	}
 }
 
-// TestTunnel checks that WireGuard's own packets pass outside of the tunnel,
-// whatever the outer address of a peer is.
+// TestTunnel checks that WireGuard's own packets pass outside the tunnel whatever the outer
+// address of the peer is, unless an end of the packet is a peer's or the host's mesh address.
 func TestTunnel(t *testing.T) {
 	m := picture(7)
 	m.ListenPort, m.Former = 51820, []netip.Addr{addr("100.70.0.9")}
@@ -396,15 +397,15 @@ func TestReply(t *testing.T) {
 	}{
 		{"internet answers by the uplink", mesh.Routing, ByPeer, Packet{Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "en0", true},
 		{"LAN forges the internet's answer", mesh.Routing, ByPeer, Packet{Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "en5", false},
-		{"a peer forges it", mesh.Routing, ByPeer, Packet{Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "utun7", false},
+		{"a peer forges the internet's answer", mesh.Routing, ByPeer, Packet{Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "utun7", false},
 		{"routing was denied", mesh.LAN, ByPeer, Packet{Src: c4, Dst: addr("8.8.8.8"), Proto: ProtoUDP}, "en0", false},
 		{"LAN answers", mesh.Routing | mesh.LAN, ByPeer, Packet{Src: c4, Dst: addr("192.168.77.9"), Proto: ProtoUDP}, "en5", true},
 		{"another peer answers for the LAN", mesh.Routing | mesh.LAN, ByPeer, Packet{Src: c4, Dst: addr("192.168.77.9"), Proto: ProtoUDP}, "utun7", false},
 		{"the host answers", mesh.Incoming, ByPeer, Packet{Src: c4, Dst: hostA4, Proto: ProtoUDP}, "", true},
 		{"incoming was denied", mesh.Routing, ByPeer, Packet{Src: c4, Dst: hostA4, Proto: ProtoUDP}, "", false},
 		{"a peer answers the host", 0, ByHost, Packet{Src: hostA4, Dst: c4, Proto: ProtoUDP}, "utun7", true},
-		{"the mesh.LAN answers for a peer", 0, ByHost, Packet{Src: hostA4, Dst: c4, Proto: ProtoUDP}, "en5", false},
-		{"an answer to what never may be", 7, ByPeer, Packet{Src: c4, Dst: addr("100.64.0.2"), Proto: ProtoUDP}, "utun7", false},
+		{"the LAN answers for a peer", 0, ByHost, Packet{Src: hostA4, Dst: c4, Proto: ProtoUDP}, "en5", false},
+		{"an answer to a packet from peer to peer", 7, ByPeer, Packet{Src: c4, Dst: addr("100.64.0.2"), Proto: ProtoUDP}, "utun7", false},
 	} {
 		v := compile(t, picture(tt.have), pictureHost()).Reply(tt.by, tt.opened, tt.in)
 		if v.Pass != tt.pass {
@@ -413,8 +414,9 @@ func TestReply(t *testing.T) {
 	}
 }
 
-// TestIntoTunnel is what an enforcer at the tunnel lets in outside of flows: the host's
-// own packets to peers, and nothing through one unless the host routes so.
+// TestIntoTunnel checks which packets may enter the tunnel without a flow: the host's own
+// packets to peers, and packets to other destinations only while the host routes through a
+// peer.
 func TestIntoTunnel(t *testing.T) {
 	m := picture(7)
 	m.ListenPort = 51820
@@ -449,8 +451,8 @@ func TestIntoTunnel(t *testing.T) {
 			if v.Rule != want || v.Pass != pass || (v.Exit == ExitMesh) != pass {
 				t.Errorf("%s, through a peer %v: %+v, %q; want %q", tt.about, r.mesh.ThroughPeer, v, v.Rule, want)
 			}
-			// What a peer sends as the reply passes as long, and with a source that isn't a
-			// peer's as nothing else.
+			// The reply passes by the tunnel exactly while the packet itself does. A packet of
+			// the other end whose source isn't a peer's passes only as a reply in a flow.
 			if got := r.Reply(ByHost, tt.p, "utun7").Pass; got != pass {
 				t.Errorf("%s, through a peer %v: the reply passes %v", tt.about, r.mesh.ThroughPeer, got)
 			}
@@ -458,17 +460,17 @@ func TestIntoTunnel(t *testing.T) {
 				t.Errorf("%s, through a peer %v: the reply passes by the uplink", tt.about, r.mesh.ThroughPeer)
 			}
 			if v := r.FromPeer(Packet{Src: tt.p.Dst, Dst: tt.p.Src, Proto: tt.p.Proto, ICMPType: tt.p.ICMPType}); pass && want == RuleThroughPeer && v.Rule != RuleSpoofed {
-				t.Errorf("%s, through a peer %v: without a flow the other end's packet is %+v", tt.about, r.mesh.ThroughPeer, v)
+				t.Errorf("%s, through a peer %v: the other end's packet without a flow: %+v, want it refused as spoofed", tt.about, r.mesh.ThroughPeer, v)
 			}
 		}
 	}
 	if n := Diff(through, closed); len(n) != 2 {
-		t.Errorf("routing through a peer no longer concerns %d peers of 2", len(n))
+		t.Errorf("routing through a peer ends: Diff names %d peers, want 2", len(n))
 	}
 }
 
-// TestNoPeersPacket asks about packets that come from elsewhere than the question says:
-// none passes for a peer's or into the mesh.
+// TestNoPeersPacket asks each method of Ruleset about packets whose source is wrong for the
+// origin that the method judges: none passes as a peer's, and none passes into the mesh.
 func TestNoPeersPacket(t *testing.T) {
 	h := pictureHost()
 	h.FoundForwarding = Families{true, true}
@@ -480,19 +482,19 @@ func TestNoPeersPacket(t *testing.T) {
 				t.Errorf("from a peer, %v to %v: %+v", src, dst, v)
 			}
 			if v := r.MayOpen(0, Packet{Src: c4, Dst: dst, Proto: ProtoUDP}); v.Pass {
-				t.Errorf("opened by neither end, %v: %+v", dst, v)
+				t.Errorf("a flow to %v that neither end may open: %+v", dst, v)
 			}
 		}
 	}
 	for _, dst := range []netip.Addr{hostA4, addr("8.8.8.8"), lan, addr("100.64.0.2")} {
 		if v := r.FromElsewhere(Packet{Src: c4, Dst: dst, Proto: ProtoUDP}); v.Pass {
-			t.Errorf("a peer's from elsewhere, to %v: %+v", dst, v)
+			t.Errorf("a peer's source from elsewhere, to %v: %+v", dst, v)
 		}
 		if v := r.FromHost(Packet{Src: c4, Dst: dst, Proto: ProtoUDP}); v.Pass && v.Exit != ExitAny {
-			t.Errorf("a peer's from the host, to %v: %+v", dst, v)
+			t.Errorf("a peer's source from the host, to %v: %+v", dst, v)
 		}
 		if v := r.IntoTunnel(Packet{Src: c4, Dst: dst, Proto: ProtoUDP}); v.Pass {
-			t.Errorf("a peer's into the tunnel, to %v: %+v", dst, v)
+			t.Errorf("a peer's source into the tunnel, to %v: %+v", dst, v)
 		}
 	}
 }
@@ -505,7 +507,7 @@ func TestExpiry(t *testing.T) {
 	for _, tt := range []struct {
 		after time.Duration
 		pass  bool
-		next  time.Duration // 0: none
+		next  time.Duration // 0: no permission ends any more
 	}{
 		{0, true, time.Hour},
 		{time.Hour, true, 2 * time.Hour},
@@ -581,7 +583,7 @@ func TestCompileRefuses(t *testing.T) {
 	}
 }
 
-// TestOthers checks which part of the mesh prefixes has another owner.
+// TestOthers checks which parts of the mesh prefixes count as another owner's.
 func TestOthers(t *testing.T) {
 	for _, tt := range []struct {
 		about  string
@@ -597,7 +599,7 @@ func TestOthers(t *testing.T) {
 			h.Interfaces = append(h.Interfaces, Interface{"utun4", prefixes("100.99.0.0/16")})
 			h.Routes = append(h.Routes, Route{prefix("100.99.1.0/24"), "utun4"})
 		}, "100.99.0.0/16"},
-		{"routes of ours", func(_ *Mesh, h *Host) {
+		{"routes of the mesh interface and of loopback", func(_ *Mesh, h *Host) {
 			h.Routes = append(h.Routes, Route{prefix("100.64.0.0/10"), "utun7"}, Route{prefix("100.101.2.3/32"), "lo0"})
 		}, ""},
 		{"a route around the mesh prefix", func(_ *Mesh, h *Host) {
@@ -638,8 +640,8 @@ func TestOthers(t *testing.T) {
 	}
 }
 
-// TestFormer checks that a removed peer's address is kept in, also where all
-// around it is another's, until a peer or the host has it again.
+// TestFormer checks that no packet leaves to a removed peer's address, even where the
+// network around it has another owner, until a peer or the host has that address again.
 func TestFormer(t *testing.T) {
 	const gone = "100.70.0.9"
 	for _, tt := range []struct {
@@ -653,12 +655,12 @@ func TestFormer(t *testing.T) {
 		{"inside a carrier's network", func(_ *Mesh, h *Host) {
 			h.Interfaces[0].Addresses = prefixes("100.80.0.7/10")
 		}, "", RuleFormer},
-		{"by a route of its own", func(_ *Mesh, h *Host) {
+		{"with a route to it alone", func(_ *Mesh, h *Host) {
 			h.Routes = append(h.Routes, Route{prefix(gone + "/32"), "utun4"})
 		}, "", RuleFormer},
-		{"a peer's again", func(m *Mesh, _ *Host) { m.Peers[0].Addresses[0] = addr(gone) }, "", RuleHostToPeer},
-		{"the host's", func(m *Mesh, h *Host) { m.Addresses[0] = addr(gone) }, "lo0", RuleNotOurs},
-		{"an interface's", func(_ *Mesh, h *Host) {
+		{"assigned to a peer again", func(m *Mesh, _ *Host) { m.Peers[0].Addresses[0] = addr(gone) }, "", RuleHostToPeer},
+		{"assigned to the host", func(m *Mesh, h *Host) { m.Addresses[0] = addr(gone) }, "lo0", RuleNotOurs},
+		{"assigned to an interface", func(_ *Mesh, h *Host) {
 			h.Interfaces = append(h.Interfaces, Interface{"utun4", prefixes(gone + "/32")})
 		}, "", RuleNotOurs},
 	} {
@@ -675,9 +677,9 @@ func TestFormer(t *testing.T) {
 		if v := r.decide(sent{tt.in, Packet{Src: src, Dst: addr(gone), Proto: ProtoUDP}}); v.Rule != tt.rule {
 			t.Errorf("%s: %q, want %q", tt.about, v.Rule, tt.rule)
 		}
-		// For a peer it is a mesh address like any other.
+		// To a peer the unassigned address next to it is in the mesh like any other.
 		if v := r.FromPeer(Packet{Src: m.Peers[1].Addresses[0], Dst: addr("100.70.0.10"), Proto: ProtoUDP}); v.Rule != RuleMesh {
-			t.Errorf("%s: a peer got %q", tt.about, v.Rule)
+			t.Errorf("%s: from a peer to the address next to it: %q, want %q", tt.about, v.Rule, RuleMesh)
 		}
 	}
 }
@@ -706,9 +708,9 @@ func TestDiff(t *testing.T) {
 		{"same", all, compile(t, picture(7), pictureHost()), nil},
 		{"wider", compile(t, picture(mesh.Routing), pictureHost()), all, nil},
 		{"narrower", all, compile(t, picture(mesh.Routing), pictureHost()), []string{"c incoming, lan"}},
-		{"routing takes lan along", all, compile(t, picture(mesh.LAN), pictureHost()), []string{"c incoming, routing, lan"}},
-		{"lan alone was nothing", compile(t, picture(mesh.LAN), pictureHost()), compile(t, picture(0), pictureHost()), nil},
-		{"another source", all, compile(t, picture(7), renumbered), []string{"c none", "a none"}},
+		{"without routing, lan is lost as well", all, compile(t, picture(mesh.LAN), pictureHost()), []string{"c incoming, routing, lan"}},
+		{"lan alone had no effect", compile(t, picture(mesh.LAN), pictureHost()), compile(t, picture(0), pictureHost()), nil},
+		{"the host's addresses changed", all, compile(t, picture(7), renumbered), []string{"c none", "a none"}},
 		{"another router", all, compile(t, picture(7), rerouted), nil},
 		{"another owner in the mesh prefix", all, compile(t, picture(7), others), nil},
 		{"uplink moved", all, compile(t, picture(7), elsewhere), []string{"c none", "a none"}},
@@ -763,15 +765,15 @@ func FuzzReadHost(f *testing.F) {
 		if err != nil {
 			return
 		}
-		// What the door let in compiles, whatever the mesh.
+		// Facts that ReadHost accepts must compile.
 		if _, err := Compile(picture(7), h, start); err != nil {
-			t.Errorf("facts were read but don't compile: %v", err)
+			t.Errorf("ReadHost accepts facts that don't compile: %v", err)
 		}
 	})
 }
 
-// TestTransitToMartians checks that what is a martian for peers alone is transit
-// like any other where it is others' packet, and open to the host itself.
+// TestTransitToMartians sends to addresses that are martians for peers only: a packet from
+// the LAN is judged as transit like any other, and the host itself may send there.
 func TestTransitToMartians(t *testing.T) {
 	h := pictureHost()
 	h.Outside = []netip.Addr{addr("203.0.114.7")}
@@ -789,12 +791,12 @@ func TestTransitToMartians(t *testing.T) {
 		}
 	}
 	if got := r.Class(addr("203.0.114.7")); got != OnLAN {
-		t.Errorf("the router's address is %v", got)
+		t.Errorf("the router's outside address is of class %v, want %v", got, OnLAN)
 	}
 }
 
-// TestRouterOf6To4 checks that a host with addresses in the 6to4 prefix of its own
-// IPv4 address keeps them.
+// TestRouterOf6To4 checks that a host with an address in the 6to4 prefix of its own IPv4
+// address (RFC 3056) keeps its classes there: its address is self, and its network lan.
 func TestRouterOf6To4(t *testing.T) {
 	h := pictureHost()
 	h.Interfaces[0].Addresses = append(h.Interfaces[0].Addresses, prefix("2002:cb00:7109:1::1/64"))

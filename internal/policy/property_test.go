@@ -16,7 +16,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// world draws a mesh and a host whose addresses are close to each other, so that
+// world is a random mesh on a random host. Their addresses are close to each other, so that
 // classes overlap often.
 type world struct {
 	mesh Mesh
@@ -135,7 +135,8 @@ func mustCompile(t *rapid.T, w world) *Ruleset {
 	return r
 }
 
-// TestNoPeerReachesAPeer is the picture that must never leak.
+// TestNoPeerReachesAPeer checks, for random worlds and packets, that only the host itself
+// reaches a peer: a packet from a peer or another network never leaves by the mesh.
 func TestNoPeerReachesAPeer(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		w := drawWorld(t)
@@ -153,8 +154,9 @@ func TestNoPeerReachesAPeer(t *testing.T) {
 	})
 }
 
-// TestMeshAddressesStayIn checks, against the sets, what the host and others may
-// send to mesh addresses by other interfaces than the mesh's.
+// TestMeshAddressesStayIn compares the verdicts on packets that the host or another network
+// sends to mesh addresses without peers with the sets: a former peer's or an unassigned
+// address is refused, and the host reaches a part that has another owner.
 func TestMeshAddressesStayIn(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		r := mustCompile(t, drawWorld(t))
@@ -174,14 +176,14 @@ func TestMeshAddressesStayIn(t *testing.T) {
 			case in(s.Mesh, p.Dst) && !in(s.Others, p.Dst) && v.Pass:
 				t.Fatalf("%+v reaches an unassigned mesh address: %v", p, v.Rule)
 			case in(s.Others, p.Dst) && !in(s.Former, p.Dst) && p.In == "" && !v.Pass:
-				t.Fatalf("%+v is another's and is refused: %v", p, v.Rule)
+				t.Fatalf("%+v is refused, though the destination has another owner: %v", p, v.Rule)
 			}
 		}
 	})
 }
 
-// TestClassIsFirstThatFits compares the one-lookup table with the table of
-// docs/policy.md written out as a search through its lines.
+// TestClassIsFirstThatFits compares the class, which the ruleset finds in one lookup, with
+// the first matching line of the table in docs/policy.md, found by a search.
 func TestClassIsFirstThatFits(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		r := mustCompile(t, drawWorld(t))
@@ -207,9 +209,10 @@ func TestClassIsFirstThatFits(t *testing.T) {
 	})
 }
 
-// TestRefusalsTellNothing compares two hosts with the same mesh and other networks: a
-// peer sees the same of whatever both refuse, and where one refuses what the other
-// passes on to the internet, silence.
+// TestRefusalsTellNothing compares two hosts that have the same mesh and different networks.
+// A packet that both refuse is either answered by both or by neither, and a packet that one
+// refuses and the other forwards to the internet isn't answered, so that a peer can't probe
+// the host's networks.
 func TestRefusalsTellNothing(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		w := drawWorld(t)
@@ -244,23 +247,24 @@ func TestRefusalsTellNothing(t *testing.T) {
 }
 
 func looksTheSame(t *rapid.T, have mesh.Permissions, p Packet, a, b Verdict) {
-	if a.Peer < 0 || b.Peer < 0 { // an interface's own address is no peer's source
+	if a.Peer < 0 || b.Peer < 0 { // no peer has the address of an interface
 		return
 	}
 	if a.Pass {
 		a, b = b, a
 	}
 	switch {
-	case a.Pass: // both
-	case b.Pass && b.Class != Internet: // the peer may know the host's addresses, or its networks
-	case a.Rule == RuleWireGuard, b.Rule == RuleWireGuard: // with incoming
-	case a.Rule == RuleHairpin, b.Rule == RuleHairpin: // with routing and lan
+	case a.Pass: // both pass it
+	case b.Pass && b.Class != Internet: // the peer may reach the host or its networks, and so may know them
+	case a.Rule == RuleWireGuard, b.Rule == RuleWireGuard: // only with incoming
+	case a.Rule == RuleHairpin, b.Rule == RuleHairpin: // only with routing and lan
 	case b.Pass && a.Answered(), !b.Pass && a.Answered() != b.Answered():
 		t.Fatalf("%+v with %v: answered %v (%v), elsewhere passes %v, answered %v (%v)", p, have, a.Answered(), a.Rule, b.Pass, b.Answered(), b.Rule)
 	}
 }
 
-// TestAnswers is what a peer sees of a refusal, by its permissions.
+// TestAnswers checks which refusals are answered and which are silent, by the permissions of
+// the peer.
 func TestAnswers(t *testing.T) {
 	h := pictureHost()
 	for _, tt := range []struct {
@@ -290,8 +294,7 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
-// TestAtIsCompile checks that what is left of a ruleset at a time is what Compile
-// makes at that time.
+// TestAtIsCompile checks that a ruleset's At judges like a ruleset compiled at that time.
 func TestAtIsCompile(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		w := drawWorld(t)
@@ -323,7 +326,8 @@ func TestAtIsCompile(t *testing.T) {
 	})
 }
 
-// carrying checks that an address that carries another one is of no higher class.
+// carrying checks that an IPv6 address with an embedded IPv4 address (NAT64 or 6to4) isn't
+// in a higher class than the embedded one.
 func carrying(t *rapid.T, r *Ruleset, dst netip.Addr) {
 	b := dst.As16()
 	var inner netip.Addr
@@ -343,7 +347,7 @@ func carrying(t *rapid.T, r *Ruleset, dst netip.Addr) {
 		t.Fatalf("%v is %v, but %v is %v", dst, got, inner, of)
 	}
 	if got == Self && !holds(r.Sets().Self, single(dst)) {
-		t.Fatalf("%v is self and no address of the host", dst)
+		t.Fatalf("%v is of class self, but isn't an address of the host", dst)
 	}
 }
 
@@ -368,8 +372,8 @@ func TestLANWithoutRoutingChangesNothing(t *testing.T) {
 	})
 }
 
-// TestNarrowing checks that taking a permission away never lets more pass, and
-// that Diff names the peer of everything that passes no longer, whatever changed.
+// TestNarrowing checks that removing a permission never lets more packets pass, and that
+// Diff names the peer of each packet that no longer passes, whatever changed.
 func TestNarrowing(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		w := drawWorld(t)
@@ -397,15 +401,15 @@ func diffNames(t *rapid.T, w world, old, next *Ruleset, onlyNarrower bool) {
 		p := w.drawPacket(t)
 		was, is := old.decide(p), next.decide(p)
 		if onlyNarrower && is.Pass && !was.Pass {
-			t.Fatalf("%+v: narrowing opened it: %+v, was %+v", p, is, was)
+			t.Fatalf("%+v: passes with fewer permissions: %+v, before: %+v", p, is, was)
 		}
 		if was.Pass && !is.Pass && was.Peer >= 0 && !narrowed[old.Peers()[was.Peer].PublicKey] {
-			t.Fatalf("%+v: passed and doesn't now (%v), but Diff doesn't name %s", p, is.Rule, old.Peers()[was.Peer].Name)
+			t.Fatalf("%+v: no longer passes (%v), but Diff doesn't name %s", p, is.Rule, old.Peers()[was.Peer].Name)
 		}
 	}
 }
 
-// large is a mesh of n peers on a host that knows many prefixes.
+// large is a mesh of n peers on a host with the given number of routes.
 func large(n, routes int) (Mesh, Host) {
 	m, h := picture(7), pictureHost()
 	rnd := rand.New(rand.NewPCG(1, 2))
@@ -472,8 +476,9 @@ func TestAllocatesNothing(t *testing.T) {
 	}
 }
 
-// everyField calls do with a copy of m and a host for each way to change one field of
-// either, or of one peer; a field that is new in the types is changed, too.
+// everyField calls do once for each field of the mesh, of its first peer and of the host,
+// with copies in which that field alone is changed. It finds the fields by reflection, so
+// that a new field is covered as well.
 func everyField(m Mesh, h Host, do func(name string, m Mesh, h Host)) {
 	change := func(v reflect.Value) {
 		switch v.Interface().(type) {
@@ -530,9 +535,9 @@ func everyField(m Mesh, h Host, do func(name string, m Mesh, h Host)) {
 	}
 }
 
-// TestRecompileIsCompile recompiles after every possible change of one field, at several
-// times: what comes out is what Compile makes, the ruleset before is left as it was, and
-// the ground is shared where grants alone changed.
+// TestRecompileIsCompile recompiles after a change of each field, at several times. The
+// result equals that of Compile, the former ruleset doesn't change, and both share a ground
+// exactly where only fields changed on which the ground doesn't depend.
 func TestRecompileIsCompile(t *testing.T) {
 	start := time.Unix(1_000_000, 0)
 	m, h := picture(mesh.Routing|mesh.LAN), pictureHost()
@@ -555,7 +560,8 @@ func TestRecompileIsCompile(t *testing.T) {
 			}
 		}
 	}
-	// What of a peer isn't the ground's: its grants, and what the policy doesn't look at.
+	// The fields of a peer that the ground doesn't depend on: its grants, and those that the
+	// policy doesn't read.
 	apart := []string{"peer.Permissions", "peer.Kind", "peer.Endpoint", "peer.Keepalive", "peer.Tunnel"}
 	shared := 0
 	for _, at := range []time.Duration{0, time.Hour, 3 * time.Hour} {
@@ -584,7 +590,7 @@ func TestRecompileIsCompile(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			same(name+": the ruleset before", r, again)
+			same(name+": the former ruleset", r, again)
 		})
 	}
 	if want := 3 * len(apart); shared != want {
@@ -596,7 +602,7 @@ func TestRecompileIsCompile(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got, err := r.Recompile(m.clone(), pictureHost(), start.Add(time.Minute)); err != nil || got != r {
-		t.Errorf("nothing changed, but there is another ruleset, %v", err)
+		t.Errorf("Recompile without a change returns another ruleset, error %v", err)
 	}
 	got, err := r.Recompile(m, h, start.Add(time.Hour))
 	want, _ := Compile(m, h, start.Add(time.Hour))
@@ -607,6 +613,6 @@ func TestRecompileIsCompile(t *testing.T) {
 	if got, err := (*Ruleset)(nil).Recompile(m, h, start); err != nil {
 		t.Error(err)
 	} else {
-		same("of nothing", got, r)
+		same("Recompile of a nil ruleset", got, r)
 	}
 }
