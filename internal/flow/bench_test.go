@@ -9,7 +9,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// BenchmarkJudge judges single packets with 10,000 peers and 1,000 prefixes.
+// BenchmarkJudge judges single packets with 10,000 peers and 1,000 routed prefixes.
 func BenchmarkJudge(b *testing.B) {
 	table := New(Options{})
 	view := table.Use(flowtest.Large(b, 10_000, 1000))
@@ -22,7 +22,7 @@ func BenchmarkJudge(b *testing.B) {
 			p := flowtest.TCPSegment(at(family.peer, 40000), at(family.net, 443), flowtest.ACK, 1200)
 			loop(b, view, now, func(int) []byte { return p })
 		})
-		// As many flows as a browser has; a share holds 512 with so many peers.
+		// As many flows as a browser opens; with 10,000 peers a share has room for 512.
 		b.Run(family.name+"/400 flows", func(b *testing.B) {
 			var ps [400][]byte
 			for i := range ps {
@@ -48,8 +48,8 @@ func BenchmarkJudge(b *testing.B) {
 				}
 			}
 		})
-		// Each packet opens a flow while another times out; the clock runs so fast
-		// that the peer has several hundred.
+		// Each packet opens a flow while another times out. The clock advances 100 ms per
+		// packet, so that the peer has several hundred flows at a time.
 		b.Run(family.name+"/opening", func(b *testing.B) {
 			ps := openers(family.peer, family.net)
 			at := now
@@ -62,7 +62,7 @@ func BenchmarkJudge(b *testing.B) {
 			}
 			now = at + Instant(2*TCPEstablished/time.Millisecond)
 		})
-		// Each packet would open a flow too many.
+		// After the burst each packet would open a flow beyond the bound and is refused.
 		b.Run(family.name+"/too many", func(b *testing.B) {
 			ps := openers(family.peer, family.net)
 			b.ReportAllocs()
@@ -87,7 +87,7 @@ func BenchmarkJudge(b *testing.B) {
 	}
 }
 
-// crowd returns a packet to the internet of each peer that may route.
+// crowd returns a packet to the internet from each peer that may route.
 func crowd(view *View, v6 bool) (ps [][]byte) {
 	for i, p := range view.Ruleset().Peers() {
 		if !p.Permissions.Has(mesh.Routing) {
@@ -112,7 +112,7 @@ func openers(peer, net netip.Addr) [][]byte {
 }
 
 func loop(b *testing.B, view *View, now Instant, packet func(i int) []byte) {
-	for i := range 50_000 { // so that memory has its size
+	for i := range 50_000 { // the maps have grown to their size before the measurement
 		view.Judge(packet(i), FromPeer, now)
 	}
 	b.ReportAllocs()
@@ -125,7 +125,7 @@ func loop(b *testing.B, view *View, now Instant, packet func(i int) []byte) {
 	}
 }
 
-// BenchmarkUse puts a ruleset with 10,000 peers in force.
+// BenchmarkUse puts a ruleset with 10,000 peers in force, and cuts the flows that it refuses.
 func BenchmarkUse(b *testing.B) {
 	table := New(Options{})
 	r := flowtest.Large(b, 10_000, 1000)

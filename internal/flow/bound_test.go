@@ -14,9 +14,8 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// pfHost is the picture's host with a packet filter that keeps states as the
-// anchor does: a peer C that may do everything, and a server on the internet that
-// is on its side.
+// pfHost is the host of the test picture with a simulated pf that keeps states as the
+// anchor does. Peer C has every permission, and a server on the internet cooperates with it.
 type pfHost struct {
 	*lab
 	machine *pfsim.PF
@@ -24,12 +23,12 @@ type pfHost struct {
 	ends    []*end
 }
 
-// end is one flow of C's with what each end has said so far.
+// end is one flow of C and the state of both its ends.
 type end struct {
 	proto    uint8
 	other    netip.Addr
 	port     uint16
-	seq      [2]uint32 // what C, and what the other end, would send next
+	seq      [2]uint32 // next sequence number of C, and of the other end
 	gateway  netip.AddrPort
 	received int
 	sent     time.Time // when C last sent
@@ -64,17 +63,17 @@ func newPFHost(t testing.TB, seed uint64, o Options) *pfHost {
 	return h
 }
 
-// wait lets time pass for both.
+// wait advances the clocks of the flow table and of pf.
 func (h *pfHost) wait(d time.Duration) {
 	h.later(d)
 	h.machine.Advance(d)
 }
 
-// pick returns one of some values.
+// pick returns a random one of values.
 func pick[T any](r *rand.Rand, values ...T) T { return values[r.IntN(len(values))] }
 
-// segment fills in what a TCP segment of one end says: mostly what is right, or
-// else something that pf may refuse.
+// segment returns a packet with the TCP header fields that one end sends next: mostly
+// correct ones, and sometimes ones that pf may refuse.
 func (h *pfHost) segment(e *end, fromPeer bool) pfsim.Packet {
 	from, to := 0, 1
 	if !fromPeer {
@@ -108,7 +107,7 @@ func (h *pfHost) segment(e *end, fromPeer bool) pfsim.Packet {
 	return p
 }
 
-// wire returns the packet of a flow as the guard sees it.
+// wire returns a packet of the flow as the guard sees it, in wire format.
 func (e *end) wire(p pfsim.Packet, fromPeer bool) []byte {
 	src, dst := at(flowtest.PeerC4, e.port), at(e.other, 443)
 	if !fromPeer {
@@ -149,11 +148,11 @@ func (h *pfHost) send(e *end) {
 	}
 }
 
-// answer has the other end send one. What comes from the internet may end between
-// the two interfaces, for its hop limit is up to the sender. Only right after C
-// sent, and not a FIN, though, and no SYN ever: an end that sends what never
-// arrives can keep the state at the uplink, or have pf begin it anew, and the
-// guard can't know; see phase.
+// answer has the other end send a packet. A packet from the internet may expire between the
+// two interfaces, as its sender chooses the hop limit. The test does that only right after C
+// sent, and never with a FIN or a SYN: by packets that don't reach the guard the server could
+// keep pf's state at the uplink alive, or have pf begin it anew, which the guard can't see;
+// see phase.
 func (h *pfHost) answer(e *end) {
 	p := h.segment(e, false)
 	p.Src, p.SrcPort = e.other, 443
@@ -176,7 +175,7 @@ func (h *pfHost) answer(e *end) {
 	}
 	just := e.sent.Equal(h.clock)
 	if !just && !slices.ContainsFunc(h.machine.States(), func(s pfsim.State) bool { return s.Interface == "utun7" && s.Ext.Port() == e.port }) {
-		return // it would get no further than en0
+		return // the packet wouldn't get past en0
 	}
 	if just && h.random.IntN(3) == 0 && p.Flags&pfconf.FlagFIN == 0 {
 		h.machine.Receive(p, "en0")
@@ -192,11 +191,11 @@ func (h *pfHost) arrive(e *end, p pfsim.Packet) {
 	h.judge(e.wire(p, false), ToPeer)
 }
 
-// TestGuardHoldsWhatPFHolds has a peer and a server that are both hostile, and
-// know all sequence numbers, try to make pf hold more than the guard counts: by
-// segments that pf doesn't accept, answers that end between pf and the guard,
-// connections that begin anew and pauses of any length. pf takes an expired state
-// away up to 10 s late, so what the guard still holds 10 s later counts.
+// TestGuardHoldsWhatPFHolds has a hostile peer and a hostile server, which know all sequence
+// numbers, try to make pf hold more states than the guard counts: by segments that pf doesn't
+// accept, answers that expire between pf and the guard, connections that begin anew, and
+// pauses of any length. pf removes an expired state up to 10 s late, so the count of pf is
+// compared with the flows that the guard still has 10 s later.
 func TestGuardHoldsWhatPFHolds(t *testing.T) {
 	runs, steps := 300, 400
 	if testing.Short() {
@@ -243,13 +242,13 @@ func TestGuardHoldsWhatPFHolds(t *testing.T) {
 	}
 	t.Logf("at most %d states at once; %d answers received", most, received)
 	if most == 0 || received == 0 {
-		t.Error("nothing is held, so the test shows nothing")
+		t.Error("pf held no state or no answer arrived, so the test shows nothing")
 	}
 }
 
-// states returns how many states pf holds that C's packets made, those on flows
-// that the host opened left out: of those the host determines the number, and an
-// answer makes a state only where pf has forgotten that of the question.
+// states returns how many states pf holds that C's packets created. States of flows that the
+// host opened don't count: the host determines their number, and an answer of C creates a
+// state only where pf has forgotten that of the request.
 func (h *pfHost) states() (n int) {
 	byHost := make(map[uint16]bool)
 	for k, e := range h.view.shares[0].flows {
@@ -269,7 +268,8 @@ func (h *pfHost) states() (n int) {
 	return n
 }
 
-// held is what C's flows hold that are still there after a while.
+// held returns the number of states that the guard counts for those flows of C that haven't
+// expired at the given time from now.
 func (h *pfHost) held(after time.Duration) (n int) {
 	now := h.table.Now() + Instant(after/time.Millisecond)
 	for _, e := range h.view.shares[0].flows {

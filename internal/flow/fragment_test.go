@@ -11,13 +11,13 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// kernelPieces puts datagrams together as Linux does (inet_frag_queue_insert and
+// kernelPieces reassembles datagrams as Linux does (inet_frag_queue_insert and
 // inet_frag_create in net/ipv4/inet_fragment.c, ip_frag_queue in
 // net/ipv4/ip_fragment.c, nf_ct_frag6_queue in net/ipv6/netfilter/nf_conntrack_reasm.c),
-// without a bound of its own.
+// but without a bound on memory.
 type kernelPieces struct {
 	queues map[string]*kernelQueue
-	passed int // fragments of the source
+	passed int // IPv4 fragments received from the source
 }
 
 type kernelQueue struct {
@@ -34,7 +34,7 @@ type kernelQueue struct {
 func (k *kernelPieces) receive(b []byte, now time.Time) {
 	k.expire(now)
 	var p packet
-	if p.parse(b); p.odd { // it may be dropped, as what has a wrong checksum is
+	if p.parse(b); p.odd { // the kernel may drop it for its header, as for a wrong checksum
 		return
 	}
 	name := string(b[12:20]) + string(b[4:6]) + string(b[9:10])
@@ -64,7 +64,7 @@ func (k *kernelPieces) receive(b []byte, now time.Time) {
 	for _, run := range q.runs {
 		switch {
 		case run.from <= part.from && part.to <= run.to:
-			return // twice
+			return // a duplicate
 		case run.from < part.to && part.from < run.to:
 			delete(k.queues, name)
 			return
@@ -105,8 +105,9 @@ func (k *kernelPieces) held() (bytes int) {
 	return bytes
 }
 
-// playPieces has C send fragments as script says and compares what the kernel has of
-// it with what the guard counts. It returns how many passed.
+// playPieces has C send the fragments that script encodes, four bytes each, and checks after
+// each one that the kernel doesn't keep more bytes than the guard counts. It returns how many
+// fragments passed.
 func playPieces(t testing.TB, script []byte) (passed int) {
 	l := newLab(t, 7, Options{})
 	kernel := &kernelPieces{queues: map[string]*kernelQueue{}}
@@ -119,7 +120,7 @@ func playPieces(t testing.TB, script []byte) (passed int) {
 		script = script[4:]
 		whole := wholes[what&1]
 		header := len(whole) - 65008
-		// Parts of eight sizes at sixteen places, mostly right ones.
+		// Fragments of eight sizes at sixteen offsets, most of which fit together.
 		size := []int{8, 8, 16, 24, 64, 1400, 8000, 32000}[place>>5]
 		offset := int(place&15) * size / 8 * 8
 		if place&16 != 0 {
@@ -143,10 +144,10 @@ func playPieces(t testing.TB, script []byte) (passed int) {
 		kernel.expire(l.clock)
 		s := l.view.shares[0]
 		if got := kernel.held(); got > s.pieces.held || got > (defaultReassembly/4) {
-			t.Fatalf("the kernel has %d bytes of %d datagrams, the guard counts %d of %d", got, len(kernel.queues), s.pieces.held, len(s.pieces.open))
+			t.Fatalf("the kernel keeps %d bytes of %d datagrams, the guard counts %d bytes of %d", got, len(kernel.queues), s.pieces.held, len(s.pieces.open))
 		}
 		if n := l.table.inPieces.Load(); n != int64(s.pieces.held) || len(s.pieces.open) > maxFragments {
-			t.Fatalf("%d bytes in all, %d of the peer; %d open", n, s.pieces.held, len(s.pieces.open))
+			t.Fatalf("%d bytes in total, %d of the only peer; %d datagrams open", n, s.pieces.held, len(s.pieces.open))
 		}
 	}
 	l.later(2 * time.Minute)
@@ -159,7 +160,8 @@ func playPieces(t testing.TB, script []byte) (passed int) {
 // udp4Piece is the first fragment of a small datagram of C.
 func udp4Piece(id uint32) []byte { return flowtest.Fragments(udp4, id, 16)[0] }
 
-// TestGuardHoldsWhatTheKernelHolds plays random fragments.
+// TestGuardHoldsWhatTheKernelHolds plays random fragments: the guard counts at least the
+// bytes that the kernel keeps.
 func TestGuardHoldsWhatTheKernelHolds(t *testing.T) {
 	passed := 0
 	for seed := range uint64(100) {
@@ -171,7 +173,7 @@ func TestGuardHoldsWhatTheKernelHolds(t *testing.T) {
 			switch i % 4 {
 			case 0:
 				script[i] = byte(random.IntN(ids))
-			case 1: // of a datagram of equal parts, mostly
+			case 1: // mostly fragments of equal size
 				if seed%3 > 0 {
 					script[i] = byte(seed%8)<<5 | byte(random.IntN(4))
 				}
@@ -182,24 +184,24 @@ func TestGuardHoldsWhatTheKernelHolds(t *testing.T) {
 		passed += playPieces(t, script)
 	}
 	if passed < 3000 {
-		t.Errorf("%d fragments passed, so little is shown", passed)
+		t.Errorf("only %d fragments passed, want at least 3000 to show something", passed)
 	}
 }
 
-// FuzzFragments looks for fragments of which the kernel keeps more than is counted.
+// FuzzFragments looks for fragments of which the kernel keeps more than the guard counts.
 func FuzzFragments(f *testing.F) {
 	f.Add([]byte{1, 0, 0, 0, 1, 1, 0, 0, 1, 2, 6, 0, 1, 0, 0, 0})
 	f.Add([]byte{1, 0xa0, 1, 0, 1, 0xa2, 7, 0, 1, 0xa1, 1, 255})
 	f.Fuzz(func(t *testing.T, script []byte) {
 		if len(script) > 8000 {
-			t.Skip("longer than a datagram may live")
+			t.Skip("the script is longer than the lifetime of an incomplete datagram")
 		}
 		playPieces(t, script)
 	})
 }
 
-// TestForgottenParts sends a datagram whose parts are so far from each other that
-// Linux forgets the earlier ones: it doesn't count as whole.
+// TestForgottenParts sends a datagram with other fragments between its own. After 64 of them
+// Linux has dropped the first fragment, so the rest of the datagram is refused.
 func TestForgottenParts(t *testing.T) {
 	for _, others := range []int{63, 64} {
 		l := newLab(t, 7, Options{})
@@ -215,8 +217,9 @@ func TestForgottenParts(t *testing.T) {
 	}
 }
 
-// TestForgottenPartsAreCounted finishes large datagrams after just so many fragments
-// that Linux has forgotten their first parts and keeps the rest.
+// TestForgottenPartsAreCounted completes large datagrams just after Linux has dropped their
+// first fragments for the number of others since: the kernel keeps the rest, and the guard
+// counts it.
 func TestForgottenPartsAreCounted(t *testing.T) {
 	l := newLab(t, 7, Options{})
 	k := kernelPieces{queues: map[string]*kernelQueue{}}
@@ -233,7 +236,7 @@ func TestForgottenPartsAreCounted(t *testing.T) {
 	for range 40 {
 		parts := flowtest.Fragments(large, 50000+id, 1400)
 		send(parts[0])
-		for range 32 { // 64 fragments, all of datagrams that become whole
+		for range 32 { // 64 fragments of datagrams that are completed
 			id++
 			send(flowtest.Fragments(udp4, id, 16)...)
 		}
@@ -241,12 +244,13 @@ func TestForgottenPartsAreCounted(t *testing.T) {
 	}
 	counted := l.view.shares[0].pieces.held
 	if held := k.held(); passed == 0 || held > counted || held > (defaultReassembly/4) {
-		t.Errorf("after %d fragments the kernel has %d bytes, %d counted", passed, held, counted)
+		t.Errorf("after %d fragments the kernel keeps %d bytes, the guard counts %d", passed, held, counted)
 	}
 }
 
-// TestFragmentsBounded begins datagrams that never end: 64, and then none until the
-// first ones are forgotten, while whole packets and another peer's go on.
+// TestFragmentsBounded begins datagrams and doesn't complete them: 64 are accepted, and no
+// more until the first ones have timed out. Unfragmented packets of the peer, and fragments
+// of another peer, pass meanwhile.
 func TestFragmentsBounded(t *testing.T) {
 	for _, p := range [][]byte{udp4, udp6} {
 		l := newLab(t, 7, Options{})
@@ -256,14 +260,14 @@ func TestFragmentsBounded(t *testing.T) {
 		}
 		l.from(false, cut(1000)[0], cut(1000)[1], cut(1001)[0])
 		if got := l.view.Stats(0).Full; got != 2 {
-			t.Errorf("%d packets counted as too many, want 2", got)
+			t.Errorf("%d packets counted as over the bound, want 2", got)
 		}
 		l.from(true, p)
 		other := flowtest.Datagram(at(flowtest.PeerA4, 5), at(flowtest.HostB4, 6), 100)
 		for i := range uint32(3) {
 			l.from(true, flowtest.Fragments(other, i, 40)...)
 		}
-		// One that becomes whole makes room for another, a part that is missing doesn't.
+		// A completed datagram makes room for another; one that still lacks a fragment doesn't.
 		l.from(true, cut(maxFragments - 1)[1:]...)
 		l.from(true, cut(1000)[0])
 		l.from(false, cut(1001)[0])
@@ -274,7 +278,8 @@ func TestFragmentsBounded(t *testing.T) {
 	}
 }
 
-// TestFragmentMemory bounds the bytes: of one peer, and of all, by what the kernel has.
+// TestFragmentMemory checks the bounds on the bytes of incomplete datagrams: a quarter of
+// the kernel's reassembly memory for one peer, and three quarters for all.
 func TestFragmentMemory(t *testing.T) {
 	for kernel, o := range map[int]Options{defaultReassembly: {}, 1 << 20: {Reassembly: 1 << 20}} {
 		fragmentMemory(t, o, kernel/4, kernel*3/4)
@@ -294,7 +299,7 @@ func fragmentMemory(t *testing.T, o Options, one, all int) {
 	flood := func(src netip.Addr, ids uint32) (bytes int) {
 		p := flowtest.Datagram(at(src, 5), at(flowtest.HostB4, 7), 60000)
 		for id := range ids {
-			for _, piece := range flowtest.Fragments(p, id, 1400)[:42] { // the last doesn't come
+			for _, piece := range flowtest.Fragments(p, id, 1400)[:42] { // without the last fragment
 				if l.judge(piece, FromPeer).Action == Pass {
 					bytes += memoryOf(len(piece))
 				}
@@ -305,7 +310,7 @@ func fragmentMemory(t *testing.T, o Options, one, all int) {
 	sum := 0
 	for i, src := range peers {
 		got := flood(src, 40)
-		// Each may have as much as it leaves for the next one.
+		// A peer may take half of what is left, so that it leaves as much for the next one.
 		most := min(one, (all-sum)/2)
 		if got > most+memoryOf(1400) || got < most*9/10 {
 			t.Errorf("peer %d has %d bytes, want nearly %d", i, got, most)
@@ -313,27 +318,27 @@ func fragmentMemory(t *testing.T, o Options, one, all int) {
 		sum += got
 	}
 	if sum > all {
-		t.Errorf("all have %d bytes of %d", sum, all)
+		t.Errorf("all peers have %d bytes, want at most %d", sum, all)
 	}
-	// Those that are silent now keep nothing for long, nor does a peer that was removed.
+	// A peer that is silent now, or was removed, keeps its bytes for a minute only.
 	l.later(time.Duration(fragmentHold+1) * time.Millisecond)
 	for _, src := range peers[3:] {
 		if got := flood(src, 40); got < one*9/10 {
-			t.Errorf("a minute later a peer has %d bytes", got)
+			t.Errorf("a minute later a peer gets only %d bytes", got)
 		}
 	}
 	l.allow(7)
 	l.later(time.Duration(fragmentHold+1) * time.Millisecond)
 	if got := flood(flowtest.PeerC4, 40); got < one*9/10 {
-		t.Errorf("another minute later a peer has %d bytes", got)
+		t.Errorf("another minute later a peer gets only %d bytes", got)
 	}
 	if got := l.table.inPieces.Load(); got > int64(all) {
-		t.Errorf("%d bytes are counted", got)
+		t.Errorf("%d bytes are counted, want at most %d", got, all)
 	}
 }
 
-// TestOddFragments sends fragments that a kernel may drop for their header, as if they
-// had arrived.
+// TestOddFragments sends fragments that the kernel may drop for their IP header. They are
+// refused, and don't count as a fragment that arrived.
 func TestOddFragments(t *testing.T) {
 	l := newLab(t, 7, Options{})
 	whole := func(p []byte, id uint32) [][]byte { return flowtest.Fragments(p, id, 40) }
@@ -346,7 +351,8 @@ func TestOddFragments(t *testing.T) {
 	l.from(true, wrong[2])
 	wrong[1][10] ^= 1
 	l.from(true, wrong[1])
-	// A hop-by-hop header in front, with an option that says: drop me.
+	// A hop-by-hop header with an option of unknown type 0x40, whose upper bits have the host
+	// discard the packet (RFC 8200, section 4.2).
 	for _, n := range []int{0, 1} {
 		pieces := whole(v6, 1)
 		p := pieces[n]

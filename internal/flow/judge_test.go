@@ -16,14 +16,15 @@ const (
 	lan      = mesh.LAN
 )
 
-// lab is a table with the picture's ruleset and a clock that stands still.
+// lab is a flow table with the ruleset of the test picture and a clock that only the test
+// advances.
 type lab struct {
 	t     testing.TB
 	clock time.Time
 	table *Table
 	view  *View
 
-	flooded int // flows that flood opened
+	flooded int // flows that flood has tried to open
 }
 
 func newLab(t testing.TB, c mesh.Permissions, o Options) *lab {
@@ -43,7 +44,7 @@ func (l *lab) set(r *policy.Ruleset) {
 
 func (l *lab) allow(c mesh.Permissions) { l.set(flowtest.Picture(l.t, c)) }
 
-// through is allow on a host that routes its own traffic through a peer.
+// through is like allow, for a host that routes its own traffic through a peer.
 func (l *lab) through(c mesh.Permissions) {
 	m := flowtest.Mesh(c)
 	m.ThroughPeer = true
@@ -54,7 +55,7 @@ func (l *lab) later(d time.Duration) { l.clock = l.clock.Add(d) }
 
 func (l *lab) judge(p []byte, d Direction) Decision { return l.view.Judge(p, d, l.table.Now()) }
 
-// from and to demand that packets from or to a peer pass, or don't.
+// from and to check that packets from a peer, or to one, pass or are refused, as want says.
 func (l *lab) from(want bool, packets ...[]byte) {
 	l.t.Helper()
 	l.demand(want, FromPeer, packets)
@@ -81,10 +82,10 @@ type conversation struct {
 	name    string
 	ask     func(flags uint8) []byte
 	answer  func(flags uint8) []byte
-	strayer func() []byte // as answer, but of no flow
+	strayer func() []byte // like answer, but of no flow
 }
 
-// conversations returns one of each protocol between two ends.
+// conversations returns one conversation of each protocol between two ends.
 func conversations(opener, other netip.Addr) []conversation {
 	return []conversation{
 		{"tcp",
@@ -102,8 +103,8 @@ func conversations(opener, other netip.Addr) []conversation {
 	}
 }
 
-// TestPeerOpens plays conversations that C opens, through a grant, a denial and
-// a grant again.
+// TestPeerOpens plays conversations that C opens: refused without the permissions, passing
+// with them, cut when they are removed, and opened again by C once they are granted again.
 func TestPeerOpens(t *testing.T) {
 	for _, tt := range []struct {
 		about     string
@@ -121,7 +122,7 @@ func TestPeerOpens(t *testing.T) {
 		for _, c := range conversations(tt.peer, tt.dst) {
 			t.Run(tt.about+" "+c.name, func(t *testing.T) {
 				l := newLab(t, 7&^tt.needs, Options{})
-				// The host itself may send, so what it sends isn't an answer.
+				// Packets of the host itself may pass without a flow.
 				byHost := tt.dst == flowtest.HostB4 || tt.dst == flowtest.HostB6
 				l.from(false, c.ask(flowtest.SYN))
 				if !byHost {
@@ -135,7 +136,7 @@ func TestPeerOpens(t *testing.T) {
 				l.to(byHost, c.strayer())
 
 				l.allow(7 &^ tt.needs)
-				// Both ends go on by themselves for a while.
+				// Both ends go on sending for a while.
 				for range 20 {
 					l.later(time.Second)
 					l.to(false, c.answer(flowtest.ACK))
@@ -151,8 +152,9 @@ func TestPeerOpens(t *testing.T) {
 	}
 }
 
-// TestCutStaysDead lets only the host's end of a cut flow go on. After a day it
-// still doesn't open the flow the other way round; another flow it may open.
+// TestCutStaysDead has only the host go on sending in a cut flow. After a day its packets
+// still don't open the flow in the other direction, but the host may open another flow, and
+// the same one after a pause of 25 hours.
 func TestCutStaysDead(t *testing.T) {
 	for _, c := range conversations(flowtest.PeerC4, flowtest.HostB4) {
 		t.Run(c.name, func(t *testing.T) {
@@ -173,10 +175,10 @@ func TestCutStaysDead(t *testing.T) {
 	}
 }
 
-// TestCutAnswersStayDead has a peer that may only route ask the host's DNS, and be
-// denied before the answer: of UDP the filter alone couldn't tell the answer from a
-// flow that the host opens. It stays dead for as long as the host goes on sending,
-// and for the flow's timeout afterwards.
+// TestCutAnswersStayDead has a peer that may only route query the host's DNS server, and lose
+// its permission before the answer. With UDP the packet filter alone couldn't tell the answer
+// from a flow that the host opens. The flow stays cut for as long as the host goes on
+// sending, and for its timeout afterwards.
 func TestCutAnswersStayDead(t *testing.T) {
 	for _, ends := range [][2]netip.Addr{{flowtest.PeerC4, flowtest.HostB4}, {flowtest.PeerC6, flowtest.HostB6}} {
 		for _, asked := range []int{1, 2} {
@@ -199,8 +201,8 @@ func TestCutAnswersStayDead(t *testing.T) {
 			}
 			l.from(false, c.ask(0))
 			l.to(false, c.answer(0))
-			// The host may ask C from another port, and by the same ports once the
-			// flow is forgotten.
+			// The host may send to C by other ports, and by the same ports once the flow has
+			// timed out.
 			l.to(true, c.strayer())
 			l.later(timeout + purge + time.Second)
 			l.to(true, c.answer(0))
@@ -208,7 +210,8 @@ func TestCutAnswersStayDead(t *testing.T) {
 	}
 }
 
-// TestHostOpens plays conversations that the host opens to C, who may nothing.
+// TestHostOpens plays conversations that the host opens to C, which has no permissions at
+// first: C's answers pass, whatever it is granted meanwhile.
 func TestHostOpens(t *testing.T) {
 	for _, ends := range [][2]netip.Addr{{flowtest.HostB4, flowtest.PeerC4}, {flowtest.HostB6, flowtest.PeerC6}} {
 		for _, c := range conversations(ends[0], ends[1]) {
@@ -225,7 +228,7 @@ func TestHostOpens(t *testing.T) {
 				l.from(true, c.answer(flowtest.ACK))
 				l.allow(0)
 				l.from(true, c.answer(flowtest.ACK))
-				// Silent for longer than the timeout, the host has to open it again.
+				// After a silence longer than the timeout, the host has to open the flow again.
 				l.later(25 * time.Hour)
 				l.from(false, c.answer(flowtest.ACK))
 				l.to(true, c.ask(flowtest.ACK))
@@ -235,7 +238,7 @@ func TestHostOpens(t *testing.T) {
 	}
 }
 
-// TestOnlyTheHostOpens sends to C from every other host.
+// TestOnlyTheHostOpens sends to C from every other host: nothing passes.
 func TestOnlyTheHostOpens(t *testing.T) {
 	l := newLab(t, 7, Options{})
 	for _, src := range []netip.Addr{
@@ -250,8 +253,8 @@ func TestOnlyTheHostOpens(t *testing.T) {
 			l.to(false, c.ask(flowtest.SYN), c.ask(flowtest.ACK))
 		}
 	}
-	// And what isn't for a peer leaves only from the host's mesh address, to
-	// where routing may lead through a peer.
+	// A packet to a destination beyond a peer passes only from the host's mesh address, and
+	// only to a destination that may be routed through a peer.
 	for range 2 {
 		for _, c := range conversations(flowtest.LAN4, flowtest.Net4) {
 			l.to(false, c.ask(flowtest.SYN))
@@ -265,7 +268,7 @@ func TestOnlyTheHostOpens(t *testing.T) {
 	}
 }
 
-// TestPeersNeverMeet sends every way between C and A.
+// TestPeersNeverMeet sends between C and A in both directions: nothing passes.
 func TestPeersNeverMeet(t *testing.T) {
 	l := newLab(t, 7, Options{})
 	for _, ends := range [][2]netip.Addr{{flowtest.PeerC4, flowtest.PeerA4}, {flowtest.PeerC6, flowtest.PeerA6}} {
@@ -278,8 +281,8 @@ func TestPeersNeverMeet(t *testing.T) {
 	}
 }
 
-// TestThroughPeer is the host's own traffic through a peer: what comes back has
-// foreign sources and passes only as an answer.
+// TestThroughPeer plays the host's own traffic through a peer: packets in return have the
+// sources of other hosts, and pass only as answers.
 func TestThroughPeer(t *testing.T) {
 	for _, c := range conversations(flowtest.HostB4, flowtest.Net4) {
 		t.Run(c.name, func(t *testing.T) {
@@ -304,8 +307,8 @@ func TestThroughPeer(t *testing.T) {
 	}
 }
 
-// TestNothingThroughPeer is the same while the host doesn't route through a peer: in
-// either direction nothing passes that isn't to or from a peer's address.
+// TestNothingThroughPeer plays the same traffic while the host doesn't route through a peer:
+// in neither direction does a packet pass that isn't to or from a peer's address.
 func TestNothingThroughPeer(t *testing.T) {
 	for _, ends := range [][2]netip.Addr{
 		{flowtest.HostB4, flowtest.Net4}, {flowtest.HostB6, flowtest.Net6}, {flowtest.HostB4, flowtest.LAN4}, {flowtest.HostB6, flowtest.LAN6},
@@ -325,8 +328,8 @@ func TestNothingThroughPeer(t *testing.T) {
 	}
 }
 
-// TestErrors plays ICMP errors about flows of C with the internet, and with the
-// host.
+// TestErrors plays ICMP errors about flows of C with the internet: they pass in both
+// directions while the flow runs, and only when they quote a packet of it.
 func TestErrors(t *testing.T) {
 	router4, router6 := netip.MustParseAddr("10.255.0.1"), netip.MustParseAddr("2001:db8:ffff::1")
 	for _, tt := range []struct {
@@ -351,8 +354,8 @@ func TestErrors(t *testing.T) {
 				l.from(true, c.ask(flowtest.SYN))
 				l.to(true, toC)
 				l.from(true, fromC)
-				// To another host than the sender of the quoted packet, about the
-				// other direction, about a packet of another flow, and cut short.
+				// Refused: errors about the other direction or another flow, to another host than the
+				// sender of the quoted packet, with a quote cut short, and about an error.
 				l.to(false, about(tt.router, tt.opener, icmpType, c.answer(flowtest.ACK)), about(tt.router, tt.opener, icmpType, c.strayer()))
 				l.from(false, about(tt.opener, tt.router, icmpType, c.answer(flowtest.ACK)), about(tt.opener, tt.other, icmpType, c.ask(flowtest.ACK)))
 				header := len(c.ask(0)) - len(c.ask(0)[20:])
@@ -370,14 +373,15 @@ func TestErrors(t *testing.T) {
 	}
 }
 
-// TestErrorOfPeerOnly has A send errors about C's flow.
+// TestErrorOfPeerOnly sends errors about a flow of C: one from A is refused, one from C
+// passes.
 func TestErrorOfPeerOnly(t *testing.T) {
 	l := newLab(t, routing, Options{})
 	c := conversations(flowtest.PeerC4, flowtest.Net4)[0]
 	l.from(true, c.ask(flowtest.SYN))
 	l.from(false, flowtest.ICMPMessage(flowtest.PeerA4, flowtest.Net4, 3, 3, c.answer(flowtest.ACK)))
 	l.from(true, flowtest.ICMPMessage(flowtest.PeerC4, flowtest.Net4, 3, 3, c.answer(flowtest.ACK)))
-	// About what the host sent to C, quoted by C.
+	// An error of C about a packet of the host passes only after the host sent that packet.
 	h := conversations(flowtest.HostB4, flowtest.PeerC4)[1]
 	refused := flowtest.ICMPMessage(flowtest.PeerC4, flowtest.HostB4, 3, 3, h.ask(0))
 	l.from(false, refused)
@@ -394,9 +398,9 @@ func TestRedirectsNeverPass(t *testing.T) {
 		flowtest.ICMPMessage(flowtest.HostB4, flowtest.Net4, 5, 1, c.ask(0)))
 }
 
-// TestUnsolicitedAnswers lets C send what looks like an answer, and everything
-// else that begins nothing. A packet filter may keep state of it (pf does, with
-// flags any), so it doesn't pass, unless it is of a running flow.
+// TestUnsolicitedAnswers has C send packets that look like answers, and others that can't
+// open a flow. A packet filter may create a state for such a packet (pf does, with flags
+// any), so it passes only in a running flow.
 func TestUnsolicitedAnswers(t *testing.T) {
 	l := newLab(t, incoming|routing, Options{})
 	for _, ends := range [][2]netip.Addr{{flowtest.PeerC4, flowtest.Net4}, {flowtest.PeerC6, flowtest.Net6}, {flowtest.PeerC4, flowtest.HostB4}} {
@@ -406,26 +410,26 @@ func TestUnsolicitedAnswers(t *testing.T) {
 			flowtest.Echo(peer, other, 9, true, 8), segment(flowtest.SYN|flowtest.ACK), segment(flowtest.RST), segment(flowtest.RST|flowtest.ACK),
 			flowtest.ICMPMessage(peer, other, 42, 0, nil), flowtest.ICMPMessage(peer, other, 160, 0, nil))
 		if v := l.judge(segment(flowtest.RST), FromPeer); v.Rule != policy.RuleUnasked || v.Action != Drop {
-			t.Errorf("a reset of no flow: %+v", v)
+			t.Errorf("a reset without a flow: %+v", v)
 		}
 		if s := l.view.Stats(0); s.Flows != 0 || s.Held != 0 || s.Full != 0 {
-			t.Errorf("it is remembered: %+v", s)
+			t.Errorf("flows after refused packets: %+v, want none", s)
 		}
 		byHost := other == flowtest.HostB4
 		l.to(byHost, flowtest.Echo(other, peer, 9, false, 8), flowtest.TCPSegment(at(other, 9), at(peer, 22), flowtest.ACK, 0))
 	}
-	// In a flow each of them passes.
+	// In a flow such a segment passes.
 	c := conversations(flowtest.PeerC4, flowtest.Net4)[0]
 	l.from(true, c.ask(flowtest.SYN), c.ask(flowtest.SYN|flowtest.ACK), c.ask(flowtest.RST))
-	// An answer of the host to what it doesn't remember doesn't make it the
-	// opener.
+	// An answer of the host without a flow passes, but doesn't open one.
 	l.allow(0)
 	l.to(true, flowtest.TCPSegment(at(flowtest.HostB4, 22), at(flowtest.PeerC4, 9), flowtest.SYN|flowtest.ACK, 0))
 	l.from(false, flowtest.TCPSegment(at(flowtest.PeerC4, 9), at(flowtest.HostB4, 22), flowtest.ACK, 0))
 }
 
-// TestOtherProtocolsOpenNothing sends what isn't TCP, UDP or ICMP, the other
-// family's ICMP included, from C, who has every permission, and back.
+// TestOtherProtocolsOpenNothing sends packets of protocols other than TCP, UDP and ICMP, the
+// ICMP of the other address family included, from C, which has every permission, and back:
+// none passes, whole or in fragments, and no flow opens.
 func TestOtherProtocolsOpenNothing(t *testing.T) {
 	const gre, esp, ah, dccp, ospf, sctp, udpLite, hip = 47, 50, 51, 33, 89, 132, 136, 139
 	l := newLab(t, 7, Options{})
@@ -444,12 +448,12 @@ func TestOtherProtocolsOpenNothing(t *testing.T) {
 		}
 	}
 	if s := l.view.Stats(0); s.Flows != 0 {
-		t.Errorf("%d flows are remembered", s.Flows)
+		t.Errorf("%d flows were opened, want none", s.Flows)
 	}
 }
 
-// TestChangeHoldsAtOnce judges by a new view before the old one's flows are cut,
-// and lets the old one be used at the same time.
+// TestChangeHoldsAtOnce judges by a new view before the flows of the old one are cut, while
+// the old view is still in use: the new view refuses the flow at once.
 func TestChangeHoldsAtOnce(t *testing.T) {
 	l := newLab(t, 7, Options{})
 	c := conversations(flowtest.PeerC4, flowtest.Net4)[1]
@@ -462,7 +466,7 @@ func TestChangeHoldsAtOnce(t *testing.T) {
 	l.to(false, c.answer(0))
 	l.from(false, c.ask(0))
 	if v := old.Judge(c.ask(0), FromPeer, l.table.Now()); v.Action != Pass {
-		t.Errorf("by the old view: %+v", v)
+		t.Errorf("by the old view: %+v, want pass", v)
 	}
 	l.to(false, c.answer(0))
 	l.from(false, c.ask(0))
@@ -470,7 +474,8 @@ func TestChangeHoldsAtOnce(t *testing.T) {
 	l.to(false, c.answer(0))
 }
 
-// TestRemovedPeer removes C and gives it, then another key, its address again.
+// TestRemovedPeer removes C, adds it again, and then gives its address to a peer with another
+// key: C's flows stay cut, and the new peer doesn't inherit them.
 func TestRemovedPeer(t *testing.T) {
 	l := newLab(t, 7, Options{})
 	host := conversations(flowtest.PeerC4, flowtest.HostB4)[0]
@@ -499,7 +504,7 @@ func TestRemovedPeer(t *testing.T) {
 	l.to(false, net.answer(flowtest.ACK))
 	l.from(false, host.ask(flowtest.ACK))
 
-	// Its memory goes once everything in it has timed out.
+	// The table drops C's share once all flows in it have timed out.
 	l.later(49 * time.Hour)
 	l.set(flowtest.Compile(t, other))
 	if got := len(l.table.shares); got != 2 {
@@ -507,7 +512,8 @@ func TestRemovedPeer(t *testing.T) {
 	}
 }
 
-// TestAnswers counts the answers to refused packets.
+// TestAnswers counts the ICMP answers to refused packets: at most answerBurst at once and
+// answerRate a second, and none to packets that are refused in silence.
 func TestAnswers(t *testing.T) {
 	l := newLab(t, 0, Options{})
 	count := func(p []byte) (n int) {
@@ -535,12 +541,12 @@ func TestAnswers(t *testing.T) {
 		syn[:30],
 	} {
 		if got := count(silent); got != 0 {
-			t.Errorf("%d answers to %x, which deserves silence", got, silent)
+			t.Errorf("%d answers to %x, want none", got, silent)
 		}
 	}
 	stats := l.view.Stats(0)
 	if stats.Flows != 0 {
-		t.Errorf("%d flows remembered of refused packets", stats.Flows)
+		t.Errorf("refused packets opened %d flows, want none", stats.Flows)
 	}
 }
 
@@ -565,19 +571,19 @@ func TestTally(t *testing.T) {
 	want := Stats{
 		Refused: [policy.NumClasses]uint64{0: 1, policy.Self: 1, policy.InMesh: 1, policy.OnLAN: 1},
 		RxBytes: 3 * 38, TxBytes: 38, LastRouted: got.LastRouted, Flows: 1, Held: 1, Limit: maxPerPeer,
-		Example: Refused{To: flowtest.HostB4, Proto: policy.ProtoUDP, Port: 2}, // the first since the last Stats
+		Example: Refused{To: flowtest.HostB4, Proto: policy.ProtoUDP, Port: 2}, // the first refusal since the last call of Stats
 	}
 	if got != want || !got.LastRouted.Equal(l.clock) {
 		t.Errorf("got %+v, want %+v at %v", got, want, l.clock)
 	}
 	if a := l.view.Stats(1); a.RxBytes != 0 || a.Flows != 1 {
-		t.Errorf("A, who routes nothing, has %+v", a)
+		t.Errorf("A, which routes nothing, has %+v", a)
 	}
 }
 
-// TestTunnelInTunnel has peers send to WireGuard's port, at each of the host's
-// addresses, whole and in fragments, as requests and as answers. Nothing passes in
-// either direction, but for other hosts' port of that number.
+// TestTunnelInTunnel has peers send to WireGuard's port at each address of the host, whole
+// and in fragments, as requests and as answers. Nothing passes in either direction, while
+// other ports of the host, and the same port of other hosts, can be reached.
 func TestTunnelInTunnel(t *testing.T) {
 	const port = 51820
 	m := flowtest.Mesh(7)
@@ -610,7 +616,8 @@ func TestTunnelInTunnel(t *testing.T) {
 		l.from(true, flowtest.Datagram(at(flowtest.PeerC4, 9), at(other, port), 8))
 	}
 
-	// By way of the router in front, which turns back what is for its own address.
+	// To the outside addresses of the router in front, which would send such a packet back to
+	// the host (hairpin NAT).
 	h := flowtest.Host()
 	h.Outside, h.OutsidePort = []netip.Addr{flowtest.Net4, flowtest.Net6}, port+7
 	r, err := policy.Compile(m, h, time.Unix(1_700_000_000, 0))
@@ -629,8 +636,8 @@ func TestTunnelInTunnel(t *testing.T) {
 	}
 	l.set(flowtest.Compile(t, m))
 
-	// While the host routes through a peer: its own tunnel doesn't go there, and what
-	// claims to be its answer doesn't pass.
+	// While the host routes through a peer, packets of its own tunnel don't enter the tunnel,
+	// and packets that claim to be their answers don't pass.
 	m.ThroughPeer = true
 	l.set(flowtest.Compile(t, m))
 	for _, ends := range [][2]netip.Addr{{flowtest.HostB4, flowtest.Net4}, {flowtest.HostB6, flowtest.Net6}} {

@@ -12,11 +12,11 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// model is the memory of flows as docs/policy.md tells it: unbounded, one map, no
-// cache, everything judged anew each time.
+// model is the flow table as docs/policy.md describes it, in its simplest form: one unbounded
+// map, and no cache, so that each packet is judged anew.
 type model struct {
 	rules *policy.Ruleset
-	flows map[tuple]*modelFlow // by the opener's packet as the peer's end sends it
+	flows map[tuple]*modelFlow // by the tuple of the packets that the peer's end sends
 }
 
 type modelFlow struct {
@@ -24,7 +24,7 @@ type modelFlow struct {
 	peer        mesh.PublicKey
 }
 
-// packetOf is a packet of the test: what it says, and what it is on the wire.
+// packetOf is a packet of the test: its fields, and its bytes on the wire.
 type packetOf struct {
 	tuple
 	opens, isError bool
@@ -40,13 +40,13 @@ func (m *model) peer(a netip.Addr) (mesh.PublicKey, bool) {
 	return m.rules.Peers()[i].PublicKey, true
 }
 
-// addressOf returns the words of a.
+// addressOf returns a in the form that tuples hold.
 func addressOf(a netip.Addr) address {
 	b := a.As16()
 	return address6(b[:])
 }
 
-// described is t as the policy sees it.
+// described returns t as the policy sees it.
 func described(t tuple) (p policy.Packet) {
 	t.describe(&p)
 	return p
@@ -67,7 +67,7 @@ func (m *model) hostMay(t tuple) bool {
 
 func (m *model) peerMay(t tuple) bool { return m.rules.FromPeer(described(t)).Pass }
 
-// mayOpen judges the opener of the flow whose far end sends t.
+// mayOpen reports whether the opener of f may open it now; the peer's end sends t.
 func (m *model) mayOpen(f *modelFlow, t tuple) bool {
 	if f.byHost {
 		return m.hostMay(t.reversed())
@@ -78,7 +78,7 @@ func (m *model) mayOpen(f *modelFlow, t tuple) bool {
 func (m *model) fromPeer(p packetOf) bool {
 	_, known := m.peer(p.from.netip(p.v6))
 	if p.isError {
-		sentTo := p.quote.reversed() // as the far end would send it
+		sentTo := p.quote.reversed() // the tuple of the peer's end
 		f := m.flows[sentTo]
 		if known {
 			a, _ := m.peer(p.quote.to.netip(p.v6))
@@ -110,8 +110,8 @@ func (m *model) fromPeer(p packetOf) bool {
 	return true
 }
 
-// peerMayPacket judges a packet by itself; an answer to a query has another type
-// than the query that its tuple stands for.
+// peerMayPacket judges a packet by itself. The tuple of an ICMP answer has the type of the
+// query, so the type is replaced by that of the answer.
 func (m *model) peerMayPacket(p packetOf) bool {
 	ask := described(p.tuple)
 	if p.isICMP() && !p.opens {
@@ -148,7 +148,7 @@ func (m *model) toPeer(p packetOf) bool {
 	return !f.cut
 }
 
-// set cuts what the policy now refuses to a peer that lost something.
+// set puts r in force, and cuts the flows that r refuses to peers that lost a permission.
 func (m *model) set(r *policy.Ruleset) {
 	narrowed := policy.Diff(m.rules, r)
 	m.rules = r
@@ -161,8 +161,8 @@ func (m *model) set(r *policy.Ruleset) {
 	}
 }
 
-// drawPacket draws a packet among few ends and ports, so that most belong
-// together.
+// drawPacket draws a packet from few addresses and ports, so that most packets belong to
+// flows of others.
 func drawPacket(t *rapid.T, d Direction) packetOf {
 	ends := []netip.Addr{flowtest.PeerC4, flowtest.PeerA4, flowtest.HostB4, flowtest.HostL4, flowtest.Net4, flowtest.LAN4}
 	v6 := rapid.IntRange(0, 3).Draw(t, "v6") == 0
@@ -171,7 +171,7 @@ func drawPacket(t *rapid.T, d Direction) packetOf {
 	}
 	src := rapid.SampledFrom(ends).Draw(t, "src")
 	dst := rapid.SampledFrom(ends).Draw(t, "dst")
-	// Mostly packets that a tunnel may see: with a peer at the far end.
+	// Mostly packets that a tunnel may carry: with a peer at the far end.
 	if rapid.IntRange(0, 7).Draw(t, "sane") > 0 {
 		peer := rapid.SampledFrom(ends[:2]).Draw(t, "peer")
 		if d == FromPeer {
@@ -194,7 +194,7 @@ func drawPacket(t *rapid.T, d Direction) packetOf {
 	case 2:
 		drawEcho(t, &p, src, dst)
 	case 3:
-		p.proto = 47 // opens nothing
+		p.proto = 47 // GRE, which opens no flow
 		p.wire = flowtest.IP(src, dst, 47, make([]byte, 8))
 	}
 	return p
@@ -214,7 +214,7 @@ func drawEcho(t *rapid.T, p *packetOf, src, dst netip.Addr) {
 	}
 }
 
-// drawError makes an error about p, sent back to its source.
+// drawError returns an ICMP error about p, sent to the source of p.
 func drawError(t *rapid.T, p packetOf) packetOf {
 	by := rapid.SampledFrom([]netip.Addr{p.to.netip(p.v6), flowtest.Net4, flowtest.PeerC4, flowtest.HostB4}).Draw(t, "by")
 	if by.Is6() != p.v6 {
@@ -229,10 +229,10 @@ func drawError(t *rapid.T, p packetOf) packetOf {
 	return e
 }
 
-// TestAgainstModel plays random packets, changes and pauses and compares each
-// verdict with the model's. Apart from the model it demands what the policy
-// promises: from a peer passes only what it may send now or what answers the
-// host; towards it only what the host sends or what answers the peer.
+// TestAgainstModel plays random packets, changes of the ruleset and pauses, and compares each
+// verdict with the model's. Independent of the model it checks what the policy promises: a
+// packet from a peer passes only if the peer may send it now or if it answers the host, and
+// a packet to a peer only if the host sends it or if it answers the peer.
 func TestAgainstModel(t *testing.T) {
 	judged, passed := 0, 0
 	rapid.Check(t, func(rt *rapid.T) {
@@ -267,7 +267,7 @@ func TestAgainstModel(t *testing.T) {
 	})
 	t.Logf("%d packets judged, %d passed", judged, passed)
 	if passed == 0 || passed == judged {
-		t.Error("the packets don't tell anything")
+		t.Error("all packets passed or none did, so the test shows nothing")
 	}
 }
 
@@ -301,7 +301,7 @@ func compare(t *rapid.T, l *lab, m *model, sent map[tuple]Direction, p packetOf,
 	return true
 }
 
-// promised checks a packet that passes against what was sent before.
+// promised checks that a packet that passes is permitted by itself or answers an earlier one.
 func promised(t *rapid.T, m *model, sent map[tuple]Direction, p packetOf, d Direction) {
 	by, answers := sent[p.tuple.reversed()]
 	answers = answers && by != d
@@ -310,6 +310,6 @@ func promised(t *rapid.T, m *model, sent map[tuple]Direction, p packetOf, d Dire
 	case d == ToPeer && (p.from.netip(p.v6) == flowtest.HostB4 || p.from.netip(p.v6) == flowtest.HostB6):
 	case d == ToPeer && answers && m.peerMay(p.tuple.reversed()):
 	default:
-		t.Fatalf("direction %d, %+v passes, and nothing entitles it", d, p)
+		t.Fatalf("direction %d, %+v passes, but is neither permitted nor an answer", d, p)
 	}
 }

@@ -18,7 +18,8 @@ var (
 	tcp6 = flowtest.TCPSegment(at(flowtest.PeerC6, 1000), at(flowtest.Net6, 443), flowtest.ACK, 8)
 )
 
-// with returns a copy of p with bytes written at offsets, given in pairs.
+// with returns a copy of p in which bytes are replaced. pairs holds offsets, each followed by
+// the value of the byte.
 func with(p []byte, pairs ...int) []byte {
 	p = slices.Clone(p)
 	for i := 0; i < len(pairs); i += 2 {
@@ -38,8 +39,8 @@ func options(opts ...byte) []byte {
 	return p
 }
 
-// extended returns udp6 with extension headers in front of UDP: pairs of a
-// protocol number and its header, whose first byte is set here.
+// extended returns udp6 with extension headers in front of UDP. Each argument is a protocol
+// number followed by the header, whose first byte, the next header, is filled in here.
 func extended(headers ...[]byte) []byte {
 	p := slices.Clone(udp6[:40])
 	next := &p[6]
@@ -61,7 +62,7 @@ func extended(headers ...[]byte) []byte {
 	return p
 }
 
-// ext returns the extension header proto of 8 bytes with bytes 2 and 3 set.
+// ext returns an extension header of 8 bytes for extended, with bytes 2 and 3 set.
 func ext(proto, b2, b3 byte) []byte { return []byte{proto, 0, 0, b2, b3, 0, 0, 0, 0} }
 
 func TestMalformed(t *testing.T) {
@@ -126,7 +127,7 @@ func TestMalformed(t *testing.T) {
 		for _, d := range []Direction{FromPeer, ToPeer} {
 			l := newLab(t, 7, Options{})
 			if v := l.judge(p, d); v.Action != Drop {
-				t.Errorf("%s, direction %d: %+v", name, d, v)
+				t.Errorf("%s, direction %d: %+v, want drop", name, d, v)
 			}
 		}
 	}
@@ -157,7 +158,8 @@ func TestWellFormed(t *testing.T) {
 	}
 }
 
-// TestFragments cuts datagrams and plays them in and out of order.
+// TestFragments sends fragments in and out of order, after a timeout and after a change of
+// permissions: a later fragment passes only after its first one.
 func TestFragments(t *testing.T) {
 	for _, tt := range []struct {
 		peer, net netip.Addr
@@ -169,7 +171,7 @@ func TestFragments(t *testing.T) {
 		back := func(id uint32) [][]byte {
 			return flowtest.Fragments(flowtest.Datagram(at(tt.net, 9), at(tt.peer, 5), 100), id, 40)
 		}
-		l.from(false, cut(1)[1], cut(1)[2]) // before their first
+		l.from(false, cut(1)[1], cut(1)[2]) // before the first fragment
 		l.to(false, back(1)...)
 		l.from(true, cut(1)...)
 		l.from(false, cut(1)[2], cut(1)[1])
@@ -177,8 +179,8 @@ func TestFragments(t *testing.T) {
 		l.to(true, back(1)...)
 		l.to(false, back(3)[1])
 
-		// Another datagram of the same name: its first is judged for itself, and
-		// what follows belongs to whichever passed last.
+		// The first fragment of another datagram with the same identification is judged by
+		// itself.
 		strange := flowtest.Fragments(flowtest.Datagram(at(tt.net, 9), at(tt.peer, 6), 100), 1, 40)
 		l.to(false, strange[0])
 
@@ -191,8 +193,8 @@ func TestFragments(t *testing.T) {
 	}
 }
 
-// TestOverlappingFragments reaches into the bytes of the first fragment, where
-// the ports are.
+// TestOverlappingFragments sends fragments that overlap the first one, which could replace
+// the ports in it: they are refused, and those behind the first one pass.
 func TestOverlappingFragments(t *testing.T) {
 	for _, p := range [][]byte{tcp4, tcp6} {
 		l := newLab(t, routing, Options{})
@@ -207,31 +209,31 @@ func TestOverlappingFragments(t *testing.T) {
 	}
 }
 
-// TestFragmentOrder plays the three pieces of a datagram in every order that a
-// network or a peer may make of them. What comes before its first piece is lost,
-// and with it the datagram, unless it comes again.
+// TestFragmentOrder sends the three fragments of a datagram in every order that a network or
+// a peer may cause. A fragment that arrives before the first one is lost, and the datagram
+// with it unless the fragment is sent again.
 func TestFragmentOrder(t *testing.T) {
 	for _, tt := range []struct {
 		about string
-		order string // of the pieces 0, 1 and 2; f is another first one, of a flow that is refused
+		order string // fragments 0, 1 and 2; f is another first fragment, of a flow that is refused
 		pass  string
 	}{
 		{"in order", "012", "yyy"},
-		{"the rest in any order", "021", "yyy"},
-		{"later ones first", "120", "nny"},
-		{"one before the first", "102", "nyy"},
-		{"one before the first and again", "1012", "nyyy"},
+		{"the last before the middle", "021", "yyy"},
+		{"the first last", "120", "nny"},
+		{"the middle before the first", "102", "nyy"},
+		{"the middle before the first and again", "1012", "nyyy"},
 		{"the first twice", "0012", "ynyy"},
-		{"the first between", "0102", "yyny"},
-		{"each twice", "001122", "ynynyn"},
+		{"the first again in between", "0102", "yyny"},
+		{"each fragment twice", "001122", "ynynyn"},
 		{"the last before the middle, each twice", "002211", "ynynyn"},
-		{"the whole again", "012012", "yyyyyy"},
-		{"the first that is refused", "f12", "nnn"},
-		{"both first ones", "0f12", "ynyy"},
-		{"the refused one first", "f012", "nyyy"},
+		{"the whole datagram again", "012012", "yyyyyy"},
+		{"a refused first fragment", "f12", "nnn"},
+		{"both first fragments", "0f12", "ynyy"},
+		{"both first fragments, the refused one first", "f012", "nyyy"},
 	} {
 		for _, ends := range [][2]netip.Addr{{flowtest.PeerC4, flowtest.HostB4}, {flowtest.PeerC6, flowtest.HostB6}} {
-			// C may ask the host's DNS and nothing else of the host.
+			// C may use the host's DNS server, and nothing else on the host.
 			mesh := flowtest.Mesh(routing)
 			mesh.Serves = policy.DNS
 			l := newLab(t, 0, Options{})
@@ -245,7 +247,7 @@ func TestFragmentOrder(t *testing.T) {
 					piece = cut(53)[which-'0']
 				}
 				if got := l.judge(piece, FromPeer).Action == Pass; got != (tt.pass[i] == 'y') {
-					t.Errorf("%s, %v: piece %d of %s passes %v", tt.about, ends[0], i, tt.order, got)
+					t.Errorf("%s, %v: fragment %d of %s passes %v", tt.about, ends[0], i, tt.order, got)
 				}
 			}
 			if s := l.view.Stats(0); s.Flows > 1 {
@@ -255,9 +257,9 @@ func TestFragmentOrder(t *testing.T) {
 	}
 }
 
-// TestShorterFirstFragment sends the first piece again, shorter, and then one that
-// overlaps the longer one. Neither passes: a kernel that had forgotten the longer one
-// would take them.
+// TestShorterFirstFragment sends a shorter first fragment after the first one, and then a
+// fragment that fits it but overlaps the longer one. Neither passes: a kernel that had
+// dropped the longer one would accept them.
 func TestShorterFirstFragment(t *testing.T) {
 	l := newLab(t, routing, Options{})
 	segment := flowtest.TCPSegment(at(flowtest.PeerC4, 5), at(flowtest.Net4, 9), flowtest.SYN, 100)
@@ -268,7 +270,7 @@ func TestShorterFirstFragment(t *testing.T) {
 	l.from(true, flowtest.Fragment(segment, 1, 64, false, payload[64:]))
 }
 
-// seeds are one packet of each kind.
+// seeds returns one packet of each kind.
 func seeds() [][]byte {
 	out := [][]byte{udp4, tcp4, udp6, tcp6, options(7, 7, 4, 0, 0, 0, 0), extended(ext(protoHopByHop, 0, 0), ext(protoRouting, 2, 0))}
 	for _, c := range conversations(flowtest.PeerC4, flowtest.Net4) {
@@ -281,8 +283,8 @@ func seeds() [][]byte {
 	return append(out, flowtest.Fragments(udp6, 3, 16)...)
 }
 
-// checkParse demands what holds for all bytes: no panic, the quick reader agrees
-// with the thorough one, and ports only of what has some.
+// checkParse checks what must hold for any bytes: parsing doesn't panic, the fast path
+// (plainKey) agrees with parse, and only protocols with ports get ports or open flows.
 func checkParse(t *testing.T, b []byte) {
 	t.Helper()
 	var p packet
@@ -293,10 +295,10 @@ func checkParse(t *testing.T, b []byte) {
 			continue
 		}
 		if p.malformed || p.fragment != whole || !p.opens || keyOf(p.tuple, d) != k || k.tuple(d) != p.tuple {
-			t.Errorf("%x: quickly %+v, thoroughly %+v", b, k, p)
+			t.Errorf("%x: plainKey %+v, parse %+v", b, k, p)
 		}
 		if p.flags&(tcpSYN|tcpFIN|tcpRST) != 0 {
-			t.Errorf("%x: plain with flags %#x", b, p.flags)
+			t.Errorf("%x: plainKey accepts flags %#x", b, p.flags)
 		}
 	}
 	known := p.proto == flowtest.TCP || p.proto == flowtest.UDP || p.isICMP()
@@ -323,7 +325,8 @@ func FuzzParse(f *testing.F) {
 	f.Fuzz(checkParse)
 }
 
-// FuzzJudge judges pairs of packets, the second by what the first opened.
+// FuzzJudge judges pairs of packets: whatever flow the first opens, the second passes only
+// with addresses that are possible in its direction.
 func FuzzJudge(f *testing.F) {
 	all := seeds()
 	for i, p := range all {
@@ -349,8 +352,8 @@ func FuzzJudge(f *testing.F) {
 	})
 }
 
-// checkEntitled demands of b, if it passes, the source or destination that it
-// must have whatever a was.
+// checkEntitled checks that b, if it passes, has a source and a destination that its direction
+// requires whatever a was.
 func checkEntitled(t *testing.T, l *lab, a, b []byte, d Direction) {
 	t.Helper()
 	if l.judge(b, d).Action != Pass {
@@ -363,6 +366,6 @@ func checkEntitled(t *testing.T, l *lab, a, b []byte, d Direction) {
 	mesh := l.view.rules.Mesh()
 	through := func(a address) bool { return mesh.ThroughPeer && slices.Contains(mesh.Addresses, a.netip(p.v6)) }
 	if p.malformed || fromPeer && toPeer || d == FromPeer && !fromPeer && !through(p.to) || d == ToPeer && !toPeer && !through(p.from) {
-		t.Errorf("after %x passes %x in direction %d", a, b, d)
+		t.Errorf("after %x, %x passes in direction %d", a, b, d)
 	}
 }

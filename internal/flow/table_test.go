@@ -12,8 +12,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// flood has a peer open n new flows that get no answer, and returns how many it
-// could. The others are refused for their number.
+// flood has a peer send packets for n new flows that get no answer, and returns how many
+// flows opened. It checks that each of the others is refused as one too many.
 func (l *lab) flood(peer netip.Addr, n int) (opened int) {
 	l.t.Helper()
 	for range n {
@@ -30,8 +30,7 @@ func (l *lab) flood(peer netip.Addr, n int) (opened int) {
 	return opened
 }
 
-// fill has a peer open flows until none fits any more, and returns how many it
-// has.
+// fill has a peer open flows until its share is full, and returns how many it opened.
 func (l *lab) fill(peer netip.Addr) (opened int) {
 	l.t.Helper()
 	for range 10 {
@@ -41,9 +40,9 @@ func (l *lab) fill(peer netip.Addr) (opened int) {
 	return opened
 }
 
-// TestFlood lets C open 200,000 flows that get no answer, while C and A have
-// running ones of each kind. None of those is lost, A and the host open others
-// all the time, and what C holds is bounded.
+// TestFlood has C try to open 200,000 flows that get no answer, while C and A have running
+// flows of each kind. No running flow is lost, A and the host can open new ones all the time,
+// and the number of C's flows is bounded.
 func TestFlood(t *testing.T) {
 	const limit = 1000
 	l := newLab(t, 7, Options{PerPeer: limit})
@@ -77,28 +76,28 @@ func TestFlood(t *testing.T) {
 		}
 	}
 	c, a := l.view.Stats(0), l.view.Stats(1)
-	t.Logf("200000 half-open flows: %d opened, %d of %d running ones lost; C %+v; A %+v", opened, lost, len(running), c, a)
+	t.Logf("200000 half-open flows: %d opened, %d of %d running flows lost; C %+v; A %+v", opened, lost, len(running), c, a)
 	if lost != 0 || c.Held != limit || c.Flows != limit+200 || a.Held != 400 {
 		t.Errorf("lost %d, C holds %d, A %d", lost, c.Held, a.Held)
 	}
 	if c.Full != uint64(200_000-opened) || a.Full != 0 {
-		t.Errorf("%d of C's packets and %d of A's are counted as too many, want %d and 0", c.Full, a.Full, 200_000-opened)
+		t.Errorf("%d of C's packets and %d of A's are counted as over the bound, want %d and 0", c.Full, a.Full, 200_000-opened)
 	}
-	// Half-open flows make room soon; the running ones stay.
+	// Half-open flows time out soon and make room; the running ones stay.
 	l.later(TCPFirst + purge + time.Second)
 	if got := l.flood(flowtest.PeerC4, 2000); got < limit-200 {
 		t.Errorf("only %d flows opened after the others timed out", got)
 	}
 }
 
-// TestMemoryOfAFloodIsGivenBack has the host and a peer open flows, and measures what is
-// left of their memory when they timed out and no packet came since.
+// TestMemoryOfAFloodIsGivenBack has the host and a peer open flows: at most a twentieth of
+// their memory is left once they have timed out, though no packet arrived since.
 func TestMemoryOfAFloodIsGivenBack(t *testing.T) {
 	const flows = 50_000
 	l := newLab(t, routing, Options{PerPeer: flows})
 	l.through(routing)
 	heap := func() int {
-		l.view.Stats(0) // what the helper does each few seconds
+		l.view.Stats(0) // the helper calls it every few seconds
 		var m runtime.MemStats
 		runtime.GC()
 		runtime.ReadMemStats(&m)
@@ -126,17 +125,18 @@ func TestMemoryOfAFloodIsGivenBack(t *testing.T) {
 			full := heap() - before
 			l.later(24 * time.Hour)
 			left := heap() - before
-			t.Logf("%d bytes while the flows ran, %d when they timed out", full, left)
+			t.Logf("%d bytes while the flows ran, %d after their timeout", full, left)
 			if full < 100*flows/2 || left > full/20 {
-				t.Errorf("%d of %d bytes stay", left, full)
+				t.Errorf("%d of %d bytes are still in use", left, full)
 			}
-			open(0) // and others are opened
+			open(0) // new flows can be opened again
 		})
 	}
 	runtime.KeepAlive(l)
 }
 
-// TestOpeningRate has C open flows as fast as it can.
+// TestOpeningRate has C open flows as fast as it can: openingBurst open at once, and
+// openingRate in each second.
 func TestOpeningRate(t *testing.T) {
 	l := newLab(t, routing, Options{States: 1 << 20, PerPeer: 1 << 20})
 	if got := l.flood(flowtest.PeerC4, 3000); got != openingBurst {
@@ -155,20 +155,20 @@ func TestOpeningRate(t *testing.T) {
 			t.Errorf("%d flows in a second, want %d", n, openingRate)
 		}
 	}
-	// A running one isn't slowed down, nor is what is refused anyway counted.
+	// A packet of a running flow passes, and doesn't count towards the rate.
 	l.from(true, flowtest.Datagram(at(flowtest.PeerC4, 1), at(netip.AddrFrom4([4]byte{8, 8, 8, 0}), 53), 0))
 	if s := l.view.Stats(0); s.Full != 2000+5*800 {
-		t.Errorf("%d packets too many, want %d", s.Full, 2000+5*800)
+		t.Errorf("%d packets counted as over the bound, want %d", s.Full, 2000+5*800)
 	}
 }
 
-// TestShares bounds peers by what the packet filter holds: one a quarter, all
-// together three quarters, the host never.
+// TestShares checks the shares of the packet filter's states: one peer gets a quarter at
+// most, all peers together three quarters, and the host isn't bounded.
 func TestShares(t *testing.T) {
 	for _, tt := range []struct {
 		about             string
 		o                 Options
-		each, third, last int // flows: of one peer, of the third, of the fourth
+		each, third, last int // flows of the first and second peer, of the third, of the fourth
 	}{
 		{"pf", Options{States: 10_000, PerForwarded: 2}, 1250, 625, 313},
 		{"conntrack", Options{States: 8192}, 2048, 1024, 512},
@@ -189,7 +189,7 @@ func TestShares(t *testing.T) {
 			}
 			l.set(flowtest.Compile(t, m))
 			for i, want := range []int{tt.each, tt.each, tt.third, tt.last} {
-				// Established, so that they stay while the others are opened.
+				// The connections are established, so that they stay while the others open.
 				got := 0
 				for n := range 5000 {
 					p := func(flags uint8) []byte {
@@ -206,7 +206,7 @@ func TestShares(t *testing.T) {
 				if got != want {
 					t.Errorf("peer %d has %d flows, want %d", i, got, want)
 				}
-				// What isn't forwarded takes one entry, so one may still fit.
+				// A flow to the host itself takes one state only, so one may still fit.
 				s := l.view.Stats(i)
 				if s.Held != got*max(1, tt.o.PerForwarded) || s.Held > s.Limit {
 					t.Errorf("peer %d holds %d of %d for %d flows", i, s.Held, s.Limit, got)
@@ -217,7 +217,7 @@ func TestShares(t *testing.T) {
 				l.to(true, c.ask(flowtest.SYN))
 				l.from(true, c.answer(flowtest.SYN|flowtest.ACK))
 			}
-			// The end of C's flows is room for the fourth peer.
+			// When C's flows end, the fourth peer has room.
 			if tt.last == 0 {
 				fourth := flowtest.Datagram(at(peers[3], 1), at(flowtest.Net4, 443), 0)
 				l.from(false, fourth)
@@ -228,8 +228,9 @@ func TestShares(t *testing.T) {
 	}
 }
 
-// TestCutMakesRoom denies C what fills its share: what was cut takes nothing, and
-// what it may still do has room. Allowed again, the cut flows are new ones.
+// TestCutMakesRoom removes the permission for the flows that fill C's share: cut flows don't
+// count, so C has room for flows that it may still open. Once the permission is granted
+// again, the cut flows open as new ones.
 func TestCutMakesRoom(t *testing.T) {
 	l := newLab(t, incoming|routing, Options{States: 400})
 	if got := l.fill(flowtest.PeerC4); got != 100 {
@@ -245,18 +246,17 @@ func TestCutMakesRoom(t *testing.T) {
 	l.allow(incoming | routing)
 	l.later(5 * time.Second)
 	if got := l.flood(flowtest.PeerC4, 1000); got != 99 {
-		t.Errorf("%d flows again, want 99", got)
+		t.Errorf("%d flows opened again, want 99", got)
 	}
 	l.later(24 * time.Hour)
 	l.allow(routing)
 	if s := l.view.Stats(0); s.Held != 0 || l.table.held.Load() != 0 {
-		t.Errorf("%d and %d entries are held by nothing", s.Held, l.table.held.Load())
+		t.Errorf("%d states of C and %d in total are counted after all flows ended, want none", s.Held, l.table.held.Load())
 	}
 }
 
-// TestClosedMakesRoom closes C's connections: by a FIN or a reset that went through
-// the packet filter they make room soon. What C says by itself is no proof, for the
-// filter may not have taken it.
+// TestClosedMakesRoom closes C's connections. A FIN or a reset that has passed the packet
+// filter makes room soon. One that only C sent doesn't, as the filter may have refused it.
 func TestClosedMakesRoom(t *testing.T) {
 	const syn, ack, fin, rst = flowtest.SYN, flowtest.ACK, flowtest.FIN | flowtest.ACK, flowtest.RST
 	for _, tt := range []struct {
@@ -293,8 +293,8 @@ func TestClosedMakesRoom(t *testing.T) {
 	}
 }
 
-// TestFloodDoesNotRevive denies C what it used, and lets it flood what it may
-// still do: the cut flow isn't pushed out of memory.
+// TestFloodDoesNotRevive cuts a flow of C, and has C flood the host with flows that it may
+// still open: they don't evict the cut flow.
 func TestFloodDoesNotRevive(t *testing.T) {
 	l := newLab(t, incoming|routing, Options{PerPeer: 100})
 	c := conversations(flowtest.PeerC4, flowtest.HostB4)[0]
@@ -310,7 +310,8 @@ func TestFloodDoesNotRevive(t *testing.T) {
 	}
 }
 
-// TestCutBounded cuts more flows than a share holds, again and again.
+// TestCutBounded cuts as many flows as a share holds, again and again: the share remembers
+// no more cut flows than that.
 func TestCutBounded(t *testing.T) {
 	l := newLab(t, routing, Options{PerPeer: 50})
 	for round := range 20 {
@@ -326,8 +327,8 @@ func TestCutBounded(t *testing.T) {
 	}
 }
 
-// TestHostBounded has the host open more flows to C than memory holds. None is
-// refused; the oldest that weren't answered are forgotten first.
+// TestHostBounded has the host open more flows to C than fit into the table. None is refused;
+// the oldest flows without an answer are evicted first.
 func TestHostBounded(t *testing.T) {
 	l := newLab(t, 0, Options{PerPeer: 50})
 	open := func(port uint16) []byte {
@@ -357,8 +358,8 @@ func TestHostBounded(t *testing.T) {
 	}
 }
 
-// TestFewerPerPeer adds peers, which makes the shares smaller: what runs goes on,
-// and nothing new is opened until enough has ended.
+// TestFewerPerPeer adds peers, which makes the shares smaller: running flows go on, and no
+// flow opens until enough of them have ended.
 func TestFewerPerPeer(t *testing.T) {
 	l := newLab(t, 7, Options{})
 	for _, tt := range []struct{ peers, want int }{{1, 4096}, {256, 4096}, {1024, 1024}, {10_000, 512}} {
@@ -379,20 +380,20 @@ func TestFewerPerPeer(t *testing.T) {
 	l.from(false, flowtest.TCPSegment(at(flowtest.PeerC4, 5000), at(flowtest.Net4, 1), flowtest.ACK, 0))
 }
 
-// TestMemoryFollowsUse opens flows in waves: what timed out makes room.
+// TestMemoryFollowsUse opens flows in two waves: flows that timed out leave the table.
 func TestMemoryFollowsUse(t *testing.T) {
 	l := newLab(t, routing, Options{})
 	l.flood(flowtest.PeerC4, 1000)
 	l.later(time.Hour)
 	l.flood(flowtest.PeerC4, 600)
 	if got := l.view.Stats(0).Flows; got != 600 {
-		t.Errorf("%d flows remembered, want the last 600", got)
+		t.Errorf("%d flows in the table, want the last 600", got)
 	}
 }
 
-// TestConcurrent judges from many goroutines while the policy changes. Run with
-// -race it shows that the path without a lock is sound; the verdicts are checked
-// too: what is judged by a view after the change is judged by that view.
+// TestConcurrent judges from several goroutines while the policy changes. With -race it
+// checks the path without a lock. Each verdict must follow the ruleset of the view that
+// judged.
 func TestConcurrent(t *testing.T) {
 	l := newLab(t, routing, Options{PerPeer: 16})
 	open, closed := flowtest.Picture(t, routing), flowtest.Picture(t, 0)
@@ -416,13 +417,13 @@ func TestConcurrent(t *testing.T) {
 				port := uint16(i % 40)
 				ask := flowtest.Datagram(at(flowtest.PeerC4, port), at(flowtest.Net4, 1), 0)
 				answer := flowtest.Datagram(at(flowtest.Net4, 1), at(flowtest.PeerC4, port), 0)
-				// A flow more than fit, or than the peer may open so fast, is refused.
+				// A flow beyond the share or the opening rate is refused all the same.
 				if v := view.Judge(ask, FromPeer, l.table.Now()); (v.Action == Pass) != may && (!may || v.Rule != policy.RuleFull) {
-					t.Errorf("asked: %+v, want pass %v", v, may)
+					t.Errorf("request: %+v, want pass %v", v, may)
 					return
 				}
 				if got := view.Judge(answer, ToPeer, l.table.Now()).Action == Pass; got && !may {
-					t.Error("an answer passes that may not")
+					t.Error("an answer passes that the view must refuse")
 					return
 				}
 			}
@@ -446,13 +447,13 @@ func TestConcurrent(t *testing.T) {
 	}
 }
 
-// TestJudgeAllocatesNothing holds for every kind of packet, once memory has its
-// size.
+// TestJudgeAllocatesNothing judges every kind of packet: once the maps have grown to their
+// size, nothing is allocated.
 func TestJudgeAllocatesNothing(t *testing.T) {
 	l := newLab(t, routing, Options{PerPeer: 4})
 	all := seeds()
 	all = append(all, flowtest.TCPSegment(at(flowtest.PeerC4, 1), at(flowtest.PeerA4, 2), flowtest.SYN, 0))
-	for i := range uint16(20) { // more than the share holds, so that some open and push out
+	for i := range uint16(20) { // more than the share holds, so that some are refused as too many
 		all = append(all, flowtest.Datagram(at(flowtest.PeerC4, i), at(flowtest.Net4, 443), 0))
 	}
 	now := l.table.Now()
@@ -466,13 +467,13 @@ func TestJudgeAllocatesNothing(t *testing.T) {
 	}
 }
 
-// TestEachKindIsBounded floods the host with flows of each kind, all of them new:
-// half-open connections, echoes, first fragments, segments from the middle of a
-// connection. A peer opens so many at once and so many a second, and has so many at a
-// time; another peer notices nothing.
+// TestEachKindIsBounded floods the host with new flows of each kind: half-open connections,
+// datagrams, echoes, first fragments, segments from the middle of a connection. The flows
+// that a peer opens at once, opens in a second and has at a time are bounded, and another
+// peer isn't affected.
 func TestEachKindIsBounded(t *testing.T) {
 	const limit = 2000
-	spread := func(net netip.Addr, i int) netip.Addr { // over hosts, so that ids and ports don't run out
+	spread := func(net netip.Addr, i int) netip.Addr { // over many addresses, as identifiers and ports would run out
 		b := net.AsSlice()
 		b[len(b)-1], b[len(b)-2] = byte(i), byte(i>>8)
 		a, _ := netip.AddrFromSlice(b)
@@ -528,14 +529,14 @@ func TestEachKindIsBounded(t *testing.T) {
 				l.from(true, flowtest.Datagram(at(flowtest.PeerA4, uint16(sent)), at(flowtest.HostB4, 7), 8))
 			}
 			if s := l.view.Stats(0); s.Held > limit || name != "fragments" && s.Held < limit || int(s.Full) < sent-limit {
-				t.Errorf("%s, %v: %d held of %d, %d refused of %d", name, ends[0], s.Held, limit, s.Full, sent)
+				t.Errorf("%s, %v: %d states held, limit %d; %d of %d packets refused", name, ends[0], s.Held, limit, s.Full, sent)
 			}
 		}
 	}
 }
 
-// TestErrorsOpenNothing floods the host with ICMP errors and answers: about a flow,
-// which passes and holds nothing more, and about none.
+// TestErrorsOpenNothing floods the host with ICMP errors and answers. An error about a flow
+// passes without taking more room; errors and answers without a flow are refused.
 func TestErrorsOpenNothing(t *testing.T) {
 	for _, ends := range [][2]netip.Addr{{flowtest.PeerC4, flowtest.HostB4}, {flowtest.PeerC6, flowtest.HostB6}} {
 		l := newLab(t, 7, Options{})
@@ -556,7 +557,7 @@ func TestErrorsOpenNothing(t *testing.T) {
 			t.Errorf("%v: %+v, before %+v", ends[0], after, before)
 		}
 		if got := l.view.shares[0].openings.tokens / 1000; got != openingBurst-1 {
-			t.Errorf("%v: they took tokens: %d left", ends[0], got)
+			t.Errorf("%v: %d openings left, want %d", ends[0], got, openingBurst-1)
 		}
 	}
 }

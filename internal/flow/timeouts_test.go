@@ -10,8 +10,8 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// TestTimeoutsForPF writes the timeouts into a rule and has the parser of pf's
-// language read it, which knows the names.
+// TestTimeoutsForPF writes the timeouts into a pf rule. The rule must parse, which checks
+// their names, and each must be a whole number of seconds.
 func TestTimeoutsForPF(t *testing.T) {
 	var options []string
 	for _, timeout := range Timeouts() {
@@ -26,12 +26,12 @@ func TestTimeoutsForPF(t *testing.T) {
 	}
 }
 
-// TestTimeouts checks each phase: the flow is there at the end of its timeout,
-// which is that of the packet filter and purge, and gone after it. A stray answer
-// tells, since it changes nothing when refused.
+// TestTimeouts checks the timeout of each phase: the flow still exists when the packet
+// filter's timeout and purge have passed, and is gone a millisecond later. An answer shows
+// which, as a refused one changes nothing.
 func TestTimeouts(t *testing.T) {
 	const syn, ack, fin, rst = flowtest.SYN, flowtest.ACK, flowtest.FIN | flowtest.ACK, flowtest.RST
-	const o, a = 0x100, 0x200 // sent by: the opener, the other end
+	const o, a = 0x100, 0x200 // sent by the opener, by the other end
 	for _, tt := range []struct {
 		about   string
 		flow    int // index of the conversation
@@ -41,18 +41,18 @@ func TestTimeouts(t *testing.T) {
 		{"tcp.first", 0, []int{o | syn}, TCPFirst},
 		{"tcp.first again", 0, []int{o | syn, o | syn}, TCPFirst},
 		{"tcp.opening", 0, []int{o | syn, a | syn | ack, o | syn}, TCPOpening},
-		{"tcp.closed before it was open", 0, []int{o | syn, a | rst}, TCPClosed},
+		{"tcp.closed before established", 0, []int{o | syn, a | rst}, TCPClosed},
 		{"tcp.established", 0, []int{o | syn, a | syn | ack, o | ack, a | ack}, TCPEstablished},
 		{"tcp.established, an answer wasn't seen", 0, []int{o | syn, o | ack}, TCPEstablished},
-		{"tcp, known again", 0, []int{o | ack}, TCPEstablished},
-		{"tcp, its end known again", 0, []int{o | fin}, TCPClosing},
-		{"tcp, closed by a peer that the filter may not believe", 0, []int{o | syn, a | syn | ack, o | ack, o | fin, o | rst, a | ack}, TCPEstablished},
+		{"tcp, seen first in the middle", 0, []int{o | ack}, TCPEstablished},
+		{"tcp, seen first at its end", 0, []int{o | fin}, TCPClosing},
+		{"tcp, closed by a peer whose segments the filter may refuse", 0, []int{o | syn, a | syn | ack, o | ack, o | fin, o | rst, a | ack}, TCPEstablished},
 		{"tcp.closing", 0, []int{o | syn, a | syn | ack, o | ack, a | fin, o | ack}, TCPClosing},
 		{"tcp.finwait", 0, []int{o | syn, a | syn | ack, o | ack, o | fin, a | fin, o | ack}, TCPClosing},
-		{"tcp.finwait the other way", 0, []int{o | syn, a | syn | ack, o | ack, a | fin, o | fin}, TCPClosing},
+		{"tcp.finwait, the other end first", 0, []int{o | syn, a | syn | ack, o | ack, a | fin, o | fin}, TCPClosing},
 		{"tcp.closed", 0, []int{o | syn, a | syn | ack, o | ack, a | rst}, TCPClosing},
-		{"tcp again after its end", 0, []int{o | syn, a | syn | ack, o | ack, o | fin, a | fin, o | syn}, TCPClosing},
-		{"tcp again and established", 0, []int{o | syn, a | syn | ack, o | ack, o | fin, a | fin, o | syn, a | syn | ack, o | ack}, TCPEstablished},
+		{"tcp, opened again after its end", 0, []int{o | syn, a | syn | ack, o | ack, o | fin, a | fin, o | syn}, TCPClosing},
+		{"tcp, opened again and established", 0, []int{o | syn, a | syn | ack, o | ack, o | fin, a | fin, o | syn, a | syn | ack, o | ack}, TCPEstablished},
 		{"udp.first", 1, []int{o}, UDPFirst},
 		{"udp.single", 1, []int{o, a, a}, UDPSingle},
 		{"udp.multiple", 1, []int{o, a, o}, UDPMultiple},
@@ -82,7 +82,7 @@ func TestTimeouts(t *testing.T) {
 	}
 }
 
-// TestHalfClosed goes on in one direction for an hour after a FIN in the other.
+// TestHalfClosed sends in both directions for an hour after a FIN of one end: the flow stays.
 func TestHalfClosed(t *testing.T) {
 	const syn, ack, fin = flowtest.SYN, flowtest.ACK, flowtest.FIN | flowtest.ACK
 	for _, byServer := range []bool{true, false} {
