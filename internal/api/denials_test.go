@@ -10,8 +10,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/events"
 )
 
-// TestDenialsAreBounded has 1,100 users ask at once and go on for a day: the events
-// are few, and every request is in one of them.
+// TestDenialsAreBounded has 1,100 users send refused requests for a day: the number of events
+// is bounded, and every request counts in one of them.
 func TestDenialsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := newDenials()
@@ -36,7 +36,7 @@ func TestDenialsAreBounded(t *testing.T) {
 		}
 		synctest.Wait()
 		if len(sums) != 0 {
-			t.Errorf("summed up at once: %v", sums)
+			t.Errorf("a sum is recorded at once: %v", sums)
 		}
 		const day = 24 * time.Hour
 		for start := time.Now(); time.Since(start) < day; time.Sleep(2 * time.Minute) {
@@ -45,7 +45,7 @@ func TestDenialsAreBounded(t *testing.T) {
 		time.Sleep(2 * denialInterval)
 		synctest.Wait()
 		if most := denialBurst + int(day/denialInterval) + 3; told+len(sums) > most {
-			t.Errorf("%d events in a day, at most %d", told+len(sums), most)
+			t.Errorf("%d events in a day, want at most %d", told+len(sums), most)
 		}
 		summed := 0
 		for _, e := range sums {
@@ -56,7 +56,7 @@ func TestDenialsAreBounded(t *testing.T) {
 			summed += n
 		}
 		if told+summed != asked {
-			t.Errorf("%d told and %d summed up of %d", told, summed, asked)
+			t.Errorf("%d requests recorded by themselves and %d in sums, want %d in total", told, summed, asked)
 		}
 		cancel()
 		if err := <-ended; err != nil {
@@ -65,8 +65,8 @@ func TestDenialsAreBounded(t *testing.T) {
 	})
 }
 
-// TestDenialsOfOneUser names a user that asks again and again, once per interval and
-// for each right, and says how often it asked.
+// TestDenialsOfOneUser has one user send refused requests again and again: one event per
+// interval and right names the user, and a sum gives the number of the other requests.
 func TestDenialsOfOneUser(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := newDenials()
@@ -85,11 +85,11 @@ func TestDenialsOfOneUser(t *testing.T) {
 		time.Sleep(denialGather)
 		synctest.Wait()
 		if told != 2 || len(sums) != 1 || sums[0] != "10 more requests of user 7 were refused" {
-			t.Errorf("%d told, then %q", told, sums)
+			t.Errorf("%d events, then the sums %q", told, sums)
 		}
 		time.Sleep(denialInterval)
 		if !d.shouldRecord(denial{7, toRead}, time.Now()) {
-			t.Error("an interval later the user isn't told of")
+			t.Error("an interval later a refusal of the user isn't recorded")
 		}
 		cancel()
 		<-ended

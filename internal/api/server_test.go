@@ -26,7 +26,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// fakeService remembers what it was asked and answers with one peer.
+// fakeService records the calls of its methods and answers with one peer.
 type fakeService struct {
 	mu     sync.Mutex
 	asked  []string
@@ -100,7 +100,7 @@ func (f *fakeService) Since(seq uint64) ([]events.Event, <-chan struct{}) {
 	return f.events[min(int(seq), len(f.events)):], f.newer
 }
 
-// serve runs a server on a socket of its own and returns its path.
+// serve runs a server on a new socket until the test ends, and returns the socket's path.
 func serve(t *testing.T, s Service) string {
 	t.Helper()
 	path := filepath.Join(shortDir(t), "s")
@@ -124,7 +124,8 @@ func serve(t *testing.T, s Service) string {
 	return path
 }
 
-// shortDir returns a folder whose path leaves room for a socket's name.
+// shortDir returns a temporary folder with a short path, as the path of a Unix socket is
+// limited to about 100 bytes.
 func shortDir(t *testing.T) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "api")
@@ -139,7 +140,7 @@ func TestClientAndServer(t *testing.T) {
 	f := newFakeService()
 	c := NewClient(serve(t, f))
 	ctx := t.Context()
-	// A key has characters that mean something in a path.
+	// A key may contain characters with a meaning in a URL path.
 	const key = "AAAA/+BBB//C="
 	for want, do := range map[string]func() error{
 		"status":        func() error { _, err := c.Status(ctx); return err },
@@ -162,7 +163,7 @@ func TestClientAndServer(t *testing.T) {
 			continue
 		}
 		if got := f.calls()[before:]; len(got) != 1 || got[0] != want {
-			t.Errorf("the service was asked %q, want %q", got, want)
+			t.Errorf("the service got the calls %q, want %q", got, want)
 		}
 	}
 	for _, ref := range []string{"", ".", ".."} {
@@ -177,7 +178,7 @@ func TestClientAndServer(t *testing.T) {
 	}
 }
 
-// TestErrorsTravel has the client return the error that the service gave.
+// TestErrorsTravel checks that the client returns the error that the service returned.
 func TestErrorsTravel(t *testing.T) {
 	f := newFakeService()
 	c := NewClient(serve(t, f))
@@ -246,7 +247,7 @@ func TestBadRequests(t *testing.T) {
 		}
 	}
 	if got := f.calls(); len(got) != 0 {
-		t.Errorf("the service was asked %q", got)
+		t.Errorf("the service got the calls %q, want none", got)
 	}
 }
 
@@ -256,7 +257,8 @@ func httpClient(path string) *http.Client {
 	}}}
 }
 
-// TestRights asks for everything as every kind of user.
+// TestRights sends every request as every kind of user, and checks which are allowed and that
+// each refusal is recorded once per user and right.
 func TestRights(t *testing.T) {
 	const operator, admin, stranger = 501, 502, 503
 	f := newFakeService()
@@ -307,7 +309,7 @@ func TestRights(t *testing.T) {
 			denied[who]++
 		}
 	}
-	want := map[string]int{ // one per user and right, however often it tries
+	want := map[string]int{ // one per user and right, whatever the number of requests
 		"user 502 may not change": 1,
 		"user 503 may not read":   1, "user 503 may not change": 1,
 		"user 999 may not read": 1, "user 999 may not change": 1,
@@ -318,17 +320,17 @@ func TestRights(t *testing.T) {
 	}
 }
 
-// TestNoCredentials refuses a connection whose other end isn't known.
+// TestNoCredentials checks that a request without credentials of the client is refused.
 func TestNoCredentials(t *testing.T) {
 	s := NewServer(ServerOptions{Service: newFakeService(), Logger: slog.New(slog.DiscardHandler)})
 	w := httptest.NewRecorder()
 	s.handler.ServeHTTP(w, httptest.NewRequest("GET", "/v1/status", nil))
 	if w.Code != http.StatusForbidden {
-		t.Errorf("status %d", w.Code)
+		t.Errorf("status %d, want %d", w.Code, http.StatusForbidden)
 	}
 }
 
-// deadlineRecorder is a recorder on which deadlines can be set.
+// deadlineRecorder is a ResponseRecorder that accepts deadlines, which handlers set.
 type deadlineRecorder struct{ *httptest.ResponseRecorder }
 
 func (deadlineRecorder) SetReadDeadline(time.Time) error  { return nil }
@@ -362,8 +364,8 @@ func TestEvents(t *testing.T) {
 	}
 }
 
-// TestCrowd keeps answering while many connections say nothing, half of a
-// request, or too much.
+// TestCrowd checks that the server answers while many other connections send nothing, a part
+// of a request, or a request with a body that is too large.
 func TestCrowd(t *testing.T) {
 	path := serve(t, newFakeService())
 	for i := range usualSlots.perUser[changer] / 2 {
@@ -387,8 +389,8 @@ func TestCrowd(t *testing.T) {
 	t.Logf("answered in %v beside %d connections", time.Since(start), usualSlots.perUser[changer]/2)
 }
 
-// TestOneTooMany closes connections beyond a user's bound, and takes new ones
-// once some have gone.
+// TestOneTooMany checks that the server closes a connection beyond the limit of a user, and
+// accepts new ones once others are closed.
 func TestOneTooMany(t *testing.T) {
 	path := serve(t, newFakeService())
 	var conns []net.Conn
@@ -422,7 +424,7 @@ func TestOneTooMany(t *testing.T) {
 	}
 }
 
-// TestCredentials compares what the kernel says with this process.
+// TestCredentials compares the credentials that the kernel reports with those of this process.
 func TestCredentials(t *testing.T) {
 	path := filepath.Join(shortDir(t), "s")
 	l, err := Listen(path)
@@ -470,7 +472,7 @@ func TestListen(t *testing.T) {
 	if _, err := Listen(path); !errors.Is(err, ErrHeld) {
 		t.Errorf("a second helper: %v, want ErrHeld", err)
 	}
-	// As a killed process leaves it: the file exists, and no process listens.
+	// A killed process leaves the file behind, and no process listens on it.
 	l.SetUnlinkOnClose(false)
 	l.Close()
 	if _, err := os.Lstat(path); err != nil {
@@ -478,11 +480,11 @@ func TestListen(t *testing.T) {
 	}
 	l, err = Listen(path)
 	if err != nil {
-		t.Fatalf("a dead socket: %v", err)
+		t.Fatalf("Listen doesn't replace a dead socket: %v", err)
 	}
 	l.Close()
 	if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("the socket is still there after the end: %v", err)
+		t.Errorf("the socket still exists after Close: %v", err)
 	}
 }
 
@@ -517,7 +519,7 @@ func TestListenRefuses(t *testing.T) {
 		}
 	}
 	if text, err := os.ReadFile(file); err != nil || string(text) != "mine" {
-		t.Errorf("the file was touched: %q, %v", text, err)
+		t.Errorf("the file was changed: %q, %v", text, err)
 	}
 }
 
@@ -537,7 +539,7 @@ func TestUnreachable(t *testing.T) {
 	}
 }
 
-// TestNotAHelper talks to something else on the socket.
+// TestNotAHelper connects to a server that isn't a helper: the error says so.
 func TestNotAHelper(t *testing.T) {
 	path := filepath.Join(shortDir(t), "s")
 	l, err := net.Listen("unix", path)
@@ -578,7 +580,7 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// TestStatusJSON compares a whole status with what the contract shows.
+// TestStatusJSON compares a complete status with the JSON that the API promises.
 func TestStatusJSON(t *testing.T) {
 	at := time.Date(2026, 1, 2, 15, 4, 5, 0, time.UTC)
 	p := phone
@@ -610,10 +612,10 @@ func FuzzRequests(f *testing.F) {
 			err := decodeJSON(bytes.NewReader(body), into)
 			var e *Error
 			if err != nil && (!errors.As(err, &e) || e.HTTPStatus() != http.StatusBadRequest) {
-				t.Errorf("%q: %v isn't a refusal", body, err)
+				t.Errorf("%q: %v, want status 400", body, err)
 			}
 			if err == nil && !json.Valid(body) {
-				t.Errorf("%q is accepted", body)
+				t.Errorf("%q, which isn't JSON, is accepted", body)
 			}
 		}
 	})

@@ -10,7 +10,7 @@ import (
 	"testing/synctest"
 )
 
-// conn is an end of a connection that notes when it is closed.
+// conn is one end of a connection, and records that it was closed.
 type conn struct {
 	net.Conn
 	mu     sync.Mutex
@@ -24,15 +24,15 @@ func (c *conn) Close() error {
 	return nil
 }
 
-// crowd counts connections by user.
+// crowd opens connections as any user, and keeps them by user.
 type crowd struct {
 	t *testing.T
 	l *limited
-	// open are the connections that were taken, by user.
+	// open holds the accepted connections by user id, closed ones included.
 	open map[uint32][]*peerConn
 }
 
-// join connects as a user, and reports whether that was taken.
+// join connects as a user, and reports whether the connection was accepted.
 func (c *crowd) join(who Credentials) bool {
 	p := c.l.enter(&conn{}, who)
 	if p != nil {
@@ -41,7 +41,7 @@ func (c *crowd) join(who Credentials) bool {
 	return p != nil
 }
 
-// has counts the connections of a user that aren't closed.
+// has returns the number of open connections of a user.
 func (c *crowd) has(uid uint32) (n int) {
 	for _, p := range c.open[uid] {
 		if !p.Conn.(*conn).closed {
@@ -68,15 +68,15 @@ func newCrowd(t *testing.T, s slots) *crowd {
 
 const adminGroup = 80
 
-// TestSlots has strangers take all that they can: it is no reader's, no operator's
-// and not root's, a new stranger gets a connection all the same, and what is closed
-// is free again.
+// TestSlots has strangers open all connections that they can: readers, operators and root keep
+// their slots, a new stranger is still accepted, as it replaces another one, and closed
+// connections free their slots.
 func TestSlots(t *testing.T) {
 	c := newCrowd(t, usualSlots)
 	for uid := uint32(1000); uid < 3000; uid++ {
 		for range 10 {
 			if !c.join(Credentials{UID: uid}) {
-				t.Fatalf("a new connection of stranger %d isn't taken", uid)
+				t.Fatalf("a new connection of stranger %d is refused", uid)
 			}
 			if n := c.has(uid); n > usualSlots.perUser[stranger] {
 				t.Fatalf("stranger %d has %d connections", uid, n)
@@ -99,7 +99,7 @@ func TestSlots(t *testing.T) {
 		t.Errorf("strangers have %d connections (%d, %d), want %d", all, len(c.l.strangers), c.l.used[stranger], usualSlots.all[stranger])
 	}
 	for uid := uint32(600); uid < 604; uid++ {
-		// One is in the group as the kernel tells it, one has it as its own.
+		// Odd users have the group as a supplementary one, even users as their own.
 		who := Credentials{UID: uid, Groups: []uint32{20, adminGroup}}
 		if uid%2 == 0 {
 			who = Credentials{UID: uid, GID: adminGroup}
@@ -110,11 +110,11 @@ func TestSlots(t *testing.T) {
 			}
 		}
 		if c.join(who) {
-			t.Errorf("reader %d has more than %d", uid, usualSlots.perUser[reader])
+			t.Errorf("reader %d has more than %d connections", uid, usualSlots.perUser[reader])
 		}
 	}
 	if c.join(Credentials{UID: 604, GID: adminGroup}) {
-		t.Errorf("readers have more than %d", usualSlots.all[reader])
+		t.Errorf("readers have more than %d connections", usualSlots.all[reader])
 	}
 	for _, uid := range []uint32{0, 501} {
 		for i := range usualSlots.perUser[changer] {
@@ -123,7 +123,7 @@ func TestSlots(t *testing.T) {
 			}
 		}
 		if c.join(Credentials{UID: uid}) {
-			t.Errorf("user %d has more than %d", uid, usualSlots.perUser[changer])
+			t.Errorf("user %d has more than %d connections", uid, usualSlots.perUser[changer])
 		}
 	}
 	for _, conns := range c.open {
@@ -133,17 +133,17 @@ func TestSlots(t *testing.T) {
 		}
 	}
 	if c.l.used != [classes]int{} || len(c.l.byUser) != 0 || len(c.l.strangers) != 0 {
-		t.Errorf("all are closed, and in use are %v of %v, %d strangers", c.l.used, c.l.byUser, len(c.l.strangers))
+		t.Errorf("after all connections were closed: %v slots in use, by user %v, %d of strangers", c.l.used, c.l.byUser, len(c.l.strangers))
 	}
 }
 
-// TestReaderFoundLater has a user of whom only the database says that it may read:
-// from its first request on it isn't among the strangers.
+// TestReaderFoundLater has a user whose right to read is known from the user database only:
+// from its first request on, its connection counts as a reader's, not as a stranger's.
 func TestReaderFoundLater(t *testing.T) {
 	c := newCrowd(t, usualSlots)
 	who := Credentials{UID: 610}
 	if !c.join(who) {
-		t.Fatal("not taken")
+		t.Fatal("the connection is refused")
 	}
 	if p := c.open[610][0]; p.class != stranger || !p.mayRead() || p.class != reader {
 		t.Errorf("class %v, may read %v", p.class, p.mayRead())
@@ -152,15 +152,16 @@ func TestReaderFoundLater(t *testing.T) {
 		c.join(Credentials{UID: uid})
 	}
 	if c.has(610) != 1 {
-		t.Error("strangers took the reader's place")
+		t.Error("strangers replaced the reader's connection")
 	}
 	if c.join(Credentials{UID: 4000}); c.open[4000][0].mayRead() || c.open[4000][0].class != stranger {
-		t.Error("a user that is unknown to the host may read")
+		t.Error("a user that the database doesn't know may read")
 	}
 }
 
-// TestReaderAmongStrangers has readers of whom only the database says so, more than
-// readers have slots, and one that lost its connection while the database was asked.
+// TestReaderAmongStrangers has a reader found by the database while the readers' slots are
+// full, which stays in a stranger's slot, and one whose connection is closed during the
+// lookup, which gets no slot.
 func TestReaderAmongStrangers(t *testing.T) {
 	c := newCrowd(t, usualSlots)
 	for uid := uint32(600); uid < 600+uint32(usualSlots.all[reader]/usualSlots.perUser[reader]); uid++ {
@@ -170,13 +171,13 @@ func TestReaderAmongStrangers(t *testing.T) {
 	}
 	late := Credentials{UID: 610}
 	if !c.join(late) {
-		t.Fatal("not taken")
+		t.Fatal("the connection is refused")
 	}
 	if p := c.open[610][0]; !p.mayRead() || p.class != stranger || c.l.used[reader] > usualSlots.all[reader] {
 		t.Errorf("class %v, may read %t, %d readers of %d", p.class, p.mayRead(), c.l.used[reader], usualSlots.all[reader])
 	}
 	if !c.join(late) {
-		t.Fatal("not taken")
+		t.Fatal("the connection is refused")
 	}
 	for _, p := range c.open[600] {
 		p.Close()
@@ -185,13 +186,13 @@ func TestReaderAmongStrangers(t *testing.T) {
 	gone.Close()
 	used := c.l.used
 	if gone.mayRead() || c.l.used != used {
-		t.Errorf("a closed connection has a slot: %v, before %v", c.l.used, used)
+		t.Errorf("a closed connection may read or takes a slot: %v in use, before %v", c.l.used, used)
 	}
 }
 
-// TestLookupsHang has a user database that doesn't answer: connections of one user wait for
-// one lookup, those that were replaced don't wait any longer, users with many uids start no
-// more lookups than maxLookups, and everything works again once the database answers.
+// TestLookupsHang has a user database that doesn't answer. All connections of one user wait
+// for one lookup, replaced connections stop waiting, and many users start at most maxLookups
+// lookups. Once the database answers, a reader may read again.
 func TestLookupsHang(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCrowd(t, usualSlots)
@@ -217,27 +218,27 @@ func TestLookupsHang(t *testing.T) {
 			request(1000)
 		}
 		if asked.Load() != 1 || waiting.Load() != int32(usualSlots.perUser[stranger]) {
-			t.Errorf("for 100 connections of one user: %d lookups, and %d wait, want 1 and %d", asked.Load(), waiting.Load(), usualSlots.perUser[stranger])
+			t.Errorf("for 100 connections of one user: %d lookups, %d connections wait, want 1 and %d", asked.Load(), waiting.Load(), usualSlots.perUser[stranger])
 		}
 		for uid := uint32(2000); uid < 3000; uid++ {
 			request(uid)
 		}
 		if asked.Load() != maxLookups || waiting.Load() > int32(usualSlots.all[stranger]) {
-			t.Errorf("for 1000 users: %d lookups, and %d wait, want %d, and %d at most", asked.Load(), waiting.Load(), maxLookups, usualSlots.all[stranger])
+			t.Errorf("for 1000 users: %d lookups, %d connections wait, want %d, and at most %d", asked.Load(), waiting.Load(), maxLookups, usualSlots.all[stranger])
 		}
 		close(answer)
 		synctest.Wait()
 		if c.join(Credentials{UID: 610}); !c.open[610][0].mayRead() || len(c.l.lookups) != 0 {
-			t.Errorf("afterwards a reader may not read, or %d lookups are left", len(c.l.lookups))
+			t.Errorf("once the database answers, a reader may not read, or %d lookups are left", len(c.l.lookups))
 		}
 	})
 }
 
-// TestSlotsForFewFiles keeps files for the helper, and some slots for each class,
-// whatever the limit is.
+// TestSlotsForFewFiles checks that any limit of open files leaves some for the helper itself,
+// and slots for each class.
 func TestSlotsForFewFiles(t *testing.T) {
 	if slotsFor(1024) != usualSlots || slotsFor(1<<40) != usualSlots {
-		t.Errorf("with 1024 files: %+v", slotsFor(1024))
+		t.Errorf("with 1024 files: %+v, want %+v", slotsFor(1024), usualSlots)
 	}
 	for _, files := range []uint64{32, 64, 128, 256, 512, 800} {
 		t.Run(fmt.Sprint(files), func(t *testing.T) {

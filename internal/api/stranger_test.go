@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// serveStrangers is serve for a server to which this process's user is a stranger,
-// unless it is root.
+// serveStrangers listens on a new socket without an operator or groups that grant rights: to
+// this listener every user but root is a stranger.
 func serveStrangers(t *testing.T, s Service) *limited {
 	t.Helper()
 	path := filepath.Join(shortDir(t), "s")
@@ -27,7 +27,7 @@ func serveStrangers(t *testing.T, s Service) *limited {
 	return newLimited(l, Access{Operator: NoOperator}, usualSlots)
 }
 
-// asStranger is a listener whose connections are all of one stranger.
+// asStranger is a listener whose connections have the credentials of one stranger.
 type asStranger struct{ *limited }
 
 func (l asStranger) Accept() (net.Conn, error) {
@@ -38,8 +38,9 @@ func (l asStranger) Accept() (net.Conn, error) {
 	return l.enter(c, Credentials{UID: 12345}), nil
 }
 
-// TestStrangerIsOnlyRefused sends every form of a request that a server may answer by
-// itself: a stranger hears 403 and nothing else, at once, with the body not read.
+// TestStrangerIsOnlyRefused sends all forms of requests that net/http or its mux would answer
+// by itself. A stranger gets 403 for each, before the body is read, and the connection is
+// closed.
 func TestStrangerIsOnlyRefused(t *testing.T) {
 	f := newFakeService()
 	l := serveStrangers(t, f)
@@ -59,7 +60,7 @@ func TestStrangerIsOnlyRefused(t *testing.T) {
 			t.Fatal(err)
 		}
 		c.SetDeadline(time.Now().Add(time.Minute))
-		// The body is announced and never sent.
+		// The request announces a body and doesn't send it.
 		if _, err := io.WriteString(c, request+" HTTP/1.1\r\nHost: m\r\nContent-Length: 1000000\r\n\r\n"); err != nil {
 			t.Fatal(err)
 		}
@@ -69,7 +70,7 @@ func TestStrangerIsOnlyRefused(t *testing.T) {
 			continue
 		}
 		if answer.StatusCode != http.StatusForbidden || !answer.Close {
-			t.Errorf("%s: status %d, closed %t; want 403 and the end", request, answer.StatusCode, answer.Close)
+			t.Errorf("%s: status %d, closed %t; want 403 and a closed connection", request, answer.StatusCode, answer.Close)
 		}
 		if _, err := io.ReadAll(answer.Body); err != nil {
 			t.Errorf("%s: %v", request, err)
@@ -80,12 +81,12 @@ func TestStrangerIsOnlyRefused(t *testing.T) {
 		c.Close()
 	}
 	if got := f.calls(); len(got) != 0 {
-		t.Errorf("the service was asked %q", got)
+		t.Errorf("the service got the calls %q, want none", got)
 	}
 }
 
-// TestMalformedRequests sends what net/http refuses by itself, before it is known to be a
-// request: the answer is the name of the fault alone, and the service isn't asked.
+// TestMalformedRequests sends requests that net/http refuses itself before a handler is
+// called: the answer has the text of the status alone, and the service gets no call.
 func TestMalformedRequests(t *testing.T) {
 	f := newFakeService()
 	l := serveStrangers(t, f)
@@ -111,25 +112,25 @@ func TestMalformedRequests(t *testing.T) {
 			t.Fatal(err)
 		}
 		conn.SetDeadline(time.Now().Add(time.Minute))
-		_, _ = io.WriteString(conn, c.text) // it may be refused before all is sent
+		_, _ = io.WriteString(conn, c.text) // the server may refuse it before all is written
 		answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 			continue
 		}
-		body, _ := io.ReadAll(answer.Body) // the end may be a reset
+		body, _ := io.ReadAll(answer.Body) // the connection may end with a reset
 		if answer.StatusCode != c.want || len(body) > 100 || len(answer.Header) > 2 {
-			t.Errorf("%s: status %d, %q, header %v; want %d and no more", name, answer.StatusCode, body, answer.Header, c.want)
+			t.Errorf("%s: status %d, %q, header %v; want %d and nothing else", name, answer.StatusCode, body, answer.Header, c.want)
 		}
 		conn.Close()
 	}
 	if got := f.calls(); len(got) != 0 {
-		t.Errorf("the service was asked %q", got)
+		t.Errorf("the service got the calls %q, want none", got)
 	}
 }
 
-// TestRemovesDeadSocketOnly puts a living socket in the place of a dead one between
-// the look at it and its removal: the living one stays.
+// TestRemovesDeadSocketOnly replaces a dead socket by a live one between the check and the
+// removal: the live one stays.
 func TestRemovesDeadSocketOnly(t *testing.T) {
 	path := filepath.Join(shortDir(t), "s")
 	dead, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
@@ -155,14 +156,14 @@ func TestRemovesDeadSocketOnly(t *testing.T) {
 	}
 	c, err := net.Dial("unix", path)
 	if err != nil {
-		t.Fatalf("the living socket is gone: %v", err)
+		t.Fatalf("the live socket was removed: %v", err)
 	}
 	c.Close()
 	if err := removeSame(path+".old", was); err != nil {
-		t.Errorf("a dead one: %v", err)
+		t.Errorf("remove a dead socket: %v", err)
 	}
 	left, err := os.ReadDir(filepath.Dir(path))
 	if err != nil || len(left) != 1 || left[0].Type() != fs.ModeSocket {
-		t.Errorf("left are %v, %v", left, err)
+		t.Errorf("the folder has %v, want the live socket alone; error %v", left, err)
 	}
 }

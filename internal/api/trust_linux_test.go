@@ -15,16 +15,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// otherUser is the user that is called nobody.
+// otherUser is the user id of nobody on Linux.
 const otherUser = 65534
 
-// as runs do as another user, on a thread that ends with it.
+// as runs do as another user, on a thread of its own that ends with the goroutine.
 func as(t *testing.T, uid uintptr, do func() error) {
 	t.Helper()
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread()
-		// By the raw call, because Go's and the C library's change all threads.
+		// The raw system call changes this thread only; Go's wrapper and the C library's
+		// change all threads.
 		for _, call := range []uintptr{unix.SYS_SETRESGID, unix.SYS_SETRESUID} {
 			if _, _, e := unix.RawSyscall(call, uid, uid, uid); e != 0 {
 				done <- e
@@ -38,7 +39,8 @@ func as(t *testing.T, uid uintptr, do func() error) {
 	}
 }
 
-// impostor answers as a helper would, on a socket that another user listens on.
+// impostor answers like a helper, on a socket on which another user listens. asked returns the
+// number of requests that arrived.
 func impostor(t *testing.T, path string) (asked func() int) {
 	t.Helper()
 	var l net.Listener
@@ -57,13 +59,13 @@ func impostor(t *testing.T, path string) (asked func() int) {
 	return func() int { return len(f.calls()) }
 }
 
-// TestClientTrustsNoOtherUser has another user answer in each place that it can reach:
-// the client says so, and asks nothing.
+// TestClientTrustsNoOtherUser has another user answer at each path where it can put a socket:
+// the client returns ErrUntrusted and sends no request.
 func TestClientTrustsNoOtherUser(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can listen as another user")
 	}
-	// own is a folder that the other user may write to while it makes its socket.
+	// own returns a folder in which the other user may create its socket.
 	own := func(t *testing.T) string {
 		dir := filepath.Join(shortDir(t), "d")
 		if err := errors.Join(os.Chmod(filepath.Dir(dir), 0o755), os.Mkdir(dir, 0o777), os.Chmod(dir, 0o777)); err != nil {
@@ -78,7 +80,7 @@ func TestClientTrustsNoOtherUser(t *testing.T) {
 		}
 	}
 	for name, c := range map[string]struct {
-		// after the socket was made
+		// spoil changes owners and modes after the socket was created.
 		spoil func(t *testing.T, dir, path string)
 		says  string
 	}{
@@ -93,7 +95,7 @@ func TestClientTrustsNoOtherUser(t *testing.T) {
 			must(t, os.Chmod(dir, 0o755), os.Chown(dir, otherUser, otherUser))
 		}, "belongs to user 65534, not to root"},
 		"in a folder in its own": {func(t *testing.T, dir, path string) {
-			// It may put a folder of its own in place of the one that was there.
+			// The owner of the parent can replace the folder by one of its own.
 			must(t, os.Chmod(dir, 0o755), os.Chown(path, 0, 0))
 			t.Cleanup(func() { os.Chown(filepath.Dir(dir), 0, 0) })
 			must(t, os.Chown(filepath.Dir(dir), otherUser, otherUser))
@@ -124,13 +126,14 @@ func TestClientTrustsNoOtherUser(t *testing.T) {
 				t.Errorf("got %v, want %q", err, c.says)
 			}
 			if n := asked(); n != 0 {
-				t.Errorf("%d requests got there", n)
+				t.Errorf("the other user got %d requests, want none", n)
 			}
 		})
 	}
 }
 
-// TestClientTrustsSystemGroup takes a folder as a Mac's /var/run is, at the most.
+// TestClientTrustsSystemGroup checks that the client accepts a folder to which a system group
+// may write, as with /var/run on macOS.
 func TestClientTrustsSystemGroup(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can give a folder to another group")
@@ -145,8 +148,8 @@ func TestClientTrustsSystemGroup(t *testing.T) {
 	}
 }
 
-// TestListenChecksOwner refuses a folder of another user's, whatever its mode is, and one
-// in such a folder.
+// TestListenChecksOwner checks that Listen refuses a folder of another user, a link of
+// another user, and a folder in a folder of another user.
 func TestListenChecksOwner(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can give a folder to another user")
@@ -174,8 +177,8 @@ func TestListenChecksOwner(t *testing.T) {
 	}
 }
 
-// TestFullQueue connects while the socket's queue is full, as a crowd of strangers can
-// make it: the client waits for room.
+// TestFullQueue connects while the socket's accept queue is full, which strangers can cause
+// with many connections: the client waits for room.
 func TestFullQueue(t *testing.T) {
 	path := filepath.Join(shortDir(t), "s")
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -199,7 +202,7 @@ func TestFullQueue(t *testing.T) {
 		defer c.Close()
 	}
 	if !full {
-		t.Fatal("the queue takes everything; nothing is proved")
+		t.Fatal("the queue doesn't fill up, so the test shows nothing")
 	}
 	l, err := net.FileListener(f)
 	if err != nil {
@@ -210,7 +213,7 @@ func TestFullQueue(t *testing.T) {
 	start := time.Now()
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
-	// The limit may end an attempt, or the pause between two.
+	// The deadline may end an attempt, or the pause between two attempts.
 	_, err = dialTrusted(ctx, path)
 	if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, context.DeadlineExceeded) || time.Since(start) < limit {
 		t.Errorf("while the queue is full: %v after %v", err, time.Since(start))
