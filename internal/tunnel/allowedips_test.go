@@ -16,11 +16,11 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh/meshtest"
 )
 
-// table is what WireGuard holds: allowed IPs by the peers' keys.
+// table is WireGuard's table of allowed IPs: the key of the peer that has each prefix.
 type table map[netip.Prefix]mesh.PublicKey
 
-// apply reads lines of the configuration protocol as WireGuard does
-// (https://www.wireguard.com/xplatform/), and calls each after each of them.
+// apply applies lines of the configuration protocol as WireGuard does
+// (https://www.wireguard.com/xplatform/), and calls each after every line.
 func (t table) apply(config string, each func()) {
 	var key mesh.PublicKey
 	for line := range strings.Lines(config) {
@@ -41,7 +41,7 @@ func (t table) apply(config string, each func()) {
 	}
 }
 
-// through returns the peer that an address belongs to: the longest prefix counts.
+// through returns the peer to which an address is routed, by the longest matching prefix.
 func (t table) through(a netip.Addr) (key mesh.PublicKey) {
 	longest := -1
 	for p, its := range t {
@@ -52,7 +52,7 @@ func (t table) through(a netip.Addr) (key mesh.PublicKey) {
 	return key
 }
 
-// held returns what the device itself says that it holds.
+// held returns the table of allowed IPs that the device itself reports.
 func held(t testing.TB, d *Device) table {
 	t.Helper()
 	config, err := d.wg.IpcGet()
@@ -64,9 +64,9 @@ func held(t testing.TB, d *Device) table {
 	return out
 }
 
-// TestPrefixInsidePrefix gives one peer a default route and another an address in it: each
-// sends and receives what is its own, in whatever order they were set, and neither passes
-// for the other.
+// TestPrefixInsidePrefix gives one peer a default route and another peer an address in it.
+// Whatever the order in which they are set, each sends and receives with its own addresses,
+// and a packet with an address of the other is discarded as spoofed.
 func TestPrefixInsidePrefix(t *testing.T) {
 	for name, order := range map[string][]int{"wide first": {0, 1}, "narrow first": {1, 0}} {
 		t.Run(name, func(t *testing.T) {
@@ -103,21 +103,22 @@ func TestPrefixInsidePrefix(t *testing.T) {
 			}
 			wide.send(t, tuntest.Ping(host.addr[0], narrow.addr[0]))
 			narrow.send(t, tuntest.Ping(host.addr[0], elsewhere))
-			until(t, "each is caught with the other's source", func() bool {
+			until(t, "a packet of each with the other's source is discarded", func() bool {
 				s := host.fresh(t)
 				return s[wide.PublicKey()].Spoofed == 1 && s[narrow.PublicKey()].Spoofed == 1
 			})
-			// A datagram may come from anywhere in a default route.
+			// The addresses of a default route aren't mesh addresses: datagrams may come from
+			// them.
 			if host.loopFilter.loops(netip.AddrPortFrom(elsewhere, 51820)) {
-				t.Error("what comes from an address of the default route is discarded")
+				t.Error("a datagram from an address of the default route is discarded")
 			}
 		})
 	}
 }
 
-// TestSyncMovesInOneStep has any lists of peers follow each other, inside one peer's default
-// route. After each WireGuard holds what was wanted; and of what is some other peer's before
-// and after, at no moment in between is anything the default route's.
+// TestSyncMovesInOneStep syncs random lists of peers, one of which always has a default
+// route. After each Sync WireGuard has the wanted prefixes. A prefix that another peer has
+// before and after is never routed to the default route in between.
 func TestSyncMovesInOneStep(t *testing.T) {
 	host := newEnd(t, 20)
 	now, look := table{}, func() {}
@@ -158,7 +159,7 @@ func TestSyncMovesInOneStep(t *testing.T) {
 			look = func() {
 				for _, a := range pool {
 					if was[a] != (mesh.PublicKey{}) && is[a] != (mesh.PublicKey{}) && now.through(a.Addr()) == wide.PublicKey {
-						rt.Errorf("%v is for a moment with the default route: %v", a, now)
+						rt.Errorf("%v is routed to the default route in between: %v", a, now)
 					}
 				}
 			}
@@ -166,11 +167,11 @@ func TestSyncMovesInOneStep(t *testing.T) {
 				rt.Fatal(err)
 			}
 			if got := held(t, host.Device); !maps.Equal(got, is) || !maps.Equal(host.owner, is) {
-				rt.Fatalf("held %v, known %v, want %v", got, host.owner, is)
+				rt.Fatalf("WireGuard has %v, the device %v, want %v", got, host.owner, is)
 			}
 			for _, p := range want {
 				if !host.peers[p.PublicKey].same(p) {
-					rt.Errorf("known as %+v, want %+v", host.peers[p.PublicKey], p)
+					rt.Errorf("the device has peer %+v, want %+v", host.peers[p.PublicKey], p)
 				}
 			}
 			before = want
@@ -178,8 +179,9 @@ func TestSyncMovesInOneStep(t *testing.T) {
 	})
 }
 
-// TestSyncSharesNothing wants one prefix for two peers: the one that has it keeps it,
-// whatever else it gets, or else the first gets it, and the other stays as it was.
+// TestSyncSharesNothing syncs lists in which two peers want the same prefix. The peer that
+// has it keeps it, whatever else changes for that peer; if none has it, the first one in the
+// list gets it. The other peer stays as it was, and Sync returns an error.
 func TestSyncSharesNothing(t *testing.T) {
 	host := newEnd(t, 20)
 	peer := func(seed byte, allowed ...string) Peer {
@@ -204,14 +206,13 @@ func TestSyncSharesNothing(t *testing.T) {
 			}
 		}
 		if got := held(t, host.Device); !maps.Equal(got, want) {
-			t.Errorf("step %d: held %v, want %v", i, got, want)
+			t.Errorf("step %d: WireGuard has %v, want %v", i, got, want)
 		}
 	}
 }
 
-// TestRefusedConfiguration has the device take nothing of what is said to it about a peer
-// that another one's prefix moves to: nothing is left of either, and the next Sync makes
-// both anew.
+// TestRefusedConfiguration has WireGuard refuse the configuration that swaps the prefixes of
+// two peers: both peers are removed, and the next Sync adds them again.
 func TestRefusedConfiguration(t *testing.T) {
 	host := newEnd(t, 20)
 	x := Peer{PublicKey: meshtest.Key(t, 31).Public(), AllowedIPs: prefixes("100.64.1.1/32")}
@@ -228,16 +229,16 @@ func TestRefusedConfiguration(t *testing.T) {
 		return host.wg.IpcSet(config)
 	}
 	if err := host.Sync([]Peer{x, y}); !errors.Is(err, refused) {
-		t.Errorf("refused: %v", err)
+		t.Errorf("Sync returns %v, want %v", err, refused)
 	}
 	if got := held(t, host.Device); len(got) != 0 || len(host.owner) != 0 || len(host.peers) != 0 {
-		t.Errorf("held %v, known %v", got, host.owner)
+		t.Errorf("WireGuard has %v, the device %v, want none", got, host.owner)
 	}
 	host.configure = host.wg.IpcSet
 	if err := host.Sync([]Peer{x, y}); err != nil {
 		t.Fatal(err)
 	}
 	if got, want := held(t, host.Device), (table{x.AllowedIPs[0]: x.PublicKey, y.AllowedIPs[0]: y.PublicKey}); !maps.Equal(got, want) {
-		t.Errorf("held %v, want %v", got, want)
+		t.Errorf("WireGuard has %v, want %v", got, want)
 	}
 }

@@ -11,8 +11,8 @@ import (
 	"golang.zx2c4.com/wireguard/tun/tuntest"
 )
 
-// BenchmarkBind carries datagrams over loopback in batches, by the sockets of
-// this package with the addresses of 10,000 peers to look at, and by those of
+// BenchmarkBind carries datagrams over loopback in batches, with the sockets of this package,
+// which check each source against the addresses of 10,000 peers, and with those of
 // wireguard-go.
 func BenchmarkBind(b *testing.B) {
 	ours := func() conn.Bind {
@@ -115,7 +115,8 @@ func BenchmarkTunnel(b *testing.B) {
 	}
 }
 
-// cpuTime returns how long the process computed, which other load doesn't change.
+// cpuTime returns the CPU time of the process, which doesn't depend on other load as the
+// elapsed time does.
 func cpuTime(b *testing.B) time.Duration {
 	var u unix.Rusage
 	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
@@ -124,12 +125,12 @@ func cpuTime(b *testing.B) time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-// benchPair returns two ends that differ from newPair's in their Binds.
+// benchPair is like newPair, with ends that use the given Bind.
 func benchPair(b *testing.B, bind func() conn.Bind) (x, y *end) {
 	b.Helper()
 	x, y = newEndOn(b, 20, bind()), newEndOn(b, 21, bind())
 	if x.Set(y.peer()) != nil || y.Set(x.peer()) != nil {
-		b.Fatal("peers aren't accepted")
+		b.Fatal("the device refuses the peers")
 	}
 	return x, y
 }

@@ -12,14 +12,15 @@ import (
 	"golang.zx2c4.com/wireguard/tun/tuntest"
 )
 
-// withoutSockets returns two ends whose datagrams are carried by channels.
+// withoutSockets returns two ends whose datagrams are carried by channels, with each Bind
+// wrapped by wrap.
 func withoutSockets(t *testing.T, wrap func(conn.Bind) conn.Bind) (a, b *end) {
 	t.Helper()
 	binds := bindtest.NewChannelBinds()
 	a, b = newEndOn(t, 20, wrap(binds[0])), newEndOn(t, 21, wrap(binds[1]))
 	for i, set := range []struct{ at, of *end }{{a, b}, {b, a}} {
 		p := set.of.peer()
-		p.Endpoint = netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), uint16(i+1)) // as bindtest numbers them
+		p.Endpoint = netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), uint16(i+1)) // bindtest's Bind sends to the channel of this port
 		if err := set.at.Set(p); err != nil {
 			t.Fatal(err)
 		}
@@ -27,7 +28,8 @@ func withoutSockets(t *testing.T, wrap func(conn.Bind) conn.Bind) (a, b *end) {
 	return a, b
 }
 
-// TestAnyBind has devices on a Bind that is nothing but one.
+// TestAnyBind runs devices on a Bind that isn't an Underlay: they carry packets, and Rebind,
+// Listening and SetOwnEndpoints do nothing.
 func TestAnyBind(t *testing.T) {
 	a, b := withoutSockets(t, func(b conn.Bind) conn.Bind { return b })
 	ping(t, a, b)
@@ -36,11 +38,11 @@ func TestAnyBind(t *testing.T) {
 	if err := a.Listening(); err != nil {
 		t.Error(err)
 	}
-	a.SetOwnEndpoints([]netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:1")}) // the Bind is told nothing
+	a.SetOwnEndpoints([]netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:1")}) // must not fail, though the Bind has no use for it
 	ping(t, a, b)
 }
 
-// underlay is a Bind that is an Underlay, too, and not Sockets.
+// underlay is a Bind that is also an Underlay, other than Sockets.
 type underlay struct {
 	conn.Bind
 	loops    func(netip.AddrPort) bool
@@ -57,7 +59,7 @@ func (u *underlay) Renew(context.Context) error { u.renewed.Add(1); return u.fai
 
 func (u *underlay) Listening() error { return u.failure }
 
-// TestUnderlay has the device make use of all that a Bind may be besides.
+// TestUnderlay checks that the device uses each method of an Underlay, and acts on its calls.
 func TestUnderlay(t *testing.T) {
 	var under []*underlay
 	a, b := withoutSockets(t, func(b conn.Bind) conn.Bind {
@@ -69,7 +71,7 @@ func TestUnderlay(t *testing.T) {
 	u := under[0]
 	rebind(t, a)
 	if n := u.renewed.Load(); n != 1 {
-		t.Errorf("renewed %d times", n)
+		t.Errorf("Renew was called %d times, want once", n)
 	}
 	before := b.fresh(t)[a.PublicKey()].RxBytes
 	u.onReopen()
@@ -85,7 +87,7 @@ func TestUnderlay(t *testing.T) {
 		netip.MustParseAddrPort("192.0.2.1:7"): false,
 	} {
 		if got := u.loops(at); got != want {
-			t.Errorf("%v is inside: %v", at, got)
+			t.Errorf("loops(%v) is %v, want %v", at, got, want)
 		}
 	}
 	u.failure = errors.New("no network")

@@ -22,10 +22,10 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh/meshtest"
 )
 
-// patience bounds every wait for something that takes milliseconds.
+// patience bounds every wait for an event that usually takes milliseconds.
 const patience = 30 * time.Second
 
-// syncBuffer is a log that goroutines write to.
+// syncBuffer is a log to which several goroutines may write.
 type syncBuffer struct {
 	mu sync.Mutex
 	b  bytes.Buffer
@@ -43,15 +43,15 @@ func (s *syncBuffer) String() string {
 	return s.b.String()
 }
 
-// deadTUN is a tunnel device that the system took away.
+// deadTUN is a tunnel device that the system has removed.
 type deadTUN struct{ tun.Device }
 
 func (deadTUN) Read([][]byte, []int, int) (int, error) { return 0, os.ErrClosed }
 
-// end is one device of a test with its tunnel and log.
+// end is one device of a test, with its tunnel and its log.
 type end struct {
 	*Device
-	sockets *Sockets // the device's own, or nil
+	sockets *Sockets // the device's own, or nil with another Bind
 	tun     *tuntest.ChannelTUN
 	key     mesh.PrivateKey
 	addr    mesh.Addresses
@@ -60,7 +60,7 @@ type end struct {
 
 func newEnd(t testing.TB, seed byte) *end { return newEndOn(t, seed, nil) }
 
-// newEndOn is newEnd with a Bind.
+// newEndOn is like newEnd, with the given Bind; nil is for sockets of its own.
 func newEndOn(t testing.TB, seed byte, bind conn.Bind) *end {
 	t.Helper()
 	e := &end{tun: tuntest.NewChannelTUN(), key: meshtest.Key(t, seed), log: new(syncBuffer)}
@@ -87,7 +87,7 @@ func allowed(a mesh.Addresses) []netip.Prefix {
 	return p[:]
 }
 
-// prefixes reads prefixes.
+// prefixes parses prefixes.
 func prefixes(texts ...string) (out []netip.Prefix) {
 	for _, text := range texts {
 		out = append(out, netip.MustParsePrefix(text))
@@ -95,7 +95,7 @@ func prefixes(texts ...string) (out []netip.Prefix) {
 	return out
 }
 
-// fresh returns e's statistics past the cache.
+// fresh returns e's current statistics, not those of the cache.
 func (e *end) fresh(t testing.TB) map[mesh.PublicKey]PeerStats {
 	t.Helper()
 	stats, err := e.readStats()
@@ -113,7 +113,7 @@ func (e *end) peer() Peer {
 	}
 }
 
-// send gives e's tunnel a packet to send; receive waits for one to arrive.
+// send passes a packet to e through its tunnel device; receive waits for a packet to arrive.
 func (e *end) send(t testing.TB, packet []byte) {
 	t.Helper()
 	select {
@@ -145,7 +145,7 @@ func newPair(t testing.TB) (a, b *end) {
 	return a, b
 }
 
-// ping sends a packet each way and compares what arrives.
+// ping sends a packet in each direction and compares those that arrive with them.
 func ping(t testing.TB, a, b *end) {
 	t.Helper()
 	for range 2 {
@@ -177,15 +177,15 @@ func TestTwoDevices(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := a.Peers(); len(got) != 0 {
-		t.Errorf("after Remove there is %v", got)
+		t.Errorf("after Remove there are peers %v, want none", got)
 	}
 	if stats := a.fresh(t); len(stats) != 0 {
-		t.Errorf("after Remove there are statistics %v", stats)
+		t.Errorf("after Remove there are statistics %v, want none", stats)
 	}
 }
 
-// TestChangeKeepsSession changes the endpoint, the keepalive and the addresses
-// of a peer that has a session, and others; no new handshake follows.
+// TestChangeKeepsSession changes the endpoint, the keepalive and the addresses of a peer that
+// has a session, and adds and removes other peers: no new handshake follows.
 func TestChangeKeepsSession(t *testing.T) {
 	a, b := newPair(t)
 	ping(t, a, b)
@@ -214,8 +214,9 @@ func TestChangeKeepsSession(t *testing.T) {
 	}
 }
 
-// TestDisallowedSource sends from an address that isn't the peer's. It also
-// holds the text of the message that the count depends on.
+// TestDisallowedSource sends packets with a source that isn't the peer's: both are counted as
+// spoofed. The count is taken from wireguard-go's log message, so the test fails when its
+// text changes.
 func TestDisallowedSource(t *testing.T) {
 	a, b := newPair(t)
 	ping(t, a, b)
@@ -225,15 +226,15 @@ func TestDisallowedSource(t *testing.T) {
 	copy(v6[8:], netip.MustParseAddr("fd6d:6573:6800::9").AsSlice())
 	copy(v6[24:], b.addr[1].AsSlice())
 	a.send(t, v6)
-	ping(t, a, b) // in order behind them
+	ping(t, a, b) // packets arrive in order, so the two were judged before
 	if got := b.fresh(t)[a.PublicKey()].Spoofed; got != 2 {
 		t.Errorf("%d spoofed packets counted, want 2", got)
 	}
 }
 
-// TestLearnedEndpoint gives a new device the place where a peer was heard by an
-// earlier one: the device turns to it by itself, and never leaves a place where
-// the peer was heard since for a learned one.
+// TestLearnedEndpoint gives a new device the endpoint that an earlier one learned of a peer.
+// The device sends a handshake there by itself, and a learned endpoint never replaces one
+// from which the device itself has heard the peer since.
 func TestLearnedEndpoint(t *testing.T) {
 	a, b := newEnd(t, 20), newEnd(t, 21)
 	if err := b.Set(Peer{PublicKey: a.PublicKey(), AllowedIPs: allowed(a.addr)}); err != nil {
@@ -243,7 +244,7 @@ func TestLearnedEndpoint(t *testing.T) {
 	if err := a.Sync([]Peer{learned}); err != nil {
 		t.Fatal(err)
 	}
-	// Neither tunnel was given a packet: the device began by itself.
+	// Neither tunnel device got a packet, so the device begins by itself.
 	limit := time.Now().Add(patience)
 	for a.fresh(t)[b.PublicKey()].LastHandshake.IsZero() {
 		if time.Now().After(limit) {
@@ -265,7 +266,7 @@ func TestLearnedEndpoint(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := a.fresh(t)[b.PublicKey()]; got.Endpoint != before.Endpoint || !got.LastHandshake.Equal(before.LastHandshake) {
-		t.Errorf("a learned endpoint took the place of one that was heard: %+v, before %+v", got, before)
+		t.Errorf("a learned endpoint replaced one from which the peer was heard: %+v, before %+v", got, before)
 	}
 	if got := a.Peers(); len(got) != 1 || got[0].Endpoint.IsValid() {
 		t.Errorf("a learned endpoint counts as configured: %+v", got)
@@ -302,7 +303,8 @@ func TestSetRefuses(t *testing.T) {
 	ping(t, a, b)
 }
 
-// TestSync moves addresses among peers in one step.
+// TestSync moves addresses between peers, each time in one Sync: sessions and the peers that
+// don't change stay.
 func TestSync(t *testing.T) {
 	a, b := newPair(t)
 	ping(t, a, b)
@@ -350,7 +352,7 @@ func TestSync(t *testing.T) {
 	}
 	ping(t, a, b)
 	if before := strings.Count(b.log.String(), "Received handshake"); before != 1 {
-		t.Errorf("%d handshakes, want the first one only", before)
+		t.Errorf("%d handshakes, want only the first one", before)
 	}
 }
 
@@ -372,7 +374,7 @@ func TestNewDeviceRefuses(t *testing.T) {
 		t.Fatal("a port in use is accepted")
 	}
 	if _, open := <-tunnel.TUN().Events(); open {
-		// The first event is EventUp; then the channel is closed.
+		// The first event is EventUp. Then the channel must be closed.
 		if _, open = <-tunnel.TUN().Events(); open {
 			t.Error("the tunnel device stays open")
 		}
@@ -394,7 +396,7 @@ func TestDoneWhenTunnelDies(t *testing.T) {
 	d.Close()
 }
 
-// benchPeers returns n peers, made from numbers.
+// benchPeers returns n peers whose keys and addresses are made from numbers.
 func benchPeers(n int) []Peer {
 	peers := make([]Peer, n)
 	for i := range peers {

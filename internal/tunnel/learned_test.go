@@ -14,7 +14,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh/meshtest"
 )
 
-// sink is a place where a test sees what is sent to it, and nothing answers.
+// sink opens a UDP socket that never answers, and returns its address. Each call of heard
+// reports whether a datagram has arrived that wasn't reported before.
 func sink(t *testing.T) (at netip.AddrPort, heard func() bool) {
 	t.Helper()
 	c, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
@@ -41,15 +42,16 @@ func sink(t *testing.T) (at netip.AddrPort, heard func() bool) {
 	}
 }
 
-// endpoint returns where e sends what is for a peer.
+// endpoint returns the address to which e sends packets for a peer.
 func (e *end) endpoint(t testing.TB, of *end) netip.AddrPort {
 	t.Helper()
 	return e.fresh(t)[of.PublicKey()].Endpoint
 }
 
-// TestRoamedPeerStays hears a peer elsewhere than it is configured. Whatever else about it is
-// changed, and whoever gets its addresses, what is for it goes on to where it was heard, in
-// the same session; another configured endpoint moves it, at once.
+// TestRoamedPeerStays has a device hear a peer from another address than the configured one.
+// Whatever else changes about the peer, even when another peer gets its addresses, packets
+// for it go on to the address from which it was heard, in the same session. Only another
+// configured endpoint replaces that address, at once.
 func TestRoamedPeerStays(t *testing.T) {
 	a, b := newEnd(t, 20), newEnd(t, 21)
 	configured, _ := sink(t)
@@ -73,7 +75,7 @@ func TestRoamedPeerStays(t *testing.T) {
 		{"addresses traded", func() { p.AllowedIPs, other.AllowedIPs = other.AllowedIPs, p.AllowedIPs }},
 		{"traded back", func() { p.AllowedIPs, other.AllowedIPs = other.AllowedIPs, p.AllowedIPs }},
 		{"learned elsewhere", func() { p.Learned = netip.MustParseAddrPort("192.0.2.1:9") }},
-		{"the endpoint taken back", func() { p.Endpoint = netip.AddrPort{} }},
+		{"the configured endpoint removed", func() { p.Endpoint = netip.AddrPort{} }},
 	} {
 		step.change()
 		if err := a.Sync([]Peer{other, p}); err != nil {
@@ -85,7 +87,7 @@ func TestRoamedPeerStays(t *testing.T) {
 	}
 	ping(t, a, b)
 	if s := a.fresh(t)[b.PublicKey()]; !s.LastHandshake.Equal(session) {
-		t.Errorf("the session is another one: %+v", s)
+		t.Errorf("the session was replaced: %+v", s)
 	}
 	moved, seen := sink(t)
 	p.Endpoint = moved
@@ -97,13 +99,13 @@ func TestRoamedPeerStays(t *testing.T) {
 	}
 	a.send(t, tuntest.Ping(b.addr[0], a.addr[0]))
 	until(t, "a packet is sent to the new endpoint", seen)
-	ping(t, b, a) // and the peer is heard again where it is
+	ping(t, b, a) // the device hears the peer from its address again
 	if at := a.endpoint(t, b); at != heard {
 		t.Errorf("the endpoint is %v, the peer was heard from %v", at, heard)
 	}
 }
 
-// again returns e's device made anew, on another port, as after a restart.
+// again replaces e's device by a new one on another port, as a restart does.
 func (e *end) again(t *testing.T) *end {
 	t.Helper()
 	e.Close()
@@ -121,14 +123,14 @@ func (e *end) again(t *testing.T) *end {
 	return &fresh
 }
 
-// TestBeginsWhereLearned makes a device anew: it sends a handshake to where a peer was last
-// heard, before anybody has a packet to send, not to where the peer is configured, and stays
-// there when the time to answer is over.
+// TestBeginsWhereLearned restarts a device that has a learned and a configured endpoint for a
+// peer. Without a packet to send, it sends a handshake to the learned endpoint and not to the
+// configured one. The peer answers, so the device stays with it after the timeout.
 func TestBeginsWhereLearned(t *testing.T) {
 	a, b := newEnd(t, 20), newEnd(t, 21)
 	configured, sent := sink(t)
 	fromA := a.peer()
-	fromA.Endpoint = netip.AddrPort{} // b is silent by itself
+	fromA.Endpoint = netip.AddrPort{} // so that b doesn't send first
 	if err := b.Set(fromA); err != nil {
 		t.Fatal(err)
 	}
@@ -140,7 +142,7 @@ func TestBeginsWhereLearned(t *testing.T) {
 		t.Fatal(err)
 	}
 	until(t, "a handshake where the peer was last heard", func() bool { return !a.fresh(t)[b.PublicKey()].LastHandshake.IsZero() })
-	until(t, "the time to answer is over", func() bool { return a.tried() == 0 })
+	until(t, "the timeout of the learned endpoint is over", func() bool { return a.tried() == 0 })
 	if at := a.endpoint(t, b); at != p.Learned || sent() {
 		t.Errorf("the endpoint is %v, learned is %v", at, p.Learned)
 	}
@@ -150,16 +152,17 @@ func TestBeginsWhereLearned(t *testing.T) {
 	}
 }
 
-// tried returns how many peers have time to answer where they were last heard.
+// tried returns the number of peers that haven't answered at their learned endpoint yet, and
+// whose timeout isn't over.
 func (d *Device) tried() int {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return len(d.onLearned)
 }
 
-// TestTurnsToConfigured makes a device anew whose peers don't answer where they were last
-// heard: it turns to the configured endpoint where there is one, and finds the peer there,
-// without a packet to send.
+// TestTurnsToConfigured has peers that don't answer at their learned endpoint. After the
+// timeout the device sends a handshake to the configured endpoint, without a packet to send,
+// and finds the peer there. A peer without a configured endpoint keeps the learned one.
 func TestTurnsToConfigured(t *testing.T) {
 	a, b, silent := newEnd(t, 20), newEnd(t, 21), newEnd(t, 22)
 	learned, sent := sink(t)
@@ -188,8 +191,9 @@ func TestTurnsToConfigured(t *testing.T) {
 	ping(t, a, b)
 }
 
-// TestTrialEnds has what was decided about a peer meanwhile stand when its time to answer is
-// over: another endpoint, its removal, and its coming back.
+// TestTrialEnds changes a peer while the device waits for its answer from the learned
+// endpoint: another configured endpoint and the removal of the peer end the wait, and adding
+// the peer again begins a new one. The end of an earlier wait changes none of that.
 func TestTrialEnds(t *testing.T) {
 	a := newEnd(t, 20)
 	a.learnedTimeout = time.Hour
@@ -208,7 +212,7 @@ func TestTrialEnds(t *testing.T) {
 	want := func(about string, at netip.AddrPort, tried int) {
 		t.Helper()
 		if got := a.endpoint(t, b); got != at || a.tried() != tried {
-			t.Errorf("%s: the endpoint is %v, %d tried; want %v and %d", about, got, a.tried(), at, tried)
+			t.Errorf("%s: the endpoint is %v, %d peers being tried; want %v and %d", about, got, a.tried(), at, tried)
 		}
 	}
 	set(p)
@@ -228,14 +232,14 @@ func TestTrialEnds(t *testing.T) {
 		t.Fatal(err)
 	}
 	if n := a.tried(); n != 0 {
-		t.Errorf("%d tried of none", n)
+		t.Errorf("%d peers being tried after Remove, want none", n)
 	}
 	p.Learned = netip.AddrPort{}
 	set(p)
 	want("nothing learned", second, 0)
 	a.expireLearned()
 	want("nothing to give up", second, 0)
-	// Time for one that comes later isn't over with that of an earlier one.
+	// The end of an earlier wait doesn't end that of a peer that was added later.
 	p.Learned = learned
 	if err := a.Remove(p.PublicKey); err != nil {
 		t.Fatal(err)
@@ -244,7 +248,7 @@ func TestTrialEnds(t *testing.T) {
 	a.expireLearned()
 	want("too early", learned, 1)
 	a.Close()
-	a.expireLearned() // changes nothing any more
+	a.expireLearned() // must do nothing on a closed device
 }
 
 // TestZoneIsNoConfiguration gives endpoints whose zone holds lines of the configuration

@@ -29,7 +29,8 @@ func TestRedactKeys(t *testing.T) {
 	}
 }
 
-// TestLoggerBounded lets the device report an error per packet.
+// TestLoggerBounded has the device report an error for each packet: at most logBurst lines a
+// second are logged, and the first line of the next second has the number of those left out.
 func TestLoggerBounded(t *testing.T) {
 	var out bytes.Buffer
 	now := time.Unix(1_700_000_000, 0)
@@ -43,12 +44,12 @@ func TestLoggerBounded(t *testing.T) {
 	now = now.Add(time.Second)
 	l.error("once more")
 	if !strings.Contains(out.String(), "once more") || !strings.Contains(out.String(), "suppressed=980") {
-		t.Errorf("the next second says %q", out.String()[strings.LastIndex(out.String(), "time="):])
+		t.Errorf("the first line of the next second is %q", out.String()[strings.LastIndex(out.String(), "time="):])
 	}
 	out.Reset()
 	l.verbose("Receiving keepalive packet")
 	if out.Len() != 0 {
-		t.Errorf("verbose is logged at level info: %s", &out)
+		t.Errorf("a verbose message is logged at level info: %s", &out)
 	}
 }
 

@@ -19,16 +19,17 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(netlab.Main(m.Run)) }
 
-// TestAnsweredByTheUplinkThatWasAsked has a peer on the internet ask a host with two
-// uplinks, and one whose own packets a VPN takes, at each of its addresses. The internet
-// takes from an uplink only that uplink's own address (RFC 2827).
+// TestAnsweredByTheUplinkThatWasAsked has a peer on the internet send to each address of a
+// host with two uplinks, and of a host whose own traffic is routed into a VPN: each answer
+// leaves by the uplink of the address. The internet accepts from an uplink only that uplink's
+// own address as source (RFC 2827).
 func TestAnsweredByTheUplinkThatWasAsked(t *testing.T) {
 	if err := netlab.Unavailable(); err != nil {
-		t.Skip("no hosts to try things on:", err)
+		t.Skip("the network lab isn't available:", err)
 	}
 	for _, tt := range []struct {
 		about, commands string
-		// answers are the host's addresses by which it is reached.
+		// answers are the host's addresses from which it must answer.
 		answers []string
 	}{
 		{"two uplinks", "route add default via 198.51.100.1 metric 100\nroute add default via 203.0.113.1 metric 200",
@@ -46,7 +47,7 @@ func TestAnsweredByTheUplinkThatWasAsked(t *testing.T) {
 		{"a VPN by two halves", `route add default via 198.51.100.1
 			route add 0.0.0.0/1 dev vpn0
 			route add 128.0.0.0/1 dev vpn0`, []string{"198.51.100.2"}},
-		// The destination isn't taken for one on the link.
+		// The answer must go to the gateway, not to the peer as if it were on the link.
 		{"one default route, by the first", "route add default via 198.51.100.1", []string{"198.51.100.2"}},
 	} {
 		t.Run(tt.about, func(t *testing.T) {
@@ -54,7 +55,7 @@ func TestAnsweredByTheUplinkThatWasAsked(t *testing.T) {
 			n.ip(n.host, tt.commands)
 			n.listen()
 			for _, at := range tt.answers {
-				// Several flows: of equal routes one is drawn for each.
+				// Several flows, as Linux chooses among equal routes for each flow.
 				for range 4 {
 					if !n.answered(at) {
 						t.Errorf("no answer from %s", at)
@@ -65,11 +66,11 @@ func TestAnsweredByTheUplinkThatWasAsked(t *testing.T) {
 	}
 }
 
-// TestAnswersFollowTheRoutes has an uplink's default route go away: the answer then
-// leaves by the other one, as before.
+// TestAnswersFollowTheRoutes has a peer send to the address of an uplink without a default
+// route: the answer leaves by the only uplink that has one.
 func TestAnswersFollowTheRoutes(t *testing.T) {
 	if err := netlab.Unavailable(); err != nil {
-		t.Skip("no hosts to try things on:", err)
+		t.Skip("the network lab isn't available:", err)
 	}
 	n := newNet(t)
 	n.ip(n.host, "route add default via 198.51.100.1 metric 100")
@@ -82,8 +83,8 @@ func TestAnswersFollowTheRoutes(t *testing.T) {
 	}
 }
 
-// network is a host with two uplinks to an internet of one host, and a tunnel that
-// carries nothing back.
+// network is a host with two uplinks to a second host, which stands for the internet, and a
+// VPN interface that delivers nothing.
 type network struct {
 	t          *testing.T
 	host, inet *netlab.Host
@@ -146,7 +147,7 @@ func (n *network) ip(h *netlab.Host, commands string) {
 	}
 }
 
-// listen has WireGuard's sockets send back what they hear.
+// listen opens WireGuard's sockets on the host and sends each datagram back to its source.
 func (n *network) listen() {
 	n.t.Helper()
 	s := tunnel.NewSockets(slog.New(slog.DiscardHandler))
@@ -180,8 +181,8 @@ func (n *network) listen() {
 	}()
 }
 
-// answered reports whether a peer on the internet gets an answer of the address that it
-// asked.
+// answered reports whether a peer on the internet gets an answer from the address to which it
+// sent.
 func (n *network) answered(at string) bool {
 	n.t.Helper()
 	var peer *net.UDPConn

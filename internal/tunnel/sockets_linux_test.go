@@ -23,7 +23,7 @@ import (
 	"golang.zx2c4.com/wireguard/conn"
 )
 
-// asNobody runs do on a thread of another user, which ends with it.
+// asNobody runs do as user nobody, on a thread of its own that ends with the goroutine.
 func asNobody(t *testing.T, do func()) (done chan struct{}) {
 	t.Helper()
 	done = make(chan struct{})
@@ -40,8 +40,8 @@ func asNobody(t *testing.T, do func()) (done chan struct{}) {
 	return done
 }
 
-// TestReplacedSocketsAreNotShared replaces sockets that hold their port while
-// another user tries to bind it in every way that the system has.
+// TestReplacedSocketsAreNotShared replaces sockets that still hold their port while another
+// user tries to bind it in every way that the system offers: none succeeds.
 func TestReplacedSocketsAreNotShared(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("not root: can't act as another user")
@@ -76,7 +76,7 @@ func TestReplacedSocketsAreNotShared(t *testing.T) {
 	for range 100 {
 		f.mu.Lock()
 		old := f.sock
-		f.fail(errSocketEnded) // says so, while it still holds the port
+		f.fail(errSocketEnded) // reported as ended, while it still holds the port
 		f.signal()
 		f.mu.Unlock()
 		until(t, "the socket is replaced", func() bool {
@@ -96,9 +96,9 @@ func TestReplacedSocketsAreNotShared(t *testing.T) {
 	ping(t, a, b)
 }
 
-// TestPortIsJoinedByNone has another program of the same user try to join the port,
-// which the system allows where both have SO_REUSEPORT: after the first socket, after
-// one that took its place, and after an attempt to replace it that failed.
+// TestPortIsJoinedByNone has another program of the same user try to bind the port, which
+// Linux allows where both sockets have SO_REUSEPORT. It is refused after the first socket,
+// after its replacement, and after an attempt to replace it that failed.
 func TestPortIsJoinedByNone(t *testing.T) {
 	s := listening(t)
 	f := s.families.Load()[0]
@@ -117,14 +117,14 @@ func TestPortIsJoinedByNone(t *testing.T) {
 	refused := func(when string) {
 		t.Helper()
 		if _, err := join(s.port); err != unix.EADDRINUSE {
-			t.Errorf("%s another program joins the port: %v", when, err)
+			t.Errorf("%s another program's bind of the port returns %v, want EADDRINUSE", when, err)
 		}
 	}
 	refused("after the first socket")
 	if !f.replace(f.sock) {
 		t.Fatal("not replaced")
 	}
-	refused("after a replaced socket")
+	refused("after the replacement")
 	other, err := net.ListenUDP("udp4", nil)
 	if err != nil {
 		t.Fatal(err)
@@ -135,7 +135,7 @@ func TestPortIsJoinedByNone(t *testing.T) {
 	}
 	refused("after a failed attempt")
 
-	// Nor does the first socket join another program's.
+	// Nor does a first socket share the port of another program.
 	fd, err := join(0)
 	if err != nil {
 		t.Fatal(err)
@@ -146,13 +146,13 @@ func TestPortIsJoinedByNone(t *testing.T) {
 	}
 	if sock, err := openSocket("udp4", uint16(name.(*unix.SockaddrInet4).Port), nil); err == nil {
 		sock.close()
-		t.Error("the socket joined another program's port")
+		t.Error("the socket shares another program's port")
 	}
 }
 
-// losePort takes the port away from a socket that stays open: connecting to no address
-// does that to one whose port the system chose (__udp_disconnect in net/ipv4/udp.c).
-// No read fails afterwards.
+// losePort takes the port away from a socket that stays open. Connecting to AF_UNSPEC unbinds
+// a socket whose port the system chose (__udp_disconnect in net/ipv4/udp.c). No read fails
+// afterwards.
 func losePort(t *testing.T, s *socket) {
 	t.Helper()
 	err := s.control(func(fd int) error {
@@ -166,12 +166,12 @@ func losePort(t *testing.T, s *socket) {
 		t.Fatal(err)
 	}
 	if s.usable() {
-		t.Fatal("the socket still has its port, so nothing is proved")
+		t.Fatal("the socket still has its port, so the test shows nothing")
 	}
 }
 
-// TestLostPortIsFound has a socket lose its port in silence: a change of networks
-// finds it.
+// TestLostPortIsFound has a socket lose its port without an error: Rebind, as on a change of
+// networks, notices it and replaces the socket.
 func TestLostPortIsFound(t *testing.T) {
 	a, b := newPair(t)
 	ping(t, a, b)
@@ -184,7 +184,8 @@ func TestLostPortIsFound(t *testing.T) {
 	ping(t, b, a)
 }
 
-// reads is what a socket's reads return, one after the other, and then a datagram.
+// reads is a connection whose reads return errs one after the other, and then a datagram
+// each.
 type reads struct {
 	batchConn
 	errs []error
@@ -200,21 +201,21 @@ func (r *reads) ReadBatch(ms []ipv6.Message, _ int) (int, error) {
 	return 1, nil
 }
 
-// TestReadsThatFail has reads fail: a socket is given some seconds to recover, then
-// it is replaced; one that never recovers at once.
+// TestReadsThatFail has reads fail. After an error that may pass, the socket has some seconds
+// to recover before it is replaced; after one that can't pass, it is replaced at once.
 func TestReadsThatFail(t *testing.T) {
 	for _, c := range []struct {
 		name     string
 		err      error
 		times    int
 		portLost bool
-		reads    int // of the first socket
+		reads    int // reads of the first socket
 		replaced bool
 		after    time.Duration
 	}{
 		{"recovers", unix.ENOMEM, readErrors - 1, false, readErrors, false, (readErrors - 1) * readPause},
 		{"doesn't recover", unix.ENOMEM, 1000, false, readErrors, true, (readErrors - 1) * readPause},
-		// udp_abort in net/ipv4/udp.c, for SOCK_DESTROY: one read fails, others wait.
+		// SOCK_DESTROY (udp_abort in net/ipv4/udp.c) has one read fail; later ones wait.
 		{"aborted", unix.ECONNABORTED, 1, false, 2, false, readPause},
 		{"aborted, and the port is lost", unix.ECONNABORTED, 1, true, 1, true, 0},
 		{"closed", net.ErrClosed, 1000, false, 1, true, 0},
@@ -234,7 +235,7 @@ func TestReadsThatFail(t *testing.T) {
 				s.open = func(network string, port uint16, beside *socket) (*socket, error) {
 					sock, err := openSocket(network, port, beside)
 					if err != nil {
-						go s.Close() // else the receiver tries for ever
+						go s.Close() // or the receiver would try again for ever
 						return nil, err
 					}
 					sock.batch = &reads{}
@@ -253,14 +254,14 @@ func TestReadsThatFail(t *testing.T) {
 	}
 }
 
-// inNamespace runs test in a network namespace of its own, whose loopback has the
-// MTU. Its sockets must be made by the calling thread.
+// inNamespace runs test in a new network namespace, whose loopback has the given MTU. test
+// must create its sockets on the calling thread.
 func inNamespace(t *testing.T, mtu int, test func()) {
 	t.Helper()
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		runtime.LockOSThread() // never unlocked: the namespace goes with the thread
+		runtime.LockOSThread() // never unlocked: the thread keeps the namespace and ends with it
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			t.Logf("skipped: no network namespace: %v", err)
 			return
@@ -293,7 +294,7 @@ func opened(t *testing.T) (*Sockets, []conn.ReceiveFunc) {
 	return s, fns
 }
 
-// carry sends bufs from one Sockets to another and compares what arrives.
+// carry sends bufs from one Sockets to another and compares the datagrams that arrive.
 func carry(t *testing.T, from, to *Sockets, receive conn.ReceiveFunc, ep conn.Endpoint, bufs [][]byte) {
 	t.Helper()
 	if err := from.Send(bufs, ep); err != nil {
@@ -320,8 +321,8 @@ func carry(t *testing.T, from, to *Sockets, receive conn.ReceiveFunc, ep conn.En
 	}
 }
 
-// TestBatches sends batches of all shapes, also where the kernel or the path
-// refuses datagrams that are joined.
+// TestBatches sends batches of many sizes, with segmentation offload (UDP_SEGMENT), without
+// it, and over a path whose MTU is too small for it: all datagrams arrive.
 func TestBatches(t *testing.T) {
 	random := rand.New(rand.NewPCG(10, 10))
 	batches := func() (out [][][]byte) {
@@ -365,8 +366,8 @@ func TestBatches(t *testing.T) {
 	})
 }
 
-// TestSource answers a peer from the address that it sent to, and from any other
-// once the host has lost that one or its networks changed.
+// TestSource checks that a peer is answered from the address to which it sent, and from the
+// system's choice once the host has lost that address or its networks changed.
 func TestSource(t *testing.T) {
 	host, receivers := opened(t)
 	peer, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
@@ -402,7 +403,7 @@ func TestSource(t *testing.T) {
 		t.Errorf("answered from %s, endpoint %v", got, ep.SrcIP())
 	}
 	if again := hear(); again != ep {
-		t.Error("the same place is another endpoint")
+		t.Error("a second datagram from the same source gives another endpoint")
 	}
 	host.sources.Add(1)
 	if got := answered(ep); got != "127.0.0.1" {
@@ -414,12 +415,12 @@ func TestSource(t *testing.T) {
 		t.Errorf("after the loss of an address answered from %s", got)
 	}
 	if lost.source(host.sources.Load(), new(routeLookup)) != nil {
-		t.Error("a source that the host lost is kept")
+		t.Error("a source address that the host lost is still used")
 	}
 }
 
-// TestEmptyDatagrams sends datagrams without a byte among others: the next ones
-// arrive.
+// TestEmptyDatagrams sends empty datagrams among others: they are left out, and all others
+// are received.
 func TestEmptyDatagrams(t *testing.T) {
 	host, receivers := opened(t)
 	peer, err := net.DialUDP("udp4", nil, &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: int(host.port)})
@@ -447,14 +448,14 @@ func TestEmptyDatagrams(t *testing.T) {
 		}
 		for _, size := range sizes[:n] {
 			if size != 40 {
-				t.Fatalf("%d bytes", size)
+				t.Fatalf("received a datagram of %d bytes, want 40", size)
 			}
 		}
 		got += n
 	}
 }
 
-// FuzzReadControl reads control messages that no kernel writes.
+// FuzzReadControl reads control messages that a kernel wouldn't write.
 func FuzzReadControl(f *testing.F) {
 	f.Add(unix.PktInfo4(&unix.Inet4Pktinfo{Spec_dst: [4]byte{127, 0, 0, 1}}))
 	f.Add(appendSegmentSize(unix.PktInfo6(&unix.Inet6Pktinfo{Ifindex: 3}), 1400))

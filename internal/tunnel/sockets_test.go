@@ -18,17 +18,17 @@ import (
 	"golang.zx2c4.com/wireguard/tun/tuntest"
 )
 
-// until waits for something that takes milliseconds.
+// until waits until done reports true, which usually takes milliseconds; what describes it.
 func until(t testing.TB, what string, done func() bool) {
 	t.Helper()
 	for limit := time.Now().Add(patience); !done(); time.Sleep(time.Millisecond) {
 		if time.Now().After(limit) {
-			t.Fatalf("not in %v: %s", patience, what)
+			t.Fatalf("not within %v: %s", patience, what)
 		}
 	}
 }
 
-// squat binds the port as a local user would, or returns nil.
+// squat binds the port as another program would, or returns nil if it is taken.
 func squat(port uint16) net.PacketConn {
 	c, err := net.ListenPacket("udp4", fmt.Sprintf("0.0.0.0:%d", port))
 	if err != nil {
@@ -37,7 +37,7 @@ func squat(port uint16) net.PacketConn {
 	return c
 }
 
-// rebind changes e's networks.
+// rebind has e rebind its sockets, as on a change of networks.
 func rebind(t *testing.T, e *end) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
@@ -47,7 +47,8 @@ func rebind(t *testing.T, e *end) {
 	}
 }
 
-// released waits until the port is free: another program may have drawn it meanwhile.
+// released waits until the port is free: the system may have given it to another program
+// meanwhile.
 func released(t *testing.T, port uint16) {
 	t.Helper()
 	until(t, fmt.Sprintf("port %d is free", port), func() bool {
@@ -59,8 +60,8 @@ func released(t *testing.T, port uint16) {
 	})
 }
 
-// end ends the socket of a family as the system would: the descriptor is dead and
-// the port free. It returns what waits for another one in its place.
+// end ends the socket of a family as the system would: the descriptor is dead, and the port
+// is free. The returned function reports whether another socket has replaced it.
 func (s *Sockets) end(family int) (replaced func() bool) {
 	f := s.families.Load()[family]
 	f.mu.Lock()
@@ -74,8 +75,8 @@ func (s *Sockets) end(family int) (replaced func() bool) {
 	}
 }
 
-// TestRebindKeepsThePort lets a local user try for the port while the host
-// changes networks: the sockets are never given up.
+// TestRebindKeepsThePort has another program try to bind the port while the host changes
+// networks: the port is never free.
 func TestRebindKeepsThePort(t *testing.T) {
 	a, b := newPair(t)
 	ping(t, a, b)
@@ -105,9 +106,9 @@ func TestRebindKeepsThePort(t *testing.T) {
 	ping(t, a, b)
 }
 
-// TestSquatterLeaves has the system end the socket and another program bind the
-// port at once. The device says that it has no socket, and has one again once
-// that program left, without being told.
+// TestSquatterLeaves has the system end the socket, and another program bind the port at
+// once. Listening and Rebind report that the port is taken. Once the program closes its
+// socket, the device binds the port again by itself.
 func TestSquatterLeaves(t *testing.T) {
 	a, b := newPair(t)
 	ping(t, a, b)
@@ -115,7 +116,7 @@ func TestSquatterLeaves(t *testing.T) {
 	open, free := a.sockets.open, make(chan struct{})
 	taken := make(chan net.PacketConn, 1)
 	a.sockets.open = func(network string, port uint16, beside *socket) (*socket, error) {
-		// As if the program had been faster than the receiver.
+		// The other program binds the port before the receiver does.
 		select {
 		case <-free:
 			return open(network, port, beside)
@@ -133,14 +134,14 @@ func TestSquatterLeaves(t *testing.T) {
 	if want := fmt.Sprintf("bind UDP port: %d over udp4: ", port); !strings.HasPrefix(err.Error(), want) {
 		t.Errorf("Listening: %v, want %q", err, want)
 	}
-	close(free) // from here on only the squatter is in the way
+	close(free) // from here on only the squatter keeps the port from the device
 	ended, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 	if err := a.Rebind(ended); !errors.Is(err, syscall.EADDRINUSE) || !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("Rebind while another program has the port: %v", err)
 	}
 	cancel()
 	if a.Listening() == nil {
-		t.Fatal("the port is said to be served while another program has it")
+		t.Fatal("Listening reports no error while another program has the port")
 	}
 	squatter.Close()
 	until(t, "the port is served again", func() bool { return a.Listening() == nil })
@@ -151,8 +152,8 @@ func TestSquatterLeaves(t *testing.T) {
 	ping(t, b, a)
 }
 
-// TestEndedSocketsAreReplaced ends the sockets more often than a device's receiver
-// stands errors; no receiver ends with them.
+// TestEndedSocketsAreReplaced ends the sockets more often than wireguard-go's receiver
+// tolerates errors: each socket is replaced, and no receiver ends.
 func TestEndedSocketsAreReplaced(t *testing.T) {
 	a, b := newPair(t)
 	for i := range 50 {
@@ -173,8 +174,8 @@ func TestEndedSocketsAreReplaced(t *testing.T) {
 	}
 }
 
-// TestPortOutlivesTheDevice ends a device, as when its interface is taken away,
-// and starts another with the same sockets: the port is free at no time.
+// TestPortOutlivesTheDevice closes a device, as when its interface is removed, and starts
+// another one with the same sockets: the port is never free.
 func TestPortOutlivesTheDevice(t *testing.T) {
 	sockets := NewSockets(slog.New(slog.DiscardHandler))
 	defer sockets.Release()
@@ -200,7 +201,7 @@ func TestPortOutlivesTheDevice(t *testing.T) {
 			}
 		}
 		ping(t, a, b)
-		// The interface goes down and comes up, which ends the receivers.
+		// The interface goes down and up, which ends the receivers.
 		if err := d.wg.Down(); err != nil {
 			t.Fatal(err)
 		}
@@ -215,7 +216,7 @@ func TestPortOutlivesTheDevice(t *testing.T) {
 		d.Close()
 		if c := squat(port); c != nil {
 			c.Close()
-			t.Error("the port is free after the device")
+			t.Error("the port is free after the device was closed")
 		}
 	}
 }
@@ -231,9 +232,9 @@ func listening(t *testing.T) *Sockets {
 	return s
 }
 
-// TestTakenPortChangesNothing asks for another port, which another program has in
-// one of the families: the sockets keep the port that they have, and none is left on
-// the other one. After Release the next ones have receivers again.
+// TestTakenPortChangesNothing asks for another port that another program has in one of the
+// address families. Open fails, the sockets keep their port, and no socket is left on the
+// other one. After Release, Open returns sockets with receivers again.
 func TestTakenPortChangesNothing(t *testing.T) {
 	for i, network := range networks {
 		t.Run(network, func(t *testing.T) {
@@ -246,16 +247,16 @@ func TestTakenPortChangesNothing(t *testing.T) {
 			defer other.Close()
 			wanted := other.LocalAddr().(*net.UDPAddr).AddrPort().Port()
 			if _, _, err := s.Open(wanted); !errors.Is(err, syscall.EADDRINUSE) {
-				t.Errorf("port %d, which another program has: %v", wanted, err)
+				t.Errorf("Open of port %d, which another program has, returns %v, want EADDRINUSE", wanted, err)
 			}
 			if c := squat(before); c != nil {
 				c.Close()
-				t.Error("the port of before is free")
+				t.Error("the former port is free")
 			}
 			if fns, port, err := s.Open(0); err != nil || port != before || len(fns) == 0 {
 				t.Errorf("port %d with %d receivers, %v; before %d", port, len(fns), err, before)
 			}
-			if i == 1 { // the other one is of IPv6, and IPv4 was bound first
+			if i == 1 { // IPv6 is taken, and IPv4 was bound before it
 				released(t, wanted)
 			}
 			s.Release()
@@ -266,8 +267,8 @@ func TestTakenPortChangesNothing(t *testing.T) {
 	}
 }
 
-// TestPortIsDrawnAgain has another program have in IPv6 what the system chooses for
-// IPv4: it chooses anew.
+// TestPortIsDrawnAgain has another program hold in IPv6 the port that the system chose for
+// IPv4: Open has the system choose another port.
 func TestPortIsDrawnAgain(t *testing.T) {
 	s := NewSockets(slog.New(slog.DiscardHandler))
 	defer s.Release()
@@ -290,8 +291,8 @@ func TestPortIsDrawnAgain(t *testing.T) {
 	}
 }
 
-// TestAttemptsGoOn has a port that can't be bound again: it is tried for once in five
-// seconds at least, for ever, and at once when the host's networks changed.
+// TestAttemptsGoOn has a port that can't be bound again: the receiver tries at least once per
+// openPauseMax, without end, and at once when the host's networks change.
 func TestAttemptsGoOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := listening(t)
@@ -310,7 +311,7 @@ func TestAttemptsGoOn(t *testing.T) {
 		time.Sleep(time.Hour)
 		synctest.Wait()
 		if n, least := tries.Load(), int64(time.Hour/openPauseMax); n < least || n > 2*least {
-			t.Errorf("%d attempts in an hour, want %d", n, least)
+			t.Errorf("%d attempts in an hour, want %d to %d", n, least, 2*least)
 		}
 		time.Sleep(openPauseMin)
 		synctest.Wait()
@@ -318,7 +319,7 @@ func TestAttemptsGoOn(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 		defer cancel()
 		if err := s.Renew(ctx); !errors.Is(err, syscall.EADDRINUSE) {
-			t.Errorf("the port is served: %v", err)
+			t.Errorf("Renew returns %v, want EADDRINUSE", err)
 		}
 		if tries.Load() != before+1 {
 			t.Errorf("%d attempts when the networks changed, want 1", tries.Load()-before)
@@ -330,8 +331,8 @@ func TestAttemptsGoOn(t *testing.T) {
 	})
 }
 
-// TestReleaseWhileReplaced gives the port back while a socket is being replaced: the
-// new one doesn't keep it.
+// TestReleaseWhileReplaced calls Release while a socket is being replaced: the new socket
+// doesn't keep the port.
 func TestReleaseWhileReplaced(t *testing.T) {
 	s := listening(t)
 	port, open := s.port, s.open
@@ -357,8 +358,8 @@ func TestReleaseWhileReplaced(t *testing.T) {
 	released(t, port)
 }
 
-// TestCloseWhileReplaced has the device stop to listen while a socket is being
-// replaced: the receiver ends, and the next one has the new socket.
+// TestCloseWhileReplaced calls Close while a socket is being replaced: the receiver ends, and
+// the receiver of the next Open reads from the new socket.
 func TestCloseWhileReplaced(t *testing.T) {
 	s := listening(t)
 	open := s.open
@@ -399,8 +400,8 @@ func TestCloseWhileReplaced(t *testing.T) {
 	}
 }
 
-// TestSenderFindsEndedSocket sends by a socket that the system ended, while no
-// receiver has noticed.
+// TestSenderFindsEndedSocket sends with a socket that the system ended, before a receiver has
+// noticed: Send fails, and Listening reports it.
 func TestSenderFindsEndedSocket(t *testing.T) {
 	s := listening(t)
 	s.end(0)
@@ -416,11 +417,11 @@ func TestSenderFindsEndedSocket(t *testing.T) {
 	}
 }
 
-// TestReopenedIsHeard replaces a socket of a host that has nothing to send: its peers
-// hear from it, since what they sent meanwhile is lost.
+// TestReopenedIsHeard replaces a socket of a host that has nothing to send: the host sends to
+// its peers all the same, as their datagrams may have been lost meanwhile.
 func TestReopenedIsHeard(t *testing.T) {
 	a, b := newPair(t)
-	// One way only: an end that received data answers by itself later.
+	// In one direction only, as an end that received data sends a keepalive by itself.
 	a.send(t, tuntest.Ping(b.addr[0], a.addr[0]))
 	b.receive(t)
 	before := b.fresh(t)[a.PublicKey()].RxBytes
@@ -428,8 +429,8 @@ func TestReopenedIsHeard(t *testing.T) {
 	until(t, "the peer hears from the host", func() bool { return b.fresh(t)[a.PublicKey()].RxBytes > before })
 }
 
-// relay carries datagrams between two ends, and what it carries to the second one
-// has a source of its own. It returns the address where the first one reaches it.
+// relay carries datagrams between two ends. Those to the second end, at to, have source as
+// their source address. It returns the address to which the first end sends.
 func relay(t *testing.T, to netip.AddrPort, source string) netip.AddrPort {
 	t.Helper()
 	front, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
@@ -473,9 +474,9 @@ func relay(t *testing.T, to netip.AddrPort, source string) netip.AddrPort {
 	return front.LocalAddr().(*net.UDPAddr).AddrPort()
 }
 
-// TestMeshSourceDiscarded gives peers mesh addresses of the loopback network, so
-// that datagrams can come from them: what comes from a known peer's or the host's
-// own is discarded, and another address of the same network is a carrier's.
+// TestMeshSourceDiscarded gives the peers mesh addresses of the loopback network, so that
+// datagrams can come from them. A datagram from the mesh address of a known peer or of the
+// host is discarded; one from another address of that network, as of a carrier, is accepted.
 func TestMeshSourceDiscarded(t *testing.T) {
 	for source, want := range map[string]bool{"127.0.9.1": true, "127.0.9.2": false, "127.0.9.3": false, "127.0.9.4": false} {
 		t.Run(source, func(t *testing.T) {
@@ -499,9 +500,9 @@ func TestMeshSourceDiscarded(t *testing.T) {
 			}
 			until(t, "the handshake is discarded", func() bool { return b.sockets.Looped() > before })
 			if s := b.fresh(t)[a.PublicKey()]; s.RxBytes != 0 || s.Endpoint.IsValid() {
-				t.Errorf("a datagram from %s was taken: %+v", source, s)
+				t.Errorf("a datagram from %s was accepted: %+v", source, s)
 			}
-			// Once the peers are gone their addresses are as any other.
+			// Once the peers are removed, datagrams from their addresses are accepted.
 			if err := b.Sync(nil); err != nil {
 				t.Fatal(err)
 			}
@@ -512,9 +513,9 @@ func TestMeshSourceDiscarded(t *testing.T) {
 	}
 }
 
-// TestOwnPlaceDiscarded has a peer's datagrams come from where the host's own sockets are
-// reached: they are discarded, the place is no endpoint, and nothing is sent to one that
-// is configured. From another port of that address a peer is heard.
+// TestOwnPlaceDiscarded has a peer's datagrams come from an endpoint of the host itself: they
+// are discarded, and nothing is sent to such an endpoint. Datagrams from another port of that
+// address are accepted.
 func TestOwnPlaceDiscarded(t *testing.T) {
 	a, b := newEnd(t, 20), newEnd(t, 21)
 	toB := b.peer()
@@ -538,12 +539,12 @@ func TestOwnPlaceDiscarded(t *testing.T) {
 	a.send(t, tuntest.Ping(b.addr[0], a.addr[0]))
 	until(t, "the datagram is discarded", func() bool { return b.sockets.Looped() > looped })
 	if s := heard(); s.RxBytes != rx {
-		t.Errorf("a datagram from the host's own place was taken: %+v", s)
+		t.Errorf("a datagram from the host's own endpoint was accepted: %+v", s)
 	}
 	tx := b.sockets.Looped()
 	b.send(t, tuntest.Ping(a.addr[0], b.addr[0]))
-	until(t, "what is for the host itself is discarded", func() bool { return b.sockets.Looped() > tx })
-	// Set anew, so that no session is left: what comes from another port is taken.
+	until(t, "a datagram to the host's own endpoint is discarded", func() bool { return b.sockets.Looped() > tx })
+	// The peer sends from another port now: its datagrams are accepted.
 	toB.Endpoint = relay(t, b.peer().Endpoint, "127.0.9.5")
 	if err := a.Set(toB); err != nil {
 		t.Fatal(err)
@@ -551,17 +552,17 @@ func TestOwnPlaceDiscarded(t *testing.T) {
 	a.send(t, tuntest.Ping(b.addr[0], a.addr[0]))
 	b.receive(t)
 	if got := heard().Endpoint; got.Addr() != place.Addr() || got == place {
-		t.Errorf("the peer is heard from %v, its old place is the host's %v", got, place)
+		t.Errorf("the peer is heard from %v, want another port than that of %v", got, place)
 	}
-	// And a place that is the host's no more is as any other.
+	// An endpoint that is no longer the host's is like any other.
 	b.SetOwnEndpoints(nil)
 	if b.sockets.loops(place) {
-		t.Errorf("%v is discarded though the host isn't there", place)
+		t.Errorf("%v is discarded, though it is no longer the host's endpoint", place)
 	}
 }
 
-// TestNothingSentToMesh configures, and teaches, the host's peer an endpoint that
-// is another peer's mesh address.
+// TestNothingSentToMesh configures a peer with an endpoint that is another peer's mesh
+// address: nothing is sent there, and that isn't logged as an error.
 func TestNothingSentToMesh(t *testing.T) {
 	a, b := newEnd(t, 20), newEnd(t, 21)
 	trap, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.ParseIP("127.0.9.3")})
@@ -586,11 +587,11 @@ func TestNothingSentToMesh(t *testing.T) {
 		t.Errorf("%d bytes were sent to a mesh address", n)
 	}
 	if strings.Contains(a.log.String(), "level=ERROR") {
-		t.Errorf("it is an error: %s", a.log)
+		t.Errorf("an error is logged: %s", a.log)
 	}
 }
 
-// TestDiscardAllocates holds the look at a datagram's source to no allocation.
+// TestDiscardAllocates checks the verdict on sources of datagrams, which must not allocate.
 func TestDiscardAllocates(t *testing.T) {
 	var inside loopFilter
 	for _, p := range benchPeers(1000) {
@@ -610,7 +611,7 @@ func TestDiscardAllocates(t *testing.T) {
 	} {
 		at := netip.MustParseAddrPort(text)
 		if got := s.loops(at); got != want {
-			t.Errorf("%v is discarded: %t", at, got)
+			t.Errorf("%v is discarded: %t, want %t", at, got, want)
 		}
 		if n := testing.AllocsPerRun(1000, func() { s.loops(at) }); n != 0 {
 			t.Errorf("%v: %v allocations", at, n)
