@@ -11,7 +11,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh/meshtest"
 )
 
-// TestKeyFile reads an open key file after its name was removed or given to another file.
+// TestKeyFile reads an open key file whose path was removed: the key is that of the open file.
 func TestKeyFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "key")
 	first, second := meshtest.Key(t, 4), meshtest.Key(t, 5)
@@ -69,14 +69,14 @@ func TestKeyFileRefused(t *testing.T) {
 			defer f.Close()
 			_, err = readPrivateKey(f)
 			if name == "long" {
-				// The read stops within the white space after the key.
+				// The read stops at its limit, within the white space after the key.
 				if err != nil {
-					t.Errorf("a key with white space behind it gives %v", err)
+					t.Errorf("a key followed by white space is refused: %v", err)
 				}
 				return
 			}
 			if err == nil {
-				t.Fatal("no error")
+				t.Fatal("the file is accepted")
 			}
 			if len(text) > 0 && strings.Contains(err.Error(), text[:20]) {
 				t.Errorf("the error quotes the key: %v", err)

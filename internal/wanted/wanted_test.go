@@ -27,7 +27,7 @@ func FuzzMark(f *testing.F) {
 	f.Fuzz(func(t *testing.T, text []byte) {
 		at, err := decodeMark(text)
 		if err != nil && !at.IsZero() {
-			t.Errorf("%v with an error", at)
+			t.Errorf("time %v together with an error", at)
 		}
 	})
 }
@@ -49,11 +49,11 @@ func FuzzDocument(f *testing.F) {
 		}
 		again, err := doc.Encode()
 		if err != nil {
-			t.Fatalf("encode what was decoded: %v", err)
+			t.Fatalf("encode the decoded document: %v", err)
 		}
 		same, err := Decode(again)
 		if err != nil {
-			t.Fatalf("decode what was encoded: %v\n%s", err, again)
+			t.Fatalf("decode the encoded document: %v\n%s", err, again)
 		}
 		twice, err := same.Encode()
 		if err != nil || string(twice) != string(again) {
@@ -63,7 +63,7 @@ func FuzzDocument(f *testing.F) {
 }
 
 // TestRemovedBounded removes more peers than Document.Removed has room for: the oldest are
-// dropped.
+// dropped. Those that are older than removedFor are dropped as well.
 func TestRemovedBounded(t *testing.T) {
 	doc := &Document{Version: documentVersion}
 	start := time.Unix(1e9, 0)
@@ -81,12 +81,13 @@ func TestRemovedBounded(t *testing.T) {
 	}
 	doc.retire(&Document{}, start.Add(removedFor+time.Hour))
 	if n := len(doc.Removed); n != maxRemoved+10-3601 {
-		t.Errorf("%d left a day and an hour after the first", n)
+		t.Errorf("%d removed peers are left an hour after removedFor, want %d", n, maxRemoved+10-3601)
 	}
 }
 
-// TestMeshPrefixCollisions renumbers peers whose derived addresses collide, one whose chosen
-// address fits the new prefix, and more peers than the prefix has room for.
+// TestMeshPrefixCollisions moves a mesh to a prefix in which the derived addresses of the
+// peers collide: each gets an address of its own, and a chosen address that fits stays. More
+// peers than the prefix has room for are refused.
 func TestMeshPrefixCollisions(t *testing.T) {
 	key := func(name string) mesh.PublicKey {
 		k, err := mesh.ParsePublicKey(keyOf(name))
@@ -120,7 +121,7 @@ func TestMeshPrefixCollisions(t *testing.T) {
 		next, err := d.Renumbered(m, time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC))
 		return next, m, err
 	}
-	// /29 has six addresses, all of which are taken now.
+	// A /29 has six usable addresses, which five peers and the host take.
 	next, m, err := move("10.9.8.0/29", 5)
 	if err != nil {
 		t.Fatal(err)
@@ -132,18 +133,18 @@ func TestMeshPrefixCollisions(t *testing.T) {
 		t.Error(err)
 	}
 	if got := next.Peers[4].Addresses[0]; got != given {
-		t.Errorf("the address that fits became %v", got)
+		t.Errorf("the chosen address, which fits the prefix, became %v", got)
 	}
 	if len(next.Removed) != 4 {
-		t.Errorf("%d former pairs, want those of the 4 peers that moved", len(next.Removed))
+		t.Errorf("%d removed pairs of addresses, want those of the 4 peers that moved", len(next.Removed))
 	}
 	again, _, err := move("10.9.8.0/29", 5)
 	if err != nil || !slices.Equal(again.Peers, next.Peers) {
-		t.Errorf("a second plan differs: %v, %v", again.Peers, err)
+		t.Errorf("renumbering the same document again gives %v, %v", again.Peers, err)
 	}
 	doc.Peers = append(doc.Peers, mesh.Peer{Name: "peer-f", PublicKey: key("peer-f"), Kind: mesh.Own, Addresses: mesh.Addresses{netip.MustParseAddr("100.70.1.1"), netip.MustParseAddr("fd6d:6573:6800::77")}})
 	if _, _, err := move("10.9.8.0/29", 6); err == nil || !strings.Contains(err.Error(), "no room for all 6 peers") {
-		t.Errorf("six peers and the host in six addresses: %v", err)
+		t.Errorf("six peers and the host with six addresses: %v, want an error", err)
 	}
 }
 
@@ -165,8 +166,8 @@ func FuzzSettings(f *testing.F) {
 	})
 }
 
-// TestKeyIsOfTheFileThatWasChecked replaces the key file continually, by one of root and one
-// of another user in turn: the other user's key is never read.
+// TestKeyIsOfTheFileThatWasChecked replaces the key file all the time, by a file of root and
+// one of another user in turn, while the key is loaded: the other user's key is never used.
 func TestKeyIsOfTheFileThatWasChecked(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can give a file to another user")
@@ -207,7 +208,7 @@ func TestKeyIsOfTheFileThatWasChecked(t *testing.T) {
 		d.disk.store.dir, d.disk.store.files = dir, DiskFiles{}
 		switch err := d.loadKey(false); {
 		case err == nil && d.key.Equal(keys[1]):
-			t.Error("read another user's key")
+			t.Error("another user's key was read")
 		case err == nil:
 			taken++
 		default:
@@ -221,14 +222,14 @@ func TestKeyIsOfTheFileThatWasChecked(t *testing.T) {
 	t.Logf("root's key read %d times, another user's file refused %d times", taken, refused)
 }
 
-// keyOf returns a public key made from a text, in base64.
+// keyOf returns the public key, in base64, of a private key made from a text.
 func keyOf(text string) string {
 	var private mesh.PrivateKey
 	copy(private[:], text)
 	return private.Public().String()
 }
 
-// open opens a state directory with callbacks that do nothing.
+// open locks and opens a state directory, with callbacks that do nothing.
 func open(t *testing.T, dir string) *State {
 	t.Helper()
 	taken, err := Lock(dir)
@@ -247,8 +248,8 @@ func open(t *testing.T, dir string) *State {
 	return s
 }
 
-// TestOlderDocumentIsNotSaved saves ahead a document made before a deny that is on disk by
-// now: the save is refused, and the deny stays on disk.
+// TestOlderDocumentIsNotSaved calls saveAhead with a document made before a deny that is on
+// disk by now: the save is refused, and the deny stays on disk.
 func TestOlderDocumentIsNotSaved(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
 	s := open(t, dir)
@@ -279,12 +280,12 @@ func TestOlderDocumentIsNotSaved(t *testing.T) {
 		t.Fatal(err)
 	}
 	if may := doc.Peers[0].Permissions; may.Of(mesh.Routing).Allowed || may.Of(mesh.LAN).Allowed {
-		t.Errorf("a restart would bring back %+v", may)
+		t.Errorf("the document on disk has the permissions %+v, want neither routing nor lan", may)
 	}
 }
 
-// TestDocumentRefused decodes documents whose generation or times can't be counted on from
-// there, or written again.
+// TestDocumentRefused decodes documents with a generation that can't be increased, or isn't a
+// generation, and with times that JSON can't represent when they are written again.
 func TestDocumentRefused(t *testing.T) {
 	peer := `{"name":"phone","publicKey":"` + keyOf("phone") + `","kind":"own","addresses":["100.64.0.1","fd6d:6573:6800::1"],` +
 		`"permissions":{"incoming":{"allowed":true},"routing":{"allowed":true,"until":"%s"},"lan":{"allowed":false}}}`
@@ -292,7 +293,7 @@ func TestDocumentRefused(t *testing.T) {
 		return []byte(`{"version":1,` + generation + `"saved":"` + saved + `","peers":[` + fmt.Sprintf(peer, until) +
 			`],"removed":[{"addresses":["100.64.0.2","fd6d:6573:6800::2"],"at":"` + removed + `"}]}`)
 	}
-	const good, late = "2026-01-02T15:04:05Z", "9999-12-31T23:59:59-01:00" // late is in the year 10000, in UTC
+	const good, late = "2026-01-02T15:04:05Z", "9999-12-31T23:59:59-01:00" // late is in the year 10000 in UTC
 	if _, err := Decode(document(`"generation":9007199254740991,`, good, good, good)); err != nil {
 		t.Fatal(err)
 	}
@@ -314,12 +315,12 @@ func TestDocumentRefused(t *testing.T) {
 		}
 	}
 	if at, err := decodeMark([]byte(`{"saved":"` + late + `"}`)); err == nil {
-		t.Errorf("a mark in the year 10000 is read: %v", at)
+		t.Errorf("a mark in the year 10000 is accepted: %v", at)
 	}
 }
 
-// TestEditPanics has an edit panic, which ends its request alone, as net/http recovers it:
-// the next change is made.
+// TestEditPanics has an edit panic. net/http recovers the panic of a request, so the state must
+// stay usable: the next change is made.
 func TestEditPanics(t *testing.T) {
 	dir, err := Lock(filepath.Join(t.TempDir(), "state"))
 	if err != nil {
@@ -338,7 +339,7 @@ func TestEditPanics(t *testing.T) {
 	ended := make(chan error)
 	go func() { ended <- s.Run(ctx, func() {}) }()
 	defer func() {
-		if stop(); !t.Failed() { // Run needs the lock, too
+		if stop(); !t.Failed() { // Run would wait for the lock if the edit had kept it
 			<-ended
 		}
 	}()
@@ -363,6 +364,6 @@ func TestEditPanics(t *testing.T) {
 			t.Error(err)
 		}
 	case <-limit.Done():
-		t.Fatal("no change is made any more")
+		t.Fatal("the next change isn't made")
 	}
 }
