@@ -19,7 +19,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// dns is a name server and the endpoints that are looked up at it.
+// dns is a resolver under test with a fake name server, and the names of peers and of this
+// host that the resolver looks up there.
 type dns struct {
 	*Resolver
 	book *learned.Book
@@ -27,18 +28,18 @@ type dns struct {
 	mu      sync.Mutex
 	peers   []string
 	own     string
-	answers map[string][]netip.Addr // a name that isn't in it fails, one without addresses hangs
-	took    time.Duration           // by a look-up that doesn't hang
+	answers map[string][]netip.Addr // the lookup of a missing name fails, of one without addresses hangs
+	took    time.Duration           // duration of a lookup that doesn't hang
 	asked   map[string]int
 	named   int // calls of Names
 	changed int
 	saved   int
 }
 
-// device is this host's address in the mesh.
+// device is the mesh address of this host.
 var device = netip.MustParseAddr("100.64.0.1")
 
-// run runs test beside a resolver, in a bubble with its own time.
+// run runs a resolver and test in a synctest bubble, where time is simulated.
 func run(t *testing.T, test func(t *testing.T, d *dns)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -92,7 +93,8 @@ func (d *dns) lookup(ctx context.Context, name string) ([]netip.Addr, error) {
 	return found, nil
 }
 
-// set changes what is wanted and what the name server says, and has the resolver look.
+// set changes the names or the answers of the name server by f, has the resolver ask for the
+// names, and waits until it is idle or sleeps.
 func (d *dns) set(f func()) {
 	d.mu.Lock()
 	f()
@@ -108,8 +110,9 @@ func addrs(texts ...string) (out []netip.Addr) {
 	return out
 }
 
-// TestFollowsAName has a name get another address, have two in changing order, and not be
-// found: the address in use stays as long as the name has it, or isn't found.
+// TestFollowsAName has a name that gets a second address before its first one, loses the
+// first, and isn't found any more. The address in use stays as long as the name has it, and
+// while the name isn't found.
 func TestFollowsAName(t *testing.T) {
 	run(t, func(t *testing.T, d *dns) {
 		want := func(when, address string) {
@@ -126,43 +129,43 @@ func TestFollowsAName(t *testing.T) {
 			synctest.Wait()
 		}
 		step(addrs("192.0.2.2", "192.0.2.1"))
-		want("with another before it", "192.0.2.1")
+		want("with another address before it", "192.0.2.1")
 		step(addrs("192.0.2.2"))
-		want("without it", "192.0.2.2")
+		want("without the former address", "192.0.2.2")
 		d.set(func() { delete(d.answers, "nas") })
 		time.Sleep(10 * Interval)
 		synctest.Wait()
 		want("not found", "192.0.2.2")
 		if err := d.Failure("nas"); err == nil || !strings.Contains(err.Error(), "no such host") {
-			t.Errorf("why it isn't found: %v", err)
+			t.Errorf("Failure of a name that isn't found: %v", err)
 		}
 		if n := d.asked["nas"]; n < 6 || n > 20 {
-			t.Errorf("asked %d times in some 13 minutes", n)
+			t.Errorf("%d lookups in about 13 minutes, want 6 to 20", n)
 		}
 		d.set(func() { d.peers = nil })
 		if got := d.book.Names(); len(got) != 0 || d.Failure("nas") != nil {
-			t.Errorf("of a name that no peer has, %v and %v stay", got, d.Failure("nas"))
+			t.Errorf("for a name that no peer has, addresses %v and failure %v are left", got, d.Failure("nas"))
 		}
-		if d.changed != 3 { // found, another address, forgotten
-			t.Errorf("%d changes", d.changed)
+		if d.changed != 3 { // found, got another address, removed
+			t.Errorf("%d changes, want 3", d.changed)
 		}
 	})
 }
 
-// TestStuckNamesHoldUpNone has more names hang than are looked up at once: one that
-// was found before is followed meanwhile, and a new one is found at once when each of them
-// failed.
+// TestStuckNamesHoldUpNone has more names whose lookups hang than are looked up at a time. A
+// name that was found before is still followed, and once each of the others has failed, a
+// new name is found at once.
 func TestStuckNamesHoldUpNone(t *testing.T) {
 	run(t, func(t *testing.T, d *dns) {
 		d.set(func() { d.peers, d.answers["nas"] = []string{"nas"}, addrs("192.0.2.1") })
 		d.set(func() {
-			for i := range 20 * lane { // more than can be tried again before the first is due
+			for i := range 20 * lane { // too many to retry all before the first is due again
 				name := fmt.Sprint("stuck", i)
 				d.peers, d.answers[name] = append(d.peers, name), nil
 			}
 			d.answers["nas"] = addrs("192.0.2.9")
 		})
-		time.Sleep(20*timeout + Interval + time.Second) // each has failed once
+		time.Sleep(20*timeout + Interval + time.Second) // by now each lookup has failed once
 		synctest.Wait()
 		if got := d.book.Names()["nas"]; got.String() != "192.0.2.9" {
 			t.Errorf("beside names that hang: %v", got)
@@ -174,13 +177,13 @@ func TestStuckNamesHoldUpNone(t *testing.T) {
 	})
 }
 
-// TestOwnName has this host's own name have many addresses: all of them count, and are
-// saved at once. One that was a peer's name until then is asked for again.
+// TestOwnName has an own name of this host with several addresses: all are kept as outside
+// addresses, and are saved at once. A name that was a peer's before is looked up again.
 func TestOwnName(t *testing.T) {
 	run(t, func(t *testing.T, d *dns) {
 		d.set(func() { d.peers, d.answers["home"] = []string{"home"}, addrs("192.0.2.2", "192.0.2.1") })
 		if o := d.book.Outside(); o.Name != "" {
-			t.Errorf("a peer's name is outside: %+v", o)
+			t.Errorf("a peer's name gives outside addresses: %+v", o)
 		}
 		d.set(func() { d.own = "home" })
 		if o := d.book.Outside(); o.Name != "home" || !slices.Equal(o.Addresses, addrs("192.0.2.1", "192.0.2.2")) || d.saved == 0 {
@@ -193,9 +196,9 @@ func TestOwnName(t *testing.T) {
 	})
 }
 
-// TestManyNames has a large mesh whose names all get other addresses in each pass: the names are
-// asked for only when they change, and the addresses are published many at a time. All are kept,
-// and are looked up each minute.
+// TestManyNames has a large mesh whose names all get other addresses in each pass. Each name is
+// looked up once a minute, all addresses are kept and published many at a time, and Names is
+// called only when the names change.
 func TestManyNames(t *testing.T) {
 	const names = 2000
 	for _, took := range []time.Duration{0, 10 * time.Millisecond} {
@@ -219,7 +222,7 @@ func TestManyNames(t *testing.T) {
 				book := d.book.Names()
 				for j := range names {
 					if got := book[fmt.Sprint("host", j)]; got.As4() != [4]byte{192, byte(i), byte(j >> 8), byte(j)} {
-						t.Fatalf("pass %d, look-ups of %v: host%d is at %v", i, took, j, got)
+						t.Fatalf("pass %d, lookups of %v: host%d has the address %v", i, took, j, got)
 					}
 				}
 				d.mu.Lock()
@@ -231,21 +234,22 @@ func TestManyNames(t *testing.T) {
 			d.mu.Lock()
 			defer d.mu.Unlock()
 			if d.named != before {
-				t.Errorf("look-ups of %v: the names were asked for %d times", took, d.named-before)
+				t.Errorf("lookups of %v: Names was called %d times, want none", took, d.named-before)
 			}
-			if d.changed > 4*3 { // the first, and one or two a pass, which takes 0.6 s at most
-				t.Errorf("look-ups of %v: %d changes", took, d.changed)
+			if d.changed > 4*3 { // one or two changes a pass, which takes 0.6 s at most
+				t.Errorf("lookups of %v: %d changes, want at most 12", took, d.changed)
 			}
 			for name, n := range d.asked {
 				if n < 4 || n > 5 {
-					t.Errorf("look-ups of %v: %s was looked up %d times in four minutes", took, name, n)
+					t.Errorf("lookups of %v: %s was looked up %d times in four minutes, want 4 or 5", took, name, n)
 				}
 			}
 		})
 	}
 }
 
-// TestSmallMeshIsFoundAtOnce has three names found one after another: none waits for long.
+// TestSmallMeshIsFoundAtOnce has three names: one is found and published at once, and all
+// within 10 ms.
 func TestSmallMeshIsFoundAtOnce(t *testing.T) {
 	run(t, func(t *testing.T, d *dns) {
 		d.set(func() {
@@ -255,18 +259,18 @@ func TestSmallMeshIsFoundAtOnce(t *testing.T) {
 			}
 		})
 		if got := d.book.Names(); len(got) == 0 {
-			t.Error("the first isn't found at once")
+			t.Error("no name is found at once")
 		}
 		time.Sleep(10 * time.Millisecond)
 		synctest.Wait()
 		if got := d.book.Names(); len(got) != 3 {
-			t.Errorf("after 10 ms: %v", got)
+			t.Errorf("after 10 ms: %v, want three names", got)
 		}
 	})
 }
 
-// TestForgetsWhileItLooks takes a name away while it is looked up, and brings it back: the
-// answer to the former look-up doesn't count.
+// TestForgetsWhileItLooks removes a name during its lookup, and adds it again: the answer to
+// the former lookup is dropped.
 func TestForgetsWhileItLooks(t *testing.T) {
 	run(t, func(t *testing.T, d *dns) {
 		d.set(func() { d.took, d.peers, d.answers["nas"] = time.Second, []string{"nas"}, addrs("192.0.2.1") })
@@ -276,27 +280,27 @@ func TestForgetsWhileItLooks(t *testing.T) {
 		time.Sleep(time.Second * 3 / 4)
 		synctest.Wait()
 		if got := d.book.Names(); len(got) != 0 {
-			t.Errorf("the former look-up found %v", got)
+			t.Errorf("the former lookup gave %v", got)
 		}
 		time.Sleep(3 * Interval)
 		synctest.Wait()
 		if got := d.book.Names()["nas"]; got.String() != "192.0.2.2" {
-			t.Errorf("found %v", got)
+			t.Errorf("found %v, want 192.0.2.2", got)
 		}
 		if n := d.asked["nas"]; n != 1+3 {
-			t.Errorf("looked up %d times", n)
+			t.Errorf("looked up %d times, want 4", n)
 		}
 	})
 }
 
-// TestRefusesAddresses has names resolve to what can't be the address of a host on the network:
-// it is neither a peer's nor this host's, and if there is nothing else, the name counts as not
-// found.
+// TestRefusesAddresses has names resolve to addresses that no host on the network can have.
+// They are used neither for a peer nor for this host, and a name with such addresses only
+// counts as not found.
 func TestRefusesAddresses(t *testing.T) {
 	for _, c := range []struct {
 		name   string
 		answer []netip.Addr
-		want   string // the address, or why there is none
+		want   string // the address, or the error if there is none
 	}{
 		{"multicast first", addrs("224.0.0.251", "198.51.100.9"), "198.51.100.9"},
 		{"multicast", addrs("224.0.0.251", "ff02::fb"), "224.0.0.251 is not the address of a host"},
@@ -342,21 +346,22 @@ func TestRefusesAddresses(t *testing.T) {
 	}
 }
 
-// TestRefusesSavedAddress has an address saved that no answer would bring: it isn't used.
+// TestRefusesSavedAddress has a saved address that would be refused in an answer: it isn't
+// used.
 func TestRefusesSavedAddress(t *testing.T) {
 	run(t, func(t *testing.T, d *dns) {
-		synctest.Wait() // until names that no peer has are forgotten
+		synctest.Wait() // until the resolver has dropped names that no peer has
 		d.book.SetNames(map[string]netip.Addr{"nas": netip.MustParseAddr("224.0.0.251"), "mac": netip.MustParseAddr("192.0.2.1")})
 		d.set(func() { d.peers = []string{"nas", "mac"} })
 		d.set(func() { d.peers = append(d.peers, "new"); d.answers["new"] = addrs("192.0.2.2") })
 		if got := d.book.Names(); len(got) != 2 || got["mac"].String() != "192.0.2.1" {
-			t.Errorf("%v", got)
+			t.Errorf("the names have the addresses %v, want those of mac and new only", got)
 		}
 	})
 }
 
-// BenchmarkManyNames looks all names of a large mesh up once, with other addresses each time,
-// the endpoints parsed as the daemon does.
+// BenchmarkManyNames looks up all names of a large mesh once per iteration, each time with
+// other addresses, and parses the endpoints as the daemon does.
 func BenchmarkManyNames(b *testing.B) {
 	for _, names := range []int{500, 2000, 5000} {
 		b.Run(fmt.Sprint(names), func(b *testing.B) {
