@@ -8,8 +8,8 @@ import (
 	"pgregory.net/rapid"
 )
 
-// TestDeriveVectors pins the derivation: another result would renumber every
-// mesh that exists. Computed by another program from the formula at Derive.
+// TestDeriveVectors fixes the results of Derive, as other results would renumber every existing
+// mesh. The vectors were computed by another program from the formula at Derive.
 func TestDeriveVectors(t *testing.T) {
 	small := Prefixes{V4: netip.MustParsePrefix("10.9.0.0/20"), V6: netip.MustParsePrefix("fd00:1:2:3::/64")}
 	for _, v := range []struct {
@@ -62,10 +62,10 @@ func TestCheck(t *testing.T) {
 	}
 	for _, a := range []string{"100.128.0.1", "10.0.0.1", "fd00::1", "2001:db8::1", "::ffff:100.64.0.1", "fd6d:6573:6800::1%eth0"} {
 		if err := p.Check(netip.MustParseAddr(a)); err == nil || errors.Is(err, ErrReserved) {
-			t.Errorf("Check(%s) = %v, want outside", a, err)
+			t.Errorf("Check(%s) = %v, want an error that it is outside the mesh", a, err)
 		}
 	}
-	// The last address of a prefix that isn't a /24's.
+	// The broadcast address of a prefix other than a /24.
 	small := Prefixes{V4: netip.MustParsePrefix("10.0.0.64/29"), V6: p.V6}
 	if err := small.Check(netip.MustParseAddr("10.0.0.71")); !errors.Is(err, ErrReserved) {
 		t.Errorf("broadcast address of a /29: %v", err)
@@ -110,8 +110,8 @@ func drawPrefixes(t *rapid.T) Prefixes {
 	return p
 }
 
-// TestProposeProperties fills random meshes: what is proposed is always free,
-// inside and not reserved, and a mesh is called full only when it is.
+// TestProposeProperties fills random meshes: each proposed address is free, inside the prefix
+// and not reserved, and Propose reports a full mesh only when no address is left.
 func TestProposeProperties(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		p := drawPrefixes(t)
@@ -129,18 +129,18 @@ func TestProposeProperties(t *testing.T) {
 			}
 			for _, addr := range a.List() {
 				if err := p.Check(addr); err != nil || taken[addr] {
-					t.Fatalf("proposed %v: taken %v, %v", addr, taken[addr], err)
+					t.Fatalf("proposed %v: already taken %v, check %v", addr, taken[addr], err)
 				}
 				taken[addr] = true
 			}
 			if derived, err := p.Derive(key); err == nil && !taken[derived[0]] && derived[0] != a[0] {
-				t.Fatalf("%v proposed though %v is free", a, derived)
+				t.Fatalf("%v is proposed, though the derived %v is free", a, derived)
 			}
 		}
 	})
 }
 
-// checkFull counts the usable addresses of a prefix one by one.
+// checkFull checks that no usable address of a prefix is left, counting them one by one.
 func checkFull(t *rapid.T, prefix netip.Prefix, taken int, p Prefixes) {
 	usable := 0
 	for a := prefix.Addr(); prefix.Contains(a); a = a.Next() {
@@ -149,7 +149,7 @@ func checkFull(t *rapid.T, prefix netip.Prefix, taken int, p Prefixes) {
 		}
 	}
 	if taken != usable {
-		t.Fatalf("%v is called full with %d of %d taken", prefix, taken, usable)
+		t.Fatalf("%v is reported as full with %d of %d addresses taken", prefix, taken, usable)
 	}
 }
 
@@ -157,7 +157,7 @@ func TestGenerateFreeUntilFull(t *testing.T) {
 	p := Prefixes{V4: netip.MustParsePrefix("192.168.7.0/28"), V6: DefaultPrefixes().V6}
 	taken := make(map[netip.Addr]bool)
 	random := testRandom(10)
-	for range 14 { // 16 but the first, .0, and the last, the broadcast address
+	for range 14 { // 16 without the network and the broadcast address
 		key, a, err := p.GenerateFree(random, func(a netip.Addr) bool { return taken[a] })
 		if err != nil {
 			t.Fatalf("after %d: %v", len(taken), err)
@@ -168,11 +168,12 @@ func TestGenerateFreeUntilFull(t *testing.T) {
 		taken[a[0]] = true
 	}
 	if _, _, err := p.GenerateFree(random, func(a netip.Addr) bool { return taken[a] }); !errors.Is(err, ErrMeshFull) {
-		t.Errorf("full mesh gives %v", err)
+		t.Errorf("a full mesh gives %v", err)
 	}
 }
 
-// TestDeriveSpread counts collisions among many keys: as rare as chance has it.
+// TestDeriveSpread counts collisions among the addresses of many keys: they must be as rare as
+// with random addresses.
 func TestDeriveSpread(t *testing.T) {
 	p, random := DefaultPrefixes(), testRandom(11)
 	seen := make(map[netip.Addr]int)
@@ -191,7 +192,8 @@ func TestDeriveSpread(t *testing.T) {
 			t.Errorf("two of %d keys have the IPv6 address %v", keys, a[1])
 		}
 	}
-	// 20,000 of 2^22 addresses: 47.7 pairs expected, and 2 of 256 reserved.
+	// With 20,000 keys and 2^22 addresses 47.7 pairs are expected to collide. 2 of 256 addresses
+	// are reserved.
 	collisions := 2*(keys-reserved) - len(seen)
 	if collisions < 15 || collisions > 100 {
 		t.Errorf("%d collisions among %d keys, expected about 48", collisions, keys)

@@ -12,7 +12,7 @@ import (
 	"testing"
 )
 
-// testRandom returns a reproducible source of randomness.
+// testRandom returns a source of reproducible random bytes.
 func testRandom(seed byte) *rand.ChaCha8 { return rand.NewChaCha8([32]byte{seed}) }
 
 func testKey(t testing.TB, random *rand.ChaCha8) PrivateKey {
@@ -24,7 +24,7 @@ func testKey(t testing.TB, random *rand.ChaCha8) PrivateKey {
 	return k
 }
 
-// TestPublicVector takes the key pair of RFC 7748 section 6.1.
+// TestPublicVector checks the key pair of RFC 7748, section 6.1.
 func TestPublicVector(t *testing.T) {
 	private, err := ParsePrivateKey("dwdtCnMYpX08FsFyUbJmRd9ML4frwJkqsXf7pR25LCo=")
 	if err != nil {
@@ -42,9 +42,9 @@ func TestParseKeyRefuses(t *testing.T) {
 	good := testKey(t, testRandom(1)).Public().String()
 	for _, s := range []string{
 		"", "=", good[:43], good + "=", good[:42] + "\n=", good[:20] + " " + good[21:],
-		strings.Repeat("A", 43) + "=",        // zero
-		"AQ" + strings.Repeat("A", 41) + "=", // the point 1
-		good[:42] + "B=",                     // bits behind the 256th
+		strings.Repeat("A", 43) + "=",        // the zero key
+		"AQ" + strings.Repeat("A", 41) + "=", // the point 1, of low order
+		good[:42] + "B=",                     // bits set after the 256th
 	} {
 		if k, err := ParsePublicKey(s); !errors.Is(err, ErrBadKey) {
 			t.Errorf("ParsePublicKey(%q) = %v, %v", s, k, err)
@@ -55,8 +55,8 @@ func TestParseKeyRefuses(t *testing.T) {
 	}
 }
 
-// TestLowOrder holds the list against X25519 itself, which fails on just these
-// points.
+// TestLowOrder checks the list of points of low order against X25519, which returns an error
+// for each of them.
 func TestLowOrder(t *testing.T) {
 	scalar := testKey(t, testRandom(2))
 	private, err := ecdh.X25519().NewPrivateKey(scalar[:])
@@ -78,8 +78,8 @@ func TestLowOrder(t *testing.T) {
 	}
 }
 
-// TestPrivateKeyNeverPrinted tries every way by which a value gets into a log,
-// an error or a document.
+// TestPrivateKeyNeverPrinted prints a private key in every way in which a value gets into a
+// log, an error or a document: none reveals the key.
 func TestPrivateKeyNeverPrinted(t *testing.T) {
 	key := testKey(t, testRandom(3))
 	var out bytes.Buffer
@@ -97,13 +97,13 @@ func TestPrivateKeyNeverPrinted(t *testing.T) {
 		}
 	}
 	if !strings.Contains(out.String(), redacted) {
-		t.Errorf("nothing says that a key was left out: %s", out.String())
+		t.Errorf("the log doesn't show that a key was left out: %s", out.String())
 	}
 }
 
 func TestGenerateShortRandom(t *testing.T) {
 	if k, err := GeneratePrivateKey(strings.NewReader("too short")); err == nil || !k.IsZero() {
-		t.Errorf("a source that ends gives %v, zero %v", err, k.IsZero())
+		t.Errorf("a random source that ends early gives %v, zero key %v", err, k.IsZero())
 	}
 }
 
@@ -120,7 +120,7 @@ func FuzzParsePublicKey(f *testing.F) {
 			return
 		}
 		if k.String() != s {
-			t.Errorf("%q reads as %v", s, k)
+			t.Errorf("%q is parsed as %v", s, k)
 		}
 	})
 }

@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// TestTable holds the table of permissions against what is built on it: each entry is one
-// permission of its own, in the order of its bits, with all that people are told.
+// TestTable checks what other code relies on in the table of permissions: each entry is one
+// permission, entries are in the order of their bits, and each has a name and texts for users.
 func TestTable(t *testing.T) {
 	names := map[string]bool{}
 	for i, p := range AllPermissions {
@@ -18,13 +18,13 @@ func TestTable(t *testing.T) {
 		case p.Name == "" || names[p.Name] || strings.Trim(p.Name, "abcdefghijklmnopqrstuvwxyz") != "":
 			t.Errorf("entry %d has the name %q", i, p.Name)
 		case p.Verb == "" || p.Opens == "":
-			t.Errorf("%s says nothing to people", p.Name)
+			t.Errorf("%s lacks a text for users", p.Name)
 		case p.Needs >= p.Set:
-			t.Errorf("%s needs %v, which doesn't stand before it", p.Name, p.Needs)
+			t.Errorf("%s needs %v, which isn't before it in the table", p.Name, p.Needs)
 		}
 		names[p.Name] = true
 		if got, err := ParsePermission(p.Name); err != nil || got.Set != p.Set {
-			t.Errorf("%s is read as %v, %v", p.Name, got, err)
+			t.Errorf("%s is parsed as %v, %v", p.Name, got, err)
 		}
 		if got := new(Grants).Of(p.Set); got == nil {
 			t.Errorf("%s has no grant", p.Name)
@@ -35,7 +35,7 @@ func TestTable(t *testing.T) {
 	}
 }
 
-// TestEffective goes through all sets.
+// TestEffective checks the effective permissions of all sets.
 func TestEffective(t *testing.T) {
 	for set := range All + 1 {
 		want := set
@@ -43,7 +43,7 @@ func TestEffective(t *testing.T) {
 			want &^= LAN
 		}
 		if got := set.Effective(); got != want {
-			t.Errorf("of %v, %v has an effect, want %v", set, got, want)
+			t.Errorf("%v has the effective permissions %v, want %v", set, got, want)
 		}
 		if got := Granted(set); got.Allowed() != set || got.At(time.Now()) != set {
 			t.Errorf("granted %v gives %v", set, got)
@@ -57,7 +57,7 @@ func TestDefaultPermissions(t *testing.T) {
 	}
 }
 
-// TestGrantAnd compares with both grants at several times.
+// TestGrantAnd checks that the combination of two grants allows at a time exactly if both do.
 func TestGrantAnd(t *testing.T) {
 	start := time.Unix(1000, 0)
 	grants := []Grant{{}, {Allowed: true}, {Allowed: true, Until: start.Add(time.Hour)}, {Allowed: true, Until: start.Add(2 * time.Hour)}, {Until: start}}
@@ -73,7 +73,7 @@ func TestGrantAnd(t *testing.T) {
 	}
 }
 
-// TestGrantsJSON writes and reads grants as the document has them.
+// TestGrantsJSON encodes and decodes grants in the form of the document.
 func TestGrantsJSON(t *testing.T) {
 	g := Granted(Incoming)
 	*g.Of(LAN) = Grant{Allowed: true, Until: time.Date(2026, 1, 2, 15, 4, 5, 0, time.UTC)}
@@ -82,13 +82,13 @@ func TestGrantsJSON(t *testing.T) {
 	if err != nil || string(text) != want {
 		t.Fatalf("got %s, %v, want %s", text, err, want)
 	}
-	got := Granted(All) // what isn't in the text must not stay
+	got := Granted(All) // grants that the text lacks must not stay
 	if err := json.Unmarshal([]byte(`{"lan":{"allowed":true,"until":"2026-01-02T15:04:05Z"},"incoming":{"allowed":true},"fly":{"allowed":true}}`), &got); err != nil || got != g {
 		t.Errorf("read %+v, %v, want %+v", got, err, g)
 	}
 	for _, bad := range []string{`[]`, `{"lan":7}`, `{"lan":{"allowed":"yes"}}`, `7`} {
 		if err := json.Unmarshal([]byte(bad), &got); err == nil {
-			t.Errorf("%s is read", bad)
+			t.Errorf("%s is accepted", bad)
 		}
 	}
 }
@@ -103,7 +103,7 @@ func FuzzGrantsJSON(f *testing.F) {
 		}
 		out, err := json.Marshal(g)
 		if err != nil {
-			return // a year that RFC 3339 can't write
+			return // a year that RFC 3339 can't represent
 		}
 		if err := json.Unmarshal(out, &again); err != nil || again != g && !sameGrants(again, g) {
 			t.Fatalf("%s became %s: %v", text, out, err)
