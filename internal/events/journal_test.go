@@ -17,14 +17,14 @@ import (
 
 const eventsFile = "events.jsonl"
 
-// openJournal opens the journal of a folder.
+// openJournal opens the journal in a folder.
 func openJournal(dir string) *Journal {
 	j := NewJournal(time.Now, func(Event) {})
 	j.Open(filepath.Join(dir, eventsFile), slog.New(slog.DiscardHandler))
 	return j
 }
 
-// flushed waits until all is written.
+// flushed waits until all recorded events are written.
 func flushed(t *testing.T, j *Journal) {
 	t.Helper()
 	stop := make(chan struct{})
@@ -33,8 +33,8 @@ func flushed(t *testing.T, j *Journal) {
 	j.Flush(stop)
 }
 
-// TestEventsOutlastARestart records in one journal, and reads from the next: a reader
-// that goes on where it was sees each event once, in order.
+// TestEventsOutlastARestart records events in one journal and reads them from the next one: a
+// reader that continues after its last Seq gets each event once, in order.
 func TestEventsOutlastARestart(t *testing.T) {
 	dir := t.TempDir()
 	first := openJournal(dir)
@@ -52,28 +52,29 @@ func TestEventsOutlastARestart(t *testing.T) {
 	all, _ := second.Since(0)
 	for i, e := range all {
 		if e.Message != fmt.Sprint(i) {
-			t.Errorf("event %d says %q", i, e.Message)
+			t.Errorf("event %d has the message %q", i, e.Message)
 		}
 	}
 	if len(all) != 6 {
 		t.Errorf("%d events after a restart, want 6", len(all))
 	}
 	if more, _ := second.Since(last); len(more) != 1 || more[0].Message != "5" {
-		t.Errorf("after Seq %d come %v, want the one of the second helper", last, more)
+		t.Errorf("after Seq %d: %v, want the event of the second helper", last, more)
 	}
-	// What the first helper told and couldn't write any more has Seqs of its own.
+	// A reader may have got events that the first helper couldn't write any more. The second
+	// helper doesn't use their Seqs again, so the reader misses none of its events.
 	if more, _ := second.Since(last + 100); len(more) != 1 {
-		t.Errorf("after an event that was told and not written come %d, want 1", len(more))
+		t.Errorf("after the Seq of an event that wasn't written: %d events, want 1", len(more))
 	}
 	flushed(t, second)
-	// A reader that knows another journal gets all of this one.
+	// A reader with a Seq of another journal gets all events of this one.
 	if more, _ := second.Since(1 << 40); len(more) != 6 {
 		t.Errorf("a reader of another journal gets %d events, want 6", len(more))
 	}
 }
 
-// TestJournalIsBounded fills the file over its bound and breaks a line: what is
-// remembered stays, and the file small.
+// TestJournalIsBounded records more than the file has room for, and breaks its last line: the
+// file stays small, and the newest maxEvents events are kept.
 func TestJournalIsBounded(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, eventsFile)
@@ -102,9 +103,9 @@ func TestJournalIsBounded(t *testing.T) {
 	next := openJournal(dir)
 	all, _ := next.Since(0)
 	if len(all) != maxEvents || !strings.HasPrefix(all[maxEvents-1].Message, fmt.Sprint(3*maxEvents-1)) {
-		t.Errorf("%d events are remembered, the last %.10q", len(all), all[len(all)-1].Message)
+		t.Errorf("%d events are kept, the last one is %.10q", len(all), all[len(all)-1].Message)
 	}
-	// The first event after the broken line isn't part of it.
+	// The next event begins a new line after the broken one.
 	next.Record(Event{Kind: Change, Message: "after"})
 	flushed(t, next)
 	if all, _ := openJournal(dir).Since(0); all[len(all)-1].Message != "after" {
@@ -112,8 +113,8 @@ func TestJournalIsBounded(t *testing.T) {
 	}
 }
 
-// TestForeignJournal finds a file that no helper wrote: too large, or no file at all. It is
-// replaced with the next event.
+// TestForeignJournal opens a journal that no helper wrote: it is too large, a link, or has the
+// wrong mode. The next event replaces it.
 func TestForeignJournal(t *testing.T) {
 	for name, make := range map[string]func(path string) error{
 		"zeros":    func(path string) error { return os.Truncate(path, 300<<20) },
@@ -140,21 +141,21 @@ func TestForeignJournal(t *testing.T) {
 	}
 }
 
-// TestClosedJournalWritesNothing records after the end: the folder may be another
-// helper's by then.
+// TestClosedJournalWritesNothing has a writer that is still busy after Close: it writes
+// nothing, as another helper may use the folder by then.
 func TestClosedJournalWritesNothing(t *testing.T) {
 	j := openJournal(t.TempDir())
-	j.idle = make(chan struct{}) // a writer that is still busy
+	j.idle = make(chan struct{}) // the writer is still busy
 	j.events, j.last = []Event{{Seq: 1, Kind: Change}}, 1
 	j.path = ""
 	j.write(j.idle)
 	if j.failed {
-		t.Error("it tried to write without a folder")
+		t.Error("the writer tried to write to a closed journal")
 	}
 }
 
-// TestJournalThatCannotBeWritten records where no file can be: nothing waits, and the
-// events are there while the helper runs.
+// TestJournalThatCannotBeWritten records events in a folder that doesn't exist: Record doesn't
+// block, and the events are available while the helper runs.
 func TestJournalThatCannotBeWritten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		j := openJournal(filepath.Join(t.TempDir(), "missing"))
@@ -175,7 +176,7 @@ func FuzzDecodeEvents(f *testing.F) {
 		var last uint64
 		for _, e := range decodeEvents(text) {
 			if e.Seq <= last || e.Seq >= 1<<62 {
-				t.Fatalf("Seq %d comes after %d", e.Seq, last)
+				t.Fatalf("Seq %d follows %d", e.Seq, last)
 			}
 			last = e.Seq
 			if _, err := json.Marshal(e); err != nil {
@@ -183,7 +184,7 @@ func FuzzDecodeEvents(f *testing.F) {
 			}
 			for _, text := range []string{string(e.Kind), e.Peer, e.Message} {
 				if plain.Text(text) != text {
-					t.Fatalf("%q isn't for a terminal", text)
+					t.Fatalf("%q has characters that aren't safe for a terminal", text)
 				}
 			}
 		}

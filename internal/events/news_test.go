@@ -6,19 +6,19 @@ import (
 	"time"
 )
 
-// TestNews has problems come and go: each is news once, and again when it was away for
-// long. What is remembered stays bounded.
+// TestNews reports problems that come and go: each is news at first, and again after an absence
+// of newsFor. The number of remembered problems is bounded.
 func TestNews(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var n News[string]
 		for range 100 {
 			if first := n.last == nil; n.Is("closed") != first {
-				t.Error("what comes and goes is told again, or not at first")
+				t.Error("a problem that comes and goes is news again, or isn't news at first")
 			}
 			time.Sleep(newsFor / 2)
 		}
 		if time.Sleep(newsFor); !n.Is("closed") {
-			t.Error("what was away for long is no news")
+			t.Error("a problem that was absent for newsFor isn't news")
 		}
 		told := 0
 		for i := range 10 * maxNews {
@@ -27,10 +27,10 @@ func TestNews(t *testing.T) {
 			}
 		}
 		if told != maxNews-1 || len(n.last) != maxNews {
-			t.Errorf("%d told and %d remembered, of at most %d", told, len(n.last), maxNews)
+			t.Errorf("%d were news and %d are remembered, of at most %d", told, len(n.last), maxNews)
 		}
 		if time.Sleep(newsFor); !n.Is("another") || len(n.last) != 1 {
-			t.Errorf("%d remembered after a long time", len(n.last))
+			t.Errorf("%d remembered after newsFor, want only the newest", len(n.last))
 		}
 	})
 }
