@@ -27,7 +27,7 @@ var (
 	noon   = time.Date(2026, 6, 1, 12, 0, 0, 0, time.UTC)
 )
 
-// note notes peers, and forgets all others.
+// note records the given peers, and forgets all others.
 func (b *Book) note(now map[mesh.PublicKey]Peer) {
 	var keys []mesh.PublicKey
 	for key := range now {
@@ -36,7 +36,7 @@ func (b *Book) note(now map[mesh.PublicKey]Peer) {
 	b.Note(keys, func(key mesh.PublicKey) Peer { return now[key] })
 }
 
-// reopened returns what the next start of the host reads.
+// reopened saves b and returns the book that the next start of the helper reads.
 func reopened(t *testing.T, b *Book) *Book {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "learned.json")
@@ -44,7 +44,7 @@ func reopened(t *testing.T, b *Book) *Book {
 		t.Fatal(err)
 	}
 	if b.Changed() {
-		t.Error("something isn't saved")
+		t.Error("the book has changes that aren't saved")
 	}
 	next, err := Open(path)
 	if err != nil {
@@ -53,7 +53,8 @@ func reopened(t *testing.T, b *Book) *Book {
 	return next
 }
 
-// TestEndpoint hears peers, and asks where to look for them, before and after a restart.
+// TestEndpoint records from where peers were heard, and checks the learned endpoint of each
+// before and after a restart. With a configured endpoint it is used for Age only.
 func TestEndpoint(t *testing.T) {
 	b := newBook()
 	want := func(about string, key mesh.PublicKey, configured bool, after time.Duration, at netip.AddrPort) {
@@ -67,22 +68,22 @@ func TestEndpoint(t *testing.T) {
 	none := netip.AddrPort{}
 	want("never heard", phone, false, 0, none)
 	b.note(map[mesh.PublicKey]Peer{phone: {Endpoint: home}, tablet: {Endpoint: cafe, Seen: noon.Add(time.Second / 2)}})
-	want("tried, not heard", phone, false, 0, none)
+	want("endpoint in use, never heard", phone, false, 0, none)
 	want("heard", tablet, false, 0, cafe)
 	b.note(map[mesh.PublicKey]Peer{phone: {Endpoint: home, Seen: noon}, tablet: {Endpoint: home}})
 	want("not heard since", tablet, true, 0, cafe)
 	want("heard for the first time", phone, true, 0, home)
 	want("a day ago", phone, true, Age-time.Second, home)
-	want("longer ago than a configured endpoint is old", phone, true, Age, none)
+	want("longer ago than Age, one is configured", phone, true, Age, none)
 	want("long ago, and none is configured", phone, false, 1000*Age, home)
 	want("the clock was set back", phone, true, -1000*Age, home)
 	b.note(map[mesh.PublicKey]Peer{phone: {}})
-	want("gone", tablet, false, 0, none)
-	want("not gone", phone, false, 0, home)
+	want("a removed peer", tablet, false, 0, none)
+	want("a peer that stayed", phone, false, 0, home)
 }
 
-// TestTotals counts over tunnels and restarts of the host: what is shown never goes back, also
-// with numbers that were read before the last ones that were noted.
+// TestTotals counts traffic over several tunnels and a restart: the totals never decrease, even
+// for counters that were read before those noted last.
 func TestTotals(t *testing.T) {
 	b := newBook()
 	counters := Totals{}
@@ -101,28 +102,29 @@ func TestTotals(t *testing.T) {
 	count(150, 3)
 	note()
 	count(120, 3)
-	want("read before the last", 150, 3)
+	want("read before those noted last", 150, 3)
 	count(0, 0) // the tunnel is gone
-	want("of no tunnel", 150, 3)
+	want("without a tunnel", 150, 3)
 	note()
-	want("and noted", 150, 3)
+	want("without a tunnel, noted", 150, 3)
 	count(30, 1)
 	want("of the next tunnel", 180, 4)
 	note()
 	count(20, 2) // two tunnels later
 	note()
-	want("of the one after it", 200, 5)
+	want("of the tunnel after it", 200, 5)
 	b, counters = reopened(t, b), Totals{}
 	want("after a restart", 200, 5)
 	count(7, 0)
 	note()
 	note()
-	want("and counted on", 207, 5)
+	want("counted on after the restart", 207, 5)
 	b.note(nil)
-	want("of a peer that was gone", 7, 0)
+	want("of a peer that was forgotten", 7, 0)
 }
 
-// TestTotalsHasAllNumbers counts one of each.
+// TestTotalsHasAllNumbers counts traffic of every kind over two tunnels: all numbers are summed
+// up and saved.
 func TestTotalsHasAllNumbers(t *testing.T) {
 	b, one := newBook(), Totals{1, 2, 3, 4, Refused{5, 6, 7, 8, 9, 10}}
 	b.note(map[mesh.PublicKey]Peer{phone: {Totals: one}})
@@ -133,7 +135,7 @@ func TestTotalsHasAllNumbers(t *testing.T) {
 	}
 }
 
-// TestChanged has only what differs from what is on disk ask to be saved.
+// TestChanged checks that only a change that differs from the saved content is to be saved.
 func TestChanged(t *testing.T) {
 	b := newBook()
 	peer := Peer{Endpoint: home, Seen: noon, Totals: Totals{Rx: 1}}
@@ -160,13 +162,13 @@ func TestChanged(t *testing.T) {
 		{"the same name", func() { b.SetNames(maps.Clone(names)) }, false},
 		{"outside", func() {
 			if !b.SetOutside(outside) {
-				t.Error("nothing new of the outside")
+				t.Error("SetOutside reports no change")
 			}
 		}, true},
 		{"the same, but more that has no room", func() {
 			outside.Left = 3
 			if b.SetOutside(outside) || b.Outside().Left != 3 {
-				t.Error("something new of the outside")
+				t.Error("SetOutside reports a change, or the number of left addresses is wrong")
 			}
 		}, false},
 	} {
@@ -183,9 +185,9 @@ func TestChanged(t *testing.T) {
 	}
 }
 
-// TestForgedAnswers has answers for this host's own name that aren't true among true ones: a
-// single one neither fills the room nor keeps the router's next address out, those that are seen
-// stay, and as long as some don't count, their number is known.
+// TestForgedAnswers mixes forged answers for this host's own name with true ones. A single
+// forged answer neither fills the list nor keeps the router's next address out, addresses that
+// are seen again stay, and Add returns the number of addresses that don't count.
 func TestForgedAnswers(t *testing.T) {
 	forged := func(from, n int) (out []netip.Addr) {
 		for i := range n {
@@ -226,18 +228,18 @@ func TestForgedAnswers(t *testing.T) {
 	add("one that gave way", forged(0, 1), MaxOutside, 3)
 	has("one that gave way", true, forged(0, 1)...)
 
-	// The more forged answers in a row, the more give way.
+	// Several forged answers in a row replace the true addresses.
 	for i := range 4 {
 		a.Add(forged(1000+maxNew*i, maxNew), now)
 	}
 	has("forged four times in a row", false, home.Addr(), next)
-	add("true at last", []netip.Addr{next, home.Addr()}, MaxOutside, MaxOutside-1) // no more are remembered
+	add("true at last", []netip.Addr{next, home.Addr()}, MaxOutside, MaxOutside-1) // no other addresses are remembered
 	has("true at last", true, home.Addr(), next)
 
 	now = now.Add(OutsideFor)
 	add("a day later", []netip.Addr{next}, 1, 0)
 
-	// Of an answer with more than there is room for, none gives way to another.
+	// Addresses of one answer that is too long don't replace each other.
 	many := append(forged(0, MaxOutside+3), next)
 	for left := MaxOutside + 3 - maxNew; left > 4; left -= maxNew {
 		add("many", many, MaxOutside+4-left, left)
@@ -248,7 +250,8 @@ func TestForgedAnswers(t *testing.T) {
 	}
 }
 
-// TestFormerFile reads files as former versions wrote them, and such as nobody wrote.
+// TestFormerFile reads a file without the later fields, and invalid files: an invalid one
+// gives an error, and an empty book that can be used.
 func TestFormerFile(t *testing.T) {
 	dir := t.TempDir()
 	read := func(text string) (*Book, error) {
@@ -265,13 +268,13 @@ func TestFormerFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := b.Endpoint(phone, false, noon); got != home {
-		t.Errorf("phone is at %v", got)
+		t.Errorf("the phone's endpoint is %v, want %v", got, home)
 	}
 	if got := b.Endpoint(phone, true, noon); got.IsValid() {
-		t.Errorf("heard nobody knows when, phone is at %v", got)
+		t.Errorf("with a configured endpoint and without a time, the phone's endpoint is %v", got)
 	}
 	if got := b.Endpoint(tablet, false, noon); got.IsValid() {
-		t.Errorf("tablet is at %v", got)
+		t.Errorf("the tablet's endpoint, with port 0, is %v", got)
 	}
 	if diff := cmp.Diff(Totals{1, 2, 3, 4, Refused{5, 6, 7, 8, 9, 10}}, b.Totals(tablet, Totals{})); diff != "" {
 		t.Error(diff)
@@ -280,14 +283,14 @@ func TestFormerFile(t *testing.T) {
 		t.Errorf("outside %+v", o)
 	}
 	if b.Changed() {
-		t.Error("what was read isn't saved")
+		t.Error("a book that was only read is to be saved")
 	}
 	for _, text := range []string{"", "}", `{"endpoints":3}`, `{"endpoints":{"x":"203.0.113.9:1"}}`, strings.Repeat(" ", maxFile+1)} {
 		b, err := read(text)
 		if err == nil || !strings.HasPrefix(err.Error(), "read learned endpoints: ") {
 			t.Errorf("%.20q: %v", text, err)
 		}
-		b.note(map[mesh.PublicKey]Peer{phone: {Endpoint: home, Seen: noon}}) // it is of use nevertheless
+		b.note(map[mesh.PublicKey]Peer{phone: {Endpoint: home, Seen: noon}}) // the book can be used all the same
 		if got := b.Endpoint(phone, false, noon); got != home {
 			t.Errorf("%.20q: %v", text, got)
 		}
@@ -300,8 +303,8 @@ func TestFormerFile(t *testing.T) {
 	}
 }
 
-// TestFullBook has as much to keep as a mesh can have, each entry as long as it gets: it
-// fits the bound that the file is read with.
+// TestFullBook saves a book with as many entries as a mesh can have, each of its maximum
+// length: the file fits the bound up to which it is read.
 func TestFullBook(t *testing.T) {
 	const peers = 1 << 14
 	all := Totals{}.merge(Totals{}, func(uint64, uint64) uint64 { return math.MaxUint64 })
@@ -318,11 +321,12 @@ func TestFullBook(t *testing.T) {
 	b.SetNames(names)
 	next := reopened(t, b)
 	if len(next.Names()) != peers || len(next.peers) != peers {
-		t.Errorf("%d names and %d peers are left of %d", len(next.Names()), len(next.peers), peers)
+		t.Errorf("%d names and %d peers are read back, want %d", len(next.Names()), len(next.peers), peers)
 	}
 }
 
-// TestConcurrently uses a Book as a daemon does, for the race detector.
+// TestConcurrently calls the methods of a Book at the same time, as the daemon does. Run it
+// with -race.
 func TestConcurrently(t *testing.T) {
 	b := newBook()
 	var wg sync.WaitGroup
@@ -358,18 +362,18 @@ func FuzzLearned(f *testing.F) {
 		}
 		for key, e := range b.peers {
 			if at := e.endpoint; at != (netip.AddrPort{}) && (!at.IsValid() || at.Port() == 0) {
-				t.Errorf("%v is at %v", key, at)
+				t.Errorf("peer %v has the endpoint %v", key, at)
 			}
 		}
 		for name, a := range b.Names() {
 			if !a.IsValid() || a.Zone() != "" {
-				t.Errorf("%q is %v", name, a)
+				t.Errorf("name %q has the address %v", name, a)
 			}
 		}
 		if o := b.Outside(); len(o.Addresses) > MaxOutside {
-			t.Errorf("%d addresses", len(o.Addresses))
+			t.Errorf("%d outside addresses", len(o.Addresses))
 		}
-		// What was read can be saved, and is the same when it is read again.
+		// A book that was read can be saved, and is the same when it is read again.
 		var first, second []byte
 		if err := b.Save(func(content []byte) error { first = content; return nil }); err != nil {
 			t.Fatal(err)
@@ -382,13 +386,14 @@ func FuzzLearned(f *testing.F) {
 			t.Fatal(err)
 		}
 		if string(first) != string(second) {
-			t.Errorf("%q\nis read and written as\n%q", first, second)
+			t.Errorf("%q\nis written again as\n%q", first, second)
 		}
 	})
 }
 
-// TestImpossibleAddresses reads endpoints whose zone is no interface's, which would be more
-// lines of a configuration, and addresses that the policy refuses.
+// TestImpossibleAddresses reads an endpoint whose zone has line breaks, which would add lines
+// to WireGuard's configuration, and IPv4-mapped addresses, which the policy refuses: they are
+// dropped.
 func TestImpossibleAddresses(t *testing.T) {
 	text := `{"endpoints":{` +
 		`"` + phone.String() + `":"[fe80::1%x]:1\npublic_key=00\nendpoint=[fe80::2%y]:9",` +
