@@ -24,7 +24,7 @@ func phoneConfig(t testing.TB) Config {
 	return ForPeer(key, a, host.Public(), mesh.Endpoint{Host: "198.51.100.3", Port: 51820}, Everything(), dns)
 }
 
-// TestConfigText compares the whole text: apps and scripts read it.
+// TestConfigText compares the complete text of a configuration, as apps and scripts read it.
 func TestConfigText(t *testing.T) {
 	c := phoneConfig(t)
 	want := `[Interface]
@@ -66,7 +66,7 @@ func TestParseConfigAsWritten(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got.Text() != want.Text() {
-			t.Errorf("parsed and written again:\n%s\nwant\n%s", got.Text(), want.Text())
+			t.Errorf("the text becomes\n%s\nwant\n%s", got.Text(), want.Text())
 		}
 	}
 }
@@ -164,7 +164,7 @@ func FuzzParseConfig(f *testing.F) {
 		}
 		again, err := ParseConfig(c.Text())
 		if err != nil {
-			t.Fatalf("%q is read, but not what is written of it: %v\n%s", text, err, c.Text())
+			t.Fatalf("%q is accepted, but the text written from it isn't: %v\n%s", text, err, c.Text())
 		}
 		if again.Text() != c.Text() {
 			t.Errorf("%q\nbecomes\n%q", c.Text(), again.Text())
@@ -182,16 +182,16 @@ func FuzzParseEndpoint(f *testing.F) {
 			return
 		}
 		if again, err := mesh.ParseEndpoint(e.String(), 0); err != nil || again != e {
-			t.Errorf("%q reads as %+v, which reads as %+v, %v", s, e, again, err)
+			t.Errorf("%q is parsed as %+v, whose text is parsed as %+v, %v", s, e, again, err)
 		}
 		if strings.ContainsAny(e.String(), "\r\n#=, ") {
-			t.Errorf("%q reads as %q, which would break a configuration", s, e)
+			t.Errorf("%q is parsed as %q, which would break a configuration", s, e)
 		}
 	})
 }
 
-// TestEndpointName has letters outside ASCII in a name: apps ask the DNS for it in
-// the form that is kept.
+// TestEndpointName parses names with letters outside ASCII: the endpoint has the ASCII form
+// (RFC 5891), which apps look up in the DNS.
 func TestEndpointName(t *testing.T) {
 	for text, want := range map[string]string{
 		"müller.example:51820":  "xn--mller-kva.example:51820",
@@ -201,7 +201,7 @@ func TestEndpointName(t *testing.T) {
 		"Home.example:51820":    "Home.example:51820",
 		"my_host.example:51820": "my_host.example:51820",
 		"１９２.0.2.1:51820":       "192.0.2.1:51820",
-		"a\u200bb.example:1":    "ab.example:1", // left out by the mapping
+		"a\u200bb.example:1":    "ab.example:1", // a zero-width space, which the mapping removes
 		"ü..example:1":          "",
 		"\xff.example:1":        "",
 		"-ü.example:1":          "",
@@ -216,7 +216,8 @@ func TestEndpointName(t *testing.T) {
 	}
 }
 
-// TestConfigCompact wants what a QR code holds to mean the same as the text.
+// TestConfigCompact checks that the compact text for a QR code has the same meaning as the
+// full text, and needs a smaller code.
 func TestConfigCompact(t *testing.T) {
 	c := phoneConfig(t)
 	got, err := ParseConfig(c.Compact())
@@ -235,12 +236,12 @@ func TestConfigCompact(t *testing.T) {
 		t.Fatal(err)
 	}
 	if short.Size() >= long.Size() || short.Size() > 69 {
-		t.Errorf("%d columns, and %d of the text", short.Size(), long.Size())
+		t.Errorf("%d columns, and %d with the full text", short.Size(), long.Size())
 	}
 }
 
-// TestConfigNeverPrintsItsKey tries the verbs by which a configuration gets into a log
-// or an error; Text is the only way to its key.
+// TestConfigNeverPrintsItsKey formats a configuration with the verbs of logs and errors: none
+// prints the private key, which only Text does.
 func TestConfigNeverPrintsItsKey(t *testing.T) {
 	key := meshtest.Key(t, 3)
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%X", "%d", "%b"} {

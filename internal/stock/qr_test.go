@@ -14,8 +14,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh/meshtest"
 )
 
-// scan turns a drawing on a terminal back into dark modules, quiet zone included, which
-// it demands to be light.
+// scan turns a drawing on a terminal back into modules, true for dark ones, with the quiet
+// zone. It checks that the quiet zone is light.
 func scan(t *testing.T, drawing string, colour bool) [][]bool {
 	t.Helper()
 	var rows [][]bool
@@ -43,9 +43,9 @@ func scan(t *testing.T, drawing string, colour bool) [][]bool {
 	return rows
 }
 
-// photo is what a camera sees of modules.
+// photo returns a picture of modules as a camera takes it.
 func photo(modules [][]bool) image.Image {
-	const pixels = 4 // a side of a module
+	const pixels = 4 // per side of a module
 	img := image.NewGray(image.Rect(0, 0, len(modules[0])*pixels, len(modules)*pixels))
 	for y := range img.Rect.Dy() {
 		for x := range img.Rect.Dx() {
@@ -57,9 +57,8 @@ func photo(modules [][]bool) image.Image {
 	return img
 }
 
-// read decodes a drawing with a port of ZXing, which shares no code with the encoder: it
-// looks for the code in a picture, as the app of a phone does. level is the level of error
-// correction.
+// read decodes a drawing with a port of ZXing, which shares no code with the encoder. Like the
+// app of a phone, it finds the code in a picture. level is the level of error correction.
 func read(t *testing.T, drawing string, colour bool) (text, level string) {
 	t.Helper()
 	bitmap, err := gozxing.NewBinaryBitmapFromImage(photo(scan(t, drawing, colour)))
@@ -87,7 +86,7 @@ func TestQRDecodes(t *testing.T) {
 				t.Fatal(err)
 			}
 			if code.Size() > 80 {
-				t.Errorf("%d columns, a terminal has 80", code.Size())
+				t.Errorf("%d columns, but a terminal has 80", code.Size())
 			}
 			text, level := read(t, code.Terminal(colour), colour)
 			if text != c.Text() || level != "L" {
@@ -97,8 +96,8 @@ func TestQRDecodes(t *testing.T) {
 	}
 }
 
-// TestQRMask wants the mask chosen for each code: with a constant one, some codes have
-// patterns that look like a finder's, or large areas of one colour.
+// TestQRMask checks that the mask is chosen for each code. With a constant mask some codes
+// would have patterns that look like a finder pattern, or large areas of one colour.
 func TestQRMask(t *testing.T) {
 	masks := map[byte]int{}
 	for seed := range byte(40) {
@@ -136,8 +135,8 @@ func TestQRMask(t *testing.T) {
 	t.Log("codes by mask:", masks)
 }
 
-// TestQRTooLong tries the longest text that has a code, and one that hasn't, of which the
-// error says nothing.
+// TestQRTooLong encodes the longest text for which a code exists, and a longer one: it gives
+// an error, which doesn't quote the text.
 func TestQRTooLong(t *testing.T) {
 	longest := strings.Repeat("x", 2953)
 	code, err := EncodeQR(longest)
@@ -148,10 +147,10 @@ func TestQRTooLong(t *testing.T) {
 		t.Errorf("decoded %q", text)
 	}
 	if _, err := EncodeQR(longest + "x"); err == nil {
-		t.Error("a code of 2954 bytes")
+		t.Error("a text of 2954 bytes gets a code")
 	}
 	secret := strings.Repeat("secret", 1000)
 	if _, err := EncodeQR(secret); err == nil || strings.Contains(err.Error(), "secretsecret") {
-		t.Errorf("error %v", err)
+		t.Errorf("error %v, want one that doesn't quote the text", err)
 	}
 }
