@@ -14,7 +14,7 @@ import (
 	"testing"
 )
 
-// newLog returns a log in a new folder and its path.
+// newLog returns a log and its path, in a new folder unless o has a path.
 func newLog(t *testing.T, o Options) (*File, string) {
 	t.Helper()
 	if o.Path == "" {
@@ -79,9 +79,9 @@ func TestContinues(t *testing.T) {
 		t.Errorf("after Close: %v", err)
 	}
 	g, _ := newLog(t, Options{Path: path, MaxSize: MaxLine, Keep: 1})
-	write(t, g, "b\n") // doesn't fit any more
+	write(t, g, "b\n") // doesn't fit into the file any more
 	if read(t, path) != "b\n" || len(read(t, path+".1")) != MaxLine-1 {
-		t.Error("the size that was found isn't counted")
+		t.Error("the size of the existing file isn't counted")
 	}
 }
 
@@ -132,28 +132,29 @@ func TestRefusesLinks(t *testing.T) {
 			}
 			for range 3 {
 				if _, err := f.Write([]byte("x\n")); err == nil {
-					t.Error("written")
+					t.Error("Write succeeds")
 				}
 			}
 			if told != 1 {
-				t.Errorf("told %d times", told)
+				t.Errorf("Failed was called %d times", told)
 			}
 			if read(t, victim) != "mine" {
 				t.Error("another user's file was written")
 			}
 			if _, err := os.Lstat(victim + ".new"); err == nil {
-				t.Error("a file was made where the link points")
+				t.Error("a file was created where the link points")
 			}
 		})
 	}
 }
 
-// relink puts a link to another folder in the place of dir.
+// relink replaces dir by a link to another folder.
 func relink(dir, to string) error {
 	return errors.Join(os.Remove(dir), os.Symlink(to, dir))
 }
 
-// A link in the place of an old file is replaced, not written through.
+// TestReplacesLinkedOldFile has a link at the path of an old file: the rotation replaces the
+// link, and doesn't write to the file to which it points.
 func TestReplacesLinkedOldFile(t *testing.T) {
 	f, path := newLog(t, Options{MaxSize: MaxLine, Keep: 1})
 	victim := filepath.Join(t.TempDir(), "victim")
@@ -167,7 +168,7 @@ func TestReplacesLinkedOldFile(t *testing.T) {
 	}
 }
 
-// fullDisk is an open file on a disk with some free bytes.
+// fullDisk is an open file on a disk with a given number of free bytes.
 type fullDisk struct {
 	handle
 	free *int
@@ -192,13 +193,13 @@ func TestFullDisk(t *testing.T) {
 		return fullDisk{h, &free}, err
 	}
 	write(t, f, "one\n")
-	for range 3 { // four bytes fit of the first
+	for range 3 { // four bytes of the first line fit
 		if _, err := f.Write([]byte("a line\n")); !errors.Is(err, syscall.ENOSPC) {
 			t.Errorf("got %v", err)
 		}
 	}
 	if got := read(t, path); got != "one\n" {
-		t.Errorf("half a line is left: %q", got)
+		t.Errorf("a part of a line is left: %q", got)
 	}
 	free = 1 << 20
 	write(t, f, "two\n")
@@ -207,26 +208,26 @@ func TestFullDisk(t *testing.T) {
 		t.Errorf("got %q, want %q", got, want)
 	}
 	if len(told) != 1 || !errors.Is(told[0], syscall.ENOSPC) {
-		t.Errorf("told %v", told)
+		t.Errorf("Failed was called with %v, want ENOSPC once", told)
 	}
 }
 
-// Where the old file can't be put away, the log is as large as it may be and no
-// larger, and goes on once it can.
+// TestStuckRotation has a log whose full file can't be renamed: the file doesn't grow over its
+// bound, and the log goes on once the rename succeeds.
 func TestStuckRotation(t *testing.T) {
 	f, path := newLog(t, Options{MaxSize: MaxLine, Keep: 1})
-	stuck := filepath.Join(path+".1", "x") // a folder that isn't empty
+	stuck := filepath.Join(path+".1", "x") // path+".1" is a folder that isn't empty
 	if err := os.MkdirAll(stuck, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	write(t, f, strings.Repeat("a", MaxLine))
 	for range 100 {
 		if _, err := f.Write([]byte("b\n")); err == nil {
-			t.Fatal("written")
+			t.Fatal("a line is written beyond the bound")
 		}
 	}
 	if n := len(read(t, path)); n != MaxLine {
-		t.Errorf("%d bytes", n)
+		t.Errorf("the file has %d bytes, want %d", n, MaxLine)
 	}
 	if err := os.RemoveAll(path + ".1"); err != nil {
 		t.Fatal(err)
@@ -274,7 +275,7 @@ func TestNewRefuses(t *testing.T) {
 		"less than none": {Path: "/x/y", Keep: -1},
 	} {
 		if _, err := New(o); err == nil {
-			t.Errorf("%s: taken", name)
+			t.Errorf("%s: accepted", name)
 		}
 	}
 }
@@ -286,7 +287,7 @@ func TestBound(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer h.Close()
-	for _, want := range []int{4, 8, 4} { // the third start finds 8 bytes
+	for _, want := range []int{4, 8, 4} { // the third call finds 8 bytes, more than the bound
 		if err := Bound(h, 7); err != nil {
 			t.Fatal(err)
 		}

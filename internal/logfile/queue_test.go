@@ -11,9 +11,9 @@ import (
 	"time"
 )
 
-// gate is a writer that blocks while it is closed.
+// gate is a writer that blocks while the test holds its lock.
 type gate struct {
-	mu   sync.Mutex // held while it is closed
+	mu   sync.Mutex // held by the test to block Write
 	text bytes.Buffer
 	err  error
 }
@@ -35,22 +35,22 @@ func TestQueueWritesInOrder(t *testing.T) {
 	var want strings.Builder
 	buffer := make([]byte, 0, 16)
 	for i := range 1000 {
-		buffer = fmt.Appendf(buffer[:0], "line %d\n", i) // used again, as slog does
+		buffer = fmt.Appendf(buffer[:0], "line %d\n", i) // the buffer is reused, as slog does
 		want.Write(buffer)
 		if n, err := q.Write(buffer); n != len(buffer) || err != nil {
 			t.Fatal(n, err)
 		}
 	}
 	if !q.Flush(generous) {
-		t.Fatal("not written")
+		t.Fatal("the lines aren't written")
 	}
 	if got := g.text.String(); got != want.String() {
 		t.Errorf("got %d bytes, want %d", len(got), want.Len())
 	}
 }
 
-// TestQueueNeverBlocks writes more than fits to a writer that takes nothing: no
-// call waits, the memory is bounded, and what is missing is said where it is.
+// TestQueueNeverBlocks writes more lines than fit while the writer is blocked: no call waits,
+// the memory is bounded, and the number of lost lines is written where they are missing.
 func TestQueueNeverBlocks(t *testing.T) {
 	g := &gate{}
 	q := NewQueue(g)
@@ -61,38 +61,38 @@ func TestQueueNeverBlocks(t *testing.T) {
 		fmt.Fprint(q, line)
 	}
 	if q.Flush(time.Nanosecond) {
-		t.Error("Flush says that a blocked writer has all")
+		t.Error("Flush reports that a blocked writer has got all lines")
 	}
 	q.mu.Lock()
 	if q.size > q.max || len(q.lines) > 10 {
-		t.Errorf("%d bytes wait, at most %d", q.size, q.max)
+		t.Errorf("%d bytes are queued, want at most %d", q.size, q.max)
 	}
 	q.mu.Unlock()
 	g.mu.Unlock()
 	if !q.Flush(generous) {
-		t.Fatal("not written")
+		t.Fatal("the lines aren't written")
 	}
 	fmt.Fprint(q, "after\n")
 	if !q.Flush(generous) {
-		t.Fatal("not written")
+		t.Fatal("the lines aren't written")
 	}
 	got := strings.Split(g.text.String(), "\n")
-	// The goroutine may have had one in its hand when the queue filled.
+	// The goroutine may have taken one line from the queue before it was full.
 	kept := strings.Count(g.text.String(), line)
 	if kept < 10 || kept > 11 {
-		t.Errorf("%d lines are kept", kept)
+		t.Errorf("%d lines are kept, want 10 or 11", kept)
 	}
 	if want := fmt.Sprintf("lines=%d", 500-kept); !strings.HasSuffix(got[kept], want) || got[kept+1] != "after" {
 		t.Errorf("after the kept lines: %q, want %s and after", got[kept:], want)
 	}
 }
 
-// TestQueueSaysWhereLinesAreMissing lets a slow writer take a part: the note stands
-// between what was kept before and what is kept after.
+// TestQueueSaysWhereLinesAreMissing has a slow writer that takes some lines after others were
+// lost: the note is between the lines kept before the loss and those after it.
 func TestQueueSaysWhereLinesAreMissing(t *testing.T) {
 	q := NewQueue(nil)
 	q.max = 200
-	q.idle = make(chan struct{}) // nothing drains
+	q.idle = make(chan struct{}) // no goroutine drains the queue
 	for i := range 7 {
 		fmt.Fprintf(q, "%d%s\n", i, strings.Repeat("x", 48))
 	}
@@ -114,7 +114,7 @@ func TestQueueOutlivesErrors(t *testing.T) {
 	q := NewQueue(g)
 	fmt.Fprintln(q, "lost")
 	if !q.Flush(generous) {
-		t.Fatal("an error stops the queue")
+		t.Fatal("the queue stops after an error")
 	}
 	g.err = nil
 	fmt.Fprintln(q, "kept")
@@ -133,7 +133,7 @@ func TestQueueLongLine(t *testing.T) {
 	}
 }
 
-// TestQueueIsIdle wants no goroutine where nothing waits.
+// TestQueueIsIdle checks that no goroutine runs while the queue is empty.
 func TestQueueIsIdle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		q := NewQueue(&gate{})
@@ -142,7 +142,7 @@ func TestQueueIsIdle(t *testing.T) {
 			synctest.Wait()
 		}
 		if !q.Flush(0) {
-			t.Error("something waits")
+			t.Error("Flush reports that lines are still queued")
 		}
-	}) // fails while a goroutine is left
+	}) // synctest.Test fails if a goroutine is left
 }
