@@ -40,7 +40,8 @@ func prefixes(texts ...string) []netip.Prefix {
 	return out
 }
 
-// testMesh is a mesh of n peers that have the permissions in turn.
+// testMesh returns a mesh of n peers. The elements of have are assigned to them in
+// rotation.
 func testMesh(n int, have ...mesh.Permissions) policy.Mesh {
 	m := policy.Mesh{
 		Prefixes:  []netip.Prefix{mesh.DefaultPrefixes().V4, mesh.DefaultPrefixes().V6},
@@ -99,8 +100,8 @@ func TestRulesDontGrowWithPeers(t *testing.T) {
 	}
 }
 
-// TestTables checks that each table that a rule refers to is in the anchor and
-// holds something, and that no other is.
+// TestTables checks that the anchor declares exactly the tables that its rules refer to,
+// and that none of them is empty.
 func TestTables(t *testing.T) {
 	for have := range everything + 1 {
 		for _, peers := range []int{0, 1, 3} {
@@ -130,8 +131,8 @@ func TestTables(t *testing.T) {
 	}
 }
 
-// TestNoFloatingState checks that no rule of ours makes a state that holds on all
-// interfaces, and that all decide for good.
+// TestNoFloatingState checks that every state is bound to one interface and that every
+// rule but IGMP's is quick, so that no later rule overrides it.
 func TestNoFloatingState(t *testing.T) {
 	for _, r := range mustAnchor(t, mustRuleset(t, testMesh(2, everything), testHost())).rules() {
 		if r.Action != pfconf.Pass && r.Action != pfconf.Block {
@@ -141,7 +142,7 @@ func TestNoFloatingState(t *testing.T) {
 		if r.Action == pfconf.Pass && !bound && r.State != pfconf.NoState {
 			t.Errorf("%s makes floating states", r.Label)
 		}
-		// IGMP is for later rules to judge.
+		// A later rule may override the verdict on IGMP.
 		if r.Quick == (r.Label == labelPrefix+"igmp") || r.Label == "" {
 			t.Errorf("rule %q: quick %v", r.Label, r.Quick)
 		}
@@ -176,8 +177,8 @@ func TestCompileRefuses(t *testing.T) {
 	}
 }
 
-// TestNATAddress checks that IPv6 packets leave by the uplink with the address that
-// the facts name, and all others with what the packet filter takes at the time.
+// TestNATAddress checks that IPv6 packets are translated to the source address in the
+// facts, and packets of IPv4 to the interface's address at the time.
 func TestNATAddress(t *testing.T) {
 	for _, named := range []netip.Addr{{}, netip.MustParseAddr("2001:db8:1::1")} {
 		h := testHost()
@@ -198,7 +199,7 @@ func TestNATAddress(t *testing.T) {
 			}
 		}
 		if seen < 4 {
-			t.Errorf("%d rules that translate, want 4 or more", seen)
+			t.Errorf("%d translation rules, want at least 4", seen)
 		}
 	}
 }
@@ -246,8 +247,8 @@ func TestKills(t *testing.T) {
 	}
 }
 
-// TestKillsAreBounded checks that ten thousand peers that lose something at once
-// aren't cut one by one, and that nothing of theirs is left out.
+// TestKillsAreBounded has ten thousand peers lose a permission at once: coarse kills
+// replace one kill per peer, and still end every flow that the fine ones would.
 func TestKillsAreBounded(t *testing.T) {
 	old := mustRuleset(t, testMesh(10_000, everything), testHost())
 	next := mustRuleset(t, testMesh(10_000, mesh.Routing), testHost())
@@ -259,16 +260,16 @@ func TestKillsAreBounded(t *testing.T) {
 		if !slices.ContainsFunc(kills, func(k Kill) bool {
 			return k.From.Overlaps(fine.From) && k.To.Overlaps(fine.To) && k.From.Bits() <= fine.From.Bits() && k.To.Bits() <= fine.To.Bits()
 		}) {
-			t.Errorf("nothing ends %v", fine)
+			t.Errorf("no kill covers %v", fine)
 		}
 	}
 	all := Kills(nil, next, policy.Diff(old, next))
 	if want := 4; len(all) != want {
-		t.Errorf("all flows take %d kills, want %d", len(all), want)
+		t.Errorf("ending all flows takes %d kills, want %d", len(all), want)
 	}
 }
 
-// Labels returns, sorted, the labels of the anchor's rules.
+// Labels returns the sorted labels of the anchor's rules.
 func (a *Anchor) Labels() []string {
 	var out []string
 	for _, r := range a.rules() {

@@ -24,8 +24,8 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// rig is a backend on a simulated Mac with an uplink, a LAN and, perhaps, other
-// software.
+// rig is a backend on a simulated Mac with an uplink and a LAN. A test may load another
+// product's rules.
 type rig struct {
 	t    *testing.T
 	mac  *simmac.Mac
@@ -34,7 +34,8 @@ type rig struct {
 	dev  tun.Device
 	step func(string) // called by a simmac.Stepper
 	ran  func()       // after each command
-	// lost is an argument with which a command runs and its end isn't heard of, once.
+	// lost is an argument of a command that runs but whose result is lost: Run returns a
+	// deadline error for it, once.
 	lost string
 }
 
@@ -60,7 +61,7 @@ func newRig(t *testing.T) *rig {
 	return g
 }
 
-// renew makes another backend, as another start of the helper does.
+// renew replaces the backend, as a restart of the helper does.
 func (g *rig) renew() {
 	g.t.Helper()
 	s := simmac.NewStepper(g, g.mac, func(name string) {
@@ -72,7 +73,7 @@ func (g *rig) renew() {
 	g.p, err = New(Options{StateDir: g.dir, Runner: s, Kernel: s, CreateTUN: g.mac.CreateTUN, Step: s.Step})
 	g.must(err)
 	p := g.p
-	g.t.Cleanup(func() { p.cuts.save(time.Minute) }) // before the folder goes
+	g.t.Cleanup(func() { p.cuts.save(time.Minute) }) // before the directory is removed
 }
 
 func (g *rig) must(err error) {
@@ -90,7 +91,7 @@ func (g *rig) open() {
 	g.dev = dev
 }
 
-// compile compiles a mesh for the host as it is now.
+// compile compiles a mesh for the host in its current state.
 func (g *rig) compile(m policy.Mesh) *policy.Ruleset {
 	g.t.Helper()
 	h, err := g.p.Observe(g.t.Context())
@@ -112,7 +113,7 @@ func (g *rig) inspect(r *policy.Ruleset) host.Report {
 	return report
 }
 
-// clean checks that nothing has drifted and nothing is in the way.
+// clean checks that Inspect reports neither drift nor problems.
 func (g *rig) clean(r *policy.Ruleset) {
 	g.t.Helper()
 	if report := g.inspect(r); len(report.Drift)+len(report.Problems) > 0 {
@@ -138,7 +139,7 @@ func syn(src, dst string) pfsim.Packet {
 	return pfsim.Packet{Src: addrOf(src), Dst: addrOf(dst), Proto: pfconf.ProtoTCP, SrcPort: 4000, DstPort: 443, Flags: pfconf.FlagSYN, Seq: 1000, Window: 65535}
 }
 
-// arrives checks what becomes of packets that arrive by a link.
+// arrives sends a packet in by a link and checks its fate.
 func (g *rig) arrives(link, src, dst string, want simmac.Fate) simmac.Outcome {
 	g.t.Helper()
 	o := g.mac.Receive(syn(src, dst), link)
@@ -148,7 +149,7 @@ func (g *rig) arrives(link, src, dst string, want simmac.Fate) simmac.Outcome {
 	return o
 }
 
-// The peers of testMesh.
+// The addresses of testMesh's first two peers.
 const (
 	first, second   = "100.64.0.2", "100.64.0.3"
 	first6, second6 = "fd6d:6573:6800::2", "fd6d:6573:6800::3"
@@ -170,19 +171,20 @@ func TestHostIsLeftAsFound(t *testing.T) {
 			g.must(g.p.Cut(t.Context(), r, nil))
 			g.clean(r)
 			if left := g.close(); len(left) > 0 {
-				t.Errorf("left: %v", left)
+				t.Errorf("not restored: %v", left)
 			}
 			if d := cmp.Diff(before, g.mac.Dump()); d != "" {
-				t.Errorf("the host isn't as it was: %s", d)
+				t.Errorf("the host wasn't restored: %s", d)
 			}
 			if g.journalExists() {
-				t.Error("the journal is still there")
+				t.Error("the journal still exists")
 			}
 		})
 	}
 }
 
-// TestPicture is the picture that must never leak, by pf alone.
+// TestPicture checks, by pf alone, which packets between peers, the LAN, the internet and
+// this Mac are forwarded, delivered and dropped.
 func TestPicture(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -209,8 +211,8 @@ func TestPicture(t *testing.T) {
 	g.arrives("en5", "192.168.77.9", "192.168.77.1", simmac.Delivered)
 }
 
-// TestOnlyWhileNeeded checks that pf and forwarding are as found while no peer may
-// route.
+// TestOnlyWhileNeeded checks that pf and forwarding keep their original state while no
+// peer has the routing permission.
 func TestOnlyWhileNeeded(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -219,7 +221,7 @@ func TestOnlyWhileNeeded(t *testing.T) {
 		want := have.Has(mesh.Routing)
 		forwards := g.mac.Kernel.Variable("net.inet.ip.forwarding") == "1"
 		if on := g.mac.PF.Enabled(); on != want || forwards != want || g.journalExists() != want {
-			t.Errorf("with %v: packet filter %v, forwarding %v, journal %v", have, on, forwards, g.journalExists())
+			t.Errorf("with %v: packet filter %v, forwarding %v, journal exists %v", have, on, forwards, g.journalExists())
 		}
 	}
 }
@@ -241,7 +243,7 @@ func TestCutEndsFlows(t *testing.T) {
 		return g.mac.Receive(a, "en0")
 	}
 	if o := answer(out); o.Fate == simmac.Forwarded {
-		t.Errorf("an answer reached a peer that may no longer route: %+v", o)
+		t.Errorf("an answer reached a peer without routing: %+v", o)
 	}
 	g.arrives(utun, first, "9.9.9.9", simmac.Dropped)
 	if o := answer(other); o.Fate != simmac.Forwarded || o.Packet.Dst != addrOf(second) {
@@ -249,8 +251,8 @@ func TestCutEndsFlows(t *testing.T) {
 	}
 }
 
-// TestCutStaysDead checks that neither end revives a connection that a peer opened
-// and that was cut, and that this Mac may open another.
+// TestCutStaysDead cuts a connection that a peer opened: neither end can revive it, and
+// this Mac can still open another to the peer.
 func TestCutStaysDead(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -284,12 +286,12 @@ func TestCutStaysDead(t *testing.T) {
 	g.p.o.Now = func() time.Time { return now }
 	g.enforce(testMesh(2, mesh.Routing))
 	if text := g.p.loaded.anchor.text(); strings.Contains(text, "<cut>") {
-		t.Errorf("still dead after its time:\n%s", text)
+		t.Errorf("the cut outlived its time:\n%s", text)
 	}
 }
 
-// TestOwnFlowsGoOn takes everything from a peer while this Mac has a connection of
-// its own to it: both ends go on, for a day and longer.
+// TestOwnFlowsGoOn revokes all permissions of a peer while this Mac has a connection of
+// its own to it: both ends keep sending, even after a day.
 func TestOwnFlowsGoOn(t *testing.T) {
 	for what, m := range map[string]policy.Mesh{"nothing left": testMesh(2, 0, everything), "incoming left": testMesh(2, mesh.Incoming, everything)} {
 		t.Run(what, func(t *testing.T) {
@@ -320,9 +322,9 @@ func TestOwnFlowsGoOn(t *testing.T) {
 	}
 }
 
-// TestServices sends to the port of each service, from a peer with each set of permissions,
-// while it is served and while it isn't. Where the peer got in by the service alone, its
-// permissions are taken: no answer that is still to come leaves.
+// TestServices sends to the port of each service, from a peer with each set of
+// permissions, while the service is on and while it is off. Where the service alone let
+// the peer in, its permissions are then revoked: no pending answer leaves.
 func TestServices(t *testing.T) {
 	for _, service := range policy.AllServices {
 		for _, proto := range service.Protos {
@@ -345,7 +347,7 @@ func TestServices(t *testing.T) {
 							want := old.FromPeer(policy.Packet{Src: ask.Src, Dst: ask.Dst, Proto: proto, SrcPort: port, DstPort: service.Port})
 							o := g.mac.Receive(ask, g.p.name)
 							if got := o.Fate == simmac.Delivered; got != want.Pass {
-								t.Fatalf("with %v, serving %v, to %s: %+v, and the policy says %v", may, serves.List(), dst, o, want.Rule)
+								t.Fatalf("with %v, serving %v, to %s: %+v, but the policy's rule is %v", may, serves.List(), dst, o, want.Rule)
 							}
 							if want.Rule != service.Rule || service.Needs == 0 {
 								continue
@@ -355,12 +357,12 @@ func TestServices(t *testing.T) {
 							next := g.enforce(taken)
 							g.must(g.p.Cut(t.Context(), next, policy.Diff(old, next)))
 							if o := g.mac.Send(reverse(ask)); o.Fate != simmac.Dropped {
-								t.Errorf("with %v taken, the answer: %+v", may, o)
+								t.Errorf("after %v was revoked, the answer: %+v", may, o)
 							}
 							own := ask
 							own.Src, own.Dst, own.SrcPort, own.DstPort = ask.Dst, ask.Src, 5000, 6000
 							if o := g.mac.Send(own); o.Fate != simmac.Sent {
-								t.Errorf("with %v taken, this Mac's own packet to the peer: %+v", may, o)
+								t.Errorf("after %v was revoked, this Mac's own packet to the peer: %+v", may, o)
 							}
 							g.must(g.p.Cut(t.Context(), g.enforce(m), nil))
 						}
@@ -371,7 +373,8 @@ func TestServices(t *testing.T) {
 	}
 }
 
-// TestDrift has another program change what we enforce: it is found and repaired.
+// TestDrift has another program change what the backend enforces: Inspect finds it, and
+// Enforce repairs it.
 func TestDrift(t *testing.T) {
 	for what, drift := range map[string]struct {
 		step string
@@ -410,8 +413,8 @@ func TestDrift(t *testing.T) {
 	}
 }
 
-// TestObstacles lets others keep our anchor from being called: then nothing is
-// forwarded, and it is said why.
+// TestObstacles has other software keep our anchor from being evaluated: nothing is
+// forwarded, and the error names the cause.
 func TestObstacles(t *testing.T) {
 	for what, tt := range map[string]struct{ main, message string }{
 		"no hooks":       {"pass all\n", `the main ruleset doesn't call anchor "com.apple/*"`},
@@ -440,15 +443,15 @@ func TestObstacles(t *testing.T) {
 	}
 }
 
-// TestForeignRuleIsReported checks that a rule of others that wins over ours shows
-// in Inspect.
+// TestForeignRuleIsReported checks that Inspect reports another program's rule that
+// overrides ours.
 func TestForeignRuleIsReported(t *testing.T) {
 	g := newRig(t)
 	g.must(g.mac.LoadAnchor("com.apple/100.other", "table <friends> { 192.168.77.9 }\npass in quick on en5 from <friends> to 100.64.0.1\n"))
 	g.open()
 	g.enforce(testMesh(2, everything))
 	if report := g.lookAtAll(); len(report.Problems) != 0 {
-		t.Errorf("a rule for one stranger that no probe is: %v", report.Problems)
+		t.Errorf("a rule for an unrelated address is reported: %v", report.Problems)
 	}
 	g.must(g.mac.LoadAnchor("com.apple/100.other", "pass in quick on en5 from any to 100.64.0.1\n"))
 	report := g.lookAtAll()
@@ -457,8 +460,8 @@ func TestForeignRuleIsReported(t *testing.T) {
 	}
 }
 
-// lookAtAll is a look after an event of the routing socket: at ours, and then at
-// what others have.
+// lookAtAll inspects twice after an event of the routing socket: first our own anchor,
+// then other software's rules.
 func (g *rig) lookAtAll() host.Report {
 	g.t.Helper()
 	g.p.hostChanged.Store(true)
@@ -467,8 +470,8 @@ func (g *rig) lookAtAll() host.Report {
 	return g.inspect(r)
 }
 
-// TestTransitByOthersCloses lets another product's rule pass what our anchor keeps
-// from being forwarded: forwarding doesn't go on, or goes off again.
+// TestTransitByOthersCloses has another product's rule pass transit that our anchor
+// blocks: forwarding isn't enabled, or is disabled again.
 func TestTransitByOthersCloses(t *testing.T) {
 	const open = "pass in quick on en5 from 192.168.77.0/24 to any\n"
 	for name, before := range map[string]bool{"before the start": true, "later": false} {
@@ -484,7 +487,7 @@ func TestTransitByOthersCloses(t *testing.T) {
 				g.must(err)
 				g.must(g.mac.LoadAnchor("com.apple/100.other", open))
 				if report := g.lookAtAll(); len(report.Drift) == 0 {
-					t.Error("it isn't found")
+					t.Error("the rule isn't reported as drift")
 				}
 				err = g.p.Enforce(t.Context(), r)
 			}
@@ -500,21 +503,21 @@ func TestTransitByOthersCloses(t *testing.T) {
 	}
 }
 
-// TestRuleThatIsNotUnderstood checks that one rule of others that can't be read
-// doesn't hide the rest, is named, and counts as matching everything.
+// TestRuleThatIsNotUnderstood checks that a foreign rule that can't be parsed doesn't
+// hide the other rules, is reported, and counts as matching every packet.
 func TestRuleThatIsNotUnderstood(t *testing.T) {
 	shown := "pass in quick on en5 by-magic all\npass in on en5 all no state\n"
 	u := unparsed{}
 	read := u.parse("com.apple/100.other", shown)
 	if len(read.Rules) != 2 || !read.Rules[0].Quick || read.Rules[0].Interfaces != nil {
-		t.Fatalf("read as %+v", read.Rules)
+		t.Fatalf("parsed as %+v", read.Rules)
 	}
 	found := u.resolve([]Foreign{{Anchor: "com.apple/100.other", Rule: read.Rules[0].String(), Wider: true, Transit: true, Example: "a packet"}})
 	if len(found) != 1 || !strings.Contains(found[0].String(), "by-magic") || !strings.Contains(found[0].String(), "isn't understood") {
-		t.Errorf("named as %q", found)
+		t.Errorf("reported as %q", found)
 	}
 	if found = u.resolve(nil); len(found) != 1 || !strings.Contains(found[0].String(), "by-magic") {
-		t.Errorf("not named: %q", found)
+		t.Errorf("not reported: %q", found)
 	}
 	for rule, want := range map[string]string{
 		"block drop out quick log on en0 proto magic": `block drop quick all label "unparsed-0"`,
@@ -539,8 +542,8 @@ func TestRuleThatIsNotUnderstood(t *testing.T) {
 	}
 }
 
-// TestTakenRoute has another program route a peer's address elsewhere: the peer
-// can't be reached, which is said, and nothing for it leaves in clear.
+// TestTakenRoute has another program route a peer's address elsewhere: Inspect reports
+// that the peer can't be reached, and no packet for it leaves unencrypted.
 func TestTakenRoute(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -554,10 +557,10 @@ func TestTakenRoute(t *testing.T) {
 		t.Errorf("got %+v", report)
 	}
 	if o := g.mac.Send(syn("100.64.0.1", first)); o.Fate != simmac.Dropped {
-		t.Errorf("what is for the peer left by %s", o.Link)
+		t.Errorf("the packet to the peer left by %s", o.Link)
 	}
 	if o := g.mac.Send(syn("100.64.0.1", second)); o.Fate != simmac.Sent || o.Link != g.p.name {
-		t.Errorf("what is for the other peer: %+v", o)
+		t.Errorf("the packet to the other peer: %+v", o)
 	}
 }
 
@@ -569,10 +572,10 @@ func TestInternetSharing(t *testing.T) {
 	r := g.enforce(testMesh(2, everything))
 	g.clean(r)
 	if !r.Host().FoundForwarding.IPv4 {
-		t.Error("Internet Sharing's transit would be closed")
+		t.Error("Internet Sharing's transit counts as to be closed")
 	}
 	if o := g.arrives("bridge100", "192.168.2.9", "9.9.9.9", simmac.Forwarded); o.Packet.Src != addrOf("203.0.113.1") {
-		t.Errorf("shared: %+v", o)
+		t.Errorf("a guest's packet: %+v", o)
 	}
 	g.arrives("bridge100", "192.168.2.9", first, simmac.Dropped)
 	left := g.close()
@@ -588,11 +591,11 @@ func TestBusyTableIsTriedAgain(t *testing.T) {
 	g.clean(g.enforce(testMesh(2, everything)))
 }
 
-// killed is what step panics with, in place of a SIGKILL.
+// killed is the value that step panics with, to stand for a SIGKILL.
 type killed struct{}
 
-// until runs do and kills the backend in the nth call of step. The kernel
-// closes the device; nothing cleans up.
+// until runs do and kills the backend in the nth call of step. The kernel closes the
+// device; no cleanup runs.
 func (g *rig) until(nth int, do func()) (step string, died bool) {
 	n := 0
 	g.step = func(name string) {
@@ -617,7 +620,7 @@ func (g *rig) until(nth int, do func()) (step string, died bool) {
 	return step, false
 }
 
-// life is a helper's life, from start to stop.
+// life is one run of the helper, from start to stop.
 func (g *rig) life() {
 	g.dev = nil
 	g.open()
@@ -633,9 +636,9 @@ func (g *rig) life() {
 	g.close()
 }
 
-// TestKilledAtEachStep kills the helper before and after each step that it takes, and
-// after each command and routing message of it. While it is dead nothing is forwarded
-// that wasn't before, and the next start or uninstall puts the host back.
+// TestKilledAtEachStep kills the helper before and after each of its steps, and after
+// each of its commands and routing messages. While it is dead the Mac forwards nothing
+// that it didn't forward before, and the next start or uninstall restores the host.
 func TestKilledAtEachStep(t *testing.T) {
 	kills, steps := 0, map[string]bool{}
 	for nth := 1; ; nth++ {
@@ -655,23 +658,23 @@ func TestKilledAtEachStep(t *testing.T) {
 		}
 		g.close()
 		if d := cmp.Diff(before, g.mac.Dump()); d != "" {
-			t.Errorf("killed at %q (%d): the host isn't as it was: %s", step, nth, d)
+			t.Errorf("killed at %q (%d): the host wasn't restored: %s", step, nth, d)
 		}
 		if g.journalExists() {
-			t.Errorf("killed at %q (%d): the journal is still there", step, nth)
+			t.Errorf("killed at %q (%d): the journal still exists", step, nth)
 		}
 	}
 	for _, s := range Steps {
 		if !steps[s] {
-			t.Errorf("nothing was killed at %q", s)
+			t.Errorf("no kill at step %q", s)
 		}
 	}
 	t.Logf("killed %d times", kills)
 }
 
-// TestEachChangeIsSeen checks that a test can kill the helper between any two changes
-// of the Mac: at most one comes between two calls of step, and none before the first or
-// after the last.
+// TestEachChangeIsSeen checks that a test can kill the helper between any two changes to
+// the Mac: at most one change comes between two calls of step, none before the first call
+// or after the last.
 func TestEachChangeIsSeen(t *testing.T) {
 	g := newRig(t)
 	last, changes, unseen := g.mac.Dump(), 0, ""
@@ -693,11 +696,11 @@ func TestEachChangeIsSeen(t *testing.T) {
 	}
 	g.life()
 	if g.ran(); unseen != "" || changes < 10 || calls < changes {
-		t.Errorf("%d changes, %d calls of step; not seen: %s", changes, calls, unseen)
+		t.Errorf("%d changes, %d calls of step; after the last call: %s", changes, calls, unseen)
 	}
 }
 
-// closedWhileDead sends what must not pass.
+// closedWhileDead sends packets that must not be forwarded while the helper is dead.
 func (g *rig) closedWhileDead(step string) {
 	g.t.Helper()
 	for _, p := range [][3]string{
@@ -710,8 +713,9 @@ func (g *rig) closedWhileDead(step string) {
 	}
 }
 
-// TestTokenOfAKilledHelper has a helper be killed between asking for its token and writing
-// it down: the next one gives it back where it can be told, and says so where it can't.
+// TestTokenOfAKilledHelper has the helper killed between taking its pf token and
+// recording it: the next helper releases the token if it can be identified, and reports
+// it otherwise.
 func TestTokenOfAKilledHelper(t *testing.T) {
 	for came, want := range map[int]int{0: 0, 1: 0, 2: 2} {
 		g := newRig(t)
@@ -722,16 +726,16 @@ func TestTokenOfAKilledHelper(t *testing.T) {
 		g.p.j.Token, g.p.j.Enabling, g.p.j.Others = 0, true, nil
 		left := g.close()
 		if said := len(left) == 1 && left[0].Step == StepRelease; said != (came > 1) || len(left) > 1 {
-			t.Errorf("%d tokens came: %+v", came, left)
+			t.Errorf("%d unknown tokens: problems %+v", came, left)
 		}
 		if n := len(g.mac.PF.Tokens()); n != want {
-			t.Errorf("%d tokens came, %d stay, want %d", came, n, want)
+			t.Errorf("%d unknown tokens: %d remain, want %d", came, n, want)
 		}
 	}
 }
 
-// TestTokenOfARunThatFailed has pfctl take a token and not live to say so: the next
-// try takes it for its own, and it is given back at the end.
+// TestTokenOfARunThatFailed has pfctl take a token and then time out before it reports
+// it: the next try adopts that token, and Close releases it.
 func TestTokenOfARunThatFailed(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -739,20 +743,20 @@ func TestTokenOfARunThatFailed(t *testing.T) {
 	r := g.compile(testMesh(1, mesh.Routing))
 	g.lost = "-E"
 	if err := g.p.Enforce(t.Context(), r); err == nil || g.lost != "" {
-		t.Fatalf("it is enforced: %v, lost %q", err, g.lost)
+		t.Fatalf("Enforce returned %v, lost %q", err, g.lost)
 	}
 	g.must(g.p.Enforce(t.Context(), r))
 	g.clean(g.p.enforced)
 	if n := len(g.mac.PF.Tokens()); n != 2 {
-		t.Errorf("%d tokens while it is enforced, want ours and another program's", n)
+		t.Errorf("%d tokens while enforcing, want ours and the other program's", n)
 	}
 	g.close()
 	if n := len(g.mac.PF.Tokens()); n != 1 {
-		t.Errorf("%d tokens stay, want another program's", n)
+		t.Errorf("%d tokens remain, want the other program's", n)
 	}
 }
 
-// TestRebootForgets checks that a journal of another boot changes nothing.
+// TestRebootForgets checks that the journal of an earlier boot has no effect.
 func TestRebootForgets(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -767,7 +771,7 @@ func TestRebootForgets(t *testing.T) {
 	}
 }
 
-// failing is a runner that fails for one program's argument.
+// failing is a runner that fails every command with a given argument.
 type failing struct {
 	darwin.Runner
 	arg string
@@ -780,8 +784,8 @@ func (f failing) Run(ctx context.Context, stdin []byte, path string, args ...str
 	return f.Runner.Run(ctx, stdin, path, args...)
 }
 
-// TestFailuresClose checks that what can't be enforced leaves nothing forwarded,
-// and names the step.
+// TestFailuresClose checks that a failed step leaves forwarding off and that the error
+// names the step.
 func TestFailuresClose(t *testing.T) {
 	for arg, step := range map[string]string{
 		"-f": StepAnchor, "-E": StepEnable, "rules": StepAnchor, "info": StepEnable, "net.inet.ip.forwarding=1": StepForwarding,
@@ -792,7 +796,7 @@ func TestFailuresClose(t *testing.T) {
 			var err error
 			g.p, err = New(Options{StateDir: g.dir, Runner: failing{g.mac, arg}, Kernel: g.mac, CreateTUN: g.mac.CreateTUN})
 			g.must(err)
-			t.Cleanup(func() { g.p.cuts.save(time.Minute) }) // before the folder goes
+			t.Cleanup(func() { g.p.cuts.save(time.Minute) }) // before the directory is removed
 			g.open()
 			err = g.p.Enforce(t.Context(), g.compile(testMesh(2, everything)))
 			var named *host.StepError
@@ -818,7 +822,7 @@ func TestJournal(t *testing.T) {
 		t.Errorf("%v %s", err, cmp.Diff(j, got))
 	}
 	if got, err = readJournal(dir, "B"); err != nil || !got.IsEmpty() {
-		t.Errorf("of another boot: %+v %v", got, err)
+		t.Errorf("journal of another boot: %+v %v", got, err)
 	}
 	info, err := os.Stat(filepath.Join(dir, journalName))
 	if err != nil || info.Mode().Perm() != 0o600 {

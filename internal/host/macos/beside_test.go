@@ -12,7 +12,7 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// sends checks what becomes of a packet of the Mac's own.
+// sends checks the fate of one of the Mac's own packets.
 func (g *rig) sends(src, dst string, want simmac.Fate, link string) {
 	g.t.Helper()
 	if o := g.mac.Send(syn(src, dst)); o.Fate != want || link != "" && o.Link != link {
@@ -20,9 +20,9 @@ func (g *rig) sends(src, dst string, want simmac.Fate, link string) {
 	}
 }
 
-// TestBesideTailscale runs beside another owner of part of the mesh prefix: that one
-// keeps its network and its resolver, and what is for our peers, or for an
-// unassigned mesh address, leaves by the tunnel or not at all.
+// TestBesideTailscale runs beside Tailscale, which owns part of the mesh prefix:
+// Tailscale keeps its network and its resolver, and packets to our peers or to an
+// unassigned mesh address leave by our tunnel or are dropped.
 func TestBesideTailscale(t *testing.T) {
 	for what, routes := range map[string][]string{"all of the prefix": nil, "single hosts": {"100.99.7.7/32", "100.88.0.0/16"}} {
 		t.Run(what, func(t *testing.T) {
@@ -55,8 +55,8 @@ func TestBesideTailscale(t *testing.T) {
 	}
 }
 
-// TestVPNByHalves lets a VPN take the internet by halves, and a bridge have the
-// default route: peers' packets leave there, with its address.
+// TestVPNByHalves has a VPN route the internet as two halves, and a bridge hold the
+// default route: peers' packets leave by the VPN, with its address.
 func TestVPNByHalves(t *testing.T) {
 	g := newRig(t)
 	name, err := g.mac.Kernel.CreateTunnel("utun", 1400)
@@ -71,10 +71,10 @@ func TestVPNByHalves(t *testing.T) {
 	r := g.enforce(testMesh(2, everything))
 	g.clean(g.enforce(testMesh(2, everything)))
 	if r.Host().Uplink4 != name || r.Host().Uplink6 != "en0" {
-		t.Errorf("uplinks %q and %q", r.Host().Uplink4, r.Host().Uplink6)
+		t.Errorf("the uplinks are %q and %q", r.Host().Uplink4, r.Host().Uplink6)
 	}
 	if c := r.Class(addrOf("9.9.9.9")); c != policy.Internet {
-		t.Errorf("the internet is of class %v", c)
+		t.Errorf("the internet's class is %v", c)
 	}
 	if o := g.arrives(g.p.name, first, "9.9.9.9", simmac.Forwarded); o.Link != name || o.Packet.Src != addrOf("10.8.0.2") {
 		t.Errorf("to the internet by %s from %v", o.Link, o.Packet.Src)
@@ -86,13 +86,13 @@ func TestVPNByHalves(t *testing.T) {
 	g.open()
 	g.enforce(testMesh(2, everything))
 	if o := g.arrives(g.p.name, first, "9.9.9.9", simmac.Forwarded); o.Link != "bridge0" || o.Packet.Src != addrOf("203.0.113.1") {
-		t.Errorf("by a bridge: by %s from %v", o.Link, o.Packet.Src)
+		t.Errorf("with the bridge: to the internet by %s from %v", o.Link, o.Packet.Src)
 	}
 }
 
-// TestVPNWithoutPrivateSpace lets a VPN take all of the internet but private space,
-// as WireGuard's apps write it ("exclude private IPs"): a peer with routing alone
-// reaches the internet by it.
+// TestVPNWithoutPrivateSpace has a VPN route the whole internet except private space, as
+// the WireGuard apps do with "exclude private IPs": a peer that has only routing reaches
+// the internet by the VPN.
 func TestVPNWithoutPrivateSpace(t *testing.T) {
 	g := newRig(t)
 	name, err := g.mac.Kernel.CreateTunnel("utun", 1400)
@@ -110,16 +110,16 @@ func TestVPNWithoutPrivateSpace(t *testing.T) {
 	g.open()
 	r := g.enforce(testMesh(2, mesh.Routing))
 	if c := r.Class(addrOf("9.9.9.9")); r.Host().Uplink4 != name || c != policy.Internet {
-		t.Errorf("uplink %q, 9.9.9.9 is of class %v", r.Host().Uplink4, c)
+		t.Errorf("the uplink is %q, the class of 9.9.9.9 %v", r.Host().Uplink4, c)
 	}
 	if o := g.arrives(g.p.name, first, "9.9.9.9", simmac.Forwarded); o.Link != name {
-		t.Errorf("by %s", o.Link)
+		t.Errorf("to the internet by %s", o.Link)
 	}
 	g.arrives(g.p.name, first, "192.168.77.9", simmac.Dropped)
 }
 
-// TestLoopbackAlias gives lo0 an address more, as jails and VPNs do: it is this
-// Mac's own, also while pf skips lo0, and its own packets to it aren't transit.
+// TestLoopbackAlias adds an address to lo0, as jails and VPNs do: it is this Mac's own,
+// even while pf skips lo0, and the Mac's own packets to it aren't transit.
 func TestLoopbackAlias(t *testing.T) {
 	for _, skipped := range []bool{false, true} {
 		g := newRig(t)
@@ -145,8 +145,8 @@ func TestLoopbackAlias(t *testing.T) {
 	}
 }
 
-// TestMulticastGroups lets this Mac and its neighbours join multicast groups while
-// pf is on, and peers do not.
+// TestMulticastGroups checks that this Mac and its neighbours can join multicast groups
+// while pf is on, and that peers can't.
 func TestMulticastGroups(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -168,8 +168,8 @@ func TestMulticastGroups(t *testing.T) {
 	}
 }
 
-// TestWireGuardsOwnPackets lets a peer have an outer address inside the mesh
-// prefix: what WireGuard sends there leaves, and nothing else does.
+// TestWireGuardsOwnPackets gives a peer an endpoint inside the mesh prefix: WireGuard's
+// packets to it leave, and no others do.
 func TestWireGuardsOwnPackets(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -192,9 +192,9 @@ func TestWireGuardsOwnPackets(t *testing.T) {
 	}
 }
 
-// TestHairpin sends to the router in front, which turns back what is for WireGuard: at
-// its ports nothing passes, also of a flow that ran before the address or the port was
-// known, and all else there does.
+// TestHairpin sends to the router, which turns packets for WireGuard back: nothing passes
+// to WireGuard's ports, not even on a flow from before the address or the port was known,
+// and everything else passes.
 func TestHairpin(t *testing.T) {
 	g := newRig(t)
 	g.open()

@@ -7,9 +7,9 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// TestNoPeerUsesUpTheStates floods the Mac with flows of one peer, by all rules and
-// both families, and loads the anchor again and again meanwhile: another peer and
-// the Mac itself still get theirs.
+// TestNoPeerUsesUpTheStates has one peer flood the Mac with flows, by every rule and in
+// both families, while the anchor is loaded again and again: another peer and the Mac
+// itself can still open flows.
 func TestNoPeerUsesUpTheStates(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -21,9 +21,9 @@ func TestNoPeerUsesUpTheStates(t *testing.T) {
 		return g.mac.Receive(p, g.p.name).Fate != simmac.Dropped
 	}
 	for round := range 5 {
-		m := testMesh(3+round%2, everything) // another table each time
+		m := testMesh(3+round%2, everything) // different tables in each round
 		g.enforce(m)
-		g.p.loaded = nil // and the anchor anew
+		g.p.loaded = nil // and a reload of the anchor
 		g.enforce(m)
 		for range 2500 {
 			open(first, "9.9.9.9")
@@ -32,12 +32,12 @@ func TestNoPeerUsesUpTheStates(t *testing.T) {
 			open(first6, "2620:fe::fe")
 		}
 		if !open(second, "9.9.9.9") || !open(second6, "2620:fe::fe") || !open(second, "100.64.0.1") {
-			t.Fatalf("round %d: the other peer gets no flow", round)
+			t.Fatalf("round %d: the other peer can't open a flow", round)
 		}
 		p := syn("203.0.113.1", "9.9.9.9")
 		p.SrcPort = port
 		if o := g.mac.Send(p); o.Fate != simmac.Sent {
-			t.Fatalf("round %d: this Mac gets no flow: %s", round, o.Why)
+			t.Fatalf("round %d: this Mac can't open a flow: %s", round, o.Why)
 		}
 	}
 	g.mac.Judge(func(m *pfsim.PF) {

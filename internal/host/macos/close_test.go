@@ -12,8 +12,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// TestClosesWithItsTimeUp ends the time that enforcing has at each of its steps: what
-// fails for that closes forwarding all the same, which has time of its own.
+// TestClosesWithItsTimeUp ends Enforce's context at each of its steps: the step fails,
+// and forwarding is still disabled, because closing has a time limit of its own.
 func TestClosesWithItsTimeUp(t *testing.T) {
 	tried := 0
 	for _, step := range []string{StepAddresses, StepRoutes, StepAnchor, StepTables, StepEnable} {
@@ -25,9 +25,9 @@ func TestClosesWithItsTimeUp(t *testing.T) {
 			return g.mac.Kernel.Variable("net.inet.ip.forwarding")+g.mac.Kernel.Variable("net.inet6.ip6.forwarding") != "00"
 		}
 		if !forwards() {
-			t.Fatal("forwarding is off before")
+			t.Fatal("forwarding is already off")
 		}
-		switch step { // what makes it take the step
+		switch step { // make Enforce take the step
 		case StepAddresses:
 			g.must(g.mac.Kernel.RemoveAddress(g.p.name, hostAddresses[0]))
 		case StepAnchor:
@@ -47,7 +47,7 @@ func TestClosesWithItsTimeUp(t *testing.T) {
 		err := g.p.Enforce(ctx, r)
 		cancel()
 		if !reached || err == nil {
-			if step == StepRoutes { // by the routing socket, which no time limits
+			if step == StepRoutes { // the routing socket ignores the context
 				continue
 			}
 			t.Errorf("%s: reached %v, %v", step, reached, err)
@@ -58,7 +58,7 @@ func TestClosesWithItsTimeUp(t *testing.T) {
 		}
 	}
 	if tried < 4 {
-		t.Errorf("only %d steps", tried)
+		t.Errorf("only %d steps were tried", tried)
 	}
 }
 
@@ -82,7 +82,7 @@ func TestFillProblems(t *testing.T) {
 	}
 }
 
-// blind is a kernel that doesn't tell whether it forwards.
+// blind is a kernel whose forwarding variables can't be read while on is set.
 type blind struct {
 	darwin.Kernel
 	on *bool
@@ -95,9 +95,9 @@ func (b blind) Sysctl(name string) (string, error) {
 	return b.Kernel.Sysctl(name)
 }
 
-// TestClosesUnseen leaves while the kernel doesn't tell whether it forwards: it no
-// longer does, what can't be known to be so keeps the anchor, and the next start gives
-// all back.
+// TestClosesUnseen calls Close while the forwarding variables can't be read: forwarding
+// is off afterwards, the anchor stays because that can't be confirmed, and the next start
+// restores everything.
 func TestClosesUnseen(t *testing.T) {
 	g := newRig(t)
 	before := g.mac.Dump()
@@ -109,7 +109,7 @@ func TestClosesUnseen(t *testing.T) {
 	g.enforce(testMesh(2, everything))
 	on = true
 	if left, err := g.p.Close(t.Context()); err == nil {
-		t.Errorf("left in order, with %v", left)
+		t.Errorf("Close returned no error, only %v", left)
 	}
 	if v := g.mac.Kernel.Variable("net.inet.ip.forwarding") + g.mac.Kernel.Variable("net.inet6.ip6.forwarding"); v != "00" {
 		t.Errorf("forwarding is %s", v)

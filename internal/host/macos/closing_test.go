@@ -18,8 +18,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// badRunner is a Runner of which the commands that bad names fail or, with hang, take
-// until their time is up.
+// badRunner is a Runner whose commands fail if bad reports true for them. With hang they
+// block until their context ends.
 type badRunner struct {
 	darwin.Runner
 	hang bool
@@ -38,9 +38,10 @@ func (b badRunner) Run(ctx context.Context, in []byte, path string, args ...stri
 	}
 }
 
-// TestForwardingGoesOffWhateverFails has each of what closing forwarding uses fail or
-// hang, when a step failed, when nothing routes any more, when the interface is taken
-// over, and at the end: forwarding is off wherever switching it off itself works.
+// TestForwardingGoesOffWhateverFails has each command and file that closing depends on
+// fail or hang: after a failed step, when no peer routes any more, when Open replaces an
+// interface and keeps its filter, and in Close. Forwarding is off wherever the sysctl
+// itself works.
 func TestForwardingGoesOffWhateverFails(t *testing.T) {
 	never := func(string) bool { return false }
 	contains := func(text string) func(string) bool {
@@ -48,7 +49,7 @@ func TestForwardingGoesOffWhateverFails(t *testing.T) {
 	}
 	for name, fault := range map[string]struct {
 		pf, sysctl func(command string) bool
-		hang       bool // what fails hangs
+		hang       bool // the commands hang instead of failing
 		timeUp     bool // ctx has ended at the first step
 		noJournal  bool
 		want       string // forwarding of IPv4 and IPv6 afterwards
@@ -86,7 +87,7 @@ func TestForwardingGoesOffWhateverFails(t *testing.T) {
 					return g.mac.Kernel.Variable("net.inet.ip.forwarding") + g.mac.Kernel.Variable("net.inet6.ip6.forwarding")
 				}
 				if forwards() != "11" {
-					t.Fatalf("before, forwarding is %s", forwards())
+					t.Fatalf("forwarding is %s before the fault", forwards())
 				}
 				less, none := g.compile(testMesh(2, everything, everything&^mesh.LAN)), g.compile(testMesh(2, 0, 0))
 				ctx, cancel := context.WithCancel(t.Context())
@@ -115,7 +116,7 @@ func TestForwardingGoesOffWhateverFails(t *testing.T) {
 	}
 }
 
-// after returns a hook of steps that does something at one of them.
+// after wraps a step hook: it also calls do at the named step.
 func after(step func(string), name string, do func()) func(string) {
 	return func(now string) {
 		if step != nil {
@@ -127,8 +128,8 @@ func after(step func(string), name string, do func()) func(string) {
 	}
 }
 
-// TestKillThatFailsHoldsUpNoOther has one of pfctl's kills fail: the states of all
-// other peers end.
+// TestKillThatFailsHoldsUpNoOther has one of pfctl's kills fail: the remaining kills
+// still run.
 func TestKillThatFailsHoldsUpNoOther(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -147,8 +148,9 @@ func TestKillThatFailsHoldsUpNoOther(t *testing.T) {
 	}
 }
 
-// TestInterfaceThatTakesTooLong has making the interface again use up the time and fail: the
-// rules name none, all the same, for another program may get its name.
+// TestInterfaceThatTakesTooLong has the creation of a new interface use up the context
+// and fail: the old interface's name still disappears from the rules, because another
+// program may get it.
 func TestInterfaceThatTakesTooLong(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -160,9 +162,9 @@ func TestInterfaceThatTakesTooLong(t *testing.T) {
 	}
 	m := testMesh(0)
 	if _, err := g.p.Open(ctx, host.Interface{MTU: 1420, Addresses: m.Addresses, Prefixes: m.Prefixes}); err == nil {
-		t.Error("there is an interface")
+		t.Error("Open succeeded")
 	}
 	if dump := g.mac.Dump(); !strings.Contains(dump, noInterface) {
-		t.Errorf("the rules are still those of the interface that is gone:\n%s", dump)
+		t.Errorf("the rules still name the removed interface:\n%s", dump)
 	}
 }

@@ -9,8 +9,8 @@ import (
 	"github.com/meshhelper/meshhelper/darwin"
 )
 
-// TestCompiledOnThisMac needs root. What pfctl printed is kept in the directory
-// that MESHHELPER_ARTIFACTS names.
+// TestCompiledOnThisMac needs root. It keeps pfctl's output in the directory named by
+// MESHHELPER_ARTIFACTS.
 func TestCompiledOnThisMac(t *testing.T) {
 	checkCompiled(t, darwin.Exec{}, darwin.System{}, os.Getenv("MESHHELPER_ARTIFACTS"))
 }

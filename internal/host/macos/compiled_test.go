@@ -16,11 +16,11 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// scratchLabel names an anchor that no helper uses. Nothing of it concerns the
-// Mac's traffic: its rules are for an interface that isn't there.
+// scratchLabel names an anchor that no helper uses. It doesn't affect the Mac's traffic:
+// its rules are for an interface that doesn't exist.
 const scratchLabel = "org.meshhelper.mactest"
 
-// compiledTable are meshes and hosts whose anchors differ in kind.
+// compiledTable returns rulesets whose anchors differ in structure.
 func compiledTable() map[string]*policy.Ruleset {
 	out := map[string]*policy.Ruleset{}
 	for have := range everything + 1 {
@@ -42,9 +42,8 @@ func compiledTable() map[string]*policy.Ruleset {
 	return out
 }
 
-// checkCompiled loads the anchors of the table through a Mac's pfctl, changes one
-// in place, and has the product read back what pf holds. It keeps what pfctl
-// printed.
+// checkCompiled loads the table's anchors through a Mac's pfctl, changes one in place,
+// and has the backend read back what pf holds. It keeps pfctl's output in artifacts.
 func checkCompiled(t *testing.T, runner darwin.Runner, kernel darwin.Kernel, artifacts string) {
 	p, err := New(Options{StateDir: t.TempDir(), Label: scratchLabel, Runner: runner, Kernel: kernel})
 	if err != nil {

@@ -30,8 +30,9 @@ func mayConnect(n int) map[netip.Addr]access {
 	return out
 }
 
-// TestCutBookKnowsWhatWasOpen has access end while no helper runs, or one that is killed
-// before it cuts: the next one takes it for cut. What still is open isn't.
+// TestCutBookKnowsWhatWasOpen has access end while no helper runs, or after a helper that
+// was killed before it cut: the next helper takes the lost access as cut, and not the
+// access that remains.
 func TestCutBookKnowsWhatWasOpen(t *testing.T) {
 	dir, now := t.TempDir(), time.Date(2026, 11, 26, 8, 0, 0, 0, time.UTC)
 	c := &cutRecord{}
@@ -47,16 +48,16 @@ func TestCutBookKnowsWhatWasOpen(t *testing.T) {
 	c.load(dir, "A", now.Add(48*time.Hour))
 	c.update(mayConnect(2), now.Add(48*time.Hour), true)
 	if got := c.addresses(); len(got) != 2 || got[0] != addresses100(3)[2] || got[1] != dns || !c.inherited[dns] {
-		t.Errorf("%v, inherited %v", got, c.inherited)
+		t.Errorf("cut: %v, inherited %v", got, c.inherited)
 	}
 	c.update(mayConnect(3), now.Add(49*time.Hour), false)
 	if got := c.addresses(); len(got) != 1 || got[0] != dns {
-		t.Errorf("after it may connect again: %v", got)
+		t.Errorf("cut after the peer may connect again: %v", got)
 	}
 }
 
-// TestCutBook keeps what was cut for a day and no longer, in a file that stays small,
-// for the helpers of this boot.
+// TestCutBook checks that cuts are kept for a day and no longer, in a file of bounded
+// size, and for helpers of the same boot only.
 func TestCutBook(t *testing.T) {
 	dir, now := t.TempDir(), time.Date(2026, 11, 26, 8, 0, 0, 0, time.UTC)
 	fresh := func(boot string, now time.Time) *cutRecord {
@@ -80,7 +81,7 @@ func TestCutBook(t *testing.T) {
 		t.Fatalf("%+v", c)
 	}
 	if got := fresh("B", now); len(got.until) != 0 {
-		t.Errorf("of another boot: %v", got.until)
+		t.Errorf("cuts of another boot: %v", got.until)
 	}
 	got := fresh("A", now.Add(2*time.Hour))
 	if len(got.until) != 3 || len(got.inherited) != 3 || got.addresses()[0] != addresses100(1)[0] {
@@ -88,15 +89,15 @@ func TestCutBook(t *testing.T) {
 	}
 	got = fresh("A", now.Add(cutLifetime))
 	if len(got.until) != 1 {
-		t.Errorf("after a day: %v", got.until)
+		t.Errorf("cuts after a day: %v", got.until)
 	}
 	if got = fresh("A", now.Add(-100*time.Hour)); !got.until[addresses100(1)[0]].Equal(now.Add(cutLifetime - 100*time.Hour)) {
-		t.Errorf("with the clock set back: %v", got.until)
+		t.Errorf("cuts with the clock set back: %v", got.until)
 	}
 	got.expire(now.Add(48 * time.Hour))
 	got.save(time.Minute)
 	if _, err := os.Stat(filepath.Join(dir, cutName)); !os.IsNotExist(err) {
-		t.Errorf("nothing is cut, and there is a file: %v", err)
+		t.Errorf("nothing is cut, but the file exists: %v", err)
 	}
 	lose(c, 3*maxCut, now)
 	if got := fresh("A", now); len(got.until) != maxCut {
@@ -107,8 +108,8 @@ func TestCutBook(t *testing.T) {
 	}
 }
 
-// TestCutBookOddFiles has files that no helper writes: the helper starts all the same,
-// and says so.
+// TestCutBookOddFiles loads files that no helper writes: the helper starts anyway and
+// reports the problem.
 func TestCutBookOddFiles(t *testing.T) {
 	for name, text := range map[string]string{
 		"no JSON": "{", "another version": `{"version":9}`, "no address": `{"version":1,"cut":[{"address":""}]}`,
@@ -129,9 +130,9 @@ func TestCutBookOddFiles(t *testing.T) {
 	}
 }
 
-// TestCutWaitsForNoDisk has the disk hang and then fail while a peer loses incoming:
-// its connections end all the same, within a second or so, and it is said until it is
-// on disk.
+// TestCutWaitsForNoDisk has the disk hang and then fail while a peer loses incoming: its
+// connections still end within about a second, and the problem is reported until the cut
+// is on disk.
 func TestCutWaitsForNoDisk(t *testing.T) { synctest.Test(t, testCutWaitsForNoDisk) }
 
 func testCutWaitsForNoDisk(t *testing.T) {
@@ -146,7 +147,7 @@ func testCutWaitsForNoDisk(t *testing.T) {
 	began := time.Now()
 	g.must(g.p.Cut(t.Context(), r, policy.Diff(old, r)))
 	if took := time.Since(began); took > 2*time.Second {
-		t.Errorf("it took %v", took)
+		t.Errorf("the cut took %v", took)
 	}
 	segment := syn("100.64.0.1", first)
 	segment.SrcPort, segment.DstPort, segment.Flags = 443, 4000, 0x10

@@ -20,14 +20,14 @@ import (
 
 var wantPackets = flag.Int("packets", 120_000, "packets that pf and policy are compared on")
 
-// tally counts what was compared.
+// tally counts the compared packets.
 type tally struct{ packets, passed, worlds, differences int }
 
-// againstPolicy is what the differential test says at the end, and
-// amongNeighbours the same of our anchor with other software's rules.
+// againstPolicy is the result of the differential test, and amongNeighbours the result of
+// our anchor beside other software's rules. TestMain prints both.
 var againstPolicy, amongNeighbours tally
 
-// add adds a world's count; expected says that its differences are no fault.
+// add adds the count of one world. If expected is set, its differences aren't counted.
 func (n *tally) add(world tally, expected bool) {
 	n.worlds++
 	n.packets += world.packets
@@ -45,14 +45,14 @@ func (n *tally) say(what string) {
 
 func TestMain(m *testing.M) {
 	code := m.Run()
-	amongNeighbours.say("pf among neighbours against policy")
+	amongNeighbours.say("pf beside other software's rules against policy")
 	againstPolicy.say("pf against policy")
 	os.Exit(code)
 }
 
-// TestDifferential holds the anchor, evaluated as a Mac's kernel does in Apple's
-// main ruleset, against the policy: random meshes, hosts, permissions and
-// packets, with states and without, before a change and after it.
+// TestDifferential compares the anchor with the policy. The anchor is evaluated as the
+// kernel does, called from Apple's main ruleset. Meshes, hosts, permissions and packets
+// are random; packets are sent with and without states, before a change and after it.
 func TestDifferential(t *testing.T) {
 	for againstPolicy.packets < *wantPackets && !t.Failed() {
 		rapid.Check(t, func(t *rapid.T) {
@@ -65,8 +65,8 @@ func TestDifferential(t *testing.T) {
 	}
 }
 
-// drawChange returns what becomes of a world: other permissions, a peer gone,
-// perhaps other facts.
+// drawChange returns a changed world: other permissions, a removed peer, perhaps other
+// facts.
 func drawChange(t *rapid.T, w world) world {
 	next := w
 	next.mesh.Peers = slices.Clone(w.mesh.Peers)
@@ -91,13 +91,13 @@ type comparison struct {
 	m     *pfsim.PF
 	tally *tally
 	port  uint16
-	// portless are the addresses of this round's flows without ports.
+	// portless holds the addresses of this round's flows without ports.
 	portless map[netip.Addr]bool
 	subset   bool          // the machine may pass less than the policy
-	edit     func(*Anchor) // spoils the anchor before it is loaded; nil: doesn't
+	edit     func(*Anchor) // changes the anchor before it is loaded, unless nil
 }
 
-// failer is what a comparison needs of a test.
+// failer is the part of testing.TB that a comparison needs.
 type failer interface {
 	Fatal(args ...any)
 	Fatalf(format string, args ...any)
@@ -113,7 +113,7 @@ func newComparison(t failer, w world, seed uint64, main string, edit func(*Ancho
 	return c
 }
 
-// load puts the anchor for a world in force.
+// load loads the anchor for a world.
 func (c *comparison) load(w world) {
 	r, err := policy.Compile(w.mesh, w.host, start)
 	if err != nil {
@@ -132,11 +132,11 @@ func (c *comparison) load(w world) {
 	c.w, c.r = w, r
 }
 
-// joinGroups sends membership reports, which carry an IP option, by each interface,
-// and receives the neighbours': on the mesh interface none passes.
+// joinGroups sends membership reports, which carry an IP option, by each interface, and
+// receives those of neighbours: on the mesh interface none passes.
 func (c *comparison) joinGroups() {
 	if c.subset {
-		return // others' translation may carry the host's own report anywhere
+		return // other software may translate the host's own report
 	}
 	report := pfsim.Packet{Src: netip.MustParseAddr("192.0.2.1"), Dst: netip.MustParseAddr("224.0.0.22"), Proto: protoIGMP, Options: true}
 	for _, name := range c.allIn() {
@@ -148,18 +148,18 @@ func (c *comparison) joinGroups() {
 	}
 }
 
-// testFlow is one that the policy and the machine let open.
+// testFlow is a flow that the policy and the machine let open.
 type testFlow struct {
 	opened  host.Packet
 	sent    pfsim.Packet // as its sender made it
 	left    pfsim.Packet // as it left the host, or reached it
 	out     string       // "": for the host
-	routed  bool         // out is where the host's routes lead
+	routed  bool         // out matches the host's routing table
 	verdict policy.Verdict
 }
 
-// round opens flows, uses them, changes the policy, looks at the flows again,
-// and goes back.
+// round opens flows, uses them, changes the policy, checks the flows again, and changes
+// the policy back.
 func (c *comparison) round(next world) {
 	c.m.FlushStates()
 	c.portless = map[netip.Addr]bool{}
@@ -187,7 +187,7 @@ func (c *comparison) round(next world) {
 	c.load(was)
 }
 
-// judge compares one verdict. what is evaluated for a difference only.
+// judge compares one verdict. It calls what only for a difference.
 func (c *comparison) judge(got, want bool, what func() string) {
 	c.tally.packets++
 	if got {
@@ -200,11 +200,12 @@ func (c *comparison) judge(got, want bool, what func() string) {
 	c.t.Fatalf("pf passes: %v, policy: %v: %s\nmesh %+v\nhost %+v", got, want, what(), c.w.mesh, c.w.host)
 }
 
-// open sends a packet that belongs to no flow.
+// open sends the first packet of a new flow.
 func (c *comparison) open() (testFlow, bool) {
 	p := c.randomPacket()
 	v := p.Judge(c.r)
-	// The host's own packets turned round are the one exception to the table.
+	// The host's own packets that come back by the tunnel are the one exception to the
+	// table.
 	turned := p.In == meshInterface && betweenOwn(p)
 	f := testFlow{opened: p, sent: c.toPF(p), verdict: v}
 	var j pfsim.Judgement
@@ -225,8 +226,8 @@ func (c *comparison) open() (testFlow, bool) {
 	}
 	pass := j.Verdict == pfsim.VerdictPass
 	if to := j.Packet().Dst; c.subset && p.In != meshInterface && to != p.Dst {
-		// Another product's redirection of what isn't a peer's: what counts is where
-		// it goes.
+		// Another product redirected a packet that isn't a peer's: the verdict on the new
+		// destination counts.
 		redirected := p
 		redirected.Dst = to
 		want = redirected.Judge(c.r).Pass
@@ -242,9 +243,8 @@ func (c *comparison) open() (testFlow, bool) {
 	return f, p.Src.IsValid() && isFlow(f)
 }
 
-// isFlow reports whether an answer to the flow's packet is to be expected: not
-// to errors and resets, and where the mesh has nothing to do with it no state is
-// made.
+// isFlow reports whether a flow's packet can be answered. Errors and resets aren't
+// answered, and no state is made where the mesh isn't concerned.
 func isFlow(f testFlow) bool {
 	switch f.verdict.Rule {
 	case policy.RuleIncoming, policy.RuleDNS, policy.RuleLAN, policy.RuleInternet, policy.RuleHostToPeer:
@@ -253,14 +253,14 @@ func isFlow(f testFlow) bool {
 	return false
 }
 
-// isForHost reports whether the kernel keeps a packet: all that isn't unicast to
-// another host.
+// isForHost reports whether the kernel delivers a packet locally: every packet but
+// unicast to another host.
 func (c *comparison) isForHost(p host.Packet) bool {
 	return !c.r.IsForwarded(p.Dst)
 }
 
-// mayLeave reports whether the policy lets a packet leave by an interface. What
-// is to be translated needs an address there.
+// mayLeave reports whether the policy lets a packet leave by an interface. If the packet
+// is to be translated, the interface needs an address.
 func (c *comparison) mayLeave(p host.Packet, v policy.Verdict, out string) bool {
 	switch v.Exit {
 	case policy.ExitMesh:
@@ -280,8 +280,8 @@ func betweenOwn(p host.Packet) bool {
 	return slices.Contains(hostAddresses, p.Src) && slices.Contains(hostAddresses, p.Dst)
 }
 
-// canTranslate reports whether an interface has an address to give, and whether
-// the facts told that this family leaves there.
+// canTranslate reports whether an interface has an address to translate to, and whether
+// the facts list a route of this family there.
 func (c *comparison) canTranslate(p host.Packet, v policy.Verdict, out string) bool {
 	if c.subset {
 		return true // perhaps by another program's rule
@@ -306,11 +306,11 @@ func (c *comparison) canTranslate(p host.Packet, v policy.Verdict, out string) b
 	return false
 }
 
-// checkTranslation checks that a packet left with an address of the interface
-// that it left by where the policy wants that, and otherwise as it was sent.
+// checkTranslation checks that a packet left with an address of its outgoing interface if
+// the policy wants translation, and unchanged otherwise.
 func (c *comparison) checkTranslation(f testFlow, v policy.Verdict) {
 	if c.subset && f.opened.In != meshInterface {
-		return // others may translate what isn't a peer's
+		return // other software may translate packets that aren't a peer's
 	}
 	if f.left.Dst != f.sent.Dst || f.left.DstPort != f.sent.DstPort {
 		c.t.Fatalf("%+v: destination became %v", f.opened, f.left)
@@ -331,7 +331,7 @@ func (c *comparison) checkTranslation(f testFlow, v policy.Verdict) {
 	}
 }
 
-// use answers a flow's packet, forges answers to it, and sends errors about it.
+// use answers a flow's packet, forges answers to it, and sends ICMP errors about it.
 func (c *comparison) use(f testFlow) {
 	answer := reverse(f.left)
 	peer := f.sent.Src
@@ -366,10 +366,10 @@ func (c *comparison) judgeAnswerToHost(f testFlow, answer pfsim.Packet, in strin
 	})
 }
 
-// judgeAnswerToPeer judges an answer to a flow that a peer opened through the
-// host: whether it reaches the peer. One that isn't translated back is for the
-// host. Of class lan, the policy lets any other interface answer; states are
-// bound to the one that the flow left by.
+// judgeAnswerToPeer judges whether the answer to a flow that a peer opened through the
+// host reaches the peer. An answer that isn't translated back is addressed to the host.
+// In class lan the policy lets any other interface answer; a state accepts only the
+// interface that the flow left by.
 func (c *comparison) judgeAnswerToPeer(f testFlow, answer pfsim.Packet, in string) {
 	v := c.r.Reply(policy.ByPeer, f.opened.Packet, in)
 	got := c.m.Forward(answer, in, meshInterface)
@@ -382,8 +382,8 @@ func (c *comparison) judgeAnswerToPeer(f testFlow, answer pfsim.Packet, in strin
 	})
 }
 
-// errors sends ICMP errors about a flow's packet, along the flow's way, and about
-// nothing.
+// errors sends ICMP errors about a flow's packet, along the flow's path, and about
+// packets of no flow.
 func (c *comparison) errors(f testFlow, peer netip.Addr) {
 	opener := policy.ByPeer
 	if f.opened.In == "" {
@@ -426,9 +426,9 @@ func (c *comparison) errors(f testFlow, peer netip.Addr) {
 	}
 }
 
-// after looks at a flow again when the policy has changed and narrowed flows were
-// cut: first whether anything of a flow that is no longer allowed passes, in the
-// order answer, packet; then whether what is allowed still does.
+// after checks a flow again once the policy has changed and the narrowed flows were cut.
+// First nothing of a flow that is no longer allowed may pass, neither answer nor packet;
+// then an allowed flow must pass.
 func (c *comparison) after(f testFlow, narrowed []policy.Narrowed) {
 	v := f.opened.Judge(c.r)
 	byHost := f.opened.In == ""
@@ -437,10 +437,10 @@ func (c *comparison) after(f testFlow, narrowed []policy.Narrowed) {
 		return slices.Contains(n.Addresses[:], f.opened.Src) || slices.Contains(n.Addresses[:], f.opened.Dst)
 	})
 	if v.Pass && !want && f.out != "" && !byHost && !f.routed {
-		return // its opener may open it, but it left by an interface that no route leads to
+		return // the peer may open it, but it left by an interface without a route
 	}
 	if !byHost && f.out != "" && (untouched && want || !want) {
-		// Without having been cut a flow goes on; cut, an answer doesn't revive it.
+		// A flow that wasn't cut goes on. A cut flow isn't revived by an answer.
 		got := c.m.Forward(reverse(f.left), f.out, meshInterface)
 		reached := got.Verdict == pfsim.VerdictPass && got.Packet().Dst == f.sent.Src
 		c.judge(reached, want, func() string {
@@ -452,10 +452,10 @@ func (c *comparison) after(f testFlow, narrowed []policy.Narrowed) {
 	case byHost:
 		j = c.m.Send(f.sent, f.out)
 	case c.isForHost(f.opened):
-		want = v.Pass // perhaps now only
+		want = v.Pass // it may pass only since the change
 		j = c.m.Receive(f.sent, meshInterface)
 	case f.out == "":
-		return // no longer the host's address, and this host has no way there
+		return // no longer the host's address, and no interface leads there
 	default:
 		j = c.m.Forward(f.sent, meshInterface, f.out)
 	}

@@ -19,9 +19,9 @@ import (
 
 var wantWorlds = flag.Int("worlds", 1000, "random meshes and hosts that are enforced and read back")
 
-// TestWhatIsHeldIsWhatWasWritten enforces random meshes on random hosts, one after
-// the other on each, and reads back what pf holds: its tables drop what a table
-// can't hold, and pfctl prints rules in its own way.
+// TestWhatIsHeldIsWhatWasWritten enforces random meshes in sequence on random hosts, and
+// reads back what pf holds. That can differ from what was loaded: pf drops entries that a
+// table can't hold, and pfctl prints rules in a form of its own.
 func TestWhatIsHeldIsWhatWasWritten(t *testing.T) {
 	worlds, loads, inPlace := 0, 0, 0
 	for seed := uint64(0); worlds < *wantWorlds; seed++ {
@@ -47,11 +47,11 @@ func TestWhatIsHeldIsWhatWasWritten(t *testing.T) {
 			m.Former = randomFormer(rng)
 			r := g.enforce(m)
 			if report := g.inspect(r); len(report.Drift) > 0 {
-				t.Fatalf("seed %d: enforced, and then %v\nhost %+v\nmesh %+v", seed, report.Drift, r.Host(), r.Mesh())
+				t.Fatalf("seed %d: drift after Enforce: %v\nhost %+v\nmesh %+v", seed, report.Drift, r.Host(), r.Mesh())
 			}
-			g.p.enforcedSince = true // and once more, with nothing changed
+			g.p.enforcedSince = true // inspect again, without a change
 			if report := g.inspect(r); len(report.Drift) > 0 {
-				t.Fatalf("seed %d: enforced, and later %v", seed, report.Drift)
+				t.Fatalf("seed %d: drift in the second Inspect: %v", seed, report.Drift)
 			}
 			worlds++
 		}
@@ -70,7 +70,8 @@ func randomPermissions(rng *rand.Rand) []mesh.Permissions {
 
 func randomFormer(rng *rand.Rand) (out []netip.Addr) {
 	for range rng.IntN(3) {
-		// The second is outside, of a time when the mesh had another prefix.
+		// The second address is outside the prefix, from a time when the mesh had another
+		// one.
 		out = append(out, netip.AddrFrom4([][4]byte{{100, 64, 7, byte(1 + rng.IntN(200))}, {10, 213, 7, byte(1 + rng.IntN(200))}}[rng.IntN(2)]))
 	}
 	slices.SortFunc(out, netip.Addr.Compare)
@@ -99,7 +100,7 @@ func randomMac(t *testing.T, rng *rand.Rand) *rig {
 	return g
 }
 
-// usableNetwork is randomNetwork without what an interface can't have.
+// usableNetwork is randomNetwork without the addresses that an interface can't have.
 func usableNetwork(rng *rand.Rand, v4 bool) netip.Prefix {
 	for {
 		p := randomNetwork(rng, v4)
@@ -118,7 +119,7 @@ func broadcastsOf(p netip.Prefix) []netip.Addr {
 	return []netip.Addr{first, end}
 }
 
-// change gives an interface another address, or takes one away.
+// change adds an address to an interface or removes one.
 func (g *rig) change(rng *rand.Rand) {
 	g.t.Helper()
 	name := "en0"
@@ -129,11 +130,11 @@ func (g *rig) change(rng *rand.Rand) {
 		g.must(g.mac.Kernel.RemoveAddress(name, i.Addresses[rng.IntN(len(i.Addresses))].Prefix.Addr()))
 		return
 	}
-	// An address that another interface has is refused.
+	// The kernel refuses an address that another interface has.
 	_ = g.mac.Kernel.AddAddress(name, usableNetwork(rng, rng.IntN(2) == 0))
 }
 
-// TestTableHoldsNoZeroHost checks what becomes of what a table can't hold.
+// TestTableHoldsNoZeroHost checks which entries pf drops from a table.
 func TestTableHoldsNoZeroHost(t *testing.T) {
 	for _, tt := range []struct{ in, want []netip.Prefix }{
 		{prefixes("::/128", "::1/128", "10.0.0.0/8"), prefixes("10.0.0.0/8", "::/127", "::1/128")},
@@ -150,17 +151,17 @@ func TestTableHoldsNoZeroHost(t *testing.T) {
 	}
 }
 
-// keeps reports whether a host keeps what is for an address.
+// keeps reports whether the host delivers packets to an address locally.
 func keeps(r *policy.Ruleset, a netip.Addr) bool {
 	return r.Class(a) == policy.Self || r.Class(a) == policy.Martian
 }
 
-// TestTablesChangeByAndBy changes an anchor's tables one after the other from one
-// host's to another's: in between, nothing of a peer passes that passes neither
-// before nor after, and nothing is forwarded for others.
+// TestTablesChangeByAndBy replaces an anchor's tables one at a time, from one host's to
+// another's. Between two steps no peer's packet passes unless it passes before the first
+// step or after the last, and no transit is forwarded.
 func TestTablesChangeByAndBy(t *testing.T) {
 	changes, packets := 0, 0
-	for range 10 { // some orders go wrong in one of a thousand worlds only
+	for range 10 { // a wrong order may show in only one of a thousand worlds
 		rapid.Check(t, func(t *rapid.T) { changeByAndBy(t, &changes, &packets) })
 	}
 	t.Logf("%d changes, %d packets", changes, packets)
@@ -217,7 +218,7 @@ func changeByAndBy(t *rapid.T, changes, packets *int) {
 		}
 		return out
 	}
-	// What there is to be translated to isn't what this is about.
+	// Only the tables are under test: both machines get all addresses to translate to.
 	next.addInterfaces(c.m)
 	before := passes(c.m)
 	if err := after.m.LoadAnchor(a.Path, a.Ruleset()); err != nil {
@@ -236,14 +237,14 @@ func changeByAndBy(t *rapid.T, changes, packets *int) {
 			if pass && !before[i] && !last[i] {
 				c.m.FlushStates()
 				after.m.FlushStates()
-				t.Fatalf("after <%s> became %v: %v passes\n%s\nat last\n%s\n%s", step.Name, step.Entries(), probes[i], explain(probes[i].send(&c.m.Machine)), explain(probes[i].send(&after.m.Machine)), a.Ruleset())
+				t.Fatalf("after <%s> became %v: %v passes\n%s\nafter the last step\n%s\n%s", step.Name, step.Entries(), probes[i], explain(probes[i].send(&c.m.Machine)), explain(probes[i].send(&after.m.Machine)), a.Ruleset())
 			}
 		}
 	}
 	for name, want := range a.tables() {
 		got, err := c.m.Table(a.Path, name)
 		if err != nil || !slices.Equal(got.Entries(), want.Entries()) {
-			t.Fatalf("<%s> holds %v at last, want %v (%v)", name, got, want.Entries(), err)
+			t.Fatalf("<%s> holds %v after the last step, want %v (%v)", name, got, want.Entries(), err)
 		}
 	}
 }

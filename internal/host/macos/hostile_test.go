@@ -19,8 +19,8 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// TestTransitOfAnyKind has rules of others ahead of ours let one kind of packet
-// through each: forwarding doesn't go on.
+// TestTransitOfAnyKind has a foreign rule ahead of ours let one kind of packet through
+// per case: forwarding doesn't stay on.
 func TestTransitOfAnyKind(t *testing.T) {
 	const stranger = "192.168.77.50"
 	packet := func(src, dst string, proto pfconf.Proto, from, to uint16, flags pfconf.TCPFlags) pfsim.Packet {
@@ -82,21 +82,21 @@ func TestTransitOfAnyKind(t *testing.T) {
 			g.must(err)
 			g.mac.Kernel.SetVariable("net.inet.ip.forwarding", "1")
 			if o := g.mac.Receive(c.p, link); o.Fate != simmac.Forwarded {
-				t.Fatalf("the packet doesn't pass even without us: %v (%s)", o.Fate, o.Why)
+				t.Fatalf("the packet doesn't pass without our anchor either: %v (%s)", o.Fate, o.Why)
 			}
 			g.mac.Kernel.SetVariable("net.inet.ip.forwarding", "0")
 			if err := g.p.Enforce(t.Context(), g.compile(testMesh(1, mesh.Routing))); err == nil {
-				t.Error("it is enforced")
+				t.Error("Enforce returned no error")
 			}
 			if o := g.mac.Receive(c.p, link); o.Fate == simmac.Forwarded {
-				t.Error("transit is open")
+				t.Error("transit passes")
 			}
 		})
 	}
 }
 
-// TestHarmlessQuickRules has rules of others ahead of ours that let no transit
-// through: routing goes on.
+// TestHarmlessQuickRules has foreign rules ahead of ours that let no transit through:
+// routing stays on.
 func TestHarmlessQuickRules(t *testing.T) {
 	for name, rules := range map[string]string{
 		"loopback":            "pass quick on lo0 all flags any keep state\n",
@@ -117,8 +117,8 @@ func TestHarmlessQuickRules(t *testing.T) {
 	}
 }
 
-// TestAnchorsOfAnyName has others' anchors carry names that pfctl takes and ours
-// wouldn't: they are read, and routing goes on.
+// TestAnchorsOfAnyName gives foreign anchors names that pfctl accepts and our own label
+// rules refuse: they are read, and routing stays on.
 func TestAnchorsOfAnyName(t *testing.T) {
 	for _, name := range []string{"com.vendor vpn", "vpn@work", "net:foo", "über", "a+b"} {
 		g := newRig(t)
@@ -128,7 +128,7 @@ func TestAnchorsOfAnyName(t *testing.T) {
 	}
 }
 
-// TestInterfacesWithoutAddresses has others open an interface of which the facts
+// TestInterfacesWithoutAddresses has a foreign rule open an interface for which the facts
 // list no address.
 func TestInterfacesWithoutAddresses(t *testing.T) {
 	t.Run("skipped", func(t *testing.T) {
@@ -137,7 +137,7 @@ func TestInterfacesWithoutAddresses(t *testing.T) {
 		g.must(g.mac.LoadMain("set skip on en9\n" + simmac.StockMain))
 		g.open()
 		if err := g.p.Enforce(t.Context(), g.compile(testMesh(1, mesh.Routing))); err == nil {
-			t.Error("it is enforced")
+			t.Error("Enforce returned no error")
 		}
 		g.arrives("en9", "198.51.100.66", "9.9.9.9", simmac.Dropped)
 		g.arrives("en9", first, "9.9.9.9", simmac.Dropped)
@@ -148,15 +148,15 @@ func TestInterfacesWithoutAddresses(t *testing.T) {
 		g.must(g.mac.LoadAnchor("com.apple/200.AirDrop", "pass quick on awdl0 all no state\n"))
 		g.open()
 		if err := g.p.Enforce(t.Context(), g.compile(testMesh(1, mesh.Routing))); err == nil {
-			t.Error("it is enforced")
+			t.Error("Enforce returned no error")
 		}
 		g.arrives("awdl0", "2001:db8:66::66", "2001:db8:1::77", simmac.Dropped)
 		g.arrives("awdl0", first, "9.9.9.9", simmac.Dropped)
 	})
 }
 
-// TestFactsThatCannotBe gives the Mac a resolver, a route and an address that are
-// IPv4 ones in other clothes: they close nothing.
+// TestFactsThatCannotBe gives the Mac a resolver, a route and an address in IPv4-mapped
+// form: Enforce still succeeds.
 func TestFactsThatCannotBe(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -174,8 +174,8 @@ func TestFactsThatCannotBe(t *testing.T) {
 	}
 }
 
-// TestLookThatFailsClosesNothing has programs that tell of the host fail: what they
-// told last counts, and it is said.
+// TestLookThatFailsClosesNothing has the programs that report on the host fail: the last
+// known facts stay in force, and the failure is reported.
 func TestLookThatFailsClosesNothing(t *testing.T) {
 	for _, program := range []string{"/usr/sbin/scutil", "/sbin/ifconfig"} {
 		synctest.Test(t, func(t *testing.T) {
@@ -199,8 +199,8 @@ func TestLookThatFailsClosesNothing(t *testing.T) {
 	}
 }
 
-// TestManyInterfacesCome lets more interfaces come and go than are remembered: what
-// is loaded is what is wanted.
+// TestManyInterfacesCome adds and removes more interfaces than the backend remembers: the
+// loaded anchor still matches the wanted one.
 func TestManyInterfacesCome(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -217,13 +217,13 @@ func TestManyInterfacesCome(t *testing.T) {
 	now := egressOf(g.p.enforced.Host())
 	for _, e := range now {
 		if e.name != "en0" && !slices.Contains(g.p.pastEgress, e) {
-			t.Errorf("%v exists and isn't remembered", e)
+			t.Errorf("%v exists but isn't remembered", e)
 		}
 	}
 }
 
-// TestKillsOfARange lets a network come that begins like a narrower one, so that its
-// first address keeps its class and the others don't.
+// TestKillsOfARange adds a network that starts at the same address as a narrower one: its
+// first address keeps its class, the others change theirs, and their flows end.
 func TestKillsOfARange(t *testing.T) {
 	h := testHost()
 	h.Routes = append(h.Routes, policy.Route{Prefix: netip.MustParsePrefix("8.8.8.0/24"), Interface: "en0"})
@@ -232,12 +232,12 @@ func TestKillsOfARange(t *testing.T) {
 	next := mustRuleset(t, testMesh(1, mesh.Routing), h)
 	kills := Kills(old, next, policy.Diff(old, next))
 	if !slices.ContainsFunc(kills, func(k Kill) bool { return k.To.Contains(addrOf("8.8.9.9")) }) {
-		t.Errorf("a flow to 8.8.9.9, which was internet and is lan, lives on: %v", kills)
+		t.Errorf("no kill for a flow to 8.8.9.9, which was internet and is lan: %v", kills)
 	}
 }
 
-// TestLeavingWithManyPeers ends flows by few commands when leaving, so that the rest
-// is put back in time, too.
+// TestLeavingWithManyPeers checks that Close ends flows with few commands, so that it has
+// time left to restore the rest.
 func TestLeavingWithManyPeers(t *testing.T) {
 	g := newRig(t)
 	before := g.mac.Dump()
@@ -259,8 +259,8 @@ func TestLeavingWithManyPeers(t *testing.T) {
 	}
 }
 
-// TestProbingIsBounded gives the Mac many interfaces and others many rules: judging
-// them ends, or says that there are too many.
+// TestProbingIsBounded gives the Mac many interfaces and foreign software many rules: the
+// check of those rules finishes, or returns an error that there are too many.
 func TestProbingIsBounded(t *testing.T) {
 	var b strings.Builder
 	for i := range maxTransitRules + 1 {

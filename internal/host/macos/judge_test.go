@@ -19,15 +19,14 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// judged is a packet that the policy and our own anchor let pass, and how the Mac sends
-// it.
+// judged is a packet that the policy and our own anchor pass, with how it is sent.
 type judged struct {
 	host.Packet
 	out string
 }
 
-// packetsToJudge are packets of a peer that may do everything, of the Mac itself, and
-// WireGuard's own.
+// packetsToJudge returns packets of a peer with all permissions, of the Mac itself, and
+// of WireGuard.
 func packetsToJudge(mesh string) map[string]judged {
 	packet := func(in, src, dst string, proto uint8, from, to uint16) host.Packet {
 		return host.Packet{In: in, Packet: policy.Packet{Src: addrOf(src), Dst: addrOf(dst), Proto: proto, SrcPort: from, DstPort: to}}
@@ -48,7 +47,7 @@ func packetsToJudge(mesh string) map[string]judged {
 	}
 }
 
-// fate is what becomes of the packet on the Mac.
+// fate sends the packet on the Mac and returns its outcome.
 func (g *rig) fate(j judged) simmac.Outcome {
 	if j.In == "" {
 		return g.mac.Send(asShown(j.Packet.Packet))
@@ -56,8 +55,8 @@ func (g *rig) fate(j judged) simmac.Outcome {
 	return g.mac.Receive(asShown(j.Packet.Packet), j.In)
 }
 
-// TestByOthers compares what is said of other software's rules with what becomes of each
-// packet among them: none is said to pass that doesn't, nor the reverse.
+// TestByOthers compares ByOthers' answer about foreign rules with the actual fate of each
+// packet: it says that a packet passes exactly if it does.
 func TestByOthers(t *testing.T) {
 	main := func(translation, filter string) map[string]string {
 		return map[string]string{"": "scrub-anchor \"com.apple/*\"\n" + translation + "nat-anchor \"com.apple/*\"\nrdr-anchor \"com.apple/*\"\ndummynet-anchor \"com.apple/*\"\n" + filter + "anchor \"com.apple/*\"\n"}
@@ -65,7 +64,7 @@ func TestByOthers(t *testing.T) {
 	x := func(rules string) map[string]string { return map[string]string{"com.apple/100.x": rules} }
 	for name, c := range map[string]struct {
 		anchors map[string]string
-		// stopped and redirected name packets; all others pass.
+		// stopped and redirected name packets. All others pass.
 		stopped, redirected []string
 	}{
 		"nothing":             {},
@@ -107,7 +106,7 @@ func TestByOthers(t *testing.T) {
 				o := g.fate(j)
 				redirected := o.Fate != simmac.Dropped && o.Packet.Dst != j.Dst
 				if o.Fate == simmac.Dropped != (want == host.OthersDrop) || redirected != (want == host.OthersRedirect) {
-					t.Errorf("%s is %v to %v (%s); want %q", about, o.Fate, o.Packet.Dst, o.Why, want)
+					t.Errorf("%s: fate %v to %v (%s); want %q", about, o.Fate, o.Packet.Dst, o.Why, want)
 				}
 				if by, err := g.p.ByOthers(t.Context(), j.Packet, j.out, true); err != nil || by != (host.ByOthers{}) {
 					t.Errorf("%s, as an answer: %+v, %v", about, by, err)
@@ -117,8 +116,8 @@ func TestByOthers(t *testing.T) {
 	}
 }
 
-// TestByOthersBesideEnforce calls ByOthers while Enforce, Inspect and Cut run: it takes no
-// part in their steps, and the race detector finds nothing.
+// TestByOthersBesideEnforce calls ByOthers while Enforce, Inspect and Cut run: it waits
+// for none of their steps, and the race detector finds nothing.
 func TestByOthersBesideEnforce(t *testing.T) {
 	g := newRig(t)
 	var p *Backend
@@ -164,7 +163,7 @@ func TestByOthersBesideEnforce(t *testing.T) {
 	beside.Wait()
 }
 
-// TestByOthersApart has a command of a question hang: nothing that enforces waits for it.
+// TestByOthersApart has a command of ByOthers hang: enforcement doesn't wait for it.
 func TestByOthersApart(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -202,7 +201,7 @@ func TestByOthersApart(t *testing.T) {
 	case err := <-done:
 		g.must(err)
 	case <-time.After(time.Minute):
-		t.Error("enforcing waits for a question whose command hangs")
+		t.Error("enforcement waits for ByOthers' hanging command")
 	}
 	g.arrives(g.p.name, first, "9.9.9.9", simmac.Dropped)
 	if _, err := g.p.Way(context.Background(), web.Packet); err != nil {
@@ -212,8 +211,8 @@ func TestByOthersApart(t *testing.T) {
 	g.must(<-answered)
 }
 
-// TestByOthersWithoutFilter asks while the packet filter is off, and while it is on for
-// another program and nothing of ours is in it.
+// TestByOthersWithoutFilter calls ByOthers while pf is off, and while pf is on for
+// another program and our anchor isn't loaded.
 func TestByOthersWithoutFilter(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -225,21 +224,21 @@ func TestByOthersWithoutFilter(t *testing.T) {
 		by, err := g.p.ByOthers(t.Context(), j.Packet, j.out, false)
 		g.must(err)
 		if o := g.fate(j); (o.Fate == simmac.Delivered) != (by.Does == "") {
-			t.Errorf("%+v, and the packet is %v", by, o.Fate)
+			t.Errorf("ByOthers says %+v, but the packet's fate is %v", by, o.Fate)
 		}
 		return by.Does
 	}
 	if does := ask(); does != "" {
-		t.Errorf("while it is off: %q", does)
+		t.Errorf("while pf is off: %q", does)
 	}
 	_, err := darwin.NewPF(g.mac).Enable(t.Context())
 	g.must(err)
 	if does := ask(); does != host.OthersDrop {
-		t.Errorf("while it is on: %q", does)
+		t.Errorf("while pf is on: %q", does)
 	}
 }
 
-// TestByOthersUnclear has a rule decide that isn't understood.
+// TestByOthersUnclear has a rule that can't be parsed decide about the packet.
 func TestByOthersUnclear(t *testing.T) {
 	n := &darwin.Network{Interfaces: []darwin.Interface{{Name: "en0"}, {Name: "utun0"}}}
 	u := unparsed{}

@@ -50,8 +50,8 @@ func TestDocumentation(t *testing.T) {
 	}
 }
 
-// TestLoads checks that what is printed parses to the same ruleset, and loads,
-// for every kind of mesh and host.
+// TestLoads checks, for every kind of mesh and host, that the printed anchor parses to
+// the same ruleset and loads.
 func TestLoads(t *testing.T) {
 	for have := range everything + 1 {
 		for _, peers := range []int{0, 1, 50} {
@@ -64,7 +64,7 @@ func TestLoads(t *testing.T) {
 				t.Fatalf("%v\n%s", err, text)
 			}
 			if again := back.String(); again != text {
-				t.Errorf("printed again: %s", cmp.Diff(text, again))
+				t.Errorf("parsed and printed again (-first +second): %s", cmp.Diff(text, again))
 			}
 			w := world{mesh: testMesh(peers, have), host: h}
 			m, err := w.newMachine(1, appleMain)

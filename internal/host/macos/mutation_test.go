@@ -10,7 +10,7 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// difference is what a spoiled anchor is caught by.
+// difference is what a comparison panics with when it catches a changed anchor.
 type difference string
 
 // catcher turns a comparison's failure into a panic with a difference.
@@ -19,8 +19,8 @@ type catcher struct{}
 func (catcher) Fatal(args ...any)                 { panic(difference(fmt.Sprint(args...))) }
 func (catcher) Fatalf(format string, args ...any) { panic(difference(fmt.Sprintf(format, args...))) }
 
-// isCaught reports whether the comparison finds a difference in one of the
-// worlds when the anchor is spoiled.
+// isCaught reports whether the comparison finds a difference in one of the worlds when
+// the anchor is changed.
 func isCaught(edit func(*Anchor), main string) bool {
 	type pair struct{ w, next world }
 	draw := rapid.Custom(func(t *rapid.T) pair {
@@ -47,7 +47,7 @@ func differs(w, next world, seed uint64, edit func(*Anchor), main string) (diffe
 	return false
 }
 
-// without returns an edit that takes the rules out that drop says.
+// without returns an edit that removes the rules for which drop returns true.
 func without(drop func(*pfconf.Rule) bool) func(*Anchor) {
 	return func(a *Anchor) {
 		a.Lines = slices.DeleteFunc(a.Lines, func(l Line) bool {
@@ -57,8 +57,8 @@ func without(drop func(*pfconf.Rule) bool) func(*Anchor) {
 	}
 }
 
-// twice are the rules of which another one holds the same again, on purpose: only
-// without both does something pass that must not.
+// twice maps a rule to the rule that deliberately blocks the same packets: only without
+// both does a forbidden packet pass.
 var twice = map[string]string{
 	"mesh-spoofed":      "mesh-no-routing",
 	"mesh-no-routing":   "mesh-untranslated",
@@ -66,15 +66,15 @@ var twice = map[string]string{
 	"mesh-not-uplink":   "mesh-untranslated",
 }
 
-// TestEachRuleIsNeeded takes one rule after the other out of the anchor and
-// checks that the differential test finds it: so each line does something, and
-// the test would notice if it didn't.
+// TestEachRuleIsNeeded removes one rule at a time from the anchor and checks that the
+// differential test finds a difference: each rule has an effect, and the test would
+// notice its loss.
 func TestEachRuleIsNeeded(t *testing.T) {
 	for _, label := range mustAnchor(t, mustRuleset(t, testMesh(3, everything), testHost())).Labels() {
 		t.Run(label, func(t *testing.T) {
 			both := twice[label]
 			if !isCaught(without(func(r *pfconf.Rule) bool { return r.Label == label || both != "" && r.Label == both }), appleMain) {
-				t.Errorf("nothing shows that the rule %s is missing", label)
+				t.Errorf("the comparison doesn't notice that rule %s is missing", label)
 			}
 		})
 	}
@@ -89,7 +89,8 @@ func each(change func(*pfconf.Rule)) func(*Anchor) {
 	}
 }
 
-// TestEachDetailIsNeeded spoils what the rules have in common.
+// TestEachDetailIsNeeded changes what all rules have in common, one detail at a time: the
+// differential test finds each change.
 func TestEachDetailIsNeeded(t *testing.T) {
 	for about, tt := range map[string]struct {
 		edit func(*Anchor)
@@ -106,7 +107,7 @@ func TestEachDetailIsNeeded(t *testing.T) {
 	} {
 		t.Run(about, func(t *testing.T) {
 			if !isCaught(tt.edit, tt.main) {
-				t.Errorf("nothing shows it")
+				t.Errorf("the comparison doesn't notice the change")
 			}
 		})
 	}

@@ -13,15 +13,15 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// neighbour is other software's part of a Mac's packet filter.
+// neighbour is other software's part of a Mac's pf ruleset.
 type neighbour struct {
 	main    string
 	anchors map[string]string
-	// wins says that by its place it may decide before our anchor does.
+	// wins says that its position lets it decide before our anchor.
 	wins bool
 }
 
-// hooks are the calls of com.apple's children.
+// hooks are the main ruleset's calls of com.apple's child anchors.
 const hooks = scrubHook + translationHooks
 
 const (
@@ -31,8 +31,8 @@ const (
 
 const filterHook = "anchor \"com.apple/*\"\n"
 
-// neighbours are what was seen on Macs; the shapes of the anchors are those of
-// the conformance vectors.
+// neighbours are configurations seen on Macs. The conformance vectors have anchors of the
+// same shapes.
 var neighbours = map[string]neighbour{
 	"Internet Sharing, behind": {
 		main: hooks + "nat-anchor \"com.apple.internet-sharing/*\"\n" + filterHook + "anchor \"com.apple.internet-sharing/*\"\n",
@@ -56,8 +56,8 @@ pass out on en0
 		main:    hooks + filterHook + "anchor \"killswitch\"\n",
 		anchors: map[string]string{"killswitch": "block drop out all\npass out quick on lo0\npass out quick on en0 proto udp to 198.51.100.7 port 51820\npass quick on utun7\n"},
 	},
-	// The VPN's own port isn't among those that are drawn: a peer's packet to it would be
-	// passed by its rule, as in "before and quick".
+	// Drawn destination ports don't include the VPN's own port: its rule would pass a
+	// peer's packet there, as in "before and quick".
 	"kill switch, before": {
 		main:    hooks + "anchor \"vpn\"\n" + filterHook,
 		anchors: map[string]string{"vpn": "block drop all\npass quick on lo0\npass out quick on en0 proto udp to 8.8.8.8 port 1194 keep state\n"},
@@ -115,9 +115,9 @@ func (n neighbour) load(t failer, m *pfsim.PF) {
 	}
 }
 
-// TestNeighbours checks that among other software's rules our anchor never lets
-// more pass than the policy, unless another rule decides before it does, and that
-// FindForeign names that rule then.
+// TestNeighbours checks that beside other software's rules our anchor never passes more
+// than the policy allows, unless a foreign rule decides first. FindForeign names that
+// rule.
 func TestNeighbours(t *testing.T) {
 	for name, n := range neighbours {
 		t.Run(name, func(t *testing.T) {
@@ -138,13 +138,13 @@ func TestNeighbours(t *testing.T) {
 						return
 					}
 				}
-				t.Fatalf("a foreign rule wins, but isn't found: %v\n%s", found, wider)
+				t.Fatalf("a foreign rule wins, but FindForeign doesn't name it: %v\n%s", found, wider)
 			})
 		})
 	}
 }
 
-// isWider returns a packet that passes against the policy, or "".
+// isWider returns a packet that passes although the policy blocks it, or "".
 func (n neighbour) isWider(t failer, w, next world, seed uint64) (packet string) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -187,7 +187,7 @@ func (n neighbour) foreign(t failer, w world) []Foreign {
 	return found
 }
 
-// TestFindForeign checks what is said of each neighbour on one host.
+// TestFindForeign checks the report about each neighbour on one host.
 func TestFindForeign(t *testing.T) {
 	w := world{mesh: testMesh(8, everything, 0, mesh.Routing, mesh.Incoming), host: testHost()}
 	for _, tt := range []struct{ neighbour, want string }{

@@ -8,11 +8,11 @@ import (
 	"time"
 )
 
-// TestFilesOfAnotherUser believes neither a journal nor a book of cut connections that
-// another user wrote.
+// TestFilesOfAnotherUser checks that a journal and a record of cuts that another user
+// owns are ignored.
 func TestFilesOfAnotherUser(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("only root can give a file to another user")
+		t.Skip("only root can change a file's owner")
 	}
 	dir := t.TempDir()
 	j := &journal{Version: journalVersion, Boot: "boot", Token: 7}
@@ -27,12 +27,12 @@ func TestFilesOfAnotherUser(t *testing.T) {
 		var book cutRecord
 		book.load(dir, "boot", time.Now())
 		if book.problem != nil && len(book.granted) != 0 {
-			t.Error("a book that isn't believed is used")
+			t.Error("an untrusted record of cuts is used")
 		}
 		return journalErr, book.problem
 	}
 	if a, b := read(); a != nil || b != nil {
-		t.Fatalf("its own: %v, %v", a, b)
+		t.Fatalf("root's files: %v, %v", a, b)
 	}
 	for _, name := range []string{journalName, cutName} {
 		if err := os.Chown(filepath.Join(dir, name), 65534, 65534); err != nil {
@@ -42,7 +42,7 @@ func TestFilesOfAnotherUser(t *testing.T) {
 	a, b := read()
 	for _, err := range []error{a, b} {
 		if err == nil || !strings.Contains(err.Error(), "belongs to user 65534") {
-			t.Errorf("another user's: %v", err)
+			t.Errorf("another user's file: %v", err)
 		}
 	}
 }

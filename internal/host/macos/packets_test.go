@@ -11,7 +11,7 @@ import (
 
 const protoGRE = 47
 
-// randomPacket returns a packet that opens a flow of its own.
+// randomPacket returns the first packet of a new flow.
 func (c *comparison) randomPacket() host.Packet {
 	for {
 		v4 := c.rng.IntN(2) == 0
@@ -19,18 +19,18 @@ func (c *comparison) randomPacket() host.Packet {
 		p.Src = c.randomSrc(p.In, v4)
 		c.fillProto(&p)
 		if p.In == meshInterface {
-			// pf drops packets with IP options whoever they are for.
+			// pf drops packets with IP options whatever their destination.
 			p.Malformed = c.rng.IntN(40) == 0
 		}
 		if p.In == loopback && !c.isForHost(p) {
-			continue // nothing else comes in there
+			continue // no other packet comes in there
 		}
 		if p.Src == p.Dst && p.In != loopback && p.In != "" {
-			continue // its own answer: a floating state of others would match it
+			continue // the packet is its own answer: a foreign floating state would match it
 		}
 		if p.Proto == protoGRE {
-			// Translated, two flows without ports to one destination would look
-			// the same: the second one isn't.
+			// After translation, two flows without ports to one destination are
+			// indistinguishable: the second one has no state of its own.
 			if c.portless[p.Dst] || c.portless[p.Src] {
 				continue
 			}
@@ -53,8 +53,8 @@ func (c *comparison) randomIn() string {
 	return names[c.rng.IntN(len(names))]
 }
 
-// randomSrc returns a source: of what comes out of the tunnel mostly a peer's, of
-// what the host sends always its own.
+// randomSrc returns a source address: mostly a peer's for packets from the tunnel, always
+// one of the host's for packets that the host sends.
 func (c *comparison) randomSrc(in string, v4 bool) netip.Addr {
 	honest := c.rng.IntN(10) > 0
 	switch {
@@ -66,7 +66,7 @@ func (c *comparison) randomSrc(in string, v4 bool) netip.Addr {
 	return c.w.randomDst(c.rng, v4)
 }
 
-// fillProto gives a packet a protocol, and ports that no other packet has.
+// fillProto gives a packet a protocol, and ports that no other packet uses.
 func (c *comparison) fillProto(p *host.Packet) {
 	c.port++
 	if c.port < 1024 {
@@ -90,8 +90,8 @@ func (c *comparison) fillProto(p *host.Packet) {
 	}
 }
 
-// randomICMP returns an echo request mostly, and otherwise an error about
-// nothing, or a redirect.
+// randomICMP returns mostly an echo request, otherwise an error about no flow or a
+// redirect.
 func (c *comparison) randomICMP(v4 bool) (proto, kind uint8) {
 	other := c.rng.IntN(3) == 0
 	if v4 {
@@ -106,8 +106,8 @@ func (c *comparison) randomICMP(v4 bool) (proto, kind uint8) {
 	return policy.ProtoICMPv6, 128
 }
 
-// randomOut returns an interface by which a packet leaves: the one that the facts
-// name, half of the time, or any, for a route may change before they do.
+// randomOut returns the interface that a packet leaves by: half of the time the one in
+// the facts, otherwise any, because a route may change before the facts do.
 func (c *comparison) randomOut(p host.Packet) string {
 	if c.rng.IntN(2) == 0 {
 		return c.route(p.Dst)
@@ -116,7 +116,7 @@ func (c *comparison) randomOut(p host.Packet) string {
 	return all[c.rng.IntN(len(all))]
 }
 
-// route is where the host's routes lead, and en0 where they lead nowhere.
+// route returns the interface that the host's routes select, or en0 without a route.
 func (c *comparison) route(dst netip.Addr) string {
 	if out := c.routed(dst); out != "" {
 		return out
@@ -124,8 +124,8 @@ func (c *comparison) route(dst netip.Addr) string {
 	return "en0"
 }
 
-// routed is the host's routing table: peers and mesh by the mesh interface, the
-// longest attached or routed prefix, the uplink.
+// routed looks an address up in the host's routing table: the mesh interface for peers
+// and the mesh, then the longest attached or routed prefix, then the uplink.
 func (c *comparison) routed(dst netip.Addr) string {
 	best, out := -1, c.w.host.Uplink(dst)
 	if class := c.r.Class(dst); class == policy.InMesh {
@@ -146,8 +146,8 @@ func (c *comparison) routed(dst netip.Addr) string {
 	return out
 }
 
-// allOut are the interfaces that a packet can leave by. Others may do on loopback
-// as they like: nothing leaves the host there.
+// allOut returns the interfaces that a packet can leave by. Loopback isn't among them:
+// foreign rules on it don't matter, since nothing leaves the host there.
 func (c *comparison) allOut() []string {
 	names := append(c.w.interfaceNames(), meshInterface)
 	if c.subset {
@@ -156,10 +156,10 @@ func (c *comparison) allOut() []string {
 	return append(names, loopback)
 }
 
-// allIn are the interfaces that other hosts can send by.
+// allIn returns the interfaces that other hosts can send by.
 func (c *comparison) allIn() []string { return append(c.w.interfaceNames(), meshInterface) }
 
-// toPF returns a packet in the packet filter's form.
+// toPF converts a packet to pfsim's form.
 func (c *comparison) toPF(p host.Packet) pfsim.Packet {
 	q := pfsim.Packet{Src: p.Src, Dst: p.Dst, Proto: pfconf.Proto(p.Proto), Options: p.Malformed}
 	switch p.Proto {
@@ -208,7 +208,7 @@ func reverse(p pfsim.Packet) pfsim.Packet {
 
 func hasPorts(p pfconf.Proto) bool { return p != protoGRE }
 
-// icmpErrors are the ICMP errors of an address's family.
+// icmpErrors returns the ICMP error types of an address's family.
 func icmpErrors(a netip.Addr) []uint8 {
 	if a.Is4() {
 		return []uint8{3, 11, 12}

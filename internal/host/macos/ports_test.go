@@ -14,7 +14,7 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf"
 )
 
-// sockets are ports with one in between each time.
+// sockets returns the ports from first to last, step apart.
 func sockets(first, last, step int) (out []uint16) {
 	for p := first; p <= last; p += step {
 		out = append(out, uint16(p))
@@ -62,9 +62,9 @@ func TestChoosePorts(t *testing.T) {
 	}
 }
 
-// TestPortsFollowSockets has programs take ports where peers' packets leave from: the
-// rules follow, once a minute at most, and at once where the kernel itself gives the
-// ports out. Where none are left, nothing leaves, and it is said.
+// TestPortsFollowSockets has programs bind ports that peers' packets leave from: the
+// rules follow at most once a minute, and at once for ports that the kernel assigns
+// itself. If no port is left, nothing leaves, and that is reported.
 func TestPortsFollowSockets(t *testing.T) { synctest.Test(t, testPortsFollowSockets) }
 
 func testPortsFollowSockets(t *testing.T) {
@@ -77,7 +77,7 @@ func testPortsFollowSockets(t *testing.T) {
 		if len(g.inspect(r).Drift) > 0 {
 			g.must(g.p.Enforce(t.Context(), r))
 			if d := g.inspect(r).Drift; len(d) > 0 {
-				t.Fatalf("after enforcing: %v", d)
+				t.Fatalf("drift after Enforce: %v", d)
 			}
 			g.must(g.p.Cut(t.Context(), r, policy.Diff(nil, r)))
 		}
@@ -87,7 +87,7 @@ func testPortsFollowSockets(t *testing.T) {
 	leaves := func(want darwin.PortRange) {
 		t.Helper()
 		if _, text, err := g.p.Renderer()(g.p.enforced); err != nil || text != g.p.loaded.anchor.Ruleset().String() || !strings.Contains(text, fmt.Sprintf("port %d:%d", want.First, want.Last)) {
-			t.Errorf("%v; what is said to be loaded isn't, or has other ports than %v:\n%s", err, want, text)
+			t.Errorf("%v; the loaded anchor isn't the recorded one, or lacks the ports %v:\n%s", err, want, text)
 		}
 		for range 50 {
 			p := syn(first, "9.9.9.9")
@@ -103,7 +103,7 @@ func testPortsFollowSockets(t *testing.T) {
 	leaves(defaultPorts)
 	g.mac.Kernel.BindUDP(30000)
 	round()
-	leaves(defaultPorts) // a minute isn't over
+	leaves(defaultPorts) // less than a minute passed
 	time.Sleep(minPortsAge)
 	round()
 	leaves(darwin.PortRange{First: 30001, Last: 49151})
@@ -111,7 +111,7 @@ func testPortsFollowSockets(t *testing.T) {
 	g.mac.Kernel.BindUDP(25000)
 	round()
 	if g.p.loaded.rules != before {
-		t.Error("a socket elsewhere loads the anchor")
+		t.Error("a socket outside the range reloads the anchor")
 	}
 	g.mac.Kernel.SetVariable("net.inet.ip.portrange.first", "40000")
 	round()
@@ -132,7 +132,7 @@ func testPortsFollowSockets(t *testing.T) {
 	for _, p := range sockets(20000, 49151, 900) {
 		g.mac.Kernel.BindTCP(p)
 	}
-	for _, d := range []time.Duration{0, minPortsAge} { // also before the range changes
+	for _, d := range []time.Duration{0, minPortsAge} { // also too early for a change of range
 		time.Sleep(d)
 		r = round()
 		if ps := g.inspect(r).Problems; len(ps) != 1 || ps[0].Step != StepPorts || !strings.Contains(ps[0].Message, "among all ports") {
@@ -142,8 +142,8 @@ func testPortsFollowSockets(t *testing.T) {
 	leaves(defaultPorts)
 }
 
-// TestFlowsLeaveTakenPorts has a socket of the host take the port of a running flow of a
-// peer's: the flow ends, and no other does.
+// TestFlowsLeaveTakenPorts has a socket of the host bind the port of a peer's running
+// flow: that flow ends, and no other does.
 func TestFlowsLeaveTakenPorts(t *testing.T) { synctest.Test(t, testFlowsLeaveTakenPorts) }
 
 func testFlowsLeaveTakenPorts(t *testing.T) {
@@ -153,14 +153,14 @@ func testFlowsLeaveTakenPorts(t *testing.T) {
 	g.must(g.p.Enforce(t.Context(), r))
 	g.must(g.p.Cut(t.Context(), r, policy.Diff(nil, r)))
 	flow := func(from string) uint16 { return g.mac.Receive(syn(from, "9.9.9.9"), g.p.name).Packet.SrcPort }
-	taken, other := flow(first), flow(second) // to one place, so from two ports
+	taken, other := flow(first), flow(second) // one destination, so two ports
 	runs := func(port uint16) bool {
 		states, err := g.p.pf.States(t.Context())
 		g.must(err)
 		return slices.ContainsFunc(states, func(s pfconf.ShownState) bool { return s.Inner != s.Translated && s.Translated.Port() == port })
 	}
 	if !runs(taken) || !runs(other) {
-		t.Fatalf("no flow leaves from %d or %d, so nothing is proved", taken, other)
+		t.Fatalf("no flow leaves from %d or %d, so the test proves nothing", taken, other)
 	}
 	g.mac.Kernel.BindTCP(taken)
 	for range minPortsAge / (10 * time.Second) {
@@ -177,12 +177,12 @@ func testFlowsLeaveTakenPorts(t *testing.T) {
 	g.must(g.p.Enforce(t.Context(), r))
 	g.must(g.p.Cut(t.Context(), r, nil))
 	if runs(taken) || !runs(other) {
-		t.Errorf("flows run: from the taken port %v, from the other %v", runs(taken), runs(other))
+		t.Errorf("flows go on: from the taken port %v, from the other %v", runs(taken), runs(other))
 	}
 }
 
-// TestUnknownSockets has the kernel tell nothing of its sockets: the usual range
-// counts, or what was known, and it is said.
+// TestUnknownSockets has the kernel's socket list fail: the default range applies, or the
+// ports known before, and the failure is reported.
 func TestUnknownSockets(t *testing.T) {
 	g := newRig(t)
 	p := &Backend{o: Options{Kernel: noTables{g.mac}, Now: time.Now}}
@@ -203,7 +203,7 @@ func TestUnknownSockets(t *testing.T) {
 		t.Errorf("%+v, before %v", p.ports, known)
 	}
 	if !p.ports.ike(time.Now().Add(2 * minPortsAge)) {
-		t.Error("while sockets can't be read port 500 counts as free")
+		t.Error("port 500 counts as free while the sockets can't be read")
 	}
 }
 

@@ -23,10 +23,10 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// tick is how often the daemon looks.
+// tick is the interval of the daemon's loop.
 const tick = 3 * time.Second
 
-// a quietMac is one on which the daemon does nothing but look.
+// A quietMac is one on which the daemon only inspects.
 type quietMac struct {
 	*rig
 	processes int
@@ -37,7 +37,7 @@ func newQuietMac(t *testing.T) *quietMac {
 	q := &quietMac{rig: newRig(t)}
 	q.ran = func() { q.processes++ }
 	q.open()
-	for range 2 { // the second time with the tunnel's own addresses
+	for range 2 { // the second time, the facts have the tunnel's addresses
 		q.r = q.enforce(testMesh(3, everything, mesh.Routing, mesh.Incoming))
 	}
 	for range 3 { // the looks that follow a change
@@ -47,8 +47,8 @@ func newQuietMac(t *testing.T) *quietMac {
 	return q
 }
 
-// look is what the daemon does at a tick when nothing changed, and returns what
-// was found.
+// look does what the daemon does at a tick without a change, and returns the drift that
+// it found.
 func (q *quietMac) look() (found []string) {
 	q.t.Helper()
 	time.Sleep(tick)
@@ -61,13 +61,13 @@ func (q *quietMac) look() (found []string) {
 	return found
 }
 
-// traffic is a packet that no state knows.
+// traffic sends a packet that matches no state.
 func (q *quietMac) traffic() {
 	q.mac.Receive(syn("203.0.113.9", "203.0.113.1"), "en0")
 }
 
-// TestQuietMac counts the processes of a quarter of an hour in which nothing happens but
-// traffic: one at a tick, and every three minutes those that read back all.
+// TestQuietMac counts the processes in fifteen minutes of nothing but traffic: one per
+// tick, and every three minutes those of a full read.
 func TestQuietMac(t *testing.T) { synctest.Test(t, testQuietMac) }
 
 func testQuietMac(t *testing.T) {
@@ -88,20 +88,19 @@ func testQuietMac(t *testing.T) {
 		}
 	}
 	if q.p.most != MaxStates {
-		t.Errorf("the looks read a limit of %d states", q.p.most)
+		t.Errorf("the looks read %d as the limit of states", q.p.most)
 	}
 	if perMinute := float64(q.processes) / 15; perMinute > 30 {
-		t.Errorf("%.1f processes a minute, want 30 at most", perMinute)
+		t.Errorf("%.1f processes a minute, want at most 30", perMinute)
 	}
 	if judged > 0 {
-		t.Errorf("the rules of others were judged %d times, and never changed", judged)
+		t.Errorf("foreign rules were judged %d times without a change", judged)
 	}
 	t.Logf("%d processes in a quarter of an hour", q.processes)
 }
 
-// TestQuietMacSeesDrift lets others change what we have in force while the kernel
-// reports nothing: the next look finds it, with a packet in between where only
-// packets show it.
+// TestQuietMacSeesDrift has other software change what we enforce while the kernel
+// reports no event: the next look finds it, after a packet where only packets reveal it.
 func TestQuietMacSeesDrift(t *testing.T) {
 	for what, tt := range map[string]struct {
 		step string
@@ -120,7 +119,7 @@ func TestQuietMacSeesDrift(t *testing.T) {
 				q := newQuietMac(t)
 				q.traffic()
 				if found := q.look(); found != nil {
-					t.Fatalf("found %v before anything happened", found)
+					t.Fatalf("found %v before the change", found)
 				}
 				tt.do(q)
 				q.traffic()
@@ -132,9 +131,9 @@ func TestQuietMacSeesDrift(t *testing.T) {
 	}
 }
 
-// TestQuietMacSeesOthers lets others change what they have loaded while the kernel
-// reports nothing. A main ruleset that is loaded anew shows at the next look, all else
-// when everything is read.
+// TestQuietMacSeesOthers has other software change its own rules while the kernel reports
+// no event. A reload of the main ruleset is found at the next look, everything else at
+// the next full read.
 func TestQuietMacSeesOthers(t *testing.T) {
 	const (
 		open  = "pass in quick on en5 from <them> to any no state\n"
@@ -142,7 +141,7 @@ func TestQuietMacSeesOthers(t *testing.T) {
 		other = "com.apple/200.x"
 	)
 	for what, tt := range map[string]struct {
-		before string // what other holds
+		before string // rules of the anchor "other"
 		within time.Duration
 		do     func(q *quietMac)
 	}{
@@ -162,7 +161,7 @@ func TestQuietMacSeesOthers(t *testing.T) {
 				q.p.hostChanged.Store(true)
 				for range 2 {
 					if found := q.look(); found != nil {
-						t.Fatalf("found %v before anything happened", found)
+						t.Fatalf("found %v before the change", found)
 					}
 				}
 				tt.do(q)
@@ -182,15 +181,15 @@ func TestQuietMacSeesOthers(t *testing.T) {
 	}
 }
 
-// enableByOthers switches the packet filter on for another program.
+// enableByOthers enables pf with another program's token.
 func (q *quietMac) enableByOthers() {
 	q.t.Helper()
 	_, err := darwin.NewPF(q.mac).Enable(context.Background())
 	q.must(err)
 }
 
-// TestWholeLooks checks what makes the backend read back all that pf holds: an
-// event of the routing socket, a change of ours, and three minutes.
+// TestWholeLooks checks what triggers a full read of pf: an event of the routing socket,
+// a change of ours, and the passing of three minutes.
 func TestWholeLooks(t *testing.T) { synctest.Test(t, testWholeLooks) }
 
 func testWholeLooks(t *testing.T) {
@@ -198,13 +197,13 @@ func testWholeLooks(t *testing.T) {
 	table := func() {
 		q.must(darwin.NewPF(q.mac).ReplaceTable(t.Context(), q.p.path, tableLAN, (set{in: prefixes("100.64.0.0/10")}).table(tableLAN).Addrs))
 	}
-	table() // which no sign shows
+	table() // no event shows it
 	if found := q.look(); found != nil {
 		t.Fatalf("found %v", found)
 	}
 	q.p.hostChanged.Store(true)
 	if found := q.look(); len(found) == 0 {
-		t.Error("an event doesn't make it look")
+		t.Error("an event doesn't trigger a full read")
 	}
 	q.must(q.p.Enforce(t.Context(), q.r))
 	if found := q.look(); found != nil {
@@ -225,8 +224,8 @@ func testWholeLooks(t *testing.T) {
 }
 
 // TestSourceOfIPv6 gives the uplink temporary, deprecated and unique local addresses
-// beside a permanent global one, of which it isn't known at first whether another
-// host has it: peers' packets leave with that one as soon as it is settled.
+// beside a permanent global one that is still tentative (duplicate address detection):
+// peers' packets leave with the permanent one once it is settled.
 func TestSourceOfIPv6(t *testing.T) {
 	g := newRig(t)
 	g.must(g.mac.Kernel.RemoveAddress("en0", addrOf("2001:db8:1::1")))
@@ -257,13 +256,14 @@ func TestSourceOfIPv6(t *testing.T) {
 		t.Errorf("at first: %v, want the only settled one", got)
 	}
 	g.must(g.mac.Kernel.SetAddressFlags("en0", addrOf(permanent), darwin.AddressAutoconf|darwin.AddressSecured))
-	if got := look(); got != addrOf(permanent) { // which no event tells
+	if got := look(); got != addrOf(permanent) { // no event reports it
 		t.Errorf("once it is settled: %v, want %s", got, permanent)
 	}
 	if got := look(); got != addrOf(permanent) || g.p.tentative {
 		t.Errorf("later: %v", got)
 	}
-	// The same are what devices may be told to reach the Mac by.
+	// Lasting, the addresses that devices may use to reach the Mac, follows the same
+	// rule.
 	h, err := g.p.Observe(t.Context())
 	g.must(err)
 	if want := []netip.Addr{h.Source4, addrOf(permanent), addrOf("fd00:1::1")}; !slices.Equal(h.Lasting, want) {
@@ -272,12 +272,12 @@ func TestSourceOfIPv6(t *testing.T) {
 	g.must(g.mac.Kernel.RemoveAddress("en0", addrOf("2001:db8:1::5")))
 	loaded := g.p.loaded
 	if got := look(); got != addrOf(permanent) || g.p.loaded != loaded {
-		t.Errorf("without the temporary one: %v, loaded again: %v", got, g.p.loaded != loaded)
+		t.Errorf("without the temporary one: %v, anchor reloaded: %v", got, g.p.loaded != loaded)
 	}
 }
 
-// TestLinkLocalIsNoFact gives interfaces of the system's other link-local addresses,
-// as they get many times an hour: what is observed stays.
+// TestLinkLocalIsNoFact adds link-local addresses to the system's own interfaces, as
+// happens many times an hour: the observed facts don't change.
 func TestLinkLocalIsNoFact(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -294,8 +294,8 @@ func TestLinkLocalIsNoFact(t *testing.T) {
 	}
 }
 
-// TestOwnAddress lets the Mac send to its own mesh address: where the packet goes
-// into the tunnel it may, and what is turned round there arrives.
+// TestOwnAddress has the Mac send to its own mesh address: the packet may enter the
+// tunnel, and what the tunnel turns back arrives.
 func TestOwnAddress(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -310,8 +310,8 @@ func TestOwnAddress(t *testing.T) {
 			t.Errorf("%v to itself: %v (%s)", own, o.Fate, o.Why)
 		}
 	}
-	// A peer's packet that says so has a peer's address in WireGuard and at the
-	// guard; elsewhere it is dropped.
+	// A forged packet from the host's own address is stopped before pf: by WireGuard and
+	// the guard, which require a peer's address.
 	g.arrives("en5", "100.64.0.1", "100.64.0.1", simmac.Dropped)
 }
 
@@ -319,8 +319,9 @@ func sameHost(a, b policy.Host) bool {
 	return cmp.Equal(a, b, cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{}))
 }
 
-// TestUnexamined stops WireGuard's own packets, which this host doesn't look for: it says
-// so. It says the same of other rules that stop peers while pf has no anchor of ours.
+// TestUnexamined stops WireGuard's own packets, which this host doesn't check: it reports
+// that it doesn't. While our anchor isn't loaded, it reports the same about foreign rules
+// that stop peers.
 func TestUnexamined(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -330,15 +331,15 @@ func TestUnexamined(t *testing.T) {
 	unexamined := func(m policy.Mesh) []host.ProblemKind {
 		t.Helper()
 		r := g.enforce(m)
-		g.inspect(r) // this one only reads back
+		g.inspect(r) // the first one only reads back
 		report := g.inspect(r)
 		if slices.ContainsFunc(report.Problems, func(p host.Problem) bool { return p.Kind == host.KindHostFirewall }) {
-			t.Errorf("it is looked for: %+v", report.Problems)
+			t.Errorf("the rule is reported: %+v", report.Problems)
 		}
 		return slices.Sorted(maps.Keys(report.Unexamined))
 	}
 	if g.p.Host().Unexamined[host.KindHostFirewall] == "" {
-		t.Error("the host doesn't say that it never looks for rules that stop WireGuard")
+		t.Error("the host doesn't report that it never checks for rules that stop WireGuard")
 	}
 	if got := unexamined(m); !slices.Equal(got, []host.ProblemKind{host.KindOtherFilters}) {
 		t.Errorf("without an anchor: %v", got)

@@ -10,7 +10,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// TestWay finds the ways of packets in a Mac's routing table.
+// TestWay looks packets' routes up in a Mac's routing table.
 func TestWay(t *testing.T) {
 	at, cidr := netip.MustParseAddr, netip.MustParsePrefix
 	const up = darwin.RouteUp
@@ -43,7 +43,7 @@ func TestWay(t *testing.T) {
 		{"2001:db8::1", host.Way{Refused: host.WayNone}},
 	} {
 		if got, want := (*Backend)(nil).WayCommand(at(tt.to)), "route -n get "; !strings.HasPrefix(got, want) || strings.Contains(got, "-inet6") != at(tt.to).Is6() {
-			t.Errorf("the way to %s is shown by %q", tt.to, got)
+			t.Errorf("the route to %s is shown by %q", tt.to, got)
 		}
 		if got := wayOf(n, host.Packet{Packet: policy.Packet{Dst: at(tt.to)}}); got != tt.want {
 			t.Errorf("to %s: %+v, want %+v", tt.to, got, tt.want)

@@ -17,7 +17,7 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// happenings are a backend on a simulated Mac on which things happen.
+// happenings is a backend on a simulated Mac and the changes that a test makes to it.
 type happenings struct {
 	*rig
 	rng     *rand.Rand
@@ -26,8 +26,8 @@ type happenings struct {
 	packets int
 }
 
-// happen is what may happen to a Mac, by us or by others, between two rulesets.
-// Each may be undone by the helper's next round only.
+// happen returns what may happen to a Mac between two rulesets, by us or by other
+// software. The helper's next round may be needed to undo it.
 var happen = map[string]func(h *happenings){
 	"permissions change": func(h *happenings) {
 		for i := range h.mesh.Peers {
@@ -39,7 +39,7 @@ var happen = map[string]func(h *happenings){
 	},
 	"the anchor is flushed": func(h *happenings) { h.mac.FlushAnchor(h.p.path) },
 	"the anchor is overwritten": func(h *happenings) {
-		if h.p.loaded != nil { // what others load while we have nothing there is theirs
+		if h.p.loaded != nil { // while we have no anchor there, its rules belong to other software
 			h.must(h.mac.LoadAnchor(h.p.path, "pass quick all\n"))
 		}
 	},
@@ -50,7 +50,7 @@ var happen = map[string]func(h *happenings){
 	},
 	"a tunnel address goes": func(h *happenings) {
 		if err := h.mac.Kernel.RemoveAddress(h.p.name, hostAddresses[h.rng.IntN(2)]); err != nil {
-			h.t.Log(err) // gone already
+			h.t.Log(err) // already removed
 		}
 	},
 	"the main ruleset is loaded again": func(h *happenings) { h.must(h.mac.LoadMain(simmac.StockMain)) },
@@ -69,7 +69,7 @@ var happen = map[string]func(h *happenings){
 	},
 }
 
-// round is what the daemon does: observe, compile, enforce, inspect, cut.
+// round does what the daemon does: observe, compile, enforce, inspect, cut.
 func (h *happenings) round() *policy.Ruleset {
 	h.t.Helper()
 	r := h.enforce(h.mesh)
@@ -79,8 +79,8 @@ func (h *happenings) round() *policy.Ruleset {
 	return r
 }
 
-// judge sends random packets and compares what became of them with the policy.
-// While pf isn't needed nothing is forwarded, and the guard holds the rest.
+// judge sends random packets and compares their fate with the policy. While pf isn't
+// needed nothing is forwarded, and the guard enforces the rest.
 func (h *happenings) judge(r *policy.Ruleset) {
 	h.t.Helper()
 	if !isNeeded(r) {
@@ -98,7 +98,7 @@ func (h *happenings) judge(r *policy.Ruleset) {
 			continue
 		}
 		if p.In != h.p.name && slices.Contains(hostAddresses, p.Src) {
-			continue // forged: the filter stops it, which the policy doesn't ask for
+			continue // forged: pf stops it, though the policy doesn't require that
 		}
 		h.packets++
 		v := p.Judge(r)
@@ -107,7 +107,7 @@ func (h *happenings) judge(r *policy.Ruleset) {
 		right := passed == v.Pass
 		switch {
 		case v.Pass && !passed:
-			right = o.Why != "pf" // but for want of a route
+			right = o.Why != "pf" // it may stop for want of a route
 		case passed && v.Exit == policy.ExitHost:
 			right = o.Fate == simmac.Delivered
 		case passed && v.Exit == policy.ExitUplink:
@@ -121,8 +121,8 @@ func (h *happenings) judge(r *policy.Ruleset) {
 	}
 }
 
-// TestStates drives one backend through random happenings. After each the Mac
-// enforces the policy, and at the end it is as it was found.
+// TestStates drives one backend through random events. After each the Mac enforces the
+// policy, and at the end it is restored.
 func TestStates(t *testing.T) {
 	names := slices.Sorted(maps.Keys(happen))
 	rounds, packets := 0, 0
@@ -144,11 +144,11 @@ func TestStates(t *testing.T) {
 			dump := h.mac.Dump()
 			for _, left := range []string{"utun", "100.64.0.", "fd6d:", h.p.path, "mesh-"} {
 				if strings.Contains(dump, left) {
-					t.Errorf("%q is left over:\n%s", left, dump)
+					t.Errorf("%q remains:\n%s", left, dump)
 				}
 			}
 			if h.mac.PF.Enabled() || h.journalExists() || h.mac.Kernel.Variable("net.inet6.ip6.forwarding") != "0" {
-				t.Errorf("the host isn't as it was:\n%s", dump)
+				t.Errorf("the host wasn't restored:\n%s", dump)
 			}
 			if now := h.mac.Kernel.Variable("net.inet.ip.forwarding"); found == "0" && now != "0" {
 				t.Errorf("forwarding is %s", now)
@@ -159,8 +159,8 @@ func TestStates(t *testing.T) {
 	t.Logf("%d rounds, %d packets", rounds, packets)
 }
 
-// TestStatesThatCannotBeRead has pfctl fail to list the states once: it is said until
-// the next look.
+// TestStatesThatCannotBeRead has pfctl fail to list the states once: Inspect reports it
+// until the next look.
 func TestStatesThatCannotBeRead(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -176,7 +176,7 @@ func TestStatesThatCannotBeRead(t *testing.T) {
 	g.clean(r)
 }
 
-// TestJudgingEndsWithItsContext has others' rules judged when there is no time left.
+// TestJudgingEndsWithItsContext judges foreign rules with an ended context.
 func TestJudgingEndsWithItsContext(t *testing.T) {
 	r := mustRuleset(t, testMesh(2, everything), testHost())
 	a, err := Compile(r, AnchorOptions{})

@@ -16,12 +16,12 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// TestSuite tries this host as every host is tried, on a simulated Mac.
+// TestSuite runs the suite of all hosts on a simulated Mac.
 func TestSuite(t *testing.T) {
 	hosttest.Run(t, hosttest.Harness{New: newComputer, Steps: Steps})
 }
 
-// newComputer is a simulated Mac for the suite. It has no sockets of its own.
+// newComputer returns a simulated Mac for the suite. It has no sockets of its own.
 func newComputer(t *testing.T) *hosttest.Computer {
 	g := &rig{t: t, mac: simmac.New(simmac.Options{Seed: 1}), dir: t.TempDir()}
 	g.must(g.mac.AddEthernet("en0", []string{"203.0.113.1/24", "2001:db8:1::1/64"}, "203.0.113.254", "2001:db8:1::fe"))
@@ -40,7 +40,7 @@ func newComputer(t *testing.T) *hosttest.Computer {
 				return host.Host{}, err
 			}
 			g.p = p
-			t.Cleanup(func() { p.cuts.save(time.Minute) }) // before the folder goes
+			t.Cleanup(func() { p.cuts.save(time.Minute) }) // before the directory is removed
 			return p.Host(), nil
 		},
 		Kill: func() {

@@ -13,14 +13,14 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// stock is what pfctl shows of Apple's main ruleset.
+// stock is pfctl's listing of Apple's main ruleset.
 var stock = shownAnchor{
 	rules: "scrub-anchor \"com.apple/*\" all fragment reassemble\nanchor \"com.apple/*\" all\n",
 	nat:   "nat-anchor \"com.apple/*\" all\nrdr-anchor \"com.apple/*\" all\n",
 }
 
-// TestUnreadMatchesEverything shows the backend rules of others that can't be read, of
-// each kind and in each place: what may let transit through counts as doing so.
+// TestUnreadMatchesEverything gives the backend foreign rules that can't be parsed, of
+// each kind and in each position: a rule that may pass transit counts as passing it.
 func TestUnreadMatchesEverything(t *testing.T) {
 	x := func(rules, nat string, tables ...shownTable) []shownAnchor {
 		return []shownAnchor{stock, {path: "com.apple/100.x", rules: rules, nat: nat, tables: tables}}
@@ -29,7 +29,7 @@ func TestUnreadMatchesEverything(t *testing.T) {
 	const open = "pass in quick on en5 all no state\n"
 	for name, c := range map[string]struct {
 		all []shownAnchor
-		// named is in what is said of it.
+		// named must occur in the report about it.
 		named   string
 		transit bool
 	}{
@@ -77,8 +77,8 @@ func TestUnreadMatchesEverything(t *testing.T) {
 	}
 }
 
-// TestUnreadIsUnclear asks what becomes of a packet among rules that can't be read:
-// none is said to pass for sure.
+// TestUnreadIsUnclear asks for a packet's fate among rules that can't be parsed: no
+// packet is reported as certain to pass.
 func TestUnreadIsUnclear(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -111,8 +111,8 @@ func TestUnreadIsUnclear(t *testing.T) {
 	}
 }
 
-// TestInlineAnchors has others keep rules in braces, which pfctl lists as anchors of
-// their own: they are judged where they are called.
+// TestInlineAnchors has foreign rules in braces, which pfctl lists as separate anchors:
+// they are judged at the point of their call.
 func TestInlineAnchors(t *testing.T) {
 	g := newRig(t)
 	g.must(g.mac.LoadAnchor("com.apple/100.x", "anchor on en5 {\n  pass in on en5 from 192.168.77.0/24 to any no state\n}\n"))
@@ -124,8 +124,8 @@ func TestInlineAnchors(t *testing.T) {
 	}
 }
 
-// TestJudgingPanics has the evaluator panic on what others have loaded: nothing is
-// forwarded, the helper says so, and goes on once it can judge.
+// TestJudgingPanics has the evaluator panic on foreign rules: nothing is forwarded, the
+// helper reports it, and enforces again once it can judge.
 func TestJudgingPanics(t *testing.T) {
 	panics := func(context.Context, *pfsim.Machine, *Anchor, *policy.Ruleset) ([]Foreign, error) {
 		panic("index out of range")
@@ -162,8 +162,8 @@ func TestJudgingPanics(t *testing.T) {
 	}
 }
 
-// TestLookAtOthersThatFails has pfctl not answer when others' rules are read: that
-// closes nothing, and the next look tells.
+// TestLookAtOthersThatFails has pfctl fail while foreign rules are read: that isn't drift,
+// Inspect reports it, and the next look succeeds.
 func TestLookAtOthersThatFails(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -182,7 +182,7 @@ func TestLookAtOthersThatFails(t *testing.T) {
 	}
 }
 
-// A flat runner has a pfctl that lists only the anchors directly below, also with -v.
+// A flat runner has a pfctl that lists only direct child anchors, even with -v.
 type flat struct{ darwin.Runner }
 
 func (f flat) Run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte, []byte, int, error) {
@@ -192,8 +192,8 @@ func (f flat) Run(ctx context.Context, stdin []byte, path string, args ...string
 	return f.Runner.Run(ctx, stdin, path, args...)
 }
 
-// TestAnchorsOfOthers lists the same anchors with a pfctl that descends and with one
-// that doesn't.
+// TestAnchorsOfOthers lists the same anchors with a pfctl that descends and one that
+// doesn't.
 func TestAnchorsOfOthers(t *testing.T) {
 	g := newRig(t)
 	g.must(g.mac.LoadAnchor("com.apple/100.x/deeper/still", "pass all\n"))
@@ -202,7 +202,7 @@ func TestAnchorsOfOthers(t *testing.T) {
 	g.enforce(testMesh(2, everything))
 	want := []string{"com.apple", "com.apple/100.x", "com.apple/100.x/deeper", "com.apple/100.x/deeper/still",
 		"com.apple/200.AirDrop", "com.apple/250.ApplicationFirewall", "vpn",
-		"vpn/vpn"} // which pfctl makes of the call of an inline anchor
+		"vpn/vpn"} // pfctl's name for an inline anchor
 	for name, r := range map[string]darwin.Runner{"descends": g.mac, "lists those below": flat{g.mac}} {
 		g.p.pf = darwin.NewPF(r)
 		got, err := g.p.foreignAnchors(t.Context())

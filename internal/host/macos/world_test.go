@@ -14,8 +14,8 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// world is a mesh and a Mac whose addresses are close to each other, so that
-// classes overlap often.
+// world is a mesh and a Mac whose addresses are close to each other, so that their
+// classes often overlap.
 type world struct {
 	mesh policy.Mesh
 	host policy.Host
@@ -23,7 +23,8 @@ type world struct {
 
 const meshInterface = "utun7"
 
-// listenPort is WireGuard's, and outsidePort where it is another at the router.
+// listenPort is WireGuard's port, and outsidePort the router's external port if that
+// differs.
 const listenPort, outsidePort = 51820, 4500
 
 var hostAddresses = []netip.Addr{netip.MustParseAddr("100.64.0.1"), netip.MustParseAddr("fd6d:6573:6800::1")}
@@ -58,7 +59,7 @@ func drawPermissions(t *rapid.T) mesh.Permissions {
 	return mesh.Permissions(rapid.IntRange(0, int(everything)).Draw(t, "permissions"))
 }
 
-// drawFamilies gives both families most of the time.
+// drawFamilies draws both families most of the time.
 func drawFamilies(t *rapid.T, label string) policy.Families {
 	n := rapid.IntRange(0, 7).Draw(t, label)
 	return policy.Families{IPv4: n != 0 && n != 1, IPv6: n != 0 && n != 2}
@@ -102,8 +103,8 @@ func (w *world) drawInterfaces(t *rapid.T) {
 	nameSources(&w.host)
 }
 
-// nameSources has the facts name the address that peers' packets leave with, as
-// Observe does: the uplink's first, of IPv6 a global one before others.
+// nameSources sets the facts' source addresses of peers' packets, as Observe does: the
+// uplink's first address, for IPv6 a global one before others.
 func nameSources(h *policy.Host) {
 	h.Source4, h.Source6 = netip.Addr{}, netip.Addr{}
 	if as := addresses(*h, h.Uplink4, pfconf.Inet); len(as) > 0 {
@@ -122,7 +123,7 @@ var (
 	networks6 = prefixes("fd6d:6573:6800::/120", "fd00:1::/64", "2001:db8:1::/64", "2001:db8:2::/64", "2a00::/16", "fe80::/64")
 )
 
-// randomNetwork returns an address with the length of its network.
+// randomNetwork returns an address with its network's prefix length.
 func randomNetwork(rng *rand.Rand, v4 bool) netip.Prefix {
 	pool := networks6
 	if v4 {
@@ -154,7 +155,7 @@ var anywhere6 = append(prefixes("::1/128", "::/128", "fe80::/10", "ff02::/16", "
 	"::/96", "100::/64", "fec0::/10", "2001::/32", "64:ff9b::/96", "64:ff9b::192.168.77.0/120", "64:ff9b::100.64.0.0/124", "64:ff9b:1::/48",
 	"2002::/16", "2002:c0a8:4d00::/40", "2002:6440::/44"), networks6...)
 
-// randomDst returns a destination: somewhere, the host's, a peer's, a neighbour's.
+// randomDst returns a destination: random, the host's, a peer's, or a neighbour's.
 func (w *world) randomDst(rng *rand.Rand, v4 bool) netip.Addr {
 	for range 10 {
 		var a netip.Addr
@@ -187,7 +188,7 @@ func (w *world) randomDst(rng *rand.Rand, v4 bool) netip.Addr {
 	return netip.MustParseAddr("2620:fe::fe")
 }
 
-// edgeOf returns a neighbour in a network: first, last, or any address.
+// edgeOf returns a neighbour's address in a network: the first, the last, or any.
 func edgeOf(rng *rand.Rand, p netip.Prefix) netip.Addr {
 	switch rng.IntN(4) {
 	case 0:
@@ -211,7 +212,7 @@ func (w *world) peerAddr(rng *rand.Rand, v4 bool) netip.Addr {
 	return as[1]
 }
 
-// ownAddr returns an address of the host; its mesh address more often.
+// ownAddr returns an address of the host, most often its mesh address.
 func (w *world) ownAddr(rng *rand.Rand, v4 bool) netip.Addr {
 	var all []netip.Addr
 	for _, i := range w.host.Interfaces {
@@ -227,7 +228,7 @@ func (w *world) ownAddr(rng *rand.Rand, v4 bool) netip.Addr {
 	return all[rng.IntN(len(all))]
 }
 
-// interfaceNames returns the names of the host's interfaces but the mesh's and
+// interfaceNames returns the names of the host's interfaces except the mesh interface and
 // loopback, and one that the facts don't list.
 func (w *world) interfaceNames() []string {
 	names := []string{"en9", "utun3"}
@@ -244,11 +245,10 @@ func (w *world) interfaceNames() []string {
 	return names
 }
 
-// utun3Addresses are the other VPN's own addresses, which the host's facts don't have.
+// utun3Addresses are the other VPN's own addresses, which the facts don't list.
 var utun3Addresses = prefixes("172.31.9.9/32", "fd00:9::9/128")
 
-// newMachine returns a packet filter on the host's interfaces with a main
-// ruleset.
+// newMachine returns a pf simulation with the host's interfaces and a main ruleset.
 func (w *world) newMachine(seed uint64, main string) (*pfsim.PF, error) {
 	m := pfsim.NewPF(pfsim.Options{Rand: rand.New(rand.NewPCG(seed, 2)), StateLimit: 1 << 20})
 	m.AddInterface(pfconf.Interface{Name: loopback, Addresses: prefixes("127.0.0.1/8", "::1/128")})
@@ -263,7 +263,7 @@ func (w *world) newMachine(seed uint64, main string) (*pfsim.PF, error) {
 	return m, m.Enable()
 }
 
-// addInterfaces gives the machine the world's interfaces, or their new addresses.
+// addInterfaces adds the world's interfaces to the machine, or updates their addresses.
 func (w *world) addInterfaces(m *pfsim.PF) {
 	for _, name := range w.interfaceNames() {
 		i := pfconf.Interface{Name: name}
