@@ -18,15 +18,16 @@ import (
 	"github.com/meshhelper/meshhelper/launchd"
 )
 
-// launchd mustn't kill the helper while it leaves the host.
+// launchd must not kill the helper while it restores the host, so ExitTimeOut exceeds
+// LeaveLimit by at least 3 s.
 func TestExitTimeOutIsLongerThanLeaving(t *testing.T) {
 	o := &Options{Label: label, LogDir: "/var/log/meshhelper"}
 	if rest := *o.job().ExitTimeOut - int(host.LeaveLimit.Seconds()); rest < 3 {
-		t.Errorf("launchd leaves %d s beside leaving", rest)
+		t.Errorf("ExitTimeOut leaves %d s beyond LeaveLimit, want at least 3", rest)
 	}
 }
 
-// wrong returns the names of the checks that found a problem, and their texts.
+// wrong returns the names of the checks that found a problem, and the problems' texts.
 func wrong(checks []Check) (names []string, texts string) {
 	for _, c := range checks {
 		if !c.OK {
@@ -96,7 +97,7 @@ func TestChecks(t *testing.T) {
 
 func (g *rig) disk(path string) string { return filepath.Join(g.root, path) }
 
-// rewrite changes the property list on the disk.
+// rewrite changes the installed property list.
 func (g *rig) rewrite(change func(*launchd.Job)) {
 	j := g.o.job()
 	change(j)
@@ -105,7 +106,7 @@ func (g *rig) rewrite(change func(*launchd.Job)) {
 	g.must(owned.ReplaceFrom(g.disk(g.o.List()), bytes.NewReader(text), 0o644))
 }
 
-// nothing is a Mac without programs.
+// nothing is a Mac on which no program can be run.
 type nothing struct{ launchd.Runner }
 
 func (nothing) Run(context.Context, []byte, string, ...string) ([]byte, []byte, int, error) {
@@ -128,8 +129,8 @@ func TestCheckOfABadSignature(t *testing.T) {
 	})
 }
 
-// Writing to the installed program in place has it killed at its next start, and
-// installing again cures it.
+// TestOverwrittenInPlace writes to the installed program's file: the kernel kills the
+// program at its next start, doctor says to install it again, and that repairs it.
 func TestOverwrittenInPlace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newRig(t)
@@ -149,7 +150,8 @@ func TestOverwrittenInPlace(t *testing.T) {
 	})
 }
 
-// macOS may hold a service back when it sees it start.
+// TestInstallAsksAgainAfterTheStart has macOS disable the service only once it has
+// started (Login Items & Extensions): the last step reports it.
 func TestInstallAsksAgainAfterTheStart(t *testing.T) {
 	g := newRig(t)
 	g.mac.Launchd.HeldBack = []string{label}

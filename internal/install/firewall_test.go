@@ -9,7 +9,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/simmac"
 )
 
-// What socketfilterfw prints, as captured and as others read it.
+// TestParseFirewall parses socketfilterfw's output: captured on Macs, and in the forms
+// that other projects parse.
 func TestParseFirewall(t *testing.T) {
 	const program = "/Library/PrivilegedHelperTools/org.meshhelper"
 	for out, want := range map[string]appRule{
@@ -40,7 +41,7 @@ func TestParseFirewall(t *testing.T) {
 		}
 	}
 	if got := parseAppBlocked("Incoming connection to /opt/blocked/x is permitted.\n", "/opt/blocked/x"); got != appAllowed {
-		t.Errorf("a word of the path counts: %s", got)
+		t.Errorf("a word of the path decides: %s", got)
 	}
 	for _, tt := range []struct {
 		state, all          string
@@ -60,7 +61,7 @@ func TestParseFirewall(t *testing.T) {
 			t.Errorf("%q, %q: %v, %v", tt.state, tt.all, on, all)
 		}
 	}
-	// socket_vmnet's three lines, each with exit status 0.
+	// The three lines that socket_vmnet's installer gets, each with exit status 0.
 	b, err := os.ReadFile("testdata/mac/socketfilterfw-add.txt")
 	if err != nil {
 		t.Fatal(err)
@@ -88,11 +89,13 @@ func FuzzParseFirewall(f *testing.F) {
 	})
 }
 
-// socketfilterfw exits 0 whatever happens, so the step reads back.
+// TestFirewallIsReadBack registers the program with firewalls that accept or refuse it.
+// socketfilterfw exits 0 either way, so the step reads the rule back, and fails if the
+// program isn't allowed.
 func TestFirewallIsReadBack(t *testing.T) {
 	for name, tt := range map[string]struct {
 		firewall simmac.Firewall
-		want     string // of the step's error; "": none
+		want     string // in the step's error; "" for no error
 	}{
 		"off":            {simmac.Firewall{}, ""},
 		"on":             {simmac.Firewall{On: true}, ""},
@@ -112,7 +115,8 @@ func TestFirewallIsReadBack(t *testing.T) {
 			if g.mac.Allowed(g.o.Program()) == (tt.want != "") {
 				t.Errorf("allowed: %v", tt.want != "")
 			}
-			// What was never registered is nothing to take out, and what stays is told.
+			// A program that was never registered needs no removal. If the removal fails,
+			// uninstall reports it.
 			registered := g.mac.Allowed(g.o.Program())
 			g.mac.SetFirewall(simmac.Firewall{Refuses: true, Newer: tt.firewall.Newer})
 			g.steps = nil

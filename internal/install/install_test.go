@@ -18,19 +18,18 @@ import (
 	"github.com/meshhelper/meshhelper/launchd"
 )
 
-// a rig is a simulated Mac with a disk and a helper that answers while launchd
-// keeps it running.
+// A rig is a simulated Mac with a disk, and a helper that answers while launchd runs it.
 type rig struct {
 	t        *testing.T
 	mac      *simmac.Mac
 	root     string
 	o        *Options
-	lives    []string // what launchd did with the helper
+	lives    []string // launchd's starts and stops of the helper
 	alive    bool
 	restored int
 	restore  error
-	keep     error    // of keeping the settings
-	steps    []string // what was reported, failures with their error
+	keep     error    // returned when the settings are saved
+	steps    []string // reported steps, failures with their error
 }
 
 const label = "org.meshhelper"
@@ -42,7 +41,7 @@ func newRig(t *testing.T) *rig {
 	g.mac.Launchd.Start = func(j *launchd.Job, _ int) {
 		program, err := os.ReadFile(filepath.Join(g.root, j.ProgramArguments[0]))
 		if err != nil {
-			t.Errorf("launchd started what doesn't exist: %v", err)
+			t.Errorf("launchd started a missing program: %v", err)
 		}
 		g.lives, g.alive = append(g.lives, "start "+string(program)), true
 	}
@@ -89,7 +88,7 @@ func (g *rig) report(s Step, err error) {
 
 func (g *rig) install() error { return Install(g.t.Context(), g.o, g.report) }
 
-// files lists what is on the disk, with modes.
+// files lists the files on the disk with their modes.
 func (g *rig) files() (list []string) {
 	filepath.WalkDir(g.root, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
@@ -115,10 +114,10 @@ func TestInstall(t *testing.T) {
 	}
 	info, err := os.Stat(filepath.Join(g.root, g.o.StateDir))
 	if err != nil || info.Mode().Perm() != 0o700 {
-		t.Errorf("state folder %v, %v: others mustn't read the key", info, err)
+		t.Errorf("state directory %v, %v: other users must not be able to read the key", info, err)
 	}
 	if !g.mac.Allowed(g.o.Program()) {
-		t.Error("the Application Firewall doesn't know it")
+		t.Error("the program isn't registered with the Application Firewall")
 	}
 	data, err := os.ReadFile(filepath.Join(g.root, g.o.List()))
 	g.must(err)
@@ -128,13 +127,13 @@ func TestInstall(t *testing.T) {
 		t.Errorf("launchd runs %q, want %q", j.ProgramArguments, want)
 	}
 	g.steps = nil
-	g.must(g.install()) // an upgrade, which leaves out no step
+	g.must(g.install()) // an upgrade, with the same steps
 	var texts []string
 	for _, s := range InstallSteps(g.o) {
 		texts = append(texts, s.Text)
 	}
 	if diff := cmp.Diff(texts, g.steps); diff != "" {
-		t.Errorf("a dry run shows other steps (-dry +done):\n%s", diff)
+		t.Errorf("a dry run shows different steps (-dry +done):\n%s", diff)
 	}
 }
 
@@ -146,13 +145,13 @@ func TestUpgradeInPlace(t *testing.T) {
 		state := filepath.Join(g.root, g.o.StateDir, "state.json")
 		g.must(os.WriteFile(state, []byte("the mesh"), 0o600))
 		program := filepath.Join(g.root, g.o.Program())
-		running, err := os.Open(program) // as the old helper's process does
+		running, err := os.Open(program) // as the old helper's process has it open
 		g.must(err)
 		defer running.Close()
 		g.must(os.WriteFile(g.o.Source, []byte("two"), 0o700))
 		g.must(g.install())
 		if want := []string{"start one", "stop", "start two"}; !slices.Equal(g.lives, want) {
-			t.Errorf("the helper's lives %q, want %q", g.lives, want)
+			t.Errorf("starts and stops %q, want %q", g.lives, want)
 		}
 		if old, err := running.Stat(); err != nil || old.Size() != 3 {
 			t.Errorf("the running program's file was written to: %v, %v", old, err)
@@ -166,7 +165,7 @@ func TestUpgradeInPlace(t *testing.T) {
 	})
 }
 
-// must1 unwraps a value and an error.
+// must1 returns a value, or fails the test on an error.
 func must1(t *testing.T) func(fs.FileInfo, error) fs.FileInfo {
 	return func(i fs.FileInfo, err error) fs.FileInfo {
 		if err != nil {
@@ -216,8 +215,8 @@ func TestInstallRefuses(t *testing.T) {
 	}
 }
 
-// TestFailedUpgradeGoesOn has an upgrade fail before and after the service was stopped: the
-// service of before runs.
+// TestFailedUpgradeGoesOn has an upgrade fail before and after the service is stopped:
+// the old version runs afterwards.
 func TestFailedUpgradeGoesOn(t *testing.T) {
 	for name, tt := range map[string]struct {
 		spoil func(g *rig)
@@ -232,7 +231,7 @@ func TestFailedUpgradeGoesOn(t *testing.T) {
 				g.must(g.install())
 				tt.spoil(g)
 				if err := g.install(); err == nil || !slices.Equal(g.lives, tt.lives) || !g.alive {
-					t.Errorf("%v after the lives %q, want %q", err, g.lives, tt.lives)
+					t.Errorf("%v; starts and stops %q, want %q", err, g.lives, tt.lives)
 				}
 			})
 		})
@@ -255,11 +254,11 @@ func TestFirewallIsOptional(t *testing.T) {
 	g.o.Runner = noFirewall{g.mac}
 	g.must(g.install())
 	if !slices.ContainsFunc(g.steps, func(s string) bool { return strings.Contains(s, "managed by a profile") }) {
-		t.Errorf("the failure isn't told: %q", g.steps)
+		t.Errorf("the failure isn't reported: %q", g.steps)
 	}
 }
 
-// noFirewall is a Mac whose firewall a profile manages.
+// noFirewall is a Mac whose firewall is managed by a profile.
 type noFirewall struct{ *simmac.Mac }
 
 func (n noFirewall) Run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte, []byte, int, error) {
@@ -289,11 +288,11 @@ func TestUninstall(t *testing.T) {
 		t.Errorf("files %q", got)
 	}
 	if left, err := Uninstall(t.Context(), g.o, g.report); err != nil || len(left) != 2 {
-		t.Errorf("again: left %q, %v", left, err)
+		t.Errorf("second uninstall: left %q, %v", left, err)
 	}
 	g.o.Purge = true
 	if left, err := Uninstall(t.Context(), g.o, g.report); err != nil || left != nil {
-		t.Errorf("purged: left %q, %v", left, err)
+		t.Errorf("purge: left %q, %v", left, err)
 	}
 }
 
@@ -332,7 +331,7 @@ func TestUninstallKeepsTheJournalWhileItIsNeeded(t *testing.T) {
 	}
 	g.restore = nil
 	if left, err := Uninstall(t.Context(), g.o, g.report); err != nil || left != nil {
-		t.Errorf("again: left %q, %v", left, err)
+		t.Errorf("second uninstall: left %q, %v", left, err)
 	}
 }
 

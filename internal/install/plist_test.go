@@ -14,16 +14,16 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestListByAnotherParser reads the property list that install writes with a
-// parser made for this from the format's DTD, since a test that writes and reads with
-// one library never sees its mistakes.
+// TestListByAnotherParser reads the property list that install writes with a parser
+// written for this test from the format's DTD: a test that writes and reads with one
+// library can't find that library's mistakes.
 func TestListByAnotherParser(t *testing.T) {
 	g := newRig(t)
 	g.o.Arguments = []string{"--endpoint", `<a&b> "c" 'd'`}
 	g.must(g.install())
 	data, err := os.ReadFile(filepath.Join(g.root, g.o.List()))
 	g.must(err)
-	// launchd's parser wants the declaration first.
+	// launchd's parser requires the XML and DOCTYPE declarations first.
 	if !strings.HasPrefix(string(data), "<?xml ") || !strings.Contains(string(data), `<!DOCTYPE plist PUBLIC "-//Apple`) {
 		t.Errorf("it begins with %.80q", data)
 	}
@@ -56,8 +56,8 @@ func TestAnotherParserRefuses(t *testing.T) {
 	}
 }
 
-// parsePlist reads an XML property list of dictionaries, arrays, strings,
-// integers and booleans.
+// parsePlist parses an XML property list of dictionaries, arrays, strings, integers and
+// booleans.
 func parsePlist(text string) (any, error) {
 	p := plistParser{xml.NewDecoder(strings.NewReader(text))}
 	start, err := p.element()
@@ -83,8 +83,8 @@ func parsePlist(text string) (any, error) {
 
 type plistParser struct{ *xml.Decoder }
 
-// element returns the name of the element that begins next, "" where the one
-// around ends.
+// element returns the name of the next start tag, or "" at the end of the enclosing
+// element.
 func (p plistParser) element() (string, error) {
 	for {
 		token, err := p.Token()
@@ -104,7 +104,7 @@ func (p plistParser) element() (string, error) {
 	}
 }
 
-// value reads the rest of an element.
+// value parses the rest of an element.
 func (p plistParser) value(name string) (any, error) {
 	switch name {
 	case "dict":

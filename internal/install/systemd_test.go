@@ -18,19 +18,19 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// A fakeSystemd is the service manager of a host below root, as far as systemctl shows
-// it. It refuses what systemctl refuses, with its words (systemd 252).
+// A fakeSystemd is the service manager of a host below root, as far as systemctl exposes
+// it. It refuses the same requests as systemctl, with the same messages (systemd 252).
 type fakeSystemd struct {
 	root   string
 	loaded map[string]string // the text of each unit, as last read
 	active map[string]bool
-	starts []string // the program's bytes at each start
-	fails  bool     // the helper ends at its start
+	starts []string // the program's contents at each start
+	fails  bool     // the helper exits when started
 }
 
 func (f *fakeSystemd) Run(_ context.Context, _ []byte, path string, args ...string) ([]byte, []byte, int, error) {
 	if path != "/usr/bin/systemctl" || len(args) < 2 || args[0] != "--no-ask-password" {
-		return nil, nil, -1, fmt.Errorf("%s %q is no command of this host", path, args)
+		return nil, nil, -1, fmt.Errorf("%s %q: this host has no such command", path, args)
 	}
 	refuse := func(status int, format string, args ...any) ([]byte, []byte, int, error) {
 		return nil, fmt.Appendf(nil, format+"\n", args...), status, nil
@@ -98,7 +98,7 @@ func (f *fakeSystemd) Run(_ context.Context, _ []byte, path string, args ...stri
 	return nil, nil, 0, nil
 }
 
-// a linuxRig is a Linux host below a folder.
+// A linuxRig is a Linux host below a directory.
 type linuxRig struct {
 	t        *testing.T
 	root     string
@@ -112,7 +112,7 @@ type linuxRig struct {
 func newLinuxRig(t *testing.T) *linuxRig {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("only root's files are taken for root's")
+		t.Skip("install accepts only files owned by root, which only root can create")
 	}
 	g := &linuxRig{t: t, root: t.TempDir()}
 	g.systemd = &fakeSystemd{root: g.root, loaded: map[string]string{}, active: map[string]bool{}}
@@ -153,7 +153,7 @@ func (g *linuxRig) report(s Step, err error) { g.steps = append(g.steps, s.Text)
 
 func (g *linuxRig) install() error { return Install(g.t.Context(), g.o, g.report) }
 
-// files lists what is on the disk but folders.
+// files lists the files on the disk, without directories.
 func (g *linuxRig) files() (list []string) {
 	g.must(filepath.WalkDir(g.root, func(path string, d os.DirEntry, err error) error {
 		if err == nil && !d.IsDir() {
@@ -184,24 +184,24 @@ func TestInstallOnLinux(t *testing.T) {
 		t.Errorf("files (-want +got):\n%s", diff)
 	}
 	if info, err := os.Stat(filepath.Join(g.root, g.o.StateDir)); err != nil || info.Mode().Perm() != 0o700 {
-		t.Errorf("state folder %v, %v: others mustn't read the key", info, err)
+		t.Errorf("state directory %v, %v: other users must not be able to read the key", info, err)
 	}
 	state := filepath.Join(g.root, g.o.StateDir, "state.json")
 	g.must(os.WriteFile(state, []byte("the mesh"), 0o600))
-	// The upgrade, with another unit, too.
+	// The upgrade also replaces a changed unit.
 	g.must(os.WriteFile(g.o.Source, []byte("two"), 0o700))
 	g.o.Arguments = append(g.o.Arguments, "--debug")
 	g.must(g.install())
 	if want := []string{"one", "two"}; !slices.Equal(g.systemd.starts, want) || g.kept != 2 {
-		t.Errorf("systemd started %q, want %q; settings were kept %d times", g.systemd.starts, want, g.kept)
+		t.Errorf("systemd started %q, want %q; settings were saved %d times", g.systemd.starts, want, g.kept)
 	}
 	if b, err := os.ReadFile(state); err != nil || string(b) != "the mesh" {
 		t.Errorf("the state is %q, %v", b, err)
 	}
 }
 
-// TestInstallOnLinuxKilled ends an install, an upgrade and an uninstall after each of
-// their steps: repeating it puts everything right.
+// TestInstallOnLinuxKilled interrupts an install, an upgrade and an uninstall after each
+// of their steps: a second run completes each.
 func TestInstallOnLinuxKilled(t *testing.T) {
 	steps := len(InstallSteps(newLinuxRig(t).o))
 	for upgrade := range 2 {
@@ -241,7 +241,7 @@ func TestInstallOnLinuxKilled(t *testing.T) {
 	}
 }
 
-// mustUninstall purges and wants nothing to be left.
+// mustUninstall uninstalls with Purge and expects nothing to remain.
 func (g *linuxRig) mustUninstall() {
 	g.t.Helper()
 	g.o.Purge = true
@@ -286,8 +286,9 @@ func TestInstallOnLinuxRefuses(t *testing.T) {
 	}
 }
 
-// TestFailedUpgradeStartsAgain has an upgrade fail after the service was stopped: it runs
-// again where it ran before, also when the command was interrupted, and that is said.
+// TestFailedUpgradeStartsAgain has an upgrade fail after the service was stopped: the
+// service is started again if it ran before, even if the command was interrupted, and the
+// start is reported.
 func TestFailedUpgradeStartsAgain(t *testing.T) {
 	for name, ran := range map[string]bool{"it ran": true, "it was stopped": false} {
 		t.Run(name, func(t *testing.T) {
@@ -303,14 +304,14 @@ func TestFailedUpgradeStartsAgain(t *testing.T) {
 			}
 			said := slices.Contains(g.steps, "start the service meshhelper again, because it ran before")
 			if g.systemd.active["meshhelper.service"] != ran || said != ran {
-				t.Errorf("it runs: %v, and that is said: %v", g.systemd.active, said)
+				t.Errorf("service active %v, start reported %v", g.systemd.active, said)
 			}
 		})
 	}
 }
 
-// TestUninstallBesideAnotherHelper has a helper of another label, and a label of which
-// there is nothing: uninstall removes nothing.
+// TestUninstallBesideAnotherHelper uninstalls labels that aren't installed while another
+// helper is: nothing is removed.
 func TestUninstallBesideAnotherHelper(t *testing.T) {
 	g := newLinuxRig(t)
 	g.must(g.install())
@@ -324,12 +325,13 @@ func TestUninstallBesideAnotherHelper(t *testing.T) {
 		}
 		g.must(os.Remove(filepath.Join(g.root, g.o.StateDir, "key")))
 		if diff := cmp.Diff(before, g.files()); diff != "" || g.restored != 0 {
-			t.Errorf("label %q: put back %d times, files (-before +after):\n%s", label, g.restored, diff)
+			t.Errorf("label %q: restored %d times, files (-before +after):\n%s", label, g.restored, diff)
 		}
 	}
 }
 
-// TestUninstallOnLinuxWithoutSystemd removes what is there where systemd no longer runs.
+// TestUninstallOnLinuxWithoutSystemd uninstalls where systemd no longer runs: the host is
+// restored and the files are removed.
 func TestUninstallOnLinuxWithoutSystemd(t *testing.T) {
 	g := newLinuxRig(t)
 	g.must(g.install())
@@ -341,16 +343,16 @@ func TestUninstallOnLinuxWithoutSystemd(t *testing.T) {
 	}
 }
 
-// TestUnit has systemd itself read the unit, and judge how exposed the service is.
+// TestUnit has systemd verify the unit and rate the service's exposure.
 func TestUnit(t *testing.T) {
 	analyze, err := exec.LookPath("systemd-analyze")
 	if err != nil {
-		t.Skipf("systemd-analyze isn't here: %v", err)
+		t.Skipf("systemd-analyze isn't available: %v", err)
 	}
 	o := &Options{Systemd: true, Label: "meshhelper", StateDir: "/var/lib/meshhelper", Arguments: []string{"--label", `a "b" %n $HOME \x`}}
 	dir := t.TempDir()
 	file := filepath.Join(dir, o.Unit())
-	text := strings.Replace(o.unitText(), o.Program(), "/bin/true", 1) // which is there
+	text := strings.Replace(o.unitText(), o.Program(), "/bin/true", 1) // which exists
 	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -364,11 +366,11 @@ func TestUnit(t *testing.T) {
 	}
 	level := regexp.MustCompile(`Overall exposure level for .*: ([0-9.]+)`).FindStringSubmatch(string(out))
 	if level == nil {
-		t.Fatalf("security says no level:\n%s", out)
+		t.Fatalf("systemd-analyze security prints no level:\n%s", out)
 	}
 	t.Logf("exposure level %s", level[1])
 	if n, err := strconv.ParseFloat(level[1], 64); err != nil || n > 3.5 {
-		t.Errorf("exposure level %s, want 3.5 at most (%v)\n%s", level[1], err, out)
+		t.Errorf("exposure level %s, want at most 3.5 (%v)\n%s", level[1], err, out)
 	}
 }
 
@@ -382,7 +384,8 @@ func TestQuoteUnit(t *testing.T) {
 	}
 }
 
-// TestChecksOnLinux has each part of the installed service be as it shouldn't.
+// TestChecksOnLinux breaks one part of the installed service at a time: the matching
+// check fails.
 func TestChecksOnLinux(t *testing.T) {
 	unit := func(g *linuxRig) string { return filepath.Join(g.root, unitDir, "meshhelper.service") }
 	for name, tt := range map[string]struct {
