@@ -14,8 +14,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// churn is what comes and goes on any Mac, many times an hour. Each changes
-// something the nth time.
+// churn maps a name to a change that happens on any Mac many times an hour. Each call
+// makes the nth change of its kind.
 var churn = map[string]func(g *rig, n int){
 	"awdl0 has another link-local address": func(g *rig, n int) {
 		g.toggle("awdl0", n, fmt.Sprintf("fe80::%x/64", n+2))
@@ -43,7 +43,7 @@ var churn = map[string]func(g *rig, n int){
 	"a virtual machine's bridge": func(g *rig, n int) { g.toggle("bridge100", n, "192.168.64.1/24") },
 }
 
-// toggle makes an interface appear with an address, and go the next time.
+// toggle adds an interface with an address, and removes it at the next call.
 func (g *rig) toggle(name string, n int, address string) {
 	g.t.Helper()
 	if n%2 != 0 {
@@ -54,7 +54,7 @@ func (g *rig) toggle(name string, n int, address string) {
 	g.must(g.mac.Kernel.AddAddress(name, netip.MustParsePrefix(address)))
 }
 
-// settled waits until the helper has looked at what the Mac is now.
+// settled waits until the helper has inspected the Mac's current state.
 func (g *rig) settled() {
 	g.t.Helper()
 	for range 2 {
@@ -63,8 +63,8 @@ func (g *rig) settled() {
 	}
 }
 
-// loads counts how often pfctl loaded our anchor, and kills how often it ended
-// states, since the last call.
+// loads returns how often pfctl loaded our anchor, and how often it ended states, since
+// the last call.
 func (g *rig) loads() (loads, kills int) {
 	for _, c := range g.mac.PF.Calls() {
 		if strings.Contains(c, anchor) && strings.Contains(c, "-f -") && !strings.Contains(c, "-T") {
@@ -77,15 +77,14 @@ func (g *rig) loads() (loads, kills int) {
 	return loads, kills
 }
 
-// TestChurn lets interfaces, addresses and routes come and go 200 times while
-// flows of peers run. The anchor isn't loaded again, and no flow ends but those to
-// the network that goes.
+// TestChurn adds and removes interfaces, addresses and routes 200 times while peers'
+// flows run: the anchor isn't reloaded, and no flow ends.
 func TestChurn(t *testing.T) {
 	g := newRig(t)
 	g.start()
 	g.add("C", "external")
 	g.add("D", "own")
-	for _, f := range churn { // each is there once, for what is seen the first time has to be loaded
+	for _, f := range churn { // each once before, because an interface seen for the first time causes a load
 		f(g, 0)
 	}
 	g.permit("C", everything)
@@ -122,7 +121,7 @@ func TestChurn(t *testing.T) {
 			}
 		}
 	}
-	for n := range 100 { // and all of it at once, as on a Mac that is left alone
+	for n := range 100 { // then all of it at once, as on an idle Mac
 		g.must(g.mac.Churn(uplink))
 		g.settled()
 		for _, flow := range flows {
@@ -139,14 +138,14 @@ func TestChurn(t *testing.T) {
 	t.Logf("200 changes, %d flows, %d packets; %d loads, %d kills", len(flows), packets, loads, kills)
 }
 
-// TestOwnMeshAddress lets the Mac send to its own mesh addresses through the whole
-// product: what comes out of the tunnel's device is turned round, and isn't given
-// to WireGuard.
+// TestOwnMeshAddress has the Mac send to its own mesh addresses through the whole
+// product: a packet that comes out of the tunnel device is turned back and not passed to
+// WireGuard.
 func TestOwnMeshAddress(t *testing.T) {
 	g := newRig(t)
 	g.start()
 	g.add("C", "external")
-	for _, may := range []mesh.Permissions{mesh.Routing, 0} { // with pf and without
+	for _, may := range []mesh.Permissions{mesh.Routing, 0} { // pf is needed with routing only
 		g.permit("C", may)
 		for family := range 2 {
 			for _, proto := range protos {
@@ -155,7 +154,7 @@ func TestOwnMeshAddress(t *testing.T) {
 				d.last = nil
 				o := g.mac.Emit(bytesOf(p, netlab.SYN, false))
 				if family == 1 && o.Fate == simmac.Delivered {
-					continue // by the loopback interface, where the kernel has a route for it
+					continue // the kernel routes it by the loopback interface
 				}
 				if o.Fate != simmac.Sent || o.Link != d.name {
 					t.Fatalf("%v to itself: %v by %q (%s)", p.Src, o.Fate, o.Link, o.Why)
@@ -164,21 +163,20 @@ func TestOwnMeshAddress(t *testing.T) {
 					t.Errorf("%v to itself went to WireGuard", p.Src)
 				}
 				if d.last == nil || d.last.Fate != simmac.Delivered {
-					t.Errorf("%v to itself isn't turned round: %+v", p.Src, d.last)
+					t.Errorf("%v to itself isn't turned back: %+v", p.Src, d.last)
 				}
 			}
 		}
 	}
 }
 
-// TestNetworkThatWent ends the flows to a network when its interface goes, and no
-// others.
+// TestNetworkThatWent removes an interface: the flows to its network end, and no others.
 func TestNetworkThatWent(t *testing.T) {
 	g := newRig(t)
 	g.start()
 	g.add("C", "external")
 	g.toggle("bridge100", 0, "192.168.64.1/24")
-	routed := netip.MustParsePrefix("10.50.0.0/16") // private, so of class lan also without the route
+	routed := netip.MustParsePrefix("10.50.0.0/16") // private, so class lan even without the route
 	route := func() {
 		n, err := darwin.Observe(g.mac)
 		g.must(err)
@@ -204,11 +202,11 @@ func TestNetworkThatWent(t *testing.T) {
 		}
 	}
 	route()
-	g.toggle("bridge100", 0, "192.168.64.1/24") // perhaps another network by the same name
+	g.toggle("bridge100", 0, "192.168.64.1/24") // it may be another network with the same interface name
 	g.settled()
 	for _, f := range gone {
 		if g.answer(f.w, f.first, netlab.ACK|netlab.PSH).at == "peer" {
-			t.Errorf("%s goes on when the network is there again", f.name)
+			t.Errorf("%s goes on when the network is back", f.name)
 		}
 	}
 }

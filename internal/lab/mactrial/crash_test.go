@@ -1,6 +1,6 @@
 package mactrial
 
-// The helper killed at each of its steps, and a boot while it routes.
+// Kills of the helper at each of its steps, and a reboot while it routes.
 
 import (
 	"fmt"
@@ -13,8 +13,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// life starts a helper, widens, narrows and stops it, while everything that must not
-// pass is sent between its steps. It ends early where the helper is killed.
+// life starts a helper, grants and revokes permissions, and stops it. Packets that must
+// never pass are sent between its steps. It ends early if the helper is killed.
 func (g *rig) life(l *leakage, when string) {
 	g.t.Helper()
 	var more []host.Packet
@@ -42,8 +42,9 @@ func (g *rig) life(l *leakage, when string) {
 }
 
 // TestKilledAtEveryStep kills the helper before and after each of its steps of start,
-// change and stop, and after each command of them. Nothing leaks before, while it is dead, or when the next one
-// starts; that one enforces the table, and leaves the Mac as it was found.
+// change and stop, and after each of their commands. Nothing leaks before the kill, while
+// the helper is dead, or while the next one starts. The next one enforces the truth table
+// and restores the Mac.
 func TestKilledAtEveryStep(t *testing.T) {
 	g := newRig(t)
 	found := g.mac.Dump()
@@ -97,7 +98,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 		kills, calls, missed, l.sent, l.leaks, j.verdicts, j.differences)
 }
 
-// few asks about some of the packets that all asks about.
+// few asks about a part of the packets that all asks about.
 func (j *judge) few(r *policy.Ruleset) {
 	j.g.t.Helper()
 	g := j.g
@@ -116,8 +117,8 @@ func (j *judge) few(r *policy.Ruleset) {
 	}
 }
 
-// TestBoot cuts the power while the helper routes: after the boot the next one
-// enforces, with nothing of the old boot's in its way, and leaves what it found.
+// TestBoot cuts the power while the helper routes: after the boot the next helper
+// enforces, unaffected by the old boot's journal, and restores the Mac.
 func TestBoot(t *testing.T) {
 	g := newRig(t)
 	g.start()
@@ -145,8 +146,8 @@ func TestBoot(t *testing.T) {
 	t.Logf("%d packets that must not pass, %d leaks; %d verdicts, %d differences", l.sent, l.leaks, j.verdicts, j.differences)
 }
 
-// TestInternetSharing runs the helper on a Mac that shares its internet already, and
-// so forwards: its guests are left alone, and so is all that it has loaded.
+// TestInternetSharing runs the helper on a Mac that already forwards for Internet
+// Sharing: its guests and its pf rules are left alone.
 func TestInternetSharing(t *testing.T) {
 	g := newRig(t)
 	g.must(g.mac.InternetSharing(uplink))
@@ -159,8 +160,8 @@ func TestInternetSharing(t *testing.T) {
 	g.stop()
 	g.asFound(found)
 	g.watchSteps(func() {
-		// Until the filter is in force the Mac forwards what it did before; nothing of
-		// it may reach a peer.
+		// Until the filter is loaded the Mac forwards as before. None of it may reach a
+		// peer.
 		if strings.Contains(g.mac.Dump(), "["+anchor+"]") {
 			l.probe(g, "starting while Internet Sharing is on")
 		}

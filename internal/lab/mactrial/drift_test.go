@@ -1,6 +1,6 @@
 package mactrial
 
-// What other software does to the Mac while the helper runs, and its repair.
+// Changes that other software makes to the Mac while the helper runs, and their repair.
 
 import (
 	"maps"
@@ -17,10 +17,10 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// a happening is what others do to the Mac while the helper runs.
+// A happening is a change that other software makes to the Mac while the helper runs.
 type happening struct {
 	do func(g *rig)
-	// undo makes the Mac as it was before, where the helper can't.
+	// undo reverts a change that the helper can't repair.
 	undo func(g *rig)
 }
 
@@ -60,7 +60,7 @@ var happenings = map[string]happening{
 		undo: func(g *rig) { g.must(g.mac.StopInternetSharing()) }},
 }
 
-// moveDefault makes the default routes go by another interface.
+// moveDefault moves the default routes to another interface.
 func (g *rig) moveDefault(to string) {
 	g.t.Helper()
 	gateways := map[string][]netip.Addr{uplink: both("203.0.113.254", "2001:db8:1::fe"), lan: both("192.168.77.254", "2001:db8:5::fe")}[to]
@@ -77,17 +77,17 @@ func (g *rig) moveDefault(to string) {
 	}
 }
 
-// found is what a Mac forwards for others now.
+// found returns the families that the Mac forwards without the helper.
 func (g *rig) found() (f policy.Families) {
 	f.IPv4 = g.mac.Kernel.Has("bridge100")
 	return f
 }
 
-// a leakage counts packets that must not pass, and those that did.
+// A leakage counts the packets that must not pass, and those of them that passed.
 type leakage struct{ sent, leaks int }
 
-// never are packets that no state of the permissions here lets pass: to and from
-// other peers, and from elsewhere to them.
+// never returns packets that no permissions used with it let pass: between peers, and
+// from other hosts to peers.
 func (g *rig) never() (out []host.Packet) {
 	for family := range 2 {
 		for _, proto := range protos {
@@ -107,7 +107,8 @@ func (g *rig) never() (out []host.Packet) {
 	return out
 }
 
-// mustNotPass sends what must never pass, and more.
+// mustNotPass sends the packets of never, and more. It holds the helper's steps
+// meanwhile.
 func (l *leakage) mustNotPass(g *rig, when string, more ...host.Packet) {
 	g.t.Helper()
 	g.probing.Lock()
@@ -115,7 +116,7 @@ func (l *leakage) mustNotPass(g *rig, when string, more ...host.Packet) {
 	l.probe(g, when, more...)
 }
 
-// probe does so while the helper waits.
+// probe is mustNotPass for a caller that already holds the helper's steps.
 func (l *leakage) probe(g *rig, when string, more ...host.Packet) {
 	g.t.Helper()
 	if g.device() == nil {
@@ -131,7 +132,7 @@ func (l *leakage) probe(g *rig, when string, more ...host.Packet) {
 	}
 }
 
-// forwards does so behind the guard: what is forwarded, pf lets pass.
+// forwards checks pf alone, behind the guard: it must not forward a packet of never.
 func (l *leakage) forwards(g *rig, when string) {
 	g.t.Helper()
 	for _, p := range g.never() {
@@ -144,9 +145,9 @@ func (l *leakage) forwards(g *rig, when string) {
 	}
 }
 
-// looked waits until the helper has looked at the host from beginning to end since
-// now, probing all the time. It reports whether it enforces; otherwise it must have
-// closed.
+// looked waits until the helper has run a whole round that began after the call, and
+// probes meanwhile. It reports whether the helper enforces. If not, forwarding must be
+// off.
 func (g *rig) looked(what string, l *leakage) bool {
 	g.t.Helper()
 	first := g.rounds.Load()
@@ -166,9 +167,9 @@ func (g *rig) looked(what string, l *leakage) bool {
 	return false
 }
 
-// TestDrift has others do what they do while the helper runs. At once, and while the
-// helper repairs it, nothing passes that must not; then the whole truth table holds
-// again, and at the end the Mac is as it was.
+// TestDrift has other software change the Mac while the helper runs. Neither at once nor
+// during the repair does a forbidden packet pass. Afterwards the whole truth table holds
+// again, and at the end the Mac is restored.
 func TestDrift(t *testing.T) {
 	l, verdicts, differences := &leakage{}, 0, 0
 	for _, name := range slices.Sorted(maps.Keys(happenings)) {
@@ -198,19 +199,19 @@ func TestDrift(t *testing.T) {
 				j.all(g.rules(g.may, g.found()))
 			}
 			if name == "asleep and awake" && g.binds.Load() == binds {
-				t.Error("the sockets weren't opened again after the sleep")
+				t.Error("the sockets weren't reopened after the sleep")
 			}
 			verdicts, differences = verdicts+j.verdicts, differences+j.differences
 			g.stop()
 			g.asFound(found)
 		})
 	}
-	t.Logf("%d happenings: %d packets that must not pass, %d leaks; %d verdicts after them, %d differences",
+	t.Logf("%d changes: %d packets that must not pass, %d leaks; %d verdicts after them, %d differences",
 		len(happenings), l.sent, l.leaks, verdicts, differences)
 }
 
-// TestLooksSeeALeak overwrites our anchor before the helper looks: pf alone must be
-// seen to leak, or the other tests would prove nothing, and the guard to hold.
+// TestLooksSeeALeak overwrites our anchor and probes before the helper repairs it. pf
+// alone must be seen to leak, or the other tests prove nothing; the guard must hold.
 func TestLooksSeeALeak(t *testing.T) {
 	g := newRig(t)
 	g.tick = time.Hour
@@ -226,7 +227,7 @@ func TestLooksSeeALeak(t *testing.T) {
 		}
 	}
 	if passed == 0 {
-		t.Error("pf passes everything, but nothing was seen to pass")
+		t.Error("pf passes everything, but no packet was seen to pass")
 	}
 	l := &leakage{}
 	l.mustNotPass(g, "the guard alone")

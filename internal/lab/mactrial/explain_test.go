@@ -1,6 +1,6 @@
 package mactrial
 
-// explain's answers compared with what becomes of a peer's packets.
+// explain's answers, compared with the fate of a peer's packets.
 
 import (
 	"net/netip"
@@ -11,8 +11,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 )
 
-// TestExplainOnAMac compares what explain says with a peer's packets: with pf by itself,
-// and beside another product's rules.
+// TestExplainOnAMac compares explain with the fate of a peer's packets: with our rules
+// alone, and beside another product's.
 func TestExplainOnAMac(t *testing.T) {
 	g := newRig(t)
 	g.start()
@@ -26,10 +26,10 @@ func TestExplainOnAMac(t *testing.T) {
 		g.must(err)
 		a := g.open(guarded, g.opening(g.device().name, g.peers["C"][0], internet, netlab.TCP))
 		if arrives := a.at != ""; arrives != want || e.Pass != want || e.Unclear {
-			t.Errorf("explain says %v (%+v), and the packet gets to %q; want %v", e.Pass, e.Stops, a.at, want)
+			t.Errorf("explain says %v (%+v), but the packet got to %q; want %v", e.Pass, e.Stops, a.at, want)
 		}
 		if where != "" && (len(e.Stops) != 1 || !strings.Contains(e.Stops[0].Message, where)) {
-			t.Errorf("it is stopped by %+v, want %q", e.Stops, where)
+			t.Errorf("stopped by %+v, want %q", e.Stops, where)
 		}
 	}
 	check(true, "")

@@ -1,6 +1,6 @@
 package mactrial
 
-// Flows that run, and which of them a change of permissions has to end.
+// Running flows, and which of them a change of permissions must end.
 
 import (
 	"fmt"
@@ -13,7 +13,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// a flow is one that was opened and answered, and whose ends go on sending.
+// A flow is one that was opened and answered, and whose ends keep sending.
 type flow struct {
 	name   string
 	w      way
@@ -21,7 +21,7 @@ type flow struct {
 	first  arrival
 }
 
-// run opens a flow and lets both ends send: all must arrive.
+// run opens a flow and has both ends send: every packet must arrive.
 func (g *rig) run(w way, peer string, dst netip.Addr, proto netlab.Proto, family int) flow {
 	g.t.Helper()
 	p := g.opening(g.device().name, g.peers[peer][family], dst, proto)
@@ -36,10 +36,10 @@ func (g *rig) run(w way, peer string, dst netip.Addr, proto netlab.Proto, family
 	return f
 }
 
-// ends has both ends send n times each, by themselves, and counts what arrives.
+// ends has each end send n packets on its own, and counts the arrivals.
 func (g *rig) ends(f flow, n int) (arrived int) {
 	for range n {
-		// What isn't translated back stops at the Mac.
+		// A packet that isn't translated back stops at the Mac.
 		if g.answer(f.w, f.first, netlab.ACK|netlab.PSH).at == "peer" {
 			arrived++
 		}
@@ -50,9 +50,9 @@ func (g *rig) ends(f flow, n int) (arrived int) {
 	return arrived
 }
 
-// deadEnds is ends for a flow that was cut. The host's own UDP to a peer isn't told
-// from a flow that the host opens: pf alone can't keep that from being answered, so
-// there only the peer sends.
+// deadEnds is ends for a flow that was cut. pf alone can't tell the host's UDP answer to
+// a peer from a flow that the host opens, and would pass it, so on such a flow only the
+// peer sends.
 func (g *rig) deadEnds(f flow, n int) (arrived int) {
 	if f.w == alone && f.opened.Proto == policy.ProtoUDP && f.first.at == "host" {
 		for range n {
@@ -65,9 +65,9 @@ func (g *rig) deadEnds(f flow, n int) (arrived int) {
 	return g.ends(f, n)
 }
 
-// TestDenyCutsRunningFlows takes one permission after the other from C while its
-// flows run, and D's of the same kinds. Once the command has returned, nothing that
-// an end of C's sends arrives, and D's lose nothing.
+// TestDenyCutsRunningFlows revokes C's permissions one at a time while flows of C and of
+// D run, of the same kinds. Once the command has returned, no packet of a cut flow
+// arrives from either end, and D's flows lose nothing.
 func TestDenyCutsRunningFlows(t *testing.T) {
 	g := newRig(t)
 	g.start()
@@ -112,7 +112,8 @@ func TestDenyCutsRunningFlows(t *testing.T) {
 			for _, f := range staying {
 				kept++
 				if f.opened.Src == g.peers["C"][0] || f.opened.Src == g.peers["C"][1] {
-					// What C keeps may have to make itself known again, by C's packet.
+					// A flow that C keeps may need a packet of C's first, to be known
+					// again.
 					g.ends(f, 1)
 				}
 				if got := g.ends(f, 2); got != 4 {
@@ -124,10 +125,10 @@ func TestDenyCutsRunningFlows(t *testing.T) {
 			}
 		}
 	}
-	t.Logf("%d running flows cut, %d packets sent on them after that: 0 to arrive; %d flows to go on", cut, sent, kept)
+	t.Logf("%d running flows cut, %d packets sent on them afterwards, of which none may arrive; %d flows must go on", cut, sent, kept)
 }
 
-// withoutPeer leaves out a peer's flows.
+// withoutPeer returns the flows of all other peers.
 func withoutPeer(flows []flow, addresses []netip.Addr) (out []flow) {
 	for _, f := range flows {
 		if f.opened.Src != addresses[0] && f.opened.Src != addresses[1] {

@@ -1,6 +1,6 @@
 package mactrial
 
-// Datagrams in fragments, and a peer that opens as many flows as it can.
+// Fragmented datagrams, and a peer that opens as many flows as it can.
 
 import (
 	"bytes"
@@ -29,8 +29,8 @@ func withDF(b []byte) []byte {
 	return b
 }
 
-// TestFragments lets a peer and the internet send datagrams in fragments through
-// the Mac. What docs/pf.md says of each is what becomes of it.
+// TestFragments sends fragmented datagrams through the Mac, from a peer and from the
+// internet: their fate is the one that docs/pf.md states.
 func TestFragments(t *testing.T) {
 	g := newRig(t)
 	g.start()
@@ -40,8 +40,8 @@ func TestFragments(t *testing.T) {
 	const size = 800
 	for family, name := range []string{"IPv4", "IPv6"} {
 		peer, far := g.peers["C"][family], server[family]
-		// out sends the pieces as the peer does and returns the outcome of the last that
-		// got anywhere.
+		// out sends the fragments as the peer does, and returns the outcome of the last
+		// one that got anywhere.
 		id := uint32(100)
 		out := func(port uint16, order []int, df bool) simmac.Outcome {
 			id++
@@ -49,7 +49,7 @@ func TestFragments(t *testing.T) {
 			var o simmac.Outcome
 			for _, i := range order {
 				p := pieces[i]
-				if df && family == 0 { // IPv6 has no such bit
+				if df && family == 0 { // IPv6 has no Don't Fragment bit
 					p = withDF(p)
 				}
 				d := g.device()
@@ -68,8 +68,8 @@ func TestFragments(t *testing.T) {
 		if o := out(5001, []int{0, 1, 2}, true); family == 0 && o.Fate != simmac.Forwarded {
 			t.Errorf("%s from the peer, with Don't Fragment: %v (%s)", name, o.Fate, o.Why)
 		}
-		// back answers the first in pieces, and returns the outcome of the last that was
-		// forwarded.
+		// back answers the first datagram in fragments, and returns the outcome of the
+		// last one that was forwarded.
 		back := func(order []int, df bool) (o simmac.Outcome) {
 			id++
 			p := sent.Packet
@@ -95,7 +95,7 @@ func TestFragments(t *testing.T) {
 				t.Errorf("%s answer with Don't Fragment: %v", name, o.Fate)
 			}
 		}
-		// This Mac's own, from the internet, in any order.
+		// Datagrams from the internet to this Mac itself, with fragments in any order.
 		own := netip.MustParseAddr([]string{"203.0.113.1", "2001:db8:1::1"}[family])
 		id++
 		pieces := flowtest.Fragments(netlab.UDPPacket(netip.AddrPortFrom(far, 53), netip.AddrPortFrom(own, 4000), payload), id, size)
@@ -111,9 +111,9 @@ func TestFragments(t *testing.T) {
 	}
 }
 
-// TestFlood lets one peer open flows as fast as it can, to everywhere and by both
-// families, through the guard and behind it: another peer and the Mac itself don't
-// notice, and the packet filter never fills up.
+// TestFlood has one peer open flows as fast as it can, to every destination and in both
+// families, through the guard and behind it: another peer and the Mac itself aren't
+// affected, and the state table never fills up.
 func TestFlood(t *testing.T) {
 	g := newRig(t)
 	g.start()
@@ -151,7 +151,7 @@ func TestFlood(t *testing.T) {
 				family = 1
 			}
 			p := g.opening(g.device().name, g.peers["C"][family], dst, netlab.UDP)
-			p.DstPort = uint16(1 + opened/40_000) // the ports of the sources come again
+			p.DstPort = uint16(1 + opened/40_000) // source ports repeat after 40,000 flows
 			if opened++; g.open(w, p).at != "" {
 				passed++
 			}
@@ -162,7 +162,7 @@ func TestFlood(t *testing.T) {
 			bound = 10_000 / 2 // each of the peer's two addresses has a quarter
 		}
 		if most > bound {
-			t.Errorf("%v: the peer has %d states, want %d at most", w, most, bound)
+			t.Errorf("%v: the peer has %d states, want at most %d", w, most, bound)
 		}
 		t.Logf("%v: %d flows tried, %d passed, %d states at most", w, opened, passed, most)
 		for _, f := range running {

@@ -1,7 +1,7 @@
 package mactrial
 
-// Situations in which packets could leak: no helper runs, no tunnel exists, or pf
-// doesn't translate.
+// Situations in which packets could leak: no helper runs, no tunnel exists, or pf doesn't
+// translate.
 
 import (
 	"errors"
@@ -20,8 +20,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// segments has the Mac send segments of a connection that a peer opened to it, and
-// counts those that get to the peer.
+// segments has the Mac send segments of a connection that a peer opened to it, and counts
+// those that reach the peer.
 func (g *rig) segments(w way, f flow, n int) (arrived int) {
 	for range n {
 		if g.answer(w, f.first, netlab.ACK|netlab.PSH).at == "peer" {
@@ -31,10 +31,10 @@ func (g *rig) segments(w way, f flow, n int) (arrived int) {
 	return arrived
 }
 
-// TestCutStaysDeadOverACrash takes incoming from a peer, kills the helper, and starts
-// another: what the Mac sends on the connections that were cut doesn't reach the peer,
-// by the guard or by pf, whether or not the filter is needed otherwise. After another
-// restart in good order neither.
+// TestCutStaysDeadOverACrash revokes a peer's incoming permission, kills the helper, and
+// starts another: segments that the Mac sends on the cut connections don't reach the
+// peer, neither past the guard nor past pf, whether or not the filter is needed for
+// another permission. The same holds after an orderly restart.
 func TestCutStaysDeadOverACrash(t *testing.T) {
 	for name, kept := range map[string]mesh.Permissions{"with routing": mesh.Routing, "without": 0} {
 		t.Run(name, func(t *testing.T) {
@@ -48,7 +48,7 @@ func TestCutStaysDeadOverACrash(t *testing.T) {
 			for family := range 2 {
 				for _, proto := range []netlab.Proto{netlab.TCP, netlab.ICMP} {
 					w := alone
-					if kept == 0 { // no filter, so the guard has to see it
+					if kept == 0 { // without a filter only the guard knows the flow
 						w = guarded
 					}
 					cut = append(cut, g.run(w, "C", g.own[family], proto, family))
@@ -87,9 +87,9 @@ func TestCutStaysDeadOverACrash(t *testing.T) {
 	}
 }
 
-// TestCutByNoHelper has incoming end without a helper that cuts: at each step of a deny
-// the helper is killed, and once the permission ends while there is none. If the next
-// helper doesn't permit it, what the Mac sends on the connection reaches the peer by
+// TestCutByNoHelper has incoming end without a helper that cuts: a deny is killed at each
+// of its steps, and in one more case the permission expires while no helper runs. If the
+// next helper doesn't permit it, the Mac's segments on the connection reach the peer past
 // neither guard nor pf.
 func TestCutByNoHelper(t *testing.T) {
 	g := newRig(t)
@@ -125,11 +125,11 @@ func TestCutByNoHelper(t *testing.T) {
 			break
 		}
 		if step > 50 {
-			t.Fatal("it doesn't end")
+			t.Fatal("the permission doesn't end")
 		}
 	}
 	if denied < 3 {
-		t.Errorf("denied only %d times", denied)
+		t.Errorf("only %d denies", denied)
 	}
 	hour := "1h"
 	_, err := g.d.ChangePeer(t.Context(), "C", api.PeerChange{Permissions: map[string]api.PermissionChange{
@@ -141,12 +141,12 @@ func TestCutByNoHelper(t *testing.T) {
 	g.mac.Sleep(2 * time.Hour)
 	g.start()
 	dead("ended while there was no helper", flows)
-	t.Logf("%d times denied", denied)
+	t.Logf("%d denies", denied)
 }
 
 // TestMeshAddressClosedWithoutFilter has hosts on other networks send to the Mac's mesh
-// addresses while no peer routes and no anchor is loaded: the kernel keeps them out.
-// Where it was told not to, the anchor does.
+// addresses while no peer routes and no anchor is loaded: the kernel drops the packets.
+// If the kernel is configured to accept them, the anchor drops them.
 func TestMeshAddressClosedWithoutFilter(t *testing.T) {
 	g := newRig(t)
 	found := g.mac.Dump()
@@ -170,7 +170,7 @@ func TestMeshAddressClosedWithoutFilter(t *testing.T) {
 	}
 	loaded := func() bool { return strings.Contains(g.mac.Dump(), "["+anchor+"]") }
 	if loaded() {
-		t.Error("the anchor is loaded, though nothing asks for it")
+		t.Error("the anchor is loaded without need")
 	}
 	closed("as macOS ships")
 	for _, name := range []string{"net.inet.ip.check_interface", "net.inet6.ip6.check_interface"} {
@@ -187,9 +187,9 @@ func TestMeshAddressClosedWithoutFilter(t *testing.T) {
 	g.asFound(found)
 }
 
-// TestNothingLeavesWhileTheTunnelIsMadeAgain takes the tunnel away and keeps the helper
-// from making another, by its own start and in another one's: what the Mac sends to a
-// peer leaves by no other interface, at no moment. Once one can be made, all is as
+// TestNothingLeavesWhileTheTunnelIsMadeAgain removes the tunnel and keeps both this
+// helper and the next from creating another: at no moment does a packet from the Mac to a
+// peer leave by another interface. Once a tunnel can be created, everything works as
 // before.
 func TestNothingLeavesWhileTheTunnelIsMadeAgain(t *testing.T) {
 	g := newRig(t)
@@ -210,7 +210,7 @@ func TestNothingLeavesWhileTheTunnelIsMadeAgain(t *testing.T) {
 					o := g.mac.Emit(bytesOf(p, 0, false))
 					switch {
 					case o.Fate == simmac.Sent && !strings.HasPrefix(o.Link, "utun"):
-						t.Errorf("%s: what is for %s left by %s", when, name, o.Link)
+						t.Errorf("%s: the packet to %s left by %s", when, name, o.Link)
 					case o.Fate == simmac.Sent && o.Link == g.device().name:
 						g.wg.Load().read(g.own)
 					}
@@ -218,7 +218,7 @@ func TestNothingLeavesWhileTheTunnelIsMadeAgain(t *testing.T) {
 				p := g.opening(lan, printer[family], g.peers[name][family], netlab.UDP)
 				sent++
 				if o := g.mac.Inject(lan, bytesOf(p, 0, false)); o.Fate != simmac.Dropped {
-					t.Errorf("%s: what the LAN sends to %s got to %q", when, name, o.Link)
+					t.Errorf("%s: the LAN's packet to %s got to %q", when, name, o.Link)
 				}
 			}
 		}
@@ -238,7 +238,7 @@ func TestNothingLeavesWhileTheTunnelIsMadeAgain(t *testing.T) {
 	if !closed() {
 		t.Error("forwarding is on without a tunnel")
 	}
-	// Another program gets the name that the tunnel had.
+	// Another program gets the former tunnel's name.
 	name := g.device().name
 	if _, err := g.mac.Kernel.CreateTunnel(name, 1400); err != nil {
 		t.Fatal(err)
@@ -248,13 +248,13 @@ func TestNothingLeavesWhileTheTunnelIsMadeAgain(t *testing.T) {
 		for _, dst := range []netip.Addr{g.own[family], both("203.0.113.1", "2001:db8:1::1")[family], printer[family], server[family]} {
 			p := g.opening(name, g.peers["A"][family], dst, netlab.UDP)
 			if o := g.mac.Inject(name, bytesOf(p, 0, false)); o.Fate != simmac.Dropped {
-				t.Errorf("what comes from A's address by another program's %s to %v: %v", name, dst, o.Fate)
+				t.Errorf("the packet from A's address by another program's %s to %v: %v", name, dst, o.Fate)
 			}
 		}
 	}
 	g.mac.Kernel.RemoveInterface(name)
 
-	// A helper that was killed, and one that starts in its place and can't.
+	// The helper is killed, and the next one can't start.
 	g.proc.Kill()
 	g.stop()
 	probe("the helper is dead")
@@ -278,14 +278,14 @@ func TestNothingLeavesWhileTheTunnelIsMadeAgain(t *testing.T) {
 	t.Logf("%d packets to peers while there was no tunnel", sent)
 }
 
-// errNoTunnel is what making a tunnel gives while it can't be made.
+// errNoTunnel is the error of a tunnel that can't be created.
 var errNoTunnel = errors.Join(errors.New("create utun"), syscall.EBUSY)
 
 // TestUntranslatedStatesEnd has another program replace the main ruleset with one that
-// keeps states, for long enough that a peer's packets leave with the peer's own
-// address, and put it back before the helper looks. The states that were made meanwhile
-// would pass all that follow, as they are; they end, and the flow goes on translated.
-// Other flows lose nothing.
+// keeps states, until a peer's packets have left with the peer's own address, and restore
+// it before the helper inspects. The states made in between would pass all further
+// packets untranslated: they end, and the flow goes on translated. Other flows lose
+// nothing.
 func TestUntranslatedStatesEnd(t *testing.T) {
 	for name, whole := range map[string]bool{"the main ruleset replaced": false, "and pf switched off and on": true} {
 		t.Run(name, func(t *testing.T) {
@@ -300,19 +300,19 @@ func TestUntranslatedStatesEnd(t *testing.T) {
 				others = append(others, g.run(guarded, "D", server[family], netlab.TCP, family), g.run(guarded, "D", g.own[family], netlab.TCP, family))
 			}
 			var opened []host.Packet
-			g.mac.Hang("/sbin/pfctl", true) // so that the helper doesn't see it at once
+			g.mac.Hang("/sbin/pfctl", true) // the helper must not see it at once
 			g.must(g.mac.LoadMain("pass out all keep state\npass in all keep state\n"))
 			for family := range 2 {
 				p := g.udp(g.device().name, g.peers["C"][family], server[family], 5000, 443)
 				a := g.open(alone, p)
 				if a.at != uplink || a.o.Packet.Src != p.Src {
-					t.Fatalf("the packet left by %q from %v: nothing to mend", a.at, a.o.Packet.Src)
+					t.Fatalf("the packet left by %q from %v: nothing to repair", a.at, a.o.Packet.Src)
 				}
 				opened = append(opened, p)
-				// And one of the LAN to the Mac's mesh address.
+				// Also a packet from the LAN to the Mac's mesh address.
 				in := g.udp(lan, printer[family], g.own[family], 5000, 443)
 				if a := g.open(alone, in); a.at != "host" {
-					t.Fatalf("the LAN's packet got to %q: nothing to mend", a.at)
+					t.Fatalf("the LAN's packet got to %q: nothing to repair", a.at)
 				}
 				opened = append(opened, in)
 			}
@@ -322,7 +322,7 @@ func TestUntranslatedStatesEnd(t *testing.T) {
 			}
 			g.mac.Hang("/sbin/pfctl", false)
 			g.must(g.mac.Kernel.AddAddress(lan, netip.MustParsePrefix("192.168.77.99/24"))) // an event
-			// wrong says which packet still goes where it must not. The states of one
+			// wrong names the packet that still goes where it must not. The states of one
 			// kind and family end after those of another.
 			wrong := func() string {
 				for _, p := range opened {

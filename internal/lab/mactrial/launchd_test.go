@@ -1,6 +1,6 @@
 package mactrial
 
-// The helper under launchd, ended while a command that it needs is slow or hangs.
+// The helper under launchd, stopped while a command that it needs is slow or hangs.
 
 import (
 	"context"
@@ -21,13 +21,13 @@ import (
 
 const label, list = "org.meshhelper", "/Library/LaunchDaemons/org.meshhelper.plist"
 
-// a service is the helper as launchd keeps it: started, ended by SIGTERM, and by
-// SIGKILL when that takes too long.
+// A service is the helper run by launchd: started, ended with SIGTERM, and with SIGKILL
+// if that takes too long.
 type service struct {
 	*rig
 	ctl    *launchd.Launchctl
 	mu     sync.Mutex
-	end    []error // of each helper that ended by itself
+	end    []error // of each helper that exited by itself
 	killed int
 }
 
@@ -68,7 +68,8 @@ func newService(t *testing.T) *service {
 		s.killed++
 		s.mu.Unlock()
 		proc.Kill()
-		// What it still does has no effect, but it holds the lock of its folder.
+		// A killed process can no longer change the Mac, but it still holds the lock of
+		// its state directory.
 		cancel()
 		<-ended
 	}
@@ -86,7 +87,7 @@ func (s *service) load() {
 	s.own = s.d.Status().Addresses
 }
 
-// closed checks that the Mac forwards nothing for peers, nor any other transit.
+// closed checks that the Mac forwards nothing for peers, and no other transit.
 func (s *service) closed(l *leakage, when string) {
 	s.t.Helper()
 	l.mustNotPass(s.rig, when)
@@ -106,17 +107,17 @@ func (s *service) closed(l *leakage, when string) {
 	}
 }
 
-// TestLeavingInTime ends the helper by launchd while what it needs is slow or hangs.
-// It is gone before launchd's SIGKILL or by it, the Mac is closed then, and the next
-// one enforces and leaves it as it was found.
+// TestLeavingInTime has launchd stop the helper while a command that it needs is slow or
+// hangs. The helper exits before launchd's SIGKILL or is killed by it. The Mac is closed
+// then, and the next helper enforces and restores it.
 func TestLeavingInTime(t *testing.T) {
 	const pfctl, sysctl = "/sbin/pfctl", "/usr/sbin/sysctl"
 	for name, tt := range map[string]struct {
 		spoil func(s *service)
-		// within is how long it may take; 0: as long as leaving may, and a second for the
-		// command that SIGTERM finds running.
+		// within is how long leaving may take. 0 stands for LeaveLimit and a second for
+		// the command that is running at SIGTERM.
 		within time.Duration
-		// killed says that launchd has to kill it.
+		// killed means that launchd has to kill the helper.
 		killed bool
 	}{
 		"pfctl takes a second":     {func(s *service) { s.mac.Slow(pfctl, time.Second) }, 0, false},

@@ -1,6 +1,6 @@
 package mactrial
 
-// Sending packets by the guard or past it, and recording where each got.
+// Sending packets through the guard or past it, and recording where each one got.
 
 import (
 	"fmt"
@@ -14,11 +14,11 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// a way is how a peer's packets come to the Mac.
+// A way is how a peer's packets enter the Mac.
 type way int
 
 const (
-	guarded way = iota // through the guard, as they do
+	guarded way = iota // through the guard, as in the product
 	alone              // behind it: pf alone
 )
 
@@ -26,7 +26,7 @@ func (w way) String() string { return [...]string{"guard and pf", "pf alone"}[w]
 
 var protos = []netlab.Proto{netlab.TCP, netlab.UDP, netlab.ICMP}
 
-// opening is the first packet of a flow of its own.
+// opening returns the first packet of a new flow.
 func (g *rig) opening(in string, src, dst netip.Addr, proto netlab.Proto) host.Packet {
 	g.port++
 	p := host.Packet{In: in, Packet: policy.Packet{Src: src, Dst: dst, SrcPort: 10000 + g.port%40000, DstPort: 443}}
@@ -43,7 +43,7 @@ func (g *rig) opening(in string, src, dst netip.Addr, proto netlab.Proto) host.P
 	return p
 }
 
-// bytesOf builds a packet: of TCP with these flags, of ICMP an echo.
+// bytesOf builds a packet: TCP with the given flags, an ICMP echo, or a datagram.
 func bytesOf(p host.Packet, flags uint8, reply bool) []byte {
 	src, dst := netip.AddrPortFrom(p.Src, p.SrcPort), netip.AddrPortFrom(p.Dst, p.DstPort)
 	switch p.Proto {
@@ -55,14 +55,14 @@ func bytesOf(p host.Packet, flags uint8, reply bool) []byte {
 	return netlab.EchoPacket(p.Src, p.Dst, reply, p.SrcPort, 1, []byte("data"))
 }
 
-// an arrival is where a packet got: "" nowhere, "host", "peer", or the link that
-// it left by.
+// An arrival is where a packet got: "" (nowhere), "host", "peer", or the name of the link
+// that it left by.
 type arrival struct {
 	at string
 	o  simmac.Outcome
 }
 
-// send lets a packet come to where p says it does, or the Mac send it.
+// send has a packet enter by the interface p.In, or has the Mac send it.
 func (g *rig) send(w way, p host.Packet, flags uint8, reply bool) arrival {
 	b := bytesOf(p, flags, reply)
 	var o simmac.Outcome
@@ -91,10 +91,10 @@ func (g *rig) send(w way, p host.Packet, flags uint8, reply bool) arrival {
 	return a
 }
 
-// open sends a flow's first packet.
+// open sends the first packet of a flow.
 func (g *rig) open(w way, p host.Packet) arrival { return g.send(w, p, netlab.SYN, false) }
 
-// differs says how an arrival isn't what the policy wants, "" if it is.
+// differs describes how an arrival differs from the policy's verdict, or returns "".
 func (g *rig) differs(p host.Packet, v policy.Verdict, r *policy.Ruleset, a arrival) string {
 	host := r.Host()
 	bad := func() string {
@@ -135,7 +135,7 @@ func ruleOf(h pfsim.Hook) string {
 	return fmt.Sprintf("%q", h.Rule.Label)
 }
 
-// answerTo is the other end's packet of a flow, coming from where the flow went.
+// answerTo returns the other end's packet of a flow, from where the flow arrived.
 func (g *rig) answerTo(a arrival) host.Packet {
 	o := a.o.Packet
 	p := host.Packet{Packet: policy.Packet{Src: o.Dst, Dst: o.Src, SrcPort: o.DstPort, DstPort: o.SrcPort, Proto: uint8(o.Proto)}}
@@ -152,7 +152,7 @@ func (g *rig) answerTo(a arrival) host.Packet {
 	return p
 }
 
-// answer has the other end of a flow send.
+// answer has the other end of a flow send a packet.
 func (g *rig) answer(w way, a arrival, flags uint8) arrival {
 	return g.send(w, g.answerTo(a), flags, true)
 }

@@ -1,6 +1,6 @@
 package mactrial
 
-// The ports that peers' packets leave from, and the host's own sockets.
+// The source ports of peers' translated packets, and the host's own sockets.
 
 import (
 	"net/netip"
@@ -14,15 +14,15 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// udp is a datagram with these ports.
+// udp returns a datagram with the given ports.
 func (g *rig) udp(in string, src, dst netip.Addr, sport, dport uint16) host.Packet {
 	return host.Packet{In: in, Packet: policy.Packet{Src: src, Dst: dst, Proto: policy.ProtoUDP, SrcPort: sport, DstPort: dport}}
 }
 
-// TestPeersPortsAreNotTheHosts has C, which may route, send from every port that could
-// be the Mac's own to where A is outside: from WireGuard's, from those of programs
-// that listen, and from a thousand others. What leaves has a port that no socket of
-// the Mac has or may get, so what A sends to the Mac's own ports arrives at the Mac.
+// TestPeersPortsAreNotTheHosts has C, which may route, send to A's outer address from
+// every port that could be the Mac's own: WireGuard's, those of listening programs, and a
+// thousand others. Each packet leaves with a port that no socket of the Mac has or may
+// get, so A's packets to the Mac's own ports arrive at the Mac.
 func TestPeersPortsAreNotTheHosts(t *testing.T) {
 	g := newRig(t)
 	own := []uint16{51820, 41641, 5353, 22000, 60123}
@@ -54,7 +54,7 @@ func TestPeersPortsAreNotTheHosts(t *testing.T) {
 						t.Fatalf("%+v: %v (%s)", p, a.o.Fate, a.o.Why)
 					}
 					if at := a.o.Packet.SrcPort; at < 1024 || at >= 49152 || at == 41641 || at == 5353 || at == 22000 {
-						t.Fatalf("%+v left with port %d, which is the Mac's own or may get to be", p, at)
+						t.Fatalf("%+v left with port %d, which is or may become the Mac's own", p, at)
 					} else {
 						used[at] = true
 					}
@@ -79,9 +79,9 @@ func TestPeersPortsAreNotTheHosts(t *testing.T) {
 	t.Logf("%d flows left with %d ports, none of the Mac's", packets, len(used))
 }
 
-// TestPort500 lets a peer use UDP port 500, which pf doesn't change, while no socket of
-// the Mac has it, as Wi-Fi calling does. As soon as one does, what comes to that port is
-// the Mac's.
+// TestPort500 has a peer use UDP port 500, as Wi-Fi calling does. pf doesn't translate
+// that port while no socket of the Mac has it. As soon as one has, packets to the port
+// belong to the Mac.
 func TestPort500(t *testing.T) {
 	g := newRig(t)
 	g.start()
@@ -118,10 +118,10 @@ func TestPort500(t *testing.T) {
 			t.Errorf("C's packet from port 500 got to %q", a.at)
 		}
 		if a := g.answer(alone, f.first, 0); a.at != "host" {
-			t.Errorf("what came to the Mac's port 500 got to %q (%s)", a.at, a.o.Why)
+			t.Errorf("the packet to the Mac's port 500 got to %q (%s)", a.at, a.o.Why)
 		}
 		if a := g.open(alone, g.udp(g.device().name, g.peers["C"][family], server[family], 501, 4500)); a.at != uplink {
-			t.Errorf("another port got to %q (%s)", a.at, a.o.Why)
+			t.Errorf("the packet to another port got to %q (%s)", a.at, a.o.Why)
 		}
 	}
 }

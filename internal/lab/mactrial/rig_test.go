@@ -1,6 +1,6 @@
 package mactrial
 
-// The rig that all tests here use: a simulated Mac, and the helper that runs on it.
+// The rig of all tests here: a simulated Mac, and the helper that runs on it.
 
 import (
 	"bytes"
@@ -27,7 +27,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/tunnel"
 )
 
-// generous is how long a test waits for something that must happen.
+// generous is how long a test waits for an expected event.
 const generous = 30 * time.Second
 
 const (
@@ -36,18 +36,18 @@ const (
 	everything       = mesh.Incoming | mesh.Routing | mesh.LAN
 )
 
-// foreignAnchor is an anchor of other software, which must stay unchanged.
+// foreignAnchor is another product's anchor, which must not change.
 const foreignAnchor, foreignRules = "com.apple/200.other", "block drop in quick on en7 all\npass out on en7 all\n"
 
-// a rig is a Mac, and a helper that may run on it.
+// A rig is a Mac, with or without a running helper.
 type rig struct {
 	t   testing.TB
 	mac *simmac.Mac
 	dir string
 
-	// onStep is called in each call of step, so that the helper waits for it; steps are
-	// the names that were passed by the helper's process, and killAt is the number of the
-	// call in which it is killed.
+	// onStep is called in each call of step, which blocks the helper meanwhile. steps
+	// holds the step names of the helper's process, and killAt is the number of the call
+	// in which it is killed.
 	onStep func()
 	steps  []string
 	killAt int
@@ -64,7 +64,7 @@ type rig struct {
 	d    *daemon.Daemon
 	tun  atomic.Pointer[tap]          // the newest device, on the Mac's side of the guard
 	wg   atomic.Pointer[tunnelDevice] // and the other side
-	stop func()                       // ends the helper; nil when there is none
+	stop func()                       // ends the helper; nil if none runs
 
 	peers map[string][]netip.Addr
 	may   map[string]mesh.Permissions
@@ -136,8 +136,8 @@ func (g *rig) step(name string) {
 	}
 }
 
-// killIn makes the helper be killed in the nth call of step from now on, or never
-// if n is 0. It returns how many calls there were so far.
+// killIn has the helper killed in the nth call of step from now on, or never if n is 0.
+// It returns the number of calls so far.
 func (g *rig) killIn(n int) int {
 	g.probing.Lock()
 	defer g.probing.Unlock()
@@ -212,12 +212,12 @@ func endWaits(ctx context.Context, proc *simmac.Process, ended func()) {
 	}
 }
 
-// wait waits until a condition holds.
+// wait waits until done returns true.
 func (g *rig) wait(what string, done func() bool) {
 	g.t.Helper()
 	for until := time.Now().Add(generous); !done(); time.Sleep(time.Millisecond) {
 		if time.Now().After(until) {
-			g.t.Fatalf("waited in vain until %s: %+v", what, g.d.Status())
+			g.t.Fatalf("timed out waiting until %s: %+v", what, g.d.Status())
 		}
 	}
 }
@@ -233,7 +233,7 @@ func (g *rig) add(name string, kind mesh.Kind) {
 	g.permit(name, 0)
 }
 
-// permit sets a peer's permissions to exactly these.
+// permit sets a peer's permissions to exactly may.
 func (g *rig) permit(name string, may mesh.Permissions) {
 	g.t.Helper()
 	g.must(g.try(name, may))
@@ -249,8 +249,8 @@ func (g *rig) try(name string, may mesh.Permissions) error {
 	return err
 }
 
-// rules compiles the policy for the peers on the Mac as the test set it up, instead of as
-// the helper observed it.
+// rules compiles the policy from the Mac as the test set it up, not from the facts that
+// the helper observed.
 func (g *rig) rules(may map[string]mesh.Permissions, found policy.Families) *policy.Ruleset {
 	g.t.Helper()
 	host := policy.Host{Interface: g.device().name, Forwarding: policy.Families{IPv4: true, IPv6: true}, FoundForwarding: found,
@@ -371,8 +371,8 @@ func (w *tunnelDevice) Rebind(context.Context) error {
 
 func (w *tunnelDevice) Stats() (map[mesh.PublicKey]tunnel.PeerStats, error) { return nil, nil }
 
-// Close ends the device, as WireGuard's does. It also is what WireGuard does when
-// its interface is gone.
+// Close ends the device, as WireGuard's does. WireGuard also calls it when its interface
+// disappears.
 func (w *tunnelDevice) Close() {
 	if w.rig.hang != nil {
 		<-w.rig.hang
@@ -383,7 +383,7 @@ func (w *tunnelDevice) Close() {
 	})
 }
 
-// room is how many bytes tun devices need before a packet.
+// room is the number of bytes that tun devices need before a packet.
 const room = 16
 
 // write sends a peer's packet through the guard.

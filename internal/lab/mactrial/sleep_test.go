@@ -11,10 +11,10 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// TestEndsWhileAsleep gives C routing for an hour and lets the Mac sleep for two, by its
-// clocks: the wall clock runs on, the monotonic one doesn't. After the helper's next
-// look nothing of C's passes, on running flows too, by the guard and by pf alone; the
-// flows of D, which may for longer, go on, and the sockets were opened again.
+// TestEndsWhileAsleep grants C routing for an hour and has the Mac sleep for two: the
+// wall clock advances, the monotonic clock doesn't. After the helper's next round no
+// packet of C's passes, on running flows either, past the guard or pf. The flows of D,
+// whose permission lasts longer, go on, and the sockets are reopened.
 func TestEndsWhileAsleep(t *testing.T) {
 	g := newRig(t)
 	g.start()

@@ -23,7 +23,7 @@ var (
 	behind  = both("198.18.5.5", "2001:db8:9900::5")
 )
 
-// destinations are the places that a peer tries, by name.
+// destinations returns the destinations that a peer tries, by name.
 func (g *rig) destinations() map[string][]netip.Addr {
 	return map[string][]netip.Addr{
 		"the host's mesh address": g.own, "its uplink address": both("203.0.113.1", "2001:db8:1::1"),
@@ -35,13 +35,13 @@ func (g *rig) destinations() map[string][]netip.Addr {
 	}
 }
 
-// a judge counts what was held against the policy.
+// A judge counts the packets that were compared with the policy.
 type judge struct {
 	g                             *rig
 	verdicts, passed, differences int
 }
 
-// ask sends an opening both ways, and whatever answers there may be to it.
+// ask sends the first packet of a flow both ways, and all possible answers to it.
 func (j *judge) ask(r *policy.Ruleset, p host.Packet) {
 	j.g.t.Helper()
 	for _, w := range []way{guarded, alone} {
@@ -71,7 +71,8 @@ func (j *judge) count(w way, pass bool, difference string) {
 	}
 }
 
-// reply has the right end answer, and before it one that the flow never went to.
+// reply has the right end answer, after an answer from a host that the flow never
+// reached.
 func (j *judge) reply(w way, r *policy.Ruleset, opened host.Packet, a arrival) {
 	j.g.t.Helper()
 	p := j.g.answerTo(a)
@@ -96,7 +97,7 @@ func (j *judge) reply(w way, r *policy.Ruleset, opened host.Packet, a arrival) {
 	j.count(w, v.Pass, difference)
 }
 
-// all asks about each packet: those of a peer, and those of all hosts towards the peers.
+// all asks about each packet: a peer's to all destinations, and all hosts' to the peers.
 func (j *judge) all(r *policy.Ruleset) {
 	j.g.t.Helper()
 	g := j.g
@@ -125,8 +126,8 @@ func (j *judge) all(r *policy.Ruleset) {
 	}
 }
 
-// TestTruthTable holds every set of C's permissions against the policy, while A may
-// do everything, which must not matter.
+// TestTruthTable compares every set of C's permissions with the policy. A has all
+// permissions, which must not matter.
 func TestTruthTable(t *testing.T) {
 	g := newRig(t)
 	found := g.mac.Dump()
@@ -136,17 +137,18 @@ func TestTruthTable(t *testing.T) {
 	g.add("D", "own")
 	g.permit("A", everything)
 	j := &judge{g: g}
-	// Up and down again, so that what a set leaves behind meets every other.
+	// The sets are tried in ascending and then descending order, so that each one runs
+	// after different leftovers.
 	for _, may := range []mesh.Permissions{0, 1, 2, 3, 4, 5, 6, 7, 6, 5, 4, 3, 2, 1, 0} {
 		g.permit("C", may)
 		j.all(g.rules(g.may, policy.Families{}))
 	}
 	g.stop()
 	g.asFound(found)
-	t.Logf("%d verdicts, %d of them to pass: %d differences", j.verdicts, j.passed, j.differences)
+	t.Logf("%d verdicts, %d to pass: %d differences", j.verdicts, j.passed, j.differences)
 }
 
-// asFound checks that the host is as it was.
+// asFound checks that the Mac was restored.
 func (g *rig) asFound(found string) {
 	g.t.Helper()
 	if dump := g.mac.Dump(); dump != found {

@@ -1,6 +1,6 @@
 package mactrial
 
-// Routes of another program into the tunnel.
+// Another program's routes into the tunnel.
 
 import (
 	"net/netip"
@@ -10,9 +10,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 )
 
-// TestNothingThroughAPeer has another program route networks into the tunnel: neither
-// the guard nor pf alone lets the Mac's own packets to those through, nor what a peer
-// sends from there, as a reply or to open a flow. Flows between the Mac and the peer
+// TestNothingThroughAPeer has another program route networks into the tunnel: neither the
+// guard nor pf alone passes the Mac's own packets to those networks, nor a peer's packets
+// from there, be they replies or the first of a flow. Flows between the Mac and the peer
 // run as before.
 func TestNothingThroughAPeer(t *testing.T) {
 	g := newRig(t)
