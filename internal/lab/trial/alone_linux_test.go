@@ -1,6 +1,6 @@
 package trial
 
-// Each enforcer alone, with the other one switched off.
+// Each enforcer alone, with the other one disabled.
 
 import (
 	"slices"
@@ -10,7 +10,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// disarmed is a mesh whose helper was built with some of its enforcers switched off.
+// disarmed returns a mesh whose helper was built with some of its enforcers disabled.
 func disarmed(t *testing.T, name string, edits []netlab.Edit) *Mesh {
 	t.Helper()
 	m := newStage(t)
@@ -20,8 +20,8 @@ func disarmed(t *testing.T, name string, edits []netlab.Edit) *Mesh {
 	return m
 }
 
-// someSets are the sets of permissions that are tried of each enforcer alone; the
-// long version tries them all.
+// someSets are the permission sets that each enforcer alone is tested with. With -soak
+// all sets are.
 func someSets() []mesh.Permissions {
 	if !*soak {
 		return []mesh.Permissions{0, mesh.Routing, everything}
@@ -33,25 +33,25 @@ func someSets() []mesh.Permissions {
 	return all
 }
 
-// TestFilterAlone judges by the packet filter, without the guard.
+// TestFilterAlone compares the packet filter, without the guard, with the policy.
 func TestFilterAlone(t *testing.T) {
 	truthTable(t, disarmed(t, "without-guard", withoutGuard), someSets())
 }
 
-// TestGuardAlone judges by the guard, without the packet filter.
+// TestGuardAlone compares the guard, without the packet filter, with the policy.
 func TestGuardAlone(t *testing.T) {
 	truthTable(t, disarmed(t, "without-filter", withoutFilter), someSets())
 }
 
-// TestNeitherEnforces shows that the two above switch off what they say: without
-// both, C reaches another peer and B itself.
+// TestNeitherEnforces shows that the two tests above disable the enforcer that they claim
+// to: without both, C reaches another peer and B itself.
 func TestNeitherEnforces(t *testing.T) {
 	m := disarmed(t, "without-both", slices.Concat(withoutGuard, withoutFilter))
 	permit(t, m, "A", everything) // so that B forwards
 	for _, to := range []netlab.Pair{m.Peers["D"].Addresses, status(t, m).Address()} {
 		for _, addr := range to.List() {
 			if !m.reaches(t, m.C, addr, true) {
-				t.Errorf("C doesn't reach %s although nothing enforces, so the tests of each enforcer alone prove nothing", addr)
+				t.Errorf("C doesn't reach %s although both enforcers are disabled, so the tests of each one alone prove nothing", addr)
 			}
 		}
 	}

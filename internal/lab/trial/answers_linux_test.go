@@ -1,6 +1,6 @@
 package trial
 
-// What explain and doctor answer, held against real packets beside other software's
+// The answers of explain and doctor, compared with real packets beside other software's
 // rules.
 
 import (
@@ -17,8 +17,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// oddRoutes are what a host's routing may be besides, with rules for nft(8). undo takes the
-// routing away.
+// oddRoutes are unusual routes and routing rules of a host, in the form of ip(8), with
+// rules for nft(8). undo removes them.
 var oddRoutes = []struct{ name, do, undo, nft string }{
 	{"a blackhole", "route add blackhole I4/32\n-6 route add blackhole I6/128", "route del blackhole I4/32\n-6 route del blackhole I6/128", ""},
 	{"an unreachable route", "route add unreachable I4/32\n-6 route add unreachable I6/128", "route del unreachable I4/32\n-6 route del unreachable I6/128", ""},
@@ -32,7 +32,7 @@ var oddRoutes = []struct{ name, do, undo, nft string }{
 	{"a rule for a port", "rule add priority 90 ipproto udp dport PORT unreachable\n-6 rule add priority 90 ipproto udp dport PORT unreachable", "rule del priority 90\n-6 rule del priority 90", ""},
 }
 
-// oneDevice drops what D's device sends to this host, and nothing else.
+// oneDevice drops packets from D's device to this host, and nothing else.
 var oneDevice = rulesets.Ruleset{Name: "one device's outer address", NFT: `
 table inet one {
 	set blocked { type ipv4_addr; flags interval; elements = { 198.51.100.34 } }
@@ -42,7 +42,7 @@ table inet one {
 	}
 }`}
 
-// oracle compares what explain says with what becomes of packets.
+// oracle compares explain's and doctor's answers with the fate of packets.
 type oracle struct {
 	*Mesh
 	t     *testing.T
@@ -54,14 +54,14 @@ type oracle struct {
 	fine, wrong int
 
 	out  *netlab.Watch
-	in   []int // sockets that get what is delivered to B, without waiting
+	in   []int // non-blocking sockets that receive packets delivered to B
 	got  []string
 	sent int
 }
 
-// TestAnswersAreTrue has B be beside other software's rules and odd routes, one after the
-// other, and compares explain with real probes of C's: nothing is said to pass that
-// doesn't, nor to be stopped that passes.
+// TestAnswersAreTrue runs B beside other software's rules and unusual routes, one at a
+// time, and compares explain with real probes from C: no probe that explain passes is
+// lost, and none that it stops arrives.
 func TestAnswersAreTrue(t *testing.T) {
 	for _, program := range []string{"nft", "iptables-nft-restore", "ip"} {
 		if _, err := exec.LookPath(program); err != nil {
@@ -72,10 +72,10 @@ func TestAnswersAreTrue(t *testing.T) {
 	permit(t, m, "C", mesh.Routing|mesh.Incoming)
 	a := &oracle{Mesh: m, t: t, iface: status(t, m).Interface}
 	a.open()
-	if r := m.Lab.Probe(t.Context(), netlab.Probe{From: m.D, To: status(t, m).Address().V4, Proto: netlab.UDP}); !r[0].OK { // its device is known from now on
+	if r := m.Lab.Probe(t.Context(), netlab.Probe{From: m.D, To: status(t, m).Address().V4, Proto: netlab.UDP}); !r[0].OK { // from now on the host knows D's endpoint
 		t.Fatal(r[0])
 	}
-	a.ip("link add virbr0 type veth peer name virbr1") // which some of the rulesets name
+	a.ip("link add virbr0 type veth peer name virbr1") // some of the rulesets name it
 	for _, r := range append(rulesets.All, oneDevice) {
 		t.Run(r.Name, func(t *testing.T) {
 			a.t = t
@@ -106,10 +106,10 @@ func TestAnswersAreTrue(t *testing.T) {
 		})
 	}
 	a.t = t
-	t.Logf("doctor said %d times that all is well, %d times what isn't", a.fine, a.wrong)
-	t.Logf("%d hosts: explain said %d times that it passes, %d times that it doesn't, %d times that it may not", a.hosts, a.passes, a.stopped, a.unclear)
+	t.Logf("doctor found no problem %d times, and one %d times", a.fine, a.wrong)
+	t.Logf("%d hosts: explain's answer was %d times that the packet passes, %d times that it doesn't, %d times that it may not", a.hosts, a.passes, a.stopped, a.unclear)
 	if a.hosts < 40 || a.passes < 40 || a.stopped < 20 || a.fine < 20 || a.wrong < 20 {
-		t.Error("that is too little to prove anything")
+		t.Error("too few answers to prove anything")
 	}
 }
 
@@ -137,7 +137,7 @@ func (a *oracle) ip(lines string) {
 	}
 }
 
-// unload takes away all tables but ours.
+// unload deletes all tables except the helper's.
 func (a *oracle) unload() {
 	a.t.Helper()
 	for line := range strings.Lines(a.run("", "nft", "list", "tables")) {
@@ -147,8 +147,8 @@ func (a *oracle) unload() {
 	}
 }
 
-// compare asks about C's packets to the internet and to B, of each family and protocol,
-// and sends them.
+// compare asks explain about C's packets to the internet and to B, in each family and
+// protocol, and sends them.
 func (a *oracle) compare() (results []probed) {
 	a.t.Helper()
 	a.hosts++
@@ -170,7 +170,7 @@ func (a *oracle) compare() (results []probed) {
 	for i, r := range a.Lab.Probe(a.t.Context(), probes...) {
 		e := said[i]
 		results = append(results, probed{probes[i], e.Pass && len(e.Stops) == 0, r.OK, i < 4})
-		through := e.Pass && len(e.Stops) == 0 // and its answer comes back
+		through := e.Pass && len(e.Stops) == 0 // and its answer returns
 		clear := e.Pass || !e.Unclear
 		for _, s := range e.Stops {
 			clear = clear && !s.Unclear
@@ -184,7 +184,7 @@ func (a *oracle) compare() (results []probed) {
 			a.stopped++
 		}
 		if clear && through != r.OK {
-			a.t.Errorf("%v: explain says pass %v, stops %+v; it gets through: %v", probes[i], e.Pass, e.Stops, r.OK)
+			a.t.Errorf("%v: explain says pass %v, stops %+v; the probe got through: %v", probes[i], e.Pass, e.Stops, r.OK)
 		}
 	}
 	return results

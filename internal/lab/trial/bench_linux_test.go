@@ -14,9 +14,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// BenchmarkForwarding sends one TCP stream from C through B to I, over WireGuard,
-// the helper's judgement and NAT. Sender, both tunnels and receiver share the
-// machine, so only the ratio of two runs means something.
+// BenchmarkForwarding sends one TCP stream from C through B to I, through WireGuard, the
+// helper's checks and NAT. Sender, both tunnels and receiver share the machine, so only
+// the ratio of two runs is meaningful.
 func BenchmarkForwarding(b *testing.B) {
 	m := newMesh(b)
 	permit(b, m, "C", mesh.Routing)
@@ -29,7 +29,7 @@ func BenchmarkForwarding(b *testing.B) {
 	}
 }
 
-// stream sends 1 MiB for each turn of the benchmark.
+// stream sends 1 MiB per iteration.
 func stream(b *testing.B, from, to *netlab.Host, at netip.AddrPort) {
 	var listener *net.TCPListener
 	if err := to.Do(func() (err error) {

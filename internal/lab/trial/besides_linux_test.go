@@ -1,6 +1,6 @@
 package trial
 
-// What forwarding and the helper cost beside another program's large block list.
+// The cost of forwarding and of the helper beside another program's large block list.
 
 import (
 	"encoding/base64"
@@ -18,10 +18,10 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// blockList is how many addresses a block list of another program has.
+// blockList is the number of addresses in another program's block list.
 const blockList = 58_000
 
-// addBlockList loads a table whose chain drops what comes from a list of addresses.
+// addBlockList loads a table that drops packets from a list of addresses.
 func addBlockList(t testing.TB, b *netlab.Host) {
 	t.Helper()
 	if err := b.Do(func() error {
@@ -65,13 +65,13 @@ func addBlockList(t testing.TB, b *netlab.Host) {
 	}
 }
 
-// BenchmarkBesideBlockList takes a permission away, has a deleted table come back, and
-// looks at what the helper takes when nothing happens, with 20 peers, without and with
-// another program's block list of 58,000 addresses. Each turn without one with; the
-// ratios mean something, the times are this machine's.
+// BenchmarkBesideBlockList measures a revocation, the repair of a deleted table, and the
+// idle helper, with 20 peers, without and with another program's block list of 58,000
+// addresses. Runs without and with the list alternate; the ratios are meaningful, the
+// absolute times depend on the machine.
 func BenchmarkBesideBlockList(b *testing.B) {
 	m := newMesh(b)
-	for i := range 17 { // and three that have a WireGuard end
+	for i := range 17 { // plus three with a WireGuard end
 		key := make([]byte, 32)
 		key[0] = byte(i + 9)
 		do(b, m, "peer", "add", fmt.Sprintf("p%d", i), "--public-key", base64.StdEncoding.EncodeToString(key))
@@ -118,7 +118,7 @@ func BenchmarkBesideBlockList(b *testing.B) {
 				}
 				for deadline := time.Now().Add(generous); !there(); time.Sleep(time.Millisecond) {
 					if time.Now().After(deadline) {
-						b.Fatal("the table doesn't come back")
+						b.Fatal("the table isn't restored")
 					}
 				}
 			}
@@ -137,10 +137,10 @@ func BenchmarkBesideBlockList(b *testing.B) {
 	}
 }
 
-// userHz is the unit of times in /proc (USER_HZ, proc_pid_stat(5)), per second.
+// userHz is the unit of times in /proc (USER_HZ, proc_pid_stat(5)), in ticks per second.
 const userHz = 100
 
-// cpuTicks returns how long a process ran, in user and in kernel mode.
+// cpuTicks returns a process's CPU time in user and kernel mode, in ticks.
 func cpuTicks(t testing.TB, pid int) int {
 	t.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
@@ -148,7 +148,7 @@ func cpuTicks(t testing.TB, pid int) int {
 		t.Fatal(err)
 	}
 	_, rest, _ := strings.Cut(string(text), ") ")
-	fields := strings.Fields(rest) // from the third on
+	fields := strings.Fields(rest) // the third field and the ones after it
 	sum := 0
 	for _, at := range []int{14, 15} {
 		n, err := strconv.Atoi(fields[at-3])

@@ -1,6 +1,6 @@
 package trial
 
-// A host whose addresses change all the time.
+// A host whose addresses keep changing.
 
 import (
 	"fmt"
@@ -14,9 +14,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// TestAddressesChange adds and removes addresses of a host that has a thousand, while
-// a peer's flow runs through it: the helper doesn't close, repairs nothing, and the
-// flow doesn't pause.
+// TestAddressesChange adds and removes addresses of a host that has a thousand, while a
+// peer's flow runs through it: the helper doesn't close forwarding, repairs nothing, and
+// the flow doesn't pause.
 func TestAddressesChange(t *testing.T) {
 	m := newMesh(t)
 	permit(t, m, "C", mesh.Routing)

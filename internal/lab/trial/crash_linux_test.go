@@ -21,16 +21,16 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// stepper is asked by the helper in each call of the host's Options.Step, before and
-// after each step, and lets it go on, but for one call.
+// stepper gets a message from the helper in each call of the host's Options.Step, before
+// and after each step, and answers it, except for one call that it leaves waiting.
 type stepper struct {
 	listener *net.UnixListener
 	stopped  chan halt
 
 	mu     sync.Mutex
-	names  []string      // of the steps, one for each call of this life
-	stopAt int           // which call isn't answered; -1 for none
-	conn   *net.UnixConn // to the helper that runs now
+	names  []string      // step names, one for each call of this life
+	stopAt int           // index of the call that isn't answered; -1 for none
+	conn   *net.UnixConn // to the running helper
 	closed bool
 }
 
@@ -41,7 +41,7 @@ type halt struct {
 	resume func()
 }
 
-// newStepper has the mesh run a helper that asks it.
+// newStepper has the mesh run a helper that reports to the stepper.
 func newStepper(t *testing.T, m *Mesh) *stepper {
 	t.Helper()
 	path := filepath.Join(m.Lab.Dir(), "steps")
@@ -61,7 +61,7 @@ func newStepper(t *testing.T, m *Mesh) *stepper {
 	return s
 }
 
-// serve answers one helper after the other; a connection ends when its helper dies.
+// serve answers one helper after another. A connection ends when its helper dies.
 func (s *stepper) serve() error {
 	for {
 		conn, err := s.listener.AcceptUnix()
@@ -78,7 +78,7 @@ func (s *stepper) serve() error {
 	}
 }
 
-// serves records the connection of the helper that runs now, and reports false after close.
+// serves records the connection of the running helper, and reports false after close.
 func (s *stepper) serves(conn *net.UnixConn) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -86,7 +86,7 @@ func (s *stepper) serves(conn *net.UnixConn) bool {
 	return !s.closed
 }
 
-// close ends the listener and the connection of the helper, which may be waiting.
+// close closes the listener, and the connection of the helper, which may be waiting.
 func (s *stepper) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -110,7 +110,7 @@ func (s *stepper) step(conn *net.UnixConn, name string) {
 	s.stopped <- halt{name, peerOf(conn), resume}
 }
 
-// peerOf is the process at the other end.
+// peerOf returns the process at the other end.
 func peerOf(conn *net.UnixConn) (pid int) {
 	if raw, err := conn.SyscallConn(); err == nil {
 		raw.Control(func(fd uintptr) {
@@ -122,16 +122,16 @@ func peerOf(conn *net.UnixConn) (pid int) {
 	return pid
 }
 
-// begin starts a new count, and chooses the call to stop in.
+// begin resets the count, and sets the call to stop in.
 func (s *stepper) begin(at int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.names, s.stopAt = nil, at
 }
 
-// life starts a helper, widens and narrows permissions, and stops it. It returns an error
-// where the helper is killed. Packets that must not pass after a change are added to
-// the prober.
+// life starts a helper, grants and revokes permissions, and stops it. It returns an error
+// if the helper is killed. After each deny it adds the packets that must no longer pass
+// to the prober.
 func life(ctx context.Context, m *Mesh, p *prober) error {
 	if err := m.Start(ctx); err != nil {
 		return err
@@ -158,10 +158,10 @@ func life(ctx context.Context, m *Mesh, p *prober) error {
 	return m.Stop()
 }
 
-// TestKilledAtEveryStep kills the helper, the real process, at its steps of start,
-// change and stop and between them. Before, while it is dead, and after the next
-// one started, everything that must not pass is sent all the time; at the end of
-// each the host is as it was found.
+// TestKilledAtEveryStep kills the helper, the real process, at its steps of start, change
+// and stop and between them. Packets that must not pass are sent all the time: before the
+// kill, while the helper is dead, and after the next one started. After each round the
+// host is in its original state.
 func TestKilledAtEveryStep(t *testing.T) {
 	kills := 24
 	if *soak {
@@ -211,14 +211,14 @@ func TestKilledAtEveryStep(t *testing.T) {
 			t.Fatalf("%s: %v", where, err)
 		}
 		died[here.name]++
-		// One that was leaving may have left before the signal came.
+		// A helper that was leaving may have exited before the signal arrived.
 		if err := run.Wait(); err == nil && n%3 != 2 {
-			t.Fatalf("%s, but it ended well", where)
+			t.Fatalf("%s, but the helper exited without an error", where)
 		}
 		if m.Helper != nil {
 			<-m.Helper.Done()
 		}
-		p.rounds(t, 3) // while it is dead
+		p.rounds(t, 3) // while the helper is dead
 		p.mustHold(t, where)
 		s.begin(-1)
 		start(t, m)
@@ -240,8 +240,8 @@ func TestKilledAtEveryStep(t *testing.T) {
 		kills, len(died), len(slices.Compact(slices.Sorted(slices.Values(steps)))), len(steps), p.sent.Load())
 }
 
-// targets are the places of the steps to kill at: the first of each kind, and as
-// many more as were asked for, evenly.
+// targets returns the indexes of the steps to kill at: the first of each kind, and the
+// rest of the requested number spread evenly.
 func targets(steps []string, kills int) (list []int) {
 	for at, name := range steps {
 		if slices.Index(steps, name) == at {
@@ -258,19 +258,19 @@ func targets(steps []string, kills int) (list []int) {
 	return list
 }
 
-// again waits until C's packets arrive at the guard of a helper that was started
-// again, sends everything some times more, and takes the permissions back.
+// again waits until C's packets reach the guard of the restarted helper, sends all shots
+// a few more times, and revokes the permissions.
 func again(t *testing.T, m *Mesh, p *prober) {
 	t.Helper()
 	if s := status(t, m); s.State != "enforcing" || s.Enforced != s.Generation {
-		t.Fatalf("started again: %s, enforced %d of %d: %+v", s.State, s.Enforced, s.Generation, s.Problems)
+		t.Fatalf("restarted: %s, enforced %d of %d: %+v", s.State, s.Enforced, s.Generation, s.Problems)
 	}
 	if err := m.Peers["C"].End.Renew(); err != nil {
 		t.Fatal(err)
 	}
 	for until := time.Now().Add(generous); refused(t, m, "C", "mesh") == 0; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(until) {
-			t.Fatal("nothing of C's arrives at the guard, so nothing is proved")
+			t.Fatal("no packet of C's arrives at the guard, so the test proves nothing")
 		}
 	}
 	p.guarded(true)
@@ -279,7 +279,7 @@ func again(t *testing.T, m *Mesh, p *prober) {
 	permit(t, m, "D", mesh.Incoming)
 }
 
-// refused is how many of a peer's packets of a class were refused.
+// refused returns how many of a peer's packets of a class were refused.
 func refused(t *testing.T, m *Mesh, peer, class string) int {
 	t.Helper()
 	for _, p := range status(t, m).Peers {

@@ -1,6 +1,6 @@
 package trial
 
-// The end of flows that run when their permission ends.
+// The end of running flows when their permission ends.
 
 import (
 	"testing"
@@ -10,7 +10,7 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// afterwards is how many packets each end goes on to send after a change.
+// afterwards is how many more packets each end sends after a change.
 const afterwards = 200
 
 // flows starts one flow of each protocol in each family and waits until they run.
@@ -19,8 +19,8 @@ func flows(t *testing.T, m *Mesh, from, to *netlab.Host, at netlab.Pair) []*netl
 	return flowsEvery(t, m, from, to, at, 5*time.Millisecond)
 }
 
-// bystanders starts flows that are to lose nothing: slow ones, so that a loss isn't
-// the queue of a busy machine's.
+// bystanders starts flows that must lose nothing. They send slowly, so that a loss isn't
+// a queue overflow on a busy machine.
 func bystanders(t *testing.T, m *Mesh, from, to *netlab.Host, at netlab.Pair) []*netlab.Flow {
 	t.Helper()
 	return flowsEvery(t, m, from, to, at, 20*time.Millisecond)
@@ -46,13 +46,13 @@ func flowsEvery(t *testing.T, m *Mesh, from, to *netlab.Host, at netlab.Pair, ev
 	return list
 }
 
-// settle is how long a packet that was sent before a change may be on its way. It
-// counts only for TCP's repetitions, which bear the time of their first sending;
-// observe is how long they are waited for, several of them.
+// settle is how long a packet that was sent before a change may be in flight. It matters
+// only for TCP retransmissions, which carry the time of their first transmission. observe
+// is the time to watch for them, long enough for several.
 const settle, observe = time.Second, 3 * time.Second
 
-// watchSegments watches what the ends of TCP flows receive. B isn't watched: what it
-// receives is seen before its packet filter.
+// watchSegments captures what the ends of TCP flows receive. B isn't captured: the
+// capture point is before its packet filter.
 func watchSegments(t *testing.T, m *Mesh, list []*netlab.Flow, ends ...*netlab.Host) (watches []*netlab.Watch) {
 	t.Helper()
 	ports := map[uint16]bool{}
@@ -74,7 +74,7 @@ func watchSegments(t *testing.T, m *Mesh, list []*netlab.Flow, ends ...*netlab.H
 	return watches
 }
 
-// mustBeSilent reports segments that an end received after the time.
+// mustBeSilent reports segments that an end received after when.
 func mustBeSilent(t *testing.T, watches []*netlab.Watch, when time.Time) {
 	t.Helper()
 	time.Sleep(time.Until(when.Add(observe)))
@@ -87,7 +87,7 @@ func mustBeSilent(t *testing.T, watches []*netlab.Watch, when time.Time) {
 			t.Error(err)
 		}
 		if len(packets) == 0 {
-			t.Error("a watch saw nothing of a running flow, so nothing is proved")
+			t.Error("a watch captured no packet of a running flow, so the test proves nothing")
 		}
 		for _, p := range packets {
 			if p.Time.After(when.Add(settle)) {
@@ -97,8 +97,8 @@ func mustBeSilent(t *testing.T, watches []*netlab.Watch, when time.Time) {
 	}
 }
 
-// mustEnd waits until both ends have sent a good deal more, by themselves, and
-// reports every packet that arrived although it was sent after the time.
+// mustEnd waits until both ends have sent many more packets on their own, and reports
+// every packet that was sent after when and still arrived.
 func mustEnd(t *testing.T, list []*netlab.Flow, when time.Time) {
 	t.Helper()
 	var sent [][2]uint64
@@ -111,7 +111,7 @@ func mustEnd(t *testing.T, list []*netlab.Flow, when time.Time) {
 		for _, way := range []netlab.Way{netlab.Forth, netlab.Back} {
 			for f.Sent(way) < sent[i][way]+afterwards {
 				if time.Since(start) > generous {
-					t.Fatalf("%s: the %s end fell silent by itself", f, way)
+					t.Fatalf("%s: the %s end stopped sending on its own", f, way)
 				}
 				time.Sleep(time.Millisecond)
 			}
@@ -129,10 +129,10 @@ func mustEnd(t *testing.T, list []*netlab.Flow, when time.Time) {
 	t.Logf("%d packets were sent afterwards by both ends of %d flows", total, len(list))
 }
 
-// mustLast ends flows that no command may have disturbed, and reports what
-// of theirs was lost that was sent from when the command began until a second after
-// it returned. What is lost at another time isn't the command's doing: on a busy
-// machine, wireguard-go alone loses a packet in some hundred thousand.
+// mustLast ends flows that no command may have disturbed, and reports their lost packets
+// that were sent between the start of the command and a second after its return. A loss
+// at another time isn't the command's effect: on a busy machine, wireguard-go alone loses
+// a packet in some hundred thousand.
 func mustLast(t *testing.T, list []*netlab.Flow, began, returned time.Time) {
 	t.Helper()
 	for _, f := range list {
@@ -145,7 +145,7 @@ func mustLast(t *testing.T, list []*netlab.Flow, began, returned time.Time) {
 				if a.Sent.After(began) && a.Sent.Before(returned.Add(settle)) {
 					report = t.Errorf
 				}
-				report("%s, which wasn't denied, lost %s what was sent before packet %d, sent %s after the command had returned",
+				report("%s, which wasn't denied, lost packets %s before packet %d, which was sent %s after the command had returned",
 					f, way, a.Number, a.Sent.Sub(returned))
 			}
 		}
@@ -156,9 +156,9 @@ func mustLast(t *testing.T, list []*netlab.Flow, began, returned time.Time) {
 	}
 }
 
-// TestDenyEndsRunningFlows takes each permission away while flows run that need
-// it: nothing that either end sends after the command returned arrives, and other
-// flows on the same host lose nothing.
+// TestDenyEndsRunningFlows revokes each permission while flows that need it run: no
+// packet that either end sends after the command returned arrives, and other flows on the
+// same host lose nothing.
 func TestDenyEndsRunningFlows(t *testing.T) {
 	at := netlab.Addresses()
 	for _, c := range []struct {
@@ -177,7 +177,7 @@ func TestDenyEndsRunningFlows(t *testing.T) {
 			host, to := c.to(m)
 			cut := flows(t, m, m.C, host, to)
 			others := bystanders(t, m, m.D, host, to)
-			// The host's own flow to the same peer isn't the peer's.
+			// The host's own flow to the same peer doesn't need the peer's permission.
 			others = append(others, bystanders(t, m, m.B, m.C, m.Peers["C"].Addresses)...)
 
 			watches := watchSegments(t, m, cut, m.C, host)
@@ -190,8 +190,8 @@ func TestDenyEndsRunningFlows(t *testing.T) {
 			mustEnd(t, cut, denied)
 			mustBeSilent(t, watches, denied)
 			mustLast(t, others, began, denied)
-			// Nor does what was cut come back, the other way round, when the kernel
-			// has forgotten the opener.
+			// A cut flow isn't revived either by its other end, when the kernel has
+			// forgotten which end opened it.
 			if err := m.B.ForgetFlows(); err != nil {
 				t.Fatal(err)
 			}
@@ -199,7 +199,7 @@ func TestDenyEndsRunningFlows(t *testing.T) {
 			for _, f := range cut {
 				f.Stop()
 			}
-			// Once more: what was denied can be allowed again.
+			// A revoked permission can be granted again.
 			permit(t, m, "C", c.need)
 			for _, f := range flows(t, m, m.C, host, to) {
 				f.Stop()
@@ -208,7 +208,7 @@ func TestDenyEndsRunningFlows(t *testing.T) {
 	}
 }
 
-// TestRemoveEndsRunningFlows removes a peer that may do everything.
+// TestRemoveEndsRunningFlows removes a peer with every permission.
 func TestRemoveEndsRunningFlows(t *testing.T) {
 	m := newMesh(t)
 	permit(t, m, "C", everything)
@@ -220,9 +220,9 @@ func TestRemoveEndsRunningFlows(t *testing.T) {
 	mustEnd(t, cut, time.Now())
 }
 
-// TestTimedPermissionEnds lets a permission run out while flows run. No command is
-// waited for here, so the flows may outlive the permission by as long as the
-// helper takes; that is measured, not judged.
+// TestTimedPermissionEnds has a permission expire while flows run. No command returns
+// here, so the flows may outlive the permission by the helper's reaction time, which the
+// test logs but doesn't limit.
 func TestTimedPermissionEnds(t *testing.T) {
 	m := newMesh(t)
 	do(t, m, "peer", "allow", "C", "routing", "--for", "3s")
@@ -240,14 +240,14 @@ func TestTimedPermissionEnds(t *testing.T) {
 			break
 		}
 		if time.Now().After(deadline) {
-			t.Fatal("what is sent still arrives")
+			t.Fatal("packets still arrive")
 		}
 	}
 	mustEnd(t, cut, last)
 	t.Logf("the last packet that arrived was sent %s after the permission had ended", last.Sub(until).Round(time.Millisecond))
 }
 
-// lastSent is when the last packet that arrived was sent, of all flows.
+// lastSent returns the sending time of the last packet that arrived on any flow.
 func lastSent(list []*netlab.Flow) (last time.Time) {
 	for _, f := range list {
 		for _, way := range []netlab.Way{netlab.Forth, netlab.Back} {
@@ -261,7 +261,7 @@ func lastSent(list []*netlab.Flow) (last time.Time) {
 	return last
 }
 
-// grant is a peer's permission as the status shows it.
+// grant returns a peer's permission as shown by status.
 func grant(t *testing.T, m *Mesh, peer, permission string) Grant {
 	t.Helper()
 	for _, p := range status(t, m).Peers {

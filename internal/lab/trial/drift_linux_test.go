@@ -1,6 +1,7 @@
 package trial
 
-// Other programs that change what the helper enforces, and how soon it repairs that.
+// Other programs that change what the helper enforces, and how soon the helper repairs
+// it.
 
 import (
 	"errors"
@@ -20,18 +21,19 @@ import (
 	"github.com/meshhelper/meshhelper/internal/nlconn"
 )
 
-// drift is something that another program does to B, and how B looks when the helper
-// has dealt with it.
+// drift is a change that another program makes to B. well reports whether the helper has
+// handled it.
 type drift struct {
 	name string
 	do   func(*hurt) error
 	well func(*hurt) bool
-	// undo is for what isn't the helper's to repair.
+	// undo reverts a change that the helper can't repair.
 	undo func(*hurt) error // optional
-	// filter says that the packet filter is gone meanwhile, which alone stops what
-	// neither comes from a peer nor goes to one.
+	// filter means that the packet filter is missing meanwhile. It alone stops packets
+	// that neither come from a peer nor go to one.
 	filter bool
-	// open says that B is told to forward for all, so that transit is as wanted.
+	// open means that B is configured to forward for all hosts, so that transit is
+	// wanted.
 	open bool
 }
 
@@ -40,20 +42,20 @@ type hurt struct {
 	*Mesh
 	iface  string
 	client *http.Client
-	lines  int // of the packet filter when all is well
+	lines  int // of the complete packet filter
 }
 
 func (h *hurt) status() (s Status) {
-	_ = ask(h.client, "GET", "/v1/status", nil, &s) // no answer is the zero status
+	_ = ask(h.client, "GET", "/v1/status", nil, &s) // without an answer, the zero status
 	return s
 }
 
-// ruleset lists what nftables holds, but for flows that were cut and those that are
-// counted, which come and go.
+// ruleset lists nftables' contents without the elements of cut and counted flows, which
+// change all the time.
 func (h *hurt) ruleset() []string {
 	lines, err := h.B.Ruleset()
 	if err != nil {
-		return nil // changed while it was read
+		return nil // the ruleset changed while it was read
 	}
 	return slices.DeleteFunc(lines, func(l string) bool {
 		return strings.HasPrefix(l, "element") && (strings.Contains(l, `"cut`) || strings.Contains(l, `"flows`))
@@ -83,7 +85,7 @@ func (h *hurt) addressed() bool {
 	return err == nil && len(have) == 2
 }
 
-// routed says whether every peer is reached by the mesh interface.
+// routed reports whether every peer is routed by the mesh interface.
 func (h *hurt) routed() bool {
 	link, err := h.B.Netlink().LinkByName(h.iface)
 	if err != nil {
@@ -116,19 +118,19 @@ func (h *hurt) rename(from, to string) error {
 		return err
 	}
 	err = nl.LinkSetName(l, to)
-	if errors.Is(err, syscall.EBUSY) { // kernels before 6.2 want it down
+	if errors.Is(err, syscall.EBUSY) { // kernels before 6.2 require the link to be down
 		err = errors.Join(nl.LinkSetDown(l), nl.LinkSetName(l, to), nl.LinkSetUp(l))
 	}
 	return err
 }
 
-// whole says that the packet filter holds as much as when all was well.
+// whole reports whether the packet filter has as many lines as before the changes.
 func (h *hurt) whole() bool { return len(h.ruleset()) == h.lines }
 
 var defaultRoute = netip.MustParsePrefix("0.0.0.0/0")
 
-// drifts are what another program does. Forwarding for all comes last: B's owner then
-// wants transit.
+// drifts are the changes that another program makes. Forwarding for all comes last: B's
+// owner wants transit from then on.
 var drifts = []drift{
 	{name: "the whole ruleset is flushed", filter: true, well: (*hurt).whole, do: func(h *hurt) error {
 		return h.nft(func(c *nftables.Conn, _ *nftables.Table) error { c.FlushRuleset(); return nil })
@@ -215,17 +217,17 @@ var drifts = []drift{
 		well: func(h *hurt) bool { return h.addressed() && h.routed() && h.status().State == "enforcing" }},
 	{name: "forwarding is switched on for all", open: true,
 		do: func(h *hurt) error { return h.B.SetSysctl("net.ipv4.ip_forward", "1") },
-		// The filter stops closing what another program opened.
+		// The filter no longer blocks forwarding that another program enabled.
 		well: func(h *hurt) bool { return len(h.ruleset()) < h.lines }},
 }
 
-// within is how soon the helper has to have dealt with it; a machine that is busy
-// with something else gets several tries.
+// within is the time limit for the helper's reaction. tries allows for a machine that is
+// busy with something else.
 const within, tries = time.Second, 8
 
-// TestDrift has another program take away what the helper needs, one thing after the
-// other. Everything that must not pass is sent meanwhile, and the helper, which
-// looks by itself only every 50 s here, puts it right because the kernel said so.
+// TestDrift has another program remove what the helper needs, one thing at a time.
+// Packets that must not pass are sent meanwhile. The helper's own interval is 50 s here,
+// so it must react to the kernel's notification.
 func TestDrift(t *testing.T) {
 	m := newQuietStage(t)
 	if err := m.Start(t.Context(), "--tick", "50s"); err != nil {
@@ -245,16 +247,16 @@ func TestDrift(t *testing.T) {
 			took = h.suffer(t, p, d, s.Address())
 		}
 		if took >= within {
-			t.Errorf("%s: %s until it was dealt with, in the best of %d tries", d.name, took, tries)
+			t.Errorf("%s: handled after %s, in the best of %d tries", d.name, took, tries)
 		}
 	}
 	if !m.reaches(t, m.C, netlab.Addresses().I.V4, true) {
-		t.Error("C doesn't reach I after all was put right")
+		t.Error("C doesn't reach I after the repairs")
 	}
 	t.Logf("%d drifts, %d repairs, %d packets sent that must not pass", len(drifts), status(t, m).Repairs, p.sent.Load())
 }
 
-// suffer does it, and returns how long it took until B was well again.
+// suffer makes the change, and returns how long B took to recover.
 func (h *hurt) suffer(t *testing.T, p *prober, d drift, own netlab.Pair) time.Duration {
 	t.Helper()
 	p.fresh(p.never(own, !d.open))
@@ -270,7 +272,7 @@ func (h *hurt) suffer(t *testing.T, p *prober, d drift, own netlab.Pair) time.Du
 	if len(ofPeers) > 0 || len(ofOthers) > 0 && !d.filter {
 		t.Errorf("%s: leaks of peers' packets %q, of others' %q", d.name, ofPeers, ofOthers)
 	}
-	t.Logf("%-36s dealt with after %5d ms; %d leaks from or to peers, %d kinds of others' packets passed", d.name, took.Milliseconds(), len(ofPeers), len(ofOthers))
+	t.Logf("%-36s handled after %5d ms; %d leaks from or to peers, %d kinds of others' packets passed", d.name, took.Milliseconds(), len(ofPeers), len(ofOthers))
 	if d.undo != nil {
 		if err := d.undo(h); err != nil {
 			t.Fatalf("undo: %s: %v", d.name, err)
@@ -288,12 +290,12 @@ func (h *hurt) suffer(t *testing.T, p *prober, d drift, own netlab.Pair) time.Du
 	return took
 }
 
-// await polls the kernel.
+// await polls the kernel until done reports true.
 func (h *hurt) await(t *testing.T, what string, done func() bool) {
 	t.Helper()
 	for until := time.Now().Add(generous); !done(); time.Sleep(time.Millisecond) {
 		if time.Now().After(until) {
-			t.Fatalf("%s: not dealt with in %s; status %+v", what, generous, h.status())
+			t.Fatalf("%s: not handled in %s; status %+v", what, generous, h.status())
 		}
 	}
 }

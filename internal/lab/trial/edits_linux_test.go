@@ -10,7 +10,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 )
 
-// soak makes the proofs long: as many kills, packets and seconds as are promised.
+// soak runs the long version of the tests: as many kills, packets and seconds as
+// docs/security.md promises.
 var soak = flag.Bool("soak", false, "run the long versions of the proofs")
 
 //go:embed testdata/stepped.go
@@ -18,14 +19,14 @@ var steppedSource string
 
 const hostFile, guardFile, nftFile = "cmd/meshhelper/host_linux.go", "internal/guard/guard.go", "internal/host/linux/nft.go"
 
-// stepped is the helper that asks in each call of Options.Step; see stepper.
+// stepped is a helper that reports each call of Options.Step; see stepper.
 var stepped = []netlab.Edit{
 	{File: hostFile, Old: "linux.Options{StateDir: o.stateDir", New: "linux.Options{Step: awaitStep(), StateDir: o.stateDir"},
 	{File: "cmd/meshhelper/stepped.go", New: steppedSource},
 }
 
-// withoutGuard is the helper whose guard lets everything pass, and withoutFilter
-// the one whose table drops nothing, but still translates.
+// withoutGuard is a helper whose guard passes everything, and withoutFilter one whose
+// table drops nothing but still translates.
 var (
 	withoutGuard = []netlab.Edit{
 		{File: guardFile, Old: "\tpass := d.judgeWrite(v, bufs, offset)\n", New: "\tpass := bufs\n\t_ = v\n"},
@@ -36,7 +37,7 @@ var (
 	}
 )
 
-// use has the mesh's helper be an edited one.
+// use has the mesh run an edited helper.
 func use(t *testing.T, m *Mesh, name string, edits []netlab.Edit) {
 	t.Helper()
 	var err error

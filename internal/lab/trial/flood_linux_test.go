@@ -1,6 +1,6 @@
 package trial
 
-// A peer that opens as many flows as it can, and what other peers notice of it.
+// A peer that opens as many flows as it can, and the effect on other peers.
 
 import (
 	"context"
@@ -24,11 +24,11 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 )
 
-// flooder sends packets out of a host's tunnel as fast as it takes them.
+// flooder sends packets out of a host's tunnel as fast as the tunnel accepts them.
 type flooder struct {
 	fd    int
 	index int
-	mac   net.HardwareAddr // of the next hop, on Ethernet
+	mac   net.HardwareAddr // the next hop's, on Ethernet
 	sent  atomic.Uint64
 }
 
@@ -49,7 +49,7 @@ func newFlooder(t *testing.T, h *netlab.Host, link string) *flooder {
 	return f
 }
 
-// run sends what next returns until ctx ends.
+// run sends the packets that next returns until ctx ends.
 func (f *flooder) run(ctx context.Context, next func(n uint64) []byte) error {
 	to := [2]*unix.SockaddrLinklayer{}
 	for i, proto := range []uint16{unix.ETH_P_IP, unix.ETH_P_IPV6} {
@@ -75,8 +75,8 @@ func (f *flooder) run(ctx context.Context, next func(n uint64) []byte) error {
 	return nil
 }
 
-// newFlows makes each packet the first of another flow: datagrams, connections that
-// stay half open, echoes and first fragments, to the internet, the LAN and the host.
+// newFlows makes each packet the first of another flow: datagrams, half-open connections,
+// echoes and first fragments, to the internet, the LAN and the host.
 func newFlows(from netlab.Pair, to []netlab.Pair) func(uint64) []byte {
 	payload := make([]byte, 32)
 	return func(n uint64) []byte {
@@ -107,14 +107,14 @@ func newFlows(from netlab.Pair, to []netlab.Pair) func(uint64) []byte {
 	}
 }
 
-// oneFlow makes all packets of one flow.
+// oneFlow makes all packets part of one flow.
 func oneFlow(from, to netlab.Pair) func(uint64) []byte {
 	p := netlab.UDPPacket(netip.AddrPortFrom(from.V4, 5000), netip.AddrPortFrom(to.V4, netlab.EchoPort), make([]byte, 32))
 	return func(uint64) []byte { return p }
 }
 
-// serveBoth answers connections and datagrams on a host's echo port, and keeps
-// nothing: those of the colluding server, and those of all other hosts.
+// serveBoth answers connections and datagrams on a host's echo port without keeping
+// state, for the colluding server and for all other hosts.
 func serveBoth(t *testing.T, h *netlab.Host) {
 	t.Helper()
 	var l net.Listener
@@ -160,7 +160,7 @@ func serveBoth(t *testing.T, h *netlab.Host) {
 	})
 }
 
-// connect opens a connection and has a word answered, and says how long that took.
+// connect opens a connection, exchanges one message, and returns the time that took.
 func connect(h *netlab.Host, to netip.Addr) (time.Duration, error) {
 	start := time.Now()
 	var c net.Conn
@@ -182,7 +182,7 @@ func connect(h *netlab.Host, to netip.Addr) (time.Duration, error) {
 	return time.Since(start), nil
 }
 
-// lookUp has a datagram answered, asked again each second as resolvers do.
+// lookUp sends a datagram until it is answered, once a second as resolvers do.
 func lookUp(h *netlab.Host, to netip.Addr) error {
 	var c net.Conn
 	if err := h.Do(func() (err error) {
@@ -205,17 +205,17 @@ func lookUp(h *netlab.Host, to netip.Addr) error {
 	return err
 }
 
-// others are what other devices do meanwhile.
+// others holds the results of other devices during a flood.
 type others struct {
-	took      []time.Duration // of D's new connections
+	took      []time.Duration // times of D's new connections
 	failed    []error
-	ownFailed []error // the host's own
-	entries   int     // of conntrack, at most
-	memory    []int   // of the helper, in kB, now and then
+	ownFailed []error // errors of the host's own connections
+	entries   int     // conntrack's maximum
+	memory    []int   // samples of the helper's, in kB
 }
 
-// observe has D and B itself open connections and ask, until all have been tried and
-// the time is over.
+// observe has D and B itself open connections and send queries, until all connections
+// were tried and the time is over.
 func (o *others) observe(t *testing.T, m *Mesh, connections int, lasts time.Duration) {
 	t.Helper()
 	at := netlab.Addresses()
@@ -262,10 +262,10 @@ func entriesOf(t *testing.T, m *Mesh) int {
 	return n
 }
 
-// TestFloodOfOnePeer lets a peer with every permission, and a server that answers
-// it, open flows as fast as they can. Others don't notice: each new connection of
-// another peer and of the host itself succeeds, the kernel holds no more entries
-// than the peer's share, and the helper no more memory.
+// TestFloodOfOnePeer has a peer with every permission, and a server that answers it, open
+// flows as fast as they can. Other devices aren't affected: each new connection of
+// another peer and of the host itself succeeds, conntrack holds no more entries than the
+// peer's share, and the helper's memory doesn't grow.
 func TestFloodOfOnePeer(t *testing.T) {
 	lasts, connections := 10*time.Second, 20
 	if *soak {
@@ -300,28 +300,28 @@ func TestFloodOfOnePeer(t *testing.T) {
 	all, allRate := flood(m.C, link, connections, newFlows(m.Peers["C"].Addresses, []netlab.Pair{at.I, at.L, status(t, m).Address(), at.I}))
 	for name, o := range map[string]others{"one flow": one, "new flows": all} {
 		if len(o.failed) > 0 || len(o.ownFailed) > 0 {
-			t.Errorf("beside %s: %d of %d connections of D failed (%v), %d of the host's own (%v)",
+			t.Errorf("during %s: %d of %d connections of D failed (%v), and %d of the host's own (%v)",
 				name, len(o.failed), connections, errors.Join(o.failed...), len(o.ownFailed), errors.Join(o.ownFailed...))
 		}
 	}
-	// The others' and the host's own entries are few.
+	// The entries of other devices and of the host itself are few.
 	if limit := before + share + 10*connections; all.entries > limit {
-		t.Errorf("conntrack holds %d entries, want at most %d: %d from before, the peer's share of %d, and the others'", all.entries, limit, before, share)
+		t.Errorf("conntrack holds %d entries, want at most %d: %d from before, the peer's share of %d, and those of other devices", all.entries, limit, before, share)
 	}
 	helper := loadOf(t, m.Helper.PID()).kilobytes
 	t.Logf("one flow: %.0f packets/s, p99 %v; new flows: %.0f packets/s, p99 %v, at most %d entries of a share of %d; the helper's memory %v MB",
 		oneRate, one.p99(), allRate, all.p99(), all.entries, share, megabytes(all.memory))
 	if *soak {
 		if all.p99() > 2*one.p99() {
-			t.Errorf("p99 of D's connections is %v beside new flows, and %v beside one flow", all.p99(), one.p99())
+			t.Errorf("p99 of D's connections is %v during new flows, and %v during one flow", all.p99(), one.p99())
 		}
 		half := all.memory[len(all.memory)/2]
 		if helper > half+half/5 {
 			t.Errorf("the helper's memory grows: %v MB", megabytes(all.memory))
 		}
-		// An end that receives needs more than one that sends, and more the longer it does:
-		// the stock one now receives as much for as long as the helper did. No other device
-		// connects meanwhile, since the host's own flood fills the way to them.
+		// A receiving end needs more memory than a sending one, and more over time. The
+		// stock end now receives as much for as long as the helper did. No other device
+		// connects meanwhile, because the host's own flood fills their path.
 		b := status(t, m)
 		var rates []float64
 		for range 2 {
@@ -344,9 +344,9 @@ func megabytes(list []int) []int {
 	return out
 }
 
-// TestEchoCodes has a peer send echoes that differ in nothing but the code, which no
-// program but an attacker's sets. The kernel keeps a flow for each: so must the guard,
-// and refuse what is over the peer's rate.
+// TestEchoCodes has a peer send echoes that differ only in the code, which no ordinary
+// program sets. The kernel keeps a flow for each, so the guard must count each, and
+// refuse those over the peer's rate.
 func TestEchoCodes(t *testing.T) {
 	m := newSilentStage(t)
 	start(t, m)
@@ -362,24 +362,24 @@ func TestEchoCodes(t *testing.T) {
 				t.Fatal(err)
 			}
 			if n%256 == 255 {
-				time.Sleep(time.Millisecond) // so that few are lost
+				time.Sleep(time.Millisecond) // to lose only a few
 			}
 		}
 	}
 	held := 0
-	for range 20 { // what is on its way arrives
+	for range 20 { // packets in flight arrive
 		held = max(held, entriesOf(t, m)-before)
 		time.Sleep(50 * time.Millisecond)
 	}
-	// The host's own and the test's entries are few.
+	// The host's own entries and the test's are few.
 	if most := 1000 + int(200*time.Since(began).Seconds()) + 20; held > most || held < 500 {
-		t.Errorf("conntrack has %d entries of %d echoes, want %d at most", held, 2*ids<<8, most)
+		t.Errorf("conntrack has %d entries for %d echoes, want 500 to %d", held, 2*ids<<8, most)
 	}
 }
 
 var shareOf = regexp.MustCompile(`of the (\d+) entries`)
 
-// flowsShare is how many flows one peer may have, as doctor prints it.
+// flowsShare returns how many flows one peer may have, as printed by doctor.
 func flowsShare(t *testing.T, m *Mesh) int {
 	t.Helper()
 	o, err := m.Do(t.Context(), "doctor", "--json")

@@ -1,6 +1,6 @@
 package trial
 
-// A state folder on a disk that is full, or read-only.
+// A state directory on a disk that is full, or read-only.
 
 import (
 	"errors"
@@ -16,9 +16,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/api"
 )
 
-// TestFolderThatTakesNothing has the state folder be on a small file system that fills up
-// and is made read-only: status and doctor say so with what to do, a change that gives is
-// refused, one that takes counts, and all is well when there is room.
+// TestFolderThatTakesNothing puts the state directory on a small file system that fills
+// up and is made read-only: status and doctor report it with a remedy, a grant is
+// refused, a revocation takes effect, and the problem disappears once there is room.
 func TestFolderThatTakesNothing(t *testing.T) {
 	m := newStage(t)
 	onB := func(t *testing.T, do func() error) {
@@ -55,7 +55,7 @@ func TestFolderThatTakesNothing(t *testing.T) {
 			return nil
 		}, func() error { return os.Remove(ballast) }},
 		{"read-only", "read-only file system",
-			func() error { // a mount of the same file system over it, for the helper's lock keeps that one writable
+			func() error { // a second mount of the file system on top, because the helper's lock keeps the first one writable
 				return errors.Join(unix.Mount(m.stateDir, m.stateDir, "", unix.MS_BIND, ""),
 					unix.Mount("", m.stateDir, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""))
 			},
@@ -75,13 +75,14 @@ func TestFolderThatTakesNothing(t *testing.T) {
 			onB(t, tt.mend)
 			m.awaitFolder(t, false)
 			if got := failed((&oracle{Mesh: m, t: t}).doctor(), "state folder"); len(got) > 0 {
-				t.Errorf("mended, doctor says %q", got)
+				t.Errorf("after the repair, doctor says %q", got)
 			}
 		})
 	}
 }
 
-// awaitFolder waits until status tells of a folder that takes nothing, or no longer does.
+// awaitFolder waits until status reports that the state directory can't be written, or no
+// longer does.
 func (m *Mesh) awaitFolder(t *testing.T, told bool) {
 	t.Helper()
 	for end := time.Now().Add(startWait); ; time.Sleep(20 * time.Millisecond) {
@@ -94,7 +95,7 @@ func (m *Mesh) awaitFolder(t *testing.T, told bool) {
 			return
 		}
 		if time.Now().After(end) {
-			t.Fatalf("status tells of the state folder: %v, want %v: %+v", is, told, s.Problems)
+			t.Fatalf("status reports the state folder: %v, want %v: %+v", is, told, s.Problems)
 		}
 	}
 }

@@ -1,6 +1,6 @@
 package trial
 
-// Fragments that never become a whole datagram, from peers that work together.
+// Fragments of datagrams that are never complete, from colluding peers.
 
 import (
 	"net/netip"
@@ -12,8 +12,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// TestColludingFragments has three peers send datagrams without an end, as many as the
-// guard lets each: a fourth's datagrams in fragments arrive.
+// TestColludingFragments has three peers send incomplete datagrams, as many as the guard
+// allows each: a fourth peer's fragmented datagrams arrive.
 func TestColludingFragments(t *testing.T) {
 	m := newSilentStage(t)
 	start(t, m)
@@ -36,7 +36,7 @@ func TestColludingFragments(t *testing.T) {
 				}
 			}
 		}
-		time.Sleep(5 * time.Millisecond) // so that few are lost
+		time.Sleep(5 * time.Millisecond) // to lose only a few
 	}
 	w, err := m.I.Watch(func(p netlab.Packet) bool { return !p.Out && p.Src == netlab.Addresses().BUplink.V4 })
 	if err != nil {
@@ -66,6 +66,6 @@ func TestColludingFragments(t *testing.T) {
 		}
 	}
 	if len(seen) < datagrams {
-		t.Errorf("of D's %d datagrams in fragments %d arrived; refused: %s", datagrams, len(seen), refusals(t, m))
+		t.Errorf("of D's %d fragmented datagrams %d arrived; refused: %s", datagrams, len(seen), refusals(t, m))
 	}
 }

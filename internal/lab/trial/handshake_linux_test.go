@@ -17,9 +17,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 )
 
-// initiations are first messages of handshakes with a host's key, each with a valid
-// first MAC and otherwise noise, as a stranger that knows the public key can make
-// them (WireGuard whitepaper, 5.3 and 5.4.4), in datagrams from the sources.
+// initiations returns handshake initiations to a host's key, in datagrams from the given
+// sources. Each has a valid first MAC and random contents otherwise, as any host that
+// knows the public key can make them (WireGuard whitepaper, 5.3 and 5.4.4).
 func initiations(t *testing.T, key string, sources []netip.Addr, to netip.AddrPort) [][]byte {
 	t.Helper()
 	public, err := netlab.ParseKey(key)
@@ -40,10 +40,10 @@ func initiations(t *testing.T, key string, sources []netip.Addr, to netip.AddrPo
 	return out
 }
 
-// TestHandshakeFlood lets a stranger that knows the host's public key start
-// handshakes as fast as it can, from one address and from many that it forges. A
-// peer's session goes on, another peer completes a new handshake, and the helper
-// needs no more memory than the device's queue of handshakes has.
+// TestHandshakeFlood has a host that isn't a peer, but knows the public key, send
+// initiations as fast as it can, from one address and from many forged ones. A peer's
+// session goes on, another peer completes a new handshake, and the helper's memory grows
+// by no more than the device's handshake queue.
 func TestHandshakeFlood(t *testing.T) {
 	m := newSilentStage(t)
 	start(t, m)
@@ -58,8 +58,8 @@ func TestHandshakeFlood(t *testing.T) {
 		t.Fatal(err)
 	}
 	// A device queues 1,024 handshakes, each in a buffer of 64 KiB (QueueHandshakeSize
-	// and MaxSegmentSize of wireguard-go); pools and the garbage collector keep as much
-	// again.
+	// and MaxSegmentSize of wireguard-go). Pools and the garbage collector keep the same
+	// amount again.
 	const queue = 1024 * 64 // kB
 	const messages = 4096
 	start := loadOf(t, m.Helper.PID()).kilobytes
@@ -90,7 +90,7 @@ func TestHandshakeFlood(t *testing.T) {
 			for range 20 {
 				took, err := connect(m.C, to.V4)
 				if err != nil {
-					t.Error("a peer's session beside the flood:", err)
+					t.Error("a peer's session during the flood:", err)
 				}
 				running = append(running, took)
 			}
@@ -103,7 +103,7 @@ func TestHandshakeFlood(t *testing.T) {
 					break
 				}
 				if time.Since(renewed) > time.Minute {
-					t.Fatal("no new handshake beside the flood in a minute")
+					t.Fatal("no new handshake during the flood in a minute")
 				}
 			}
 			took := time.Since(renewed)

@@ -1,6 +1,6 @@
 package trial
 
-// The host as it was found, and other programs' tables on it.
+// The host's original state, and other programs' tables on it.
 
 import (
 	"fmt"
@@ -14,13 +14,14 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// setForwarding has B forward, or not, before the helper comes.
+// setForwarding enables or disables B's forwarding before the helper starts.
 func setForwarding(t *testing.T, m *Mesh, on bool) {
 	t.Helper()
 	value := "0"
 	if on {
 		value = "1"
-		// As a router is set up that learns its own route: else this would lose it.
+		// As on a router that learns its own route (accept_ra=2): with forwarding on, B
+		// would lose the route otherwise.
 		if err := m.B.SetSysctl("net.ipv6.conf.wan0.accept_ra", "2"); err != nil {
 			t.Fatal(err)
 		}
@@ -32,16 +33,16 @@ func setForwarding(t *testing.T, m *Mesh, on bool) {
 	}
 }
 
-// leftAlone fails if a snapshot differs from the one before.
+// leftAlone fails if a snapshot differs from the earlier one.
 func leftAlone(t *testing.T, before netlab.Snapshot, m *Mesh) {
 	t.Helper()
 	if diff := before.Diff(snapshot(t, m.B)); len(diff) > 0 {
-		t.Errorf("B isn't as it was found:\n%s", strings.Join(diff, "\n"))
+		t.Errorf("B wasn't restored:\n%s", strings.Join(diff, "\n"))
 	}
 }
 
-// TestHostIsLeftAsFound runs the helper beside another program's tables, with
-// forwarding found off and found on, uses it, and ends it.
+// TestHostIsLeftAsFound runs the helper beside another program's tables, with forwarding
+// off and on, uses it, and stops it: the host is in its original state.
 func TestHostIsLeftAsFound(t *testing.T) {
 	for _, on := range []bool{false, true} {
 		t.Run(fmt.Sprintf("forwarding=%t", on), func(t *testing.T) {
@@ -64,7 +65,7 @@ func TestHostIsLeftAsFound(t *testing.T) {
 			permit(t, m, "C", 0)
 			stillThere(t, foreign, m)
 			if transit := m.reaches(t, m.L, netlab.Addresses().I.V4, on); transit != on {
-				t.Errorf("L reaches I through B: %t, but forwarding was found %t", transit, on)
+				t.Errorf("L reaches I through B: %t, but forwarding was originally %t", transit, on)
 			}
 			stop(t, m)
 			leftAlone(t, before, m)
@@ -72,7 +73,7 @@ func TestHostIsLeftAsFound(t *testing.T) {
 	}
 }
 
-// stillThere fails if a line of the ruleset that was found is gone.
+// stillThere fails if a line of the original ruleset is missing.
 func stillThere(t *testing.T, foreign []string, m *Mesh) {
 	t.Helper()
 	now, err := m.B.Ruleset()
@@ -85,11 +86,11 @@ func stillThere(t *testing.T, foreign []string, m *Mesh) {
 		}
 	}
 	if len(now) == len(foreign) {
-		t.Error("the helper runs without rules of its own")
+		t.Error("the helper runs, but has no rules")
 	}
 }
 
-// reaches probes by UDP, with patience where it is expected to succeed.
+// reaches probes by UDP, and waits longer if the probe is expected to succeed.
 func (m *Mesh) reaches(t *testing.T, from *netlab.Host, to netip.Addr, expected bool) bool {
 	t.Helper()
 	p := netlab.Probe{From: from, To: to, Proto: netlab.UDP, Wait: netlab.RefuseWait}
@@ -99,8 +100,8 @@ func (m *Mesh) reaches(t *testing.T, from *netlab.Host, to netip.Addr, expected 
 	return m.Lab.Probe(t.Context(), p)[0].OK
 }
 
-// TestKilledHelper kills the helper and starts it again: nothing passes meanwhile,
-// the mesh is the same, and at the end the host is as it was before the first start.
+// TestKilledHelper kills the helper and restarts it: nothing passes meanwhile, the mesh
+// is the same, and at the end the host is in the state from before the first start.
 func TestKilledHelper(t *testing.T) {
 	m := newStage(t)
 	before := snapshot(t, m.B)
@@ -113,7 +114,7 @@ func TestKilledHelper(t *testing.T) {
 	m.Helper.Kill()
 	killed := time.Now()
 	mustEnd(t, running, killed)
-	// B itself must not send what is meant for a peer in clear.
+	// B itself must not send packets for a peer unencrypted.
 	j := &judge{m: m}
 	var probes []netlab.Probe
 	for _, p := range m.Peers {
@@ -135,7 +136,7 @@ func TestKilledHelper(t *testing.T) {
 	start(t, m)
 	again := status(t, m)
 	if again.PublicKey != first.PublicKey || !slices.Equal(again.Addresses, first.Addresses) {
-		t.Errorf("the host was %s %v and is %s %v", first.PublicKey, first.Addresses, again.PublicKey, again.Addresses)
+		t.Errorf("the host was %s %v, and is %s %v after the restart", first.PublicKey, first.Addresses, again.PublicKey, again.Addresses)
 	}
 	may := map[string]mesh.Permissions{"A": mesh.Incoming, "C": mesh.Routing, "D": mesh.Incoming}
 	rules := ruleset(t, m, may)
@@ -154,8 +155,8 @@ func TestKilledHelper(t *testing.T) {
 	leftAlone(t, before, m)
 }
 
-// TestDockerIsNamed runs the helper on a host whose FORWARD chain drops: the
-// status names it, and the chain stays as it is.
+// TestDockerIsNamed runs the helper on a host whose FORWARD chain drops: status names the
+// chain, and the chain isn't changed.
 func TestDockerIsNamed(t *testing.T) {
 	m := newStage(t)
 	setForwarding(t, m, true)
@@ -182,8 +183,8 @@ func TestDockerIsNamed(t *testing.T) {
 	leftAlone(t, before, m)
 }
 
-// TestAdvertisedUplinkIsKept takes the IPv6 default route away while B forwards:
-// B must still listen to the router that advertises it.
+// TestAdvertisedUplinkIsKept removes the IPv6 default route while B forwards: B must
+// still accept the router's advertisements of it.
 func TestAdvertisedUplinkIsKept(t *testing.T) {
 	m := newMesh(t)
 	permit(t, m, "C", mesh.Routing)
@@ -192,12 +193,12 @@ func TestAdvertisedUplinkIsKept(t *testing.T) {
 		t.Fatal("C doesn't reach I over IPv6")
 	}
 	if value, err := m.B.Sysctl("net.ipv6.conf.wan0.forwarding"); err != nil || value != "1" {
-		t.Fatalf("wan0 forwards IPv6: %q, %v; nothing is proved", value, err)
+		t.Fatalf("wan0 forwards IPv6: %q, %v; the test proves nothing", value, err)
 	}
 	if err := m.B.DropLearnedRoute(netlab.Uplink); err != nil {
 		t.Fatal(err)
 	}
 	if !m.reaches(t, m.C, to, true) {
-		t.Error("the uplink's advertised route didn't come back")
+		t.Error("the uplink's advertised route wasn't restored")
 	}
 }

@@ -1,6 +1,6 @@
 package trial
 
-// Ends of permissions while the host is slow, full or without a helper.
+// Permissions that end while the host is slow or full, or no helper runs.
 
 import (
 	"context"
@@ -18,16 +18,16 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// badDay is what goes wrong on B while permissions end.
+// badDay is a fault of B while permissions end.
 type badDay struct {
 	name string
-	// prepare is called before the helper starts. begin makes it bad, and returns how
-	// to make it good again.
+	// prepare is called before the helper starts. begin causes the fault, and returns a
+	// function that ends it.
 	prepare func(*testing.T, *Mesh)
 	begin   func(*testing.T, *Mesh) (end func())
-	// saved says that what changes can be saved.
+	// saved means that changes can be saved.
 	saved bool
-	// stopped says that the helper itself stands still until the end.
+	// stopped means that the helper itself is stopped until the end.
 	stopped bool
 }
 
@@ -48,7 +48,7 @@ func onB(t *testing.T, m *Mesh, name string, args ...string) {
 	}
 }
 
-// mountPoint is a new folder for the state.
+// mountPoint creates a new state directory.
 func mountPoint(t *testing.T, m *Mesh) {
 	t.Helper()
 	m.stateDir = filepath.Join(m.Lab.Dir(), "disk")
@@ -88,12 +88,12 @@ func freeze(t *testing.T, m *Mesh) func() {
 			onB(t, m, "fsfreeze", "--unfreeze", m.stateDir)
 		}
 	}
-	t.Cleanup(thaw) // or nothing that has the disk open could end
+	t.Cleanup(thaw) // otherwise no process with an open file on it could exit
 	onB(t, m, "fsfreeze", "--freeze", m.stateDir)
 	return thaw
 }
 
-// smallDisk puts the state on a disk with little room.
+// smallDisk puts the state on a disk with little space.
 func smallDisk(t *testing.T, m *Mesh) {
 	t.Helper()
 	mountPoint(t, m)
@@ -105,14 +105,14 @@ func fill(t *testing.T, m *Mesh) func() {
 	ballast := filepath.Join(m.stateDir, "ballast")
 	ctx, cancel := context.WithTimeout(t.Context(), commandWait)
 	defer cancel()
-	// It ends with an error, when there is no more room.
+	// dd ends with an error when the disk is full.
 	if _, talk, _, err := m.B.Run(ctx, "", "dd", "if=/dev/zero", "of="+ballast, "bs=512"); err != nil || !strings.Contains(talk, "No space left") {
 		t.Fatalf("fill the disk: %v: %s", err, talk)
 	}
 	return func() { onB(t, m, "rm", ballast) }
 }
 
-// blockedStderr gives the helper a stderr that is full and that no process reads.
+// blockedStderr gives the helper a stderr pipe that is full and that no process reads.
 func blockedStderr(t *testing.T, m *Mesh) {
 	t.Helper()
 	pipe := filepath.Join(m.Lab.Dir(), "stderr")
@@ -149,14 +149,14 @@ func suspend(t *testing.T, m *Mesh) func() {
 			t.Error(err)
 		}
 	}
-	t.Cleanup(func() { _ = m.Helper.Signal(unix.SIGCONT) }) // so that it can end
+	t.Cleanup(func() { _ = m.Helper.Signal(unix.SIGCONT) }) // a stopped process can't exit
 	return resume
 }
 
-// TestNothingIsLate lets one permission end by itself and denies another one while
-// the helper can't save, can't log, or stands still: nothing that is sent after the
-// end, or after the command returned, arrives; and the command returns, and says
-// what isn't saved.
+// TestNothingIsLate has one permission expire and revokes another one while the helper
+// can't save, can't log, or is stopped: no packet that is sent after the expiry, or after
+// the command returned, arrives. The command returns, and reports if the change isn't
+// saved.
 func TestNothingIsLate(t *testing.T) {
 	for _, day := range badDays {
 		t.Run(day.name, func(t *testing.T) {
@@ -171,7 +171,7 @@ func TestNothingIsLate(t *testing.T) {
 			expiring := flows(t, m, m.C, m.I, netlab.Addresses().I)
 			denied := flows(t, m, m.C, m.B, own)
 			others := bystanders(t, m, m.D, m.I, netlab.Addresses().I)
-			// The end is set when all flows run, as late as the machine needs.
+			// The expiry is set once all flows run, as late as the machine needs.
 			var until time.Time
 			for lasts := 4 * time.Second; time.Until(until) < time.Second; lasts *= 2 {
 				do(t, m, "peer", "allow", "C", "routing", "--for", lasts.String())
@@ -180,7 +180,7 @@ func TestNothingIsLate(t *testing.T) {
 			time.Sleep(time.Until(until.Add(-time.Second)))
 			end := day.begin(t, m)
 
-			// What is denied is answered by the command, or when the helper goes on.
+			// The deny returns at once, or when the stopped helper continues.
 			type answer struct {
 				Output
 				at   time.Time
@@ -214,18 +214,18 @@ func TestNothingIsLate(t *testing.T) {
 			}
 			for _, f := range others {
 				if err := f.WaitBothWays(20, generous); err != nil {
-					t.Errorf("another peer's: %v", err)
+					t.Errorf("another peer's flow: %v", err)
 				}
 			}
 			if !day.saved && !strings.Contains(problemsOf(status(t, m)), "saved") {
-				t.Errorf("status has no problem of what isn't saved: %s", problemsOf(status(t, m)))
+				t.Errorf("status doesn't report that a change isn't saved: %s", problemsOf(status(t, m)))
 			}
 			if !day.stopped {
 				end()
 			}
 			for deadline := time.Now().Add(generous); strings.Contains(problemsOf(status(t, m)), "saved"); time.Sleep(100 * time.Millisecond) {
 				if time.Now().After(deadline) {
-					t.Fatalf("the disk is good again, and nothing is saved: %s", problemsOf(status(t, m)))
+					t.Fatalf("the disk works again, but the change isn't saved: %s", problemsOf(status(t, m)))
 				}
 			}
 			for _, list := range [][]*netlab.Flow{expiring, denied, others} {

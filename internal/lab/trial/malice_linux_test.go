@@ -1,6 +1,6 @@
 package trial
 
-// Hostile packets of a peer with every permission.
+// Malicious packets from a peer with every permission.
 
 import (
 	"encoding/binary"
@@ -22,16 +22,15 @@ const (
 	protoTCP, protoUDP                       = 6, 17
 )
 
-// mutator makes hostile packets that bear C's own addresses, so that WireGuard
-// takes them: the address and, mostly, the length are right, and nothing else
-// has to be.
+// mutator makes malicious packets with C's own addresses, which WireGuard accepts: the
+// source address and mostly the length are right, everything else may be wrong.
 type mutator struct {
 	r    *rand.Rand
 	from netlab.Pair
 	to   []netlab.Pair
 }
 
-// next returns packets that belong together: one, or the fragments of one.
+// next returns packets that belong together: a single one, or the fragments of one.
 func (m *mutator) next() [][]byte {
 	i := m.r.IntN(2)
 	src := m.from.List()[i]
@@ -54,7 +53,7 @@ func (m *mutator) next() [][]byte {
 	return [][]byte{m.noise(p)}
 }
 
-// plain is a packet that is right in itself.
+// plain returns a well-formed packet.
 func (m *mutator) plain(src, dst netip.Addr) []byte {
 	from, to := netip.AddrPortFrom(src, uint16(1024+m.r.IntN(60000))), netip.AddrPortFrom(dst, uint16(m.r.IntN(1<<16)))
 	if m.r.IntN(2) == 0 {
@@ -70,7 +69,7 @@ func (m *mutator) plain(src, dst netip.Addr) []byte {
 	return netlab.EchoPacket(src, dst, m.r.IntN(4) == 0, uint16(m.r.IntN(9)), 1, payload)
 }
 
-// flip changes bytes after the version, and not the source.
+// flip changes bytes after the version, but not the source.
 func (m *mutator) flip(p []byte) []byte {
 	for range 1 + m.r.IntN(4) {
 		at := 1 + m.r.IntN(len(p)-1)
@@ -88,8 +87,8 @@ func (m *mutator) flip(p []byte) []byte {
 	return m.seal(p)
 }
 
-// seal makes the total length right, so that WireGuard takes the packet, and
-// IPv4's checksum, so that the kernel looks further.
+// seal sets the total length, so that WireGuard accepts the packet, and IPv4's checksum,
+// so that the kernel examines the rest.
 func (m *mutator) seal(p []byte) []byte {
 	if p[0]>>4 == 6 {
 		binary.BigEndian.PutUint16(p[4:], uint16(len(p)-40))
@@ -109,8 +108,8 @@ func (m *mutator) seal(p []byte) []byte {
 	return p
 }
 
-// options4 are IPv4's (RFC 791): loose and strict source routes to a peer, record
-// route, time stamps, router alert, and some that are broken.
+// options4 are IPv4 options (RFC 791): loose and strict source routes to a peer, record
+// route, time stamps, router alert, and some malformed ones.
 func (m *mutator) options4(p []byte) []byte {
 	a := m.to[0].V4.As4()
 	lists := [][]byte{
@@ -126,7 +125,7 @@ func (m *mutator) options4(p []byte) []byte {
 	return m.seal(out)
 }
 
-// options puts options into the header, or extension headers behind it.
+// options inserts options into the header, or extension headers behind it.
 func (m *mutator) options(p []byte) []byte {
 	if p[0]>>4 == 4 {
 		return m.options4(p)
@@ -155,7 +154,7 @@ func (m *mutator) options(p []byte) []byte {
 	return m.seal(append(append(out, headers...), p[40:]...))
 }
 
-// fragments cuts a packet: tiny ones, overlapping, out of order, never whole.
+// fragments splits a packet: into tiny, overlapping, reordered or incomplete fragments.
 func (m *mutator) fragments(p []byte) (list [][]byte) {
 	header := 20
 	if p[0]>>4 == 6 {
@@ -193,8 +192,7 @@ func (m *mutator) fragment(header, body []byte, at int, more bool, id uint32) []
 	return m.seal(append(out, body...))
 }
 
-// icmp is a message of any type, redirects and errors foremost, that quotes a
-// packet.
+// icmp returns a message of any type, mostly redirects and errors, that quotes a packet.
 func (m *mutator) icmp(src, dst netip.Addr, quoted []byte) []byte {
 	kinds := []uint8{5, 3, 11, 12, 4, 9, 10, 13, 17}
 	if src.Is6() {
@@ -215,8 +213,7 @@ func (m *mutator) truncate(p []byte) []byte {
 	return m.seal(p[:header+m.r.IntN(len(p)-header+1)])
 }
 
-// noise keeps the addresses and nothing else; up to the largest that the tunnel
-// takes.
+// noise keeps only the addresses, with any size that the tunnel accepts.
 func (m *mutator) noise(p []byte) []byte {
 	header := 20
 	if p[0]>>4 == 6 {
@@ -234,8 +231,8 @@ func (m *mutator) noise(p []byte) []byte {
 	return m.seal(append(p[:header:header], body...))
 }
 
-// crime says what is wrong with a packet that a host received while only C sends,
-// or "" for nothing. B is the only one that may see what C sends to whom it may not.
+// crime says what is wrong with a packet that a host received while only C sends, or
+// returns "". Only B may receive C's packets to forbidden destinations.
 func crime(m *Mesh, own netlab.Pair, at *netlab.Host, p netlab.Packet) string {
 	mesh := netlab.MeshPrefixes()
 	inMesh := func(a netip.Addr) bool { return mesh[0].Contains(a) || mesh[1].Contains(a) }
@@ -255,7 +252,7 @@ func crime(m *Mesh, own netlab.Pair, at *netlab.Host, p netlab.Packet) string {
 	return ""
 }
 
-// sourceRouted says whether an IPv4 header has a source route.
+// sourceRouted reports whether an IPv4 header has a source route.
 func sourceRouted(b []byte) bool {
 	for o := b[20 : int(b[0]&15)*4]; len(o) > 1; {
 		switch {
@@ -272,9 +269,9 @@ func sourceRouted(b []byte) bool {
 	return false
 }
 
-// TestHostilePackets has C, which may do everything, send hostile packets out of
-// its tunnel, through WireGuard, the guard and the kernel. Nothing arrives that the
-// policy refuses, the helper lives and doesn't grow.
+// TestHostilePackets has C, which has every permission, send malicious packets out of its
+// tunnel, through WireGuard, the guard and the kernel. No packet arrives that the policy
+// refuses, the helper keeps running, and its memory doesn't grow.
 func TestHostilePackets(t *testing.T) {
 	packets := 30_000
 	if *soak {
@@ -286,7 +283,7 @@ func TestHostilePackets(t *testing.T) {
 	}
 	at, own := netlab.Addresses(), status(t, m).Address()
 	if !m.reaches(t, m.C, at.L.V4, true) {
-		t.Fatal("C doesn't reach L, so nothing is proved")
+		t.Fatal("C doesn't reach L, so the test proves nothing")
 	}
 	var watches []*netlab.Watch
 	for _, h := range []*netlab.Host{m.A, m.D, m.L, m.P, m.V, m.W, m.I} {
@@ -307,13 +304,13 @@ func TestHostilePackets(t *testing.T) {
 	arrived := received(t, m)
 	for sent := 0; sent < packets; {
 		for _, p := range mutate.next() {
-			// What C's own kernel doesn't take is not sent.
+			// Packets that C's own kernel refuses aren't sent.
 			if err := m.C.Forge("wg0", p); err == nil {
 				sent++
 			}
 		}
 		if sent%64 == 0 {
-			time.Sleep(time.Millisecond) // so that the tunnel's queue takes them all
+			time.Sleep(time.Millisecond) // the tunnel's queue must not overflow
 		}
 	}
 	if !m.reaches(t, m.C, at.L.V4, true) {
@@ -332,15 +329,15 @@ func TestHostilePackets(t *testing.T) {
 			t.Errorf("%s: % x", p, p.Data)
 		}
 		if len(caught) > 0 {
-			t.Errorf("%d packets arrived that the policy refuses", len(caught))
+			t.Errorf("%d packets that the policy refuses arrived", len(caught))
 		}
 	}
 	if arrived < packets/2 {
-		t.Errorf("of %d packets only %d came out of B's tunnel: too little is proved", packets, arrived)
+		t.Errorf("of %d packets only %d came out of B's tunnel: too few to prove anything", packets, arrived)
 	}
 	after := loadOf(t, m.Helper.PID())
 	if grown := after.kilobytes - before.kilobytes; grown > 256<<10 {
-		t.Errorf("the helper has grown by %d KiB", grown)
+		t.Errorf("the helper's memory grew by %d KiB", grown)
 	}
 	if strings.Contains(m.Helper.Output(), "panic") {
 		t.Error("the helper panicked")
@@ -349,8 +346,8 @@ func TestHostilePackets(t *testing.T) {
 		packets, arrived, refusals(t, m), before.kilobytes, after.kilobytes)
 }
 
-// received counts C's packets that the guard judged: what it refused, and what
-// B's mesh interface got.
+// received counts C's packets that the guard judged: those that it refused, and those
+// that B's mesh interface received.
 func received(t *testing.T, m *Mesh) int {
 	t.Helper()
 	s, n := status(t, m), 0

@@ -14,9 +14,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 )
 
-// TestManyPeers gives the helper a document with 1,000 peers (10,000 with -soak),
-// each with every permission. It starts, serves a stock end, answers status and
-// revokes, and needs of memory what wireguard-go's queues for each peer need.
+// TestManyPeers gives the helper a document with 1,000 peers (10,000 with -soak), each
+// with every permission. It starts, serves a stock end, answers status and revokes, and
+// its memory per peer is limited.
 func TestManyPeers(t *testing.T) {
 	peers := 1000
 	if *soak {
@@ -37,7 +37,7 @@ func TestManyPeers(t *testing.T) {
 	serveBoth(t, m.I)
 	at := netlab.Addresses()
 	if _, err := connect(m.C, at.I.V4); err != nil {
-		t.Error("beside many peers:", err)
+		t.Error("among many peers:", err)
 	}
 	began = time.Now()
 	b := status(t, m)
@@ -59,16 +59,16 @@ func TestManyPeers(t *testing.T) {
 	l := loadOf(t, m.Helper.PID())
 	t.Logf("ready after %v, status in %v, deny in %v; memory %d MB, with 3 peers %d MB; %d files, %d threads",
 		ready, asked, revoked, l.kilobytes>>10, small>>10, l.fds, l.threads)
-	// wireguard-go has 22 kB for a peer (two queues of 1,024 pointers, two
-	// goroutines); documents, rules and what is read back are the rest, and while a
-	// new ruleset is made the garbage collector lets twice of it stand.
+	// wireguard-go needs 22 kB for a peer (two queues of 1,024 pointers, two goroutines).
+	// The rest is documents, rules and the kernel's answers; while a new ruleset is made,
+	// the garbage collector lets the heap reach twice its live size.
 	if per := (l.kilobytes - small) / peers; per > 128 {
-		t.Errorf("%d kB of memory a peer", per)
+		t.Errorf("%d kB of memory per peer", per)
 	}
 }
 
-// crowd has the document of a helper that doesn't run have so many peers: those that it
-// has, and others like the first of them.
+// crowd gives the document of a stopped helper the wanted number of peers: those that it
+// has, and copies of the first one with other keys and addresses.
 func crowd(t testing.TB, m *Mesh, peers int) {
 	t.Helper()
 	file := filepath.Join(m.stateDir, "state.json")
@@ -107,7 +107,7 @@ func crowd(t testing.TB, m *Mesh, peers int) {
 	}
 }
 
-// BenchmarkDeny measures `meshhelper peer deny` as a person types it, among many peers:
+// BenchmarkDeny measures `meshhelper peer deny` as run by a user, among many peers:
 // guard, document on the disk, packet filter, running flows, and the command's process.
 func BenchmarkDeny(b *testing.B) {
 	for _, peers := range []int{60, 10_000} {

@@ -1,7 +1,6 @@
 package trial
 
-// Translation: the ports that peers' flows leave from, and flows after the loss of the
-// rules.
+// Translation: the source ports of peers' flows, and flows after a loss of the rules.
 
 import (
 	"net"
@@ -13,9 +12,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// TestPeerTakesNoHandshakes has C send from WireGuard's port to A's outer address
-// and port, out of its tunnel, again and again: A's handshakes reach the host and not
-// C, while C may route, after it was denied, and after it was removed.
+// TestPeerTakesNoHandshakes has C keep sending from WireGuard's port, out of its tunnel,
+// to A's endpoint: A's handshakes reach the host and not C, while C may route, after it
+// was denied, and after it was removed.
 func TestPeerTakesNoHandshakes(t *testing.T) {
 	m := newMesh(t)
 	permit(t, m, "C", mesh.Routing)
@@ -33,7 +32,7 @@ func TestPeerTakesNoHandshakes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m.Peers["A"].End.Config.ListenPort = port // a client that keeps its port
+	m.Peers["A"].End.Config.ListenPort = port // a client with a fixed port
 	heard, err := m.A.Watch(func(p netlab.Packet) bool {
 		return !p.Out && p.Is(netlab.UDP) && p.DstPort == port && string(p.Payload) == "from C"
 	})
@@ -48,14 +47,14 @@ func TestPeerTakesNoHandshakes(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		// As if A had been silent for long, so that the host has no flow with it.
+		// As after a long silence of A: the host has no flow with it.
 		if err := m.B.ForgetFlows(); err != nil {
 			t.Fatal(err)
 		}
 		forge()
 		switch when {
 		case "while C may route":
-			// It has arrived at A, so that the host has the flow.
+			// Once the packet has arrived at A, the host has the flow.
 			if err := heard.Wait(1, generous); err != nil {
 				t.Fatal(err)
 			}
@@ -77,7 +76,7 @@ func TestPeerTakesNoHandshakes(t *testing.T) {
 			if last.After(before) {
 				break
 			}
-			// Traffic makes the tunnel begin one.
+			// Traffic makes the tunnel start a handshake.
 			m.Lab.Probe(t.Context(), netlab.Probe{From: m.A, To: status(t, m).Address().V4, Proto: netlab.ICMP, Wait: netlab.RefuseWait})
 			if time.Now().After(deadline) {
 				t.Fatalf("%s, A has no handshake with the host within %s", when, generous)
@@ -89,9 +88,9 @@ func TestPeerTakesNoHandshakes(t *testing.T) {
 	}
 }
 
-// TestFlowsRecoverFromFlushes deletes the helper's table again and again, while
-// another program's has the kernel follow flows, and C begins flows at once: those
-// that left untranslated meanwhile work when the table is back.
+// TestFlowsRecoverFromFlushes deletes the helper's table again and again, while another
+// program's table keeps connection tracking on and C opens flows at once: flows that left
+// untranslated meanwhile work once the table is restored.
 func TestFlowsRecoverFromFlushes(t *testing.T) {
 	m := newMesh(t)
 	permit(t, m, "C", mesh.Routing)
@@ -136,14 +135,14 @@ func TestFlowsRecoverFromFlushes(t *testing.T) {
 		}
 		for _, c := range flows {
 			answered := false
-			for b := make([]byte, 100); ; { // what was answered meanwhile
+			for b := make([]byte, 100); ; { // answers from before
 				c.SetReadDeadline(time.Now().Add(time.Millisecond))
 				if _, err := c.Read(b); err != nil {
 					break
 				}
 			}
 			for deadline := time.Now().Add(generous); !answered && time.Now().Before(deadline); {
-				c.Write([]byte("again")) // a refusal is an error here, and no reason to end
+				c.Write([]byte("again")) // an ICMP error is returned here, and is no reason to stop
 				c.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
 				n, err := c.Read(make([]byte, 100))
 				answered = err == nil && n > 0
@@ -161,5 +160,5 @@ func TestFlowsRecoverFromFlushes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("%d flows were begun, %d packets left untranslated", begun, len(packets))
+	t.Logf("%d flows were opened, %d packets left untranslated", begun, len(packets))
 }

@@ -11,8 +11,8 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// TestPathMTUIsFound narrows a hop behind B to 1280 bytes. ICMP is the only hint,
-// and has to find its way back through B in both directions.
+// TestPathMTUIsFound reduces a hop behind B to an MTU of 1280 bytes. ICMP is the only
+// hint, and must get back through B in both directions.
 func TestPathMTUIsFound(t *testing.T) {
 	m := newMesh(t)
 	permit(t, m, "C", mesh.Routing|mesh.LAN)
@@ -30,13 +30,13 @@ func TestPathMTUIsFound(t *testing.T) {
 		for _, addr := range c.at.List() {
 			forth, back, err := m.Lab.PathMTU(t.Context(), m.C, c.host, addr)
 			if err != nil || forth != c.want || back != c.want {
-				t.Errorf("path MTU to %s is %d forth and %d back, %v; want %d", addr, forth, back, err, c.want)
+				t.Errorf("path MTU to %s is %d there and %d back, %v; want %d", addr, forth, back, err, c.want)
 			}
 		}
 	}
 }
 
-// TestTracerouteShowsTheHops follows the way from C to I.
+// TestTracerouteShowsTheHops traces the path from C to I.
 func TestTracerouteShowsTheHops(t *testing.T) {
 	m := newMesh(t)
 	permit(t, m, "C", mesh.Routing)
@@ -52,8 +52,8 @@ func TestTracerouteShowsTheHops(t *testing.T) {
 	}
 }
 
-// TestMSSIsClamped opens connections through B both ways round the tunnel: the
-// segments that the ends announce fit into it.
+// TestMSSIsClamped opens connections through B in both directions across the tunnel: the
+// MSS that each end sees fits into it.
 func TestMSSIsClamped(t *testing.T) {
 	m := newMesh(t)
 	permit(t, m, "C", mesh.Routing)
@@ -69,7 +69,7 @@ func TestMSSIsClamped(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		// The peer announces more than B's tunnel takes.
+		// The peer announces a larger MSS than B's tunnel allows.
 		if err := m.C.SetMTU("wg0", 1500); err != nil {
 			t.Fatal(err)
 		}
@@ -84,7 +84,7 @@ func TestMSSIsClamped(t *testing.T) {
 			}
 			headers := []int{40, 60}[i]
 			if got := packets[0].MSS; got == 0 || got > 1420-headers {
-				t.Errorf("%s was announced segments of %d bytes over %s, want at most %d", name, got, addr, 1420-headers)
+				t.Errorf("%s received an MSS of %d bytes over %s, want at most %d", name, got, addr, 1420-headers)
 			}
 		}
 	}

@@ -1,6 +1,6 @@
 package trial
 
-// Packets that no peer may send: to martians, and with addresses of others.
+// Packets that no peer may send: to martians, and with another device's address.
 
 import (
 	"net/netip"
@@ -11,16 +11,16 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// martians are destinations that never are any, and those that only look like one.
+// martians are invalid destinations of all kinds, and valid ones that look like them.
 var martians = []string{
 	"0.0.0.0", "0.1.2.3", "127.0.0.1", "127.1.2.3", "224.0.0.1", "224.0.0.251", "239.255.255.250",
 	"240.0.0.1", "255.255.255.255",
-	"192.168.77.255", "192.168.77.0", "203.0.113.63", "203.0.113.191", // of attached networks
+	"192.168.77.255", "192.168.77.0", "203.0.113.63", "203.0.113.191", // broadcast and network addresses of attached networks
 	"::", "::1", "fe80::1", "ff02::1", "ff02::2", "ff05::1:3", "::ffff:192.0.2.130", "::ffff:192.168.77.2",
 }
 
-// TestMartiansFromAPeer has C, which may do everything, send to what no peer may
-// send to, with its own address, out of its tunnel.
+// TestMartiansFromAPeer has C, which has every permission, send from its own address to
+// destinations that no peer may send to.
 func TestMartiansFromAPeer(t *testing.T) {
 	m := newMesh(t)
 	permit(t, m, "C", everything)
@@ -30,7 +30,7 @@ func TestMartiansFromAPeer(t *testing.T) {
 			t.Fatal("C doesn't reach L")
 		}
 	}
-	mustReachL() // so that nothing is refused for want of a tunnel
+	mustReachL() // no packet may be lost for want of a session
 	var forgeries []forgery
 	for _, s := range martians {
 		dst := netip.MustParseAddr(s)
@@ -48,9 +48,9 @@ func TestMartiansFromAPeer(t *testing.T) {
 	mustReachL()
 }
 
-// TestPeerForgesPeer has C send with A's address, with the host's, and with ones
-// of the LAN and the internet, out of its tunnel. WireGuard itself drops them, so
-// B's interface never sees them.
+// TestPeerForgesPeer has C send out of its tunnel with A's address, with the host's, and
+// with addresses of the LAN and the internet. WireGuard itself drops them, so B's
+// interface never sees them.
 func TestPeerForgesPeer(t *testing.T) {
 	m := newMesh(t)
 	for name := range m.Peers {
@@ -71,7 +71,7 @@ func TestPeerForgesPeer(t *testing.T) {
 			}
 		}
 	}
-	// What C sends now is behind all of it in the tunnel.
+	// The tunnel keeps the order, so a packet that C sends now follows all of them.
 	if !m.reaches(t, m.C, at.L.V4, true) {
 		t.Fatal("C doesn't reach L")
 	}
@@ -82,9 +82,9 @@ func TestPeerForgesPeer(t *testing.T) {
 	}
 }
 
-// TestMappingServesOneFlow sends to the port that B's uplink address lends to a
-// flow of C's: from the host that C sent to, but another port, and from another
-// host. Neither is the exact reverse of the flow.
+// TestMappingServesOneFlow sends to the port that a flow of C's is translated to on B's
+// uplink address: from the flow's remote host with another port, and from another host.
+// Neither packet is the exact reverse of the flow.
 func TestMappingServesOneFlow(t *testing.T) {
 	m := newMesh(t)
 	permit(t, m, "C", mesh.Routing)
@@ -121,8 +121,8 @@ func TestMappingServesOneFlow(t *testing.T) {
 	}
 }
 
-// TestAnotherWayToAPeer gives B a second way to A and D, by its LAN. C doesn't
-// reach them there, no packet for them leaves in clear, nor do B's own.
+// TestAnotherWayToAPeer gives B a second path to A and D, by its LAN. C doesn't reach
+// them by it, and no packet for them leaves unencrypted, not even B's own.
 func TestAnotherWayToAPeer(t *testing.T) {
 	m := newMesh(t)
 	for name := range m.Peers {

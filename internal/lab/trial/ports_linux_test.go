@@ -1,6 +1,6 @@
 package trial
 
-// A local user that takes the ports which peers' flows could leave from.
+// A local user that binds the ports that peers' flows could leave from.
 
 import (
 	"fmt"
@@ -15,9 +15,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// TestLocalUserTakesPorts has a user without rights bind a UDP port in each 512, and then
-// take and leave others, through several looks: a peer's routing goes on, and nothing
-// is repaired.
+// TestLocalUserTakesPorts has an unprivileged user bind a UDP port in each 512, and then
+// bind and release others, during several of the helper's inspections: a peer's routing
+// goes on, and nothing is repaired.
 func TestLocalUserTakesPorts(t *testing.T) {
 	m := newMesh(t)
 	permit(t, m, "C", mesh.Routing)
@@ -28,7 +28,7 @@ func TestLocalUserTakesPorts(t *testing.T) {
 	bind := func(ports ...int) (out []net.PacketConn) {
 		t.Helper()
 		if err := m.B.Do(func() error {
-			// Of this thread only, which ends with the function.
+			// The credentials of this thread only, which ends with the function.
 			if _, _, e := unix.RawSyscall(unix.SYS_SETRESUID, 65534, 65534, 65534); e != 0 {
 				return e
 			}
@@ -57,7 +57,7 @@ func TestLocalUserTakesPorts(t *testing.T) {
 	}
 	for _, port := range []int{16000, 24000, 10000} {
 		c := bind(port, port+4000)
-		time.Sleep(3500 * time.Millisecond) // a look
+		time.Sleep(3500 * time.Millisecond) // one inspection
 		if s := status(t, m); !s.Forwarding.IPv4 || s.Repairs != before {
 			t.Errorf("forwarding %+v, %d repairs", s.Forwarding, s.Repairs-before)
 		}

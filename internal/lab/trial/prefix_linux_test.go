@@ -1,6 +1,6 @@
 package trial
 
-// A peer whose outer address is in the mesh prefix.
+// A peer whose endpoint is in the mesh prefix.
 
 import (
 	"strings"
@@ -10,9 +10,9 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 )
 
-// TestOuterAddressInTheMeshPrefix gives C's host an outer address in the mesh prefix: its
-// handshake completes, for the table refuses nothing of WireGuard's own, C reaches the
-// host, and status and doctor name the overlap with the way out.
+// TestOuterAddressInTheMeshPrefix gives C's host an outer address in the mesh prefix: the
+// handshake completes, because the table doesn't block WireGuard's own packets, C reaches
+// the host, and status and doctor report the overlap with a remedy.
 func TestOuterAddressInTheMeshPrefix(t *testing.T) {
 	m := newStage(t)
 	const outer = "100.90.5.2"
@@ -40,7 +40,7 @@ func TestOuterAddressInTheMeshPrefix(t *testing.T) {
 	for end := time.Now().Add(generous); ; time.Sleep(100 * time.Millisecond) {
 		o, _ := m.Do(t.Context(), "status", "--json")
 		named := strings.Contains(o.Stdout, want) && strings.Contains(o.Stdout, "meshhelper settings mesh-prefix4 ")
-		// doctor fails where it names a problem.
+		// doctor's exit status is an error if it reports a problem.
 		d, err := m.Do(t.Context(), "doctor", "--json")
 		if named && err != nil && strings.Contains(d.Stdout, want) {
 			break

@@ -19,36 +19,36 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 )
 
-// shot is a packet that must never get further than B, however often it is sent.
+// shot is a packet that must never get past B, however often it is sent.
 type shot struct {
 	by     *netlab.Host
-	link   string         // by which the packet is forged
-	packet []byte         // as it is sent there
-	to     netip.AddrPort // instead of both: where B's own socket sends to
+	link   string         // the packet is forged on this link
+	packet []byte         // in the link's framing
+	to     netip.AddrPort // instead of link and packet: the destination of B's own socket
 	token  string
 	reason string
-	clear  []string // hosts that may see it: those before B, and the one it is for
+	clear  []string // hosts that may see it: those before B, and the destination
 }
 
-// prober sends its shots again and again, past the senders' own routes and
-// filters, whatever happens to B meanwhile.
+// prober sends its shots again and again, bypassing the senders' own routes and filters,
+// whatever happens to B meanwhile.
 type prober struct {
 	m     *Mesh
 	ctx   context.Context // ends with the test
-	own   *net.UDPConn    // by which B itself sends, as its own programs would
+	own   *net.UDPConn    // B's own socket, as one of its programs has
 	sent  atomic.Int64
 	round atomic.Int64
 
 	mu    sync.Mutex
 	shots []shot
-	clear bool   // whether B's own shots are sent, which a running helper stops
-	all   []shot // also those of earlier
+	clear bool   // whether B's own shots are sent, which a running helper blocks
+	all   []shot // the current and earlier shots
 }
 
-// between is how long the prober rests after a round.
+// between is the prober's pause after a round.
 const between = 3 * time.Millisecond
 
-// startProber starts to send; it ends with the test.
+// startProber starts sending, until the test ends.
 func startProber(t *testing.T, m *Mesh) *prober {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -83,8 +83,8 @@ func (p *prober) fire() {
 		if s.by == p.m.B && !clear {
 			continue
 		}
-		// An error is of B as it is just now: its interface is gone, or the kernel
-		// refuses. Whether all that got away arrives anywhere is what counts.
+		// An error reflects B's current state: its interface is missing, or the kernel
+		// refuses. The test only counts packets that were sent and arrive.
 		if s.by == p.m.B {
 			_, _ = p.own.WriteToUDPAddrPort([]byte(s.token), s.to)
 		} else {
@@ -96,7 +96,7 @@ func (p *prober) fire() {
 	time.Sleep(between)
 }
 
-// set replaces what is sent.
+// set replaces the shots.
 func (p *prober) set(shots []shot) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -104,7 +104,7 @@ func (p *prober) set(shots []shot) {
 	p.all = append(p.all, shots...)
 }
 
-// fresh replaces what is sent and forgets what leaked before.
+// fresh replaces the shots and forgets earlier leaks.
 func (p *prober) fresh(shots []shot) {
 	p.mu.Lock()
 	p.all = nil
@@ -112,7 +112,7 @@ func (p *prober) fresh(shots []shot) {
 	p.set(shots)
 }
 
-// add has more be sent.
+// add adds shots.
 func (p *prober) add(shots ...shot) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -120,9 +120,9 @@ func (p *prober) add(shots ...shot) {
 	p.all = append(p.all, shots...)
 }
 
-// guarded says whether B is guarded now, also by a helper that was killed: then
-// what B itself sends to peers must not leave in clear either. It returns when no
-// round of before is going on.
+// guarded sets whether B is protected, by a running helper or one that was killed: then
+// B's own packets to peers must not leave unencrypted either. It returns once no round
+// with the old value is running.
 func (p *prober) guarded(is bool) {
 	p.mu.Lock()
 	p.clear = is
@@ -132,19 +132,19 @@ func (p *prober) guarded(is bool) {
 	}
 }
 
-// rounds waits until everything was sent n times more.
+// rounds waits until all shots were sent n more times.
 func (p *prober) rounds(t *testing.T, n int64) {
 	t.Helper()
 	for end, until := p.round.Load()+n+1, time.Now().Add(generous); p.round.Load() < end; time.Sleep(time.Millisecond) {
 		if time.Now().After(until) {
-			t.Fatal("the prober doesn't get on")
+			t.Fatal("the prober doesn't complete its rounds")
 		}
 	}
 }
 
-// leaks lists the shots that a host received which they aren't for. What a peer
-// sent, or received, is the guard's concern too; the rest is the packet filter's
-// alone, which another program can take away.
+// leaks lists the shots that a host other than their destination received. The guard also
+// checks what a peer sent or received; the rest depends on the packet filter alone, which
+// another program can remove.
 func (p *prober) leaks() (ofPeers, ofOthers []string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -164,7 +164,7 @@ func (p *prober) leaks() (ofPeers, ofOthers []string) {
 	return ofPeers, ofOthers
 }
 
-// mustHold reports what leaked, once.
+// mustHold fails the test if a shot leaked.
 func (p *prober) mustHold(t *testing.T, when string) {
 	t.Helper()
 	ofPeers, ofOthers := p.leaks()
@@ -173,8 +173,8 @@ func (p *prober) mustHold(t *testing.T, when string) {
 	}
 }
 
-// never lists what must not pass whatever C's routing is, where C may neither
-// connect nor reach the LAN; transit is whether that of others counts.
+// never returns the packets that must not pass whether or not C may route, where C may
+// neither connect nor reach the LAN. transit adds the transit of other hosts.
 func (p *prober) never(own netlab.Pair, transit bool) (shots []shot) {
 	m, at := p.m, netlab.Addresses()
 	unassigned := netlab.Pair{V4: netip.MustParseAddr("100.64.1.1"), V6: netip.MustParseAddr("fd6d:6573:6800::1:1")}
@@ -202,7 +202,7 @@ func (p *prober) never(own netlab.Pair, transit bool) (shots []shot) {
 		for _, to := range a.to {
 			more := p.aim(a.by, a.link, a.src, to, a.reason)
 			for i := range more {
-				// B's own answer to what passed for C's goes to C.
+				// B's own answer to an accepted packet of C goes to C.
 				if a.src == c && to == own && a.link != "wg0" {
 					more[i].clear = append(slices.Clone(more[i].clear), "C")
 				}
@@ -219,11 +219,11 @@ func (p *prober) never(own netlab.Pair, transit bool) (shots []shot) {
 	return shots
 }
 
-// aim makes shots at an address, in both families, by UDP and ping.
+// aim returns shots at an address, in both families, by UDP and ping.
 func (p *prober) aim(by *netlab.Host, link string, src, to netlab.Pair, reason string) (shots []shot) {
 	for i, dst := range to.List() {
 		for _, proto := range []netlab.Proto{netlab.UDP, netlab.ICMP} {
-			// A port for each sender: what one is answered must not open the way for
+			// Each sender has its own port: an answer to one must not open a way for
 			// another.
 			port := 4700 + uint16(by.Name[0])
 			f := forgery{by: by, link: link, proto: proto, src: netip.AddrPortFrom(src.List()[i], port),

@@ -12,17 +12,17 @@ import (
 )
 
 // TestHostReachesPeersAfterRestart restarts the helper while the peers are silent: the
-// host sends to a peer, which no configuration says the endpoint of, at once.
+// host reaches a peer at once, though no configuration has its endpoint.
 func TestHostReachesPeersAfterRestart(t *testing.T) {
 	m := newMesh(t)
 	permit(t, m, "C", mesh.Incoming)
 	peer := m.Peers["C"].Addresses.V4
-	// The peer is heard once.
+	// The peer sends once, so that the helper learns its endpoint.
 	probe := netlab.Probe{From: m.C, To: status(t, m).Address().V4, Proto: netlab.ICMP}
 	if r := m.Lab.Probe(t.Context(), probe); !r[0].OK {
-		t.Fatalf("before: %v", r[0])
+		t.Fatalf("before the restart: %v", r[0])
 	}
-	time.Sleep(2 * time.Second) // the helper's statistics are as old as one second
+	time.Sleep(2 * time.Second) // the helper's statistics may be one second old
 	stop(t, m)
 	start(t, m)
 	began := time.Now()

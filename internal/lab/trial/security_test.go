@@ -9,10 +9,10 @@ import (
 	"testing"
 )
 
-// named is how docs/security.md names a test or a fuzz target.
+// named matches the name of a test or a fuzz target in docs/security.md.
 var named = regexp.MustCompile("`([a-z/]+)\\.((?:Test|Fuzz)[A-Za-z0-9]+)`")
 
-// TestSecurityPage looks for every test that docs/security.md names.
+// TestSecurityPage checks that every test named in docs/security.md exists.
 func TestSecurityPage(t *testing.T) {
 	const root = "../../.."
 	page, err := os.ReadFile(filepath.Join(root, "docs/security.md"))
@@ -21,7 +21,7 @@ func TestSecurityPage(t *testing.T) {
 	}
 	all := named.FindAllStringSubmatch(string(page), -1)
 	if len(all) < 30 {
-		t.Errorf("the page names %d tests: too few", len(all))
+		t.Errorf("the page names only %d tests", len(all))
 	}
 	for _, m := range all {
 		files, err := filepath.Glob(filepath.Join(root, m[1], "*_test.go"))

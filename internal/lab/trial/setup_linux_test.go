@@ -1,6 +1,6 @@
 package trial
 
-// What tests begin with: a mesh, its peers and their permissions.
+// The setup of tests: a mesh, its peers and their permissions.
 
 import (
 	"testing"
@@ -11,16 +11,16 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// generous is how long a test waits for what must happen.
+// generous is how long a test waits for an expected event.
 const generous = 60 * time.Second
 
 const everything = mesh.Incoming | mesh.Routing | mesh.LAN
 
 var protos = []netlab.Proto{netlab.ICMP, netlab.TCP, netlab.UDP}
 
-// newStage builds the picture and the program, and serves on every host. No helper
-// runs yet. Every test has hosts of its own and mostly waits, so they run beside
-// each other.
+// newStage builds the network and the program, and starts servers on every host. No
+// helper runs yet. Every test has its own hosts and mostly waits, so the tests run in
+// parallel.
 func newStage(t testing.TB) *Mesh {
 	t.Helper()
 	if test, ok := t.(*testing.T); ok {
@@ -29,7 +29,7 @@ func newStage(t testing.TB) *Mesh {
 	return newQuietStage(t)
 }
 
-// newQuietStage is a stage for a test that measures: no other runs beside it.
+// newQuietStage is newStage for a test that measures: no other test runs beside it.
 func newQuietStage(t testing.TB) *Mesh {
 	t.Helper()
 	m := newSilentStage(t)
@@ -41,11 +41,11 @@ func newQuietStage(t testing.TB) *Mesh {
 	return m
 }
 
-// newSilentStage is a quiet stage on which the test serves what it needs itself.
+// newSilentStage is newQuietStage without servers; the test starts those that it needs.
 func newSilentStage(t testing.TB) *Mesh {
 	t.Helper()
 	if err := netlab.Unavailable(); err != nil {
-		t.Skip("no hosts to try the product on:", err)
+		t.Skip("can't create hosts to test on:", err)
 	}
 	lab, err := netlab.New()
 	if err != nil {
@@ -72,8 +72,8 @@ func newSilentStage(t testing.TB) *Mesh {
 	return m
 }
 
-// newMesh is a stage with a running helper and the peers A and D (own) and C
-// (external), each as `peer add` leaves it.
+// newMesh is a stage with a running helper and the peers A and D (own) and C (external),
+// each in the state after `peer add`.
 func newMesh(t testing.TB) *Mesh {
 	t.Helper()
 	m := newStage(t)
@@ -101,7 +101,7 @@ func addPeers(t testing.TB, m *Mesh) {
 	}
 }
 
-// stop stops the helper in good order.
+// stop stops the helper in an orderly way.
 func stop(t testing.TB, m *Mesh) {
 	t.Helper()
 	if err := m.Stop(); err != nil {

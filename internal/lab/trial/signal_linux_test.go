@@ -13,10 +13,10 @@ import (
 	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
-// TestSignalsLeaveTheHost ends the helper while it forwards, by each signal that a
-// closed terminal, a person or the system sends: the host is as it was found.
+// TestSignalsLeaveTheHost ends the helper while it forwards, by each signal that a closed
+// terminal, a user or the system sends: the host is restored.
 func TestSignalsLeaveTheHost(t *testing.T) {
-	// What this process ignores, as under nohup, the helper would, too.
+	// A signal that this process ignores, as under nohup, is ignored by the helper, too.
 	heeded := make(chan os.Signal, 1)
 	signal.Notify(heeded, syscall.SIGHUP, syscall.SIGINT)
 	defer signal.Stop(heeded)
@@ -29,7 +29,7 @@ func TestSignalsLeaveTheHost(t *testing.T) {
 		}
 		permit(t, m, "C", mesh.Routing)
 		if now := status(t, m); !now.Forwarding.IPv4 {
-			t.Fatalf("before %v the host doesn't forward; nothing is proved", s)
+			t.Fatalf("before %v the host doesn't forward, so the test proves nothing", s)
 		}
 		p := m.Helper
 		m.Helper = nil
@@ -50,7 +50,7 @@ func TestSignalsLeaveTheHost(t *testing.T) {
 			return err
 		})
 		if !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("%v: the socket is still there: %v", s, err)
+			t.Errorf("%v: the socket still exists: %v", s, err)
 		}
 	}
 }

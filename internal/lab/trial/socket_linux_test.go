@@ -13,7 +13,7 @@ import (
 	"testing"
 )
 
-// socketPath is where the helper on B listens.
+// socketPath is the socket of the helper on B.
 const socketPath = "/run/meshhelper.sock"
 
 // dial opens a connection to the helper on B.
@@ -25,7 +25,7 @@ func (m *Mesh) dial() (conn net.Conn, err error) {
 	return conn, err
 }
 
-// client is a client of the operator's that keeps connections open.
+// client returns an operator's client that keeps connections open.
 func (m *Mesh) client(t testing.TB) *http.Client {
 	transport := &http.Transport{
 		DialContext:         func(context.Context, string, string) (net.Conn, error) { return m.dial() },
@@ -35,7 +35,7 @@ func (m *Mesh) client(t testing.TB) *http.Client {
 	return &http.Client{Transport: transport}
 }
 
-// ask sends a request and decodes the answer. The error is also for a refusal.
+// ask sends a request and decodes the answer. A refusal is also an error.
 func ask(c *http.Client, method, path string, body, into any) error {
 	var content io.Reader
 	if body != nil {
@@ -61,7 +61,7 @@ func ask(c *http.Client, method, path string, body, into any) error {
 	return json.Unmarshal(text, into)
 }
 
-// toggle is the body that sets one permission.
+// toggle returns the request body that sets one permission.
 func toggle(permission string, allowed bool) any {
 	return map[string]any{"permissions": map[string]any{permission: map[string]bool{"allowed": allowed}}}
 }

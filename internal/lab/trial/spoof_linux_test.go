@@ -32,8 +32,8 @@ func (f forgery) packet() []byte {
 	return netlab.EchoPacket(f.src.Addr(), f.dst.Addr(), false, f.src.Port(), 1, []byte(f.token))
 }
 
-// send sends the forgeries, several times each, and reports every one that
-// another host than B received, or that a server of B's got.
+// send sends the forgeries, several times each, and reports every one that a host other
+// than B or a server of B's received.
 func send(t *testing.T, m *Mesh, forgeries []forgery) {
 	t.Helper()
 	sent := 0
@@ -49,7 +49,7 @@ func send(t *testing.T, m *Mesh, forgeries []forgery) {
 		}
 		time.Sleep(netlab.RefuseWait / 3)
 	}
-	// A sniffer on a busy machine loses packets: those that it hasn't seen come again.
+	// A sniffer on a busy machine loses packets: those that it missed are sent again.
 	for end := time.Now().Add(generous); time.Now().Before(end); time.Sleep(netlab.RefuseWait) {
 		missed := 0
 		for _, f := range forgeries {
@@ -64,9 +64,9 @@ func send(t *testing.T, m *Mesh, forgeries []forgery) {
 	}
 	for _, f := range forgeries {
 		by, served := m.Lab.Saw(f.token)
-		// What comes out of a tunnel may end before B's interface has it.
+		// A packet from a tunnel may be dropped before it reaches B's interface.
 		if f.link != "wg0" && !slices.Contains(by, "B") {
-			t.Errorf("%s: the forged packet didn't reach B, so nothing is proved", f.reason)
+			t.Errorf("%s: the forged packet didn't reach B, so the test proves nothing", f.reason)
 		}
 		if len(slices.DeleteFunc(by, func(name string) bool { return name == "B" })) > 0 || served {
 			t.Errorf("%s: %s %s to %s sent by %s was received by %v, served=%t",
@@ -76,8 +76,8 @@ func send(t *testing.T, m *Mesh, forgeries []forgery) {
 	t.Logf("sent %d forged packets", sent)
 }
 
-// TestForgedSources has W and L send packets with the peers' addresses to
-// everything that the peers could reach.
+// TestForgedSources has W and L send packets with the peers' addresses to every
+// destination that a peer may reach.
 func TestForgedSources(t *testing.T) {
 	m := newMesh(t)
 	for name := range m.Peers {
@@ -105,8 +105,8 @@ func TestForgedSources(t *testing.T) {
 	send(t, m, forgeries)
 }
 
-// TestForgedFlows has L and W send packets that belong to flows of C's that are
-// running, by their addresses and ports: as C, and as the other end.
+// TestForgedFlows has L and W send packets with the addresses and ports of C's running
+// flows: as C, and as the other end.
 func TestForgedFlows(t *testing.T) {
 	m := newMesh(t)
 	permit(t, m, "C", everything)
@@ -157,16 +157,16 @@ func TestForgedFlows(t *testing.T) {
 	}
 }
 
-// TestForgedOwnPlace has C send what it begins its session with from an address of the
-// host, which IPv6 of Linux takes. From another port that may be a program of the host's,
-// and is answered there. From WireGuard's own port it isn't: the host would go on to send
-// to itself what is for C.
+// TestForgedOwnPlace sends C's handshake initiation from an address of the host itself,
+// which Linux accepts for IPv6. From another port it may come from a program of the
+// host's, and is answered. From WireGuard's own port it isn't: otherwise the host would
+// go on to send C's packets to itself.
 func TestForgedOwnPlace(t *testing.T) {
 	m := newMesh(t)
 	at, end := netlab.Addresses(), m.Peers["C"].End
 	host := netip.AddrPortFrom(at.BUplink.V6, listenPort)
 	real := end.Config.Peers[0].Endpoint
-	// Where C's own datagrams get lost, so that the host sees the forged ones first.
+	// C's own datagrams to this address are lost, so the host sees the forged ones first.
 	lost := netip.AddrPortFrom(at.I.V6, listenPort)
 	begun, err := m.C.Watch(func(p netlab.Packet) bool {
 		return p.Out && p.Link == "eth0" && p.Is(netlab.UDP) && p.Dst == lost.Addr() && p.DstPort == lost.Port()
@@ -216,10 +216,10 @@ func TestForgedOwnPlace(t *testing.T) {
 		}
 	}
 	if err := answers[4500].Wait(1, generous); err != nil {
-		t.Errorf("a WireGuard of the host's own at another port isn't answered: %v", err)
+		t.Errorf("an initiation from another port of the host isn't answered: %v", err)
 	}
 	renew(real)
-	// The host takes one beginning of a session in 50 ms, and C tries again after 5 s.
+	// The host accepts one initiation in 50 ms, and C tries again after 5 s.
 	for limit := time.Now().Add(generous); ; {
 		last, err := end.LastHandshake()
 		if err != nil {
@@ -238,10 +238,10 @@ func TestForgedOwnPlace(t *testing.T) {
 	}
 }
 
-// TestNoDeviceIsThere has what C begins its session with come from where no device is: from
-// a neighbour's host, the unspecified address and port 0, and the directed broadcast
-// address of the host's LAN. Nothing is sent there, which would be the host's own loopback
-// address and all hosts of the LAN. From another host it is answered.
+// TestNoDeviceIsThere has a host on the uplink forge C's handshake initiation with sources
+// that can't be a device's: the unspecified address, the broadcast address of the host's
+// LAN, and port 0. Nothing is sent there: that would reach the host's own loopback address
+// or all hosts of the LAN. With another host's address and port it is answered.
 func TestNoDeviceIsThere(t *testing.T) {
 	m := newMesh(t)
 	at, end := netlab.Addresses(), m.Peers["C"].End
@@ -296,7 +296,7 @@ func TestNoDeviceIsThere(t *testing.T) {
 		}
 		if from.Addr() == at.I.V6 || from == netip.AddrPortFrom(at.I.V4, port) {
 			if err := answers.Wait(1, generous); err != nil {
-				t.Errorf("from %v nothing is answered, so nothing is proved: %v", from, err)
+				t.Errorf("the initiation from %v isn't answered, so the test proves nothing: %v", from, err)
 			}
 		}
 	}
@@ -306,7 +306,7 @@ func TestNoDeviceIsThere(t *testing.T) {
 	}
 	for _, p := range packets {
 		if p.Dst != at.I.V4 && p.Dst != at.I.V6 || p.DstPort == 0 {
-			t.Errorf("the host sent to where no device is: %v", p)
+			t.Errorf("the host sent to an address without a device: %v", p)
 		}
 	}
 }

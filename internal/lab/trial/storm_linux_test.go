@@ -26,23 +26,24 @@ const (
 	stormClients = 8
 )
 
-// window is a time in which a peer's permission was surely off: from when the
-// command that took it away returned to when the next one to give it was begun.
+// window is a time in which a peer certainly lacked a permission: from the return of the
+// command that revoked it to the start of the next command that grants it.
 type window struct{ from, to time.Time }
 
-// toggler is a client that changes peers of its own, so that it knows what they may.
+// toggler is a client that changes only its own peers, so that it knows their
+// permissions.
 type toggler struct {
 	client  *http.Client
 	random  *rand.Rand
 	peers   []string
-	may     map[string]map[string]bool // by peer and permission
-	closed  map[string][]window        // of routing, by peer
+	may     map[string]map[string]bool // by peer, then permission
+	closed  map[string][]window        // windows of routing, by peer
 	changes int
 	slowest time.Duration
 }
 
-// run toggles as fast as it can, and leaves a moment's rest to a peer whose flows
-// are watched, so that there is something to see.
+// run toggles as fast as it can, with a short pause after a change to a peer whose flows
+// are watched, so that packets are sent in between.
 func (c *toggler) run(until time.Time) error {
 	for time.Now().Before(until) {
 		peer := c.peers[c.random.IntN(len(c.peers))]
@@ -65,7 +66,7 @@ func (c *toggler) run(until time.Time) error {
 	return nil
 }
 
-// stormEnds are the peers that have a WireGuard end and flows.
+// stormEnds are the peers with a WireGuard end and flows.
 var stormEnds = []string{"C", "D"}
 
 func (c *toggler) set(peer, permission string, allowed bool) error {
@@ -75,8 +76,8 @@ func (c *toggler) set(peer, permission string, allowed bool) error {
 	}
 	var answer struct{}
 	err := ask(c.client, "PATCH", "/v1/peers/"+peer, toggle(permission, allowed), &answer)
-	// A permission waits for the disk, and for those before it. On a machine whose disk is
-	// busy it may be refused for that.
+	// A change waits for the disk, and for the changes before it. On a machine with a
+	// busy disk it may be refused for that.
 	for range 10 {
 		if err == nil || !allowed || !strings.Contains(err.Error(), "nothing was changed") {
 			break
@@ -98,7 +99,7 @@ func (c *toggler) set(peer, permission string, allowed bool) error {
 	return nil
 }
 
-// load is what a process holds.
+// load is the resources that a process holds.
 type load struct{ fds, threads, kilobytes int }
 
 func loadOf(t *testing.T, pid int) (l load) {
@@ -126,7 +127,7 @@ func loadOf(t *testing.T, pid int) (l load) {
 
 var goroutine = regexp.MustCompile(`(?m)^goroutine \d+ .*\[`)
 
-// goroutines ends the helper with SIGABRT, at which Go's runtime lists them.
+// goroutines ends the helper with SIGABRT, which makes Go's runtime list them.
 func goroutines(t *testing.T, m *Mesh) int {
 	t.Helper()
 	if err := m.Helper.Signal(unix.SIGABRT); err != nil {
@@ -140,7 +141,7 @@ func goroutines(t *testing.T, m *Mesh) int {
 	return n
 }
 
-// stormMesh has 50 peers, of which C and D have ends.
+// stormMesh returns a mesh of 50 peers, of which C and D have WireGuard ends.
 func stormMesh(t *testing.T) (*Mesh, []string) {
 	m := newMesh(t)
 	names := []string{"A", "C", "D"}
@@ -156,7 +157,7 @@ func stormMesh(t *testing.T) (*Mesh, []string) {
 		switch {
 		case err == nil:
 			names = append(names, name)
-		case !strings.Contains(err.Error(), "address_taken"): // one key in a hundred: draw again
+		case !strings.Contains(err.Error(), "address_taken"): // one key in a hundred collides: try another
 			t.Fatal(err)
 		}
 	}
@@ -164,9 +165,10 @@ func stormMesh(t *testing.T) (*Mesh, []string) {
 	return m, names
 }
 
-// TestToggleStorm has 8 clients toggle 50 peers as fast as they can while flows
-// run. What an end sends while its permission is surely off must not arrive. At
-// the end the helper holds what it was told last, and no more than before.
+// TestToggleStorm has 8 clients toggle permissions of 50 peers as fast as they can while
+// flows run. A packet that an end sends while it certainly lacks permission must not
+// arrive. At the end the helper enforces the last changes, and holds no more resources
+// than before.
 func TestToggleStorm(t *testing.T) {
 	long := 5 * time.Second
 	if *soak {
@@ -187,7 +189,7 @@ func TestToggleStorm(t *testing.T) {
 	for i, name := range names {
 		clients[i%stormClients].peers = append(clients[i%stormClients].peers, name)
 	}
-	// C and D begin with routing, and their flows run.
+	// C and D start with routing, and their flows run.
 	watched := map[string][]*netlab.Flow{}
 	for _, name := range stormEnds {
 		if err := clients[slices.Index(names, name)%stormClients].set(name, "routing", true); err != nil {
@@ -222,7 +224,8 @@ func TestToggleStorm(t *testing.T) {
 	mustHaveNothingLeft(t, m, quiet)
 }
 
-// onlyMesh is what must not pass whatever the peers may: to peers and between them.
+// onlyMesh returns the packets that must not pass whatever the peers' permissions: to
+// peers and between them.
 func (p *prober) onlyMesh(own netlab.Pair) []shot {
 	return slices.DeleteFunc(p.never(own, true), func(s shot) bool {
 		if s.by == p.m.B {
@@ -235,8 +238,8 @@ func (p *prober) onlyMesh(own netlab.Pair) []shot {
 	})
 }
 
-// mustBeSubset reports packets of flows that arrived although they were sent in a
-// window. After its end they may arrive: TCP repeats what it has sent.
+// mustBeSubset reports packets of flows that were sent in a window and arrived. They may
+// arrive after its end: TCP retransmits.
 func mustBeSubset(t *testing.T, clients []*toggler, names []string, watched map[string][]*netlab.Flow) {
 	t.Helper()
 	windows, sent := 0, 0
@@ -250,7 +253,7 @@ func mustBeSubset(t *testing.T, clients []*toggler, names []string, watched map[
 				for _, a := range arrived {
 					for _, w := range closed {
 						if a.Sent.After(w.from) && (w.to.IsZero() || a.Received.Before(w.to)) {
-							t.Fatalf("%s: packet %d %s was sent %s after routing was taken away and arrived", f, a.Number, way, a.Sent.Sub(w.from))
+							t.Fatalf("%s: packet %d %s was sent %s after routing was revoked, and arrived", f, a.Number, way, a.Sent.Sub(w.from))
 						}
 					}
 				}
@@ -258,12 +261,12 @@ func mustBeSubset(t *testing.T, clients []*toggler, names []string, watched map[
 		}
 	}
 	if windows == 0 || sent == 0 {
-		t.Fatalf("%d windows, %d packets arrived: nothing is proved", windows, sent)
+		t.Fatalf("%d windows, %d packets arrived: the test proves nothing", windows, sent)
 	}
-	t.Logf("%d packets of %d watched peers arrived, none that was sent in one of %d windows without permission", sent, len(watched), windows)
+	t.Logf("%d packets of %d watched peers arrived, none of them sent in one of %d windows without permission", sent, len(watched), windows)
 }
 
-// mustHoldWanted compares what the helper holds with what it was told last.
+// mustHoldWanted compares the helper's state with the last changes.
 func mustHoldWanted(t *testing.T, m *Mesh, clients []*toggler) {
 	t.Helper()
 	s := status(t, m)
@@ -278,7 +281,7 @@ func mustHoldWanted(t *testing.T, m *Mesh, clients []*toggler) {
 		for _, c := range clients {
 			for permission, want := range c.may[p.Name] {
 				if p.Permissions[permission].Allowed != want {
-					t.Errorf("%s of %s is %t, was last set to %t", permission, p.Name, !want, want)
+					t.Errorf("%s of %s is %t, but was last set to %t", permission, p.Name, !want, want)
 				}
 			}
 		}
@@ -294,12 +297,12 @@ func mustHoldWanted(t *testing.T, m *Mesh, clients []*toggler) {
 		}
 	}
 	if have != routing {
-		t.Errorf("the kernel lets %d peers route, wanted are %d", have, routing)
+		t.Errorf("the kernel lets %d peers route, want %d", have, routing)
 	}
 }
 
-// mustHaveNothingLeft waits until the helper is as it was before the storm, and
-// compares its goroutines with those of one that did nothing.
+// mustHaveNothingLeft waits until the helper holds no more files than before the storm,
+// and compares its goroutines with those of an idle helper.
 func mustHaveNothingLeft(t *testing.T, m *Mesh, quiet load) {
 	t.Helper()
 	var now load
@@ -308,21 +311,21 @@ func mustHaveNothingLeft(t *testing.T, m *Mesh, quiet load) {
 			break
 		}
 		if time.Now().After(until) {
-			t.Errorf("the helper had %d files open and has %d", quiet.fds, now.fds)
+			t.Errorf("the helper had %d files open before the storm, and %d after it", quiet.fds, now.fds)
 			break
 		}
 	}
 	after := goroutines(t, m)
 	start(t, m)
 	if s := status(t, m); s.State != "enforcing" || s.Enforced != s.Generation {
-		t.Errorf("started again: %s, enforced %d of %d", s.State, s.Enforced, s.Generation)
+		t.Errorf("restarted: %s, enforced %d of %d", s.State, s.Enforced, s.Generation)
 	}
 	idle := goroutines(t, m)
-	// A connection that is just being closed, and a peer's timer, are one each.
+	// A connection that is being closed and a peer's timer each have a goroutine.
 	if slack := runtime.NumCPU() + 4; after > idle+slack {
-		t.Errorf("%d goroutines after the storm, %d in a helper that did nothing", after, idle)
+		t.Errorf("%d goroutines after the storm, %d in an idle helper", after, idle)
 	}
-	t.Logf("before and after: %d and %d files, %d and %d threads, %d and %d KiB; %d goroutines after, %d in a helper that did nothing",
+	t.Logf("before and after: %d and %d files, %d and %d threads, %d and %d KiB; %d goroutines after, %d in an idle helper",
 		quiet.fds, now.fds, quiet.threads, now.threads, quiet.kilobytes, now.kilobytes, after, idle)
 	start(t, m)
 	client := m.client(t)
@@ -338,7 +341,7 @@ func mustHaveNothingLeft(t *testing.T, m *Mesh, quiet load) {
 	}
 	for _, l := range lines {
 		if strings.HasPrefix(l, "element") && (strings.Contains(l, `"peers`) || strings.Contains(l, `"may_`)) {
-			t.Errorf("all peers are removed, but the kernel has %s", l)
+			t.Errorf("all peers are removed, but the kernel still has %s", l)
 		}
 	}
 }

@@ -12,21 +12,21 @@ import (
 	"github.com/meshhelper/meshhelper/internal/policy"
 )
 
-// judge compares what real packets find with what the policy says.
+// judge compares the fate of real packets with the policy's verdicts.
 type judge struct {
 	m       *Mesh
-	results []netlab.Result // all, for a last look at what arrived late
-	passes  []bool          // what the policy said of each
+	results []netlab.Result // of all probes, to check for late arrivals
+	passes  []bool          // the policy's verdict on each
 }
 
-// question is a probe, and the interface by which B gets it.
+// question is a probe, and the interface that it enters B by.
 type question struct {
 	netlab.Probe
 	in  string
-	src netip.Addr // as B sees it
+	src netip.Addr // as seen by B
 }
 
-// ask sends the probes and reports where the answer isn't the policy's.
+// ask sends the probes and reports those whose fate differs from the policy.
 func (j *judge) ask(t *testing.T, rules *policy.Ruleset, questions []question) {
 	t.Helper()
 	probes := make([]netlab.Probe, len(questions))
@@ -53,8 +53,8 @@ func (j *judge) ask(t *testing.T, rules *policy.Ruleset, questions []question) {
 	}
 }
 
-// source is the address that a server should see: the opener's own, or that of
-// the interface by which B forwards.
+// source returns the address that a server should see: the opener's own, or that of B's
+// outgoing interface.
 func (j *judge) source(q question, v policy.Verdict) netip.Addr {
 	at := netlab.Addresses()
 	by := at.BUplink
@@ -74,11 +74,11 @@ func (j *judge) source(q question, v policy.Verdict) netip.Addr {
 	return by.V6
 }
 
-// before are the hosts that a packet crosses in clear on its way to B.
+// before returns the hosts that a packet crosses unencrypted on its way to B.
 var before = map[string][]string{"I": {"R", "W"}}
 
-// finish looks once more for refused probes that another host than B received, or
-// that a server got, and prints how many were judged.
+// finish checks again for refused probes that a host other than B or a server received
+// since, and logs how many probes were judged.
 func (j *judge) finish(t *testing.T) {
 	t.Helper()
 	j.m.Lab.Recheck(j.results)
@@ -98,7 +98,7 @@ func (j *judge) finish(t *testing.T) {
 	t.Logf("judged %d probes: %d to pass, %d to be refused", len(j.results), passed, len(j.results)-passed)
 }
 
-// destinations are the places that a peer tries, by name.
+// destinations returns the destinations that a peer tries, by name.
 func destinations(m *Mesh, own netlab.Pair) map[string]netlab.Pair {
 	at := netlab.Addresses()
 	return map[string]netlab.Pair{
@@ -110,9 +110,9 @@ func destinations(m *Mesh, own netlab.Pair) map[string]netlab.Pair {
 	}
 }
 
-// TestTruthTable puts every set of C's permissions to every kind of destination,
-// by every protocol, in both families. A may do everything meanwhile: what others
-// may must not matter.
+// TestTruthTable tries every set of C's permissions with every kind of destination, by
+// every protocol, in both families. A has every permission meanwhile, which must not
+// matter.
 func TestTruthTable(t *testing.T) {
 	m := newMesh(t)
 	var sets []mesh.Permissions
@@ -145,8 +145,8 @@ func truthTable(t *testing.T, m *Mesh, sets []mesh.Permissions) {
 	j.finish(t)
 }
 
-// TestWaysBack has every host try to open a flow to the peers and to B's mesh
-// address, from every side of B, while the peers may do everything. Only B may.
+// TestWaysBack has every host try to open a flow to the peers and to B's mesh address,
+// from every side of B, while the peers have every permission. Only B may.
 func TestWaysBack(t *testing.T) {
 	m := newMesh(t)
 	may := map[string]mesh.Permissions{}

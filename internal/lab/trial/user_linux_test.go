@@ -1,6 +1,6 @@
 package trial
 
-// Other users of the host, and an operator's careless programs.
+// Other users of the host, and an operator's misbehaving programs.
 
 import (
 	"bufio"
@@ -17,14 +17,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// nobody is the number of the user of that name: neither root nor the operator.
+// nobody is the UID of the user nobody, which is neither root nor the operator.
 const nobody = 65534
 
-// dialAs opens a connection to the helper on B as another user. The kernel records
-// the user that connects; the thread that was that user for it ends afterwards.
+// dialAs opens a connection to the helper on B as another user. The kernel records the
+// connecting user. The thread that changed its UID ends afterwards.
 func (m *Mesh) dialAs(uid uintptr) (conn net.Conn, err error) {
 	err = m.B.Do(func() (err error) {
-		// By the raw call, because the C library's and Go's change all threads.
+		// The raw system call changes one thread; Go's and the C library's change all.
 		if _, _, e := unix.RawSyscall(unix.SYS_SETGROUPS, 0, 0, 0); e != 0 && e != unix.EPERM {
 			return e
 		}
@@ -39,7 +39,7 @@ func (m *Mesh) dialAs(uid uintptr) (conn net.Conn, err error) {
 	return conn, err
 }
 
-// answerTo sends a request as it is and returns the status line of the answer.
+// answerTo sends a request unchanged and returns the answer's status line.
 func answerTo(conn net.Conn, request string) (string, error) {
 	conn.SetDeadline(time.Now().Add(generous))
 	if _, err := io.WriteString(conn, request); err != nil {
@@ -49,14 +49,14 @@ func answerTo(conn net.Conn, request string) (string, error) {
 	return strings.TrimSpace(line), err
 }
 
-// stranger starts what a local user may do to the helper; it goes on until the
-// connections are closed.
+// stranger is an attack of a local user on the helper. It goes on until its connections
+// are closed.
 type stranger struct {
 	name  string
 	start func(m *Mesh, dial func() (net.Conn, error), run *errgroup.Group) ([]net.Conn, error)
 }
 
-// many opens connections and says the same on each.
+// many opens connections and sends the same on each.
 func many(n int, say string) func(*Mesh, func() (net.Conn, error), *errgroup.Group) ([]net.Conn, error) {
 	return func(_ *Mesh, dial func() (net.Conn, error), _ *errgroup.Group) (conns []net.Conn, err error) {
 		for range n {
@@ -65,7 +65,7 @@ func many(n int, say string) func(*Mesh, func() (net.Conn, error), *errgroup.Gro
 				return conns, err
 			}
 			conns = append(conns, conn)
-			// The helper closes what is too much of one user's.
+			// The helper closes connections over a user's limit.
 			_, _ = io.WriteString(conn, say)
 		}
 		return conns, nil
@@ -74,7 +74,7 @@ func many(n int, say string) func(*Mesh, func() (net.Conn, error), *errgroup.Gro
 
 const post = "POST /v1/peers HTTP/1.1\r\nHost: m\r\nContent-Type: application/json\r\n"
 
-// bodies has some connections send a body of 1 GiB each, as fast as it is taken.
+// bodies has some connections send a body of 1 GiB each, as fast as the helper reads it.
 func bodies(_ *Mesh, dial func() (net.Conn, error), run *errgroup.Group) (conns []net.Conn, err error) {
 	chunk := []byte(`{"name":"` + strings.Repeat("x", 1<<16))
 	for range 4 {
@@ -88,7 +88,7 @@ func bodies(_ *Mesh, dial func() (net.Conn, error), run *errgroup.Group) (conns 
 			for left := 1 << 30; left > 0 && err == nil; left -= len(chunk) {
 				_, err = conn.Write(chunk)
 			}
-			return nil // refused at some point, or closed at the end
+			return nil // refused, or closed at the end
 		})
 	}
 	return conns, nil
@@ -101,18 +101,18 @@ var strangers = []stranger{
 	{"4 bodies of 1 GiB", bodies},
 }
 
-// slower is how many times as long as without strangers the operator's median answer may
-// take: both are measured on the same machine, one after the other.
+// slower limits the operator's median answer time during an attack, as a multiple of the
+// time without one. Both are measured on the same machine, one after the other.
 const slower = 20
 
-// TestLocalUser has another user and a careless operator's programs do to the
-// socket what they can. The other user is refused, and the operator is answered.
+// TestLocalUser has another user and an operator's misbehaving programs attack the socket
+// in every way they can. The other user is refused, and the operator is answered.
 func TestLocalUser(t *testing.T) {
 	m := newMesh(t)
 	probe, err := m.dialAs(nobody)
 	dial := func() (net.Conn, error) { return m.dialAs(nobody) }
 	if err != nil {
-		t.Logf("no other user can be tried here (%v): the same is done as root", err)
+		t.Logf("can't connect as another user here (%v): the attacks run as root", err)
 		dial = m.dial
 	} else {
 		probe.Close()
@@ -131,7 +131,7 @@ func TestLocalUser(t *testing.T) {
 		t.Logf("%-26s operator answered in %s (median), %s (90%%), %s (slowest of %d); without them in %s, %s, %s", s.name+":",
 			took[len(took)/2], took[len(took)*9/10], took[len(took)-1], len(took), quiet[len(took)/2], quiet[len(took)*9/10], quiet[len(took)-1])
 		if with, without := took[len(took)/2], quiet[len(took)/2]; with > slower*without {
-			t.Errorf("%s: the operator is answered in %s, the median, and without them in %s; want at most %d times that", s.name, with, without, slower)
+			t.Errorf("%s: the operator's median answer takes %s, and %s without the attack; want at most %d times that", s.name, with, without, slower)
 		}
 		for _, c := range conns {
 			c.Close()
@@ -149,7 +149,7 @@ func TestLocalUser(t *testing.T) {
 		}
 	}
 	if grown := after.kilobytes - before.kilobytes; grown > 128<<10 {
-		t.Errorf("the helper has grown by %d KiB", grown)
+		t.Errorf("the helper's memory grew by %d KiB", grown)
 	}
 	t.Logf("files before and after: %d and %d; memory: %d and %d KiB", before.fds, after.fds, before.kilobytes, after.kilobytes)
 	if !m.reaches(t, m.A, status(t, m).Address().V4, true) {
@@ -157,7 +157,7 @@ func TestLocalUser(t *testing.T) {
 	}
 }
 
-// mustRefuse has another user ask for everything there is.
+// mustRefuse has another user send every kind of request.
 func mustRefuse(t *testing.T, dial func() (net.Conn, error)) {
 	t.Helper()
 	for _, request := range []string{
@@ -177,7 +177,7 @@ func mustRefuse(t *testing.T, dial func() (net.Conn, error)) {
 	}
 }
 
-// answers is how long the operator waits for the status and for changes, sorted.
+// answers returns the operator's sorted waiting times for status and for changes.
 func answers(t *testing.T, m *Mesh, operator *http.Client, n int) (took []time.Duration) {
 	t.Helper()
 	for i := range n {
@@ -194,7 +194,7 @@ func answers(t *testing.T, m *Mesh, operator *http.Client, n int) (took []time.D
 			t.Fatal(err)
 		}
 		if i%20 == 0 {
-			operator.CloseIdleConnections() // a new connection is answered, too
+			operator.CloseIdleConnections() // new connections must be answered, too
 		}
 	}
 	slices.Sort(took)

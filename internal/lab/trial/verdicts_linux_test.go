@@ -1,6 +1,6 @@
 package trial
 
-// The comparison that the tests of answers make.
+// The comparison of explain's and doctor's answers with the fate of packets.
 
 import (
 	"bytes"
@@ -17,21 +17,21 @@ import (
 	"github.com/meshhelper/meshhelper/internal/lab/netlab"
 )
 
-// probed is a probe of C's, what explain said of it, and what became of it.
+// probed is a probe of C's, explain's answer about it, and its fate.
 type probed struct {
 	netlab.Probe
 	passes, ok, internet bool
 }
 
-// The names of doctor's checks that are about other software's rules.
+// The names of doctor's checks of other software's rules.
 const (
 	hostFirewall = "host firewall"
 	otherFilters = "other packet filters"
 )
 
-// compareDoctor compares what doctor says with what became of C's probes, and of datagrams
-// to and from WireGuard's port. general says that what is odd about the host isn't about the
-// probes' destination alone, for which doctor doesn't ask.
+// compareDoctor compares doctor's answers with the fate of C's probes, and of datagrams
+// to and from WireGuard's port. general means that the host's unusual rules don't concern
+// only the probes' destination, which doctor doesn't check.
 func (a *oracle) compareDoctor(probes []probed, general bool) {
 	a.t.Helper()
 	checks := a.doctor()
@@ -44,10 +44,10 @@ func (a *oracle) compareDoctor(probes []probed, general bool) {
 		a.wrong++
 	}
 	if inside.lost+outside.lost > 0 && len(failed(checks, hostFirewall)) == 0 {
-		a.t.Errorf("doctor knows of nothing that stops WireGuard, and %d datagrams to it and %d of it were lost: %+v", inside.lost, outside.lost, checks)
+		a.t.Errorf("doctor reports nothing that stops WireGuard, but %d datagrams to it and %d from it were lost: %+v", inside.lost, outside.lost, checks)
 	}
 	if all && general && len(known) > 0 {
-		a.t.Errorf("doctor says that all is well, and this doesn't get through: %+v", known)
+		a.t.Errorf("doctor reports no problem, but this doesn't get through: %+v", known)
 	}
 	dies := func(message string, internet bool) bool {
 		return slices.ContainsFunc(probes, func(p probed) bool {
@@ -68,23 +68,23 @@ func (a *oracle) compareDoctor(probes []probed, general bool) {
 			lost = outside.lost
 		}
 		if lost == 0 && !unsure(message) {
-			a.t.Errorf("doctor says %q, and no datagram was lost", message)
+			a.t.Errorf("doctor says %q, but no datagram was lost", message)
 		}
 	}
 	for _, message := range failed(checks, otherFilters) {
 		there, here := strings.Contains(message, " the internet"), strings.Contains(message, "to this host")
 		if !unsure(message) && (there && !dies(message, true) || here && !dies(message, false)) {
-			a.t.Errorf("doctor says %q, and all of it gets through: %+v", message, probes)
+			a.t.Errorf("doctor says %q, but every probe gets through: %+v", message, probes)
 		}
 	}
 }
 
-// unsure reports whether a message says that something isn't known.
+// unsure reports whether a message says that the check couldn't find something out.
 func unsure(message string) bool {
 	return strings.Contains(message, " may ") || strings.HasSuffix(message, "isn't known")
 }
 
-// failed returns the messages of a check that found something.
+// failed returns the messages of a check that reports a problem.
 func failed(checks []api.Check, name string) (out []string) {
 	for _, c := range checks {
 		if c.Name == name && !c.OK {
@@ -103,12 +103,12 @@ func (a *oracle) doctor() (checks []api.Check) {
 	return checks
 }
 
-// datagrams counts what was sent one way, and what of it didn't arrive.
+// datagrams counts the lost datagrams of one direction.
 type datagrams struct{ lost int }
 
-// tunnel sends datagrams to WireGuard's port on B's uplink, from a device that is known and
-// from one that isn't, and from it to those, each the first of its flow. What nothing is
-// said to stop is waited for.
+// tunnel sends datagrams between WireGuard's port on B's uplink and two devices, one
+// known and one unknown, in both directions. Each is the first of its flow. Unless said
+// has a message that some are stopped, it waits for all of them to arrive.
 func (a *oracle) tunnel(said []string) (inside, outside datagrams) {
 	a.t.Helper()
 	at := netlab.Addresses()
@@ -118,7 +118,7 @@ func (a *oracle) tunnel(said []string) (inside, outside datagrams) {
 		out  bool
 	}
 	var all []sent
-	a.receive() // what the probes brought, which may leave no room
+	a.receive() // the probes' packets, which may fill the buffer
 	for i, own := range at.BUplink.List() {
 		b := netip.AddrPortFrom(own, listenPort)
 		for _, far := range []netip.Addr{at.D.List()[i], unknown[i]} {
@@ -161,7 +161,7 @@ func (a *oracle) tunnel(said []string) (inside, outside datagrams) {
 	}
 }
 
-// open opens what shows what B is given and sends.
+// open opens the capture and the sockets that show what B sends and receives.
 func (a *oracle) open() {
 	a.t.Helper()
 	var err error
@@ -185,7 +185,7 @@ func (a *oracle) open() {
 	}
 }
 
-// receive reads what was delivered to B.
+// receive reads the packets that were delivered to B.
 func (a *oracle) receive() {
 	buf := make([]byte, 1<<16)
 	for _, fd := range a.in {
@@ -221,7 +221,7 @@ func (a *oracle) emit(packet []byte, to netip.Addr) {
 		if err := unix.SetsockoptInt(fd, level, option, 1); err != nil {
 			return err
 		}
-		// An error is what a filter on the way out answers a sender.
+		// A filter on the way out returns an error to the sender.
 		_ = unix.Sendto(fd, packet, 0, dst)
 		return nil
 	}); err != nil {
