@@ -77,7 +77,7 @@ func TestKeepAliveForms(t *testing.T) {
 	}
 }
 
-// inPlist wraps the inside of a dictionary.
+// inPlist wraps s in a property list's dictionary.
 func inPlist(s string) []byte {
 	return []byte(`<?xml version="1.0" encoding="UTF-8"?><plist version="1.0"><dict>` + s + `</dict></plist>`)
 }
@@ -157,10 +157,10 @@ func TestCheckRules(t *testing.T) {
 		tt.spoil(j)
 		got := j.Check()
 		if len(got) != 1 || got[0].Rule != tt.rule {
-			t.Errorf("want rule %q broken alone, got %+v", tt.rule, got)
+			t.Errorf("want only rule %q broken, got %+v", tt.rule, got)
 		}
 		if _, err := j.Render(); err == nil {
-			t.Errorf("rule %q: rendered all the same", tt.rule)
+			t.Errorf("rule %q is broken, but the job was rendered", tt.rule)
 		}
 	}
 }
@@ -180,7 +180,7 @@ func TestCheckFile(t *testing.T) {
 		f := good
 		spoil(&f)
 		if v := launchd.CheckFile(f, label); len(v) != 1 || v[0].Rule != rule {
-			t.Errorf("want rule %q broken alone, got %v", rule, v)
+			t.Errorf("want only rule %q broken, got %v", rule, v)
 		}
 	}
 	world := good
@@ -232,7 +232,7 @@ func TestChainOfThisBinary(t *testing.T) {
 		t.Errorf("chain of %q: %+v", exe, c)
 	}
 	if _, err := launchd.Chain("relative"); err == nil {
-		t.Error("a relative path was looked at")
+		t.Error("Chain accepted a relative path")
 	}
 }
 
@@ -253,20 +253,20 @@ func FuzzParse(f *testing.F) {
 		}
 		out, err := j.Render()
 		if err != nil {
-			t.Fatalf("a job that breaks no rule isn't rendered: %v", err)
+			t.Fatalf("a valid job isn't rendered: %v", err)
 		}
 		again, err := launchd.Parse(out)
 		if err != nil {
-			t.Fatalf("what was rendered isn't parsed: %v\n%s", err, out)
+			t.Fatalf("a rendered job isn't parsed: %v\n%s", err, out)
 		}
 		once, err := again.Render()
 		if err != nil || string(once) != string(out) {
-			t.Fatalf("not stable: %v\n%s\n%s", err, out, once)
+			t.Fatalf("rendered differently again: %v\nfirst\n%s\nsecond\n%s", err, out, once)
 		}
 	})
 }
 
-// TestEveryKeyIsWritten fails when a field of Job loses its key.
+// TestEveryKeyIsWritten checks that each field of Job is written under its own name.
 func TestEveryKeyIsWritten(t *testing.T) {
 	j := daemon()
 	v := reflect.ValueOf(j).Elem()
@@ -278,6 +278,6 @@ func TestEveryKeyIsWritten(t *testing.T) {
 	}
 	j.ThrottleInterval = new(math.MaxInt32)
 	if v := j.Check(); len(v) != 1 {
-		t.Errorf("an absurd throttle: %v", v)
+		t.Errorf("a throttle interval beyond the limit: %v", v)
 	}
 }

@@ -22,7 +22,7 @@ import (
 
 const plistPath = "/Library/LaunchDaemons/" + label + ".plist"
 
-// a mac is a fake launchd with one property list on its disk.
+// A mac is a fake launchd with one property list on its disk.
 type mac struct {
 	*launchdtest.Launchd
 	ctl  *launchd.Launchctl
@@ -30,7 +30,7 @@ type mac struct {
 	job  *launchd.Job
 
 	mu  sync.Mutex
-	saw []string // what Start and Stop were called for
+	saw []string // calls of Start and Stop
 }
 
 func (m *mac) note(what string) {
@@ -84,8 +84,8 @@ func TestLoadFirstTime(t *testing.T) {
 	}
 }
 
-// An upgrade while the old instance takes four seconds to end, and launchd
-// another four to notice.
+// TestLoadUpgradeWaits upgrades a service whose old instance takes four seconds to exit,
+// and that launchd takes another four to remove: Load waits for both.
 func TestLoadUpgradeWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMac(t)
@@ -131,12 +131,13 @@ func TestLoadSwitchedOff(t *testing.T) {
 			t.Fatalf("got %v", err)
 		}
 		if !strings.Contains(e.Hint(), "Login Items & Extensions") {
-			t.Errorf("hint %q doesn't say where the switch is", e.Hint())
+			t.Errorf("hint %q doesn't name the switch's location", e.Hint())
 		}
 	})
 }
 
-// An upgrade of a service that was switched off while it runs leaves it running.
+// TestLoadSwitchedOffWhileItRuns upgrades a running service that the user has switched
+// off: it keeps running.
 func TestLoadSwitchedOffWhileItRuns(t *testing.T) {
 	m := newMac(t)
 	if _, err := m.ctl.Load(t.Context(), label, plistPath); err != nil {
@@ -185,7 +186,7 @@ func TestBootstrapDisabled(t *testing.T) {
 	}
 }
 
-// What launchctl printed on Macs when it failed.
+// TestErrorsOfMacs parses error messages of launchctl on real Macs.
 func TestErrorsOfMacs(t *testing.T) {
 	for _, tt := range []struct {
 		file, line string
@@ -204,7 +205,7 @@ func TestErrorsOfMacs(t *testing.T) {
 		if tt.line != "" {
 			_, after, _ := strings.Cut(string(stderr), tt.line)
 			line, _, _ := strings.Cut(after, "\n")
-			// With the line before it that newer releases print.
+			// Newer releases print another line before the error.
 			stderr = []byte("Bad request.\n" + tt.line + line + "\n")
 		}
 		ctl := launchd.New(launchd.Options{Runner: failing{stderr, tt.status}})
@@ -219,7 +220,7 @@ func TestErrorsOfMacs(t *testing.T) {
 	}
 }
 
-// failing is a runner whose commands fail.
+// failing is a runner whose commands print stderr and exit with status.
 type failing struct {
 	stderr []byte
 	status int
@@ -229,8 +230,8 @@ func (f failing) Run(context.Context, []byte, string, ...string) ([]byte, []byte
 	return nil, f.stderr, f.status, nil
 }
 
-// The kernel refuses the first process after an upgrade, and not the next one, which
-// launchd starts ten seconds later.
+// TestLoadWaitsForTheSecondSpawn has the kernel refuse the first process after an
+// upgrade. launchd starts the next one ten seconds later, and Load waits for it.
 func TestLoadWaitsForTheSecondSpawn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMac(t)
@@ -241,7 +242,7 @@ func TestLoadWaitsForTheSecondSpawn(t *testing.T) {
 		}
 		m.RefuseSignature(label, 2)
 		if s, err := m.ctl.Load(t.Context(), label, plistPath); err != nil || !s.Running() {
-			t.Errorf("refused twice: %v, %v", s, err)
+			t.Errorf("after two refusals: %v, %v", s, err)
 		}
 	})
 }
@@ -257,13 +258,14 @@ func TestLoadBadSignature(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 		if m.lives() != nil {
-			t.Errorf("lives %q", m.lives())
+			t.Errorf("instances %q", m.lives())
 		}
 		m.Shutdown()
 	})
 }
 
-// A program that is overwritten in place is killed, and one that is replaced runs.
+// TestProgramOverwrittenInPlace overwrites a program in place, which gets it killed, and
+// replaces it, after which it runs.
 func TestProgramOverwrittenInPlace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		file := filepath.Join(t.TempDir(), "program")
@@ -303,7 +305,7 @@ func TestProgramOverwrittenInPlace(t *testing.T) {
 	})
 }
 
-// launchd ends a process that doesn't end by itself.
+// TestExitTimeOut has launchd kill a process that doesn't exit in its exit timeout.
 func TestExitTimeOut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMac(t)
@@ -335,15 +337,15 @@ func TestExitTimeOut(t *testing.T) {
 		}
 		want := []string{"start", "kill", "start", "kill", "start"}
 		if !slices.EqualFunc(m.lives(), want, func(got, want string) bool { return got == want+" "+label }) {
-			t.Errorf("lives %q", m.lives())
+			t.Errorf("instances %q", m.lives())
 		}
-		go func() { hang <- struct{}{} }() // it ends by itself
+		go func() { hang <- struct{}{} }() // the process exits on its own
 		m.Shutdown()
 	})
 }
 
-// A launchctl that waits for the process itself, longer than its runner lets it, has
-// still begun.
+// TestBootoutThatIsSlow has launchctl wait for the process for longer than the runner's
+// timeout: the bootout still takes effect, so it isn't an error.
 func TestBootoutThatIsSlow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMac(t)
@@ -373,7 +375,7 @@ func TestBootstrapLoadedAlready(t *testing.T) {
 		if _, err := m.ctl.Load(t.Context(), label, plistPath); err != nil {
 			t.Fatal(err)
 		}
-		// launchd answers 5, and the service is loaded all the same.
+		// launchd answers with error 5 although the service is loaded.
 		if err := m.ctl.Bootstrap(t.Context(), label, plistPath); err != nil {
 			t.Error(err)
 		}
@@ -402,7 +404,7 @@ func TestBootoutNeverLeaves(t *testing.T) {
 func TestAbsentService(t *testing.T) {
 	m := newMac(t)
 	if err := m.ctl.Bootout(t.Context(), label); err != nil {
-		t.Errorf("bootout of what isn't loaded: %v", err)
+		t.Errorf("bootout of an absent service: %v", err)
 	}
 	if s, err := m.ctl.Print(t.Context(), label); err != nil || s.Loaded {
 		t.Errorf("print: %+v, %v", s, err)
@@ -460,18 +462,18 @@ func TestLabelsAreChecked(t *testing.T) {
 	m := newMac(t)
 	for _, bad := range []string{"", "a/b", "-k", "a b", "x\n"} {
 		if _, err := m.ctl.Load(t.Context(), bad, plistPath); err == nil {
-			t.Errorf("label %q was taken", bad)
+			t.Errorf("label %q was accepted", bad)
 		}
 	}
 	if err := m.ctl.Bootstrap(t.Context(), label, "relative.plist"); err == nil {
-		t.Error("a relative path was taken")
+		t.Error("a relative path was accepted")
 	}
 	if calls := m.Calls(); calls != nil {
 		t.Errorf("commands were run: %q", calls)
 	}
 }
 
-// brokenRunner can't run anything.
+// brokenRunner is a runner that can't run any program.
 type brokenRunner struct{}
 
 func (brokenRunner) Run(context.Context, []byte, string, ...string) ([]byte, []byte, int, error) {

@@ -11,7 +11,8 @@ import (
 	"github.com/meshhelper/meshhelper/launchd"
 )
 
-// Shapes of `launchctl print` as people have published them, from 10.15 to 26.
+// TestParsePrint parses forms of `launchctl print` output that were published, from macOS
+// 10.15 to 26.
 func TestParsePrint(t *testing.T) {
 	for _, tt := range []struct {
 		name, in string
@@ -118,7 +119,7 @@ func TestParseLoginItem(t *testing.T) {
 	}
 }
 
-// macFile returns an output of a Mac, without the line that says where it is from.
+// macFile returns a Mac's output without the first line, which names its source.
 func macFile(t testing.TB, name string) []byte {
 	t.Helper()
 	b, err := os.ReadFile("testdata/mac/" + name)
@@ -129,7 +130,7 @@ func macFile(t testing.TB, name string) []byte {
 	return b
 }
 
-// Outputs of Macs, whole.
+// TestParseOutputsOfMacs parses complete outputs of Macs.
 func TestParseOutputsOfMacs(t *testing.T) {
 	for name, want := range map[string]launchd.Status{
 		"launchctl-print-codesigning-13.txt": {Loaded: true, State: "spawn scheduled", LastReason: "OS_REASON_CODESIGNING", Runs: 15, ExitTimeOut: 5,
@@ -148,7 +149,7 @@ func TestParseOutputsOfMacs(t *testing.T) {
 	dump := macFile(t, "sfltool-dumpbtm-26-noprefix.txt")
 	for label, want := range map[string]launchd.LoginItem{
 		"com.docker.vmnetd": {Found: true, Enabled: true, Disposition: "enabled, allowed, notified"},
-		"Docker":            {}, // a developer, no daemon
+		"Docker":            {}, // a developer entry, not a daemon
 		"us.zoom.updater":   {}, // another user's agent
 	} {
 		if got := launchd.ParseLoginItem(dump, label); got != want {
