@@ -11,7 +11,7 @@ import (
 	"github.com/meshhelper/meshhelper/darwin"
 )
 
-// answers is a Runner that gives every command the same.
+// answers is a Runner that gives every command the same answer.
 type answers struct {
 	stdout, stderr string
 	status         int
@@ -44,10 +44,10 @@ func TestAddresses6Captured(t *testing.T) {
 	}
 	for i, a := range got {
 		if a.IsSettled() != (i == 1) {
-			t.Errorf("%v, %v, is settled: %v", a.Prefix, a.Flags, a.IsSettled())
+			t.Errorf("%v, %v: settled %v", a.Prefix, a.Flags, a.IsSettled())
 		}
 	}
-	// A list of a Mac's addresses, put into the words of ifconfig.
+	// A list of a Mac's addresses, converted to ifconfig's format.
 	var lines string
 	for line := range strings.Lines(captured(t, "ifconfig-v6-addresses-26.txt")) {
 		_, rest, _ := strings.Cut(line, ": ")
@@ -74,7 +74,7 @@ func TestParseAddresses6(t *testing.T) {
 	for _, bad := range []string{"inet6", "inet6 x prefixlen 64", "inet6 10.0.0.1 prefixlen 24", "inet6 ::1 prefixlen 129",
 		"inet6 ::1 prefixlen", "inet6 ::1 --> x prefixlen 1", "inet6 fe80::1 prefixlen 64 scopeid none", "inet6 ::1 netmask 3"} {
 		if got, err := darwin.ParseAddresses6(bad + "\n"); err == nil {
-			t.Errorf("%q was read as %+v", bad, got)
+			t.Errorf("%q was parsed as %+v", bad, got)
 		}
 	}
 	for name, a := range map[string]answers{
@@ -86,7 +86,7 @@ func TestParseAddresses6(t *testing.T) {
 		}
 	}
 	if got, err := darwin.NewIfconfig(answers{}).Addresses6(t.Context(), "-a"); err == nil {
-		t.Errorf("took an option for an interface: %+v", got)
+		t.Errorf("parsed an option as an interface: %+v", got)
 	}
 }
 
@@ -112,7 +112,7 @@ func TestKernelKnowsAddressKinds(t *testing.T) {
 		t.Fatal(err)
 	}
 	if k.Changes() != before {
-		t.Error("the kernel tells of an address that becomes deprecated")
+		t.Error("the kernel announces that an address becomes deprecated")
 	}
 	want := []darwin.Address6{
 		{Prefix: netip.MustParsePrefix("2001:db8:1::5/64")},
@@ -122,7 +122,7 @@ func TestKernelKnowsAddressKinds(t *testing.T) {
 	if diff := cmp.Diff(want, list(), compareNetip); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
-	// Its successor isn't what it was.
+	// An address that is removed and added again starts without its former flags.
 	if err := k.RemoveAddress("en0", p.Addr()); err != nil {
 		t.Fatal(err)
 	}
@@ -130,10 +130,10 @@ func TestKernelKnowsAddressKinds(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := list(); got[len(got)-1].Flags != 0 {
-		t.Errorf("an address that came again has the flags %v", got[len(got)-1].Flags)
+		t.Errorf("an address that was added again has the flags %v", got[len(got)-1].Flags)
 	}
 	if _, err := c.Addresses6(t.Context(), "en9"); err == nil || !strings.Contains(err.Error(), "does not exist") {
-		t.Errorf("of an interface that there isn't: %v", err)
+		t.Errorf("a missing interface: %v", err)
 	}
 }
 

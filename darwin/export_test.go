@@ -1,7 +1,7 @@
 package darwin
 
-// What tests outside the package try by itself: they can't be inside it, as the
-// fakes import it.
+// Unexported identifiers for the tests in package darwin_test. Those tests can't be in
+// package darwin, because the fakes that they use import it.
 var (
 	AppendRoute    = appendRoute
 	CheckInterface = checkInterface

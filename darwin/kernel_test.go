@@ -26,11 +26,11 @@ func TestForwarding(t *testing.T) {
 		}
 	}
 	if k.Variable("net.inet.ip.forwarding") != "0" || k.Variable("net.inet6.ip6.forwarding") != "0" {
-		t.Error("the two families aren't apart")
+		t.Error("disabling both families left one of them on")
 	}
 }
 
-// A kernel whose variables are as told.
+// variables is a kernel that answers every variable with value and err.
 type variables struct {
 	darwin.Kernel
 	value string
@@ -51,7 +51,7 @@ func TestSysctlOddAnswers(t *testing.T) {
 			t.Errorf("%s: forwarding %v, %v", name, on, err)
 		}
 		if err := s.SetForwarding(ctx, darwin.IPv4, true); err == nil {
-			t.Errorf("%s: set", name)
+			t.Errorf("%s: no error", name)
 		}
 		if id, err := s.BootSession(); err == nil {
 			t.Errorf("%s: boot session %q", name, id)
@@ -63,16 +63,17 @@ func TestSysctlOddAnswers(t *testing.T) {
 		"not allowed": {stderr: "sysctl: net.inet.ip.forwarding: Operation not permitted\n", status: 1},
 	} {
 		if err := darwin.NewSysctl(r, variables{value: "1"}).SetForwarding(ctx, darwin.IPv4, true); err == nil {
-			t.Errorf("%s: set", name)
+			t.Errorf("%s: no error", name)
 		}
 	}
-	// Something sets it back at once.
+	// Another program resets the variable at once.
 	if err := darwin.NewSysctl(scripted{stdout: "0\n"}, variables{value: "0"}).SetForwarding(ctx, darwin.IPv6, true); err == nil {
-		t.Error("a value that didn't hold passes for set")
+		t.Error("no error for a value that didn't last")
 	}
 }
 
-// Reading a variable starts no process: it is done at every check.
+// TestSysctlReadsWithoutAProcess checks that reading a variable starts no process, since
+// every inspection reads some.
 func TestSysctlReadsWithoutAProcess(t *testing.T) {
 	k := darwintest.NewKernel()
 	s := darwin.NewSysctl(scripted{err: errors.New("a process was started")}, k)
@@ -85,7 +86,7 @@ func TestSysctlReadsWithoutAProcess(t *testing.T) {
 		}
 	}
 	if v, err := k.Sysctl("kern.nonsense"); !errors.Is(err, syscall.ENOENT) {
-		t.Errorf("a variable that there isn't: %q, %v", v, err)
+		t.Errorf("a missing variable: %q, %v", v, err)
 	}
 }
 
@@ -128,10 +129,10 @@ func TestTunnelNumbersClimb(t *testing.T) {
 		t.Errorf("second tunnel %q, first %q, %v", second, first, err)
 	}
 	if _, err := k.CreateTunnel(second, 1420); !errors.Is(err, syscall.EBUSY) {
-		t.Errorf("a number that is taken: %v", err)
+		t.Errorf("a number in use: %v", err)
 	}
 	if _, err := k.CreateTunnel("wg0", 1420); err == nil {
-		t.Error("made a tunnel by another name")
+		t.Error("created a tunnel with another name")
 	}
 }
 
@@ -184,20 +185,20 @@ func TestIfconfigRefuses(t *testing.T) {
 	good := netip.MustParseAddr("100.64.0.1")
 	for _, name := range []string{"", "-a", "utun7", "utun0 up", "averyverylongname0"} {
 		if err := c.AddAddress(ctx, name, good); err == nil {
-			t.Errorf("interface %q was taken", name)
+			t.Errorf("interface %q was accepted", name)
 		}
 	}
 	for _, a := range []netip.Addr{{}, netip.MustParseAddr("fe80::1%en0"), netip.MustParseAddr("::ffff:1.2.3.4")} {
 		if err := c.AddAddress(ctx, "lo0", a); err == nil {
-			t.Errorf("address %v was taken", a)
+			t.Errorf("address %v was accepted", a)
 		}
 	}
 	if err := c.SetMTU(ctx, "lo0", 70000); err == nil {
-		t.Error("took an absurd MTU")
+		t.Error("accepted an invalid MTU")
 	}
 	// ifconfig's warnings come with exit status 0.
 	warned := darwin.NewIfconfig(scripted{stderr: "ifconfig: ioctl (set mtu): Invalid argument\n"})
 	if err := warned.SetMTU(ctx, "utun0", 1420); err == nil {
-		t.Error("a warning passes for success")
+		t.Error("a warning counts as success")
 	}
 }

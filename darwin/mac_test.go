@@ -13,8 +13,8 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// What Macs printed, read as the product reads it. pfconf/testdata/mac has it, each file
-// with its source in the first line.
+// TestCapturedByMacs reads captured output of Macs as the product does. It is in
+// pfconf/testdata/mac; the first line of each file names its source.
 func TestCapturedByMacs(t *testing.T) {
 	ctx := t.Context()
 	for name, want := range map[string]darwin.Token{"pfctl-enable-stderr-26.txt": 11012949885072952621, "pfctl-enable-stderr-again-26.txt": 15447822800193098702} {
@@ -72,7 +72,7 @@ func TestCapturedByMacs(t *testing.T) {
 	}
 	missing := answers{stdout: "anchor \"*\" all {\n}\n", stderr: "pfctl: DIOCGETRULES: Invalid argument\n"}
 	if missing.stdout[:17]+missing.stderr+"}\n" != captured(t, "pfctl-missing-wildcard.txt") {
-		t.Errorf("the answer for a missing anchor is another: %q", captured(t, "pfctl-missing-wildcard.txt"))
+		t.Errorf("the captured answer for a missing anchor differs: %q", captured(t, "pfctl-missing-wildcard.txt"))
 	}
 	if rules, err := darwin.NewPF(missing).Rules(ctx, "com.apple/x"); err != nil || rules != "" {
 		t.Errorf("a missing anchor: %q, %v", rules, err)
@@ -86,7 +86,7 @@ func TestCapturedByMacs(t *testing.T) {
 	}
 }
 
-// splitNoise puts pfctl's noise where it belongs, on stderr.
+// splitNoise moves pfctl's noise to stderr, where pfctl prints it.
 func splitNoise(text string) (a answers) {
 	for line := range strings.Lines(text) {
 		if darwin.IsNoise(strings.TrimSpace(line)) {
@@ -98,7 +98,7 @@ func splitNoise(text string) (a answers) {
 	return a
 }
 
-// An idleEngine is a packet filter without rules.
+// An idleEngine is a pf engine without rules.
 type idleEngine struct{ darwintest.Engine }
 
 func (idleEngine) SetEnabled(bool)             {}
@@ -107,7 +107,7 @@ func (idleEngine) States() []pfsim.State       { return nil }
 func (idleEngine) Checksum() string            { return strings.Repeat("0", 32) }
 func (idleEngine) Counters() map[string]uint64 { return nil }
 
-// The fakes print what the captures have.
+// TestFakesPrintLikeMacs compares the fakes' output with the captures.
 func TestFakesPrintLikeMacs(t *testing.T) {
 	k := darwintest.NewKernel()
 	k.SetVariable(xnu.IPv4Forwarding, "1")

@@ -15,8 +15,8 @@ import (
 	"github.com/meshhelper/meshhelper/darwin/internal/xnu"
 )
 
-// newLaptop returns a Mac with Wi-Fi and a wired LAN, defaults by both, peer-to-
-// peer Wi-Fi, and one of Apple's tunnels with a default of its own.
+// newLaptop returns a Mac with Wi-Fi and a wired LAN, a default route by each,
+// peer-to-peer Wi-Fi, and one of Apple's tunnels with its own default route.
 func newLaptop(t testing.TB) *darwintest.Kernel {
 	t.Helper()
 	k := darwintest.NewKernel()
@@ -93,14 +93,14 @@ func TestUplink(t *testing.T) {
 	if i == nil || i.Name != "en0" || gateway != netip.MustParseAddr("203.0.113.1") {
 		t.Errorf("IPv4 uplink %+v by %v: the unscoped default is en0's", i, gateway)
 	}
-	// The only unscoped IPv6 default is that of peer-to-peer Wi-Fi.
+	// The only unscoped IPv6 default route is that of peer-to-peer Wi-Fi.
 	if i, _ := observe(t, k).Uplink(darwin.IPv6); i != nil {
 		t.Errorf("IPv6 uplink %+v", i)
 	}
-	// Wi-Fi goes, and macOS gives the wired LAN the unscoped default.
+	// Wi-Fi disconnects. Then macOS makes the wired LAN's default route unscoped.
 	k.RemoveInterface("en0")
 	if i, _ := observe(t, k).Uplink(darwin.IPv4); i != nil {
-		t.Errorf("uplink %+v though only a scoped default is left", i)
+		t.Errorf("uplink %+v, although only a scoped default route remains", i)
 	}
 	en5 := observe(t, k).Interface("en5").Index
 	if err := k.AddRoute(darwin.Route{Dst: netip.MustParsePrefix("0.0.0.0/0"), Gateway: netip.MustParseAddr("192.168.77.1"), Index: en5, Flags: darwin.RouteUp | darwin.RouteGateway}); err != nil {
@@ -121,7 +121,7 @@ func TestLeadsOut(t *testing.T) {
 		}
 	}
 	if darwin.LeadsOut(&darwin.Interface{Name: "en0"}) || darwin.LeadsOut(nil) {
-		t.Error("an interface that is down, or none, leads out")
+		t.Error("an interface that is down, or a nil one, leads out")
 	}
 }
 
@@ -140,7 +140,7 @@ func TestRouted(t *testing.T) {
 	}
 }
 
-// prefixes parses a list.
+// prefixes parses a list of prefixes.
 func prefixes(list ...string) (p []netip.Prefix) {
 	for _, s := range list {
 		p = append(p, netip.MustParsePrefix(s))
@@ -148,7 +148,7 @@ func prefixes(list ...string) (p []netip.Prefix) {
 	return p
 }
 
-// marked returns the destinations that carry our mark.
+// marked returns the destinations of routes with our mark.
 func marked(t *testing.T, k darwin.Kernel) (list []string) {
 	for _, r := range observe(t, k).Routes {
 		if darwin.Ours(r) {
@@ -198,7 +198,7 @@ func TestRouterThroughStates(t *testing.T) {
 	}
 	k.RemoveInterface("utun1")
 	if diff := cmp.Diff(before, observe(t, k).Routes, compareNetip); diff != "" {
-		t.Errorf("routes of others changed (-before +after):\n%s", diff)
+		t.Errorf("foreign routes changed (-before +after):\n%s", diff)
 	}
 }
 
@@ -238,7 +238,7 @@ func TestRouterTaken(t *testing.T) {
 		t.Error(err)
 	}
 	if !slices.Contains(observe(t, k).Routes, foreign) {
-		t.Error("the foreign route is gone")
+		t.Error("the foreign route was deleted")
 	}
 }
 
@@ -250,12 +250,12 @@ func TestRouterRefuses(t *testing.T) {
 		prefixes("0.0.0.0/0"), prefixes("::/0"), {netip.Prefix{}}, prefixes("10.0.0.1/8"), prefixes("::ffff:10.0.0.0/104"),
 	} {
 		if err := darwin.NewRouter(k).Set(tun, bad); err == nil {
-			t.Errorf("made %v", bad)
+			t.Errorf("created the routes %v", bad)
 		}
 	}
-	// An interface that doesn't exist, or has no address of the family.
+	// The interface doesn't exist, or has no address of the family.
 	if err := darwin.NewRouter(k).Set(99, prefixes("100.64.0.2/32")); !errors.Is(err, syscall.ENETUNREACH) {
-		t.Errorf("route by nothing: %v", err)
+		t.Errorf("route by an unusable interface: %v", err)
 	}
 	if diff := cmp.Diff(before, observe(t, k).Routes, compareNetip); diff != "" {
 		t.Errorf("routes changed (-before +after):\n%s", diff)
@@ -270,7 +270,7 @@ func TestSweepAfterCrash(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := observe(t, k).Routes
-	// An endpoint kept on the uplink outlives the tunnel.
+	// A pinned route to an endpoint by the uplink outlives the tunnel.
 	pin, router := netip.MustParsePrefix("198.51.100.7/32"), netip.MustParseAddr("203.0.113.1")
 	r := darwin.NewRouter(k)
 	for range 2 {
@@ -286,7 +286,7 @@ func TestSweepAfterCrash(t *testing.T) {
 		t.Errorf("swept %v, %v", gone, err)
 	}
 	if diff := cmp.Diff(before, observe(t, k).Routes, compareNetip); diff != "" {
-		t.Errorf("routes of others changed (-before +after):\n%s", diff)
+		t.Errorf("foreign routes changed (-before +after):\n%s", diff)
 	}
 	for dst, gateway := range map[string]string{"0.0.0.0/0": "203.0.113.1", "2001:db8::/32": "203.0.113.1", "10.0.0.1/8": "203.0.113.1"} {
 		if err := r.Add(netip.MustParsePrefix(dst), netip.MustParseAddr(gateway), en0); err == nil {
@@ -294,12 +294,13 @@ func TestSweepAfterCrash(t *testing.T) {
 		}
 	}
 	if err := r.Add(netip.MustParsePrefix("192.0.2.0/24"), netip.MustParseAddr("172.16.0.1"), en0); !errors.Is(err, syscall.ENETUNREACH) {
-		t.Errorf("by a router that isn't on a link: %v", err)
+		t.Errorf("by an off-link router: %v", err)
 	}
 }
 
-// The trap of tailscale#21395, which the fake must have for the tests above to
-// mean anything.
+// TestFakeDeletesWhateverHasTheDestination checks that the fake, like the kernel
+// (tailscale#21395), deletes a route by its destination alone, whatever its interface.
+// Otherwise the tests above would prove nothing.
 func TestFakeDeletesWhateverHasTheDestination(t *testing.T) {
 	k := newLaptop(t)
 	tun := newTunnel(t, k)

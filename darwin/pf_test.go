@@ -19,8 +19,8 @@ import (
 	"github.com/meshhelper/meshhelper/pfconf/pfsim"
 )
 
-// A textEngine is a packet filter that knows how lines begin and nothing else:
-// enough to test what is said to pfctl and what is made of its answers.
+// A textEngine is a pf engine that only recognizes rules by their first words: enough to
+// test the commands to pfctl and the parsing of its answers.
 type textEngine struct {
 	anchors map[string][]string
 	tables  map[string]map[string][]string
@@ -177,7 +177,7 @@ func TestTokens(t *testing.T) {
 		t.Errorf("references %+v, %v", refs, err)
 	}
 	if err := pf.Release(ctx, 42); !errors.Is(err, darwin.ErrTokenInvalid) {
-		t.Errorf("release of a stranger's token: %v", err)
+		t.Errorf("release of an unknown token: %v", err)
 	}
 	if err := pf.Release(ctx, first); err != nil {
 		t.Error(err)
@@ -291,11 +291,11 @@ func TestLoadAndReadBack(t *testing.T) {
 		f.Run(ctx, nil, "/sbin/pfctl", strings.Fields(args)...)
 	}
 	if bad := f.Misuse(); len(bad) != 5 {
-		t.Errorf("the fake only noticed %q", bad)
+		t.Errorf("the fake reported only %q", bad)
 	}
 }
 
-// entries makes entries of a table; ! negates one.
+// entries makes a table's entries. A leading ! negates one.
 func entries(list ...string) (out []pfconf.Address) {
 	for _, s := range list {
 		prefix, not := strings.CutPrefix(s, "!")
@@ -326,9 +326,9 @@ func TestChangeTables(t *testing.T) {
 		}
 	}
 	if err := pf.DeleteFromTable(ctx, anchor, "own", entries("10.0.0.1/32")); err == nil || !strings.Contains(err.Error(), "Table does not exist") {
-		t.Errorf("deleted from a table that there isn't: %v", err)
+		t.Errorf("delete from a missing table: %v", err)
 	}
-	// replace makes the table.
+	// ReplaceTable creates the table.
 	if err := pf.ReplaceTable(ctx, anchor, "own", entries("100.64.0.0/10", "!100.64.0.1/32")); err != nil {
 		t.Fatal(err)
 	}
@@ -373,7 +373,7 @@ func TestChangeTables(t *testing.T) {
 	}
 	delete(e.tables[anchor], "own")
 	if got, status := tell("add", "10.0.0.1"); got != "1 table created. 1/1 addresses added." || status != 0 {
-		t.Errorf("adding to a table that there isn't: %q, %d", got, status)
+		t.Errorf("add to a missing table: %q, %d", got, status)
 	}
 }
 
@@ -419,11 +419,12 @@ func TestKillBothWaysAndFamilies(t *testing.T) {
 		t.Errorf("killed (-want +got):\n%s", diff)
 	}
 	if err := pf.Kill(t.Context(), netip.Prefix{}); err == nil {
-		t.Error("killed the states of no prefix")
+		t.Error("accepted a kill without a prefix")
 	}
 }
 
-// One process shows everything of an anchor, section by section.
+// TestShowAll checks that one pfctl process shows an anchor's whole contents, section by
+// section.
 func TestShowAll(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		pf, f, e := newPF(t)
@@ -493,13 +494,13 @@ func TestShowAll(t *testing.T) {
 			t.Errorf("states of en0 %+v, %v", states, err)
 		}
 		if out, _ = show("-a", anchor, "-i", "lo0", "-s", "all"); strings.Contains(out, "STATES:") || !strings.Contains(out, "pass in on utun7 all\nblock all\n\nINFO:") {
-			t.Errorf("without states and counters:\n%s", out)
+			t.Errorf("with states and counters left out:\n%s", out)
 		}
 		out, stderr := show("-a", "com.apple/never", "-s", "all")
 		if !strings.Contains(stderr, "DIOCGETRULES: Invalid argument") || strings.Contains(out, "RULES") {
 			t.Errorf("a missing anchor: %s%s", stderr, out)
 		}
-		// The main ruleset's sections are those that a Mac printed.
+		// The main ruleset's sections are those in a Mac's output.
 		e.anchors[""] = []string{`nat-anchor "com.apple/*" all`, `anchor "com.apple/*" all`}
 		out, _ = show("-s", "all")
 		if got, want := titles(out)[:3], []string{"TRANSLATION RULES", "FILTER RULES", "DUMMYNET RULES"}; !slices.Equal(got, want) {
@@ -536,21 +537,21 @@ func TestNamesAreChecked(t *testing.T) {
 			t.Errorf("flushed anchor %q", bad)
 		}
 		if _, err := pf.All(ctx, bad); err == nil {
-			t.Errorf("looked at all of anchor %q", bad)
+			t.Errorf("showed all of anchor %q", bad)
 		}
 	}
-	// Other programs' anchors and tables may have any name, and are only read.
+	// Other programs' anchors and tables are only read, so most names are allowed.
 	for _, bad := range []string{"*", "a/*", "a//b", "-F", "a\n", strings.Repeat("x", 64), strings.Repeat("x/", 600) + "x"} {
 		if _, err := pf.Table(ctx, bad, "t"); err == nil {
-			t.Errorf("looked at a table of anchor %q", bad)
+			t.Errorf("read a table of anchor %q", bad)
 		}
 		if _, err := pf.Rules(ctx, bad); err == nil {
-			t.Errorf("looked at the rules of anchor %q", bad)
+			t.Errorf("read the rules of anchor %q", bad)
 		}
 	}
 	for _, bad := range []string{"", "-F", "t\n", strings.Repeat("x", 32)} {
 		if _, err := pf.Table(ctx, anchor, bad); err == nil {
-			t.Errorf("looked at table %q", bad)
+			t.Errorf("read table %q", bad)
 		}
 		if err := pf.ReplaceTable(ctx, anchor, bad, nil); err == nil {
 			t.Errorf("replaced table %q", bad)
@@ -572,7 +573,8 @@ func (s scripted) Run(context.Context, []byte, string, ...string) ([]byte, []byt
 	return []byte(s.stdout), []byte(s.stderr), s.status, s.err
 }
 
-// What pfctl never says as far as we know must not pass for "none" or "all well".
+// TestOddAnswersAreErrors gives answers that pfctl isn't known to print: they must not be
+// read as "none" or as success.
 func TestOddAnswersAreErrors(t *testing.T) {
 	for name, r := range map[string]scripted{
 		"nothing":           {},
@@ -604,8 +606,9 @@ func TestOddAnswersAreErrors(t *testing.T) {
 	}
 }
 
-// Output of pfctl on macOS 26.5.2 (25F84, arm64), from the captures of omacvm's
-// netd; lo0's skip mark from the capture of an incident with Internet Sharing.
+// TestCapturedAnswers parses pfctl's output of macOS 26.5.2 (25F84, arm64), captured by
+// omacvm's netd. The skip flag of lo0 is from the capture of an incident with Internet
+// Sharing.
 func TestCapturedAnswers(t *testing.T) {
 	const noise = "No ALTQ support in kernel\nALTQ related functions disabled\n"
 	ctx := t.Context()
@@ -635,7 +638,7 @@ func TestCapturedAnswers(t *testing.T) {
 	}
 	others := "disable request successful. 1 more pf enable reference(s) remaining, pf still enabled.\n"
 	if err := darwin.NewPF(scripted{stderr: noise + others}).Release(ctx, 1); err != nil {
-		t.Errorf("release with others left: %v", err)
+		t.Errorf("release with other tokens left: %v", err)
 	}
 	const interfaces = "ALL\nanpi0\nap1\nbridge100\nen0\nlo0 (skip)\nstf0\nutun0\nvmenet0\n"
 	if got, err := darwin.NewPF(scripted{stderr: noise, stdout: interfaces}).Skipped(ctx); err != nil || !slices.Equal(got, []string{"lo0"}) {
@@ -652,7 +655,7 @@ func FuzzAnswers(f *testing.F) {
 		pf := darwin.NewPF(scripted{stdout: stdout, stderr: stderr})
 		ctx := t.Context()
 		if refs, err := pf.References(ctx); err == nil && len(refs) == 0 && !strings.Contains(stdout, "TOKENS:") && !strings.Contains(stdout, "No pf") {
-			t.Errorf("%q passes for no references", stdout)
+			t.Errorf("%q was parsed as no references", stdout)
 		}
 		pf.Info(ctx)
 		pf.Enable(ctx)

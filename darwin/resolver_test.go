@@ -55,7 +55,7 @@ func TestResolversOddAnswers(t *testing.T) {
 	}
 }
 
-// The fake prints what is read again.
+// TestFakeResolvers checks that the fake's output parses to the same resolvers.
 func TestFakeResolvers(t *testing.T) {
 	k := darwintest.NewKernel()
 	list := []darwin.Resolver{

@@ -16,7 +16,7 @@ import (
 
 var compareNetip = cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})
 
-// unhex takes hex with spaces; "0*68" stands for 68 zero bytes.
+// unhex decodes hex with spaces. "0*68" stands for 68 zero bytes.
 func unhex(t testing.TB, s string) []byte {
 	t.Helper()
 	s = strings.ReplaceAll(s, "0*68", strings.Repeat("00", 68))
@@ -27,8 +27,8 @@ func unhex(t testing.TB, s string) []byte {
 	return b
 }
 
-// The messages that golang.org/x/net/route v0.62 marshals for darwin, but for the
-// link address, which has the full size of its struct, as route(8) sends it.
+// The messages that golang.org/x/net/route v0.62 marshals for darwin, except for the link
+// address, which here has the full size of its struct, as route(8) sends it.
 var goldenMessages = []struct {
 	name  string
 	typ   byte
@@ -56,12 +56,12 @@ var goldenMessages = []struct {
 			"1c1e 0000 00000000 20010db8000000000000000000000001 00000000"},
 }
 
-// dump is a route as the kernel lists it.
+// dump returns a route as the kernel lists it.
 func dump(r darwin.Route) []byte {
 	return xnu.DumpMessage(xnu.Route{Dst: r.Dst, Gateway: r.Gateway, Index: r.Index, Flags: uint32(r.Flags)})
 }
 
-// wire is an interface as the kernel's messages have it.
+// wire returns an interface in the form of the kernel's messages.
 func wire(i darwin.Interface) xnu.Interface {
 	return xnu.Interface{Name: i.Name, Index: i.Index, Flags: uint32(i.Flags), MTU: i.MTU}
 }
@@ -75,14 +75,15 @@ func TestAppendRouteGolden(t *testing.T) {
 			}
 			back, ok := darwin.ParseRoute(got[len("before"):])
 			if diff := cmp.Diff(tt.route, back, compareNetip); !ok || diff != "" {
-				t.Errorf("read again: %v (-want +got):\n%s", ok, diff)
+				t.Errorf("parsed again: %v (-want +got):\n%s", ok, diff)
 			}
 		})
 	}
 }
 
-// Socket addresses as Macs' kernels wrote them (published with x/net's tests, and
-// in netbird's): masks of odd lengths and families, a link address with a name.
+// TestParseRouteCaptured parses socket addresses that Macs' kernels wrote (published with
+// the tests of x/net and netbird): masks of odd lengths and families, and a link address
+// with a name.
 func TestParseRouteCaptured(t *testing.T) {
 	head := func(size, index string, flags, addrs string) string {
 		return size + " 05 14 " + index + " 0000 " + flags + " " + addrs + " 00000000 00000000 0*68 "
@@ -166,7 +167,7 @@ func TestParseInterfacesDamaged(t *testing.T) {
 			t.Errorf("%s: %+v", name, list)
 		}
 	}
-	// An address of an interface that wasn't listed belongs to none.
+	// An address of an interface that isn't listed is dropped.
 	b := append(xnu.InterfaceMessage(xnu.RTMIfInfo2, xnu.SizeIf2, wire(*i)), xnu.AddressMessage(xnu.RTMNewAddr, 5, netip.MustParsePrefix("10.0.0.1/8"), netip.Addr{})...)
 	if list, err := darwin.ParseInterfaces(b); err != nil || len(list) != 1 || list[0].Addresses != nil {
 		t.Errorf("%+v, %v", list, err)
@@ -190,7 +191,7 @@ func FuzzParseRIB(f *testing.F) {
 			if !r.Dst.IsValid() || r.Dst != r.Dst.Masked() {
 				t.Errorf("route %+v", r)
 			}
-			// What was read can be written and read again.
+			// A parsed route can be written, and parses to the same route again.
 			back, ok := darwin.ParseRoute(darwin.AppendRoute(nil, xnu.RTMAdd, 0, r))
 			if !ok || back.Dst != r.Dst && r.Flags&darwin.RouteHost == 0 {
 				t.Errorf("%+v became %+v", r, back)

@@ -11,10 +11,10 @@ import (
 	"github.com/meshhelper/meshhelper/darwin"
 )
 
-// patient runs programs without minding how slow the machine is.
+// patient runs programs with a timeout that no slow machine reaches.
 var patient = darwin.Exec{Timeout: time.Minute}
 
-// shell runs a script by this system's shell.
+// shell runs a script with this system's shell.
 func shell(t *testing.T, e darwin.Exec, ctx context.Context, stdin, script string) (string, string, int, error) {
 	t.Helper()
 	out, errOut, status, err := e.Run(ctx, []byte(stdin), "/bin/sh", "-c", script)
@@ -28,13 +28,13 @@ func TestExec(t *testing.T) {
 		t.Errorf("stdout %q, stderr %q, status %d, %v", out, errOut, status, err)
 	}
 	if _, _, _, err := patient.Run(t.Context(), nil, "sh"); err == nil {
-		t.Error("ran a name that isn't absolute")
+		t.Error("ran a program by a relative path")
 	}
 	if _, _, _, err := patient.Run(t.Context(), nil, "/nowhere/pfctl"); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("ran a program that isn't there: %v", err)
+		t.Errorf("ran a missing program: %v", err)
 	}
 	if _, _, _, err := shell(t, patient, t.Context(), "", "kill -9 $$"); err == nil {
-		t.Error("a program that was killed passes for one that ended")
+		t.Error("no error for a program that was killed")
 	}
 }
 
@@ -48,7 +48,7 @@ func TestExecDrainsBothPipes(t *testing.T) {
 
 func TestExecTimesOut(t *testing.T) {
 	begin := time.Now()
-	// The child of the shell holds the pipes open.
+	// The shell's child keeps the pipes open.
 	_, _, _, err := shell(t, darwin.Exec{Timeout: 50 * time.Millisecond}, t.Context(), "", "sleep 60 & sleep 60")
 	if !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("got %v", err)
@@ -59,7 +59,7 @@ func TestExecTimesOut(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(errors.New("the helper stops"))
 	if _, _, _, err := shell(t, patient, ctx, "", "true"); err == nil || !strings.Contains(err.Error(), "the helper stops") {
-		t.Errorf("after the end: %v", err)
+		t.Errorf("with a canceled context: %v", err)
 	}
 }
 

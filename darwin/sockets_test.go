@@ -16,7 +16,7 @@ func TestEphemeralPorts(t *testing.T) {
 	if got, err := s.EphemeralPorts(); err != nil || !slices.Equal(got, []darwin.PortRange{{49152, 65535}, {49152, 65535}}) {
 		t.Errorf("%v, %v", got, err)
 	}
-	k.SetVariable(xnu.PortFirst, "60000") // downwards
+	k.SetVariable(xnu.PortFirst, "60000") // first above last: the kernel counts down
 	k.SetVariable(xnu.PortLast, "30000")
 	if got, err := s.EphemeralPorts(); err != nil || got[0] != (darwin.PortRange{30000, 60000}) {
 		t.Errorf("%v, %v", got, err)
@@ -32,11 +32,11 @@ func TestEphemeralPorts(t *testing.T) {
 func TestReadSockets(t *testing.T) {
 	k := darwintest.NewKernel()
 	if s, err := darwin.ReadSockets(k); err != nil || len(s.TCP) != 0 || !slices.Equal(s.UDP, []uint16{5353}) {
-		t.Errorf("at first %v, %v", s, err)
+		t.Errorf("at first: %v, %v", s, err)
 	}
 	k.BindUDP(500)
 	k.BindUDP(41641)
-	k.BindUDP(41641) // by another socket
+	k.BindUDP(41641) // a second socket with the same port
 	closed := k.BindUDP(4500)
 	k.BindTCP(22)
 	closed()
@@ -46,12 +46,12 @@ func TestReadSockets(t *testing.T) {
 	}
 	k.Boot()
 	if s, err := darwin.ReadSockets(k); err != nil || len(s.TCP) != 0 || !slices.Equal(s.UDP, []uint16{5353}) {
-		t.Errorf("after a boot %v, %v", s, err)
+		t.Errorf("after a boot: %v, %v", s, err)
 	}
 }
 
-// TestSocketListsRefused has lists that no kernel gives: a wrong one isn't taken for
-// one without sockets.
+// TestSocketListsRefused parses lists that no kernel returns: a malformed list is an
+// error, not an empty one.
 func TestSocketListsRefused(t *testing.T) {
 	k := darwintest.NewKernel()
 	k.BindUDP(500)
@@ -67,7 +67,7 @@ func TestSocketListsRefused(t *testing.T) {
 	long := slices.Clone(good)
 	binary.LittleEndian.PutUint32(long[xnu.SizeXinpgen:], 1<<31)
 	if ports, err := darwin.ParseSockets(long); err == nil {
-		t.Errorf("a struct beyond the end: %v", ports)
+		t.Errorf("a struct that exceeds the list: %v", ports)
 	}
 }
 

@@ -8,7 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// On a Mac the portable readers are compared with x/net's and package net's.
+// TestObserveThisMac compares Observe with package net on this Mac.
 func TestObserveThisMac(t *testing.T) {
 	n, err := Observe(System{})
 	if err != nil {
@@ -82,5 +82,5 @@ func TestRouteSocketCloses(t *testing.T) {
 		done <- err
 	}()
 	conn.Close()
-	<-done // an error, or a message that came first
+	<-done // an error, or a message that arrived before the close
 }

@@ -14,8 +14,7 @@ import (
 	"github.com/meshhelper/meshhelper/darwin/darwintest"
 )
 
-// captured returns what a Mac printed, without the first line, which names the
-// source.
+// captured returns a Mac's output without the first line, which names its source.
 func captured(t testing.TB, name string) string {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join("..", "pfconf", "testdata", "mac", name))
@@ -29,7 +28,8 @@ func captured(t testing.TB, name string) string {
 	return text
 }
 
-// netstatFlags are the letters of netstat(1), of network_cmds netstat.tproj/route.c.
+// netstatFlags are the flag letters of netstat(1), from network_cmds
+// netstat.tproj/route.c.
 var netstatFlags = map[rune]darwin.RouteFlags{
 	'U': darwin.RouteUp, 'G': darwin.RouteGateway, 'H': darwin.RouteHost, 'S': darwin.RouteStatic, 'C': 0x100 /* RTF_CLONING */, 'L': darwin.RouteLLInfo,
 	'I': darwin.RouteScoped, 'm': darwin.RouteMulticast, 'b': darwin.RouteBroadcast, 'B': darwin.RouteBlackhole, 'R': darwin.RouteReject, 'W': darwin.RouteCloned,
@@ -38,9 +38,9 @@ var netstatFlags = map[rune]darwin.RouteFlags{
 	'i': 0, '1': darwin.RouteProto1,
 }
 
-// netstat turns what `netstat -rn` printed into routing messages and reads those.
-// Interfaces appear as they are named, up, the tunnels among them with a
-// link-local IPv6 address only; then further, "name prefix", gives them addresses.
+// netstat converts the output of `netstat -rn` to routing messages and parses those.
+// Interfaces exist and are up once a line names them; tunnels have only a link-local IPv6
+// address. further, "name prefix", adds addresses.
 func netstat(t testing.TB, text string, further ...string) *darwin.Network {
 	t.Helper()
 	k := darwintest.NewKernel()
@@ -87,8 +87,8 @@ func addAddress(t testing.TB, k *darwintest.Kernel, nameAndPrefix string) {
 	}
 }
 
-// netstatDestination reads default, 10.0.0.1, 127 (a class A network), 224.0.0/4
-// and IPv6 forms.
+// netstatDestination parses default, 10.0.0.1, 127 (a class A network), 224.0.0/4 and the
+// IPv6 forms.
 func netstatDestination(t testing.TB, s string, six bool) netip.Prefix {
 	t.Helper()
 	if s == "default" && six {
@@ -115,7 +115,7 @@ func netstatDestination(t testing.TB, s string, six bool) netip.Prefix {
 	return netip.MustParsePrefix(fmt.Sprintf("%s/%d", strings.Join(parts, "."), n)).Masked()
 }
 
-// checkUplink compares the interface and router, "" for none.
+// checkUplink compares the uplink's interface and router with want, "" for no uplink.
 func checkUplink(t *testing.T, n *darwin.Network, f darwin.Family, want string, except ...string) {
 	t.Helper()
 	i, router := n.Uplink(f, except...)
@@ -133,17 +133,17 @@ func checkUplink(t *testing.T, n *darwin.Network, f darwin.Family, want string, 
 
 func TestUplinkCaptured(t *testing.T) {
 	four, six := captured(t, "netstat-rn-26.txt"), captured(t, "netstat-rn-inet6.txt")
-	// vmnet's bridge has a default with a scope.
+	// vmnet's bridge has a scoped default route.
 	checkUplink(t, netstat(t, four), darwin.IPv4, "en0 192.168.178.1")
-	// The system's tunnels have scoped defaults by themselves.
+	// The system's own tunnels have scoped default routes.
 	checkUplink(t, netstat(t, six), darwin.IPv6, "")
 	read := slices.DeleteFunc(netstat(t, four).Routes, func(r darwin.Route) bool { return r.Dst.Addr().Is6() })
 	if len(read) != 7 {
 		t.Errorf("%d routes read: %+v", len(read), read)
 	}
-	// Without the scope they still have nothing but a link-local address.
+	// Even with unscoped ones, the tunnels have only link-local addresses.
 	checkUplink(t, netstat(t, strings.ReplaceAll(six, "UGcIg", "UGcg")), darwin.IPv6, "")
-	// And a VPN's tunnel, which has another one, takes the family.
+	// A VPN's tunnel with another address becomes the family's uplink.
 	vpn := six + "default fe80::%utun5 UGcg utun5\n"
 	checkUplink(t, netstat(t, vpn, "utun5 fd6f:74a0:9a49::1/64"), darwin.IPv6, "utun5 fe80::")
 }
@@ -157,7 +157,7 @@ func TestUplinkByLongerRoutes(t *testing.T) {
 		}
 		return s
 	}
-	// What WireGuard's app offers as "exclude private IPs".
+	// The routes of the WireGuard apps' "exclude private IPs".
 	public := []string{"0.0.0.0/5", "8.0.0.0/7", "11.0.0.0/8", "12.0.0.0/6", "16.0.0.0/4", "32.0.0.0/3", "64.0.0.0/2", "128.0.0.0/3",
 		"160.0.0.0/5", "168.0.0.0/6", "172.0.0.0/12", "172.32.0.0/11", "172.64.0.0/10", "172.128.0.0/9", "173.0.0.0/8", "174.0.0.0/7",
 		"176.0.0.0/4", "192.0.0.0/9", "192.128.0.0/11", "192.160.0.0/13", "192.169.0.0/16", "192.170.0.0/15", "192.172.0.0/14",
@@ -200,12 +200,13 @@ func TestUplinkByLongerRoutes(t *testing.T) {
 	checkUplink(t, six("2000::/4"+" link#9 USc utun4\n"+"fd00::/8"), darwin.IPv6, "en0 fe80::9")
 }
 
-// Parts that lead to different interfaces make none of them the uplink.
+// TestUplinkOfSeveralInterfaces checks that routes to different interfaces which together
+// cover all addresses make none of these the uplink.
 func TestUplinkOfSeveralInterfaces(t *testing.T) {
 	const halves = "default 192.168.178.1 UGScg en0\n0.0.0.0/1 10.8.0.1 UGSc utun4\n128.0.0.0/1 10.9.0.1 UGSc utun5\n"
 	n := netstat(t, halves, "utun4 10.8.0.2/32", "utun5 10.9.0.2/32")
 	checkUplink(t, n, darwin.IPv4, "en0 192.168.178.1")
-	// Of two VPNs that both have all, the longer routes win.
+	// If two VPNs each cover all addresses, the longer routes win.
 	both := "0.0.0.0/1 10.8.0.1 UGSc utun4\n128.0.0.0/1 10.8.0.1 UGSc utun4\n" +
 		"0.0.0.0/2 10.9.0.1 UGSc utun5\n64.0.0.0/2 10.9.0.1 UGSc utun5\n128.0.0.0/2 10.9.0.1 UGSc utun5\n192.0.0.0/2 10.9.0.1 UGSc utun5\n"
 	n = netstat(t, both, "utun4 10.8.0.2/32", "utun5 10.9.0.2/32")
@@ -213,7 +214,8 @@ func TestUplinkOfSeveralInterfaces(t *testing.T) {
 	checkUplink(t, n, darwin.IPv4, "utun4 10.8.0.1", "utun5")
 }
 
-// The table may have any number of routes; covering takes no time with them.
+// TestUplinkOfALargeTable checks that coverage is computed in bounded time for a table of
+// any size.
 func TestUplinkOfALargeTable(t *testing.T) {
 	n := netstat(t, "default 192.168.178.1 UGScg en0\n")
 	for i := range 20000 {

@@ -17,7 +17,7 @@ import (
 	"github.com/meshhelper/meshhelper/darwin/internal/xnu"
 )
 
-// watch runs a watcher over k in a bubble and returns the count of its reports.
+// watch runs a watcher over k in a synctest bubble and returns the count of its reports.
 func watch(t *testing.T, k darwin.Kernel) *atomic.Int32 {
 	t.Helper()
 	var n atomic.Int32
@@ -33,7 +33,7 @@ func watch(t *testing.T, k darwin.Kernel) *atomic.Int32 {
 	})
 	time.Sleep(10 * time.Second)
 	if got := n.Swap(0); got != 1 {
-		t.Errorf("%d reports once it listens, want 1 for what was missed before", got)
+		t.Errorf("%d reports once the watcher listens, want 1 for earlier events", got)
 	}
 	return &n
 }
@@ -65,7 +65,7 @@ func TestWatcherReportsFirstAtOnceAndThenTheBurst(t *testing.T) {
 		}
 		time.Sleep(time.Hour)
 		if got := n.Load(); got != 2 {
-			t.Errorf("%d reports in the quiet, want 2", got)
+			t.Errorf("%d reports during the quiet hour, want 2", got)
 		}
 	})
 }
@@ -103,16 +103,17 @@ func TestWatcherIgnoresTraffic(t *testing.T) {
 		if got := n.Load(); got != 0 {
 			t.Errorf("%d reports, want none", got)
 		}
-		k.Announce([]byte{8, 0, xnu.RTMVersion, xnu.RTMDelete}) // cut off: a look too many
+		k.Announce([]byte{8, 0, xnu.RTMVersion, xnu.RTMDelete}) // truncated: one unnecessary report
 		synctest.Wait()
 		if got := n.Load(); got != 1 {
-			t.Errorf("%d reports of a route that was cut off, want 1", got)
+			t.Errorf("%d reports of a truncated message, want 1", got)
 		}
 	})
 }
 
-// What goes on on an idle Mac: peer-to-peer Wi-Fi and the system's
-// tunnels with their link-local addresses, and storms of lookups that failed.
+// TestWatcherIgnoresTheSystem announces what goes on on an idle Mac: peer-to-peer Wi-Fi,
+// the system's tunnels with their link-local addresses, and storms of failed route
+// lookups. None of it is reported.
 func TestWatcherIgnoresTheSystem(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := newLaptop(t)
@@ -148,13 +149,13 @@ func TestWatcherIgnoresTheSystem(t *testing.T) {
 		if got := n.Load(); got != 0 {
 			t.Errorf("%d reports, want none", got)
 		}
-		// An interface that carries something goes down; and a tunnel gets an address.
+		// An interface in use goes down, and a tunnel gets an address: both are reported.
 		en0 := *observe(t, k).Interface("en0")
 		en0.Flags &^= darwin.InterfaceUp
 		k.Announce(xnu.InterfaceMessage(xnu.RTMIfInfo, xnu.SizeIf, wire(en0)))
 		time.Sleep(time.Minute)
 		if got := n.Load(); got != 1 {
-			t.Errorf("%d reports of en0 that goes down, want 1", got)
+			t.Errorf("%d reports after en0 went down, want 1", got)
 		}
 		newTunnel(t, k)
 		time.Sleep(time.Minute)
@@ -164,7 +165,7 @@ func TestWatcherIgnoresTheSystem(t *testing.T) {
 		k.RemoveInterface("utun31")
 		time.Sleep(time.Minute)
 		if got := n.Load(); got < 3 {
-			t.Error("a tunnel that goes isn't reported")
+			t.Error("a removed tunnel isn't reported")
 		}
 	})
 }
@@ -176,12 +177,12 @@ func TestWatcherSurvivesClosedSockets(t *testing.T) {
 		k.BreakSockets(syscall.ENOTCONN)
 		time.Sleep(2 * time.Second)
 		if got := n.Load(); got != 1 {
-			t.Errorf("%d reports after a lost socket, want 1 for what was missed", got)
+			t.Errorf("%d reports after a lost socket, want 1 for missed events", got)
 		}
 		k.RemoveInterface("en5")
 		time.Sleep(2 * time.Second)
 		if got := n.Load(); got < 2 {
-			t.Error("nothing is reported by the second socket")
+			t.Error("no report from the second socket")
 		}
 	})
 }
@@ -200,7 +201,7 @@ func TestWatcherSurvivesOverrun(t *testing.T) {
 	})
 }
 
-// noSockets is a kernel that gives none for a while.
+// noSockets is a kernel that can't open routing sockets for a while.
 type noSockets struct {
 	*darwintest.Kernel
 	refuse int
@@ -216,6 +217,6 @@ func (k *noSockets) OpenRoute() (io.ReadWriteCloser, error) {
 func TestWatcherWaitsForASocket(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := &noSockets{newLaptop(t), 5}
-		watch(t, k) // which waits for its first report
+		watch(t, k) // watch waits for the first report
 	})
 }
