@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// manyLines returns a ruleset of n lines such as a firewall app writes.
+// manyLines returns a ruleset of n lines like a firewall app's.
 func manyLines(n int) string {
 	var b strings.Builder
 	for i := range n {

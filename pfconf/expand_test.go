@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// TestExpand compares expanded rules with those that pfctl makes on a host.
+// TestExpand compares expanded rules with those that pfctl creates on a host.
 func TestExpand(t *testing.T) {
 	for _, tt := range []struct{ name, anchor, text, want string }{
 		{"link-local addresses bind a rule to their interface", "", "block to en0\n",
@@ -75,7 +75,7 @@ func TestExpandRefuses(t *testing.T) {
 		}
 	}
 	if _, err := loadText("set timeout no.such 5\n", "x", testHost()); err != nil {
-		t.Errorf("pfctl doesn't look at timeouts in an anchor: %v", err)
+		t.Errorf("timeouts in an anchor, which pfctl ignores: %v", err)
 	}
 }
 
@@ -106,7 +106,8 @@ func TestLoadedLists(t *testing.T) {
 	}
 }
 
-// TestValidate checks rulesets built from types that can't be written or loaded.
+// TestValidate checks that rulesets built from types are refused if they can't be printed
+// or loaded.
 func TestValidate(t *testing.T) {
 	byteOf := func(b uint8) *uint8 { return &b }
 	for name, s := range map[string]Statement{

@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// testHost has interfaces of each kind.
+// testHost returns interfaces of each kind.
 func testHost() []Interface {
 	p := netip.MustParsePrefix
 	return []Interface{
@@ -18,7 +18,7 @@ func testHost() []Interface {
 	}
 }
 
-// seeds are texts that use each part of the grammar.
+// seeds use each part of the grammar.
 var seeds = []string{
 	"pass\n", "block return-icmp(host-unr, addr-unr) in log (all, to pflog1) quick on { en0 ! en1 } inet6 all\n",
 	"ext = \"en0\"\nnet = \"{ 10/8, ! 10.1.0.0/16 }\"\npass in on $ext proto { tcp udp } from $net to ($ext:network) port { 22, 80:90 }\n",
@@ -39,8 +39,8 @@ var seeds = []string{
 	"pass proto 47\nblock return-rst (ttl 5) proto tcp\nblock return-icmp6(3) inet6\npass in fastroute\n", "x = -5\npass port $x\n",
 }
 
-// FuzzParse parses any text without a panic, and checks that a ruleset that is printed
-// parses to the same ruleset, prints the same and loads the same rules.
+// FuzzParse parses any text without a panic, and checks that the printed ruleset parses
+// to the same ruleset, prints the same and loads the same rules.
 func FuzzParse(f *testing.F) {
 	for _, s := range seeds {
 		f.Add(s)
@@ -59,7 +59,7 @@ func FuzzParse(f *testing.F) {
 			t.Fatalf("printed %q: %v", printed, err)
 		}
 		if !reflect.DeepEqual(rs, again) {
-			t.Fatalf("printed %q\nread as %q", printed, again)
+			t.Fatalf("printed %q\nparsed as %q", printed, again)
 		}
 		if again.String() != printed {
 			t.Fatalf("printed %q, then %q", printed, again)
@@ -119,7 +119,8 @@ func FuzzParseShown(f *testing.F) {
 	})
 }
 
-// deepest is the path of an anchor so deep that no call leads above the main ruleset.
+// deepest is the path of an anchor deep enough that no relative call leaves the main
+// ruleset.
 var deepest = strings.Repeat("x/", 1<<12) + "x"
 
 // FuzzOutputs runs all parsers of pfctl's output on any text.

@@ -8,7 +8,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-// lexAll returns a text's tokens, one word each, and the error that ends them.
+// lexAll returns a text's tokens, one word each, and the error that ended them.
 func lexAll(l *lexer) ([]string, error) {
 	var all []string
 	for {
@@ -82,8 +82,8 @@ func TestLexerRefuses(t *testing.T) {
 	}
 }
 
-// TestPositions checks the positions of tokens, also from macros and behind joined
-// lines.
+// TestPositions checks the positions of tokens, including those from macros and after
+// joined lines.
 func TestPositions(t *testing.T) {
 	l := newLexer("a\n  bb \\\n cc $m\n12.3 x")
 	l.macros["m"] = "dd ee"
@@ -105,8 +105,8 @@ func TestPositions(t *testing.T) {
 	}
 }
 
-// TestWordsComeBack checks for all strings that word writes text that is read back as the
-// same string, whatever follows.
+// TestWordsComeBack checks that word writes any string in a form that parses to the same
+// string, whatever follows.
 func TestWordsComeBack(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		s := rapid.OneOf(rapid.String(), rapid.StringMatching(`["'\\ $#a1<:]{0,8}`)).Draw(t, "s")

@@ -47,7 +47,7 @@ func TestSyntaxErrors(t *testing.T) {
 	}
 }
 
-// TestParsePrint parses rulesets as people write them and prints them.
+// TestParsePrint parses rulesets in the form that people write, and prints them.
 func TestParsePrint(t *testing.T) {
 	for _, tt := range []struct{ text, want string }{
 		{"pass\n", "pass all\n"},
@@ -97,7 +97,7 @@ func TestUnknownIsReported(t *testing.T) {
 	}
 }
 
-// TestBounds parses texts that would expand without end if there were no limits.
+// TestBounds parses texts that would expand indefinitely without limits.
 func TestBounds(t *testing.T) {
 	doubling := "a = \"" + strings.Repeat("x ", 1000) + "\"\n"
 	for range 40 {
@@ -116,7 +116,7 @@ func TestBounds(t *testing.T) {
 		"a tag of many strings": "pass tag " + strings.Repeat("xxxxxxxx ", 1<<17) + "\n",
 	} {
 		if _, err := Parse(text); err == nil {
-			t.Errorf("%s: read", name)
+			t.Errorf("%s: no error", name)
 		} else if len(err.Error()) > 400 {
 			t.Errorf("%s: an error of %d bytes", name, len(err.Error()))
 		}
@@ -136,6 +136,6 @@ func TestNames(t *testing.T) {
 		t.Errorf("got %q", got)
 	}
 	if _, err := Parse("pass proto udp to port local-dns\n"); err == nil {
-		t.Error("an unknown service was read")
+		t.Error("an unknown service was parsed")
 	}
 }

@@ -82,7 +82,7 @@ func TestStrings(t *testing.T) {
 	}
 }
 
-// TestShownForms pins the forms that pfctl shows differently from those that it reads.
+// TestShownForms pins the forms that pfctl shows differently from its input.
 func TestShownForms(t *testing.T) {
 	for _, tt := range []struct{ text, want string }{
 		{"block return-icmp(net-unr) inet6", "block return-icmp6(3) inet6 all"},

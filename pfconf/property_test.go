@@ -10,7 +10,7 @@ import (
 )
 
 // TestPrintedIsReadAsTheSame prints and parses random rulesets that are built from types,
-// with names that a person wouldn't choose.
+// with names that no user would choose.
 func TestPrintedIsReadAsTheSame(t *testing.T) {
 	valid := 0
 	rapid.Check(t, func(t *rapid.T) {
@@ -25,17 +25,17 @@ func TestPrintedIsReadAsTheSame(t *testing.T) {
 			t.Fatalf("printed %q: %v", text, err)
 		}
 		if !reflect.DeepEqual(rs, again) {
-			t.Fatalf("printed %q\nread as %q", text, again)
+			t.Fatalf("printed %q\nparsed as %q", text, again)
 		}
 	})
 	t.Logf("%d valid statements", valid)
 	if valid < 30 {
-		t.Errorf("only %d statements were valid: the generator has lost its way", valid)
+		t.Errorf("only %d statements were valid: the generator's rulesets are rarely valid", valid)
 	}
 }
 
-// TestShownLoadsAsTheSame checks that the output of pfctl, parsed, loads the same rules as
-// those that are shown.
+// TestShownLoadsAsTheSame checks that pfctl's output, parsed, loads the same rules that
+// it shows.
 func TestShownLoadsAsTheSame(t *testing.T) {
 	loaded := 0
 	rapid.Check(t, func(t *rapid.T) {
@@ -47,7 +47,7 @@ func TestShownLoadsAsTheSame(t *testing.T) {
 		loaded += len(ld.Filter) + len(ld.Nat) + len(ld.Rdr)
 		rules, nat := ParseShown(join(ld.ShowRules())), ParseShown(join(ld.ShowNat()))
 		if len(rules.Unknown)+len(nat.Unknown) > 0 {
-			t.Fatalf("shown %s: not understood: %v %v", show(ld), rules.Unknown, nat.Unknown)
+			t.Fatalf("shown %s: not parsed: %v %v", show(ld), rules.Unknown, nat.Unknown)
 		}
 		again, err := rules.Ruleset(nat).Expand("", testHost())
 		if err != nil {
@@ -59,12 +59,12 @@ func TestShownLoadsAsTheSame(t *testing.T) {
 	})
 	t.Logf("%d rules", loaded)
 	if loaded < 5 {
-		t.Errorf("only %d rules were loaded: the generator has lost its way", loaded)
+		t.Errorf("only %d rules were loaded: the generator's rulesets are rarely valid", loaded)
 	}
 }
 
-// TestValidatedLoads checks that a valid ruleset loads: unless interfaces stand for
-// addresses, nothing depends on the host.
+// TestValidatedLoads checks that a valid ruleset loads. Rulesets with interface names as
+// addresses are left out, because only those depend on the host.
 func TestValidatedLoads(t *testing.T) {
 	loaded := 0
 	rapid.Check(t, func(t *rapid.T) {
@@ -79,7 +79,7 @@ func TestValidatedLoads(t *testing.T) {
 	})
 	t.Logf("%d statements", loaded)
 	if loaded < 5 {
-		t.Errorf("only %d statements were loaded: the generator has lost its way", loaded)
+		t.Errorf("only %d statements were loaded: the generator's rulesets are rarely valid", loaded)
 	}
 }
 
@@ -153,7 +153,7 @@ func tables() *rapid.Generator[Statement] {
 
 func flip(t *rapid.T) bool { return rapid.Bool().Draw(t, "flip") }
 
-// some draws up to n items, nil for none.
+// some draws up to n items; no items are nil.
 func some[T any](t *rapid.T, label string, n int, g *rapid.Generator[T]) []T {
 	if s := rapid.SliceOfN(g, 0, n).Draw(t, label); len(s) > 0 {
 		return s
@@ -341,7 +341,7 @@ func anchorRules() *rapid.Generator[Statement] {
 	})
 }
 
-// plainRule draws a rule whose names need no quotes, which pfctl doesn't show.
+// plainRule draws a rule whose names need no quotes, since pfctl doesn't print quotes.
 func plainRule() *rapid.Generator[*Rule] {
 	return rapid.Custom(func(t *rapid.T) *Rule {
 		r := rapid.OneOf(filterRules(), natRules()).Draw(t, "rule").(*Rule)
@@ -364,8 +364,8 @@ func plainRule() *rapid.Generator[*Rule] {
 				if addrs[i].Name != "" {
 					addrs[i].Name = "en0"
 				}
-				// pfctl itself changes a length that is too long for IPv4 when it
-				// reads it a second time.
+				// pfctl itself changes a prefix length that is too long for IPv4 when it
+				// reads its own output.
 				if b := addrs[i].Bits; b != nil && *b > 32 {
 					addrs[i].Bits = nil
 				}

@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// TestRefused lists texts that pfctl refuses, most of them although they fit its grammar,
-// with the reason that the error gives.
+// TestRefused checks texts that pfctl refuses, most of them although they match its
+// grammar, and the reason in the error.
 func TestRefused(t *testing.T) {
 	for _, tt := range []struct{ text, want string }{
 		// Protocols, ports and ICMP.
@@ -28,7 +28,7 @@ func TestRefused(t *testing.T) {
 		{"pass proto tcp to port 1:2 >< 5", "a range takes no other operator"},
 		{"pass proto tcp to port -1", "-1 is no port"},
 		{"pass proto tcp to port 0x10000", "0x10000 is no port"},
-		// Flags, states and what goes with them.
+		// Flags, states and their options.
 		{"pass proto udp flags S/SA", "flags and os need proto tcp"},
 		{"pass proto udp from any os Linux to any", "flags and os need proto tcp"},
 		{"pass flags SA/S", "the flags can never match"},
@@ -143,14 +143,15 @@ func TestRefused(t *testing.T) {
 	}
 }
 
-// TestRefusedInMain lists statements that pfctl checks only in the main ruleset.
+// TestRefusedInMain checks statements that pfctl validates only in the main ruleset. The
+// first one is a syntax error everywhere.
 func TestRefusedInMain(t *testing.T) {
 	for _, text := range []string{"set debug no", "set optimization nosuch", "set loginterface averyveryverylongname0",
 		"set timeout nosuch.first 5", "set timeout udp.first 2147483648", "anchor \"../x\""} {
 		rs, err := Parse(text + "\n")
 		if text == "set debug no" {
 			if err == nil {
-				t.Errorf("%q: a keyword was taken for a value", text)
+				t.Errorf("%q: a keyword was accepted as a value", text)
 			}
 			continue
 		}
@@ -159,7 +160,7 @@ func TestRefusedInMain(t *testing.T) {
 			continue
 		}
 		if rs.Validate() == nil {
-			t.Errorf("%q: Validate took it", text)
+			t.Errorf("%q: Validate accepted it", text)
 		}
 		if _, err := rs.Expand("", nil); err == nil {
 			t.Errorf("%q: loaded into main", text)
@@ -170,7 +171,7 @@ func TestRefusedInMain(t *testing.T) {
 	}
 }
 
-// TestAccepted lists texts that look wrong and aren't.
+// TestAccepted checks texts that look wrong but are valid.
 func TestAccepted(t *testing.T) {
 	for _, text := range []string{
 		"pass proto tcp to port 9:1", "pass on nosuch9", "pass from (nosuch9)", "pass from <nosuch>", "set skip",

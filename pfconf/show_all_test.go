@@ -75,17 +75,18 @@ func TestParseAll(t *testing.T) {
 			t.Errorf("%q: %v", bad, err)
 		}
 	}
-	// Without rules of a kind, their title is missing.
+	// Without rules of a kind, their section is missing.
 	if all, err = ParseAll("INFO:\nStatus: Disabled                              Debug: Urgent\n"); err != nil || all.Rules != "" || all.Info.Enabled {
 		t.Errorf("%+v, %v", all, err)
 	}
 }
 
-// TestMacAll parses the beginning of a Mac's output; the rest wasn't saved.
+// TestMacAll parses the beginning of a Mac's output. The rest wasn't captured, so the
+// status is missing.
 func TestMacAll(t *testing.T) {
 	all, err := ParseAll(macOutput(t, "pfctl-sa-main-rules-sharing.txt"))
 	if err == nil {
-		t.Error("the status isn't missing")
+		t.Error("no error for the missing status")
 	}
 	if err := EqualShown([]string{
 		`nat-anchor "com.apple/*"`, `nat-anchor "com.apple.internet-sharing"`,

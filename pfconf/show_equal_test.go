@@ -34,7 +34,7 @@ func TestEqualShown(t *testing.T) {
 		{"scrub in", "scrub in all fragment reassemble"},
 		{"scrub-anchor \"com.apple/*\"\nanchor \"../x\"", "scrub-anchor \"com.apple/*\" all fragment reassemble\nanchor \"../x\" all"},
 		{"anchor {\npass\n}", "anchor all {\n  pass all flags S/SA keep state\n}"},
-		{"pass quick route-to utun4 out", "pass quick route-to utun4 out"}, // not read, but the same
+		{"pass quick route-to utun4 out", "pass quick route-to utun4 out"}, // can't be parsed, but the text is the same
 	} {
 		if err := EqualShown(strings.Split(c.want, "\n"), c.shown); err != nil {
 			t.Errorf("%q: %v", c.want, err)
@@ -73,8 +73,8 @@ func TestEqualShownNamesTheDifference(t *testing.T) {
 	}
 }
 
-// TestEqualShownOfVectors compares the rules of each vector, as written, with those that
-// pfctl showed.
+// TestEqualShownOfVectors compares the written rules of each vector with pfctl's output
+// for them.
 func TestEqualShownOfVectors(t *testing.T) {
 	n := 0
 	vectors.Each(t, "pfsim/testdata/vectors-parse.jsonl.gz", func(s *vectors.Scenario) {
@@ -97,11 +97,11 @@ func TestEqualShownOfVectors(t *testing.T) {
 				t.Errorf("%s: %v", s.Name, err)
 			}
 			if err := EqualShown(c.want, text+"\nblock drop in quick on en77 all"); err == nil {
-				t.Errorf("%s: a rule more isn't noticed", s.Name)
+				t.Errorf("%s: an additional rule isn't noticed", s.Name)
 			}
 			if i := len(c.want) - 1; i >= 0 && !strings.HasSuffix(c.want[i], "}") {
 				if err := EqualShown(c.want[:i], text); err == nil {
-					t.Errorf("%s: a rule less isn't noticed", s.Name)
+					t.Errorf("%s: a missing rule isn't noticed", s.Name)
 				}
 			}
 		}
@@ -112,8 +112,8 @@ func TestEqualShownOfVectors(t *testing.T) {
 	}
 }
 
-// TestStoredEntriesOfVectors compares the tables of each vector with those that pfctl
-// showed.
+// TestStoredEntriesOfVectors compares the tables of each vector with pfctl's output for
+// them.
 func TestStoredEntriesOfVectors(t *testing.T) {
 	n := 0
 	for _, file := range vectors.Files(t, "pfsim/testdata") {
@@ -180,7 +180,7 @@ func TestStoredEntries(t *testing.T) {
 		if err != nil || !slices.Equal(got, strings.Fields(c.want)) {
 			t.Errorf("%s: got %q, %v", c.written, got, err)
 		}
-		// Parsers of text have masked them already.
+		// The text parsers have already masked the addresses.
 		for i, a := range addrs {
 			addrs[i].Prefix = a.Prefix.Masked()
 		}
@@ -190,12 +190,12 @@ func TestStoredEntries(t *testing.T) {
 		}
 	}
 	if _, err := StoredEntries([]Address{{Kind: AddrInterface, Name: "self"}}); err == nil {
-		t.Error("the addresses of self are known")
+		t.Error("self has addresses")
 	}
 }
 
-// TestEqualShownTellsRulesApart draws rules, compares them with pfctl's output for them,
-// and with the output after one field of one rule has changed.
+// TestEqualShownTellsRulesApart compares random rules with pfctl's output for them, and
+// with the output after a change to one field of one rule.
 func TestEqualShownTellsRulesApart(t *testing.T) {
 	equal, changed := 0, map[string]int{}
 	rapid.Check(t, func(t *rapid.T) {
@@ -230,7 +230,7 @@ func TestEqualShownTellsRulesApart(t *testing.T) {
 	t.Logf("%d rulesets, changes %v", equal, changed)
 }
 
-// TestEqualShownTellsEachChange makes each change to one of a few rules.
+// TestEqualShownTellsEachChange makes each kind of change to one of a few rules.
 func TestEqualShownTellsEachChange(t *testing.T) {
 	ld, err := loadText(`nat on en0 inet proto tcp from 10.0.0.0/8 port 7 to any port 80:90 -> 192.0.2.1
 block return in log quick on en0 inet proto tcp from 10.0.0.1 port 7 to <t> port 22 flags S/SA label "l" tag T
@@ -247,13 +247,13 @@ pass out
 			}
 		}
 		if changed == 0 {
-			t.Errorf("no rule was changed by: %s", name)
+			t.Errorf("no rule allows the change %s", name)
 		}
 	}
 }
 
-// mutate makes one change to a copy of a single rule, fails if EqualShown doesn't notice
-// it, and reports whether the rule could be changed so.
+// mutate makes one change to a copy of a rule, fails if EqualShown doesn't notice it, and
+// reports whether the change was possible.
 func mutate(t interface{ Fatalf(string, ...any) }, name string, r *Rule) bool {
 	one := *r
 	if !mutations[name](&one) {
@@ -261,15 +261,15 @@ func mutate(t interface{ Fatalf(string, ...any) }, name string, r *Rule) bool {
 	}
 	before, after := shown(r, ""), shown(&one, "")
 	if len(ParseShown(after).Unknown) > 0 {
-		return false // no pf has such a rule
+		return false // pf has no such rule
 	}
 	if err := EqualShown([]string{before}, after); err == nil {
-		t.Fatalf("%s: `%s` is taken for `%s`", name, after, before)
+		t.Fatalf("%s: `%s` counts as equal to `%s`", name, after, before)
 	}
 	return true
 }
 
-// disguise returns rules as -vv shows them, with all in place of any and vice versa.
+// disguise returns rules in the form of -vv, with all in place of any and vice versa.
 func disguise(t *rapid.T, lines []string) string {
 	var b strings.Builder
 	for i, line := range lines {
@@ -287,7 +287,7 @@ func disguise(t *rapid.T, lines []string) string {
 	return b.String()
 }
 
-// mutations change one field of a single rule and report whether they could.
+// mutations change one field of a rule and report whether the change was possible.
 var mutations = map[string]func(*Rule) bool{
 	"action": func(r *Rule) bool {
 		other := map[Action]Action{Nat: Rdr, Rdr: Nat, NoNat: NoRdr, NoRdr: NoNat}
@@ -316,7 +316,7 @@ var mutations = map[string]func(*Rule) bool{
 	},
 	"family": func(r *Rule) bool {
 		if r.Family != AnyFamily {
-			return false // the addresses say it too
+			return false // the addresses also determine it
 		}
 		r.Family = Inet6
 		return true
@@ -454,7 +454,7 @@ func lastAddr(p netip.Prefix) netip.Addr {
 	return a
 }
 
-// mutateAddrs negates an address, or adds one.
+// mutateAddrs negates an address or adds one.
 func mutateAddrs(e *Endpoint) bool {
 	if len(e.Addrs) == 0 {
 		e.Addrs = []Address{{Kind: AddrTable, Name: "mutant"}}
@@ -480,8 +480,8 @@ func mutatePorts(e *Endpoint) bool {
 	return true
 }
 
-// FuzzEqualShown checks that any output is equal to itself and that comparing never
-// panics.
+// FuzzEqualShown checks that any output is equal to itself, and that comparing is
+// symmetric and never panics.
 func FuzzEqualShown(f *testing.F) {
 	for _, s := range append(seeds, shownSamples...) {
 		f.Add(s, s)
@@ -497,7 +497,7 @@ func FuzzEqualShown(f *testing.F) {
 		}
 		ab, ba := EqualShown(lines, b), EqualShown(strings.Split(b, "\n"), a)
 		if (ab == nil) != (ba == nil) && !strings.Contains(a+b, "ext") && !strings.Contains(a+b, "source-hash") {
-			t.Fatalf("%q and %q: %v, but the other way round %v", a, b, ab, ba)
+			t.Fatalf("%q and %q: %v, but in reverse order %v", a, b, ab, ba)
 		}
 	})
 }

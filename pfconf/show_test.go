@@ -38,7 +38,7 @@ const sampleNested = `anchor all {
 pass all flags any keep state
 `
 
-// sampleMac has rules that Internet Sharing, a VPN and the stock ruleset are known to
+// sampleMac has rules that Internet Sharing, a VPN and Apple's main ruleset are known to
 // load on Macs.
 const sampleMac = `scrub on bridge100 all no-df max-mss 1410 fragment reassemble
 scrub on en0 proto esp all no-df fragment reassemble
@@ -59,7 +59,8 @@ block return quick all
 dummynet-anchor "com.apple/*" all
 `
 
-// TestMacsAreUnderstood parses the lines of sampleMac and shows them unchanged.
+// TestMacsAreUnderstood parses the lines of sampleMac and checks that they print
+// unchanged.
 func TestMacsAreUnderstood(t *testing.T) {
 	s := ParseShown("DUMMYNET RULES:\n" + sampleMac)
 	for _, u := range s.Unknown {
@@ -110,8 +111,8 @@ func TestParseShown(t *testing.T) {
 	}
 }
 
-// TestUnreadableRuleHasStandIn checks that a line that can't be read counts as matching
-// every packet, and that the others aren't affected.
+// TestUnreadableRuleHasStandIn checks that a line that can't be parsed counts as matching
+// every packet, and that the other lines aren't affected.
 func TestUnreadableRuleHasStandIn(t *testing.T) {
 	const text = `@0 pass in quick on en0 all flags S/SA keep state
 @1 pass out quick wormhole (utun4 any) all flags S/SA keep state
@@ -132,7 +133,7 @@ func TestUnreadableRuleHasStandIn(t *testing.T) {
 			"pass out quick wormhole (utun4 any) all flags S/SA keep state"},
 		{"block drop all", "block return-rst all"},
 		{`anchor "com.apple/*" all`, `anchor "com.apple/*" sometimes all`},
-		// The kernel has no rule that routes both ways either.
+		// The kernel has no rule of this form either: it routes in one direction only.
 		{"pass quick all flags any keep state (floating) allow-opts", "pass quick route-to utun4 all flags S/SA keep state"},
 		{"nat all", "nat on en0 inet6 from any to any through 3 -> (en0)"},
 		{"anchor all {\n    block drop all\n}", "anchor all sometimes {"},
@@ -152,7 +153,7 @@ func TestUnreadableRuleHasStandIn(t *testing.T) {
 		}
 	}
 	if unread != 6 {
-		t.Errorf("%d rules weren't read", unread)
+		t.Errorf("%d rules weren't parsed, want 6", unread)
 	}
 	ld, err := s.Ruleset(nil).Expand("", nil)
 	if err != nil {
@@ -161,9 +162,9 @@ func TestUnreadableRuleHasStandIn(t *testing.T) {
 	if len(ld.Filter) != 7 || len(ld.Nat) != 0 {
 		t.Errorf("loaded %q and %q", ld.ShowRules(), ld.ShowNat())
 	}
-	// The stand-in that decided is found by its text.
+	// A stand-in that decided can be identified by its text.
 	if got := ld.Filter[1].String(); got != s.Rules[1].String() {
-		t.Errorf("loaded, a stand-in is %s", got)
+		t.Errorf("a loaded stand-in is %s", got)
 	}
 }
 
@@ -267,7 +268,7 @@ func TestParseTableEntries(t *testing.T) {
 	}
 	for _, bad := range []string{"10.0.0.256\n", "x\n", "10.0.0.0/33\n", "10.0.0.0/-1\n"} {
 		if _, err := ParseTableEntries(bad); err == nil {
-			t.Errorf("%q was read", bad)
+			t.Errorf("%q was parsed", bad)
 		}
 	}
 }
@@ -297,7 +298,7 @@ func TestParseInfo(t *testing.T) {
 	}
 	for _, bad := range []string{"", "Status: Perhaps\n", "Status: Enabled for ever Debug: Loud\n"} {
 		if _, err := ParseInfo(bad); err == nil {
-			t.Errorf("%q was read", bad)
+			t.Errorf("%q was parsed", bad)
 		}
 	}
 }
@@ -316,7 +317,7 @@ func TestParseReferences(t *testing.T) {
 	}
 	for _, bad := range []string{"x\n", "1 pfctl 2 0 days\n", "1 pfctl x 0 days 00:00:00\n", "x pfctl 1 0 days 00:00:00\n"} {
 		if _, err := ParseReferences(bad); err == nil {
-			t.Errorf("%q was read", bad)
+			t.Errorf("%q was parsed", bad)
 		}
 	}
 }
@@ -328,7 +329,7 @@ func TestParseToken(t *testing.T) {
 	}
 	for _, bad := range []string{"", "pf enabled\n", "Token : x\n"} {
 		if _, err := ParseToken(bad); err == nil {
-			t.Errorf("%q was read", bad)
+			t.Errorf("%q was parsed", bad)
 		}
 	}
 }
@@ -360,7 +361,7 @@ func TestParseStates(t *testing.T) {
 	for _, bad := range []string{"x\n", "   age 1\n", "ALL tcp a -> b  X:Y\n", "ALL tcp 1.1.1.1:1 -> 2.2.2.2:2 <- 3.3.3.3:3 A:B\n",
 		"ALL tcp 1.1.1.1:1 -> 2.2.2.2:2 AB\n", "ALL tcp 1.1.1.1:99999 -> 2.2.2.2:2 A:B\n"} {
 		if _, err := ParseStates(bad); err == nil {
-			t.Errorf("%q was read", bad)
+			t.Errorf("%q was parsed", bad)
 		}
 	}
 }

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// macOutput returns output of a real Mac's pfctl, without the first line, which names its
+// macOutput returns output of a real Mac's pfctl without the first line, which names its
 // source.
 func macOutput(t *testing.T, name string) string {
 	t.Helper()
@@ -25,7 +25,7 @@ func macOutput(t *testing.T, name string) string {
 	return text
 }
 
-// macOutputs returns the names of the outputs with this prefix.
+// macOutputs returns the names of the outputs with a prefix.
 func macOutputs(t *testing.T, prefixes ...string) []string {
 	t.Helper()
 	var all []string
@@ -41,7 +41,8 @@ func macOutputs(t *testing.T, prefixes ...string) []string {
 	return all
 }
 
-// TestMacRules parses rules that real Macs showed, and shows them again.
+// TestMacRules parses the rules in real Macs' output, and checks that they print
+// unchanged.
 func TestMacRules(t *testing.T) {
 	for _, name := range macOutputs(t, "pfctl-rules-", "pfctl-s-rules-", "pfctl-nat-", "pfctl-s-nat-", "pfctl-mullvad-") {
 		text := strings.TrimSpace(macOutput(t, name))
@@ -59,7 +60,7 @@ func TestMacRules(t *testing.T) {
 			}
 			got = append(got, shown(r.Rule, r.Anchor))
 		}
-		// pfctl has two ways to show an interface without a router.
+		// pfctl shows an interface without a router in two forms.
 		text = strings.Replace(text, "(utun4 any)", "utun4", 1)
 		if again := strings.Join(got, "\n"); again != text {
 			t.Errorf("%s: shown again:\n%s\nwant\n%s", name, again, text)
@@ -67,8 +68,8 @@ func TestMacRules(t *testing.T) {
 	}
 }
 
-// TestMacAnchorIsMissing parses the output for a path with a star, which pfctl takes for
-// the name of an anchor: it begins with a rule and ends in an error.
+// TestMacAnchorIsMissing parses the output for a path with a star, which pfctl takes as
+// an anchor's name: it begins with a rule and ends with an error.
 func TestMacAnchorIsMissing(t *testing.T) {
 	s := ParseShown(macOutput(t, "pfctl-missing-wildcard.txt"))
 	if len(s.Rules) != 1 || s.Rules[0].Anchor != "*" || len(s.Unknown) != 1 {
